@@ -1,1 +1,29 @@
-fn main() {}
+//! `containerd-shim-systemd-v1`: a containerd runtime in which every container is a systemd unit.
+//!
+//! One daemon per node serves containerd's Task API. Every container is a transient service with the
+//! OCI runtime run by systemd inside of it; systemd is the parent, the supervisor and the keeper of
+//! exit codes, and the daemon only translates.
+//!
+//! Where things are: what an RPC does in `ops/`, why a call was refused in `task::phase`, what systemd
+//! is told in `unit::properties`, how an exit is noticed in `unit::watch`, what survives a restart in
+//! `store` and `ops::observe`, which code containerd sees in `api::status`.
+
+mod api;
+mod cgroup;
+mod cli;
+mod config;
+mod id;
+mod oci;
+mod ops;
+mod stdio;
+mod store;
+#[allow(unsafe_code)]
+mod sys;
+mod task;
+mod telemetry;
+mod transport;
+mod unit;
+
+fn main() -> std::process::ExitCode {
+    cli::run(std::env::args().skip(1).collect())
+}

@@ -1,0 +1,333 @@
+//! containerd's messages to domain types, and back (pure).
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use containerd_shim_protos::api::{
+    CreateTaskRequest, DeleteResponse, StateResponse, Status as ApiStatus, WaitResponse,
+};
+use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExit, TaskIO, TaskStart};
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim::oci;
+use containerd_shim_protos::topics;
+use containerd_shim_protos::types::mount::Mount as ApiMount;
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{EnumOrUnknown, Message, MessageField};
+
+use crate::id::{InvalidName, Namespace, TaskId, TaskKey};
+use crate::oci::options::{Options, Source};
+use crate::ops::{CreateTask, Outgoing, State, Status};
+use crate::task::outbox::TaskEvent;
+use crate::task::phase::Exit;
+use crate::task::request::{Create, Mount, Stdio};
+
+use super::messages::{GenericOptions, SystemdOptions};
+
+/// The key of the namespace in ttrpc metadata.
+pub const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
+
+/// In the metadata of a Delete by our own `delete` command: kill first, publish nothing.
+pub const CLEAN_UP_KEY: &str = "containerd-shim-systemd-clean-up";
+
+/// A message that can't be understood.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A name is not valid.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// The metadata has no namespace.
+    #[error("the request has no namespace (metadata {NAMESPACE_KEY})")]
+    NoNamespace,
+    /// Options of a type that is not known here.
+    #[error(
+        "runtime options of type {0:?} are not known here: use containerd.runc.v1.Options, \
+         runtimeoptions.v1.Options or containerd.systemd.v1.Options"
+    )]
+    UnknownOptions(String),
+    /// A message inside of the request is broken.
+    #[error("{what} of type {type_url:?} can't be decoded: {source}")]
+    Broken {
+        /// What it is.
+        what: &'static str,
+        /// Its type.
+        type_url: String,
+        /// What is wrong.
+        source: Box<protobuf::Error>,
+    },
+    /// A text that should be UTF-8.
+    #[error("ConfigBody of the runtime options is not text")]
+    NotText,
+    /// A message can't be encoded.
+    #[error("can't encode a message: {0}")]
+    Encode(Box<protobuf::Error>),
+}
+
+/// The task that a request is about.
+///
+/// # Errors
+/// Namespace or id are missing or not valid.
+pub fn key(metadata: &HashMap<String, Vec<String>>, id: &str) -> Result<TaskKey, Error> {
+    let namespace =
+        metadata.get(NAMESPACE_KEY).and_then(|values| values.first()).ok_or(Error::NoNamespace)?;
+    Ok(TaskKey { namespace: Namespace::new(namespace)?, id: TaskId::new(id)? })
+}
+
+/// A Create request.
+///
+/// # Errors
+/// A name is not valid, or the options are not known.
+pub fn create(
+    metadata: &HashMap<String, Vec<String>>,
+    request: CreateTaskRequest,
+) -> Result<CreateTask, Error> {
+    Ok(CreateTask {
+        key: key(metadata, &request.id)?,
+        options: options(request.options.as_ref())?,
+        checkpoint: request.checkpoint,
+        request: Create {
+            bundle: PathBuf::from(request.bundle),
+            rootfs: request.rootfs.into_iter().map(mount).collect(),
+            stdio: Stdio {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            },
+        },
+    })
+}
+
+fn mount(mount: ApiMount) -> Mount {
+    Mount { kind: mount.type_, source: mount.source, target: mount.target, options: mount.options }
+}
+
+/// Runtime options in any of the messages that carry them.
+///
+/// # Errors
+/// The type is not known, or the message is broken.
+pub fn options(any: Option<&Any>) -> Result<Source, Error> {
+    let Some(any) = any.filter(|any| !any.type_url.is_empty()) else {
+        return Ok(Source::default());
+    };
+    // Go writes bare names; others put a host before the last slash.
+    match any.type_url.rsplit('/').next().unwrap_or_default() {
+        "containerd.runc.v1.Options" => {
+            let runc: oci::Options = decode("runtime options", any)?;
+            Ok(Source::Given(Options {
+                binary_name: runc.binary_name,
+                root: runc.root,
+                no_pivot_root: runc.no_pivot_root,
+                no_new_keyring: runc.no_new_keyring,
+                io_uid: runc.io_uid,
+                io_gid: runc.io_gid,
+                systemd_cgroup: runc.systemd_cgroup,
+                ..Options::default()
+            }))
+        }
+        "containerd.systemd.v1.Options" => {
+            let ours: SystemdOptions = decode("runtime options", any)?;
+            Ok(Source::Given(Options {
+                binary_name: ours.binary_name,
+                root: ours.root,
+                no_pivot_root: ours.no_pivot_root,
+                no_new_keyring: ours.no_new_keyring,
+                io_uid: ours.io_uid,
+                io_gid: ours.io_gid,
+                ..Options::default()
+            }))
+        }
+        "runtimeoptions.v1.Options" => {
+            let generic: GenericOptions = decode("runtime options", any)?;
+            if !generic.config_path.is_empty() {
+                return Ok(Source::File(generic.config_path.into()));
+            }
+            String::from_utf8(generic.config_body).map(Source::Toml).map_err(|_| Error::NotText)
+        }
+        _ => Err(Error::UnknownOptions(any.type_url.clone())),
+    }
+}
+
+fn decode<M: Message>(what: &'static str, any: &Any) -> Result<M, Error> {
+    M::parse_from_bytes(&any.value).map_err(|source| Error::Broken {
+        what,
+        type_url: any.type_url.clone(),
+        source: Box::new(source),
+    })
+}
+
+/// A State response. An absent time is year 1, as Go's zero time.
+pub fn state(id: &str, state: State) -> StateResponse {
+    let stdio = state.request.stdio;
+    let status = match state.status {
+        Status::Created => ApiStatus::CREATED,
+        Status::Running => ApiStatus::RUNNING,
+        Status::Stopped => ApiStatus::STOPPED,
+    };
+    StateResponse {
+        id: id.to_owned(),
+        bundle: state.request.bundle.to_string_lossy().into_owned(),
+        pid: state.pid,
+        status: EnumOrUnknown::new(status),
+        stdin: stdio.stdin,
+        stdout: stdio.stdout,
+        stderr: stdio.stderr,
+        terminal: stdio.terminal,
+        exit_status: state.exit.map_or(0, |exit| exit.status),
+        exited_at: MessageField::some(state.exit.map_or_else(never, |exit| time(exit.at_usec))),
+        ..StateResponse::default()
+    }
+}
+
+/// A Wait response.
+pub fn wait(exit: Exit) -> WaitResponse {
+    WaitResponse {
+        exit_status: exit.status,
+        exited_at: MessageField::some(time(exit.at_usec)),
+        ..WaitResponse::default()
+    }
+}
+
+/// A Delete response.
+pub fn delete(pid: u32, exit: Exit) -> DeleteResponse {
+    DeleteResponse {
+        pid,
+        exit_status: exit.status,
+        exited_at: MessageField::some(time(exit.at_usec)),
+        ..DeleteResponse::default()
+    }
+}
+
+fn time(usec: u64) -> Timestamp {
+    Timestamp {
+        seconds: i64::try_from(usec / 1_000_000).unwrap_or(i64::MAX),
+        nanos: i32::try_from(usec % 1_000_000 * 1000).unwrap_or_default(),
+        ..Timestamp::default()
+    }
+}
+
+/// Go's zero time.
+fn never() -> Timestamp {
+    Timestamp { seconds: -62_135_596_800, ..Timestamp::default() }
+}
+
+/// An event in the envelope in which containerd takes it.
+///
+/// # Errors
+/// It can't be encoded.
+pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
+    let task = &outgoing.task;
+    let id = task.key.id.to_string();
+    let (topic, event) = match &outgoing.event {
+        TaskEvent::Created { pid } => {
+            let stdio = &task.request.stdio;
+            let io = TaskIO {
+                stdin: stdio.stdin.clone(),
+                stdout: stdio.stdout.clone(),
+                stderr: stdio.stderr.clone(),
+                terminal: stdio.terminal,
+                ..TaskIO::default()
+            };
+            let mut event = TaskCreate {
+                container_id: id,
+                bundle: task.request.bundle.to_string_lossy().into_owned(),
+                io: MessageField::some(io),
+                pid: *pid,
+                ..TaskCreate::default()
+            };
+            // The crate does not export this kind of mount: it can be filled in, but not named.
+            event.rootfs.resize_with(task.request.rootfs.len(), Default::default);
+            for (shown, mount) in event.rootfs.iter_mut().zip(&task.request.rootfs) {
+                shown.type_.clone_from(&mount.kind);
+                shown.source.clone_from(&mount.source);
+                shown.target.clone_from(&mount.target);
+                shown.options.clone_from(&mount.options);
+            }
+            (topics::TASK_CREATE_EVENT_TOPIC, any("containerd.events.TaskCreate", &event)?)
+        }
+        TaskEvent::Started { pid } => {
+            let event = TaskStart { container_id: id, pid: *pid, ..TaskStart::default() };
+            (topics::TASK_START_EVENT_TOPIC, any("containerd.events.TaskStart", &event)?)
+        }
+        TaskEvent::Exited { pid, exit } => {
+            let event = TaskExit {
+                container_id: id.clone(),
+                id,
+                pid: *pid,
+                exit_status: exit.status,
+                exited_at: MessageField::some(time(exit.at_usec)),
+                ..TaskExit::default()
+            };
+            (topics::TASK_EXIT_EVENT_TOPIC, any("containerd.events.TaskExit", &event)?)
+        }
+        TaskEvent::Deleted { pid, exit } => {
+            let event = TaskDelete {
+                container_id: id,
+                pid: *pid,
+                exit_status: exit.status,
+                exited_at: MessageField::some(time(exit.at_usec)),
+                ..TaskDelete::default()
+            };
+            (topics::TASK_DELETE_EVENT_TOPIC, any("containerd.events.TaskDelete", &event)?)
+        }
+    };
+    Ok(Envelope {
+        timestamp: MessageField::some(time(outgoing.at_usec)),
+        namespace: task.key.namespace.to_string(),
+        topic: topic.to_owned(),
+        event: MessageField::some(event),
+        ..Envelope::default()
+    })
+}
+
+fn any(name: &str, message: &impl Message) -> Result<Any, Error> {
+    let value = message.write_to_bytes().map_err(|error| Error::Encode(Box::new(error)))?;
+    Ok(Any { type_url: name.to_owned(), value, ..Any::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(type_url: &str, value: Vec<u8>) -> Result<Source, Error> {
+        options(Some(&Any { type_url: type_url.to_owned(), value, ..Any::default() }))
+    }
+
+    #[test]
+    fn options_are_understood_in_every_message() {
+        let runc = oci::Options { binary_name: "crun".to_owned(), ..oci::Options::default() };
+        for type_url in ["containerd.runc.v1.Options", "type.googleapis.com/containerd.runc.v1.Options"] {
+            let source = of(type_url, runc.write_to_bytes().unwrap()).unwrap();
+            assert_eq!(source.read().unwrap().binary_name, "crun");
+        }
+        let body =
+            GenericOptions { config_body: b"BinaryName = \"crun\"".to_vec(), ..GenericOptions::default() };
+        let source = of("runtimeoptions.v1.Options", body.write_to_bytes().unwrap()).unwrap();
+        assert_eq!(source.read().unwrap().binary_name, "crun");
+        let ours = SystemdOptions { root: "/run/x".to_owned(), ..SystemdOptions::default() };
+        let source = of("containerd.systemd.v1.Options", ours.write_to_bytes().unwrap()).unwrap();
+        assert_eq!(source.read().unwrap().root, "/run/x");
+        assert_eq!(options(None).unwrap(), Source::default());
+    }
+
+    #[test]
+    fn options_of_an_unknown_type_are_refused_by_name() {
+        let error = of("example.com/x.Options", Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("example.com/x.Options"));
+        assert!(of("containerd.runc.v1.Options", vec![0xff]).is_err());
+    }
+
+    #[test]
+    fn a_request_needs_a_namespace() {
+        assert!(matches!(key(&HashMap::new(), "a"), Err(Error::NoNamespace)));
+        let metadata = HashMap::from([(NAMESPACE_KEY.to_owned(), vec!["a/b".to_owned()])]);
+        assert!(matches!(key(&metadata, "a"), Err(Error::Name(_))));
+    }
+
+    #[test]
+    fn a_running_task_has_exited_in_the_year_one() {
+        let state =
+            state("a", State { status: Status::Running, pid: 1, exit: None, request: Create::default() });
+        assert_eq!(state.exited_at.seconds, -62_135_596_800);
+    }
+}

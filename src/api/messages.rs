@@ -1,0 +1,10 @@
+//! Messages generated from `proto/`.
+
+#[allow(missing_docs, clippy::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
+}
+
+pub use generated::bootstrap::{BootstrapParams, BootstrapResult};
+pub use generated::options::Options as SystemdOptions;
+pub use generated::runtimeoptions::Options as GenericOptions;

@@ -1,0 +1,84 @@
+//! The only table of errors and codes.
+//!
+//! An illegal transition is FAILED_PRECONDITION (UNKNOWN in containerd-shim-runc-v2), but never for
+//! Kill, where clients take that code for "nothing to kill".
+
+use ttrpc::Code;
+
+use crate::ops::Error;
+use crate::{oci, unit};
+
+/// The code of an error.
+pub fn code(error: &Error) -> Code {
+    match error {
+        Error::UnknownTask { .. } | Error::UnknownExec { .. } | Error::Finished => Code::NOT_FOUND,
+        Error::Exists { .. } => Code::ALREADY_EXISTS,
+        Error::Refused(_) | Error::NotDeletable { .. } => Code::FAILED_PRECONDITION,
+        Error::NotImplemented(_) => Code::UNIMPLEMENTED,
+        Error::Signal(_)
+        | Error::BundlePath(_)
+        | Error::Bundle(oci::bundle::Error::Io { .. })
+        | Error::Bundle(oci::bundle::Error::TooLarge { .. })
+        | Error::Bundle(oci::bundle::Error::Malformed { .. })
+        | Error::Options(_)
+        | Error::Stdio(_)
+        | Error::Place(_)
+        | Error::Name(_) => Code::INVALID_ARGUMENT,
+        Error::NotEnding { .. } | Error::Runtime(oci::runtime::Error::TimedOut { .. }) => {
+            Code::DEADLINE_EXCEEDED
+        }
+        Error::Stopping
+        | Error::Unit(unit::proxy::Error::Unreachable { .. } | unit::proxy::Error::Lost { .. }) => {
+            Code::UNAVAILABLE
+        }
+        Error::NoUnitName { .. }
+        | Error::Kill { .. }
+        | Error::Stream(_)
+        | Error::Launch(_)
+        | Error::Runtime(oci::runtime::Error::Spawn { .. } | oci::runtime::Error::Failed { .. })
+        | Error::Mount(_)
+        | Error::Cgroup(_)
+        | Error::Store(_)
+        | Error::Logger { .. }
+        | Error::Unit(
+            unit::proxy::Error::NotLoaded { .. }
+            | unit::proxy::Error::Exists { .. }
+            | unit::proxy::Error::Refused { .. }
+            | unit::proxy::Error::Job { .. }
+            | unit::proxy::Error::TooOld { .. },
+        ) => Code::UNKNOWN,
+    }
+}
+
+/// The error as containerd gets it: code and text.
+pub fn status(error: &Error) -> ttrpc::Error {
+    rpc(code(error), error.to_string())
+}
+
+/// A request that can't be understood.
+pub fn invalid(reason: impl ToString) -> ttrpc::Error {
+    rpc(Code::INVALID_ARGUMENT, reason.to_string())
+}
+
+/// Always as a status: ttrpc sends any other kind of error as UNKNOWN with its debug text.
+fn rpc(code: Code, text: String) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::phase::{Event, Phase, transition};
+
+    #[test]
+    fn an_illegal_transition_is_a_failed_precondition() {
+        let refusal = transition(&Phase::Running { pid: 1 }, Event::StartBegun).unwrap_err();
+        assert_eq!(code(&Error::Refused(refusal)), Code::FAILED_PRECONDITION);
+    }
+
+    #[test]
+    fn a_finished_process_is_not_found_for_kill() {
+        assert_eq!(code(&Error::Finished), Code::NOT_FOUND);
+        assert_eq!(Error::Finished.to_string(), "process already finished: not found");
+    }
+}

@@ -1,0 +1,216 @@
+//! The Task API, versions 2 and 3: one short method per RPC.
+//!
+//! ttrpc drops a handler when the client's deadline passes. Verbs with side effects therefore run in
+//! futures of their own, and the handlers only wait for them.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+    CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
+    PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest,
+    StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest,
+    WaitResponse,
+};
+use containerd_shim_protos::shim_async::{Task, create_task};
+use tokio_util::task::TaskTracker;
+use tracing::{Instrument, Span, info_span};
+use ttrpc::asynchronous::{Service, TtrpcContext};
+
+use crate::id::TaskKey;
+use crate::ops::{Error, Shim};
+
+use super::{convert, status};
+
+type Answer<T> = ttrpc::Result<T>;
+
+/// The service, over the daemon's inside.
+#[derive(Clone)]
+pub struct TaskService {
+    shim: Arc<Shim>,
+    /// Verbs under way: the daemon ends after them.
+    verbs: TaskTracker,
+}
+
+/// The names of the service: version 3 is version 2 renamed (containerd 2.0).
+const V3: &str = "containerd.task.v3.Task";
+const V2: &str = "containerd.task.v2.Task";
+
+impl TaskService {
+    /// A service that counts its work in `verbs`.
+    pub fn new(shim: Arc<Shim>, verbs: TaskTracker) -> Self {
+        Self { shim, verbs }
+    }
+
+    /// The dispatch tables, by both names.
+    pub fn services(self) -> HashMap<String, Service> {
+        let service: Arc<dyn Task + Send + Sync> = Arc::new(self);
+        let by_name = |name: &str| {
+            let table = create_task(service.clone()).into_iter();
+            table.filter(|(found, _)| found == V3).map(|(_, service)| (name.to_owned(), service)).next()
+        };
+        [V2, V3].into_iter().filter_map(by_name).collect()
+    }
+
+    /// Runs a verb to its end, whatever becomes of the handler.
+    async fn run<T: Send + 'static>(
+        &self,
+        span: Span,
+        verb: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Answer<T> {
+        let logged = async move { verb.await.inspect_err(log) };
+        let result = self.verbs.spawn(logged.instrument(span)).await;
+        result.unwrap_or(Err(Error::Stopping)).map_err(|error| status::status(&error))
+    }
+}
+
+/// The one place where a failed call is logged. That somebody asks for what is not there is no news.
+fn log(error: &Error) {
+    match error {
+        Error::UnknownTask { .. } | Error::UnknownExec { .. } | Error::Finished => {
+            tracing::debug!(%error, "refused")
+        }
+        _ => tracing::warn!(%error, "failed"),
+    }
+}
+
+fn key(ctx: &TtrpcContext, id: &str) -> Answer<TaskKey> {
+    convert::key(&ctx.metadata, id).map_err(status::invalid)
+}
+
+/// Execs have an issue of their own: until then there is none, whatever its id.
+fn init_only(key: &TaskKey, exec_id: &str) -> Answer<()> {
+    if exec_id.is_empty() {
+        return Ok(());
+    }
+    let error = Error::UnknownExec { key: key.clone(), exec: exec_id.chars().take(100).collect() };
+    Err(status::status(&error))
+}
+
+fn not_implemented<T>(what: &'static str) -> Answer<T> {
+    Err(status::status(&Error::NotImplemented(what)))
+}
+
+macro_rules! span {
+    ($verb:literal, $key:expr) => {
+        info_span!($verb, namespace = %$key.namespace, id = %$key.id)
+    };
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn state(&self, ctx: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
+        let key = key(ctx, &request.id)?;
+        init_only(&key, &request.exec_id)?;
+        let state = self.shim.state(&key).map_err(|error| status::status(&error))?;
+        Ok(convert::state(&request.id, state))
+    }
+
+    async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
+        let call = convert::create(&ctx.metadata, request).map_err(status::invalid)?;
+        let (shim, span) = (self.shim.clone(), span!("create", call.key));
+        let pid = self.run(span, async move { shim.create(call).await }).await?;
+        Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
+    }
+
+    async fn start(&self, ctx: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
+        let key = key(ctx, &request.id)?;
+        init_only(&key, &request.exec_id)?;
+        let (shim, span) = (self.shim.clone(), span!("start", key));
+        let pid = self.run(span, async move { shim.start(&key).await }).await?;
+        Ok(StartResponse { pid, ..StartResponse::default() })
+    }
+
+    async fn delete(&self, ctx: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
+        let key = key(ctx, &request.id)?;
+        init_only(&key, &request.exec_id)?;
+        let (shim, span) = (self.shim.clone(), span!("delete", key));
+        let given_up = ctx.metadata.contains_key(convert::CLEAN_UP_KEY);
+        let deleted = self.run(span, async move {
+            if given_up { shim.clean_up(&key).await } else { shim.delete(&key).await }
+        });
+        let (pid, exit) = deleted.await?;
+        Ok(convert::delete(pid, exit))
+    }
+
+    async fn pids(&self, ctx: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
+        let key = key(ctx, &request.id)?;
+        let pids = self.shim.pids(&key).map_err(|error| status::status(&error))?;
+        let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..ProcessInfo::default() }).collect();
+        Ok(PidsResponse { processes, ..PidsResponse::default() })
+    }
+
+    async fn kill(&self, ctx: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
+        let key = key(ctx, &request.id)?;
+        init_only(&key, &request.exec_id)?;
+        let (shim, span) = (self.shim.clone(), span!("kill", key));
+        self.run(span, async move { shim.kill(&key, request.signal, request.all) }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, ctx: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
+        let key = key(ctx, &request.id)?;
+        init_only(&key, &request.exec_id)?;
+        self.shim.close_stdin(&key).map_err(|error| status::status(&error))?;
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, ctx: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
+        let key = key(ctx, &request.id)?;
+        init_only(&key, &request.exec_id)?;
+        let exit = self.shim.wait(&key).await.map_err(|error| status::status(&error))?;
+        Ok(convert::wait(exit))
+    }
+
+    async fn connect(&self, ctx: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
+        let key = key(ctx, &request.id)?;
+        let task_pid = self.shim.init_pid(&key);
+        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
+    }
+
+    /// One daemon serves all tasks of the node: that one of them is gone is no reason to end.
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, ctx: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
+        key(ctx, &request.id)?;
+        not_implemented("Stats")
+    }
+
+    async fn pause(&self, ctx: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
+        key(ctx, &request.id)?;
+        not_implemented("Pause")
+    }
+
+    async fn resume(&self, ctx: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
+        key(ctx, &request.id)?;
+        not_implemented("Resume")
+    }
+
+    async fn checkpoint(&self, ctx: &TtrpcContext, request: CheckpointTaskRequest) -> Answer<Empty> {
+        key(ctx, &request.id)?;
+        not_implemented("Checkpoint")
+    }
+
+    async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
+        key(ctx, &request.id)?;
+        not_implemented("Exec")
+    }
+
+    async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
+        let key = key(ctx, &request.id)?;
+        init_only(&key, &request.exec_id)?;
+        // A process without a terminal has no window; as in containerd-shim-runc-v2.
+        self.shim.state(&key).map_err(|error| status::status(&error))?;
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
+        key(ctx, &request.id)?;
+        not_implemented("Update")
+    }
+}

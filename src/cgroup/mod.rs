@@ -1,0 +1,155 @@
+//! cgroup v2: where a container's cgroup is wished to be, and what can be read and done there.
+//!
+//! Attributes of a unit's own cgroup belong to systemd; only sub-cgroups are touched here.
+
+pub mod place;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The cgroup v2 hierarchy.
+pub const ROOT: &str = "/sys/fs/cgroup";
+
+/// What can go wrong in the cgroup file system.
+#[derive(Debug, thiserror::Error)]
+#[error("{action} {path}: {source}")]
+pub struct Error {
+    action: &'static str,
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+fn error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error { action, path, source }
+}
+
+/// True if the unified hierarchy is mounted where systemd mounts it.
+pub fn is_unified() -> bool {
+    nix::sys::statfs::statfs(ROOT)
+        .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)
+}
+
+/// The cgroup of a process, below [`ROOT`], beginning with `/`.
+///
+/// # Errors
+/// The process is gone, or has no place in the unified hierarchy.
+pub fn of_process(pid: u32) -> Result<PathBuf, Error> {
+    of_proc_file(Path::new(&format!("/proc/{pid}/cgroup")))
+}
+
+/// The cgroup of this process.
+///
+/// # Errors
+/// As [`of_process`].
+pub fn of_self() -> Result<PathBuf, Error> {
+    of_proc_file(Path::new("/proc/self/cgroup"))
+}
+
+fn of_proc_file(path: &Path) -> Result<PathBuf, Error> {
+    let text = fs::read_to_string(path).map_err(error("read", path))?;
+    let unified = text.lines().find_map(|line| line.strip_prefix("0::"));
+    unified
+        .map(PathBuf::from)
+        .ok_or_else(|| error("find a cgroup v2 in", path)(io::ErrorKind::NotFound.into()))
+}
+
+/// The directory of a cgroup given by its path below [`ROOT`].
+pub fn dir(cgroup: &Path) -> PathBuf {
+    Path::new(ROOT).join(cgroup.strip_prefix("/").unwrap_or(cgroup))
+}
+
+/// Every process in a cgroup and below it; none if the cgroup is gone.
+///
+/// # Errors
+/// It can't be read.
+pub fn processes(cgroup: &Path) -> Result<Vec<u32>, Error> {
+    let mut pids = Vec::new();
+    collect(&dir(cgroup), &mut pids)?;
+    Ok(pids)
+}
+
+fn collect(dir: &Path, pids: &mut Vec<u32>) -> Result<(), Error> {
+    let path = dir.join("cgroup.procs");
+    match fs::read_to_string(&path) {
+        Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok())),
+        // A threaded cgroup has its processes listed above it; a removed one has none.
+        Err(e) if matches!(e.raw_os_error(), Some(libc_errno::EOPNOTSUPP | libc_errno::ENODEV)) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(error("read", &path)(e)),
+    }
+    let children = match fs::read_dir(dir) {
+        Ok(children) => children,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(error("list", dir)(e)),
+    };
+    for child in children.flatten().filter(|child| child.file_type().is_ok_and(|t| t.is_dir())) {
+        collect(&child.path(), pids)?;
+    }
+    Ok(())
+}
+
+/// Kills every process in a cgroup and below it, forks included; nothing if it is gone.
+///
+/// # Errors
+/// The kernel refused.
+pub fn kill(cgroup: &Path) -> Result<(), Error> {
+    let path = dir(cgroup).join("cgroup.kill");
+    match fs::write(&path, "1") {
+        Err(e) if is_gone(&e) => Ok(()),
+        result => result.map_err(error("write", &path)),
+    }
+}
+
+/// True if there is a process in the cgroup or below it.
+pub fn is_populated(cgroup: &Path) -> bool {
+    fs::read_to_string(dir(cgroup).join("cgroup.events"))
+        .is_ok_and(|text| text.lines().any(|line| line == "populated 1"))
+}
+
+/// Makes a cgroup and moves this process into it.
+///
+/// # Errors
+/// The kernel refused.
+pub fn enter(cgroup: &Path) -> Result<(), Error> {
+    let dir = dir(cgroup);
+    fs::create_dir_all(&dir).map_err(error("create", &dir))?;
+    let path = dir.join("cgroup.procs");
+    fs::write(&path, "0").map_err(error("write", &path))
+}
+
+/// Removes a cgroup without processes, and those below it; nothing if it is gone.
+///
+/// # Errors
+/// There are processes in it.
+pub fn remove(cgroup: &Path) -> Result<(), Error> {
+    remove_tree(&dir(cgroup))
+}
+
+fn remove_tree(dir: &Path) -> Result<(), Error> {
+    match fs::read_dir(dir) {
+        Ok(children) => {
+            for child in children.flatten().filter(|child| child.file_type().is_ok_and(|t| t.is_dir())) {
+                remove_tree(&child.path())?;
+            }
+        }
+        Err(e) if is_gone(&e) => return Ok(()),
+        Err(e) => return Err(error("list", dir)(e)),
+    }
+    match fs::remove_dir(dir) {
+        Err(e) if is_gone(&e) => Ok(()),
+        result => result.map_err(error("remove", dir)),
+    }
+}
+
+/// A cgroup can go at any moment: then it is not found, or its open files say ENODEV.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc_errno::ENODEV)
+}
+
+mod libc_errno {
+    pub const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
+    pub const EOPNOTSUPP: i32 = nix::errno::Errno::EOPNOTSUPP as i32;
+}

@@ -1,0 +1,161 @@
+//! Arguments in the style of Go's flag package: `-x v`, `-x=v`, `--x v` (pure).
+
+use crate::id::{Namespace, TaskId, TaskKey};
+
+/// What is to be done.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Show the usage.
+    Help,
+    /// Show the version.
+    Version,
+    /// Show what the runtime can do.
+    Info(Global),
+    /// Answer containerd where the shim of a task is.
+    Start(Global),
+    /// Take away what a task left.
+    Delete(Global),
+    /// Be the daemon.
+    Serve,
+    /// Be what runs inside of a unit.
+    Launch {
+        /// `container` or `logger`.
+        what: String,
+        /// The task.
+        key: TaskKey,
+    },
+}
+
+/// The flags that containerd passes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Global {
+    /// The namespace.
+    pub namespace: String,
+    /// The task.
+    pub id: String,
+    /// containerd's gRPC address.
+    pub address: String,
+    /// The bundle, for `delete`.
+    pub bundle: String,
+    /// The program for publishing events: not used, events go over ttrpc.
+    pub publish_binary: String,
+    /// containerd's socket: not used.
+    pub socket: String,
+}
+
+/// Arguments that can't be understood.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Nothing to do.
+    #[error("no command given")]
+    NoCommand,
+    /// A flag that does not exist.
+    #[error("there is no flag {0}")]
+    Flag(String),
+    /// A flag without its value.
+    #[error("the flag {0} needs a value")]
+    Value(String),
+    /// A command that does not exist.
+    #[error("there is no command {0:?}")]
+    Command(String),
+    /// The words after `launch` are wrong.
+    #[error("launch is for systemd: launch container|logger NAMESPACE ID")]
+    Launch,
+}
+
+/// Reads the arguments, the program's name left out.
+///
+/// # Errors
+/// What can't be understood.
+pub fn parse(words: &[String]) -> Result<Command, Error> {
+    let mut global = Global::default();
+    let mut words = words.iter().map(String::as_str).peekable();
+    let mut special = None;
+    while let Some(word) = words.next_if(|word| word.starts_with('-') && *word != "-" && *word != "--") {
+        let name = word.strip_prefix("--").unwrap_or(&word[1..]);
+        let (name, inline) = name.split_once('=').map_or((name, None), |(name, value)| (name, Some(value)));
+        let place = match name {
+            "h" | "help" => return Ok(Command::Help),
+            "v" | "version" => {
+                special = Some(Command::Version);
+                continue;
+            }
+            "info" => {
+                special = Some(Command::Info(Global::default()));
+                continue;
+            }
+            "debug" => continue,
+            "namespace" => &mut global.namespace,
+            "id" => &mut global.id,
+            "address" => &mut global.address,
+            "bundle" => &mut global.bundle,
+            "publish-binary" => &mut global.publish_binary,
+            "socket" => &mut global.socket,
+            _ => return Err(Error::Flag(word.to_owned())),
+        };
+        let value = inline.or_else(|| words.next()).ok_or_else(|| Error::Value(word.to_owned()))?;
+        value.clone_into(place);
+    }
+    match special {
+        Some(Command::Info(_)) => return Ok(Command::Info(global)),
+        Some(command) => return Ok(command),
+        None => {}
+    }
+    match words.next() {
+        None => Err(Error::NoCommand),
+        Some("start") => Ok(Command::Start(global)),
+        Some("delete") => Ok(Command::Delete(global)),
+        Some("serve") => Ok(Command::Serve),
+        Some("help") => Ok(Command::Help),
+        Some("launch") => {
+            let (Some(what @ ("container" | "logger")), Some(namespace), Some(id), None) =
+                (words.next(), words.next(), words.next(), words.next())
+            else {
+                return Err(Error::Launch);
+            };
+            let key = TaskKey {
+                namespace: Namespace::new(namespace).map_err(|_| Error::Launch)?,
+                id: TaskId::new(id).map_err(|_| Error::Launch)?,
+            };
+            Ok(Command::Launch { what: what.to_owned(), key })
+        }
+        Some(other) => Err(Error::Command(other.chars().take(80).collect())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Result<Command, Error> {
+        parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn containerds_calls_are_understood_in_every_spelling() {
+        for line in [
+            "-namespace default -address /run/c.sock -publish-binary /usr/bin/containerd -id web start",
+            "--namespace=default -address=/run/c.sock --publish-binary /usr/bin/containerd -debug -id web start",
+        ] {
+            let Ok(Command::Start(global)) = read(line) else { unreachable!("{line}") };
+            assert_eq!((global.namespace.as_str(), global.id.as_str()), ("default", "web"));
+            assert_eq!(global.address, "/run/c.sock");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        assert_eq!(read(""), Err(Error::NoCommand));
+        assert_eq!(read("-nope start"), Err(Error::Flag("-nope".to_owned())));
+        assert_eq!(read("-id"), Err(Error::Value("-id".to_owned())));
+        assert_eq!(read("stat"), Err(Error::Command("stat".to_owned())));
+        assert_eq!(read("launch container default ../x"), Err(Error::Launch));
+    }
+
+    #[test]
+    fn people_get_help_and_version() {
+        assert_eq!(read("-h"), Ok(Command::Help));
+        assert_eq!(read("-v"), Ok(Command::Version));
+        assert!(matches!(read("-info"), Ok(Command::Info(_))));
+    }
+}

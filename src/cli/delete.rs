@@ -1,0 +1,108 @@
+//! `delete`: takes away whatever a task left, with or without the daemon, within containerd's 5 s.
+//!
+//! containerd calls it after every Delete as well (then there is nothing left to do), and when the
+//! connection of a task has ended: it has given the task up, and publishes the exit that is printed
+//! here.
+
+use std::path::{Path, PathBuf};
+
+use protobuf::Message;
+
+use crate::api::{client, convert};
+use crate::id::TaskKey;
+use crate::oci::{mount, runtime};
+use crate::store::Store;
+use crate::task::Task;
+use crate::task::phase::Exit;
+use crate::{cgroup, config, unit};
+
+use super::arguments::Global;
+use super::{Failure, block_on, key_of, print, say};
+
+/// Killed: what a task that was given up ends with.
+const KILLED: u32 = 128 + 9;
+
+pub(super) fn run(global: &Global) -> Result<(), Failure> {
+    let key = key_of(global)?;
+    let bundle = match global.bundle.as_str() {
+        "" => std::env::current_dir()
+            .map_err(|error| Failure(format!("the working directory is gone: {error}")))?,
+        bundle => PathBuf::from(bundle),
+    };
+    let store = Store::new(config::STATE_DIR);
+    let response = if store.knows(&key) { clean_up(&store, &key)? } else { None };
+    unmount(&bundle);
+    let response = match response {
+        Some(response) => response,
+        None => convert::delete(0, killed_now()).write_to_bytes().map_err(Failure::new)?,
+    };
+    print(&response)
+}
+
+fn clean_up(store: &Store, key: &TaskKey) -> Result<Option<Vec<u8>>, Failure> {
+    let asked = block_on(async {
+        tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(key, config::DELETE_LIMIT)).await
+    })?;
+    let reason = match asked {
+        Ok(Ok(response)) => return response.write_to_bytes().map(Some).map_err(Failure::new),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "no answer in time".to_owned(),
+    };
+    say(&format!("task {key}: the daemon does not clean up ({reason}), doing it without\n"));
+    let Some(task) = store.load(key).map_err(Failure::new)? else {
+        store.remove(key).map_err(Failure::new)?;
+        return Ok(None);
+    };
+    without_daemon(store, &task)?;
+    let pid = task.init.pid().unwrap_or_default();
+    let exit = task.init.exit().unwrap_or_else(killed_now);
+    convert::delete(pid, exit).write_to_bytes().map(Some).map_err(Failure::new)
+}
+
+/// The same steps as the daemon's Delete, each tried whatever became of the one before: what is left
+/// over then is said, and the record stays for the daemon to try again.
+fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
+    let mut troubles: Vec<String> = Vec::new();
+    if let Some(cgroup) = &task.cgroup {
+        troubles.extend(cgroup::kill(cgroup).err().map(|error| error.to_string()));
+    }
+    let dir = store.dir(&task.key);
+    let units = std::iter::once(&task.unit).chain(&task.logger);
+    block_on(async {
+        let manager = unit::proxy::Manager::default();
+        match manager.connect().await {
+            Ok(_) => {
+                for unit in units {
+                    // Waiting for the job needs a listener; killing and forgetting does not.
+                    let killed = manager.kill_all(unit, nix::libc::SIGKILL).await;
+                    let stopped = manager.stop_without_waiting(unit).await;
+                    let reset = manager.reset_failed(unit).await;
+                    for result in [killed, stopped, reset] {
+                        troubles.extend(result.err().map(|error| error.to_string()));
+                    }
+                }
+            }
+            Err(error) => troubles.push(error.to_string()),
+        }
+        let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
+        if cli.knows() {
+            troubles.extend(cli.delete().await.err().map(|error| error.to_string()));
+        }
+    })?;
+    if !troubles.is_empty() {
+        return Err(Failure(format!("task {}: {}", task.key, troubles.join("; "))));
+    }
+    store.remove(&task.key).map_err(Failure::new)
+}
+
+/// A rootfs in the host's mount namespace keeps containerd from removing the bundle.
+fn unmount(bundle: &Path) {
+    if let Err(error) = mount::unmount_all(&bundle.join("rootfs")) {
+        say(&format!("{error}\n"));
+    }
+}
+
+fn killed_now() -> Exit {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Exit { status: KILLED, at_usec: u64::try_from(now.as_micros()).unwrap_or(u64::MAX) }
+}

@@ -1,0 +1,122 @@
+//! The commands: what containerd calls, what systemd runs, what a person types.
+
+pub mod arguments;
+mod delete;
+mod info;
+mod launch;
+mod serve;
+mod start;
+
+use std::io::{Read, Write};
+use std::process::ExitCode;
+
+use arguments::{Command, Global};
+
+/// The longest message that a command takes on standard input.
+const MAX_STDIN_BYTES: u64 = 4 << 20;
+
+/// Why a command failed: one sentence for whoever called it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Failure(String);
+
+impl Failure {
+    fn new(text: impl ToString) -> Self {
+        Self(text.to_string())
+    }
+}
+
+/// Runs what the arguments say.
+pub fn run(words: Vec<String>) -> ExitCode {
+    let command = match arguments::parse(&words) {
+        Ok(command) => command,
+        Err(error) => {
+            say(&format!("{NAME}: {error}\n\n{USAGE}"));
+            return ExitCode::from(2);
+        }
+    };
+    let result = match command {
+        Command::Help => print(USAGE.as_bytes()),
+        Command::Version => print(version().as_bytes()),
+        Command::Info(global) => info::run(&global),
+        Command::Start(global) => start::run(&global),
+        Command::Delete(global) => delete::run(&global),
+        Command::Serve => serve::run(),
+        Command::Launch { what, key } => launch::run(&what, &key),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            say(&format!("{NAME}: {failure}\n"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+const NAME: &str = env!("CARGO_PKG_NAME");
+
+const USAGE: &str = "\
+containerd-shim-systemd-v1: a containerd runtime in which every container is a systemd unit
+
+Nothing has to be run by hand. Put this program into containerd's PATH and name the runtime:
+    ctr run --runtime io.containerd.systemd.v1 IMAGE NAME
+Then look at the container with systemctl status, journalctl -u and systemd-cgls:
+    containerd-<namespace>-<id>.service
+
+Called by containerd:
+    containerd-shim-systemd-v1 -namespace NS -id ID -address ADDR -publish-binary BIN start
+    containerd-shim-systemd-v1 -namespace NS -id ID -address ADDR -bundle DIR delete
+Called by systemd:
+    containerd-shim-systemd-v1 serve        the daemon, one per machine, socket-activated
+    containerd-shim-systemd-v1 launch …     inside a container's unit
+Called by people:
+    containerd-shim-systemd-v1 -info        what the runtime can do (protobuf, for containerd)
+    containerd-shim-systemd-v1 -v           version
+    containerd-shim-systemd-v1 -h           this text
+";
+
+fn version() -> String {
+    format!("{NAME}:\n  Version:  {}\n  Runtime:  io.containerd.systemd.v1\n", env!("CARGO_PKG_VERSION"))
+}
+
+/// Writes an answer to standard output, and nothing else: containerd reads all of it.
+fn print(answer: &[u8]) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    stdout
+        .write_all(answer)
+        .and_then(|()| stdout.flush())
+        .map_err(|error| Failure(format!("write the answer: {error}")))
+}
+
+/// Says something to a person.
+fn say(text: &str) {
+    // There is nobody to tell that stderr is closed.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// All of standard input.
+fn read_stdin() -> Result<Vec<u8>, Failure> {
+    let mut input = Vec::new();
+    let read = std::io::stdin().lock().take(MAX_STDIN_BYTES + 1).read_to_end(&mut input);
+    read.map_err(|error| Failure(format!("read standard input: {error}")))?;
+    if input.len() as u64 > MAX_STDIN_BYTES {
+        return Err(Failure(format!("standard input is larger than {MAX_STDIN_BYTES} bytes")));
+    }
+    Ok(input)
+}
+
+/// A runtime for commands that need one: a single thread, for a single errand.
+fn block_on<T>(errand: impl Future<Output = T>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Ok(runtime.map_err(|error| Failure(format!("set up the runtime: {error}")))?.block_on(errand))
+}
+
+/// Checks what containerd said about the task.
+fn key_of(global: &Global) -> Result<crate::id::TaskKey, Failure> {
+    use crate::id::{Namespace, TaskId, TaskKey};
+    Ok(TaskKey {
+        namespace: Namespace::new(&global.namespace)
+            .map_err(|error| Failure(format!("-namespace: {error}")))?,
+        id: TaskId::new(&global.id).map_err(|error| Failure(format!("-id: {error}")))?,
+    })
+}

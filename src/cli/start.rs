@@ -1,0 +1,221 @@
+//! `start`: tells containerd where the daemon listens, and brings it up if it does not.
+//!
+//! The usual case makes no use of D-Bus or of an async runtime: the daemon's socket answers, the
+//! bundle gets two small files, and the answer is printed.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::getrlimit;
+use protobuf::Message;
+
+use crate::api::messages::{BootstrapParams, BootstrapResult};
+use crate::oci::bundle;
+use crate::task::request::Containerd;
+use crate::unit::properties;
+use crate::unit::proxy::{self, Manager};
+use crate::unit::{name, watch};
+use crate::{cgroup, config};
+
+use super::arguments::Global;
+use super::{Failure, block_on, key_of, launch, print, read_stdin};
+
+pub(super) fn run(global: &Global) -> Result<(), Failure> {
+    key_of(global)?;
+    check_host()?;
+    let caller = Caller::from(global, read_stdin()?);
+    let here = std::env::current_dir()
+        .map_err(|error| Failure(format!("the working directory is gone: {error}")))?;
+    bundle::write_containerd(&here, &containerd(global, &caller)).map_err(Failure::new)?;
+    bring_up()?;
+    let address = format!("unix://{}", config::SOCKET);
+    // containerd 1.6 and 1.7 find the daemon by this file after a restart.
+    std::fs::write(here.join("address"), &address)
+        .map_err(|error| Failure(format!("write {}/address: {error}", here.display())))?;
+    print(&caller.answer(address)?)
+}
+
+/// What kind of containerd calls; see the table of answers at [`Caller::answer`].
+enum Caller {
+    /// 2.3 and later: a bootstrap message on standard input.
+    Bootstrap(Box<BootstrapParams>),
+    /// 1.7 to 2.2: its environment names the versions that it knows.
+    Json,
+    /// 1.6
+    Plain,
+}
+
+impl Caller {
+    /// The bootstrap message and the older runtime options can be legal readings of the same bytes:
+    /// it is the message only if it repeats what the flags say.
+    fn from(global: &Global, input: Vec<u8>) -> Self {
+        match BootstrapParams::parse_from_bytes(&input) {
+            Ok(message) if message.instance_id == global.id && message.namespace == global.namespace => {
+                Self::Bootstrap(Box::new(message))
+            }
+            Ok(_) | Err(_) if std::env::var_os("MAX_SHIM_VERSION").is_some() => Self::Json,
+            Ok(_) | Err(_) => Self::Plain,
+        }
+    }
+
+    /// 1.6 takes a bare address only, 1.7 refuses a version above 2, and 2.0 to 2.2 look like 1.7.
+    fn answer(&self, address: String) -> Result<Vec<u8>, Failure> {
+        match self {
+            Self::Bootstrap(_) => {
+                let result = BootstrapResult {
+                    version: 3,
+                    address,
+                    protocol: "ttrpc".to_owned(),
+                    ..BootstrapResult::default()
+                };
+                result.write_to_bytes().map_err(Failure::new)
+            }
+            Self::Json => Ok(serde_json::json!({"version": 2, "address": address, "protocol": "ttrpc"})
+                .to_string()
+                .into()),
+            Self::Plain => Ok(address.into_bytes()),
+        }
+    }
+}
+
+/// What the daemon has to know of the calling containerd.
+fn containerd(global: &Global, caller: &Caller) -> Containerd {
+    let variable = |name: &str| std::env::var(name).unwrap_or_default();
+    let (mut ttrpc_address, mut grpc_address) = (variable("TTRPC_ADDRESS"), variable("GRPC_ADDRESS"));
+    if let Caller::Bootstrap(message) = caller {
+        ttrpc_address.clone_from(&message.containerd_ttrpc_address);
+        grpc_address.clone_from(&message.containerd_grpc_address);
+    }
+    if grpc_address.is_empty() {
+        grpc_address.clone_from(&global.address);
+    }
+    if ttrpc_address.is_empty() {
+        ttrpc_address = format!("{grpc_address}.ttrpc");
+    }
+    let limit = |resource| getrlimit(resource).ok().map(|(soft, hard)| (resource as u32, soft, hard));
+    let rlimits = launch::RESOURCES.into_iter().filter_map(limit).collect();
+    Containerd { ttrpc_address, grpc_address, path: variable("PATH"), rlimits }
+}
+
+fn check_host() -> Result<(), Failure> {
+    if !Path::new("/run/systemd/system").is_dir() {
+        return Err(Failure::new(
+            "io.containerd.systemd.v1 needs systemd as the init system of this machine",
+        ));
+    }
+    if !cgroup::is_unified() {
+        return Err(Failure::new(
+            "io.containerd.systemd.v1 needs cgroup v2 alone at /sys/fs/cgroup: boot with systemd.unified_cgroup_hierarchy=1",
+        ));
+    }
+    Ok(())
+}
+
+/// Connecting is enough: systemd holds the socket and starts the daemon behind it.
+fn listens() -> bool {
+    UnixStream::connect(config::SOCKET).is_ok()
+}
+
+/// Brings the daemon's units up if its socket does not answer. Of many callers one does it, and the
+/// others wait for that one.
+fn bring_up() -> Result<(), Failure> {
+    if listens() {
+        return Ok(());
+    }
+    let lock = File::create(config::START_LOCK)
+        .map_err(|error| Failure(format!("create {}: {error}", config::START_LOCK)))?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| Failure(format!("lock {}: {errno}", config::START_LOCK)))?;
+    if listens() {
+        return Ok(());
+    }
+    let program = std::env::current_exe().map_err(|error| Failure(format!("find this program: {error}")))?;
+    block_on(start_units(program))?
+        .map_err(|error| Failure(format!("bring up the shim's daemon: {error}")))?;
+    if listens() {
+        Ok(())
+    } else {
+        Err(Failure(format!("{} is up, but {} does not answer", name::DAEMON_SOCKET, config::SOCKET)))
+    }
+}
+
+async fn start_units(program: PathBuf) -> Result<(), proxy::Error> {
+    let manager = std::sync::Arc::new(Manager::default());
+    let (observations, _receiver) = tokio::sync::mpsc::unbounded_channel();
+    let (listening, first) = tokio::sync::oneshot::channel();
+    let watching = tokio::spawn(watch::run(manager.clone(), observations, listening));
+    let up = async {
+        first.await.map_err(|_| proxy::Error::Unreachable { reason: "no answer".to_owned() })?;
+        let systemd = manager.systemd().await?;
+        let unreachable =
+            |error: crate::id::InvalidName| proxy::Error::Unreachable { reason: error.to_string() };
+        let socket = crate::id::UnitName::new(name::DAEMON_SOCKET).map_err(unreachable)?;
+        match manager.start(&socket).await {
+            Err(proxy::Error::NotLoaded { .. }) => {}
+            installed => return installed,
+        }
+        let command = [program.to_string_lossy().into_owned(), "serve".to_owned()];
+        let service = properties::daemon_service(systemd, &command);
+        let aux = Some((name::DAEMON_SERVICE, &service));
+        manager.start_transient_with(&socket, &properties::daemon_socket(), aux).await
+    };
+    let result = tokio::time::timeout(config::START_LIMIT, up).await;
+    watching.abort();
+    result.map_err(|_: tokio::time::error::Elapsed| proxy::Error::Unreachable {
+        reason: timed_out().to_string(),
+    })?
+}
+
+fn timed_out() -> io::Error {
+    io::ErrorKind::TimedOut.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::messages::GenericOptions;
+
+    fn global() -> Global {
+        Global { namespace: "default".to_owned(), id: "web".to_owned(), ..Global::default() }
+    }
+
+    #[test]
+    fn a_bootstrap_message_gets_a_bootstrap_answer() {
+        let message = BootstrapParams {
+            instance_id: "web".to_owned(),
+            namespace: "default".to_owned(),
+            containerd_ttrpc_address: "/run/t.sock".to_owned(),
+            ..BootstrapParams::default()
+        };
+        let caller = Caller::from(&global(), message.write_to_bytes().unwrap());
+        assert_eq!(containerd(&global(), &caller).ttrpc_address, "/run/t.sock");
+        let answer = caller.answer("unix:///x".to_owned()).unwrap();
+        let answer = BootstrapResult::parse_from_bytes(&answer).unwrap();
+        assert_eq!(
+            (answer.version, answer.address.as_str(), answer.protocol.as_str()),
+            (3, "unix:///x", "ttrpc")
+        );
+    }
+
+    #[test]
+    fn options_that_read_as_a_bootstrap_message_are_none() {
+        let options = GenericOptions {
+            type_url: "x".to_owned(),
+            config_path: "/etc/x.toml".to_owned(),
+            ..GenericOptions::default()
+        };
+        let caller = Caller::from(&global(), options.write_to_bytes().unwrap());
+        assert!(!matches!(caller, Caller::Bootstrap(_)));
+    }
+
+    #[test]
+    fn the_oldest_containerd_gets_a_bare_address() {
+        assert_eq!(Caller::Plain.answer("unix:///x".to_owned()).unwrap(), b"unix:///x");
+        let json = Caller::Json.answer("unix:///x".to_owned()).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        assert_eq!(json, serde_json::json!({"version": 2, "address": "unix:///x", "protocol": "ttrpc"}));
+    }
+}

@@ -1,0 +1,244 @@
+//! The bundle's `config.json`: a few fields are read, one is rewritten, nothing is lost.
+//!
+//! Rewriting works on untyped JSON, so that fields and values that no library knows yet survive.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::task::request::Containerd;
+
+/// A spec larger than this is refused: arguments and environment of a process end at 2 MiB.
+pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
+
+const CONFIG: &str = "config.json";
+
+/// What is wrong with a bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The directory or the file can't be read or written.
+    #[error("bundle: {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is larger than [`MAX_CONFIG_BYTES`].
+    #[error("bundle: {path} is larger than {MAX_CONFIG_BYTES} bytes")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is not an OCI runtime spec.
+    #[error("bundle: {path} is not a valid OCI runtime spec: {source}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// The fields of the spec that matter to us. Everything else is the OCI runtime's business.
+#[derive(Debug, Default, Deserialize)]
+pub struct Spec {
+    #[serde(default)]
+    annotations: Option<HashMap<String, String>>,
+    /// The container's host name, empty if unset.
+    #[serde(default)]
+    pub hostname: String,
+    #[serde(default)]
+    process: Option<Process>,
+    #[serde(default)]
+    mounts: Option<Vec<Mount>>,
+    #[serde(default)]
+    linux: Option<Linux>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Process {
+    #[serde(default)]
+    terminal: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct Mount {
+    #[serde(default)]
+    options: Option<Vec<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Linux {
+    #[serde(default)]
+    cgroups_path: Option<String>,
+    #[serde(default)]
+    rootfs_propagation: Option<String>,
+}
+
+impl Spec {
+    /// Reads a bundle's spec.
+    ///
+    /// # Errors
+    /// It is missing, too large, or no spec.
+    pub fn read(bundle: &Path) -> Result<Self, Error> {
+        let path = bundle.join(CONFIG);
+        let text = read_config(&path)?;
+        serde_json::from_slice(&text).map_err(|source| Error::Malformed { path, source })
+    }
+
+    /// An annotation's value, unless it is empty.
+    pub fn annotation(&self, name: &str) -> Option<&str> {
+        self.annotations.as_ref()?.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// `process.terminal`
+    pub fn terminal(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| process.terminal)
+    }
+
+    /// `linux.cgroupsPath`, empty if unset.
+    pub fn cgroups_path(&self) -> &str {
+        self.linux.as_ref().and_then(|linux| linux.cgroups_path.as_deref()).unwrap_or_default()
+    }
+
+    /// Mounts made in the container have to reach the host: its rootfs, or a mount of it, is shared
+    /// with the host. In a mount namespace of the unit's own they would get lost in silence.
+    pub fn shares_mounts_with_host(&self) -> bool {
+        let shared = |word: &str| matches!(word, "shared" | "rshared");
+        let rootfs =
+            self.linux.as_ref().and_then(|linux| linux.rootfs_propagation.as_deref()).is_some_and(shared);
+        let mounts = self.mounts.iter().flatten().flat_map(|mount| mount.options.iter().flatten());
+        rootfs || mounts.map(String::as_str).any(shared)
+    }
+}
+
+/// Writes `linux.cgroupsPath` of a bundle's spec, replacing the file in one step.
+///
+/// # Errors
+/// As [`Spec::read`], and when it can't be written; then the old file stands.
+pub fn set_cgroups_path(bundle: &Path, cgroup: &Path) -> Result<(), Error> {
+    let path = bundle.join(CONFIG);
+    let text = with_cgroups_path(&read_config(&path)?, cgroup)
+        .map_err(|source| Error::Malformed { path: path.clone(), source })?;
+    let new = bundle.join(".config.json.new");
+    let mode = fs::metadata(&path).map_err(io_error("look at", &path))?.permissions();
+    fs::write(&new, text).map_err(io_error("write", &new))?;
+    fs::set_permissions(&new, mode).map_err(io_error("set the mode of", &new))?;
+    fs::rename(&new, &path).map_err(io_error("replace", &path))
+}
+
+/// Written by `start` for the daemon, which reads it at Create. containerd removes it with the bundle.
+const START: &str = "containerd-shim-systemd.json";
+
+/// Leaves word of the calling containerd in the bundle.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn write_containerd(bundle: &Path, containerd: &Containerd) -> Result<(), Error> {
+    let path = bundle.join(START);
+    let text =
+        serde_json::to_vec(containerd).map_err(|source| Error::Malformed { path: path.clone(), source })?;
+    fs::write(&path, text).map_err(io_error("write", &path))
+}
+
+/// What `start` left in the bundle. Nothing for the later containers of a pod, for which containerd
+/// does not call `start`.
+///
+/// # Errors
+/// It can't be read.
+pub fn read_containerd(bundle: &Path) -> Result<Option<Containerd>, Error> {
+    let path = bundle.join(START);
+    match fs::read(&path) {
+        Ok(text) => {
+            serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(io_error("read", &path)(e)),
+    }
+}
+
+/// The fields of a JSON object, each as the text that it was.
+type Fields = BTreeMap<String, Box<RawValue>>;
+
+fn with_cgroups_path(text: &[u8], cgroup: &Path) -> Result<Vec<u8>, serde_json::Error> {
+    let mut spec: Fields = serde_json::from_slice(text)?;
+    let mut linux: Fields = match spec.get("linux") {
+        Some(linux) if linux.get() != "null" => serde_json::from_str(linux.get())?,
+        Some(_) | None => Fields::new(),
+    };
+    linux.insert("cgroupsPath".to_owned(), serde_json::value::to_raw_value(&cgroup.to_string_lossy())?);
+    spec.insert("linux".to_owned(), serde_json::value::to_raw_value(&linux)?);
+    serde_json::to_vec(&spec)
+}
+
+fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
+    let file = File::open(path).map_err(io_error("open", path))?;
+    let mut text = Vec::new();
+    file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
+    if text.len() as u64 > MAX_CONFIG_BYTES {
+        return Err(Error::TooLarge { path: path.to_owned() });
+    }
+    Ok(text)
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> Spec {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn rewriting_loses_nothing_that_no_library_knows() {
+        let text = br#"{"ociVersion":"9.9","linux":{"cgroupsPath":"/a","future":{"n":18446744073709551615,"f":1.10}},"x":[1e400]}"#;
+        let new = with_cgroups_path(text, Path::new("/b/c")).unwrap();
+        let new = String::from_utf8(new).unwrap();
+        assert!(new.contains(r#""cgroupsPath":"/b/c""#), "{new}");
+        for kept in
+            [r#""future":{"n":18446744073709551615,"f":1.10}"#, r#""x":[1e400]"#, r#""ociVersion":"9.9""#]
+        {
+            assert!(new.contains(kept), "{new}");
+        }
+    }
+
+    #[test]
+    fn a_spec_without_linux_gets_one() {
+        for text in ["{}", r#"{"linux":null}"#] {
+            let new = with_cgroups_path(text.as_bytes(), Path::new("/b")).unwrap();
+            assert_eq!(String::from_utf8(new).unwrap(), r#"{"linux":{"cgroupsPath":"/b"}}"#);
+        }
+    }
+
+    #[test]
+    fn shared_mounts_are_noticed() {
+        assert!(spec(r#"{"linux":{"rootfsPropagation":"rshared"}}"#).shares_mounts_with_host());
+        assert!(spec(r#"{"mounts":[{"options":["rbind","rshared"]}]}"#).shares_mounts_with_host());
+        assert!(
+            !spec(r#"{"mounts":[{"options":["rbind","rslave"]},{}],"linux":{}}"#).shares_mounts_with_host()
+        );
+    }
+
+    #[test]
+    fn absent_and_null_fields_are_the_same() {
+        for text in ["{}", r#"{"annotations":null,"linux":null,"process":null,"mounts":null}"#] {
+            let spec = spec(text);
+            assert_eq!((spec.cgroups_path(), spec.annotation("a"), spec.terminal()), ("", None, false));
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What a person calls a container (pure): from the annotations that clients leave in the spec.
+
+use crate::id::{SHORT_ID, TaskKey, is_long_hex};
+use crate::task::Face;
+
+use super::bundle::Spec;
+
+/// Longer names are cut: they are for one line of a terminal.
+const MAX_NAME: usize = 160;
+
+/// Names and journal fields of a container.
+pub fn of(key: &TaskKey, spec: &Spec) -> Face {
+    let cri = |name: &str| spec.annotation(&format!("io.kubernetes.cri.{name}"));
+    let pod = cri("sandbox-name").map(|name| match cri("sandbox-namespace") {
+        Some(namespace) => format!("{namespace}/{name}"),
+        None => name.to_owned(),
+    });
+    let name = match (&pod, cri("container-name"), cri("container-type")) {
+        (Some(pod), Some(container), _) => format!("{pod}/{container}"),
+        (Some(pod), None, Some("sandbox")) => format!("{pod} (sandbox)"),
+        (Some(pod), None, _) => pod.clone(),
+        (None, ..) => spec.annotation("nerdctl/name").map_or_else(|| plain_name(key, spec), str::to_owned),
+    };
+    let name = one_line(&name);
+    let image = cri("image-name").map(one_line);
+    let shown = match &image {
+        Some(image) => format!("{name} ({image})"),
+        None => name.clone(),
+    };
+    let mut fields = vec![
+        ("CONTAINER_ID".to_owned(), key.id.to_string()),
+        ("CONTAINER_NAMESPACE".to_owned(), key.namespace.to_string()),
+        ("CONTAINER_NAME".to_owned(), name),
+    ];
+    fields.extend(image.map(|image| ("CONTAINER_IMAGE".to_owned(), image)));
+    for (field, annotation) in
+        [("POD_NAME", "sandbox-name"), ("POD_NAMESPACE", "sandbox-namespace"), ("POD_UID", "sandbox-uid")]
+    {
+        fields.extend(cri(annotation).map(|value| (field.to_owned(), one_line(value))));
+    }
+    Face { description: format!("{shown}, container {key}"), fields }
+}
+
+/// The name under which the lines stand in the journal: the container's, short.
+pub fn identifier(face: &Face) -> &str {
+    let name =
+        face.fields.iter().find(|(field, _)| field == "CONTAINER_NAME").map_or("container", |(_, name)| name);
+    name.rsplit('/').next().unwrap_or(name)
+}
+
+/// Docker gives no name away; the host name that a person chose is better than an id.
+fn plain_name(key: &TaskKey, spec: &Spec) -> String {
+    let id = key.id.as_str();
+    if !is_long_hex(id) {
+        return id.to_owned();
+    }
+    let short = &id[..SHORT_ID];
+    if spec.hostname.is_empty() || spec.hostname == short { short.to_owned() } else { spec.hostname.clone() }
+}
+
+/// A value from a spec, made fit for a line: no control characters, no excess.
+fn one_line(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(MAX_NAME).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::{Namespace, TaskId};
+
+    fn face(id: &str, spec: &str) -> Face {
+        let key = TaskKey { namespace: Namespace::new("n").unwrap(), id: TaskId::new(id).unwrap() };
+        of(&key, &serde_json::from_str(spec).unwrap())
+    }
+
+    #[test]
+    fn an_id_that_is_a_name_is_the_name() {
+        let face = face("web", "{}");
+        assert_eq!(face.description, "web, container n/web");
+        assert_eq!(identifier(&face), "web");
+    }
+
+    #[test]
+    fn kubernetes_names_pod_and_container() {
+        let spec = r#"{"annotations":{"io.kubernetes.cri.sandbox-name":"dns","io.kubernetes.cri.sandbox-namespace":"kube",
+            "io.kubernetes.cri.container-name":"main","io.kubernetes.cri.image-name":"dns:1"}}"#;
+        let face = face(&"ab".repeat(32), spec);
+        assert!(
+            face.description.starts_with("kube/dns/main (dns:1), container n/abab"),
+            "{}",
+            face.description
+        );
+        assert!(face.fields.contains(&("POD_NAME".to_owned(), "dns".to_owned())));
+        assert_eq!(identifier(&face), "main");
+    }
+
+    #[test]
+    fn a_docker_container_is_called_by_its_host_name() {
+        let id = "cd".repeat(32);
+        assert!(face(&id, r#"{"hostname":"db"}"#).description.starts_with("db, "));
+        assert!(face(&id, r#"{"hostname":"cdcdcdcdcdcd"}"#).description.starts_with("cdcdcdcdcdcd, "));
+    }
+
+    #[test]
+    fn control_characters_do_not_reach_the_terminal() {
+        let face = face("a", "{\"annotations\":{\"nerdctl/name\":\"x\\ny\\u001b[31m\"}}");
+        assert!(face.description.starts_with("xy[31m, "), "{}", face.description);
+    }
+}

@@ -1,0 +1,7 @@
+//! The OCI side: the bundle, the runtime and its options, the rootfs.
+
+pub mod bundle;
+pub mod face;
+pub mod mount;
+pub mod options;
+pub mod runtime;

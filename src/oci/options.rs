@@ -1,0 +1,222 @@
+//! Options of the OCI runtime: the names of runc's, as people write them in containerd's
+//! configuration (pure, but for reading a file that the configuration names).
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::id::Namespace;
+use crate::task::request::Runtime;
+
+/// Where containerd-shim-runc-v2 keeps runc's state: `runc --root` works as people know it.
+const DEFAULT_ROOT: &str = "/run/containerd/runc";
+const DEFAULT_BINARY: &str = "runc";
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// An options file larger than this is a mistake.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// What is wrong with the options.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that the options name can't be read.
+    #[error("runtime options: read {path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// Not TOML, a value of the wrong type, or a key that does not exist.
+    #[error("runtime options in {place}: {source}")]
+    Malformed {
+        /// Where they came from.
+        place: String,
+        /// What is wrong.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// The runtime's binary is not there.
+    #[error("the OCI runtime {name:?} (option BinaryName) is not an executable file in {path}")]
+    NoBinary {
+        /// As given.
+        name: String,
+        /// Where it was searched.
+        path: String,
+    },
+    /// A directory that has to be absolute is not.
+    #[error("runtime options: Root {root:?} must be an absolute path without \"..\"")]
+    Root {
+        /// As given.
+        root: String,
+    },
+}
+
+/// Options by their names in containerd's configuration. What has no meaning here, but is a valid
+/// option of runc's, is accepted, so that a block copied from runc works.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase", deny_unknown_fields, default)]
+pub struct Options {
+    /// The OCI runtime, a name or a path.
+    pub binary_name: String,
+    /// The OCI runtime's state directory; the namespace is added.
+    pub root: String,
+    /// `--no-pivot`
+    pub no_pivot_root: bool,
+    /// `--no-new-keyring`
+    pub no_new_keyring: bool,
+    /// Owner of the container's pipe ends.
+    pub io_uid: u32,
+    /// Group of the container's pipe ends.
+    pub io_gid: u32,
+    /// Says how to read cgroupsPath; here its form decides.
+    pub systemd_cgroup: bool,
+    /// Without effect: there is no process of ours to move.
+    pub shim_cgroup: String,
+    /// Without effect: gone since containerd 2.0.
+    pub criu_path: String,
+    /// Without effect here: containerd makes a checkpoint of it.
+    pub criu_image_path: String,
+    /// Without effect until there are checkpoints.
+    pub criu_work_path: String,
+    /// Without effect here: containerd reads it.
+    pub task_api_address: String,
+    /// Without effect here: containerd reads it.
+    pub task_api_version: u32,
+    /// Without effect here: containerd puts it beside the options.
+    pub type_url: String,
+}
+
+/// Options in the form in which they arrived.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// As a message, or none at all.
+    Given(Options),
+    /// As TOML (`ConfigBody`).
+    Toml(String),
+    /// As the name of a TOML file (`ConfigPath`).
+    File(PathBuf),
+}
+
+impl Default for Source {
+    fn default() -> Self {
+        Self::Given(Options::default())
+    }
+}
+
+impl Source {
+    /// The options.
+    ///
+    /// # Errors
+    /// The file can't be read, or the TOML is not ours.
+    pub fn read(self) -> Result<Options, Error> {
+        match self {
+            Self::Given(options) => Ok(options),
+            Self::Toml(text) => Options::from_toml(&text, "ConfigBody"),
+            Self::File(path) => Options::from_file(&path),
+        }
+    }
+}
+
+impl Options {
+    /// From TOML, as containerd passes on the options of a runtime that it does not know.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`], which names the key.
+    pub fn from_toml(text: &str, place: &str) -> Result<Self, Error> {
+        toml::from_str(text)
+            .map_err(|source| Error::Malformed { place: place.to_owned(), source: Box::new(source) })
+    }
+
+    /// From a TOML file (`ConfigPath`).
+    ///
+    /// # Errors
+    /// As [`Self::from_toml`], or the file can't be read.
+    pub fn from_file(path: &Path) -> Result<Self, Error> {
+        let mut text = String::new();
+        File::open(path)
+            .and_then(|file| file.take(MAX_FILE_BYTES).read_to_string(&mut text))
+            .map_err(|source| Error::File { path: path.to_owned(), source })?;
+        Self::from_toml(&text, &path.to_string_lossy())
+    }
+
+    /// The runtime that these options name, its binary found in `path` (containerd's `PATH`).
+    ///
+    /// # Errors
+    /// No such binary, or a relative `Root`.
+    pub fn resolve(&self, namespace: &Namespace, path: &str) -> Result<Runtime, Error> {
+        let path = if path.is_empty() { DEFAULT_PATH } else { path };
+        let name = if self.binary_name.is_empty() { DEFAULT_BINARY } else { &self.binary_name };
+        let root = Path::new(if self.root.is_empty() { DEFAULT_ROOT } else { &self.root });
+        let climbs = root.components().any(|part| part == std::path::Component::ParentDir);
+        if !root.is_absolute() || climbs {
+            return Err(Error::Root { root: self.root.clone() });
+        }
+        Ok(Runtime {
+            binary: find(name, path)
+                .ok_or_else(|| Error::NoBinary { name: name.to_owned(), path: path.to_owned() })?,
+            root: root.join(namespace.as_str()),
+            no_pivot: self.no_pivot_root,
+            no_new_keyring: self.no_new_keyring,
+            io_owner: (self.io_uid, self.io_gid),
+            path: path.to_owned(),
+        })
+    }
+}
+
+fn find(name: &str, path: &str) -> Option<PathBuf> {
+    let executable =
+        |path: &Path| path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok();
+    if name.contains('/') {
+        let path = PathBuf::from(name);
+        return (path.is_absolute() && executable(&path)).then_some(path);
+    }
+    path.split(':').map(|dir| Path::new(dir).join(name)).find(|path| path.is_absolute() && executable(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_copied_from_runc_works() {
+        let text =
+            "BinaryName = \"crun\"\nSystemdCgroup = true\nRoot = \"/run/x\"\nCriuWorkPath = \"\"\nIoUid = 7";
+        let options = Options::from_toml(text, "ConfigBody").unwrap();
+        assert_eq!(
+            (options.binary_name.as_str(), options.root.as_str(), options.io_uid),
+            ("crun", "/run/x", 7)
+        );
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let error = Options::from_toml("BinaryNmae = \"crun\"", "ConfigBody").unwrap_err();
+        let text = format!("{error}");
+        assert!(text.contains("BinaryNmae") && text.contains("ConfigBody"), "{text}");
+    }
+
+    #[test]
+    fn a_binary_that_is_not_there_is_named() {
+        let namespace = Namespace::new("default").unwrap();
+        let options = Options { binary_name: "no-such-runtime".to_owned(), ..Options::default() };
+        let error = options.resolve(&namespace, "/usr/bin:/bin").unwrap_err();
+        assert!(error.to_string().contains("no-such-runtime"));
+        let relative = Options { binary_name: "./sh".to_owned(), ..Options::default() };
+        assert!(relative.resolve(&namespace, "/bin").is_err());
+    }
+
+    #[test]
+    fn the_namespace_is_part_of_the_root() {
+        let namespace = Namespace::new("k8s.io").unwrap();
+        let options = Options { binary_name: "sh".to_owned(), ..Options::default() };
+        let runtime = options.resolve(&namespace, "/nowhere:/bin").unwrap();
+        assert_eq!(runtime.root, Path::new("/run/containerd/runc/k8s.io"));
+        assert_eq!(runtime.binary, Path::new("/bin/sh"));
+        let relative = Options { root: "x/y".to_owned(), binary_name: "sh".to_owned(), ..Options::default() };
+        assert!(matches!(relative.resolve(&namespace, "/bin"), Err(Error::Root { .. })));
+    }
+}

@@ -1,0 +1,224 @@
+//! The OCI runtime's command line and its log. runc, crun and youki take the same words.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use serde::Deserialize;
+
+use crate::config;
+use crate::id::TaskId;
+use crate::task::request::Runtime;
+
+/// How much of the log's end is looked at for the reason of a failure.
+const LOG_TAIL_BYTES: u64 = 64 << 10;
+
+/// A command of the OCI runtime that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It could not be run.
+    #[error("OCI runtime {verb} failed: can't run {binary}: {source}")]
+    Spawn {
+        /// The command.
+        verb: &'static str,
+        /// The binary.
+        binary: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// It failed; the reason is in its own words.
+    #[error("OCI runtime {verb} failed: {reason}")]
+    Failed {
+        /// The command.
+        verb: &'static str,
+        /// Its last error.
+        reason: String,
+    },
+    /// It took too long and was killed.
+    #[error("OCI runtime {verb} failed: no end after {} s", config::RUNTIME_LIMIT.as_secs())]
+    TimedOut {
+        /// The command.
+        verb: &'static str,
+    },
+}
+
+/// The OCI runtime, for one container.
+#[derive(Clone, Copy, Debug)]
+pub struct Cli<'a> {
+    /// The binary and its options.
+    pub runtime: &'a Runtime,
+    /// The container.
+    pub id: &'a TaskId,
+    /// A directory for its logs.
+    pub dir: &'a Path,
+}
+
+impl Cli<'_> {
+    /// `create`, for a process that becomes it.
+    pub fn create(&self, bundle: &Path, pid_file: &Path) -> Command {
+        let mut command = self.command("create");
+        command.arg("--bundle").arg(bundle).arg("--pid-file").arg(pid_file);
+        if self.runtime.no_pivot {
+            command.arg("--no-pivot");
+        }
+        if self.runtime.no_new_keyring {
+            command.arg("--no-new-keyring");
+        }
+        command.arg(self.id.as_str());
+        command
+    }
+
+    /// Lets a created container's process run.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn start(&self) -> Result<(), Error> {
+        let mut command = self.command("start");
+        command.arg(self.id.as_str());
+        self.run("start", command).await
+    }
+
+    /// Removes what the runtime keeps of a container; no error if there is nothing.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn delete(&self) -> Result<(), Error> {
+        let mut command = self.command("delete");
+        command.arg("--force").arg(self.id.as_str());
+        self.run("delete", command).await
+    }
+
+    /// The runtime keeps something of this container.
+    pub fn knows(&self) -> bool {
+        self.runtime.root.join(self.id.as_str()).exists()
+    }
+
+    /// The container has been created and waits for `start`: the FIFO on which runc's and crun's
+    /// init waits is still there.
+    pub fn waits_for_start(&self) -> bool {
+        self.runtime.root.join(self.id.as_str()).join("exec.fifo").exists()
+    }
+
+    /// Why a command failed, from the log that it was given.
+    pub fn reason(&self, verb: &str, status: Option<ExitStatus>) -> String {
+        last_error(&self.log(verb)).unwrap_or_else(|| match status {
+            Some(status) => match (status.code(), status.signal()) {
+                (Some(code), _) => format!("{} ended with code {code} and no message", self.binary_name()),
+                (None, Some(signal)) => format!("{} was killed by signal {signal}", self.binary_name()),
+                (None, None) => format!("{} ended in an unknown way", self.binary_name()),
+            },
+            None => format!("{} left no message", self.binary_name()),
+        })
+    }
+
+    fn binary_name(&self) -> String {
+        self.runtime.binary.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    fn log(&self, verb: &str) -> PathBuf {
+        self.dir.join(format!("{verb}.log"))
+    }
+
+    fn command(&self, verb: &str) -> Command {
+        let log = self.log(verb);
+        // Both append: an old error must not be taken for a new one.
+        let _ = fs::remove_file(&log);
+        let mut command = Command::new(&self.runtime.binary);
+        command.arg("--root").arg(&self.runtime.root).arg("--log").arg(log).args([
+            "--log-format",
+            "json",
+            verb,
+        ]);
+        command.env("PATH", &self.runtime.path);
+        // The runtime would take systemd's words to us for its container.
+        for name in
+            ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"]
+        {
+            command.env_remove(name);
+        }
+        command
+    }
+
+    async fn run(&self, verb: &'static str, mut command: Command) -> Result<(), Error> {
+        // Hooks may leave children behind: nothing of theirs may hold a pipe of ours open.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let spawn_error = |source| Error::Spawn { verb, binary: self.runtime.binary.clone(), source };
+        let mut child = tokio::process::Command::from(command).spawn().map_err(spawn_error)?;
+        let status = match tokio::time::timeout(config::RUNTIME_LIMIT, child.wait()).await {
+            Ok(status) => status.map_err(spawn_error)?,
+            Err(_) => {
+                // It may have ended by now; then there is nothing to kill.
+                let _ = child.kill().await;
+                return Err(Error::TimedOut { verb });
+            }
+        };
+        if status.success() {
+            return Ok(());
+        }
+        Err(Error::Failed { verb, reason: self.reason(verb, Some(status)) })
+    }
+}
+
+/// The last error of a log in JSON lines.
+fn last_error(log: &Path) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Line {
+        level: String,
+        msg: String,
+    }
+    let mut file = File::open(log).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES))).ok()?;
+    let mut text = Vec::new();
+    file.take(LOG_TAIL_BYTES).read_to_end(&mut text).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let errors = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
+    errors
+        .filter(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"))
+        .last()
+        .map(|line| line.msg)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_error_of_the_log_is_the_reason() {
+        let dir = std::env::temp_dir().join(format!("runtime-test-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let log = dir.join("create.log");
+        let text = concat!(
+            "{\"level\":\"warning\",\"msg\":\"a\",\"time\":\"t\"}\n",
+            "{\"level\":\"error\",\"msg\":\"first\",\"time\":\"t\"}\n",
+            "not json\n",
+            "{\"level\":\"error\",\"msg\":\"exec: \\\"nope\\\": executable file not found in $PATH\"}\n",
+        );
+        fs::write(&log, text).unwrap();
+        assert_eq!(last_error(&log).unwrap(), "exec: \"nope\": executable file not found in $PATH");
+        assert_eq!(last_error(&dir.join("none.log")), None);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn create_has_the_options_that_were_asked_for() {
+        let runtime = Runtime {
+            binary: "/usr/bin/runc".into(),
+            root: "/run/r/default".into(),
+            no_pivot: true,
+            ..Runtime::default()
+        };
+        let id = TaskId::new("web").unwrap();
+        let cli = Cli { runtime: &runtime, id: &id, dir: Path::new("/run/x") };
+        let command = cli.create(Path::new("/b"), Path::new("/run/x/init.pid"));
+        let args: Vec<_> = command.get_args().map(|arg| arg.to_string_lossy().into_owned()).collect();
+        assert_eq!(
+            args.join(" "),
+            "--root /run/r/default --log /run/x/create.log --log-format json create \
+             --bundle /b --pid-file /run/x/init.pid --no-pivot web"
+        );
+    }
+}

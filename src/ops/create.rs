@@ -1,0 +1,284 @@
+//! Create: check everything, write the record, start the unit.
+//!
+//! Nothing has an effect before the record is written, and a Create that fails takes back all it
+//! did: unit, runtime state, mounts, FIFOs, record.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use crate::cgroup::{self, place};
+use crate::id::{Namespace, TaskId, TaskKey, UnitName};
+use crate::oci::bundle::{self, Spec};
+use crate::oci::{face, mount, options, runtime};
+use crate::stdio::{fifo, uri};
+use crate::task::outbox::Outbox;
+use crate::task::phase::{Event, Phase};
+use crate::task::registry::Taken;
+use crate::task::request::{Containerd, Create};
+use crate::task::{Placement, Task};
+use crate::unit::properties::{self, Shown};
+use crate::unit::{name, proxy};
+
+use super::{Entry, Error, Shim, blocking};
+
+/// Where containerd takes events when nothing says otherwise.
+const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
+const DEFAULT_GRPC: &str = "/run/containerd/containerd.sock";
+
+/// The file in a task's directory that systemd reads the main process from.
+pub const PID_FILE: &str = "init.pid";
+/// The file in a task's directory in which `launch` leaves the reason of its failure.
+pub const LAUNCH_ERROR: &str = "launch.err";
+
+/// A Create call.
+#[derive(Debug)]
+pub struct CreateTask {
+    /// The task to be.
+    pub key: TaskKey,
+    /// What the client asks for.
+    pub request: Create,
+    /// The OCI runtime's options.
+    pub options: options::Source,
+    /// A checkpoint to restore from, empty if none.
+    pub checkpoint: String,
+}
+
+impl Shim {
+    /// Makes a container, up to its waiting init process; returns that process.
+    ///
+    /// # Errors
+    /// Anything that is wrong with the request, or that fails; nothing is left then.
+    pub async fn create(self: &Arc<Self>, call: CreateTask) -> Result<u32, Error> {
+        if self.registry.get(&call.key).is_some() {
+            return Err(Error::Exists { key: call.key });
+        }
+        if !call.checkpoint.is_empty() {
+            return Err(Error::NotImplemented("restoring a checkpoint"));
+        }
+        if call.request.stdio.terminal {
+            return Err(Error::NotImplemented("a terminal"));
+        }
+        let shim = self.clone();
+        let task = blocking(move || shim.prepare(call)).await??;
+        let entry = self.register(task)?;
+        let _verb = entry.verb.lock().await;
+        match self.bring_up(&entry).await {
+            Ok(pid) => Ok(pid),
+            Err(error) => {
+                self.take_back(&entry).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Checks the request against what is on disk; no effects.
+    fn prepare(&self, call: CreateTask) -> Result<Task, Error> {
+        let CreateTask { key, request, options, .. } = call;
+        let climbs = request.bundle.components().any(|part| part == Component::ParentDir);
+        if !request.bundle.is_absolute() || climbs {
+            return Err(Error::BundlePath(request.bundle));
+        }
+        let spec = Spec::read(&request.bundle)?;
+        if spec.terminal() {
+            return Err(Error::NotImplemented("a terminal"));
+        }
+        let containerd = self.containerd_of(&key, &request.bundle, &spec)?;
+        let runtime = options.read()?.resolve(&key.namespace, &containerd.path)?;
+        let wiring = uri::wiring(&request.stdio, fifo::kind)?;
+        Ok(Task {
+            placement: placement(&key, &spec)?,
+            face: face::of(&key, &spec),
+            rootfs_on_host: !request.rootfs.is_empty() && spec.shares_mounts_with_host(),
+            unit: name::candidates(&key).next().ok_or(Error::NoUnitName { key: key.clone() })?,
+            logger: None,
+            cgroup: None,
+            init: Phase::Creating { exit: None },
+            outbox: Outbox::default(),
+            muted: false,
+            key,
+            request,
+            wiring,
+            runtime,
+            containerd,
+        })
+    }
+
+    /// Which containerd calls: `start` left word in the bundle. For the later containers of a pod it
+    /// was not called; they belong to the containerd of their sandbox.
+    fn containerd_of(&self, key: &TaskKey, bundle: &Path, spec: &Spec) -> Result<Containerd, Error> {
+        if let Some(found) = bundle::read_containerd(bundle)? {
+            return Ok(found);
+        }
+        let sandbox = sandbox_of(spec)
+            .and_then(|id| self.registry.get(&TaskKey { namespace: key.namespace.clone(), id }))
+            .map(|entry| entry.task().containerd.clone());
+        Ok(sandbox.unwrap_or_else(|| Containerd {
+            ttrpc_address: DEFAULT_TTRPC.to_owned(),
+            grpc_address: DEFAULT_GRPC.to_owned(),
+            ..Containerd::default()
+        }))
+    }
+
+    /// Claims the id and a unit's name.
+    fn register(&self, task: Task) -> Result<Arc<Entry>, Error> {
+        let key = task.key.clone();
+        for unit in name::candidates(&key) {
+            let logger = task.wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
+            match self.registry.insert(Task { unit, logger, ..task.clone() }) {
+                Ok(entry) => return Ok(entry),
+                Err(Taken::Key) => return Err(Error::Exists { key }),
+                Err(Taken::Unit) => {}
+            }
+        }
+        Err(Error::NoUnitName { key })
+    }
+
+    async fn bring_up(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<u32, Error> {
+        let task = entry.task().clone();
+        let dir = self.store.dir(&task.key);
+        self.store.create(&task)?;
+        self.open_streams(entry, &task).await?;
+        if let Some(logger) = &task.logger {
+            self.start_logger(entry, &task, logger).await?;
+        }
+        if name::is_pod_slice(task.placement.slice()) {
+            self.make_pod_slice(task.placement.slice(), &task).await?;
+        }
+        self.start_unit(&task, &dir).await?;
+        let pid =
+            read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(&task, &dir)))?;
+        self.adopt(entry, pid)?;
+        self.start_pumps(entry);
+        self.tidy_up(entry);
+        Ok(pid)
+    }
+
+    async fn start_unit(&self, task: &Task, dir: &Path) -> Result<(), Error> {
+        let command = self.launch_command(&task.key, "container");
+        let shown = Shown {
+            description: &task.face.description,
+            identifier: face::identifier(&task.face),
+            fields: &task.face.fields,
+            slice: task.placement.slice(),
+        };
+        let properties = properties::container(self.systemd, &shown, &command, &dir.join(PID_FILE));
+        let mut started = self.manager.start_transient(&task.unit, &properties).await;
+        if let Err(proxy::Error::Exists { .. }) = started {
+            // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
+            self.manager.reset_failed(&task.unit).await?;
+            started = self.manager.start_transient(&task.unit, &properties).await;
+        }
+        match started {
+            Err(proxy::Error::Job { .. }) => Err(Error::Launch(self.launch_failure(task, dir))),
+            other => Ok(other?),
+        }
+    }
+
+    /// The arguments with which a unit runs this program for a task.
+    pub(super) fn launch_command(&self, key: &TaskKey, what: &str) -> Vec<String> {
+        let words = ["launch", what, key.namespace.as_str(), key.id.as_str()];
+        let program = self.program.to_string_lossy().into_owned();
+        std::iter::once(program).chain(words.map(str::to_owned)).collect()
+    }
+
+    fn launch_failure(&self, task: &Task, dir: &Path) -> String {
+        if let Ok(reason) = fs::read_to_string(dir.join(LAUNCH_ERROR)) {
+            return reason;
+        }
+        let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir };
+        format!("OCI runtime create failed: {}", cli.reason("create", None))
+    }
+
+    /// Takes the main process over: holds it, notes where it lives.
+    fn adopt(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
+        let process = crate::sys::pidfd_open(pid);
+        let cgroup = cgroup::of_process(pid);
+        // A process that is gone already has ended; systemd says how.
+        entry.live().process = process.ok();
+        self.apply_with(entry, Event::Created { pid }, |task| {
+            task.cgroup = cgroup.ok().or_else(|| task.cgroup.take());
+        })
+    }
+
+    /// The sub-cgroup in which the OCI runtime worked is empty now.
+    fn tidy_up(&self, entry: &Arc<Entry>) {
+        let task = entry.task();
+        if let (Placement::Unit { .. }, Some(unit)) =
+            (&task.placement, task.cgroup.as_deref().and_then(Path::parent))
+        {
+            let launch = unit.join(properties::LAUNCH_SUBGROUP);
+            if let Err(error) = cgroup::remove(&launch) {
+                tracing::debug!(%error, "the launch cgroup stays until the unit ends");
+            }
+        }
+    }
+
+    async fn make_pod_slice(&self, slice: &UnitName, task: &Task) -> Result<(), Error> {
+        let pod = |name: &str| {
+            task.face.fields.iter().find(|(field, _)| field == name).map(|(_, value)| value.as_str())
+        };
+        let description = match (pod("POD_NAMESPACE"), pod("POD_NAME")) {
+            (Some(namespace), Some(name)) => format!("Pod {namespace}/{name}"),
+            _ => format!("Pod of container {}", task.key),
+        };
+        match self.manager.start_transient(slice, &properties::pod_slice(&description)).await {
+            Ok(()) | Err(proxy::Error::Exists { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Undoes a Create, however far it came. What can't be undone is logged: the caller has an error
+    /// to report already.
+    pub(super) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
+        let task = entry.task().clone();
+        if let Err(error) = self.remove_container(&task, entry).await {
+            tracing::error!(task = %task.key, %error, "can't take back all of a failed create");
+        }
+        if let Err(error) = self.store.remove(&task.key) {
+            tracing::error!(task = %task.key, %error, "can't remove the record of a failed create");
+        }
+        self.registry.remove(&task.key);
+    }
+}
+
+/// The unit's slice and the container's cgroup, from the client's wish.
+fn placement(key: &TaskKey, spec: &Spec) -> Result<Placement, Error> {
+    let ours = || -> Result<UnitName, Error> {
+        Ok(match (key.namespace.as_str(), sandbox_of(spec)) {
+            ("k8s.io", Some(sandbox)) => name::pod_slice(&key.namespace, &sandbox)?,
+            _ => name::namespace_slice(&key.namespace)?,
+        })
+    };
+    Ok(match place::parse(spec.cgroups_path(), &key.namespace, &key.id)? {
+        place::Wish::Ours => Placement::Unit { slice: ours()?, child: place::escape(key.id.as_str()) },
+        place::Wish::Slice { slice, child } => Placement::Unit { slice: UnitName::new(slice)?, child },
+        place::Wish::Literal(path) => {
+            tracing::warn!(
+                task = %key,
+                path = %path.display(),
+                "the client insists on a cgroup outside of the unit: systemctl shows neither its processes nor its memory"
+            );
+            Placement::Foreign { slice: namespace_slice(&key.namespace)?, path }
+        }
+    })
+}
+
+fn namespace_slice(namespace: &Namespace) -> Result<UnitName, Error> {
+    Ok(name::namespace_slice(namespace)?)
+}
+
+/// The pod's sandbox (pause container) that a container belongs to; a sandbox belongs to itself.
+fn sandbox_of(spec: &Spec) -> Option<TaskId> {
+    spec.annotation("io.kubernetes.cri.sandbox-id").and_then(|id| TaskId::new(id).ok())
+}
+
+fn read_pid(path: &PathBuf) -> Option<u32> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// Takes away a rootfs that is mounted in the host's mount namespace.
+pub(super) async fn unmount(bundle: PathBuf) -> Result<(), Error> {
+    blocking(move || mount::unmount_all(&bundle.join("rootfs"))).await??;
+    Ok(())
+}

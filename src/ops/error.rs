@@ -1,0 +1,124 @@
+//! Why a verb failed. `api/status.rs` gives each a code.
+
+use crate::id::TaskKey;
+use crate::task::phase::Refusal;
+use crate::{cgroup, oci, stdio, store, unit};
+
+/// Why a verb failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no such task.
+    #[error("task {key}: container not created: not found")]
+    UnknownTask {
+        /// As asked for.
+        key: TaskKey,
+    },
+    /// There is no such exec.
+    #[error("task {key}: process does not exist {exec}: not found")]
+    UnknownExec {
+        /// The task.
+        key: TaskKey,
+        /// As asked for.
+        exec: String,
+    },
+    /// The id is in use.
+    #[error("task {key}: already exists")]
+    Exists {
+        /// As asked for.
+        key: TaskKey,
+    },
+    /// A unit of the task's name is in use by something else.
+    #[error("task {key}: all names for its unit are in use by others")]
+    NoUnitName {
+        /// The task.
+        key: TaskKey,
+    },
+    /// The phase does not allow it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The process has ended.
+    #[error("process already finished: not found")]
+    Finished,
+    /// No signal has this number.
+    #[error("signal {0} does not exist")]
+    Signal(u32),
+    /// The kernel refused a signal.
+    #[error("signal {signal} to process {pid}: {source}")]
+    Kill {
+        /// The signal.
+        signal: u32,
+        /// The process.
+        pid: u32,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A killed process was not reported as ended.
+    #[error(
+        "task {key} was killed, but systemd has not reported its end in time; see systemctl status {unit}"
+    )]
+    NotEnding {
+        /// The task.
+        key: TaskKey,
+        /// Its unit.
+        unit: String,
+    },
+    /// The init process is in no state to be deleted.
+    #[error("cannot delete a {phase} process")]
+    NotDeletable {
+        /// The state.
+        phase: &'static str,
+    },
+    /// This version does not do it.
+    #[error("{0} is not implemented yet by io.containerd.systemd.v1")]
+    NotImplemented(&'static str),
+    /// The bundle's path is not absolute.
+    #[error("bundle {0:?} must be an absolute path without \"..\"")]
+    BundlePath(std::path::PathBuf),
+    /// The bundle is not usable.
+    #[error(transparent)]
+    Bundle(#[from] oci::bundle::Error),
+    /// The options are not usable.
+    #[error(transparent)]
+    Options(#[from] oci::options::Error),
+    /// The stdio strings are not usable.
+    #[error(transparent)]
+    Stdio(#[from] stdio::uri::Malformed),
+    /// A stream can't be opened.
+    #[error(transparent)]
+    Stream(#[from] stdio::fifo::Error),
+    /// The wished cgroup is not usable.
+    #[error(transparent)]
+    Place(#[from] cgroup::place::Malformed),
+    /// A name is not usable.
+    #[error(transparent)]
+    Name(#[from] crate::id::InvalidName),
+    /// The container could not be made; the reason is that of `launch` or of the OCI runtime.
+    #[error("{0}")]
+    Launch(String),
+    /// The OCI runtime failed.
+    #[error(transparent)]
+    Runtime(#[from] oci::runtime::Error),
+    /// A mount could not be taken away.
+    #[error(transparent)]
+    Mount(#[from] oci::mount::Error),
+    /// The cgroup file system failed.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// systemd failed.
+    #[error(transparent)]
+    Unit(#[from] unit::proxy::Error),
+    /// The record can't be kept.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The logger did not become ready.
+    #[error("logging binary {program} did not call ready: {reason}")]
+    Logger {
+        /// The program.
+        program: String,
+        /// Why.
+        reason: String,
+    },
+    /// The daemon is about to end.
+    #[error("the shim is stopping")]
+    Stopping,
+}

@@ -1,0 +1,28 @@
+//! The outboxes, as the publisher sees them.
+
+use std::sync::Arc;
+
+use super::{Entry, Outgoing, Shim};
+
+impl Shim {
+    /// The event that a task has to publish before any other.
+    pub fn first_owed(&self, entry: &Entry) -> Option<Outgoing> {
+        let task = entry.task();
+        let owed = task.outbox.first()?.clone();
+        Some(Outgoing { seq: owed.seq, at_usec: owed.at_usec, event: owed.event, task: task.clone() })
+    }
+
+    /// containerd has accepted a task's event.
+    pub fn accepted(&self, entry: &Arc<Entry>, seq: u64) {
+        // Held to the end: a Delete must not move the record between the two steps.
+        let mut task = entry.task();
+        task.outbox.accepted(seq);
+        let kept = match &entry.live().owing {
+            Some(owing) => owing.update(&task),
+            None => self.store.save(&task),
+        };
+        if let Err(error) = kept {
+            tracing::warn!(task = %entry.key, %error, "an accepted event may be published again");
+        }
+    }
+}

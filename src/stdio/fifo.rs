@@ -1,0 +1,160 @@
+//! FIFOs: those of clients, and our own.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::Mode;
+
+use super::uri::Kind;
+
+/// What can go wrong with a FIFO or a file of a stream.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A call failed.
+    #[error("stdio: {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// No client came to read.
+    #[error("stdio: nobody opened {path} for reading within {limit:?}")]
+    NoReader {
+        /// The FIFO.
+        path: PathBuf,
+        /// How long was waited.
+        limit: Duration,
+    },
+}
+
+pub(super) fn error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path, source }
+}
+
+/// What a path leads to.
+pub fn kind(path: &Path) -> Kind {
+    match std::fs::metadata(path).map(|found| found.file_type()) {
+        Ok(found) if found.is_fifo() => Kind::Fifo,
+        Ok(found) if found.is_file() => Kind::File,
+        Ok(_) => Kind::Other,
+        Err(_) => Kind::Missing,
+    }
+}
+
+/// Makes a FIFO, 0600.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn make(path: &Path) -> Result<(), Error> {
+    nix::unistd::mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|e| error("create FIFO", path)(e.into()))
+}
+
+/// Opens a client's output FIFO for a container, once a client has it open for reading.
+///
+/// Read-write, so that the container never lacks a reader: a client that goes away causes neither
+/// EPIPE nor SIGPIPE, and what is written waits for the next one. Waiting for the first reader means
+/// that a container which ends at once has not written into nothing.
+///
+/// # Errors
+/// [`Error::NoReader`] after `limit`, or the FIFO can't be opened.
+pub fn open_output(path: &Path, limit: Duration) -> Result<File, Error> {
+    let waits = OpenOptions::new().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+    let writer = match waits {
+        Ok(writer) => writer,
+        Err(e) if e.raw_os_error() == Some(Errno::ENXIO as i32) => wait_for_reader(path, limit)?,
+        Err(e) => return Err(error("open", path)(e)),
+    };
+    let both = open_both(path)?;
+    drop(writer);
+    Ok(both)
+}
+
+/// Opens a FIFO for reading and writing, which never waits.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn open_both(path: &Path) -> Result<File, Error> {
+    OpenOptions::new().read(true).write(true).open(path).map_err(error("open", path))
+}
+
+/// Opens a FIFO for reading, without waiting for a writer.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn open_reader(path: &Path) -> Result<File, Error> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path)
+        .map_err(error("open", path))
+}
+
+/// Opens a FIFO for a program that expects a pipe: without waiting for a writer, but blocking reads.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn open_blocking_reader(path: &Path) -> Result<File, Error> {
+    let file = open_reader(path)?;
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|e| error("set the mode of", path)(e.into()))?;
+    Ok(file)
+}
+
+/// A blocking open in a thread of its own, as it has no time limit.
+fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
+    let (sender, receiver) = mpsc::channel();
+    let fifo = path.to_owned();
+    std::thread::spawn(move || {
+        // Nobody listens any more after the limit.
+        let _ = sender.send(OpenOptions::new().write(true).open(&fifo).map_err(error("open", &fifo)));
+    });
+    receiver.recv_timeout(limit).map_err(|_| Error::NoReader { path: path.to_owned(), limit })?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    fn scratch(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("fifo-test-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        make(&path).unwrap();
+        path
+    }
+
+    #[test]
+    fn an_output_without_a_reader_is_given_up() {
+        let path = scratch("no-reader");
+        let error = open_output(&path, Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(error, Error::NoReader { .. }), "{error}");
+        // Lets the waiting thread go.
+        drop(open_reader(&path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn what_was_written_waits_for_the_next_reader() {
+        let path = scratch("come-back");
+        let first = open_reader(&path).unwrap();
+        let mut output = open_output(&path, Duration::from_secs(5)).unwrap();
+        drop(first);
+        output.write_all(b"still here").unwrap();
+        let mut second = open_blocking_reader(&path).unwrap();
+        drop(output);
+        let mut text = String::new();
+        second.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "still here");
+        std::fs::remove_file(&path).unwrap();
+    }
+}

@@ -1,0 +1,391 @@
+//! The record of each task on disk.
+//!
+//! `<state>/<namespace>/<id>/record.json`, written before the effect that it announces and replaced
+//! by rename, so that a reader finds the old or the new one and nothing between. A deleted task
+//! whose last events are still owed to containerd has its record moved to `<state>/.owed/`.
+//!
+//! All paths are on a tmpfs (`/run`): these calls touch memory only and are short enough to be made
+//! on the async runtime.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{Namespace, TaskId, TaskKey};
+use crate::task::Task;
+
+/// The version of the record that is written. Read are this one and the one before.
+const VERSION: u32 = 1;
+
+/// A record larger than this is not one of ours.
+const MAX_RECORD_BYTES: u64 = 4 << 20;
+
+/// Holds what `deleted` tasks still owe; no namespace begins with a dot.
+const OWED: &str = ".owed";
+
+const RECORD: &str = "record.json";
+const RECORD_NEW: &str = "record.json.new";
+
+/// What can go wrong with records.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Reading or writing failed.
+    #[error("{action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is no record.
+    #[error("record {path} can't be read: {source}; it is left as it is")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The file belongs to a newer version of this program.
+    #[error("record {path} has version {found}, this program reads up to {VERSION}; it is left as it is")]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// The file is too large to be a record.
+    #[error("record {path} is larger than {MAX_RECORD_BYTES} bytes; it is left as it is")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+#[derive(Serialize)]
+struct Writing<'a> {
+    version: u32,
+    task: &'a Task,
+}
+
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
+}
+
+#[derive(Deserialize)]
+struct Reading {
+    task: Task,
+}
+
+/// The directory of all records.
+#[derive(Clone, Debug)]
+pub struct Store {
+    root: PathBuf,
+}
+
+impl Store {
+    /// A store below `root`, which is made when the first record is.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The directory of a task: its record and the small files that go with it.
+    pub fn dir(&self, key: &TaskKey) -> PathBuf {
+        self.root.join(key.namespace.as_str()).join(key.id.as_str())
+    }
+
+    /// Makes a new task's directory and writes its first record.
+    ///
+    /// What a crashed Create left in the directory is removed first.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; the directory is gone again then.
+    pub fn create(&self, task: &Task) -> Result<(), Error> {
+        self.remove(&task.key)?;
+        let dir = self.dir(&task.key);
+        make_dir(&dir).map_err(io_error("create", &dir))?;
+        self.save(task).inspect_err(|_| {
+            // The first error is the one to report.
+            let _ = self.remove(&task.key);
+        })
+    }
+
+    /// Replaces a task's record.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; the old record stands then.
+    pub fn save(&self, task: &Task) -> Result<(), Error> {
+        write_record(&self.dir(&task.key), RECORD, task)
+    }
+
+    /// A task's record, if there is one.
+    ///
+    /// # Errors
+    /// The record can't be read.
+    pub fn load(&self, key: &TaskKey) -> Result<Option<Task>, Error> {
+        read_record(&self.dir(key).join(RECORD))
+    }
+
+    /// True if there is anything on disk about the task.
+    pub fn knows(&self, key: &TaskKey) -> bool {
+        self.dir(key).exists()
+    }
+
+    /// Every record. One that can't be read does not hide the others.
+    ///
+    /// # Errors
+    /// Only for the directory of all records; each record has a result of its own.
+    pub fn load_all(&self) -> Result<Vec<Result<Task, Error>>, Error> {
+        let mut tasks = Vec::new();
+        for namespace in entries(&self.root)? {
+            if Namespace::new(&namespace).is_err() {
+                continue;
+            }
+            for id in entries(&self.root.join(&namespace))? {
+                if TaskId::new(&id).is_ok() {
+                    let path = self.root.join(&namespace).join(&id).join(RECORD);
+                    tasks.extend(read_record(&path).transpose());
+                }
+            }
+        }
+        Ok(tasks)
+    }
+
+    /// Removes a task's directory; it is no error if there is none.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn remove(&self, key: &TaskKey) -> Result<(), Error> {
+        let dir = self.dir(key);
+        match fs::remove_dir_all(&dir) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(io_error("remove", &dir)(e)),
+        }
+        // The namespace's directory goes with its last task; it is not empty if others are left.
+        let _ = fs::remove_dir(self.root.join(key.namespace.as_str()));
+        Ok(())
+    }
+
+    /// Keeps the record of a deleted task until its last events are accepted.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn keep_owed(&self, task: &Task) -> Result<Owing, Error> {
+        let dir = self.root.join(OWED);
+        make_dir(&dir).map_err(io_error("create", &dir))?;
+        // The id can be used again before the events are accepted: the time keeps the files apart.
+        let seq = task.outbox.first().map_or(0, |owed| owed.at_usec);
+        let name = format!("{}:{}:{seq}", task.key.namespace, task.key.id);
+        write_record(&dir, &name, task)?;
+        Ok(Owing { dir, name })
+    }
+
+    /// The deleted tasks that still owe events.
+    ///
+    /// # Errors
+    /// Only for the directory as a whole.
+    pub fn load_owed(&self) -> Result<Vec<(Owing, Result<Task, Error>)>, Error> {
+        let dir = self.root.join(OWED);
+        let mut tasks = Vec::new();
+        for name in entries(&dir)?.into_iter().filter(|name| !name.ends_with(".new")) {
+            if let Some(task) = read_record(&dir.join(&name)).transpose() {
+                tasks.push((Owing { dir: dir.clone(), name }, task));
+            }
+        }
+        Ok(tasks)
+    }
+}
+
+/// Where a deleted task's last events are kept.
+#[derive(Clone, Debug)]
+pub struct Owing {
+    dir: PathBuf,
+    name: String,
+}
+
+impl Owing {
+    /// Writes what is still owed; the file goes when nothing is.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn update(&self, task: &Task) -> Result<(), Error> {
+        if !task.outbox.is_empty() {
+            return write_record(&self.dir, &self.name, task);
+        }
+        let path = self.dir.join(&self.name);
+        fs::remove_file(&path).map_err(io_error("remove", &path))
+    }
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path, source }
+}
+
+fn make_dir(dir: &Path) -> io::Result<()> {
+    // Another task's removal can take the parent away between two steps of the recursion.
+    const TRIES: u32 = 5;
+    let mut tries = 0;
+    loop {
+        match DirBuilder::new().recursive(true).mode(0o700).create(dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && tries < TRIES => tries += 1,
+            result => return result,
+        }
+    }
+}
+
+fn write_record(dir: &Path, name: &str, task: &Task) -> Result<(), Error> {
+    let path = dir.join(name);
+    let new = if name == RECORD { dir.join(RECORD_NEW) } else { dir.join(format!("{name}.new")) };
+    let text = serde_json::to_vec(&Writing { version: VERSION, task })
+        .map_err(|source| Error::Malformed { path: path.clone(), source })?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)
+        .map_err(io_error("create", &new))?;
+    file.write_all(&text).map_err(io_error("write", &new))?;
+    fs::rename(&new, &path).map_err(io_error("replace", &path))
+}
+
+fn read_record(path: &Path) -> Result<Option<Task>, Error> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io_error("open", path)(e)),
+    };
+    let mut text = Vec::new();
+    file.take(MAX_RECORD_BYTES + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
+    if text.len() as u64 > MAX_RECORD_BYTES {
+        return Err(Error::TooLarge { path: path.to_owned() });
+    }
+    let malformed = |source| Error::Malformed { path: path.to_owned(), source };
+    let VersionOnly { version } = serde_json::from_slice(&text).map_err(malformed)?;
+    if version > VERSION {
+        return Err(Error::Newer { path: path.to_owned(), found: version });
+    }
+    let Reading { task } = serde_json::from_slice(&text).map_err(malformed)?;
+    Ok(Some(task))
+}
+
+/// The names in a directory; none if the directory is not there.
+fn entries(dir: &Path) -> Result<Vec<String>, Error> {
+    let listing = match fs::read_dir(dir) {
+        Ok(listing) => listing,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(io_error("list", dir)(e)),
+    };
+    Ok(listing.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::UnitName;
+    use crate::task::phase::{Event, Phase};
+    use crate::task::{Face, Placement};
+
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> (Self, Store) {
+            let dir = std::env::temp_dir().join(format!("store-test-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&dir);
+            (Self(dir.clone()), Store::new(dir))
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn task(id: &str) -> Task {
+        let slice = UnitName::new("containerd-default.slice").unwrap();
+        Task {
+            key: TaskKey { namespace: Namespace::new("default").unwrap(), id: TaskId::new(id).unwrap() },
+            unit: UnitName::new("containerd-default-a.service").unwrap(),
+            logger: None,
+            request: Default::default(),
+            wiring: Default::default(),
+            runtime: Default::default(),
+            containerd: Default::default(),
+            placement: Placement::Unit { slice, child: id.to_owned() },
+            cgroup: None,
+            rootfs_on_host: false,
+            face: Face::default(),
+            init: Phase::Creating { exit: None },
+            outbox: Default::default(),
+            muted: false,
+        }
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was_written() {
+        let (_scratch, store) = Scratch::new("round-trip");
+        let mut a = task("a");
+        store.create(&a).unwrap();
+        a.apply(Event::Created { pid: 7 }, 1).unwrap();
+        store.save(&a).unwrap();
+        store.create(&task("b")).unwrap();
+        assert_eq!(store.load(&a.key).unwrap(), Some(a.clone()));
+        assert_eq!(store.load_all().unwrap().len(), 2);
+        store.remove(&a.key).unwrap();
+        store.remove(&a.key).unwrap();
+        assert_eq!(store.load(&a.key).unwrap(), None);
+    }
+
+    #[test]
+    fn the_last_task_takes_the_directories_along() {
+        let (scratch, store) = Scratch::new("empty");
+        store.create(&task("a")).unwrap();
+        store.remove(&task("a").key).unwrap();
+        assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_broken_record_is_named_and_hides_no_other() {
+        let (_scratch, store) = Scratch::new("broken");
+        store.create(&task("a")).unwrap();
+        store.create(&task("b")).unwrap();
+        let path = store.dir(&task("a").key).join(RECORD);
+        fs::write(&path, "{\"version\":1,\"task\":{").unwrap();
+        let all = store.load_all().unwrap();
+        assert_eq!(all.iter().filter(|r| r.is_ok()).count(), 1);
+        let broken = all.into_iter().find_map(Result::err).unwrap();
+        assert!(broken.to_string().contains(path.to_str().unwrap()), "{broken}");
+    }
+
+    #[test]
+    fn a_newer_record_is_refused_and_left_untouched() {
+        let (_scratch, store) = Scratch::new("newer");
+        store.create(&task("a")).unwrap();
+        let path = store.dir(&task("a").key).join(RECORD);
+        fs::write(&path, "{\"version\":99,\"task\":{\"from\":\"the future\"}}").unwrap();
+        assert!(matches!(store.load(&task("a").key), Err(Error::Newer { found: 99, .. })));
+        assert!(fs::read_to_string(&path).unwrap().contains("the future"));
+    }
+
+    #[test]
+    fn owed_events_outlive_the_task_and_go_when_accepted() {
+        let (_scratch, store) = Scratch::new("owed");
+        let mut a = task("a");
+        a.apply(Event::Created { pid: 7 }, 1).unwrap();
+        let owing = store.keep_owed(&a).unwrap();
+        assert_eq!(store.load_owed().unwrap().len(), 1);
+        a.outbox.accepted(0);
+        owing.update(&a).unwrap();
+        assert!(store.load_owed().unwrap().is_empty());
+    }
+}

@@ -1,0 +1,123 @@
+//! The domain, pure: what a task is, which phase it is in, what it owes to containerd.
+//!
+//! No I/O, no clock (times are passed in). The types here serialise: a [`Task`] is what the record
+//! on disk holds, and memory is only a cache of it.
+
+pub mod outbox;
+pub mod phase;
+pub mod registry;
+pub mod request;
+pub mod wiring;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{TaskKey, UnitName};
+
+use outbox::{Outbox, TaskEvent};
+use phase::{Effect, Event, Phase, Refusal, transition};
+use request::{Containerd, Create, Runtime};
+use wiring::Wiring;
+
+/// A task: everything about it that must outlive the daemon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Task {
+    /// What it is called.
+    pub key: TaskKey,
+    /// Its unit. Chosen once, at Create; never derived again.
+    pub unit: UnitName,
+    /// The unit of its `binary://` logger, if it has one.
+    pub logger: Option<UnitName>,
+    /// What containerd asked for.
+    pub request: Create,
+    /// Where its streams lead.
+    pub wiring: Wiring,
+    /// The OCI runtime that made it.
+    pub runtime: Runtime,
+    /// Which containerd it belongs to.
+    pub containerd: Containerd,
+    /// Where its processes live.
+    pub placement: Placement,
+    /// The container's cgroup as the kernel says, below the cgroup root; known once it is created.
+    pub cgroup: Option<PathBuf>,
+    /// The rootfs is mounted in the host's mount namespace, and is ours to unmount.
+    pub rootfs_on_host: bool,
+    /// Its unit, as systemd is told to show it.
+    pub face: Face,
+    /// Where its init process is in its life.
+    pub init: Phase,
+    /// Events that containerd has not accepted yet.
+    pub outbox: Outbox,
+    /// containerd has given the task up (`delete`) and publishes the end itself.
+    #[serde(default)]
+    pub muted: bool,
+}
+
+/// How a person sees the task in systemd's tools and in the journal.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Face {
+    /// The unit's Description.
+    pub description: String,
+    /// Journal fields of every line, name and value.
+    pub fields: Vec<(String, String)>,
+}
+
+/// Where the container's cgroup is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Placement {
+    /// A child of the unit's own cgroup; the unit is in `slice`.
+    Unit {
+        /// The unit's slice.
+        slice: UnitName,
+        /// The last element of the container's cgroup path.
+        child: String,
+    },
+    /// A path that the client insists on, outside of the unit.
+    Foreign {
+        /// The slice of the (then empty) unit.
+        slice: UnitName,
+        /// The path below the cgroup root, beginning with `/`.
+        path: PathBuf,
+    },
+}
+
+impl Placement {
+    /// The slice of the unit.
+    pub fn slice(&self) -> &UnitName {
+        match self {
+            Self::Unit { slice, .. } | Self::Foreign { slice, .. } => slice,
+        }
+    }
+}
+
+impl Task {
+    /// Applies an event to the init process; the events owed to containerd go to the outbox.
+    ///
+    /// Returns the effects that the caller still has to carry out.
+    ///
+    /// # Errors
+    /// The phase refuses the event; then nothing has changed.
+    pub fn apply(&mut self, event: Event, now_usec: u64) -> Result<Vec<Effect>, Refusal> {
+        let step = transition(&self.init, event)?;
+        self.init = step.next;
+        for effect in &step.effects {
+            let event = match (effect, &self.init) {
+                (Effect::AnnounceCreated { pid }, _) => TaskEvent::Created { pid: *pid },
+                (Effect::AnnounceStarted { pid }, _) => TaskEvent::Started { pid: *pid },
+                (Effect::AnnounceExit { pid, exit }, _) => TaskEvent::Exited { pid: *pid, exit: *exit },
+                (Effect::Wake, _) => continue,
+            };
+            self.owe(event, now_usec);
+        }
+        Ok(step.effects)
+    }
+
+    /// Puts an event into the outbox, unless containerd publishes for this task itself.
+    pub fn owe(&mut self, event: TaskEvent, now_usec: u64) {
+        if !self.muted {
+            self.outbox.push(event, now_usec);
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! What a client asks for at Create, after checking: plain data, as the record keeps it.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A Create request.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Create {
+    /// The bundle directory; absolute.
+    pub bundle: PathBuf,
+    /// What to mount on the bundle's rootfs, parents first; empty if the client has mounted it.
+    pub rootfs: Vec<Mount>,
+    /// The stdio strings as received: State and the events repeat them.
+    pub stdio: Stdio,
+}
+
+/// A mount, as containerd describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// File system type.
+    pub kind: String,
+    /// Device, directory or name.
+    pub source: String,
+    /// Where, below the rootfs; mostly empty.
+    pub target: String,
+    /// Mount options, flags and data mixed.
+    pub options: Vec<String>,
+}
+
+/// Stdio as the client names it: a path, a URI, or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stdio {
+    /// Standard input.
+    pub stdin: String,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+    /// The process gets a terminal.
+    pub terminal: bool,
+}
+
+/// The OCI runtime and its options.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Runtime {
+    /// The binary; absolute.
+    pub binary: PathBuf,
+    /// Its state directory for this namespace (`--root`).
+    pub root: PathBuf,
+    /// `--no-pivot`
+    pub no_pivot: bool,
+    /// `--no-new-keyring`
+    pub no_new_keyring: bool,
+    /// Owner of the pipe ends that the container gets (user, group).
+    pub io_owner: (u32, u32),
+    /// `PATH` for it and its hooks.
+    pub path: String,
+}
+
+/// The containerd that a task belongs to, as `start` learned of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Containerd {
+    /// Where events go: a path of a Unix socket.
+    pub ttrpc_address: String,
+    /// Its gRPC API, for whoever starts a client.
+    pub grpc_address: String,
+    /// Its `PATH`.
+    pub path: String,
+    /// Its resource limits (`RLIMIT_…` number, soft, hard), which containers inherit under
+    /// runc.v2: systemd's defaults must not take their place.
+    pub rlimits: Vec<(u32, u64, u64)>,
+}

@@ -1,0 +1,3 @@
+//! Connections: bytes, and nothing of tasks.
+
+pub mod listener;

@@ -1,0 +1,10 @@
+//! The systemd adapter: the only place that names zbus types.
+//!
+//! [`name`] and [`properties`] are pure. [`proxy`] makes calls, [`watch`] turns signals into
+//! observations, [`notify`] speaks to systemd as a service does.
+
+pub mod name;
+pub mod notify;
+pub mod properties;
+pub mod proxy;
+pub mod watch;

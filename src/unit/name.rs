@@ -1,0 +1,213 @@
+//! Names of units and slices (pure).
+//!
+//! `containerd-<namespace>-<id>.service`, in `containerd-<namespace>.slice`. Dashes of the
+//! namespace are escaped, so that two pairs of namespace and id never share a name, and so that
+//! `containerd-<namespace>-.service.d/` is the drop-in directory of just that namespace.
+
+use crate::id::{InvalidName, MAX_UNIT_NAME, Namespace, SHORT_ID, TaskId, TaskKey, UnitName, is_long_hex};
+
+/// Stem of the daemon's own units.
+pub const DAEMON: &str = "containerd-shim-systemd-v1";
+/// The daemon's socket unit.
+pub const DAEMON_SOCKET: &str = "containerd-shim-systemd-v1.socket";
+/// The daemon's service unit.
+pub const DAEMON_SERVICE: &str = "containerd-shim-systemd-v1.service";
+/// The slice of the daemon. The underscore keeps it apart from a namespace called `shim`.
+pub const DAEMON_SLICE: &str = "containerd_shim.slice";
+/// What every container's unit name begins with.
+pub const PREFIX: &str = "containerd-";
+
+/// The names that a container's unit may have, best first: the next one is for when a name is taken.
+///
+/// An id of 64 hex digits is cut to its first [`SHORT_ID`], then to more: 64 digits in a unit's name
+/// make cAdvisor count it as one more container. The last resort has a hash.
+pub fn candidates(key: &TaskKey) -> impl Iterator<Item = UnitName> + use<> {
+    let namespace = escape(key.namespace.as_str());
+    let id = key.id.to_string();
+    let lengths: Vec<usize> =
+        if is_long_hex(&id) { (SHORT_ID..=40).step_by(4).collect() } else { vec![id.len()] };
+    let stem = move |length: usize| format!("{PREFIX}{namespace}-{}", &id[..length]);
+    let hashed = (stem(key.id.as_str().len()), true);
+    let plain: Vec<(String, bool)> = lengths.into_iter().map(|length| (stem(length), false)).collect();
+    // Namespace `shim` and id `systemd-v1` would be the daemon itself.
+    let candidates = plain.into_iter().filter(|(stem, _)| stem != DAEMON).chain([hashed]);
+    candidates.filter_map(|(stem, taken)| service(&stem, taken).ok())
+}
+
+/// The unit of a container's `binary://` logger: beside the container's, in the place of an exec
+/// with an empty id, which no exec can have.
+///
+/// # Errors
+/// Only for names that no checked namespace and id can produce.
+pub fn logger(container: &UnitName) -> Result<UnitName, InvalidName> {
+    let stem = container.as_str().trim_end_matches(".service");
+    service(&format!("{stem}::log"), false)
+}
+
+/// The slice of a namespace.
+///
+/// # Errors
+/// As [`logger`].
+pub fn namespace_slice(namespace: &Namespace) -> Result<UnitName, InvalidName> {
+    slice(&format!("{PREFIX}{}", escape(namespace.as_str())))
+}
+
+/// The slice of a pod whose client named no parent: inside the namespace's slice, named after the
+/// short id of the pod's sandbox.
+///
+/// # Errors
+/// As [`logger`].
+pub fn pod_slice(namespace: &Namespace, sandbox: &TaskId) -> Result<UnitName, InvalidName> {
+    let pod = escape(short(sandbox.as_str(), SHORT_ID));
+    slice(&format!("{PREFIX}{}-{pod}", escape(namespace.as_str())))
+}
+
+/// True for a slice made by [`pod_slice`]: ours to take away once nothing is left in it.
+pub fn is_pod_slice(slice: &UnitName) -> bool {
+    let stem = slice.as_str().trim_end_matches(".slice");
+    stem.strip_prefix(PREFIX).is_some_and(|rest| rest.contains('-'))
+}
+
+fn service(stem: &str, taken: bool) -> Result<UnitName, InvalidName> {
+    named(stem, ".service", taken)
+}
+
+fn slice(stem: &str) -> Result<UnitName, InvalidName> {
+    named(stem, ".slice", false)
+}
+
+/// Puts stem and suffix together; a name that is too long (or taken) keeps its beginning and gets a
+/// stable hash.
+fn named(stem: &str, suffix: &str, taken: bool) -> Result<UnitName, InvalidName> {
+    if !taken && stem.len() + suffix.len() <= MAX_UNIT_NAME {
+        return UnitName::new(format!("{stem}{suffix}"));
+    }
+    let hash = format!(":{:016x}", fnv1a(stem.as_bytes()));
+    let keep = stem.len().min(MAX_UNIT_NAME - suffix.len() - hash.len());
+    UnitName::new(format!("{}{hash}{suffix}", &stem[..keep]))
+}
+
+/// FNV-1a, 64 bits: stable over versions and machines, which std's hasher does not promise.
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+fn escape(text: &str) -> String {
+    text.replace('-', "\\x2d")
+}
+
+fn short(id: &str, digits: usize) -> &str {
+    if is_long_hex(id) { &id[..digits.min(id.len())] } else { id }
+}
+
+/// The D-Bus object of a unit: every byte but letters and digits (a leading digit too) as `_xx`.
+pub fn object_path(unit: &str) -> String {
+    let mut path = String::from(OBJECT_PREFIX);
+    for (i, byte) in unit.bytes().enumerate() {
+        if byte.is_ascii_alphabetic() || (i > 0 && byte.is_ascii_digit()) {
+            path.push(byte.into());
+        } else {
+            path.push_str(&format!("_{byte:02x}"));
+        }
+    }
+    path
+}
+
+/// The unit of a D-Bus object, the reverse of [`object_path`]; nothing for other objects.
+pub fn from_object_path(path: &str) -> Option<UnitName> {
+    let escaped = path.strip_prefix(OBJECT_PREFIX)?;
+    let mut name = Vec::with_capacity(escaped.len());
+    let mut bytes = escaped.bytes();
+    while let Some(byte) = bytes.next() {
+        if byte == b'_' {
+            let digits = [bytes.next()?, bytes.next()?];
+            name.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
+        } else {
+            name.push(byte);
+        }
+    }
+    UnitName::new(String::from_utf8(name).ok()?).ok()
+}
+
+/// Where systemd keeps its unit objects.
+const OBJECT_PREFIX: &str = "/org/freedesktop/systemd1/unit/";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(namespace: &str, id: &str) -> TaskKey {
+        TaskKey { namespace: Namespace::new(namespace).unwrap(), id: TaskId::new(id).unwrap() }
+    }
+
+    fn name(namespace: &str, id: &str) -> String {
+        candidates(&key(namespace, id)).next().unwrap().to_string()
+    }
+
+    #[test]
+    fn a_plain_id_is_the_units_name() {
+        assert_eq!(name("default", "web-1"), "containerd-default-web-1.service");
+    }
+
+    #[test]
+    fn dashes_can_not_make_two_tasks_share_a_unit() {
+        assert_eq!(name("a-b", "c"), r"containerd-a\x2db-c.service");
+        assert_ne!(name("a-b", "c"), name("a", "b-c"));
+    }
+
+    #[test]
+    fn a_hex_id_is_shortened_and_can_grow() {
+        let id = "0123456789abcdef".repeat(4);
+        assert_eq!(name("moby", &id), "containerd-moby-0123456789ab.service");
+        let names: Vec<String> = candidates(&key("moby", &id)).map(String::from).collect();
+        assert_eq!(names[1], "containerd-moby-0123456789abcdef.service");
+        let distinct: std::collections::HashSet<&String> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len());
+    }
+
+    #[test]
+    fn no_container_can_take_the_daemons_name() {
+        let unit = name("shim", "systemd-v1");
+        assert_ne!(unit, DAEMON_SERVICE);
+        assert!(unit.starts_with("containerd-shim-systemd-v1:"), "{unit}");
+    }
+
+    #[test]
+    fn a_name_that_is_too_long_keeps_its_beginning_and_stays_stable() {
+        let dashes = vec!["a"; 38].join("-");
+        let id = "x".repeat(76);
+        let unit = name(&dashes, &id);
+        assert_eq!(unit.len(), 255.min(unit.len()));
+        assert_eq!(unit, name(&dashes, &id));
+        assert_ne!(unit, name(&dashes, &"x".repeat(75)));
+    }
+
+    #[test]
+    fn a_logger_stands_beside_its_container() {
+        let unit = candidates(&key("default", "web")).next().unwrap();
+        assert_eq!(logger(&unit).unwrap().as_str(), "containerd-default-web::log.service");
+    }
+
+    #[test]
+    fn slices_nest() {
+        let namespace = Namespace::new("k8s.io").unwrap();
+        let pod = pod_slice(&namespace, &TaskId::new("ab".repeat(32)).unwrap()).unwrap();
+        assert_eq!(namespace_slice(&namespace).unwrap().as_str(), "containerd-k8s.io.slice");
+        assert_eq!(pod.as_str(), "containerd-k8s.io-abababababab.slice");
+        assert!(is_pod_slice(&pod) && !is_pod_slice(&namespace_slice(&namespace).unwrap()));
+        let dashed = namespace_slice(&Namespace::new("a-b").unwrap()).unwrap();
+        assert!(!is_pod_slice(&dashed), "an escaped dash makes no pod");
+    }
+
+    #[test]
+    fn object_paths_go_both_ways() {
+        let unit = UnitName::new(r"containerd-a\x2db-1.service").unwrap();
+        let path = object_path(unit.as_str());
+        assert_eq!(path, "/org/freedesktop/systemd1/unit/containerd_2da_5cx2db_2d1_2eservice");
+        assert_eq!(from_object_path(&path), Some(unit));
+        assert_eq!(from_object_path("/org/freedesktop/systemd1"), None);
+        assert_eq!(from_object_path("/org/freedesktop/systemd1/unit/a_2"), None);
+    }
+}

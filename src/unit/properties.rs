@@ -1,0 +1,279 @@
+//! What systemd is told about a unit (pure).
+//!
+//! Each function gives the property list of one kind of unit. The rule behind every line: nothing
+//! of systemd's defaults may leak into a container that would not be there under runc.v2, and
+//! nothing may be lost that `systemctl` and `journalctl` can show.
+
+use std::path::Path;
+use std::time::Duration;
+
+use zbus::Variant;
+
+use crate::config;
+use crate::id::UnitName;
+
+use super::name;
+
+/// The properties of a transient unit, as `StartTransientUnit` takes them.
+#[derive(Debug)]
+pub struct Properties(pub(super) Vec<(&'static str, Variant<'static>)>);
+
+/// What systemd can do, by its version. The one place for differences between versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Systemd {
+    version: u32,
+}
+
+impl Systemd {
+    /// From the manager's `Version` property: `257.13-1~deb13u1`, `252 (252.39-1)`, `v258-rc1`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits: String = text
+            .trim_start_matches(|c: char| !c.is_ascii_digit())
+            .chars()
+            .take_while(char::is_ascii_digit)
+            .collect();
+        Some(Self { version: digits.parse().ok()? })
+    }
+
+    /// The major version.
+    pub fn version(self) -> u32 {
+        self.version
+    }
+
+    /// It is one we work with.
+    pub fn supported(self) -> bool {
+        self.version >= config::OLDEST_SYSTEMD
+    }
+
+    /// `DelegateSubgroup=`: the first process starts in a sub-cgroup (254).
+    fn has_delegate_subgroup(self) -> bool {
+        self.version >= 254
+    }
+
+    /// `FileDescriptorStorePreserve=` (254).
+    fn has_fd_store_preserve(self) -> bool {
+        self.version >= 254
+    }
+}
+
+/// The sub-cgroup of a container's unit in which the OCI runtime works until the container is made:
+/// what it uses is not the container's. No container's id has a colon.
+pub const LAUNCH_SUBGROUP: &str = "launch:";
+
+/// "No limit", for every 64-bit limit of systemd.
+const INFINITY: u64 = u64::MAX;
+
+/// A unit that systemd shows to a person.
+#[derive(Clone, Debug)]
+pub struct Shown<'a> {
+    /// Description=
+    pub description: &'a str,
+    /// SyslogIdentifier=
+    pub identifier: &'a str,
+    /// Journal fields of every line.
+    pub fields: &'a [(String, String)],
+    /// Slice=
+    pub slice: &'a UnitName,
+}
+
+/// A container's unit.
+///
+/// `Type=forking`: the OCI runtime leaves the container's init behind, its pid is in `pid_file`, and
+/// systemd takes it for the main process. `RemainAfterExit` and `CollectMode=inactive` keep the exit
+/// readable until the unit is stopped or reset.
+pub fn container(systemd: Systemd, shown: &Shown<'_>, command: &[String], pid_file: &Path) -> Properties {
+    let mut list = shown_as(shown);
+    list.extend([
+        ("Type", "forking".into()),
+        ("PIDFile", path(pid_file)),
+        ("GuessMainPID", false.into()),
+        ("ExecStartEx", exec(command)),
+        ("RemainAfterExit", true.into()),
+        ("CollectMode", "inactive".into()),
+        ("Delegate", true.into()),
+        ("KillMode", "mixed".into()),
+        ("TimeoutStartUSec", INFINITY.into()),
+        ("TimeoutStopUSec", usec(config::STOP_LIMIT).into()),
+        ("OOMPolicy", "continue".into()),
+        ("TasksMax", INFINITY.into()),
+        ("IgnoreSIGPIPE", false.into()),
+        ("KeyringMode", "inherit".into()),
+        ("StandardInput", "null".into()),
+        ("StandardOutput", "journal".into()),
+        ("StandardError", "journal".into()),
+        ("CPUAccounting", true.into()),
+        ("MemoryAccounting", true.into()),
+        ("TasksAccounting", true.into()),
+        ("IOAccounting", true.into()),
+        // A limit of lines per container would lose output; journald's own size limits stay.
+        ("LogRateLimitIntervalUSec", 0_u64.into()),
+    ]);
+    list.extend(bound_to_system());
+    if systemd.has_delegate_subgroup() {
+        list.push(("DelegateSubgroup", LAUNCH_SUBGROUP.into()));
+    }
+    Properties(list)
+}
+
+/// The unit of a `binary://` logger.
+pub fn logger(shown: &Shown<'_>, command: &[String]) -> Properties {
+    let mut list = shown_as(shown);
+    list.extend([
+        ("Type", "exec".into()),
+        ("ExecStartEx", exec(command)),
+        ("CollectMode", "inactive-or-failed".into()),
+        ("TimeoutStopUSec", usec(config::LOGGER_STOP_LIMIT).into()),
+        ("StandardInput", "null".into()),
+    ]);
+    list.extend(bound_to_system());
+    Properties(list)
+}
+
+/// A pod's slice, which goes when the last unit in it does.
+pub fn pod_slice(description: &str) -> Properties {
+    Properties(vec![
+        ("Description", description.to_owned().into()),
+        ("StopWhenUnneeded", true.into()),
+        ("DefaultDependencies", false.into()),
+    ])
+}
+
+/// The daemon's socket, where no packaged unit is installed. The same as
+/// `units/containerd-shim-systemd-v1.socket`.
+pub fn daemon_socket() -> Properties {
+    Properties(vec![
+        ("Description", "Socket of the containerd shim for systemd units".into()),
+        ("Listen", vec![("Stream", config::SOCKET)].into()),
+        ("SocketMode", 0o600_u32.into()),
+        ("RemoveOnStop", true.into()),
+        ("Backlog", 4096_u32.into()),
+        ("DefaultDependencies", false.into()),
+        ("Conflicts", vec!["shutdown.target"].into()),
+        ("Before", vec!["shutdown.target"].into()),
+    ])
+}
+
+/// The daemon's service, where no packaged unit is installed. The same as
+/// `units/containerd-shim-systemd-v1.service`.
+pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
+    let mut list: Vec<(&'static str, Variant<'static>)> = vec![
+        ("Description", "containerd shim for systemd units".into()),
+        ("Type", "notify".into()),
+        ("NotifyAccess", "main".into()),
+        ("ExecStartEx", exec(command)),
+        ("Slice", name::DAEMON_SLICE.into()),
+        ("Restart", "always".into()),
+        ("RestartUSec", 0_u64.into()),
+        ("StartLimitIntervalUSec", 0_u64.into()),
+        ("WatchdogUSec", usec(Duration::from_secs(30)).into()),
+        ("TimeoutStopUSec", usec(Duration::from_secs(10)).into()),
+        ("KillMode", "mixed".into()),
+        ("FileDescriptorStoreMax", 16_384_u32.into()),
+        ("OOMScoreAdjust", (-999_i32).into()),
+        ("OOMPolicy", "continue".into()),
+        ("TasksMax", INFINITY.into()),
+        ("LimitNOFILE", 1_048_576_u64.into()),
+        // Two arenas: the daemon has two worker threads, and memory is counted in kilobytes here.
+        ("Environment", vec!["MALLOC_ARENA_MAX=2"].into()),
+        ("DefaultDependencies", false.into()),
+        ("Conflicts", vec!["shutdown.target"].into()),
+        ("Before", vec!["shutdown.target"].into()),
+        ("After", vec!["dbus.socket", "systemd-journald.socket"].into()),
+    ];
+    if systemd.has_fd_store_preserve() {
+        list.push(("FileDescriptorStorePreserve", "yes".into()));
+    }
+    Properties(list)
+}
+
+fn shown_as(shown: &Shown<'_>) -> Vec<(&'static str, Variant<'static>)> {
+    let fields: Vec<Vec<u8>> =
+        shown.fields.iter().map(|(name, value)| format!("{name}={value}").into_bytes()).collect();
+    vec![
+        ("Description", shown.description.to_owned().into()),
+        ("SyslogIdentifier", shown.identifier.to_owned().into()),
+        ("LogExtraFields", fields.into()),
+        ("Slice", shown.slice.to_string().into()),
+    ]
+}
+
+/// No default dependencies (they order after `sysinit.target` and cost three signals a start), but
+/// ended in order at shutdown, while the bus and the daemon still work.
+fn bound_to_system() -> Vec<(&'static str, Variant<'static>)> {
+    vec![
+        ("DefaultDependencies", false.into()),
+        ("Conflicts", vec!["shutdown.target"].into()),
+        ("Before", vec!["shutdown.target"].into()),
+        ("After", vec!["dbus.service", name::DAEMON_SERVICE].into()),
+    ]
+}
+
+/// A command, taken literally: without the flag systemd would expand `$VAR` in it.
+fn exec(command: &[String]) -> Variant<'static> {
+    let binary = command.first().cloned().unwrap_or_default();
+    vec![(binary, command.to_vec(), vec!["no-env-expand".to_owned()])].into()
+}
+
+fn path(path: &Path) -> Variant<'static> {
+    path.to_string_lossy().into_owned().into()
+}
+
+fn usec(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(INFINITY)
+}
+
+#[cfg(test)]
+impl Properties {
+    /// Names and values as text.
+    fn as_text(&self) -> std::collections::BTreeMap<&'static str, String> {
+        self.0.iter().map(|(name, value)| (*name, value.to_string())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(version: u32) -> std::collections::BTreeMap<&'static str, String> {
+        let slice = UnitName::new("containerd-default.slice").unwrap();
+        let shown = Shown {
+            description: "web",
+            identifier: "web",
+            fields: &[("CONTAINER_ID".to_owned(), "web".to_owned())],
+            slice: &slice,
+        };
+        let command = ["/bin/shim".to_owned(), "launch".to_owned(), "$HOME".to_owned()];
+        container(Systemd { version }, &shown, &command, Path::new("/run/x/init.pid")).as_text()
+    }
+
+    #[test]
+    fn versions_are_read_as_distributions_write_them() {
+        for (text, version) in
+            [("257.13-1~deb13u1", 257), ("252 (252.39)", 252), ("v258~rc1", 258), ("262", 262)]
+        {
+            assert_eq!(Systemd::parse(text).map(Systemd::version), Some(version));
+        }
+        assert_eq!(Systemd::parse("git"), None);
+        assert!(!Systemd { version: 251 }.supported());
+    }
+
+    #[test]
+    fn no_default_of_systemd_reaches_a_container() {
+        let properties = of(257);
+        for name in ["TasksMax", "OOMPolicy", "IgnoreSIGPIPE", "KeyringMode", "TimeoutStartUSec", "KillMode"]
+        {
+            assert!(properties.contains_key(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_command_is_never_expanded() {
+        assert!(of(257)["ExecStartEx"].contains("no-env-expand"));
+    }
+
+    #[test]
+    fn the_launch_subgroup_needs_systemd_254() {
+        assert!(of(254).contains_key("DelegateSubgroup"));
+        assert!(!of(253).contains_key("DelegateSubgroup"));
+    }
+}
