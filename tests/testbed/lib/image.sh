@@ -4,17 +4,18 @@
 image_packages=(
     systemd systemd-sysv dbus udev libpam-systemd
     containerd runc crun busybox-static
-    iproute2 procps psmisc kmod strace util-linux ca-certificates
+    iproute2 procps psmisc kmod strace util-linux mount ca-certificates
     "linux-image-cloud-$(dpkg --print-architecture)" initramfs-tools openssh-server
 )
 # Installed where the suite has them.
 image_optional=(criu)
 
-# Timers and services that would only disturb measurements in a guest that lives for minutes.
+# What would only delay the boot, or disturb measurements, in a guest that lives for minutes.
 image_masked=(
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service
     fstrim.timer man-db.timer systemd-tmpfiles-clean.timer getty@tty1.service serial-getty@ttyS0.service
-    systemd-networkd.service systemd-networkd.socket systemd-resolved.service sshd-vsock.socket
+    modprobe@configfs.service modprobe@drm.service modprobe@efi_pstore.service modprobe@fuse.service
+    sys-kernel-config.mount sys-fs-fuse-connections.mount systemd-pstore.service
 )
 
 # Sets $image, the directory of the suite's image; its name changes with all that goes into it.
@@ -32,8 +33,9 @@ find_image() { # suite
 # image appears whole, by rename.
 ensure_image() { # suite
     find_image "$1"
-    [ ! -d "$image" ] || return 0
+    [ ! -d "$image" ] || { touch "$image"; return; }
     mkdir -p "$cache_root"
+    remove_old_images
     local lock
     exec {lock}>"$image.lock"
     flock -n "$lock" || { say "another process builds ${image##*/}, waiting for it"; flock "$lock"; }
@@ -45,6 +47,14 @@ ensure_image() { # suite
         mv -T "$image.tmp.$$" "$image"
     fi
     exec {lock}>&-
+}
+
+# What no guest has used for a week and none uses now (a guest holds a lock on its image).
+remove_old_images() {
+    local old
+    find "$cache_root" -mindepth 1 -maxdepth 1 -type d -mtime +7 | while read -r old; do
+        flock -n "$old" rm -rf "$old" "$old.lock" || true
+    done
 }
 
 build_image() { # suite directory
@@ -66,13 +76,13 @@ build_image() { # suite directory
 }
 
 build_rootfs() { # suite rootfs image-directory
-    # An initrd with just what the VM's disk needs is unpacked quickly, also by an emulated CPU.
+    # An initrd with just what the VM's disk and network need is unpacked quickly, also by an emulated CPU.
     # shellcheck disable=SC2016
     local lean_initrd='
         mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"
         echo MODULES=list >"$1/etc/initramfs-tools/conf.d/testbed"
-        printf "%s\n" virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/testbed"'
-    mmdebstrap --mode=root --variant=apt \
+        printf "%s\n" virtio_pci virtio_blk virtio_net ext4 >"$1/usr/share/initramfs-tools/modules.d/testbed"'
+    mmdebstrap --mode=root --variant=apt ${TESTBED_APT_OPTION:+"--aptopt=$TESTBED_APT_OPTION"} \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' \
         --include="${image_packages[*]} ${TESTBED_PACKAGES-}" \
@@ -105,6 +115,11 @@ configure_rootfs() { # rootfs image-directory
     chroot "$rootfs" systemctl -q enable testbed-ready.service testbed-network.service
     chroot "$rootfs" systemctl -q mask "${image_masked[@]}"
     chroot "$rootfs" systemctl -q set-default multi-user.target
+    # ssh over vsock: there is none, and it complains.
+    mkdir -p "$rootfs/etc/systemd/system-generators"
+    ln -s /dev/null "$rootfs/etc/systemd/system-generators/systemd-ssh-generator"
+    # Nothing in /usr waits to be taken up at boot (ldconfig, sysusers, catalog…).
+    touch "$rootfs/etc/.updated" "$rootfs/var/.updated"
 }
 
 # An OCI layout with one layer, busybox under all its names, without help of any registry.
