@@ -8,7 +8,7 @@ export CARGO_TARGET_DIR := $(abspath $(CARGO_TARGET_DIR))
 
 NAME := containerd-shim-systemd-v1
 BINARY := $(CARGO_TARGET_DIR)/release/$(NAME)
-TESTBED := tests/testbed
+SCRIPTS := tests/testbed
 UNITS := $(wildcard units/*.socket units/*.service units/*.slice units/*.in)
 UNITDIR := $(DESTDIR)$(PREFIX)/lib/systemd/system
 
@@ -19,7 +19,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 deps:
-	@$(TESTBED)/deps build
+	@$(SCRIPTS)/deps build
 
 build: deps ## the release binary
 	cargo build --release --locked
@@ -27,7 +27,7 @@ build: deps ## the release binary
 unit: test-unit ## the same as test-unit
 
 check: deps ## formatting, clippy, documentation, dependencies (where cargo-deny or cargo-audit is there)
-	@$(TESTBED)/deps lint
+	@$(SCRIPTS)/deps lint
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps --document-private-items
@@ -37,28 +37,28 @@ check: deps ## formatting, clippy, documentation, dependencies (where cargo-deny
 	else echo "check: cargo-audit is not installed, skipping advisories"; fi
 
 test: ## all tests: unit, end to end in a VM, and in nspawn what needs no controllers
-	@$(TESTBED)/run-all unit vm nspawn
+	@$(SCRIPTS)/run-all unit vm nspawn
 
 test-unit: ## the tests that need nothing but cargo
-	@$(TESTBED)/run-all unit
+	@$(SCRIPTS)/run-all unit
 
 test-vm: ## the end-to-end tests in a VM (SUITE=bookworm|trixie|forky)
-	@$(TESTBED)/run-all vm/$(SUITE)
+	@$(SCRIPTS)/run-all vm/$(SUITE)
 
 test-nspawn: ## the end-to-end tests in an nspawn container: fast, without limits
-	@$(TESTBED)/run-all nspawn/$(SUITE)
+	@$(SCRIPTS)/run-all nspawn/$(SUITE)
 
 test-matrix: ## the end-to-end tests in a VM of each suite: systemd 252 to 262, containerd 1.6 to 2.1
-	@$(TESTBED)/run-all vm/bookworm vm/trixie vm/forky
+	@$(SCRIPTS)/run-all vm/bookworm vm/trixie vm/forky
 
 shell: ## a shell in a guest with the binary in it (LANE=vm|nspawn, SUITE); destroyed afterwards
-	@$(TESTBED)/run-shell $(LANE) $(SUITE)
+	@$(SCRIPTS)/run-shell $(LANE) $(SUITE)
 
 demo: ## containers as systemd units, shown in a guest
-	@$(TESTBED)/demo
+	@$(SCRIPTS)/demo
 
 bench: ## side by side with runc.v2, in nspawn; results in target/bench.json
-	@$(TESTBED)/run-bench nspawn $(SUITE)
+	@$(SCRIPTS)/run-bench nspawn $(SUITE)
 
 doc: deps ## the documentation of the code, private items too
 	cargo doc --locked --no-deps --document-private-items
