@@ -1,0 +1,15 @@
+# shellcheck shell=bash
+# Where cargo puts things.
+
+repo_dir=$(readlink -f "$testbed_dir/../..")
+target_dir=${CARGO_TARGET_DIR:-$repo_dir/target}
+cd "$repo_dir"
+
+# Builds one test or bench target and prints the path of its program.
+cargo_executable() { # test|bench OPTION…
+    local path
+    path=$(cargo "$@" --no-run --message-format=json-render-diagnostics |
+        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+    [ -x "$path" ] || die "cargo $* built no program"
+    echo "$path"
+}

@@ -1,0 +1,72 @@
+# shellcheck shell=bash
+# The lane "nspawn": the image booted by systemd-nspawn on this machine's kernel. It needs no systemd on
+# the machine and no controllers in cgroup v2 (limits can't be tested without).
+
+lane_timeout=60
+
+lane_run() { # image
+    local fs=$run/fs cgroup directory binds=()
+    cgroup=$(cgroup2_root)/testbed-${run##*/} || die "no cgroup v2 tree on this machine"
+
+    # All that the guest writes is in memory; the image below stays as it is.
+    mkdir "$fs"
+    mount -t tmpfs -o mode=755,size=75% testbed "$fs"
+    mkdir "$fs"/{upper,work,root}
+    mount -t overlay -o "lowerdir=$1/rootfs,upperdir=$fs/upper,workdir=$fs/work" testbed "$fs/root"
+    # Overlay filesystems can't have their upper layer on another one.
+    for directory in containerd docker; do
+        mkdir "$fs/$directory"
+        binds+=("--bind=$fs/$directory:/var/lib/$directory")
+    done
+
+    mkdir "$cgroup"
+    echo +cpu +memory +pids +io +cpuset >"$cgroup/../cgroup.subtree_control" 2>/dev/null || true
+    # 133 is nspawn's way to say that the guest wants to be rebooted.
+    local status=133
+    while [ "$status" = 133 ]; do
+        (
+            echo "$BASHPID" >"$cgroup/cgroup.procs"
+            export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
+            exec systemd-nspawn --quiet --directory="$fs/root" --boot --register=no --keep-unit \
+                --capability=all --system-call-filter='@keyring bpf @mount @privileged' \
+                --private-network --resolv-conf=off --timezone=off --link-journal=no --console=pipe \
+                --bind="$run/events:/run/testbed-events" "${binds[@]}"
+        ) &
+        echo $! >"$run/pid"
+        status=0
+        wait $! || status=$?
+    done
+    return "$status"
+}
+
+lane_ready() { :; }
+
+# PID 1 of the guest, anew each time: it changes with a reboot.
+leader() {
+    local pid children
+    pid=$(<"$run/pid")
+    children=$(cat "/proc/$pid/task/$pid/children" 2>/dev/null) || true
+    [ -n "$children" ] || die "${run##*/} is not running"
+    echo "${children%% *}"
+}
+
+lane_command() {
+    command=(nsenter -t "$(leader)" -a -- "${guest_env[@]}" "TERM=${TERM-dumb}" "$@")
+}
+
+lane_shell() { lane_exec bash -l; }
+
+# The end of its PID 1 is the end of every process in the guest.
+lane_kill() {
+    local pid
+    pid=$(leader) && kill -KILL "$pid" || kill -KILL "$(<"$run/pid")"
+}
+
+# nspawn makes its cgroup in systemd's own v1 hierarchy, too, where there is one.
+lane_clean() {
+    local cgroup
+    for cgroup in "$(cgroup2_root)" /sys/fs/cgroup/systemd; do
+        cgroup+=/testbed-${run##*/}
+        [ ! -d "$cgroup" ] || find "$cgroup" -depth -type d -exec rmdir {} +
+    done
+}

@@ -1,0 +1,89 @@
+# shellcheck shell=bash
+# The lane "vm": the image as a QEMU machine with its own kernel, emulated where KVM can't be used.
+# Everything works in it. It is controlled over ssh through a forwarded port.
+
+lane_timeout=240
+
+lane_run() { # image
+    local accelerator port
+    accelerator=$(pick_accelerator "$1")
+    port=$(pick_port)
+    echo "$port" >"$run/port"
+    cp "$1/ssh-key" "$run/ssh-key"
+    # The disk is a private, unlinked copy-on-write layer; nothing in it has to survive this machine.
+    qemu-system-x86_64 -name "testbed-${run##*/}" -no-user-config -nodefaults -display none -machine q35 \
+        -accel "$accelerator" -cpu max -smp 2 -m "${TESTBED_MEMORY:-3072}" \
+        -kernel "$1/vmlinuz" -initrd "$1/initrd" -append "$(kernel_options)" \
+        -drive "file=$1/disk.ext4,format=raw,if=virtio,cache=unsafe,snapshot=on" \
+        -netdev "user,id=net,hostfwd=tcp:127.0.0.1:$port-:22" -device virtio-net-pci,netdev=net,romfile= \
+        -device virtio-rng-pci \
+        -chardev stdio,id=console,signal=off -serial chardev:console \
+        -chardev "file,id=events,path=$run/events,append=on" -serial chardev:events &
+    echo $! >"$run/pid"
+    wait $!
+}
+
+# Expedited RCU makes up for some of the emulation: every write to cgroup.procs waits for a grace period.
+kernel_options() {
+    echo root=/dev/vda rw rootflags=noatime fsck.mode=skip console=ttyS0 quiet systemd.show_status=no \
+        net.ifnames=0 mitigations=off audit=0 nowatchdog rcupdate.rcu_expedited=1 panic=-1
+}
+
+# /dev/kvm may be there and hang: only a kernel that gets as far as missing its root is proof. The
+# answer is kept until this machine is booted again.
+pick_accelerator() { # image
+    local known
+    known=$run_root/.accelerator-$(</proc/sys/kernel/random/boot_id)
+    if [ ! -e "$known" ]; then
+        if [ -w /dev/kvm ] && timeout -s KILL 10 qemu-system-x86_64 -no-user-config -nodefaults -display none \
+            -machine q35 -accel kvm -cpu max -smp 2 -m 512 -no-reboot -serial stdio \
+            -kernel "$1/vmlinuz" -append 'console=ttyS0 panic=-1' </dev/null 2>&1 | grep -q 'Unable to mount root'; then
+            echo kvm >"$known"
+        else
+            echo tcg,thread=multi >"$known"
+        fi
+    fi
+    cat "$known"
+}
+
+pick_port() {
+    local port
+    while port=$((20000 + RANDOM % 12000)) && (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+    echo "$port"
+}
+
+set_ssh() {
+    ssh=(ssh -F none -i "$run/ssh-key" -p "$(<"$run/port")" -S "$run/ssh"
+        -o IdentitiesOnly=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR
+        root@127.0.0.1)
+}
+
+# One connection carries all commands: a handshake takes an emulated machine long.
+lane_ready() {
+    local ssh
+    set_ssh
+    "${ssh[@]}" -fNM -o ConnectTimeout=60 -o ServerAliveInterval=15 </dev/null >"$run/ssh.log" 2>&1
+}
+
+# What ssh is given goes through the guest's shell. That one stays, so that a death by a signal becomes
+# an exit code, but says nothing about it.
+lane_command() {
+    local ssh words
+    set_ssh
+    printf -v words '%q ' "${guest_env[@]}" "TERM=${TERM-dumb}" "$@"
+    command=("${ssh[@]}" -T -- "cd /; exec 3>&2 2>/dev/null; $words 2>&3 3>&-; exit \$?")
+}
+
+lane_shell() {
+    local ssh
+    set_ssh
+    "${ssh[@]}" -t
+}
+
+lane_kill() { kill -KILL "$(<"$run/pid")"; }
+
+# The connection's process ends with its peer, but only when it notices.
+lane_clean() {
+    local ssh
+    [ ! -e "$run/ssh" ] || { set_ssh && "${ssh[@]}" -O exit >/dev/null 2>&1 || true; }
+}
