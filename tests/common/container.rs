@@ -223,7 +223,8 @@ impl<'n> Container<'n> {
     /// Asks for the exit now and hands out the answer later.
     pub fn waiting(&self) -> Waiting<'n> {
         let mut tasks = self.node.tasks();
-        let wait = request(&self.namespace, WaitRequest { container_id: self.id.clone(), ..Default::default() });
+        let wait =
+            request(&self.namespace, WaitRequest { container_id: self.id.clone(), ..Default::default() });
         let answer = self.node.spawn(async move {
             let answer = tasks.wait(wait).await?.into_inner();
             Ok(Exit { status: answer.exit_status, at: answer.exited_at })

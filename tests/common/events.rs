@@ -71,7 +71,9 @@ impl Node {
         let (sender, envelopes) = channel();
         let mut client = EventsClient::new(self.channel());
         self.spawn(async move {
-            let Ok(answer) = client.subscribe(request(NAMESPACE, SubscribeRequest::default())).await else { return };
+            let Ok(answer) = client.subscribe(request(NAMESPACE, SubscribeRequest::default())).await else {
+                return;
+            };
             let mut stream = answer.into_inner();
             while let Ok(Some(envelope)) = stream.message().await {
                 if sender.send(envelope).is_err() {

@@ -40,7 +40,11 @@ fn import(namespace: &str) {
         .args(["--namespace", namespace, "image", "import", "--snapshotter", "overlayfs", ARCHIVE])
         .output()
         .expect("run ctr");
-    assert!(output.status.success(), "import {ARCHIVE} into {namespace}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "import {ARCHIVE} into {namespace}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 fn target(node: &Node, namespace: &str) -> Result<String, Status> {
@@ -56,7 +60,9 @@ fn read(node: &Node, namespace: &str, digest: &str) -> Value {
         .call(ContentClient::new(node.channel()).read(request(namespace, read)))
         .unwrap_or_else(|error| panic!("read {digest}: {error}"));
     let mut bytes = Vec::new();
-    while let Some(part) = node.block_on(stream.message()).unwrap_or_else(|error| panic!("read {digest}: {error}")) {
+    while let Some(part) =
+        node.block_on(stream.message()).unwrap_or_else(|error| panic!("read {digest}: {error}"))
+    {
         bytes.extend(part.data);
     }
     serde_json::from_slice(&bytes).unwrap_or_else(|error| panic!("{digest} is not JSON: {error}"))

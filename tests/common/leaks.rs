@@ -16,7 +16,8 @@ pub struct Traces(BTreeMap<&'static str, BTreeSet<String>>);
 
 impl Traces {
     pub fn take() -> Traces {
-        let log_extra_fields = below(Path::new(LOG_EXTRA_FIELDS), 1).filter(|name| name.contains("log-extra-fields"));
+        let log_extra_fields =
+            below(Path::new(LOG_EXTRA_FIELDS), 1).filter(|name| name.contains("log-extra-fields"));
         Traces(BTreeMap::from([
             ("unit", systemd::list_units("containerd-*").into_iter().filter_map(unit_name).collect()),
             ("mount", mounts()),

@@ -100,7 +100,9 @@ impl Node {
         self.block_on(async {
             match tokio::time::timeout(CALL_LIMIT, answer).await {
                 Ok(answer) => answer.map(Response::into_inner),
-                Err(_) => Err(Status::deadline_exceeded(format!("containerd gave no answer in {CALL_LIMIT:?}"))),
+                Err(_) => {
+                    Err(Status::deadline_exceeded(format!("containerd gave no answer in {CALL_LIMIT:?}")))
+                }
             }
         })
     }
@@ -152,10 +154,13 @@ impl Need {
             }
             Need::Controllers => {
                 let have = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
-                let all = ["cpu", "memory", "pids"].iter().all(|name| have.split_whitespace().any(|c| c == *name));
+                let all =
+                    ["cpu", "memory", "pids"].iter().all(|name| have.split_whitespace().any(|c| c == *name));
                 (!all).then(|| format!("no cgroup v2 controllers here ({:?})", have.trim()))
             }
-            Need::Crun => (!std::path::Path::new("/usr/bin/crun").exists()).then(|| "no crun here".to_string()),
+            Need::Crun => {
+                (!std::path::Path::new("/usr/bin/crun").exists()).then(|| "no crun here".to_string())
+            }
         }
     }
 }

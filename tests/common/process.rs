@@ -66,7 +66,9 @@ pub fn pss_kib(pid: u32) -> Option<u64> {
 
 /// Every process whose command name (at most 15 characters) is this one.
 pub fn named(comm: &str) -> Vec<u32> {
-    all().filter(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == comm)).collect()
+    all()
+        .filter(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == comm))
+        .collect()
 }
 
 /// Every process whose command line contains the text.

@@ -44,7 +44,10 @@ impl<'n> Shim<'n> {
     }
 
     /// One call of the Task service in the tests' namespace.
-    pub fn call<T>(&self, method: impl AsyncFnOnce(TaskClient, Context) -> ttrpc::Result<T>) -> Result<T, Refusal> {
+    pub fn call<T>(
+        &self,
+        method: impl AsyncFnOnce(TaskClient, Context) -> ttrpc::Result<T>,
+    ) -> Result<T, Refusal> {
         let mut context = ttrpc::context::with_duration(CALL_LIMIT);
         context.add("containerd-namespace-ttrpc".to_string(), NAMESPACE.to_string());
         self.node.block_on(method(TaskClient::new(self.client.clone()), context)).map_err(refusal)
@@ -71,37 +74,31 @@ fn refusal(error: ttrpc::Error) -> Refusal {
 
 /// Lets `start` bring the daemon up.
 pub fn wake_up() {
-    let outcome = start("wake-up", &[], &[]);
+    let outcome = start(&Bundle::new("wake-up"), "wake-up", &[], &[]);
     assert_eq!(outcome.code, Some(0), "start: {}", outcome.stderr);
 }
 
 /// Runs the binary's `start` as containerd does, with more environment and something on stdin.
-pub fn start(id: &str, environment: &[(&str, &str)], stdin: &[u8]) -> Outcome {
-    with_stdin(action("start", id).envs(environment.iter().copied()), stdin)
+pub fn start(bundle: &Bundle, id: &str, environment: &[(&str, &str)], stdin: &[u8]) -> Outcome {
+    with_stdin(action(bundle, id, &[]).arg("start").envs(environment.iter().copied()), stdin)
 }
 
-/// Runs the binary's `delete` for a bundle.
-pub fn delete(id: &str, bundle: &Path) -> Outcome {
-    std::fs::create_dir_all(bundle).expect("make a bundle directory");
-    let mut command = Command::new(BINARY);
-    let bundle_text = bundle.to_str().expect("a bundle's path is plain text");
-    command.args(flags(id)).args(["-bundle", bundle_text, "delete"]).current_dir(bundle);
-    with_stdin(&mut command, &[])
+/// Runs the binary's `delete` as containerd does.
+pub fn delete(bundle: &Bundle, id: &str) -> Outcome {
+    with_stdin(action(bundle, id, &["-bundle", bundle.path()]).arg("delete"), &[])
 }
 
-/// The command line of an action, and the environment that containerd gives.
-pub fn action(verb: &str, id: &str) -> Command {
+/// The binary in its bundle, with the flags and the environment that containerd gives, but for the verb.
+fn action(bundle: &Bundle, id: &str, more: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
     command
-        .args(flags(id))
-        .arg(verb)
+        .args(["-namespace", NAMESPACE, "-address", CONTAINERD_SOCKET])
+        .args(["-publish-binary", "/usr/bin/containerd", "-id", id])
+        .args(more)
+        .current_dir(bundle.path())
         .env("TTRPC_ADDRESS", format!("{CONTAINERD_SOCKET}.ttrpc"))
         .env("GOMAXPROCS", "2");
     command
-}
-
-fn flags(id: &str) -> [&str; 8] {
-    ["-namespace", NAMESPACE, "-address", CONTAINERD_SOCKET, "-publish-binary", "/usr/bin/containerd", "-id", id]
 }
 
 /// Runs a command with these bytes on its stdin, to its end.
@@ -147,6 +144,11 @@ impl Bundle {
 
     pub fn path(&self) -> &str {
         self.scratch.as_str()
+    }
+
+    /// What one of its files holds; empty if it is not there.
+    pub fn read(&self, name: &str) -> String {
+        self.scratch.read(name)
     }
 
     /// A Create of a task for this bundle.

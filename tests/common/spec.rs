@@ -6,8 +6,19 @@ use serde_json::{Value, json};
 
 /// What runc and containerd give a container by default.
 const CAPABILITIES: [&str; 14] = [
-    "CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_MKNOD",
-    "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID",
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
     "CAP_SYS_CHROOT",
 ];
 
@@ -104,7 +115,11 @@ impl Spec {
 
     /// Fills in the path that containerd's own clients give, where a test has not set one.
     pub fn or_default_cgroups_path(self, namespace: &str, id: &str) -> Spec {
-        if self.0["linux"]["cgroupsPath"].is_null() { self.cgroups_path(&format!("/{namespace}/{id}")) } else { self }
+        if self.0["linux"]["cgroupsPath"].is_null() {
+            self.cgroups_path(&format!("/{namespace}/{id}"))
+        } else {
+            self
+        }
     }
 
     pub fn to_json(&self) -> Vec<u8> {
@@ -119,11 +134,15 @@ impl Spec {
     }
 
     fn set_capabilities(&mut self, names: &[&str]) {
-        self.0["process"]["capabilities"] = json!({"bounding": names, "effective": names, "permitted": names});
+        self.0["process"]["capabilities"] =
+            json!({"bounding": names, "effective": names, "permitted": names});
     }
 
     fn list(&mut self, pointer: &str) -> &mut Vec<Value> {
-        self.0.pointer_mut(pointer).and_then(Value::as_array_mut).unwrap_or_else(|| panic!("no list at {pointer}"))
+        self.0
+            .pointer_mut(pointer)
+            .and_then(Value::as_array_mut)
+            .unwrap_or_else(|| panic!("no list at {pointer}"))
     }
 }
 

@@ -63,7 +63,8 @@ impl Fifos {
         let scratch = Scratch::new(name);
         for name in ["stdin", "stdout", "stderr"] {
             let path = scratch.join(name);
-            nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            nix::unistd::mkfifo(&path, Mode::S_IRWXU)
+                .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         }
         Fifos { scratch }
     }
@@ -112,18 +113,21 @@ pub struct Reader {
 impl Reader {
     pub fn open(path: &Path) -> Reader {
         let file = File::options().read(true).custom_flags(O_NONBLOCK).open(path);
-        Reader { file: file.unwrap_or_else(|error| panic!("{}: {error}", path.display())), path: path.to_owned() }
+        Reader {
+            file: file.unwrap_or_else(|error| panic!("{}: {error}", path.display())),
+            path: path.to_owned(),
+        }
     }
 
     /// Everything up to EOF.
-    pub fn to_end(&mut self) -> Vec<u8> {
+    pub fn rest(&mut self) -> Vec<u8> {
         let (bytes, ended) = self.collect(|_| false);
         assert!(ended, "{}: no EOF in {:?}; {} bytes so far", self.path.display(), wait::LIMIT, bytes.len());
         bytes
     }
 
     pub fn text(&mut self) -> String {
-        String::from_utf8_lossy(&self.to_end()).into_owned()
+        String::from_utf8_lossy(&self.rest()).into_owned()
     }
 
     /// What comes until enough has come; EOF before that is a failure.

@@ -61,12 +61,16 @@ pub fn processes_below(cgroup: &Path) -> Vec<u32> {
 
 pub fn directories(path: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(path).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
 }
 
 /// Loaded units whose name fits the pattern, with their state: `name load active sub`.
 pub fn list_units(pattern: &str) -> Vec<String> {
-    let list = process::succeed("systemctl", &["list-units", "--all", "--full", "--plain", "--no-legend", pattern]);
+    let list =
+        process::succeed("systemctl", &["list-units", "--all", "--full", "--plain", "--no-legend", pattern]);
     list.lines().map(|line| line.split_whitespace().take(4).collect::<Vec<_>>().join(" ")).collect()
 }
 
@@ -76,7 +80,10 @@ pub fn journal(matches: &[&str]) -> Vec<Value> {
     process::succeed("journalctl", &["--sync"]);
     let args = [&["--quiet", "--no-pager", "--output=json", "--all"], matches].concat();
     let lines = process::run("journalctl", &args).text();
-    lines.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect()
+    lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}")))
+        .collect()
 }
 
 /// The messages of such entries.
@@ -91,9 +98,11 @@ pub struct DropIn {
 
 impl DropIn {
     pub fn for_namespace(namespace: &str, text: &str) -> DropIn {
-        let directory = PathBuf::from(format!("/run/systemd/system/containerd-{}-.service.d", escaped(namespace)));
+        let directory =
+            PathBuf::from(format!("/run/systemd/system/containerd-{}-.service.d", escaped(namespace)));
         fs::create_dir_all(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
-        fs::write(directory.join("50-e2e.conf"), text).unwrap_or_else(|error| panic!("write a drop-in: {error}"));
+        fs::write(directory.join("50-e2e.conf"), text)
+            .unwrap_or_else(|error| panic!("write a drop-in: {error}"));
         DropIn { directory }
     }
 }

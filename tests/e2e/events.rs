@@ -34,7 +34,10 @@ fn events_carry_what_clients_read() {
         match event {
             Event::Create(create) => {
                 assert_eq!(create.pid, pid);
-                assert!(create.bundle.ends_with(&format!("/{}/{}", container.namespace, container.id)), "{create:?}");
+                assert!(
+                    create.bundle.ends_with(&format!("/{}/{}", container.namespace, container.id)),
+                    "{create:?}"
+                );
                 assert_eq!(create.rootfs, container.mounts);
             }
             Event::Start(start) => assert_eq!(start.pid, pid),

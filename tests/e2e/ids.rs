@@ -10,7 +10,8 @@ const SECOND_NAMESPACE: &str = "e2e-two";
 /// 64 hex digits, as Docker, Kubernetes and nerdctl have them, with a chosen beginning.
 fn digest(beginning: u64) -> String {
     let process = u64::from(std::process::id());
-    let rest: u64 = unique("").bytes().fold(process, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
+    let rest: u64 =
+        unique("").bytes().fold(process, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
     format!("{beginning:016x}{process:016x}{rest:016x}{:016x}", rest.rotate_left(17))
 }
 
@@ -19,7 +20,8 @@ fn the_same_id_lives_in_two_namespaces_at_once() {
     let node = Node::shared();
     let id = unique("same");
     let first = node.container("", Spec::sleeping()).id(&id).started(&Io::default());
-    let second = node.container("", Spec::sleeping()).namespace(SECOND_NAMESPACE).id(&id).started(&Io::default());
+    let second =
+        node.container("", Spec::sleeping()).namespace(SECOND_NAMESPACE).id(&id).started(&Io::default());
     assert_ne!(first.pid(), second.pid());
     first.kill(SIGKILL).expect("kill the first");
     assert_eq!(first.exit_status(), 137);
@@ -43,7 +45,8 @@ fn a_unit_is_named_by_namespace_and_id() {
     let node = Node::shared();
     for namespace in ["default", SECOND_NAMESPACE] {
         for id in [unique("a.b_c-d"), digest(0xfeed)] {
-            let container = node.container("", Spec::sleeping()).namespace(namespace).id(&id).started(&Io::default());
+            let container =
+                node.container("", Spec::sleeping()).namespace(namespace).id(&id).started(&Io::default());
             let unit = systemd::unit_of(&container);
             assert_eq!(systemd::main_pid(&unit), container.pid(), "{unit}");
             assert_eq!(systemd::property(&unit, "Slice"), systemd::slice_of(namespace), "{unit}");
@@ -55,7 +58,8 @@ fn a_unit_is_named_by_namespace_and_id() {
 fn ids_that_are_short_alike_get_units_of_their_own() {
     needs!(OurShim);
     let node = Node::shared();
-    let [first, second] = [(); 2].map(|()| node.container("", Spec::sleeping()).id(&digest(0xdead)).started(&Io::default()));
+    let [first, second] =
+        [(); 2].map(|()| node.container("", Spec::sleeping()).id(&digest(0xdead)).started(&Io::default()));
     assert_eq!(first.id[..12], second.id[..12]);
     first.kill(SIGKILL).expect("kill the first");
     assert_eq!(first.exit_status(), 137);

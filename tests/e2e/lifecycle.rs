@@ -43,7 +43,8 @@ fn a_core_dump_is_a_fatal_signal() {
 #[test]
 fn kill_ends_a_running_task() {
     let node = Node::shared();
-    for (signal, spec) in [(SIGKILL, Spec::sleeping()), (SIGTERM, Spec::sleeping().in_host_namespace("pid"))] {
+    for (signal, spec) in [(SIGKILL, Spec::sleeping()), (SIGTERM, Spec::sleeping().in_host_namespace("pid"))]
+    {
         let container = node.container("kill", spec).started(&Io::default());
         container.kill(signal).expect("kill a running task");
         assert_eq!(container.exit_status(), 128 + signal);
@@ -88,9 +89,13 @@ fn children_die_with_their_init_in_the_hosts_pid_namespace() {
 fn a_missing_command_fails_with_the_runtimes_own_message() {
     let node = Node::shared();
     let container = node.container("no-command", Spec::new(&["/no/such/command"])).make();
-    let refusal = container.create(&Io::default()).and_then(|_| container.start()).expect_err("no such command");
+    let refusal =
+        container.create(&Io::default()).and_then(|_| container.start()).expect_err("no such command");
     let text = refusal.message();
-    assert!(text.contains("no such file or directory") || text.contains("executable file not found"), "{text}");
+    assert!(
+        text.contains("no such file or directory") || text.contains("executable file not found"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -99,7 +104,11 @@ fn an_id_is_free_again_after_a_failed_create() {
     let mut container = node.container("again", Spec::sh("exit 5")).make();
     let good = container.mounts.clone();
     for mount in &mut container.mounts {
-        mount.options = vec!["lowerdir=/no/such/layer".to_string(), "upperdir=/no".to_string(), "workdir=/no".to_string()];
+        mount.options = vec![
+            "lowerdir=/no/such/layer".to_string(),
+            "upperdir=/no".to_string(),
+            "workdir=/no".to_string(),
+        ];
     }
     container.create(&Io::default()).expect_err("a rootfs that can't be mounted");
     container.mounts = good;
@@ -227,7 +236,8 @@ fn pids_lists_the_container_and_nothing_else() {
     let container = node.container("pids", Spec::sleeping()).created(&Io::default());
     assert_eq!(container.pids().expect("pids of a created task"), [container.pid()]);
 
-    let container = node.container("pids", Spec::sh("sleep 100000 & sleep 100000 & wait")).started(&Io::default());
+    let container =
+        node.container("pids", Spec::sh("sleep 100000 & sleep 100000 & wait")).started(&Io::default());
     let pids = wait::until("init and two children", || container.pids().ok().filter(|pids| pids.len() == 3));
     assert!(pids.contains(&container.pid()));
 }

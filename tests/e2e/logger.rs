@@ -64,7 +64,9 @@ fn a_binary_logger_gets_both_streams_its_arguments_and_its_environment() {
     let args: Vec<&str> = args.trim_end_matches('\n').split(' ').collect();
     assert!(args.windows(2).any(|pair| pair == ["key", "value"]) && args.contains(&"flag"), "{args:?}");
     let env = logger.scratch.read("env");
-    for expected in [format!("CONTAINER_ID={}", container.id), format!("CONTAINER_NAMESPACE={}", container.namespace)] {
+    for expected in
+        [format!("CONTAINER_ID={}", container.id), format!("CONTAINER_NAMESPACE={}", container.namespace)]
+    {
         assert!(env.lines().any(|line| line == expected), "{expected} in {env}");
     }
 }
@@ -113,7 +115,11 @@ fn a_logger_has_a_unit_of_its_own_and_only_its_descriptors() {
     assert!(systemd::is_active(&unit), "{unit}");
     assert_eq!(systemd::property(&unit, "InvocationID").len(), 32);
     let cgroup = systemd::cgroup(&systemd::unit_of(&container)).expect("a running unit has a cgroup");
-    assert_eq!(systemd::processes_below(&cgroup), [container.pid()], "the logger is not in the container's unit");
+    assert_eq!(
+        systemd::processes_below(&cgroup),
+        [container.pid()],
+        "the logger is not in the container's unit"
+    );
     // 0 to 5, and the one with which ls reads the list.
     let fds = logger.scratch.read("fds");
     assert_eq!(fds.lines().collect::<Vec<_>>(), ["0", "1", "2", "3", "4", "5", "6"]);

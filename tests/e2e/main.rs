@@ -28,8 +28,11 @@ fn name_of<T>(_closure: T) -> &'static str {
     name.split_once("::").map_or(name, |(_, path)| path)
 }
 
+mod bad_input;
+mod contract;
 mod events;
 mod ids;
+mod leaks;
 mod lifecycle;
 mod logger;
 mod options;

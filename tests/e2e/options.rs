@@ -49,7 +49,8 @@ impl Noting {
     pub fn new(runtime: &str, before: &str) -> Noting {
         let scratch = Scratch::new("runtime");
         let path = scratch.join("runtime.sh");
-        let script = format!("#!/bin/sh\necho \"$@\" >> {}\n{before}\nexec {runtime} \"$@\"\n", scratch.text("calls"));
+        let script =
+            format!("#!/bin/sh\necho \"$@\" >> {}\n{before}\nexec {runtime} \"$@\"\n", scratch.text("calls"));
         fs::write(&path, script).expect("write the runtime");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("make the runtime executable");
         Noting { scratch }
@@ -88,7 +89,8 @@ fn crun_fails_as_clearly_as_runc() {
     let node = Node::shared();
     let crun = runc_options(|options| options.binary_name = "crun".to_string());
     let container = node.container("crun", Spec::new(&["/no/such/command"])).options(crun).make();
-    let refusal = container.create(&Io::default()).and_then(|_| container.start()).expect_err("no such command");
+    let refusal =
+        container.create(&Io::default()).and_then(|_| container.start()).expect_err("no such command");
     let text = refusal.message().to_lowercase();
     assert!(text.contains("no such file or directory") || text.contains("executable file"), "{text}");
 }
@@ -99,11 +101,14 @@ fn runcs_options_reach_its_command_line() {
     let noting = Noting::new("runc", "");
     let root = Scratch::new("root");
     let mine = root.as_str().to_string();
-    run(&node, runc_options(|options| {
-        options.binary_name = noting.path();
-        options.root = mine.clone();
-        options.no_new_keyring = true;
-    }));
+    run(
+        &node,
+        runc_options(|options| {
+            options.binary_name = noting.path();
+            options.root = mine.clone();
+            options.no_new_keyring = true;
+        }),
+    );
     let call = noting.create_call();
     assert!(call.contains(&format!("--root {mine}/default ")), "{call}");
     assert!(call.contains("--no-new-keyring"), "{call}");
@@ -111,26 +116,30 @@ fn runcs_options_reach_its_command_line() {
     assert_eq!(fs::read_dir(root.join("default")).into_iter().flatten().count(), 0, "no state is left");
 
     let noting = Noting::new("runc", "");
-    run(&node, runc_options(|options| {
-        options.binary_name = noting.path();
-        options.no_pivot_root = true;
-    }));
+    run(
+        &node,
+        runc_options(|options| {
+            options.binary_name = noting.path();
+            options.no_pivot_root = true;
+        }),
+    );
     let call = noting.create_call();
     assert!(call.contains("--no-pivot") && !call.contains("--no-new-keyring"), "{call}");
 }
 
 #[test]
-fn an_io_uid_owns_the_containers_stdio() {
+fn io_uid_and_io_gid_own_the_containers_stdio() {
     let node = Node::shared();
     let fifos = crate::common::stdio::Fifos::new("io-uid");
     let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+    // runc gives stdio to the container's user, whoever owns it, but leaves the group alone.
     let options = runc_options(|options| {
         options.io_uid = 1000;
-        options.io_gid = 1000;
+        options.io_gid = 2000;
     });
-    let spec = Spec::sh("stat -L -c %u:%g /proc/self/fd/1").user(1000, 1000);
+    let spec = Spec::sh("exec stat -L -c %u:%g /proc/self/fd/1").user(1000, 1000);
     let container = node.container("io-uid", spec).options(options).started(&fifos.output());
-    assert_eq!(stdout.text(), "1000:1000\n");
+    assert_eq!(stdout.text(), "1000:2000\n");
     assert_eq!(container.exit_status(), 0);
 }
 
@@ -160,7 +169,8 @@ fn cris_generic_options_are_understood() {
 
     let in_file = Noting::new("runc", "");
     let scratch = Scratch::new("config");
-    fs::write(scratch.join("options.toml"), format!("BinaryName = \"{}\"\n", in_file.path())).expect("write options");
+    fs::write(scratch.join("options.toml"), format!("BinaryName = \"{}\"\n", in_file.path()))
+        .expect("write options");
     run(&node, GenericOptions { config_path: scratch.text("options.toml"), ..Default::default() }.to_any());
     assert!(!in_file.create_call().contains("--no-new-keyring"));
 
@@ -177,8 +187,14 @@ fn options_that_cant_be_read_are_refused_by_name() {
     let cases = [
         ("example.com.v1.Strange", ("example.com.v1.Strange", vec![1, 2, 3])),
         ("containerd.runc.v1.Options", ("containerd.runc.v1.Options", vec![0xff; 8])),
-        ("BinaryName", generic(GenericOptions { config_body: "BinaryName = 7".to_string(), ..Default::default() })),
-        ("/no/such.toml", generic(GenericOptions { config_path: "/no/such.toml".to_string(), ..Default::default() })),
+        (
+            "BinaryName",
+            generic(GenericOptions { config_body: "BinaryName = 7".to_string(), ..Default::default() }),
+        ),
+        (
+            "/no/such.toml",
+            generic(GenericOptions { config_path: "/no/such.toml".to_string(), ..Default::default() }),
+        ),
     ];
     for (named, (type_url, value)) in cases {
         let mut request = bundle.request("options");

@@ -58,7 +58,11 @@ fn a_mount_in_a_bidirectional_volume_reaches_the_host() {
     let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
     let script = "mount -t tmpfs none /volume/inner && echo mounted; \
                   trap 'umount /volume/inner; exit 0' TERM; sleep 100000 & wait";
-    let spec = Spec::sh(script).with_sys_admin().rootfs_propagation("rshared").bind(volume.as_str(), "/volume", &["rshared"]);
+    let spec = Spec::sh(script).with_sys_admin().rootfs_propagation("rshared").bind(
+        volume.as_str(),
+        "/volume",
+        &["rshared"],
+    );
     let container = node.container("bidirectional", spec).started(&fifos.output());
     stdout.until(|bytes| bytes.ends_with(b"mounted\n"));
     let inner = volume.text("inner");

@@ -31,7 +31,8 @@ fn stdout_and_stderr_are_two_streams() {
     let node = Node::shared();
     let fifos = Fifos::new("two");
     let (mut stdout, mut stderr) = (fifos.stdout(), fifos.stderr());
-    let container = node.container("two", Spec::sh("echo out; echo err >&2; echo out")).started(&fifos.output());
+    let container =
+        node.container("two", Spec::sh("echo out; echo err >&2; echo out")).started(&fifos.output());
     assert_eq!(stdout.text(), "out\nout\n");
     assert_eq!(stderr.text(), "err\n");
     assert_eq!(container.exit_status(), 0);
@@ -107,7 +108,7 @@ fn a_client_may_leave_and_come_back_without_losing_a_byte() {
     let mut seen = stdout.until(|bytes| bytes.len() > 30_000);
     drop(stdout);
     let mut stdout = fifos.stdout();
-    seen.extend(stdout.to_end());
+    seen.extend(stdout.rest());
     assert!(seen == numbers(40_000).as_bytes(), "every byte in its place");
     assert_eq!(container.exit_status(), 0);
     assert_eq!(gate.read("trouble"), "");
@@ -140,7 +141,8 @@ fn any_user_can_open_its_own_stdout_again() {
 #[test]
 fn stdin_without_a_client_is_empty() {
     let node = Node::shared();
-    let container = node.container("no-stdin", Spec::sh("[ -z \"$(cat)\" ] && exit 31")).started(&Io::default());
+    let container =
+        node.container("no-stdin", Spec::sh("[ -z \"$(cat)\" ] && exit 31")).started(&Io::default());
     assert_eq!(container.exit_status(), 31);
 }
 
@@ -148,7 +150,8 @@ fn stdin_without_a_client_is_empty() {
 fn without_client_stdio_a_write_does_not_fail() {
     needs!(OurShim); // the stock shim opens /dev/null for reading only
     let node = Node::shared();
-    let container = node.container("null", Spec::sh("echo out && echo err >&2 && exit 32")).started(&Io::default());
+    let container =
+        node.container("null", Spec::sh("echo out && echo err >&2 && exit 32")).started(&Io::default());
     assert_eq!(container.exit_status(), 32);
 }
 

@@ -38,7 +38,11 @@ fn no_other_process_is_in_the_units_cgroup() {
     let container = node.container("alone", Spec::sleeping()).started(&Io::default());
     let cgroup = systemd::cgroup(&systemd::unit_of(&container)).expect("a running unit has a cgroup");
     assert_eq!(systemd::processes_below(&cgroup), [container.pid()]);
-    assert_eq!(systemd::processes_below(&cgroup.join(&container.id)), [container.pid()], "in a cgroup of its own");
+    assert_eq!(
+        systemd::processes_below(&cgroup.join(&container.id)),
+        [container.pid()],
+        "in a cgroup of its own"
+    );
     let ours = process::named("containerd-shim");
     assert_eq!(ours, [systemd::main_pid(systemd::DAEMON_SERVICE)], "one daemon and no helper");
 }
@@ -187,6 +191,7 @@ fn journal_entries_say_which_container_they_are_of() {
     });
     assert_eq!(entry["CONTAINER_NAMESPACE"], container.namespace.as_str());
     assert!(entry["CONTAINER_NAME"].is_string(), "{entry}");
-    let shown = process::succeed("journalctl", &["--no-pager", "--output=cat", "-u", &systemd::unit_of(&container)]);
+    let shown =
+        process::succeed("journalctl", &["--no-pager", "--output=cat", "-u", &systemd::unit_of(&container)]);
     assert!(shown.lines().any(|line| line == "hello"), "{shown}");
 }
