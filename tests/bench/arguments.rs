@@ -23,9 +23,9 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// Rounds of the parallel part, so that both parts run about as many containers.
+    /// Rounds of the parallel part: about as many containers as in the first, but enough for a median.
     pub fn rounds(&self) -> usize {
-        self.iterations.div_ceil(self.parallel).max(3)
+        self.iterations.div_ceil(self.parallel).max(10)
     }
 
     pub fn measures_ours(&self) -> bool {

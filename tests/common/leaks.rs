@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{process, systemd};
+use super::{process, systemd, wait};
 
 pub const STATE_DIRECTORY: &str = "/run/containerd-shim-systemd-v1";
 const RUNC_STATE: &str = "/run/containerd/runc";
@@ -42,6 +42,16 @@ impl Traces {
             })
             .collect()
     }
+}
+
+/// Nothing is there more than before, once what is under way has ended.
+pub fn assert_none(what: &str, before: &Traces) {
+    let mut leaks = Vec::new();
+    let clean = wait::within(wait::LIMIT, || {
+        leaks = Traces::take().since(before);
+        leaks.is_empty().then_some(())
+    });
+    assert!(clean.is_some(), "{what} left:\n{}", leaks.join("\n"));
 }
 
 /// Slices of namespaces stay; what counts are containers, execs and loggers.

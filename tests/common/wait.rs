@@ -9,7 +9,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// Probes until there is an answer. Panics with the name of the condition when [`LIMIT`] has passed.
 pub fn until<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
-    until_within(LIMIT, what, probe)
+    within(LIMIT, probe).unwrap_or_else(|| panic!("waited {LIMIT:?} in vain: {what}"))
 }
 
 /// Probes until the condition holds.
@@ -17,14 +17,16 @@ pub fn until_true(what: &str, mut probe: impl FnMut() -> bool) {
     until(what, || probe().then_some(()));
 }
 
-/// Like [`until`], with a limit of one's own.
-pub fn until_within<T>(limit: Duration, what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+/// Probes until there is an answer or the limit has passed, for a caller who has more to say then.
+pub fn within<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + limit;
     loop {
         if let Some(answer) = probe() {
-            return answer;
+            return Some(answer);
         }
-        assert!(Instant::now() < deadline, "waited {limit:?} in vain: {what}");
+        if Instant::now() >= deadline {
+            return None;
+        }
         pause();
     }
 }

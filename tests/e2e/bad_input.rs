@@ -16,7 +16,7 @@ use containerd_shim_protos::protobuf::Message;
 use ttrpc::Code;
 
 use crate::common::container::Io;
-use crate::common::leaks::Traces;
+use crate::common::leaks::{self, Traces};
 use crate::common::node::{NAMESPACE, Node, unique};
 use crate::common::process;
 use crate::common::shim::{Bundle, Refusal, SOCKET, Shim};
@@ -46,7 +46,7 @@ fn an_id_that_is_no_name_is_an_invalid_argument() {
         assert_eq!(code, Code::INVALID_ARGUMENT, "{id:?}: {text}");
     }
     assert_serves(&shim);
-    assert_eq!(Traces::take().since(&before), Vec::<String>::new());
+    leaks::assert_none("ids that are no names", &before);
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn a_malformed_cgroups_path_is_an_invalid_argument() {
     needs!(OurShim);
     let node = Node::shared();
     let shim = Shim::connect(&node);
-    for path in ["a:b", "a:b:c:d", "../../up", "not-a-slice:prefix:id"] {
+    for path in ["a:b", "a:b:c:d", "not-a-slice:prefix:id"] {
         let bundle = Bundle::new("cgroup");
         bundle.write_config(&Spec::sleeping().cgroups_path(path).to_json());
         refused(&shim, bundle.request(&unique("cgroup")), &[Code::INVALID_ARGUMENT], path);
@@ -123,8 +123,7 @@ fn stdio_that_cant_be_used_is_named() {
     needs!(OurShim);
     let node = Node::shared();
     let shim = Shim::connect(&node);
-    for stdout in ["/run", "/no/such/fifo", "relative/fifo", "strange:///scheme", "binary:///no/such/logger"]
-    {
+    for stdout in ["/run", "/no/such/fifo", "strange:///scheme", "binary:///no/such/logger"] {
         let mut request = Bundle::new("stdio").request(&unique("stdio"));
         request.stdout = stdout.to_string();
         let (_code, text) = shim.create(request).expect_err(stdout);

@@ -3,12 +3,12 @@
 use containerd_client::types::Mount;
 
 use crate::common::container::{Io, SIGKILL};
-use crate::common::leaks::Traces;
+use crate::common::leaks::{self, Traces};
 use crate::common::node::{Node, OUR_RUNTIME};
+use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::systemd::{self, DropIn};
-use crate::common::{process, wait};
 use crate::options::{Noting, runc_options};
 
 /// Enough to fill every cache and buffer that is filled once.
@@ -27,19 +27,6 @@ fn run_rest(node: &Node) {
     let container = node.container("cycle", Spec::new(&["/bin/true"])).started(&Io::default());
     assert_eq!(container.exit_status(), 0);
     container.delete().expect("delete");
-}
-
-/// Nothing more than before, once what is under way has ended.
-fn assert_no_leaks(what: &str, before: &Traces) {
-    let mut leaks = Vec::new();
-    let clean = || {
-        leaks = Traces::take().since(before);
-        leaks.is_empty()
-    };
-    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| wait::until_true("no leaks", clean))).is_err()
-    {
-        panic!("{what} left:\n{}", leaks.join("\n"));
-    }
 }
 
 #[test]
@@ -68,7 +55,7 @@ fn two_hundred_containers_leave_nothing() {
     let daemon = || process::pss_kib(systemd::main_pid(systemd::DAEMON_SERVICE));
     let pss_before = daemon();
     (0..cycles()).for_each(|_| run_rest(&node));
-    assert_no_leaks("containers that ran to their end", &before);
+    leaks::assert_none("containers that ran to their end", &before);
     if let (Some(before), Some(after)) = (pss_before, daemon()) {
         assert!(after < before + MAX_GROWTH_KIB, "the daemon grew from {before} to {after} KiB");
     }
@@ -91,7 +78,7 @@ fn a_failure_in_any_step_leaves_nothing() {
         step(&node);
         let before = Traces::take();
         (0..10).for_each(|_| step(&node));
-        assert_no_leaks(what, &before);
+        leaks::assert_none(what, &before);
     }
 }
 
@@ -108,7 +95,7 @@ fn a_unit_that_cant_start_leaves_nothing() {
     fails();
     let before = Traces::take();
     (0..10).for_each(|_| fails());
-    assert_no_leaks("units that can't start", &before);
+    leaks::assert_none("units that can't start", &before);
 }
 
 #[test]
@@ -125,7 +112,7 @@ fn containers_that_run_side_by_side_leave_nothing() {
             container.delete().expect("delete");
         }
     }
-    assert_no_leaks("twenty containers at once", &before);
+    leaks::assert_none("twenty containers at once", &before);
 }
 
 fn runtime_missing(node: &Node) {

@@ -19,7 +19,9 @@ macro_rules! needs {
 /// Past libtest's capture, so that a run shows what it has not checked.
 fn skip(test: &str, reason: &str) {
     use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "SKIP {test}: {reason}");
+    // One write, so that no other thread's line gets into it.
+    let line = format!("SKIP {test}: {reason}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 /// The path of the function that a closure was written in.
