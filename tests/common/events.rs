@@ -1,0 +1,124 @@
+//! Task events, as a client of containerd sees them.
+
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use containerd_client::events::{TaskCreate, TaskDelete, TaskExit, TaskStart};
+use containerd_client::services::v1::events_client::EventsClient;
+use containerd_client::services::v1::{PublishRequest, SubscribeRequest};
+use containerd_client::types::Envelope;
+use prost::Message;
+use prost_types::Any;
+
+use super::container::Container;
+use super::node::{NAMESPACE, Node, request, unique};
+use super::wait;
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    Create(TaskCreate),
+    Start(TaskStart),
+    Exit(TaskExit),
+    Delete(TaskDelete),
+    /// A topic that these tests don't look into.
+    Other(String),
+}
+
+impl Event {
+    fn decode(envelope: &Envelope) -> Event {
+        let topic = envelope.topic.as_str();
+        let body = envelope.event.as_ref().map(|any| any.value.as_slice()).unwrap_or_default();
+        let decoded = match topic {
+            "/tasks/create" => TaskCreate::decode(body).map(Event::Create),
+            "/tasks/start" => TaskStart::decode(body).map(Event::Start),
+            "/tasks/exit" => TaskExit::decode(body).map(Event::Exit),
+            "/tasks/delete" => TaskDelete::decode(body).map(Event::Delete),
+            other => Ok(Event::Other(other.to_string())),
+        };
+        decoded.unwrap_or_else(|error| panic!("an event of topic {topic} that can't be read: {error}"))
+    }
+
+    fn container(&self) -> Option<&str> {
+        match self {
+            Event::Create(event) => Some(&event.container_id),
+            Event::Start(event) => Some(&event.container_id),
+            Event::Exit(event) => Some(&event.container_id),
+            Event::Delete(event) => Some(&event.container_id),
+            Event::Other(_) => None,
+        }
+    }
+
+    /// One word, to compare orders with.
+    pub fn name(&self) -> &str {
+        match self {
+            Event::Create(_) => "create",
+            Event::Start(_) => "start",
+            Event::Exit(_) => "exit",
+            Event::Delete(_) => "delete",
+            Event::Other(topic) => topic,
+        }
+    }
+}
+
+/// A subscription to all events of all namespaces.
+pub struct Events {
+    envelopes: Receiver<Envelope>,
+}
+
+impl Node {
+    /// Subscribes; when this returns, no event that comes after is missed.
+    pub fn subscribe(&self) -> Events {
+        let (sender, envelopes) = channel();
+        let mut client = EventsClient::new(self.channel());
+        self.spawn(async move {
+            let Ok(answer) = client.subscribe(request(NAMESPACE, SubscribeRequest::default())).await else {
+                return;
+            };
+            let mut stream = answer.into_inner();
+            while let Ok(Some(envelope)) = stream.message().await {
+                if sender.send(envelope).is_err() {
+                    return;
+                }
+            }
+        });
+        // containerd confirms a subscription with its first event only, so we send one.
+        let topic = format!("/e2e/{}", unique("subscribed"));
+        wait::until("the first event of a subscription", || {
+            let publish = PublishRequest { topic: topic.clone(), event: Some(Any::default()) };
+            self.call(EventsClient::new(self.channel()).publish(request(NAMESPACE, publish)))
+                .unwrap_or_else(|error| panic!("publish {topic}: {error}"));
+            envelopes.recv_timeout(Duration::from_millis(50)).ok()
+        });
+        Events { envelopes }
+    }
+}
+
+impl Events {
+    /// The container's events up to and with the first one of that name.
+    pub fn up_to(&self, container: &Container, last: &str) -> Vec<Event> {
+        let deadline = Instant::now() + wait::LIMIT;
+        let mut seen = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Ok(envelope) = self.envelopes.recv_timeout(left) else {
+                panic!("no {last} event of {} in {:?}; seen: {seen:?}", container.id, wait::LIMIT);
+            };
+            let event = Event::decode(&envelope);
+            if envelope.namespace == container.namespace && event.container() == Some(container.id.as_str()) {
+                let is_last = event.name() == last;
+                seen.push(event);
+                if is_last {
+                    return seen;
+                }
+            }
+        }
+    }
+
+    /// The container's exit event.
+    pub fn exit_of(&self, container: &Container) -> TaskExit {
+        match self.up_to(container, "exit").pop() {
+            Some(Event::Exit(exit)) => exit,
+            other => panic!("not an exit: {other:?}"),
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Everything that a container could leave behind, counted before and after.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{process, systemd, wait};
+
+pub const STATE_DIRECTORY: &str = "/run/containerd-shim-systemd-v1";
+const RUNC_STATE: &str = "/run/containerd/runc";
+const LOG_EXTRA_FIELDS: &str = "/run/systemd/units";
+
+/// What is there now, by kind and by name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Traces(BTreeMap<&'static str, BTreeSet<String>>);
+
+impl Traces {
+    pub fn take() -> Traces {
+        let log_extra_fields =
+            below(Path::new(LOG_EXTRA_FIELDS), 1).filter(|name| name.contains("log-extra-fields"));
+        Traces(BTreeMap::from([
+            ("unit", systemd::list_units("containerd-*").into_iter().filter_map(unit_name).collect()),
+            ("mount", mounts()),
+            ("cgroup", cgroups()),
+            ("descriptor of the daemon", descriptors()),
+            ("state file", below(Path::new(STATE_DIRECTORY), 8).collect()),
+            ("runc state", below(Path::new(RUNC_STATE), 2).collect()),
+            ("log-extra-fields file", log_extra_fields.collect()),
+            ("bundle", below(Path::new("/run/containerd/io.containerd.runtime.v2.task"), 2).collect()),
+            ("stock shim", process::named("containerd-shim").iter().map(u32::to_string).collect()),
+        ]))
+    }
+
+    /// What is there now and was not before: `kind: name`, sorted. Empty when nothing leaked.
+    pub fn since(&self, before: &Traces) -> Vec<String> {
+        let none = BTreeSet::new();
+        let kinds = self.0.iter();
+        kinds
+            .flat_map(|(kind, now)| {
+                let was = before.0.get(kind).unwrap_or(&none);
+                now.difference(was).map(move |name| format!("{kind}: {name}"))
+            })
+            .collect()
+    }
+}
+
+/// Nothing is there more than before, once what is under way has ended.
+pub fn assert_none(what: &str, before: &Traces) {
+    let mut leaks = Vec::new();
+    let clean = wait::within(wait::LIMIT, || {
+        leaks = Traces::take().since(before);
+        leaks.is_empty().then_some(())
+    });
+    assert!(clean.is_some(), "{what} left:\n{}", leaks.join("\n"));
+}
+
+/// Slices of namespaces stay; what counts are containers, execs and loggers.
+fn unit_name(line: String) -> Option<String> {
+    let name = line.split_whitespace().next()?.to_string();
+    let stays = name.ends_with(".slice") || name.starts_with("containerd-shim-systemd-v1.");
+    (!stays).then_some(name)
+}
+
+fn mounts() -> BTreeSet<String> {
+    let table = fs::read_to_string("/proc/1/mountinfo").expect("read mountinfo of PID 1");
+    // systemd mounts credentials of its own services when it likes.
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+    points.filter(|point| !point.starts_with("/run/credentials")).map(str::to_string).collect()
+}
+
+/// All cgroups but those of the system's own services and of logins. Slices of namespaces stay.
+fn cgroups() -> BTreeSet<String> {
+    let root = Path::new("/sys/fs/cgroup");
+    let mut found = BTreeSet::new();
+    let mut queue: Vec<PathBuf> = systemd::directories(root);
+    while let Some(path) = queue.pop() {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if ["system.slice", "user.slice", "init.scope"].contains(&name.as_ref()) {
+            continue;
+        }
+        if !name.ends_with(".slice") {
+            found.insert(path.to_string_lossy().into_owned());
+        }
+        queue.extend(systemd::directories(&path));
+    }
+    found
+}
+
+/// The daemon's descriptors by what they are, numbered where several are alike.
+fn descriptors() -> BTreeSet<String> {
+    let daemon = systemd::main_pid(systemd::DAEMON_SERVICE);
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    for entry in fs::read_dir(format!("/proc/{daemon}/fd")).into_iter().flatten().flatten() {
+        let target = fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
+        // The number of a socket or pipe says nothing.
+        *counts.entry(target.split('[').next().unwrap_or_default().to_string()).or_default() += 1;
+    }
+    counts.into_iter().flat_map(|(kind, count)| (1..=count).map(move |n| format!("{kind} #{n}"))).collect()
+}
+
+/// Names of everything below a directory, to a depth. Empty where there is no such directory.
+fn below(directory: &Path, depth: u32) -> impl Iterator<Item = String> + use<> {
+    let mut found = Vec::new();
+    let mut queue = vec![(directory.to_owned(), depth)];
+    while let Some((path, depth)) = queue.pop() {
+        for entry in fs::read_dir(&path).into_iter().flatten().flatten() {
+            found.push(entry.path().to_string_lossy().into_owned());
+            if depth > 1 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                queue.push((entry.path(), depth - 1));
+            }
+        }
+    }
+    found.into_iter()
+}

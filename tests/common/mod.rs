@@ -1,0 +1,19 @@
+//! What the end-to-end tests and the benchmark share: a client of the guest's containerd, a builder for
+//! OCI specs, FIFOs, systemd's view, and a count of everything that could leak.
+//!
+//! Nothing here knows what a test wants to prove. All of it is synchronous, so that clean-up can be done
+//! in `Drop` and a test reads from top to bottom.
+
+#![allow(dead_code)] // the tests and the benchmark each use a part of it
+
+pub mod container;
+pub mod events;
+pub mod image;
+pub mod leaks;
+pub mod node;
+pub mod process;
+pub mod shim;
+pub mod spec;
+pub mod stdio;
+pub mod systemd;
+pub mod wait;

@@ -1,0 +1,166 @@
+//! The machine under test: its containerd, the runtime to test and the lane it runs in.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use containerd_client::services::v1::containers_client::ContainersClient;
+use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
+use containerd_client::services::v1::tasks_client::TasksClient;
+use containerd_client::services::v1::version_client::VersionClient;
+use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::{Request, Response, Status};
+use tokio::runtime::Runtime;
+
+use super::wait;
+
+pub const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
+pub const OUR_RUNTIME: &str = "io.containerd.systemd.v1";
+pub const STOCK_RUNTIME: &str = "io.containerd.runc.v2";
+/// The namespace of every test that needs no other; the testbed has imported the image there.
+pub const NAMESPACE: &str = "default";
+
+/// How long containerd may take for one call.
+const CALL_LIMIT: Duration = Duration::from_secs(60);
+
+/// Tests share the machine, but for those that restart something or count what is left.
+static MACHINE: RwLock<()> = RwLock::new(());
+
+enum Claim {
+    Shared { _guard: RwLockReadGuard<'static, ()> },
+    Exclusive { _guard: RwLockWriteGuard<'static, ()> },
+}
+
+/// A connection to the machine's containerd. Held for the length of a test.
+pub struct Node {
+    /// Name of the containerd runtime under test.
+    pub runtime: String,
+    rt: Runtime,
+    channel: Channel,
+    _claim: Claim,
+}
+
+impl Node {
+    /// For a test that may run beside others.
+    pub fn shared() -> Node {
+        let _guard = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+        Node::connect(Claim::Shared { _guard })
+    }
+
+    /// For a test that restarts services or counts what is left: no other test runs meanwhile.
+    pub fn exclusive() -> Node {
+        let _guard = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+        Node::connect(Claim::Exclusive { _guard })
+    }
+
+    fn connect(claim: Claim) -> Node {
+        let rt = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("start a tokio runtime");
+        let channel = rt
+            .block_on(containerd_client::connect(CONTAINERD_SOCKET))
+            .unwrap_or_else(|error| panic!("no containerd at {CONTAINERD_SOCKET}: {error}"));
+        Node { runtime: runtime_under_test(), rt, channel, _claim: claim }
+    }
+
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    pub fn tasks(&self) -> TasksClient<Channel> {
+        TasksClient::new(self.channel())
+    }
+
+    pub fn containers(&self) -> ContainersClient<Channel> {
+        ContainersClient::new(self.channel())
+    }
+
+    pub fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.channel())
+    }
+
+    /// Runs a future to its end on the node's tokio runtime.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.rt.block_on(future)
+    }
+
+    pub fn spawn<F>(&self, future: F) -> tokio::task::JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.rt.spawn(future)
+    }
+
+    /// Awaits containerd's answer to one call, for a limited time.
+    pub fn call<T>(&self, answer: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Status> {
+        self.block_on(async {
+            match tokio::time::timeout(CALL_LIMIT, answer).await {
+                Ok(answer) => answer.map(Response::into_inner),
+                Err(_) => {
+                    Err(Status::deadline_exceeded(format!("containerd gave no answer in {CALL_LIMIT:?}")))
+                }
+            }
+        })
+    }
+
+    /// Waits until containerd answers again after a restart.
+    pub fn wait_for_containerd(&self) {
+        wait::until_true("containerd answers", || {
+            self.call(VersionClient::new(self.channel()).version(())).is_ok()
+        });
+    }
+}
+
+/// A request in a containerd namespace.
+pub fn request<T>(namespace: &str, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let value = namespace.parse().unwrap_or_else(|_| panic!("namespace {namespace:?} as a header"));
+    request.metadata_mut().insert("containerd-namespace", value);
+    request
+}
+
+/// An id that no other test of this or another run uses.
+pub fn unique(name: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("{name}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+pub fn runtime_under_test() -> String {
+    std::env::var("E2E_RUNTIME").unwrap_or_else(|_| OUR_RUNTIME.to_string())
+}
+
+/// What a test may need that not every run has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Need {
+    /// It is about our shim, not about what every shim does.
+    OurShim,
+    /// cgroup v2 controllers.
+    Controllers,
+    /// A second OCI runtime, crun.
+    Crun,
+}
+
+impl Need {
+    /// Why this run can't serve the need, if it can't.
+    pub fn missing(self) -> Option<String> {
+        match self {
+            Need::OurShim => {
+                let runtime = runtime_under_test();
+                (runtime != OUR_RUNTIME).then(|| format!("is about {OUR_RUNTIME}, this run tests {runtime}"))
+            }
+            Need::Controllers => {
+                let have = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+                let all =
+                    ["cpu", "memory", "pids"].iter().all(|name| have.split_whitespace().any(|c| c == *name));
+                (!all).then(|| format!("no cgroup v2 controllers here ({:?})", have.trim()))
+            }
+            Need::Crun => {
+                (!std::path::Path::new("/usr/bin/crun").exists()).then(|| "no crun here".to_string())
+            }
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Commands of the guest and what `/proc` tells about processes.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// What a command left behind.
+#[derive(Debug)]
+pub struct Outcome {
+    pub code: Option<i32>,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+impl Outcome {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+}
+
+/// Runs a command to its end.
+pub fn run(program: &str, args: &[&str]) -> Outcome {
+    outcome(Command::new(program).args(args))
+}
+
+pub fn outcome(command: &mut Command) -> Outcome {
+    let output = command.output().unwrap_or_else(|error| panic!("run {command:?}: {error}"));
+    Outcome {
+        code: output.status.code(),
+        stdout: output.stdout,
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// Runs a command that has to succeed; returns what it printed.
+pub fn succeed(program: &str, args: &[&str]) -> String {
+    let outcome = run(program, args);
+    assert_eq!(outcome.code, Some(0), "{program} {args:?}: {}", outcome.stderr);
+    outcome.text()
+}
+
+pub fn exists(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// A line of `/proc/PID/status`, or nothing if the process or the line is not there.
+pub fn status(pid: u32, key: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let value = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    Some(value.trim().to_string())
+}
+
+/// One of the process's namespaces, e.g. `net:[4026531840]`.
+pub fn namespace(pid: u32, kind: &str) -> String {
+    let link = format!("/proc/{pid}/ns/{kind}");
+    let target = fs::read_link(&link).unwrap_or_else(|error| panic!("{link}: {error}"));
+    target.to_string_lossy().into_owned()
+}
+
+/// Proportional set size of a process in KiB; nothing if it is gone.
+pub fn pss_kib(pid: u32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// Every process whose command name (at most 15 characters) is this one.
+pub fn named(comm: &str) -> Vec<u32> {
+    all()
+        .filter(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == comm))
+        .collect()
+}
+
+/// Every process whose command line contains the text.
+pub fn with_command_line(text: &str) -> Vec<u32> {
+    all()
+        .filter(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).replace('\0', " ").contains(text)
+        })
+        .collect()
+}
+
+fn all() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").expect("read /proc");
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}

@@ -1,0 +1,158 @@
+//! Our shim without containerd in between: its binary, and a ttrpc client on the daemon's socket.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use containerd_shim_protos::api::{CreateTaskRequest, CreateTaskResponse};
+use containerd_shim_protos::shim_async::TaskClient;
+use ttrpc::Code;
+use ttrpc::asynchronous::Client;
+use ttrpc::context::Context;
+
+use super::node::{CONTAINERD_SOCKET, NAMESPACE, Node};
+use super::process::{self, Outcome};
+use super::spec::Spec;
+use super::stdio::Scratch;
+use super::systemd::DAEMON_SOCKET;
+
+pub const BINARY: &str = "/usr/local/bin/containerd-shim-systemd-v1";
+pub const SOCKET: &str = "/run/containerd-shim-systemd-v1/shim.sock";
+
+const CALL_LIMIT: Duration = Duration::from_secs(30);
+
+/// A refusal: its code and its text.
+pub type Refusal = (Code, String);
+
+/// A connection to the daemon, as containerd has one per bundle.
+pub struct Shim<'n> {
+    node: &'n Node,
+    client: Client,
+}
+
+impl<'n> Shim<'n> {
+    /// Connects; wakes the daemon up first when it has never run.
+    pub fn connect(node: &'n Node) -> Shim<'n> {
+        if !Path::new(SOCKET).exists() {
+            wake_up();
+        }
+        let client = node
+            .block_on(Client::connect(&format!("unix://{SOCKET}")))
+            .unwrap_or_else(|error| panic!("connect to {SOCKET}: {error}"));
+        Shim { node, client }
+    }
+
+    /// One call of the Task service in the tests' namespace.
+    pub fn call<T>(
+        &self,
+        method: impl AsyncFnOnce(TaskClient, Context) -> ttrpc::Result<T>,
+    ) -> Result<T, Refusal> {
+        let mut context = ttrpc::context::with_duration(CALL_LIMIT);
+        context.add("containerd-namespace-ttrpc".to_string(), NAMESPACE.to_string());
+        self.node.block_on(method(TaskClient::new(self.client.clone()), context)).map_err(refusal)
+    }
+
+    pub fn create(&self, request: CreateTaskRequest) -> Result<CreateTaskResponse, Refusal> {
+        self.call(async |client, context| client.create(context, &request).await)
+    }
+
+    /// The raw client, for requests that no generated client would make.
+    pub fn request(&self, request: ttrpc::proto::Request) -> Result<ttrpc::proto::Response, Refusal> {
+        self.node.block_on(self.client.request(request)).map_err(refusal)
+    }
+}
+
+fn refusal(error: ttrpc::Error) -> Refusal {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            (status.code.enum_value().unwrap_or(Code::UNKNOWN), status.message)
+        }
+        other => panic!("not an answer but a broken call: {other:?}"),
+    }
+}
+
+/// Lets `start` bring the daemon up.
+pub fn wake_up() {
+    let outcome = start(&Bundle::new("wake-up"), "wake-up", &[], &[]);
+    assert_eq!(outcome.code, Some(0), "start: {}", outcome.stderr);
+}
+
+/// Runs the binary's `start` as containerd does, with more environment and something on stdin.
+pub fn start(bundle: &Bundle, id: &str, environment: &[(&str, &str)], stdin: &[u8]) -> Outcome {
+    with_stdin(action(bundle, id, &[]).arg("start").envs(environment.iter().copied()), stdin)
+}
+
+/// Runs the binary's `delete` as containerd does.
+pub fn delete(bundle: &Bundle, id: &str) -> Outcome {
+    with_stdin(action(bundle, id, &["-bundle", bundle.path()]).arg("delete"), &[])
+}
+
+/// The binary in its bundle, with the flags and the environment that containerd gives, but for the verb.
+fn action(bundle: &Bundle, id: &str, more: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    command
+        .args(["-namespace", NAMESPACE, "-address", CONTAINERD_SOCKET])
+        .args(["-publish-binary", "/usr/bin/containerd", "-id", id])
+        .args(more)
+        .current_dir(bundle.path())
+        .env("TTRPC_ADDRESS", format!("{CONTAINERD_SOCKET}.ttrpc"))
+        .env("GOMAXPROCS", "2");
+    command
+}
+
+/// Runs a command with these bytes on its stdin, to its end.
+pub fn with_stdin(command: &mut Command, stdin: &[u8]) -> Outcome {
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap_or_else(|error| panic!("run {command:?}: {error}"));
+    // A program that does not read its stdin may be gone already.
+    let _ = child.stdin.take().expect("stdin is piped").write_all(stdin);
+    let output = child.wait_with_output().expect("wait for the binary");
+    Outcome {
+        code: output.status.code(),
+        stdout: output.stdout,
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// Stops the daemon and its socket, as on a machine where nothing has used the runtime yet.
+pub fn stop_daemon() {
+    process::succeed("systemctl", &["stop", DAEMON_SOCKET, super::systemd::DAEMON_SERVICE]);
+}
+
+/// A bundle made by hand, for calls that don't come from containerd.
+pub struct Bundle {
+    scratch: Scratch,
+}
+
+impl Bundle {
+    pub fn new(name: &str) -> Bundle {
+        let scratch = Scratch::new(name);
+        std::fs::create_dir(scratch.join("rootfs")).expect("make a rootfs directory");
+        let bundle = Bundle { scratch };
+        bundle.write_config(&Spec::sleeping().to_json());
+        bundle
+    }
+
+    pub fn write_config(&self, bytes: &[u8]) {
+        std::fs::write(self.scratch.join("config.json"), bytes).expect("write config.json");
+    }
+
+    pub fn remove_config(&self) {
+        std::fs::remove_file(self.scratch.join("config.json")).expect("remove config.json");
+    }
+
+    pub fn path(&self) -> &str {
+        self.scratch.as_str()
+    }
+
+    /// What one of its files holds; empty if it is not there.
+    pub fn read(&self, name: &str) -> String {
+        self.scratch.read(name)
+    }
+
+    /// A Create of a task for this bundle.
+    pub fn request(&self, id: &str) -> CreateTaskRequest {
+        CreateTaskRequest { id: id.to_string(), bundle: self.path().to_string(), ..Default::default() }
+    }
+}

@@ -1,0 +1,151 @@
+//! A small OCI spec, and the few ways in which tests want it different. It sets no resources, so that it
+//! works where cgroup v2 has no controllers.
+
+use prost_types::Any;
+use serde_json::{Value, json};
+
+/// What runc and containerd give a container by default.
+const CAPABILITIES: [&str; 14] = [
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
+#[derive(Clone)]
+pub struct Spec(Value);
+
+impl Spec {
+    pub fn new(args: &[&str]) -> Spec {
+        let namespaces: Vec<Value> =
+            ["pid", "network", "ipc", "uts", "mount"].iter().map(|kind| json!({"type": kind})).collect();
+        let mut spec = Spec(json!({
+            "ociVersion": "1.1.0",
+            "process": {
+                "args": args,
+                "cwd": "/",
+                "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+                "user": {"uid": 0, "gid": 0},
+                "noNewPrivileges": true,
+            },
+            "root": {"path": "rootfs"},
+            "hostname": "e2e",
+            "mounts": [
+                mount("proc", "proc", "/proc", &["nosuid", "noexec", "nodev"]),
+                mount("tmpfs", "tmpfs", "/dev", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+                mount("devpts", "devpts", "/dev/pts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]),
+                mount("tmpfs", "shm", "/dev/shm", &["nosuid", "noexec", "nodev", "mode=1777"]),
+                mount("sysfs", "sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
+                mount("cgroup", "cgroup", "/sys/fs/cgroup", &["nosuid", "noexec", "nodev", "ro"]),
+            ],
+            "linux": {"namespaces": namespaces},
+        }));
+        spec.set_capabilities(&CAPABILITIES);
+        spec
+    }
+
+    /// A shell script as the container's init.
+    pub fn sh(script: &str) -> Spec {
+        Spec::new(&["/bin/sh", "-c", script])
+    }
+
+    /// Lives until it is killed. The shell waits for a child, so that a trap or a signal acts at once.
+    pub fn sleeping() -> Spec {
+        Spec::new(&["/bin/sleep", "100000"])
+    }
+
+    pub fn user(mut self, uid: u32, gid: u32) -> Spec {
+        self.0["process"]["user"] = json!({"uid": uid, "gid": gid});
+        self
+    }
+
+    pub fn env(mut self, variable: &str) -> Spec {
+        self.list("/process/env").push(json!(variable));
+        self
+    }
+
+    /// A bind mount of a host's directory; `options` are added to `rbind`.
+    pub fn bind(mut self, source: &str, destination: &str, options: &[&str]) -> Spec {
+        let options = [&["rbind"], options].concat();
+        self.list("/mounts").push(mount("bind", source, destination, &options));
+        self
+    }
+
+    pub fn rootfs_propagation(mut self, propagation: &str) -> Spec {
+        self.0["linux"]["rootfsPropagation"] = json!(propagation);
+        self
+    }
+
+    /// May mount things.
+    pub fn with_sys_admin(mut self) -> Spec {
+        self.set_capabilities(&[&CAPABILITIES[..], &["CAP_SYS_ADMIN"]].concat());
+        self
+    }
+
+    pub fn in_host_namespace(mut self, kind: &str) -> Spec {
+        self.list("/linux/namespaces").retain(|namespace| namespace["type"] != kind);
+        self
+    }
+
+    pub fn cgroups_path(mut self, path: &str) -> Spec {
+        self.0["linux"]["cgroupsPath"] = json!(path);
+        self
+    }
+
+    pub fn annotation(mut self, key: &str, value: &str) -> Spec {
+        self.0["annotations"][key] = json!(value);
+        self
+    }
+
+    /// Sets `linux.resources`: only where there are controllers.
+    pub fn resources(mut self, resources: Value) -> Spec {
+        self.0["linux"]["resources"] = resources;
+        self
+    }
+
+    /// Fills in the path that containerd's own clients give, where a test has not set one.
+    pub fn or_default_cgroups_path(self, namespace: &str, id: &str) -> Spec {
+        if self.0["linux"]["cgroupsPath"].is_null() {
+            self.cgroups_path(&format!("/{namespace}/{id}"))
+        } else {
+            self
+        }
+    }
+
+    pub fn to_json(&self) -> Vec<u8> {
+        self.0.to_string().into_bytes()
+    }
+
+    pub fn to_any(&self) -> Any {
+        Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".to_string(),
+            value: self.to_json(),
+        }
+    }
+
+    fn set_capabilities(&mut self, names: &[&str]) {
+        self.0["process"]["capabilities"] =
+            json!({"bounding": names, "effective": names, "permitted": names});
+    }
+
+    fn list(&mut self, pointer: &str) -> &mut Vec<Value> {
+        self.0
+            .pointer_mut(pointer)
+            .and_then(Value::as_array_mut)
+            .unwrap_or_else(|| panic!("no list at {pointer}"))
+    }
+}
+
+fn mount(kind: &str, source: &str, destination: &str, options: &[&str]) -> Value {
+    json!({"type": kind, "source": source, "destination": destination, "options": options})
+}

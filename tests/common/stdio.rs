@@ -1,0 +1,171 @@
+//! The client's side of a task's stdio: a directory of its own, FIFOs in it, and readers with a deadline.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::libc::O_NONBLOCK;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
+
+use super::container::Io;
+use super::node::unique;
+use super::wait;
+
+/// A directory of a test on the guest's own /run, removed on drop.
+pub struct Scratch {
+    pub path: PathBuf,
+}
+
+impl Scratch {
+    pub fn new(name: &str) -> Scratch {
+        let path = Path::new("/run/e2e").join(unique(name));
+        fs::create_dir_all(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Scratch { path }
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The path of a file in it, as text.
+    pub fn text(&self, name: &str) -> String {
+        self.join(name).to_string_lossy().into_owned()
+    }
+
+    pub fn as_str(&self) -> &str {
+        self.path.to_str().expect("a scratch path is plain text")
+    }
+
+    /// What the file holds; nothing yet reads as empty.
+    pub fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.join(name)).unwrap_or_default()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // A leftover here harms nobody: names are unique and /run is gone with the guest.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// FIFOs as containerd's clients make them.
+pub struct Fifos {
+    scratch: Scratch,
+}
+
+impl Fifos {
+    pub fn new(name: &str) -> Fifos {
+        let scratch = Scratch::new(name);
+        for name in ["stdin", "stdout", "stderr"] {
+            let path = scratch.join(name);
+            nix::unistd::mkfifo(&path, Mode::S_IRWXU)
+                .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        }
+        Fifos { scratch }
+    }
+
+    /// All three.
+    pub fn io(&self) -> Io {
+        Io { stdin: self.scratch.text("stdin"), ..self.output() }
+    }
+
+    /// stdout and stderr.
+    pub fn output(&self) -> Io {
+        Io { stdout: self.scratch.text("stdout"), stderr: self.scratch.text("stderr"), ..Io::default() }
+    }
+
+    /// The readers have to be there before the task is created: a shim may block until they are.
+    pub fn stdout(&self) -> Reader {
+        Reader::open(&self.scratch.join("stdout"))
+    }
+
+    pub fn stderr(&self) -> Reader {
+        Reader::open(&self.scratch.join("stderr"))
+    }
+
+    /// The client's end of stdin, once somebody reads there.
+    pub fn stdin(&self) -> File {
+        let path = self.scratch.join("stdin");
+        let open = || File::options().write(true).custom_flags(O_NONBLOCK).open(&path).ok();
+        let file = wait::until("a reader of the stdin FIFO", open);
+        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()))
+            .expect("make stdin blocking");
+        file
+    }
+}
+
+/// Writes all, with a clear message if nobody takes it.
+pub fn feed(mut file: &File, bytes: &[u8]) {
+    file.write_all(bytes).expect("write to the container's stdin");
+}
+
+/// One stream of output, read without blocking.
+pub struct Reader {
+    file: File,
+    path: PathBuf,
+}
+
+impl Reader {
+    pub fn open(path: &Path) -> Reader {
+        let file = File::options().read(true).custom_flags(O_NONBLOCK).open(path);
+        Reader {
+            file: file.unwrap_or_else(|error| panic!("{}: {error}", path.display())),
+            path: path.to_owned(),
+        }
+    }
+
+    /// Everything up to EOF.
+    pub fn rest(&mut self) -> Vec<u8> {
+        let (bytes, ended) = self.collect(|_| false);
+        assert!(ended, "{}: no EOF in {:?}; {} bytes so far", self.path.display(), wait::LIMIT, bytes.len());
+        bytes
+    }
+
+    pub fn text(&mut self) -> String {
+        String::from_utf8_lossy(&self.rest()).into_owned()
+    }
+
+    /// What comes until enough has come; EOF before that is a failure.
+    pub fn until(&mut self, enough: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+        let (bytes, _) = self.collect(&enough);
+        assert!(enough(&bytes), "{}: only {:?}", self.path.display(), String::from_utf8_lossy(&bytes));
+        bytes
+    }
+
+    /// Whether EOF is there by now, with nothing unread before it.
+    pub fn is_at_end(&mut self) -> bool {
+        self.ready(Duration::ZERO) && matches!(self.file.read(&mut [0; 1]), Ok(0))
+    }
+
+    fn collect(&mut self, enough: impl Fn(&[u8]) -> bool) -> (Vec<u8>, bool) {
+        let deadline = Instant::now() + wait::LIMIT;
+        let mut bytes = Vec::new();
+        let mut chunk = [0; 64 * 1024];
+        while !enough(&bytes) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || !self.ready(left) {
+                return (bytes, false);
+            }
+            match self.file.read(&mut chunk) {
+                Ok(0) => return (bytes, true),
+                Ok(count) => bytes.extend_from_slice(&chunk[..count]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => panic!("read {}: {error}", self.path.display()),
+            }
+        }
+        (bytes, false)
+    }
+
+    /// Waits for bytes or a hang-up. A FIFO that never had a writer gives neither: so an end is only
+    /// seen after a beginning, as by a client whose open blocks until there is a writer.
+    fn ready(&self, limit: Duration) -> bool {
+        let mut fds = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
+        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        poll(&mut fds, limit).expect("poll a FIFO") > 0
+    }
+}

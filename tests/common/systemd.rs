@@ -1,0 +1,115 @@
+//! systemd's view: units by the names that our shim gives them, their properties, the journal.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::container::Container;
+use super::process;
+
+pub const DAEMON_SERVICE: &str = "containerd-shim-systemd-v1.service";
+pub const DAEMON_SOCKET: &str = "containerd-shim-systemd-v1.socket";
+
+/// The unit of a container: dashes of the namespace escaped, 64 hex digits cut to 12.
+pub fn unit_of(container: &Container) -> String {
+    format!("containerd-{}-{}.service", escaped(&container.namespace), short(&container.id))
+}
+
+/// The slice of a namespace.
+pub fn slice_of(namespace: &str) -> String {
+    format!("containerd-{}.slice", escaped(namespace))
+}
+
+pub fn escaped(namespace: &str) -> String {
+    namespace.replace('-', "\\x2d")
+}
+
+fn short(id: &str) -> &str {
+    let is_digest = id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if is_digest { &id[..12] } else { id }
+}
+
+/// One property of a unit, as `systemctl show` prints it; empty for one that is unknown or unset.
+pub fn property(unit: &str, name: &str) -> String {
+    process::succeed("systemctl", &["show", "--value", "--property", name, "--", unit]).trim().to_string()
+}
+
+pub fn is_active(unit: &str) -> bool {
+    property(unit, "ActiveState") == "active"
+}
+
+pub fn main_pid(unit: &str) -> u32 {
+    property(unit, "MainPID").parse().unwrap_or_else(|error| panic!("MainPID of {unit}: {error}"))
+}
+
+/// The directory of a unit's cgroup; nothing where the unit has none.
+pub fn cgroup(unit: &str) -> Option<PathBuf> {
+    let path = property(unit, "ControlGroup");
+    (!path.is_empty()).then(|| Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/')))
+}
+
+/// The processes in a cgroup and all cgroups below it.
+pub fn processes_below(cgroup: &Path) -> Vec<u32> {
+    let procs = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let mut pids: Vec<u32> = procs.lines().filter_map(|pid| pid.parse().ok()).collect();
+    for child in directories(cgroup) {
+        pids.extend(processes_below(&child));
+    }
+    pids
+}
+
+pub fn directories(path: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// Loaded units whose name fits the pattern, with their state: `name load active sub`.
+pub fn list_units(pattern: &str) -> Vec<String> {
+    let list =
+        process::succeed("systemctl", &["list-units", "--all", "--full", "--plain", "--no-legend", pattern]);
+    list.lines().map(|line| line.split_whitespace().take(4).collect::<Vec<_>>().join(" ")).collect()
+}
+
+/// Journal entries that match all of `FIELD=value`, after everything written so far has arrived there.
+pub fn journal(matches: &[&str]) -> Vec<Value> {
+    // Without --sync a line that a process has just written may not be there yet.
+    process::succeed("journalctl", &["--sync"]);
+    let args = [&["--quiet", "--no-pager", "--output=json", "--all"], matches].concat();
+    let lines = process::run("journalctl", &args).text();
+    lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}")))
+        .collect()
+}
+
+/// The messages of such entries.
+pub fn messages(matches: &[&str]) -> Vec<String> {
+    journal(matches).iter().filter_map(|entry| Some(entry["MESSAGE"].as_str()?.to_string())).collect()
+}
+
+/// A drop-in for all containers of a namespace, removed on drop.
+pub struct DropIn {
+    directory: PathBuf,
+}
+
+impl DropIn {
+    pub fn for_namespace(namespace: &str, text: &str) -> DropIn {
+        let directory =
+            PathBuf::from(format!("/run/systemd/system/containerd-{}-.service.d", escaped(namespace)));
+        fs::create_dir_all(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
+        fs::write(directory.join("50-e2e.conf"), text)
+            .unwrap_or_else(|error| panic!("write a drop-in: {error}"));
+        DropIn { directory }
+    }
+}
+
+impl Drop for DropIn {
+    fn drop(&mut self) {
+        // The next test that looks at the directory would say so.
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}

@@ -1,0 +1,312 @@
+//! What no client should send: each gets the right code and a text to act on, changes nothing, and the
+//! daemon serves on.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use containerd_shim_protos::api::{
+    ConnectRequest, DeleteRequest, KillRequest, PidsRequest, ShutdownRequest, StartRequest, StateRequest,
+    WaitRequest,
+};
+use containerd_shim_protos::protobuf::Message;
+use ttrpc::Code;
+
+use crate::common::container::Io;
+use crate::common::leaks::{self, Traces};
+use crate::common::node::{NAMESPACE, Node, unique};
+use crate::common::process;
+use crate::common::shim::{Bundle, Refusal, SOCKET, Shim};
+use crate::common::spec::Spec;
+
+/// The daemon answers, and knows no such task.
+fn assert_serves(shim: &Shim) {
+    let (code, text) = state(shim, "nobody").expect_err("state of nobody");
+    assert_eq!(code, Code::NOT_FOUND, "{text}");
+}
+
+fn state(shim: &Shim, id: &str) -> Result<(), Refusal> {
+    let request = StateRequest { id: id.to_string(), ..Default::default() };
+    shim.call(async |client, context| client.state(context, &request).await).map(drop)
+}
+
+#[test]
+fn an_id_that_is_no_name_is_an_invalid_argument() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let shim = Shim::connect(&node);
+    let before = Traces::take();
+    let long = "x".repeat(300);
+    let bundle = Bundle::new("id");
+    for id in ["", "a/b", "..", "../../etc", "/", ".", "a\0b", "-x", "a b", "a:b", "ü", "a\nb", &long] {
+        let (code, text) = shim.create(bundle.request(id)).expect_err(id);
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{id:?}: {text}");
+    }
+    assert_serves(&shim);
+    leaks::assert_none("ids that are no names", &before);
+}
+
+#[test]
+fn a_namespace_that_is_no_name_is_an_invalid_argument() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let shim = Shim::connect(&node);
+    let id = unique("namespace");
+    for namespace in ["", "../x", "a/b", "a\0b", &"x".repeat(300)] {
+        let payload = Bundle::new("namespace").request(&id).write_to_bytes().expect("encode a Create");
+        let (code, text) = shim.request(rpc("v3", "Create", namespace, payload)).expect_err(namespace);
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{namespace:?}: {text}");
+    }
+    assert_serves(&shim);
+}
+
+#[test]
+fn a_bundle_that_cant_be_used_is_named() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let shim = Shim::connect(&node);
+
+    let mut request = Bundle::new("gone").request(&unique("gone"));
+    request.bundle = "/no/such/bundle".to_string();
+    refused(&shim, request, &[Code::INVALID_ARGUMENT, Code::NOT_FOUND], "/no/such/bundle");
+
+    let mut request = Bundle::new("relative").request(&unique("relative"));
+    request.bundle = "relative".to_string();
+    refused(&shim, request, &[Code::INVALID_ARGUMENT, Code::NOT_FOUND], "relative");
+
+    let bundle = Bundle::new("no-config");
+    bundle.remove_config();
+    refused(
+        &shim,
+        bundle.request(&unique("no-config")),
+        &[Code::INVALID_ARGUMENT, Code::NOT_FOUND],
+        "config.json",
+    );
+
+    let huge = format!("{{\"ociVersion\": \"1.1.0\", \"hostname\": \"{}\"}}", "x".repeat(20 << 20));
+    let deep = "[".repeat(1 << 20);
+    let cases: [(&str, &[u8]); 6] = [
+        ("broken", b"{\"ociVersion\": "),
+        ("empty", b""),
+        ("a list", b"[]"),
+        ("not text", &[0xff, 0xfe, 0, 1]),
+        ("huge", huge.as_bytes()),
+        ("deep", deep.as_bytes()),
+    ];
+    for (what, config) in cases {
+        let bundle = Bundle::new("config");
+        bundle.write_config(config);
+        let (code, text) = shim.create(bundle.request(&unique("config"))).expect_err(what);
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{what}: {text}");
+        assert!(text.contains("config.json"), "{what}: {text}");
+    }
+    assert_serves(&shim);
+}
+
+#[test]
+fn a_malformed_cgroups_path_is_an_invalid_argument() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let shim = Shim::connect(&node);
+    for path in ["a:b", "a:b:c:d", "not-a-slice:prefix:id"] {
+        let bundle = Bundle::new("cgroup");
+        bundle.write_config(&Spec::sleeping().cgroups_path(path).to_json());
+        refused(&shim, bundle.request(&unique("cgroup")), &[Code::INVALID_ARGUMENT], path);
+    }
+}
+
+#[test]
+fn stdio_that_cant_be_used_is_named() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let shim = Shim::connect(&node);
+    for stdout in ["/run", "/no/such/fifo", "strange:///scheme", "binary:///no/such/logger"] {
+        let mut request = Bundle::new("stdio").request(&unique("stdio"));
+        request.stdout = stdout.to_string();
+        let (_code, text) = shim.create(request).expect_err(stdout);
+        let part = stdout.trim_start_matches("binary://");
+        assert!(text.contains(part), "{part} is not in: {text}");
+    }
+    assert_serves(&shim);
+}
+
+#[test]
+fn a_second_create_of_a_live_id_already_exists() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("twice", Spec::sleeping()).started(&Io::default());
+    let shim = Shim::connect(&node);
+    let (code, text) = shim.create(Bundle::new("twice").request(&container.id)).expect_err("create again");
+    assert_eq!(code, Code::ALREADY_EXISTS, "{text}");
+    assert_eq!(container.pids().expect("pids"), [container.pid()], "the live one is as before");
+}
+
+#[test]
+fn calls_for_unknown_ids_are_not_found() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let shim = Shim::connect(&node);
+    let id = unique("unknown");
+    let start = StartRequest { id: id.clone(), ..Default::default() };
+    let delete = DeleteRequest { id: id.clone(), ..Default::default() };
+    let kill = KillRequest { id: id.clone(), signal: 9, ..Default::default() };
+    let pids = PidsRequest { id: id.clone(), ..Default::default() };
+    let wait = WaitRequest { id: id.clone(), ..Default::default() };
+    let refusals = [
+        ("State", state(&shim, &id)),
+        ("Start", shim.call(async |client, context| client.start(context, &start).await).map(drop)),
+        ("Delete", shim.call(async |client, context| client.delete(context, &delete).await).map(drop)),
+        ("Kill", shim.call(async |client, context| client.kill(context, &kill).await).map(drop)),
+        ("Pids", shim.call(async |client, context| client.pids(context, &pids).await).map(drop)),
+        ("Wait", shim.call(async |client, context| client.wait(context, &wait).await).map(drop)),
+    ];
+    for (call, refusal) in refusals {
+        let (code, text) = refusal.expect_err(call);
+        assert_eq!(code, Code::NOT_FOUND, "{call}: {text}");
+    }
+    // These two never fail: containerd calls them before and after there is a task.
+    let connect = ConnectRequest { id: id.clone(), ..Default::default() };
+    let connected =
+        shim.call(async |client, context| client.connect(context, &connect).await).expect("Connect");
+    assert_eq!(connected.task_pid, 0);
+    let shutdown = ShutdownRequest { id, ..Default::default() };
+    shim.call(async |client, context| client.shutdown(context, &shutdown).await).expect("Shutdown");
+}
+
+#[test]
+fn both_versions_of_the_task_api_are_served() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("versions", Spec::sleeping()).started(&Io::default());
+    let shim = Shim::connect(&node);
+    for version in ["v2", "v3"] {
+        let payload = StateRequest { id: container.id.clone(), ..Default::default() }.write_to_bytes();
+        let request = rpc(version, "State", NAMESPACE, payload.expect("encode a State"));
+        let answer = shim.request(request).unwrap_or_else(|refusal| panic!("{version}: {refusal:?}"));
+        let state =
+            containerd_shim_protos::api::StateResponse::parse_from_bytes(&answer.payload).expect("a State");
+        assert_eq!(state.pid, container.pid(), "{version}");
+    }
+    let (code, _) = shim.request(rpc("v3", "Frobnicate", NAMESPACE, Vec::new())).expect_err("no such method");
+    assert!([Code::UNIMPLEMENTED, Code::NOT_FOUND].contains(&code), "{code:?}");
+    let (code, _) =
+        shim.request(rpc("v3", "State", NAMESPACE, vec![0xff; 10])).expect_err("no State request");
+    assert!([Code::INVALID_ARGUMENT, Code::UNKNOWN, Code::INTERNAL].contains(&code), "{code:?}");
+    assert_serves(&shim);
+}
+
+#[test]
+fn garbage_on_the_socket_harms_nobody_else() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let bystander = Shim::connect(&node);
+    assert_serves(&bystander);
+    let garbage: Vec<u8> =
+        (0..100_000_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let half = frame(1, 1, 100, b"half a frame");
+    let oversized = frame(1, 1, 100 << 20, &[0; 1 << 16]);
+    let strange_type = frame(1, 77, 4, b"abcd");
+    let no_request = frame(1, 1, 4, &[0xff; 4]);
+    for bytes in [&garbage, &half, &oversized, &strange_type, &no_request, &Vec::new()] {
+        let mut stream = UnixStream::connect(SOCKET).expect("connect");
+        stream.set_read_timeout(Some(Duration::from_millis(300))).expect("limit reads");
+        // The daemon may hang up in the middle of this, or wait for the rest: both are right.
+        let _ = stream.write_all(bytes);
+        let _ = stream.read(&mut [0; 4096]);
+        drop(stream);
+        assert_serves(&bystander);
+        assert_serves(&Shim::connect(&node));
+    }
+}
+
+#[test]
+fn many_idle_connections_harm_nobody() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let idle: Vec<_> = (0..200).map(|_| UnixStream::connect(SOCKET).expect("connect")).collect();
+    assert_serves(&Shim::connect(&node));
+    drop(idle);
+}
+
+#[test]
+fn another_user_is_refused() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let shim = Shim::connect(&node);
+    let _open = [
+        Opened::new(Path::new(SOCKET).parent().expect("a directory"), 0o755),
+        Opened::new(Path::new(SOCKET), 0o666),
+    ];
+    let payload = StateRequest { id: "nobody".to_string(), ..Default::default() }.write_to_bytes();
+    let request = rpc("v3", "State", NAMESPACE, payload.expect("encode a State"));
+    let body = request.write_to_bytes().expect("encode a request");
+    let hex: String =
+        frame(1, 1, body.len() as u32, &body).iter().map(|byte| format!("{byte:02x}")).collect();
+    // Says what comes of a valid request.
+    let client = "use IO::Socket::UNIX; $SIG{PIPE} = 'IGNORE'; \
+        my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or do { print 'no connection'; exit }; \
+        syswrite $s, pack('H*', $ARGV[1]); print sysread($s, my $b, 4096) ? 'answered' : 'closed'";
+    let as_root = process::succeed("perl", &["-e", client, SOCKET, &hex]);
+    assert_eq!(as_root, "answered");
+    let other = ["--reuid=1000", "--regid=1000", "--clear-groups", "perl", "-e", client, SOCKET, &hex];
+    assert_eq!(process::succeed("setpriv", &other), "closed");
+    assert_serves(&shim);
+}
+
+/// A path with another mode for a while.
+struct Opened<'p> {
+    path: &'p Path,
+    mode: u32,
+}
+
+impl<'p> Opened<'p> {
+    fn new(path: &'p Path, mode: u32) -> Opened<'p> {
+        let before = fs::metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("open a path to all");
+        Opened { path, mode: before.permissions().mode() }
+    }
+}
+
+impl Drop for Opened<'_> {
+    fn drop(&mut self) {
+        let _ = fs::set_permissions(self.path, fs::Permissions::from_mode(self.mode)); // it was there before
+    }
+}
+
+fn refused(
+    shim: &Shim,
+    request: containerd_shim_protos::api::CreateTaskRequest,
+    codes: &[Code],
+    named: &str,
+) {
+    let (code, text) = shim.create(request).expect_err(named);
+    assert!(codes.contains(&code), "{named}: {code:?} {text}");
+    assert!(text.contains(named), "{named} is not in: {text}");
+}
+
+/// A request of the Task service, by hand.
+fn rpc(version: &str, method: &str, namespace: &str, payload: Vec<u8>) -> ttrpc::proto::Request {
+    let mut pair = ttrpc::proto::KeyValue::new();
+    pair.key = "containerd-namespace-ttrpc".to_string();
+    pair.value = namespace.to_string();
+    let mut request = ttrpc::proto::Request::new();
+    request.service = format!("containerd.task.{version}.Task");
+    request.method = method.to_string();
+    request.timeout_nano = 10_000_000_000;
+    request.metadata = vec![pair];
+    request.payload = payload;
+    request
+}
+
+/// A ttrpc frame: length, stream, type (1 is a request), flags, and a body that may not have that length.
+fn frame(stream: u32, kind: u8, length: u32, body: &[u8]) -> Vec<u8> {
+    let mut frame = Vec::new();
+    frame.extend(length.to_be_bytes());
+    frame.extend(stream.to_be_bytes());
+    frame.extend([kind, 0]);
+    frame.extend(body);
+    frame
+}

@@ -1,0 +1,195 @@
+//! The binary that containerd runs: `start` in the language of each containerd, `delete`, and what a person gets.
+
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::thread;
+
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use containerd_shim_protos::protobuf::Message;
+use serde_json::Value;
+
+use crate::common::container::{Io, SIGKILL};
+use crate::common::node::{CONTAINERD_SOCKET, NAMESPACE, Node, unique};
+use crate::common::shim::{self, BINARY, Bundle};
+use crate::common::spec::Spec;
+use crate::common::{process, systemd, wait};
+
+/// The environment that containerd 1.7 to 2.2 adds.
+const SINCE_1_7: [(&str, &str); 3] =
+    [("GRPC_ADDRESS", CONTAINERD_SOCKET), ("NAMESPACE", NAMESPACE), ("MAX_SHIM_VERSION", "2")];
+
+/// Somebody listens at the address.
+fn assert_answers(address: &str) {
+    let path =
+        address.strip_prefix("unix://").unwrap_or_else(|| panic!("not an address to dial: {address:?}"));
+    UnixStream::connect(path).unwrap_or_else(|error| panic!("dial {address}: {error}"));
+}
+
+#[test]
+fn containerd_1_6_gets_a_bare_address() {
+    needs!(OurShim);
+    let _node = Node::shared();
+    let bundle = Bundle::new("start");
+    let outcome = shim::start(&bundle, &unique("start"), &[], &[]);
+    assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(0), ""));
+    let address = outcome.text();
+    assert_answers(address.trim());
+    // containerd 1.x finds the shim again by this file, and 1.6 does not trim it.
+    assert_eq!(bundle.read("address"), address.trim());
+}
+
+#[test]
+fn containerd_1_7_gets_json() {
+    needs!(OurShim);
+    let _node = Node::shared();
+    let options = crate::options::runc_options(|options| options.binary_name = "runc".to_string());
+    let options = prost::Message::encode_to_vec(&options);
+    for stdin in [Vec::new(), options] {
+        let bundle = Bundle::new("start");
+        let outcome = shim::start(&bundle, &unique("start"), &SINCE_1_7, &stdin);
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(0), ""));
+        let answer: Value = serde_json::from_slice(&outcome.stdout).expect("an answer in JSON");
+        assert_eq!((&answer["version"], &answer["protocol"]), (&Value::from(2), &Value::from("ttrpc")));
+        let address = answer["address"].as_str().expect("an address");
+        assert_answers(address);
+        assert_eq!(bundle.read("address"), address);
+    }
+}
+
+#[test]
+fn containerd_2_3_gets_a_bootstrap_result() {
+    needs!(OurShim);
+    let _node = Node::shared();
+    let id = unique("start");
+    let outcome = shim::start(&Bundle::new("start"), &id, &SINCE_1_7, &params(&id, NAMESPACE));
+    assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(0), ""));
+    let answer = BootstrapResult::parse_from_bytes(&outcome.stdout).expect("a BootstrapResult");
+    assert!([2, 3].contains(&answer.version), "{answer}");
+    assert_eq!(answer.protocol, "ttrpc");
+    assert_answers(&answer.address);
+}
+
+#[test]
+fn what_only_looks_like_bootstrap_params_is_taken_for_options() {
+    needs!(OurShim);
+    let _node = Node::shared();
+    let id = unique("start");
+    for stdin in [params("another", NAMESPACE), params(&id, "another"), vec![0xff; 40]] {
+        let outcome = shim::start(&Bundle::new("start"), &id, &SINCE_1_7, &stdin);
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(0), ""));
+        serde_json::from_slice::<Value>(&outcome.stdout).expect("the answer for 1.7");
+    }
+}
+
+fn params(id: &str, namespace: &str) -> Vec<u8> {
+    let params = BootstrapParams {
+        instance_id: id.to_string(),
+        namespace: namespace.to_string(),
+        containerd_version: "v2.3.0".to_string(),
+        containerd_ttrpc_address: format!("{CONTAINERD_SOCKET}.ttrpc"),
+        containerd_grpc_address: CONTAINERD_SOCKET.to_string(),
+        containerd_binary: "/usr/bin/containerd".to_string(),
+        ..Default::default()
+    };
+    params.write_to_bytes().expect("encode BootstrapParams")
+}
+
+#[test]
+fn twenty_starts_at_once_bring_up_one_daemon() {
+    needs!(OurShim);
+    let _node = Node::exclusive();
+    shim::stop_daemon();
+    let starts: Vec<_> = (0..20)
+        .map(|_| thread::spawn(|| shim::start(&Bundle::new("race"), &unique("race"), &SINCE_1_7, &[])))
+        .collect();
+    for start in starts {
+        let outcome = start.join().expect("a start does not panic");
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(0), ""));
+        let answer: Value = serde_json::from_slice(&outcome.stdout).expect("an answer in JSON");
+        assert_answers(answer["address"].as_str().expect("an address"));
+    }
+    wait::until_true("one daemon", || {
+        process::named("containerd-shim") == [systemd::main_pid(systemd::DAEMON_SERVICE)]
+    });
+}
+
+#[test]
+fn a_container_runs_where_no_daemon_has_run_yet() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    shim::stop_daemon();
+    assert_eq!(node.container("first", Spec::sh("exit 15")).started(&Io::default()).exit_status(), 15);
+}
+
+#[test]
+fn delete_of_an_unknown_task_answers_all_the_same() {
+    needs!(OurShim);
+    let _node = Node::shared();
+    let outcome = shim::delete(&Bundle::new("delete"), &unique("unknown"));
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    let answer = DeleteResponse::parse_from_bytes(&outcome.stdout).expect("a DeleteResponse");
+    assert_eq!(answer.exit_status, 137);
+    assert!(answer.exited_at.seconds > 1_700_000_000, "{answer}");
+}
+
+#[test]
+fn delete_works_without_a_daemon() {
+    needs!(OurShim);
+    let _node = Node::exclusive();
+    shim::stop_daemon();
+    let outcome = shim::delete(&Bundle::new("delete"), &unique("unknown"));
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    DeleteResponse::parse_from_bytes(&outcome.stdout).expect("a DeleteResponse");
+}
+
+#[test]
+fn delete_cleans_up_a_task_that_is_alive() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("abandoned", Spec::sleeping()).started(&Io::default());
+    let (pid, unit) = (container.pid(), systemd::unit_of(&container));
+    for _twice in 0..2 {
+        let outcome = shim::delete(&Bundle::new("delete"), &container.id);
+        assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+        DeleteResponse::parse_from_bytes(&outcome.stdout).expect("a DeleteResponse");
+        wait::until_true("its process is gone", || !process::exists(pid));
+        wait::until_true("its unit is gone", || systemd::list_units(&unit).is_empty());
+    }
+    // containerd may have heard of the exit or find nothing: both are an end.
+    let _ = container.kill(SIGKILL);
+}
+
+#[test]
+fn a_person_gets_usage_version_and_features() {
+    needs!(OurShim);
+    let _node = Node::shared();
+    let usage = shim::with_stdin(&mut Command::new(BINARY), &[]);
+    assert_ne!(usage.code, Some(0));
+    assert!(usage.stderr.contains("start") && usage.stderr.contains("delete"), "{}", usage.stderr);
+    assert!(usage.stdout.is_empty(), "usage after an error goes to stderr");
+
+    let version = process::run(BINARY, &["-v"]);
+    assert_eq!((version.code, version.stderr.as_str()), (Some(0), ""));
+    assert!(version.text().contains(env!("CARGO_PKG_VERSION")), "{}", version.text());
+
+    let info = shim::with_stdin(Command::new(BINARY).arg("-info"), &[]);
+    assert_eq!((info.code, info.stderr.as_str()), (Some(0), ""));
+    assert!(
+        info.stdout.windows(24).any(|part| part == b"io.containerd.systemd.v1"),
+        "RuntimeInfo has the name"
+    );
+
+    let unknown = shim::with_stdin(Command::new(BINARY).arg("frobnicate"), &[]);
+    assert_ne!(unknown.code, Some(0));
+    assert!(unknown.stderr.contains("frobnicate"), "{}", unknown.stderr);
+}
+
+#[test]
+fn start_without_an_id_says_what_is_missing() {
+    needs!(OurShim);
+    let _node = Node::shared();
+    let outcome = shim::with_stdin(Command::new(BINARY).args(["-namespace", NAMESPACE, "start"]), &[]);
+    assert_ne!(outcome.code, Some(0));
+    assert!(outcome.stderr.contains("-id") || outcome.text().contains("-id"), "{outcome:?}");
+}

@@ -1,0 +1,77 @@
+//! What a client hears of a task: each event once, in order, with the right fields.
+
+use crate::common::container::{Io, SIGKILL};
+use crate::common::events::Event;
+use crate::common::node::Node;
+use crate::common::spec::Spec;
+
+#[test]
+fn events_come_once_and_in_order() {
+    let node = Node::shared();
+    let events = node.subscribe();
+    // `true` may be dead before Start has returned: its exit still comes after its start.
+    for spec in [Spec::new(&["/bin/true"]), Spec::sh("sleep 0.2; exit 6")] {
+        let container = node.container("events", spec).started(&Io::default());
+        container.wait().expect("wait");
+        container.delete().expect("delete");
+        let seen = events.up_to(&container, "delete");
+        let names: Vec<&str> = seen.iter().map(Event::name).collect();
+        assert_eq!(names, ["create", "start", "exit", "delete"]);
+    }
+}
+
+#[test]
+fn events_carry_what_clients_read() {
+    let node = Node::shared();
+    let events = node.subscribe();
+    let container = node.container("fields", Spec::sh("exit 6")).make();
+    let pid = container.create(&Io::default()).expect("create");
+    container.start().expect("start");
+    let exit = container.wait().expect("wait");
+    container.delete().expect("delete");
+
+    for event in events.up_to(&container, "delete") {
+        match event {
+            Event::Create(create) => {
+                assert_eq!(create.pid, pid);
+                assert!(
+                    create.bundle.ends_with(&format!("/{}/{}", container.namespace, container.id)),
+                    "{create:?}"
+                );
+                assert_eq!(create.rootfs, container.mounts);
+            }
+            Event::Start(start) => assert_eq!(start.pid, pid),
+            Event::Exit(told) => {
+                assert_eq!((told.id.as_str(), told.pid, told.exit_status), (container.id.as_str(), pid, 6));
+                assert_eq!(told.exited_at, exit.at);
+            }
+            Event::Delete(delete) => {
+                assert_eq!((delete.pid, delete.exit_status, delete.exited_at), (pid, 6, exit.at));
+            }
+            Event::Other(topic) => panic!("an event of no task: {topic}"),
+        }
+    }
+}
+
+#[test]
+fn a_kill_is_told_as_an_exit() {
+    let node = Node::shared();
+    let events = node.subscribe();
+    let container = node.container("killed", Spec::sleeping()).started(&Io::default());
+    container.kill(SIGKILL).expect("kill");
+    let exit = events.exit_of(&container);
+    assert_eq!((exit.exit_status, exit.id), (137, container.id.clone()));
+}
+
+#[test]
+fn a_created_task_that_is_killed_has_no_start_event() {
+    let node = Node::shared();
+    let events = node.subscribe();
+    let container = node.container("unstarted", Spec::sleeping()).created(&Io::default());
+    container.kill(SIGKILL).expect("kill");
+    container.wait().expect("wait");
+    container.delete().expect("delete");
+    let seen = events.up_to(&container, "delete");
+    let names: Vec<&str> = seen.iter().map(Event::name).collect();
+    assert_eq!(names, ["create", "exit", "delete"]);
+}

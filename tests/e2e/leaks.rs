@@ -1,0 +1,163 @@
+//! After Delete nothing is left, after a failure neither, and the daemon does not grow.
+
+use containerd_client::types::Mount;
+
+use crate::common::container::{Io, SIGKILL};
+use crate::common::leaks::{self, Traces};
+use crate::common::node::{Node, OUR_RUNTIME};
+use crate::common::process;
+use crate::common::spec::Spec;
+use crate::common::stdio::Fifos;
+use crate::common::systemd::{self, DropIn};
+use crate::options::{Noting, runc_options};
+
+/// Enough to fill every cache and buffer that is filled once.
+const WARM_UP: u32 = 20;
+const MAX_GROWTH_KIB: u64 = 1024;
+
+/// Something that fails, and ends with nothing to keep.
+type Step = fn(&Node);
+
+/// Create, start, exit, delete, `E2E_CYCLES` times unless told otherwise.
+fn cycles() -> u32 {
+    std::env::var("E2E_CYCLES").ok().and_then(|cycles| cycles.parse().ok()).unwrap_or(200)
+}
+
+fn run_rest(node: &Node) {
+    let container = node.container("cycle", Spec::new(&["/bin/true"])).started(&Io::default());
+    assert_eq!(container.exit_status(), 0);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn a_live_container_leaves_traces() {
+    // What these tests look for has to be found where it is.
+    let node = Node::exclusive();
+    run_rest(&node);
+    let before = Traces::take();
+    let _container = node.container("live", Spec::sleeping()).started(&Io::default());
+    let traces = Traces::take().since(&before);
+    let ours = if node.runtime == OUR_RUNTIME {
+        &["unit", "state file", "log-extra-fields file"][..]
+    } else {
+        &["mount"]
+    };
+    for kind in [&["cgroup", "runc state", "bundle"], ours].concat() {
+        assert!(traces.iter().any(|trace| trace.starts_with(kind)), "no {kind} in {traces:#?}");
+    }
+}
+
+#[test]
+fn two_hundred_containers_leave_nothing() {
+    let node = Node::exclusive();
+    (0..WARM_UP).for_each(|_| run_rest(&node));
+    let before = Traces::take();
+    let daemon = || process::pss_kib(systemd::main_pid(systemd::DAEMON_SERVICE));
+    let pss_before = daemon();
+    (0..cycles()).for_each(|_| run_rest(&node));
+    leaks::assert_none("containers that ran to their end", &before);
+    if let (Some(before), Some(after)) = (pss_before, daemon()) {
+        assert!(after < before + MAX_GROWTH_KIB, "the daemon grew from {before} to {after} KiB");
+    }
+}
+
+#[test]
+fn a_failure_in_any_step_leaves_nothing() {
+    let node = Node::exclusive();
+    let steps: [(&str, Step); 7] = [
+        ("a runtime that is not there", runtime_missing),
+        ("a rootfs that can't be mounted", rootfs_broken),
+        ("a command that is not there", command_missing),
+        ("a stdout that is a directory", stdout_broken),
+        ("a runtime that fails at create", create_failing),
+        ("a runtime that fails at start", start_failing),
+        ("a client that is gone", client_gone),
+    ];
+    run_rest(&node);
+    for (what, step) in steps {
+        step(&node);
+        let before = Traces::take();
+        (0..10).for_each(|_| step(&node));
+        leaks::assert_none(what, &before);
+    }
+}
+
+#[test]
+fn a_unit_that_cant_start_leaves_nothing() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let namespace = "e2e-no-start";
+    let fails = || {
+        let container = node.container("no-unit", Spec::sleeping()).namespace(namespace).make();
+        container.create(&Io::default()).expect_err("a unit whose start fails");
+    };
+    let _drop_in = DropIn::for_namespace(namespace, "[Service]\nExecStartPre=/bin/false\n");
+    fails();
+    let before = Traces::take();
+    (0..10).for_each(|_| fails());
+    leaks::assert_none("units that can't start", &before);
+}
+
+#[test]
+fn containers_that_run_side_by_side_leave_nothing() {
+    let node = Node::exclusive();
+    run_rest(&node);
+    let before = Traces::take();
+    {
+        let running: Vec<_> =
+            (0..20).map(|_| node.container("many", Spec::sleeping()).started(&Io::default())).collect();
+        running.iter().for_each(|container| container.kill(SIGKILL).expect("kill"));
+        for container in running {
+            assert_eq!(container.exit_status(), 137);
+            container.delete().expect("delete");
+        }
+    }
+    leaks::assert_none("twenty containers at once", &before);
+}
+
+fn runtime_missing(node: &Node) {
+    let options = runc_options(|options| options.binary_name = "/no/such/runc".to_string());
+    let container = node.container("no-runc", Spec::sleeping()).options(options).make();
+    container.create(&Io::default()).expect_err("no runc");
+}
+
+fn rootfs_broken(node: &Node) {
+    let mut container = node.container("no-rootfs", Spec::sleeping()).make();
+    let source = "/no/such/device".to_string();
+    container.mounts.push(Mount { r#type: "ext4".to_string(), source, ..Default::default() });
+    container.create(&Io::default()).expect_err("a mount that fails");
+}
+
+fn command_missing(node: &Node) {
+    let container = node.container("no-command", Spec::new(&["/no/such/command"])).make();
+    container.create(&Io::default()).and_then(|_| container.start()).expect_err("no command");
+}
+
+fn stdout_broken(node: &Node) {
+    let container = node.container("no-stdout", Spec::sleeping()).make();
+    let io = Io { stdout: "/run".to_string(), stderr: "/run".to_string(), ..Io::default() };
+    container.create(&io).expect_err("a directory");
+}
+
+fn create_failing(node: &Node) {
+    // It fails after runc has made its container, so that there is something to clean up.
+    let runtime = Noting::new("runc", "case \" $* \" in *' create '*) runc \"$@\"; exit 1;; esac");
+    let options = runc_options(|options| options.binary_name = runtime.path());
+    let container = node.container("no-create", Spec::sleeping()).options(options).make();
+    container.create(&Io::default()).expect_err("a create that fails late");
+}
+
+fn start_failing(node: &Node) {
+    let runtime = Noting::new("runc", "case \" $* \" in *' start '*) exit 1;; esac");
+    let options = runc_options(|options| options.binary_name = runtime.path());
+    let container = node.container("no-start", Spec::sleeping()).options(options).created(&Io::default());
+    container.start().expect_err("a start that fails");
+}
+
+fn client_gone(node: &Node) {
+    let fifos = Fifos::new("gone");
+    let readers = (fifos.stdout(), fifos.stderr());
+    let container = node.container("gone", Spec::sh("seq 1 100000")).created(&fifos.io());
+    drop(readers);
+    container.start().expect("start");
+}

@@ -1,0 +1,131 @@
+//! `binary://` loggers: a program of the user's, with stdout on fd 3, stderr on fd 4, readiness on fd 5.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use crate::common::container::Io;
+use crate::common::node::Node;
+use crate::common::spec::Spec;
+use crate::common::stdio::Scratch;
+use crate::common::{systemd, wait};
+
+/// A logger that writes what it gets beside itself.
+struct Logger {
+    scratch: Scratch,
+}
+
+impl Logger {
+    /// `ready` is how it says that it is.
+    fn new(ready: &str) -> Logger {
+        let scratch = Scratch::new("logger");
+        let directory = scratch.as_str();
+        let script = format!(
+            "#!/bin/sh\n\
+             cd {directory}\n\
+             echo \"$@\" > args; env > env; ls /proc/self/fd > fds\n\
+             trap '' TERM\n\
+             {ready}\n\
+             cat <&3 > out & cat <&4 > err &\n\
+             wait; echo ended > end\n"
+        );
+        let path = scratch.join("logger.sh");
+        fs::write(&path, script).expect("write the logger");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("make the logger executable");
+        Logger { scratch }
+    }
+
+    fn io(&self, scheme: &str, query: &str) -> Io {
+        let uri = format!("{scheme}://{}{query}", self.scratch.text("logger.sh"));
+        Io { stdout: uri.clone(), stderr: uri, ..Io::default() }
+    }
+
+    /// Waits until it has seen both streams end.
+    fn ended(&self) {
+        wait::until_true("the logger sees EOF", || self.scratch.read("end") == "ended\n");
+    }
+}
+
+#[test]
+fn a_binary_logger_gets_both_streams_its_arguments_and_its_environment() {
+    let node = Node::shared();
+    let logger = Logger::new("exec 5>&-");
+    let io = logger.io("binary", "?key=value&flag=");
+    let script = "echo out; echo err >&2; seq 1 20000";
+    let container = node.container("logger", Spec::sh(script)).started(&io);
+    assert_eq!(container.exit_status(), 0);
+    container.delete().expect("delete");
+    logger.ended();
+
+    let out = logger.scratch.read("out");
+    assert!(out.starts_with("out\n1\n2\n") && out.ends_with("\n20000\n"), "{} bytes", out.len());
+    assert_eq!(out.lines().count(), 20_001);
+    assert_eq!(logger.scratch.read("err"), "err\n");
+    let args = logger.scratch.read("args");
+    let args: Vec<&str> = args.trim_end_matches('\n').split(' ').collect();
+    assert!(args.windows(2).any(|pair| pair == ["key", "value"]) && args.contains(&"flag"), "{args:?}");
+    let env = logger.scratch.read("env");
+    for expected in
+        [format!("CONTAINER_ID={}", container.id), format!("CONTAINER_NAMESPACE={}", container.namespace)]
+    {
+        assert!(env.lines().any(|line| line == expected), "{expected} in {env}");
+    }
+}
+
+#[test]
+fn a_byte_is_as_good_as_a_close_to_say_ready() {
+    let node = Node::shared();
+    let logger = Logger::new("printf x >&5; exec 5>&-");
+    let container = node.container("logger", Spec::sh("echo hello")).started(&logger.io("binary", ""));
+    assert_eq!(container.exit_status(), 0);
+    container.delete().expect("delete");
+    logger.ended();
+    assert_eq!(logger.scratch.read("out"), "hello\n");
+}
+
+#[test]
+fn a_logger_that_is_not_there_fails_the_create() {
+    let node = Node::shared();
+    let uri = "binary:///no/such/logger".to_string();
+    let container = node.container("no-logger", Spec::sleeping()).make();
+    let io = Io { stdout: uri.clone(), stderr: uri, ..Io::default() };
+    let refusal = container.create(&io).expect_err("no logger");
+    assert!(refusal.message().contains("/no/such/logger"), "{refusal}");
+}
+
+#[test]
+fn a_strict_logger_has_to_say_a_byte() {
+    needs!(OurShim); // the stock shim knows binary-v2 from containerd 2.3 on
+    let node = Node::shared();
+    let ready = Logger::new("printf x >&5; exec 5>&-");
+    let container = node.container("logger", Spec::sh("echo hello")).started(&ready.io("binary-v2", ""));
+    assert_eq!(container.exit_status(), 0);
+
+    let silent = Logger::new("exec 5>&-");
+    let container = node.container("logger", Spec::sleeping()).make();
+    container.create(&silent.io("binary-v2", "")).expect_err("a logger that did not say ready");
+}
+
+#[test]
+fn a_logger_has_a_unit_of_its_own_and_only_its_descriptors() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let logger = Logger::new("exec 5>&-");
+    let container = node.container("logger", Spec::sh("exec sleep 100000")).started(&logger.io("binary", ""));
+    let unit = systemd::unit_of(&container).replace(".service", "::log.service");
+    assert!(systemd::is_active(&unit), "{unit}");
+    assert_eq!(systemd::property(&unit, "InvocationID").len(), 32);
+    let cgroup = systemd::cgroup(&systemd::unit_of(&container)).expect("a running unit has a cgroup");
+    assert_eq!(
+        systemd::processes_below(&cgroup),
+        [container.pid()],
+        "the logger is not in the container's unit"
+    );
+    // 0 to 5, and the one with which ls reads the list.
+    let fds = logger.scratch.read("fds");
+    assert_eq!(fds.lines().collect::<Vec<_>>(), ["0", "1", "2", "3", "4", "5", "6"]);
+    container.kill(9).expect("kill");
+    container.wait().expect("wait");
+    container.delete().expect("delete");
+    logger.ended();
+    wait::until_true("the logger's unit is gone", || systemd::list_units(&unit).is_empty());
+}

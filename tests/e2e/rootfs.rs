@@ -1,0 +1,132 @@
+//! Where the rootfs is mounted, and that nothing stays mounted.
+
+use std::fs;
+
+use crate::common::container::{Container, Io, SIGKILL};
+use crate::common::node::Node;
+use crate::common::spec::Spec;
+use crate::common::stdio::{Fifos, Scratch};
+use crate::common::{process, wait};
+
+const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task";
+
+/// Whether the rootfs is mounted in the mount namespace of this process.
+fn mounted_in(pid: u32, container: &Container) -> bool {
+    let point = format!("{BUNDLES}/{}/{}/rootfs", container.namespace, container.id);
+    mount_points(pid).contains(&point)
+}
+
+fn mount_points(pid: u32) -> Vec<String> {
+    let table = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+    table.lines().filter_map(|line| line.split(' ').nth(4)).map(str::to_string).collect()
+}
+
+#[test]
+fn the_rootfs_is_not_mounted_in_the_hosts_namespace() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("private", Spec::sleeping()).started(&Io::default());
+    assert!(!mounted_in(1, &container));
+    assert!(process::status(container.pid(), "Name").is_some(), "it runs all the same");
+}
+
+#[test]
+fn the_rootfs_is_mounted_in_the_hosts_namespace_where_propagation_needs_it() {
+    let node = Node::shared();
+    let volume = Scratch::new("volume");
+    let specs = [
+        ("shared rootfs", Spec::sleeping().rootfs_propagation("shared")),
+        ("rshared rootfs", Spec::sleeping().rootfs_propagation("rshared")),
+        ("rshared bind mount", Spec::sleeping().bind(volume.as_str(), "/volume", &["rshared"])),
+    ];
+    for (what, spec) in specs {
+        let container = node.container("shared", spec).started(&Io::default());
+        assert!(mounted_in(1, &container), "{what}");
+        container.kill(SIGKILL).expect("kill");
+        container.wait().expect("wait");
+        container.delete().expect("delete");
+        assert!(!mounted_in(1, &container), "{what}, after delete");
+    }
+}
+
+#[test]
+fn a_mount_in_a_bidirectional_volume_reaches_the_host() {
+    let node = Node::shared();
+    let volume = Scratch::new("volume");
+    fs::create_dir(volume.join("inner")).expect("make a directory in the volume");
+    let fifos = Fifos::new("bidirectional");
+    let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+    let script = "mount -t tmpfs none /volume/inner && echo mounted; \
+                  trap 'umount /volume/inner; exit 0' TERM; sleep 100000 & wait";
+    let spec = Spec::sh(script).with_sys_admin().rootfs_propagation("rshared").bind(
+        volume.as_str(),
+        "/volume",
+        &["rshared"],
+    );
+    let container = node.container("bidirectional", spec).started(&fifos.output());
+    stdout.until(|bytes| bytes.ends_with(b"mounted\n"));
+    let inner = volume.text("inner");
+    assert!(mount_points(1).contains(&inner), "the host sees the container's mount");
+    container.kill(15).expect("terminate");
+    assert_eq!(container.exit_status(), 0);
+    wait::until_true("the host's view is clean again", || !mount_points(1).contains(&inner));
+}
+
+#[test]
+fn a_mount_of_the_host_reaches_a_volume_that_follows_it() {
+    let node = Node::shared();
+    let volume = Scratch::new("volume");
+    fs::create_dir(volume.join("inner")).expect("make a directory in the volume");
+    let fifos = Fifos::new("host-to-container");
+    let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+    let script = "echo ready; until [ -e /volume/inner/mark ]; do sleep 0.05; done; exit 21";
+    let spec = Spec::sh(script).rootfs_propagation("rslave").bind(volume.as_str(), "/volume", &["rslave"]);
+    let container = node.container("host-to-container", spec).started(&fifos.output());
+    stdout.until(|bytes| bytes == b"ready\n");
+    let inner = volume.text("inner");
+    process::succeed("mount", &["-t", "tmpfs", "none", &inner]);
+    fs::write(volume.join("inner/mark"), "").expect("write into the new mount");
+    let exit = container.wait();
+    process::succeed("umount", &["--lazy", &inner]);
+    assert_eq!(exit.expect("wait").status, 21);
+}
+
+#[test]
+fn the_rootfs_is_the_snapshot_and_writable() {
+    let node = Node::shared();
+    let script = "echo kept > /mark && [ \"$(cat /mark)\" = kept ] && [ -x /bin/busybox ]";
+    assert_eq!(node.container("write", Spec::sh(script)).started(&Io::default()).exit_status(), 0);
+}
+
+#[test]
+fn nothing_stays_mounted() {
+    let node = Node::shared();
+    for propagation in ["rslave", "rshared"] {
+        let sleeping = Spec::sleeping().rootfs_propagation(propagation);
+
+        let container = node.container("deleted", sleeping.clone()).started(&Io::default());
+        container.kill(SIGKILL).expect("kill");
+        container.wait().expect("wait");
+        container.delete().expect("delete");
+        assert!(!mounted_in(1, &container), "after delete, {propagation}");
+
+        let container = node.container("killed", sleeping.clone()).started(&Io::default());
+        process::succeed("kill", &["-KILL", &container.pid().to_string()]);
+        assert_eq!(container.exit_status(), 137);
+        container.delete().expect("delete");
+        assert!(!mounted_in(1, &container), "after kill -9 from outside, {propagation}");
+
+        let failing = Spec::new(&["/no/such/command"]).rootfs_propagation(propagation);
+        let container = node.container("failed", failing).make();
+        container.create(&Io::default()).and_then(|_| container.start()).expect_err("no such command");
+        let _ = container.delete(); // a failed Create has no task, a failed Start has
+        assert!(!mounted_in(1, &container), "after a failed create, {propagation}");
+
+        let mut container = node.container("half", sleeping).make();
+        let mut second = container.mounts[0].clone();
+        second.options = vec!["lowerdir=/no/such/layer:/no/such/layer".to_string()];
+        container.mounts.push(second);
+        container.create(&Io::default()).expect_err("a second mount that fails");
+        assert!(!mounted_in(1, &container), "after a rootfs that could be mounted by half, {propagation}");
+    }
+}

@@ -1,0 +1,198 @@
+//! A container is a systemd unit: what `systemctl` and `journalctl` show of it, and what they do to it.
+
+use crate::common::container::{Container, Io};
+use crate::common::node::Node;
+use crate::common::spec::Spec;
+use crate::common::stdio::{Fifos, Scratch};
+use crate::common::systemd::{self, DropIn};
+use crate::common::{process, wait};
+
+/// Ends with 143 on SIGTERM, also as PID 1 of a pid namespace.
+const ENDS_ON_TERM: &str = "trap 'exit 143' TERM; echo ready; sleep 100000 & wait";
+
+/// A container that has set its trap.
+fn ready<'n>(node: &'n Node, name: &str, spec: Spec) -> Container<'n> {
+    let fifos = Fifos::new(name);
+    let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+    let container = node.container(name, spec).started(&fifos.output());
+    stdout.until(|bytes| bytes == b"ready\n");
+    container
+}
+
+#[test]
+fn the_units_main_process_is_the_container_and_a_child_of_pid_1() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("main", Spec::sleeping()).started(&Io::default());
+    let unit = systemd::unit_of(&container);
+    let pid = container.pid();
+    assert!(systemd::is_active(&unit));
+    assert_eq!(systemd::main_pid(&unit), pid);
+    assert_eq!(process::status(pid, "PPid").as_deref(), Some("1"));
+}
+
+#[test]
+fn no_process_stays_beside_the_container() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("alone", Spec::sleeping()).started(&Io::default());
+    let cgroup = systemd::cgroup(&systemd::unit_of(&container)).expect("a running unit has a cgroup");
+    assert_eq!(systemd::processes_below(&cgroup), [container.pid()]);
+    assert_eq!(
+        systemd::processes_below(&cgroup.join(&container.id)),
+        [container.pid()],
+        "in a cgroup of its own"
+    );
+    wait::until_true("one daemon and no helper", || {
+        process::named("containerd-shim") == [systemd::main_pid(systemd::DAEMON_SERVICE)]
+    });
+}
+
+#[test]
+fn a_systemd_cgroups_path_names_slice_and_scope() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let spec = Spec::sleeping().cgroups_path("e2e-pod.slice:cri-containerd:abc");
+    let container = node.container("scope", spec).started(&Io::default());
+    let unit = systemd::unit_of(&container);
+    assert_eq!(systemd::property(&unit, "Slice"), "e2e-pod.slice");
+    let cgroup = systemd::cgroup(&unit).expect("a running unit has a cgroup");
+    assert_eq!(systemd::processes_below(&cgroup.join("cri-containerd-abc.scope")), [container.pid()]);
+}
+
+#[test]
+fn status_shows_the_containers_processes() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("status", Spec::sleeping()).started(&Io::default());
+    let unit = systemd::unit_of(&container);
+    let status = process::succeed("systemctl", &["status", "--full", "--no-pager", "--lines=0", &unit]);
+    for part in ["Active: active", "CGroup:", "sleep 100000", &container.id, &container.pid().to_string()] {
+        assert!(status.contains(part), "{part:?} is not in:\n{status}");
+    }
+    assert!(systemd::property(&unit, "Description").contains(&container.id));
+}
+
+#[test]
+fn systemctl_stop_ends_the_task() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let events = node.subscribe();
+    let container = ready(&node, "stop", Spec::sh(ENDS_ON_TERM));
+    process::succeed("systemctl", &["stop", &systemd::unit_of(&container)]);
+    assert_eq!(container.exit_status(), 143);
+    assert_eq!(events.exit_of(&container).exit_status, 143);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn systemctl_stop_ends_a_created_task() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("stop-created", Spec::sleeping()).created(&Io::default());
+    process::succeed("systemctl", &["stop", &systemd::unit_of(&container)]);
+    let status = container.exit_status();
+    assert!([137, 143].contains(&status), "{status}");
+    container.start().expect_err("start a stopped task");
+    container.delete().expect("delete");
+}
+
+#[test]
+fn systemctl_kill_ends_the_task() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let events = node.subscribe();
+    let container = node.container("kill", Spec::sleeping()).started(&Io::default());
+    process::succeed("systemctl", &["kill", "--signal=KILL", &systemd::unit_of(&container)]);
+    assert_eq!(container.exit_status(), 137);
+    assert_eq!(events.exit_of(&container).exit_status, 137);
+}
+
+#[test]
+fn an_exit_code_stays_readable_in_systemd_until_delete() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("code", Spec::sh("exit 77")).started(&Io::default());
+    let unit = systemd::unit_of(&container);
+    assert_eq!(container.exit_status(), 77);
+    assert_eq!(systemd::property(&unit, "ExecMainStatus"), "77");
+    container.delete().expect("delete");
+    wait::until_true("the unit is gone", || systemd::list_units(&unit).is_empty());
+}
+
+#[test]
+fn systemctl_restart_is_a_stop() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let scratch = Scratch::new("restart");
+    let script = format!("echo run >> /scratch/runs; {ENDS_ON_TERM}");
+    let container = ready(&node, "restart", Spec::sh(&script).bind(scratch.as_str(), "/scratch", &["rw"]));
+    // The job fails: there is nothing to start a second time.
+    process::run("systemctl", &["restart", &systemd::unit_of(&container)]);
+    assert_eq!(container.exit_status(), 143);
+    assert_eq!(scratch.read("runs"), "run\n");
+    container.delete().expect("delete");
+    assert_eq!(scratch.read("runs"), "run\n");
+}
+
+#[test]
+fn a_drop_in_of_the_namespace_applies_to_its_containers() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let namespace = "e2e-policy";
+    let policy = "[Service]\nTimeoutStopSec=1s\nEnvironment=E2E=1\nLogExtraFields=E2E_POLICY=yes\n";
+    let _drop_in = DropIn::for_namespace(namespace, policy);
+    let container = node
+        .container("policy", Spec::sh("echo under policy; exec sleep 100000"))
+        .namespace(namespace)
+        .started(&Io::default());
+    let unit = systemd::unit_of(&container);
+    assert_eq!(systemd::property(&unit, "TimeoutStopUSec"), "1s");
+    assert_eq!(systemd::property(&unit, "Environment"), "E2E=1");
+    let id = format!("CONTAINER_ID={}", container.id);
+    wait::until_true("a line with the fields of both", || {
+        systemd::messages(&[&id, "E2E_POLICY=yes"]).contains(&"under policy".to_string())
+    });
+    // PID 1 of a pid namespace does not hear SIGTERM, so this ends by the policy's limit.
+    process::succeed("systemctl", &["stop", &unit]);
+    assert_eq!(container.exit_status(), 137);
+}
+
+#[test]
+fn without_client_stdio_the_output_is_in_the_journal() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let script = "echo one; echo two >&2; i=0; while [ $i -lt 100 ]; do echo line $i; i=$((i+1)); done";
+    let container = node.container("journal", Spec::sh(script)).started(&Io::default());
+    assert_eq!(container.exit_status(), 0);
+    let by_unit = format!("_SYSTEMD_UNIT={}", systemd::unit_of(&container));
+    let by_id = format!("CONTAINER_ID={}", container.id);
+    for by in [by_unit, by_id] {
+        let messages = wait::until("the last line", || {
+            let messages = systemd::messages(&[&by]);
+            messages.contains(&"line 99".to_string()).then_some(messages)
+        });
+        let lines = messages.iter().filter(|message| message.starts_with("line ")).count();
+        assert_eq!(lines, 100, "{by}");
+        for line in ["one", "two"] {
+            assert!(messages.contains(&line.to_string()), "{line} by {by}");
+        }
+    }
+}
+
+#[test]
+fn journal_entries_say_which_container_they_are_of() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("fields", Spec::sh("echo hello")).started(&Io::default());
+    container.wait().expect("wait");
+    let by_id = format!("CONTAINER_ID={}", container.id);
+    let entry = wait::until("the line", || {
+        systemd::journal(&[&by_id]).into_iter().find(|entry| entry["MESSAGE"] == "hello")
+    });
+    assert_eq!(entry["CONTAINER_NAMESPACE"], container.namespace.as_str());
+    assert!(entry["CONTAINER_NAME"].is_string(), "{entry}");
+    let shown =
+        process::succeed("journalctl", &["--no-pager", "--output=cat", "-u", &systemd::unit_of(&container)]);
+    assert!(shown.lines().any(|line| line == "hello"), "{shown}");
+}
