@@ -21,6 +21,7 @@ use crate::ops::{CreateTask, Outgoing, State, Status};
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::Exit;
 use crate::task::request::{Create, Mount, Stdio};
+use crate::transport::sockets::COUNT;
 
 use super::messages::{GenericOptions, SystemdOptions};
 
@@ -36,8 +37,11 @@ pub enum Error {
     /// A name is not valid.
     #[error(transparent)]
     Name(#[from] InvalidName),
-    /// The metadata has no namespace.
-    #[error("the request has no namespace (metadata {NAMESPACE_KEY})")]
+    /// Neither the metadata nor the socket names a namespace.
+    #[error(
+        "the request has no namespace: containerd before 2.0 names none, and at most {COUNT} of its \
+         namespaces can have tasks at once"
+    )]
     NoNamespace,
     /// Options of a type that is not known here.
     #[error(
@@ -66,23 +70,27 @@ pub enum Error {
 /// The task that a request is about.
 ///
 /// # Errors
-/// Namespace or id are missing or not valid.
-pub fn key(metadata: &HashMap<String, Vec<String>>, id: &str) -> Result<TaskKey, Error> {
-    let namespace =
-        metadata.get(NAMESPACE_KEY).and_then(|values| values.first()).ok_or(Error::NoNamespace)?;
-    Ok(TaskKey { namespace: Namespace::new(namespace)?, id: TaskId::new(id)? })
+/// The id is not valid.
+pub fn key(namespace: Namespace, id: &str) -> Result<TaskKey, Error> {
+    Ok(TaskKey { namespace, id: TaskId::new(id)? })
+}
+
+/// The namespace that a request names; containerd before 2.0 names none.
+///
+/// # Errors
+/// It is not valid.
+pub fn namespace(metadata: &HashMap<String, Vec<String>>) -> Result<Option<Namespace>, Error> {
+    let named = metadata.get(NAMESPACE_KEY).and_then(|values| values.first());
+    Ok(named.map(Namespace::new).transpose()?)
 }
 
 /// A Create request.
 ///
 /// # Errors
-/// A name is not valid, or the options are not known.
-pub fn create(
-    metadata: &HashMap<String, Vec<String>>,
-    request: CreateTaskRequest,
-) -> Result<CreateTask, Error> {
+/// The id is not valid, or the options are not known.
+pub fn create(namespace: Namespace, request: CreateTaskRequest) -> Result<CreateTask, Error> {
     Ok(CreateTask {
-        key: key(metadata, &request.id)?,
+        key: key(namespace, &request.id)?,
         options: options(request.options.as_ref())?,
         checkpoint: request.checkpoint,
         request: Create {
@@ -318,10 +326,10 @@ mod tests {
     }
 
     #[test]
-    fn a_request_needs_a_namespace() {
-        assert!(matches!(key(&HashMap::new(), "a"), Err(Error::NoNamespace)));
+    fn a_namespace_is_checked() {
+        assert_eq!(namespace(&HashMap::new()).unwrap(), None);
         let metadata = HashMap::from([(NAMESPACE_KEY.to_owned(), vec!["a/b".to_owned()])]);
-        assert!(matches!(key(&metadata, "a"), Err(Error::Name(_))));
+        assert!(matches!(namespace(&metadata), Err(Error::Name(_))));
     }
 
     #[test]

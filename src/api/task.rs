@@ -20,8 +20,9 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span, info_span};
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
-use crate::id::TaskKey;
+use crate::id::{Namespace, TaskKey};
 use crate::ops::{Error, Shim};
+use crate::transport::sockets::{Owners, Socket};
 
 use super::{convert, status};
 
@@ -31,6 +32,9 @@ type Answer<T> = ttrpc::Result<T>;
 #[derive(Clone)]
 pub struct TaskService {
     shim: Arc<Shim>,
+    /// The socket over which it is called.
+    socket: Socket,
+    owners: Owners,
     /// Verbs under way: the daemon ends after them.
     verbs: TaskTracker,
 }
@@ -40,9 +44,23 @@ const V3: &str = "containerd.task.v3.Task";
 const V2: &str = "containerd.task.v2.Task";
 
 impl TaskService {
-    /// A service that counts its work in `verbs`.
-    pub fn new(shim: Arc<Shim>, verbs: TaskTracker) -> Self {
-        Self { shim, verbs }
+    /// A service for one socket, which counts its work in `verbs`.
+    pub fn new(shim: Arc<Shim>, socket: Socket, owners: Owners, verbs: TaskTracker) -> Self {
+        Self { shim, socket, owners, verbs }
+    }
+
+    /// The namespace of a request: as named in it, else the one that the socket belongs to.
+    fn namespace(&self, ctx: &TtrpcContext) -> Answer<Namespace> {
+        let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
+        let owner = || match self.socket {
+            Socket::Any => None,
+            Socket::Of(number) => self.owners.namespace(number),
+        };
+        named.or_else(owner).ok_or_else(|| status::invalid(convert::Error::NoNamespace))
+    }
+
+    fn key(&self, ctx: &TtrpcContext, id: &str) -> Answer<TaskKey> {
+        convert::key(self.namespace(ctx)?, id).map_err(status::invalid)
     }
 
     /// The dispatch tables, by both names.
@@ -77,10 +95,6 @@ fn log(error: &Error) {
     }
 }
 
-fn key(ctx: &TtrpcContext, id: &str) -> Answer<TaskKey> {
-    convert::key(&ctx.metadata, id).map_err(status::invalid)
-}
-
 /// Execs have an issue of their own: until then there is none, whatever its id.
 fn init_only(key: &TaskKey, exec_id: &str) -> Answer<()> {
     if exec_id.is_empty() {
@@ -103,21 +117,21 @@ macro_rules! span {
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, ctx: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
-        let key = key(ctx, &request.id)?;
+        let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
         let state = self.shim.state(&key).map_err(|error| status::status(&error))?;
         Ok(convert::state(&request.id, state))
     }
 
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
-        let call = convert::create(&ctx.metadata, request).map_err(status::invalid)?;
+        let call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
         let (shim, span) = (self.shim.clone(), span!("create", call.key));
         let pid = self.run(span, async move { shim.create(call).await }).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
     async fn start(&self, ctx: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
-        let key = key(ctx, &request.id)?;
+        let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
         let (shim, span) = (self.shim.clone(), span!("start", key));
         let pid = self.run(span, async move { shim.start(&key).await }).await?;
@@ -125,7 +139,7 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, ctx: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
-        let key = key(ctx, &request.id)?;
+        let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
         let (shim, span) = (self.shim.clone(), span!("delete", key));
         let given_up = ctx.metadata.contains_key(convert::CLEAN_UP_KEY);
@@ -137,14 +151,14 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, ctx: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
-        let key = key(ctx, &request.id)?;
+        let key = self.key(ctx, &request.id)?;
         let pids = self.shim.pids(&key).map_err(|error| status::status(&error))?;
         let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..ProcessInfo::default() }).collect();
         Ok(PidsResponse { processes, ..PidsResponse::default() })
     }
 
     async fn kill(&self, ctx: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
-        let key = key(ctx, &request.id)?;
+        let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
         let (shim, span) = (self.shim.clone(), span!("kill", key));
         self.run(span, async move { shim.kill(&key, request.signal, request.all) }).await?;
@@ -152,21 +166,21 @@ impl Task for TaskService {
     }
 
     async fn close_io(&self, ctx: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
-        let key = key(ctx, &request.id)?;
+        let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
         self.shim.close_stdin(&key).map_err(|error| status::status(&error))?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, ctx: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
-        let key = key(ctx, &request.id)?;
+        let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
         let exit = self.shim.wait(&key).await.map_err(|error| status::status(&error))?;
         Ok(convert::wait(exit))
     }
 
     async fn connect(&self, ctx: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
-        let key = key(ctx, &request.id)?;
+        let key = self.key(ctx, &request.id)?;
         let task_pid = self.shim.init_pid(&key);
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
     }
@@ -177,32 +191,32 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, ctx: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
-        key(ctx, &request.id)?;
+        self.key(ctx, &request.id)?;
         not_implemented("Stats")
     }
 
     async fn pause(&self, ctx: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
-        key(ctx, &request.id)?;
+        self.key(ctx, &request.id)?;
         not_implemented("Pause")
     }
 
     async fn resume(&self, ctx: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
-        key(ctx, &request.id)?;
+        self.key(ctx, &request.id)?;
         not_implemented("Resume")
     }
 
     async fn checkpoint(&self, ctx: &TtrpcContext, request: CheckpointTaskRequest) -> Answer<Empty> {
-        key(ctx, &request.id)?;
+        self.key(ctx, &request.id)?;
         not_implemented("Checkpoint")
     }
 
     async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
-        key(ctx, &request.id)?;
+        self.key(ctx, &request.id)?;
         not_implemented("Exec")
     }
 
     async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
-        let key = key(ctx, &request.id)?;
+        let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
         // A process without a terminal has no window; as in containerd-shim-runc-v2.
         self.shim.state(&key).map_err(|error| status::status(&error))?;
@@ -210,7 +224,7 @@ impl Task for TaskService {
     }
 
     async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
-        key(ctx, &request.id)?;
+        self.key(ctx, &request.id)?;
         not_implemented("Update")
     }
 }

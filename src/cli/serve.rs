@@ -15,6 +15,7 @@ use crate::api::{events, task::TaskService};
 use crate::ops::Shim;
 use crate::store::Store;
 use crate::transport::listener;
+use crate::transport::sockets::Owners;
 use crate::unit::proxy::Manager;
 use crate::unit::{name, notify, watch};
 use crate::{config, sys, telemetry};
@@ -29,7 +30,7 @@ const MAX_BLOCKING_THREADS: usize = 64;
 
 pub(super) fn run() -> Result<(), Failure> {
     // Before any thread: it takes the descriptors out of the environment.
-    let socket = take_socket()?;
+    let sockets = take_sockets()?;
     telemetry::init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
@@ -39,19 +40,23 @@ pub(super) fn run() -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure(format!("set up the runtime: {error}")))?;
-    let served = runtime.block_on(serve(socket));
+    let served = runtime.block_on(serve(sockets));
     // A verb that hangs in blocking work must not keep the daemon from ending.
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
 }
 
-fn take_socket() -> Result<OwnedFd, Failure> {
+fn take_sockets() -> Result<Vec<OwnedFd>, Failure> {
     let fds = sys::take_systemd_fds().map_err(|error| Failure(format!("take systemd's sockets: {error}")))?;
-    let socket = fds.into_iter().find(|(found, _)| found == name::DAEMON_SOCKET).map(|(_, fd)| fd);
-    socket.ok_or_else(|| Failure(format!("serve is for systemd: start {} instead", name::DAEMON_SOCKET)))
+    let sockets: Vec<OwnedFd> =
+        fds.into_iter().filter(|(found, _)| found == name::DAEMON_SOCKET).map(|(_, fd)| fd).collect();
+    if sockets.is_empty() {
+        return Err(Failure(format!("serve is for systemd: start {} instead", name::DAEMON_SOCKET)));
+    }
+    Ok(sockets)
 }
 
-async fn serve(socket: OwnedFd) -> Result<(), Failure> {
+async fn serve(sockets: Vec<OwnedFd>) -> Result<(), Failure> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| Failure(format!("listen to SIGTERM: {error}")))?;
     tokio::spawn(notify::keep_alive());
@@ -75,10 +80,17 @@ async fn serve(socket: OwnedFd) -> Result<(), Failure> {
     });
 
     let verbs = TaskTracker::new();
-    let connections = listener::accepted(listener::from_systemd(socket).map_err(Failure::new)?);
-    let services = TaskService::new(shim.clone(), verbs.clone()).services();
-    let mut server = Server::new().add_listener(Listener::new(connections)).register_service(services);
-    server.start().await.map_err(|error| Failure(format!("serve: {error}")))?;
+    let owners = Owners::new(config::STATE_DIR);
+    let mut servers = Vec::new();
+    for fd in sockets {
+        let (socket, listener) =
+            listener::from_systemd(fd).map_err(|error| Failure(format!("a socket: {error}")))?;
+        let services = TaskService::new(shim.clone(), socket, owners.clone(), verbs.clone()).services();
+        let listener = Listener::new(listener::accepted(listener));
+        let mut server = Server::new().add_listener(listener).register_service(services);
+        server.start().await.map_err(|error| Failure(format!("serve: {error}")))?;
+        servers.push(server);
+    }
 
     let tasks = shim.task_count();
     tracing::info!(version = env!("CARGO_PKG_VERSION"), systemd = systemd.version(), tasks, "serving");
@@ -87,7 +99,9 @@ async fn serve(socket: OwnedFd) -> Result<(), Failure> {
     terminate.recv().await;
     notify::stopping();
     tracing::info!("stopping; containers run on");
-    server.stop_listen().await;
+    for server in &mut servers {
+        server.stop_listen().await;
+    }
     verbs.close();
     if tokio::time::timeout(STOP_LIMIT, verbs.wait()).await.is_err() {
         tracing::warn!("calls under way are cut off");

@@ -13,8 +13,10 @@ use nix::sys::resource::getrlimit;
 use protobuf::Message;
 
 use crate::api::messages::{BootstrapParams, BootstrapResult};
+use crate::id::Namespace;
 use crate::oci::bundle;
 use crate::task::request::Containerd;
+use crate::transport::sockets::{Owners, Socket};
 use crate::unit::properties;
 use crate::unit::proxy::{self, Manager};
 use crate::unit::{name, watch};
@@ -24,14 +26,14 @@ use super::arguments::Global;
 use super::{Failure, block_on, key_of, launch, print, read_stdin};
 
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
-    key_of(global)?;
+    let key = key_of(global)?;
     check_host()?;
     let caller = Caller::from(global, read_stdin()?);
     let here = std::env::current_dir()
         .map_err(|error| Failure(format!("the working directory is gone: {error}")))?;
     bundle::write_containerd(&here, &containerd(global, &caller)).map_err(Failure::new)?;
     bring_up()?;
-    let address = format!("unix://{}", config::SOCKET);
+    let address = format!("unix://{}", caller.socket(&key.namespace)?.path().display());
     // containerd 1.6 and 1.7 find the daemon by this file after a restart.
     std::fs::write(here.join("address"), &address)
         .map_err(|error| Failure(format!("write {}/address: {error}", here.display())))?;
@@ -59,6 +61,17 @@ impl Caller {
             Ok(_) | Err(_) if std::env::var_os("MAX_SHIM_VERSION").is_some() => Self::Json,
             Ok(_) | Err(_) => Self::Plain,
         }
+    }
+
+    /// The socket for it: one of the namespace's own for those who may not name the namespace.
+    fn socket(&self, namespace: &Namespace) -> Result<Socket, Failure> {
+        if let Self::Bootstrap(_) = self {
+            return Ok(Socket::Any);
+        }
+        let claimed = Owners::new(config::STATE_DIR).claim(namespace);
+        let claimed =
+            claimed.map_err(|error| Failure(format!("claim a socket for namespace {namespace}: {error}")))?;
+        Ok(claimed.unwrap_or(Socket::Any))
     }
 
     /// 1.6 takes a bare address only, 1.7 refuses a version above 2, and 2.0 to 2.2 look like 1.7.
@@ -160,7 +173,9 @@ async fn start_units(program: PathBuf) -> Result<(), proxy::Error> {
         let command = [program.to_string_lossy().into_owned(), "serve".to_owned()];
         let service = properties::daemon_service(systemd, &command);
         let aux = Some((name::DAEMON_SERVICE, &service));
-        manager.start_transient_with(&socket, &properties::daemon_socket(), aux).await
+        manager
+            .start_transient_with(&socket, &properties::daemon_socket(Socket::all().map(Socket::path)), aux)
+            .await
     };
     let result = tokio::time::timeout(config::START_LIMIT, up).await;
     watching.abort();

@@ -7,14 +7,18 @@ use futures_util::Stream;
 use futures_util::stream;
 use tokio::net::{UnixListener, UnixStream};
 
-/// The socket that systemd passed to the daemon.
+use super::sockets::Socket;
+
+/// A socket that systemd passed to the daemon, and which one it is.
 ///
 /// # Errors
-/// It is no Unix listener.
-pub fn from_systemd(fd: OwnedFd) -> io::Result<UnixListener> {
+/// It is none of the daemon's listeners.
+pub fn from_systemd(fd: OwnedFd) -> io::Result<(Socket, UnixListener)> {
     let listener = std::os::unix::net::UnixListener::from(fd);
+    let address = listener.local_addr()?;
+    let socket = address.as_pathname().and_then(Socket::at).ok_or(io::ErrorKind::AddrNotAvailable)?;
     listener.set_nonblocking(true)?;
-    UnixListener::from_std(listener)
+    Ok((socket, UnixListener::from_std(listener)?))
 }
 
 /// The connections of callers with this process's own uid. Others are closed at once: the socket's

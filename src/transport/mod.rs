@@ -1,3 +1,4 @@
 //! Connections: bytes, and nothing of tasks.
 
 pub mod listener;
+pub mod sockets;

@@ -4,7 +4,7 @@
 //! of systemd's defaults may leak into a container that would not be there under runc.v2, and
 //! nothing may be lost that `systemctl` and `journalctl` can show.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use zbus::Variant;
@@ -140,10 +140,12 @@ pub fn pod_slice(description: &str) -> Properties {
 
 /// The daemon's socket, where no packaged unit is installed. The same as
 /// `units/containerd-shim-systemd-v1.socket`.
-pub fn daemon_socket() -> Properties {
+pub fn daemon_socket(paths: impl Iterator<Item = PathBuf>) -> Properties {
+    let listen: Vec<(&str, String)> =
+        paths.map(|path| ("Stream", path.to_string_lossy().into_owned())).collect();
     Properties(vec![
         ("Description", "Socket of the containerd shim for systemd units".into()),
-        ("Listen", vec![("Stream", config::SOCKET)].into()),
+        ("Listen", listen.into()),
         ("SocketMode", 0o600_u32.into()),
         ("RemoveOnStop", true.into()),
         ("Backlog", 4096_u32.into()),
