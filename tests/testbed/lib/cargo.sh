@@ -1,9 +1,9 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154
 # Where cargo puts things.
 
 repo_dir=$(readlink -f "$testbed_dir/../..")
 target_dir=${CARGO_TARGET_DIR:-$repo_dir/target}
-cd "$repo_dir"
+cd "$repo_dir" || exit
 
 # Builds one test or bench target and prints the path of its program.
 cargo_executable() { # test|bench OPTION…

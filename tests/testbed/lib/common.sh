@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154
 # What every script of the testbed needs: messages, paths, the name of a guest.
 
 export LC_ALL=C.UTF-8

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154
 # The lane "host": this machine itself, for a check of one's own. Nothing is undone afterwards.
 
 lane_ready() {

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154
 # Builds the image of a suite once: rootfs/ (nspawn), disk.ext4, vmlinuz, initrd (vm), busybox.tar, ssh key.
 
 image_packages=(

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154
 # The lane "nspawn": the image booted by systemd-nspawn on this machine's kernel. It needs no systemd on
 # the machine and no controllers in cgroup v2 (limits can't be tested without).
 
@@ -59,7 +59,8 @@ lane_shell() { lane_exec bash -l; }
 # The end of its PID 1 is the end of every process in the guest.
 lane_kill() {
     local pid
-    pid=$(leader) && kill -KILL "$pid" || kill -KILL "$(<"$run/pid")"
+    pid=$(leader 2>/dev/null) || pid=$(<"$run/pid")
+    kill -KILL "$pid"
 }
 
 # nspawn makes its cgroup in systemd's own v1 hierarchy, too, where there is one.

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154
 # The lane "vm": the image as a QEMU machine with its own kernel, emulated where KVM can't be used.
 # Everything works in it. It is controlled over ssh through a forwarded port.
 
@@ -85,5 +85,7 @@ lane_kill() { kill -KILL "$(<"$run/pid")"; }
 # The connection's process ends with its peer, but only when it notices.
 lane_clean() {
     local ssh
-    [ ! -e "$run/ssh" ] || { set_ssh && "${ssh[@]}" -O exit >/dev/null 2>&1 || true; }
+    [ -e "$run/ssh" ] || return 0
+    set_ssh
+    "${ssh[@]}" -O exit >/dev/null 2>&1 || true
 }
