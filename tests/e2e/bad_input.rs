@@ -19,7 +19,7 @@ use crate::common::container::Io;
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{NAMESPACE, Node, unique};
 use crate::common::process;
-use crate::common::shim::{Bundle, Refusal, SOCKET, Shim};
+use crate::common::shim::{self, Bundle, Refusal, Shim};
 use crate::common::spec::Spec;
 
 /// The daemon answers, and knows no such task.
@@ -204,6 +204,7 @@ fn garbage_on_the_socket_harms_nobody_else() {
     let node = Node::shared();
     let bystander = Shim::connect(&node);
     assert_serves(&bystander);
+    let socket = shim::socket();
     let garbage: Vec<u8> =
         (0..100_000_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let half = frame(1, 1, 100, b"half a frame");
@@ -211,7 +212,7 @@ fn garbage_on_the_socket_harms_nobody_else() {
     let strange_type = frame(1, 77, 4, b"abcd");
     let no_request = frame(1, 1, 4, &[0xff; 4]);
     for bytes in [&garbage, &half, &oversized, &strange_type, &no_request, &Vec::new()] {
-        let mut stream = UnixStream::connect(SOCKET).expect("connect");
+        let mut stream = UnixStream::connect(&socket).expect("connect");
         stream.set_read_timeout(Some(Duration::from_millis(300))).expect("limit reads");
         // The daemon may hang up in the middle of this, or wait for the rest: both are right.
         let _ = stream.write_all(bytes);
@@ -226,7 +227,8 @@ fn garbage_on_the_socket_harms_nobody_else() {
 fn many_idle_connections_harm_nobody() {
     needs!(OurShim);
     let node = Node::shared();
-    let idle: Vec<_> = (0..200).map(|_| UnixStream::connect(SOCKET).expect("connect")).collect();
+    let socket = shim::socket();
+    let idle: Vec<_> = (0..200).map(|_| UnixStream::connect(&socket).expect("connect")).collect();
     assert_serves(&Shim::connect(&node));
     drop(idle);
 }
@@ -236,10 +238,9 @@ fn another_user_is_refused() {
     needs!(OurShim);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);
-    let _open = [
-        Opened::new(Path::new(SOCKET).parent().expect("a directory"), 0o755),
-        Opened::new(Path::new(SOCKET), 0o666),
-    ];
+    let socket = shim::socket();
+    let path = Path::new(&socket);
+    let _open = [Opened::new(path.parent().expect("a directory"), 0o755), Opened::new(path, 0o666)];
     let payload = StateRequest { id: "nobody".to_string(), ..Default::default() }.write_to_bytes();
     let request = rpc("v3", "State", NAMESPACE, payload.expect("encode a State"));
     let body = request.write_to_bytes().expect("encode a request");
@@ -249,9 +250,9 @@ fn another_user_is_refused() {
     let client = "use IO::Socket::UNIX; $SIG{PIPE} = 'IGNORE'; \
         my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or do { print 'no connection'; exit }; \
         syswrite $s, pack('H*', $ARGV[1]); print sysread($s, my $b, 4096) ? 'answered' : 'closed'";
-    let as_root = process::succeed("perl", &["-e", client, SOCKET, &hex]);
+    let as_root = process::succeed("perl", &["-e", client, &socket, &hex]);
     assert_eq!(as_root, "answered");
-    let other = ["--reuid=1000", "--regid=1000", "--clear-groups", "perl", "-e", client, SOCKET, &hex];
+    let other = ["--reuid=1000", "--regid=1000", "--clear-groups", "perl", "-e", client, &socket, &hex];
     assert_eq!(process::succeed("setpriv", &other), "closed");
     assert_serves(&shim);
 }
