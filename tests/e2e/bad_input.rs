@@ -56,7 +56,8 @@ fn a_namespace_that_is_no_name_is_an_invalid_argument() {
     let shim = Shim::connect(&node);
     let id = unique("namespace");
     for namespace in ["", "../x", "a/b", "a\0b", &"x".repeat(300)] {
-        let payload = Bundle::new("namespace").request(&id).write_to_bytes().expect("encode a Create");
+        let bundle = Bundle::new("namespace");
+        let payload = bundle.request(&id).write_to_bytes().expect("encode a Create");
         let (code, text) = shim.request(rpc("v3", "Create", namespace, payload)).expect_err(namespace);
         assert_eq!(code, Code::INVALID_ARGUMENT, "{namespace:?}: {text}");
     }
@@ -69,11 +70,13 @@ fn a_bundle_that_cant_be_used_is_named() {
     let node = Node::shared();
     let shim = Shim::connect(&node);
 
-    let mut request = Bundle::new("gone").request(&unique("gone"));
+    let bundle = Bundle::new("gone");
+    let mut request = bundle.request(&unique("gone"));
     request.bundle = "/no/such/bundle".to_string();
     refused(&shim, request, &[Code::INVALID_ARGUMENT, Code::NOT_FOUND], "/no/such/bundle");
 
-    let mut request = Bundle::new("relative").request(&unique("relative"));
+    let bundle = Bundle::new("relative");
+    let mut request = bundle.request(&unique("relative"));
     request.bundle = "relative".to_string();
     refused(&shim, request, &[Code::INVALID_ARGUMENT, Code::NOT_FOUND], "relative");
 
@@ -96,13 +99,16 @@ fn a_bundle_that_cant_be_used_is_named() {
         ("huge", huge.as_bytes()),
         ("deep", deep.as_bytes()),
     ];
-    for (what, config) in cases {
+    let answers = cases.map(|(what, config)| {
         let bundle = Bundle::new("config");
         bundle.write_config(config);
         let (code, text) = shim.create(bundle.request(&unique("config"))).expect_err(what);
-        assert_eq!(code, Code::INVALID_ARGUMENT, "{what}: {text}");
-        assert!(text.contains("config.json"), "{what}: {text}");
-    }
+        (what, code, text)
+    });
+    let wrong = answers
+        .iter()
+        .filter(|(_, code, text)| *code != Code::INVALID_ARGUMENT || !text.contains("config.json"));
+    assert_eq!(wrong.collect::<Vec<_>>(), Vec::<&(&str, Code, String)>::new());
     assert_serves(&shim);
 }
 
@@ -124,7 +130,8 @@ fn stdio_that_cant_be_used_is_named() {
     let node = Node::shared();
     let shim = Shim::connect(&node);
     for stdout in ["/run", "/no/such/fifo", "strange:///scheme", "binary:///no/such/logger"] {
-        let mut request = Bundle::new("stdio").request(&unique("stdio"));
+        let bundle = Bundle::new("stdio");
+        let mut request = bundle.request(&unique("stdio"));
         request.stdout = stdout.to_string();
         let (_code, text) = shim.create(request).expect_err(stdout);
         let part = stdout.trim_start_matches("binary://");
@@ -139,7 +146,8 @@ fn a_second_create_of_a_live_id_already_exists() {
     let node = Node::shared();
     let container = node.container("twice", Spec::sleeping()).started(&Io::default());
     let shim = Shim::connect(&node);
-    let (code, text) = shim.create(Bundle::new("twice").request(&container.id)).expect_err("create again");
+    let bundle = Bundle::new("twice");
+    let (code, text) = shim.create(bundle.request(&container.id)).expect_err("create again");
     assert_eq!(code, Code::ALREADY_EXISTS, "{text}");
     assert_eq!(container.pids().expect("pids"), [container.pid()], "the live one is as before");
 }
