@@ -1,7 +1,6 @@
 //! Our shim without containerd in between: its binary, and a ttrpc client on the daemon's socket.
 
 use std::io::Write;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -15,10 +14,9 @@ use super::node::{CONTAINERD_SOCKET, NAMESPACE, Node};
 use super::process::{self, Outcome};
 use super::spec::Spec;
 use super::stdio::Scratch;
-use super::systemd::DAEMON_SOCKET;
+use super::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 
 pub const BINARY: &str = "/usr/local/bin/containerd-shim-systemd-v1";
-pub const SOCKET: &str = "/run/containerd-shim-systemd-v1.sock";
 
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 
@@ -32,14 +30,12 @@ pub struct Shim<'n> {
 }
 
 impl<'n> Shim<'n> {
-    /// Connects; wakes the daemon up first when it has never run.
+    /// Connects, as containerd does: to the address that `start` gives.
     pub fn connect(node: &'n Node) -> Shim<'n> {
-        if !Path::new(SOCKET).exists() {
-            wake_up();
-        }
+        let address = format!("unix://{}", socket());
         let client = node
-            .block_on(Client::connect(&format!("unix://{SOCKET}")))
-            .unwrap_or_else(|error| panic!("connect to {SOCKET}: {error}"));
+            .block_on(Client::connect(&address))
+            .unwrap_or_else(|error| panic!("connect to {address}: {error}"));
         Shim { node, client }
     }
 
@@ -72,10 +68,12 @@ fn refusal(error: ttrpc::Error) -> Refusal {
     }
 }
 
-/// Lets `start` bring the daemon up.
-pub fn wake_up() {
-    let outcome = start(&Bundle::new("wake-up"), "wake-up", &[], &[]);
+/// The path of the daemon's socket, as `start` tells it; so the daemon is up.
+pub fn socket() -> String {
+    let outcome = start(&Bundle::new("socket"), "socket", &[], &[]);
     assert_eq!(outcome.code, Some(0), "start: {}", outcome.stderr);
+    let address = outcome.text();
+    address.trim().strip_prefix("unix://").unwrap_or_else(|| panic!("start: {address}")).to_string()
 }
 
 /// Runs the binary's `start` as containerd does, with more environment and something on stdin.
@@ -115,16 +113,14 @@ pub fn with_stdin(command: &mut Command, stdin: &[u8]) -> Outcome {
     }
 }
 
-/// systemctl's exit code for a unit that is not loaded.
-const NOT_LOADED: i32 = 5;
-
 /// Stops the daemon and its socket, as on a machine where nothing has used the runtime yet.
 pub fn stop_daemon() {
-    for unit in [DAEMON_SOCKET, super::systemd::DAEMON_SERVICE] {
-        // Where nothing has run yet there is nothing to stop.
-        let stopped = process::run("systemctl", &["stop", unit]);
-        assert!(stopped.code == Some(0) || stopped.code == Some(NOT_LOADED), "{unit}: {}", stopped.stderr);
-    }
+    // It fails for units that are not loaded, which is what we want.
+    process::run("systemctl", &["stop", DAEMON_SOCKET, DAEMON_SERVICE]);
+    assert!(
+        !systemd::is_active(DAEMON_SOCKET) && !systemd::is_active(DAEMON_SERVICE),
+        "the daemon is still up"
+    );
 }
 
 /// A bundle made by hand, for calls that don't come from containerd.

@@ -7,12 +7,12 @@ use crate::common::systemd;
 
 const SECOND_NAMESPACE: &str = "e2e-two";
 
-/// 64 hex digits, as Docker, Kubernetes and nerdctl have them, with a chosen beginning.
-fn digest(beginning: u64) -> String {
+/// 64 hex digits, as Docker, Kubernetes and nerdctl have them. Their first 12 are a test's own.
+fn digest(beginning: u16) -> String {
     let process = u64::from(std::process::id());
     let rest: u64 =
         unique("").bytes().fold(process, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
-    format!("{beginning:016x}{process:016x}{rest:016x}{:016x}", rest.rotate_left(17))
+    format!("{beginning:04x}000000000000{process:016x}{rest:016x}{:016x}", rest.rotate_left(17))
 }
 
 #[test]
