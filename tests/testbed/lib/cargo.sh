@@ -5,11 +5,12 @@ repo_dir=$(readlink -f "$testbed_dir/../..")
 target_dir=${CARGO_TARGET_DIR:-$repo_dir/target}
 cd "$repo_dir" || exit
 
-# Builds one test or bench target and prints the path of its program.
+# Builds one test or bench target and prints the path of its program. cargo names the daemon's, too, in
+# no certain order.
 cargo_executable() { # test|bench OPTION…
     local path
     path=$(cargo "$@" --no-run --message-format=json-render-diagnostics |
-        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+        sed -n '/"kind":\["'"$1"'"\]/s/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
     [ -x "$path" ] || die "cargo $* built no program"
     echo "$path"
 }

@@ -51,7 +51,7 @@ leader() {
 }
 
 lane_command() {
-    command=(nsenter -t "$(leader)" -a -- "${guest_env[@]}" "TERM=${TERM-dumb}" "$@")
+    command=(nsenter -t "$(leader)" --all --root --wd -- "${guest_env[@]}" "TERM=${TERM-dumb}" "$@")
 }
 
 lane_shell() { lane_exec bash -l; }

@@ -2,7 +2,7 @@
 # The lane "vm": the image as a QEMU machine with its own kernel, emulated where KVM can't be used.
 # Everything works in it. It is controlled over ssh through a forwarded port.
 
-lane_timeout=240
+lane_timeout=600
 
 lane_run() { # image
     local accelerator port
