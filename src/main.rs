@@ -8,6 +8,10 @@
 //! is told in `unit::properties`, how an exit is noticed in `unit::watch`, what survives a restart in
 //! `store` and `ops::observe`, which code containerd sees in `api::status`.
 
+// A panic would end the daemon of a whole node, and containerd reads all that `start` prints.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::print_stderr)]
+#![warn(missing_docs)]
+
 mod api;
 mod cgroup;
 mod cli;

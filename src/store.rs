@@ -192,7 +192,7 @@ impl Store {
     ///
     /// # Errors
     /// Only for the directory as a whole.
-    pub fn load_owed(&self) -> Result<Vec<(Owing, Result<Task, Error>)>, Error> {
+    pub fn load_owed(&self) -> Result<Vec<OwedTask>, Error> {
         let dir = self.root.join(OWED);
         let mut tasks = Vec::new();
         for name in entries(&dir)?.into_iter().filter(|name| !name.ends_with(".new")) {
@@ -203,6 +203,9 @@ impl Store {
         Ok(tasks)
     }
 }
+
+/// A deleted task that still owes events, or why its file can't be read.
+pub type OwedTask = (Owing, Result<Task, Error>);
 
 /// Where a deleted task's last events are kept.
 #[derive(Clone, Debug)]

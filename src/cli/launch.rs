@@ -158,17 +158,15 @@ fn open_output(output: &Output, own_pipe: Option<&str>, task: &Task, dir: &Path)
     let file = match (output, own_pipe) {
         (Output::Journal, _) => return Ok(Stdio::inherit()),
         (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT)?,
-        (Output::File { .. } | Output::Logger, Some(name)) => {
-            let file = fifo::open_both(&dir.join(name))?;
-            let (uid, gid) = task.runtime.io_owner;
-            let owner = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(gid));
-            nix::unistd::fchown(&file, Some(owner.0), Some(owner.1))
-                .map_err(system("give a stream its owner"))?;
-            file
-        }
+        (Output::File { .. } | Output::Logger, Some(name)) => fifo::open_both(&dir.join(name))?,
         // Writable, unlike with containerd-shim-runc-v2: programs don't expect EBADF.
-        (Output::Null | Output::File { .. } | Output::Logger, _) => dev_null()?,
+        (Output::Null | Output::File { .. } | Output::Logger, _) => return Ok(dev_null()?.into()),
     };
+    let (uid, gid) = task.runtime.io_owner;
+    if (uid, gid) != (0, 0) {
+        let (uid, gid) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(gid));
+        nix::unistd::fchown(&file, Some(uid), Some(gid)).map_err(system("give a stream its owner"))?;
+    }
     Ok(file.into())
 }
 

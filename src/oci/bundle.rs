@@ -93,7 +93,10 @@ impl Spec {
     pub fn read(bundle: &Path) -> Result<Self, Error> {
         let path = bundle.join(CONFIG);
         let text = read_config(&path)?;
-        serde_json::from_slice(&text).map_err(|source| Error::Malformed { path, source })
+        // A spec that can be read must be one that can be rewritten.
+        with_cgroups_path(&text, Path::new("/"))
+            .and_then(|_| serde_json::from_slice(&text))
+            .map_err(|source| Error::Malformed { path, source })
     }
 
     /// An annotation's value, unless it is empty.

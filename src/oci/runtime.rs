@@ -175,11 +175,8 @@ fn last_error(log: &Path) -> Option<String> {
     let mut text = Vec::new();
     file.take(LOG_TAIL_BYTES).read_to_end(&mut text).ok()?;
     let text = String::from_utf8_lossy(&text);
-    let errors = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
-    errors
-        .filter(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"))
-        .last()
-        .map(|line| line.msg)
+    let mut lines = text.lines().rev().filter_map(|line| serde_json::from_str::<Line>(line).ok());
+    lines.find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic")).map(|line| line.msg)
 }
 
 #[cfg(test)]

@@ -79,13 +79,13 @@ impl Shim {
         if !request.bundle.is_absolute() || climbs {
             return Err(Error::BundlePath(request.bundle));
         }
+        let wiring = uri::wiring(&request.stdio, fifo::kind)?;
         let spec = Spec::read(&request.bundle)?;
         if spec.terminal() {
             return Err(Error::NotImplemented("a terminal"));
         }
         let containerd = self.containerd_of(&key, &request.bundle, &spec)?;
         let runtime = options.read()?.resolve(&key.namespace, &containerd.path)?;
-        let wiring = uri::wiring(&request.stdio, fifo::kind)?;
         Ok(Task {
             placement: placement(&key, &spec)?,
             face: face::of(&key, &spec),
