@@ -1,15 +1,16 @@
 //! Logs: structured into the journal where there is one, to stderr for a person.
 //!
-//! The level is `info` and comes from `CONTAINERD_SHIM_SYSTEMD_LOG` (the syntax of `RUST_LOG`).
+//! The level is `info` and comes from `CONTAINERD_SHIM_SYSTEMD_LOG`: a level, or `target=level,…`.
 
-use tracing_subscriber::EnvFilter;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// Sets the process's subscriber. Called once, by the daemon.
 pub fn init() {
-    let filter =
-        EnvFilter::try_from_env("CONTAINERD_SHIM_SYSTEMD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let asked = std::env::var("CONTAINERD_SHIM_SYSTEMD_LOG").ok().and_then(|text| text.parse::<Targets>().ok());
+    let filter = asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     let registry = tracing_subscriber::registry().with(filter);
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
     match tracing_journald::layer() {

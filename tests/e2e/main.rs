@@ -32,6 +32,7 @@ fn name_of<T>(_closure: T) -> &'static str {
 
 mod bad_input;
 mod contract;
+mod ctr;
 mod events;
 mod ids;
 mod leaks;
