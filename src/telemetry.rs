@@ -9,7 +9,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 /// Sets the process's subscriber. Called once, by the daemon.
 pub fn init() {
-    let asked = std::env::var("CONTAINERD_SHIM_SYSTEMD_LOG").ok().and_then(|text| text.parse::<Targets>().ok());
+    let asked =
+        std::env::var("CONTAINERD_SHIM_SYSTEMD_LOG").ok().and_then(|text| text.parse::<Targets>().ok());
     let filter = asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     let registry = tracing_subscriber::registry().with(filter);
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();

@@ -73,18 +73,22 @@ impl Link {
             match self.forward(outgoing).await {
                 Ok(()) => {
                     if told {
-                        tracing::info!(address = self.address, "containerd takes events again");
+                        tracing::info!(
+                            address = self.address,
+                            "containerd at {} takes events again",
+                            self.address
+                        );
                     }
                     return;
                 }
                 Err(Failure::Refused(reason)) => {
-                    tracing::error!(%task, seq = outgoing.seq, reason, "containerd refuses an event, it is dropped");
+                    tracing::error!(%task, seq = outgoing.seq, "task {task}: containerd refuses an event, it is dropped: {reason}");
                     return;
                 }
                 Err(Failure::Later(reason)) => {
                     self.client = None;
                     if !told {
-                        tracing::warn!(%task, address = self.address, reason, "containerd takes no events, trying on");
+                        tracing::warn!(%task, "containerd at {} takes no events, trying on: {reason}", self.address);
                         told = true;
                     }
                     // Nothing announces that containerd is back: its socket has to be tried.

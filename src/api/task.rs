@@ -17,7 +17,7 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use tokio_util::task::TaskTracker;
-use tracing::{Instrument, Span, info_span};
+use tracing::{Instrument, info_span};
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use crate::id::{Namespace, TaskKey};
@@ -76,22 +76,25 @@ impl TaskService {
     /// Runs a verb to its end, whatever becomes of the handler.
     async fn run<T: Send + 'static>(
         &self,
-        span: Span,
-        verb: impl Future<Output = Result<T, Error>> + Send + 'static,
+        verb: &'static str,
+        key: &TaskKey,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Answer<T> {
-        let logged = async move { verb.await.inspect_err(log) };
+        let span = info_span!("call", verb, namespace = %key.namespace, id = %key.id);
+        let key = key.clone();
+        let logged = async move { work.await.inspect_err(|error| log(verb, &key, error)) };
         let result = self.verbs.spawn(logged.instrument(span)).await;
         result.unwrap_or(Err(Error::Stopping)).map_err(|error| status::status(&error))
     }
 }
 
 /// The one place where a failed call is logged. That somebody asks for what is not there is no news.
-fn log(error: &Error) {
+fn log(verb: &str, key: &TaskKey, error: &Error) {
     match error {
         Error::UnknownTask { .. } | Error::UnknownExec { .. } | Error::Finished => {
-            tracing::debug!(%error, "refused")
+            tracing::debug!("{verb} of {key} refused: {error}");
         }
-        _ => tracing::warn!(%error, "failed"),
+        _ => tracing::warn!("{verb} of {key} failed: {error}"),
     }
 }
 
@@ -108,12 +111,6 @@ fn not_implemented<T>(what: &'static str) -> Answer<T> {
     Err(status::status(&Error::NotImplemented(what)))
 }
 
-macro_rules! span {
-    ($verb:literal, $key:expr) => {
-        info_span!($verb, namespace = %$key.namespace, id = %$key.id)
-    };
-}
-
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, ctx: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
@@ -125,25 +122,25 @@ impl Task for TaskService {
 
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         let call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        let (shim, span) = (self.shim.clone(), span!("create", call.key));
-        let pid = self.run(span, async move { shim.create(call).await }).await?;
+        let (shim, task) = (self.shim.clone(), call.key.clone());
+        let pid = self.run("create", &task, async move { shim.create(call).await }).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
     async fn start(&self, ctx: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
         let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
-        let (shim, span) = (self.shim.clone(), span!("start", key));
-        let pid = self.run(span, async move { shim.start(&key).await }).await?;
+        let (shim, task) = (self.shim.clone(), key.clone());
+        let pid = self.run("start", &task, async move { shim.start(&key).await }).await?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
 
     async fn delete(&self, ctx: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
         let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
-        let (shim, span) = (self.shim.clone(), span!("delete", key));
+        let (shim, task) = (self.shim.clone(), key.clone());
         let given_up = ctx.metadata.contains_key(convert::CLEAN_UP_KEY);
-        let deleted = self.run(span, async move {
+        let deleted = self.run("delete", &task, async move {
             if given_up { shim.clean_up(&key).await } else { shim.delete(&key).await }
         });
         let (pid, exit) = deleted.await?;
@@ -160,8 +157,8 @@ impl Task for TaskService {
     async fn kill(&self, ctx: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
         let key = self.key(ctx, &request.id)?;
         init_only(&key, &request.exec_id)?;
-        let (shim, span) = (self.shim.clone(), span!("kill", key));
-        self.run(span, async move { shim.kill(&key, request.signal, request.all) }).await?;
+        let (shim, task) = (self.shim.clone(), key.clone());
+        self.run("kill", &task, async move { shim.kill(&key, request.signal, request.all) }).await?;
         Ok(Empty::new())
     }
 

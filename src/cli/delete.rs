@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use protobuf::Message;
+use ttrpc::Code;
 
 use crate::api::{client, convert};
 use crate::id::TaskKey;
@@ -40,13 +41,17 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
 }
 
 fn clean_up(store: &Store, key: &TaskKey) -> Result<Option<Vec<u8>>, Failure> {
-    let asked = block_on(async {
-        tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(key, config::DELETE_LIMIT)).await
-    })?;
+    let asked = block_on(async { tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(key)).await })?;
     let reason = match asked {
         Ok(Ok(response)) => return response.write_to_bytes().map(Some).map_err(Failure::new),
+        // The daemon knows best: it is gone, or its record can't be read and is left for a person.
+        Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::NOT_FOUND => return Ok(None),
+        Err(_) | Ok(Err(ttrpc::Error::RpcStatus(_))) => {
+            // It goes on with it: doing the same beside it would only disturb.
+            say(&format!("task {key}: the daemon is still cleaning up\n"));
+            return Ok(None);
+        }
         Ok(Err(error)) => error.to_string(),
-        Err(_) => "no answer in time".to_owned(),
     };
     say(&format!("task {key}: the daemon does not clean up ({reason}), doing it without\n"));
     let Some(task) = store.load(key).map_err(Failure::new)? else {

@@ -93,7 +93,13 @@ async fn serve(sockets: Vec<OwnedFd>) -> Result<(), Failure> {
     }
 
     let tasks = shim.task_count();
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), systemd = systemd.version(), tasks, "serving");
+    let (version, systemd) = (env!("CARGO_PKG_VERSION"), systemd.version());
+    tracing::info!(
+        version,
+        systemd,
+        tasks,
+        "version {version} on systemd {systemd} serves, {tasks} tasks found"
+    );
     notify::ready(&format!("serving, {tasks} tasks found"));
 
     terminate.recv().await;

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use oci_spec::runtime::Mount;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -70,12 +71,6 @@ struct Process {
     terminal: bool,
 }
 
-#[derive(Debug, Deserialize)]
-struct Mount {
-    #[serde(default)]
-    options: Option<Vec<String>>,
-}
-
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Linux {
@@ -120,7 +115,7 @@ impl Spec {
         let shared = |word: &str| matches!(word, "shared" | "rshared");
         let rootfs =
             self.linux.as_ref().and_then(|linux| linux.rootfs_propagation.as_deref()).is_some_and(shared);
-        let mounts = self.mounts.iter().flatten().flat_map(|mount| mount.options.iter().flatten());
+        let mounts = self.mounts.iter().flatten().flat_map(|mount| mount.options().iter().flatten());
         rootfs || mounts.map(String::as_str).any(shared)
     }
 }
@@ -231,10 +226,12 @@ mod tests {
     #[test]
     fn shared_mounts_are_noticed() {
         assert!(spec(r#"{"linux":{"rootfsPropagation":"rshared"}}"#).shares_mounts_with_host());
-        assert!(spec(r#"{"mounts":[{"options":["rbind","rshared"]}]}"#).shares_mounts_with_host());
         assert!(
-            !spec(r#"{"mounts":[{"options":["rbind","rslave"]},{}],"linux":{}}"#).shares_mounts_with_host()
+            spec(r#"{"mounts":[{"destination":"/a","options":["rbind","rshared"]}]}"#)
+                .shares_mounts_with_host()
         );
+        let own = r#"{"mounts":[{"destination":"/a","options":["rslave"]},{"destination":"/b"}],"linux":{}}"#;
+        assert!(!spec(own).shares_mounts_with_host());
     }
 
     #[test]

@@ -209,7 +209,7 @@ impl Shim {
         {
             let launch = unit.join(properties::LAUNCH_SUBGROUP);
             if let Err(error) = cgroup::remove(&launch) {
-                tracing::debug!(%error, "the launch cgroup stays until the unit ends");
+                tracing::debug!(%error, "the launch cgroup stays until the unit ends: {error}");
             }
         }
     }
@@ -233,10 +233,10 @@ impl Shim {
     pub(super) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         if let Err(error) = self.remove_container(&task, entry).await {
-            tracing::error!(task = %task.key, %error, "can't take back all of a failed create");
+            tracing::error!(task = %task.key, %error, "task {}: can't take back all of a failed create: {error}", task.key);
         }
         if let Err(error) = self.store.remove(&task.key) {
-            tracing::error!(task = %task.key, %error, "can't remove the record of a failed create");
+            tracing::error!(task = %task.key, %error, "task {}: can't remove the record of a failed create: {error}", task.key);
         }
         self.registry.remove(&task.key);
     }
@@ -256,8 +256,9 @@ fn placement(key: &TaskKey, spec: &Spec) -> Result<Placement, Error> {
         place::Wish::Literal(path) => {
             tracing::warn!(
                 task = %key,
-                path = %path.display(),
-                "the client insists on a cgroup outside of the unit: systemctl shows neither its processes nor its memory"
+                "task {key}: its client insists on cgroup {}, outside of the unit: \
+                 systemctl shows neither its processes nor its memory",
+                path.display()
             );
             Placement::Foreign { slice: namespace_slice(&key.namespace)?, path }
         }

@@ -113,6 +113,9 @@ impl Shim {
     /// # Errors
     /// As [`Self::delete`].
     pub async fn clean_up(self: &Arc<Self>, key: &TaskKey) -> Result<(u32, Exit), Error> {
+        let entry = self.entry(key)?;
+        // containerd gives up while its Create is still under way: that ends first.
+        drop(entry.verb.lock().await);
         let entry = self.created(key)?;
         self.mute(key)?;
         let task = entry.task().clone();

@@ -131,7 +131,9 @@ impl Shim {
             match effect {
                 Effect::AnnounceCreated { pid } => tracing::debug!(pid, "created"),
                 Effect::AnnounceStarted { pid } => tracing::debug!(pid, "started"),
-                Effect::AnnounceExit { pid, exit } => tracing::debug!(pid, status = exit.status, "ended"),
+                Effect::AnnounceExit { pid, exit } => {
+                    tracing::debug!(pid, status = exit.status, "ended with status {}", exit.status)
+                }
                 Effect::Wake => {
                     let ended = entry.task().init.exit();
                     ended.into_iter().for_each(|exit| entry.wake(exit));

@@ -36,7 +36,7 @@ impl Shim {
     pub async fn resync(self: &Arc<Self>) {
         for entry in self.registry.all() {
             if let Err(error) = self.look_at(&entry).await {
-                tracing::warn!(task = %entry.key, %error, "can't look at its unit");
+                tracing::warn!(task = %entry.key, %error, "task {}: can't look at its unit: {error}", entry.key);
             }
         }
     }
@@ -55,7 +55,7 @@ impl Shim {
                 }
             }
             None => {
-                tracing::warn!(task = %entry.key, "its unit is gone and took the exit code along");
+                tracing::warn!(task = %entry.key, "task {}: its unit is gone and took the exit code along", entry.key);
                 self.ended(entry, Exit { status: UNKNOWN_STATUS, at_usec: now_usec() });
             }
         }
@@ -65,7 +65,7 @@ impl Shim {
     fn ended(self: &Arc<Self>, entry: &Arc<Entry>, exit: Exit) {
         if let Err(error) = self.apply(entry, Event::Exited(exit)) {
             // The record could not be written. The unit keeps the exit; the next look finds it.
-            tracing::error!(task = %entry.key, %error, "can't note its end");
+            tracing::error!(task = %entry.key, %error, "task {}: can't note its end: {error}", entry.key);
             return;
         }
         entry.live().close_input();
@@ -79,7 +79,7 @@ impl Shim {
             if cgroup::is_populated(&cgroup)
                 && let Err(error) = cgroup::kill(&cgroup)
             {
-                tracing::warn!(%error, "can't kill what init left behind");
+                tracing::warn!(%error, "can't kill what init left behind: {error}");
             }
         });
     }
@@ -98,16 +98,16 @@ impl Shim {
                     entry.live().owing = Some(owing);
                     self.announce(&entry);
                 }
-                Err(error) => tracing::error!(%error, "events of a deleted task are not published"),
+                Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),
             }
         }
         for record in records? {
             match record {
                 Ok(task) => match self.registry.insert(task) {
                     Ok(entry) => self.take_in(&entry).await,
-                    Err(taken) => tracing::error!(?taken, "two records for one task"),
+                    Err(taken) => tracing::error!(?taken, "two records for one task: {taken:?}"),
                 },
-                Err(error) => tracing::error!(%error, "a task is not taken in"),
+                Err(error) => tracing::error!(%error, "a task is not taken in: {error}"),
             }
         }
         Ok(())
@@ -117,7 +117,7 @@ impl Shim {
         let task = entry.task().clone();
         match task.init {
             Phase::Creating { .. } => {
-                tracing::warn!(task = %task.key, "its create was cut off, it is taken back");
+                tracing::warn!(task = %task.key, "task {}: its create was cut off, it is taken back", task.key);
                 let _verb = entry.verb.lock().await;
                 self.take_back(entry).await;
                 return;
@@ -127,7 +127,7 @@ impl Shim {
                 let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
                 let event = if cli.waits_for_start() { Event::StartFailed } else { Event::Started };
                 if let Err(error) = self.apply(entry, event) {
-                    tracing::error!(task = %task.key, %error, "can't finish its start");
+                    tracing::error!(task = %task.key, %error, "task {}: can't finish its start: {error}", task.key);
                 }
             }
             Phase::Created { .. } | Phase::Running { .. } | Phase::Stopped { .. } => {}
@@ -136,7 +136,7 @@ impl Shim {
             entry.live().process = crate::sys::pidfd_open(pid).ok();
             self.recover_streams(entry).await;
             if let Err(error) = self.look_at(entry).await {
-                tracing::warn!(task = %task.key, %error, "can't look at its unit");
+                tracing::warn!(task = %task.key, %error, "task {}: can't look at its unit: {error}", task.key);
             }
         }
         self.announce(entry);

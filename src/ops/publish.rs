@@ -22,7 +22,7 @@ impl Shim {
             None => self.store.save(&task),
         };
         if let Err(error) = kept {
-            tracing::warn!(task = %entry.key, %error, "an accepted event may be published again");
+            tracing::warn!(task = %entry.key, %error, "task {}: an accepted event may be published again: {error}", entry.key);
         }
     }
 }

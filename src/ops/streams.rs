@@ -69,7 +69,7 @@ impl Shim {
             let (path, create, key) = (path.clone(), *create, task.key.clone());
             pumps.push(tokio::spawn(async move {
                 if let Err(error) = copy(fifo, &path, create).await {
-                    tracing::error!(task = %key, path = %path.display(), %error, "output is lost");
+                    tracing::error!(task = %key, %error, "task {key}: output to {} is lost: {error}", path.display());
                 }
             }));
         }
@@ -122,7 +122,7 @@ impl Shim {
         let pumps = std::mem::take(&mut entry.live().pumps);
         for mut pump in pumps {
             if tokio::time::timeout(DRAIN_LIMIT, &mut pump).await.is_err() {
-                tracing::warn!(task = %entry.key, "output is still open after the end, it is closed now");
+                tracing::warn!(task = %entry.key, "task {}: output is still open after the end, it is closed now", entry.key);
                 pump.abort();
             }
         }
@@ -132,7 +132,7 @@ impl Shim {
     pub(super) async fn recover_streams(&self, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         if let Err(error) = self.reopen_streams(entry, &task).await {
-            tracing::warn!(task = %task.key, %error, "can't open its streams again");
+            tracing::warn!(task = %task.key, %error, "task {}: can't open its streams again: {error}", task.key);
         }
         self.start_pumps(entry);
     }

@@ -37,8 +37,8 @@ pub fn accepted(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStr
             };
             match connection.peer_cred() {
                 Ok(peer) if peer.uid() == own_uid => return Some((Ok(connection), listener)),
-                Ok(peer) => tracing::warn!(uid = peer.uid(), "refused a connection of another user"),
-                Err(error) => tracing::warn!(%error, "refused a connection of an unknown user"),
+                Ok(peer) => tracing::warn!(uid = peer.uid(), "refused a connection of user {}", peer.uid()),
+                Err(error) => tracing::warn!(%error, "refused a connection of an unknown user: {error}"),
             }
         }
     })

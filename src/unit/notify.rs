@@ -30,6 +30,6 @@ pub async fn keep_alive() {
 fn tell(state: &[NotifyState]) {
     // A datagram to a local socket: it does not block. Failing to send it is for systemd to notice.
     if let Err(error) = daemon::notify(false, state) {
-        tracing::warn!(%error, "can't notify systemd");
+        tracing::warn!(%error, "can't notify systemd: {error}");
     }
 }

@@ -60,7 +60,7 @@ pub async fn run(
             }
             Err(error) => {
                 manager.disconnected();
-                tracing::warn!(%error, "can't listen to systemd, trying again");
+                tracing::warn!(%error, "can't listen to systemd, trying again: {error}");
                 // Nothing announces that the bus is back: its socket has to be tried.
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
