@@ -15,14 +15,15 @@ use super::container::Io;
 use super::node::unique;
 use super::wait;
 
-/// A directory of a test on the guest's own /run, removed on drop.
+/// A directory of a test on the guest's own disk, removed on drop.
 pub struct Scratch {
     pub path: PathBuf,
 }
 
 impl Scratch {
     pub fn new(name: &str) -> Scratch {
-        let path = Path::new("/run/e2e").join(unique(name));
+        // Not below /run, which may be mounted noexec: some tests put programs there.
+        let path = Path::new("/var/tmp/e2e").join(unique(name));
         fs::create_dir_all(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         Scratch { path }
     }
