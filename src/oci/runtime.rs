@@ -162,7 +162,7 @@ impl Cli<'_> {
     }
 }
 
-/// The last error of a log in JSON lines.
+/// The last error of a log: objects of JSON, of a line each (runc, crun 1.21) or of several (crun 1.28).
 fn last_error(log: &Path) -> Option<String> {
     #[derive(Deserialize)]
     struct Line {
@@ -175,7 +175,10 @@ fn last_error(log: &Path) -> Option<String> {
     let mut text = Vec::new();
     file.take(LOG_TAIL_BYTES).read_to_end(&mut text).ok()?;
     let text = String::from_utf8_lossy(&text);
-    let mut lines = text.lines().rev().filter_map(|line| serde_json::from_str::<Line>(line).ok());
+    let begins = text.match_indices('{').filter(|(at, _)| *at == 0 || text[..*at].ends_with('\n')).rev();
+    let mut lines = begins.filter_map(|(at, _)| {
+        serde_json::Deserializer::from_str(&text[at..]).into_iter::<Line>().next()?.ok()
+    });
     lines.find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic")).map(|line| line.msg)
 }
 
@@ -196,6 +199,8 @@ mod tests {
         );
         fs::write(&log, text).unwrap();
         assert_eq!(last_error(&log).unwrap(), "exec: \"nope\": executable file not found in $PATH");
+        fs::write(&log, "{\n  \"msg\": \"over {two} lines\",\n  \"level\": \"error\"\n}").unwrap();
+        assert_eq!(last_error(&log).unwrap(), "over {two} lines");
         assert_eq!(last_error(&dir.join("none.log")), None);
         fs::remove_dir_all(&dir).unwrap();
     }

@@ -31,6 +31,7 @@ fn name_of<T>(_closure: T) -> &'static str {
 }
 
 mod bad_input;
+mod containerds;
 mod contract;
 mod ctr;
 mod events;

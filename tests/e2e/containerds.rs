@@ -1,0 +1,132 @@
+//! Two containerds on one machine, as with Docker's or k3s's own beside the system's: one daemon of ours
+//! serves both, and each hears of its own tasks.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+
+use crate::common::container::Io;
+use crate::common::image::IMAGE;
+use crate::common::node::{NAMESPACE, Need, Node, unique};
+use crate::common::process::{self, Outcome};
+use crate::common::spec::Spec;
+use crate::common::systemd::{self, DAEMON_SERVICE};
+use crate::common::wait;
+
+const STATE: &str = "/run/e2e-containerd";
+const SOCKET: &str = "/run/e2e-containerd/containerd.sock";
+/// On the file system of the first one: overlays don't go everywhere.
+const ROOT: &str = "/var/lib/containerd/e2e-second";
+
+/// A containerd beside the system's, gone with all it has on drop.
+struct Second {
+    process: Child,
+}
+
+impl Second {
+    fn start() -> Second {
+        fs::create_dir_all(STATE).expect("make the second containerd's directory");
+        let config = format!("{STATE}/config.toml");
+        let text = format!(
+            "version = 2\nroot = \"{ROOT}\"\nstate = \"{STATE}/state\"\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = \"{SOCKET}\"\n"
+        );
+        fs::write(&config, text).expect("write the second containerd's configuration");
+        let process = Command::new("containerd")
+            .args(["--config", &config])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start a second containerd");
+        let second = Second { process };
+        wait::until_true("the second containerd answers", || second.ctr(&["version"]).code == Some(0));
+        let imported = second.ctr(&["image", "import", "/usr/share/testbed/busybox.tar"]);
+        assert_eq!(imported.code, Some(0), "{imported:?}");
+        second
+    }
+
+    fn ctr(&self, args: &[&str]) -> Outcome {
+        process::run("ctr", &[&["--address", SOCKET, "--namespace", NAMESPACE], args].concat())
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        for dir in [STATE, ROOT] {
+            let _ = fs::remove_dir_all(dir);
+        }
+    }
+}
+
+/// The lines of `ctr events`, until it is dropped.
+struct Lines {
+    process: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Lines {
+    fn of_second() -> Lines {
+        let mut process = Command::new("ctr")
+            .args(["--address", SOCKET, "events"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("run ctr events");
+        let stdout = process.stdout.take().expect("the output of ctr events");
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Lines { process, lines }
+    }
+
+    fn up_to(&self, topic: &str, id: &str) -> String {
+        let mut seen = String::new();
+        loop {
+            let line = self.lines.recv_timeout(wait::LIMIT);
+            let line = line.unwrap_or_else(|_| panic!("no {topic} event of {id}; seen:\n{seen}"));
+            let found = line.contains(topic) && line.contains(id);
+            seen = seen + &line + "\n";
+            if found {
+                return seen;
+            }
+        }
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn one_daemon_serves_two_containerds() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let first = node.container("first", Spec::sleeping()).started(&Io::default());
+    let daemon = systemd::main_pid(DAEMON_SERVICE);
+    let second = Second::start();
+    let events = Lines::of_second();
+    let shares = if Need::Controllers.missing().is_some() { &["--cpu-shares", "0"][..] } else { &[] };
+    let id = unique("second");
+    let head = ["run", "--rm", "--runtime", &node.runtime];
+    let command = [IMAGE, &id, "sh", "-c", "echo of the second; exit 5"];
+    let outcome = second.ctr(&[&head, shares, &command].concat());
+    assert_eq!((outcome.code, outcome.text().as_str()), (Some(5), "of the second\n"), "{outcome:?}");
+    let seen = events.up_to("/tasks/delete", &id);
+    for topic in ["/tasks/create", "/tasks/start", "/tasks/exit"] {
+        assert!(seen.contains(topic), "{topic} is not in:\n{seen}");
+    }
+    assert!(!seen.contains(&first.id), "an event of the other containerd's task:\n{seen}");
+    assert_eq!(systemd::main_pid(DAEMON_SERVICE), daemon);
+    assert!(process::exists(first.pid()), "the first one's container runs on");
+}
