@@ -23,6 +23,11 @@ fn cycles() -> u32 {
     std::env::var("E2E_CYCLES").ok().and_then(|cycles| cycles.parse().ok()).unwrap_or(200)
 }
 
+/// How often something is done that has several ways to go.
+fn repeats() -> u32 {
+    (cycles() / 20).max(3)
+}
+
 fn run_rest(node: &Node) {
     let container = node.container("cycle", Spec::new(&["/bin/true"])).started(&Io::default());
     assert_eq!(container.exit_status(), 0);
@@ -77,7 +82,7 @@ fn a_failure_in_any_step_leaves_nothing() {
     for (what, step) in steps {
         step(&node);
         let before = Traces::take();
-        (0..10).for_each(|_| step(&node));
+        (0..repeats()).for_each(|_| step(&node));
         leaks::assert_none(what, &before);
     }
 }
@@ -94,7 +99,7 @@ fn a_unit_that_cant_start_leaves_nothing() {
     let _drop_in = DropIn::for_namespace(namespace, "[Service]\nExecStartPre=/bin/false\n");
     fails();
     let before = Traces::take();
-    (0..10).for_each(|_| fails());
+    (0..repeats()).for_each(|_| fails());
     leaks::assert_none("units that can't start", &before);
 }
 
