@@ -104,7 +104,7 @@ async fn serve(sockets: Vec<OwnedFd>) -> Result<(), Failure> {
 
     terminate.recv().await;
     notify::stopping();
-    tracing::info!("stopping; containers run on");
+    tracing::info!("stopping");
     for server in &mut servers {
         server.stop_listen().await;
     }
