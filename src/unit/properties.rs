@@ -278,4 +278,36 @@ mod tests {
         assert!(of(254).contains_key("DelegateSubgroup"));
         assert!(!of(253).contains_key("DelegateSubgroup"));
     }
+
+    /// The lines `Key=Value` of a unit file.
+    fn settings(text: &str) -> Vec<(&str, &str)> {
+        text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once('=')).collect()
+    }
+
+    #[test]
+    fn the_installed_socket_listens_where_the_transient_one_does() {
+        let installed = settings(include_str!("../../units/containerd-shim-systemd-v1.socket"));
+        let installed: Vec<&str> =
+            installed.into_iter().filter(|(key, _)| *key == "ListenStream").map(|(_, path)| path).collect();
+        let transient: Vec<PathBuf> =
+            crate::transport::sockets::Socket::all().map(crate::transport::sockets::Socket::path).collect();
+        assert_eq!(installed.into_iter().map(PathBuf::from).collect::<Vec<_>>(), transient);
+    }
+
+    #[test]
+    fn the_installed_service_says_what_the_transient_one_does() {
+        let transient =
+            daemon_service(Systemd { version: 257 }, &["/bin/shim".to_owned(), "serve".to_owned()]);
+        let transient = transient.as_text();
+        // D-Bus has numbers, lists and booleans where a file has words.
+        let words = ["Description", "Type", "NotifyAccess", "Slice", "Restart", "KillMode", "OOMPolicy"];
+        let words =
+            words.iter().chain(&["FileDescriptorStoreMax", "FileDescriptorStorePreserve", "OOMScoreAdjust"]);
+        let installed = settings(include_str!("../../units/containerd-shim-systemd-v1.service"));
+        for key in words {
+            let said = installed.iter().find(|(found, _)| found == key).map(|(_, value)| *value);
+            let set = transient[key].trim_start_matches("uint32 ").trim_matches('"');
+            assert_eq!(said, Some(set), "{key}");
+        }
+    }
 }
