@@ -103,11 +103,11 @@ impl Task {
         let step = transition(&self.init, event)?;
         self.init = step.next;
         for effect in &step.effects {
-            let event = match (effect, &self.init) {
-                (Effect::AnnounceCreated { pid }, _) => TaskEvent::Created { pid: *pid },
-                (Effect::AnnounceStarted { pid }, _) => TaskEvent::Started { pid: *pid },
-                (Effect::AnnounceExit { pid, exit }, _) => TaskEvent::Exited { pid: *pid, exit: *exit },
-                (Effect::Wake, _) => continue,
+            let event = match effect {
+                Effect::AnnounceCreated { pid } => TaskEvent::Created { pid: *pid },
+                Effect::AnnounceStarted { pid } => TaskEvent::Started { pid: *pid },
+                Effect::AnnounceExit { pid, exit } => TaskEvent::Exited { pid: *pid, exit: *exit },
+                Effect::Wake => continue,
             };
             self.owe(event, now_usec);
         }
