@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use crate::cgroup::{self, place};
-use crate::id::{Namespace, TaskId, TaskKey, UnitName};
+use crate::id::{TaskId, TaskKey, UnitName};
 use crate::oci::bundle::{self, Spec};
 use crate::oci::{face, mount, options, runtime};
 use crate::stdio::{fifo, uri};
@@ -260,13 +260,9 @@ fn placement(key: &TaskKey, spec: &Spec) -> Result<Placement, Error> {
                  systemctl shows neither its processes nor its memory",
                 path.display()
             );
-            Placement::Foreign { slice: namespace_slice(&key.namespace)?, path }
+            Placement::Foreign { slice: name::namespace_slice(&key.namespace)?, path }
         }
     })
-}
-
-fn namespace_slice(namespace: &Namespace) -> Result<UnitName, Error> {
-    Ok(name::namespace_slice(namespace)?)
 }
 
 /// The pod's sandbox (pause container) that a container belongs to; a sandbox belongs to itself.
