@@ -1,6 +1,8 @@
 //! A container is a systemd unit: what `systemctl` and `journalctl` show of it, and what they do to it.
 
-use crate::common::container::{Container, Io};
+use std::thread;
+
+use crate::common::container::{Container, Io, SIGTERM};
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
@@ -106,6 +108,25 @@ fn systemctl_stop_ends_a_created_task() {
     assert!([2, 137, 143].contains(&status), "{status}");
     container.start().expect_err("start a stopped task");
     container.delete().expect("delete");
+}
+
+#[test]
+fn exits_are_noticed_while_systemd_reloads_and_executes_itself_anew() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    for (verb, status) in [("daemon-reload", 21), ("daemon-reexec", 22)] {
+        let container = ready(
+            &node,
+            verb,
+            Spec::sh(&format!("trap 'exit {status}' TERM; echo ready; sleep 100000 & wait")),
+        );
+        thread::scope(|scope| {
+            scope.spawn(|| process::succeed("systemctl", &[verb]));
+            container.kill(SIGTERM).expect("kill");
+        });
+        assert_eq!(container.exit_status(), status, "{verb}");
+        container.delete().expect("delete");
+    }
 }
 
 #[test]
