@@ -69,6 +69,11 @@ impl Spec {
         self
     }
 
+    pub fn terminal(mut self) -> Spec {
+        self.0["process"]["terminal"] = json!(true);
+        self
+    }
+
     pub fn env(mut self, variable: &str) -> Spec {
         self.list("/process/env").push(json!(variable));
         self

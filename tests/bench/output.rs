@@ -1,0 +1,71 @@
+//! Where a process writes to and the client reads: FIFOs, made and opened before the process.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::libc::O_NONBLOCK;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::common::container::Io;
+use super::common::stdio::Fifos;
+use super::common::wait;
+
+pub struct Output {
+    pub terminal: bool,
+    fifos: Fifos,
+    stdout: File,
+    _stderr: File,
+}
+
+impl Output {
+    pub fn new(terminal: bool) -> Output {
+        let fifos = Fifos::new("bench");
+        let Io { stdout, stderr, .. } = fifos.output();
+        Output { terminal, fifos, stdout: open(&stdout), _stderr: open(&stderr) }
+    }
+
+    /// stdout and stderr, of a terminal stdout alone.
+    pub fn io(&self) -> Io {
+        let output = self.fifos.output();
+        if self.terminal { Io { stdout: output.stdout, ..Io::default() } } else { output }
+    }
+
+    /// Reads stdout to its end; returns how many bytes came.
+    pub fn drain(&mut self) -> u64 {
+        let mut chunk = vec![0; 64 * 1024];
+        let mut bytes = 0;
+        loop {
+            match self.stdout.read(&mut chunk) {
+                // A FIFO that no writer has opened yet looks the same as one at its end.
+                Ok(0) if bytes > 0 || self.has_ended() => return bytes,
+                Ok(0) => self.wait_until_readable(),
+                Ok(count) => bytes += count as u64,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait_until_readable(),
+                Err(error) => panic!("read stdout: {error}"),
+            }
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.poll(PollTimeout::ZERO)
+    }
+
+    fn wait_until_readable(&self) {
+        let limit = PollTimeout::try_from(wait::LIMIT).expect("a limit of seconds");
+        assert!(self.poll(limit), "no output and no end of it in {:?}", wait::LIMIT);
+    }
+
+    /// Whether there are bytes or an end: a FIFO that never had a writer has neither.
+    fn poll(&self, limit: PollTimeout) -> bool {
+        let mut fds = [PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, limit).expect("poll a FIFO") > 0
+    }
+}
+
+/// Without blocking: there is no writer yet.
+fn open(path: &str) -> File {
+    let file = File::options().read(true).custom_flags(O_NONBLOCK).open(path);
+    file.unwrap_or_else(|error| panic!("{path}: {error}"))
+}
