@@ -8,7 +8,7 @@ usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--paralle
 
   --only SUBJECT,…    what to measure (default: all of it):
                         containers  from Create to Delete
-                        execs       the same
+                        execs       the same, and their CPU
                         terminals   containers and execs with a terminal
                         memory      what is kept while containers run
                         start       a call of our binary

@@ -6,6 +6,7 @@ use super::arguments::Arguments;
 use super::common::container::{Container, Io};
 use super::common::node::Node;
 use super::common::spec::Spec;
+use super::cpu;
 use super::exec::Exec;
 use super::latency::{self, Rounds};
 use super::output::Output;
@@ -14,6 +15,8 @@ use super::report::{PER_PROCESS, Part, Target};
 /// Long enough for the kernel to forget that a process has just changed its cgroup: a probe comes alone.
 const QUIET: Duration = Duration::from_millis(300);
 const QUIET_ROUNDS: usize = 20;
+
+const CPU_ROWS: usize = 8;
 
 const ALONE: Target = Target::AtMost(1.15);
 const AT_ONCE: Target = Target::AtMost(1.2);
@@ -48,5 +51,9 @@ pub fn measure<'n>(node: &'n Node, arguments: &Arguments, terminal: bool) -> Vec
     part(&how, Rounds::new(rounds), AT_ONCE, &in_one);
     let how = format!("{parallel} at once in {parallel} containers, {PER_PROCESS}");
     part(&how, Rounds::new(rounds), AT_ONCE, &in_many);
+    if !terminal {
+        let first = [&containers[0][0], &containers[1][0]];
+        parts.push(Part::of_cpu(&cpu::measure(node, runtimes, first, CPU_ROWS)));
+    }
     parts
 }

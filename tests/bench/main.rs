@@ -9,6 +9,7 @@ mod common;
 
 mod arguments;
 mod container;
+mod cpu;
 mod exec;
 mod execs;
 mod latency;

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use super::common::process;
+use super::cpu::Cpu;
 use super::latency::Times;
 use super::memory::Kept;
 use super::start::Cost;
@@ -172,6 +173,14 @@ impl Part {
             Line::of_times("total", [&ours.total, &other.total]).target(target),
         ];
         Part { heading: heading.to_string(), lines }
+    }
+
+    pub fn of_cpu([ours, other]: &[Cpu; 2]) -> Part {
+        let lines = vec![
+            Line::of_times("the shim's own", [&ours.shim, &other.shim]),
+            Line::of_times("all processes", [&ours.machine, &other.machine]),
+        ];
+        Part { heading: "CPU of an exec".to_string(), lines }
     }
 
     pub fn of_memory([ours, other]: &[Vec<Kept>; 2]) -> Part {
