@@ -4,18 +4,20 @@ use super::common::node::{OUR_RUNTIME, STOCK_RUNTIME};
 
 pub const USAGE: &str = "\
 usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--parallel N] [--containers N,…]
-                    [--json PATH] [--runtime NAME] [--against NAME]
+                    [--megabytes N] [--json PATH] [--runtime NAME] [--against NAME]
 
   --only SUBJECT,…    what to measure (default: all of it):
                         containers  from Create to Delete
                         execs       the same, and their CPU
                         terminals   containers and execs with a terminal
+                        throughput  output to the client, with and without a terminal
                         memory      what is kept while containers run
                         start       a call of our binary
   --iterations N      containers of each runtime, one after the other (default 50)
   --execs N           execs of each runtime, one after the other (default 100)
   --parallel N        containers or execs at once (default 8)
   --containers N,…    how many to keep running while memory is measured (default 1,10,50)
+  --megabytes N       how much a process writes, through a terminal a tenth (default 1000)
   --json PATH         write every number there
   --runtime NAME      the runtime to measure (default io.containerd.systemd.v1)
   --against NAME      the runtime to measure it against (default io.containerd.runc.v2)";
@@ -26,14 +28,16 @@ pub enum Subject {
     Containers,
     Execs,
     Terminals,
+    Throughput,
     Memory,
     Start,
 }
 
-const SUBJECTS: [(&str, Subject); 5] = [
+const SUBJECTS: [(&str, Subject); 6] = [
     ("containers", Subject::Containers),
     ("execs", Subject::Execs),
     ("terminals", Subject::Terminals),
+    ("throughput", Subject::Throughput),
     ("memory", Subject::Memory),
     ("start", Subject::Start),
 ];
@@ -45,6 +49,7 @@ pub struct Arguments {
     pub execs: usize,
     pub parallel: usize,
     pub containers: Vec<usize>,
+    pub megabytes: u64,
     pub json: Option<String>,
     pub runtimes: [String; 2],
 }
@@ -69,6 +74,7 @@ pub fn parse(words: impl Iterator<Item = String>) -> Parsed {
         execs: 100,
         parallel: 8,
         containers: vec![1, 10, 50],
+        megabytes: 1000,
         json: None,
         runtimes: [OUR_RUNTIME.to_string(), STOCK_RUNTIME.to_string()],
     };
@@ -96,6 +102,7 @@ impl Arguments {
             "--execs" => self.execs = count(value)?,
             "--parallel" => self.parallel = count(value)?,
             "--containers" => self.containers = value.split(',').map(count).collect::<Result<_, _>>()?,
+            "--megabytes" => self.megabytes = count(value)? as u64,
             "--json" => self.json = Some(value.to_string()),
             "--runtime" => self.runtimes[0] = value.to_string(),
             "--against" => self.runtimes[1] = value.to_string(),

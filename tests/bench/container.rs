@@ -23,6 +23,10 @@ impl<'n> Init<'n> {
         let container = node.container("bench", spec).runtime(runtime).make();
         Init { node, container, output }
     }
+
+    pub fn output(&mut self) -> &mut Output {
+        self.output.as_mut().expect("an init that was made with output")
+    }
 }
 
 impl Process for Init<'_> {
@@ -54,7 +58,7 @@ impl Process for Init<'_> {
 
     fn deleted(self) {
         if let Some(mut output) = self.output {
-            assert_eq!(output.drain(), 0, "true writes nothing");
+            assert_eq!(output.drain().bytes, 0, "true writes nothing");
         }
     }
 }

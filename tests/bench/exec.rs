@@ -85,6 +85,6 @@ impl Process for Exec<'_> {
     }
 
     fn deleted(mut self) {
-        assert_eq!(self.output.drain(), 0, "true writes nothing");
+        assert_eq!(self.output.drain().bytes, 0, "true writes nothing");
     }
 }

@@ -1,5 +1,5 @@
 //! Two runtimes side by side, through the guest's real containerd and in strict alternation: what
-//! containers, execs and terminals cost in time, what is left in memory, and what
+//! containers, execs and terminals cost in time, how fast output flows, what is left in memory, and what
 //! a call of our binary costs.
 //!
 //! `cargo bench --bench side_by_side -- --help` tells the arguments. Runs as root in the testbed.
@@ -17,6 +17,7 @@ mod memory;
 mod output;
 mod report;
 mod start;
+mod throughput;
 
 use std::process::ExitCode;
 
@@ -62,6 +63,11 @@ fn measure(arguments: &Arguments) -> Report {
     if arguments.wants(Subject::Terminals) {
         parts.push(containers_with_terminals(&node, arguments));
         parts.extend(execs::measure(&node, arguments, true));
+    }
+    if arguments.wants(Subject::Throughput) {
+        eprintln!("output of {} MB, {} times each way…", arguments.megabytes, throughput::ROUNDS);
+        let rates = throughput::measure(&node, &arguments.runtimes, arguments.megabytes);
+        parts.push(Part::of_throughput(&rates));
     }
     if arguments.wants(Subject::Memory) {
         eprintln!("memory with {:?} containers…", arguments.containers);

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
 
 use nix::libc::O_NONBLOCK;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -19,6 +20,13 @@ pub struct Output {
     _stderr: File,
 }
 
+/// What has been read up to the end of the stream.
+pub struct Drained {
+    pub bytes: u64,
+    /// From the first byte to the last.
+    pub elapsed: Duration,
+}
+
 impl Output {
     pub fn new(terminal: bool) -> Output {
         let fifos = Fifos::new("bench");
@@ -32,20 +40,27 @@ impl Output {
         if self.terminal { Io { stdout: output.stdout, ..Io::default() } } else { output }
     }
 
-    /// Reads stdout to its end; returns how many bytes came.
-    pub fn drain(&mut self) -> u64 {
+    /// Reads stdout to its end.
+    pub fn drain(&mut self) -> Drained {
         let mut chunk = vec![0; 64 * 1024];
-        let mut bytes = 0;
+        let (mut bytes, mut first, mut last) = (0, None, None);
         loop {
             match self.stdout.read(&mut chunk) {
                 // A FIFO that no writer has opened yet looks the same as one at its end.
-                Ok(0) if bytes > 0 || self.has_ended() => return bytes,
+                Ok(0) if bytes > 0 || self.has_ended() => break,
                 Ok(0) => self.wait_until_readable(),
-                Ok(count) => bytes += count as u64,
+                Ok(count) => {
+                    let now = Instant::now();
+                    first.get_or_insert(now);
+                    last = Some(now);
+                    bytes += count as u64;
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait_until_readable(),
                 Err(error) => panic!("read stdout: {error}"),
             }
         }
+        let elapsed = first.zip(last).map(|(first, last)| last - first).unwrap_or_default();
+        Drained { bytes, elapsed }
     }
 
     fn has_ended(&self) -> bool {

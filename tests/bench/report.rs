@@ -11,6 +11,7 @@ use super::cpu::Cpu;
 use super::latency::Times;
 use super::memory::Kept;
 use super::start::Cost;
+use super::throughput::Rates;
 
 /// What the total of processes at once is.
 pub const PER_PROCESS: &str = "total: the round, by process";
@@ -47,12 +48,14 @@ const COMPARABLE_MS: f64 = 0.1;
 #[derive(Clone, Copy)]
 pub enum Target {
     AtMost(f64),
+    AtLeast(f64),
 }
 
 impl Target {
     fn is_met(self, ratio: f64) -> bool {
         match self {
             Target::AtMost(most) => ratio <= most,
+            Target::AtLeast(least) => ratio >= least,
         }
     }
 
@@ -60,12 +63,14 @@ impl Target {
         let sign = if self.is_met(ratio) { "met" } else { "missed" };
         match self {
             Target::AtMost(most) => format!("≤ {most:.2} {sign}"),
+            Target::AtLeast(least) => format!("≥ {least:.2} {sign}"),
         }
     }
 
     fn json(self, ratio: f64) -> Value {
         let (name, bound) = match self {
             Target::AtMost(most) => ("at_most", most),
+            Target::AtLeast(least) => ("at_least", least),
         };
         json!({name: bound, "met": self.is_met(ratio)})
     }
@@ -110,6 +115,12 @@ impl Line {
         let spreads = samples.map(|samples| Spread::of_times(samples));
         let line = Line::of_spreads(format!("{name}, ms"), spreads, "ms");
         Line { ratio: line.ratio.filter(|_| spreads[1].median >= COMPARABLE_MS), ..line }
+    }
+
+    fn of_rates(Rates { way, rates }: &Rates) -> Line {
+        let spreads = rates.each_ref().map(|rates| Spread::of(rates));
+        let line = Line::of_spreads(format!("{}, MB/s", way.name()), spreads, "mb_s");
+        line.target(Some(Target::AtLeast(1.0)))
     }
 
     fn of_spreads(name: String, spreads: [Spread; 2], unit: &str) -> Line {
@@ -181,6 +192,10 @@ impl Part {
             Line::of_times("all processes", [&ours.machine, &other.machine]),
         ];
         Part { heading: "CPU of an exec".to_string(), lines }
+    }
+
+    pub fn of_throughput(rates: &[Rates]) -> Part {
+        Part { heading: "output".to_string(), lines: rates.iter().map(Line::of_rates).collect() }
     }
 
     pub fn of_memory([ours, other]: &[Vec<Kept>; 2]) -> Part {
