@@ -19,7 +19,7 @@ use libsystemd::daemon::{NotifyState, notify, notify_with_fds};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::sys;
-use crate::unit::proxy::Ended;
+use crate::unit::main_process::Ended;
 
 /// Why a process can't be handed over.
 #[derive(Debug, thiserror::Error)]

@@ -21,7 +21,7 @@ use crate::task::phase::Exit;
 use crate::task::registry::Taken;
 use crate::task::request::Stdio;
 use crate::task::wiring::{Wiring, pipe};
-use crate::unit::proxy::Ended;
+use crate::unit::main_process::Ended;
 use crate::unit::{name, properties, proxy};
 
 use super::create::read_pid;

@@ -7,7 +7,7 @@ use crate::id::{ExecId, UnitName};
 use crate::oci::runtime;
 use crate::task::exec::{ExecEvent, ExecPhase};
 use crate::task::phase::{Event, Exit, Phase};
-use crate::unit::proxy::{Ended, MainProcess};
+use crate::unit::main_process::{Ended, MainProcess};
 use crate::unit::watch::Observation;
 
 use super::{Entry, Error, Process, Shim, blocking, now_usec};

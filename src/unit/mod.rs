@@ -1,8 +1,9 @@
 //! The systemd adapter: the only place that names zbus types.
 //!
-//! [`name`] and [`properties`] are pure. [`proxy`] makes calls, [`watch`] turns signals into
+//! [`name`], [`properties`] and [`main_process`] are pure. [`proxy`] makes calls, [`watch`] turns signals into
 //! observations, [`notify`] speaks to systemd as a service does.
 
+pub mod main_process;
 pub mod name;
 pub mod notify;
 pub mod properties;

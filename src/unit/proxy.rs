@@ -11,6 +11,7 @@ use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant};
 
 use crate::id::UnitName;
 
+use super::main_process::MainProcess;
 use super::name;
 use super::properties::{Properties, Systemd};
 
@@ -104,59 +105,6 @@ trait UnitProperties {
     fn get(&self, interface: &str, name: &str) -> zbus::Result<OwnedVariant>;
 }
 
-/// The main process of a service, as systemd sees it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MainProcess {
-    /// The running one, 0 if none.
-    pub pid: u32,
-    /// The last one.
-    pub last_pid: u32,
-    /// How the last one ended, if it has.
-    pub ended: Option<Ended>,
-}
-
-/// How a main process ended, in systemd's terms.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ended {
-    /// `si_code` of `SIGCHLD`: 1 exited, 2 killed, 3 dumped core.
-    pub code: i32,
-    /// The exit code, or the signal.
-    pub status: i32,
-    /// When, in microseconds since 1970.
-    pub at_usec: u64,
-}
-
-impl Ended {
-    /// Killed by SIGKILL.
-    pub fn killed(at_usec: u64) -> Self {
-        const CLD_KILLED: i32 = 2;
-        Self { code: CLD_KILLED, status: nix::libc::SIGKILL, at_usec }
-    }
-
-    /// The exit status as containerd wants it: 0 to 255, or 128 + the signal.
-    pub fn exit_status(self) -> u32 {
-        let status = u32::try_from(self.status).unwrap_or(255);
-        if self.signal().is_none() { status } else { 128 + status }
-    }
-
-    /// systemd takes it for a success: a unit with RemainAfterExit stays active (exit-status.c,
-    /// 252 to 262).
-    pub fn is_clean(self) -> bool {
-        const CLEAN: [i32; 4] =
-            [nix::libc::SIGHUP, nix::libc::SIGINT, nix::libc::SIGTERM, nix::libc::SIGPIPE];
-        match self.signal() {
-            None => self.status == 0,
-            Some(signal) => CLEAN.contains(&signal),
-        }
-    }
-
-    /// The signal that ended it, if one did.
-    pub fn signal(self) -> Option<i32> {
-        const CLD_EXITED: i32 = 1;
-        (self.code != CLD_EXITED).then_some(self.status)
-    }
-}
-
 /// A job's end, sent to whoever waits for a job of that unit.
 pub(super) type JobEnd = (OwnedObjectPath, String);
 type JobWaiters = Mutex<HashMap<UnitName, Vec<mpsc::UnboundedSender<JobEnd>>>>;
@@ -164,16 +112,61 @@ type JobWaiters = Mutex<HashMap<UnitName, Vec<mpsc::UnboundedSender<JobEnd>>>>;
 /// systemd's manager, over the system bus.
 pub struct Manager {
     connection: watch::Sender<Option<Connection>>,
+    /// systemd has its name on the bus: it has not for a moment when it executes itself anew.
+    owned: watch::Sender<bool>,
     jobs: JobWaiters,
 }
 
 impl Default for Manager {
     fn default() -> Self {
-        Self { connection: watch::Sender::new(None), jobs: Mutex::default() }
+        Self { connection: watch::Sender::new(None), owned: watch::Sender::new(true), jobs: Mutex::default() }
+    }
+}
+
+/// Makes a call that does not mind being made twice, until systemd is there to answer it.
+macro_rules! persist {
+    ($manager:ident, $proxy:ident, $call:expr) => {{
+        let mut tries = $manager.tries();
+        loop {
+            let $proxy = $manager.proxy().await?;
+            let result = $call.await;
+            if !tries.again(&result).await {
+                break result;
+            }
+        }
+    }};
+}
+
+/// Calls that systemd may leave unanswered: when it executes itself anew it is gone from the bus for a
+/// moment, which then answers `NoReply`, or that nobody has the name.
+struct Tries {
+    owned: watch::Receiver<bool>,
+    limit: tokio::time::Instant,
+    /// The call has been made before: it may have been done.
+    repeated: bool,
+}
+
+impl Tries {
+    /// True if the call was not answered and is to be made again; then systemd is back.
+    async fn again<T>(&mut self, result: &zbus::Result<T>) -> bool {
+        let gone = matches!(result, Err(error) if is_gone(error));
+        if !gone || tokio::time::Instant::now() >= self.limit {
+            return false;
+        }
+        self.repeated = true;
+        // The news that it is gone may still be under way, or may have been there before the call.
+        let _ = tokio::time::timeout(NEWS_LIMIT, self.owned.changed()).await;
+        let _ = tokio::time::timeout_at(self.limit, self.owned.wait_for(|owned| *owned)).await;
+        true
     }
 }
 
 impl Manager {
+    fn tries(&self) -> Tries {
+        let limit = tokio::time::Instant::now() + CALL_LIMIT;
+        Tries { owned: self.owned.subscribe(), limit, repeated: false }
+    }
+
     /// Opens a connection to the bus for calls; [`super::watch`] uses it for signals too.
     ///
     /// # Errors
@@ -219,6 +212,11 @@ impl Manager {
             .build()
             .await
             .map_err(unreachable)
+    }
+
+    /// systemd has got its name on the bus, or has lost it.
+    pub(super) fn ownership_changed(&self, owned: bool) {
+        self.owned.send_replace(owned);
     }
 
     /// What systemd can do.
@@ -274,12 +272,21 @@ impl Manager {
         properties: &Properties,
         aux: &[(&str, &[(&str, Variant<'_>)])],
     ) -> Result<StartJob, Error> {
-        let proxy = self.proxy().await?;
         let waiter = self.wait_for_job(unit);
-        let job = proxy
-            .start_transient_unit(unit.as_str(), "fail", &properties.0, aux)
-            .await
-            .map_err(|error| call_error(START, unit, error))?;
+        let mut tries = self.tries();
+        let started = loop {
+            let proxy = self.proxy().await?;
+            let result = proxy.start_transient_unit(unit.as_str(), "fail", &properties.0, aux).await;
+            if !tries.again(&result).await {
+                break result;
+            }
+        };
+        let job = match started.map_err(|error| call_error(START, unit, error)) {
+            Ok(job) => Some(job),
+            // The first try was done: what it began is this unit's only job.
+            Err(Error::Exists { .. }) if tries.repeated => None,
+            Err(error) => return Err(error),
+        };
         Ok(StartJob { waiter, job })
     }
 
@@ -288,11 +295,9 @@ impl Manager {
     /// # Errors
     /// [`Error::NotLoaded`] if it is not installed; a refusal; [`Error::Job`].
     pub async fn start(&self, unit: &UnitName) -> Result<(), Error> {
-        let verb = "start";
-        let proxy = self.proxy().await?;
         let waiter = self.wait_for_job(unit);
-        let job = proxy.start_unit(unit.as_str(), "replace").await.map_err(|e| call_error(verb, unit, e))?;
-        waiter.ended(verb, job).await
+        let job = persist!(self, proxy, proxy.start_unit(unit.as_str(), "replace"));
+        waiter.ended(START, Some(job.map_err(|error| call_error(START, unit, error))?)).await
     }
 
     /// Stops a unit and waits until it is down. A unit that is not loaded is down.
@@ -301,15 +306,13 @@ impl Manager {
     /// A refusal, or [`Error::Job`].
     pub async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
         let verb = "stop";
-        let proxy = self.proxy().await?;
         let waiter = self.wait_for_job(unit);
-        let job = match proxy.stop_unit(unit.as_str(), "replace").await.map_err(|e| call_error(verb, unit, e))
-        {
-            Ok(job) => job,
-            Err(Error::NotLoaded { .. }) => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        waiter.ended(verb, job).await
+        let job = persist!(self, proxy, proxy.stop_unit(unit.as_str(), "replace"));
+        match job.map_err(|error| call_error(verb, unit, error)) {
+            Ok(job) => waiter.ended(verb, Some(job)).await,
+            Err(Error::NotLoaded { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Asks for a unit to be stopped, and does not wait for it.
@@ -317,7 +320,7 @@ impl Manager {
     /// # Errors
     /// A refusal.
     pub async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
-        match self.proxy().await?.stop_unit(unit.as_str(), "replace").await {
+        match persist!(self, proxy, proxy.stop_unit(unit.as_str(), "replace")) {
             Ok(_) => Ok(()),
             Err(error) => match call_error("stop", unit, error) {
                 Error::NotLoaded { .. } => Ok(()),
@@ -331,7 +334,7 @@ impl Manager {
     /// # Errors
     /// A refusal.
     pub async fn reset_failed(&self, unit: &UnitName) -> Result<(), Error> {
-        match self.proxy().await?.reset_failed_unit(unit.as_str()).await {
+        match persist!(self, proxy, proxy.reset_failed_unit(unit.as_str())) {
             Ok(()) => Ok(()),
             Err(error) => match call_error("reset", unit, error) {
                 Error::NotLoaded { .. } => Ok(()),
@@ -385,14 +388,16 @@ impl Manager {
         unit: &UnitName,
         interface: &str,
     ) -> Result<HashMap<String, OwnedVariant>, Error> {
-        let connection = self.connected().await?;
-        let proxy = UnitPropertiesProxy::builder(&connection)
-            .cache_properties(zbus::proxy::CacheProperties::No)
-            .path(name::object_path(unit.as_str()))
-            .build()
-            .await
-            .map_err(unreachable)?;
-        proxy.get_all(interface).await.map_err(|error| call_error("read", unit, error))
+        let path = name::object_path(unit.as_str());
+        let all = persist!(self, manager, async {
+            let proxy = UnitPropertiesProxy::builder(manager.inner().connection())
+                .cache_properties(zbus::proxy::CacheProperties::No)
+                .path(path.as_str())
+                .build()
+                .await?;
+            proxy.get_all(interface).await
+        });
+        all.map_err(|error| call_error("read", unit, error))
     }
 
     /// Listens for the ends of a unit's jobs; made before the call, or the end may come first.
@@ -429,7 +434,8 @@ const START: &str = "start";
 /// A unit that is being started.
 pub struct StartJob {
     waiter: JobWaiter,
-    job: OwnedObjectPath,
+    /// Not known if systemd went away before it could tell.
+    job: Option<OwnedObjectPath>,
 }
 
 impl StartJob {
@@ -448,10 +454,10 @@ struct JobWaiter {
 }
 
 impl JobWaiter {
-    async fn ended(mut self, verb: &'static str, job: OwnedObjectPath) -> Result<(), Error> {
+    async fn ended(mut self, verb: &'static str, job: Option<OwnedObjectPath>) -> Result<(), Error> {
         let unit = self.unit.to_string();
         while let Some((ended, result)) = self.receiver.recv().await {
-            if ended == job {
+            if job.as_ref().is_none_or(|job| *job == ended) {
                 return match result.as_str() {
                     "done" => Ok(()),
                     _ => Err(Error::Job { verb, unit, result }),
@@ -459,21 +465,6 @@ impl JobWaiter {
             }
         }
         Err(Error::Lost { verb, unit })
-    }
-}
-
-impl MainProcess {
-    /// Takes over the values that a signal or a reply carries.
-    pub(super) fn updated<'v>(mut self, value: impl Fn(&str) -> Option<&'v Variant<'v>>) -> Self {
-        let u32_of = |name| value(name).and_then(|v| u32::try_from(v).ok());
-        let i32_of = |name| value(name).and_then(|v| i32::try_from(v).ok());
-        self.pid = u32_of("MainPID").unwrap_or(self.pid);
-        self.last_pid = u32_of("ExecMainPID").unwrap_or(self.last_pid);
-        if let (Some(code), Some(status)) = (i32_of("ExecMainCode"), i32_of("ExecMainStatus")) {
-            let at_usec = value("ExecMainExitTimestamp").and_then(|v| u64::try_from(v).ok()).unwrap_or(0);
-            self.ended = (code != 0).then_some(Ended { code, status, at_usec });
-        }
-        self
     }
 }
 
@@ -485,6 +476,28 @@ const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
 
 /// Signals waiting to be read. systemd sends at most 100 units' worth at once.
 const MAX_QUEUED: std::num::NonZeroUsize = std::num::NonZeroUsize::new(1024).unwrap();
+
+/// How long the news that systemd has lost its name may take to get here.
+const NEWS_LIMIT: Duration = Duration::from_millis(50);
+
+/// Nobody has answered, as nobody was there to.
+fn is_gone(error: &zbus::Error) -> bool {
+    const GONE: [&str; 3] = [
+        "org.freedesktop.DBus.Error.NoReply",
+        "org.freedesktop.DBus.Error.ServiceUnknown",
+        "org.freedesktop.DBus.Error.NameHasNoOwner",
+    ];
+    match error {
+        zbus::Error::MethodError(name, ..) => GONE.contains(&name.as_str()),
+        zbus::Error::FDO(error) => matches!(
+            **error,
+            zbus::fdo::Error::NoReply(_)
+                | zbus::fdo::Error::ServiceUnknown(_)
+                | zbus::fdo::Error::NameHasNoOwner(_)
+        ),
+        _ => false,
+    }
+}
 
 fn text(values: &HashMap<String, OwnedVariant>, name: &str) -> Option<String> {
     values.get(name).and_then(|value| String::try_from(&**value).ok())
@@ -515,36 +528,5 @@ fn call_error(verb: &'static str, unit: &UnitName, error: zbus::Error) -> Error 
             other => Error::Unreachable { reason: other.to_string() },
         },
         other => unreachable(other),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn exits_are_told_in_containerds_numbers() {
-        let ended = |code, status| Ended { code, status, at_usec: 0 }.exit_status();
-        assert_eq!(ended(1, 0), 0);
-        assert_eq!(ended(1, 255), 255);
-        assert_eq!(ended(2, 9), 137);
-        assert_eq!(ended(3, 11), 139);
-    }
-
-    #[test]
-    fn a_main_process_has_ended_only_if_systemd_says_how() {
-        let values = |code: i32| {
-            HashMap::from([
-                ("MainPID", Variant::from(0_u32)),
-                ("ExecMainCode", Variant::from(code)),
-                ("ExecMainStatus", Variant::from(3_i32)),
-                ("ExecMainExitTimestamp", Variant::from(77_u64)),
-            ])
-        };
-        let not_yet = values(0);
-        assert_eq!(MainProcess::default().updated(|n| not_yet.get(n)).ended, None);
-        let ended = values(1);
-        let process = MainProcess::default().updated(|n| ended.get(n));
-        assert_eq!(process.ended, Some(Ended { code: 1, status: 3, at_usec: 77 }));
     }
 }

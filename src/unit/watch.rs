@@ -15,8 +15,9 @@ use zbus::{MatchRule, Message, MessageStream, OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
 
+use super::main_process::MainProcess;
 use super::name;
-use super::proxy::{self, MainProcess, Manager, SERVICE_INTERFACE};
+use super::proxy::{self, Manager, SERVICE_INTERFACE};
 
 /// What was noticed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,7 +130,12 @@ async fn forward(
                     .is_ok_and(|begins| !begins)
                     .then_some(Observation::Resync)
             }
-            Some("NameOwnerChanged") => Some(Observation::Resync),
+            Some("NameOwnerChanged") => {
+                let owner =
+                    message.body().deserialize::<(&str, &str, &str)>().map(|(_, _, new)| !new.is_empty());
+                manager.ownership_changed(owner.unwrap_or(true));
+                Some(Observation::Resync)
+            }
             Some(_) | None => None,
         };
         if let Some(seen) = seen

@@ -5,6 +5,9 @@ repo_dir=$(readlink -f "$testbed_dir/../..")
 target_dir=${CARGO_TARGET_DIR:-$repo_dir/target}
 cd "$repo_dir" || exit
 
+# Builds the daemon as it is installed.
+build_daemon() { make --no-print-directory -C "$repo_dir" build; }
+
 # Builds one test or bench target and prints the path of its program. cargo names the daemon's, too, in
 # no certain order.
 cargo_executable() { # test|bench OPTION…

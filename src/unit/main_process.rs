@@ -1,0 +1,104 @@
+//! The main process of a service, in systemd's terms and in containerd's (pure).
+
+use zbus::Variant;
+
+/// The main process of a service, as systemd sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MainProcess {
+    /// The running one, 0 if none.
+    pub pid: u32,
+    /// The last one.
+    pub last_pid: u32,
+    /// How the last one ended, if it has.
+    pub ended: Option<Ended>,
+}
+
+/// How a main process ended, in systemd's terms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// `si_code` of `SIGCHLD`: 1 exited, 2 killed, 3 dumped core.
+    pub code: i32,
+    /// The exit code, or the signal.
+    pub status: i32,
+    /// When, in microseconds since 1970.
+    pub at_usec: u64,
+}
+
+impl Ended {
+    /// Killed by SIGKILL.
+    pub fn killed(at_usec: u64) -> Self {
+        const CLD_KILLED: i32 = 2;
+        Self { code: CLD_KILLED, status: nix::libc::SIGKILL, at_usec }
+    }
+
+    /// The exit status as containerd wants it: 0 to 255, or 128 + the signal.
+    pub fn exit_status(self) -> u32 {
+        let status = u32::try_from(self.status).unwrap_or(255);
+        if self.signal().is_none() { status } else { 128 + status }
+    }
+
+    /// systemd takes it for a success: a unit with RemainAfterExit stays active (exit-status.c,
+    /// 252 to 262).
+    pub fn is_clean(self) -> bool {
+        const CLEAN: [i32; 4] =
+            [nix::libc::SIGHUP, nix::libc::SIGINT, nix::libc::SIGTERM, nix::libc::SIGPIPE];
+        match self.signal() {
+            None => self.status == 0,
+            Some(signal) => CLEAN.contains(&signal),
+        }
+    }
+
+    /// The signal that ended it, if one did.
+    pub fn signal(self) -> Option<i32> {
+        const CLD_EXITED: i32 = 1;
+        (self.code != CLD_EXITED).then_some(self.status)
+    }
+}
+
+impl MainProcess {
+    /// Takes over the values that a signal or a reply carries.
+    pub(super) fn updated<'v>(mut self, value: impl Fn(&str) -> Option<&'v Variant<'v>>) -> Self {
+        let u32_of = |name| value(name).and_then(|v| u32::try_from(v).ok());
+        let i32_of = |name| value(name).and_then(|v| i32::try_from(v).ok());
+        self.pid = u32_of("MainPID").unwrap_or(self.pid);
+        self.last_pid = u32_of("ExecMainPID").unwrap_or(self.last_pid);
+        if let (Some(code), Some(status)) = (i32_of("ExecMainCode"), i32_of("ExecMainStatus")) {
+            let at_usec = value("ExecMainExitTimestamp").and_then(|v| u64::try_from(v).ok()).unwrap_or(0);
+            self.ended = (code != 0).then_some(Ended { code, status, at_usec });
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    #[test]
+    fn exits_are_told_in_containerds_numbers() {
+        let ended = |code, status| Ended { code, status, at_usec: 0 }.exit_status();
+        assert_eq!(ended(1, 0), 0);
+        assert_eq!(ended(1, 255), 255);
+        assert_eq!(ended(2, 9), 137);
+        assert_eq!(ended(3, 11), 139);
+    }
+
+    #[test]
+    fn a_main_process_has_ended_only_if_systemd_says_how() {
+        let values = |code: i32| {
+            HashMap::from([
+                ("MainPID", Variant::from(0_u32)),
+                ("ExecMainCode", Variant::from(code)),
+                ("ExecMainStatus", Variant::from(3_i32)),
+                ("ExecMainExitTimestamp", Variant::from(77_u64)),
+            ])
+        };
+        let not_yet = values(0);
+        assert_eq!(MainProcess::default().updated(|n| not_yet.get(n)).ended, None);
+        let ended = values(1);
+        let process = MainProcess::default().updated(|n| ended.get(n));
+        assert_eq!(process.ended, Some(Ended { code: 1, status: 3, at_usec: 77 }));
+    }
+}
