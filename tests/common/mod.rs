@@ -8,6 +8,7 @@
 
 pub mod container;
 pub mod events;
+pub mod exec;
 pub mod image;
 pub mod leaks;
 pub mod node;
@@ -16,4 +17,5 @@ pub mod shim;
 pub mod spec;
 pub mod stdio;
 pub mod systemd;
+pub mod task;
 pub mod wait;

@@ -5,14 +5,14 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::libc::O_NONBLOCK;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 
-use super::container::Io;
 use super::node::unique;
+use super::task::Io;
 use super::wait;
 
 /// A directory of a test on the guest's own disk, removed on drop.
@@ -80,6 +80,11 @@ impl Fifos {
         Io { stdout: self.scratch.text("stdout"), stderr: self.scratch.text("stderr"), ..Io::default() }
     }
 
+    /// stdin and stdout, as a terminal has it.
+    pub fn terminal(&self) -> Io {
+        Io { stderr: String::new(), ..self.io() }
+    }
+
     /// The readers have to be there before the task is created: a shim may block until they are.
     pub fn stdout(&self) -> Reader {
         Reader::open(&self.scratch.join("stdout"))
@@ -144,22 +149,34 @@ impl Reader {
     }
 
     fn collect(&mut self, enough: impl Fn(&[u8]) -> bool) -> (Vec<u8>, bool) {
-        let deadline = Instant::now() + wait::LIMIT;
         let mut bytes = Vec::new();
+        if enough(&bytes) {
+            return (bytes, false);
+        }
+        let ended = self.each(|piece| {
+            bytes.extend_from_slice(piece);
+            !enough(&bytes)
+        });
+        (bytes, ended)
+    }
+
+    /// Hands out what comes, piece by piece, while more is wanted. True for EOF; false when there was
+    /// enough, or nothing for [`wait::LIMIT`].
+    pub fn each(&mut self, mut wants_more: impl FnMut(&[u8]) -> bool) -> bool {
         let mut chunk = [0; 64 * 1024];
-        while !enough(&bytes) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || !self.ready(left) {
-                return (bytes, false);
-            }
+        while self.ready(wait::LIMIT) {
             match self.file.read(&mut chunk) {
-                Ok(0) => return (bytes, true),
-                Ok(count) => bytes.extend_from_slice(&chunk[..count]),
+                Ok(0) => return true,
+                Ok(count) => {
+                    if !wants_more(&chunk[..count]) {
+                        return false;
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) => panic!("read {}: {error}", self.path.display()),
             }
         }
-        (bytes, false)
+        false
     }
 
     /// Waits for bytes or a hang-up. A FIFO that never had a writer gives neither: so an end is only

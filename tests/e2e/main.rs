@@ -35,6 +35,8 @@ mod containerds;
 mod contract;
 mod ctr;
 mod events;
+mod exec;
+mod exec_exits;
 mod ids;
 mod leaks;
 mod lifecycle;
