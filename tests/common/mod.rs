@@ -6,6 +6,7 @@
 
 #![allow(dead_code)] // the tests and the benchmark each use a part of it
 
+pub mod bulk;
 pub mod container;
 pub mod events;
 pub mod exec;

@@ -45,4 +45,5 @@ mod options;
 mod restart;
 mod rootfs;
 mod stdio;
+mod terminals;
 mod units;
