@@ -14,6 +14,7 @@ pub mod image;
 pub mod leaks;
 pub mod node;
 pub mod process;
+pub mod pty;
 pub mod shim;
 pub mod spec;
 pub mod stdio;

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::libc::O_NONBLOCK;
+use nix::libc::{EIO, O_NONBLOCK};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 
@@ -119,10 +119,12 @@ pub struct Reader {
 impl Reader {
     pub fn open(path: &Path) -> Reader {
         let file = File::options().read(true).custom_flags(O_NONBLOCK).open(path);
-        Reader {
-            file: file.unwrap_or_else(|error| panic!("{}: {error}", path.display())),
-            path: path.to_owned(),
-        }
+        Reader::of(file.unwrap_or_else(|error| panic!("{}: {error}", path.display())), path)
+    }
+
+    /// Of an open file, with what to call it in a message.
+    pub fn of(file: File, path: impl Into<PathBuf>) -> Reader {
+        Reader { file, path: path.into() }
     }
 
     /// Everything up to EOF.
@@ -173,6 +175,8 @@ impl Reader {
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                // A pseudo-terminal that nobody holds on its other side.
+                Err(error) if error.raw_os_error() == Some(EIO) => return true,
                 Err(error) => panic!("read {}: {error}", self.path.display()),
             }
         }

@@ -15,7 +15,7 @@ fn run(node: &Node, flags: &[&str], id: &str, command: &[&str]) -> Outcome {
 }
 
 /// A container that `ctr` made, removed on drop.
-struct Made(String);
+pub struct Made(pub String);
 
 impl Drop for Made {
     fn drop(&mut self) {

@@ -34,6 +34,7 @@ mod bad_input;
 mod containerds;
 mod contract;
 mod ctr;
+mod ctr_terminals;
 mod events;
 mod exec;
 mod exec_exits;
