@@ -169,6 +169,13 @@ impl Spec {
         }
     }
 
+    /// The same container with [`Spec::sleeping`]'s process, for an exec of this one's.
+    pub fn sleeping_instead(&self) -> Spec {
+        let mut spec = self.clone();
+        spec.0["process"] = Spec::sleeping().0["process"].clone();
+        spec
+    }
+
     pub fn has_terminal(&self) -> bool {
         self.0["process"]["terminal"] == true
     }

@@ -30,6 +30,7 @@ fn name_of<T>(_closure: T) -> &'static str {
     name.split_once("::").map_or(name, |(_, path)| path)
 }
 
+mod attached;
 mod bad_input;
 mod containerds;
 mod contract;
@@ -38,6 +39,7 @@ mod ctr_terminals;
 mod events;
 mod exec;
 mod exec_exits;
+mod exec_streams;
 mod ids;
 mod leaks;
 mod lifecycle;
@@ -45,6 +47,7 @@ mod logger;
 mod options;
 mod restart;
 mod rootfs;
+mod stdin;
 mod stdio;
 mod terminals;
 mod units;
