@@ -16,17 +16,17 @@ use crate::common::stdio::Scratch;
 
 /// `runtimeoptions.v1.Options`, which CRI sends to every runtime but runc's.
 #[derive(Clone, PartialEq, prost::Message)]
-struct GenericOptions {
+pub struct GenericOptions {
     #[prost(string, tag = "1")]
-    type_url: String,
+    pub type_url: String,
     #[prost(string, tag = "2")]
-    config_path: String,
+    pub config_path: String,
     #[prost(string, tag = "3")]
-    config_body: String,
+    pub config_body: String,
 }
 
 impl GenericOptions {
-    fn to_any(&self) -> Any {
+    pub fn to_any(&self) -> Any {
         Any { type_url: "runtimeoptions.v1.Options".to_string(), value: self.encode_to_vec() }
     }
 }
