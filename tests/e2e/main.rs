@@ -31,6 +31,7 @@ fn name_of<T>(_closure: T) -> &'static str {
 }
 
 mod attached;
+mod bad_exec;
 mod bad_input;
 mod containerds;
 mod contract;
