@@ -156,6 +156,31 @@ impl fmt::Display for TaskKey {
     }
 }
 
+/// What names a process on this node: a task's init, or one of its execs.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ProcessKey {
+    /// The task.
+    pub task: TaskKey,
+    /// The exec; nothing for init.
+    pub exec: Option<ExecId>,
+}
+
+impl ProcessKey {
+    /// The id under which a client knows the process: the exec's, or the container's.
+    pub fn id(&self) -> &str {
+        self.exec.as_ref().map_or(self.task.id.as_str(), ExecId::as_str)
+    }
+}
+
+impl fmt::Display for ProcessKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.exec {
+            None => self.task.fmt(f),
+            Some(exec) => write!(f, "{} exec {exec}", self.task),
+        }
+    }
+}
+
 /// Digits of a hexadecimal id that people know it by (`docker ps`, `crictl ps`).
 pub const SHORT_ID: usize = 12;
 

@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{Namespace, TaskId, TaskKey};
+use crate::id::{ExecId, Namespace, TaskId, TaskKey};
 use crate::task::Task;
+use crate::task::exec::Outcome;
 
 /// The version of the record that is written. Read are this one and the one before.
 const VERSION: u32 = 1;
@@ -25,6 +26,16 @@ const MAX_RECORD_BYTES: u64 = 4 << 20;
 
 /// Holds what `deleted` tasks still owe; no namespace begins with a dot.
 const OWED: &str = ".owed";
+
+/// Holds console sockets.
+const CONSOLES: &str = ".consoles";
+
+/// The directories of a task's execs, in that of the task.
+const EXECS: &str = "execs";
+
+/// What became of an exec's start, in its directory.
+const OUTCOME: &str = "outcome.json";
+const OUTCOME_NEW: &str = "outcome.json.new";
 
 const RECORD: &str = "record.json";
 const RECORD_NEW: &str = "record.json.new";
@@ -101,6 +112,59 @@ impl Store {
         self.root.join(key.namespace.as_str()).join(key.id.as_str())
     }
 
+    /// The directory of an exec, in that of its task.
+    pub fn exec_dir(&self, key: &TaskKey, exec: &ExecId) -> PathBuf {
+        self.dir(key).join(EXECS).join(exec.as_str())
+    }
+
+    /// Makes an exec's directory, empty.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn create_exec_dir(&self, key: &TaskKey, exec: &ExecId) -> Result<PathBuf, Error> {
+        self.remove_exec_dir(key, exec)?;
+        let dir = self.exec_dir(key, exec);
+        make_dir(&dir).map_err(io_error("create", &dir))?;
+        Ok(dir)
+    }
+
+    /// Removes an exec's directory; it is no error if there is none.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn remove_exec_dir(&self, key: &TaskKey, exec: &ExecId) -> Result<(), Error> {
+        remove_dir(&self.exec_dir(key, exec)).map(drop)
+    }
+
+    /// Tells the daemon what became of an exec's start: in a file, in one step.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn write_outcome(dir: &Path, outcome: &Outcome) -> Result<(), Error> {
+        let (path, new) = (dir.join(OUTCOME), dir.join(OUTCOME_NEW));
+        let text =
+            serde_json::to_vec(outcome).map_err(|source| Error::Malformed { path: path.clone(), source })?;
+        replace(&path, &new, &text)
+    }
+
+    /// What became of an exec's start; nothing if it is not known yet.
+    ///
+    /// # Errors
+    /// The file can't be read.
+    pub fn read_outcome(dir: &Path) -> Result<Option<Outcome>, Error> {
+        let path = dir.join(OUTCOME);
+        let Some(text) = read_limited(&path)? else {
+            return Ok(None);
+        };
+        serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
+    }
+
+    /// Where a process gets its terminal: a name that fits into a socket's address, which the path of
+    /// the record does not (108 bytes, unix(7)).
+    pub fn console(&self, name: &str) -> PathBuf {
+        self.root.join(CONSOLES).join(name)
+    }
+
     /// Makes a new task's directory and writes its first record.
     ///
     /// What a crashed Create left in the directory is removed first.
@@ -163,14 +227,10 @@ impl Store {
     /// # Errors
     /// [`Error::Io`]
     pub fn remove(&self, key: &TaskKey) -> Result<(), Error> {
-        let dir = self.dir(key);
-        match fs::remove_dir_all(&dir) {
-            Ok(()) => {}
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(io_error("remove", &dir)(e)),
+        if remove_dir(&self.dir(key))? {
+            // The namespace's directory goes with its last task; it is not empty if others are left.
+            let _ = fs::remove_dir(self.root.join(key.namespace.as_str()));
         }
-        // The namespace's directory goes with its last task; it is not empty if others are left.
-        let _ = fs::remove_dir(self.root.join(key.namespace.as_str()));
         Ok(())
     }
 
@@ -233,6 +293,15 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Erro
     move |source| Error::Io { action, path, source }
 }
 
+/// True if there was something to remove.
+fn remove_dir(dir: &Path) -> Result<bool, Error> {
+    match fs::remove_dir_all(dir) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(io_error("remove", dir)(e)),
+    }
+}
+
 fn make_dir(dir: &Path) -> io::Result<()> {
     // Another task's removal can take the parent away between two steps of the recursion.
     const TRIES: u32 = 5;
@@ -250,18 +319,24 @@ fn write_record(dir: &Path, name: &str, task: &Task) -> Result<(), Error> {
     let new = if name == RECORD { dir.join(RECORD_NEW) } else { dir.join(format!("{name}.new")) };
     let text = serde_json::to_vec(&Writing { version: VERSION, task })
         .map_err(|source| Error::Malformed { path: path.clone(), source })?;
+    replace(&path, &new, &text)
+}
+
+/// Writes a file in one step, by way of another name.
+fn replace(path: &Path, new: &Path, text: &[u8]) -> Result<(), Error> {
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
-        .open(&new)
-        .map_err(io_error("create", &new))?;
-    file.write_all(&text).map_err(io_error("write", &new))?;
-    fs::rename(&new, &path).map_err(io_error("replace", &path))
+        .open(new)
+        .map_err(io_error("create", new))?;
+    file.write_all(text).map_err(io_error("write", new))?;
+    fs::rename(new, path).map_err(io_error("replace", path))
 }
 
-fn read_record(path: &Path) -> Result<Option<Task>, Error> {
+/// A file of ours; nothing if it is not there.
+fn read_limited(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -272,6 +347,13 @@ fn read_record(path: &Path) -> Result<Option<Task>, Error> {
     if text.len() as u64 > MAX_RECORD_BYTES {
         return Err(Error::TooLarge { path: path.to_owned() });
     }
+    Ok(Some(text))
+}
+
+fn read_record(path: &Path) -> Result<Option<Task>, Error> {
+    let Some(text) = read_limited(path)? else {
+        return Ok(None);
+    };
     let malformed = |source| Error::Malformed { path: path.to_owned(), source };
     let VersionOnly { version } = serde_json::from_slice(&text).map_err(malformed)?;
     if version > VERSION {
@@ -329,6 +411,7 @@ mod tests {
             rootfs_on_host: false,
             face: Face::default(),
             init: Phase::Creating { exit: None },
+            execs: Default::default(),
             outbox: Default::default(),
             muted: false,
         }

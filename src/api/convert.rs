@@ -4,20 +4,23 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use containerd_shim_protos::api::{
-    CreateTaskRequest, DeleteResponse, StateResponse, Status as ApiStatus, WaitResponse,
+    CreateTaskRequest, DeleteResponse, ExecProcessRequest, PidsResponse, ProcessInfo, StateResponse,
+    Status as ApiStatus, WaitResponse,
 };
-use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExit, TaskIO, TaskStart};
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart,
+};
 use containerd_shim_protos::shim::event::Envelope;
-use containerd_shim_protos::shim::oci;
+use containerd_shim_protos::shim::oci::{self, ProcessDetails};
 use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount::Mount as ApiMount;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 
-use crate::id::{InvalidName, Namespace, TaskId, TaskKey};
+use crate::id::{ExecId, InvalidName, Namespace, ProcessKey, TaskId, TaskKey};
 use crate::oci::options::{Options, Source};
-use crate::ops::{CreateTask, Outgoing, State, Status};
+use crate::ops::{AddExec, CreateTask, Outgoing, State, Status};
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::Exit;
 use crate::task::request::{Create, Mount, Stdio};
@@ -75,6 +78,34 @@ pub fn key(namespace: Namespace, id: &str) -> Result<TaskKey, Error> {
     Ok(TaskKey { namespace, id: TaskId::new(id)? })
 }
 
+/// The process that a request is about; an empty exec id means init.
+///
+/// # Errors
+/// An id is not valid.
+pub fn process(namespace: Namespace, id: &str, exec: &str) -> Result<ProcessKey, Error> {
+    let exec = if exec.is_empty() { None } else { Some(ExecId::new(exec)?) };
+    Ok(ProcessKey { task: key(namespace, id)?, exec })
+}
+
+/// An Exec request.
+///
+/// # Errors
+/// An id is not valid, or missing.
+pub fn exec(namespace: Namespace, request: ExecProcessRequest) -> Result<AddExec, Error> {
+    // Without one it would be init.
+    let exec = ExecId::new(&request.exec_id)?;
+    Ok(AddExec {
+        key: ProcessKey { task: key(namespace, &request.id)?, exec: Some(exec) },
+        stdio: Stdio {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        },
+        spec: request.spec.into_option().unwrap_or_default().value,
+    })
+}
+
 /// The namespace that a request names; containerd before 2.0 names none.
 ///
 /// # Errors
@@ -122,7 +153,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
     match any.type_url.rsplit('/').next().unwrap_or_default() {
         "containerd.runc.v1.Options" => {
             let runc: oci::Options = decode("runtime options", any)?;
-            Ok(Source::Given(Options {
+            Ok(Source::Given(Box::new(Options {
                 binary_name: runc.binary_name,
                 root: runc.root,
                 no_pivot_root: runc.no_pivot_root,
@@ -131,19 +162,20 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
                 io_gid: runc.io_gid,
                 systemd_cgroup: runc.systemd_cgroup,
                 ..Options::default()
-            }))
+            })))
         }
         "containerd.systemd.v1.Options" => {
             let ours: SystemdOptions = decode("runtime options", any)?;
-            Ok(Source::Given(Options {
+            Ok(Source::Given(Box::new(Options {
                 binary_name: ours.binary_name,
                 root: ours.root,
                 no_pivot_root: ours.no_pivot_root,
                 no_new_keyring: ours.no_new_keyring,
                 io_uid: ours.io_uid,
                 io_gid: ours.io_gid,
+                log: ours.log,
                 ..Options::default()
-            }))
+            })))
         }
         "runtimeoptions.v1.Options" => {
             let generic: GenericOptions = decode("runtime options", any)?;
@@ -166,7 +198,7 @@ fn decode<M: Message>(what: &'static str, any: &Any) -> Result<M, Error> {
 
 /// A State response. An absent time is year 1, as Go's zero time.
 pub fn state(id: &str, state: State) -> StateResponse {
-    let stdio = state.request.stdio;
+    let stdio = state.stdio;
     let status = match state.status {
         Status::Created => ApiStatus::CREATED,
         Status::Running => ApiStatus::RUNNING,
@@ -174,7 +206,7 @@ pub fn state(id: &str, state: State) -> StateResponse {
     };
     StateResponse {
         id: id.to_owned(),
-        bundle: state.request.bundle.to_string_lossy().into_owned(),
+        bundle: state.bundle.to_string_lossy().into_owned(),
         pid: state.pid,
         status: EnumOrUnknown::new(status),
         stdin: stdio.stdin,
@@ -196,14 +228,31 @@ pub fn wait(exit: Exit) -> WaitResponse {
     }
 }
 
-/// A Delete response.
-pub fn delete(pid: u32, exit: Exit) -> DeleteResponse {
+/// A Delete response. A process that never ran has ended with 0, in year 1.
+pub fn delete(pid: u32, exit: Option<Exit>) -> DeleteResponse {
     DeleteResponse {
         pid,
-        exit_status: exit.status,
-        exited_at: MessageField::some(time(exit.at_usec)),
+        exit_status: exit.map_or(0, |exit| exit.status),
+        exited_at: MessageField::some(exit.map_or_else(never, |exit| time(exit.at_usec))),
         ..DeleteResponse::default()
     }
+}
+
+/// A Pids response: which process is which exec's is in its details.
+///
+/// # Errors
+/// It can't be encoded.
+pub fn pids(pids: Vec<(u32, Option<ExecId>)>) -> Result<PidsResponse, Error> {
+    let process = |(pid, exec): (u32, Option<ExecId>)| {
+        let details = |exec: ExecId| {
+            let details = ProcessDetails { exec_id: exec.to_string(), ..ProcessDetails::default() };
+            any("containerd.runc.v1.ProcessDetails", &details)
+        };
+        let info = exec.map(details).transpose()?.into();
+        Ok(ProcessInfo { pid, info, ..ProcessInfo::default() })
+    };
+    let processes = pids.into_iter().map(process).collect::<Result<_, Error>>()?;
+    Ok(PidsResponse { processes, ..PidsResponse::default() })
 }
 
 fn time(usec: u64) -> Timestamp {
@@ -258,14 +307,22 @@ pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
             (topics::TASK_START_EVENT_TOPIC, any("containerd.events.TaskStart", &event)?)
         }
         TaskEvent::Exited { pid, exit } => {
-            let event = TaskExit {
-                container_id: id.clone(),
-                id,
-                pid: *pid,
-                exit_status: exit.status,
-                exited_at: MessageField::some(time(exit.at_usec)),
-                ..TaskExit::default()
-            };
+            let event = exited(id.clone(), id, *pid, *exit);
+            (topics::TASK_EXIT_EVENT_TOPIC, any("containerd.events.TaskExit", &event)?)
+        }
+        TaskEvent::ExecAdded { exec } => {
+            let exec_id = exec.to_string();
+            let event = TaskExecAdded { container_id: id, exec_id, ..TaskExecAdded::default() };
+            (topics::TASK_EXEC_ADDED_EVENT_TOPIC, any("containerd.events.TaskExecAdded", &event)?)
+        }
+        TaskEvent::ExecStarted { exec, pid } => {
+            let exec_id = exec.to_string();
+            let event =
+                TaskExecStarted { container_id: id, exec_id, pid: *pid, ..TaskExecStarted::default() };
+            (topics::TASK_EXEC_STARTED_EVENT_TOPIC, any("containerd.events.TaskExecStarted", &event)?)
+        }
+        TaskEvent::ExecExited { exec, pid, exit } => {
+            let event = exited(id, exec.to_string(), *pid, *exit);
             (topics::TASK_EXIT_EVENT_TOPIC, any("containerd.events.TaskExit", &event)?)
         }
         TaskEvent::Deleted { pid, exit } => {
@@ -286,6 +343,17 @@ pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
         event: MessageField::some(event),
         ..Envelope::default()
     })
+}
+
+fn exited(container_id: String, id: String, pid: u32, exit: Exit) -> TaskExit {
+    TaskExit {
+        container_id,
+        id,
+        pid,
+        exit_status: exit.status,
+        exited_at: MessageField::some(time(exit.at_usec)),
+        ..TaskExit::default()
+    }
 }
 
 fn any(name: &str, message: &impl Message) -> Result<Any, Error> {
@@ -334,8 +402,14 @@ mod tests {
 
     #[test]
     fn a_running_task_has_exited_in_the_year_one() {
-        let state =
-            state("a", State { status: Status::Running, pid: 1, exit: None, request: Create::default() });
+        let running = State {
+            status: Status::Running,
+            pid: 1,
+            exit: None,
+            bundle: "/b".into(),
+            stdio: Stdio::default(),
+        };
+        let state = state("a", running);
         assert_eq!(state.exited_at.seconds, -62_135_596_800);
     }
 }

@@ -1,7 +1,8 @@
 //! The only table of errors and codes.
 //!
-//! An illegal transition is FAILED_PRECONDITION (UNKNOWN in containerd-shim-runc-v2), but never for
-//! Kill, where clients take that code for "nothing to kill".
+//! An illegal transition is FAILED_PRECONDITION (UNKNOWN in containerd-shim-runc-v2). For Kill clients
+//! take that code for "nothing to kill", which is true of an exec that was not started, and of
+//! nothing else.
 
 use ttrpc::Code;
 
@@ -12,8 +13,13 @@ use crate::{oci, unit};
 pub fn code(error: &Error) -> Code {
     match error {
         Error::UnknownTask { .. } | Error::UnknownExec { .. } | Error::Finished => Code::NOT_FOUND,
-        Error::Exists { .. } => Code::ALREADY_EXISTS,
-        Error::Refused(_) | Error::NotDeletable { .. } => Code::FAILED_PRECONDITION,
+        Error::Exists { .. } | Error::ExecExists { .. } => Code::ALREADY_EXISTS,
+        Error::Refused(_)
+        | Error::NotDeletable { .. }
+        | Error::NoExecIn { .. }
+        | Error::InitGone { .. }
+        | Error::NotStarted
+        | Error::ResizeStopped => Code::FAILED_PRECONDITION,
         Error::NotImplemented(_) => Code::UNIMPLEMENTED,
         Error::Signal(_)
         | Error::BundlePath(_)
@@ -22,6 +28,7 @@ pub fn code(error: &Error) -> Code {
         | Error::Bundle(oci::bundle::Error::Malformed { .. })
         | Error::Options(_)
         | Error::Stdio(_)
+        | Error::Process(oci::process::Error::Malformed(_) | oci::process::Error::NoArgs)
         | Error::Place(_)
         | Error::Name(_) => Code::INVALID_ARGUMENT,
         Error::NotEnding { .. } | Error::Runtime(oci::runtime::Error::TimedOut { .. }) => {
@@ -34,6 +41,9 @@ pub fn code(error: &Error) -> Code {
         Error::NoUnitName { .. }
         | Error::Kill { .. }
         | Error::Stream(_)
+        | Error::Terminal(_)
+        | Error::Watch(_)
+        | Error::Process(oci::process::Error::Io { .. })
         | Error::Launch(_)
         | Error::Runtime(oci::runtime::Error::Spawn { .. } | oci::runtime::Error::Failed { .. })
         | Error::Mount(_)

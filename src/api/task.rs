@@ -11,16 +11,15 @@ use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
     CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
-    PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest,
-    StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest,
-    WaitResponse,
+    PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse,
+    StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, info_span};
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
-use crate::id::{Namespace, TaskKey};
+use crate::id::{Namespace, ProcessKey, TaskKey};
 use crate::ops::{Error, Shim};
 use crate::transport::sockets::{Owners, Socket};
 
@@ -63,6 +62,11 @@ impl TaskService {
         convert::key(self.namespace(ctx)?, id).map_err(status::invalid)
     }
 
+    /// The process that a request is about: init, if it names no exec.
+    fn process(&self, ctx: &TtrpcContext, id: &str, exec: &str) -> Answer<ProcessKey> {
+        convert::process(self.namespace(ctx)?, id, exec).map_err(status::invalid)
+    }
+
     /// The dispatch tables, by both names.
     pub fn services(self) -> HashMap<String, Service> {
         let service: Arc<dyn Task + Send + Sync> = Arc::new(self);
@@ -77,10 +81,12 @@ impl TaskService {
     async fn run<T: Send + 'static>(
         &self,
         verb: &'static str,
-        key: &TaskKey,
+        key: &ProcessKey,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Answer<T> {
-        let span = info_span!("call", verb, namespace = %key.namespace, id = %key.id);
+        let exec = key.exec.as_ref().map(tracing::field::display);
+        let span =
+            info_span!("call", verb, namespace = %key.task.namespace, id = %key.task.id, exec_id = exec);
         let key = key.clone();
         let logged = async move { work.await.inspect_err(|error| log(verb, &key, error)) };
         let result = self.verbs.spawn(logged.instrument(span)).await;
@@ -89,22 +95,13 @@ impl TaskService {
 }
 
 /// The one place where a failed call is logged. That somebody asks for what is not there is no news.
-fn log(verb: &str, key: &TaskKey, error: &Error) {
+fn log(verb: &str, key: &ProcessKey, error: &Error) {
     match error {
         Error::UnknownTask { .. } | Error::UnknownExec { .. } | Error::Finished => {
             tracing::debug!("{verb} of {key} refused: {error}");
         }
         _ => tracing::warn!("{verb} of {key} failed: {error}"),
     }
-}
-
-/// Execs have an issue of their own: until then there is none, whatever its id.
-fn init_only(key: &TaskKey, exec_id: &str) -> Answer<()> {
-    if exec_id.is_empty() {
-        return Ok(());
-    }
-    let error = Error::UnknownExec { key: key.clone(), exec: exec_id.chars().take(100).collect() };
-    Err(status::status(&error))
 }
 
 fn not_implemented<T>(what: &'static str) -> Answer<T> {
@@ -114,34 +111,42 @@ fn not_implemented<T>(what: &'static str) -> Answer<T> {
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, ctx: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
-        let key = self.key(ctx, &request.id)?;
-        init_only(&key, &request.exec_id)?;
+        let key = self.process(ctx, &request.id, &request.exec_id)?;
         let state = self.shim.state(&key).map_err(|error| status::status(&error))?;
-        Ok(convert::state(&request.id, state))
+        Ok(convert::state(key.id(), state))
     }
 
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         let call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        let (shim, task) = (self.shim.clone(), call.key.clone());
-        let pid = self.run("create", &task, async move { shim.create(call).await }).await?;
+        let (shim, init) = (self.shim.clone(), ProcessKey { task: call.key.clone(), exec: None });
+        let pid = self.run("create", &init, async move { shim.create(call).await }).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
+    async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
+        let call = convert::exec(self.namespace(ctx)?, request).map_err(status::invalid)?;
+        let (shim, process) = (self.shim.clone(), call.key.clone());
+        self.run("exec", &process, async move { shim.add_exec(call).await }).await?;
+        Ok(Empty::new())
+    }
+
     async fn start(&self, ctx: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
-        let key = self.key(ctx, &request.id)?;
-        init_only(&key, &request.exec_id)?;
-        let (shim, task) = (self.shim.clone(), key.clone());
-        let pid = self.run("start", &task, async move { shim.start(&key).await }).await?;
+        let key = self.process(ctx, &request.id, &request.exec_id)?;
+        let (shim, process) = (self.shim.clone(), key.clone());
+        let pid = self.run("start", &process, async move { shim.start(&key).await }).await?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
 
     async fn delete(&self, ctx: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
-        let key = self.key(ctx, &request.id)?;
-        init_only(&key, &request.exec_id)?;
-        let (shim, task) = (self.shim.clone(), key.clone());
+        let key = self.process(ctx, &request.id, &request.exec_id)?;
+        let (shim, process) = (self.shim.clone(), key.clone());
         let given_up = ctx.metadata.contains_key(convert::CLEAN_UP_KEY);
-        let deleted = self.run("delete", &task, async move {
-            if given_up { shim.clean_up(&key).await } else { shim.delete(&key).await }
+        let deleted = self.run("delete", &process, async move {
+            if given_up {
+                let (pid, exit) = shim.clean_up(&key.task).await?;
+                return Ok((pid, Some(exit)));
+            }
+            shim.delete(&key).await
         });
         let (pid, exit) = deleted.await?;
         Ok(convert::delete(pid, exit))
@@ -150,28 +155,31 @@ impl Task for TaskService {
     async fn pids(&self, ctx: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
         let key = self.key(ctx, &request.id)?;
         let pids = self.shim.pids(&key).map_err(|error| status::status(&error))?;
-        let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..ProcessInfo::default() }).collect();
-        Ok(PidsResponse { processes, ..PidsResponse::default() })
+        convert::pids(pids).map_err(status::invalid)
     }
 
     async fn kill(&self, ctx: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
-        let key = self.key(ctx, &request.id)?;
-        init_only(&key, &request.exec_id)?;
-        let (shim, task) = (self.shim.clone(), key.clone());
-        self.run("kill", &task, async move { shim.kill(&key, request.signal, request.all) }).await?;
+        let key = self.process(ctx, &request.id, &request.exec_id)?;
+        let (shim, process) = (self.shim.clone(), key.clone());
+        self.run("kill", &process, async move { shim.kill(&key, request.signal, request.all) }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
+        let key = self.process(ctx, &request.id, &request.exec_id)?;
+        let resized = self.shim.resize(&key, request.width, request.height);
+        resized.map_err(|error| status::status(&error))?;
         Ok(Empty::new())
     }
 
     async fn close_io(&self, ctx: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
-        let key = self.key(ctx, &request.id)?;
-        init_only(&key, &request.exec_id)?;
+        let key = self.process(ctx, &request.id, &request.exec_id)?;
         self.shim.close_stdin(&key).map_err(|error| status::status(&error))?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, ctx: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
-        let key = self.key(ctx, &request.id)?;
-        init_only(&key, &request.exec_id)?;
+        let key = self.process(ctx, &request.id, &request.exec_id)?;
         let exit = self.shim.wait(&key).await.map_err(|error| status::status(&error))?;
         Ok(convert::wait(exit))
     }
@@ -205,19 +213,6 @@ impl Task for TaskService {
     async fn checkpoint(&self, ctx: &TtrpcContext, request: CheckpointTaskRequest) -> Answer<Empty> {
         self.key(ctx, &request.id)?;
         not_implemented("Checkpoint")
-    }
-
-    async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
-        self.key(ctx, &request.id)?;
-        not_implemented("Exec")
-    }
-
-    async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
-        let key = self.key(ctx, &request.id)?;
-        init_only(&key, &request.exec_id)?;
-        // A process without a terminal has no window; as in containerd-shim-runc-v2.
-        self.shim.state(&key).map_err(|error| status::status(&error))?;
-        Ok(Empty::new())
     }
 
     async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {

@@ -1,6 +1,6 @@
 //! Arguments in the style of Go's flag package: `-x v`, `-x=v`, `--x v` (pure).
 
-use crate::id::{Namespace, TaskId, TaskKey};
+use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey};
 
 /// What is to be done.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,11 +19,22 @@ pub enum Command {
     Serve,
     /// Be what runs inside of a unit.
     Launch {
-        /// `container` or `logger`.
-        what: String,
-        /// The task.
-        key: TaskKey,
+        /// What it is.
+        what: Launch,
+        /// For which process.
+        key: ProcessKey,
     },
+}
+
+/// What runs inside of a unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launch {
+    /// A container, up to its waiting init.
+    Container,
+    /// An exec.
+    Exec,
+    /// A `binary://` logger.
+    Logger,
 }
 
 /// The flags that containerd passes.
@@ -59,7 +70,7 @@ pub enum Error {
     #[error("there is no command {0:?}")]
     Command(String),
     /// The words after `launch` are wrong.
-    #[error("launch is for systemd: launch container|logger NAMESPACE ID")]
+    #[error("launch is for systemd: launch container|exec|logger NAMESPACE ID [EXEC]")]
     Launch,
 }
 
@@ -107,20 +118,22 @@ pub fn parse(words: &[String]) -> Result<Command, Error> {
         Some("delete") => Ok(Command::Delete(global)),
         Some("serve") => Ok(Command::Serve),
         Some("help") => Ok(Command::Help),
-        Some("launch") => {
-            let (Some(what @ ("container" | "logger")), Some(namespace), Some(id), None) =
-                (words.next(), words.next(), words.next(), words.next())
-            else {
-                return Err(Error::Launch);
-            };
-            let key = TaskKey {
-                namespace: Namespace::new(namespace).map_err(|_| Error::Launch)?,
-                id: TaskId::new(id).map_err(|_| Error::Launch)?,
-            };
-            Ok(Command::Launch { what: what.to_owned(), key })
-        }
+        Some("launch") => launch(words.collect()).ok_or(Error::Launch),
         Some(other) => Err(Error::Command(other.chars().take(80).collect())),
     }
+}
+
+fn launch(words: Vec<&str>) -> Option<Command> {
+    let (what, namespace, id, exec) = match words[..] {
+        ["container", namespace, id] => (Launch::Container, namespace, id, None),
+        ["exec", namespace, id, exec] => (Launch::Exec, namespace, id, Some(exec)),
+        ["logger", namespace, id] => (Launch::Logger, namespace, id, None),
+        ["logger", namespace, id, exec] => (Launch::Logger, namespace, id, Some(exec)),
+        _ => return None,
+    };
+    let task = TaskKey { namespace: Namespace::new(namespace).ok()?, id: TaskId::new(id).ok()? };
+    let exec = exec.map(ExecId::new).transpose().ok()?;
+    Some(Command::Launch { what, key: ProcessKey { task, exec } })
 }
 
 #[cfg(test)]
@@ -149,7 +162,9 @@ mod tests {
         assert_eq!(read("-nope start"), Err(Error::Flag("-nope".to_owned())));
         assert_eq!(read("-id"), Err(Error::Value("-id".to_owned())));
         assert_eq!(read("stat"), Err(Error::Command("stat".to_owned())));
-        assert_eq!(read("launch container default ../x"), Err(Error::Launch));
+        for line in ["launch container default ../x", "launch exec default x", "launch container d x e"] {
+            assert_eq!(read(line), Err(Error::Launch), "{line}");
+        }
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     unmount(&bundle);
     let response = match response {
         Some(response) => response,
-        None => convert::delete(0, killed_now()).write_to_bytes().map_err(Failure::new)?,
+        None => convert::delete(0, Some(killed_now())).write_to_bytes().map_err(Failure::new)?,
     };
     print(&response)
 }
@@ -61,7 +61,7 @@ fn clean_up(store: &Store, key: &TaskKey) -> Result<Option<Vec<u8>>, Failure> {
     without_daemon(store, &task)?;
     let pid = task.init.pid().unwrap_or_default();
     let exit = task.init.exit().unwrap_or_else(killed_now);
-    convert::delete(pid, exit).write_to_bytes().map(Some).map_err(Failure::new)
+    convert::delete(pid, Some(exit)).write_to_bytes().map(Some).map_err(Failure::new)
 }
 
 /// The same steps as the daemon's Delete, each tried whatever became of the one before: what is left
@@ -72,7 +72,8 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
         troubles.extend(cgroup::kill(cgroup).err().map(|error| error.to_string()));
     }
     let dir = store.dir(&task.key);
-    let units = std::iter::once(&task.unit).chain(&task.logger);
+    let execs = task.execs.values().flat_map(|exec| std::iter::once(&exec.unit).chain(&exec.logger));
+    let units = std::iter::once(&task.unit).chain(&task.logger).chain(execs);
     block_on(async {
         let manager = unit::proxy::Manager::default();
         match manager.connect().await {

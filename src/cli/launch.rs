@@ -4,53 +4,155 @@
 //! thread, no async runtime, nothing that stays.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl::set_child_subreaper;
 use nix::sys::resource::{Resource, setrlimit};
 
 use crate::cgroup;
 use crate::config;
-use crate::id::TaskKey;
-use crate::oci::runtime::Cli;
+use crate::id::{ExecId, ProcessKey};
+use crate::oci::runtime::{self, Cli};
 use crate::oci::{bundle, mount as rootfs};
-use crate::ops::{LAUNCH_ERROR, PID_FILE};
+use crate::ops::{EXEC_PID_FILE, LAUNCH_ERROR, PID_FILE, PROCESS_SPEC};
 use crate::stdio::fifo;
-use crate::store::Store;
-use crate::task::wiring::{Input, Output, pipe};
+use crate::store::{self, Store};
+use crate::task::exec::Outcome;
+use crate::task::phase::Exit;
+use crate::task::wiring::{Input, Output, Wiring, pipe};
 use crate::task::{Placement, Task};
+use crate::unit::name;
 use crate::unit::properties::LAUNCH_SUBGROUP;
 
-use super::Failure;
+use super::arguments::Launch;
+use super::{Failure, handoff};
 
 /// Made by the first `launch` of a record: a second one is `systemctl restart`, which is a stop.
 const LAUNCHED: &str = "launched";
 
-pub(super) fn run(what: &str, key: &TaskKey) -> Result<(), Failure> {
+pub(super) fn run(what: Launch, key: &ProcessKey) -> Result<(), Failure> {
     let store = Store::new(config::STATE_DIR);
-    let dir = store.dir(key);
-    let task = match store.load(key) {
+    let task = match store.load(&key.task) {
         Ok(Some(task)) => task,
         Ok(None) => {
-            return Err(Failure(format!("task {key}: there is no record; only the shim starts this unit")));
+            return Err(Failure(format!("{key}: there is no record; only the shim starts this unit")));
         }
         Err(error) => return Err(Failure::new(error)),
     };
-    let failure = match what {
-        "logger" => become_logger(&task, &dir),
-        _ => become_runtime(&task, &dir),
+    let Some(process) = Process::of(&store, &task, key.exec.as_ref()) else {
+        return Err(Failure(format!("{key}: the record has no such exec; only the shim starts this unit")));
     };
-    if what != "logger" && !matches!(failure, Error::Again) {
+    let failure = match what {
+        Launch::Container => become_runtime(&process),
+        Launch::Exec => return exec(&process).map_err(Failure::new),
+        Launch::Logger => {
+            let failure = become_logger(&process);
+            return Err(Failure::new(failure));
+        }
+    };
+    if !matches!(failure, Error::Again) {
         // The daemon reads it; without it, it takes the OCI runtime's log.
-        let _ = std::fs::write(dir.join(LAUNCH_ERROR), failure.to_string());
+        let _ = std::fs::write(process.dir.join(LAUNCH_ERROR), failure.to_string());
     }
     Err(Failure::new(failure))
+}
+
+/// The process to launch, as the record has it.
+struct Process<'a> {
+    task: &'a Task,
+    exec: Option<&'a ExecId>,
+    /// Its small files.
+    dir: PathBuf,
+    wiring: &'a Wiring,
+    /// Its console socket, if it is to have a terminal.
+    console: Option<PathBuf>,
+}
+
+impl<'a> Process<'a> {
+    fn of(store: &Store, task: &'a Task, exec: Option<&'a ExecId>) -> Option<Self> {
+        let (dir, unit, wiring) = match exec {
+            None => (store.dir(&task.key), &task.unit, &task.wiring),
+            Some(id) => {
+                let exec = task.execs.get(id)?;
+                (store.exec_dir(&task.key, id), &exec.unit, &exec.wiring)
+            }
+        };
+        let console = wiring.terminal.then(|| store.console(&name::short_name(unit)));
+        Some(Self { task, exec, dir, wiring, console })
+    }
+
+    fn cli(&self) -> Cli<'_> {
+        Cli { runtime: &self.task.runtime, id: &self.task.key.id, dir: &self.dir }
+    }
+
+    /// Notes that it is launched: a second time is `systemctl restart`, which is a stop.
+    fn mark(&self) -> Result<(), Error> {
+        let opened =
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.dir.join(LAUNCHED));
+        match opened {
+            Ok(_) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(Error::Again),
+            Err(source) => Err(Error::System { action: "mark the record as launched", source }),
+        }
+    }
+
+    /// Tells the daemon what became of its start.
+    fn tell(&self, outcome: &Outcome) -> Result<(), Error> {
+        Store::write_outcome(&self.dir, outcome)?;
+        // A daemon that is not there just now finds the file when it is back.
+        let doorbell = self.dir.join(pipe::DOORBELL);
+        let _ = OpenOptions::new().write(true).custom_flags(nix::libc::O_NONBLOCK).open(doorbell);
+        Ok(())
+    }
+
+    /// What it inherits: streams, and the limits that containers have under runc.v2, from containerd;
+    /// systemd's defaults differ.
+    fn equip(&self, command: &mut Command) -> Result<(), Error> {
+        for (resource, soft, hard) in &self.task.containerd.rlimits {
+            set_limit(*resource, *soft, *hard)?;
+        }
+        let [stdin, stdout, stderr] = self.open_streams()?;
+        command.stdin(stdin).stdout(stdout).stderr(stderr);
+        Ok(())
+    }
+
+    fn open_streams(&self) -> Result<[Stdio; 3], Error> {
+        if self.wiring.terminal {
+            return Ok([Stdio::null(), Stdio::null(), Stdio::null()]);
+        }
+        let stdin = match &self.wiring.stdin {
+            Input::Null => Stdio::null(),
+            // The daemon has the other end, so this does not wait.
+            Input::Fifo(path) => fifo::open_blocking_reader(path)?.into(),
+        };
+        let stdout = self.open_output(&self.wiring.stdout, self.wiring.stdout_pipe())?;
+        let stderr = self.open_output(&self.wiring.stderr, self.wiring.stderr_pipe())?;
+        Ok([stdin, stdout, stderr])
+    }
+
+    fn open_output(&self, output: &Output, own_pipe: Option<&str>) -> Result<Stdio, Error> {
+        let file = match (output, own_pipe) {
+            (Output::Journal, _) => return Ok(Stdio::inherit()),
+            (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT)?,
+            // Read-write: while the daemon is down it still has a reader.
+            (Output::Copied(_) | Output::Logger, Some(name)) => fifo::open_both(&self.dir.join(name))?,
+            // Writable, unlike with containerd-shim-runc-v2: programs don't expect EBADF.
+            (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(dev_null()?.into()),
+        };
+        let (uid, gid) = self.task.runtime.io_owner;
+        if (uid, gid) != (0, 0) {
+            let (uid, gid) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(gid));
+            nix::unistd::fchown(&file, Some(uid), Some(gid)).map_err(system("give a stream its owner"))?;
+        }
+        Ok(file.into())
+    }
 }
 
 /// Why nothing was launched.
@@ -72,8 +174,15 @@ enum Error {
         #[source]
         source: io::Error,
     },
-    #[error("OCI runtime create failed: can't run {binary}: {source}")]
+    #[error(transparent)]
+    Handoff(#[from] handoff::Error),
+    #[error("OCI runtime exec failed: {0}")]
+    Runtime(String),
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error("OCI runtime {verb} failed: can't run {binary}: {source}")]
     Exec {
+        verb: &'static str,
         binary: PathBuf,
         #[source]
         source: io::Error,
@@ -85,23 +194,20 @@ fn system(action: &'static str) -> impl FnOnce(nix::Error) -> Error {
 }
 
 /// Returns only if it fails.
-fn become_runtime(task: &Task, dir: &Path) -> Error {
-    match prepare(task, dir) {
+fn become_runtime(process: &Process<'_>) -> Error {
+    match prepare(process) {
         Ok(mut command) => {
             // exec also gives SIGPIPE its default back, which Rust had ignored.
             let source = command.exec();
-            Error::Exec { binary: task.runtime.binary.clone(), source }
+            Error::Exec { verb: "create", binary: process.task.runtime.binary.clone(), source }
         }
         Err(error) => error,
     }
 }
 
-fn prepare(task: &Task, dir: &Path) -> Result<Command, Error> {
-    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(dir.join(LAUNCHED)) {
-        Ok(_) => {}
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Err(Error::Again),
-        Err(source) => return Err(Error::System { action: "mark the record as launched", source }),
-    }
+fn prepare(process: &Process<'_>) -> Result<Command, Error> {
+    process.mark()?;
+    let task = process.task;
     let bundle = &task.request.bundle;
     if let Placement::Unit { child, .. } = &task.placement {
         let unit = enter_launch_cgroup()?;
@@ -113,15 +219,53 @@ fn prepare(task: &Task, dir: &Path) -> Result<Command, Error> {
         }
         rootfs::mount_all(&bundle.join("rootfs"), &task.request.rootfs)?;
     }
-    let streams = open_streams(task, dir)?;
-    for (resource, soft, hard) in &task.containerd.rlimits {
-        set_limit(*resource, *soft, *hard)?;
-    }
-    let cli = Cli { runtime: &task.runtime, id: &task.key.id, dir };
-    let mut command = cli.create(bundle, &dir.join(PID_FILE));
-    let [stdin, stdout, stderr] = streams;
-    command.stdin(stdin).stdout(stdout).stderr(stderr);
+    let pid_file = process.dir.join(PID_FILE);
+    let mut command = process.cli().create(bundle, &pid_file, process.console.as_deref());
+    process.equip(&mut command)?;
     Ok(command)
+}
+
+/// Has the OCI runtime add the process to the container, hands it over to systemd, tells the daemon,
+/// and leaves.
+fn exec(process: &Process<'_>) -> Result<(), Error> {
+    process.mark()?;
+    let (pid, ended) = match add_process(process).and_then(|pid| Ok((pid, handoff::hand_over(pid)?))) {
+        Ok(added) => added,
+        Err(error) => {
+            process.tell(&Outcome::Failed { reason: error.to_string() })?;
+            return Err(error);
+        }
+    };
+    match ended {
+        None => {
+            process.tell(&Outcome::Started { pid })?;
+            Ok(handoff::leave_placeholder()?)
+        }
+        Some(ended) => {
+            let exit = Exit { status: ended.exit_status(), at_usec: ended.at_usec };
+            process.tell(&Outcome::Ended { pid, exit })?;
+            handoff::end_as(ended)
+        }
+    }
+}
+
+fn add_process(process: &Process<'_>) -> Result<u32, Error> {
+    // What the runtime leaves behind becomes a child of ours: it can't end without a trace.
+    set_child_subreaper(true).map_err(system("become a subreaper"))?;
+    let (spec, pid_file) = (process.dir.join(PROCESS_SPEC), process.dir.join(EXEC_PID_FILE));
+    let cli = process.cli();
+    let mut command = cli.exec(&spec, &pid_file, process.console.as_deref());
+    process.equip(&mut command)?;
+    let status = command.status();
+    // The streams are the process's alone from here on.
+    drop(command);
+    let binary = || process.task.runtime.binary.clone();
+    let status = status.map_err(|source| Error::Exec { verb: "exec", binary: binary(), source })?;
+    if !status.success() {
+        return Err(Error::Runtime(cli.reason(runtime::EXEC, Some(status))));
+    }
+    let pid = std::fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
+    pid.ok_or_else(|| Error::Runtime("it left no pid file".to_owned()))
 }
 
 /// The OCI runtime works in a cgroup beside the container's: what it uses is not the container's, and
@@ -130,7 +274,7 @@ fn prepare(task: &Task, dir: &Path) -> Result<Command, Error> {
 fn enter_launch_cgroup() -> Result<PathBuf, Error> {
     let own = cgroup::of_self()?;
     if own.file_name().is_some_and(|name| name == LAUNCH_SUBGROUP) {
-        return Ok(own.parent().map(Path::to_owned).unwrap_or_default());
+        return Ok(own.parent().map(std::path::Path::to_owned).unwrap_or_default());
     }
     cgroup::enter(&own.join(LAUNCH_SUBGROUP))?;
     Ok(own)
@@ -143,39 +287,11 @@ fn own_mount_namespace() -> Result<(), Error> {
         .map_err(system("make the mount namespace a slave of the host's"))
 }
 
-fn open_streams(task: &Task, dir: &Path) -> Result<[Stdio; 3], Error> {
-    let stdin = match &task.wiring.stdin {
-        Input::Null => Stdio::null(),
-        // The daemon has the other end, so this does not wait.
-        Input::Fifo(path) => fifo::open_blocking_reader(path)?.into(),
-    };
-    let stdout = open_output(&task.wiring.stdout, task.wiring.stdout_pipe(), task, dir)?;
-    let stderr = open_output(&task.wiring.stderr, task.wiring.stderr_pipe(), task, dir)?;
-    Ok([stdin, stdout, stderr])
-}
-
-fn open_output(output: &Output, own_pipe: Option<&str>, task: &Task, dir: &Path) -> Result<Stdio, Error> {
-    let file = match (output, own_pipe) {
-        (Output::Journal, _) => return Ok(Stdio::inherit()),
-        (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT)?,
-        (Output::File { .. } | Output::Logger, Some(name)) => fifo::open_both(&dir.join(name))?,
-        // Writable, unlike with containerd-shim-runc-v2: programs don't expect EBADF.
-        (Output::Null | Output::File { .. } | Output::Logger, _) => return Ok(dev_null()?.into()),
-    };
-    let (uid, gid) = task.runtime.io_owner;
-    if (uid, gid) != (0, 0) {
-        let (uid, gid) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(gid));
-        nix::unistd::fchown(&file, Some(uid), Some(gid)).map_err(system("give a stream its owner"))?;
-    }
-    Ok(file.into())
-}
-
 fn dev_null() -> Result<File, Error> {
     let opened = OpenOptions::new().read(true).write(true).open("/dev/null");
     opened.map_err(|source| Error::System { action: "open /dev/null", source })
 }
 
-/// Limits that containers inherit under runc.v2, from containerd; systemd's defaults differ.
 fn set_limit(resource: u32, soft: u64, hard: u64) -> Result<(), Error> {
     let known = RESOURCES.iter().find(|known| **known as u32 == resource);
     // A number that this version does not know is one that it did not write.
@@ -202,35 +318,32 @@ pub(super) const RESOURCES: [Resource; 15] = [
 ];
 
 /// Returns only if it fails.
-fn become_logger(task: &Task, dir: &Path) -> Error {
-    let Some(logger) = &task.wiring.logger else {
+fn become_logger(process: &Process<'_>) -> Error {
+    let Some(logger) = &process.wiring.logger else {
         return Error::System { action: "find the logger", source: io::ErrorKind::NotFound.into() };
     };
     let pipes = || -> Result<Vec<OwnedFd>, Error> {
-        let stdout = fifo::open_blocking_reader(&dir.join(pipe::STDOUT))?;
-        let stderr = fifo::open_blocking_reader(&dir.join(pipe::STDERR))?;
-        let ready = OpenOptions::new().write(true).open(dir.join(pipe::READY));
+        let stdout = fifo::open_blocking_reader(&process.dir.join(pipe::LOG_STDOUT))?;
+        let stderr = fifo::open_blocking_reader(&process.dir.join(pipe::LOG_STDERR))?;
+        let ready = OpenOptions::new().write(true).open(process.dir.join(pipe::READY));
         let ready =
             ready.map_err(|source| Error::System { action: "open the logger's ready pipe", source })?;
         Ok(vec![stdout.into(), stderr.into(), ready.into()])
     };
+    let key = &process.task.key;
     let mut command = Command::new(&logger.program);
     command
         .args(&logger.args)
         .env_clear()
-        .env("CONTAINER_ID", task.key.id.as_str())
-        .env("CONTAINER_NAMESPACE", task.key.namespace.as_str())
+        .env("CONTAINER_ID", process.exec.map_or(key.id.as_str(), ExecId::as_str))
+        .env("CONTAINER_NAMESPACE", key.namespace.as_str())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let placed =
         pipes().and_then(|pipes| crate::sys::place_from_three(pipes).map_err(system("place the pipes")));
     match placed {
-        Ok(()) => Error::Exec { binary: logger.program.clone(), source: command.exec() },
-        Err(error) => {
-            // A person reads it in the journal of the logger's unit.
-            let _ = writeln!(io::stderr(), "{error}");
-            error
-        }
+        Ok(()) => Error::System { action: "run the logger", source: command.exec() },
+        Err(error) => error,
     }
 }

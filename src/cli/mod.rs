@@ -2,6 +2,7 @@
 
 pub mod arguments;
 mod delete;
+mod handoff;
 mod info;
 mod launch;
 mod serve;
@@ -42,7 +43,7 @@ pub fn run(words: Vec<String>) -> ExitCode {
         Command::Start(global) => start::run(&global),
         Command::Delete(global) => delete::run(&global),
         Command::Serve => serve::run(),
-        Command::Launch { what, key } => launch::run(&what, &key),
+        Command::Launch { what, key } => launch::run(what, &key),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

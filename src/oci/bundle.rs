@@ -58,17 +58,9 @@ pub struct Spec {
     #[serde(default)]
     pub hostname: String,
     #[serde(default)]
-    process: Option<Process>,
-    #[serde(default)]
     mounts: Option<Vec<Mount>>,
     #[serde(default)]
     linux: Option<Linux>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Process {
-    #[serde(default)]
-    terminal: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -97,11 +89,6 @@ impl Spec {
     /// An annotation's value, unless it is empty.
     pub fn annotation(&self, name: &str) -> Option<&str> {
         self.annotations.as_ref()?.get(name).map(String::as_str).filter(|value| !value.is_empty())
-    }
-
-    /// `process.terminal`
-    pub fn terminal(&self) -> bool {
-        self.process.as_ref().is_some_and(|process| process.terminal)
     }
 
     /// `linux.cgroupsPath`, empty if unset.
@@ -238,7 +225,7 @@ mod tests {
     fn absent_and_null_fields_are_the_same() {
         for text in ["{}", r#"{"annotations":null,"linux":null,"process":null,"mounts":null}"#] {
             let spec = spec(text);
-            assert_eq!((spec.cgroups_path(), spec.annotation("a"), spec.terminal()), ("", None, false));
+            assert_eq!((spec.cgroups_path(), spec.annotation("a")), ("", None));
         }
     }
 }

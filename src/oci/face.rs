@@ -1,6 +1,6 @@
 //! What a person calls a container (pure): from the annotations that clients leave in the spec.
 
-use crate::id::{SHORT_ID, TaskKey, is_long_hex};
+use crate::id::{ExecId, SHORT_ID, TaskKey, is_long_hex};
 use crate::task::Face;
 
 use super::bundle::Spec;
@@ -39,6 +39,12 @@ pub fn of(key: &TaskKey, spec: &Spec) -> Face {
         fields.extend(cri(annotation).map(|value| (field.to_owned(), one_line(value))));
     }
     Face { description: format!("{shown}, container {key}"), fields }
+}
+
+/// How a person sees an exec of a container: what it runs, and where.
+pub fn of_exec(container: &Face, exec: &ExecId, args: &[String]) -> String {
+    let short = if is_long_hex(exec.as_str()) { &exec.as_str()[..SHORT_ID] } else { exec.as_str() };
+    format!("{} (exec {short} in {})", one_line(&args.join(" ")), container.description)
 }
 
 /// The name under which the lines stand in the journal: the container's, short.
@@ -92,6 +98,13 @@ mod tests {
         );
         assert!(face.fields.contains(&("POD_NAME".to_owned(), "dns".to_owned())));
         assert_eq!(identifier(&face), "main");
+    }
+
+    #[test]
+    fn an_exec_is_called_by_what_it_runs() {
+        let args = ["sh".to_owned(), "-c".to_owned(), "echo\n1".to_owned()];
+        let shown = of_exec(&face("web", "{}"), &ExecId::new("e1").unwrap(), &args);
+        assert_eq!(shown, "sh -c echo1 (exec e1 in web, container n/web)");
     }
 
     #[test]

@@ -4,4 +4,5 @@ pub mod bundle;
 pub mod face;
 pub mod mount;
 pub mod options;
+pub mod process;
 pub mod runtime;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::id::Namespace;
-use crate::task::request::Runtime;
+use crate::task::request::{Log, Runtime};
 
 /// Where containerd-shim-runc-v2 keeps runc's state: `runc --root` works as people know it.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";
@@ -53,6 +53,12 @@ pub enum Error {
         /// As given.
         root: String,
     },
+    /// There is no such log mode.
+    #[error("runtime options: Log {log:?} is not one of \"auto\", \"journal\", \"tee\" and \"none\"")]
+    Log {
+        /// As given.
+        log: String,
+    },
 }
 
 /// Options by their names in containerd's configuration. What has no meaning here, but is a valid
@@ -72,6 +78,8 @@ pub struct Options {
     pub io_uid: u32,
     /// Group of the container's pipe ends.
     pub io_gid: u32,
+    /// What becomes of output: `auto`, `journal`, `tee` or `none`; empty means `auto`.
+    pub log: String,
     /// Says how to read cgroupsPath; here its form decides.
     pub systemd_cgroup: bool,
     /// Without effect: there is no process of ours to move.
@@ -94,7 +102,7 @@ pub struct Options {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// As a message, or none at all.
-    Given(Options),
+    Given(Box<Options>),
     /// As TOML (`ConfigBody`).
     Toml(String),
     /// As the name of a TOML file (`ConfigPath`).
@@ -103,7 +111,7 @@ pub enum Source {
 
 impl Default for Source {
     fn default() -> Self {
-        Self::Given(Options::default())
+        Self::Given(Box::default())
     }
 }
 
@@ -114,7 +122,7 @@ impl Source {
     /// The file can't be read, or the TOML is not ours.
     pub fn read(self) -> Result<Options, Error> {
         match self {
-            Self::Given(options) => Ok(options),
+            Self::Given(options) => Ok(*options),
             Self::Toml(text) => Options::from_toml(&text, "ConfigBody"),
             Self::File(path) => Options::from_file(&path),
         }
@@ -146,7 +154,7 @@ impl Options {
     /// The runtime that these options name, its binary found in `path` (containerd's `PATH`).
     ///
     /// # Errors
-    /// No such binary, or a relative `Root`.
+    /// No such binary, a relative `Root`, or an unknown `Log`.
     pub fn resolve(&self, namespace: &Namespace, path: &str) -> Result<Runtime, Error> {
         let path = if path.is_empty() { DEFAULT_PATH } else { path };
         let name = if self.binary_name.is_empty() { DEFAULT_BINARY } else { &self.binary_name };
@@ -163,7 +171,18 @@ impl Options {
             no_new_keyring: self.no_new_keyring,
             io_owner: (self.io_uid, self.io_gid),
             path: path.to_owned(),
+            log: log_mode(&self.log)?,
         })
+    }
+}
+
+fn log_mode(text: &str) -> Result<Log, Error> {
+    match text {
+        "" | "auto" => Ok(Log::Auto),
+        "journal" => Ok(Log::Journal),
+        "tee" => Ok(Log::Tee),
+        "none" => Ok(Log::None),
+        other => Err(Error::Log { log: other.chars().take(80).collect() }),
     }
 }
 
@@ -207,6 +226,15 @@ mod tests {
         assert!(error.to_string().contains("no-such-runtime"));
         let relative = Options { binary_name: "./sh".to_owned(), ..Options::default() };
         assert!(relative.resolve(&namespace, "/bin").is_err());
+    }
+
+    #[test]
+    fn an_unknown_log_mode_is_named() {
+        assert_eq!(log_mode("tee").unwrap(), Log::Tee);
+        let options =
+            Options { log: "syslog".to_owned(), binary_name: "sh".to_owned(), ..Options::default() };
+        let error = options.resolve(&Namespace::new("default").unwrap(), "/bin").unwrap_err();
+        assert!(error.to_string().contains("syslog") && error.to_string().contains("journal"), "{error}");
     }
 
     #[test]

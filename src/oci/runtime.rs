@@ -45,6 +45,9 @@ pub enum Error {
     },
 }
 
+/// The command of [`Cli::exec`], which names its log too.
+pub const EXEC: &str = "exec";
+
 /// The OCI runtime, for one container.
 #[derive(Clone, Copy, Debug)]
 pub struct Cli<'a> {
@@ -57,15 +60,30 @@ pub struct Cli<'a> {
 }
 
 impl Cli<'_> {
-    /// `create`, for a process that becomes it.
-    pub fn create(&self, bundle: &Path, pid_file: &Path) -> Command {
+    /// `create`, for a process that becomes it. With a console socket the container's init gets a
+    /// terminal.
+    pub fn create(&self, bundle: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
         let mut command = self.command("create");
         command.arg("--bundle").arg(bundle).arg("--pid-file").arg(pid_file);
+        if let Some(console) = console {
+            command.arg("--console-socket").arg(console);
+        }
         if self.runtime.no_pivot {
             command.arg("--no-pivot");
         }
         if self.runtime.no_new_keyring {
             command.arg("--no-new-keyring");
+        }
+        command.arg(self.id.as_str());
+        command
+    }
+
+    /// `exec`, which leaves the new process behind, its pid in `pid_file`.
+    pub fn exec(&self, process: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
+        let mut command = self.command(EXEC);
+        command.arg("--process").arg(process).arg("--detach").arg("--pid-file").arg(pid_file);
+        if let Some(console) = console {
+            command.arg("--console-socket").arg(console);
         }
         command.arg(self.id.as_str());
         command
@@ -215,7 +233,7 @@ mod tests {
         };
         let id = TaskId::new("web").unwrap();
         let cli = Cli { runtime: &runtime, id: &id, dir: Path::new("/run/x") };
-        let command = cli.create(Path::new("/b"), Path::new("/run/x/init.pid"));
+        let command = cli.create(Path::new("/b"), Path::new("/run/x/init.pid"), None);
         let args: Vec<_> = command.get_args().map(|arg| arg.to_string_lossy().into_owned()).collect();
         assert_eq!(
             args.join(" "),

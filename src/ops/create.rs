@@ -3,12 +3,13 @@
 //! Nothing has an effect before the record is written, and a Create that fails takes back all it
 //! did: unit, runtime state, mounts, FIFOs, record.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use crate::cgroup::{self, place};
-use crate::id::{TaskId, TaskKey, UnitName};
+use crate::id::{ExecId, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::oci::bundle::{self, Spec};
 use crate::oci::{face, mount, options, runtime};
 use crate::stdio::{fifo, uri};
@@ -20,7 +21,7 @@ use crate::task::{Placement, Task};
 use crate::unit::properties::{self, Shown};
 use crate::unit::{name, proxy};
 
-use super::{Entry, Error, Shim, blocking};
+use super::{Entry, Error, Shim, blocking, now_usec};
 
 /// Where containerd takes events when nothing says otherwise.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
@@ -56,13 +57,10 @@ impl Shim {
         if !call.checkpoint.is_empty() {
             return Err(Error::NotImplemented("restoring a checkpoint"));
         }
-        if call.request.stdio.terminal {
-            return Err(Error::NotImplemented("a terminal"));
-        }
         let shim = self.clone();
         let task = blocking(move || shim.prepare(call)).await??;
         let entry = self.register(task)?;
-        let _verb = entry.verb.lock().await;
+        let _verb = entry.init.verb.lock().await;
         match self.bring_up(&entry).await {
             Ok(pid) => Ok(pid),
             Err(error) => {
@@ -79,13 +77,10 @@ impl Shim {
         if !request.bundle.is_absolute() || climbs {
             return Err(Error::BundlePath(request.bundle));
         }
-        let wiring = uri::wiring(&request.stdio, fifo::kind)?;
         let spec = Spec::read(&request.bundle)?;
-        if spec.terminal() {
-            return Err(Error::NotImplemented("a terminal"));
-        }
         let containerd = self.containerd_of(&key, &request.bundle, &spec)?;
         let runtime = options.read()?.resolve(&key.namespace, &containerd.path)?;
+        let wiring = uri::wiring(&request.stdio, runtime.log, uri::Role::Init, fifo::kind)?;
         Ok(Task {
             placement: placement(&key, &spec)?,
             face: face::of(&key, &spec),
@@ -94,6 +89,7 @@ impl Shim {
             logger: None,
             cgroup: None,
             init: Phase::Creating { exit: None },
+            execs: BTreeMap::new(),
             outbox: Outbox::default(),
             muted: false,
             key,
@@ -138,24 +134,25 @@ impl Shim {
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         self.store.create(&task)?;
-        self.open_streams(entry, &task).await?;
-        if let Some(logger) = &task.logger {
-            self.start_logger(entry, &task, logger).await?;
-        }
+        let gone = || Error::UnknownTask { key: task.key.clone() };
+        let streams = Arc::new(self.streams(&task, None).ok_or_else(gone)?);
+        let opened = self.open_streams(&streams).await?;
         if name::is_pod_slice(task.placement.slice()) {
             self.make_pod_slice(task.placement.slice(), &task).await?;
         }
         self.start_unit(&task, &dir).await?;
         let pid =
             read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(&task, &dir)))?;
+        self.hold(entry, pid);
+        self.start_pumps(entry, &entry.init, opened).await?;
         self.adopt(entry, pid)?;
-        self.start_pumps(entry);
         self.tidy_up(entry);
         Ok(pid)
     }
 
     async fn start_unit(&self, task: &Task, dir: &Path) -> Result<(), Error> {
-        let command = self.launch_command(&task.key, "container");
+        let init = ProcessKey { task: task.key.clone(), exec: None };
+        let command = self.launch_command(&init, "container");
         let shown = Shown {
             description: &task.face.description,
             identifier: face::identifier(&task.face),
@@ -175,9 +172,10 @@ impl Shim {
         }
     }
 
-    /// The arguments with which a unit runs this program for a task.
-    pub(super) fn launch_command(&self, key: &TaskKey, what: &str) -> Vec<String> {
-        let words = ["launch", what, key.namespace.as_str(), key.id.as_str()];
+    /// The arguments with which a unit runs this program for a process.
+    pub(super) fn launch_command(&self, key: &ProcessKey, what: &str) -> Vec<String> {
+        let words = ["launch", what, key.task.namespace.as_str(), key.task.id.as_str()];
+        let words = words.into_iter().chain(key.exec.as_ref().map(ExecId::as_str));
         let program = self.program.to_string_lossy().into_owned();
         std::iter::once(program).chain(words.map(str::to_owned)).collect()
     }
@@ -190,14 +188,17 @@ impl Shim {
         format!("OCI runtime create failed: {}", cli.reason("create", None))
     }
 
-    /// Takes the main process over: holds it, notes where it lives.
+    /// Holds the main process. One that is gone already has ended; systemd says how.
+    pub(super) fn hold(&self, entry: &Entry, pid: u32) {
+        entry.init.live().process = crate::sys::pidfd_open(pid).ok();
+    }
+
+    /// Takes the main process over, and notes where it lives.
     fn adopt(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
-        let process = crate::sys::pidfd_open(pid);
-        let cgroup = cgroup::of_process(pid);
-        // A process that is gone already has ended; systemd says how.
-        entry.live().process = process.ok();
-        self.apply_with(entry, Event::Created { pid }, |task| {
-            task.cgroup = cgroup.ok().or_else(|| task.cgroup.take());
+        let cgroup = cgroup::of_process(pid).ok();
+        self.change(entry, |task| {
+            task.cgroup = cgroup.or_else(|| task.cgroup.take());
+            Ok(task.apply(Event::Created { pid }, now_usec())?)
         })
     }
 
@@ -270,7 +271,8 @@ fn sandbox_of(spec: &Spec) -> Option<TaskId> {
     spec.annotation("io.kubernetes.cri.sandbox-id").and_then(|id| TaskId::new(id).ok())
 }
 
-fn read_pid(path: &PathBuf) -> Option<u32> {
+/// A pid file.
+pub(super) fn read_pid(path: &Path) -> Option<u32> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 

@@ -4,32 +4,45 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::config;
-use crate::id::{TaskKey, UnitName};
+use crate::id::{ProcessKey, TaskKey, UnitName};
 use crate::oci::runtime;
 use crate::task::Task;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Phase};
+use crate::task::registry::End;
 
 use super::create::unmount;
 use super::kill::kill_all;
+use super::streams::{cut_off, drain};
 use super::{Entry, Error, Shim, blocking, now_usec};
 
 impl Shim {
-    /// Removes a task that has ended, or one that was never started (it is killed first). Returns
-    /// the process that it was, and how it ended.
+    /// Removes a process that has ended or was never started: an exec, or a task with all of its
+    /// execs. Returns the process that it was, and how it ended.
     ///
     /// # Errors
     /// It runs, or something can't be taken away; it can be called again then.
-    pub async fn delete(self: &Arc<Self>, key: &TaskKey) -> Result<(u32, Exit), Error> {
+    pub async fn delete(self: &Arc<Self>, key: &ProcessKey) -> Result<(u32, Option<Exit>), Error> {
+        match &key.exec {
+            None => self.delete_task(&key.task).await.map(|(pid, exit)| (pid, Some(exit))),
+            Some(exec) => self.delete_exec(key, exec).await,
+        }
+    }
+
+    /// A task that was never started is killed first.
+    async fn delete_task(self: &Arc<Self>, key: &TaskKey) -> Result<(u32, Exit), Error> {
         let entry = self.created(key)?;
-        let _verb = entry.verb.lock().await;
+        let _verb = entry.init.verb.lock().await;
         // Another Delete may have been first.
         self.created(key)?;
         let phase = entry.task().init.clone();
         let exit = match phase {
             Phase::Stopped { exit, .. } => exit,
-            Phase::Created { .. } => self.kill_created(&entry).await?,
-            Phase::Creating { .. } | Phase::Starting { .. } | Phase::Running { .. } => {
+            Phase::Created { .. } => self.kill_and_wait(&entry).await?,
+            Phase::Creating { .. }
+            | Phase::Starting { .. }
+            | Phase::Running { .. }
+            | Phase::Ending { .. } => {
                 return Err(Error::NotDeletable { phase: "running" });
             }
         };
@@ -55,12 +68,16 @@ impl Shim {
         Ok(())
     }
 
-    async fn kill_created(&self, entry: &Arc<Entry>) -> Result<Exit, Error> {
+    /// Kills all of a task, and waits until its end is known.
+    async fn kill_and_wait(&self, entry: &Arc<Entry>) -> Result<Exit, Error> {
         let task = entry.task().clone();
-        kill_all(&task, nix::libc::SIGKILL as u32)?;
-        tokio::time::timeout(config::KILL_LIMIT, entry.ended())
-            .await
-            .map_err(|_| Error::NotEnding { key: task.key, unit: task.unit.to_string() })
+        blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await??;
+        let unknown = || Error::UnknownTask { key: entry.key.clone() };
+        match tokio::time::timeout(config::KILL_LIMIT, entry.init.ended()).await {
+            Ok(End::Exited(exit)) => Ok(exit),
+            Ok(End::Deleted) => Err(unknown()),
+            Err(_) => Err(Error::NotEnding { key: entry.key.clone(), unit: entry.init.unit.to_string() }),
+        }
     }
 
     /// Takes away what is outside of the daemon: the runtime's state, the units, the mounts.
@@ -70,11 +87,18 @@ impl Shim {
         if cli.knows() {
             cli.delete().await?;
         }
-        self.drain(entry).await;
+        drain(&entry.init).await;
+        for process in entry.execs() {
+            // They vanish with the task; what their clients have not read by now is lost, as with
+            // containerd-shim-runc-v2.
+            cut_off(&process).await;
+            if let Some(id) = &process.key.exec {
+                self.remove_exec(entry, &process, id).await?;
+            }
+        }
         self.remove_unit(&task.unit).await?;
         if let Some(logger) = &task.logger {
-            self.stop_logger(logger).await?;
-            remove_log_fields(logger);
+            self.remove_unit(logger).await?;
         }
         if task.rootfs_on_host {
             unmount(task.request.bundle.clone()).await?;
@@ -84,7 +108,7 @@ impl Shim {
 
     /// Unloads a unit whose processes have ended. One that ended cleanly is still active
     /// (RemainAfterExit), any other has failed.
-    async fn remove_unit(&self, unit: &UnitName) -> Result<(), Error> {
+    pub(super) async fn remove_unit(&self, unit: &UnitName) -> Result<(), Error> {
         self.manager.stop(unit).await?;
         self.manager.reset_failed(unit).await?;
         remove_log_fields(unit);
@@ -98,7 +122,7 @@ impl Shim {
             let mut last = task.clone();
             last.owe(event, now_usec());
             if !last.outbox.is_empty() {
-                entry.live().owing = Some(self.store.keep_owed(&last)?);
+                entry.init.live().owing = Some(self.store.keep_owed(&last)?);
             }
             *task = last;
             self.store.remove(&task.key)?;
@@ -115,19 +139,14 @@ impl Shim {
     pub async fn clean_up(self: &Arc<Self>, key: &TaskKey) -> Result<(u32, Exit), Error> {
         let entry = self.entry(key)?;
         // containerd gives up while its Create is still under way: that ends first.
-        drop(entry.verb.lock().await);
+        drop(entry.init.verb.lock().await);
         let entry = self.created(key)?;
         self.mute(key)?;
-        let task = entry.task().clone();
-        if task.init.exit().is_none() {
-            let killed = blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await?;
-            killed?;
-            let unit = entry.unit.to_string();
-            tokio::time::timeout(config::KILL_LIMIT, entry.ended())
-                .await
-                .map_err(|_| Error::NotEnding { key: key.clone(), unit })?;
+        let alive = entry.task().init.exit().is_none();
+        if alive {
+            self.kill_and_wait(&entry).await?;
         }
-        self.delete(key).await
+        self.delete_task(key).await
     }
 }
 

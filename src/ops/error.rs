@@ -1,6 +1,6 @@
 //! Why a verb failed. `api/status.rs` gives each a code.
 
-use crate::id::TaskKey;
+use crate::id::{ProcessKey, TaskKey};
 use crate::task::phase::Refusal;
 use crate::{cgroup, oci, stdio, store, unit};
 
@@ -14,13 +14,44 @@ pub enum Error {
         key: TaskKey,
     },
     /// There is no such exec.
-    #[error("task {key}: process does not exist {exec}: not found")]
+    #[error("task {}: process does not exist {}: not found", .key.task, .key.id())]
     UnknownExec {
-        /// The task.
-        key: TaskKey,
+        /// As asked for.
+        key: ProcessKey,
+    },
+    /// The exec's id is in use.
+    #[error("id {exec}: already exists")]
+    ExecExists {
         /// As asked for.
         exec: String,
     },
+    /// No process can be added to the task.
+    #[error("cannot exec in a {phase} state")]
+    NoExecIn {
+        /// The state.
+        phase: &'static str,
+    },
+    /// The task's init has ended, and the exec with it.
+    #[error("container {key} init process is not running: failed precondition")]
+    InitGone {
+        /// The task.
+        key: TaskKey,
+    },
+    /// The exec does not run: no signal can be sent to it.
+    #[error("exec kill error: process not created: failed precondition")]
+    NotStarted,
+    /// The exec has ended, and its window with it.
+    #[error("cannot resize a stopped container")]
+    ResizeStopped,
+    /// The exec's process spec is not usable.
+    #[error(transparent)]
+    Process(#[from] oci::process::Error),
+    /// A terminal can't be used.
+    #[error("terminal: {0}")]
+    Terminal(#[source] std::io::Error),
+    /// A stream can't be watched.
+    #[error("stdio: watch a stream: {0}")]
+    Watch(#[source] std::io::Error),
     /// The id is in use.
     #[error("task {key}: already exists")]
     Exists {
@@ -43,12 +74,12 @@ pub enum Error {
     #[error("signal {0} does not exist")]
     Signal(u32),
     /// The kernel refused a signal.
-    #[error("signal {signal} to process {pid}: {source}")]
+    #[error("signal {signal} to process {process}: {source}")]
     Kill {
         /// The signal.
         signal: u32,
         /// The process.
-        pid: u32,
+        process: String,
         /// Why not.
         source: std::io::Error,
     },

@@ -1,48 +1,52 @@
-//! Kill: a signal to the init process, or to all of the container.
+//! Kill: a signal to a process, or to all of the container.
 
 use crate::cgroup;
-use crate::id::TaskKey;
+use crate::id::ProcessKey;
 use crate::task::Task;
+use crate::task::exec::ExecPhase;
 
-use super::{Entry, Error, Shim};
+use super::{Error, Process, Shim};
 
 const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 /// The last signal of the kernel (`_NSIG`).
 const LAST_SIGNAL: u32 = 64;
 
 impl Shim {
-    /// Sends a signal. Takes no lock that a slow verb could hold.
+    /// Sends a signal. Takes no lock that a slow verb could hold. `all` is for init: an exec has but
+    /// one process.
     ///
     /// # Errors
-    /// The process has ended, or there is no such signal.
-    pub fn kill(&self, key: &TaskKey, signal: u32, all: bool) -> Result<(), Error> {
+    /// The process has ended or was never started, or there is no such signal.
+    pub fn kill(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
         if !(1..=LAST_SIGNAL).contains(&signal) {
             return Err(Error::Signal(signal));
         }
-        let entry = self.created(key)?;
+        let (entry, process) = self.process(key)?;
         let task = entry.task().clone();
-        if all {
-            return kill_all(&task, signal);
+        match &key.exec {
+            None if all => return kill_all(&task, signal),
+            None if task.init.exit().is_some() => return Err(Error::Finished),
+            None => {}
+            Some(id) => match task.execs.get(id).map(|exec| &exec.phase) {
+                Some(ExecPhase::Running { .. }) => {}
+                Some(ExecPhase::Stopped { .. }) => return Err(Error::Finished),
+                Some(ExecPhase::Added | ExecPhase::Starting { .. }) | None => return Err(Error::NotStarted),
+            },
         }
-        if task.init.exit().is_some() {
-            return Err(Error::Finished);
-        }
-        signal_init(&entry, &task, signal)
+        signal_process(&process, signal)
     }
 }
 
 /// Through the descriptor that is held: the number can't have become another process.
-fn signal_init(entry: &Entry, task: &Task, signal: u32) -> Result<(), Error> {
-    let live = entry.live();
-    let Some(process) = &live.process else {
+fn signal_process(process: &Process, signal: u32) -> Result<(), Error> {
+    let live = process.live();
+    let Some(held) = &live.process else {
         return Err(Error::Finished);
     };
-    match crate::sys::pidfd_send_signal(process, signal) {
+    match crate::sys::pidfd_send_signal(held, signal) {
         Ok(()) => Ok(()),
         Err(nix::errno::Errno::ESRCH) => Err(Error::Finished),
-        Err(errno) => {
-            Err(Error::Kill { signal, pid: task.init.pid().unwrap_or_default(), source: errno.into() })
-        }
+        Err(errno) => Err(Error::Kill { signal, process: process.key.to_string(), source: errno.into() }),
     }
 }
 
@@ -58,7 +62,9 @@ pub(super) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
         match crate::sys::pidfd_open(pid).and_then(|process| crate::sys::pidfd_send_signal(&process, signal))
         {
             Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
-            Err(errno) => return Err(Error::Kill { signal, pid, source: errno.into() }),
+            Err(errno) => {
+                return Err(Error::Kill { signal, process: pid.to_string(), source: errno.into() });
+            }
         }
     }
     Ok(())

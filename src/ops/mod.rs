@@ -6,6 +6,7 @@
 mod create;
 mod delete;
 mod error;
+mod exec;
 mod kill;
 mod observe;
 mod publish;
@@ -20,38 +21,51 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
-use crate::id::TaskKey;
+use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::stdio::terminal::Terminal;
 use crate::store::{Owing, Store};
+use crate::task::exec::ExecEvent;
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::{Effect, Event};
+use crate::task::phase::Event;
 use crate::task::registry::Registry;
-use crate::task::{Task, registry};
+use crate::task::{Ended, Task, registry};
 use crate::unit::properties::Systemd;
 use crate::unit::proxy::Manager;
 
 pub use create::{CreateTask, LAUNCH_ERROR, PID_FILE};
 pub use error::Error;
+pub use exec::{AddExec, EXEC_PID_FILE, PROCESS_SPEC};
 pub use state::{State, Status};
 
 /// A live task, with what the running daemon attaches to it.
 pub type Entry = registry::Entry<Live>;
+/// One of its processes.
+pub type Process = registry::Process<Live>;
 
-/// What belongs to the running daemon only. Recovery makes it anew.
+/// What the running daemon attaches to a process. Recovery makes it anew.
 #[derive(Default)]
 pub struct Live {
-    /// The init process. Held since it is known: its number can't be taken by another.
+    /// The process. Held since it is known: its number can't be taken by another.
     process: Option<OwnedFd>,
     /// The writing end of the client's stdin FIFO: without it the process would see EOF whenever a
     /// client goes away.
     stdin: Option<File>,
-    /// Reading ends of our own FIFOs, from before the container has the other end until a pump or a
-    /// logger reads them.
-    held: Vec<(&'static str, File)>,
-    /// Copies to files.
+    /// Its terminal.
+    terminal: Option<Arc<Terminal>>,
+    /// The size of its window, columns and rows, as last asked for.
+    window: Option<(u16, u16)>,
+    /// What copies its output.
     pumps: Vec<JoinHandle<()>>,
+    /// Ends the pumps.
+    stop: CancellationToken,
+    /// Told when the unit ends while it is being started.
+    attempt_ended: Arc<Notify>,
+    /// The unit of an exec that has ended is being removed.
+    removal: Option<JoinHandle<Result<(), Error>>>,
     /// The task is deleted; this is where its last events are kept.
     owing: Option<Owing>,
 }
@@ -100,44 +114,54 @@ impl Shim {
         Ok(entry)
     }
 
-    /// Applies an event to a task's init process: memory, then record, then the effects.
+    /// A process of a task that has been created.
+    fn process(&self, key: &ProcessKey) -> Result<(Arc<Entry>, Arc<Process>), Error> {
+        let entry = self.created(&key.task)?;
+        let process = entry.process(key.exec.as_ref());
+        let process = process.ok_or_else(|| Error::UnknownExec { key: key.clone() })?;
+        Ok((entry, process))
+    }
+
+    /// Applies an event to a task's init process.
     ///
     /// # Errors
     /// The phase refuses it, or the record can't be written; then nothing has changed.
     fn apply(&self, entry: &Arc<Entry>, event: Event) -> Result<(), Error> {
-        self.apply_with(entry, event, |_| ())
+        self.change(entry, |task| Ok(task.apply(event, now_usec())?))
     }
 
-    /// As [`Self::apply`], together with another change of the task.
-    fn apply_with(
+    /// Applies an event to an exec.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    fn apply_exec(&self, entry: &Arc<Entry>, id: &ExecId, event: ExecEvent) -> Result<(), Error> {
+        self.change(entry, |task| Ok(task.apply_exec(id, event, now_usec())?))
+    }
+
+    /// Changes a task: the record, then memory; then those who wait are told, and the publisher.
+    ///
+    /// # Errors
+    /// The change is refused, or the record can't be written; then nothing has changed.
+    fn change(
         &self,
         entry: &Arc<Entry>,
-        event: Event,
-        change: impl FnOnce(&mut Task),
+        change: impl FnOnce(&mut Task) -> Result<Vec<Ended>, Error>,
     ) -> Result<(), Error> {
-        let effects = {
+        let ended = {
             let mut task = entry.task();
             let mut next = task.clone();
-            change(&mut next);
-            let effects = next.apply(event, now_usec())?;
+            let ended = change(&mut next)?;
             if next == *task {
                 return Ok(());
             }
             self.store.save(&next)?;
             *task = next;
-            effects
+            ended
         };
-        for effect in effects {
-            match effect {
-                Effect::AnnounceCreated { pid } => tracing::debug!(pid, "created"),
-                Effect::AnnounceStarted { pid } => tracing::debug!(pid, "started"),
-                Effect::AnnounceExit { pid, exit } => {
-                    tracing::debug!(pid, status = exit.status, "ended with status {}", exit.status)
-                }
-                Effect::Wake => {
-                    let ended = entry.task().init.exit();
-                    ended.into_iter().for_each(|exit| entry.wake(exit));
-                }
+        for Ended { exec, exit } in ended {
+            if let Some(process) = entry.process(exec.as_ref()) {
+                tracing::debug!(process = %process.key, status = exit.status, "ended with status {}", exit.status);
+                process.wake(registry::End::Exited(exit));
             }
         }
         self.announce(entry);

@@ -3,13 +3,17 @@
 use std::sync::Arc;
 
 use crate::cgroup;
-use crate::id::UnitName;
+use crate::id::{ExecId, UnitName};
 use crate::oci::runtime;
+use crate::task::exec::{ExecEvent, ExecPhase};
 use crate::task::phase::{Event, Exit, Phase};
 use crate::unit::proxy::{Ended, MainProcess};
 use crate::unit::watch::Observation;
 
-use super::{Entry, Error, Shim, blocking, now_usec};
+use super::{Entry, Error, Process, Shim, blocking, now_usec};
+
+/// What containerd calls SIGKILL.
+const KILLED_STATUS: u32 = 137;
 
 /// What containerd takes for "unknown".
 const UNKNOWN_STATUS: u32 = 255;
@@ -18,36 +22,86 @@ impl Shim {
     /// Applies an observation; a repeat changes nothing.
     pub async fn observe(self: &Arc<Self>, observation: Observation) {
         match observation {
-            Observation::Service { unit, main } => self.service_changed(&unit, main),
+            Observation::Service { unit, main } => self.service_changed(&unit, main).await,
             Observation::Resync => self.resync().await,
         }
     }
 
-    fn service_changed(self: &Arc<Self>, unit: &UnitName, main: MainProcess) {
-        let Some(entry) = self.registry.by_unit(unit) else {
+    async fn service_changed(self: &Arc<Self>, unit: &UnitName, main: MainProcess) {
+        let Some((entry, process)) = self.registry.by_unit(unit) else {
             return;
         };
-        if let Some(ended) = main.ended.filter(|_| is_init(&entry, main)) {
-            self.ended(&entry, exit_of(ended));
+        match (&process.key.exec, main.ended) {
+            (None, Some(ended)) if is_init(&entry, main) => self.ended(&entry, exit_of(ended)),
+            (Some(id), Some(ended)) => self.exec_ended(&entry, &process, id, exit_of(ended)),
+            // A unit that is stopped lets go of a process that is not systemd's child.
+            (Some(id), None) if main.pid == 0 && runs(&entry, id) => {
+                self.look_at_exec(&entry, &process, id)
+                    .await
+                    .unwrap_or_else(|error| cant_look(&process, &error));
+            }
+            (Some(_) | None, _) => {}
         }
     }
 
     /// Looks at every unit: signals may have been missed.
     pub async fn resync(self: &Arc<Self>) {
         for entry in self.registry.all() {
-            if let Err(error) = self.look_at(&entry).await {
-                tracing::warn!(task = %entry.key, %error, "task {}: can't look at its unit: {error}", entry.key);
+            self.look_at(&entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
+            for process in entry.execs() {
+                if let Some(id) = &process.key.exec {
+                    let looked = self.look_at_exec(&entry, &process, id).await;
+                    looked.unwrap_or_else(|error| cant_look(&process, &error));
+                }
             }
         }
+    }
+
+    async fn look_at_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        id: &ExecId,
+    ) -> Result<(), Error> {
+        // A Start under way finds out for itself.
+        if !runs(entry, id) {
+            return Ok(());
+        }
+        let main = self.manager.main_process(&process.unit).await?;
+        match main {
+            Some(MainProcess { ended: Some(ended), .. }) => {
+                self.exec_ended(entry, process, id, exit_of(ended));
+            }
+            Some(MainProcess { pid: 1.., .. }) => {}
+            // Stopped from outside: systemd sends SIGTERM and SIGKILL, and does not wait for what is not
+            // its child.
+            Some(MainProcess { pid: 0, ended: None, .. }) | None => {
+                let key = &process.key;
+                tracing::warn!(process = %key, "{key}: its unit was stopped, which took the exit code along");
+                let exit = Exit { status: KILLED_STATUS, at_usec: now_usec() };
+                self.exec_ended(entry, process, id, exit);
+            }
+        }
+        Ok(())
+    }
+
+    fn exec_ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId, exit: Exit) {
+        if let Err(error) = self.apply_exec(entry, id, ExecEvent::Exited(exit)) {
+            // As with init: the unit keeps the exit.
+            tracing::error!(process = %process.key, %error, "{}: can't note its end: {error}", process.key);
+            return;
+        }
+        process.live().attempt_ended.notify_one();
+        self.after_exec(entry, process);
     }
 
     async fn look_at(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
         let phase = entry.task().init.clone();
         // A Create under way finds out for itself.
-        if phase.exit().is_some() || phase.pid().is_none() {
+        if phase.pid().is_none() || !phase.is_alive() {
             return Ok(());
         }
-        let main = self.manager.main_process(&entry.unit).await?;
+        let main = self.manager.main_process(&entry.init.unit).await?;
         match main {
             Some(main) => {
                 if let Some(ended) = main.ended.filter(|_| is_init(entry, main)) {
@@ -68,7 +122,7 @@ impl Shim {
             tracing::error!(task = %entry.key, %error, "task {}: can't note its end: {error}", entry.key);
             return;
         }
-        entry.live().close_input();
+        entry.init.live().close_input();
         let cgroup = entry.task().cgroup.clone();
         let Some(cgroup) = cgroup else {
             return;
@@ -95,7 +149,7 @@ impl Shim {
             match task {
                 Ok(task) => {
                     let entry = Arc::new(Entry::detached(task));
-                    entry.live().owing = Some(owing);
+                    entry.init.live().owing = Some(owing);
                     self.announce(&entry);
                 }
                 Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),
@@ -118,7 +172,7 @@ impl Shim {
         match task.init {
             Phase::Creating { .. } => {
                 tracing::warn!(task = %task.key, "task {}: its create was cut off, it is taken back", task.key);
-                let _verb = entry.verb.lock().await;
+                let _verb = entry.init.verb.lock().await;
                 self.take_back(entry).await;
                 return;
             }
@@ -130,17 +184,45 @@ impl Shim {
                     tracing::error!(task = %task.key, %error, "task {}: can't finish its start: {error}", task.key);
                 }
             }
-            Phase::Created { .. } | Phase::Running { .. } | Phase::Stopped { .. } => {}
+            Phase::Created { .. } | Phase::Running { .. } | Phase::Ending { .. } | Phase::Stopped { .. } => {}
+        }
+        for (id, exec) in &task.execs {
+            match self.registry.insert_exec(entry, id, exec.unit.clone(), exec.phase.exit()) {
+                Ok(process) => self.take_in_exec(entry, &process, id).await,
+                Err(taken) => {
+                    tracing::error!(?taken, "exec {id} of task {}: not taken in: {taken:?}", task.key)
+                }
+            }
         }
         if let (Some(pid), None) = (task.init.pid(), task.init.exit()) {
-            entry.live().process = crate::sys::pidfd_open(pid).ok();
-            self.recover_streams(entry).await;
-            if let Err(error) = self.look_at(entry).await {
-                tracing::warn!(task = %task.key, %error, "task {}: can't look at its unit: {error}", task.key);
+            self.hold(entry, pid);
+            if let Some(streams) = self.streams(&task, None) {
+                self.recover_streams(entry, &entry.init, streams).await;
             }
+            self.look_at(entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
         }
         self.announce(entry);
     }
+
+    async fn take_in_exec(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
+        self.recover_exec(entry, process, id).await;
+        let task = entry.task().clone();
+        if runs(entry, id) {
+            if let Some(streams) = self.streams(&task, Some(id)) {
+                self.recover_streams(entry, process, streams).await;
+            }
+            let looked = self.look_at_exec(entry, process, id).await;
+            looked.unwrap_or_else(|error| cant_look(process, &error));
+        }
+    }
+}
+
+fn cant_look(process: &Process, error: &Error) {
+    tracing::warn!(process = %process.key, %error, "{}: can't look at its unit: {error}", process.key);
+}
+
+fn runs(entry: &Entry, id: &ExecId) -> bool {
+    matches!(entry.task().execs.get(id).map(|exec| &exec.phase), Some(ExecPhase::Running { .. }))
 }
 
 /// The end that systemd reports is that of this task's init, not of what it took for one before.

@@ -17,7 +17,7 @@ impl Shim {
         // Held to the end: a Delete must not move the record between the two steps.
         let mut task = entry.task();
         task.outbox.accepted(seq);
-        let kept = match &entry.live().owing {
+        let kept = match &entry.init.live().owing {
             Some(owing) => owing.update(&task),
             None => self.store.save(&task),
         };

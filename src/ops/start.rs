@@ -1,21 +1,28 @@
-//! Start: lets a created container's process run.
+//! Start: lets a created container's process run, or an exec.
 
 use std::sync::Arc;
 
-use crate::id::TaskKey;
+use crate::id::{ProcessKey, TaskKey};
 use crate::oci::runtime;
 use crate::task::phase::Event;
 
 use super::{Error, Shim};
 
 impl Shim {
-    /// Starts the init process; returns it.
+    /// Starts a process; returns it.
     ///
     /// # Errors
     /// It is not in the phase for that, or the OCI runtime fails; then it stays as it was.
-    pub async fn start(self: &Arc<Self>, key: &TaskKey) -> Result<u32, Error> {
+    pub async fn start(self: &Arc<Self>, key: &ProcessKey) -> Result<u32, Error> {
+        match &key.exec {
+            None => self.start_init(&key.task).await,
+            Some(exec) => self.start_exec(key, exec).await,
+        }
+    }
+
+    async fn start_init(self: &Arc<Self>, key: &TaskKey) -> Result<u32, Error> {
         let entry = self.created(key)?;
-        let _verb = entry.verb.lock().await;
+        let _verb = entry.init.verb.lock().await;
         self.apply(&entry, Event::StartBegun)?;
         let task = entry.task().clone();
         let dir = self.store.dir(key);

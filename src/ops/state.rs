@@ -1,13 +1,16 @@
 //! State, Connect, Pids: answered from memory and from the cgroup, never waiting for anything.
 
+use std::path::PathBuf;
+
 use crate::cgroup;
-use crate::id::TaskKey;
+use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::task::exec::ExecPhase;
 use crate::task::phase::{Exit, Phase};
-use crate::task::request::Create;
+use crate::task::request::Stdio;
 
 use super::{Error, Shim};
 
-/// A task's state in containerd's words.
+/// A process's state in containerd's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     /// It waits for Start.
@@ -23,33 +26,48 @@ pub enum Status {
 pub struct State {
     /// The status.
     pub status: Status,
-    /// The init process; after its end, the one it was.
+    /// The process; after its end, the one it was; 0 if there has been none.
     pub pid: u32,
     /// How it ended.
     pub exit: Option<Exit>,
-    /// Bundle and stdio as received.
-    pub request: Create,
+    /// The task's bundle.
+    pub bundle: PathBuf,
+    /// Its stdio as received.
+    pub stdio: Stdio,
 }
 
 impl Shim {
-    /// A task's state.
+    /// A process's state.
     ///
     /// # Errors
-    /// There is no such task.
-    pub fn state(&self, key: &TaskKey) -> Result<State, Error> {
-        let entry = self.created(key)?;
+    /// There is no such process.
+    pub fn state(&self, key: &ProcessKey) -> Result<State, Error> {
+        let entry = self.created(&key.task)?;
         let task = entry.task();
-        let status = match task.init {
-            Phase::Creating { .. } | Phase::Created { .. } | Phase::Starting { .. } => Status::Created,
-            Phase::Running { .. } => Status::Running,
-            Phase::Stopped { .. } => Status::Stopped,
+        let bundle = task.request.bundle.clone();
+        let Some(id) = &key.exec else {
+            let status = match task.init {
+                Phase::Creating { .. } | Phase::Created { .. } | Phase::Starting { .. } => Status::Created,
+                Phase::Running { .. } | Phase::Ending { .. } => Status::Running,
+                Phase::Stopped { .. } => Status::Stopped,
+            };
+            let pid = task.init.pid().unwrap_or_default();
+            return Ok(State {
+                status,
+                pid,
+                exit: task.init.exit(),
+                bundle,
+                stdio: task.request.stdio.clone(),
+            });
         };
-        Ok(State {
-            status,
-            pid: task.init.pid().unwrap_or_default(),
-            exit: task.init.exit(),
-            request: task.request.clone(),
-        })
+        let exec = task.execs.get(id).ok_or_else(|| Error::UnknownExec { key: key.clone() })?;
+        let status = match exec.phase {
+            ExecPhase::Added | ExecPhase::Starting { .. } => Status::Created,
+            ExecPhase::Running { .. } => Status::Running,
+            ExecPhase::Stopped { .. } => Status::Stopped,
+        };
+        let pid = exec.phase.pid().unwrap_or_default();
+        Ok(State { status, pid, exit: exec.phase.exit(), bundle, stdio: exec.stdio.clone() })
     }
 
     /// A task's init process, 0 if there is no such task: Connect never fails.
@@ -57,18 +75,18 @@ impl Shim {
         self.registry.get(key).and_then(|entry| entry.task().init.pid()).unwrap_or_default()
     }
 
-    /// The processes of a container.
+    /// The processes of a container, and which of them are execs.
     ///
     /// For one that has ended the process that it was: containerd up to 2.3.3 takes an empty list for
     /// a leaked shim when it restarts, and would delete the task with its exit code.
     ///
     /// # Errors
     /// There is no such task, or its cgroup can't be read.
-    pub fn pids(&self, key: &TaskKey) -> Result<Vec<u32>, Error> {
+    pub fn pids(&self, key: &TaskKey) -> Result<Vec<(u32, Option<ExecId>)>, Error> {
         let task = self.created(key)?.task().clone();
         let init = task.init.pid().unwrap_or_default();
         if task.init.exit().is_some() {
-            return Ok(vec![init]);
+            return Ok(vec![(init, None)]);
         }
         let mut pids = match &task.cgroup {
             Some(cgroup) => cgroup::processes(cgroup)?,
@@ -77,6 +95,10 @@ impl Shim {
         if !pids.contains(&init) {
             pids.insert(0, init);
         }
-        Ok(pids)
+        let exec_of = |pid: u32| {
+            let mut running = task.execs.iter();
+            running.find(|(_, exec)| exec.phase == ExecPhase::Running { pid }).map(|(id, _)| id.clone())
+        };
+        Ok(pids.into_iter().map(|pid| (pid, exec_of(pid))).collect())
     }
 }

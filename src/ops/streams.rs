@@ -1,107 +1,172 @@
-//! The streams of an init process: what the daemon opens, copies and closes.
+//! The streams of a process: what the daemon opens, copies and closes.
 
+use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
+use tracing::Instrument;
 
 use crate::config;
-use crate::id::{TaskKey, UnitName};
+use crate::id::{ExecId, ProcessKey, UnitName};
 use crate::oci::face;
-use crate::stdio::{fifo, pump};
-use crate::task::Task;
-use crate::task::wiring::{self, Input, Output};
+use crate::stdio::console::Console;
+use crate::stdio::fifo;
+use crate::stdio::journal::Lines;
+use crate::stdio::pump::{self, Source};
+use crate::stdio::terminal::Terminal;
+use crate::task::wiring::{self, Copied, Input, Sink, Wiring};
+use crate::task::{Face, Task};
+use crate::unit::name;
 use crate::unit::properties::{self, Shown};
 
-use super::{Entry, Error, Live, Shim, blocking};
+use super::{Entry, Error, Live, Process, Shim, blocking};
+
+/// What the streams of a process depend on.
+pub(super) struct Streams {
+    key: ProcessKey,
+    /// Where its FIFOs are.
+    dir: PathBuf,
+    /// Its console socket, for a terminal.
+    console: PathBuf,
+    wiring: Wiring,
+    logger: Option<UnitName>,
+    /// The container's unit: all output belongs to it.
+    container: UnitName,
+    slice: UnitName,
+    face: Face,
+}
+
+/// What is open for a process that is about to be.
+#[derive(Default)]
+pub(super) struct Opened {
+    /// The kept writing end of the client's stdin.
+    stdin: Option<File>,
+    /// Its reading end, for a terminal.
+    input: Option<File>,
+    copies: Vec<(Option<Source>, Vec<pump::Sink>)>,
+    /// The logger's pipes. The daemon is a writer too, until the process is: the logger must not see
+    /// EOF before.
+    logger: Vec<File>,
+    ready: Option<File>,
+    console: Option<Console>,
+}
 
 impl Shim {
-    /// Opens what has to be open before the container is.
-    pub(super) async fn open_streams(&self, entry: &Arc<Entry>, task: &Task) -> Result<(), Error> {
-        let dir = self.store.dir(&task.key);
-        for name in task.wiring.own_pipes() {
-            fifo::make(&dir.join(name))?;
-        }
-        self.reopen_streams(entry, task).await
+    /// What the streams of a task's init, or of one of its execs, depend on.
+    pub(super) fn streams(&self, task: &Task, exec: Option<&ExecId>) -> Option<Streams> {
+        let (dir, unit, wiring, logger) = match exec {
+            None => (self.store.dir(&task.key), &task.unit, &task.wiring, &task.logger),
+            Some(id) => {
+                let exec = task.execs.get(id)?;
+                (self.store.exec_dir(&task.key, id), &exec.unit, &exec.wiring, &exec.logger)
+            }
+        };
+        Some(Streams {
+            key: ProcessKey { task: task.key.clone(), exec: exec.cloned() },
+            dir,
+            console: self.store.console(&name::short_name(unit)),
+            wiring: wiring.clone(),
+            logger: logger.clone(),
+            container: task.unit.clone(),
+            slice: task.placement.slice().clone(),
+            face: task.face.clone(),
+        })
     }
 
-    /// Opens the daemon's ends of FIFOs that exist.
-    async fn reopen_streams(&self, entry: &Arc<Entry>, task: &Task) -> Result<(), Error> {
-        let (wiring, dir) = (task.wiring.clone(), self.store.dir(&task.key));
-        let (stdin, held) = blocking(move || -> Result<_, Error> {
-            let stdin = match &wiring.stdin {
-                Input::Fifo(path) => Some(fifo::open_both(path)?),
-                Input::Null => None,
-            };
-            let mut held = Vec::new();
-            for name in wiring.own_pipes() {
-                let path = dir.join(name);
-                // For a logger the daemon is a writer too, until the container is: it must not see EOF.
-                let logged = wiring.logger.is_some() && name != wiring::pipe::READY;
-                held.push((name, if logged { fifo::open_both(&path)? } else { fifo::open_reader(&path)? }));
+    /// Opens what has to be open before the process is; starts its logger.
+    ///
+    /// # Errors
+    /// A FIFO or a file can't be opened, nobody reads, or the logger is not ready.
+    pub(super) async fn open_streams(&self, streams: &Arc<Streams>) -> Result<Opened, Error> {
+        let this = streams.clone();
+        let mut opened = blocking(move || this.open_new()).await??;
+        if let (Some(unit), Some(ready)) = (&streams.logger, opened.ready.take()) {
+            self.start_logger(streams, unit, ready).await?;
+        }
+        Ok(opened)
+    }
+
+    /// Receives the terminal, if there is one, and starts copying. The process has its ends now.
+    ///
+    /// # Errors
+    /// The terminal does not come.
+    pub(super) async fn start_pumps(
+        &self,
+        entry: &Entry,
+        process: &Arc<Process>,
+        opened: Opened,
+    ) -> Result<(), Error> {
+        let Opened { stdin, input, copies, logger, console, .. } = opened;
+        drop(logger);
+        let terminal = match console {
+            Some(console) => {
+                let master = blocking(move || console.receive(config::STDIO_LIMIT)).await??;
+                Some(Arc::new(Terminal::new(master).map_err(Error::Terminal)?))
             }
-            Ok((stdin, held))
-        })
-        .await??;
-        let mut live = entry.live();
-        live.stdin = stdin;
-        live.held = held;
+            None => None,
+        };
+        let mut live = process.live();
+        // It may have been closed before there was a process; then the process has it now, and no
+        // writer is needed any more.
+        let closed =
+            entry.task().wiring_mut(process.key.exec.as_ref()).is_none_or(|wiring| wiring.stdin_closed);
+        live.stdin = stdin.filter(|_| !closed);
+        if let (Some(terminal), Some((columns, rows))) = (&terminal, live.window) {
+            terminal.resize(columns, rows).map_err(Error::Terminal)?;
+        }
+        let span = tracing::info_span!("output", process = %process.key);
+        for (source, sinks) in copies {
+            let Some(source) = source.or_else(|| terminal.clone().map(Source::Terminal)) else {
+                continue;
+            };
+            let over = process.clone();
+            let over = async move {
+                over.ended().await;
+            };
+            let copy = pump::copy(source, sinks, over, live.stop.clone());
+            live.pumps.push(tokio::spawn(copy.instrument(span.clone())));
+        }
+        if let (Some(input), Some(terminal)) = (input, &terminal) {
+            tokio::spawn(feed(process.clone(), input, terminal.clone()));
+        }
+        live.terminal = terminal;
         Ok(())
     }
 
-    /// Starts copying to files, and lets go of what others read. The container has its ends now.
-    pub(super) fn start_pumps(&self, entry: &Arc<Entry>) {
-        let task = entry.task().clone();
-        let held = std::mem::take(&mut entry.live().held);
-        let streams = [
-            (task.wiring.stdout_pipe(), &task.wiring.stdout),
-            (task.wiring.stderr_pipe(), &task.wiring.stderr),
-        ];
-        let mut pumps = Vec::new();
-        for (name, fifo) in held {
-            let Some((_, Output::File { path, create })) =
-                streams.iter().find(|(pipe, _)| *pipe == Some(name))
-            else {
-                continue;
-            };
-            let (path, create, key) = (path.clone(), *create, task.key.clone());
-            pumps.push(tokio::spawn(async move {
-                if let Err(error) = copy(fifo, &path, create).await {
-                    tracing::error!(task = %key, %error, "task {key}: output to {} is lost: {error}", path.display());
-                }
-            }));
+    /// After a restart: the daemon's ends of the streams of a process that lives.
+    pub(super) async fn recover_streams(&self, entry: &Entry, process: &Arc<Process>, streams: Streams) {
+        let reopened = blocking(move || streams.reopen()).await;
+        let started = match reopened {
+            Ok(Ok(opened)) => self.start_pumps(entry, process, opened).await,
+            Ok(Err(error)) | Err(error) => Err(error),
+        };
+        if let Err(error) = started {
+            tracing::warn!(process = %process.key, %error, "{}: can't open its streams again: {error}", process.key);
         }
-        entry.live().pumps = pumps;
     }
 
     /// Starts the logger in a unit of its own, and waits until it is ready.
-    pub(super) async fn start_logger(
-        &self,
-        entry: &Arc<Entry>,
-        task: &Task,
-        unit: &UnitName,
-    ) -> Result<(), Error> {
-        let Some(logger) = &task.wiring.logger else {
+    async fn start_logger(&self, streams: &Streams, unit: &UnitName, ready: File) -> Result<(), Error> {
+        let Some(logger) = &streams.wiring.logger else {
             return Ok(());
         };
-        let command = self.launch_command(&task.key, "logger");
-        let description = format!("Logger of {}", task.face.description);
+        let command = self.launch_command(&streams.key, "logger");
+        let description = match &streams.key.exec {
+            None => format!("Logger of {}", streams.face.description),
+            Some(exec) => format!("Logger of exec {exec} in {}", streams.face.description),
+        };
         let shown = Shown {
             description: &description,
-            identifier: face::identifier(&task.face),
-            fields: &task.face.fields,
-            slice: task.placement.slice(),
-        };
-        let ready = {
-            let mut live = entry.live();
-            let at = live.held.iter().position(|(name, _)| *name == wiring::pipe::READY);
-            at.map(|at| live.held.swap_remove(at).1)
+            identifier: face::identifier(&streams.face),
+            fields: &streams.face.fields,
+            slice: &streams.slice,
         };
         self.manager.start_transient(unit, &properties::logger(&shown, &command)).await?;
         let failed = |reason: String| Error::Logger { program: logger.program.display().to_string(), reason };
-        let ready = ready.ok_or_else(|| failed("its pipe is gone".to_owned()))?;
         match tokio::time::timeout(config::STDIO_LIMIT, is_ready(ready)).await {
             Ok(Ok(byte)) if byte || !logger.strict => Ok(()),
             Ok(Ok(_)) => Err(failed("it closed its pipe without a byte".to_owned())),
@@ -110,40 +175,86 @@ impl Shim {
         }
     }
 
-    /// Lets a logger end, which has seen the end of the streams; then ends it.
-    pub(super) async fn stop_logger(&self, unit: &UnitName) -> Result<(), Error> {
-        self.manager.stop(unit).await?;
-        Ok(self.manager.reset_failed(unit).await?)
-    }
-
-    /// Waits until everything that the container wrote is in its file. Something that outlives the
-    /// container and holds its output is not waited for without end.
-    pub(super) async fn drain(&self, entry: &Arc<Entry>) {
-        let pumps = std::mem::take(&mut entry.live().pumps);
-        for mut pump in pumps {
-            if tokio::time::timeout(DRAIN_LIMIT, &mut pump).await.is_err() {
-                tracing::warn!(task = %entry.key, "task {}: output is still open after the end, it is closed now", entry.key);
-                pump.abort();
-            }
-        }
-    }
-
-    /// After a restart: the daemon's ends of the streams of a task that lives.
-    pub(super) async fn recover_streams(&self, entry: &Arc<Entry>) {
-        let task = entry.task().clone();
-        if let Err(error) = self.reopen_streams(entry, &task).await {
-            tracing::warn!(task = %task.key, %error, "task {}: can't open its streams again: {error}", task.key);
-        }
-        self.start_pumps(entry);
-    }
-
     /// CloseIO: the process sees EOF on its stdin once every client has closed it as well.
     ///
     /// # Errors
-    /// There is no such task.
-    pub fn close_stdin(&self, key: &TaskKey) -> Result<(), Error> {
-        self.created(key)?.live().stdin = None;
+    /// There is no such process.
+    pub fn close_stdin(&self, key: &ProcessKey) -> Result<(), Error> {
+        let (entry, process) = self.process(key)?;
+        self.change(&entry, |task| {
+            task.wiring_mut(key.exec.as_ref()).into_iter().for_each(|wiring| wiring.stdin_closed = true);
+            Ok(Vec::new())
+        })?;
+        process.live().stdin = None;
         Ok(())
+    }
+
+    /// ResizePty: sets the size of a terminal's window, in characters. One that is not there yet gets
+    /// it when it is; without a terminal there is no window.
+    ///
+    /// # Errors
+    /// There is no such process, or an exec has ended.
+    pub fn resize(&self, key: &ProcessKey, columns: u32, rows: u32) -> Result<(), Error> {
+        let (entry, process) = self.process(key)?;
+        let over = |exec| entry.task().execs.get(exec).is_some_and(|exec| exec.phase.exit().is_some());
+        if key.exec.as_ref().is_some_and(over) {
+            return Err(Error::ResizeStopped);
+        }
+        let clip = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);
+        let (columns, rows) = (clip(columns), clip(rows));
+        let mut live = process.live();
+        live.window = Some((columns, rows));
+        match &live.terminal {
+            Some(terminal) => terminal.resize(columns, rows).map_err(Error::Terminal),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Waits until everything that a process wrote is where it belongs. Something that outlives the
+/// process and holds its output is not waited for without end.
+pub(super) async fn drain(process: &Process) {
+    let (pumps, stop) = {
+        let mut live = process.live();
+        (std::mem::take(&mut live.pumps), live.stop.clone())
+    };
+    let limit = tokio::time::Instant::now() + DRAIN_LIMIT;
+    for mut pump in pumps {
+        if tokio::time::timeout_at(limit, &mut pump).await.is_err() {
+            let key = &process.key;
+            tracing::info!(process = %key, "{key}: output is still open after the end, it is closed now");
+            stop.cancel();
+            // It ends at once now; that it was cut short is known.
+            let _ = pump.await;
+        }
+    }
+}
+
+/// Stops copying, whatever is left.
+pub(super) async fn cut_off(process: &Process) {
+    let pumps = {
+        let mut live = process.live();
+        live.stop.cancel();
+        std::mem::take(&mut live.pumps)
+    };
+    for pump in pumps {
+        // As in `drain`.
+        let _ = pump.await;
+    }
+}
+
+/// Copies a client's input to a terminal. Its end hangs the terminal up, as with
+/// containerd-shim-runc-v2.
+async fn feed(process: Arc<Process>, input: File, terminal: Arc<Terminal>) {
+    tokio::select! {
+        fed = pump::input(input, &terminal) => {
+            if let Err(error) = fed {
+                tracing::debug!(process = %process.key, %error, "the terminal takes no more input: {error}");
+            }
+            terminal.hang_up();
+            process.live().terminal = None;
+        }
+        _ = process.ended() => {}
     }
 }
 
@@ -151,24 +262,97 @@ impl Live {
     /// The process has ended: nobody reads its stdin any more.
     pub(super) fn close_input(&mut self) {
         self.stdin = None;
+        self.terminal = None;
+    }
+}
+
+impl Streams {
+    fn open_new(&self) -> Result<Opened, Error> {
+        for name in self.wiring.own_pipes() {
+            fifo::make(&self.dir.join(name))?;
+        }
+        let mut opened = self.open(fifo::open_output_nonblocking)?;
+        if self.wiring.terminal {
+            opened.console = Some(Console::listen(&self.console)?);
+        }
+        Ok(opened)
+    }
+
+    /// The client has been there before: nobody is waited for.
+    fn reopen(&self) -> Result<Opened, Error> {
+        let mut opened = self.open(|path, _| fifo::open_both_nonblocking(path))?;
+        opened.ready = None;
+        Ok(opened)
+    }
+
+    /// `client` opens a client's FIFO for writing, for which it may take the given time.
+    fn open(&self, client: impl Fn(&Path, Duration) -> Result<File, fifo::Error>) -> Result<Opened, Error> {
+        let mut opened = Opened::default();
+        if let Input::Fifo(path) = &self.wiring.stdin {
+            if self.wiring.terminal {
+                opened.input = Some(fifo::open_reader(path)?);
+            }
+            opened.stdin = Some(fifo::open_both(path)?);
+        }
+        if self.wiring.logger.is_some() {
+            opened.ready = Some(fifo::open_reader(&self.dir.join(wiring::pipe::READY))?);
+            for name in [wiring::pipe::LOG_STDOUT, wiring::pipe::LOG_STDERR] {
+                opened.logger.push(fifo::open_both(&self.dir.join(name))?);
+            }
+        }
+        let begun = Instant::now();
+        let client = |path: &Path| client(path, config::STDIO_LIMIT.saturating_sub(begun.elapsed()));
+        for (from, log_pipe, to) in self.wiring.copies() {
+            let source = match from {
+                Some(name) => {
+                    let fifo = fifo::open_reader(&self.dir.join(name))?;
+                    Some(Source::fifo(fifo).map_err(Error::Watch)?)
+                }
+                None => None,
+            };
+            opened.copies.push((source, self.sinks(log_pipe, to, &client)?));
+        }
+        Ok(opened)
+    }
+
+    fn sinks(
+        &self,
+        log_pipe: &str,
+        to: &Copied,
+        client: &impl Fn(&Path) -> Result<File, fifo::Error>,
+    ) -> Result<Vec<pump::Sink>, Error> {
+        let mut sinks = Vec::new();
+        match &to.client {
+            Some(Sink::Fifo(path)) => sinks.push(pump::Sink::fifo(client(path)?).map_err(Error::Watch)?),
+            Some(Sink::EndOnly(path)) => sinks.push(pump::Sink::EndOnly { _fifo: client(path)? }),
+            Some(Sink::File { path, create }) => {
+                sinks.push(pump::Sink::File(Some(pump::open_file(path, *create)?)));
+            }
+            Some(Sink::Logger) => {
+                let fifo = fifo::open_both_nonblocking(&self.dir.join(log_pipe))?;
+                sinks.push(pump::Sink::fifo(fifo).map_err(Error::Watch)?);
+            }
+            None => {}
+        }
+        if to.journal {
+            let fields = self.face.fields.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+            let exec = self.key.exec.as_ref().map(|exec| ("CONTAINER_EXEC_ID", exec.as_str()));
+            let identifier = face::identifier(&self.face);
+            let lines = Lines::new(self.container.as_str(), identifier, fields.chain(exec));
+            sinks.push(pump::Sink::Journal(lines));
+        }
+        Ok(sinks)
     }
 }
 
 /// As containerd-shim-runc-v2.
-const DRAIN_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
-
-async fn copy(fifo: std::fs::File, path: &Path, create: bool) -> Result<(), Error> {
-    let target = path.to_owned();
-    let file = blocking(move || pump::open_file(&target, create)).await??;
-    let failed = |source| fifo::Error::Io { action: "copy to", path: path.to_owned(), source };
-    Ok(pump::copy(fifo, file).await.map_err(failed)?)
-}
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// Waits for the first byte on a pipe, or for its end; true for a byte.
 ///
 /// The pipe is read only once the kernel reports something: before its writer has come it would look
 /// as if it had ended.
-async fn is_ready(ready: std::fs::File) -> io::Result<bool> {
+async fn is_ready(ready: File) -> io::Result<bool> {
     let mut ready = pipe::Receiver::from_file(ready)?;
     Ok(ready.read(&mut [0]).await? > 0)
 }

@@ -88,6 +88,28 @@ pub fn open_both(path: &Path) -> Result<File, Error> {
     OpenOptions::new().read(true).write(true).open(path).map_err(error("open", path))
 }
 
+/// As [`open_both`], without blocking reads and writes either.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn open_both_nonblocking(path: &Path) -> Result<File, Error> {
+    set_nonblocking(open_both(path)?, path)
+}
+
+/// As [`open_output`], without blocking writes.
+///
+/// # Errors
+/// As [`open_output`].
+pub fn open_output_nonblocking(path: &Path, limit: Duration) -> Result<File, Error> {
+    set_nonblocking(open_output(path, limit)?, path)
+}
+
+fn set_nonblocking(file: File, path: &Path) -> Result<File, Error> {
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+        .map_err(|e| error("set the mode of", path)(e.into()))?;
+    Ok(file)
+}
+
 /// Opens a FIFO for reading, without waiting for a writer.
 ///
 /// # Errors

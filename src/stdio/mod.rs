@@ -1,5 +1,9 @@
-//! Standard streams: what a client's strings mean, FIFOs, and copying where it can't be avoided.
+//! Standard streams: what a client's strings mean, FIFOs, terminals, and copying where it can't be
+//! avoided.
 
+pub mod console;
 pub mod fifo;
+pub mod journal;
 pub mod pump;
+pub mod terminal;
 pub mod uri;

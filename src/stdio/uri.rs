@@ -5,8 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::task::request::Stdio;
-use crate::task::wiring::{Input, Logger, Output, Wiring};
+use crate::task::request::{Log, Stdio};
+use crate::task::wiring::{Copied, Input, Logger, Output, Sink, Wiring};
 
 /// Strings that mean nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,39 +30,95 @@ pub enum Kind {
     Missing,
 }
 
-/// Says where the streams of a process without a terminal lead. `kind` looks at a path.
+/// Which process of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The first one. It gets the client's FIFOs themselves, and the unit's own stream to the journal.
+    Init,
+    /// An added one. What it leaves behind may hold its streams for ever, and its client waits for
+    /// their end: so the daemon stands in between.
+    Exec,
+}
+
+/// What the client's strings name.
+struct Client {
+    stdout: Option<Sink>,
+    stderr: Option<Sink>,
+    logger: Option<Logger>,
+}
+
+/// Says where the streams of a process lead. `kind` looks at a path.
 ///
 /// # Errors
 /// A string that means nothing, or a path that can't be used.
-pub fn wiring(stdio: &Stdio, kind: impl Fn(&Path) -> Kind) -> Result<Wiring, Malformed> {
-    let check = |stream, text: &str| {
-        let rule = if text.contains('\0') {
-            "it contains a NUL"
+pub fn wiring(
+    stdio: &Stdio,
+    log: Log,
+    role: Role,
+    kind: impl Fn(&Path) -> Kind,
+) -> Result<Wiring, Malformed> {
+    for (stream, text) in [("stdin", &stdio.stdin), ("stdout", &stdio.stdout), ("stderr", &stdio.stderr)] {
+        if text.contains('\0') {
+            return Err(malformed(stream, text, "it contains a NUL"));
         } else if text.len() > 4096 {
-            "it is longer than a path can be"
-        } else {
-            return Ok(());
-        };
-        Err(malformed(stream, text, rule))
-    };
-    check("stdin", &stdio.stdin)?;
-    check("stdout", &stdio.stdout)?;
-    check("stderr", &stdio.stderr)?;
-    let stdin = input(&stdio.stdin, &kind)?;
-    let wiring = |stdout, stderr| Ok(Wiring { stdin: stdin.clone(), stdout, stderr, logger: None });
-    match split(&stdio.stdout) {
-        (None | Some("fifo"), "") if stdio.stderr.is_empty() => wiring(Output::Journal, Output::Journal),
-        (None | Some("fifo"), _) => {
-            wiring(output("stdout", &stdio.stdout, &kind)?, output("stderr", &stdio.stderr, &kind)?)
+            return Err(malformed(stream, text, "it is longer than a path can be"));
         }
+    }
+    let stdin = input(&stdio.stdin, &kind)?;
+    let client = client(stdio, &kind)?;
+    let terminal = stdio.terminal;
+    let given = client.stdout.is_some() || client.stderr.is_some();
+    let way = |sink: Option<Sink>| way(sink, given, log, role, terminal);
+    let logged = client.logger.is_some();
+    Ok(Wiring {
+        terminal,
+        // A logger is no place where input could come from.
+        stdin: if logged && !terminal { Input::Null } else { stdin },
+        stdin_closed: false,
+        stdout: way(client.stdout),
+        stderr: if terminal { Output::Null } else { way(client.stderr) },
+        logger: client.logger.filter(|_| log != Log::Journal),
+    })
+}
+
+/// The way to a client's sink, or to where it goes without one. `given`: the client named at least
+/// one of the two streams.
+fn way(sink: Option<Sink>, given: bool, log: Log, role: Role, terminal: bool) -> Output {
+    let copied = |client, journal| Output::Copied(Copied { client, journal });
+    // Somebody has to read a terminal, or its processes would stand still.
+    let nowhere = if terminal { copied(None, false) } else { Output::Null };
+    match (log, sink) {
+        (Log::Journal, Some(Sink::Fifo(path))) => copied(Some(Sink::EndOnly(path)), true),
+        (Log::Journal, _) => copied(None, true),
+        (Log::Tee, sink) => copied(sink, true),
+        (Log::Auto | Log::None, Some(sink)) => match (sink, role) {
+            (sink, _) if terminal => copied(Some(sink), false),
+            (Sink::Logger, _) => Output::Logger,
+            (Sink::Fifo(path), Role::Init) => Output::Fifo(path),
+            (sink, _) => copied(Some(sink), false),
+        },
+        (Log::None, None) => nowhere,
+        (Log::Auto, None) if given => nowhere,
+        (Log::Auto, None) if role == Role::Init && !terminal => Output::Journal,
+        (Log::Auto, None) => copied(None, true),
+    }
+}
+
+fn client(stdio: &Stdio, kind: &impl Fn(&Path) -> Kind) -> Result<Client, Malformed> {
+    match split(&stdio.stdout) {
+        (None | Some("fifo"), _) => Ok(Client {
+            stdout: output("stdout", &stdio.stdout, kind)?,
+            stderr: if stdio.terminal { None } else { output("stderr", &stdio.stderr, kind)? },
+            logger: None,
+        }),
         (Some("file"), path) => {
             let path = file_path(path)
                 .ok_or_else(|| malformed("stdout", &stdio.stdout, "file:// needs an absolute path"))?;
             if kind(&path) == Kind::Other {
                 return Err(malformed("stdout", &stdio.stdout, "it is neither a regular file nor missing"));
             }
-            let file = Output::File { path, create: true };
-            wiring(file.clone(), file)
+            let file = Some(Sink::File { path, create: true });
+            Ok(Client { stdout: file.clone(), stderr: file, logger: None })
         }
         (Some(scheme @ ("binary" | "binary-v2")), rest) => {
             let logger = logger(rest, scheme == "binary-v2").ok_or_else(|| {
@@ -71,12 +127,7 @@ pub fn wiring(stdio: &Stdio, kind: impl Fn(&Path) -> Kind) -> Result<Wiring, Mal
             if kind(&logger.program) != Kind::File {
                 return Err(malformed("stdout", &stdio.stdout, "there is no such logger program"));
             }
-            Ok(Wiring {
-                stdin: Input::Null,
-                stdout: Output::Logger,
-                stderr: Output::Logger,
-                logger: Some(logger),
-            })
+            Ok(Client { stdout: Some(Sink::Logger), stderr: Some(Sink::Logger), logger: Some(logger) })
         }
         (Some(_), _) => Err(malformed(
             "stdout",
@@ -110,14 +161,18 @@ fn input(text: &str, kind: &impl Fn(&Path) -> Kind) -> Result<Input, Malformed> 
     }
 }
 
-fn output(stream: &'static str, text: &str, kind: &impl Fn(&Path) -> Kind) -> Result<Output, Malformed> {
+fn output(
+    stream: &'static str,
+    text: &str,
+    kind: &impl Fn(&Path) -> Kind,
+) -> Result<Option<Sink>, Malformed> {
     let (_, path) = split(text);
     if path.is_empty() {
-        return Ok(Output::Null);
+        return Ok(None);
     }
     match (Path::new(path).is_absolute(), kind(Path::new(path))) {
-        (true, Kind::Fifo) => Ok(Output::Fifo(path.into())),
-        (true, Kind::File) => Ok(Output::File { path: path.into(), create: false }),
+        (true, Kind::Fifo) => Ok(Some(Sink::Fifo(path.into()))),
+        (true, Kind::File) => Ok(Some(Sink::File { path: path.into(), create: false })),
         (true, Kind::Missing) => Err(malformed(stream, text, "there is neither a FIFO nor a file")),
         (_, _) => Err(malformed(stream, text, "it must be the absolute path of a FIFO or a regular file")),
     }
@@ -165,10 +220,22 @@ fn decode(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::task::wiring::pipe;
 
     fn read(stdout: &str, stderr: &str) -> Result<Wiring, Malformed> {
-        let stdio = Stdio { stdout: stdout.to_owned(), stderr: stderr.to_owned(), ..Stdio::default() };
-        wiring(&stdio, |path| match path.to_str() {
+        read_as(Log::Auto, Role::Init, false, stdout, stderr)
+    }
+
+    fn read_as(
+        log: Log,
+        role: Role,
+        terminal: bool,
+        stdout: &str,
+        stderr: &str,
+    ) -> Result<Wiring, Malformed> {
+        let (stdout, stderr) = (stdout.to_owned(), stderr.to_owned());
+        let stdio = Stdio { stdin: String::new(), stdout, stderr, terminal };
+        wiring(&stdio, log, role, |path| match path.to_str() {
             Some(path) if path.starts_with("/fifo") => Kind::Fifo,
             Some(path) if path.starts_with("/bin") || path == "/file" => Kind::File,
             Some("/dir") => Kind::Other,
@@ -195,12 +262,51 @@ mod tests {
     #[test]
     fn a_file_takes_both_streams_through_one_pipe() {
         let wiring = read("file:///var/log/a%20b.log", "/ignored").unwrap();
-        assert_eq!(wiring.stdout, Output::File { path: "/var/log/a b.log".into(), create: true });
-        assert_eq!(wiring.own_pipes(), [pipe()]);
+        let file = Sink::File { path: "/var/log/a b.log".into(), create: true };
+        assert_eq!(wiring.stdout, copied(Some(file), false));
+        assert_eq!(wiring.own_pipes(), [pipe::STDOUT]);
     }
 
-    fn pipe() -> &'static str {
-        crate::task::wiring::pipe::STDOUT
+    fn copied(client: Option<Sink>, journal: bool) -> Output {
+        Output::Copied(Copied { client, journal })
+    }
+
+    #[test]
+    fn the_daemon_stands_between_an_exec_and_its_client() {
+        let wiring = read_as(Log::Auto, Role::Exec, false, "/fifo1", "/fifo2").unwrap();
+        assert_eq!(wiring.stdout, copied(Some(Sink::Fifo("/fifo1".into())), false));
+        assert_eq!(wiring.own_pipes(), [pipe::STDOUT, pipe::STDERR]);
+        let wiring = read_as(Log::Auto, Role::Exec, false, "", "").unwrap();
+        assert_eq!((wiring.stdout, wiring.stderr), (copied(None, true), copied(None, true)));
+    }
+
+    #[test]
+    fn a_terminal_is_always_read_and_has_one_output() {
+        for log in [Log::Auto, Log::Journal, Log::Tee, Log::None] {
+            let wiring = read_as(log, Role::Init, true, "/fifo", "").unwrap();
+            assert!(matches!(wiring.stdout, Output::Copied(_)) && wiring.stderr == Output::Null);
+            assert!(wiring.own_pipes().is_empty());
+        }
+        assert_eq!(read_as(Log::None, Role::Init, true, "", "").unwrap().stdout, copied(None, false));
+    }
+
+    #[test]
+    fn the_log_mode_decides_where_output_goes() {
+        let fifo = || Some(Sink::Fifo("/fifo".into()));
+        let stdout = |log, stdout| read_as(log, Role::Init, false, stdout, "").unwrap().stdout;
+        assert_eq!(stdout(Log::Tee, "/fifo"), copied(fifo(), true));
+        assert_eq!(stdout(Log::Journal, "/fifo"), copied(Some(Sink::EndOnly("/fifo".into())), true));
+        assert_eq!(stdout(Log::Journal, ""), copied(None, true));
+        assert_eq!(stdout(Log::None, "/fifo"), Output::Fifo("/fifo".into()));
+        assert_eq!(stdout(Log::None, ""), Output::Null);
+    }
+
+    #[test]
+    fn a_logger_whose_output_goes_to_the_journal_alone_is_not_started() {
+        assert!(read_as(Log::Journal, Role::Init, false, "binary:///bin/log", "").unwrap().logger.is_none());
+        let tee = read_as(Log::Tee, Role::Init, false, "binary:///bin/log", "").unwrap();
+        let pipes = [pipe::LOG_STDOUT, pipe::LOG_STDERR, pipe::READY, pipe::STDOUT, pipe::STDERR];
+        assert_eq!(tee.own_pipes(), pipes);
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use tokio::io::unix::AsyncFd;
 
 /// The descriptors that systemd passed to this process, each with the name it gave them.
 ///
@@ -47,6 +49,101 @@ pub fn pidfd_send_signal(process: &impl AsFd, signal: u32) -> Result<(), Errno> 
     // SAFETY: the descriptor is open for as long as it is borrowed; no siginfo is passed.
     let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal as libc::c_int, info, 0) };
     Errno::result(result).map(drop)
+}
+
+/// How a child of this process has ended, if it has: `si_code` and `si_status` of waitid(2). The
+/// child stays a zombie, for its next parent to find.
+///
+/// Not nix's waitid: that fails for a child that was killed by a real-time signal.
+///
+/// # Errors
+/// `ECHILD`: it is no child of ours.
+pub fn peek_exit(pid: u32) -> Result<Option<(i32, i32)>, Errno> {
+    // SAFETY: all zeroes is a valid siginfo_t: plain integers, and pointers nobody reads.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: `info` is a siginfo_t of ours that outlives the call.
+    Errno::result(unsafe { libc::waitid(libc::P_PID, pid, &mut info, flags) })?;
+    // SAFETY: waitid has filled in the fields of a SIGCHLD, or left zeroes if there is no news.
+    let (found, status) = unsafe { (info.si_pid(), info.si_status()) };
+    Ok((found != 0).then_some((info.si_code, status)))
+}
+
+/// Makes a child that ends when this process has: after its children have got their next parent,
+/// which the kernel does before it reports an end on a pidfd (exit_notify).
+///
+/// # Errors
+/// There can't be another process.
+pub fn fork_until_gone() -> Result<(), Errno> {
+    let this = pidfd_open(std::process::id())?;
+    // SAFETY: only `launch` calls this, which has one thread; the child makes two system calls, both
+    // allowed after a fork, and never returns.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Parent { .. } => Ok(()),
+        nix::unistd::ForkResult::Child => {
+            let mut fd = libc::pollfd { fd: this.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: as above; `fd` is one pollfd of ours.
+            unsafe {
+                libc::poll(&mut fd, 1, -1);
+                libc::_exit(0)
+            }
+        }
+    }
+}
+
+/// Ends this process by a signal that ends processes, without a core dump; returns if it does not.
+pub fn die_by(signal: i32) {
+    // What can't be done here shows in the caller still being alive.
+    let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
+    // SAFETY: gives a signal its default action back and sends it to this thread; no handler of ours
+    // is involved, and no memory but the kernel's.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
+}
+
+/// Has the async runtime watch a descriptor. It should be set not to block.
+///
+/// # Errors
+/// The kernel can't watch it (a regular file).
+pub fn watch(fd: impl Into<OwnedFd>) -> std::io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned by what is returned, so it stays open for as long as it is
+    // registered, and no number of another takes its place.
+    Ok(unsafe { AsyncFd::register(fd.into()) }?)
+}
+
+/// Sets the size of a terminal's window, in characters (ioctl_tty(2), TIOCSWINSZ).
+///
+/// # Errors
+/// It is no terminal.
+pub fn set_window(terminal: &impl AsFd, columns: u16, rows: u16) -> Result<(), Errno> {
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let fd = terminal.as_fd().as_raw_fd();
+    // SAFETY: the descriptor is open for as long as it is borrowed, and the kernel only reads `size`.
+    Errno::result(unsafe { libc::ioctl(fd, libc::TIOCSWINSZ, &size) }).map(drop)
+}
+
+/// Takes one descriptor off a Unix socket (SCM_RIGHTS); nothing if none comes with the next message.
+///
+/// # Errors
+/// The socket can't be read.
+pub fn receive_fd(socket: &impl AsFd) -> Result<Option<OwnedFd>, Errno> {
+    let mut data = [0; 4096];
+    let mut space = nix::cmsg_space!([RawFd; 1]);
+    let mut parts = [std::io::IoSliceMut::new(&mut data)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+    let fds = message.cmsgs()?.filter_map(|part| match part {
+        ControlMessageOwned::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    // SAFETY: the kernel has just put these descriptors into our table, and nobody else knows them.
+    let mut fds = fds.flatten().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let first = fds.next();
+    // What was not asked for is closed.
+    fds.for_each(drop);
+    Ok(first)
 }
 
 /// Puts descriptors at 3, 4, 5, …, where a program that is about to be run expects them.

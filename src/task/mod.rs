@@ -3,20 +3,23 @@
 //! No I/O, no clock (times are passed in). The types here serialise: a [`Task`] is what the record
 //! on disk holds, and memory is only a cache of it.
 
+pub mod exec;
 pub mod outbox;
 pub mod phase;
 pub mod registry;
 pub mod request;
 pub mod wiring;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{TaskKey, UnitName};
+use crate::id::{ExecId, TaskKey, UnitName};
 
+use exec::{Exec, ExecEvent};
 use outbox::{Outbox, TaskEvent};
-use phase::{Effect, Event, Phase, Refusal, transition};
+use phase::{Announce, Event, Exit, Phase, Refusal, transition};
 use request::{Containerd, Create, Runtime};
 use wiring::Wiring;
 
@@ -47,6 +50,8 @@ pub struct Task {
     pub face: Face,
     /// Where its init process is in its life.
     pub init: Phase,
+    /// The processes that were added to it.
+    pub execs: BTreeMap<ExecId, Exec>,
     /// Events that containerd has not accepted yet.
     pub outbox: Outbox,
     /// containerd has given the task up (`delete`) and publishes the end itself.
@@ -92,26 +97,93 @@ impl Placement {
     }
 }
 
+/// A process that has ended, for those who wait for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The exec; nothing for init.
+    pub exec: Option<ExecId>,
+    /// How it ended.
+    pub exit: Exit,
+}
+
 impl Task {
     /// Applies an event to the init process; the events owed to containerd go to the outbox.
     ///
-    /// Returns the effects that the caller still has to carry out.
+    /// Returns the processes whose end may be told now.
     ///
     /// # Errors
     /// The phase refuses the event; then nothing has changed.
-    pub fn apply(&mut self, event: Event, now_usec: u64) -> Result<Vec<Effect>, Refusal> {
+    pub fn apply(&mut self, event: Event, now_usec: u64) -> Result<Vec<Ended>, Refusal> {
+        let mut ended = Vec::new();
+        self.step(event, now_usec, &mut ended)?;
+        self.settle(now_usec, &mut ended)?;
+        Ok(ended)
+    }
+
+    /// Applies an event to an exec, as [`Self::apply`] does to init. Nothing happens to one that is
+    /// not there.
+    ///
+    /// # Errors
+    /// The phase refuses the event; then nothing has changed.
+    pub fn apply_exec(
+        &mut self,
+        id: &ExecId,
+        event: ExecEvent,
+        now_usec: u64,
+    ) -> Result<Vec<Ended>, Refusal> {
+        let mut ended = Vec::new();
+        let Some(exec) = self.execs.get_mut(id) else {
+            return Ok(ended);
+        };
+        let step = exec::transition(&exec.phase, event)?;
+        exec.phase = step.next;
+        for effect in step.announce {
+            let exec = id.clone();
+            match effect {
+                // An exec is announced when it is added.
+                Announce::Created { .. } => {}
+                Announce::Started { pid } => self.owe(TaskEvent::ExecStarted { exec, pid }, now_usec),
+                Announce::Exited { pid, exit } => {
+                    ended.push(Ended { exec: Some(id.clone()), exit });
+                    self.owe(TaskEvent::ExecExited { exec, pid, exit }, now_usec);
+                }
+            }
+        }
+        self.settle(now_usec, &mut ended)?;
+        Ok(ended)
+    }
+
+    fn step(&mut self, event: Event, now_usec: u64, ended: &mut Vec<Ended>) -> Result<(), Refusal> {
         let step = transition(&self.init, event)?;
         self.init = step.next;
-        for effect in &step.effects {
+        for effect in step.announce {
             let event = match effect {
-                Effect::AnnounceCreated { pid } => TaskEvent::Created { pid: *pid },
-                Effect::AnnounceStarted { pid } => TaskEvent::Started { pid: *pid },
-                Effect::AnnounceExit { pid, exit } => TaskEvent::Exited { pid: *pid, exit: *exit },
-                Effect::Wake => continue,
+                Announce::Created { pid } => TaskEvent::Created { pid },
+                Announce::Started { pid } => TaskEvent::Started { pid },
+                Announce::Exited { pid, exit } => {
+                    ended.push(Ended { exec: None, exit });
+                    TaskEvent::Exited { pid, exit }
+                }
             };
             self.owe(event, now_usec);
         }
-        Ok(step.effects)
+        Ok(())
+    }
+
+    /// The end of init is told once no exec is live.
+    fn settle(&mut self, now_usec: u64, ended: &mut Vec<Ended>) -> Result<(), Refusal> {
+        if self.execs.values().any(|exec| exec.phase.is_live()) {
+            return Ok(());
+        }
+        self.step(Event::ExecsGone, now_usec, ended)
+    }
+
+    /// The streams of init, or of an exec.
+    pub fn wiring_mut(&mut self, exec: Option<&ExecId>) -> Option<&mut Wiring> {
+        match exec {
+            None => Some(&mut self.wiring),
+            Some(id) => self.execs.get_mut(id).map(|exec| &mut exec.wiring),
+        }
     }
 
     /// Puts an event into the outbox, unless containerd publishes for this task itself.

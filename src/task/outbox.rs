@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use crate::id::ExecId;
+
 use super::phase::Exit;
 
 /// What happened to a task, in containerd's vocabulary.
@@ -22,6 +24,27 @@ pub enum TaskEvent {
     },
     /// `/tasks/exit` of the init process
     Exited {
+        /// The process that it was.
+        pid: u32,
+        /// How it ended.
+        exit: Exit,
+    },
+    /// `/tasks/exec-added`
+    ExecAdded {
+        /// The exec.
+        exec: ExecId,
+    },
+    /// `/tasks/exec-started`
+    ExecStarted {
+        /// The exec.
+        exec: ExecId,
+        /// Its process.
+        pid: u32,
+    },
+    /// `/tasks/exit` of an exec
+    ExecExited {
+        /// The exec.
+        exec: ExecId,
         /// The process that it was.
         pid: u32,
         /// How it ended.

@@ -4,11 +4,13 @@
 //!            created              start begun            started
 //! Creating ──────────▶ Created ───────────────▶ Starting ─────────▶ Running
 //!                         │  ◀─── start failed ────┘  │                │
-//!                         └──────────── exited ───────┴────────────────┴──▶ Stopped
+//!                         └──────────── exited ───────┴────────────────┴──▶ Ending ──▶ Stopped
+//!                                                                           execs gone
 //! ```
 //!
 //! An exit can be noticed while Create or Start is still under way. containerd wants create before
-//! start before exit, so such an exit is kept in the phase and takes effect when the step ends.
+//! start before exit, so such an exit is kept in the phase and takes effect when the step ends. It
+//! also wants the ends of all execs before that of init: until then the task is Ending.
 
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +49,13 @@ pub enum Phase {
         /// Its process.
         pid: u32,
     },
+    /// It has ended, but containerd is not told before it has heard of the ends of all execs.
+    Ending {
+        /// The process that it was.
+        pid: u32,
+        /// How it ended.
+        exit: Exit,
+    },
     /// It has ended, and waits for Delete.
     Stopped {
         /// The process that it was.
@@ -64,6 +73,7 @@ impl Phase {
             Self::Created { pid }
             | Self::Starting { pid, .. }
             | Self::Running { pid }
+            | Self::Ending { pid, .. }
             | Self::Stopped { pid, .. } => Some(*pid),
         }
     }
@@ -72,10 +82,17 @@ impl Phase {
     pub fn exit(&self) -> Option<Exit> {
         match self {
             Self::Stopped { exit, .. } => Some(*exit),
-            Self::Creating { .. } | Self::Created { .. } | Self::Starting { .. } | Self::Running { .. } => {
-                None
-            }
+            Self::Creating { .. }
+            | Self::Created { .. }
+            | Self::Starting { .. }
+            | Self::Running { .. }
+            | Self::Ending { .. } => None,
         }
+    }
+
+    /// There is a process that execs can be added to.
+    pub fn is_alive(&self) -> bool {
+        matches!(self, Self::Created { .. } | Self::Starting { exit: None, .. } | Self::Running { .. })
     }
 
     /// The phase in containerd's words, for messages.
@@ -85,7 +102,7 @@ impl Phase {
             Self::Created { .. } => "created",
             Self::Starting { .. } => "starting",
             Self::Running { .. } => "running",
-            Self::Stopped { .. } => "stopped",
+            Self::Ending { .. } | Self::Stopped { .. } => "stopped",
         }
     }
 }
@@ -106,6 +123,8 @@ pub enum Event {
     StartFailed,
     /// The main process has ended.
     Exited(Exit),
+    /// No exec is live any more.
+    ExecsGone,
 }
 
 impl Event {
@@ -114,33 +133,31 @@ impl Event {
             Self::Created { .. } => "create",
             Self::StartBegun => "start",
             Self::Started | Self::StartFailed => "finish starting",
-            Self::Exited(_) => "end",
+            Self::Exited(_) | Self::ExecsGone => "end",
         }
     }
 }
 
-/// What a change of phase asks for, in order.
+/// What containerd, and those who wait, have to be told of a change, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Effect {
+pub enum Announce {
     /// Tell containerd that the task exists.
-    AnnounceCreated {
+    Created {
         /// Its process.
         pid: u32,
     },
     /// Tell containerd that it runs.
-    AnnounceStarted {
+    Started {
         /// Its process.
         pid: u32,
     },
-    /// Tell containerd that it has ended.
-    AnnounceExit {
+    /// Tell containerd, and those who wait, that it has ended.
+    Exited {
         /// The process that it was.
         pid: u32,
         /// How it ended.
         exit: Exit,
     },
-    /// Answer those who wait for the end.
-    Wake,
 }
 
 /// An event that the phase does not allow.
@@ -155,20 +172,20 @@ pub struct Refusal {
 
 /// A phase and what its change asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct Step<P> {
     /// The new phase.
-    pub next: Phase,
+    pub next: P,
     /// What to do, in order.
-    pub effects: Vec<Effect>,
+    pub announce: Vec<Announce>,
 }
 
-fn stay(phase: Phase) -> Step {
-    Step { next: phase, effects: Vec::new() }
+/// A change that asks for nothing.
+pub(super) fn stay<P>(phase: P) -> Step<P> {
+    Step { next: phase, announce: Vec::new() }
 }
 
-fn stop(pid: u32, exit: Exit, mut effects: Vec<Effect>) -> Step {
-    effects.extend([Effect::AnnounceExit { pid, exit }, Effect::Wake]);
-    Step { next: Phase::Stopped { pid, exit }, effects }
+fn end(pid: u32, exit: Exit, announce: Vec<Announce>) -> Step<Phase> {
+    Step { next: Phase::Ending { pid, exit }, announce }
 }
 
 /// The only place where a phase changes.
@@ -178,52 +195,61 @@ fn stop(pid: u32, exit: Exit, mut effects: Vec<Effect>) -> Step {
 ///
 /// # Errors
 /// The phase does not allow the event.
-pub fn transition(phase: &Phase, event: Event) -> Result<Step, Refusal> {
+pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
+    use Event::{Created, ExecsGone, Exited, StartBegun, StartFailed, Started};
     let refused = Refusal { verb: event.verb(), phase: phase.word() };
     match (phase.clone(), event) {
-        (Phase::Creating { exit }, Event::Created { pid }) => {
-            let announce = vec![Effect::AnnounceCreated { pid }];
+        (Phase::Creating { exit }, Created { pid }) => {
+            let announce = vec![Announce::Created { pid }];
             Ok(match exit {
-                None => Step { next: Phase::Created { pid }, effects: announce },
-                Some(exit) => stop(pid, exit, announce),
+                None => Step { next: Phase::Created { pid }, announce },
+                Some(exit) => end(pid, exit, announce),
             })
         }
-        (Phase::Creating { exit }, Event::Exited(seen)) => {
-            Ok(stay(Phase::Creating { exit: exit.or(Some(seen)) }))
-        }
-        (Phase::Creating { .. }, Event::StartBegun | Event::Started | Event::StartFailed) => Err(refused),
+        (Phase::Creating { exit }, Exited(seen)) => Ok(stay(Phase::Creating { exit: exit.or(Some(seen)) })),
+        (Phase::Creating { .. }, StartBegun | Started | StartFailed) => Err(refused),
 
-        (Phase::Created { pid }, Event::StartBegun) => Ok(stay(Phase::Starting { pid, exit: None })),
-        (Phase::Created { pid }, Event::Exited(exit)) => Ok(stop(pid, exit, Vec::new())),
-        (Phase::Created { .. }, Event::Created { .. } | Event::Started | Event::StartFailed) => Err(refused),
+        (Phase::Created { pid }, StartBegun) => Ok(stay(Phase::Starting { pid, exit: None })),
+        (Phase::Created { pid } | Phase::Running { pid }, Exited(exit)) => Ok(end(pid, exit, Vec::new())),
+        (Phase::Created { .. }, Created { .. } | Started | StartFailed) => Err(refused),
 
-        (Phase::Starting { pid, exit }, Event::Started) => {
-            let announce = vec![Effect::AnnounceStarted { pid }];
+        (Phase::Starting { pid, exit }, Started) => {
+            let announce = vec![Announce::Started { pid }];
             Ok(match exit {
-                None => Step { next: Phase::Running { pid }, effects: announce },
-                Some(exit) => stop(pid, exit, announce),
+                None => Step { next: Phase::Running { pid }, announce },
+                Some(exit) => end(pid, exit, announce),
             })
         }
-        (Phase::Starting { pid, exit }, Event::StartFailed) => Ok(match exit {
+        (Phase::Starting { pid, exit }, StartFailed) => Ok(match exit {
             None => stay(Phase::Created { pid }),
-            Some(exit) => stop(pid, exit, Vec::new()),
+            Some(exit) => end(pid, exit, Vec::new()),
         }),
-        (Phase::Starting { pid, exit }, Event::Exited(seen)) => {
+        (Phase::Starting { pid, exit }, Exited(seen)) => {
             Ok(stay(Phase::Starting { pid, exit: exit.or(Some(seen)) }))
         }
-        (Phase::Starting { .. }, Event::Created { .. } | Event::StartBegun) => Err(refused),
+        (Phase::Starting { .. }, Created { .. } | StartBegun) => Err(refused),
 
-        (Phase::Running { pid }, Event::Exited(exit)) => Ok(stop(pid, exit, Vec::new())),
+        (Phase::Running { .. }, Created { .. } | StartBegun | Started | StartFailed) => Err(refused),
+
+        (Phase::Ending { pid, exit }, ExecsGone) => {
+            Ok(Step { next: Phase::Stopped { pid, exit }, announce: vec![Announce::Exited { pid, exit }] })
+        }
+
+        (ended @ (Phase::Ending { .. } | Phase::Stopped { .. }), Exited(_)) => Ok(stay(ended)),
         (
-            Phase::Running { .. },
-            Event::Created { .. } | Event::StartBegun | Event::Started | Event::StartFailed,
+            Phase::Ending { .. } | Phase::Stopped { .. },
+            Created { .. } | StartBegun | Started | StartFailed,
         ) => Err(refused),
 
-        (stopped @ Phase::Stopped { .. }, Event::Exited(_)) => Ok(stay(stopped)),
+        // It matters to an init that has ended, and to no other.
         (
-            Phase::Stopped { .. },
-            Event::Created { .. } | Event::StartBegun | Event::Started | Event::StartFailed,
-        ) => Err(refused),
+            other @ (Phase::Creating { .. }
+            | Phase::Created { .. }
+            | Phase::Starting { .. }
+            | Phase::Running { .. }
+            | Phase::Stopped { .. }),
+            ExecsGone,
+        ) => Ok(stay(other)),
     }
 }
 
@@ -243,6 +269,7 @@ mod tests {
             Phase::Starting { pid: PID, exit: None },
             Phase::Starting { pid: PID, exit: Some(EXIT) },
             Phase::Running { pid: PID },
+            Phase::Ending { pid: PID, exit: EXIT },
             Phase::Stopped { pid: PID, exit: EXIT },
         ]
     }
@@ -254,18 +281,19 @@ mod tests {
             Event::Started,
             Event::StartFailed,
             Event::Exited(LATER),
+            Event::ExecsGone,
         ]
     }
 
-    fn run(events: &[Event]) -> (Phase, Vec<Effect>) {
+    fn run(events: &[Event]) -> (Phase, Vec<Announce>) {
         let mut phase = Phase::Creating { exit: None };
-        let mut effects = Vec::new();
+        let mut announce = Vec::new();
         for event in events {
             let step = transition(&phase, *event).unwrap();
             phase = step.next;
-            effects.extend(step.effects);
+            announce.extend(step.announce);
         }
-        (phase, effects)
+        (phase, announce)
     }
 
     #[test]
@@ -273,7 +301,7 @@ mod tests {
         for phase in phases() {
             for event in events() {
                 let step = transition(&phase, event);
-                if matches!(event, Event::Exited(_)) {
+                if matches!(event, Event::Exited(_) | Event::ExecsGone) {
                     assert!(step.is_ok(), "{phase:?} {event:?}");
                 }
                 if let Ok(step) = step
@@ -287,39 +315,45 @@ mod tests {
 
     #[test]
     fn an_exit_is_announced_once_and_the_first_one_wins() {
-        let (phase, effects) = run(&[
+        let (phase, announce) = run(&[
             Event::Created { pid: PID },
             Event::StartBegun,
             Event::Started,
             Event::Exited(EXIT),
             Event::Exited(LATER),
+            Event::ExecsGone,
+            Event::ExecsGone,
         ]);
         assert_eq!(phase.exit(), Some(EXIT));
-        let exits = effects.iter().filter(|e| matches!(e, Effect::AnnounceExit { .. })).count();
+        let exits = announce.iter().filter(|e| matches!(e, Announce::Exited { .. })).count();
         assert_eq!(exits, 1);
     }
 
     #[test]
     fn an_exit_inside_start_is_announced_after_the_start() {
-        let (phase, effects) =
-            run(&[Event::Created { pid: PID }, Event::StartBegun, Event::Exited(EXIT), Event::Started]);
+        let (phase, announce) = run(&[
+            Event::Created { pid: PID },
+            Event::StartBegun,
+            Event::Exited(EXIT),
+            Event::Started,
+            Event::ExecsGone,
+        ]);
         assert_eq!(phase, Phase::Stopped { pid: PID, exit: EXIT });
         assert_eq!(
-            effects,
+            announce,
             [
-                Effect::AnnounceCreated { pid: PID },
-                Effect::AnnounceStarted { pid: PID },
-                Effect::AnnounceExit { pid: PID, exit: EXIT },
-                Effect::Wake
+                Announce::Created { pid: PID },
+                Announce::Started { pid: PID },
+                Announce::Exited { pid: PID, exit: EXIT }
             ]
         );
     }
 
     #[test]
     fn an_exit_inside_create_is_announced_after_the_create() {
-        let (phase, effects) = run(&[Event::Exited(EXIT), Event::Created { pid: PID }]);
+        let (phase, announce) = run(&[Event::Exited(EXIT), Event::Created { pid: PID }, Event::ExecsGone]);
         assert_eq!(phase, Phase::Stopped { pid: PID, exit: EXIT });
-        assert_eq!(effects[0], Effect::AnnounceCreated { pid: PID });
+        assert_eq!(announce[0], Announce::Created { pid: PID });
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The one map of live tasks.
 //!
-//! The map's lock is short and never held over an await. Each task has two locks of its own: a
-//! short one on its state, and one that a verb with several steps holds from its first to its last
+//! The map's lock is short and never held over an await. Each task has a short lock on its state,
+//! and each of its processes one that a verb with several steps holds from its first to its last
 //! (never State, Wait or Kill: they must answer while the OCI runtime hangs).
 
 use std::collections::HashMap;
@@ -9,67 +9,63 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
-use crate::id::{TaskKey, UnitName};
+use crate::id::{ExecId, ProcessKey, TaskKey, UnitName};
 
 use super::Task;
 use super::phase::Exit;
 
-/// A live task, with what memory adds to its record. `L` is what the adapters attach to it.
-pub struct Entry<L> {
-    /// Its name, for reading without a lock.
-    pub key: TaskKey,
-    /// Its unit, for reading without a lock.
+/// A process in memory: init, or an exec. `L` is what the adapters attach to it.
+pub struct Process<L> {
+    /// Its name.
+    pub key: ProcessKey,
+    /// Its unit.
     pub unit: UnitName,
-    /// Held by the one verb that is changing the task.
+    /// Held by the one verb that is changing the process.
     pub verb: tokio::sync::Mutex<()>,
     /// What belongs to the running daemon only: descriptors, pumps.
     live: Mutex<L>,
-    task: Mutex<Task>,
-    exit: watch::Sender<Option<Exit>>,
+    end: watch::Sender<Option<End>>,
 }
 
-impl<L: Default> Entry<L> {
-    /// A task that is in no registry: it is deleted, and only owes events.
-    pub fn detached(task: Task) -> Self {
-        Self::new(task)
-    }
+/// What those who wait for a process are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It has ended.
+    Exited(Exit),
+    /// It was deleted without ever having run.
+    Deleted,
+}
 
-    fn new(task: Task) -> Self {
-        let exit = task.init.exit();
-        Self {
-            key: task.key.clone(),
-            unit: task.unit.clone(),
+impl<L: Default> Process<L> {
+    fn new(key: ProcessKey, unit: UnitName, exit: Option<Exit>) -> Arc<Self> {
+        Arc::new(Self {
+            key,
+            unit,
             verb: tokio::sync::Mutex::default(),
             live: Mutex::default(),
-            task: Mutex::new(task),
-            exit: watch::Sender::new(exit),
-        }
+            end: watch::Sender::new(exit.map(End::Exited)),
+        })
     }
 }
 
-impl<L> Entry<L> {
-    /// The state, locked for a moment. Not to be held over an await.
-    pub fn task(&self) -> MutexGuard<'_, Task> {
-        // A panic ends the process, so there is no poison to respect.
-        self.task.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What belongs to the running daemon only, locked for a moment.
+impl<L> Process<L> {
+    /// What belongs to the running daemon only, locked for a moment. Not to be held over an await.
     pub fn live(&self) -> MutexGuard<'_, L> {
+        // A panic ends the process, so there is no poison to respect.
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells all who wait how the process ended.
-    pub fn wake(&self, exit: Exit) {
-        self.exit.send_replace(Some(exit));
+    /// Tells all who wait; the first end stands.
+    pub fn wake(&self, end: End) {
+        self.end.send_if_modified(|told| told.is_none() && told.replace(end).is_none());
     }
 
-    /// Resolves when the init process has ended; at once if it has.
-    pub async fn ended(&self) -> Exit {
-        let mut receiver = self.exit.subscribe();
+    /// Resolves when the process has ended; at once if it has.
+    pub async fn ended(&self) -> End {
+        let mut receiver = self.end.subscribe();
         loop {
-            if let Some(exit) = *receiver.borrow_and_update() {
-                return exit;
+            if let Some(end) = *receiver.borrow_and_update() {
+                return end;
             }
             // The sender lives in self: waiting can't fail while we are borrowed.
             if receiver.changed().await.is_err() {
@@ -79,18 +75,72 @@ impl<L> Entry<L> {
     }
 }
 
-/// Why a task could not be added.
+/// A live task, with what memory adds to its record.
+pub struct Entry<L> {
+    /// Its name.
+    pub key: TaskKey,
+    /// Its first process.
+    pub init: Arc<Process<L>>,
+    execs: Mutex<HashMap<ExecId, Arc<Process<L>>>>,
+    task: Mutex<Task>,
+}
+
+impl<L: Default> Entry<L> {
+    /// A task that is in no registry: it is deleted, and only owes events.
+    pub fn detached(task: Task) -> Self {
+        Self::new(task)
+    }
+
+    fn new(task: Task) -> Self {
+        let key = ProcessKey { task: task.key.clone(), exec: None };
+        Self {
+            key: task.key.clone(),
+            init: Process::new(key, task.unit.clone(), task.init.exit()),
+            execs: Mutex::default(),
+            task: Mutex::new(task),
+        }
+    }
+}
+
+impl<L> Entry<L> {
+    /// The state, locked for a moment. Not to be held over an await.
+    pub fn task(&self) -> MutexGuard<'_, Task> {
+        self.task.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn execs_map(&self) -> MutexGuard<'_, HashMap<ExecId, Arc<Process<L>>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A process: init, or the exec of that id.
+    pub fn process(&self, exec: Option<&ExecId>) -> Option<Arc<Process<L>>> {
+        match exec {
+            None => Some(self.init.clone()),
+            Some(exec) => self.execs_map().get(exec).cloned(),
+        }
+    }
+
+    /// Its execs, in no order.
+    pub fn execs(&self) -> Vec<Arc<Process<L>>> {
+        self.execs_map().values().cloned().collect()
+    }
+}
+
+/// Why a task or an exec could not be added.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// The key belongs to a live task.
+    /// The id belongs to a live one.
     Key,
-    /// The unit belongs to a live task.
+    /// The unit belongs to a live one.
     Unit,
 }
 
+/// A process by its task and itself.
+pub type Found<L> = (Arc<Entry<L>>, Arc<Process<L>>);
+
 struct Maps<L> {
     tasks: HashMap<TaskKey, Arc<Entry<L>>>,
-    units: HashMap<UnitName, TaskKey>,
+    units: HashMap<UnitName, ProcessKey>,
 }
 
 /// The live tasks of this node.
@@ -105,7 +155,7 @@ impl<L> Default for Registry<L> {
 }
 
 impl<L: Default> Registry<L> {
-    /// Adds a task.
+    /// Adds a task; its execs are added one by one.
     ///
     /// # Errors
     /// Its key or its unit is taken; nothing has changed.
@@ -118,9 +168,35 @@ impl<L: Default> Registry<L> {
             return Err(Taken::Unit);
         }
         let entry = Arc::new(Entry::new(task));
-        maps.units.insert(entry.unit.clone(), entry.key.clone());
+        maps.units.insert(entry.init.unit.clone(), entry.init.key.clone());
         maps.tasks.insert(entry.key.clone(), entry.clone());
         Ok(entry)
+    }
+
+    /// Adds an exec to a task.
+    ///
+    /// # Errors
+    /// Its id or its unit is taken; nothing has changed.
+    pub fn insert_exec(
+        &self,
+        entry: &Entry<L>,
+        id: &ExecId,
+        unit: UnitName,
+        exit: Option<Exit>,
+    ) -> Result<Arc<Process<L>>, Taken> {
+        let mut maps = self.maps();
+        let mut execs = entry.execs_map();
+        if execs.contains_key(id) {
+            return Err(Taken::Key);
+        }
+        if maps.units.contains_key(&unit) {
+            return Err(Taken::Unit);
+        }
+        let key = ProcessKey { task: entry.key.clone(), exec: Some(id.clone()) };
+        let process = Process::new(key, unit, exit);
+        maps.units.insert(process.unit.clone(), process.key.clone());
+        execs.insert(id.clone(), process.clone());
+        Ok(process)
     }
 }
 
@@ -134,10 +210,13 @@ impl<L> Registry<L> {
         self.maps().tasks.get(key).cloned()
     }
 
-    /// The task of that unit.
-    pub fn by_unit(&self, unit: &UnitName) -> Option<Arc<Entry<L>>> {
+    /// The process of that unit.
+    pub fn by_unit(&self, unit: &UnitName) -> Option<Found<L>> {
         let maps = self.maps();
-        maps.tasks.get(maps.units.get(unit)?).cloned()
+        let key = maps.units.get(unit)?;
+        let entry = maps.tasks.get(&key.task)?.clone();
+        let process = entry.process(key.exec.as_ref())?;
+        Some((entry, process))
     }
 
     /// All tasks, in no order.
@@ -145,11 +224,24 @@ impl<L> Registry<L> {
         self.maps().tasks.values().cloned().collect()
     }
 
-    /// Forgets a task.
+    /// Forgets a task and its execs; those who still wait for one are told.
     pub fn remove(&self, key: &TaskKey) {
         let mut maps = self.maps();
         if let Some(entry) = maps.tasks.remove(key) {
-            maps.units.remove(&entry.unit);
+            let execs = std::mem::take(&mut *entry.execs_map());
+            for process in execs.into_values().chain([entry.init.clone()]) {
+                maps.units.remove(&process.unit);
+                process.wake(End::Deleted);
+            }
+        }
+    }
+
+    /// Forgets an exec; those who still wait for it are told.
+    pub fn remove_exec(&self, entry: &Entry<L>, id: &ExecId) {
+        let mut maps = self.maps();
+        if let Some(process) = entry.execs_map().remove(id) {
+            maps.units.remove(&process.unit);
+            process.wake(End::Deleted);
         }
     }
 }

@@ -41,6 +41,21 @@ pub struct Stdio {
     pub terminal: bool,
 }
 
+/// What becomes of a process's output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Log {
+    /// It goes to the client if that named streams, else to the journal.
+    #[default]
+    Auto,
+    /// It goes to the journal, whatever the client named.
+    Journal,
+    /// It goes to the client and to the journal.
+    Tee,
+    /// It goes to the client if that named streams, else nowhere.
+    None,
+}
+
 /// The OCI runtime and its options.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Runtime {
@@ -56,6 +71,8 @@ pub struct Runtime {
     pub io_owner: (u32, u32),
     /// `PATH` for it and its hooks.
     pub path: String,
+    /// What becomes of its processes' output.
+    pub log: Log,
 }
 
 /// The containerd that a task belongs to, as `start` learned of it.

@@ -27,15 +27,38 @@ pub enum Output {
     Journal,
     /// The client's FIFO itself: no copy, and nobody of ours in between.
     Fifo(PathBuf),
-    /// A FIFO of ours, which the daemon copies to a file. Not the file itself: a container that opens
-    /// `/dev/stdout` anew would write over its beginning.
+    /// A FIFO of ours (or the terminal), from which the daemon copies.
+    Copied(Copied),
+    /// A FIFO of ours, which the logger reads.
+    Logger,
+}
+
+/// Where the daemon copies a stream to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Copied {
+    /// What the client named.
+    pub client: Option<Sink>,
+    /// The journal, under the container's unit.
+    pub journal: bool,
+}
+
+/// A client's end of a stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Sink {
+    /// Its FIFO.
+    Fifo(PathBuf),
+    /// Its FIFO, which gets nothing but the end: the output goes elsewhere.
+    EndOnly(PathBuf),
+    /// Its file. Not handed to the process itself: a container that opens `/dev/stdout` anew would
+    /// write over its beginning.
     File {
         /// The file; appended to.
         path: PathBuf,
         /// Make it, and its directories, if it is not there.
         create: bool,
     },
-    /// A FIFO of ours, which the logger reads.
+    /// Its logger.
     Logger,
 }
 
@@ -53,50 +76,83 @@ pub struct Logger {
 /// The three streams.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wiring {
+    /// The process has a terminal: it is its standard input, output and error, and the daemon holds
+    /// the other side. `stdin` and `stdout` say where that leads, `stderr` nothing.
+    pub terminal: bool,
     /// Standard input.
     pub stdin: Input,
+    /// The client wants the process to see the end of its input (CloseIO).
+    #[serde(default)]
+    pub stdin_closed: bool,
     /// Standard output.
     pub stdout: Output,
     /// Standard error.
     pub stderr: Output,
-    /// Who reads [`Output::Logger`].
+    /// Who reads [`Output::Logger`] and [`Sink::Logger`].
     pub logger: Option<Logger>,
 }
 
-/// Names of the FIFOs in a task's directory.
+/// Names of the FIFOs in a process's directory.
 pub mod pipe {
-    /// Standard output, for the daemon or the logger to read.
+    /// Standard output, for the daemon to read.
     pub const STDOUT: &str = "stdout";
-    /// Standard error.
+    /// Standard error, for the daemon to read.
     pub const STDERR: &str = "stderr";
+    /// Standard output, for the logger to read.
+    pub const LOG_STDOUT: &str = "log-stdout";
+    /// Standard error, for the logger to read.
+    pub const LOG_STDERR: &str = "log-stderr";
     /// The logger's third pipe: ready.
     pub const READY: &str = "ready";
+    /// Rings when it is known what became of an exec's start.
+    pub const DOORBELL: &str = "doorbell";
 }
 
 impl Wiring {
-    /// The FIFOs of ours that this needs, by name.
+    /// The FIFO of ours that is the process's standard output.
+    pub fn stdout_pipe(&self) -> Option<&'static str> {
+        match &self.stdout {
+            Output::Copied(_) if !self.terminal => Some(pipe::STDOUT),
+            Output::Logger => Some(pipe::LOG_STDOUT),
+            Output::Copied(_) | Output::Null | Output::Journal | Output::Fifo(_) => None,
+        }
+    }
+
+    /// The FIFO of ours that is its standard error: the same one when both lead to one place, so that
+    /// lines stay in order. A logger has a pipe for each.
+    pub fn stderr_pipe(&self) -> Option<&'static str> {
+        match &self.stderr {
+            Output::Copied(copied) if self.stderr == self.stdout && copied.client != Some(Sink::Logger) => {
+                Some(pipe::STDOUT)
+            }
+            Output::Copied(_) => Some(pipe::STDERR),
+            Output::Logger => Some(pipe::LOG_STDERR),
+            Output::Null | Output::Journal | Output::Fifo(_) => None,
+        }
+    }
+
+    /// The FIFOs of ours that this needs.
     pub fn own_pipes(&self) -> Vec<&'static str> {
-        let mut pipes = Vec::new();
-        pipes.extend(self.stdout_pipe());
-        pipes.extend(self.stderr_pipe().filter(|name| *name != pipe::STDOUT));
-        if self.logger.is_some() {
-            pipes.push(pipe::READY);
+        let logger = [pipe::LOG_STDOUT, pipe::LOG_STDERR, pipe::READY];
+        let mut pipes = if self.logger.is_some() { logger.to_vec() } else { Vec::new() };
+        for name in self.stdout_pipe().into_iter().chain(self.stderr_pipe()) {
+            if !pipes.contains(&name) {
+                pipes.push(name);
+            }
         }
         pipes
     }
 
-    /// The FIFO of ours that is the process's standard output.
-    pub fn stdout_pipe(&self) -> Option<&'static str> {
-        matches!(self.stdout, Output::File { .. } | Output::Logger).then_some(pipe::STDOUT)
-    }
-
-    /// The FIFO of ours that is its standard error: the same one when both lead into one file, so
-    /// that lines stay in order.
-    pub fn stderr_pipe(&self) -> Option<&'static str> {
-        match &self.stderr {
-            Output::File { .. } if self.stderr == self.stdout => Some(pipe::STDOUT),
-            Output::File { .. } | Output::Logger => Some(pipe::STDERR),
-            Output::Null | Output::Journal | Output::Fifo(_) => None,
+    /// What the daemon copies: the FIFO of ours it comes from (nothing for the terminal), the
+    /// logger's pipe that it would belong to, and where it goes.
+    pub fn copies(&self) -> Vec<(Option<&'static str>, &'static str, &Copied)> {
+        let mut copies = Vec::new();
+        if let Output::Copied(copied) = &self.stdout {
+            copies.push((self.stdout_pipe(), pipe::LOG_STDOUT, copied));
         }
+        if let (Output::Copied(copied), Some(pipe::STDERR)) = (&self.stderr, self.stderr_pipe()) {
+            copies.push((Some(pipe::STDERR), pipe::LOG_STDERR, copied));
+        }
+        copies
     }
 }

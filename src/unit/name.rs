@@ -4,7 +4,9 @@
 //! namespace are escaped, so that two pairs of namespace and id never share a name, and so that
 //! `containerd-<namespace>-.service.d/` is the drop-in directory of just that namespace.
 
-use crate::id::{InvalidName, MAX_UNIT_NAME, Namespace, SHORT_ID, TaskId, TaskKey, UnitName, is_long_hex};
+use crate::id::{
+    ExecId, InvalidName, MAX_UNIT_NAME, Namespace, SHORT_ID, TaskId, TaskKey, UnitName, is_long_hex,
+};
 
 /// Stem of the daemon's own units.
 pub const DAEMON: &str = "containerd-shim-systemd-v1";
@@ -22,26 +24,38 @@ pub const PREFIX: &str = "containerd-";
 /// An id of 64 hex digits is cut to its first [`SHORT_ID`], then to more: 64 digits in a unit's name
 /// make cAdvisor count it as one more container. The last resort has a hash.
 pub fn candidates(key: &TaskKey) -> impl Iterator<Item = UnitName> + use<> {
-    let namespace = escape(key.namespace.as_str());
-    let id = key.id.to_string();
+    stems(format!("{PREFIX}{}-", escape(key.namespace.as_str())), key.id.as_str())
+}
+
+/// The names that an exec's unit may have, best first. A colon can't occur in an id.
+pub fn exec_candidates(container: &UnitName, exec: &ExecId) -> impl Iterator<Item = UnitName> + use<> {
+    stems(format!("{}:", stem(container)), exec.as_str())
+}
+
+fn stems(prefix: String, id: &str) -> impl Iterator<Item = UnitName> + use<> {
+    let id = id.to_owned();
     let lengths: Vec<usize> =
         if is_long_hex(&id) { (SHORT_ID..=40).step_by(4).collect() } else { vec![id.len()] };
-    let stem = move |length: usize| format!("{PREFIX}{namespace}-{}", &id[..length]);
-    let hashed = (stem(key.id.as_str().len()), true);
+    let whole = id.len();
+    let stem = move |length: usize| format!("{prefix}{}", &id[..length]);
+    let hashed = (stem(whole), true);
     let plain: Vec<(String, bool)> = lengths.into_iter().map(|length| (stem(length), false)).collect();
     // Namespace `shim` and id `systemd-v1` would be the daemon itself.
     let candidates = plain.into_iter().filter(|(stem, _)| stem != DAEMON).chain([hashed]);
     candidates.filter_map(|(stem, taken)| service(&stem, taken).ok())
 }
 
-/// The unit of a container's `binary://` logger: beside the container's, in the place of an exec
-/// with an empty id, which no exec can have.
+fn stem(service: &UnitName) -> &str {
+    service.as_str().trim_end_matches(".service")
+}
+
+/// The unit of a `binary://` logger: beside that of its process, in the place of an exec with an
+/// empty id, which no exec can have.
 ///
 /// # Errors
 /// Only for names that no checked namespace and id can produce.
-pub fn logger(container: &UnitName) -> Result<UnitName, InvalidName> {
-    let stem = container.as_str().trim_end_matches(".service");
-    service(&format!("{stem}::log"), false)
+pub fn logger(process: &UnitName) -> Result<UnitName, InvalidName> {
+    service(&format!("{}::log", stem(process)), false)
 }
 
 /// The slice of a namespace.
@@ -85,6 +99,11 @@ fn named(stem: &str, suffix: &str, taken: bool) -> Result<UnitName, InvalidName>
     let hash = format!(":{:016x}", fnv1a(stem.as_bytes()));
     let keep = stem.len().min(MAX_UNIT_NAME - suffix.len() - hash.len());
     UnitName::new(format!("{}{hash}{suffix}", &stem[..keep]))
+}
+
+/// A short name that belongs to a unit, for where its own would be too long.
+pub fn short_name(unit: &UnitName) -> String {
+    format!("{:016x}", fnv1a(unit.as_str().as_bytes()))
 }
 
 /// FNV-1a, 64 bits: stable over versions and machines, which std's hasher does not promise.
@@ -165,6 +184,17 @@ mod tests {
         assert_eq!(names[1], "containerd-moby-0123456789abcdef.service");
         let distinct: std::collections::HashSet<&String> = names.iter().collect();
         assert_eq!(distinct.len(), names.len());
+    }
+
+    #[test]
+    fn an_exec_stands_beside_its_container() {
+        let unit = candidates(&key("default", "web")).next().unwrap();
+        let name = |exec: &str| exec_candidates(&unit, &ExecId::new(exec).unwrap()).map(String::from).next();
+        assert_eq!(name("sh-1").unwrap(), "containerd-default-web:sh-1.service");
+        assert_eq!(name(&"ab".repeat(32)).unwrap(), "containerd-default-web:abababababab.service");
+        let long = candidates(&key(&"n".repeat(76), &"i".repeat(76))).next().unwrap();
+        let exec = exec_candidates(&long, &ExecId::new("e".repeat(76)).unwrap()).next().unwrap();
+        assert!(exec.as_str().len() <= MAX_UNIT_NAME && exec != long);
     }
 
     #[test]

@@ -60,6 +60,9 @@ impl Systemd {
 /// what it uses is not the container's. No container's id has a colon.
 pub const LAUNCH_SUBGROUP: &str = "launch:";
 
+/// syslog(3): error conditions.
+const LOG_ERR: i32 = 3;
+
 /// "No limit", for every 64-bit limit of systemd.
 const INFINITY: u64 = u64::MAX;
 
@@ -87,7 +90,7 @@ pub fn container(systemd: Systemd, shown: &Shown<'_>, command: &[String], pid_fi
         ("Type", "forking".into()),
         ("PIDFile", path(pid_file)),
         ("GuessMainPID", false.into()),
-        ("ExecStartEx", exec(command)),
+        ("ExecStartEx", exec_start(command)),
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
         ("Delegate", true.into()),
@@ -115,12 +118,45 @@ pub fn container(systemd: Systemd, shown: &Shown<'_>, command: &[String], pid_fi
     Properties(list)
 }
 
+/// An exec's unit.
+///
+/// `launch` runs the OCI runtime, and hands the process that this leaves behind over as the unit's
+/// main process. The process lives in the container's cgroup; the unit's own is empty. Not
+/// `Type=notify`: at `READY=1` systemd looks whether the main process lives, and forgets one that has
+/// just ended together with its exit code.
+/// systemd's remarks about each of them (that it is not its child, how it ended) would fill the
+/// journal of a node with probes: only errors pass.
+pub fn exec(description: &str, command: &[String]) -> Properties {
+    let mut list: Vec<(&'static str, Variant<'static>)> = vec![
+        ("Description", description.to_owned().into()),
+        ("Slice", name::DAEMON_SLICE.into()),
+        ("Type", "simple".into()),
+        // For `MAINPID=` and `BARRIER=`; the second is sent when the main process has become another.
+        ("NotifyAccess", "all".into()),
+        ("ExecStartEx", exec_start(command)),
+        ("RemainAfterExit", true.into()),
+        ("CollectMode", "inactive".into()),
+        ("KillMode", "mixed".into()),
+        ("TimeoutStopUSec", usec(config::STOP_LIMIT).into()),
+        ("OOMPolicy", "continue".into()),
+        ("TasksMax", INFINITY.into()),
+        ("IgnoreSIGPIPE", false.into()),
+        ("KeyringMode", "inherit".into()),
+        ("StandardInput", "null".into()),
+        ("StandardOutput", "null".into()),
+        ("StandardError", "null".into()),
+        ("LogLevelMax", LOG_ERR.into()),
+    ];
+    list.extend(bound_to_system());
+    Properties(list)
+}
+
 /// The unit of a `binary://` logger.
 pub fn logger(shown: &Shown<'_>, command: &[String]) -> Properties {
     let mut list = shown_as(shown);
     list.extend([
         ("Type", "exec".into()),
-        ("ExecStartEx", exec(command)),
+        ("ExecStartEx", exec_start(command)),
         ("CollectMode", "inactive-or-failed".into()),
         ("TimeoutStopUSec", usec(config::LOGGER_STOP_LIMIT).into()),
         ("StandardInput", "null".into()),
@@ -162,7 +198,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("Description", "containerd shim for systemd units".into()),
         ("Type", "notify".into()),
         ("NotifyAccess", "main".into()),
-        ("ExecStartEx", exec(command)),
+        ("ExecStartEx", exec_start(command)),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Restart", "always".into()),
         ("RestartUSec", 0_u64.into()),
@@ -171,6 +207,8 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("TimeoutStopUSec", usec(Duration::from_secs(10)).into()),
         ("KillMode", "mixed".into()),
         ("FileDescriptorStoreMax", 16_384_u32.into()),
+        // The lines of containers that it copies to the journal count as its own.
+        ("LogRateLimitIntervalUSec", 0_u64.into()),
         ("OOMScoreAdjust", (-999_i32).into()),
         ("OOMPolicy", "continue".into()),
         ("TasksMax", INFINITY.into()),
@@ -211,7 +249,7 @@ fn bound_to_system() -> Vec<(&'static str, Variant<'static>)> {
 }
 
 /// A command, taken literally: without the flag systemd would expand `$VAR` in it.
-fn exec(command: &[String]) -> Variant<'static> {
+fn exec_start(command: &[String]) -> Variant<'static> {
     let binary = command.first().cloned().unwrap_or_default();
     vec![(binary, command.to_vec(), vec!["no-env-expand".to_owned()])].into()
 }

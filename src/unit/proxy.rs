@@ -129,9 +129,14 @@ pub struct Ended {
 impl Ended {
     /// The exit status as containerd wants it: 0 to 255, or 128 + the signal.
     pub fn exit_status(self) -> u32 {
-        const CLD_EXITED: i32 = 1;
         let status = u32::try_from(self.status).unwrap_or(255);
-        if self.code == CLD_EXITED { status } else { 128 + status }
+        if self.signal().is_none() { status } else { 128 + status }
+    }
+
+    /// The signal that ended it, if one did.
+    pub fn signal(self) -> Option<i32> {
+        const CLD_EXITED: i32 = 1;
+        (self.code != CLD_EXITED).then_some(self.status)
     }
 }
 

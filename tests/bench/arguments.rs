@@ -3,33 +3,61 @@
 use super::common::node::{OUR_RUNTIME, STOCK_RUNTIME};
 
 pub const USAGE: &str = "\
-usage: side_by_side [--iterations N] [--parallel N] [--containers N,N,…] [--json PATH]
-                    [--runtime NAME] [--against NAME]
+usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--parallel N] [--containers N,…]
+                    [--megabytes N] [--json PATH] [--runtime NAME] [--against NAME]
 
+  --only SUBJECT,…    what to measure (default: all of it):
+                        containers  from Create to Delete
+                        execs       the same, and their CPU
+                        terminals   containers and execs with a terminal
+                        throughput  output to the client, with and without a terminal
+                        memory      what is kept while containers run
+                        start       a call of our binary
   --iterations N      containers of each runtime, one after the other (default 50)
-  --parallel N        containers at once in the second part (default 8)
+  --execs N           execs of each runtime, one after the other (default 100)
+  --parallel N        containers or execs at once (default 8)
   --containers N,…    how many to keep running while memory is measured (default 1,10,50)
+  --megabytes N       how much a process writes, through a terminal a tenth (default 1000)
   --json PATH         write every number there
   --runtime NAME      the runtime to measure (default io.containerd.systemd.v1)
   --against NAME      the runtime to measure it against (default io.containerd.runc.v2)";
 
+/// What can be measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Subject {
+    Containers,
+    Execs,
+    Terminals,
+    Throughput,
+    Memory,
+    Start,
+}
+
+const SUBJECTS: [(&str, Subject); 6] = [
+    ("containers", Subject::Containers),
+    ("execs", Subject::Execs),
+    ("terminals", Subject::Terminals),
+    ("throughput", Subject::Throughput),
+    ("memory", Subject::Memory),
+    ("start", Subject::Start),
+];
+
 #[derive(Debug)]
 pub struct Arguments {
+    subjects: Vec<Subject>,
     pub iterations: usize,
+    pub execs: usize,
     pub parallel: usize,
     pub containers: Vec<usize>,
+    pub megabytes: u64,
     pub json: Option<String>,
     pub runtimes: [String; 2],
 }
 
 impl Arguments {
-    /// Rounds of the parallel part: about as many containers as in the first, but enough for a median.
-    pub fn rounds(&self) -> usize {
-        self.iterations.div_ceil(self.parallel).max(10)
-    }
-
-    pub fn measures_ours(&self) -> bool {
-        self.runtimes.iter().any(|runtime| runtime == OUR_RUNTIME)
+    pub fn wants(&self, subject: Subject) -> bool {
+        let is_there = subject != Subject::Start || self.runtimes.iter().any(|name| name == OUR_RUNTIME);
+        is_there && self.subjects.contains(&subject)
     }
 }
 
@@ -41,9 +69,12 @@ pub enum Parsed {
 
 pub fn parse(words: impl Iterator<Item = String>) -> Parsed {
     let mut arguments = Arguments {
+        subjects: SUBJECTS.map(|(_, subject)| subject).to_vec(),
         iterations: 50,
+        execs: 100,
         parallel: 8,
         containers: vec![1, 10, 50],
+        megabytes: 1000,
         json: None,
         runtimes: [OUR_RUNTIME.to_string(), STOCK_RUNTIME.to_string()],
     };
@@ -66,9 +97,12 @@ pub fn parse(words: impl Iterator<Item = String>) -> Parsed {
 impl Arguments {
     fn set(&mut self, word: &str, value: &str) -> Result<(), String> {
         match word {
+            "--only" => self.subjects = value.split(',').map(subject).collect::<Result<_, _>>()?,
             "--iterations" => self.iterations = count(value)?,
+            "--execs" => self.execs = count(value)?,
             "--parallel" => self.parallel = count(value)?,
             "--containers" => self.containers = value.split(',').map(count).collect::<Result<_, _>>()?,
+            "--megabytes" => self.megabytes = count(value)? as u64,
             "--json" => self.json = Some(value.to_string()),
             "--runtime" => self.runtimes[0] = value.to_string(),
             "--against" => self.runtimes[1] = value.to_string(),
@@ -76,6 +110,11 @@ impl Arguments {
         }
         Ok(())
     }
+}
+
+fn subject(text: &str) -> Result<Subject, String> {
+    let found = SUBJECTS.iter().find(|(name, _)| *name == text);
+    found.map(|(_, subject)| *subject).ok_or_else(|| format!("{text:?} can't be measured"))
 }
 
 fn count(text: &str) -> Result<usize, String> {

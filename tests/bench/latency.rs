@@ -1,100 +1,131 @@
-//! How long a container takes from Create to Delete, call by call.
-//!
-//! Metadata and snapshot are made before the clock starts: they cost the same under every runtime.
+//! How long a process takes from its first call to its Delete, call by call, under two runtimes in turn.
 
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::common::container::{Container, Io};
-use super::common::node::Node;
-use super::common::spec::Spec;
-
 /// Rounds that fill caches and are not counted.
 const WARM_UP: usize = 3;
 
-/// One container's times, or all of a runtime's.
-#[derive(Clone, Debug, Default)]
-pub struct Times<T> {
-    pub create: T,
-    pub start: T,
-    /// From the answer to Start to the answer to Wait, for a container that runs `true`.
-    pub wait: T,
-    pub delete: T,
-    /// All four; of containers at once, the time of the round divided by their number.
-    pub total: T,
+/// An init or an exec: what is measured of it are the calls of its life.
+pub trait Process: Sync {
+    /// Create or Exec.
+    fn create(&self);
+    /// Asks for the exit now; what it returns waits for the answer and gives the exit status.
+    fn waiting(&self) -> impl FnOnce() -> u32;
+    fn start(&self);
+    fn delete(&self);
+    /// When the clock has stopped.
+    fn deleted(self);
 }
 
-/// Measures both runtimes in alternation, `at_once` containers in each round.
-pub fn measure(
-    node: &Node,
-    runtimes: &[String; 2],
-    rounds: usize,
-    at_once: usize,
-) -> [Times<Vec<Duration>>; 2] {
-    let mut times = [Times::default(), Times::default()];
-    for round in 0..WARM_UP + rounds {
-        // Who goes first changes from round to round, so that neither profits from the other's wake.
-        let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
-        for index in order {
-            let measured = run(node, &runtimes[index], at_once);
-            if round >= WARM_UP {
-                times[index].add(measured, at_once);
-            }
-        }
+/// How a measurement goes.
+#[derive(Clone, Copy)]
+pub struct Rounds {
+    pub count: usize,
+    /// How long nothing happens before each: the kernel is quicker when it has just done the same.
+    pub quiet: Duration,
+}
+
+impl Rounds {
+    pub fn new(count: usize) -> Rounds {
+        Rounds { count, quiet: Duration::ZERO }
     }
+}
+
+/// The times of all processes of a runtime.
+#[derive(Debug, Default)]
+pub struct Times {
+    pub create: Vec<Duration>,
+    pub start: Vec<Duration>,
+    /// From the answer to Start to the answer to Wait, for a process that runs `true`.
+    pub wait: Vec<Duration>,
+    pub delete: Vec<Duration>,
+    /// All four; of processes at once, the time of the round divided by their number.
+    pub total: Vec<Duration>,
+}
+
+/// The times of one process.
+pub struct Life {
+    create: Duration,
+    start: Duration,
+    wait: Duration,
+    delete: Duration,
+}
+
+/// Measures both runtimes in alternation. `prepare` makes the processes of one round for the first
+/// or the second runtime, as far as that costs the same under each.
+pub fn measure<P: Process>(rounds: Rounds, prepare: impl Fn(usize) -> Vec<P>) -> [Times; 2] {
+    let mut times = [Times::default(), Times::default()];
+    in_turn(WARM_UP + rounds.count, |round, index| {
+        let processes = prepare(index);
+        pause(rounds.quiet);
+        let (lives, elapsed) = run(&processes);
+        processes.into_iter().for_each(Process::deleted);
+        if round >= WARM_UP {
+            times[index].add(lives, elapsed);
+        }
+    });
     times
 }
 
-impl Times<Vec<Duration>> {
-    fn add(&mut self, (containers, elapsed): (Vec<Times<Duration>>, Duration), at_once: usize) {
-        for container in containers {
-            self.create.push(container.create);
-            self.start.push(container.start);
-            self.wait.push(container.wait);
-            self.delete.push(container.delete);
+/// Who goes first changes from round to round, so that neither profits from the other's wake.
+pub fn in_turn(rounds: usize, mut each: impl FnMut(usize, usize)) {
+    for round in 0..rounds {
+        let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
+        for index in order {
+            each(round, index);
         }
-        self.total.push(elapsed / u32::try_from(at_once).expect("a small number of containers"));
     }
 }
 
-/// One round of one runtime: the times of each container, and of the whole round.
-fn run(node: &Node, runtime: &str, at_once: usize) -> (Vec<Times<Duration>>, Duration) {
-    let containers: Vec<Container> = (0..at_once)
-        .map(|_| node.container("bench", Spec::new(&["/bin/true"])).runtime(runtime).make())
-        .collect();
-    let ready = Barrier::new(at_once + 1);
+impl Times {
+    fn add(&mut self, lives: Vec<Life>, elapsed: Duration) {
+        let at_once = u32::try_from(lives.len()).expect("a small number of processes");
+        self.total.push(elapsed / at_once);
+        for Life { create, start, wait, delete } in lives {
+            self.create.push(create);
+            self.start.push(start);
+            self.wait.push(wait);
+            self.delete.push(delete);
+        }
+    }
+}
+
+/// One round of one runtime, all at once: the times of each process, and of the whole round.
+fn run<P: Process>(processes: &[P]) -> (Vec<Life>, Duration) {
+    let ready = &Barrier::new(processes.len() + 1);
     thread::scope(|scope| {
-        let threads: Vec<_> = containers
+        let threads: Vec<_> = processes
             .iter()
-            .map(|container| {
-                scope.spawn(|| {
+            .map(|process| {
+                scope.spawn(move || {
                     ready.wait();
-                    life(container)
+                    live(process)
                 })
             })
             .collect();
         ready.wait();
         let begin = Instant::now();
-        let times = threads.into_iter().map(|thread| thread.join().expect("a life without panic")).collect();
-        (times, begin.elapsed())
+        let lives = threads.into_iter().map(|thread| thread.join().expect("a life without panic")).collect();
+        (lives, begin.elapsed())
     })
 }
 
-fn life(container: &Container) -> Times<Duration> {
+pub fn live(process: &impl Process) -> Life {
     let mut laps = Laps(Instant::now());
-    container.create(&Io::default()).expect("create");
+    process.create();
     let create = laps.next();
     // As clients do: the wait is there before the process can end.
-    let waiting = container.waiting();
-    container.start().expect("start");
+    let exit_status = process.waiting();
+    process.start();
     let start = laps.next();
-    let exit = waiting.exit().expect("wait");
+    let status = exit_status();
     let wait = laps.next();
-    container.delete().expect("delete");
+    process.delete();
     let delete = laps.next();
-    assert_eq!(exit.status, 0, "true succeeds");
-    Times { create, start, wait, delete, total: create + start + wait + delete }
+    assert_eq!(status, 0, "true succeeds");
+    Life { create, start, wait, delete }
 }
 
 struct Laps(Instant);
@@ -104,4 +135,9 @@ impl Laps {
         let now = Instant::now();
         now.duration_since(std::mem::replace(&mut self.0, now))
     }
+}
+
+#[allow(clippy::disallowed_methods)] // no event is awaited: the quiet itself is what is wanted
+fn pause(quiet: Duration) {
+    thread::sleep(quiet);
 }

@@ -1,5 +1,6 @@
-//! Two runtimes side by side, through the guest's real containerd and in strict alternation: what a container
-//! costs in time, what it leaves in memory, and what a call of our binary costs.
+//! Two runtimes side by side, through the guest's real containerd and in strict alternation: what
+//! containers, execs and terminals cost in time, how fast output flows, what is left in memory, and what
+//! a call of our binary costs.
 //!
 //! `cargo bench --bench side_by_side -- --help` tells the arguments. Runs as root in the testbed.
 
@@ -7,16 +8,25 @@
 mod common;
 
 mod arguments;
+mod container;
+mod cpu;
+mod exec;
+mod execs;
 mod latency;
 mod memory;
+mod output;
 mod report;
 mod start;
+mod throughput;
 
 use std::process::ExitCode;
 
-use arguments::{Arguments, Parsed};
+use arguments::{Arguments, Parsed, Subject};
 use common::node::Node;
-use report::Report;
+use container::Init;
+use latency::Rounds;
+use output::Output;
+use report::{PER_PROCESS, Part, Report, Target};
 
 fn main() -> ExitCode {
     let arguments = match arguments::parse(std::env::args().skip(1)) {
@@ -43,16 +53,55 @@ fn main() -> ExitCode {
 
 fn measure(arguments: &Arguments) -> Report {
     let node = Node::exclusive();
-    let runtimes = &arguments.runtimes;
-    eprintln!("one after the other, {} of each…", arguments.iterations);
-    let serial = latency::measure(&node, runtimes, arguments.iterations, 1);
-    eprintln!("{} at once, {} rounds of each…", arguments.parallel, arguments.rounds());
-    let parallel = latency::measure(&node, runtimes, arguments.rounds(), arguments.parallel);
-    eprintln!("memory with {:?} containers…", arguments.containers);
-    let memory = memory::measure(&node, runtimes, &arguments.containers);
-    let start = arguments.measures_ours().then(|| {
+    let mut parts = Vec::new();
+    if arguments.wants(Subject::Containers) {
+        parts.extend(containers(&node, arguments));
+    }
+    if arguments.wants(Subject::Execs) {
+        parts.extend(execs::measure(&node, arguments, false));
+    }
+    if arguments.wants(Subject::Terminals) {
+        parts.push(containers_with_terminals(&node, arguments));
+        parts.extend(execs::measure(&node, arguments, true));
+    }
+    if arguments.wants(Subject::Throughput) {
+        eprintln!("output of {} MB, {} times each way…", arguments.megabytes, throughput::ROUNDS);
+        let rates = throughput::measure(&node, &arguments.runtimes, arguments.megabytes);
+        parts.push(Part::of_throughput(&rates));
+    }
+    if arguments.wants(Subject::Memory) {
+        eprintln!("memory with {:?} containers…", arguments.containers);
+        parts.push(Part::of_memory(&memory::measure(&node, &arguments.runtimes, &arguments.containers)));
+    }
+    let start = arguments.wants(Subject::Start).then(|| {
         eprintln!("the binary's start, {} times…", start::CALLS);
         start::measure()
     });
-    Report::new(arguments, serial, parallel, memory, start)
+    Report::new(arguments, parts, start)
+}
+
+fn containers(node: &Node, arguments: &Arguments) -> [Part; 2] {
+    let Arguments { runtimes, iterations, parallel, .. } = arguments;
+    let inits = |index: usize, count: usize| -> Vec<Init> {
+        (0..count).map(|_| Init::new(node, &runtimes[index], &["/bin/true"], None)).collect()
+    };
+    eprintln!("containers, {iterations} of each one after the other…");
+    let serial = latency::measure(Rounds::new(*iterations), |index| inits(index, 1));
+    let rounds = iterations.div_ceil(*parallel).max(10);
+    eprintln!("containers, {parallel} at once in {rounds} rounds…");
+    let at_once = latency::measure(Rounds::new(rounds), |index| inits(index, *parallel));
+    [
+        Part::of_times("containers, one after the other", "create", &serial, None),
+        Part::of_times(&format!("containers, {parallel} at once, {PER_PROCESS}"), "create", &at_once, None),
+    ]
+}
+
+fn containers_with_terminals(node: &Node, arguments: &Arguments) -> Part {
+    let Arguments { runtimes, iterations, .. } = arguments;
+    eprintln!("containers with a terminal, {iterations} of each one after the other…");
+    let times = latency::measure(Rounds::new(*iterations), |index| {
+        vec![Init::new(node, &runtimes[index], &["/bin/true"], Some(Output::new(true)))]
+    });
+    let heading = "containers with a terminal, one after the other";
+    Part::of_times(heading, "create", &times, Some(Target::AtMost(1.05)))
 }

@@ -44,7 +44,7 @@ fn stock_shims_are_gone(runtime: &str) -> bool {
 }
 
 /// The processes that run the shim's binary: `io.containerd.NAME.vN` is `containerd-shim-NAME-vN`.
-fn shims(runtime: &str) -> Vec<u32> {
+pub fn shims(runtime: &str) -> Vec<u32> {
     let mut parts = runtime.rsplit('.');
     let (version, name) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
     let binary = format!("containerd-shim-{name}-{version}");

@@ -7,20 +7,76 @@ use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use super::common::process;
+use super::cpu::Cpu;
 use super::latency::Times;
 use super::memory::Kept;
 use super::start::Cost;
+use super::throughput::Rates;
+
+/// What the total of processes at once is.
+pub const PER_PROCESS: &str = "total: the round, by process";
 
 pub struct Report {
     runtimes: [String; 2],
-    parallel_at_once: usize,
-    serial: [Times<Vec<Duration>>; 2],
-    parallel: [Times<Vec<Duration>>; 2],
-    memory: [Vec<Kept>; 2],
+    iterations: usize,
+    execs: usize,
+    at_once: usize,
+    parts: Vec<Part>,
     start: Option<Cost>,
 }
 
-/// The middle and the tenth from either end, in milliseconds.
+/// A heading and its lines.
+pub struct Part {
+    heading: String,
+    lines: Vec<Line>,
+}
+
+/// A line of the table: two runtimes, and the first over the second.
+struct Line {
+    name: String,
+    texts: [String; 2],
+    values: [Value; 2],
+    /// Of times that are too short to compare there is none.
+    ratio: Option<f64>,
+    target: Option<Target>,
+}
+
+/// Below this the clock and the scheduler are measured.
+const COMPARABLE_MS: f64 = 0.1;
+
+/// What the ratio is to be.
+#[derive(Clone, Copy)]
+pub enum Target {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Target {
+    fn is_met(self, ratio: f64) -> bool {
+        match self {
+            Target::AtMost(most) => ratio <= most,
+            Target::AtLeast(least) => ratio >= least,
+        }
+    }
+
+    fn text(self, ratio: f64) -> String {
+        let sign = if self.is_met(ratio) { "met" } else { "missed" };
+        match self {
+            Target::AtMost(most) => format!("≤ {most:.2} {sign}"),
+            Target::AtLeast(least) => format!("≥ {least:.2} {sign}"),
+        }
+    }
+
+    fn json(self, ratio: f64) -> Value {
+        let (name, bound) = match self {
+            Target::AtMost(most) => ("at_most", most),
+            Target::AtLeast(least) => ("at_least", least),
+        };
+        json!({name: bound, "met": self.is_met(ratio)})
+    }
+}
+
+/// The middle and the tenth from either end.
 #[derive(Clone, Copy)]
 struct Spread {
     p10: f64,
@@ -29,38 +85,51 @@ struct Spread {
 }
 
 impl Spread {
-    fn of(samples: &[Duration]) -> Spread {
-        let mut sorted: Vec<f64> = samples.iter().map(|sample| sample.as_secs_f64() * 1000.0).collect();
+    fn of(samples: &[f64]) -> Spread {
+        let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
         let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
         Spread { p10: at(0.1), median: at(0.5), p90: at(0.9) }
+    }
+
+    fn of_times(samples: &[Duration]) -> Spread {
+        Spread::of(&samples.iter().map(|sample| sample.as_secs_f64() * 1000.0).collect::<Vec<_>>())
     }
 
     fn text(self) -> String {
         format!("{:.2} ({:.2}–{:.2})", self.median, self.p10, self.p90)
     }
 
-    fn json(self) -> Value {
-        json!({"p10_ms": round(self.p10), "median_ms": round(self.median), "p90_ms": round(self.p90)})
+    /// `unit` is that of the numbers.
+    fn json(self, unit: &str) -> Value {
+        let Spread { p10, median, p90 } = self;
+        [("p10", p10), ("median", median), ("p90", p90)]
+            .map(|(name, value)| (format!("{name}_{unit}"), json!(round(value))))
+            .into_iter()
+            .collect()
     }
-}
-
-/// A line of the table: two runtimes, and the first over the second.
-struct Line {
-    name: String,
-    texts: [String; 2],
-    values: [Value; 2],
-    ratio: f64,
 }
 
 impl Line {
     fn of_times(name: &str, samples: [&Vec<Duration>; 2]) -> Line {
-        let spreads = samples.map(|samples| Spread::of(samples));
+        let spreads = samples.map(|samples| Spread::of_times(samples));
+        let line = Line::of_spreads(format!("{name}, ms"), spreads, "ms");
+        Line { ratio: line.ratio.filter(|_| spreads[1].median >= COMPARABLE_MS), ..line }
+    }
+
+    fn of_rates(Rates { way, rates }: &Rates) -> Line {
+        let spreads = rates.each_ref().map(|rates| Spread::of(rates));
+        let line = Line::of_spreads(format!("{}, MB/s", way.name()), spreads, "mb_s");
+        line.target(Some(Target::AtLeast(1.0)))
+    }
+
+    fn of_spreads(name: String, spreads: [Spread; 2], unit: &str) -> Line {
         Line {
-            name: format!("{name}, ms"),
+            name,
             texts: spreads.map(Spread::text),
-            values: spreads.map(Spread::json),
-            ratio: spreads[0].median / spreads[1].median,
+            values: spreads.map(|spread| spread.json(unit)),
+            ratio: Some(spreads[0].median / spreads[1].median),
+            target: None,
         }
     }
 
@@ -72,75 +141,101 @@ impl Line {
                 format!("{} in {} processes, {:.0} each", kept.pss_kib, kept.processes, each(kept))
             }),
             values: kept.map(|kept| json!({"pss_kib": kept.pss_kib, "processes": kept.processes})),
-            ratio: kept[0].pss_kib as f64 / kept[1].pss_kib as f64,
+            ratio: Some(kept[0].pss_kib as f64 / kept[1].pss_kib as f64),
+            target: None,
         }
+    }
+
+    fn target(self, target: Option<Target>) -> Line {
+        Line { target, ..self }
+    }
+
+    fn judged<T>(&self, judge: impl Fn(Target, f64) -> T) -> Option<T> {
+        self.target.zip(self.ratio).map(|(target, ratio)| judge(target, ratio))
+    }
+
+    fn text(&self) -> String {
+        let Line { name, texts: [ours, other], .. } = self;
+        let ratio = self.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default();
+        let target = self.judged(Target::text).unwrap_or_default();
+        let line = format!("  {name:<22} {ours:>36} {other:>36} {ratio:>7}  {target}");
+        line.trim_end().to_string()
     }
 
     fn json(&self, runtimes: &[String; 2]) -> Value {
         let [ours, other] = &self.values;
-        json!({"name": self.name, "ratio": round(self.ratio), "runtimes": [
+        let (ratio, target) = (self.ratio.map(round), self.judged(Target::json));
+        json!({"name": self.name, "ratio": ratio, "target": target, "runtimes": [
             {"runtime": runtimes[0], "value": ours},
             {"runtime": runtimes[1], "value": other},
         ]})
     }
 }
 
-impl Report {
-    pub fn new(
-        arguments: &Arguments,
-        serial: [Times<Vec<Duration>>; 2],
-        parallel: [Times<Vec<Duration>>; 2],
-        memory: [Vec<Kept>; 2],
-        start: Option<Cost>,
-    ) -> Report {
-        let (runtimes, parallel_at_once) = (arguments.runtimes.clone(), arguments.parallel);
-        Report { runtimes, parallel_at_once, serial, parallel, memory, start }
+impl Part {
+    /// The lives of processes, whose first call is named `create`.
+    pub fn of_times(heading: &str, create: &str, times: &[Times; 2], target: Option<Target>) -> Part {
+        let [ours, other] = times;
+        let lines = vec![
+            Line::of_times(create, [&ours.create, &other.create]),
+            Line::of_times("start", [&ours.start, &other.start]),
+            Line::of_times("wait", [&ours.wait, &other.wait]),
+            Line::of_times("delete", [&ours.delete, &other.delete]),
+            Line::of_times("total", [&ours.total, &other.total]).target(target),
+        ];
+        Part { heading: heading.to_string(), lines }
     }
 
-    /// The parts of the report: a heading and its lines.
-    fn parts(&self) -> Vec<(String, Vec<Line>)> {
-        let [ours, other] = &self.memory;
-        let memory = ours.iter().zip(other).map(|(ours, other)| Line::of_memory([ours, other])).collect();
-        let at_once = format!("{} at once (total: the round, by container)", self.parallel_at_once);
-        vec![
-            ("one after the other".to_string(), lines(&self.serial)),
-            (at_once, lines(&self.parallel)),
-            ("memory kept".to_string(), memory),
-        ]
+    pub fn of_cpu([ours, other]: &[Cpu; 2]) -> Part {
+        let lines = vec![
+            Line::of_times("the shim's own", [&ours.shim, &other.shim]),
+            Line::of_times("all processes", [&ours.machine, &other.machine]),
+        ];
+        Part { heading: "CPU of an exec".to_string(), lines }
+    }
+
+    pub fn of_throughput(rates: &[Rates]) -> Part {
+        Part { heading: "output".to_string(), lines: rates.iter().map(Line::of_rates).collect() }
+    }
+
+    pub fn of_memory([ours, other]: &[Vec<Kept>; 2]) -> Part {
+        let lines = ours.iter().zip(other).map(|(ours, other)| Line::of_memory([ours, other])).collect();
+        Part { heading: "memory kept".to_string(), lines }
+    }
+}
+
+impl Report {
+    pub fn new(arguments: &Arguments, parts: Vec<Part>, start: Option<Cost>) -> Report {
+        let Arguments { iterations, execs, parallel: at_once, .. } = *arguments;
+        Report { runtimes: arguments.runtimes.clone(), iterations, execs, at_once, parts, start }
     }
 
     pub fn table(&self) -> String {
-        let mut table =
-            format!("{:<18} {:>36} {:>36} {:>7}\n", "", self.runtimes[0], self.runtimes[1], "ratio");
-        for (heading, lines) in self.parts() {
+        let [ours, other] = &self.runtimes;
+        let mut table = format!("{:<24} {ours:>36} {other:>36} {:>7}  target\n", "", "ratio");
+        for Part { heading, lines } in &self.parts {
             let _ = writeln!(table, "{heading}"); // to a String, this can't fail
-            for Line { name, texts: [ours, other], ratio, .. } in lines {
-                let _ = writeln!(table, "  {name:<16} {ours:>36} {other:>36} {ratio:>7.2}");
+            for line in lines {
+                let _ = writeln!(table, "{}", line.text());
             }
         }
         if let Some(cost) = &self.start {
-            let (cpu, elapsed) = (Spread::of(&cost.cpu).text(), Spread::of(&cost.elapsed).text());
-            let _ = writeln!(
-                table,
-                "one call of start\n  {:<16} {cpu:>36}\n  {:<16} {elapsed:>36}",
-                "CPU, ms", "elapsed, ms"
-            );
+            let _ = writeln!(table, "one call of start");
+            for (name, times) in [("CPU, ms", &cost.cpu), ("elapsed, ms", &cost.elapsed)] {
+                let _ = writeln!(table, "  {name:<22} {:>36}", Spread::of_times(times).text());
+            }
         }
         table
     }
 
     pub fn json(&self) -> String {
-        let parts: Vec<Value> = self
-            .parts()
-            .iter()
-            .map(|(heading, lines)| {
-                let lines: Vec<Value> = lines.iter().map(|line| line.json(&self.runtimes)).collect();
-                json!({"part": heading, "lines": lines})
-            })
-            .collect();
-        let start = self.start.as_ref().map(
-            |cost| json!({"cpu": Spread::of(&cost.cpu).json(), "elapsed": Spread::of(&cost.elapsed).json()}),
-        );
+        let part = |Part { heading, lines }: &Part| {
+            let lines: Vec<Value> = lines.iter().map(|line| line.json(&self.runtimes)).collect();
+            json!({"part": heading, "lines": lines})
+        };
+        let times = |times: &[Duration]| Spread::of_times(times).json("ms");
+        let start =
+            self.start.as_ref().map(|cost| json!({"cpu": times(&cost.cpu), "elapsed": times(&cost.elapsed)}));
         let report = json!({
             "date": first_line("date", &["--utc", "--iso-8601=seconds"]),
             "lane": std::env::var("E2E_LANE").unwrap_or_else(|_| "host".to_string()),
@@ -149,24 +244,14 @@ impl Report {
             "containerd": first_line("containerd", &["--version"]),
             "runc": first_line("runc", &["--version"]),
             "processors": std::thread::available_parallelism().map_or(0, usize::from),
-            "containers_one_after_the_other": self.serial[0].total.len(),
-            "containers_at_once": self.parallel_at_once,
-            "parts": parts,
+            "containers_one_after_the_other": self.iterations,
+            "execs_one_after_the_other": self.execs,
+            "at_once": self.at_once,
+            "parts": self.parts.iter().map(part).collect::<Vec<Value>>(),
             "start": start,
         });
         format!("{report:#}\n")
     }
-}
-
-fn lines(times: &[Times<Vec<Duration>>; 2]) -> Vec<Line> {
-    let [ours, other] = times;
-    vec![
-        Line::of_times("create", [&ours.create, &other.create]),
-        Line::of_times("start", [&ours.start, &other.start]),
-        Line::of_times("wait", [&ours.wait, &other.wait]),
-        Line::of_times("delete", [&ours.delete, &other.delete]),
-        Line::of_times("total", [&ours.total, &other.total]),
-    ]
 }
 
 fn first_line(program: &str, args: &[&str]) -> String {

@@ -17,8 +17,7 @@ use super::node::{NAMESPACE, Node, request, unique};
 use super::spec::Spec;
 use super::task::Process;
 
-pub use super::task::{Io, SIGKILL, SIGTERM, YEAR_ONE};
-
+pub use super::task::Io;
 const SNAPSHOTTER: &str = "overlayfs";
 
 /// What a container is to be, before containerd knows it.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::process::{Child, Command};
 
 use nix::pty::{OpenptyResult, openpty};
@@ -37,7 +37,7 @@ impl Pty {
             .spawn()
             .unwrap_or_else(|error| panic!("run {args:?} in a terminal: {error}"));
         let keyboard = File::from(master.try_clone().expect("one more end of the terminal"));
-        Pty { program, keyboard, screen: Reader::of(File::from(OwnedFd::from(master)), "the screen"), path }
+        Pty { program, keyboard, screen: Reader::of(File::from(master), "the screen"), path }
     }
 
     pub fn enter(&mut self, text: &str) {

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 
-use crate::common::container::{Container, Io};
+use crate::common::container::Container;
 use crate::common::exec::Exec;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Reader, feed};
-use crate::common::task::Process;
+use crate::common::task::{Io, Process};
 
 /// The client's ends of a process's FIFOs.
 pub struct Client {

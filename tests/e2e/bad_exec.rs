@@ -4,10 +4,11 @@ use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use ttrpc::Code;
 
-use crate::common::container::{Container, Io};
+use crate::common::container::Container;
 use crate::common::node::{Node, unique};
 use crate::common::shim::{Refusal, Shim};
 use crate::common::spec::Spec;
+use crate::common::task::Io;
 
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 

@@ -1,11 +1,11 @@
 //! `ctr` in a terminal, as a person uses it: `run`, `exec` and `attach`.
 
-use crate::common::container::Io;
 use crate::common::image::IMAGE;
 use crate::common::node::{NAMESPACE, Need, Node, unique};
 use crate::common::process;
 use crate::common::pty::Pty;
 use crate::common::spec::Spec;
+use crate::common::task::Io;
 use crate::common::wait;
 use crate::ctr::Made;
 

@@ -1,9 +1,10 @@
 //! What a client hears of a task: each event once, in order, with the right fields.
 
-use crate::common::container::{Container, Io, SIGKILL};
+use crate::common::container::Container;
 use crate::common::events::{Event, Events};
 use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::spec::Spec;
+use crate::common::task::{Io, SIGKILL};
 
 /// The last event to wait for. The stock shim may end before it has published a delete (seen on 2.1.9).
 fn last(node: &Node) -> &'static str {

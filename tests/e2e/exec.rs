@@ -5,11 +5,11 @@ use containerd_client::types::v1::Status;
 use containerd_shim_protos::protobuf::Message as _;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 
-use crate::common::container::{Container, Io, SIGKILL, SIGTERM, YEAR_ONE};
+use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
-use crate::common::task::assert_refused;
+use crate::common::task::{Io, SIGKILL, SIGTERM, YEAR_ONE, assert_refused};
 use crate::common::{process, wait};
 
 /// A container to add execs to.

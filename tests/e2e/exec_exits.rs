@@ -6,11 +6,12 @@ use std::thread;
 use containerd_client::tonic::Code;
 use containerd_client::types::v1::Status;
 
-use crate::common::container::{Container, Io, SIGKILL};
+use crate::common::container::Container;
 use crate::common::events::Event;
 use crate::common::node::{Node, OUR_RUNTIME, number};
 use crate::common::spec::Spec;
 use crate::common::systemd;
+use crate::common::task::{Io, SIGKILL};
 use crate::common::{process, wait};
 
 /// Commands that are over before anybody has seen them begin, and their exit statuses.

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use crate::attached::{self, each_kind};
 use crate::common::bulk::Bulk;
-use crate::common::container::{Container, Io, SIGKILL};
+use crate::common::container::Container;
 use crate::common::node::{Node, OUR_RUNTIME, number};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch, feed};
+use crate::common::task::{Io, SIGKILL};
 use crate::common::wait;
 use crate::logger::Logger;
 

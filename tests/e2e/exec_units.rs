@@ -3,10 +3,11 @@
 use std::thread;
 
 use crate::attached;
-use crate::common::container::{Container, Io, SIGKILL, SIGTERM};
+use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, unit_of_exec};
+use crate::common::task::{Io, SIGKILL, SIGTERM};
 use crate::common::{process, wait};
 
 /// The daemon's slice, not the container's: what an exec costs in itself is no pod's.

@@ -3,13 +3,14 @@
 use containerd_client::types::Mount;
 
 use crate::attached;
-use crate::common::container::{Container, Io, SIGKILL};
+use crate::common::container::Container;
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::systemd::{self, DropIn};
+use crate::common::task::{Io, SIGKILL};
 use crate::options::{Noting, runc_options};
 
 /// Enough to fill every cache and buffer that is filled once.

@@ -5,10 +5,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use containerd_client::tonic::Code;
 use containerd_client::types::v1::Status;
 
-use crate::common::container::{Io, SIGKILL, SIGTERM, YEAR_ONE};
 use crate::common::node::Node;
 use crate::common::spec::Spec;
-use crate::common::task::assert_refused;
+use crate::common::task::{Io, SIGKILL, SIGTERM, YEAR_ONE, assert_refused};
 use crate::common::{process, wait};
 
 /// Runs a container to its end; returns the exit status.

@@ -6,14 +6,14 @@ use prost_types::Any;
 use serde_json::Value;
 use ttrpc::Code;
 
-use crate::common::container::{Container, Io};
+use crate::common::container::Container;
 use crate::common::exec::Exec;
 use crate::common::node::{Node, unique};
 use crate::common::shim::{Bundle, Shim};
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::systemd;
-use crate::common::task::Process;
+use crate::common::task::{Io, Process};
 use crate::common::wait;
 use crate::options::GenericOptions;
 

@@ -3,10 +3,10 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use crate::common::container::Io;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
+use crate::common::task::Io;
 use crate::common::{systemd, wait};
 
 /// A logger that writes what it gets beside itself.

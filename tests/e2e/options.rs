@@ -8,11 +8,11 @@ use containerd_shim_protos::shim::oci::Options;
 use prost::Message as _;
 use prost_types::Any;
 
-use crate::common::container::Io;
 use crate::common::node::Node;
 use crate::common::shim::{Bundle, Shim};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
+use crate::common::task::Io;
 
 /// `runtimeoptions.v1.Options`, which CRI sends to every runtime but runc's.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -3,11 +3,11 @@
 use containerd_client::types::v1::Status;
 
 use crate::attached;
-use crate::common::container::{Io, SIGKILL};
 use crate::common::node::Node;
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
+use crate::common::task::{Io, SIGKILL};
 
 fn restart_containerd(node: &Node) {
     process::succeed("systemctl", &["restart", "containerd.service"]);

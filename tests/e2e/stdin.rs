@@ -5,10 +5,10 @@ use std::thread;
 
 use crate::attached::{self, each_kind};
 use crate::common::bulk::Bulk;
-use crate::common::container::{Io, SIGKILL};
 use crate::common::node::{Node, number};
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, feed};
+use crate::common::task::{Io, SIGKILL};
 
 #[test]
 fn what_is_fed_arrives_and_ends_with_close_io() {

@@ -4,12 +4,11 @@ use std::time::{Duration, Instant};
 
 use crate::attached::{self, each_kind};
 use crate::common::bulk::Bulk;
-use crate::common::container::{Io, SIGKILL};
 use crate::common::node::{Node, number};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::feed;
-use crate::common::task::assert_refused;
+use crate::common::task::{Io, SIGKILL, assert_refused};
 
 /// Fills its terminal until nobody reads any more.
 const FLOOD: &str = "while :; do echo flood; done";

@@ -2,11 +2,12 @@
 
 use std::thread;
 
-use crate::common::container::{Container, Io, SIGTERM};
+use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
 use crate::common::systemd::{self, DropIn};
+use crate::common::task::{Io, SIGTERM};
 use crate::common::{process, wait};
 
 /// Ends with 143 on SIGTERM, also as PID 1 of a pid namespace.

@@ -1,0 +1,103 @@
+//! Makes a process that is not systemd's child the main process of a unit, without losing its exit.
+//!
+//! The process is a child of ours, as the OCI runtime that made it is gone and we are a subreaper.
+//! systemd takes it with `MAINPID=`; when we leave, its parent is PID 1, which then gets its exit. But
+//! it may end before that. Then it is a zombie that only we can ask. We leave it as it is, say how it
+//! ended, and end in the same way:
+//! - systemd has not taken it (it refuses a zombie): we are the main process ourselves;
+//! - systemd has taken it while it lived: the zombie goes to PID 1 when we leave.
+//!
+//! One that ends while we leave goes to PID 1 as a zombie too. systemd must hear of it before it
+//! notices that the unit's cgroup is empty, or it takes the unit for ended without a code; so somebody
+//! stays in there until we are gone.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, SystemTime};
+
+use libsystemd::daemon::{NotifyState, notify, notify_with_fds};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::sys;
+use crate::unit::proxy::Ended;
+
+/// Why a process can't be handed over.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It is not there, and its exit is not either.
+    #[error("the process {pid} can't be found: {source}")]
+    Lost {
+        /// The process.
+        pid: u32,
+        /// Why not.
+        source: io::Error,
+    },
+    /// systemd can't be told.
+    #[error("tell systemd of the process: {0}")]
+    Notify(String),
+    /// systemd does not react.
+    #[error("systemd has not answered within {} s", BARRIER_LIMIT.as_secs())]
+    Silent,
+    /// Nobody can stay in the cgroup.
+    #[error("leave a process behind: {0}")]
+    Placeholder(#[source] io::Error),
+}
+
+/// How long systemd may take to read what it is told: it may be reloading.
+const BARRIER_LIMIT: Duration = Duration::from_secs(60);
+
+/// Hands the process over. Says how it has ended if it has; [`end_as`] is to follow then.
+pub(super) fn hand_over(pid: u32) -> Result<Option<Ended>, Error> {
+    if let Some(ended) = peek(pid)? {
+        return Ok(Some(ended));
+    }
+    tell(NotifyState::Other(format!("MAINPID={pid}")))?;
+    barrier()?;
+    peek(pid)
+}
+
+fn peek(pid: u32) -> Result<Option<Ended>, Error> {
+    let ended = sys::peek_exit(pid).map_err(|errno| Error::Lost { pid, source: errno.into() })?;
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let at_usec = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
+    Ok(ended.map(|(code, status)| Ended { code, status, at_usec }))
+}
+
+fn tell(state: NotifyState) -> Result<(), Error> {
+    match notify(false, &[state]) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::Notify("NOTIFY_SOCKET is not set".to_owned())),
+        Err(error) => Err(Error::Notify(error.to_string())),
+    }
+}
+
+/// Returns when systemd has read all that it was told before (sd_notify_barrier(3)).
+fn barrier() -> Result<(), Error> {
+    let (here, there) = nix::unistd::pipe().map_err(|errno| Error::Notify(errno.to_string()))?;
+    let state = [NotifyState::Other("BARRIER=1".to_owned())];
+    notify_with_fds(false, &state, &[std::os::fd::AsRawFd::as_raw_fd(&there)])
+        .map_err(|error| Error::Notify(error.to_string()))?;
+    drop(there);
+    let mut fds = [PollFd::new(here.as_fd(), PollFlags::empty())];
+    let limit = PollTimeout::try_from(BARRIER_LIMIT).unwrap_or(PollTimeout::MAX);
+    match poll(&mut fds, limit) {
+        Ok(0) => Err(Error::Silent),
+        Ok(_) => Ok(()),
+        Err(errno) => Err(Error::Notify(errno.to_string())),
+    }
+}
+
+/// Keeps the unit's cgroup from being empty until this process is gone, and its children have been
+/// handed to their next parent.
+pub(super) fn leave_placeholder() -> Result<(), Error> {
+    sys::fork_until_gone().map_err(|errno| Error::Placeholder(errno.into()))
+}
+
+/// Ends as another process did.
+#[expect(clippy::disallowed_methods, reason = "the exit code is another process's, of all values")]
+pub(super) fn end_as(ended: Ended) -> ! {
+    if let Some(signal) = ended.signal() {
+        sys::die_by(signal);
+    }
+    std::process::exit(i32::try_from(ended.exit_status()).unwrap_or(255))
+}

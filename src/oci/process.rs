@@ -1,0 +1,89 @@
+//! The process spec of an exec: checked, one field set, nothing else touched.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+/// What is wrong with a process spec.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It is not an OCI process.
+    #[error("the spec of the exec is not a valid OCI process: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// It has nothing to run.
+    #[error("the spec of the exec has no args")]
+    NoArgs,
+    /// It can't be written.
+    #[error("write {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The process of an exec, as the client describes it.
+#[derive(Debug)]
+pub struct Process {
+    text: Vec<u8>,
+    /// The command and its arguments.
+    pub args: Vec<String>,
+}
+
+impl Process {
+    /// Reads a process spec; `terminal` takes the place of its own field, as in
+    /// containerd-shim-runc-v2.
+    ///
+    /// # Errors
+    /// It is no process, or has nothing to run.
+    pub fn read(spec: &[u8], terminal: bool) -> Result<Self, Error> {
+        #[derive(Deserialize)]
+        struct Args {
+            #[serde(default)]
+            args: Option<Vec<String>>,
+        }
+        let Args { args } = serde_json::from_slice(spec)?;
+        let args = args.filter(|args| !args.is_empty()).ok_or(Error::NoArgs)?;
+        let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(spec)?;
+        fields.insert("terminal".to_owned(), serde_json::value::to_raw_value(&terminal)?);
+        Ok(Self { text: serde_json::to_vec(&fields)?, args })
+    }
+
+    /// Writes it for the OCI runtime, 0600: its environment may hold secrets.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn write(&self, path: &Path) -> Result<(), Error> {
+        let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
+        opened
+            .and_then(|mut file| file.write_all(&self.text))
+            .map_err(|source| Error::Io { path: path.to_owned(), source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clients_terminal_counts_and_all_else_stays() {
+        let spec = br#"{"args":["sh"],"terminal":false,"future":{"n":18446744073709551615}}"#;
+        let process = Process::read(spec, true).unwrap();
+        let text = String::from_utf8(process.text).unwrap();
+        assert_eq!(text, r#"{"args":["sh"],"future":{"n":18446744073709551615},"terminal":true}"#);
+    }
+
+    #[test]
+    fn what_is_no_process_is_refused() {
+        for spec in ["", "[]", "{}", r#"{"args":[]}"#, r#"{"args":null}"#, r#"{"args":"sh"}"#] {
+            assert!(Process::read(spec.as_bytes(), false).is_err(), "{spec:?}");
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! Exec: a process added to a task. Adding it, starting it, taking it away.
+//!
+//! An exec's unit runs `launch`, which has the OCI runtime put the process into the container, makes
+//! it the unit's main process, tells the daemon, and leaves. How the process ended is told by systemd,
+//! or, for one that was gone before systemd had it, by `launch`.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe::Receiver;
+
+use crate::cgroup;
+use crate::id::{ExecId, ProcessKey};
+use crate::oci::{face, process};
+use crate::stdio::{fifo, uri};
+use crate::store::Store;
+use crate::task::exec::{Exec, ExecEvent, ExecPhase, Outcome};
+use crate::task::outbox::TaskEvent;
+use crate::task::phase::Exit;
+use crate::task::registry::Taken;
+use crate::task::request::Stdio;
+use crate::task::wiring::{Wiring, pipe};
+use crate::unit::{name, properties, proxy};
+
+use super::create::read_pid;
+use super::streams::{cut_off, drain};
+use super::{Entry, Error, Process, Shim, blocking, now_usec};
+
+/// The file in an exec's directory with its process spec.
+pub const PROCESS_SPEC: &str = "process.json";
+/// The file in an exec's directory in which the OCI runtime leaves the process.
+pub const EXEC_PID_FILE: &str = "pid";
+
+/// An Exec call.
+#[derive(Debug)]
+pub struct AddExec {
+    /// The task, and the exec to be.
+    pub key: ProcessKey,
+    /// Its stdio strings.
+    pub stdio: Stdio,
+    /// Its process spec (OCI, JSON).
+    pub spec: Vec<u8>,
+}
+
+impl Shim {
+    /// Notes a process that is to be added to a task. Nothing runs yet.
+    ///
+    /// # Errors
+    /// The id is in use, the spec or the stdio strings are wrong, or the task has ended.
+    pub async fn add_exec(self: &Arc<Self>, call: AddExec) -> Result<(), Error> {
+        let AddExec { key, stdio, spec } = call;
+        let entry = self.created(&key.task)?;
+        let Some(id) = key.exec.clone().filter(|id| id.as_str() != key.task.id.as_str()) else {
+            // Their exits could not be told apart.
+            return Err(Error::ExecExists { exec: key.id().to_owned() });
+        };
+        let spec = process::Process::read(&spec, stdio.terminal)?;
+        let task = entry.task().clone();
+        if !task.init.is_alive() {
+            return Err(Error::NoExecIn { phase: "stopped" });
+        }
+        let log = task.runtime.log;
+        let (stdio, wiring) = blocking(move || {
+            let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind);
+            wiring.map(|wiring| (stdio, wiring))
+        })
+        .await??;
+        let description = face::of_exec(&task.face, &id, &spec.args);
+        let process = self.register_exec(&entry, &id)?;
+        let _verb = process.verb.lock().await;
+        let noted = self.note_exec(&entry, &process, &id, stdio, wiring, description, &spec);
+        if noted.is_err() {
+            self.registry.remove_exec(&entry, &id);
+            // The first error is the one to report.
+            let _ = self.store.remove_exec_dir(&key.task, &id);
+        }
+        noted
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn note_exec(
+        &self,
+        entry: &Arc<Entry>,
+        process: &Process,
+        id: &ExecId,
+        stdio: Stdio,
+        wiring: Wiring,
+        description: String,
+        spec: &process::Process,
+    ) -> Result<(), Error> {
+        let dir = self.store.create_exec_dir(&entry.key, id)?;
+        spec.write(&dir.join(PROCESS_SPEC))?;
+        let unit = process.unit.clone();
+        let logger = wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
+        let exec = Exec { unit, logger, stdio, wiring, description, phase: ExecPhase::Added };
+        self.change(entry, |task| {
+            task.execs.insert(id.clone(), exec);
+            task.owe(TaskEvent::ExecAdded { exec: id.clone() }, now_usec());
+            Ok(Vec::new())
+        })
+    }
+
+    /// Claims the id and a unit's name.
+    fn register_exec(&self, entry: &Entry, id: &ExecId) -> Result<Arc<Process>, Error> {
+        for unit in name::exec_candidates(&entry.init.unit, id) {
+            match self.registry.insert_exec(entry, id, unit, None) {
+                Ok(process) => return Ok(process),
+                Err(Taken::Key) => return Err(Error::ExecExists { exec: id.to_string() }),
+                Err(Taken::Unit) => {}
+            }
+        }
+        Err(Error::NoUnitName { key: entry.key.clone() })
+    }
+
+    /// Starts an exec; returns its process.
+    ///
+    /// # Errors
+    /// It has been started, its task has ended, or it can't be started; then it can be tried again.
+    pub(super) async fn start_exec(self: &Arc<Self>, key: &ProcessKey, id: &ExecId) -> Result<u32, Error> {
+        let (entry, process) = self.process(key)?;
+        let _verb = process.verb.lock().await;
+        let alive = entry.task().init.is_alive();
+        if !alive {
+            return Err(Error::InitGone { key: key.task.clone() });
+        }
+        self.apply_exec(&entry, id, ExecEvent::StartBegun)?;
+        let started = self.launch_exec(&entry, &process, id).await;
+        match started {
+            Ok((pid, exit)) => {
+                self.apply_exec(&entry, id, ExecEvent::Started { pid })?;
+                if let Some(exit) = exit {
+                    self.apply_exec(&entry, id, ExecEvent::Exited(exit))?;
+                }
+                self.after_exec(&entry, &process);
+                Ok(pid)
+            }
+            Err(error) => {
+                self.take_back_exec(&entry, &process, id).await;
+                self.apply_exec(&entry, id, ExecEvent::StartFailed)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Brings the unit up. Returns the process, and how it ended if `launch` was there to see it.
+    async fn launch_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        id: &ExecId,
+    ) -> Result<(u32, Option<Exit>), Error> {
+        let task = entry.task().clone();
+        let gone = || Error::UnknownExec { key: process.key.clone() };
+        let exec = task.execs.get(id).ok_or_else(gone)?;
+        let streams = Arc::new(self.streams(&task, Some(id)).ok_or_else(gone)?);
+        let opened = self.open_streams(&streams).await?;
+        let dir = self.store.exec_dir(&entry.key, id);
+        let doorbell = open_doorbell(&dir)?;
+        process.live().attempt_ended = Arc::default();
+        let command = self.launch_command(&process.key, "exec");
+        let properties = properties::exec(&exec.description, &command);
+        let mut started = self.manager.start_transient(&exec.unit, &properties).await;
+        if let Err(proxy::Error::Exists { .. }) = started {
+            // No exec of ours has this unit: it is what a failed one left behind.
+            self.remove_unit(&exec.unit).await?;
+            started = self.manager.start_transient(&exec.unit, &properties).await;
+        }
+        started?;
+        let (pid, exit) = match outcome(process, &dir, doorbell).await? {
+            Outcome::Started { pid } => (pid, None),
+            Outcome::Ended { pid, exit } => (pid, Some(exit)),
+            Outcome::Failed { reason } => return Err(Error::Launch(reason)),
+        };
+        if exit.is_none() {
+            self.hold_exec(entry, process, pid);
+        }
+        self.start_pumps(entry, process, opened).await?;
+        Ok((pid, exit))
+    }
+
+    /// Holds the process, so that its number can't become another's. One that is gone has ended:
+    /// systemd says how.
+    fn hold_exec(&self, entry: &Entry, process: &Process, pid: u32) {
+        let Ok(held) = crate::sys::pidfd_open(pid) else {
+            return;
+        };
+        // The number may have been taken between the process's end and now: a stranger lives elsewhere.
+        let container = entry.task().cgroup.clone();
+        let lives_in = cgroup::of_process(pid).ok();
+        if let (Some(container), Some(lives_in)) = (container, lives_in)
+            && lives_in.starts_with(container)
+        {
+            process.live().process = Some(held);
+        }
+    }
+
+    /// Once an exec has ended nothing needs its unit any more: it goes while the client still reads.
+    pub(super) fn after_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>) {
+        let exec = process.key.exec.as_ref();
+        let phase = exec.and_then(|id| entry.task().execs.get(id).map(|exec| exec.phase.clone()));
+        if phase.is_none_or(|phase| phase.exit().is_none()) {
+            return;
+        }
+        let mut live = process.live();
+        live.close_input();
+        live.process = None;
+        if live.removal.is_none() {
+            let (shim, unit) = (self.clone(), process.unit.clone());
+            live.removal = Some(tokio::spawn(async move { shim.remove_unit(&unit).await }));
+        }
+    }
+
+    /// Removes an exec that does not run. Returns the process that it was, and how it ended; nothing
+    /// of both for one that never ran.
+    ///
+    /// # Errors
+    /// It runs, or something can't be taken away; it can be called again then.
+    pub(super) async fn delete_exec(
+        self: &Arc<Self>,
+        key: &ProcessKey,
+        id: &ExecId,
+    ) -> Result<(u32, Option<Exit>), Error> {
+        let (entry, process) = self.process(key)?;
+        let _verb = process.verb.lock().await;
+        // Another Delete may have been first.
+        self.process(key)?;
+        let unknown = || Error::UnknownExec { key: key.clone() };
+        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone()).ok_or_else(unknown)?;
+        if phase.is_live() {
+            return Err(Error::NotDeletable { phase: "running" });
+        }
+        drain(&process).await;
+        self.remove_exec(&entry, &process, id).await?;
+        self.change(&entry, |task| {
+            task.execs.remove(id);
+            Ok(Vec::new())
+        })?;
+        self.registry.remove_exec(&entry, id);
+        Ok((phase.pid().unwrap_or_default(), phase.exit()))
+    }
+
+    /// Takes away what an exec that has ended, or never ran, has outside of the daemon's memory.
+    pub(super) async fn remove_exec(
+        &self,
+        entry: &Entry,
+        process: &Process,
+        id: &ExecId,
+    ) -> Result<(), Error> {
+        let removal = process.live().removal.take();
+        let (ran, logger) = {
+            let task = entry.task();
+            let exec = task.execs.get(id);
+            (exec.is_some_and(|exec| exec.phase.exit().is_some()), exec.and_then(|exec| exec.logger.clone()))
+        };
+        let removed = match removal {
+            Some(removal) => removal.await.is_ok_and(|removed| removed.is_ok()),
+            None => !ran,
+        };
+        if !removed {
+            self.remove_unit(&process.unit).await?;
+        }
+        if let Some(logger) = logger.filter(|_| ran) {
+            self.remove_unit(&logger).await?;
+        }
+        Ok(self.store.remove_exec_dir(&entry.key, id)?)
+    }
+
+    /// After a restart: finishes a start that was cut off, or takes it back; holds what runs.
+    pub(super) async fn recover_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        id: &ExecId,
+    ) {
+        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
+        let recovered = match phase {
+            Some(ExecPhase::Starting { .. }) => {
+                let dir = self.store.exec_dir(&entry.key, id);
+                match Store::read_outcome(&dir) {
+                    Ok(Some(Outcome::Started { pid })) => {
+                        self.apply_exec(entry, id, ExecEvent::Started { pid })
+                    }
+                    Ok(Some(Outcome::Ended { pid, exit })) => self
+                        .apply_exec(entry, id, ExecEvent::Started { pid })
+                        .and_then(|()| self.apply_exec(entry, id, ExecEvent::Exited(exit))),
+                    Ok(Some(Outcome::Failed { .. }) | None) | Err(_) => {
+                        self.take_back_exec(entry, process, id).await;
+                        self.apply_exec(entry, id, ExecEvent::StartFailed)
+                    }
+                }
+            }
+            Some(ExecPhase::Added | ExecPhase::Running { .. } | ExecPhase::Stopped { .. }) | None => Ok(()),
+        };
+        if let Err(error) = recovered {
+            tracing::error!(process = %process.key, %error, "{}: can't finish its start: {error}", process.key);
+        }
+        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
+        if let Some(ExecPhase::Running { pid }) = phase {
+            self.hold_exec(entry, process, pid);
+        }
+        self.after_exec(entry, process);
+    }
+
+    /// Undoes a Start of an exec, however far it came. What can't be undone is logged: the caller has
+    /// an error to report already.
+    async fn take_back_exec(&self, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
+        let failed = |error: Error| {
+            tracing::error!(process = %process.key, %error, "{}: can't take back all of a failed start: {error}", process.key);
+        };
+        let dir = self.store.exec_dir(&entry.key, id);
+        self.kill_leftover(entry, &dir);
+        let logger = entry.task().execs.get(id).and_then(|exec| exec.logger.clone());
+        for unit in [Some(process.unit.clone()), logger].into_iter().flatten() {
+            self.remove_unit(&unit).await.unwrap_or_else(failed);
+        }
+        cut_off(process).await;
+        process.live().close_input();
+        // Its process spec stays, for another try.
+        let spec = std::fs::read(dir.join(PROCESS_SPEC));
+        let cleared = self.store.create_exec_dir(&entry.key, id).map_err(Error::from);
+        if let (Ok(spec), Ok(dir)) = (spec, cleared) {
+            let terminal = entry.task().execs.get(id).is_some_and(|exec| exec.wiring.terminal);
+            let written = process::Process::read(&spec, terminal)
+                .and_then(|process| process.write(&dir.join(PROCESS_SPEC)));
+            written.unwrap_or_else(|error| failed(error.into()));
+        }
+    }
+
+    /// Ends a process that the OCI runtime has made for a start that failed afterwards.
+    fn kill_leftover(&self, entry: &Entry, dir: &Path) {
+        let Some(pid) = read_pid(&dir.join(EXEC_PID_FILE)) else {
+            return;
+        };
+        let Ok(process) = crate::sys::pidfd_open(pid) else {
+            return;
+        };
+        let container = entry.task().cgroup.clone();
+        let lives_in = cgroup::of_process(pid).ok();
+        if let (Some(container), Some(lives_in)) = (container, lives_in)
+            && lives_in.starts_with(container)
+        {
+            // It may end by itself just now.
+            let _ = crate::sys::pidfd_send_signal(&process, nix::libc::SIGKILL as u32);
+        }
+    }
+}
+
+/// Makes the FIFO by which `launch` says that it is through. Nothing is written to it: that it is
+/// opened and closed is the news.
+fn open_doorbell(dir: &Path) -> Result<Receiver, Error> {
+    let path = dir.join(pipe::DOORBELL);
+    fifo::make(&path)?;
+    Receiver::from_file(fifo::open_reader(&path)?).map_err(Error::Watch)
+}
+
+/// What became of a start: known when the bell rings, or when the unit has ended.
+async fn outcome(process: &Process, dir: &Path, mut doorbell: Receiver) -> Result<Outcome, Error> {
+    let (ended, mut nothing) = (process.live().attempt_ended.clone(), [0]);
+    tokio::select! {
+        rung = doorbell.read(&mut nothing) => drop(rung.map_err(Error::Watch)?),
+        () = ended.notified() => {}
+    }
+    let lost = || Error::Launch(format!("OCI runtime exec failed: see systemctl status {}", process.unit));
+    Store::read_outcome(dir)?.ok_or_else(lost)
+}

@@ -1,0 +1,64 @@
+//! A container's init as a process to be measured. Metadata and snapshot are made before the clock
+//! starts: they cost the same under every runtime.
+
+use containerd_client::services::v1::CreateTaskRequest;
+
+use super::common::container::Container;
+use super::common::node::{Node, request};
+use super::common::spec::Spec;
+use super::latency::Process;
+use super::output::Output;
+
+pub struct Init<'n> {
+    node: &'n Node,
+    container: Container<'n>,
+    output: Option<Output>,
+}
+
+impl<'n> Init<'n> {
+    /// One that runs this program and has this output, or none.
+    pub fn new(node: &'n Node, runtime: &str, args: &[&str], output: Option<Output>) -> Init<'n> {
+        let spec = Spec::new(args);
+        let spec = if output.as_ref().is_some_and(|output| output.terminal) { spec.terminal() } else { spec };
+        let container = node.container("bench", spec).runtime(runtime).make();
+        Init { node, container, output }
+    }
+
+    pub fn output(&mut self) -> &mut Output {
+        self.output.as_mut().expect("an init that was made with output")
+    }
+}
+
+impl Process for Init<'_> {
+    fn create(&self) {
+        let io = self.output.as_ref().map(Output::io).unwrap_or_default();
+        let create = CreateTaskRequest {
+            container_id: self.container.id.clone(),
+            rootfs: self.container.mounts.clone(),
+            stdout: io.stdout,
+            stderr: io.stderr,
+            terminal: self.output.as_ref().is_some_and(|output| output.terminal),
+            ..Default::default()
+        };
+        self.node.call(self.node.tasks().create(request(&self.container.namespace, create))).expect("create");
+    }
+
+    fn waiting(&self) -> impl FnOnce() -> u32 {
+        let waiting = self.container.waiting();
+        move || waiting.exit().expect("wait").status
+    }
+
+    fn start(&self) {
+        self.container.start().expect("start");
+    }
+
+    fn delete(&self) {
+        self.container.delete().expect("delete");
+    }
+
+    fn deleted(self) {
+        if let Some(mut output) = self.output {
+            assert_eq!(output.drain().bytes, 0, "true writes nothing");
+        }
+    }
+}
