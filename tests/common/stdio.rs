@@ -1,10 +1,12 @@
 //! The client's side of a task's stdio: a directory of its own, FIFOs in it, and readers with a deadline.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
 use std::time::Duration;
 
 use nix::libc::{EIO, O_NONBLOCK};
@@ -94,14 +96,30 @@ impl Fifos {
         Reader::open(&self.scratch.join("stderr"))
     }
 
+    /// Opens the client's end of stdin, as clients do: before there is a reader.
+    pub fn open_stdin(&self) -> Opening {
+        let path = self.scratch.join("stdin");
+        let (sender, file) = channel();
+        let open = move || sender.send(File::options().write(true).open(path));
+        thread::spawn(open);
+        Opening { file }
+    }
+
     /// The client's end of stdin, once somebody reads there.
     pub fn stdin(&self) -> File {
-        let path = self.scratch.join("stdin");
-        let open = || File::options().write(true).custom_flags(O_NONBLOCK).open(&path).ok();
-        let file = wait::until("a reader of the stdin FIFO", open);
-        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()))
-            .expect("make stdin blocking");
-        file
+        self.open_stdin().file()
+    }
+}
+
+/// A FIFO that waits for its other side.
+pub struct Opening {
+    file: Receiver<io::Result<File>>,
+}
+
+impl Opening {
+    pub fn file(self) -> File {
+        let opened = self.file.recv_timeout(wait::LIMIT);
+        opened.expect("nobody has opened stdin to read").expect("open stdin")
     }
 }
 

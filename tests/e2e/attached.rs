@@ -24,8 +24,9 @@ impl Client {
         let fifos = Fifos::new("attached");
         let (stdout, stderr) = (fifos.stdout(), fifos.stderr());
         let io = if spec.has_terminal() { fifos.terminal() } else { fifos.io() };
+        let stdin = fifos.open_stdin();
         let process = start(spec, &io);
-        let stdin = fifos.stdin();
+        let stdin = stdin.file();
         (process, Client { fifos, stdin, stdout, stderr })
     }
 

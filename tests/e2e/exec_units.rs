@@ -82,7 +82,7 @@ fn long_exec_ids_are_cut_like_those_of_containers() {
     needs!(OurShim);
     let node = Node::shared();
     let container = sleeping(&node);
-    let alike = ["a", "b"].map(|end| format!("{}{end}", "0123456789abcde".repeat(5))[11..].to_string());
+    let alike = ["a", "b"].map(|end| format!("{}{end}", "0123456789abcde".repeat(5))[12..].to_string());
     assert_eq!((alike[0].len(), &alike[0][..12]), (64, &alike[1][..12]));
     let execs = alike.map(|id| container.exec(Spec::sleeping()).id(&id).started(&Io::default()));
     let first = unit_of_exec(&container, &execs[0]);

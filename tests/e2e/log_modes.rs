@@ -1,5 +1,7 @@
 //! The option `Log`: whether output goes to the client, to the journal, to both or nowhere.
 
+use std::thread;
+
 use containerd_shim_protos::protobuf::well_known_types::any::Any as ShimAny;
 use prost::Message as _;
 use prost_types::Any;
@@ -55,7 +57,8 @@ impl<'n> Ran<'n> {
     fn new(node: &'n Node, options: Any, kind: Kind, spec: Spec, has_client: bool) -> Ran<'n> {
         let fifos = Fifos::new("log");
         let (mut stdout, mut stderr) = (fifos.stdout(), fifos.stderr());
-        let io = match (has_client, spec.has_terminal()) {
+        let terminal = spec.has_terminal();
+        let io = match (has_client, terminal) {
             (false, _) => Io::default(),
             (true, false) => fifos.output(),
             (true, true) => fifos.terminal(),
@@ -70,16 +73,17 @@ impl<'n> Ran<'n> {
             }
         };
         let process: &Process = exec.as_deref().unwrap_or(&container);
-        assert_eq!(process.exit_status(), 0);
-        process.delete().expect("delete");
-        let mut seen = String::new();
-        if has_client {
-            seen += &stdout.text();
-            // Nobody has ever held the other one of a terminal.
-            if !io.stderr.is_empty() {
-                seen += &stderr.text();
-            }
-        }
+        // The client reads while it runs: how much a FIFO takes depends on how it is filled.
+        let seen = thread::scope(|scope| {
+            let seen = scope.spawn(|| match (has_client, terminal) {
+                (false, _) => String::new(),
+                (true, false) => stdout.text() + &stderr.text(),
+                (true, true) => stdout.text(),
+            });
+            assert_eq!(process.exit_status(), 0);
+            process.delete().expect("delete");
+            seen.join().expect("read what the client gets")
+        });
         Ran { container, exec, seen }
     }
 
@@ -210,7 +214,6 @@ fn odd_lines_arrive_whole() {
             let spec = Spec::sh(script);
             let spec = if terminal { spec.terminal() } else { spec };
             let what = format!("{mode}, {kind:?}, terminal: {terminal}");
-            // It all fits into the client's FIFO, which is read at the end.
             let ran = Ran::new(&node, log(mode), kind, spec, true);
             assert_eq!(ran.shown("the last one", 1).len(), 1, "{what}");
             assert_eq!(ran.shown("\u{1}\u{ff}binary", 1).len(), 1, "{what}");
