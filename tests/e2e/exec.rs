@@ -278,7 +278,7 @@ fn capabilities_are_those_of_the_execs_own_spec() {
 fn pids_tells_which_process_is_which_exec() {
     let node = Node::shared();
     let container = sleeping(&node);
-    let exec = container.exec_sh("sleep 100000 & sleep 100000 & wait");
+    let exec = container.exec_sh("exec >/dev/null 2>&1; sleep 100000 & sleep 100000 & wait");
     let processes = wait::until("init, the exec and its children", || {
         container.processes().ok().filter(|processes| processes.len() == 4)
     });

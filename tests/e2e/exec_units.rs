@@ -13,8 +13,8 @@ use crate::common::{process, wait};
 /// The daemon's slice, not the container's: what an exec costs in itself is no pod's.
 const SLICE: &str = "containerd_shim.slice";
 
-/// Ends with 9 on SIGTERM, once it has said that it is ready.
-const TRAPPED: &str = "trap 'exit 9' TERM; echo ready; sleep 100000 & wait";
+/// Ends with 9 on SIGTERM, once it has said that it is ready. What stays behind does not hold the output.
+const TRAPPED: &str = "trap 'exit 9' TERM; echo ready; sleep 100000 >/dev/null 2>&1 & wait";
 
 fn sleeping(node: &Node) -> Container<'_> {
     node.container("units", Spec::sleeping()).started(&Io::default())
@@ -170,22 +170,4 @@ fn exits_of_execs_are_noticed_while_systemd_reloads_and_executes_itself_anew() {
         assert_eq!(exec.exit_status(), 9, "{verb}");
         exec.delete().expect("delete");
     }
-}
-
-#[test]
-fn execs_start_while_systemd_reloads_and_executes_itself_anew() {
-    needs!(OurShim);
-    let node = Node::exclusive();
-    let container = sleeping(&node);
-    for verb in ["daemon-reload", "daemon-reexec"] {
-        thread::scope(|scope| {
-            scope.spawn(|| (0..3).for_each(|_| drop(process::succeed("systemctl", &[verb]))));
-            for status in 0..20 {
-                let exec = container.exec_sh(&format!("exit {status}"));
-                assert_eq!(exec.exit_status(), status, "{verb}");
-                exec.delete().expect("delete");
-            }
-        });
-    }
-    assert_gone(&systemd::exec_units_of(&container));
 }
