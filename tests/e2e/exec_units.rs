@@ -171,3 +171,21 @@ fn exits_of_execs_are_noticed_while_systemd_reloads_and_executes_itself_anew() {
         exec.delete().expect("delete");
     }
 }
+
+#[test]
+fn execs_start_while_systemd_reloads_and_executes_itself_anew() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    for verb in ["daemon-reload", "daemon-reexec"] {
+        thread::scope(|scope| {
+            scope.spawn(|| (0..3).for_each(|_| drop(process::succeed("systemctl", &[verb]))));
+            for status in 0..20 {
+                let exec = container.exec_sh(&format!("exit {status}"));
+                assert_eq!(exec.exit_status(), status, "{verb}");
+                exec.delete().expect("delete");
+            }
+        });
+    }
+    assert_gone(&systemd::exec_units_of(&container));
+}

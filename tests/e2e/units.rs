@@ -131,6 +131,23 @@ fn exits_are_noticed_while_systemd_reloads_and_executes_itself_anew() {
 }
 
 #[test]
+fn containers_run_while_systemd_reloads_and_executes_itself_anew() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    for verb in ["daemon-reload", "daemon-reexec"] {
+        thread::scope(|scope| {
+            scope.spawn(|| (0..3).for_each(|_| drop(process::succeed("systemctl", &[verb]))));
+            for status in 0..10 {
+                let container =
+                    node.container("anew", Spec::sh(&format!("exit {status}"))).started(&Io::default());
+                assert_eq!(container.exit_status(), status, "{verb}");
+                container.delete().expect("delete");
+            }
+        });
+    }
+}
+
+#[test]
 fn systemctl_kill_ends_the_task() {
     needs!(OurShim);
     let node = Node::shared();
