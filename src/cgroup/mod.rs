@@ -120,6 +120,19 @@ pub fn enter(cgroup: &Path) -> Result<(), Error> {
     fs::write(&path, "0").map_err(error("write", &path))
 }
 
+/// Has the kernel get ready for processes that are about to be moved into cgroups.
+///
+/// The first move after a while waits for an RCU grace period, 10 ms and more, and those that follow
+/// soon after it do not (cgroup_threadgroup_rwsem, a percpu_rw_semaphore). A move of this process to
+/// where it is takes that wait upon itself, while other things are under way.
+///
+/// # Errors
+/// The kernel refused.
+pub fn warm_up() -> Result<(), Error> {
+    let path = dir(&of_self()?).join("cgroup.procs");
+    fs::write(&path, "0").map_err(error("write", &path))
+}
+
 /// Removes a cgroup without processes, and those below it; nothing if it is gone.
 ///
 /// # Errors

@@ -8,8 +8,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -20,8 +20,9 @@ use crate::cgroup;
 use crate::config;
 use crate::id::{ExecId, ProcessKey};
 use crate::oci::runtime::{self, Cli};
+use crate::oci::sealed::{self, Place};
 use crate::oci::{bundle, mount as rootfs};
-use crate::ops::{EXEC_PID_FILE, LAUNCH_ERROR, PID_FILE, PROCESS_SPEC};
+use crate::ops::{EXEC_PID_FILE, LAUNCH_ERROR, PID_FILE, PROCESS_SPEC, SEALED_RUNTIME};
 use crate::stdio::fifo;
 use crate::store::{self, Store};
 use crate::task::exec::Outcome;
@@ -112,12 +113,21 @@ impl<'a> Process<'a> {
         Ok(())
     }
 
-    /// What it inherits: streams, and the limits that containers have under runc.v2, from containerd;
-    /// systemd's defaults differ.
-    fn equip(&self, command: &mut Command) -> Result<(), Error> {
+    /// The limits that containers have under runc.v2, from containerd; systemd's defaults differ.
+    fn limit(&self) -> Result<(), Error> {
         for (resource, soft, hard) in &self.task.containerd.rlimits {
             set_limit(*resource, *soft, *hard)?;
         }
+        Ok(())
+    }
+
+    /// A copy of the OCI runtime in memory, if the daemon has one.
+    fn sealed_runtime(&self) -> Option<File> {
+        std::env::var(SEALED_RUNTIME).ok()?.parse::<Place>().ok()?.open()
+    }
+
+    fn equip(&self, command: &mut Command) -> Result<(), Error> {
+        command.env_remove(SEALED_RUNTIME);
         let [stdin, stdout, stderr] = self.open_streams()?;
         command.stdin(stdin).stdout(stdout).stderr(stderr);
         Ok(())
@@ -195,17 +205,27 @@ fn system(action: &'static str) -> impl FnOnce(nix::Error) -> Error {
 
 /// Returns only if it fails.
 fn become_runtime(process: &Process<'_>) -> Error {
-    match prepare(process) {
-        Ok(mut command) => {
-            // exec also gives SIGPIPE its default back, which Rust had ignored.
-            let source = command.exec();
-            Error::Exec { verb: "create", binary: process.task.runtime.binary.clone(), source }
-        }
-        Err(error) => error,
+    if let Err(error) = prepare(process) {
+        return error;
     }
+    let (bundle, pid_file) = (&process.task.request.bundle, process.dir.join(PID_FILE));
+    let (cli, console) = (process.cli(), process.console.as_deref());
+    let become_it = |program: &Path| {
+        let mut command = cli.create(program, bundle, &pid_file, console);
+        match process.equip(&mut command) {
+            // exec also gives SIGPIPE its default back, which Rust had ignored.
+            Ok(()) => Error::Exec { verb: "create", binary: program.to_owned(), source: command.exec() },
+            Err(error) => error,
+        }
+    };
+    if let Some(copy) = process.sealed_runtime() {
+        // Where it may not be run the binary itself may.
+        become_it(&sealed::path_of(&copy));
+    }
+    become_it(&process.task.runtime.binary)
 }
 
-fn prepare(process: &Process<'_>) -> Result<Command, Error> {
+fn prepare(process: &Process<'_>) -> Result<(), Error> {
     process.mark()?;
     let task = process.task;
     let bundle = &task.request.bundle;
@@ -219,10 +239,7 @@ fn prepare(process: &Process<'_>) -> Result<Command, Error> {
         }
         rootfs::mount_all(&bundle.join("rootfs"), &task.request.rootfs)?;
     }
-    let pid_file = process.dir.join(PID_FILE);
-    let mut command = process.cli().create(bundle, &pid_file, process.console.as_deref());
-    process.equip(&mut command)?;
-    Ok(command)
+    process.limit()
 }
 
 /// Has the OCI runtime add the process to the container, hands it over to systemd, tells the daemon,
@@ -253,14 +270,20 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     // What the runtime leaves behind becomes a child of ours: it can't end without a trace.
     set_child_subreaper(true).map_err(system("become a subreaper"))?;
     let (spec, pid_file) = (process.dir.join(PROCESS_SPEC), process.dir.join(EXEC_PID_FILE));
-    let cli = process.cli();
-    let mut command = cli.exec(&spec, &pid_file, process.console.as_deref());
-    process.equip(&mut command)?;
-    let status = command.status();
-    // The streams are the process's alone from here on.
-    drop(command);
-    let binary = || process.task.runtime.binary.clone();
-    let status = status.map_err(|source| Error::Exec { verb: "exec", binary: binary(), source })?;
+    let (cli, console) = (process.cli(), process.console.as_deref());
+    process.limit()?;
+    let run = |program: &Path| -> Result<ExitStatus, Error> {
+        let mut command = cli.exec(program, &spec, &pid_file, console);
+        process.equip(&mut command)?;
+        let failed = |source| Error::Exec { verb: "exec", binary: program.to_owned(), source };
+        // The streams go with the command: they are the process's alone after this.
+        command.status().map_err(failed)
+    };
+    let copied = process.sealed_runtime().and_then(|copy| run(&sealed::path_of(&copy)).ok());
+    let status = match copied {
+        Some(status) => status,
+        None => run(&process.task.runtime.binary)?,
+    };
     if !status.success() {
         return Err(Error::Runtime(cli.reason(runtime::EXEC, Some(status))));
     }
@@ -274,7 +297,7 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
 fn enter_launch_cgroup() -> Result<PathBuf, Error> {
     let own = cgroup::of_self()?;
     if own.file_name().is_some_and(|name| name == LAUNCH_SUBGROUP) {
-        return Ok(own.parent().map(std::path::Path::to_owned).unwrap_or_default());
+        return Ok(own.parent().map(Path::to_owned).unwrap_or_default());
     }
     cgroup::enter(&own.join(LAUNCH_SUBGROUP))?;
     Ok(own)

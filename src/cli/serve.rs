@@ -72,6 +72,7 @@ async fn serve(sockets: Vec<OwnedFd>) -> Result<(), Failure> {
     let (shim, outgoing) = Shim::new(Store::new(config::STATE_DIR), manager, systemd, program);
     shim.recover().await.map_err(Failure::new)?;
     tokio::spawn(events::publish(shim.clone(), outgoing));
+    tokio::spawn(shim.clone().forget_idle());
     let observer = shim.clone();
     tokio::spawn(async move {
         while let Some(observation) = observations.recv().await {

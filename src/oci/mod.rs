@@ -6,3 +6,4 @@ pub mod mount;
 pub mod options;
 pub mod process;
 pub mod runtime;
+pub mod sealed;

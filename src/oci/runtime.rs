@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
@@ -60,10 +60,10 @@ pub struct Cli<'a> {
 }
 
 impl Cli<'_> {
-    /// `create`, for a process that becomes it. With a console socket the container's init gets a
+    /// `create`, for a process that becomes it; `program` is the binary or a copy of it. With a console socket the container's init gets a
     /// terminal.
-    pub fn create(&self, bundle: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
-        let mut command = self.command("create");
+    pub fn create(&self, program: &Path, bundle: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
+        let mut command = self.command_of(program, "create");
         command.arg("--bundle").arg(bundle).arg("--pid-file").arg(pid_file);
         if let Some(console) = console {
             command.arg("--console-socket").arg(console);
@@ -78,9 +78,9 @@ impl Cli<'_> {
         command
     }
 
-    /// `exec`, which leaves the new process behind, its pid in `pid_file`.
-    pub fn exec(&self, process: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
-        let mut command = self.command(EXEC);
+    /// `exec` (`program` as with [`Self::create`]), which leaves the new process behind, its pid in `pid_file`.
+    pub fn exec(&self, program: &Path, process: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
+        let mut command = self.command_of(program, EXEC);
         command.arg("--process").arg(process).arg("--detach").arg("--pid-file").arg(pid_file);
         if let Some(console) = console {
             command.arg("--console-socket").arg(console);
@@ -141,10 +141,15 @@ impl Cli<'_> {
     }
 
     fn command(&self, verb: &str) -> Command {
+        self.command_of(&self.runtime.binary, verb)
+    }
+
+    fn command_of(&self, program: &Path, verb: &str) -> Command {
         let log = self.log(verb);
         // Both append: an old error must not be taken for a new one.
         let _ = fs::remove_file(&log);
-        let mut command = Command::new(&self.runtime.binary);
+        let mut command = Command::new(program);
+        command.arg0(&self.runtime.binary);
         command.arg("--root").arg(&self.runtime.root).arg("--log").arg(log).args([
             "--log-format",
             "json",
@@ -233,7 +238,7 @@ mod tests {
         };
         let id = TaskId::new("web").unwrap();
         let cli = Cli { runtime: &runtime, id: &id, dir: Path::new("/run/x") };
-        let command = cli.create(Path::new("/b"), Path::new("/run/x/init.pid"), None);
+        let command = cli.create(&runtime.binary, Path::new("/b"), Path::new("/run/x/init.pid"), None);
         let args: Vec<_> = command.get_args().map(|arg| arg.to_string_lossy().into_owned()).collect();
         assert_eq!(
             args.join(" "),

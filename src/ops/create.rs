@@ -159,14 +159,17 @@ impl Shim {
             fields: &task.face.fields,
             slice: task.placement.slice(),
         };
-        let properties = properties::container(self.systemd, &shown, &command, &dir.join(PID_FILE));
-        let mut started = self.manager.start_transient(&task.unit, &properties).await;
-        if let Err(proxy::Error::Exists { .. }) = started {
+        let environment = self.launch_environment(task).await?;
+        let pid_file = dir.join(PID_FILE);
+        let properties = properties::container(self.systemd, &shown, &command, &environment, &pid_file);
+        let mut begun = self.manager.begin_transient(&task.unit, &properties).await;
+        if let Err(proxy::Error::Exists { .. }) = begun {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
             self.manager.reset_failed(&task.unit).await?;
-            started = self.manager.start_transient(&task.unit, &properties).await;
+            begun = self.manager.begin_transient(&task.unit, &properties).await;
         }
-        match started {
+        self.warm_up();
+        match begun?.done().await {
             Err(proxy::Error::Job { .. }) => Err(Error::Launch(self.launch_failure(task, dir))),
             other => Ok(other?),
         }

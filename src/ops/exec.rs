@@ -21,6 +21,7 @@ use crate::task::phase::Exit;
 use crate::task::registry::Taken;
 use crate::task::request::Stdio;
 use crate::task::wiring::{Wiring, pipe};
+use crate::unit::proxy::Ended;
 use crate::unit::{name, properties, proxy};
 
 use super::create::read_pid;
@@ -159,7 +160,8 @@ impl Shim {
         let doorbell = open_doorbell(&dir)?;
         process.live().attempt_ended = Arc::default();
         let command = self.launch_command(&process.key, "exec");
-        let properties = properties::exec(&exec.description, &command);
+        let environment = self.launch_environment(&task).await?;
+        let properties = properties::exec(&exec.description, &command, &environment);
         let mut started = self.manager.start_transient(&exec.unit, &properties).await;
         if let Err(proxy::Error::Exists { .. }) = started {
             // No exec of ours has this unit: it is what a failed one left behind.
@@ -167,6 +169,8 @@ impl Shim {
             started = self.manager.start_transient(&exec.unit, &properties).await;
         }
         started?;
+        // systemd has made the process, which is now on its way into the unit's cgroup.
+        self.warm_up();
         let (pid, exit) = match outcome(process, &dir, doorbell).await? {
             Outcome::Started { pid } => (pid, None),
             Outcome::Ended { pid, exit } => (pid, Some(exit)),
@@ -195,19 +199,33 @@ impl Shim {
         }
     }
 
-    /// Once an exec has ended nothing needs its unit any more: it goes while the client still reads.
-    pub(super) fn after_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>) {
-        let exec = process.key.exec.as_ref();
-        let phase = exec.and_then(|id| entry.task().execs.get(id).map(|exec| exec.phase.clone()));
-        if phase.is_none_or(|phase| phase.exit().is_none()) {
-            return;
+    fn has_ended(entry: &Entry, process: &Process) -> bool {
+        let id = process.key.exec.as_ref();
+        id.is_some_and(|id| entry.task().execs.get(id).is_some_and(|exec| exec.phase.exit().is_some()))
+    }
+
+    /// Lets go of what only a live exec needs.
+    pub(super) fn after_exec(&self, entry: &Entry, process: &Process) {
+        if Self::has_ended(entry, process) {
+            let mut live = process.live();
+            live.close_input();
+            live.process = None;
         }
+    }
+
+    /// Nothing needs the unit of an exec that systemd has seen the end of: it goes while the client
+    /// still reads.
+    pub(super) fn remove_ended_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>, ended: Ended) {
         let mut live = process.live();
-        live.close_input();
-        live.process = None;
-        if live.removal.is_none() {
+        if live.removal.is_none() && Self::has_ended(entry, process) {
             let (shim, unit) = (self.clone(), process.unit.clone());
-            live.removal = Some(tokio::spawn(async move { shim.remove_unit(&unit).await }));
+            live.removal = Some(tokio::spawn(async move {
+                if ended.is_clean() {
+                    // It is no failed one: with the stop it is unloaded.
+                    return Ok(shim.manager.stop(&unit).await?);
+                }
+                shim.remove_unit(&unit).await
+            }));
         }
     }
 

@@ -19,13 +19,16 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::cgroup;
 use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::oci::sealed::{self, Copies};
 use crate::stdio::terminal::Terminal;
 use crate::store::{Owing, Store};
 use crate::task::exec::ExecEvent;
@@ -40,6 +43,9 @@ pub use create::{CreateTask, LAUNCH_ERROR, PID_FILE};
 pub use error::Error;
 pub use exec::{AddExec, EXEC_PID_FILE, PROCESS_SPEC};
 pub use state::{State, Status};
+
+/// The variable in a unit's environment that says where a copy of the OCI runtime is.
+pub const SEALED_RUNTIME: &str = "CONTAINERD_SHIM_SYSTEMD_RUNTIME";
 
 /// A live task, with what the running daemon attaches to it.
 pub type Entry = registry::Entry<Live>;
@@ -78,6 +84,9 @@ pub struct Shim {
     systemd: Systemd,
     /// This program, for units that run it.
     program: PathBuf,
+    copies: Arc<Copies>,
+    /// The kernel is getting ready for moves between cgroups.
+    warming: Arc<AtomicBool>,
     /// Tasks that owe events, for the publisher.
     outgoing: mpsc::UnboundedSender<Arc<Entry>>,
 }
@@ -93,7 +102,9 @@ impl Shim {
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
         let (outgoing, receiver) = mpsc::unbounded_channel();
         let registry = Registry::default();
-        (Arc::new(Self { store, registry, manager, systemd, program, outgoing }), receiver)
+        let (copies, warming) = (Arc::default(), Arc::default());
+        let shim = Self { store, registry, manager, systemd, program, copies, warming, outgoing };
+        (Arc::new(shim), receiver)
     }
 
     /// How many tasks there are.
@@ -166,6 +177,36 @@ impl Shim {
         }
         self.announce(entry);
         Ok(())
+    }
+
+    /// What `launch` is told beside its arguments.
+    async fn launch_environment(&self, task: &Task) -> Result<Vec<String>, Error> {
+        let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
+        let place = blocking(move || copies.place(&binary)).await?;
+        Ok(place.map(|place| format!("{SEALED_RUNTIME}={place}")).into_iter().collect())
+    }
+
+    /// A process is about to be moved between cgroups; see [`cgroup::warm_up`].
+    fn warm_up(&self) {
+        if self.warming.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let warming = self.warming.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = cgroup::warm_up() {
+                tracing::debug!(%error, "moves between cgroups are slower: {error}");
+            }
+            warming.store(false, Ordering::Relaxed);
+        });
+    }
+
+    /// Gives up memory that has not been used for a while, for as long as it is polled.
+    pub async fn forget_idle(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(sealed::IDLE_LIMIT / 2);
+        loop {
+            ticks.tick().await;
+            self.copies.sweep();
+        }
     }
 
     /// Tells the publisher that a task may owe events.

@@ -12,9 +12,6 @@ use crate::unit::watch::Observation;
 
 use super::{Entry, Error, Process, Shim, blocking, now_usec};
 
-/// What containerd calls SIGKILL.
-const KILLED_STATUS: u32 = 137;
-
 /// What containerd takes for "unknown".
 const UNKNOWN_STATUS: u32 = 255;
 
@@ -33,7 +30,7 @@ impl Shim {
         };
         match (&process.key.exec, main.ended) {
             (None, Some(ended)) if is_init(&entry, main) => self.ended(&entry, exit_of(ended)),
-            (Some(id), Some(ended)) => self.exec_ended(&entry, &process, id, exit_of(ended)),
+            (Some(id), Some(ended)) => self.exec_ended(&entry, &process, id, ended),
             // A unit that is stopped lets go of a process that is not systemd's child.
             (Some(id), None) if main.pid == 0 && runs(&entry, id) => {
                 self.look_at_exec(&entry, &process, id)
@@ -70,7 +67,7 @@ impl Shim {
         let main = self.manager.main_process(&process.unit).await?;
         match main {
             Some(MainProcess { ended: Some(ended), .. }) => {
-                self.exec_ended(entry, process, id, exit_of(ended));
+                self.exec_ended(entry, process, id, ended);
             }
             Some(MainProcess { pid: 1.., .. }) => {}
             // Stopped from outside: systemd sends SIGTERM and SIGKILL, and does not wait for what is not
@@ -78,21 +75,21 @@ impl Shim {
             Some(MainProcess { pid: 0, ended: None, .. }) | None => {
                 let key = &process.key;
                 tracing::warn!(process = %key, "{key}: its unit was stopped, which took the exit code along");
-                let exit = Exit { status: KILLED_STATUS, at_usec: now_usec() };
-                self.exec_ended(entry, process, id, exit);
+                self.exec_ended(entry, process, id, Ended::killed(now_usec()));
             }
         }
         Ok(())
     }
 
-    fn exec_ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId, exit: Exit) {
-        if let Err(error) = self.apply_exec(entry, id, ExecEvent::Exited(exit)) {
+    fn exec_ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId, ended: Ended) {
+        if let Err(error) = self.apply_exec(entry, id, ExecEvent::Exited(exit_of(ended))) {
             // As with init: the unit keeps the exit.
             tracing::error!(process = %process.key, %error, "{}: can't note its end: {error}", process.key);
             return;
         }
         process.live().attempt_ended.notify_one();
         self.after_exec(entry, process);
+        self.remove_ended_exec(entry, process, ended);
     }
 
     async fn look_at(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {

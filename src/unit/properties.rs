@@ -84,13 +84,20 @@ pub struct Shown<'a> {
 /// `Type=forking`: the OCI runtime leaves the container's init behind, its pid is in `pid_file`, and
 /// systemd takes it for the main process. `RemainAfterExit` and `CollectMode=inactive` keep the exit
 /// readable until the unit is stopped or reset.
-pub fn container(systemd: Systemd, shown: &Shown<'_>, command: &[String], pid_file: &Path) -> Properties {
+pub fn container(
+    systemd: Systemd,
+    shown: &Shown<'_>,
+    command: &[String],
+    environment: &[String],
+    pid_file: &Path,
+) -> Properties {
     let mut list = shown_as(shown);
     list.extend([
         ("Type", "forking".into()),
         ("PIDFile", path(pid_file)),
         ("GuessMainPID", false.into()),
         ("ExecStartEx", exec_start(command)),
+        ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
         ("Delegate", true.into()),
@@ -126,7 +133,7 @@ pub fn container(systemd: Systemd, shown: &Shown<'_>, command: &[String], pid_fi
 /// just ended together with its exit code.
 /// systemd's remarks about each of them (that it is not its child, how it ended) would fill the
 /// journal of a node with probes: only errors pass.
-pub fn exec(description: &str, command: &[String]) -> Properties {
+pub fn exec(description: &str, command: &[String], environment: &[String]) -> Properties {
     let mut list: Vec<(&'static str, Variant<'static>)> = vec![
         ("Description", description.to_owned().into()),
         ("Slice", name::DAEMON_SLICE.into()),
@@ -134,6 +141,7 @@ pub fn exec(description: &str, command: &[String]) -> Properties {
         // For `MAINPID=` and `BARRIER=`; the second is sent when the main process has become another.
         ("NotifyAccess", "all".into()),
         ("ExecStartEx", exec_start(command)),
+        ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
         ("KillMode", "mixed".into()),
@@ -283,7 +291,7 @@ mod tests {
             slice: &slice,
         };
         let command = ["/bin/shim".to_owned(), "launch".to_owned(), "$HOME".to_owned()];
-        container(Systemd { version }, &shown, &command, Path::new("/run/x/init.pid")).as_text()
+        container(Systemd { version }, &shown, &command, &[], Path::new("/run/x/init.pid")).as_text()
     }
 
     #[test]

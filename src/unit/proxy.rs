@@ -127,10 +127,27 @@ pub struct Ended {
 }
 
 impl Ended {
+    /// Killed by SIGKILL.
+    pub fn killed(at_usec: u64) -> Self {
+        const CLD_KILLED: i32 = 2;
+        Self { code: CLD_KILLED, status: nix::libc::SIGKILL, at_usec }
+    }
+
     /// The exit status as containerd wants it: 0 to 255, or 128 + the signal.
     pub fn exit_status(self) -> u32 {
         let status = u32::try_from(self.status).unwrap_or(255);
         if self.signal().is_none() { status } else { 128 + status }
+    }
+
+    /// systemd takes it for a success: a unit with RemainAfterExit stays active (exit-status.c,
+    /// 252 to 262).
+    pub fn is_clean(self) -> bool {
+        const CLEAN: [i32; 4] =
+            [nix::libc::SIGHUP, nix::libc::SIGINT, nix::libc::SIGTERM, nix::libc::SIGPIPE];
+        match self.signal() {
+            None => self.status == 0,
+            Some(signal) => CLEAN.contains(&signal),
+        }
     }
 
     /// The signal that ended it, if one did.
@@ -229,6 +246,14 @@ impl Manager {
         self.start_transient_with(unit, properties, None).await
     }
 
+    /// Asks for a transient unit to be started.
+    ///
+    /// # Errors
+    /// [`Error::Exists`], or a refusal.
+    pub async fn begin_transient(&self, unit: &UnitName, properties: &Properties) -> Result<StartJob, Error> {
+        self.begin(unit, properties, &[]).await
+    }
+
     /// Starts a transient unit that another transient unit goes with.
     ///
     /// # Errors
@@ -239,15 +264,23 @@ impl Manager {
         properties: &Properties,
         aux: Option<(&str, &Properties)>,
     ) -> Result<(), Error> {
-        let verb = "start";
-        let proxy = self.proxy().await?;
         let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, list.0.as_slice())).collect();
+        self.begin(unit, properties, &aux).await?.done().await
+    }
+
+    async fn begin(
+        &self,
+        unit: &UnitName,
+        properties: &Properties,
+        aux: &[(&str, &[(&str, Variant<'_>)])],
+    ) -> Result<StartJob, Error> {
+        let proxy = self.proxy().await?;
         let waiter = self.wait_for_job(unit);
         let job = proxy
-            .start_transient_unit(unit.as_str(), "fail", &properties.0, &aux)
+            .start_transient_unit(unit.as_str(), "fail", &properties.0, aux)
             .await
-            .map_err(|error| call_error(verb, unit, error))?;
-        waiter.ended(verb, job).await
+            .map_err(|error| call_error(START, unit, error))?;
+        Ok(StartJob { waiter, job })
     }
 
     /// Starts an installed unit and waits until its job has ended.
@@ -388,6 +421,24 @@ impl Manager {
             waiters.retain(|waiter| !waiter.is_closed());
             !waiters.is_empty()
         });
+    }
+}
+
+const START: &str = "start";
+
+/// A unit that is being started.
+pub struct StartJob {
+    waiter: JobWaiter,
+    job: OwnedObjectPath,
+}
+
+impl StartJob {
+    /// Resolves when the unit is up, by the rule of its type.
+    ///
+    /// # Errors
+    /// [`Error::Job`] when it did not come up.
+    pub async fn done(self) -> Result<(), Error> {
+        self.waiter.ended(START, self.job).await
     }
 }
 
