@@ -1,71 +1,24 @@
 //! One container of a test: metadata, snapshot and task, made as a client makes them and removed on drop.
 
-use std::time::Duration;
+use std::ops::Deref;
 
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, RemoveSnapshotRequest};
 use containerd_client::services::v1::{
-    CloseIoRequest, Container as Metadata, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
-    DeleteResponse, DeleteTaskRequest, GetRequest, KillRequest, ListPidsRequest, StartRequest, WaitRequest,
+    Container as Metadata, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest, ListPidsRequest,
 };
 use containerd_client::tonic::Status;
 use containerd_client::types::Mount;
-use containerd_client::types::v1::Process;
-use prost_types::{Any, Timestamp};
+use containerd_client::types::v1::ProcessInfo;
+use prost_types::Any;
 
 use super::image;
 use super::node::{NAMESPACE, Node, request, unique};
 use super::spec::Spec;
+use super::task::Process;
 
-pub const SIGKILL: u32 = 9;
-pub const SIGSEGV: u32 = 11;
-pub const SIGTERM: u32 = 15;
-
-/// How containerd writes "has not exited": Go's zero time, the first second of year 1.
-pub const YEAR_ONE: i64 = -62_135_596_800;
-
+pub use super::task::Io;
 const SNAPSHOTTER: &str = "overlayfs";
-const EXIT_LIMIT: Duration = Duration::from_secs(60);
-
-/// The stdio of a task as the API has it: paths, URIs or nothing.
-#[derive(Clone, Debug, Default)]
-pub struct Io {
-    pub stdin: String,
-    pub stdout: String,
-    pub stderr: String,
-}
-
-/// How a task ended, as `Wait` tells it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Exit {
-    pub status: u32,
-    pub at: Option<Timestamp>,
-}
-
-/// A `Wait` under way.
-pub struct Waiting<'n> {
-    node: &'n Node,
-    answer: tokio::task::JoinHandle<Result<Exit, Status>>,
-}
-
-impl Waiting<'_> {
-    pub fn exit(self) -> Result<Exit, Status> {
-        self.exit_within(EXIT_LIMIT)
-    }
-
-    pub fn exit_within(self, limit: Duration) -> Result<Exit, Status> {
-        self.node.block_on(async {
-            match tokio::time::timeout(limit, self.answer).await {
-                Ok(answer) => answer.expect("the future that waits does not panic"),
-                Err(_) => Err(Status::deadline_exceeded(format!("Wait gave no answer in {limit:?}"))),
-            }
-        })
-    }
-
-    pub fn is_over(&self) -> bool {
-        self.answer.is_finished()
-    }
-}
 
 /// What a container is to be, before containerd knows it.
 pub struct Builder<'n> {
@@ -117,7 +70,8 @@ impl<'n> Builder<'n> {
     pub fn make(self) -> Container<'n> {
         let Builder { node, namespace, id, runtime, options, spec } = self;
         let parent = image::chain_id(node, &namespace);
-        let mut container = Container { node, namespace, id, mounts: Vec::new() };
+        let init = Process { node, namespace, container: id.clone(), exec: String::new() };
+        let mut container = Container { init, id, terminal: spec.has_terminal(), mounts: Vec::new() };
         let prepare = PrepareSnapshotRequest {
             snapshotter: SNAPSHOTTER.to_string(),
             key: container.id.clone(),
@@ -159,12 +113,21 @@ impl<'n> Builder<'n> {
     }
 }
 
+/// It is used as the process that its init is.
 pub struct Container<'n> {
-    node: &'n Node,
-    pub namespace: String,
+    init: Process<'n>,
     pub id: String,
+    terminal: bool,
     /// The rootfs, as the snapshotter wants it mounted; a test may break it.
     pub mounts: Vec<Mount>,
+}
+
+impl<'n> Deref for Container<'n> {
+    type Target = Process<'n>;
+
+    fn deref(&self) -> &Process<'n> {
+        &self.init
+    }
 }
 
 impl<'n> Container<'n> {
@@ -176,83 +139,26 @@ impl<'n> Container<'n> {
             stdin: io.stdin.clone(),
             stdout: io.stdout.clone(),
             stderr: io.stderr.clone(),
+            terminal: self.terminal,
             ..Default::default()
         };
         self.node.call(self.node.tasks().create(request(&self.namespace, create))).map(|answer| answer.pid)
     }
 
-    pub fn start(&self) -> Result<u32, Status> {
-        let start = StartRequest { container_id: self.id.clone(), ..Default::default() };
-        self.node.call(self.node.tasks().start(request(&self.namespace, start))).map(|answer| answer.pid)
-    }
-
-    pub fn kill(&self, signal: u32) -> Result<(), Status> {
-        self.signal(signal, false)
-    }
-
-    pub fn kill_all(&self, signal: u32) -> Result<(), Status> {
-        self.signal(signal, true)
-    }
-
-    fn signal(&self, signal: u32, all: bool) -> Result<(), Status> {
-        let kill = KillRequest { container_id: self.id.clone(), signal, all, ..Default::default() };
-        self.node.call(self.node.tasks().kill(request(&self.namespace, kill)))
-    }
-
-    pub fn state(&self) -> Result<Process, Status> {
-        let get = GetRequest { container_id: self.id.clone(), ..Default::default() };
-        let answer = self.node.call(self.node.tasks().get(request(&self.namespace, get)))?;
-        Ok(answer.process.expect("an answer to Get has a process"))
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.state().unwrap_or_else(|error| panic!("state of {}: {error}", self.id)).pid
-    }
-
     pub fn pids(&self) -> Result<Vec<u32>, Status> {
+        Ok(self.processes()?.into_iter().map(|process| process.pid).collect())
+    }
+
+    /// All its processes, with what the shim tells of each.
+    pub fn processes(&self) -> Result<Vec<ProcessInfo>, Status> {
         let list = ListPidsRequest { container_id: self.id.clone() };
         let answer = self.node.call(self.node.tasks().list_pids(request(&self.namespace, list)))?;
-        Ok(answer.processes.into_iter().map(|process| process.pid).collect())
+        Ok(answer.processes)
     }
 
-    pub fn close_stdin(&self) -> Result<(), Status> {
-        let close = CloseIoRequest { container_id: self.id.clone(), stdin: true, ..Default::default() };
-        self.node.call(self.node.tasks().close_io(request(&self.namespace, close)))
-    }
-
-    /// Asks for the exit now and hands out the answer later.
-    pub fn waiting(&self) -> Waiting<'n> {
-        let mut tasks = self.node.tasks();
-        let wait =
-            request(&self.namespace, WaitRequest { container_id: self.id.clone(), ..Default::default() });
-        let answer = self.node.spawn(async move {
-            let answer = tasks.wait(wait).await?.into_inner();
-            Ok(Exit { status: answer.exit_status, at: answer.exited_at })
-        });
-        Waiting { node: self.node, answer }
-    }
-
-    pub fn wait(&self) -> Result<Exit, Status> {
-        self.waiting().exit()
-    }
-
-    /// The exit status; panics when there is none in time.
-    pub fn exit_status(&self) -> u32 {
-        self.wait().unwrap_or_else(|error| panic!("wait for {}: {error}", self.id)).status
-    }
-
-    pub fn delete(&self) -> Result<DeleteResponse, Status> {
-        let delete = DeleteTaskRequest { container_id: self.id.clone() };
-        self.node.call(self.node.tasks().delete(request(&self.namespace, delete)))
-    }
-
-    /// Kills the task, if there is one, and waits for its end.
-    fn end(&self) {
-        // An error says that it has ended or never was: then there is nothing to wait for.
-        if self.kill_all(SIGKILL).is_ok() {
-            let _ = self.wait();
-        }
-        let _ = self.delete();
+    /// A process of its task by exec id, whether there is one or not.
+    pub fn process(&self, exec: &str) -> Process<'n> {
+        Process { exec: exec.to_string(), ..self.init.clone() }
     }
 }
 

@@ -3,7 +3,9 @@
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use containerd_client::events::{TaskCreate, TaskDelete, TaskExit, TaskStart};
+use containerd_client::events::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskStart,
+};
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::services::v1::{PublishRequest, SubscribeRequest};
 use containerd_client::types::Envelope;
@@ -18,6 +20,8 @@ use super::wait;
 pub enum Event {
     Create(TaskCreate),
     Start(TaskStart),
+    ExecAdded(TaskExecAdded),
+    ExecStarted(TaskExecStarted),
     Exit(TaskExit),
     Delete(TaskDelete),
     /// A topic that these tests don't look into.
@@ -31,6 +35,8 @@ impl Event {
         let decoded = match topic {
             "/tasks/create" => TaskCreate::decode(body).map(Event::Create),
             "/tasks/start" => TaskStart::decode(body).map(Event::Start),
+            "/tasks/exec-added" => TaskExecAdded::decode(body).map(Event::ExecAdded),
+            "/tasks/exec-started" => TaskExecStarted::decode(body).map(Event::ExecStarted),
             "/tasks/exit" => TaskExit::decode(body).map(Event::Exit),
             "/tasks/delete" => TaskDelete::decode(body).map(Event::Delete),
             other => Ok(Event::Other(other.to_string())),
@@ -42,6 +48,8 @@ impl Event {
         match self {
             Event::Create(event) => Some(&event.container_id),
             Event::Start(event) => Some(&event.container_id),
+            Event::ExecAdded(event) => Some(&event.container_id),
+            Event::ExecStarted(event) => Some(&event.container_id),
             Event::Exit(event) => Some(&event.container_id),
             Event::Delete(event) => Some(&event.container_id),
             Event::Other(_) => None,
@@ -53,6 +61,9 @@ impl Event {
         match self {
             Event::Create(_) => "create",
             Event::Start(_) => "start",
+            Event::ExecAdded(_) => "exec-added",
+            Event::ExecStarted(_) => "exec-started",
+            Event::Exit(event) if event.id != event.container_id => "exec-exit",
             Event::Exit(_) => "exit",
             Event::Delete(_) => "delete",
             Event::Other(topic) => topic,

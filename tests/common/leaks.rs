@@ -23,11 +23,14 @@ impl Traces {
             ("mount", mounts()),
             ("cgroup", cgroups()),
             ("descriptor of the daemon", descriptors()),
+            ("stored descriptor", stored_descriptors()),
+            ("temporary file", below(Path::new("/tmp"), 2).collect()),
             ("state file", below(Path::new(STATE_DIRECTORY), 8).collect()),
             ("runc state", below(Path::new(RUNC_STATE), 2).collect()),
             ("log-extra-fields file", log_extra_fields.collect()),
             ("bundle", below(Path::new("/run/containerd/io.containerd.runtime.v2.task"), 2).collect()),
-            ("stock shim", process::named("containerd-shim").iter().map(u32::to_string).collect()),
+            ("shim process", pids("containerd-shim")),
+            ("runtime process", pids("runc")),
         ]))
     }
 
@@ -96,6 +99,16 @@ fn descriptors() -> BTreeSet<String> {
         *counts.entry(target.split('[').next().unwrap_or_default().to_string()).or_default() += 1;
     }
     counts.into_iter().flat_map(|(kind, count)| (1..=count).map(move |n| format!("{kind} #{n}"))).collect()
+}
+
+/// What systemd keeps for the daemon, numbered.
+fn stored_descriptors() -> BTreeSet<String> {
+    let count = systemd::property(systemd::DAEMON_SERVICE, "NFileDescriptorStore").parse().unwrap_or(0_u32);
+    (1..=count).map(|n| format!("#{n}")).collect()
+}
+
+fn pids(comm: &str) -> BTreeSet<String> {
+    process::named(comm).iter().map(u32::to_string).collect()
 }
 
 /// Names of everything below a directory, to a depth. Empty where there is no such directory.

@@ -6,14 +6,18 @@
 
 #![allow(dead_code)] // the tests and the benchmark each use a part of it
 
+pub mod bulk;
 pub mod container;
 pub mod events;
+pub mod exec;
 pub mod image;
 pub mod leaks;
 pub mod node;
 pub mod process;
+pub mod pty;
 pub mod shim;
 pub mod spec;
 pub mod stdio;
 pub mod systemd;
+pub mod task;
 pub mod wait;

@@ -133,6 +133,14 @@ pub fn runtime_under_test() -> String {
     std::env::var("E2E_RUNTIME").unwrap_or_else(|_| OUR_RUNTIME.to_string())
 }
 
+/// How much of something a test does: what the environment says, else a number that suits the lane.
+/// An emulated machine is some 20 times slower.
+pub fn number(variable: &str, natively: usize, emulated: usize) -> usize {
+    let lane = std::env::var("E2E_LANE");
+    let default = if lane.is_ok_and(|lane| lane == "vm") { emulated } else { natively };
+    std::env::var(variable).ok().and_then(|number| number.parse().ok()).unwrap_or(default)
+}
+
 /// What a test may need that not every run has.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Need {

@@ -69,8 +69,31 @@ impl Spec {
         self
     }
 
+    /// The user's groups beside its own.
+    pub fn additional_gids(mut self, gids: &[u32]) -> Spec {
+        self.0["process"]["user"]["additionalGids"] = json!(gids);
+        self
+    }
+
+    pub fn cwd(mut self, path: &str) -> Spec {
+        self.0["process"]["cwd"] = json!(path);
+        self
+    }
+
+    /// With these capabilities and no others.
+    pub fn capabilities(mut self, names: &[&str]) -> Spec {
+        self.set_capabilities(names);
+        self
+    }
+
     pub fn terminal(mut self) -> Spec {
         self.0["process"]["terminal"] = json!(true);
+        self
+    }
+
+    /// The size of the terminal from the start.
+    pub fn console_size(mut self, width: u32, height: u32) -> Spec {
+        self.0["process"]["consoleSize"] = json!({"width": width, "height": height});
         self
     }
 
@@ -136,6 +159,25 @@ impl Spec {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".to_string(),
             value: self.to_json(),
         }
+    }
+
+    /// The process alone, as an exec gets it.
+    pub fn process_to_any(&self) -> Any {
+        Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".to_string(),
+            value: self.0["process"].to_string().into_bytes(),
+        }
+    }
+
+    /// The same container with [`Spec::sleeping`]'s process, for an exec of this one's.
+    pub fn sleeping_instead(&self) -> Spec {
+        let mut spec = self.clone();
+        spec.0["process"] = Spec::sleeping().0["process"].clone();
+        spec
+    }
+
+    pub fn has_terminal(&self) -> bool {
+        self.0["process"]["terminal"] == true
     }
 
     fn set_capabilities(&mut self, names: &[&str]) {

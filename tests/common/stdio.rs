@@ -1,18 +1,20 @@
 //! The client's side of a task's stdio: a directory of its own, FIFOs in it, and readers with a deadline.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
 
-use nix::libc::O_NONBLOCK;
+use nix::libc::{EIO, O_NONBLOCK};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 
-use super::container::Io;
 use super::node::unique;
+use super::task::Io;
 use super::wait;
 
 /// A directory of a test on the guest's own disk, removed on drop.
@@ -80,6 +82,11 @@ impl Fifos {
         Io { stdout: self.scratch.text("stdout"), stderr: self.scratch.text("stderr"), ..Io::default() }
     }
 
+    /// stdin and stdout, as a terminal has it.
+    pub fn terminal(&self) -> Io {
+        Io { stderr: String::new(), ..self.io() }
+    }
+
     /// The readers have to be there before the task is created: a shim may block until they are.
     pub fn stdout(&self) -> Reader {
         Reader::open(&self.scratch.join("stdout"))
@@ -89,14 +96,30 @@ impl Fifos {
         Reader::open(&self.scratch.join("stderr"))
     }
 
+    /// Opens the client's end of stdin, as clients do: before there is a reader.
+    pub fn open_stdin(&self) -> Opening {
+        let path = self.scratch.join("stdin");
+        let (sender, file) = channel();
+        let open = move || sender.send(File::options().write(true).open(path));
+        thread::spawn(open);
+        Opening { file }
+    }
+
     /// The client's end of stdin, once somebody reads there.
     pub fn stdin(&self) -> File {
-        let path = self.scratch.join("stdin");
-        let open = || File::options().write(true).custom_flags(O_NONBLOCK).open(&path).ok();
-        let file = wait::until("a reader of the stdin FIFO", open);
-        nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()))
-            .expect("make stdin blocking");
-        file
+        self.open_stdin().file()
+    }
+}
+
+/// A FIFO that waits for its other side.
+pub struct Opening {
+    file: Receiver<io::Result<File>>,
+}
+
+impl Opening {
+    pub fn file(self) -> File {
+        let opened = self.file.recv_timeout(wait::LIMIT);
+        opened.expect("nobody has opened stdin to read").expect("open stdin")
     }
 }
 
@@ -114,10 +137,12 @@ pub struct Reader {
 impl Reader {
     pub fn open(path: &Path) -> Reader {
         let file = File::options().read(true).custom_flags(O_NONBLOCK).open(path);
-        Reader {
-            file: file.unwrap_or_else(|error| panic!("{}: {error}", path.display())),
-            path: path.to_owned(),
-        }
+        Reader::of(file.unwrap_or_else(|error| panic!("{}: {error}", path.display())), path)
+    }
+
+    /// Of an open file, with what to call it in a message.
+    pub fn of(file: File, path: impl Into<PathBuf>) -> Reader {
+        Reader { file, path: path.into() }
     }
 
     /// Everything up to EOF.
@@ -144,22 +169,36 @@ impl Reader {
     }
 
     fn collect(&mut self, enough: impl Fn(&[u8]) -> bool) -> (Vec<u8>, bool) {
-        let deadline = Instant::now() + wait::LIMIT;
         let mut bytes = Vec::new();
+        if enough(&bytes) {
+            return (bytes, false);
+        }
+        let ended = self.each(|piece| {
+            bytes.extend_from_slice(piece);
+            !enough(&bytes)
+        });
+        (bytes, ended)
+    }
+
+    /// Hands out what comes, piece by piece, while more is wanted. True for EOF; false when there was
+    /// enough, or nothing for [`wait::LIMIT`].
+    pub fn each(&mut self, mut wants_more: impl FnMut(&[u8]) -> bool) -> bool {
         let mut chunk = [0; 64 * 1024];
-        while !enough(&bytes) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || !self.ready(left) {
-                return (bytes, false);
-            }
+        while self.ready(wait::LIMIT) {
             match self.file.read(&mut chunk) {
-                Ok(0) => return (bytes, true),
-                Ok(count) => bytes.extend_from_slice(&chunk[..count]),
+                Ok(0) => return true,
+                Ok(count) => {
+                    if !wants_more(&chunk[..count]) {
+                        return false;
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                // A pseudo-terminal that nobody holds on its other side.
+                Err(error) if error.raw_os_error() == Some(EIO) => return true,
                 Err(error) => panic!("read {}: {error}", self.path.display()),
             }
         }
-        (bytes, false)
+        false
     }
 
     /// Waits for bytes or a hang-up. A FIFO that never had a writer gives neither: so an end is only

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::container::Container;
+use super::exec::Exec;
 use super::process;
 
 pub const DAEMON_SERVICE: &str = "containerd-shim-systemd-v1.service";
@@ -14,6 +15,17 @@ pub const DAEMON_SOCKET: &str = "containerd-shim-systemd-v1.socket";
 /// The unit of a container: dashes of the namespace escaped, 64 hex digits cut to 12.
 pub fn unit_of(container: &Container) -> String {
     format!("containerd-{}-{}.service", escaped(&container.namespace), short(&container.id))
+}
+
+/// The unit of an exec, beside its container's.
+pub fn unit_of_exec(container: &Container, exec: &Exec) -> String {
+    unit_of(container).replace(".service", &format!(":{}.service", short(&exec.id)))
+}
+
+/// A pattern for the units of a container's execs.
+pub fn exec_units_of(container: &Container) -> String {
+    // A backslash in a pattern takes the meaning from what follows.
+    unit_of(container).replace('\\', "\\\\").replace(".service", ":*.service")
 }
 
 /// The slice of a namespace.
@@ -84,6 +96,22 @@ pub fn journal(matches: &[&str]) -> Vec<Value> {
         .lines()
         .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}")))
         .collect()
+}
+
+/// A place in the journal.
+pub struct Cursor(String);
+
+impl Cursor {
+    /// The end of the journal as it is.
+    pub fn now() -> Cursor {
+        let last = journal(&["--lines=1"]).pop().expect("a journal has entries");
+        Cursor(last["__CURSOR"].as_str().expect("an entry has a cursor").to_string())
+    }
+
+    /// The matching entries that came after.
+    pub fn entries_since(&self, matches: &[&str]) -> Vec<Value> {
+        journal(&[&["--after-cursor", self.0.as_str()], matches].concat())
+    }
 }
 
 /// The messages of such entries.

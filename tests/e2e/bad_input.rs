@@ -15,12 +15,12 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::protobuf::Message;
 use ttrpc::Code;
 
-use crate::common::container::Io;
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{NAMESPACE, Node, unique};
 use crate::common::process;
 use crate::common::shim::{self, Bundle, Refusal, Shim};
 use crate::common::spec::Spec;
+use crate::common::task::Io;
 
 /// The daemon answers, and knows no such task.
 fn assert_serves(shim: &Shim) {

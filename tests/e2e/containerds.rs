@@ -7,12 +7,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
-use crate::common::container::Io;
 use crate::common::image::IMAGE;
 use crate::common::node::{NAMESPACE, Need, Node, unique};
 use crate::common::process::{self, Outcome};
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, DAEMON_SERVICE};
+use crate::common::task::Io;
 use crate::common::wait;
 
 const STATE: &str = "/run/e2e-containerd";

@@ -9,10 +9,10 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
 use serde_json::Value;
 
-use crate::common::container::{Io, SIGKILL};
 use crate::common::node::{CONTAINERD_SOCKET, NAMESPACE, Node, unique};
 use crate::common::shim::{self, BINARY, Bundle};
 use crate::common::spec::Spec;
+use crate::common::task::{Io, SIGKILL};
 use crate::common::{process, systemd, wait};
 
 /// The environment that containerd 1.7 to 2.2 adds.

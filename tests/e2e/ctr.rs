@@ -1,9 +1,9 @@
 //! As a person does it: `ctr run` with the runtime's name.
 
-use crate::common::container::SIGKILL;
 use crate::common::image::IMAGE;
 use crate::common::node::{NAMESPACE, Need, Node, unique};
 use crate::common::process::{self, Outcome};
+use crate::common::task::SIGKILL;
 use crate::common::wait;
 
 /// `ctr run` with these flags before the image, and the container's id and command after it.
@@ -15,7 +15,7 @@ fn run(node: &Node, flags: &[&str], id: &str, command: &[&str]) -> Outcome {
 }
 
 /// A container that `ctr` made, removed on drop.
-struct Made(String);
+pub struct Made(pub String);
 
 impl Drop for Made {
     fn drop(&mut self) {

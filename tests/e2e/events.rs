@@ -1,9 +1,10 @@
 //! What a client hears of a task: each event once, in order, with the right fields.
 
-use crate::common::container::{Container, Io, SIGKILL};
+use crate::common::container::Container;
 use crate::common::events::{Event, Events};
 use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::spec::Spec;
+use crate::common::task::{Io, SIGKILL};
 
 /// The last event to wait for. The stock shim may end before it has published a delete (seen on 2.1.9).
 fn last(node: &Node) -> &'static str {
@@ -65,7 +66,7 @@ fn events_carry_what_clients_read() {
             Event::Delete(delete) => {
                 assert_eq!((delete.pid, delete.exit_status, delete.exited_at), (pid, 6, exit.at));
             }
-            Event::Other(topic) => panic!("an event of no task: {topic}"),
+            other => panic!("an event of another kind: {other:?}"),
         }
     }
 }
@@ -89,4 +90,61 @@ fn a_created_task_that_is_killed_has_no_start_event() {
     container.wait().expect("wait");
     container.delete().expect("delete");
     assert_eq!(names(&node, &events, &container), up_to_last(&node, &["create", "exit", "delete"]));
+}
+
+#[test]
+fn events_of_an_exec_come_once_in_order_and_before_the_exit_of_init() {
+    let node = Node::shared();
+    let events = node.subscribe();
+    let container = node.container("exec-events", Spec::sleeping()).started(&Io::default());
+    // `true` may be dead before Start has returned, as above.
+    for spec in [Spec::new(&["/bin/true"]), Spec::sh("sleep 0.2; exit 6"), Spec::sh("kill -TERM $$")] {
+        let exec = container.exec(spec).started(&Io::default());
+        exec.wait().expect("wait");
+        exec.delete().expect("delete");
+    }
+    container.kill(SIGKILL).expect("kill");
+    container.wait().expect("wait");
+    container.delete().expect("delete");
+    let one = ["exec-added", "exec-started", "exec-exit"];
+    let all = [&["create", "start"][..], &one, &one, &one, &["exit", "delete"]].concat();
+    assert_eq!(names(&node, &events, &container), up_to_last(&node, &all));
+}
+
+#[test]
+fn events_of_an_exec_carry_what_clients_read() {
+    let node = Node::shared();
+    let events = node.subscribe();
+    let container = node.container("exec-fields", Spec::sleeping()).started(&Io::default());
+    let exec = container.exec(Spec::sh("exit 6")).added(&Io::default());
+    let pid = exec.start().expect("start");
+    let exit = exec.wait().expect("wait");
+    for event in events.up_to(&container, "exec-exit") {
+        match event {
+            Event::ExecAdded(added) => assert_eq!(added.exec_id, exec.id),
+            Event::ExecStarted(started) => assert_eq!((started.exec_id, started.pid), (exec.id.clone(), pid)),
+            Event::Exit(told) => {
+                assert_eq!((told.id, told.pid, told.exit_status), (exec.id.clone(), pid, 6));
+                assert_eq!(told.exited_at, exit.at);
+            }
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn an_exec_that_does_not_start_has_no_exit() {
+    let node = Node::shared();
+    let events = node.subscribe();
+    let container = node.container("exec-unstarted", Spec::sleeping()).started(&Io::default());
+    let unstarted = container.exec(Spec::sleeping()).added(&Io::default());
+    unstarted.delete().expect("delete");
+    let failed = container.exec(Spec::new(&["/no/such/command"])).added(&Io::default());
+    failed.start().expect_err("no such command");
+    failed.delete().expect("delete");
+    container.kill(SIGKILL).expect("kill");
+    container.wait().expect("wait");
+    container.delete().expect("delete");
+    let all = ["create", "start", "exec-added", "exec-added", "exit", "delete"];
+    assert_eq!(names(&node, &events, &container), up_to_last(&node, &all));
 }

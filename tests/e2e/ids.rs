@@ -1,9 +1,9 @@
 //! Ids and namespaces of every shape that containerd allows.
 
-use crate::common::container::{Io, SIGKILL};
 use crate::common::node::{Node, unique};
 use crate::common::spec::Spec;
 use crate::common::systemd;
+use crate::common::task::{Io, SIGKILL};
 
 const SECOND_NAMESPACE: &str = "e2e-two";
 

@@ -2,13 +2,15 @@
 
 use containerd_client::types::Mount;
 
-use crate::common::container::{Io, SIGKILL};
+use crate::attached;
+use crate::common::container::Container;
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::systemd::{self, DropIn};
+use crate::common::task::{Io, SIGKILL};
 use crate::options::{Noting, runc_options};
 
 /// Enough to fill every cache and buffer that is filled once.
@@ -17,6 +19,9 @@ const MAX_GROWTH_KIB: u64 = 1024;
 
 /// Something that fails, and ends with nothing to keep.
 type Step = fn(&Node);
+
+/// Something that an exec does, to its delete.
+type ExecStep = fn(&Container);
 
 /// Create, start, exit, delete, `E2E_CYCLES` times unless told otherwise.
 fn cycles() -> u32 {
@@ -69,7 +74,7 @@ fn two_hundred_containers_leave_nothing() {
 #[test]
 fn a_failure_in_any_step_leaves_nothing() {
     let node = Node::exclusive();
-    let steps: [(&str, Step); 7] = [
+    let steps: [(&str, Step); 9] = [
         ("a runtime that is not there", runtime_missing),
         ("a rootfs that can't be mounted", rootfs_broken),
         ("a command that is not there", command_missing),
@@ -77,6 +82,8 @@ fn a_failure_in_any_step_leaves_nothing() {
         ("a runtime that fails at create", create_failing),
         ("a runtime that fails at start", start_failing),
         ("a client that is gone", client_gone),
+        ("a runtime that fails at exec", exec_failing),
+        ("execs that nobody deleted", execs_undeleted),
     ];
     run_rest(&node);
     for (what, step) in steps {
@@ -85,6 +92,33 @@ fn a_failure_in_any_step_leaves_nothing() {
         (0..repeats()).for_each(|_| step(&node));
         leaks::assert_none(what, &before);
     }
+}
+
+#[test]
+fn two_hundred_execs_of_each_kind_leave_nothing() {
+    let node = Node::exclusive();
+    let container = node.container("execs", Spec::sleeping()).started(&Io::default());
+    let kinds: [(&str, ExecStep); 5] = [
+        ("execs that ran to their end", exec_plain),
+        ("execs with a terminal", exec_terminal),
+        ("execs of a command that is not there", exec_missing),
+        ("execs that were never started", exec_unstarted),
+        ("execs whose client was gone", exec_client_gone),
+    ];
+    for _ in 0..WARM_UP {
+        kinds.iter().for_each(|(_, step)| step(&container));
+    }
+    let daemon = || process::pss_kib(systemd::main_pid(systemd::DAEMON_SERVICE));
+    let pss_before = daemon();
+    for (what, step) in kinds {
+        let before = Traces::take();
+        (0..cycles()).for_each(|_| step(&container));
+        leaks::assert_none(what, &before);
+    }
+    if let (Some(before), Some(after)) = (pss_before, daemon()) {
+        assert!(after < before + MAX_GROWTH_KIB, "the daemon grew from {before} to {after} KiB");
+    }
+    assert_eq!(container.pids().expect("pids"), [container.pid()], "no process is left");
 }
 
 #[test]
@@ -165,4 +199,63 @@ fn client_gone(node: &Node) {
     let container = node.container("gone", Spec::sh("seq 1 100000")).created(&fifos.io());
     drop(readers);
     container.start().expect("start");
+}
+
+fn exec_failing(node: &Node) {
+    let runtime = Noting::new("runc", "case \" $* \" in *' exec '*) exit 1;; esac");
+    let options = runc_options(|options| options.binary_name = runtime.path());
+    let container = node.container("no-exec", Spec::sleeping()).options(options).started(&Io::default());
+    for spec in [Spec::sleeping(), Spec::sleeping().terminal()] {
+        let fifos = Fifos::new("no-exec");
+        let _readers = (fifos.stdout(), fifos.stderr());
+        let exec = container.exec(spec).added(&fifos.io());
+        exec.start().expect_err("an exec that fails");
+    }
+}
+
+fn execs_undeleted(node: &Node) {
+    let container = node.container("undeleted", Spec::sleeping()).started(&Io::default());
+    let fifos = Fifos::new("undeleted");
+    let _readers = (fifos.stdout(), fifos.stderr());
+    let unstarted = container.exec(Spec::sleeping()).added(&fifos.io());
+    let ended = container.exec(Spec::new(&["/bin/true"])).started(&Io::default());
+    ended.wait().expect("wait");
+    let running = container.exec(Spec::sleeping().terminal()).started(&fifos.terminal());
+    container.kill(SIGKILL).expect("kill");
+    container.wait().expect("wait");
+    container.delete().expect("delete");
+    drop((unstarted, ended, running));
+}
+
+fn exec_plain(container: &Container) {
+    let exec = container.exec(Spec::new(&["/bin/true"])).started(&Io::default());
+    assert_eq!(exec.exit_status(), 0);
+    exec.delete().expect("delete");
+}
+
+fn exec_terminal(container: &Container) {
+    let (exec, mut client) = attached::exec(container, Spec::sh("echo hi").terminal());
+    assert_eq!(client.stdout.text(), "hi\r\n");
+    assert_eq!(exec.exit_status(), 0);
+    exec.delete().expect("delete");
+}
+
+fn exec_missing(container: &Container) {
+    let exec = container.exec(Spec::new(&["/no/such/command"])).added(&Io::default());
+    exec.start().expect_err("no command");
+    exec.delete().expect("delete");
+}
+
+fn exec_unstarted(container: &Container) {
+    let fifos = Fifos::new("unstarted");
+    let _readers = (fifos.stdout(), fifos.stderr());
+    container.exec(Spec::sleeping()).added(&fifos.io()).delete().expect("delete");
+}
+
+fn exec_client_gone(container: &Container) {
+    let (exec, client) = attached::exec(container, Spec::sh("read go; echo unread"));
+    client.enter("go\n");
+    drop(client);
+    exec.wait().expect("wait");
+    exec.delete().expect("delete");
 }

@@ -5,9 +5,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use containerd_client::tonic::Code;
 use containerd_client::types::v1::Status;
 
-use crate::common::container::{Container, Io, SIGKILL, SIGTERM, YEAR_ONE};
 use crate::common::node::Node;
 use crate::common::spec::Spec;
+use crate::common::task::{Io, SIGKILL, SIGTERM, YEAR_ONE, assert_refused};
 use crate::common::{process, wait};
 
 /// Runs a container to its end; returns the exit status.
@@ -121,19 +121,19 @@ fn an_id_is_free_again_after_a_failed_create() {
 fn a_second_start_is_refused() {
     let node = Node::shared();
     let container = node.container("start", Spec::sleeping()).started(&Io::default());
-    refused(container.start());
-    assert_eq!(status(&container), Status::Running);
+    assert_refused(container.start());
+    assert_eq!(container.phase(), Status::Running);
     container.kill(SIGKILL).expect("kill");
     container.wait().expect("wait");
-    refused(container.start());
+    assert_refused(container.start());
 }
 
 #[test]
 fn delete_of_a_running_task_is_refused() {
     let node = Node::shared();
     let container = node.container("delete", Spec::sleeping()).started(&Io::default());
-    refused(container.delete());
-    assert_eq!(status(&container), Status::Running);
+    assert_refused(container.delete());
+    assert_eq!(container.phase(), Status::Running);
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn a_created_task_waits_to_be_started() {
     let node = Node::shared();
     let container = node.container("created", Spec::sleeping()).created(&Io::default());
     let waiting = container.waiting();
-    assert_eq!(status(&container), Status::Created);
+    assert_eq!(container.phase(), Status::Created);
     assert!(!waiting.is_over());
     container.kill(SIGKILL).expect("kill a created task");
     assert_eq!(waiting.exit().expect("wait").status, 137);
@@ -257,7 +257,7 @@ fn a_second_create_of_a_live_id_already_exists() {
     let container = node.container("twice", Spec::sleeping()).started(&Io::default());
     let pid = container.pid();
     assert_eq!(container.create(&Io::default()).expect_err("create again").code(), Code::AlreadyExists);
-    assert_eq!((status(&container), container.pid()), (Status::Running, pid));
+    assert_eq!((container.phase(), container.pid()), (Status::Running, pid));
 }
 
 #[test]
@@ -275,14 +275,4 @@ fn unknown_ids_are_not_found() {
     for (call, refusal) in refusals {
         assert_eq!(refusal.expect_err(call).code(), Code::NotFound, "{call}");
     }
-}
-
-fn status(container: &Container) -> Status {
-    container.state().unwrap_or_else(|error| panic!("state of {}: {error}", container.id)).status()
-}
-
-/// The stock shim says Unknown, ours FailedPrecondition; no client looks at the difference.
-fn refused<T: std::fmt::Debug>(answer: Result<T, containerd_client::tonic::Status>) {
-    let refusal = answer.expect_err("not in this phase");
-    assert!(matches!(refusal.code(), Code::FailedPrecondition | Code::Unknown), "{refusal}");
 }

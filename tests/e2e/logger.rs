@@ -3,20 +3,20 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use crate::common::container::Io;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
+use crate::common::task::Io;
 use crate::common::{systemd, wait};
 
 /// A logger that writes what it gets beside itself.
-struct Logger {
-    scratch: Scratch,
+pub struct Logger {
+    pub scratch: Scratch,
 }
 
 impl Logger {
     /// `ready` is how it says that it is.
-    fn new(ready: &str) -> Logger {
+    pub fn new(ready: &str) -> Logger {
         let scratch = Scratch::new("logger");
         let directory = scratch.as_str();
         let script = format!(
@@ -34,13 +34,13 @@ impl Logger {
         Logger { scratch }
     }
 
-    fn io(&self, scheme: &str, query: &str) -> Io {
+    pub fn io(&self, scheme: &str, query: &str) -> Io {
         let uri = format!("{scheme}://{}{query}", self.scratch.text("logger.sh"));
         Io { stdout: uri.clone(), stderr: uri, ..Io::default() }
     }
 
     /// Waits until it has seen both streams end.
-    fn ended(&self) {
+    pub fn ended(&self) {
         wait::until_true("the logger sees EOF", || self.scratch.read("end") == "ended\n");
     }
 }

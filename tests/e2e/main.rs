@@ -30,17 +30,27 @@ fn name_of<T>(_closure: T) -> &'static str {
     name.split_once("::").map_or(name, |(_, path)| path)
 }
 
+mod attached;
+mod bad_exec;
 mod bad_input;
 mod containerds;
 mod contract;
 mod ctr;
+mod ctr_terminals;
 mod events;
+mod exec;
+mod exec_exits;
+mod exec_streams;
+mod exec_units;
 mod ids;
 mod leaks;
 mod lifecycle;
+mod log_modes;
 mod logger;
 mod options;
 mod restart;
 mod rootfs;
+mod stdin;
 mod stdio;
+mod terminals;
 mod units;

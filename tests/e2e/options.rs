@@ -8,25 +8,25 @@ use containerd_shim_protos::shim::oci::Options;
 use prost::Message as _;
 use prost_types::Any;
 
-use crate::common::container::Io;
 use crate::common::node::Node;
 use crate::common::shim::{Bundle, Shim};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
+use crate::common::task::Io;
 
 /// `runtimeoptions.v1.Options`, which CRI sends to every runtime but runc's.
 #[derive(Clone, PartialEq, prost::Message)]
-struct GenericOptions {
+pub struct GenericOptions {
     #[prost(string, tag = "1")]
-    type_url: String,
+    pub type_url: String,
     #[prost(string, tag = "2")]
-    config_path: String,
+    pub config_path: String,
     #[prost(string, tag = "3")]
-    config_body: String,
+    pub config_body: String,
 }
 
 impl GenericOptions {
-    fn to_any(&self) -> Any {
+    pub fn to_any(&self) -> Any {
         Any { type_url: "runtimeoptions.v1.Options".to_string(), value: self.encode_to_vec() }
     }
 }

@@ -2,11 +2,12 @@
 
 use containerd_client::types::v1::Status;
 
-use crate::common::container::{Io, SIGKILL};
+use crate::attached;
 use crate::common::node::Node;
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
+use crate::common::task::{Io, SIGKILL};
 
 fn restart_containerd(node: &Node) {
     process::succeed("systemctl", &["restart", "containerd.service"]);
@@ -76,4 +77,36 @@ fn output_goes_on_over_a_containerd_restart() {
     let text = stdout.text();
     assert!(text.ends_with("\n1000\n") && text.lines().count() == 1000, "{} lines", text.lines().count());
     assert_eq!(container.exit_status(), 0);
+}
+
+#[test]
+fn containerd_finds_execs_again() {
+    let node = Node::exclusive();
+    let container = node.container("execs", Spec::sleeping()).started(&Io::default());
+    let (running, mut client) =
+        attached::exec(&container, Spec::sh("while read line; do echo got $line; done"));
+    let (shell, mut terminal) =
+        attached::exec(&container, Spec::sh("echo ready; while :; do read go; stty size; done").terminal());
+    terminal.until("ready\r\n");
+    let stopped = container.exec_sh("exit 23");
+    let exit = stopped.wait().expect("wait");
+    let added = container.exec(Spec::sh("exit 24")).added(&Io::default());
+    let pid = running.pid();
+
+    restart_containerd(&node);
+    assert_eq!((running.phase(), running.pid()), (Status::Running, pid));
+    client.enter("after\n");
+    client.until("got after\n");
+    assert_eq!((shell.phase(), shell.state().expect("state").terminal), (Status::Running, true));
+    shell.resize(91, 19).expect("resize");
+    terminal.enter("\n");
+    terminal.until("19 91\r\n");
+    assert_eq!(stopped.wait().expect("wait"), exit);
+    assert_eq!(stopped.delete().expect("delete").exit_status, 23);
+    added.start().expect("start an exec that was added before the restart");
+    assert_eq!(added.exit_status(), 24);
+    running.close_stdin().expect("close stdin");
+    drop(client.stdin);
+    assert_eq!(client.stdout.text(), "");
+    assert_ne!(running.exit_status(), 137, "it ended by itself");
 }

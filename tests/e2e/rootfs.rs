@@ -2,10 +2,11 @@
 
 use std::fs;
 
-use crate::common::container::{Container, Io, SIGKILL};
+use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
+use crate::common::task::{Io, SIGKILL};
 use crate::common::{process, wait};
 
 const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task";

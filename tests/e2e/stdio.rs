@@ -2,10 +2,10 @@
 
 use std::fs;
 
-use crate::common::container::{Io, SIGKILL};
 use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch, feed};
+use crate::common::task::{Io, SIGKILL};
 use crate::common::wait;
 
 /// `seq 1 last`, as a container prints it.

@@ -2,11 +2,12 @@
 
 use std::thread;
 
-use crate::common::container::{Container, Io, SIGTERM};
+use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
 use crate::common::systemd::{self, DropIn};
+use crate::common::task::{Io, SIGTERM};
 use crate::common::{process, wait};
 
 /// Ends with 143 on SIGTERM, also as PID 1 of a pid namespace.
@@ -126,6 +127,23 @@ fn exits_are_noticed_while_systemd_reloads_and_executes_itself_anew() {
         });
         assert_eq!(container.exit_status(), status, "{verb}");
         container.delete().expect("delete");
+    }
+}
+
+#[test]
+fn containers_run_while_systemd_reloads_and_executes_itself_anew() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    for verb in ["daemon-reload", "daemon-reexec"] {
+        thread::scope(|scope| {
+            scope.spawn(|| (0..3).for_each(|_| drop(process::succeed("systemctl", &[verb]))));
+            for status in 0..10 {
+                let container =
+                    node.container("anew", Spec::sh(&format!("exit {status}"))).started(&Io::default());
+                assert_eq!(container.exit_status(), status, "{verb}");
+                container.delete().expect("delete");
+            }
+        });
     }
 }
 

@@ -1,0 +1,227 @@
+//! Output of execs where something is odd: children that stay, readers that are slow or gone, files, loggers.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::attached::{self, each_kind};
+use crate::common::bulk::Bulk;
+use crate::common::container::Container;
+use crate::common::node::{Node, OUR_RUNTIME, number};
+use crate::common::process;
+use crate::common::spec::Spec;
+use crate::common::stdio::{Fifos, Scratch, feed};
+use crate::common::task::{Io, SIGKILL};
+use crate::common::wait;
+use crate::logger::Logger;
+
+/// The stock shim gives the output of children that stay 10 s before it lets a Delete through.
+const DELETE_LIMIT: Duration = Duration::from_secs(12);
+
+fn sleeping(node: &Node) -> Container<'_> {
+    node.container("streams", Spec::sleeping()).started(&Io::default())
+}
+
+#[test]
+fn a_background_child_delays_neither_wait_nor_for_ever_the_end_of_output() {
+    let node = Node::shared();
+    let container = sleeping(&node);
+    let (exec, mut client) = attached::exec(&container, Spec::sh("sleep 100000 & echo hi"));
+    let started = Instant::now();
+    assert_eq!(exec.exit_status(), 0);
+    assert!(started.elapsed() < Duration::from_secs(2), "Wait took {:?}", started.elapsed());
+    let started = Instant::now();
+    exec.delete().expect("delete");
+    assert!(started.elapsed() < DELETE_LIMIT, "Delete took {:?}", started.elapsed());
+    assert_eq!((client.stdout.text().as_str(), client.stderr.text().as_str()), ("hi\n", ""));
+    assert_eq!(container.pids().expect("pids").len(), 2, "the child lives on");
+}
+
+#[test]
+fn a_reader_that_stops_holds_up_only_what_it_should_read() {
+    let node = Node::shared();
+    let [container, other] = [(); 2].map(|()| sleeping(&node));
+    let flood = Spec::sh("while :; do echo flood; done");
+    let (stuck, mut client) = attached::exec(&container, flood.clone());
+    let (init_stuck, _unread) =
+        attached::Client::attached(flood, |spec, io| node.container("stuck", spec).started(io));
+    for beside in [&container, &other] {
+        let started = Instant::now();
+        for _ in 0..5 {
+            let (exec, mut client) = attached::exec(beside, Spec::sh("seq 1 20000"));
+            assert!(client.stdout.text().ends_with("\n20000\n"));
+            assert_eq!(exec.exit_status(), 0);
+            exec.delete().expect("delete");
+        }
+        assert!(started.elapsed() < Duration::from_secs(10), "five execs took {:?}", started.elapsed());
+    }
+    // It goes on when the reader does, and can be ended when it does not.
+    let mut count = 0;
+    client.stdout.each(|piece| {
+        count += piece.len();
+        count < 1 << 20
+    });
+    assert!(count >= 1 << 20, "{count} bytes");
+    for process in [&*stuck, &*init_stuck] {
+        process.kill(SIGKILL).expect("kill");
+        assert_eq!(process.exit_status(), 137);
+        process.delete().expect("delete with output unread");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_harms_no_writer() {
+    let gate = Scratch::new("gate");
+    let script = "trap 'echo SIGPIPE >> /gate/trouble' PIPE; echo here; read go; \
+                  seq 1 1000 || echo failed >> /gate/trouble; exit 5";
+    let spec = Spec::sh(script).bind(gate.as_str(), "/gate", &["rw"]);
+    each_kind(spec, |process, mut client| {
+        client.until("here\n");
+        drop((client.stdout, client.stderr));
+        feed(&client.stdin, b"go\n");
+        assert_eq!(process.exit_status(), 5);
+        process.delete().expect("delete");
+        assert_eq!(gate.read("trouble"), "");
+    });
+}
+
+#[test]
+fn much_output_is_complete() {
+    let bulk = Bulk::new(number("E2E_BYTES", 1 << 30, 64 << 20));
+    each_kind(bulk.bind(Spec::sh(&bulk.script())), |process, mut client| {
+        bulk.assert_arrives(&mut client.stdout);
+        assert_eq!(process.exit_status(), 0);
+    });
+}
+
+#[test]
+fn output_of_what_ends_at_once_is_complete() {
+    let node = Node::shared();
+    let container = sleeping(&node);
+    for round in 0..30 {
+        let (exec, mut client) = attached::exec(&container, Spec::sh("seq 1 5000; echo err >&2"));
+        if round % 2 == 0 {
+            assert_eq!(exec.exit_status(), 0, "before the output is read");
+        }
+        let text = client.stdout.text();
+        assert!(text.ends_with("\n5000\n") && text.lines().count() == 5000, "round {round}: {}", text.len());
+        assert_eq!((client.stderr.text().as_str(), exec.exit_status()), ("err\n", 0));
+        exec.delete().expect("delete");
+    }
+}
+
+#[test]
+fn output_that_is_read_after_delete_is_complete() {
+    let node = Node::shared();
+    let container = sleeping(&node);
+    let (exec, mut client) = attached::exec(&container, Spec::sh("seq 1 5000"));
+    assert_eq!(exec.exit_status(), 0);
+    exec.delete().expect("delete");
+    assert_eq!(client.stdout.text().lines().count(), 5000);
+}
+
+#[test]
+fn an_exec_without_client_stdio_can_write_and_reads_nothing() {
+    needs!(OurShim); // the stock shim opens /dev/null for reading only
+    let node = Node::shared();
+    let container = sleeping(&node);
+    let exec = container.exec_sh("[ -z \"$(cat)\" ] && echo out && echo err >&2 && exit 32");
+    assert_eq!(exec.exit_status(), 32);
+}
+
+#[test]
+fn any_user_can_open_its_own_stdout_again() {
+    let node = Node::shared();
+    let container = sleeping(&node);
+    for uid in [0, 1000] {
+        let script = "echo out > /dev/stdout; echo err > /dev/stderr; echo more >> /dev/stdout";
+        let (exec, mut client) = attached::exec(&container, Spec::sh(script).user(uid, uid));
+        assert_eq!(client.stdout.text(), "out\nmore\n", "uid {uid}");
+        assert_eq!(client.stderr.text(), "err\n", "uid {uid}");
+        assert_eq!(exec.exit_status(), 0);
+    }
+}
+
+#[test]
+fn one_stream_alone_is_enough() {
+    needs!(OurShim); // the stock shim refuses
+    let node = Node::shared();
+    let container = sleeping(&node);
+    let fifos = Fifos::new("one");
+    let mut stdout = fifos.stdout();
+    let io = Io { stderr: String::new(), ..fifos.output() };
+    let exec = container.exec(Spec::sh("echo out; echo err >&2; exit 33")).started(&io);
+    assert_eq!(stdout.text(), "out\n");
+    assert_eq!(exec.exit_status(), 33);
+}
+
+#[test]
+fn a_file_uri_appends_both_streams() {
+    let node = Node::shared();
+    let container = sleeping(&node);
+    let scratch = Scratch::new("file");
+    let uri = format!("file://{}", scratch.text("new/directory/log"));
+    let io = Io { stdout: uri.clone(), stderr: uri, ..Io::default() };
+    // The stock shim now and then loses the last line when both streams end together.
+    let end = if node.runtime == OUR_RUNTIME { "true" } else { "sleep 0.3" };
+    for round in ["first", "second"] {
+        let script = format!("echo {round} out; echo {round} err >&2; {end}");
+        let exec = container.exec(Spec::sh(&script)).started(&io);
+        assert_eq!(exec.exit_status(), 0);
+        exec.delete().expect("delete");
+    }
+    let mut lines: Vec<String> = scratch.read("new/directory/log").lines().map(str::to_string).collect();
+    lines.sort();
+    assert_eq!(lines, ["first err", "first out", "second err", "second out"]);
+}
+
+#[test]
+fn a_binary_logger_of_an_exec_hears_of_the_exec() {
+    let node = Node::shared();
+    let container = sleeping(&node);
+    let logger = Logger::new("exec 5>&-");
+    let script = "echo out; echo err >&2; seq 1 20000";
+    let exec = container.exec(Spec::sh(script)).started(&logger.io("binary", "?key=value"));
+    assert_eq!(exec.exit_status(), 0);
+    exec.delete().expect("delete");
+    logger.ended();
+    assert_eq!(logger.scratch.read("out").lines().count(), 20_001);
+    assert_eq!(logger.scratch.read("err"), "err\n");
+    assert_eq!(logger.scratch.read("args"), "key value\n");
+    let env = logger.scratch.read("env");
+    for expected in
+        [format!("CONTAINER_ID={}", exec.id), format!("CONTAINER_NAMESPACE={}", container.namespace)]
+    {
+        assert!(env.lines().any(|line| line == expected), "{expected} in {env}");
+    }
+}
+
+#[test]
+fn a_logger_that_is_not_there_fails_the_start_of_an_exec() {
+    let node = Node::shared();
+    let container = sleeping(&node);
+    let uri = "binary:///no/such/logger".to_string();
+    let io = Io { stdout: uri.clone(), stderr: uri, ..Io::default() };
+    // Whether Exec or Start says so is a matter of taste.
+    let refused = container.exec(Spec::sleeping()).add(&io).and_then(|exec| exec.start().map(drop));
+    let refusal = refused.expect_err("no logger");
+    assert!(refusal.message().contains("/no/such/logger"), "{refusal}");
+    assert!(process::exists(container.pid()));
+}
+
+#[test]
+fn output_of_many_execs_at_once_is_not_mixed_up() {
+    let node = Node::shared();
+    let container = sleeping(&node);
+    thread::scope(|scope| {
+        for number in 0..20 {
+            let container = &container;
+            scope.spawn(move || {
+                let script = format!("i=0; while [ $i -lt 500 ]; do echo {number}; i=$((i+1)); done");
+                let (exec, mut client) = attached::exec(container, Spec::sh(&script));
+                assert_eq!(client.stdout.text(), format!("{number}\n").repeat(500));
+                assert_eq!(exec.exit_status(), 0);
+            });
+        }
+    });
+    wait::until_true("only init is left", || container.pids().is_ok_and(|pids| pids.len() == 1));
+}

@@ -1,0 +1,239 @@
+//! The option `Log`: whether output goes to the client, to the journal, to both or nowhere.
+
+use std::thread;
+
+use containerd_shim_protos::protobuf::well_known_types::any::Any as ShimAny;
+use prost::Message as _;
+use prost_types::Any;
+use serde_json::Value;
+use ttrpc::Code;
+
+use crate::common::container::Container;
+use crate::common::exec::Exec;
+use crate::common::node::{Node, unique};
+use crate::common::shim::{Bundle, Shim};
+use crate::common::spec::Spec;
+use crate::common::stdio::Fifos;
+use crate::common::systemd;
+use crate::common::task::{Io, Process};
+use crate::common::wait;
+use crate::options::GenericOptions;
+
+/// `containerd.systemd.v1.Options`, as far as this is about it.
+#[derive(Clone, PartialEq, prost::Message)]
+struct OwnOptions {
+    #[prost(string, tag = "7")]
+    log: String,
+}
+
+/// As CRI's configuration has it.
+fn log(mode: &str) -> Any {
+    GenericOptions { config_body: format!("Log = \"{mode}\"\n"), ..Default::default() }.to_any()
+}
+
+/// A message as text. What is not UTF-8 is a list of numbers in journalctl's JSON.
+fn message(entry: &Value) -> String {
+    match &entry["MESSAGE"] {
+        Value::Array(bytes) => bytes.iter().map(|byte| byte.as_u64().unwrap_or(0) as u8 as char).collect(),
+        text => text.as_str().unwrap_or_default().to_string(),
+    }
+}
+
+/// A process that has run to its end and is deleted, in a container that is still known.
+struct Ran<'n> {
+    container: Container<'n>,
+    exec: Option<Exec<'n>>,
+    /// What came to the client, of both streams.
+    seen: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Init,
+    Exec,
+}
+
+impl<'n> Ran<'n> {
+    fn new(node: &'n Node, options: Any, kind: Kind, spec: Spec, has_client: bool) -> Ran<'n> {
+        let fifos = Fifos::new("log");
+        let (mut stdout, mut stderr) = (fifos.stdout(), fifos.stderr());
+        let terminal = spec.has_terminal();
+        let io = match (has_client, terminal) {
+            (false, _) => Io::default(),
+            (true, false) => fifos.output(),
+            (true, true) => fifos.terminal(),
+        };
+        let container = |spec| node.container("log", spec).options(options);
+        let (container, exec) = match kind {
+            Kind::Init => (container(spec).started(&io), None),
+            Kind::Exec => {
+                let container = container(spec.sleeping_instead()).started(&Io::default());
+                let exec = container.exec(spec).started(&io);
+                (container, Some(exec))
+            }
+        };
+        let process: &Process = exec.as_deref().unwrap_or(&container);
+        // The client reads while it runs: how much a FIFO takes depends on how it is filled.
+        let seen = thread::scope(|scope| {
+            let seen = scope.spawn(|| match (has_client, terminal) {
+                (false, _) => String::new(),
+                (true, false) => stdout.text() + &stderr.text(),
+                (true, true) => stdout.text(),
+            });
+            assert_eq!(process.exit_status(), 0);
+            process.delete().expect("delete");
+            seen.join().expect("read what the client gets")
+        });
+        Ran { container, exec, seen }
+    }
+
+    /// The entries that `journalctl -u` of the container shows, of those with the text: at least so many.
+    fn shown(&self, text: &str, at_least: usize) -> Vec<Value> {
+        let mut entries = Vec::new();
+        wait::within(wait::LIMIT, || {
+            entries = systemd::journal(&["--unit", &systemd::unit_of(&self.container)]);
+            entries.retain(|entry| message(entry).contains(text));
+            (entries.len() >= at_least).then_some(())
+        });
+        entries
+    }
+}
+
+/// Asserts who gets the lines of a process, of every kind.
+fn check(mode: &str, has_client: bool, client_gets: bool, journal_gets: bool) {
+    let node = Node::shared();
+    for kind in [Kind::Init, Kind::Exec] {
+        // A terminal without a client has nobody to type in it.
+        for terminal in if has_client { &[false, true][..] } else { &[false] } {
+            let what = format!("{mode}, {kind:?}, terminal: {terminal}, client: {has_client}");
+            let word = unique("word");
+            let spec = Spec::sh(&format!("echo {word} out; echo {word} err >&2"));
+            let spec = if *terminal { spec.terminal() } else { spec };
+            let ran = Ran::new(&node, log(mode), kind, spec, has_client);
+
+            let end = if *terminal { "\r\n" } else { "\n" };
+            let lines = format!("{word} out{end}{word} err{end}");
+            assert_eq!(ran.seen, if client_gets { lines.as_str() } else { "" }, "the client, {what}");
+
+            let expected = [format!("{word} err"), format!("{word} out")];
+            let expected = if journal_gets { &expected[..] } else { &[] };
+            let shown = ran.shown(&word, expected.len());
+            let mut shown: Vec<String> =
+                shown.iter().map(|entry| message(entry).trim().to_string()).collect();
+            shown.sort();
+            assert_eq!(shown, expected, "the journal, {what}");
+        }
+    }
+}
+
+#[test]
+fn auto_is_the_clients_streams_or_else_the_journal() {
+    needs!(OurShim);
+    check("auto", true, true, false);
+    check("auto", false, false, true);
+}
+
+#[test]
+fn journal_is_always_the_journal() {
+    needs!(OurShim);
+    check("journal", true, false, true);
+    check("journal", false, false, true);
+}
+
+#[test]
+fn tee_is_both() {
+    needs!(OurShim);
+    check("tee", true, true, true);
+    check("tee", false, false, true);
+}
+
+#[test]
+fn none_is_the_clients_streams_or_else_nothing() {
+    needs!(OurShim);
+    check("none", true, true, false);
+    check("none", false, false, false);
+}
+
+#[test]
+fn our_own_options_have_it_too() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let options = OwnOptions { log: "journal".to_string() };
+    let options =
+        Any { type_url: "containerd.systemd.v1.Options".to_string(), value: options.encode_to_vec() };
+    let ran = Ran::new(&node, options, Kind::Init, Spec::sh("echo by our own"), true);
+    assert_eq!((ran.seen.as_str(), ran.shown("by our own", 1).len()), ("", 1));
+}
+
+#[test]
+fn an_unknown_mode_is_an_invalid_argument_that_names_it() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let shim = Shim::connect(&node);
+    let bundle = Bundle::new("log");
+    let mut request = bundle.request(&unique("log"));
+    let Any { type_url, value } = log("jurnal");
+    request.options = Some(ShimAny { type_url, value, ..Default::default() }).into();
+    let (code, text) = shim.create(request).expect_err("no such mode");
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+    assert!(text.contains("jurnal"), "{text}");
+}
+
+#[test]
+fn entries_say_whose_they_are() {
+    needs!(OurShim);
+    let node = Node::shared();
+    for (mode, terminal) in [("journal", false), ("tee", false), ("journal", true), ("tee", true)] {
+        for kind in [Kind::Init, Kind::Exec] {
+            let spec = Spec::sh("echo hello").annotation("nerdctl/name", "webshop");
+            let spec = if terminal { spec.terminal() } else { spec };
+            let ran = Ran::new(&node, log(mode), kind, spec, true);
+            let entry = ran.shown("hello", 1).pop().expect("a line");
+            let what = format!("{mode}, {kind:?}, terminal: {terminal}: {entry}");
+            assert_eq!(entry["CONTAINER_ID"], ran.container.id.as_str(), "{what}");
+            assert_eq!(entry["CONTAINER_NAMESPACE"], ran.container.namespace.as_str(), "{what}");
+            assert_eq!(entry["CONTAINER_NAME"], "webshop", "{what}");
+            assert_eq!(entry["SYSLOG_IDENTIFIER"], "webshop", "{what}");
+            assert_eq!(
+                entry["CONTAINER_EXEC_ID"].as_str(),
+                ran.exec.as_ref().map(|exec| exec.id.as_str()),
+                "{what}"
+            );
+        }
+    }
+}
+
+#[test]
+fn odd_lines_arrive_whole() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let script =
+        r"head -c 60000 /dev/zero | tr '\0' L; echo; printf '\001\377binary\n'; printf 'the last one'";
+    for (mode, terminal) in [("journal", false), ("tee", false), ("journal", true), ("tee", true)] {
+        for kind in [Kind::Init, Kind::Exec] {
+            let spec = Spec::sh(script);
+            let spec = if terminal { spec.terminal() } else { spec };
+            let what = format!("{mode}, {kind:?}, terminal: {terminal}");
+            let ran = Ran::new(&node, log(mode), kind, spec, true);
+            assert_eq!(ran.shown("the last one", 1).len(), 1, "{what}");
+            assert_eq!(ran.shown("\u{1}\u{ff}binary", 1).len(), 1, "{what}");
+            let long = ran.shown("LLL", 1);
+            assert_eq!(long.iter().map(|entry| message(entry).trim().len()).sum::<usize>(), 60_000, "{what}");
+        }
+    }
+}
+
+#[test]
+fn any_user_can_open_its_own_stdout_again() {
+    needs!(OurShim);
+    let node = Node::shared();
+    for kind in [Kind::Init, Kind::Exec] {
+        for uid in [0, 1000] {
+            let script = "echo first && echo second > /dev/stdout && echo third > /dev/stderr";
+            let ran = Ran::new(&node, log("journal"), kind, Spec::sh(script).user(uid, uid), true);
+            for line in ["first", "second", "third"] {
+                assert_eq!(ran.shown(line, 1).len(), 1, "{line}, {kind:?}, uid {uid}");
+            }
+        }
+    }
+}
