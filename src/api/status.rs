@@ -35,7 +35,7 @@ pub fn code(error: &Error) -> Code {
             Code::DEADLINE_EXCEEDED
         }
         Error::Stopping
-        | Error::Unit(unit::proxy::Error::Unreachable { .. } | unit::proxy::Error::Lost { .. }) => {
+        | Error::Unit(unit::error::Error::Unreachable { .. } | unit::error::Error::Lost { .. }) => {
             Code::UNAVAILABLE
         }
         Error::NoUnitName { .. }
@@ -51,11 +51,11 @@ pub fn code(error: &Error) -> Code {
         | Error::Store(_)
         | Error::Logger { .. }
         | Error::Unit(
-            unit::proxy::Error::NotLoaded { .. }
-            | unit::proxy::Error::Exists { .. }
-            | unit::proxy::Error::Refused { .. }
-            | unit::proxy::Error::Job { .. }
-            | unit::proxy::Error::TooOld { .. },
+            unit::error::Error::NotLoaded { .. }
+            | unit::error::Error::Exists { .. }
+            | unit::error::Error::Refused { .. }
+            | unit::error::Error::Job { .. }
+            | unit::error::Error::TooOld { .. },
         ) => Code::UNKNOWN,
     }
 }

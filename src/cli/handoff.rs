@@ -7,9 +7,7 @@
 //! - systemd has not taken it (it refuses a zombie): we are the main process ourselves;
 //! - systemd has taken it while it lived: the zombie goes to PID 1 when we leave.
 //!
-//! One that ends while we leave goes to PID 1 as a zombie too. systemd must hear of it before it
-//! notices that the unit's cgroup is empty, or it takes the unit for ended without a code; so somebody
-//! stays in there until we are gone.
+//! One that ends while we leave goes to PID 1 as a zombie too, which by then waits for nothing else.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -38,9 +36,6 @@ pub enum Error {
     /// systemd does not react.
     #[error("systemd has not answered within {} s", BARRIER_LIMIT.as_secs())]
     Silent,
-    /// Nobody can stay in the cgroup.
-    #[error("leave a process behind: {0}")]
-    Placeholder(#[source] io::Error),
 }
 
 /// How long systemd may take to read what it is told: it may be reloading.
@@ -85,12 +80,6 @@ fn barrier() -> Result<(), Error> {
         Ok(_) => Ok(()),
         Err(errno) => Err(Error::Notify(errno.to_string())),
     }
-}
-
-/// Keeps the unit's cgroup from being empty until this process is gone, and its children have been
-/// handed to their next parent.
-pub(super) fn leave_placeholder() -> Result<(), Error> {
-    sys::fork_until_gone().map_err(|errno| Error::Placeholder(errno.into()))
 }
 
 /// Ends as another process did.

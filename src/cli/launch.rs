@@ -254,10 +254,7 @@ fn exec(process: &Process<'_>) -> Result<(), Error> {
         }
     };
     match ended {
-        None => {
-            process.tell(&Outcome::Started { pid })?;
-            Ok(handoff::leave_placeholder()?)
-        }
+        None => process.tell(&Outcome::Started { pid }),
         Some(ended) => {
             let exit = Exit { status: ended.exit_status(), at_usec: ended.at_usec };
             process.tell(&Outcome::Ended { pid, exit })?;

@@ -18,8 +18,8 @@ use crate::oci::bundle;
 use crate::task::request::Containerd;
 use crate::transport::sockets::{Owners, Socket};
 use crate::unit::properties;
-use crate::unit::proxy::{self, Manager};
-use crate::unit::{name, watch};
+use crate::unit::proxy::Manager;
+use crate::unit::{self, name, watch};
 use crate::{cgroup, config};
 
 use super::arguments::Global;
@@ -155,31 +155,38 @@ fn bring_up() -> Result<(), Failure> {
     }
 }
 
-async fn start_units(program: PathBuf) -> Result<(), proxy::Error> {
+async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
     let manager = std::sync::Arc::new(Manager::default());
     let (observations, _receiver) = tokio::sync::mpsc::unbounded_channel();
     let (listening, first) = tokio::sync::oneshot::channel();
     let watching = tokio::spawn(watch::run(manager.clone(), observations, listening));
     let up = async {
-        first.await.map_err(|_| proxy::Error::Unreachable { reason: "no answer".to_owned() })?;
+        first.await.map_err(|_| unit::error::Error::Unreachable { reason: "no answer".to_owned() })?;
         let systemd = manager.systemd().await?;
         let unreachable =
-            |error: crate::id::InvalidName| proxy::Error::Unreachable { reason: error.to_string() };
+            |error: crate::id::InvalidName| unit::error::Error::Unreachable { reason: error.to_string() };
         let socket = crate::id::UnitName::new(name::DAEMON_SOCKET).map_err(unreachable)?;
         match manager.start(&socket).await {
-            Err(proxy::Error::NotLoaded { .. }) => {}
+            Err(unit::error::Error::NotLoaded { .. }) => {}
             installed => return installed,
         }
         let command = [program.to_string_lossy().into_owned(), "serve".to_owned()];
         let service = properties::daemon_service(systemd, &command);
         let aux = Some((name::DAEMON_SERVICE, &service));
-        manager
-            .start_transient_with(&socket, &properties::daemon_socket(Socket::all().map(Socket::path)), aux)
-            .await
+        let listening = properties::daemon_socket(Socket::all().map(Socket::path));
+        match manager.start_transient_with(&socket, &listening, aux).await {
+            // It was stopped, but others refer to it: systemd keeps the name of its file, which is gone,
+            // until it reloads.
+            Err(unit::error::Error::Exists { .. }) => {
+                manager.reload().await?;
+                manager.start_transient_with(&socket, &listening, aux).await
+            }
+            started => started,
+        }
     };
     let result = tokio::time::timeout(config::START_LIMIT, up).await;
     watching.abort();
-    result.map_err(|_: tokio::time::error::Elapsed| proxy::Error::Unreachable {
+    result.map_err(|_: tokio::time::error::Elapsed| unit::error::Error::Unreachable {
         reason: timed_out().to_string(),
     })?
 }

@@ -19,7 +19,7 @@ use crate::task::registry::Taken;
 use crate::task::request::{Containerd, Create};
 use crate::task::{Placement, Task};
 use crate::unit::properties::{self, Shown};
-use crate::unit::{name, proxy};
+use crate::unit::{self, name};
 
 use super::{Entry, Error, Shim, blocking, now_usec};
 
@@ -163,14 +163,14 @@ impl Shim {
         let pid_file = dir.join(PID_FILE);
         let properties = properties::container(self.systemd, &shown, &command, &environment, &pid_file);
         let mut begun = self.manager.begin_transient(&task.unit, &properties).await;
-        if let Err(proxy::Error::Exists { .. }) = begun {
+        if let Err(unit::error::Error::Exists { .. }) = begun {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
             self.manager.reset_failed(&task.unit).await?;
             begun = self.manager.begin_transient(&task.unit, &properties).await;
         }
         self.warm_up();
         match begun?.done().await {
-            Err(proxy::Error::Job { .. }) => Err(Error::Launch(self.launch_failure(task, dir))),
+            Err(unit::error::Error::Job { .. }) => Err(Error::Launch(self.launch_failure(task, dir))),
             other => Ok(other?),
         }
     }
@@ -227,7 +227,7 @@ impl Shim {
             _ => format!("Pod of container {}", task.key),
         };
         match self.manager.start_transient(slice, &properties::pod_slice(&description)).await {
-            Ok(()) | Err(proxy::Error::Exists { .. }) => Ok(()),
+            Ok(()) | Err(unit::error::Error::Exists { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }

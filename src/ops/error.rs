@@ -137,7 +137,7 @@ pub enum Error {
     Cgroup(#[from] cgroup::Error),
     /// systemd failed.
     #[error(transparent)]
-    Unit(#[from] unit::proxy::Error),
+    Unit(#[from] unit::error::Error),
     /// The record can't be kept.
     #[error(transparent)]
     Store(#[from] store::Error),

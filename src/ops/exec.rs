@@ -6,6 +6,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
@@ -21,8 +22,7 @@ use crate::task::phase::Exit;
 use crate::task::registry::Taken;
 use crate::task::request::Stdio;
 use crate::task::wiring::{Wiring, pipe};
-use crate::unit::main_process::Ended;
-use crate::unit::{name, properties, proxy};
+use crate::unit::{self, name, properties};
 
 use super::create::read_pid;
 use super::streams::{cut_off, drain};
@@ -32,6 +32,9 @@ use super::{Entry, Error, Process, Shim, blocking, now_usec};
 pub const PROCESS_SPEC: &str = "process.json";
 /// The file in an exec's directory in which the OCI runtime leaves the process.
 pub const EXEC_PID_FILE: &str = "pid";
+
+/// An exec that has run for so long is not a probe.
+const LONG_EXEC: Duration = Duration::from_secs(2);
 
 /// An Exec call.
 #[derive(Debug)]
@@ -162,14 +165,14 @@ impl Shim {
         let command = self.launch_command(&process.key, "exec");
         let environment = self.launch_environment(&task).await?;
         let properties = properties::exec(&exec.description, &command, &environment);
-        let mut started = self.manager.start_transient(&exec.unit, &properties).await;
-        if let Err(proxy::Error::Exists { .. }) = started {
+        let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
+        if let Err(unit::error::Error::Exists { .. }) = begun {
             // No exec of ours has this unit: it is what a failed one left behind.
             self.remove_unit(&exec.unit).await?;
-            started = self.manager.start_transient(&exec.unit, &properties).await;
+            begun = self.manager.begin_transient(&exec.unit, &properties).await;
         }
-        started?;
-        // systemd has made the process, which is now on its way into the unit's cgroup.
+        // The job goes on for as long as the process.
+        drop(begun?);
         self.warm_up();
         let (pid, exit) = match outcome(process, &dir, doorbell).await? {
             Outcome::Started { pid } => (pid, None),
@@ -178,6 +181,7 @@ impl Shim {
         };
         if exit.is_none() {
             self.hold_exec(entry, process, pid);
+            self.let_boot_finish(entry, process);
         }
         self.start_pumps(entry, process, opened).await?;
         Ok((pid, exit))
@@ -199,6 +203,19 @@ impl Shim {
         }
     }
 
+    /// The unit's start job lasts as long as the process, and systemd does not take a boot for finished
+    /// while there are jobs (manager.c, `manager_check_finished`): that of a long exec is taken away.
+    fn let_boot_finish(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
+        let (shim, entry, process) = (self.clone(), Arc::downgrade(entry), process.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(LONG_EXEC).await;
+            let ended = entry.upgrade().is_none_or(|entry| Self::has_ended(&entry, &process));
+            if !ended && let Err(error) = shim.manager.forget_job(&process.unit).await {
+                tracing::warn!(process = %process.key, %error, "{}: its start job stays: {error}", process.key);
+            }
+        });
+    }
+
     fn has_ended(entry: &Entry, process: &Process) -> bool {
         let id = process.key.exec.as_ref();
         id.is_some_and(|id| entry.task().execs.get(id).is_some_and(|exec| exec.phase.exit().is_some()))
@@ -215,17 +232,12 @@ impl Shim {
 
     /// Nothing needs the unit of an exec that systemd has seen the end of: it goes while the client
     /// still reads.
-    pub(super) fn remove_ended_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>, ended: Ended) {
+    pub(super) fn remove_ended_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>) {
         let mut live = process.live();
         if live.removal.is_none() && Self::has_ended(entry, process) {
             let (shim, unit) = (self.clone(), process.unit.clone());
-            live.removal = Some(tokio::spawn(async move {
-                if ended.is_clean() {
-                    // It is no failed one: with the stop it is unloaded.
-                    return Ok(shim.manager.stop(&unit).await?);
-                }
-                shim.remove_unit(&unit).await
-            }));
+            // It never counts as a failed one: with the stop it is unloaded.
+            live.removal = Some(tokio::spawn(async move { Ok(shim.manager.stop(&unit).await?) }));
         }
     }
 
@@ -316,6 +328,7 @@ impl Shim {
         let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
         if let Some(ExecPhase::Running { pid }) = phase {
             self.hold_exec(entry, process, pid);
+            self.let_boot_finish(entry, process);
         }
         self.after_exec(entry, process);
     }

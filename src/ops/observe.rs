@@ -89,7 +89,7 @@ impl Shim {
         }
         process.live().attempt_ended.notify_one();
         self.after_exec(entry, process);
-        self.remove_ended_exec(entry, process, ended);
+        self.remove_ended_exec(entry, process);
     }
 
     async fn look_at(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {

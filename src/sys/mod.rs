@@ -69,28 +69,6 @@ pub fn peek_exit(pid: u32) -> Result<Option<(i32, i32)>, Errno> {
     Ok((found != 0).then_some((info.si_code, status)))
 }
 
-/// Makes a child that ends when this process has: after its children have got their next parent,
-/// which the kernel does before it reports an end on a pidfd (exit_notify).
-///
-/// # Errors
-/// There can't be another process.
-pub fn fork_until_gone() -> Result<(), Errno> {
-    let this = pidfd_open(std::process::id())?;
-    // SAFETY: only `launch` calls this, which has one thread; the child makes two system calls, both
-    // allowed after a fork, and never returns.
-    match unsafe { nix::unistd::fork() }? {
-        nix::unistd::ForkResult::Parent { .. } => Ok(()),
-        nix::unistd::ForkResult::Child => {
-            let mut fd = libc::pollfd { fd: this.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-            // SAFETY: as above; `fd` is one pollfd of ours.
-            unsafe {
-                libc::poll(&mut fd, 1, -1);
-                libc::_exit(0)
-            }
-        }
-    }
-}
-
 /// Ends this process by a signal that ends processes, without a core dump; returns if it does not.
 pub fn die_by(signal: i32) {
     // What can't be done here shows in the caller still being alive.

@@ -37,17 +37,6 @@ impl Ended {
         if self.signal().is_none() { status } else { 128 + status }
     }
 
-    /// systemd takes it for a success: a unit with RemainAfterExit stays active (exit-status.c,
-    /// 252 to 262).
-    pub fn is_clean(self) -> bool {
-        const CLEAN: [i32; 4] =
-            [nix::libc::SIGHUP, nix::libc::SIGINT, nix::libc::SIGTERM, nix::libc::SIGPIPE];
-        match self.signal() {
-            None => self.status == 0,
-            Some(signal) => CLEAN.contains(&signal),
-        }
-    }
-
     /// The signal that ended it, if one did.
     pub fn signal(self) -> Option<i32> {
         const CLD_EXITED: i32 = 1;

@@ -1,8 +1,10 @@
 //! The systemd adapter: the only place that names zbus types.
 //!
 //! [`name`], [`properties`] and [`main_process`] are pure. [`proxy`] makes calls, [`watch`] turns signals into
-//! observations, [`notify`] speaks to systemd as a service does.
+//! observations, [`notify`] speaks to systemd as a service does, [`error`] has what can go wrong.
 
+pub mod error;
+mod job;
 pub mod main_process;
 pub mod name;
 pub mod notify;

@@ -96,7 +96,7 @@ pub fn container(
         ("Type", "forking".into()),
         ("PIDFile", path(pid_file)),
         ("GuessMainPID", false.into()),
-        ("ExecStartEx", exec_start(command)),
+        ("ExecStartEx", exec_start(command, &["no-env-expand"])),
         ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
@@ -128,23 +128,29 @@ pub fn container(
 /// An exec's unit.
 ///
 /// `launch` runs the OCI runtime, and hands the process that this leaves behind over as the unit's
-/// main process. The process lives in the container's cgroup; the unit's own is empty. Not
-/// `Type=notify`: at `READY=1` systemd looks whether the main process lives, and forgets one that has
-/// just ended together with its exit code.
+/// main process. The process lives in the container's cgroup; the unit's own is empty.
+///
+/// `Type=oneshot`, so the unit is `activating` while the process runs: the one state in which systemd
+/// waits for the exit code whatever else it notices. In `running`, when the unit's cgroup gets empty or
+/// with `READY=1`, it looks whether the main process lives, and if that has just ended it forgets it
+/// together with its code (service.c, 252 to 262: it was not born as systemd's child).
+///
+/// Whatever the process's end, it is no failure of the unit.
+///
 /// systemd's remarks about each of them (that it is not its child, how it ended) would fill the
 /// journal of a node with probes: only errors pass.
 pub fn exec(description: &str, command: &[String], environment: &[String]) -> Properties {
     let mut list: Vec<(&'static str, Variant<'static>)> = vec![
         ("Description", description.to_owned().into()),
         ("Slice", name::DAEMON_SLICE.into()),
-        ("Type", "simple".into()),
-        // For `MAINPID=` and `BARRIER=`; the second is sent when the main process has become another.
-        ("NotifyAccess", "all".into()),
-        ("ExecStartEx", exec_start(command)),
+        ("Type", "oneshot".into()),
+        ("NotifyAccess", "main".into()),
+        ("ExecStartEx", exec_start(command, &["no-env-expand", "ignore-failure"])),
         ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
         ("KillMode", "mixed".into()),
+        ("TimeoutStartUSec", INFINITY.into()),
         ("TimeoutStopUSec", usec(config::STOP_LIMIT).into()),
         ("OOMPolicy", "continue".into()),
         ("TasksMax", INFINITY.into()),
@@ -164,7 +170,7 @@ pub fn logger(shown: &Shown<'_>, command: &[String]) -> Properties {
     let mut list = shown_as(shown);
     list.extend([
         ("Type", "exec".into()),
-        ("ExecStartEx", exec_start(command)),
+        ("ExecStartEx", exec_start(command, &["no-env-expand"])),
         ("CollectMode", "inactive-or-failed".into()),
         ("TimeoutStopUSec", usec(config::LOGGER_STOP_LIMIT).into()),
         ("StandardInput", "null".into()),
@@ -206,7 +212,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("Description", "containerd shim for systemd units".into()),
         ("Type", "notify".into()),
         ("NotifyAccess", "main".into()),
-        ("ExecStartEx", exec_start(command)),
+        ("ExecStartEx", exec_start(command, &["no-env-expand", "ignore-failure"])),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Restart", "always".into()),
         ("RestartUSec", 0_u64.into()),
@@ -256,10 +262,11 @@ fn bound_to_system() -> Vec<(&'static str, Variant<'static>)> {
     ]
 }
 
-/// A command, taken literally: without the flag systemd would expand `$VAR` in it.
-fn exec_start(command: &[String]) -> Variant<'static> {
+/// A command with its flags. Without `no-env-expand` systemd would expand `$VAR` in it.
+fn exec_start(command: &[String], flags: &[&'static str]) -> Variant<'static> {
     let binary = command.first().cloned().unwrap_or_default();
-    vec![(binary, command.to_vec(), vec!["no-env-expand".to_owned()])].into()
+    let flags: Vec<String> = flags.iter().map(|&flag| flag.to_owned()).collect();
+    vec![(binary, command.to_vec(), flags)].into()
 }
 
 fn path(path: &Path) -> Variant<'static> {

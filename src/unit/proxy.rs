@@ -1,81 +1,23 @@
-//! Calls to systemd, and its errors by name.
+//! Calls to systemd.
 //!
 //! The connection can go away (dbus restarted) and come back; calls made in between wait for it.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant};
 
 use crate::id::UnitName;
 
+use super::error::{Error, call_error, is_gone, unreachable};
+use super::job::{Jobs, StartJob};
 use super::main_process::MainProcess;
 use super::name;
 use super::properties::{Properties, Systemd};
 
 /// How long a call waits for a connection, and how long for its answer.
 const CALL_LIMIT: Duration = Duration::from_secs(25);
-
-/// What can go wrong with a unit.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum Error {
-    /// systemd can't be reached.
-    #[error("systemd can't be reached over D-Bus: {reason}; check that dbus runs")]
-    Unreachable {
-        /// What the bus said.
-        reason: String,
-    },
-    /// The unit is not loaded.
-    #[error("unit {unit} is not loaded")]
-    NotLoaded {
-        /// The unit.
-        unit: String,
-    },
-    /// A unit of that name is loaded already.
-    #[error("unit {unit} exists already")]
-    Exists {
-        /// The unit.
-        unit: String,
-    },
-    /// systemd refused the call.
-    #[error("systemd refused to {verb} {unit}: {reason} ({name})")]
-    Refused {
-        /// What was asked.
-        verb: &'static str,
-        /// Of which unit.
-        unit: String,
-        /// The D-Bus error's name.
-        name: String,
-        /// systemd's words.
-        reason: String,
-    },
-    /// The job did not end well.
-    #[error("systemd's job to {verb} {unit} ended with result {result:?}; see systemctl status {unit}")]
-    Job {
-        /// What was asked.
-        verb: &'static str,
-        /// Of which unit.
-        unit: String,
-        /// JobRemoved's result.
-        result: String,
-    },
-    /// The connection was lost while a job was under way: it may have ended in any way.
-    #[error("the connection to D-Bus was lost during systemd's job to {verb} {unit}")]
-    Lost {
-        /// What was asked.
-        verb: &'static str,
-        /// Of which unit.
-        unit: String,
-    },
-    /// systemd is older than supported, or says no version.
-    #[error("systemd {found} is too old: version {} or newer is needed", crate::config::OLDEST_SYSTEMD)]
-    TooOld {
-        /// What it calls itself.
-        found: String,
-    },
-}
 
 #[zbus::proxy(
     interface = "org.freedesktop.systemd1.Manager",
@@ -95,6 +37,8 @@ trait SystemdManager {
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn kill_unit(&self, name: &str, whom: &str, signal: i32) -> zbus::Result<()>;
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
+    fn reload(&self) -> zbus::Result<()>;
+    fn cancel_job(&self, id: u32) -> zbus::Result<()>;
     #[zbus(property)]
     fn version(&self) -> zbus::Result<String>;
 }
@@ -105,21 +49,17 @@ trait UnitProperties {
     fn get(&self, interface: &str, name: &str) -> zbus::Result<OwnedVariant>;
 }
 
-/// A job's end, sent to whoever waits for a job of that unit.
-pub(super) type JobEnd = (OwnedObjectPath, String);
-type JobWaiters = Mutex<HashMap<UnitName, Vec<mpsc::UnboundedSender<JobEnd>>>>;
-
 /// systemd's manager, over the system bus.
 pub struct Manager {
     connection: watch::Sender<Option<Connection>>,
     /// systemd has its name on the bus: it has not for a moment when it executes itself anew.
     owned: watch::Sender<bool>,
-    jobs: JobWaiters,
+    pub(super) jobs: Jobs,
 }
 
 impl Default for Manager {
     fn default() -> Self {
-        Self { connection: watch::Sender::new(None), owned: watch::Sender::new(true), jobs: Mutex::default() }
+        Self { connection: watch::Sender::new(None), owned: watch::Sender::new(true), jobs: Jobs::default() }
     }
 }
 
@@ -185,7 +125,7 @@ impl Manager {
     /// The connection is gone: later calls wait for the next one, and jobs under way are lost.
     pub(super) fn disconnected(&self) {
         self.connection.send_replace(None);
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.jobs.lose_all();
     }
 
     async fn connected(&self) -> Result<Connection, Error> {
@@ -272,7 +212,7 @@ impl Manager {
         properties: &Properties,
         aux: &[(&str, &[(&str, Variant<'_>)])],
     ) -> Result<StartJob, Error> {
-        let waiter = self.wait_for_job(unit);
+        let waiter = self.jobs.wait_for(unit);
         let mut tries = self.tries();
         let started = loop {
             let proxy = self.proxy().await?;
@@ -295,7 +235,7 @@ impl Manager {
     /// # Errors
     /// [`Error::NotLoaded`] if it is not installed; a refusal; [`Error::Job`].
     pub async fn start(&self, unit: &UnitName) -> Result<(), Error> {
-        let waiter = self.wait_for_job(unit);
+        let waiter = self.jobs.wait_for(unit);
         let job = persist!(self, proxy, proxy.start_unit(unit.as_str(), "replace"));
         waiter.ended(START, Some(job.map_err(|error| call_error(START, unit, error))?)).await
     }
@@ -306,7 +246,7 @@ impl Manager {
     /// A refusal, or [`Error::Job`].
     pub async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
         let verb = "stop";
-        let waiter = self.wait_for_job(unit);
+        let waiter = self.jobs.wait_for(unit);
         let job = persist!(self, proxy, proxy.stop_unit(unit.as_str(), "replace"));
         match job.map_err(|error| call_error(verb, unit, error)) {
             Ok(job) => waiter.ended(verb, Some(job)).await,
@@ -326,6 +266,30 @@ impl Manager {
                 Error::NotLoaded { .. } => Ok(()),
                 error => Err(error),
             },
+        }
+    }
+
+    /// Makes systemd read all units again, as `systemctl daemon-reload` does.
+    ///
+    /// # Errors
+    /// systemd can't be asked, or does not want to.
+    pub async fn reload(&self) -> Result<(), Error> {
+        persist!(self, proxy, proxy.reload()).map_err(unreachable)
+    }
+
+    /// Makes systemd forget the job that a unit has, if it has one. The unit stays as it is.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
+        let all = self.get_all(unit, UNIT_INTERFACE).await?;
+        let job = all.get("Job").and_then(|job| <(u32, OwnedObjectPath)>::try_from(job.clone()).ok());
+        let Some((id @ 1.., _)) = job else {
+            return Ok(());
+        };
+        match persist!(self, proxy, proxy.cancel_job(id)) {
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NO_SUCH_JOB => Ok(()),
+            cancelled => cancelled.map_err(|error| call_error("cancel the job of", unit, error)),
         }
     }
 
@@ -399,80 +363,14 @@ impl Manager {
         });
         all.map_err(|error| call_error("read", unit, error))
     }
-
-    /// Listens for the ends of a unit's jobs; made before the call, or the end may come first.
-    fn wait_for_job(&self, unit: &UnitName) -> JobWaiter {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        jobs.entry(unit.clone()).or_default().push(sender);
-        JobWaiter { unit: unit.clone(), receiver }
-    }
-
-    pub(super) fn job_ended(&self, unit: &UnitName, job: &OwnedObjectPath, result: &str) {
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(waiters) = jobs.get_mut(unit) {
-            waiters.retain(|waiter| waiter.send((job.clone(), result.to_owned())).is_ok());
-            waiters.retain(|waiter| !waiter.is_closed());
-            if waiters.is_empty() {
-                jobs.remove(unit);
-            }
-        }
-    }
-
-    /// Forgets those that no longer wait: their call failed before there was a job.
-    pub(super) fn sweep_waiters(&self) {
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        jobs.retain(|_, waiters| {
-            waiters.retain(|waiter| !waiter.is_closed());
-            !waiters.is_empty()
-        });
-    }
 }
 
 const START: &str = "start";
 
-/// A unit that is being started.
-pub struct StartJob {
-    waiter: JobWaiter,
-    /// Not known if systemd went away before it could tell.
-    job: Option<OwnedObjectPath>,
-}
-
-impl StartJob {
-    /// Resolves when the unit is up, by the rule of its type.
-    ///
-    /// # Errors
-    /// [`Error::Job`] when it did not come up.
-    pub async fn done(self) -> Result<(), Error> {
-        self.waiter.ended(START, self.job).await
-    }
-}
-
-struct JobWaiter {
-    unit: UnitName,
-    receiver: mpsc::UnboundedReceiver<JobEnd>,
-}
-
-impl JobWaiter {
-    async fn ended(mut self, verb: &'static str, job: Option<OwnedObjectPath>) -> Result<(), Error> {
-        let unit = self.unit.to_string();
-        while let Some((ended, result)) = self.receiver.recv().await {
-            if job.as_ref().is_none_or(|job| *job == ended) {
-                return match result.as_str() {
-                    "done" => Ok(()),
-                    _ => Err(Error::Job { verb, unit, result }),
-                };
-            }
-        }
-        Err(Error::Lost { verb, unit })
-    }
-}
-
 pub(super) const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";
 const UNIT_INTERFACE: &str = "org.freedesktop.systemd1.Unit";
+const NO_SUCH_JOB: &str = "org.freedesktop.systemd1.NoSuchJob";
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
-const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
-const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
 
 /// Signals waiting to be read. systemd sends at most 100 units' worth at once.
 const MAX_QUEUED: std::num::NonZeroUsize = std::num::NonZeroUsize::new(1024).unwrap();
@@ -480,53 +378,6 @@ const MAX_QUEUED: std::num::NonZeroUsize = std::num::NonZeroUsize::new(1024).unw
 /// How long the news that systemd has lost its name may take to get here.
 const NEWS_LIMIT: Duration = Duration::from_millis(50);
 
-/// Nobody has answered, as nobody was there to.
-fn is_gone(error: &zbus::Error) -> bool {
-    const GONE: [&str; 3] = [
-        "org.freedesktop.DBus.Error.NoReply",
-        "org.freedesktop.DBus.Error.ServiceUnknown",
-        "org.freedesktop.DBus.Error.NameHasNoOwner",
-    ];
-    match error {
-        zbus::Error::MethodError(name, ..) => GONE.contains(&name.as_str()),
-        zbus::Error::FDO(error) => matches!(
-            **error,
-            zbus::fdo::Error::NoReply(_)
-                | zbus::fdo::Error::ServiceUnknown(_)
-                | zbus::fdo::Error::NameHasNoOwner(_)
-        ),
-        _ => false,
-    }
-}
-
 fn text(values: &HashMap<String, OwnedVariant>, name: &str) -> Option<String> {
     values.get(name).and_then(|value| String::try_from(&**value).ok())
-}
-
-pub(super) fn unreachable(error: zbus::Error) -> Error {
-    Error::Unreachable { reason: error.to_string() }
-}
-
-/// Errors are told apart by name, never by text.
-fn call_error(verb: &'static str, unit: &UnitName, error: zbus::Error) -> Error {
-    let unit = unit.to_string();
-    match error {
-        zbus::Error::MethodError(name, reason, _) => match name.as_str() {
-            NO_SUCH_UNIT => Error::NotLoaded { unit },
-            UNIT_EXISTS => Error::Exists { unit },
-            other => {
-                Error::Refused { verb, unit, name: other.to_owned(), reason: reason.unwrap_or_default() }
-            }
-        },
-        zbus::Error::FDO(error) => match *error {
-            zbus::fdo::Error::InvalidArgs(reason) => {
-                Error::Refused { verb, unit, name: "InvalidArgs".to_owned(), reason }
-            }
-            zbus::fdo::Error::PropertyReadOnly(reason) => {
-                Error::Refused { verb, unit, name: "PropertyReadOnly".to_owned(), reason }
-            }
-            other => Error::Unreachable { reason: other.to_string() },
-        },
-        other => unreachable(other),
-    }
 }

@@ -15,9 +15,10 @@ use zbus::{MatchRule, Message, MessageStream, OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
 
+use super::error::{self, Error};
 use super::main_process::MainProcess;
 use super::name;
-use super::proxy::{self, Manager, SERVICE_INTERFACE};
+use super::proxy::{Manager, SERVICE_INTERFACE};
 
 /// What was noticed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,12 +74,12 @@ pub async fn run(
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-async fn listen(manager: &Manager) -> Result<MessageStream, proxy::Error> {
+async fn listen(manager: &Manager) -> Result<MessageStream, Error> {
     let connection = manager.connect().await?;
     let stream = MessageStream::from(&connection);
-    let bus = zbus::fdo::DBusProxy::new(&connection).await.map_err(proxy::unreachable)?;
-    for rule in rules().map_err(proxy::unreachable)? {
-        bus.add_match_rule(rule).await.map_err(|error| proxy::unreachable(error.into()))?;
+    let bus = zbus::fdo::DBusProxy::new(&connection).await.map_err(error::unreachable)?;
+    for rule in rules().map_err(error::unreachable)? {
+        bus.add_match_rule(rule).await.map_err(|error| error::unreachable(error.into()))?;
     }
     manager.subscribe().await?;
     Ok(stream)
@@ -122,7 +123,7 @@ async fn forward(
                 None
             }
             Some("Reloading") => {
-                manager.sweep_waiters();
+                manager.jobs.sweep();
                 // true when it begins, false when it is over.
                 message
                     .body()
@@ -162,6 +163,6 @@ fn job_removed(message: &Message, manager: &Manager) {
         return;
     };
     if let Ok(unit) = UnitName::new(unit) {
-        manager.job_ended(&unit, &job, result);
+        manager.jobs.ended(&unit, &job, result);
     }
 }

@@ -33,7 +33,7 @@ fn the_main_process_of_an_execs_unit_is_the_exec() {
     for spec in [Spec::sleeping(), Spec::sleeping().terminal()] {
         let (exec, _client) = attached::exec(&container, spec);
         let (unit, pid) = (unit_of_exec(&container, &exec), exec.pid());
-        assert!(systemd::is_active(&unit), "{unit}");
+        assert_eq!(systemd::property(&unit, "ActiveState"), "activating", "{unit}");
         assert_eq!(systemd::main_pid(&unit), pid);
         assert_eq!(process::status(pid, "PPid").as_deref(), Some("1"));
         assert_eq!(systemd::property(&unit, "Slice"), SLICE);
