@@ -175,12 +175,8 @@ async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
         let aux = Some((name::DAEMON_SERVICE, &service));
         let listening = properties::daemon_socket(Socket::all().map(Socket::path));
         match manager.start_transient_with(&socket, &listening, aux).await {
-            // It was stopped, but others refer to it: systemd keeps the name of its file, which is gone,
-            // until it reloads.
-            Err(unit::error::Error::Exists { .. }) => {
-                manager.reload().await?;
-                manager.start_transient_with(&socket, &listening, aux).await
-            }
+            // The service is there already: it was stopped, and units that refer to it keep it loaded.
+            Err(unit::error::Error::Exists { .. }) => manager.start_transient(&socket, &listening).await,
             started => started,
         }
     };

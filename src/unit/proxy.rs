@@ -37,7 +37,6 @@ trait SystemdManager {
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn kill_unit(&self, name: &str, whom: &str, signal: i32) -> zbus::Result<()>;
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
-    fn reload(&self) -> zbus::Result<()>;
     fn cancel_job(&self, id: u32) -> zbus::Result<()>;
     #[zbus(property)]
     fn version(&self) -> zbus::Result<String>;
@@ -267,14 +266,6 @@ impl Manager {
                 error => Err(error),
             },
         }
-    }
-
-    /// Makes systemd read all units again, as `systemctl daemon-reload` does.
-    ///
-    /// # Errors
-    /// systemd can't be asked, or does not want to.
-    pub async fn reload(&self) -> Result<(), Error> {
-        persist!(self, proxy, proxy.reload()).map_err(unreachable)
     }
 
     /// Makes systemd forget the job that a unit has, if it has one. The unit stays as it is.

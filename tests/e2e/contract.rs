@@ -123,6 +123,19 @@ fn a_container_runs_where_no_daemon_has_run_yet() {
 }
 
 #[test]
+fn a_container_runs_where_the_daemon_was_stopped_and_units_refer_to_it() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    shim::socket();
+    let (name, after) = (format!("{}.service", unique("refers")), systemd::DAEMON_SERVICE);
+    let run = ["--quiet", "--unit", &name, "--property", &format!("After={after}"), "sleep", "infinity"];
+    assert_eq!(process::run("systemd-run", &run).code, Some(0));
+    shim::stop_daemon();
+    assert_eq!(node.container("again", Spec::sh("exit 16")).started(&Io::default()).exit_status(), 16);
+    assert_eq!(process::run("systemctl", &["stop", &name]).code, Some(0));
+}
+
+#[test]
 fn delete_of_an_unknown_task_answers_all_the_same() {
     needs!(OurShim);
     let _node = Node::shared();
