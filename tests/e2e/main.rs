@@ -35,6 +35,8 @@ mod bad_exec;
 mod bad_input;
 mod containerds;
 mod contract;
+mod crash;
+mod crash_exits;
 mod ctr;
 mod ctr_terminals;
 mod events;

@@ -1,0 +1,103 @@
+//! What can happen to the daemon and to what it lives on.
+
+use nix::sys::signal::Signal;
+
+use super::node::Node;
+use super::{daemon, process, systemd, wait};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Disturbance {
+    /// SIGKILL to the daemon.
+    Kill,
+    /// SIGSTOP to the daemon: its watchdog finds out.
+    Hang,
+    /// `systemctl restart` of the daemon.
+    Restart,
+    /// systemd executes itself anew.
+    Reexec,
+    /// systemd reads its units again.
+    Reload,
+    /// The system bus is restarted.
+    Bus,
+    /// SIGKILL to containerd, and a new one.
+    Containerd,
+}
+
+impl Disturbance {
+    pub const ALL: [Disturbance; 7] = [
+        Disturbance::Kill,
+        Disturbance::Hang,
+        Disturbance::Restart,
+        Disturbance::Reexec,
+        Disturbance::Reload,
+        Disturbance::Bus,
+        Disturbance::Containerd,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Disturbance::Kill => "kill",
+            Disturbance::Hang => "hang",
+            Disturbance::Restart => "restart",
+            Disturbance::Reexec => "reexec",
+            Disturbance::Reload => "reload",
+            Disturbance::Bus => "bus",
+            Disturbance::Containerd => "containerd",
+        }
+    }
+
+    /// Whether it happens to our daemon, which the stock shim has nothing like.
+    pub fn is_ours(self) -> bool {
+        matches!(self, Disturbance::Kill | Disturbance::Hang | Disturbance::Restart)
+    }
+
+    /// Lets it happen, whatever is going on. systemctl waits for what it has asked for; of the rest the
+    /// caller sees what comes of it.
+    pub fn happen(self) {
+        match self {
+            Disturbance::Kill => signal_daemon(Signal::SIGKILL),
+            Disturbance::Hang => signal_daemon(Signal::SIGSTOP),
+            Disturbance::Restart => daemon::systemctl("restart"),
+            Disturbance::Reexec => drop(process::succeed("systemctl", &["daemon-reexec"])),
+            Disturbance::Reload => drop(process::succeed("systemctl", &["daemon-reload"])),
+            Disturbance::Bus => drop(process::succeed("systemctl", &["restart", "dbus.service"])),
+            Disturbance::Containerd => {
+                kill_containerd();
+                start_containerd();
+            }
+        }
+    }
+
+    /// Lets it happen and waits until everything is there again.
+    pub fn pass(self, node: &Node) {
+        let daemon = daemon::serving();
+        self.happen();
+        match (self, daemon) {
+            (Disturbance::Kill | Disturbance::Hang | Disturbance::Restart, Some(pid)) => {
+                daemon::wait_for_another(pid);
+            }
+            (Disturbance::Containerd, _) => node.wait_for_containerd(),
+            _ => wait::until_true("systemd answers", || process::run("systemctl", &["show"]).code == Some(0)),
+        }
+    }
+}
+
+/// To the daemon if there is one just now.
+fn signal_daemon(signal: Signal) {
+    if let Some(pid) = daemon::pid() {
+        daemon::signal(pid, signal);
+    }
+}
+
+pub fn kill_containerd() {
+    let pid = systemd::main_pid("containerd.service");
+    if pid != 0 {
+        daemon::signal(pid, Signal::SIGKILL);
+    }
+}
+
+/// At once: by itself it would come back after seconds, and not any more after a few times.
+pub fn start_containerd() {
+    process::run("systemctl", &["reset-failed", "containerd.service"]);
+    process::succeed("systemctl", &["restart", "containerd.service"]);
+}
