@@ -212,7 +212,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("Description", "containerd shim for systemd units".into()),
         ("Type", "notify".into()),
         ("NotifyAccess", "main".into()),
-        ("ExecStartEx", exec_start(command, &["no-env-expand", "ignore-failure"])),
+        ("ExecStartEx", exec_start(command, &["no-env-expand"])),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Restart", "always".into()),
         ("RestartUSec", 0_u64.into()),

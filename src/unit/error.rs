@@ -1,0 +1,112 @@
+//! What systemd and the bus answer when they can't do what they are asked: told by the errors' names.
+
+use crate::id::UnitName;
+
+const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
+const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
+
+/// What can go wrong with a unit.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// systemd can't be reached.
+    #[error("systemd can't be reached over D-Bus: {reason}; check that dbus runs")]
+    Unreachable {
+        /// What the bus said.
+        reason: String,
+    },
+    /// The unit is not loaded.
+    #[error("unit {unit} is not loaded")]
+    NotLoaded {
+        /// The unit.
+        unit: String,
+    },
+    /// A unit of that name is loaded already.
+    #[error("unit {unit} exists already")]
+    Exists {
+        /// The unit.
+        unit: String,
+    },
+    /// systemd refused the call.
+    #[error("systemd refused to {verb} {unit}: {reason} ({name})")]
+    Refused {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which unit.
+        unit: String,
+        /// The D-Bus error's name.
+        name: String,
+        /// systemd's words.
+        reason: String,
+    },
+    /// The job did not end well.
+    #[error("systemd's job to {verb} {unit} ended with result {result:?}; see systemctl status {unit}")]
+    Job {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which unit.
+        unit: String,
+        /// JobRemoved's result.
+        result: String,
+    },
+    /// The connection was lost while a job was under way: it may have ended in any way.
+    #[error("the connection to D-Bus was lost during systemd's job to {verb} {unit}")]
+    Lost {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which unit.
+        unit: String,
+    },
+    /// systemd is older than supported, or says no version.
+    #[error("systemd {found} is too old: version {} or newer is needed", crate::config::OLDEST_SYSTEMD)]
+    TooOld {
+        /// What it calls itself.
+        found: String,
+    },
+}
+
+pub(super) fn unreachable(error: zbus::Error) -> Error {
+    Error::Unreachable { reason: error.to_string() }
+}
+
+/// What a failed call says. Errors are told apart by name, never by text.
+pub(super) fn call_error(verb: &'static str, unit: &UnitName, error: zbus::Error) -> Error {
+    let unit = unit.to_string();
+    match error {
+        zbus::Error::MethodError(name, reason, _) => match name.as_str() {
+            NO_SUCH_UNIT => Error::NotLoaded { unit },
+            UNIT_EXISTS => Error::Exists { unit },
+            other => {
+                Error::Refused { verb, unit, name: other.to_owned(), reason: reason.unwrap_or_default() }
+            }
+        },
+        zbus::Error::FDO(error) => match *error {
+            zbus::fdo::Error::InvalidArgs(reason) => {
+                Error::Refused { verb, unit, name: "InvalidArgs".to_owned(), reason }
+            }
+            zbus::fdo::Error::PropertyReadOnly(reason) => {
+                Error::Refused { verb, unit, name: "PropertyReadOnly".to_owned(), reason }
+            }
+            other => Error::Unreachable { reason: other.to_string() },
+        },
+        other => unreachable(other),
+    }
+}
+
+/// Nobody has answered, as nobody was there to.
+pub(super) fn is_gone(error: &zbus::Error) -> bool {
+    const GONE: [&str; 3] = [
+        "org.freedesktop.DBus.Error.NoReply",
+        "org.freedesktop.DBus.Error.ServiceUnknown",
+        "org.freedesktop.DBus.Error.NameHasNoOwner",
+    ];
+    match error {
+        zbus::Error::MethodError(name, ..) => GONE.contains(&name.as_str()),
+        zbus::Error::FDO(error) => matches!(
+            **error,
+            zbus::fdo::Error::NoReply(_)
+                | zbus::fdo::Error::ServiceUnknown(_)
+                | zbus::fdo::Error::NameHasNoOwner(_)
+        ),
+        _ => false,
+    }
+}
