@@ -1,7 +1,7 @@
 //! Much data of which every byte is known: a block of noise, over and over.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 
 use super::spec::Spec;
 use super::stdio::{Reader, Scratch};
@@ -36,8 +36,13 @@ impl Bulk {
     }
 
     /// Writes it all.
-    pub fn feed(&self, mut file: &File) {
-        (0..self.blocks).for_each(|_| file.write_all(&self.block).expect("write a block"));
+    pub fn feed(&self, file: &File) {
+        self.try_feed(file).expect("write a block");
+    }
+
+    /// The same, for one who expects that nobody may read it.
+    pub fn try_feed(&self, mut file: &File) -> io::Result<()> {
+        (0..self.blocks).try_for_each(|_| file.write_all(&self.block))
     }
 
     /// How many bytes that is.
@@ -60,7 +65,13 @@ impl Bulk {
         self.check_while(reader, usize::MAX, || ())
     }
 
-    fn check_while(&self, reader: &mut Reader, every: usize, mut act: impl FnMut()) -> Result<(), String> {
+    /// The same, and does something each time so many bytes more have come.
+    pub fn check_while(
+        &self,
+        reader: &mut Reader,
+        every: usize,
+        mut act: impl FnMut(),
+    ) -> Result<(), String> {
         let (mut count, mut acted) = (0, 0);
         let mut other = false;
         let ended = reader.each(|mut piece| {

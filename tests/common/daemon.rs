@@ -12,6 +12,11 @@ pub fn pid() -> Option<u32> {
     process::with_command_line("containerd-shim-systemd-v1 serve").first().copied()
 }
 
+/// Whether a signal has stopped it, as SIGSTOP does.
+pub fn is_stopped(pid: u32) -> bool {
+    process::status(pid, "State").is_some_and(|state| state.starts_with('T'))
+}
+
 /// Sends a signal to a process that may have gone meanwhile.
 pub fn signal(pid: u32, signal: Signal) {
     let raw = i32::try_from(pid).expect("a pid is a small number");
@@ -66,9 +71,7 @@ impl Down {
     pub fn begin() -> Down {
         let pid = wait::until("there is a daemon", serving);
         signal(pid, Signal::SIGSTOP);
-        wait::until_true("the daemon is stopped", || {
-            process::status(pid, "State").is_none_or(|state| state.starts_with('T'))
-        });
+        wait::until_true("the daemon is stopped", || is_stopped(pid));
         Down { pid }
     }
 

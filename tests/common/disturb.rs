@@ -3,7 +3,8 @@
 use nix::sys::signal::Signal;
 
 use super::node::Node;
-use super::{daemon, process, systemd, wait};
+use super::systemd::{self, DAEMON_SERVICE};
+use super::{daemon, process, wait};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Disturbance {
@@ -51,35 +52,41 @@ impl Disturbance {
         matches!(self, Disturbance::Kill | Disturbance::Hang | Disturbance::Restart)
     }
 
-    /// Lets it happen, whatever is going on. systemctl waits for what it has asked for; of the rest the
-    /// caller sees what comes of it.
-    pub fn happen(self) {
+    /// Lets it happen, whatever is going on, and says if systemd did not want to. systemctl waits for what it
+    /// has asked for; of the rest the caller sees what comes of it.
+    pub fn happen(self) -> Result<(), String> {
         match self {
             Disturbance::Kill => signal_daemon(Signal::SIGKILL),
             Disturbance::Hang => signal_daemon(Signal::SIGSTOP),
-            Disturbance::Restart => daemon::systemctl("restart"),
-            Disturbance::Reexec => drop(process::succeed("systemctl", &["daemon-reexec"])),
-            Disturbance::Reload => drop(process::succeed("systemctl", &["daemon-reload"])),
-            Disturbance::Bus => drop(process::succeed("systemctl", &["restart", "dbus.service"])),
+            Disturbance::Restart => return systemctl(&["restart", DAEMON_SERVICE]),
+            Disturbance::Reexec => return systemctl(&["daemon-reexec"]),
+            Disturbance::Reload => return systemctl(&["daemon-reload"]),
+            Disturbance::Bus => return systemctl(&["restart", "dbus.service"]),
             Disturbance::Containerd => {
                 kill_containerd();
                 start_containerd();
             }
         }
+        Ok(())
     }
 
     /// Lets it happen and waits until everything is there again.
     pub fn pass(self, node: &Node) {
         let daemon = daemon::serving();
-        self.happen();
+        self.happen().unwrap_or_else(|error| panic!("{self:?}: {error}"));
         match (self, daemon) {
             (Disturbance::Kill | Disturbance::Hang | Disturbance::Restart, Some(pid)) => {
                 daemon::wait_for_another(pid);
             }
             (Disturbance::Containerd, _) => node.wait_for_containerd(),
-            _ => wait::until_true("systemd answers", || process::run("systemctl", &["show"]).code == Some(0)),
+            _ => wait::until_true("systemd answers", || systemctl(&["show"]).is_ok()),
         }
     }
+}
+
+fn systemctl(args: &[&str]) -> Result<(), String> {
+    let outcome = process::run("systemctl", args);
+    if outcome.code == Some(0) { Ok(()) } else { Err(outcome.stderr) }
 }
 
 /// To the daemon if there is one just now.

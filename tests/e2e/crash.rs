@@ -154,14 +154,18 @@ fn calls_are_answered_while_the_daemon_is_killed_at_once_and_again() {
         let killer = scope.spawn(move || {
             let mut kills = 0;
             // It lives for a moment each time: less on some turns than it takes to be ready.
-            while ended.recv_timeout(std::time::Duration::from_millis(40 * (kills % 7))).is_err_and(is_timeout) {
+            while ended
+                .recv_timeout(std::time::Duration::from_millis(40 * (kills % 7)))
+                .is_err_and(is_timeout)
+            {
                 daemon::kill_now();
                 kills += 1;
             }
             kills
         });
         for status in 0..20 {
-            let container = node.container("amid", Spec::sh(&format!("exit {status}"))).started(&Io::default());
+            let container =
+                node.container("amid", Spec::sh(&format!("exit {status}"))).started(&Io::default());
             assert_eq!(container.exit_status(), status);
             assert_eq!(container.delete().expect("delete").exit_status, status);
         }

@@ -106,7 +106,10 @@ impl<'n> Doomed<'n> {
         let at = time(told.at.as_ref().unwrap_or_else(|| panic!("no time, {what}")));
         assert!(from <= at && at <= to, "{what}: {at:?} is not between {from:?} and {to:?}");
         let state = self.process().state().expect("state");
-        assert_eq!((state.status(), state.exit_status, state.exited_at), (Status::Stopped, told.status, told.at));
+        assert_eq!(
+            (state.status(), state.exit_status, state.exited_at),
+            (Status::Stopped, told.status, told.at)
+        );
         assert_eq!(self.process().delete().expect("delete").exit_status, told.status, "{what}");
         let early = self.waiting.exit().unwrap_or_else(|error| panic!("the early Wait, {what}: {error}"));
         assert_eq!(early, told, "the early Wait, {what}");
@@ -196,6 +199,8 @@ fn a_daemon_that_comes_back_knows_of_a_container_that_was_stopped_and_deletes_it
     drop(down);
     // The first call comes before anybody has asked.
     assert_eq!(doomed.container.delete().expect("delete").exit_status, 5);
-    wait::until_true("its unit is gone", || systemd::list_units(&systemd::unit_of(&doomed.container)).is_empty());
+    wait::until_true("its unit is gone", || {
+        systemd::list_units(&systemd::unit_of(&doomed.container)).is_empty()
+    });
     let _ = shim::socket();
 }
