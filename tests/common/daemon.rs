@@ -1,5 +1,9 @@
 //! The daemon as systemd runs it: killed, held up, stopped, and back again.
 
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -43,6 +47,28 @@ pub fn wait_for_another(than: u32) -> u32 {
 /// Kills the daemon and waits until the next one serves.
 pub fn killed() {
     wait_for_another(kill_now());
+}
+
+/// Does something while the daemon is killed over and over. It lives for a moment each time, on some turns
+/// for less than it takes to be ready. Says how often.
+pub fn killed_during<T>(act: impl FnOnce() -> T) -> (T, u64) {
+    let done = thread::scope(|scope| {
+        let (end, ended) = mpsc::channel::<()>();
+        let killer = scope.spawn(move || {
+            let mut kills = 0;
+            let moment = |kills| Duration::from_millis(40 * (kills % 7));
+            while ended.recv_timeout(moment(kills)) == Err(RecvTimeoutError::Timeout) {
+                kill_now();
+                kills += 1;
+            }
+            kills
+        });
+        let done = act();
+        drop(end);
+        (done, killer.join().expect("the killer does not panic"))
+    });
+    wait::until("the daemon serves again", serving);
+    done
 }
 
 /// The pid of a daemon that has said that it is ready.

@@ -8,7 +8,7 @@ use crate::common::node::Node;
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::task::{Io, SIGKILL, SIGTERM, Waiting};
-use crate::common::{daemon, systemd, wait};
+use crate::common::{daemon, systemd};
 
 /// How often each thing happens to the same tasks.
 const TIMES: usize = 3;
@@ -149,34 +149,14 @@ fn calls_are_answered_while_the_daemon_is_killed_at_once_and_again() {
     let node = Node::exclusive();
     run_one(&node);
     let before = Traces::take();
-    std::thread::scope(|scope| {
-        let (end, ended) = std::sync::mpsc::channel::<()>();
-        let killer = scope.spawn(move || {
-            let mut kills = 0;
-            // It lives for a moment each time: less on some turns than it takes to be ready.
-            while ended
-                .recv_timeout(std::time::Duration::from_millis(40 * (kills % 7)))
-                .is_err_and(is_timeout)
-            {
-                daemon::kill_now();
-                kills += 1;
-            }
-            kills
-        });
+    let ((), kills) = daemon::killed_during(|| {
         for status in 0..20 {
             let container =
                 node.container("amid", Spec::sh(&format!("exit {status}"))).started(&Io::default());
             assert_eq!(container.exit_status(), status);
             assert_eq!(container.delete().expect("delete").exit_status, status);
         }
-        drop(end);
-        let kills = killer.join().expect("the killer does not panic");
-        assert!(kills >= 10, "only {kills} kills");
     });
-    wait::until("the daemon serves again", daemon::serving);
+    assert!(kills >= 10, "only {kills} kills");
     leaks::assert_none("twenty containers and many daemons", &before);
-}
-
-fn is_timeout(error: std::sync::mpsc::RecvTimeoutError) -> bool {
-    error == std::sync::mpsc::RecvTimeoutError::Timeout
 }
