@@ -8,7 +8,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Longest identifier containerd accepts (`pkg/identifiers`, containerd 1.6 to 2.4).
-const MAX_IDENTIFIER: usize = 76;
+pub const MAX_IDENTIFIER: usize = 76;
 
 /// Longest unit name systemd accepts, suffix included (`UNIT_NAME_MAX` minus the NUL).
 pub const MAX_UNIT_NAME: usize = 255;

@@ -16,6 +16,7 @@ mod api;
 mod cgroup;
 mod cli;
 mod config;
+mod fault;
 mod id;
 mod oci;
 mod ops;

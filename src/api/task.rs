@@ -15,12 +15,12 @@ use containerd_shim_protos::api::{
     StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
-use tokio_util::task::TaskTracker;
 use tracing::{Instrument, info_span};
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use crate::id::{Namespace, ProcessKey, TaskKey};
-use crate::ops::{Error, Shim};
+use crate::ops::{Attempt, Error, Shim};
+use crate::transport::frame::REPLAYED;
 use crate::transport::sockets::{Owners, Socket};
 
 use super::{convert, status};
@@ -34,8 +34,6 @@ pub struct TaskService {
     /// The socket over which it is called.
     socket: Socket,
     owners: Owners,
-    /// Verbs under way: the daemon ends after them.
-    verbs: TaskTracker,
 }
 
 /// The names of the service: version 3 is version 2 renamed (containerd 2.0).
@@ -43,9 +41,9 @@ const V3: &str = "containerd.task.v3.Task";
 const V2: &str = "containerd.task.v2.Task";
 
 impl TaskService {
-    /// A service for one socket, which counts its work in `verbs`.
-    pub fn new(shim: Arc<Shim>, socket: Socket, owners: Owners, verbs: TaskTracker) -> Self {
-        Self { shim, socket, owners, verbs }
+    /// A service for one socket.
+    pub fn new(shim: Arc<Shim>, socket: Socket, owners: Owners) -> Self {
+        Self { shim, socket, owners }
     }
 
     /// The namespace of a request: as named in it, else the one that the socket belongs to.
@@ -89,9 +87,14 @@ impl TaskService {
             info_span!("call", verb, namespace = %key.task.namespace, id = %key.task.id, exec_id = exec);
         let key = key.clone();
         let logged = async move { work.await.inspect_err(|error| log(verb, &key, error)) };
-        let result = self.verbs.spawn(logged.instrument(span)).await;
+        let result = tokio::spawn(logged.instrument(span)).await;
         result.unwrap_or(Err(Error::Stopping)).map_err(|error| status::status(&error))
     }
+}
+
+/// The client knows nothing of it: the connection marks what it has read before.
+fn attempt(ctx: &TtrpcContext) -> Attempt {
+    if ctx.metadata.contains_key(REPLAYED) { Attempt::Replayed } else { Attempt::First }
 }
 
 /// The one place where a failed call is logged. That somebody asks for what is not there is no news.
@@ -118,38 +121,35 @@ impl Task for TaskService {
 
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         let call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        let (shim, init) = (self.shim.clone(), ProcessKey { task: call.key.clone(), exec: None });
-        let pid = self.run("create", &init, async move { shim.create(call).await }).await?;
+        let (shim, attempt) = (self.shim.clone(), attempt(ctx));
+        let init = ProcessKey { task: call.key.clone(), exec: None };
+        let pid = self.run("create", &init, async move { shim.create(call, attempt).await }).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
     async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
         let call = convert::exec(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        let (shim, process) = (self.shim.clone(), call.key.clone());
-        self.run("exec", &process, async move { shim.add_exec(call).await }).await?;
+        let (shim, process, attempt) = (self.shim.clone(), call.key.clone(), attempt(ctx));
+        self.run("exec", &process, async move { shim.add_exec(call, attempt).await }).await?;
         Ok(Empty::new())
     }
 
     async fn start(&self, ctx: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let (shim, process) = (self.shim.clone(), key.clone());
-        let pid = self.run("start", &process, async move { shim.start(&key).await }).await?;
+        let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
+        let pid = self.run("start", &process, async move { shim.start(&key, attempt).await }).await?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
 
     async fn delete(&self, ctx: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let (shim, process) = (self.shim.clone(), key.clone());
+        let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
         let given_up = ctx.metadata.contains_key(convert::CLEAN_UP_KEY);
         let deleted = self.run("delete", &process, async move {
-            if given_up {
-                let (pid, exit) = shim.clean_up(&key.task).await?;
-                return Ok((pid, Some(exit)));
-            }
-            shim.delete(&key).await
+            if given_up { shim.clean_up(&key.task).await } else { shim.delete(&key, attempt).await }
         });
-        let (pid, exit) = deleted.await?;
-        Ok(convert::delete(pid, exit))
+        let deleted = deleted.await?;
+        Ok(convert::delete(deleted.pid, deleted.exit))
     }
 
     async fn pids(&self, ctx: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
@@ -160,8 +160,9 @@ impl Task for TaskService {
 
     async fn kill(&self, ctx: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let (shim, process) = (self.shim.clone(), key.clone());
-        self.run("kill", &process, async move { shim.kill(&key, request.signal, request.all) }).await?;
+        let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
+        let (signal, all) = (request.signal, request.all);
+        self.run("kill", &process, async move { shim.kill(&key, signal, all, attempt) }).await?;
         Ok(Empty::new())
     }
 
@@ -180,7 +181,7 @@ impl Task for TaskService {
 
     async fn wait(&self, ctx: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let exit = self.shim.wait(&key).await.map_err(|error| status::status(&error))?;
+        let exit = self.shim.wait(&key, attempt(ctx)).await.map_err(|error| status::status(&error))?;
         Ok(convert::wait(exit))
     }
 

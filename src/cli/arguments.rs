@@ -17,6 +17,9 @@ pub enum Command {
     Delete(Global),
     /// Be the daemon.
     Serve,
+    /// Name the points at which a test build can be told to end.
+    #[cfg(feature = "faults")]
+    Faults,
     /// Be what runs inside of a unit.
     Launch {
         /// What it is.
@@ -118,6 +121,8 @@ pub fn parse(words: &[String]) -> Result<Command, Error> {
         Some("delete") => Ok(Command::Delete(global)),
         Some("serve") => Ok(Command::Serve),
         Some("help") => Ok(Command::Help),
+        #[cfg(feature = "faults")]
+        Some("faults") => Ok(Command::Faults),
         Some("launch") => launch(words.collect()).ok_or(Error::Launch),
         Some(other) => Err(Error::Command(other.chars().take(80).collect())),
     }

@@ -43,6 +43,11 @@ pub fn run(words: Vec<String>) -> ExitCode {
         Command::Start(global) => start::run(&global),
         Command::Delete(global) => delete::run(&global),
         Command::Serve => serve::run(),
+        #[cfg(feature = "faults")]
+        Command::Faults => {
+            let names: Vec<_> = crate::fault::Point::ALL.iter().map(|point| point.name()).collect();
+            print(format!("{}\n", names.join("\n")).as_bytes())
+        }
         Command::Launch { what, key } => launch::run(what, &key),
     };
     match result {

@@ -1,22 +1,28 @@
 //! `serve`: the daemon. Wires the parts and keeps the order: listen to systemd, recover, publish,
 //! serve, say so.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use tokio_util::task::TaskTracker;
+use futures_util::{StreamExt, stream};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use crate::api::{events, task::TaskService};
+use crate::fault::{self, Point};
 use crate::ops::Shim;
+use crate::ops::kept::Kept;
 use crate::store::Store;
-use crate::transport::listener;
+use crate::store::answers::Answers;
+use crate::transport::Keep;
+use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::Owners;
 use crate::unit::proxy::Manager;
+use crate::unit::notify::FdStore;
 use crate::unit::{name, notify, watch};
 use crate::{config, sys, telemetry};
 
@@ -30,7 +36,7 @@ const MAX_BLOCKING_THREADS: usize = 64;
 
 pub(super) fn run() -> Result<(), Failure> {
     // Before any thread: it takes the descriptors out of the environment.
-    let sockets = take_sockets()?;
+    let passed = take_passed()?;
     telemetry::init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
@@ -40,27 +46,49 @@ pub(super) fn run() -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure(format!("set up the runtime: {error}")))?;
-    let served = runtime.block_on(serve(sockets));
+    let served = runtime.block_on(serve(passed));
     // A verb that hangs in blocking work must not keep the daemon from ending.
     runtime.shutdown_timeout(Duration::from_secs(1));
     served
 }
 
-fn take_sockets() -> Result<Vec<OwnedFd>, Failure> {
+/// What systemd passes to the daemon.
+struct Passed {
+    /// The sockets to listen at.
+    sockets: Vec<OwnedFd>,
+    /// What earlier daemons have had it keep, by name.
+    kept: Vec<(String, OwnedFd)>,
+}
+
+fn take_passed() -> Result<Passed, Failure> {
     let fds = sys::take_systemd_fds().map_err(|error| Failure(format!("take systemd's sockets: {error}")))?;
-    let sockets: Vec<OwnedFd> =
-        fds.into_iter().filter(|(found, _)| found == name::DAEMON_SOCKET).map(|(_, fd)| fd).collect();
+    let (sockets, kept): (Vec<_>, Vec<_>) =
+        fds.into_iter().partition(|(found, _)| found == name::DAEMON_SOCKET);
     if sockets.is_empty() {
         return Err(Failure(format!("serve is for systemd: start {} instead", name::DAEMON_SOCKET)));
     }
-    Ok(sockets)
+    Ok(Passed { sockets: sockets.into_iter().map(|(_, fd)| fd).collect(), kept })
 }
 
-async fn serve(sockets: Vec<OwnedFd>) -> Result<(), Failure> {
+impl Keep for FdStore {
+    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) {
+        Self::keep(self, name, fds);
+    }
+
+    fn forget(&self, name: &str) {
+        Self::forget(self, name);
+    }
+}
+
+async fn serve(passed: Passed) -> Result<(), Failure> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| Failure(format!("listen to SIGTERM: {error}")))?;
     tokio::spawn(notify::keep_alive());
 
+    let Passed { sockets, mut kept } = passed;
+    let fd_store = FdStore::new().map_err(|error| Failure(format!("reach systemd's store: {error}")))?;
+    let fd_store = Arc::new(fd_store);
+    let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept);
     let manager = Arc::new(Manager::default());
     let (observed, mut observations) = mpsc::unbounded_channel();
     let (listening, first) = oneshot::channel();
@@ -69,8 +97,12 @@ async fn serve(sockets: Vec<OwnedFd>) -> Result<(), Failure> {
 
     let systemd = manager.systemd().await.map_err(Failure::new)?;
     let program = std::env::current_exe().map_err(|error| Failure(format!("find this program: {error}")))?;
-    let (shim, outgoing) = Shim::new(Store::new(config::STATE_DIR), manager, systemd, program);
+    let answers = Answers::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
+    let kept = Kept::new(fd_store, kept);
+    let (shim, outgoing) = Shim::new(Store::new(config::STATE_DIR), answers, kept, manager, systemd, program);
+    fault::point(Point::RecoverTaken);
     shim.recover().await.map_err(Failure::new)?;
+    fault::point(Point::RecoverTasks);
     tokio::spawn(events::publish(shim.clone(), outgoing));
     tokio::spawn(shim.clone().forget_idle());
     let observer = shim.clone();
@@ -80,14 +112,17 @@ async fn serve(sockets: Vec<OwnedFd>) -> Result<(), Failure> {
         }
     });
 
-    let verbs = TaskTracker::new();
     let owners = Owners::new(config::STATE_DIR);
     let mut servers = Vec::new();
     for fd in sockets {
         let (socket, listener) =
             listener::from_systemd(fd).map_err(|error| Failure(format!("a socket: {error}")))?;
-        let services = TaskService::new(shim.clone(), socket, owners.clone(), verbs.clone()).services();
-        let listener = Listener::new(listener::accepted(listener));
+        let services = TaskService::new(shim.clone(), socket, owners.clone()).services();
+        let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
+        let earlier: Vec<_> = earlier.map(|(_, connection)| Ok(connection)).collect();
+        let later = connections.clone().accept(listener);
+        let later = later.map_err(|error| Failure(format!("watch a socket: {error}")))?;
+        let listener = Listener::new(stream::iter(earlier).chain(later));
         let mut server = Server::new().add_listener(listener).register_service(services);
         server.start().await.map_err(|error| Failure(format!("serve: {error}")))?;
         servers.push(server);
@@ -104,17 +139,8 @@ async fn serve(sockets: Vec<OwnedFd>) -> Result<(), Failure> {
     notify::ready(&format!("serving, {tasks} tasks found"));
 
     terminate.recv().await;
+    // What is under way stays as it is, and the next daemon goes on with it: there is but one way to end.
     notify::stopping();
     tracing::info!("stopping");
-    for server in &mut servers {
-        server.stop_listen().await;
-    }
-    verbs.close();
-    if tokio::time::timeout(STOP_LIMIT, verbs.wait()).await.is_err() {
-        tracing::warn!("calls under way are cut off");
-    }
     Ok(())
 }
-
-/// How long calls under way may take after SIGTERM.
-const STOP_LIMIT: Duration = Duration::from_secs(5);

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use crate::cgroup::{self, place};
+use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::oci::bundle::{self, Spec};
 use crate::oci::{face, mount, options, runtime};
@@ -17,11 +18,12 @@ use crate::task::outbox::Outbox;
 use crate::task::phase::{Event, Phase};
 use crate::task::registry::Taken;
 use crate::task::request::{Containerd, Create};
+use crate::task::wiring::Wiring;
 use crate::task::{Placement, Task};
 use crate::unit::properties::{self, Shown};
 use crate::unit::{self, name};
 
-use super::{Entry, Error, Shim, blocking, now_usec};
+use super::{Attempt, Entry, Error, Shim, blocking, now_usec};
 
 /// Where containerd takes events when nothing says otherwise.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
@@ -50,9 +52,10 @@ impl Shim {
     ///
     /// # Errors
     /// Anything that is wrong with the request, or that fails; nothing is left then.
-    pub async fn create(self: &Arc<Self>, call: CreateTask) -> Result<u32, Error> {
-        if self.registry.get(&call.key).is_some() {
-            return Err(Error::Exists { key: call.key });
+    pub async fn create(self: &Arc<Self>, call: CreateTask, attempt: Attempt) -> Result<u32, Error> {
+        if let Some(entry) = self.registry.get(&call.key) {
+            let made = entry.task().init.pid().filter(|_| attempt == Attempt::Replayed);
+            return made.ok_or(Error::Exists { key: call.key });
         }
         if !call.checkpoint.is_empty() {
             return Err(Error::NotImplemented("restoring a checkpoint"));
@@ -81,6 +84,7 @@ impl Shim {
         let containerd = self.containerd_of(&key, &request.bundle, &spec)?;
         let runtime = options.read()?.resolve(&key.namespace, &containerd.path)?;
         let wiring = uri::wiring(&request.stdio, runtime.log, uri::Role::Init, fifo::kind)?;
+        let wiring = Wiring { kept: self.kept.number(), ..wiring };
         Ok(Task {
             placement: placement(&key, &spec)?,
             face: face::of(&key, &spec),
@@ -134,18 +138,23 @@ impl Shim {
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         self.store.create(&task)?;
+        fault::point(Point::CreateRecorded);
         let gone = || Error::UnknownTask { key: task.key.clone() };
         let streams = Arc::new(self.streams(&task, None).ok_or_else(gone)?);
         let opened = self.open_streams(&streams).await?;
+        fault::point(Point::CreateOpened);
         if name::is_pod_slice(task.placement.slice()) {
             self.make_pod_slice(task.placement.slice(), &task).await?;
         }
         self.start_unit(&task, &dir).await?;
+        fault::point(Point::CreateUp);
         let pid =
             read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(&task, &dir)))?;
         self.hold(entry, pid);
         self.start_pumps(entry, &entry.init, opened).await?;
+        fault::point(Point::CreatePumping);
         self.adopt(entry, pid)?;
+        fault::point(Point::CreateAdopted);
         self.tidy_up(entry);
         Ok(pid)
     }

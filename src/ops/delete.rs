@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::config;
+use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskKey, UnitName};
 use crate::oci::runtime;
 use crate::task::Task;
@@ -14,7 +15,7 @@ use crate::task::registry::End;
 use super::create::unmount;
 use super::kill::kill_all;
 use super::streams::{cut_off, drain};
-use super::{Entry, Error, Shim, blocking, now_usec};
+use super::{Attempt, Deleted, Entry, Error, Shim, blocking, now_usec};
 
 impl Shim {
     /// Removes a process that has ended or was never started: an exec, or a task with all of its
@@ -22,15 +23,19 @@ impl Shim {
     ///
     /// # Errors
     /// It runs, or something can't be taken away; it can be called again then.
-    pub async fn delete(self: &Arc<Self>, key: &ProcessKey) -> Result<(u32, Option<Exit>), Error> {
-        match &key.exec {
-            None => self.delete_task(&key.task).await.map(|(pid, exit)| (pid, Some(exit))),
+    pub async fn delete(self: &Arc<Self>, key: &ProcessKey, attempt: Attempt) -> Result<Deleted, Error> {
+        let deleted = match &key.exec {
+            None => self.delete_task(&key.task).await,
             Some(exec) => self.delete_exec(key, exec).await,
+        };
+        match (deleted, self.answered(key, attempt)) {
+            (Err(Error::UnknownTask { .. } | Error::UnknownExec { .. }), Some(before)) => Ok(before),
+            (deleted, _) => deleted,
         }
     }
 
     /// A task that was never started is killed first.
-    async fn delete_task(self: &Arc<Self>, key: &TaskKey) -> Result<(u32, Exit), Error> {
+    async fn delete_task(self: &Arc<Self>, key: &TaskKey) -> Result<Deleted, Error> {
         let entry = self.created(key)?;
         let _verb = entry.init.verb.lock().await;
         // Another Delete may have been first.
@@ -46,11 +51,15 @@ impl Shim {
                 return Err(Error::NotDeletable { phase: "running" });
             }
         };
+        fault::point(Point::DeleteBegun);
         let task = entry.task().clone();
         let pid = task.init.pid().unwrap_or_default();
         self.remove_container(&task, &entry).await?;
+        let deleted = Deleted { pid, exit: Some(exit) };
+        self.answers.keep(&entry.init.key, deleted)?;
         self.forget(&entry, TaskEvent::Deleted { pid, exit })?;
-        Ok((pid, exit))
+        fault::point(Point::DeleteForgotten);
+        Ok(deleted)
     }
 
     /// containerd has given the task up and publishes its end itself.
@@ -87,6 +96,7 @@ impl Shim {
         if cli.knows() {
             cli.delete().await?;
         }
+        fault::point(Point::DeleteRuntime);
         drain(&entry.init).await;
         for process in entry.execs() {
             // They vanish with the task; what their clients have not read by now is lost, as with
@@ -97,6 +107,7 @@ impl Shim {
             }
         }
         self.remove_unit(&task.unit).await?;
+        fault::point(Point::DeleteUnit);
         if let Some(logger) = &task.logger {
             self.remove_unit(logger).await?;
         }
@@ -125,6 +136,7 @@ impl Shim {
                 entry.init.live().owing = Some(self.store.keep_owed(&last)?);
             }
             *task = last;
+            fault::point(Point::DeleteKept);
             self.store.remove(&task.key)?;
         }
         self.registry.remove(&entry.key);
@@ -136,7 +148,7 @@ impl Shim {
     ///
     /// # Errors
     /// As [`Self::delete`].
-    pub async fn clean_up(self: &Arc<Self>, key: &TaskKey) -> Result<(u32, Exit), Error> {
+    pub async fn clean_up(self: &Arc<Self>, key: &TaskKey) -> Result<Deleted, Error> {
         let entry = self.entry(key)?;
         // containerd gives up while its Create is still under way: that ends first.
         drop(entry.init.verb.lock().await);

@@ -12,6 +12,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 
 use crate::cgroup;
+use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey};
 use crate::oci::{face, process};
 use crate::stdio::{fifo, uri};
@@ -25,8 +26,8 @@ use crate::task::wiring::{Wiring, pipe};
 use crate::unit::{self, name, properties};
 
 use super::create::read_pid;
-use super::streams::{cut_off, drain};
-use super::{Entry, Error, Process, Shim, blocking, now_usec};
+use super::streams::{Opened, cut_off, drain};
+use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, now_usec};
 
 /// The file in an exec's directory with its process spec.
 pub const PROCESS_SPEC: &str = "process.json";
@@ -52,9 +53,12 @@ impl Shim {
     ///
     /// # Errors
     /// The id is in use, the spec or the stdio strings are wrong, or the task has ended.
-    pub async fn add_exec(self: &Arc<Self>, call: AddExec) -> Result<(), Error> {
+    pub async fn add_exec(self: &Arc<Self>, call: AddExec, attempt: Attempt) -> Result<(), Error> {
         let AddExec { key, stdio, spec } = call;
         let entry = self.created(&key.task)?;
+        if attempt == Attempt::Replayed && entry.process(key.exec.as_ref()).is_some() {
+            return Ok(());
+        }
         let Some(id) = key.exec.clone().filter(|id| id.as_str() != key.task.id.as_str()) else {
             // Their exits could not be told apart.
             return Err(Error::ExecExists { exec: key.id().to_owned() });
@@ -65,9 +69,10 @@ impl Shim {
             return Err(Error::NoExecIn { phase: "stopped" });
         }
         let log = task.runtime.log;
+        let kept = self.kept.number();
         let (stdio, wiring) = blocking(move || {
             let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind);
-            wiring.map(|wiring| (stdio, wiring))
+            wiring.map(|wiring| (stdio, Wiring { kept, ..wiring }))
         })
         .await??;
         let description = face::of_exec(&task.face, &id, &spec.args);
@@ -95,6 +100,7 @@ impl Shim {
     ) -> Result<(), Error> {
         let dir = self.store.create_exec_dir(&entry.key, id)?;
         spec.write(&dir.join(PROCESS_SPEC))?;
+        fault::point(Point::ExecPrepared);
         let unit = process.unit.clone();
         let logger = wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
         let exec = Exec { unit, logger, stdio, wiring, description, phase: ExecPhase::Added };
@@ -102,7 +108,9 @@ impl Shim {
             task.execs.insert(id.clone(), exec);
             task.owe(TaskEvent::ExecAdded { exec: id.clone() }, now_usec());
             Ok(Vec::new())
-        })
+        })?;
+        fault::point(Point::ExecNoted);
+        Ok(())
     }
 
     /// Claims the id and a unit's name.
@@ -121,27 +129,49 @@ impl Shim {
     ///
     /// # Errors
     /// It has been started, its task has ended, or it can't be started; then it can be tried again.
-    pub(super) async fn start_exec(self: &Arc<Self>, key: &ProcessKey, id: &ExecId) -> Result<u32, Error> {
+    pub(super) async fn start_exec(
+        self: &Arc<Self>,
+        key: &ProcessKey,
+        id: &ExecId,
+        attempt: Attempt,
+    ) -> Result<u32, Error> {
         let (entry, process) = self.process(key)?;
         let _verb = process.verb.lock().await;
+        let started = entry.task().execs.get(id).and_then(|exec| exec.phase.pid());
+        if let (Attempt::Replayed, Some(pid)) = (attempt, started) {
+            return Ok(pid);
+        }
         let alive = entry.task().init.is_alive();
         if !alive {
             return Err(Error::InitGone { key: key.task.clone() });
         }
         self.apply_exec(&entry, id, ExecEvent::StartBegun)?;
+        fault::point(Point::ExecStartRecorded);
         let started = self.launch_exec(&entry, &process, id).await;
+        self.conclude_start(&entry, &process, id, started).await
+    }
+
+    /// The last step of a start: notes what became of it.
+    async fn conclude_start(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        id: &ExecId,
+        started: Result<(u32, Option<Exit>), Error>,
+    ) -> Result<u32, Error> {
         match started {
             Ok((pid, exit)) => {
-                self.apply_exec(&entry, id, ExecEvent::Started { pid })?;
+                self.apply_exec(entry, id, ExecEvent::Started { pid })?;
                 if let Some(exit) = exit {
-                    self.apply_exec(&entry, id, ExecEvent::Exited(exit))?;
+                    self.apply_exec(entry, id, ExecEvent::Exited(exit))?;
                 }
-                self.after_exec(&entry, &process);
+                fault::point(Point::ExecStartNoted);
+                self.after_exec(entry, process);
                 Ok(pid)
             }
             Err(error) => {
-                self.take_back_exec(&entry, &process, id).await;
-                self.apply_exec(&entry, id, ExecEvent::StartFailed)?;
+                self.take_back_exec(entry, process, id).await;
+                self.apply_exec(entry, id, ExecEvent::StartFailed)?;
                 Err(error)
             }
         }
@@ -159,6 +189,7 @@ impl Shim {
         let exec = task.execs.get(id).ok_or_else(gone)?;
         let streams = Arc::new(self.streams(&task, Some(id)).ok_or_else(gone)?);
         let opened = self.open_streams(&streams).await?;
+        fault::point(Point::ExecStartOpened);
         let dir = self.store.exec_dir(&entry.key, id);
         let doorbell = open_doorbell(&dir)?;
         process.live().attempt_ended = Arc::default();
@@ -173,17 +204,32 @@ impl Shim {
         }
         // The job goes on for as long as the process.
         drop(begun?);
+        fault::point(Point::ExecStartBegun);
         self.warm_up();
-        let (pid, exit) = match outcome(process, &dir, doorbell).await? {
+        self.see_through(entry, process, &dir, doorbell, opened).await
+    }
+
+    /// Waits for the outcome of a start, and connects the process's streams.
+    async fn see_through(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        dir: &Path,
+        doorbell: Receiver,
+        opened: Opened,
+    ) -> Result<(u32, Option<Exit>), Error> {
+        let (pid, exit) = match outcome(process, dir, doorbell).await? {
             Outcome::Started { pid } => (pid, None),
             Outcome::Ended { pid, exit } => (pid, Some(exit)),
             Outcome::Failed { reason } => return Err(Error::Launch(reason)),
         };
+        fault::point(Point::ExecStartOutcome);
         if exit.is_none() {
             self.hold_exec(entry, process, pid);
             self.let_boot_finish(entry, process);
         }
         self.start_pumps(entry, process, opened).await?;
+        fault::point(Point::ExecStartPumping);
         Ok((pid, exit))
     }
 
@@ -224,9 +270,8 @@ impl Shim {
     /// Lets go of what only a live exec needs.
     pub(super) fn after_exec(&self, entry: &Entry, process: &Process) {
         if Self::has_ended(entry, process) {
-            let mut live = process.live();
-            live.close_input();
-            live.process = None;
+            self.close_input(entry, process);
+            process.live().process = None;
         }
     }
 
@@ -250,7 +295,7 @@ impl Shim {
         self: &Arc<Self>,
         key: &ProcessKey,
         id: &ExecId,
-    ) -> Result<(u32, Option<Exit>), Error> {
+    ) -> Result<Deleted, Error> {
         let (entry, process) = self.process(key)?;
         let _verb = process.verb.lock().await;
         // Another Delete may have been first.
@@ -260,14 +305,20 @@ impl Shim {
         if phase.is_live() {
             return Err(Error::NotDeletable { phase: "running" });
         }
+        fault::point(Point::ExecDeleteBegun);
         drain(&process).await;
         self.remove_exec(&entry, &process, id).await?;
+        fault::point(Point::ExecDeleteUnit);
+        let deleted = Deleted { pid: phase.pid().unwrap_or_default(), exit: phase.exit() };
+        self.answers.keep(key, deleted)?;
+        fault::point(Point::ExecDeleteKept);
         self.change(&entry, |task| {
             task.execs.remove(id);
             Ok(Vec::new())
         })?;
         self.registry.remove_exec(&entry, id);
-        Ok((phase.pid().unwrap_or_default(), phase.exit()))
+        fault::point(Point::ExecDeleteForgotten);
+        Ok(deleted)
     }
 
     /// Takes away what an exec that has ended, or never ran, has outside of the daemon's memory.
@@ -296,7 +347,7 @@ impl Shim {
         Ok(self.store.remove_exec_dir(&entry.key, id)?)
     }
 
-    /// After a restart: finishes a start that was cut off, or takes it back; holds what runs.
+    /// After a restart: goes on with a start that was cut off, or takes it back; holds what runs.
     pub(super) async fn recover_exec(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -304,33 +355,56 @@ impl Shim {
         id: &ExecId,
     ) {
         let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
-        let recovered = match phase {
+        match phase {
             Some(ExecPhase::Starting { .. }) => {
-                let dir = self.store.exec_dir(&entry.key, id);
-                match Store::read_outcome(&dir) {
-                    Ok(Some(Outcome::Started { pid })) => {
-                        self.apply_exec(entry, id, ExecEvent::Started { pid })
-                    }
-                    Ok(Some(Outcome::Ended { pid, exit })) => self
-                        .apply_exec(entry, id, ExecEvent::Started { pid })
-                        .and_then(|()| self.apply_exec(entry, id, ExecEvent::Exited(exit))),
-                    Ok(Some(Outcome::Failed { .. }) | None) | Err(_) => {
-                        self.take_back_exec(entry, process, id).await;
-                        self.apply_exec(entry, id, ExecEvent::StartFailed)
-                    }
-                }
+                let (locked, is_locked) = tokio::sync::oneshot::channel();
+                let (shim, entry, process, id) = (self.clone(), entry.clone(), process.clone(), id.clone());
+                tokio::spawn(async move {
+                    let _verb = process.verb.lock().await;
+                    // Whoever waits for this has gone on only if the daemon ends.
+                    let _ = locked.send(());
+                    shim.resume_start(&entry, &process, &id).await;
+                });
+                // The same Start may come again at once: it has to wait for this one. It fails only if
+                // the daemon ends.
+                let _ = is_locked.await;
             }
-            Some(ExecPhase::Added | ExecPhase::Running { .. } | ExecPhase::Stopped { .. }) | None => Ok(()),
-        };
-        if let Err(error) = recovered {
-            tracing::error!(process = %process.key, %error, "{}: can't finish its start: {error}", process.key);
-        }
-        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
-        if let Some(ExecPhase::Running { pid }) = phase {
-            self.hold_exec(entry, process, pid);
-            self.let_boot_finish(entry, process);
+            Some(ExecPhase::Running { pid }) => {
+                self.hold_exec(entry, process, pid);
+                self.let_boot_finish(entry, process);
+            }
+            Some(ExecPhase::Added | ExecPhase::Stopped { .. }) | None => {}
         }
         self.after_exec(entry, process);
+    }
+
+    /// Sees a start through that an earlier daemon has begun: what it has begun is not begun twice.
+    async fn resume_start(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
+        let resumed = async {
+            let dir = self.store.exec_dir(&entry.key, id);
+            // Before looking: from now on it rings here.
+            let doorbell = open_doorbell(&dir)?;
+            let under_way = || async {
+                let state = self.manager.active_state(&process.unit).await?;
+                Ok::<_, Error>(state.as_deref() == Some("activating"))
+            };
+            if Store::read_outcome(&dir)?.is_none() && !under_way().await? {
+                return Err(Error::Launch("it was cut off before it had begun".to_owned()));
+            }
+            let task = entry.task().clone();
+            let gone = || Error::UnknownExec { key: process.key.clone() };
+            let streams = self.streams(&task, Some(id)).ok_or_else(gone)?;
+            let opened = self.reopen_streams(Arc::new(streams)).await?;
+            self.see_through(entry, process, &dir, doorbell, opened).await
+        };
+        let resumed = resumed.await;
+        if let Err(error) = self.conclude_start(entry, process, id, resumed).await {
+            tracing::warn!(process = %process.key, %error, "{}: a start that was cut off is taken back: {error}", process.key);
+        }
+        let looked = self.look_at_exec(entry, process, id).await;
+        if let Err(error) = looked {
+            tracing::warn!(process = %process.key, %error, "{}: can't look at its unit: {error}", process.key);
+        }
     }
 
     /// Undoes a Start of an exec, however far it came. What can't be undone is logged: the caller has
@@ -346,7 +420,7 @@ impl Shim {
             self.remove_unit(&unit).await.unwrap_or_else(failed);
         }
         cut_off(process).await;
-        process.live().close_input();
+        self.close_input(entry, process);
         // Its process spec stays, for another try.
         let spec = std::fs::read(dir.join(PROCESS_SPEC));
         let cleared = self.store.create_exec_dir(&entry.key, id).map_err(Error::from);
@@ -381,13 +455,18 @@ impl Shim {
 /// opened and closed is the news.
 fn open_doorbell(dir: &Path) -> Result<Receiver, Error> {
     let path = dir.join(pipe::DOORBELL);
-    fifo::make(&path)?;
+    if fifo::kind(&path) != uri::Kind::Fifo {
+        fifo::make(&path)?;
+    }
     Receiver::from_file(fifo::open_reader(&path)?).map_err(Error::Watch)
 }
 
 /// What became of a start: known when the bell rings, or when the unit has ended.
 async fn outcome(process: &Process, dir: &Path, mut doorbell: Receiver) -> Result<Outcome, Error> {
     let (ended, mut nothing) = (process.live().attempt_ended.clone(), [0]);
+    if let Some(outcome) = Store::read_outcome(dir)? {
+        return Ok(outcome);
+    }
     tokio::select! {
         rung = doorbell.read(&mut nothing) => drop(rung.map_err(Error::Watch)?),
         () = ended.notified() => {}

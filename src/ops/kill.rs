@@ -1,11 +1,12 @@
 //! Kill: a signal to a process, or to all of the container.
 
 use crate::cgroup;
+use crate::fault::{self, Point};
 use crate::id::ProcessKey;
 use crate::task::Task;
 use crate::task::exec::ExecPhase;
 
-use super::{Error, Process, Shim};
+use super::{Attempt, Error, Process, Shim};
 
 const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 /// The last signal of the kernel (`_NSIG`).
@@ -17,7 +18,19 @@ impl Shim {
     ///
     /// # Errors
     /// The process has ended or was never started, or there is no such signal.
-    pub fn kill(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
+    pub fn kill(&self, key: &ProcessKey, signal: u32, all: bool, attempt: Attempt) -> Result<(), Error> {
+        let killed = self.send(key, signal, all);
+        fault::point(Point::KillSent);
+        match (attempt, killed) {
+            // What the signal was meant to end has ended.
+            (Attempt::Replayed, Err(Error::Finished | Error::UnknownTask { .. } | Error::UnknownExec { .. })) => {
+                Ok(())
+            }
+            (_, killed) => killed,
+        }
+    }
+
+    fn send(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
         if !(1..=LAST_SIGNAL).contains(&signal) {
             return Err(Error::Signal(signal));
         }

@@ -7,6 +7,7 @@ mod create;
 mod delete;
 mod error;
 mod exec;
+pub mod kept;
 mod kill;
 mod observe;
 mod publish;
@@ -30,6 +31,7 @@ use crate::cgroup;
 use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::oci::sealed::{self, Copies};
 use crate::stdio::terminal::Terminal;
+use crate::store::answers::{Answers, Deleted};
 use crate::store::{Owing, Store};
 use crate::task::exec::ExecEvent;
 use crate::task::outbox::TaskEvent;
@@ -38,6 +40,8 @@ use crate::task::registry::Registry;
 use crate::task::{Ended, Task, registry};
 use crate::unit::properties::Systemd;
 use crate::unit::proxy::Manager;
+
+use kept::Kept;
 
 pub use create::{CreateTask, LAUNCH_ERROR, PID_FILE};
 pub use error::Error;
@@ -51,6 +55,16 @@ pub const SEALED_RUNTIME: &str = "CONTAINERD_SHIM_SYSTEMD_RUNTIME";
 pub type Entry = registry::Entry<Live>;
 /// One of its processes.
 pub type Process = registry::Process<Live>;
+
+/// How often a call has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
+    /// Once.
+    First,
+    /// A daemon before this one has read it, and may have carried it out, in part or in full. What it
+    /// has done stands, and is answered as if this one had.
+    Replayed,
+}
 
 /// What the running daemon attaches to a process. Recovery makes it anew.
 #[derive(Default)]
@@ -79,6 +93,9 @@ pub struct Live {
 /// The daemon's inside: everything a verb needs.
 pub struct Shim {
     store: Store,
+    answers: Answers,
+    /// What systemd keeps for the next daemon.
+    kept: Arc<Kept>,
     registry: Registry<Live>,
     manager: Arc<Manager>,
     systemd: Systemd,
@@ -96,14 +113,16 @@ impl Shim {
     /// bound, as each task stands in it a few times at most, and the events are in the outboxes.
     pub fn new(
         store: Store,
+        answers: Answers,
+        kept: Kept,
         manager: Arc<Manager>,
         systemd: Systemd,
         program: PathBuf,
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
         let (outgoing, receiver) = mpsc::unbounded_channel();
-        let registry = Registry::default();
+        let (registry, kept) = (Registry::default(), Arc::new(kept));
         let (copies, warming) = (Arc::default(), Arc::default());
-        let shim = Self { store, registry, manager, systemd, program, copies, warming, outgoing };
+        let shim = Self { store, answers, kept, registry, manager, systemd, program, copies, warming, outgoing };
         (Arc::new(shim), receiver)
     }
 
@@ -131,6 +150,11 @@ impl Shim {
         let process = entry.process(key.exec.as_ref());
         let process = process.ok_or_else(|| Error::UnknownExec { key: key.clone() })?;
         Ok((entry, process))
+    }
+
+    /// What a Delete that came before has answered, or would have.
+    fn answered(&self, key: &ProcessKey, attempt: Attempt) -> Option<Deleted> {
+        if attempt == Attempt::First { None } else { self.answers.find(key) }
     }
 
     /// Applies an event to a task's init process.

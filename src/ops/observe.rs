@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::cgroup;
+use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
 use crate::oci::runtime;
 use crate::task::exec::{ExecEvent, ExecPhase};
@@ -54,7 +55,7 @@ impl Shim {
         }
     }
 
-    async fn look_at_exec(
+    pub(super) async fn look_at_exec(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
@@ -82,11 +83,13 @@ impl Shim {
     }
 
     fn exec_ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId, ended: Ended) {
+        fault::point(Point::ExitSeen);
         if let Err(error) = self.apply_exec(entry, id, ExecEvent::Exited(exit_of(ended))) {
             // As with init: the unit keeps the exit.
             tracing::error!(process = %process.key, %error, "{}: can't note its end: {error}", process.key);
             return;
         }
+        fault::point(Point::ExitNoted);
         process.live().attempt_ended.notify_one();
         self.after_exec(entry, process);
         self.remove_ended_exec(entry, process);
@@ -114,12 +117,14 @@ impl Shim {
     }
 
     fn ended(self: &Arc<Self>, entry: &Arc<Entry>, exit: Exit) {
+        fault::point(Point::ExitSeen);
         if let Err(error) = self.apply(entry, Event::Exited(exit)) {
             // The record could not be written. The unit keeps the exit; the next look finds it.
             tracing::error!(task = %entry.key, %error, "task {}: can't note its end: {error}", entry.key);
             return;
         }
-        entry.init.live().close_input();
+        fault::point(Point::ExitNoted);
+        self.close_input(entry, &entry.init);
         let cgroup = entry.task().cgroup.clone();
         let Some(cgroup) = cgroup else {
             return;
@@ -155,12 +160,18 @@ impl Shim {
         for record in records? {
             match record {
                 Ok(task) => match self.registry.insert(task) {
-                    Ok(entry) => self.take_in(&entry).await,
+                    Ok(entry) => {
+                        let task = entry.task().clone();
+                        let execs = task.execs.values().map(|exec| &exec.wiring);
+                        execs.chain([&task.wiring]).for_each(|wiring| self.kept.used(wiring.kept));
+                        self.take_in(&entry).await;
+                    }
                     Err(taken) => tracing::error!(?taken, "two records for one task: {taken:?}"),
                 },
                 Err(error) => tracing::error!(%error, "a task is not taken in: {error}"),
             }
         }
+        self.kept.forget_rest();
         Ok(())
     }
 

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::fault::{self, Point};
+
 use super::{Entry, Outgoing, Shim};
 
 impl Shim {
@@ -15,6 +17,7 @@ impl Shim {
     /// containerd has accepted a task's event.
     pub fn accepted(&self, entry: &Arc<Entry>, seq: u64) {
         // Held to the end: a Delete must not move the record between the two steps.
+        fault::point(Point::PublishTaken);
         let mut task = entry.task();
         task.outbox.accepted(seq);
         let kept = match &entry.init.live().owing {
@@ -24,5 +27,6 @@ impl Shim {
         if let Err(error) = kept {
             tracing::warn!(task = %entry.key, %error, "task {}: an accepted event may be published again: {error}", entry.key);
         }
+        fault::point(Point::PublishNoted);
     }
 }

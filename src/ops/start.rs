@@ -2,35 +2,43 @@
 
 use std::sync::Arc;
 
+use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskKey};
 use crate::oci::runtime;
 use crate::task::phase::Event;
 
-use super::{Error, Shim};
+use super::{Attempt, Error, Shim};
 
 impl Shim {
     /// Starts a process; returns it.
     ///
     /// # Errors
     /// It is not in the phase for that, or the OCI runtime fails; then it stays as it was.
-    pub async fn start(self: &Arc<Self>, key: &ProcessKey) -> Result<u32, Error> {
+    pub async fn start(self: &Arc<Self>, key: &ProcessKey, attempt: Attempt) -> Result<u32, Error> {
         match &key.exec {
-            None => self.start_init(&key.task).await,
-            Some(exec) => self.start_exec(key, exec).await,
+            None => self.start_init(&key.task, attempt).await,
+            Some(exec) => self.start_exec(key, exec, attempt).await,
         }
     }
 
-    async fn start_init(self: &Arc<Self>, key: &TaskKey) -> Result<u32, Error> {
+    async fn start_init(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<u32, Error> {
         let entry = self.created(key)?;
         let _verb = entry.init.verb.lock().await;
+        let phase = entry.task().init.clone();
+        if let (Attempt::Replayed, true, Some(pid)) = (attempt, phase.has_run(), phase.pid()) {
+            return Ok(pid);
+        }
         self.apply(&entry, Event::StartBegun)?;
+        fault::point(Point::StartRecorded);
         let task = entry.task().clone();
         let dir = self.store.dir(key);
         let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
         let started = cli.start().await;
+        fault::point(Point::StartDone);
         let event = if started.is_ok() { Event::Started } else { Event::StartFailed };
         self.apply(&entry, event)?;
         started?;
+        fault::point(Point::StartNoted);
         Ok(task.init.pid().unwrap_or_default())
     }
 }

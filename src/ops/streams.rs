@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::OFlag;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tracing::Instrument;
@@ -16,14 +18,15 @@ use crate::oci::face;
 use crate::stdio::console::Console;
 use crate::stdio::fifo;
 use crate::stdio::journal::Lines;
-use crate::stdio::pump::{self, Source};
+use crate::stdio::pump::{self, Bridge, Sinks, Source};
 use crate::stdio::terminal::Terminal;
 use crate::task::wiring::{self, Copied, Input, Sink, Wiring};
 use crate::task::{Face, Task};
 use crate::unit::name;
 use crate::unit::properties::{self, Shown};
 
-use super::{Entry, Error, Live, Process, Shim, blocking};
+use super::kept::{Earlier, Kept, Part};
+use super::{Entry, Error, Process, Shim, blocking};
 
 /// What the streams of a process depend on.
 pub(super) struct Streams {
@@ -47,12 +50,30 @@ pub(super) struct Opened {
     stdin: Option<File>,
     /// Its reading end, for a terminal.
     input: Option<File>,
-    copies: Vec<(Option<Source>, Vec<pump::Sink>)>,
+    copies: Vec<Copy>,
+    /// The terminal, if an earlier daemon has received it.
+    terminal: Option<OwnedFd>,
     /// The logger's pipes. The daemon is a writer too, until the process is: the logger must not see
     /// EOF before.
     logger: Vec<File>,
     ready: Option<File>,
     console: Option<Console>,
+}
+
+/// One stream of output.
+struct Copy {
+    part: Part,
+    from: From,
+    sinks: Sinks,
+}
+
+/// Where it comes from.
+enum From {
+    Fifo(Source),
+    /// The terminal itself, which is not there yet.
+    Terminal,
+    /// The terminal, by way of a pipe.
+    Bridge(Bridge),
 }
 
 impl Shim {
@@ -82,12 +103,21 @@ impl Shim {
     /// # Errors
     /// A FIFO or a file can't be opened, nobody reads, or the logger is not ready.
     pub(super) async fn open_streams(&self, streams: &Arc<Streams>) -> Result<Opened, Error> {
-        let this = streams.clone();
-        let mut opened = blocking(move || this.open_new()).await??;
+        let (this, kept) = (streams.clone(), self.kept.clone());
+        let mut opened = blocking(move || this.open_new(&kept)).await??;
         if let (Some(unit), Some(ready)) = (&streams.logger, opened.ready.take()) {
             self.start_logger(streams, unit, ready).await?;
         }
         Ok(opened)
+    }
+
+    /// Takes over what an earlier daemon had opened, and opens again what was not kept.
+    ///
+    /// # Errors
+    /// As [`Self::open_streams`].
+    pub(super) async fn reopen_streams(&self, streams: Arc<Streams>) -> Result<Opened, Error> {
+        let kept = self.kept.clone();
+        blocking(move || streams.reopen(&kept)).await?
     }
 
     /// Receives the terminal, if there is one, and starts copying. The process has its ends now.
@@ -100,34 +130,53 @@ impl Shim {
         process: &Arc<Process>,
         opened: Opened,
     ) -> Result<(), Error> {
-        let Opened { stdin, input, copies, logger, console, .. } = opened;
+        let Opened { stdin, input, copies, terminal, logger, console, .. } = opened;
         drop(logger);
-        let terminal = match console {
-            Some(console) => {
-                let master = blocking(move || console.receive(config::STDIO_LIMIT)).await??;
-                Some(Arc::new(Terminal::new(master).map_err(Error::Terminal)?))
-            }
-            None => None,
-        };
-        let mut live = process.live();
         // It may have been closed before there was a process; then the process has it now, and no
         // writer is needed any more.
-        let closed =
-            entry.task().wiring_mut(process.key.exec.as_ref()).is_none_or(|wiring| wiring.stdin_closed);
-        live.stdin = stdin.filter(|_| !closed);
+        let wiring = entry.task().wiring_mut(process.key.exec.as_ref()).cloned().unwrap_or_default();
+        let number = wiring.kept;
+        let master = match (terminal, console) {
+            (Some(master), _) => Some(master),
+            (None, Some(console)) => {
+                let kept = self.kept.clone();
+                let received = move || {
+                    let master = console.receive(config::STDIO_LIMIT)?;
+                    kept.keep(Part::Terminal, number, &[master.as_fd()]);
+                    Ok::<_, Error>(master)
+                };
+                Some(blocking(received).await??)
+            }
+            (None, None) => None,
+        };
+        let terminal = master.map(Terminal::new).transpose().map_err(Error::Terminal)?.map(Arc::new);
+        let mut live = process.live();
+        live.stdin = stdin.filter(|_| !wiring.stdin_closed);
+        if live.stdin.is_none() && input.is_none() && wiring.stdin != Input::Null {
+            self.kept.forget(Part::Input, number);
+        }
         if let (Some(terminal), Some((columns, rows))) = (&terminal, live.window) {
             terminal.resize(columns, rows).map_err(Error::Terminal)?;
         }
         let span = tracing::info_span!("output", process = %process.key);
-        for (source, sinks) in copies {
-            let Some(source) = source.or_else(|| terminal.clone().map(Source::Terminal)) else {
-                continue;
+        for Copy { part, from, sinks } in copies {
+            let source = match (from, &terminal) {
+                (From::Fifo(fifo), _) => fifo,
+                (From::Terminal, Some(terminal)) => Source::Terminal(terminal.clone()),
+                (From::Bridge(bridge), Some(terminal)) => Source::Bridged(terminal.clone(), bridge),
+                (From::Terminal | From::Bridge(_), None) => continue,
             };
-            let over = process.clone();
-            let over = async move {
-                over.ended().await;
+            let (over, stop, kept) = (process.clone(), live.stop.clone(), self.kept.clone());
+            let copy = async move {
+                let over = async {
+                    over.ended().await;
+                };
+                pump::copy(source, sinks, over, stop).await;
+                kept.forget(part, number);
+                if wiring.terminal {
+                    kept.forget(Part::Terminal, number);
+                }
             };
-            let copy = pump::copy(source, sinks, over, live.stop.clone());
             live.pumps.push(tokio::spawn(copy.instrument(span.clone())));
         }
         if let (Some(input), Some(terminal)) = (input, &terminal) {
@@ -139,10 +188,9 @@ impl Shim {
 
     /// After a restart: the daemon's ends of the streams of a process that lives.
     pub(super) async fn recover_streams(&self, entry: &Entry, process: &Arc<Process>, streams: Streams) {
-        let reopened = blocking(move || streams.reopen()).await;
-        let started = match reopened {
-            Ok(Ok(opened)) => self.start_pumps(entry, process, opened).await,
-            Ok(Err(error)) | Err(error) => Err(error),
+        let started = match self.reopen_streams(Arc::new(streams)).await {
+            Ok(opened) => self.start_pumps(entry, process, opened).await,
+            Err(error) => Err(error),
         };
         if let Err(error) = started {
             tracing::warn!(process = %process.key, %error, "{}: can't open its streams again: {error}", process.key);
@@ -185,8 +233,29 @@ impl Shim {
             task.wiring_mut(key.exec.as_ref()).into_iter().for_each(|wiring| wiring.stdin_closed = true);
             Ok(Vec::new())
         })?;
-        process.live().stdin = None;
+        self.close_writer(&entry, &process);
         Ok(())
+    }
+
+    /// Lets go of the writing end that keeps a process's input open.
+    fn close_writer(&self, entry: &Entry, process: &Process) {
+        let writer = process.live().stdin.take();
+        let number = entry.task().wiring_mut(process.key.exec.as_ref()).map(|wiring| wiring.kept);
+        if let (Some(_), Some(number)) = (writer, number) {
+            self.kept.forget(Part::Input, number);
+        }
+    }
+
+    /// The process has ended: nobody reads its stdin any more.
+    pub(super) fn close_input(&self, entry: &Entry, process: &Process) {
+        self.close_writer(entry, process);
+        let terminal = process.live().terminal.take();
+        let number = entry.task().wiring_mut(process.key.exec.as_ref()).map(|wiring| wiring.kept);
+        if let (Some(_), Some(number)) = (terminal, number)
+            && process.live().pumps.is_empty()
+        {
+            self.kept.forget(Part::Terminal, number);
+        }
     }
 
     /// ResizePty: sets the size of a terminal's window, in characters. One that is not there yet gets
@@ -246,8 +315,12 @@ pub(super) async fn cut_off(process: &Process) {
 /// Copies a client's input to a terminal. Its end hangs the terminal up, as with
 /// containerd-shim-runc-v2.
 async fn feed(process: Arc<Process>, input: File, terminal: Arc<Terminal>) {
+    let fed = async {
+        let input = crate::sys::watch(input)?;
+        pump::input(&input, &terminal).await
+    };
     tokio::select! {
-        fed = pump::input(input, &terminal) => {
+        fed = fed => {
             if let Err(error) = fed {
                 tracing::debug!(process = %process.key, %error, "the terminal takes no more input: {error}");
             }
@@ -258,41 +331,47 @@ async fn feed(process: Arc<Process>, input: File, terminal: Arc<Terminal>) {
     }
 }
 
-impl Live {
-    /// The process has ended: nobody reads its stdin any more.
-    pub(super) fn close_input(&mut self) {
-        self.stdin = None;
-        self.terminal = None;
-    }
-}
-
 impl Streams {
-    fn open_new(&self) -> Result<Opened, Error> {
+    fn open_new(&self, kept: &Kept) -> Result<Opened, Error> {
         for name in self.wiring.own_pipes() {
             fifo::make(&self.dir.join(name))?;
         }
-        let mut opened = self.open(fifo::open_output_nonblocking)?;
-        if self.wiring.terminal {
-            opened.console = Some(Console::listen(&self.console)?);
-        }
-        Ok(opened)
+        let opened = self.open(kept, &mut |_| Earlier::default(), fifo::open_output_nonblocking)?;
+        Ok(Opened { console: self.console()?, ..opened })
     }
 
     /// The client has been there before: nobody is waited for.
-    fn reopen(&self) -> Result<Opened, Error> {
-        let mut opened = self.open(|path, _| fifo::open_both_nonblocking(path))?;
-        opened.ready = None;
-        Ok(opened)
+    fn reopen(&self, kept: &Kept) -> Result<Opened, Error> {
+        let number = self.wiring.kept;
+        let mut earlier = |part| kept.take(part, number);
+        let terminal = earlier(Part::Terminal).both.pop();
+        let opened = self.open(kept, &mut earlier, |path, _| fifo::open_both_nonblocking(path))?;
+        // Where it has not come yet, it may.
+        let console = if terminal.is_none() { self.console()? } else { None };
+        Ok(Opened { ready: None, terminal, console, ..opened })
     }
 
-    /// `client` opens a client's FIFO for writing, for which it may take the given time.
-    fn open(&self, client: impl Fn(&Path, Duration) -> Result<File, fifo::Error>) -> Result<Opened, Error> {
-        let mut opened = Opened::default();
+    fn console(&self) -> Result<Option<Console>, Error> {
+        let console = self.wiring.terminal.then(|| Console::listen(&self.console));
+        Ok(console.transpose()?)
+    }
+
+    /// `earlier` gives what an earlier daemon had opened of a part. `client` opens a client's FIFO for
+    /// writing, for which it may take the given time.
+    fn open(
+        &self,
+        kept: &Kept,
+        earlier: &mut dyn FnMut(Part) -> Earlier,
+        client: impl Fn(&Path, Duration) -> Result<File, fifo::Error>,
+    ) -> Result<Opened, Error> {
+        let (mut opened, number) = (Opened::default(), self.wiring.kept);
         if let Input::Fifo(path) = &self.wiring.stdin {
+            let mut before = earlier(Part::Input);
             if self.wiring.terminal {
-                opened.input = Some(fifo::open_reader(path)?);
+                opened.input = Some(or_open(before.readers.pop(), || fifo::open_reader(path))?);
             }
-            opened.stdin = Some(fifo::open_both(path)?);
+            opened.stdin = Some(or_open(before.both.pop(), || fifo::open_both(path))?);
+            kept.keep(Part::Input, number, &fds([&opened.input, &opened.stdin]));
         }
         if self.wiring.logger.is_some() {
             opened.ready = Some(fifo::open_reader(&self.dir.join(wiring::pipe::READY))?);
@@ -303,46 +382,96 @@ impl Streams {
         let begun = Instant::now();
         let client = |path: &Path| client(path, config::STDIO_LIMIT.saturating_sub(begun.elapsed()));
         for (from, log_pipe, to) in self.wiring.copies() {
+            let part = if log_pipe == wiring::pipe::LOG_STDOUT { Part::Output } else { Part::ErrorOutput };
+            let mut before = earlier(part);
             let source = match from {
                 Some(name) => {
-                    let fifo = fifo::open_reader(&self.dir.join(name))?;
-                    Some(Source::fifo(fifo).map_err(Error::Watch)?)
+                    Some(or_open(before.readers.pop(), || fifo::open_reader(&self.dir.join(name)))?)
                 }
                 None => None,
             };
-            opened.copies.push((source, self.sinks(log_pipe, to, &client)?));
+            let fifo = self.client_fifo(before.both.pop(), log_pipe, to, &client)?;
+            kept.keep(part, number, &fds([&source, &fifo]));
+            let mut sinks = Sinks { copies: self.copies(log_pipe, to)?, ..Sinks::default() };
+            match (&to.client, fifo) {
+                (Some(Sink::EndOnly(_)), fifo) => sinks.held = fifo,
+                (_, Some(fifo)) => sinks.fifo = Some(crate::sys::watch(fifo).map_err(Error::Watch)?),
+                (_, None) => {}
+            }
+            let from = match source {
+                Some(fifo) => From::Fifo(Source::fifo(fifo).map_err(Error::Watch)?),
+                None if sinks.fifo.is_some() && sinks.copies.is_empty() => From::Terminal,
+                None => From::Bridge(bridge(before.readers.pop(), before.writers.pop(), |ends| {
+                    kept.keep(part, number, ends);
+                })?),
+            };
+            opened.copies.push(Copy { part, from, sinks });
         }
         Ok(opened)
     }
 
-    fn sinks(
+    fn client_fifo(
         &self,
+        before: Option<OwnedFd>,
         log_pipe: &str,
         to: &Copied,
         client: &impl Fn(&Path) -> Result<File, fifo::Error>,
-    ) -> Result<Vec<pump::Sink>, Error> {
-        let mut sinks = Vec::new();
-        match &to.client {
-            Some(Sink::Fifo(path)) => sinks.push(pump::Sink::fifo(client(path)?).map_err(Error::Watch)?),
-            Some(Sink::EndOnly(path)) => sinks.push(pump::Sink::EndOnly { _fifo: client(path)? }),
-            Some(Sink::File { path, create }) => {
-                sinks.push(pump::Sink::File(Some(pump::open_file(path, *create)?)));
-            }
-            Some(Sink::Logger) => {
-                let fifo = fifo::open_both_nonblocking(&self.dir.join(log_pipe))?;
-                sinks.push(pump::Sink::fifo(fifo).map_err(Error::Watch)?);
-            }
-            None => {}
+    ) -> Result<Option<File>, Error> {
+        let open = || match &to.client {
+            Some(Sink::Fifo(path) | Sink::EndOnly(path)) => client(path).map(Some),
+            Some(Sink::Logger) => fifo::open_both_nonblocking(&self.dir.join(log_pipe)).map(Some),
+            Some(Sink::File { .. }) | None => Ok(None),
+        };
+        Ok(match before {
+            Some(before) => Some(before.into()),
+            None => open()?,
+        })
+    }
+
+    fn copies(&self, log_pipe: &str, to: &Copied) -> Result<Vec<pump::Sink>, Error> {
+        let mut copies = Vec::new();
+        if let Some(Sink::File { path, create }) = &to.client {
+            copies.push(pump::Sink::File(Some(pump::open_file(path, *create)?)));
         }
         if to.journal {
             let fields = self.face.fields.iter().map(|(name, value)| (name.as_str(), value.as_str()));
             let exec = self.key.exec.as_ref().map(|exec| ("CONTAINER_EXEC_ID", exec.as_str()));
             let identifier = face::identifier(&self.face);
-            let lines = Lines::new(self.container.as_str(), identifier, fields.chain(exec));
-            sinks.push(pump::Sink::Journal(lines));
+            let partial = self.dir.join(format!("{log_pipe}.partial"));
+            let lines = Lines::new(self.container.as_str(), identifier, fields.chain(exec), partial);
+            copies.push(pump::Sink::Journal(lines));
         }
-        Ok(sinks)
+        Ok(copies)
     }
+}
+
+fn or_open(before: Option<OwnedFd>, open: impl FnOnce() -> Result<File, fifo::Error>) -> Result<File, Error> {
+    match before {
+        Some(before) => Ok(before.into()),
+        None => Ok(open()?),
+    }
+}
+
+fn fds<const N: usize>(files: [&Option<File>; N]) -> Vec<BorrowedFd<'_>> {
+    files.into_iter().flatten().map(AsFd::as_fd).collect()
+}
+
+/// The pipe of an earlier daemon, or a new one, which `keep` is told of.
+fn bridge(
+    reader: Option<OwnedFd>,
+    writer: Option<OwnedFd>,
+    keep: impl FnOnce(&[BorrowedFd<'_>]),
+) -> Result<Bridge, Error> {
+    let (reader, writer) = match (reader, writer) {
+        (Some(reader), Some(writer)) => (reader, writer),
+        _ => {
+            let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+            let (reader, writer) = nix::unistd::pipe2(flags).map_err(|errno| Error::Watch(errno.into()))?;
+            keep(&[reader.as_fd(), writer.as_fd()]);
+            (reader, writer)
+        }
+    };
+    Bridge::new(reader, writer).map_err(Error::Watch)
 }
 
 /// As containerd-shim-runc-v2.

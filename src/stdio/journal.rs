@@ -5,6 +5,7 @@
 //! under that unit for `journalctl -u`, also when its process is gone.
 
 use std::io;
+use std::path::PathBuf;
 
 use tokio::net::UnixDatagram;
 
@@ -23,21 +24,26 @@ pub struct Lines {
     /// The fields of every line, encoded.
     head: Vec<u8>,
     partial: Vec<u8>,
+    /// Where the unfinished line is kept, for the next daemon.
+    kept: PathBuf,
 }
 
 impl Lines {
-    /// A stream whose lines belong to `unit`, carry `fields`, and are shown with `identifier`.
+    /// A stream whose lines belong to `unit`, carry `fields`, and are shown with `identifier`. A line
+    /// that is not finished is kept in a file, where an earlier daemon may have left one.
     pub fn new<'a>(
         unit: &'a str,
         identifier: &'a str,
         fields: impl IntoIterator<Item = (&'a str, &'a str)>,
+        kept: PathBuf,
     ) -> Self {
         let ours = [("OBJECT_SYSTEMD_UNIT", unit), ("SYSLOG_IDENTIFIER", identifier), ("PRIORITY", PRIORITY)];
         let mut head = Vec::new();
         for (name, value) in ours.into_iter().chain(fields) {
             push_field(&mut head, name, value.as_bytes());
         }
-        Self { socket: None, head, partial: Vec::new() }
+        let partial = std::fs::read(&kept).unwrap_or_default();
+        Self { socket: None, head, partial, kept }
     }
 
     /// Takes output in; complete lines leave. Waits while journald is busy.
@@ -45,14 +51,22 @@ impl Lines {
     /// # Errors
     /// journald can't be reached; the lines are lost.
     pub async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let mut rest = bytes;
+        let (had_partial, mut rest) = (!self.partial.is_empty(), bytes);
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
             self.partial.extend_from_slice(&rest[..end]);
             rest = &rest[end + 1..];
             self.flush().await?;
         }
         self.partial.extend_from_slice(rest);
-        self.split(LINE_MAX).await
+        self.split(LINE_MAX).await?;
+        if had_partial || !self.partial.is_empty() { self.keep_partial() } else { Ok(()) }
+    }
+
+    /// On a tmpfs: memory only.
+    fn keep_partial(&self) -> io::Result<()> {
+        let new = self.kept.with_extension("new");
+        std::fs::write(&new, &self.partial)?;
+        std::fs::rename(&new, &self.kept)
     }
 
     /// Sends what has no end of line.
@@ -125,7 +139,11 @@ mod tests {
     /// A stream whose other end is at hand.
     fn lines() -> (Lines, UnixDatagram) {
         let (here, there) = UnixDatagram::pair().unwrap();
-        let mut lines = Lines::new("u.service", "id", [("CONTAINER_ID", "web")]);
+        let kept = std::env::temp_dir().join(format!("journal-test-{}", std::process::id()));
+        let mut lines = Lines::new("u.service", "id", [("CONTAINER_ID", "web")], kept.join("partial"));
+        // Each test has its own: what is kept of one must not begin another's first line.
+        lines.partial.clear();
+        std::fs::create_dir_all(kept).unwrap();
         lines.socket = Some(here);
         (lines, there)
     }
@@ -165,7 +183,7 @@ mod tests {
 
     #[test]
     fn fields_are_length_prefixed_so_that_any_value_is_safe() {
-        let lines = Lines::new("u.service", "id", [("F", "a\nOBJECT_SYSTEMD_UNIT=other")]);
+        let lines = Lines::new("u.service", "id", [("F", "a\nOBJECT_SYSTEMD_UNIT=other")], PathBuf::new());
         let text = String::from_utf8_lossy(&lines.head).into_owned();
         assert!(text.starts_with("OBJECT_SYSTEMD_UNIT\n\u{9}\0\0\0\0\0\0\0u.service\n"), "{text:?}");
     }

@@ -10,8 +10,9 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{SpliceFFlags, splice};
+use nix::fcntl::{OFlag, SpliceFFlags, splice, tee};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
@@ -24,8 +25,6 @@ use super::terminal::Terminal;
 /// What is moved at once: the size of a pipe.
 const CHUNK: usize = 64 << 10;
 
-/// What the kernel gives out of a terminal at once.
-const TERMINAL_CHUNK: usize = 4096;
 /// The kernel keeps at most 64 KiB of a terminal's output, and a page in its line discipline
 /// (tty_buffer.c): what a process has written before its end is not more.
 const TERMINAL_HOLDS: usize = 128 << 10;
@@ -38,6 +37,15 @@ pub enum Source {
     Fifo(AsyncFd<OwnedFd>),
     /// A terminal.
     Terminal(Arc<Terminal>),
+    /// A terminal, by way of a pipe: what has been read and not delivered is in there.
+    Bridged(Arc<Terminal>, Bridge),
+}
+
+/// A pipe of ours, both ends without blocking.
+#[derive(Debug)]
+pub struct Bridge {
+    reader: AsyncFd<OwnedFd>,
+    writer: AsyncFd<OwnedFd>,
 }
 
 impl Source {
@@ -50,38 +58,42 @@ impl Source {
     }
 }
 
+impl Bridge {
+    /// Takes both ends over.
+    ///
+    /// # Errors
+    /// They can't be watched. Needs the async runtime.
+    pub fn new(reader: OwnedFd, writer: OwnedFd) -> io::Result<Self> {
+        Ok(Self { reader: watch(reader)?, writer: watch(writer)? })
+    }
+}
+
 /// Where output goes.
-#[derive(Debug)]
-pub enum Sink {
+#[derive(Debug, Default)]
+pub struct Sinks {
     /// A FIFO, opened for reading and writing without blocking: it never lacks a reader, and one that
     /// goes away holds up the process, not the daemon.
-    Fifo(AsyncFd<OwnedFd>),
+    pub fifo: Option<AsyncFd<OwnedFd>>,
+    /// Where else it goes.
+    pub copies: Vec<Sink>,
+    /// A FIFO that is only kept open until the end.
+    pub held: Option<File>,
+}
+
+/// Where output goes that has to be looked at.
+#[derive(Debug)]
+pub enum Sink {
     /// A file.
     File(Option<File>),
     /// The journal.
     Journal(Lines),
-    /// A FIFO that is only kept open until the end.
-    EndOnly {
-        /// Closed with this.
-        _fifo: File,
-    },
 }
 
 impl Sink {
-    /// A FIFO that was opened without blocking.
-    ///
-    /// # Errors
-    /// As [`Source::fifo`].
-    pub fn fifo(file: File) -> io::Result<Self> {
-        watch(file).map(Self::Fifo)
-    }
-
     async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
-            Self::Fifo(fifo) => write_all(fifo, bytes).await,
             Self::File(file) => write_file(file, bytes).await,
             Self::Journal(lines) => lines.write(bytes).await,
-            Self::EndOnly { .. } => Ok(()),
         }
     }
 }
@@ -103,17 +115,29 @@ pub fn open_file(path: &Path, create: bool) -> Result<File, Error> {
 /// `over` resolves when the process has ended. A terminal is read up to there and no further, though
 /// others may hold it still; a FIFO is read on, as what the process left behind may have more to say.
 /// A sink that fails is logged and left out: the process goes on, and so do the other sinks.
-pub async fn copy(
-    source: Source,
-    mut sinks: Vec<Sink>,
-    over: impl Future<Output = ()>,
-    stop: CancellationToken,
-) {
+///
+/// Bytes are in the kernel at all times: they move from pipe to pipe (splice(2)), and what has to be
+/// looked at is copied first (tee(2)) and then moved. If the daemon ends, none is lost, and the
+/// client's FIFO gets none twice; a file or the journal gets the last piece twice if the daemon ends
+/// between writing it and moving on.
+pub async fn copy(source: Source, mut sinks: Sinks, over: impl Future<Output = ()>, stop: CancellationToken) {
     let copied = async {
-        match (&source, sinks.as_slice()) {
-            (Source::Fifo(from), [Sink::Fifo(to)]) => move_all(from, to).await,
-            (Source::Fifo(from), _) => copy_all(from, &mut sinks).await,
-            (Source::Terminal(terminal), _) => copy_terminal(terminal, &mut sinks, over).await,
+        match (&source, &sinks.fifo) {
+            (Source::Fifo(from), Some(to)) if sinks.copies.is_empty() => move_all(from, to).await,
+            (Source::Fifo(from), _) => spread(from, &mut sinks, std::future::pending()).await,
+            (Source::Terminal(terminal), Some(to)) => move_terminal(terminal, to, over).await,
+            (Source::Terminal(_), None) => Ok(()),
+            (Source::Bridged(terminal, bridge), _) => {
+                let moved = CancellationToken::new();
+                let spread = spread(&bridge.reader, &mut sinks, moved.cancelled());
+                let first = async {
+                    let result = move_terminal(terminal, &bridge.writer, over).await;
+                    moved.cancel();
+                    result
+                };
+                let (first, second) = tokio::join!(first, spread);
+                first.and(second)
+            }
         }
     };
     let copied = tokio::select! {
@@ -123,7 +147,7 @@ pub async fn copy(
     if let Err(error) = copied {
         tracing::error!(%error, "output can't be copied any more: {error}");
     }
-    for sink in &mut sinks {
+    for sink in &mut sinks.copies {
         if let Sink::Journal(lines) = sink
             && let Err(error) = lines.finish().await
         {
@@ -132,15 +156,23 @@ pub async fn copy(
     }
 }
 
-/// From pipe to pipe, without the bytes being touched.
+/// From pipe to pipe, until the first one ends.
 async fn move_all(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+    while move_some(from, to, CHUNK).await? > 0 {
+        tokio::task::consume_budget().await;
+    }
+    Ok(())
+}
+
+/// Moves something between two pipes, or between a pipe and a terminal; 0 at the end.
+async fn move_some(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>, length: usize) -> io::Result<usize> {
     loop {
         let mut readable = from.readable().await?;
         let mut writable = to.writable().await?;
-        match splice(from, None, to, None, CHUNK, flags) {
-            Ok(0) => return Ok(()),
-            Ok(_) => tokio::task::consume_budget().await,
+        match splice(from, None, to, None, length, NO_WAIT) {
+            // The last process that had the terminal open is gone.
+            Err(Errno::EIO) => return Ok(0),
+            Ok(moved) => return Ok(moved),
             // The kernel does not say which side has to be waited for.
             Err(Errno::EAGAIN) => {
                 if !is_ready(from, PollFlags::POLLIN)? {
@@ -156,50 +188,95 @@ async fn move_all(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<
     }
 }
 
-fn is_ready(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
-    let mut fds = [PollFd::new(fd.as_fd(), event)];
-    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
-}
+const NO_WAIT: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK;
 
-async fn copy_all(from: &AsyncFd<OwnedFd>, sinks: &mut Vec<Sink>) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        match read(from, &mut buffer).await? {
-            0 => return Ok(()),
-            length => write_to(sinks, &buffer[..length]).await,
-        }
-    }
-}
-
-async fn copy_terminal(
+/// From a terminal to a pipe until the process has ended, and then what it has left.
+async fn move_terminal(
     terminal: &Terminal,
-    sinks: &mut Vec<Sink>,
+    to: &AsyncFd<OwnedFd>,
     over: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let mut buffer = vec![0; TERMINAL_CHUNK];
     let mut over = pin!(async {
         tokio::select! {
             () = over => {}
             () = terminal.hung_up() => {}
         }
     });
+    let from = terminal.master();
     loop {
         tokio::select! {
-            length = terminal.read(&mut buffer) => match length? {
-                0 => return Ok(()),
-                length => write_to(sinks, &buffer[..length]).await,
+            moved = move_some(from, to, CHUNK) => if moved? == 0 {
+                return Ok(());
             },
             () = &mut over => break,
         }
     }
     let mut left = TERMINAL_HOLDS;
-    while left > 0
-        && let Some(length @ 1..) = terminal.read_now(&mut buffer)?
-    {
-        write_to(sinks, &buffer[..length]).await;
-        left = left.saturating_sub(length);
+    // The kernel brings up what it still has in its buffers before it says that there is none
+    // (n_tty_poll).
+    while left > 0 && is_ready(from, PollFlags::POLLIN)? {
+        match move_some(from, to, left).await? {
+            0 => break,
+            moved => left = left.saturating_sub(moved),
+        }
     }
     Ok(())
+}
+
+/// From a pipe to every sink, until the pipe ends; or, once `complete`, until it is empty.
+async fn spread(
+    from: &AsyncFd<OwnedFd>,
+    sinks: &mut Sinks,
+    complete: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let (copy, copied) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let nowhere = OpenOptions::new().write(true).open("/dev/null")?;
+    let mut buffer = vec![0; CHUNK];
+    let mut complete = pin!(complete);
+    let mut is_complete = false;
+    loop {
+        let readable = tokio::select! {
+            readable = from.readable(), if !is_complete => Some(readable?),
+            () = &mut complete, if !is_complete => None,
+            else => None,
+        };
+        is_complete |= readable.is_none();
+        let length = match tee(from, &copied, CHUNK, NO_WAIT) {
+            Ok(0) => return Ok(()),
+            Ok(length) => length,
+            Err(Errno::EAGAIN) => match readable {
+                Some(mut readable) => {
+                    readable.clear_ready();
+                    continue;
+                }
+                None => return Ok(()),
+            },
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        };
+        let mut filled = 0;
+        while filled < length {
+            filled += nix::unistd::read(&copy, &mut buffer[filled..length])?;
+        }
+        write_to(&mut sinks.copies, &buffer[..length]).await;
+        let mut left = length;
+        while left > 0 {
+            let moved = match &sinks.fifo {
+                Some(fifo) => move_some(from, fifo, left).await?,
+                None => splice(from, None, &nowhere, None, left, NO_WAIT)?,
+            };
+            if moved == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            left -= moved;
+        }
+        tokio::task::consume_budget().await;
+    }
+}
+
+fn is_ready(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
+    let mut fds = [PollFd::new(fd.as_fd(), event)];
+    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
 }
 
 async fn write_to(sinks: &mut Vec<Sink>, bytes: &[u8]) {
@@ -219,34 +296,8 @@ async fn write_to(sinks: &mut Vec<Sink>, bytes: &[u8]) {
 ///
 /// # Errors
 /// The terminal has gone, or the FIFO can't be read.
-pub async fn input(fifo: File, terminal: &Terminal) -> io::Result<()> {
-    let fifo = watch(fifo)?;
-    let mut buffer = vec![0; 4096];
-    loop {
-        match read(&fifo, &mut buffer).await? {
-            0 => return Ok(()),
-            length => terminal.write_all(&buffer[..length]).await?,
-        }
-    }
-}
-
-async fn read(fifo: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
-    loop {
-        let mut ready = fifo.readable().await?;
-        if let Ok(result) = ready.try_io(|fifo| Ok(nix::unistd::read(fifo.get_ref(), buffer)?)) {
-            return result;
-        }
-    }
-}
-
-async fn write_all(fifo: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let mut ready = fifo.writable().await?;
-        if let Ok(written) = ready.try_io(|fifo| Ok(nix::unistd::write(fifo.get_ref(), bytes)?)) {
-            bytes = &bytes[written?..];
-        }
-    }
-    Ok(())
+pub async fn input(fifo: &AsyncFd<OwnedFd>, terminal: &Terminal) -> io::Result<()> {
+    move_all(fifo, terminal.master()).await
 }
 
 /// On a thread for blocking work, a chunk at a time: a slow disk holds up this process's output, and

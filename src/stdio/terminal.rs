@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::OwnedFd;
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
@@ -27,37 +26,9 @@ impl Terminal {
         Ok(Self { master: crate::sys::watch(master)?, hung_up: CancellationToken::new() })
     }
 
-    /// Reads what the processes write; 0 when none of them has the terminal any more.
-    pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let mut ready = self.master.readable().await?;
-            if let Ok(result) = ready.try_io(|master| read(master.get_ref(), buffer)) {
-                return result;
-            }
-        }
-    }
-
-    /// Reads what is there already; nothing if there is none. The kernel brings up what it still
-    /// has in its buffers before it says so (n_tty_read).
-    pub(super) fn read_now(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        match read(self.master.get_ref(), buffer) {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            result => result.map(Some),
-        }
-    }
-
-    /// Writes input for the processes, in full.
-    pub(super) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            let mut ready = self.master.writable().await?;
-            let written = ready.try_io(|master| Ok(nix::unistd::write(master.get_ref(), bytes)?));
-            match written {
-                Ok(Ok(count)) => bytes = &bytes[count..],
-                Ok(Err(error)) => return Err(error),
-                Err(_) => {}
-            }
-        }
-        Ok(())
+    /// The master side, for moving bytes in and out.
+    pub(super) fn master(&self) -> &AsyncFd<OwnedFd> {
+        &self.master
     }
 
     /// Sets the size of its window, in characters.
@@ -76,13 +47,5 @@ impl Terminal {
     /// Resolves when it has been hung up.
     pub(super) async fn hung_up(&self) {
         self.hung_up.cancelled().await;
-    }
-}
-
-fn read(master: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
-    match nix::unistd::read(master, buffer) {
-        // The last process that had it open is gone.
-        Err(Errno::EIO) => Ok(0),
-        result => Ok(result?),
     }
 }

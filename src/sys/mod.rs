@@ -86,9 +86,17 @@ pub fn die_by(signal: i32) {
 /// # Errors
 /// The kernel can't watch it (a regular file).
 pub fn watch(fd: impl Into<OwnedFd>) -> std::io::Result<AsyncFd<OwnedFd>> {
+    watch_as_it_is(fd.into())
+}
+
+/// As [`watch`], for what owns a descriptor and can do more with it.
+///
+/// # Errors
+/// As [`watch`].
+pub fn watch_as_it_is<T: AsRawFd + Into<OwnedFd>>(fd: T) -> std::io::Result<AsyncFd<T>> {
     // SAFETY: the descriptor is owned by what is returned, so it stays open for as long as it is
     // registered, and no number of another takes its place.
-    Ok(unsafe { AsyncFd::register(fd.into()) }?)
+    Ok(unsafe { AsyncFd::register(fd) }?)
 }
 
 /// Sets the size of a terminal's window, in characters (ioctl_tty(2), TIOCSWINSZ).
@@ -146,4 +154,48 @@ pub fn place_from_three(fds: Vec<OwnedFd>) -> Result<(), Errno> {
         Errno::result(unsafe { libc::dup2(fd, number) })?;
     }
     Ok(())
+}
+
+/// How many bytes that were sent on a Unix socket the other side has not read, counted with the
+/// kernel's own overhead (unix(7), `SIOCOUTQ`).
+///
+/// # Errors
+/// It is no socket.
+pub fn unread_by_peer(socket: &impl AsFd) -> Result<usize, Errno> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is open for as long as it is borrowed, and the kernel writes one int.
+    Errno::result(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &mut bytes) })?;
+    usize::try_from(bytes).map_err(|_| Errno::EINVAL)
+}
+
+/// The peek offset of a socket: how many bytes at its front have been looked at and not taken; nothing
+/// while that is not counted (socket(7), `SO_PEEK_OFF`).
+///
+/// # Errors
+/// It is no socket.
+pub fn peek_offset(socket: &impl AsFd) -> Result<Option<usize>, Errno> {
+    let mut value: libc::c_int = 0;
+    let mut length = libc::socklen_t::try_from(size_of_val(&value)).map_err(|_| Errno::EINVAL)?;
+    let fd = socket.as_fd().as_raw_fd();
+    let place = std::ptr::from_mut(&mut value).cast();
+    // SAFETY: the descriptor is open for as long as it is borrowed; the kernel writes at most `length`
+    // bytes to `value`, which has that size.
+    let result = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, place, &mut length) };
+    Errno::result(result)?;
+    Ok(usize::try_from(value).ok())
+}
+
+/// Has the kernel count from now on how many bytes have been looked at and not taken: none so far.
+///
+/// # Errors
+/// The socket does not count.
+pub fn count_peeked(socket: &impl AsFd) -> Result<(), Errno> {
+    let value: libc::c_int = 0;
+    let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(|_| Errno::EINVAL)?;
+    let fd = socket.as_fd().as_raw_fd();
+    let place = std::ptr::from_ref(&value).cast();
+    // SAFETY: the descriptor is open for as long as it is borrowed; the kernel reads `length` bytes of
+    // `value`, which has that size.
+    let result = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, place, length) };
+    Errno::result(result).map(drop)
 }

@@ -96,6 +96,14 @@ impl Phase {
     }
 
     /// The phase in containerd's words, for messages.
+    /// It runs, or has run: Start is over.
+    pub fn has_run(&self) -> bool {
+        match self {
+            Self::Creating { .. } | Self::Created { .. } | Self::Starting { .. } => false,
+            Self::Running { .. } | Self::Ending { .. } | Self::Stopped { .. } => true,
+        }
+    }
+
     fn word(&self) -> &'static str {
         match self {
             Self::Creating { .. } => "creating",

@@ -90,6 +90,9 @@ pub struct Wiring {
     pub stderr: Output,
     /// Who reads [`Output::Logger`] and [`Sink::Logger`].
     pub logger: Option<Logger>,
+    /// The number under which systemd keeps the daemon's ends.
+    #[serde(default)]
+    pub kept: u64,
 }
 
 /// Names of the FIFOs in a process's directory.

@@ -1,47 +1,148 @@
-//! Accepts containerd's connections.
+//! The daemon's sockets: connections that are there already, and those that come.
 
+use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use futures_util::Stream;
-use futures_util::stream;
-use tokio::net::{UnixListener, UnixStream};
+use futures_util::{Stream, StreamExt, stream};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+use tokio::io::unix::AsyncFd;
 
+use crate::fault::{self, Point};
+use crate::sys;
+
+use super::Keep;
+use super::durable::Durable;
+use super::journal::{self, Journal};
 use super::sockets::Socket;
+
+/// The names by which connections are kept begin with this, and go on with a number. They are short:
+/// systemd passes the names of all descriptors in one environment variable, which the kernel limits
+/// to 128 KiB (execve(2)).
+const PREFIX: &str = "c";
+
+/// All connections of the daemon.
+pub struct Connections {
+    keeper: Arc<dyn Keep>,
+    /// The next number.
+    next: AtomicU64,
+}
+
+/// A connection that an earlier daemon has accepted, and the socket over which it came.
+pub type Adopted = (Socket, Durable);
+
+impl Connections {
+    /// Takes over what was kept of an earlier daemon's connections. What is not one stays in `kept`.
+    /// Needs the async runtime.
+    pub fn adopt(keeper: Arc<dyn Keep>, kept: &mut Vec<(String, OwnedFd)>) -> (Arc<Self>, Vec<Adopted>) {
+        let mut pairs: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
+        for (name, fd) in std::mem::take(kept) {
+            match number(&name) {
+                Some(number) => pairs.entry(number).or_default().push(fd),
+                None => kept.push((name, fd)),
+            }
+        }
+        let next = pairs.keys().max().map_or(0, |last| last + 1);
+        let mut adopted = Vec::new();
+        for (number, fds) in pairs {
+            let name = format!("{PREFIX}{number}");
+            match adopt(fds, &keeper, &name) {
+                Ok(connection) => adopted.push(connection),
+                Err(reason) => {
+                    tracing::error!("a connection of an earlier daemon is lost: {reason}");
+                    keeper.forget(&name);
+                }
+            }
+        }
+        (Arc::new(Self { keeper, next: AtomicU64::new(next) }), adopted)
+    }
+
+    /// The connections of callers with this process's own uid, as they come. Others are closed at once:
+    /// the socket's mode keeps them out already, unless somebody has changed it.
+    ///
+    /// # Errors
+    /// The listener can't be watched. Needs the async runtime.
+    pub fn accept(
+        self: Arc<Self>,
+        listener: UnixListener,
+    ) -> io::Result<impl Stream<Item = io::Result<Durable>> + Send + 'static> {
+        listener.set_nonblocking(true)?;
+        let listener = sys::watch_as_it_is(listener)?;
+        Ok(stream::unfold((self, listener), |(this, listener)| async move {
+            // Made before there is a connection: from accept to keep is the one moment at which it
+            // would be lost with the process.
+            let accepted = match Journal::new() {
+                Ok(journal) => this.next(&listener, journal).await,
+                Err(error) => Err(io::Error::other(error)),
+            };
+            if accepted.is_err() {
+                // Out of descriptors, mostly: the caller logs it, and others may still come.
+                tokio::time::sleep(PAUSE_AFTER_ERROR).await;
+            }
+            Some((accepted, (this, listener)))
+        })
+        .boxed())
+    }
+
+    async fn next(&self, listener: &AsyncFd<UnixListener>, journal: Journal) -> io::Result<Durable> {
+        let own_uid = nix::unistd::geteuid().as_raw();
+        let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
+        loop {
+            let mut readable = listener.readable().await?;
+            let accepted = readable.try_io(|listener| {
+                let (stream, _) = listener.get_ref().accept()?;
+                self.keeper.keep(&name, &[stream.as_fd(), journal.fd()]);
+                fault::point(Point::ConnectionKept);
+                Ok(stream)
+            });
+            let Ok(stream) = accepted else {
+                continue;
+            };
+            let stream = stream?;
+            match getsockopt(&stream, PeerCredentials) {
+                Ok(peer) if peer.uid() == own_uid => {
+                    stream.set_nonblocking(true)?;
+                    let (socket, keeper) = (OwnedFd::from(stream), self.keeper.clone());
+                    return Durable::new(socket, journal, keeper, name).map_err(io::Error::other);
+                }
+                Ok(peer) => tracing::warn!(uid = peer.uid(), "refused a connection of user {}", peer.uid()),
+                Err(error) => tracing::warn!(%error, "refused a connection of an unknown user: {error}"),
+            }
+            self.keeper.forget(&name);
+        }
+    }
+}
+
+/// The number in a connection's name.
+fn number(name: &str) -> Option<u64> {
+    name.strip_prefix(PREFIX)?.parse().ok()
+}
+
+fn adopt(fds: Vec<OwnedFd>, keeper: &Arc<dyn Keep>, name: &str) -> Result<Adopted, String> {
+    let (mut journals, mut sockets): (Vec<_>, Vec<_>) = fds.into_iter().partition(journal::is_journal);
+    let (Some(journal), Some(socket)) = (journals.pop(), sockets.pop()) else {
+        return Err(format!("not both halves of {name} were kept"));
+    };
+    let socket = UnixStream::from(socket);
+    let address = socket.local_addr().map_err(|error| error.to_string())?;
+    let from = address.as_pathname().and_then(Socket::at).ok_or("it came over an unknown socket")?;
+    let connection = Durable::adopt(socket.into(), journal, keeper.clone(), name.to_owned());
+    Ok((from, connection.map_err(|error| error.to_string())?))
+}
 
 /// A socket that systemd passed to the daemon, and which one it is.
 ///
 /// # Errors
 /// It is none of the daemon's listeners.
 pub fn from_systemd(fd: OwnedFd) -> io::Result<(Socket, UnixListener)> {
-    let listener = std::os::unix::net::UnixListener::from(fd);
+    let listener = UnixListener::from(fd);
     let address = listener.local_addr()?;
     let socket = address.as_pathname().and_then(Socket::at).ok_or(io::ErrorKind::AddrNotAvailable)?;
-    listener.set_nonblocking(true)?;
-    Ok((socket, UnixListener::from_std(listener)?))
-}
-
-/// The connections of callers with this process's own uid. Others are closed at once: the socket's
-/// mode keeps them out already, unless somebody has changed it.
-pub fn accepted(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStream>> + Send + 'static {
-    let own_uid = nix::unistd::geteuid().as_raw();
-    stream::unfold(listener, move |listener| async move {
-        loop {
-            let connection = match listener.accept().await {
-                Ok((connection, _)) => connection,
-                Err(error) => {
-                    // Out of descriptors, mostly: the caller logs it, and others may still come.
-                    tokio::time::sleep(PAUSE_AFTER_ERROR).await;
-                    return Some((Err(error), listener));
-                }
-            };
-            match connection.peer_cred() {
-                Ok(peer) if peer.uid() == own_uid => return Some((Ok(connection), listener)),
-                Ok(peer) => tracing::warn!(uid = peer.uid(), "refused a connection of user {}", peer.uid()),
-                Err(error) => tracing::warn!(%error, "refused a connection of an unknown user: {error}"),
-            }
-        }
-    })
+    Ok((socket, listener))
 }
 
 /// Keeps a lasting error from taking all of a processor.

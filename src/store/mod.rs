@@ -7,6 +7,8 @@
 //! All paths are on a tmpfs (`/run`): these calls touch memory only and are short enough to be made
 //! on the async runtime.
 
+pub mod answers;
+
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};

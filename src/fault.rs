@@ -1,0 +1,122 @@
+//! Points at which a test build ends the daemon, as SIGKILL would: to show that there is none at
+//! which a task, a call or an exit is lost. A normal build has no trace of them.
+
+/// Names every point once, for the code and for the tests that go through all of them.
+macro_rules! points {
+    ($($(#[$doc:meta])* $point:ident = $name:literal,)*) => {
+        /// A point. Its name begins with the call that passes there.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Point {
+            $($(#[$doc])* $point,)*
+        }
+
+        impl Point {
+            /// All of them.
+            #[cfg(feature = "faults")]
+            pub const ALL: &[Self] = &[$(Self::$point),*];
+
+            /// As tests call it.
+            #[cfg(feature = "faults")]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$point => $name,)*
+                }
+            }
+        }
+    };
+}
+
+points! {
+    /// A connection is accepted and in systemd's keeping.
+    ConnectionKept = "connection.kept",
+    /// A request is noted, and still in the socket.
+    ConnectionNoted = "connection.request-noted",
+    /// A request is noted and taken off the socket.
+    ConnectionTaken = "connection.request-taken",
+    /// A response is noted, and its request still counts as open.
+    ConnectionAnswered = "connection.response-noted",
+    /// A response is noted, and nothing of it is sent.
+    ConnectionUnsent = "connection.response-unsent",
+    /// A response is sent.
+    ConnectionSent = "connection.response-sent",
+    /// Create has written the record.
+    CreateRecorded = "create.recorded",
+    /// Create has opened the streams.
+    CreateOpened = "create.streams-opened",
+    /// The container's unit is up.
+    CreateUp = "create.unit-up",
+    /// The copying of output has begun.
+    CreatePumping = "create.pumps-started",
+    /// The process is in the record.
+    CreateAdopted = "create.adopted",
+    /// The record says that init is being started.
+    StartRecorded = "start.recorded",
+    /// The OCI runtime has started init.
+    StartDone = "start.runtime-done",
+    /// The record says that init runs.
+    StartNoted = "start.noted",
+    /// An exec has its directory, and no place in the record.
+    ExecPrepared = "exec.prepared",
+    /// An exec is in the record.
+    ExecNoted = "exec.noted",
+    /// The record says that the exec is being started.
+    ExecStartRecorded = "exec-start.recorded",
+    /// The exec's streams are open.
+    ExecStartOpened = "exec-start.streams-opened",
+    /// The exec's unit is asked for.
+    ExecStartBegun = "exec-start.unit-begun",
+    /// It is known what became of the start.
+    ExecStartOutcome = "exec-start.outcome",
+    /// The copying of its output has begun.
+    ExecStartPumping = "exec-start.pumps-started",
+    /// The record says that the exec runs.
+    ExecStartNoted = "exec-start.noted",
+    /// The signal is sent.
+    KillSent = "kill.sent",
+    /// Delete of a task begins.
+    DeleteBegun = "delete.begun",
+    /// The OCI runtime has forgotten the container.
+    DeleteRuntime = "delete.runtime-done",
+    /// The container's unit is gone.
+    DeleteUnit = "delete.unit-removed",
+    /// The answer and the last events are kept, and the record is there.
+    DeleteKept = "delete.answer-kept",
+    /// The record is gone.
+    DeleteForgotten = "delete.record-removed",
+    /// Delete of an exec begins.
+    ExecDeleteBegun = "exec-delete.begun",
+    /// The exec's unit is gone.
+    ExecDeleteUnit = "exec-delete.unit-removed",
+    /// The answer is kept, and the exec is in the record.
+    ExecDeleteKept = "exec-delete.answer-kept",
+    /// The exec is not in the record any more.
+    ExecDeleteForgotten = "exec-delete.forgotten",
+    /// An end has been reported, and is not in the record.
+    ExitSeen = "exit.seen",
+    /// An end is in the record.
+    ExitNoted = "exit.noted",
+    /// containerd has taken an event, and the record says that it is owed.
+    PublishTaken = "publish.taken",
+    /// An accepted event is out of the record.
+    PublishNoted = "publish.noted",
+    /// A new daemon has taken over what is kept, and looked at nothing.
+    RecoverTaken = "recover.fds-taken",
+    /// A new daemon has taken in the tasks, and serves nobody.
+    RecoverTasks = "recover.tasks-taken-in",
+}
+
+/// Ends the daemon if a test has asked for it to end here.
+#[cfg(feature = "faults")]
+pub fn point(point: Point) {
+    const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
+    let asked = std::fs::read_to_string(REQUEST).is_ok_and(|name| name.trim() == point.name());
+    if asked && std::fs::remove_file(REQUEST).is_ok() {
+        // Nothing of this process runs after the signal.
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// Nothing, in what people run.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn point(_: Point) {}

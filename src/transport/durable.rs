@@ -1,0 +1,215 @@
+//! A connection that outlives the process: a byte stream for ttrpc, with a [`Journal`] behind it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{MsgFlags, recv};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::fault::{self, Point};
+use crate::sys;
+
+use super::Keep;
+use super::frame::{Assembler, Frame};
+use super::journal::{Error, Found, Journal};
+
+/// What is taken off the socket at once.
+const CHUNK: usize = 16 << 10;
+/// With so much to be sent the writer has to wait.
+const BACKLOG: u64 = 1 << 20;
+
+/// A connection of containerd's.
+pub struct Durable {
+    socket: AsyncFd<OwnedFd>,
+    journal: Journal,
+    /// Whole frames that ttrpc has not taken yet.
+    ready: VecDeque<u8>,
+    /// A response that ttrpc has not written in full.
+    writing: Assembler,
+    keeper: Arc<dyn Keep>,
+    /// By which it is kept.
+    name: String,
+    /// The other side has closed it, or it is broken: it need not be kept.
+    over: bool,
+}
+
+impl Durable {
+    /// A connection that is new, and kept already.
+    ///
+    /// # Errors
+    /// It is no socket. Needs the async runtime.
+    pub fn new(
+        socket: OwnedFd,
+        journal: Journal,
+        keeper: Arc<dyn Keep>,
+        name: String,
+    ) -> Result<Self, Error> {
+        sys::count_peeked(&socket)?;
+        let (ready, writing) = Default::default();
+        Ok(Self { socket: sys::watch(socket)?, journal, ready, writing, keeper, name, over: false })
+    }
+
+    /// A connection that an earlier daemon has accepted. Requests without a response come out of it
+    /// once more, marked as replayed.
+    ///
+    /// # Errors
+    /// The journal can't be read. Needs the async runtime.
+    pub fn adopt(
+        socket: OwnedFd,
+        kept: OwnedFd,
+        keeper: Arc<dyn Keep>,
+        name: String,
+    ) -> Result<Self, Error> {
+        let Found { mut journal, unanswered, in_socket } = Journal::adopt(kept)?;
+        let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
+        fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        match sys::peek_offset(&socket)? {
+            Some(noted) if in_socket => discard(&socket, noted)?,
+            // Looked at, and not noted: it is looked at again.
+            Some(_) | None => sys::count_peeked(&socket)?,
+        }
+        journal.settle()?;
+        let ready = unanswered.into_iter().flat_map(|frame| frame.replayed().bytes).collect();
+        let writing = Assembler::default();
+        Ok(Self { socket: sys::watch(socket)?, journal, ready, writing, keeper, name, over: false })
+    }
+
+    fn respond(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let frames: Vec<Frame> = self.writing.push(bytes)?;
+        for frame in frames {
+            self.journal.respond(self.socket.get_ref().as_fd(), &frame)?;
+            fault::point(Point::ConnectionUnsent);
+        }
+        Ok(())
+    }
+
+    fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.journal.unsent() > 0 {
+            let mut writable = ready!(self.socket.poll_write_ready(context))?;
+            match self.journal.send(self.socket.get_ref().as_fd()) {
+                Ok(()) => fault::point(Point::ConnectionSent),
+                Err(Errno::EAGAIN) => writable.clear_ready(),
+                Err(errno) => {
+                    self.over = true;
+                    return Poll::Ready(Err(errno.into()));
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Takes what has come: whole frames go to `ready`. False at the end.
+fn take(socket: &OwnedFd, journal: &mut Journal, ready: &mut VecDeque<u8>) -> Result<bool, Error> {
+    let mut bytes = [0; CHUNK];
+    journal.settle()?;
+    let length = recv(socket.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT)?;
+    if length == 0 {
+        return Ok(false);
+    }
+    let frames = journal.note(&bytes[..length])?;
+    fault::point(Point::ConnectionNoted);
+    discard(socket, length)?;
+    fault::point(Point::ConnectionTaken);
+    ready.extend(frames.into_iter().flat_map(|frame| frame.bytes));
+    Ok(true)
+}
+
+/// Takes bytes off a socket that are known to be in it.
+fn discard(socket: &OwnedFd, mut length: usize) -> Result<(), Errno> {
+    let mut bytes = [0; CHUNK];
+    while length > 0 {
+        let part = length.min(CHUNK);
+        match recv(socket.as_raw_fd(), &mut bytes[..part], MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => return Err(Errno::ECONNRESET),
+            Ok(taken) => length -= taken,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+fn failed(error: Error) -> io::Error {
+    match error {
+        Error::Io(error) => error,
+        other => io::Error::other(other),
+    }
+}
+
+impl AsyncRead for Durable {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        while this.ready.is_empty() {
+            let mut readable = ready!(this.socket.poll_read_ready(context))?;
+            match take(readable.get_inner(), &mut this.journal, &mut this.ready) {
+                Ok(true) => {}
+                Ok(false) => {
+                    this.over = true;
+                    return Poll::Ready(Ok(()));
+                }
+                Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    readable.clear_ready();
+                }
+                Err(Error::Io(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    this.over = true;
+                    return Poll::Ready(Err(failed(error)));
+                }
+            }
+        }
+        let (front, _) = this.ready.as_slices();
+        let length = front.len().min(buffer.remaining());
+        buffer.put_slice(&front[..length]);
+        this.ready.drain(..length);
+        if this.ready.is_empty() {
+            // A large request is not kept for the sake of the next.
+            this.ready = VecDeque::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Durable {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if self.journal.unsent() > BACKLOG {
+            ready!(self.poll_send(context))?;
+        }
+        if let Err(error) = self.respond(bytes) {
+            self.over = true;
+            return Poll::Ready(Err(failed(error)));
+        }
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_send(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll_send(context)
+    }
+}
+
+impl Drop for Durable {
+    fn drop(&mut self) {
+        if self.over {
+            self.keeper.forget(&self.name);
+        }
+    }
+}
