@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::{StreamExt, stream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use futures_util::{StreamExt, stream};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -21,8 +21,8 @@ use crate::store::answers::Answers;
 use crate::transport::Keep;
 use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::Owners;
-use crate::unit::proxy::Manager;
 use crate::unit::notify::FdStore;
+use crate::unit::proxy::Manager;
 use crate::unit::{name, notify, watch};
 use crate::{config, sys, telemetry};
 
