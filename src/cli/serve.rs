@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::{StreamExt, stream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use futures_util::{StreamExt, stream};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -21,8 +21,9 @@ use crate::store::answers::Answers;
 use crate::transport::Keep;
 use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::Owners;
-use crate::unit::proxy::Manager;
 use crate::unit::notify::FdStore;
+use crate::unit::proxy::Manager;
+use crate::unit::refs::Refs;
 use crate::unit::{name, notify, watch};
 use crate::{config, sys, telemetry};
 
@@ -89,7 +90,8 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let fd_store = FdStore::new().map_err(|error| Failure(format!("reach systemd's store: {error}")))?;
     let fd_store = Arc::new(fd_store);
     let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept);
-    let manager = Arc::new(Manager::default());
+    let refs = Refs::new(fd_store.clone(), &mut kept);
+    let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let (observed, mut observations) = mpsc::unbounded_channel();
     let (listening, first) = oneshot::channel();
     tokio::spawn(watch::run(manager.clone(), observed, listening));

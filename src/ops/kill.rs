@@ -23,9 +23,10 @@ impl Shim {
         fault::point(Point::KillSent);
         match (attempt, killed) {
             // What the signal was meant to end has ended.
-            (Attempt::Replayed, Err(Error::Finished | Error::UnknownTask { .. } | Error::UnknownExec { .. })) => {
-                Ok(())
-            }
+            (
+                Attempt::Replayed,
+                Err(Error::Finished | Error::UnknownTask { .. } | Error::UnknownExec { .. }),
+            ) => Ok(()),
             (_, killed) => killed,
         }
     }

@@ -122,7 +122,8 @@ impl Shim {
         let (outgoing, receiver) = mpsc::unbounded_channel();
         let (registry, kept) = (Registry::default(), Arc::new(kept));
         let (copies, warming) = (Arc::default(), Arc::default());
-        let shim = Self { store, answers, kept, registry, manager, systemd, program, copies, warming, outgoing };
+        let shim =
+            Self { store, answers, kept, registry, manager, systemd, program, copies, warming, outgoing };
         (Arc::new(shim), receiver)
     }
 

@@ -69,8 +69,8 @@ impl Answers {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let line = Line { seq: *next, process: process.to_string(), deleted };
         let path = Path::new(FILE);
-        let mut text = serde_json::to_vec(&line)
-            .map_err(|source| Error::Malformed { path: path.to_owned(), source })?;
+        let mut text =
+            serde_json::to_vec(&line).map_err(|source| Error::Malformed { path: path.to_owned(), source })?;
         text.resize(PLACE, b'\n');
         let at = (*next % PLACES) * PLACE as u64;
         self.file.write_all_at(&text, at).map_err(io_error("write", path))?;

@@ -61,12 +61,7 @@ impl Durable {
     ///
     /// # Errors
     /// The journal can't be read. Needs the async runtime.
-    pub fn adopt(
-        socket: OwnedFd,
-        kept: OwnedFd,
-        keeper: Arc<dyn Keep>,
-        name: String,
-    ) -> Result<Self, Error> {
+    pub fn adopt(socket: OwnedFd, kept: OwnedFd, keeper: Arc<dyn Keep>, name: String) -> Result<Self, Error> {
         let Found { mut journal, unanswered, in_socket } = Journal::adopt(kept)?;
         let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
         fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;

@@ -121,7 +121,8 @@ mod tests {
         let bytes = sent.concat();
         for size in [1, 2, 9, 10, 11, 50, bytes.len()] {
             let mut assembler = Assembler::default();
-            let got: Vec<Frame> = bytes.chunks(size).flat_map(|piece| assembler.push(piece).unwrap()).collect();
+            let got: Vec<Frame> =
+                bytes.chunks(size).flat_map(|piece| assembler.push(piece).unwrap()).collect();
             assert_eq!(got.iter().map(|frame| frame.bytes.clone()).collect::<Vec<_>>(), sent, "by {size}");
             assert_eq!(got.iter().map(Frame::stream).collect::<Vec<_>>(), [1, 3, 5]);
             assert_eq!((got[0].is_request(), got[2].is_request(), assembler.pending()), (true, false, 0));

@@ -125,6 +125,15 @@ pub fn container(
     Properties(list)
 }
 
+impl Properties {
+    /// The same, for a unit that the caller refers to from the start.
+    pub(super) fn referenced(&self) -> Self {
+        let mut list = self.0.clone();
+        list.push(("AddRef", true.into()));
+        Self(list)
+    }
+}
+
 /// An exec's unit.
 ///
 /// `launch` runs the OCI runtime, and hands the process that this leaves behind over as the unit's
