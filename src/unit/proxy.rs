@@ -361,6 +361,32 @@ impl Manager {
         self.ended(START, waiter, Some(job.map_err(|error| call_error(START, unit, error))?)).await
     }
 
+    /// Asks for a loaded unit to be started, and does not wait for it.
+    ///
+    /// # Errors
+    /// [`Error::NotLoaded`], or a refusal.
+    pub async fn start_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
+        let job = persist!(self, proxy, proxy.start_unit(unit.as_str(), "replace"));
+        job.map(drop).map_err(|error| call_error(START, unit, error))
+    }
+
+    /// The type of the job that a unit has: `start`, `stop`, `restart`, …
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn job_type(&self, unit: &UnitName) -> Result<Option<String>, Error> {
+        let Some((_, path)) = self.job(unit).await? else {
+            return Ok(None);
+        };
+        Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
+    }
+
+    async fn job(&self, unit: &UnitName) -> Result<Option<(u32, OwnedObjectPath)>, Error> {
+        let all = self.get_all(unit, UNIT_INTERFACE).await?;
+        let job = all.get("Job").and_then(|job| <(u32, OwnedObjectPath)>::try_from(job.clone()).ok());
+        Ok(job.filter(|(id, _)| *id != 0))
+    }
+
     /// Stops a unit and waits until it is down. A unit that is not loaded is down.
     ///
     /// # Errors
@@ -395,9 +421,7 @@ impl Manager {
     /// # Errors
     /// A refusal.
     pub async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
-        let all = self.get_all(unit, UNIT_INTERFACE).await?;
-        let job = all.get("Job").and_then(|job| <(u32, OwnedObjectPath)>::try_from(job.clone()).ok());
-        let Some((id @ 1.., _)) = job else {
+        let Some((id, _)) = self.job(unit).await? else {
             return Ok(());
         };
         match persist!(self, proxy, proxy.cancel_job(id)) {
@@ -465,11 +489,19 @@ impl Manager {
         unit: &UnitName,
         interface: &str,
     ) -> Result<HashMap<String, OwnedVariant>, Error> {
-        let path = name::object_path(unit.as_str());
+        self.get_all_at(unit, &name::object_path(unit.as_str()), interface).await
+    }
+
+    async fn get_all_at(
+        &self,
+        unit: &UnitName,
+        path: &str,
+        interface: &str,
+    ) -> Result<HashMap<String, OwnedVariant>, Error> {
         let all = persist!(self, manager, async {
             let proxy = UnitPropertiesProxy::builder(manager.inner().connection())
                 .cache_properties(zbus::proxy::CacheProperties::No)
-                .path(path.as_str())
+                .path(path)
                 .build()
                 .await?;
             proxy.get_all(interface).await
@@ -482,6 +514,7 @@ const START: &str = "start";
 const STOP: &str = "stop";
 
 pub(super) const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";
+const JOB_INTERFACE: &str = "org.freedesktop.systemd1.Job";
 const UNIT_INTERFACE: &str = "org.freedesktop.systemd1.Unit";
 const NO_SUCH_JOB: &str = "org.freedesktop.systemd1.NoSuchJob";
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
