@@ -1,7 +1,7 @@
 //! Much data of which every byte is known: a block of noise, over and over.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 
 use super::spec::Spec;
 use super::stdio::{Reader, Scratch};
@@ -36,24 +36,64 @@ impl Bulk {
     }
 
     /// Writes it all.
-    pub fn feed(&self, mut file: &File) {
-        (0..self.blocks).for_each(|_| file.write_all(&self.block).expect("write a block"));
+    pub fn feed(&self, file: &File) {
+        self.try_feed(file).expect("write a block");
+    }
+
+    /// The same, for one who expects that nobody may read it.
+    pub fn try_feed(&self, mut file: &File) -> io::Result<()> {
+        (0..self.blocks).try_for_each(|_| file.write_all(&self.block))
+    }
+
+    /// How many bytes that is.
+    pub fn bytes(&self) -> usize {
+        self.blocks * BLOCK
     }
 
     /// Reads to EOF and asserts that it is this, byte for byte.
     pub fn assert_arrives(&self, reader: &mut Reader) {
-        let mut count = 0;
+        self.assert_arrives_while(reader, usize::MAX, || ());
+    }
+
+    /// The same, and does something each time so many bytes more have come.
+    pub fn assert_arrives_while(&self, reader: &mut Reader, every: usize, act: impl FnMut()) {
+        self.check_while(reader, every, act).unwrap_or_else(|wrong| panic!("{wrong}"));
+    }
+
+    /// Reads to EOF and says what is wrong with it.
+    pub fn check(&self, reader: &mut Reader) -> Result<(), String> {
+        self.check_while(reader, usize::MAX, || ())
+    }
+
+    /// The same, and does something each time so many bytes more have come.
+    pub fn check_while(
+        &self,
+        reader: &mut Reader,
+        every: usize,
+        mut act: impl FnMut(),
+    ) -> Result<(), String> {
+        let (mut count, mut acted) = (0, 0);
+        let mut other = false;
         let ended = reader.each(|mut piece| {
-            while !piece.is_empty() {
+            while !piece.is_empty() && !other {
                 let at = count % BLOCK;
                 let (now, later) = piece.split_at(piece.len().min(BLOCK - at));
-                assert!(now == &self.block[at..at + now.len()], "other bytes after {count}");
+                other = now != &self.block[at..at + now.len()];
                 count += now.len();
                 piece = later;
             }
-            true
+            if count / every > acted {
+                acted = count / every;
+                act();
+            }
+            !other
         });
-        assert!(ended, "no EOF after {count} bytes");
-        assert_eq!(count, self.blocks * BLOCK);
+        let expected = self.bytes();
+        match (other, ended) {
+            (true, _) => Err(format!("other bytes within the last piece up to byte {count} of {expected}")),
+            (_, false) => Err(format!("no EOF after {count} of {expected} bytes")),
+            _ if count != expected => Err(format!("EOF after {count} of {expected} bytes")),
+            _ => Ok(()),
+        }
     }
 }

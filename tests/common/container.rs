@@ -68,6 +68,12 @@ impl<'n> Builder<'n> {
 
     /// Makes snapshot and metadata; the task is still to be created.
     pub fn make(self) -> Container<'n> {
+        let id = self.id.clone();
+        self.try_make().unwrap_or_else(|error| panic!("make container {id}: {error}"))
+    }
+
+    /// The same, for one who expects that it may fail.
+    pub fn try_make(self) -> Result<Container<'n>, Status> {
         let Builder { node, namespace, id, runtime, options, spec } = self;
         let parent = image::chain_id(node, &namespace);
         let init = Process { node, namespace, container: id.clone(), exec: String::new() };
@@ -78,10 +84,8 @@ impl<'n> Builder<'n> {
             parent,
             labels: [("containerd.io/gc.root".to_string(), "e2e".to_string())].into(),
         };
-        container.mounts = node
-            .call(node.snapshots().prepare(request(&container.namespace, prepare)))
-            .unwrap_or_else(|error| panic!("prepare snapshot {}: {error}", container.id))
-            .mounts;
+        container.mounts =
+            node.call(node.snapshots().prepare(request(&container.namespace, prepare)))?.mounts;
         let spec = spec.or_default_cgroups_path(&container.namespace, &container.id);
         let metadata = Metadata {
             id: container.id.clone(),
@@ -93,9 +97,8 @@ impl<'n> Builder<'n> {
             ..Default::default()
         };
         let create = request(&container.namespace, CreateContainerRequest { container: Some(metadata) });
-        node.call(node.containers().create(create))
-            .unwrap_or_else(|error| panic!("create container {}: {error}", container.id));
-        container
+        node.call(node.containers().create(create))?;
+        Ok(container)
     }
 
     /// Makes the container and creates its task.
@@ -156,6 +159,16 @@ impl<'n> Container<'n> {
         Ok(answer.processes)
     }
 
+    pub fn remove_metadata(&self) -> Result<(), Status> {
+        let delete = request(&self.namespace, DeleteContainerRequest { id: self.id.clone() });
+        self.node.call(self.node.containers().delete(delete))
+    }
+
+    pub fn remove_snapshot(&self) -> Result<(), Status> {
+        let remove = RemoveSnapshotRequest { snapshotter: SNAPSHOTTER.to_string(), key: self.id.clone() };
+        self.node.call(self.node.snapshots().remove(request(&self.namespace, remove)))
+    }
+
     /// A process of its task by exec id, whether there is one or not.
     pub fn process(&self, exec: &str) -> Process<'n> {
         Process { exec: exec.to_string(), ..self.init.clone() }
@@ -166,9 +179,7 @@ impl Drop for Container<'_> {
     fn drop(&mut self) {
         self.end();
         // What the test has removed itself is not there: nobody needs to hear of it.
-        let delete = request(&self.namespace, DeleteContainerRequest { id: self.id.clone() });
-        let _ = self.node.call(self.node.containers().delete(delete));
-        let remove = RemoveSnapshotRequest { snapshotter: SNAPSHOTTER.to_string(), key: self.id.clone() };
-        let _ = self.node.call(self.node.snapshots().remove(request(&self.namespace, remove)));
+        let _ = self.remove_metadata();
+        let _ = self.remove_snapshot();
     }
 }

@@ -1,6 +1,6 @@
 //! Task events, as a client of containerd sees them.
 
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use containerd_client::events::{
@@ -8,6 +8,7 @@ use containerd_client::events::{
 };
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::services::v1::{PublishRequest, SubscribeRequest};
+use containerd_client::tonic::Status;
 use containerd_client::types::Envelope;
 use prost::Message;
 use prost_types::Any;
@@ -44,7 +45,7 @@ impl Event {
         decoded.unwrap_or_else(|error| panic!("an event of topic {topic} that can't be read: {error}"))
     }
 
-    fn container(&self) -> Option<&str> {
+    pub fn container(&self) -> Option<&str> {
         match self {
             Event::Create(event) => Some(&event.container_id),
             Event::Start(event) => Some(&event.container_id),
@@ -79,6 +80,11 @@ pub struct Events {
 impl Node {
     /// Subscribes; when this returns, no event that comes after is missed.
     pub fn subscribe(&self) -> Events {
+        self.try_subscribe().unwrap_or_else(|error| panic!("subscribe: {error}"))
+    }
+
+    /// The same, for one who expects that containerd may not be there.
+    pub fn try_subscribe(&self) -> Result<Events, Status> {
         let (sender, envelopes) = channel();
         let mut client = EventsClient::new(self.channel());
         self.spawn(async move {
@@ -96,15 +102,34 @@ impl Node {
         let topic = format!("/e2e/{}", unique("subscribed"));
         wait::until("the first event of a subscription", || {
             let publish = PublishRequest { topic: topic.clone(), event: Some(Any::default()) };
-            self.call(EventsClient::new(self.channel()).publish(request(NAMESPACE, publish)))
-                .unwrap_or_else(|error| panic!("publish {topic}: {error}"));
-            envelopes.recv_timeout(Duration::from_millis(50)).ok()
-        });
-        Events { envelopes }
+            let published = self.call(EventsClient::new(self.channel()).publish(request(NAMESPACE, publish)));
+            match published {
+                Ok(()) => envelopes.recv_timeout(Duration::from_millis(50)).ok().map(|_| Ok(())),
+                Err(error) => Some(Err(error)),
+            }
+        })?;
+        Ok(Events { envelopes })
     }
 }
 
+/// The subscription has ended: containerd is gone.
+#[derive(Debug)]
+pub struct Ended;
+
 impl Events {
+    /// The next event of a namespace, if there is one in time.
+    pub fn next(&self, namespace: &str, limit: Duration) -> Result<Option<Event>, Ended> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.envelopes.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(envelope) if envelope.namespace == namespace => return Ok(Some(Event::decode(&envelope))),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => return Ok(None),
+                Err(RecvTimeoutError::Disconnected) => return Err(Ended),
+            }
+        }
+    }
+
     /// The container's events up to and with the first one of that name.
     pub fn up_to(&self, container: &Container, last: &str) -> Vec<Event> {
         let deadline = Instant::now() + wait::LIMIT;

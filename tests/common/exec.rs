@@ -38,6 +38,11 @@ impl<'n> Builder<'_, 'n> {
         self
     }
 
+    /// The process that it will be.
+    pub fn process(&self) -> Process<'n> {
+        self.container.process(&self.id)
+    }
+
     /// Adds the exec to the task.
     pub fn add(self, io: &Io) -> Result<Exec<'n>, Status> {
         let Builder { container, id, process, terminal } = self;
@@ -51,7 +56,7 @@ impl<'n> Builder<'_, 'n> {
             spec: process,
         };
         container.node.call(container.node.tasks().exec(request(&container.namespace, add)))?;
-        Ok(Exec { process: container.process(&id), id })
+        Ok(Exec::of(container.process(&id)))
     }
 
     pub fn added(self, io: &Io) -> Exec<'n> {
@@ -71,6 +76,14 @@ impl<'n> Builder<'_, 'n> {
 pub struct Exec<'n> {
     process: Process<'n>,
     pub id: String,
+}
+
+impl<'n> Exec<'n> {
+    /// One that has been added.
+    pub fn of(process: Process<'n>) -> Exec<'n> {
+        let id = process.exec.clone();
+        Exec { process, id }
+    }
 }
 
 impl<'n> Deref for Exec<'n> {

@@ -13,7 +13,7 @@ use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Request, Response, Status};
 use tokio::runtime::Runtime;
 
-use super::wait;
+use super::{daemon, wait};
 
 pub const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 pub const OUR_RUNTIME: &str = "io.containerd.systemd.v1";
@@ -150,6 +150,8 @@ pub enum Need {
     Controllers,
     /// A second OCI runtime, crun.
     Crun,
+    /// systemd that keeps the descriptors of a service that is stopped.
+    PreservedStore,
 }
 
 impl Need {
@@ -168,6 +170,11 @@ impl Need {
             }
             Need::Crun => {
                 (!std::path::Path::new("/usr/bin/crun").exists()).then(|| "no crun here".to_string())
+            }
+            Need::PreservedStore => {
+                let version = daemon::systemd_version();
+                (version < 254)
+                    .then(|| format!("systemd {version} drops the descriptors of a service that is stopped"))
             }
         }
     }

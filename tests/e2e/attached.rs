@@ -56,7 +56,11 @@ pub fn exec<'n>(container: &Container<'n>, spec: Spec) -> (Exec<'n>, Client) {
 
 /// Checks such a process as init and as exec.
 pub fn each_kind(spec: Spec, check: impl Fn(&Process, Client)) {
-    let node = Node::shared();
+    each_kind_on(&Node::shared(), spec, check);
+}
+
+/// The same on a machine that a test may have for itself.
+pub fn each_kind_on(node: &Node, spec: Spec, check: impl Fn(&Process, Client)) {
     {
         let start = |spec, io: &Io| node.container("as-init", spec).started(io);
         let (container, client) = Client::attached(spec.clone(), start);

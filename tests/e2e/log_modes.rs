@@ -27,7 +27,7 @@ struct OwnOptions {
 }
 
 /// As CRI's configuration has it.
-fn log(mode: &str) -> Any {
+pub fn log(mode: &str) -> Any {
     GenericOptions { config_body: format!("Log = \"{mode}\"\n"), ..Default::default() }.to_any()
 }
 

@@ -1,0 +1,232 @@
+//! Calls as a patient client makes them: one that containerd's end has cut off is looked after, every other
+//! failure counts.
+
+use containerd_client::tonic::{Code, Status};
+use containerd_client::types::v1::Status as Phase;
+
+use super::common::container::{Builder, Container};
+use super::common::exec::{Builder as ExecBuilder, Exec};
+use super::common::node::{Node, OUR_RUNTIME};
+use super::common::task::{Exit, Io, Process, SIGKILL, Waiting};
+use super::containerd::{Containerd, Generation};
+use super::tally::{Count, Fault, Tally};
+
+/// Why a life does not go on. What there is to say has been said.
+#[derive(Debug)]
+pub enum End {
+    /// A fault, counted already.
+    Fault,
+    /// Nobody can say what became of it.
+    Unknown,
+}
+
+/// Each worker's.
+#[derive(Clone, Copy)]
+pub struct Client<'a> {
+    pub node: &'a Node,
+    pub containerd: &'a Containerd,
+    pub tally: &'a Tally,
+}
+
+/// A `Wait` under way.
+pub struct Pending<'a> {
+    waiting: Waiting<'a>,
+    begin: Generation,
+}
+
+impl<'a> Client<'a> {
+    /// One call. None if containerd has not been there all the while, whatever it was that came then.
+    fn once<T>(&self, what: &str, call: impl FnOnce() -> Result<T, Status>) -> Result<Option<T>, End> {
+        let begin = self.containerd.now();
+        self.judge(what, begin, call())
+    }
+
+    fn judge<T>(&self, what: &str, begin: Generation, answer: Result<T, Status>) -> Result<Option<T>, End> {
+        self.tally.add(Count::Calls, 1);
+        match answer {
+            Ok(answer) => Ok(Some(answer)),
+            Err(_) if !self.containerd.lasts_since(begin) => {
+                self.tally.add(Count::CutOff, 1);
+                self.containerd.wait(self.node);
+                Ok(None)
+            }
+            Err(status) => {
+                let text = format!("{what}: {:?}: {}", status.code(), status.message());
+                Err(self.fault(Fault::FailedCall, &text))
+            }
+        }
+    }
+
+    pub fn fault(&self, fault: Fault, what: &str) -> End {
+        self.tally.fault(fault, what);
+        End::Fault
+    }
+
+    /// A call that changes nothing, until it has been made; with "no such thing" as an answer.
+    fn look<T>(&self, what: &str, call: impl Fn() -> Result<T, Status>) -> Result<Option<T>, End> {
+        loop {
+            let answer = self.once(what, || match call() {
+                Err(status) if status.code() == Code::NotFound => Ok(None),
+                answer => answer.map(Some),
+            })?;
+            if let Some(answer) = answer {
+                return Ok(answer);
+            }
+        }
+    }
+
+    /// A call that may be made again, until it has been made.
+    fn persist<T>(&self, what: &str, call: impl Fn() -> Result<T, Status>) -> Result<T, End> {
+        loop {
+            if let Some(answer) = self.once(what, &call)? {
+                return Ok(answer);
+            }
+        }
+    }
+
+    fn phase(&self, process: &Process) -> Result<Option<Phase>, End> {
+        let name = process.name();
+        Ok(self.look(&format!("state of {name}"), || process.state())?.map(|state| state.status()))
+    }
+
+    /// What was there is not there any more. The stock shim's containerd forgets what has stopped.
+    fn lost(&self, process: &Process) -> End {
+        if self.node.runtime == OUR_RUNTIME {
+            self.fault(Fault::LostTask, &process.name())
+        } else {
+            End::Unknown
+        }
+    }
+
+    pub fn make(&self, builder: Builder<'a>) -> Result<Container<'a>, End> {
+        self.once("make a container", || builder.try_make())?.ok_or(End::Unknown)
+    }
+
+    pub fn create(&self, container: &Container, io: &Io) -> Result<(), End> {
+        let answer = self.once(&format!("create {}", container.id), || container.create(io))?;
+        // containerd has not acknowledged it: it may know it or not.
+        match answer {
+            Some(_) => Ok(()),
+            None => self.phase(container)?.map(drop).ok_or(End::Unknown),
+        }
+    }
+
+    pub fn start(&self, process: &Process) -> Result<(), End> {
+        loop {
+            if self.once(&format!("start {}", process.name()), || process.start())?.is_some() {
+                return Ok(());
+            }
+            match self.phase(process)? {
+                None => return Err(self.lost(process)),
+                Some(Phase::Created) => {}
+                Some(_) => return Ok(()),
+            }
+        }
+    }
+
+    /// Asks for the exit now; [`Client::exit`] has the answer.
+    pub fn waiting(&self, process: &Process<'a>) -> Pending<'a> {
+        let begin = self.containerd.now();
+        Pending { waiting: process.waiting(), begin }
+    }
+
+    pub fn exit(&self, process: &Process<'a>, pending: Pending<'a>) -> Result<Exit, End> {
+        let Pending { mut waiting, mut begin } = pending;
+        loop {
+            let answer = self.judge(&format!("wait for {}", process.name()), begin, waiting.exit())?;
+            if let Some(exit) = answer {
+                return Ok(exit);
+            }
+            if self.phase(process)?.is_none() {
+                return Err(self.lost(process));
+            }
+            Pending { waiting, begin } = self.waiting(process);
+        }
+    }
+
+    /// Waits, and compares the exit with what it has to be.
+    pub fn expect(&self, process: &Process<'a>, pending: Pending<'a>, status: u32) -> Result<(), End> {
+        let exit = self.exit(process, pending)?;
+        self.compare(process, "wait", exit.status, status)
+    }
+
+    fn compare(&self, process: &Process, call: &str, told: u32, status: u32) -> Result<(), End> {
+        if told == status {
+            return Ok(());
+        }
+        let what = format!("{} ended with {status}, {call} told {told}", process.name());
+        Err(self.fault(Fault::WrongExit, &what))
+    }
+
+    /// Deletes what has stopped, and compares the exit that comes with the answer.
+    pub fn delete(&self, process: &Process, status: u32) -> Result<(), End> {
+        loop {
+            let answer = self.once(&format!("delete {}", process.name()), || process.delete())?;
+            match answer {
+                Some(answer) => return self.compare(process, "delete", answer.exit_status, status),
+                None if self.phase(process)?.is_none() => return Ok(()),
+                None => {}
+            }
+        }
+    }
+
+    pub fn kill(&self, process: &Process, signal: u32) -> Result<(), End> {
+        self.persist(&format!("kill {}", process.name()), || match process.kill(signal) {
+            // The first try, of which containerd could not tell, has done it.
+            Err(status) if is_gone(&status) => Ok(()),
+            answer => answer,
+        })
+    }
+
+    /// Adds an exec to a running container.
+    pub fn add<'c>(&self, exec: impl Fn() -> ExecBuilder<'c, 'a>, io: &Io) -> Result<Exec<'a>, End>
+    where
+        'a: 'c,
+    {
+        loop {
+            let builder = exec();
+            let process = builder.process();
+            if let Some(exec) = self.once(&format!("exec {}", process.name()), || builder.add(io))? {
+                return Ok(exec);
+            }
+            if self.phase(&process)?.is_some() {
+                return Ok(Exec::of(process));
+            }
+        }
+    }
+
+    pub fn call(&self, what: &str, call: impl Fn() -> Result<(), Status>) -> Result<(), End> {
+        self.persist(what, call)
+    }
+
+    /// Removes all there is of a container, in whatever phase it is: also after a fault.
+    pub fn remove(&self, container: &Container<'a>) {
+        let gone = |answer: Result<(), Status>| match answer {
+            Err(status) if is_gone(&status) => Ok(()),
+            answer => answer,
+        };
+        let ended = || -> Result<(), End> {
+            if self.phase(container)?.is_none() {
+                return Ok(());
+            }
+            // What has stopped can't be killed, each shim has its own way to say so.
+            self.persist("kill all", || {
+                container.kill_all(SIGKILL).or_else(|status| match status.code() {
+                    Code::NotFound | Code::FailedPrecondition => Ok(()),
+                    _ => Err(status),
+                })
+            })?;
+            let pending = self.waiting(container);
+            self.exit(container, pending)?;
+            self.persist("delete", || gone(container.delete().map(drop)))
+        };
+        // A fault is counted where it occurs, and the rest is to be removed all the same.
+        let _ = ended();
+        let _ = self.persist("remove a container", || gone(container.remove_metadata()));
+        let _ = self.persist("remove a snapshot", || gone(container.remove_snapshot()));
+    }
+}
+
+fn is_gone(status: &Status) -> bool {
+    status.code() == Code::NotFound
+}

@@ -1,0 +1,83 @@
+//! What happens meanwhile: one thing alone for a while, each in its turn, then all of them mixed.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::arguments::Arguments;
+use super::common::daemon;
+use super::common::disturb::Disturbance;
+use super::common::node::{Node, OUR_RUNTIME};
+use super::common::random::Random;
+use super::common::wait;
+use super::{Shared, pause, thread};
+
+/// How long one thing goes on alone.
+const SLICE: std::ops::RangeInclusive<Duration> = Duration::from_secs(2)..=Duration::from_secs(30);
+
+/// Disturbs until the other side of the channel is dropped.
+pub fn start(
+    shared: &Arc<Shared>,
+    arguments: &Arguments,
+    mut random: Random,
+    end: Receiver<()>,
+) -> JoinHandle<()> {
+    let (shared, all) = (shared.clone(), arguments.disturbances.clone());
+    // Half of the time for each alone, half for the mixture.
+    let slice = arguments.duration / (2 * all.len().max(1)) as u32;
+    let slice = slice.clamp(*SLICE.start(), *SLICE.end());
+    thread("disturber", move || {
+        let node = Node::shared();
+        let mut turns = all.iter();
+        while !all.is_empty() {
+            let alone = turns.next().copied();
+            let until = Instant::now() + slice;
+            while Instant::now() < until {
+                let next = alone.unwrap_or_else(|| random.pick(&all));
+                let next = if alone.is_none() && random.chance(2) { all[0] } else { next };
+                if !pause(&end, wait_before(next, &mut random)) {
+                    return settle(&node);
+                }
+                disturb(next, &node, &shared);
+            }
+        }
+    })
+}
+
+/// A moment that nobody can foresee.
+fn wait_before(next: Disturbance, random: &mut Random) -> Duration {
+    let (least, more) = match next {
+        Disturbance::Kill => (20, 600),
+        Disturbance::Hang => (500, 3000),
+        Disturbance::Restart => (100, 1500),
+        Disturbance::Reexec | Disturbance::Reload => (200, 2000),
+        Disturbance::Bus => (500, 3000),
+        Disturbance::Containerd => (1000, 5000),
+    };
+    Duration::from_millis(least + random.below(more))
+}
+
+fn disturb(next: Disturbance, node: &Node, shared: &Shared) {
+    shared.tally.disturbed(next.name());
+    match next {
+        Disturbance::Containerd => shared.containerd.disturb(node),
+        _ => {
+            if let Err(error) = next.happen() {
+                // systemd has its own limits; what counts is what becomes of the containers.
+                println!("systemd did not {}: {}", next.name(), error.trim());
+            }
+        }
+    }
+}
+
+/// Everything is there again when this returns: a daemon that hangs has to be found by its watchdog.
+fn settle(node: &Node) {
+    node.wait_for_containerd();
+    if node.runtime == OUR_RUNTIME {
+        wait::until("the daemon serves", || {
+            let hangs = daemon::pid().is_some_and(daemon::is_stopped);
+            daemon::serving().filter(|_| !hangs)
+        });
+    }
+}

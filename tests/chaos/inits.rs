@@ -1,0 +1,62 @@
+//! Lives of containers: they run to their end, are killed, are deleted with execs in them.
+
+use super::client::End;
+use super::common::container::Io;
+use super::common::spec::Spec;
+use super::common::stdio::Fifos;
+use super::common::task::{SIGKILL, SIGSEGV, SIGTERM};
+use super::tally::{Count, Fault};
+use super::work::Worker;
+
+impl Worker<'_> {
+    /// Any exit status, sooner or later, with output or without.
+    pub fn run(&mut self) -> Result<(), End> {
+        let (status, delay) = (self.random.below(256) as u32, self.random.below(3));
+        let script = format!("sleep 0.{delay}; echo word; exit {status}");
+        if self.random.chance(2) {
+            return self.container(Spec::sh(&script), &Io::default(), |_, _| Ok(status));
+        }
+        let fifos = Fifos::new("chaos");
+        let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+        self.container(Spec::sh(&script), &fifos.output(), |worker, container| {
+            let text = stdout.text();
+            worker.shared.tally.add(Count::Streams, 1);
+            if text != "word\n" {
+                let what = format!("{}: {text:?} instead of a word", container.id);
+                return Err(worker.client.fault(Fault::WrongBytes, &what));
+            }
+            Ok(status)
+        })
+    }
+
+    /// One that would live for ever. Where it is not PID 1 each signal has its effect.
+    pub fn kill(&mut self) -> Result<(), End> {
+        let signal = self.random.pick(&[SIGKILL, SIGKILL, SIGTERM, SIGSEGV]);
+        let spec =
+            if signal == SIGKILL { Spec::sleeping() } else { Spec::sleeping().in_host_namespace("pid") };
+        self.container(spec, &Io::default(), |worker, container| {
+            worker.client.kill(container, signal)?;
+            Ok(128 + signal)
+        })
+    }
+
+    /// One that goes with execs that run, have ended, were never started: they go with it.
+    pub fn delete(&mut self) -> Result<(), End> {
+        self.container(Spec::sleeping(), &Io::default(), |worker, container| {
+            let client = worker.client;
+            let mut kept = Vec::new();
+            for script in ["exec sleep 100000", "exit 3", "exit 4"] {
+                let id = super::common::node::unique("kept");
+                kept.push(client.add(|| container.exec(Spec::sh(script)).id(&id), &Io::default())?);
+            }
+            let waits = [client.waiting(&kept[0]), client.waiting(&kept[1])];
+            client.start(&kept[0])?;
+            client.start(&kept[1])?;
+            let [sleeping, ended] = waits;
+            client.expect(&kept[1], ended, 3)?;
+            client.kill(container, SIGKILL)?;
+            client.expect(&kept[0], sleeping, 128 + SIGKILL)?;
+            Ok(128 + SIGKILL)
+        })
+    }
+}

@@ -1,0 +1,95 @@
+//! What has been done, to be compared with the events that came.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use super::common::audit::Audit;
+use super::containerd::Containerd;
+use super::tally::{Fault, Tally};
+
+/// One process that has ended.
+struct Ended {
+    process: String,
+    status: u32,
+    begin: Instant,
+    end: Instant,
+}
+
+/// What there was of one container.
+#[derive(Default)]
+struct Life {
+    ended: Vec<Ended>,
+    /// Deleted in good order: so its events are complete.
+    deleted: Option<(Instant, Instant)>,
+}
+
+#[derive(Default)]
+pub struct Ledger {
+    lives: Mutex<HashMap<String, Life>>,
+}
+
+impl Ledger {
+    /// A process (the container's own id for its init) has ended like that.
+    pub fn ended(&self, container: &str, process: &str, status: u32, begin: Instant) {
+        let ended = Ended { process: process.to_string(), status, begin, end: Instant::now() };
+        self.change(container, |life| life.ended.push(ended));
+    }
+
+    pub fn deleted(&self, container: &str, begin: Instant) {
+        self.change(container, |life| life.deleted = Some((begin, Instant::now())));
+    }
+
+    fn change(&self, container: &str, change: impl FnOnce(&mut Life)) {
+        let mut lives = self.lives.lock().unwrap_or_else(PoisonError::into_inner);
+        change(lives.entry(container.to_string()).or_default());
+    }
+
+    /// Whether all events that have to come have come.
+    pub fn is_complete(&self, audit: &Audit, containerd: &Containerd) -> bool {
+        let lives = self.lives.lock().unwrap_or_else(PoisonError::into_inner);
+        lives.iter().all(|(id, life)| life.missing(id, audit, containerd).is_empty())
+    }
+
+    /// Counts what is wrong.
+    pub fn compare(&self, audit: &Audit, containerd: &Containerd, tally: &Tally) {
+        let lives = self.lives.lock().unwrap_or_else(PoisonError::into_inner);
+        for (id, life) in lives.iter() {
+            for what in life.missing(id, audit, containerd).into_iter().chain(life.wrong(id, audit)) {
+                tally.fault(Fault::WrongEvents, &format!("{id}: {what}"));
+            }
+        }
+        for id in audit.containers() {
+            for what in audit.faults(id) {
+                tally.fault(Fault::WrongEvents, &format!("{id}: {what}"));
+            }
+        }
+    }
+}
+
+impl Life {
+    fn missing(&self, id: &str, audit: &Audit, containerd: &Containerd) -> Vec<String> {
+        let is_due = |begin, end| !containerd.may_hide_events(begin, end);
+        let exits = self
+            .ended
+            .iter()
+            .filter(|ended| audit.exit_of(id, &ended.process).is_none() && is_due(ended.begin, ended.end));
+        let mut missing: Vec<String> =
+            exits.map(|ended| format!("no exit of {} ({})", ended.process, ended.status)).collect();
+        if let Some((begin, end)) = self.deleted
+            && !audit.is_deleted(id)
+            && is_due(begin, end)
+        {
+            missing.push("no delete".to_string());
+        }
+        missing
+    }
+
+    fn wrong<'a>(&'a self, id: &'a str, audit: &'a Audit) -> impl Iterator<Item = String> + 'a {
+        self.ended.iter().filter_map(move |ended| {
+            let told = audit.exit_of(id, &ended.process)?;
+            (told != ended.status)
+                .then(|| format!("{} ended with {}, the event says {told}", ended.process, ended.status))
+        })
+    }
+}

@@ -1,0 +1,192 @@
+//! Chaos: clients at work through the guest's real containerd, while the daemon and what it lives on are
+//! killed, stopped and restarted. Every call has to be answered, every exit told, every byte to arrive.
+//!
+//! Runs as root in the testbed; `--help` tells the arguments. Closes in the words of libtest, for the summary.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod arguments;
+mod auditor;
+mod client;
+mod containerd;
+mod disturber;
+mod execs;
+mod inits;
+mod ledger;
+mod streams;
+mod tally;
+mod work;
+
+use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use arguments::{Arguments, Parsed};
+use common::bulk::Bulk;
+use common::disturb::Disturbance;
+use common::leaks::Traces;
+use common::node::{Node, OUR_RUNTIME, number};
+use common::random::Random;
+use common::spec::Spec;
+use common::systemd::DAEMON_SERVICE;
+use common::task::Io;
+use common::{daemon, process, wait};
+use containerd::Containerd;
+use ledger::Ledger;
+use tally::{Fault, Tally};
+
+/// How often a line of progress is printed.
+const PROGRESS: Duration = Duration::from_secs(10);
+
+/// How long what is under way may take once nothing is disturbed any more.
+const END_LIMIT: Duration = Duration::from_secs(180);
+
+/// The daemon's watchdog for the time of the run: nobody wants to wait longer.
+const WATCHDOG: &str = "[Service]\nWatchdogSec=4\n";
+
+/// How much of the journal is shown after a fault.
+const JOURNAL: &str = "--lines=150";
+
+/// What all threads have in common.
+pub struct Shared {
+    tally: Tally,
+    containerd: Containerd,
+    ledger: Ledger,
+    bulk: Arc<Bulk>,
+    /// What each worker is at.
+    doing: Vec<Mutex<String>>,
+}
+
+impl Shared {
+    fn doing(&self, worker: usize, what: &str) {
+        *self.doing[worker].lock().unwrap_or_else(PoisonError::into_inner) = what.to_string();
+    }
+}
+
+fn main() -> ExitCode {
+    let mut arguments = match arguments::parse(std::env::args().skip(1)) {
+        Parsed::Run(arguments) => arguments,
+        Parsed::Help => {
+            println!("{}", arguments::USAGE);
+            return ExitCode::SUCCESS;
+        }
+        Parsed::Wrong(what) => {
+            eprintln!("chaos: {what}\n{}", arguments::USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    if common::node::runtime_under_test() != OUR_RUNTIME {
+        arguments.disturbances.retain(|disturbance| !disturbance.is_ours());
+    }
+    println!("\nrunning 1 test\nseed {}, {arguments:?}", arguments.seed);
+    let faults = run(&arguments);
+    if faults > 0 {
+        println!("seed {}; the end of the daemon's journal:", arguments.seed);
+        let journal = process::run("journalctl", &["--no-pager", JOURNAL, "--unit", DAEMON_SERVICE]);
+        println!("{}", journal.text());
+    }
+    let (word, passed, failed) = if faults == 0 { ("ok", 1, 0) } else { ("FAILED", 0, 1) };
+    println!("test chaos ... {word}\n\ntest result: {word}. {passed} passed; {failed} failed; 0 ignored");
+    ExitCode::from(failed)
+}
+
+fn run(arguments: &Arguments) -> u64 {
+    let node = Node::shared();
+    run_one(&node);
+    let has_hangs = arguments.disturbances.contains(&Disturbance::Hang);
+    let watchdog = has_hangs.then(|| daemon::DropIn::new(WATCHDOG));
+    run_one(&node);
+    let before = Traces::take();
+
+    let shared = Arc::new(Shared {
+        tally: Tally::new(),
+        containerd: Containerd::default(),
+        ledger: Ledger::default(),
+        bulk: Arc::new(Bulk::new(number("CHAOS_BYTES", 4 << 20, 1 << 20))),
+        doing: (0..arguments.workers).map(|_| Mutex::default()).collect(),
+    });
+    let mut random = Random::new(arguments.seed);
+    let auditor = auditor::start(&shared);
+    let (disturb, undisturbed) = mpsc::channel();
+    let disturber = disturber::start(&shared, arguments, random.fork(), undisturbed);
+    let (work, no_work) = mpsc::channel();
+    let no_work = Arc::new(Mutex::new(no_work));
+    let workers: Vec<JoinHandle<()>> = (0..arguments.workers)
+        .map(|number| work::start(&shared, number, &arguments.kinds, random.fork(), &no_work))
+        .collect();
+
+    watch(&shared.tally, arguments.duration);
+    drop(work);
+    // What is under way is to be done under way.
+    let is_over = join(workers, &shared.tally);
+    drop(disturb);
+    disturber.join().unwrap_or_else(|_| shared.tally.fault(Fault::Other, "the disturber panicked"));
+    if !is_over {
+        for (number, doing) in shared.doing.iter().enumerate() {
+            let doing = doing.lock().unwrap_or_else(PoisonError::into_inner);
+            shared.tally.fault(Fault::Other, &format!("worker {number} does not end: {doing}"));
+        }
+    }
+    auditor.end();
+    for leak in leaks(&before) {
+        shared.tally.fault(Fault::Leak, &leak);
+    }
+    print!("{}", shared.tally.table());
+    drop(watchdog);
+    shared.tally.faults()
+}
+
+/// Fills what is filled once.
+fn run_one(node: &Node) {
+    let container = node.container("first", Spec::sh("exit 5")).started(&Io::default());
+    assert_eq!(container.exit_status(), 5);
+    container.delete().expect("delete");
+}
+
+/// Tells how it goes until the time is over.
+fn watch(tally: &Tally, duration: Duration) {
+    let end = Instant::now() + duration;
+    let (_never, nothing) = mpsc::channel::<()>();
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        pause(&nothing, left.min(PROGRESS));
+        println!("{}", tally.progress());
+    }
+}
+
+/// Passes the time until the other side of the channel is dropped; false then.
+fn pause(end: &mpsc::Receiver<()>, time: Duration) -> bool {
+    matches!(end.recv_timeout(time), Err(RecvTimeoutError::Timeout))
+}
+
+/// False if one does not end.
+fn join(workers: Vec<JoinHandle<()>>, tally: &Tally) -> bool {
+    let over = wait::within(END_LIMIT, || workers.iter().all(JoinHandle::is_finished).then_some(()));
+    for worker in workers {
+        if worker.is_finished() {
+            worker.join().unwrap_or_else(|_| tally.fault(Fault::Other, "a worker panicked"));
+        }
+    }
+    over.is_some()
+}
+
+fn leaks(before: &Traces) -> Vec<String> {
+    let mut leaks = Vec::new();
+    // An empty list is what it waits for.
+    let _ = wait::within(wait::LIMIT, || {
+        leaks = Traces::take().since(before);
+        leaks.is_empty().then_some(())
+    });
+    leaks
+}
+
+/// A thread with a name for messages.
+fn thread<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    thread::Builder::new().name(name.to_string()).spawn(body).expect("start a thread")
+}

@@ -1,0 +1,156 @@
+//! Much output and input, byte for byte: of inits and execs, with and without terminals.
+
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::{io, thread};
+
+use super::client::End;
+use super::common::container::{Container, Io};
+use super::common::spec::Spec;
+use super::common::stdio::{Fifos, Opening, Reader};
+use super::common::task::{Process, SIGKILL};
+use super::common::wait;
+use super::tally::{Count, Fault};
+use super::work::Worker;
+
+/// How it goes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    /// The process writes.
+    Out,
+    /// The process writes what it reads, until its stdin is closed.
+    Both,
+    /// The process writes, to a terminal.
+    TerminalOut,
+    /// A terminal passes on what is typed.
+    TerminalBoth,
+}
+
+/// The client's ends.
+struct Streams {
+    way: Way,
+    fifos: Fifos,
+    stdout: Reader,
+    _stderr: Reader,
+    stdin: Option<Opening>,
+}
+
+/// A writer to stdin at work.
+struct Feeding {
+    /// As long as it is there, stdin is open.
+    keep: Option<Sender<()>>,
+    done: Receiver<io::Result<()>>,
+}
+
+impl Way {
+    const ALL: [Way; 4] = [Way::Out, Way::Both, Way::TerminalOut, Way::TerminalBoth];
+
+    fn has_terminal(self) -> bool {
+        matches!(self, Way::TerminalOut | Way::TerminalBoth)
+    }
+
+    fn reads(self) -> bool {
+        matches!(self, Way::Both | Way::TerminalBoth)
+    }
+}
+
+impl Streams {
+    fn new(way: Way) -> Streams {
+        let fifos = Fifos::new("chaos");
+        let (stdout, stderr) = (fifos.stdout(), fifos.stderr());
+        let stdin = way.reads().then(|| fifos.open_stdin());
+        Streams { way, fifos, stdout, _stderr: stderr, stdin }
+    }
+
+    fn io(&self) -> Io {
+        let io = if self.way.has_terminal() { self.fifos.terminal() } else { self.fifos.io() };
+        if self.way.reads() { io } else { Io { stdin: String::new(), ..io } }
+    }
+}
+
+impl<'a> Worker<'a> {
+    /// An init, or some execs, each in a way of its own.
+    pub fn output(&mut self) -> Result<(), End> {
+        if self.random.chance(2) {
+            let way = self.random.pick(&Way::ALL);
+            let mut streams = Streams::new(way);
+            let (spec, io) = (self.spec(way), streams.io());
+            return self.container(spec, &io, |worker, container| worker.flow(container, &mut streams));
+        }
+        let host = self.shared.bulk.bind(Spec::sleeping());
+        self.container(host, &Io::default(), |worker, container: &Container<'a>| {
+            for _ in 0..=worker.random.below(3) {
+                let way = worker.random.pick(&Way::ALL);
+                let mut streams = Streams::new(way);
+                let (spec, io) = (worker.spec(way), streams.io());
+                worker.exec(container, &spec, &io, |worker, exec| worker.flow(exec, &mut streams))?;
+            }
+            worker.client.kill(container, SIGKILL)?;
+            Ok(128 + SIGKILL)
+        })
+    }
+
+    fn spec(&self, way: Way) -> Spec {
+        let bulk = &self.shared.bulk;
+        let script = match way {
+            Way::Out => bulk.script(),
+            Way::Both => "exec cat".to_string(),
+            Way::TerminalOut => format!("stty -opost; {}", bulk.script()),
+            Way::TerminalBoth => format!("stty raw -echo; echo ready; exec head -c {}", bulk.bytes()),
+        };
+        let spec = bulk.bind(Spec::sh(&script));
+        if way.has_terminal() { spec.terminal() } else { spec }
+    }
+
+    /// Everything goes through; then the process ends.
+    fn flow(&mut self, process: &Process<'a>, streams: &mut Streams) -> Result<u32, End> {
+        let (way, bulk) = (streams.way, self.shared.bulk.clone());
+        self.doing(&format!("{way:?} of {}", process.name()));
+        if way == Way::TerminalBoth {
+            streams.stdout.until(|bytes| bytes == b"ready\n");
+        }
+        let mut feeding = streams.stdin.take().map(|stdin| self.feed(stdin));
+        let mut closed = Ok(());
+        let checked = bulk.check_while(&mut streams.stdout, bulk.bytes(), || {
+            if let Some(feeding) = &mut feeding {
+                // All of it has come back: now the process may have its end.
+                closed = self.close(process, way, feeding);
+            }
+        });
+        self.shared.tally.add(Count::Streams, 1);
+        self.shared.tally.add(Count::Bytes, bulk.bytes() as u64);
+        closed?;
+        let fault = |what: String| {
+            self.client.fault(Fault::WrongBytes, &format!("{way:?} of {}: {what}", process.name()))
+        };
+        checked.map_err(fault)?;
+        match feeding.map(|feeding| feeding.done.recv_timeout(wait::LIMIT)) {
+            None | Some(Ok(Ok(()))) => Ok(0),
+            Some(Ok(Err(error))) => Err(fault(format!("write to stdin: {error}"))),
+            Some(Err(error)) => Err(fault(format!("the writer to stdin is stuck: {error}"))),
+        }
+    }
+
+    /// Feeds beside: whoever reads may be stuck as well as who writes.
+    fn feed(&self, stdin: Opening) -> Feeding {
+        let bulk = self.shared.bulk.clone();
+        let stdin = stdin.file();
+        let ((keep, kept), (told, done)) = (mpsc::channel::<()>(), mpsc::channel());
+        thread::spawn(move || {
+            let written = bulk.try_feed(&stdin);
+            // The client's end stays open until CloseIO has been called. Then nobody sends, all drop.
+            let _ = kept.recv();
+            drop(stdin);
+            // The life may have ended with a fault meanwhile.
+            let _ = told.send(written);
+        });
+        Feeding { keep: Some(keep), done }
+    }
+
+    fn close(&self, process: &Process<'a>, way: Way, feeding: &mut Feeding) -> Result<(), End> {
+        if way == Way::Both {
+            self.client.call(&format!("close stdin of {}", process.name()), || process.close_stdin())?;
+        }
+        feeding.keep = None;
+        Ok(())
+    }
+}

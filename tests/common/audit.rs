@@ -1,0 +1,96 @@
+//! All events of a run, and whether they are what they have to be: in order, each once (or again exactly as
+//! it was), none that does not belong.
+
+use std::collections::{HashMap, HashSet};
+
+use super::events::Event;
+
+/// What is known of a task's events.
+#[derive(Default)]
+pub struct Audit {
+    tasks: HashMap<String, Vec<Event>>,
+    /// How many came again exactly as they were.
+    pub repeats: usize,
+}
+
+impl Audit {
+    pub fn add(&mut self, event: Event) {
+        let Some(container) = event.container() else { return };
+        let seen = self.tasks.entry(container.to_string()).or_default();
+        if seen.contains(&event) {
+            self.repeats += 1;
+        } else {
+            seen.push(event);
+        }
+    }
+
+    pub fn containers(&self) -> impl Iterator<Item = &String> {
+        self.tasks.keys()
+    }
+
+    /// The container's events without exact repeats.
+    pub fn of(&self, container: &str) -> &[Event] {
+        self.tasks.get(container).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    pub fn is_deleted(&self, container: &str) -> bool {
+        self.of(container).iter().any(|event| matches!(event, Event::Delete(_)))
+    }
+
+    /// The status of the exit of a process, which is an exec's id or the container's own.
+    pub fn exit_of(&self, container: &str, process: &str) -> Option<u32> {
+        self.of(container).iter().find_map(|event| match event {
+            Event::Exit(exit) if exit.id == process => Some(exit.exit_status),
+            _ => None,
+        })
+    }
+
+    /// Everything that is wrong with the order or the number of a container's events. That one is missing
+    /// is for those to say who know what there was.
+    pub fn faults(&self, container: &str) -> Vec<String> {
+        let events = self.of(container);
+        let mut faults = Vec::new();
+        let mut before: HashSet<(Step, &str)> = HashSet::new();
+        let mut highest: HashMap<&str, Step> = HashMap::new();
+        for event in events {
+            let Some((step, process)) = step(event) else { continue };
+            if !before.insert((step, process)) {
+                faults.push(format!("{} of {process} twice, and not the same", event.name()));
+            }
+            if highest.get(process).is_some_and(|last| *last > step) {
+                faults.push(format!("{} of {process} too late", event.name()));
+            }
+            if process != container && before.contains(&(Step::Exit, container)) {
+                faults.push(format!("{} of {process} after the exit of init", event.name()));
+            }
+            highest.insert(process, step);
+        }
+        if !faults.is_empty() {
+            let names: Vec<&str> = events.iter().map(Event::name).collect();
+            faults.push(format!("the events were {names:?}"));
+        }
+        faults
+    }
+}
+
+/// The order that containerd wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Step {
+    Made,
+    Started,
+    Exit,
+    Deleted,
+}
+
+/// An event's place in the life of a process.
+fn step(event: &Event) -> Option<(Step, &str)> {
+    match event {
+        Event::Create(event) => Some((Step::Made, &event.container_id)),
+        Event::Start(event) => Some((Step::Started, &event.container_id)),
+        Event::ExecAdded(event) => Some((Step::Made, &event.exec_id)),
+        Event::ExecStarted(event) => Some((Step::Started, &event.exec_id)),
+        Event::Exit(event) => Some((Step::Exit, &event.id)),
+        Event::Delete(event) => Some((Step::Deleted, &event.container_id)),
+        Event::Other(_) => None,
+    }
+}

@@ -1,0 +1,113 @@
+//! A daemon that was stopped, and one that hangs: somebody starts it again, and nothing is lost.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use containerd_client::types::v1::Status;
+use nix::sys::signal::Signal;
+
+use crate::common::container::Container;
+use crate::common::node::Node;
+use crate::common::spec::Spec;
+use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
+use crate::common::task::{Io, SIGKILL};
+use crate::common::{daemon, process, wait};
+
+/// Stops the daemon: nothing of it runs when this returns.
+fn stop() {
+    daemon::systemctl("stop");
+    wait::until_true("there is no daemon", || daemon::pid().is_none());
+}
+
+fn sleeping(node: &Node) -> Container<'_> {
+    node.container("stop", Spec::sleeping()).started(&Io::default())
+}
+
+#[test]
+fn a_call_brings_a_stopped_daemon_back() {
+    needs!(OurShim, PreservedStore);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    let exec = container.exec(Spec::sleeping()).started(&Io::default());
+    let (pids, waits) = ((container.pid(), exec.pid()), [container.waiting(), exec.waiting()]);
+    stop();
+    assert!(process::exists(pids.0) && process::exists(pids.1), "containers run on");
+    assert_eq!((container.pid(), exec.pid()), pids);
+    assert_eq!(container.phase(), Status::Running);
+    stop();
+    exec.kill(SIGKILL).expect("kill an exec");
+    stop();
+    container.kill(SIGKILL).expect("kill");
+    for waiting in waits {
+        assert_eq!(waiting.exit().expect("a Wait from before").status, 137);
+    }
+    container.delete().expect("delete");
+}
+
+#[test]
+fn a_new_container_brings_a_stopped_daemon_back() {
+    needs!(OurShim, PreservedStore);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    let waiting = container.waiting();
+    stop();
+    let new = node.container("new", Spec::sh("exit 14")).started(&Io::default());
+    assert_eq!(new.exit_status(), 14);
+    assert_eq!(container.phase(), Status::Running);
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(waiting.exit().expect("a Wait from before").status, 137);
+}
+
+#[test]
+fn an_exit_of_which_no_daemon_was_told_is_known_to_the_next() {
+    needs!(OurShim, PreservedStore);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    let (pid, waiting) = (container.pid(), container.waiting());
+    stop();
+    daemon::signal(pid, Signal::SIGKILL);
+    wait::until_true("its process is gone", || !process::exists(pid));
+    assert_eq!(container.exit_status(), 137);
+    assert_eq!(waiting.exit().expect("a Wait from before").status, 137);
+    assert_eq!(container.delete().expect("delete").exit_status, 137);
+}
+
+#[test]
+fn daemon_and_socket_may_be_stopped_and_started() {
+    needs!(OurShim, PreservedStore);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    let (pid, waiting) = (container.pid(), container.waiting());
+    process::succeed("systemctl", &["stop", DAEMON_SOCKET, DAEMON_SERVICE]);
+    wait::until_true("there is no daemon", || daemon::pid().is_none());
+    process::succeed("systemctl", &["start", DAEMON_SOCKET, DAEMON_SERVICE]);
+    assert_eq!((container.pid(), container.phase()), (pid, Status::Running));
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(waiting.exit().expect("a Wait from before").status, 137);
+}
+
+#[test]
+fn the_watchdog_finds_a_daemon_that_hangs() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let _watchdog = daemon::DropIn::new("[Service]\nWatchdogSec=4\n");
+    let container = sleeping(&node);
+    let waiting = container.waiting();
+    let (pid, restarts) = (wait::until("the daemon serves", daemon::serving), daemon::restarts());
+    daemon::signal(pid, Signal::SIGSTOP);
+    let begin = Instant::now();
+    thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(container.exec_sh("exit 9").exit_status(), 9));
+        scope.spawn(|| {
+            let new = node.container("new", Spec::sh("exit 8")).started(&Io::default());
+            assert_eq!(new.exit_status(), 8);
+        });
+    });
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(waiting.exit().expect("a Wait from before").status, 137);
+    assert!(begin.elapsed() < Duration::from_secs(25), "it took {:?}", begin.elapsed());
+    daemon::wait_for_another(pid);
+    assert_eq!(daemon::restarts(), restarts + 1);
+    assert_eq!(systemd::property(DAEMON_SERVICE, "Result"), "success", "the next one is well");
+    assert_eq!(container.delete().expect("delete").exit_status, 137);
+}

@@ -1,0 +1,223 @@
+//! Output and input while the daemon is killed over and over: no byte is missing, none comes twice.
+
+use std::thread;
+
+use crate::attached::{self, Client, each_kind_on};
+use crate::common::bulk::Bulk;
+use crate::common::daemon;
+use crate::common::disturb::Disturbance;
+use crate::common::node::{Node, number, unique};
+use crate::common::spec::Spec;
+use crate::common::stdio::{Fifos, feed};
+use crate::common::systemd;
+use crate::common::task::Io;
+use crate::common::wait;
+use crate::log_modes::log;
+
+/// The daemon is killed each time so many bytes more have come.
+const BYTES_PER_LIFE: usize = 700_000;
+
+fn bulk() -> Bulk {
+    Bulk::new(number("E2E_BYTES", 16 << 20, 6 << 20))
+}
+
+/// What such a process writes, as init and as exec, arrives over the lives of many daemons.
+fn check_output(bulk: &Bulk, spec: Spec) {
+    let node = Node::exclusive();
+    each_kind_on(&node, bulk.bind(spec), |process, mut client| {
+        let mut kills = 0;
+        bulk.assert_arrives_while(&mut client.stdout, BYTES_PER_LIFE, || {
+            daemon::kill_now();
+            kills += 1;
+        });
+        assert_eq!(process.exit_status(), 0);
+        process.delete().expect("delete");
+        assert!(kills >= bulk.bytes() / (2 * BYTES_PER_LIFE), "only {kills} kills");
+    });
+    wait::until("the daemon serves again", daemon::serving);
+}
+
+#[test]
+fn output_to_fifos_is_complete() {
+    needs!(OurShim);
+    let bulk = bulk();
+    check_output(&bulk, Spec::sh(&bulk.script()));
+}
+
+#[test]
+fn output_of_terminals_is_complete() {
+    needs!(OurShim);
+    let bulk = bulk();
+    check_output(&bulk, Spec::sh(&format!("stty -opost; {}", bulk.script())).terminal());
+}
+
+/// What is fed to such a process comes back.
+fn check_both_ways(bulk: &Bulk, spec: Spec, ready: &str) {
+    let node = Node::exclusive();
+    let is_terminal = spec.has_terminal();
+    each_kind_on(&node, spec, |process, mut client| {
+        client.stdout.until(|bytes| bytes == ready.as_bytes());
+        let Client { fifos: _fifos, stdin, mut stdout, stderr: _stderr } = client;
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                bulk.feed(&stdin);
+                // A terminal would hang up at once, with bytes on their way.
+                if !is_terminal {
+                    process.close_stdin().expect("close stdin");
+                }
+            });
+            bulk.assert_arrives_while(&mut stdout, BYTES_PER_LIFE, || drop(daemon::kill_now()));
+        });
+        assert_eq!(process.exit_status(), 0);
+    });
+    wait::until("the daemon serves again", daemon::serving);
+}
+
+#[test]
+fn input_from_fifos_is_complete() {
+    needs!(OurShim);
+    check_both_ways(&bulk(), Spec::new(&["/bin/cat"]), "");
+}
+
+#[test]
+fn input_of_terminals_is_complete() {
+    needs!(OurShim);
+    let bulk = bulk();
+    let script = format!("stty raw -echo; echo ready; exec head -c {}", bulk.bytes());
+    check_both_ways(&bulk, Spec::sh(&script).terminal(), "ready\n");
+}
+
+#[test]
+fn output_in_the_journal_is_complete() {
+    needs!(OurShim);
+    check_journal("journal", false);
+}
+
+#[test]
+fn output_in_the_journal_and_at_the_client_is_complete() {
+    needs!(OurShim);
+    check_journal("tee", true);
+}
+
+/// Numbered lines, some at a time, from an init and an exec: once each in the journal, and at the client.
+fn check_journal(mode: &str, has_client: bool) {
+    let node = Node::exclusive();
+    let spec =
+        Spec::sh("i=0; while [ $i -lt 40000 ]; do seq $((i+1)) $((i+1000)); sleep 0.05; i=$((i+1000)); done");
+    let expected: Vec<u32> = (1..=40_000).collect();
+    let fifos = [(); 2].map(|()| Fifos::new("journal"));
+    let mut readers = fifos.each_ref().map(|fifos| (fifos.stdout(), fifos.stderr()));
+    let [init_io, exec_io] =
+        fifos.each_ref().map(|fifos| if has_client { fifos.output() } else { Io::default() });
+    let container = |spec| node.container(&unique("journal"), spec).options(log(mode));
+    let init = container(spec.clone()).started(&init_io);
+    let host = container(Spec::sleeping()).started(&Io::default());
+    let exec = host.exec(spec).started(&exec_io);
+    let (seen, kills) = daemon::killed_during(|| {
+        let seen =
+            readers.each_mut().map(|(stdout, _)| if has_client { stdout.text() } else { String::new() });
+        assert_eq!((init.exit_status(), exec.exit_status()), (0, 0));
+        seen
+    });
+    assert!(kills >= 5, "only {kills} kills");
+    for (what, unit, seen) in
+        [("init", systemd::unit_of(&init), &seen[0]), ("exec", systemd::unit_of(&host), &seen[1])]
+    {
+        if has_client {
+            assert_counts(&format!("{what} at the client"), seen.lines(), &expected);
+        }
+        let mut messages = Vec::new();
+        // journald reads what it is sent when it likes.
+        wait::within(wait::LIMIT, || {
+            messages = systemd::messages(&["--unit", &unit]);
+            messages.iter().any(|message| message == "40000").then_some(())
+        });
+        assert_counts(&format!("{what} in the journal"), messages.iter().map(String::as_str), &expected);
+    }
+}
+
+/// The numbers among the lines are these. systemd has its own lines in the journal.
+fn assert_counts<'a>(what: &str, lines: impl Iterator<Item = &'a str>, expected: &[u32]) {
+    let numbers: Vec<u32> = lines.filter_map(|line| line.parse().ok()).collect();
+    let first = numbers.iter().zip(expected).position(|(number, expected)| number != expected);
+    if let Some(at) = first {
+        let around = &numbers[at.saturating_sub(2)..(at + 3).min(numbers.len())];
+        panic!("{what}: {around:?} where {} has to be; {} numbers", expected[at], numbers.len());
+    }
+    assert_eq!(numbers.len(), expected.len(), "{what}");
+}
+
+#[test]
+fn stdin_stays_open_and_closes_when_it_is_to() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    each_kind_on(&node, Spec::sh("cat; echo end"), |process, mut client| {
+        client.enter("one\n");
+        client.until("one\n");
+        daemon::killed();
+        client.enter("two\n");
+        client.until("two\n");
+        // Nobody has it open but the shim, and that goes away, too.
+        drop(client.stdin);
+        daemon::killed();
+        client.stdin = client.fifos.stdin();
+        client.enter("three\n");
+        client.until("three\n");
+        process.close_stdin().expect("close stdin");
+        daemon::killed();
+        client.enter("four\n");
+        client.until("four\n");
+        drop(client.stdin);
+        assert_eq!(client.stdout.text(), "end\n");
+        assert_eq!(process.exit_status(), 0);
+    });
+}
+
+#[test]
+fn terminals_go_on() {
+    needs!(OurShim);
+    let script = "echo ready; while read line; do [ -z $line ] || exit 7; stty size; done";
+    for disturbance in [Disturbance::Kill, Disturbance::Restart] {
+        let node = Node::exclusive();
+        each_kind_on(&node, Spec::sh(script).terminal().console_size(80, 25), |process, mut client| {
+            client.until("ready\r\n");
+            disturbance.pass(&node);
+            client.enter("\n");
+            client.until("25 80\r\n");
+            process.resize(91, 19).expect("resize");
+            disturbance.pass(&node);
+            client.enter("\n");
+            client.until("19 91\r\n");
+            let mut client = client.again();
+            disturbance.pass(&node);
+            client.enter("\n");
+            client.until("19 91\r\n");
+            client.enter("end\n");
+            assert_eq!(process.exit_status(), 7);
+            client.stdout.rest();
+        });
+    }
+}
+
+#[test]
+fn what_is_written_while_there_is_no_daemon_arrives() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    for spec in [
+        Spec::sh("read go; seq 1 1000"),
+        Spec::sh("stty -opost -echo; echo ready; read go; seq 1 1000").terminal(),
+    ] {
+        let is_terminal = spec.has_terminal();
+        let container = node.container("unheard", spec.sleeping_instead()).started(&Io::default());
+        let (exec, mut client) = attached::exec(&container, spec);
+        if is_terminal {
+            client.until("ready\n");
+        }
+        // The line is on its way when the daemon goes, or not: either way it arrives.
+        feed(&client.stdin, b"go\n");
+        let down = daemon::Down::begin();
+        down.end();
+        assert_eq!(client.stdout.text().lines().count(), 1000);
+        assert_eq!(exec.exit_status(), 0);
+    }
+}
