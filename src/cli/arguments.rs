@@ -17,6 +17,8 @@ pub enum Command {
     Delete(Global),
     /// Be the daemon.
     Serve,
+    /// Wait for a call while the daemon is stopped.
+    Wake,
     /// Name the points at which a test build can be told to end.
     #[cfg(feature = "faults")]
     Faults,
@@ -120,6 +122,7 @@ pub fn parse(words: &[String]) -> Result<Command, Error> {
         Some("start") => Ok(Command::Start(global)),
         Some("delete") => Ok(Command::Delete(global)),
         Some("serve") => Ok(Command::Serve),
+        Some("wake") => Ok(Command::Wake),
         Some("help") => Ok(Command::Help),
         #[cfg(feature = "faults")]
         Some("faults") => Ok(Command::Faults),

@@ -7,6 +7,7 @@ mod info;
 mod launch;
 mod serve;
 mod start;
+mod wake;
 
 use std::io::{Read, Write};
 use std::process::ExitCode;
@@ -43,6 +44,7 @@ pub fn run(words: Vec<String>) -> ExitCode {
         Command::Start(global) => start::run(&global),
         Command::Delete(global) => delete::run(&global),
         Command::Serve => serve::run(),
+        Command::Wake => wake::run(),
         #[cfg(feature = "faults")]
         Command::Faults => {
             let names: Vec<_> = crate::fault::Point::ALL.iter().map(|point| point.name()).collect();
@@ -75,6 +77,7 @@ Called by containerd:
 Called by systemd:
     containerd-shim-systemd-v1 serve        the daemon, one per machine, socket-activated
     containerd-shim-systemd-v1 launch …     inside a container's unit
+    containerd-shim-systemd-v1 wake         starts the daemon at the next call, while it is stopped
 Called by people:
     containerd-shim-systemd-v1 -info        what the runtime can do (protobuf, for containerd)
     containerd-shim-systemd-v1 -v           version

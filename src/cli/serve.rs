@@ -2,7 +2,7 @@
 //! serve, say so.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use ttrpc::asynchronous::transport::Listener;
 
 use crate::api::{events, task::TaskService};
 use crate::fault::{self, Point};
+use crate::id::UnitName;
 use crate::ops::Shim;
 use crate::ops::kept::Kept;
 use crate::store::Store;
@@ -23,7 +24,8 @@ use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::Owners;
 use crate::unit::notify::FdStore;
 use crate::unit::proxy::Manager;
-use crate::unit::{name, notify, watch};
+use crate::unit::refs::Refs;
+use crate::unit::{name, notify, properties, watch};
 use crate::{config, sys, telemetry};
 
 use super::Failure;
@@ -70,6 +72,34 @@ fn take_passed() -> Result<Passed, Failure> {
     Ok(Passed { sockets: sockets.into_iter().map(|(_, fd)| fd).collect(), kept })
 }
 
+/// Leaves somebody behind who starts the daemon at the next call.
+struct Waking {
+    manager: Arc<Manager>,
+    connections: Arc<Connections>,
+    program: PathBuf,
+}
+
+impl Waking {
+    /// Only where the daemon is stopped by hand: after a restart the next one is there itself.
+    async fn leave(&self) -> Result<(), String> {
+        let unit = |name: &str| UnitName::new(name).map_err(|error| error.to_string());
+        let job = self.manager.job_type(&unit(name::DAEMON_SERVICE)?).await;
+        if job.map_err(|error| error.to_string())?.as_deref() != Some("stop") {
+            return Ok(());
+        }
+        let command = [self.program.to_string_lossy().into_owned(), "wake".to_owned()];
+        let wake = properties::wake(&command, self.connections.news()).map_err(|error| error.to_string())?;
+        let started = self.manager.start_transient(&unit(name::WAKE_SERVICE)?, &wake).await;
+        started.map_err(|error| error.to_string())
+    }
+
+    /// The daemon is there: nobody has to be woken.
+    async fn dismiss(manager: &Manager) -> Result<(), Failure> {
+        let unit = UnitName::new(name::WAKE_SERVICE).map_err(Failure::new)?;
+        manager.stop_without_waiting(&unit).await.map_err(Failure::new)
+    }
+}
+
 impl Keep for FdStore {
     fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) {
         Self::keep(self, name, fds);
@@ -88,17 +118,23 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let Passed { sockets, mut kept } = passed;
     let fd_store = FdStore::new().map_err(|error| Failure(format!("reach systemd's store: {error}")))?;
     let fd_store = Arc::new(fd_store);
-    let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept);
-    let manager = Arc::new(Manager::default());
+    let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept)
+        .map_err(|error| Failure(format!("take over connections: {error}")))?;
+    let refs = Refs::new(fd_store.clone(), &mut kept);
+    let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let (observed, mut observations) = mpsc::unbounded_channel();
     let (listening, first) = oneshot::channel();
     tokio::spawn(watch::run(manager.clone(), observed, listening));
     first.await.map_err(|_| Failure::new("systemd's signals can't be received"))?;
 
     let systemd = manager.systemd().await.map_err(Failure::new)?;
+    Waking::dismiss(&manager).await?;
     let program = std::env::current_exe().map_err(|error| Failure(format!("find this program: {error}")))?;
     let answers = Answers::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
     let kept = Kept::new(fd_store, kept);
+    let keeps = systemd.has_fd_store_preserve();
+    let waking =
+        Waking { manager: manager.clone(), connections: connections.clone(), program: program.clone() };
     let (shim, outgoing) = Shim::new(Store::new(config::STATE_DIR), answers, kept, manager, systemd, program);
     fault::point(Point::RecoverTaken);
     shim.recover().await.map_err(Failure::new)?;
@@ -142,5 +178,14 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     // What is under way stays as it is, and the next daemon goes on with it: there is but one way to end.
     notify::stopping();
     tracing::info!("stopping");
+    if keeps && connections.count() > 0 {
+        let left = tokio::time::timeout(STOP_LIMIT, waking.leave()).await;
+        if let Err(reason) = left.map_err(|_| "systemd does not answer".to_owned()).and_then(|left| left) {
+            tracing::warn!("containerd's next call will not start the daemon: {reason}");
+        }
+    }
     Ok(())
 }
+
+/// How long systemd may take for what is left to be done at the end.
+const STOP_LIMIT: Duration = Duration::from_secs(5);

@@ -171,14 +171,15 @@ impl Shim {
         let environment = self.launch_environment(task).await?;
         let pid_file = dir.join(PID_FILE);
         let properties = properties::container(self.systemd, &shown, &command, &environment, &pid_file);
-        let mut begun = self.manager.begin_transient(&task.unit, &properties).await;
+        let mut begun = self.manager.begin_referenced(&task.unit, &properties).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
+            self.manager.release(&task.unit).await;
             self.manager.reset_failed(&task.unit).await?;
-            begun = self.manager.begin_transient(&task.unit, &properties).await;
+            begun = self.manager.begin_referenced(&task.unit, &properties).await;
         }
         self.warm_up();
-        match begun?.done().await {
+        match self.manager.done(begun?).await {
             Err(unit::error::Error::Job { .. }) => Err(Error::Launch(self.launch_failure(task, dir))),
             other => Ok(other?),
         }
@@ -251,6 +252,7 @@ impl Shim {
         if let Err(error) = self.store.remove(&task.key) {
             tracing::error!(task = %task.key, %error, "task {}: can't remove the record of a failed create: {error}", task.key);
         }
+        self.kept.forget_all(task.wiring.kept);
         self.registry.remove(&task.key);
     }
 }

@@ -106,6 +106,7 @@ impl Shim {
                 self.remove_exec(entry, &process, id).await?;
             }
         }
+        self.manager.release(&task.unit).await;
         self.remove_unit(&task.unit).await?;
         fault::point(Point::DeleteUnit);
         if let Some(logger) = &task.logger {

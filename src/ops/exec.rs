@@ -26,7 +26,7 @@ use crate::task::wiring::{Wiring, pipe};
 use crate::unit::{self, name, properties};
 
 use super::create::read_pid;
-use super::streams::{Opened, cut_off, drain};
+use super::streams::{Opened, Whose, cut_off, drain};
 use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, now_usec};
 
 /// The file in an exec's directory with its process spec.
@@ -361,12 +361,10 @@ impl Shim {
                 let (shim, entry, process, id) = (self.clone(), entry.clone(), process.clone(), id.clone());
                 tokio::spawn(async move {
                     let _verb = process.verb.lock().await;
-                    // Whoever waits for this has gone on only if the daemon ends.
-                    let _ = locked.send(());
-                    shim.resume_start(&entry, &process, &id).await;
+                    shim.resume_start(&entry, &process, &id, locked).await;
                 });
-                // The same Start may come again at once: it has to wait for this one. It fails only if
-                // the daemon ends.
+                // The same Start may come again at once: it has to wait for this one. One that is over
+                // says nothing.
                 let _ = is_locked.await;
             }
             Some(ExecPhase::Running { pid }) => {
@@ -379,7 +377,14 @@ impl Shim {
     }
 
     /// Sees a start through that an earlier daemon has begun: what it has begun is not begun twice.
-    async fn resume_start(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
+    /// `taken` hears when what was kept of its streams is taken over.
+    async fn resume_start(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        id: &ExecId,
+        taken: tokio::sync::oneshot::Sender<()>,
+    ) {
         let resumed = async {
             let dir = self.store.exec_dir(&entry.key, id);
             // Before looking: from now on it rings here.
@@ -394,7 +399,9 @@ impl Shim {
             let task = entry.task().clone();
             let gone = || Error::UnknownExec { key: process.key.clone() };
             let streams = self.streams(&task, Some(id)).ok_or_else(gone)?;
-            let opened = self.reopen_streams(Arc::new(streams)).await?;
+            let opened = self.reopen_streams(Arc::new(streams), Whose::Live).await?;
+            // Nobody waits any more if the daemon ends.
+            let _ = taken.send(());
             self.see_through(entry, process, &dir, doorbell, opened).await
         };
         let resumed = resumed.await;
@@ -421,6 +428,8 @@ impl Shim {
         }
         cut_off(process).await;
         self.close_input(entry, process);
+        let wiring = entry.task().wiring_mut(Some(id)).map(|wiring| wiring.kept);
+        wiring.into_iter().for_each(|number| self.kept.forget_all(number));
         // Its process spec stays, for another try.
         let spec = std::fs::read(dir.join(PROCESS_SPEC));
         let cleared = self.store.create_exec_dir(&entry.key, id).map_err(Error::from);

@@ -24,6 +24,13 @@ pub enum Part {
     Terminal,
 }
 
+impl Earlier {
+    /// Nothing was kept.
+    pub fn is_empty(&self) -> bool {
+        self.readers.is_empty() && self.writers.is_empty() && self.both.is_empty()
+    }
+}
+
 impl Part {
     const ALL: [Self; 4] = [Self::Input, Self::Output, Self::ErrorOutput, Self::Terminal];
 
@@ -111,6 +118,17 @@ impl Kept {
     pub fn take(&self, part: Part, number: u64) -> Earlier {
         let mut earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
         earlier.remove(&(part, number)).unwrap_or_default()
+    }
+
+    /// They are not needed any more, nor is anything else of this process.
+    pub fn forget_all(&self, number: u64) {
+        Part::ALL.into_iter().for_each(|part| self.forget(part, number));
+    }
+
+    /// True if an earlier daemon has left something of a process's streams.
+    pub fn has(&self, number: u64) -> bool {
+        let earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
+        earlier.keys().any(|(_, found)| *found == number)
     }
 
     /// Lets go of what belongs to no process any more.

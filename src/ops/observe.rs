@@ -44,6 +44,8 @@ impl Shim {
 
     /// Looks at every unit: signals may have been missed.
     pub async fn resync(self: &Arc<Self>) {
+        let units = self.registry.all().iter().map(|entry| entry.init.unit.clone()).collect();
+        self.manager.refer_to(units).await;
         for entry in self.registry.all() {
             self.look_at(&entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
             for process in entry.execs() {
@@ -172,6 +174,8 @@ impl Shim {
             }
         }
         self.kept.forget_rest();
+        let units = self.registry.all().iter().map(|entry| entry.init.unit.clone()).collect();
+        self.manager.refer_to(units).await;
         Ok(())
     }
 
@@ -204,21 +208,17 @@ impl Shim {
         }
         if let (Some(pid), None) = (task.init.pid(), task.init.exit()) {
             self.hold(entry, pid);
-            if let Some(streams) = self.streams(&task, None) {
-                self.recover_streams(entry, &entry.init, streams).await;
-            }
-            self.look_at(entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
         }
+        self.recover_streams(entry, &entry.init).await;
+        self.look_at(entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
         self.announce(entry);
     }
 
     async fn take_in_exec(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
+        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
         self.recover_exec(entry, process, id).await;
-        let task = entry.task().clone();
-        if runs(entry, id) {
-            if let Some(streams) = self.streams(&task, Some(id)) {
-                self.recover_streams(entry, process, streams).await;
-            }
+        if let Some(ExecPhase::Running { .. } | ExecPhase::Stopped { .. }) = phase {
+            self.recover_streams(entry, process).await;
             let looked = self.look_at_exec(entry, process, id).await;
             looked.unwrap_or_else(|error| cant_look(process, &error));
         }

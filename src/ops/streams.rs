@@ -43,6 +43,15 @@ pub(super) struct Streams {
     face: Face,
 }
 
+/// Of what process streams are taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// One that runs, or is about to.
+    Live,
+    /// One that has ended: what was not kept is over.
+    Ended,
+}
+
 /// What is open for a process that is about to be.
 #[derive(Default)]
 pub(super) struct Opened {
@@ -115,9 +124,9 @@ impl Shim {
     ///
     /// # Errors
     /// As [`Self::open_streams`].
-    pub(super) async fn reopen_streams(&self, streams: Arc<Streams>) -> Result<Opened, Error> {
+    pub(super) async fn reopen_streams(&self, streams: Arc<Streams>, whose: Whose) -> Result<Opened, Error> {
         let kept = self.kept.clone();
-        blocking(move || streams.reopen(&kept)).await?
+        blocking(move || streams.reopen(&kept, whose)).await?
     }
 
     /// Receives the terminal, if there is one, and starts copying. The process has its ends now.
@@ -186,9 +195,18 @@ impl Shim {
         Ok(())
     }
 
-    /// After a restart: the daemon's ends of the streams of a process that lives.
-    pub(super) async fn recover_streams(&self, entry: &Entry, process: &Arc<Process>, streams: Streams) {
-        let started = match self.reopen_streams(Arc::new(streams)).await {
+    /// After a restart: the daemon's ends of the streams of a process that lives, or has left something
+    /// in them.
+    pub(super) async fn recover_streams(&self, entry: &Entry, process: &Arc<Process>) {
+        let task = entry.task().clone();
+        let Some(streams) = self.streams(&task, process.key.exec.as_ref()) else {
+            return;
+        };
+        let whose = if process.has_ended() { Whose::Ended } else { Whose::Live };
+        if whose == Whose::Ended && !self.kept.has(streams.wiring.kept) {
+            return;
+        }
+        let started = match self.reopen_streams(Arc::new(streams), whose).await {
             Ok(opened) => self.start_pumps(entry, process, opened).await,
             Err(error) => Err(error),
         };
@@ -336,18 +354,20 @@ impl Streams {
         for name in self.wiring.own_pipes() {
             fifo::make(&self.dir.join(name))?;
         }
-        let opened = self.open(kept, &mut |_| Earlier::default(), fifo::open_output_nonblocking)?;
+        let nothing = &mut |_| Earlier::default();
+        let opened = self.open(kept, Whose::Live, nothing, fifo::open_output_nonblocking)?;
         Ok(Opened { console: self.console()?, ..opened })
     }
 
     /// The client has been there before: nobody is waited for.
-    fn reopen(&self, kept: &Kept) -> Result<Opened, Error> {
+    fn reopen(&self, kept: &Kept, whose: Whose) -> Result<Opened, Error> {
         let number = self.wiring.kept;
         let mut earlier = |part| kept.take(part, number);
         let terminal = earlier(Part::Terminal).both.pop();
-        let opened = self.open(kept, &mut earlier, |path, _| fifo::open_both_nonblocking(path))?;
+        let opened = self.open(kept, whose, &mut earlier, |path, _| fifo::open_both_nonblocking(path))?;
         // Where it has not come yet, it may.
-        let console = if terminal.is_none() { self.console()? } else { None };
+        let may_come = terminal.is_none() && whose == Whose::Live;
+        let console = if may_come { self.console()? } else { None };
         Ok(Opened { ready: None, terminal, console, ..opened })
     }
 
@@ -361,11 +381,12 @@ impl Streams {
     fn open(
         &self,
         kept: &Kept,
+        whose: Whose,
         earlier: &mut dyn FnMut(Part) -> Earlier,
         client: impl Fn(&Path, Duration) -> Result<File, fifo::Error>,
     ) -> Result<Opened, Error> {
         let (mut opened, number) = (Opened::default(), self.wiring.kept);
-        if let Input::Fifo(path) = &self.wiring.stdin {
+        if let (Input::Fifo(path), Whose::Live) = (&self.wiring.stdin, whose) {
             let mut before = earlier(Part::Input);
             if self.wiring.terminal {
                 opened.input = Some(or_open(before.readers.pop(), || fifo::open_reader(path))?);
@@ -373,7 +394,7 @@ impl Streams {
             opened.stdin = Some(or_open(before.both.pop(), || fifo::open_both(path))?);
             kept.keep(Part::Input, number, &fds([&opened.input, &opened.stdin]));
         }
-        if self.wiring.logger.is_some() {
+        if self.wiring.logger.is_some() && whose == Whose::Live {
             opened.ready = Some(fifo::open_reader(&self.dir.join(wiring::pipe::READY))?);
             for name in [wiring::pipe::LOG_STDOUT, wiring::pipe::LOG_STDERR] {
                 opened.logger.push(fifo::open_both(&self.dir.join(name))?);
@@ -384,6 +405,9 @@ impl Streams {
         for (from, log_pipe, to) in self.wiring.copies() {
             let part = if log_pipe == wiring::pipe::LOG_STDOUT { Part::Output } else { Part::ErrorOutput };
             let mut before = earlier(part);
+            if whose == Whose::Ended && before.is_empty() {
+                continue;
+            }
             let source = match from {
                 Some(name) => {
                     Some(or_open(before.readers.pop(), || fifo::open_reader(&self.dir.join(name)))?)

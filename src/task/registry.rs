@@ -55,6 +55,11 @@ impl<L> Process<L> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Its end is known.
+    pub fn has_ended(&self) -> bool {
+        self.end.borrow().is_some()
+    }
+
     /// Tells all who wait; the first end stands.
     pub fn wake(&self, end: End) {
         self.end.send_if_modified(|told| told.is_none() && told.replace(end).is_none());

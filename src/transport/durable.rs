@@ -36,6 +36,8 @@ pub struct Durable {
     keeper: Arc<dyn Keep>,
     /// By which it is kept.
     name: String,
+    /// Counts the connections there are.
+    _one: Arc<()>,
     /// The other side has closed it, or it is broken: it need not be kept.
     over: bool,
 }
@@ -50,10 +52,20 @@ impl Durable {
         journal: Journal,
         keeper: Arc<dyn Keep>,
         name: String,
+        one: Arc<()>,
     ) -> Result<Self, Error> {
         sys::count_peeked(&socket)?;
         let (ready, writing) = Default::default();
-        Ok(Self { socket: sys::watch(socket)?, journal, ready, writing, keeper, name, over: false })
+        Ok(Self {
+            socket: sys::watch(socket)?,
+            journal,
+            ready,
+            writing,
+            keeper,
+            name,
+            _one: one,
+            over: false,
+        })
     }
 
     /// A connection that an earlier daemon has accepted. Requests without a response come out of it
@@ -61,7 +73,13 @@ impl Durable {
     ///
     /// # Errors
     /// The journal can't be read. Needs the async runtime.
-    pub fn adopt(socket: OwnedFd, kept: OwnedFd, keeper: Arc<dyn Keep>, name: String) -> Result<Self, Error> {
+    pub fn adopt(
+        socket: OwnedFd,
+        kept: OwnedFd,
+        keeper: Arc<dyn Keep>,
+        name: String,
+        one: Arc<()>,
+    ) -> Result<Self, Error> {
         let Found { mut journal, unanswered, in_socket } = Journal::adopt(kept)?;
         let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
         fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
@@ -73,7 +91,16 @@ impl Durable {
         journal.settle()?;
         let ready = unanswered.into_iter().flat_map(|frame| frame.replayed().bytes).collect();
         let writing = Assembler::default();
-        Ok(Self { socket: sys::watch(socket)?, journal, ready, writing, keeper, name, over: false })
+        Ok(Self {
+            socket: sys::watch(socket)?,
+            journal,
+            ready,
+            writing,
+            keeper,
+            name,
+            _one: one,
+            over: false,
+        })
     }
 
     fn respond(&mut self, bytes: &[u8]) -> Result<(), Error> {

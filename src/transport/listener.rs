@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::{Stream, StreamExt, stream};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use tokio::io::unix::AsyncFd;
@@ -30,6 +31,10 @@ pub struct Connections {
     keeper: Arc<dyn Keep>,
     /// The next number.
     next: AtomicU64,
+    /// Watches all of them, for when nobody reads them.
+    news: Epoll,
+    /// Each connection has one.
+    count: Arc<()>,
 }
 
 /// A connection that an earlier daemon has accepted, and the socket over which it came.
@@ -38,7 +43,14 @@ pub type Adopted = (Socket, Durable);
 impl Connections {
     /// Takes over what was kept of an earlier daemon's connections. What is not one stays in `kept`.
     /// Needs the async runtime.
-    pub fn adopt(keeper: Arc<dyn Keep>, kept: &mut Vec<(String, OwnedFd)>) -> (Arc<Self>, Vec<Adopted>) {
+    ///
+    /// # Errors
+    /// Connections can't be watched.
+    pub fn adopt(
+        keeper: Arc<dyn Keep>,
+        kept: &mut Vec<(String, OwnedFd)>,
+    ) -> io::Result<(Arc<Self>, Vec<Adopted>)> {
+        let (news, count) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Arc::new(()));
         let mut pairs: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
         for (name, fd) in std::mem::take(kept) {
             match number(&name) {
@@ -50,7 +62,7 @@ impl Connections {
         let mut adopted = Vec::new();
         for (number, fds) in pairs {
             let name = format!("{PREFIX}{number}");
-            match adopt(fds, &keeper, &name) {
+            match adopt(fds, &keeper, &name, &news, &count) {
                 Ok(connection) => adopted.push(connection),
                 Err(reason) => {
                     tracing::error!("a connection of an earlier daemon is lost: {reason}");
@@ -58,7 +70,17 @@ impl Connections {
                 }
             }
         }
-        (Arc::new(Self { keeper, next: AtomicU64::new(next) }), adopted)
+        Ok((Arc::new(Self { keeper, next: AtomicU64::new(next), news, count }), adopted))
+    }
+
+    /// How many connections there are.
+    pub fn count(&self) -> usize {
+        Arc::strong_count(&self.count) - 1
+    }
+
+    /// Readable as soon as any of them is, also when this process has ended.
+    pub fn news(&self) -> BorrowedFd<'_> {
+        self.news.0.as_fd()
     }
 
     /// The connections of callers with this process's own uid, as they come. Others are closed at once:
@@ -106,8 +128,9 @@ impl Connections {
             match getsockopt(&stream, PeerCredentials) {
                 Ok(peer) if peer.uid() == own_uid => {
                     stream.set_nonblocking(true)?;
-                    let (socket, keeper) = (OwnedFd::from(stream), self.keeper.clone());
-                    return Durable::new(socket, journal, keeper, name).map_err(io::Error::other);
+                    self.news.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+                    let (keeper, one) = (self.keeper.clone(), self.count.clone());
+                    return Durable::new(stream.into(), journal, keeper, name, one).map_err(io::Error::other);
                 }
                 Ok(peer) => tracing::warn!(uid = peer.uid(), "refused a connection of user {}", peer.uid()),
                 Err(error) => tracing::warn!(%error, "refused a connection of an unknown user: {error}"),
@@ -122,7 +145,13 @@ fn number(name: &str) -> Option<u64> {
     name.strip_prefix(PREFIX)?.parse().ok()
 }
 
-fn adopt(fds: Vec<OwnedFd>, keeper: &Arc<dyn Keep>, name: &str) -> Result<Adopted, String> {
+fn adopt(
+    fds: Vec<OwnedFd>,
+    keeper: &Arc<dyn Keep>,
+    name: &str,
+    news: &Epoll,
+    count: &Arc<()>,
+) -> Result<Adopted, String> {
     let (mut journals, mut sockets): (Vec<_>, Vec<_>) = fds.into_iter().partition(journal::is_journal);
     let (Some(journal), Some(socket)) = (journals.pop(), sockets.pop()) else {
         return Err(format!("not both halves of {name} were kept"));
@@ -130,7 +159,9 @@ fn adopt(fds: Vec<OwnedFd>, keeper: &Arc<dyn Keep>, name: &str) -> Result<Adopte
     let socket = UnixStream::from(socket);
     let address = socket.local_addr().map_err(|error| error.to_string())?;
     let from = address.as_pathname().and_then(Socket::at).ok_or("it came over an unknown socket")?;
-    let connection = Durable::adopt(socket.into(), journal, keeper.clone(), name.to_owned());
+    news.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(|error| error.to_string())?;
+    let (keeper, one) = (keeper.clone(), count.clone());
+    let connection = Durable::adopt(socket.into(), journal, keeper, name.to_owned(), one);
     Ok((from, connection.map_err(|error| error.to_string())?))
 }
 

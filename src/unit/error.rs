@@ -101,6 +101,8 @@ pub(super) fn is_gone(error: &zbus::Error) -> bool {
     ];
     match error {
         zbus::Error::MethodError(name, ..) => GONE.contains(&name.as_str()),
+        // The bus itself is gone.
+        zbus::Error::InputOutput(_) => true,
         zbus::Error::FDO(error) => matches!(
             **error,
             zbus::fdo::Error::NoReply(_)

@@ -60,16 +60,6 @@ pub struct StartJob {
     pub(super) job: Option<OwnedObjectPath>,
 }
 
-impl StartJob {
-    /// Resolves when the unit is up, by the rule of its type.
-    ///
-    /// # Errors
-    /// [`Error::Job`] when it did not come up.
-    pub async fn done(self) -> Result<(), Error> {
-        self.waiter.ended("start", self.job).await
-    }
-}
-
 /// Waits for a job of one unit.
 pub(super) struct JobWaiter {
     unit: UnitName,
@@ -77,6 +67,11 @@ pub(super) struct JobWaiter {
 }
 
 impl JobWaiter {
+    /// Whose job it is.
+    pub(super) fn unit(&self) -> &UnitName {
+        &self.unit
+    }
+
     /// Resolves when that job ends; with any one of the unit if it is not known which.
     pub(super) async fn ended(
         mut self,

@@ -10,4 +10,5 @@ pub mod name;
 pub mod notify;
 pub mod properties;
 pub mod proxy;
+pub mod refs;
 pub mod watch;

@@ -16,6 +16,8 @@ pub const DAEMON_SOCKET: &str = "containerd-shim-systemd-v1.socket";
 pub const DAEMON_SERVICE: &str = "containerd-shim-systemd-v1.service";
 /// The slice of the daemon. The underscore keeps it apart from a namespace called `shim`.
 pub const DAEMON_SLICE: &str = "containerd_shim.slice";
+/// Waits for calls while the daemon is stopped.
+pub const WAKE_SERVICE: &str = "containerd_shim-wake.service";
 /// What every container's unit name begins with.
 pub const PREFIX: &str = "containerd-";
 

@@ -4,6 +4,7 @@
 //! of systemd's defaults may leak into a container that would not be there under runc.v2, and
 //! nothing may be lost that `systemctl` and `journalctl` can show.
 
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -51,7 +52,7 @@ impl Systemd {
     }
 
     /// `FileDescriptorStorePreserve=` (254).
-    fn has_fd_store_preserve(self) -> bool {
+    pub fn has_fd_store_preserve(self) -> bool {
         self.version >= 254
     }
 }
@@ -125,6 +126,15 @@ pub fn container(
     Properties(list)
 }
 
+impl Properties {
+    /// The same, for a unit that the caller refers to from the start.
+    pub(super) fn referenced(&self) -> Self {
+        let mut list = self.0.clone();
+        list.push(("AddRef", true.into()));
+        Self(list)
+    }
+}
+
 /// An exec's unit.
 ///
 /// `launch` runs the OCI runtime, and hands the process that this leaves behind over as the unit's
@@ -177,6 +187,23 @@ pub fn logger(shown: &Shown<'_>, command: &[String]) -> Properties {
     ]);
     list.extend(bound_to_system());
     Properties(list)
+}
+
+/// The unit that waits for a call while the daemon is stopped: until its standard input is readable.
+///
+/// # Errors
+/// The descriptor can't be duplicated.
+pub fn wake(command: &[String], news: BorrowedFd<'_>) -> Result<Properties, std::io::Error> {
+    let mut list: Vec<(&'static str, Variant<'static>)> = vec![
+        ("Description", "waits for calls to the containerd shim while it is stopped".into()),
+        ("Slice", name::DAEMON_SLICE.into()),
+        ("Type", "exec".into()),
+        ("ExecStartEx", exec_start(command, &["no-env-expand"])),
+        ("CollectMode", "inactive-or-failed".into()),
+        ("StandardInputFileDescriptor", Variant::from(zbus::Fd::from(news.try_clone_to_owned()?))),
+    ];
+    list.extend(bound_to_system());
+    Ok(Properties(list))
 }
 
 /// A pod's slice, which goes when the last unit in it does.

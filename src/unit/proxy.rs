@@ -3,6 +3,7 @@
 //! The connection can go away (dbus restarted) and come back; calls made in between wait for it.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -11,20 +12,21 @@ use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant};
 use crate::id::UnitName;
 
 use super::error::{Error, call_error, is_gone, unreachable};
-use super::job::{Jobs, StartJob};
+use super::job::{JobWaiter, Jobs, StartJob};
 use super::main_process::MainProcess;
 use super::name;
 use super::properties::{Properties, Systemd};
+use super::refs::Refs;
 
 /// How long a call waits for a connection, and how long for its answer.
-const CALL_LIMIT: Duration = Duration::from_secs(25);
+pub(super) const CALL_LIMIT: Duration = Duration::from_secs(25);
 
 #[zbus::proxy(
     interface = "org.freedesktop.systemd1.Manager",
     default_service = "org.freedesktop.systemd1",
     default_path = "/org/freedesktop/systemd1"
 )]
-trait SystemdManager {
+pub(super) trait SystemdManager {
     fn subscribe(&self) -> zbus::Result<()>;
     fn start_transient_unit(
         &self,
@@ -37,6 +39,8 @@ trait SystemdManager {
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn kill_unit(&self, name: &str, whom: &str, signal: i32) -> zbus::Result<()>;
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
+    fn ref_unit(&self, name: &str) -> zbus::Result<()>;
+    fn unref_unit(&self, name: &str) -> zbus::Result<()>;
     fn cancel_job(&self, id: u32) -> zbus::Result<()>;
     #[zbus(property)]
     fn version(&self) -> zbus::Result<String>;
@@ -54,11 +58,20 @@ pub struct Manager {
     /// systemd has its name on the bus: it has not for a moment when it executes itself anew.
     owned: watch::Sender<bool>,
     pub(super) jobs: Jobs,
+    /// How often signals have begun to be listened to.
+    listening: watch::Sender<u64>,
+    refs: Option<Arc<Refs>>,
 }
 
 impl Default for Manager {
     fn default() -> Self {
-        Self { connection: watch::Sender::new(None), owned: watch::Sender::new(true), jobs: Jobs::default() }
+        Self {
+            connection: watch::Sender::new(None),
+            owned: watch::Sender::new(true),
+            jobs: Jobs::default(),
+            listening: watch::Sender::default(),
+            refs: None,
+        }
     }
 }
 
@@ -101,6 +114,11 @@ impl Tries {
 }
 
 impl Manager {
+    /// One whose references to units outlive the process.
+    pub fn with_refs(refs: Arc<Refs>) -> Self {
+        Self { refs: Some(refs), ..Self::default() }
+    }
+
     fn tries(&self) -> Tries {
         let limit = tokio::time::Instant::now() + CALL_LIMIT;
         Tries { owned: self.owned.subscribe(), limit, repeated: false }
@@ -122,9 +140,17 @@ impl Manager {
     }
 
     /// The connection is gone: later calls wait for the next one, and jobs under way are lost.
-    pub(super) fn disconnected(&self) {
+    pub(super) async fn disconnected(&self) {
         self.connection.send_replace(None);
         self.jobs.lose_all();
+        if let Some(refs) = &self.refs {
+            refs.disconnected().await;
+        }
+    }
+
+    /// Signals are listened to from now on.
+    pub(super) fn listens(&self) {
+        self.listening.send_modify(|times| *times += 1);
     }
 
     async fn connected(&self) -> Result<Connection, Error> {
@@ -191,6 +217,40 @@ impl Manager {
         self.begin(unit, properties, &[]).await
     }
 
+    /// As [`Self::begin_transient`], with a reference to the unit: it stays loaded, and tells how its
+    /// process ended, until [`Self::release`].
+    ///
+    /// # Errors
+    /// As [`Self::begin_transient`].
+    pub async fn begin_referenced(
+        &self,
+        unit: &UnitName,
+        properties: &Properties,
+    ) -> Result<StartJob, Error> {
+        match &self.refs {
+            Some(refs) => {
+                let proxy = refs.proxy_for(unit).await?;
+                self.begin_over(Some(proxy), unit, &properties.referenced(), &[]).await
+            }
+            None => self.begin(unit, properties, &[]).await,
+        }
+    }
+
+    /// Lets go of a unit: it is unloaded when it is stopped.
+    pub async fn release(&self, unit: &UnitName) {
+        if let Some(refs) = &self.refs {
+            refs.release(unit).await;
+        }
+    }
+
+    /// Refers to units that an earlier daemon has started, or that were referred to over a bus that is
+    /// gone.
+    pub async fn refer_to(&self, units: Vec<UnitName>) {
+        if let Some(refs) = &self.refs {
+            refs.refer_to(units).await;
+        }
+    }
+
     /// Starts a transient unit that another transient unit goes with.
     ///
     /// # Errors
@@ -202,7 +262,55 @@ impl Manager {
         aux: Option<(&str, &Properties)>,
     ) -> Result<(), Error> {
         let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, list.0.as_slice())).collect();
-        self.begin(unit, properties, &aux).await?.done().await
+        let begun = self.begin(unit, properties, &aux).await?;
+        self.done(begun).await
+    }
+
+    /// Resolves when a unit that was asked for is up, by the rule of its type.
+    ///
+    /// # Errors
+    /// [`Error::Job`] when it did not come up.
+    pub async fn done(&self, job: StartJob) -> Result<(), Error> {
+        self.ended(START, job.waiter, job.job).await
+    }
+
+    async fn ended(
+        &self,
+        verb: &'static str,
+        waiter: JobWaiter,
+        job: Option<OwnedObjectPath>,
+    ) -> Result<(), Error> {
+        let unit = waiter.unit().clone();
+        match waiter.ended(verb, job).await {
+            Err(Error::Lost { .. }) => self.settled(verb, &unit).await,
+            ended => ended,
+        }
+    }
+
+    /// The end of a job that could not be heard: the unit shows it.
+    async fn settled(&self, verb: &'static str, unit: &UnitName) -> Result<(), Error> {
+        let mut listening = self.listening.subscribe();
+        loop {
+            let waiter = self.jobs.wait_for(unit);
+            listening.mark_unchanged();
+            let state = self.active_state(unit).await?;
+            match (verb, state.as_deref()) {
+                (START, Some("active" | "reloading")) | (STOP, None | Some("inactive" | "failed")) => {
+                    return Ok(());
+                }
+                (_, Some("activating" | "deactivating")) | (STOP, _) => {}
+                (_, state) => {
+                    let result = state.unwrap_or("not loaded").to_owned();
+                    return Err(Error::Job { verb, unit: unit.to_string(), result });
+                }
+            }
+            tokio::select! {
+                // Whatever its result, and whichever job it was: the unit is looked at again.
+                _ = waiter.ended(verb, None) => {}
+                // What has ended before could not be heard.
+                _ = listening.changed() => {}
+            }
+        }
     }
 
     async fn begin(
@@ -211,10 +319,24 @@ impl Manager {
         properties: &Properties,
         aux: &[(&str, &[(&str, Variant<'_>)])],
     ) -> Result<StartJob, Error> {
+        self.begin_over(None, unit, properties, aux).await
+    }
+
+    /// `first`: the connection to try first.
+    async fn begin_over(
+        &self,
+        mut first: Option<SystemdManagerProxy<'static>>,
+        unit: &UnitName,
+        properties: &Properties,
+        aux: &[(&str, &[(&str, Variant<'_>)])],
+    ) -> Result<StartJob, Error> {
         let waiter = self.jobs.wait_for(unit);
         let mut tries = self.tries();
         let started = loop {
-            let proxy = self.proxy().await?;
+            let proxy = match first.take() {
+                Some(first) => first,
+                None => self.proxy().await?,
+            };
             let result = proxy.start_transient_unit(unit.as_str(), "fail", &properties.0, aux).await;
             if !tries.again(&result).await {
                 break result;
@@ -236,7 +358,33 @@ impl Manager {
     pub async fn start(&self, unit: &UnitName) -> Result<(), Error> {
         let waiter = self.jobs.wait_for(unit);
         let job = persist!(self, proxy, proxy.start_unit(unit.as_str(), "replace"));
-        waiter.ended(START, Some(job.map_err(|error| call_error(START, unit, error))?)).await
+        self.ended(START, waiter, Some(job.map_err(|error| call_error(START, unit, error))?)).await
+    }
+
+    /// Asks for a loaded unit to be started, and does not wait for it.
+    ///
+    /// # Errors
+    /// [`Error::NotLoaded`], or a refusal.
+    pub async fn start_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
+        let job = persist!(self, proxy, proxy.start_unit(unit.as_str(), "replace"));
+        job.map(drop).map_err(|error| call_error(START, unit, error))
+    }
+
+    /// The type of the job that a unit has: `start`, `stop`, `restart`, …
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn job_type(&self, unit: &UnitName) -> Result<Option<String>, Error> {
+        let Some((_, path)) = self.job(unit).await? else {
+            return Ok(None);
+        };
+        Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
+    }
+
+    async fn job(&self, unit: &UnitName) -> Result<Option<(u32, OwnedObjectPath)>, Error> {
+        let all = self.get_all(unit, UNIT_INTERFACE).await?;
+        let job = all.get("Job").and_then(|job| <(u32, OwnedObjectPath)>::try_from(job.clone()).ok());
+        Ok(job.filter(|(id, _)| *id != 0))
     }
 
     /// Stops a unit and waits until it is down. A unit that is not loaded is down.
@@ -244,11 +392,11 @@ impl Manager {
     /// # Errors
     /// A refusal, or [`Error::Job`].
     pub async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
-        let verb = "stop";
+        let verb = STOP;
         let waiter = self.jobs.wait_for(unit);
         let job = persist!(self, proxy, proxy.stop_unit(unit.as_str(), "replace"));
         match job.map_err(|error| call_error(verb, unit, error)) {
-            Ok(job) => waiter.ended(verb, Some(job)).await,
+            Ok(job) => self.ended(verb, waiter, Some(job)).await,
             Err(Error::NotLoaded { .. }) => Ok(()),
             Err(error) => Err(error),
         }
@@ -273,9 +421,7 @@ impl Manager {
     /// # Errors
     /// A refusal.
     pub async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
-        let all = self.get_all(unit, UNIT_INTERFACE).await?;
-        let job = all.get("Job").and_then(|job| <(u32, OwnedObjectPath)>::try_from(job.clone()).ok());
-        let Some((id @ 1.., _)) = job else {
+        let Some((id, _)) = self.job(unit).await? else {
             return Ok(());
         };
         match persist!(self, proxy, proxy.cancel_job(id)) {
@@ -343,11 +489,19 @@ impl Manager {
         unit: &UnitName,
         interface: &str,
     ) -> Result<HashMap<String, OwnedVariant>, Error> {
-        let path = name::object_path(unit.as_str());
+        self.get_all_at(unit, &name::object_path(unit.as_str()), interface).await
+    }
+
+    async fn get_all_at(
+        &self,
+        unit: &UnitName,
+        path: &str,
+        interface: &str,
+    ) -> Result<HashMap<String, OwnedVariant>, Error> {
         let all = persist!(self, manager, async {
             let proxy = UnitPropertiesProxy::builder(manager.inner().connection())
                 .cache_properties(zbus::proxy::CacheProperties::No)
-                .path(path.as_str())
+                .path(path)
                 .build()
                 .await?;
             proxy.get_all(interface).await
@@ -357,8 +511,10 @@ impl Manager {
 }
 
 const START: &str = "start";
+const STOP: &str = "stop";
 
 pub(super) const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";
+const JOB_INTERFACE: &str = "org.freedesktop.systemd1.Job";
 const UNIT_INTERFACE: &str = "org.freedesktop.systemd1.Unit";
 const NO_SUCH_JOB: &str = "org.freedesktop.systemd1.NoSuchJob";
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";

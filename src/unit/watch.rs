@@ -48,6 +48,7 @@ pub async fn run(
         match listen(&manager).await {
             Ok(stream) => {
                 pause = FIRST_PAUSE;
+                manager.listens();
                 match first.take() {
                     // Whoever waits starts with a look at every unit anyway.
                     Some(first) => drop(first.send(())),
@@ -57,11 +58,11 @@ pub async fn run(
                     }
                 }
                 forward(stream, &manager, &observations).await;
-                manager.disconnected();
+                manager.disconnected().await;
                 tracing::warn!("the connection to D-Bus is lost");
             }
             Err(error) => {
-                manager.disconnected();
+                manager.disconnected().await;
                 tracing::warn!(%error, "can't listen to systemd, trying again: {error}");
                 // Nothing announces that the bus is back: its socket has to be tried.
                 tokio::time::sleep(pause).await;

@@ -1,0 +1,137 @@
+//! References to units, which outlive the daemon.
+//!
+//! systemd unloads a unit that was stopped, and forgets how its process ended. It does not while a
+//! client of the bus has a reference to the unit, up to the end of that client's connection; so the
+//! connection that has the references is kept open by systemd itself (the descriptor store), and a
+//! unit that is stopped while the daemon is down still tells its exit code.
+//!
+//! Nothing is ever sent to that connection but replies: nothing piles up in it while nobody reads.
+
+use std::collections::HashSet;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::Mutex;
+use zbus::Connection;
+
+use crate::id::UnitName;
+
+use super::error::{Error, unreachable};
+use super::notify::FdStore;
+use super::proxy::{CALL_LIMIT, SystemdManagerProxy};
+
+const BUS: &str = "/run/dbus/system_bus_socket";
+/// Begins the names by which connections are kept; a number follows.
+const PREFIX: &str = "r";
+
+/// The connection that has the references.
+pub struct Refs {
+    store: Arc<FdStore>,
+    open: Mutex<Option<Open>>,
+    next: AtomicU64,
+    /// Those of earlier daemons, with references of their own.
+    earlier: std::sync::Mutex<Vec<(String, OwnedFd)>>,
+}
+
+struct Open {
+    connection: Connection,
+    /// By which it is kept.
+    name: String,
+    /// What it refers to: systemd counts, and one release has to be enough.
+    units: HashSet<UnitName>,
+}
+
+impl Refs {
+    /// Takes over the connections of earlier daemons; what is none stays in `kept`.
+    pub fn new(store: Arc<FdStore>, kept: &mut Vec<(String, OwnedFd)>) -> Self {
+        let number = |name: &str| name.strip_prefix(PREFIX).and_then(|rest| rest.parse::<u64>().ok());
+        let earlier: Vec<_> = kept.extract_if(.., |(name, _)| number(name).is_some()).collect();
+        let next = earlier.iter().filter_map(|(name, _)| number(name)).max().map_or(0, |last| last + 1);
+        let (next, earlier) = (AtomicU64::new(next), std::sync::Mutex::new(earlier));
+        Self { store, open: Mutex::default(), next, earlier }
+    }
+
+    /// For a call that makes a reference to a unit.
+    pub(super) async fn proxy_for(&self, unit: &UnitName) -> Result<SystemdManagerProxy<'static>, Error> {
+        let mut open = self.open.lock().await;
+        if open.is_none() {
+            *open = Some(self.connect().await?);
+        }
+        let reason = || Error::Unreachable { reason: "no connection".to_owned() };
+        let open = open.as_mut().ok_or_else(reason)?;
+        open.units.insert(unit.clone());
+        proxy(&open.connection).await
+    }
+
+    async fn connect(&self) -> Result<Open, Error> {
+        let socket = || {
+            let stream = UnixStream::connect(BUS)?;
+            let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
+            self.store.keep(&name, &[stream.as_fd()]);
+            Ok::<_, std::io::Error>((stream, name))
+        };
+        let (stream, name) = socket().map_err(|error| Error::Unreachable { reason: error.to_string() })?;
+        let builder = zbus::connection::Builder::unix_stream(stream).method_timeout(CALL_LIMIT);
+        let connection = builder.build().await.map_err(unreachable)?;
+        Ok(Open { connection, name, units: HashSet::new() })
+    }
+
+    /// The bus has gone, and all references with it.
+    pub(super) async fn disconnected(&self) {
+        if let Some(open) = self.open.lock().await.take() {
+            self.store.forget(&open.name);
+        }
+    }
+
+    /// Refers to these units, and lets go of all connections of earlier daemons. Units that are not
+    /// loaded have nothing to lose.
+    pub async fn refer_to(&self, units: Vec<UnitName>) {
+        for unit in units {
+            if self.open.lock().await.as_ref().is_some_and(|open| open.units.contains(&unit)) {
+                continue;
+            }
+            let referred = match self.proxy_for(&unit).await {
+                Ok(proxy) => proxy.ref_unit(unit.as_str()).await.map_err(unreachable),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = referred {
+                // If the bus is gone, this is done again when it is back.
+                tracing::debug!(%unit, %error, "can't refer to {unit}: {error}");
+            }
+        }
+        let earlier =
+            std::mem::take(&mut *self.earlier.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        for (name, _) in earlier {
+            self.store.forget(&name);
+        }
+    }
+
+    /// Lets a unit be unloaded when it is stopped.
+    pub async fn release(&self, unit: &UnitName) {
+        let connection = {
+            let mut open = self.open.lock().await;
+            open.as_mut().and_then(|open| open.units.remove(unit).then(|| open.connection.clone()))
+        };
+        let Some(connection) = connection else {
+            return;
+        };
+        let released = match proxy(&connection).await {
+            Ok(proxy) => proxy.unref_unit(unit.as_str()).await.map_err(unreachable),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = released {
+            // There is none if the bus was restarted, or the unit never came up.
+            tracing::debug!(%unit, %error, "no reference to {unit}: {error}");
+        }
+    }
+}
+
+async fn proxy(connection: &Connection) -> Result<SystemdManagerProxy<'static>, Error> {
+    SystemdManagerProxy::builder(connection)
+        .cache_properties(zbus::proxy::CacheProperties::No)
+        .build()
+        .await
+        .map_err(unreachable)
+}
