@@ -98,6 +98,10 @@ fn descriptors() -> BTreeSet<String> {
         // The number of a socket or pipe says nothing.
         *counts.entry(target.split('[').next().unwrap_or_default().to_string()).or_default() += 1;
     }
+    // A copy of the runtime, which a daemon makes for its first container.
+    counts.retain(|kind, count| {
+        *count > 1 || !["/memfd:runc", "/memfd:crun"].iter().any(|name| kind.starts_with(name))
+    });
     counts.into_iter().flat_map(|(kind, count)| (1..=count).map(move |n| format!("{kind} #{n}"))).collect()
 }
 

@@ -37,6 +37,7 @@ mod containerds;
 mod contract;
 mod crash;
 mod crash_exits;
+mod crash_points;
 mod crash_records;
 mod crash_stop;
 mod crash_streams;
