@@ -35,7 +35,12 @@ pub struct Shim<'n> {
 impl<'n> Shim<'n> {
     /// Connects, as containerd does: to the address that `start` gives.
     pub fn connect(node: &'n Node) -> Shim<'n> {
-        let address = format!("unix://{}", socket());
+        Shim::at(node, &socket())
+    }
+
+    /// Connects to a path that is known.
+    pub fn at(node: &'n Node, path: &str) -> Shim<'n> {
+        let address = format!("unix://{path}");
         let client = node
             .block_on(Client::connect(&address))
             .unwrap_or_else(|error| panic!("connect to {address}: {error}"));

@@ -36,6 +36,8 @@ mod bad_input;
 mod containerds;
 mod contract;
 mod crash;
+mod crash_connections;
+mod crash_events;
 mod crash_exits;
 mod crash_points;
 mod crash_records;
