@@ -131,7 +131,9 @@ fn the_daemon_may_end_at_every_point() {
     // All of them where it is fast. An emulated machine takes some.
     let step = number("E2E_POINTS_STEP", 1, 5);
     let mut failures = Vec::new();
-    for point in points.iter().step_by(step) {
+    // For a closer look at some.
+    let prefix = std::env::var("E2E_POINTS").unwrap_or_default();
+    for point in points.iter().filter(|point| point.starts_with(&prefix)).step_by(step) {
         let kinds = match point.split('.').next() {
             Some("create" | "exec-start" | "stdio") => {
                 &[Streams::Fifos, Streams::None, Streams::Terminal][..]
