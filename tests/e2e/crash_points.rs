@@ -127,7 +127,9 @@ fn the_daemon_may_end_at_every_point() {
     let _build = WithFaults::install();
     let points = shim::points();
     assert!(points.len() > 20, "{points:?}");
-    live(&node, &Armed { point: "none", at: Moment::Create }, Streams::Fifos);
+    for streams in [Streams::Fifos, Streams::None, Streams::Terminal] {
+        live(&node, &Armed { point: "none", at: Moment::Create }, streams);
+    }
     // All of them where it is fast. An emulated machine takes some.
     let step = number("E2E_POINTS_STEP", 1, 5);
     let mut failures = Vec::new();
