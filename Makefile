@@ -3,6 +3,11 @@
 PREFIX ?= /usr/local
 LANE ?= nspawn
 SUITE ?= trixie
+# Of the chaos: how long in each lane, and more arguments (CHAOS='--seed 7 --disturb kill'). It goes through
+# both lanes unless one is named.
+MINUTES ?= 30
+CHAOS ?=
+CHAOS_LANES := $(if $(filter file,$(origin LANE)),nspawn vm,$(LANE))
 CARGO_TARGET_DIR ?= target
 export CARGO_TARGET_DIR := $(abspath $(CARGO_TARGET_DIR))
 
@@ -12,7 +17,7 @@ SCRIPTS := tests/testbed
 UNITS := $(wildcard units/*.socket units/*.service units/*.slice units/*.in)
 UNITDIR := $(DESTDIR)$(PREFIX)/lib/systemd/system
 
-.PHONY: help deps build unit check test test-unit test-vm test-nspawn test-matrix shell demo bench doc install clean
+.PHONY: help deps build unit check test test-unit test-vm test-nspawn test-matrix shell demo chaos bench doc install clean
 .DEFAULT_GOAL := help
 
 # A static binary starts in half the time, and is started for every container and every exec.
@@ -39,8 +44,8 @@ check: deps ## formatting, clippy, documentation, dependencies (where cargo-deny
 	@if command -v cargo-audit >/dev/null; then set -x; cargo audit; \
 	else echo "check: cargo-audit is not installed, skipping advisories"; fi
 
-test: ## all tests: unit, end to end in a VM, and in nspawn what needs no controllers
-	@$(SCRIPTS)/run-all unit vm nspawn
+test: ## all tests: unit, end to end in a VM, in nspawn what needs no controllers, a minute of chaos in each
+	@$(SCRIPTS)/run-all unit vm nspawn chaos/vm chaos/nspawn
 
 test-unit: ## the tests that need nothing but cargo
 	@$(SCRIPTS)/run-all unit
@@ -59,6 +64,9 @@ shell: ## a shell in a guest with the binary in it (LANE=vm|nspawn, SUITE); dest
 
 demo: ## containers as systemd units, shown in a guest
 	@$(SCRIPTS)/demo
+
+chaos: ## clients at work while the daemon, systemd, dbus and containerd go and come back (MINUTES=30, LANE)
+	@set -e; for lane in $(CHAOS_LANES); do $(SCRIPTS)/run-chaos $$lane $(SUITE) --minutes $(MINUTES) $(CHAOS); done
 
 bench: ## side by side with runc.v2, in nspawn; results in target/bench.json
 	@$(SCRIPTS)/run-bench nspawn $(SUITE)

@@ -85,8 +85,14 @@ impl<'a> Client<'a> {
     }
 
     fn phase(&self, process: &Process) -> Result<Option<Phase>, End> {
-        let name = process.name();
-        Ok(self.look(&format!("state of {name}"), || process.state())?.map(|state| state.status()))
+        let what = format!("state of {}", process.name());
+        loop {
+            // containerd waits two seconds for a State, and then says that it does not know.
+            match self.look(&what, || process.state())?.map(|state| state.status()) {
+                Some(Phase::Unknown) => {}
+                phase => return Ok(phase),
+            }
+        }
     }
 
     /// What was there is not there any more. The stock shim's containerd forgets what has stopped.

@@ -22,7 +22,7 @@ use std::process::ExitCode;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arguments::{Arguments, Parsed};
 use common::bulk::Bulk;
@@ -81,11 +81,13 @@ fn main() -> ExitCode {
     if common::node::runtime_under_test() != OUR_RUNTIME {
         arguments.disturbances.retain(|disturbance| !disturbance.is_ours());
     }
+    let begin = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     println!("\nrunning 1 test\nseed {}, {arguments:?}", arguments.seed);
     let faults = run(&arguments);
     if faults > 0 {
         println!("seed {}; the end of the daemon's journal:", arguments.seed);
-        let journal = process::run("journalctl", &["--no-pager", JOURNAL, "--unit", DAEMON_SERVICE]);
+        let since = format!("--since=@{}", begin.as_secs());
+        let journal = process::run("journalctl", &["--no-pager", JOURNAL, &since, "--unit", DAEMON_SERVICE]);
         println!("{}", journal.text());
     }
     let (word, passed, failed) = if faults == 0 { ("ok", 1, 0) } else { ("FAILED", 0, 1) };

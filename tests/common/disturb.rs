@@ -61,7 +61,10 @@ impl Disturbance {
             Disturbance::Restart => return systemctl(&["restart", DAEMON_SERVICE]),
             Disturbance::Reexec => return systemctl(&["daemon-reexec"]),
             Disturbance::Reload => return systemctl(&["daemon-reload"]),
-            Disturbance::Bus => return systemctl(&["restart", "dbus.service"]),
+            Disturbance::Bus => {
+                forget_starts();
+                return systemctl(&["restart", "dbus.service"]);
+            }
             Disturbance::Containerd => {
                 kill_containerd();
                 start_containerd();
@@ -96,6 +99,20 @@ fn signal_daemon(signal: Signal) {
     }
 }
 
+/// systemd starts what ends too often not any more.
+fn forget_starts() {
+    let _ = systemctl(&["reset-failed", "dbus.socket", "dbus.service", "containerd.service"]);
+}
+
+pub fn stop_bus() {
+    process::succeed("systemctl", &["stop", "dbus.socket", "dbus.service"]);
+}
+
+pub fn start_bus() {
+    forget_starts();
+    process::succeed("systemctl", &["start", "dbus.socket", "dbus.service"]);
+}
+
 pub fn kill_containerd() {
     let pid = systemd::main_pid("containerd.service");
     if pid != 0 {
@@ -105,6 +122,6 @@ pub fn kill_containerd() {
 
 /// At once: by itself it would come back after seconds, and not any more after a few times.
 pub fn start_containerd() {
-    process::run("systemctl", &["reset-failed", "containerd.service"]);
+    forget_starts();
     process::succeed("systemctl", &["restart", "containerd.service"]);
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{process, systemd, wait};
+use super::{daemon, process, systemd, wait};
 
 pub const STATE_DIRECTORY: &str = "/run/containerd-shim-systemd-v1";
 const RUNC_STATE: &str = "/run/containerd/runc";
@@ -29,7 +29,7 @@ impl Traces {
             ("runc state", below(Path::new(RUNC_STATE), 2).collect()),
             ("log-extra-fields file", log_extra_fields.collect()),
             ("bundle", below(Path::new("/run/containerd/io.containerd.runtime.v2.task"), 2).collect()),
-            ("shim process", pids("containerd-shim")),
+            ("shim process", shims()),
             ("runtime process", pids("runc")),
         ]))
     }
@@ -98,6 +98,10 @@ fn descriptors() -> BTreeSet<String> {
         // The number of a socket or pipe says nothing.
         *counts.entry(target.split('[').next().unwrap_or_default().to_string()).or_default() += 1;
     }
+    // A copy of the runtime, which a daemon makes for its first container.
+    counts.retain(|kind, count| {
+        *count > 1 || !["/memfd:runc", "/memfd:crun"].iter().any(|name| kind.starts_with(name))
+    });
     counts.into_iter().flat_map(|(kind, count)| (1..=count).map(move |n| format!("{kind} #{n}"))).collect()
 }
 
@@ -105,6 +109,12 @@ fn descriptors() -> BTreeSet<String> {
 fn stored_descriptors() -> BTreeSet<String> {
     let count = systemd::property(systemd::DAEMON_SERVICE, "NFileDescriptorStore").parse().unwrap_or(0_u32);
     (1..=count).map(|n| format!("#{n}")).collect()
+}
+
+/// All but the daemon, which may be another one than before.
+fn shims() -> BTreeSet<String> {
+    let daemon = daemon::pid().map(|pid| pid.to_string());
+    pids("containerd-shim").into_iter().filter(|pid| daemon.as_ref() != Some(pid)).collect()
 }
 
 fn pids(comm: &str) -> BTreeSet<String> {

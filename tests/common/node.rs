@@ -13,7 +13,7 @@ use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Request, Response, Status};
 use tokio::runtime::Runtime;
 
-use super::{daemon, wait};
+use super::{daemon, shim, wait};
 
 pub const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 pub const OUR_RUNTIME: &str = "io.containerd.systemd.v1";
@@ -150,6 +150,8 @@ pub enum Need {
     Controllers,
     /// A second OCI runtime, crun.
     Crun,
+    /// A test build of our shim, which can be told where to end.
+    Faults,
     /// systemd that keeps the descriptors of a service that is stopped.
     PreservedStore,
 }
@@ -171,6 +173,7 @@ impl Need {
             Need::Crun => {
                 (!std::path::Path::new("/usr/bin/crun").exists()).then(|| "no crun here".to_string())
             }
+            Need::Faults => shim::points().is_empty().then(|| "no build with faults here".to_string()),
             Need::PreservedStore => {
                 let version = daemon::systemd_version();
                 (version < 254)

@@ -1,6 +1,8 @@
 //! Our shim without containerd in between: its binary, and a ttrpc client on the daemon's socket.
 
+use std::fs;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -15,6 +17,7 @@ use super::process::{self, Outcome};
 use super::spec::Spec;
 use super::stdio::Scratch;
 use super::systemd::{DAEMON_SERVICE, DAEMON_SOCKET};
+use super::{daemon, wait};
 
 pub const BINARY: &str = "/usr/local/bin/containerd-shim-systemd-v1";
 
@@ -32,7 +35,12 @@ pub struct Shim<'n> {
 impl<'n> Shim<'n> {
     /// Connects, as containerd does: to the address that `start` gives.
     pub fn connect(node: &'n Node) -> Shim<'n> {
-        let address = format!("unix://{}", socket());
+        Shim::at(node, &socket())
+    }
+
+    /// Connects to a path that is known.
+    pub fn at(node: &'n Node, path: &str) -> Shim<'n> {
+        let address = format!("unix://{path}");
         let client = node
             .block_on(Client::connect(&address))
             .unwrap_or_else(|error| panic!("connect to {address}: {error}"));
@@ -122,6 +130,47 @@ pub fn stop_daemon() {
         // Where nothing has run yet there is nothing to stop.
         let stopped = process::run("systemctl", &["stop", unit]);
         assert!(stopped.code == Some(0) || stopped.code == Some(NOT_LOADED), "{unit}: {}", stopped.stderr);
+    }
+}
+
+/// A test build of the shim, with points at which it can be told to end.
+const FAULTS_BINARY: &str = "/usr/local/lib/testbed/containerd-shim-systemd-v1";
+
+/// Where the installed one is meanwhile, and where one is made before it is renamed.
+const KEPT: &str = "/usr/local/bin/containerd-shim-systemd-v1.kept";
+const NEW: &str = "/usr/local/bin/containerd-shim-systemd-v1.new";
+
+/// The names of those points; none without such a build.
+pub fn points() -> Vec<String> {
+    if !Path::new(FAULTS_BINARY).exists() {
+        return Vec::new();
+    }
+    let outcome = process::run(FAULTS_BINARY, &["faults"]);
+    let names = outcome.text().lines().map(str::to_string).collect();
+    if outcome.code == Some(0) { names } else { Vec::new() }
+}
+
+/// That build in the place of the installed one, which comes back on drop.
+pub struct WithFaults;
+
+impl WithFaults {
+    pub fn install() -> WithFaults {
+        socket();
+        fs::copy(BINARY, KEPT).expect("keep the binary");
+        let with_faults = WithFaults;
+        fs::copy(FAULTS_BINARY, NEW).expect("copy the test build");
+        fs::rename(NEW, BINARY).expect("replace the binary");
+        daemon::systemctl("restart");
+        wait::until("the test build serves", daemon::serving);
+        with_faults
+    }
+}
+
+impl Drop for WithFaults {
+    fn drop(&mut self) {
+        // The next test that asks for the daemon would not find it.
+        let _ = fs::rename(KEPT, BINARY);
+        process::run("systemctl", &["restart", DAEMON_SERVICE]);
     }
 }
 

@@ -297,7 +297,7 @@ fn refused(
 }
 
 /// A request of the Task service, by hand.
-fn rpc(version: &str, method: &str, namespace: &str, payload: Vec<u8>) -> ttrpc::proto::Request {
+pub fn rpc(version: &str, method: &str, namespace: &str, payload: Vec<u8>) -> ttrpc::proto::Request {
     let mut pair = ttrpc::proto::KeyValue::new();
     pair.key = "containerd-namespace-ttrpc".to_string();
     pair.value = namespace.to_string();
@@ -311,7 +311,7 @@ fn rpc(version: &str, method: &str, namespace: &str, payload: Vec<u8>) -> ttrpc:
 }
 
 /// A ttrpc frame: length, stream, type (1 is a request), flags, and a body that may not have that length.
-fn frame(stream: u32, kind: u8, length: u32, body: &[u8]) -> Vec<u8> {
+pub fn frame(stream: u32, kind: u8, length: u32, body: &[u8]) -> Vec<u8> {
     let mut frame = Vec::new();
     frame.extend(length.to_be_bytes());
     frame.extend(stream.to_be_bytes());

@@ -8,6 +8,16 @@ cd "$repo_dir" || exit
 # Builds the daemon as it is installed.
 build_daemon() { make --no-print-directory -C "$repo_dir" build; }
 
+# Builds the daemon with points at which it can be told to end, and prints the path of its program. A build
+# for tests: it need not be small.
+build_faults() {
+    local path=$target_dir/testbed/containerd-shim-systemd-v1
+    cargo rustc --quiet --locked --features faults --bin containerd-shim-systemd-v1 -- -C target-feature=+crt-static >&2
+    # The next build without the feature takes its place.
+    cp -f "$target_dir/debug/containerd-shim-systemd-v1" "$path"
+    echo "$path"
+}
+
 # Builds one test or bench target and prints the path of its program. cargo names the daemon's, too, in
 # no certain order.
 cargo_executable() { # test|bench OPTION…

@@ -1,0 +1,250 @@
+//! The daemon is killed at every point that its test build has a name for, in the middle of every call: each
+//! call is answered as if nothing had happened, and what comes after it is right.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use crate::common::audit::Audit;
+use crate::common::container::Container;
+use crate::common::events::Event;
+use crate::common::leaks::{self, Traces};
+use crate::common::node::{NAMESPACE, Node, number};
+use crate::common::shim::{self, WithFaults};
+use crate::common::spec::Spec;
+use crate::common::stdio::{Fifos, Reader, feed};
+use crate::common::task::{Io, SIGTERM};
+use crate::common::{daemon, wait};
+
+/// Names the point at which the daemon shall end; it removes the file first.
+const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
+
+/// A moment in the life of a container, just before one call or one end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Moment {
+    Create,
+    Start,
+    Exec,
+    ExecStart,
+    ExecExit,
+    ExecDelete,
+    Recover,
+    Kill,
+    Delete,
+}
+
+/// When the daemon has to pass a point, by what its name begins with. It is enough that one of them does.
+fn moments(point: &str) -> &'static [Moment] {
+    match point.split('.').next().unwrap_or_default() {
+        "create" => &[Moment::Create],
+        "start" => &[Moment::Start],
+        "exec" => &[Moment::Exec],
+        "exec-start" | "stdio" => &[Moment::ExecStart],
+        "exec-delete" => &[Moment::ExecDelete],
+        "exit" => &[Moment::ExecExit, Moment::Kill],
+        "recover" => &[Moment::Recover],
+        "kill" => &[Moment::Kill],
+        "delete" => &[Moment::Delete],
+        "publish" => &[Moment::Create, Moment::Kill, Moment::Delete],
+        // Every call passes there, but only the first of a container makes a connection.
+        _ => &[Moment::Create, Moment::Start, Moment::ExecStart, Moment::Delete],
+    }
+}
+
+/// What stdio the processes have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Streams {
+    Fifos,
+    None,
+    Terminal,
+}
+
+/// The client's ends of a process's streams.
+struct Client {
+    fifos: Fifos,
+    stdout: Reader,
+    _stderr: Reader,
+}
+
+impl Client {
+    fn of(streams: Streams) -> Option<Client> {
+        let fifos = Fifos::new("point");
+        let (stdout, stderr) = (fifos.stdout(), fifos.stderr());
+        (streams != Streams::None).then_some(Client { fifos, stdout, _stderr: stderr })
+    }
+
+    /// Waits for one line of output.
+    fn expect(&mut self, line: &str) {
+        let seen = self.stdout.until(|bytes| bytes.ends_with(b"\n"));
+        assert_eq!(String::from_utf8_lossy(&seen).trim_end(), line);
+    }
+}
+
+impl Streams {
+    fn io(self, client: &Option<Client>) -> Io {
+        match (self, client) {
+            (Streams::Terminal, Some(client)) => client.fifos.terminal(),
+            (_, Some(client)) => client.fifos.io(),
+            (_, None) => Io::default(),
+        }
+    }
+
+    fn spec(self, script: &str) -> Spec {
+        let spec = Spec::sh(script);
+        if self == Streams::Terminal { spec.terminal() } else { spec }
+    }
+}
+
+/// The daemon is to end at the point.
+struct Armed<'p> {
+    point: &'p str,
+    at: Moment,
+}
+
+impl Armed<'_> {
+    fn at(&self, moment: Moment) {
+        if self.at == moment {
+            fs::write(REQUEST, self.point).expect("ask for a fault");
+        }
+    }
+
+    fn was_hit(&self) -> bool {
+        !Path::new(REQUEST).exists()
+    }
+}
+
+impl Drop for Armed<'_> {
+    fn drop(&mut self) {
+        // Gone, if the point was hit.
+        let _ = fs::remove_file(REQUEST);
+    }
+}
+
+#[test]
+fn the_daemon_may_end_at_every_point() {
+    needs!(OurShim, Faults);
+    let node = Node::exclusive();
+    let _build = WithFaults::install();
+    let points = shim::points();
+    assert!(points.len() > 20, "{points:?}");
+    live(&node, &Armed { point: "none", at: Moment::Create }, Streams::Fifos);
+    // All of them where it is fast. An emulated machine takes some.
+    let step = number("E2E_POINTS_STEP", 1, 5);
+    let mut failures = Vec::new();
+    // For a closer look at some.
+    let prefix = std::env::var("E2E_POINTS").unwrap_or_default();
+    for point in points.iter().filter(|point| point.starts_with(&prefix)).step_by(step) {
+        let kinds = match point.split('.').next() {
+            Some("create" | "exec-start" | "stdio") => {
+                &[Streams::Fifos, Streams::None, Streams::Terminal][..]
+            }
+            _ => &[Streams::Fifos],
+        };
+        let mut hits = 0;
+        for (kind, moment) in kinds.iter().flat_map(|kind| moments(point).iter().map(move |at| (*kind, *at)))
+        {
+            // One failure hides no other: the points are in different places.
+            match catch_unwind(AssertUnwindSafe(|| end_at(&node, point, moment, kind))) {
+                Ok(hit) => hits += u32::from(hit),
+                Err(_) => failures.push(format!("{point} at {moment:?} with {kind:?}")),
+            }
+        }
+        if hits == 0 {
+            failures.push(format!("no call has passed {point}"));
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// Lives with a kill at the point. Says if there was one.
+fn end_at(node: &Node, point: &str, moment: Moment, streams: Streams) -> bool {
+    // For a failure that is none of an assertion's here.
+    println!("{point} at {moment:?} with {streams:?}");
+    let pid = wait::until("the daemon serves", daemon::serving);
+    let armed = Armed { point, at: moment };
+    let before = Traces::take();
+    live(node, &armed, streams);
+    let hit = armed.was_hit();
+    if hit {
+        daemon::wait_for_another(pid);
+    }
+    leaks::assert_none(&format!("an end at {point}, {moment:?}"), &before);
+    hit
+}
+
+/// One container with one exec, from create to delete, with everything that can be asked on the way.
+fn live(node: &Node, armed: &Armed, streams: Streams) {
+    let events = node.subscribe();
+    let script = "trap 'exit 17' TERM; echo init; sleep 100000 & wait";
+    let container = node.container("point", streams.spec(script)).make();
+    let mut client = Client::of(streams);
+    armed.at(Moment::Create);
+    let pid = container.create(&streams.io(&client)).expect("create");
+    assert_eq!(container.pid(), pid);
+    let waiting = container.waiting();
+    armed.at(Moment::Start);
+    container.start().expect("start");
+    assert_eq!(container.pid(), pid);
+    match &mut client {
+        Some(client) => client.expect("init"),
+        // It has its trap when it waits for its child.
+        None => wait::until_true("a child", || container.pids().is_ok_and(|pids| pids.len() == 2)),
+    }
+
+    let status = live_exec(&container, armed, streams);
+
+    armed.at(Moment::Recover);
+    if armed.at == Moment::Recover {
+        daemon::kill_now();
+    }
+    assert_eq!(container.pid(), pid);
+    armed.at(Moment::Kill);
+    container.kill(SIGTERM).expect("kill");
+    assert_eq!(waiting.exit().expect("wait").status, 17);
+    assert_eq!(container.state().expect("state").exit_status, 17);
+    armed.at(Moment::Delete);
+    assert_eq!(container.delete().expect("delete").exit_status, 17);
+    if let Some(client) = &mut client {
+        assert_eq!(client.stdout.text(), "", "no output comes twice");
+    }
+
+    let mut audit = Audit::default();
+    while !audit.is_deleted(&container.id) {
+        let event = events.next(NAMESPACE, wait::LIMIT).expect("containerd is there");
+        audit.add(event.unwrap_or_else(|| panic!("only these events: {:?}", audit.of(&container.id))));
+    }
+    assert_eq!(audit.faults(&container.id), [""; 0]);
+    let names: Vec<&str> = audit.of(&container.id).iter().map(Event::name).collect();
+    let all = ["create", "start", "exec-added", "exec-started", "exec-exit", "exit", "delete"];
+    assert_eq!(names, all);
+    let exits = audit.of(&container.id).iter().filter_map(|event| match event {
+        Event::Exit(exit) => Some(exit.exit_status),
+        _ => None,
+    });
+    assert_eq!(exits.collect::<Vec<u32>>(), [status, 17]);
+}
+
+/// The exec; returns its exit status.
+fn live_exec(container: &Container, armed: &Armed, streams: Streams) -> u32 {
+    let script = if streams == Streams::None { "sleep 1; exit 9" } else { "echo exec; read go; exit 9" };
+    let mut client = Client::of(streams);
+    let exec = container.exec(streams.spec(script));
+    armed.at(Moment::Exec);
+    let exec = exec.add(&streams.io(&client)).expect("add an exec");
+    let waiting = exec.waiting();
+    armed.at(Moment::ExecStart);
+    let pid = exec.start().expect("start an exec");
+    if let Some(client) = &mut client {
+        client.expect("exec");
+        assert_eq!(exec.pid(), pid);
+    }
+    armed.at(Moment::ExecExit);
+    if let Some(client) = &client {
+        feed(&client.fifos.stdin(), b"go\n");
+    }
+    assert_eq!(waiting.exit().expect("wait for an exec").status, 9);
+    assert_eq!(exec.state().expect("state of an exec").exit_status, 9);
+    armed.at(Moment::ExecDelete);
+    assert_eq!(exec.delete().expect("delete an exec").exit_status, 9);
+    9
+}
