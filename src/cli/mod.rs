@@ -34,7 +34,7 @@ pub fn run(words: Vec<String>) -> ExitCode {
         Ok(command) => command,
         Err(error) => {
             say(&format!("{NAME}: {error}\n\n{USAGE}"));
-            return ExitCode::from(2);
+            return ExitCode::from(MISUSED);
         }
     };
     let result = match command {
@@ -43,6 +43,13 @@ pub fn run(words: Vec<String>) -> ExitCode {
         Command::Info(global) => info::run(&global),
         Command::Start(global) => start::run(&global),
         Command::Delete(global) => delete::run(&global),
+        Command::Serve if !serve::has_work() => {
+            say(&format!(
+                "{NAME}: serve is for systemd: start {} instead\n",
+                crate::unit::name::DAEMON_SOCKET
+            ));
+            return ExitCode::from(MISUSED);
+        }
         Command::Serve => serve::run(),
         Command::Wake => wake::run(),
         #[cfg(feature = "faults")]
@@ -60,6 +67,9 @@ pub fn run(words: Vec<String>) -> ExitCode {
         }
     }
 }
+
+/// The exit code where trying again would be no use; the daemon's service is not restarted after it.
+const MISUSED: u8 = 2;
 
 const NAME: &str = env!("CARGO_PKG_NAME");
 

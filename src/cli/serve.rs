@@ -37,9 +37,9 @@ const IDLE_THREAD: Duration = Duration::from_secs(2);
 const MAX_BLOCKING_THREADS: usize = 64;
 
 pub(super) fn run() -> Result<(), Failure> {
+    telemetry::init();
     // Before any thread: it takes the descriptors out of the environment.
     let passed = take_passed()?;
-    telemetry::init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_stack_size(1 << 20)
@@ -62,12 +62,18 @@ struct Passed {
     kept: Vec<(String, OwnedFd)>,
 }
 
+/// True if systemd has anything for the daemon. Without, it was started by hand, or without its socket.
+pub(super) fn has_work() -> bool {
+    std::env::var_os("LISTEN_FDS").is_some()
+}
+
 fn take_passed() -> Result<Passed, Failure> {
     let fds = sys::take_systemd_fds().map_err(|error| Failure(format!("take systemd's sockets: {error}")))?;
     let (sockets, kept): (Vec<_>, Vec<_>) =
         fds.into_iter().partition(|(found, _)| found == name::DAEMON_SOCKET);
     if sockets.is_empty() {
-        return Err(Failure(format!("serve is for systemd: start {} instead", name::DAEMON_SOCKET)));
+        // Somebody has started the service without its socket: those who are connected are served.
+        tracing::warn!("no socket to listen at: {} is not up", name::DAEMON_SOCKET);
     }
     Ok(Passed { sockets: sockets.into_iter().map(|(_, fd)| fd).collect(), kept })
 }

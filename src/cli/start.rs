@@ -134,7 +134,7 @@ fn listens() -> bool {
 
 /// Brings the daemon's units up if its socket does not answer. Of many callers one does it, and the
 /// others wait for that one.
-fn bring_up() -> Result<(), Failure> {
+pub(super) fn bring_up() -> Result<(), Failure> {
     if listens() {
         return Ok(());
     }

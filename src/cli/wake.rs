@@ -6,11 +6,7 @@
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
 
-use crate::id::UnitName;
-use crate::unit::name;
-use crate::unit::proxy::Manager;
-
-use super::{Failure, block_on};
+use super::{Failure, start};
 
 pub(super) fn run() -> Result<(), Failure> {
     let stdin = std::io::stdin();
@@ -20,10 +16,6 @@ pub(super) fn run() -> Result<(), Failure> {
             return Err(Failure(format!("wait for a call: {errno}")));
         }
     }
-    let daemon = UnitName::new(name::DAEMON_SERVICE).map_err(Failure::new)?;
-    block_on(async {
-        let manager = Manager::default();
-        drop(manager.connect().await.map_err(Failure::new)?);
-        manager.start_without_waiting(&daemon).await.map_err(Failure::new)
-    })?
+    // Its socket may have been stopped as well. Connecting to it starts the daemon.
+    start::bring_up()
 }

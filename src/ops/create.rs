@@ -269,6 +269,9 @@ fn placement(key: &TaskKey, spec: &Spec) -> Result<Placement, Error> {
         place::Wish::Ours => Placement::Unit { slice: ours()?, child: place::escape(key.id.as_str()) },
         place::Wish::Slice { slice, child } => Placement::Unit { slice: UnitName::new(slice)?, child },
         place::Wish::Literal(path) => {
+            if let Some(placement) = own_placement(key, &path)? {
+                return Ok(placement);
+            }
             tracing::warn!(
                 task = %key,
                 "task {key}: its client insists on cgroup {}, outside of the unit: \
@@ -278,6 +281,18 @@ fn placement(key: &TaskKey, spec: &Spec) -> Result<Placement, Error> {
             Placement::Foreign { slice: name::namespace_slice(&key.namespace)?, path }
         }
     })
+}
+
+/// The placement that an earlier attempt has written into the bundle, whose Create is replayed.
+fn own_placement(key: &TaskKey, path: &Path) -> Result<Option<Placement>, Error> {
+    let parts: Vec<_> = path.iter().filter_map(|part| part.to_str()).collect();
+    let [.., slice, unit, child] = parts[..] else {
+        return Ok(None);
+    };
+    if !name::candidates(key).any(|own| own.as_str() == unit) {
+        return Ok(None);
+    }
+    Ok(Some(Placement::Unit { slice: UnitName::new(slice)?, child: child.to_owned() }))
 }
 
 /// The pod's sandbox (pause container) that a container belongs to; a sandbox belongs to itself.

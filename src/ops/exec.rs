@@ -19,7 +19,7 @@ use crate::stdio::{fifo, uri};
 use crate::store::Store;
 use crate::task::exec::{Exec, ExecEvent, ExecPhase, Outcome};
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::Exit;
+use crate::task::phase::{Exit, Seen};
 use crate::task::registry::Taken;
 use crate::task::request::Stdio;
 use crate::task::wiring::{Wiring, pipe};
@@ -163,7 +163,7 @@ impl Shim {
             Ok((pid, exit)) => {
                 self.apply_exec(entry, id, ExecEvent::Started { pid })?;
                 if let Some(exit) = exit {
-                    self.apply_exec(entry, id, ExecEvent::Exited(exit))?;
+                    self.apply_exec(entry, id, ExecEvent::Exited(Seen { pid: Some(pid), exit }))?;
                 }
                 fault::point(Point::ExecStartNoted);
                 self.after_exec(entry, process);
@@ -218,7 +218,7 @@ impl Shim {
         doorbell: Receiver,
         opened: Opened,
     ) -> Result<(u32, Option<Exit>), Error> {
-        let (pid, exit) = match outcome(process, dir, doorbell).await? {
+        let (pid, exit) = match self.outcome(process, dir, doorbell).await? {
             Outcome::Started { pid } => (pid, None),
             Outcome::Ended { pid, exit } => (pid, Some(exit)),
             Outcome::Failed { reason } => return Err(Error::Launch(reason)),
@@ -231,6 +231,27 @@ impl Shim {
         self.start_pumps(entry, process, opened).await?;
         fault::point(Point::ExecStartPumping);
         Ok((pid, exit))
+    }
+
+    /// What became of a start: known when the bell rings, or when the unit has ended.
+    async fn outcome(&self, process: &Process, dir: &Path, mut doorbell: Receiver) -> Result<Outcome, Error> {
+        let (ended, mut nothing) = (process.live().attempt_ended.clone(), [0]);
+        loop {
+            if let Some(outcome) = Store::read_outcome(dir)? {
+                return Ok(outcome);
+            }
+            tokio::select! {
+                rung = doorbell.read(&mut nothing) => drop(rung.map_err(Error::Watch)?),
+                () = ended.notified() => {
+                    // It may be the end of an earlier unit with this name that is heard of late.
+                    let state = self.manager.active_state(&process.unit).await?;
+                    if state.as_deref() != Some("activating") && Store::read_outcome(dir)?.is_none() {
+                        let unit = &process.unit;
+                        return Err(Error::Launch(format!("OCI runtime exec failed: see systemctl status {unit}")));
+                    }
+                }
+            }
+        }
     }
 
     /// Holds the process, so that its number can't become another's. One that is gone has ended:
@@ -468,18 +489,4 @@ fn open_doorbell(dir: &Path) -> Result<Receiver, Error> {
         fifo::make(&path)?;
     }
     Receiver::from_file(fifo::open_reader(&path)?).map_err(Error::Watch)
-}
-
-/// What became of a start: known when the bell rings, or when the unit has ended.
-async fn outcome(process: &Process, dir: &Path, mut doorbell: Receiver) -> Result<Outcome, Error> {
-    let (ended, mut nothing) = (process.live().attempt_ended.clone(), [0]);
-    if let Some(outcome) = Store::read_outcome(dir)? {
-        return Ok(outcome);
-    }
-    tokio::select! {
-        rung = doorbell.read(&mut nothing) => drop(rung.map_err(Error::Watch)?),
-        () = ended.notified() => {}
-    }
-    let lost = || Error::Launch(format!("OCI runtime exec failed: see systemctl status {}", process.unit));
-    Store::read_outcome(dir)?.ok_or_else(lost)
 }

@@ -7,7 +7,7 @@ use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
 use crate::oci::runtime;
 use crate::task::exec::{ExecEvent, ExecPhase};
-use crate::task::phase::{Event, Exit, Phase};
+use crate::task::phase::{Event, Exit, Phase, Seen};
 use crate::unit::main_process::{Ended, MainProcess};
 use crate::unit::watch::Observation;
 
@@ -30,8 +30,8 @@ impl Shim {
             return;
         };
         match (&process.key.exec, main.ended) {
-            (None, Some(ended)) if is_init(&entry, main) => self.ended(&entry, exit_of(ended)),
-            (Some(id), Some(ended)) => self.exec_ended(&entry, &process, id, ended),
+            (None, Some(ended)) => self.ended(&entry, seen(main, ended)),
+            (Some(id), Some(ended)) => self.exec_ended(&entry, &process, id, seen(main, ended)),
             // A unit that is stopped lets go of a process that is not systemd's child.
             (Some(id), None) if main.pid == 0 && runs(&entry, id) => {
                 self.look_at_exec(&entry, &process, id)
@@ -69,8 +69,8 @@ impl Shim {
         }
         let main = self.manager.main_process(&process.unit).await?;
         match main {
-            Some(MainProcess { ended: Some(ended), .. }) => {
-                self.exec_ended(entry, process, id, ended);
+            Some(main @ MainProcess { ended: Some(ended), .. }) => {
+                self.exec_ended(entry, process, id, seen(main, ended));
             }
             Some(MainProcess { pid: 1.., .. }) => {}
             // Stopped from outside: systemd sends SIGTERM and SIGKILL, and does not wait for what is not
@@ -78,15 +78,16 @@ impl Shim {
             Some(MainProcess { pid: 0, ended: None, .. }) | None => {
                 let key = &process.key;
                 tracing::warn!(process = %key, "{key}: its unit was stopped, which took the exit code along");
-                self.exec_ended(entry, process, id, Ended::killed(now_usec()));
+                let killed = exit_of(Ended::killed(now_usec()));
+                self.exec_ended(entry, process, id, Seen { pid: None, exit: killed });
             }
         }
         Ok(())
     }
 
-    fn exec_ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId, ended: Ended) {
+    fn exec_ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId, seen: Seen) {
         fault::point(Point::ExitSeen);
-        if let Err(error) = self.apply_exec(entry, id, ExecEvent::Exited(exit_of(ended))) {
+        if let Err(error) = self.apply_exec(entry, id, ExecEvent::Exited(seen)) {
             // As with init: the unit keeps the exit.
             tracing::error!(process = %process.key, %error, "{}: can't note its end: {error}", process.key);
             return;
@@ -106,21 +107,22 @@ impl Shim {
         let main = self.manager.main_process(&entry.init.unit).await?;
         match main {
             Some(main) => {
-                if let Some(ended) = main.ended.filter(|_| is_init(entry, main)) {
-                    self.ended(entry, exit_of(ended));
+                if let Some(ended) = main.ended {
+                    self.ended(entry, seen(main, ended));
                 }
             }
             None => {
                 tracing::warn!(task = %entry.key, "task {}: its unit is gone and took the exit code along", entry.key);
-                self.ended(entry, Exit { status: UNKNOWN_STATUS, at_usec: now_usec() });
+                let exit = Exit { status: UNKNOWN_STATUS, at_usec: now_usec() };
+                self.ended(entry, Seen { pid: None, exit });
             }
         }
         Ok(())
     }
 
-    fn ended(self: &Arc<Self>, entry: &Arc<Entry>, exit: Exit) {
+    fn ended(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) {
         fault::point(Point::ExitSeen);
-        if let Err(error) = self.apply(entry, Event::Exited(exit)) {
+        if let Err(error) = self.apply(entry, Event::Exited(seen)) {
             // The record could not be written. The unit keeps the exit; the next look finds it.
             tracing::error!(task = %entry.key, %error, "task {}: can't note its end: {error}", entry.key);
             return;
@@ -233,9 +235,8 @@ fn runs(entry: &Entry, id: &ExecId) -> bool {
     matches!(entry.task().execs.get(id).map(|exec| &exec.phase), Some(ExecPhase::Running { .. }))
 }
 
-/// The end that systemd reports is that of this task's init, not of what it took for one before.
-fn is_init(entry: &Entry, main: MainProcess) -> bool {
-    entry.task().init.pid().is_none_or(|pid| main.last_pid == 0 || main.last_pid == pid)
+fn seen(main: MainProcess, ended: Ended) -> Seen {
+    Seen { pid: (main.last_pid != 0).then_some(main.last_pid), exit: exit_of(ended) }
 }
 
 fn exit_of(ended: Ended) -> Exit {

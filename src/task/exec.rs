@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::UnitName;
 
-use super::phase::{Announce, Exit, Refusal, Step, stay};
+use super::phase::{Announce, Exit, Refusal, Seen, Step, stay};
 use super::request::Stdio;
 use super::wiring::Wiring;
 
@@ -65,8 +65,8 @@ pub enum ExecPhase {
     Added,
     /// Its unit is being started.
     Starting {
-        /// It has already ended.
-        exit: Option<Exit>,
+        /// A process of the unit has ended: the last that was noticed.
+        exit: Option<Seen>,
     },
     /// It runs.
     Running {
@@ -128,7 +128,7 @@ pub enum ExecEvent {
     /// Its unit did not come up.
     StartFailed,
     /// The main process has ended.
-    Exited(Exit),
+    Exited(Seen),
 }
 
 impl ExecEvent {
@@ -161,19 +161,18 @@ pub fn transition(phase: &ExecPhase, event: ExecEvent) -> Result<Step<ExecPhase>
 
         (ExecPhase::Starting { exit }, Started { pid }) => {
             let announce = vec![Announce::Started { pid }];
-            Ok(match exit {
+            Ok(match exit.filter(|seen| seen.is_of(pid)) {
                 None => Step { next: ExecPhase::Running { pid }, announce },
-                Some(exit) => stop(pid, exit, announce),
+                Some(seen) => stop(pid, seen.exit, announce),
             })
         }
         // The end that was noticed was that of the attempt.
         (ExecPhase::Starting { .. }, StartFailed) => Ok(stay(ExecPhase::Added)),
-        (ExecPhase::Starting { exit }, Exited(seen)) => {
-            Ok(stay(ExecPhase::Starting { exit: exit.or(Some(seen)) }))
-        }
+        (ExecPhase::Starting { .. }, Exited(seen)) => Ok(stay(ExecPhase::Starting { exit: Some(seen) })),
         (ExecPhase::Starting { .. }, StartBegun) => Err(refused),
 
-        (ExecPhase::Running { pid }, Exited(exit)) => Ok(stop(pid, exit, Vec::new())),
+        (ExecPhase::Running { pid }, Exited(seen)) if seen.is_of(pid) => Ok(stop(pid, seen.exit, Vec::new())),
+        (running @ ExecPhase::Running { .. }, Exited(_)) => Ok(stay(running)),
         (ExecPhase::Running { .. }, StartBegun | Started { .. } | StartFailed) => Err(refused),
 
         (stopped @ ExecPhase::Stopped { .. }, Exited(_)) => Ok(stay(stopped)),
@@ -188,6 +187,7 @@ mod tests {
     const EXIT: Exit = Exit { status: 7, at_usec: 5 };
     const LATER: Exit = Exit { status: 0, at_usec: 9 };
     const PID: u32 = 42;
+    const SEEN: Seen = Seen { pid: Some(PID), exit: EXIT };
 
     fn run(events: &[ExecEvent]) -> (ExecPhase, Vec<Announce>) {
         let mut phase = ExecPhase::Added;
@@ -205,7 +205,7 @@ mod tests {
         let phases = [
             ExecPhase::Added,
             ExecPhase::Starting { exit: None },
-            ExecPhase::Starting { exit: Some(EXIT) },
+            ExecPhase::Starting { exit: Some(SEEN) },
             ExecPhase::Running { pid: PID },
             ExecPhase::Stopped { pid: PID, exit: EXIT },
         ];
@@ -213,7 +213,7 @@ mod tests {
             ExecEvent::StartBegun,
             ExecEvent::Started { pid: PID },
             ExecEvent::StartFailed,
-            ExecEvent::Exited(LATER),
+            ExecEvent::Exited(Seen { pid: None, exit: LATER }),
         ];
         for phase in phases {
             for event in events {
@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn an_exit_inside_start_is_announced_after_the_start() {
         let (phase, announce) =
-            run(&[ExecEvent::StartBegun, ExecEvent::Exited(EXIT), ExecEvent::Started { pid: PID }]);
+            run(&[ExecEvent::StartBegun, ExecEvent::Exited(SEEN), ExecEvent::Started { pid: PID }]);
         assert_eq!(phase.exit(), Some(EXIT));
         let announced = [Announce::Started { pid: PID }, Announce::Exited { pid: PID, exit: EXIT }];
         assert_eq!(announce, announced);
@@ -238,7 +238,7 @@ mod tests {
     #[test]
     fn a_failed_start_can_be_tried_again_and_announces_nothing() {
         let (phase, announce) =
-            run(&[ExecEvent::StartBegun, ExecEvent::Exited(EXIT), ExecEvent::StartFailed]);
+            run(&[ExecEvent::StartBegun, ExecEvent::Exited(SEEN), ExecEvent::StartFailed]);
         assert_eq!((phase, announce.len()), (ExecPhase::Added, 0));
     }
 

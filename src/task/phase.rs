@@ -23,14 +23,31 @@ pub struct Exit {
     pub at_usec: u64,
 }
 
+/// An end that was noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// Of which process. Not always told.
+    pub pid: Option<u32>,
+    /// How it ended.
+    pub exit: Exit,
+}
+
+impl Seen {
+    /// The end is not that of another process: one of an earlier unit with the same name, whose end is
+    /// heard of late.
+    pub(super) fn is_of(self, pid: u32) -> bool {
+        self.pid.is_none_or(|seen| seen == pid)
+    }
+}
+
 /// Where an init process is in its life.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case")]
 pub enum Phase {
     /// The record is written; the unit may or may not exist yet.
     Creating {
-        /// It has already ended.
-        exit: Option<Exit>,
+        /// A process of the unit has ended: the last that was noticed.
+        exit: Option<Seen>,
     },
     /// The OCI runtime's init waits to be started.
     Created {
@@ -130,7 +147,7 @@ pub enum Event {
     /// The OCI runtime could not start it.
     StartFailed,
     /// The main process has ended.
-    Exited(Exit),
+    Exited(Seen),
     /// No exec is live any more.
     ExecsGone,
 }
@@ -206,19 +223,26 @@ fn end(pid: u32, exit: Exit, announce: Vec<Announce>) -> Step<Phase> {
 pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
     use Event::{Created, ExecsGone, Exited, StartBegun, StartFailed, Started};
     let refused = Refusal { verb: event.verb(), phase: phase.word() };
+    if let (Exited(seen), Some(pid)) = (event, phase.pid())
+        && !seen.is_of(pid)
+    {
+        return Ok(stay(phase.clone()));
+    }
     match (phase.clone(), event) {
         (Phase::Creating { exit }, Created { pid }) => {
             let announce = vec![Announce::Created { pid }];
-            Ok(match exit {
+            Ok(match exit.filter(|seen| seen.is_of(pid)) {
                 None => Step { next: Phase::Created { pid }, announce },
-                Some(exit) => end(pid, exit, announce),
+                Some(seen) => end(pid, seen.exit, announce),
             })
         }
-        (Phase::Creating { exit }, Exited(seen)) => Ok(stay(Phase::Creating { exit: exit.or(Some(seen)) })),
+        (Phase::Creating { .. }, Exited(seen)) => Ok(stay(Phase::Creating { exit: Some(seen) })),
         (Phase::Creating { .. }, StartBegun | Started | StartFailed) => Err(refused),
 
         (Phase::Created { pid }, StartBegun) => Ok(stay(Phase::Starting { pid, exit: None })),
-        (Phase::Created { pid } | Phase::Running { pid }, Exited(exit)) => Ok(end(pid, exit, Vec::new())),
+        (Phase::Created { pid } | Phase::Running { pid }, Exited(seen)) => {
+            Ok(end(pid, seen.exit, Vec::new()))
+        }
         (Phase::Created { .. }, Created { .. } | Started | StartFailed) => Err(refused),
 
         (Phase::Starting { pid, exit }, Started) => {
@@ -233,7 +257,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
             Some(exit) => end(pid, exit, Vec::new()),
         }),
         (Phase::Starting { pid, exit }, Exited(seen)) => {
-            Ok(stay(Phase::Starting { pid, exit: exit.or(Some(seen)) }))
+            Ok(stay(Phase::Starting { pid, exit: exit.or(Some(seen.exit)) }))
         }
         (Phase::Starting { .. }, Created { .. } | StartBegun) => Err(refused),
 
@@ -268,11 +292,13 @@ mod tests {
     const EXIT: Exit = Exit { status: 7, at_usec: 5 };
     const LATER: Exit = Exit { status: 0, at_usec: 9 };
     const PID: u32 = 42;
+    const SEEN: Seen = Seen { pid: Some(PID), exit: EXIT };
+    const SEEN_LATER: Seen = Seen { pid: None, exit: LATER };
 
     fn phases() -> Vec<Phase> {
         vec![
             Phase::Creating { exit: None },
-            Phase::Creating { exit: Some(EXIT) },
+            Phase::Creating { exit: Some(SEEN) },
             Phase::Created { pid: PID },
             Phase::Starting { pid: PID, exit: None },
             Phase::Starting { pid: PID, exit: Some(EXIT) },
@@ -288,7 +314,7 @@ mod tests {
             Event::StartBegun,
             Event::Started,
             Event::StartFailed,
-            Event::Exited(LATER),
+            Event::Exited(SEEN_LATER),
             Event::ExecsGone,
         ]
     }
@@ -327,8 +353,8 @@ mod tests {
             Event::Created { pid: PID },
             Event::StartBegun,
             Event::Started,
-            Event::Exited(EXIT),
-            Event::Exited(LATER),
+            Event::Exited(SEEN),
+            Event::Exited(SEEN_LATER),
             Event::ExecsGone,
             Event::ExecsGone,
         ]);
@@ -342,7 +368,7 @@ mod tests {
         let (phase, announce) = run(&[
             Event::Created { pid: PID },
             Event::StartBegun,
-            Event::Exited(EXIT),
+            Event::Exited(SEEN),
             Event::Started,
             Event::ExecsGone,
         ]);
@@ -359,9 +385,24 @@ mod tests {
 
     #[test]
     fn an_exit_inside_create_is_announced_after_the_create() {
-        let (phase, announce) = run(&[Event::Exited(EXIT), Event::Created { pid: PID }, Event::ExecsGone]);
+        let (phase, announce) = run(&[Event::Exited(SEEN), Event::Created { pid: PID }, Event::ExecsGone]);
         assert_eq!(phase, Phase::Stopped { pid: PID, exit: EXIT });
         assert_eq!(announce[0], Announce::Created { pid: PID });
+    }
+
+    #[test]
+    fn the_end_of_another_process_is_not_this_ones() {
+        let other = Event::Exited(Seen { pid: Some(PID + 1), exit: EXIT });
+        let (phase, _) = run(&[
+            other,
+            Event::Created { pid: PID },
+            other,
+            Event::StartBegun,
+            other,
+            Event::Started,
+            other,
+        ]);
+        assert_eq!(phase, Phase::Running { pid: PID });
     }
 
     #[test]

@@ -244,6 +244,8 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("Restart", "always".into()),
         ("RestartUSec", 0_u64.into()),
         ("StartLimitIntervalUSec", 0_u64.into()),
+        // It was started without its socket: nothing to do, now and at the next try.
+        ("RestartPreventExitStatus", (vec![2_i32], Vec::<i32>::new()).into()),
         ("WatchdogUSec", usec(Duration::from_secs(30)).into()),
         ("TimeoutStopUSec", usec(Duration::from_secs(10)).into()),
         ("KillMode", "mixed".into()),

@@ -361,15 +361,6 @@ impl Manager {
         self.ended(START, waiter, Some(job.map_err(|error| call_error(START, unit, error))?)).await
     }
 
-    /// Asks for a loaded unit to be started, and does not wait for it.
-    ///
-    /// # Errors
-    /// [`Error::NotLoaded`], or a refusal.
-    pub async fn start_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
-        let job = persist!(self, proxy, proxy.start_unit(unit.as_str(), "replace"));
-        job.map(drop).map_err(|error| call_error(START, unit, error))
-    }
-
     /// The type of the job that a unit has: `start`, `stop`, `restart`, …
     ///
     /// # Errors
