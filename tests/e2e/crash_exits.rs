@@ -173,7 +173,8 @@ fn exits_are_known_while_there_was_no_daemon() {
     check(|end_all| {
         process::succeed("systemctl", &["stop", DAEMON_SOCKET, DAEMON_SERVICE]);
         end_all();
-        process::succeed("systemctl", &["start", DAEMON_SOCKET, DAEMON_SERVICE]);
+        // As containerd does for the next container: where the units are not installed nobody else can.
+        shim::socket();
     });
 }
 
