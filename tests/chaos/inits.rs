@@ -32,9 +32,13 @@ impl Worker<'_> {
     /// One that would live for ever. Where it is not PID 1 each signal has its effect.
     pub fn kill(&mut self) -> Result<(), End> {
         let signal = self.random.pick(&[SIGKILL, SIGKILL, SIGTERM, SIGSEGV]);
-        let spec =
-            if signal == SIGKILL { Spec::sleeping() } else { Spec::sleeping().in_host_namespace("pid") };
-        self.container(spec, &Io::default(), |worker, container| {
+        let spec = Spec::sh("echo ready; exec sleep 100000");
+        let spec = if signal == SIGKILL { spec } else { spec.in_host_namespace("pid") };
+        let fifos = Fifos::new("chaos");
+        let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+        self.container(spec, &fifos.output(), |worker, container| {
+            // Until then it is the OCI runtime, which has its own way to take a signal.
+            stdout.until(|bytes| bytes == b"ready\n");
             worker.client.kill(container, signal)?;
             Ok(128 + signal)
         })

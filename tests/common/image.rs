@@ -1,6 +1,8 @@
 //! The testbed's image: imported where a test needs it, and the chain id of its only layer.
 
+use std::collections::BTreeMap;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::images_client::ImagesClient;
@@ -16,6 +18,17 @@ const ARCHIVE: &str = "/usr/share/testbed/busybox.tar";
 /// The snapshot that a container's own snapshot is made upon: the chain id of the image, which for
 /// an image of one layer is that layer's diff id.
 pub fn chain_id(node: &Node, namespace: &str) -> String {
+    static KNOWN: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+    let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(id) = known().get(namespace) {
+        return id.clone();
+    }
+    let id = look_up(node, namespace);
+    known().insert(namespace.to_string(), id.clone());
+    id
+}
+
+fn look_up(node: &Node, namespace: &str) -> String {
     let target = match target(node, namespace) {
         Ok(digest) => digest,
         Err(_) => {

@@ -16,6 +16,8 @@ pub struct Traces(BTreeMap<&'static str, BTreeSet<String>>);
 
 impl Traces {
     pub fn take() -> Traces {
+        // The directory itself stays from the first terminal on.
+        let consoles = format!("{STATE_DIRECTORY}/.consoles");
         let log_extra_fields =
             below(Path::new(LOG_EXTRA_FIELDS), 1).filter(|name| name.contains("log-extra-fields"));
         Traces(BTreeMap::from([
@@ -25,7 +27,7 @@ impl Traces {
             ("descriptor of the daemon", descriptors()),
             ("stored descriptor", stored_descriptors()),
             ("temporary file", below(Path::new("/tmp"), 2).collect()),
-            ("state file", below(Path::new(STATE_DIRECTORY), 8).collect()),
+            ("state file", below(Path::new(STATE_DIRECTORY), 8).filter(|name| name != &consoles).collect()),
             ("runc state", below(Path::new(RUNC_STATE), 2).collect()),
             ("log-extra-fields file", log_extra_fields.collect()),
             ("bundle", below(Path::new("/run/containerd/io.containerd.runtime.v2.task"), 2).collect()),
