@@ -168,6 +168,12 @@ async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
         let socket = crate::id::UnitName::new(name::DAEMON_SOCKET).map_err(unreachable)?;
         match manager.start(&socket).await {
             Err(unit::error::Error::NotLoaded { .. }) => {}
+            Err(unit::error::Error::Job { .. }) => {
+                // systemd starts no socket whose service runs: somebody has stopped the socket alone.
+                let service = crate::id::UnitName::new(name::DAEMON_SERVICE).map_err(unreachable)?;
+                manager.stop(&service).await?;
+                return manager.start(&socket).await;
+            }
             installed => return installed,
         }
         let command = [program.to_string_lossy().into_owned(), "serve".to_owned()];

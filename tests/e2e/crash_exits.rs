@@ -129,6 +129,9 @@ fn check(while_away: impl FnOnce(&mut dyn FnMut())) {
     let mut doomed: Vec<Doomed> = [false, true]
         .into_iter()
         .flat_map(|is_exec| ENDS.map(|end| (is_exec, end)))
+        // systemd kills an exec that it stops and does not wait for it (it is not its child): nobody has
+        // the code then, with or without a daemon.
+        .filter(|(is_exec, (_, by, _))| !(*is_exec && matches!(by, By::Stop)))
         .map(|(is_exec, end)| Doomed::new(&node, is_exec, end))
         .collect();
     while_away(&mut || doomed.iter_mut().for_each(Doomed::end));
