@@ -8,6 +8,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, SpliceFFlags, splice, tee};
@@ -24,6 +25,15 @@ use super::terminal::Terminal;
 
 /// What is moved at once: the size of a pipe.
 const CHUNK: usize = 64 << 10;
+
+/// What is looked at before it moves on: if the daemon ends in between, so much comes twice to a file
+/// or to the journal.
+const PIECE: usize = 4096;
+
+/// How long the end of a line is waited for: it stays in the pipe until then, where it is safe.
+const LINE_WAIT: Duration = Duration::from_secs(1);
+/// The same where a client waits for what is there: a prompt.
+const PROMPT_WAIT: Duration = Duration::from_millis(10);
 
 /// The kernel keeps at most 64 KiB of a terminal's output, and a page in its line discipline
 /// (tty_buffer.c): what a process has written before its end is not more.
@@ -118,8 +128,8 @@ pub fn open_file(path: &Path, create: bool) -> Result<File, Error> {
 ///
 /// Bytes are in the kernel at all times: they move from pipe to pipe (splice(2)), and what has to be
 /// looked at is copied first (tee(2)) and then moved. If the daemon ends, none is lost, and the
-/// client's FIFO gets none twice; a file or the journal gets the last piece twice if the daemon ends
-/// between writing it and moving on.
+/// client's FIFO gets none twice; a file or the journal gets the last piece ([`PIECE`]) twice if the
+/// daemon ends between writing it and moving on.
 pub async fn copy(source: Source, mut sinks: Sinks, over: impl Future<Output = ()>, stop: CancellationToken) {
     let copied = async {
         match (&source, &sinks.fifo) {
@@ -231,17 +241,23 @@ async fn spread(
 ) -> io::Result<()> {
     let (copy, copied) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let nowhere = OpenOptions::new().write(true).open("/dev/null")?;
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = [0; PIECE];
     let mut complete = pin!(complete);
     let mut is_complete = false;
+    let wait = if sinks.fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
+    let mut whole_lines = true;
     loop {
-        let readable = tokio::select! {
-            readable = from.readable(), if !is_complete => Some(readable?),
-            () = &mut complete, if !is_complete => None,
-            else => None,
+        // What is known to be there is not waited for.
+        let readable = if is_complete || !whole_lines {
+            None
+        } else {
+            tokio::select! {
+                readable = from.readable() => Some(readable?),
+                () = &mut complete => None,
+            }
         };
-        is_complete |= readable.is_none();
-        let length = match tee(from, &copied, CHUNK, NO_WAIT) {
+        is_complete |= whole_lines && readable.is_none();
+        let mut length = match tee(from, &copied, PIECE, NO_WAIT) {
             Ok(0) => return Ok(()),
             Ok(length) => length,
             Err(Errno::EAGAIN) => match readable {
@@ -249,7 +265,11 @@ async fn spread(
                     readable.clear_ready();
                     continue;
                 }
-                None => return Ok(()),
+                None if is_complete => return Ok(()),
+                None => {
+                    whole_lines = true;
+                    continue;
+                }
             },
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
@@ -258,6 +278,16 @@ async fn spread(
         while filled < length {
             filled += nix::unistd::read(&copy, &mut buffer[filled..length])?;
         }
+        match (buffer[..length].iter().rposition(|byte| *byte == b'\n'), readable) {
+            (Some(end), _) if whole_lines => length = end + 1,
+            (None, Some(mut readable)) if whole_lines && length < PIECE && has_writer(from)? => {
+                readable.clear_ready();
+                whole_lines = tokio::time::timeout(wait, from.readable()).await.is_ok();
+                continue;
+            }
+            _ => {}
+        }
+        whole_lines = true;
         write_to(&mut sinks.copies, &buffer[..length]).await;
         let mut left = length;
         while left > 0 {
@@ -277,6 +307,13 @@ async fn spread(
 fn is_ready(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
     let mut fds = [PollFd::new(fd.as_fd(), event)];
     Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
+}
+
+/// More may come from a pipe than there is.
+fn has_writer(pipe: &impl AsFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(!fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLHUP)))
 }
 
 async fn write_to(sinks: &mut Vec<Sink>, bytes: &[u8]) {
