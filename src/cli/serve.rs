@@ -161,10 +161,12 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
             listener::from_systemd(fd).map_err(|error| Failure(format!("a socket: {error}")))?;
         let services = TaskService::new(shim.clone(), socket, owners.clone()).services();
         let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
-        let earlier: Vec<_> = earlier.map(|(_, connection)| Ok(connection)).collect();
+        // What an earlier daemon has not sent goes first.
+        let earlier: Vec<_> = earlier.map(|(_, connection)| connection.flushed()).collect();
+        let earlier = stream::iter(earlier).buffer_unordered(usize::MAX);
         let later = connections.clone().accept(listener);
         let later = later.map_err(|error| Failure(format!("watch a socket: {error}")))?;
-        let listener = Listener::new(stream::iter(earlier).chain(later));
+        let listener = Listener::new(stream::select(earlier, later));
         let mut server = Server::new().add_listener(listener).register_service(services);
         server.start().await.map_err(|error| Failure(format!("serve: {error}")))?;
         servers.push(server);

@@ -23,6 +23,7 @@ use crate::task::{Placement, Task};
 use crate::unit::properties::{self, Shown};
 use crate::unit::{self, name};
 
+use super::streams::{Opened, Whose};
 use super::{Attempt, Entry, Error, Shim, blocking, now_usec};
 
 /// Where containerd takes events when nothing says otherwise.
@@ -53,9 +54,16 @@ impl Shim {
     /// # Errors
     /// Anything that is wrong with the request, or that fails; nothing is left then.
     pub async fn create(self: &Arc<Self>, call: CreateTask, attempt: Attempt) -> Result<u32, Error> {
-        if let Some(entry) = self.registry.get(&call.key) {
-            let made = entry.task().init.pid().filter(|_| attempt == Attempt::Replayed);
-            return made.ok_or(Error::Exists { key: call.key });
+        if let (Attempt::Replayed, Some(entry)) = (attempt, self.registry.get(&call.key)) {
+            // It may still be under way.
+            drop(entry.init.verb.lock().await);
+            let made = entry.task().init.pid();
+            if let Some(pid) = made {
+                return Ok(pid);
+            }
+        }
+        if self.registry.get(&call.key).is_some() {
+            return Err(Error::Exists { key: call.key });
         }
         if !call.checkpoint.is_empty() {
             return Err(Error::NotImplemented("restoring a checkpoint"));
@@ -143,13 +151,52 @@ impl Shim {
         let streams = Arc::new(self.streams(&task, None).ok_or_else(gone)?);
         let opened = self.open_streams(&streams).await?;
         fault::point(Point::CreateOpened);
-        if name::is_pod_slice(task.placement.slice()) {
-            self.make_pod_slice(task.placement.slice(), &task).await?;
-        }
         self.start_unit(&task, &dir).await?;
+        self.take_over(entry, &task, &dir, opened).await
+    }
+
+    /// After a restart: goes on with a Create that was cut off, or takes it back. `taken` hears when what
+    /// was kept of its streams is taken over.
+    pub(super) async fn resume_create(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        taken: tokio::sync::oneshot::Sender<()>,
+    ) {
+        let task = entry.task().clone();
+        let resumed = async {
+            let dir = self.store.dir(&task.key);
+            let gone = || Error::UnknownTask { key: task.key.clone() };
+            let state = self.manager.active_state(&task.unit).await?;
+            let streams = Arc::new(self.streams(&task, None).ok_or_else(gone)?);
+            let mut opened = self.reopen_streams(streams.clone(), Whose::Live).await?;
+            // Nobody waits any more if the daemon ends.
+            let _ = taken.send(());
+            match state.as_deref() {
+                None => {
+                    self.resume_logger(&streams, &mut opened).await?;
+                    self.start_unit(&task, &dir).await?;
+                }
+                Some(_) => self.came_up(&task, &dir, self.manager.up(&task.unit).await)?,
+            }
+            self.take_over(entry, &task, &dir, opened).await
+        };
+        if let Err(error) = resumed.await {
+            tracing::warn!(task = %task.key, %error, "task {}: a create that was cut off is taken back: {error}", task.key);
+            self.take_back(entry).await;
+        }
+    }
+
+    /// The unit is up: its main process is the container's init.
+    async fn take_over(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        task: &Task,
+        dir: &Path,
+        opened: Opened,
+    ) -> Result<u32, Error> {
         fault::point(Point::CreateUp);
         let pid =
-            read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(&task, &dir)))?;
+            read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(task, dir)))?;
         self.hold(entry, pid);
         self.start_pumps(entry, &entry.init, opened).await?;
         fault::point(Point::CreatePumping);
@@ -160,6 +207,9 @@ impl Shim {
     }
 
     async fn start_unit(&self, task: &Task, dir: &Path) -> Result<(), Error> {
+        if name::is_pod_slice(task.placement.slice()) {
+            self.make_pod_slice(task.placement.slice(), task).await?;
+        }
         let init = ProcessKey { task: task.key.clone(), exec: None };
         let command = self.launch_command(&init, "container");
         let shown = Shown {
@@ -179,7 +229,12 @@ impl Shim {
             begun = self.manager.begin_referenced(&task.unit, &properties).await;
         }
         self.warm_up();
-        match self.manager.done(begun?).await {
+        let done = self.manager.done(begun?).await;
+        self.came_up(task, dir, done)
+    }
+
+    fn came_up(&self, task: &Task, dir: &Path, job: Result<(), unit::error::Error>) -> Result<(), Error> {
+        match job {
             Err(unit::error::Error::Job { .. }) => Err(Error::Launch(self.launch_failure(task, dir))),
             other => Ok(other?),
         }

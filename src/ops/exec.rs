@@ -17,6 +17,7 @@ use crate::id::{ExecId, ProcessKey};
 use crate::oci::{face, process};
 use crate::stdio::{fifo, uri};
 use crate::store::Store;
+use crate::task::Task;
 use crate::task::exec::{Exec, ExecEvent, ExecPhase, Outcome};
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Seen};
@@ -193,8 +194,14 @@ impl Shim {
         let dir = self.store.exec_dir(&entry.key, id);
         let doorbell = open_doorbell(&dir)?;
         process.live().attempt_ended = Arc::default();
+        self.begin_exec(&task, exec, process).await?;
+        self.see_through(entry, process, &dir, doorbell, opened).await
+    }
+
+    /// Asks for the unit.
+    async fn begin_exec(&self, task: &Task, exec: &Exec, process: &Process) -> Result<(), Error> {
         let command = self.launch_command(&process.key, "exec");
-        let environment = self.launch_environment(&task).await?;
+        let environment = self.launch_environment(task).await?;
         let properties = properties::exec(&exec.description, &command, &environment);
         let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
@@ -206,7 +213,7 @@ impl Shim {
         drop(begun?);
         fault::point(Point::ExecStartBegun);
         self.warm_up();
-        self.see_through(entry, process, &dir, doorbell, opened).await
+        Ok(())
     }
 
     /// Waits for the outcome of a start, and connects the process's streams.
@@ -410,19 +417,25 @@ impl Shim {
             let dir = self.store.exec_dir(&entry.key, id);
             // Before looking: from now on it rings here.
             let doorbell = open_doorbell(&dir)?;
-            let under_way = || async {
-                let state = self.manager.active_state(&process.unit).await?;
-                Ok::<_, Error>(state.as_deref() == Some("activating"))
-            };
-            if Store::read_outcome(&dir)?.is_none() && !under_way().await? {
-                return Err(Error::Launch("it was cut off before it had begun".to_owned()));
-            }
+            let state = self.manager.active_state(&process.unit).await?;
+            let known = Store::read_outcome(&dir)?.is_some();
             let task = entry.task().clone();
             let gone = || Error::UnknownExec { key: process.key.clone() };
-            let streams = self.streams(&task, Some(id)).ok_or_else(gone)?;
-            let opened = self.reopen_streams(Arc::new(streams), Whose::Live).await?;
+            let streams = Arc::new(self.streams(&task, Some(id)).ok_or_else(gone)?);
+            let mut opened = self.reopen_streams(streams.clone(), Whose::Live).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());
+            match state.as_deref() {
+                _ if known => {}
+                Some("activating") => {}
+                // It was not begun yet. The client's end of its streams is open: it must see no end now.
+                None => {
+                    let exec = task.execs.get(id).ok_or_else(gone)?;
+                    self.resume_logger(&streams, &mut opened).await?;
+                    self.begin_exec(&task, exec, process).await?;
+                }
+                Some(_) => return Err(Error::Launch(format!("see systemctl status {}", process.unit))),
+            }
             self.see_through(entry, process, &dir, doorbell, opened).await
         };
         let resumed = resumed.await;

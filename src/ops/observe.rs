@@ -44,8 +44,7 @@ impl Shim {
 
     /// Looks at every unit: signals may have been missed.
     pub async fn resync(self: &Arc<Self>) {
-        let units = self.registry.all().iter().map(|entry| entry.init.unit.clone()).collect();
-        self.manager.refer_to(units).await;
+        tokio::spawn(self.clone().refer_to_units());
         for entry in self.registry.all() {
             self.look_at(&entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
             for process in entry.execs() {
@@ -176,18 +175,35 @@ impl Shim {
             }
         }
         self.kept.forget_rest();
-        let units = self.registry.all().iter().map(|entry| entry.init.unit.clone()).collect();
-        self.manager.refer_to(units).await;
+        tokio::spawn(self.clone().refer_to_units());
         Ok(())
+    }
+
+    /// Refers to the unit of every task over the present connection to the bus, and lets go of earlier
+    /// ones. Not to that of a task that is being deleted: nobody would give the reference back.
+    async fn refer_to_units(self: Arc<Self>) {
+        for entry in self.registry.all() {
+            let _verb = entry.init.verb.lock().await;
+            if self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, &entry)) {
+                self.manager.refer_to(&entry.init.unit).await;
+            }
+        }
+        self.manager.forget_earlier_references();
     }
 
     async fn take_in(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         match task.init {
             Phase::Creating { .. } => {
-                tracing::warn!(task = %task.key, "task {}: its create was cut off, it is taken back", task.key);
-                let _verb = entry.init.verb.lock().await;
-                self.take_back(entry).await;
+                let (locked, is_locked) = tokio::sync::oneshot::channel();
+                let (shim, entry) = (self.clone(), entry.clone());
+                tokio::spawn(async move {
+                    let _verb = entry.init.verb.lock().await;
+                    shim.resume_create(&entry, locked).await;
+                });
+                // The same Create may come again at once: it has to wait for this one. One that is over
+                // says nothing.
+                let _ = is_locked.await;
                 return;
             }
             Phase::Starting { .. } => {

@@ -20,6 +20,7 @@ use crate::stdio::fifo;
 use crate::stdio::journal::Lines;
 use crate::stdio::pump::{self, Bridge, Sinks, Source};
 use crate::stdio::terminal::Terminal;
+use crate::stdio::uri::Kind;
 use crate::task::wiring::{self, Copied, Input, Sink, Wiring};
 use crate::task::{Face, Task};
 use crate::unit::name;
@@ -118,6 +119,20 @@ impl Shim {
             self.start_logger(streams, unit, ready).await?;
         }
         Ok(opened)
+    }
+
+    /// Starts the logger of a process whose start was cut off, if it has one that does not run.
+    ///
+    /// # Errors
+    /// It is not ready.
+    pub(super) async fn resume_logger(&self, streams: &Streams, opened: &mut Opened) -> Result<(), Error> {
+        let (Some(unit), Some(ready)) = (&streams.logger, opened.ready.take()) else {
+            return Ok(());
+        };
+        if self.manager.active_state(unit).await?.is_some() {
+            return Ok(());
+        }
+        self.start_logger(streams, unit, ready).await
     }
 
     /// Takes over what an earlier daemon had opened, and opens again what was not kept.
@@ -361,6 +376,13 @@ impl Streams {
 
     /// The client has been there before: nobody is waited for.
     fn reopen(&self, kept: &Kept, whose: Whose) -> Result<Opened, Error> {
+        for name in self.wiring.own_pipes() {
+            let path = self.dir.join(name);
+            // It ended before they were all made.
+            if whose == Whose::Live && fifo::kind(&path) == Kind::Missing {
+                fifo::make(&path)?;
+            }
+        }
         let number = self.wiring.kept;
         let mut earlier = |part| kept.take(part, number);
         let terminal = earlier(Part::Terminal).both.pop();
@@ -368,7 +390,7 @@ impl Streams {
         // Where it has not come yet, it may.
         let may_come = terminal.is_none() && whose == Whose::Live;
         let console = if may_come { self.console()? } else { None };
-        Ok(Opened { ready: None, terminal, console, ..opened })
+        Ok(Opened { terminal, console, ..opened })
     }
 
     fn console(&self) -> Result<Option<Console>, Error> {

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::fault::{self, Point};
 use crate::sys;
@@ -101,6 +101,15 @@ impl Durable {
             _one: one,
             over: false,
         })
+    }
+
+    /// Resolves when everything that an earlier daemon has noted is sent. A connection that is broken
+    /// shows that to whoever reads it.
+    pub async fn flushed(mut self) -> io::Result<Self> {
+        if let Err(error) = self.flush().await {
+            tracing::debug!(%error, "a connection has ended: {error}");
+        }
+        Ok(self)
     }
 
     fn respond(&mut self, bytes: &[u8]) -> Result<(), Error> {

@@ -246,7 +246,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("StartLimitIntervalUSec", 0_u64.into()),
         // It was started without its socket: nothing to do, now and at the next try.
         ("RestartPreventExitStatus", (vec![2_i32], Vec::<i32>::new()).into()),
-        ("WatchdogUSec", usec(Duration::from_secs(30)).into()),
+        ("WatchdogUSec", usec(Duration::from_secs(10)).into()),
         ("TimeoutStopUSec", usec(Duration::from_secs(10)).into()),
         ("KillMode", "mixed".into()),
         ("FileDescriptorStoreMax", 16_384_u32.into()),

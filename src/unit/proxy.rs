@@ -238,17 +238,44 @@ impl Manager {
 
     /// Lets go of a unit: it is unloaded when it is stopped.
     pub async fn release(&self, unit: &UnitName) {
-        if let Some(refs) = &self.refs {
-            refs.release(unit).await;
+        let Some(refs) = &self.refs else {
+            return;
+        };
+        let mut tries = self.tries();
+        loop {
+            let released = refs.release(unit).await;
+            if tries.again(&released).await {
+                continue;
+            }
+            if let Err(error) = released {
+                // There is none if the bus was restarted, or the unit never came up.
+                tracing::debug!(%unit, %error, "no reference to {unit}: {error}");
+            }
+            return;
         }
     }
 
-    /// Refers to units that an earlier daemon has started, or that were referred to over a bus that is
+    /// Refers to a unit that an earlier daemon has started, or that was referred to over a bus that is
     /// gone.
-    pub async fn refer_to(&self, units: Vec<UnitName>) {
+    pub async fn refer_to(&self, unit: &UnitName) {
         if let Some(refs) = &self.refs {
-            refs.refer_to(units).await;
+            refs.refer_to(unit).await;
         }
+    }
+
+    /// Nothing needs the references of earlier daemons any more.
+    pub fn forget_earlier_references(&self) {
+        if let Some(refs) = &self.refs {
+            refs.forget_earlier();
+        }
+    }
+
+    /// Resolves when a unit that an earlier daemon has asked for is up.
+    ///
+    /// # Errors
+    /// [`Error::Job`] when it did not come up.
+    pub async fn up(&self, unit: &UnitName) -> Result<(), Error> {
+        self.settled(START, unit).await
     }
 
     /// Starts a transient unit that another transient unit goes with.
@@ -294,7 +321,10 @@ impl Manager {
             let waiter = self.jobs.wait_for(unit);
             listening.mark_unchanged();
             let state = self.active_state(unit).await?;
+            let has_job = state.is_some() && self.job(unit).await?.is_some();
             match (verb, state.as_deref()) {
+                // Its job may wait for another unit's.
+                _ if has_job => {}
                 (START, Some("active" | "reloading")) | (STOP, None | Some("inactive" | "failed")) => {
                     return Ok(());
                 }

@@ -18,7 +18,7 @@ use zbus::Connection;
 
 use crate::id::UnitName;
 
-use super::error::{Error, unreachable};
+use super::error::{Error, is_gone, unreachable};
 use super::notify::FdStore;
 use super::proxy::{CALL_LIMIT, SystemdManagerProxy};
 
@@ -85,22 +85,23 @@ impl Refs {
         }
     }
 
-    /// Refers to these units, and lets go of all connections of earlier daemons. Units that are not
-    /// loaded have nothing to lose.
-    pub async fn refer_to(&self, units: Vec<UnitName>) {
-        for unit in units {
-            if self.open.lock().await.as_ref().is_some_and(|open| open.units.contains(&unit)) {
-                continue;
-            }
-            let referred = match self.proxy_for(&unit).await {
-                Ok(proxy) => proxy.ref_unit(unit.as_str()).await.map_err(unreachable),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = referred {
-                // If the bus is gone, this is done again when it is back.
-                tracing::debug!(%unit, %error, "can't refer to {unit}: {error}");
-            }
+    /// Refers to a unit, once. One that is not loaded has nothing to lose.
+    pub(super) async fn refer_to(&self, unit: &UnitName) {
+        if self.open.lock().await.as_ref().is_some_and(|open| open.units.contains(unit)) {
+            return;
         }
+        let referred = match self.proxy_for(unit).await {
+            Ok(proxy) => proxy.ref_unit(unit.as_str()).await.map_err(unreachable),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = referred {
+            // If the bus is gone, this is done again when it is back.
+            tracing::debug!(%unit, %error, "can't refer to {unit}: {error}");
+        }
+    }
+
+    /// Lets go of the connections of earlier daemons, and of their references.
+    pub(super) fn forget_earlier(&self) {
         let earlier =
             std::mem::take(&mut *self.earlier.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         for (name, _) in earlier {
@@ -108,23 +109,26 @@ impl Refs {
         }
     }
 
-    /// Lets a unit be unloaded when it is stopped.
-    pub async fn release(&self, unit: &UnitName) {
+    /// Lets a unit be unloaded when it is stopped. To be called again if systemd was not there to answer.
+    pub(super) async fn release(&self, unit: &UnitName) -> zbus::Result<()> {
         let connection = {
             let mut open = self.open.lock().await;
             open.as_mut().and_then(|open| open.units.remove(unit).then(|| open.connection.clone()))
         };
         let Some(connection) = connection else {
-            return;
+            return Ok(());
         };
-        let released = match proxy(&connection).await {
-            Ok(proxy) => proxy.unref_unit(unit.as_str()).await.map_err(unreachable),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = released {
-            // There is none if the bus was restarted, or the unit never came up.
-            tracing::debug!(%unit, %error, "no reference to {unit}: {error}");
+        let proxy = SystemdManagerProxy::builder(&connection)
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await?;
+        let released = proxy.unref_unit(unit.as_str()).await;
+        if released.as_ref().is_err_and(is_gone)
+            && let Some(open) = self.open.lock().await.as_mut()
+        {
+            open.units.insert(unit.clone());
         }
+        released
     }
 }
 

@@ -44,10 +44,12 @@ pub async fn run(
 ) {
     let mut first = Some(first);
     let mut pause = FIRST_PAUSE;
+    let mut told = false;
     while !observations.is_closed() {
         match listen(&manager).await {
             Ok(stream) => {
                 pause = FIRST_PAUSE;
+                told = false;
                 manager.listens();
                 match first.take() {
                     // Whoever waits starts with a look at every unit anyway.
@@ -63,7 +65,10 @@ pub async fn run(
             }
             Err(error) => {
                 manager.disconnected().await;
-                tracing::warn!(%error, "can't listen to systemd, trying again: {error}");
+                if !told {
+                    tracing::warn!(%error, "can't listen to systemd, trying again: {error}");
+                    told = true;
+                }
                 // Nothing announces that the bus is back: its socket has to be tried.
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
