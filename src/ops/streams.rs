@@ -371,7 +371,7 @@ impl Streams {
         }
         let nothing = &mut |_| Earlier::default();
         let opened = self.open(kept, Whose::Live, nothing, fifo::open_output_nonblocking)?;
-        Ok(Opened { console: self.console()?, ..opened })
+        Ok(Opened { console: self.console(kept)?, ..opened })
     }
 
     /// The client has been there before: nobody is waited for.
@@ -385,17 +385,27 @@ impl Streams {
         }
         let number = self.wiring.kept;
         let mut earlier = |part| kept.take(part, number);
-        let terminal = earlier(Part::Terminal).both.pop();
+        let (mut terminals, mut consoles): (Vec<_>, Vec<_>) =
+            earlier(Part::Terminal).both.into_iter().partition(|fd| nix::unistd::isatty(fd).unwrap_or(false));
+        let terminal = terminals.pop();
         let opened = self.open(kept, whose, &mut earlier, |path, _| fifo::open_both_nonblocking(path))?;
         // Where it has not come yet, it may.
         let may_come = terminal.is_none() && whose == Whose::Live;
-        let console = if may_come { self.console()? } else { None };
+        let console = match consoles.pop() {
+            Some(listener) if may_come => Some(Console::adopt(listener, &self.console)),
+            None if may_come => self.console(kept)?,
+            Some(_) | None => None,
+        };
         Ok(Opened { terminal, console, ..opened })
     }
 
-    fn console(&self) -> Result<Option<Console>, Error> {
-        let console = self.wiring.terminal.then(|| Console::listen(&self.console));
-        Ok(console.transpose()?)
+    fn console(&self, kept: &Kept) -> Result<Option<Console>, Error> {
+        if !self.wiring.terminal {
+            return Ok(None);
+        }
+        let console = Console::listen(&self.console)?;
+        kept.keep(Part::Terminal, self.wiring.kept, &[console.fd()]);
+        Ok(Some(console))
     }
 
     /// `earlier` gives what an earlier daemon had opened of a part. `client` opens a client's FIFO for

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -36,6 +36,16 @@ impl Console {
         let _ = fs::remove_file(path);
         let listener = UnixListener::bind(path).map_err(error("listen at", path))?;
         Ok(Self { listener, path: path.to_owned() })
+    }
+
+    /// Goes on listening where an earlier daemon has begun to: the visitor may be there already.
+    pub fn adopt(listener: OwnedFd, path: &Path) -> Self {
+        Self { listener: listener.into(), path: path.to_owned() }
+    }
+
+    /// For systemd to keep: a terminal that has been handed over and not received is in it.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
     }
 
     /// The terminal's master side, as soon as it comes. Blocks.

@@ -142,7 +142,11 @@ mod tests {
         let first = Frame { bytes: frame(7, 1, &request.write_to_bytes().unwrap()) };
         let again = first.replayed();
         let mut assembler = Assembler::default();
-        assert_eq!(assembler.push(&again.bytes).unwrap(), std::slice::from_ref(&again), "its length is right");
+        assert_eq!(
+            assembler.push(&again.bytes).unwrap(),
+            std::slice::from_ref(&again),
+            "its length is right"
+        );
         let found = ttrpc::Request::parse_from_bytes(&again.bytes[HEADER..]).unwrap();
         assert_eq!((found.service, found.payload, again.stream()), (request.service, request.payload, 7));
         assert_eq!(found.metadata[0].key, REPLAYED);
