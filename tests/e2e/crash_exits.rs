@@ -18,8 +18,8 @@ use crate::common::task::{Io, Process, Waiting};
 use crate::common::{daemon, process, wait};
 
 /// Ends with 5 when it is told to, and with 0.
-const FIVE: &str = "trap 'exit 5' TERM; echo ready; sleep 100000 & wait";
-const ZERO: &str = "trap 'exit 0' TERM; echo ready; sleep 100000 & wait";
+const FIVE: &str = "trap 'exit 5' TERM; echo ready; sleep 100000 >/dev/null 2>&1 & wait";
+const ZERO: &str = "trap 'exit 0' TERM; echo ready; sleep 100000 >/dev/null 2>&1 & wait";
 /// Takes a signal as it comes. As PID 1 of a namespace it would not hear of SIGTERM at all.
 const NONE: &str = "echo ready; exec sleep 100000";
 
