@@ -177,17 +177,18 @@ async fn move_all(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<
 /// Moves something between two pipes, or between a pipe and a terminal; 0 at the end.
 async fn move_some(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>, length: usize) -> io::Result<usize> {
     loop {
-        let mut readable = from.readable().await?;
-        let mut writable = to.writable().await?;
+        // Tried first: a FIFO that is opened again after its writer has gone never gets ready.
         match splice(from, None, to, None, length, NO_WAIT) {
             // The last process that had the terminal open is gone.
             Err(Errno::EIO) => return Ok(0),
             Ok(moved) => return Ok(moved),
             // The kernel does not say which side has to be waited for.
             Err(Errno::EAGAIN) => {
+                let mut readable = from.readable().await?;
                 if !is_ready(from, PollFlags::POLLIN)? {
                     readable.clear_ready();
                 }
+                let mut writable = to.writable().await?;
                 if !is_ready(to, PollFlags::POLLOUT)? {
                     writable.clear_ready();
                 }
@@ -243,34 +244,25 @@ async fn spread(
     let nowhere = OpenOptions::new().write(true).open("/dev/null")?;
     let mut buffer = [0; PIECE];
     let mut complete = pin!(complete);
-    let mut is_complete = false;
     let wait = if sinks.fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
-    let mut whole_lines = true;
+    let (mut is_complete, mut take_part) = (false, false);
     loop {
-        // What is known to be there is not waited for.
-        let readable = if is_complete || !whole_lines {
-            None
-        } else {
-            tokio::select! {
-                readable = from.readable() => Some(readable?),
-                () = &mut complete => None,
-            }
-        };
-        is_complete |= whole_lines && readable.is_none();
         let mut length = match tee(from, &copied, PIECE, NO_WAIT) {
             Ok(0) => return Ok(()),
             Ok(length) => length,
-            Err(Errno::EAGAIN) => match readable {
-                Some(mut readable) => {
-                    readable.clear_ready();
-                    continue;
+            Err(Errno::EAGAIN) if is_complete => return Ok(()),
+            Err(Errno::EAGAIN) => {
+                tokio::select! {
+                    readable = from.readable() => {
+                        let mut readable = readable?;
+                        if !is_ready(from, PollFlags::POLLIN)? {
+                            readable.clear_ready();
+                        }
+                    }
+                    () = &mut complete => is_complete = true,
                 }
-                None if is_complete => return Ok(()),
-                None => {
-                    whole_lines = true;
-                    continue;
-                }
-            },
+                continue;
+            }
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
         };
@@ -278,16 +270,20 @@ async fn spread(
         while filled < length {
             filled += nix::unistd::read(&copy, &mut buffer[filled..length])?;
         }
-        match (buffer[..length].iter().rposition(|byte| *byte == b'\n'), readable) {
-            (Some(end), _) if whole_lines => length = end + 1,
-            (None, Some(mut readable)) if whole_lines && length < PIECE && has_writer(from)? => {
-                readable.clear_ready();
-                whole_lines = tokio::time::timeout(wait, from.readable()).await.is_ok();
+        match buffer[..length].iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => length = end + 1,
+            None if take_part || is_complete || length == PIECE || !has_writer(from)? => {}
+            None => {
+                // A line that is not finished waits in the pipe, where it is safe.
+                let more = async {
+                    from.readable().await?.clear_ready();
+                    from.readable().await.map(drop)
+                };
+                take_part = tokio::time::timeout(wait, more).await.is_err();
                 continue;
             }
-            _ => {}
         }
-        whole_lines = true;
+        take_part = false;
         write_to(&mut sinks.copies, &buffer[..length]).await;
         let mut left = length;
         while left > 0 {
