@@ -49,8 +49,9 @@ pub(super) fn run() -> Result<(), Failure> {
         .build()
         .map_err(|error| Failure(format!("set up the runtime: {error}")))?;
     let served = runtime.block_on(serve(passed));
-    // A verb that hangs in blocking work must not keep the daemon from ending.
-    runtime.shutdown_timeout(Duration::from_secs(1));
+    // Whatever is under way ends as with SIGKILL. In particular nothing is taken away that the next
+    // daemon goes on with, as dropping it would.
+    std::mem::forget(runtime);
     served
 }
 

@@ -24,6 +24,7 @@ use crate::task::phase::{Exit, Seen};
 use crate::task::registry::Taken;
 use crate::task::request::Stdio;
 use crate::task::wiring::{Wiring, pipe};
+use crate::unit::proxy::Starting;
 use crate::unit::{self, name, properties};
 
 use super::create::read_pid;
@@ -251,8 +252,8 @@ impl Shim {
                 rung = doorbell.read(&mut nothing) => drop(rung.map_err(Error::Watch)?),
                 () = ended.notified() => {
                     // It may be the end of an earlier unit with this name that is heard of late.
-                    let state = self.manager.active_state(&process.unit).await?;
-                    if state.as_deref() != Some("activating") && Store::read_outcome(dir)?.is_none() {
+                    let under_way = self.manager.starting(&process.unit).await? == Starting::UnderWay;
+                    if !under_way && Store::read_outcome(dir)?.is_none() {
                         let unit = &process.unit;
                         return Err(Error::Launch(format!("OCI runtime exec failed: see systemctl status {unit}")));
                     }
@@ -417,7 +418,7 @@ impl Shim {
             let dir = self.store.exec_dir(&entry.key, id);
             // Before looking: from now on it rings here.
             let doorbell = open_doorbell(&dir)?;
-            let state = self.manager.active_state(&process.unit).await?;
+            let starting = self.manager.starting(&process.unit).await?;
             let known = Store::read_outcome(&dir)?.is_some();
             let task = entry.task().clone();
             let gone = || Error::UnknownExec { key: process.key.clone() };
@@ -425,16 +426,18 @@ impl Shim {
             let mut opened = self.reopen_streams(streams.clone(), Whose::Live).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());
-            match state.as_deref() {
+            match starting {
                 _ if known => {}
-                Some("activating") => {}
+                Starting::UnderWay => {}
                 // It was not begun yet. The client's end of its streams is open: it must see no end now.
-                None => {
+                Starting::NotBegun => {
                     let exec = task.execs.get(id).ok_or_else(gone)?;
                     self.resume_logger(&streams, &mut opened).await?;
                     self.begin_exec(&task, exec, process).await?;
                 }
-                Some(_) => return Err(Error::Launch(format!("see systemctl status {}", process.unit))),
+                Starting::Over => {
+                    return Err(Error::Launch(format!("see systemctl status {}", process.unit)));
+                }
             }
             self.see_through(entry, process, &dir, doorbell, opened).await
         };

@@ -75,6 +75,17 @@ impl Default for Manager {
     }
 }
 
+/// Where a oneshot service is in being started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Starting {
+    /// There is no such unit.
+    NotBegun,
+    /// It is about to run, or runs.
+    UnderWay,
+    /// It has run.
+    Over,
+}
+
 /// Makes a call that does not mind being made twice, until systemd is there to answer it.
 macro_rules! persist {
     ($manager:ident, $proxy:ident, $call:expr) => {{
@@ -490,6 +501,20 @@ impl Manager {
             return Ok(None);
         }
         Ok(text(&all, "ActiveState"))
+    }
+
+    /// Where a unit is in being started.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
+        Ok(match self.active_state(unit).await?.as_deref() {
+            None => Starting::NotBegun,
+            Some("activating") => Starting::UnderWay,
+            // Its job waits for its turn.
+            Some("inactive") if self.job(unit).await?.is_some() => Starting::UnderWay,
+            Some(_) => Starting::Over,
+        })
     }
 
     /// The main process of a loaded service; nothing if it is not loaded.
