@@ -106,8 +106,9 @@ impl Shim {
                 self.remove_exec(entry, &process, id).await?;
             }
         }
-        self.manager.release(&task.unit).await;
         self.remove_unit(&task.unit).await?;
+        // Last: with the reference the unit goes.
+        self.manager.release(&task.unit).await;
         fault::point(Point::DeleteUnit);
         if let Some(logger) = &task.logger {
             self.remove_unit(logger).await?;

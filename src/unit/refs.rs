@@ -22,6 +22,7 @@ use super::error::{Error, is_gone, unreachable};
 use super::notify::FdStore;
 use super::proxy::{CALL_LIMIT, SystemdManagerProxy};
 
+const NOT_REFERENCED: &str = "org.freedesktop.systemd1.NotReferenced";
 const BUS: &str = "/run/dbus/system_bus_socket";
 /// Begins the names by which connections are kept; a number follows.
 const PREFIX: &str = "r";
@@ -122,7 +123,14 @@ impl Refs {
             .cache_properties(zbus::proxy::CacheProperties::No)
             .build()
             .await?;
-        let released = proxy.unref_unit(unit.as_str()).await;
+        let mut released = proxy.unref_unit(unit.as_str()).await;
+        if matches!(&released, Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NOT_REFERENCED) {
+            // systemd has lost it, executing itself anew, and has not looked since whether the unit is
+            // needed any more. It does when a reference goes.
+            if proxy.ref_unit(unit.as_str()).await.is_ok() {
+                released = proxy.unref_unit(unit.as_str()).await;
+            }
+        }
         if released.as_ref().is_err_and(is_gone)
             && let Some(open) = self.open.lock().await.as_mut()
         {
