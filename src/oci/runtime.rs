@@ -117,7 +117,17 @@ impl Cli<'_> {
     /// The container has been created and waits for `start`: the FIFO on which runc's and crun's
     /// init waits is still there.
     pub fn waits_for_start(&self) -> bool {
-        self.runtime.root.join(self.id.as_str()).join("exec.fifo").exists()
+        self.start_fifo().exists()
+    }
+
+    /// Tells runc that init has been let go, which a `runc start` that was cut off has not.
+    pub fn note_start(&self) {
+        // Not there is what we want.
+        let _ = std::fs::remove_file(self.start_fifo());
+    }
+
+    fn start_fifo(&self) -> PathBuf {
+        self.runtime.root.join(self.id.as_str()).join("exec.fifo")
     }
 
     /// Why a command failed, from the log that it was given.

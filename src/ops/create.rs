@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -99,6 +100,7 @@ impl Shim {
             rootfs_on_host: !request.rootfs.is_empty() && spec.shares_mounts_with_host(),
             unit: name::candidates(&key).next().ok_or(Error::NoUnitName { key: key.clone() })?,
             logger: None,
+            waiting_program: None,
             cgroup: None,
             init: Phase::Creating { exit: None },
             execs: BTreeMap::new(),
@@ -263,8 +265,9 @@ impl Shim {
 
     /// Takes the main process over, and notes where it lives.
     fn adopt(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
-        let cgroup = cgroup::of_process(pid).ok();
+        let (cgroup, program) = (cgroup::of_process(pid).ok(), program_of(pid));
         self.change(entry, |task| {
+            task.waiting_program = program;
             task.cgroup = cgroup.or_else(|| task.cgroup.take());
             Ok(task.apply(Event::Created { pid }, now_usec())?)
         })
@@ -353,6 +356,12 @@ fn own_placement(key: &TaskKey, path: &Path) -> Result<Option<Placement>, Error>
 /// The pod's sandbox (pause container) that a container belongs to; a sandbox belongs to itself.
 fn sandbox_of(spec: &Spec) -> Option<TaskId> {
     spec.annotation("io.kubernetes.cri.sandbox-id").and_then(|id| TaskId::new(id).ok())
+}
+
+/// The program file that a process runs: device and inode.
+pub(super) fn program_of(pid: u32) -> Option<(u64, u64)> {
+    let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+    Some((file.dev(), file.ino()))
 }
 
 /// A pid file.

@@ -11,6 +11,7 @@ use crate::task::phase::{Event, Exit, Phase, Seen};
 use crate::unit::main_process::{Ended, MainProcess};
 use crate::unit::watch::Observation;
 
+use super::create::program_of;
 use super::{Entry, Error, Process, Shim, blocking, now_usec};
 
 /// What containerd takes for "unknown".
@@ -209,7 +210,14 @@ impl Shim {
             Phase::Starting { .. } => {
                 let dir = self.store.dir(&task.key);
                 let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
-                let event = if cli.waits_for_start() { Event::StartFailed } else { Event::Started };
+                // A `runc start` that was cut off may have let init go, and not said so: starting it again
+                // would wait for its end.
+                let program = task.init.pid().and_then(program_of);
+                let waits = cli.waits_for_start() && program == task.waiting_program;
+                if !waits {
+                    cli.note_start();
+                }
+                let event = if waits { Event::StartFailed } else { Event::Started };
                 if let Err(error) = self.apply(entry, event) {
                     tracing::error!(task = %task.key, %error, "task {}: can't finish its start: {error}", task.key);
                 }

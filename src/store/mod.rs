@@ -411,6 +411,7 @@ mod tests {
             placement: Placement::Unit { slice, child: id.to_owned() },
             cgroup: None,
             rootfs_on_host: false,
+            waiting_program: None,
             face: Face::default(),
             init: Phase::Creating { exit: None },
             execs: Default::default(),

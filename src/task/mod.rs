@@ -46,6 +46,10 @@ pub struct Task {
     pub cgroup: Option<PathBuf>,
     /// The rootfs is mounted in the host's mount namespace, and is ours to unmount.
     pub rootfs_on_host: bool,
+    /// The program file of init while it waits to be started: device and inode. Init has another one
+    /// from then on.
+    #[serde(default)]
+    pub waiting_program: Option<(u64, u64)>,
     /// Its unit, as systemd is told to show it.
     pub face: Face,
     /// Where its init process is in its life.
