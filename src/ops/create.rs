@@ -170,7 +170,7 @@ impl Shim {
             let gone = || Error::UnknownTask { key: task.key.clone() };
             let state = self.manager.active_state(&task.unit).await?;
             let streams = Arc::new(self.streams(&task, None).ok_or_else(gone)?);
-            let mut opened = self.reopen_streams(streams.clone(), Whose::Live).await?;
+            let mut opened = self.reopen_streams(streams.clone(), Whose::Starting).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());
             match state.as_deref() {

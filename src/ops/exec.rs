@@ -423,7 +423,7 @@ impl Shim {
             let task = entry.task().clone();
             let gone = || Error::UnknownExec { key: process.key.clone() };
             let streams = Arc::new(self.streams(&task, Some(id)).ok_or_else(gone)?);
-            let mut opened = self.reopen_streams(streams.clone(), Whose::Live).await?;
+            let mut opened = self.reopen_streams(streams.clone(), Whose::Starting).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());
             match starting {

@@ -47,8 +47,10 @@ pub(super) struct Streams {
 /// Of what process streams are taken over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Whose {
-    /// One that runs, or is about to.
-    Live,
+    /// One that is about to run.
+    Starting,
+    /// One that runs: its terminal has been received.
+    Running,
     /// One that has ended: what was not kept is over.
     Ended,
 }
@@ -217,7 +219,7 @@ impl Shim {
         let Some(streams) = self.streams(&task, process.key.exec.as_ref()) else {
             return;
         };
-        let whose = if process.has_ended() { Whose::Ended } else { Whose::Live };
+        let whose = if process.has_ended() { Whose::Ended } else { Whose::Running };
         if whose == Whose::Ended && !self.kept.has(streams.wiring.kept) {
             return;
         }
@@ -370,7 +372,7 @@ impl Streams {
             fifo::make(&self.dir.join(name))?;
         }
         let nothing = &mut |_| Earlier::default();
-        let opened = self.open(kept, Whose::Live, nothing, fifo::open_output_nonblocking)?;
+        let opened = self.open(kept, Whose::Starting, nothing, fifo::open_output_nonblocking)?;
         Ok(Opened { console: self.console(kept)?, ..opened })
     }
 
@@ -379,7 +381,7 @@ impl Streams {
         for name in self.wiring.own_pipes() {
             let path = self.dir.join(name);
             // It ended before they were all made.
-            if whose == Whose::Live && fifo::kind(&path) == Kind::Missing {
+            if whose == Whose::Starting && fifo::kind(&path) == Kind::Missing {
                 fifo::make(&path)?;
             }
         }
@@ -390,7 +392,7 @@ impl Streams {
         let terminal = terminals.pop();
         let opened = self.open(kept, whose, &mut earlier, |path, _| fifo::open_both_nonblocking(path))?;
         // Where it has not come yet, it may.
-        let may_come = terminal.is_none() && whose == Whose::Live;
+        let may_come = terminal.is_none() && whose == Whose::Starting;
         let console = match consoles.pop() {
             Some(listener) if may_come => Some(Console::adopt(listener, &self.console)),
             None if may_come => self.console(kept)?,
@@ -418,7 +420,7 @@ impl Streams {
         client: impl Fn(&Path, Duration) -> Result<File, fifo::Error>,
     ) -> Result<Opened, Error> {
         let (mut opened, number) = (Opened::default(), self.wiring.kept);
-        if let (Input::Fifo(path), Whose::Live) = (&self.wiring.stdin, whose) {
+        if let (Input::Fifo(path), Whose::Starting | Whose::Running) = (&self.wiring.stdin, whose) {
             let mut before = earlier(Part::Input);
             if self.wiring.terminal {
                 opened.input = Some(or_open(before.readers.pop(), || fifo::open_reader(path))?);
@@ -426,7 +428,7 @@ impl Streams {
             opened.stdin = Some(or_open(before.both.pop(), || fifo::open_both(path))?);
             kept.keep(Part::Input, number, &fds([&opened.input, &opened.stdin]));
         }
-        if self.wiring.logger.is_some() && whose == Whose::Live {
+        if self.wiring.logger.is_some() && whose == Whose::Starting {
             opened.ready = Some(fifo::open_reader(&self.dir.join(wiring::pipe::READY))?);
             for name in [wiring::pipe::LOG_STDOUT, wiring::pipe::LOG_STDERR] {
                 opened.logger.push(fifo::open_both(&self.dir.join(name))?);
