@@ -97,7 +97,7 @@ pub fn container(
         ("Type", "forking".into()),
         ("PIDFile", path(pid_file)),
         ("GuessMainPID", false.into()),
-        ("ExecStartEx", exec_start(command, &["no-env-expand"])),
+        ("ExecStart", exec_start(command, Failure::Counts)),
         ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
@@ -155,7 +155,7 @@ pub fn exec(description: &str, command: &[String], environment: &[String]) -> Pr
         ("Slice", name::DAEMON_SLICE.into()),
         ("Type", "oneshot".into()),
         ("NotifyAccess", "main".into()),
-        ("ExecStartEx", exec_start(command, &["no-env-expand", "ignore-failure"])),
+        ("ExecStart", exec_start(command, Failure::Ignored)),
         ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
@@ -180,7 +180,7 @@ pub fn logger(shown: &Shown<'_>, command: &[String]) -> Properties {
     let mut list = shown_as(shown);
     list.extend([
         ("Type", "exec".into()),
-        ("ExecStartEx", exec_start(command, &["no-env-expand"])),
+        ("ExecStart", exec_start(command, Failure::Counts)),
         ("CollectMode", "inactive-or-failed".into()),
         ("TimeoutStopUSec", usec(config::LOGGER_STOP_LIMIT).into()),
         ("StandardInput", "null".into()),
@@ -198,7 +198,7 @@ pub fn wake(command: &[String], news: BorrowedFd<'_>) -> Result<Properties, std:
         ("Description", "waits for calls to the containerd shim while it is stopped".into()),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Type", "exec".into()),
-        ("ExecStartEx", exec_start(command, &["no-env-expand"])),
+        ("ExecStart", exec_start(command, Failure::Counts)),
         ("CollectMode", "inactive-or-failed".into()),
         ("StandardInputFileDescriptor", Variant::from(zbus::Fd::from(news.try_clone_to_owned()?))),
     ];
@@ -239,7 +239,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("Description", "containerd shim for systemd units".into()),
         ("Type", "notify".into()),
         ("NotifyAccess", "main".into()),
-        ("ExecStartEx", exec_start(command, &["no-env-expand"])),
+        ("ExecStart", exec_start(command, Failure::Counts)),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Restart", "always".into()),
         ("RestartUSec", 0_u64.into()),
@@ -293,11 +293,20 @@ fn bound_to_system() -> Vec<(&'static str, Variant<'static>)> {
     ]
 }
 
-/// A command with its flags. Without `no-env-expand` systemd would expand `$VAR` in it.
-fn exec_start(command: &[String], flags: &[&'static str]) -> Variant<'static> {
+/// What a service's failure is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Failure {
+    Counts,
+    Ignored,
+}
+
+/// A command. systemd would expand `$VAR` in it: there is none in names and ids, which is all that it has.
+///
+/// Not `ExecStartEx`, which can turn that off: systemd 252 writes that name into the unit's file, and
+/// can't read it again when it reloads.
+fn exec_start(command: &[String], failure: Failure) -> Variant<'static> {
     let binary = command.first().cloned().unwrap_or_default();
-    let flags: Vec<String> = flags.iter().map(|&flag| flag.to_owned()).collect();
-    vec![(binary, command.to_vec(), flags)].into()
+    vec![(binary, command.to_vec(), failure == Failure::Ignored)].into()
 }
 
 fn path(path: &Path) -> Variant<'static> {
@@ -353,8 +362,8 @@ mod tests {
     }
 
     #[test]
-    fn a_command_is_never_expanded() {
-        assert!(of(257)["ExecStartEx"].contains("no-env-expand"));
+    fn systemd_252_can_read_a_command_again() {
+        assert!(of(252).contains_key("ExecStart") && !of(252).contains_key("ExecStartEx"));
     }
 
     #[test]
