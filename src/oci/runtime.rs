@@ -175,9 +175,28 @@ impl Cli<'_> {
         command
     }
 
+    /// Waits for a command that an earlier daemon has begun: it goes on without that one.
+    pub async fn settled(&self) {
+        drop(self.turn().await);
+    }
+
+    /// Waits until no other command for this container runs. The lock is for the command, as its stdin:
+    /// it lasts as long as the command does, whatever becomes of this process. Nothing if there can't be
+    /// one.
+    async fn turn(&self) -> Option<File> {
+        let path = self.dir.join("runtime.lock");
+        let locked = tokio::task::spawn_blocking(move || {
+            let file = File::options().read(true).write(true).create(true).truncate(false).open(path).ok()?;
+            file.lock().ok()?;
+            Some(file)
+        });
+        tokio::time::timeout(config::RUNTIME_LIMIT, locked).await.ok()?.ok()?
+    }
+
     async fn run(&self, verb: &'static str, mut command: Command) -> Result<(), Error> {
         // Hooks may leave children behind: nothing of theirs may hold a pipe of ours open.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.stdin(self.turn().await.map_or_else(Stdio::null, |lock| lock.into()));
         let spawn_error = |source| Error::Spawn { verb, binary: self.runtime.binary.clone(), source };
         let mut child = tokio::process::Command::from(command).spawn().map_err(spawn_error)?;
         let status = match tokio::time::timeout(config::RUNTIME_LIMIT, child.wait()).await {

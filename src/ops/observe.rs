@@ -210,6 +210,7 @@ impl Shim {
             Phase::Starting { .. } => {
                 let dir = self.store.dir(&task.key);
                 let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
+                cli.settled().await;
                 // A `runc start` that was cut off may have let init go, and not said so: starting it again
                 // would wait for its end.
                 let program = task.init.pid().and_then(program_of);

@@ -248,7 +248,9 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("RestartPreventExitStatus", (vec![2_i32], Vec::<i32>::new()).into()),
         ("WatchdogUSec", usec(Duration::from_secs(10)).into()),
         ("TimeoutStopUSec", usec(Duration::from_secs(10)).into()),
-        ("KillMode", "mixed".into()),
+        // A command of the OCI runtime that is under way comes to its end: one that was cut off could take
+        // its container along.
+        ("KillMode", "process".into()),
         ("FileDescriptorStoreMax", 16_384_u32.into()),
         // The lines of containers that it copies to the journal count as its own.
         ("LogRateLimitIntervalUSec", 0_u64.into()),
