@@ -28,9 +28,11 @@ impl Shim {
             None => self.delete_task(&key.task).await,
             Some(exec) => self.delete_exec(key, exec).await,
         };
-        match (deleted, self.answered(key, attempt)) {
-            (Err(Error::UnknownTask { .. } | Error::UnknownExec { .. }), Some(before)) => Ok(before),
-            (deleted, _) => deleted,
+        match deleted {
+            Err(error @ (Error::UnknownTask { .. } | Error::UnknownExec { .. })) => {
+                self.answered(key, attempt).ok_or(error)
+            }
+            deleted => deleted,
         }
     }
 

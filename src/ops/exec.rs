@@ -28,8 +28,8 @@ use crate::unit::proxy::Starting;
 use crate::unit::{self, name, properties};
 
 use super::create::read_pid;
-use super::streams::{Opened, Whose, cut_off, drain};
-use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, now_usec};
+use super::streams::{Opened, Whose, cut_off, drain, kept_number};
+use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, go_on, now_usec};
 
 /// The file in an exec's directory with its process spec.
 pub const PROCESS_SPEC: &str = "process.json";
@@ -386,15 +386,12 @@ impl Shim {
         let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
         match phase {
             Some(ExecPhase::Starting { .. }) => {
-                let (locked, is_locked) = tokio::sync::oneshot::channel();
-                let (shim, entry, process, id) = (self.clone(), entry.clone(), process.clone(), id.clone());
-                tokio::spawn(async move {
-                    let _verb = process.verb.lock().await;
-                    shim.resume_start(&entry, &process, &id, locked).await;
-                });
-                // The same Start may come again at once: it has to wait for this one. One that is over
-                // says nothing.
-                let _ = is_locked.await;
+                let (shim, entry, id) = (self.clone(), entry.clone(), id.clone());
+                let starting = process.clone();
+                go_on(process, |taken| async move {
+                    shim.resume_start(&entry, &starting, &id, taken).await;
+                })
+                .await;
             }
             Some(ExecPhase::Running { pid }) => {
                 self.hold_exec(entry, process, pid);
@@ -465,8 +462,7 @@ impl Shim {
         }
         cut_off(process).await;
         self.close_input(entry, process);
-        let wiring = entry.task().wiring_mut(Some(id)).map(|wiring| wiring.kept);
-        wiring.into_iter().for_each(|number| self.kept.forget_all(number));
+        kept_number(entry, process).into_iter().for_each(|number| self.kept.forget_all(number));
         // Its process spec stays, for another try.
         let spec = std::fs::read(dir.join(PROCESS_SPEC));
         let cleared = self.store.create_exec_dir(&entry.key, id).map_err(Error::from);

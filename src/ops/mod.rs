@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -247,6 +247,23 @@ impl Shim {
 fn now_usec() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Goes on, beside the rest, with a verb that an earlier daemon has begun. The same call may come again at
+/// once: it finds the verb locked. Resolves when `work` says that it has taken over what was kept of the
+/// process's streams, or is over.
+async fn go_on<W: Future<Output = ()> + Send + 'static>(
+    process: &Arc<Process>,
+    work: impl FnOnce(oneshot::Sender<()>) -> W + Send + 'static,
+) {
+    let (taken, is_taken) = oneshot::channel();
+    let process = process.clone();
+    tokio::spawn(async move {
+        let _verb = process.verb.lock().await;
+        work(taken).await;
+    });
+    // One that is over says nothing.
+    let _ = is_taken.await;
 }
 
 /// Runs blocking work (disk, mounts, clients' files) away from the async runtime.

@@ -12,7 +12,7 @@ use crate::unit::main_process::{Ended, MainProcess};
 use crate::unit::watch::Observation;
 
 use super::create::program_of;
-use super::{Entry, Error, Process, Shim, blocking, now_usec};
+use super::{Entry, Error, Process, Shim, blocking, go_on, now_usec};
 
 /// What containerd takes for "unknown".
 const UNKNOWN_STATUS: u32 = 255;
@@ -196,15 +196,8 @@ impl Shim {
         let task = entry.task().clone();
         match task.init {
             Phase::Creating { .. } => {
-                let (locked, is_locked) = tokio::sync::oneshot::channel();
-                let (shim, entry) = (self.clone(), entry.clone());
-                tokio::spawn(async move {
-                    let _verb = entry.init.verb.lock().await;
-                    shim.resume_create(&entry, locked).await;
-                });
-                // The same Create may come again at once: it has to wait for this one. One that is over
-                // says nothing.
-                let _ = is_locked.await;
+                let (shim, creating) = (self.clone(), entry.clone());
+                go_on(&entry.init, |taken| async move { shim.resume_create(&creating, taken).await }).await;
                 return;
             }
             Phase::Starting { .. } => {

@@ -275,8 +275,7 @@ impl Shim {
     /// Lets go of the writing end that keeps a process's input open.
     fn close_writer(&self, entry: &Entry, process: &Process) {
         let writer = process.live().stdin.take();
-        let number = entry.task().wiring_mut(process.key.exec.as_ref()).map(|wiring| wiring.kept);
-        if let (Some(_), Some(number)) = (writer, number) {
+        if let (Some(_), Some(number)) = (writer, kept_number(entry, process)) {
             self.kept.forget(Part::Input, number);
         }
     }
@@ -285,8 +284,7 @@ impl Shim {
     pub(super) fn close_input(&self, entry: &Entry, process: &Process) {
         self.close_writer(entry, process);
         let terminal = process.live().terminal.take();
-        let number = entry.task().wiring_mut(process.key.exec.as_ref()).map(|wiring| wiring.kept);
-        if let (Some(_), Some(number)) = (terminal, number)
+        if let (Some(_), Some(number)) = (terminal, kept_number(entry, process))
             && process.live().pumps.is_empty()
         {
             self.kept.forget(Part::Terminal, number);
@@ -313,6 +311,11 @@ impl Shim {
             None => Ok(()),
         }
     }
+}
+
+/// The number under which systemd keeps a process's streams.
+pub(super) fn kept_number(entry: &Entry, process: &Process) -> Option<u64> {
+    entry.task().wiring_mut(process.key.exec.as_ref()).map(|wiring| wiring.kept)
 }
 
 /// Waits until everything that a process wrote is where it belongs. Something that outlives the

@@ -4,7 +4,7 @@ use crate::id::ProcessKey;
 use crate::task::phase::Exit;
 use crate::task::registry::End;
 
-use super::{Attempt, Deleted, Error, Shim};
+use super::{Attempt, Error, Shim};
 
 impl Shim {
     /// Resolves when the process has ended; at once if it has.
@@ -12,11 +12,13 @@ impl Shim {
     /// # Errors
     /// There is no such process, or it is deleted without having run.
     pub async fn wait(&self, key: &ProcessKey, attempt: Attempt) -> Result<Exit, Error> {
-        let process = match (self.process(key), self.answered(key, attempt)) {
-            (Ok((_, process)), _) => process,
-            // It has ended and is deleted since.
-            (Err(_), Some(Deleted { exit: Some(exit), .. })) => return Ok(exit),
-            (Err(error), _) => return Err(error),
+        let process = match self.process(key) {
+            Ok((_, process)) => process,
+            Err(error) => {
+                // It may have ended and be deleted since.
+                let exit = self.answered(key, attempt).and_then(|deleted| deleted.exit);
+                return exit.ok_or(error);
+            }
         };
         match (process.ended().await, &key.exec) {
             (End::Exited(exit), _) => Ok(exit),

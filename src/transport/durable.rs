@@ -55,17 +55,7 @@ impl Durable {
         one: Arc<()>,
     ) -> Result<Self, Error> {
         sys::count_peeked(&socket)?;
-        let (ready, writing) = Default::default();
-        Ok(Self {
-            socket: sys::watch(socket)?,
-            journal,
-            ready,
-            writing,
-            keeper,
-            name,
-            _one: one,
-            over: false,
-        })
+        Self::over(socket, journal, VecDeque::new(), keeper, name, one)
     }
 
     /// A connection that an earlier daemon has accepted. Requests without a response come out of it
@@ -90,17 +80,19 @@ impl Durable {
         }
         journal.settle()?;
         let ready = unanswered.into_iter().flat_map(|frame| frame.replayed().bytes).collect();
-        let writing = Assembler::default();
-        Ok(Self {
-            socket: sys::watch(socket)?,
-            journal,
-            ready,
-            writing,
-            keeper,
-            name,
-            _one: one,
-            over: false,
-        })
+        Self::over(socket, journal, ready, keeper, name, one)
+    }
+
+    fn over(
+        socket: OwnedFd,
+        journal: Journal,
+        ready: VecDeque<u8>,
+        keeper: Arc<dyn Keep>,
+        name: String,
+        one: Arc<()>,
+    ) -> Result<Self, Error> {
+        let (socket, writing) = (sys::watch(socket)?, Assembler::default());
+        Ok(Self { socket, journal, ready, writing, keeper, name, _one: one, over: false })
     }
 
     /// Resolves when everything that an earlier daemon has noted is sent. A connection that is broken

@@ -31,7 +31,6 @@ impl Jobs {
         let mut jobs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(waiters) = jobs.get_mut(unit) {
             waiters.retain(|waiter| waiter.send((job.clone(), result.to_owned())).is_ok());
-            waiters.retain(|waiter| !waiter.is_closed());
             if waiters.is_empty() {
                 jobs.remove(unit);
             }

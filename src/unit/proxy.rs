@@ -124,6 +124,19 @@ impl Tries {
     }
 }
 
+/// systemd's manager, as called over that connection.
+pub(super) async fn manager_of(connection: &Connection) -> zbus::Result<SystemdManagerProxy<'static>> {
+    SystemdManagerProxy::builder(connection).cache_properties(zbus::proxy::CacheProperties::No).build().await
+}
+
+/// What a loaded unit is at, read at once.
+struct UnitState {
+    /// `active`, `failed`, …
+    active: String,
+    /// Its job, if it has one.
+    job: Option<(u32, OwnedObjectPath)>,
+}
+
 impl Manager {
     /// One whose references to units outlive the process.
     pub fn with_refs(refs: Arc<Refs>) -> Self {
@@ -182,12 +195,7 @@ impl Manager {
     }
 
     async fn proxy(&self) -> Result<SystemdManagerProxy<'static>, Error> {
-        let connection = self.connected().await?;
-        SystemdManagerProxy::builder(&connection)
-            .cache_properties(zbus::proxy::CacheProperties::No)
-            .build()
-            .await
-            .map_err(unreachable)
+        manager_of(&self.connected().await?).await.map_err(unreachable)
     }
 
     /// systemd has got its name on the bus, or has lost it.
@@ -331,11 +339,10 @@ impl Manager {
         loop {
             let waiter = self.jobs.wait_for(unit);
             listening.mark_unchanged();
-            let state = self.active_state(unit).await?;
-            let has_job = state.is_some() && self.job(unit).await?.is_some();
-            match (verb, state.as_deref()) {
+            let state = self.unit_state(unit).await?;
+            match (verb, state.as_ref().map(|state| state.active.as_str())) {
                 // Its job may wait for another unit's.
-                _ if has_job => {}
+                _ if state.as_ref().is_some_and(|state| state.job.is_some()) => {}
                 (START, Some("active" | "reloading")) | (STOP, None | Some("inactive" | "failed")) => {
                     return Ok(());
                 }
@@ -407,16 +414,10 @@ impl Manager {
     /// # Errors
     /// systemd can't be asked.
     pub async fn job_type(&self, unit: &UnitName) -> Result<Option<String>, Error> {
-        let Some((_, path)) = self.job(unit).await? else {
+        let Some((_, path)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
             return Ok(None);
         };
         Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
-    }
-
-    async fn job(&self, unit: &UnitName) -> Result<Option<(u32, OwnedObjectPath)>, Error> {
-        let all = self.get_all(unit, UNIT_INTERFACE).await?;
-        let job = all.get("Job").and_then(|job| <(u32, OwnedObjectPath)>::try_from(job.clone()).ok());
-        Ok(job.filter(|(id, _)| *id != 0))
     }
 
     /// Stops a unit and waits until it is down. A unit that is not loaded is down.
@@ -453,7 +454,7 @@ impl Manager {
     /// # Errors
     /// A refusal.
     pub async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
-        let Some((id, _)) = self.job(unit).await? else {
+        let Some((id, _)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
             return Ok(());
         };
         match persist!(self, proxy, proxy.cancel_job(id)) {
@@ -495,12 +496,18 @@ impl Manager {
     /// # Errors
     /// systemd can't be asked.
     pub async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
+        Ok(self.unit_state(unit).await?.map(|state| state.active))
+    }
+
+    async fn unit_state(&self, unit: &UnitName) -> Result<Option<UnitState>, Error> {
         let all = self.get_all(unit, UNIT_INTERFACE).await?;
         // Asking for a unit that is not loaded loads an empty one and answers for that.
         if text(&all, "LoadState").as_deref() == Some("not-found") {
             return Ok(None);
         }
-        Ok(text(&all, "ActiveState"))
+        let job = all.get("Job").and_then(|job| <(u32, OwnedObjectPath)>::try_from(job.clone()).ok());
+        let job = job.filter(|(id, _)| *id != 0);
+        Ok(text(&all, "ActiveState").map(|active| UnitState { active, job }))
     }
 
     /// Where a unit is in being started.
@@ -508,12 +515,14 @@ impl Manager {
     /// # Errors
     /// systemd can't be asked.
     pub async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
-        Ok(match self.active_state(unit).await?.as_deref() {
-            None => Starting::NotBegun,
-            Some("activating") => Starting::UnderWay,
+        let Some(UnitState { active, job }) = self.unit_state(unit).await? else {
+            return Ok(Starting::NotBegun);
+        };
+        Ok(match active.as_str() {
+            "activating" => Starting::UnderWay,
             // Its job waits for its turn.
-            Some("inactive") if self.job(unit).await?.is_some() => Starting::UnderWay,
-            Some(_) => Starting::Over,
+            "inactive" if job.is_some() => Starting::UnderWay,
+            _ => Starting::Over,
         })
     }
 

@@ -20,7 +20,7 @@ use crate::id::UnitName;
 
 use super::error::{Error, is_gone, unreachable};
 use super::notify::FdStore;
-use super::proxy::{CALL_LIMIT, SystemdManagerProxy};
+use super::proxy::{CALL_LIMIT, SystemdManagerProxy, manager_of};
 
 const NOT_REFERENCED: &str = "org.freedesktop.systemd1.NotReferenced";
 const BUS: &str = "/run/dbus/system_bus_socket";
@@ -63,7 +63,7 @@ impl Refs {
         let reason = || Error::Unreachable { reason: "no connection".to_owned() };
         let open = open.as_mut().ok_or_else(reason)?;
         open.units.insert(unit.clone());
-        proxy(&open.connection).await
+        manager_of(&open.connection).await.map_err(unreachable)
     }
 
     async fn connect(&self) -> Result<Open, Error> {
@@ -119,10 +119,7 @@ impl Refs {
         let Some(connection) = connection else {
             return Ok(());
         };
-        let proxy = SystemdManagerProxy::builder(&connection)
-            .cache_properties(zbus::proxy::CacheProperties::No)
-            .build()
-            .await?;
+        let proxy = manager_of(&connection).await?;
         let mut released = proxy.unref_unit(unit.as_str()).await;
         if matches!(&released, Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NOT_REFERENCED) {
             // systemd has lost it, executing itself anew, and has not looked since whether the unit is
@@ -138,12 +135,4 @@ impl Refs {
         }
         released
     }
-}
-
-async fn proxy(connection: &Connection) -> Result<SystemdManagerProxy<'static>, Error> {
-    SystemdManagerProxy::builder(connection)
-        .cache_properties(zbus::proxy::CacheProperties::No)
-        .build()
-        .await
-        .map_err(unreachable)
 }

@@ -1,5 +1,8 @@
 //! The command line of the benchmark.
 
+use std::process::ExitCode;
+
+use super::common::command_line::{self, count};
 use super::common::node::{OUR_RUNTIME, STOCK_RUNTIME};
 
 pub const USAGE: &str = "\
@@ -61,13 +64,8 @@ impl Arguments {
     }
 }
 
-pub enum Parsed {
-    Run(Arguments),
-    Help,
-    Wrong(String),
-}
-
-pub fn parse(words: impl Iterator<Item = String>) -> Parsed {
+/// The arguments, or the code to end with.
+pub fn parse(words: impl Iterator<Item = String>) -> Result<Arguments, ExitCode> {
     let mut arguments = Arguments {
         subjects: SUBJECTS.map(|(_, subject)| subject).to_vec(),
         iterations: 50,
@@ -78,20 +76,10 @@ pub fn parse(words: impl Iterator<Item = String>) -> Parsed {
         json: None,
         runtimes: [OUR_RUNTIME.to_string(), STOCK_RUNTIME.to_string()],
     };
-    let mut words = words;
-    while let Some(word) = words.next() {
-        if ["--help", "-h"].contains(&word.as_str()) {
-            return Parsed::Help;
-        }
-        if word == "--bench" {
-            continue; // cargo adds it
-        }
-        let Some(value) = words.next() else { return Parsed::Wrong(format!("{word} needs a value")) };
-        if let Err(what) = arguments.set(&word, &value) {
-            return Parsed::Wrong(what);
-        }
-    }
-    Parsed::Run(arguments)
+    // cargo adds it.
+    let words = words.filter(|word| word != "--bench");
+    command_line::read("side_by_side", USAGE, words, |word, value| arguments.set(word, value))?;
+    Ok(arguments)
 }
 
 impl Arguments {
@@ -102,7 +90,7 @@ impl Arguments {
             "--execs" => self.execs = count(value)?,
             "--parallel" => self.parallel = count(value)?,
             "--containers" => self.containers = value.split(',').map(count).collect::<Result<_, _>>()?,
-            "--megabytes" => self.megabytes = count(value)? as u64,
+            "--megabytes" => self.megabytes = count(value)?,
             "--json" => self.json = Some(value.to_string()),
             "--runtime" => self.runtimes[0] = value.to_string(),
             "--against" => self.runtimes[1] = value.to_string(),
@@ -115,11 +103,4 @@ impl Arguments {
 fn subject(text: &str) -> Result<Subject, String> {
     let found = SUBJECTS.iter().find(|(name, _)| *name == text);
     found.map(|(_, subject)| *subject).ok_or_else(|| format!("{text:?} can't be measured"))
-}
-
-fn count(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(count) if count > 0 => Ok(count),
-        _ => Err(format!("{text:?} is not a count")),
-    }
 }

@@ -21,7 +21,7 @@ mod throughput;
 
 use std::process::ExitCode;
 
-use arguments::{Arguments, Parsed, Subject};
+use arguments::{Arguments, Subject};
 use common::node::Node;
 use container::Init;
 use latency::Rounds;
@@ -30,15 +30,8 @@ use report::{PER_PROCESS, Part, Report, Target};
 
 fn main() -> ExitCode {
     let arguments = match arguments::parse(std::env::args().skip(1)) {
-        Parsed::Run(arguments) => arguments,
-        Parsed::Help => {
-            println!("{}", arguments::USAGE);
-            return ExitCode::SUCCESS;
-        }
-        Parsed::Wrong(what) => {
-            eprintln!("side_by_side: {what}\n{}", arguments::USAGE);
-            return ExitCode::from(2);
-        }
+        Ok(arguments) => arguments,
+        Err(code) => return code,
     };
     let report = measure(&arguments);
     print!("{}", report.table());

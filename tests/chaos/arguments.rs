@@ -1,7 +1,9 @@
 //! The command line.
 
+use std::process::ExitCode;
 use std::time::Duration;
 
+use super::common::command_line::{self, count};
 use super::common::disturb::Disturbance;
 use super::common::node::number;
 use super::work::Kind;
@@ -34,13 +36,8 @@ pub struct Arguments {
     pub workers: usize,
 }
 
-pub enum Parsed {
-    Run(Arguments),
-    Help,
-    Wrong(String),
-}
-
-pub fn parse(mut words: impl Iterator<Item = String>) -> Parsed {
+/// The arguments, or the code to end with.
+pub fn parse(words: impl Iterator<Item = String>) -> Result<Arguments, ExitCode> {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let mut arguments = Arguments {
         duration: Duration::from_secs(60),
@@ -49,28 +46,20 @@ pub fn parse(mut words: impl Iterator<Item = String>) -> Parsed {
         kinds: Kind::ALL.to_vec(),
         workers: number("CHAOS_WORKERS", 6, 3),
     };
-    while let Some(word) = words.next() {
-        if ["--help", "-h"].contains(&word.as_str()) {
-            return Parsed::Help;
-        }
-        let Some(value) = words.next() else { return Parsed::Wrong(format!("{word} needs a value")) };
-        if let Err(what) = arguments.set(&word, &value) {
-            return Parsed::Wrong(what);
-        }
-    }
-    Parsed::Run(arguments)
+    command_line::read("chaos", USAGE, words, |word, value| arguments.set(word, value))?;
+    Ok(arguments)
 }
 
 impl Arguments {
     fn set(&mut self, word: &str, value: &str) -> Result<(), String> {
         match word {
             "--seconds" => self.duration = Duration::from_secs(count(value)?),
-            "--minutes" => self.duration = Duration::from_secs(60 * count(value)?),
+            "--minutes" => self.duration = Duration::from_secs(60 * count::<u64>(value)?),
             "--seed" => self.seed = count(value)?,
             "--disturb" if value == "none" => self.disturbances = Vec::new(),
             "--disturb" => self.disturbances = named(value, &Disturbance::ALL, Disturbance::name)?,
             "--work" => self.kinds = named(value, &Kind::ALL, Kind::name)?,
-            "--workers" => self.workers = count(value)? as usize,
+            "--workers" => self.workers = count(value)?,
             _ => return Err(format!("there is no {word}")),
         }
         Ok(())
@@ -80,11 +69,4 @@ impl Arguments {
 fn named<T: Copy>(names: &str, all: &[T], name: fn(T) -> &'static str) -> Result<Vec<T>, String> {
     let find = |wanted: &str| all.iter().copied().find(|one| name(*one) == wanted);
     names.split(',').map(|wanted| find(wanted).ok_or_else(|| format!("there is no {wanted:?}"))).collect()
-}
-
-fn count(text: &str) -> Result<u64, String> {
-    match text.parse() {
-        Ok(count) if count > 0 => Ok(count),
-        _ => Err(format!("{text:?} is not a count")),
-    }
 }

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
-use arguments::{Arguments, Parsed};
+use arguments::Arguments;
 use common::bulk::Bulk;
 use common::disturb::Disturbance;
 use common::leaks::Traces;
@@ -68,15 +68,8 @@ impl Shared {
 
 fn main() -> ExitCode {
     let mut arguments = match arguments::parse(std::env::args().skip(1)) {
-        Parsed::Run(arguments) => arguments,
-        Parsed::Help => {
-            println!("{}", arguments::USAGE);
-            return ExitCode::SUCCESS;
-        }
-        Parsed::Wrong(what) => {
-            eprintln!("chaos: {what}\n{}", arguments::USAGE);
-            return ExitCode::from(2);
-        }
+        Ok(arguments) => arguments,
+        Err(code) => return code,
     };
     if common::node::runtime_under_test() != OUR_RUNTIME {
         arguments.disturbances.retain(|disturbance| !disturbance.is_ours());

@@ -1,0 +1,34 @@
+//! Command lines of the benchmark and of the chaos: flags, each with a value.
+
+use std::process::ExitCode;
+use std::str::FromStr;
+
+/// Has each flag and its value set. Where help is asked for, or something is wrong, that is said, and the
+/// program is to end with the returned code.
+pub fn read(
+    program: &str,
+    usage: &str,
+    mut words: impl Iterator<Item = String>,
+    mut set: impl FnMut(&str, &str) -> Result<(), String>,
+) -> Result<(), ExitCode> {
+    while let Some(word) = words.next() {
+        if ["--help", "-h"].contains(&word.as_str()) {
+            println!("{usage}");
+            return Err(ExitCode::SUCCESS);
+        }
+        let value = words.next().ok_or_else(|| format!("{word} needs a value"));
+        if let Err(what) = value.and_then(|value| set(&word, &value)) {
+            eprintln!("{program}: {what}\n{usage}");
+            return Err(ExitCode::from(2));
+        }
+    }
+    Ok(())
+}
+
+/// A number above zero.
+pub fn count<T: FromStr + Default + PartialOrd>(text: &str) -> Result<T, String> {
+    match text.parse() {
+        Ok(count) if count > T::default() => Ok(count),
+        _ => Err(format!("{text:?} is not a count")),
+    }
+}
