@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
+
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
@@ -201,20 +203,8 @@ impl Shim {
                 return;
             }
             Phase::Starting { .. } => {
-                let dir = self.store.dir(&task.key);
-                let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
-                cli.settled().await;
-                // A `runc start` that was cut off may have let init go, and not said so: starting it again
-                // would wait for its end.
-                let program = task.init.pid().and_then(program_of);
-                let waits = cli.waits_for_start() && program == task.waiting_program;
-                if !waits {
-                    cli.note_start();
-                }
-                let event = if waits { Event::StartFailed } else { Event::Started };
-                if let Err(error) = self.apply(entry, event) {
-                    tracing::error!(task = %task.key, %error, "task {}: can't finish its start: {error}", task.key);
-                }
+                let (shim, starting) = (self.clone(), entry.clone());
+                go_on(&entry.init, |taken| async move { shim.finish_start(&starting, taken).await }).await;
             }
             Phase::Created { .. } | Phase::Running { .. } | Phase::Ending { .. } | Phase::Stopped { .. } => {}
         }
@@ -232,6 +222,27 @@ impl Shim {
         self.recover_streams(entry, &entry.init).await;
         self.look_at(entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
         self.announce(entry);
+    }
+
+    /// After a restart: settles a Start that was cut off.
+    async fn finish_start(self: &Arc<Self>, entry: &Arc<Entry>, taken: oneshot::Sender<()>) {
+        // Nobody waits any more if the daemon ends. The streams are taken over as those of one that runs.
+        let _ = taken.send(());
+        let task = entry.task().clone();
+        let dir = self.store.dir(&task.key);
+        let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
+        cli.settled().await;
+        // A `runc start` that was cut off may have let init go, and not said so: starting it again
+        // would wait for its end.
+        let program = task.init.pid().and_then(program_of);
+        let waits = cli.waits_for_start() && program == task.waiting_program;
+        if !waits {
+            cli.note_start();
+        }
+        let event = if waits { Event::StartFailed } else { Event::Started };
+        if let Err(error) = self.apply(entry, event) {
+            tracing::error!(task = %task.key, %error, "task {}: can't finish its start: {error}", task.key);
+        }
     }
 
     async fn take_in_exec(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
