@@ -75,8 +75,13 @@ impl Refs {
         };
         let (stream, name) = socket().map_err(|error| Error::Unreachable { reason: error.to_string() })?;
         let builder = zbus::connection::Builder::unix_stream(stream).method_timeout(CALL_LIMIT);
-        let connection = builder.build().await.map_err(unreachable)?;
-        Ok(Open { connection, name, units: HashSet::new() })
+        match builder.build().await {
+            Ok(connection) => Ok(Open { connection, name, units: HashSet::new() }),
+            Err(error) => {
+                self.store.forget(&name);
+                Err(unreachable(error))
+            }
+        }
     }
 
     /// The bus has gone, and all references with it.

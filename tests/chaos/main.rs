@@ -78,7 +78,10 @@ fn main() -> ExitCode {
     println!("\nrunning 1 test\nseed {}, {arguments:?}", arguments.seed);
     let faults = run(&arguments);
     if faults > 0 {
-        println!("seed {}; the end of the daemon's journal:", arguments.seed);
+        println!("seed {}; what systemd keeps, and who is connected:", arguments.seed);
+        println!("{}", process::run("systemd-analyze", &["fdstore", DAEMON_SERVICE]).text());
+        println!("{}", process::run("ss", &["-xapn", "-O"]).text());
+        println!("the end of the daemon's journal:");
         let since = format!("--since=@{}", begin.as_secs());
         let journal = process::run("journalctl", &["--no-pager", JOURNAL, &since, "--unit", DAEMON_SERVICE]);
         println!("{}", journal.text());

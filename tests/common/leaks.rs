@@ -107,10 +107,23 @@ fn descriptors() -> BTreeSet<String> {
     counts.into_iter().flat_map(|(kind, count)| (1..=count).map(move |n| format!("{kind} #{n}"))).collect()
 }
 
-/// What systemd keeps for the daemon, numbered.
+/// What systemd keeps for the daemon, by the first letter of its name, numbered; before systemd 254 just
+/// numbered.
 fn stored_descriptors() -> BTreeSet<String> {
-    let count = systemd::property(systemd::DAEMON_SERVICE, "NFileDescriptorStore").parse().unwrap_or(0_u32);
-    (1..=count).map(|n| format!("#{n}")).collect()
+    let stored = process::run("systemd-analyze", &["fdstore", "--json=short", systemd::DAEMON_SERVICE]);
+    let names: Vec<String> = match serde_json::from_slice::<Vec<serde_json::Value>>(&stored.stdout) {
+        Ok(rows) => {
+            rows.iter().filter_map(|row| row["fdname"].as_str()).map(|name| name[..1].to_owned()).collect()
+        }
+        Err(_) => {
+            let count =
+                systemd::property(systemd::DAEMON_SERVICE, "NFileDescriptorStore").parse().unwrap_or(0);
+            vec![String::new(); count]
+        }
+    };
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    names.into_iter().for_each(|name| *counts.entry(name).or_default() += 1);
+    counts.into_iter().flat_map(|(name, count)| (1..=count).map(move |n| format!("{name} #{n}"))).collect()
 }
 
 /// All but the daemon, which may be another one than before.
