@@ -56,30 +56,34 @@ impl Refs {
 
     /// For a call that makes a reference to a unit.
     pub(super) async fn proxy_for(&self, unit: &UnitName) -> Result<SystemdManagerProxy<'static>, Error> {
-        let mut open = self.open.lock().await;
-        if open.is_none() {
-            *open = Some(self.connect().await?);
-        }
-        let reason = || Error::Unreachable { reason: "no connection".to_owned() };
-        let open = open.as_mut().ok_or_else(reason)?;
-        open.units.insert(unit.clone());
-        manager_of(&open.connection).await.map_err(unreachable)
+        let (connection, _) =
+            self.with_open(|open| open.units.insert(unit.clone())).await.map_err(unreachable)?;
+        manager_of(&connection).await.map_err(unreachable)
     }
 
-    async fn connect(&self) -> Result<Open, Error> {
-        let socket = || {
-            let stream = UnixStream::connect(BUS)?;
-            let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
-            self.store.keep(&name, &[stream.as_fd()]);
-            Ok::<_, std::io::Error>((stream, name))
+    /// The connection, made if there is none, and what is done to what it refers to.
+    async fn with_open<T>(&self, change: impl FnOnce(&mut Open) -> T) -> zbus::Result<(Connection, T)> {
+        let mut open = self.open.lock().await;
+        let mut found = match open.take() {
+            Some(found) => found,
+            None => self.connect().await?,
         };
-        let (stream, name) = socket().map_err(|error| Error::Unreachable { reason: error.to_string() })?;
+        let changed = change(&mut found);
+        let connection = found.connection.clone();
+        *open = Some(found);
+        Ok((connection, changed))
+    }
+
+    async fn connect(&self) -> zbus::Result<Open> {
+        let stream = UnixStream::connect(BUS).map_err(|error| zbus::Error::InputOutput(Arc::new(error)))?;
+        let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
+        self.store.keep(&name, &[stream.as_fd()]);
         let builder = zbus::connection::Builder::unix_stream(stream).method_timeout(CALL_LIMIT);
         match builder.build().await {
             Ok(connection) => Ok(Open { connection, name, units: HashSet::new() }),
             Err(error) => {
                 self.store.forget(&name);
-                Err(unreachable(error))
+                Err(error)
             }
         }
     }
@@ -117,21 +121,19 @@ impl Refs {
 
     /// Lets a unit be unloaded when it is stopped. To be called again if systemd was not there to answer.
     pub(super) async fn release(&self, unit: &UnitName) -> zbus::Result<()> {
-        let connection = {
-            let mut open = self.open.lock().await;
-            open.as_mut().and_then(|open| open.units.remove(unit).then(|| open.connection.clone()))
-        };
-        let Some(connection) = connection else {
-            return Ok(());
-        };
+        let (connection, referred) = self.with_open(|open| open.units.remove(unit)).await?;
         let proxy = manager_of(&connection).await?;
-        let mut released = proxy.unref_unit(unit.as_str()).await;
-        if matches!(&released, Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NOT_REFERENCED) {
-            // systemd has lost it, executing itself anew, and has not looked since whether the unit is
-            // needed any more. It does when a reference goes.
-            if proxy.ref_unit(unit.as_str()).await.is_ok() {
-                released = proxy.unref_unit(unit.as_str()).await;
-            }
+        let released = if referred { proxy.unref_unit(unit.as_str()).await } else { Ok(()) };
+        let is_lost =
+            matches!(&released, Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NOT_REFERENCED);
+        if is_lost || !referred {
+            // The bus was restarted, or systemd has lost it executing itself anew, and has not looked since
+            // whether the unit is needed any more. It does when a reference goes. There may be no unit.
+            return match proxy.ref_unit(unit.as_str()).await {
+                Err(error) if is_gone(&error) => Err(error),
+                Err(_) => Ok(()),
+                Ok(()) => proxy.unref_unit(unit.as_str()).await,
+            };
         }
         if released.as_ref().is_err_and(is_gone)
             && let Some(open) = self.open.lock().await.as_mut()
