@@ -22,7 +22,7 @@ use crate::id::{ExecId, ProcessKey};
 use crate::oci::runtime::{self, Cli};
 use crate::oci::sealed::{self, Place};
 use crate::oci::{bundle, mount as rootfs};
-use crate::ops::{EXEC_PID_FILE, LAUNCH_ERROR, PID_FILE, PROCESS_SPEC, SEALED_RUNTIME};
+use crate::ops::{EXEC_PID_FILE, LAUNCH_CGROUP, LAUNCH_ERROR, PID_FILE, PROCESS_SPEC, SEALED_RUNTIME};
 use crate::stdio::fifo;
 use crate::store::{self, Store};
 use crate::task::exec::Outcome;
@@ -30,7 +30,6 @@ use crate::task::phase::Exit;
 use crate::task::wiring::{Input, Output, Wiring, pipe};
 use crate::task::{Placement, Task};
 use crate::unit::name;
-use crate::unit::properties::LAUNCH_SUBGROUP;
 
 use super::arguments::Launch;
 use super::{Failure, handoff};
@@ -127,7 +126,7 @@ impl<'a> Process<'a> {
     }
 
     fn equip(&self, command: &mut Command) -> Result<(), Error> {
-        command.env_remove(SEALED_RUNTIME);
+        command.env_remove(SEALED_RUNTIME).env_remove(LAUNCH_CGROUP);
         let [stdin, stdout, stderr] = self.open_streams()?;
         command.stdin(stdin).stdout(stdout).stderr(stderr);
         Ok(())
@@ -230,9 +229,9 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
     let task = process.task;
     let bundle = &task.request.bundle;
     if let Placement::Unit { child, .. } = &task.placement {
-        let unit = enter_launch_cgroup()?;
-        bundle::set_cgroups_path(bundle, &unit.join(child))?;
+        bundle::set_cgroups_path(bundle, &cgroup::of_self()?.join(child))?;
     }
+    leave_unit()?;
     if !task.request.rootfs.is_empty() {
         if !task.rootfs_on_host {
             own_mount_namespace()?;
@@ -288,16 +287,16 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     pid.ok_or_else(|| Error::Runtime("it left no pid file".to_owned()))
 }
 
-/// The OCI runtime works in a cgroup beside the container's: what it uses is not the container's, and
-/// the unit's own cgroup must have no processes once controllers are enabled in it. systemd 254 and
-/// later starts us there (DelegateSubgroup=), an older one in the unit's own.
-fn enter_launch_cgroup() -> Result<PathBuf, Error> {
-    let own = cgroup::of_self()?;
-    if own.file_name().is_some_and(|name| name == LAUNCH_SUBGROUP) {
-        return Ok(own.parent().map(Path::to_owned).unwrap_or_default());
-    }
-    cgroup::enter(&own.join(LAUNCH_SUBGROUP))?;
-    Ok(own)
+/// The OCI runtime works in a sub-cgroup of the daemon: what it uses counts neither as the container's nor as
+/// the pod's, and limits of either don't hold it up. The unit's own cgroup is empty then, as it must be once
+/// controllers are enabled in it.
+fn leave_unit() -> Result<(), Error> {
+    let missing = || Error::System {
+        action: "find the cgroup for the OCI runtime",
+        source: io::ErrorKind::NotFound.into(),
+    };
+    let cgroup = std::env::var_os(LAUNCH_CGROUP).ok_or_else(missing)?;
+    Ok(cgroup::enter(Path::new(&cgroup))?)
 }
 
 /// A mount namespace that sees what the host mounts, and keeps to itself what is mounted here.

@@ -46,20 +46,11 @@ impl Systemd {
         self.version >= config::OLDEST_SYSTEMD
     }
 
-    /// `DelegateSubgroup=`: the first process starts in a sub-cgroup (254).
-    fn has_delegate_subgroup(self) -> bool {
-        self.version >= 254
-    }
-
     /// `FileDescriptorStorePreserve=` (254).
     pub fn has_fd_store_preserve(self) -> bool {
         self.version >= 254
     }
 }
-
-/// The sub-cgroup of a container's unit in which the OCI runtime works until the container is made:
-/// what it uses is not the container's. No container's id has a colon.
-pub const LAUNCH_SUBGROUP: &str = "launch:";
 
 /// syslog(3): error conditions.
 const LOG_ERR: i32 = 3;
@@ -86,7 +77,6 @@ pub struct Shown<'a> {
 /// systemd takes it for the main process. `RemainAfterExit` and `CollectMode=inactive` keep the exit
 /// readable until the unit is stopped or reset.
 pub fn container(
-    systemd: Systemd,
     shown: &Shown<'_>,
     command: &[String],
     environment: &[String],
@@ -120,9 +110,6 @@ pub fn container(
         ("LogRateLimitIntervalUSec", 0_u64.into()),
     ]);
     list.extend(bound_to_system());
-    if systemd.has_delegate_subgroup() {
-        list.push(("DelegateSubgroup", LAUNCH_SUBGROUP.into()));
-    }
     Properties(list)
 }
 
@@ -251,6 +238,8 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         // A command of the OCI runtime that is under way comes to its end: one that was cut off could take
         // its container along.
         ("KillMode", "process".into()),
+        // The OCI runtime works in a sub-cgroup while it makes containers: it is not charged to them.
+        ("Delegate", true.into()),
         ("FileDescriptorStoreMax", 16_384_u32.into()),
         // The lines of containers that it copies to the journal count as its own.
         ("LogRateLimitIntervalUSec", 0_u64.into()),
@@ -331,7 +320,7 @@ impl Properties {
 mod tests {
     use super::*;
 
-    fn of(version: u32) -> std::collections::BTreeMap<&'static str, String> {
+    fn of() -> std::collections::BTreeMap<&'static str, String> {
         let slice = UnitName::new("containerd-default.slice").unwrap();
         let shown = Shown {
             description: "web",
@@ -340,7 +329,7 @@ mod tests {
             slice: &slice,
         };
         let command = ["/bin/shim".to_owned(), "launch".to_owned(), "$HOME".to_owned()];
-        container(Systemd { version }, &shown, &command, &[], Path::new("/run/x/init.pid")).as_text()
+        container(&shown, &command, &[], Path::new("/run/x/init.pid")).as_text()
     }
 
     #[test]
@@ -356,7 +345,7 @@ mod tests {
 
     #[test]
     fn no_default_of_systemd_reaches_a_container() {
-        let properties = of(257);
+        let properties = of();
         for name in ["TasksMax", "OOMPolicy", "IgnoreSIGPIPE", "KeyringMode", "TimeoutStartUSec", "KillMode"]
         {
             assert!(properties.contains_key(name), "{name}");
@@ -365,13 +354,7 @@ mod tests {
 
     #[test]
     fn systemd_252_can_read_a_command_again() {
-        assert!(of(252).contains_key("ExecStart") && !of(252).contains_key("ExecStartEx"));
-    }
-
-    #[test]
-    fn the_launch_subgroup_needs_systemd_254() {
-        assert!(of(254).contains_key("DelegateSubgroup"));
-        assert!(!of(253).contains_key("DelegateSubgroup"));
+        assert!(of().contains_key("ExecStart") && !of().contains_key("ExecStartEx"));
     }
 
     /// The lines `Key=Value` of a unit file.
