@@ -47,6 +47,8 @@ points! {
     CreateUp = "create.unit-up",
     /// The copying of output has begun.
     CreatePumping = "create.pumps-started",
+    /// The unit and the container have the same limits.
+    CreateLimited = "create.limits-joined",
     /// The process is in the record.
     CreateAdopted = "create.adopted",
     /// The record says that init is being started.
@@ -73,6 +75,18 @@ points! {
     ExecStartNoted = "exec-start.noted",
     /// The signal is sent.
     KillSent = "kill.sent",
+    /// systemd has frozen the unit.
+    PauseDone = "pause.frozen",
+    /// The record says that it is paused.
+    PauseNoted = "pause.noted",
+    /// systemd has thawed the unit.
+    ResumeDone = "resume.thawed",
+    /// The record says that it runs again.
+    ResumeNoted = "resume.noted",
+    /// The OCI runtime has set the limits.
+    UpdateDone = "update.runtime-done",
+    /// The unit has the limits too.
+    UpdateShown = "update.shown",
     /// Delete of a task begins.
     DeleteBegun = "delete.begun",
     /// The OCI runtime has forgotten the container.

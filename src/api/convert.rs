@@ -8,7 +8,8 @@ use containerd_shim_protos::api::{
     Status as ApiStatus, WaitResponse,
 };
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
 };
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::oci::{self, ProcessDetails};
@@ -202,6 +203,7 @@ pub fn state(id: &str, state: State) -> StateResponse {
     let status = match state.status {
         Status::Created => ApiStatus::CREATED,
         Status::Running => ApiStatus::RUNNING,
+        Status::Paused => ApiStatus::PAUSED,
         Status::Stopped => ApiStatus::STOPPED,
     };
     StateResponse {
@@ -305,6 +307,18 @@ pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
         TaskEvent::Started { pid } => {
             let event = TaskStart { container_id: id, pid: *pid, ..TaskStart::default() };
             (topics::TASK_START_EVENT_TOPIC, any("containerd.events.TaskStart", &event)?)
+        }
+        TaskEvent::Paused => {
+            let event = TaskPaused { container_id: id, ..TaskPaused::default() };
+            (topics::TASK_PAUSED_EVENT_TOPIC, any("containerd.events.TaskPaused", &event)?)
+        }
+        TaskEvent::Resumed => {
+            let event = TaskResumed { container_id: id, ..TaskResumed::default() };
+            (topics::TASK_RESUMED_EVENT_TOPIC, any("containerd.events.TaskResumed", &event)?)
+        }
+        TaskEvent::OutOfMemory => {
+            let event = TaskOOM { container_id: id, ..TaskOOM::default() };
+            (topics::TASK_OOM_EVENT_TOPIC, any("containerd.events.TaskOOM", &event)?)
         }
         TaskEvent::Exited { pid, exit } => {
             let event = exited(id.clone(), id, *pid, *exit);

@@ -30,10 +30,11 @@ pub fn code(error: &Error) -> Code {
         | Error::Stdio(_)
         | Error::Process(oci::process::Error::Malformed(_) | oci::process::Error::NoArgs)
         | Error::Place(_)
+        | Error::Resources(_)
         | Error::Name(_) => Code::INVALID_ARGUMENT,
-        Error::NotEnding { .. } | Error::Runtime(oci::runtime::Error::TimedOut { .. }) => {
-            Code::DEADLINE_EXCEEDED
-        }
+        Error::NotEnding { .. }
+        | Error::NotFreezing { .. }
+        | Error::Runtime(oci::runtime::Error::TimedOut { .. }) => Code::DEADLINE_EXCEEDED,
         Error::Stopping
         | Error::Unit(unit::error::Error::Unreachable { .. } | unit::error::Error::Lost { .. }) => {
             Code::UNAVAILABLE
@@ -55,6 +56,7 @@ pub fn code(error: &Error) -> Code {
             | unit::error::Error::Exists { .. }
             | unit::error::Error::Refused { .. }
             | unit::error::Error::Job { .. }
+            | unit::error::Error::Journal { .. }
             | unit::error::Error::TooOld { .. },
         ) => Code::UNKNOWN,
     }

@@ -202,13 +202,17 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, ctx: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
-        self.key(ctx, &request.id)?;
-        not_implemented("Pause")
+        let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
+        let (shim, task) = (self.shim.clone(), key.task.clone());
+        self.run("pause", &key, async move { shim.pause(&task, attempt).await }).await?;
+        Ok(Empty::new())
     }
 
     async fn resume(&self, ctx: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
-        self.key(ctx, &request.id)?;
-        not_implemented("Resume")
+        let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
+        let (shim, task) = (self.shim.clone(), key.task.clone());
+        self.run("resume", &key, async move { shim.resume(&task, attempt).await }).await?;
+        Ok(Empty::new())
     }
 
     async fn checkpoint(&self, ctx: &TtrpcContext, request: CheckpointTaskRequest) -> Answer<Empty> {
@@ -217,7 +221,10 @@ impl Task for TaskService {
     }
 
     async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
-        self.key(ctx, &request.id)?;
-        not_implemented("Update")
+        let key = self.process(ctx, &request.id, "")?;
+        let (shim, task) = (self.shim.clone(), key.task.clone());
+        let resources = request.resources.into_option().unwrap_or_default().value;
+        self.run("update", &key, async move { shim.update(&task, resources).await }).await?;
+        Ok(Empty::new())
     }
 }

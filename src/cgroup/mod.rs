@@ -2,11 +2,17 @@
 //!
 //! Attributes of a unit's own cgroup belong to systemd; only sub-cgroups are touched here.
 
+pub mod limits;
 pub mod place;
+pub mod watch;
 
 use std::fs;
-use std::io;
+use std::io::{self, Read, Seek};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The cgroup v2 hierarchy.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -21,6 +27,18 @@ pub struct Error {
     source: io::Error,
 }
 
+impl Error {
+    /// The cgroup is not there, or not any more.
+    pub fn is_gone(&self) -> bool {
+        is_gone(&self.source)
+    }
+
+    /// What was waited for has not come.
+    pub fn is_timeout(&self) -> bool {
+        self.source.kind() == io::ErrorKind::TimedOut
+    }
+}
+
 fn error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
     let path = path.to_owned();
     move |source| Error { action, path, source }
@@ -30,6 +48,12 @@ fn error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error +
 pub fn is_unified() -> bool {
     nix::sys::statfs::statfs(ROOT)
         .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)
+}
+
+/// The kernel accounts for memory in cgroups.
+pub fn has_memory() -> bool {
+    let controllers = fs::read_to_string(Path::new(ROOT).join("cgroup.controllers")).unwrap_or_default();
+    controllers.split_whitespace().any(|controller| controller == "memory")
 }
 
 /// The cgroup of a process, below [`ROOT`], beginning with `/`.
@@ -103,21 +127,74 @@ pub fn kill(cgroup: &Path) -> Result<(), Error> {
     }
 }
 
+/// Has every process in a cgroup and below it frozen, or lets them go on. Nothing if it is gone.
+///
+/// # Errors
+/// The kernel refused.
+pub fn freeze(cgroup: &Path, frozen: bool) -> Result<(), Error> {
+    let path = dir(cgroup).join("cgroup.freeze");
+    match fs::write(&path, if frozen { "1" } else { "0" }) {
+        Err(e) if is_gone(&e) => Ok(()),
+        result => result.map_err(error("write", &path)),
+    }
+}
+
+/// Returns when all processes in a cgroup are frozen, or none is; or if it is gone.
+///
+/// # Errors
+/// It is not so within the time.
+pub fn until_frozen(cgroup: &Path, frozen: bool, limit: Duration) -> Result<(), Error> {
+    let path = dir(cgroup).join("cgroup.events");
+    let done = || -> io::Result<()> {
+        let mut file = fs::File::open(&path)?;
+        let end = Instant::now() + limit;
+        loop {
+            // A poll tells what has changed since the file was read last.
+            let mut text = String::new();
+            file.rewind()?;
+            file.read_to_string(&mut text)?;
+            if text.lines().any(|line| line == if frozen { "frozen 1" } else { "frozen 0" }) {
+                return Ok(());
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            if poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)], left)? == 0 {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+    };
+    match done() {
+        Err(e) if is_gone(&e) => Ok(()),
+        done => {
+            done.map_err(error(if frozen { "wait for a freeze in" } else { "wait for a thaw in" }, &path))
+        }
+    }
+}
+
 /// True if there is a process in the cgroup or below it.
 pub fn is_populated(cgroup: &Path) -> bool {
     fs::read_to_string(dir(cgroup).join("cgroup.events"))
         .is_ok_and(|text| text.lines().any(|line| line == "populated 1"))
 }
 
-/// Makes a cgroup and moves this process into it.
+/// Moves this process into a cgroup, which is made if it is not there.
 ///
 /// # Errors
 /// The kernel refused.
 pub fn enter(cgroup: &Path) -> Result<(), Error> {
+    /// systemd removes empty cgroups of a service that is being restarted: as often as that happens in between.
+    const TRIES: u32 = 5;
     let dir = dir(cgroup);
-    fs::create_dir_all(&dir).map_err(error("create", &dir))?;
     let path = dir.join("cgroup.procs");
-    fs::write(&path, "0").map_err(error("write", &path))
+    let mut tries = 0;
+    loop {
+        fs::create_dir_all(&dir).map_err(error("create", &dir))?;
+        tries += 1;
+        match fs::write(&path, "0") {
+            Err(e) if is_gone(&e) && tries < TRIES => {}
+            entered => return entered.map_err(error("write", &path)),
+        }
+    }
 }
 
 /// Has the kernel get ready for processes that are about to be moved into cgroups.
@@ -131,30 +208,6 @@ pub fn enter(cgroup: &Path) -> Result<(), Error> {
 pub fn warm_up() -> Result<(), Error> {
     let path = dir(&of_self()?).join("cgroup.procs");
     fs::write(&path, "0").map_err(error("write", &path))
-}
-
-/// Removes a cgroup without processes, and those below it; nothing if it is gone.
-///
-/// # Errors
-/// There are processes in it.
-pub fn remove(cgroup: &Path) -> Result<(), Error> {
-    remove_tree(&dir(cgroup))
-}
-
-fn remove_tree(dir: &Path) -> Result<(), Error> {
-    match fs::read_dir(dir) {
-        Ok(children) => {
-            for child in children.flatten().filter(|child| child.file_type().is_ok_and(|t| t.is_dir())) {
-                remove_tree(&child.path())?;
-            }
-        }
-        Err(e) if is_gone(&e) => return Ok(()),
-        Err(e) => return Err(error("list", dir)(e)),
-    }
-    match fs::remove_dir(dir) {
-        Err(e) if is_gone(&e) => Ok(()),
-        result => result.map_err(error("remove", dir)),
-    }
 }
 
 /// A cgroup can go at any moment: then it is not found, or its open files say ENODEV.

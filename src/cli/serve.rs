@@ -13,6 +13,7 @@ use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use crate::api::{events, task::TaskService};
+use crate::cgroup::watch::Watch;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::ops::Shim;
@@ -142,12 +143,15 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let keeps = systemd.has_fd_store_preserve();
     let waking =
         Waking { manager: manager.clone(), connections: connections.clone(), program: program.clone() };
-    let (shim, outgoing) = Shim::new(Store::new(config::STATE_DIR), answers, kept, manager, systemd, program);
+    let cgroups = Watch::new().map_err(|error| Failure(format!("watch cgroups: {error}")))?;
+    let store = Store::new(config::STATE_DIR);
+    let (shim, outgoing) = Shim::new(store, answers, kept, cgroups, manager, program);
     fault::point(Point::RecoverTaken);
     shim.recover().await.map_err(Failure::new)?;
     fault::point(Point::RecoverTasks);
     tokio::spawn(events::publish(shim.clone(), outgoing));
     tokio::spawn(shim.clone().forget_idle());
+    tokio::spawn(shim.clone().observe_cgroups());
     let observer = shim.clone();
     tokio::spawn(async move {
         while let Some(observation) = observations.recv().await {

@@ -99,6 +99,16 @@ impl Cli<'_> {
         self.run("start", command).await
     }
 
+    /// Gives a container other limits; `resources` is a file with OCI `LinuxResources`.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub async fn update(&self, resources: &Path) -> Result<(), Error> {
+        let mut command = self.command("update");
+        command.arg("--resources").arg(resources).arg(self.id.as_str());
+        self.run("update", command).await
+    }
+
     /// Removes what the runtime keeps of a container; no error if there is nothing.
     ///
     /// # Errors

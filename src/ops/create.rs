@@ -105,6 +105,8 @@ impl Shim {
             init: Phase::Creating { exit: None },
             execs: BTreeMap::new(),
             outbox: Outbox::default(),
+            oom_kills: 0,
+            limits: None,
             muted: false,
             key,
             request,
@@ -202,9 +204,9 @@ impl Shim {
         self.hold(entry, pid);
         self.start_pumps(entry, &entry.init, opened).await?;
         fault::point(Point::CreatePumping);
-        self.adopt(entry, pid)?;
+        self.adopt(entry, pid).await?;
         fault::point(Point::CreateAdopted);
-        self.tidy_up(entry);
+        self.watch_cgroup(entry);
         Ok(pid)
     }
 
@@ -222,7 +224,7 @@ impl Shim {
         };
         let environment = self.launch_environment(task).await?;
         let pid_file = dir.join(PID_FILE);
-        let properties = properties::container(self.systemd, &shown, &command, &environment, &pid_file);
+        let properties = properties::container(&shown, &command, &environment, &pid_file);
         let mut begun = self.manager.begin_referenced(&task.unit, &properties).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
@@ -264,26 +266,23 @@ impl Shim {
     }
 
     /// Takes the main process over, and notes where it lives.
-    fn adopt(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
+    async fn adopt(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
         let (cgroup, program) = (cgroup::of_process(pid).ok(), program_of(pid));
+        let (mut limits, mut oom_kills) = (None, 0);
+        if let Some(cgroup) = &cgroup {
+            let task = entry.task().clone();
+            limits = self.join_limits(&task, cgroup).await?;
+            // One that the client has made before may have a history.
+            oom_kills = cgroup::limits::oom_kills(cgroup)?.unwrap_or_default();
+        }
+        fault::point(Point::CreateLimited);
         self.change(entry, |task| {
             task.waiting_program = program;
+            task.limits = limits;
+            task.oom_kills = oom_kills;
             task.cgroup = cgroup.or_else(|| task.cgroup.take());
             Ok(task.apply(Event::Created { pid }, now_usec())?)
         })
-    }
-
-    /// The sub-cgroup in which the OCI runtime worked is empty now.
-    fn tidy_up(&self, entry: &Arc<Entry>) {
-        let task = entry.task();
-        if let (Placement::Unit { .. }, Some(unit)) =
-            (&task.placement, task.cgroup.as_deref().and_then(Path::parent))
-        {
-            let launch = unit.join(properties::LAUNCH_SUBGROUP);
-            if let Err(error) = cgroup::remove(&launch) {
-                tracing::debug!(%error, "the launch cgroup stays until the unit ends: {error}");
-            }
-        }
     }
 
     async fn make_pod_slice(&self, slice: &UnitName, task: &Task) -> Result<(), Error> {

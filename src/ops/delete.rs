@@ -52,6 +52,7 @@ impl Shim {
             | Phase::Ending { .. } => {
                 return Err(Error::NotDeletable { phase: "running" });
             }
+            Phase::Paused { .. } => return Err(Error::NotDeletable { phase: "paused" }),
         };
         fault::point(Point::DeleteBegun);
         let task = entry.task().clone();
@@ -98,6 +99,7 @@ impl Shim {
         if cli.knows() {
             cli.delete().await?;
         }
+        entry.init.live().watched = None;
         fault::point(Point::DeleteRuntime);
         drain(&entry.init).await;
         for process in entry.execs() {

@@ -93,6 +93,15 @@ pub enum Error {
         /// Its unit.
         unit: String,
     },
+    /// Some of its processes can't be frozen.
+    #[error("task {key} can't be paused: its processes are not frozen in time; they go on")]
+    NotFreezing {
+        /// The task.
+        key: TaskKey,
+    },
+    /// The resources of an Update are not `LinuxResources`.
+    #[error("resources are no LinuxResources: {0}")]
+    Resources(#[source] serde_json::Error),
     /// The init process is in no state to be deleted.
     #[error("cannot delete a {phase} process")]
     NotDeletable {

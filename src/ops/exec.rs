@@ -27,6 +27,7 @@ use crate::task::wiring::{Wiring, pipe};
 use crate::unit::proxy::Starting;
 use crate::unit::{self, name, properties};
 
+use super::cgroups::is_paused;
 use super::create::read_pid;
 use super::streams::{Opened, Whose, cut_off, drain, kept_number};
 use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, go_on, now_usec};
@@ -67,8 +68,8 @@ impl Shim {
         };
         let spec = process::Process::read(&spec, stdio.terminal)?;
         let task = entry.task().clone();
-        if !task.init.is_alive() {
-            return Err(Error::NoExecIn { phase: "stopped" });
+        if is_paused(&task) || !task.init.is_alive() {
+            return Err(Error::NoExecIn { phase: task.init.word() });
         }
         let log = task.runtime.log;
         let kept = self.kept.number();
@@ -143,9 +144,13 @@ impl Shim {
         if let (Attempt::Replayed, Some(pid)) = (attempt, started) {
             return Ok(pid);
         }
-        let alive = entry.task().init.is_alive();
-        if !alive {
+        let task = entry.task().clone();
+        if !task.init.is_alive() {
             return Err(Error::InitGone { key: key.task.clone() });
+        }
+        if is_paused(&task) {
+            // The OCI runtime would wait in it until somebody thaws it.
+            return Err(Error::NoExecIn { phase: task.init.word() });
         }
         self.apply_exec(&entry, id, ExecEvent::StartBegun)?;
         fault::point(Point::ExecStartRecorded);

@@ -3,17 +3,21 @@
 //! The verbs join the adapters (`unit`, `oci`, `stdio`, `cgroup`, `store`), which don't know each
 //! other, around the domain in `task`.
 
+mod cgroups;
 mod create;
 mod delete;
 mod error;
 mod exec;
 pub mod kept;
 mod kill;
+mod memory;
 mod observe;
+mod pause;
 mod publish;
 mod start;
 mod state;
 mod streams;
+mod update;
 mod wait;
 
 use std::fs::File;
@@ -21,13 +25,14 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::cgroup;
+use crate::cgroup::watch::{Watch, Watched};
 use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::oci::sealed::{self, Copies};
 use crate::stdio::terminal::Terminal;
@@ -38,7 +43,6 @@ use crate::task::outbox::TaskEvent;
 use crate::task::phase::Event;
 use crate::task::registry::Registry;
 use crate::task::{Ended, Task, registry};
-use crate::unit::properties::Systemd;
 use crate::unit::proxy::Manager;
 
 use kept::Kept;
@@ -50,6 +54,9 @@ pub use state::{State, Status};
 
 /// The variable in a unit's environment that says where a copy of the OCI runtime is.
 pub const SEALED_RUNTIME: &str = "CONTAINERD_SHIM_SYSTEMD_RUNTIME";
+
+/// The variable in a unit's environment that says in which cgroup the OCI runtime is to work.
+pub const LAUNCH_CGROUP: &str = "CONTAINERD_SHIM_SYSTEMD_CGROUP";
 
 /// A live task, with what the running daemon attaches to it.
 pub type Entry = registry::Entry<Live>;
@@ -86,6 +93,12 @@ pub struct Live {
     attempt_ended: Arc<Notify>,
     /// The unit of an exec that has ended is being removed.
     removal: Option<JoinHandle<Result<(), Error>>>,
+    /// Its cgroup is watched.
+    watched: Option<Watched<TaskKey>>,
+    /// When its `memory.events` has changed last.
+    memory_changed: Option<Instant>,
+    /// It has ended, and systemd is being asked why.
+    is_ending: bool,
     /// The task is deleted; this is where its last events are kept.
     owing: Option<Owing>,
 }
@@ -98,10 +111,11 @@ pub struct Shim {
     kept: Arc<Kept>,
     registry: Registry<Live>,
     manager: Arc<Manager>,
-    systemd: Systemd,
     /// This program, for units that run it.
     program: PathBuf,
     copies: Arc<Copies>,
+    /// What happens to the containers' cgroups.
+    cgroups: Arc<Watch<TaskKey>>,
     /// The kernel is getting ready for moves between cgroups.
     warming: Arc<AtomicBool>,
     /// Tasks that owe events, for the publisher.
@@ -115,15 +129,23 @@ impl Shim {
         store: Store,
         answers: Answers,
         kept: Kept,
+        cgroups: Arc<Watch<TaskKey>>,
         manager: Arc<Manager>,
-        systemd: Systemd,
         program: PathBuf,
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
         let (outgoing, receiver) = mpsc::unbounded_channel();
-        let (registry, kept) = (Registry::default(), Arc::new(kept));
-        let (copies, warming) = (Arc::default(), Arc::default());
-        let shim =
-            Self { store, answers, kept, registry, manager, systemd, program, copies, warming, outgoing };
+        let shim = Self {
+            store,
+            answers,
+            kept: Arc::new(kept),
+            registry: Registry::default(),
+            manager,
+            program,
+            copies: Arc::default(),
+            cgroups,
+            warming: Arc::default(),
+            outgoing,
+        };
         (Arc::new(shim), receiver)
     }
 
@@ -208,7 +230,9 @@ impl Shim {
     async fn launch_environment(&self, task: &Task) -> Result<Vec<String>, Error> {
         let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
         let place = blocking(move || copies.place(&binary)).await?;
-        Ok(place.map(|place| format!("{SEALED_RUNTIME}={place}")).into_iter().collect())
+        let cgroup = cgroup::of_self()?.join("launch");
+        let sealed = place.map(|place| format!("{SEALED_RUNTIME}={place}"));
+        Ok(sealed.into_iter().chain([format!("{LAUNCH_CGROUP}={}", cgroup.display())]).collect())
     }
 
     /// A process is about to be moved between cgroups; see [`cgroup::warm_up`].

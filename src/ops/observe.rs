@@ -124,6 +124,23 @@ impl Shim {
 
     fn ended(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) {
         fault::point(Point::ExitSeen);
+        let runs = matches!(entry.task().init, Phase::Running { .. } | Phase::Paused { .. });
+        if !runs || self.knows_oom_kills(entry, seen) {
+            return self.end(entry, seen);
+        }
+        // This may be told again in the meantime.
+        if !std::mem::replace(&mut entry.init.live().is_ending, true) {
+            let (shim, entry) = (self.clone(), entry.clone());
+            tokio::spawn(async move {
+                shim.ask_for_oom_kills(&entry).await;
+                shim.end(&entry, seen);
+                // If it could not be noted, it is when it is told again.
+                entry.init.live().is_ending = false;
+            });
+        }
+    }
+
+    fn end(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) {
         if let Err(error) = self.apply(entry, Event::Exited(seen)) {
             // The record could not be written. The unit keeps the exit; the next look finds it.
             tracing::error!(task = %entry.key, %error, "task {}: can't note its end: {error}", entry.key);
@@ -206,7 +223,11 @@ impl Shim {
                 let (shim, starting) = (self.clone(), entry.clone());
                 go_on(&entry.init, |taken| async move { shim.finish_start(&starting, taken).await }).await;
             }
-            Phase::Created { .. } | Phase::Running { .. } | Phase::Ending { .. } | Phase::Stopped { .. } => {}
+            Phase::Created { .. }
+            | Phase::Running { .. }
+            | Phase::Paused { .. }
+            | Phase::Ending { .. }
+            | Phase::Stopped { .. } => {}
         }
         for (id, exec) in &task.execs {
             match self.registry.insert_exec(entry, id, exec.unit.clone(), exec.phase.exit()) {
@@ -218,6 +239,7 @@ impl Shim {
         }
         if let (Some(pid), None) = (task.init.pid(), task.init.exit()) {
             self.hold(entry, pid);
+            self.watch_cgroup(entry);
         }
         self.recover_streams(entry, &entry.init).await;
         self.look_at(entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));

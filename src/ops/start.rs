@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use crate::cgroup::limits::is_frozen;
 use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskKey};
 use crate::oci::runtime;
-use crate::task::phase::Event;
+use crate::task::phase::{Event, Refusal};
 
 use super::{Attempt, Error, Shim};
 
@@ -28,9 +29,13 @@ impl Shim {
         if let (Attempt::Replayed, true, Some(pid)) = (attempt, phase.has_run(), phase.pid()) {
             return Ok(pid);
         }
+        let task = entry.task().clone();
+        if task.cgroup.as_deref().map(is_frozen).transpose()?.flatten() == Some(true) {
+            // The OCI runtime would wait for it until somebody thaws it.
+            return Err(Error::Refused(Refusal { verb: "start", phase: "paused" }));
+        }
         self.apply(&entry, Event::StartBegun)?;
         fault::point(Point::StartRecorded);
-        let task = entry.task().clone();
         let dir = self.store.dir(key);
         let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
         let started = cli.start().await;
@@ -39,6 +44,8 @@ impl Shim {
         self.apply(&entry, event)?;
         started?;
         fault::point(Point::StartNoted);
+        // It may have been frozen meanwhile.
+        self.note_freezer(&entry);
         Ok(task.init.pid().unwrap_or_default())
     }
 }

@@ -17,6 +17,8 @@ pub enum Status {
     Created,
     /// It runs.
     Running,
+    /// It is frozen.
+    Paused,
     /// It has ended.
     Stopped,
 }
@@ -49,6 +51,7 @@ impl Shim {
             let status = match task.init {
                 Phase::Creating { .. } | Phase::Created { .. } | Phase::Starting { .. } => Status::Created,
                 Phase::Running { .. } | Phase::Ending { .. } => Status::Running,
+                Phase::Paused { .. } => Status::Paused,
                 Phase::Stopped { .. } => Status::Stopped,
             };
             let pid = task.init.pid().unwrap_or_default();
@@ -63,6 +66,8 @@ impl Shim {
         let exec = task.execs.get(id).ok_or_else(|| Error::UnknownExec { key: key.clone() })?;
         let status = match exec.phase {
             ExecPhase::Added | ExecPhase::Starting { .. } => Status::Created,
+            // It is frozen with its container.
+            ExecPhase::Running { .. } if matches!(task.init, Phase::Paused { .. }) => Status::Paused,
             ExecPhase::Running { .. } => Status::Running,
             ExecPhase::Stopped { .. } => Status::Stopped,
         };

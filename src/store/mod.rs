@@ -161,6 +161,16 @@ impl Store {
         serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
     }
 
+    /// Writes a file for the OCI runtime beside a task's record.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn write_aside(&self, key: &TaskKey, name: &str, content: &[u8]) -> Result<PathBuf, Error> {
+        let path = self.dir(key).join(name);
+        replace(&path, &path.with_extension("new"), content)?;
+        Ok(path)
+    }
+
     /// Where a process gets its terminal: a name that fits into a socket's address, which the path of
     /// the record does not (108 bytes, unix(7)).
     pub fn console(&self, name: &str) -> PathBuf {
@@ -416,6 +426,8 @@ mod tests {
             init: Phase::Creating { exit: None },
             execs: Default::default(),
             outbox: Default::default(),
+            oom_kills: 2,
+            limits: Some(crate::task::limits::Limits::default()),
             muted: false,
         }
     }

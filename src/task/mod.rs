@@ -4,6 +4,7 @@
 //! on disk holds, and memory is only a cache of it.
 
 pub mod exec;
+pub mod limits;
 pub mod outbox;
 pub mod phase;
 pub mod registry;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{ExecId, TaskKey, UnitName};
 
 use exec::{Exec, ExecEvent};
+use limits::Limits;
 use outbox::{Outbox, TaskEvent};
 use phase::{Announce, Event, Exit, Phase, Refusal, transition};
 use request::{Containerd, Create, Runtime};
@@ -58,6 +60,12 @@ pub struct Task {
     pub execs: BTreeMap<ExecId, Exec>,
     /// Events that containerd has not accepted yet.
     pub outbox: Outbox,
+    /// How many of its processes the kernel has killed for want of memory, as far as containerd is told.
+    #[serde(default)]
+    pub oom_kills: u64,
+    /// The limits of its unit's cgroup as they were last compared with the container's.
+    #[serde(default)]
+    pub limits: Option<Limits>,
     /// containerd has given the task up (`delete`) and publishes the end itself.
     #[serde(default)]
     pub muted: bool,
@@ -144,8 +152,8 @@ impl Task {
         for effect in step.announce {
             let exec = id.clone();
             match effect {
-                // An exec is announced when it is added.
-                Announce::Created { .. } => {}
+                // An exec is announced when it is added, and paused with its task.
+                Announce::Created { .. } | Announce::Paused | Announce::Resumed => {}
                 Announce::Started { pid } => self.owe(TaskEvent::ExecStarted { exec, pid }, now_usec),
                 Announce::Exited { pid, exit } => {
                     ended.push(Ended { exec: Some(id.clone()), exit });
@@ -164,6 +172,8 @@ impl Task {
             let event = match effect {
                 Announce::Created { pid } => TaskEvent::Created { pid },
                 Announce::Started { pid } => TaskEvent::Started { pid },
+                Announce::Paused => TaskEvent::Paused,
+                Announce::Resumed => TaskEvent::Resumed,
                 Announce::Exited { pid, exit } => {
                     ended.push(Ended { exec: None, exit });
                     TaskEvent::Exited { pid, exit }
@@ -188,6 +198,15 @@ impl Task {
             None => Some(&mut self.wiring),
             Some(id) => self.execs.get_mut(id).map(|exec| &mut exec.wiring),
         }
+    }
+
+    /// Tells of processes that the kernel has killed for want of memory, `kills` in all by now: once for
+    /// each, but for very many.
+    pub fn note_oom_kills(&mut self, kills: u64, now_usec: u64) {
+        const MOST: u64 = 100;
+        let new = kills.saturating_sub(self.oom_kills).min(MOST);
+        (0..new).for_each(|_| self.owe(TaskEvent::OutOfMemory, now_usec));
+        self.oom_kills = self.oom_kills.max(kills);
     }
 
     /// Puts an event into the outbox, unless containerd publishes for this task itself.

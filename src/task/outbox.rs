@@ -22,6 +22,12 @@ pub enum TaskEvent {
         /// The init process.
         pid: u32,
     },
+    /// `/tasks/paused`
+    Paused,
+    /// `/tasks/resumed`
+    Resumed,
+    /// `/tasks/oom`: the kernel has killed a process of it for want of memory
+    OutOfMemory,
     /// `/tasks/exit` of the init process
     Exited {
         /// The process that it was.

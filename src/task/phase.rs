@@ -1,11 +1,11 @@
 //! The phases of an init process, and the one function that changes them.
 //!
 //! ```text
-//!            created              start begun            started
-//! Creating ──────────▶ Created ───────────────▶ Starting ─────────▶ Running
-//!                         │  ◀─── start failed ────┘  │                │
-//!                         └──────────── exited ───────┴────────────────┴──▶ Ending ──▶ Stopped
-//!                                                                           execs gone
+//!            created              start begun            started           frozen
+//! Creating ──────────▶ Created ───────────────▶ Starting ─────────▶ Running ◀──────▶ Paused
+//!                         │  ◀─── start failed ────┘  │                │    thawed     │
+//!                         └──────────── exited ───────┴────────────────┴───────────────┴──▶ Ending ──▶ Stopped
+//!                                                                                       execs gone
 //! ```
 //!
 //! An exit can be noticed while Create or Start is still under way. containerd wants create before
@@ -66,6 +66,11 @@ pub enum Phase {
         /// Its process.
         pid: u32,
     },
+    /// It would run, but its cgroup is frozen.
+    Paused {
+        /// Its process.
+        pid: u32,
+    },
     /// It has ended, but containerd is not told before it has heard of the ends of all execs.
     Ending {
         /// The process that it was.
@@ -90,6 +95,7 @@ impl Phase {
             Self::Created { pid }
             | Self::Starting { pid, .. }
             | Self::Running { pid }
+            | Self::Paused { pid }
             | Self::Ending { pid, .. }
             | Self::Stopped { pid, .. } => Some(*pid),
         }
@@ -103,30 +109,41 @@ impl Phase {
             | Self::Created { .. }
             | Self::Starting { .. }
             | Self::Running { .. }
+            | Self::Paused { .. }
             | Self::Ending { .. } => None,
         }
     }
 
-    /// There is a process that execs can be added to.
+    /// There is a process, as far as is known.
     pub fn is_alive(&self) -> bool {
-        matches!(self, Self::Created { .. } | Self::Starting { exit: None, .. } | Self::Running { .. })
+        match self {
+            Self::Created { .. }
+            | Self::Starting { exit: None, .. }
+            | Self::Running { .. }
+            | Self::Paused { .. } => true,
+            Self::Creating { .. }
+            | Self::Starting { exit: Some(_), .. }
+            | Self::Ending { .. }
+            | Self::Stopped { .. } => false,
+        }
     }
 
-    /// The phase in containerd's words, for messages.
     /// It runs, or has run: Start is over.
     pub fn has_run(&self) -> bool {
         match self {
             Self::Creating { .. } | Self::Created { .. } | Self::Starting { .. } => false,
-            Self::Running { .. } | Self::Ending { .. } | Self::Stopped { .. } => true,
+            Self::Running { .. } | Self::Paused { .. } | Self::Ending { .. } | Self::Stopped { .. } => true,
         }
     }
 
-    fn word(&self) -> &'static str {
+    /// The phase in containerd's words, for messages.
+    pub fn word(&self) -> &'static str {
         match self {
             Self::Creating { .. } => "creating",
             Self::Created { .. } => "created",
             Self::Starting { .. } => "starting",
             Self::Running { .. } => "running",
+            Self::Paused { .. } => "paused",
             Self::Ending { .. } | Self::Stopped { .. } => "stopped",
         }
     }
@@ -146,6 +163,10 @@ pub enum Event {
     Started,
     /// The OCI runtime could not start it.
     StartFailed,
+    /// Its cgroup is frozen.
+    Frozen,
+    /// Its cgroup is frozen no more.
+    Thawed,
     /// The main process has ended.
     Exited(Seen),
     /// No exec is live any more.
@@ -158,6 +179,8 @@ impl Event {
             Self::Created { .. } => "create",
             Self::StartBegun => "start",
             Self::Started | Self::StartFailed => "finish starting",
+            Self::Frozen => "pause",
+            Self::Thawed => "resume",
             Self::Exited(_) | Self::ExecsGone => "end",
         }
     }
@@ -176,6 +199,10 @@ pub enum Announce {
         /// Its process.
         pid: u32,
     },
+    /// Tell containerd that it is paused.
+    Paused,
+    /// Tell containerd that it runs again.
+    Resumed,
     /// Tell containerd, and those who wait, that it has ended.
     Exited {
         /// The process that it was.
@@ -221,7 +248,7 @@ fn end(pid: u32, exit: Exit, announce: Vec<Announce>) -> Step<Phase> {
 /// # Errors
 /// The phase does not allow the event.
 pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
-    use Event::{Created, ExecsGone, Exited, StartBegun, StartFailed, Started};
+    use Event::{Created, ExecsGone, Exited, Frozen, StartBegun, StartFailed, Started, Thawed};
     let refused = Refusal { verb: event.verb(), phase: phase.word() };
     if let (Exited(seen), Some(pid)) = (event, phase.pid())
         && !seen.is_of(pid)
@@ -240,7 +267,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         (Phase::Creating { .. }, StartBegun | Started | StartFailed) => Err(refused),
 
         (Phase::Created { pid }, StartBegun) => Ok(stay(Phase::Starting { pid, exit: None })),
-        (Phase::Created { pid } | Phase::Running { pid }, Exited(seen)) => {
+        (Phase::Created { pid } | Phase::Running { pid } | Phase::Paused { pid }, Exited(seen)) => {
             Ok(end(pid, seen.exit, Vec::new()))
         }
         (Phase::Created { .. }, Created { .. } | Started | StartFailed) => Err(refused),
@@ -261,7 +288,16 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         }
         (Phase::Starting { .. }, Created { .. } | StartBegun) => Err(refused),
 
-        (Phase::Running { .. }, Created { .. } | StartBegun | Started | StartFailed) => Err(refused),
+        (
+            Phase::Running { .. } | Phase::Paused { .. },
+            Created { .. } | StartBegun | Started | StartFailed,
+        ) => Err(refused),
+        (Phase::Running { pid }, Frozen) => {
+            Ok(Step { next: Phase::Paused { pid }, announce: vec![Announce::Paused] })
+        }
+        (Phase::Paused { pid }, Thawed) => {
+            Ok(Step { next: Phase::Running { pid }, announce: vec![Announce::Resumed] })
+        }
 
         (Phase::Ending { pid, exit }, ExecsGone) => {
             Ok(Step { next: Phase::Stopped { pid, exit }, announce: vec![Announce::Exited { pid, exit }] })
@@ -279,9 +315,12 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
             | Phase::Created { .. }
             | Phase::Starting { .. }
             | Phase::Running { .. }
+            | Phase::Paused { .. }
             | Phase::Stopped { .. }),
             ExecsGone,
         ) => Ok(stay(other)),
+        // One that does not run is not paused for containerd, whatever its cgroup is.
+        (other, Frozen | Thawed) => Ok(stay(other)),
     }
 }
 
@@ -303,6 +342,7 @@ mod tests {
             Phase::Starting { pid: PID, exit: None },
             Phase::Starting { pid: PID, exit: Some(EXIT) },
             Phase::Running { pid: PID },
+            Phase::Paused { pid: PID },
             Phase::Ending { pid: PID, exit: EXIT },
             Phase::Stopped { pid: PID, exit: EXIT },
         ]
@@ -314,6 +354,8 @@ mod tests {
             Event::StartBegun,
             Event::Started,
             Event::StartFailed,
+            Event::Frozen,
+            Event::Thawed,
             Event::Exited(SEEN_LATER),
             Event::ExecsGone,
         ]
@@ -406,6 +448,29 @@ mod tests {
     }
 
     #[test]
+    fn a_freeze_is_told_once_and_only_of_what_runs() {
+        let (phase, announce) = run(&[
+            Event::Frozen,
+            Event::Created { pid: PID },
+            Event::Frozen,
+            Event::Thawed,
+            Event::StartBegun,
+            Event::Started,
+            Event::Frozen,
+            Event::Frozen,
+            Event::Thawed,
+            Event::Thawed,
+            Event::Frozen,
+            Event::Exited(SEEN),
+            Event::Thawed,
+            Event::ExecsGone,
+        ]);
+        assert_eq!(phase, Phase::Stopped { pid: PID, exit: EXIT });
+        let told = announce.iter().filter(|told| matches!(told, Announce::Paused | Announce::Resumed));
+        assert_eq!(told.collect::<Vec<_>>(), [&Announce::Paused, &Announce::Resumed, &Announce::Paused]);
+    }
+
+    #[test]
     fn a_failed_start_leaves_a_created_process() {
         let (phase, _) = run(&[Event::Created { pid: PID }, Event::StartBegun, Event::StartFailed]);
         assert_eq!(phase, Phase::Created { pid: PID });
@@ -413,7 +478,8 @@ mod tests {
 
     #[test]
     fn a_second_start_is_refused_in_containerds_words() {
-        let refusal = transition(&Phase::Running { pid: PID }, Event::StartBegun).unwrap_err();
-        assert_eq!(refusal.to_string(), "cannot start a running process");
+        let refused = |phase: Phase| transition(&phase, Event::StartBegun).unwrap_err().to_string();
+        assert_eq!(refused(Phase::Running { pid: PID }), "cannot start a running process");
+        assert_eq!(refused(Phase::Paused { pid: PID }), "cannot start a paused process");
     }
 }

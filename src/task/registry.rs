@@ -86,6 +86,8 @@ pub struct Entry<L> {
     pub key: TaskKey,
     /// Its first process.
     pub init: Arc<Process<L>>,
+    /// Held by whoever changes the limits of the container.
+    pub limits: tokio::sync::Mutex<()>,
     execs: Mutex<HashMap<ExecId, Arc<Process<L>>>>,
     task: Mutex<Task>,
 }
@@ -101,6 +103,7 @@ impl<L: Default> Entry<L> {
         Self {
             key: task.key.clone(),
             init: Process::new(key, task.unit.clone(), task.init.exit()),
+            limits: tokio::sync::Mutex::default(),
             execs: Mutex::default(),
             task: Mutex::new(task),
         }

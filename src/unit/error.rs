@@ -56,6 +56,12 @@ pub enum Error {
         /// Of which unit.
         unit: String,
     },
+    /// The journal can't be read.
+    #[error("journalctl: {reason}")]
+    Journal {
+        /// What it said.
+        reason: String,
+    },
     /// systemd is older than supported, or says no version.
     #[error("systemd {found} is too old: version {} or newer is needed", crate::config::OLDEST_SYSTEMD)]
     TooOld {

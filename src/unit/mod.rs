@@ -1,13 +1,16 @@
 //! The systemd adapter: the only place that names zbus types.
 //!
-//! [`name`], [`properties`] and [`main_process`] are pure. [`proxy`] makes calls, [`watch`] turns signals into
-//! observations, [`notify`] speaks to systemd as a service does, [`error`] has what can go wrong.
+//! [`name`], [`properties`], [`limits`] and [`main_process`] are pure. [`proxy`] and `control` make calls,
+//! [`watch`] turns signals into observations, [`notify`] speaks to systemd as a service does, [`error`] has what can go wrong.
 
+mod control;
 pub mod error;
 mod job;
+pub mod limits;
 pub mod main_process;
 pub mod name;
 pub mod notify;
+mod oom;
 pub mod properties;
 pub mod proxy;
 pub mod refs;

@@ -1,4 +1,4 @@
-//! Calls to systemd.
+//! Calls to systemd: the connection, units that are started, and what they look like.
 //!
 //! The connection can go away (dbus restarted) and come back; calls made in between wait for it.
 
@@ -42,6 +42,14 @@ pub(super) trait SystemdManager {
     fn ref_unit(&self, name: &str) -> zbus::Result<()>;
     fn unref_unit(&self, name: &str) -> zbus::Result<()>;
     fn cancel_job(&self, id: u32) -> zbus::Result<()>;
+    fn freeze_unit(&self, name: &str) -> zbus::Result<()>;
+    fn thaw_unit(&self, name: &str) -> zbus::Result<()>;
+    fn set_unit_properties(
+        &self,
+        name: &str,
+        runtime: bool,
+        properties: &[(&str, Variant<'_>)],
+    ) -> zbus::Result<()>;
     #[zbus(property)]
     fn version(&self) -> zbus::Result<String>;
 }
@@ -100,9 +108,11 @@ macro_rules! persist {
     }};
 }
 
+pub(super) use persist;
+
 /// Calls that systemd may leave unanswered: when it executes itself anew it is gone from the bus for a
 /// moment, which then answers `NoReply`, or that nobody has the name.
-struct Tries {
+pub(super) struct Tries {
     owned: watch::Receiver<bool>,
     limit: tokio::time::Instant,
     /// The call has been made before: it may have been done.
@@ -111,7 +121,7 @@ struct Tries {
 
 impl Tries {
     /// True if the call was not answered and is to be made again; then systemd is back.
-    async fn again<T>(&mut self, result: &zbus::Result<T>) -> bool {
+    pub(super) async fn again<T>(&mut self, result: &zbus::Result<T>) -> bool {
         let gone = matches!(result, Err(error) if is_gone(error));
         if !gone || tokio::time::Instant::now() >= self.limit {
             return false;
@@ -130,11 +140,11 @@ pub(super) async fn manager_of(connection: &Connection) -> zbus::Result<SystemdM
 }
 
 /// What a loaded unit is at, read at once.
-struct UnitState {
+pub(super) struct UnitState {
     /// `active`, `failed`, …
     active: String,
     /// Its job, if it has one.
-    job: Option<(u32, OwnedObjectPath)>,
+    pub(super) job: Option<(u32, OwnedObjectPath)>,
 }
 
 impl Manager {
@@ -143,7 +153,7 @@ impl Manager {
         Self { refs: Some(refs), ..Self::default() }
     }
 
-    fn tries(&self) -> Tries {
+    pub(super) fn tries(&self) -> Tries {
         let limit = tokio::time::Instant::now() + CALL_LIMIT;
         Tries { owned: self.owned.subscribe(), limit, repeated: false }
     }
@@ -194,7 +204,7 @@ impl Manager {
             .map_err(|_| Error::Unreachable { reason: "no connection".to_owned() })
     }
 
-    async fn proxy(&self) -> Result<SystemdManagerProxy<'static>, Error> {
+    pub(super) async fn proxy(&self) -> Result<SystemdManagerProxy<'static>, Error> {
         manager_of(&self.connected().await?).await.map_err(unreachable)
     }
 
@@ -320,7 +330,7 @@ impl Manager {
         self.ended(START, job.waiter, job.job).await
     }
 
-    async fn ended(
+    pub(super) async fn ended(
         &self,
         verb: &'static str,
         waiter: JobWaiter,
@@ -420,77 +430,6 @@ impl Manager {
         Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
     }
 
-    /// Stops a unit and waits until it is down. A unit that is not loaded is down.
-    ///
-    /// # Errors
-    /// A refusal, or [`Error::Job`].
-    pub async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
-        let verb = STOP;
-        let waiter = self.jobs.wait_for(unit);
-        let job = persist!(self, proxy, proxy.stop_unit(unit.as_str(), "replace"));
-        match job.map_err(|error| call_error(verb, unit, error)) {
-            Ok(job) => self.ended(verb, waiter, Some(job)).await,
-            Err(Error::NotLoaded { .. }) => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Asks for a unit to be stopped, and does not wait for it.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
-        match persist!(self, proxy, proxy.stop_unit(unit.as_str(), "replace")) {
-            Ok(_) => Ok(()),
-            Err(error) => match call_error("stop", unit, error) {
-                Error::NotLoaded { .. } => Ok(()),
-                error => Err(error),
-            },
-        }
-    }
-
-    /// Makes systemd forget the job that a unit has, if it has one. The unit stays as it is.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
-        let Some((id, _)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
-            return Ok(());
-        };
-        match persist!(self, proxy, proxy.cancel_job(id)) {
-            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NO_SUCH_JOB => Ok(()),
-            cancelled => cancelled.map_err(|error| call_error("cancel the job of", unit, error)),
-        }
-    }
-
-    /// Forgets that a unit has failed. A unit that is not loaded needs no such thing.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub async fn reset_failed(&self, unit: &UnitName) -> Result<(), Error> {
-        match persist!(self, proxy, proxy.reset_failed_unit(unit.as_str())) {
-            Ok(()) => Ok(()),
-            Err(error) => match call_error("reset", unit, error) {
-                Error::NotLoaded { .. } => Ok(()),
-                error => Err(error),
-            },
-        }
-    }
-
-    /// Sends a signal to every process of a unit. A unit that is not loaded has none.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub async fn kill_all(&self, unit: &UnitName, signal: i32) -> Result<(), Error> {
-        match self.proxy().await?.kill_unit(unit.as_str(), "all", signal).await {
-            Ok(()) => Ok(()),
-            Err(error) => match call_error("kill", unit, error) {
-                Error::NotLoaded { .. } => Ok(()),
-                error => Err(error),
-            },
-        }
-    }
-
     /// The state of a unit: `active`, `failed`, …; nothing if it is not loaded.
     ///
     /// # Errors
@@ -499,7 +438,7 @@ impl Manager {
         Ok(self.unit_state(unit).await?.map(|state| state.active))
     }
 
-    async fn unit_state(&self, unit: &UnitName) -> Result<Option<UnitState>, Error> {
+    pub(super) async fn unit_state(&self, unit: &UnitName) -> Result<Option<UnitState>, Error> {
         let all = self.get_all(unit, UNIT_INTERFACE).await?;
         // Asking for a unit that is not loaded loads an empty one and answers for that.
         if text(&all, "LoadState").as_deref() == Some("not-found") {
@@ -539,6 +478,35 @@ impl Manager {
         Ok(Some(MainProcess::default().updated(|name| all.get(name).map(|value| &**value))))
     }
 
+    /// One property of a unit; nothing if this systemd has none of that name and type.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub(super) async fn property<T: TryFrom<OwnedVariant>>(
+        &self,
+        unit: &UnitName,
+        interface: &str,
+        name: &str,
+    ) -> Result<Option<T>, Error> {
+        let path = name::object_path(unit.as_str());
+        let value = persist!(self, manager, async {
+            let proxy = UnitPropertiesProxy::builder(manager.inner().connection())
+                .cache_properties(zbus::proxy::CacheProperties::No)
+                .path(path.as_str())
+                .build()
+                .await?;
+            proxy.get(interface, name).await
+        });
+        match value {
+            Ok(value) => Ok(T::try_from(value).ok()),
+            Err(zbus::Error::FDO(error)) if matches!(*error, zbus::fdo::Error::UnknownProperty(_)) => {
+                Ok(None)
+            }
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == UNKNOWN_PROPERTY => Ok(None),
+            Err(error) => Err(call_error("read", unit, error)),
+        }
+    }
+
     async fn get_all(
         &self,
         unit: &UnitName,
@@ -566,12 +534,12 @@ impl Manager {
 }
 
 const START: &str = "start";
-const STOP: &str = "stop";
+pub(super) const STOP: &str = "stop";
 
 pub(super) const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";
 const JOB_INTERFACE: &str = "org.freedesktop.systemd1.Job";
-const UNIT_INTERFACE: &str = "org.freedesktop.systemd1.Unit";
-const NO_SUCH_JOB: &str = "org.freedesktop.systemd1.NoSuchJob";
+const UNKNOWN_PROPERTY: &str = "org.freedesktop.DBus.Error.UnknownProperty";
+pub(super) const UNIT_INTERFACE: &str = "org.freedesktop.systemd1.Unit";
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
 
 /// Signals waiting to be read. systemd sends at most 100 units' worth at once.

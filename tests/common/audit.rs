@@ -91,6 +91,6 @@ fn step(event: &Event) -> Option<(Step, &str)> {
         Event::ExecStarted(event) => Some((Step::Started, &event.exec_id)),
         Event::Exit(event) => Some((Step::Exit, &event.id)),
         Event::Delete(event) => Some((Step::Deleted, &event.container_id)),
-        Event::Other(_) => None,
+        Event::Paused(_) | Event::Resumed(_) | Event::Oom(_) | Event::Other(_) => None,
     }
 }

@@ -5,7 +5,8 @@ use std::ops::Deref;
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, RemoveSnapshotRequest};
 use containerd_client::services::v1::{
-    Container as Metadata, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest, ListPidsRequest,
+    Container as Metadata, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
+    ListPidsRequest, PauseTaskRequest, ResumeTaskRequest, UpdateTaskRequest,
 };
 use containerd_client::tonic::Status;
 use containerd_client::types::Mount;
@@ -146,6 +147,30 @@ impl<'n> Container<'n> {
             ..Default::default()
         };
         self.node.call(self.node.tasks().create(request(&self.namespace, create))).map(|answer| answer.pid)
+    }
+
+    pub fn pause(&self) -> Result<(), Status> {
+        let pause = PauseTaskRequest { container_id: self.id.clone() };
+        self.node.call(self.node.tasks().pause(request(&self.namespace, pause)))
+    }
+
+    pub fn resume(&self) -> Result<(), Status> {
+        let resume = ResumeTaskRequest { container_id: self.id.clone() };
+        self.node.call(self.node.tasks().resume(request(&self.namespace, resume)))
+    }
+
+    /// Gives it other limits: OCI `LinuxResources`.
+    pub fn update(&self, resources: &serde_json::Value) -> Result<(), Status> {
+        let resources = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_string(),
+            value: resources.to_string().into_bytes(),
+        };
+        let update = UpdateTaskRequest {
+            container_id: self.id.clone(),
+            resources: Some(resources),
+            ..Default::default()
+        };
+        self.node.call(self.node.tasks().update(request(&self.namespace, update)))
     }
 
     pub fn pids(&self) -> Result<Vec<u32>, Status> {

@@ -4,7 +4,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use containerd_client::events::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOom, TaskPaused, TaskResumed,
+    TaskStart,
 };
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::services::v1::{PublishRequest, SubscribeRequest};
@@ -25,6 +26,9 @@ pub enum Event {
     ExecStarted(TaskExecStarted),
     Exit(TaskExit),
     Delete(TaskDelete),
+    Paused(TaskPaused),
+    Resumed(TaskResumed),
+    Oom(TaskOom),
     /// A topic that these tests don't look into.
     Other(String),
 }
@@ -40,6 +44,9 @@ impl Event {
             "/tasks/exec-started" => TaskExecStarted::decode(body).map(Event::ExecStarted),
             "/tasks/exit" => TaskExit::decode(body).map(Event::Exit),
             "/tasks/delete" => TaskDelete::decode(body).map(Event::Delete),
+            "/tasks/paused" => TaskPaused::decode(body).map(Event::Paused),
+            "/tasks/resumed" => TaskResumed::decode(body).map(Event::Resumed),
+            "/tasks/oom" => TaskOom::decode(body).map(Event::Oom),
             other => Ok(Event::Other(other.to_string())),
         };
         decoded.unwrap_or_else(|error| panic!("an event of topic {topic} that can't be read: {error}"))
@@ -53,6 +60,9 @@ impl Event {
             Event::ExecStarted(event) => Some(&event.container_id),
             Event::Exit(event) => Some(&event.container_id),
             Event::Delete(event) => Some(&event.container_id),
+            Event::Paused(event) => Some(&event.container_id),
+            Event::Resumed(event) => Some(&event.container_id),
+            Event::Oom(event) => Some(&event.container_id),
             Event::Other(_) => None,
         }
     }
@@ -67,6 +77,9 @@ impl Event {
             Event::Exit(event) if event.id != event.container_id => "exec-exit",
             Event::Exit(_) => "exit",
             Event::Delete(_) => "delete",
+            Event::Paused(_) => "paused",
+            Event::Resumed(_) => "resumed",
+            Event::Oom(_) => "oom",
             Event::Other(topic) => topic,
         }
     }

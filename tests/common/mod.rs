@@ -8,6 +8,7 @@
 
 pub mod audit;
 pub mod bulk;
+pub mod cgroup;
 pub mod command_line;
 pub mod container;
 pub mod daemon;

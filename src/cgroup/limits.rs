@@ -1,0 +1,122 @@
+//! Limits, read from a cgroup's files and written to them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use crate::task::limits::{Attribute, Limits};
+
+use super::{Error, dir, error, is_gone};
+
+/// The limits of a cgroup. Nothing for one that is gone.
+///
+/// # Errors
+/// A file can't be read.
+pub fn read(cgroup: &Path) -> Result<Limits, Error> {
+    let dir = dir(cgroup);
+    let read = |attribute: Attribute| {
+        let path = dir.join(attribute.file());
+        match fs::read_to_string(&path) {
+            Ok(text) => Some(Ok((attribute, text.trim_end().to_owned()))),
+            // A controller that is not there, or a kernel that is older than the file.
+            Err(e) if is_gone(&e) => None,
+            Err(e) => Some(Err(error("read", &path)(e))),
+        }
+    };
+    Attribute::ALL.into_iter().filter_map(read).collect()
+}
+
+/// Sets limits of a cgroup, as they were read from another or from itself. Nothing for one that is gone.
+///
+/// # Errors
+/// The kernel refused one; those before it are set.
+pub fn write(cgroup: &Path, limits: &Limits) -> Result<(), Error> {
+    let dir = dir(cgroup);
+    let is_idle = limits.get(Attribute::CpuIdle) == Some("1");
+    for (attribute, value) in limits.iter() {
+        let path = dir.join(attribute.file());
+        let written = match attribute {
+            Attribute::CpuWeight if is_idle => Ok(()),
+            Attribute::IoMax => fs::read_to_string(&path)
+                .and_then(|had| io_max(&had, value).iter().try_for_each(|line| fs::write(&path, line))),
+            Attribute::IoWeight => value.lines().try_for_each(|line| fs::write(&path, line)),
+            // Empty text would be no write at all.
+            _ => fs::write(&path, format!("{value}\n")),
+        };
+        match written {
+            Err(e) if is_gone(&e) => {}
+            written => written.map_err(error("write", &path))?,
+        }
+    }
+    Ok(())
+}
+
+/// The lines that turn what `io.max` has into what it is to have: the kernel takes one device at a time,
+/// and lets go of one only if told so.
+fn io_max(had: &str, wanted: &str) -> Vec<String> {
+    fn by_device(text: &str) -> BTreeMap<&str, &str> {
+        text.lines().filter_map(|line| line.split_once(' ')).collect()
+    }
+    let (had, wanted) = (by_device(had), by_device(wanted));
+    let gone = had.keys().filter(|device| !wanted.contains_key(*device));
+    let gone = gone.map(|device| format!("{device} rbps=max wbps=max riops=max wiops=max"));
+    let new = wanted.iter().filter(|(device, limits)| had.get(*device) != Some(limits));
+    gone.chain(new.map(|(device, limits)| format!("{device} {limits}"))).collect()
+}
+
+/// How often the kernel has killed a process of a cgroup, or below it, for want of memory.
+///
+/// # Errors
+/// It can't be read. A cgroup that is gone, or has no memory controller, has nothing to tell.
+pub fn oom_kills(cgroup: &Path) -> Result<Option<u64>, Error> {
+    let text = file(cgroup, "memory.events")?;
+    Ok(text.and_then(|text| number(&text, "oom_kill")))
+}
+
+/// All processes of a cgroup are frozen. Nothing for one that is gone.
+///
+/// # Errors
+/// It can't be read.
+pub fn is_frozen(cgroup: &Path) -> Result<Option<bool>, Error> {
+    let text = file(cgroup, "cgroup.events")?;
+    Ok(text.and_then(|text| number(&text, "frozen")).map(|frozen| frozen == 1))
+}
+
+fn file(cgroup: &Path, name: &str) -> Result<Option<String>, Error> {
+    let path = dir(cgroup).join(name);
+    match fs::read_to_string(&path) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if is_gone(&e) => Ok(None),
+        Err(e) => Err(error("read", &path)(e)),
+    }
+}
+
+fn number(text: &str, key: &str) -> Option<u64> {
+    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+    value.and_then(|value| value.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_not_limited_any_more_is_let_go() {
+        let had = "8:0 rbps=1 wbps=max riops=max wiops=max\n8:16 rbps=2 wbps=max riops=max wiops=max";
+        let wanted = "8:16 rbps=2 wbps=max riops=max wiops=max\n8:32 rbps=max wbps=3 riops=max wiops=max";
+        assert_eq!(
+            io_max(had, wanted),
+            ["8:0 rbps=max wbps=max riops=max wiops=max", "8:32 rbps=max wbps=3 riops=max wiops=max"]
+        );
+        assert!(io_max(had, had).is_empty());
+    }
+
+    #[test]
+    fn a_key_is_not_taken_for_another_that_begins_like_it() {
+        let events = "low 0\noom 3\noom_kill 2\noom_group_kill 1\n";
+        assert_eq!(number(events, "oom"), Some(3));
+        assert_eq!(number(events, "oom_kill"), Some(2));
+        assert_eq!(number("populated 1\nfrozen 0\n", "frozen"), Some(0));
+        assert_eq!(number("", "frozen"), None);
+    }
+}

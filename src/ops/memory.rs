@@ -1,0 +1,80 @@
+//! Processes that the kernel has killed for want of memory: containerd hears of each, and before it hears of
+//! the container's end.
+//!
+//! When a container's main process ends systemd removes its cgroup at once, and with it the kernel's count.
+//! The last kill may be in it: then systemd is asked, who has looked before it removed it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::cgroup;
+use crate::cgroup::limits::oom_kills;
+use crate::task::phase::Seen;
+
+use super::{Entry, Error, Shim, now_usec};
+
+/// For so long a kill may not have been told: the kernel tells of `memory.events` at most every 10 ms, and
+/// before it kills for want of memory it has told that there is none.
+const UNTOLD: Duration = Duration::from_secs(1);
+
+impl Shim {
+    /// The kernel has told that `memory.events` has changed, or may have.
+    pub(super) fn memory_changed(&self, entry: &Arc<Entry>) {
+        entry.init.live().memory_changed = Some(Instant::now());
+        self.note_oom_kills(entry);
+    }
+
+    /// Looks at the kernel's count. False if there is none any more.
+    fn note_oom_kills(&self, entry: &Arc<Entry>) -> bool {
+        let cgroup = entry.task().cgroup.clone();
+        let noted = match cgroup.map(|cgroup| oom_kills(&cgroup)) {
+            Some(Ok(Some(kills))) => self.add_oom_kills(entry, kills).map(|()| true),
+            Some(Ok(None)) => Ok(false),
+            Some(Err(error)) => Err(error.into()),
+            None => Ok(true),
+        };
+        noted.unwrap_or_else(|error| {
+            cant_note(entry, &error);
+            false
+        })
+    }
+
+    fn add_oom_kills(&self, entry: &Arc<Entry>, kills: u64) -> Result<(), Error> {
+        self.change(entry, |task| {
+            task.note_oom_kills(kills, now_usec());
+            Ok(Vec::new())
+        })
+    }
+
+    /// A container has ended. True if all kills in it are known, as they are but for rare cases.
+    pub(super) fn knows_oom_kills(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) -> bool {
+        match self.cgroups.pending() {
+            Ok(changes) => self.apply_changes(changes),
+            Err(error) => cant_note(entry, &Error::Watch(error)),
+        }
+        let (is_watched, changed) = {
+            let live = entry.init.live();
+            (live.watched.is_some(), live.memory_changed)
+        };
+        let is_quiet = if is_watched {
+            changed.is_none_or(|at| at.elapsed() > UNTOLD)
+        } else {
+            // It has ended while nobody was there to be told.
+            seen.exit.status == 0
+        };
+        self.note_oom_kills(entry) || is_quiet || !cgroup::has_memory()
+    }
+
+    /// Asks systemd for the kills that the kernel does not tell of any more.
+    pub(super) async fn ask_for_oom_kills(&self, entry: &Arc<Entry>) {
+        let asked = match self.manager.oom_kills(&entry.init.unit).await {
+            Ok(kills) => self.add_oom_kills(entry, kills),
+            Err(error) => Err(error.into()),
+        };
+        asked.unwrap_or_else(|error| cant_note(entry, &error));
+    }
+}
+
+fn cant_note(entry: &Entry, error: &Error) {
+    tracing::error!(task = %entry.key, %error, "task {}: can't note whether it was out of memory: {error}", entry.key);
+}

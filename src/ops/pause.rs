@@ -1,0 +1,120 @@
+//! Pause and Resume: systemd's freezer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::cgroup;
+use crate::fault::{self, Point};
+use crate::id::TaskKey;
+use crate::task::phase::{Event, Phase, Refusal};
+use crate::task::{Placement, Task};
+use crate::unit;
+
+use super::{Attempt, Entry, Error, Shim, blocking};
+
+/// A process that the kernel can't freeze (in a driver, traced) keeps the others frozen half. As with runc.
+const FREEZE_LIMIT: Duration = Duration::from_secs(10);
+
+impl Shim {
+    /// Freezes a container's processes.
+    ///
+    /// # Errors
+    /// It does not run, or can't be frozen; then it runs on.
+    pub async fn pause(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<(), Error> {
+        let entry = self.created(key)?;
+        let _verb = entry.init.verb.lock().await;
+        let task = entry.task().clone();
+        match task.init {
+            Phase::Running { .. } => {}
+            Phase::Paused { .. } if attempt == Attempt::Replayed => return Ok(()),
+            other => return Err(refused("pause", &other)),
+        }
+        let frozen = self.freeze(&task).await;
+        fault::point(Point::PauseDone);
+        if let Err(error) = frozen {
+            // What is frozen of it by now goes on; the first error is the one to report.
+            let _ = self.thaw(&task).await;
+            return Err(match error {
+                Error::Cgroup(error) if error.is_timeout() => Error::NotFreezing { key: key.clone() },
+                error => error,
+            });
+        }
+        self.apply(&entry, Event::Frozen)?;
+        fault::point(Point::PauseNoted);
+        Ok(())
+    }
+
+    /// Lets a container's processes go on.
+    ///
+    /// # Errors
+    /// It is not paused, or something above it is frozen too.
+    pub async fn resume(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<(), Error> {
+        let entry = self.created(key)?;
+        let _verb = entry.init.verb.lock().await;
+        let task = entry.task().clone();
+        match task.init {
+            Phase::Paused { .. } => {}
+            Phase::Running { .. } if attempt == Attempt::Replayed => return Ok(()),
+            other => return Err(refused("resume", &other)),
+        }
+        self.thaw(&task).await?;
+        fault::point(Point::ResumeDone);
+        self.apply(&entry, Event::Thawed)?;
+        fault::point(Point::ResumeNoted);
+        self.catch_up(&entry).await
+    }
+
+    /// What systemd has not done to a frozen unit (256, 257: its limits).
+    async fn catch_up(&self, entry: &Arc<Entry>) -> Result<(), Error> {
+        let _limits = entry.limits.lock().await;
+        let task = entry.task().clone();
+        let Some(cgroup) = task.cgroup.clone() else {
+            return Ok(());
+        };
+        let container = blocking(move || cgroup::limits::read(&cgroup)).await??;
+        let limits = self.show_new_limits(&task, &container.set()).await?;
+        self.change(entry, |task| {
+            task.limits = limits;
+            Ok(Vec::new())
+        })
+    }
+
+    async fn freeze(&self, task: &Task) -> Result<(), Error> {
+        self.set_frozen(task, true, self.manager.freeze(&task.unit)).await
+    }
+
+    async fn thaw(&self, task: &Task) -> Result<(), Error> {
+        self.set_frozen(task, false, self.manager.thaw(&task.unit)).await
+    }
+
+    /// Resolves when the container is as it is to be. systemd's answer may never come: not if the unit ends at
+    /// that moment.
+    async fn set_frozen(
+        &self,
+        task: &Task,
+        frozen: bool,
+        by_systemd: impl Future<Output = Result<(), unit::error::Error>>,
+    ) -> Result<(), Error> {
+        let Some(cgroup) = task.cgroup.clone() else {
+            return Ok(by_systemd.await?);
+        };
+        let is_foreign = matches!(task.placement, Placement::Foreign { .. });
+        let seen = blocking(move || {
+            if is_foreign {
+                cgroup::freeze(&cgroup, frozen)?;
+            }
+            cgroup::until_frozen(&cgroup, frozen, FREEZE_LIMIT)
+        });
+        if is_foreign {
+            return Ok(seen.await??);
+        }
+        tokio::select! {
+            answered = by_systemd => Ok(answered?),
+            seen = seen => Ok(seen??),
+        }
+    }
+}
+
+fn refused(verb: &'static str, phase: &Phase) -> Error {
+    Error::Refused(Refusal { verb, phase: phase.word() })
+}

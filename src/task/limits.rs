@@ -1,0 +1,187 @@
+//! Limits of a container that its cgroup and its unit both have (pure).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// A file of a cgroup (kernel, cgroup-v2) that systemd shows as a property of a unit. In the order in which
+/// they are to be written: an idle cgroup takes no weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Attribute {
+    /// Memory that is never reclaimed, in bytes.
+    #[serde(rename = "memory.min")]
+    MemoryMin,
+    /// Memory that is reclaimed last, in bytes.
+    #[serde(rename = "memory.low")]
+    MemoryLow,
+    /// From here on it is slowed down, in bytes or `max`.
+    #[serde(rename = "memory.high")]
+    MemoryHigh,
+    /// From here on it is killed, in bytes or `max`.
+    #[serde(rename = "memory.max")]
+    MemoryMax,
+    /// Of swap alone, in bytes or `max`.
+    #[serde(rename = "memory.swap.max")]
+    MemorySwapMax,
+    /// 1 if it runs only when nobody else wants to (kernel 5.15).
+    #[serde(rename = "cpu.idle")]
+    CpuIdle,
+    /// 1 to 10000, 100 by default.
+    #[serde(rename = "cpu.weight")]
+    CpuWeight,
+    /// Quota or `max`, and period, in microseconds.
+    #[serde(rename = "cpu.max")]
+    CpuMax,
+    /// CPUs as a list of ranges, empty for all.
+    #[serde(rename = "cpuset.cpus")]
+    Cpus,
+    /// Memory nodes likewise.
+    #[serde(rename = "cpuset.mems")]
+    MemoryNodes,
+    /// Number of processes and threads, or `max`.
+    #[serde(rename = "pids.max")]
+    Pids,
+    /// `default` and 1 to 10000; a line for each device that differs.
+    #[serde(rename = "io.weight")]
+    IoWeight,
+    /// A line of `rbps`, `wbps`, `riops`, `wiops` for each device that has any.
+    #[serde(rename = "io.max")]
+    IoMax,
+}
+
+impl Attribute {
+    /// All of them.
+    pub const ALL: [Self; 13] = [
+        Self::MemoryMin,
+        Self::MemoryLow,
+        Self::MemoryHigh,
+        Self::MemoryMax,
+        Self::MemorySwapMax,
+        Self::CpuIdle,
+        Self::CpuWeight,
+        Self::CpuMax,
+        Self::Cpus,
+        Self::MemoryNodes,
+        Self::Pids,
+        Self::IoWeight,
+        Self::IoMax,
+    ];
+
+    /// The file's name.
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::MemoryMin => "memory.min",
+            Self::MemoryLow => "memory.low",
+            Self::MemoryHigh => "memory.high",
+            Self::MemoryMax => "memory.max",
+            Self::MemorySwapMax => "memory.swap.max",
+            Self::CpuIdle => "cpu.idle",
+            Self::CpuWeight => "cpu.weight",
+            Self::CpuMax => "cpu.max",
+            Self::Cpus => "cpuset.cpus",
+            Self::MemoryNodes => "cpuset.mems",
+            Self::Pids => "pids.max",
+            Self::IoWeight => "io.weight",
+            Self::IoMax => "io.max",
+        }
+    }
+
+    /// What a cgroup has that nobody has limited.
+    pub fn default(self) -> &'static str {
+        match self {
+            Self::MemoryMin | Self::MemoryLow | Self::CpuIdle => "0",
+            Self::MemoryHigh | Self::MemoryMax | Self::MemorySwapMax | Self::Pids => "max",
+            Self::CpuWeight => "100",
+            Self::CpuMax => "max 100000",
+            Self::Cpus | Self::MemoryNodes | Self::IoMax => "",
+            Self::IoWeight => "default 100",
+        }
+    }
+}
+
+/// The limits of a cgroup: what its files say. Those of controllers that are not there are absent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits(BTreeMap<Attribute, String>);
+
+impl FromIterator<(Attribute, String)> for Limits {
+    fn from_iter<I: IntoIterator<Item = (Attribute, String)>>(values: I) -> Self {
+        Self(values.into_iter().collect())
+    }
+}
+
+impl Limits {
+    /// One of them.
+    pub fn get(&self, attribute: Attribute) -> Option<&str> {
+        self.0.get(&attribute).map(String::as_str)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (Attribute, &str)> {
+        self.0.iter().map(|(attribute, value)| (*attribute, value.as_str()))
+    }
+
+    /// None at all.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Those that differ in `other`, or are absent there.
+    pub fn differing_from(&self, other: &Self) -> Self {
+        let differs = self.iter().filter(|(attribute, value)| other.get(*attribute) != Some(*value));
+        differs.map(|(attribute, value)| (attribute, value.to_owned())).collect()
+    }
+
+    /// Those that somebody has set.
+    pub fn set(&self) -> Self {
+        let set = self.iter().filter(|(attribute, value)| *value != attribute.default());
+        set.map(|(attribute, value)| (attribute, value.to_owned())).collect()
+    }
+
+    /// Those of them that are named.
+    pub fn only(&self, named: &[Attribute]) -> Self {
+        let only = self.iter().filter(|(attribute, _)| named.contains(attribute));
+        only.map(|(attribute, value)| (attribute, value.to_owned())).collect()
+    }
+
+    /// Those that are not in `other`.
+    pub fn without(&self, other: &Self) -> Self {
+        let rest = self.iter().filter(|(attribute, _)| other.get(*attribute).is_none());
+        rest.map(|(attribute, value)| (attribute, value.to_owned())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(values: &[(Attribute, &str)]) -> Limits {
+        values.iter().map(|(attribute, value)| (*attribute, (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn files_are_named_the_same_in_the_record() {
+        for attribute in Attribute::ALL {
+            let text = serde_json::to_string(&attribute).unwrap();
+            assert_eq!(text, format!("{:?}", attribute.file()));
+        }
+    }
+
+    #[test]
+    fn what_nobody_has_limited_is_not_set() {
+        let untouched: Limits = Attribute::ALL.iter().map(|a| (*a, a.default().to_owned())).collect();
+        assert!(untouched.set().is_empty());
+        let set = limits(&[(Attribute::Pids, "7"), (Attribute::MemoryMax, "max")]).set();
+        assert_eq!(set, limits(&[(Attribute::Pids, "7")]));
+    }
+
+    #[test]
+    fn limits_differ_by_their_values() {
+        let one = limits(&[(Attribute::Pids, "7"), (Attribute::MemoryMax, "4096"), (Attribute::Cpus, "")]);
+        let other = limits(&[(Attribute::Pids, "7"), (Attribute::MemoryMax, "max")]);
+        assert_eq!(
+            one.differing_from(&other),
+            limits(&[(Attribute::MemoryMax, "4096"), (Attribute::Cpus, "")])
+        );
+        assert_eq!(one.without(&other), limits(&[(Attribute::Cpus, "")]));
+    }
+}

@@ -1,0 +1,172 @@
+//! Limits of a container as properties of its unit (pure).
+
+use zbus::Variant;
+
+use crate::task::limits::{Attribute, Limits};
+
+use super::properties::Properties;
+
+/// "No limit", and "as it is by default".
+const INFINITY: u64 = u64::MAX;
+/// systemd's own period of CPU quotas, and the kernel's, in microseconds.
+const DEFAULT_PERIOD: u64 = 100_000;
+
+/// The properties that say the same as the cgroup's files. What can't be read is left out: the files
+/// count, in any case.
+pub fn properties(limits: &Limits) -> Properties {
+    let mut list: Vec<(&'static str, Variant<'static>)> = Vec::new();
+    for (attribute, value) in limits.iter() {
+        match attribute {
+            Attribute::MemoryMin => list.extend(number("MemoryMin", value)),
+            Attribute::MemoryLow => list.extend(number("MemoryLow", value)),
+            Attribute::MemoryHigh => list.extend(number("MemoryHigh", value)),
+            Attribute::MemoryMax => list.extend(number("MemoryMax", value)),
+            Attribute::MemorySwapMax => list.extend(number("MemorySwapMax", value)),
+            Attribute::Pids => list.extend(number("TasksMax", value)),
+            // systemd's word for an idle cgroup is a weight of 0 (252).
+            Attribute::CpuIdle => list.extend((value == "1").then(|| ("CPUWeight", 0_u64.into()))),
+            Attribute::CpuWeight if limits.get(Attribute::CpuIdle) == Some("1") => {}
+            Attribute::CpuWeight => list.extend(number("CPUWeight", value)),
+            Attribute::CpuMax => list.extend(quota(value).into_iter().flatten()),
+            Attribute::Cpus => list.extend(set("AllowedCPUs", value)),
+            Attribute::MemoryNodes => list.extend(set("AllowedMemoryNodes", value)),
+            Attribute::IoWeight => {
+                let default = value.lines().find_map(|line| line.strip_prefix("default "));
+                list.extend(default.and_then(|value| number("IOWeight", value)));
+            }
+            Attribute::IoMax => list.extend(io_max(value)),
+        }
+    }
+    Properties(list)
+}
+
+fn number(property: &'static str, value: &str) -> Option<(&'static str, Variant<'static>)> {
+    let value = if value == "max" { INFINITY } else { value.parse().ok()? };
+    Some((property, value.into()))
+}
+
+/// systemd takes the quota per second; with the period it makes the same `cpu.max` of it.
+fn quota(value: &str) -> Option<[(&'static str, Variant<'static>); 2]> {
+    let (quota, period) = value.split_once(' ')?;
+    let period: u64 = period.parse().ok().filter(|period| *period > 0)?;
+    let per_second = match quota {
+        "max" => INFINITY,
+        quota => {
+            let quota: u128 = quota.parse().ok()?;
+            u64::try_from((quota * 1_000_000).div_ceil(period.into())).ok()?
+        }
+    };
+    let period = if period == DEFAULT_PERIOD { INFINITY } else { period };
+    Some([("CPUQuotaPerSecUSec", per_second.into()), ("CPUQuotaPeriodUSec", period.into())])
+}
+
+/// `0-2,5` as a set of bits, the lowest byte first.
+fn set(property: &'static str, value: &str) -> Option<(&'static str, Variant<'static>)> {
+    /// The kernel has no more CPUs (CONFIG_NR_CPUS).
+    const LAST: usize = 8191;
+    let mut bits: Vec<u8> = Vec::new();
+    for range in value.split(',').filter(|range| !range.is_empty()) {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+        if last > LAST {
+            return None;
+        }
+        for bit in first..=last {
+            bits.resize(bits.len().max(bit / 8 + 1), 0);
+            if let Some(byte) = bits.get_mut(bit / 8) {
+                *byte |= 1 << (bit % 8);
+            }
+        }
+    }
+    Some((property, bits.into()))
+}
+
+/// One property for each of the four, each a list of devices; an empty list first, as lists add up.
+fn io_max(value: &str) -> Vec<(&'static str, Variant<'static>)> {
+    const PROPERTIES: [(&str, &str); 4] = [
+        ("rbps=", "IOReadBandwidthMax"),
+        ("wbps=", "IOWriteBandwidthMax"),
+        ("riops=", "IOReadIOPSMax"),
+        ("wiops=", "IOWriteIOPSMax"),
+    ];
+    let limits_of = |key: &str| -> Vec<(String, u64)> {
+        let limit = |line: &str| {
+            let (device, limits) = line.split_once(' ')?;
+            let value = limits.split(' ').find_map(|limit| limit.strip_prefix(key))?;
+            Some((format!("/dev/block/{device}"), value.parse().ok()?))
+        };
+        value.lines().filter_map(limit).collect()
+    };
+    let mut list: Vec<(&'static str, Variant<'static>)> = Vec::new();
+    for (key, property) in PROPERTIES {
+        list.push((property, Vec::<(String, u64)>::new().into()));
+        let limits = limits_of(key);
+        if !limits.is_empty() {
+            list.push((property, limits.into()));
+        }
+    }
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(values: &[(Attribute, &str)]) -> Vec<String> {
+        let limits: Limits = values.iter().map(|(a, value)| (*a, (*value).to_owned())).collect();
+        properties(&limits).0.iter().map(|(name, value)| format!("{name}={value}")).collect()
+    }
+
+    #[test]
+    fn numbers_stay_and_max_is_no_limit() {
+        let shown = shown(&[(Attribute::MemoryMax, "67108864"), (Attribute::Pids, "max")]);
+        assert_eq!(shown, ["MemoryMax=uint64 67108864", "TasksMax=uint64 18446744073709551615"]);
+    }
+
+    #[test]
+    fn a_quota_is_told_per_second_and_makes_the_same_file() {
+        for (file, per_second) in
+            [("50000 100000", 500_000), ("10000 30000", 333_334), ("33333 100000", 333_330)]
+        {
+            let (quota, period) = file.split_once(' ').unwrap();
+            let (quota, period): (u64, u64) = (quota.parse().unwrap(), period.parse().unwrap());
+            assert_eq!(
+                shown(&[(Attribute::CpuMax, file)])[0],
+                format!("CPUQuotaPerSecUSec=uint64 {per_second}")
+            );
+            // As systemd computes it (cgroup.c).
+            assert_eq!(per_second * period / 1_000_000, quota, "{file}");
+        }
+        assert_eq!(
+            shown(&[(Attribute::CpuMax, "max 100000")])[0],
+            format!("CPUQuotaPerSecUSec=uint64 {INFINITY}")
+        );
+        assert!(shown(&[(Attribute::CpuMax, "1000 0")]).is_empty());
+    }
+
+    #[test]
+    fn an_idle_container_has_no_weight() {
+        assert_eq!(shown(&[(Attribute::CpuIdle, "1"), (Attribute::CpuWeight, "0")]), ["CPUWeight=uint64 0"]);
+        assert_eq!(
+            shown(&[(Attribute::CpuIdle, "0"), (Attribute::CpuWeight, "39")]),
+            ["CPUWeight=uint64 39"]
+        );
+    }
+
+    #[test]
+    fn sets_are_bits() {
+        assert_eq!(set("A", "0-2,9").unwrap().1, Variant::from(vec![0b0000_0111_u8, 0b10]));
+        assert_eq!(set("A", "").unwrap().1, Variant::from(Vec::<u8>::new()));
+        assert!(set("A", "0-99999").is_none() && set("A", "x").is_none());
+    }
+
+    #[test]
+    fn devices_are_told_by_their_numbers() {
+        let shown = shown(&[(Attribute::IoMax, "8:0 rbps=1048576 wbps=max riops=max wiops=50")]);
+        assert!(
+            shown[1].starts_with("IOReadBandwidthMax=") && shown[1].contains("/dev/block/8:0"),
+            "{shown:?}"
+        );
+        assert_eq!(shown.len(), 6, "four that are emptied, two that are set: {shown:?}");
+    }
+}

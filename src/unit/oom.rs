@@ -1,0 +1,46 @@
+//! Processes of a unit that the kernel has killed for want of memory, as systemd knows them.
+
+use std::process::Stdio;
+
+use tokio::process::Command;
+
+use crate::id::UnitName;
+
+use super::error::Error;
+use super::proxy::{Manager, SERVICE_INTERFACE, UNIT_INTERFACE};
+
+/// systemd's message about them (sd-messages.h, SD_MESSAGE_UNIT_OUT_OF_MEMORY). It looks for them whenever a
+/// process of the unit ends, before it does anything about that (manager.c, 252 to 262).
+const MESSAGE_ID: &str = "fe6faa94e7774663a0da52717891d8ef";
+
+impl Manager {
+    /// How many there were since the unit was started, also when its cgroup is gone. Before systemd 259 it
+    /// tells of several at once as of one.
+    ///
+    /// # Errors
+    /// systemd or the journal can't be asked.
+    pub async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {
+        if let Some(kills) = self.property::<u64>(unit, SERVICE_INTERFACE, "OOMKills").await? {
+            return Ok(kills);
+        }
+        let invocation =
+            self.property::<Vec<u8>>(unit, UNIT_INTERFACE, "InvocationID").await?.unwrap_or_default();
+        let invocation: String = invocation.iter().map(|byte| format!("{byte:02x}")).collect();
+        // What systemd has sent to the journal is in it after this.
+        journalctl(&["--sync"]).await?;
+        let matches = [format!("MESSAGE_ID={MESSAGE_ID}"), format!("INVOCATION_ID={invocation}")];
+        let found = journalctl(&["--quiet", "--no-pager", "--output=cat", &matches[0], &matches[1]]).await?;
+        Ok(found.lines().count() as u64)
+    }
+}
+
+async fn journalctl(args: &[&str]) -> Result<String, Error> {
+    let failed = |reason: String| Error::Journal { reason };
+    let mut command = Command::new("journalctl");
+    let output = command.args(args).stdin(Stdio::null()).kill_on_drop(true).output().await;
+    let output = output.map_err(|error| failed(error.to_string()))?;
+    if !output.status.success() {
+        return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    String::from_utf8(output.stdout).map_err(|error| failed(error.to_string()))
+}

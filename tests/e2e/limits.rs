@@ -1,0 +1,302 @@
+//! Limits: what a client asks for is in the container's cgroup as under containerd-shim-runc-v2, and on the unit;
+//! what an administrator sets on the unit is in the container's cgroup.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::common::container::Container;
+use crate::common::daemon::Down;
+use crate::common::node::{Node, STOCK_RUNTIME, unique};
+use crate::common::spec::Spec;
+use crate::common::stdio::Fifos;
+use crate::common::systemd::{self, DropIn};
+use crate::common::task::{Io, SIGKILL};
+use crate::common::{cgroup, process};
+
+const MIB: u64 = 1 << 20;
+
+/// The resources of one container, of every kind that all test machines have.
+fn resources() -> Value {
+    json!({
+        "memory": {"limit": 64 * MIB, "reservation": 32 * MIB, "swap": 96 * MIB},
+        "cpu": {"shares": 512, "quota": 33_333, "period": 100_000, "cpus": "0", "mems": "0"},
+        "pids": {"limit": 77},
+        "unified": {"memory.high": (48 * MIB).to_string()},
+    })
+}
+
+fn container_cgroup(container: &Container) -> PathBuf {
+    cgroup::of(container.pid())
+}
+
+/// The properties of the unit that have been set, as `systemctl show` prints them.
+fn shown(container: &Container, names: &[&str]) -> Vec<String> {
+    let unit = systemd::unit_of(container);
+    names.iter().map(|name| systemd::property(&unit, name)).collect()
+}
+
+fn set_property(container: &Container, assignment: &str) {
+    process::succeed("systemctl", &["set-property", "--runtime", &systemd::unit_of(container), assignment]);
+}
+
+/// The unit's cgroup.
+fn outer(cgroup: &Path) -> PathBuf {
+    cgroup.parent().expect("below its unit").to_owned()
+}
+
+#[test]
+fn every_file_of_the_cgroup_is_as_under_the_stock_shim() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    for resources in [json!({}), json!({"cpu": {"shares": 1024}}), resources(), json!({"cpu": {"idle": 1}})] {
+        let spec = Spec::sleeping().resources(resources.clone());
+        let ours = node.container("ours", spec.clone()).started(&Io::default());
+        let stock = node.container("stock", spec).runtime(STOCK_RUNTIME).started(&Io::default());
+        let (ours, stock) = (container_cgroup(&ours), container_cgroup(&stock));
+        assert_eq!(cgroup::settings(&ours), cgroup::settings(&stock), "{resources}");
+    }
+}
+
+#[test]
+fn an_update_does_what_it_does_under_the_stock_shim() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let spec = Spec::sleeping().resources(resources());
+    let ours = node.container("ours", spec.clone()).created(&Io::default());
+    let stock = node.container("stock", spec).runtime(STOCK_RUNTIME).created(&Io::default());
+    let same = |resources: Value| {
+        ours.update(&resources).expect("update ours");
+        stock.update(&resources).expect("update the stock shim's");
+        let (ours, stock) = (container_cgroup(&ours), container_cgroup(&stock));
+        assert_eq!(cgroup::settings(&ours), cgroup::settings(&stock), "{resources}");
+    };
+    same(json!({"memory": {"limit": 128 * MIB, "swap": 128 * MIB}}));
+    for container in [&ours, &stock] {
+        container.start().expect("start");
+    }
+    same(json!({"cpu": {"shares": 2048, "quota": -1}, "pids": {"limit": -1}}));
+    same(json!({"cpu": {"cpus": "0-1"}}));
+    for container in [&ours, &stock] {
+        container.pause().expect("pause");
+    }
+    same(json!({"memory": {"limit": 48 * MIB, "swap": -1}}));
+    for container in [&ours, &stock] {
+        container.resume().expect("resume");
+    }
+    let ours = container_cgroup(&ours);
+    assert_eq!(
+        cgroup::read(&outer(&ours), "memory.max"),
+        (48 * MIB).to_string(),
+        "also the unit, after a pause"
+    );
+}
+
+#[test]
+fn limits_are_shown_as_properties_of_the_unit() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let container = node.container("shown", Spec::sleeping().resources(resources())).created(&Io::default());
+    let cgroup = container_cgroup(&container);
+    let names = [
+        "MemoryMax",
+        "MemoryLow",
+        "MemorySwapMax",
+        "MemoryHigh",
+        "TasksMax",
+        "CPUQuotaPerSecUSec",
+        "AllowedCPUs",
+    ];
+    let wanted = [64 * MIB, 32 * MIB, 32 * MIB, 48 * MIB, 77].map(|number| number.to_string());
+    let shown = shown(&container, &names);
+    assert_eq!(shown[..5], wanted);
+    assert_eq!(shown[5..], ["333.330ms", "0"]);
+    assert_eq!(
+        systemd::property(&systemd::unit_of(&container), "CPUWeight"),
+        cgroup::read(&cgroup, "cpu.weight"),
+        "as the OCI runtime has computed it"
+    );
+    for file in
+        ["memory.max", "memory.high", "memory.low", "memory.swap.max", "cpu.max", "cpu.weight", "pids.max"]
+    {
+        assert_eq!(cgroup::read(&outer(&cgroup), file), cgroup::read(&cgroup, file), "{file}");
+    }
+    container.update(&json!({"memory": {"limit": 80 * MIB}, "pids": {"limit": 5}})).expect("update");
+    assert_eq!(cgroup::read(&cgroup, "memory.max"), (80 * MIB).to_string());
+    let unit = systemd::unit_of(&container);
+    assert_eq!(systemd::property(&unit, "MemoryMax"), (80 * MIB).to_string());
+    assert_eq!(systemd::property(&unit, "TasksMax"), "5");
+    assert_eq!(systemd::property(&unit, "MemoryHigh"), (48 * MIB).to_string(), "what was not named stays");
+}
+
+#[test]
+fn set_property_reaches_the_container_up_and_down() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let container =
+        node.container("property", Spec::sleeping().resources(resources())).started(&Io::default());
+    let cgroup = container_cgroup(&container);
+    for (assignment, file, text) in [
+        ("MemoryMax=200M", "memory.max", (200 * MIB).to_string()),
+        ("MemoryMax=40M", "memory.max", (40 * MIB).to_string()),
+        ("MemoryMax=infinity", "memory.max", "max".to_string()),
+        ("MemoryHigh=30M", "memory.high", (30 * MIB).to_string()),
+        ("MemorySwapMax=0", "memory.swap.max", "0".to_string()),
+        ("CPUQuota=150%", "cpu.max", "150000 100000".to_string()),
+        ("CPUQuota=", "cpu.max", "max 100000".to_string()),
+        ("CPUWeight=300", "cpu.weight", "300".to_string()),
+        ("TasksMax=12", "pids.max", "12".to_string()),
+        ("TasksMax=infinity", "pids.max", "max".to_string()),
+        ("AllowedCPUs=1", "cpuset.cpus", "1".to_string()),
+        ("AllowedCPUs=0-1", "cpuset.cpus", "0-1".to_string()),
+    ] {
+        set_property(&container, assignment);
+        cgroup::wait_for(&cgroup, file, &text);
+    }
+}
+
+#[test]
+fn a_property_is_visible_inside_the_container() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let container = node.container("inside", Spec::sleeping().resources(resources())).started(&Io::default());
+    let cgroup = container_cgroup(&container);
+    set_property(&container, "MemoryMax=72M");
+    cgroup::wait_for(&cgroup, "memory.max", &(72 * MIB).to_string());
+    let fifos = Fifos::new("inside");
+    let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+    // Without a cgroup namespace of its own it sees the whole tree.
+    let path = cgroup.strip_prefix("/sys/fs/cgroup").expect("in the tree").display().to_string();
+    let script = format!("cat '/sys/fs/cgroup/{path}/memory.max'");
+    let exec = container.exec(Spec::sh(&script)).started(&fifos.output());
+    assert_eq!(exec.exit_status(), 0);
+    assert_eq!(stdout.text().trim(), (72 * MIB).to_string());
+}
+
+#[test]
+fn an_update_leaves_what_an_administrator_has_set_beside_it() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let container = node.container("beside", Spec::sleeping().resources(resources())).started(&Io::default());
+    let cgroup = container_cgroup(&container);
+    set_property(&container, "MemoryMax=200M");
+    set_property(&container, "TasksMax=99");
+    cgroup::wait_for(&cgroup, "memory.max", &(200 * MIB).to_string());
+    cgroup::wait_for(&cgroup, "pids.max", "99");
+    container.update(&json!({"cpu": {"shares": 4096}})).expect("update");
+    assert_eq!(cgroup::read(&cgroup, "memory.max"), (200 * MIB).to_string());
+    assert_eq!(cgroup::read(&cgroup, "pids.max"), "99");
+    assert_eq!(shown(&container, &["MemoryMax", "TasksMax"]), [(200 * MIB).to_string(), "99".to_string()]);
+    assert_eq!(
+        systemd::property(&systemd::unit_of(&container), "CPUWeight"),
+        cgroup::read(&cgroup, "cpu.weight")
+    );
+}
+
+#[test]
+fn a_failed_update_changes_nothing() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let container = node.container("failed", Spec::sleeping().resources(resources())).started(&Io::default());
+    let cgroup = container_cgroup(&container);
+    let before = cgroup::settings(&cgroup);
+    for wrong in [
+        json!({"pids": {"limit": 9}, "cpu": {"cpus": "4096"}}),
+        json!({"memory": {"limit": 128 * MIB}, "cpu": {"shares": 100, "cpus": "no"}}),
+        json!([1]),
+        json!({"memory": {"limit": "much"}}),
+    ] {
+        container.update(&wrong).expect_err("a wrong update");
+        assert_eq!(cgroup::settings(&cgroup), before, "{wrong}");
+    }
+    assert_eq!(shown(&container, &["TasksMax", "MemoryMax"]), ["77".to_string(), (64 * MIB).to_string()]);
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.update(&json!({"pids": {"limit": 9}})).expect_err("an update of one that has ended");
+}
+
+#[test]
+fn a_property_set_while_the_daemon_is_down_reaches_the_container() {
+    needs!(OurShim, Controllers);
+    let node = Node::exclusive();
+    let container = node.container("down", Spec::sleeping().resources(resources())).started(&Io::default());
+    let cgroup = container_cgroup(&container);
+    let down = Down::begin();
+    set_property(&container, "MemoryMax=200M");
+    down.end();
+    cgroup::wait_for(&cgroup, "memory.max", &(200 * MIB).to_string());
+    assert_eq!(cgroup::read(&cgroup, "pids.max"), "77");
+}
+
+#[test]
+fn a_drop_in_limits_what_the_client_does_not() {
+    needs!(OurShim, Controllers);
+    let node = Node::exclusive();
+    let namespace = unique("drop-in");
+    let _drop_in = DropIn::for_namespace(&namespace, "[Service]\nMemoryMax=90M\nTasksMax=55\n");
+    let spec = Spec::sleeping().resources(json!({"pids": {"limit": 44}}));
+    let container = node.container("policy", spec).namespace(&namespace).started(&Io::default());
+    let cgroup = container_cgroup(&container);
+    assert_eq!(cgroup::read(&cgroup, "memory.max"), (90 * MIB).to_string());
+    assert_eq!(cgroup::read(&cgroup, "pids.max"), "44");
+    assert_eq!(
+        cgroup::read(&outer(&cgroup), "pids.max"),
+        "55",
+        "the drop-in counts, for what is beside it too"
+    );
+}
+
+/// Create, start, exec and delete work as under the stock shim: what the OCI runtime uses itself is not
+/// charged to the container, nor to its pod.
+#[test]
+fn tiny_limits_are_the_containers_alone() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let live = |runtime: &str, spec: &Spec| -> Result<(u32, u32), String> {
+        let container = node.container("tiny", spec.clone()).runtime(runtime).make();
+        container.create(&Io::default()).map_err(|error| format!("create: {error}"))?;
+        container.start().map_err(|error| format!("start: {error}"))?;
+        let exec = container.exec(Spec::sh("exit 7")).added(&Io::default());
+        let status = exec.start().map(|_| exec.exit_status()).map_err(|error| format!("exec: {error}"))?;
+        container.kill(SIGKILL).map_err(|error| format!("kill: {error}"))?;
+        let end = container.exit_status();
+        container.delete().map_err(|error| format!("delete: {error}"))?;
+        Ok((status, end))
+    };
+    for resources in [
+        json!({"memory": {"limit": 6 * MIB, "swap": 6 * MIB}}),
+        json!({"cpu": {"quota": 1000, "period": 100_000}}),
+    ] {
+        let spec = Spec::sleeping().resources(resources.clone());
+        let stock = live(STOCK_RUNTIME, &spec);
+        // The stock shim's runc copies itself into the container's memory, and may be killed for it.
+        let ours = live(&node.runtime, &spec);
+        assert_eq!(ours, Ok((7, 137)), "{resources}, under the stock shim {stock:?}");
+    }
+    // An exec is one process more than it may have.
+    let one = Spec::sleeping().resources(json!({"pids": {"limit": 1}}));
+    let container = node.container("one", one).created(&Io::default());
+    container.start().expect("start");
+    assert_eq!(container.pids().expect("pids").len(), 1);
+}
+
+#[test]
+fn a_tiny_pod_has_room_for_its_containers() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let slice = format!("{}.slice", unique("tinypod").replace('-', "_"));
+    let in_slice = format!("--slice={slice}");
+    process::succeed("systemd-run", &["--unit=e2e-tinypod", "--collect", &in_slice, "sleep", "100000"]);
+    process::succeed("systemctl", &["set-property", "--runtime", &slice, "MemoryMax=16M", "TasksMax=40"]);
+    let path = |name: &str| format!("{slice}:cri-containerd:{name}");
+    for number in 0..3 {
+        let name = unique("tiny");
+        let container =
+            node.container(&name, Spec::sleeping().cgroups_path(&path(&name))).started(&Io::default());
+        let exec = container.exec(Spec::sh("exit 7")).started(&Io::default());
+        assert_eq!(exec.exit_status(), 7, "{number}");
+    }
+    let killed = cgroup::number(&Path::new("/sys/fs/cgroup").join(&slice), "memory.events", "oom_kill");
+    process::run("systemctl", &["stop", "e2e-tinypod.service"]);
+    assert_eq!(killed, Some(0), "nothing of it was killed");
+}

@@ -1,0 +1,79 @@
+//! Out of memory: clients and administrators hear of it, once for each process that is killed.
+
+use serde_json::json;
+
+use crate::common::container::Container;
+use crate::common::daemon::Down;
+use crate::common::events::Events;
+use crate::common::node::Node;
+use crate::common::spec::Spec;
+use crate::common::task::{Io, SIGKILL};
+use crate::common::{systemd, wait};
+
+const MIB: u64 = 1 << 20;
+/// Takes more memory than it may have.
+const EAT: &str = "dd if=/dev/zero of=/dev/null bs=40M";
+
+fn small(script: &str) -> Spec {
+    Spec::sh(script).resources(json!({"memory": {"limit": 15 * MIB, "swap": 15 * MIB}}))
+}
+
+fn names(events: &Events, container: &Container, last: &str) -> Vec<String> {
+    events.up_to(container, last).iter().map(|event| event.name().to_string()).collect()
+}
+
+#[test]
+fn a_container_that_is_killed_for_memory_says_so_before_it_ends() {
+    needs!(Controllers);
+    let node = Node::shared();
+    let events = node.subscribe();
+    for round in 0..5 {
+        let container = node.container("oom", small(&format!("exec {EAT}"))).started(&Io::default());
+        assert_eq!(container.exit_status(), 137);
+        assert_eq!(names(&events, &container, "exit"), ["create", "start", "oom", "exit"], "round {round}");
+    }
+}
+
+#[test]
+fn a_child_that_is_killed_leaves_the_container_running() {
+    needs!(Controllers);
+    let node = Node::shared();
+    let events = node.subscribe();
+    let container =
+        node.container("child", small(&format!("{EAT}; {EAT}; sleep 100000 & wait"))).started(&Io::default());
+    assert_eq!(names(&events, &container, "oom"), ["create", "start", "oom"]);
+    assert_eq!(names(&events, &container, "oom"), ["oom"]);
+    wait::until_true("it goes on", || container.pids().is_ok_and(|pids| pids.len() == 2));
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    assert_eq!(names(&events, &container, "exit"), ["exit"], "that was no lack of memory");
+}
+
+#[test]
+fn the_kill_is_in_the_units_journal() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let container = node.container("journal", small(&format!("exec {EAT}"))).started(&Io::default());
+    assert_eq!(container.exit_status(), 137);
+    let unit = format!("UNIT={}", systemd::unit_of(&container));
+    let told = || systemd::messages(&[&unit]).iter().any(|message| message.contains("OOM killer"));
+    wait::until_true("systemd's message", told);
+}
+
+#[test]
+fn a_kill_while_the_daemon_is_down_is_told_before_the_end() {
+    needs!(OurShim, Controllers);
+    let node = Node::exclusive();
+    let events = node.subscribe();
+    let script = format!("read go; exec {EAT}");
+    let fifos = crate::common::stdio::Fifos::new("down");
+    let (_stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+    let container = node.container("down", small(&script)).started(&fifos.io());
+    let pid = container.pid();
+    let down = Down::begin();
+    crate::common::stdio::feed(&fifos.stdin(), b"go\n");
+    wait::until_true("it is killed", || !crate::common::process::exists(pid));
+    down.end();
+    assert_eq!(container.exit_status(), 137);
+    assert_eq!(names(&events, &container, "exit"), ["create", "start", "oom", "exit"]);
+}
