@@ -2,7 +2,9 @@
 //!
 //! Attributes of a unit's own cgroup belong to systemd; only sub-cgroups are touched here.
 
+mod format;
 pub mod place;
+pub mod stats;
 
 use std::fs;
 use std::io;

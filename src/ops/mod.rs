@@ -13,6 +13,7 @@ mod observe;
 mod publish;
 mod start;
 mod state;
+mod stats;
 mod streams;
 mod wait;
 
