@@ -58,6 +58,7 @@ mod logger;
 mod options;
 mod restart;
 mod rootfs;
+mod stats;
 mod stdin;
 mod stdio;
 mod terminals;
