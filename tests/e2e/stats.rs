@@ -280,8 +280,7 @@ fn hundredths(average: f64) -> u64 {
     (average * 100.0).round() as u64
 }
 
-/// The sizes of huge pages, as in the names of files of the machine's own cgroup or, where there are none,
-/// by the kernel's list.
+/// The sizes of huge pages that the kernel has, as in the names of a cgroup's files.
 fn page_sizes() -> Vec<String> {
     let Ok(entries) = fs::read_dir("/sys/kernel/mm/hugepages") else { return Vec::new() };
     let names = entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"));
@@ -351,7 +350,7 @@ fn what_the_stock_shim_tells_is_told() {
     needs!(OurShim);
     let node = Node::shared();
     let [ours, stock] = [OUR_RUNTIME, STOCK_RUNTIME].map(|runtime| flat(&worked(&node, runtime)));
-    // The stock shim of containerd 1.x knows nothing of pressure.
+    // An older stock shim knows nothing of pressure.
     let newer = |part: &&String| !part.contains("psi");
     let (our_parts, stock_parts) = (ours.parts.iter().filter(newer), stock.parts.iter().filter(newer));
     assert_eq!(our_parts.collect::<Vec<_>>(), stock_parts.collect::<Vec<_>>());
