@@ -181,6 +181,16 @@ impl Flat {
             flat.set(format!("{path}.minor"), number(minor));
             flat.keyed(&path, &BLOCK_DEVICE, &numbers.replace(' ', "\n").replace('=', " "));
         }
+        for (list, file) in [("rdma.current", "rdma.current"), ("rdma.limit", "rdma.max")] {
+            for line in files.text(file).lines() {
+                let (device, numbers) = line.split_once(' ').expect("a device and its numbers");
+                for pair in numbers.split_whitespace() {
+                    let (name, count) = pair.split_once('=').expect("a name and its number");
+                    let count = number(count).min(u32::MAX.into());
+                    flat.set(format!("{list}[{device}].{name}s"), count);
+                }
+            }
+        }
         for size in page_sizes() {
             let path = format!("hugetlb[{size}]");
             flat.set(format!("{path}.current"), number(&files.text(&format!("hugetlb.{size}.current"))));
