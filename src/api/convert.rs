@@ -370,7 +370,11 @@ fn exited(container_id: String, id: String, pid: u32, exit: Exit) -> TaskExit {
     }
 }
 
-fn any(name: &str, message: &impl Message) -> Result<Any, Error> {
+/// A message with the name of its type.
+///
+/// # Errors
+/// It can't be encoded.
+pub(super) fn any(name: &str, message: &impl Message) -> Result<Any, Error> {
     let value = message.write_to_bytes().map_err(|error| Error::Encode(Box::new(error)))?;
     Ok(Any { type_url: name.to_owned(), value, ..Any::default() })
 }

@@ -4,5 +4,6 @@ pub mod client;
 pub mod convert;
 pub mod events;
 pub mod messages;
+pub mod metrics;
 pub mod status;
 pub mod task;

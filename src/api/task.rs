@@ -23,7 +23,7 @@ use crate::ops::{Attempt, Error, Shim};
 use crate::transport::frame::REPLAYED;
 use crate::transport::sockets::{Owners, Socket};
 
-use super::{convert, status};
+use super::{convert, metrics, status};
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -197,8 +197,9 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, ctx: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
-        self.key(ctx, &request.id)?;
-        not_implemented("Stats")
+        let key = self.key(ctx, &request.id)?;
+        let stats = self.shim.stats(&key).await.map_err(|error| status::status(&error))?;
+        metrics::stats(stats).map_err(status::invalid)
     }
 
     async fn pause(&self, ctx: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {

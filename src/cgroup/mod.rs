@@ -2,8 +2,10 @@
 //!
 //! Attributes of a unit's own cgroup belong to systemd; only sub-cgroups are touched here.
 
+mod format;
 pub mod limits;
 pub mod place;
+pub mod stats;
 pub mod watch;
 
 use std::fs;

@@ -16,6 +16,7 @@ mod pause;
 mod publish;
 mod start;
 mod state;
+mod stats;
 mod streams;
 mod update;
 mod wait;

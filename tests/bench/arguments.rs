@@ -15,10 +15,11 @@ usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--paralle
                         terminals   containers and execs with a terminal
                         throughput  output to the client, with and without a terminal
                         memory      what is kept while containers run
+                        stats       a call of Stats, and its CPU
                         start       a call of our binary
   --iterations N      containers of each runtime, one after the other (default 50)
   --execs N           execs of each runtime, one after the other (default 100)
-  --parallel N        containers or execs at once (default 8)
+  --parallel N        containers or execs at once, containers with stats (default 8)
   --containers N,…    how many to keep running while memory is measured (default 1,10,50)
   --megabytes N       how much a process writes, through a terminal a tenth (default 1000)
   --json PATH         write every number there
@@ -33,15 +34,17 @@ pub enum Subject {
     Terminals,
     Throughput,
     Memory,
+    Stats,
     Start,
 }
 
-const SUBJECTS: [(&str, Subject); 6] = [
+const SUBJECTS: [(&str, Subject); 7] = [
     ("containers", Subject::Containers),
     ("execs", Subject::Execs),
     ("terminals", Subject::Terminals),
     ("throughput", Subject::Throughput),
     ("memory", Subject::Memory),
+    ("stats", Subject::Stats),
     ("start", Subject::Start),
 ];
 

@@ -42,7 +42,7 @@ pub fn measure(node: &Node, runtimes: &[String; 2], containers: [&Container; 2],
 }
 
 /// Those that live; what their children use is not theirs.
-fn of_processes(pids: &[u32]) -> Duration {
+pub fn of_processes(pids: &[u32]) -> Duration {
     pids.iter().map(|pid| of_process(*pid).unwrap_or_else(|error| panic!("CPU of {pid}: {error}"))).sum()
 }
 

@@ -1,6 +1,6 @@
 //! Two runtimes side by side, through the guest's real containerd and in strict alternation: what
-//! containers, execs and terminals cost in time, how fast output flows, what is left in memory, and what
-//! a call of our binary costs.
+//! containers, execs and terminals cost in time, how fast output flows, what is left in memory, what
+//! statistics cost, and what a call of our binary does.
 //!
 //! `cargo bench --bench side_by_side -- --help` tells the arguments. Runs as root in the testbed.
 
@@ -17,6 +17,7 @@ mod memory;
 mod output;
 mod report;
 mod start;
+mod stats;
 mod throughput;
 
 use std::process::ExitCode;
@@ -65,6 +66,10 @@ fn measure(arguments: &Arguments) -> Report {
     if arguments.wants(Subject::Memory) {
         eprintln!("memory with {:?} containers…", arguments.containers);
         parts.push(Part::of_memory(&memory::measure(&node, &arguments.runtimes, &arguments.containers)));
+    }
+    if arguments.wants(Subject::Stats) {
+        eprintln!("statistics of {} containers, {} times…", arguments.parallel, stats::ROUNDS);
+        parts.push(Part::of_stats(&stats::measure(&node, &arguments.runtimes, arguments.parallel)));
     }
     let start = arguments.wants(Subject::Start).then(|| {
         eprintln!("the binary's start, {} times…", start::CALLS);

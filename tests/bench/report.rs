@@ -11,6 +11,7 @@ use super::cpu::Cpu;
 use super::latency::Times;
 use super::memory::Kept;
 use super::start::Cost;
+use super::stats::Stats;
 use super::throughput::Rates;
 
 /// What the total of processes at once is.
@@ -192,6 +193,14 @@ impl Part {
             Line::of_times("all processes", [&ours.machine, &other.machine]),
         ];
         Part { heading: "CPU of an exec".to_string(), lines }
+    }
+
+    pub fn of_stats([ours, other]: &[Stats; 2]) -> Part {
+        let lines = vec![
+            Line::of_times("a call", [&ours.call, &other.call]),
+            Line::of_times("the shim's own CPU", [&ours.shim, &other.shim]),
+        ];
+        Part { heading: "statistics".to_string(), lines }
     }
 
     pub fn of_throughput(rates: &[Rates]) -> Part {

@@ -6,7 +6,7 @@ use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, RemoveSnapshotRequest};
 use containerd_client::services::v1::{
     Container as Metadata, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
-    ListPidsRequest, PauseTaskRequest, ResumeTaskRequest, UpdateTaskRequest,
+    ListPidsRequest, MetricsRequest, PauseTaskRequest, ResumeTaskRequest, UpdateTaskRequest,
 };
 use containerd_client::tonic::Status;
 use containerd_client::types::Mount;
@@ -182,6 +182,15 @@ impl<'n> Container<'n> {
         let list = ListPidsRequest { container_id: self.id.clone() };
         let answer = self.node.call(self.node.tasks().list_pids(request(&self.namespace, list)))?;
         Ok(answer.processes)
+    }
+
+    /// Its statistics; nothing where the shim has none for it, which containerd does not tell from an error.
+    pub fn metrics(&self) -> Option<Any> {
+        let filters = vec![format!("id=={}", self.id)];
+        let answer =
+            self.node.call(self.node.tasks().metrics(request(&self.namespace, MetricsRequest { filters })));
+        let found = answer.unwrap_or_else(|error| panic!("metrics of {}: {error}", self.id)).metrics;
+        found.into_iter().find(|metric| metric.id == self.id)?.data
     }
 
     pub fn remove_metadata(&self) -> Result<(), Status> {

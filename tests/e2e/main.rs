@@ -61,6 +61,7 @@ mod oom;
 mod options;
 mod restart;
 mod rootfs;
+mod stats;
 mod stdin;
 mod stdio;
 mod terminals;

@@ -1,0 +1,199 @@
+//! A cgroup's files in a temporary directory, and what is made of them.
+
+use std::path::PathBuf;
+
+use super::*;
+
+/// The files of a cgroup with everything, in which no two numbers are the same.
+const EVERYTHING: [(&str, &str); 23] = [
+    ("pids.current", "101\n"),
+    ("pids.max", "102\n"),
+    (
+        "cpu.stat",
+        "usage_usec 201\nuser_usec 202\nsystem_usec 203\nnice_usec 999\nnr_periods 204\nnr_throttled 205\n\
+         throttled_usec 206\nnr_bursts 207\nburst_usec 208\n",
+    ),
+    ("cpu.pressure", PRESSURES[0]),
+    (
+        "memory.stat",
+        "anon 301\nfile 302\nkernel 999\nkernel_stack 303\nslab 304\nsock 305\nshmem 306\nfile_mapped 307\n\
+         file_dirty 308\nfile_writeback 309\nanon_thp 310\ninactive_anon 311\nactive_anon 312\n\
+         inactive_file 313\nactive_file 314\nunevictable 315\nslab_reclaimable 316\nslab_unreclaimable 317\n\
+         pgfault 318\npgmajfault 319\nworkingset_refault 320\nworkingset_activate 321\n\
+         workingset_nodereclaim 322\npgrefill 323\npgscan 324\npgsteal 325\npgactivate 326\n\
+         pgdeactivate 327\npglazyfree 328\npglazyfreed 329\nthp_fault_alloc 330\nthp_collapse_alloc 331\n",
+    ),
+    ("memory.current", "401\n"),
+    ("memory.max", "402\n"),
+    ("memory.peak", "403\n"),
+    ("memory.swap.current", "404\n"),
+    ("memory.swap.max", "405\n"),
+    ("memory.swap.peak", "406\n"),
+    ("memory.pressure", PRESSURES[1]),
+    ("memory.events", "low 501\nhigh 502\nmax 503\noom 504\noom_kill 505\noom_group_kill 506\n"),
+    ("io.stat", "601:602 rbytes=603 wbytes=604 rios=605 wios=606 dbytes=999 dios=999\n"),
+    ("io.pressure", PRESSURES[2]),
+    ("rdma.current", "first hca_handle=701 hca_object=702\n"),
+    ("rdma.max", "second hca_handle=703 hca_object=704\n"),
+    ("hugetlb.2MB.current", "801\n"),
+    ("hugetlb.2MB.max", "802\n"),
+    ("hugetlb.2MB.events", "max 803\n"),
+    ("hugetlb.1GB.current", "804\n"),
+    ("hugetlb.1GB.max", "805\n"),
+    ("hugetlb.1GB.events", "max 806\n"),
+];
+
+const PRESSURES: [&str; 3] = [
+    "some avg10=1.25 avg60=2.25 avg300=3.25 total=901\nfull avg10=4.25 avg60=5.25 avg300=6.25 total=902\n",
+    "some avg10=1.50 avg60=2.50 avg300=3.50 total=903\nfull avg10=4.50 avg60=5.50 avg300=6.50 total=904\n",
+    "some avg10=1.75 avg60=2.75 avg300=3.75 total=905\nfull avg10=4.75 avg60=5.75 avg300=6.75 total=906\n",
+];
+
+/// A directory that goes away with its test.
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("stats-test-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn with(name: &str, files: &[(&str, &str)]) -> Self {
+        let dir = Self::new(name);
+        for (file, text) in files {
+            fs::write(dir.0.join(file), text).unwrap();
+        }
+        dir
+    }
+
+    fn stats(&self) -> Stats {
+        Stats::of_dir(&self.0, &sizes()).unwrap()
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn sizes() -> Vec<PageSize> {
+    ["hugepages-2048kB", "hugepages-1048576kB"].iter().filter_map(|entry| PageSize::of(entry)).collect()
+}
+
+/// Those of a cgroup with everything.
+pub fn everything(test: &str) -> Stats {
+    Dir::with(test, &EVERYTHING).stats()
+}
+
+fn stall(averages: [f64; 3], total: u64) -> Option<Stall> {
+    let [avg10, avg60, avg300] = averages;
+    Some(Stall { avg10, avg60, avg300, total })
+}
+
+#[test]
+fn every_file_is_read() {
+    let stats = everything("every");
+    assert_eq!(stats.pids, Pids { current: 101, max: 102 });
+    assert_eq!(stats.cpu.stat.usage_usec, 201);
+    assert_eq!(stats.cpu.stat.burst_usec, 208);
+    let pressure = Pressure { some: stall([1.25, 2.25, 3.25], 901), full: stall([4.25, 5.25, 6.25], 902) };
+    assert_eq!(stats.cpu.pressure, Some(pressure));
+    assert_eq!(stats.memory.stat.anon, 301);
+    assert_eq!(stats.memory.stat.thp_collapse_alloc, 331);
+    let memory = &stats.memory;
+    assert_eq!([memory.current, memory.max, memory.peak], [401, 402, 403]);
+    assert_eq!([memory.swap_current, memory.swap_max, memory.swap_peak], [404, 405, 406]);
+    assert_eq!(stats.memory_events.unwrap().oom_group_kill, 506);
+    let disk = BlockDevice { major: 601, minor: 602, rbytes: 603, wbytes: 604, rios: 605, wios: 606 };
+    assert_eq!(stats.io.devices, [disk]);
+    let device =
+        |name: &str, hca_handle, hca_object| RdmaDevice { device: name.to_owned(), hca_handle, hca_object };
+    assert_eq!(stats.rdma.current, [device("first", 701, 702)]);
+    assert_eq!(stats.rdma.max, [device("second", 703, 704)]);
+    let pages =
+        |size: &str, current, max, failures| HugeTlb { page_size: size.to_owned(), current, max, failures };
+    assert_eq!(stats.hugetlb, [pages("2MB", 801, 802, 803), pages("1GB", 804, 805, 806)]);
+}
+
+#[test]
+fn a_cgroup_that_is_gone_has_zeros_and_its_page_sizes() {
+    let stats = Stats::of_dir(Path::new("/no/such/cgroup"), &sizes()).unwrap();
+    assert_eq!(stats, Dir::new("empty").stats());
+    assert_eq!(
+        stats.hugetlb.iter().map(|pages| pages.page_size.as_str()).collect::<Vec<_>>(),
+        ["2MB", "1GB"]
+    );
+    assert_eq!(Stats { hugetlb: Vec::new(), ..stats }, Stats::default());
+}
+
+#[test]
+fn limits_that_are_not_set_are_the_largest_numbers() {
+    let files = ["pids.max", "memory.max", "memory.swap.max", "hugetlb.2MB.max"].map(|file| (file, "max\n"));
+    let stats = Dir::with("max", &files).stats();
+    assert_eq!(
+        [stats.pids.max, stats.memory.max, stats.memory.swap_max, stats.hugetlb[0].max],
+        [u64::MAX; 4]
+    );
+    let stats = Dir::with("rdma", &[("rdma.max", "mlx4_0 hca_handle=max hca_object=2000\n")]).stats();
+    assert_eq!((stats.rdma.max[0].hca_handle, stats.rdma.max[0].hca_object), (u32::MAX, 2000));
+}
+
+#[test]
+fn what_is_not_understood_is_zero_and_hides_nothing_else() {
+    let stats = Dir::with(
+        "bad",
+        &[
+            ("pids.current", "many\n"),
+            ("pids.max", ""),
+            ("cpu.stat", "usage_usec 1 2\nuser_usec -3\nsystem_usec 4\n"),
+            ("cpu.pressure", "some avg10=x avg60=0.50 total=y\nmost avg10=1.00\n"),
+            ("io.stat", "8:0 rbytes=x wbytes=7\nnonsense rbytes=1\n8:x rbytes=1\n"),
+            ("hugetlb.2MB.events", "none 3\n"),
+            ("memory.current", "5\n"),
+        ],
+    )
+    .stats();
+    assert_eq!(stats.pids, Pids::default());
+    assert_eq!(stats.cpu.stat, CpuStat { system_usec: 4, ..CpuStat::default() });
+    assert_eq!(stats.cpu.pressure, Some(Pressure { some: stall([0.0, 0.5, 0.0], 0), full: None }));
+    assert_eq!(stats.io.devices, [BlockDevice { major: 8, wbytes: 7, ..BlockDevice::default() }]);
+    assert_eq!(stats.hugetlb[0].failures, 0);
+    assert_eq!(stats.memory.current, 5);
+}
+
+#[test]
+fn events_of_memory_are_absent_where_their_file_is_empty() {
+    assert_eq!(Dir::with("no-events", &[("memory.events", "")]).stats().memory_events, None);
+    let some = Dir::with("events", &[("memory.events", "low 0\n")]).stats();
+    assert_eq!(some.memory_events, Some(MemoryEvents::default()));
+}
+
+#[test]
+fn a_file_that_is_there_and_cannot_be_read_is_an_error_that_names_it() {
+    let dir = Dir::new("unreadable");
+    fs::create_dir(dir.0.join("memory.current")).unwrap();
+    let error = Stats::of_dir(&dir.0, &[]).unwrap_err();
+    assert!(error.to_string().contains("memory.current"), "{error}");
+}
+
+#[test]
+fn a_file_may_be_larger_than_usual() {
+    let lines: String =
+        (0..1000).map(|minor| format!("8:{minor} rbytes=1 wbytes=2 rios=3 wios=4\n")).collect();
+    let stats = Dir::with("large", &[("io.stat", &lines)]).stats();
+    assert_eq!(stats.io.devices.len(), 1000);
+    assert_eq!(stats.io.devices[999].minor, 999);
+}
+
+#[test]
+fn page_sizes_are_named_as_in_the_files_of_cgroups() {
+    let dir = Dir::new("sizes");
+    for entry in ["hugepages-1048576kB", "hugepages-64kB", "hugepages-2048kB", "hugepages-x", "other"] {
+        fs::create_dir(dir.0.join(entry)).unwrap();
+    }
+    let names: Vec<String> = PageSize::all(&dir.0).into_iter().map(|size| size.name).collect();
+    assert_eq!(names, ["64KB", "2MB", "1GB"]);
+    assert!(PageSize::all(Path::new("/no/such/directory")).is_empty());
+}
