@@ -1,5 +1,6 @@
 //! Pause and Resume: systemd's freezer.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,9 @@ use super::{Attempt, Entry, Error, Shim, blocking};
 
 /// A process that the kernel can't freeze (in a driver, traced) keeps the others frozen half. As with runc.
 const FREEZE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long systemd may take to notice what the kernel tells.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 
 impl Shim {
     /// Freezes a container's processes.
@@ -87,8 +91,8 @@ impl Shim {
         self.set_frozen(task, false, self.manager.thaw(&task.unit)).await
     }
 
-    /// Resolves when the container is as it is to be. systemd's answer may never come: not if the unit ends at
-    /// that moment.
+    /// Resolves when the container is as it is to be, and systemd has said so. Its answer may never come: not
+    /// if the unit ends at that moment (257).
     async fn set_frozen(
         &self,
         task: &Task,
@@ -108,10 +112,12 @@ impl Shim {
         if is_foreign {
             return Ok(seen.await??);
         }
+        let mut by_systemd = pin!(by_systemd);
         tokio::select! {
-            answered = by_systemd => Ok(answered?),
-            seen = seen => Ok(seen??),
+            answered = &mut by_systemd => return Ok(answered?),
+            seen = seen => seen??,
         }
+        tokio::time::timeout(ANSWER_LIMIT, by_systemd).await.unwrap_or(Ok(())).map_err(Error::from)
     }
 }
 

@@ -3,6 +3,7 @@
 //! [`name`], [`properties`], [`limits`] and [`main_process`] are pure. [`proxy`] and `control` make calls,
 //! [`watch`] turns signals into observations, [`notify`] speaks to systemd as a service does, [`error`] has what can go wrong.
 
+mod account;
 mod control;
 pub mod error;
 mod job;
@@ -10,7 +11,6 @@ pub mod limits;
 pub mod main_process;
 pub mod name;
 pub mod notify;
-mod oom;
 pub mod properties;
 pub mod proxy;
 pub mod refs;

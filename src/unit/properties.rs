@@ -274,13 +274,17 @@ fn shown_as(shown: &Shown<'_>) -> Vec<(&'static str, Variant<'static>)> {
 }
 
 /// No default dependencies (they order after `sysinit.target` and cost three signals a start), but
-/// ended in order at shutdown, while the bus and the daemon still work.
+/// ended in order at shutdown: while the network, the bus, the daemon and containerd, who is to hear of it,
+/// still work.
+///
+/// Not before Docker's daemon: at boot it starts its containers before it counts as started, and each would
+/// wait for the other.
 fn bound_to_system() -> Vec<(&'static str, Variant<'static>)> {
     vec![
         ("DefaultDependencies", false.into()),
         ("Conflicts", vec!["shutdown.target"].into()),
         ("Before", vec!["shutdown.target"].into()),
-        ("After", vec!["dbus.service", name::DAEMON_SERVICE].into()),
+        ("After", vec!["network.target", "dbus.service", "containerd.service", name::DAEMON_SERVICE].into()),
     ]
 }
 

@@ -129,7 +129,6 @@ async fn forward(
                 None
             }
             Some("Reloading") => {
-                manager.jobs.sweep();
                 // true when it begins, false when it is over.
                 message
                     .body()

@@ -201,6 +201,34 @@ impl<'a> Client<'a> {
         }
     }
 
+    /// A call after which the task is in that phase.
+    pub fn change(
+        &self,
+        process: &Process,
+        phase: Phase,
+        call: impl Fn() -> Result<(), Status>,
+    ) -> Result<(), End> {
+        let what = format!("{phase:?} of {}", process.name());
+        let mut is_repeated = false;
+        loop {
+            let answer = self.once(&what, || match call() {
+                // The first try, of which containerd could not tell, has done it by now.
+                Err(status) if is_repeated && status.code() == Code::FailedPrecondition => Ok(()),
+                answer => answer,
+            })?;
+            let is_done = answer.is_some();
+            is_repeated = true;
+            match self.phase(process)? {
+                None => return Err(self.lost(process)),
+                Some(found) if found == phase => return Ok(()),
+                Some(found) if is_done => {
+                    return Err(self.fault(Fault::Other, &format!("{what} was done, and it is {found:?}")));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
     pub fn call(&self, what: &str, call: impl Fn() -> Result<(), Status>) -> Result<(), End> {
         self.persist(what, call)
     }

@@ -1,5 +1,7 @@
 //! Lives of containers: they run to their end, are killed, are deleted with execs in them.
 
+use containerd_client::types::v1::Status as Phase;
+
 use super::client::End;
 use super::common::container::Io;
 use super::common::spec::Spec;
@@ -41,6 +43,23 @@ impl Worker<'_> {
             stdout.until(|bytes| bytes == b"ready\n");
             worker.client.kill(container, signal)?;
             Ok(128 + signal)
+        })
+    }
+
+    /// One that is frozen and thawed, and killed in either state.
+    pub fn pause(&mut self) -> Result<(), End> {
+        let (rounds, ends_paused) = (1 + self.random.below(3), self.random.chance(2));
+        self.container(Spec::sleeping(), &Io::default(), |worker, container| {
+            let client = worker.client;
+            for _ in 0..rounds {
+                client.change(container, Phase::Paused, || container.pause())?;
+                client.change(container, Phase::Running, || container.resume())?;
+            }
+            if ends_paused {
+                client.change(container, Phase::Paused, || container.pause())?;
+            }
+            client.kill(container, SIGKILL)?;
+            Ok(128 + SIGKILL)
         })
     }
 

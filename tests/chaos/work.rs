@@ -21,20 +21,22 @@ pub enum Kind {
     Run,
     Kill,
     Delete,
+    Pause,
     Exec,
     Terminal,
     Output,
 }
 
 impl Kind {
-    pub const ALL: [Kind; 6] =
-        [Kind::Run, Kind::Kill, Kind::Delete, Kind::Exec, Kind::Terminal, Kind::Output];
+    pub const ALL: [Kind; 7] =
+        [Kind::Run, Kind::Kill, Kind::Delete, Kind::Pause, Kind::Exec, Kind::Terminal, Kind::Output];
 
     pub fn name(self) -> &'static str {
         match self {
             Kind::Run => "run",
             Kind::Kill => "kill",
             Kind::Delete => "delete",
+            Kind::Pause => "pause",
             Kind::Exec => "exec",
             Kind::Terminal => "terminal",
             Kind::Output => "output",
@@ -89,6 +91,7 @@ impl<'a> Worker<'a> {
             Kind::Run => self.run(),
             Kind::Kill => self.kill(),
             Kind::Delete => self.delete(),
+            Kind::Pause => self.pause(),
             Kind::Exec => self.execs(),
             Kind::Terminal => self.terminals(),
             Kind::Output => self.output(),

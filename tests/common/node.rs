@@ -150,6 +150,8 @@ pub enum Need {
     Controllers,
     /// A second OCI runtime, crun.
     Crun,
+    /// Somebody who reboots the guest when the test has ended.
+    Reboot,
     /// A test build of our shim, which can be told where to end.
     Faults,
     /// systemd that keeps the descriptors of a service that is stopped.
@@ -173,6 +175,9 @@ impl Need {
             Need::Crun => {
                 (!std::path::Path::new("/usr/bin/crun").exists()).then(|| "no crun here".to_string())
             }
+            Need::Reboot => std::env::var_os("E2E_REBOOT")
+                .is_none()
+                .then(|| "nobody reboots this guest in between".to_string()),
             Need::Faults => shim::points().is_empty().then(|| "no build with faults here".to_string()),
             Need::PreservedStore => {
                 let version = daemon::systemd_version();

@@ -5,6 +5,9 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use containerd_client::types::v1::Status;
+use serde_json::json;
+
 use crate::common::audit::Audit;
 use crate::common::container::Container;
 use crate::common::events::Event;
@@ -29,6 +32,9 @@ enum Moment {
     ExecExit,
     ExecDelete,
     Recover,
+    Pause,
+    Resume,
+    Update,
     Kill,
     Delete,
 }
@@ -43,6 +49,9 @@ fn moments(point: &str) -> &'static [Moment] {
         "exec-delete" => &[Moment::ExecDelete],
         "exit" => &[Moment::ExecExit, Moment::Kill],
         "recover" => &[Moment::Recover],
+        "pause" => &[Moment::Pause],
+        "resume" => &[Moment::Resume],
+        "update" => &[Moment::Update],
         "kill" => &[Moment::Kill],
         "delete" => &[Moment::Delete],
         "publish" => &[Moment::Create, Moment::Kill, Moment::Delete],
@@ -202,6 +211,14 @@ fn live(node: &Node, armed: &Armed, streams: Streams) {
         daemon::kill_now();
     }
     assert_eq!(container.pid(), pid);
+    armed.at(Moment::Pause);
+    container.pause().expect("pause");
+    assert_eq!(container.phase(), Status::Paused);
+    armed.at(Moment::Resume);
+    container.resume().expect("resume");
+    assert_eq!(container.phase(), Status::Running);
+    armed.at(Moment::Update);
+    container.update(&json!({})).expect("update");
     armed.at(Moment::Kill);
     container.kill(SIGTERM).expect("kill");
     assert_eq!(waiting.exit().expect("wait").status, 17);
@@ -219,7 +236,8 @@ fn live(node: &Node, armed: &Armed, streams: Streams) {
     }
     assert_eq!(audit.faults(&container.id), [""; 0]);
     let names: Vec<&str> = audit.of(&container.id).iter().map(Event::name).collect();
-    let all = ["create", "start", "exec-added", "exec-started", "exec-exit", "exit", "delete"];
+    let all =
+        ["create", "start", "exec-added", "exec-started", "exec-exit", "paused", "resumed", "exit", "delete"];
     assert_eq!(names, all);
     let exits = audit.of(&container.id).iter().filter_map(|event| match event {
         Event::Exit(exit) => Some(exit.exit_status),

@@ -59,6 +59,7 @@ mod log_modes;
 mod logger;
 mod oom;
 mod options;
+mod reboot;
 mod restart;
 mod rootfs;
 mod stats;

@@ -417,6 +417,12 @@ fn processes_killed_for_lack_of_memory_are_counted() {
     let container = node.container("oom", spec).started(&Io::default());
     wait::until_true("a process is killed", || flat(&container).number("memory_events.oom_kill") == 1);
     assert!(flat(&container).number("memory_events.oom") >= 1);
+    // Kubernetes asks after the end.
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    let last = flat(&container);
+    assert_eq!(last.number("memory_events.oom_kill"), 1);
+    assert!(last.number("cpu.usage_usec") > 0);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Processes of a unit that the kernel has killed for want of memory, as systemd knows them.
+//! What systemd knows of what a unit has used, also when its cgroup is gone.
 
 use std::process::Stdio;
 
@@ -9,12 +9,37 @@ use crate::id::UnitName;
 use super::error::Error;
 use super::proxy::{Manager, SERVICE_INTERFACE, UNIT_INTERFACE};
 
-/// systemd's message about them (sd-messages.h, SD_MESSAGE_UNIT_OUT_OF_MEMORY). It looks for them whenever a
+/// What a unit has used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Account {
+    /// Processor time in microseconds.
+    pub cpu_usec: u64,
+    /// The most memory that was in use, in bytes; 0 if systemd does not tell (before 256).
+    pub memory_peak: u64,
+}
+
+/// systemd's message about processes killed for want of memory (sd-messages.h, SD_MESSAGE_UNIT_OUT_OF_MEMORY). It looks for them whenever a
 /// process of the unit ends, before it does anything about that (manager.c, 252 to 262).
 const MESSAGE_ID: &str = "fe6faa94e7774663a0da52717891d8ef";
 
 impl Manager {
-    /// How many there were since the unit was started, also when its cgroup is gone. Before systemd 259 it
+    /// What a unit has used since it was started.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn account(&self, unit: &UnitName) -> Result<Account, Error> {
+        let number = async |name| {
+            let number = self.property::<u64>(unit, SERVICE_INTERFACE, name).await?;
+            // Of what is not accounted for.
+            Ok::<u64, Error>(number.filter(|number| *number != u64::MAX).unwrap_or_default())
+        };
+        Ok(Account {
+            cpu_usec: number("CPUUsageNSec").await? / 1000,
+            memory_peak: number("MemoryPeak").await?,
+        })
+    }
+
+    /// How many processes the kernel has killed for want of memory since the unit was started, also when its cgroup is gone. Before systemd 259 it
     /// tells of several at once as of one.
     ///
     /// # Errors
