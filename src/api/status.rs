@@ -19,6 +19,7 @@ pub fn code(error: &Error) -> Code {
         | Error::NoExecIn { .. }
         | Error::InitGone { .. }
         | Error::NotStarted
+        | Error::Resources(oci::resources::Error::NoController { .. })
         | Error::ResizeStopped => Code::FAILED_PRECONDITION,
         Error::NotImplemented(_) => Code::UNIMPLEMENTED,
         Error::Signal(_)
@@ -26,6 +27,7 @@ pub fn code(error: &Error) -> Code {
         | Error::Bundle(oci::bundle::Error::Io { .. })
         | Error::Bundle(oci::bundle::Error::TooLarge { .. })
         | Error::Bundle(oci::bundle::Error::Malformed { .. })
+        | Error::Resources(oci::resources::Error::Malformed(_) | oci::resources::Error::Invalid { .. })
         | Error::Options(_)
         | Error::Stdio(_)
         | Error::Process(oci::process::Error::Malformed(_) | oci::process::Error::NoArgs)

@@ -13,6 +13,8 @@ use serde_json::value::RawValue;
 
 use crate::task::request::Containerd;
 
+use super::resources::{self, Resources};
+
 /// A spec larger than this is refused: arguments and environment of a process end at 2 MiB.
 pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
@@ -70,6 +72,8 @@ struct Linux {
     cgroups_path: Option<String>,
     #[serde(default)]
     rootfs_propagation: Option<String>,
+    #[serde(default)]
+    resources: Option<Box<RawValue>>,
 }
 
 impl Spec {
@@ -94,6 +98,17 @@ impl Spec {
     /// `linux.cgroupsPath`, empty if unset.
     pub fn cgroups_path(&self) -> &str {
         self.linux.as_ref().and_then(|linux| linux.cgroups_path.as_deref()).unwrap_or_default()
+    }
+
+    /// `linux.resources`, not checked yet.
+    ///
+    /// # Errors
+    /// A value has the wrong type.
+    pub fn resources(&self) -> Result<Resources, resources::Error> {
+        match self.linux.as_ref().and_then(|linux| linux.resources.as_ref()) {
+            Some(text) => Resources::parse(text.get().as_bytes()),
+            None => Ok(Resources::default()),
+        }
     }
 
     /// Mounts made in the container have to reach the host: its rootfs, or a mount of it, is shared
@@ -226,6 +241,16 @@ mod tests {
         for text in ["{}", r#"{"annotations":null,"linux":null,"process":null,"mounts":null}"#] {
             let spec = spec(text);
             assert_eq!((spec.cgroups_path(), spec.annotation("a")), ("", None));
+            assert_eq!(spec.resources().unwrap(), Resources::default());
         }
+    }
+
+    #[test]
+    fn resources_come_from_the_spec_and_have_their_place_in_it() {
+        let resources = spec(r#"{"linux":{"resources":{"pids":{"limit":7}}}}"#).resources().unwrap();
+        assert_eq!(resources.pids_limit, Some(7));
+        let error = spec(r#"{"linux":{"resources":{"pids":{"limit":"x"}}}}"#).resources().unwrap_err();
+        assert!(error.to_string().starts_with("linux.resources.pids.limit: "), "{error}");
+        assert_eq!(spec(r#"{"linux":{"resources":null}}"#).resources().unwrap(), Resources::default());
     }
 }

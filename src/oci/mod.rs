@@ -5,5 +5,6 @@ pub mod face;
 pub mod mount;
 pub mod options;
 pub mod process;
+pub mod resources;
 pub mod runtime;
 pub mod sealed;

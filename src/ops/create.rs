@@ -90,6 +90,7 @@ impl Shim {
             return Err(Error::BundlePath(request.bundle));
         }
         let spec = Spec::read(&request.bundle)?;
+        check_resources(&spec)?;
         let containerd = self.containerd_of(&key, &request.bundle, &spec)?;
         let runtime = options.read()?.resolve(&key.namespace, &containerd.path)?;
         let wiring = uri::wiring(&request.stdio, runtime.log, uri::Role::Init, fifo::kind)?;
@@ -313,6 +314,16 @@ impl Shim {
         self.kept.forget_all(task.wiring.kept);
         self.registry.remove(&task.key);
     }
+}
+
+/// Checks that the limits can be applied here.
+fn check_resources(spec: &Spec) -> Result<(), Error> {
+    let resources = spec.resources()?;
+    resources.check()?;
+    if resources.needs().next().is_some() {
+        resources.check_controllers(&cgroup::controllers()?)?;
+    }
+    Ok(())
 }
 
 /// The unit's slice and the container's cgroup, from the client's wish.

@@ -108,6 +108,9 @@ pub enum Error {
     /// The bundle is not usable.
     #[error(transparent)]
     Bundle(#[from] oci::bundle::Error),
+    /// The limits are not usable.
+    #[error(transparent)]
+    Resources(#[from] oci::resources::Error),
     /// The options are not usable.
     #[error(transparent)]
     Options(#[from] oci::options::Error),
