@@ -20,6 +20,7 @@ pub fn code(error: &Error) -> Code {
         | Error::InitGone { .. }
         | Error::NotStarted
         | Error::Resources(oci::resources::Error::NoController { .. })
+        | Error::Unit(unit::error::Error::Dependency { .. })
         | Error::ResizeStopped => Code::FAILED_PRECONDITION,
         Error::NotImplemented(_) => Code::UNIMPLEMENTED,
         Error::Signal(_)
@@ -28,6 +29,8 @@ pub fn code(error: &Error) -> Code {
         | Error::Bundle(oci::bundle::Error::TooLarge { .. })
         | Error::Bundle(oci::bundle::Error::Malformed { .. })
         | Error::Resources(oci::resources::Error::Malformed(_) | oci::resources::Error::Invalid { .. })
+        | Error::StopSignal(_)
+        | Error::Property(_)
         | Error::Options(_)
         | Error::Stdio(_)
         | Error::Process(oci::process::Error::Malformed(_) | oci::process::Error::NoArgs)

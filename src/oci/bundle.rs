@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Mount;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
 use crate::task::request::Containerd;
@@ -63,6 +64,19 @@ pub struct Spec {
     mounts: Option<Vec<Mount>>,
     #[serde(default)]
     linux: Option<Linux>,
+    #[serde(default)]
+    hooks: Option<Hooks>,
+}
+
+/// Hooks that run before the container does, or as it starts.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Hooks {
+    prestart: Option<Vec<IgnoredAny>>,
+    create_runtime: Option<Vec<IgnoredAny>>,
+    create_container: Option<Vec<IgnoredAny>>,
+    start_container: Option<Vec<IgnoredAny>>,
+    poststart: Option<Vec<IgnoredAny>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -93,6 +107,25 @@ impl Spec {
     /// An annotation's value, unless it is empty.
     pub fn annotation(&self, name: &str) -> Option<&str> {
         self.annotations.as_ref()?.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// The annotations whose names begin with `prefix`, in the order of their names: the rest of the name,
+    /// and the value.
+    pub fn annotations(&self, prefix: &str) -> Vec<(&str, &str)> {
+        let all = self.annotations.iter().flatten();
+        let mut found: Vec<_> =
+            all.filter_map(|(name, value)| Some((name.strip_prefix(prefix)?, value.as_str()))).collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Programs of the client's run before the container does, or as it starts.
+    pub fn has_hooks(&self) -> bool {
+        self.hooks.as_ref().is_some_and(|hooks| {
+            let Hooks { prestart, create_runtime, create_container, start_container, poststart } = hooks;
+            let all = [prestart, create_runtime, create_container, start_container, poststart];
+            all.into_iter().flatten().any(|hooks| !hooks.is_empty())
+        })
     }
 
     /// `linux.cgroupsPath`, empty if unset.
@@ -242,6 +275,28 @@ mod tests {
             let spec = spec(text);
             assert_eq!((spec.cgroups_path(), spec.annotation("a")), ("", None));
             assert_eq!(spec.resources().unwrap(), Resources::default());
+        }
+    }
+
+    #[test]
+    fn annotations_are_found_by_the_begin_of_their_names() {
+        let spec = spec(r#"{"annotations":{"p.b":"2","p.a":"","q.a":"3","p":"4"}}"#);
+        assert_eq!(spec.annotations("p."), [("a", ""), ("b", "2")]);
+    }
+
+    #[test]
+    fn hooks_that_run_after_the_container_dont_count() {
+        let hook = r#"[{"path":"/bin/true"}]"#;
+        for kind in ["prestart", "createRuntime", "createContainer", "startContainer", "poststart"] {
+            assert!(spec(&format!(r#"{{"hooks":{{"{kind}":{hook}}}}}"#)).has_hooks(), "{kind}");
+        }
+        for text in [
+            "{}",
+            r#"{"hooks":null}"#,
+            r#"{"hooks":{"prestart":[],"createRuntime":null}}"#,
+            &format!(r#"{{"hooks":{{"poststop":{hook}}}}}"#),
+        ] {
+            assert!(!spec(text).has_hooks(), "{text}");
         }
     }
 

@@ -111,6 +111,12 @@ pub enum Error {
     /// The limits are not usable.
     #[error(transparent)]
     Resources(#[from] oci::resources::Error),
+    /// The image's stop signal is none.
+    #[error("annotation {annotation}: {0}", annotation = unit::annotation::STOP_SIGNAL)]
+    StopSignal(#[source] oci::signal::Unknown),
+    /// A property of the unit that was asked for can't be had.
+    #[error(transparent)]
+    Property(#[from] unit::annotation::Error),
     /// The options are not usable.
     #[error(transparent)]
     Options(#[from] oci::options::Error),
