@@ -92,6 +92,23 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_is_an_invalid_argument_and_a_missing_controller_a_failed_precondition() {
+        let wrong = oci::resources::Resources::parse(b"{").unwrap_err();
+        assert_eq!(code(&Error::Resources(wrong)), Code::INVALID_ARGUMENT);
+        let resources = oci::resources::Resources::parse(br#"{"pids":{"limit":7}}"#).unwrap();
+        let missing = resources.check_controllers("cpu").unwrap_err();
+        assert_eq!(code(&Error::Resources(missing)), Code::FAILED_PRECONDITION);
+    }
+
+    #[test]
+    fn a_property_that_cant_be_had_is_an_invalid_argument_and_a_masked_slice_a_failed_precondition() {
+        let refused = unit::annotation::Error::Refused { origins: Vec::new(), reason: String::new() };
+        assert_eq!(code(&Error::Property(refused)), Code::INVALID_ARGUMENT);
+        let masked = unit::error::Error::Dependency { unit: String::new(), reason: String::new() };
+        assert_eq!(code(&Error::Unit(masked)), Code::FAILED_PRECONDITION);
+    }
+
+    #[test]
     fn a_finished_process_is_not_found_for_kill() {
         assert_eq!(code(&Error::Finished), Code::NOT_FOUND);
         assert_eq!(Error::Finished.to_string(), "process already finished: not found");

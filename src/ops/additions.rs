@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::oci::bundle::Spec;
+use crate::oci::resources::DeviceRule;
 use crate::oci::{devices, signal};
 use crate::task::Task;
 use crate::task::request::{Asker, Create, DeviceAllow, Property, Runtime};
@@ -39,7 +40,12 @@ pub(super) fn properties(
 
 /// The devices that the container may use, where systemd can say exactly what the OCI runtime will; a filter
 /// of systemd's that is stricter would win in silence.
-pub(super) fn allowed_devices(spec: &Spec, request: &Create, runtime: &Runtime) -> Option<Vec<DeviceAllow>> {
+pub(super) fn allowed_devices(
+    spec: &Spec,
+    rules: &[DeviceRule],
+    request: &Create,
+    runtime: &Runtime,
+) -> Option<Vec<DeviceAllow>> {
     let binary = runtime.binary.file_name().and_then(|name| name.to_str());
     // Others use devices of their own: /dev/kvm, for one.
     let known = matches!(binary, Some("runc" | "crun")) && spec.annotation(CRUN_HANDLER).is_none();
@@ -50,7 +56,7 @@ pub(super) fn allowed_devices(spec: &Spec, request: &Create, runtime: &Runtime) 
     if !known || hooks || on_devices {
         return None;
     }
-    devices::allowed(&spec.resources().ok()?.devices)
+    devices::allowed(rules)
 }
 
 /// Makes crun run the container in a virtual machine, for one.
@@ -85,5 +91,72 @@ impl Shim {
             self.manager.property_types().await?.check(properties)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::request::Mount;
+
+    fn spec(text: &str) -> Spec {
+        serde_json::from_str(text).unwrap()
+    }
+
+    fn asked(text: &str, options: &[(&str, &str)]) -> Result<Vec<String>, Error> {
+        let options = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let properties = properties("default/web", &spec(text), options.collect())?;
+        Ok(properties.iter().map(|property| format!("{property} = {}", property.value)).collect())
+    }
+
+    #[test]
+    fn annotations_override_the_stop_signal_and_that_the_options() {
+        let options = [("KillSignal", "10"), ("TimeoutStopSec", "5")];
+        let stop = r#""io.containerd.image.config.stop-signal":"SIGQUIT""#;
+        assert_eq!(
+            asked(&format!(r#"{{"annotations":{{{stop}}}}}"#), &options).unwrap(),
+            [
+                "runtime option Properties.TimeoutStopSec = 5",
+                "annotation io.containerd.image.config.stop-signal = 3",
+            ]
+        );
+        let own = r#""org.systemd.property.KillSignal":"1","org.systemd.property.TimeoutStopUSec":"@t 7""#;
+        assert_eq!(
+            asked(&format!(r#"{{"annotations":{{{stop},{own}}}}}"#), &options).unwrap(),
+            [
+                "annotation org.systemd.property.KillSignal = 1",
+                "annotation org.systemd.property.TimeoutStopUSec = @t 7",
+            ]
+        );
+        assert_eq!(asked("{}", &[]).unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_stop_signal_that_is_none_is_named() {
+        let error =
+            asked(r#"{"annotations":{"io.containerd.image.config.stop-signal":"9x"}}"#, &[]).unwrap_err();
+        assert!(error.to_string().starts_with("annotation io.containerd.image.config.stop-signal: \"9x\""));
+    }
+
+    fn devices(text: &str, mount: &str, binary: &str) -> Option<Vec<DeviceAllow>> {
+        let rootfs = vec![Mount { kind: mount.to_owned(), ..Mount::default() }];
+        let runtime = Runtime { binary: binary.into(), ..Runtime::default() };
+        allowed_devices(&spec(text), &[], &Create { rootfs, ..Create::default() }, &runtime)
+    }
+
+    #[test]
+    fn systemds_filter_is_never_stricter_than_the_oci_runtimes() {
+        for (text, mount, binary) in [
+            ("{}", "overlay", "/usr/bin/runsc"),
+            ("{}", "ext4", "/usr/bin/runc"),
+            ("{}", "fuse3.fuse-overlayfs", "/usr/bin/runc"),
+            (r#"{"annotations":{"run.oci.handler":"krun"}}"#, "overlay", "/usr/bin/crun"),
+            (r#"{"hooks":{"prestart":[{"path":"/gpu"}]}}"#, "overlay", "/usr/bin/runc"),
+        ] {
+            assert_eq!(devices(text, mount, binary), None, "{text} {mount} {binary}");
+        }
+        for binary in ["/usr/sbin/runc", "/usr/bin/crun"] {
+            assert_eq!(devices("{}", "overlay", binary), Some(vec![]));
+        }
     }
 }

@@ -13,6 +13,7 @@ use crate::cgroup::{self, place};
 use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::oci::bundle::{self, Spec};
+use crate::oci::resources::Resources;
 use crate::oci::{face, mount, options, runtime};
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
@@ -91,7 +92,7 @@ impl Shim {
             return Err(Error::BundlePath(request.bundle));
         }
         let spec = Spec::read(&request.bundle)?;
-        check_resources(&spec)?;
+        let resources = checked_resources(&spec)?;
         let containerd = self.containerd_of(&key, &request.bundle, &spec)?;
         let options = options.read()?;
         let runtime = options.resolve(&key.namespace, &containerd.path)?;
@@ -107,7 +108,7 @@ impl Shim {
             cgroup: None,
             init: Phase::Creating { exit: None },
             properties: additions::properties(&key.to_string(), &spec, options.properties)?,
-            devices: additions::allowed_devices(&spec, &request, &runtime),
+            devices: additions::allowed_devices(&spec, &resources.devices, &request, &runtime),
             execs: BTreeMap::new(),
             outbox: Outbox::default(),
             muted: false,
@@ -321,14 +322,14 @@ impl Shim {
     }
 }
 
-/// Checks that the limits can be applied here.
-fn check_resources(spec: &Spec) -> Result<(), Error> {
+/// The limits, which can be applied here.
+fn checked_resources(spec: &Spec) -> Result<Resources, Error> {
     let resources = spec.resources()?;
     resources.check()?;
     if resources.needs().next().is_some() {
         resources.check_controllers(&cgroup::controllers()?)?;
     }
-    Ok(())
+    Ok(resources)
 }
 
 /// The unit's slice and the container's cgroup, from the client's wish.

@@ -1,7 +1,8 @@
 //! The systemd adapter: the only place that names zbus types.
 //!
-//! [`name`], [`properties`] and [`main_process`] are pure. [`proxy`] makes calls, [`watch`] turns signals into
-//! observations, [`notify`] speaks to systemd as a service does, [`error`] has what can go wrong.
+//! [`name`], [`properties`], [`annotation`], [`gvariant`] and [`main_process`] are pure. [`proxy`] makes calls,
+//! [`watch`] turns signals into observations, [`notify`] speaks to systemd as a service does, [`error`] has
+//! what can go wrong.
 
 pub mod annotation;
 pub mod error;

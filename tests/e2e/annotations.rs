@@ -223,8 +223,8 @@ fn the_devices_that_the_spec_allows_are_shown_and_work() {
         {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw"},
         {"allow": true, "type": "b", "major": 8, "access": "r"},
     ]});
-    let script = "cat /dev/null && head -c 1 /dev/zero >/dev/null && head -c 1 /dev/urandom >/dev/full; \
-                  [ $? = 1 ] && exit 41";
+    let script = "cat /dev/null && head -c 1 /dev/zero >/dev/null && head -c 1 /dev/urandom >/dev/null && \
+                  ! cat /dev/zero >/dev/full && exit 41; exit 1";
     let container = node.container("devices", Spec::sh(script).resources(devices)).created(&Io::default());
     assert_eq!(shown(&container, "DevicePolicy"), "strict");
     let allowed = shown(&container, "DeviceAllow");
