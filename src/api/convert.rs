@@ -175,6 +175,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
                 io_uid: ours.io_uid,
                 io_gid: ours.io_gid,
                 log: ours.log,
+                properties: ours.properties.into_iter().collect(),
                 ..Options::default()
             })))
         }

@@ -19,6 +19,8 @@ pub fn code(error: &Error) -> Code {
         | Error::NoExecIn { .. }
         | Error::InitGone { .. }
         | Error::NotStarted
+        | Error::Resources(oci::resources::Error::NoController { .. })
+        | Error::Unit(unit::error::Error::Dependency { .. })
         | Error::ResizeStopped => Code::FAILED_PRECONDITION,
         Error::NotImplemented(_) => Code::UNIMPLEMENTED,
         Error::Signal(_)
@@ -26,11 +28,13 @@ pub fn code(error: &Error) -> Code {
         | Error::Bundle(oci::bundle::Error::Io { .. })
         | Error::Bundle(oci::bundle::Error::TooLarge { .. })
         | Error::Bundle(oci::bundle::Error::Malformed { .. })
+        | Error::Resources(oci::resources::Error::Malformed(_) | oci::resources::Error::Invalid { .. })
+        | Error::StopSignal(_)
+        | Error::Property(_)
         | Error::Options(_)
         | Error::Stdio(_)
         | Error::Process(oci::process::Error::Malformed(_) | oci::process::Error::NoArgs)
         | Error::Place(_)
-        | Error::Resources(_)
         | Error::Name(_) => Code::INVALID_ARGUMENT,
         Error::NotEnding { .. }
         | Error::NotFreezing { .. }
@@ -86,6 +90,23 @@ mod tests {
     fn an_illegal_transition_is_a_failed_precondition() {
         let refusal = transition(&Phase::Running { pid: 1 }, Event::StartBegun).unwrap_err();
         assert_eq!(code(&Error::Refused(refusal)), Code::FAILED_PRECONDITION);
+    }
+
+    #[test]
+    fn a_limit_is_an_invalid_argument_and_a_missing_controller_a_failed_precondition() {
+        let wrong = oci::resources::Resources::parse(b"{").unwrap_err();
+        assert_eq!(code(&Error::Resources(wrong)), Code::INVALID_ARGUMENT);
+        let resources = oci::resources::Resources::parse(br#"{"pids":{"limit":7}}"#).unwrap();
+        let missing = resources.check_controllers("cpu").unwrap_err();
+        assert_eq!(code(&Error::Resources(missing)), Code::FAILED_PRECONDITION);
+    }
+
+    #[test]
+    fn a_property_that_cant_be_had_is_an_invalid_argument_and_a_masked_slice_a_failed_precondition() {
+        let refused = unit::annotation::Error::Refused { origins: Vec::new(), reason: String::new() };
+        assert_eq!(code(&Error::Property(refused)), Code::INVALID_ARGUMENT);
+        let masked = unit::error::Error::Dependency { unit: String::new(), reason: String::new() };
+        assert_eq!(code(&Error::Unit(masked)), Code::FAILED_PRECONDITION);
     }
 
     #[test]

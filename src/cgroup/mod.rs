@@ -52,10 +52,18 @@ pub fn is_unified() -> bool {
         .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)
 }
 
+/// The controllers that containers can have: the text of the hierarchy's `cgroup.controllers`.
+///
+/// # Errors
+/// It can't be read.
+pub fn controllers() -> Result<String, Error> {
+    let path = Path::new(ROOT).join("cgroup.controllers");
+    fs::read_to_string(&path).map_err(error("read", &path))
+}
+
 /// The kernel accounts for memory in cgroups.
 pub fn has_memory() -> bool {
-    let controllers = fs::read_to_string(Path::new(ROOT).join("cgroup.controllers")).unwrap_or_default();
-    controllers.split_whitespace().any(|controller| controller == "memory")
+    controllers().unwrap_or_default().split_whitespace().any(|controller| controller == "memory")
 }
 
 /// The cgroup of a process, below [`ROOT`], beginning with `/`.

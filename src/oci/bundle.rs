@@ -9,9 +9,12 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Mount;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 
 use crate::task::request::Containerd;
+
+use super::resources::{self, Resources};
 
 /// A spec larger than this is refused: arguments and environment of a process end at 2 MiB.
 pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
@@ -61,6 +64,19 @@ pub struct Spec {
     mounts: Option<Vec<Mount>>,
     #[serde(default)]
     linux: Option<Linux>,
+    #[serde(default)]
+    hooks: Option<Hooks>,
+}
+
+/// Hooks that run before the container does, or as it starts.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Hooks {
+    prestart: Option<Vec<IgnoredAny>>,
+    create_runtime: Option<Vec<IgnoredAny>>,
+    create_container: Option<Vec<IgnoredAny>>,
+    start_container: Option<Vec<IgnoredAny>>,
+    poststart: Option<Vec<IgnoredAny>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -70,6 +86,8 @@ struct Linux {
     cgroups_path: Option<String>,
     #[serde(default)]
     rootfs_propagation: Option<String>,
+    #[serde(default)]
+    resources: Option<Box<RawValue>>,
 }
 
 impl Spec {
@@ -91,9 +109,39 @@ impl Spec {
         self.annotations.as_ref()?.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
+    /// The annotations whose names begin with `prefix`, in the order of their names: the rest of the name,
+    /// and the value.
+    pub fn annotations(&self, prefix: &str) -> Vec<(&str, &str)> {
+        let all = self.annotations.iter().flatten();
+        let mut found: Vec<_> =
+            all.filter_map(|(name, value)| Some((name.strip_prefix(prefix)?, value.as_str()))).collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Programs of the client's run before the container does, or as it starts.
+    pub fn has_hooks(&self) -> bool {
+        self.hooks.as_ref().is_some_and(|hooks| {
+            let Hooks { prestart, create_runtime, create_container, start_container, poststart } = hooks;
+            let all = [prestart, create_runtime, create_container, start_container, poststart];
+            all.into_iter().flatten().any(|hooks| !hooks.is_empty())
+        })
+    }
+
     /// `linux.cgroupsPath`, empty if unset.
     pub fn cgroups_path(&self) -> &str {
         self.linux.as_ref().and_then(|linux| linux.cgroups_path.as_deref()).unwrap_or_default()
+    }
+
+    /// `linux.resources`, not checked yet.
+    ///
+    /// # Errors
+    /// A value has the wrong type.
+    pub fn resources(&self) -> Result<Resources, resources::Error> {
+        match self.linux.as_ref().and_then(|linux| linux.resources.as_ref()) {
+            Some(text) => Resources::parse(text.get().as_bytes()),
+            None => Ok(Resources::default()),
+        }
     }
 
     /// Mounts made in the container have to reach the host: its rootfs, or a mount of it, is shared
@@ -226,6 +274,38 @@ mod tests {
         for text in ["{}", r#"{"annotations":null,"linux":null,"process":null,"mounts":null}"#] {
             let spec = spec(text);
             assert_eq!((spec.cgroups_path(), spec.annotation("a")), ("", None));
+            assert_eq!(spec.resources().unwrap(), Resources::default());
         }
+    }
+
+    #[test]
+    fn annotations_are_found_by_the_begin_of_their_names() {
+        let spec = spec(r#"{"annotations":{"p.b":"2","p.a":"","q.a":"3","p":"4"}}"#);
+        assert_eq!(spec.annotations("p."), [("a", ""), ("b", "2")]);
+    }
+
+    #[test]
+    fn hooks_that_run_after_the_container_dont_count() {
+        let hook = r#"[{"path":"/bin/true"}]"#;
+        for kind in ["prestart", "createRuntime", "createContainer", "startContainer", "poststart"] {
+            assert!(spec(&format!(r#"{{"hooks":{{"{kind}":{hook}}}}}"#)).has_hooks(), "{kind}");
+        }
+        for text in [
+            "{}",
+            r#"{"hooks":null}"#,
+            r#"{"hooks":{"prestart":[],"createRuntime":null}}"#,
+            &format!(r#"{{"hooks":{{"poststop":{hook}}}}}"#),
+        ] {
+            assert!(!spec(text).has_hooks(), "{text}");
+        }
+    }
+
+    #[test]
+    fn resources_come_from_the_spec_and_have_their_place_in_it() {
+        let resources = spec(r#"{"linux":{"resources":{"pids":{"limit":7}}}}"#).resources().unwrap();
+        assert_eq!(resources.pids_limit, Some(7));
+        let error = spec(r#"{"linux":{"resources":{"pids":{"limit":"x"}}}}"#).resources().unwrap_err();
+        assert!(error.to_string().starts_with("linux.resources.pids.limit: "), "{error}");
+        assert_eq!(spec(r#"{"linux":{"resources":null}}"#).resources().unwrap(), Resources::default());
     }
 }

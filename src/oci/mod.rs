@@ -1,9 +1,12 @@
 //! The OCI side: the bundle, the runtime and its options, the rootfs.
 
 pub mod bundle;
+pub mod devices;
 pub mod face;
 pub mod mount;
 pub mod options;
 pub mod process;
+pub mod resources;
 pub mod runtime;
 pub mod sealed;
+pub mod signal;

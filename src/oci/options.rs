@@ -1,6 +1,7 @@
 //! Options of the OCI runtime: the names of runc's, as people write them in containerd's
 //! configuration (pure, but for reading a file that the configuration names).
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -80,6 +81,8 @@ pub struct Options {
     pub io_gid: u32,
     /// What becomes of output: `auto`, `journal`, `tee` or `none`; empty means `auto`.
     pub log: String,
+    /// Properties of the units of containers: name and GVariant text.
+    pub properties: BTreeMap<String, String>,
     /// Says how to read cgroupsPath; here its form decides.
     pub systemd_cgroup: bool,
     /// Without effect: there is no process of ours to move.
@@ -209,6 +212,16 @@ mod tests {
             (options.binary_name.as_str(), options.root.as_str(), options.io_uid),
             ("crun", "/run/x", 7)
         );
+    }
+
+    #[test]
+    fn properties_of_units_are_a_table() {
+        let text = "Log = \"tee\"\n[Properties]\nTimeoutStopSec = \"5\"\nAfter = \"['a.service']\"";
+        let options = Options::from_toml(text, "ConfigBody").unwrap();
+        let properties: Vec<_> = options.properties.iter().map(|(name, value)| (&**name, &**value)).collect();
+        assert_eq!(properties, [("After", "['a.service']"), ("TimeoutStopSec", "5")]);
+        let error = Options::from_toml("[Properties]\nTimeoutStopSec = 5", "ConfigBody").unwrap_err();
+        assert!(error.to_string().contains("TimeoutStopSec"), "{error}");
     }
 
     #[test]

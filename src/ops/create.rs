@@ -13,6 +13,7 @@ use crate::cgroup::{self, place};
 use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::oci::bundle::{self, Spec};
+use crate::oci::resources::Resources;
 use crate::oci::{face, mount, options, runtime};
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
@@ -25,7 +26,7 @@ use crate::unit::properties::{self, Shown};
 use crate::unit::{self, name};
 
 use super::streams::{Opened, Whose};
-use super::{Attempt, Entry, Error, Shim, blocking, now_usec};
+use super::{Attempt, Entry, Error, Shim, additions, blocking, now_usec};
 
 /// Where containerd takes events when nothing says otherwise.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
@@ -71,6 +72,7 @@ impl Shim {
         }
         let shim = self.clone();
         let task = blocking(move || shim.prepare(call)).await??;
+        self.check_types(&task.properties).await?;
         let entry = self.register(task)?;
         let _verb = entry.init.verb.lock().await;
         match self.bring_up(&entry).await {
@@ -90,8 +92,11 @@ impl Shim {
             return Err(Error::BundlePath(request.bundle));
         }
         let spec = Spec::read(&request.bundle)?;
+        let resources = spec.resources()?;
+        check_resources(&resources)?;
         let containerd = self.containerd_of(&key, &request.bundle, &spec)?;
-        let runtime = options.read()?.resolve(&key.namespace, &containerd.path)?;
+        let options = options.read()?;
+        let runtime = options.resolve(&key.namespace, &containerd.path)?;
         let wiring = uri::wiring(&request.stdio, runtime.log, uri::Role::Init, fifo::kind)?;
         let wiring = Wiring { kept: self.kept.number(), ..wiring };
         Ok(Task {
@@ -103,6 +108,8 @@ impl Shim {
             waiting_program: None,
             cgroup: None,
             init: Phase::Creating { exit: None },
+            properties: additions::properties(&key.to_string(), &spec, options.properties)?,
+            devices: additions::allowed_devices(&spec, &resources.devices, &request, &runtime),
             execs: BTreeMap::new(),
             outbox: Outbox::default(),
             oom_kills: 0,
@@ -225,15 +232,16 @@ impl Shim {
         let environment = self.launch_environment(task).await?;
         let pid_file = dir.join(PID_FILE);
         let properties = properties::container(&shown, &command, &environment, &pid_file);
-        let mut begun = self.manager.begin_referenced(&task.unit, &properties).await;
+        let additions = additions::of(task)?;
+        let mut begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
             self.manager.release(&task.unit).await;
             self.manager.reset_failed(&task.unit).await?;
-            begun = self.manager.begin_referenced(&task.unit, &properties).await;
+            begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
         }
         self.warm_up();
-        let done = self.manager.done(begun?).await;
+        let done = self.manager.done(begun.map_err(|error| additions::refused(task, error))?).await;
         self.came_up(task, dir, done)
     }
 
@@ -312,6 +320,15 @@ impl Shim {
         self.kept.forget_all(task.wiring.kept);
         self.registry.remove(&task.key);
     }
+}
+
+/// Limits that can be applied here.
+pub(super) fn check_resources(resources: &Resources) -> Result<(), Error> {
+    resources.check()?;
+    if resources.needs().next().is_some() {
+        resources.check_controllers(&cgroup::controllers()?)?;
+    }
+    Ok(())
 }
 
 /// The unit's slice and the container's cgroup, from the client's wish.

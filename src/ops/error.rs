@@ -99,9 +99,6 @@ pub enum Error {
         /// The task.
         key: TaskKey,
     },
-    /// The resources of an Update are not `LinuxResources`.
-    #[error("resources are no LinuxResources: {0}")]
-    Resources(#[source] serde_json::Error),
     /// The init process is in no state to be deleted.
     #[error("cannot delete a {phase} process")]
     NotDeletable {
@@ -117,6 +114,15 @@ pub enum Error {
     /// The bundle is not usable.
     #[error(transparent)]
     Bundle(#[from] oci::bundle::Error),
+    /// The limits are not usable.
+    #[error(transparent)]
+    Resources(#[from] oci::resources::Error),
+    /// The image's stop signal is none.
+    #[error("annotation {annotation}: {0}", annotation = unit::annotation::STOP_SIGNAL)]
+    StopSignal(#[source] oci::signal::Unknown),
+    /// A property of the unit that was asked for can't be had.
+    #[error(transparent)]
+    Property(#[from] unit::annotation::Error),
     /// The options are not usable.
     #[error(transparent)]
     Options(#[from] oci::options::Error),

@@ -3,6 +3,7 @@
 //! The verbs join the adapters (`unit`, `oci`, `stdio`, `cgroup`, `store`), which don't know each
 //! other, around the domain in `task`.
 
+mod additions;
 mod cgroups;
 mod create;
 mod delete;

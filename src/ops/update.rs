@@ -7,10 +7,12 @@ use serde_json::Value;
 use crate::cgroup::limits as files;
 use crate::fault::{self, Point};
 use crate::id::TaskKey;
-use crate::oci::runtime;
+use crate::oci::resources::Resources;
+use crate::oci::{self, runtime};
 use crate::task::limits::{Attribute, Limits};
 use crate::task::phase::Refusal;
 
+use super::create::check_resources;
 use super::{Error, Shim, blocking};
 
 /// The file in a task's directory with the resources of an Update under way.
@@ -22,7 +24,7 @@ impl Shim {
     /// # Errors
     /// They are wrong, the container has ended, or the OCI runtime fails; then it has the limits that it had.
     pub async fn update(self: &Arc<Self>, key: &TaskKey, resources: Vec<u8>) -> Result<(), Error> {
-        let named = named(&serde_json::from_slice(&resources).map_err(Error::Resources)?);
+        let named = check(&resources)?;
         let entry = self.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let _limits = entry.limits.lock().await;
@@ -99,6 +101,18 @@ const FIELDS: [(&str, &[Attribute]); 16] = [
     ("/blockIO/throttleReadIOPSDevice", &[Attribute::IoMax]),
     ("/blockIO/throttleWriteIOPSDevice", &[Attribute::IoMax]),
 ];
+
+/// The limits that a client names, if they can be set.
+fn check(text: &[u8]) -> Result<Vec<Attribute>, Error> {
+    let mut resources = Resources::parse(text)?;
+    // No OCI runtime changes these afterwards.
+    resources.devices.clear();
+    resources.hugepage_limits.clear();
+    resources.block_io.throttles.clear();
+    resources.rdma = false;
+    check_resources(&resources)?;
+    Ok(named(&serde_json::from_slice(text).map_err(oci::resources::Error::Malformed)?))
+}
 
 /// The limits that a client names.
 fn named(resources: &Value) -> Vec<Attribute> {

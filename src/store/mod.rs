@@ -414,6 +414,8 @@ mod tests {
             key: TaskKey { namespace: Namespace::new("default").unwrap(), id: TaskId::new(id).unwrap() },
             unit: UnitName::new("containerd-default-a.service").unwrap(),
             logger: None,
+            properties: Vec::new(),
+            devices: None,
             request: Default::default(),
             wiring: Default::default(),
             runtime: Default::default(),

@@ -22,7 +22,7 @@ use exec::{Exec, ExecEvent};
 use limits::Limits;
 use outbox::{Outbox, TaskEvent};
 use phase::{Announce, Event, Exit, Phase, Refusal, transition};
-use request::{Containerd, Create, Runtime};
+use request::{Containerd, Create, DeviceAllow, Property, Runtime};
 use wiring::Wiring;
 
 /// A task: everything about it that must outlive the daemon.
@@ -54,6 +54,12 @@ pub struct Task {
     pub waiting_program: Option<(u64, u64)>,
     /// Its unit, as systemd is told to show it.
     pub face: Face,
+    /// Properties of its unit that somebody asks for.
+    #[serde(default)]
+    pub properties: Vec<Property>,
+    /// The devices that it may use beside those of every container, where systemd can say it.
+    #[serde(default)]
+    pub devices: Option<Vec<DeviceAllow>>,
     /// Where its init process is in its life.
     pub init: Phase,
     /// The processes that were added to it.

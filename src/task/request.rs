@@ -75,6 +75,38 @@ pub struct Runtime {
     pub log: Log,
 }
 
+/// Who asks for a property of a container's unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Asker {
+    /// The client, by an annotation of the property's name.
+    Annotation,
+    /// The client, by naming the image's stop signal.
+    StopSignal,
+    /// The administrator, in the runtime's options.
+    Options,
+}
+
+/// A property of a container's unit that somebody asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Property {
+    /// Who.
+    pub asker: Asker,
+    /// Its name, as asked for.
+    pub name: String,
+    /// Its value, in GVariant text.
+    pub value: String,
+}
+
+/// Devices that a container may use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceAllow {
+    /// In systemd's notation: `/dev/char/1:3`, `char-136`, `block-*`.
+    pub device: String,
+    /// Letters of `rwm`.
+    pub access: String,
+}
+
 /// The containerd that a task belongs to, as `start` learned of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Containerd {

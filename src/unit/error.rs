@@ -2,8 +2,11 @@
 
 use crate::id::UnitName;
 
+use super::proxy::START;
+
 const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
+const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
 
 /// What can go wrong with a unit.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -25,6 +28,14 @@ pub enum Error {
     Exists {
         /// The unit.
         unit: String,
+    },
+    /// Another unit that it needs, its slice for one, can't be started.
+    #[error("unit {unit} can't be started: {reason}")]
+    Dependency {
+        /// The unit.
+        unit: String,
+        /// systemd's words, which name the other one.
+        reason: String,
     },
     /// systemd refused the call.
     #[error("systemd refused to {verb} {unit}: {reason} ({name})")]
@@ -70,6 +81,18 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// systemd does not take a property of the unit, or its value.
+    pub fn is_about_a_property(&self) -> bool {
+        const NAMES: [&str; 4] = ["InvalidArgs", "PropertyReadOnly", "BadUnitSetting", "OnlyByDependency"];
+        // The rest are errors of the system, for a value of the wrong type.
+        let is_meant = |name: &str| {
+            NAMES.contains(&name.rsplit('.').next().unwrap_or(name)) || name.starts_with("System.")
+        };
+        matches!(self, Self::Refused { name, .. } if is_meant(name))
+    }
+}
+
 pub(super) fn unreachable(error: zbus::Error) -> Error {
     Error::Unreachable { reason: error.to_string() }
 }
@@ -95,6 +118,18 @@ pub(super) fn call_error(verb: &'static str, unit: &UnitName, error: zbus::Error
             other => Error::Unreachable { reason: other.to_string() },
         },
         other => unreachable(other),
+    }
+}
+
+/// What a failed call to start a new unit says: any other one that it tells of is one that this needs.
+pub(super) fn start_error(unit: &UnitName, error: zbus::Error) -> Error {
+    match error {
+        zbus::Error::MethodError(name, Some(reason), _)
+            if [NO_SUCH_UNIT, UNIT_MASKED].contains(&name.as_str()) =>
+        {
+            Error::Dependency { unit: unit.to_string(), reason }
+        }
+        error => call_error(START, unit, error),
     }
 }
 

@@ -1,11 +1,14 @@
 //! The systemd adapter: the only place that names zbus types.
 //!
-//! [`name`], [`properties`], [`limits`] and [`main_process`] are pure. [`proxy`] and `control` make calls,
-//! [`watch`] turns signals into observations, [`notify`] speaks to systemd as a service does, [`error`] has what can go wrong.
+//! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`] and [`main_process`] are pure. [`proxy`] and
+//! `control` make calls, [`watch`] turns signals into observations, [`notify`] speaks to systemd as a service
+//! does, [`error`] has what can go wrong.
 
 mod account;
+pub mod annotation;
 mod control;
 pub mod error;
+pub mod gvariant;
 mod job;
 pub mod limits;
 pub mod main_process;
@@ -14,4 +17,5 @@ pub mod notify;
 pub mod properties;
 pub mod proxy;
 pub mod refs;
+mod types;
 pub mod watch;

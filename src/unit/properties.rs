@@ -13,6 +13,7 @@ use zbus::Variant;
 use crate::config;
 use crate::id::UnitName;
 
+use super::annotation::Additions;
 use super::name;
 
 /// The properties of a transient unit, as `StartTransientUnit` takes them.
@@ -114,11 +115,10 @@ pub fn container(
 }
 
 impl Properties {
-    /// The same, for a unit that the caller refers to from the start.
-    pub(super) fn referenced(&self) -> Self {
-        let mut list = self.0.clone();
-        list.push(("AddRef", true.into()));
-        Self(list)
+    /// The same and more: what comes last overrides what is before it, or is appended where it is a list.
+    pub(super) fn with<'a>(&self, additions: &'a Additions) -> Vec<(&'a str, Variant<'static>)> {
+        let more = additions.0.iter().map(|(name, value)| (name.as_str(), value.clone()));
+        self.0.iter().cloned().chain(more).collect()
     }
 }
 

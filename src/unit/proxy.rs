@@ -6,12 +6,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{OnceCell, watch};
 use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant};
 
 use crate::id::UnitName;
 
-use super::error::{Error, call_error, is_gone, unreachable};
+use super::annotation::{Additions, Types};
+use super::error::{Error, call_error, is_gone, start_error, unreachable};
 use super::job::{JobWaiter, Jobs, StartJob};
 use super::main_process::MainProcess;
 use super::name;
@@ -69,6 +70,8 @@ pub struct Manager {
     /// How often signals have begun to be listened to.
     listening: watch::Sender<u64>,
     refs: Option<Arc<Refs>>,
+    /// The types of a service's properties, once they are asked for.
+    pub(super) types: OnceCell<Arc<Types>>,
 }
 
 impl Default for Manager {
@@ -79,6 +82,7 @@ impl Default for Manager {
             jobs: Jobs::default(),
             listening: watch::Sender::default(),
             refs: None,
+            types: OnceCell::new(),
         }
     }
 }
@@ -246,8 +250,8 @@ impl Manager {
         self.begin(unit, properties, &[]).await
     }
 
-    /// As [`Self::begin_transient`], with a reference to the unit: it stays loaded, and tells how its
-    /// process ended, until [`Self::release`].
+    /// As [`Self::begin_transient`], with more properties, which come last, and with a reference to the unit:
+    /// it stays loaded, and tells how its process ended, until [`Self::release`].
     ///
     /// # Errors
     /// As [`Self::begin_transient`].
@@ -255,13 +259,16 @@ impl Manager {
         &self,
         unit: &UnitName,
         properties: &Properties,
+        additions: &Additions,
     ) -> Result<StartJob, Error> {
         match &self.refs {
             Some(refs) => {
                 let proxy = refs.proxy_for(unit).await?;
-                self.begin_over(Some(proxy), unit, &properties.referenced(), &[]).await
+                let mut list = properties.with(additions);
+                list.push(("AddRef", true.into()));
+                self.begin_over(Some(proxy), unit, &list, &[]).await
             }
-            None => self.begin(unit, properties, &[]).await,
+            None => self.begin_over(None, unit, &properties.with(additions), &[]).await,
         }
     }
 
@@ -377,7 +384,7 @@ impl Manager {
         properties: &Properties,
         aux: &[(&str, &[(&str, Variant<'_>)])],
     ) -> Result<StartJob, Error> {
-        self.begin_over(None, unit, properties, aux).await
+        self.begin_over(None, unit, &properties.0, aux).await
     }
 
     /// `first`: the connection to try first.
@@ -385,7 +392,7 @@ impl Manager {
         &self,
         mut first: Option<SystemdManagerProxy<'static>>,
         unit: &UnitName,
-        properties: &Properties,
+        properties: &[(&str, Variant<'_>)],
         aux: &[(&str, &[(&str, Variant<'_>)])],
     ) -> Result<StartJob, Error> {
         let waiter = self.jobs.wait_for(unit);
@@ -395,12 +402,12 @@ impl Manager {
                 Some(first) => first,
                 None => self.proxy().await?,
             };
-            let result = proxy.start_transient_unit(unit.as_str(), "fail", &properties.0, aux).await;
+            let result = proxy.start_transient_unit(unit.as_str(), "fail", properties, aux).await;
             if !tries.again(&result).await {
                 break result;
             }
         };
-        let job = match started.map_err(|error| call_error(START, unit, error)) {
+        let job = match started.map_err(|error| start_error(unit, error)) {
             Ok(job) => Some(job),
             // The first try was done: what it began is this unit's only job.
             Err(Error::Exists { .. }) if tries.repeated => None,
@@ -507,7 +514,7 @@ impl Manager {
         }
     }
 
-    async fn get_all(
+    pub(super) async fn get_all(
         &self,
         unit: &UnitName,
         interface: &str,
@@ -533,7 +540,7 @@ impl Manager {
     }
 }
 
-const START: &str = "start";
+pub(super) const START: &str = "start";
 pub(super) const STOP: &str = "stop";
 
 pub(super) const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";

@@ -135,6 +135,12 @@ impl Spec {
         self
     }
 
+    /// Runs a program of the host at a moment of the container's life: `createRuntime`, `poststop`, …
+    pub fn hook(mut self, moment: &str, path: &str) -> Spec {
+        self.0["hooks"][moment] = json!([{"path": path}]);
+        self
+    }
+
     /// Sets `linux.resources`: only where there are controllers.
     pub fn resources(mut self, resources: Value) -> Spec {
         self.0["linux"]["resources"] = resources;

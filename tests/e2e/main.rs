@@ -30,6 +30,7 @@ fn name_of<T>(_closure: T) -> &'static str {
     name.split_once("::").map_or(name, |(_, path)| path)
 }
 
+mod annotations;
 mod attached;
 mod bad_exec;
 mod bad_input;
@@ -55,6 +56,7 @@ mod ids;
 mod leaks;
 mod lifecycle;
 mod limits;
+mod limits_input;
 mod log_modes;
 mod logger;
 mod oom;

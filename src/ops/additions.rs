@@ -1,0 +1,162 @@
+//! What a container's unit gets beside what every container's unit gets: the properties that its client or
+//! the runtime's options ask for, and the devices that it may use.
+
+use std::collections::BTreeMap;
+
+use crate::oci::bundle::Spec;
+use crate::oci::resources::DeviceRule;
+use crate::oci::{devices, signal};
+use crate::task::Task;
+use crate::task::request::{Asker, Create, DeviceAllow, Property, Runtime};
+use crate::unit;
+use crate::unit::annotation::{self, Additions};
+
+use super::{Error, Shim};
+
+/// The properties that are asked for, checked but for their types. Annotations override options.
+pub(super) fn properties(
+    task: &str,
+    spec: &Spec,
+    options: BTreeMap<String, String>,
+) -> Result<Vec<Property>, Error> {
+    let mut asked: Vec<Property> =
+        options.into_iter().map(|(name, value)| Property { asker: Asker::Options, name, value }).collect();
+    if let Some(text) = spec.annotation(annotation::STOP_SIGNAL) {
+        let number = signal::parse(text).map_err(Error::StopSignal)?;
+        let name = "KillSignal".to_owned();
+        asked.push(Property { asker: Asker::StopSignal, name, value: number.to_string() });
+    }
+    asked.extend(spec.annotations(annotation::PREFIX).into_iter().map(|(name, value)| Property {
+        asker: Asker::Annotation,
+        name: name.to_owned(),
+        value: value.to_owned(),
+    }));
+    let checked = annotation::check(asked)?;
+    for (property, reason) in checked.left_out {
+        tracing::warn!(%task, "task {task}: {property} has no effect: {reason}");
+    }
+    Ok(checked.properties)
+}
+
+/// The devices that the container may use, where systemd can say exactly what the OCI runtime will; a filter
+/// of systemd's that is stricter would win in silence.
+pub(super) fn allowed_devices(
+    spec: &Spec,
+    rules: &[DeviceRule],
+    request: &Create,
+    runtime: &Runtime,
+) -> Option<Vec<DeviceAllow>> {
+    let binary = runtime.binary.file_name().and_then(|name| name.to_str());
+    // Others use devices of their own: /dev/kvm, for one.
+    let known = matches!(binary, Some("runc" | "crun")) && spec.annotation(CRUN_HANDLER).is_none();
+    // They may give the container more devices, GPUs for one.
+    let hooks = spec.has_hooks();
+    // Mounting opens them.
+    let on_devices = request.rootfs.iter().any(|mount| !WITHOUT_DEVICE.contains(&mount.kind.as_str()));
+    if !known || hooks || on_devices {
+        return None;
+    }
+    devices::allowed(rules)
+}
+
+/// Makes crun run the container in a virtual machine, for one.
+const CRUN_HANDLER: &str = "run.oci.handler";
+
+/// Kinds of mounts that need no device.
+const WITHOUT_DEVICE: [&str; 6] = ["overlay", "bind", "rbind", "none", "tmpfs", ""];
+
+/// As systemd gets them.
+pub(super) fn of(task: &Task) -> Result<Additions, Error> {
+    let devices = task.devices.as_deref().map(devices::with_defaults);
+    Ok(Additions::new(devices.as_deref(), &task.properties)?)
+}
+
+/// Why systemd did not start the unit. A property that it does not know, or a value that it does not take,
+/// is one that was asked for: ours it takes.
+pub(super) fn refused(task: &Task, error: unit::error::Error) -> Error {
+    let of_asked = error.is_about_a_property() && !task.properties.is_empty();
+    match error {
+        unit::error::Error::Refused { reason, .. } if of_asked => {
+            let origins = task.properties.iter().map(ToString::to_string).collect();
+            Error::Property(annotation::Error::Refused { origins, reason })
+        }
+        other => Error::Unit(other),
+    }
+}
+
+impl Shim {
+    /// Checks the types of what is asked for: systemd would not name the property.
+    pub(super) async fn check_types(&self, properties: &[Property]) -> Result<(), Error> {
+        if !properties.is_empty() {
+            self.manager.property_types().await?.check(properties)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::request::Mount;
+
+    fn spec(text: &str) -> Spec {
+        serde_json::from_str(text).unwrap()
+    }
+
+    fn asked(text: &str, options: &[(&str, &str)]) -> Result<Vec<String>, Error> {
+        let options = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let properties = properties("default/web", &spec(text), options.collect())?;
+        Ok(properties.iter().map(|property| format!("{property} = {}", property.value)).collect())
+    }
+
+    #[test]
+    fn annotations_override_the_stop_signal_and_that_the_options() {
+        let options = [("KillSignal", "10"), ("TimeoutStopSec", "5")];
+        let stop = r#""io.containerd.image.config.stop-signal":"SIGQUIT""#;
+        assert_eq!(
+            asked(&format!(r#"{{"annotations":{{{stop}}}}}"#), &options).unwrap(),
+            [
+                "runtime option Properties.TimeoutStopSec = 5",
+                "annotation io.containerd.image.config.stop-signal = 3",
+            ]
+        );
+        let own = r#""org.systemd.property.KillSignal":"1","org.systemd.property.TimeoutStopUSec":"@t 7""#;
+        assert_eq!(
+            asked(&format!(r#"{{"annotations":{{{stop},{own}}}}}"#), &options).unwrap(),
+            [
+                "annotation org.systemd.property.KillSignal = 1",
+                "annotation org.systemd.property.TimeoutStopUSec = @t 7",
+            ]
+        );
+        assert_eq!(asked("{}", &[]).unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_stop_signal_that_is_none_is_named() {
+        let error =
+            asked(r#"{"annotations":{"io.containerd.image.config.stop-signal":"9x"}}"#, &[]).unwrap_err();
+        assert!(error.to_string().starts_with("annotation io.containerd.image.config.stop-signal: \"9x\""));
+    }
+
+    fn devices(text: &str, mount: &str, binary: &str) -> Option<Vec<DeviceAllow>> {
+        let rootfs = vec![Mount { kind: mount.to_owned(), ..Mount::default() }];
+        let runtime = Runtime { binary: binary.into(), ..Runtime::default() };
+        allowed_devices(&spec(text), &[], &Create { rootfs, ..Create::default() }, &runtime)
+    }
+
+    #[test]
+    fn systemds_filter_is_never_stricter_than_the_oci_runtimes() {
+        for (text, mount, binary) in [
+            ("{}", "overlay", "/usr/bin/runsc"),
+            ("{}", "ext4", "/usr/bin/runc"),
+            ("{}", "fuse3.fuse-overlayfs", "/usr/bin/runc"),
+            (r#"{"annotations":{"run.oci.handler":"krun"}}"#, "overlay", "/usr/bin/crun"),
+            (r#"{"hooks":{"prestart":[{"path":"/gpu"}]}}"#, "overlay", "/usr/bin/runc"),
+        ] {
+            assert_eq!(devices(text, mount, binary), None, "{text} {mount} {binary}");
+        }
+        for binary in ["/usr/sbin/runc", "/usr/bin/crun"] {
+            assert_eq!(devices("{}", "overlay", binary), Some(vec![]));
+        }
+    }
+}

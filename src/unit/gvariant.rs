@@ -1,0 +1,383 @@
+//! Values of properties as people write them: GVariant text (pure).
+//!
+//! The part of [GLib's format](https://docs.gtk.org/glib/gvariant-text-format.html) that properties of
+//! systemd need: no dictionaries, variants, maybes or byte strings. A bare whole number is an int32; a type
+//! before a value, `uint64 5` or `@t 5`, says otherwise.
+
+use std::iter::Peekable;
+use std::str::Chars;
+
+use zbus::{Array, ObjectPath, Signature, Structure, Variant};
+
+/// Deeper than any property of systemd.
+const MAX_DEPTH: usize = 8;
+
+/// Text that is no value.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}, at character {at}")]
+pub struct Malformed {
+    /// Where, counted from 1.
+    pub at: usize,
+    /// What is wrong there.
+    pub reason: String,
+}
+
+/// Reads a value.
+///
+/// # Errors
+/// The text is no value, or its type can't be told.
+pub fn parse(text: &str) -> Result<Variant<'static>, Malformed> {
+    let mut reader = Reader { chars: text.chars().peekable(), at: 1 };
+    let node = reader.value(MAX_DEPTH)?;
+    reader.skip_space();
+    if let Some(c) = reader.peek() {
+        return Err(reader.wrong(&format!("{c:?} after the end of the value")));
+    }
+    let signature = node.guess()?.settle().ok_or_else(|| Malformed {
+        at: node.at,
+        reason: "the type of an empty array is not known: write it before, as in \"@as []\"".to_owned(),
+    })?;
+    node.build(&signature)
+}
+
+/// A value as it is written, its type not settled yet.
+struct Node {
+    at: usize,
+    what: What,
+}
+
+enum What {
+    Bool(bool),
+    /// Digits and signs, not looked at yet.
+    Number(String),
+    Text(String),
+    Array(Vec<Node>),
+    Tuple(Vec<Node>),
+    Typed(Signature, Box<Node>),
+}
+
+/// What is known of a type.
+enum Guess {
+    /// Nothing: an element of an empty array.
+    Any,
+    /// A number, of any type.
+    Number,
+    Basic(Signature),
+    Array(Box<Guess>),
+    Tuple(Vec<Guess>),
+}
+
+impl Guess {
+    fn of(signature: &Signature) -> Self {
+        match signature {
+            Signature::Array(element) => Self::Array(Box::new(Self::of(element))),
+            Signature::Structure(fields) => Self::Tuple(fields.iter().map(Self::of).collect()),
+            basic => Self::Basic(basic.clone()),
+        }
+    }
+
+    /// What two values of one type say together; nothing if they can't be of one type.
+    fn unify(self, other: Self) -> Option<Self> {
+        Some(match (self, other) {
+            (Self::Any, known) | (known, Self::Any) => known,
+            (Self::Number, Self::Number) => Self::Number,
+            (Self::Number, Self::Basic(basic)) | (Self::Basic(basic), Self::Number) if is_number(&basic) => {
+                Self::Basic(basic)
+            }
+            (Self::Basic(one), Self::Basic(other)) if one == other => Self::Basic(one),
+            (Self::Array(one), Self::Array(other)) => Self::Array(Box::new(one.unify(*other)?)),
+            (Self::Tuple(one), Self::Tuple(other)) if one.len() == other.len() => {
+                let fields = one.into_iter().zip(other).map(|(one, other)| one.unify(other));
+                Self::Tuple(fields.collect::<Option<_>>()?)
+            }
+            _ => return None,
+        })
+    }
+
+    fn settle(&self) -> Option<Signature> {
+        Some(match self {
+            Self::Any => return None,
+            Self::Number => Signature::I32,
+            Self::Basic(basic) => basic.clone(),
+            Self::Array(element) => Signature::array(element.settle()?),
+            Self::Tuple(fields) => {
+                let fields: Option<Vec<_>> = fields.iter().map(Self::settle).collect();
+                Signature::structure(fields?.into_boxed_slice())
+            }
+        })
+    }
+}
+
+impl Node {
+    fn wrong(&self, reason: String) -> Malformed {
+        Malformed { at: self.at, reason }
+    }
+
+    fn guess(&self) -> Result<Guess, Malformed> {
+        Ok(match &self.what {
+            What::Bool(_) => Guess::Basic(Signature::Bool),
+            What::Number(digits) if is_float(digits) => Guess::Basic(Signature::F64),
+            What::Number(_) => Guess::Number,
+            What::Text(_) => Guess::Basic(Signature::Str),
+            What::Typed(signature, _) => Guess::of(signature),
+            What::Tuple(fields) => Guess::Tuple(fields.iter().map(Self::guess).collect::<Result<_, _>>()?),
+            What::Array(elements) => {
+                let mut element = Guess::Any;
+                for node in elements {
+                    element = element.unify(node.guess()?).ok_or_else(|| {
+                        node.wrong("this is of another type than what is before it in the array".to_owned())
+                    })?;
+                }
+                Guess::Array(Box::new(element))
+            }
+        })
+    }
+
+    fn build(self, signature: &Signature) -> Result<Variant<'static>, Malformed> {
+        let at = self.at;
+        let wrong = |reason: String| Malformed { at, reason };
+        let mismatch = || wrong(format!("this is not of type {signature}"));
+        Ok(match (self.what, signature) {
+            (What::Typed(own, node), _) if own == *signature => node.build(&own)?,
+            (What::Bool(value), Signature::Bool) => value.into(),
+            (What::Text(text), Signature::Str) => text.into(),
+            (What::Text(text), Signature::ObjectPath) => {
+                let path = ObjectPath::try_from(text).map_err(|error| wrong(error.to_string()))?;
+                path.into()
+            }
+            (What::Text(text), Signature::Signature) => {
+                let parsed =
+                    Signature::try_from(text.as_str()).map_err(|_| wrong("no signature".to_owned()))?;
+                parsed.into()
+            }
+            (What::Number(digits), number) if is_number(number) => read_number(&digits, number)
+                .ok_or_else(|| wrong(format!("{digits} is not {}", described(number))))?,
+            (What::Array(elements), Signature::Array(element)) => {
+                let mut array = Array::new(element);
+                for node in elements {
+                    array.append(node.build(element)?).map_err(|_| mismatch())?;
+                }
+                array.into()
+            }
+            (What::Tuple(values), Signature::Structure(fields)) if values.len() == fields.iter().count() => {
+                let mut structure = Structure::builder();
+                for (node, field) in values.into_iter().zip(fields.iter()) {
+                    structure.push_value(node.build(field)?);
+                }
+                structure.build().map_err(|_| mismatch())?.into()
+            }
+            _ => return Err(mismatch()),
+        })
+    }
+}
+
+/// The types that may be named before a value.
+const KEYWORDS: [(&str, Signature); 12] = [
+    ("boolean", Signature::Bool),
+    ("byte", Signature::U8),
+    ("int16", Signature::I16),
+    ("uint16", Signature::U16),
+    ("int32", Signature::I32),
+    ("uint32", Signature::U32),
+    ("int64", Signature::I64),
+    ("uint64", Signature::U64),
+    ("double", Signature::F64),
+    ("string", Signature::Str),
+    ("objectpath", Signature::ObjectPath),
+    ("signature", Signature::Signature),
+];
+
+fn described(signature: &Signature) -> String {
+    let keyword = KEYWORDS.iter().find(|(_, known)| known == signature);
+    keyword.map_or_else(|| signature.to_string(), |(name, _)| format!("of type {name}"))
+}
+
+fn is_number(signature: &Signature) -> bool {
+    !matches!(signature, Signature::Bool | Signature::Str | Signature::ObjectPath | Signature::Signature)
+        && KEYWORDS.iter().any(|(_, known)| known == signature)
+}
+
+fn is_float(digits: &str) -> bool {
+    let unsigned = digits.trim_start_matches(['+', '-']);
+    ["inf", "infinity", "nan"].contains(&unsigned)
+        || (!unsigned.starts_with("0x") && !unsigned.starts_with("0X") && digits.contains(['.', 'e', 'E']))
+}
+
+fn read_number(digits: &str, signature: &Signature) -> Option<Variant<'static>> {
+    if *signature == Signature::F64 {
+        return digits.parse::<f64>().ok().map(Variant::from);
+    }
+    let number = whole_number(digits)?;
+    Some(match signature {
+        Signature::U8 => u8::try_from(number).ok()?.into(),
+        Signature::I16 => i16::try_from(number).ok()?.into(),
+        Signature::U16 => u16::try_from(number).ok()?.into(),
+        Signature::I32 => i32::try_from(number).ok()?.into(),
+        Signature::U32 => u32::try_from(number).ok()?.into(),
+        Signature::I64 => i64::try_from(number).ok()?.into(),
+        Signature::U64 => u64::try_from(number).ok()?.into(),
+        _ => return None,
+    })
+}
+
+/// Decimal, `0x…` or octal with a leading 0.
+fn whole_number(digits: &str) -> Option<i128> {
+    let (negative, unsigned) = match digits.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, digits.strip_prefix('+').unwrap_or(digits)),
+    };
+    let (base, figures) = match unsigned.strip_prefix("0x").or_else(|| unsigned.strip_prefix("0X")) {
+        Some(figures) => (16, figures),
+        None if unsigned.len() > 1 && unsigned.starts_with('0') => (8, unsigned),
+        None => (10, unsigned),
+    };
+    // A second sign would be one too many.
+    let sound = figures.chars().all(|c| c.is_digit(base));
+    let number = i128::from(u64::from_str_radix(figures, base).ok().filter(|_| sound)?);
+    Some(if negative { -number } else { number })
+}
+
+struct Reader<'t> {
+    chars: Peekable<Chars<'t>>,
+    at: usize,
+}
+
+impl Reader<'_> {
+    fn peek(&mut self) -> Option<char> {
+        self.chars.peek().copied()
+    }
+
+    fn next(&mut self) -> Option<char> {
+        let c = self.chars.next()?;
+        self.at += 1;
+        Some(c)
+    }
+
+    fn wrong(&self, reason: &str) -> Malformed {
+        Malformed { at: self.at, reason: reason.to_owned() }
+    }
+
+    fn skip_space(&mut self) {
+        while self.peek().is_some_and(|c| c.is_ascii_whitespace()) {
+            self.next();
+        }
+    }
+
+    fn value(&mut self, depth: usize) -> Result<Node, Malformed> {
+        self.skip_space();
+        let at = self.at;
+        let deeper = depth.checked_sub(1).ok_or_else(|| self.wrong("this is nested too deep"))?;
+        let what = match self.peek() {
+            None => return Err(self.wrong("a value is missing")),
+            Some('\'' | '"') => What::Text(self.text()?),
+            Some('[') => What::Array(self.list(']', deeper)?),
+            Some('(') => What::Tuple(self.list(')', deeper)?),
+            Some('@') => {
+                self.next();
+                let word = self.take_while(|c| c.is_ascii_alphabetic() || ['(', ')', '{', '}'].contains(&c));
+                let signature = Signature::try_from(word.as_str()).ok().filter(|_| !word.is_empty());
+                let signature =
+                    signature.ok_or_else(|| Malformed { at, reason: format!("\"@{word}\" is no type") })?;
+                What::Typed(signature, Box::new(self.value(deeper)?))
+            }
+            Some(c) if c.is_ascii_digit() || ['+', '-', '.'].contains(&c) => {
+                What::Number(self.take_while(|c| c.is_ascii_alphanumeric() || ['+', '-', '.'].contains(&c)))
+            }
+            Some(c) if c.is_ascii_alphabetic() => {
+                let word = self.take_while(|c| c.is_ascii_alphanumeric());
+                match word.as_str() {
+                    "true" => What::Bool(true),
+                    "false" => What::Bool(false),
+                    "inf" | "nan" => What::Number(word),
+                    _ => match KEYWORDS.iter().find(|(name, _)| *name == word) {
+                        Some((_, signature)) => What::Typed(signature.clone(), Box::new(self.value(deeper)?)),
+                        None => {
+                            let reason = format!("{word:?} is no value: strings need quotes, '{word}'");
+                            return Err(Malformed { at, reason });
+                        }
+                    },
+                }
+            }
+            Some(c) => return Err(self.wrong(&format!("{c:?} begins no value"))),
+        };
+        Ok(Node { at, what })
+    }
+
+    fn take_while(&mut self, fits: impl Fn(char) -> bool) -> String {
+        let mut word = String::new();
+        while let Some(c) = self.peek().filter(|c| fits(*c)) {
+            word.push(c);
+            self.next();
+        }
+        word
+    }
+
+    fn list(&mut self, end: char, depth: usize) -> Result<Vec<Node>, Malformed> {
+        self.next();
+        let mut values = Vec::new();
+        loop {
+            self.skip_space();
+            // `(x,)` is how a tuple of one is written.
+            if self.peek() == Some(end) && (values.is_empty() || end == ')') {
+                self.next();
+                return Ok(values);
+            }
+            values.push(self.value(depth)?);
+            self.skip_space();
+            match self.next() {
+                Some(',') => {}
+                Some(c) if c == end => return Ok(values),
+                _ => {
+                    return Err(self.wrong(&format!("\",\" or {:?} is missing before here", end.to_string())));
+                }
+            }
+        }
+    }
+
+    fn text(&mut self) -> Result<String, Malformed> {
+        let quote = self.next();
+        let mut text = String::new();
+        loop {
+            let c = self.next().ok_or_else(|| self.wrong("the closing quote is missing"))?;
+            if Some(c) == quote {
+                return Ok(text);
+            }
+            let c = if c == '\\' { self.escape()? } else { Some(c) };
+            match c {
+                Some('\0') => return Err(self.wrong("a string can't have a NUL")),
+                Some(c) => text.push(c),
+                None => {}
+            }
+        }
+    }
+
+    /// What stands after a backslash; nothing for a line that goes on.
+    fn escape(&mut self) -> Result<Option<char>, Malformed> {
+        let c = self.next().ok_or_else(|| self.wrong("the closing quote is missing"))?;
+        Ok(Some(match c {
+            'a' => '\x07',
+            'b' => '\x08',
+            'f' => '\x0c',
+            'n' => '\n',
+            'r' => '\r',
+            't' => '\t',
+            'v' => '\x0b',
+            'u' => self.code_point(4)?,
+            'U' => self.code_point(8)?,
+            '\n' => return Ok(None),
+            other => other,
+        }))
+    }
+
+    fn code_point(&mut self, digits: usize) -> Result<char, Malformed> {
+        let mut code = 0;
+        for _ in 0..digits {
+            let digit = self.next().and_then(|c| c.to_digit(16));
+            code = code * 16 + digit.ok_or_else(|| self.wrong("a hexadecimal digit is missing"))?;
+        }
+        char::from_u32(code).ok_or_else(|| self.wrong("there is no such character"))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,127 @@
+use super::*;
+
+/// Type and value, as zbus prints them.
+fn read(text: &str) -> (String, String) {
+    let value = parse(text).unwrap();
+    (value.value_signature().to_string(), value.to_string())
+}
+
+fn kind(text: &str) -> String {
+    read(text).0
+}
+
+fn wrong(text: &str) -> Malformed {
+    parse(text).map(|value| value.to_string()).expect_err(text)
+}
+
+#[test]
+fn simple_values_have_the_types_of_the_format() {
+    for (text, signature) in [
+        ("'x'", "s"),
+        ("\"x\"", "s"),
+        ("true", "b"),
+        ("false", "b"),
+        ("5", "i"),
+        ("-5", "i"),
+        ("0x10", "i"),
+        ("1.5", "d"),
+        ("1e3", "d"),
+        ("-.5", "d"),
+        ("inf", "d"),
+        ("  7 ", "i"),
+    ] {
+        assert_eq!(kind(text), signature, "{text}");
+    }
+    assert_eq!(parse("010").unwrap(), Variant::from(8_i32));
+    assert_eq!(parse("-2147483648").unwrap(), Variant::from(i32::MIN));
+}
+
+#[test]
+fn a_type_before_a_value_counts() {
+    for (text, signature) in [
+        ("byte 5", "y"),
+        ("int16 -5", "n"),
+        ("uint16 5", "q"),
+        ("int32 5", "i"),
+        ("uint32 5", "u"),
+        ("int64 -5", "x"),
+        ("uint64 5", "t"),
+        ("double 5", "d"),
+        ("boolean true", "b"),
+        ("string 'x'", "s"),
+        ("objectpath '/a/b'", "o"),
+        ("signature 'a(st)'", "g"),
+        ("@t 5", "t"),
+        ("@as []", "as"),
+        ("@a(st) [('a', 1)]", "a(st)"),
+        ("@as ['x']", "as"),
+    ] {
+        assert_eq!(kind(text), signature, "{text}");
+    }
+    assert_eq!(parse("uint64 18446744073709551615").unwrap(), Variant::from(u64::MAX));
+}
+
+#[test]
+fn containers_have_the_types_of_what_is_in_them() {
+    for (text, signature) in [
+        ("['a', 'b']", "as"),
+        ("[1, 2]", "ai"),
+        ("[uint64 1, 2]", "at"),
+        ("[1, uint64 2]", "at"),
+        ("[1, 2.5]", "ad"),
+        ("[byte 1, 0xff]", "ay"),
+        ("('a', true)", "(sb)"),
+        ("(5,)", "(i)"),
+        ("[('a', 'b'), ('c', 'd')]", "a(ss)"),
+        ("[('/dev/sda', uint64 1), ('/dev/sdb', 2)]", "a(st)"),
+        ("([1, 2], [15])", "(aiai)"),
+        ("(@ai [], [15])", "(aiai)"),
+        ("[[], ['x']]", "aas"),
+    ] {
+        assert_eq!(kind(text), signature, "{text}");
+    }
+    assert_eq!(parse("['a', 'b']").unwrap(), Variant::from(vec!["a", "b"]));
+    assert_eq!(parse("(@ai [], [15])").unwrap(), Variant::from((Vec::<i32>::new(), vec![15_i32])));
+}
+
+#[test]
+fn strings_may_have_escapes() {
+    let text = |text: &str| String::try_from(parse(text).unwrap()).unwrap();
+    assert_eq!(text(r#"'it\'s "\\" \t\u00e9\U0001F600'"#), "it's \"\\\" \t\u{e9}\u{1f600}");
+    assert_eq!(text("\"it's\""), "it's");
+    assert_eq!(text("'one \\\nline'"), "one line");
+}
+
+#[test]
+fn what_is_wrong_is_told_with_its_place() {
+    for (text, at, reason) in [
+        ("", 1, "missing"),
+        ("x.service", 1, "quotes"),
+        ("['a', b]", 7, "quotes"),
+        ("'a", 3, "closing quote"),
+        ("['a' 'b']", 7, "missing"),
+        ("['a'", 5, "missing"),
+        ("[1, 'a']", 5, "another type"),
+        ("[]", 1, "@as []"),
+        ("[1,]", 4, "begins no value"),
+        ("5 6", 3, "after the end"),
+        ("byte 300", 6, "byte"),
+        ("uint64 -1", 8, "uint64"),
+        ("5000000000", 1, "int32"),
+        ("08", 1, "int32"),
+        ("--5", 1, "int32"),
+        ("uint64 'x'", 8, "type t"),
+        ("@as 5", 5, "type as"),
+        ("@zz 5", 1, "@zz"),
+        ("@ 5", 1, "no type"),
+        ("objectpath 'x'", 12, ""),
+        ("'a\\u0000'", 9, "NUL"),
+        ("'\\ud800'", 8, "no such character"),
+        ("{'a': 1}", 1, "begins no value"),
+        ("()", 1, ""),
+    ] {
+        let error = wrong(text);
+        assert!(error.at == at && error.reason.contains(reason), "{text}: {error}");
+    }
+    assert!(wrong(&"[".repeat(100_000)).reason.contains("deep"));
+}

@@ -1,0 +1,275 @@
+//! Properties of a container's unit that a client or an administrator asks for, and the devices that the spec
+//! allows: what `systemctl show` tells of them, and what becomes of those that can't be had.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use prost::Message as _;
+use prost_types::Any;
+use serde_json::json;
+use ttrpc::Code;
+
+use crate::common::container::Container;
+use crate::common::leaks::{self, Traces};
+use crate::common::node::{Node, unique};
+use crate::common::shim::{Bundle, Shim, WithFaults};
+use crate::common::spec::Spec;
+use crate::common::stdio::Fifos;
+use crate::common::task::Io;
+use crate::common::{process, systemd};
+use crate::options::GenericOptions;
+
+const PREFIX: &str = "org.systemd.property.";
+const STOP_SIGNAL: &str = "io.containerd.image.config.stop-signal";
+
+fn asking(spec: Spec, properties: &[(&str, &str)]) -> Spec {
+    properties.iter().fold(spec, |spec, (name, value)| spec.annotation(&format!("{PREFIX}{name}"), value))
+}
+
+fn shown(container: &Container, name: &str) -> String {
+    systemd::property(&systemd::unit_of(container), name)
+}
+
+/// The words of a property that is a list.
+fn words(container: &Container, name: &str) -> Vec<String> {
+    shown(container, name).split_whitespace().map(str::to_string).collect()
+}
+
+/// Our own options message.
+#[derive(Clone, PartialEq, prost::Message)]
+struct OurOptions {
+    #[prost(map = "string, string", tag = "8")]
+    properties: HashMap<String, String>,
+}
+
+#[test]
+fn annotations_set_properties_of_the_unit() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let asked = [
+        ("After", "['e2e-before.service', 'e2e-too.service']"),
+        ("Wants", "['e2e-wanted.target']"),
+        ("TimeoutStopSec", "0.25"),
+        ("KillSignal", "2"),
+        ("RuntimeMaxUSec", "uint64 3600000000"),
+        ("Description", "\"it's ours\""),
+        ("MemoryHigh", "@t 1073741824"),
+        ("IODeviceWeight", "[('/dev/null', uint64 50)]"),
+    ];
+    let container = node.container("asked", asking(Spec::sleeping(), &asked)).started(&Io::default());
+    let after = words(&container, "After");
+    for unit in ["e2e-before.service", "e2e-too.service", "dbus.service"] {
+        assert!(after.contains(&unit.to_string()), "{unit} is not in {after:?}");
+    }
+    assert_eq!(shown(&container, "Wants"), "e2e-wanted.target");
+    assert_eq!(shown(&container, "TimeoutStopUSec"), "250ms");
+    assert_eq!(shown(&container, "KillSignal"), "2");
+    assert_eq!(shown(&container, "RuntimeMaxUSec"), "1h");
+    assert_eq!(shown(&container, "Description"), "it's ours");
+    assert_eq!(shown(&container, "MemoryHigh"), "1073741824");
+    container.kill(9).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn runcs_own_example_works_and_exit_codes_stay() {
+    let node = Node::shared();
+    let asked = [("TimeoutStopUSec", "uint64 123456789"), ("CollectMode", "'inactive-or-failed'")];
+    let container = node.container("example", asking(Spec::sh("exit 23"), &asked)).started(&Io::default());
+    assert_eq!(container.exit_status(), 23);
+    assert_eq!(container.state().expect("state").exit_status, 23);
+    assert_eq!(container.delete().expect("delete").exit_status, 23);
+}
+
+#[test]
+fn what_cant_be_had_is_an_invalid_argument_that_names_it() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let shim = Shim::connect(&node);
+    let before = Traces::take();
+    let cases = [
+        // Bad text and bad names.
+        ("After", "['x.service'", "at character 13"),
+        ("After", "x.service", "quotes"),
+        ("St0p", "5", "letters"),
+        ("TimeoutStopSec", "'5s'", "seconds"),
+        // Wrong types.
+        ("TimeoutStopUSec", "5", "write @t 5"),
+        ("After", "'x.service'", "\"as\""),
+        ("KillSignal", "'SIGTERM'", "\"i\""),
+        ("DeviceAllow", "['/dev/null rw']", "\"a(ss)\""),
+        // What systemd does not know or take.
+        ("NoSuchProperty", "true", "NoSuchProperty"),
+        ("KillSignal", "999", "999"),
+        ("OOMPolicy", "'bogus'", "bogus"),
+        ("ManagedOOMSwap", "'bogus'", "systemd refused"),
+        ("After", "['no unit name']", "no unit name"),
+        ("Id", "'x.service'", "Id"),
+        // What the promises rest on.
+        ("ExecStart", "[('/bin/true', ['true'], false)]", "can't be set"),
+        ("Type", "'oneshot'", "can't be set"),
+        ("RemainAfterExit", "false", "can't be set"),
+        ("Slice", "'system.slice'", "linux.cgroupsPath"),
+        ("KillMode", "'process'", "can't be set"),
+        ("User", "'nobody'", "can't be set"),
+        ("RootDirectory", "'/srv'", "can't be set"),
+        ("StandardOutput", "'null'", "can't be set"),
+        ("RestartSec", "1", "can't be set"),
+    ];
+    for (name, value, part) in cases {
+        let bundle = Bundle::new("annotation");
+        bundle.write_config(&asking(Spec::sleeping(), &[(name, value)]).to_json());
+        let (code, text) = shim.create(bundle.request(&unique("annotation"))).expect_err(name);
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{name}={value}: {text}");
+        assert!(text.contains(&format!("{PREFIX}{name}")) && text.contains(part), "{name}={value}: {text}");
+    }
+    leaks::assert_none("properties that can't be had", &before);
+}
+
+#[test]
+fn a_unit_that_is_needed_and_missing_is_named() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let shim = Shim::connect(&node);
+    let before = Traces::take();
+    let bundle = Bundle::new("needed");
+    bundle.write_config(&asking(Spec::sleeping(), &[("Requires", "['e2e-missing.service']")]).to_json());
+    let (code, text) = shim.create(bundle.request(&unique("needed"))).expect_err("a missing unit");
+    assert_eq!(code, Code::FAILED_PRECONDITION, "{text}");
+    assert!(text.contains("e2e-missing.service"), "{text}");
+    leaks::assert_none("a unit that needs a missing one", &before);
+}
+
+#[test]
+fn options_set_properties_and_annotations_override_them() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let body = "[Properties]\nTimeoutStopSec = \"5\"\nAfter = \"['e2e-option.service']\"\n\
+                ManagedOOMMemoryPressure = \"'kill'\"\n";
+    let toml = GenericOptions { config_body: body.to_string(), ..Default::default() }.to_any();
+    let spec = asking(Spec::sleeping(), &[("TimeoutStopUSec", "uint64 9000000")]);
+    let container = node.container("options", spec).options(toml).started(&Io::default());
+    assert_eq!(shown(&container, "TimeoutStopUSec"), "9s");
+    assert_eq!(shown(&container, "ManagedOOMMemoryPressure"), "kill");
+    assert!(words(&container, "After").contains(&"e2e-option.service".to_string()));
+
+    let properties = [("TimeoutStopSec".to_string(), "6".to_string())].into();
+    let value = OurOptions { properties }.encode_to_vec();
+    let ours = Any { type_url: "containerd.systemd.v1.Options".to_string(), value };
+    let container = node.container("options", Spec::sleeping()).options(ours).started(&Io::default());
+    assert_eq!(shown(&container, "TimeoutStopUSec"), "6s");
+
+    let bad =
+        GenericOptions { config_body: "[Properties]\nType = \"'exec'\"".to_string(), ..Default::default() };
+    let container = node.container("options", Spec::sleeping()).options(bad.to_any()).make();
+    let refusal = container.create(&Io::default()).expect_err("a denied property");
+    assert!(refusal.message().contains("runtime option Properties.Type: "), "{refusal}");
+}
+
+#[test]
+fn an_images_stop_signal_is_what_systemctl_stop_sends() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let script = "trap 'exit 33' QUIT; echo ready; sleep 100000 & wait";
+    let fifos = Fifos::new("stop-signal");
+    let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+    let spec = Spec::sh(script).annotation(STOP_SIGNAL, "SIGQUIT");
+    let container = node.container("stop-signal", spec).started(&fifos.output());
+    stdout.until(|bytes| bytes == b"ready\n");
+    assert_eq!(shown(&container, "KillSignal"), "3");
+    process::succeed("systemctl", &["stop", &systemd::unit_of(&container)]);
+    assert_eq!(container.exit_status(), 33);
+
+    let spec = asking(Spec::sleeping().annotation(STOP_SIGNAL, "SIGRTMIN+3"), &[("KillSignal", "1")]);
+    let container = node.container("stop-signal", spec).started(&Io::default());
+    assert_eq!(shown(&container, "KillSignal"), "1", "what is asked for by name wins");
+
+    let shim = Shim::connect(&node);
+    let bundle = Bundle::new("stop-signal");
+    bundle.write_config(&Spec::sleeping().annotation(STOP_SIGNAL, "SIGFOO").to_json());
+    let (code, text) = shim.create(bundle.request(&unique("stop-signal"))).expect_err("no signal");
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
+    assert!(text.contains(STOP_SIGNAL) && text.contains("SIGFOO"), "{text}");
+}
+
+#[test]
+fn a_create_that_the_next_daemon_goes_on_with_sets_them_too() {
+    needs!(OurShim, Faults);
+    let node = Node::exclusive();
+    let _build = WithFaults::install();
+    const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
+    fs::write(REQUEST, "create.recorded").expect("ask for a fault");
+    let options = GenericOptions {
+        config_body: "[Properties]\nTimeoutStopSec = \"11\"\n".to_string(),
+        ..Default::default()
+    };
+    let spec = asking(Spec::sleeping(), &[("KillSignal", "10")]);
+    let container = node.container("goes-on", spec).options(options.to_any()).started(&Io::default());
+    assert!(!Path::new(REQUEST).exists(), "the daemon did not end");
+    assert_eq!(shown(&container, "TimeoutStopUSec"), "11s");
+    assert_eq!(shown(&container, "KillSignal"), "10");
+    assert_eq!(shown(&container, "DevicePolicy"), "strict");
+}
+
+#[test]
+fn the_devices_that_the_spec_allows_are_shown_and_work() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let devices = json!({"devices": [
+        {"allow": false, "access": "rwm"},
+        {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rw"},
+        {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw"},
+        {"allow": true, "type": "b", "major": 8, "access": "r"},
+    ]});
+    let script = "cat /dev/null && head -c 1 /dev/zero >/dev/null && head -c 1 /dev/urandom >/dev/null && \
+                  ! cat /dev/zero >/dev/full && exit 41; exit 1";
+    let container = node.container("devices", Spec::sh(script).resources(devices)).created(&Io::default());
+    assert_eq!(shown(&container, "DevicePolicy"), "strict");
+    let allowed = shown(&container, "DeviceAllow");
+    let allowed: Vec<&str> = allowed.lines().collect();
+    for line in [
+        "/dev/char/1:3 rwm",
+        "/dev/char/10:229 rw",
+        "block-8 r",
+        "char-* m",
+        "char-136 rwm",
+        "/dev/char/5:2 rwm",
+    ] {
+        assert!(allowed.contains(&line), "{line} is not in {allowed:?}");
+    }
+    container.start().expect("start");
+    assert_eq!(container.exit_status(), 41);
+}
+
+#[test]
+fn a_terminal_finds_its_devices() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let fifos = Fifos::new("tty");
+    let mut output = fifos.stdout();
+    let spec = Spec::sh("[ -t 0 ] && echo hello >/dev/tty; exit 5").terminal();
+    let container = node.container("tty", spec).started(&fifos.terminal());
+    assert_eq!(shown(&container, "DevicePolicy"), "strict");
+    output.until(|bytes| bytes.ends_with(b"hello\r\n"));
+    assert_eq!(container.exit_status(), 5);
+}
+
+#[test]
+fn systemds_filter_stays_open_where_it_could_be_the_stricter_one() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let all = json!({"devices": [{"allow": true, "access": "rwm"}]});
+    let by_minor = json!({"devices": [{"allow": true, "type": "c", "minor": 3, "access": "rwm"}]});
+    let specs = [
+        ("all devices", Spec::sleeping().resources(all)),
+        ("a minor number of all majors", Spec::sleeping().resources(by_minor)),
+        ("hooks", Spec::sleeping().hook("createRuntime", "/bin/true")),
+    ];
+    for (what, spec) in specs {
+        let container = node.container("open", spec).started(&Io::default());
+        assert_eq!(shown(&container, "DevicePolicy"), "auto", "{what}");
+        assert_eq!(shown(&container, "DeviceAllow"), "", "{what}");
+    }
+}
