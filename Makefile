@@ -44,8 +44,8 @@ check: deps ## formatting, clippy, documentation, dependencies (where cargo-deny
 	@if command -v cargo-audit >/dev/null; then set -x; cargo audit; \
 	else echo "check: cargo-audit is not installed, skipping advisories"; fi
 
-test: ## all tests: unit, end to end in nspawn and, but for the slowest, in a VM; a minute of chaos
-	@$(SCRIPTS)/run-all unit nspawn chaos/nspawn vm
+test: ## all tests: unit, end to end in nspawn and, but for the slowest, in a VM; the core on other suites; a minute of chaos
+	@$(SCRIPTS)/run-all unit nspawn core/bookworm core/forky chaos/nspawn vm
 
 test-unit: ## the tests that need nothing but cargo
 	@$(SCRIPTS)/run-all unit

@@ -176,6 +176,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
                 io_gid: ours.io_gid,
                 log: ours.log,
                 properties: ours.properties.into_iter().collect(),
+                notify: ours.notify,
                 ..Options::default()
             })))
         }

@@ -25,6 +25,7 @@ pub fn code(error: &Error) -> Code {
         Error::NotImplemented(_) => Code::UNIMPLEMENTED,
         Error::Signal(_)
         | Error::BundlePath(_)
+        | Error::Notify { .. }
         | Error::Bundle(oci::bundle::Error::Io { .. })
         | Error::Bundle(oci::bundle::Error::TooLarge { .. })
         | Error::Bundle(oci::bundle::Error::Malformed { .. })

@@ -19,9 +19,10 @@ use nix::sys::resource::{Resource, setrlimit};
 use crate::cgroup;
 use crate::config;
 use crate::id::{ExecId, ProcessKey};
+use crate::oci::bundle::{self, Edits};
+use crate::oci::mount as rootfs;
 use crate::oci::runtime::{self, Cli};
 use crate::oci::sealed::{self, Place};
-use crate::oci::{bundle, mount as rootfs};
 use crate::ops::{EXEC_PID_FILE, LAUNCH_CGROUP, LAUNCH_ERROR, PID_FILE, PROCESS_SPEC, SEALED_RUNTIME};
 use crate::stdio::fifo;
 use crate::store::{self, Store};
@@ -127,6 +128,8 @@ impl<'a> Process<'a> {
 
     fn equip(&self, command: &mut Command) -> Result<(), Error> {
         command.env_remove(SEALED_RUNTIME).env_remove(LAUNCH_CGROUP);
+        // runc would make a socket of its own for the container, and wait for it at every start.
+        command.env_remove(NOTIFY_SOCKET).env_remove(WATCHDOG_USEC);
         let [stdin, stdout, stderr] = self.open_streams()?;
         command.stdin(stdin).stdout(stdout).stderr(stderr);
         Ok(())
@@ -228,9 +231,14 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
     process.mark()?;
     let task = process.task;
     let bundle = &task.request.bundle;
+    let mut edits = Edits::default();
     if let Placement::Unit { child, .. } = &task.placement {
-        bundle::set_cgroups_path(bundle, &cgroup::of_self()?.join(child))?;
+        edits.cgroups_path = Some(cgroup::of_self()?.join(child));
     }
+    if task.notify {
+        pass_on_notifications(&mut edits);
+    }
+    bundle::edit(bundle, &edits)?;
     leave_unit()?;
     if !task.request.rootfs.is_empty() {
         if !task.rootfs_on_host {
@@ -298,6 +306,22 @@ fn leave_unit() -> Result<(), Error> {
     let cgroup = std::env::var_os(LAUNCH_CGROUP).ok_or_else(missing)?;
     Ok(cgroup::enter(Path::new(&cgroup))?)
 }
+
+/// The container gets what systemd gives to a service that notifies. The time of the watchdog is that of
+/// the unit; the process that systemd means is not known in the container.
+fn pass_on_notifications(edits: &mut Edits) {
+    let Some(socket) = std::env::var(NOTIFY_SOCKET).ok().filter(|path| path.starts_with('/')) else {
+        return;
+    };
+    edits.env.push(format!("{NOTIFY_SOCKET}={socket}"));
+    edits.env.extend(std::env::var(WATCHDOG_USEC).map(|usec| format!("{WATCHDOG_USEC}={usec}")));
+    edits.binds.push(socket);
+}
+
+/// sd_notify(3)
+const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
+/// sd_watchdog_enabled(3)
+const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
 
 /// A mount namespace that sees what the host mounts, and keeps to itself what is mounted here.
 fn own_mount_namespace() -> Result<(), Error> {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Mount;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, to_raw_value};
 
 use crate::task::request::Containerd;
 
@@ -99,7 +99,7 @@ impl Spec {
         let path = bundle.join(CONFIG);
         let text = read_config(&path)?;
         // A spec that can be read must be one that can be rewritten.
-        with_cgroups_path(&text, Path::new("/"))
+        edited(&text, &Edits::default())
             .and_then(|_| serde_json::from_slice(&text))
             .map_err(|source| Error::Malformed { path, source })
     }
@@ -155,13 +155,27 @@ impl Spec {
     }
 }
 
-/// Writes `linux.cgroupsPath` of a bundle's spec, replacing the file in one step.
+/// What of a spec is ours to say.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Edits {
+    /// `linux.cgroupsPath`
+    pub cgroups_path: Option<PathBuf>,
+    /// `process.env`: variables that are added.
+    pub env: Vec<String>,
+    /// `mounts`: files of the host, each to be seen at the same place in the container.
+    pub binds: Vec<String>,
+}
+
+/// Edits a bundle's spec, replacing the file in one step.
 ///
 /// # Errors
 /// As [`Spec::read`], and when it can't be written; then the old file stands.
-pub fn set_cgroups_path(bundle: &Path, cgroup: &Path) -> Result<(), Error> {
+pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
+    if *edits == Edits::default() {
+        return Ok(());
+    }
     let path = bundle.join(CONFIG);
-    let text = with_cgroups_path(&read_config(&path)?, cgroup)
+    let text = edited(&read_config(&path)?, edits)
         .map_err(|source| Error::Malformed { path: path.clone(), source })?;
     let new = bundle.join(".config.json.new");
     let mode = fs::metadata(&path).map_err(io_error("look at", &path))?.permissions();
@@ -203,15 +217,39 @@ pub fn read_containerd(bundle: &Path) -> Result<Option<Containerd>, Error> {
 /// The fields of a JSON object, each as the text that it was.
 type Fields = BTreeMap<String, Box<RawValue>>;
 
-fn with_cgroups_path(text: &[u8], cgroup: &Path) -> Result<Vec<u8>, serde_json::Error> {
+fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
     let mut spec: Fields = serde_json::from_slice(text)?;
-    let mut linux: Fields = match spec.get("linux") {
-        Some(linux) if linux.get() != "null" => serde_json::from_str(linux.get())?,
-        Some(_) | None => Fields::new(),
-    };
-    linux.insert("cgroupsPath".to_owned(), serde_json::value::to_raw_value(&cgroup.to_string_lossy())?);
-    spec.insert("linux".to_owned(), serde_json::value::to_raw_value(&linux)?);
+    let mut linux: Fields = member(&spec, "linux")?;
+    if let Some(path) = &edits.cgroups_path {
+        linux.insert("cgroupsPath".to_owned(), to_raw_value(&path.to_string_lossy())?);
+        spec.insert("linux".to_owned(), to_raw_value(&linux)?);
+    }
+    if !edits.env.is_empty() {
+        let mut process: Fields = member(&spec, "process")?;
+        let mut env: Vec<Box<RawValue>> = member(&process, "env")?;
+        env.extend(edits.env.iter().map(to_raw_value).collect::<Result<Vec<_>, _>>()?);
+        process.insert("env".to_owned(), to_raw_value(&env)?);
+        spec.insert("process".to_owned(), to_raw_value(&process)?);
+    }
+    if !edits.binds.is_empty() {
+        let mut mounts: Vec<Box<RawValue>> = member(&spec, "mounts")?;
+        let bind = |path: &String| {
+            let mount =
+                serde_json::json!({"destination": path, "type": "bind", "source": path, "options": ["bind"]});
+            to_raw_value(&mount)
+        };
+        mounts.extend(edits.binds.iter().map(bind).collect::<Result<Vec<_>, _>>()?);
+        spec.insert("mounts".to_owned(), to_raw_value(&mounts)?);
+    }
     serde_json::to_vec(&spec)
+}
+
+/// A member of an object; empty if it is absent or null.
+fn member<T: Default + for<'d> Deserialize<'d>>(object: &Fields, name: &str) -> Result<T, serde_json::Error> {
+    match object.get(name) {
+        Some(value) if value.get() != "null" => serde_json::from_str(value.get()),
+        Some(_) | None => Ok(T::default()),
+    }
 }
 
 fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
@@ -240,7 +278,7 @@ mod tests {
     #[test]
     fn rewriting_loses_nothing_that_no_library_knows() {
         let text = br#"{"ociVersion":"9.9","linux":{"cgroupsPath":"/a","future":{"n":18446744073709551615,"f":1.10}},"x":[1e400]}"#;
-        let new = with_cgroups_path(text, Path::new("/b/c")).unwrap();
+        let new = edited(text, &at("/b/c")).unwrap();
         let new = String::from_utf8(new).unwrap();
         assert!(new.contains(r#""cgroupsPath":"/b/c""#), "{new}");
         for kept in
@@ -250,10 +288,29 @@ mod tests {
         }
     }
 
+    fn at(path: &str) -> Edits {
+        Edits { cgroups_path: Some(path.into()), ..Edits::default() }
+    }
+
+    #[test]
+    fn variables_and_mounts_come_behind_those_of_the_client() {
+        let edits =
+            Edits { env: vec!["B=2".to_owned()], binds: vec!["/run/x".to_owned()], ..Edits::default() };
+        let text = r#"{"mounts":[{"destination":"/a"}],"process":{"args":["x"],"env":["A=1"]}}"#;
+        let new = edited(text.as_bytes(), &edits).unwrap();
+        let mount = r#"{"destination":"/run/x","options":["bind"],"source":"/run/x","type":"bind"}"#;
+        let wanted = format!(
+            r#"{{"mounts":[{{"destination":"/a"}},{mount}],"process":{{"args":["x"],"env":["A=1","B=2"]}}}}"#
+        );
+        assert_eq!(String::from_utf8(new).unwrap(), wanted);
+        let new = edited(br#"{"mounts":null}"#, &edits).unwrap();
+        assert!(String::from_utf8(new).unwrap().contains(mount));
+    }
+
     #[test]
     fn a_spec_without_linux_gets_one() {
         for text in ["{}", r#"{"linux":null}"#] {
-            let new = with_cgroups_path(text.as_bytes(), Path::new("/b")).unwrap();
+            let new = edited(text.as_bytes(), &at("/b")).unwrap();
             assert_eq!(String::from_utf8(new).unwrap(), r#"{"linux":{"cgroupsPath":"/b"}}"#);
         }
     }

@@ -83,6 +83,8 @@ pub struct Options {
     pub log: String,
     /// Properties of the units of containers: name and GVariant text.
     pub properties: BTreeMap<String, String>,
+    /// Containers may tell systemd of themselves (sd_notify(3)).
+    pub notify: bool,
     /// Says how to read cgroupsPath; here its form decides.
     pub systemd_cgroup: bool,
     /// Without effect: there is no process of ours to move.

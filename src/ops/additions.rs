@@ -7,7 +7,7 @@ use crate::oci::bundle::Spec;
 use crate::oci::resources::DeviceRule;
 use crate::oci::{devices, signal};
 use crate::task::Task;
-use crate::task::request::{Asker, Create, DeviceAllow, Property, Runtime};
+use crate::task::request::{Asker, DeviceAllow, Property, Runtime};
 use crate::unit;
 use crate::unit::annotation::{self, Additions};
 
@@ -43,7 +43,6 @@ pub(super) fn properties(
 pub(super) fn allowed_devices(
     spec: &Spec,
     rules: &[DeviceRule],
-    request: &Create,
     runtime: &Runtime,
 ) -> Option<Vec<DeviceAllow>> {
     let binary = runtime.binary.file_name().and_then(|name| name.to_str());
@@ -51,9 +50,7 @@ pub(super) fn allowed_devices(
     let known = matches!(binary, Some("runc" | "crun")) && spec.annotation(CRUN_HANDLER).is_none();
     // They may give the container more devices, GPUs for one.
     let hooks = spec.has_hooks();
-    // Mounting opens them.
-    let on_devices = request.rootfs.iter().any(|mount| !WITHOUT_DEVICE.contains(&mount.kind.as_str()));
-    if !known || hooks || on_devices {
+    if !known || hooks {
         return None;
     }
     devices::allowed(rules)
@@ -62,8 +59,18 @@ pub(super) fn allowed_devices(
 /// Makes crun run the container in a virtual machine, for one.
 const CRUN_HANDLER: &str = "run.oci.handler";
 
-/// Kinds of mounts that need no device.
-const WITHOUT_DEVICE: [&str; 6] = ["overlay", "bind", "rbind", "none", "tmpfs", ""];
+/// Whether the container may tell systemd of itself.
+pub(super) fn notifies(spec: &Spec, option: bool) -> Result<bool, Error> {
+    match spec.annotation(NOTIFY) {
+        None => Ok(option),
+        Some("true") => Ok(true),
+        Some("false") => Ok(false),
+        Some(other) => Err(Error::Notify { value: other.chars().take(80).collect() }),
+    }
+}
+
+/// The annotation for it, `true` or `false`.
+const NOTIFY: &str = "io.containerd.systemd.notify";
 
 /// As systemd gets them.
 pub(super) fn of(task: &Task) -> Result<Additions, Error> {
@@ -97,7 +104,6 @@ impl Shim {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::request::Mount;
 
     fn spec(text: &str) -> Spec {
         serde_json::from_str(text).unwrap()
@@ -138,25 +144,22 @@ mod tests {
         assert!(error.to_string().starts_with("annotation io.containerd.image.config.stop-signal: \"9x\""));
     }
 
-    fn devices(text: &str, mount: &str, binary: &str) -> Option<Vec<DeviceAllow>> {
-        let rootfs = vec![Mount { kind: mount.to_owned(), ..Mount::default() }];
+    fn devices(text: &str, binary: &str) -> Option<Vec<DeviceAllow>> {
         let runtime = Runtime { binary: binary.into(), ..Runtime::default() };
-        allowed_devices(&spec(text), &[], &Create { rootfs, ..Create::default() }, &runtime)
+        allowed_devices(&spec(text), &[], &runtime)
     }
 
     #[test]
     fn systemds_filter_is_never_stricter_than_the_oci_runtimes() {
-        for (text, mount, binary) in [
-            ("{}", "overlay", "/usr/bin/runsc"),
-            ("{}", "ext4", "/usr/bin/runc"),
-            ("{}", "fuse3.fuse-overlayfs", "/usr/bin/runc"),
-            (r#"{"annotations":{"run.oci.handler":"krun"}}"#, "overlay", "/usr/bin/crun"),
-            (r#"{"hooks":{"prestart":[{"path":"/gpu"}]}}"#, "overlay", "/usr/bin/runc"),
+        for (text, binary) in [
+            ("{}", "/usr/bin/runsc"),
+            (r#"{"annotations":{"run.oci.handler":"krun"}}"#, "/usr/bin/crun"),
+            (r#"{"hooks":{"prestart":[{"path":"/gpu"}]}}"#, "/usr/bin/runc"),
         ] {
-            assert_eq!(devices(text, mount, binary), None, "{text} {mount} {binary}");
+            assert_eq!(devices(text, binary), None, "{text} {binary}");
         }
         for binary in ["/usr/sbin/runc", "/usr/bin/crun"] {
-            assert_eq!(devices("{}", "overlay", binary), Some(vec![]));
+            assert_eq!(devices("{}", binary), Some(vec![]));
         }
     }
 }

@@ -109,7 +109,8 @@ impl Shim {
             cgroup: None,
             init: Phase::Creating { exit: None },
             properties: additions::properties(&key.to_string(), &spec, options.properties)?,
-            devices: additions::allowed_devices(&spec, &resources.devices, &request, &runtime),
+            notify: additions::notifies(&spec, options.notify)?,
+            devices: additions::allowed_devices(&spec, &resources.devices, &runtime),
             execs: BTreeMap::new(),
             outbox: Outbox::default(),
             oom_kills: 0,
@@ -231,7 +232,7 @@ impl Shim {
         };
         let environment = self.launch_environment(task).await?;
         let pid_file = dir.join(PID_FILE);
-        let properties = properties::container(&shown, &command, &environment, &pid_file);
+        let properties = properties::container(&shown, &command, &environment, &pid_file, task.notify);
         let additions = additions::of(task)?;
         let mut begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {

@@ -93,6 +93,12 @@ pub enum Error {
         /// Its unit.
         unit: String,
     },
+    /// An annotation is neither yes nor no.
+    #[error("annotation io.containerd.systemd.notify is {value:?}: it must be \"true\" or \"false\"")]
+    Notify {
+        /// What it is.
+        value: String,
+    },
     /// Some of its processes can't be frozen.
     #[error("task {key} can't be paused: its processes are not frozen in time; they go on")]
     NotFreezing {

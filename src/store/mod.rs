@@ -430,6 +430,7 @@ mod tests {
             outbox: Default::default(),
             oom_kills: 2,
             limits: Some(crate::task::limits::Limits::default()),
+            notify: true,
             muted: false,
         }
     }

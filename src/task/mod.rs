@@ -60,6 +60,9 @@ pub struct Task {
     /// The devices that it may use beside those of every container, where systemd can say it.
     #[serde(default)]
     pub devices: Option<Vec<DeviceAllow>>,
+    /// It may tell systemd of itself: sd_notify(3).
+    #[serde(default)]
+    pub notify: bool,
     /// Where its init process is in its life.
     pub init: Phase,
     /// The processes that were added to it.

@@ -82,6 +82,7 @@ pub fn container(
     command: &[String],
     environment: &[String],
     pid_file: &Path,
+    notify: bool,
 ) -> Properties {
     let mut list = shown_as(shown);
     list.extend([
@@ -110,6 +111,10 @@ pub fn container(
         // A limit of lines per container would lose output; journald's own size limits stay.
         ("LogRateLimitIntervalUSec", 0_u64.into()),
     ]);
+    if notify {
+        // From any process of the container: its init may be a shell.
+        list.push(("NotifyAccess", "all".into()));
+    }
     list.extend(bound_to_system());
     Properties(list)
 }
@@ -333,7 +338,7 @@ mod tests {
             slice: &slice,
         };
         let command = ["/bin/shim".to_owned(), "launch".to_owned(), "$HOME".to_owned()];
-        container(&shown, &command, &[], Path::new("/run/x/init.pid")).as_text()
+        container(&shown, &command, &[], Path::new("/run/x/init.pid"), false).as_text()
     }
 
     #[test]

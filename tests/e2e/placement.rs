@@ -1,0 +1,149 @@
+//! Where containers land in the tree of cgroups, by what the client says, and how agents find them there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::common::container::Container;
+use crate::common::node::{Node, unique};
+use crate::common::spec::Spec;
+use crate::common::systemd;
+use crate::common::task::Io;
+use crate::common::{cgroup, process};
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// An id as Docker and Kubernetes make them, of its own.
+fn digest() -> String {
+    let name = unique("digest").bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
+    format!("{name:0<64}")[..64].to_string()
+}
+
+fn path_of(container: &Container) -> String {
+    let cgroup = cgroup::of(container.pid());
+    cgroup.strip_prefix(ROOT).expect("in the tree").to_string_lossy().into_owned()
+}
+
+/// Every cgroup of the machine, the deepest last.
+fn all_cgroups() -> Vec<PathBuf> {
+    let mut found = vec![PathBuf::from(ROOT)];
+    let mut next = 0;
+    while let Some(directory) = found.get(next).cloned() {
+        found.extend(systemd::directories(&directory));
+        next += 1;
+    }
+    found
+}
+
+#[test]
+fn a_slice_that_is_asked_for_is_nested_as_its_name_says() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let id = digest();
+    let spec =
+        Spec::sleeping().cgroups_path(&format!("kubepods-besteffort-pode2e_1.slice:cri-containerd:{id}"));
+    let container = node.container("nested", spec).id(&id).started(&Io::default());
+    let short = &id[..12];
+    assert_eq!(
+        path_of(&container),
+        format!(
+            "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pode2e_1.slice/\
+             containerd-default-{short}.service/cri-containerd-{id}.scope"
+        )
+    );
+}
+
+#[test]
+fn without_a_wish_a_container_is_in_the_slice_of_its_namespace() {
+    needs!(OurShim);
+    let node = Node::shared();
+    for wish in ["", "/default/{id}", "/docker/{id}"] {
+        let id = unique("own");
+        let spec = Spec::sleeping().cgroups_path(&wish.replace("{id}", &id));
+        let container = node.container("own", spec).id(&id).started(&Io::default());
+        let wanted =
+            format!("containerd.slice/containerd-default.slice/containerd-default-{id}.service/{id}");
+        assert_eq!(path_of(&container), wanted, "{wish:?}");
+    }
+}
+
+#[test]
+fn containers_of_a_pod_without_a_parent_share_a_slice() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let pod = digest();
+    let made = |kind: &str, id: &str| {
+        let spec = Spec::sleeping()
+            .cgroups_path(&format!("/k8s.io/{id}"))
+            .annotation("io.kubernetes.cri.container-type", kind)
+            .annotation("io.kubernetes.cri.sandbox-id", &pod)
+            .annotation("io.kubernetes.cri.sandbox-name", "web-0")
+            .annotation("io.kubernetes.cri.sandbox-namespace", "shop");
+        node.container("pod", spec).namespace("k8s.io").id(id).started(&Io::default())
+    };
+    let (sandbox, member) = (made("sandbox", &pod), made("container", &digest()));
+    let slice = |container: &Container| systemd::property(&systemd::unit_of(container), "Slice");
+    assert_eq!(slice(&sandbox), slice(&member));
+    assert!(slice(&sandbox).starts_with("containerd-k8s.io-"), "{}", slice(&sandbox));
+    let description = systemd::property(&slice(&sandbox), "Description");
+    assert_eq!(description, "Pod shop/web-0");
+    let slice = slice(&sandbox);
+    drop((sandbox, member));
+    assert!(systemd::list_units(&slice).is_empty(), "it goes with the last of them");
+}
+
+/// cAdvisor takes every cgroup for a container whose last element has 64 letters or digits in a row and is no
+/// mount unit; kubelet's summary takes what is behind the last dash of a `.scope`.
+#[test]
+fn agents_find_a_container_once_and_where_its_processes_are() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let (id, exec) = (digest(), digest());
+    let spec = Spec::sleeping().cgroups_path(&format!("kubepods-pode2e_2.slice:cri-containerd:{id}"));
+    let container = node.container("found", spec).id(&id).started(&Io::default());
+    let exec = container.exec(Spec::sleeping()).id(&exec).started(&Io::default());
+    let last = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let is_found = |name: &str| {
+        let runs = name.split(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit());
+        !name.ends_with(".mount")
+            && runs.into_iter().any(|run| run.len() >= 64 && (run.contains(&id) || run.contains(&exec.id)))
+    };
+    let found: Vec<PathBuf> = all_cgroups().into_iter().filter(|path| is_found(&last(path))).collect();
+    assert_eq!(found, [cgroup::of(container.pid())], "one for the container, none for the exec");
+    let procs = fs::read_to_string(found[0].join("cgroup.procs")).expect("cgroup.procs");
+    for pid in [container.pid(), exec.pid()] {
+        assert!(procs.lines().any(|line| line == pid.to_string()), "{pid} in {procs:?}");
+    }
+    let name = last(&found[0]);
+    assert_eq!(name.strip_suffix(".scope").and_then(|name| name.rsplit('-').next()), Some(id.as_str()));
+}
+
+#[test]
+fn a_foreign_path_is_honoured_with_a_warning() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let id = unique("foreign");
+    let path = format!("/e2e-kubepods/burstable/pod1/{id}");
+    let container =
+        node.container("foreign", Spec::sleeping().cgroups_path(&path)).id(&id).started(&Io::default());
+    assert_eq!(format!("/{}", path_of(&container)), path);
+    let unit = format!("_SYSTEMD_UNIT={}", systemd::DAEMON_SERVICE);
+    let warned = |message: &String| message.contains(&id) && message.contains(&path);
+    assert!(systemd::messages(&[&unit]).iter().any(warned));
+    drop(container);
+    for directory in ["e2e-kubepods/burstable/pod1", "e2e-kubepods/burstable", "e2e-kubepods"] {
+        fs::remove_dir(Path::new(ROOT).join(directory)).expect("the client's own parents are empty");
+    }
+}
+
+/// As kubelet ends a pod: SIGKILL to all in its cgroup, and the slice is stopped.
+#[test]
+fn a_pods_slice_can_be_stopped_with_its_containers() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let (id, slice) = (digest(), "e2epods-pode2e_3.slice");
+    let spec = Spec::sleeping().cgroups_path(&format!("{slice}:cri-containerd:{id}"));
+    let container = node.container("stopped", spec).id(&id).started(&Io::default());
+    process::succeed("systemctl", &["stop", slice]);
+    assert_eq!(container.exit_status(), 137);
+    assert_eq!(container.delete().expect("delete").exit_status, 137);
+}
