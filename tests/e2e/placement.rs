@@ -14,7 +14,8 @@ const ROOT: &str = "/sys/fs/cgroup";
 
 /// An id as Docker and Kubernetes make them, of its own.
 fn digest() -> String {
-    let name = unique("digest").bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
+    // Backwards: units are named by the first digits.
+    let name = unique("").bytes().rev().map(|byte| format!("{byte:02x}")).collect::<String>();
     format!("{name:0<64}")[..64].to_string()
 }
 

@@ -57,8 +57,8 @@ fn a_mount_in_a_bidirectional_volume_reaches_the_host() {
     fs::create_dir(volume.join("inner")).expect("make a directory in the volume");
     let fifos = Fifos::new("bidirectional");
     let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
-    let script = "mount -t tmpfs none /volume/inner && echo mounted; \
-                  trap 'umount /volume/inner; exit 0' TERM; sleep 100000 & wait";
+    let script = "trap 'umount /volume/inner; exit 0' TERM; \
+                  mount -t tmpfs none /volume/inner && echo mounted; sleep 100000 & wait";
     let spec = Spec::sh(script).with_sys_admin().rootfs_propagation("rshared").bind(
         volume.as_str(),
         "/volume",
