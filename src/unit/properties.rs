@@ -259,7 +259,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("Before", vec!["shutdown.target"].into()),
         // Started by itself it brings its socket along, and as long as it is loaded so is the socket.
         ("Wants", vec![name::DAEMON_SOCKET].into()),
-        ("After", vec!["dbus.socket", "systemd-journald.socket", name::DAEMON_SOCKET].into()),
+        ("After", vec!["dbus.socket", "dbus.service", "systemd-journald.socket", name::DAEMON_SOCKET].into()),
     ];
     if systemd.has_fd_store_preserve() {
         list.push(("FileDescriptorStorePreserve", "yes".into()));

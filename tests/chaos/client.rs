@@ -118,8 +118,14 @@ impl<'a> Client<'a> {
     }
 
     pub fn start(&self, process: &Process) -> Result<(), End> {
+        let mut is_repeated = false;
         loop {
-            if self.once(&format!("start {}", process.name()), || process.start())?.is_some() {
+            let started = self.once(&format!("start {}", process.name()), || match process.start() {
+                // The first try, of which containerd could not tell, was still under way when it was asked.
+                Err(status) if is_repeated && status.code() == Code::FailedPrecondition => Ok(()),
+                answer => answer.map(drop),
+            })?;
+            if started.is_some() {
                 return Ok(());
             }
             match self.phase(process)? {
@@ -127,6 +133,7 @@ impl<'a> Client<'a> {
                 Some(Phase::Created) => {}
                 Some(_) => return Ok(()),
             }
+            is_repeated = true;
         }
     }
 

@@ -47,7 +47,9 @@ fn second_half_containers_had_their_time_and_nothing_is_left_of_them() {
     }
     let last = process::succeed("journalctl", &["--boot=-1", "--no-pager", "--output=short-monotonic"]);
     let at = |text: &str| {
-        last.lines().position(|line| line.contains(text)).unwrap_or_else(|| panic!("no {text:?} in {last}"))
+        let lines: Vec<&str> = last.lines().collect();
+        let at = lines.iter().rposition(|line| line.contains(text));
+        at.unwrap_or_else(|| panic!("no {text:?} in {last}"))
     };
     let stopped = IDS.map(|id| at(&format!("Stopped containerd-{NAMESPACE}-{id}.service")));
     for later in [
