@@ -24,7 +24,7 @@ use crate::task::phase::{Exit, Seen};
 use crate::task::registry::Taken;
 use crate::task::request::Stdio;
 use crate::task::wiring::{Wiring, pipe};
-use crate::unit::proxy::Starting;
+use crate::unit::reading::Starting;
 use crate::unit::{self, name, properties};
 
 use super::cgroups::is_paused;

@@ -7,7 +7,8 @@ use tokio::process::Command;
 use crate::id::UnitName;
 
 use super::error::Error;
-use super::proxy::{Manager, SERVICE_INTERFACE, UNIT_INTERFACE};
+use super::proxy::Manager;
+use super::reading::{SERVICE_INTERFACE, UNIT_INTERFACE};
 
 /// What a unit has used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

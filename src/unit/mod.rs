@@ -1,7 +1,7 @@
 //! The systemd adapter: the only place that names zbus types.
 //!
-//! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`] and [`main_process`] are pure. [`proxy`] and
-//! `control` make calls, [`watch`] turns signals into observations, [`notify`] speaks to systemd as a service
+//! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`] and [`main_process`] are pure. [`proxy`],
+//! `control` and [`reading`] make calls, [`watch`] turns signals into observations, [`notify`] speaks to systemd as a service
 //! does, [`error`] has what can go wrong.
 
 mod account;
@@ -16,6 +16,7 @@ pub mod name;
 pub mod notify;
 pub mod properties;
 pub mod proxy;
+pub mod reading;
 pub mod refs;
 mod types;
 pub mod watch;

@@ -8,7 +8,8 @@ use crate::id::UnitName;
 use super::annotation::Types;
 use super::error::Error;
 use super::name;
-use super::proxy::{Manager, SERVICE_INTERFACE, UNIT_INTERFACE};
+use super::proxy::Manager;
+use super::reading::{SERVICE_INTERFACE, UNIT_INTERFACE};
 
 impl Manager {
     /// The types of a service's properties, as this systemd has them on the daemon's own unit. One that

@@ -18,7 +18,8 @@ use crate::id::UnitName;
 use super::error::{self, Error};
 use super::main_process::MainProcess;
 use super::name;
-use super::proxy::{Manager, SERVICE_INTERFACE};
+use super::proxy::Manager;
+use super::reading::SERVICE_INTERFACE;
 
 /// What was noticed.
 #[derive(Clone, Debug, PartialEq, Eq)]

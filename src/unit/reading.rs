@@ -1,0 +1,161 @@
+//! What systemd tells of a unit that is loaded.
+
+use std::collections::HashMap;
+
+use zbus::{OwnedObjectPath, OwnedVariant};
+
+use crate::id::UnitName;
+
+use super::error::{Error, call_error};
+use super::main_process::MainProcess;
+use super::name;
+use super::proxy::{Manager, persist};
+
+pub(super) const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";
+const JOB_INTERFACE: &str = "org.freedesktop.systemd1.Job";
+const UNKNOWN_PROPERTY: &str = "org.freedesktop.DBus.Error.UnknownProperty";
+pub(super) const UNIT_INTERFACE: &str = "org.freedesktop.systemd1.Unit";
+
+#[zbus::proxy(interface = "org.freedesktop.DBus.Properties", default_service = "org.freedesktop.systemd1")]
+trait UnitProperties {
+    fn get_all(&self, interface: &str) -> zbus::Result<HashMap<String, OwnedVariant>>;
+    fn get(&self, interface: &str, name: &str) -> zbus::Result<OwnedVariant>;
+}
+
+/// Where a oneshot service is in being started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Starting {
+    /// There is no such unit.
+    NotBegun,
+    /// It is about to run, or runs.
+    UnderWay,
+    /// It has run.
+    Over,
+}
+
+/// What a loaded unit is at, read at once.
+pub(super) struct UnitState {
+    /// `active`, `failed`, …
+    pub(super) active: String,
+    /// Its job, if it has one.
+    pub(super) job: Option<(u32, OwnedObjectPath)>,
+}
+
+impl Manager {
+    /// The type of the job that a unit has: `start`, `stop`, `restart`, …
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn job_type(&self, unit: &UnitName) -> Result<Option<String>, Error> {
+        let Some((_, path)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
+            return Ok(None);
+        };
+        Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
+    }
+
+    /// The state of a unit: `active`, `failed`, …; nothing if it is not loaded.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
+        Ok(self.unit_state(unit).await?.map(|state| state.active))
+    }
+
+    pub(super) async fn unit_state(&self, unit: &UnitName) -> Result<Option<UnitState>, Error> {
+        let all = self.get_all(unit, UNIT_INTERFACE).await?;
+        // Asking for a unit that is not loaded loads an empty one and answers for that.
+        if text(&all, "LoadState").as_deref() == Some("not-found") {
+            return Ok(None);
+        }
+        let job = all.get("Job").and_then(|job| <(u32, OwnedObjectPath)>::try_from(job.clone()).ok());
+        let job = job.filter(|(id, _)| *id != 0);
+        Ok(text(&all, "ActiveState").map(|active| UnitState { active, job }))
+    }
+
+    /// Where a unit is in being started.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
+        let Some(UnitState { active, job }) = self.unit_state(unit).await? else {
+            return Ok(Starting::NotBegun);
+        };
+        Ok(match active.as_str() {
+            "activating" => Starting::UnderWay,
+            // Its job waits for its turn.
+            "inactive" if job.is_some() => Starting::UnderWay,
+            _ => Starting::Over,
+        })
+    }
+
+    /// The main process of a loaded service; nothing if it is not loaded.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
+        // A unit that is not loaded looks as if it had ended with 0: ask for that first.
+        if self.active_state(unit).await?.is_none() {
+            return Ok(None);
+        }
+        let all = self.get_all(unit, SERVICE_INTERFACE).await?;
+        Ok(Some(MainProcess::default().updated(|name| all.get(name).map(|value| &**value))))
+    }
+
+    /// One property of a unit; nothing if this systemd has none of that name and type.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub(super) async fn property<T: TryFrom<OwnedVariant>>(
+        &self,
+        unit: &UnitName,
+        interface: &str,
+        name: &str,
+    ) -> Result<Option<T>, Error> {
+        let path = name::object_path(unit.as_str());
+        let value = persist!(self, manager, async {
+            let proxy = UnitPropertiesProxy::builder(manager.inner().connection())
+                .cache_properties(zbus::proxy::CacheProperties::No)
+                .path(path.as_str())
+                .build()
+                .await?;
+            proxy.get(interface, name).await
+        });
+        match value {
+            Ok(value) => Ok(T::try_from(value).ok()),
+            Err(zbus::Error::FDO(error)) if matches!(*error, zbus::fdo::Error::UnknownProperty(_)) => {
+                Ok(None)
+            }
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == UNKNOWN_PROPERTY => Ok(None),
+            Err(error) => Err(call_error("read", unit, error)),
+        }
+    }
+
+    pub(super) async fn get_all(
+        &self,
+        unit: &UnitName,
+        interface: &str,
+    ) -> Result<HashMap<String, OwnedVariant>, Error> {
+        self.get_all_at(unit, &name::object_path(unit.as_str()), interface).await
+    }
+
+    async fn get_all_at(
+        &self,
+        unit: &UnitName,
+        path: &str,
+        interface: &str,
+    ) -> Result<HashMap<String, OwnedVariant>, Error> {
+        let all = persist!(self, manager, async {
+            let proxy = UnitPropertiesProxy::builder(manager.inner().connection())
+                .cache_properties(zbus::proxy::CacheProperties::No)
+                .path(path)
+                .build()
+                .await?;
+            proxy.get_all(interface).await
+        });
+        all.map_err(|error| call_error("read", unit, error))
+    }
+}
+
+fn text(values: &HashMap<String, OwnedVariant>, name: &str) -> Option<String> {
+    values.get(name).and_then(|value| String::try_from(&**value).ok())
+}
