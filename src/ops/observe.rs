@@ -1,5 +1,6 @@
 //! What systemd reports, applied to the tasks.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
@@ -48,15 +49,28 @@ impl Shim {
     /// Looks at every unit: signals may have been missed.
     pub async fn resync(self: &Arc<Self>) {
         tokio::spawn(self.clone().refer_to_units());
+        let living = self.living().await;
         for entry in self.registry.all() {
-            self.look_at(&entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
+            if !living.contains(&entry.init.unit) {
+                self.look_at(&entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
+            }
             for process in entry.execs() {
-                if let Some(id) = &process.key.exec {
+                if let Some(id) = &process.key.exec
+                    && !living.contains(&process.unit)
+                {
                     let looked = self.look_at_exec(&entry, &process, id).await;
                     looked.unwrap_or_else(|error| cant_look(&process, &error));
                 }
             }
         }
+    }
+
+    /// The units that need no closer look: their main processes live, and when one ends that is told.
+    async fn living(&self) -> HashSet<UnitName> {
+        self.manager.living().await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "can't list the units, each is looked at: {error}");
+            HashSet::new()
+        })
     }
 
     pub(super) async fn look_at_exec(
@@ -180,6 +194,7 @@ impl Shim {
                 Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),
             }
         }
+        let living = self.living().await;
         for record in records? {
             match record {
                 Ok(task) => match self.registry.insert(task) {
@@ -187,7 +202,7 @@ impl Shim {
                         let task = entry.task().clone();
                         let execs = task.execs.values().map(|exec| &exec.wiring);
                         execs.chain([&task.wiring]).for_each(|wiring| self.kept.used(wiring.kept));
-                        self.take_in(&entry).await;
+                        self.take_in(&entry, &living).await;
                     }
                     Err(taken) => tracing::error!(?taken, "two records for one task: {taken:?}"),
                 },
@@ -211,7 +226,7 @@ impl Shim {
         self.manager.forget_earlier_references();
     }
 
-    async fn take_in(self: &Arc<Self>, entry: &Arc<Entry>) {
+    async fn take_in(self: &Arc<Self>, entry: &Arc<Entry>, living: &HashSet<UnitName>) {
         let task = entry.task().clone();
         match task.init {
             Phase::Creating { .. } => {
@@ -231,7 +246,7 @@ impl Shim {
         }
         for (id, exec) in &task.execs {
             match self.registry.insert_exec(entry, id, exec.unit.clone(), exec.phase.exit()) {
-                Ok(process) => self.take_in_exec(entry, &process, id).await,
+                Ok(process) => self.take_in_exec(entry, &process, id, living).await,
                 Err(taken) => {
                     tracing::error!(?taken, "exec {id} of task {}: not taken in: {taken:?}", task.key)
                 }
@@ -242,7 +257,9 @@ impl Shim {
             self.watch_cgroup(entry);
         }
         self.recover_streams(entry, &entry.init).await;
-        self.look_at(entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
+        if !living.contains(&entry.init.unit) {
+            self.look_at(entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
+        }
         self.announce(entry);
     }
 
@@ -267,11 +284,20 @@ impl Shim {
         }
     }
 
-    async fn take_in_exec(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
+    async fn take_in_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        id: &ExecId,
+        living: &HashSet<UnitName>,
+    ) {
         let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
         self.recover_exec(entry, process, id).await;
         if let Some(ExecPhase::Running { .. } | ExecPhase::Stopped { .. }) = phase {
             self.recover_streams(entry, process).await;
+            if living.contains(&process.unit) {
+                return;
+            }
             let looked = self.look_at_exec(entry, process, id).await;
             looked.unwrap_or_else(|error| cant_look(process, &error));
         }

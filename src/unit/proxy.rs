@@ -40,6 +40,7 @@ pub(super) trait SystemdManager {
     fn ref_unit(&self, name: &str) -> zbus::Result<()>;
     fn unref_unit(&self, name: &str) -> zbus::Result<()>;
     fn cancel_job(&self, id: u32) -> zbus::Result<()>;
+    fn list_units_by_patterns(&self, states: &[&str], patterns: &[&str]) -> zbus::Result<Vec<Listed>>;
     fn freeze_unit(&self, name: &str) -> zbus::Result<()>;
     fn thaw_unit(&self, name: &str) -> zbus::Result<()>;
     fn set_unit_properties(
@@ -51,6 +52,11 @@ pub(super) trait SystemdManager {
     #[zbus(property)]
     fn version(&self) -> zbus::Result<String>;
 }
+
+/// A unit in a list: name, description, load, active and sub state, which unit it follows, its object, and id,
+/// type and object of its job.
+pub(super) type Listed =
+    (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 /// systemd's manager, over the system bus.
 pub struct Manager {
