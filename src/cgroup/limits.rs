@@ -64,15 +64,6 @@ fn io_max(had: &str, wanted: &str) -> Vec<String> {
     gone.chain(new.map(|(device, limits)| format!("{device} {limits}"))).collect()
 }
 
-/// How often the kernel has killed a process of a cgroup, or below it, for want of memory.
-///
-/// # Errors
-/// It can't be read. A cgroup that is gone, or has no memory controller, has nothing to tell.
-pub fn oom_kills(cgroup: &Path) -> Result<Option<u64>, Error> {
-    let text = file(cgroup, "memory.events")?;
-    Ok(text.and_then(|text| number(&text, "oom_kill")))
-}
-
 /// All processes of a cgroup are frozen. Nothing for one that is gone.
 ///
 /// # Errors

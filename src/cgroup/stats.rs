@@ -237,6 +237,17 @@ impl Stats {
     }
 }
 
+impl MemoryEvents {
+    /// Reads those of a cgroup. Nothing if it is gone, or its memory is not accounted for.
+    ///
+    /// # Errors
+    /// The file is there and can't be read.
+    pub fn read(cgroup: &Path) -> Result<Option<Self>, Error> {
+        let dir = super::dir(cgroup);
+        Ok(Files::open(&dir)?.read("memory.events", memory_events)?.flatten())
+    }
+}
+
 /// The files of one cgroup.
 struct Files<'p> {
     path: &'p Path,

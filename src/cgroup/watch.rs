@@ -54,7 +54,8 @@ impl<K: Clone> Watch<K> {
         Ok(Arc::new(Self { inotify, ready, watched: Mutex::default() }))
     }
 
-    /// Watches what happens to the processes of a container's cgroup, and who changes limits of `limits`.
+    /// Watches what happens to the processes of a container's cgroup, what the memory events of `memory` are, and
+    /// who changes limits of `limits`.
     ///
     /// # Errors
     /// One of them is gone, or there are more than the kernel allows (fs.inotify.max_user_watches).
@@ -62,11 +63,12 @@ impl<K: Clone> Watch<K> {
         self: &Arc<Self>,
         key: &K,
         container: &Path,
+        memory: &Path,
         limits: Option<&Path>,
     ) -> Result<Watched<K>, Error> {
         let mut watched = Watched { watch: self.clone(), descriptors: Vec::new() };
-        let files = [("memory.events", Change::Memory), ("cgroup.events", Change::State)];
-        let files = files.map(|(file, change)| (dir(container).join(file), change));
+        let files = [(memory, "memory.events", Change::Memory), (container, "cgroup.events", Change::State)];
+        let files = files.map(|(cgroup, file, change)| (dir(cgroup).join(file), change));
         let limits = limits.map(|cgroup| (dir(cgroup), Change::Limits));
         for (path, change) in files.into_iter().chain(limits) {
             let mut all = self.watched();

@@ -56,7 +56,8 @@ impl Shim {
             return;
         };
         let limits = nested(&task).map(|(unit, _)| unit);
-        match self.cgroups.add(&entry.key, container, limits.as_deref()) {
+        let memory = memory_events_of(&task).unwrap_or(container);
+        match self.cgroups.add(&entry.key, container, memory, limits.as_deref()) {
             Ok(watched) => entry.init.live().watched = Some(watched),
             // It has ended, and systemd has removed it.
             Err(error) if error.is_gone() => {}
@@ -169,6 +170,16 @@ impl Shim {
 /// The cgroups of a task's unit and of its container; nothing if the container's is elsewhere.
 pub(super) fn nested(task: &Task) -> Option<(PathBuf, PathBuf)> {
     nested_at(task, task.cgroup.as_deref()?)
+}
+
+/// The cgroup whose memory events are those of the container. It is the unit's: that has the same limit, meets
+/// it first, as the kernel charges it for the container's cgroup itself, and counts what is below it.
+pub(super) fn memory_events_of(task: &Task) -> Option<&Path> {
+    let container = task.cgroup.as_deref()?;
+    match &task.placement {
+        Placement::Unit { .. } => container.parent(),
+        Placement::Foreign { .. } => Some(container),
+    }
 }
 
 fn nested_at(task: &Task, container: &Path) -> Option<(PathBuf, PathBuf)> {

@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::{self, place};
 use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey, TaskId, TaskKey, UnitName};
@@ -282,7 +283,7 @@ impl Shim {
             let task = entry.task().clone();
             limits = self.join_limits(&task, cgroup).await?;
             // One that the client has made before may have a history.
-            oom_kills = cgroup::limits::oom_kills(cgroup)?.unwrap_or_default();
+            oom_kills = MemoryEvents::read(cgroup)?.unwrap_or_default().oom_kill;
         }
         fault::point(Point::CreateLimited);
         self.change(entry, |task| {

@@ -4,13 +4,15 @@
 //! When a container's main process ends systemd removes its cgroup at once, and with it the kernel's count.
 //! The last kill may be in it: then systemd is asked, who has looked before it removed it.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::cgroup;
-use crate::cgroup::limits::oom_kills;
+use crate::cgroup::stats::MemoryEvents;
 use crate::task::phase::Seen;
 
+use super::cgroups::memory_events_of;
 use super::{Entry, Error, Shim, now_usec};
 
 /// For so long a kill may not have been told: the kernel tells of `memory.events` at most every 10 ms, and
@@ -26,9 +28,13 @@ impl Shim {
 
     /// Looks at the kernel's count. False if there is none any more.
     fn note_oom_kills(&self, entry: &Arc<Entry>) -> bool {
-        let cgroup = entry.task().cgroup.clone();
-        let noted = match cgroup.map(|cgroup| oom_kills(&cgroup)) {
-            Some(Ok(Some(kills))) => self.add_oom_kills(entry, kills).map(|()| true),
+        let cgroup = memory_events_of(&entry.task()).map(Path::to_owned);
+        let noted = match cgroup.map(|cgroup| MemoryEvents::read(&cgroup)) {
+            Some(Ok(Some(events))) => {
+                let kills = events.oom_kill;
+                entry.init.live().memory_events = events;
+                self.add_oom_kills(entry, kills).map(|()| true)
+            }
             Some(Ok(None)) => Ok(false),
             Some(Err(error)) => Err(error.into()),
             None => Ok(true),

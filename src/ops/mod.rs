@@ -34,6 +34,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::cgroup;
+use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::{Watch, Watched};
 use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::oci::sealed::{self, Copies};
@@ -97,7 +98,9 @@ pub struct Live {
     removal: Option<JoinHandle<Result<(), Error>>>,
     /// Its cgroup is watched.
     watched: Option<Watched<TaskKey>>,
-    /// When its `memory.events` has changed last.
+    /// What its `memory.events` has told last.
+    memory_events: MemoryEvents,
+    /// When that has changed last.
     memory_changed: Option<Instant>,
     /// It has ended, and systemd is being asked why.
     is_ending: bool,

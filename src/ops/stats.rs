@@ -1,9 +1,12 @@
 //! Stats: what the kernel counts in the container's cgroup.
 
+use std::path::Path;
+
 use crate::cgroup::stats::{MemoryEvents, Stats};
 use crate::id::TaskKey;
 use crate::task::Task;
 
+use super::cgroups::memory_events_of;
 use super::{Error, Shim, blocking};
 
 impl Shim {
@@ -13,21 +16,33 @@ impl Shim {
     /// # Errors
     /// There is no such task, or its numbers can't be read.
     pub async fn stats(&self, key: &TaskKey) -> Result<Stats, Error> {
-        let task = self.created(key)?.task().clone();
+        let entry = self.created(key)?;
+        let task = entry.task().clone();
         if task.init.exit().is_some() {
-            return self.last_stats(&task).await;
+            let events = entry.init.live().memory_events.clone();
+            return self.last_stats(&task, events).await;
         }
-        let Some(cgroup) = task.cgroup else { return Ok(Stats::default()) };
-        Ok(blocking(move || Stats::read(&cgroup)).await??)
+        let (Some(cgroup), Some(memory)) = (task.cgroup.clone(), memory_events_of(&task).map(Path::to_owned))
+        else {
+            return Ok(Stats::default());
+        };
+        let read = blocking(move || {
+            let mut stats = Stats::read(&cgroup)?;
+            if memory != cgroup {
+                stats.memory_events = MemoryEvents::read(&memory)?;
+            }
+            Ok::<_, Error>(stats)
+        });
+        read.await?
     }
 
     /// systemd keeps accounts of what it has removed, and the record those that containerd asks for.
-    async fn last_stats(&self, task: &Task) -> Result<Stats, Error> {
+    async fn last_stats(&self, task: &Task, events: MemoryEvents) -> Result<Stats, Error> {
         let account = self.manager.account(&task.unit).await?;
         let mut stats = Stats::default();
         stats.cpu.stat.usage_usec = account.cpu_usec;
         stats.memory.peak = account.memory_peak;
-        stats.memory_events = Some(MemoryEvents { oom_kill: task.oom_kills, ..MemoryEvents::default() });
+        stats.memory_events = Some(MemoryEvents { oom_kill: task.oom_kills, ..events });
         Ok(stats)
     }
 }

@@ -165,7 +165,10 @@ impl Flat {
         }
         flat.keyed("cpu", &CPU_STAT, &files.text("cpu.stat"));
         flat.keyed("memory", &MEMORY_STAT, &files.text("memory.stat"));
-        let events = files.text("memory.events");
+        // A container's unit has the same limit, and meets it first.
+        let is_in_unit =
+            dir.parent().is_some_and(|parent| parent.extension().is_some_and(|end| end == "service"));
+        let events = files.text(if is_in_unit { "../memory.events" } else { "memory.events" });
         if !events.is_empty() {
             flat.parts.insert("memory_events".to_string());
             flat.keyed("memory_events", &MEMORY_EVENTS, &events);
