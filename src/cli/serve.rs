@@ -167,7 +167,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     for fd in sockets {
         let (socket, listener) =
             listener::from_systemd(fd).map_err(|error| Failure(format!("a socket: {error}")))?;
-        let services = TaskService::new(shim.clone(), socket, owners.clone()).services();
+        let services = TaskService::new(shim.clone(), socket, &owners).services();
         let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
         let earlier = earlier.map(|(_, connection)| connection).collect();
         let listener = listen(connections.clone(), earlier, listener)
