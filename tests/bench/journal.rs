@@ -1,4 +1,4 @@
-//! What it costs that connections, requests and streams outlive the daemon: the same daemon with that
+//! What it costs that connections and requests outlive the daemon: the same daemon with that
 //! mechanism, and with it switched off, in alternation.
 
 use std::time::{Duration, Instant};
@@ -13,7 +13,6 @@ use super::common::spec::Spec;
 use super::container::Init;
 use super::cpu::{self, Cpu};
 use super::latency::{Process, in_turn, live};
-use super::output::Output;
 
 /// What is measured: the daemon as it is, and one that forgets.
 pub const SIDES: [&str; 2] = ["nothing is forgotten", "switched off"];
@@ -100,9 +99,9 @@ impl Costs {
     }
 }
 
-/// From Create to Delete, with output to FIFOs: systemd keeps those too.
+/// From Create to Delete.
 fn total(node: &Node) -> Duration {
-    let init = Init::new(node, OUR_RUNTIME, &["/bin/true"], Some(Output::new(false)));
+    let init = Init::new(node, OUR_RUNTIME, &["/bin/true"], None);
     let total = live(&init).total();
     init.deleted();
     total
