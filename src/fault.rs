@@ -1,5 +1,6 @@
 //! Points at which a test build ends the daemon, as SIGKILL would: to show that there is none at
-//! which a task, a call or an exit is lost. A normal build has no trace of them.
+//! which a task, a call or an exit is lost. And a switch that turns off what this takes, to show what
+//! it costs. A normal build has no trace of them.
 
 /// Names every point once, for the code and for the tests that go through all of them.
 macro_rules! points {
@@ -134,3 +135,17 @@ pub fn point(point: Point) {
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn point(_: Point) {}
+
+/// Whether the daemon is to forget everything with its end: connections are plain, and systemd keeps
+/// nothing. Tasks that are there when this is switched are lost.
+#[cfg(feature = "faults")]
+pub fn is_forgetful() -> bool {
+    std::env::var_os("CONTAINERD_SHIM_SYSTEMD_FORGETFUL").is_some()
+}
+
+/// It is not, in what people run.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn is_forgetful() -> bool {
+    false
+}

@@ -21,19 +21,17 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 use crate::id::{Namespace, ProcessKey, TaskKey};
 use crate::ops::{Attempt, Error, Shim};
 use crate::transport::frame::REPLAYED;
-use crate::transport::sockets::{Owners, Socket};
+use crate::transport::sockets::{Owner, Owners, Socket};
 
 use super::{convert, metrics, status};
 
 type Answer<T> = ttrpc::Result<T>;
 
 /// The service, over the daemon's inside.
-#[derive(Clone)]
 pub struct TaskService {
     shim: Arc<Shim>,
-    /// The socket over which it is called.
-    socket: Socket,
-    owners: Owners,
+    /// Of the socket over which it is called, where that is for one namespace.
+    owner: Option<Owner>,
 }
 
 /// The names of the service: version 3 is version 2 renamed (containerd 2.0).
@@ -42,17 +40,18 @@ const V2: &str = "containerd.task.v2.Task";
 
 impl TaskService {
     /// A service for one socket.
-    pub fn new(shim: Arc<Shim>, socket: Socket, owners: Owners) -> Self {
-        Self { shim, socket, owners }
+    pub fn new(shim: Arc<Shim>, socket: Socket, owners: &Owners) -> Self {
+        let owner = match socket {
+            Socket::Any => None,
+            Socket::Of(number) => Some(owners.owner(number)),
+        };
+        Self { shim, owner }
     }
 
     /// The namespace of a request: as named in it, else the one that the socket belongs to.
     fn namespace(&self, ctx: &TtrpcContext) -> Answer<Namespace> {
         let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
-        let owner = || match self.socket {
-            Socket::Any => None,
-            Socket::Of(number) => self.owners.namespace(number),
-        };
+        let owner = || self.owner.as_ref().and_then(Owner::namespace);
         named.or_else(owner).ok_or_else(|| status::invalid(convert::Error::NoNamespace))
     }
 

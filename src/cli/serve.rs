@@ -1,7 +1,9 @@
 //! `serve`: the daemon. Wires the parts and keeps the order: listen to systemd, recover, publish,
 //! serve, say so.
 
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +23,7 @@ use crate::ops::kept::Kept;
 use crate::store::Store;
 use crate::store::answers::Answers;
 use crate::transport::Keep;
+use crate::transport::durable::Durable;
 use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::Owners;
 use crate::unit::notify::FdStore;
@@ -164,14 +167,11 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     for fd in sockets {
         let (socket, listener) =
             listener::from_systemd(fd).map_err(|error| Failure(format!("a socket: {error}")))?;
-        let services = TaskService::new(shim.clone(), socket, owners.clone()).services();
+        let services = TaskService::new(shim.clone(), socket, &owners).services();
         let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
-        // What an earlier daemon has not sent goes first.
-        let earlier: Vec<_> = earlier.map(|(_, connection)| connection.flushed()).collect();
-        let earlier = stream::iter(earlier).buffer_unordered(usize::MAX);
-        let later = connections.clone().accept(listener);
-        let later = later.map_err(|error| Failure(format!("watch a socket: {error}")))?;
-        let listener = Listener::new(stream::select(earlier, later));
+        let earlier = earlier.map(|(_, connection)| connection).collect();
+        let listener = listen(connections.clone(), earlier, listener)
+            .map_err(|error| Failure(format!("watch a socket: {error}")))?;
         let mut server = Server::new().add_listener(listener).register_service(services);
         server.start().await.map_err(|error| Failure(format!("serve: {error}")))?;
         servers.push(server);
@@ -198,6 +198,20 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// The connections of one socket: those of earlier daemons, and those that come.
+fn listen(
+    connections: Arc<Connections>,
+    earlier: Vec<Durable>,
+    listener: UnixListener,
+) -> io::Result<Listener> {
+    if fault::is_forgetful() {
+        return Listener::try_from(listener);
+    }
+    // What an earlier daemon has not sent goes first.
+    let earlier = stream::iter(earlier).map(Durable::flushed).buffer_unordered(usize::MAX);
+    Ok(Listener::new(stream::select(earlier, connections.accept(listener)?)))
 }
 
 /// How long systemd may take for what is left to be done at the end.

@@ -286,8 +286,7 @@ impl Journal {
         }
         let end = std::mem::take(&mut self.out_end);
         // This before the position: one that lies behind the end is known to be from before.
-        let last = read_u32(&self.file, OUT_HEAD + 8)?;
-        self.write_out_head(last)?;
+        self.file.write_all_at(&self.out_end.to_le_bytes(), OUT_HEAD)?;
         self.out_sent = 0;
         (&self.file).seek(SeekFrom::Start(OUT_BASE))?;
         self.release(OUT_BASE, 0, end)

@@ -2,15 +2,15 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::{Stream, StreamExt, stream};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{MsgFlags, getsockopt, recv};
 use tokio::io::unix::AsyncFd;
 
 use crate::fault::{self, Point};
@@ -117,14 +117,19 @@ impl Connections {
             let mut readable = listener.readable().await?;
             let accepted = readable.try_io(|listener| {
                 let (stream, _) = listener.get_ref().accept()?;
+                if is_over(&stream) {
+                    return Ok(None);
+                }
                 self.keeper.keep(&name, &[stream.as_fd(), journal.fd()]);
                 fault::point(Point::ConnectionKept);
-                Ok(stream)
+                Ok(Some(stream))
             });
             let Ok(stream) = accepted else {
                 continue;
             };
-            let stream = stream?;
+            let Some(stream) = stream? else {
+                continue;
+            };
             match getsockopt(&stream, PeerCredentials) {
                 Ok(peer) if peer.uid() == own_uid => {
                     stream.set_nonblocking(true)?;
@@ -138,6 +143,12 @@ impl Connections {
             self.keeper.forget(&name);
         }
     }
+}
+
+/// Whoever made it has gone without a word, as `start` does, which only looks whether somebody listens.
+/// Not to keep it matters: for each descriptor that systemd lets go of, it makes a process.
+fn is_over(stream: &UnixStream) -> bool {
+    recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) == Ok(0)
 }
 
 /// The number in a connection's name.

@@ -11,8 +11,9 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -71,11 +72,13 @@ impl Owners {
         self.state.join(".sockets")
     }
 
-    /// The namespace that has a socket.
-    pub fn namespace(&self, number: usize) -> Option<Namespace> {
-        fs::read_to_string(self.dir().join(number.to_string()))
-            .ok()
-            .and_then(|text| Namespace::new(text).ok())
+    /// The owner of a socket, for those who ask often.
+    pub fn owner(&self, number: usize) -> Owner {
+        Owner { file: self.dir().join(number.to_string()), known: Mutex::default() }
+    }
+
+    fn namespace(&self, number: usize) -> Option<Namespace> {
+        read(&self.dir().join(number.to_string()))
     }
 
     /// The socket of a namespace; it gets one if it has none. Nothing if all are in use.
@@ -111,6 +114,36 @@ impl Owners {
     }
 }
 
+/// The owner of one socket. The file is read again when there is another in its place.
+#[derive(Debug)]
+pub struct Owner {
+    file: PathBuf,
+    known: Mutex<Option<(Identity, Namespace)>>,
+}
+
+/// Tells a file from any that takes its place: inode, and when it last changed.
+type Identity = (u64, i64, i64);
+
+impl Owner {
+    /// The namespace that has the socket now.
+    pub fn namespace(&self) -> Option<Namespace> {
+        let found = fs::metadata(&self.file).ok()?;
+        let identity = (found.ino(), found.ctime(), found.ctime_nsec());
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, namespace)) = known.as_ref().filter(|(of, _)| *of == identity) {
+            return Some(namespace.clone());
+        }
+        // If it is replaced meanwhile, the next call reads it again.
+        let namespace = read(&self.file)?;
+        *known = Some((identity, namespace.clone()));
+        Some(namespace)
+    }
+}
+
+fn read(file: &Path) -> Option<Namespace> {
+    fs::read_to_string(file).ok().and_then(|text| Namespace::new(text).ok())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,12 +177,15 @@ mod tests {
             owners.claim(&namespace(&format!("n{number}"))).unwrap().unwrap();
         }
         assert_eq!(owners.claim(&namespace("late")).unwrap(), None, "all were used just now");
+        let owner = owners.owner(1);
+        assert_eq!(owner.namespace(), Some(namespace("n1")));
         let old = SystemTime::now() - 2 * SETTLED;
         for number in 0..COUNT {
             File::open(owners.dir().join(number.to_string())).unwrap().set_modified(old).unwrap();
         }
         fs::create_dir_all(owners.state.join("n0")).unwrap();
         assert_eq!(owners.claim(&namespace("late")).unwrap(), Some(Socket::Of(1)), "n0 has tasks");
+        assert_eq!(owner.namespace(), Some(namespace("late")), "who remembers the owner hears of it");
         fs::remove_dir_all(owners.state).unwrap();
     }
 

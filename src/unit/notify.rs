@@ -9,6 +9,8 @@ use std::time::Duration;
 use libsystemd::daemon::{self, NotifyState};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
+use crate::fault;
+
 /// Tells systemd that calls are served from now on. No effect outside of systemd.
 pub fn ready(status: &str) {
     tell(&[NotifyState::Ready, NotifyState::Status(status.to_owned())]);
@@ -56,7 +58,8 @@ impl FdStore {
     /// # Errors
     /// systemd's socket can't be reached.
     pub fn new() -> io::Result<Self> {
-        let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        let path = std::env::var_os("NOTIFY_SOCKET").filter(|_| !fault::is_forgetful());
+        let Some(path) = path else {
             return Ok(Self { socket: None });
         };
         let address = match path.as_encoded_bytes().strip_prefix(b"@") {

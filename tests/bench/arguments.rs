@@ -17,6 +17,8 @@ usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--paralle
                         memory      what is kept while containers run
                         stats       a call of Stats, and its CPU
                         start       a call of our binary
+                        journal     what it costs that nothing is lost when the daemon ends, by switching it
+                                    off (needs a test build of the daemon)
   --iterations N      containers of each runtime, one after the other (default 50)
   --execs N           execs of each runtime, one after the other (default 100)
   --parallel N        containers or execs at once, containers with stats (default 8)
@@ -36,9 +38,10 @@ pub enum Subject {
     Memory,
     Stats,
     Start,
+    Journal,
 }
 
-const SUBJECTS: [(&str, Subject); 7] = [
+const SUBJECTS: [(&str, Subject); 8] = [
     ("containers", Subject::Containers),
     ("execs", Subject::Execs),
     ("terminals", Subject::Terminals),
@@ -46,6 +49,7 @@ const SUBJECTS: [(&str, Subject); 7] = [
     ("memory", Subject::Memory),
     ("stats", Subject::Stats),
     ("start", Subject::Start),
+    ("journal", Subject::Journal),
 ];
 
 #[derive(Debug)]
@@ -62,7 +66,8 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn wants(&self, subject: Subject) -> bool {
-        let is_there = subject != Subject::Start || self.runtimes.iter().any(|name| name == OUR_RUNTIME);
+        let is_ours = matches!(subject, Subject::Start | Subject::Journal);
+        let is_there = !is_ours || self.runtimes.iter().any(|name| name == OUR_RUNTIME);
         is_there && self.subjects.contains(&subject)
     }
 }

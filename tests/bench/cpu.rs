@@ -1,4 +1,4 @@
-//! What an exec costs in CPU: of the runtime's own lasting processes, and of everything in the machine,
+//! What something costs in CPU, an exec first of all: of the runtime's own lasting processes, and of everything in the machine,
 //! which has the short-lived ones, containerd, systemd and this client in it, too.
 
 use std::fs;
@@ -17,7 +17,7 @@ use super::output::Output;
 /// Execs in a row: what a runtime does after the answer to Delete is to be counted as its own.
 const IN_A_ROW: u32 = 10;
 
-/// For each row, the CPU time by exec.
+/// For each row, the CPU time by exec, or by whatever was done in a row.
 #[derive(Debug, Default)]
 pub struct Cpu {
     pub shim: Vec<Duration>,
@@ -52,7 +52,7 @@ fn of_process(pid: u32) -> nix::Result<Duration> {
 }
 
 /// All that runs in this machine, or in this guest where it has a cgroup namespace.
-fn of_machine() -> Duration {
+pub fn of_machine() -> Duration {
     let path = "/sys/fs/cgroup/cpu.stat";
     let stat = fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
     let usage = stat.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());

@@ -53,6 +53,12 @@ pub struct Life {
     delete: Duration,
 }
 
+impl Life {
+    pub fn total(&self) -> Duration {
+        self.create + self.start + self.wait + self.delete
+    }
+}
+
 /// Measures both runtimes in alternation. `prepare` makes the processes of one round for the first
 /// or the second runtime, as far as that costs the same under each.
 pub fn measure<P: Process>(rounds: Rounds, prepare: impl Fn(usize) -> Vec<P>) -> [Times; 2] {

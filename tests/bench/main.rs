@@ -1,6 +1,7 @@
 //! Two runtimes side by side, through the guest's real containerd and in strict alternation: what
 //! containers, execs and terminals cost in time, how fast output flows, what is left in memory, what
-//! statistics cost, and what a call of our binary does.
+//! statistics cost, and what a call of our binary does. And one daemon beside itself: what it costs that
+//! nothing is lost when it ends.
 //!
 //! `cargo bench --bench side_by_side -- --help` tells the arguments. Runs as root in the testbed.
 
@@ -12,6 +13,7 @@ mod container;
 mod cpu;
 mod exec;
 mod execs;
+mod journal;
 mod latency;
 mod memory;
 mod output;
@@ -23,7 +25,7 @@ mod throughput;
 use std::process::ExitCode;
 
 use arguments::{Arguments, Subject};
-use common::node::Node;
+use common::node::{Need, Node};
 use container::Init;
 use latency::Rounds;
 use output::Output;
@@ -71,6 +73,9 @@ fn measure(arguments: &Arguments) -> Report {
         eprintln!("statistics of {} containers, {} times…", arguments.parallel, stats::ROUNDS);
         parts.push(Part::of_stats(&stats::measure(&node, &arguments.runtimes, arguments.parallel)));
     }
+    if arguments.wants(Subject::Journal) {
+        parts.extend(journal(&node, arguments));
+    }
     let start = arguments.wants(Subject::Start).then(|| {
         eprintln!("the binary's start, {} times…", start::CALLS);
         start::measure()
@@ -92,6 +97,17 @@ fn containers(node: &Node, arguments: &Arguments) -> [Part; 2] {
         Part::of_times("containers, one after the other", "create", &serial, None),
         Part::of_times(&format!("containers, {parallel} at once, {PER_PROCESS}"), "create", &at_once, None),
     ]
+}
+
+fn journal(node: &Node, arguments: &Arguments) -> Option<Part> {
+    if let Some(reason) = Need::Faults.missing() {
+        eprintln!("the cost of forgetting nothing: skipped, {reason}");
+        return None;
+    }
+    let (rounds, containers, calls) =
+        (journal::rounds(arguments.iterations), journal::CONTAINERS, journal::CALLS);
+    eprintln!("{containers} containers and {calls} calls, with and without a memory, {rounds} times each…");
+    Some(Part::of_journal(&journal::measure(node, rounds)))
 }
 
 fn containers_with_terminals(node: &Node, arguments: &Arguments) -> Part {

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::arguments::Arguments;
 use super::common::process;
 use super::cpu::Cpu;
+use super::journal::{self, Costs};
 use super::latency::Times;
 use super::memory::Kept;
 use super::start::Cost;
@@ -29,51 +30,61 @@ pub struct Report {
 /// A heading and its lines.
 pub struct Part {
     heading: String,
+    /// What is compared, where it is not the runtimes.
+    sides: Option<[&'static str; 2]>,
     lines: Vec<Line>,
 }
 
-/// A line of the table: two runtimes, and the first over the second.
+/// A line of the table: two sides, and the first over the second.
 struct Line {
     name: String,
     texts: [String; 2],
     values: [Value; 2],
-    /// Of times that are too short to compare there is none.
-    ratio: Option<f64>,
+    medians: [f64; 2],
+    /// Times may be too short for a ratio.
+    is_comparable: bool,
     target: Option<Target>,
 }
 
 /// Below this the clock and the scheduler are measured.
 const COMPARABLE_MS: f64 = 0.1;
 
-/// What the ratio is to be.
+/// What the first side is to be, beside the second.
 #[derive(Clone, Copy)]
 pub enum Target {
     AtMost(f64),
     AtLeast(f64),
+    /// Longer, in milliseconds.
+    LongerByAtMost(f64),
 }
 
 impl Target {
-    fn is_met(self, ratio: f64) -> bool {
+    fn is_met(self, [first, second]: [f64; 2]) -> bool {
         match self {
-            Target::AtMost(most) => ratio <= most,
-            Target::AtLeast(least) => ratio >= least,
+            Target::AtMost(most) => first / second <= most,
+            Target::AtLeast(least) => first / second >= least,
+            Target::LongerByAtMost(most) => first - second <= most,
         }
     }
 
-    fn text(self, ratio: f64) -> String {
-        let sign = if self.is_met(ratio) { "met" } else { "missed" };
+    fn text(self, medians: [f64; 2]) -> String {
+        let sign = if self.is_met(medians) { "met" } else { "missed" };
         match self {
             Target::AtMost(most) => format!("≤ {most:.2} {sign}"),
             Target::AtLeast(least) => format!("≥ {least:.2} {sign}"),
+            Target::LongerByAtMost(most) => {
+                format!("{:+.3} ms ≤ {most:.0} ms {sign}", medians[0] - medians[1])
+            }
         }
     }
 
-    fn json(self, ratio: f64) -> Value {
+    fn json(self, medians: [f64; 2]) -> Value {
         let (name, bound) = match self {
             Target::AtMost(most) => ("at_most", most),
             Target::AtLeast(least) => ("at_least", least),
+            Target::LongerByAtMost(most) => ("longer_by_at_most_ms", most),
         };
-        json!({name: bound, "met": self.is_met(ratio)})
+        json!({name: bound, "met": self.is_met(medians)})
     }
 }
 
@@ -115,7 +126,7 @@ impl Line {
     fn of_times(name: &str, samples: [&Vec<Duration>; 2]) -> Line {
         let spreads = samples.map(|samples| Spread::of_times(samples));
         let line = Line::of_spreads(format!("{name}, ms"), spreads, "ms");
-        Line { ratio: line.ratio.filter(|_| spreads[1].median >= COMPARABLE_MS), ..line }
+        Line { is_comparable: spreads[1].median >= COMPARABLE_MS, ..line }
     }
 
     fn of_rates(Rates { way, rates }: &Rates) -> Line {
@@ -124,12 +135,27 @@ impl Line {
         line.target(Some(Target::AtLeast(1.0)))
     }
 
+    /// The medians of rounds that took turns.
+    fn of_ratios<'t>(name: &str, rounds: [impl Iterator<Item = &'t [Duration]>; 2]) -> Line {
+        let [ours, other] = rounds.map(|rounds| rounds.map(|round| Spread::of_times(round).median));
+        let ratios = Spread::of(&ours.zip(other).map(|(ours, other)| ours / other).collect::<Vec<_>>());
+        Line {
+            name: name.to_string(),
+            texts: [ratios.text(), String::new()],
+            values: [ratios.json("ratio"), Value::Null],
+            medians: [ratios.median, 1.0],
+            is_comparable: true,
+            target: None,
+        }
+    }
+
     fn of_spreads(name: String, spreads: [Spread; 2], unit: &str) -> Line {
         Line {
             name,
             texts: spreads.map(Spread::text),
             values: spreads.map(|spread| spread.json(unit)),
-            ratio: Some(spreads[0].median / spreads[1].median),
+            medians: spreads.map(|spread| spread.median),
+            is_comparable: true,
             target: None,
         }
     }
@@ -142,7 +168,8 @@ impl Line {
                 format!("{} in {} processes, {:.0} each", kept.pss_kib, kept.processes, each(kept))
             }),
             values: kept.map(|kept| json!({"pss_kib": kept.pss_kib, "processes": kept.processes})),
-            ratio: Some(kept[0].pss_kib as f64 / kept[1].pss_kib as f64),
+            medians: kept.map(|kept| kept.pss_kib as f64),
+            is_comparable: true,
             target: None,
         }
     }
@@ -151,21 +178,25 @@ impl Line {
         Line { target, ..self }
     }
 
-    fn judged<T>(&self, judge: impl Fn(Target, f64) -> T) -> Option<T> {
-        self.target.zip(self.ratio).map(|(target, ratio)| judge(target, ratio))
+    fn ratio(&self) -> Option<f64> {
+        self.is_comparable.then(|| self.medians[0] / self.medians[1])
+    }
+
+    fn judged<T>(&self, judge: impl Fn(Target, [f64; 2]) -> T) -> Option<T> {
+        self.target.map(|target| judge(target, self.medians))
     }
 
     fn text(&self) -> String {
         let Line { name, texts: [ours, other], .. } = self;
-        let ratio = self.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default();
+        let ratio = self.ratio().map(|ratio| format!("{ratio:.2}")).unwrap_or_default();
         let target = self.judged(Target::text).unwrap_or_default();
         let line = format!("  {name:<22} {ours:>36} {other:>36} {ratio:>7}  {target}");
         line.trim_end().to_string()
     }
 
-    fn json(&self, runtimes: &[String; 2]) -> Value {
+    fn json(&self, runtimes: [&str; 2]) -> Value {
         let [ours, other] = &self.values;
-        let (ratio, target) = (self.ratio.map(round), self.judged(Target::json));
+        let (ratio, target) = (self.ratio().map(round), self.judged(Target::json));
         json!({"name": self.name, "ratio": ratio, "target": target, "runtimes": [
             {"runtime": runtimes[0], "value": ours},
             {"runtime": runtimes[1], "value": other},
@@ -184,7 +215,7 @@ impl Part {
             Line::of_times("delete", [&ours.delete, &other.delete]),
             Line::of_times("total", [&ours.total, &other.total]).target(target),
         ];
-        Part { heading: heading.to_string(), lines }
+        Part::new(heading, lines)
     }
 
     pub fn of_cpu([ours, other]: &[Cpu; 2]) -> Part {
@@ -192,7 +223,7 @@ impl Part {
             Line::of_times("the shim's own", [&ours.shim, &other.shim]),
             Line::of_times("all processes", [&ours.machine, &other.machine]),
         ];
-        Part { heading: "CPU of an exec".to_string(), lines }
+        Part::new("CPU of an exec", lines)
     }
 
     pub fn of_stats([ours, other]: &[Stats; 2]) -> Part {
@@ -200,16 +231,37 @@ impl Part {
             Line::of_times("a call", [&ours.call, &other.call]),
             Line::of_times("the shim's own CPU", [&ours.shim, &other.shim]),
         ];
-        Part { heading: "statistics".to_string(), lines }
+        Part::new("statistics", lines)
     }
 
     pub fn of_throughput(rates: &[Rates]) -> Part {
-        Part { heading: "output".to_string(), lines: rates.iter().map(Line::of_rates).collect() }
+        Part::new("output", rates.iter().map(Line::of_rates).collect())
     }
 
     pub fn of_memory([ours, other]: &[Vec<Kept>; 2]) -> Part {
         let lines = ours.iter().zip(other).map(|(ours, other)| Line::of_memory([ours, other])).collect();
-        Part { heading: "memory kept".to_string(), lines }
+        Part::new("memory kept", lines)
+    }
+
+    /// One daemon beside itself.
+    pub fn of_journal(costs: &[Costs; 2]) -> Part {
+        let [ours, other] = costs;
+        let rounds = costs.each_ref().map(|costs| costs.totals.chunks(journal::CONTAINERS));
+        let lines = vec![
+            Line::of_times("total per container", [&ours.totals, &other.totals])
+                .target(Some(Target::AtMost(1.02))),
+            Line::of_ratios("the same, by round", rounds),
+            Line::of_times("the daemon's CPU for it", [&ours.container_cpu.shim, &other.container_cpu.shim]),
+            Line::of_times("all CPU for it", [&ours.container_cpu.machine, &other.container_cpu.machine]),
+            Line::of_times("a call of State", [&ours.calls, &other.calls])
+                .target(Some(Target::LongerByAtMost(1.0))),
+            Line::of_times("the daemon's CPU for it", [&ours.call_cpu, &other.call_cpu]),
+        ];
+        Part { sides: Some(journal::SIDES), ..Part::new("connections that outlive the daemon", lines) }
+    }
+
+    fn new(heading: &str, lines: Vec<Line>) -> Part {
+        Part { heading: heading.to_string(), sides: None, lines }
     }
 }
 
@@ -222,8 +274,9 @@ impl Report {
     pub fn table(&self) -> String {
         let [ours, other] = &self.runtimes;
         let mut table = format!("{:<24} {ours:>36} {other:>36} {:>7}  target\n", "", "ratio");
-        for Part { heading, lines } in &self.parts {
-            let _ = writeln!(table, "{heading}"); // to a String, this can't fail
+        for Part { heading, sides, lines } in &self.parts {
+            let sides = sides.map(|[ours, other]| format!("{ours:>25} {other:>36}")).unwrap_or_default();
+            let _ = writeln!(table, "{}", format!("{heading:<35} {sides}").trim_end()); // to a String, this can't fail
             for line in lines {
                 let _ = writeln!(table, "{}", line.text());
             }
@@ -238,8 +291,9 @@ impl Report {
     }
 
     pub fn json(&self) -> String {
-        let part = |Part { heading, lines }: &Part| {
-            let lines: Vec<Value> = lines.iter().map(|line| line.json(&self.runtimes)).collect();
+        let part = |Part { heading, sides, lines }: &Part| {
+            let sides = sides.unwrap_or(self.runtimes.each_ref().map(String::as_str));
+            let lines: Vec<Value> = lines.iter().map(|line| line.json(sides)).collect();
             json!({"part": heading, "lines": lines})
         };
         let times = |times: &[Duration]| Spread::of_times(times).json("ms");

@@ -9,12 +9,15 @@ cd "$repo_dir" || exit
 build_daemon() { make --no-print-directory -C "$repo_dir" build; }
 
 # Builds the daemon with points at which it can be told to end, and prints the path of its program. A build
-# for tests: it need not be small.
-build_faults() {
-    local path=$target_dir/testbed/containerd-shim-systemd-v1
-    cargo rustc --quiet --locked --features faults --bin containerd-shim-systemd-v1 -- -C target-feature=+crt-static >&2
+# for tests: it need not be small or fast, but where it is measured.
+build_faults() { # debug|release
+    local path=$target_dir/testbed/containerd-shim-systemd-v1-$1 profile=dev
+    [ "$1" = debug ] || profile=$1
+    mkdir -p "${path%/*}"
+    cargo rustc --quiet --locked --profile "$profile" --features faults --bin containerd-shim-systemd-v1 -- \
+        -C target-feature=+crt-static >&2
     # The next build without the feature takes its place.
-    cp -f "$target_dir/debug/containerd-shim-systemd-v1" "$path"
+    cp -f "$target_dir/$1/containerd-shim-systemd-v1" "$path"
     echo "$path"
 }
 
