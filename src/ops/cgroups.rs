@@ -65,14 +65,22 @@ impl Shim {
                 tracing::warn!(task = %entry.key, %error, "task {}: what happens to its cgroup is not noticed: {error}", entry.key);
             }
         }
-        self.changed(entry, Change::Any);
+        self.note_oom_kills(entry);
+        self.note_freezer(entry);
+        tokio::spawn(self.clone().carry_limits_down(entry.clone()));
     }
 
     /// Tells containerd that a task is frozen, or is no more, whoever has done it.
-    pub(super) fn note_freezer(&self, entry: &Arc<Entry>) {
+    pub(super) fn note_freezer(self: &Arc<Self>, entry: &Arc<Entry>) {
         let cgroup = entry.task().cgroup.clone();
         let noted = match cgroup.map(|cgroup| files::is_frozen(&cgroup)) {
-            Some(Ok(Some(frozen))) => self.apply(entry, if frozen { Event::Frozen } else { Event::Thawed }),
+            Some(Ok(Some(true))) => self.apply(entry, Event::Frozen),
+            Some(Ok(Some(false))) => {
+                if !entry.init.live().unshown.is_empty() {
+                    tokio::spawn(self.clone().show_unshown(entry.clone()));
+                }
+                self.apply(entry, Event::Thawed)
+            }
             Some(Err(error)) => Err(error.into()),
             Some(Ok(None)) | None => Ok(()),
         };
@@ -108,6 +116,25 @@ impl Shim {
         let (outer, _) = read(&unit, &container).await?;
         let new = new.differing_from(&outer);
         self.show_limits(task, &unit, outer, &new).await.map(Some)
+    }
+
+    /// Limits that systemd has not applied to a frozen unit (256, 257) are set again when it is thawed.
+    pub(super) async fn show_unshown(self: Arc<Self>, entry: Arc<Entry>) {
+        let _limits = entry.limits.lock().await;
+        let unshown = std::mem::take(&mut entry.init.live().unshown);
+        if unshown.is_empty() {
+            return;
+        }
+        let task = entry.task().clone();
+        let shown = self.show_new_limits(&task, &unshown).await.and_then(|limits| {
+            self.change(&entry, |task| {
+                task.limits = limits;
+                Ok(Vec::new())
+            })
+        });
+        if let Err(error) = shown {
+            tracing::warn!(task = %entry.key, %error, "task {}: its unit does not show its limits: {error}", entry.key);
+        }
     }
 
     async fn show_limits(

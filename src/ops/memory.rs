@@ -27,7 +27,7 @@ impl Shim {
     }
 
     /// Looks at the kernel's count. False if there is none any more.
-    fn note_oom_kills(&self, entry: &Arc<Entry>) -> bool {
+    pub(super) fn note_oom_kills(&self, entry: &Arc<Entry>) -> bool {
         let cgroup = memory_events_of(&entry.task()).map(Path::to_owned);
         let noted = match cgroup.map(|cgroup| MemoryEvents::read(&cgroup)) {
             Some(Ok(Some(events))) => {

@@ -42,6 +42,7 @@ use crate::stdio::terminal::Terminal;
 use crate::store::answers::{Answers, Deleted};
 use crate::store::{Owing, Store};
 use crate::task::exec::ExecEvent;
+use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::Event;
 use crate::task::registry::Registry;
@@ -98,6 +99,8 @@ pub struct Live {
     removal: Option<JoinHandle<Result<(), Error>>>,
     /// Its cgroup is watched.
     watched: Option<Watched<TaskKey>>,
+    /// Limits that were set while it was frozen.
+    unshown: Limits,
     /// What its `memory.events` has told last.
     memory_events: MemoryEvents,
     /// When that has changed last.

@@ -11,7 +11,7 @@ use crate::task::phase::{Event, Phase, Refusal};
 use crate::task::{Placement, Task};
 use crate::unit;
 
-use super::{Attempt, Entry, Error, Shim, blocking};
+use super::{Attempt, Error, Shim, blocking};
 
 /// A process that the kernel can't freeze (in a driver, traced) keeps the others frozen half. As with runc.
 const FREEZE_LIMIT: Duration = Duration::from_secs(10);
@@ -65,22 +65,8 @@ impl Shim {
         fault::point(Point::ResumeDone);
         self.apply(&entry, Event::Thawed)?;
         fault::point(Point::ResumeNoted);
-        self.catch_up(&entry).await
-    }
-
-    /// What systemd has not done to a frozen unit (256, 257: its limits).
-    async fn catch_up(&self, entry: &Arc<Entry>) -> Result<(), Error> {
-        let _limits = entry.limits.lock().await;
-        let task = entry.task().clone();
-        let Some(cgroup) = task.cgroup.clone() else {
-            return Ok(());
-        };
-        let container = blocking(move || cgroup::limits::read(&cgroup)).await??;
-        let limits = self.show_new_limits(&task, &container.set()).await?;
-        self.change(entry, |task| {
-            task.limits = limits;
-            Ok(Vec::new())
-        })
+        self.clone().show_unshown(entry.clone()).await;
+        Ok(())
     }
 
     async fn freeze(&self, task: &Task) -> Result<(), Error> {

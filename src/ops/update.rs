@@ -12,6 +12,7 @@ use crate::oci::{self, runtime};
 use crate::task::limits::{Attribute, Limits};
 use crate::task::phase::Refusal;
 
+use super::cgroups::is_paused;
 use super::create::check_resources;
 use super::{Error, Shim, blocking};
 
@@ -47,6 +48,10 @@ impl Shim {
         let _ = tokio::fs::remove_file(&path).await;
         updated?;
         let limits = self.show_new_limits(&task, &new).await?;
+        if is_paused(&task) {
+            let mut live = entry.init.live();
+            live.unshown = new.over(&live.unshown);
+        }
         fault::point(Point::UpdateShown);
         self.change(&entry, |task| {
             task.limits = limits;

@@ -137,6 +137,13 @@ impl Limits {
         set.map(|(attribute, value)| (attribute, value.to_owned())).collect()
     }
 
+    /// These, and those of `other` that are not in them.
+    pub fn over(&self, other: &Self) -> Self {
+        let mut all = other.0.clone();
+        all.extend(self.0.clone());
+        Self(all)
+    }
+
     /// Those of them that are named.
     pub fn only(&self, named: &[Attribute]) -> Self {
         let only = self.iter().filter(|(attribute, _)| named.contains(attribute));
@@ -183,5 +190,7 @@ mod tests {
             limits(&[(Attribute::MemoryMax, "4096"), (Attribute::Cpus, "")])
         );
         assert_eq!(one.without(&other), limits(&[(Attribute::Cpus, "")]));
+        assert_eq!(other.over(&one).get(Attribute::MemoryMax), Some("max"));
+        assert_eq!(other.over(&one).get(Attribute::Cpus), Some(""));
     }
 }
