@@ -221,10 +221,10 @@ impl Task for TaskService {
     }
 
     async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
-        let key = self.process(ctx, &request.id, "")?;
+        let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
         let (shim, task) = (self.shim.clone(), key.task.clone());
         let resources = request.resources.into_option().unwrap_or_default().value;
-        self.run("update", &key, async move { shim.update(&task, resources).await }).await?;
+        self.run("update", &key, async move { shim.update(&task, resources, attempt).await }).await?;
         Ok(Empty::new())
     }
 }

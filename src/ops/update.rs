@@ -1,5 +1,6 @@
 //! Update: other limits for a container, in its cgroup and on its unit.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -14,17 +15,24 @@ use crate::task::phase::Refusal;
 
 use super::cgroups::is_paused;
 use super::create::check_resources;
-use super::{Error, Shim, blocking};
+use super::{Attempt, Error, Shim, blocking};
 
 /// The file in a task's directory with the resources of an Update under way.
 const RESOURCES: &str = "resources.json";
+/// The file with the limits that the container had before it.
+const BEFORE: &str = "limits-before.json";
 
 impl Shim {
     /// Gives a container other limits: OCI `LinuxResources`, in JSON. What they don't name stays as it is.
     ///
     /// # Errors
     /// They are wrong, the container has ended, or the OCI runtime fails; then it has the limits that it had.
-    pub async fn update(self: &Arc<Self>, key: &TaskKey, resources: Vec<u8>) -> Result<(), Error> {
+    pub async fn update(
+        self: &Arc<Self>,
+        key: &TaskKey,
+        resources: Vec<u8>,
+        attempt: Attempt,
+    ) -> Result<(), Error> {
         let named = check(&resources)?;
         let entry = self.created(key)?;
         let _verb = entry.init.verb.lock().await;
@@ -33,20 +41,20 @@ impl Shim {
         if !task.init.is_alive() {
             return Err(Error::Refused(Refusal { verb: "update", phase: task.init.word() }));
         }
-        let before = self.limits_of(&task.cgroup).await?;
+        let Some(cgroup) = task.cgroup.clone() else {
+            return Err(Error::UnknownTask { key: key.clone() });
+        };
+        let before = self.limits_before(key, &cgroup, attempt).await?;
         let dir = self.store.dir(key);
         let path = self.store.write_aside(key, RESOURCES, &resources)?;
         let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
         let updated = cli.update(&path).await;
         fault::point(Point::UpdateDone);
-        let after = self.limits_of(&task.cgroup).await?;
-        let changed = after.differing_from(&before);
+        let after = read(&cgroup).await?;
         // The OCI runtime sets all that it knows, also what an administrator has changed since.
-        let new = if updated.is_ok() { changed.only(&named) } else { Limits::default() };
-        self.restore(&task.cgroup, &before, &changed.without(&new)).await?;
-        // It is of no use any more.
-        let _ = tokio::fs::remove_file(&path).await;
-        updated?;
+        let new = if updated.is_ok() { after.only(&named) } else { Limits::default() };
+        let back = before.without(&new).differing_from(&after);
+        blocking(move || files::write(&cgroup, &back)).await??;
         let limits = self.show_new_limits(&task, &new).await?;
         if is_paused(&task) {
             let mut live = entry.init.live();
@@ -56,35 +64,27 @@ impl Shim {
         self.change(&entry, |task| {
             task.limits = limits;
             Ok(Vec::new())
-        })
+        })?;
+        self.store.remove_aside(key, &[RESOURCES, BEFORE])?;
+        Ok(updated?)
     }
 
-    async fn limits_of(&self, cgroup: &Option<std::path::PathBuf>) -> Result<Limits, Error> {
-        match cgroup.clone() {
-            Some(cgroup) => Ok(blocking(move || files::read(&cgroup)).await??),
-            None => Ok(Limits::default()),
+    /// The limits that a container has before an Update; of one that was cut off, those before its first try.
+    async fn limits_before(&self, key: &TaskKey, cgroup: &Path, attempt: Attempt) -> Result<Limits, Error> {
+        let kept = if attempt == Attempt::Replayed { self.store.read_aside(key, BEFORE)? } else { None };
+        if let Some(before) = kept {
+            return Ok(before);
         }
+        let before = read(cgroup).await?;
+        let text = serde_json::to_vec(&before).map_err(oci::resources::Error::Malformed)?;
+        self.store.write_aside(key, BEFORE, &text)?;
+        Ok(before)
     }
 }
 
-impl Shim {
-    /// Gives back what an update has changed beyond its words.
-    async fn restore(
-        &self,
-        cgroup: &Option<std::path::PathBuf>,
-        before: &Limits,
-        changed: &Limits,
-    ) -> Result<(), Error> {
-        let back: Limits = before
-            .iter()
-            .filter(|(attribute, _)| changed.get(*attribute).is_some())
-            .map(|(attribute, value)| (attribute, value.to_owned()))
-            .collect();
-        match cgroup.clone() {
-            Some(cgroup) if !back.is_empty() => Ok(blocking(move || files::write(&cgroup, &back)).await??),
-            Some(_) | None => Ok(()),
-        }
-    }
+async fn read(cgroup: &Path) -> Result<Limits, Error> {
+    let cgroup = cgroup.to_owned();
+    Ok(blocking(move || files::read(&cgroup)).await??)
 }
 
 /// The fields of `LinuxResources` and the files that they change (opencontainers/cgroups, fs2).

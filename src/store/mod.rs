@@ -8,6 +8,7 @@
 //! on the async runtime.
 
 pub mod answers;
+mod aside;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -159,16 +160,6 @@ impl Store {
             return Ok(None);
         };
         serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
-    }
-
-    /// Writes a file for the OCI runtime beside a task's record.
-    ///
-    /// # Errors
-    /// [`Error::Io`]
-    pub fn write_aside(&self, key: &TaskKey, name: &str, content: &[u8]) -> Result<PathBuf, Error> {
-        let path = self.dir(key).join(name);
-        replace(&path, &path.with_extension("new"), content)?;
-        Ok(path)
     }
 
     /// Where a process gets its terminal: a name that fits into a socket's address, which the path of
