@@ -64,13 +64,21 @@ fn io_max(had: &str, wanted: &str) -> Vec<String> {
     gone.chain(new.map(|(device, limits)| format!("{device} {limits}"))).collect()
 }
 
-/// All processes of a cgroup are frozen. Nothing for one that is gone.
+/// All processes of a cgroup are frozen, or are to run. Nothing for one that is gone, and in between: a
+/// frozen process that is killed runs for a moment.
 ///
 /// # Errors
 /// It can't be read.
 pub fn is_frozen(cgroup: &Path) -> Result<Option<bool>, Error> {
-    let text = file(cgroup, "cgroup.events")?;
-    Ok(text.and_then(|text| number(&text, "frozen")).map(|frozen| frozen == 1))
+    let Some(events) = file(cgroup, "cgroup.events")? else {
+        return Ok(None);
+    };
+    if number(&events, "frozen") == Some(1) {
+        return Ok(Some(true));
+    }
+    let is_asked = |cgroup: &Path| Ok(file(cgroup, "cgroup.freeze")?.is_some_and(|text| text.trim() == "1"));
+    let is_between = is_asked(cgroup)? || cgroup.parent().map(is_asked).transpose()?.unwrap_or_default();
+    Ok((!is_between).then_some(false))
 }
 
 fn file(cgroup: &Path, name: &str) -> Result<Option<String>, Error> {

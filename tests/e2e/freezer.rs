@@ -110,10 +110,12 @@ fn an_exec_is_paused_with_its_task() {
 #[test]
 fn sigkill_ends_a_paused_task_and_it_can_be_deleted() {
     let node = Node::shared();
+    let events = node.subscribe();
     let container = node.container("kill", Spec::sleeping()).started(&Io::default());
     container.pause().expect("pause");
     container.kill(SIGKILL).expect("kill");
     assert_eq!(container.exit_status(), 137);
+    assert_eq!(names(&events, &container, "exit"), ["create", "start", "paused", "exit"]);
     assert_eq!(container.phase(), Status::Stopped);
     assert_eq!(container.delete().expect("delete").exit_status, 137);
     if node.runtime == crate::common::node::OUR_RUNTIME {
