@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::task::limits::{Attribute, Limits};
 
+use super::format::flat;
 use super::{Error, dir, error, is_gone};
 
 /// The limits of a cgroup. Nothing for one that is gone.
@@ -13,15 +14,9 @@ use super::{Error, dir, error, is_gone};
 /// # Errors
 /// A file can't be read.
 pub fn read(cgroup: &Path) -> Result<Limits, Error> {
-    let dir = dir(cgroup);
     let read = |attribute: Attribute| {
-        let path = dir.join(attribute.file());
-        match fs::read_to_string(&path) {
-            Ok(text) => Some(Ok((attribute, text.trim_end().to_owned()))),
-            // A controller that is not there, or a kernel that is older than the file.
-            Err(e) if is_gone(&e) => None,
-            Err(e) => Some(Err(error("read", &path)(e))),
-        }
+        let text = file(cgroup, attribute.file()).transpose()?;
+        Some(text.map(|text| (attribute, text.trim_end().to_owned())))
     };
     Attribute::ALL.into_iter().filter_map(read).collect()
 }
@@ -81,6 +76,7 @@ pub fn is_frozen(cgroup: &Path) -> Result<Option<bool>, Error> {
     Ok((!is_between).then_some(false))
 }
 
+/// A file's text. Nothing if the cgroup is gone, its controller is not there, or the kernel is older.
 fn file(cgroup: &Path, name: &str) -> Result<Option<String>, Error> {
     let path = dir(cgroup).join(name);
     match fs::read_to_string(&path) {
@@ -91,8 +87,7 @@ fn file(cgroup: &Path, name: &str) -> Result<Option<String>, Error> {
 }
 
 fn number(text: &str, key: &str) -> Option<u64> {
-    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
-    value.and_then(|value| value.trim().parse().ok())
+    flat(text).find(|(found, _)| *found == key).map(|(_, number)| number)
 }
 
 #[cfg(test)]

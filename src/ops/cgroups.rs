@@ -8,7 +8,7 @@ use crate::cgroup::limits as files;
 use crate::cgroup::watch::Change;
 use crate::id::TaskKey;
 use crate::task::limits::Limits;
-use crate::task::phase::{Event, Phase};
+use crate::task::phase::Event;
 use crate::task::{Placement, Task};
 use crate::unit;
 
@@ -98,7 +98,7 @@ impl Shim {
         let Some((unit, container)) = nested_at(task, container) else {
             return Ok(None);
         };
-        let (outer, inner) = read(&unit, &container).await?;
+        let (outer, inner) = (read(&unit).await?, read(&container).await?);
         let (given, wanted) = (outer.set(), inner.set());
         let down = given.without(&wanted);
         if !down.is_empty() {
@@ -110,10 +110,10 @@ impl Shim {
     /// A container has got other limits from its client: the unit gets the same. As [`Self::join_limits`]
     /// otherwise.
     pub(super) async fn show_new_limits(&self, task: &Task, new: &Limits) -> Result<Option<Limits>, Error> {
-        let Some((unit, container)) = nested(task) else {
+        let Some((unit, _)) = nested(task) else {
             return Ok(None);
         };
-        let (outer, _) = read(&unit, &container).await?;
+        let outer = read(&unit).await?;
         let new = new.differing_from(&outer);
         self.show_limits(task, &unit, outer, &new).await.map(Some)
     }
@@ -126,15 +126,19 @@ impl Shim {
             return;
         }
         let task = entry.task().clone();
-        let shown = self.show_new_limits(&task, &unshown).await.and_then(|limits| {
-            self.change(&entry, |task| {
-                task.limits = limits;
-                Ok(Vec::new())
-            })
-        });
+        let shown = self.show_new_limits(&task, &unshown).await;
+        let shown = shown.and_then(|limits| self.note_limits(&entry, limits));
         if let Err(error) = shown {
             tracing::warn!(task = %entry.key, %error, "task {}: its unit does not show its limits: {error}", entry.key);
         }
+    }
+
+    /// Notes the limits of the unit's cgroup, as those that the container has been compared with.
+    pub(super) fn note_limits(&self, entry: &Arc<Entry>, limits: Option<Limits>) -> Result<(), Error> {
+        self.change(entry, |task| {
+            task.limits = limits;
+            Ok(Vec::new())
+        })
     }
 
     async fn show_limits(
@@ -149,10 +153,7 @@ impl Shim {
         }
         let properties = unit::limits::properties(new);
         match self.manager.set_properties(&task.unit, &properties).await {
-            Ok(()) => {
-                let unit = unit.to_owned();
-                Ok(blocking(move || files::read(&unit)).await??)
-            }
+            Ok(()) => read(unit).await,
             Err(error) => {
                 tracing::warn!(task = %task.key, %error, "task {}: its unit does not show its limits: {error}", task.key);
                 Ok(outer)
@@ -176,7 +177,7 @@ impl Shim {
         else {
             return Ok(());
         };
-        let (outer, inner) = read(&unit, &container).await?;
+        let (outer, inner) = (read(&unit).await?, read(&container).await?);
         let new = outer.differing_from(&known);
         if new.is_empty() {
             return Ok(());
@@ -186,10 +187,7 @@ impl Shim {
         }
         let down = new.differing_from(&inner);
         let written = blocking(move || files::write(&container, &down)).await?;
-        self.change(entry, |task| {
-            task.limits = Some(outer);
-            Ok(Vec::new())
-        })?;
+        self.note_limits(entry, Some(outer))?;
         Ok(written?)
     }
 }
@@ -216,13 +214,8 @@ fn nested_at(task: &Task, container: &Path) -> Option<(PathBuf, PathBuf)> {
     }
 }
 
-async fn read(unit: &Path, container: &Path) -> Result<(Limits, Limits), Error> {
-    let (unit, container) = (unit.to_owned(), container.to_owned());
-    let both = blocking(move || Ok::<_, Error>((files::read(&unit)?, files::read(&container)?)));
-    both.await?
-}
-
-/// A task that is frozen: nothing can be added to it.
-pub(super) fn is_paused(task: &Task) -> bool {
-    matches!(task.init, Phase::Paused { .. })
+/// The limits of a cgroup, read away from the async runtime.
+pub(super) async fn read(cgroup: &Path) -> Result<Limits, Error> {
+    let cgroup = cgroup.to_owned();
+    Ok(blocking(move || files::read(&cgroup)).await??)
 }

@@ -27,7 +27,7 @@ use crate::unit::properties::{self, Shown};
 use crate::unit::{self, name};
 
 use super::streams::{Opened, Whose};
-use super::{Attempt, Entry, Error, Shim, additions, blocking, now_usec};
+use super::{Attempt, Entry, Error, LAUNCH_CGROUP, Shim, additions, blocking, now_usec};
 
 /// Where containerd takes events when nothing says otherwise.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
@@ -231,7 +231,8 @@ impl Shim {
             fields: &task.face.fields,
             slice: task.placement.slice(),
         };
-        let environment = self.launch_environment(task).await?;
+        let mut environment = self.launch_environment(task).await?;
+        environment.push(format!("{LAUNCH_CGROUP}={}", cgroup::of_self()?.join("launch").display()));
         let pid_file = dir.join(PID_FILE);
         let properties = properties::container(&shown, &command, &environment, &pid_file, task.notify);
         let additions = additions::of(task)?;

@@ -27,7 +27,6 @@ use crate::task::wiring::{Wiring, pipe};
 use crate::unit::reading::Starting;
 use crate::unit::{self, name, properties};
 
-use super::cgroups::is_paused;
 use super::create::read_pid;
 use super::streams::{Opened, Whose, cut_off, drain, kept_number};
 use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, go_on, now_usec};
@@ -68,7 +67,7 @@ impl Shim {
         };
         let spec = process::Process::read(&spec, stdio.terminal)?;
         let task = entry.task().clone();
-        if is_paused(&task) || !task.init.is_alive() {
+        if task.init.is_paused() || !task.init.is_alive() {
             return Err(Error::NoExecIn { phase: task.init.word() });
         }
         let log = task.runtime.log;
@@ -148,7 +147,7 @@ impl Shim {
         if !task.init.is_alive() {
             return Err(Error::InitGone { key: key.task.clone() });
         }
-        if is_paused(&task) {
+        if task.init.is_paused() {
             // The OCI runtime would wait in it until somebody thaws it.
             return Err(Error::NoExecIn { phase: task.init.word() });
         }

@@ -238,9 +238,7 @@ impl Shim {
     async fn launch_environment(&self, task: &Task) -> Result<Vec<String>, Error> {
         let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
         let place = blocking(move || copies.place(&binary)).await?;
-        let cgroup = cgroup::of_self()?.join("launch");
-        let sealed = place.map(|place| format!("{SEALED_RUNTIME}={place}"));
-        Ok(sealed.into_iter().chain([format!("{LAUNCH_CGROUP}={}", cgroup.display())]).collect())
+        Ok(place.map(|place| format!("{SEALED_RUNTIME}={place}")).into_iter().collect())
     }
 
     /// A process is about to be moved between cgroups; see [`cgroup::warm_up`].

@@ -67,7 +67,7 @@ impl Shim {
         let status = match exec.phase {
             ExecPhase::Added | ExecPhase::Starting { .. } => Status::Created,
             // It is frozen with its container.
-            ExecPhase::Running { .. } if matches!(task.init, Phase::Paused { .. }) => Status::Paused,
+            ExecPhase::Running { .. } if task.init.is_paused() => Status::Paused,
             ExecPhase::Running { .. } => Status::Running,
             ExecPhase::Stopped { .. } => Status::Stopped,
         };

@@ -13,7 +13,7 @@ use crate::oci::{self, runtime};
 use crate::task::limits::{Attribute, Limits};
 use crate::task::phase::Refusal;
 
-use super::cgroups::is_paused;
+use super::cgroups::read;
 use super::create::check_resources;
 use super::{Attempt, Error, Shim, blocking};
 
@@ -56,15 +56,12 @@ impl Shim {
         let back = before.without(&new).differing_from(&after);
         blocking(move || files::write(&cgroup, &back)).await??;
         let limits = self.show_new_limits(&task, &new).await?;
-        if is_paused(&task) {
+        if task.init.is_paused() {
             let mut live = entry.init.live();
             live.unshown = new.over(&live.unshown);
         }
         fault::point(Point::UpdateShown);
-        self.change(&entry, |task| {
-            task.limits = limits;
-            Ok(Vec::new())
-        })?;
+        self.note_limits(&entry, limits)?;
         self.store.remove_aside(key, &[RESOURCES, BEFORE])?;
         Ok(updated?)
     }
@@ -80,11 +77,6 @@ impl Shim {
         self.store.write_aside(key, BEFORE, &text)?;
         Ok(before)
     }
-}
-
-async fn read(cgroup: &Path) -> Result<Limits, Error> {
-    let cgroup = cgroup.to_owned();
-    Ok(blocking(move || files::read(&cgroup)).await??)
 }
 
 /// The fields of `LinuxResources` and the files that they change (opencontainers/cgroups, fs2).

@@ -128,6 +128,11 @@ impl Phase {
         }
     }
 
+    /// It is frozen: nothing can be added to it.
+    pub fn is_paused(&self) -> bool {
+        matches!(self, Self::Paused { .. })
+    }
+
     /// It runs, or has run: Start is over.
     pub fn has_run(&self) -> bool {
         match self {

@@ -163,6 +163,11 @@ impl Events {
         }
     }
 
+    /// The names of those.
+    pub fn names_up_to(&self, container: &Container, last: &str) -> Vec<String> {
+        self.up_to(container, last).iter().map(|event| event.name().to_string()).collect()
+    }
+
     /// The container's exit event.
     pub fn exit_of(&self, container: &Container) -> TaskExit {
         match self.up_to(container, "exit").pop() {

@@ -6,7 +6,6 @@ use containerd_client::types::v1::Status;
 
 use crate::common::container::Container;
 use crate::common::daemon::{self, Down};
-use crate::common::events::{Event, Events};
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::task::{Io, SIGKILL, SIGTERM, assert_refused};
@@ -14,10 +13,6 @@ use crate::common::{cgroup, process, systemd, wait};
 
 fn phase_becomes(container: &Container, phase: Status) {
     wait::until_true(&format!("{phase:?}"), || container.phase() == phase);
-}
-
-fn names(events: &Events, container: &Container, last: &str) -> Vec<String> {
-    events.up_to(container, last).iter().map(|event: &Event| event.name().to_string()).collect()
 }
 
 #[test]
@@ -37,7 +32,7 @@ fn a_paused_task_does_nothing_until_it_is_resumed() {
     assert_eq!(container.phase(), Status::Running);
     assert!(!cgroup::is_frozen(&cgroup));
     container.kill(SIGKILL).expect("kill");
-    assert_eq!(names(&events, &container, "exit"), ["create", "start", "paused", "resumed", "exit"]);
+    assert_eq!(events.names_up_to(&container, "exit"), ["create", "start", "paused", "resumed", "exit"]);
 }
 
 #[test]
@@ -60,10 +55,10 @@ fn what_an_administrator_freezes_is_paused() {
     let container = node.container("admin", Spec::sleeping()).started(&Io::default());
     let unit = systemd::unit_of(&container);
     process::succeed("systemctl", &["freeze", &unit]);
-    assert_eq!(names(&events, &container, "paused"), ["create", "start", "paused"]);
+    assert_eq!(events.names_up_to(&container, "paused"), ["create", "start", "paused"]);
     assert_eq!(container.phase(), Status::Paused);
     process::succeed("systemctl", &["thaw", &unit]);
-    assert_eq!(names(&events, &container, "resumed"), ["resumed"]);
+    assert_eq!(events.names_up_to(&container, "resumed"), ["resumed"]);
     assert_eq!(container.phase(), Status::Running);
     // Resume of what an administrator has frozen works as well.
     process::succeed("systemctl", &["freeze", &unit]);
@@ -115,7 +110,7 @@ fn sigkill_ends_a_paused_task_and_it_can_be_deleted() {
     container.pause().expect("pause");
     container.kill(SIGKILL).expect("kill");
     assert_eq!(container.exit_status(), 137);
-    assert_eq!(names(&events, &container, "exit"), ["create", "start", "paused", "exit"]);
+    assert_eq!(events.names_up_to(&container, "exit"), ["create", "start", "paused", "exit"]);
     assert_eq!(container.phase(), Status::Stopped);
     assert_eq!(container.delete().expect("delete").exit_status, 137);
     if node.runtime == crate::common::node::OUR_RUNTIME {
@@ -215,6 +210,6 @@ fn a_freeze_while_the_daemon_is_down_is_told_when_it_is_back() {
     phase_becomes(&container, Status::Paused);
     container.resume().expect("resume");
     container.kill(SIGKILL).expect("kill");
-    let seen = names(&events, &container, "exit");
+    let seen = events.names_up_to(&container, "exit");
     assert_eq!(seen, ["create", "start", "paused", "resumed", "paused", "resumed", "exit"]);
 }

@@ -2,9 +2,7 @@
 
 use serde_json::json;
 
-use crate::common::container::Container;
 use crate::common::daemon::Down;
-use crate::common::events::Events;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::task::{Io, SIGKILL};
@@ -18,10 +16,6 @@ fn small(script: &str) -> Spec {
     Spec::sh(script).resources(json!({"memory": {"limit": 15 * MIB, "swap": 15 * MIB}}))
 }
 
-fn names(events: &Events, container: &Container, last: &str) -> Vec<String> {
-    events.up_to(container, last).iter().map(|event| event.name().to_string()).collect()
-}
-
 #[test]
 fn a_container_that_is_killed_for_memory_says_so_before_it_ends() {
     needs!(Controllers);
@@ -30,7 +24,11 @@ fn a_container_that_is_killed_for_memory_says_so_before_it_ends() {
     for round in 0..5 {
         let container = node.container("oom", small(&format!("exec {EAT}"))).started(&Io::default());
         assert_eq!(container.exit_status(), 137);
-        assert_eq!(names(&events, &container, "exit"), ["create", "start", "oom", "exit"], "round {round}");
+        assert_eq!(
+            events.names_up_to(&container, "exit"),
+            ["create", "start", "oom", "exit"],
+            "round {round}"
+        );
     }
 }
 
@@ -41,12 +39,12 @@ fn a_child_that_is_killed_leaves_the_container_running() {
     let events = node.subscribe();
     let container =
         node.container("child", small(&format!("{EAT}; {EAT}; sleep 100000 & wait"))).started(&Io::default());
-    assert_eq!(names(&events, &container, "oom"), ["create", "start", "oom"]);
-    assert_eq!(names(&events, &container, "oom"), ["oom"]);
+    assert_eq!(events.names_up_to(&container, "oom"), ["create", "start", "oom"]);
+    assert_eq!(events.names_up_to(&container, "oom"), ["oom"]);
     wait::until_true("it goes on", || container.pids().is_ok_and(|pids| pids.len() == 2));
     container.kill(SIGKILL).expect("kill");
     assert_eq!(container.exit_status(), 137);
-    assert_eq!(names(&events, &container, "exit"), ["exit"], "that was no lack of memory");
+    assert_eq!(events.names_up_to(&container, "exit"), ["exit"], "that was no lack of memory");
 }
 
 #[test]
@@ -75,5 +73,5 @@ fn a_kill_while_the_daemon_is_down_is_told_before_the_end() {
     wait::until_true("it is killed", || !crate::common::process::exists(pid));
     down.end();
     assert_eq!(container.exit_status(), 137);
-    assert_eq!(names(&events, &container, "exit"), ["create", "start", "oom", "exit"]);
+    assert_eq!(events.names_up_to(&container, "exit"), ["create", "start", "oom", "exit"]);
 }
