@@ -1,7 +1,12 @@
 //! Generates the messages of `proto/`, without protoc.
 
 fn main() {
-    let inputs = ["proto/options.proto", "proto/bootstrap.proto", "proto/runtimeoptions.proto"];
+    let inputs = [
+        "proto/options.proto",
+        "proto/bootstrap.proto",
+        "proto/runtimeoptions.proto",
+        "proto/linux_runtime.proto",
+    ];
     for input in inputs {
         println!("cargo:rerun-if-changed={input}");
     }

@@ -27,7 +27,7 @@ use crate::task::phase::Exit;
 use crate::task::request::{Create, Mount, Stdio};
 use crate::transport::sockets::COUNT;
 
-use super::messages::{GenericOptions, SystemdOptions};
+use super::messages::{GenericOptions, LinuxCreateOptions, LinuxRuncOptions, SystemdOptions};
 
 /// The key of the namespace in ttrpc metadata.
 pub const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
@@ -49,7 +49,7 @@ pub enum Error {
     NoNamespace,
     /// Options of a type that is not known here.
     #[error(
-        "runtime options of type {0:?} are not known here: use containerd.runc.v1.Options, \
+        "runtime options of type {0:?} are not known: use containerd.runc.v1.Options, \
          runtimeoptions.v1.Options or containerd.systemd.v1.Options"
     )]
     UnknownOptions(String),
@@ -162,6 +162,33 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
                 io_uid: runc.io_uid,
                 io_gid: runc.io_gid,
                 systemd_cgroup: runc.systemd_cgroup,
+                shim_cgroup: runc.shim_cgroup,
+                criu_image_path: runc.criu_image_path,
+                criu_work_path: runc.criu_work_path,
+                ..Options::default()
+            })))
+        }
+        // Clients of containerd up to 1.7 send these two to a runtime whose name does not begin with
+        // io.containerd.runc. The fields about checkpoints have their own message.
+        "containerd.linux.runc.CreateOptions" => {
+            let linux: LinuxCreateOptions = decode("task options", any)?;
+            Ok(Source::Given(Box::new(Options {
+                no_pivot_root: linux.no_pivot_root,
+                no_new_keyring: linux.no_new_keyring,
+                shim_cgroup: linux.shim_cgroup,
+                io_uid: linux.io_uid,
+                io_gid: linux.io_gid,
+                criu_image_path: linux.criu_image_path,
+                criu_work_path: linux.criu_work_path,
+                ..Options::default()
+            })))
+        }
+        "containerd.linux.runc.RuncOptions" => {
+            let linux: LinuxRuncOptions = decode("runtime options", any)?;
+            Ok(Source::Given(Box::new(Options {
+                binary_name: linux.runtime,
+                root: linux.runtime_root,
+                systemd_cgroup: linux.systemd_cgroup,
                 ..Options::default()
             })))
         }

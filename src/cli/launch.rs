@@ -33,7 +33,7 @@ use crate::task::{Placement, Task};
 use crate::unit::name;
 
 use super::arguments::Launch;
-use super::{Failure, handoff};
+use super::{Failure, handoff, namespaces};
 
 /// Made by the first `launch` of a record: a second one is `systemctl restart`, which is a stop.
 const LAUNCHED: &str = "launched";
@@ -50,10 +50,18 @@ pub(super) fn run(what: Launch, key: &ProcessKey) -> Result<(), Failure> {
     let Some(process) = Process::of(&store, &task, key.exec.as_ref()) else {
         return Err(Failure(format!("{key}: the record has no such exec; only the shim starts this unit")));
     };
-    let failure = match what {
-        Launch::Container => become_runtime(&process),
-        Launch::Exec => return exec(&process).map_err(Failure::new),
-        Launch::Logger => {
+    let entered = match what {
+        Launch::Container | Launch::Logger => namespaces::enter(&task.containerd),
+        Launch::Exec => {
+            namespaces::enter_host();
+            Ok(())
+        }
+    };
+    let failure = match (entered, what) {
+        (Err(error), _) => error.into(),
+        (Ok(()), Launch::Container) => become_runtime(&process),
+        (Ok(()), Launch::Exec) => return exec(&process).map_err(Failure::new),
+        (Ok(()), Launch::Logger) => {
             let failure = become_logger(&process);
             return Err(Failure::new(failure));
         }
@@ -142,7 +150,7 @@ impl<'a> Process<'a> {
         let stdin = match &self.wiring.stdin {
             Input::Null => Stdio::null(),
             // The daemon has the other end, so this does not wait.
-            Input::Fifo(path) => fifo::open_blocking_reader(path)?.into(),
+            Input::Fifo(path) => self.owned(fifo::open_blocking_reader(path)?)?.into(),
         };
         let stdout = self.open_output(&self.wiring.stdout, self.wiring.stdout_pipe())?;
         let stderr = self.open_output(&self.wiring.stderr, self.wiring.stderr_pipe())?;
@@ -158,12 +166,19 @@ impl<'a> Process<'a> {
             // Writable, unlike with containerd-shim-runc-v2: programs don't expect EBADF.
             (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(dev_null()?.into()),
         };
+        Ok(self.owned(file)?.into())
+    }
+
+    /// Gives a stream to the user that the options name, or that the container's root is mapped to, so that a
+    /// program in the container can open its own stream again.
+    fn owned(&self, stream: File) -> Result<File, Error> {
         let (uid, gid) = self.task.runtime.io_owner;
         if (uid, gid) != (0, 0) {
             let (uid, gid) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(gid));
-            nix::unistd::fchown(&file, Some(uid), Some(gid)).map_err(system("give a stream its owner"))?;
+            nix::unistd::fchown(&stream, Some(uid), Some(gid))
+                .map_err(system("change the owner of a stream"))?;
         }
-        Ok(file.into())
+        Ok(stream)
     }
 }
 
@@ -172,6 +187,8 @@ impl<'a> Process<'a> {
 enum Error {
     #[error("this container has run already: a restart of its unit is a stop, containerd makes new ones")]
     Again,
+    #[error(transparent)]
+    Namespaces(#[from] namespaces::Error),
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
     #[error(transparent)]
@@ -239,7 +256,7 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
         pass_on_notifications(&mut edits);
     }
     bundle::edit(bundle, &edits)?;
-    leave_unit()?;
+    leave_unit(task)?;
     if !task.request.rootfs.is_empty() {
         if !task.rootfs_on_host {
             own_mount_namespace()?;
@@ -275,6 +292,9 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     set_child_subreaper(true).map_err(system("become a subreaper"))?;
     let (spec, pid_file) = (process.dir.join(PROCESS_SPEC), process.dir.join(EXEC_PID_FILE));
     let (cli, console) = (process.cli(), process.console.as_deref());
+    if let Some(cgroup) = &process.task.runtime.cgroup {
+        cgroup::enter(cgroup)?;
+    }
     process.limit()?;
     let run = |program: &Path| -> Result<ExitStatus, Error> {
         let mut command = cli.exec(program, &spec, &pid_file, console);
@@ -295,10 +315,13 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     pid.ok_or_else(|| Error::Runtime("it left no pid file".to_owned()))
 }
 
-/// The OCI runtime works in a sub-cgroup of the daemon: what it uses counts neither as the container's nor as
+/// The OCI runtime works in the cgroup that the client names (ShimCgroup), or in a sub-cgroup of the daemon: what it uses counts neither as the container's nor as
 /// the pod's, and limits of either don't hold it up. The unit's own cgroup is empty then, as it must be once
 /// controllers are enabled in it.
-fn leave_unit() -> Result<(), Error> {
+fn leave_unit(task: &Task) -> Result<(), Error> {
+    if let Some(cgroup) = &task.runtime.cgroup {
+        return Ok(cgroup::enter(cgroup)?);
+    }
     let missing = || Error::System {
         action: "find the cgroup for the OCI runtime",
         source: io::ErrorKind::NotFound.into(),

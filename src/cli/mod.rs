@@ -5,6 +5,7 @@ mod delete;
 mod handoff;
 mod info;
 mod launch;
+mod namespaces;
 mod serve;
 mod start;
 mod wake;

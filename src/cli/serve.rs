@@ -32,7 +32,7 @@ use crate::unit::refs::Refs;
 use crate::unit::{name, notify, properties, watch};
 use crate::{config, sys, telemetry};
 
-use super::Failure;
+use super::{Failure, namespaces};
 
 /// D-Bus signals, requests and pumps are short work: two threads are plenty for a node.
 const WORKERS: usize = 2;
@@ -42,6 +42,11 @@ const MAX_BLOCKING_THREADS: usize = 64;
 
 pub(super) fn run() -> Result<(), Failure> {
     telemetry::init();
+    // A drop-in for all services may have given the daemon a mount namespace of its own, with read-only
+    // directories. It mounts and unmounts for containers, and writes below /run.
+    if let Err(error) = namespaces::enter_mounts_of_init() {
+        tracing::warn!(%error, "the daemon stays in a mount namespace of its own: {error}");
+    }
     // Before any thread: it takes the descriptors out of the environment.
     let passed = take_passed()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

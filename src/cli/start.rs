@@ -3,6 +3,7 @@
 //! The usual case makes no use of D-Bus or of an async runtime: the daemon's socket answers, the
 //! bundle gets two small files, and the answer is printed.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -23,7 +24,7 @@ use crate::unit::{self, name, watch};
 use crate::{cgroup, config};
 
 use super::arguments::Global;
-use super::{Failure, block_on, key_of, launch, print, read_stdin};
+use super::{Failure, block_on, key_of, launch, namespaces, print, read_stdin};
 
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let key = key_of(global)?;
@@ -31,7 +32,9 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let caller = Caller::from(global, read_stdin()?);
     let here = std::env::current_dir()
         .map_err(|error| Failure(format!("the working directory is gone: {error}")))?;
-    bundle::write_containerd(&here, &containerd(global, &caller)).map_err(Failure::new)?;
+    let namespaces = namespaces::of_caller().map_err(Failure::new)?;
+    let containerd = Containerd { namespaces, ..containerd(global, &caller) };
+    bundle::write_containerd(&here, &containerd).map_err(Failure::new)?;
     bring_up()?;
     let address = format!("unix://{}", caller.socket(&key.namespace)?.path().display());
     // containerd 1.6 and 1.7 find the daemon by this file after a restart.
@@ -110,7 +113,23 @@ fn containerd(global: &Global, caller: &Caller) -> Containerd {
     }
     let limit = |resource| getrlimit(resource).ok().map(|(soft, hard)| (resource as u32, soft, hard));
     let rlimits = launch::RESOURCES.into_iter().filter_map(limit).collect();
-    Containerd { ttrpc_address, grpc_address, path: variable("PATH"), rlimits }
+    Containerd {
+        ttrpc_address,
+        grpc_address,
+        path: variable("PATH"),
+        rlimits,
+        environment: environment(),
+        namespaces: None,
+    }
+}
+
+/// The environment of containerd, which the OCI runtime and its hooks inherit under containerd-shim-runc-v2:
+/// proxies, configuration directories, drivers' settings. A variable that is not text is left out.
+fn environment() -> Vec<String> {
+    let text = |(name, value): (OsString, OsString)| {
+        Some(format!("{}={}", name.into_string().ok()?, value.into_string().ok()?))
+    };
+    std::env::vars_os().filter_map(text).collect()
 }
 
 fn check_host() -> Result<(), Failure> {

@@ -88,6 +88,30 @@ struct Linux {
     rootfs_propagation: Option<String>,
     #[serde(default)]
     resources: Option<Box<RawValue>>,
+    #[serde(default)]
+    namespaces: Option<Vec<NamespaceOfKind>>,
+    #[serde(default)]
+    uid_mappings: Option<Vec<IdMapping>>,
+    #[serde(default)]
+    gid_mappings: Option<Vec<IdMapping>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NamespaceOfKind {
+    #[serde(rename = "type", default)]
+    kind: String,
+}
+
+/// A range of ids of a user namespace. (Runtime spec, config-linux.md, "User namespace mappings".)
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct IdMapping {
+    #[serde(default, rename = "containerID")]
+    container: u32,
+    #[serde(default, rename = "hostID")]
+    host: u32,
+    #[serde(default)]
+    size: u32,
 }
 
 impl Spec {
@@ -131,6 +155,22 @@ impl Spec {
     /// `linux.cgroupsPath`, empty if unset.
     pub fn cgroups_path(&self) -> &str {
         self.linux.as_ref().and_then(|linux| linux.cgroups_path.as_deref()).unwrap_or_default()
+    }
+
+    /// The user and group on the host that the container's root is mapped to, if the container has a user
+    /// namespace of its own. An id without a mapping is root's.
+    pub fn mapped_root(&self) -> Option<(u32, u32)> {
+        let linux = self.linux.as_ref()?;
+        let mut namespaces = linux.namespaces.iter().flatten();
+        if !namespaces.any(|namespace| namespace.kind == "user") {
+            return None;
+        }
+        let root = |mappings: &Option<Vec<IdMapping>>| {
+            let mut mappings = mappings.iter().flatten();
+            let root = mappings.find(|mapping| mapping.container == 0 && mapping.size > 0);
+            root.map_or(0, |mapping| mapping.host)
+        };
+        Some((root(&linux.uid_mappings), root(&linux.gid_mappings)))
     }
 
     /// `linux.resources`, not checked yet.

@@ -54,6 +54,14 @@ pub enum Error {
         /// As given.
         root: String,
     },
+    /// A path that is no cgroup.
+    #[error(
+        "runtime options: ShimCgroup {cgroup:?} must be an absolute path below /sys/fs/cgroup without \"..\""
+    )]
+    ShimCgroup {
+        /// As given.
+        cgroup: String,
+    },
     /// There is no such log mode.
     #[error("runtime options: Log {log:?} is not one of \"auto\", \"journal\", \"tee\" and \"none\"")]
     Log {
@@ -87,7 +95,8 @@ pub struct Options {
     pub notify: bool,
     /// Says how to read cgroupsPath; here its form decides.
     pub systemd_cgroup: bool,
-    /// Without effect: there is no process of ours to move.
+    /// The cgroup in which the OCI runtime creates the container and its execs, instead of one of the
+    /// daemon's. (Under containerd-shim-runc-v2 the shim's own process lives there.)
     pub shim_cgroup: String,
     /// Without effect: gone since containerd 2.0.
     pub criu_path: String,
@@ -176,8 +185,27 @@ impl Options {
             no_new_keyring: self.no_new_keyring,
             io_owner: (self.io_uid, self.io_gid),
             path: path.to_owned(),
+            environment: PathBuf::new(),
+            cgroup: shim_cgroup(&self.shim_cgroup)?,
             log: log_mode(&self.log)?,
         })
+    }
+}
+
+/// A path below the root of the cgroup hierarchy, as cgroups(7) and /proc/PID/cgroup write it.
+fn shim_cgroup(text: &str) -> Result<Option<PathBuf>, Error> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let path = Path::new(text);
+    let is_plain = path
+        .components()
+        .all(|part| matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_)));
+    let is_below_root = path.parent().is_some() && !text.contains('\0');
+    if path.is_absolute() && is_plain && is_below_root {
+        Ok(Some(path.to_owned()))
+    } else {
+        Err(Error::ShimCgroup { cgroup: text.to_owned() })
     }
 }
 

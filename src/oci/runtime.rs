@@ -1,7 +1,9 @@
 //! The OCI runtime's command line and its log. runc, crun and youki take the same words.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -175,6 +177,9 @@ impl Cli<'_> {
             "json",
             verb,
         ]);
+        if let Some(environment) = self.environment() {
+            command.env_clear().envs(environment);
+        }
         command.env("PATH", &self.runtime.path);
         // The runtime would take systemd's words to us for its container.
         for name in
@@ -183,6 +188,18 @@ impl Cli<'_> {
             command.env_remove(name);
         }
         command
+    }
+
+    /// The environment of the task's containerd; nothing for a task of an earlier version.
+    fn environment(&self) -> Option<Vec<(OsString, OsString)>> {
+        let text = fs::read(&self.runtime.environment).ok()?;
+        let variable = |entry: &[u8]| {
+            let equals = entry.iter().position(|byte| *byte == b'=')?;
+            let (name, value) = (entry.get(..equals)?, entry.get(equals + 1..)?);
+            let is_name = !name.is_empty();
+            is_name.then(|| (OsStr::from_bytes(name).to_owned(), OsStr::from_bytes(value).to_owned()))
+        };
+        Some(text.split(|byte| *byte == 0).filter_map(variable).collect())
     }
 
     /// Waits for a command that an earlier daemon has begun: it goes on without that one.
@@ -242,6 +259,19 @@ fn last_error(log: &Path) -> Option<String> {
         serde_json::Deserializer::from_str(&text[at..]).into_iter::<Line>().next()?.ok()
     });
     lines.find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic")).map(|line| line.msg)
+}
+
+/// True for the programs runc and crun themselves, which mount nothing on the host: not for a script, nor for a
+/// wrapper of another name, which may add hooks to the spec (as nvidia-container-runtime does).
+pub fn is_plain(binary: &Path) -> bool {
+    let is_known = binary.file_name().is_some_and(|name| name == "runc" || name == "crun");
+    is_known && is_elf(binary)
+}
+
+/// True for a program, as opposed to a script.
+pub(super) fn is_elf(binary: &Path) -> bool {
+    let mut magic = [0; 4];
+    File::open(binary).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && &magic == b"\x7fELF"
 }
 
 #[cfg(test)]

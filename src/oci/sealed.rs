@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::runtime::is_elf;
+
 /// A copy that nobody has used for so long is given up: it is memory.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -150,6 +152,10 @@ fn is_wanted(binary: &Path) -> bool {
 }
 
 fn make(binary: &Path) -> io::Result<(OwnedFd, Place)> {
+    if !is_elf(binary) {
+        // The interpreter of a script could not open it: the descriptor is closed on exec.
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a script"));
+    }
     let mut source = File::open(binary)?;
     if source.metadata()?.len() > MAX_BYTES {
         return Err(io::ErrorKind::FileTooLarge.into());

@@ -72,11 +72,11 @@ impl Shim {
             return Err(Error::NotImplemented("restoring a checkpoint"));
         }
         let shim = self.clone();
-        let task = blocking(move || shim.prepare(call)).await??;
+        let (task, environment) = blocking(move || shim.prepare(call)).await??;
         self.check_types(&task.properties).await?;
         let entry = self.register(task)?;
         let _verb = entry.init.verb.lock().await;
-        match self.bring_up(&entry).await {
+        match self.bring_up(&entry, &environment).await {
             Ok(pid) => Ok(pid),
             Err(error) => {
                 self.take_back(&entry).await;
@@ -85,8 +85,9 @@ impl Shim {
         }
     }
 
-    /// Checks the request against what is on disk; no effects.
-    fn prepare(&self, call: CreateTask) -> Result<Task, Error> {
+    /// Checks the request against what is on disk; no effects. Returns the environment of the OCI runtime too,
+    /// in the form of /proc/PID/environ.
+    fn prepare(&self, call: CreateTask) -> Result<(Task, Vec<u8>), Error> {
         let CreateTask { key, request, options, .. } = call;
         let climbs = request.bundle.components().any(|part| part == Component::ParentDir);
         if !request.bundle.is_absolute() || climbs {
@@ -95,15 +96,27 @@ impl Shim {
         let spec = Spec::read(&request.bundle)?;
         let resources = spec.resources()?;
         check_resources(&resources)?;
-        let containerd = self.containerd_of(&key, &request.bundle, &spec)?;
+        let (containerd, environment) = self.containerd_of(&key, &request.bundle, &spec)?;
         let options = options.read()?;
-        let runtime = options.resolve(&key.namespace, &containerd.path)?;
+        let mut runtime = options.resolve(&key.namespace, &containerd.path)?;
+        if runtime.io_owner == (0, 0) {
+            // Otherwise root in the container could not open its own /dev/stdout: the inode belongs to a user
+            // who has no id there.
+            runtime.io_owner = spec.mapped_root().unwrap_or_default();
+        }
+        runtime.environment = self.store.environment(&key);
         let wiring = uri::wiring(&request.stdio, runtime.log, uri::Role::Init, fifo::kind)?;
         let wiring = Wiring { kept: self.kept.number(), ..wiring };
-        Ok(Task {
+        let task = Task {
             placement: placement(&key, &spec)?,
             face: face::of(&key, &spec),
-            rootfs_on_host: !request.rootfs.is_empty() && spec.shares_mounts_with_host(),
+            // What a hook or a wrapper of the runtime mounts has to be seen on the host. The daemon can't
+            // unmount in the mount namespace of a containerd that has one of its own.
+            rootfs_on_host: !request.rootfs.is_empty()
+                && containerd.namespaces.is_none()
+                && (spec.shares_mounts_with_host()
+                    || spec.has_hooks()
+                    || !runtime::is_plain(&runtime.binary)),
             unit: name::candidates(&key).next().ok_or(Error::NoUnitName { key: key.clone() })?,
             logger: None,
             waiting_program: None,
@@ -122,23 +135,37 @@ impl Shim {
             wiring,
             runtime,
             containerd,
-        })
+        };
+        Ok((task, environment))
     }
 
-    /// Which containerd calls: `start` left word in the bundle. For the later containers of a pod it
-    /// was not called; they belong to the containerd of their sandbox.
-    fn containerd_of(&self, key: &TaskKey, bundle: &Path, spec: &Spec) -> Result<Containerd, Error> {
-        if let Some(found) = bundle::read_containerd(bundle)? {
-            return Ok(found);
+    /// The containerd that calls, and its environment: `start` wrote both into the bundle. containerd 2.x does
+    /// not call `start` for the later containers of a pod; they belong to the containerd of their sandbox.
+    fn containerd_of(
+        &self,
+        key: &TaskKey,
+        bundle: &Path,
+        spec: &Spec,
+    ) -> Result<(Containerd, Vec<u8>), Error> {
+        if let Some(mut found) = bundle::read_containerd(bundle)? {
+            let environment = std::mem::take(&mut found.environment).join("\0").into_bytes();
+            return Ok((found, environment));
         }
         let sandbox = sandbox_of(spec)
             .and_then(|id| self.registry.get(&TaskKey { namespace: key.namespace.clone(), id }))
-            .map(|entry| entry.task().containerd.clone());
-        Ok(sandbox.unwrap_or_else(|| Containerd {
-            ttrpc_address: DEFAULT_TTRPC.to_owned(),
-            grpc_address: DEFAULT_GRPC.to_owned(),
-            ..Containerd::default()
-        }))
+            .map(|entry| entry.task().clone());
+        Ok(match sandbox {
+            // The file is missing if an earlier version made the sandbox.
+            Some(sandbox) => (sandbox.containerd, fs::read(sandbox.runtime.environment).unwrap_or_default()),
+            None => {
+                let containerd = Containerd {
+                    ttrpc_address: DEFAULT_TTRPC.to_owned(),
+                    grpc_address: DEFAULT_GRPC.to_owned(),
+                    ..Containerd::default()
+                };
+                (containerd, Vec::new())
+            }
+        })
     }
 
     /// Claims the id and a unit's name.
@@ -155,10 +182,10 @@ impl Shim {
         Err(Error::NoUnitName { key })
     }
 
-    async fn bring_up(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<u32, Error> {
+    async fn bring_up(self: &Arc<Self>, entry: &Arc<Entry>, environment: &[u8]) -> Result<u32, Error> {
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
-        self.store.create(&task)?;
+        self.store.create(&task, environment)?;
         fault::point(Point::CreateRecorded);
         let gone = || Error::UnknownTask { key: task.key.clone() };
         let streams = Arc::new(self.streams(&task, None).ok_or_else(gone)?);
@@ -232,7 +259,9 @@ impl Shim {
             slice: task.placement.slice(),
         };
         let mut environment = self.launch_environment(task).await?;
-        environment.push(format!("{LAUNCH_CGROUP}={}", cgroup::of_self()?.join("launch").display()));
+        if task.runtime.cgroup.is_none() {
+            environment.push(format!("{LAUNCH_CGROUP}={}", cgroup::of_self()?.join("launch").display()));
+        }
         let pid_file = dir.join(PID_FILE);
         let properties = properties::container(&shown, &command, &environment, &pid_file, task.notify);
         let additions = additions::of(task)?;
@@ -241,6 +270,11 @@ impl Shim {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
             self.manager.release(&task.unit).await;
             self.manager.reset_failed(&task.unit).await?;
+            begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
+        }
+        if let Err(unit::error::Error::Exists { .. }) = begun
+            && self.manager.free_name(&task.unit).await?
+        {
             begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
         }
         self.warm_up();

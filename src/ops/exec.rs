@@ -214,6 +214,11 @@ impl Shim {
             self.remove_unit(&exec.unit).await?;
             begun = self.manager.begin_transient(&exec.unit, &properties).await;
         }
+        if let Err(unit::error::Error::Exists { .. }) = begun
+            && self.manager.free_name(&exec.unit).await?
+        {
+            begun = self.manager.begin_transient(&exec.unit, &properties).await;
+        }
         // The job goes on for as long as the process.
         drop(begun?);
         fault::point(Point::ExecStartBegun);

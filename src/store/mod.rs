@@ -40,6 +40,9 @@ const EXECS: &str = "execs";
 const OUTCOME: &str = "outcome.json";
 const OUTCOME_NEW: &str = "outcome.json.new";
 
+/// The environment of a task's OCI runtime, in the form of /proc/PID/environ.
+const ENVIRONMENT: &str = "environment";
+
 const RECORD: &str = "record.json";
 const RECORD_NEW: &str = "record.json.new";
 
@@ -168,20 +171,27 @@ impl Store {
         self.root.join(CONSOLES).join(name)
     }
 
-    /// Makes a new task's directory and writes its first record.
+    /// Makes a new task's directory and writes its first record, and the environment of its OCI runtime.
     ///
     /// What a crashed Create left in the directory is removed first.
     ///
     /// # Errors
     /// [`Error::Io`]; the directory is gone again then.
-    pub fn create(&self, task: &Task) -> Result<(), Error> {
+    pub fn create(&self, task: &Task, environment: &[u8]) -> Result<(), Error> {
         self.remove(&task.key)?;
         let dir = self.dir(&task.key);
         make_dir(&dir).map_err(io_error("create", &dir))?;
-        self.save(task).inspect_err(|_| {
+        let file = self.environment(&task.key);
+        let written = replace(&file, &file.with_extension("new"), environment);
+        written.and_then(|()| self.save(task)).inspect_err(|_| {
             // The first error is the one to report.
             let _ = self.remove(&task.key);
         })
+    }
+
+    /// The file with the environment of a task's OCI runtime.
+    pub fn environment(&self, key: &TaskKey) -> PathBuf {
+        self.dir(key).join(ENVIRONMENT)
     }
 
     /// Replaces a task's record.
@@ -430,10 +440,10 @@ mod tests {
     fn a_record_comes_back_as_it_was_written() {
         let (_scratch, store) = Scratch::new("round-trip");
         let mut a = task("a");
-        store.create(&a).unwrap();
+        store.create(&a, b"").unwrap();
         a.apply(Event::Created { pid: 7 }, 1).unwrap();
         store.save(&a).unwrap();
-        store.create(&task("b")).unwrap();
+        store.create(&task("b"), b"").unwrap();
         assert_eq!(store.load(&a.key).unwrap(), Some(a.clone()));
         assert_eq!(store.load_all().unwrap().len(), 2);
         store.remove(&a.key).unwrap();
@@ -444,7 +454,7 @@ mod tests {
     #[test]
     fn the_last_task_takes_the_directories_along() {
         let (scratch, store) = Scratch::new("empty");
-        store.create(&task("a")).unwrap();
+        store.create(&task("a"), b"").unwrap();
         store.remove(&task("a").key).unwrap();
         assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
     }
@@ -452,8 +462,8 @@ mod tests {
     #[test]
     fn a_broken_record_is_named_and_hides_no_other() {
         let (_scratch, store) = Scratch::new("broken");
-        store.create(&task("a")).unwrap();
-        store.create(&task("b")).unwrap();
+        store.create(&task("a"), b"").unwrap();
+        store.create(&task("b"), b"").unwrap();
         let path = store.dir(&task("a").key).join(RECORD);
         fs::write(&path, "{\"version\":1,\"task\":{").unwrap();
         let all = store.load_all().unwrap();
@@ -465,7 +475,7 @@ mod tests {
     #[test]
     fn a_newer_record_is_refused_and_left_untouched() {
         let (_scratch, store) = Scratch::new("newer");
-        store.create(&task("a")).unwrap();
+        store.create(&task("a"), b"").unwrap();
         let path = store.dir(&task("a").key).join(RECORD);
         fs::write(&path, "{\"version\":99,\"task\":{\"from\":\"the future\"}}").unwrap();
         assert!(matches!(store.load(&task("a").key), Err(Error::Newer { found: 99, .. })));

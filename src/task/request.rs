@@ -71,6 +71,14 @@ pub struct Runtime {
     pub io_owner: (u32, u32),
     /// `PATH` for it and its hooks.
     pub path: String,
+    /// The file with the environment for it and its hooks: that of the task's containerd, as in
+    /// /proc/PID/environ. Empty for a task that an earlier version made.
+    #[serde(default)]
+    pub environment: PathBuf,
+    /// The cgroup in which it creates containers and execs, below the root of the hierarchy; one of the
+    /// daemon's if the client names none.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
     /// What becomes of its processes' output.
     pub log: Log,
 }
@@ -119,4 +127,22 @@ pub struct Containerd {
     /// Its resource limits (`RLIMIT_…` number, soft, hard), which containers inherit under
     /// runc.v2: systemd's defaults must not take their place.
     pub rlimits: Vec<(u32, u64, u64)>,
+    /// Its environment, `NAME=value` each. Only on the way from `start` to Create, which moves it to
+    /// [`Runtime::environment`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub environment: Vec<String>,
+    /// Its mount and network namespaces, if they are not those of PID 1.
+    #[serde(default)]
+    pub namespaces: Option<Namespaces>,
+}
+
+/// Namespaces of a containerd, by the inode numbers of their files in /proc.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Namespaces {
+    /// The process id of containerd when it called `start`.
+    pub containerd: i32,
+    /// The mount namespace.
+    pub mount: u64,
+    /// The network namespace.
+    pub network: u64,
 }

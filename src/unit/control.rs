@@ -1,10 +1,16 @@
 //! Calls that change a unit which is there.
 
+use std::io;
+use std::path::Path;
+
 use crate::id::UnitName;
 
 use super::error::{Error, call_error};
 use super::properties::Properties;
 use super::proxy::{Manager, STOP, persist};
+
+/// Where systemd writes the files of transient units.
+const TRANSIENT_DIR: &str = "/run/systemd/transient";
 
 const NO_SUCH_JOB: &str = "org.freedesktop.systemd1.NoSuchJob";
 /// A job's result (256).
@@ -112,6 +118,31 @@ impl Manager {
                 error => Err(error),
             },
         }
+    }
+
+    /// Frees the name of a transient unit that has ended and that systemd can't unload, because another unit
+    /// names it (`After=`, `Wants=`): removes the unit's file and reloads systemd, which then knows the name
+    /// only. StartTransientUnit takes no name that has a file (unit.c, `unit_is_pristine`, 252 to 262).
+    ///
+    /// Returns false for a unit that runs or that has a file elsewhere: it belongs to somebody else.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub async fn free_name(&self, unit: &UnitName) -> Result<bool, Error> {
+        let state = self.unit_state(unit).await?;
+        if state.is_some_and(|state| !matches!(state.active.as_str(), "inactive" | "failed")) {
+            return Ok(false);
+        }
+        let file = Path::new(TRANSIENT_DIR).join(unit.as_str());
+        if let Err(error) = tokio::fs::remove_file(&file).await {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::warn!(%unit, %error, "can't remove {}: {error}", file.display());
+            }
+            return Ok(false);
+        }
+        let reloaded = persist!(self, proxy, proxy.reload());
+        reloaded.map_err(|error| call_error("free the name of", unit, error))?;
+        Ok(true)
     }
 
     /// Sends a signal to every process of a unit. A unit that is not loaded has none.

@@ -92,6 +92,11 @@ pub fn container(
         ("ExecStart", exec_start(command, Failure::Counts)),
         ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
+        // Only containerd starts containers, whatever a drop-in for all services says (`Restart=`).
+        (
+            "RestartPreventExitStatus",
+            ((0..=255).collect::<Vec<i32>>(), (1..=64).collect::<Vec<i32>>()).into(),
+        ),
         ("CollectMode", "inactive".into()),
         ("Delegate", true.into()),
         ("KillMode", "mixed".into()),
@@ -219,6 +224,7 @@ pub fn daemon_socket(paths: impl Iterator<Item = PathBuf>) -> Properties {
         ("RemoveOnStop", true.into()),
         ("Backlog", 4096_u32.into()),
         ("DefaultDependencies", false.into()),
+        ("IgnoreOnIsolate", true.into()),
         ("Conflicts", vec!["shutdown.target"].into()),
         ("Before", vec!["shutdown.target"].into()),
     ])
@@ -255,6 +261,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         // Two arenas: the daemon has two worker threads, and memory is counted in kilobytes here.
         ("Environment", vec!["MALLOC_ARENA_MAX=2"].into()),
         ("DefaultDependencies", false.into()),
+        ("IgnoreOnIsolate", true.into()),
         ("Conflicts", vec!["shutdown.target"].into()),
         ("Before", vec!["shutdown.target"].into()),
         // Started by itself it brings its socket along, and as long as it is loaded so is the socket.
@@ -287,6 +294,7 @@ fn shown_as(shown: &Shown<'_>) -> Vec<(&'static str, Variant<'static>)> {
 fn bound_to_system() -> Vec<(&'static str, Variant<'static>)> {
     vec![
         ("DefaultDependencies", false.into()),
+        ("IgnoreOnIsolate", true.into()),
         ("Conflicts", vec!["shutdown.target"].into()),
         ("Before", vec!["shutdown.target"].into()),
         ("After", vec!["network.target", "dbus.service", "containerd.service", name::DAEMON_SERVICE].into()),

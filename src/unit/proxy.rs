@@ -41,6 +41,7 @@ pub(super) trait SystemdManager {
     fn unref_unit(&self, name: &str) -> zbus::Result<()>;
     fn cancel_job(&self, id: u32) -> zbus::Result<()>;
     fn list_units_by_patterns(&self, states: &[&str], patterns: &[&str]) -> zbus::Result<Vec<Listed>>;
+    fn reload(&self) -> zbus::Result<()>;
     fn freeze_unit(&self, name: &str) -> zbus::Result<()>;
     fn thaw_unit(&self, name: &str) -> zbus::Result<()>;
     fn set_unit_properties(

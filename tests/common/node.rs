@@ -107,6 +107,13 @@ impl Node {
         })
     }
 
+    /// Restarts containerd, however often tests have done that in the last ten seconds.
+    pub fn restart_containerd(&self) {
+        super::process::succeed("systemctl", &["reset-failed", "containerd.service"]);
+        super::process::succeed("systemctl", &["restart", "containerd.service"]);
+        self.wait_for_containerd();
+    }
+
     /// Waits until containerd answers again after a restart.
     pub fn wait_for_containerd(&self) {
         wait::until_true("containerd answers", || {

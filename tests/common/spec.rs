@@ -125,6 +125,16 @@ impl Spec {
         self
     }
 
+    /// A user namespace whose ids begin at `first` on the host. Its root can't mount sysfs of another network
+    /// namespace, nor a cgroup file system that is not there yet.
+    pub fn user_namespace(mut self, first: u32, size: u32) -> Spec {
+        self.list("/linux/namespaces").push(json!({"type": "user"}));
+        let mapping = json!([{"containerID": 0, "hostID": first, "size": size}]);
+        self.0["linux"]["uidMappings"] = mapping.clone();
+        self.0["linux"]["gidMappings"] = mapping;
+        self
+    }
+
     pub fn cgroups_path(mut self, path: &str) -> Spec {
         self.0["linux"]["cgroupsPath"] = json!(path);
         self

@@ -69,5 +69,6 @@ mod rootfs;
 mod stats;
 mod stdin;
 mod stdio;
+mod surroundings;
 mod terminals;
 mod units;

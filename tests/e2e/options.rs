@@ -8,7 +8,7 @@ use containerd_shim_protos::shim::oci::Options;
 use prost::Message as _;
 use prost_types::Any;
 
-use crate::common::node::Node;
+use crate::common::node::{Need, Node, unique};
 use crate::common::shim::{Bundle, Shim};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
@@ -141,6 +141,78 @@ fn io_uid_and_io_gid_own_the_containers_stdio() {
     let container = node.container("io-uid", spec).options(options).started(&fifos.output());
     assert_eq!(stdout.text(), "1000:2000\n");
     assert_eq!(container.exit_status(), 0);
+}
+
+/// `containerd.linux.runc.CreateOptions`: what clients of containerd up to 1.7 send as task options to a runtime
+/// whose name does not begin with io.containerd.runc.
+#[derive(Clone, PartialEq, prost::Message)]
+struct LinuxCreateOptions {
+    #[prost(bool, tag = "1")]
+    no_pivot_root: bool,
+    #[prost(bool, tag = "8")]
+    no_new_keyring: bool,
+    #[prost(string, tag = "9")]
+    shim_cgroup: String,
+    #[prost(uint32, tag = "10")]
+    io_uid: u32,
+    #[prost(uint32, tag = "11")]
+    io_gid: u32,
+}
+
+#[test]
+fn task_options_of_older_clients_are_understood() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let cgroup = format!("/{}", unique("shim-cgroup"));
+    let options = LinuxCreateOptions {
+        no_pivot_root: true,
+        no_new_keyring: true,
+        shim_cgroup: cgroup.clone(),
+        io_uid: 1000,
+        io_gid: 1000,
+    };
+    let type_url = "containerd.linux.runc.CreateOptions".to_string();
+    run(&node, Any { type_url, value: options.encode_to_vec() });
+    // The OCI runtime was in it, and has left it.
+    fs::remove_dir(format!("/sys/fs/cgroup{cgroup}")).expect("remove the cgroup");
+}
+
+#[test]
+fn a_shim_cgroup_that_is_no_cgroup_is_refused_by_name() {
+    needs!(OurShim);
+    let node = Node::shared();
+    for path in ["relative", "/", "/a/../../b", "/a/\0b"] {
+        let options = runc_options(|options| options.shim_cgroup = path.to_string());
+        let container = node.container("no-cgroup", Spec::sleeping()).options(options).make();
+        let refusal = container.create(&Io::default()).expect_err(path);
+        assert!(refusal.message().contains("ShimCgroup"), "{path}: {refusal}");
+    }
+}
+
+#[test]
+fn root_of_a_user_namespace_can_open_its_output_again() {
+    let node = Node::shared();
+    let fifos = crate::common::stdio::Fifos::new("user-namespace");
+    let (mut stdout, mut stderr) = (fifos.stdout(), fifos.stderr());
+    let spec = Spec::sh("echo out >/dev/stdout && echo err >/dev/stderr").user_namespace(100_000, 65_536);
+    // Under the stock shim the client has to name the owner.
+    let options = runc_options(|options| {
+        options.io_uid = 100_000;
+        options.io_gid = 100_000;
+    });
+    for options in [Some(options), None] {
+        if options.is_none() && Need::OurShim.missing().is_some() {
+            continue;
+        }
+        let builder = node.container("user-namespace", spec.clone());
+        let container = match options {
+            Some(options) => builder.options(options),
+            None => builder,
+        }
+        .started(&fifos.output());
+        assert_eq!(container.exit_status(), 0);
+    }
+    let _ = (stdout.until(|seen| seen.ends_with(b"\n")), stderr.until(|seen| seen.ends_with(b"\n")));
 }
 
 #[test]

@@ -9,11 +9,6 @@ use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::task::{Io, SIGKILL};
 
-fn restart_containerd(node: &Node) {
-    process::succeed("systemctl", &["restart", "containerd.service"]);
-    node.wait_for_containerd();
-}
-
 #[test]
 fn containerd_finds_running_and_created_tasks_again() {
     let node = Node::exclusive();
@@ -21,7 +16,7 @@ fn containerd_finds_running_and_created_tasks_again() {
     let created = node.container("created", Spec::sh("exit 17")).created(&Io::default());
     let pids = (running.pid(), created.pid());
 
-    restart_containerd(&node);
+    node.restart_containerd();
     assert_eq!((running.pid(), created.pid()), pids);
     assert_eq!(running.state().expect("state").status(), Status::Running);
     assert_eq!(created.state().expect("state").status(), Status::Created);
@@ -43,7 +38,7 @@ fn a_stopped_task_keeps_its_exit_code_over_a_containerd_restart() {
     let node = Node::exclusive();
     let stopped = node.container("stopped", Spec::sh("exit 23")).started(&Io::default());
     let exit = stopped.wait().expect("wait");
-    restart_containerd(&node);
+    node.restart_containerd();
     assert_eq!(stopped.state().expect("state").status(), Status::Stopped);
     assert_eq!(stopped.wait().expect("wait after the restart"), exit);
     assert_eq!(stopped.delete().expect("delete").exit_status, 23);
@@ -72,7 +67,7 @@ fn output_goes_on_over_a_containerd_restart() {
     let script = "trap 'seq 1 1000; exit 0' TERM; echo before; sleep 100000 & wait";
     let container = node.container("over", Spec::sh(script)).started(&fifos.output());
     stdout.until(|bytes| bytes == b"before\n");
-    restart_containerd(&node);
+    node.restart_containerd();
     container.kill(15).expect("terminate");
     let text = stdout.text();
     assert!(text.ends_with("\n1000\n") && text.lines().count() == 1000, "{} lines", text.lines().count());
@@ -93,7 +88,7 @@ fn containerd_finds_execs_again() {
     let added = container.exec(Spec::sh("exit 24")).added(&Io::default());
     let pid = running.pid();
 
-    restart_containerd(&node);
+    node.restart_containerd();
     assert_eq!((running.phase(), running.pid()), (Status::Running, pid));
     client.enter("after\n");
     client.until("got after\n");

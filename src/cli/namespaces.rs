@@ -1,0 +1,148 @@
+//! The mount and network namespaces in which a container is created: those of its containerd.
+//!
+//! Under containerd-shim-runc-v2 the OCI runtime inherits them, as a child of containerd. A unit starts in the
+//! namespaces of PID 1, or, with a drop-in such as `PrivateTmp=` or `ProtectSystem=` for all services, in a
+//! mount namespace of its own.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+use crate::task::request::{Containerd, Namespaces};
+
+/// Why the namespaces can't be entered.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A namespace can't be read or entered.
+    #[error("{action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The namespace's file in /proc.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The containerd that called has ended, and none with its namespaces listens at its address.
+    #[error(
+        "containerd {address} runs in mount or network namespaces of its own, which no process of it has any \
+         more: create the container again"
+    )]
+    Gone {
+        /// The containerd's gRPC address.
+        address: String,
+    },
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path, source }
+}
+
+const KINDS: [(&str, CloneFlags); 2] = [("mnt", CloneFlags::CLONE_NEWNS), ("net", CloneFlags::CLONE_NEWNET)];
+
+fn file(process: &str, kind: &str) -> PathBuf {
+    Path::new("/proc").join(process).join("ns").join(kind)
+}
+
+fn inode(process: &str, kind: &str) -> Result<u64, Error> {
+    let path = file(process, kind);
+    let found = std::fs::metadata(&path).map_err(io_error("look at", &path))?;
+    Ok(found.ino())
+}
+
+fn inodes(process: &str) -> Result<[u64; 2], Error> {
+    Ok([inode(process, "mnt")?, inode(process, "net")?])
+}
+
+/// The namespaces of this process, a child of containerd, if they are not those of PID 1.
+///
+/// # Errors
+/// /proc can't be read.
+pub fn of_caller() -> Result<Option<Namespaces>, Error> {
+    let [mount, network] = inodes("self")?;
+    let differ = [mount, network] != inodes("1")?;
+    let containerd = nix::unistd::getppid().as_raw();
+    Ok(differ.then_some(Namespaces { containerd, mount, network }))
+}
+
+/// Enters the namespaces of the task's containerd, or those of the host where nothing else is recorded. Only
+/// for a process with one thread.
+///
+/// # Errors
+/// [`Error`], for the namespaces of a containerd; the process may be in one of the two then, and must end.
+pub fn enter(containerd: &Containerd) -> Result<(), Error> {
+    match &containerd.namespaces {
+        None => {
+            enter_host();
+            Ok(())
+        }
+        Some(recorded) => enter_those_of(&find(recorded, &containerd.grpc_address)?),
+    }
+}
+
+/// Enters the namespaces of PID 1. Where a drop-in for all services forbids setns(2) altogether, the namespaces
+/// that systemd made for the unit have to do.
+pub fn enter_host() {
+    if let Err(error) = enter_those_of("1") {
+        super::say(&format!("{}: continuing in the namespaces of the unit: {error}\n", super::NAME));
+    }
+}
+
+/// Enters the mount namespace of PID 1, where containers and their files are.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_mounts_of_init() -> Result<(), Error> {
+    enter_one("1", KINDS[0])
+}
+
+/// A process that is in the recorded namespaces: the containerd that called, or the one that took its place.
+fn find(recorded: &Namespaces, address: &str) -> Result<String, Error> {
+    let is_there = |pid: &String| inodes(pid).is_ok_and(|found| found == [recorded.mount, recorded.network]);
+    let caller = recorded.containerd.to_string();
+    if is_there(&caller) {
+        return Ok(caller);
+    }
+    let gone = || Error::Gone { address: address.to_owned() };
+    let present = UnixStream::connect(address.strip_prefix("unix://").unwrap_or(address))
+        .and_then(|stream| Ok(getsockopt(&stream, PeerCredentials)?))
+        .map_err(|_| gone())?;
+    let present = present.pid().to_string();
+    if is_there(&present) { Ok(present) } else { Err(gone()) }
+}
+
+fn enter_those_of(process: &str) -> Result<(), Error> {
+    KINDS.into_iter().try_for_each(|kind| enter_one(process, kind))
+}
+
+fn enter_one(process: &str, (kind, flag): (&str, CloneFlags)) -> Result<(), Error> {
+    if inode(process, kind)? == inode("self", kind)? {
+        return Ok(());
+    }
+    let path = file(process, kind);
+    let namespace = File::open(&path).map_err(io_error("open", &path))?;
+    setns(namespace.as_fd(), flag).map_err(|errno| io_error("enter", &path)(errno.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_in_other_namespaces_is_not_taken_for_containerd() {
+        let own = inodes("self").unwrap();
+        let here = Namespaces { containerd: 0, mount: own[0], network: own[1] };
+        let recorded = Namespaces { containerd: std::process::id() as i32, ..here };
+        assert_eq!(find(&recorded, "/nowhere").unwrap(), std::process::id().to_string());
+        let other = Namespaces { mount: own[0] + 1, ..recorded };
+        assert!(matches!(find(&other, "/nowhere"), Err(Error::Gone { .. })));
+    }
+}

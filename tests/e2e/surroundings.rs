@@ -1,0 +1,235 @@
+//! What systemd and its administrator do around containers: another target, drop-ins for all services, units that
+//! name a container's unit.
+
+use std::fs;
+use std::path::Path;
+
+use crate::common::node::{Node, unique};
+use crate::common::process;
+use crate::common::spec::Spec;
+use crate::common::stdio::{Fifos, Scratch, feed};
+use crate::common::systemd::{self, Cursor};
+use crate::common::task::Io;
+use crate::options::{Noting, runc_options};
+
+/// A drop-in for every service of the machine.
+struct ForAllServices;
+
+impl ForAllServices {
+    const DIRECTORY: &str = "/run/systemd/system/service.d";
+
+    fn new(text: &str) -> ForAllServices {
+        fs::create_dir_all(Self::DIRECTORY).expect("make the directory of drop-ins");
+        fs::write(Path::new(Self::DIRECTORY).join("e2e.conf"), text).expect("write a drop-in");
+        process::succeed("systemctl", &["daemon-reload"]);
+        ForAllServices
+    }
+}
+
+impl Drop for ForAllServices {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(Self::DIRECTORY);
+        let _ = process::run("systemctl", &["daemon-reload"]);
+        let _ = process::run("systemctl", &["restart", "containerd-shim-systemd-v1.service"]);
+    }
+}
+
+#[test]
+fn containers_and_execs_outlive_another_target() {
+    let node = Node::exclusive();
+    let container = node.container("isolate", Spec::sleeping()).started(&Io::default());
+    let fifos = Fifos::new("isolate");
+    let stdin = fifos.open_stdin();
+    let mut stdout = fifos.stdout();
+    let _stderr = fifos.stderr();
+    let exec = container.exec(Spec::sh("read line; echo $line; exit 7")).started(&fifos.io());
+    let (pid, stdin) = (container.pid(), stdin.file());
+    process::succeed("systemctl", &["isolate", "multi-user.target"]);
+    node.wait_for_containerd();
+    feed(&stdin, b"survived\n");
+    assert_eq!(exec.exit_status(), 7);
+    assert_eq!(stdout.text(), "survived\n");
+    assert_eq!(container.pid(), pid);
+    assert!(process::exists(pid));
+    let new = node.container("isolated", Spec::sh("exit 3")).started(&Io::default());
+    assert_eq!(new.exit_status(), 3);
+}
+
+#[test]
+fn a_drop_in_that_restarts_all_services_restarts_no_container() {
+    let node = Node::exclusive();
+    // systemd accepts no other value for services of Type=oneshot, which execs are.
+    let _drop_in = ForAllServices::new("[Service]\nRestart=on-failure\nRestartSec=10ms\n");
+    let since = Cursor::now();
+    let runs = Scratch::new("runs");
+    let spec = |end: &str| {
+        Spec::sh(&format!("echo run >>/runs/{end}; exit {end}")).bind(runs.as_str(), "/runs", &["rw"])
+    };
+    let failing = node.container("failing", spec("3")).started(&Io::default());
+    assert_eq!(failing.exit_status(), 3);
+    let clean = node.container("clean", spec("0")).started(&Io::default());
+    assert_eq!(clean.exit_status(), 0);
+    let killed = node.container("killed", Spec::sleeping()).started(&Io::default());
+    let exec = killed.exec_sh("exit 5");
+    assert_eq!(exec.exit_status(), 5);
+    killed.kill(9).expect("kill");
+    assert_eq!(killed.exit_status(), 137);
+    for container in [&failing, &clean, &killed] {
+        let unit = systemd::unit_of(container);
+        let entries = since.entries_since(&[&format!("UNIT={unit}")]);
+        let restarts =
+            entries.iter().filter(|entry| entry["MESSAGE"].to_string().contains("Scheduled restart"));
+        assert_eq!(restarts.count(), 0, "{unit}");
+        container.delete().expect("delete");
+    }
+    assert_eq!((runs.read("3").as_str(), runs.read("0").as_str()), ("run\n", "run\n"));
+}
+
+#[test]
+fn a_drop_in_that_protects_the_system_from_all_services_breaks_nothing() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let text =
+        "[Service]\nProtectSystem=strict\nProtectHome=yes\nPrivateTmp=yes\nProtectKernelTunables=yes\n";
+    let _drop_in = ForAllServices::new(text);
+    process::succeed("systemctl", &["restart", "containerd-shim-systemd-v1.service"]);
+    let shared = Scratch::new("shared");
+    let spec = Spec::sh("echo here >/shared/file; sleep 100000").bind(shared.as_str(), "/shared", &["rw"]);
+    let container = node.container("protected", spec).started(&Io::default());
+    let exec = container.exec_sh("cat /shared/file; exit 4");
+    assert_eq!(exec.exit_status(), 4);
+    assert_eq!(shared.read("file"), "here\n");
+    container.kill(9).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn a_name_that_another_unit_keeps_loaded_can_be_used_again() {
+    let node = Node::exclusive();
+    let id = unique("kept");
+    let first = node.container("kept", Spec::sleeping()).id(&id).started(&Io::default());
+    let unit = systemd::unit_of(&first);
+    let (watcher, after) = (unique("watcher"), format!("--property=After={unit}"));
+    process::succeed("systemd-run", &["--quiet", "--unit", &watcher, &after, "sleep", "100000"]);
+    drop(first);
+    for _ in 0..3 {
+        let again = node.container("kept", Spec::sleeping()).id(&id).started(&Io::default());
+        assert_eq!(systemd::unit_of(&again), unit);
+        assert!(systemd::is_active(&unit));
+        for _ in 0..2 {
+            let exec = again.exec(Spec::sh("exit 6")).id("same").started(&Io::default());
+            assert_eq!(exec.exit_status(), 6);
+            exec.delete().expect("delete the exec");
+        }
+        again.end();
+    }
+    process::succeed("systemctl", &["stop", &watcher]);
+}
+
+#[test]
+fn what_a_hook_mounts_is_on_the_host() {
+    let node = Node::exclusive();
+    let place = Scratch::new("hook");
+    let (target, hook) = (place.text("net"), place.text("hook"));
+    fs::write(&target, "").expect("make a mount point");
+    let script = format!(
+        "#!/bin/sh\npid=$(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/' | tail -n 1)\nmount --bind /proc/$pid/ns/net {target}\n"
+    );
+    write_program(&hook, &script);
+    let container =
+        node.container("hook", Spec::sleeping().hook("createRuntime", &hook)).started(&Io::default());
+    let mounted = inode(&target);
+    let own = inode(&format!("/proc/{}/ns/net", container.pid()));
+    process::succeed("umount", &[&target]);
+    assert_eq!(mounted, own);
+}
+
+#[test]
+fn a_script_can_be_called_runc() {
+    let node = Node::shared();
+    let place = Scratch::new("script");
+    let runc = place.text("runc");
+    write_program(&runc, "#!/bin/sh\nexec /usr/sbin/runc \"$@\"\n");
+    let options = runc_options(|options| options.binary_name = runc);
+    let container = node.container("script", Spec::sleeping()).options(options).started(&Io::default());
+    let exec = container.exec_sh("exit 8");
+    assert_eq!(exec.exit_status(), 8);
+}
+
+#[test]
+fn the_oci_runtime_sees_containerds_environment() {
+    let node = Node::exclusive();
+    let directory = "/run/systemd/system/containerd.service.d";
+    fs::create_dir_all(directory).expect("make the directory of drop-ins");
+    let drop_in = format!("{directory}/e2e.conf");
+    fs::write(&drop_in, "[Service]\nEnvironment=\"E2E_PROXY=one two\"\n").expect("write a drop-in");
+    let restart = || {
+        process::succeed("systemctl", &["daemon-reload"]);
+        node.restart_containerd();
+    };
+    restart();
+    let place = Scratch::new("environment");
+    let seen = place.text("seen");
+    let before =
+        format!("for word; do case $word in create|start|exec|delete) env >>{seen}.$word;; esac; done");
+    let noting = Noting::new("runc", &before);
+    let options = runc_options(|options| options.binary_name = noting.path());
+    let container = node.container("environment", Spec::sleeping()).options(options).started(&Io::default());
+    assert_eq!(container.exec_sh("exit 2").exit_status(), 2);
+    container.kill(9).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+    fs::remove_file(&drop_in).expect("remove the drop-in");
+    restart();
+    for verb in ["create", "start", "exec", "delete"] {
+        let environment = place.read(&format!("seen.{verb}"));
+        assert!(environment.contains("E2E_PROXY=one two\n"), "{verb}: {environment}");
+        assert!(!environment.contains("NOTIFY_SOCKET="), "{verb}: {environment}");
+    }
+}
+
+#[test]
+fn containers_are_created_in_containerds_own_namespaces() {
+    let node = Node::exclusive();
+    let directory = "/run/systemd/system/containerd.service.d";
+    fs::create_dir_all(directory).expect("make the directory of drop-ins");
+    let drop_in = format!("{directory}/e2e.conf");
+    let network = unique("blue");
+    process::succeed("ip", &["netns", "add", &network]);
+    let text = format!("[Service]\nNetworkNamespacePath=/run/netns/{network}\nPrivateMounts=yes\n");
+    fs::write(&drop_in, text).expect("write a drop-in");
+    let restart = || {
+        process::succeed("systemctl", &["daemon-reload"]);
+        node.restart_containerd();
+    };
+    restart();
+    let containerd = systemd::main_pid("containerd.service").to_string();
+    let place = Scratch::new("private");
+    let inside = ["-t", &containerd, "--mount", "mount", "-t", "tmpfs", "none", place.as_str()];
+    process::succeed("nsenter", &inside);
+    process::succeed("nsenter", &["-t", &containerd, "--mount", "touch", &place.text("inside")]);
+    let spec = Spec::sh("test -e /place/inside && exec sleep 100000; exit 1")
+        .in_host_namespace("network")
+        .bind(place.as_str(), "/place", &["ro"]);
+    let container = node.container("private", spec).started(&Io::default());
+    assert_eq!(container.exec_sh("exit 9").exit_status(), 9);
+    let found = inode(&format!("/proc/{}/ns/net", container.pid()));
+    let wanted = inode(&format!("/run/netns/{network}"));
+    container.end();
+    fs::remove_file(&drop_in).expect("remove the drop-in");
+    restart();
+    process::succeed("ip", &["netns", "delete", &network]);
+    assert_eq!(found, wanted);
+}
+
+fn write_program(path: &str, text: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    fs::write(path, text).expect("write a program");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("make it executable");
+}
+
+fn inode(path: &str) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(path).unwrap_or_else(|error| panic!("{path}: {error}")).ino()
+}
