@@ -20,6 +20,7 @@ mod fault;
 mod id;
 mod oci;
 mod ops;
+mod session;
 mod stdio;
 mod store;
 #[allow(unsafe_code)]

@@ -195,6 +195,8 @@ impl Shim {
         let exec = task.execs.get(id).ok_or_else(gone)?;
         let streams = Arc::new(self.streams(&task, Some(id)).ok_or_else(gone)?);
         let opened = self.open_streams(&streams).await?;
+        // A start that fails can be tried again: the same client reads then.
+        process.live().client_ends = opened.client_ends()?;
         fault::point(Point::ExecStartOpened);
         let dir = self.store.exec_dir(&entry.key, id);
         let doorbell = open_doorbell(&dir)?;
@@ -366,6 +368,7 @@ impl Shim {
         process: &Process,
         id: &ExecId,
     ) -> Result<(), Error> {
+        process.live().client_ends.clear();
         let removal = process.live().removal.take();
         let (ran, logger) = {
             let task = entry.task();

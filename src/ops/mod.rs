@@ -22,7 +22,6 @@ mod streams;
 mod update;
 mod wait;
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,14 +30,13 @@ use std::time::{Instant, SystemTime};
 
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 
 use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::{Watch, Watched};
 use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::oci::sealed::{self, Copies};
-use crate::stdio::terminal::Terminal;
+use crate::session::Session;
 use crate::store::answers::{Answers, Deleted};
 use crate::store::{Owing, Store};
 use crate::task::exec::ExecEvent;
@@ -82,17 +80,13 @@ pub enum Attempt {
 pub struct Live {
     /// The process. Held since it is known: its number can't be taken by another.
     process: Option<OwnedFd>,
-    /// The writing end of the client's stdin FIFO: without it the process would see EOF whenever a
-    /// client goes away.
-    stdin: Option<File>,
-    /// Its terminal.
-    terminal: Option<Arc<Terminal>>,
-    /// The size of its window, columns and rows, as last asked for.
+    /// Its streams, once it has them.
+    session: Session,
+    /// The size of its terminal's window, columns and rows, as last asked for.
     window: Option<(u16, u16)>,
-    /// What copies its output.
-    pumps: Vec<JoinHandle<()>>,
-    /// Ends the pumps.
-    stop: CancellationToken,
+    /// The client's FIFOs, from a start that is under way or has failed: the client sees no end of file, and
+    /// its input is not lost, before another start or Delete.
+    client_ends: Vec<OwnedFd>,
     /// Told when the unit ends while it is being started.
     attempt_ended: Arc<Notify>,
     /// The unit of an exec that has ended is being removed.

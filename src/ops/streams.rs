@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 use nix::fcntl::OFlag;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
+use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::config;
 use crate::id::{ExecId, ProcessKey, UnitName};
 use crate::oci::face;
+use crate::session::Session;
 use crate::stdio::console::Console;
 use crate::stdio::fifo;
 use crate::stdio::journal::Lines;
@@ -86,6 +88,21 @@ enum From {
     Terminal,
     /// The terminal, by way of a pipe.
     Bridge(Bridge),
+}
+
+impl Opened {
+    /// The client's FIFOs once more.
+    ///
+    /// # Errors
+    /// There are no more descriptors.
+    pub(super) fn client_ends(&self) -> Result<Vec<OwnedFd>, Error> {
+        let outputs = self.copies.iter().filter_map(|copy| {
+            let fifo = copy.sinks.fifo.as_ref().map(|fifo| fifo.get_ref().as_fd());
+            fifo.or_else(|| copy.sinks.held.as_ref().map(AsFd::as_fd))
+        });
+        let fifos = outputs.chain(self.stdin.as_ref().map(AsFd::as_fd));
+        fifos.map(|fifo| fifo.try_clone_to_owned().map_err(Error::Watch)).collect()
+    }
 }
 
 impl Shim {
@@ -176,13 +193,9 @@ impl Shim {
             (None, None) => None,
         };
         let terminal = master.map(Terminal::new).transpose().map_err(Error::Terminal)?.map(Arc::new);
-        let mut live = process.live();
-        live.stdin = stdin.filter(|_| !wiring.stdin_closed);
-        if live.stdin.is_none() && input.is_none() && wiring.stdin != Input::Null {
+        let mut session = Session::new(stdin.filter(|_| !wiring.stdin_closed), terminal.clone());
+        if !session.has_stdin() && input.is_none() && wiring.stdin != Input::Null {
             self.kept.forget(Part::Input, number);
-        }
-        if let (Some(terminal), Some((columns, rows))) = (&terminal, live.window) {
-            terminal.resize(columns, rows).map_err(Error::Terminal)?;
         }
         let span = tracing::info_span!("output", process = %process.key);
         for Copy { part, from, sinks } in copies {
@@ -192,7 +205,7 @@ impl Shim {
                 (From::Bridge(bridge), Some(terminal)) => Source::Bridged(terminal.clone(), bridge),
                 (From::Terminal | From::Bridge(_), None) => continue,
             };
-            let (over, stop, kept) = (process.clone(), live.stop.clone(), self.kept.clone());
+            let (over, stop, kept) = (process.clone(), session.stop(), self.kept.clone());
             let copy = async move {
                 let over = async {
                     over.ended().await;
@@ -203,12 +216,17 @@ impl Shim {
                     kept.forget(Part::Terminal, number);
                 }
             };
-            live.pumps.push(tokio::spawn(copy.instrument(span.clone())));
+            session.pump(copy.instrument(span.clone()));
         }
         if let (Some(input), Some(terminal)) = (input, &terminal) {
-            tokio::spawn(feed(process.clone(), input, terminal.clone()));
+            tokio::spawn(feed(process.clone(), input, terminal.clone(), session.stop()));
         }
-        live.terminal = terminal;
+        let mut live = process.live();
+        if let (Some(terminal), Some((columns, rows))) = (&terminal, live.window) {
+            terminal.resize(columns, rows).map_err(Error::Terminal)?;
+        }
+        live.session = session;
+        live.client_ends.clear();
         Ok(())
     }
 
@@ -274,7 +292,7 @@ impl Shim {
 
     /// Lets go of the writing end that keeps a process's input open.
     fn close_writer(&self, entry: &Entry, process: &Process) {
-        let writer = process.live().stdin.take();
+        let writer = process.live().session.take_stdin();
         if let (Some(_), Some(number)) = (writer, kept_number(entry, process)) {
             self.kept.forget(Part::Input, number);
         }
@@ -283,10 +301,11 @@ impl Shim {
     /// The process has ended: nobody reads its stdin any more.
     pub(super) fn close_input(&self, entry: &Entry, process: &Process) {
         self.close_writer(entry, process);
-        let terminal = process.live().terminal.take();
-        if let (Some(_), Some(number)) = (terminal, kept_number(entry, process))
-            && process.live().pumps.is_empty()
-        {
+        let (terminal, silent) = {
+            let session = &mut process.live().session;
+            (session.take_terminal(), session.is_silent())
+        };
+        if let (Some(_), Some(number), true) = (terminal, kept_number(entry, process), silent) {
             self.kept.forget(Part::Terminal, number);
         }
     }
@@ -306,7 +325,7 @@ impl Shim {
         let (columns, rows) = (clip(columns), clip(rows));
         let mut live = process.live();
         live.window = Some((columns, rows));
-        match &live.terminal {
+        match live.session.terminal() {
             Some(terminal) => terminal.resize(columns, rows).map_err(Error::Terminal),
             None => Ok(()),
         }
@@ -318,41 +337,25 @@ pub(super) fn kept_number(entry: &Entry, process: &Process) -> Option<u64> {
     entry.task().wiring_mut(process.key.exec.as_ref()).map(|wiring| wiring.kept)
 }
 
-/// Waits until everything that a process wrote is where it belongs. Something that outlives the
-/// process and holds its output is not waited for without end.
+/// Waits until everything that a process wrote has arrived, for a limited time.
 pub(super) async fn drain(process: &Process) {
-    let (pumps, stop) = {
-        let mut live = process.live();
-        (std::mem::take(&mut live.pumps), live.stop.clone())
-    };
-    let limit = tokio::time::Instant::now() + DRAIN_LIMIT;
-    for mut pump in pumps {
-        if tokio::time::timeout_at(limit, &mut pump).await.is_err() {
-            let key = &process.key;
-            tracing::info!(process = %key, "{key}: output is still open after the end, it is closed now");
-            stop.cancel();
-            // It ends at once now; that it was cut short is known.
-            let _ = pump.await;
-        }
+    let pumps = process.live().session.take_pumps();
+    if !pumps.drain().await {
+        let key = &process.key;
+        tracing::info!(process = %key, "{key}: output is still open after the end, it is closed now");
     }
 }
 
-/// Stops copying, whatever is left.
+/// Ends the session of a process. Output that has not arrived is lost.
 pub(super) async fn cut_off(process: &Process) {
-    let pumps = {
-        let mut live = process.live();
-        live.stop.cancel();
-        std::mem::take(&mut live.pumps)
-    };
-    for pump in pumps {
-        // As in `drain`.
-        let _ = pump.await;
-    }
+    // The guard of `live` must not be held while the pumps end.
+    let mut session = std::mem::take(&mut process.live().session);
+    session.take_pumps().cut_off().await;
 }
 
 /// Copies a client's input to a terminal. Its end hangs the terminal up, as with
 /// containerd-shim-runc-v2.
-async fn feed(process: Arc<Process>, input: File, terminal: Arc<Terminal>) {
+async fn feed(process: Arc<Process>, input: File, terminal: Arc<Terminal>, stop: CancellationToken) {
     let fed = async {
         let input = crate::sys::watch(input)?;
         pump::input(&input, &terminal).await
@@ -363,9 +366,10 @@ async fn feed(process: Arc<Process>, input: File, terminal: Arc<Terminal>) {
                 tracing::debug!(process = %process.key, %error, "the terminal takes no more input: {error}");
             }
             terminal.hang_up();
-            process.live().terminal = None;
+            process.live().session.take_terminal();
         }
         _ = process.ended() => {}
+        () = stop.cancelled() => {}
     }
 }
 
@@ -534,9 +538,6 @@ fn bridge(
     };
     Bridge::new(reader, writer).map_err(Error::Watch)
 }
-
-/// As containerd-shim-runc-v2.
-const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// Waits for the first byte on a pipe, or for its end; true for a byte.
 ///

@@ -1,5 +1,8 @@
 //! Output of execs where something is odd: children that stay, readers that are slow or gone, files, loggers.
 
+use std::fs::{File, remove_file};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -126,6 +129,44 @@ fn an_exec_without_client_stdio_can_write_and_reads_nothing() {
     let container = sleeping(&node);
     let exec = container.exec_sh("[ -z \"$(cat)\" ] && echo out && echo err >&2 && exit 32");
     assert_eq!(exec.exit_status(), 32);
+}
+
+#[test]
+fn an_exec_whose_start_failed_starts_again_for_the_same_client() {
+    let node = Node::shared();
+    let programs = Scratch::new("programs");
+    let spec = Spec::sleeping().bind(programs.as_str(), "/programs", &["rw"]);
+    let container = node.container("again", spec).started(&Io::default());
+    for terminal in [false, true] {
+        let fifos = Fifos::new("again");
+        let (mut stdout, mut stderr) = (fifos.stdout(), fifos.stderr());
+        let stdin = fifos.open_stdin();
+        let spec = Spec::new(&["/programs/late"]);
+        let (spec, io) = if terminal { (spec.terminal(), fifos.terminal()) } else { (spec, fifos.io()) };
+        let exec = container.exec(spec).added(&io);
+        for _ in 0..2 {
+            exec.start().expect_err("there is no such program yet");
+        }
+        let stdin = stdin.file();
+        feed(&stdin, b"early\n");
+        let mut late = File::options();
+        let late = late.write(true).create_new(true).mode(0o755).open(programs.join("late"));
+        late.and_then(|mut late| late.write_all(b"#!/bin/sh\nexec cat\n")).expect("make the program");
+        exec.start().expect("start it now");
+        feed(&stdin, b"late\n");
+        drop(stdin);
+        exec.close_stdin().expect("CloseIO");
+        if terminal {
+            stdout.until(|bytes| bytes.ends_with(b"early\r\nlate\r\n"));
+            exec.kill(SIGKILL).expect("kill");
+            exec.exit_status();
+        } else {
+            assert_eq!((stdout.text().as_str(), stderr.text().as_str()), ("early\nlate\n", ""));
+            assert_eq!(exec.exit_status(), 0);
+        }
+        exec.delete().expect("delete");
+        remove_file(programs.join("late")).expect("remove the program");
+    }
 }
 
 #[test]
