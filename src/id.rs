@@ -18,13 +18,30 @@ pub const MAX_UNIT_NAME: usize = 255;
 pub enum InvalidName {
     /// The text is empty.
     #[error("{what} is empty")]
-    Empty { what: &'static str },
-    /// The text is longer than the given number of bytes.
+    Empty {
+        /// The kind of name, e.g. "container id".
+        what: &'static str,
+    },
+    /// The text is longer than the kind of name allows.
     #[error("{what} {text:?} is longer than {max} bytes")]
-    TooLong { what: &'static str, text: String, max: usize },
+    TooLong {
+        /// The kind of name.
+        what: &'static str,
+        /// The refused text.
+        text: String,
+        /// The longest text allowed, in bytes.
+        max: usize,
+    },
     /// A character, or its place, is not allowed.
     #[error("{what} {text:?} is not valid: {rule}")]
-    Malformed { what: &'static str, text: String, rule: &'static str },
+    Malformed {
+        /// The kind of name.
+        what: &'static str,
+        /// The refused text.
+        text: String,
+        /// The rule that the text breaks.
+        rule: &'static str,
+    },
 }
 
 /// Cuts a refused text down to what is useful in a message.

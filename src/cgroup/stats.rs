@@ -185,13 +185,16 @@ pub struct Pressure {
     pub full: Option<Stall>,
 }
 
-/// Waiting in percent of the last 10, 60 and 300 s, and in microseconds since the beginning.
+/// How long processes have waited for a resource. The fields have the kernel's names.
 #[derive(Clone, Debug, Default, PartialEq)]
-#[allow(missing_docs)] // the kernel's words
 pub struct Stall {
+    /// Percent of the last 10 s.
     pub avg10: f64,
+    /// Percent of the last 60 s.
     pub avg60: f64,
+    /// Percent of the last 300 s.
     pub avg300: f64,
+    /// Microseconds since the cgroup was created.
     pub total: u64,
 }
 
