@@ -1,10 +1,11 @@
-# Everything one does here, from a bare Debian machine on: what is missing is installed with apt-get.
+# Every task of a developer has a target here. `deps`, `demo`, the tests, `chaos`, `bench` and `shell` install
+# missing Debian packages with apt-get; no other target changes the machine.
 
 PREFIX ?= /usr/local
 LANE ?= nspawn
 SUITE ?= trixie
-# Of the chaos: how long in each lane, and more arguments (CHAOS='--seed 7 --disturb kill'). It goes through
-# both lanes unless one is named.
+# For `chaos`: minutes in each lane, and more arguments (CHAOS='--seed 7 --disturb kill'). Without LANE it runs
+# in both lanes.
 MINUTES ?= 30
 CHAOS ?=
 CHAOS_LANES := $(if $(filter file,$(origin LANE)),nspawn vm,$(LANE))
@@ -14,37 +15,46 @@ export CARGO_TARGET_DIR := $(abspath $(CARGO_TARGET_DIR))
 NAME := containerd-shim-systemd-v1
 BINARY := $(CARGO_TARGET_DIR)/release/$(NAME)
 SCRIPTS := tests/testbed
-UNITS := $(wildcard units/*.socket units/*.service units/*.slice units/*.in)
+UNITS := $(wildcard units/*.socket units/*.service units/*.slice)
 UNITDIR := $(DESTDIR)$(PREFIX)/lib/systemd/system
+# What the binary is made of.
+SOURCES := Cargo.toml Cargo.lock build.rs proto src
 
-.PHONY: help deps build unit check test test-unit test-vm test-nspawn test-matrix shell demo chaos bench doc install clean
+.PHONY: help deps build unit check audit test test-unit test-vm test-nspawn test-matrix shell demo chaos bench doc
+.PHONY: fresh install uninstall clean
 .DEFAULT_GOAL := help
 
-# A static binary starts in half the time, and is started for every container and every exec.
+# systemd starts the binary for every container and every exec: a static one starts in half the time.
 STATIC := -C target-feature=+crt-static
+
+# cargo-deny asks only for crates that this machine has downloaded: those for itself.
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-deps:
-	@$(SCRIPTS)/deps build
+deps: ## install what building and checking need (apt-get, rustup); run it as root
+	@$(SCRIPTS)/deps build lint
 
-build: deps ## the release binary
-	cargo rustc --release --locked --bin containerd-shim-systemd-v1 -- $(STATIC)
+build: ## the release binary
+	cargo rustc --release --locked --bin $(NAME) -- $(STATIC)
 
 unit: test-unit ## the same as test-unit
 
-check: deps ## formatting, clippy, documentation, dependencies (where cargo-deny or cargo-audit is there)
-	@$(SCRIPTS)/deps lint
+# `--all-targets` leaves out targets with `test = false`: they are named.
+check: ## formatting, clippy, documentation and, where cargo-deny is installed, licences and sources; works offline
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --features faults --test e2e --test chaos --bins -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps --document-private-items
-	@if command -v cargo-deny >/dev/null; then set -x; cargo deny --locked check; \
-	else echo "check: cargo-deny is not installed, skipping licences and sources"; fi
-	@if command -v cargo-audit >/dev/null; then set -x; cargo audit; \
-	else echo "check: cargo-audit is not installed, skipping advisories"; fi
+	@if command -v cargo-deny >/dev/null; then set -x; \
+		cargo deny --locked --offline --target $(HOST) check bans licenses sources; \
+	else echo "check: cargo-deny is not installed: skipping licences and sources"; fi
 
-test: ## all tests: unit, end to end in nspawn and, but for the slowest, in a VM; the core on other suites; a minute of chaos
+audit: ## known vulnerabilities of the dependencies, with cargo-deny; needs the network
+	cargo deny --locked check advisories
+
+test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; a minute of chaos
 	@$(SCRIPTS)/run-all unit nspawn core/bookworm core/forky chaos/nspawn vm
 
 test-unit: ## the tests that need nothing but cargo
@@ -53,38 +63,46 @@ test-unit: ## the tests that need nothing but cargo
 test-vm: ## the end-to-end tests in a VM (SUITE=bookworm|trixie|forky)
 	@$(SCRIPTS)/run-all vm/$(SUITE)
 
-test-nspawn: ## the end-to-end tests in an nspawn container: fast, without limits
+test-nspawn: ## the end-to-end tests in an nspawn container: fast, without limits (SUITE)
 	@$(SCRIPTS)/run-all nspawn/$(SUITE)
 
-test-matrix: ## the end-to-end tests in a VM of each suite: systemd 252 to 262, containerd 1.6 to 2.1
+test-matrix: ## the end-to-end tests in a VM of each suite: systemd 252, 257, 262; containerd 1.6, 1.7, 2.1
 	@$(SCRIPTS)/run-all vm/bookworm vm/trixie vm/forky
 
-shell: ## a shell in a guest with the binary in it (LANE=vm|nspawn, SUITE); destroyed afterwards
+shell: ## a shell in a throw-away guest that has the binary (LANE=vm|nspawn, SUITE)
 	@$(SCRIPTS)/run-shell $(LANE) $(SUITE)
 
-demo: ## containers as systemd units, shown in a guest
+demo: ## show containers as systemd units, in a guest
 	@$(SCRIPTS)/demo
 
-chaos: ## clients at work while the daemon, systemd, dbus and containerd go and come back (MINUTES=30, LANE)
+chaos: ## clients at work while daemon, systemd, dbus and containerd are killed and restarted (MINUTES=30, LANE)
 	@set -e; for lane in $(CHAOS_LANES); do $(SCRIPTS)/run-chaos $$lane $(SUITE) --minutes $(MINUTES) $(CHAOS); done
 
-bench: ## side by side with runc.v2, in nspawn; results in target/bench.json
+bench: ## compare with runc.v2, in nspawn; results in target/bench.json
 	@$(SCRIPTS)/run-bench nspawn $(SUITE)
 
-doc: deps ## the documentation of the code, private items too
+doc: ## the documentation of the code, private items too
 	cargo doc --locked --no-deps --document-private-items
 
-$(BINARY):
-	$(MAKE) build
+# Root often has no cargo (`sudo make install`): then the binary must be there and newer than its sources.
+fresh:
+	@if command -v cargo >/dev/null; then \
+		$(MAKE) --no-print-directory build; \
+	elif [ ! -e $(BINARY) ] || [ -n "$$(find $(SOURCES) -newer $(BINARY) -print -quit)" ]; then \
+		echo "install: $(BINARY) is missing or older than its sources: run 'make build' first" >&2; exit 1; \
+	fi
 
-install: $(BINARY) ## the binary and the units (DESTDIR, PREFIX=/usr/local)
+install: fresh ## the binary and the units (DESTDIR, PREFIX=/usr/local); builds what is out of date
 	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/$(NAME)
 	install -d $(UNITDIR)
 	@set -e; for unit in $(UNITS); do \
-		target=$(UNITDIR)/$$(basename $$unit .in); \
+		target=$(UNITDIR)/$$(basename $$unit); \
 		echo "$$unit -> $$target"; \
 		sed 's|@BINDIR@|$(PREFIX)/bin|g' $$unit >$$target; chmod 644 $$target; \
 	done
 
-clean: ## what was built here (images of the testbed are kept elsewhere: testbed help)
+uninstall: ## remove what install has put there (DESTDIR, PREFIX); docs/restarts.md says what to do before
+	rm -f $(DESTDIR)$(PREFIX)/bin/$(NAME) $(addprefix $(UNITDIR)/,$(notdir $(UNITS)))
+
+clean: ## remove what was built here; images of the testbed are elsewhere (testbed help)
 	cargo clean
