@@ -4,6 +4,8 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::common::wait;
+
 /// Rounds that fill caches and are not counted.
 const WARM_UP: usize = 3;
 
@@ -65,7 +67,8 @@ pub fn measure<P: Process>(rounds: Rounds, prepare: impl Fn(usize) -> Vec<P>) ->
     let mut times = [Times::default(), Times::default()];
     in_turn(WARM_UP + rounds.count, |round, index| {
         let processes = prepare(index);
-        pause(rounds.quiet);
+        // The quiet itself is wanted: no event is awaited.
+        wait::elapse(rounds.quiet);
         let (lives, elapsed) = run(&processes);
         processes.into_iter().for_each(Process::deleted);
         if round >= WARM_UP {
@@ -141,9 +144,4 @@ impl Laps {
         let now = Instant::now();
         now.duration_since(std::mem::replace(&mut self.0, now))
     }
-}
-
-#[allow(clippy::disallowed_methods)] // no event is awaited: the quiet itself is what is wanted
-fn pause(quiet: Duration) {
-    thread::sleep(quiet);
 }

@@ -87,10 +87,6 @@ fn cgroups() -> BTreeSet<String> {
         if path.ends_with(format!("{}/launch", systemd::DAEMON_SERVICE)) {
             continue;
         }
-        // The OCI runtime works there, and the daemon keeps it.
-        if path.ends_with(format!("{}/launch", systemd::DAEMON_SERVICE)) {
-            continue;
-        }
         if !name.ends_with(".slice") {
             found.insert(path.to_string_lossy().into_owned());
         }

@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 
 use super::node::unique;
+use super::spec::Spec;
 use super::task::Io;
 use super::wait;
 
@@ -65,9 +66,7 @@ impl Fifos {
     pub fn new(name: &str) -> Fifos {
         let scratch = Scratch::new(name);
         for name in ["stdin", "stdout", "stderr"] {
-            let path = scratch.join(name);
-            nix::unistd::mkfifo(&path, Mode::S_IRWXU)
-                .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            make_fifo(&scratch.join(name));
         }
         Fifos { scratch }
     }
@@ -98,16 +97,38 @@ impl Fifos {
 
     /// Opens the client's end of stdin, as clients do: before there is a reader.
     pub fn open_stdin(&self) -> Opening {
-        let path = self.scratch.join("stdin");
-        let (sender, file) = channel();
-        let open = move || sender.send(File::options().write(true).open(path));
-        thread::spawn(open);
-        Opening { file }
+        open_to_write(self.scratch.join("stdin"))
     }
 
     /// The client's end of stdin, once somebody reads there.
     pub fn stdin(&self) -> File {
         self.open_stdin().file()
+    }
+}
+
+/// Holds up a script in a container until the test lets it go on: a FIFO that the script reads.
+pub struct Gate {
+    scratch: Scratch,
+}
+
+impl Gate {
+    /// The command of a script that waits for [`Gate::open`].
+    pub const WAIT: &str = "read go </gate/fifo";
+
+    pub fn new() -> Gate {
+        let scratch = Scratch::new("gate");
+        make_fifo(&scratch.join("fifo"));
+        Gate { scratch }
+    }
+
+    /// The spec with the gate mounted where [`Gate::WAIT`] looks for it.
+    pub fn bind(&self, spec: Spec) -> Spec {
+        spec.bind(self.scratch.as_str(), "/gate", &["ro"])
+    }
+
+    /// Lets one process go on, once it waits.
+    pub fn open(&self) {
+        feed(&open_to_write(self.scratch.join("fifo")).file(), b"go\n");
     }
 }
 
@@ -119,8 +140,19 @@ pub struct Opening {
 impl Opening {
     pub fn file(self) -> File {
         let opened = self.file.recv_timeout(wait::LIMIT);
-        opened.expect("nobody has opened stdin to read").expect("open stdin")
+        opened.expect("nobody has opened the FIFO to read").expect("open a FIFO to write")
     }
+}
+
+fn make_fifo(path: &Path) {
+    nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+}
+
+/// Opens a FIFO in the background: the open waits for a reader.
+fn open_to_write(path: PathBuf) -> Opening {
+    let (sender, file) = channel();
+    thread::spawn(move || sender.send(File::options().write(true).open(path)));
+    Opening { file }
 }
 
 /// Writes all, with a clear message if nobody takes it.

@@ -27,11 +27,13 @@ pub fn within<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Optio
         if Instant::now() >= deadline {
             return None;
         }
-        pause();
+        elapse(PAUSE);
     }
 }
 
-#[allow(clippy::disallowed_methods)] // the one place where a test sleeps: between two probes
-fn pause() {
-    std::thread::sleep(PAUSE);
+/// Lets time pass where the span itself is what is measured. Whoever waits for something uses the other
+/// functions.
+#[allow(clippy::disallowed_methods)] // the one place where a test sleeps
+pub fn elapse(span: Duration) {
+    std::thread::sleep(span);
 }

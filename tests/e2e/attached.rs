@@ -1,6 +1,7 @@
 //! A process, as init and as exec, with the client's side of its streams.
 
 use std::fs::File;
+use std::time::Duration;
 
 use crate::common::container::Container;
 use crate::common::exec::Exec;
@@ -8,6 +9,9 @@ use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Reader, feed};
 use crate::common::task::{Io, Process};
+
+/// A Wait that waits for the output of a process's children takes longer: the stock shim gives that 10 s.
+pub const WAIT_LIMIT: Duration = Duration::from_secs(8);
 
 /// The client's ends of a process's FIFOs.
 pub struct Client {

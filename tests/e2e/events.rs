@@ -4,6 +4,7 @@ use crate::common::container::Container;
 use crate::common::events::{Event, Events};
 use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::spec::Spec;
+use crate::common::stdio::Gate;
 use crate::common::task::{Io, SIGKILL};
 
 /// The last event to wait for. The stock shim may end before it has published a delete (seen on 2.1.9).
@@ -27,8 +28,13 @@ fn events_come_once_and_in_order() {
     let node = Node::shared();
     let events = node.subscribe();
     // `true` may be dead before Start has returned: its exit still comes after its start.
-    for spec in [Spec::new(&["/bin/true"]), Spec::sh("sleep 0.2; exit 6")] {
+    let gate = Gate::new();
+    let gated = gate.bind(Spec::sh(&format!("{}; exit 6", Gate::WAIT)));
+    for (spec, is_gated) in [(Spec::new(&["/bin/true"]), false), (gated, true)] {
         let container = node.container("events", spec).started(&Io::default());
+        if is_gated {
+            gate.open();
+        }
         container.wait().expect("wait");
         container.delete().expect("delete");
         assert_eq!(
@@ -96,10 +102,16 @@ fn a_created_task_that_is_killed_has_no_start_event() {
 fn events_of_an_exec_come_once_in_order_and_before_the_exit_of_init() {
     let node = Node::shared();
     let events = node.subscribe();
-    let container = node.container("exec-events", Spec::sleeping()).started(&Io::default());
+    let gate = Gate::new();
+    let container = node.container("exec-events", gate.bind(Spec::sleeping())).started(&Io::default());
+    let gated = Spec::sh(&format!("{}; exit 6", Gate::WAIT));
     // `true` may be dead before Start has returned, as above.
-    for spec in [Spec::new(&["/bin/true"]), Spec::sh("sleep 0.2; exit 6"), Spec::sh("kill -TERM $$")] {
+    let specs = [(Spec::new(&["/bin/true"]), false), (gated, true), (Spec::sh("kill -TERM $$"), false)];
+    for (spec, is_gated) in specs {
         let exec = container.exec(spec).started(&Io::default());
+        if is_gated {
+            gate.open();
+        }
         exec.wait().expect("wait");
         exec.delete().expect("delete");
     }

@@ -26,7 +26,7 @@ fn a_paused_task_does_nothing_until_it_is_resumed() {
     assert!(cgroup::is_frozen(&cgroup));
     let used = || std::fs::read_to_string(cgroup.join("cpu.stat")).expect("cpu.stat");
     let before = used();
-    std::thread::sleep(Duration::from_millis(300));
+    wait::elapse(Duration::from_millis(300));
     assert_eq!(used(), before, "it uses no CPU");
     container.resume().expect("resume");
     assert_eq!(container.phase(), Status::Running);

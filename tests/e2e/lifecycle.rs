@@ -7,6 +7,7 @@ use containerd_client::types::v1::Status;
 
 use crate::common::node::Node;
 use crate::common::spec::Spec;
+use crate::common::stdio::Gate;
 use crate::common::task::{Io, SIGKILL, SIGTERM, YEAR_ONE, assert_refused};
 use crate::common::{process, wait};
 
@@ -78,9 +79,12 @@ fn kill_all_reaches_every_process() {
 #[test]
 fn children_die_with_their_init_in_the_hosts_pid_namespace() {
     let node = Node::shared();
-    let spec = Spec::sh("sleep 100000 & sleep 100000 & sleep 0.5; exit 3").in_host_namespace("pid");
+    let gate = Gate::new();
+    let spec = Spec::sh(&format!("sleep 100000 & sleep 100000 & {}; exit 3", Gate::WAIT));
+    let spec = gate.bind(spec).in_host_namespace("pid");
     let container = node.container("orphans", spec).started(&Io::default());
-    let pids = wait::until("init and its children", || container.pids().ok().filter(|pids| pids.len() >= 3));
+    let pids = wait::until("init and its children", || container.pids().ok().filter(|pids| pids.len() == 3));
+    gate.open();
     assert_eq!(container.exit_status(), 3);
     wait::until_true("the children are gone", || !pids.iter().any(|pid| process::exists(*pid)));
 }

@@ -7,6 +7,7 @@ use crate::attached::{self, each_kind};
 use crate::common::bulk::Bulk;
 use crate::common::node::{Node, number};
 use crate::common::spec::Spec;
+use crate::common::stdio::Gate;
 use crate::common::stdio::{Fifos, feed};
 use crate::common::task::{Io, SIGKILL};
 
@@ -37,10 +38,13 @@ fn stdin_ends_when_it_is_closed_after_the_client_has_gone() {
 
 #[test]
 fn stdin_that_was_fed_before_anybody_read_is_not_lost() {
-    each_kind(Spec::sh("sleep 0.3; cat"), |process, mut client| {
+    let gate = Gate::new();
+    let spec = gate.bind(Spec::sh(&format!("{}; cat", Gate::WAIT)));
+    each_kind(spec, |process, mut client| {
         client.enter("early\n");
         process.close_stdin().expect("close stdin");
         drop(client.stdin);
+        gate.open();
         assert_eq!(client.stdout.text(), "early\n");
         assert_eq!(process.exit_status(), 0);
     });

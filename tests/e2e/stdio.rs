@@ -1,10 +1,8 @@
 //! Output and input through FIFOs and files: complete, separate, ended in time, and there again after a break.
 
-use std::fs;
-
 use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::spec::Spec;
-use crate::common::stdio::{Fifos, Scratch, feed};
+use crate::common::stdio::{Fifos, Gate, Scratch, feed};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::wait;
 
@@ -89,20 +87,22 @@ fn a_client_that_goes_away_is_no_end_of_stdin() {
 fn a_client_may_leave_and_come_back_without_losing_a_byte() {
     let node = Node::shared();
     let fifos = Fifos::new("detach");
-    let gate = Scratch::new("detach");
+    let (gate, notes) = (Gate::new(), Scratch::new("detach"));
     let mut stdout = fifos.stdout();
     let _stderr = fifos.stderr();
     // It writes while nobody reads, and reports there what its own writes said.
-    let script = "trap 'echo SIGPIPE >> /gate/trouble' PIPE; echo here; \
-                  until [ -e /gate/go ]; do sleep 0.02; done; \
-                  seq 1 5000 || echo failed >> /gate/trouble; touch /gate/done; \
-                  seq 5001 40000 || echo failed >> /gate/trouble";
-    let spec = Spec::sh(script).bind(gate.as_str(), "/gate", &["rw"]);
+    let wait = Gate::WAIT;
+    let script = format!(
+        "trap 'echo SIGPIPE >> /notes/trouble' PIPE; echo here; {wait}; \
+         seq 1 5000 || echo failed >> /notes/trouble; touch /notes/done; \
+         seq 5001 40000 || echo failed >> /notes/trouble"
+    );
+    let spec = gate.bind(Spec::sh(&script)).bind(notes.as_str(), "/notes", &["rw"]);
     let container = node.container("detach", spec).started(&fifos.output());
     stdout.until(|bytes| bytes == b"here\n");
     drop(stdout);
-    fs::write(gate.join("go"), "").expect("open the gate");
-    wait::until_true("it has written while nobody read", || gate.join("done").exists());
+    gate.open();
+    wait::until_true("it has written while nobody read", || notes.join("done").exists());
 
     let mut stdout = fifos.stdout();
     let mut seen = stdout.until(|bytes| bytes.len() > 30_000);
@@ -111,7 +111,7 @@ fn a_client_may_leave_and_come_back_without_losing_a_byte() {
     seen.extend(stdout.rest());
     assert!(seen == numbers(40_000).as_bytes(), "every byte in its place");
     assert_eq!(container.exit_status(), 0);
-    assert_eq!(gate.read("trouble"), "");
+    assert_eq!(notes.read("trouble"), "");
 }
 
 #[test]
