@@ -1,7 +1,8 @@
 //! Publishes what the outboxes hold: in order, at least once, until containerd has accepted it.
 //!
 //! One worker per containerd. A containerd that is down holds up its own tasks' events and no
-//! other's; they wait in the records.
+//! other's; they wait in the records. An event that containerd does not accept holds up those of its own
+//! task.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::shim_async::EventsClient;
 use protobuf::MessageField;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use ttrpc::asynchronous::Client;
 use ttrpc::{Code, context};
 
@@ -30,6 +32,7 @@ pub async fn publish(shim: Arc<Shim>, mut outgoing: mpsc::UnboundedReceiver<Arc<
     while let Some(entry) = outgoing.recv().await {
         let address = entry.task().containerd.ttrpc_address.clone();
         let worker = workers.entry(address.clone()).or_insert_with(|| {
+            // As `outgoing`: each task is in it once at most.
             let (sender, receiver) = mpsc::unbounded_channel();
             tokio::spawn(serve(shim.clone(), address, receiver));
             sender
@@ -41,11 +44,57 @@ pub async fn publish(shim: Arc<Shim>, mut outgoing: mpsc::UnboundedReceiver<Arc<
 
 async fn serve(shim: Arc<Shim>, address: String, mut tasks: mpsc::UnboundedReceiver<Arc<Entry>>) {
     let mut link = Link { address, client: None };
-    while let Some(entry) = tasks.recv().await {
+    let mut held_up = HeldUp::default();
+    loop {
+        let (entry, pause) = tokio::select! {
+            entry = tasks.recv() => match entry {
+                // Its turn comes when its pause is over.
+                Some(entry) if held_up.holds(&entry) => continue,
+                Some(entry) => (entry, FIRST_PAUSE),
+                None => return,
+            },
+            held = held_up.next(), if !held_up.is_empty() => held,
+        };
+        shim.taken_up(&entry);
         while let Some(outgoing) = shim.first_owed(&entry) {
-            link.deliver(&outgoing).await;
+            if !link.deliver(&outgoing).await {
+                held_up.add(entry, pause);
+                break;
+            }
             shim.accepted(&entry, outgoing.seq);
         }
+    }
+}
+
+/// Tasks whose next event containerd did not accept, though it could be reached: the others go on meanwhile.
+#[derive(Default)]
+struct HeldUp {
+    tasks: Vec<(Instant, Duration, Arc<Entry>)>,
+}
+
+impl HeldUp {
+    fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
+    fn holds(&self, entry: &Arc<Entry>) -> bool {
+        self.tasks.iter().any(|(_, _, held)| Arc::ptr_eq(held, entry))
+    }
+
+    /// The task is tried again after the pause.
+    fn add(&mut self, entry: Arc<Entry>, pause: Duration) {
+        self.tasks.push((Instant::now() + pause, pause, entry));
+    }
+
+    /// Resolves when a pause is over, with the task and its next pause.
+    async fn next(&mut self) -> (Arc<Entry>, Duration) {
+        let soonest = self.tasks.iter().enumerate().min_by_key(|(_, (due, ..))| *due);
+        let Some((place, due)) = soonest.map(|(place, (due, ..))| (place, *due)) else {
+            return std::future::pending().await;
+        };
+        tokio::time::sleep_until(due).await;
+        let (_, pause, entry) = self.tasks.swap_remove(place);
+        (entry, (pause * 2).min(LONGEST_PAUSE))
     }
 }
 
@@ -59,13 +108,18 @@ struct Link {
 enum Failure {
     /// It never will be.
     Refused(String),
-    /// containerd can't be reached, or is busy.
+    /// containerd can't be reached.
+    Unreachable(String),
+    /// containerd can be reached, but did not accept this event.
     Later(String),
+    /// The connection, made for an earlier event, has ended since.
+    Stale,
 }
 
 impl Link {
-    /// Returns when containerd has accepted the event, or has said that it never will.
-    async fn deliver(&mut self, outgoing: &Outgoing) {
+    /// True when containerd has accepted the event, or has said that it never will. Returns when it can be
+    /// reached: until then there is nothing to do for any of its tasks.
+    async fn deliver(&mut self, outgoing: &Outgoing) -> bool {
         let task = &outgoing.task.key;
         let mut pause = FIRST_PAUSE;
         let mut told = false;
@@ -79,14 +133,19 @@ impl Link {
                             self.address
                         );
                     }
-                    return;
+                    return true;
                 }
                 Err(Failure::Refused(reason)) => {
                     tracing::error!(%task, seq = outgoing.seq, "task {task}: containerd refuses an event, it is dropped: {reason}");
-                    return;
+                    return true;
                 }
                 Err(Failure::Later(reason)) => {
                     self.client = None;
+                    tracing::warn!(%task, seq = outgoing.seq, "task {task}: containerd does not accept an event, it is sent again: {reason}");
+                    return false;
+                }
+                Err(Failure::Stale) => self.client = None,
+                Err(Failure::Unreachable(reason)) => {
                     if !told {
                         tracing::warn!(%task, "containerd at {} takes no events, trying on: {reason}", self.address);
                         told = true;
@@ -105,12 +164,15 @@ impl Link {
         let limit = i64::try_from(FORWARD_LIMIT.as_nanos()).unwrap_or(i64::MAX);
         let mut metadata = context::with_timeout(limit);
         metadata.add(NAMESPACE_KEY.to_owned(), outgoing.task.key.namespace.to_string());
+        let is_new = self.client.is_none();
         let client = self.connected().await?;
         match client.forward(metadata, &request).await {
             Ok(_) => Ok(()),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::INVALID_ARGUMENT => {
                 Err(Failure::Refused(status.message().to_owned()))
             }
+            Err(ttrpc::Error::RpcStatus(status)) => Err(Failure::Later(status.message().to_owned())),
+            Err(_) if !is_new => Err(Failure::Stale),
             Err(error) => Err(Failure::Later(error.to_string())),
         }
     }
@@ -121,8 +183,8 @@ impl Link {
             None => {
                 let address = format!("unix://{}", self.address.trim_start_matches("unix://"));
                 let client = tokio::time::timeout(FORWARD_LIMIT, Client::connect(&address)).await;
-                let client = client.map_err(|_| Failure::Later("no connection in time".to_owned()))?;
-                EventsClient::new(client.map_err(|error| Failure::Later(error.to_string()))?)
+                let client = client.map_err(|_| Failure::Unreachable("no connection in time".to_owned()))?;
+                EventsClient::new(client.map_err(|error| Failure::Unreachable(error.to_string()))?)
             }
         };
         Ok(self.client.insert(client))

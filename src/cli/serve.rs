@@ -158,6 +158,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     shim.recover().await.map_err(Failure::new)?;
     fault::point(Point::RecoverTasks);
     tokio::spawn(events::publish(shim.clone(), outgoing));
+    tokio::spawn(shim.clone().write_pending());
     tokio::spawn(shim.clone().forget_idle());
     tokio::spawn(shim.clone().observe_cgroups());
     let observer = shim.clone();

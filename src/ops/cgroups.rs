@@ -74,12 +74,12 @@ impl Shim {
     pub(super) fn note_freezer(self: &Arc<Self>, entry: &Arc<Entry>) {
         let cgroup = entry.task().cgroup.clone();
         let noted = match cgroup.map(|cgroup| files::is_frozen(&cgroup)) {
-            Some(Ok(Some(true))) => self.apply(entry, Event::Frozen),
+            Some(Ok(Some(true))) => self.note_event(entry, Event::Frozen).map(drop).map_err(Error::from),
             Some(Ok(Some(false))) => {
                 if !entry.init.live().unshown.is_empty() {
                     tokio::spawn(self.clone().show_unshown(entry.clone()));
                 }
-                self.apply(entry, Event::Thawed)
+                self.note_event(entry, Event::Thawed).map(drop).map_err(Error::from)
             }
             Some(Err(error)) => Err(error.into()),
             Some(Ok(None)) | None => Ok(()),
@@ -135,10 +135,11 @@ impl Shim {
 
     /// Notes the limits of the unit's cgroup, as those that the container has been compared with.
     pub(super) fn note_limits(&self, entry: &Arc<Entry>, limits: Option<Limits>) -> Result<(), Error> {
-        self.change(entry, |task| {
+        self.note(entry, |task| {
             task.limits = limits;
             Ok(Vec::new())
-        })
+        })?;
+        Ok(())
     }
 
     async fn show_limits(

@@ -307,7 +307,9 @@ impl Shim {
 
     /// Holds the main process. One that is gone already has ended; systemd says how.
     pub(super) fn hold(&self, entry: &Entry, pid: u32) {
-        entry.init.live().process = crate::sys::pidfd_open(pid).ok();
+        let held = crate::sys::pidfd_open(pid).ok();
+        // Looked at once it is held: a stranger that has the number by now is not held.
+        entry.init.live().process = held.filter(|_| lives_in(&entry.task(), pid));
     }
 
     /// Takes the main process over, and notes where it lives.
@@ -415,6 +417,22 @@ fn sandbox_of(spec: &Spec) -> Option<TaskId> {
 pub(super) fn program_of(pid: u32) -> Option<(u64, u64)> {
     let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
     Some((file.dev(), file.ino()))
+}
+
+/// True if a process lives where those of the task do: its number has not become a stranger's.
+pub(super) fn lives_in(task: &Task, pid: u32) -> bool {
+    let Ok(found) = cgroup::of_process(pid) else {
+        return false;
+    };
+    match (&task.cgroup, &task.placement) {
+        (Some(container), _) => found.starts_with(container),
+        // Create has not noted it yet.
+        (None, Placement::Unit { .. }) => found.iter().any(|part| part == task.unit.as_str()),
+        (None, Placement::Foreign { path, .. }) => {
+            let path: Vec<_> = path.iter().skip(1).collect();
+            found.iter().collect::<Vec<_>>().ends_with(&path)
+        }
+    }
 }
 
 /// A pid file.

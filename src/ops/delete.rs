@@ -15,7 +15,7 @@ use crate::task::registry::End;
 use super::create::unmount;
 use super::kill::kill_all;
 use super::streams::{cut_off, drain};
-use super::{Attempt, Deleted, Entry, Error, Shim, blocking, now_usec};
+use super::{Attempt, Deleted, Entry, Error, Shim, blocking};
 
 impl Shim {
     /// Removes a process that has ended or was never started: an exec, or a task with all of its
@@ -68,15 +68,13 @@ impl Shim {
     /// containerd has given the task up and publishes its end itself.
     ///
     /// # Errors
-    /// There is no such task, or the record can't be written.
-    pub fn mute(&self, key: &TaskKey) -> Result<(), Error> {
-        let entry = self.entry(key)?;
-        let mut task = entry.task();
-        let mut next = task.clone();
-        next.muted = true;
-        next.outbox.clear();
-        self.store.save(&next)?;
-        *task = next;
+    /// None: a note of this kind is never refused.
+    fn mute(&self, entry: &Arc<Entry>) -> Result<(), Error> {
+        self.note(entry, |task| {
+            task.muted = true;
+            task.outbox.clear();
+            Ok(Vec::new())
+        })?;
         Ok(())
     }
 
@@ -134,17 +132,7 @@ impl Shim {
 
     /// Drops record and memory; the last events move to where the publisher finds them.
     fn forget(&self, entry: &Arc<Entry>, event: TaskEvent) -> Result<(), Error> {
-        {
-            let mut task = entry.task();
-            let mut last = task.clone();
-            last.owe(event, now_usec());
-            if !last.outbox.is_empty() {
-                entry.init.live().owing = Some(self.store.keep_owed(&last)?);
-            }
-            *task = last;
-            fault::point(Point::DeleteKept);
-            self.store.remove(&task.key)?;
-        }
+        self.note_deleted(entry, event)?;
         self.registry.remove(&entry.key);
         self.announce(entry);
         Ok(())
@@ -159,7 +147,7 @@ impl Shim {
         // containerd gives up while its Create is still under way: that ends first.
         drop(entry.init.verb.lock().await);
         let entry = self.created(key)?;
-        self.mute(key)?;
+        self.mute(&entry)?;
         let alive = entry.task().init.exit().is_none();
         if alive {
             self.kill_and_wait(&entry).await?;

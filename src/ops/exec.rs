@@ -11,7 +11,6 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 
-use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey};
 use crate::oci::{face, process};
@@ -27,7 +26,7 @@ use crate::task::wiring::{Wiring, pipe};
 use crate::unit::reading::Starting;
 use crate::unit::{self, name, properties};
 
-use super::create::read_pid;
+use super::create::{lives_in, read_pid};
 use super::streams::{Opened, Whose, cut_off, drain, kept_number};
 use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, go_on, now_usec};
 
@@ -167,9 +166,9 @@ impl Shim {
     ) -> Result<u32, Error> {
         match started {
             Ok((pid, exit)) => {
-                self.apply_exec(entry, id, ExecEvent::Started { pid })?;
+                self.note_exec_event(entry, id, ExecEvent::Started { pid })?;
                 if let Some(exit) = exit {
-                    self.apply_exec(entry, id, ExecEvent::Exited(Seen { pid: Some(pid), exit }))?;
+                    self.note_exec_event(entry, id, ExecEvent::Exited(Seen { pid: Some(pid), exit }))?;
                 }
                 fault::point(Point::ExecStartNoted);
                 self.after_exec(entry, process);
@@ -177,7 +176,7 @@ impl Shim {
             }
             Err(error) => {
                 self.take_back_exec(entry, process, id).await;
-                self.apply_exec(entry, id, ExecEvent::StartFailed)?;
+                self.note_exec_event(entry, id, ExecEvent::StartFailed)?;
                 Err(error)
             }
         }
@@ -279,12 +278,8 @@ impl Shim {
         let Ok(held) = crate::sys::pidfd_open(pid) else {
             return;
         };
-        // The number may have been taken between the process's end and now: a stranger lives elsewhere.
-        let container = entry.task().cgroup.clone();
-        let lives_in = cgroup::of_process(pid).ok();
-        if let (Some(container), Some(lives_in)) = (container, lives_in)
-            && lives_in.starts_with(container)
-        {
+        // The number may have been taken between the process's end and now.
+        if lives_in(&entry.task(), pid) {
             process.live().process = Some(held);
         }
     }
@@ -494,11 +489,7 @@ impl Shim {
         let Ok(process) = crate::sys::pidfd_open(pid) else {
             return;
         };
-        let container = entry.task().cgroup.clone();
-        let lives_in = cgroup::of_process(pid).ok();
-        if let (Some(container), Some(lives_in)) = (container, lives_in)
-            && lives_in.starts_with(container)
-        {
+        if lives_in(&entry.task(), pid) {
             // It may end by itself just now.
             let _ = crate::sys::pidfd_send_signal(&process, nix::libc::SIGKILL as u32);
         }

@@ -19,6 +19,9 @@ use super::{Entry, Error, Shim, now_usec};
 /// before it kills for want of memory it has told that there is none.
 const UNTOLD: Duration = Duration::from_secs(1);
 
+/// How long systemd and the journal may take to say how many processes were killed.
+const ASK_LIMIT: Duration = Duration::from_secs(2);
+
 impl Shim {
     /// The kernel has told that `memory.events` has changed, or may have.
     pub(super) fn memory_changed(&self, entry: &Arc<Entry>) {
@@ -46,10 +49,11 @@ impl Shim {
     }
 
     fn add_oom_kills(&self, entry: &Arc<Entry>, kills: u64) -> Result<(), Error> {
-        self.change(entry, |task| {
+        self.note(entry, |task| {
             task.note_oom_kills(kills, now_usec());
             Ok(Vec::new())
-        })
+        })?;
+        Ok(())
     }
 
     /// A container has ended. True if all kills in it are known, as they are but for rare cases.
@@ -71,11 +75,16 @@ impl Shim {
         self.note_oom_kills(entry) || is_quiet || !cgroup::has_memory()
     }
 
-    /// Asks systemd for the kills that the kernel does not tell of any more.
+    /// Asks systemd for the kills that the kernel does not tell of any more. The end of the container waits
+    /// for the answer, and must not wait for a journal that hangs.
     pub(super) async fn ask_for_oom_kills(&self, entry: &Arc<Entry>) {
-        let asked = match self.manager.oom_kills(&entry.init.unit).await {
-            Ok(kills) => self.add_oom_kills(entry, kills),
-            Err(error) => Err(error.into()),
+        let asked = match tokio::time::timeout(ASK_LIMIT, self.manager.oom_kills(&entry.init.unit)).await {
+            Ok(Ok(kills)) => self.add_oom_kills(entry, kills),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => {
+                tracing::warn!(task = %entry.key, "task {}: neither systemd nor the journal says in time whether it was out of memory", entry.key);
+                Ok(())
+            }
         };
         asked.unwrap_or_else(|error| cant_note(entry, &error));
     }

@@ -15,6 +15,7 @@ mod memory;
 mod observe;
 mod pause;
 mod publish;
+mod record;
 mod start;
 mod state;
 mod stats;
@@ -34,20 +35,19 @@ use tokio::task::JoinHandle;
 use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::{Watch, Watched};
-use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::id::{ProcessKey, TaskKey};
 use crate::oci::sealed::{self, Copies};
 use crate::session::Session;
+use crate::store::Store;
 use crate::store::answers::{Answers, Deleted};
-use crate::store::{Owing, Store};
-use crate::task::exec::ExecEvent;
 use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::Event;
 use crate::task::registry::Registry;
-use crate::task::{Ended, Task, registry};
+use crate::task::{Task, registry};
 use crate::unit::proxy::Manager;
 
 use kept::Kept;
+use record::{Stored, Unwritten};
 
 pub use create::{CreateTask, LAUNCH_ERROR, PID_FILE};
 pub use error::Error;
@@ -101,8 +101,12 @@ pub struct Live {
     memory_changed: Option<Instant>,
     /// It has ended, and systemd is being asked why.
     is_ending: bool,
-    /// The task is deleted; this is where its last events are kept.
-    owing: Option<Owing>,
+    /// Where the task is on disk.
+    stored: Stored,
+    /// What is on disk is older than the task in memory: it waits for [`Shim::write_pending`].
+    is_unwritten: bool,
+    /// The task waits for the publisher.
+    is_announced: bool,
 }
 
 /// The daemon's inside: everything a verb needs.
@@ -122,11 +126,13 @@ pub struct Shim {
     warming: Arc<AtomicBool>,
     /// Tasks that owe events, for the publisher.
     outgoing: mpsc::UnboundedSender<Arc<Entry>>,
+    /// Tasks whose records could not be written.
+    unwritten: Unwritten,
 }
 
 impl Shim {
-    /// Puts the parts together. Tasks that owe events come out of the returned receiver; it has no
-    /// bound, as each task stands in it a few times at most, and the events are in the outboxes.
+    /// Puts the parts together. Tasks that owe events come out of the returned receiver. It holds each task
+    /// once at most; the events are in the outboxes.
     pub fn new(
         store: Store,
         answers: Answers,
@@ -147,6 +153,7 @@ impl Shim {
             cgroups,
             warming: Arc::default(),
             outgoing,
+            unwritten: Unwritten::default(),
         };
         (Arc::new(shim), receiver)
     }
@@ -182,52 +189,6 @@ impl Shim {
         if attempt == Attempt::First { None } else { self.answers.find(key) }
     }
 
-    /// Applies an event to a task's init process.
-    ///
-    /// # Errors
-    /// The phase refuses it, or the record can't be written; then nothing has changed.
-    fn apply(&self, entry: &Arc<Entry>, event: Event) -> Result<(), Error> {
-        self.change(entry, |task| Ok(task.apply(event, now_usec())?))
-    }
-
-    /// Applies an event to an exec.
-    ///
-    /// # Errors
-    /// As [`Self::apply`].
-    fn apply_exec(&self, entry: &Arc<Entry>, id: &ExecId, event: ExecEvent) -> Result<(), Error> {
-        self.change(entry, |task| Ok(task.apply_exec(id, event, now_usec())?))
-    }
-
-    /// Changes a task: the record, then memory; then those who wait are told, and the publisher.
-    ///
-    /// # Errors
-    /// The change is refused, or the record can't be written; then nothing has changed.
-    fn change(
-        &self,
-        entry: &Arc<Entry>,
-        change: impl FnOnce(&mut Task) -> Result<Vec<Ended>, Error>,
-    ) -> Result<(), Error> {
-        let ended = {
-            let mut task = entry.task();
-            let mut next = task.clone();
-            let ended = change(&mut next)?;
-            if next == *task {
-                return Ok(());
-            }
-            self.store.save(&next)?;
-            *task = next;
-            ended
-        };
-        for Ended { exec, exit } in ended {
-            if let Some(process) = entry.process(exec.as_ref()) {
-                tracing::debug!(process = %process.key, status = exit.status, "ended with status {}", exit.status);
-                process.wake(registry::End::Exited(exit));
-            }
-        }
-        self.announce(entry);
-        Ok(())
-    }
-
     /// What `launch` is told beside its arguments.
     async fn launch_environment(&self, task: &Task) -> Result<Vec<String>, Error> {
         let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
@@ -255,14 +216,6 @@ impl Shim {
         loop {
             ticks.tick().await;
             self.copies.sweep();
-        }
-    }
-
-    /// Tells the publisher that a task may owe events.
-    fn announce(&self, entry: &Arc<Entry>) {
-        if !entry.task().outbox.is_empty() {
-            // The publisher ends with the daemon only.
-            let _ = self.outgoing.send(entry.clone());
         }
     }
 }

@@ -1,7 +1,9 @@
 //! What systemd reports, applied to the tasks.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
@@ -15,10 +17,14 @@ use crate::unit::main_process::{Ended, MainProcess};
 use crate::unit::watch::Observation;
 
 use super::create::program_of;
+use super::record::{Noted, Stored};
 use super::{Entry, Error, Process, Shim, blocking, go_on, now_usec};
 
 /// What containerd takes for "unknown".
 const UNKNOWN_STATUS: u32 = 255;
+
+/// How long an end waits until what init left behind is killed.
+const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
 
 impl Shim {
     /// Applies an observation; a repeat changes nothing.
@@ -103,15 +109,20 @@ impl Shim {
 
     fn exec_ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId, seen: Seen) {
         fault::point(Point::ExitSeen);
-        if let Err(error) = self.apply_exec(entry, id, ExecEvent::Exited(seen)) {
-            // As with init: the unit keeps the exit.
-            tracing::error!(process = %process.key, %error, "{}: can't note its end: {error}", process.key);
-            return;
-        }
+        let noted = match self.note_exec_event(entry, id, ExecEvent::Exited(seen)) {
+            Ok(noted) => noted,
+            Err(error) => {
+                tracing::error!(process = %process.key, %error, "{}: can't note its end: {error}", process.key);
+                return;
+            }
+        };
         fault::point(Point::ExitNoted);
         process.live().attempt_ended.notify_one();
         self.after_exec(entry, process);
-        self.remove_ended_exec(entry, process);
+        // Until it is written, the unit keeps the exit.
+        if noted == Noted::Written {
+            self.remove_ended_exec(entry, process);
+        }
     }
 
     async fn look_at(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
@@ -138,43 +149,40 @@ impl Shim {
 
     fn ended(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) {
         fault::point(Point::ExitSeen);
-        let runs = matches!(entry.task().init, Phase::Running { .. } | Phase::Paused { .. });
-        if !runs || self.knows_oom_kills(entry, seen) {
+        let (runs, cgroup) = {
+            let task = entry.task();
+            (matches!(task.init, Phase::Running { .. } | Phase::Paused { .. }), task.cgroup.clone())
+        };
+        let knows_kills = !runs || self.knows_oom_kills(entry, seen);
+        // Without a pid namespace of its own init's children outlive it, and RemainAfterExit keeps
+        // systemd from ending them.
+        let left_behind = cgroup.filter(|cgroup| cgroup::is_populated(cgroup));
+        if knows_kills && left_behind.is_none() {
             return self.end(entry, seen);
         }
         // This may be told again in the meantime.
         if !std::mem::replace(&mut entry.init.live().is_ending, true) {
             let (shim, entry) = (self.clone(), entry.clone());
             tokio::spawn(async move {
-                shim.ask_for_oom_kills(&entry).await;
+                if !knows_kills {
+                    shim.ask_for_oom_kills(&entry).await;
+                }
+                if let Some(cgroup) = left_behind {
+                    kill_left_behind(&entry, cgroup).await;
+                }
                 shim.end(&entry, seen);
-                // If it could not be noted, it is when it is told again.
                 entry.init.live().is_ending = false;
             });
         }
     }
 
     fn end(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) {
-        if let Err(error) = self.apply(entry, Event::Exited(seen)) {
-            // The record could not be written. The unit keeps the exit; the next look finds it.
+        if let Err(error) = self.note_event(entry, Event::Exited(seen)) {
             tracing::error!(task = %entry.key, %error, "task {}: can't note its end: {error}", entry.key);
             return;
         }
         fault::point(Point::ExitNoted);
         self.close_input(entry, &entry.init);
-        let cgroup = entry.task().cgroup.clone();
-        let Some(cgroup) = cgroup else {
-            return;
-        };
-        // Without a pid namespace of its own init's children outlive it, and RemainAfterExit keeps
-        // systemd from ending them.
-        tokio::task::spawn_blocking(move || {
-            if cgroup::is_populated(&cgroup)
-                && let Err(error) = cgroup::kill(&cgroup)
-            {
-                tracing::warn!(%error, "can't kill what init left behind: {error}");
-            }
-        });
     }
 
     /// Takes in what an earlier daemon left: records become tasks, and each is compared with its unit.
@@ -188,7 +196,7 @@ impl Shim {
             match task {
                 Ok(task) => {
                     let entry = Arc::new(Entry::detached(task));
-                    entry.init.live().owing = Some(owing);
+                    entry.init.live().stored = Stored::Owed(owing);
                     self.announce(&entry);
                 }
                 Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),
@@ -252,7 +260,7 @@ impl Shim {
                 }
             }
         }
-        if let (Some(pid), None) = (task.init.pid(), task.init.exit()) {
+        if let Some(pid) = task.init.pid().filter(|_| task.init.is_alive()) {
             self.hold(entry, pid);
             self.watch_cgroup(entry);
         }
@@ -279,7 +287,7 @@ impl Shim {
             cli.note_start();
         }
         let event = if waits { Event::StartFailed } else { Event::Started };
-        if let Err(error) = self.apply(entry, event) {
+        if let Err(error) = self.note_event(entry, event) {
             tracing::error!(task = %task.key, %error, "task {}: can't finish its start: {error}", task.key);
         }
     }
@@ -302,6 +310,19 @@ impl Shim {
             looked.unwrap_or_else(|error| cant_look(process, &error));
         }
     }
+}
+
+/// Kills what init has left behind, before its end is told. What the kernel does not kill in time does not
+/// hold the end back.
+async fn kill_left_behind(entry: &Entry, cgroup: PathBuf) {
+    let killed = blocking(move || cgroup::kill(&cgroup));
+    let reason = match tokio::time::timeout(LEFT_BEHIND_LIMIT, killed).await {
+        Ok(Ok(Ok(()))) => return,
+        Ok(Ok(Err(error))) => error.to_string(),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("not done within {} s", LEFT_BEHIND_LIMIT.as_secs()),
+    };
+    tracing::warn!(task = %entry.key, "task {}: can't kill what init left behind: {reason}", entry.key);
 }
 
 fn cant_look(process: &Process, error: &Error) {

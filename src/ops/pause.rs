@@ -43,7 +43,7 @@ impl Shim {
                 error => error,
             });
         }
-        self.apply(&entry, Event::Frozen)?;
+        self.note_event(&entry, Event::Frozen)?;
         fault::point(Point::PauseNoted);
         Ok(())
     }
@@ -63,7 +63,7 @@ impl Shim {
         }
         self.thaw(&task).await?;
         fault::point(Point::ResumeDone);
-        self.apply(&entry, Event::Thawed)?;
+        self.note_event(&entry, Event::Thawed)?;
         fault::point(Point::ResumeNoted);
         self.clone().show_unshown(entry.clone()).await;
         Ok(())

@@ -16,17 +16,8 @@ impl Shim {
 
     /// containerd has accepted a task's event.
     pub fn accepted(&self, entry: &Arc<Entry>, seq: u64) {
-        // Held to the end: a Delete must not move the record between the two steps.
         fault::point(Point::PublishTaken);
-        let mut task = entry.task();
-        task.outbox.accepted(seq);
-        let kept = match &entry.init.live().owing {
-            Some(owing) => owing.update(&task),
-            None => self.store.save(&task),
-        };
-        if let Err(error) = kept {
-            tracing::warn!(task = %entry.key, %error, "task {}: an accepted event may be published again: {error}", entry.key);
-        }
+        self.note_accepted(entry, seq);
         fault::point(Point::PublishNoted);
     }
 }

@@ -41,7 +41,7 @@ impl Shim {
         let started = cli.start().await;
         fault::point(Point::StartDone);
         let event = if started.is_ok() { Event::Started } else { Event::StartFailed };
-        self.apply(&entry, event)?;
+        self.note_event(&entry, event)?;
         started?;
         fault::point(Point::StartNoted);
         // It may have been frozen meanwhile.

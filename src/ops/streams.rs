@@ -282,7 +282,7 @@ impl Shim {
     /// There is no such process.
     pub fn close_stdin(&self, key: &ProcessKey) -> Result<(), Error> {
         let (entry, process) = self.process(key)?;
-        self.change(&entry, |task| {
+        self.note(&entry, |task| {
             task.wiring_mut(key.exec.as_ref()).into_iter().for_each(|wiring| wiring.stdin_closed = true);
             Ok(Vec::new())
         })?;

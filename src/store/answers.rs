@@ -10,6 +10,7 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 
 use crate::id::ProcessKey;
@@ -56,7 +57,12 @@ impl Answers {
         let path = root.join(FILE);
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let mut answers = Self { file: file.map_err(io_error("open", &path))?, next: Mutex::default() };
+        let file = file.map_err(io_error("open", &path))?;
+        // A Delete must not fail for want of room. Where there is none now, one may.
+        if let Err(errno) = fallocate(&file, FallocateFlags::empty(), 0, PLACES as i64 * PLACE as i64) {
+            tracing::warn!(%errno, "no room for all of {}: {errno}", path.display());
+        }
+        let mut answers = Self { file, next: Mutex::default() };
         answers.next = Mutex::new(answers.lines().map(|line| line.seq + 1).max().unwrap_or(0));
         Ok(answers)
     }

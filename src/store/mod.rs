@@ -15,6 +15,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
 use crate::id::{ExecId, Namespace, TaskId, TaskKey};
@@ -297,7 +299,10 @@ impl Owing {
             return write_record(&self.dir, &self.name, task);
         }
         let path = self.dir.join(&self.name);
-        fs::remove_file(&path).map_err(io_error("remove", &path))
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(io_error("remove", &path)),
+        }
     }
 }
 
@@ -329,10 +334,38 @@ fn make_dir(dir: &Path) -> io::Result<()> {
 
 fn write_record(dir: &Path, name: &str, task: &Task) -> Result<(), Error> {
     let path = dir.join(name);
-    let new = if name == RECORD { dir.join(RECORD_NEW) } else { dir.join(format!("{name}.new")) };
     let text = serde_json::to_vec(&Writing { version: VERSION, task })
         .map_err(|source| Error::Malformed { path: path.clone(), source })?;
-    replace(&path, &new, &text)
+    if name == RECORD {
+        return replace_by_turns(&path, &dir.join(RECORD_NEW), text);
+    }
+    replace(&path, &dir.join(format!("{name}.new")), &text)
+}
+
+/// The unit in which a tmpfs gives out room.
+const PAGE: usize = 4096;
+
+/// Replaces a file in one step by a second one, which stays and is the next to be written over. So a record
+/// takes no new room while it needs no more pages than before: an exit can be recorded when `/run` is full.
+fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), Error> {
+    let mut options = OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false).mode(0o600);
+    let mut file = options.open(other).map_err(io_error("create", other))?;
+    let length = file.metadata().map_err(io_error("look at", other))?.len();
+    // Blanks behind a record do not matter; what is left of an older and longer one would.
+    text.resize(text.len().next_multiple_of(PAGE), b'\n');
+    file.write_all(&text).map_err(io_error("write", other))?;
+    if length > text.len() as u64 {
+        file.set_len(text.len() as u64).map_err(io_error("shorten", other))?;
+    }
+    match renameat2(AT_FDCWD, other, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
+        Ok(()) => Ok(()),
+        // There is no such file yet, or a file system other than a tmpfs can't do it.
+        Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => {
+            fs::rename(other, path).map_err(io_error("replace", path))
+        }
+        Err(errno) => Err(io_error("replace", path)(errno.into())),
+    }
 }
 
 /// Writes a file in one step, by way of another name.
@@ -449,6 +482,35 @@ mod tests {
         store.remove(&a.key).unwrap();
         store.remove(&a.key).unwrap();
         assert_eq!(store.load(&a.key).unwrap(), None);
+    }
+
+    #[test]
+    fn a_record_that_changes_takes_no_new_room() {
+        use std::os::unix::fs::MetadataExt;
+        let (_scratch, store) = Scratch::new("turns");
+        let mut a = task("a");
+        a.face.description = "x".repeat(3 * PAGE);
+        store.create(&a, b"").unwrap();
+        store.save(&a).unwrap();
+        let dir = store.dir(&a.key);
+        let files = || {
+            let mut files: Vec<_> = [RECORD, RECORD_NEW]
+                .map(|name| fs::metadata(dir.join(name)).map(|file| (file.ino(), file.len())).unwrap())
+                .into();
+            files.sort_unstable();
+            files
+        };
+        let before = files();
+        a.apply(Event::Created { pid: 7 }, 1).unwrap();
+        store.save(&a).unwrap();
+        assert_eq!(store.load(&a.key).unwrap(), Some(a.clone()));
+        a.apply(Event::StartBegun, 2).unwrap();
+        store.save(&a).unwrap();
+        assert_eq!(files(), before);
+        assert_eq!(store.load(&a.key).unwrap(), Some(a.clone()));
+        a.face.description.clear();
+        store.save(&a).unwrap();
+        assert_eq!(store.load(&a.key).unwrap(), Some(a), "nothing is left of a longer one");
     }
 
     #[test]

@@ -51,6 +51,7 @@ mod exec;
 mod exec_exits;
 mod exec_streams;
 mod exec_units;
+mod exhaustion;
 mod freezer;
 mod ids;
 mod leaks;

@@ -1,0 +1,301 @@
+//! How a task changes.
+//!
+//! A *change* is a decision of the daemon: the record is written first, and if that fails nothing happens.
+//! A *note* is about something that has happened already, as an exit: it takes effect at once, and a record
+//! that can't be written now (`/run` is full, there is no descriptor left) is written as soon as it can be.
+//! Until then memory alone knows, and may answer: if the daemon ends meanwhile, the next one reads the same
+//! from the unit, which is therefore not removed before the record is written.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::id::ExecId;
+use crate::store::{self, Owing};
+use crate::task::exec::ExecEvent;
+use crate::task::outbox::TaskEvent;
+use crate::task::phase::{Event, Refusal};
+use crate::task::{Ended, Task, registry};
+
+use super::{Entry, Error, Shim, now_usec};
+
+/// Pauses between attempts to write records: the first, and the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// So many records that can't be written end a round: the next ones would fail as well.
+const FAILURES_PER_ROUND: usize = 8;
+
+/// Where a task is on disk.
+#[derive(Clone, Debug, Default)]
+pub(super) enum Stored {
+    /// In its record.
+    #[default]
+    Record,
+    /// It is deleted, and still owes events.
+    Owed(Owing),
+    /// As [`Self::Owed`], but there was no room to write them down.
+    OwedInMemory,
+    /// It is deleted, and owes nothing.
+    Nowhere,
+}
+
+/// What became of a note.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Noted {
+    /// It is in the record.
+    Written,
+    /// It is in memory, and will be in the record.
+    Pending,
+}
+
+/// Tasks whose records could not be written; each is in it once.
+#[derive(Default)]
+pub(super) struct Unwritten {
+    entries: Mutex<VecDeque<Arc<Entry>>>,
+    added: Notify,
+}
+
+impl Unwritten {
+    fn push(&self, entry: Arc<Entry>) {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).push_back(entry);
+        self.added.notify_one();
+    }
+
+    fn pop(&self) -> Option<Arc<Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    fn count(&self) -> usize {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+}
+
+impl Shim {
+    /// Applies an event that the daemon decides on to a task's init process.
+    ///
+    /// # Errors
+    /// The phase refuses it, or the record can't be written; then nothing has changed.
+    pub(super) fn apply(&self, entry: &Arc<Entry>, event: Event) -> Result<(), Error> {
+        self.change(entry, |task| Ok(task.apply(event, now_usec())?))
+    }
+
+    /// Applies an event that the daemon decides on to an exec.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub(super) fn apply_exec(&self, entry: &Arc<Entry>, id: &ExecId, event: ExecEvent) -> Result<(), Error> {
+        self.change(entry, |task| Ok(task.apply_exec(id, event, now_usec())?))
+    }
+
+    /// Applies an event that has happened to a task's init process.
+    ///
+    /// # Errors
+    /// The phase refuses it; then nothing has changed.
+    pub(super) fn note_event(&self, entry: &Arc<Entry>, event: Event) -> Result<Noted, Refusal> {
+        self.note(entry, |task| task.apply(event, now_usec()))
+    }
+
+    /// Applies an event that has happened to an exec.
+    ///
+    /// # Errors
+    /// As [`Self::note_event`].
+    pub(super) fn note_exec_event(
+        &self,
+        entry: &Arc<Entry>,
+        id: &ExecId,
+        event: ExecEvent,
+    ) -> Result<Noted, Refusal> {
+        self.note(entry, |task| task.apply_exec(id, event, now_usec()))
+    }
+
+    /// Changes a task: the record, then memory; then those who wait are told, and the publisher.
+    ///
+    /// # Errors
+    /// The change is refused, or the record can't be written; then nothing has changed.
+    pub(super) fn change(
+        &self,
+        entry: &Arc<Entry>,
+        change: impl FnOnce(&mut Task) -> Result<Vec<Ended>, Error>,
+    ) -> Result<(), Error> {
+        let ended = {
+            let mut task = entry.task();
+            let mut next = task.clone();
+            let ended = change(&mut next)?;
+            if next == *task {
+                return Ok(());
+            }
+            self.write(entry, &next)?;
+            *task = next;
+            ended
+        };
+        self.tell(entry, ended);
+        Ok(())
+    }
+
+    /// Notes what has happened to a task: memory changes in any case, the record now or later.
+    ///
+    /// # Errors
+    /// The change is refused; then nothing has changed.
+    pub(super) fn note(
+        &self,
+        entry: &Arc<Entry>,
+        change: impl FnOnce(&mut Task) -> Result<Vec<Ended>, Refusal>,
+    ) -> Result<Noted, Refusal> {
+        let (noted, ended) = {
+            let mut task = entry.task();
+            let mut next = task.clone();
+            let ended = change(&mut next)?;
+            if next == *task {
+                let is_unwritten = entry.init.live().is_unwritten;
+                return Ok(if is_unwritten { Noted::Pending } else { Noted::Written });
+            }
+            *task = next;
+            (self.write_now_or_later(entry, &task), ended)
+        };
+        self.tell(entry, ended);
+        Ok(noted)
+    }
+
+    /// containerd has accepted a task's event.
+    pub(super) fn note_accepted(&self, entry: &Arc<Entry>, seq: u64) {
+        let mut task = entry.task();
+        task.outbox.accepted(seq);
+        self.write_now_or_later(entry, &task);
+    }
+
+    /// Drops the record of a deleted task; its last events move to where the next daemon finds them.
+    ///
+    /// # Errors
+    /// The record can't be removed; then the task stays.
+    pub(super) fn note_deleted(&self, entry: &Arc<Entry>, event: TaskEvent) -> Result<(), Error> {
+        let mut task = entry.task();
+        let mut last = task.clone();
+        last.owe(event, now_usec());
+        let owed = if last.outbox.is_empty() { Ok(None) } else { self.store.keep_owed(&last).map(Some) };
+        crate::fault::point(crate::fault::Point::DeleteKept);
+        self.store.remove(&task.key)?;
+        *task = last;
+        entry.init.live().stored = match owed {
+            Ok(None) => Stored::Nowhere,
+            Ok(Some(owing)) => Stored::Owed(owing),
+            Err(error) => {
+                // The record that is gone now has left some room.
+                tracing::warn!(task = %entry.key, %error, "task {}: its last events are not on disk yet: {error}", entry.key);
+                Stored::OwedInMemory
+            }
+        };
+        if matches!(entry.init.live().stored, Stored::OwedInMemory) {
+            self.write_now_or_later(entry, &task);
+        }
+        Ok(())
+    }
+
+    /// Those who wait for a process are told of its end, and the publisher of what is owed.
+    fn tell(&self, entry: &Arc<Entry>, ended: Vec<Ended>) {
+        for Ended { exec, exit } in ended {
+            if let Some(process) = entry.process(exec.as_ref()) {
+                tracing::debug!(process = %process.key, status = exit.status, "ended with status {}", exit.status);
+                process.wake(registry::End::Exited(exit));
+            }
+        }
+        self.announce(entry);
+    }
+
+    /// Writes a task to where it is on disk. Called with the task locked.
+    fn write(&self, entry: &Entry, task: &Task) -> Result<(), store::Error> {
+        let stored = entry.init.live().stored.clone();
+        match stored {
+            Stored::Record => self.store.save(task),
+            Stored::Owed(owing) => owing.update(task),
+            Stored::OwedInMemory if task.outbox.is_empty() => Ok(()),
+            Stored::OwedInMemory => {
+                entry.init.live().stored = Stored::Owed(self.store.keep_owed(task)?);
+                Ok(())
+            }
+            Stored::Nowhere => Ok(()),
+        }
+    }
+
+    fn write_now_or_later(&self, entry: &Arc<Entry>, task: &Task) -> Noted {
+        let Err(error) = self.write(entry, task) else {
+            return Noted::Written;
+        };
+        if !std::mem::replace(&mut entry.init.live().is_unwritten, true) {
+            tracing::error!(task = %entry.key, %error, "task {}: its record is written once that is possible: {error}", entry.key);
+            self.unwritten.push(entry.clone());
+        }
+        Noted::Pending
+    }
+
+    /// Writes the records that could not be written, as soon as they can be, for as long as it is polled.
+    /// Nothing announces that there is room: it has to be tried.
+    pub async fn write_pending(self: Arc<Self>) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            if self.unwritten.count() == 0 {
+                self.unwritten.added.notified().await;
+                pause = FIRST_PAUSE;
+                continue;
+            }
+            tokio::time::sleep(pause).await;
+            let written = self.write_round();
+            pause = if written { FIRST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
+        }
+    }
+
+    /// Tries each of the records once. True if one was written.
+    fn write_round(self: &Arc<Self>) -> bool {
+        let (mut failures, mut written) = (0, false);
+        for _ in 0..self.unwritten.count() {
+            let Some(entry) = self.unwritten.pop() else {
+                break;
+            };
+            if self.write_again(&entry) {
+                written = true;
+                continue;
+            }
+            self.unwritten.push(entry);
+            failures += 1;
+            if failures == FAILURES_PER_ROUND {
+                break;
+            }
+        }
+        written
+    }
+
+    fn write_again(self: &Arc<Self>, entry: &Arc<Entry>) -> bool {
+        {
+            let task = entry.task();
+            let is_known = self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, entry));
+            let is_record = matches!(entry.init.live().stored, Stored::Record);
+            // The record of a task that was taken back is not wanted any more.
+            if (is_known || !is_record) && self.write(entry, &task).is_err() {
+                return false;
+            }
+            entry.init.live().is_unwritten = false;
+        }
+        tracing::info!(task = %entry.key, "task {}: its record is written", entry.key);
+        for process in entry.execs() {
+            self.remove_ended_exec(entry, &process);
+        }
+        true
+    }
+
+    /// Tells the publisher that a task may owe events.
+    pub(super) fn announce(&self, entry: &Arc<Entry>) {
+        if entry.task().outbox.is_empty() {
+            return;
+        }
+        if !std::mem::replace(&mut entry.init.live().is_announced, true) {
+            // The publisher ends with the daemon only.
+            let _ = self.outgoing.send(entry.clone());
+        }
+    }
+
+    /// The publisher begins with what a task owes by now.
+    pub fn taken_up(&self, entry: &Entry) {
+        entry.init.live().is_announced = false;
+    }
+}
