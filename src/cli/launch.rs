@@ -11,10 +11,12 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
+use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, CpuSet, sched_getaffinity, sched_setaffinity, unshare};
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::Pid;
 
 use crate::cgroup;
 use crate::config;
@@ -121,8 +123,12 @@ impl<'a> Process<'a> {
         Ok(())
     }
 
-    /// The limits that containers have under runc.v2, from containerd; systemd's defaults differ.
+    /// The limits and processors that containers have under runc.v2, from containerd; those of systemd differ.
     fn limit(&self) -> Result<(), Error> {
+        let wanted = &self.task.containerd.processors;
+        if !wanted.is_empty() && processors().ok().as_ref() != Some(wanted) {
+            use_processors(wanted)?;
+        }
         for (resource, soft, hard) in &self.task.containerd.rlimits {
             set_limit(*resource, *soft, *hard)?;
         }
@@ -140,6 +146,9 @@ impl<'a> Process<'a> {
         command.env_remove(NOTIFY_SOCKET).env_remove(WATCHDOG_USEC);
         let [stdin, stdout, stderr] = self.open_streams()?;
         command.stdin(stdin).stdout(stdout).stderr(stderr);
+        // glibc's posix_spawn(3) leaves signal 32 ignored, which the container's process would inherit. With a
+        // group to set, which is the one it has, the standard library does not use it.
+        command.gid(0);
         Ok(())
     }
 
@@ -411,5 +420,24 @@ fn become_logger(process: &Process<'_>) -> Error {
     match placed {
         Ok(()) => Error::System { action: "run the logger", source: command.exec() },
         Err(error) => error,
+    }
+}
+
+/// The processors that this process may use, by number.
+pub(super) fn processors() -> nix::Result<Vec<usize>> {
+    let set = sched_getaffinity(Pid::from_raw(0))?;
+    Ok((0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect())
+}
+
+/// Processors that are gone by now are left out; without any of them the present ones stay.
+fn use_processors(wanted: &[usize]) -> Result<(), Error> {
+    let mut set = CpuSet::new();
+    for cpu in wanted {
+        set.set(*cpu).map_err(system("choose a processor"))?;
+    }
+    match sched_setaffinity(Pid::from_raw(0), &set) {
+        // No processor of the set is left.
+        Err(Errno::EINVAL) => Ok(()),
+        bound => bound.map_err(system("set the CPU affinity")),
     }
 }

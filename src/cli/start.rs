@@ -118,6 +118,7 @@ fn containerd(global: &Global, caller: &Caller) -> Containerd {
         grpc_address,
         path: variable("PATH"),
         rlimits,
+        processors: launch::processors().unwrap_or_default(),
         environment: environment(),
         namespaces: None,
     }

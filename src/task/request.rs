@@ -127,6 +127,10 @@ pub struct Containerd {
     /// Its resource limits (`RLIMIT_…` number, soft, hard), which containers inherit under
     /// runc.v2: systemd's defaults must not take their place.
     pub rlimits: Vec<(u32, u64, u64)>,
+    /// The processors that it may use, which containers inherit under containerd-shim-runc-v2: those of PID 1
+    /// (`CPUAffinity=`) must not take their place. Empty for a task of an earlier version.
+    #[serde(default)]
+    pub processors: Vec<usize>,
     /// Its environment, `NAME=value` each. Only on the way from `start` to Create, which moves it to
     /// [`Runtime::environment`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

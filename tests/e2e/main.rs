@@ -32,6 +32,7 @@ fn name_of<T>(_closure: T) -> &'static str {
 
 mod annotations;
 mod attached;
+mod attributes;
 mod bad_exec;
 mod bad_input;
 mod containerds;

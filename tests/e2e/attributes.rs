@@ -1,0 +1,154 @@
+//! What a process of a container inherits: the same under our shim and under the stock one, field by field, for an
+//! init process and for an exec.
+
+use std::collections::BTreeMap;
+
+use crate::common::node::{Node, STOCK_RUNTIME, runtime_under_test};
+use crate::common::process;
+use crate::common::spec::Spec;
+use crate::common::stdio::Fifos;
+
+/// Files of /proc/self that say what a process inherits.
+const FILES: [&str; 9] = [
+    "status",
+    "limits",
+    "oom_score_adj",
+    "coredump_filter",
+    "timerslack_ns",
+    "personality",
+    "loginuid",
+    "environ",
+    "autogroup",
+];
+
+/// Lines of these files that name a moment or a number of this very process.
+const OWN: [&str; 24] = [
+    "SigQ",
+    "Pid",
+    "PPid",
+    "Tgid",
+    "Ngid",
+    "NSpid",
+    "NStgid",
+    "NSpgid",
+    "NSsid",
+    "FDSize",
+    "VmPeak",
+    "VmSize",
+    "VmHWM",
+    "VmRSS",
+    "VmData",
+    "VmStk",
+    "VmExe",
+    "VmLib",
+    "VmPTE",
+    "RssAnon",
+    "RssFile",
+    "RssShmem",
+    "voluntary_ctxt_switches",
+    "nonvoluntary_ctxt_switches",
+];
+
+fn script() -> Vec<String> {
+    let files = FILES.map(|name| format!("/proc/self/{name}"));
+    ["/bin/grep".to_string(), "-a".to_string(), String::new()].into_iter().chain(files).collect()
+}
+
+/// File and key of each line, with its value.
+fn attributes(text: &str) -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    for line in text.lines() {
+        let Some((file, rest)) = line.strip_prefix("/proc/self/").and_then(|line| line.split_once(':'))
+        else {
+            continue;
+        };
+        // Where a line has a name it ends with a colon (status) or with two blanks (limits).
+        let (key, value) = rest.split_once(':').or_else(|| rest.split_once("  ")).unwrap_or(("", rest));
+        if !OWN.contains(&key.trim()) && file != "autogroup" {
+            found.insert(
+                format!("{file} {}", key.trim()),
+                value.split_whitespace().collect::<Vec<_>>().join(" "),
+            );
+        }
+    }
+    found
+}
+
+/// What an init process and an exec of a runtime inherit.
+fn inherited(node: &Node, runtime: &str, terminal: bool) -> [BTreeMap<String, String>; 2] {
+    let args = script();
+    let args: Vec<_> = args.iter().map(String::as_str).collect();
+    let spec = |args: &[&str]| if terminal { Spec::new(args).terminal() } else { Spec::new(args) };
+    let io = |fifos: &Fifos| if terminal { fifos.terminal() } else { fifos.output() };
+    // The client reads while the process runs: a terminal's output that nobody has read by Delete may be cut off.
+    let read = |fifos: &Fifos, process: &dyn Fn() -> u32| {
+        let (mut stdout, _stderr) = (fifos.stdout(), (!terminal).then(|| fifos.stderr()));
+        let text = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| stdout.text());
+            assert_eq!(process(), 0, "{runtime}");
+            reader.join().expect("read the output")
+        });
+        attributes(&text.replace('\r', ""))
+    };
+    let fifos = Fifos::new("attributes");
+    let init = read(&fifos, &|| {
+        let container = node.container("attributes", spec(&args)).runtime(runtime).started(&io(&fifos));
+        let status = container.exit_status();
+        container.delete().expect("delete");
+        status
+    });
+    let sleeping = node.container("attributes", Spec::sleeping()).runtime(runtime);
+    let sleeping = sleeping.started(&crate::common::task::Io::default());
+    let fifos = Fifos::new("attributes");
+    let exec = read(&fifos, &|| {
+        let exec = sleeping.exec(spec(&args)).started(&io(&fifos));
+        let status = exec.exit_status();
+        exec.delete().expect("delete");
+        status
+    });
+    [init, exec]
+}
+
+/// Fields that differ: name, ours, the stock shim's.
+fn differences(ours: &BTreeMap<String, String>, stock: &BTreeMap<String, String>) -> Vec<String> {
+    let names: std::collections::BTreeSet<_> = ours.keys().chain(stock.keys()).collect();
+    let value = |of: &BTreeMap<String, String>, name: &str| of.get(name).cloned().unwrap_or_default();
+    let differ = names.into_iter().filter(|name| ours.get(*name) != stock.get(*name));
+    // With the stock shim it is containerd's plus 1, so that a container inherits the protection of containerd
+    // (usually -999) unless its client sets a value, as Docker and CRI do.
+    let differ = differ.filter(|name| name.as_str() != "oom_score_adj ");
+    differ
+        .map(|name| format!("{name}: {:?}, stock shim {:?}", value(ours, name), value(stock, name)))
+        .collect()
+}
+
+#[test]
+fn a_process_inherits_what_it_inherits_under_the_stock_shim() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    for terminal in [false, true] {
+        let ours = inherited(&node, &runtime_under_test(), terminal);
+        let stock = inherited(&node, STOCK_RUNTIME, terminal);
+        for (kind, ours, stock) in [("init", &ours[0], &stock[0]), ("exec", &ours[1], &stock[1])] {
+            assert!(ours.len() > 40, "{kind}, terminal {terminal}: only {} fields", ours.len());
+            assert_eq!(ours.get("oom_score_adj ").map(String::as_str), Some("0"), "{kind}");
+            let found = differences(ours, stock);
+            assert!(found.is_empty(), "{kind}, terminal {terminal}:\n{}", found.join("\n"));
+        }
+    }
+}
+
+#[test]
+fn the_cpus_of_pid_1_do_not_bind_containers() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let before = process::status(1, "Cpus_allowed_list").expect("affinity of PID 1");
+    process::succeed("taskset", &["-cp", "0", "1"]);
+    let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let ours = inherited(&node, &runtime_under_test(), false);
+        ours.map(|fields| fields.get("status Cpus_allowed_list").cloned())
+    }));
+    process::succeed("taskset", &["-cp", &before, "1"]);
+    let [init, exec] = found.expect("run with PID 1 on one CPU");
+    assert_eq!((init, exec), (Some(before.clone()), Some(before)));
+}
