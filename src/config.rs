@@ -11,6 +11,9 @@ pub const SOCKET: &str = "/run/containerd-shim-systemd-v1.sock";
 /// Held by the one `start` that brings the daemon's units up.
 pub const START_LOCK: &str = "/run/containerd-shim-systemd-v1.lock";
 
+/// What has ended the daemon, see [`crate::suspect`].
+pub const CRASHES: &str = "/run/containerd-shim-systemd-v1.crashes";
+
 /// The oldest systemd that is supported.
 pub const OLDEST_SYSTEMD: u32 = 252;
 

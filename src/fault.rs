@@ -116,16 +116,22 @@ points! {
     PublishNoted = "publish.noted",
     /// A new daemon has taken over what is kept, and looked at nothing.
     RecoverTaken = "recover.fds-taken",
+    /// A new daemon is about to take in a task.
+    RecoverTask = "recover.task-begun",
     /// A new daemon has taken in the tasks, and serves nobody.
     RecoverTasks = "recover.tasks-taken-in",
 }
 
-/// Ends the daemon if a test has asked for it to end here.
+/// Ends the daemon if a test has asked for it to end here: by the name of the point as SIGKILL would, once; with
+/// `crash` before the name by a crash, each time.
 #[cfg(feature = "faults")]
 pub fn point(point: Point) {
     const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
-    let asked = std::fs::read_to_string(REQUEST).is_ok_and(|name| name.trim() == point.name());
-    if asked && std::fs::remove_file(REQUEST).is_ok() {
+    let asked = std::fs::read_to_string(REQUEST).unwrap_or_default();
+    if asked.trim().strip_prefix("crash ") == Some(point.name()) {
+        std::process::abort();
+    }
+    if asked.trim() == point.name() && std::fs::remove_file(REQUEST).is_ok() {
         // Nothing of this process runs after the signal.
         let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
     }

@@ -40,6 +40,7 @@ pub fn code(error: &Error) -> Code {
         Error::NotEnding { .. }
         | Error::NotFreezing { .. }
         | Error::Runtime(oci::runtime::Error::TimedOut { .. }) => Code::DEADLINE_EXCEEDED,
+        Error::Kept(_) => Code::RESOURCE_EXHAUSTED,
         Error::Stopping
         | Error::Unit(unit::error::Error::Unreachable { .. } | unit::error::Error::Lost { .. }) => {
             Code::UNAVAILABLE

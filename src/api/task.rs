@@ -16,10 +16,12 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use tracing::{Instrument, info_span};
-use ttrpc::asynchronous::{Service, TtrpcContext};
+use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
+use ttrpc::{Request, Response};
 
 use crate::id::{Namespace, ProcessKey, TaskKey};
 use crate::ops::{Attempt, Error, Shim};
+use crate::suspect::{self, Suspect};
 use crate::transport::frame::REPLAYED;
 use crate::transport::sockets::{Owner, Owners, Socket};
 
@@ -68,8 +70,12 @@ impl TaskService {
     pub fn services(self) -> HashMap<String, Service> {
         let service: Arc<dyn Task + Send + Sync> = Arc::new(self);
         let by_name = |name: &str| {
-            let table = create_task(service.clone()).into_iter();
-            table.filter(|(found, _)| found == V3).map(|(_, service)| (name.to_owned(), service)).next()
+            let mut table = create_task(service.clone()).into_iter();
+            let (_, mut service) = table.find(|(found, _)| found == V3)?;
+            let methods = service.methods.drain();
+            service.methods =
+                methods.map(|(name, handler)| (name, Box::new(Suspected(handler)) as Method)).collect();
+            Some((name.to_owned(), service))
         };
         [V2, V3].into_iter().filter_map(by_name).collect()
     }
@@ -86,8 +92,21 @@ impl TaskService {
             info_span!("call", verb, namespace = %key.task.namespace, id = %key.task.id, exec_id = exec);
         let key = key.clone();
         let logged = async move { work.await.inspect_err(|error| log(verb, &key, error)) };
-        let result = tokio::spawn(logged.instrument(span)).await;
+        let result = tokio::spawn(suspect::inherit(logged.instrument(span))).await;
         result.unwrap_or(Err(Error::Stopping)).map_err(|error| status::status(&error))
+    }
+}
+
+type Method = Box<dyn MethodHandler + Send + Sync>;
+
+/// A method that is carried out on behalf of its request: if that ends the daemon, it is known which one did.
+struct Suspected(Method);
+
+#[async_trait]
+impl MethodHandler for Suspected {
+    async fn handler(&self, ctx: TtrpcContext, request: Request) -> Answer<Response> {
+        let suspect = Suspect::request(ctx.mh.stream_id, &request.service, &request.method, &request.payload);
+        suspect.watch(self.0.handler(ctx, request)).await
     }
 }
 

@@ -22,6 +22,7 @@ use crate::ops::Shim;
 use crate::ops::kept::Kept;
 use crate::store::Store;
 use crate::store::answers::Answers;
+use crate::suspect::Crashes;
 use crate::transport::Keep;
 use crate::transport::durable::Durable;
 use crate::transport::listener::{self, Connections};
@@ -29,7 +30,7 @@ use crate::transport::sockets::Owners;
 use crate::unit::notify::FdStore;
 use crate::unit::proxy::Manager;
 use crate::unit::refs::Refs;
-use crate::unit::{name, notify, properties, watch};
+use crate::unit::{name, properties, watch};
 use crate::{config, sys, telemetry};
 
 use super::{Failure, namespaces};
@@ -39,6 +40,8 @@ const WORKERS: usize = 2;
 /// Threads for blocking work go away after this, and their stacks with them.
 const IDLE_THREAD: Duration = Duration::from_secs(2);
 const MAX_BLOCKING_THREADS: usize = 64;
+/// What recovery has begun is done after this time: a crash that comes later is not the fault of a record.
+const RECOVERED: Duration = Duration::from_secs(60);
 
 pub(super) fn run() -> Result<(), Failure> {
     telemetry::init();
@@ -117,8 +120,8 @@ impl Waking {
 }
 
 impl Keep for FdStore {
-    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) {
-        Self::keep(self, name, fds);
+    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.has_room().and_then(|()| Self::keep(self, name, fds)).map_err(io::Error::other)
     }
 
     fn forget(&self, name: &str) {
@@ -129,12 +132,18 @@ impl Keep for FdStore {
 async fn serve(passed: Passed) -> Result<(), Failure> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| Failure(format!("listen to SIGTERM: {error}")))?;
-    tokio::spawn(notify::keep_alive());
-
     let Passed { sockets, mut kept } = passed;
-    let fd_store = FdStore::new().map_err(|error| Failure(format!("reach systemd's store: {error}")))?;
+    let fd_store = FdStore::new(&kept).map_err(|error| Failure(format!("reach systemd: {error}")))?;
     let fd_store = Arc::new(fd_store);
-    let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept)
+    let alive = fd_store.clone();
+    tokio::spawn(async move { alive.keep_alive().await });
+
+    let crashes = Crashes::open(Path::new(config::CRASHES)).unwrap_or_else(|error| {
+        tracing::error!(%error, "crashes are not noted, a request that causes one is served again and again: {error}");
+        Crashes::default()
+    });
+    let crashes = Arc::new(crashes);
+    let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept, &crashes)
         .map_err(|error| Failure(format!("take over connections: {error}")))?;
     let refs = Refs::new(fd_store.clone(), &mut kept);
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
@@ -147,7 +156,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     Waking::dismiss(&manager).await?;
     let program = std::env::current_exe().map_err(|error| Failure(format!("find this program: {error}")))?;
     let answers = Answers::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
-    let kept = Kept::new(fd_store, kept);
+    let kept = Kept::new(fd_store.clone(), kept);
     let keeps = systemd.has_fd_store_preserve();
     let waking =
         Waking { manager: manager.clone(), connections: connections.clone(), program: program.clone() };
@@ -155,7 +164,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let store = Store::new(config::STATE_DIR);
     let (shim, outgoing) = Shim::new(store, answers, kept, cgroups, manager, program);
     fault::point(Point::RecoverTaken);
-    shim.recover().await.map_err(Failure::new)?;
+    shim.recover(&crashes).await.map_err(Failure::new)?;
     fault::point(Point::RecoverTasks);
     tokio::spawn(events::publish(shim.clone(), outgoing));
     tokio::spawn(shim.clone().write_pending());
@@ -166,6 +175,12 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         while let Some(observation) = observations.recv().await {
             observer.observe(observation).await;
         }
+    });
+
+    crashes.forget_answered();
+    tokio::spawn(async move {
+        tokio::time::sleep(RECOVERED).await;
+        crashes.forget_records();
     });
 
     let owners = Owners::new(config::STATE_DIR);
@@ -191,11 +206,11 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         tasks,
         "version {version} on systemd {systemd} serves, {tasks} tasks found"
     );
-    notify::ready(&format!("serving, {tasks} tasks found"));
+    fd_store.ready(&format!("serving, {tasks} tasks found"));
 
     terminate.recv().await;
     // What is under way stays as it is, and the next daemon goes on with it: there is but one way to end.
-    notify::stopping();
+    fd_store.stopping();
     tracing::info!("stopping");
     if keeps && connections.count() > 0 {
         let left = tokio::time::timeout(STOP_LIMIT, waking.leave()).await;

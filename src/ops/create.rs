@@ -71,6 +71,7 @@ impl Shim {
         if !call.checkpoint.is_empty() {
             return Err(Error::NotImplemented("restoring a checkpoint"));
         }
+        self.kept.has_room()?;
         let shim = self.clone();
         let (task, environment) = blocking(move || shim.prepare(call)).await??;
         self.check_types(&task.properties).await?;

@@ -46,6 +46,9 @@ pub enum Error {
     /// The exec's process spec is not usable.
     #[error(transparent)]
     Process(#[from] oci::process::Error),
+    /// systemd can keep no more descriptors for the daemon.
+    #[error(transparent)]
+    Kept(#[from] unit::notify::Error),
     /// A terminal can't be used.
     #[error("terminal: {0}")]
     Terminal(#[source] std::io::Error),

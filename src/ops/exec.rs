@@ -64,6 +64,7 @@ impl Shim {
             // Their exits could not be told apart.
             return Err(Error::ExecExists { exec: key.id().to_owned() });
         };
+        self.kept.has_room()?;
         let spec = process::Process::read(&spec, stdio.terminal)?;
         let task = entry.task().clone();
         if task.init.is_paused() || !task.init.is_alive() {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::unit::notify::FdStore;
+use crate::unit::notify::{self, FdStore};
 
 /// What a kept descriptor belongs to. The letter begins the name by which systemd keeps it; the
 /// process's number follows. Names are short, see `transport::listener`.
@@ -102,10 +102,21 @@ impl Kept {
         self.next.fetch_max(number + 1, Ordering::Relaxed);
     }
 
+    /// Whether there is room for the descriptors of one more process.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn has_room(&self) -> Result<(), notify::Error> {
+        self.store.has_room()
+    }
+
     /// Has systemd keep descriptors.
     pub fn keep(&self, part: Part, number: u64, fds: &[BorrowedFd<'_>]) {
-        if !fds.is_empty() {
-            self.store.keep(&part.name(number), fds);
+        if fds.is_empty() {
+            return;
+        }
+        if let Err(error) = self.store.keep(&part.name(number), fds) {
+            tracing::error!(%error, "a restart of the daemon would cut off a stream: {error}");
         }
     }
 

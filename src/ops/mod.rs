@@ -40,6 +40,7 @@ use crate::oci::sealed::{self, Copies};
 use crate::session::Session;
 use crate::store::Store;
 use crate::store::answers::{Answers, Deleted};
+use crate::suspect;
 use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
 use crate::task::registry::Registry;
@@ -235,17 +236,17 @@ async fn go_on<W: Future<Output = ()> + Send + 'static>(
 ) {
     let (taken, is_taken) = oneshot::channel();
     let process = process.clone();
-    tokio::spawn(async move {
+    tokio::spawn(suspect::inherit(async move {
         let _verb = process.verb.lock().await;
         work(taken).await;
-    });
+    }));
     // One that is over says nothing.
     let _ = is_taken.await;
 }
 
 /// Runs blocking work (disk, mounts, clients' files) away from the async runtime.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopping)
+    tokio::task::spawn_blocking(suspect::inherit_fn(work)).await.map_err(|_| Error::Stopping)
 }
 
 /// An event in containerd's order, with what the publisher has to know.

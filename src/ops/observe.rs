@@ -11,6 +11,7 @@ use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
 use crate::oci::runtime;
+use crate::suspect::{Crashes, Suspect};
 use crate::task::exec::{ExecEvent, ExecPhase};
 use crate::task::phase::{Event, Exit, Phase, Seen};
 use crate::unit::main_process::{Ended, MainProcess};
@@ -185,13 +186,14 @@ impl Shim {
         self.close_input(entry, &entry.init);
     }
 
-    /// Takes in what an earlier daemon left: records become tasks, and each is compared with its unit.
+    /// Takes in what an earlier daemon left: records become tasks, and each is compared with its unit. A record
+    /// that has crashed daemons before is moved aside instead.
     ///
     /// # Errors
     /// The records can't be listed.
-    pub async fn recover(self: &Arc<Self>) -> Result<(), Error> {
-        let store = self.store.clone();
-        let (records, owed) = blocking(move || (store.load_all(), store.load_owed())).await?;
+    pub async fn recover(self: &Arc<Self>, crashes: &Arc<Crashes>) -> Result<(), Error> {
+        let (store, crashes) = (self.store.clone(), crashes.clone());
+        let (records, owed) = blocking(move || (store.load_all(&crashes), store.load_owed())).await?;
         for (owing, task) in owed? {
             match task {
                 Ok(task) => {
@@ -210,7 +212,8 @@ impl Shim {
                         let task = entry.task().clone();
                         let execs = task.execs.values().map(|exec| &exec.wiring);
                         execs.chain([&task.wiring]).for_each(|wiring| self.kept.used(wiring.kept));
-                        self.take_in(&entry, &living).await;
+                        let suspect = Suspect::record(&entry.key);
+                        suspect.watch(self.take_in(&entry, &living)).await;
                     }
                     Err(taken) => tracing::error!(?taken, "two records for one task: {taken:?}"),
                 },
@@ -235,6 +238,7 @@ impl Shim {
     }
 
     async fn take_in(self: &Arc<Self>, entry: &Arc<Entry>, living: &HashSet<UnitName>) {
+        fault::point(Point::RecoverTask);
         let task = entry.task().clone();
         match task.init {
             Phase::Creating { .. } => {

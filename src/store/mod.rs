@@ -20,6 +20,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
 use crate::id::{ExecId, Namespace, TaskId, TaskKey};
+use crate::suspect::{Crashes, LIMIT, Suspect};
 use crate::task::Task;
 use crate::task::exec::Outcome;
 
@@ -31,6 +32,9 @@ const MAX_RECORD_BYTES: u64 = 4 << 20;
 
 /// Holds what `deleted` tasks still owe; no namespace begins with a dot.
 const OWED: &str = ".owed";
+
+/// Holds the records that have crashed the daemon.
+const CRASHED: &str = ".crashed";
 
 /// Holds console sockets.
 const CONSOLES: &str = ".consoles";
@@ -61,6 +65,16 @@ pub enum Error {
         /// Why it failed.
         #[source]
         source: io::Error,
+    },
+    /// Recovering the record has crashed the daemon more than once.
+    #[error(
+        "{path} crashed the daemon {LIMIT} times and was moved to {to}; its container, if it still runs, is without the daemon"
+    )]
+    SetAside {
+        /// The record.
+        path: PathBuf,
+        /// Where it is now.
+        to: PathBuf,
     },
     /// The file is no record.
     #[error("record {path} can't be read: {source}; it is left as it is")]
@@ -221,20 +235,42 @@ impl Store {
     ///
     /// # Errors
     /// Only for the directory of all records; each record has a result of its own.
-    pub fn load_all(&self) -> Result<Vec<Result<Task, Error>>, Error> {
+    pub fn load_all(&self, crashes: &Crashes) -> Result<Vec<Result<Task, Error>>, Error> {
         let mut tasks = Vec::new();
         for namespace in entries(&self.root)? {
-            if Namespace::new(&namespace).is_err() {
+            let Ok(namespace) = Namespace::new(&namespace) else {
                 continue;
-            }
-            for id in entries(&self.root.join(&namespace))? {
-                if TaskId::new(&id).is_ok() {
-                    let path = self.root.join(&namespace).join(&id).join(RECORD);
-                    tasks.extend(read_record(&path).transpose());
+            };
+            for id in entries(&self.root.join(namespace.as_str()))? {
+                let Ok(id) = TaskId::new(&id) else {
+                    continue;
+                };
+                let key = TaskKey { namespace: namespace.clone(), id };
+                let suspect = Suspect::record(&key);
+                let path = self.dir(&key).join(RECORD);
+                if crashes.is_given_up(suspect) {
+                    // Whoever moves it back wants it to be tried again.
+                    crashes.forget(suspect);
+                    tasks.extend(self.set_aside(&key).map(Err));
+                } else {
+                    tasks.extend(suspect.run(|| read_record(&path)).transpose());
                 }
             }
         }
         Ok(tasks)
+    }
+
+    /// Moves the record of a task out of the way of recovery, for a person to look at. Returns the error that
+    /// names it; nothing if there is no record.
+    fn set_aside(&self, key: &TaskKey) -> Option<Error> {
+        let dir = self.root.join(CRASHED);
+        let path = self.dir(key).join(RECORD);
+        let to = dir.join(format!("{}:{}.json", key.namespace, key.id));
+        match make_dir(&dir).and_then(|()| fs::rename(&path, &to)) {
+            Ok(()) => Some(Error::SetAside { path, to }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => Some(io_error("move", &path)(error)),
+        }
     }
 
     /// Removes a task's directory; it is no error if there is none.
@@ -478,7 +514,7 @@ mod tests {
         store.save(&a).unwrap();
         store.create(&task("b"), b"").unwrap();
         assert_eq!(store.load(&a.key).unwrap(), Some(a.clone()));
-        assert_eq!(store.load_all().unwrap().len(), 2);
+        assert_eq!(store.load_all(&Crashes::default()).unwrap().len(), 2);
         store.remove(&a.key).unwrap();
         store.remove(&a.key).unwrap();
         assert_eq!(store.load(&a.key).unwrap(), None);
@@ -528,7 +564,7 @@ mod tests {
         store.create(&task("b"), b"").unwrap();
         let path = store.dir(&task("a").key).join(RECORD);
         fs::write(&path, "{\"version\":1,\"task\":{").unwrap();
-        let all = store.load_all().unwrap();
+        let all = store.load_all(&Crashes::default()).unwrap();
         assert_eq!(all.iter().filter(|r| r.is_ok()).count(), 1);
         let broken = all.into_iter().find_map(Result::err).unwrap();
         assert!(broken.to_string().contains(path.to_str().unwrap()), "{broken}");

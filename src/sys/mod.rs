@@ -1,5 +1,7 @@
 //! The few system calls that no safe library offers: the only `unsafe` of the project.
 
+pub mod crash;
+
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;

@@ -7,13 +7,16 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use containerd_shim_protos::api::ConnectRequest;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, recv};
+use protobuf::Message;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::fault::{self, Point};
+use crate::suspect::{self, Crashes, Suspect};
 use crate::sys;
 
 use super::Keep;
@@ -22,6 +25,8 @@ use super::journal::{Error, Found, Journal};
 
 /// What is taken off the socket at once.
 const CHUNK: usize = 16 << 10;
+/// The metadata that names the namespace of a call (containerd 2.0 and later).
+const NAMESPACE: &str = "containerd-namespace-ttrpc";
 /// With so much to be sent the writer has to wait.
 const BACKLOG: u64 = 1 << 20;
 
@@ -59,13 +64,14 @@ impl Durable {
     }
 
     /// A connection that an earlier daemon has accepted. Requests without a response come out of it
-    /// once more, marked as replayed.
+    /// once more, marked as replayed. Those that have ended daemons before are answered with an error instead.
     ///
     /// # Errors
     /// The journal can't be read. Needs the async runtime.
     pub fn adopt(
         socket: OwnedFd,
         kept: OwnedFd,
+        crashes: &Crashes,
         keeper: Arc<dyn Keep>,
         name: String,
         one: Arc<()>,
@@ -79,7 +85,13 @@ impl Durable {
             Some(_) | None => sys::count_peeked(&socket)?,
         }
         journal.settle()?;
-        let ready = unanswered.into_iter().flat_map(|frame| frame.replayed().bytes).collect();
+        let mut ready = VecDeque::new();
+        for frame in unanswered {
+            match poison(&frame, crashes) {
+                Some(refusal) => journal.respond(socket.as_fd(), &refusal)?,
+                None => ready.extend(frame.replayed().bytes),
+            }
+        }
         Self::over(socket, journal, ready, keeper, name, one)
     }
 
@@ -126,6 +138,39 @@ impl Durable {
             }
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+/// What a request is answered that has ended the daemon too often; nothing if it is to be served.
+fn poison(frame: &Frame, crashes: &Crashes) -> Option<Frame> {
+    let request = frame.request()?;
+    let suspect = Suspect::request(frame.stream(), &request.service, &request.method, &request.payload);
+    let count = crashes.count(suspect);
+    if count == 0 {
+        return None;
+    }
+    let what = subject(&request);
+    if count < suspect::LIMIT {
+        tracing::warn!("{what} crashed the daemon and is tried once more");
+        return None;
+    }
+    tracing::error!("{what} crashed the daemon {count} times and is answered with an error now");
+    let reason = format!(
+        "{what} crashed the runtime's daemon {count} times, so it is not tried again: see journalctl -u {}",
+        crate::unit::name::DAEMON_SERVICE
+    );
+    Some(Frame::refusal(frame.stream(), ttrpc::Code::INTERNAL, reason))
+}
+
+/// What a request is about, for people: method, id and namespace.
+fn subject(request: &ttrpc::Request) -> String {
+    // The id is the first field of every request of the Task API, and the others are not looked at.
+    let id = ConnectRequest::parse_from_bytes(&request.payload).map(|message| message.id).unwrap_or_default();
+    let mut metadata = request.metadata.iter();
+    let namespace = metadata.find(|pair| pair.key == NAMESPACE).map(|pair| &pair.value);
+    match namespace {
+        Some(namespace) => format!("{} of task {namespace}/{id}", request.method),
+        None => format!("{} of task {id}", request.method),
     }
 }
 

@@ -4,14 +4,12 @@
 //! flags) and the rest. See PROTOCOL.md of containerd's ttrpc.
 
 use protobuf::Message;
-use ttrpc::proto::KeyValue;
+use ttrpc::proto::{
+    KeyValue, MESSAGE_HEADER_LENGTH, MESSAGE_LENGTH_MAX, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE,
+};
 
 /// The length of a header.
-pub const HEADER: usize = 10;
-/// The longest rest of a frame: what both sides of ttrpc accept.
-const LONGEST: usize = 4 << 20;
-/// The type of a frame that begins a call.
-const REQUEST: u8 = 1;
+pub const HEADER: usize = MESSAGE_HEADER_LENGTH;
 
 /// In the metadata of a request that was read by a daemon before this one: it may have been carried
 /// out in part, or in full.
@@ -37,7 +35,26 @@ impl Frame {
 
     /// It begins a call.
     pub fn is_request(&self) -> bool {
-        self.bytes.get(8) == Some(&REQUEST)
+        self.bytes.get(8) == Some(&MESSAGE_TYPE_REQUEST)
+    }
+
+    /// What it asks for; nothing if it is no request.
+    pub fn request(&self) -> Option<ttrpc::Request> {
+        let rest = self.bytes.get(HEADER..).filter(|_| self.is_request())?;
+        ttrpc::Request::parse_from_bytes(rest).ok()
+    }
+
+    /// A response that is an error.
+    pub fn refusal(stream: u32, code: ttrpc::Code, reason: String) -> Self {
+        let mut response = ttrpc::Response::new();
+        response.set_status(ttrpc::get_status(code, reason));
+        // Two fields of known types: nothing that can't be encoded.
+        let rest = response.write_to_bytes().unwrap_or_default();
+        let mut bytes = u32::try_from(rest.len()).unwrap_or(u32::MAX).to_be_bytes().to_vec();
+        bytes.extend(stream.to_be_bytes());
+        bytes.extend([MESSAGE_TYPE_RESPONSE, 0]);
+        bytes.extend(rest);
+        Self { bytes }
     }
 
     /// The same request, marked as one that was read before.
@@ -100,7 +117,7 @@ fn length(bytes: &[u8]) -> Result<Option<usize>, TooLong> {
         return Ok(None);
     };
     let length = u32::from_be_bytes([length[0], length[1], length[2], length[3]]) as usize;
-    if length > LONGEST { Err(TooLong(length)) } else { Ok(Some(HEADER + length)) }
+    if length > MESSAGE_LENGTH_MAX { Err(TooLong(length)) } else { Ok(Some(HEADER + length)) }
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use nix::sys::socket::{MsgFlags, getsockopt, recv};
 use tokio::io::unix::AsyncFd;
 
 use crate::fault::{self, Point};
+use crate::suspect::Crashes;
 use crate::sys;
 
 use super::Keep;
@@ -49,6 +50,7 @@ impl Connections {
     pub fn adopt(
         keeper: Arc<dyn Keep>,
         kept: &mut Vec<(String, OwnedFd)>,
+        crashes: &Crashes,
     ) -> io::Result<(Arc<Self>, Vec<Adopted>)> {
         let (news, count) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Arc::new(()));
         let mut pairs: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
@@ -62,7 +64,7 @@ impl Connections {
         let mut adopted = Vec::new();
         for (number, fds) in pairs {
             let name = format!("{PREFIX}{number}");
-            match adopt(fds, &keeper, &name, &news, &count) {
+            match adopt(fds, crashes, &keeper, &name, &news, &count) {
                 Ok(connection) => adopted.push(connection),
                 Err(reason) => {
                     tracing::error!("a connection of an earlier daemon is lost: {reason}");
@@ -120,7 +122,8 @@ impl Connections {
                 if is_over(&stream) {
                     return Ok(None);
                 }
-                self.keeper.keep(&name, &[stream.as_fd(), journal.fd()]);
+                // One that is not kept would be lost with the daemon, and its tasks with it. Better now.
+                self.keeper.keep(&name, &[stream.as_fd(), journal.fd()])?;
                 fault::point(Point::ConnectionKept);
                 Ok(Some(stream))
             });
@@ -158,6 +161,7 @@ fn number(name: &str) -> Option<u64> {
 
 fn adopt(
     fds: Vec<OwnedFd>,
+    crashes: &Crashes,
     keeper: &Arc<dyn Keep>,
     name: &str,
     news: &Epoll,
@@ -172,7 +176,7 @@ fn adopt(
     let from = address.as_pathname().and_then(Socket::at).ok_or("it came over an unknown socket")?;
     news.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(|error| error.to_string())?;
     let (keeper, one) = (keeper.clone(), count.clone());
-    let connection = Durable::adopt(socket.into(), journal, keeper, name.to_owned(), one);
+    let connection = Durable::adopt(socket.into(), journal, crashes, keeper, name.to_owned(), one);
     Ok((from, connection.map_err(|error| error.to_string())?))
 }
 

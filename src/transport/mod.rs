@@ -14,7 +14,10 @@ use std::os::fd::BorrowedFd;
 /// Whoever keeps descriptors for the next daemon.
 pub trait Keep: Send + Sync {
     /// Keeps descriptors by a name.
-    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]);
+    ///
+    /// # Errors
+    /// They can't be kept: a connection is then better not accepted.
+    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()>;
     /// Lets go of all that have the name.
     fn forget(&self, name: &str);
 }

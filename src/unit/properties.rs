@@ -14,7 +14,7 @@ use crate::config;
 use crate::id::UnitName;
 
 use super::annotation::Additions;
-use super::name;
+use super::{name, notify};
 
 /// The properties of a transient unit, as `StartTransientUnit` takes them.
 #[derive(Debug)]
@@ -45,6 +45,12 @@ impl Systemd {
     /// It is one we work with.
     pub fn supported(self) -> bool {
         self.version >= config::OLDEST_SYSTEMD
+    }
+
+    /// Restarts can be delayed more the more there are (`RestartSteps`). systemd counts them until the unit is
+    /// started or stopped by hand, so the longest delay has to be one that never hurts.
+    pub fn has_restart_steps(self) -> bool {
+        self.version >= 254
     }
 
     /// `FileDescriptorStorePreserve=` (254).
@@ -240,18 +246,22 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("ExecStart", exec_start(command, Failure::Counts)),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Restart", "always".into()),
-        ("RestartUSec", 0_u64.into()),
+        // A crash that comes again at once does not take a processor. There is no limit to how often it is
+        // started: a node's containers depend on it.
+        ("RestartUSec", usec(Duration::from_millis(100)).into()),
         ("StartLimitIntervalUSec", 0_u64.into()),
         // It was started without its socket: nothing to do, now and at the next try.
         ("RestartPreventExitStatus", (vec![2_i32], Vec::<i32>::new()).into()),
         ("WatchdogUSec", usec(Duration::from_secs(10)).into()),
+        // Recovery takes as long as it takes; the watchdog ends a daemon that hangs.
+        ("TimeoutStartUSec", INFINITY.into()),
         ("TimeoutStopUSec", usec(Duration::from_secs(10)).into()),
         // A command of the OCI runtime that is under way comes to its end: one that was cut off could take
         // its container along.
         ("KillMode", "process".into()),
         // The OCI runtime works in a sub-cgroup while it makes containers: it is not charged to them.
         ("Delegate", true.into()),
-        ("FileDescriptorStoreMax", 16_384_u32.into()),
+        ("FileDescriptorStoreMax", notify::STORE_LIMIT.into()),
         // The lines of containers that it copies to the journal count as its own.
         ("LogRateLimitIntervalUSec", 0_u64.into()),
         ("OOMScoreAdjust", (-999_i32).into()),
@@ -270,6 +280,10 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
     ];
     if systemd.has_fd_store_preserve() {
         list.push(("FileDescriptorStorePreserve", "yes".into()));
+    }
+    if systemd.has_restart_steps() {
+        list.push(("RestartSteps", 10_u32.into()));
+        list.push(("RestartMaxDelayUSec", usec(Duration::from_millis(500)).into()));
     }
     Properties(list)
 }
@@ -396,13 +410,24 @@ mod tests {
         let transient = transient.as_text();
         // D-Bus has numbers, lists and booleans where a file has words.
         let words = ["Description", "Type", "NotifyAccess", "Slice", "Restart", "KillMode", "OOMPolicy"];
-        let words =
-            words.iter().chain(&["FileDescriptorStoreMax", "FileDescriptorStorePreserve", "OOMScoreAdjust"]);
+        let numbers =
+            ["FileDescriptorStoreMax", "FileDescriptorStorePreserve", "OOMScoreAdjust", "RestartSteps"];
+        let words = words.iter().chain(&numbers);
         let installed = settings(include_str!("../../units/containerd-shim-systemd-v1.service"));
         for key in words {
             let said = installed.iter().find(|(found, _)| found == key).map(|(_, value)| *value);
             let set = transient[key].trim_start_matches("uint32 ").trim_matches('"');
             assert_eq!(said, Some(set), "{key}");
+        }
+        let times = [
+            ("RestartSec", "100ms", "RestartUSec", 100_000),
+            ("RestartMaxDelaySec", "500ms", "RestartMaxDelayUSec", 500_000),
+            ("TimeoutStartSec", "infinity", "TimeoutStartUSec", INFINITY),
+            ("StartLimitIntervalSec", "0", "StartLimitIntervalUSec", 0),
+        ];
+        for (key, text, property, usec) in times {
+            assert!(installed.contains(&(key, text)), "{key}");
+            assert_eq!(transient[property], Variant::from(usec).to_string(), "{property}");
         }
     }
 }

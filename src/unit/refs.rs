@@ -77,7 +77,9 @@ impl Refs {
     async fn connect(&self) -> zbus::Result<Open> {
         let stream = UnixStream::connect(BUS).map_err(|error| zbus::Error::InputOutput(Arc::new(error)))?;
         let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
-        self.store.keep(&name, &[stream.as_fd()]);
+        if let Err(error) = self.store.keep(&name, &[stream.as_fd()]) {
+            tracing::warn!(%error, "units that are stopped while the daemon is down may lose their exit codes: {error}");
+        }
         let builder = zbus::connection::Builder::unix_stream(stream).method_timeout(CALL_LIMIT);
         match builder.build().await {
             Ok(connection) => Ok(Open { connection, name, units: HashSet::new() }),

@@ -65,6 +65,7 @@ mod notify;
 mod oom;
 mod options;
 mod placement;
+mod poison;
 mod reboot;
 mod restart;
 mod rootfs;

@@ -1,0 +1,316 @@
+//! What ends the daemon twice is not tried a third time.
+//!
+//! The daemon forgets nothing: a request that ended it is served again by the next one, and a record is
+//! recovered by each. If carrying it out crashes the daemon (a bug), it would do so for ever, and take all
+//! tasks of the node with it. So crashes are counted by what was being worked on.
+//!
+//! What counts is a crash of the thread that works on the suspect (`sys::crash`: the handler of SIGABRT,
+//! SIGSEGV and the like notes the suspect in a file), and nothing else. How often a request was merely
+//! unanswered when the daemon ended says nothing about it: an administrator may kill the daemon many times a
+//! second, and a Wait is unanswered for as long as its container runs. Hence neither SIGKILL nor any other
+//! signal from outside counts, nor does what was under way beside the crash.
+//!
+//! A suspect is set for as long as its future is polled ([`Suspect::watch`]) or its function runs
+//! ([`Suspect::run`]). Work that is spawned on its behalf takes it along ([`inherit`], [`inherit_fn`]).
+//!
+//! The file is on the tmpfs of the records, and goes with them at a reboot. Removing it gives everything
+//! another chance.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Mutex, PoisonError};
+use std::task::{Context, Poll};
+
+use crate::id::TaskKey;
+use crate::sys::crash;
+
+/// After so many crashes it is not tried any more.
+pub const LIMIT: usize = 2;
+
+/// So many crashes are remembered, the latest. The file has its full size from the beginning: it can be
+/// written when `/run` is full.
+const MOST: usize = 512;
+
+/// Set in the numbers of records, so that they differ from those of requests.
+const RECORD: u64 = 1 << 63;
+
+/// Something that may end the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Suspect(u64);
+
+impl Suspect {
+    /// A request: its stream is part of it, so that the same call made by a client another time is another one.
+    pub fn request(stream: u32, service: &str, method: &str, payload: &[u8]) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (stream, service, method, payload).hash(&mut hasher);
+        // Not zero, which is nobody.
+        Self(hasher.finish() & !RECORD | 1)
+    }
+
+    /// The record of a task, while it is being recovered.
+    pub fn record(key: &TaskKey) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (key.namespace.as_str(), key.id.as_str()).hash(&mut hasher);
+        Self(hasher.finish() | RECORD)
+    }
+
+    /// Runs something on its behalf.
+    pub fn run<T>(self, work: impl FnOnce() -> T) -> T {
+        let _scope = Scope::enter(self.0);
+        work()
+    }
+
+    /// Polls something on its behalf.
+    pub fn watch<F>(self, work: F) -> Watched<F> {
+        Watched { suspect: self.0, work: Box::pin(work) }
+    }
+}
+
+/// On whose behalf this thread works now.
+#[cfg(test)]
+fn current() -> Option<Suspect> {
+    let subject = crash::subject();
+    (subject != 0).then_some(Suspect(subject))
+}
+
+/// Passes the present suspect on to a future that is about to be spawned.
+pub fn inherit<F>(work: F) -> Watched<F> {
+    Watched { suspect: crash::subject(), work: Box::pin(work) }
+}
+
+/// Passes the present suspect on to a function that is about to run in another thread.
+pub fn inherit_fn<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    let subject = crash::subject();
+    move || {
+        let _scope = Scope::enter(subject);
+        work()
+    }
+}
+
+/// A future that is polled on behalf of a suspect.
+pub struct Watched<F> {
+    suspect: u64,
+    work: Pin<Box<F>>,
+}
+
+impl<F: Future> Future for Watched<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        let _scope = Scope::enter(self.suspect);
+        self.work.as_mut().poll(context)
+    }
+}
+
+/// While this lives, its thread works for a suspect.
+struct Scope(u64);
+
+impl Scope {
+    fn enter(suspect: u64) -> Self {
+        Self(crash::set_subject(suspect))
+    }
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        crash::set_subject(self.0);
+    }
+}
+
+/// The crashes of earlier daemons.
+#[derive(Debug, Default)]
+pub struct Crashes {
+    file: Option<File>,
+    earlier: Mutex<HashMap<u64, Earlier>>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Earlier {
+    count: usize,
+    /// It is still there to be tried again.
+    is_known: bool,
+}
+
+impl Crashes {
+    /// Reads what earlier daemons have noted, and has the crash of this one noted.
+    ///
+    /// # Errors
+    /// The file can't be opened, or the signals of a crash can't be handled.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let crashes = Self::read(path)?;
+        if let Some(file) = &crashes.file {
+            crash::note_in(file, crashes.end())?;
+        }
+        Ok(crashes)
+    }
+
+    fn read(path: &Path) -> io::Result<Self> {
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let mut earlier: HashMap<u64, Earlier> = HashMap::new();
+        let entries = crash::read(&file, MOST)?;
+        for entry in entries.into_iter().rev().take(MOST / 2) {
+            earlier.entry(entry).or_default().count += 1;
+        }
+        let crashes = Self { file: Some(file), earlier: Mutex::new(earlier) };
+        crashes.write()?;
+        Ok(crashes)
+    }
+
+    /// How often a suspect has ended the daemon.
+    pub fn count(&self, suspect: Suspect) -> usize {
+        let mut earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
+        earlier.get_mut(&suspect.0).map_or(0, |found| {
+            found.is_known = true;
+            found.count
+        })
+    }
+
+    /// It is not to be tried again.
+    pub fn is_given_up(&self, suspect: Suspect) -> bool {
+        self.count(suspect) >= LIMIT
+    }
+
+    /// It gets another chance.
+    pub fn forget(&self, suspect: Suspect) {
+        self.retain(|number, _| number != suspect.0);
+    }
+
+    /// Forgets requests that nobody has asked for since [`Self::open`]: they were answered, or their
+    /// connection is gone.
+    pub fn forget_answered(&self) {
+        self.retain(|number, found| number & RECORD != 0 || found.is_known);
+    }
+
+    /// Forgets all records: this daemon has recovered them, and has not crashed.
+    pub fn forget_records(&self) {
+        self.retain(|number, _| number & RECORD == 0);
+    }
+
+    fn retain(&self, keep: impl Fn(u64, &Earlier) -> bool) {
+        self.earlier
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|number, found| keep(*number, found));
+        if let Err(error) = self.write() {
+            tracing::warn!(%error, "the notes on earlier crashes can't be written: {error}");
+        }
+    }
+
+    fn end(&self) -> u64 {
+        let earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
+        earlier.values().map(|found| found.count as u64).sum::<u64>() * crash::ENTRY
+    }
+
+    fn write(&self) -> io::Result<()> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
+        let end = self.end();
+        let earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = earlier.iter().flat_map(|(number, found)| std::iter::repeat_n(*number, found.count));
+        let mut bytes: Vec<u8> = entries.flat_map(u64::to_le_bytes).collect();
+        bytes.resize(MOST * crash::ENTRY as usize, 0);
+        file.write_all_at(&bytes, 0)?;
+        crash::continue_at(end);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Scratch(std::path::PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("suspect-test-{name}-{}", std::process::id()));
+            let _ = std::fs::remove_file(&path);
+            Self(path)
+        }
+
+        /// As the signal handler does it.
+        fn crash(&self, suspect: Suspect) {
+            let file = OpenOptions::new().read(true).write(true).open(&self.0).unwrap();
+            let at = crash::read(&file, MOST).unwrap().len() as u64 * crash::ENTRY;
+            file.write_all_at(&suspect.0.to_le_bytes(), at).unwrap();
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    fn key(id: &str) -> TaskKey {
+        use crate::id::{Namespace, TaskId};
+        TaskKey { namespace: Namespace::new("default").unwrap(), id: TaskId::new(id).unwrap() }
+    }
+
+    #[test]
+    fn the_same_call_on_another_stream_is_another_suspect_and_a_replayed_one_the_same() {
+        let first = Suspect::request(1, "s", "Pids", b"web");
+        assert_eq!(first, Suspect::request(1, "s", "Pids", b"web"));
+        assert_ne!(first, Suspect::request(3, "s", "Pids", b"web"));
+        assert_ne!(first, Suspect::request(1, "s", "Kill", b"web"));
+        assert_ne!(Suspect::record(&key("a")), Suspect::record(&key("b")));
+    }
+
+    #[test]
+    fn what_has_ended_two_daemons_is_given_up_and_nothing_else_is() {
+        let scratch = Scratch::new("twice");
+        let (poison, innocent) =
+            (Suspect::request(1, "s", "Pids", b""), Suspect::request(3, "s", "Wait", b""));
+        assert_eq!(Crashes::read(&scratch.0).unwrap().count(poison), 0);
+        for count in 1..=LIMIT {
+            scratch.crash(poison);
+            let crashes = Crashes::read(&scratch.0).unwrap();
+            assert_eq!((crashes.count(poison), crashes.count(innocent)), (count, 0));
+            crashes.forget_answered();
+        }
+        assert!(Crashes::read(&scratch.0).unwrap().is_given_up(poison));
+    }
+
+    #[test]
+    fn what_is_answered_or_recovered_starts_again_without_a_blemish() {
+        let scratch = Scratch::new("forgotten");
+        let (request, record) = (Suspect::request(1, "s", "Pids", b""), Suspect::record(&key("web")));
+        drop(Crashes::read(&scratch.0).unwrap());
+        scratch.crash(request);
+        scratch.crash(record);
+        // The request was answered by this daemon.
+        Crashes::read(&scratch.0).unwrap().forget_answered();
+        let crashes = Crashes::read(&scratch.0).unwrap();
+        assert_eq!((crashes.count(request), crashes.count(record)), (0, 1));
+        crashes.forget_records();
+        assert_eq!(Crashes::read(&scratch.0).unwrap().count(record), 0);
+    }
+
+    #[test]
+    fn a_file_of_any_content_is_bounded() {
+        let scratch = Scratch::new("large");
+        std::fs::write(&scratch.0, vec![7; 1 << 20]).unwrap();
+        let crashes = Crashes::read(&scratch.0).unwrap();
+        assert_eq!(crashes.end(), MOST as u64 / 2 * crash::ENTRY);
+    }
+
+    #[tokio::test]
+    async fn a_suspect_is_current_while_it_is_polled_and_passed_on_to_what_is_spawned() {
+        let suspect = Suspect::request(1, "s", "Pids", b"");
+        let found = suspect.watch(async {
+            tokio::task::yield_now().await;
+            let spawned = tokio::spawn(inherit(async { current() })).await.unwrap();
+            let blocking = tokio::task::spawn_blocking(inherit_fn(current)).await.unwrap();
+            (current(), spawned, blocking)
+        });
+        assert_eq!(found.await, (Some(suspect), Some(suspect), Some(suspect)));
+        assert_eq!(current(), None);
+    }
+}

@@ -1,0 +1,135 @@
+//! Notes, at the moment at which this process crashes, what it was working on.
+//!
+//! A panic (the release build aborts), an overflow of the stack and a fault of the processor raise a
+//! signal in the thread that caused them. The handler appends one number to a file, the number that
+//! this thread has given with [`set_subject`], and lets the signal end the process. It does nothing else:
+//! what may run in a signal handler is little (signal-safety(7)).
+
+use std::cell::Cell;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
+
+/// `si_code` of a signal that a thread has sent to itself with tgkill(2), as abort(3) does
+/// (`asm-generic/siginfo.h`).
+const SI_TKILL: libc::c_int = -6;
+
+/// The size of a number in the file.
+pub const ENTRY: u64 = 8;
+
+const SIGNALS: [Signal; 6] =
+    [Signal::SIGABRT, Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGILL, Signal::SIGFPE, Signal::SIGSYS];
+
+thread_local! {
+    /// Without a destructor and constant: reading it never allocates, so a signal handler may.
+    static SUBJECT: Cell<u64> = const { Cell::new(0) };
+}
+
+/// The file, the position of the next number, and who handled the signals before.
+static NOTES: OnceLock<Notes> = OnceLock::new();
+static NEXT: AtomicU64 = AtomicU64::new(0);
+static NOTED: AtomicBool = AtomicBool::new(false);
+
+struct Notes {
+    file: OwnedFd,
+    earlier: Vec<(Signal, SigAction)>,
+}
+
+/// What this thread works on: a number that is not zero, or zero for nothing in particular. Returns what it
+/// worked on before.
+pub fn set_subject(subject: u64) -> u64 {
+    SUBJECT.replace(subject)
+}
+
+/// What this thread works on.
+pub fn subject() -> u64 {
+    SUBJECT.get()
+}
+
+/// Has crashes noted in a file from `next` on. The first call decides for the life of the process.
+///
+/// # Errors
+/// The signals can't be handled.
+pub fn note_in(file: &File, next: u64) -> std::io::Result<()> {
+    NEXT.store(next, Ordering::Relaxed);
+    let file = file.as_fd().try_clone_to_owned()?;
+    let action = SigAction::new(
+        SigHandler::SigAction(crashed),
+        // On the stack that the standard library gives every thread: the usual one may be what has overflowed.
+        SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK | SaFlags::SA_NODEFER,
+        SigSet::empty(),
+    );
+    let mut earlier = Vec::new();
+    for signal in SIGNALS {
+        // SAFETY: the handler only makes calls that are safe in a signal handler: it reads constants, atomics
+        // and a thread-local without destructor, and calls pwrite, sigaction and raise.
+        earlier.push((signal, unsafe { sigaction(signal, &action) }?));
+    }
+    // A signal before this line finds no file, and ends the process as it would have without all this.
+    drop(NOTES.set(Notes { file, earlier }));
+    Ok(())
+}
+
+/// The numbers in the file have changed: the next one goes there.
+pub fn continue_at(next: u64) {
+    NEXT.store(next, Ordering::Relaxed);
+}
+
+extern "C" fn crashed(number: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let subject = subject();
+    // SAFETY: the kernel passes a valid siginfo_t to a handler that was installed with SA_SIGINFO, and
+    // `si_pid` is read only where a process has sent the signal, which is when the kernel has filled it in.
+    let (is_own, is_sent) = unsafe {
+        let code = (*info).si_code;
+        (code > 0 || (code == SI_TKILL && (*info).si_pid() == libc::getpid()), code <= 0)
+    };
+    let notes = NOTES.get();
+    if let Some(notes) = notes
+        && is_own
+        && subject != 0
+        && !NOTED.swap(true, Ordering::Relaxed)
+    {
+        let at = libc::off_t::try_from(NEXT.load(Ordering::Relaxed)).unwrap_or(0);
+        let bytes = subject.to_le_bytes();
+        // SAFETY: the descriptor is never closed, and the buffer lives on this stack. What can't be written
+        // is not noted: there is nobody to tell.
+        let _ = unsafe { libc::pwrite(notes.file.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), at) };
+    }
+    let Ok(signal) = Signal::try_from(number) else {
+        return;
+    };
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    let before = notes.and_then(|notes| notes.earlier.iter().find(|(known, _)| *known == signal));
+    let before = before.map_or(default, |(_, action)| *action);
+    // SAFETY: gives the signal back to who handled it before. A fault happens again when this returns, and
+    // abort(3) raises its signal again.
+    let _ = unsafe { sigaction(signal, &before) };
+    if is_sent {
+        let _ = raise(signal);
+    }
+}
+
+/// Reads the numbers in a file.
+///
+/// # Errors
+/// The file can't be read.
+pub fn read(file: &File, most: usize) -> std::io::Result<Vec<u64>> {
+    let mut bytes = vec![0; most * ENTRY as usize];
+    let mut length = 0;
+    while length < bytes.len() {
+        match file.read_at(&mut bytes[length..], length as u64) {
+            Ok(0) => break,
+            Ok(read) => length += read,
+            Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let entries = bytes[..length].as_chunks().0.iter().map(|entry| u64::from_le_bytes(*entry));
+    Ok(entries.filter(|entry| *entry != 0).collect())
+}

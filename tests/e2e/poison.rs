@@ -1,0 +1,114 @@
+//! What crashes the daemon is tried twice, and not a third time: a request is answered with an error, a record
+//! is moved aside. Whatever else is under way goes on.
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::common::leaks::STATE_DIRECTORY;
+use crate::common::node::{NAMESPACE, Node};
+use crate::common::shim::WithFaults;
+use crate::common::spec::Spec;
+use crate::common::systemd::{Cursor, DAEMON_SERVICE};
+use crate::common::task::{Io, SIGKILL, SIGTERM};
+use crate::common::{daemon, wait};
+
+/// Names the point at which the daemon crashes, each time, until this is dropped.
+struct Crashing;
+
+impl Crashing {
+    const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
+
+    fn at(point: &str) -> Crashing {
+        fs::write(Self::REQUEST, format!("crash {point}")).expect("ask for a crash");
+        Crashing
+    }
+}
+
+impl Drop for Crashing {
+    fn drop(&mut self) {
+        // The next test would say what is wrong.
+        let _ = fs::remove_file(Self::REQUEST);
+    }
+}
+
+/// What the daemon has logged since then.
+fn logged(since: &Cursor) -> Vec<String> {
+    let entries = since.entries_since(&[&format!("_SYSTEMD_UNIT={DAEMON_SERVICE}")]);
+    entries.iter().filter_map(|entry| entry["MESSAGE"].as_str().map(str::to_string)).collect()
+}
+
+#[test]
+fn a_request_that_crashes_the_daemon_twice_gets_an_error_and_nothing_else_does() {
+    needs!(OurShim, Faults);
+    let node = Node::exclusive();
+    let _build = WithFaults::install();
+    let script = "trap 'exit 17' TERM; sleep 100000 & wait";
+    let container = node.container("poison", Spec::sh(script)).started(&Io::default());
+    let (pid, waiting) = (container.pid(), container.waiting());
+    let (before, restarts) = (Cursor::now(), daemon::restarts());
+    for round in 1..=2 {
+        let crashing = Crashing::at("kill.sent");
+        // A signal that does nothing: it is the call that is at fault.
+        let error = container.kill(nix::libc::SIGWINCH as u32).expect_err("a call that crashes the daemon");
+        drop(crashing);
+        assert!(error.message().contains("Kill of task"), "{error:?}");
+        assert!(error.message().contains(&container.id), "{error:?}");
+        wait::until("the daemon serves", daemon::serving);
+        // The second call is another one than the first, and has its own two tries.
+        assert_eq!(daemon::restarts() - restarts, 2 * round);
+    }
+    // An older containerd does not say the namespace.
+    let named = |line: &&String| line.contains("Kill of task") && line.contains(&container.id);
+    wait::until_true("both are named in the log", || {
+        logged(&before).iter().filter(named).filter(|line| line.contains("2 times")).count() == 2
+    });
+
+    assert_eq!(container.pid(), pid);
+    container.kill(SIGTERM).expect("kill");
+    assert_eq!(waiting.exit().expect("a wait that was under way").status, 17);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn a_request_is_not_given_up_because_the_daemon_is_killed_during_it() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("killed", Spec::sleeping()).started(&Io::default());
+    let waiting = container.waiting();
+    for _ in 0..6 {
+        daemon::killed();
+    }
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(waiting.exit().expect("a wait that was under way").status, 137);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn a_record_that_crashes_the_daemon_twice_is_moved_aside_and_can_be_moved_back() {
+    needs!(OurShim, Faults);
+    let node = Node::exclusive();
+    let _build = WithFaults::install();
+    let container = node.container("record", Spec::sleeping()).started(&Io::default());
+    let pid = container.pid();
+    let id = &container.id;
+    let place = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(id).join("record.json");
+    let aside = PathBuf::from(STATE_DIRECTORY).join(format!(".crashed/{NAMESPACE}:{id}.json"));
+    let before = Cursor::now();
+    let crashing = Crashing::at("recover.task-begun");
+    daemon::kill_now();
+    wait::until("the daemon serves", daemon::serving);
+    drop(crashing);
+    assert!(aside.exists() && !place.exists(), "{}", aside.display());
+    let named = |line: &String| line.contains(&*aside.to_string_lossy());
+    wait::until_true("it is named in the log", || logged(&before).iter().any(named));
+    let other = node.container("other", Spec::sh("exit 7")).started(&Io::default());
+    assert_eq!(other.exit_status(), 7);
+
+    fs::rename(&aside, &place).expect("move the record back");
+    daemon::killed();
+    assert_eq!(container.pid(), pid);
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+    fs::remove_dir(aside.parent().expect("a directory")).expect("it is empty");
+}
