@@ -189,7 +189,7 @@ impl Shim {
         self.store.create(&task, environment)?;
         fault::point(Point::CreateRecorded);
         let gone = || Error::UnknownTask { key: task.key.clone() };
-        let streams = Arc::new(self.streams(&task, None).ok_or_else(gone)?);
+        let streams = Arc::new(self.streams(entry, None).ok_or_else(gone)?);
         let opened = self.open_streams(&streams).await?;
         fault::point(Point::CreateOpened);
         self.start_unit(&task, &dir).await?;
@@ -208,7 +208,7 @@ impl Shim {
             let dir = self.store.dir(&task.key);
             let gone = || Error::UnknownTask { key: task.key.clone() };
             let state = self.manager.active_state(&task.unit).await?;
-            let streams = Arc::new(self.streams(&task, None).ok_or_else(gone)?);
+            let streams = Arc::new(self.streams(entry, None).ok_or_else(gone)?);
             let mut opened = self.reopen_streams(streams.clone(), Whose::Starting).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());

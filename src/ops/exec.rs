@@ -193,7 +193,7 @@ impl Shim {
         let task = entry.task().clone();
         let gone = || Error::UnknownExec { key: process.key.clone() };
         let exec = task.execs.get(id).ok_or_else(gone)?;
-        let streams = Arc::new(self.streams(&task, Some(id)).ok_or_else(gone)?);
+        let streams = Arc::new(self.streams(entry, Some(id)).ok_or_else(gone)?);
         let opened = self.open_streams(&streams).await?;
         // A start that fails can be tried again: the same client reads then.
         process.live().client_ends = opened.client_ends()?;
@@ -427,7 +427,7 @@ impl Shim {
             let known = Store::read_outcome(&dir)?.is_some();
             let task = entry.task().clone();
             let gone = || Error::UnknownExec { key: process.key.clone() };
-            let streams = Arc::new(self.streams(&task, Some(id)).ok_or_else(gone)?);
+            let streams = Arc::new(self.streams(entry, Some(id)).ok_or_else(gone)?);
             let mut opened = self.reopen_streams(streams.clone(), Whose::Starting).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());

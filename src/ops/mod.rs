@@ -38,6 +38,7 @@ use crate::cgroup::watch::{Watch, Watched};
 use crate::id::{ProcessKey, TaskKey};
 use crate::oci::sealed::{self, Copies};
 use crate::session::Session;
+use crate::stdio::rate::RateLimit;
 use crate::store::Store;
 use crate::store::answers::{Answers, Deleted};
 use crate::suspect;
@@ -88,6 +89,8 @@ pub struct Live {
     /// The client's FIFOs, from a start that is under way or has failed: the client sees no end of file, and
     /// its input is not lost, before another start or Delete.
     client_ends: Vec<OwnedFd>,
+    /// How much of the container's output the daemon copies to the journal: of init, for all its execs.
+    journal_limit: Arc<RateLimit>,
     /// Told when the unit ends while it is being started.
     attempt_ended: Arc<Notify>,
     /// The unit of an exec that has ended is being removed.

@@ -21,10 +21,11 @@ use crate::stdio::console::Console;
 use crate::stdio::fifo;
 use crate::stdio::journal::Lines;
 use crate::stdio::pump::{self, Bridge, Sinks, Source};
+use crate::stdio::rate::RateLimit;
 use crate::stdio::terminal::Terminal;
 use crate::stdio::uri::Kind;
+use crate::task::Face;
 use crate::task::wiring::{self, Copied, Input, Sink, Wiring};
-use crate::task::{Face, Task};
 use crate::unit::name;
 use crate::unit::properties::{self, Shown};
 
@@ -44,6 +45,7 @@ pub(super) struct Streams {
     container: UnitName,
     slice: UnitName,
     face: Face,
+    limit: Arc<RateLimit>,
 }
 
 /// Of what process streams are taken over.
@@ -107,7 +109,9 @@ impl Opened {
 
 impl Shim {
     /// What the streams of a task's init, or of one of its execs, depend on.
-    pub(super) fn streams(&self, task: &Task, exec: Option<&ExecId>) -> Option<Streams> {
+    pub(super) fn streams(&self, entry: &Entry, exec: Option<&ExecId>) -> Option<Streams> {
+        let limit = entry.init.live().journal_limit.clone();
+        let task = entry.task();
         let (dir, unit, wiring, logger) = match exec {
             None => (self.store.dir(&task.key), &task.unit, &task.wiring, &task.logger),
             Some(id) => {
@@ -124,6 +128,7 @@ impl Shim {
             container: task.unit.clone(),
             slice: task.placement.slice().clone(),
             face: task.face.clone(),
+            limit,
         })
     }
 
@@ -192,6 +197,9 @@ impl Shim {
             }
             (None, None) => None,
         };
+        if wiring.copies().iter().any(|(_, _, to)| to.journal) {
+            self.set_journal_limit(entry).await;
+        }
         let terminal = master.map(Terminal::new).transpose().map_err(Error::Terminal)?.map(Arc::new);
         let mut session = Session::new(stdin.filter(|_| !wiring.stdin_closed), terminal.clone());
         if !session.has_stdin() && input.is_none() && wiring.stdin != Input::Null {
@@ -233,8 +241,7 @@ impl Shim {
     /// After a restart: the daemon's ends of the streams of a process that lives, or has left something
     /// in them.
     pub(super) async fn recover_streams(&self, entry: &Entry, process: &Arc<Process>) {
-        let task = entry.task().clone();
-        let Some(streams) = self.streams(&task, process.key.exec.as_ref()) else {
+        let Some(streams) = self.streams(entry, process.key.exec.as_ref()) else {
             return;
         };
         let whose = if process.has_ended() { Whose::Ended } else { Whose::Running };
@@ -247,6 +254,16 @@ impl Shim {
         };
         if let Err(error) = started {
             tracing::warn!(process = %process.key, %error, "{}: can't open its streams again: {error}", process.key);
+        }
+    }
+
+    /// The daemon's copy of a container's output has the rate limit of its unit.
+    async fn set_journal_limit(&self, entry: &Entry) {
+        match self.manager.log_rate_limit(&entry.init.unit).await {
+            Ok((interval_usec, burst)) => entry.init.live().journal_limit.set(interval_usec, burst),
+            Err(error) => {
+                tracing::debug!(task = %entry.key, %error, "task {}: its rate limit is journald's default: {error}", entry.key);
+            }
         }
     }
 
@@ -503,7 +520,8 @@ impl Streams {
             let exec = self.key.exec.as_ref().map(|exec| ("CONTAINER_EXEC_ID", exec.as_str()));
             let identifier = face::identifier(&self.face);
             let partial = self.dir.join(format!("{log_pipe}.partial"));
-            let lines = Lines::new(self.container.as_str(), identifier, fields.chain(exec), partial);
+            let unit = self.container.as_str();
+            let lines = Lines::new(unit, identifier, fields.chain(exec), partial, self.limit.clone());
             copies.push(pump::Sink::Journal(lines));
         }
         Ok(copies)

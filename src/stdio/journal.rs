@@ -3,19 +3,41 @@
 //! journald's native protocol: a datagram per line, fields as `NAME\n`, length, bytes, `\n`
 //! (systemd.io/JOURNAL_NATIVE_PROTOCOL). `OBJECT_SYSTEMD_UNIT` from a root process files the line
 //! under that unit for `journalctl -u`, also when its process is gone.
+//!
+//! A journal that takes no lines holds up the container for a short time only. Lines that it did not take
+//! are counted, and the journal says how many there were as soon as it takes lines again.
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::UnixDatagram;
+
+use super::rate::{Admission, Missing, RateLimit};
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
 /// A longer line is split, as journald does it with its own streams (`LineMax=`).
 const LINE_MAX: usize = 48 << 10;
+/// Lines are split at no less than this where the kernel takes only small datagrams.
+const LINE_MIN: usize = 1 << 10;
+
+/// What systemd's own programs give such a socket (log.c): a line fits, whatever the system's default is.
+const SEND_BUFFER: usize = 8 << 20;
 
 /// `LOG_INFO`, as systemd gives it to what services print.
-const PRIORITY: &str = "6";
+const PRIORITY_OUTPUT: &str = "6";
+/// `LOG_WARNING`
+const PRIORITY_MISSING: &str = "4";
+/// journald's message about lines that it suppresses (sd-messages.h, `SD_MESSAGE_JOURNAL_DROPPED`).
+const MESSAGE_DROPPED: &str = "a596d6fe7bfa4994828e72309e95d61e";
+
+/// How long a journald that is busy or being restarted is waited for. After that nothing waits for it until
+/// it has taken a line again.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A stream of lines. What has no end of line yet waits for it.
 #[derive(Debug)]
@@ -26,6 +48,17 @@ pub struct Lines {
     partial: Vec<u8>,
     /// Where the unfinished line is kept, for the next daemon.
     kept: PathBuf,
+    limit: Arc<RateLimit>,
+    /// Lines that journald did not take, and does not know about.
+    unsent: Missing,
+    line_max: usize,
+}
+
+/// Why a line has not reached journald.
+enum Undelivered {
+    /// The kernel takes no datagram of this size.
+    TooLong,
+    Unreachable,
 }
 
 impl Lines {
@@ -36,30 +69,34 @@ impl Lines {
         identifier: &'a str,
         fields: impl IntoIterator<Item = (&'a str, &'a str)>,
         kept: PathBuf,
+        limit: Arc<RateLimit>,
     ) -> Self {
-        let ours = [("OBJECT_SYSTEMD_UNIT", unit), ("SYSLOG_IDENTIFIER", identifier), ("PRIORITY", PRIORITY)];
+        let ours = [("OBJECT_SYSTEMD_UNIT", unit), ("SYSLOG_IDENTIFIER", identifier)];
         let mut head = Vec::new();
         for (name, value) in ours.into_iter().chain(fields) {
             push_field(&mut head, name, value.as_bytes());
         }
         let partial = std::fs::read(&kept).unwrap_or_default();
-        Self { socket: None, head, partial, kept }
+        Self { socket: None, head, partial, kept, limit, unsent: Missing::default(), line_max: LINE_MAX }
     }
 
-    /// Takes output in; complete lines leave. Waits while journald is busy.
-    ///
-    /// # Errors
-    /// journald can't be reached; the lines are lost.
-    pub async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Takes output in; complete lines leave.
+    pub async fn write(&mut self, bytes: &[u8]) {
         let (had_partial, mut rest) = (!self.partial.is_empty(), bytes);
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
             self.partial.extend_from_slice(&rest[..end]);
             rest = &rest[end + 1..];
-            self.flush().await?;
+            self.flush().await;
         }
         self.partial.extend_from_slice(rest);
-        self.split(LINE_MAX).await?;
-        if had_partial || !self.partial.is_empty() { self.keep_partial() } else { Ok(()) }
+        self.split(LINE_MAX).await;
+        if (had_partial || !self.partial.is_empty())
+            && let Err(error) = self.keep_partial()
+        {
+            // The line itself is not lost unless the daemon ends before the line does.
+            let path = self.kept.display();
+            tracing::debug!(%error, "an unfinished line can't be kept in {path}: {error}");
+        }
     }
 
     /// On a tmpfs: memory only.
@@ -69,57 +106,145 @@ impl Lines {
         std::fs::rename(&new, &self.kept)
     }
 
-    /// Sends what has no end of line.
-    ///
-    /// # Errors
-    /// As [`Self::write`].
-    pub async fn finish(&mut self) -> io::Result<()> {
-        if self.partial.is_empty() { Ok(()) } else { self.flush().await }
+    /// Sends what has no end of line, and says what is missing by now.
+    pub async fn finish(&mut self) {
+        if !self.partial.is_empty() {
+            self.flush().await;
+        }
+        let dropped = self.limit.take_dropped();
+        self.say_dropped(dropped).await;
+        if !self.unsent.is_nothing() && !self.say_unsent().await {
+            let Missing { lines, bytes } = self.unsent;
+            tracing::error!(
+                lines,
+                bytes,
+                "{lines} lines ({bytes} bytes) are missing in the journal, which can't be reached"
+            );
+        }
     }
 
-    async fn flush(&mut self) -> io::Result<()> {
-        self.split(LINE_MAX).await?;
+    async fn flush(&mut self) {
+        self.split(LINE_MAX).await;
         let mut line = std::mem::take(&mut self.partial);
         // Terminals end their lines with both.
         if line.last() == Some(&b'\r') {
             line.pop();
         }
-        let sent = self.send(&line).await;
+        self.send(&line).await;
         line.clear();
         self.partial = line;
-        sent
     }
 
-    async fn split(&mut self, limit: usize) -> io::Result<()> {
+    async fn split(&mut self, limit: usize) {
         while self.partial.len() > limit {
             let rest = self.partial.split_off(limit);
             let line = std::mem::replace(&mut self.partial, rest);
-            self.send(&line).await?;
+            self.send(&line).await;
         }
-        Ok(())
     }
 
-    async fn send(&mut self, line: &[u8]) -> io::Result<()> {
-        let mut datagram = self.head.clone();
-        push_field(&mut datagram, "MESSAGE", line);
-        let socket = match self.socket.take() {
-            Some(socket) => socket,
-            None => connect()?,
-        };
-        if socket.send(&datagram).await.is_ok() {
-            self.socket = Some(socket);
-            return Ok(());
+    async fn send(&mut self, line: &[u8]) {
+        match self.limit.admit(line.len()) {
+            Admission::Dropped => return,
+            Admission::Passes(dropped) => self.say_dropped(dropped).await,
         }
-        // journald's socket has been made anew.
-        let socket = connect()?;
-        socket.send(&datagram).await?;
-        self.socket = Some(socket);
-        Ok(())
+        if !self.unsent.is_nothing() && !self.say_unsent().await {
+            return self.unsent.add(line.len());
+        }
+        let mut rest = line;
+        loop {
+            let (piece, after) = rest.split_at(rest.len().min(self.line_max));
+            match self.deliver(PRIORITY_OUTPUT, &[], piece, PATIENCE).await {
+                Ok(()) if after.is_empty() => return,
+                Ok(()) => rest = after,
+                Err(Undelivered::TooLong) if self.line_max > LINE_MIN => self.line_max /= 2,
+                Err(Undelivered::TooLong | Undelivered::Unreachable) => return self.unsent.add(rest.len()),
+            }
+        }
+    }
+
+    /// Says that the rate limit has dropped lines.
+    async fn say_dropped(&mut self, dropped: Missing) {
+        let Missing { lines, bytes } = dropped;
+        if !dropped.is_nothing()
+            && !self
+                .say(dropped, &format!("{lines} lines ({bytes} bytes) were dropped by the rate limit"))
+                .await
+        {
+            self.unsent.lines = self.unsent.lines.saturating_add(lines);
+            self.unsent.bytes = self.unsent.bytes.saturating_add(bytes);
+        }
+    }
+
+    /// Says that journald has not taken lines; false if it still takes none.
+    async fn say_unsent(&mut self) -> bool {
+        let Missing { lines, bytes } = self.unsent;
+        let text =
+            format!("{lines} lines ({bytes} bytes) are missing here: the journal could not be reached");
+        let said = self.say(self.unsent, &text).await;
+        if said {
+            self.unsent = Missing::default();
+        }
+        said
+    }
+
+    async fn say(&mut self, missing: Missing, text: &str) -> bool {
+        let number = missing.lines.to_string();
+        let fields = [("MESSAGE_ID", MESSAGE_DROPPED), ("N_DROPPED", number.as_str())];
+        let patience = if self.unsent.is_nothing() { PATIENCE } else { Duration::ZERO };
+        self.deliver(PRIORITY_MISSING, &fields, text.as_bytes(), patience).await.is_ok()
+    }
+
+    async fn deliver(
+        &mut self,
+        priority: &str,
+        fields: &[(&str, &str)],
+        message: &[u8],
+        patience: Duration,
+    ) -> Result<(), Undelivered> {
+        let mut datagram = self.head.clone();
+        push_field(&mut datagram, "PRIORITY", priority.as_bytes());
+        for (name, value) in fields {
+            push_field(&mut datagram, name, value.as_bytes());
+        }
+        push_field(&mut datagram, "MESSAGE", message);
+        // The second time over a new connection: journald's socket may have been made again.
+        for earlier in [self.socket.take(), None] {
+            let Some(socket) = earlier.or_else(|| connect().ok()) else {
+                continue;
+            };
+            let sent = match socket.try_send(&datagram) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && !patience.is_zero() => {
+                    let sending = tokio::time::timeout(patience, socket.send(&datagram));
+                    sending.await.unwrap_or_else(|_| Err(io::ErrorKind::WouldBlock.into()))
+                }
+                sent => sent,
+            };
+            match sent {
+                Ok(_) => {
+                    self.socket = Some(socket);
+                    return Ok(());
+                }
+                // It is busy, and the socket is the right one.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.socket = Some(socket);
+                    return Err(Undelivered::Unreachable);
+                }
+                Err(e) if e.raw_os_error() == Some(Errno::EMSGSIZE as i32) => {
+                    self.socket = Some(socket);
+                    return Err(Undelivered::TooLong);
+                }
+                Err(_) => {}
+            }
+        }
+        Err(Undelivered::Unreachable)
     }
 }
 
 fn connect() -> io::Result<UnixDatagram> {
     let socket = UnixDatagram::unbound()?;
+    // With less, long lines are split.
+    let _ = setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER);
     socket.connect(SOCKET)?;
     Ok(socket)
 }
@@ -140,7 +265,8 @@ mod tests {
     fn lines() -> (Lines, UnixDatagram) {
         let (here, there) = UnixDatagram::pair().unwrap();
         let kept = std::env::temp_dir().join(format!("journal-test-{}", std::process::id()));
-        let mut lines = Lines::new("u.service", "id", [("CONTAINER_ID", "web")], kept.join("partial"));
+        let mut lines =
+            Lines::new("u.service", "id", [("CONTAINER_ID", "web")], kept.join("partial"), Arc::default());
         // Each test has its own: what is kept of one must not begin another's first line.
         lines.partial.clear();
         std::fs::create_dir_all(kept).unwrap();
@@ -150,7 +276,7 @@ mod tests {
 
     async fn received(journald: &UnixDatagram) -> Vec<u8> {
         let mut datagram = vec![0; 1 << 20];
-        let length = journald.recv(&mut datagram).await.unwrap();
+        let length = tokio::time::timeout(PATIENCE, journald.recv(&mut datagram)).await.unwrap().unwrap();
         datagram.truncate(length);
         let at = datagram.windows(8).position(|part| part == b"MESSAGE\n").unwrap();
         datagram[at + 16..length - 1].to_vec()
@@ -159,9 +285,9 @@ mod tests {
     #[tokio::test]
     async fn a_line_is_sent_when_it_ends() {
         let (mut lines, journald) = lines();
-        lines.write(b"one\ntw").await.unwrap();
-        lines.write(b"o\r\n\nthree").await.unwrap();
-        lines.finish().await.unwrap();
+        lines.write(b"one\ntw").await;
+        lines.write(b"o\r\n\nthree").await;
+        lines.finish().await;
         for line in ["one", "two", "", "three"] {
             assert_eq!(received(&journald).await, line.as_bytes());
         }
@@ -172,8 +298,8 @@ mod tests {
         let (mut lines, journald) = lines();
         let long: Vec<u8> =
             (0..LINE_MAX * 2 + 7).map(|i| if i % 251 == 10 { 0 } else { (i % 251) as u8 }).collect();
-        lines.write(&long).await.unwrap();
-        lines.write(b"\n").await.unwrap();
+        lines.write(&long).await;
+        lines.write(b"\n").await;
         let mut back = Vec::new();
         for _ in 0..3 {
             back.extend(received(&journald).await);
@@ -183,8 +309,45 @@ mod tests {
 
     #[test]
     fn fields_are_length_prefixed_so_that_any_value_is_safe() {
-        let lines = Lines::new("u.service", "id", [("F", "a\nOBJECT_SYSTEMD_UNIT=other")], PathBuf::new());
+        let lines = Lines::new(
+            "u.service",
+            "id",
+            [("F", "a\nOBJECT_SYSTEMD_UNIT=other")],
+            PathBuf::new(),
+            Arc::default(),
+        );
         let text = String::from_utf8_lossy(&lines.head).into_owned();
         assert!(text.starts_with("OBJECT_SYSTEMD_UNIT\n\u{9}\0\0\0\0\0\0\0u.service\n"), "{text:?}");
+    }
+
+    /// The message, and what is said about missing lines.
+    async fn said(journald: &UnixDatagram) -> String {
+        String::from_utf8(received(journald).await).unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_the_rate_limit_drops_is_counted_in_the_journal() {
+        let (mut lines, journald) = lines();
+        lines.limit.set(3_600_000_000, 2);
+        lines.write(b"one\ntwo\nthree\nfour\n").await;
+        lines.finish().await;
+        assert_eq!((said(&journald).await.as_str(), said(&journald).await.as_str()), ("one", "two"));
+        assert_eq!(said(&journald).await, "2 lines (9 bytes) were dropped by the rate limit");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_journal_that_takes_nothing_holds_up_once_and_is_told_what_it_misses() {
+        let (mut lines, journald) = lines();
+        while lines.socket.as_ref().unwrap().try_send(b"MESSAGE\n").is_ok() {}
+        let begun = tokio::time::Instant::now();
+        for _ in 0..50 {
+            lines.write(b"lost\n").await;
+        }
+        assert!(begun.elapsed() <= PATIENCE * 2, "{:?}", begun.elapsed());
+        let mut datagram = [0; 64];
+        while tokio::time::timeout(PATIENCE, journald.recv(&mut datagram)).await.is_ok() {}
+        lines.write(b"back\n").await;
+        let missing = "50 lines (200 bytes) are missing here: the journal could not be reached";
+        assert_eq!((said(&journald).await.as_str(), said(&journald).await.as_str()), (missing, "back"));
     }
 }

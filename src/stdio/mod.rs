@@ -5,5 +5,6 @@ pub mod console;
 pub mod fifo;
 pub mod journal;
 pub mod pump;
+pub mod rate;
 pub mod terminal;
 pub mod uri;

@@ -40,6 +40,16 @@ impl Manager {
         })
     }
 
+    /// The rate limit of a unit's output in the journal: microseconds and lines, each 0 if it is not set.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {
+        let interval = self.property(unit, SERVICE_INTERFACE, "LogRateLimitIntervalUSec").await?;
+        let burst = self.property(unit, SERVICE_INTERFACE, "LogRateLimitBurst").await?;
+        Ok((interval.unwrap_or_default(), burst.unwrap_or_default()))
+    }
+
     /// How many processes the kernel has killed for want of memory since the unit was started, also when its cgroup is gone. Before systemd 259 it
     /// tells of several at once as of one.
     ///

@@ -62,6 +62,11 @@ impl Systemd {
 /// syslog(3): error conditions.
 const LOG_ERR: i32 = 3;
 
+/// `<0>` at the beginning of a line is text like any other: it sets no priority (journald shows emergencies
+/// on every terminal), and it is not removed. The rate limit of lines is journald's own, or what an
+/// administrator sets for the unit.
+const NO_LEVEL_PREFIX: (&str, Variant<'static>) = ("SyslogLevelPrefix", Variant::Bool(false));
+
 /// "No limit", for every 64-bit limit of systemd.
 const INFINITY: u64 = u64::MAX;
 
@@ -119,8 +124,6 @@ pub fn container(
         ("MemoryAccounting", true.into()),
         ("TasksAccounting", true.into()),
         ("IOAccounting", true.into()),
-        // A limit of lines per container would lose output; journald's own size limits stay.
-        ("LogRateLimitIntervalUSec", 0_u64.into()),
     ]);
     if notify {
         // From any process of the container: its init may be a shell.
@@ -173,6 +176,7 @@ pub fn exec(description: &str, command: &[String], environment: &[String]) -> Pr
         ("StandardOutput", "null".into()),
         ("StandardError", "null".into()),
         ("LogLevelMax", LOG_ERR.into()),
+        NO_LEVEL_PREFIX,
     ];
     list.extend(bound_to_system());
     Properties(list)
@@ -296,6 +300,7 @@ fn shown_as(shown: &Shown<'_>) -> Vec<(&'static str, Variant<'static>)> {
         ("SyslogIdentifier", shown.identifier.to_owned().into()),
         ("LogExtraFields", fields.into()),
         ("Slice", shown.slice.to_string().into()),
+        NO_LEVEL_PREFIX,
     ]
 }
 

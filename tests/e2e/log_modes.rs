@@ -237,3 +237,50 @@ fn any_user_can_open_its_own_stdout_again() {
         }
     }
 }
+
+/// The mode, and how many lines a minute go to the journal.
+fn limited(mode: &str, burst: u32) -> Any {
+    let properties = format!("LogRateLimitBurst = \"uint32 {burst}\"\nLogRateLimitIntervalSec = \"60\"\n");
+    let config_body = format!("Log = \"{mode}\"\n[Properties]\n{properties}");
+    GenericOptions { config_body, ..Default::default() }.to_any()
+}
+
+#[test]
+fn a_level_in_front_of_a_line_is_text_like_any_other() {
+    needs!(OurShim);
+    let node = Node::shared();
+    for (mode, kind) in [("auto", Kind::Init), ("auto", Kind::Exec), ("tee", Kind::Init)] {
+        let word = unique("level");
+        let ran = Ran::new(&node, log(mode), kind, Spec::sh(&format!("echo '<0>{word}'")), false);
+        let shown = ran.shown(&word, 1);
+        let shown: Vec<_> = shown.iter().map(|entry| (message(entry), entry["PRIORITY"].as_str())).collect();
+        assert_eq!(shown, [(format!("<0>{word}"), Some("6"))], "{mode}, {kind:?}");
+    }
+}
+
+#[test]
+fn more_lines_than_the_limit_reach_the_client_and_the_journal_counts_them() {
+    needs!(OurShim);
+    let node = Node::shared();
+    for kind in [Kind::Init, Kind::Exec] {
+        let word = unique("flood");
+        let spec = Spec::sh(&format!("for i in $(seq 1000); do echo {word}; done"));
+        let ran = Ran::new(&node, limited("tee", 100), kind, spec, true);
+        assert_eq!(ran.seen.lines().count(), 1000, "the client, {kind:?}");
+        let bytes = 900 * word.len();
+        let said = format!("900 lines ({bytes} bytes) were dropped by the rate limit");
+        assert_eq!(ran.shown(&said, 1).len(), 1, "{kind:?}");
+        assert_eq!(ran.shown(&word, 100).len(), 100, "the journal, {kind:?}");
+    }
+}
+
+#[test]
+fn a_container_that_writes_to_the_journal_itself_has_a_limit_too() {
+    needs!(OurShim);
+    let node = Node::shared();
+    // journald raises the limit where the disk has room: by no more than 16.
+    let word = unique("flood");
+    let spec = Spec::sh(&format!("yes {word} | head -n 20000"));
+    let ran = Ran::new(&node, limited("auto", 100), Kind::Init, spec, false);
+    assert!(ran.shown(&word, 100).len() < 5000);
+}
