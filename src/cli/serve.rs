@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -28,6 +28,7 @@ use crate::transport::durable::Durable;
 use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::Owners;
 use crate::unit::notify::FdStore;
+use crate::unit::observations::Observations;
 use crate::unit::proxy::Manager;
 use crate::unit::refs::Refs;
 use crate::unit::{name, properties, watch};
@@ -147,9 +148,9 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         .map_err(|error| Failure(format!("take over connections: {error}")))?;
     let refs = Refs::new(fd_store.clone(), &mut kept);
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
-    let (observed, mut observations) = mpsc::unbounded_channel();
+    let observations = Arc::<Observations>::default();
     let (listening, first) = oneshot::channel();
-    tokio::spawn(watch::run(manager.clone(), observed, listening));
+    tokio::spawn(watch::run(manager.clone(), observations.clone(), listening));
     first.await.map_err(|_| Failure::new("systemd's signals can't be received"))?;
 
     let systemd = manager.systemd().await.map_err(Failure::new)?;
@@ -170,12 +171,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     tokio::spawn(shim.clone().write_pending());
     tokio::spawn(shim.clone().forget_idle());
     tokio::spawn(shim.clone().observe_cgroups());
-    let observer = shim.clone();
-    tokio::spawn(async move {
-        while let Some(observation) = observations.recv().await {
-            observer.observe(observation).await;
-        }
-    });
+    tokio::spawn(shim.clone().observe(observations));
 
     crashes.forget_answered();
     tokio::spawn(async move {

@@ -177,7 +177,7 @@ pub(super) fn bring_up() -> Result<(), Failure> {
 
 async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
     let manager = std::sync::Arc::new(Manager::default());
-    let (observations, _receiver) = tokio::sync::mpsc::unbounded_channel();
+    let observations = std::sync::Arc::default();
     let (listening, first) = tokio::sync::oneshot::channel();
     let watching = tokio::spawn(watch::run(manager.clone(), observations, listening));
     let up = async {

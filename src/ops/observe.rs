@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::cgroup;
 use crate::fault::{self, Point};
@@ -15,11 +15,14 @@ use crate::suspect::{Crashes, Suspect};
 use crate::task::exec::{ExecEvent, ExecPhase};
 use crate::task::phase::{Event, Exit, Phase, Seen};
 use crate::unit::main_process::{Ended, MainProcess};
-use crate::unit::watch::Observation;
+use crate::unit::observations::Observations;
 
 use super::create::program_of;
 use super::record::{Noted, Stored};
 use super::{Entry, Error, Process, Shim, blocking, go_on, now_usec};
+
+/// How many units are looked at at a time after a signal. systemd answers one call after the other.
+const MAX_LOOKS: usize = 16;
 
 /// What containerd takes for "unknown".
 const UNKNOWN_STATUS: u32 = 255;
@@ -28,28 +31,68 @@ const UNKNOWN_STATUS: u32 = 255;
 const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
 
 impl Shim {
-    /// Applies an observation; a repeat changes nothing.
-    pub async fn observe(self: &Arc<Self>, observation: Observation) {
-        match observation {
-            Observation::Service { unit, main } => self.service_changed(&unit, main).await,
-            Observation::Resync => self.resync().await,
-        }
+    /// Deals with what is noticed of units, for as long as it is polled.
+    pub async fn observe(self: Arc<Self>, observations: Arc<Observations>) {
+        let all = async {
+            loop {
+                observations.receive_missed().await;
+                self.resync().await;
+            }
+        };
+        let each = async {
+            let looks = Arc::new(Semaphore::new(MAX_LOOKS));
+            loop {
+                // The semaphore is never closed.
+                let look = looks.clone().acquire_owned().await;
+                let (unit, told) = observations.next().await;
+                let shim = self.clone();
+                tokio::spawn(async move {
+                    shim.service_changed(&unit, told).await;
+                    drop(look);
+                });
+            }
+        };
+        tokio::join!(all, each);
     }
 
-    async fn service_changed(self: &Arc<Self>, unit: &UnitName, main: MainProcess) {
+    /// The main process of a unit is no longer what it was, as systemd has told; a repeat changes nothing.
+    async fn service_changed(self: &Arc<Self>, unit: &UnitName, told: MainProcess) {
         let Some((entry, process)) = self.registry.by_unit(unit) else {
             return;
         };
-        match (&process.key.exec, main.ended) {
-            (None, Some(ended)) => self.ended(&entry, seen(main, ended)),
-            (Some(id), Some(ended)) => self.exec_ended(&entry, &process, id, seen(main, ended)),
+        if told.ended.is_some() {
+            self.look_after_end(&entry, &process, told).await;
+        } else if let Some(id) = &process.key.exec
+            && runs(&entry, id)
+        {
             // A unit that is stopped lets go of a process that is not systemd's child.
-            (Some(id), None) if main.pid == 0 && runs(&entry, id) => {
-                self.look_at_exec(&entry, &process, id)
-                    .await
-                    .unwrap_or_else(|error| cant_look(&process, &error));
+            let looked = self.look_at_exec(&entry, &process, id).await;
+            looked.unwrap_or_else(|error| cant_look(&process, &error));
+        }
+    }
+
+    /// Reads how a main process has ended after systemd has told of its end.
+    async fn look_after_end(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, told: MainProcess) {
+        let exec = process.key.exec.as_ref();
+        let is_noted = match exec {
+            Some(id) => entry.task().execs.get(id).is_none_or(|exec| exec.phase.exit().is_some()),
+            None => entry.task().init.exit().is_some(),
+        };
+        if is_noted {
+            return;
+        }
+        let read = self.manager.main_process(&process.unit).await.unwrap_or_else(|error| {
+            cant_look(process, &error.into());
+            None
+        });
+        let main = last_word(told, read);
+        match (exec, main.ended) {
+            (None, Some(ended)) => self.ended(entry, seen(main, ended)),
+            (Some(id), Some(ended)) => self.exec_ended(entry, process, id, seen(main, ended)),
+            (_, None) => {
+                let key = &process.key;
+                tracing::warn!(process = %key, "{key}: systemd has told of its end, but it still runs");
             }
-            (Some(_) | None, _) => {}
         }
     }
 
@@ -329,6 +372,15 @@ async fn kill_left_behind(entry: &Entry, cgroup: PathBuf) {
     tracing::warn!(task = %entry.key, "task {}: can't kill what init left behind: {reason}", entry.key);
 }
 
+/// What is believed of a main process of whose end systemd has told: what systemd answers when it is asked.
+///
+/// Unless it answers of another process, or of none. Then the unit was unloaded or started again in the meantime: systemd
+/// does not know any more what it has told. An exec's unit is unloaded as soon as somebody stops it.
+fn last_word(told: MainProcess, read: Option<MainProcess>) -> MainProcess {
+    let is_same = |read: &MainProcess| told.last_pid == 0 || read.last_pid == told.last_pid;
+    read.filter(is_same).unwrap_or(told)
+}
+
 fn cant_look(process: &Process, error: &Error) {
     tracing::warn!(process = %process.key, %error, "{}: can't look at its unit: {error}", process.key);
 }
@@ -344,4 +396,32 @@ fn seen(main: MainProcess, ended: Ended) -> Seen {
 fn exit_of(ended: Ended) -> Exit {
     let at_usec = if ended.at_usec == 0 { now_usec() } else { ended.at_usec };
     Exit { status: ended.exit_status(), at_usec }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOLD: MainProcess =
+        MainProcess { pid: 0, last_pid: 7, ended: Some(Ended { code: 1, status: 3, at_usec: 5 }) };
+
+    #[test]
+    fn what_systemd_answers_counts_more_than_what_it_has_told() {
+        let runs = MainProcess { pid: 7, last_pid: 7, ended: None };
+        assert_eq!(last_word(TOLD, Some(runs)), runs);
+        let ended = MainProcess { ended: Some(Ended { code: 2, status: 9, at_usec: 6 }), ..TOLD };
+        assert_eq!(last_word(TOLD, Some(ended)), ended);
+    }
+
+    #[test]
+    fn an_end_is_not_lost_when_the_unit_has_been_unloaded_or_started_again() {
+        assert_eq!(last_word(TOLD, None), TOLD);
+        for later in [
+            MainProcess::default(),
+            MainProcess { pid: 8, last_pid: 8, ended: None },
+            MainProcess { pid: 0, last_pid: 8, ended: Some(Ended { code: 1, status: 0, at_usec: 9 }) },
+        ] {
+            assert_eq!(last_word(TOLD, Some(later)), TOLD);
+        }
+    }
 }

@@ -1,8 +1,8 @@
 //! The systemd adapter: the only place that names zbus types.
 //!
-//! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`] and [`main_process`] are pure. [`proxy`],
-//! `control` and [`reading`] make calls, [`watch`] turns signals into observations, [`notify`] speaks to systemd as a service
-//! does, [`error`] has what can go wrong.
+//! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`], [`main_process`] and `signals` are pure. [`proxy`],
+//! `control` and [`reading`] make calls, [`watch`] turns signals into [`observations`], [`notify`] speaks to systemd as a
+//! service does, [`error`] has what can go wrong.
 
 mod account;
 pub mod annotation;
@@ -14,9 +14,11 @@ pub mod limits;
 pub mod main_process;
 pub mod name;
 pub mod notify;
+pub mod observations;
 pub mod properties;
 pub mod proxy;
 pub mod reading;
 pub mod refs;
+mod signals;
 mod types;
 pub mod watch;

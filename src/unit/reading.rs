@@ -108,12 +108,11 @@ impl Manager {
     /// # Errors
     /// systemd can't be asked.
     pub async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
-        // A unit that is not loaded looks as if it had ended with 0: ask for that first.
-        if self.active_state(unit).await?.is_none() {
-            return Ok(None);
-        }
         let all = self.get_all(unit, SERVICE_INTERFACE).await?;
-        Ok(Some(MainProcess::default().updated(|name| all.get(name).map(|value| &**value))))
+        let main = MainProcess::default().updated(|name| all.get(name).map(|value| &**value));
+        // A unit that is not loaded has no process, and looks as if it had not run.
+        let is_loaded = main.last_pid != 0 || self.active_state(unit).await?.is_some();
+        Ok(is_loaded.then_some(main))
     }
 
     /// One property of a unit; nothing if this systemd has none of that name and type.

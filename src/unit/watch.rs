@@ -1,54 +1,37 @@
 //! systemd's signals, turned into observations.
 //!
-//! A fixed set of match rules, however many containers there are. Signals repeat, merge and get
-//! lost: whoever receives an [`Observation`] must not mind one twice, and after [`Observation::Resync`]
-//! must look at every unit itself. Units are never taken for ended because they vanish
-//! (`UnitRemoved` is sent for every living unit at a daemon-reload).
+//! A fixed set of match rules, however many containers there are. Signals repeat, merge and get lost: whoever
+//! takes [`Observations`] must not mind one twice, and must look at every unit itself when some may have been
+//! missed. Units are never taken for ended because they vanish (`UnitRemoved` is sent for every living unit at a
+//! daemon-reload). Which messages are believed is decided in `signals`.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use tokio::sync::mpsc;
-use zbus::{MatchRule, Message, MessageStream, OwnedObjectPath, Variant};
-
-use crate::id::UnitName;
+use zbus::names::{BusName, OwnedUniqueName};
+use zbus::{MatchRule, MessageStream};
 
 use super::error::{self, Error};
-use super::main_process::MainProcess;
-use super::name;
+use super::observations::Observations;
 use super::proxy::Manager;
 use super::reading::SERVICE_INTERFACE;
+use super::signals::{self, BUS, MANAGER_INTERFACE, PROPERTIES_INTERFACE, SYSTEMD, Signal};
 
-/// What was noticed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Observation {
-    /// A service's main process, as it is now.
-    Service {
-        /// The unit.
-        unit: UnitName,
-        /// Its main process.
-        main: MainProcess,
-    },
-    /// Signals may have been missed: look at every unit.
-    Resync,
-}
-
-/// Connects, and keeps connecting when the bus goes away, until the receiver is gone.
+/// Connects, and keeps connecting when the bus goes away.
 ///
 /// Resolves `first` once the first connection listens: what happens from then on is observed.
 pub async fn run(
     manager: Arc<Manager>,
-    observations: mpsc::UnboundedSender<Observation>,
+    observations: Arc<Observations>,
     first: tokio::sync::oneshot::Sender<()>,
 ) {
     let mut first = Some(first);
     let mut pause = FIRST_PAUSE;
     let mut told = false;
-    while !observations.is_closed() {
+    loop {
         match listen(&manager).await {
-            Ok(stream) => {
+            Ok((stream, systemd)) => {
                 pause = FIRST_PAUSE;
                 told = false;
                 manager.listens();
@@ -57,10 +40,10 @@ pub async fn run(
                     Some(first) => drop(first.send(())),
                     None => {
                         tracing::warn!("connected to D-Bus again");
-                        drop(observations.send(Observation::Resync));
+                        observations.missed();
                     }
                 }
-                forward(stream, &manager, &observations).await;
+                forward(stream, systemd, &manager, &observations).await;
                 manager.disconnected().await;
                 tracing::warn!("the connection to D-Bus is lost");
             }
@@ -81,28 +64,34 @@ pub async fn run(
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-async fn listen(manager: &Manager) -> Result<MessageStream, Error> {
+/// systemd's signals, and its unique name as it was when they began to arrive. A later change of the name is
+/// among them.
+async fn listen(manager: &Manager) -> Result<(MessageStream, Option<OwnedUniqueName>), Error> {
     let connection = manager.connect().await?;
     let stream = MessageStream::from(&connection);
     let bus = zbus::fdo::DBusProxy::new(&connection).await.map_err(error::unreachable)?;
     for rule in rules().map_err(error::unreachable)? {
         bus.add_match_rule(rule).await.map_err(|error| error::unreachable(error.into()))?;
     }
+    let name = BusName::try_from(SYSTEMD).map_err(error::unreachable)?;
+    let systemd = match bus.get_name_owner(name).await {
+        Ok(owner) => Some(owner),
+        // It executes itself anew, and is about to have its name again.
+        Err(zbus::fdo::Error::NameHasNoOwner(_)) => None,
+        Err(error) => return Err(error::unreachable(error.into())),
+    };
     manager.subscribe().await?;
-    Ok(stream)
+    Ok((stream, systemd))
 }
 
 fn rules() -> Result<Vec<MatchRule<'static>>, zbus::Error> {
-    const SYSTEMD: &str = "org.freedesktop.systemd1";
-    const BUS: &str = "org.freedesktop.DBus";
     let signal = || MatchRule::builder().msg_type(zbus::message::Type::Signal);
-    let manager =
-        |member| signal().sender(SYSTEMD).interface("org.freedesktop.systemd1.Manager").member(member);
+    let manager = |member| signal().sender(SYSTEMD).interface(MANAGER_INTERFACE).member(member);
     Ok(vec![
         // Carries MainPID and ExecMain…, with values; half the traffic of listening to Unit as well.
         signal()
             .sender(SYSTEMD)
-            .interface("org.freedesktop.DBus.Properties")
+            .interface(PROPERTIES_INTERFACE)
             .member("PropertiesChanged")
             .path_namespace("/org/freedesktop/systemd1/unit")
             .add_arg(SERVICE_INTERFACE)
@@ -115,60 +104,21 @@ fn rules() -> Result<Vec<MatchRule<'static>>, zbus::Error> {
 
 async fn forward(
     mut stream: MessageStream,
+    mut systemd: Option<OwnedUniqueName>,
     manager: &Manager,
-    observations: &mpsc::UnboundedSender<Observation>,
+    observations: &Observations,
 ) {
     while let Some(Ok(message)) = stream.next().await {
-        let header = message.header();
-        if header.message_type() != zbus::message::Type::Signal {
-            continue;
+        match signals::read(&message, systemd.as_ref()) {
+            Some(Signal::Service { unit, main }) => observations.told(unit, main),
+            Some(Signal::Job { unit, job, result }) => manager.jobs.ended(&unit, &job, &result),
+            Some(Signal::Reloaded) => observations.missed(),
+            Some(Signal::Owner(owner)) => {
+                manager.ownership_changed(owner.is_some());
+                systemd = owner;
+                observations.missed();
+            }
+            None => {}
         }
-        let seen = match header.member().map(|member| member.as_str()) {
-            Some("PropertiesChanged") => service_changed(&message),
-            Some("JobRemoved") => {
-                job_removed(&message, manager);
-                None
-            }
-            Some("Reloading") => {
-                // true when it begins, false when it is over.
-                message
-                    .body()
-                    .deserialize::<bool>()
-                    .is_ok_and(|begins| !begins)
-                    .then_some(Observation::Resync)
-            }
-            Some("NameOwnerChanged") => {
-                let owner =
-                    message.body().deserialize::<(&str, &str, &str)>().map(|(_, _, new)| !new.is_empty());
-                manager.ownership_changed(owner.unwrap_or(true));
-                Some(Observation::Resync)
-            }
-            Some(_) | None => None,
-        };
-        if let Some(seen) = seen
-            && observations.send(seen).is_err()
-        {
-            return;
-        }
-    }
-}
-
-fn service_changed(message: &Message) -> Option<Observation> {
-    let header = message.header();
-    let path = header.path()?.as_str();
-    let unit = name::from_object_path(path).filter(|unit| unit.as_str().starts_with(name::PREFIX))?;
-    let body = message.body();
-    let (_, values, _): (&str, HashMap<&str, Variant<'_>>, Vec<&str>) = body.deserialize().ok()?;
-    let main = MainProcess::default().updated(|name| values.get(name));
-    Some(Observation::Service { unit, main })
-}
-
-fn job_removed(message: &Message, manager: &Manager) {
-    let body = message.body();
-    let Ok((_, job, unit, result)) = body.deserialize::<(u32, OwnedObjectPath, &str, &str)>() else {
-        return;
-    };
-    if let Ok(unit) = UnitName::new(unit) {
-        manager.jobs.ended(&unit, &job, result);
     }
 }

@@ -35,6 +35,7 @@ mod attached;
 mod attributes;
 mod bad_exec;
 mod bad_input;
+mod bus;
 mod containerds;
 mod contract;
 mod crash;

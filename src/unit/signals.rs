@@ -1,0 +1,226 @@
+//! Which of the messages that arrive from the bus are believed, and what they say (pure).
+//!
+//! Match rules only choose what the bus broadcasts to the daemon. Every user of the machine may also send a
+//! signal straight to the daemon's unique name, with any interface, path and member in it. The bus itself sets
+//! one field, the sender. So a signal counts only if it was broadcast, if its sender is systemd's present
+//! unique name (or the bus, for the news of who has that name), and if interface and path are the right ones.
+
+use std::collections::HashMap;
+
+use zbus::names::OwnedUniqueName;
+use zbus::{Message, OwnedObjectPath, Variant};
+
+use crate::id::UnitName;
+
+use super::main_process::MainProcess;
+use super::name;
+use super::reading::SERVICE_INTERFACE;
+
+/// systemd's name on the bus.
+pub(super) const SYSTEMD: &str = "org.freedesktop.systemd1";
+pub(super) const MANAGER_INTERFACE: &str = "org.freedesktop.systemd1.Manager";
+pub(super) const PROPERTIES_INTERFACE: &str = "org.freedesktop.DBus.Properties";
+/// The bus's own name, and its interface.
+pub(super) const BUS: &str = "org.freedesktop.DBus";
+const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
+const BUS_PATH: &str = "/org/freedesktop/DBus";
+
+/// What a signal says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Signal {
+    /// The main process of a service is no longer what it was.
+    Service { unit: UnitName, main: MainProcess },
+    /// A job of a unit has ended.
+    Job { unit: UnitName, job: OwnedObjectPath, result: String },
+    /// systemd has read its units again.
+    Reloaded,
+    /// systemd's unique name is now this one; none while nobody has systemd's name.
+    Owner(Option<OwnedUniqueName>),
+}
+
+/// What a message says, if it is one of the signals above and comes from who may send it.
+///
+/// `systemd`: systemd's present unique name.
+pub(super) fn read(message: &Message, systemd: Option<&OwnedUniqueName>) -> Option<Signal> {
+    let header = message.header();
+    if header.message_type() != zbus::message::Type::Signal || header.destination().is_some() {
+        return None;
+    }
+    let (sender, path) = (header.sender()?.as_str(), header.path()?.as_str());
+    let is_systemd = systemd.is_some_and(|name| name.as_str() == sender);
+    match (header.interface()?.as_str(), header.member()?.as_str()) {
+        (PROPERTIES_INTERFACE, "PropertiesChanged") if is_systemd => service(path, message),
+        (MANAGER_INTERFACE, "JobRemoved") if is_systemd && path == MANAGER_PATH => job(message),
+        (MANAGER_INTERFACE, "Reloading") if is_systemd && path == MANAGER_PATH => {
+            // true when it begins, false when it is over.
+            let begins = message.body().deserialize::<bool>().ok()?;
+            (!begins).then_some(Signal::Reloaded)
+        }
+        (BUS, "NameOwnerChanged") if sender == BUS && path == BUS_PATH => owner(message),
+        _ => None,
+    }
+}
+
+/// A change after which the main process may be another one, or none. The others, some five in the life of a
+/// unit, do not concern anybody.
+fn service(path: &str, message: &Message) -> Option<Signal> {
+    let unit = name::from_object_path(path).filter(|unit| unit.as_str().starts_with(name::PREFIX))?;
+    let body = message.body();
+    let (interface, values, _): (&str, HashMap<&str, Variant<'_>>, Vec<&str>) = body.deserialize().ok()?;
+    if interface != SERVICE_INTERFACE {
+        return None;
+    }
+    let main = MainProcess::default().updated(|name| values.get(name));
+    let runs = main.pid != 0 && main.ended.is_none();
+    (!runs).then_some(Signal::Service { unit, main })
+}
+
+fn job(message: &Message) -> Option<Signal> {
+    let body = message.body();
+    let (_, job, unit, result) = body.deserialize::<(u32, OwnedObjectPath, &str, &str)>().ok()?;
+    let unit = UnitName::new(unit).ok()?;
+    Some(Signal::Job { unit, job, result: result.to_owned() })
+}
+
+fn owner(message: &Message) -> Option<Signal> {
+    let body = message.body();
+    let (name, _, new) = body.deserialize::<(&str, &str, &str)>().ok()?;
+    // An empty name is nobody's.
+    (name == SYSTEMD).then(|| Signal::Owner(OwnedUniqueName::try_from(new).ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::main_process::Ended;
+
+    const OWNER: &str = ":1.5";
+    const WEB: &str = "/org/freedesktop/systemd1/unit/containerd_2ddefault_2dweb_2eservice";
+
+    /// The header of a signal.
+    #[derive(Clone, Copy)]
+    struct From {
+        sender: &'static str,
+        destination: Option<&'static str>,
+        path: &'static str,
+        interface: &'static str,
+        member: &'static str,
+    }
+
+    const CHANGED: From = From {
+        sender: OWNER,
+        destination: None,
+        path: WEB,
+        interface: PROPERTIES_INTERFACE,
+        member: "PropertiesChanged",
+    };
+    const REMOVED: From =
+        From { path: MANAGER_PATH, interface: MANAGER_INTERFACE, member: "JobRemoved", ..CHANGED };
+    const RELOADING: From = From { member: "Reloading", ..REMOVED };
+    const OWNED: From =
+        From { sender: BUS, path: BUS_PATH, interface: BUS, member: "NameOwnerChanged", ..CHANGED };
+
+    fn send<B: serde::Serialize + zbus::Type>(from: From, body: &B) -> Option<Signal> {
+        let message = Message::signal(from.path, from.interface, from.member).sender(from.sender);
+        let message = match from.destination {
+            Some(name) => message.destination(name),
+            None => message,
+        };
+        let owner = OwnedUniqueName::try_from(OWNER).unwrap();
+        read(&message.build(body).unwrap(), Some(&owner))
+    }
+
+    type Change = (&'static str, HashMap<&'static str, Variant<'static>>, Vec<&'static str>);
+
+    fn exit() -> Change {
+        let values = [
+            ("MainPID", 0_u32.into()),
+            ("ExecMainPID", 7_u32.into()),
+            ("ExecMainCode", 1_i32.into()),
+            ("ExecMainStatus", 42_i32.into()),
+        ];
+        (SERVICE_INTERFACE, values.into(), vec![])
+    }
+
+    fn job_end() -> (u32, OwnedObjectPath, &'static str, &'static str) {
+        (
+            3,
+            OwnedObjectPath::try_from("/org/freedesktop/systemd1/job/3").unwrap(),
+            "containerd-a-b.service",
+            "done",
+        )
+    }
+
+    #[test]
+    fn systemds_broadcasts_are_read() {
+        let main =
+            MainProcess { pid: 0, last_pid: 7, ended: Some(Ended { code: 1, status: 42, at_usec: 0 }) };
+        let unit = UnitName::new("containerd-default-web.service").unwrap();
+        assert_eq!(send(CHANGED, &exit()), Some(Signal::Service { unit, main }));
+        assert!(matches!(send(REMOVED, &job_end()), Some(Signal::Job { result, .. }) if result == "done"));
+        assert_eq!(send(RELOADING, &false), Some(Signal::Reloaded));
+        assert_eq!(send(RELOADING, &true), None);
+        let owner = OwnedUniqueName::try_from(":1.9").unwrap();
+        assert_eq!(send(OWNED, &(SYSTEMD, "", ":1.9")), Some(Signal::Owner(Some(owner))));
+        assert_eq!(send(OWNED, &(SYSTEMD, ":1.9", "")), Some(Signal::Owner(None)));
+    }
+
+    /// All four signals with a header that is changed in the same way.
+    fn none_is_believed(what: &str, change: impl Fn(From) -> From) {
+        assert_eq!(send(change(CHANGED), &exit()), None, "PropertiesChanged {what}");
+        assert_eq!(send(change(REMOVED), &job_end()), None, "JobRemoved {what}");
+        assert_eq!(send(change(RELOADING), &false), None, "Reloading {what}");
+        assert_eq!(send(change(OWNED), &(SYSTEMD, ":1.5", ":1.66")), None, "NameOwnerChanged {what}");
+    }
+
+    #[test]
+    fn a_signal_to_the_daemon_alone_is_not_believed_whoever_sends_it() {
+        none_is_believed("with a destination", |from| From { destination: Some(":1.77"), ..from });
+    }
+
+    #[test]
+    fn a_signal_of_anybody_else_is_not_believed() {
+        none_is_believed("of a stranger", |from| From { sender: ":1.66", ..from });
+        none_is_believed("of a name that begins alike", |from| From { sender: ":1.55", ..from });
+        // Each of the two speaks for itself only.
+        none_is_believed("with the senders swapped", |from| From {
+            sender: if from.sender == BUS { OWNER } else { BUS },
+            ..from
+        });
+    }
+
+    #[test]
+    fn a_signal_with_another_interface_path_or_member_is_not_believed() {
+        none_is_believed("of another interface", |from| From { interface: "org.example.Other", ..from });
+        none_is_believed("of another path", |from| From { path: "/org/example", ..from });
+        none_is_believed("of another member", |from| From { member: "Changed", ..from });
+    }
+
+    #[test]
+    fn a_signal_of_another_type_is_not_believed() {
+        let numbers = vec![1_u8; 100];
+        for from in [CHANGED, REMOVED, RELOADING, OWNED] {
+            assert_eq!(send(from, &numbers), None, "{}", from.member);
+        }
+        let mut of_unit = exit();
+        of_unit.0 = "org.freedesktop.systemd1.Unit";
+        assert_eq!(send(CHANGED, &of_unit), None);
+        assert_eq!(send(OWNED, &("org.example.Name", "", ":1.9")), None);
+    }
+
+    #[test]
+    fn a_service_that_runs_and_a_unit_that_is_none_of_ours_are_passed_over() {
+        let running: HashMap<_, Variant<'static>> =
+            [("MainPID", 7_u32.into()), ("ExecMainPID", 7_u32.into()), ("ExecMainCode", 0_i32.into())].into();
+        assert_eq!(send(CHANGED, &(SERVICE_INTERFACE, running, Vec::<&str>::new())), None);
+        let other = From { path: "/org/freedesktop/systemd1/unit/ssh_2eservice", ..CHANGED };
+        assert_eq!(send(other, &exit()), None);
+    }
+
+    #[test]
+    fn nobody_is_believed_while_systemd_has_no_name() {
+        let message = Message::signal(WEB, PROPERTIES_INTERFACE, "PropertiesChanged");
+        let message = message.sender(OWNER).build(&exit()).unwrap();
+        assert_eq!(read(&message, None), None);
+    }
+}
