@@ -4,6 +4,7 @@
 //! through the same check, so a name from a file on disk is as good as one from a request.
 
 use std::fmt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -158,13 +159,115 @@ name!(
     UnitName, "unit name", check_unit_name
 );
 
-/// What names a task on this node: ids are unique per namespace only.
+/// Which containerd a task belongs to. Several may run on a node (the system's, Docker's, k3s's), and each has
+/// namespaces and ids of its own.
+///
+/// A containerd is known by the directory in which it keeps its bundles: no two share one, and unlike the
+/// address it is named by Create, by `start` and by `delete`. The text is empty for the usual directory, and
+/// a hash for any other.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Owner(Box<str>);
+
+/// Where containerd keeps its bundles if its configuration says nothing else.
+const USUAL_BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task";
+
+impl Owner {
+    /// Checks the text.
+    ///
+    /// # Errors
+    /// It is neither empty nor a hash.
+    pub fn new(text: impl AsRef<str>) -> Result<Self, InvalidName> {
+        let (text, what) = (text.as_ref(), "owner");
+        let is_hash = text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        if !text.is_empty() && !is_hash {
+            let rule = "use 16 hexadecimal digits, or nothing";
+            return Err(InvalidName::Malformed { what, text: excerpt(text), rule });
+        }
+        Ok(Self(text.into()))
+    }
+
+    /// The containerd that has this bundle (a path without symlinks). A bundle in no containerd's layout
+    /// belongs to the usual one.
+    pub fn of_bundle(bundle: &Path, namespace: &Namespace, id: &TaskId) -> Self {
+        let end = Path::new(namespace.as_str()).join(id.as_str());
+        let bundles = bundle.ends_with(end).then(|| bundle.ancestors().nth(2)).flatten();
+        match bundles {
+            Some(bundles) if bundles != Path::new(USUAL_BUNDLES) => {
+                Self(format!("{:016x}", fnv1a(bundles.as_os_str().as_encoded_bytes())).into())
+            }
+            Some(_) | None => Self::default(),
+        }
+    }
+
+    /// True for the containerd with the usual directories.
+    pub fn is_usual(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The owner as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Owner {
+    type Error = InvalidName;
+    fn try_from(text: String) -> Result<Self, InvalidName> {
+        Self::new(text)
+    }
+}
+
+impl From<Owner> for String {
+    fn from(owner: Owner) -> String {
+        owner.0.into()
+    }
+}
+
+/// FNV-1a, 64 bits: stable over versions and machines, which std's hasher does not promise.
+pub fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+/// What names a task on this node: ids are unique per containerd and namespace only.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct TaskKey {
+    /// The containerd. Records of earlier versions do not say it.
+    #[serde(default, skip_serializing_if = "Owner::is_usual")]
+    pub owner: Owner,
     /// The namespace.
     pub namespace: Namespace,
     /// The container's id.
     pub id: TaskId,
+}
+
+impl TaskKey {
+    /// The task of the usual containerd.
+    pub fn usual(namespace: Namespace, id: TaskId) -> Self {
+        Self { owner: Owner::default(), namespace, id }
+    }
+
+    /// The same names, of another containerd.
+    pub fn of(&self, owner: Owner) -> Self {
+        Self { owner, ..self.clone() }
+    }
+
+    /// Id and owner in one word, for file names and command lines. No id has a plus sign.
+    pub fn word(&self) -> String {
+        if self.owner.is_usual() { self.id.to_string() } else { format!("{}+{}", self.id, self.owner.0) }
+    }
+
+    /// The reverse of [`Self::word`].
+    ///
+    /// # Errors
+    /// A part is not valid.
+    pub fn from_word(namespace: Namespace, word: &str) -> Result<Self, InvalidName> {
+        let (id, owner) = word.split_once('+').map_or((word, None), |(id, owner)| (id, Some(owner)));
+        let owner = owner.map(Owner::new).transpose()?.unwrap_or_default();
+        Ok(Self { owner, namespace, id: TaskId::new(id)? })
+    }
 }
 
 impl fmt::Display for TaskKey {
@@ -228,6 +331,23 @@ mod tests {
     fn a_name_from_disk_is_checked_too() {
         assert!(serde_json::from_str::<TaskId>("\"../x\"").is_err());
         assert!(serde_json::from_str::<UnitName>("\"a b.service\"").is_err());
+    }
+
+    #[test]
+    fn a_containerd_is_known_by_the_directory_of_its_bundles() {
+        let (namespace, id) = (Namespace::new("n").unwrap(), TaskId::new("web").unwrap());
+        let owner = |bundle: &str| Owner::of_bundle(Path::new(bundle), &namespace, &id);
+        assert!(owner("/run/containerd/io.containerd.runtime.v2.task/n/web").is_usual());
+        assert!(owner("/home/me/bundle").is_usual(), "no containerd's layout");
+        let docker = owner("/run/docker/containerd/daemon/io.containerd.runtime.v2.task/n/web");
+        assert!(!docker.is_usual());
+        assert_ne!(docker, owner("/run/k3s/containerd/io.containerd.runtime.v2.task/n/web"));
+        let key = TaskKey { owner: docker.clone(), namespace: namespace.clone(), id };
+        assert_eq!(TaskKey::from_word(namespace.clone(), &key.word()), Ok(key.clone()));
+        assert_eq!(key.of(Owner::default()).word(), "web");
+        assert!(TaskKey::from_word(namespace, "web+../x").is_err());
+        let json = r#"{"namespace":"n","id":"web"}"#;
+        assert_eq!(serde_json::from_str::<TaskKey>(json).unwrap(), key.of(Owner::default()));
     }
 
     #[test]

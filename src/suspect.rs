@@ -55,7 +55,7 @@ impl Suspect {
     /// The record of a task, while it is being recovered.
     pub fn record(key: &TaskKey) -> Self {
         let mut hasher = DefaultHasher::new();
-        (key.namespace.as_str(), key.id.as_str()).hash(&mut hasher);
+        (key.namespace.as_str(), key.word()).hash(&mut hasher);
         Self(hasher.finish() | RECORD)
     }
 
@@ -251,7 +251,7 @@ mod tests {
 
     fn key(id: &str) -> TaskKey {
         use crate::id::{Namespace, TaskId};
-        TaskKey { namespace: Namespace::new("default").unwrap(), id: TaskId::new(id).unwrap() }
+        TaskKey::usual(Namespace::new("default").unwrap(), TaskId::new(id).unwrap())
     }
 
     #[test]

@@ -8,7 +8,7 @@ use ttrpc::context;
 use crate::config;
 use crate::id::TaskKey;
 
-use super::convert::{CLEAN_UP_KEY, NAMESPACE_KEY};
+use super::convert::{CLEAN_UP_KEY, NAMESPACE_KEY, OWNER_KEY};
 
 /// Asks the daemon to take away what a task left; it starts if it does not run.
 ///
@@ -20,6 +20,7 @@ pub async fn clean_up(key: &TaskKey) -> ttrpc::Result<DeleteResponse> {
     let mut metadata = context::with_timeout(0);
     metadata.add(NAMESPACE_KEY.to_owned(), key.namespace.to_string());
     metadata.add(CLEAN_UP_KEY.to_owned(), "1".to_owned());
+    metadata.add(OWNER_KEY.to_owned(), key.owner.as_str().to_owned());
     let request = DeleteRequest { id: key.id.to_string(), ..DeleteRequest::default() };
     TaskClient::new(client).delete(metadata, &request).await
 }

@@ -19,7 +19,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 
-use crate::id::{ExecId, InvalidName, Namespace, ProcessKey, TaskId, TaskKey};
+use crate::id::{ExecId, InvalidName, Namespace, Owner, ProcessKey, TaskId, TaskKey};
 use crate::oci::options::{Options, Source};
 use crate::ops::{AddExec, CreateTask, Outgoing, State, Status};
 use crate::task::outbox::TaskEvent;
@@ -34,6 +34,9 @@ pub const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
 
 /// In the metadata of a Delete by our own `delete` command: kill first, publish nothing.
 pub const CLEAN_UP_KEY: &str = "containerd-shim-systemd-clean-up";
+
+/// Beside it: the containerd that gives the task up.
+pub const OWNER_KEY: &str = "containerd-shim-systemd-owner";
 
 /// A message that can't be understood.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +79,7 @@ pub enum Error {
 /// # Errors
 /// The id is not valid.
 pub fn key(namespace: Namespace, id: &str) -> Result<TaskKey, Error> {
-    Ok(TaskKey { namespace, id: TaskId::new(id)? })
+    Ok(TaskKey::usual(namespace, TaskId::new(id)?))
 }
 
 /// The process that a request is about; an empty exec id means init.
@@ -114,6 +117,18 @@ pub fn exec(namespace: Namespace, request: ExecProcessRequest) -> Result<AddExec
 pub fn namespace(metadata: &HashMap<String, Vec<String>>) -> Result<Option<Namespace>, Error> {
     let named = metadata.get(NAMESPACE_KEY).and_then(|values| values.first());
     Ok(named.map(Namespace::new).transpose()?)
+}
+
+/// The containerd that our own `delete` command speaks for; nothing for any other caller.
+///
+/// # Errors
+/// The name is not valid.
+pub fn gives_up(metadata: &HashMap<String, Vec<String>>) -> Result<Option<Owner>, Error> {
+    if !metadata.contains_key(CLEAN_UP_KEY) {
+        return Ok(None);
+    }
+    let owner = metadata.get(OWNER_KEY).and_then(|values| values.first());
+    Ok(Some(owner.map(Owner::new).transpose()?.unwrap_or_default()))
 }
 
 /// A Create request.

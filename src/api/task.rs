@@ -23,7 +23,7 @@ use crate::id::{Namespace, ProcessKey, TaskKey};
 use crate::ops::{Attempt, Error, Shim};
 use crate::suspect::{self, Suspect};
 use crate::transport::frame::REPLAYED;
-use crate::transport::sockets::{Owner, Owners, Socket};
+use crate::transport::sockets::{Holder, Lease, Leases, Socket};
 
 use super::{convert, metrics, status};
 
@@ -32,8 +32,8 @@ type Answer<T> = ttrpc::Result<T>;
 /// The service, over the daemon's inside.
 pub struct TaskService {
     shim: Arc<Shim>,
-    /// Of the socket over which it is called, where that is for one namespace.
-    owner: Option<Owner>,
+    /// Of the socket over which it is called, where that is not for everybody.
+    holder: Option<Holder>,
 }
 
 /// The names of the service: version 3 is version 2 renamed (containerd 2.0).
@@ -42,28 +42,42 @@ const V2: &str = "containerd.task.v2.Task";
 
 impl TaskService {
     /// A service for one socket.
-    pub fn new(shim: Arc<Shim>, socket: Socket, owners: &Owners) -> Self {
-        let owner = match socket {
+    pub fn new(shim: Arc<Shim>, socket: Socket, leases: &Leases) -> Self {
+        let holder = match socket {
             Socket::Any => None,
-            Socket::Of(number) => Some(owners.owner(number)),
+            Socket::Of(number) => Some(leases.holder(number)),
         };
-        Self { shim, owner }
+        Self { shim, holder }
+    }
+
+    /// For whom the socket is over which it is called.
+    fn lease(&self) -> Lease {
+        self.holder.as_ref().and_then(Holder::lease).unwrap_or_default()
     }
 
     /// The namespace of a request: as named in it, else the one that the socket belongs to.
     fn namespace(&self, ctx: &TtrpcContext) -> Answer<Namespace> {
         let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
-        let owner = || self.owner.as_ref().and_then(Owner::namespace);
-        named.or_else(owner).ok_or_else(|| status::invalid(convert::Error::NoNamespace))
+        named.or_else(|| self.lease().namespace).ok_or_else(|| status::invalid(convert::Error::NoNamespace))
+    }
+
+    /// The task that the caller means: its own one of these names.
+    fn located(&self, named: &TaskKey) -> TaskKey {
+        match self.lease().owner {
+            Some(owner) => self.shim.own(named, &owner),
+            None => self.shim.any(named),
+        }
     }
 
     fn key(&self, ctx: &TtrpcContext, id: &str) -> Answer<TaskKey> {
-        convert::key(self.namespace(ctx)?, id).map_err(status::invalid)
+        let named = convert::key(self.namespace(ctx)?, id).map_err(status::invalid)?;
+        Ok(self.located(&named))
     }
 
     /// The process that a request is about: init, if it names no exec.
     fn process(&self, ctx: &TtrpcContext, id: &str, exec: &str) -> Answer<ProcessKey> {
-        convert::process(self.namespace(ctx)?, id, exec).map_err(status::invalid)
+        let named = convert::process(self.namespace(ctx)?, id, exec).map_err(status::invalid)?;
+        Ok(ProcessKey { task: self.located(&named.task), ..named })
     }
 
     /// The dispatch tables, by both names.
@@ -138,7 +152,11 @@ impl Task for TaskService {
     }
 
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
-        let call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
+        let mut call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
+        call.key = match self.lease().owner {
+            Some(owner) => self.shim.own(&call.key, &owner),
+            None => self.shim.own_by_bundle(&call.key, &call.request.bundle),
+        };
         let (shim, attempt) = (self.shim.clone(), attempt(ctx));
         let init = ProcessKey { task: call.key.clone(), exec: None };
         let pid = self.run("create", &init, async move { shim.create(call, attempt).await }).await?;
@@ -146,7 +164,8 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
-        let call = convert::exec(self.namespace(ctx)?, request).map_err(status::invalid)?;
+        let mut call = convert::exec(self.namespace(ctx)?, request).map_err(status::invalid)?;
+        call.key.task = self.located(&call.key.task);
         let (shim, process, attempt) = (self.shim.clone(), call.key.clone(), attempt(ctx));
         self.run("exec", &process, async move { shim.add_exec(call, attempt).await }).await?;
         Ok(Empty::new())
@@ -160,11 +179,17 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, ctx: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
-        let key = self.process(ctx, &request.id, &request.exec_id)?;
+        let mut key = self.process(ctx, &request.id, &request.exec_id)?;
+        let given_up = convert::gives_up(&ctx.metadata).map_err(status::invalid)?;
+        if let Some(owner) = &given_up {
+            key.task = self.shim.own(&key.task, owner);
+        }
         let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
-        let given_up = ctx.metadata.contains_key(convert::CLEAN_UP_KEY);
         let deleted = self.run("delete", &process, async move {
-            if given_up { shim.clean_up(&key.task).await } else { shim.delete(&key, attempt).await }
+            match given_up {
+                Some(owner) => shim.clean_up(&key.task, &owner).await,
+                None => shim.delete(&key, attempt).await,
+            }
         });
         let deleted = deleted.await?;
         Ok(convert::delete(deleted.pid, deleted.exit))

@@ -1,6 +1,6 @@
 //! Arguments in the style of Go's flag package: `-x v`, `-x=v`, `--x v` (pure).
 
-use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey};
+use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
 
 /// What is to be done.
 #[derive(Debug, PartialEq, Eq)]
@@ -139,7 +139,7 @@ fn launch(words: Vec<&str>) -> Option<Command> {
         ["logger", namespace, id, exec] => (Launch::Logger, namespace, id, Some(exec)),
         _ => return None,
     };
-    let task = TaskKey { namespace: Namespace::new(namespace).ok()?, id: TaskId::new(id).ok()? };
+    let task = TaskKey::from_word(Namespace::new(namespace).ok()?, id).ok()?;
     let exec = exec.map(ExecId::new).transpose().ok()?;
     Some(Command::Launch { what, key: ProcessKey { task, exec } })
 }

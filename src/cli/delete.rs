@@ -10,8 +10,8 @@ use protobuf::Message;
 use ttrpc::Code;
 
 use crate::api::{client, convert};
-use crate::id::TaskKey;
-use crate::oci::{mount, runtime};
+use crate::id::{Owner, TaskKey};
+use crate::oci::{bundle, mount, runtime};
 use crate::store::Store;
 use crate::task::Task;
 use crate::task::phase::Exit;
@@ -24,14 +24,17 @@ use super::{Failure, block_on, key_of, print, say};
 const KILLED: u32 = 128 + 9;
 
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
-    let key = key_of(global)?;
     let bundle = match global.bundle.as_str() {
         "" => std::env::current_dir()
             .map_err(|error| Failure(format!("the working directory is gone: {error}")))?,
         bundle => PathBuf::from(bundle),
     };
+    let key = key_of(global, &bundle)?;
     let store = Store::new(config::STATE_DIR);
-    let response = if store.knows(&key) { clean_up(&store, &key)? } else { None };
+    let response = match recorded_as(&store, &key) {
+        Some(found) => clean_up(&store, &found, &key)?,
+        None => None,
+    };
     unmount(&bundle);
     let response = match response {
         Some(response) => response,
@@ -40,8 +43,22 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     print(&response)
 }
 
-fn clean_up(store: &Store, key: &TaskKey) -> Result<Option<Vec<u8>>, Failure> {
-    let asked = block_on(async { tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(key)).await })?;
+/// The name under which this containerd's task is recorded, if it is. Earlier versions recorded the tasks of
+/// every containerd as those of the usual one; another containerd's task is not touched.
+fn recorded_as(store: &Store, key: &TaskKey) -> Option<TaskKey> {
+    let is_own = |task: &Task| bundle::owner(&task.request.bundle, &key.namespace, &key.id) == key.owner;
+    [key.clone(), key.of(Owner::default())].into_iter().filter(|found| store.knows(found)).find(|found| {
+        match store.load(found) {
+            Ok(Some(task)) => is_own(&task),
+            // What can't be told is left to the daemon, or there is no task yet.
+            Ok(None) | Err(_) => found == key,
+        }
+    })
+}
+
+fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<u8>>, Failure> {
+    let asked =
+        block_on(async { tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(named)).await })?;
     let reason = match asked {
         Ok(Ok(response)) => return response.write_to_bytes().map(Some).map_err(Failure::new),
         // The daemon knows best: it is gone, or its record can't be read and is left for a person.

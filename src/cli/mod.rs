@@ -11,9 +11,12 @@ mod start;
 mod wake;
 
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use arguments::{Command, Global};
+
+use crate::oci::bundle;
 
 /// The longest message that a command takes on standard input.
 const MAX_STDIN_BYTES: u64 = 4 << 20;
@@ -131,12 +134,12 @@ fn block_on<T>(errand: impl Future<Output = T>) -> Result<T, Failure> {
     Ok(runtime.map_err(|error| Failure(format!("set up the runtime: {error}")))?.block_on(errand))
 }
 
-/// Checks what containerd said about the task.
-fn key_of(global: &Global) -> Result<crate::id::TaskKey, Failure> {
+/// Checks what containerd said about the task that has this bundle.
+fn key_of(global: &Global, bundle: &Path) -> Result<crate::id::TaskKey, Failure> {
     use crate::id::{Namespace, TaskId, TaskKey};
-    Ok(TaskKey {
-        namespace: Namespace::new(&global.namespace)
-            .map_err(|error| Failure(format!("-namespace: {error}")))?,
-        id: TaskId::new(&global.id).map_err(|error| Failure(format!("-id: {error}")))?,
-    })
+    let namespace =
+        Namespace::new(&global.namespace).map_err(|error| Failure(format!("-namespace: {error}")))?;
+    let id = TaskId::new(&global.id).map_err(|error| Failure(format!("-id: {error}")))?;
+    let owner = bundle::owner(bundle, &namespace, &id);
+    Ok(TaskKey { owner, namespace, id })
 }

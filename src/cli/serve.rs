@@ -26,7 +26,7 @@ use crate::suspect::Crashes;
 use crate::transport::Keep;
 use crate::transport::durable::Durable;
 use crate::transport::listener::{self, Connections};
-use crate::transport::sockets::Owners;
+use crate::transport::sockets::Leases;
 use crate::unit::notify::FdStore;
 use crate::unit::observations::Observations;
 use crate::unit::proxy::Manager;
@@ -179,12 +179,12 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         crashes.forget_records();
     });
 
-    let owners = Owners::new(config::STATE_DIR);
+    let leases = Leases::new(config::STATE_DIR);
     let mut servers = Vec::new();
     for fd in sockets {
         let (socket, listener) =
             listener::from_systemd(fd).map_err(|error| Failure(format!("a socket: {error}")))?;
-        let services = TaskService::new(shim.clone(), socket, &owners).services();
+        let services = TaskService::new(shim.clone(), socket, &leases).services();
         let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
         let earlier = earlier.map(|(_, connection)| connection).collect();
         let listener = listen(connections.clone(), earlier, listener)

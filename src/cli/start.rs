@@ -14,10 +14,10 @@ use nix::sys::resource::getrlimit;
 use protobuf::Message;
 
 use crate::api::messages::{BootstrapParams, BootstrapResult};
-use crate::id::Namespace;
+use crate::id::TaskKey;
 use crate::oci::bundle;
 use crate::task::request::Containerd;
-use crate::transport::sockets::{Owners, Socket};
+use crate::transport::sockets::{Leases, Socket};
 use crate::unit::properties;
 use crate::unit::proxy::Manager;
 use crate::unit::{self, name, watch};
@@ -27,16 +27,16 @@ use super::arguments::Global;
 use super::{Failure, block_on, key_of, launch, namespaces, print, read_stdin};
 
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
-    let key = key_of(global)?;
-    check_host()?;
-    let caller = Caller::from(global, read_stdin()?);
     let here = std::env::current_dir()
         .map_err(|error| Failure(format!("the working directory is gone: {error}")))?;
+    let key = key_of(global, &here)?;
+    check_host()?;
+    let caller = Caller::from(global, read_stdin()?);
     let namespaces = namespaces::of_caller().map_err(Failure::new)?;
     let containerd = Containerd { namespaces, ..containerd(global, &caller) };
     bundle::write_containerd(&here, &containerd).map_err(Failure::new)?;
     bring_up()?;
-    let address = format!("unix://{}", caller.socket(&key.namespace)?.path().display());
+    let address = format!("unix://{}", caller.socket(&key)?.path().display());
     // containerd 1.6 and 1.7 find the daemon by this file after a restart.
     std::fs::write(here.join("address"), &address)
         .map_err(|error| Failure(format!("write {}/address: {error}", here.display())))?;
@@ -66,14 +66,17 @@ impl Caller {
         }
     }
 
-    /// The socket for it: one of the namespace's own for those who may not name the namespace.
-    fn socket(&self, namespace: &Namespace) -> Result<Socket, Failure> {
-        if let Self::Bootstrap(_) = self {
-            return Ok(Socket::Any);
-        }
-        let claimed = Owners::new(config::STATE_DIR).claim(namespace);
-        let claimed =
-            claimed.map_err(|error| Failure(format!("claim a socket for namespace {namespace}: {error}")))?;
+    /// The socket for it: one of its own for those who may not name the namespace, and for a containerd
+    /// beside the usual one.
+    fn socket(&self, key: &TaskKey) -> Result<Socket, Failure> {
+        let TaskKey { owner, namespace, .. } = key;
+        let namespace = match self {
+            Self::Bootstrap(_) if owner.is_usual() => return Ok(Socket::Any),
+            Self::Bootstrap(_) => None,
+            Self::Json | Self::Plain => Some(namespace),
+        };
+        let claimed = Leases::new(config::STATE_DIR).claim(owner, namespace);
+        let claimed = claimed.map_err(|error| Failure(format!("claim a socket for {key}: {error}")))?;
         Ok(claimed.unwrap_or(Socket::Any))
     }
 

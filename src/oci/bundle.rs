@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::value::{RawValue, to_raw_value};
 
+use crate::id::{Namespace, Owner, TaskId};
 use crate::task::request::Containerd;
 
 use super::resources::{self, Resources};
@@ -222,6 +223,16 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
     fs::write(&new, text).map_err(io_error("write", &new))?;
     fs::set_permissions(&new, mode).map_err(io_error("set the mode of", &new))?;
     fs::rename(&new, &path).map_err(io_error("replace", &path))
+}
+
+/// The containerd that a bundle belongs to, whatever path leads to the bundle.
+pub fn owner(bundle: &Path, namespace: &Namespace, id: &TaskId) -> Owner {
+    // The bundle itself may be gone; the directory of all bundles is not.
+    let resolved = bundle.ancestors().take(3).find_map(|there| {
+        let rest = bundle.strip_prefix(there).ok()?;
+        Some(there.canonicalize().ok()?.join(rest))
+    });
+    Owner::of_bundle(resolved.as_deref().unwrap_or(bundle), namespace, id)
 }
 
 /// Written by `start` for the daemon, which reads it at Create. containerd removes it with the bundle.

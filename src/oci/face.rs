@@ -75,7 +75,7 @@ mod tests {
     use crate::id::{Namespace, TaskId};
 
     fn face(id: &str, spec: &str) -> Face {
-        let key = TaskKey { namespace: Namespace::new("n").unwrap(), id: TaskId::new(id).unwrap() };
+        let key = TaskKey::usual(Namespace::new("n").unwrap(), TaskId::new(id).unwrap());
         of(&key, &serde_json::from_str(spec).unwrap())
     }
 

@@ -153,7 +153,7 @@ impl Shim {
             return Ok((found, environment));
         }
         let sandbox = sandbox_of(spec)
-            .and_then(|id| self.registry.get(&TaskKey { namespace: key.namespace.clone(), id }))
+            .and_then(|id| self.registry.get(&self.own(&TaskKey { id, ..key.clone() }, &key.owner)))
             .map(|entry| entry.task().clone());
         Ok(match sandbox {
             // The file is missing if an earlier version made the sandbox.
@@ -175,7 +175,12 @@ impl Shim {
         for unit in name::candidates(&key) {
             let logger = task.wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
             match self.registry.insert(Task { unit, logger, ..task.clone() }) {
-                Ok(entry) => return Ok(entry),
+                Ok(entry) => {
+                    if !self.registry.namesakes(&key).is_empty() {
+                        keep_apart(&mut entry.task());
+                    }
+                    return Ok(entry);
+                }
                 Err(Taken::Key) => return Err(Error::Exists { key }),
                 Err(Taken::Unit) => {}
             }
@@ -292,7 +297,8 @@ impl Shim {
 
     /// The arguments with which a unit runs this program for a process.
     pub(super) fn launch_command(&self, key: &ProcessKey, what: &str) -> Vec<String> {
-        let words = ["launch", what, key.task.namespace.as_str(), key.task.id.as_str()];
+        let task = key.task.word();
+        let words = ["launch", what, key.task.namespace.as_str(), &task];
         let words = words.into_iter().chain(key.exec.as_ref().map(ExecId::as_str));
         let program = self.program.to_string_lossy().into_owned();
         std::iter::once(program).chain(words.map(str::to_owned)).collect()
@@ -418,6 +424,15 @@ fn sandbox_of(spec: &Spec) -> Option<TaskId> {
 pub(super) fn program_of(pid: u32) -> Option<(u64, u64)> {
     let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
     Some((file.dev(), file.ino()))
+}
+
+/// The OCI runtime knows containers by their ids alone: where two containerds have the same one, the later task
+/// gets a state directory of its own.
+fn keep_apart(task: &mut Task) {
+    let owner = if task.key.owner.is_usual() { "containerd" } else { task.key.owner.as_str() };
+    let mut root = task.runtime.root.clone().into_os_string();
+    root.push(format!("+{owner}"));
+    task.runtime.root = root.into();
 }
 
 /// True if a process lives where those of the task do: its number has not become a stranger's.

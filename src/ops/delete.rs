@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::config;
 use crate::fault::{self, Point};
-use crate::id::{ProcessKey, TaskKey, UnitName};
+use crate::id::{Owner, ProcessKey, TaskKey, UnitName};
 use crate::oci::runtime;
 use crate::task::Task;
 use crate::task::outbox::TaskEvent;
@@ -141,9 +141,12 @@ impl Shim {
     /// Takes away what a task left when containerd has given it up: kills it if it lives.
     ///
     /// # Errors
-    /// As [`Self::delete`].
-    pub async fn clean_up(self: &Arc<Self>, key: &TaskKey) -> Result<Deleted, Error> {
+    /// As [`Self::delete`]. The task of another containerd than `owner` is unknown to it.
+    pub async fn clean_up(self: &Arc<Self>, key: &TaskKey, owner: &Owner) -> Result<Deleted, Error> {
         let entry = self.entry(key)?;
+        if !Self::is_own(&entry, owner) {
+            return Err(Error::UnknownTask { key: key.clone() });
+        }
         // containerd gives up while its Create is still under way: that ends first.
         drop(entry.init.verb.lock().await);
         let entry = self.created(key)?;

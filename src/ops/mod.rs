@@ -13,6 +13,7 @@ pub mod kept;
 mod kill;
 mod memory;
 mod observe;
+mod owner;
 mod pause;
 mod publish;
 mod record;

@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use nix::fcntl::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 
-use crate::id::ProcessKey;
+use crate::id::{Owner, ProcessKey};
 use crate::task::phase::Exit;
 
 use super::{Error, io_error};
@@ -36,6 +36,8 @@ pub struct Deleted {
 struct Line {
     seq: u64,
     process: String,
+    #[serde(default)]
+    owner: Owner,
     #[serde(flatten)]
     deleted: Deleted,
 }
@@ -73,7 +75,8 @@ impl Answers {
     /// [`Error::Io`]
     pub fn keep(&self, process: &ProcessKey, deleted: Deleted) -> Result<(), Error> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-        let line = Line { seq: *next, process: process.to_string(), deleted };
+        let line =
+            Line { seq: *next, process: process.to_string(), owner: process.task.owner.clone(), deleted };
         let path = Path::new(FILE);
         let mut text =
             serde_json::to_vec(&line).map_err(|source| Error::Malformed { path: path.to_owned(), source })?;
@@ -84,10 +87,12 @@ impl Answers {
         Ok(())
     }
 
-    /// What the last Delete of a process has answered, or was about to.
+    /// What the last Delete of a process has answered, or was about to. Of several containerds' processes
+    /// with these names the caller's own comes first.
     pub fn find(&self, process: &ProcessKey) -> Option<Deleted> {
-        let process = process.to_string();
-        let last = self.lines().filter(|line| line.process == process).max_by_key(|line| line.seq);
+        let (name, owner) = (process.to_string(), &process.task.owner);
+        let is_it = |line: &Line| line.process == name && (line.owner == *owner || owner.is_usual());
+        let last = self.lines().filter(is_it).max_by_key(|line| (line.owner == *owner, line.seq));
         last.map(|line| line.deleted)
     }
 
@@ -103,10 +108,10 @@ impl Answers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::{ExecId, Namespace, TaskId, TaskKey};
+    use crate::id::{ExecId, Namespace, Owner, TaskId, TaskKey};
 
     fn key(exec: Option<&str>) -> ProcessKey {
-        let task = TaskKey { namespace: Namespace::new("n").unwrap(), id: TaskId::new("t").unwrap() };
+        let task = TaskKey::usual(Namespace::new("n").unwrap(), TaskId::new("t").unwrap());
         ProcessKey { task, exec: exec.map(|exec| ExecId::new(exec).unwrap()) }
     }
 
@@ -132,12 +137,14 @@ mod tests {
     fn the_longest_names_fit_into_a_place() {
         let long = |length| "x".repeat(length);
         let task = TaskKey {
+            owner: Owner::new("0123456789abcdef").unwrap(),
             namespace: Namespace::new(long(crate::id::MAX_IDENTIFIER)).unwrap(),
             id: TaskId::new(long(crate::id::MAX_IDENTIFIER)).unwrap(),
         };
         let process = ProcessKey { task, exec: Some(ExecId::new(long(crate::id::MAX_IDENTIFIER)).unwrap()) };
         let deleted = Deleted { pid: u32::MAX, exit: Some(Exit { status: u32::MAX, at_usec: u64::MAX }) };
-        let line = Line { seq: u64::MAX, process: process.to_string(), deleted };
+        let line =
+            Line { seq: u64::MAX, process: process.to_string(), owner: process.task.owner.clone(), deleted };
         assert!(serde_json::to_vec(&line).unwrap().len() <= PLACE);
     }
 }

@@ -1,6 +1,6 @@
 //! The record of each task on disk.
 //!
-//! `<state>/<namespace>/<id>/record.json`, written before the effect that it announces and replaced
+//! `<state>/<namespace>/<id>/record.json` (`<id>+<owner>` for another containerd than the usual one), written before the effect that it announces and replaced
 //! by rename, so that a reader finds the old or the new one and nothing between. A deleted task
 //! whose last events are still owed to containerd has its record moved to `<state>/.owed/`.
 //!
@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
-use crate::id::{ExecId, Namespace, TaskId, TaskKey};
+use crate::id::{ExecId, Namespace, TaskKey};
 use crate::suspect::{Crashes, LIMIT, Suspect};
 use crate::task::Task;
 use crate::task::exec::Outcome;
@@ -131,7 +131,7 @@ impl Store {
 
     /// The directory of a task: its record and the small files that go with it.
     pub fn dir(&self, key: &TaskKey) -> PathBuf {
-        self.root.join(key.namespace.as_str()).join(key.id.as_str())
+        self.root.join(key.namespace.as_str()).join(key.word())
     }
 
     /// The directory of an exec, in that of its task.
@@ -241,11 +241,10 @@ impl Store {
             let Ok(namespace) = Namespace::new(&namespace) else {
                 continue;
             };
-            for id in entries(&self.root.join(namespace.as_str()))? {
-                let Ok(id) = TaskId::new(&id) else {
+            for word in entries(&self.root.join(namespace.as_str()))? {
+                let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
                     continue;
                 };
-                let key = TaskKey { namespace: namespace.clone(), id };
                 let suspect = Suspect::record(&key);
                 let path = self.dir(&key).join(RECORD);
                 if crashes.is_given_up(suspect) {
@@ -265,7 +264,7 @@ impl Store {
     fn set_aside(&self, key: &TaskKey) -> Option<Error> {
         let dir = self.root.join(CRASHED);
         let path = self.dir(key).join(RECORD);
-        let to = dir.join(format!("{}:{}.json", key.namespace, key.id));
+        let to = dir.join(format!("{}:{}.json", key.namespace, key.word()));
         match make_dir(&dir).and_then(|()| fs::rename(&path, &to)) {
             Ok(()) => Some(Error::SetAside { path, to }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -294,7 +293,7 @@ impl Store {
         make_dir(&dir).map_err(io_error("create", &dir))?;
         // The id can be used again before the events are accepted: the time keeps the files apart.
         let seq = task.outbox.first().map_or(0, |owed| owed.at_usec);
-        let name = format!("{}:{}:{seq}", task.key.namespace, task.key.id);
+        let name = format!("{}:{}:{seq}", task.key.namespace, task.key.word());
         write_record(&dir, &name, task)?;
         Ok(Owing { dir, name })
     }
@@ -458,7 +457,7 @@ fn entries(dir: &Path) -> Result<Vec<String>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::UnitName;
+    use crate::id::{TaskId, UnitName};
     use crate::task::phase::{Event, Phase};
     use crate::task::{Face, Placement};
 
@@ -481,7 +480,7 @@ mod tests {
     fn task(id: &str) -> Task {
         let slice = UnitName::new("containerd-default.slice").unwrap();
         Task {
-            key: TaskKey { namespace: Namespace::new("default").unwrap(), id: TaskId::new(id).unwrap() },
+            key: TaskKey::usual(Namespace::new("default").unwrap(), TaskId::new(id).unwrap()),
             unit: UnitName::new("containerd-default-a.service").unwrap(),
             logger: None,
             properties: Vec::new(),

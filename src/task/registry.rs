@@ -218,6 +218,15 @@ impl<L> Registry<L> {
         self.maps().tasks.get(key).cloned()
     }
 
+    /// The tasks of other containerds with the same namespace and id.
+    pub fn namesakes(&self, key: &TaskKey) -> Vec<Arc<Entry<L>>> {
+        let maps = self.maps();
+        let is_one = |other: &TaskKey| {
+            other.id == key.id && other.namespace == key.namespace && other.owner != key.owner
+        };
+        maps.tasks.values().filter(|entry| is_one(&entry.key)).cloned().collect()
+    }
+
     /// The process of that unit.
     pub fn by_unit(&self, unit: &UnitName) -> Option<Found<L>> {
         let maps = self.maps();

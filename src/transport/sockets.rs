@@ -1,38 +1,40 @@
-//! The sockets of the daemon, and which namespace each of them is for.
+//! The sockets of the daemon, and for whom each of them is.
 //!
 //! containerd names the namespace of a call in the call's metadata, but only from 2.0 on: 1.6 and 1.7
-//! (seen: 1.6.20, 1.7.24) send nothing, and ids are unique per namespace only. So `start` gives an
-//! older containerd the address of a socket that belongs to the namespace alone. systemd holds a
-//! fixed number of them, as it holds the one for everybody else: like that one they are there
-//! whatever becomes of the daemon.
+//! (seen: 1.6.20, 1.7.24) send nothing, and no version says which containerd it is. Ids are unique per
+//! containerd and namespace only. So `start` gives an older containerd the address of a socket that belongs to
+//! one of its namespaces alone, and a newer one beside the usual containerd the address of one that belongs to
+//! it. systemd holds a fixed number of them, as it holds the one for everybody else: like that one they are
+//! there whatever becomes of the daemon.
 //!
 //! Which socket is whose is in small files (`<state>/.sockets/<number>`), written by `start` under a
-//! lock and read by the daemon. A socket whose namespace has no tasks can be given to another one.
+//! lock and read by the daemon. A socket whose holder has no tasks can be given to another one.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
 use crate::config;
-use crate::id::Namespace;
+use crate::id::{Namespace, Owner};
 
-/// How many namespaces of an old containerd can have tasks at once.
+/// How many leases there can be at once: one for each namespace of an older containerd, one for each newer
+/// containerd beside the usual one.
 pub const COUNT: usize = 32;
 
-/// A namespace for which `start` was called so recently may have a task any moment.
+/// A holder for which `start` was called so recently may have a task any moment.
 const SETTLED: Duration = Duration::from_secs(600);
 
 /// One of the daemon's sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Socket {
-    /// For callers who name the namespace.
+    /// For the usual containerd if it names the namespace, and for whoever has got no other.
     Any,
-    /// For the one namespace that has it, by its number.
+    /// For the one that holds it, by its number.
     Of(usize),
 }
 
@@ -56,13 +58,29 @@ impl Socket {
     }
 }
 
+/// For whom a socket is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lease {
+    /// The containerd. Earlier versions did not note it.
+    pub owner: Option<Owner>,
+    /// The one namespace that it is for; nothing if the calls say it.
+    pub namespace: Option<Namespace>,
+}
+
+/// A lease, and when it was last asked for: seconds since the machine has started, also asleep. Unlike the time
+/// of day that does not jump.
+struct Leased {
+    lease: Lease,
+    at: u64,
+}
+
 /// The files that say which socket is whose.
 #[derive(Clone, Debug)]
-pub struct Owners {
+pub struct Leases {
     state: PathBuf,
 }
 
-impl Owners {
+impl Leases {
     /// Below the directory of the records.
     pub fn new(state: impl Into<PathBuf>) -> Self {
         Self { state: state.into() }
@@ -72,121 +90,198 @@ impl Owners {
         self.state.join(".sockets")
     }
 
-    /// The owner of a socket, for those who ask often.
-    pub fn owner(&self, number: usize) -> Owner {
-        Owner { file: self.dir().join(number.to_string()), known: Mutex::default() }
+    /// The holder of a socket, for those who ask often.
+    pub fn holder(&self, number: usize) -> Holder {
+        Holder { file: self.dir().join(number.to_string()), known: Mutex::default() }
     }
 
-    fn namespace(&self, number: usize) -> Option<Namespace> {
-        read(&self.dir().join(number.to_string()))
-    }
-
-    /// The socket of a namespace; it gets one if it has none. Nothing if all are in use.
+    /// The socket of a containerd, for one of its namespaces or for all; it gets one if it has none. Nothing if
+    /// all are in use.
     ///
     /// # Errors
     /// The files can't be read or written.
-    pub fn claim(&self, namespace: &Namespace) -> io::Result<Option<Socket>> {
+    pub fn claim(&self, owner: &Owner, namespace: Option<&Namespace>) -> io::Result<Option<Socket>> {
+        self.claim_at(owner, namespace, since_boot()?)
+    }
+
+    fn claim_at(&self, owner: &Owner, namespace: Option<&Namespace>, now: u64) -> io::Result<Option<Socket>> {
         DirBuilder::new().recursive(true).mode(0o700).create(self.dir())?;
-        let lock = File::create(self.dir().join(".lock"))?;
+        let mut options = OpenOptions::new();
+        let lock =
+            options.write(true).create(true).truncate(false).mode(0o600).open(self.dir().join(".lock"))?;
         let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
-        let owners: Vec<Option<Namespace>> = (0..COUNT).map(|number| self.namespace(number)).collect();
-        let own = owners.iter().position(|owner| owner.as_ref() == Some(namespace));
-        let number = own
-            .or_else(|| owners.iter().position(Option::is_none))
-            .or_else(|| (0..COUNT).find(|number| self.is_idle(*number, owners[*number].as_ref())));
+        let leases: Vec<Option<Leased>> =
+            (0..COUNT).map(|number| read(&self.dir().join(number.to_string()))).collect();
+        let wanted = Lease { owner: Some(owner.clone()), namespace: namespace.cloned() };
+        // One that an earlier version has given out.
+        let earlier = Lease { owner: None, namespace: namespace.cloned() };
+        let held = |lease: &Lease| {
+            leases.iter().position(|held| held.as_ref().is_some_and(|held| held.lease == *lease))
+        };
+        let own = held(&wanted).or_else(|| held(&earlier).filter(|_| owner.is_usual()));
+        let number = own.or_else(|| leases.iter().position(Option::is_none)).or_else(|| {
+            leases.iter().position(|held| held.as_ref().is_none_or(|held| self.is_idle(held, now)))
+        });
         let Some(number) = number else {
             return Ok(None);
         };
-        // Written anew for its own namespace as well: the time of the file is the last use.
+        // Written anew for its own holder as well: the time in it is the last use.
+        let text =
+            format!("{}\n{owner}\n{now}\n", namespace.map_or("", Namespace::as_str), owner = owner.as_str());
         let new = self.dir().join(format!(".{number}.new"));
         let mut options = OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        io::Write::write_all(&mut file, namespace.as_str().as_bytes())?;
+        io::Write::write_all(&mut file, text.as_bytes())?;
         fs::rename(&new, self.dir().join(number.to_string()))?;
         Ok(Some(Socket::Of(number)))
     }
 
-    fn is_idle(&self, number: usize, owner: Option<&Namespace>) -> bool {
-        let used = fs::metadata(self.dir().join(number.to_string())).and_then(|file| file.modified());
-        let settled =
-            used.is_ok_and(|used| SystemTime::now().duration_since(used).is_ok_and(|age| age > SETTLED));
-        settled && owner.is_none_or(|owner| !self.state.join(owner.as_str()).exists())
+    fn is_idle(&self, held: &Leased, now: u64) -> bool {
+        if now.saturating_sub(held.at) <= SETTLED.as_secs() {
+            return false;
+        }
+        match (&held.lease.namespace, &held.lease.owner) {
+            (Some(namespace), _) => !self.state.join(namespace.as_str()).exists(),
+            (None, Some(owner)) => !self.has_tasks(owner),
+            (None, None) => true,
+        }
+    }
+
+    /// True if a containerd beside the usual one has tasks, or if that can't be told.
+    fn has_tasks(&self, owner: &Owner) -> bool {
+        let end = format!("+{}", owner.as_str());
+        let names = |dir: &Path| -> io::Result<Vec<String>> {
+            fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        };
+        let Ok(namespaces) = names(&self.state) else {
+            return true;
+        };
+        let mut namespaces = namespaces.into_iter().filter(|name| !name.starts_with('.'));
+        namespaces.any(|namespace| {
+            names(&self.state.join(namespace))
+                .is_ok_and(|tasks| tasks.iter().any(|task| task.ends_with(&end)))
+        })
     }
 }
 
-/// The owner of one socket. The file is read again when there is another in its place.
+/// The holder of one socket. The file is read again when there is another in its place.
 #[derive(Debug)]
-pub struct Owner {
+pub struct Holder {
     file: PathBuf,
-    known: Mutex<Option<(Identity, Namespace)>>,
+    known: Mutex<Option<(Identity, Lease)>>,
 }
 
 /// Tells a file from any that takes its place: inode, and when it last changed.
 type Identity = (u64, i64, i64);
 
-impl Owner {
-    /// The namespace that has the socket now.
-    pub fn namespace(&self) -> Option<Namespace> {
+impl Holder {
+    /// For whom the socket is now.
+    pub fn lease(&self) -> Option<Lease> {
         let found = fs::metadata(&self.file).ok()?;
         let identity = (found.ino(), found.ctime(), found.ctime_nsec());
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, namespace)) = known.as_ref().filter(|(of, _)| *of == identity) {
-            return Some(namespace.clone());
+        if let Some((_, lease)) = known.as_ref().filter(|(of, _)| *of == identity) {
+            return Some(lease.clone());
         }
         // If it is replaced meanwhile, the next call reads it again.
-        let namespace = read(&self.file)?;
-        *known = Some((identity, namespace.clone()));
-        Some(namespace)
+        let lease = read(&self.file)?.lease;
+        *known = Some((identity, lease.clone()));
+        Some(lease)
     }
 }
 
-fn read(file: &Path) -> Option<Namespace> {
-    fs::read_to_string(file).ok().and_then(|text| Namespace::new(text).ok())
+/// Three lines: the namespace, the owner, the time. Earlier versions wrote the first one only.
+fn read(file: &Path) -> Option<Leased> {
+    let text = fs::read_to_string(file).ok()?;
+    let mut lines = text.lines();
+    let namespace = match lines.next()? {
+        "" => None,
+        namespace => Some(Namespace::new(namespace).ok()?),
+    };
+    let owner = lines.next().map(Owner::new).transpose().ok()?;
+    let at = lines.next().and_then(|at| at.parse().ok()).unwrap_or_default();
+    Some(Leased { lease: Lease { owner, namespace }, at })
+}
+
+/// Seconds since the machine has started (proc_uptime(5)).
+fn since_boot() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/uptime")?;
+    let seconds = text.split('.').next().and_then(|seconds| seconds.parse().ok());
+    seconds.ok_or_else(|| io::Error::other(format!("/proc/uptime: {text:?}")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn owners(name: &str) -> Owners {
+    fn leases(name: &str) -> Leases {
         let dir = std::env::temp_dir().join(format!("sockets-test-{name}-{}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
-        Owners::new(dir)
+        Leases::new(dir)
     }
 
     fn namespace(text: &str) -> Namespace {
         Namespace::new(text).unwrap()
     }
 
-    #[test]
-    fn a_namespace_keeps_its_socket() {
-        let owners = owners("keeps");
-        let first = owners.claim(&namespace("a")).unwrap().unwrap();
-        let second = owners.claim(&namespace("b")).unwrap().unwrap();
-        assert_ne!(first, second);
-        assert_eq!(owners.claim(&namespace("a")).unwrap(), Some(first));
-        let Socket::Of(number) = second else { unreachable!() };
-        assert_eq!(owners.namespace(number), Some(namespace("b")));
-        fs::remove_dir_all(owners.state).unwrap();
+    fn lease_of(leases: &Leases, socket: Option<Socket>) -> Option<Lease> {
+        let Some(Socket::Of(number)) = socket else { unreachable!("{socket:?}") };
+        leases.holder(number).lease()
     }
 
     #[test]
-    fn an_idle_namespace_gives_its_socket_away_and_a_busy_one_does_not() {
-        let owners = owners("idle");
-        for number in 0..COUNT {
-            owners.claim(&namespace(&format!("n{number}"))).unwrap().unwrap();
+    fn each_containerd_keeps_its_socket_for_a_namespace() {
+        let leases = leases("keeps");
+        let (usual, docker) = (Owner::default(), Owner::new("0123456789abcdef").unwrap());
+        let a = Some(namespace("a"));
+        let first = leases.claim(&usual, a.as_ref()).unwrap();
+        let others = [
+            leases.claim(&usual, Some(&namespace("b"))).unwrap(),
+            leases.claim(&docker, a.as_ref()).unwrap(),
+            leases.claim(&docker, None).unwrap(),
+        ];
+        assert!(others.iter().all(|other| *other != first && other.is_some()));
+        assert_ne!(others[1], others[2]);
+        assert_eq!(leases.claim(&usual, a.as_ref()).unwrap(), first);
+        assert_eq!(leases.claim(&docker, None).unwrap(), others[2]);
+        assert_eq!(lease_of(&leases, first), Some(Lease { owner: Some(usual), namespace: a.clone() }));
+        assert_eq!(lease_of(&leases, others[1]), Some(Lease { owner: Some(docker.clone()), namespace: a }));
+        assert_eq!(lease_of(&leases, others[2]), Some(Lease { owner: Some(docker), namespace: None }));
+        fs::remove_dir_all(leases.state).unwrap();
+    }
+
+    #[test]
+    fn a_lease_of_an_earlier_version_stays_with_its_namespace() {
+        let leases = leases("earlier");
+        fs::create_dir_all(leases.dir()).unwrap();
+        fs::write(leases.dir().join("5"), "a").unwrap();
+        let earlier = Lease { owner: None, namespace: Some(namespace("a")) };
+        assert_eq!(leases.holder(5).lease(), Some(earlier));
+        let docker = Owner::new("0123456789abcdef").unwrap();
+        assert_ne!(leases.claim(&docker, Some(&namespace("a"))).unwrap(), Some(Socket::Of(5)));
+        assert_eq!(leases.claim(&Owner::default(), Some(&namespace("a"))).unwrap(), Some(Socket::Of(5)));
+        fs::remove_dir_all(leases.state).unwrap();
+    }
+
+    #[test]
+    fn an_idle_holder_gives_its_socket_away_and_a_busy_one_does_not() {
+        let leases = leases("idle");
+        let (usual, docker) = (Owner::default(), Owner::new("0123456789abcdef").unwrap());
+        leases.claim_at(&docker, None, 0).unwrap().unwrap();
+        for number in 1..COUNT {
+            leases.claim_at(&usual, Some(&namespace(&format!("n{number}"))), 0).unwrap().unwrap();
         }
-        assert_eq!(owners.claim(&namespace("late")).unwrap(), None, "all were used just now");
-        let owner = owners.owner(1);
-        assert_eq!(owner.namespace(), Some(namespace("n1")));
-        let old = SystemTime::now() - 2 * SETTLED;
-        for number in 0..COUNT {
-            File::open(owners.dir().join(number.to_string())).unwrap().set_modified(old).unwrap();
-        }
-        fs::create_dir_all(owners.state.join("n0")).unwrap();
-        assert_eq!(owners.claim(&namespace("late")).unwrap(), Some(Socket::Of(1)), "n0 has tasks");
-        assert_eq!(owner.namespace(), Some(namespace("late")), "who remembers the owner hears of it");
-        fs::remove_dir_all(owners.state).unwrap();
+        let late = namespace("late");
+        let soon = SETTLED.as_secs();
+        assert_eq!(leases.claim_at(&usual, Some(&late), soon).unwrap(), None, "all were used just now");
+        let holder = leases.holder(2);
+        assert_eq!(holder.lease().unwrap().namespace, Some(namespace("n2")));
+        fs::create_dir_all(leases.state.join("n1")).unwrap();
+        fs::create_dir_all(leases.state.join("n1/web+0123456789abcdef")).unwrap();
+        let claimed = leases.claim_at(&usual, Some(&late), soon + 1).unwrap();
+        assert_eq!(claimed, Some(Socket::Of(2)), "docker and n1 have tasks");
+        assert_eq!(holder.lease().unwrap().namespace, Some(late), "who remembers the holder hears of it");
+        fs::remove_dir_all(leases.state).unwrap();
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! `containerd-<namespace>-.service.d/` is the drop-in directory of just that namespace.
 
 use crate::id::{
-    ExecId, InvalidName, MAX_UNIT_NAME, Namespace, SHORT_ID, TaskId, TaskKey, UnitName, is_long_hex,
+    ExecId, InvalidName, MAX_UNIT_NAME, Namespace, SHORT_ID, TaskId, TaskKey, UnitName, fnv1a, is_long_hex,
 };
 
 /// Stem of the daemon's own units.
@@ -24,9 +24,14 @@ pub const PREFIX: &str = "containerd-";
 /// The names that a container's unit may have, best first: the next one is for when a name is taken.
 ///
 /// An id of 64 hex digits is cut to its first [`SHORT_ID`], then to more: 64 digits in a unit's name
-/// make cAdvisor count it as one more container. The last resort has a hash.
+/// make cAdvisor count it as one more container. The last resort has a hash; that of a second containerd is
+/// another one.
 pub fn candidates(key: &TaskKey) -> impl Iterator<Item = UnitName> + use<> {
-    stems(format!("{PREFIX}{}-", escape(key.namespace.as_str())), key.id.as_str())
+    let prefix = format!("{PREFIX}{}-", escape(key.namespace.as_str()));
+    let whole = format!("{prefix}{}", key.id);
+    let owner = Some(key.owner.as_str()).filter(|owner| !owner.is_empty());
+    let own = owner.and_then(|owner| hashed(&whole, &format!("{whole}+{owner}"), ".service").ok());
+    stems(prefix, key.id.as_str()).chain(own)
 }
 
 /// The names that an exec's unit may have, best first. A colon can't occur in an id.
@@ -98,7 +103,11 @@ fn named(stem: &str, suffix: &str, taken: bool) -> Result<UnitName, InvalidName>
     if !taken && stem.len() + suffix.len() <= MAX_UNIT_NAME {
         return UnitName::new(format!("{stem}{suffix}"));
     }
-    let hash = format!(":{:016x}", fnv1a(stem.as_bytes()));
+    hashed(stem, stem, suffix)
+}
+
+fn hashed(stem: &str, of: &str, suffix: &str) -> Result<UnitName, InvalidName> {
+    let hash = format!(":{:016x}", fnv1a(of.as_bytes()));
     let keep = stem.len().min(MAX_UNIT_NAME - suffix.len() - hash.len());
     UnitName::new(format!("{}{hash}{suffix}", &stem[..keep]))
 }
@@ -106,13 +115,6 @@ fn named(stem: &str, suffix: &str, taken: bool) -> Result<UnitName, InvalidName>
 /// A short name that belongs to a unit, for where its own would be too long.
 pub fn short_name(unit: &UnitName) -> String {
     format!("{:016x}", fnv1a(unit.as_str().as_bytes()))
-}
-
-/// FNV-1a, 64 bits: stable over versions and machines, which std's hasher does not promise.
-fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
 }
 
 fn escape(text: &str) -> String {
@@ -160,7 +162,7 @@ mod tests {
     use super::*;
 
     fn key(namespace: &str, id: &str) -> TaskKey {
-        TaskKey { namespace: Namespace::new(namespace).unwrap(), id: TaskId::new(id).unwrap() }
+        TaskKey::usual(Namespace::new(namespace).unwrap(), TaskId::new(id).unwrap())
     }
 
     fn name(namespace: &str, id: &str) -> String {

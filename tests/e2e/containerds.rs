@@ -7,13 +7,15 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
+use containerd_client::types::v1::Status;
+
 use crate::common::image::IMAGE;
 use crate::common::node::{NAMESPACE, Need, Node, unique};
 use crate::common::process::{self, Outcome};
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, DAEMON_SERVICE};
 use crate::common::task::Io;
-use crate::common::wait;
+use crate::common::{daemon, wait};
 
 const STATE: &str = "/run/e2e-containerd";
 const SOCKET: &str = "/run/e2e-containerd/containerd.sock";
@@ -129,4 +131,49 @@ fn one_daemon_serves_two_containerds() {
     assert!(!seen.contains(&first.id), "an event of the other containerd's task:\n{seen}");
     assert_eq!(systemd::main_pid(DAEMON_SERVICE), daemon);
     assert!(process::exists(first.pid()), "the first one's container runs on");
+}
+
+#[test]
+fn two_containerds_have_tasks_of_the_same_name() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let first = node.container("twin", Spec::sleeping()).started(&Io::default());
+    let pid = first.pid();
+    let second = Second::start();
+    let shares = if Need::Controllers.missing().is_some() { &["--cpu-shares", "0"][..] } else { &[] };
+    let run = |command: &[&str]| {
+        let head = ["run", "--detach", "--null-io", "--runtime", &node.runtime];
+        second.ctr(&[&head, shares, &[IMAGE, &first.id], command].concat())
+    };
+    let status = || second.ctr(&["task", "ls"]).text();
+    let remove = |task: bool| {
+        if task {
+            let removed = second.ctr(&["task", "rm", &first.id]);
+            assert_eq!(removed.code, Some(0), "{removed:?}");
+        }
+        second.ctr(&["container", "rm", &first.id]);
+    };
+
+    // What fails in one of them is taken back there.
+    let failed = run(&["/there/is/no/such/program"]);
+    assert_ne!(failed.code, Some(0), "{failed:?}");
+    remove(false);
+    assert_eq!((first.pid(), first.phase()), (pid, Status::Running));
+
+    let started = run(&["sleep", "100000"]);
+    assert_eq!(started.code, Some(0), "{started:?}");
+    assert!(status().contains("RUNNING"), "{}", status());
+    daemon::killed();
+    assert!(status().contains("RUNNING"), "{}", status());
+    let said = second.ctr(&["task", "exec", "--exec-id", "e", &first.id, "echo", "of the second"]);
+    assert_eq!(said.text(), "of the second\n", "{said:?}");
+    assert_eq!((first.pid(), first.phase()), (pid, Status::Running));
+    assert_eq!(first.exec_sh("exit 4").exit_status(), 4);
+
+    second.ctr(&["task", "kill", "--signal", "KILL", &first.id]);
+    wait::until_true("the second one's task has ended", || status().contains("STOPPED"));
+    assert_eq!((first.pid(), first.phase()), (pid, Status::Running));
+    remove(true);
+    assert_eq!((first.pid(), first.phase()), (pid, Status::Running));
+    first.end();
 }

@@ -1,0 +1,50 @@
+//! Which containerd's task a caller means. Two containerds may use the same namespace and id.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::id::{Owner, TaskKey};
+use crate::oci::bundle;
+
+use super::{Entry, Shim};
+
+impl Shim {
+    /// A containerd's own task of these names, whether it exists or not.
+    pub fn own(&self, named: &TaskKey, owner: &Owner) -> TaskKey {
+        let own = named.of(owner.clone());
+        if owner.is_usual() || self.registry.get(&own).is_some() {
+            return own;
+        }
+        // Earlier versions recorded the tasks of every containerd as those of the usual one.
+        let usual = named.of(Owner::default());
+        let recorded = self.registry.get(&usual).filter(|entry| owner_of(entry) == *owner);
+        if recorded.is_some() { usual } else { own }
+    }
+
+    /// As [`Self::own`], for a caller that is known by the bundle it names only.
+    pub fn own_by_bundle(&self, named: &TaskKey, bundle: &Path) -> TaskKey {
+        self.own(named, &bundle::owner(bundle, &named.namespace, &named.id))
+    }
+
+    /// The task of these names, for a caller that is not known: that of the usual containerd, or the only one.
+    pub fn any(&self, named: &TaskKey) -> TaskKey {
+        if self.registry.get(named).is_some() {
+            return named.clone();
+        }
+        match &self.registry.namesakes(named)[..] {
+            [only] => only.key.clone(),
+            _ => named.clone(),
+        }
+    }
+
+    /// True if the task is that containerd's own.
+    pub(super) fn is_own(entry: &Arc<Entry>, owner: &Owner) -> bool {
+        let recorded = &entry.key.owner;
+        if recorded.is_usual() { owner_of(entry) == *owner } else { recorded == owner }
+    }
+}
+
+fn owner_of(entry: &Entry) -> Owner {
+    let bundle = entry.task().request.bundle.clone();
+    bundle::owner(&bundle, &entry.key.namespace, &entry.key.id)
+}
