@@ -47,6 +47,8 @@ pub fn code(error: &Error) -> Code {
         }
         Error::NoUnitName { .. }
         | Error::Kill { .. }
+        | Error::NotRemoved { .. }
+        | Error::Leftover { .. }
         | Error::Stream(_)
         | Error::Terminal(_)
         | Error::Watch(_)

@@ -11,7 +11,8 @@ use ttrpc::Code;
 
 use crate::api::{client, convert};
 use crate::id::{Owner, TaskKey};
-use crate::oci::{bundle, mount, runtime};
+use crate::oci::{bundle, mount};
+use crate::ops::cleanup::{self, Stop, Troubles};
 use crate::store::Store;
 use crate::task::Task;
 use crate::task::phase::Exit;
@@ -32,11 +33,11 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let key = key_of(global, &bundle)?;
     let store = Store::new(config::STATE_DIR);
     let response = match recorded_as(&store, &key) {
-        Some(found) => clean_up(&store, &found, &key)?,
-        None => None,
+        Some(found) => clean_up(&store, &found, &key),
+        None => Ok(None),
     };
     unmount(&bundle);
-    let response = match response {
+    let response = match response? {
         Some(response) => response,
         None => convert::delete(0, Some(killed_now())).write_to_bytes().map_err(Failure::new)?,
     };
@@ -63,10 +64,13 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
         Ok(Ok(response)) => return response.write_to_bytes().map(Some).map_err(Failure::new),
         // The daemon knows best: it is gone, or its record can't be read and is left for a person.
         Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::NOT_FOUND => return Ok(None),
-        Err(_) | Ok(Err(ttrpc::Error::RpcStatus(_))) => {
+        Err(_) => {
             // It goes on with it: doing the same beside it would only disturb.
             say(&format!("task {key}: the daemon is still cleaning up\n"));
             return Ok(None);
+        }
+        Ok(Err(ttrpc::Error::RpcStatus(status))) => {
+            return Err(Failure(format!("the daemon can't clean up: {}", status.message())));
         }
         Ok(Err(error)) => error.to_string(),
     };
@@ -81,39 +85,22 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
     convert::delete(pid, Some(exit)).write_to_bytes().map(Some).map_err(Failure::new)
 }
 
-/// The same steps as the daemon's Delete, each tried whatever became of the one before: what is left
-/// over then is said, and the record stays for the daemon to try again.
+/// The daemon's own steps, but that a unit's end is not waited for: that takes a listener. What is left over is
+/// said, and the record stays for the daemon to try again.
 fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
-    let mut troubles: Vec<String> = Vec::new();
+    let mut troubles = Troubles::default();
     if let Some(cgroup) = &task.cgroup {
-        troubles.extend(cgroup::kill(cgroup).err().map(|error| error.to_string()));
+        troubles.add(cgroup::kill(cgroup));
     }
     let dir = store.dir(&task.key);
     let execs = task.execs.values().flat_map(|exec| std::iter::once(&exec.unit).chain(&exec.logger));
-    let units = std::iter::once(&task.unit).chain(&task.logger).chain(execs);
+    let execs = std::future::ready(execs.cloned().collect());
     block_on(async {
         let manager = unit::proxy::Manager::default();
-        match manager.connect().await {
-            Ok(_) => {
-                for unit in units {
-                    // Waiting for the job needs a listener; killing and forgetting does not.
-                    let killed = manager.kill_all(unit, nix::libc::SIGKILL).await;
-                    let stopped = manager.stop_without_waiting(unit).await;
-                    let reset = manager.reset_failed(unit).await;
-                    for result in [killed, stopped, reset] {
-                        troubles.extend(result.err().map(|error| error.to_string()));
-                    }
-                }
-            }
-            Err(error) => troubles.push(error.to_string()),
-        }
-        let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
-        if cli.knows() {
-            troubles.extend(cli.delete().await.err().map(|error| error.to_string()));
-        }
+        troubles.join(cleanup::remove_task(&manager, task, &dir, Stop::Killed, execs).await);
     })?;
     if !troubles.is_empty() {
-        return Err(Failure(format!("task {}: {}", task.key, troubles.join("; "))));
+        return Err(Failure(format!("task {}: {}", task.key, troubles.text())));
     }
     store.remove(&task.key).map_err(Failure::new)
 }

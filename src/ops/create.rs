@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Component, Path};
 use std::sync::Arc;
 
 use crate::cgroup::stats::MemoryEvents;
@@ -15,7 +15,7 @@ use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::oci::bundle::{self, Spec};
 use crate::oci::resources::Resources;
-use crate::oci::{face, mount, options, runtime};
+use crate::oci::{face, options, runtime};
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
 use crate::task::phase::{Event, Phase};
@@ -65,8 +65,11 @@ impl Shim {
                 return Ok(pid);
             }
         }
-        if self.registry.get(&call.key).is_some() {
-            return Err(Error::Exists { key: call.key });
+        if let Some(entry) = self.registry.get(&call.key) {
+            if !entry.task().is_leftover {
+                return Err(Error::Exists { key: call.key });
+            }
+            self.remove_leftover(&entry).await?;
         }
         if !call.checkpoint.is_empty() {
             return Err(Error::NotImplemented("restoring a checkpoint"));
@@ -131,6 +134,7 @@ impl Shim {
             oom_kills: 0,
             limits: None,
             muted: false,
+            is_leftover: false,
             key,
             request,
             wiring,
@@ -352,20 +356,6 @@ impl Shim {
             Err(error) => Err(error.into()),
         }
     }
-
-    /// Undoes a Create, however far it came. What can't be undone is logged: the caller has an error
-    /// to report already.
-    pub(super) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
-        let task = entry.task().clone();
-        if let Err(error) = self.remove_container(&task, entry).await {
-            tracing::error!(task = %task.key, %error, "task {}: can't take back all of a failed create: {error}", task.key);
-        }
-        if let Err(error) = self.store.remove(&task.key) {
-            tracing::error!(task = %task.key, %error, "task {}: can't remove the record of a failed create: {error}", task.key);
-        }
-        self.kept.forget_all(task.wiring.kept);
-        self.registry.remove(&task.key);
-    }
 }
 
 /// Limits that can be applied here.
@@ -454,10 +444,4 @@ pub(super) fn lives_in(task: &Task, pid: u32) -> bool {
 /// A pid file.
 pub(super) fn read_pid(path: &Path) -> Option<u32> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
-}
-
-/// Takes away a rootfs that is mounted in the host's mount namespace.
-pub(super) async fn unmount(bundle: PathBuf) -> Result<(), Error> {
-    blocking(move || mount::unmount_all(&bundle.join("rootfs"))).await??;
-    Ok(())
 }

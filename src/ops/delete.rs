@@ -1,20 +1,15 @@
 //! Delete: takes away everything that a task left.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::config;
 use crate::fault::{self, Point};
-use crate::id::{Owner, ProcessKey, TaskKey, UnitName};
-use crate::oci::runtime;
-use crate::task::Task;
+use crate::id::{Owner, ProcessKey, TaskKey};
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Phase};
 use crate::task::registry::End;
 
-use super::create::unmount;
 use super::kill::kill_all;
-use super::streams::{cut_off, drain};
 use super::{Attempt, Deleted, Entry, Error, Shim, blocking};
 
 impl Shim {
@@ -57,7 +52,10 @@ impl Shim {
         fault::point(Point::DeleteBegun);
         let task = entry.task().clone();
         let pid = task.init.pid().unwrap_or_default();
-        self.remove_container(&task, &entry).await?;
+        let troubles = self.remove_container(&task, &entry).await;
+        if !troubles.is_empty() {
+            return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
+        }
         let deleted = Deleted { pid, exit: Some(exit) };
         self.answers.keep(&entry.init.key, deleted)?;
         self.forget(&entry, TaskEvent::Deleted { pid, exit })?;
@@ -90,46 +88,6 @@ impl Shim {
         }
     }
 
-    /// Takes away what is outside of the daemon: the runtime's state, the units, the mounts.
-    pub(super) async fn remove_container(&self, task: &Task, entry: &Arc<Entry>) -> Result<(), Error> {
-        let dir = self.store.dir(&task.key);
-        let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
-        if cli.knows() {
-            cli.delete().await?;
-        }
-        entry.init.live().watched = None;
-        fault::point(Point::DeleteRuntime);
-        drain(&entry.init).await;
-        for process in entry.execs() {
-            // They vanish with the task; what their clients have not read by now is lost, as with
-            // containerd-shim-runc-v2.
-            cut_off(&process).await;
-            if let Some(id) = &process.key.exec {
-                self.remove_exec(entry, &process, id).await?;
-            }
-        }
-        self.remove_unit(&task.unit).await?;
-        // Last: with the reference the unit goes.
-        self.manager.release(&task.unit).await;
-        fault::point(Point::DeleteUnit);
-        if let Some(logger) = &task.logger {
-            self.remove_unit(logger).await?;
-        }
-        if task.rootfs_on_host {
-            unmount(task.request.bundle.clone()).await?;
-        }
-        Ok(())
-    }
-
-    /// Unloads a unit whose processes have ended. One that ended cleanly is still active
-    /// (RemainAfterExit), any other has failed.
-    pub(super) async fn remove_unit(&self, unit: &UnitName) -> Result<(), Error> {
-        self.manager.stop(unit).await?;
-        self.manager.reset_failed(unit).await?;
-        remove_log_fields(unit);
-        Ok(())
-    }
-
     /// Drops record and memory; the last events move to where the publisher finds them.
     fn forget(&self, entry: &Arc<Entry>, event: TaskEvent) -> Result<(), Error> {
         self.note_deleted(entry, event)?;
@@ -149,20 +107,27 @@ impl Shim {
         }
         // containerd gives up while its Create is still under way: that ends first.
         drop(entry.init.verb.lock().await);
+        self.remove_leftover(&entry).await?;
         let entry = self.created(key)?;
         self.mute(&entry)?;
+        self.kill_and_delete(&entry).await
+    }
+
+    async fn kill_and_delete(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
         let alive = entry.task().init.exit().is_none();
         if alive {
-            self.kill_and_wait(&entry).await?;
+            self.kill_and_wait(entry).await?;
         }
-        self.delete_task(key).await
+        self.delete_task(&entry.key).await
     }
-}
 
-/// systemd forgets this file of a transient unit (252 to 262), and the next unit of that name would
-/// get the fields in it.
-fn remove_log_fields(unit: &UnitName) {
-    let path = Path::new("/run/systemd/units").join(format!("log-extra-fields:{unit}"));
-    // Not there is what we want.
-    let _ = std::fs::remove_file(path);
+    /// After a restart: containerd has given a task up, and an earlier daemon could not remove it.
+    pub(super) async fn remove_given_up(self: &Arc<Self>, entry: &Arc<Entry>) {
+        match self.kill_and_delete(entry).await {
+            Ok(_) | Err(Error::UnknownTask { .. }) => {}
+            Err(error) => {
+                tracing::error!(task = %entry.key, %error, "task {}: was given up and can't be removed: {error}", entry.key);
+            }
+        }
+    }
 }

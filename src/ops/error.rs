@@ -108,6 +108,20 @@ pub enum Error {
         /// The task.
         key: TaskKey,
     },
+    /// Something that belongs to a process could not be removed.
+    #[error("{process}: can't remove all of it, try again: {reason}")]
+    NotRemoved {
+        /// The process.
+        process: String,
+        /// What, and why not.
+        reason: String,
+    },
+    /// An earlier Create with this id has failed, and something of it could not be removed.
+    #[error("task {key}: something of a failed create can't be removed yet; the log of the shim says what")]
+    Leftover {
+        /// The task.
+        key: TaskKey,
+    },
     /// The init process is in no state to be deleted.
     #[error("cannot delete a {phase} process")]
     NotDeletable {

@@ -26,6 +26,7 @@ use crate::task::wiring::{Wiring, pipe};
 use crate::unit::reading::Starting;
 use crate::unit::{self, name, properties};
 
+use super::cleanup::{Stop, remove_unit};
 use super::create::{lives_in, read_pid};
 use super::streams::{Opened, Whose, cut_off, drain, kept_number};
 use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, go_on, now_usec};
@@ -213,7 +214,10 @@ impl Shim {
         let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No exec of ours has this unit: it is what a failed one left behind.
-            self.remove_unit(&exec.unit).await?;
+            let left = remove_unit(&self.manager, &exec.unit, Stop::Awaited).await;
+            if !left.is_empty() {
+                return Err(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
+            }
             begun = self.manager.begin_transient(&exec.unit, &properties).await;
         }
         if let Err(unit::error::Error::Exists { .. }) = begun
@@ -343,7 +347,10 @@ impl Shim {
         }
         fault::point(Point::ExecDeleteBegun);
         drain(&process).await;
-        self.remove_exec(&entry, &process, id).await?;
+        let troubles = self.remove_exec(&entry, &process, id).await;
+        if !troubles.is_empty() {
+            return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
+        }
         fault::point(Point::ExecDeleteUnit);
         let deleted = Deleted { pid: phase.pid().unwrap_or_default(), exit: phase.exit() };
         self.answers.keep(key, deleted)?;
@@ -355,33 +362,6 @@ impl Shim {
         self.registry.remove_exec(&entry, id);
         fault::point(Point::ExecDeleteForgotten);
         Ok(deleted)
-    }
-
-    /// Takes away what an exec that has ended, or never ran, has outside of the daemon's memory.
-    pub(super) async fn remove_exec(
-        &self,
-        entry: &Entry,
-        process: &Process,
-        id: &ExecId,
-    ) -> Result<(), Error> {
-        process.live().client_ends.clear();
-        let removal = process.live().removal.take();
-        let (ran, logger) = {
-            let task = entry.task();
-            let exec = task.execs.get(id);
-            (exec.is_some_and(|exec| exec.phase.exit().is_some()), exec.and_then(|exec| exec.logger.clone()))
-        };
-        let removed = match removal {
-            Some(removal) => removal.await.is_ok_and(|removed| removed.is_ok()),
-            None => !ran,
-        };
-        if !removed {
-            self.remove_unit(&process.unit).await?;
-        }
-        if let Some(logger) = logger.filter(|_| ran) {
-            self.remove_unit(&logger).await?;
-        }
-        Ok(self.store.remove_exec_dir(&entry.key, id)?)
     }
 
     /// After a restart: goes on with a start that was cut off, or takes it back; holds what runs.
@@ -466,7 +446,11 @@ impl Shim {
         self.kill_leftover(entry, &dir);
         let logger = entry.task().execs.get(id).and_then(|exec| exec.logger.clone());
         for unit in [Some(process.unit.clone()), logger].into_iter().flatten() {
-            self.remove_unit(&unit).await.unwrap_or_else(failed);
+            // What is left is removed with the exec.
+            let left = remove_unit(&self.manager, &unit, Stop::Awaited).await;
+            if !left.is_empty() {
+                failed(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
+            }
         }
         cut_off(process).await;
         self.close_input(entry, process);

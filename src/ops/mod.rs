@@ -5,6 +5,7 @@
 
 mod additions;
 mod cgroups;
+pub mod cleanup;
 mod create;
 mod delete;
 mod error;

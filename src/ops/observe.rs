@@ -283,6 +283,16 @@ impl Shim {
     async fn take_in(self: &Arc<Self>, entry: &Arc<Entry>, living: &HashSet<UnitName>) {
         fault::point(Point::RecoverTask);
         let task = entry.task().clone();
+        if task.is_leftover {
+            let (shim, leftover) = (self.clone(), entry.clone());
+            // It logs what is left.
+            tokio::spawn(async move { shim.remove_leftover(&leftover).await });
+            return;
+        }
+        if task.muted {
+            let (shim, given_up) = (self.clone(), entry.clone());
+            tokio::spawn(async move { shim.remove_given_up(&given_up).await });
+        }
         match task.init {
             Phase::Creating { .. } => {
                 let (shim, creating) = (self.clone(), entry.clone());

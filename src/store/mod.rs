@@ -501,6 +501,7 @@ mod tests {
             limits: Some(crate::task::limits::Limits::default()),
             notify: true,
             muted: false,
+            is_leftover: false,
         }
     }
 

@@ -78,6 +78,9 @@ pub struct Task {
     /// containerd has given the task up (`delete`) and publishes the end itself.
     #[serde(default)]
     pub muted: bool,
+    /// Its Create has failed, and something of it is still to be removed.
+    #[serde(default)]
+    pub is_leftover: bool,
 }
 
 /// How a person sees the task in systemd's tools and in the journal.

@@ -1,0 +1,201 @@
+//! Cleanup: the one procedure that removes what a task, or an exec, has outside of the daemon: for Delete, for
+//! what failed half-way, and for the `delete` command.
+//!
+//! Every step is tried, whatever became of the one before. What could not be removed is said, and the record
+//! stays: the same steps can be taken again, and find what is left.
+
+use std::fmt::Display;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::fault::{self, Point};
+use crate::id::{ExecId, UnitName};
+use crate::oci::{mount, runtime};
+use crate::task::Task;
+use crate::unit::proxy::Manager;
+
+use super::streams::{cut_off, drain};
+use super::{Entry, Error, Process, Shim, blocking};
+
+/// What could not be removed, in words.
+#[derive(Debug, Default)]
+pub struct Troubles(Vec<String>);
+
+impl Troubles {
+    /// Notes what became of a step.
+    pub fn add<E: Display>(&mut self, step: Result<(), E>) {
+        self.0.extend(step.err().map(|error| error.to_string()));
+    }
+
+    /// Adds those of other steps.
+    pub fn join(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
+    /// True if everything could be removed.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All of them, in one line.
+    pub fn text(&self) -> String {
+        self.0.join("; ")
+    }
+}
+
+/// Whether a unit's end is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// It is, which takes somebody who listens to systemd.
+    Awaited,
+    /// Its processes are killed, and it is left to systemd.
+    Killed,
+}
+
+/// Removes what a task has outside of the daemon: the runtime's state, the units, the mounts. `others` are the
+/// units of its execs and of their loggers, known once nothing copies output any more.
+pub async fn remove_task(
+    manager: &Manager,
+    task: &Task,
+    dir: &Path,
+    stop: Stop,
+    others: impl Future<Output = Vec<UnitName>>,
+) -> Troubles {
+    let mut troubles = Troubles::default();
+    if stop == Stop::Killed {
+        // The OCI runtime removes what has ended.
+        troubles.add(manager.kill_all(&task.unit, nix::libc::SIGKILL).await);
+    }
+    let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir };
+    if cli.knows() {
+        troubles.add(cli.delete().await);
+    }
+    fault::point(Point::DeleteRuntime);
+    for unit in others.await {
+        troubles.join(remove_unit(manager, &unit, stop).await);
+    }
+    let removed = remove_unit(manager, &task.unit, stop).await;
+    if removed.is_empty() {
+        // Last: with the reference the unit goes.
+        manager.release(&task.unit).await;
+    }
+    troubles.join(removed);
+    fault::point(Point::DeleteUnit);
+    if let Some(logger) = &task.logger {
+        troubles.join(remove_unit(manager, logger, stop).await);
+    }
+    if task.rootfs_on_host {
+        let rootfs = task.request.bundle.join("rootfs");
+        match blocking(move || mount::unmount_all(&rootfs)).await {
+            Ok(unmounted) => troubles.add(unmounted),
+            Err(error) => troubles.add(Err(error)),
+        }
+    }
+    troubles
+}
+
+/// Unloads a unit. One that ended cleanly is still active (RemainAfterExit), any other has failed.
+pub async fn remove_unit(manager: &Manager, unit: &UnitName, stop: Stop) -> Troubles {
+    let mut troubles = Troubles::default();
+    match stop {
+        Stop::Awaited => troubles.add(manager.stop(unit).await),
+        Stop::Killed => {
+            troubles.add(manager.kill_all(unit, nix::libc::SIGKILL).await);
+            troubles.add(manager.stop_without_waiting(unit).await);
+        }
+    }
+    troubles.add(manager.reset_failed(unit).await);
+    remove_log_fields(unit);
+    troubles
+}
+
+/// systemd forgets this file of a transient unit (252 to 262), and the next unit of that name would
+/// get the fields in it.
+fn remove_log_fields(unit: &UnitName) {
+    let path = Path::new("/run/systemd/units").join(format!("log-extra-fields:{unit}"));
+    // Not there is what we want.
+    let _ = std::fs::remove_file(path);
+}
+
+impl Shim {
+    /// Removes what a task has outside of the daemon. What its clients have not read by now of its execs' output
+    /// is lost, as with containerd-shim-runc-v2.
+    pub(super) async fn remove_container(&self, task: &Task, entry: &Arc<Entry>) -> Troubles {
+        let mut in_execs = Troubles::default();
+        let others = async {
+            entry.init.live().watched = None;
+            drain(&entry.init).await;
+            for process in entry.execs() {
+                cut_off(&process).await;
+                if let Some(id) = &process.key.exec {
+                    in_execs.join(self.remove_exec(entry, &process, id).await);
+                }
+            }
+            Vec::new()
+        };
+        let dir = self.store.dir(&task.key);
+        let mut troubles = remove_task(&self.manager, task, &dir, Stop::Awaited, others).await;
+        troubles.join(in_execs);
+        troubles
+    }
+
+    /// Removes what an exec that has ended, or never ran, has outside of the daemon's memory.
+    pub(super) async fn remove_exec(&self, entry: &Entry, process: &Process, id: &ExecId) -> Troubles {
+        let mut troubles = Troubles::default();
+        process.live().client_ends.clear();
+        let removal = process.live().removal.take();
+        let removed = match removal {
+            Some(removal) => removal.await.is_ok_and(|removed| removed.is_ok()),
+            None => false,
+        };
+        if !removed {
+            troubles.join(remove_unit(&self.manager, &process.unit, Stop::Awaited).await);
+        }
+        let logger = entry.task().execs.get(id).and_then(|exec| exec.logger.clone());
+        if let Some(logger) = logger {
+            troubles.join(remove_unit(&self.manager, &logger, Stop::Awaited).await);
+        }
+        if troubles.is_empty() {
+            troubles.add(self.store.remove_exec_dir(&entry.key, id));
+        }
+        troubles
+    }
+
+    /// Undoes a Create, however far it came. What can't be undone now is marked in the record: it is tried again
+    /// when the id is used again, when containerd gives the task up, and when the daemon starts.
+    pub(super) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
+        let task = entry.task().clone();
+        let mut troubles = self.remove_container(&task, entry).await;
+        if troubles.is_empty() {
+            troubles.add(self.store.remove(&task.key));
+        }
+        if troubles.is_empty() {
+            self.kept.forget_all(task.wiring.kept);
+            self.registry.remove(&task.key);
+            return;
+        }
+        let text = troubles.text();
+        tracing::error!(task = %task.key, "task {}: not all of a failed create can be removed yet: {text}", task.key);
+        // A note of this kind is never refused.
+        let _ = self.note(entry, |task| {
+            task.is_leftover = true;
+            Ok(Vec::new())
+        });
+    }
+
+    /// Tries again to remove what a failed Create has left.
+    ///
+    /// # Errors
+    /// Something is still left.
+    pub(super) async fn remove_leftover(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
+        let _verb = entry.init.verb.lock().await;
+        let is_there = || self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, entry));
+        if is_there() && entry.task().is_leftover {
+            self.take_back(entry).await;
+            if is_there() {
+                return Err(Error::Leftover { key: entry.key.clone() });
+            }
+        }
+        Ok(())
+    }
+}
