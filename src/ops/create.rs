@@ -19,7 +19,7 @@ use crate::oci::{face, options, runtime};
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
 use crate::task::phase::{Event, Phase};
-use crate::task::registry::Taken;
+use crate::task::registry::{Taken, Verb};
 use crate::task::request::{Containerd, Create};
 use crate::task::wiring::Wiring;
 use crate::task::{Placement, Task};
@@ -78,8 +78,7 @@ impl Shim {
         let shim = self.clone();
         let (task, environment) = blocking(move || shim.prepare(call)).await??;
         self.check_types(&task.properties).await?;
-        let entry = self.register(task)?;
-        let _verb = entry.init.verb.lock().await;
+        let (entry, _verb) = self.register(task)?;
         match self.bring_up(&entry, &environment).await {
             Ok(pid) => Ok(pid),
             Err(error) => {
@@ -174,16 +173,16 @@ impl Shim {
     }
 
     /// Claims the id and a unit's name.
-    fn register(&self, task: Task) -> Result<Arc<Entry>, Error> {
+    fn register(&self, task: Task) -> Result<(Arc<Entry>, Verb), Error> {
         let key = task.key.clone();
         for unit in name::candidates(&key) {
             let logger = task.wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
             match self.registry.insert(Task { unit, logger, ..task.clone() }) {
-                Ok(entry) => {
+                Ok((entry, verb)) => {
                     if !self.registry.namesakes(&key).is_empty() {
                         keep_apart(&mut entry.task());
                     }
-                    return Ok(entry);
+                    return Ok((entry, verb));
                 }
                 Err(Taken::Key) => return Err(Error::Exists { key }),
                 Err(Taken::Unit) => {}

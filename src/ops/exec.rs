@@ -20,7 +20,7 @@ use crate::task::Task;
 use crate::task::exec::{Exec, ExecEvent, ExecPhase, Outcome};
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Seen};
-use crate::task::registry::Taken;
+use crate::task::registry::{Taken, Verb};
 use crate::task::request::Stdio;
 use crate::task::wiring::{Wiring, pipe};
 use crate::unit::reading::Starting;
@@ -79,8 +79,7 @@ impl Shim {
         })
         .await??;
         let description = face::of_exec(&task.face, &id, &spec.args);
-        let process = self.register_exec(&entry, &id)?;
-        let _verb = process.verb.lock().await;
+        let (process, _verb) = self.register_exec(&entry, &id)?;
         let noted = self.note_exec(&entry, &process, &id, stdio, wiring, description, &spec);
         if noted.is_err() {
             self.registry.remove_exec(&entry, &id);
@@ -117,10 +116,10 @@ impl Shim {
     }
 
     /// Claims the id and a unit's name.
-    fn register_exec(&self, entry: &Entry, id: &ExecId) -> Result<Arc<Process>, Error> {
+    fn register_exec(&self, entry: &Entry, id: &ExecId) -> Result<(Arc<Process>, Verb), Error> {
         for unit in name::exec_candidates(&entry.init.unit, id) {
             match self.registry.insert_exec(entry, id, unit, None) {
-                Ok(process) => return Ok(process),
+                Ok(registered) => return Ok(registered),
                 Err(Taken::Key) => return Err(Error::ExecExists { exec: id.to_string() }),
                 Err(Taken::Unit) => {}
             }

@@ -251,7 +251,8 @@ impl Shim {
         for record in records? {
             match record {
                 Ok(task) => match self.registry.insert(task) {
-                    Ok(entry) => {
+                    Ok((entry, verb)) => {
+                        drop(verb);
                         let task = entry.task().clone();
                         let execs = task.execs.values().map(|exec| &exec.wiring);
                         execs.chain([&task.wiring]).for_each(|wiring| self.kept.used(wiring.kept));
@@ -311,7 +312,10 @@ impl Shim {
         }
         for (id, exec) in &task.execs {
             match self.registry.insert_exec(entry, id, exec.unit.clone(), exec.phase.exit()) {
-                Ok(process) => self.take_in_exec(entry, &process, id, living).await,
+                Ok((process, verb)) => {
+                    drop(verb);
+                    self.take_in_exec(entry, &process, id, living).await;
+                }
                 Err(taken) => {
                     tracing::error!(?taken, "exec {id} of task {}: not taken in: {taken:?}", task.key)
                 }

@@ -21,7 +21,7 @@ pub struct Process<L> {
     /// Its unit.
     pub unit: UnitName,
     /// Held by the one verb that is changing the process.
-    pub verb: tokio::sync::Mutex<()>,
+    pub verb: Arc<tokio::sync::Mutex<()>>,
     /// What belongs to the running daemon only: descriptors, pumps.
     live: Mutex<L>,
     end: watch::Sender<Option<End>>,
@@ -41,7 +41,7 @@ impl<L: Default> Process<L> {
         Arc::new(Self {
             key,
             unit,
-            verb: tokio::sync::Mutex::default(),
+            verb: Arc::default(),
             live: Mutex::default(),
             end: watch::Sender::new(exit.map(End::Exited)),
         })
@@ -134,6 +134,9 @@ impl<L> Entry<L> {
     }
 }
 
+/// Held by the one verb that is changing a process.
+pub type Verb = tokio::sync::OwnedMutexGuard<()>;
+
 /// Why a task or an exec could not be added.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Taken {
@@ -163,11 +166,11 @@ impl<L> Default for Registry<L> {
 }
 
 impl<L: Default> Registry<L> {
-    /// Adds a task; its execs are added one by one.
+    /// Adds a task; its execs are added one by one. It comes with its verb: nobody else can begin one first.
     ///
     /// # Errors
     /// Its key or its unit is taken; nothing has changed.
-    pub fn insert(&self, task: Task) -> Result<Arc<Entry<L>>, Taken> {
+    pub fn insert(&self, task: Task) -> Result<(Arc<Entry<L>>, Verb), Taken> {
         let mut maps = self.maps();
         if maps.tasks.contains_key(&task.key) {
             return Err(Taken::Key);
@@ -176,12 +179,14 @@ impl<L: Default> Registry<L> {
             return Err(Taken::Unit);
         }
         let entry = Arc::new(Entry::new(task));
+        // A new one can't be held by anybody.
+        let verb = entry.init.verb.clone().try_lock_owned().map_err(|_| Taken::Key)?;
         maps.units.insert(entry.init.unit.clone(), entry.init.key.clone());
         maps.tasks.insert(entry.key.clone(), entry.clone());
-        Ok(entry)
+        Ok((entry, verb))
     }
 
-    /// Adds an exec to a task.
+    /// Adds an exec to a task, as [`Self::insert`] does a task.
     ///
     /// # Errors
     /// Its id or its unit is taken; nothing has changed.
@@ -191,7 +196,7 @@ impl<L: Default> Registry<L> {
         id: &ExecId,
         unit: UnitName,
         exit: Option<Exit>,
-    ) -> Result<Arc<Process<L>>, Taken> {
+    ) -> Result<(Arc<Process<L>>, Verb), Taken> {
         let mut maps = self.maps();
         let mut execs = entry.execs_map();
         if execs.contains_key(id) {
@@ -202,9 +207,10 @@ impl<L: Default> Registry<L> {
         }
         let key = ProcessKey { task: entry.key.clone(), exec: Some(id.clone()) };
         let process = Process::new(key, unit, exit);
+        let verb = process.verb.clone().try_lock_owned().map_err(|_| Taken::Key)?;
         maps.units.insert(process.unit.clone(), process.key.clone());
         execs.insert(id.clone(), process.clone());
-        Ok(process)
+        Ok((process, verb))
     }
 }
 
