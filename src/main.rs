@@ -24,6 +24,7 @@ mod ops;
 mod session;
 mod stdio;
 mod store;
+mod supervise;
 mod suspect;
 #[allow(unsafe_code)]
 mod sys;

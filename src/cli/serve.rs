@@ -22,6 +22,7 @@ use crate::ops::Shim;
 use crate::ops::kept::Kept;
 use crate::store::Store;
 use crate::store::answers::Answers;
+use crate::supervise::slices;
 use crate::suspect::Crashes;
 use crate::transport::Keep;
 use crate::transport::durable::Durable;
@@ -163,6 +164,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         Waking { manager: manager.clone(), connections: connections.clone(), program: program.clone() };
     let cgroups = Watch::new().map_err(|error| Failure(format!("watch cgroups: {error}")))?;
     let store = Store::new(config::STATE_DIR);
+    let slices_of = manager.clone();
     let (shim, outgoing) = Shim::new(store, answers, kept, cgroups, manager, program);
     fault::point(Point::RecoverTaken);
     shim.recover(&crashes).await.map_err(Failure::new)?;
@@ -170,6 +172,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     tokio::spawn(events::publish(shim.clone(), outgoing));
     tokio::spawn(shim.clone().write_pending());
     tokio::spawn(shim.clone().forget_idle());
+    tokio::spawn(slices::run(slices_of, shim.deleted.clone()));
     tokio::spawn(shim.clone().observe_cgroups());
     tokio::spawn(shim.clone().observe(observations));
 

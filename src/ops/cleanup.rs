@@ -172,6 +172,7 @@ impl Shim {
         if troubles.is_empty() {
             self.kept.forget_all(task.wiring.kept);
             self.registry.remove(&task.key);
+            self.deleted.notify_one();
             return;
         }
         let text = troubles.text();

@@ -92,6 +92,7 @@ impl Shim {
     fn forget(&self, entry: &Arc<Entry>, event: TaskEvent) -> Result<(), Error> {
         self.note_deleted(entry, event)?;
         self.registry.remove(&entry.key);
+        self.deleted.notify_one();
         self.announce(entry);
         Ok(())
     }

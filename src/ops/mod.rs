@@ -134,6 +134,8 @@ pub struct Shim {
     outgoing: mpsc::UnboundedSender<Arc<Entry>>,
     /// Tasks whose records could not be written.
     unwritten: Unwritten,
+    /// Told of each task that is deleted.
+    pub deleted: Arc<Notify>,
 }
 
 impl Shim {
@@ -160,6 +162,7 @@ impl Shim {
             warming: Arc::default(),
             outgoing,
             unwritten: Unwritten::default(),
+            deleted: Arc::default(),
         };
         (Arc::new(shim), receiver)
     }

@@ -92,6 +92,21 @@ impl Manager {
         }
     }
 
+    /// Asks for a slice to be stopped and for nothing else: a unit that has just been started in the slice runs
+    /// on.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub async fn stop_alone(&self, slice: &UnitName) -> Result<(), Error> {
+        match persist!(self, proxy, proxy.stop_unit(slice.as_str(), "ignore-dependencies")) {
+            Ok(_) => Ok(()),
+            Err(error) => match call_error(STOP, slice, error) {
+                Error::NotLoaded { .. } => Ok(()),
+                error => Err(error),
+            },
+        }
+    }
+
     /// Makes systemd forget the job that a unit has, if it has one. The unit stays as it is.
     ///
     /// # Errors

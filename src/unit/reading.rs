@@ -57,6 +57,19 @@ impl Manager {
         Ok(living.filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
     }
 
+    /// The slices of namespaces that are active, and the one that they are in.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {
+        let (outer, inner) =
+            (format!("{}.slice", name::PREFIX.trim_end_matches('-')), format!("{}*.slice", name::PREFIX));
+        let patterns = [outer.as_str(), inner.as_str()];
+        let listed = persist!(self, proxy, proxy.list_units_by_patterns(&["active"], &patterns));
+        let listed = listed.map_err(unreachable)?;
+        Ok(listed.into_iter().filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
+    }
+
     /// The type of the job that a unit has: `start`, `stop`, `restart`, …
     ///
     /// # Errors

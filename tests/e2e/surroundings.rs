@@ -10,6 +10,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch, feed};
 use crate::common::systemd::{self, Cursor};
 use crate::common::task::Io;
+use crate::common::wait::until_true;
 use crate::options::{Noting, runc_options};
 
 /// A drop-in for every service of the machine.
@@ -125,6 +126,21 @@ fn a_name_that_another_unit_keeps_loaded_can_be_used_again() {
         again.end();
     }
     process::succeed("systemctl", &["stop", &watcher]);
+}
+
+#[test]
+fn the_slice_of_a_namespace_disappears_with_its_last_task() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let namespace = unique("slices");
+    let slice = systemd::slice_of(&namespace);
+    let container = |name: &str| node.container(name, Spec::sleeping()).namespace(&namespace);
+    let (first, last) =
+        (container("first").started(&Io::default()), container("last").started(&Io::default()));
+    drop(first);
+    assert!(systemd::is_active(&slice), "{slice} is needed for another task");
+    drop(last);
+    until_true("the slice is gone", || systemd::list_units(&slice).is_empty());
 }
 
 #[test]

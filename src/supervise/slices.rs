@@ -1,0 +1,53 @@
+//! Stops the slices of namespaces that have become empty.
+//!
+//! systemd starts `containerd.slice` and `containerd-<namespace>.slice` for the first unit in them, and does not
+//! stop them with the last one. (Pods' slices do that by themselves: `StopWhenUnneeded=`.)
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::cgroup;
+use crate::id::UnitName;
+use crate::unit::name;
+use crate::unit::proxy::Manager;
+
+/// A slice stays for so long after the last unit in it: containers that are created one after the other would
+/// otherwise make it again each time.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Background task: looks for empty slices once at the start, and after each deletion of a task. Never returns.
+pub async fn run(manager: Arc<Manager>, deleted: Arc<Notify>) {
+    loop {
+        tokio::time::sleep(LINGER).await;
+        if let Err(error) = stop_empty(&manager).await {
+            tracing::warn!(%error, "an empty slice is left: {error}");
+        }
+        deleted.notified().await;
+    }
+}
+
+async fn stop_empty(manager: &Manager) -> Result<(), crate::unit::error::Error> {
+    let mut slices = manager.active_slices().await?;
+    // Inner slices first: the outer one is empty after them.
+    slices.sort_unstable_by_key(|slice| std::cmp::Reverse(slice.as_str().len()));
+    for slice in slices {
+        if is_empty(&slice) {
+            manager.stop_alone(&slice).await?;
+        }
+    }
+    Ok(())
+}
+
+/// True if no unit has a cgroup in the slice.
+fn is_empty(slice: &UnitName) -> bool {
+    let dir = cgroup::dir(&name::slice_cgroup(slice));
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        // systemd makes the cgroup of a slice with that of the first unit in it.
+        return true;
+    };
+    let is_dir = |path: PathBuf| path.is_dir();
+    !entries.flatten().any(|entry| is_dir(entry.path()))
+}
