@@ -1,12 +1,16 @@
-//! The few system calls that no safe library offers: the only `unsafe` of the project.
+//! Descriptors of processes, sockets and terminals, by calls that nix lacks; the only `unsafe` of the project is
+//! for what rustix lacks too.
 
 pub mod crash;
 
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
+use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
 
 /// The descriptors that systemd passed to this process, each with the name it gave them.
@@ -34,14 +38,20 @@ pub fn take_systemd_fds() -> Result<Vec<(String, OwnedFd)>, libsystemd::errors::
 /// # Errors
 /// `ESRCH`: there is no such process.
 pub fn pidfd_open(pid: u32) -> Result<OwnedFd, Errno> {
-    // SAFETY: the call takes two integers and returns a descriptor that is ours alone.
-    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0) })?;
-    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the kernel has just made this descriptor, and nobody else has seen its number.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    rustix::process::pidfd_open(process(pid)?, PidfdFlags::empty()).map_err(errno)
 }
 
-/// A signal to a process by its descriptor (pidfd_send_signal(2)), also a real-time one.
+/// A process id for rustix; `ESRCH` for a number that is none.
+fn process(pid: u32) -> Result<Pid, Errno> {
+    i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::ESRCH)
+}
+
+fn errno(error: rustix::io::Errno) -> Errno {
+    Errno::from_raw(error.raw_os_error())
+}
+
+/// A signal to a process by its descriptor (pidfd_send_signal(2)), also a real-time one, which rustix has no
+/// safe value for.
 ///
 /// # Errors
 /// `ESRCH`: the process has ended. `EINVAL`: no such signal.
@@ -61,14 +71,12 @@ pub fn pidfd_send_signal(process: &impl AsFd, signal: u32) -> Result<(), Errno> 
 /// # Errors
 /// `ECHILD`: it is no child of ours.
 pub fn peek_exit(pid: u32) -> Result<Option<(i32, i32)>, Errno> {
-    // SAFETY: all zeroes is a valid siginfo_t: plain integers, and pointers nobody reads.
-    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: `info` is a siginfo_t of ours that outlives the call.
-    Errno::result(unsafe { libc::waitid(libc::P_PID, pid, &mut info, flags) })?;
-    // SAFETY: waitid has filled in the fields of a SIGCHLD, or left zeroes if there is no news.
-    let (found, status) = unsafe { (info.si_pid(), info.si_status()) };
-    Ok((found != 0).then_some((info.si_code, status)))
+    let flags = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    let ended = waitid(WaitId::Pid(process(pid)?), flags).map_err(errno)?;
+    Ok(ended.and_then(|ended| {
+        let status = ended.exit_status().or_else(|| ended.terminating_signal())?;
+        Some((ended.raw_code(), status))
+    }))
 }
 
 /// Ends this process by a signal that ends processes, without a core dump; returns if it does not.
@@ -106,10 +114,8 @@ pub fn watch_as_it_is<T: AsRawFd + Into<OwnedFd>>(fd: T) -> std::io::Result<Asyn
 /// # Errors
 /// It is no terminal.
 pub fn set_window(terminal: &impl AsFd, columns: u16, rows: u16) -> Result<(), Errno> {
-    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-    let fd = terminal.as_fd().as_raw_fd();
-    // SAFETY: the descriptor is open for as long as it is borrowed, and the kernel only reads `size`.
-    Errno::result(unsafe { libc::ioctl(fd, libc::TIOCSWINSZ, &size) }).map(drop)
+    let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(terminal, size).map_err(errno)
 }
 
 /// Takes one descriptor off a Unix socket (SCM_RIGHTS); nothing if none comes with the next message.
@@ -118,20 +124,15 @@ pub fn set_window(terminal: &impl AsFd, columns: u16, rows: u16) -> Result<(), E
 /// The socket can't be read.
 pub fn receive_fd(socket: &impl AsFd) -> Result<Option<OwnedFd>, Errno> {
     let mut data = [0; 4096];
-    let mut space = nix::cmsg_space!([RawFd; 1]);
     let mut parts = [std::io::IoSliceMut::new(&mut data)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut parts, Some(&mut space), flags)?;
-    let fds = message.cmsgs()?.filter_map(|part| match part {
-        ControlMessageOwned::ScmRights(fds) => Some(fds),
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC).map_err(errno)?;
+    // Dropping the buffer closes descriptors that were not asked for.
+    Ok(ancillary.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
-    });
-    // SAFETY: the kernel has just put these descriptors into our table, and nobody else knows them.
-    let mut fds = fds.flatten().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-    let first = fds.next();
-    // What was not asked for is closed.
-    fds.for_each(drop);
-    Ok(first)
+    }))
 }
 
 /// Puts descriptors at 3, 4, 5, …, where a program that is about to be run expects them.
@@ -144,16 +145,13 @@ pub fn place_from_three(fds: Vec<OwnedFd>) -> Result<(), Errno> {
     // Out of the way first, so that no target number is a source that comes later.
     let mut above = Vec::new();
     for fd in &fds {
-        above.push(Errno::result(
-            // SAFETY: duplicates an open descriptor to a free number at or above the given one.
-            unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, FIRST + count) },
-        )?);
+        above.push(rustix::io::fcntl_dupfd_cloexec(fd, FIRST + count).map_err(errno)?);
     }
     drop(fds);
-    for (number, fd) in (FIRST..).zip(above) {
-        // SAFETY: `fd` is ours; whatever had `number` is closed, which is what is asked for: the
+    for (number, fd) in (FIRST..).zip(&above) {
+        // SAFETY: `fd` is open; whatever had `number` is closed, which is what is asked for: the
         // caller runs another program next, and keeps no descriptor of its own but 0, 1 and 2.
-        Errno::result(unsafe { libc::dup2(fd, number) })?;
+        Errno::result(unsafe { libc::dup2(fd.as_raw_fd(), number) })?;
     }
     Ok(())
 }
@@ -200,4 +198,59 @@ pub fn count_peeked(socket: &impl AsFd) -> Result<(), Errno> {
     // `value`, which has that size.
     let result = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, place, length) };
     Errno::result(result).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{IoSlice, Read};
+    use std::os::unix::net::UnixStream;
+    use std::process::Command;
+
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+    use super::*;
+
+    #[test]
+    fn the_end_by_a_real_time_signal_is_found_and_left_for_the_parent() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        assert_eq!(peek_exit(child.id()), Ok(None));
+        let held = pidfd_open(child.id()).unwrap();
+        let signal = libc::SIGRTMIN() as u32;
+        pidfd_send_signal(&held, signal).unwrap();
+        rustix::process::waitid(WaitId::PidFd(held.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)
+            .unwrap();
+        for _ in 0..2 {
+            assert_eq!(peek_exit(child.id()), Ok(Some((libc::CLD_KILLED, signal as i32))));
+        }
+        child.wait().unwrap();
+        assert_eq!(peek_exit(child.id()), Err(Errno::ECHILD));
+    }
+
+    #[test]
+    fn what_is_no_process_id_is_no_process() {
+        for pid in [0, u32::MAX] {
+            assert_eq!(pidfd_open(pid).map(drop), Err(Errno::ESRCH));
+        }
+    }
+
+    #[test]
+    fn one_descriptor_is_taken_off_a_socket_and_others_are_closed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let pairs = [(); 2].map(|()| UnixStream::pair().unwrap());
+        let fds: Vec<RawFd> = pairs.iter().map(|(sent, _)| sent.as_raw_fd()).collect();
+        let message = [ControlMessage::ScmRights(&fds)];
+        sendmsg::<()>(theirs.as_raw_fd(), &[IoSlice::new(b"x")], &message, MsgFlags::empty(), None).unwrap();
+        let received = receive_fd(&ours).unwrap();
+        let [first, second] = pairs.map(|(sent, kept)| {
+            drop(sent);
+            kept.set_nonblocking(true).unwrap();
+            kept
+        });
+        assert_eq!((&first).read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+        assert_eq!((&second).read(&mut [0]).unwrap(), 0, "closed on both sides");
+        drop(received);
+        assert_eq!((&first).read(&mut [0]).unwrap(), 0);
+        sendmsg::<()>(theirs.as_raw_fd(), &[IoSlice::new(b"x")], &[], MsgFlags::empty(), None).unwrap();
+        assert!(receive_fd(&ours).unwrap().is_none());
+    }
 }
