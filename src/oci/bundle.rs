@@ -7,9 +7,8 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::Mount;
+use oci_spec::runtime::{Hooks, Mount};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 use serde_json::value::{RawValue, to_raw_value};
 
 use crate::id::{Namespace, Owner, TaskId};
@@ -67,17 +66,6 @@ pub struct Spec {
     linux: Option<Linux>,
     #[serde(default)]
     hooks: Option<Hooks>,
-}
-
-/// Hooks that run before the container does, or as it starts.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-struct Hooks {
-    prestart: Option<Vec<IgnoredAny>>,
-    create_runtime: Option<Vec<IgnoredAny>>,
-    create_container: Option<Vec<IgnoredAny>>,
-    start_container: Option<Vec<IgnoredAny>>,
-    poststart: Option<Vec<IgnoredAny>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -147,9 +135,12 @@ impl Spec {
     /// Programs of the client's run before the container does, or as it starts.
     pub fn has_hooks(&self) -> bool {
         self.hooks.as_ref().is_some_and(|hooks| {
-            let Hooks { prestart, create_runtime, create_container, start_container, poststart } = hooks;
-            let all = [prestart, create_runtime, create_container, start_container, poststart];
-            all.into_iter().flatten().any(|hooks| !hooks.is_empty())
+            // Deprecated, and still in use.
+            #[allow(deprecated)]
+            let prestart = hooks.prestart();
+            let others = [hooks.create_runtime(), hooks.create_container(), hooks.start_container()];
+            let all = others.into_iter().chain([prestart, hooks.poststart()]);
+            all.flatten().any(|hooks| !hooks.is_empty())
         })
     }
 
@@ -285,8 +276,9 @@ fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
     if !edits.binds.is_empty() {
         let mut mounts: Vec<Box<RawValue>> = member(&spec, "mounts")?;
         let bind = |path: &String| {
-            let mount =
-                serde_json::json!({"destination": path, "type": "bind", "source": path, "options": ["bind"]});
+            let mut mount = Mount::default();
+            mount.set_destination(path.into()).set_source(Some(path.into())).set_typ(Some("bind".to_owned()));
+            mount.set_options(Some(vec!["bind".to_owned()]));
             to_raw_value(&mount)
         };
         mounts.extend(edits.binds.iter().map(bind).collect::<Result<Vec<_>, _>>()?);
@@ -349,7 +341,7 @@ mod tests {
             Edits { env: vec!["B=2".to_owned()], binds: vec!["/run/x".to_owned()], ..Edits::default() };
         let text = r#"{"mounts":[{"destination":"/a"}],"process":{"args":["x"],"env":["A=1"]}}"#;
         let new = edited(text.as_bytes(), &edits).unwrap();
-        let mount = r#"{"destination":"/run/x","options":["bind"],"source":"/run/x","type":"bind"}"#;
+        let mount = r#"{"destination":"/run/x","type":"bind","source":"/run/x","options":["bind"]}"#;
         let wanted = format!(
             r#"{{"mounts":[{{"destination":"/a"}},{mount}],"process":{{"args":["x"],"env":["A=1","B=2"]}}}}"#
         );
