@@ -1,4 +1,4 @@
-//! Checked names: what containerd calls things, and what systemd calls units.
+//! Checked names: containerd's identifiers, and names of systemd units.
 //!
 //! A value of one of these types has been checked and is never checked again. Deserialising goes
 //! through the same check, so a name from a file on disk is as good as one from a request.
@@ -45,7 +45,7 @@ pub enum InvalidName {
     },
 }
 
-/// Cuts a refused text down to what is useful in a message.
+/// The beginning of a refused text, short enough for a message.
 fn excerpt(text: &str) -> String {
     const SHOWN: usize = 80;
     if text.chars().count() <= SHOWN {
@@ -281,7 +281,7 @@ impl fmt::Display for TaskKey {
 pub struct ProcessKey {
     /// The task.
     pub task: TaskKey,
-    /// The exec; nothing for init.
+    /// The exec; `None` for the init process.
     pub exec: Option<ExecId>,
 }
 
@@ -301,7 +301,7 @@ impl fmt::Display for ProcessKey {
     }
 }
 
-/// Digits of a hexadecimal id that people know it by (`docker ps`, `crictl ps`).
+/// Number of digits of a hexadecimal id that clients show (`docker ps`, `crictl ps`).
 pub const SHORT_ID: usize = 12;
 
 /// True for the 64 lower-case hexadecimal digits that Docker, Kubernetes and nerdctl use as ids.

@@ -1,22 +1,33 @@
-//! Logs: structured into the journal where there is one, to stderr for a person.
+//! Logs go to the journal with structured fields, or to stderr outside of systemd.
 //!
-//! The level is `info` and comes from `CONTAINERD_SHIM_SYSTEMD_LOG`: a level, or `target=level,…`.
+//! `CONTAINERD_SHIM_SYSTEMD_LOG` sets what is logged: a level, or a list `target=level,…`. The default is `info`.
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Sets the process's subscriber. Called once, by the daemon.
+const VARIABLE: &str = "CONTAINERD_SHIM_SYSTEMD_LOG";
+
+/// Sets up logging for this process. The daemon calls it once.
 pub fn init() {
-    let asked =
-        std::env::var("CONTAINERD_SHIM_SYSTEMD_LOG").ok().and_then(|text| text.parse::<Targets>().ok());
-    let filter = asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
+    let wanted = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty());
+    let parsed = wanted.as_deref().map(str::parse::<Targets>);
+    let (filter, error) = match parsed {
+        Some(Ok(filter)) => (Some(filter), None),
+        Some(Err(error)) => (None, Some(error)),
+        None => (None, None),
+    };
+    let filter = filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     let registry = tracing_subscriber::registry().with(filter);
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
     match tracing_journald::layer() {
-        // Fields become journal fields by their own name: NAMESPACE would be too general.
+        // A prefix for the names of journal fields: NAMESPACE alone would be too general.
         Ok(journal) if under_systemd => registry.with(journal.with_field_prefix(Some("SHIM".into()))).init(),
         Ok(_) | Err(_) => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr)).init(),
+    }
+    if let Some(error) = error {
+        let value = wanted.unwrap_or_default();
+        tracing::warn!(%error, "{VARIABLE}={value:?} is neither a level nor a list target=level, logging at info");
     }
 }

@@ -1,8 +1,8 @@
 //! The formats of cgroup v2 files (pure), as the kernel's cgroup-v2.rst names them.
 //!
-//! Kernels add keys and lines: what is not understood here is left out.
+//! Newer kernels add keys and lines: the parsers skip what they do not know.
 
-/// A number; `max`, as limits have it, is the largest.
+/// A number. `max`, the value of a limit that is not set, is [`u64::MAX`].
 pub fn number(text: &str) -> Option<u64> {
     match text.trim_ascii() {
         "max" => Some(u64::MAX),
@@ -10,7 +10,7 @@ pub fn number(text: &str) -> Option<u64> {
     }
 }
 
-/// Flat keyed: a key and its number in each line.
+/// The lines of a flat keyed file, each a key and a number.
 pub fn flat(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines().filter_map(|line| {
         let (key, value) = line.split_once(' ')?;
@@ -18,10 +18,10 @@ pub fn flat(text: &str) -> impl Iterator<Item = (&str, u64)> {
     })
 }
 
-/// Nested keyed: in each line a key, and what belongs to it as `name=value`.
+/// The lines of a nested keyed file, each a key and pairs `name=value`.
 pub fn nested(text: &str) -> impl Iterator<Item = (&str, impl Iterator<Item = (&str, &str)>)> {
     text.lines().filter_map(|line| {
-        // Kernels before 6.1 put a device without numbers in front of the next one, in the same line.
+        // Kernels before 6.1 print a device without numbers at the beginning of the next device's line.
         let (head, _) = line.split_once('=')?;
         let (keys, _) = head.rsplit_once(' ')?;
         let key = keys.split_ascii_whitespace().next_back()?;

@@ -1,4 +1,4 @@
-//! Limits, read from a cgroup's files and written to them.
+//! Reads limits from the files of a cgroup, and writes them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,7 +9,7 @@ use crate::task::limits::{Attribute, Limits};
 use super::format::flat;
 use super::{Error, dir, error, is_gone};
 
-/// The limits of a cgroup. Nothing for one that is gone.
+/// The limits of a cgroup; none if the cgroup is gone.
 ///
 /// # Errors
 /// A file can't be read.
@@ -21,10 +21,11 @@ pub fn read(cgroup: &Path) -> Result<Limits, Error> {
     Attribute::ALL.into_iter().filter_map(read).collect()
 }
 
-/// Sets limits of a cgroup, as they were read from another or from itself. Nothing for one that is gone.
+/// Sets limits of a cgroup, as [`read`] has read them from this cgroup or from another. Does nothing if the
+/// cgroup is gone.
 ///
 /// # Errors
-/// The kernel refused one; those before it are set.
+/// The kernel refused a limit; the limits before it are set.
 pub fn write(cgroup: &Path, limits: &Limits) -> Result<(), Error> {
     let dir = dir(cgroup);
     let is_idle = limits.get(Attribute::CpuIdle) == Some("1");
@@ -35,7 +36,7 @@ pub fn write(cgroup: &Path, limits: &Limits) -> Result<(), Error> {
             Attribute::IoMax => fs::read_to_string(&path)
                 .and_then(|had| io_max(&had, value).iter().try_for_each(|line| fs::write(&path, line))),
             Attribute::IoWeight => value.lines().try_for_each(|line| fs::write(&path, line)),
-            // Empty text would be no write at all.
+            // Without the newline an empty value would write nothing.
             _ => fs::write(&path, format!("{value}\n")),
         };
         match written {
@@ -46,8 +47,8 @@ pub fn write(cgroup: &Path, limits: &Limits) -> Result<(), Error> {
     Ok(())
 }
 
-/// The lines that turn what `io.max` has into what it is to have: the kernel takes one device at a time,
-/// and lets go of one only if told so.
+/// The lines that change `io.max` from `had` to `wanted`: the kernel takes one device per write, and removes a
+/// device's limits only if all of them are set to `max`.
 fn io_max(had: &str, wanted: &str) -> Vec<String> {
     fn by_device(text: &str) -> BTreeMap<&str, &str> {
         text.lines().filter_map(|line| line.split_once(' ')).collect()
@@ -59,11 +60,11 @@ fn io_max(had: &str, wanted: &str) -> Vec<String> {
     gone.chain(new.map(|(device, limits)| format!("{device} {limits}"))).collect()
 }
 
-/// All processes of a cgroup are frozen, or are to run. Nothing for one that is gone, and in between: a
-/// frozen process that is killed runs for a moment.
+/// Whether the cgroup is frozen. `None` if the cgroup is gone or in transition: the kernel thaws a killed process
+/// briefly while `cgroup.freeze` is still 1.
 ///
 /// # Errors
-/// It can't be read.
+/// A file can't be read.
 pub fn is_frozen(cgroup: &Path) -> Result<Option<bool>, Error> {
     let Some(events) = file(cgroup, "cgroup.events")? else {
         return Ok(None);
@@ -72,11 +73,11 @@ pub fn is_frozen(cgroup: &Path) -> Result<Option<bool>, Error> {
         return Ok(Some(true));
     }
     let is_asked = |cgroup: &Path| Ok(file(cgroup, "cgroup.freeze")?.is_some_and(|text| text.trim() == "1"));
-    let is_between = is_asked(cgroup)? || cgroup.parent().map(is_asked).transpose()?.unwrap_or_default();
-    Ok((!is_between).then_some(false))
+    let in_transition = is_asked(cgroup)? || cgroup.parent().map(is_asked).transpose()?.unwrap_or_default();
+    Ok((!in_transition).then_some(false))
 }
 
-/// A file's text. Nothing if the cgroup is gone, its controller is not there, or the kernel is older.
+/// The text of a file; `None` if the cgroup is gone, its controller is off, or the kernel is too old for the file.
 fn file(cgroup: &Path, name: &str) -> Result<Option<String>, Error> {
     let path = dir(cgroup).join(name);
     match fs::read_to_string(&path) {
@@ -95,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_that_is_not_limited_any_more_is_let_go() {
+    fn limits_of_a_device_that_is_no_longer_limited_are_removed() {
         let had = "8:0 rbps=1 wbps=max riops=max wiops=max\n8:16 rbps=2 wbps=max riops=max wiops=max";
         let wanted = "8:16 rbps=2 wbps=max riops=max wiops=max\n8:32 rbps=max wbps=3 riops=max wiops=max";
         assert_eq!(

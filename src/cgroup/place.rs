@@ -1,29 +1,29 @@
-//! Where a client wants the container's cgroup: the forms of `linux.cgroupsPath` (pure).
+//! Parses `linux.cgroupsPath`, the cgroup that a client requests for a container (pure).
 //!
-//! The systemd form `slice:prefix:name` is what runc's systemd driver reads; anything else is a
-//! path. The default paths of clients that have no wish of their own go into our own slices.
+//! The systemd form `slice:prefix:name` is the one of runc's systemd driver; anything else is a path. Default
+//! paths of clients request nothing in particular: those containers go into our own slices.
 
 use std::path::{Component, Path, PathBuf};
 
 use crate::id::{Namespace, TaskId};
 
-/// A client's wish.
+/// The cgroup that a client requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wish {
-    /// None, or the client's default path: our own slice, and the id as the cgroup's name.
+    /// No path, or the default path of a client: our own slice, and the id as the name of the cgroup.
     Ours,
-    /// A unit in that slice, with the container in a child of that name.
+    /// A unit in this slice, with the container in a child cgroup of this name.
     Slice {
-        /// The slice's name, `-.slice` for the root.
+        /// The name of the slice, `-.slice` for the root.
         slice: String,
-        /// The child's name.
+        /// The name of the child cgroup.
         child: String,
     },
-    /// Exactly that path, whatever it means for systemd.
+    /// Exactly this path, even if it is outside of systemd's tree.
     Literal(PathBuf),
 }
 
-/// A wish that can't be understood.
+/// `linux.cgroupsPath` is neither a path nor in the systemd form.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("linux.cgroupsPath {text:?} is not valid: {rule}")]
 pub struct Malformed {
@@ -41,14 +41,14 @@ pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Wish, Mal
         return Ok(Wish::Ours);
     }
     if text.contains('\0') || text.contains('\n') {
-        return Err(malformed("it contains a NUL or a newline"));
+        return Err(malformed("it must not contain a NUL or a newline"));
     }
     if text.contains(':') && !text.starts_with('/') {
         return systemd_form(text, malformed);
     }
     let path = Path::new(text.trim_start_matches('/'));
     if path.components().any(|part| !matches!(part, Component::Normal(_))) {
-        return Err(malformed("a path must not contain \"..\" or \".\""));
+        return Err(malformed("the path must not contain \"..\" or \".\""));
     }
     let path = Path::new("/").join(path);
     let defaults = [namespace.as_str(), "k8s.io", "docker"];
@@ -63,7 +63,7 @@ pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Wish, Mal
 fn systemd_form(text: &str, malformed: impl Fn(&'static str) -> Malformed) -> Result<Wish, Malformed> {
     let parts: Vec<&str> = text.split(':').collect();
     let [slice, prefix, name] = parts[..] else {
-        return Err(malformed("the systemd form has three parts, slice:prefix:name"));
+        return Err(malformed("the systemd form must have three parts, slice:prefix:name"));
     };
     if name.is_empty() || [prefix, name].iter().any(|part| part.contains('/')) {
         return Err(malformed("prefix and name must not contain \"/\", and the name must not be empty"));
@@ -72,19 +72,18 @@ fn systemd_form(text: &str, malformed: impl Fn(&'static str) -> Malformed) -> Re
         "" => "system.slice".to_owned(),
         "-" | "-.slice" => "-.slice".to_owned(),
         slice => {
-            let stem = slice
-                .strip_suffix(".slice")
-                .ok_or_else(|| malformed("its first part must end in \".slice\""))?;
+            let stem =
+                slice.strip_suffix(".slice").ok_or_else(|| malformed("the slice must end in \".slice\""))?;
             let sound = stem.split('-').all(|part| !part.is_empty()) && !stem.contains('/');
             if !sound {
                 return Err(malformed(
-                    "the slice's name must not contain \"/\", nor begin or end with or double a \"-\"",
+                    "the name of the slice must not contain \"/\" or \"--\", and must not begin or end with \"-\"",
                 ));
             }
             slice.to_owned()
         }
     };
-    // As runc names it; clients' agents find the container by this name.
+    // runc uses this name too: agents of clients find the container by it.
     let child = match (prefix, name) {
         (_, name) if name.ends_with(".slice") => name.to_owned(),
         ("", name) => format!("{name}.scope"),
@@ -93,8 +92,8 @@ fn systemd_form(text: &str, malformed: impl Fn(&'static str) -> Malformed) -> Re
     Ok(Wish::Slice { slice, child: escape(&child) })
 }
 
-/// A name that can stand as a directory in a cgroup: names of the kernel's own files get a leading
-/// underscore, as systemd does it.
+/// A name for a directory in a cgroup. A name that the kernel could use for a file of its own gets a leading
+/// underscore, as in systemd.
 pub fn escape(name: &str) -> String {
     const KERNELS: [&str; 10] =
         ["cgroup.", "cpu.", "cpuset.", "memory.", "io.", "pids.", "hugetlb.", "rdma.", "misc.", "irq."];
@@ -117,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_of_clients_are_no_wish() {
+    fn defaults_of_clients_request_nothing() {
         for text in ["", "/", "/default/web", "/k8s.io/web", "/docker/web"] {
             assert_eq!(read(text), Ok(Wish::Ours), "{text:?}");
         }

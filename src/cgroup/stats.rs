@@ -1,7 +1,7 @@
-//! What the kernel counts in a cgroup, and the limits it has there.
+//! Reads the statistics of a cgroup, and its limits as Stats reports them.
 //!
-//! A file that is not there (its controller is off, the kernel is older, the cgroup is gone) gives zeros
-//! or nothing, as does a key that is not in its file: that is what containerd's clients know.
+//! A missing file (its controller is off, the kernel is too old, the cgroup is gone) gives zeros or `None`, and so
+//! does a key that is missing in a file: runc.v2 reports the same.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -21,7 +21,7 @@ macro_rules! flat_keyed {
     ($(#[$doc:meta])* $name:ident: $($key:ident),+ $(,)?) => {
         $(#[$doc])*
         #[derive(Clone, Debug, Default, PartialEq)]
-        #[allow(missing_docs)] // the kernel's words
+        #[allow(clippy::missing_docs_in_private_items)] // the kernel's words
         pub struct $name { $(pub $key: u64),+ }
 
         impl $name {
@@ -40,13 +40,13 @@ macro_rules! flat_keyed {
 }
 
 flat_keyed! {
-    /// `cpu.stat`: times in microseconds, and how often.
+    /// `cpu.stat`: times in microseconds, and counters.
     CpuStat: usage_usec, user_usec, system_usec, nr_periods, nr_throttled, throttled_usec, nr_bursts,
     burst_usec
 }
 
 flat_keyed! {
-    /// `memory.stat`: amounts in bytes; faults, pages and events are counted.
+    /// `memory.stat`: amounts in bytes, and counters of faults, pages and events.
     MemoryStat: anon, file, kernel_stack, slab, sock, shmem, file_mapped, file_dirty, file_writeback,
     anon_thp, inactive_anon, active_anon, inactive_file, active_file, unevictable, slab_reclaimable,
     slab_unreclaimable, pgfault, pgmajfault, workingset_refault, workingset_activate,
@@ -55,35 +55,35 @@ flat_keyed! {
 }
 
 flat_keyed! {
-    /// `memory.events`: how often, in the cgroup and below it.
+    /// `memory.events`: counters of the cgroup and of all cgroups below it.
     MemoryEvents: low, high, max, oom, oom_kill, oom_group_kill
 }
 
-/// What the kernel tells of a cgroup. A limit that is not set is [`u64::MAX`].
+/// Statistics of a cgroup. A limit that is not set is [`u64::MAX`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stats {
-    /// How many processes and threads.
+    /// Number of processes and threads.
     pub pids: Pids,
     /// Processor time.
     pub cpu: Cpu,
     /// Memory and swap.
     pub memory: Memory,
-    /// Nothing if there is no such file, or it is empty.
+    /// `memory.events`; `None` if the file is missing or empty.
     pub memory_events: Option<MemoryEvents>,
     /// Block devices.
     pub io: Io,
     /// RDMA devices.
     pub rdma: Rdma,
-    /// For each size of huge pages that the kernel knows.
+    /// One entry for each size of huge pages that the kernel supports.
     pub hugetlb: Vec<HugeTlb>,
 }
 
 /// `pids.*`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pids {
-    /// There are.
+    /// `pids.current`.
     pub current: u64,
-    /// There may be.
+    /// `pids.max`.
     pub max: u64,
 }
 
@@ -105,13 +105,13 @@ pub struct Memory {
     pub current: u64,
     /// The limit.
     pub max: u64,
-    /// The most that was in use.
+    /// The highest use so far.
     pub peak: u64,
     /// Swap in use.
     pub swap_current: u64,
     /// The limit of swap.
     pub swap_max: u64,
-    /// The most swap that was in use.
+    /// The highest use of swap so far.
     pub swap_peak: u64,
     /// `memory.pressure`.
     pub pressure: Option<Pressure>,
@@ -129,17 +129,17 @@ pub struct Io {
 /// A block device in `io.stat`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BlockDevice {
-    /// The first half of its number.
+    /// The major number.
     pub major: u64,
-    /// The second half.
+    /// The minor number.
     pub minor: u64,
     /// Bytes read.
     pub rbytes: u64,
     /// Bytes written.
     pub wbytes: u64,
-    /// How many reads.
+    /// Number of reads.
     pub rios: u64,
-    /// How many writes.
+    /// Number of writes.
     pub wios: u64,
 }
 
@@ -166,22 +166,22 @@ pub struct RdmaDevice {
 /// `hugetlb.SIZE.*`, in bytes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct HugeTlb {
-    /// The size as in the names of the files, e.g. `2MB`.
+    /// The size, as the file names have it, e.g. `2MB`.
     pub page_size: String,
     /// In use.
     pub current: u64,
     /// The limit.
     pub max: u64,
-    /// How often an allocation failed at the limit.
+    /// Number of allocations that failed at the limit.
     pub failures: u64,
 }
 
-/// How much time is lost to waiting (pressure stall information, psi.rst).
+/// Time that processes lose by waiting (pressure stall information, psi.rst).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pressure {
-    /// By some process.
+    /// Time in which at least one process waited.
     pub some: Option<Stall>,
-    /// By all of them at once; kernels before 5.13 don't tell it of the processor.
+    /// Time in which all processes waited; kernels before 5.13 do not report it for the CPU.
     pub full: Option<Stall>,
 }
 
@@ -199,11 +199,11 @@ pub struct Stall {
 }
 
 impl Stats {
-    /// Reads those of a cgroup given by its path below [`super::ROOT`]. The kernel may have to sum up what
-    /// its processors have counted, which takes milliseconds where there are many cgroups.
+    /// Reads the statistics of a cgroup, given by its path below [`super::ROOT`]. The kernel may have to sum up
+    /// counters of all CPUs, which takes milliseconds on a machine with many cgroups.
     ///
     /// # Errors
-    /// A file is there and can't be read. A cgroup that is gone is none.
+    /// A file exists and can't be read. A cgroup that is gone is no error.
     pub fn read(cgroup: &Path) -> Result<Self, Error> {
         Self::of_dir(&super::dir(cgroup), &PAGE_SIZES)
     }
@@ -241,10 +241,10 @@ impl Stats {
 }
 
 impl MemoryEvents {
-    /// Reads those of a cgroup. Nothing if it is gone, or its memory is not accounted for.
+    /// Reads the memory events of a cgroup; `None` if the cgroup is gone, or if its memory is not accounted.
     ///
     /// # Errors
-    /// The file is there and can't be read.
+    /// The file exists and can't be read.
     pub fn read(cgroup: &Path) -> Result<Option<Self>, Error> {
         let dir = super::dir(cgroup);
         Ok(Files::open(&dir)?.read("memory.events", memory_events)?.flatten())
@@ -254,13 +254,13 @@ impl MemoryEvents {
 /// The files of one cgroup.
 struct Files<'p> {
     path: &'p Path,
-    /// Nothing if the cgroup is gone.
+    /// `None` if the cgroup is gone.
     dir: Option<OwnedFd>,
-    /// What was read last.
+    /// The text of the file that was read last.
     text: String,
 }
 
-/// Room for the largest file of a usual cgroup, `memory.stat`, with some to spare.
+/// Larger than the largest file of a usual cgroup, `memory.stat`.
 const TEXT_BYTES: usize = 8192;
 
 impl<'p> Files<'p> {
@@ -270,7 +270,7 @@ impl<'p> Files<'p> {
         Ok(Self { path, dir, text: String::with_capacity(TEXT_BYTES) })
     }
 
-    /// Parses a file, if it is there.
+    /// Parses a file, if it exists.
     fn read<T>(&mut self, name: &str, parse: impl FnOnce(&str) -> T) -> Result<Option<T>, Error> {
         let Some(dir) = &self.dir else { return Ok(None) };
         self.text.clear();
@@ -284,14 +284,14 @@ impl<'p> Files<'p> {
     }
 }
 
-/// Appends what is in a file of a directory.
+/// Appends the text of a file in a directory.
 fn append(dir: &OwnedFd, name: &str, text: &mut String) -> io::Result<()> {
     let file = File::from(fcntl::openat(dir, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?);
-    // No limit is meant: a `File` alone would first ask for a size that these have not.
+    // `take` is no limit here. Without it, std first asks for the size of the file, and these files have none.
     file.take(u64::MAX).read_to_string(text).map(drop)
 }
 
-/// Nothing where there is no such file, or the kernel was told not to count what it is about (`psi=0`).
+/// `None` if the file does not exist, or if the kernel does not count (boot option `psi=0`).
 fn present<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Err(e) if is_gone(&e) || e.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(None),
@@ -360,7 +360,7 @@ fn rdma_devices(text: &str) -> Vec<RdmaDevice> {
     nested(text).map(device).collect()
 }
 
-/// The sizes of huge pages of this machine, smallest first. They don't change while it runs.
+/// The sizes of huge pages of this machine, smallest first. They don't change while the machine runs.
 static PAGE_SIZES: LazyLock<Vec<PageSize>> =
     LazyLock::new(|| PageSize::all(Path::new("/sys/kernel/mm/hugepages")));
 
@@ -374,7 +374,7 @@ struct PageSize {
 }
 
 impl PageSize {
-    /// By the directory that has one for each size. None where there is no such directory.
+    /// All sizes, from the directory that has an entry for each. Empty without that directory.
     fn all(dir: &Path) -> Vec<Self> {
         let entries = fs::read_dir(dir).into_iter().flatten().flatten();
         let mut sizes: Vec<Self> =
@@ -383,7 +383,7 @@ impl PageSize {
         sizes
     }
 
-    /// From a name like `hugepages-2048kB`. In a cgroup's files the same is `2MB`.
+    /// From an entry like `hugepages-2048kB`. The files of a cgroup call this size `2MB`.
     fn of(entry: &str) -> Option<Self> {
         let kib = entry.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse::<u64>().ok()?;
         let name = match kib {

@@ -1,8 +1,8 @@
-//! Arguments in the style of Go's flag package: `-x v`, `-x=v`, `--x v` (pure).
+//! Parses arguments in the style of Go's flag package: `-x v`, `-x=v`, `--x v` (pure).
 
 use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
 
-/// What is to be done.
+/// The command that the arguments name.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
     /// Show the usage.
@@ -11,27 +11,27 @@ pub enum Command {
     Version,
     /// Show what the runtime can do.
     Info(Global),
-    /// Answer containerd where the shim of a task is.
+    /// Tell containerd the address of the shim of a task.
     Start(Global),
-    /// Take away what a task left.
+    /// Remove what is left of a task.
     Delete(Global),
-    /// Be the daemon.
+    /// Run the daemon.
     Serve,
     /// Wait for a call while the daemon is stopped.
     Wake,
-    /// Name the points at which a test build can be told to end.
+    /// Print the names of all fault points (test builds only).
     #[cfg(feature = "faults")]
     Faults,
-    /// Be what runs inside of a unit.
+    /// Start a process inside of its unit.
     Launch {
-        /// What it is.
+        /// The kind of process.
         what: Launch,
-        /// For which process.
+        /// The process.
         key: ProcessKey,
     },
 }
 
-/// What runs inside of a unit.
+/// The kind of process that `launch` starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launch {
     /// A container, up to its waiting init.
@@ -53,36 +53,36 @@ pub struct Global {
     pub address: String,
     /// The bundle, for `delete`.
     pub bundle: String,
-    /// The program for publishing events: not used, events go over ttrpc.
+    /// The program for publishing events; not used, because events go over ttrpc.
     pub publish_binary: String,
-    /// containerd's socket: not used.
+    /// containerd's socket; not used.
     pub socket: String,
 }
 
-/// Arguments that can't be understood.
+/// Why the arguments can't be parsed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Nothing to do.
+    /// There is no command.
     #[error("no command given")]
     NoCommand,
     /// A flag that does not exist.
-    #[error("there is no flag {0}")]
+    #[error("unknown flag {0}")]
     Flag(String),
     /// A flag without its value.
-    #[error("the flag {0} needs a value")]
+    #[error("flag {0} needs a value")]
     Value(String),
     /// A command that does not exist.
-    #[error("there is no command {0:?}")]
+    #[error("unknown command {0:?}")]
     Command(String),
-    /// The words after `launch` are wrong.
-    #[error("launch is for systemd: launch container|exec|logger NAMESPACE ID [EXEC]")]
+    /// The arguments of `launch` are wrong.
+    #[error("only systemd calls launch, as: launch container|exec|logger NAMESPACE ID [EXEC]")]
     Launch,
 }
 
-/// Reads the arguments, the program's name left out.
+/// Parses the arguments, without the name of the program.
 ///
 /// # Errors
-/// What can't be understood.
+/// The argument that can't be parsed.
 pub fn parse(words: &[String]) -> Result<Command, Error> {
     let mut global = Global::default();
     let mut words = words.iter().map(String::as_str).peekable();

@@ -1,4 +1,4 @@
-//! `-info`: what the runtime can do, for containerd.
+//! `-info`: prints the version and the features of the runtime, for containerd.
 
 use std::process::{Command, Stdio};
 
@@ -17,7 +17,7 @@ const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/featur
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let input = read_stdin()?;
     let options = Any::parse_from_bytes(&input)
-        .map_err(|error| Failure(format!("the options on standard input: {error}")))?;
+        .map_err(|error| Failure(format!("can't decode the options on standard input: {error}")))?;
     let source = convert::options(Some(&options)).map_err(Failure::new)?;
     let given = MessageField::from_option((!options.type_url.is_empty()).then_some(options));
     let features =
@@ -35,7 +35,7 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     print(&info.write_to_bytes().map_err(Failure::new)?)
 }
 
-/// What the OCI runtime prints for `features`. An old one can't: then containerd knows of none.
+/// The output of the OCI runtime for `features`; `None` if the OCI runtime is too old for this command.
 fn features(source: crate::oci::options::Source, global: &Global) -> Option<Vec<u8>> {
     let namespace = Namespace::new(&global.namespace).or_else(|_| Namespace::new("default")).ok()?;
     let path = std::env::var("PATH").unwrap_or_default();

@@ -1,6 +1,6 @@
-//! The bundle's `config.json`: a few fields are read, one is rewritten, nothing is lost.
+//! The bundle's `config.json`: reads a few fields, edits others, and loses nothing.
 //!
-//! Rewriting works on untyped JSON, so that fields and values that no library knows yet survive.
+//! Edits work on untyped JSON, so that fields and values that no library knows yet survive.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -16,20 +16,20 @@ use crate::task::request::Containerd;
 
 use super::resources::{self, Resources};
 
-/// A spec larger than this is refused: arguments and environment of a process end at 2 MiB.
+/// A larger spec is refused. For comparison, the kernel limits arguments and environment of a process to 2 MiB.
 pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 const CONFIG: &str = "config.json";
 
-/// What is wrong with a bundle.
+/// Why a bundle can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The directory or the file can't be read or written.
     #[error("bundle: {action} {path}: {source}")]
     Io {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
-        /// On what.
+        /// The file or directory.
         path: PathBuf,
         /// Why it failed.
         #[source]
@@ -46,13 +46,13 @@ pub enum Error {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Why it can't be parsed.
         #[source]
         source: serde_json::Error,
     },
 }
 
-/// The fields of the spec that matter to us. Everything else is the OCI runtime's business.
+/// The fields of the spec that the shim reads. All other fields are for the OCI runtime.
 #[derive(Debug, Default, Deserialize)]
 pub struct Spec {
     #[serde(default)]
@@ -104,26 +104,25 @@ struct IdMapping {
 }
 
 impl Spec {
-    /// Reads a bundle's spec.
+    /// Reads the spec of a bundle.
     ///
     /// # Errors
-    /// It is missing, too large, or no spec.
+    /// The file is missing, too large, or not a spec.
     pub fn read(bundle: &Path) -> Result<Self, Error> {
         let path = bundle.join(CONFIG);
         let text = read_config(&path)?;
-        // A spec that can be read must be one that can be rewritten.
+        // Refuse a spec here that `edit` could not edit later.
         edited(&text, &Edits::default())
             .and_then(|_| serde_json::from_slice(&text))
             .map_err(|source| Error::Malformed { path, source })
     }
 
-    /// An annotation's value, unless it is empty.
+    /// The value of an annotation; `None` if it is absent or empty.
     pub fn annotation(&self, name: &str) -> Option<&str> {
         self.annotations.as_ref()?.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
-    /// The annotations whose names begin with `prefix`, in the order of their names: the rest of the name,
-    /// and the value.
+    /// The annotations whose names begin with `prefix`, sorted by name: the rest of each name, and its value.
     pub fn annotations(&self, prefix: &str) -> Vec<(&str, &str)> {
         let all = self.annotations.iter().flatten();
         let mut found: Vec<_> =
@@ -132,7 +131,7 @@ impl Spec {
         found
     }
 
-    /// Programs of the client's run before the container does, or as it starts.
+    /// Whether the client's hooks run before the container does, or when it starts.
     pub fn has_hooks(&self) -> bool {
         self.hooks.as_ref().is_some_and(|hooks| {
             // Deprecated, and still in use.
@@ -176,8 +175,8 @@ impl Spec {
         }
     }
 
-    /// Mounts made in the container have to reach the host: its rootfs, or a mount of it, is shared
-    /// with the host. In a mount namespace of the unit's own they would get lost in silence.
+    /// Whether mounts that are made in the container have to reach the host, because its rootfs or one of its
+    /// mounts is shared with the host. In a mount namespace of the unit they would not get there.
     pub fn shares_mounts_with_host(&self) -> bool {
         let shared = |word: &str| matches!(word, "shared" | "rshared");
         let rootfs =
@@ -187,21 +186,21 @@ impl Spec {
     }
 }
 
-/// What of a spec is ours to say.
+/// The changes of the shim to a spec.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Edits {
     /// `linux.cgroupsPath`
     pub cgroups_path: Option<PathBuf>,
-    /// `process.env`: variables that are added.
+    /// `process.env`: variables to add.
     pub env: Vec<String>,
-    /// `mounts`: files of the host, each to be seen at the same place in the container.
+    /// `mounts`: files of the host to mount at the same path in the container.
     pub binds: Vec<String>,
 }
 
 /// Edits a bundle's spec, replacing the file in one step.
 ///
 /// # Errors
-/// As [`Spec::read`], and when it can't be written; then the old file stands.
+/// Those of [`Spec::read`], or the file can't be written; the old file stays then.
 pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
     if *edits == Edits::default() {
         return Ok(());
@@ -210,7 +209,7 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
     let text = edited(&read_config(&path)?, edits)
         .map_err(|source| Error::Malformed { path: path.clone(), source })?;
     let new = bundle.join(".config.json.new");
-    let mode = fs::metadata(&path).map_err(io_error("look at", &path))?.permissions();
+    let mode = fs::metadata(&path).map_err(io_error("read the mode of", &path))?.permissions();
     fs::write(&new, text).map_err(io_error("write", &new))?;
     fs::set_permissions(&new, mode).map_err(io_error("set the mode of", &new))?;
     fs::rename(&new, &path).map_err(io_error("replace", &path))
@@ -229,7 +228,7 @@ pub fn owner(bundle: &Path, namespace: &Namespace, id: &TaskId) -> Owner {
 /// Written by `start` for the daemon, which reads it at Create. containerd removes it with the bundle.
 const START: &str = "containerd-shim-systemd.json";
 
-/// Leaves word of the calling containerd in the bundle.
+/// Notes in the bundle which containerd has called.
 ///
 /// # Errors
 /// [`Error::Io`]
@@ -240,11 +239,11 @@ pub fn write_containerd(bundle: &Path, containerd: &Containerd) -> Result<(), Er
     fs::write(&path, text).map_err(io_error("write", &path))
 }
 
-/// What `start` left in the bundle. Nothing for the later containers of a pod, for which containerd
-/// does not call `start`.
+/// The note of `start` in the bundle. `None` for a container of a pod that is not its first: containerd does not call
+/// `start` for it.
 ///
 /// # Errors
-/// It can't be read.
+/// The file can't be read.
 pub fn read_containerd(bundle: &Path) -> Result<Option<Containerd>, Error> {
     let path = bundle.join(START);
     match fs::read(&path) {
@@ -256,7 +255,7 @@ pub fn read_containerd(bundle: &Path) -> Result<Option<Containerd>, Error> {
     }
 }
 
-/// The fields of a JSON object, each as the text that it was.
+/// The fields of a JSON object, each as its original text.
 type Fields = BTreeMap<String, Box<RawValue>>;
 
 fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
@@ -287,7 +286,7 @@ fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
     serde_json::to_vec(&spec)
 }
 
-/// A member of an object; empty if it is absent or null.
+/// A member of an object; the default if the member is absent or null.
 fn member<T: Default + for<'d> Deserialize<'d>>(object: &Fields, name: &str) -> Result<T, serde_json::Error> {
     match object.get(name) {
         Some(value) if value.get() != "null" => serde_json::from_str(value.get()),
@@ -336,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_and_mounts_come_behind_those_of_the_client() {
+    fn variables_and_mounts_are_added_after_those_of_the_client() {
         let edits =
             Edits { env: vec!["B=2".to_owned()], binds: vec!["/run/x".to_owned()], ..Edits::default() };
         let text = r#"{"mounts":[{"destination":"/a"}],"process":{"args":["x"],"env":["A=1"]}}"#;
@@ -379,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn annotations_are_found_by_the_begin_of_their_names() {
+    fn annotations_are_found_by_prefix() {
         let spec = spec(r#"{"annotations":{"p.b":"2","p.a":"","q.a":"3","p":"4"}}"#);
         assert_eq!(spec.annotations("p."), [("a", ""), ("b", "2")]);
     }
@@ -405,7 +404,7 @@ mod tests {
         let resources = spec(r#"{"linux":{"resources":{"pids":{"limit":7}}}}"#).resources().unwrap();
         assert_eq!(resources.pids_limit, Some(7));
         let error = spec(r#"{"linux":{"resources":{"pids":{"limit":"x"}}}}"#).resources().unwrap_err();
-        assert!(error.to_string().starts_with("linux.resources.pids.limit: "), "{error}");
+        assert!(error.to_string().starts_with("linux.resources.pids.limit "), "{error}");
         assert_eq!(spec(r#"{"linux":{"resources":null}}"#).resources().unwrap(), Resources::default());
     }
 }

@@ -1,8 +1,8 @@
-//! Which devices a container may use, as systemd can say it (pure).
+//! Translates the device rules of a spec into `DeviceAllow=` of the unit (pure).
 //!
-//! runc filters devices in the container's cgroup, systemd in the unit's, and both count. So the unit's filter
-//! says the same as runc's, for `systemctl show` to tell it and for a `daemon-reload` to keep it, or nothing:
-//! it must never be the stricter one.
+//! runc filters devices in the container's cgroup, systemd in the unit's, and a device must pass both filters. The
+//! unit's filter therefore either equals runc's, so that `systemctl show` shows it, or is left open: it must never
+//! be the stricter one.
 
 use std::collections::BTreeMap;
 
@@ -10,9 +10,9 @@ use crate::task::request::DeviceAllow;
 
 use super::resources::DeviceRule;
 
-/// What runc (1.1 to 1.3) and crun allow every container, whatever its spec says: to make any node, and to
-/// use `null`, `zero`, `full`, `random`, `urandom`, `tty`, `console`, `ptmx`, pseudo terminals and `tun`
-/// (which runc has given up in 1.2).
+/// The devices that runc (1.1 to 1.3) and crun allow to every container, whatever its spec says: every container
+/// may create any node, and use `null`, `zero`, `full`, `random`, `urandom`, `tty`, `console`, `ptmx`, pseudo
+/// terminals and `tun` (the last only up to runc 1.1).
 const ALWAYS: [(&str, &str); 12] = [
     ("char-*", "m"),
     ("block-*", "m"),
@@ -28,10 +28,10 @@ const ALWAYS: [(&str, &str); 12] = [
     ("/dev/char/10:200", "rwm"),
 ];
 
-/// What the rules allow beside [`ALWAYS`]. Nothing if systemd can't say exactly what they do: unless they
-/// deny everything first and then only allow.
+/// The devices that the rules allow beside [`ALWAYS`]. `None` if `DeviceAllow=` can't express the rules: it can only
+/// if they deny everything first, and allow some devices after that.
 pub fn allowed(rules: &[DeviceRule]) -> Option<Vec<DeviceAllow>> {
-    // A rule for all devices undoes what stands before it; at first everything is denied.
+    // A rule for all devices overrides the rules before it. Without such a rule, everything is denied at first.
     let rules = match rules.iter().rposition(|rule| matches!(rule.kind.as_str(), "" | "a")) {
         Some(at) if rules.get(at)?.allow => return None,
         Some(at) => rules.get(at + 1..)?,
@@ -52,7 +52,7 @@ pub fn allowed(rules: &[DeviceRule]) -> Option<Vec<DeviceAllow>> {
     Some(more.map(|(device, access)| DeviceAllow { device, access }).collect())
 }
 
-/// The whole list, as systemd gets it: each device once, as a second entry would replace the first.
+/// The whole list for systemd. Each device is in it once, because a second entry would replace the first.
 pub fn with_defaults(own: &[DeviceAllow]) -> Vec<DeviceAllow> {
     let mut devices = BTreeMap::new();
     for (device, access) in ALWAYS {
@@ -64,7 +64,8 @@ pub fn with_defaults(own: &[DeviceAllow]) -> Vec<DeviceAllow> {
     devices.into_iter().map(|(device, access)| DeviceAllow { device, access }).collect()
 }
 
-/// systemd.resource-control(5), DeviceAllow=. A minor number of all majors can't be said.
+/// A device in the syntax of `DeviceAllow=` (systemd.resource-control(5)). `None` for one minor number of all
+/// major numbers, for which there is no syntax.
 fn device(rule: &DeviceRule) -> Option<String> {
     let kind = if rule.kind == "b" { "block" } else { "char" };
     let number = |number: Option<i64>| number.filter(|number| *number >= 0);
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_everybody_has_is_not_noted() {
+    fn what_every_container_may_use_is_not_listed() {
         let rules =
             ["deny a *:* rwm", "allow c *:* m", "allow c 1:3 rwm", "allow c 5:2 rw", "allow c 136:* rwm"];
         assert_eq!(allows(&rules), Some(vec![]));
@@ -133,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_stands_in_the_list_once() {
+    fn each_device_is_listed_once() {
         let rules = [rule("allow c *:* rw"), rule("allow b 8:0 w"), rule("allow b 8:0 r")];
         let all = with_defaults(&allowed(&rules).unwrap());
         let access = |device: &str| -> Vec<&str> {
@@ -143,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_said_of_what_systemd_cant_say() {
+    fn rules_that_systemd_cant_express_give_no_list() {
         for rules in [
             &["allow a *:* rwm"][..],
             &["deny a *:* rwm", "allow a *:* rwm"],
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_for_all_undoes_what_stands_before_it() {
+    fn a_rule_for_all_devices_overrides_the_rules_before_it() {
         assert_eq!(
             allows(&["allow a *:* rwm", "deny a *:* rwm", "allow b 8:0 r"]).unwrap(),
             ["/dev/block/8:0 r"]

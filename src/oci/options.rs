@@ -1,5 +1,5 @@
-//! Options of the OCI runtime: the names of runc's, as people write them in containerd's
-//! configuration (pure, but for reading a file that the configuration names).
+//! Options of the runtime, with the names that runc's options have in containerd's configuration (pure, except for
+//! reading a file that the configuration names).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -70,8 +70,8 @@ pub enum Error {
     },
 }
 
-/// Options by their names in containerd's configuration. What has no meaning here, but is a valid
-/// option of runc's, is accepted, so that a block copied from runc works.
+/// Options by their names in containerd's configuration. Every valid option of runc is accepted, even if it has no
+/// effect here, so that a block copied from runc works.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "PascalCase", deny_unknown_fields, default)]
 pub struct Options {
@@ -87,20 +87,20 @@ pub struct Options {
     pub io_uid: u32,
     /// Group of the container's pipe ends.
     pub io_gid: u32,
-    /// What becomes of output: `auto`, `journal`, `tee` or `none`; empty means `auto`.
+    /// Where output goes: `auto`, `journal`, `tee` or `none`; empty means `auto`.
     pub log: String,
     /// Properties of the units of containers: name and GVariant text.
     pub properties: BTreeMap<String, String>,
-    /// Containers may tell systemd of themselves (sd_notify(3)).
+    /// Containers may notify systemd (sd_notify(3)).
     pub notify: bool,
-    /// Says how to read cgroupsPath; here its form decides.
+    /// Without effect: the form of `linux.cgroupsPath` decides how it is read.
     pub systemd_cgroup: bool,
     /// The cgroup in which the OCI runtime creates the container and its execs, instead of one of the
     /// daemon's. (Under containerd-shim-runc-v2 the shim's own process lives there.)
     pub shim_cgroup: String,
     /// Without effect: gone since containerd 2.0.
     pub criu_path: String,
-    /// Without effect here: containerd makes a checkpoint of it.
+    /// Without effect: containerd translates it into a checkpoint.
     pub criu_image_path: String,
     /// Without effect until there are checkpoints.
     pub criu_work_path: String,
@@ -112,14 +112,14 @@ pub struct Options {
     pub type_url: String,
 }
 
-/// Options in the form in which they arrived.
+/// Options in the form in which the client sent them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// As a message, or none at all.
+    /// A message, or no options.
     Given(Box<Options>),
-    /// As TOML (`ConfigBody`).
+    /// TOML text (`ConfigBody`).
     Toml(String),
-    /// As the name of a TOML file (`ConfigPath`).
+    /// The path of a TOML file (`ConfigPath`).
     File(PathBuf),
 }
 
@@ -133,7 +133,7 @@ impl Source {
     /// The options.
     ///
     /// # Errors
-    /// The file can't be read, or the TOML is not ours.
+    /// The file can't be read, or the TOML has other keys or types.
     pub fn read(self) -> Result<Options, Error> {
         match self {
             Self::Given(options) => Ok(*options),
@@ -144,7 +144,7 @@ impl Source {
 }
 
 impl Options {
-    /// From TOML, as containerd passes on the options of a runtime that it does not know.
+    /// From TOML, in which containerd passes on the options of a runtime whose options it does not know.
     ///
     /// # Errors
     /// [`Error::Malformed`], which names the key.
@@ -165,10 +165,10 @@ impl Options {
         Self::from_toml(&text, &path.to_string_lossy())
     }
 
-    /// The runtime that these options name, its binary found in `path` (containerd's `PATH`).
+    /// The OCI runtime that the options name. Its binary is searched in `path`, containerd's `PATH`.
     ///
     /// # Errors
-    /// No such binary, a relative `Root`, or an unknown `Log`.
+    /// The binary does not exist, `Root` is relative, or `Log` is unknown.
     pub fn resolve(&self, namespace: &Namespace, path: &str) -> Result<Runtime, Error> {
         let path = if path.is_empty() { DEFAULT_PATH } else { path };
         let name = if self.binary_name.is_empty() { DEFAULT_BINARY } else { &self.binary_name };

@@ -1,4 +1,4 @@
-//! The process spec of an exec: checked, one field set, nothing else touched.
+//! The process spec of an exec. It is checked, its `terminal` is set, and all other fields are passed on unchanged.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -9,16 +9,16 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-/// What is wrong with a process spec.
+/// Why a process spec is refused, or can't be written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It is not an OCI process.
+    /// The spec is not an OCI process.
     #[error("the spec of the exec is not a valid OCI process: {0}")]
     Malformed(#[from] serde_json::Error),
-    /// It has nothing to run.
+    /// The spec has no command.
     #[error("the spec of the exec has no args")]
     NoArgs,
-    /// It can't be written.
+    /// The file can't be written.
     #[error("write {path}: {source}")]
     Io {
         /// The file.
@@ -38,11 +38,11 @@ pub struct Process {
 }
 
 impl Process {
-    /// Reads a process spec; `terminal` takes the place of its own field, as in
+    /// Reads a process spec. `terminal` of the request replaces the field of the spec, as in
     /// containerd-shim-runc-v2.
     ///
     /// # Errors
-    /// It is no process, or has nothing to run.
+    /// The spec is not an OCI process, or has no command.
     pub fn read(spec: &[u8], terminal: bool) -> Result<Self, Error> {
         #[derive(Deserialize)]
         struct Args {
@@ -56,7 +56,7 @@ impl Process {
         Ok(Self { text: serde_json::to_vec(&fields)?, args })
     }
 
-    /// Writes it for the OCI runtime, 0600: its environment may hold secrets.
+    /// Writes the spec for the OCI runtime with mode 0600, because its environment may hold secrets.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_clients_terminal_counts_and_all_else_stays() {
+    fn the_requests_terminal_counts_and_all_else_stays() {
         let spec = br#"{"args":["sh"],"terminal":false,"future":{"n":18446744073709551615}}"#;
         let process = Process::read(spec, true).unwrap();
         let text = String::from_utf8(process.text).unwrap();

@@ -27,7 +27,7 @@ fn assert_refused(code: Code, cases: &[(Value, &str)]) {
     for (resources, field) in cases {
         let (got, text) = refusal(&shim, &Spec::sleeping().resources(resources.clone()));
         assert_eq!(got, code, "{resources}: {text}");
-        assert!(text.starts_with(&format!("linux.resources.{field}: ")), "{resources}: {text}");
+        assert!(text.starts_with(&format!("linux.resources.{field} ")), "{resources}: {text}");
     }
     leaks::assert_none("limits that can't be had", &before);
 }

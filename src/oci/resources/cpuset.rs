@@ -1,15 +1,15 @@
-//! Lists of processors and of memory nodes, as the kernel reads them (lib/bitmap.c, `bitmap_parselist`).
+//! Lists of CPUs and of memory nodes, in the kernel's syntax (lib/bitmap.c, `bitmap_parselist`).
 
-/// What is wrong with a list; nothing if the kernel can read it.
+/// Why the kernel can't parse a list; `None` if it can.
 ///
-/// Whether the processors exist is for the kernel to say.
+/// The kernel checks whether the CPUs exist.
 pub(super) fn wrong(list: &str) -> Option<&'static str> {
     list.split(|c: char| c == ',' || c.is_ascii_whitespace())
         .filter(|region| !region.is_empty())
         .find_map(wrong_region)
 }
 
-/// `3`, `0-7`, `0-7:1/4`, `all`, `all:1/4`; `N` is the last number.
+/// Checks one region: `3`, `0-7`, `0-7:1/4`, `all`, `all:1/4`; `N` is the last number.
 fn wrong_region(region: &str) -> Option<&'static str> {
     const SYNTAX: Option<&str> =
         Some("must be a list of numbers and ranges like \"0-3,7\", each range with the smaller number first");

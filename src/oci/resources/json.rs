@@ -1,7 +1,7 @@
-//! A JSON value together with its place in the document, so that every error can name the field.
+//! A JSON value together with its path in the document, so that every error can name the field.
 //!
-//! As lenient as Go's decoder, which reads the same text for runc: unknown fields are skipped, `null` is
-//! an absent value, and of fields given twice the last counts.
+//! This is as lenient as Go's decoder, which reads the same text for runc: unknown fields are skipped, `null` is an
+//! absent value, and the last of two equal fields counts.
 
 use serde_json::Value;
 
@@ -14,7 +14,7 @@ pub(super) struct Field<'v> {
 }
 
 impl<'v> Field<'v> {
-    /// The outermost value, and what it is called.
+    /// The outermost value, and its name.
     pub(super) fn new(path: &str, value: &'v Value) -> Self {
         Self { path: path.to_owned(), value: Some(value).filter(|value| !value.is_null()) }
     }
@@ -48,16 +48,16 @@ impl<'v> Field<'v> {
     }
 
     pub(super) fn signed(&self) -> Result<Option<i64>, Error> {
-        self.typed("a whole number of 64 bits", Value::as_i64)
+        self.typed("a 64-bit integer", Value::as_i64)
     }
 
     pub(super) fn unsigned(&self) -> Result<Option<u64>, Error> {
-        self.typed("a whole number of 64 bits, not negative", Value::as_u64)
+        self.typed("a 64-bit integer that is not negative", Value::as_u64)
     }
 
     pub(super) fn unsigned_16(&self) -> Result<Option<u16>, Error> {
         let read = |value: &Value| value.as_u64().and_then(|number| u16::try_from(number).ok());
-        self.typed("a whole number from 0 to 65535", read)
+        self.typed("an integer from 0 to 65535", read)
     }
 
     pub(super) fn flag(&self) -> Result<bool, Error> {

@@ -1,8 +1,7 @@
 //! `linux.resources`: the limits that a client asks for, checked before anything has an effect (pure).
 //!
-//! Refused is what no kernel would take and no version of runc would do without, with an error that names
-//! the field. All else is runc's and the kernel's to judge: what works under containerd-shim-runc-v2 works
-//! here. Facts: runc 1.1 to 1.3 (`libcontainer/specconv`, `libcontainer/cgroups/fs2`) and the kernel's
+//! A value is refused, with an error that names the field, if no kernel accepts it and every version of runc passes
+//! it on. runc and the kernel judge everything else: what works under containerd-shim-runc-v2 works here. Facts: runc 1.1 to 1.3 (`libcontainer/specconv`, `libcontainer/cgroups/fs2`) and the kernel's
 //! cgroup-v2.rst.
 
 mod cpuset;
@@ -21,7 +20,7 @@ pub enum Error {
     #[error("linux.resources is not valid JSON: {0}")]
     Malformed(#[from] serde_json::Error),
     /// A value has another type, is out of range, or contradicts another one.
-    #[error("{field}: {rule}, but it is {value}")]
+    #[error("{field} {rule}, but is {value}")]
     Invalid {
         /// The field, in the spec's notation.
         field: String,
@@ -30,8 +29,8 @@ pub enum Error {
         /// The value.
         value: String,
     },
-    /// A limit needs a cgroup controller that the kernel does not have, or not for us.
-    #[error("{field}: needs the cgroup controller {controller:?}, which is not in cgroup.controllers here")]
+    /// A limit needs a cgroup controller that the kernel does not have, or does not offer in this cgroup.
+    #[error("{field} needs the cgroup controller {controller:?}, which is missing in cgroup.controllers")]
     NoController {
         /// The field, in the spec's notation.
         field: String,
@@ -40,28 +39,28 @@ pub enum Error {
     },
 }
 
-/// The fields of `linux.resources` that mean something on cgroup v2, as given.
+/// The fields of `linux.resources` that have an effect on cgroup v2, as the client gave them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resources {
     /// `memory`
     pub memory: Memory,
     /// `cpu`
     pub cpu: Cpu,
-    /// `pids.limit`: below 0 is no limit; 0 and nothing leave it alone.
+    /// `pids.limit`: below 0 means no limit; 0 and absent leave the limit unchanged.
     pub pids_limit: Option<i64>,
     /// `blockIO`
     pub block_io: BlockIo,
     /// `hugepageLimits`: page size and bytes.
     pub hugepage_limits: Vec<(String, u64)>,
-    /// `rdma` limits some device.
+    /// Whether `rdma` limits a device.
     pub rdma: bool,
-    /// `unified`: files of the cgroup, and what is written to them.
+    /// `unified`: names of files in the cgroup, and the text to write to each.
     pub unified: BTreeMap<String, String>,
     /// `devices`, in their order.
     pub devices: Vec<DeviceRule>,
 }
 
-/// `memory`, in bytes. -1 is no limit; 0 and nothing leave a limit alone.
+/// `memory`, in bytes. -1 means no limit; 0 and absent leave a limit unchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
     /// `limit`
@@ -77,7 +76,7 @@ pub struct Memory {
 pub struct Cpu {
     /// `shares`
     pub shares: Option<u64>,
-    /// `quota`: below 0 is no limit.
+    /// `quota`: below 0 means no limit.
     pub quota: Option<i64>,
     /// `period`; 0 is the kernel's default of 100000.
     pub period: Option<u64>,
@@ -85,16 +84,16 @@ pub struct Cpu {
     pub burst: Option<u64>,
     /// `idle`
     pub idle: Option<i64>,
-    /// `cpus`; empty leaves them alone.
+    /// `cpus`; empty leaves them unchanged.
     pub cpus: String,
-    /// `mems`; empty leaves them alone.
+    /// `mems`; empty leaves them unchanged.
     pub mems: String,
 }
 
 /// `blockIO`
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlockIo {
-    /// `weight`; 0 leaves it alone.
+    /// `weight`; 0 leaves it unchanged.
     pub weight: Option<u16>,
     /// `throttle…Device`, all four lists.
     pub throttles: Vec<Throttle>,
@@ -103,7 +102,7 @@ pub struct BlockIo {
 /// A limit of a block device's rate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Throttle {
-    /// Where it stands in the spec: `blockIO.throttleReadBpsDevice[0]`.
+    /// The path of the limit in the spec: `blockIO.throttleReadBpsDevice[0]`.
     pub field: String,
     /// The device's major number.
     pub major: i64,
@@ -116,31 +115,31 @@ pub struct Throttle {
 /// A rule of `devices`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceRule {
-    /// Allows, or else denies.
+    /// Whether the rule allows or denies.
     pub allow: bool,
     /// `a`, `b` or `c`; empty is `a`.
     pub kind: String,
-    /// The major number; nothing and below 0 are all.
+    /// The major number; absent or below 0 means all.
     pub major: Option<i64>,
-    /// The minor number; nothing and below 0 are all.
+    /// The minor number; absent or below 0 means all.
     pub minor: Option<i64>,
-    /// Letters of `rwm`. runc skips others.
+    /// Letters of `rwm`; runc skips other letters.
     pub access: String,
 }
 
 const THROTTLES: [&str; 4] =
     ["throttleReadBpsDevice", "throttleWriteBpsDevice", "throttleReadIOPSDevice", "throttleWriteIOPSDevice"];
 
-/// The kernel's limits of a CPU period (kernel/sched/core.c, `tg_set_cfs_bandwidth`); the smallest one is
-/// that of a quota, too.
+/// The shortest and the longest CPU period that the kernel accepts (kernel/sched/core.c, `tg_set_cfs_bandwidth`).
+/// The shortest period is the smallest quota, too.
 const SHORTEST_PERIOD_USEC: u64 = 1_000;
 const LONGEST_PERIOD_USEC: u64 = 1_000_000;
 
 impl Resources {
-    /// Reads them from JSON.
+    /// Reads resources from JSON.
     ///
     /// # Errors
-    /// It is no JSON, or a value has the wrong type; the error names the field.
+    /// The text is not JSON, or a value has the wrong type; the error names the field.
     pub fn parse(text: &[u8]) -> Result<Self, Error> {
         let value: Value = serde_json::from_slice(text)?;
         let all = Field::new("linux.resources", &value);
@@ -185,10 +184,10 @@ impl Resources {
         })
     }
 
-    /// Checks that they can be applied.
+    /// Checks that the values can be applied.
     ///
     /// # Errors
-    /// [`Error::Invalid`]: a value is out of range, or contradicts another.
+    /// [`Error::Invalid`]: a value is out of range, or contradicts another value.
     pub fn check(&self) -> Result<(), Error> {
         self.memory.check()?;
         self.cpu.check()?;
@@ -203,7 +202,7 @@ impl Resources {
             if key.contains(['/', '\0']) || key.split('.').any(str::is_empty) || !key.contains('.') {
                 return Err(invalid(
                     "unified",
-                    "each key must be the name of a cgroup's file, like \"memory.high\"",
+                    "must have names of cgroup files as keys, like \"memory.high\"",
                     &quoted(key),
                 ));
             }
@@ -213,7 +212,7 @@ impl Resources {
 
     /// The cgroup controllers without which the OCI runtime fails, each with the field that needs it.
     ///
-    /// Not those of values that some version of runc takes without the controller's file.
+    /// A controller is left out if some version of runc accepts the value without the controller's file.
     pub fn needs(&self) -> impl Iterator<Item = (String, &str)> {
         let set = |value: Option<i64>| value.is_some_and(|value| value != 0);
         let cpu = &self.cpu;
@@ -237,15 +236,14 @@ impl Resources {
         let fields = fields.map(|(field, controller, _)| (in_spec(field), controller));
         let unified = self.unified.keys().filter_map(|key| {
             let (controller, file) = key.split_once('.')?;
-            // These are there in any cgroup.
+            // These files exist in every cgroup.
             let always = controller == "cgroup" || file == "pressure";
             (!always).then(|| (in_spec(&format!("unified[{}]", quoted(key))), controller))
         });
         fields.chain(unified)
     }
 
-    /// Checks that the controllers which they need are among the `available` ones: the text of
-    /// `cgroup.controllers`.
+    /// Checks that `available`, the text of `cgroup.controllers`, has all controllers that the limits need.
     ///
     /// # Errors
     /// [`Error::NoController`]

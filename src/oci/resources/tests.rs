@@ -20,8 +20,8 @@ fn assert_accepted(values: &[Value]) {
 fn assert_refused(cases: &[(Value, &str, &str)]) {
     for (value, field, shown) in cases {
         let text = check(value).expect_err(&value.to_string()).to_string();
-        let named = text.starts_with(&format!("linux.resources.{field}: "));
-        assert!(named && text.ends_with(&format!("but it is {shown}")), "{value}: {text}");
+        let named = text.starts_with(&format!("linux.resources.{field} "));
+        assert!(named && text.ends_with(&format!("but is {shown}")), "{value}: {text}");
     }
 }
 
