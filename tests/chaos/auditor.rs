@@ -1,4 +1,4 @@
-//! Hears all events from the first to the last, and compares them with what was done.
+//! Receives all events from the first to the last, and compares them with what the clients did.
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
@@ -12,7 +12,7 @@ use super::common::wait;
 use super::tally::{Count, Fault};
 use super::{Shared, pause, thread};
 
-/// How long it listens before it looks around.
+/// How long the auditor waits for an event before it checks whether to end.
 const PERIOD: Duration = Duration::from_millis(200);
 
 pub struct Auditor {
@@ -21,7 +21,7 @@ pub struct Auditor {
     thread: JoinHandle<()>,
 }
 
-/// Begins to listen; returns when it does.
+/// Starts to receive events; returns when the subscription exists.
 pub fn start(shared: &Arc<Shared>) -> Auditor {
     let (end, ended) = mpsc::channel();
     let (ready, is_ready) = mpsc::channel();
@@ -32,7 +32,7 @@ pub fn start(shared: &Arc<Shared>) -> Auditor {
 }
 
 impl Auditor {
-    /// Listens on until all is there that has to be, and counts what is wrong.
+    /// Receives events until none is missing, and counts faults.
     pub fn end(self) {
         drop(self.end);
         if self.thread.join().is_err() {
@@ -74,7 +74,7 @@ fn subscribe(node: &Node, shared: &Shared) -> Events {
     wait::until("a subscription to events", || {
         let begin = shared.containerd.now();
         let events = node.try_subscribe().ok()?;
-        // One to a containerd that is about to be killed tells nothing of the next.
+        // A subscription to a containerd that is being killed says nothing about the next containerd.
         shared.containerd.lasts_since(begin).then(|| {
             shared.containerd.subscribed();
             events

@@ -1,5 +1,5 @@
-//! Calls as a patient client makes them: one that containerd's end has cut off is looked after, every other
-//! failure counts.
+//! Calls of a patient client: it repeats or checks a call that was cut off by the end of containerd, and counts every
+//! other failure.
 
 use containerd_client::tonic::{Code, Status};
 use containerd_client::types::v1::Status as Phase;
@@ -11,12 +11,12 @@ use super::common::task::{Exit, Io, Process, SIGKILL, Waiting};
 use super::containerd::{Containerd, Generation};
 use super::tally::{Count, Fault, Tally};
 
-/// Why a life does not go on. What there is to say has been said.
+/// Why a life ends early. The fault has been reported already.
 #[derive(Debug)]
 pub enum End {
-    /// A fault, counted already.
+    /// A fault, which is counted already.
     Fault,
-    /// Nobody can say what became of it.
+    /// The outcome is unknown.
     Unknown,
 }
 
@@ -28,14 +28,14 @@ pub struct Client<'a> {
     pub tally: &'a Tally,
 }
 
-/// A `Wait` under way.
+/// A `Wait` call that has no response yet.
 pub struct Pending<'a> {
     waiting: Waiting<'a>,
     begin: Generation,
 }
 
 impl<'a> Client<'a> {
-    /// One call. None if containerd has not been there all the while, whatever it was that came then.
+    /// Makes one call. `None` if containerd has ended during the call, whatever the result was.
     fn once<T>(&self, what: &str, call: impl FnOnce() -> Result<T, Status>) -> Result<Option<T>, End> {
         let begin = self.containerd.now();
         self.judge(what, begin, call())
@@ -62,7 +62,7 @@ impl<'a> Client<'a> {
         End::Fault
     }
 
-    /// A call that changes nothing, until it has been made; with "no such thing" as an answer.
+    /// Repeats a call that changes nothing until it succeeds; "not found" is a result.
     fn look<T>(&self, what: &str, call: impl Fn() -> Result<T, Status>) -> Result<Option<T>, End> {
         loop {
             let answer = self.once(what, || match call() {
@@ -75,7 +75,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// A call that may be made again, until it has been made.
+    /// Repeats a call that may be repeated until it succeeds.
     fn persist<T>(&self, what: &str, call: impl Fn() -> Result<T, Status>) -> Result<T, End> {
         loop {
             if let Some(answer) = self.once(what, &call)? {
@@ -95,7 +95,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// What was there is not there any more. The stock shim's containerd forgets what has stopped.
+    /// A process that existed does not exist any more. With the stock shim, containerd forgets stopped processes.
     fn lost(&self, process: &Process) -> End {
         if self.node.runtime == OUR_RUNTIME {
             self.fault(Fault::LostTask, &process.name())
@@ -121,7 +121,7 @@ impl<'a> Client<'a> {
         let mut is_repeated = false;
         loop {
             let started = self.once(&format!("start {}", process.name()), || match process.start() {
-                // The first try, of which containerd could not tell, was still under way when it was asked.
+                // The first try, whose result containerd did not report, was still under way during the query.
                 Err(status) if is_repeated && status.code() == Code::FailedPrecondition => Ok(()),
                 answer => answer.map(drop),
             })?;
@@ -137,7 +137,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// Asks for the exit now; [`Client::exit`] has the answer.
+    /// Calls `Wait` now; [`Client::exit`] has the response.
     pub fn waiting(&self, process: &Process<'a>) -> Pending<'a> {
         let begin = self.containerd.now();
         Pending { waiting: process.waiting(), begin }
@@ -157,7 +157,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// Waits, and compares the exit with what it has to be.
+    /// Waits, and compares the exit with the expected one.
     pub fn expect(&self, process: &Process<'a>, pending: Pending<'a>, status: u32) -> Result<(), End> {
         let exit = self.exit(process, pending)?;
         self.compare(process, "wait", exit.status, status)
@@ -171,7 +171,7 @@ impl<'a> Client<'a> {
         Err(self.fault(Fault::WrongExit, &what))
     }
 
-    /// Deletes what has stopped, and compares the exit that comes with the answer.
+    /// Deletes a stopped process, and compares the exit in the response.
     pub fn delete(&self, process: &Process, status: u32) -> Result<(), End> {
         loop {
             let answer = self.once(&format!("delete {}", process.name()), || process.delete())?;
@@ -185,7 +185,7 @@ impl<'a> Client<'a> {
 
     pub fn kill(&self, process: &Process, signal: u32) -> Result<(), End> {
         self.persist(&format!("kill {}", process.name()), || match process.kill(signal) {
-            // The first try, of which containerd could not tell, has done it.
+            // The first try, whose result containerd did not report, has deleted it.
             Err(status) if is_gone(&status) => Ok(()),
             answer => answer,
         })
@@ -208,7 +208,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// A call after which the task is in that phase.
+    /// Makes a call after which the task is in this phase.
     pub fn change(
         &self,
         process: &Process,
@@ -219,7 +219,7 @@ impl<'a> Client<'a> {
         let mut is_repeated = false;
         loop {
             let answer = self.once(&what, || match call() {
-                // The first try, of which containerd could not tell, has done it by now.
+                // The first try, whose result containerd did not report, has taken effect by now.
                 Err(status) if is_repeated && status.code() == Code::FailedPrecondition => Ok(()),
                 answer => answer,
             })?;
@@ -240,7 +240,7 @@ impl<'a> Client<'a> {
         self.persist(what, call)
     }
 
-    /// Removes all there is of a container, in whatever phase it is: also after a fault.
+    /// Removes a container in any phase, also after a fault.
     pub fn remove(&self, container: &Container<'a>) {
         let gone = |answer: Result<(), Status>| match answer {
             Err(status) if is_gone(&status) => Ok(()),
@@ -250,7 +250,7 @@ impl<'a> Client<'a> {
             if self.phase(container)?.is_none() {
                 return Ok(());
             }
-            // What has stopped can't be killed, each shim has its own way to say so.
+            // A stopped process can't be killed; each shim has another error for that.
             self.persist("kill all", || {
                 container.kill_all(SIGKILL).or_else(|status| match status.code() {
                     Code::NotFound | Code::FailedPrecondition => Ok(()),
@@ -261,7 +261,7 @@ impl<'a> Client<'a> {
             self.exit(container, pending)?;
             self.persist("delete", || gone(container.delete().map(drop)))
         };
-        // A fault is counted where it occurs, and the rest is to be removed all the same.
+        // Faults are counted where they occur. Remove the rest in any case.
         let _ = ended();
         let _ = self.persist("remove a container", || gone(container.remove_metadata()));
         let _ = self.persist("remove a snapshot", || gone(container.remove_snapshot()));

@@ -1,4 +1,4 @@
-//! Whether containerd is there. Calls that its own end cuts off are no failures of the shim.
+//! Tracks whether containerd runs. A call that was cut off by the end of containerd is no failure of the shim.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -8,14 +8,14 @@ use super::common::disturb;
 use super::common::node::Node;
 use super::common::wait;
 
-/// How long after containerd's return an event may still be on its way to nobody.
+/// Time after a restart of containerd in which an event may still get lost.
 const LATE: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
 pub struct Containerd {
     /// Odd while it is down.
     generation: AtomicU64,
-    /// From its end until the events are subscribed to again.
+    /// From the end of containerd until the events are subscribed to again.
     outages: Mutex<Vec<(Instant, Option<Instant>)>>,
 }
 
@@ -32,12 +32,12 @@ impl Containerd {
         self.now().0.is_multiple_of(2)
     }
 
-    /// Whether a call begun then has had one and the same containerd until now.
+    /// Whether containerd has run without an interruption since a call began.
     pub fn lasts_since(&self, begin: Generation) -> bool {
         begin.0.is_multiple_of(2) && self.now() == begin
     }
 
-    /// Kills it and brings it back.
+    /// Kills containerd and starts it again.
     pub fn disturb(&self, node: &Node) {
         self.outages.lock().unwrap_or_else(PoisonError::into_inner).push((Instant::now(), None));
         self.generation.fetch_add(1, Ordering::SeqCst);
@@ -47,19 +47,19 @@ impl Containerd {
         self.generation.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Waits until it is up.
+    /// Waits until containerd runs.
     pub fn wait(&self, node: &Node) {
         wait::until_true("containerd is up", || self.is_up());
         node.wait_for_containerd();
     }
 
-    /// Events are heard again.
+    /// Notes that events are received again.
     pub fn subscribed(&self) {
         let mut outages = self.outages.lock().unwrap_or_else(PoisonError::into_inner);
         outages.iter_mut().for_each(|(_, end)| *end = end.or_else(|| Some(Instant::now())));
     }
 
-    /// Whether an event between these times may have come while nobody could hear it.
+    /// Whether an event between these times may have been published without a subscriber.
     pub fn may_hide_events(&self, begin: Instant, end: Instant) -> bool {
         let outages = self.outages.lock().unwrap_or_else(PoisonError::into_inner);
         outages.iter().any(|(from, to)| *from <= end + LATE && to.is_none_or(|to| begin <= to))

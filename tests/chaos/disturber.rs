@@ -1,4 +1,4 @@
-//! What happens meanwhile: one thing alone for a while, each in its turn, then all of them mixed.
+//! Disturbs the daemon and its surroundings: first each disturbance alone for a while, then all of them mixed.
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -13,7 +13,7 @@ use super::common::random::Random;
 use super::common::wait;
 use super::{Shared, pause, thread};
 
-/// How long one thing goes on alone.
+/// Duration of one disturbance alone.
 const SLICE: std::ops::RangeInclusive<Duration> = Duration::from_secs(2)..=Duration::from_secs(30);
 
 /// Disturbs until the other side of the channel is dropped.
@@ -24,7 +24,7 @@ pub fn start(
     end: Receiver<()>,
 ) -> JoinHandle<()> {
     let (shared, all) = (shared.clone(), arguments.disturbances.clone());
-    // Half of the time for each alone, half for the mixture.
+    // Half of the time is for single disturbances, half for the mixture.
     let slice = arguments.duration / (2 * all.len().max(1)) as u32;
     let slice = slice.clamp(*SLICE.start(), *SLICE.end());
     thread("disturber", move || {
@@ -45,7 +45,7 @@ pub fn start(
     })
 }
 
-/// A moment that nobody can foresee.
+/// A random pause.
 fn wait_before(next: Disturbance, random: &mut Random) -> Duration {
     let (least, more) = match next {
         Disturbance::Kill => (20, 600),
@@ -71,7 +71,7 @@ fn disturb(next: Disturbance, node: &Node, shared: &Shared) {
     }
 }
 
-/// Everything is there again when this returns: a daemon that hangs has to be found by its watchdog.
+/// Waits until everything works again. A daemon that hangs is ended by its watchdog first.
 fn settle(node: &Node) {
     node.wait_for_containerd();
     if node.runtime == OUR_RUNTIME {

@@ -1,4 +1,4 @@
-//! Lives of execs, several in a container: short ones, killed ones, and terminals in which somebody types.
+//! Lives of execs, several in a container: short ones, killed ones, and terminals with input.
 
 use super::client::End;
 use super::common::container::Io;
@@ -8,7 +8,7 @@ use super::common::task::{SIGKILL, SIGTERM};
 use super::tally::{Count, Fault};
 use super::work::Worker;
 
-/// How many at most one after the other in one container.
+/// The largest number of execs in a row in one container.
 const ROW: u64 = 12;
 
 impl<'a> Worker<'a> {
@@ -33,7 +33,7 @@ impl<'a> Worker<'a> {
         })
     }
 
-    /// Somebody types, hears, changes the size, and leaves.
+    /// A terminal: the client writes, reads, changes the size, and leaves.
     pub fn terminals(&mut self) -> Result<(), End> {
         self.container(Spec::sleeping(), &Io::default(), |worker, container| {
             for _ in 0..=worker.random.below(ROW / 3) {

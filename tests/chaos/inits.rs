@@ -1,4 +1,4 @@
-//! Lives of containers: they run to their end, are killed, are deleted with execs in them.
+//! Lives of containers: some run to their end, some are killed, some are deleted with execs in them.
 
 use containerd_client::types::v1::Status as Phase;
 
@@ -11,7 +11,7 @@ use super::tally::{Count, Fault};
 use super::work::Worker;
 
 impl Worker<'_> {
-    /// Any exit status, sooner or later, with output or without.
+    /// Exits with any status, after a random time, with output or without.
     pub fn run(&mut self) -> Result<(), End> {
         let (status, delay) = (self.random.below(256) as u32, self.random.below(3));
         let script = format!("sleep 0.{delay}; echo word; exit {status}");
@@ -31,7 +31,7 @@ impl Worker<'_> {
         })
     }
 
-    /// One that would live for ever. Where it is not PID 1 each signal has its effect.
+    /// A container that is killed. Outside of a pid namespace, where it is not PID 1, every signal has its effect.
     pub fn kill(&mut self) -> Result<(), End> {
         let signal = self.random.pick(&[SIGKILL, SIGKILL, SIGTERM, SIGSEGV]);
         let spec = Spec::sh("echo ready; exec sleep 100000");
@@ -39,14 +39,14 @@ impl Worker<'_> {
         let fifos = Fifos::new("chaos");
         let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
         self.container(spec, &fifos.output(), |worker, container| {
-            // Until then it is the OCI runtime, which has its own way to take a signal.
+            // Before the output, the process is the OCI runtime, which handles signals differently.
             stdout.until(|bytes| bytes == b"ready\n");
             worker.client.kill(container, signal)?;
             Ok(128 + signal)
         })
     }
 
-    /// One that is frozen and thawed, and killed in either state.
+    /// A container that is frozen and thawed, and killed in either state.
     pub fn pause(&mut self) -> Result<(), End> {
         let (rounds, ends_paused) = (1 + self.random.below(3), self.random.chance(2));
         self.container(Spec::sleeping(), &Io::default(), |worker, container| {
@@ -63,7 +63,7 @@ impl Worker<'_> {
         })
     }
 
-    /// One that goes with execs that run, have ended, were never started: they go with it.
+    /// A container that ends while it has execs: running, ended, and never started. They are removed with it.
     pub fn delete(&mut self) -> Result<(), End> {
         self.container(Spec::sleeping(), &Io::default(), |worker, container| {
             let client = worker.client;

@@ -1,4 +1,4 @@
-//! What has been done, to be compared with the events that came.
+//! Notes what the clients did, for the comparison with the events.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -16,11 +16,11 @@ struct Ended {
     end: Instant,
 }
 
-/// What there was of one container.
+/// The processes of one container.
 #[derive(Default)]
 struct Life {
     ended: Vec<Ended>,
-    /// Deleted in good order: so its events are complete.
+    /// Whether the container was deleted without a fault, so that its events must be complete.
     deleted: Option<(Instant, Instant)>,
 }
 
@@ -30,7 +30,7 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// A process (the container's own id for its init) has ended like that.
+    /// Notes the exit of a process; the init process has the id of the container.
     pub fn ended(&self, container: &str, process: &str, status: u32, begin: Instant) {
         let ended = Ended { process: process.to_string(), status, begin, end: Instant::now() };
         self.change(container, |life| life.ended.push(ended));
@@ -45,13 +45,13 @@ impl Ledger {
         change(lives.entry(container.to_string()).or_default());
     }
 
-    /// Whether all events that have to come have come.
+    /// Whether all expected events have been received.
     pub fn is_complete(&self, audit: &Audit, containerd: &Containerd) -> bool {
         let lives = self.lives.lock().unwrap_or_else(PoisonError::into_inner);
         lives.iter().all(|(id, life)| life.missing(id, audit, containerd).is_empty())
     }
 
-    /// Counts what is wrong.
+    /// Counts the faults.
     pub fn compare(&self, audit: &Audit, containerd: &Containerd, tally: &Tally) {
         let lives = self.lives.lock().unwrap_or_else(PoisonError::into_inner);
         for (id, life) in lives.iter() {

@@ -1,7 +1,8 @@
-//! Chaos: clients at work through the guest's real containerd, while the daemon and what it lives on are
-//! killed, stopped and restarted. Every call has to be answered, every exit told, every byte to arrive.
+//! Chaos: clients work through the guest's real containerd, while the daemon and the services that it needs are killed,
+//! stopped and restarted. Every call must get a response, every exit must be published, every byte must arrive.
 //!
-//! Runs as root in the testbed; `--help` tells the arguments. Closes in the words of libtest, for the summary.
+//! Runs as root in the testbed; `--help` prints the arguments. The last line has the format of libtest, for the
+//! summary.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -41,22 +42,22 @@ use tally::{Fault, Tally};
 /// How often a line of progress is printed.
 const PROGRESS: Duration = Duration::from_secs(10);
 
-/// How long what is under way may take once nothing is disturbed any more.
+/// Time for work that is under way when the disturbances have ended.
 const END_LIMIT: Duration = Duration::from_secs(180);
 
-/// The daemon's watchdog for the time of the run: nobody wants to wait longer.
+/// The daemon's watchdog limit during the run: shorter than usual, to save time.
 const WATCHDOG: &str = "[Service]\nWatchdogSec=4\n";
 
 /// How much of the journal is shown after a fault.
 const JOURNAL: &str = "--lines=150";
 
-/// What all threads have in common.
+/// Shared by all threads.
 pub struct Shared {
     tally: Tally,
     containerd: Containerd,
     ledger: Ledger,
     bulk: Arc<Bulk>,
-    /// What each worker is at.
+    /// What each worker is doing.
     doing: Vec<Mutex<String>>,
 }
 
@@ -78,7 +79,7 @@ fn main() -> ExitCode {
     println!("\nrunning 1 test\nseed {}, {arguments:?}", arguments.seed);
     let faults = run(&arguments);
     if faults > 0 {
-        println!("seed {}; what systemd keeps, and who is connected:", arguments.seed);
+        println!("seed {}; the descriptor store and the connections:", arguments.seed);
         println!("{}", process::run("systemd-analyze", &["fdstore", DAEMON_SERVICE]).text());
         println!("{}", process::run("ss", &["-xapn", "-O"]).text());
         println!("the end of the daemon's journal:");
@@ -118,7 +119,7 @@ fn run(arguments: &Arguments) -> u64 {
 
     watch(&shared.tally, arguments.duration);
     drop(work);
-    // What is under way is to be done under way.
+    // Let the workers finish what they have begun.
     let is_over = join(workers, &shared.tally);
     drop(disturb);
     disturber.join().unwrap_or_else(|_| shared.tally.fault(Fault::Other, "the disturber panicked"));
@@ -137,14 +138,14 @@ fn run(arguments: &Arguments) -> u64 {
     shared.tally.faults()
 }
 
-/// Fills what is filled once.
+/// Sets a value that is set once.
 fn run_one(node: &Node) {
     let container = node.container("first", Spec::sh("exit 5")).started(&Io::default());
     assert_eq!(container.exit_status(), 5);
     container.delete().expect("delete");
 }
 
-/// Tells how it goes until the time is over.
+/// Prints progress until the time is over.
 fn watch(tally: &Tally, duration: Duration) {
     let end = Instant::now() + duration;
     let (_never, nothing) = mpsc::channel::<()>();
@@ -158,12 +159,12 @@ fn watch(tally: &Tally, duration: Duration) {
     }
 }
 
-/// Passes the time until the other side of the channel is dropped; false then.
+/// Waits for a span, or until the other side of the channel is dropped; returns false then.
 fn pause(end: &mpsc::Receiver<()>, time: Duration) -> bool {
     matches!(end.recv_timeout(time), Err(RecvTimeoutError::Timeout))
 }
 
-/// False if one does not end.
+/// Waits for all workers; returns false if one does not end.
 fn join(workers: Vec<JoinHandle<()>>, tally: &Tally) -> bool {
     let over = wait::within(END_LIMIT, || workers.iter().all(JoinHandle::is_finished).then_some(()));
     for worker in workers {
@@ -176,7 +177,7 @@ fn join(workers: Vec<JoinHandle<()>>, tally: &Tally) -> bool {
 
 fn leaks(before: &Traces) -> Vec<String> {
     let mut leaks = Vec::new();
-    // An empty list is what it waits for.
+    // The list is empty when all have ended.
     let _ = wait::within(wait::LIMIT, || {
         leaks = Traces::take().since(before);
         leaks.is_empty().then_some(())

@@ -1,4 +1,4 @@
-//! Much output and input, byte for byte: of inits and execs, with and without terminals.
+//! Large output and input of init processes and execs, with and without terminals, compared byte for byte.
 
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::{io, thread};
@@ -12,7 +12,7 @@ use super::common::wait;
 use super::tally::{Count, Fault};
 use super::work::Worker;
 
-/// How it goes.
+/// The direction of the data.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Way {
     /// The process writes.
@@ -21,7 +21,7 @@ enum Way {
     Both,
     /// The process writes, to a terminal.
     TerminalOut,
-    /// A terminal passes on what is typed.
+    /// A terminal echoes its input.
     TerminalBoth,
 }
 
@@ -34,9 +34,9 @@ struct Streams {
     stdin: Option<Opening>,
 }
 
-/// A writer to stdin at work.
+/// A thread that writes to stdin.
 struct Feeding {
-    /// As long as it is there, stdin is open.
+    /// stdin is open until this is dropped.
     keep: Option<Sender<()>>,
     done: Receiver<io::Result<()>>,
 }
@@ -68,7 +68,7 @@ impl Streams {
 }
 
 impl<'a> Worker<'a> {
-    /// An init, or some execs, each in a way of its own.
+    /// An init process, or some execs, each with a random direction.
     pub fn output(&mut self) -> Result<(), End> {
         if self.random.chance(2) {
             let way = self.random.pick(&Way::ALL);
@@ -101,7 +101,7 @@ impl<'a> Worker<'a> {
         if way.has_terminal() { spec.terminal() } else { spec }
     }
 
-    /// Everything goes through; then the process ends.
+    /// Transfers all data; then the process ends.
     fn flow(&mut self, process: &Process<'a>, streams: &mut Streams) -> Result<u32, End> {
         let (way, bulk) = (streams.way, self.shared.bulk.clone());
         self.doing(&format!("{way:?} of {}", process.name()));
@@ -112,7 +112,7 @@ impl<'a> Worker<'a> {
         let mut closed = Ok(());
         let checked = bulk.check_while(&mut streams.stdout, bulk.bytes(), || {
             if let Some(feeding) = &mut feeding {
-                // All of it has come back: now the process may have its end.
+                // All data has come back: let the process end.
                 closed = self.close(process, way, feeding);
             }
         });
@@ -130,17 +130,17 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Feeds beside: whoever reads may be stuck as well as who writes.
+    /// Writes to stdin in a thread, because reader and writer may block each other.
     fn feed(&self, stdin: Opening) -> Feeding {
         let bulk = self.shared.bulk.clone();
         let stdin = stdin.file();
         let ((keep, kept), (told, done)) = (mpsc::channel::<()>(), mpsc::channel());
         thread::spawn(move || {
             let written = bulk.try_feed(&stdin);
-            // The client's end stays open until CloseIO has been called. Then nobody sends, all drop.
+            // Keep the client's end open until CloseIO has been called: then the sender is dropped.
             let _ = kept.recv();
             drop(stdin);
-            // The life may have ended with a fault meanwhile.
+            // The life may have ended with a fault.
             let _ = told.send(written);
         });
         Feeding { keep: Some(keep), done }

@@ -1,10 +1,10 @@
-//! What is counted, and what happened when.
+//! Counts work and faults, and keeps a history of events.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// A sum that a run closes with.
+/// The sums of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Count {
     Containers,
@@ -12,15 +12,15 @@ pub enum Count {
     Streams,
     Bytes,
     Calls,
-    /// Calls that a dying containerd cut off: no failures of ours.
+    /// Calls that were cut off by the end of containerd; these are no faults of the shim.
     CutOff,
-    /// Lives of which nobody can say how they went on: containerd died inside of their Create.
+    /// Lives with an unknown outcome: containerd ended during their Create.
     GivenUp,
     Events,
     Repeats,
 }
 
-/// Something that must not be.
+/// Kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
     FailedCall,
@@ -56,10 +56,10 @@ impl Fault {
     }
 }
 
-/// More than these of a kind tell nothing new.
+/// The number of faults of one kind that are printed; more of them give no information.
 const TOLD: usize = 20;
 
-/// How many of the last things that happened are kept.
+/// The number of entries in the history.
 const HISTORY: usize = 40;
 
 pub struct Tally {
@@ -92,7 +92,7 @@ impl Tally {
         *self.sums().counts.entry(count).or_default() += more;
     }
 
-    /// Something has been done to the daemon or to what it lives on.
+    /// Notes a disturbance.
     pub fn disturbed(&self, name: &'static str) {
         let line = format!("{}  {name}", self.at());
         let mut sums = self.sums();
@@ -102,12 +102,12 @@ impl Tally {
         sums.history.drain(..surplus);
     }
 
-    /// Tells a fault at once, with what had happened before the first.
+    /// Prints a fault at once; before the first one, prints the history.
     pub fn fault(&self, fault: Fault, what: &str) {
         let line = format!("{}  FAULT ({}): {what}", self.at(), fault.name());
         let mut sums = self.sums();
         if sums.faults.is_empty() {
-            println!("what happened before the first fault:");
+            println!("the history before the first fault:");
             sums.history.iter().for_each(|line| println!("  {line}"));
         }
         let count = sums.faults.entry(fault).or_default();

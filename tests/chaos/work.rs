@@ -1,4 +1,4 @@
-//! The clients: each lives one life after the other, of kinds that chance picks.
+//! The clients. Each runs one life after the other, of random kinds.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,7 +15,7 @@ use super::common::spec::Spec;
 use super::tally::{Count, Fault};
 use super::{Shared, pause, thread};
 
-/// What a client does.
+/// The kinds of lives.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
     Run,
@@ -102,7 +102,7 @@ impl<'a> Worker<'a> {
         self.shared.doing(self.number, what);
     }
 
-    /// A container from create to delete. What is done with it after its start says how it is to end.
+    /// A container from Create to Delete. `during` runs after its start and returns the expected exit status.
     pub fn container(
         &mut self,
         spec: Spec,
@@ -128,7 +128,7 @@ impl<'a> Worker<'a> {
         lived
     }
 
-    /// An exec from add to delete, in the same manner.
+    /// An exec from Exec to Delete, in the same way.
     pub fn exec(
         &mut self,
         container: &Container<'a>,

@@ -1,15 +1,15 @@
-//! All events of a run, and whether they are what they have to be: in order, each once (or again exactly as
-//! it was), none that does not belong.
+//! Collects all events of a run and checks them: in order, each once (or repeated without a change), and no event that
+//! does not belong.
 
 use std::collections::{HashMap, HashSet};
 
 use super::events::Event;
 
-/// What is known of a task's events.
+/// The events of one task.
 #[derive(Default)]
 pub struct Audit {
     tasks: HashMap<String, Vec<Event>>,
-    /// How many came again exactly as they were.
+    /// Number of events that were repeated without a change.
     pub repeats: usize,
 }
 
@@ -45,8 +45,8 @@ impl Audit {
         })
     }
 
-    /// Everything that is wrong with the order or the number of a container's events. That one is missing
-    /// is for those to say who know what there was.
+    /// All faults in the order or the number of a container's events. A missing event is no fault here: only the
+    /// caller knows what has happened.
     pub fn faults(&self, container: &str) -> Vec<String> {
         let events = self.of(container);
         let mut faults = Vec::new();

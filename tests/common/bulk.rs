@@ -1,4 +1,4 @@
-//! Much data of which every byte is known: a block of noise, over and over.
+//! A large amount of known data: one block of noise, repeated.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use super::spec::Spec;
 use super::stdio::{Reader, Scratch};
 
-/// A prime, so that no buffer's size goes into it.
+/// A prime number, so that it is no multiple of the size of a buffer.
 const BLOCK: usize = 1_048_573;
 
 pub struct Bulk {
@@ -16,7 +16,7 @@ pub struct Bulk {
 }
 
 impl Bulk {
-    /// At least so many bytes.
+    /// Data of at least this many bytes.
     pub fn new(bytes: usize) -> Bulk {
         let noise = |n: usize| ((n as u32).wrapping_mul(2_654_435_761) >> 13) as u8;
         let block: Vec<u8> = (0..BLOCK).map(noise).collect();
@@ -25,12 +25,12 @@ impl Bulk {
         Bulk { scratch, block, blocks: bytes.div_ceil(BLOCK) }
     }
 
-    /// Gives a container what [`Bulk::script`] needs.
+    /// Mounts into a container what [`Bulk::script`] needs.
     pub fn bind(&self, spec: Spec) -> Spec {
         spec.bind(self.scratch.as_str(), "/bulk", &["ro"])
     }
 
-    /// Shell code that writes it all to stdout.
+    /// Shell code that writes all data to stdout.
     pub fn script(&self) -> String {
         format!("i=0; while [ $i -lt {} ]; do cat /bulk/block; i=$((i+1)); done", self.blocks)
     }
@@ -40,17 +40,17 @@ impl Bulk {
         self.try_feed(file).expect("write a block");
     }
 
-    /// The same, for one who expects that nobody may read it.
+    /// The same, for a caller that expects the reader to be gone.
     pub fn try_feed(&self, mut file: &File) -> io::Result<()> {
         (0..self.blocks).try_for_each(|_| file.write_all(&self.block))
     }
 
-    /// How many bytes that is.
+    /// The number of bytes.
     pub fn bytes(&self) -> usize {
         self.blocks * BLOCK
     }
 
-    /// Reads to EOF and asserts that it is this, byte for byte.
+    /// Reads to EOF and asserts that the data is the same, byte for byte.
     pub fn assert_arrives(&self, reader: &mut Reader) {
         self.assert_arrives_while(reader, usize::MAX, || ());
     }
@@ -60,7 +60,7 @@ impl Bulk {
         self.check_while(reader, every, act).unwrap_or_else(|wrong| panic!("{wrong}"));
     }
 
-    /// Reads to EOF and says what is wrong with it.
+    /// Reads to EOF and returns what is wrong with the data.
     pub fn check(&self, reader: &mut Reader) -> Result<(), String> {
         self.check_while(reader, usize::MAX, || ())
     }

@@ -18,17 +18,17 @@ pub fn read(cgroup: &Path, file: &str) -> String {
     fs::read_to_string(cgroup.join(file)).unwrap_or_default().trim_end().to_string()
 }
 
-/// The number behind a key in a file of `key number` lines.
+/// The number of a key in a file of `key number` lines.
 pub fn number(cgroup: &Path, file: &str, key: &str) -> Option<u64> {
     read(cgroup, file).lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.parse().ok())
 }
 
-/// All processes of the cgroup are frozen.
+/// Whether all processes of the cgroup are frozen.
 pub fn is_frozen(cgroup: &Path) -> bool {
     number(cgroup, "cgroup.events", "frozen") == Some(1)
 }
 
-/// Waits until a file says that.
+/// Waits until a file has this text.
 pub fn wait_for(cgroup: &Path, file: &str, text: &str) {
     let mut last = String::new();
     let seen = wait::within(wait::LIMIT, || {
@@ -38,7 +38,7 @@ pub fn wait_for(cgroup: &Path, file: &str, text: &str) {
     assert!(seen.is_some(), "{}/{file} is {last:?}, not {text:?}", cgroup.display());
 }
 
-/// Everything that can be set in a cgroup, and is no counter. Where it is frozen is the runtime's own affair.
+/// All settings of a cgroup, without counters. `cgroup.freeze` is left out: each runtime freezes another cgroup.
 pub fn settings(cgroup: &Path) -> BTreeMap<String, String> {
     let is_setting = |name: &str| {
         let ends =

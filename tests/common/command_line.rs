@@ -1,10 +1,10 @@
-//! Command lines of the benchmark and of the chaos: flags, each with a value.
+//! Parses command lines of the benchmark and of the chaos: flags, each with a value.
 
 use std::process::ExitCode;
 use std::str::FromStr;
 
-/// Has each flag and its value set. Where help is asked for, or something is wrong, that is said, and the
-/// program is to end with the returned code.
+/// Calls `set` for each flag and its value. If the user asks for help, or a flag is wrong, prints a message and returns
+/// the exit code of the program.
 pub fn read(
     program: &str,
     usage: &str,

@@ -1,4 +1,4 @@
-//! One container of a test: metadata, snapshot and task, made as a client makes them and removed on drop.
+//! One container of a test: metadata, snapshot and task, created the way clients do, and removed on drop.
 
 use std::ops::Deref;
 
@@ -21,7 +21,7 @@ use super::task::Process;
 pub use super::task::Io;
 const SNAPSHOTTER: &str = "overlayfs";
 
-/// What a container is to be, before containerd knows it.
+/// A container that containerd does not know yet.
 pub struct Builder<'n> {
     node: &'n Node,
     namespace: String,
@@ -61,19 +61,19 @@ impl<'n> Builder<'n> {
         self
     }
 
-    /// Runtime options, as CRI and `ctr` give them: on the container.
+    /// Runtime options in the container's metadata, as CRI and `ctr` send them.
     pub fn options(mut self, options: Any) -> Self {
         self.options = Some(options);
         self
     }
 
-    /// Makes snapshot and metadata; the task is still to be created.
+    /// Creates snapshot and metadata, but no task.
     pub fn make(self) -> Container<'n> {
         let id = self.id.clone();
         self.try_make().unwrap_or_else(|error| panic!("make container {id}: {error}"))
     }
 
-    /// The same, for one who expects that it may fail.
+    /// The same, for a caller that expects a failure.
     pub fn try_make(self) -> Result<Container<'n>, Status> {
         let Builder { node, namespace, id, runtime, options, spec } = self;
         let parent = image::chain_id(node, &namespace);
@@ -102,14 +102,14 @@ impl<'n> Builder<'n> {
         Ok(container)
     }
 
-    /// Makes the container and creates its task.
+    /// Creates the container and its task.
     pub fn created(self, io: &Io) -> Container<'n> {
         let container = self.make();
         container.create(io).unwrap_or_else(|error| panic!("create task {}: {error}", container.id));
         container
     }
 
-    /// Makes the container, creates its task and starts it.
+    /// Creates the container and its task, and starts the task.
     pub fn started(self, io: &Io) -> Container<'n> {
         let container = self.created(io);
         container.start().unwrap_or_else(|error| panic!("start task {}: {error}", container.id));
@@ -117,12 +117,12 @@ impl<'n> Builder<'n> {
     }
 }
 
-/// It is used as the process that its init is.
+/// A container can be used in place of its init process.
 pub struct Container<'n> {
     init: Process<'n>,
     pub id: String,
     terminal: bool,
-    /// The rootfs, as the snapshotter wants it mounted; a test may break it.
+    /// The mounts of the rootfs, from the snapshotter; a test may change them.
     pub mounts: Vec<Mount>,
 }
 
@@ -159,7 +159,7 @@ impl<'n> Container<'n> {
         self.node.call(self.node.tasks().resume(request(&self.namespace, resume)))
     }
 
-    /// Gives it other limits: OCI `LinuxResources`.
+    /// Changes the limits; the argument is OCI `LinuxResources`.
     pub fn update(&self, resources: &serde_json::Value) -> Result<(), Status> {
         let resources = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".to_string(),
@@ -177,14 +177,14 @@ impl<'n> Container<'n> {
         Ok(self.processes()?.into_iter().map(|process| process.pid).collect())
     }
 
-    /// All its processes, with what the shim tells of each.
+    /// All processes, with the shim's details of each.
     pub fn processes(&self) -> Result<Vec<ProcessInfo>, Status> {
         let list = ListPidsRequest { container_id: self.id.clone() };
         let answer = self.node.call(self.node.tasks().list_pids(request(&self.namespace, list)))?;
         Ok(answer.processes)
     }
 
-    /// Its statistics; nothing where the shim has none for it, which containerd does not tell from an error.
+    /// The statistics; `None` if the shim has none, which containerd reports like an error.
     pub fn metrics(&self) -> Option<Any> {
         let filters = vec![format!("id=={}", self.id)];
         let answer =
@@ -203,7 +203,7 @@ impl<'n> Container<'n> {
         self.node.call(self.node.snapshots().remove(request(&self.namespace, remove)))
     }
 
-    /// A process of its task by exec id, whether there is one or not.
+    /// A process of the task by exec id; it need not exist.
     pub fn process(&self, exec: &str) -> Process<'n> {
         Process { exec: exec.to_string(), ..self.init.clone() }
     }
@@ -212,7 +212,7 @@ impl<'n> Container<'n> {
 impl Drop for Container<'_> {
     fn drop(&mut self) {
         self.end();
-        // What the test has removed itself is not there: nobody needs to hear of it.
+        // The test may have removed it already: errors are of no interest.
         let _ = self.remove_metadata();
         let _ = self.remove_snapshot();
     }

@@ -1,4 +1,4 @@
-//! The daemon as systemd runs it: killed, held up, stopped, and back again.
+//! Kills, stops and restarts the daemon, and waits for the next one.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -11,17 +11,17 @@ use nix::unistd::Pid;
 use super::systemd::{self, DAEMON_SERVICE};
 use super::{process, wait};
 
-/// The daemon's process, if there is one. From `/proc`, since systemd may be executing itself anew.
+/// The pid of the daemon, if it runs. Read from `/proc`, because systemd may be re-executing.
 pub fn pid() -> Option<u32> {
     process::with_command_line("containerd-shim-systemd-v1 serve").first().copied()
 }
 
-/// Whether a signal has stopped it, as SIGSTOP does.
+/// Whether the process is stopped by a signal (SIGSTOP).
 pub fn is_stopped(pid: u32) -> bool {
     process::status(pid, "State").is_some_and(|state| state.starts_with('T'))
 }
 
-/// Sends a signal to a process that may have gone meanwhile.
+/// Sends a signal to a process, which may be gone by now.
 pub fn signal(pid: u32, signal: Signal) {
     let raw = i32::try_from(pid).expect("a pid is a small number");
     match kill(Pid::from_raw(raw), signal) {
@@ -30,8 +30,7 @@ pub fn signal(pid: u32, signal: Signal) {
     }
 }
 
-/// Sends SIGKILL to the daemon as soon as there is one; returns its pid. It may be anywhere by then, also
-/// in the middle of its own start.
+/// Sends SIGKILL to the daemon as soon as it runs; returns its pid. The daemon may still be starting.
 pub fn kill_now() -> u32 {
     let pid = wait::until("there is a daemon", pid);
     signal(pid, Signal::SIGKILL);
@@ -39,7 +38,7 @@ pub fn kill_now() -> u32 {
     pid
 }
 
-/// Waits until a daemon other than that one serves.
+/// Waits until another daemon than `pid` serves.
 pub fn wait_for_another(than: u32) -> u32 {
     wait::until("another daemon serves", || serving().filter(|pid| *pid != than))
 }
@@ -49,8 +48,7 @@ pub fn killed() {
     wait_for_another(kill_now());
 }
 
-/// Does something while the daemon is killed over and over. It lives for a moment each time, on some turns
-/// for less than it takes to be ready. Says how often.
+/// Runs `work` while the daemon is killed again and again, sometimes before it is ready. Returns the number of kills.
 pub fn killed_during<T>(act: impl FnOnce() -> T) -> (T, u64) {
     let done = thread::scope(|scope| {
         let (end, ended) = mpsc::channel::<()>();
@@ -71,10 +69,10 @@ pub fn killed_during<T>(act: impl FnOnce() -> T) -> (T, u64) {
     done
 }
 
-/// The pid of a daemon that has said that it is ready.
+/// The pid of a daemon that has notified systemd that it is ready.
 pub fn serving() -> Option<u32> {
     let pid = pid()?;
-    // One question, so that both answers are about the same daemon.
+    // One call, so that both values are of the same daemon.
     let args = ["show", "--property=ActiveState,MainPID", DAEMON_SERVICE];
     let shown = process::run("systemctl", &args).text();
     let serves = |line: &str| line == "ActiveState=active";
@@ -82,13 +80,13 @@ pub fn serving() -> Option<u32> {
     (shown.lines().any(serves) && shown.lines().any(is_main)).then_some(pid)
 }
 
-/// `systemctl restart`, or another verb of systemctl's, on the daemon's service.
+/// Runs `systemctl restart`, or another verb of systemctl, on the daemon's service.
 pub fn systemctl(verb: &str) {
     process::succeed("systemctl", &[verb, DAEMON_SERVICE]);
 }
 
-/// A time in which the daemon does nothing, not even hear: it is stopped by a signal. SIGKILL ends it, so
-/// that what it has not done or heard by then it never will.
+/// The daemon is stopped by a signal: it does nothing and receives nothing. SIGKILL ends it afterwards, so this daemon
+/// never does what it has not done yet.
 pub struct Down {
     pid: u32,
 }
@@ -101,7 +99,7 @@ impl Down {
         Down { pid }
     }
 
-    /// The next daemon serves when this returns.
+    /// Ends the stopped daemon. When this returns, the next one serves.
     pub fn end(self) {
         let pid = self.pid;
         drop(self);
@@ -115,14 +113,14 @@ impl Drop for Down {
     }
 }
 
-/// The systemd of this machine, by its number.
+/// The version of systemd on this machine.
 pub fn systemd_version() -> u32 {
     let text = process::succeed("systemctl", &["--version"]);
     let number = text.split_whitespace().nth(1).and_then(|word| word.parse().ok());
     number.unwrap_or_else(|| panic!("no version in {text:?}"))
 }
 
-/// A drop-in of the daemon's own service, in force after its restart and gone on drop.
+/// A drop-in of the daemon's service. It takes effect with a restart of the daemon, and is removed on drop.
 pub struct DropIn;
 
 impl DropIn {
@@ -140,14 +138,14 @@ impl DropIn {
 
 impl Drop for DropIn {
     fn drop(&mut self) {
-        // Each a thing to tidy up: the next test would say what is wrong.
+        // Errors of this clean-up show in the next test.
         let _ = std::fs::remove_dir_all(Self::DIRECTORY);
         process::run("systemctl", &["daemon-reload"]);
         process::run("systemctl", &["restart", DAEMON_SERVICE]);
     }
 }
 
-/// How often systemd has started it again by itself.
+/// How often systemd has restarted the daemon.
 pub fn restarts() -> u32 {
     systemd::property(DAEMON_SERVICE, "NRestarts").parse().unwrap_or(0)
 }

@@ -1,4 +1,4 @@
-//! What can happen to the daemon and to what it lives on.
+//! Disturbances of the daemon, and of the services that it needs.
 
 use nix::sys::signal::Signal;
 
@@ -10,17 +10,17 @@ use super::{daemon, process, wait};
 pub enum Disturbance {
     /// SIGKILL to the daemon.
     Kill,
-    /// SIGSTOP to the daemon: its watchdog finds out.
+    /// SIGSTOP to the daemon, until its watchdog acts.
     Hang,
     /// `systemctl restart` of the daemon.
     Restart,
-    /// systemd executes itself anew.
+    /// `systemctl daemon-reexec`.
     Reexec,
-    /// systemd reads its units again.
+    /// `systemctl daemon-reload`.
     Reload,
-    /// The system bus is restarted.
+    /// A restart of the system bus.
     Bus,
-    /// SIGKILL to containerd, and a new one.
+    /// SIGKILL to containerd, and a start of the next one.
     Containerd,
 }
 
@@ -47,13 +47,13 @@ impl Disturbance {
         }
     }
 
-    /// Whether it happens to our daemon, which the stock shim has nothing like.
+    /// Whether it disturbs our daemon, which has no counterpart in the stock shim.
     pub fn is_ours(self) -> bool {
         matches!(self, Disturbance::Kill | Disturbance::Hang | Disturbance::Restart)
     }
 
-    /// Lets it happen, whatever is going on, and says if systemd did not want to. systemctl waits for what it
-    /// has asked for; of the rest the caller sees what comes of it.
+    /// Disturbs, whatever is going on; an error says that systemd refused. systemctl waits for its job; the caller has
+    /// to wait for the effects of the other disturbances.
     pub fn happen(self) -> Result<(), String> {
         match self {
             Disturbance::Kill => signal_daemon(Signal::SIGKILL),
@@ -73,7 +73,7 @@ impl Disturbance {
         Ok(())
     }
 
-    /// Lets it happen and waits until everything is there again.
+    /// Disturbs, and waits until everything works again.
     pub fn pass(self, node: &Node) {
         let daemon = daemon::serving();
         self.happen().unwrap_or_else(|error| panic!("{self:?}: {error}"));
@@ -92,14 +92,14 @@ fn systemctl(args: &[&str]) -> Result<(), String> {
     if outcome.code == Some(0) { Ok(()) } else { Err(outcome.stderr) }
 }
 
-/// To the daemon if there is one just now.
+/// Sends a signal to the daemon, if it runs.
 fn signal_daemon(signal: Signal) {
     if let Some(pid) = daemon::pid() {
         daemon::signal(pid, signal);
     }
 }
 
-/// systemd starts what ends too often not any more.
+/// systemd stops restarting a service that ends too often: reset its counter.
 fn forget_starts() {
     let _ = systemctl(&["reset-failed", "dbus.socket", "dbus.service", "containerd.service"]);
 }
@@ -120,7 +120,7 @@ pub fn kill_containerd() {
     }
 }
 
-/// At once: by itself it would come back after seconds, and not any more after a few times.
+/// Starts containerd at once. systemd would wait some seconds, and give up after some restarts.
 pub fn start_containerd() {
     forget_starts();
     process::succeed("systemctl", &["restart", "containerd.service"]);

@@ -1,4 +1,4 @@
-//! Task events, as a client of containerd sees them.
+//! Task events, received as a client of containerd.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -29,7 +29,7 @@ pub enum Event {
     Paused(TaskPaused),
     Resumed(TaskResumed),
     Oom(TaskOom),
-    /// A topic that these tests don't look into.
+    /// An event of another topic.
     Other(String),
 }
 
@@ -67,7 +67,7 @@ impl Event {
         }
     }
 
-    /// One word, to compare orders with.
+    /// The name of the event, to compare orders.
     pub fn name(&self) -> &str {
         match self {
             Event::Create(_) => "create",
@@ -91,12 +91,12 @@ pub struct Events {
 }
 
 impl Node {
-    /// Subscribes; when this returns, no event that comes after is missed.
+    /// Subscribes. No event is missed after this returns.
     pub fn subscribe(&self) -> Events {
         self.try_subscribe().unwrap_or_else(|error| panic!("subscribe: {error}"))
     }
 
-    /// The same, for one who expects that containerd may not be there.
+    /// The same, for a caller that expects containerd to be down.
     pub fn try_subscribe(&self) -> Result<Events, Status> {
         let (sender, envelopes) = channel();
         let mut client = EventsClient::new(self.channel());
@@ -130,7 +130,7 @@ impl Node {
 pub struct Ended;
 
 impl Events {
-    /// The next event of a namespace, if there is one in time.
+    /// The next event of a namespace; `None` if there is none in time.
     pub fn next(&self, namespace: &str, limit: Duration) -> Result<Option<Event>, Ended> {
         let deadline = Instant::now() + limit;
         loop {
@@ -143,7 +143,7 @@ impl Events {
         }
     }
 
-    /// The container's events up to and with the first one of that name.
+    /// The container's events, up to and including the first of this name.
     pub fn up_to(&self, container: &Container, last: &str) -> Vec<Event> {
         let deadline = Instant::now() + wait::LIMIT;
         let mut seen = Vec::new();
@@ -163,7 +163,7 @@ impl Events {
         }
     }
 
-    /// The names of those.
+    /// The names of the same events.
     pub fn names_up_to(&self, container: &Container, last: &str) -> Vec<String> {
         self.up_to(container, last).iter().map(|event| event.name().to_string()).collect()
     }

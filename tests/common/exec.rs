@@ -11,7 +11,7 @@ use super::node::{request, unique};
 use super::spec::Spec;
 use super::task::{Io, Process};
 
-/// What an exec is to be, before the shim knows it.
+/// An exec that the shim does not know yet.
 pub struct Builder<'c, 'n> {
     container: &'c Container<'n>,
     id: String,
@@ -20,13 +20,13 @@ pub struct Builder<'c, 'n> {
 }
 
 impl<'n> Container<'n> {
-    /// An exec of the spec's process; nothing else of the spec counts.
+    /// An exec of the process of the spec; the rest of the spec is ignored.
     pub fn exec(&self, spec: Spec) -> Builder<'_, 'n> {
         let terminal = spec.has_terminal();
         Builder { container: self, id: unique("exec"), process: Some(spec.process_to_any()), terminal }
     }
 
-    /// An exec of a shell script, started, its output not wanted.
+    /// Starts an exec of a shell script, and discards its output.
     pub fn exec_sh(&self, script: &str) -> Exec<'n> {
         self.exec(Spec::sh(script)).started(&Io::default())
     }
@@ -38,7 +38,7 @@ impl<'n> Builder<'_, 'n> {
         self
     }
 
-    /// The process that it will be.
+    /// The process of the exec.
     pub fn process(&self) -> Process<'n> {
         self.container.process(&self.id)
     }
@@ -72,14 +72,14 @@ impl<'n> Builder<'_, 'n> {
     }
 }
 
-/// It is used as the process that it is.
+/// An exec can be used as a process.
 pub struct Exec<'n> {
     process: Process<'n>,
     pub id: String,
 }
 
 impl<'n> Exec<'n> {
-    /// One that has been added.
+    /// An exec that has been added already.
     pub fn of(process: Process<'n>) -> Exec<'n> {
         let id = process.exec.clone();
         Exec { process, id }

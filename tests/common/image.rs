@@ -1,4 +1,4 @@
-//! The testbed's image: imported where a test needs it, and the chain id of its only layer.
+//! The image of the testbed: imports it into a namespace, and knows the chain id of its only layer.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -15,8 +15,8 @@ use super::node::{Node, request};
 pub const IMAGE: &str = "docker.io/testbed/busybox:latest";
 const ARCHIVE: &str = "/usr/share/testbed/busybox.tar";
 
-/// The snapshot that a container's own snapshot is made upon: the chain id of the image, which for
-/// an image of one layer is that layer's diff id.
+/// The parent of a container's snapshot: the chain id of the image. For an image of one layer this is the diff id of
+/// the layer.
 pub fn chain_id(node: &Node, namespace: &str) -> String {
     static KNOWN: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
     let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! Everything that a container could leave behind, counted before and after.
+//! Counts everything that a container could leave behind, before and after a test.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,13 +10,13 @@ pub const STATE_DIRECTORY: &str = "/run/containerd-shim-systemd-v1";
 const RUNC_STATE: &str = "/run/containerd/runc";
 const LOG_EXTRA_FIELDS: &str = "/run/systemd/units";
 
-/// What is there now, by kind and by name.
+/// Everything that exists now, by kind and name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Traces(BTreeMap<&'static str, BTreeSet<String>>);
 
 impl Traces {
     pub fn take() -> Traces {
-        // The directory itself stays from the first terminal on.
+        // The daemon creates this directory for the first terminal, and keeps it.
         let consoles = format!("{STATE_DIRECTORY}/.consoles");
         let log_extra_fields =
             below(Path::new(LOG_EXTRA_FIELDS), 1).filter(|name| name.contains("log-extra-fields"));
@@ -36,7 +36,7 @@ impl Traces {
         ]))
     }
 
-    /// What is there now and was not before: `kind: name`, sorted. Empty when nothing leaked.
+    /// Everything that is new since `before`: `kind: name`, sorted. Empty if nothing leaked.
     pub fn since(&self, before: &Traces) -> Vec<String> {
         let none = BTreeSet::new();
         let kinds = self.0.iter();
@@ -49,7 +49,7 @@ impl Traces {
     }
 }
 
-/// Nothing is there more than before, once what is under way has ended.
+/// Asserts that nothing is left. Waits for work that is still under way.
 pub fn assert_none(what: &str, before: &Traces) {
     let mut leaks = Vec::new();
     let clean = wait::within(wait::LIMIT, || {
@@ -59,7 +59,7 @@ pub fn assert_none(what: &str, before: &Traces) {
     assert!(clean.is_some(), "{what} left:\n{}", leaks.join("\n"));
 }
 
-/// Slices of namespaces stay; what counts are containers, execs and loggers.
+/// Counts units of containers, execs and loggers. Slices of namespaces stay.
 fn unit_name(line: String) -> Option<String> {
     let name = line.split_whitespace().next()?.to_string();
     let stays = name.ends_with(".slice") || name.starts_with("containerd-shim-systemd-v1.");
@@ -73,7 +73,7 @@ fn mounts() -> BTreeSet<String> {
     points.filter(|point| !point.starts_with("/run/credentials")).map(str::to_string).collect()
 }
 
-/// All cgroups but those of the system's own services and of logins. Slices of namespaces stay.
+/// All cgroups, except those of services of the system and of logins. Slices of namespaces stay.
 fn cgroups() -> BTreeSet<String> {
     let root = Path::new("/sys/fs/cgroup");
     let mut found = BTreeSet::new();
@@ -83,7 +83,7 @@ fn cgroups() -> BTreeSet<String> {
         if ["system.slice", "user.slice", "init.scope"].contains(&name.as_ref()) {
             continue;
         }
-        // The OCI runtime works there, and the daemon keeps it.
+        // The OCI runtime works in this cgroup, and the daemon keeps it.
         if path.ends_with(format!("{}/launch", systemd::DAEMON_SERVICE)) {
             continue;
         }
@@ -95,24 +95,24 @@ fn cgroups() -> BTreeSet<String> {
     found
 }
 
-/// The daemon's descriptors by what they are, numbered where several are alike.
+/// The daemon's descriptors by kind, numbered if there are several of a kind.
 fn descriptors() -> BTreeSet<String> {
     let daemon = systemd::main_pid(systemd::DAEMON_SERVICE);
     let mut counts: BTreeMap<String, u32> = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{daemon}/fd")).into_iter().flatten().flatten() {
         let target = fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
-        // The number of a socket or pipe says nothing.
+        // The number of a socket or pipe has no meaning here.
         *counts.entry(target.split('[').next().unwrap_or_default().to_string()).or_default() += 1;
     }
-    // A copy of the runtime, which a daemon makes for its first container.
+    // The daemon creates one sealed copy of the OCI runtime for its first container.
     counts.retain(|kind, count| {
         *count > 1 || !["/memfd:runc", "/memfd:crun"].iter().any(|name| kind.starts_with(name))
     });
     counts.into_iter().flat_map(|(kind, count)| (1..=count).map(move |n| format!("{kind} #{n}"))).collect()
 }
 
-/// What systemd keeps for the daemon, by the first letter of its name, numbered; before systemd 254 just
-/// numbered.
+/// The daemon's descriptors in the descriptor store: numbered, and from systemd 254 on by the first letter of their
+/// names.
 fn stored_descriptors() -> BTreeSet<String> {
     let stored = process::run("systemd-analyze", &["fdstore", "--json=short", systemd::DAEMON_SERVICE]);
     let names: Vec<String> = match serde_json::from_slice::<Vec<serde_json::Value>>(&stored.stdout) {
@@ -130,7 +130,7 @@ fn stored_descriptors() -> BTreeSet<String> {
     counts.into_iter().flat_map(|(name, count)| (1..=count).map(move |n| format!("{name} #{n}"))).collect()
 }
 
-/// All but the daemon, which may be another one than before.
+/// All processes of shims, except the daemon, which may have been restarted.
 fn shims() -> BTreeSet<String> {
     let daemon = daemon::pid().map(|pid| pid.to_string());
     pids("containerd-shim").into_iter().filter(|pid| daemon.as_ref() != Some(pid)).collect()
@@ -140,7 +140,7 @@ fn pids(comm: &str) -> BTreeSet<String> {
     process::named(comm).iter().map(u32::to_string).collect()
 }
 
-/// Names of everything below a directory, to a depth. Empty where there is no such directory.
+/// The paths of everything below a directory, to a depth. Empty if the directory does not exist.
 fn below(directory: &Path, depth: u32) -> impl Iterator<Item = String> + use<> {
     let mut found = Vec::new();
     let mut queue = vec![(directory.to_owned(), depth)];

@@ -1,10 +1,9 @@
-//! What the end-to-end tests, the chaos and the benchmark share: a client of the guest's containerd, a builder for
-//! OCI specs, FIFOs, systemd's view, and a count of everything that could leak.
+//! Code that the end-to-end tests, the chaos and the benchmark share: a client of the guest's containerd, a builder for
+//! OCI specs, FIFOs, queries to systemd, and a count of everything that could leak.
 //!
-//! Nothing here knows what a test wants to prove. All of it is synchronous, so that clean-up can be done
-//! in `Drop` and a test reads from top to bottom.
+//! All of it is synchronous, so that `Drop` can clean up and a test reads from top to bottom.
 
-#![allow(dead_code)] // each of them uses a part of it
+#![allow(dead_code)] // each of the three uses a part
 
 pub mod audit;
 pub mod bulk;

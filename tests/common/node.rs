@@ -18,13 +18,13 @@ use super::{daemon, shim, wait};
 pub const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 pub const OUR_RUNTIME: &str = "io.containerd.systemd.v1";
 pub const STOCK_RUNTIME: &str = "io.containerd.runc.v2";
-/// The namespace of every test that needs no other; the testbed has imported the image there.
+/// The namespace of all tests that need no other one. The testbed has imported the image into it.
 pub const NAMESPACE: &str = "default";
 
 /// How long containerd may take for one call.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
 
-/// Tests share the machine, but for those that restart something or count what is left.
+/// Tests share the machine, except tests that restart a service or count what is left.
 static MACHINE: RwLock<()> = RwLock::new(());
 
 enum Claim {
@@ -42,13 +42,13 @@ pub struct Node {
 }
 
 impl Node {
-    /// For a test that may run beside others.
+    /// For a test that may run in parallel with others.
     pub fn shared() -> Node {
         let _guard = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
         Node::connect(Claim::Shared { _guard })
     }
 
-    /// For a test that restarts services or counts what is left: no other test runs meanwhile.
+    /// For a test that restarts services or counts what is left: no other test runs at the same time.
     pub fn exclusive() -> Node {
         let _guard = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
         Node::connect(Claim::Exclusive { _guard })
@@ -95,7 +95,7 @@ impl Node {
         self.rt.spawn(future)
     }
 
-    /// Awaits containerd's answer to one call, for a limited time.
+    /// Waits for containerd's response to one call, with a limit.
     pub fn call<T>(&self, answer: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Status> {
         self.block_on(async {
             match tokio::time::timeout(CALL_LIMIT, answer).await {
@@ -107,7 +107,7 @@ impl Node {
         })
     }
 
-    /// Restarts containerd, however often tests have done that in the last ten seconds.
+    /// Restarts containerd, even if tests have restarted it often in the last ten seconds.
     pub fn restart_containerd(&self) {
         super::process::succeed("systemctl", &["reset-failed", "containerd.service"]);
         super::process::succeed("systemctl", &["restart", "containerd.service"]);
@@ -130,7 +130,7 @@ pub fn request<T>(namespace: &str, message: T) -> Request<T> {
     request
 }
 
-/// An id that no other test of this or another run uses.
+/// An id that no other test uses, in this run or in another one.
 pub fn unique(name: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("{name}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
@@ -140,33 +140,33 @@ pub fn runtime_under_test() -> String {
     std::env::var("E2E_RUNTIME").unwrap_or_else(|_| OUR_RUNTIME.to_string())
 }
 
-/// How much of something a test does: what the environment says, else a number that suits the lane.
-/// An emulated machine is some 20 times slower.
+/// A number of repetitions: from the environment, else a number that suits the lane. An emulated machine is some
+/// 20 times slower.
 pub fn number(variable: &str, natively: usize, emulated: usize) -> usize {
     let lane = std::env::var("E2E_LANE");
     let default = if lane.is_ok_and(|lane| lane == "vm") { emulated } else { natively };
     std::env::var(variable).ok().and_then(|number| number.parse().ok()).unwrap_or(default)
 }
 
-/// What a test may need that not every run has.
+/// Something that a test needs and not every run has.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Need {
-    /// It is about our shim, not about what every shim does.
+    /// Our shim: the test is not about what every shim does.
     OurShim,
     /// cgroup v2 controllers.
     Controllers,
     /// A second OCI runtime, crun.
     Crun,
-    /// Somebody who reboots the guest when the test has ended.
+    /// A script that reboots the guest when the test has ended.
     Reboot,
-    /// A test build of our shim, which can be told where to end.
+    /// A test build of our shim, with fault points.
     Faults,
-    /// systemd that keeps the descriptors of a service that is stopped.
+    /// A systemd that keeps the descriptors of a stopped service.
     PreservedStore,
 }
 
 impl Need {
-    /// Why this run can't serve the need, if it can't.
+    /// Why this run does not have it; `None` if it has.
     pub fn missing(self) -> Option<String> {
         match self {
             Need::OurShim => {

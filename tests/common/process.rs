@@ -1,10 +1,10 @@
-//! Commands of the guest and what `/proc` tells about processes.
+//! Runs commands in the guest, and reads `/proc`.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// What a command left behind.
+/// Exit code and output of a command.
 #[derive(Debug)]
 pub struct Outcome {
     pub code: Option<i32>,
@@ -43,7 +43,7 @@ pub fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }
 
-/// A line of `/proc/PID/status`, or nothing if the process or the line is not there.
+/// A line of `/proc/PID/status`; `None` if the process or the line does not exist.
 pub fn status(pid: u32, key: &str) -> Option<String> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let value = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
@@ -57,7 +57,7 @@ pub fn namespace(pid: u32, kind: &str) -> String {
     target.to_string_lossy().into_owned()
 }
 
-/// Proportional set size of a process in KiB; nothing if it is gone.
+/// Proportional set size of a process in KiB; `None` if the process is gone.
 pub fn pss_kib(pid: u32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;

@@ -1,4 +1,4 @@
-//! A person's terminal: a pseudo-terminal with a program in it that takes it for a real one.
+//! A pseudo-terminal that runs a program as a person's terminal does.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -26,7 +26,7 @@ impl Pty {
         let path = fs::read_link(path).expect("the name of a terminal").to_string_lossy().into_owned();
         set_size(&path, width, height);
         let end = || slave.try_clone().expect("one more end of the terminal");
-        // Without a session of its own a program hears nothing of a resize or of control-C.
+        // Only a program with a session of its own gets signals for a resize and for control-C.
         let program = Command::new("setsid")
             .args(["--ctty", "--wait"])
             .args(args)
@@ -44,7 +44,7 @@ impl Pty {
         self.keyboard.write_all(text.as_bytes()).expect("type");
     }
 
-    /// Waits until the screen shows the text; returns all that came since the last time.
+    /// Waits until the output has the text; returns all output since the last call.
     pub fn until(&mut self, text: &str) -> String {
         let shown = |bytes: &[u8]| String::from_utf8_lossy(bytes).contains(text);
         String::from_utf8_lossy(&self.screen.until(shown)).into_owned()
@@ -54,7 +54,7 @@ impl Pty {
         set_size(&self.path, width, height);
     }
 
-    /// The program's exit code, when it has ended.
+    /// Waits for the program to end; returns its exit code.
     pub fn code(&mut self) -> Option<i32> {
         wait::until("the end of a program in a terminal", || {
             self.program.try_wait().expect("wait for a program")
@@ -65,7 +65,7 @@ impl Pty {
 
 impl Drop for Pty {
     fn drop(&mut self) {
-        // The end of its terminal ends the program too: this is for one that does not care.
+        // The end of the terminal ends most programs. This ends the others.
         let _ = self.program.kill();
         let _ = self.program.wait();
     }

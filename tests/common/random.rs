@@ -1,4 +1,4 @@
-//! Chance that can be had again: from the same seed come the same numbers.
+//! Random numbers that can be repeated: the same seed gives the same numbers.
 
 /// SplitMix64.
 pub struct Random(u64);

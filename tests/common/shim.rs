@@ -1,4 +1,4 @@
-//! Our shim without containerd in between: its binary, and a ttrpc client on the daemon's socket.
+//! Calls our shim directly, without containerd: its binary, and the daemon over ttrpc.
 
 use std::fs;
 use std::io::Write;
@@ -23,7 +23,7 @@ pub const BINARY: &str = "/usr/local/bin/containerd-shim-systemd-v1";
 
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 
-/// A refusal: its code and its text.
+/// The code and the text of an error.
 pub type Refusal = (Code, String);
 
 /// A connection to the daemon, as containerd has one per bundle.
@@ -33,12 +33,12 @@ pub struct Shim<'n> {
 }
 
 impl<'n> Shim<'n> {
-    /// Connects, as containerd does: to the address that `start` gives.
+    /// Connects to the address that `start` prints, as containerd does.
     pub fn connect(node: &'n Node) -> Shim<'n> {
         Shim::at(node, &socket())
     }
 
-    /// Connects to a path that is known.
+    /// Connects to a socket by its path.
     pub fn at(node: &'n Node, path: &str) -> Shim<'n> {
         let address = format!("unix://{path}");
         let client = node
@@ -76,7 +76,7 @@ fn refusal(error: ttrpc::Error) -> Refusal {
     }
 }
 
-/// The path of the daemon's socket, as `start` tells it; so the daemon is up.
+/// The path of the daemon's socket, from `start`, which also starts the daemon.
 pub fn socket() -> String {
     let outcome = start(&Bundle::new("socket"), "socket", &[], &[]);
     assert_eq!(outcome.code, Some(0), "start: {}", outcome.stderr);
@@ -94,7 +94,7 @@ pub fn delete(bundle: &Bundle, id: &str) -> Outcome {
     with_stdin(action(bundle, id, &["-bundle", bundle.path()]).arg("delete"), &[])
 }
 
-/// The binary in its bundle, with the flags and the environment that containerd gives, but for the verb.
+/// The command that containerd runs in a bundle, with flags and environment, but without the verb.
 fn action(bundle: &Bundle, id: &str, more: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
     command
@@ -111,7 +111,7 @@ fn action(bundle: &Bundle, id: &str, more: &[&str]) -> Command {
 pub fn with_stdin(command: &mut Command, stdin: &[u8]) -> Outcome {
     let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap_or_else(|error| panic!("run {command:?}: {error}"));
-    // A program that does not read its stdin may be gone already.
+    // A program that does not read its stdin may have ended already.
     let _ = child.stdin.take().expect("stdin is piped").write_all(stdin);
     let output = child.wait_with_output().expect("wait for the binary");
     Outcome {
@@ -127,20 +127,20 @@ const NOT_LOADED: i32 = 5;
 /// Stops the daemon and its socket, as on a machine where nothing has used the runtime yet.
 pub fn stop_daemon() {
     for unit in [DAEMON_SOCKET, DAEMON_SERVICE] {
-        // Where nothing has run yet there is nothing to stop.
+        // The units may never have been started.
         let stopped = process::run("systemctl", &["stop", unit]);
         assert!(stopped.code == Some(0) || stopped.code == Some(NOT_LOADED), "{unit}: {}", stopped.stderr);
     }
 }
 
-/// A test build of the shim, with points at which it can be told to end.
+/// A test build of the shim, with fault points.
 const FAULTS_BINARY: &str = "/usr/local/lib/testbed/containerd-shim-systemd-v1";
 
-/// Where the installed one is meanwhile, and where one is made before it is renamed.
+/// Where the installed binary is kept during the test, and the temporary name of a copy before its rename.
 const KEPT: &str = "/usr/local/bin/containerd-shim-systemd-v1.kept";
 const NEW: &str = "/usr/local/bin/containerd-shim-systemd-v1.new";
 
-/// The names of those points; none without such a build.
+/// The names of the fault points; empty without a test build.
 pub fn points() -> Vec<String> {
     if !Path::new(FAULTS_BINARY).exists() {
         return Vec::new();
@@ -150,7 +150,7 @@ pub fn points() -> Vec<String> {
     if outcome.code == Some(0) { names } else { Vec::new() }
 }
 
-/// That build in the place of the installed one, which comes back on drop.
+/// The test build in place of the installed binary, which returns on drop.
 pub struct WithFaults;
 
 impl WithFaults {
@@ -168,13 +168,13 @@ impl WithFaults {
 
 impl Drop for WithFaults {
     fn drop(&mut self) {
-        // The next test that asks for the daemon would not find it.
+        // Errors of this clean-up show in the next test.
         let _ = fs::rename(KEPT, BINARY);
         process::run("systemctl", &["restart", DAEMON_SERVICE]);
     }
 }
 
-/// A bundle made by hand, for calls that don't come from containerd.
+/// A bundle that a test creates itself, for calls that do not come from containerd.
 pub struct Bundle {
     scratch: Scratch,
 }
@@ -200,12 +200,12 @@ impl Bundle {
         self.scratch.as_str()
     }
 
-    /// What one of its files holds; empty if it is not there.
+    /// The text of a file in the bundle; empty if the file does not exist.
     pub fn read(&self, name: &str) -> String {
         self.scratch.read(name)
     }
 
-    /// A Create of a task for this bundle.
+    /// A Create request for this bundle.
     pub fn request(&self, id: &str) -> CreateTaskRequest {
         CreateTaskRequest { id: id.to_string(), bundle: self.path().to_string(), ..Default::default() }
     }

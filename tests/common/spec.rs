@@ -1,10 +1,10 @@
-//! A small OCI spec, and the few ways in which tests want it different. It sets no resources, so that it
-//! works where cgroup v2 has no controllers.
+//! Builds a small OCI spec, with the variations that tests need. By default it sets no resources, so that it works
+//! without cgroup v2 controllers.
 
 use prost_types::Any;
 use serde_json::{Value, json};
 
-/// What runc and containerd give a container by default.
+/// The capabilities that containerd gives a container by default.
 const CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
@@ -59,7 +59,7 @@ impl Spec {
         Spec::new(&["/bin/sh", "-c", script])
     }
 
-    /// Lives until it is killed. The shell waits for a child, so that a trap or a signal acts at once.
+    /// A process that runs until it is killed.
     pub fn sleeping() -> Spec {
         Spec::new(&["/bin/sleep", "100000"])
     }
@@ -69,7 +69,7 @@ impl Spec {
         self
     }
 
-    /// The user's groups beside its own.
+    /// Sets the supplementary groups of the user.
     pub fn additional_gids(mut self, gids: &[u32]) -> Spec {
         self.0["process"]["user"]["additionalGids"] = json!(gids);
         self
@@ -80,7 +80,7 @@ impl Spec {
         self
     }
 
-    /// With these capabilities and no others.
+    /// Sets the capabilities to exactly these.
     pub fn capabilities(mut self, names: &[&str]) -> Spec {
         self.set_capabilities(names);
         self
@@ -91,7 +91,7 @@ impl Spec {
         self
     }
 
-    /// The size of the terminal from the start.
+    /// Sets the initial size of the terminal.
     pub fn console_size(mut self, width: u32, height: u32) -> Spec {
         self.0["process"]["consoleSize"] = json!({"width": width, "height": height});
         self
@@ -114,7 +114,7 @@ impl Spec {
         self
     }
 
-    /// May mount things.
+    /// Adds CAP_SYS_ADMIN, with which the process may mount.
     pub fn with_sys_admin(mut self) -> Spec {
         self.set_capabilities(&[&CAPABILITIES[..], &["CAP_SYS_ADMIN"]].concat());
         self
@@ -157,7 +157,7 @@ impl Spec {
         self
     }
 
-    /// Fills in the path that containerd's own clients give, where a test has not set one.
+    /// Sets the default path of containerd's clients, if the test has set no path.
     pub fn or_default_cgroups_path(self, namespace: &str, id: &str) -> Spec {
         if self.0["linux"]["cgroupsPath"].is_null() {
             self.cgroups_path(&format!("/{namespace}/{id}"))
@@ -177,7 +177,7 @@ impl Spec {
         }
     }
 
-    /// The process alone, as an exec gets it.
+    /// The process of the spec alone, for an exec.
     pub fn process_to_any(&self) -> Any {
         Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".to_string(),
@@ -185,7 +185,7 @@ impl Spec {
         }
     }
 
-    /// The same container with [`Spec::sleeping`]'s process, for an exec of this one's.
+    /// The same container with the process of [`Spec::sleeping`], for a test that runs this spec's process as an exec.
     pub fn sleeping_instead(&self) -> Spec {
         let mut spec = self.clone();
         spec.0["process"] = Spec::sleeping().0["process"].clone();

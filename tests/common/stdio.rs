@@ -1,4 +1,4 @@
-//! The client's side of a task's stdio: a directory of its own, FIFOs in it, and readers with a deadline.
+//! The client's side of a process's stdio: a scratch directory, FIFOs in it, and readers with a time limit.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
@@ -18,7 +18,7 @@ use super::spec::Spec;
 use super::task::Io;
 use super::wait;
 
-/// A directory of a test on the guest's own disk, removed on drop.
+/// A scratch directory on the guest's disk, removed on drop.
 pub struct Scratch {
     pub path: PathBuf,
 }
@@ -35,7 +35,7 @@ impl Scratch {
         self.path.join(name)
     }
 
-    /// The path of a file in it, as text.
+    /// The path of a file in the directory, as text.
     pub fn text(&self, name: &str) -> String {
         self.join(name).to_string_lossy().into_owned()
     }
@@ -44,7 +44,7 @@ impl Scratch {
         self.path.to_str().expect("a scratch path is plain text")
     }
 
-    /// What the file holds; nothing yet reads as empty.
+    /// The text of a file; empty if the file does not exist yet.
     pub fn read(&self, name: &str) -> String {
         fs::read_to_string(self.join(name)).unwrap_or_default()
     }
@@ -52,7 +52,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // A leftover here harms nobody: names are unique and /run is gone with the guest.
+        // An error does no harm: names are unique, and the directory is gone with the guest.
         let _ = fs::remove_dir_all(&self.path);
     }
 }
@@ -81,12 +81,12 @@ impl Fifos {
         Io { stdout: self.scratch.text("stdout"), stderr: self.scratch.text("stderr"), ..Io::default() }
     }
 
-    /// stdin and stdout, as a terminal has it.
+    /// stdin and stdout, for a terminal.
     pub fn terminal(&self) -> Io {
         Io { stderr: String::new(), ..self.io() }
     }
 
-    /// The readers have to be there before the task is created: a shim may block until they are.
+    /// Open the readers before the task is created: a shim may wait for them.
     pub fn stdout(&self) -> Reader {
         Reader::open(&self.scratch.join("stdout"))
     }
@@ -100,7 +100,7 @@ impl Fifos {
         open_to_write(self.scratch.join("stdin"))
     }
 
-    /// The client's end of stdin, once somebody reads there.
+    /// The client's end of stdin. Waits until the FIFO has a reader.
     pub fn stdin(&self) -> File {
         self.open_stdin().file()
     }
@@ -132,7 +132,7 @@ impl Gate {
     }
 }
 
-/// A FIFO that waits for its other side.
+/// A FIFO that waits for its reader.
 pub struct Opening {
     file: Receiver<io::Result<File>>,
 }
@@ -155,7 +155,7 @@ fn open_to_write(path: PathBuf) -> Opening {
     Opening { file }
 }
 
-/// Writes all, with a clear message if nobody takes it.
+/// Writes all bytes; panics with a clear message if there is no reader.
 pub fn feed(mut file: &File, bytes: &[u8]) {
     file.write_all(bytes).expect("write to the container's stdin");
 }
@@ -172,7 +172,7 @@ impl Reader {
         Reader::of(file.unwrap_or_else(|error| panic!("{}: {error}", path.display())), path)
     }
 
-    /// Of an open file, with what to call it in a message.
+    /// Reads from an open file; `path` is its name in messages.
     pub fn of(file: File, path: impl Into<PathBuf>) -> Reader {
         Reader { file, path: path.into() }
     }
@@ -188,14 +188,14 @@ impl Reader {
         String::from_utf8_lossy(&self.rest()).into_owned()
     }
 
-    /// What comes until enough has come; EOF before that is a failure.
+    /// Reads until `enough` is true; panics if EOF comes before that.
     pub fn until(&mut self, enough: impl Fn(&[u8]) -> bool) -> Vec<u8> {
         let (bytes, _) = self.collect(&enough);
         assert!(enough(&bytes), "{}: only {:?}", self.path.display(), String::from_utf8_lossy(&bytes));
         bytes
     }
 
-    /// Whether EOF is there by now, with nothing unread before it.
+    /// Whether the stream is at EOF now, with nothing left to read.
     pub fn is_at_end(&mut self) -> bool {
         self.ready(Duration::ZERO) && matches!(self.file.read(&mut [0; 1]), Ok(0))
     }
@@ -212,8 +212,8 @@ impl Reader {
         (bytes, ended)
     }
 
-    /// Hands out what comes, piece by piece, while more is wanted. True for EOF; false when there was
-    /// enough, or nothing for [`wait::LIMIT`].
+    /// Passes on each piece of output while `wants_more` returns true. Returns true for EOF; false if there was enough, or
+    /// no output for [`wait::LIMIT`].
     pub fn each(&mut self, mut wants_more: impl FnMut(&[u8]) -> bool) -> bool {
         let mut chunk = [0; 64 * 1024];
         while self.ready(wait::LIMIT) {
@@ -225,7 +225,7 @@ impl Reader {
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                // A pseudo-terminal that nobody holds on its other side.
+                // A pseudo-terminal whose other side is closed.
                 Err(error) if error.raw_os_error() == Some(EIO) => return true,
                 Err(error) => panic!("read {}: {error}", self.path.display()),
             }
@@ -233,8 +233,8 @@ impl Reader {
         false
     }
 
-    /// Waits for bytes or a hang-up. A FIFO that never had a writer gives neither: so an end is only
-    /// seen after a beginning, as by a client whose open blocks until there is a writer.
+    /// Waits for bytes or a hang-up. A FIFO that never had a writer reports neither, so EOF is only seen after a writer
+    /// has opened the FIFO, as by a client whose open waits for a writer.
     fn ready(&self, limit: Duration) -> bool {
         let mut fds = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
         let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);

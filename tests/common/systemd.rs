@@ -1,4 +1,4 @@
-//! systemd's view: units by the names that our shim gives them, their properties, the journal.
+//! Queries to systemd: units by the names that our shim gives them, their properties, the journal.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,14 +17,14 @@ pub fn unit_of(container: &Container) -> String {
     format!("containerd-{}-{}.service", escaped(&container.namespace), short(&container.id))
 }
 
-/// The unit of an exec, beside its container's.
+/// The unit of an exec.
 pub fn unit_of_exec(container: &Container, exec: &Exec) -> String {
     unit_of(container).replace(".service", &format!(":{}.service", short(&exec.id)))
 }
 
 /// A pattern for the units of a container's execs.
 pub fn exec_units_of(container: &Container) -> String {
-    // A backslash in a pattern takes the meaning from what follows.
+    // A backslash in a pattern escapes the character after it.
     unit_of(container).replace('\\', "\\\\").replace(".service", ":*.service")
 }
 
@@ -55,7 +55,7 @@ pub fn main_pid(unit: &str) -> u32 {
     property(unit, "MainPID").parse().unwrap_or_else(|error| panic!("MainPID of {unit}: {error}"))
 }
 
-/// The directory of a unit's cgroup; nothing where the unit has none.
+/// The directory of a unit's cgroup; `None` if the unit has no cgroup.
 pub fn cgroup(unit: &str) -> Option<PathBuf> {
     let path = property(unit, "ControlGroup");
     (!path.is_empty()).then(|| Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/')))
@@ -79,16 +79,16 @@ pub fn directories(path: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Loaded units whose name fits the pattern, with their state: `name load active sub`.
+/// Loaded units whose name matches the pattern, with their state: `name load active sub`.
 pub fn list_units(pattern: &str) -> Vec<String> {
     let list =
         process::succeed("systemctl", &["list-units", "--all", "--full", "--plain", "--no-legend", pattern]);
     list.lines().map(|line| line.split_whitespace().take(4).collect::<Vec<_>>().join(" ")).collect()
 }
 
-/// Journal entries that match all of `FIELD=value`, after everything written so far has arrived there.
+/// Journal entries that match all of `FIELD=value`. Waits until journald has everything that was written so far.
 pub fn journal(matches: &[&str]) -> Vec<Value> {
-    // Without --sync a line that a process has just written may not be there yet.
+    // Without --sync, a line that a process has just written could be missing.
     process::succeed("journalctl", &["--sync"]);
     let args = [&["--quiet", "--no-pager", "--output=json", "--all"], matches].concat();
     let lines = process::run("journalctl", &args).text();
@@ -98,23 +98,23 @@ pub fn journal(matches: &[&str]) -> Vec<Value> {
         .collect()
 }
 
-/// A place in the journal.
+/// A position in the journal.
 pub struct Cursor(String);
 
 impl Cursor {
-    /// The end of the journal as it is.
+    /// The current end of the journal.
     pub fn now() -> Cursor {
         let last = journal(&["--lines=1"]).pop().expect("a journal has entries");
         Cursor(last["__CURSOR"].as_str().expect("an entry has a cursor").to_string())
     }
 
-    /// The matching entries that came after.
+    /// The matching entries after this position.
     pub fn entries_since(&self, matches: &[&str]) -> Vec<Value> {
         journal(&[&["--after-cursor", self.0.as_str()], matches].concat())
     }
 }
 
-/// The messages of such entries.
+/// The messages of journal entries.
 pub fn messages(matches: &[&str]) -> Vec<String> {
     journal(matches).iter().filter_map(|entry| Some(entry["MESSAGE"].as_str()?.to_string())).collect()
 }
@@ -137,7 +137,7 @@ impl DropIn {
 
 impl Drop for DropIn {
     fn drop(&mut self) {
-        // The next test that looks at the directory would say so.
+        // Errors of this clean-up show in the next test.
         let _ = fs::remove_dir_all(&self.directory);
     }
 }

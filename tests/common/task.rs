@@ -1,4 +1,4 @@
-//! One process of a task, the init or an exec: the calls that both have.
+//! One process of a task, init process or exec: the calls that both have.
 
 use std::time::Duration;
 
@@ -16,12 +16,12 @@ pub const SIGKILL: u32 = 9;
 pub const SIGSEGV: u32 = 11;
 pub const SIGTERM: u32 = 15;
 
-/// How containerd writes "has not exited": Go's zero time, the first second of year 1.
+/// The time of a process that has not exited: Go's zero time, the first second of year 1.
 pub const YEAR_ONE: i64 = -62_135_596_800;
 
 const EXIT_LIMIT: Duration = Duration::from_secs(60);
 
-/// The stdio of a process as the API has it: paths, URIs or nothing.
+/// The stdio of a process in the API: paths, URIs or empty.
 #[derive(Clone, Debug, Default)]
 pub struct Io {
     pub stdin: String,
@@ -29,14 +29,14 @@ pub struct Io {
     pub stderr: String,
 }
 
-/// How a process ended, as `Wait` tells it.
+/// The exit of a process, from `Wait`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Exit {
     pub status: u32,
     pub at: Option<Timestamp>,
 }
 
-/// A `Wait` under way.
+/// A `Wait` call that has no response yet.
 pub struct Waiting<'n> {
     node: &'n Node,
     answer: tokio::task::JoinHandle<Result<Exit, Status>>,
@@ -61,14 +61,14 @@ impl Waiting<'_> {
     }
 }
 
-/// An init or an exec, by its names; there may be no such process.
+/// An init process or an exec, by its names. It need not exist.
 #[derive(Clone)]
 pub struct Process<'n> {
     pub node: &'n Node,
     pub namespace: String,
     /// The container's id.
     pub container: String,
-    /// The exec's id; empty for the init.
+    /// The exec's id; empty for the init process.
     pub exec: String,
 }
 
@@ -120,7 +120,7 @@ impl<'n> Process<'n> {
         self.node.call(self.node.tasks().resize_pty(request(&self.namespace, resize)))
     }
 
-    /// Asks for the exit now and hands out the answer later.
+    /// Calls `Wait` now; the returned value has the response later.
     pub fn waiting(&self) -> Waiting<'n> {
         let mut tasks = self.node.tasks();
         let wait = WaitRequest { container_id: self.container.clone(), exec_id: self.exec.clone() };
@@ -136,7 +136,7 @@ impl<'n> Process<'n> {
         self.waiting().exit()
     }
 
-    /// The exit status; panics when there is none in time.
+    /// Waits for the exit status; panics if it does not come in time.
     pub fn exit_status(&self) -> u32 {
         self.wait().unwrap_or_else(|error| panic!("wait for {}: {error}", self.name())).status
     }
@@ -152,16 +152,16 @@ impl<'n> Process<'n> {
         }
     }
 
-    /// Kills it, if it is there, waits for its end and deletes it.
+    /// Kills the process if it exists, waits for its exit, and deletes it.
     pub fn end(&self) {
-        // An error says that it has ended or never was: then there is nothing to wait for.
+        // An error means that the process has ended or never existed: there is nothing to wait for then.
         if self.kill_all(SIGKILL).is_ok() {
             let _ = self.wait();
         }
         let _ = self.delete();
     }
 
-    /// What to call it in a message.
+    /// The name of the process in messages.
     pub fn name(&self) -> String {
         match self.exec.as_str() {
             "" => self.container.clone(),
@@ -170,8 +170,8 @@ impl<'n> Process<'n> {
     }
 }
 
-/// Asserts that a call does not fit the phase. The stock shim says Unknown, ours FailedPrecondition; no
-/// client looks at the difference.
+/// Asserts that the phase does not allow a call. The stock shim returns Unknown, ours FailedPrecondition; no client
+/// distinguishes them.
 pub fn assert_refused<T: std::fmt::Debug>(answer: Result<T, Status>) {
     let refusal = answer.expect_err("not in this phase");
     assert!(matches!(refusal.code(), Code::FailedPrecondition | Code::Unknown), "{refusal}");

@@ -8,21 +8,21 @@ cd "$repo_dir" || exit
 # Builds the daemon as it is installed.
 build_daemon() { make --no-print-directory -C "$repo_dir" build; }
 
-# Builds the daemon with points at which it can be told to end, and prints the path of its program. A build
-# for tests: it need not be small or fast, but where it is measured.
+# Builds the daemon with its fault points, and prints the path of the program. Tests use the debug build; a release
+# build is for the benchmark.
 build_faults() { # debug|release
     local path=$target_dir/testbed/containerd-shim-systemd-v1-$1 profile=dev
     [ "$1" = debug ] || profile=$1
     mkdir -p "${path%/*}"
     cargo rustc --quiet --locked --profile "$profile" --features faults --bin containerd-shim-systemd-v1 -- \
         -C target-feature=+crt-static >&2
-    # The next build without the feature takes its place.
+    # The next build without the feature overwrites the program in the target directory.
     cp -f "$target_dir/$1/containerd-shim-systemd-v1" "$path"
     echo "$path"
 }
 
-# Builds one test or bench target and prints the path of its program. cargo names the daemon's, too, in
-# no certain order.
+# Builds one test or bench target and prints the path of its program. cargo also prints the daemon's, in no fixed
+# order.
 cargo_executable() { # test|bench OPTION…
     local path
     path=$(cargo "$@" --no-run --message-format=json-render-diagnostics |

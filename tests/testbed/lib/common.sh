@@ -14,7 +14,7 @@ die() { say "$*"; exit 1; }
 
 need_root() { [ "$(id -u)" = 0 ] || die "must run as root (mounts, cgroups, namespaces)"; }
 
-# The file of image or lane functions, only when it is wanted.
+# Sources the functions of the image or of a lane.
 use() { # shellcheck source=/dev/null
     source "$testbed_dir/lib/$1.sh"; }
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# The lane "host": this machine itself, for a check of one's own. Nothing is undone afterwards.
+# The lane "host": this machine itself, for a check by hand. Nothing is undone afterwards.
 
 lane_ready() {
     [ "$(</proc/1/comm)" = systemd ] || die "PID 1 of this machine is not systemd: lane vm or nspawn"

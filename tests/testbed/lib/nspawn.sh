@@ -41,7 +41,7 @@ lane_run() { # image
 
 lane_ready() { :; }
 
-# PID 1 of the guest, anew each time: it changes with a reboot.
+# PID 1 of the guest. It changes with a reboot, so it is looked up each time.
 leader() {
     local pid children
     pid=$(<"$run/pid")
@@ -56,14 +56,14 @@ lane_command() {
 
 lane_shell() { lane_exec bash -l; }
 
-# The end of its PID 1 is the end of every process in the guest.
+# When PID 1 of the guest ends, the kernel ends every process in the guest.
 lane_kill() {
     local pid
     pid=$(leader 2>/dev/null) || pid=$(<"$run/pid")
     kill -KILL "$pid"
 }
 
-# nspawn makes its cgroup in systemd's own v1 hierarchy, too, where there is one.
+# nspawn also creates its cgroup in systemd's v1 hierarchy, if this machine has one.
 lane_clean() {
     local cgroup
     for cgroup in "$(cgroup2_root)" /sys/fs/cgroup/systemd; do

@@ -29,8 +29,8 @@ kernel_options() {
         net.ifnames=0 mitigations=off audit=0 nowatchdog rcupdate.rcu_expedited=1 panic=-1
 }
 
-# /dev/kvm may be there and hang: only a kernel that gets as far as missing its root is proof. The
-# answer is kept until this machine is booted again.
+# /dev/kvm may exist and hang. Proof that it works is a kernel that complains about its missing root. The answer is
+# kept until this machine boots again.
 pick_accelerator() { # image
     local known
     known=$run_root/.accelerator-$(</proc/sys/kernel/random/boot_id)
@@ -58,15 +58,15 @@ set_ssh() {
         root@127.0.0.1)
 }
 
-# One connection carries all commands: a handshake takes an emulated machine long.
+# One connection carries all commands: a handshake takes long in an emulated machine.
 lane_ready() {
     local ssh
     set_ssh
     "${ssh[@]}" -fNM -o ConnectTimeout=60 -o ServerAliveInterval=15 </dev/null >"$run/ssh.log" 2>&1
 }
 
-# What ssh is given goes through the guest's shell. That one stays, so that a death by a signal becomes
-# an exit code, but says nothing about it.
+# ssh runs the command through the guest's shell. The shell stays, so that it turns a death by a signal into an exit
+# code, and its message about the signal is discarded.
 lane_command() {
     local ssh words
     set_ssh
@@ -82,7 +82,7 @@ lane_shell() {
 
 lane_kill() { kill -KILL "$(<"$run/pid")"; }
 
-# The connection's process ends with its peer, but only when it notices.
+# The ssh process of the connection ends with its peer, but only when it notices: end it now.
 lane_clean() {
     local ssh
     [ -e "$run/ssh" ] || return 0
