@@ -30,6 +30,7 @@ mod suspect;
 mod sys;
 mod task;
 mod telemetry;
+mod text;
 mod transport;
 mod unit;
 

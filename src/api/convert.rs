@@ -218,6 +218,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
                 io_gid: ours.io_gid,
                 log: ours.log,
                 properties: ours.properties.into_iter().collect(),
+                annotation_properties: ours.annotation_properties.into_iter().collect(),
                 notify: ours.notify,
                 ..Options::default()
             })))

@@ -3,6 +3,8 @@
 use crate::id::{ExecId, SHORT_ID, TaskKey, is_long_hex};
 use crate::task::Face;
 
+use crate::text;
+
 use super::bundle::Spec;
 
 /// Longer names are cut: they are for one line of a terminal.
@@ -21,8 +23,8 @@ pub fn of(key: &TaskKey, spec: &Spec) -> Face {
         (Some(pod), None, _) => pod.clone(),
         (None, ..) => spec.annotation("nerdctl/name").map_or_else(|| plain_name(key, spec), str::to_owned),
     };
-    let name = one_line(&name);
-    let image = cri("image-name").map(one_line);
+    let name = text::line(&name, MAX_NAME);
+    let image = cri("image-name").map(|image| text::line(image, MAX_NAME));
     let shown = match &image {
         Some(image) => format!("{name} ({image})"),
         None => name.clone(),
@@ -30,21 +32,24 @@ pub fn of(key: &TaskKey, spec: &Spec) -> Face {
     let mut fields = vec![
         ("CONTAINER_ID".to_owned(), key.id.to_string()),
         ("CONTAINER_NAMESPACE".to_owned(), key.namespace.to_string()),
-        ("CONTAINER_NAME".to_owned(), name),
+        // systemd reads the fields as a list of words when it reads its units again.
+        ("CONTAINER_NAME".to_owned(), text::word(&name, MAX_NAME)),
     ];
-    fields.extend(image.map(|image| ("CONTAINER_IMAGE".to_owned(), image)));
+    fields.extend(image.map(|image| ("CONTAINER_IMAGE".to_owned(), text::word(&image, MAX_NAME))));
     for (field, annotation) in
         [("POD_NAME", "sandbox-name"), ("POD_NAMESPACE", "sandbox-namespace"), ("POD_UID", "sandbox-uid")]
     {
-        fields.extend(cri(annotation).map(|value| (field.to_owned(), one_line(value))));
+        fields.extend(cri(annotation).map(|value| (field.to_owned(), text::word(value, MAX_NAME))));
     }
     Face { description: format!("{shown}, container {key}"), fields }
 }
 
-/// How a person sees an exec of a container: what it runs, and where.
+/// How a person sees an exec of a container: which program it runs, and where. Not with which arguments: everybody on the
+/// machine can read the description of a unit, and there may be secrets among them.
 pub fn of_exec(container: &Face, exec: &ExecId, args: &[String]) -> String {
     let short = if is_long_hex(exec.as_str()) { &exec.as_str()[..SHORT_ID] } else { exec.as_str() };
-    format!("{} (exec {short} in {})", one_line(&args.join(" ")), container.description)
+    let program = args.first().map_or("", String::as_str);
+    format!("{} (exec {short} in {})", text::line(program, MAX_NAME), container.description)
 }
 
 /// The name under which the lines stand in the journal: the container's, short.
@@ -62,11 +67,6 @@ fn plain_name(key: &TaskKey, spec: &Spec) -> String {
     }
     let short = &id[..SHORT_ID];
     if spec.hostname.is_empty() || spec.hostname == short { short.to_owned() } else { spec.hostname.clone() }
-}
-
-/// A value from a spec, made fit for a line: no control characters, no excess.
-fn one_line(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(MAX_NAME).collect()
 }
 
 #[cfg(test)]
@@ -102,9 +102,9 @@ mod tests {
 
     #[test]
     fn an_exec_is_called_by_what_it_runs() {
-        let args = ["sh".to_owned(), "-c".to_owned(), "echo\n1".to_owned()];
+        let args = ["s\nh".to_owned(), "-c".to_owned(), "login --password=hunter2".to_owned()];
         let shown = of_exec(&face("web", "{}"), &ExecId::new("e1").unwrap(), &args);
-        assert_eq!(shown, "sh -c echo1 (exec e1 in web, container n/web)");
+        assert_eq!(shown, "sh (exec e1 in web, container n/web)");
     }
 
     #[test]
@@ -112,6 +112,15 @@ mod tests {
         let id = "cd".repeat(32);
         assert!(face(&id, r#"{"hostname":"db"}"#).description.starts_with("db, "));
         assert!(face(&id, r#"{"hostname":"cdcdcdcdcdcd"}"#).description.starts_with("cdcdcdcdcdcd, "));
+    }
+
+    #[test]
+    fn a_name_can_not_bring_lines_or_fields_of_its_own() {
+        let spec = r#"{"annotations":{"nerdctl/name":"x OBJECT_SYSTEMD_UNIT=ssh.service\\"}}"#;
+        let face = face("a", spec);
+        assert_eq!(identifier(&face), "x_OBJECT_SYSTEMD_UNIT=ssh.service");
+        assert!(face.fields.iter().all(|(_, value)| !value.contains([' ', '\\'])), "{:?}", face.fields);
+        assert!(face.description.ends_with("container n/a"), "{}", face.description);
     }
 
     #[test]

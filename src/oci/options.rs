@@ -91,6 +91,8 @@ pub struct Options {
     pub log: String,
     /// Properties of the units of containers: name and GVariant text.
     pub properties: BTreeMap<String, String>,
+    /// Properties that annotations may set beside the harmless ones, also against `properties`.
+    pub annotation_properties: Vec<String>,
     /// Containers may notify systemd (sd_notify(3)).
     pub notify: bool,
     /// Without effect: the form of `linux.cgroupsPath` decides how it is read.

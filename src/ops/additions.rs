@@ -9,16 +9,20 @@ use crate::oci::{devices, signal};
 use crate::task::Task;
 use crate::task::request::{Asker, DeviceAllow, Property, Runtime};
 use crate::unit;
-use crate::unit::annotation::{self, Additions};
+use crate::unit::annotation::{self, Additions, Extension};
 
 use super::{Error, Shim};
 
-/// The properties that are asked for, checked but for their types. Annotations override options.
+/// The properties that are asked for, checked but for their types.
+///
+/// `extension`: the names in the option AnnotationProperties.
 pub(super) fn properties(
     task: &str,
     spec: &Spec,
     options: BTreeMap<String, String>,
+    extension: &[String],
 ) -> Result<Vec<Property>, Error> {
+    let extension = Extension::new(extension)?;
     let mut asked: Vec<Property> =
         options.into_iter().map(|(name, value)| Property { asker: Asker::Options, name, value }).collect();
     if let Some(text) = spec.annotation(annotation::STOP_SIGNAL) {
@@ -31,7 +35,7 @@ pub(super) fn properties(
         name: name.to_owned(),
         value: value.to_owned(),
     }));
-    let checked = annotation::check(asked)?;
+    let checked = annotation::check(asked, &extension)?;
     for (property, reason) in checked.left_out {
         tracing::warn!(%task, "task {task}: {property} has no effect: {reason}");
     }
@@ -59,11 +63,15 @@ pub(super) fn allowed_devices(
 /// Makes crun run the container in a virtual machine, for one.
 const CRUN_HANDLER: &str = "run.oci.handler";
 
-/// Whether the container may tell systemd of itself.
-pub(super) fn notifies(spec: &Spec, option: bool) -> Result<bool, Error> {
+/// Whether the container may tell systemd of itself. An annotation can only do without what the option allows.
+pub(super) fn notifies(task: &str, spec: &Spec, option: bool) -> Result<bool, Error> {
     match spec.annotation(NOTIFY) {
         None => Ok(option),
-        Some("true") => Ok(true),
+        Some("true") if option => Ok(true),
+        Some("true") => {
+            tracing::warn!(%task, "task {task}: annotation {NOTIFY} has no effect: the runtime option Notify does not allow it");
+            Ok(false)
+        }
         Some("false") => Ok(false),
         Some(other) => Err(Error::Notify { value: other.chars().take(80).collect() }),
     }
@@ -111,30 +119,50 @@ mod tests {
 
     fn asked(text: &str, options: &[(&str, &str)]) -> Result<Vec<String>, Error> {
         let options = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        let properties = properties("default/web", &spec(text), options.collect())?;
+        let properties = properties("default/web", &spec(text), options.collect(), &[])?;
         Ok(properties.iter().map(|property| format!("{property} = {}", property.value)).collect())
     }
 
     #[test]
-    fn annotations_override_the_stop_signal_and_that_the_options() {
+    fn annotations_override_the_stop_signal_and_neither_the_options() {
         let options = [("KillSignal", "10"), ("TimeoutStopSec", "5")];
         let stop = r#""io.containerd.image.config.stop-signal":"SIGQUIT""#;
-        assert_eq!(
-            asked(&format!(r#"{{"annotations":{{{stop}}}}}"#), &options).unwrap(),
-            [
-                "runtime option Properties.TimeoutStopSec = 5",
-                "annotation io.containerd.image.config.stop-signal = 3",
-            ]
-        );
         let own = r#""org.systemd.property.KillSignal":"1","org.systemd.property.TimeoutStopUSec":"@t 7""#;
+        let of_options =
+            ["runtime option Properties.KillSignal = 10", "runtime option Properties.TimeoutStopSec = 5"];
+        for annotations in [stop.to_owned(), format!("{stop},{own}")] {
+            let text = format!(r#"{{"annotations":{{{annotations}}}}}"#);
+            assert_eq!(asked(&text, &options).unwrap(), of_options);
+        }
         assert_eq!(
-            asked(&format!(r#"{{"annotations":{{{stop},{own}}}}}"#), &options).unwrap(),
+            asked(&format!(r#"{{"annotations":{{{stop},{own}}}}}"#), &[]).unwrap(),
             [
                 "annotation org.systemd.property.KillSignal = 1",
                 "annotation org.systemd.property.TimeoutStopUSec = @t 7",
             ]
         );
+        assert_eq!(
+            asked(&format!(r#"{{"annotations":{{{stop}}}}}"#), &[]).unwrap(),
+            ["annotation io.containerd.image.config.stop-signal = 3"]
+        );
         assert_eq!(asked("{}", &[]).unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn an_image_whose_stop_signal_ends_nothing_runs_without_it() {
+        let text = r#"{"annotations":{"io.containerd.image.config.stop-signal":"SIGCONT"}}"#;
+        assert_eq!(asked(text, &[]).unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn an_annotation_does_not_allow_what_the_option_does_not() {
+        let notifies = |value: &str, option| {
+            let text = format!(r#"{{"annotations":{{"{NOTIFY}":"{value}"}}}}"#);
+            notifies("default/web", &spec(&text), option)
+        };
+        assert!(!notifies("true", false).unwrap() && notifies("true", true).unwrap());
+        assert!(!notifies("false", true).unwrap() && notifies("", true).unwrap());
+        notifies("yes", true).unwrap_err();
     }
 
     #[test]

@@ -7,11 +7,14 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use zbus::Variant;
+use zbus::{Signature, Variant};
 
 use crate::task::request::{Asker, DeviceAllow, Property};
 
 use super::gvariant;
+use crate::text;
+
+mod allowed;
 
 /// A property that can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +51,22 @@ pub enum Error {
         name: String,
         /// Why not.
         reason: &'static str,
+    },
+    /// A string in the value can't be in a unit's file.
+    #[error("{origin}: {flaw}")]
+    Text {
+        /// Where it was asked for.
+        origin: String,
+        /// What is wrong with it.
+        flaw: String,
+    },
+    /// This systemd has no such property.
+    #[error("{origin}: this systemd has no property {name}")]
+    Unknown {
+        /// Where it was asked for.
+        origin: String,
+        /// The property.
+        name: String,
     },
     /// The value is of another type than the property.
     #[error("{origin}: {mismatch}")]
@@ -99,6 +118,7 @@ const DENIED: [(&[&str], &str); 6] = [
     (
         &[
             "Slice",
+            "InSlice",
             "Delegate*",
             "KillMode",
             "SendSIGKILL",
@@ -187,6 +207,9 @@ const LEFT_OUT: [(&str, &str); 1] =
 /// dbus-unit.c): only systemd can check them.
 const SHOWN_OTHERWISE: [&str; 3] = ["Conditions", "Asserts", "CoredumpFilter"];
 
+/// The end of the names of limits in parts of the whole, which systemd takes and shows as plain limits.
+const SCALE: (&str, &str) = ("Scale", "u");
+
 /// What is asked for, checked.
 #[derive(Debug, Default)]
 pub struct Checked {
@@ -196,20 +219,71 @@ pub struct Checked {
     pub left_out: Vec<(Property, &'static str)>,
 }
 
-/// Checks what is asked for; later ones override earlier ones.
+/// Properties that annotations may set beside those that they always may, and even where an option sets them as well.
+#[derive(Debug, Default)]
+pub struct Extension(Vec<String>);
+
+impl Extension {
+    /// From the runtime option `AnnotationProperties`.
+    ///
+    /// # Errors
+    /// A name is none of a property, or nobody may set the property.
+    pub fn new(names: &[String]) -> Result<Self, Error> {
+        let own = names.iter().map(|name| {
+            let origin = || format!("runtime option AnnotationProperties, {name:?}");
+            if !is_name(name) {
+                return Err(Error::Name { origin: origin() });
+            }
+            let name = in_microseconds(name).unwrap_or_else(|| name.clone());
+            match denied(&name) {
+                Some(reason) => Err(Error::Denied { origin: origin(), name, reason }),
+                None => Ok(name),
+            }
+        });
+        own.collect::<Result<_, _>>().map(Self)
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.0.iter().any(|known| known == name)
+    }
+}
+
+/// Checks what is asked for; later ones override earlier ones, but an annotation does not override an option.
 ///
 /// # Errors
 /// The first that can't be had.
-pub fn check(asked: impl IntoIterator<Item = Property>) -> Result<Checked, Error> {
+pub fn check(asked: impl IntoIterator<Item = Property>, extension: &Extension) -> Result<Checked, Error> {
     let mut checked = Checked::default();
     let mut names: Vec<String> = Vec::new();
     for property in asked {
-        let (name, _) = read(&property)?;
-        if let Some((_, reason)) = LEFT_OUT.iter().find(|(left_out, _)| *left_out == name) {
+        let (name, value) = read(&property)?;
+        let earlier = names.iter().position(|known| *known == name);
+        let is_option = |at: usize| checked.properties.get(at).is_some_and(|set| set.asker == Asker::Options);
+        let may_override = property.asker == Asker::Options || extension.has(&name);
+        let left_out = match property.asker {
+            _ if LEFT_OUT.iter().any(|(left_out, _)| *left_out == name) => {
+                LEFT_OUT.iter().find(|(left_out, _)| *left_out == name).map(|(_, reason)| *reason)
+            }
+            Asker::Annotation if !extension.has(&name) => {
+                allowed::check(&name, &value).map_err(|reason| Error::Denied {
+                    origin: property.to_string(),
+                    name: name.clone(),
+                    reason,
+                })?;
+                None
+            }
+            Asker::StopSignal if !matches!(value, Variant::I32(number) if allowed::ends(number)) => {
+                Some("this signal does not end a process")
+            }
+            Asker::Annotation | Asker::StopSignal | Asker::Options => None,
+        };
+        let overrides_option = !may_override && earlier.is_some_and(is_option);
+        let left_out = left_out.or(overrides_option.then_some(SET_BY_OPTION));
+        if let Some(reason) = left_out {
             checked.left_out.push((property, reason));
             continue;
         }
-        if let Some(at) = names.iter().position(|known| *known == name) {
+        if let Some(at) = earlier {
             names.remove(at);
             checked.properties.remove(at);
         }
@@ -219,27 +293,66 @@ pub fn check(asked: impl IntoIterator<Item = Property>) -> Result<Checked, Error
     Ok(checked)
 }
 
+const SET_BY_OPTION: &str = "a runtime option sets it, and AnnotationProperties does not name it";
+
 /// The property's own name and value.
 fn read(property: &Property) -> Result<(String, Variant<'static>), Error> {
     let origin = || property.to_string();
     let name = property.name.as_str();
-    if name.len() < 3 || !name.bytes().all(|byte| byte.is_ascii_alphabetic()) {
+    if !is_name(name) {
         return Err(Error::Name { origin: origin() });
     }
     let value =
         gvariant::parse(&property.value).map_err(|source| Error::Value { origin: origin(), source })?;
-    let (name, value) = match name.strip_suffix("Sec") {
-        Some(stem) if stem.ends_with(|c: char| c.is_ascii_lowercase()) => {
+    let (name, value) = match in_microseconds(name) {
+        Some(name) => {
             let usec = microseconds(&value)
                 .ok_or_else(|| Error::Seconds { origin: origin(), value: property.value.clone() })?;
-            (format!("{stem}USec"), usec.into())
+            (name, usec.into())
         }
-        _ => (name.to_owned(), value),
+        None => (name.to_owned(), value),
     };
     if let Some(reason) = denied(&name) {
         return Err(Error::Denied { origin: origin(), name, reason });
     }
+    if let Some(flaw) = flaw(&value, is_binary(&name)) {
+        return Err(Error::Text { origin: origin(), flaw });
+    }
     Ok((name, value))
+}
+
+fn is_name(name: &str) -> bool {
+    const MAX_NAME: usize = 64;
+    (3..=MAX_NAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphabetic())
+}
+
+/// The name of a time that is asked for in seconds.
+fn in_microseconds(name: &str) -> Option<String> {
+    let stem = name.strip_suffix("Sec").filter(|stem| stem.ends_with(|c: char| c.is_ascii_lowercase()));
+    stem.map(|stem| format!("{stem}USec"))
+}
+
+/// Properties in which bytes are numbers: masks and addresses. In all others they are text.
+fn is_binary(name: &str) -> bool {
+    name.contains("Allowed") || name.starts_with("IPAddress") || ["CPUAffinity", "NUMAMask"].contains(&name)
+}
+
+/// Why a value can't be in a unit's file.
+fn flaw(value: &Variant<'_>, is_binary: bool) -> Option<String> {
+    match value {
+        Variant::Str(text) => text::flaw(text.as_str()),
+        Variant::Array(array) if *array.element_signature() == Signature::U8 => {
+            let bytes = array.iter().filter_map(|byte| u8::try_from(byte).ok()).collect();
+            match String::from_utf8(bytes) {
+                _ if is_binary => None,
+                Ok(text) => text::flaw(&text),
+                Err(_) => Some("its bytes are no text in UTF-8".to_owned()),
+            }
+        }
+        Variant::Array(array) => array.iter().find_map(|element| flaw(element, is_binary)),
+        Variant::Structure(structure) => structure.fields().iter().find_map(|field| flaw(field, is_binary)),
+        _ => None,
+    }
 }
 
 fn denied(name: &str) -> Option<&'static str> {
@@ -308,16 +421,21 @@ pub struct Types(pub(super) HashMap<String, String>);
 
 impl Types {
     /// Compares values with their properties' types. systemd does not name the property when a type is
-    /// wrong. A property that is not known is for systemd to judge.
+    /// wrong.
     ///
     /// # Errors
-    /// [`Error::Type`]
+    /// [`Error::Unknown`], [`Error::Type`]
     pub fn check(&self, properties: &[Property]) -> Result<(), Error> {
         for property in properties {
             let (name, value) = read(property)?;
             let given = value.value_signature().to_string();
-            let known = self.0.get(&name).filter(|_| !SHOWN_OTHERWISE.contains(&name.as_str()));
-            if let Some(wanted) = known.filter(|wanted| **wanted != given) {
+            if SHOWN_OTHERWISE.contains(&name.as_str()) {
+                continue;
+            }
+            let Some(wanted) = self.of(&name) else {
+                return Err(Error::Unknown { origin: property.to_string(), name });
+            };
+            if wanted != given {
                 let text = &property.value;
                 let mut mismatch = format!("{name} is of type {wanted:?}, but {text} is of type {given:?}");
                 if is_other_number(wanted, &given) {
@@ -327,6 +445,11 @@ impl Types {
             }
         }
         Ok(())
+    }
+
+    fn of(&self, name: &str) -> Option<&str> {
+        let is_scale = name.strip_suffix(SCALE.0).is_some_and(|stem| self.0.contains_key(stem));
+        self.0.get(name).map(String::as_str).or(is_scale.then_some(SCALE.1))
     }
 }
 

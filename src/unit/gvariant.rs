@@ -1,16 +1,22 @@
 //! Values of properties as people write them: GVariant text (pure).
 //!
 //! The part of [GLib's format](https://docs.gtk.org/glib/gvariant-text-format.html) that properties of
-//! systemd need: no dictionaries, variants, maybes or byte strings. A bare whole number is an int32; a type
+//! systemd need: no dictionaries, variants, maybes, byte strings, object paths or signatures. A bare whole number is an int32; a type
 //! before a value, `uint64 5` or `@t 5`, says otherwise.
 
 use std::iter::Peekable;
 use std::str::Chars;
 
-use zbus::{Array, ObjectPath, Signature, Structure, Variant};
+use zbus::{Array, Signature, Structure, Variant};
 
 /// Deeper than any property of systemd.
 const MAX_DEPTH: usize = 8;
+/// Longer than the text of any sensible value, in bytes.
+const MAX_TEXT: usize = 16 << 10;
+/// More than the elements, and elements of elements, of any sensible value.
+const MAX_NODES: usize = 4096;
+/// The longest type that D-Bus has (D-Bus specification, "Valid Signatures"). zbus panics at a longer one.
+const MAX_SIGNATURE: usize = 255;
 
 /// Text that is no value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,7 +33,11 @@ pub struct Malformed {
 /// # Errors
 /// The text is no value, or its type can't be told.
 pub fn parse(text: &str) -> Result<Variant<'static>, Malformed> {
-    let mut reader = Reader { chars: text.chars().peekable(), at: 1 };
+    if text.len() > MAX_TEXT {
+        let reason = format!("a value may have {MAX_TEXT} bytes, and this has {}", text.len());
+        return Err(Malformed { at: 1, reason });
+    }
+    let mut reader = Reader { chars: text.chars().peekable(), at: 1, nodes: 0 };
     let node = reader.value(MAX_DEPTH)?;
     reader.skip_space();
     if let Some(c) = reader.peek() {
@@ -37,6 +47,13 @@ pub fn parse(text: &str) -> Result<Variant<'static>, Malformed> {
         at: node.at,
         reason: "the type of an empty array is not known: write it before, as in \"@as []\"".to_owned(),
     })?;
+    // A value in a list of properties is a variant, whose type has a length of one byte.
+    let length = signature.to_string().len();
+    if length > MAX_SIGNATURE {
+        let reason =
+            format!("the type of a value may have {MAX_SIGNATURE} characters, and this has {length}");
+        return Err(Malformed { at: node.at, reason });
+    }
     node.build(&signature)
 }
 
@@ -141,15 +158,6 @@ impl Node {
             (What::Typed(own, node), _) if own == *signature => node.build(&own)?,
             (What::Bool(value), Signature::Bool) => value.into(),
             (What::Text(text), Signature::Str) => text.into(),
-            (What::Text(text), Signature::ObjectPath) => {
-                let path = ObjectPath::try_from(text).map_err(|error| wrong(error.to_string()))?;
-                path.into()
-            }
-            (What::Text(text), Signature::Signature) => {
-                let parsed =
-                    Signature::try_from(text.as_str()).map_err(|_| wrong("no signature".to_owned()))?;
-                parsed.into()
-            }
             (What::Number(digits), number) if is_number(number) => read_number(&digits, number)
                 .ok_or_else(|| wrong(format!("{digits} is not {}", described(number))))?,
             (What::Array(elements), Signature::Array(element)) => {
@@ -172,7 +180,7 @@ impl Node {
 }
 
 /// The types that may be named before a value.
-const KEYWORDS: [(&str, Signature); 12] = [
+const KEYWORDS: [(&str, Signature); 10] = [
     ("boolean", Signature::Bool),
     ("byte", Signature::U8),
     ("int16", Signature::I16),
@@ -183,8 +191,6 @@ const KEYWORDS: [(&str, Signature); 12] = [
     ("uint64", Signature::U64),
     ("double", Signature::F64),
     ("string", Signature::Str),
-    ("objectpath", Signature::ObjectPath),
-    ("signature", Signature::Signature),
 ];
 
 fn described(signature: &Signature) -> String {
@@ -193,7 +199,7 @@ fn described(signature: &Signature) -> String {
 }
 
 fn is_number(signature: &Signature) -> bool {
-    !matches!(signature, Signature::Bool | Signature::Str | Signature::ObjectPath | Signature::Signature)
+    !matches!(signature, Signature::Bool | Signature::Str)
         && KEYWORDS.iter().any(|(_, known)| known == signature)
 }
 
@@ -240,6 +246,8 @@ fn whole_number(digits: &str) -> Option<i128> {
 struct Reader<'t> {
     chars: Peekable<Chars<'t>>,
     at: usize,
+    /// How many values have begun.
+    nodes: usize,
 }
 
 impl Reader<'_> {
@@ -267,6 +275,10 @@ impl Reader<'_> {
         self.skip_space();
         let at = self.at;
         let deeper = depth.checked_sub(1).ok_or_else(|| self.wrong("this is nested too deep"))?;
+        self.nodes += 1;
+        if self.nodes > MAX_NODES {
+            return Err(self.wrong("these are too many elements"));
+        }
         let what = match self.peek() {
             None => return Err(self.wrong("a value is missing")),
             Some('\'' | '"') => What::Text(self.text()?),

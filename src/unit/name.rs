@@ -55,7 +55,7 @@ fn stems(prefix: String, id: &str) -> impl Iterator<Item = UnitName> + use<> {
 }
 
 fn stem(service: &UnitName) -> &str {
-    service.as_str().trim_end_matches(".service")
+    service.as_str().strip_suffix(".service").unwrap_or(service.as_str())
 }
 
 /// The unit of a `binary://` logger: beside that of its process, in the place of an exec with an
@@ -231,6 +231,14 @@ mod tests {
     fn a_logger_stands_beside_its_container() {
         let unit = candidates(&key("default", "web")).next().unwrap();
         assert_eq!(logger(&unit).unwrap().as_str(), "containerd-default-web::log.service");
+    }
+
+    #[test]
+    fn a_container_whose_id_ends_like_a_unit_has_a_logger_and_execs_of_its_own() {
+        let unit = |id| candidates(&key("default", id)).next().unwrap();
+        assert_ne!(logger(&unit("web")), logger(&unit("web.service")));
+        let exec = |id| exec_candidates(&unit(id), &ExecId::new("e").unwrap()).next().unwrap();
+        assert_eq!(exec("web.service").as_str(), "containerd-default-web.service:e.service");
     }
 
     #[test]

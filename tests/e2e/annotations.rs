@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
+use containerd_client::tonic::Code::FailedPrecondition;
 use prost::Message as _;
 use prost_types::Any;
 use serde_json::json;
@@ -17,7 +18,7 @@ use crate::common::shim::{Bundle, Shim, WithFaults};
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::task::Io;
-use crate::common::{process, systemd};
+use crate::common::{daemon, process, systemd};
 use crate::options::GenericOptions;
 
 const PREFIX: &str = "org.systemd.property.";
@@ -43,26 +44,28 @@ struct OurOptions {
     properties: HashMap<String, String>,
 }
 
+/// Runtime options as a person writes them.
+fn options(body: &str) -> Any {
+    GenericOptions { config_body: body.to_string(), ..Default::default() }.to_any()
+}
+
 #[test]
 fn annotations_set_properties_of_the_unit() {
     needs!(OurShim);
     let node = Node::shared();
     let asked = [
         ("After", "['e2e-before.service', 'e2e-too.service']"),
-        ("Wants", "['e2e-wanted.target']"),
         ("TimeoutStopSec", "0.25"),
         ("KillSignal", "2"),
         ("RuntimeMaxUSec", "uint64 3600000000"),
         ("Description", "\"it's ours\""),
         ("MemoryHigh", "@t 1073741824"),
-        ("IODeviceWeight", "[('/dev/null', uint64 50)]"),
     ];
     let container = node.container("asked", asking(Spec::sleeping(), &asked)).started(&Io::default());
     let after = words(&container, "After");
     for unit in ["e2e-before.service", "e2e-too.service", "dbus.service"] {
         assert!(after.contains(&unit.to_string()), "{unit} is not in {after:?}");
     }
-    assert_eq!(shown(&container, "Wants"), "e2e-wanted.target");
     assert_eq!(shown(&container, "TimeoutStopUSec"), "250ms");
     assert_eq!(shown(&container, "KillSignal"), "2");
     assert_eq!(shown(&container, "RuntimeMaxUSec"), "1h");
@@ -71,6 +74,68 @@ fn annotations_set_properties_of_the_unit() {
     container.kill(9).expect("kill");
     assert_eq!(container.exit_status(), 137);
     container.delete().expect("delete");
+}
+
+#[test]
+fn options_set_what_annotations_may_not_and_can_let_them() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let wants = [("Wants", "['e2e-wanted.target']"), ("IODeviceWeight", "[('/dev/null', uint64 50)]")];
+    let body: String = wants.iter().map(|(name, value)| format!("{name} = \"{value}\"\n")).collect();
+    let of_options =
+        node.container("options", Spec::sleeping()).options(options(&format!("[Properties]\n{body}")));
+    let container = of_options.started(&Io::default());
+    assert_eq!(shown(&container, "Wants"), "e2e-wanted.target");
+
+    let spec = asking(Spec::sleeping(), &wants);
+    let refusal = node.container("refused", spec.clone()).make().create(&Io::default()).expect_err("Wants");
+    assert!(refusal.message().contains("AnnotationProperties"), "{refusal}");
+    let let_them = options("AnnotationProperties = [\"Wants\", \"IODeviceWeight\"]");
+    let container = node.container("let", spec).options(let_them).started(&Io::default());
+    assert_eq!(shown(&container, "Wants"), "e2e-wanted.target");
+}
+
+#[test]
+fn no_name_or_annotation_reaches_a_units_file_as_a_line_or_field_of_its_own() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let spec =
+        Spec::sleeping().annotation("nerdctl/name", "x OBJECT_SYSTEMD_UNIT=ssh.service %H\n[Service]\\");
+    let container = node.container("lines", spec).started(&Io::default());
+    process::succeed("systemctl", &["daemon-reload"]);
+    let unit = systemd::unit_of(&container);
+    assert_eq!(shown(&container, "SyslogIdentifier"), "x_OBJECT_SYSTEMD_UNIT=ssh.service_%H[Service]");
+    let fields = shown(&container, "LogExtraFields");
+    assert!(fields.contains(&format!("CONTAINER_ID={}", container.id)), "{fields}");
+    assert!(!fields.split([' ', '\n']).any(|field| field.starts_with("OBJECT_")), "{fields}");
+
+    let injected = r#""web\n[Service]\nExecStopPost=/bin/touch /run/e2e-injected""#;
+    let spec = asking(Spec::sleeping(), &[("Description", injected)]);
+    let refusal = node.container("lines", spec).make().create(&Io::default()).expect_err("a line break");
+    assert!(refusal.message().contains("org.systemd.property.Description: "), "{refusal}");
+    assert_eq!(systemd::property(&unit, "ExecStopPost"), "");
+}
+
+#[test]
+fn a_value_that_d_bus_can_not_carry_is_refused_and_the_daemon_lives() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let shim = Shim::connect(&node);
+    let before = daemon::serving();
+    let numbers = vec!["1"; 300].join(",");
+    for (name, value) in [
+        ("Foo", format!("({numbers})")),
+        ("After", format!("({numbers})")),
+        ("Description", format!("signature '{}'", "i".repeat(300))),
+        ("Description", format!("'{}'", "x".repeat(100_000))),
+        ("After", format!("{}{}", "[".repeat(5000), "]".repeat(5000))),
+    ] {
+        let bundle = Bundle::new("annotation");
+        bundle.write_config(&asking(Spec::sleeping(), &[(name, &value)]).to_json());
+        let (code, text) = shim.create(bundle.request(&unique("annotation"))).expect_err(name);
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{name}: {text}");
+    }
+    assert_eq!(daemon::serving(), before, "the daemon was started again");
 }
 
 #[test]
@@ -99,14 +164,12 @@ fn what_cant_be_had_is_an_invalid_argument_that_names_it() {
         ("TimeoutStopUSec", "5", "write @t 5"),
         ("After", "'x.service'", "\"as\""),
         ("KillSignal", "'SIGTERM'", "\"i\""),
-        ("DeviceAllow", "['/dev/null rw']", "\"a(ss)\""),
         // What systemd does not know or take.
-        ("NoSuchProperty", "true", "NoSuchProperty"),
-        ("KillSignal", "999", "999"),
+        ("NoSuchProperty", "true", "AnnotationProperties"),
+        ("KillSignal", "999", "does not end"),
         ("OOMPolicy", "'bogus'", "bogus"),
-        ("ManagedOOMSwap", "'bogus'", "systemd refused"),
-        ("After", "['no unit name']", "no unit name"),
-        ("Id", "'x.service'", "Id"),
+        ("After", "['no unit name']", "names of services"),
+        ("Id", "'x.service'", "letters"),
         // What the promises rest on.
         ("ExecStart", "[('/bin/true', ['true'], false)]", "can't be set"),
         ("Type", "'oneshot'", "can't be set"),
@@ -132,25 +195,27 @@ fn what_cant_be_had_is_an_invalid_argument_that_names_it() {
 fn a_unit_that_is_needed_and_missing_is_named() {
     needs!(OurShim);
     let node = Node::exclusive();
-    let shim = Shim::connect(&node);
     let before = Traces::take();
-    let bundle = Bundle::new("needed");
-    bundle.write_config(&asking(Spec::sleeping(), &[("Requires", "['e2e-missing.service']")]).to_json());
-    let (code, text) = shim.create(bundle.request(&unique("needed"))).expect_err("a missing unit");
-    assert_eq!(code, Code::FAILED_PRECONDITION, "{text}");
-    assert!(text.contains("e2e-missing.service"), "{text}");
+    let body = "[Properties]\nRequires = \"['e2e-missing.service']\"";
+    let container = node.container("needed", Spec::sleeping()).options(options(body)).make();
+    let refusal = container.create(&Io::default()).expect_err("a missing unit");
+    assert_eq!(refusal.code(), FailedPrecondition, "{refusal}");
+    assert!(refusal.message().contains("e2e-missing.service"), "{refusal}");
+    drop(container);
     leaks::assert_none("a unit that needs a missing one", &before);
 }
 
 #[test]
-fn options_set_properties_and_annotations_override_them() {
+fn options_set_properties_and_annotations_override_them_where_they_may() {
     needs!(OurShim);
     let node = Node::shared();
     let body = "[Properties]\nTimeoutStopSec = \"5\"\nAfter = \"['e2e-option.service']\"\n\
                 ManagedOOMMemoryPressure = \"'kill'\"\n";
-    let toml = GenericOptions { config_body: body.to_string(), ..Default::default() }.to_any();
     let spec = asking(Spec::sleeping(), &[("TimeoutStopUSec", "uint64 9000000")]);
-    let container = node.container("options", spec).options(toml).started(&Io::default());
+    let container = node.container("options", spec.clone()).options(options(body)).started(&Io::default());
+    assert_eq!(shown(&container, "TimeoutStopUSec"), "5s");
+    let lets = format!("AnnotationProperties = [\"TimeoutStopSec\"]\n{body}");
+    let container = node.container("options", spec).options(options(&lets)).started(&Io::default());
     assert_eq!(shown(&container, "TimeoutStopUSec"), "9s");
     assert_eq!(shown(&container, "ManagedOOMMemoryPressure"), "kill");
     assert!(words(&container, "After").contains(&"e2e-option.service".to_string()));
@@ -161,6 +226,19 @@ fn options_set_properties_and_annotations_override_them() {
     let container = node.container("options", Spec::sleeping()).options(ours).started(&Io::default());
     assert_eq!(shown(&container, "TimeoutStopUSec"), "6s");
 
+    for (name, value, part) in [
+        ("DeviceAllow", "['/dev/null rw']", "\"a(ss)\""),
+        ("NoSuchProperty", "true", "no property NoSuchProperty"),
+        ("KillSignal", "999", "999"),
+        ("ManagedOOMSwap", "'bogus'", "systemd refused"),
+        ("After", "['no unit name']", "no unit name"),
+        ("Id", "'x.service'", "Id"),
+    ] {
+        let bad = options(&format!("[Properties]\n{name} = \"{value}\""));
+        let container = node.container("options", Spec::sleeping()).options(bad).make();
+        let refusal = container.create(&Io::default()).expect_err(name);
+        assert!(refusal.message().contains(part) && refusal.message().contains(name), "{refusal}");
+    }
     let bad =
         GenericOptions { config_body: "[Properties]\nType = \"'exec'\"".to_string(), ..Default::default() };
     let container = node.container("options", Spec::sleeping()).options(bad.to_any()).make();

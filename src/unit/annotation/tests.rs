@@ -21,7 +21,7 @@ fn runcs_own_examples_are_understood() {
         set("TimeoutStopUSec", "uint64 123456789"),
         ("TimeoutStopUSec".into(), "uint64 123456789".into())
     );
-    let checked = check([annotation("CollectMode", "'inactive-or-failed'")]).unwrap();
+    let checked = check([annotation("CollectMode", "'inactive-or-failed'")], &Extension::default()).unwrap();
     assert!(checked.properties.is_empty() && checked.left_out[0].1.contains("until it is deleted"));
 }
 
@@ -134,21 +134,168 @@ fn what_a_person_wants_of_a_unit_may_be_set() {
     }
 }
 
+fn option(name: &str, value: &str) -> Property {
+    Property { asker: Asker::Options, name: name.to_owned(), value: value.to_owned() }
+}
+
+fn extension(names: &[&str]) -> Extension {
+    Extension::new(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap()
+}
+
+fn shown(checked: &[Property]) -> Vec<String> {
+    checked.iter().map(|property| format!("{property} = {}", property.value)).collect()
+}
+
 #[test]
-fn the_last_to_ask_for_a_property_gets_it() {
-    let option = |name: &str, value: &str| Property {
-        asker: Asker::Options,
-        name: name.to_owned(),
-        value: value.to_owned(),
+fn an_annotation_overrides_an_option_only_where_the_administrator_says_so() {
+    let asked = || {
+        [
+            option("TimeoutStopSec", "5"),
+            option("After", "['a.service']"),
+            annotation("TimeoutStopUSec", "uint64 7"),
+            annotation("MemoryHigh", "uint64 7"),
+        ]
     };
-    let asked = [
-        option("TimeoutStopSec", "5"),
-        option("After", "['a.service']"),
-        annotation("TimeoutStopUSec", "uint64 7"),
+    let checked = check(asked(), &Extension::default()).unwrap();
+    assert_eq!(
+        shown(&checked.properties),
+        [
+            "runtime option Properties.TimeoutStopSec = 5",
+            "runtime option Properties.After = ['a.service']",
+            "annotation org.systemd.property.MemoryHigh = uint64 7",
+        ]
+    );
+    assert!(checked.left_out[0].1.contains("AnnotationProperties"));
+    let checked = check(asked(), &extension(&["TimeoutStopSec"])).unwrap();
+    assert_eq!(shown(&checked.properties)[1], "annotation org.systemd.property.TimeoutStopUSec = uint64 7");
+    assert!(checked.left_out.is_empty());
+}
+
+/// Why an annotation is refused; nothing if it is not.
+fn refused(name: &str, value: &str, extension: &Extension) -> Option<String> {
+    check([annotation(name, value)], extension).err().map(|error| error.to_string())
+}
+
+#[test]
+fn an_annotation_sets_what_harms_nobody_else() {
+    for (name, value) in [
+        ("After", "['a.service', 'b@1.target']"),
+        ("CPUQuotaPerSecUSec", "uint64 500000"),
+        ("CPUWeight", "uint64 100"),
+        ("CPUWeight", "uint64 18446744073709551615"),
+        ("Description", "'100% mine'"),
+        ("Documentation", "['https://example.org/a']"),
+        ("IPAddressDeny", "[(2, [byte 10, 0, 0, 0], uint32 8)]"),
+        ("KillSignal", "2"),
+        ("KillSignal", "28"),
+        ("MemoryMax", "uint64 1000000"),
+        ("RuntimeMaxSec", "3600"),
+        ("TimeoutStopSec", "300"),
+        ("TimeoutStopUSec", "uint64 123456789"),
+    ] {
+        assert_eq!(refused(name, value, &Extension::default()), None, "{name}={value}");
+    }
+}
+
+#[test]
+fn an_annotation_sets_nothing_that_harms_others() {
+    for (name, value) in [
+        ("RuntimeDirectory", "['systemd']"),
+        ("StateDirectoryMode", "uint32 511"),
+        ("FailureAction", "'reboot-force'"),
+        ("SuccessAction", "'poweroff'"),
+        ("Conflicts", "['kubelet.service']"),
+        ("Wants", "['debug-shell.service']"),
+        ("Before", "['ssh.service']"),
+        ("OnFailure", "['poweroff.target']"),
+        ("PropagatesStopTo", "['a.service']"),
+        ("CPUSchedulingPolicy", "1"),
+        ("Nice", "-20"),
+        ("OOMScoreAdjust", "-1000"),
+        ("LimitRTPRIO", "uint64 99"),
+        ("MemoryMin", "uint64 1"),
+        ("MemoryLow", "uint64 1"),
+        ("CPUWeight", "uint64 101"),
+        ("IOWeight", "uint64 10000"),
+        ("LogExtraFields", "[[byte 65, 61, 66]]"),
+        ("SyslogIdentifier", "'sshd'"),
+        ("IPAddressAllow", "[(2, [byte 10, 0, 0, 0], uint32 8)]"),
+        ("RestrictNetworkInterfaces", "(true, ['eth0'])"),
+        ("AllowedCPUs", "[byte 255]"),
+        ("DeviceAllow", "[('/dev/sda', 'rwm')]"),
+        ("TimeoutStopSec", "301"),
+        ("TimeoutStopUSec", "uint64 0"),
+        ("TimeoutStopUSec", "uint64 18446744073709551615"),
+        ("KillSignal", "18"),
+        ("KillSignal", "0"),
+        ("KillSignal", "-9"),
+        ("FinalKillSignal", "9"),
+        ("After", "['a.slice']"),
+        ("After", "['%H.service']"),
+        ("After", "['a b.service']"),
+        ("Documentation", "['https://a/%H']"),
+        ("NextYearsProperty", "true"),
+        ("Foo", "5"),
+    ] {
+        let reason = refused(name, value, &Extension::default());
+        assert!(reason.is_some_and(|reason| reason.contains("can't be set: ")), "{name}={value}");
+    }
+    let many = format!("[{}]", vec!["'a.service'"; 33].join(","));
+    assert!(refused("After", &many, &Extension::default()).is_some());
+}
+
+#[test]
+fn the_administrator_allows_more_but_not_what_breaks_a_task() {
+    assert_eq!(refused("Wants", "['a.service']", &extension(&["Wants"])), None);
+    assert_eq!(refused("TimeoutStopSec", "900", &extension(&["TimeoutStopSec"])), None);
+    let named = |name: &str| Extension::new(&[name.to_owned()]).unwrap_err().to_string();
+    assert!(
+        named("ExecStart").contains("AnnotationProperties") && named("ExecStart").contains("can't be set")
+    );
+    assert!(named("Wants*").contains("letters"), "{}", named("Wants*"));
+}
+
+#[test]
+fn no_text_brings_lines_of_its_own_into_a_units_file() {
+    for text in [
+        r#""web\n[Service]\nExecStopPost=/bin/false""#,
+        r#""a\rb""#,
+        r#""a\tb""#,
+        r#""a\u001bb""#,
+        r#""a\u007fb""#,
+        r#""a\u0085b""#,
+        r#""a\u2028b""#,
+        r#""a\u202eb""#,
+        r#""ends with \\""#,
+        "'a\nb'",
+    ] {
+        for property in
+            [option("Description", text), annotation("Description", text), option("SourcePath", text)]
+        {
+            let error = check([property.clone()], &Extension::default()).unwrap_err();
+            assert!(matches!(error, Error::Text { .. }), "{property} {text}: {error}");
+            let error = Additions::new(None, &[property]).unwrap_err();
+            assert!(matches!(error, Error::Text { .. }), "{error}");
+        }
+        // However deep it is.
+        for (name, value) in [
+            ("After", format!("[{text}]")),
+            ("Conditions", format!("[('ConditionPathExists', false, false, {text})]")),
+        ] {
+            let error = check([option(name, &value)], &Extension::default()).unwrap_err();
+            assert!(matches!(error, Error::Text { .. }), "{error}");
+        }
+    }
+    for bytes in ["[[byte 65, 61, 10, 66]]", "[[byte 65, 61, 92]]", "[[byte 65, 61, 255]]"] {
+        let error = check([option("LogExtraFields", bytes)], &Extension::default()).unwrap_err();
+        assert!(matches!(error, Error::Text { .. }), "{error}");
+    }
+    // Bytes of a mask and of an address are no text.
+    let masks = [
+        option("AllowedCPUs", "[byte 10, 92]"),
+        option("IPAddressDeny", "[(2, [byte 10, 10, 10, 92], uint32 32)]"),
     ];
-    let checked = check(asked).unwrap();
-    let names: Vec<String> = checked.properties.iter().map(ToString::to_string).collect();
-    assert_eq!(names, ["runtime option Properties.After", "annotation org.systemd.property.TimeoutStopUSec"]);
+    assert_eq!(check(masks, &Extension::default()).unwrap().properties.len(), 2);
 }
 
 #[test]
@@ -164,7 +311,7 @@ fn a_value_of_another_type_is_told_with_both_types() {
         ("After", "['x']"),
         ("After", "@as []"),
         ("CoredumpFilter", "uint64 5"),
-        ("NotKnownYet", "5"),
+        ("TimeoutStopUSecScale", "uint32 5"),
     ] {
         types.check(&[annotation(name, value)]).unwrap();
     }
@@ -174,6 +321,8 @@ fn a_value_of_another_type_is_told_with_both_types() {
         "annotation org.systemd.property.TimeoutStopUSec: TimeoutStopUSec is of type \"t\", but 5 is of type \
          \"i\": write @t 5"
     );
+    assert!(wrong("NotKnownYet", "5").ends_with("this systemd has no property NotKnownYet"));
+    assert!(wrong("AfterScale", "5").contains("\"u\""));
     assert!(wrong("After", "'x'").ends_with("is of type \"as\", but 'x' is of type \"s\""));
 }
 
@@ -186,4 +335,41 @@ fn devices_stand_before_what_was_asked_for() {
         shown,
         ["DevicePolicy \"strict\"", "DeviceAllow [(\"/dev/char/1:3\", \"rw\")]", "DevicePolicy \"auto\"",]
     );
+}
+
+/// The properties of a transient service, as three versions of systemd have them: name, type, and whether a new unit
+/// may be given it (`w`) or it is only shown (`r`). From `busctl introspect`, and from what StartTransientUnit does
+/// not know; a `-` stands for the type of one that is not shown.
+const OF_SYSTEMD: [&str; 3] =
+    [include_str!("systemd-252.txt"), include_str!("systemd-257.txt"), include_str!("systemd-262.txt")];
+/// Those that are left to the administrator.
+const ADMINISTRATOR: &str = include_str!("administrator.txt");
+
+#[test]
+fn somebody_has_thought_of_each_property_of_systemd() {
+    let administrator: Vec<&str> = ADMINISTRATOR.lines().collect();
+    let allowed: Vec<&str> = allowed::names().collect();
+    let is_nobodys = |name| denied(name).is_some() || LEFT_OUT.iter().any(|(left_out, _)| *left_out == name);
+    for line in OF_SYSTEMD.iter().flat_map(|list| list.lines()) {
+        let mut columns = line.split(' ');
+        let (name, _, can_be_set) =
+            (columns.next().unwrap(), columns.next().unwrap(), columns.next().unwrap());
+        let lists = [allowed.contains(&name), administrator.contains(&name), is_nobodys(name)];
+        let count = lists.iter().filter(|is_on_it| **is_on_it).count();
+        match can_be_set {
+            "w" => assert_eq!(count, 1, "{name} has to be on one list: annotations, administrator, nobody"),
+            _ => assert!(!lists[0], "{name} can't be set, and annotations may set it"),
+        }
+    }
+    // A list of which systemd knows nothing protects nobody.
+    for name in allowed.iter().chain(&administrator) {
+        let is_known = |list: &str| list.lines().any(|line| line.split(' ').next() == Some(*name));
+        assert!(OF_SYSTEMD.iter().any(|list| is_known(list)), "no systemd has {name}");
+    }
+    for name in &allowed {
+        let can_be_set = |list: &str| {
+            list.lines().any(|line| line.starts_with(&format!("{name} ")) && line.ends_with(" w"))
+        };
+        assert!(can_be_set(OF_SYSTEMD[1]) && can_be_set(OF_SYSTEMD[2]), "systemd does not take {name}");
+    }
 }

@@ -49,8 +49,6 @@ fn a_type_before_a_value_counts() {
         ("double 5", "d"),
         ("boolean true", "b"),
         ("string 'x'", "s"),
-        ("objectpath '/a/b'", "o"),
-        ("signature 'a(st)'", "g"),
         ("@t 5", "t"),
         ("@as []", "as"),
         ("@a(st) [('a', 1)]", "a(st)"),
@@ -114,7 +112,10 @@ fn what_is_wrong_is_told_with_its_place() {
         ("@as 5", 5, "type as"),
         ("@zz 5", 1, "@zz"),
         ("@ 5", 1, "no type"),
-        ("objectpath 'x'", 12, ""),
+        ("objectpath '/x'", 1, "objectpath"),
+        ("signature 'a(st)'", 1, "signature"),
+        ("@g 'iii'", 4, "type g"),
+        ("@o '/x'", 4, "type o"),
         ("'a\\u0000'", 9, "NUL"),
         ("'\\ud800'", 8, "no such character"),
         ("{'a': 1}", 1, "begins no value"),
@@ -123,5 +124,78 @@ fn what_is_wrong_is_told_with_its_place() {
         let error = wrong(text);
         assert!(error.at == at && error.reason.contains(reason), "{text}: {error}");
     }
-    assert!(wrong(&"[".repeat(100_000)).reason.contains("deep"));
+    assert!(wrong(&"[".repeat(10_000)).reason.contains("deep"));
+}
+
+#[test]
+fn a_value_is_no_larger_than_systemd_can_be_told() {
+    let fails = |text: &str| parse(text).expect_err("too large").reason;
+    let numbers = |count: usize| vec!["1"; count].join(",");
+    assert!(parse(&format!("({})", numbers(253))).is_ok());
+    assert!(fails(&format!("({})", numbers(254))).contains("255"));
+    assert!(fails(&format!("[({})]", numbers(300))).contains("255"));
+    assert!(fails(&format!("@({}) ({})", "i".repeat(300), numbers(300))).contains("type"));
+    assert!(fails(&format!("[{}]", numbers(5000))).contains("too many"));
+    assert!(fails(&format!("'{}'", "x".repeat(20_000))).contains("bytes"));
+    assert!(parse(&format!("'{}'", "x".repeat(12_000))).is_ok());
+}
+
+/// What zbus makes of the value where it is sent: as a variant beside a property's name.
+fn serialized(value: &Variant<'static>) -> bool {
+    let list = vec![("Name", value.clone())];
+    zbus::Message::signal("/a", "a.b", "C").build(&list).is_ok()
+}
+
+#[test]
+fn whatever_is_read_can_be_sent() {
+    const PARTS: [&str; 30] = [
+        "(",
+        ")",
+        "[",
+        "]",
+        ",",
+        " ",
+        "1",
+        "-7",
+        "1.5",
+        "'a'",
+        "\"b\\n\"",
+        "true",
+        "@",
+        "@as",
+        "@a(ss)",
+        "@ay",
+        "@v",
+        "@a{sv}",
+        "@g",
+        "@o",
+        "@h",
+        "uint64",
+        "byte",
+        "signature",
+        "objectpath",
+        "string",
+        "()",
+        "[]",
+        "@(ii)",
+        "@aaaaaaaaaaaaaaaaaaaas",
+    ];
+    // A plain generator: the same texts on each run.
+    let mut state = 88_172_645_463_325_252_u64;
+    let mut below = |limit: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state % limit as u64).unwrap()
+    };
+    let mut sent = 0;
+    for _ in 0..200_000 {
+        let text: String = (0..=below(9)).map(|_| PARTS[below(PARTS.len())]).collect();
+        if let Ok(value) = parse(&text) {
+            assert!(value.value_signature().to_string().len() <= MAX_SIGNATURE, "{text}");
+            assert!(serialized(&value), "{text}");
+            sent += 1;
+        }
+    }
+    assert!(sent > 1000, "{sent}");
 }

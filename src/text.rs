@@ -1,0 +1,74 @@
+//! Text of strangers that systemd writes to files and people see on terminals (pure).
+//!
+//! systemd writes the properties of a transient unit to the unit's file as they are, one to a line, and reads that
+//! file again at every daemon-reload. Text with a line break would add lines of its own, and a backslash at the end of
+//! a line takes the next line away.
+
+/// A character that has no place in one line of text: control characters, the separators of lines and paragraphs, and
+/// what changes the direction of text or can't be seen.
+pub fn is_unfit(c: char) -> bool {
+    c.is_control()
+        || matches!(
+            c,
+            '\u{ad}'
+                | '\u{61c}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{feff}'
+                | '\u{fff9}'..='\u{fffb}'
+        )
+}
+
+/// Why text can't be a line, or the end of one, in a unit's file; nothing if it can.
+pub fn flaw(text: &str) -> Option<String> {
+    if let Some(c) = text.chars().find(|c| is_unfit(*c)) {
+        return Some(format!("it contains the character {c:?}, which a unit's file can't have"));
+    }
+    text.ends_with('\\')
+        .then(|| "it ends with a backslash, which would join two lines of the unit's file".to_owned())
+}
+
+/// Text made fit for a line, with at most `limit` characters.
+pub fn line(text: &str, limit: usize) -> String {
+    let fit: String = text.chars().filter(|c| !is_unfit(*c)).take(limit).collect();
+    fit.trim_end_matches('\\').to_owned()
+}
+
+/// Text made fit for a word of a list, as systemd reads lists from a unit's file: there a blank begins the next word,
+/// and quotes and backslashes have a meaning.
+pub fn word(text: &str, limit: usize) -> String {
+    let fit = |c: char| if c.is_whitespace() || ['"', '\'', '\\'].contains(&c) { '_' } else { c };
+    line(text, limit).chars().map(fit).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_not_be_in_a_line_is_named() {
+        for c in [
+            '\n', '\r', '\t', '\0', '\u{1b}', '\u{7f}', '\u{85}', '\u{2028}', '\u{2029}', '\u{202e}',
+            '\u{2066}',
+        ] {
+            let flaw = flaw(&format!("a{c}b")).expect("a flaw");
+            assert!(flaw.contains(&format!("{c:?}")), "{flaw}");
+            assert_eq!(line(&format!("a{c}b"), 10), "ab");
+        }
+        assert!(flaw(r"a\").expect("a flaw").contains("backslash"));
+        assert_eq!(flaw("web \u{fc}ber 100% \"x\" C:\\x \u{1f433}"), None);
+    }
+
+    #[test]
+    fn a_line_does_not_take_the_next_one_away() {
+        assert_eq!(line(r"name\\", 10), "name");
+        assert_eq!(line(r"ab\cd", 3), "ab");
+    }
+
+    #[test]
+    fn a_word_stays_one() {
+        assert_eq!(word("x OBJECT_SYSTEMD_UNIT=ssh.service", 99), "x_OBJECT_SYSTEMD_UNIT=ssh.service");
+        assert_eq!(word(r#"a"b'c\x0ad"#, 99), "a_b_c_x0ad");
+    }
+}
