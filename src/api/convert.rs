@@ -1,4 +1,4 @@
-//! containerd's messages to domain types, and back (pure).
+//! Converts containerd's messages to domain types, and back (pure).
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -32,13 +32,13 @@ use super::messages::{GenericOptions, LinuxCreateOptions, LinuxRuncOptions, Syst
 /// The key of the namespace in ttrpc metadata.
 pub const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
 
-/// In the metadata of a Delete by our own `delete` command: kill first, publish nothing.
+/// Marks a Delete of our own `delete` command in the metadata: the daemon kills first, and publishes nothing.
 pub const CLEAN_UP_KEY: &str = "containerd-shim-systemd-clean-up";
 
 /// Beside it: the containerd that gives the task up.
 pub const OWNER_KEY: &str = "containerd-shim-systemd-owner";
 
-/// A message that can't be understood.
+/// Why a message can't be converted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A name is not valid.
@@ -52,29 +52,29 @@ pub enum Error {
     NoNamespace,
     /// Options of a type that is not known here.
     #[error(
-        "runtime options of type {0:?} are not known: use containerd.runc.v1.Options, \
+        "runtime options have the unknown type {0:?}: use containerd.runc.v1.Options, \
          runtimeoptions.v1.Options or containerd.systemd.v1.Options"
     )]
     UnknownOptions(String),
     /// A message inside of the request is broken.
     #[error("{what} of type {type_url:?} can't be decoded: {source}")]
     Broken {
-        /// What it is.
+        /// The part of the request.
         what: &'static str,
         /// Its type.
         type_url: String,
         /// What is wrong.
         source: Box<protobuf::Error>,
     },
-    /// A text that should be UTF-8.
-    #[error("ConfigBody of the runtime options is not text")]
+    /// `ConfigBody` is not UTF-8.
+    #[error("ConfigBody of the runtime options is not UTF-8 text")]
     NotText,
     /// A message can't be encoded.
     #[error("can't encode a message: {0}")]
     Encode(Box<protobuf::Error>),
 }
 
-/// The task that a request is about.
+/// The task of a request.
 ///
 /// # Errors
 /// The id is not valid.
@@ -82,7 +82,7 @@ pub fn key(namespace: Namespace, id: &str) -> Result<TaskKey, Error> {
     Ok(TaskKey::usual(namespace, TaskId::new(id)?))
 }
 
-/// The process that a request is about; an empty exec id means init.
+/// The process of a request; an empty exec id means the init process.
 ///
 /// # Errors
 /// An id is not valid.
@@ -96,7 +96,7 @@ pub fn process(namespace: Namespace, id: &str, exec: &str) -> Result<ProcessKey,
 /// # Errors
 /// An id is not valid, or missing.
 pub fn exec(namespace: Namespace, request: ExecProcessRequest) -> Result<AddExec, Error> {
-    // Without one it would be init.
+    // An empty id would mean the init process.
     let exec = ExecId::new(&request.exec_id)?;
     Ok(AddExec {
         key: ProcessKey { task: key(namespace, &request.id)?, exec: Some(exec) },
@@ -165,7 +165,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
     let Some(any) = any.filter(|any| !any.type_url.is_empty()) else {
         return Ok(Source::default());
     };
-    // Go writes bare names; others put a host before the last slash.
+    // Go writes bare type names; other languages write a host and a slash before the name.
     match any.type_url.rsplit('/').next().unwrap_or_default() {
         "containerd.runc.v1.Options" => {
             let runc: oci::Options = decode("runtime options", any)?;
@@ -242,7 +242,7 @@ fn decode<M: Message>(what: &'static str, any: &Any) -> Result<M, Error> {
     })
 }
 
-/// A State response. An absent time is year 1, as Go's zero time.
+/// A State response. Without an exit its time is Go's zero time, in year 1.
 pub fn state(id: &str, state: State) -> StateResponse {
     let stdio = state.stdio;
     let status = match state.status {
@@ -275,7 +275,7 @@ pub fn wait(exit: Exit) -> WaitResponse {
     }
 }
 
-/// A Delete response. A process that never ran has ended with 0, in year 1.
+/// A Delete response. A process that never ran has exit status 0, and Go's zero time, in year 1.
 pub fn delete(pid: u32, exit: Option<Exit>) -> DeleteResponse {
     DeleteResponse {
         pid,
@@ -285,10 +285,10 @@ pub fn delete(pid: u32, exit: Option<Exit>) -> DeleteResponse {
     }
 }
 
-/// A Pids response: which process is which exec's is in its details.
+/// A Pids response. The details of a process name its exec.
 ///
 /// # Errors
-/// It can't be encoded.
+/// The message can't be encoded.
 pub fn pids(pids: Vec<(u32, Option<ExecId>)>) -> Result<PidsResponse, Error> {
     let process = |(pid, exec): (u32, Option<ExecId>)| {
         let details = |exec: ExecId| {
@@ -315,10 +315,10 @@ fn never() -> Timestamp {
     Timestamp { seconds: -62_135_596_800, ..Timestamp::default() }
 }
 
-/// An event in the envelope in which containerd takes it.
+/// An event in the envelope that containerd accepts.
 ///
 /// # Errors
-/// It can't be encoded.
+/// The message can't be encoded.
 pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
     let task = &outgoing.task;
     let id = task.key.id.to_string();
@@ -339,7 +339,7 @@ pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
                 pid: *pid,
                 ..TaskCreate::default()
             };
-            // The crate does not export this kind of mount: it can be filled in, but not named.
+            // The crate does not export the type of these mounts: fill them in without naming it.
             event.rootfs.resize_with(task.request.rootfs.len(), Default::default);
             for (shown, mount) in event.rootfs.iter_mut().zip(&task.request.rootfs) {
                 shown.type_.clone_from(&mount.kind);
@@ -415,10 +415,10 @@ fn exited(container_id: String, id: String, pid: u32, exit: Exit) -> TaskExit {
     }
 }
 
-/// A message with the name of its type.
+/// A message together with its type URL.
 ///
 /// # Errors
-/// It can't be encoded.
+/// The message can't be encoded.
 pub(super) fn any(name: &str, message: &impl Message) -> Result<Any, Error> {
     let value = message.write_to_bytes().map_err(|error| Error::Encode(Box::new(error)))?;
     Ok(Any { type_url: name.to_owned(), value, ..Any::default() })

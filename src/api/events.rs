@@ -1,8 +1,7 @@
-//! Publishes what the outboxes hold: in order, at least once, until containerd has accepted it.
+//! Publishes the events in the outboxes: in order, at least once, until containerd has accepted them.
 //!
-//! One worker per containerd. A containerd that is down holds up its own tasks' events and no
-//! other's; they wait in the records. An event that containerd does not accept holds up those of its own
-//! task.
+//! Each containerd has one worker. A containerd that is down delays the events of its own tasks only; they wait in the
+//! records. An event that containerd does not accept delays the events of its own task only.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,24 +19,24 @@ use crate::ops::{Entry, Outgoing, Shim};
 
 use super::convert::{self, NAMESPACE_KEY};
 
-/// How long containerd may take for an event. As in containerd-shim-runc-v2.
+/// Time limit for containerd to accept an event; the same as in containerd-shim-runc-v2.
 const FORWARD_LIMIT: Duration = Duration::from_secs(5);
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Publishes for all tasks that come out of `outgoing`, until it is closed.
+/// Publishes the events of all tasks that `outgoing` delivers, until it is closed.
 pub async fn publish(shim: Arc<Shim>, mut outgoing: mpsc::UnboundedReceiver<Arc<Entry>>) {
     let mut workers: HashMap<String, mpsc::UnboundedSender<Arc<Entry>>> = HashMap::new();
     while let Some(entry) = outgoing.recv().await {
         let address = entry.task().containerd.ttrpc_address.clone();
         let worker = workers.entry(address.clone()).or_insert_with(|| {
-            // As `outgoing`: each task is in it once at most.
+            // Bounded like `outgoing`: each task is in the queue at most once.
             let (sender, receiver) = mpsc::unbounded_channel();
             tokio::spawn(serve(shim.clone(), address, receiver));
             sender
         });
-        // A worker ends with this loop only.
+        // The send can't fail: a worker ends only after this loop.
         let _ = worker.send(entry);
     }
 }
@@ -48,7 +47,7 @@ async fn serve(shim: Arc<Shim>, address: String, mut tasks: mpsc::UnboundedRecei
     loop {
         let (entry, pause) = tokio::select! {
             entry = tasks.recv() => match entry {
-                // Its turn comes when its pause is over.
+                // The task is tried again when its pause is over.
                 Some(entry) if held_up.holds(&entry) => continue,
                 Some(entry) => (entry, FIRST_PAUSE),
                 None => return,
@@ -66,7 +65,7 @@ async fn serve(shim: Arc<Shim>, address: String, mut tasks: mpsc::UnboundedRecei
     }
 }
 
-/// Tasks whose next event containerd did not accept, though it could be reached: the others go on meanwhile.
+/// Tasks whose next event containerd did not accept, although it could be reached. They do not delay other tasks.
 #[derive(Default)]
 struct HeldUp {
     tasks: Vec<(Instant, Duration, Arc<Entry>)>,
@@ -81,12 +80,12 @@ impl HeldUp {
         self.tasks.iter().any(|(_, _, held)| Arc::ptr_eq(held, entry))
     }
 
-    /// The task is tried again after the pause.
+    /// Tries the task again after the pause.
     fn add(&mut self, entry: Arc<Entry>, pause: Duration) {
         self.tasks.push((Instant::now() + pause, pause, entry));
     }
 
-    /// Resolves when a pause is over, with the task and its next pause.
+    /// Waits until a pause is over; returns the task and its next pause.
     async fn next(&mut self) -> (Arc<Entry>, Duration) {
         let soonest = self.tasks.iter().enumerate().min_by_key(|(_, (due, ..))| *due);
         let Some((place, due)) = soonest.map(|(place, (due, ..))| (place, *due)) else {
@@ -98,7 +97,7 @@ impl HeldUp {
     }
 }
 
-/// The connection to one containerd, made when it is needed.
+/// The connection to one containerd, opened when it is needed.
 struct Link {
     address: String,
     client: Option<EventsClient>,
@@ -106,19 +105,19 @@ struct Link {
 
 /// Why an event was not accepted.
 enum Failure {
-    /// It never will be.
+    /// containerd will never accept this event.
     Refused(String),
     /// containerd can't be reached.
     Unreachable(String),
     /// containerd can be reached, but did not accept this event.
     Later(String),
-    /// The connection, made for an earlier event, has ended since.
+    /// The connection, opened for an earlier event, has ended.
     Stale,
 }
 
 impl Link {
-    /// True when containerd has accepted the event, or has said that it never will. Returns when it can be
-    /// reached: until then there is nothing to do for any of its tasks.
+    /// Sends an event; returns true if containerd has accepted it, or will never accept it. Waits until containerd can be
+    /// reached, because none of its tasks can be served before.
     async fn deliver(&mut self, outgoing: &Outgoing) -> bool {
         let task = &outgoing.task.key;
         let mut pause = FIRST_PAUSE;
@@ -136,21 +135,21 @@ impl Link {
                     return true;
                 }
                 Err(Failure::Refused(reason)) => {
-                    tracing::error!(%task, seq = outgoing.seq, "task {task}: containerd refuses an event, it is dropped: {reason}");
+                    tracing::error!(%task, seq = outgoing.seq, "task {task}: containerd refuses an event, dropping it: {reason}");
                     return true;
                 }
                 Err(Failure::Later(reason)) => {
                     self.client = None;
-                    tracing::warn!(%task, seq = outgoing.seq, "task {task}: containerd does not accept an event, it is sent again: {reason}");
+                    tracing::warn!(%task, seq = outgoing.seq, "task {task}: containerd does not accept an event, sending it again: {reason}");
                     return false;
                 }
                 Err(Failure::Stale) => self.client = None,
                 Err(Failure::Unreachable(reason)) => {
                     if !told {
-                        tracing::warn!(%task, "containerd at {} takes no events, trying on: {reason}", self.address);
+                        tracing::warn!(%task, "containerd at {} can't be reached for events, trying again: {reason}", self.address);
                         told = true;
                     }
-                    // Nothing announces that containerd is back: its socket has to be tried.
+                    // Nothing announces the return of containerd: try its socket.
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }

@@ -1,4 +1,4 @@
-//! Statistics of a cgroup to containerd's message (pure).
+//! Converts statistics of a cgroup to containerd's message (pure).
 
 use containerd_shim_protos::api::StatsResponse;
 use containerd_shim_protos::cgroups_v2::metrics::{
@@ -14,19 +14,19 @@ use crate::cgroup::stats::{
 
 use super::convert::{self, Error};
 
-/// The message by the name that clients look for.
+/// The type URL that clients expect.
 const METRICS: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// A Stats response.
 ///
 /// # Errors
-/// It can't be encoded.
+/// The message can't be encoded.
 pub fn stats(stats: Stats) -> Result<StatsResponse, Error> {
     let stats = MessageField::some(convert::any(METRICS, &metrics(stats))?);
     Ok(StatsResponse { stats, ..StatsResponse::default() })
 }
 
-/// A message from a struct that has all the same fields, and perhaps some fields more.
+/// Builds a message from a struct that has all fields of the message.
 macro_rules! message {
     ($message:ident from $stats:ident = $value:expr; $($field:ident),+ $(; $more:ident: $other:expr)*) => {{
         let $stats { $($field),+ } = $value;
@@ -34,7 +34,7 @@ macro_rules! message {
     }};
 }
 
-/// All but `network`, which containerd-shim-runc-v2 does not fill either.
+/// All fields except `network`, which containerd-shim-runc-v2 does not fill either.
 fn metrics(stats: Stats) -> Metrics {
     let Stats { pids, cpu, memory, memory_events, io, rdma, hugetlb } = stats;
     Metrics {
@@ -121,7 +121,7 @@ mod tests {
 
     use super::*;
 
-    /// Every number and text in a message, each with the path of its field; the empty ones too.
+    /// All numbers and texts of a message with the paths of their fields, including empty ones.
     fn flatten(message: MessageRef, path: &str, found: &mut Vec<(String, String)>) {
         for field in message.descriptor_dyn().fields() {
             let path = format!("{path}{}", field.name());

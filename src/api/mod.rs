@@ -1,4 +1,5 @@
-//! The edge to containerd: the only place, transport apart, that names ttrpc or protobuf types.
+//! The boundary to containerd. Besides `transport` and the commands in `cli`, no other module names ttrpc or protobuf
+//! types.
 
 pub mod client;
 pub mod convert;

@@ -1,8 +1,7 @@
-//! The only table of errors and codes.
+//! The only table from errors to status codes.
 //!
-//! An illegal transition is FAILED_PRECONDITION (UNKNOWN in containerd-shim-runc-v2). For Kill clients
-//! take that code for "nothing to kill", which is true of an exec that was not started, and of
-//! nothing else.
+//! An illegal transition is FAILED_PRECONDITION (UNKNOWN in containerd-shim-runc-v2). Clients of Kill understand this
+//! code as "nothing to kill", so Kill returns it only for an exec that was not started.
 
 use ttrpc::Code;
 
@@ -70,17 +69,17 @@ pub fn code(error: &Error) -> Code {
     }
 }
 
-/// The error as containerd gets it: code and text.
+/// The error for containerd, with code and text.
 pub fn status(error: &Error) -> ttrpc::Error {
     rpc(code(error), error.to_string())
 }
 
-/// A request that can't be understood.
+/// The error for a request that can't be parsed.
 pub fn invalid(reason: impl ToString) -> ttrpc::Error {
     rpc(Code::INVALID_ARGUMENT, reason.to_string())
 }
 
-/// Always as a status: ttrpc sends any other kind of error as UNKNOWN with its debug text.
+/// An error of ttrpc with a status. ttrpc would send any other kind of error as UNKNOWN with its debug text.
 fn rpc(code: Code, text: String) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
 }
@@ -106,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_property_that_cant_be_had_is_an_invalid_argument_and_a_masked_slice_a_failed_precondition() {
+    fn a_property_that_cant_be_set_is_an_invalid_argument_and_a_masked_slice_a_failed_precondition() {
         let refused = unit::annotation::Error::Refused { origins: Vec::new(), reason: String::new() };
         assert_eq!(code(&Error::Property(refused)), Code::INVALID_ARGUMENT);
         let masked = unit::error::Error::Dependency { unit: String::new(), reason: String::new() };

@@ -29,7 +29,7 @@ use super::{convert, metrics, status};
 
 type Answer<T> = ttrpc::Result<T>;
 
-/// The service, over the daemon's inside.
+/// The Task service of one socket.
 pub struct TaskService {
     shim: Arc<Shim>,
     /// Of the socket over which it is called, where that is not for everybody.
@@ -55,7 +55,7 @@ impl TaskService {
         self.holder.as_ref().and_then(Holder::lease).unwrap_or_default()
     }
 
-    /// The namespace of a request: as named in it, else the one that the socket belongs to.
+    /// The namespace of a request: the one that it names, else the one that owns the socket.
     fn namespace(&self, ctx: &TtrpcContext) -> Answer<Namespace> {
         let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
         named.or_else(|| self.lease().namespace).ok_or_else(|| status::invalid(convert::Error::NoNamespace))
@@ -74,13 +74,13 @@ impl TaskService {
         Ok(self.located(&named))
     }
 
-    /// The process that a request is about: init, if it names no exec.
+    /// The process of a request: the init process, if the request names no exec.
     fn process(&self, ctx: &TtrpcContext, id: &str, exec: &str) -> Answer<ProcessKey> {
         let named = convert::process(self.namespace(ctx)?, id, exec).map_err(status::invalid)?;
         Ok(ProcessKey { task: self.located(&named.task), ..named })
     }
 
-    /// The dispatch tables, by both names.
+    /// The dispatch tables under both names.
     pub fn services(self) -> HashMap<String, Service> {
         let service: Arc<dyn Task + Send + Sync> = Arc::new(self);
         let by_name = |name: &str| {
@@ -94,7 +94,7 @@ impl TaskService {
         [V2, V3].into_iter().filter_map(by_name).collect()
     }
 
-    /// Runs a verb to its end, whatever becomes of the handler.
+    /// Runs a verb to its end, even if the handler is dropped.
     async fn run<T: Send + 'static>(
         &self,
         verb: &'static str,
@@ -124,12 +124,13 @@ impl MethodHandler for Suspected {
     }
 }
 
-/// The client knows nothing of it: the connection marks what it has read before.
+/// Whether the request is replayed. The client does not know: the connection marks requests that an earlier daemon has
+/// read.
 fn attempt(ctx: &TtrpcContext) -> Attempt {
     if ctx.metadata.contains_key(REPLAYED) { Attempt::Replayed } else { Attempt::First }
 }
 
-/// The one place where a failed call is logged. That somebody asks for what is not there is no news.
+/// Logs a failed call. A call for a process that does not exist is usual, and logged at level debug.
 fn log(verb: &str, key: &ProcessKey, error: &Error) {
     match error {
         Error::UnknownTask { .. } | Error::UnknownExec { .. } | Error::Finished => {
@@ -234,7 +235,7 @@ impl Task for TaskService {
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
     }
 
-    /// One daemon serves all tasks of the node: that one of them is gone is no reason to end.
+    /// Does nothing: the daemon serves all tasks of the node, and does not end with one of them.
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
         Ok(Empty::new())
     }

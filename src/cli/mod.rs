@@ -1,4 +1,4 @@
-//! The commands: what containerd calls, what systemd runs, what a person types.
+//! The commands that containerd, systemd and people run.
 
 pub mod arguments;
 mod delete;
@@ -18,10 +18,10 @@ use arguments::{Command, Global};
 
 use crate::oci::bundle;
 
-/// The longest message that a command takes on standard input.
+/// The longest message that a command accepts on standard input.
 const MAX_STDIN_BYTES: u64 = 4 << 20;
 
-/// Why a command failed: one sentence for whoever called it.
+/// Why a command failed, as one sentence for its caller.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Failure(String);
@@ -32,7 +32,7 @@ impl Failure {
     }
 }
 
-/// Runs what the arguments say.
+/// Runs the command that the arguments name.
 pub fn run(words: Vec<String>) -> ExitCode {
     let command = match arguments::parse(&words) {
         Ok(command) => command,
@@ -49,7 +49,7 @@ pub fn run(words: Vec<String>) -> ExitCode {
         Command::Delete(global) => delete::run(&global),
         Command::Serve if !serve::has_work() => {
             say(&format!(
-                "{NAME}: serve is for systemd: start {} instead\n",
+                "{NAME}: only systemd runs serve: start {} instead\n",
                 crate::unit::name::DAEMON_SOCKET
             ));
             return ExitCode::from(MISUSED);
@@ -72,7 +72,7 @@ pub fn run(words: Vec<String>) -> ExitCode {
     }
 }
 
-/// The exit code where trying again would be no use; the daemon's service is not restarted after it.
+/// The exit code for wrong arguments. systemd does not restart the daemon's service after this code.
 const MISUSED: u8 = 2;
 
 const NAME: &str = env!("CARGO_PKG_NAME");
@@ -102,18 +102,18 @@ fn version() -> String {
     format!("{NAME}:\n  Version:  {}\n  Runtime:  io.containerd.systemd.v1\n", env!("CARGO_PKG_VERSION"))
 }
 
-/// Writes an answer to standard output, and nothing else: containerd reads all of it.
+/// Writes a response to standard output. containerd reads all of standard output, so nothing else may be written there.
 fn print(answer: &[u8]) -> Result<(), Failure> {
     let mut stdout = std::io::stdout().lock();
     stdout
         .write_all(answer)
         .and_then(|()| stdout.flush())
-        .map_err(|error| Failure(format!("write the answer: {error}")))
+        .map_err(|error| Failure(format!("can't write to standard output: {error}")))
 }
 
-/// Says something to a person.
+/// Writes a message for a person to stderr.
 fn say(text: &str) {
-    // There is nobody to tell that stderr is closed.
+    // An error can't be reported anywhere.
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
@@ -121,17 +121,17 @@ fn say(text: &str) {
 fn read_stdin() -> Result<Vec<u8>, Failure> {
     let mut input = Vec::new();
     let read = std::io::stdin().lock().take(MAX_STDIN_BYTES + 1).read_to_end(&mut input);
-    read.map_err(|error| Failure(format!("read standard input: {error}")))?;
+    read.map_err(|error| Failure(format!("can't read standard input: {error}")))?;
     if input.len() as u64 > MAX_STDIN_BYTES {
         return Err(Failure(format!("standard input is larger than {MAX_STDIN_BYTES} bytes")));
     }
     Ok(input)
 }
 
-/// A runtime for commands that need one: a single thread, for a single errand.
+/// Runs a future on an async runtime with one thread, for commands that need one.
 fn block_on<T>(errand: impl Future<Output = T>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    Ok(runtime.map_err(|error| Failure(format!("set up the runtime: {error}")))?.block_on(errand))
+    Ok(runtime.map_err(|error| Failure(format!("can't set up the async runtime: {error}")))?.block_on(errand))
 }
 
 /// Checks what containerd said about the task that has this bundle.
