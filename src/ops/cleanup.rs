@@ -12,7 +12,7 @@ use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
 use crate::oci::{mount, runtime};
 use crate::task::Task;
-use crate::unit::proxy::Manager;
+use crate::unit::systemd::Systemd;
 
 use super::streams::{cut_off, drain};
 use super::{Entry, Error, Process, Shim, blocking};
@@ -55,7 +55,7 @@ pub enum Stop {
 /// Removes what a task has outside of the daemon: the runtime's state, the units, the mounts. `others` are the
 /// units of its execs and of their loggers, known once nothing copies output any more.
 pub async fn remove_task(
-    manager: &Manager,
+    manager: &dyn Systemd,
     task: &Task,
     dir: &Path,
     stop: Stop,
@@ -95,7 +95,7 @@ pub async fn remove_task(
 }
 
 /// Unloads a unit. One that ended cleanly is still active (RemainAfterExit), any other has failed.
-pub async fn remove_unit(manager: &Manager, unit: &UnitName, stop: Stop) -> Troubles {
+pub async fn remove_unit(manager: &dyn Systemd, unit: &UnitName, stop: Stop) -> Troubles {
     let mut troubles = Troubles::default();
     match stop {
         Stop::Awaited => troubles.add(manager.stop(unit).await),
@@ -134,7 +134,7 @@ impl Shim {
             Vec::new()
         };
         let dir = self.store.dir(&task.key);
-        let mut troubles = remove_task(&self.manager, task, &dir, Stop::Awaited, others).await;
+        let mut troubles = remove_task(&*self.manager, task, &dir, Stop::Awaited, others).await;
         troubles.join(in_execs);
         troubles
     }
@@ -149,11 +149,11 @@ impl Shim {
             None => false,
         };
         if !removed {
-            troubles.join(remove_unit(&self.manager, &process.unit, Stop::Awaited).await);
+            troubles.join(remove_unit(&*self.manager, &process.unit, Stop::Awaited).await);
         }
         let logger = entry.task().execs.get(id).and_then(|exec| exec.logger.clone());
         if let Some(logger) = logger {
-            troubles.join(remove_unit(&self.manager, &logger, Stop::Awaited).await);
+            troubles.join(remove_unit(&*self.manager, &logger, Stop::Awaited).await);
         }
         if troubles.is_empty() {
             troubles.add(self.store.remove_exec_dir(&entry.key, id));

@@ -213,7 +213,7 @@ impl Shim {
         let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No exec of ours has this unit: it is what a failed one left behind.
-            let left = remove_unit(&self.manager, &exec.unit, Stop::Awaited).await;
+            let left = remove_unit(&*self.manager, &exec.unit, Stop::Awaited).await;
             if !left.is_empty() {
                 return Err(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
             }
@@ -446,7 +446,7 @@ impl Shim {
         let logger = entry.task().execs.get(id).and_then(|exec| exec.logger.clone());
         for unit in [Some(process.unit.clone()), logger].into_iter().flatten() {
             // What is left is removed with the exec.
-            let left = remove_unit(&self.manager, &unit, Stop::Awaited).await;
+            let left = remove_unit(&*self.manager, &unit, Stop::Awaited).await;
             if !left.is_empty() {
                 failed(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
             }

@@ -48,7 +48,7 @@ use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
 use crate::task::registry::Registry;
 use crate::task::{Task, registry};
-use crate::unit::proxy::Manager;
+use crate::unit::systemd::Systemd;
 
 use kept::Kept;
 use record::{Stored, Unwritten};
@@ -122,7 +122,7 @@ pub struct Shim {
     /// What systemd keeps for the next daemon.
     kept: Arc<Kept>,
     registry: Registry<Live>,
-    manager: Arc<Manager>,
+    manager: Arc<dyn Systemd>,
     /// This program, for units that run it.
     program: PathBuf,
     copies: Arc<Copies>,
@@ -146,7 +146,7 @@ impl Shim {
         answers: Answers,
         kept: Kept,
         cgroups: Arc<Watch<TaskKey>>,
-        manager: Arc<Manager>,
+        manager: Arc<dyn Systemd>,
         program: PathBuf,
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
         let (outgoing, receiver) = mpsc::unbounded_channel();

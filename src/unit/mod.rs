@@ -2,7 +2,7 @@
 //!
 //! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`], [`main_process`] and `signals` are pure. [`proxy`],
 //! `control` and [`reading`] make calls, [`watch`] turns signals into [`observations`], [`notify`] speaks to systemd as a
-//! service does, [`error`] has what can go wrong.
+//! service does, [`error`] has what can go wrong. [`systemd`] is what operations see of all this.
 
 mod account;
 pub mod annotation;
@@ -20,5 +20,6 @@ pub mod proxy;
 pub mod reading;
 pub mod refs;
 mod signals;
+pub mod systemd;
 mod types;
 pub mod watch;
