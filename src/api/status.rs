@@ -15,6 +15,7 @@ pub fn code(error: &Error) -> Code {
         Error::Exists { .. } | Error::ExecExists { .. } => Code::ALREADY_EXISTS,
         Error::Refused(_)
         | Error::NotDeletable { .. }
+        | Error::Leftover { .. }
         | Error::NoExecIn { .. }
         | Error::InitGone { .. }
         | Error::NotStarted
@@ -47,7 +48,6 @@ pub fn code(error: &Error) -> Code {
         Error::NoUnitName { .. }
         | Error::Kill { .. }
         | Error::NotRemoved { .. }
-        | Error::Leftover { .. }
         | Error::Stream(_)
         | Error::Terminal(_)
         | Error::Watch(_)

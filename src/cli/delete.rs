@@ -13,7 +13,7 @@ use crate::api::{client, convert};
 use crate::id::{Owner, TaskKey};
 use crate::oci::{bundle, mount};
 use crate::ops::cleanup::{self, Stop, Troubles};
-use crate::store::Store;
+use crate::store::{Found, Store};
 use crate::task::Task;
 use crate::task::phase::Exit;
 use crate::{cgroup, config, unit};
@@ -50,7 +50,7 @@ fn recorded_as(store: &Store, key: &TaskKey) -> Option<TaskKey> {
     let is_own = |task: &Task| bundle::owner(&task.request.bundle, &key.namespace, &key.id) == key.owner;
     [key.clone(), key.of(Owner::default())].into_iter().filter(|found| store.knows(found)).find(|found| {
         match store.load(found) {
-            Ok(Some(task)) => is_own(&task),
+            Ok(Some(found)) => is_own(&found.task),
             // What can't be told is left to the daemon, or there is no task yet.
             Ok(None) | Err(_) => found == key,
         }
@@ -69,13 +69,18 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
             say(&format!("task {key}: the daemon is still cleaning up\n"));
             return Ok(None);
         }
+        Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::FAILED_PRECONDITION => {
+            // Nothing of it runs, and the daemon keeps what it needs to try again: the bundle may go.
+            say(&format!("task {key}: {}\n", status.message()));
+            return Ok(None);
+        }
         Ok(Err(ttrpc::Error::RpcStatus(status))) => {
             return Err(Failure(format!("the daemon can't clean up: {}", status.message())));
         }
         Ok(Err(error)) => error.to_string(),
     };
     say(&format!("task {key}: the daemon does not clean up ({reason}), doing it without\n"));
-    let Some(task) = store.load(key).map_err(Failure::new)? else {
+    let Some(Found { task, .. }) = store.load(key).map_err(Failure::new)? else {
         store.remove(key).map_err(Failure::new)?;
         return Ok(None);
     };

@@ -42,7 +42,7 @@ const LAUNCHED: &str = "launched";
 
 pub(super) fn run(what: Launch, key: &ProcessKey) -> Result<(), Failure> {
     let store = Store::new(config::STATE_DIR);
-    let task = match store.load(&key.task) {
+    let task = match store.load_with(&key.task, key.exec.as_ref()) {
         Ok(Some(task)) => task,
         Ok(None) => {
             return Err(Failure(format!("{key}: there is no record; only the shim starts this unit")));

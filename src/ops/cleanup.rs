@@ -156,7 +156,8 @@ impl Shim {
             troubles.join(remove_unit(&*self.manager, &logger, Stop::Awaited).await);
         }
         if troubles.is_empty() {
-            troubles.add(self.store.remove_exec_dir(&entry.key, id));
+            // Its record goes when the Delete is answered.
+            troubles.add(self.store.clear_exec_dir(&entry.key, id, None));
         }
         troubles
     }

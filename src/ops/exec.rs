@@ -107,7 +107,7 @@ impl Shim {
         let logger = wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
         let exec = Exec { unit, logger, stdio, wiring, description, phase: ExecPhase::Added };
         self.change(entry, |task| {
-            task.execs.insert(id.clone(), exec);
+            task.execs.insert(id.clone(), Arc::new(exec));
             task.owe(TaskEvent::ExecAdded { exec: id.clone() }, now_usec());
             Ok(Vec::new())
         })?;
@@ -455,14 +455,8 @@ impl Shim {
         self.close_input(entry, process);
         kept_number(entry, process).into_iter().for_each(|number| self.kept.forget_all(number));
         // Its process spec stays, for another try.
-        let spec = std::fs::read(dir.join(PROCESS_SPEC));
-        let cleared = self.store.create_exec_dir(&entry.key, id).map_err(Error::from);
-        if let (Ok(spec), Ok(dir)) = (spec, cleared) {
-            let terminal = entry.task().execs.get(id).is_some_and(|exec| exec.wiring.terminal);
-            let written = process::Process::read(&spec, terminal)
-                .and_then(|process| process.write(&dir.join(PROCESS_SPEC)));
-            written.unwrap_or_else(|error| failed(error.into()));
-        }
+        let cleared = self.store.clear_exec_dir(&entry.key, id, Some(PROCESS_SPEC));
+        cleared.unwrap_or_else(|error| failed(error.into()));
     }
 
     /// Ends a process that the OCI runtime has made for a start that failed afterwards.

@@ -11,6 +11,7 @@ use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
 use crate::oci::runtime;
+use crate::store::Found;
 use crate::suspect::{Crashes, Suspect};
 use crate::task::exec::{ExecEvent, ExecPhase};
 use crate::task::phase::{Event, Exit, Phase, Seen};
@@ -250,9 +251,12 @@ impl Shim {
         let living = self.living().await;
         for record in records? {
             match record {
-                Ok(task) => match self.registry.insert(task) {
+                Ok(Found { task, is_current }) => match self.registry.insert(task) {
                     Ok((entry, verb)) => {
                         drop(verb);
+                        if !is_current {
+                            self.write_later(&entry);
+                        }
                         let task = entry.task().clone();
                         let execs = task.execs.values().map(|exec| &exec.wiring);
                         execs.chain([&task.wiring]).for_each(|wiring| self.kept.used(wiring.kept));

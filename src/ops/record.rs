@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use crate::id::ExecId;
-use crate::store::{self, Owing};
+use crate::store::{self, Cause, Owing};
 use crate::task::exec::ExecEvent;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Event, Refusal};
@@ -126,7 +126,11 @@ impl Shim {
             if next == *task {
                 return Ok(());
             }
-            self.write(entry, &next)?;
+            if let Err(error) = self.write(entry, &task, &next, Cause::Decision) {
+                // A part of it may be on disk.
+                self.write_later(entry);
+                return Err(error.into());
+            }
             *task = next;
             ended
         };
@@ -151,8 +155,8 @@ impl Shim {
                 let is_unwritten = entry.init.live().is_unwritten;
                 return Ok(if is_unwritten { Noted::Pending } else { Noted::Written });
             }
-            *task = next;
-            (self.write_now_or_later(entry, &task), ended)
+            let before = std::mem::replace(&mut *task, next);
+            (self.write_now_or_later(entry, &before, &task), ended)
         };
         self.tell(entry, ended);
         Ok(noted)
@@ -161,8 +165,9 @@ impl Shim {
     /// containerd has accepted a task's event.
     pub(super) fn note_accepted(&self, entry: &Arc<Entry>, seq: u64) {
         let mut task = entry.task();
+        let before = task.clone();
         task.outbox.accepted(seq);
-        self.write_now_or_later(entry, &task);
+        self.write_now_or_later(entry, &before, &task);
     }
 
     /// Drops the record of a deleted task; its last events move to where the next daemon finds them.
@@ -187,7 +192,7 @@ impl Shim {
             }
         };
         if matches!(entry.init.live().stored, Stored::OwedInMemory) {
-            self.write_now_or_later(entry, &task);
+            self.write_now_or_later(entry, &task, &task);
         }
         Ok(())
     }
@@ -204,10 +209,14 @@ impl Shim {
     }
 
     /// Writes a task to where it is on disk. Called with the task locked.
-    fn write(&self, entry: &Entry, task: &Task) -> Result<(), store::Error> {
-        let stored = entry.init.live().stored.clone();
+    fn write(&self, entry: &Entry, before: &Task, task: &Task, cause: Cause) -> Result<(), store::Error> {
+        let (stored, is_unwritten) = {
+            let live = entry.init.live();
+            (live.stored.clone(), live.is_unwritten)
+        };
         match stored {
-            Stored::Record => self.store.save(task),
+            Stored::Record if is_unwritten => self.store.save_whole(task),
+            Stored::Record => self.store.save(before, task, cause),
             Stored::Owed(owing) => owing.update(task),
             Stored::OwedInMemory if task.outbox.is_empty() => Ok(()),
             Stored::OwedInMemory => {
@@ -218,15 +227,23 @@ impl Shim {
         }
     }
 
-    fn write_now_or_later(&self, entry: &Arc<Entry>, task: &Task) -> Noted {
-        let Err(error) = self.write(entry, task) else {
+    fn write_now_or_later(&self, entry: &Arc<Entry>, before: &Task, task: &Task) -> Noted {
+        let Err(error) = self.write(entry, before, task, Cause::Note) else {
             return Noted::Written;
         };
-        if !std::mem::replace(&mut entry.init.live().is_unwritten, true) {
+        if self.write_later(entry) {
             tracing::error!(task = %entry.key, %error, "task {}: its record is written once that is possible: {error}", entry.key);
-            self.unwritten.push(entry.clone());
         }
         Noted::Pending
+    }
+
+    /// Has all of a task written, whatever is on disk. True if it does not wait for that already.
+    pub(super) fn write_later(&self, entry: &Arc<Entry>) -> bool {
+        let waits = std::mem::replace(&mut entry.init.live().is_unwritten, true);
+        if !waits {
+            self.unwritten.push(entry.clone());
+        }
+        !waits
     }
 
     /// Writes the records that could not be written, as soon as they can be, for as long as it is polled.
@@ -271,7 +288,7 @@ impl Shim {
             let is_known = self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, entry));
             let is_record = matches!(entry.init.live().stored, Stored::Record);
             // The record of a task that was taken back is not wanted any more.
-            if (is_known || !is_record) && self.write(entry, &task).is_err() {
+            if (is_known || !is_record) && self.write(entry, &task, &task, Cause::Note).is_err() {
                 return false;
             }
             entry.init.live().is_unwritten = false;

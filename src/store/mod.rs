@@ -9,26 +9,20 @@
 
 pub mod answers;
 mod aside;
+mod record;
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-
-use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
-use serde::{Deserialize, Serialize};
 
 use crate::id::{ExecId, Namespace, TaskKey};
 use crate::suspect::{Crashes, LIMIT, Suspect};
 use crate::task::Task;
 use crate::task::exec::Outcome;
 
-/// The version of the record that is written. Read are this one and the one before.
-const VERSION: u32 = 1;
-
-/// A record larger than this is not one of ours.
-const MAX_RECORD_BYTES: u64 = 4 << 20;
+pub use record::{Cause, Found};
+use record::{RECORD, RECORD_NEW, VERSION, read_limited, read_task, replace, write_owed};
 
 /// Holds what `deleted` tasks still owe; no namespace begins with a dot.
 const OWED: &str = ".owed";
@@ -48,9 +42,6 @@ const OUTCOME_NEW: &str = "outcome.json.new";
 
 /// The environment of a task's OCI runtime, in the form of /proc/PID/environ.
 const ENVIRONMENT: &str = "environment";
-
-const RECORD: &str = "record.json";
-const RECORD_NEW: &str = "record.json.new";
 
 /// What can go wrong with records.
 #[derive(Debug, thiserror::Error)]
@@ -94,27 +85,13 @@ pub enum Error {
         found: u32,
     },
     /// The file is too large to be a record.
-    #[error("record {path} is larger than {MAX_RECORD_BYTES} bytes; it is left as it is")]
+    #[error("record {path} is larger than {limit} bytes; it is left as it is")]
     TooLarge {
         /// The file.
         path: PathBuf,
+        /// In bytes.
+        limit: usize,
     },
-}
-
-#[derive(Serialize)]
-struct Writing<'a> {
-    version: u32,
-    task: &'a Task,
-}
-
-#[derive(Deserialize)]
-struct VersionOnly {
-    version: u32,
-}
-
-#[derive(Deserialize)]
-struct Reading {
-    task: Task,
 }
 
 /// The directory of all records.
@@ -148,6 +125,23 @@ impl Store {
         let dir = self.exec_dir(key, exec);
         make_dir(&dir).map_err(io_error("create", &dir))?;
         Ok(dir)
+    }
+
+    /// Empties an exec's directory but for its record and one more file.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn clear_exec_dir(&self, key: &TaskKey, exec: &ExecId, kept: Option<&str>) -> Result<(), Error> {
+        let dir = self.exec_dir(key, exec);
+        let is_kept = |name: &str| name == RECORD || name == RECORD_NEW || Some(name) == kept;
+        for name in entries(&dir)?.into_iter().filter(|name| !is_kept(name)) {
+            let path = dir.join(name);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                removed => removed.map_err(io_error("remove", &path))?,
+            }
+        }
+        Ok(())
     }
 
     /// Removes an exec's directory; it is no error if there is none.
@@ -199,7 +193,7 @@ impl Store {
         make_dir(&dir).map_err(io_error("create", &dir))?;
         let file = self.environment(&task.key);
         let written = replace(&file, &file.with_extension("new"), environment);
-        written.and_then(|()| self.save(task)).inspect_err(|_| {
+        written.and_then(|()| self.save_whole(task)).inspect_err(|_| {
             // The first error is the one to report.
             let _ = self.remove(&task.key);
         })
@@ -208,22 +202,6 @@ impl Store {
     /// The file with the environment of a task's OCI runtime.
     pub fn environment(&self, key: &TaskKey) -> PathBuf {
         self.dir(key).join(ENVIRONMENT)
-    }
-
-    /// Replaces a task's record.
-    ///
-    /// # Errors
-    /// [`Error::Io`]; the old record stands then.
-    pub fn save(&self, task: &Task) -> Result<(), Error> {
-        write_record(&self.dir(&task.key), RECORD, task)
-    }
-
-    /// A task's record, if there is one.
-    ///
-    /// # Errors
-    /// The record can't be read.
-    pub fn load(&self, key: &TaskKey) -> Result<Option<Task>, Error> {
-        read_record(&self.dir(key).join(RECORD))
     }
 
     /// True if there is anything on disk about the task.
@@ -235,7 +213,7 @@ impl Store {
     ///
     /// # Errors
     /// Only for the directory of all records; each record has a result of its own.
-    pub fn load_all(&self, crashes: &Crashes) -> Result<Vec<Result<Task, Error>>, Error> {
+    pub fn load_all(&self, crashes: &Crashes) -> Result<Vec<Result<Found, Error>>, Error> {
         let mut tasks = Vec::new();
         for namespace in entries(&self.root)? {
             let Ok(namespace) = Namespace::new(&namespace) else {
@@ -246,13 +224,12 @@ impl Store {
                     continue;
                 };
                 let suspect = Suspect::record(&key);
-                let path = self.dir(&key).join(RECORD);
                 if crashes.is_given_up(suspect) {
                     // Whoever moves it back wants it to be tried again.
                     crashes.forget(suspect);
                     tasks.extend(self.set_aside(&key).map(Err));
                 } else {
-                    tasks.extend(suspect.run(|| read_record(&path)).transpose());
+                    tasks.extend(suspect.run(|| self.load(&key)).transpose());
                 }
             }
         }
@@ -294,7 +271,7 @@ impl Store {
         // The id can be used again before the events are accepted: the time keeps the files apart.
         let seq = task.outbox.first().map_or(0, |owed| owed.at_usec);
         let name = format!("{}:{}:{seq}", task.key.namespace, task.key.word());
-        write_record(&dir, &name, task)?;
+        write_owed(&dir, &name, task)?;
         Ok(Owing { dir, name })
     }
 
@@ -306,8 +283,8 @@ impl Store {
         let dir = self.root.join(OWED);
         let mut tasks = Vec::new();
         for name in entries(&dir)?.into_iter().filter(|name| !name.ends_with(".new")) {
-            if let Some(task) = read_record(&dir.join(&name)).transpose() {
-                tasks.push((Owing { dir: dir.clone(), name }, task));
+            if let Some(found) = read_task(&dir.join(&name)).transpose() {
+                tasks.push((Owing { dir: dir.clone(), name }, found.map(|found| found.task)));
             }
         }
         Ok(tasks)
@@ -331,7 +308,7 @@ impl Owing {
     /// [`Error::Io`]
     pub fn update(&self, task: &Task) -> Result<(), Error> {
         if !task.outbox.is_empty() {
-            return write_record(&self.dir, &self.name, task);
+            return write_owed(&self.dir, &self.name, task);
         }
         let path = self.dir.join(&self.name);
         match fs::remove_file(&path) {
@@ -367,83 +344,6 @@ fn make_dir(dir: &Path) -> io::Result<()> {
     }
 }
 
-fn write_record(dir: &Path, name: &str, task: &Task) -> Result<(), Error> {
-    let path = dir.join(name);
-    let text = serde_json::to_vec(&Writing { version: VERSION, task })
-        .map_err(|source| Error::Malformed { path: path.clone(), source })?;
-    if name == RECORD {
-        return replace_by_turns(&path, &dir.join(RECORD_NEW), text);
-    }
-    replace(&path, &dir.join(format!("{name}.new")), &text)
-}
-
-/// The unit in which a tmpfs gives out room.
-const PAGE: usize = 4096;
-
-/// Replaces a file in one step by a second one, which stays and is the next to be written over. So a record
-/// takes no new room while it needs no more pages than before: an exit can be recorded when `/run` is full.
-fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), Error> {
-    let mut options = OpenOptions::new();
-    let options = options.write(true).create(true).truncate(false).mode(0o600);
-    let mut file = options.open(other).map_err(io_error("create", other))?;
-    let length = file.metadata().map_err(io_error("look at", other))?.len();
-    // Blanks behind a record do not matter; what is left of an older and longer one would.
-    text.resize(text.len().next_multiple_of(PAGE), b'\n');
-    file.write_all(&text).map_err(io_error("write", other))?;
-    if length > text.len() as u64 {
-        file.set_len(text.len() as u64).map_err(io_error("shorten", other))?;
-    }
-    match renameat2(AT_FDCWD, other, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
-        Ok(()) => Ok(()),
-        // There is no such file yet, or a file system other than a tmpfs can't do it.
-        Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => {
-            fs::rename(other, path).map_err(io_error("replace", path))
-        }
-        Err(errno) => Err(io_error("replace", path)(errno.into())),
-    }
-}
-
-/// Writes a file in one step, by way of another name.
-fn replace(path: &Path, new: &Path, text: &[u8]) -> Result<(), Error> {
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(new)
-        .map_err(io_error("create", new))?;
-    file.write_all(text).map_err(io_error("write", new))?;
-    fs::rename(new, path).map_err(io_error("replace", path))
-}
-
-/// A file of ours; nothing if it is not there.
-fn read_limited(path: &Path) -> Result<Option<Vec<u8>>, Error> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(io_error("open", path)(e)),
-    };
-    let mut text = Vec::new();
-    file.take(MAX_RECORD_BYTES + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
-    if text.len() as u64 > MAX_RECORD_BYTES {
-        return Err(Error::TooLarge { path: path.to_owned() });
-    }
-    Ok(Some(text))
-}
-
-fn read_record(path: &Path) -> Result<Option<Task>, Error> {
-    let Some(text) = read_limited(path)? else {
-        return Ok(None);
-    };
-    let malformed = |source| Error::Malformed { path: path.to_owned(), source };
-    let VersionOnly { version } = serde_json::from_slice(&text).map_err(malformed)?;
-    if version > VERSION {
-        return Err(Error::Newer { path: path.to_owned(), found: version });
-    }
-    let Reading { task } = serde_json::from_slice(&text).map_err(malformed)?;
-    Ok(Some(task))
-}
-
 /// The names in a directory; none if the directory is not there.
 fn entries(dir: &Path) -> Result<Vec<String>, Error> {
     let listing = match fs::read_dir(dir) {
@@ -458,8 +358,11 @@ fn entries(dir: &Path) -> Result<Vec<String>, Error> {
 mod tests {
     use super::*;
     use crate::id::{TaskId, UnitName};
+    use crate::task::exec::{Exec, ExecEvent, ExecPhase};
+    use crate::task::outbox::TaskEvent;
     use crate::task::phase::{Event, Phase};
     use crate::task::{Face, Placement};
+    use std::sync::Arc;
 
     struct Scratch(PathBuf);
 
@@ -505,19 +408,125 @@ mod tests {
         }
     }
 
+    fn exec(unit: &str) -> Arc<Exec> {
+        Arc::new(Exec {
+            unit: UnitName::new(unit).unwrap(),
+            logger: None,
+            stdio: Default::default(),
+            wiring: Default::default(),
+            description: "x".repeat(2 * 4096),
+            phase: ExecPhase::Added,
+        })
+    }
+
+    /// Adds an exec, as the daemon does.
+    fn with_exec(store: &Store, task: &Task, id: &str) -> Task {
+        let id = ExecId::new(id).unwrap();
+        store.create_exec_dir(&task.key, &id).unwrap();
+        let mut next = task.clone();
+        next.execs.insert(id.clone(), exec("containerd-default-a:e.service"));
+        next.owe(TaskEvent::ExecAdded { exec: id }, 3);
+        store.save(task, &next, Cause::Decision).unwrap();
+        next
+    }
+
+    fn load(store: &Store) -> Task {
+        let found = store.load(&task("a").key).unwrap().unwrap();
+        assert!(found.is_current);
+        found.task
+    }
+
     #[test]
     fn a_record_comes_back_as_it_was_written() {
         let (_scratch, store) = Scratch::new("round-trip");
         let mut a = task("a");
         store.create(&a, b"").unwrap();
+        let before = a.clone();
         a.apply(Event::Created { pid: 7 }, 1).unwrap();
-        store.save(&a).unwrap();
+        store.save(&before, &a, Cause::Note).unwrap();
         store.create(&task("b"), b"").unwrap();
-        assert_eq!(store.load(&a.key).unwrap(), Some(a.clone()));
+        assert_eq!(load(&store), a);
+        let one = with_exec(&store, &a, "one");
+        let two = with_exec(&store, &one, "two");
+        assert_eq!(load(&store), two);
+        let mut begun = two.clone();
+        let id = ExecId::new("two").unwrap();
+        begun.apply_exec(&id, ExecEvent::StartBegun, 4).unwrap();
+        store.save(&two, &begun, Cause::Decision).unwrap();
+        assert_eq!(load(&store), begun);
+        let only = store.load_with(&a.key, Some(&id)).unwrap().unwrap();
+        assert_eq!(only.execs.into_iter().collect::<Vec<_>>(), [(id.clone(), begun.execs[&id].clone())]);
+        store.save(&begun, &one, Cause::Note).unwrap();
+        assert_eq!(load(&store), one);
         assert_eq!(store.load_all(&Crashes::default()).unwrap().len(), 2);
         store.remove(&a.key).unwrap();
         store.remove(&a.key).unwrap();
-        assert_eq!(store.load(&a.key).unwrap(), None);
+        assert!(store.load(&a.key).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_change_costs_the_same_however_many_execs_there_are() {
+        let (_scratch, store) = Scratch::new("many");
+        let mut a = task("a");
+        store.create(&a, b"").unwrap();
+        for number in 0..100 {
+            a = with_exec(&store, &a, &format!("e{number}"));
+            a.outbox.clear();
+        }
+        let text = fs::read(store.dir(&a.key).join(RECORD)).unwrap();
+        assert!(text.len() < 3 * 4096, "{}", text.len());
+        store.save_whole(&a).unwrap();
+        assert_eq!(load(&store), a);
+    }
+
+    #[test]
+    fn a_record_of_the_version_before_is_read_and_becomes_a_present_one() {
+        let (_scratch, store) = Scratch::new("version-1");
+        let mut a = task("a");
+        store.create(&a, b"").unwrap();
+        a = with_exec(&store, &a, "one");
+        // It held everything in one file, and was bounded by the reader alone.
+        (0..90_000).for_each(|_| a.outbox.push(TaskEvent::Started { pid: 1 }, 7));
+        let text = serde_json::json!({ "version": 1, "task": a }).to_string();
+        assert!(text.len() > 4 << 20);
+        fs::remove_dir_all(store.dir(&a.key).join(EXECS)).unwrap();
+        fs::create_dir_all(store.exec_dir(&a.key, &ExecId::new("one").unwrap())).unwrap();
+        fs::write(store.dir(&a.key).join(RECORD), text).unwrap();
+        let found = store.load(&a.key).unwrap().unwrap();
+        assert!(!found.is_current);
+        assert_eq!(found.task, a);
+        store.save_whole(&a).unwrap();
+        assert_eq!(load(&store), a);
+    }
+
+    #[test]
+    fn a_whole_record_counts_until_it_is_in_its_parts() {
+        let (_scratch, store) = Scratch::new("whole");
+        let mut a = task("a");
+        store.create(&a, b"").unwrap();
+        a = with_exec(&store, &a, "one");
+        let mut later = a.clone();
+        let id = ExecId::new("one").unwrap();
+        later.apply_exec(&id, ExecEvent::StartBegun, 4).unwrap();
+        // The daemon ends after the first step.
+        let text = serde_json::json!({ "version": VERSION, "task": later }).to_string();
+        fs::write(store.dir(&a.key).join(RECORD), text).unwrap();
+        let found = store.load(&a.key).unwrap().unwrap();
+        assert!(!found.is_current);
+        assert_eq!(found.task, later);
+    }
+
+    #[test]
+    fn what_can_be_written_can_be_read_and_a_note_has_room_after_any_decision() {
+        let (_scratch, store) = Scratch::new("large");
+        let mut a = task("a");
+        store.create(&a, b"").unwrap();
+        let before = a.clone();
+        a.face.description = "x".repeat(33 << 20);
+        let refused = store.save(&before, &a, Cause::Decision);
+        assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
+        store.save(&before, &a, Cause::Note).unwrap();
+        assert!(load(&store) == a);
     }
 
     #[test]
@@ -525,9 +534,9 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
         let (_scratch, store) = Scratch::new("turns");
         let mut a = task("a");
-        a.face.description = "x".repeat(3 * PAGE);
+        a.face.description = "x".repeat(3 * 4096);
         store.create(&a, b"").unwrap();
-        store.save(&a).unwrap();
+        store.save_whole(&a).unwrap();
         let dir = store.dir(&a.key);
         let files = || {
             let mut files: Vec<_> = [RECORD, RECORD_NEW]
@@ -537,16 +546,17 @@ mod tests {
             files
         };
         let before = files();
-        a.apply(Event::Created { pid: 7 }, 1).unwrap();
-        store.save(&a).unwrap();
-        assert_eq!(store.load(&a.key).unwrap(), Some(a.clone()));
-        a.apply(Event::StartBegun, 2).unwrap();
-        store.save(&a).unwrap();
+        for event in [Event::Created { pid: 7 }, Event::StartBegun] {
+            let old = a.clone();
+            a.apply(event, 1).unwrap();
+            store.save(&old, &a, Cause::Note).unwrap();
+            assert_eq!(load(&store), a);
+        }
         assert_eq!(files(), before);
-        assert_eq!(store.load(&a.key).unwrap(), Some(a.clone()));
+        let old = a.clone();
         a.face.description.clear();
-        store.save(&a).unwrap();
-        assert_eq!(store.load(&a.key).unwrap(), Some(a), "nothing is left of a longer one");
+        store.save(&old, &a, Cause::Note).unwrap();
+        assert_eq!(load(&store), a, "nothing is left of a longer one");
     }
 
     #[test]

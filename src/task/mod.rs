@@ -13,6 +13,7 @@ pub mod wiring;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -66,7 +67,8 @@ pub struct Task {
     /// Where its init process is in its life.
     pub init: Phase,
     /// The processes that were added to it.
-    pub execs: BTreeMap<ExecId, Exec>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub execs: BTreeMap<ExecId, Arc<Exec>>,
     /// Events that containerd has not accepted yet.
     pub outbox: Outbox,
     /// How many of its processes the kernel has killed for want of memory, as far as containerd is told.
@@ -160,7 +162,9 @@ impl Task {
             return Ok(ended);
         };
         let step = exec::transition(&exec.phase, event)?;
-        exec.phase = step.next;
+        if step.next != exec.phase {
+            Arc::make_mut(exec).phase = step.next;
+        }
         for effect in step.announce {
             let exec = id.clone();
             match effect {
@@ -208,7 +212,7 @@ impl Task {
     pub fn wiring_mut(&mut self, exec: Option<&ExecId>) -> Option<&mut Wiring> {
         match exec {
             None => Some(&mut self.wiring),
-            Some(id) => self.execs.get_mut(id).map(|exec| &mut exec.wiring),
+            Some(id) => self.execs.get_mut(id).map(|exec| &mut Arc::make_mut(exec).wiring),
         }
     }
 

@@ -65,6 +65,15 @@ pub enum TaskEvent {
     },
 }
 
+impl TaskEvent {
+    fn is_of_freezer(&self) -> bool {
+        matches!(self, Self::Paused | Self::Resumed)
+    }
+}
+
+/// So many events of a kind that can come any number of times are owed at most.
+const MOST_ALIKE: usize = 100;
+
 /// An event in the outbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owed {
@@ -86,9 +95,49 @@ pub struct Outbox {
 
 impl Outbox {
     /// Adds an event behind all others.
+    ///
+    /// Those that can come any number of times are few in it, however long containerd takes none: of kills for
+    /// want of memory the first ones are kept, and of pauses the last state. Creates, starts, exits and deletes
+    /// are always kept.
     pub fn push(&mut self, event: TaskEvent, at_usec: u64) {
+        match event {
+            TaskEvent::OutOfMemory if self.count(|owed| *owed == TaskEvent::OutOfMemory) >= MOST_ALIKE => {
+                return;
+            }
+            TaskEvent::Paused | TaskEvent::Resumed if self.count(TaskEvent::is_of_freezer) >= MOST_ALIKE => {
+                // With what it undoes it is no news.
+                let last = self.owed.iter().rposition(|owed| owed.event.is_of_freezer());
+                if let Some(last) = last.filter(|last| self.owed[*last].event != event) {
+                    self.owed.remove(last);
+                }
+                return;
+            }
+            _ => {}
+        }
         self.owed.push_back(Owed { seq: self.next, at_usec, event });
         self.next += 1;
+    }
+
+    /// Drops what [`Self::push`] would not have taken: earlier versions took everything.
+    pub fn shorten(&mut self) {
+        let (mut kills, of_freezer) = (0, self.count(TaskEvent::is_of_freezer));
+        // They take turns: an even number of the oldest goes.
+        let mut too_many = of_freezer.saturating_sub(MOST_ALIKE).next_multiple_of(2).min(of_freezer);
+        self.owed.retain(|owed| match owed.event {
+            TaskEvent::OutOfMemory => {
+                kills += 1;
+                kills <= MOST_ALIKE
+            }
+            TaskEvent::Paused | TaskEvent::Resumed if too_many > 0 => {
+                too_many -= 1;
+                false
+            }
+            _ => true,
+        });
+    }
+
+    fn count(&self, is_one: impl Fn(&TaskEvent) -> bool) -> usize {
+        self.owed.iter().filter(|owed| is_one(&owed.event)).count()
     }
 
     /// The event that has to be accepted before any other.
@@ -128,6 +177,48 @@ mod tests {
         outbox.accepted(first.seq);
         outbox.accepted(first.seq);
         assert_eq!(outbox.first().unwrap().event, TaskEvent::Started { pid: 1 });
+    }
+
+    #[test]
+    fn an_outbox_has_a_bound_and_loses_neither_an_exit_nor_the_last_state() {
+        let mut outbox = Outbox::default();
+        for turn in 0..10_000 {
+            outbox.push(TaskEvent::OutOfMemory, turn);
+            outbox.push(TaskEvent::Paused, turn);
+            outbox.push(TaskEvent::Resumed, turn);
+        }
+        outbox.push(TaskEvent::Paused, 10_000);
+        let exit = Exit { status: 137, at_usec: 3 };
+        outbox.push(TaskEvent::Exited { pid: 1, exit }, 10_001);
+        assert!(outbox.owed.len() <= 2 * MOST_ALIKE + 1, "{}", outbox.owed.len());
+        let before = outbox.clone();
+        outbox.shorten();
+        assert_eq!(outbox, before);
+        let frozen = outbox.owed.iter().filter(|owed| owed.event.is_of_freezer());
+        let mut is_frozen = false;
+        for owed in frozen {
+            assert_ne!(is_frozen, owed.event == TaskEvent::Paused, "they take turns");
+            is_frozen = owed.event == TaskEvent::Paused;
+        }
+        assert!(is_frozen);
+        assert_eq!(outbox.owed.back().unwrap().event, TaskEvent::Exited { pid: 1, exit });
+    }
+
+    #[test]
+    fn an_outbox_of_an_earlier_version_gets_the_bound() {
+        let event = |turn: u64| match turn % 3 {
+            0 => TaskEvent::OutOfMemory,
+            1 => TaskEvent::Paused,
+            _ => TaskEvent::Resumed,
+        };
+        let owed = (0..10_000).map(|seq| Owed { seq, at_usec: seq, event: event(seq) });
+        let mut outbox = Outbox { next: 10_000, owed: owed.collect() };
+        let last = outbox.owed.iter().rfind(|owed| owed.event.is_of_freezer()).cloned();
+        outbox.shorten();
+        assert!(outbox.owed.len() <= 2 * MOST_ALIKE, "{}", outbox.owed.len());
+        assert_eq!(outbox.owed.iter().rfind(|owed| owed.event.is_of_freezer()).cloned(), last);
+        let first = outbox.owed.iter().find(|owed| owed.event.is_of_freezer());
+        assert_eq!(first.map(|owed| &owed.event), Some(&TaskEvent::Paused));
     }
 
     #[test]

@@ -1,8 +1,12 @@
 //! Records on disk: one that this version can't read is left alone and harms no other.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use containerd_client::types::v1::Status;
+use serde_json::Value;
+
+use crate::common::container::Container;
 use crate::common::daemon;
 use crate::common::leaks::STATE_DIRECTORY;
 use crate::common::node::{NAMESPACE, Node, unique};
@@ -36,6 +40,78 @@ impl Drop for Foreign {
         // A test that is hindered by it would name it.
         let _ = fs::remove_dir_all(&self.directory);
     }
+}
+
+/// The record of a container as the version before wrote it: all execs in the one file, and no limit.
+fn as_version_1(container: &Container, owed: usize) {
+    let directory = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id);
+    let read = |path: &Path| -> Value {
+        serde_json::from_str(&fs::read_to_string(path).expect("read a record")).expect("a record is JSON")
+    };
+    let path = directory.join("record.json");
+    let mut record = read(&path);
+    record["version"] = 1.into();
+    record["task"]["execs"] = serde_json::json!({});
+    for exec in fs::read_dir(directory.join("execs")).expect("list the execs") {
+        let exec = exec.expect("an exec");
+        let id = exec.file_name().into_string().expect("an id is text");
+        let own = exec.path().join("record.json");
+        record["task"]["execs"][&id] = read(&own)["exec"].clone();
+        fs::remove_file(&own).expect("remove the exec's own record");
+        let _ = fs::remove_file(exec.path().join("record.json.new"));
+    }
+    let outbox = &mut record["task"]["outbox"];
+    let next = outbox["next"].as_u64().expect("the next number of an event");
+    let events = (0..owed as u64)
+        .map(|number| serde_json::json!({"seq": next + number, "at_usec": 7, "event": "out_of_memory"}));
+    outbox["owed"] = events.collect::<Vec<_>>().into();
+    outbox["next"] = (next + owed as u64).into();
+    fs::write(&path, record.to_string()).expect("write a record of the version before");
+}
+
+#[test]
+fn records_of_the_version_before_are_taken_over_however_large_they_are() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("before", Spec::sleeping()).started(&Io::default());
+    let (running, ended) =
+        (container.exec(Spec::sleeping()).started(&Io::default()), container.exec_sh("exit 4"));
+    assert_eq!(ended.exit_status(), 4);
+    // So many events that the version before could not have read them itself.
+    let down = daemon::Down::begin();
+    as_version_1(&container, 100_000);
+    let path = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");
+    assert!(fs::metadata(&path).expect("look at the record").len() > 4 << 20);
+    down.end();
+    for _ in 0..2 {
+        assert_eq!(ended.exit_status(), 4);
+        assert_eq!(running.phase(), Status::Running);
+        assert_eq!(container.exec_sh("exit 5").exit_status(), 5);
+        daemon::killed();
+    }
+    running.kill(SIGKILL).expect("kill the exec");
+    assert_eq!(running.exit_status(), 137);
+    container.kill(SIGKILL).expect("kill the init process");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn execs_that_nobody_deletes_leave_the_record_small_and_are_all_known_after_a_restart() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("heap", Spec::sleeping()).started(&Io::default());
+    let execs: Vec<_> = (0..50).map(|_| container.exec_sh("exit 3")).collect();
+    assert!(execs.iter().all(|exec| exec.exit_status() == 3));
+    let path = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");
+    let length = || fs::metadata(&path).expect("look at the record").len();
+    wait::until_true("the record is as small as without execs", || length() <= 8192);
+    daemon::killed();
+    assert!(execs.iter().all(|exec| exec.exit_status() == 3));
+    assert!(length() <= 8192, "{}", length());
+    container.kill(SIGKILL).expect("kill the init process");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
 }
 
 #[test]

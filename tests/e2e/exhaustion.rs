@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use containerd_client::types::v1::Status;
 
 use crate::common::container::Container;
+use crate::common::exec::Exec;
 use crate::common::leaks::STATE_DIRECTORY;
 use crate::common::node::{NAMESPACE, Node};
 use crate::common::spec::Spec;
@@ -67,9 +68,11 @@ impl Drop for Unwritable {
     }
 }
 
-fn record(container: &Container) -> String {
-    let path = Path::new(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");
-    fs::read_to_string(path).expect("read a record")
+/// The records of a container and of its only exec.
+fn record(container: &Container, exec: &Exec) -> String {
+    let directory = Path::new(STATE_DIRECTORY).join(NAMESPACE).join(&container.id);
+    let files = [directory.clone(), directory.join("execs").join(&exec.exec)];
+    files.map(|directory| fs::read_to_string(directory.join("record.json")).expect("read a record")).concat()
 }
 
 #[test]
@@ -111,7 +114,7 @@ fn an_exit_that_cant_be_recorded_is_told_at_once_and_recorded_later() {
     container.resume().expect("resume it");
     container.kill(SIGKILL).expect("kill the init process");
     assert_eq!(container.exit_status(), 137);
-    assert!(!record(&container).contains(r#""name":"stopped""#), "the record can't have been written");
+    assert!(!record(&container, &exec).contains(r#""name":"stopped""#), "the record can't have been written");
     // The next daemon finds both ends at their units.
     daemon::killed();
     assert_eq!(container.exit_status(), 137);
@@ -119,7 +122,7 @@ fn an_exit_that_cant_be_recorded_is_told_at_once_and_recorded_later() {
     assert_eq!(container.phase(), Status::Stopped);
     drop(hindrance);
     wait::until_true("the record is written", || {
-        record(&container).matches(r#""name":"stopped""#).count() == 2
+        record(&container, &exec).matches(r#""name":"stopped""#).count() == 2
     });
     exec.delete().expect("delete the exec");
     container.delete().expect("delete the task");

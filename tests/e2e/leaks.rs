@@ -1,16 +1,19 @@
 //! After Delete nothing is left, after a failure neither, and the daemon does not grow.
 
+use std::fs;
+use std::path::Path;
+
 use containerd_client::types::Mount;
 
 use crate::attached;
 use crate::common::container::Container;
-use crate::common::leaks::{self, Traces};
-use crate::common::node::{Node, OUR_RUNTIME};
-use crate::common::process;
+use crate::common::leaks::{self, STATE_DIRECTORY, Traces};
+use crate::common::node::{NAMESPACE, Node, OUR_RUNTIME, unique};
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::systemd::{self, DropIn};
 use crate::common::task::{Io, SIGKILL};
+use crate::common::{daemon, process, wait};
 use crate::options::{Noting, runc_options};
 
 /// Enough to fill every cache and buffer that is filled once.
@@ -272,4 +275,35 @@ fn exec_client_gone(container: &Container) {
     drop(client);
     exec.wait().expect("wait");
     exec.delete().expect("delete");
+}
+
+#[test]
+fn what_a_failed_create_could_not_remove_is_removed_later() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    // The first use makes what stays for ever.
+    node.container("warm", Spec::sleeping()).started(&Io::default()).end();
+    let before = Traces::take();
+    for again in [false, true] {
+        let flag = format!("/run/{}", unique("e2e-flag"));
+        fs::write(&flag, "").expect("make a flag");
+        let script = format!(
+            "case \" $* \" in *' create '*) runc \"$@\"; exit 1;; *' delete '*) [ ! -e {flag} ] || exit 1;; esac"
+        );
+        let runtime = Noting::new("runc", &script);
+        let options = runc_options(|options| options.binary_name = runtime.path());
+        let container = node.container("stuck", Spec::sleeping()).options(options).make();
+        container.create(&Io::default()).expect_err("a create that fails late");
+        let record = Path::new(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");
+        assert!(record.exists(), "the record stays while something is left");
+        fs::remove_file(&flag).expect("let the OCI runtime delete again");
+        if again {
+            // The create fails again, and this time everything can be removed.
+            container.create(&Io::default()).expect_err("a create that fails late");
+        } else {
+            daemon::killed();
+        }
+        wait::until_true("the record is gone", || !record.exists());
+    }
+    leaks::assert_none("a create that could not be taken back", &before);
 }

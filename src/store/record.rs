@@ -1,0 +1,300 @@
+//! The files of which a task's record consists.
+//!
+//! `record.json` has all of a task but its execs; `execs/<exec>/record.json` has an exec each, so that a change
+//! costs the same however many execs there are. A change of both is written in that order: what an exec's file
+//! says may be older than what the task owes, and is then seen again, never newer.
+//!
+//! A `record.json` that has execs in it counts alone: it is of version 1, which had no files for them, or a
+//! change of the whole record was interrupted.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use serde::{Deserialize, Serialize};
+
+use crate::id::{ExecId, TaskKey};
+use crate::task::Task;
+use crate::task::exec::Exec;
+
+use super::{EXECS, Error, Store, entries, io_error, make_dir};
+
+/// The version of the record that is written. Read are this one and the one before.
+pub(super) const VERSION: u32 = 2;
+
+/// A file larger than this is not one of ours. Nothing larger is written.
+pub(super) const MAX_BYTES: usize = 64 << 20;
+
+/// What the daemon decides may make a record this large. The rest is for what it has to note: an exit must not
+/// fail for the size of the record.
+const MAX_DECIDED_BYTES: usize = MAX_BYTES / 2;
+
+/// The unit in which a tmpfs gives out room.
+const PAGE: usize = 4096;
+
+pub(super) const RECORD: &str = "record.json";
+pub(super) const RECORD_NEW: &str = "record.json.new";
+
+#[derive(Serialize)]
+struct Writing<'a> {
+    version: u32,
+    task: &'a Task,
+}
+
+#[derive(Serialize)]
+struct WritingExec<'a> {
+    version: u32,
+    exec: &'a Exec,
+}
+
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
+}
+
+#[derive(Deserialize)]
+struct Reading {
+    task: Task,
+}
+
+#[derive(Deserialize)]
+struct ReadingExec {
+    exec: Exec,
+}
+
+/// Why a record is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Something is about to be done.
+    Decision,
+    /// Something has happened.
+    Note,
+}
+
+impl Cause {
+    fn limit(self) -> usize {
+        match self {
+            Self::Decision => MAX_DECIDED_BYTES,
+            Self::Note => MAX_BYTES,
+        }
+    }
+}
+
+/// A record as it was found.
+#[derive(Debug)]
+pub struct Found {
+    /// The task.
+    pub task: Task,
+    /// It is as [`Store::save`] writes it. Any other has to be written by [`Store::save_whole`] first.
+    pub is_current: bool,
+}
+
+impl Store {
+    /// Writes what has changed in a task since its record was last written.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::TooLarge`]. What is on disk then may be `before` or between both.
+    pub fn save(&self, before: &Task, task: &Task, cause: Cause) -> Result<(), Error> {
+        let without_execs = Task { execs: before.execs.clone(), ..task.clone() };
+        if without_execs != *before {
+            self.write_task(&Task { execs: BTreeMap::new(), ..without_execs }, cause)?;
+        }
+        for (id, exec) in &task.execs {
+            if before.execs.get(id).is_none_or(|old| !Arc::ptr_eq(old, exec) && old != exec) {
+                self.write_exec(&task.key, id, exec, cause)?;
+            }
+        }
+        let removed = before.execs.keys().filter(|id| !task.execs.contains_key(id));
+        removed.into_iter().try_for_each(|id| self.remove_exec_dir(&task.key, id))
+    }
+
+    /// Writes all of a task, whatever is on disk.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    pub fn save_whole(&self, task: &Task) -> Result<(), Error> {
+        if !task.execs.is_empty() {
+            // All of it in one step; then the files, which do not count before it is written without them.
+            self.write_task(task, Cause::Note)?;
+            for (id, exec) in &task.execs {
+                let dir = self.exec_dir(&task.key, id);
+                make_dir(&dir).map_err(io_error("create", &dir))?;
+                self.write_exec(&task.key, id, exec, Cause::Note)?;
+            }
+        }
+        for word in entries(&self.dir(&task.key).join(EXECS))? {
+            if let Ok(id) = ExecId::new(&word)
+                && !task.execs.contains_key(&id)
+            {
+                self.remove_exec_dir(&task.key, &id)?;
+            }
+        }
+        self.write_task(&Task { execs: BTreeMap::new(), ..task.clone() }, Cause::Note)
+    }
+
+    /// A task's record, if there is one.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn load(&self, key: &TaskKey) -> Result<Option<Found>, Error> {
+        let Some(mut found) = self.load_task(key)? else {
+            return Ok(None);
+        };
+        if found.is_current {
+            for word in entries(&self.dir(key).join(EXECS))? {
+                let Ok(id) = ExecId::new(&word) else {
+                    continue;
+                };
+                match self.load_exec(key, &id) {
+                    Ok(Some(exec)) => drop(found.task.execs.insert(id, exec)),
+                    // The exec was not noted.
+                    Ok(None) => {}
+                    Err(error) => tracing::error!(%error, "an exec of task {key} is not recovered: {error}"),
+                }
+            }
+        }
+        Ok(Some(found))
+    }
+
+    /// A task's record with one of its execs, or without any.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_with(&self, key: &TaskKey, exec: Option<&ExecId>) -> Result<Option<Task>, Error> {
+        let Some(mut found) = self.load_task(key)? else {
+            return Ok(None);
+        };
+        if let Some(id) = exec.filter(|_| found.is_current)
+            && let Some(exec) = self.load_exec(key, id)?
+        {
+            found.task.execs.insert(id.clone(), exec);
+        }
+        Ok(Some(found.task))
+    }
+
+    fn load_task(&self, key: &TaskKey) -> Result<Option<Found>, Error> {
+        read_task(&self.dir(key).join(RECORD))
+    }
+
+    fn load_exec(&self, key: &TaskKey, id: &ExecId) -> Result<Option<Arc<Exec>>, Error> {
+        let path = self.exec_dir(key, id).join(RECORD);
+        let Some((text, _)) = read_versioned(&path)? else {
+            return Ok(None);
+        };
+        let ReadingExec { exec } = parse(&path, &text)?;
+        Ok(Some(Arc::new(exec)))
+    }
+
+    fn write_task(&self, task: &Task, cause: Cause) -> Result<(), Error> {
+        let dir = self.dir(&task.key);
+        let text = text(&dir.join(RECORD), &Writing { version: VERSION, task }, cause)?;
+        replace_by_turns(&dir.join(RECORD), &dir.join(RECORD_NEW), text)
+    }
+
+    fn write_exec(&self, key: &TaskKey, id: &ExecId, exec: &Exec, cause: Cause) -> Result<(), Error> {
+        let dir = self.exec_dir(key, id);
+        let text = text(&dir.join(RECORD), &WritingExec { version: VERSION, exec }, cause)?;
+        replace_by_turns(&dir.join(RECORD), &dir.join(RECORD_NEW), text)
+    }
+}
+
+/// Writes what a deleted task still owes.
+pub(super) fn write_owed(dir: &Path, name: &str, task: &Task) -> Result<(), Error> {
+    let path = dir.join(name);
+    let task = Task { execs: BTreeMap::new(), ..task.clone() };
+    let text = text(&path, &Writing { version: VERSION, task: &task }, Cause::Note)?;
+    replace(&path, &dir.join(format!("{name}.new")), &text)
+}
+
+/// A task as its file says it, without the files of its execs.
+pub(super) fn read_task(path: &Path) -> Result<Option<Found>, Error> {
+    let Some((text, version)) = read_versioned(path)? else {
+        return Ok(None);
+    };
+    let Reading { mut task } = parse(path, &text)?;
+    task.outbox.shorten();
+    let is_current = version == VERSION && task.execs.is_empty();
+    Ok(Some(Found { task, is_current }))
+}
+
+fn text(path: &Path, content: &impl Serialize, cause: Cause) -> Result<Vec<u8>, Error> {
+    let text =
+        serde_json::to_vec(content).map_err(|source| Error::Malformed { path: path.to_owned(), source })?;
+    if text.len() > cause.limit() {
+        return Err(Error::TooLarge { path: path.to_owned(), limit: cause.limit() });
+    }
+    Ok(text)
+}
+
+fn parse<T: for<'d> Deserialize<'d>>(path: &Path, text: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(text).map_err(|source| Error::Malformed { path: path.to_owned(), source })
+}
+
+fn read_versioned(path: &Path) -> Result<Option<(Vec<u8>, u32)>, Error> {
+    let Some(text) = read_limited(path)? else {
+        return Ok(None);
+    };
+    let VersionOnly { version } = parse(path, &text)?;
+    if version > VERSION {
+        return Err(Error::Newer { path: path.to_owned(), found: version });
+    }
+    Ok(Some((text, version)))
+}
+
+/// A file of ours; nothing if it is not there.
+pub(super) fn read_limited(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io_error("open", path)(e)),
+    };
+    // Blanks fill the last page.
+    let limit = MAX_BYTES + PAGE;
+    let mut text = Vec::new();
+    file.take(limit as u64 + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
+    if text.len() > limit {
+        return Err(Error::TooLarge { path: path.to_owned(), limit: MAX_BYTES });
+    }
+    Ok(Some(text))
+}
+
+/// Replaces a file in one step by a second one, which stays and is the next to be written over. So a record
+/// takes no new room while it needs no more pages than before: an exit can be recorded when `/run` is full.
+fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), Error> {
+    let mut options = OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false).mode(0o600);
+    let mut file = options.open(other).map_err(io_error("create", other))?;
+    let length = file.metadata().map_err(io_error("look at", other))?.len();
+    // Blanks behind a record do not matter; what is left of an older and longer one would.
+    text.resize(text.len().next_multiple_of(PAGE), b'\n');
+    file.write_all(&text).map_err(io_error("write", other))?;
+    if length > text.len() as u64 {
+        file.set_len(text.len() as u64).map_err(io_error("shorten", other))?;
+    }
+    match renameat2(AT_FDCWD, other, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
+        Ok(()) => Ok(()),
+        // There is no such file yet, or a file system other than a tmpfs can't do it.
+        Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => {
+            fs::rename(other, path).map_err(io_error("replace", path))
+        }
+        Err(errno) => Err(io_error("replace", path)(errno.into())),
+    }
+}
+
+/// Writes a file in one step, by way of another name.
+pub(super) fn replace(path: &Path, new: &Path, text: &[u8]) -> Result<(), Error> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(new)
+        .map_err(io_error("create", new))?;
+    file.write_all(text).map_err(io_error("write", new))?;
+    fs::rename(new, path).map_err(io_error("replace", path))
+}
