@@ -91,11 +91,13 @@ pub fn mount_all(rootfs: &Path, mounts: &[Mount]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Unmounts `path` and everything below it in this process's mount namespace, deepest first.
+/// Unmounts `path` and everything below it in this process's mount namespace, deepest first. Symlinks may lead to
+/// it, as in `/var/run`; itself it is none.
 ///
 /// # Errors
 /// A mount that can't be taken away.
 pub fn unmount_all(path: &Path) -> Result<(), Error> {
+    let path = &as_mounted(path);
     let table = fs::read("/proc/self/mountinfo").map_err(Error::Mountinfo)?;
     let mut mountpoints: Vec<PathBuf> = table
         .split(|byte| *byte == b'\n')
@@ -116,6 +118,13 @@ pub fn unmount_all(path: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// The path as mountinfo has it.
+fn as_mounted(path: &Path) -> PathBuf {
+    let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
+    // Where nothing is, nothing is mounted.
+    parent.zip(path.file_name()).map_or_else(|| path.to_owned(), |(parent, name)| parent.join(name))
 }
 
 /// The mountpoint of a line of mountinfo, its octal escapes resolved (proc_pid_mountinfo(5)).
@@ -294,6 +303,22 @@ fn shorten(data: &mut [String]) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mount_is_found_by_a_path_with_symlinks() {
+        let dir = std::env::temp_dir().join(format!("mount-test-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(dir.join("real/rootfs")).unwrap();
+        std::os::unix::fs::symlink("real", dir.join("link")).unwrap();
+        let real = dir.canonicalize().unwrap().join("real/rootfs");
+        assert_eq!(as_mounted(&dir.join("link/rootfs")), real);
+        // Not where a symlink in its place leads to: that is not ours.
+        fs::remove_dir(&real).unwrap();
+        std::os::unix::fs::symlink("/proc", &real).unwrap();
+        assert_eq!(as_mounted(&dir.join("link/rootfs")), real);
+        assert_eq!(as_mounted(Path::new("/no/such/rootfs")), Path::new("/no/such/rootfs"));
+        fs::remove_dir_all(dir).unwrap();
+    }
 
     #[test]
     fn flags_and_data_are_told_apart() {

@@ -91,7 +91,12 @@ pub fn start(bundle: &Bundle, id: &str, environment: &[(&str, &str)], stdin: &[u
 
 /// Runs the binary's `delete` as containerd does.
 pub fn delete(bundle: &Bundle, id: &str) -> Outcome {
-    with_stdin(action(bundle, id, &["-bundle", bundle.path()]).arg("delete"), &[])
+    delete_by(bundle, bundle.path(), id)
+}
+
+/// As [`delete`], by another path to the bundle.
+pub fn delete_by(bundle: &Bundle, path: &str, id: &str) -> Outcome {
+    with_stdin(action(bundle, id, &["-bundle", path]).arg("delete"), &[])
 }
 
 /// The command that containerd runs in a bundle, with flags and environment, but without the verb.

@@ -3,7 +3,8 @@
 use std::fs;
 
 use crate::common::container::Container;
-use crate::common::node::Node;
+use crate::common::node::{Node, unique};
+use crate::common::shim::{self, Bundle};
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
 use crate::common::task::{Io, SIGKILL};
@@ -130,4 +131,20 @@ fn nothing_stays_mounted() {
         container.create(&Io::default()).expect_err("a second mount that fails");
         assert!(!mounted_in(1, &container), "after a rootfs that could be mounted by half, {propagation}");
     }
+}
+
+#[test]
+fn a_rootfs_is_unmounted_by_whatever_path_leads_to_its_bundle() {
+    needs!(OurShim);
+    let _node = Node::exclusive();
+    let bundle = Bundle::new("symlinked");
+    let rootfs = format!("{}/rootfs", bundle.path());
+    process::succeed("mount", &["-t", "tmpfs", "none", &rootfs]);
+    let link = format!("/run/{}", unique("e2e-link"));
+    std::os::unix::fs::symlink(bundle.path(), &link).expect("make a symlink to the bundle");
+    let deleted = shim::delete_by(&bundle, &link, "symlinked");
+    assert_eq!(deleted.code, Some(0), "{deleted:?}");
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("read the mounts");
+    assert!(!mounts.contains(&rootfs), "{rootfs} is still mounted");
+    std::fs::remove_file(link).expect("remove the symlink");
 }
