@@ -51,7 +51,7 @@ use crate::task::{Task, registry};
 use crate::unit::systemd::Systemd;
 
 use kept::Kept;
-use record::{Stored, Unwritten};
+use record::{Owings, Stored, Unwritten};
 
 pub use create::{CreateTask, LAUNCH_ERROR, PID_FILE};
 pub use error::Error;
@@ -136,6 +136,8 @@ pub struct Shim {
     unwritten: Unwritten,
     /// Told of each task that is deleted.
     pub deleted: Arc<Notify>,
+    /// Deleted tasks that owe events.
+    owings: Owings,
 }
 
 impl Shim {
@@ -163,6 +165,7 @@ impl Shim {
             outgoing,
             unwritten: Unwritten::default(),
             deleted: Arc::default(),
+            owings: Owings::default(),
         };
         (Arc::new(shim), receiver)
     }

@@ -241,6 +241,8 @@ impl Shim {
         for (owing, task) in owed? {
             match task {
                 Ok(task) => {
+                    // More than fit have been taken by an earlier version: they are published as well.
+                    let _ = self.owings.begin(&task.containerd.ttrpc_address);
                     let entry = Arc::new(Entry::detached(task));
                     entry.init.live().stored = Stored::Owed(owing);
                     self.announce(&entry);

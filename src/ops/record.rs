@@ -6,7 +6,7 @@
 //! Until then memory alone knows, and may answer: if the daemon ends meanwhile, the next one reads the same
 //! from the unit, which is therefore not removed before the record is written.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -26,6 +26,34 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// So many records that can't be written end a round: the next ones would fail as well.
 const FAILURES_PER_ROUND: usize = 8;
+
+/// So many deleted tasks of a containerd may owe it events. One that is gone for good never accepts them.
+const MOST_OWING: usize = 1024;
+
+/// How many deleted tasks owe events, by the address of their containerd.
+#[derive(Default)]
+pub(super) struct Owings(Mutex<HashMap<String, usize>>);
+
+impl Owings {
+    /// Counts one more. False if there are too many.
+    pub(super) fn begin(&self, address: &str) -> bool {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(address.to_owned()).or_default();
+        let fits = *count < MOST_OWING;
+        *count += usize::from(fits);
+        fits
+    }
+
+    fn end(&self, address: &str) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(address) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                counts.remove(address);
+            }
+        }
+    }
+}
 
 /// Where a task is on disk.
 #[derive(Clone, Debug, Default)]
@@ -168,6 +196,10 @@ impl Shim {
         let before = task.clone();
         task.outbox.accepted(seq);
         self.write_now_or_later(entry, &before, &task);
+        let is_deleted = !matches!(entry.init.live().stored, Stored::Record);
+        if is_deleted && task.outbox.is_empty() && !before.outbox.is_empty() {
+            self.owings.end(&task.containerd.ttrpc_address);
+        }
     }
 
     /// Drops the record of a deleted task; its last events move to where the next daemon finds them.
@@ -178,9 +210,19 @@ impl Shim {
         let mut task = entry.task();
         let mut last = task.clone();
         last.owe(event, now_usec());
+        let address = &task.containerd.ttrpc_address;
+        if !last.outbox.is_empty() && !self.owings.begin(address) {
+            tracing::error!(task = %entry.key, "task {}: its last events are dropped: containerd at {address} takes none of {MOST_OWING} other tasks", entry.key);
+            last.outbox.clear();
+        }
         let owed = if last.outbox.is_empty() { Ok(None) } else { self.store.keep_owed(&last).map(Some) };
         crate::fault::point(crate::fault::Point::DeleteKept);
-        self.store.remove(&task.key)?;
+        if let Err(error) = self.store.remove(&task.key) {
+            if !last.outbox.is_empty() {
+                self.owings.end(address);
+            }
+            return Err(error.into());
+        }
         *task = last;
         entry.init.live().stored = match owed {
             Ok(None) => Stored::Nowhere,
@@ -314,5 +356,22 @@ impl Shim {
     /// The publisher begins with what a task owes by now.
     pub fn taken_up(&self, entry: &Entry) {
         entry.init.live().is_announced = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_containerd_that_is_gone_leaves_room_for_the_others() {
+        let owings = Owings::default();
+        assert!((0..MOST_OWING).all(|_| owings.begin("/run/gone.sock")));
+        assert!(!owings.begin("/run/gone.sock"));
+        assert!(owings.begin("/run/containerd.sock"));
+        owings.end("/run/gone.sock");
+        assert!(owings.begin("/run/gone.sock"));
+        owings.end("/run/containerd.sock");
+        assert_eq!(owings.0.into_inner().unwrap().len(), 1);
     }
 }
