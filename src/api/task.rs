@@ -130,6 +130,12 @@ fn attempt(ctx: &TtrpcContext) -> Attempt {
     if ctx.metadata.contains_key(REPLAYED) { Attempt::Replayed } else { Attempt::First }
 }
 
+/// Logs a failed call and returns the error for the client.
+fn refuse(verb: &str, key: &ProcessKey, error: &Error) -> ttrpc::Error {
+    log(verb, key, error);
+    status::status(error)
+}
+
 /// Logs a failed call. A call for a process that does not exist is usual, and logged at level debug.
 fn log(verb: &str, key: &ProcessKey, error: &Error) {
     match error {
@@ -148,7 +154,7 @@ fn not_implemented<T>(what: &'static str) -> Answer<T> {
 impl Task for TaskService {
     async fn state(&self, ctx: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let state = self.shim.state(&key).map_err(|error| status::status(&error))?;
+        let state = self.shim.state(&key).map_err(|error| refuse("state", &key, &error))?;
         Ok(convert::state(key.id(), state))
     }
 
@@ -197,8 +203,8 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, ctx: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
-        let key = self.key(ctx, &request.id)?;
-        let pids = self.shim.pids(&key).map_err(|error| status::status(&error))?;
+        let key = self.process(ctx, &request.id, "")?;
+        let pids = self.shim.pids(&key.task).await.map_err(|error| refuse("pids", &key, &error))?;
         convert::pids(pids).map_err(status::invalid)
     }
 
@@ -206,26 +212,26 @@ impl Task for TaskService {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
         let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
         let (signal, all) = (request.signal, request.all);
-        self.run("kill", &process, async move { shim.kill(&key, signal, all, attempt) }).await?;
+        self.run("kill", &process, async move { shim.kill(&key, signal, all, attempt).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
         let resized = self.shim.resize(&key, request.width, request.height);
-        resized.map_err(|error| status::status(&error))?;
+        resized.map_err(|error| refuse("resize", &key, &error))?;
         Ok(Empty::new())
     }
 
     async fn close_io(&self, ctx: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        self.shim.close_stdin(&key).map_err(|error| status::status(&error))?;
+        self.shim.close_stdin(&key).map_err(|error| refuse("close-io", &key, &error))?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, ctx: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let exit = self.shim.wait(&key, attempt(ctx)).await.map_err(|error| status::status(&error))?;
+        let exit = self.shim.wait(&key, attempt(ctx)).await.map_err(|error| refuse("wait", &key, &error))?;
         Ok(convert::wait(exit))
     }
 
@@ -241,8 +247,8 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, ctx: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
-        let key = self.key(ctx, &request.id)?;
-        let stats = self.shim.stats(&key).await.map_err(|error| status::status(&error))?;
+        let key = self.process(ctx, &request.id, "")?;
+        let stats = self.shim.stats(&key.task).await.map_err(|error| refuse("stats", &key, &error))?;
         metrics::stats(stats).map_err(status::invalid)
     }
 

@@ -5,6 +5,7 @@
 mod format;
 pub mod limits;
 pub mod place;
+mod processes;
 pub mod stats;
 pub mod watch;
 
@@ -15,6 +16,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+pub use processes::processes;
 
 /// The cgroup v2 hierarchy.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -93,36 +96,6 @@ fn of_proc_file(path: &Path) -> Result<PathBuf, Error> {
 /// The directory of a cgroup given by its path below [`ROOT`].
 pub fn dir(cgroup: &Path) -> PathBuf {
     Path::new(ROOT).join(cgroup.strip_prefix("/").unwrap_or(cgroup))
-}
-
-/// Every process in a cgroup and below it; none if the cgroup is gone.
-///
-/// # Errors
-/// It can't be read.
-pub fn processes(cgroup: &Path) -> Result<Vec<u32>, Error> {
-    let mut pids = Vec::new();
-    collect(&dir(cgroup), &mut pids)?;
-    Ok(pids)
-}
-
-fn collect(dir: &Path, pids: &mut Vec<u32>) -> Result<(), Error> {
-    let path = dir.join("cgroup.procs");
-    match fs::read_to_string(&path) {
-        Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok())),
-        // A threaded cgroup has its processes listed above it; a removed one has none.
-        Err(e) if matches!(e.raw_os_error(), Some(libc_errno::EOPNOTSUPP | libc_errno::ENODEV)) => {}
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(error("read", &path)(e)),
-    }
-    let children = match fs::read_dir(dir) {
-        Ok(children) => children,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(error("list", dir)(e)),
-    };
-    for child in children.flatten().filter(|child| child.file_type().is_ok_and(|t| t.is_dir())) {
-        collect(&child.path(), pids)?;
-    }
-    Ok(())
 }
 
 /// Kills every process in a cgroup and below it, forks included; nothing if it is gone.
@@ -227,5 +200,4 @@ fn is_gone(error: &io::Error) -> bool {
 
 mod libc_errno {
     pub const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
-    pub const EOPNOTSUPP: i32 = nix::errno::Errno::EOPNOTSUPP as i32;
 }

@@ -6,7 +6,7 @@ use crate::id::ProcessKey;
 use crate::task::Task;
 use crate::task::exec::ExecPhase;
 
-use super::{Attempt, Error, Process, Shim};
+use super::{Attempt, Error, Process, Shim, blocking};
 
 const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 /// The last signal of the kernel (`_NSIG`).
@@ -18,8 +18,14 @@ impl Shim {
     ///
     /// # Errors
     /// The process has ended or was never started, or there is no such signal.
-    pub fn kill(&self, key: &ProcessKey, signal: u32, all: bool, attempt: Attempt) -> Result<(), Error> {
-        let killed = self.send(key, signal, all);
+    pub async fn kill(
+        &self,
+        key: &ProcessKey,
+        signal: u32,
+        all: bool,
+        attempt: Attempt,
+    ) -> Result<(), Error> {
+        let killed = self.send(key, signal, all).await;
         fault::point(Point::KillSent);
         match (attempt, killed) {
             // What the signal was meant to end has ended.
@@ -31,14 +37,14 @@ impl Shim {
         }
     }
 
-    fn send(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
+    async fn send(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
         if !(1..=LAST_SIGNAL).contains(&signal) {
             return Err(Error::Signal(signal));
         }
         let (entry, process) = self.process(key)?;
         let task = entry.task().clone();
         match &key.exec {
-            None if all => return kill_all(&task, signal),
+            None if all => return blocking(move || kill_all(&task, signal)).await?,
             None if task.init.exit().is_some() => return Err(Error::Finished),
             None => {}
             Some(id) => match task.execs.get(id).map(|exec| &exec.phase) {
@@ -64,7 +70,7 @@ fn signal_process(process: &Process, signal: u32) -> Result<(), Error> {
     }
 }
 
-/// Every process of the container. One that ends meanwhile is no error, nor is an empty container.
+/// Every process of the container: not for the async runtime. One that ends meanwhile is no error, nor is an empty container.
 pub(super) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
     let Some(cgroup) = &task.cgroup else {
         return Ok(());

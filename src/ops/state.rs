@@ -1,5 +1,6 @@
 //! State, Connect, Pids: answered from memory and from the cgroup, never waiting for anything.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use crate::cgroup;
@@ -8,7 +9,7 @@ use crate::task::exec::ExecPhase;
 use crate::task::phase::{Exit, Phase};
 use crate::task::request::Stdio;
 
-use super::{Error, Shim};
+use super::{Error, Shim, blocking};
 
 /// A process's state in containerd's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,23 +88,30 @@ impl Shim {
     ///
     /// # Errors
     /// There is no such task, or its cgroup can't be read.
-    pub fn pids(&self, key: &TaskKey) -> Result<Vec<(u32, Option<ExecId>)>, Error> {
+    pub async fn pids(&self, key: &TaskKey) -> Result<Vec<(u32, Option<ExecId>)>, Error> {
         let task = self.created(key)?.task().clone();
         let init = task.init.pid().unwrap_or_default();
         if task.init.exit().is_some() {
             return Ok(vec![(init, None)]);
         }
         let mut pids = match &task.cgroup {
-            Some(cgroup) => cgroup::processes(cgroup)?,
+            Some(cgroup) => {
+                let cgroup = cgroup.clone();
+                blocking(move || cgroup::processes(&cgroup)).await??
+            }
             None => Vec::new(),
         };
         if !pids.contains(&init) {
             pids.insert(0, init);
         }
-        let exec_of = |pid: u32| {
-            let mut running = task.execs.iter();
-            running.find(|(_, exec)| exec.phase == ExecPhase::Running { pid }).map(|(id, _)| id.clone())
-        };
-        Ok(pids.into_iter().map(|pid| (pid, exec_of(pid))).collect())
+        let execs: HashMap<u32, &ExecId> = task
+            .execs
+            .iter()
+            .filter_map(|(id, exec)| match exec.phase {
+                ExecPhase::Running { pid } => Some((pid, id)),
+                ExecPhase::Added | ExecPhase::Starting { .. } | ExecPhase::Stopped { .. } => None,
+            })
+            .collect();
+        Ok(pids.into_iter().map(|pid| (pid, execs.get(&pid).map(|id| (*id).clone()))).collect())
     }
 }

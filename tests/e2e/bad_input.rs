@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,14 +14,17 @@ use containerd_shim_protos::api::{
     WaitRequest,
 };
 use containerd_shim_protos::protobuf::Message;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
 use ttrpc::Code;
 
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{NAMESPACE, Node, unique};
-use crate::common::process;
 use crate::common::shim::{self, Bundle, Refusal, Shim};
 use crate::common::spec::Spec;
 use crate::common::task::Io;
+use crate::common::{daemon, process};
 
 /// The daemon answers, and knows no such task.
 fn assert_serves(shim: &Shim) {
@@ -318,4 +322,56 @@ pub fn frame(stream: u32, kind: u8, length: u32, body: &[u8]) -> Vec<u8> {
     frame.extend([kind, 0]);
     frame.extend(body);
     frame
+}
+
+/// Cgroups in one another, made as a container with a writable cgroup makes them, and gone on drop: each relative
+/// to the one above, since the path of the innermost is longer than paths can be.
+struct Nested {
+    innermost: OwnedFd,
+    depth: usize,
+}
+
+impl Nested {
+    const NAME: &str = "deeper";
+
+    fn new(top: &Path, depth: usize) -> Nested {
+        let top = fs::File::open(top).expect("open a cgroup");
+        let mut nested = Nested { innermost: top.into(), depth: 0 };
+        while nested.depth < depth {
+            mkdirat(&nested.innermost, Self::NAME, Mode::S_IRWXU).expect("make a cgroup");
+            nested.innermost = open_below(&nested.innermost, Self::NAME);
+            nested.depth += 1;
+        }
+        nested
+    }
+}
+
+fn open_below(at: &OwnedFd, name: &str) -> OwnedFd {
+    openat(at, name, OFlag::O_DIRECTORY, Mode::empty()).expect("open a cgroup")
+}
+
+impl Drop for Nested {
+    fn drop(&mut self) {
+        for _ in 0..self.depth {
+            self.innermost = open_below(&self.innermost, "..");
+            unlinkat(&self.innermost, Self::NAME, UnlinkatFlags::RemoveDir).expect("remove a cgroup");
+        }
+    }
+}
+
+#[test]
+fn cgroups_nested_without_end_are_no_trouble() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("nested", Spec::sleeping()).started(&Io::default());
+    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", container.pid())).expect("its cgroup");
+    let cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::/"));
+    let cgroup = cgroup.expect("a cgroup of the unified hierarchy");
+    let nested = Nested::new(&Path::new("/sys/fs/cgroup").join(cgroup), 2200);
+    let restarts = daemon::restarts();
+    assert_eq!(container.pids().expect("pids"), [container.pid()]);
+    container.kill_all(nix::libc::SIGWINCH as u32).expect("a signal to all");
+    assert_eq!(daemon::restarts(), restarts);
+    drop(nested);
+    container.end();
 }

@@ -1,0 +1,170 @@
+//! The processes of a cgroup and of all cgroups below it.
+//!
+//! A container may be allowed to make cgroups of its own, and makes as many and as deeply nested ones as it
+//! likes: the walk needs no stack, no path and one descriptor at a time, however deep they are.
+
+use std::collections::VecDeque;
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use nix::dir::{Dir, Type};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+
+use super::{Error, dir, error};
+
+/// A walk that finds more cgroups than this fails: it would hold its thread for seconds.
+const MOST: usize = 100_000;
+
+/// Every process in a cgroup and below it; none if the cgroup is gone. Reads up to 100,000 cgroups: not for the
+/// async runtime.
+///
+/// # Errors
+/// It can't be read, or there are more cgroups than that.
+pub fn processes(cgroup: &Path) -> Result<Vec<u32>, Error> {
+    let top = dir(cgroup);
+    walk(&top, MOST).map_err(error("list the processes of", &top))
+}
+
+fn walk(top: &Path, most: usize) -> io::Result<Vec<u32>> {
+    let mut pids = Vec::new();
+    let mut at: OwnedFd = match File::open(top) {
+        Ok(file) => file.into(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(pids),
+        Err(error) => return Err(error),
+    };
+    let mut found = 1;
+    read_processes(&at, &mut pids)?;
+    // The children that are still to be visited, of the present cgroup and of each above it.
+    let mut levels = vec![children(&at, &mut found, most)?];
+    while let Some(left) = levels.last_mut() {
+        match left.pop_front() {
+            Some(child) => match openat(&at, child.as_c_str(), DIRECTORY, Mode::empty()) {
+                Ok(below) => {
+                    at = below;
+                    read_processes(&at, &mut pids)?;
+                    levels.push(children(&at, &mut found, most)?);
+                }
+                Err(errno) if is_gone(errno) => {}
+                Err(errno) => return Err(errno.into()),
+            },
+            None => {
+                levels.pop();
+                if !levels.is_empty() {
+                    // cgroups are never moved: it is the one that we came from.
+                    at = openat(&at, c"..", DIRECTORY, Mode::empty())?;
+                }
+            }
+        }
+    }
+    Ok(pids)
+}
+
+const DIRECTORY: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
+
+fn read_processes(cgroup: &OwnedFd, pids: &mut Vec<u32>) -> io::Result<()> {
+    let mut text = String::new();
+    let read = openat(cgroup, c"cgroup.procs", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(io::Error::from)
+        .and_then(|file| File::from(file).read_to_string(&mut text));
+    match read {
+        Ok(_) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok())),
+        // A threaded cgroup has its processes listed above it; a removed one has none.
+        Err(error) if is_errno(&error, |errno| errno == Errno::EOPNOTSUPP || is_gone(errno)) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(())
+}
+
+fn children(cgroup: &OwnedFd, found: &mut usize, most: usize) -> io::Result<VecDeque<CString>> {
+    let listed = cgroup.as_fd().try_clone_to_owned()?;
+    let mut names = VecDeque::new();
+    for entry in Dir::from_fd(listed)?.iter() {
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(errno) if is_gone(errno) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        let name = entry.file_name();
+        if entry.file_type() == Some(Type::Directory) && name != c"." && name != c".." {
+            *found += 1;
+            if *found > most {
+                return Err(io::Error::other(format!("there are more than {most} cgroups")));
+            }
+            names.push_back(name.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// A cgroup can go at any moment: then it is not found, or its open files say ENODEV.
+fn is_gone(errno: Errno) -> bool {
+    matches!(errno, Errno::ENOENT | Errno::ENODEV)
+}
+
+fn is_errno(error: &io::Error, is: impl Fn(Errno) -> bool) -> bool {
+    error.raw_os_error().is_some_and(|number| is(Errno::from_raw(number)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::stat::mkdirat;
+
+    struct Scratch(std::path::PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("processes-test-{name}-{}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&path);
+            std::fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn add(&self, path: &str, pids: &str) {
+            std::fs::create_dir_all(self.0.join(path)).unwrap();
+            std::fs::write(self.0.join(path).join("cgroup.procs"), pids).unwrap();
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            // Deeper than a path is long: the standard library walks relative to open directories.
+            std::fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn every_process_below_is_found() {
+        let scratch = Scratch::new("tree");
+        for (path, pids) in [("", "1\n2\n"), ("a", "3\n"), ("a/x", "4\n"), ("a/y", ""), ("b/z", "5\n")] {
+            scratch.add(path, pids);
+        }
+        let mut found = walk(&scratch.0, 7).unwrap();
+        found.sort_unstable();
+        assert_eq!(found, [1, 2, 3, 4, 5]);
+        assert!(walk(&scratch.0, 5).unwrap_err().to_string().contains("more than 5 cgroups"));
+        assert_eq!(walk(&scratch.0.join("gone"), 7).unwrap(), [0; 0]);
+    }
+
+    #[test]
+    fn a_tree_deeper_than_a_path_is_long_is_walked_on_a_small_stack() {
+        const DEPTH: usize = 1200;
+        let scratch = Scratch::new("deep");
+        let mut at: OwnedFd = File::open(&scratch.0).unwrap().into();
+        for _ in 0..DEPTH {
+            mkdirat(&at, c"deeper", Mode::S_IRWXU).unwrap();
+            at = openat(&at, c"deeper", DIRECTORY, Mode::empty()).unwrap();
+        }
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
+        let file = openat(&at, c"cgroup.procs", flags, Mode::S_IRWXU).unwrap();
+        io::Write::write_all(&mut File::from(file), b"7\n").unwrap();
+        let path = scratch.0.clone();
+        let walker = std::thread::Builder::new().stack_size(128 << 10);
+        assert_eq!(walker.spawn(move || walk(&path, MOST).unwrap()).unwrap().join().unwrap(), [7]);
+    }
+}
