@@ -149,7 +149,16 @@ impl Crashes {
         Ok(crashes)
     }
 
-    fn read(path: &Path) -> io::Result<Self> {
+    /// As the signal handler notes a crash.
+    #[cfg(test)]
+    pub fn note_for_tests(path: &Path, suspect: Suspect) {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+        let at = crash::read(&file, MOST).unwrap().len() as u64 * crash::ENTRY;
+        file.write_all_at(&suspect.0.to_le_bytes(), at).unwrap();
+    }
+
+    /// Reads the file, and has nothing noted in it.
+    pub fn read(path: &Path) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
         let mut earlier: HashMap<u64, Earlier> = HashMap::new();
@@ -235,11 +244,8 @@ mod tests {
             Self(path)
         }
 
-        /// As the signal handler does it.
         fn crash(&self, suspect: Suspect) {
-            let file = OpenOptions::new().read(true).write(true).open(&self.0).unwrap();
-            let at = crash::read(&file, MOST).unwrap().len() as u64 * crash::ENTRY;
-            file.write_all_at(&suspect.0.to_le_bytes(), at).unwrap();
+            Crashes::note_for_tests(&self.0, suspect);
         }
     }
 

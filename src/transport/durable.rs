@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use containerd_shim_protos::api::ConnectRequest;
 use nix::errno::Errno;
@@ -38,6 +38,10 @@ pub struct Durable {
     ready: VecDeque<u8>,
     /// A response that ttrpc has not written in full.
     writing: Assembler,
+    /// There are responses that ttrpc does not know of: whoever reads sends them.
+    refused: bool,
+    /// Waits until more can be sent: the socket wakes only the last one that does.
+    writer: Option<Waker>,
     keeper: Arc<dyn Keep>,
     /// By which it is kept.
     name: String,
@@ -85,6 +89,7 @@ impl Durable {
             Some(_) | None => sys::count_peeked(&socket)?,
         }
         journal.settle()?;
+        journal.refuse(socket.as_fd())?;
         let mut ready = VecDeque::new();
         for frame in unanswered {
             match poison(&frame, crashes) {
@@ -104,7 +109,8 @@ impl Durable {
         one: Arc<()>,
     ) -> Result<Self, Error> {
         let (socket, writing) = (sys::watch(socket)?, Assembler::default());
-        Ok(Self { socket, journal, ready, writing, keeper, name, _one: one, over: false })
+        let (refused, writer) = (false, None);
+        Ok(Self { socket, journal, ready, writing, refused, writer, keeper, name, _one: one, over: false })
     }
 
     /// Resolves when everything that an earlier daemon has noted is sent. A connection that is broken
@@ -117,12 +123,23 @@ impl Durable {
     }
 
     fn respond(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let frames: Vec<Frame> = self.writing.push(bytes)?;
-        for frame in frames {
+        let frames = self.writing.push(bytes);
+        // ttrpc checks that itself.
+        if let Some((_, refused)) = self.writing.take_refused().pop() {
+            return Err(refused.into());
+        }
+        for (_, frame) in frames {
             self.journal.respond(self.socket.get_ref().as_fd(), &frame)?;
             fault::point(Point::ConnectionUnsent);
         }
         Ok(())
+    }
+
+    /// As [`Self::poll_send`], for whoever writes.
+    fn poll_write_out(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let sent = self.poll_send(context);
+        self.writer = sent.is_pending().then(|| context.waker().clone());
+        sent
     }
 
     fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -176,18 +193,27 @@ fn subject(request: &ttrpc::Request) -> String {
 
 /// Takes what has come: whole frames go to `ready`. False at the end.
 fn take(socket: &OwnedFd, journal: &mut Journal, ready: &mut VecDeque<u8>) -> Result<bool, Error> {
+    let Some((length, frames)) = look(socket, journal)? else {
+        return Ok(false);
+    };
+    fault::point(Point::ConnectionNoted);
+    discard(socket, length)?;
+    fault::point(Point::ConnectionTaken);
+    journal.refuse(socket.as_fd())?;
+    ready.extend(frames.into_iter().flat_map(|frame| frame.bytes));
+    Ok(true)
+}
+
+/// Notes what has come, and leaves it in the socket. Returns its length and the frames that are whole now;
+/// nothing at the end.
+fn look(socket: &OwnedFd, journal: &mut Journal) -> Result<Option<(usize, Vec<Frame>)>, Error> {
     let mut bytes = [0; CHUNK];
     journal.settle()?;
     let length = recv(socket.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT)?;
     if length == 0 {
-        return Ok(false);
+        return Ok(None);
     }
-    let frames = journal.note(&bytes[..length])?;
-    fault::point(Point::ConnectionNoted);
-    discard(socket, length)?;
-    fault::point(Point::ConnectionTaken);
-    ready.extend(frames.into_iter().flat_map(|frame| frame.bytes));
-    Ok(true)
+    Ok(Some((length, journal.note(&bytes[..length])?)))
 }
 
 /// Takes bytes off a socket that are known to be in it.
@@ -220,9 +246,13 @@ impl AsyncRead for Durable {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         while this.ready.is_empty() {
+            if this.refused {
+                this.refused = this.poll_send(context)?.is_pending();
+                this.writer.take().into_iter().for_each(Waker::wake);
+            }
             let mut readable = ready!(this.socket.poll_read_ready(context))?;
             match take(readable.get_inner(), &mut this.journal, &mut this.ready) {
-                Ok(true) => {}
+                Ok(true) => this.refused |= this.journal.unsent() > 0,
                 Ok(false) => {
                     this.over = true;
                     return Poll::Ready(Ok(()));
@@ -256,7 +286,7 @@ impl AsyncWrite for Durable {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         if self.journal.unsent() > BACKLOG {
-            ready!(self.poll_send(context))?;
+            ready!(self.poll_write_out(context))?;
         }
         if let Err(error) = self.respond(bytes) {
             self.over = true;
@@ -266,11 +296,11 @@ impl AsyncWrite for Durable {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_send(context)
+        self.poll_write_out(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_send(context)
+        self.poll_write_out(context)
     }
 }
 

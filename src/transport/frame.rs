@@ -15,10 +15,21 @@ pub const HEADER: usize = MESSAGE_HEADER_LENGTH;
 /// out in part, or in full.
 pub const REPLAYED: &str = "containerd-shim-systemd-v1.replayed";
 
-/// What can be wrong with what a client sends.
+/// In the place of a frame that is too long, in a journal: so much of its rest is still to come. No peer sends
+/// it; of one that does the frame is skipped, as ttrpc does with types that it does not know.
+pub const SKIPPED: u8 = 0xff;
+/// Where the type is in a header.
+pub const TYPE: u64 = 8;
+
+/// A frame that is longer than ttrpc allows: nobody keeps it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a frame of {0} bytes is too long")]
-pub struct TooLong(usize);
+#[error("message length {length} exceeds the maximum message size of {MESSAGE_LENGTH_MAX}")]
+pub struct TooLong {
+    /// The stream it belongs to.
+    pub stream: u32,
+    /// The length of its rest.
+    pub length: u32,
+}
 
 /// A whole frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +41,7 @@ pub struct Frame {
 impl Frame {
     /// The stream it belongs to: for Task calls, the call.
     pub fn stream(&self) -> u32 {
-        self.bytes.get(4..8).map_or(0, |bytes| u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+        Head::of(&self.bytes).map_or(0, |head| head.stream)
     }
 
     /// It begins a call.
@@ -57,6 +68,12 @@ impl Frame {
         Self { bytes }
     }
 
+    /// The text of a response that is an error.
+    pub fn reason(&self) -> String {
+        let response = self.bytes.get(HEADER..).map(ttrpc::Response::parse_from_bytes);
+        response.and_then(Result::ok).map(|response| response.status().message.clone()).unwrap_or_default()
+    }
+
     /// The same request, marked as one that was read before.
     pub fn replayed(self) -> Self {
         let Some(Ok(mut request)) = self.bytes.get(HEADER..).map(ttrpc::Request::parse_from_bytes) else {
@@ -74,27 +91,54 @@ impl Frame {
     }
 }
 
-/// Puts frames together from pieces of any size.
+/// Puts frames together from pieces of any size. One that is too long is skipped: its sender gets an error for
+/// it, and the next frame is found.
 #[derive(Debug, Default)]
 pub struct Assembler {
     partial: Vec<u8>,
+    /// Of the frame that is being skipped so much is still to come.
+    left: u64,
+    /// And so much of it has come.
+    skipped: u64,
+    refused: Vec<(u64, TooLong)>,
 }
 
 impl Assembler {
-    /// Takes a piece in; returns the frames that are whole now.
-    ///
-    /// # Errors
-    /// [`TooLong`]; nothing more should be read then.
-    pub fn push(&mut self, piece: &[u8]) -> Result<Vec<Frame>, TooLong> {
-        self.partial.extend_from_slice(piece);
-        let mut frames = Vec::new();
+    /// Takes a piece in; returns the frames that are whole now. Each comes with its position, counted from the
+    /// first byte of the frame that was incomplete before.
+    pub fn push(&mut self, piece: &[u8]) -> Vec<(u64, Frame)> {
+        let (mut frames, mut at) = (Vec::new(), 0);
+        let skipped = usize::try_from(self.left).map_or(piece.len(), |left| left.min(piece.len()));
+        self.left -= skipped as u64;
+        self.skipped += skipped as u64;
+        if self.left > 0 {
+            return frames;
+        }
+        at += std::mem::take(&mut self.skipped);
+        self.partial.extend_from_slice(&piece[skipped..]);
         let mut rest = self.partial.as_slice();
-        while let Some(length) = length(rest)? {
-            let Some((frame, after)) = rest.split_at_checked(length) else {
-                break;
-            };
-            frames.push(Frame { bytes: frame.to_vec() });
-            rest = after;
+        while let Some(head) = Head::of(rest) {
+            let whole = HEADER as u64 + u64::from(head.length);
+            if head.is_kept() {
+                let Some((frame, after)) = usize::try_from(whole).ok().and_then(|n| rest.split_at_checked(n))
+                else {
+                    break;
+                };
+                frames.push((at, Frame { bytes: frame.to_vec() }));
+                rest = after;
+            } else {
+                if head.kind != SKIPPED {
+                    self.refused.push((at, TooLong { stream: head.stream, length: head.length }));
+                }
+                let here = usize::try_from(whole).map_or(rest.len(), |whole| whole.min(rest.len()));
+                rest = &rest[here..];
+                self.left = whole - here as u64;
+                if self.left > 0 {
+                    self.skipped = here as u64;
+                    break;
+                }
+            }
+            at += whole;
         }
         let taken = self.partial.len() - rest.len();
         self.partial.drain(..taken);
@@ -102,22 +146,56 @@ impl Assembler {
             // A large one is not kept for the sake of the next.
             self.partial = Vec::new();
         }
-        Ok(frames)
+        frames
     }
 
-    /// How much of a frame is here.
-    pub fn pending(&self) -> usize {
-        self.partial.len()
+    /// How much has come of a frame that is not whole.
+    pub fn pending(&self) -> u64 {
+        if self.left > 0 { self.skipped } else { self.partial.len() as u64 }
+    }
+
+    /// Whether so many bytes that come next all belong to a frame that is skipped.
+    pub fn skips(&self, length: usize) -> bool {
+        self.left >= length as u64 && self.left > 0
+    }
+
+    /// While a frame is skipped: a header that says in its place how much of it is still to come. From now on
+    /// nothing but that has come of it.
+    pub fn shorten(&mut self) -> Option<[u8; HEADER]> {
+        let length = u32::try_from(self.left).ok().filter(|left| *left > 0)?;
+        self.skipped = HEADER as u64;
+        let mut header = [0; HEADER];
+        header[..4].copy_from_slice(&length.to_be_bytes());
+        header[8] = SKIPPED;
+        Some(header)
+    }
+
+    /// The frames that were found to be too long since this was called last, with their positions as those of
+    /// [`Self::push`].
+    pub fn take_refused(&mut self) -> Vec<(u64, TooLong)> {
+        std::mem::take(&mut self.refused)
     }
 }
 
-/// The length of the frame that begins here, header included; nothing if that can't be told yet.
-fn length(bytes: &[u8]) -> Result<Option<usize>, TooLong> {
-    let Some(length) = bytes.get(..HEADER) else {
-        return Ok(None);
-    };
-    let length = u32::from_be_bytes([length[0], length[1], length[2], length[3]]) as usize;
-    if length > MESSAGE_LENGTH_MAX { Err(TooLong(length)) } else { Ok(Some(HEADER + length)) }
+/// What a header says.
+struct Head {
+    length: u32,
+    stream: u32,
+    kind: u8,
+}
+
+impl Head {
+    /// The header that begins here; nothing if it is not whole.
+    fn of(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; HEADER] = bytes.first_chunk()?;
+        let [a, b, c, d, e, f, g, h, kind, _] = *bytes;
+        let (length, stream) = (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
+        Some(Self { length, stream, kind })
+    }
+
+    fn is_kept(&self) -> bool {
+        self.kind != SKIPPED && self.length as usize <= MESSAGE_LENGTH_MAX
+    }
 }
 
 #[cfg(test)]
@@ -139,7 +217,7 @@ mod tests {
         for size in [1, 2, 9, 10, 11, 50, bytes.len()] {
             let mut assembler = Assembler::default();
             let got: Vec<Frame> =
-                bytes.chunks(size).flat_map(|piece| assembler.push(piece).unwrap()).collect();
+                bytes.chunks(size).flat_map(|piece| assembler.push(piece)).map(|(_, frame)| frame).collect();
             assert_eq!(got.iter().map(|frame| frame.bytes.clone()).collect::<Vec<_>>(), sent, "by {size}");
             assert_eq!(got.iter().map(Frame::stream).collect::<Vec<_>>(), [1, 3, 5]);
             assert_eq!((got[0].is_request(), got[2].is_request(), assembler.pending()), (true, false, 0));
@@ -147,10 +225,44 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_nobody_accepts_is_refused_at_its_header() {
-        let mut bytes = frame(1, 1, b"");
-        bytes[..4].copy_from_slice(&u32::MAX.to_be_bytes());
-        assert_eq!(Assembler::default().push(&bytes), Err(TooLong(u32::MAX as usize)));
+    fn a_frame_that_is_too_long_is_skipped_and_told_and_the_next_one_found() {
+        let long = MESSAGE_LENGTH_MAX + 1;
+        let sent = [frame(1, 1, b"one"), frame(3, 1, &vec![7; long]), frame(5, 1, b"two"), frame(7, 1, b"")];
+        let bytes = sent.concat();
+        for size in [7, 4096, bytes.len()] {
+            let mut assembler = Assembler::default();
+            let (mut streams, mut begun, mut come) = (Vec::new(), 0, 0);
+            for piece in bytes.chunks(size) {
+                for (at, frame) in assembler.push(piece) {
+                    let at = usize::try_from(begun + at).unwrap();
+                    assert_eq!(bytes[at..at + frame.bytes.len()], frame.bytes, "by {size}");
+                    streams.push(frame.stream());
+                }
+                come += piece.len() as u64;
+                begun = come - assembler.pending();
+                assert!(assembler.partial.len() < 100);
+            }
+            assert_eq!(streams, [1, 5, 7], "by {size}");
+            let refused = assembler.take_refused();
+            assert_eq!(refused[0].1, TooLong { stream: 3, length: long as u32 });
+            assert_eq!(refused.len(), 1);
+            assert_eq!(assembler.pending(), 0);
+        }
+    }
+
+    #[test]
+    fn a_frame_that_is_skipped_goes_on_from_its_shortened_header() {
+        let mut bytes = frame(1, 1, &vec![7; MESSAGE_LENGTH_MAX + 100]);
+        let (head, rest) = bytes.split_at_mut(5000);
+        let mut first = Assembler::default();
+        assert!(first.push(head).is_empty() && first.skips(rest.len()) && !first.skips(rest.len() + 1));
+        let header = first.shorten().unwrap();
+        assert_eq!((first.take_refused().len(), first.pending()), (1, HEADER as u64));
+        let mut second = Assembler::default();
+        assert!(second.push(&header).is_empty() && second.push(rest).is_empty());
+        let next = frame(3, 1, b"next");
+        assert_eq!(second.push(&next), [(0, Frame { bytes: next.clone() })]);
+        assert_eq!((second.take_refused(), second.shorten()), (Vec::new(), None));
     }
 
     #[test]
@@ -159,11 +271,7 @@ mod tests {
         let first = Frame { bytes: frame(7, 1, &request.write_to_bytes().unwrap()) };
         let again = first.replayed();
         let mut assembler = Assembler::default();
-        assert_eq!(
-            assembler.push(&again.bytes).unwrap(),
-            std::slice::from_ref(&again),
-            "its length is right"
-        );
+        assert_eq!(assembler.push(&again.bytes), [(0, again.clone())], "its length is right");
         let found = ttrpc::Request::parse_from_bytes(&again.bytes[HEADER..]).unwrap();
         assert_eq!((found.service, found.payload, again.stream()), (request.service, request.payload, 7));
         assert_eq!(found.metadata[0].key, REPLAYED);

@@ -22,11 +22,12 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::sendfile::sendfile;
+use ttrpc::Code;
 
 use crate::fault::{self, Point};
 use crate::sys;
 
-use super::frame::{Assembler, Frame, TooLong};
+use super::frame::{Assembler, Frame, HEADER, SKIPPED, TYPE, TooLong};
 
 const MAGIC: u32 = 0x5353_6431;
 /// The version of the layout that is written. Read are this one and the one before.
@@ -41,6 +42,10 @@ const OUT_HEAD: u64 = 64;
 const IN_BASE: u64 = PAGE;
 /// Beyond this position the incoming bytes that are still needed move to the front again.
 const IN_LIMIT: u64 = 256 << 20;
+/// So much, in bytes and in number, may be unanswered on one connection; any further request is answered with an
+/// error. Well below [`IN_LIMIT`]: what is kept can move to the front.
+const OPEN_BYTES: u64 = 64 << 20;
+const OPEN_COUNT: usize = 8192;
 /// Where outgoing bytes are noted.
 const OUT_BASE: u64 = 1 << 30;
 /// So much that is not needed any more is left standing.
@@ -61,8 +66,8 @@ pub enum Error {
         /// Its version.
         found: u32,
     },
-    /// The client does not speak the protocol.
-    #[error(transparent)]
+    /// A response is longer than the protocol allows.
+    #[error("a response: {0}")]
     Frame(#[from] TooLong),
 }
 
@@ -90,8 +95,34 @@ pub struct Journal {
     assembler: Assembler,
     /// Requests without a response: by stream, their place in the log.
     open: BTreeMap<u32, (u64, u64)>,
+    /// The length of all of them.
+    open_bytes: u64,
+    /// That there are many was said.
+    is_told: bool,
+    /// Answers to requests that are not kept.
+    refusals: Vec<Refusal>,
     out_end: u64,
     out_sent: u64,
+    /// The pages of what was sent are given back up to here.
+    out_freed: u64,
+}
+
+/// What a request is answered that is not kept.
+#[derive(Debug)]
+struct Refusal {
+    answer: Frame,
+    /// Where the request begins in the log.
+    at: u64,
+    /// What takes the place of its type, once it is answered: nobody serves it.
+    mark: u8,
+}
+
+impl Refusal {
+    /// As containerd's own ttrpc answers a frame that is too long.
+    fn too_long(at: u64, refused: TooLong) -> Self {
+        let answer = Frame::refusal(refused.stream, Code::RESOURCE_EXHAUSTED, refused.to_string());
+        Self { answer, at, mark: SKIPPED }
+    }
 }
 
 /// What an earlier daemon has left in a journal.
@@ -117,9 +148,15 @@ impl Journal {
             head: Head::default(),
             assembler: Assembler::default(),
             open: BTreeMap::new(),
+            open_bytes: 0,
+            is_told: false,
+            refusals: Vec::new(),
             out_end: 0,
             out_sent: 0,
+            out_freed: 0,
         };
+        // What is skipped is not written: it has to be readable all the same.
+        journal.file.set_len(OUT_BASE)?;
         journal.write_head()?;
         journal.write_out_head(0)?;
         (&journal.file).seek(SeekFrom::Start(OUT_BASE))?;
@@ -133,19 +170,26 @@ impl Journal {
     pub fn adopt(kept: OwnedFd) -> Result<Found, Error> {
         let file = File::from(kept);
         let (head, out_end, last) = read_heads(&file)?;
+        if file.metadata()?.len() < OUT_BASE {
+            file.set_len(OUT_BASE)?;
+        }
         let mut noted = vec![0; usize::try_from(head.end - head.start).map_err(|_| Error::Malformed)?];
         file.read_exact_at(&mut noted, IN_BASE + head.start)?;
         let mut assembler = Assembler::default();
-        let (mut open, mut unanswered, mut at) = (BTreeMap::new(), Vec::new(), head.start);
-        for frame in assembler.push(&noted)? {
-            let length = frame.bytes.len() as u64;
+        let (mut open, mut open_bytes, mut unanswered) = (BTreeMap::new(), 0, Vec::new());
+        for (at, frame) in assembler.push(&noted) {
             // Its response was noted, and the daemon ended before it could say so here.
             if frame.is_request() && Some(frame.stream()) != last {
-                open.insert(frame.stream(), (at, length));
+                let length = frame.bytes.len() as u64;
+                open.insert(frame.stream(), (head.start + at, length));
+                open_bytes += length;
                 unanswered.push(frame);
             }
-            at += length;
         }
+        // Likewise one that was too long.
+        let refused = assembler.take_refused().into_iter();
+        let refused = refused.filter(|(_, refused)| Some(refused.stream) != last);
+        let refusals = refused.map(|(at, refused)| Refusal::too_long(head.start + at, refused)).collect();
         let position = (&file).stream_position()?;
         let out_sent = match position.checked_sub(OUT_BASE) {
             Some(sent) if sent <= out_end => sent,
@@ -154,7 +198,9 @@ impl Journal {
             None => return Err(Error::Malformed),
         };
         let in_socket = head.end > head.settled;
-        let journal = Self { file, head, assembler, open, out_end, out_sent };
+        let (is_told, out_freed) = (false, 0);
+        let journal =
+            Self { file, head, assembler, open, open_bytes, is_told, refusals, out_end, out_sent, out_freed };
         Ok(Found { journal, unanswered, in_socket })
     }
 
@@ -171,24 +217,61 @@ impl Journal {
         Ok(())
     }
 
-    /// Notes bytes that have been looked at. Returns the frames that are whole now.
+    /// Notes bytes that have been looked at. Returns the frames that are whole now and to be served.
     ///
     /// # Errors
-    /// Nothing more can be noted, or the client does not speak the protocol.
+    /// Nothing more can be noted.
     pub fn note(&mut self, bytes: &[u8]) -> Result<Vec<Frame>, Error> {
-        let mut at = self.head.end - self.assembler.pending() as u64;
-        self.file.write_all_at(bytes, IN_BASE + self.head.end)?;
+        let begun = self.head.end - self.assembler.pending();
+        if !self.assembler.skips(bytes.len()) {
+            self.file.write_all_at(bytes, IN_BASE + self.head.end)?;
+        }
         self.head.end += bytes.len() as u64;
         self.write_head()?;
-        let frames = self.assembler.push(bytes)?;
-        for frame in &frames {
-            let length = frame.bytes.len() as u64;
-            if frame.is_request() {
-                self.open.insert(frame.stream(), (at, length));
+        let mut frames = Vec::new();
+        for (at, frame) in self.assembler.push(bytes) {
+            if frame.is_request() && !self.has_room_for(&frame) {
+                let reason = format!("there are {} unanswered requests on this connection", self.open.len());
+                let answer = Frame::refusal(frame.stream(), Code::RESOURCE_EXHAUSTED, reason);
+                self.refusals.push(Refusal { answer, at: begun + at, mark: 0 });
+                continue;
             }
-            at += length;
+            if frame.is_request() {
+                let length = frame.bytes.len() as u64;
+                let earlier = self.open.insert(frame.stream(), (begun + at, length));
+                self.open_bytes += length - earlier.map_or(0, |(_, length)| length);
+            }
+            frames.push(frame);
         }
+        let refused = self.assembler.take_refused().into_iter();
+        self.refusals.extend(refused.map(|(at, refused)| Refusal::too_long(begun + at, refused)));
         Ok(frames)
+    }
+
+    fn has_room_for(&mut self, frame: &Frame) -> bool {
+        let bytes = self.open_bytes + frame.bytes.len() as u64;
+        let is_many = self.open.len() * 5 > OPEN_COUNT * 4 || bytes * 5 > OPEN_BYTES * 4;
+        if is_many && !std::mem::replace(&mut self.is_told, is_many) {
+            let count = self.open.len();
+            tracing::warn!(
+                "a client waits for {count} answers ({bytes} bytes) on one connection: from {OPEN_COUNT}, or {OPEN_BYTES} bytes, on it gets errors"
+            );
+        }
+        bytes <= OPEN_BYTES && self.open.len() < OPEN_COUNT
+    }
+
+    /// Answers the requests that are not kept, and forgets them. To be called when everything that is noted has
+    /// been taken off the socket.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn refuse(&mut self, socket: BorrowedFd<'_>) -> Result<(), Error> {
+        for Refusal { answer, at, mark } in std::mem::take(&mut self.refusals) {
+            tracing::warn!("refused a request: {}", answer.reason());
+            self.note_response(socket, &answer)?;
+            self.file.write_all_at(&[mark], IN_BASE + at + TYPE)?;
+        }
+        self.compact_if_worthwhile()
     }
 
     /// Notes a response, which from now on is sent whatever happens; its request needs none any more.
@@ -197,12 +280,16 @@ impl Journal {
     /// # Errors
     /// [`Error::Io`]; nothing is noted then.
     pub fn respond(&mut self, socket: BorrowedFd<'_>, response: &Frame) -> Result<(), Error> {
-        self.empty_sent(socket)?;
-        self.file.write_all_at(&response.bytes, OUT_BASE + self.out_end)?;
-        self.out_end += response.bytes.len() as u64;
-        self.write_out_head(response.stream())?;
+        self.note_response(socket, response)?;
         fault::point(Point::ConnectionAnswered);
         self.answered(response.stream())
+    }
+
+    fn note_response(&mut self, socket: BorrowedFd<'_>, response: &Frame) -> Result<(), Error> {
+        self.free_sent(socket)?;
+        self.file.write_all_at(&response.bytes, OUT_BASE + self.out_end)?;
+        self.out_end += response.bytes.len() as u64;
+        self.write_out_head(response.stream())
     }
 
     /// How much is noted and not sent, in bytes.
@@ -236,26 +323,33 @@ impl Journal {
         let Some((at, length)) = self.open.remove(&stream) else {
             return Ok(());
         };
+        self.open_bytes -= length;
+        self.is_told &= !self.open.is_empty();
         if self.open.is_empty() && self.assembler.pending() == 0 {
             let old = std::mem::take(&mut self.head);
             self.write_head()?;
             return self.release(IN_BASE, old.start, old.end);
         }
-        const TYPE: u64 = 8;
         debug_assert!(length > TYPE);
         self.file.write_all_at(&[0], IN_BASE + at + TYPE)?;
-        self.compact()
+        self.compact_if_worthwhile()
     }
 
-    /// Moves what is still needed together, when most is not.
+    /// Moves what is still needed together when most is not.
+    fn compact_if_worthwhile(&mut self) -> Result<(), Error> {
+        let is_little = self.head.end - self.head.start < 2 * (self.open_bytes + self.tail()) + SLACK;
+        if is_little { Ok(()) } else { self.compact() }
+    }
+
+    /// What has to be kept of a frame that is not whole.
+    fn tail(&self) -> u64 {
+        if self.assembler.skips(1) { HEADER as u64 } else { self.assembler.pending() }
+    }
+
+    /// Moves what is still needed together. Everything that is noted is off the socket by now.
     fn compact(&mut self) -> Result<(), Error> {
-        let needed: u64 = self.open.values().map(|(_, length)| length).sum();
-        let pending = self.assembler.pending() as u64;
-        if self.head.end - self.head.start < 2 * (needed + pending) + SLACK {
-            return Ok(());
-        }
         let old = self.head;
-        let front = old.end > IN_LIMIT && needed + pending <= old.start / PAGE * PAGE;
+        let front = old.end > IN_LIMIT && self.open_bytes + self.tail() <= old.start / PAGE * PAGE;
         let start = if front { 0 } else { old.end.next_multiple_of(PAGE) };
         let mut places = BTreeMap::new();
         let mut end = start;
@@ -264,8 +358,17 @@ impl Journal {
             places.insert(*stream, (end, *length));
             end += length;
         }
-        self.copy(old.end - pending, pending, end)?;
-        end += pending;
+        let pending = self.assembler.pending();
+        match self.assembler.shorten() {
+            Some(header) => {
+                self.file.write_all_at(&header, IN_BASE + end)?;
+                end += HEADER as u64;
+            }
+            None => {
+                self.copy(old.end - pending, pending, end)?;
+                end += pending;
+            }
+        }
         self.head = Head { start, end, settled: end };
         self.write_head()?;
         self.open = places;
@@ -278,16 +381,26 @@ impl Journal {
         Ok(self.file.write_all_at(&bytes, IN_BASE + to)?)
     }
 
-    /// Begins at the front again when everything is sent and read: the pages of a sent response are
-    /// the socket's until then (sendfile does not copy).
-    fn empty_sent(&mut self, socket: BorrowedFd<'_>) -> Result<(), Error> {
-        if self.unsent() > 0 || self.out_end == 0 || sys::unread_by_peer(&socket)? > 0 {
+    /// Gives back the memory of responses that the other side has read: the pages of a sent response are the
+    /// socket's until then (sendfile does not copy). Begins at the front again when everything is read.
+    fn free_sent(&mut self, socket: BorrowedFd<'_>) -> Result<(), Error> {
+        if self.out_end == 0 {
+            return Ok(());
+        }
+        // Counted with the kernel's overhead: at most so much of what was sent is not read.
+        let unread = sys::unread_by_peer(&socket)? as u64;
+        if self.unsent() > 0 || unread > 0 {
+            let read = self.out_sent.saturating_sub(unread) / PAGE * PAGE;
+            if read >= self.out_freed + SLACK {
+                self.release(OUT_BASE, self.out_freed, read)?;
+                self.out_freed = read;
+            }
             return Ok(());
         }
         let end = std::mem::take(&mut self.out_end);
         // This before the position: one that lies behind the end is known to be from before.
         self.file.write_all_at(&self.out_end.to_le_bytes(), OUT_HEAD)?;
-        self.out_sent = 0;
+        (self.out_sent, self.out_freed) = (0, 0);
         (&self.file).seek(SeekFrom::Start(OUT_BASE))?;
         self.release(OUT_BASE, 0, end)
     }

@@ -7,6 +7,8 @@ pub mod durable;
 pub mod frame;
 pub mod journal;
 pub mod listener;
+#[cfg(test)]
+mod model;
 pub mod sockets;
 
 use std::os::fd::BorrowedFd;

@@ -124,6 +124,37 @@ fn a_large_request_survives_an_end_in_the_middle_of_it() {
 }
 
 #[test]
+fn a_request_that_is_too_long_gets_an_error_and_the_connection_goes_on() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("long", Spec::sleeping()).started(&Io::default());
+    let pid = container.pid();
+    let state = StateRequest { id: container.id.clone(), ..Default::default() };
+    let mut raw = Raw::new();
+    let long = frame(0, REQUEST, (4 << 20) + 1, &vec![7; (4 << 20) + 1]);
+    for (stream, cuts) in
+        [(1, vec![]), (5, vec![HEAD]), (9, vec![3, 100_000]), (13, vec![1_000_000, 4_000_000])]
+    {
+        let mut long = long.clone();
+        long[4..8].copy_from_slice(&u32::to_be_bytes(stream));
+        let mut sent = 0;
+        for cut in cuts {
+            raw.send(&long[sent..cut]);
+            sent = cut;
+            daemon::killed();
+        }
+        raw.send(&long[sent..]);
+        raw.send(&request(stream + 2, "State", &state));
+        let (answered, response) = raw.answer();
+        let code = ttrpc::Code::RESOURCE_EXHAUSTED;
+        assert_eq!((answered, response.status().code), (stream, code.into()), "{response}");
+        let (answered, response) = raw.answer();
+        assert_eq!(answered, stream + 2);
+        assert_eq!(StateResponse::parse_from_bytes(&response.payload).expect("a state").pid, pid);
+    }
+}
+
+#[test]
 fn answers_that_nobody_reads_yet_come_whole_and_once() {
     needs!(OurShim);
     let node = Node::exclusive();

@@ -1,0 +1,307 @@
+//! A model of a connection: random frames in random pieces, answered in random order, by daemons that end at
+//! random moments. Compared with a list: each request is served until it is answered, and answered once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use protobuf::Message;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST};
+
+use super::Keep;
+use super::durable::Durable;
+use super::frame::{Frame, HEADER, REPLAYED};
+use super::journal::Journal;
+use crate::suspect::{Crashes, LIMIT, Suspect};
+
+/// Whoever keeps nothing: the test holds on to both descriptors itself.
+struct Nobody;
+
+impl Keep for Nobody {
+    fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn forget(&self, _: &str) {}
+}
+
+/// xorshift64*: the same numbers for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % limit
+    }
+
+    fn one_in(&mut self, chances: usize) -> bool {
+        self.below(chances) == 0
+    }
+}
+
+fn frame(stream: u32, kind: u8, rest: &[u8]) -> Vec<u8> {
+    let mut bytes = u32::try_from(rest.len()).unwrap().to_be_bytes().to_vec();
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend([kind, 0]);
+    bytes.extend(rest);
+    bytes
+}
+
+fn request(payload: &[u8]) -> ttrpc::Request {
+    let (service, method) = ("s".to_owned(), "Do".to_owned());
+    ttrpc::Request { service, method, payload: payload.to_vec(), ..Default::default() }
+}
+
+/// Takes whole frames off a buffer.
+fn frames(buffer: &mut Vec<u8>) -> Vec<Frame> {
+    let mut found = Vec::new();
+    while let Some(head) = buffer.first_chunk::<HEADER>() {
+        let length = HEADER + u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize;
+        if buffer.len() < length {
+            break;
+        }
+        found.push(Frame { bytes: buffer.drain(..length).collect() });
+    }
+    found
+}
+
+/// The daemon's side, and what outlives it.
+struct Server {
+    socket: OwnedFd,
+    journal: OwnedFd,
+    durable: Option<Durable>,
+    /// What ttrpc has read of a frame, and the requests that it serves.
+    read: Vec<u8>,
+    serving: BTreeMap<u32, Vec<u8>>,
+}
+
+impl Server {
+    fn new(socket: UnixStream) -> Self {
+        socket.set_nonblocking(true).unwrap();
+        let journal = Journal::new().unwrap();
+        let (socket, kept): (OwnedFd, _) = (socket.into(), journal.fd().try_clone_to_owned().unwrap());
+        let (own, name, one) = (socket.try_clone().unwrap(), "c0".to_owned(), Arc::new(()));
+        let durable = Durable::new(own, journal, Arc::new(Nobody), name, one).unwrap();
+        Self { socket, journal: kept, durable: Some(durable), read: Vec::new(), serving: BTreeMap::new() }
+    }
+
+    /// The daemon ends, and the next one takes over.
+    fn die(&mut self, crashes: &Crashes) {
+        self.durable = None;
+        self.read.clear();
+        self.serving.clear();
+        let (socket, journal) = (self.socket.try_clone().unwrap(), self.journal.try_clone().unwrap());
+        let adopted =
+            Durable::adopt(socket, journal, crashes, Arc::new(Nobody), "c0".to_owned(), Arc::new(()));
+        self.durable = Some(adopted.unwrap());
+    }
+
+    /// Reads for as long as there is something; returns the frames that are whole.
+    fn read(&mut self, random: &mut Random) -> Vec<Frame> {
+        let mut context = Context::from_waker(Waker::noop());
+        let durable = self.durable.as_mut().unwrap();
+        let mut space = vec![0; 1 + random.below(20_000)];
+        let mut buffer = ReadBuf::new(&mut space);
+        if let Poll::Ready(read) = Pin::new(durable).poll_read(&mut context, &mut buffer) {
+            read.unwrap();
+            self.read.extend(buffer.filled());
+        }
+        frames(&mut self.read)
+    }
+
+    fn respond(&mut self, stream: u32, random: &mut Random) {
+        let mut context = Context::from_waker(Waker::noop());
+        let mut durable = Pin::new(self.durable.as_mut().unwrap());
+        let response = ttrpc::Response { payload: self.serving[&stream].clone(), ..Default::default() };
+        let bytes = frame(stream, 2, &response.write_to_bytes().unwrap());
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            let length = rest.len().min(1 + random.below(20_000));
+            let Poll::Ready(written) = durable.as_mut().poll_write(&mut context, &rest[..length]) else {
+                // Part of it is written: as after a crash, none of it is sent.
+                return;
+            };
+            rest = &rest[written.unwrap()..];
+        }
+        self.serving.remove(&stream);
+        if let Poll::Ready(flushed) = durable.as_mut().poll_flush(&mut context) {
+            flushed.unwrap();
+        }
+    }
+
+    fn memory(&self) -> u64 {
+        File::from(self.journal.try_clone().unwrap()).metadata().unwrap().blocks() * 512
+    }
+}
+
+/// The client's side, and the list that all is compared with.
+struct Client {
+    socket: UnixStream,
+    next: u32,
+    unsent: Vec<u8>,
+    read: Vec<u8>,
+    /// What was asked and has no answer; nothing for a request that is too long.
+    asked: BTreeMap<u32, Option<Vec<u8>>>,
+    data: BTreeSet<u32>,
+}
+
+impl Client {
+    fn ask(&mut self, random: &mut Random) {
+        let stream = self.next;
+        self.next += 2;
+        if random.one_in(40) {
+            let rest = vec![7; MESSAGE_LENGTH_MAX + 1 + random.below(100_000)];
+            self.unsent.extend(frame(stream, MESSAGE_TYPE_REQUEST, &rest));
+            self.asked.insert(stream, None);
+        } else if random.one_in(20) {
+            self.unsent.extend(frame(stream, MESSAGE_TYPE_DATA, &vec![1; random.below(500)]));
+            self.data.insert(stream);
+        } else {
+            let length = if random.one_in(8) { random.below(200_000) } else { random.below(300) };
+            let payload = vec![stream as u8; length];
+            let rest = request(&payload).write_to_bytes().unwrap();
+            self.unsent.extend(frame(stream, MESSAGE_TYPE_REQUEST, &rest));
+            self.asked.insert(stream, Some(payload));
+        }
+    }
+
+    fn send(&mut self, random: &mut Random) {
+        let length = self.unsent.len().min(1 + random.below(100_000));
+        if let Ok(sent) = self.socket.write(&self.unsent[..length]) {
+            self.unsent.drain(..sent);
+        }
+    }
+
+    fn receive(&mut self) {
+        let mut space = vec![0; 50_000];
+        if let Ok(length) = self.socket.read(&mut space) {
+            self.read.extend(&space[..length]);
+        }
+        for answer in frames(&mut self.read) {
+            let stream = answer.stream();
+            let asked = self.asked.remove(&stream);
+            assert!(asked.is_some(), "{stream} is answered twice");
+            let response = ttrpc::Response::parse_from_bytes(&answer.bytes[HEADER..]).unwrap();
+            match asked.flatten() {
+                Some(payload) => {
+                    assert!(response.payload == payload, "the answer to {stream} is another one")
+                }
+                None => assert_eq!(response.status().code, ttrpc::Code::RESOURCE_EXHAUSTED.into()),
+            }
+        }
+    }
+}
+
+async fn lives(seed: u64, deaths: usize) {
+    let random = &mut Random(seed);
+    let (near, far) = UnixStream::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    let mut server = Server::new(far);
+    let mut client = Client {
+        socket: near,
+        next: 1,
+        unsent: Vec::new(),
+        read: Vec::new(),
+        asked: BTreeMap::new(),
+        data: BTreeSet::new(),
+    };
+    let mut steps = 0;
+    while client.next < 400 || !client.asked.is_empty() {
+        steps += 1;
+        assert!(steps < 400_000, "seed {seed}: {} requests are never answered", client.asked.len());
+        match random.below(if deaths > 0 { 5 } else { 4 }) {
+            0 if client.next < 400 && client.unsent.len() < 1 << 20 => client.ask(random),
+            0 | 1 => client.send(random),
+            2 => client.receive(),
+            3 => {
+                for found in server.read(random) {
+                    let stream = found.stream();
+                    if !found.is_request() {
+                        assert!(client.data.contains(&stream), "seed {seed}: {stream} was never sent");
+                        continue;
+                    }
+                    let payload = found.request().unwrap().payload;
+                    let asked = client.asked.get(&stream);
+                    // The answer may be on its way to the client: then nobody serves it.
+                    assert!(asked == Some(&Some(payload.clone())), "seed {seed}: {stream} is served again");
+                    server.serving.insert(stream, payload);
+                }
+                if let Some(stream) = server.serving.keys().nth(random.below(4)).copied() {
+                    server.respond(stream, random);
+                }
+            }
+            _ if random.one_in(200 / deaths) => server.die(&Crashes::default()),
+            _ => {}
+        }
+        // Tokio's own readiness is polled by its driver.
+        tokio::task::yield_now().await;
+        if steps % 100 == 0 {
+            assert!(server.memory() < 12 << 20, "seed {seed}: {} bytes are kept", server.memory());
+        }
+        if client.next >= 400 && random.one_in(3) {
+            // All that is left is answered.
+            if let Some(stream) = server.serving.keys().next().copied() {
+                server.respond(stream, random);
+            }
+        }
+    }
+    assert!(server.memory() < 1 << 20, "seed {seed}: {} bytes are kept for nothing", server.memory());
+}
+
+#[tokio::test]
+async fn every_request_is_answered_once_whatever_becomes_of_the_daemon() {
+    for seed in 1..=6 {
+        lives(seed, 0).await;
+        lives(seed, 1).await;
+        lives(seed, 10).await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_crashes_two_daemons_is_answered_by_the_third_and_others_are_served() {
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let random = &mut Random(1);
+    let mut server = Server::new(far);
+    for (stream, payload) in [(1, b"poison".as_slice()), (3, b"innocent")] {
+        let rest = request(payload).write_to_bytes().unwrap();
+        near.write_all(&frame(stream, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
+    }
+    let path: PathBuf = std::env::temp_dir().join(format!("model-test-crashes-{}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    let poison = Suspect::request(1, "s", "Do", b"poison");
+    for life in 0..=LIMIT {
+        let mut streams = Vec::new();
+        while streams.last() != Some(&3) {
+            let found = server.read(random);
+            let is_replayed =
+                |frame: &Frame| frame.request().unwrap().metadata.iter().any(|pair| pair.key == REPLAYED);
+            assert!(found.iter().all(|frame| is_replayed(frame) == (life > 0)));
+            streams.extend(found.iter().map(Frame::stream));
+            tokio::task::yield_now().await;
+        }
+        let expected: &[u32] = if life < LIMIT { &[1, 3] } else { &[3] };
+        assert_eq!(streams, expected, "in life {life}");
+        if life < LIMIT {
+            Crashes::note_for_tests(&path, poison);
+            server.die(&Crashes::read(&path).unwrap());
+        }
+    }
+    std::fs::remove_file(&path).unwrap();
+    let durable = server.durable.take().unwrap();
+    let _durable = durable.flushed().await.unwrap();
+    let mut space = [0; 4096];
+    let length = near.read(&mut space).unwrap();
+    let answer = frames(&mut space[..length].to_vec()).remove(0);
+    assert_eq!(answer.stream(), 1);
+    assert!(answer.reason().contains("crashed the runtime's daemon 2 times"), "{}", answer.reason());
+}
