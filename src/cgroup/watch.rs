@@ -8,11 +8,14 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 
 use crate::task::limits::Attribute;
 
@@ -32,11 +35,35 @@ pub enum Change {
 }
 
 /// Watches cgroups, each known to the caller by a `K`.
+///
+/// The kernel allows 128 inotify instances per user, and a limited number of watches: other programs, and
+/// containers without a user namespace, can use them up. What can't be watched then is tried again.
 pub struct Watch<K> {
-    inotify: Inotify,
-    ready: AsyncFd<OwnedFd>,
+    source: OnceLock<Source>,
+    /// There is a source now.
+    opened: Notify,
+    /// Something could not be watched.
+    is_missing: AtomicBool,
+    missed: Notify,
     watched: Mutex<HashMap<WatchDescriptor, (K, Change)>>,
 }
+
+/// Where the kernel tells of changes.
+struct Source {
+    inotify: Inotify,
+    ready: AsyncFd<OwnedFd>,
+}
+
+impl Source {
+    fn new() -> io::Result<Self> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        let ready = crate::sys::watch(inotify.as_fd().try_clone_to_owned()?)?;
+        Ok(Self { inotify, ready })
+    }
+}
+
+/// When what could not be watched is tried again: nothing tells that there is room.
+const RETRY: Duration = Duration::from_secs(10);
 
 /// A cgroup is watched until this is dropped.
 pub struct Watched<K> {
@@ -46,12 +73,44 @@ pub struct Watched<K> {
 }
 
 impl<K: Clone> Watch<K> {
-    /// # Errors
-    /// There are too many of them, or no async runtime.
-    pub fn new() -> io::Result<Arc<Self>> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        let ready = crate::sys::watch(inotify.as_fd().try_clone_to_owned()?)?;
-        Ok(Arc::new(Self { inotify, ready, watched: Mutex::default() }))
+    /// Nothing is watched yet. Needs the async runtime.
+    pub fn new() -> Arc<Self> {
+        let watch = Self {
+            source: OnceLock::new(),
+            opened: Notify::new(),
+            is_missing: AtomicBool::new(false),
+            missed: Notify::new(),
+            watched: Mutex::default(),
+        };
+        if let Err(error) = watch.source() {
+            tracing::warn!(%error, "no changes of cgroups are noticed for now: {error}");
+        }
+        Arc::new(watch)
+    }
+
+    fn source(&self) -> io::Result<&Source> {
+        if let Some(source) = self.source.get() {
+            return Ok(source);
+        }
+        let new = Source::new()?;
+        let source = self.source.get_or_init(|| new);
+        self.opened.notify_one();
+        Ok(source)
+    }
+
+    /// Notes that something is not watched. True if that was not so before.
+    pub fn miss(&self) -> bool {
+        self.missed.notify_one();
+        !self.is_missing.swap(true, Ordering::Relaxed)
+    }
+
+    /// Resolves when what is not watched should be tried again. Never, if there is nothing.
+    pub async fn retry(&self) {
+        while !self.is_missing.load(Ordering::Relaxed) {
+            self.missed.notified().await;
+        }
+        tokio::time::sleep(RETRY).await;
+        self.is_missing.store(false, Ordering::Relaxed);
     }
 
     /// Watches what happens to the processes of a container's cgroup, what the memory events of `memory` are, and
@@ -67,12 +126,13 @@ impl<K: Clone> Watch<K> {
         limits: Option<&Path>,
     ) -> Result<Watched<K>, Error> {
         let mut watched = Watched { watch: self.clone(), descriptors: Vec::new() };
+        let source = self.source().map_err(error("watch", &dir(container)))?;
         let files = [(memory, "memory.events", Change::Memory), (container, "cgroup.events", Change::State)];
         let files = files.map(|(cgroup, file, change)| (dir(cgroup).join(file), change));
         let limits = limits.map(|cgroup| (dir(cgroup), Change::Limits));
         for (path, change) in files.into_iter().chain(limits) {
             let mut all = self.watched();
-            match self.inotify.add_watch(&path, AddWatchFlags::IN_MODIFY) {
+            match source.inotify.add_watch(&path, AddWatchFlags::IN_MODIFY) {
                 Ok(descriptor) => {
                     all.insert(descriptor, (key.clone(), change));
                     watched.descriptors.push(descriptor);
@@ -94,8 +154,14 @@ impl<K: Clone> Watch<K> {
     /// # Errors
     /// The kernel does not tell.
     pub async fn next(&self) -> io::Result<Vec<(Option<K>, Change)>> {
+        let source = loop {
+            match self.source.get() {
+                Some(source) => break source,
+                None => self.opened.notified().await,
+            }
+        };
         loop {
-            let mut ready = self.ready.readable().await?;
+            let mut ready = source.ready.readable().await?;
             let changes = self.pending()?;
             if !changes.is_empty() {
                 return Ok(changes);
@@ -109,7 +175,10 @@ impl<K: Clone> Watch<K> {
     /// # Errors
     /// As [`Self::next`].
     pub fn pending(&self) -> io::Result<Vec<(Option<K>, Change)>> {
-        let events = match self.inotify.read_events() {
+        let Some(source) = self.source.get() else {
+            return Ok(Vec::new());
+        };
+        let events = match source.inotify.read_events() {
             Err(Errno::EAGAIN) => return Ok(Vec::new()),
             events => events?,
         };
@@ -133,7 +202,7 @@ impl<K> Drop for Watched<K> {
         for descriptor in &self.descriptors {
             all.remove(descriptor);
             // It goes by itself with what it watches.
-            let _ = self.watch.inotify.rm_watch(*descriptor);
+            let _ = self.watch.source.get().map(|source| source.inotify.rm_watch(*descriptor));
         }
     }
 }

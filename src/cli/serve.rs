@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -39,8 +40,9 @@ use super::{Failure, namespaces};
 
 /// D-Bus signals, requests and pumps are short work: two threads are plenty for a node.
 const WORKERS: usize = 2;
-/// Threads for blocking work go away after this, and their stacks with them.
-const IDLE_THREAD: Duration = Duration::from_secs(2);
+/// Threads for blocking work go away after this, and their stacks with them. One is always there: each sign of
+/// life uses one, so that blocking work goes on, if slowly, where the system allows no new thread.
+const IDLE_THREAD: Duration = Duration::from_secs(12);
 const MAX_BLOCKING_THREADS: usize = 64;
 /// What recovery has begun is done after this time: a crash that comes later is not the fault of a record.
 const RECOVERED: Duration = Duration::from_secs(60);
@@ -121,6 +123,38 @@ impl Waking {
     }
 }
 
+/// What the daemon does beside serving calls, for as long as it lives. Whatever of it ends takes the daemon along,
+/// and systemd starts the next one: without it tasks would be served as if nothing ever happened to them.
+#[derive(Default)]
+struct Workers(JoinSet<&'static str>);
+
+impl Workers {
+    fn spawn(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+        self.0.spawn(async move {
+            work.await;
+            name
+        });
+    }
+
+    /// Resolves when one has ended.
+    async fn ended(&mut self) -> Failure {
+        match self.0.join_next().await {
+            Some(Ok(name)) => Failure(format!("{name} has ended, so the daemon starts again")),
+            Some(Err(error)) => {
+                Failure(format!("a part of the daemon has ended, so it starts again: {error}"))
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        // They end with the process, as with SIGKILL.
+        self.0.detach_all();
+    }
+}
+
 impl Keep for FdStore {
     fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.has_room().and_then(|()| Self::keep(self, name, fds)).map_err(io::Error::other)
@@ -137,8 +171,9 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let Passed { sockets, mut kept } = passed;
     let fd_store = FdStore::new(&kept).map_err(|error| Failure(format!("reach systemd: {error}")))?;
     let fd_store = Arc::new(fd_store);
+    let mut workers = Workers::default();
     let alive = fd_store.clone();
-    tokio::spawn(async move { alive.keep_alive().await });
+    workers.spawn("the sign of life", async move { alive.keep_alive().await });
 
     let crashes = Crashes::open(Path::new(config::CRASHES)).unwrap_or_else(|error| {
         tracing::error!(%error, "crashes are not noted, a request that causes one is served again and again: {error}");
@@ -151,7 +186,8 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let observations = Arc::<Observations>::default();
     let (listening, first) = oneshot::channel();
-    tokio::spawn(watch::run(manager.clone(), observations.clone(), listening));
+    let listener = watch::run(manager.clone(), observations.clone(), listening);
+    workers.spawn("listening to systemd", listener);
     first.await.map_err(|_| Failure::new("systemd's signals can't be received"))?;
 
     let systemd = manager.systemd().await.map_err(Failure::new)?;
@@ -162,19 +198,19 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let keeps = systemd.has_fd_store_preserve();
     let waking =
         Waking { manager: manager.clone(), connections: connections.clone(), program: program.clone() };
-    let cgroups = Watch::new().map_err(|error| Failure(format!("watch cgroups: {error}")))?;
+    let cgroups = Watch::new();
     let store = Store::new(config::STATE_DIR);
     let slices_of = manager.clone();
     let (shim, outgoing) = Shim::new(store, answers, kept, cgroups, manager, program);
     fault::point(Point::RecoverTaken);
     shim.recover(&crashes).await.map_err(Failure::new)?;
     fault::point(Point::RecoverTasks);
-    tokio::spawn(events::publish(shim.clone(), outgoing));
-    tokio::spawn(shim.clone().write_pending());
-    tokio::spawn(shim.clone().forget_idle());
-    tokio::spawn(slices::run(slices_of, shim.deleted.clone()));
-    tokio::spawn(shim.clone().observe_cgroups());
-    tokio::spawn(shim.clone().observe(observations));
+    workers.spawn("publishing events", events::publish(shim.clone(), outgoing));
+    workers.spawn("writing what could not be written", shim.clone().write_pending());
+    workers.spawn("giving up unused memory", shim.clone().forget_idle());
+    workers.spawn("removing unused slices", slices::run(slices_of, shim.deleted.clone()));
+    workers.spawn("watching cgroups", shim.clone().observe_cgroups());
+    workers.spawn("observing units", shim.clone().observe(observations));
 
     crashes.forget_answered();
     tokio::spawn(async move {
@@ -207,7 +243,10 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     );
     fd_store.ready(&format!("serving, {tasks} tasks found"));
 
-    terminate.recv().await;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        failure = workers.ended() => return Err(failure),
+    }
     // What is under way stays as it is, and the next daemon goes on with it: there is but one way to end.
     fd_store.stopping();
     tracing::info!("stopping");

@@ -4,10 +4,12 @@
 //! bundle gets two small files, and the answer is printed.
 
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{File, OpenOptions, Permissions};
 use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::getrlimit;
@@ -161,10 +163,7 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     if listens() {
         return Ok(());
     }
-    let lock = File::create(config::START_LOCK)
-        .map_err(|error| Failure(format!("create {}: {error}", config::START_LOCK)))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| Failure(format!("lock {}: {errno}", config::START_LOCK)))?;
+    let _lock = lock()?;
     if listens() {
         return Ok(());
     }
@@ -177,6 +176,30 @@ pub(super) fn bring_up() -> Result<(), Failure> {
         Err(Failure(format!("{} is up, but {} does not answer", name::DAEMON_SOCKET, config::SOCKET)))
     }
 }
+
+/// The lock of whoever brings the units up. Nothing if it can't be had in time: two that bring them up at once
+/// do no harm, and one that waits for ever starts no container.
+fn lock() -> Result<Option<Flock<File>>, Failure> {
+    let failed = |error: &dyn std::fmt::Display| Failure(format!("lock {}: {error}", config::START_LOCK));
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(false).mode(PRIVATE).open(config::START_LOCK);
+    let file = file.map_err(|error| failed(&error))?;
+    // An earlier version has made it readable: whoever can open it can lock it.
+    file.set_permissions(Permissions::from_mode(PRIVATE)).map_err(|error| failed(&error))?;
+    let (done, locked) = mpsc::channel();
+    let wait = move || {
+        // Nobody listens any more if it took too long.
+        let _ = done.send(Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno));
+    };
+    std::thread::Builder::new().spawn(wait).map_err(|error| failed(&error))?;
+    match locked.recv_timeout(config::START_LIMIT) {
+        Ok(locked) => locked.map(Some).map_err(|errno| failed(&errno)),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Only the owner may open it.
+const PRIVATE: u32 = 0o600;
 
 async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
     let manager = std::sync::Arc::new(Manager::default());

@@ -18,7 +18,14 @@ impl Shim {
     /// Applies what the kernel tells, for as long as it does; a repeat changes nothing.
     pub async fn observe_cgroups(self: Arc<Self>) {
         loop {
-            match self.cgroups.next().await {
+            let changes = tokio::select! {
+                changes = self.cgroups.next() => changes,
+                () = self.cgroups.retry() => {
+                    self.watch_missed_cgroups();
+                    continue;
+                }
+            };
+            match changes {
                 Ok(changes) => self.apply_changes(changes),
                 Err(error) => {
                     tracing::error!(%error, "changes of cgroups are not noticed any more: {error}");
@@ -49,6 +56,16 @@ impl Shim {
         }
     }
 
+    /// Watches the cgroups that could not be watched before.
+    fn watch_missed_cgroups(self: &Arc<Self>) {
+        for entry in self.registry.all() {
+            let is_missed = entry.init.live().watched.is_none() && entry.task().init.is_alive();
+            if is_missed && entry.task().init.pid().is_some() {
+                self.watch_cgroup(&entry);
+            }
+        }
+    }
+
     /// Watches a task's cgroup from now on, and looks at what has happened in it before.
     pub(super) fn watch_cgroup(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
@@ -61,9 +78,11 @@ impl Shim {
             Ok(watched) => entry.init.live().watched = Some(watched),
             // It has ended, and systemd has removed it.
             Err(error) if error.is_gone() => {}
-            Err(error) => {
-                tracing::warn!(task = %entry.key, %error, "task {}: what happens to its cgroup is not noticed: {error}", entry.key);
+            // Others that are missed at the same time are so for the same reason.
+            Err(error) if self.cgroups.miss() => {
+                tracing::warn!(task = %entry.key, %error, "task {}: what happens to its cgroup is not noticed for now: {error}", entry.key);
             }
+            Err(_) => {}
         }
         self.note_oom_kills(entry);
         self.note_freezer(entry);
