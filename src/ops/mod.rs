@@ -130,6 +130,10 @@ pub struct Shim {
     cgroups: Arc<Watch<TaskKey>>,
     /// The kernel is getting ready for moves between cgroups.
     warming: Arc<AtomicBool>,
+    /// Units are being referred to.
+    referring: tokio::sync::Mutex<()>,
+    /// They have to be referred to once more.
+    refer_again: AtomicBool,
     /// Tasks that owe events, for the publisher.
     outgoing: mpsc::UnboundedSender<Arc<Entry>>,
     /// Tasks whose records could not be written.
@@ -162,6 +166,8 @@ impl Shim {
             copies: Arc::default(),
             cgroups,
             warming: Arc::default(),
+            referring: tokio::sync::Mutex::default(),
+            refer_again: AtomicBool::default(),
             outgoing,
             unwritten: Unwritten::default(),
             deleted: Arc::default(),

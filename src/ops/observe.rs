@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot};
@@ -277,13 +278,24 @@ impl Shim {
 
     /// Refers to the unit of every task over the present connection to the bus, and lets go of earlier
     /// ones. Not to that of a task that is being deleted: nobody would give the reference back.
+    ///
+    /// A task whose verb hangs holds up no other one. One call does this for all that come while it waits for its turn.
     async fn refer_to_units(self: Arc<Self>) {
-        for entry in self.registry.all() {
-            let _verb = entry.init.verb.lock().await;
-            if self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, &entry)) {
-                self.manager.refer_to(&entry.init.unit).await;
-            }
+        self.refer_again.store(true, Ordering::SeqCst);
+        let _one = self.referring.lock().await;
+        if !self.refer_again.swap(false, Ordering::SeqCst) {
+            return;
         }
+        let referred = self.registry.all().into_iter().map(|entry| {
+            let shim = self.clone();
+            async move {
+                let _verb = entry.init.verb.lock().await;
+                if shim.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, &entry)) {
+                    shim.manager.refer_to(&entry.init.unit).await;
+                }
+            }
+        });
+        futures_util::future::join_all(referred).await;
         self.manager.forget_earlier_references();
     }
 

@@ -133,6 +133,16 @@ pub(super) fn start_error(unit: &UnitName, error: zbus::Error) -> Error {
     }
 }
 
+/// The bus has refused to pass a call on: too many wait for their answers.
+pub(super) fn is_over_limit(error: &zbus::Error) -> bool {
+    const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
+    match error {
+        zbus::Error::MethodError(name, ..) => name.as_str() == LIMITS_EXCEEDED,
+        zbus::Error::FDO(error) => matches!(**error, zbus::fdo::Error::LimitsExceeded(_)),
+        _ => false,
+    }
+}
+
 /// Nobody has answered, as nobody was there to.
 pub(super) fn is_gone(error: &zbus::Error) -> bool {
     const GONE: [&str; 3] = [

@@ -5,13 +5,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::{OnceCell, Semaphore, watch};
 use zbus::{Connection, OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
 
 use super::annotation::{Additions, Types};
-use super::error::{Error, call_error, is_gone, start_error, unreachable};
+use super::error::{Error, call_error, is_gone, is_over_limit, start_error, unreachable};
 use super::job::{JobWaiter, Jobs, StartJob};
 use super::properties::{Properties, Systemd};
 use super::refs::Refs;
@@ -68,6 +68,8 @@ pub struct Manager {
     /// How often signals have begun to be listened to.
     listening: watch::Sender<u64>,
     refs: Option<Arc<Refs>>,
+    /// Lets calls through, up to [`MAX_CALLS`] at a time; the others queue. It is never closed.
+    pub(super) calls: Semaphore,
     /// The types of a service's properties, once they are asked for.
     pub(super) types: OnceCell<Arc<Types>>,
 }
@@ -80,6 +82,7 @@ impl Default for Manager {
             jobs: Jobs::default(),
             listening: watch::Sender::default(),
             refs: None,
+            calls: Semaphore::new(MAX_CALLS),
             types: OnceCell::new(),
         }
     }
@@ -91,7 +94,10 @@ macro_rules! persist {
         let mut tries = $manager.tries();
         loop {
             let $proxy = $manager.proxy().await?;
-            let result = $call.await;
+            let result = {
+                let _call = $manager.calls.acquire().await;
+                $call.await
+            };
             if !tries.again(&result).await {
                 break result;
             }
@@ -113,6 +119,11 @@ pub(super) struct Tries {
 impl Tries {
     /// True if the call was not answered and is to be made again; then systemd is back.
     pub(super) async fn again<T>(&mut self, result: &zbus::Result<T>) -> bool {
+        if result.as_ref().is_err_and(is_over_limit) && tokio::time::Instant::now() < self.limit {
+            // The bus has not passed it on.
+            tokio::time::sleep(REFUSED_PAUSE).await;
+            return true;
+        }
         let gone = matches!(result, Err(error) if is_gone(error));
         if !gone || tokio::time::Instant::now() >= self.limit {
             return false;
@@ -240,15 +251,11 @@ impl Manager {
         properties: &Properties,
         additions: &Additions,
     ) -> Result<StartJob, Error> {
-        match &self.refs {
-            Some(refs) => {
-                let proxy = refs.proxy_for(unit).await?;
-                let mut list = properties.with(additions);
-                list.push(("AddRef", true.into()));
-                self.begin_over(Some(proxy), unit, &list, &[]).await
-            }
-            None => self.begin_over(None, unit, &properties.with(additions), &[]).await,
+        let mut list = properties.with(additions);
+        if self.refs.is_some() {
+            list.push(("AddRef", true.into()));
         }
+        self.begin_over(self.refs.as_deref(), unit, &list, &[]).await
     }
 
     /// Lets go of a unit: it is unloaded when it is stopped.
@@ -274,6 +281,7 @@ impl Manager {
     /// gone.
     pub async fn refer_to(&self, unit: &UnitName) {
         if let Some(refs) = &self.refs {
+            let _call = self.calls.acquire().await;
             refs.refer_to(unit).await;
         }
     }
@@ -366,10 +374,11 @@ impl Manager {
         self.begin_over(None, unit, &properties.0, aux).await
     }
 
-    /// `first`: the connection to try first.
+    /// `refs`: whose connection is to have the reference to the unit, at each try: on another one nobody would ever give it
+    /// back.
     async fn begin_over(
         &self,
-        mut first: Option<SystemdManagerProxy<'static>>,
+        refs: Option<&Refs>,
         unit: &UnitName,
         properties: &[(&str, Variant<'_>)],
         aux: &[(&str, &[(&str, Variant<'_>)])],
@@ -377,11 +386,14 @@ impl Manager {
         let waiter = self.jobs.wait_for(unit);
         let mut tries = self.tries();
         let started = loop {
-            let proxy = match first.take() {
-                Some(first) => first,
+            let proxy = match refs {
+                Some(refs) => refs.proxy_for(unit).await?,
                 None => self.proxy().await?,
             };
-            let result = proxy.start_transient_unit(unit.as_str(), "fail", properties, aux).await;
+            let result = {
+                let _call = self.calls.acquire().await;
+                proxy.start_transient_unit(unit.as_str(), "fail", properties, aux).await
+            };
             if !tries.again(&result).await {
                 break result;
             }
@@ -410,6 +422,13 @@ pub(super) const START: &str = "start";
 pub(super) const STOP: &str = "stop";
 
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
+
+/// How many calls may wait for their answers. dbus-daemon refuses the 129th of a connection
+/// (max_replies_per_connection).
+const MAX_CALLS: usize = 100;
+
+/// How long a call waits that the bus has refused because too many wait for their answers.
+const REFUSED_PAUSE: Duration = Duration::from_millis(50);
 
 /// Signals waiting to be read. systemd sends at most 100 units' worth at once.
 const MAX_QUEUED: std::num::NonZeroUsize = std::num::NonZeroUsize::new(1024).unwrap();

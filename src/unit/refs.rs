@@ -5,7 +5,8 @@
 //! connection that has the references is kept open by systemd itself (the descriptor store), and a
 //! unit that is stopped while the daemon is down still tells its exit code.
 //!
-//! Nothing is ever sent to that connection but replies: nothing piles up in it while nobody reads.
+//! Nobody has a reason to send anything but replies to that connection: nothing piles up in it while nobody reads.
+//! What somebody sends without a reason is not read.
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,6 +27,9 @@ const NOT_REFERENCED: &str = "org.freedesktop.systemd1.NotReferenced";
 const BUS: &str = "/run/dbus/system_bus_socket";
 /// Begins the names by which connections are kept; a number follows.
 const PREFIX: &str = "r";
+/// How many connections of earlier daemons stay. A daemon that ends again and again leaves one each time, and
+/// the bus takes 256 of one user.
+const MAX_EARLIER: usize = 4;
 
 /// The connection that has the references.
 pub struct Refs {
@@ -48,8 +52,15 @@ impl Refs {
     /// Takes over the connections of earlier daemons; what is none stays in `kept`.
     pub fn new(store: Arc<FdStore>, kept: &mut Vec<(String, OwnedFd)>) -> Self {
         let number = |name: &str| name.strip_prefix(PREFIX).and_then(|rest| rest.parse::<u64>().ok());
-        let earlier: Vec<_> = kept.extract_if(.., |(name, _)| number(name).is_some()).collect();
+        let mut earlier: Vec<_> = kept.extract_if(.., |(name, _)| number(name).is_some()).collect();
+        earlier.sort_by_key(|(name, _)| number(name));
         let next = earlier.iter().filter_map(|(name, _)| number(name)).max().map_or(0, |last| last + 1);
+        // The first has the references of the last daemon that came so far as to refer to all. Those after it
+        // are of daemons that ended soon.
+        while earlier.len() > MAX_EARLIER {
+            let (name, _) = earlier.remove(1);
+            store.forget(&name);
+        }
         let (next, earlier) = (AtomicU64::new(next), std::sync::Mutex::new(earlier));
         Self { store, open: Mutex::default(), next, earlier }
     }
@@ -143,5 +154,23 @@ impl Refs {
             open.units.insert(unit.clone());
         }
         released
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn daemons_that_end_soon_do_not_use_up_the_connections_of_root() {
+        let store = Arc::new(FdStore::new(&[]).unwrap());
+        let kept = |name: &str| (name.to_owned(), OwnedFd::from(UnixStream::pair().unwrap().0));
+        let mut all: Vec<_> = (1..=250).rev().map(|number| kept(&format!("r{number}"))).collect();
+        all.push(kept("c7"));
+        let refs = Refs::new(store, &mut all);
+        let names: Vec<String> = refs.earlier.lock().unwrap().iter().map(|(name, _)| name.clone()).collect();
+        assert_eq!(names, ["r1", "r248", "r249", "r250"]);
+        assert_eq!(refs.next.load(Ordering::Relaxed), 251);
+        assert_eq!(all.len(), 1, "what is no connection to the bus stays");
     }
 }

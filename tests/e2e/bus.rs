@@ -151,3 +151,20 @@ fn nobody_can_say_that_a_job_has_ended() {
         fs::remove_file(file).expect("tidy up");
     }
 }
+
+#[test]
+fn more_calls_at_once_than_the_bus_allows_all_succeed() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    container.kill(9).expect("kill");
+    container.wait().expect("wait");
+    // Of a stopped task systemd is asked: a reload makes the questions pile up.
+    thread::scope(|scope| {
+        let reload = scope.spawn(|| process::succeed("systemctl", &["daemon-reload"]));
+        let asked: Vec<_> = (0..300).map(|_| scope.spawn(|| container.metrics().is_some())).collect();
+        let answered = asked.into_iter().filter_map(|asked| asked.join().ok()).filter(|has| *has).count();
+        assert_eq!(answered, 300);
+        reload.join().expect("reload");
+    });
+}
