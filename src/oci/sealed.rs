@@ -1,26 +1,33 @@
 //! Copies of the OCI runtime's binary in memory, sealed against writing.
 //!
-//! runc runs from a sealed copy of itself inside of a container, so that the container can't write to
-//! the binary of the host through `/proc/self/exe` (CVE-2019-5736). It makes one anew at every create
-//! and exec, some 10 MB, unless it already runs from one (runc 1.0 and later). One copy that all of
-//! them share saves a fifth of an exec's time.
+//! runc 1.0 and 1.1 run from a sealed copy of themselves inside of a container, so that the container can't write
+//! to the binary of the host through `/proc/self/exe` (CVE-2019-5736). They make one at every create and exec, some
+//! 10 MB, unless they already run from one: a memfd with exactly four seals. One copy that all containers share
+//! saves a fifth of an exec's time.
+//!
+//! The seals keep the content. They do not keep the inode: the root user of a container that runs `/proc/self/exe`
+//! could `chmod` the copy through `/proc/PID/exe`, and creates and execs of other containers would fail. So the copy is
+//! immutable as well (`FS_IOC_SETFLAGS`, Linux 6.0 for memfds): mode, owner, times, attributes and size can't be changed
+//! without CAP_LINUX_IMMUTABLE on the host. Where a copy can't be made immutable there is none: runc makes its own.
 //!
 //! The daemon holds the copies and `launch` runs them; if anything is not as expected, the binary
-//! itself is run, as it would have been anyway.
+//! itself is run.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::sys;
 
 use super::runtime::is_elf;
 
@@ -72,7 +79,7 @@ impl Place {
         let file = File::open(format!("/proc/{}/fd/{}", self.pid, self.fd)).ok()?;
         let found = file.metadata().ok()?;
         let meant = (found.dev(), found.ino()) == (self.device, self.inode);
-        (meant && is_sealed(&file)).then_some(file)
+        (meant && is_safe(&file)).then_some(file)
     }
 }
 
@@ -101,18 +108,48 @@ impl Identity {
 /// A copy, or that there can be none.
 struct Kept {
     of: Identity,
-    copy: Option<(OwnedFd, Place)>,
-    used: Instant,
+    /// Made by the first that needs it.
+    copy: OnceLock<Option<Copy>>,
+    used: Mutex<Instant>,
+}
+
+/// A copy that is held.
+struct Copy {
+    file: File,
+    place: Place,
+    /// As it was made: a mode without its `x` would keep others from running it.
+    mode: u32,
+}
+
+impl Copy {
+    /// It is as it was made. Only a container that can do anything to the host could have changed it.
+    fn is_intact(&self) -> bool {
+        self.file.metadata().is_ok_and(|found| found.mode() == self.mode) && is_safe(&self.file)
+    }
+}
+
+impl Kept {
+    fn new(of: Identity) -> Self {
+        Self { of, copy: OnceLock::new(), used: Mutex::new(Instant::now()) }
+    }
+
+    fn used(&self) -> MutexGuard<'_, Instant> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_spoiled(&self) -> bool {
+        matches!(self.copy.get(), Some(Some(copy)) if !copy.is_intact())
+    }
 }
 
 /// The copies that the daemon holds.
 #[derive(Default)]
 pub struct Copies {
-    kept: Mutex<HashMap<PathBuf, Kept>>,
+    kept: Mutex<HashMap<PathBuf, Arc<Kept>>>,
 }
 
 impl Copies {
-    fn kept(&self) -> MutexGuard<'_, HashMap<PathBuf, Kept>> {
+    fn kept(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<Kept>>> {
         // A panic ends the process, so there is no poison to respect.
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -123,25 +160,38 @@ impl Copies {
         if !is_wanted(binary) {
             return None;
         }
+        let kept = self.kept_of(binary)?;
+        *kept.used() = Instant::now();
+        // Outside of the map's lock: this copies megabytes.
+        let copy = kept.copy.get_or_init(|| {
+            let made = make(binary).inspect_err(|error| {
+                tracing::info!(%error, "{} is run as it is, there can be no safe copy of it: {error}", binary.display());
+            });
+            made.ok()
+        });
+        copy.as_ref().map(|copy| copy.place.clone())
+    }
+
+    fn kept_of(&self, binary: &Path) -> Option<Arc<Kept>> {
         let of = Identity::of(binary).ok()?;
         let mut kept = self.kept();
-        if let Some(found) = kept.get_mut(binary).filter(|found| found.of == of) {
-            found.used = Instant::now();
-            return found.copy.as_ref().map(|(_, place)| place.clone());
+        if let Some(found) = kept.get(binary).filter(|found| found.of == of) {
+            if !found.is_spoiled() {
+                return Some(found.clone());
+            }
+            tracing::warn!(
+                "somebody has changed the copy of {} that containers share: it is made again",
+                binary.display()
+            );
         }
-        let copy = make(binary)
-            .inspect_err(|error| {
-                tracing::debug!(%error, "{} is run as it is, it can't be copied: {error}", binary.display());
-            })
-            .ok();
-        let place = copy.as_ref().map(|(_, place)| place.clone());
-        kept.insert(binary.to_owned(), Kept { of, copy, used: Instant::now() });
-        place
+        let fresh = Arc::new(Kept::new(of));
+        kept.insert(binary.to_owned(), fresh.clone());
+        Some(fresh)
     }
 
     /// Gives up what has not been used for [`IDLE_LIMIT`].
     pub fn sweep(&self) {
-        self.kept().retain(|_, kept| kept.used.elapsed() < IDLE_LIMIT);
+        self.kept().retain(|_, kept| kept.used().elapsed() < IDLE_LIMIT);
     }
 }
 
@@ -151,7 +201,7 @@ fn is_wanted(binary: &Path) -> bool {
     binary.file_name().is_some_and(|name| name == "runc") && !Path::new("/sys/fs/selinux/enforce").exists()
 }
 
-fn make(binary: &Path) -> io::Result<(OwnedFd, Place)> {
+fn make(binary: &Path) -> io::Result<Copy> {
     if !is_elf(binary) {
         // The interpreter of a script could not open it: the descriptor is closed on exec.
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a script"));
@@ -167,10 +217,11 @@ fn make(binary: &Path) -> io::Result<(OwnedFd, Place)> {
     io::copy(&mut source, &mut copy)?;
     copy.set_permissions(std::fs::Permissions::from_mode(0o755))?;
     fcntl(&copy, FcntlArg::F_ADD_SEALS(seals()))?;
+    sys::set_immutable(&copy)?;
     let found = copy.metadata()?;
     let place =
         Place { pid: std::process::id(), fd: copy.as_raw_fd(), device: found.dev(), inode: found.ino() };
-    Ok((copy.into(), place))
+    Ok(Copy { file: copy, place, mode: found.mode() })
 }
 
 /// Exactly those that runc wants to see.
@@ -178,29 +229,78 @@ fn seals() -> SealFlag {
     SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_WRITE
 }
 
-fn is_sealed(file: &File) -> bool {
-    fcntl(file, FcntlArg::F_GET_SEALS).is_ok_and(|found| found == seals().bits())
+/// Nobody can change it, neither its content nor its inode.
+fn is_safe(file: &File) -> bool {
+    let is_sealed = fcntl(file, FcntlArg::F_GET_SEALS).is_ok_and(|found| found == seals().bits());
+    is_sealed && sys::is_immutable(file).unwrap_or(false)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::Command;
+
+    /// Making one needs root, and Linux 6.0.
+    fn made() -> Option<Copy> {
+        make(Path::new("/bin/true")).ok().or_else(|| {
+            assert!(!nix::unistd::geteuid().is_root(), "root can make a copy");
+            None
+        })
+    }
 
     #[test]
     fn a_copy_has_the_content_and_can_not_be_written() {
-        let (memfd, place) = make(Path::new("/bin/true")).unwrap();
-        let place: Place = place.to_string().parse().unwrap();
+        let Some(copy) = made() else { return };
+        let place: Place = copy.place.to_string().parse().unwrap();
         let opened = place.open().unwrap();
         assert_eq!(std::fs::read(path_of(&opened)).unwrap(), std::fs::read("/bin/true").unwrap());
-        assert!(nix::unistd::write(&memfd, b"x").is_err());
-        assert!(std::process::Command::new(path_of(&opened)).status().unwrap().success());
+        assert!(nix::unistd::write(&copy.file, b"x").is_err());
+        assert!(Command::new(path_of(&opened)).status().unwrap().success());
+        assert!(copy.is_intact());
+    }
+
+    #[test]
+    fn nothing_of_a_copy_can_be_changed_through_a_path_to_it() {
+        let Some(copy) = made() else { return };
+        let path = path_of(&copy.file);
+        let tries: [(&str, io::Result<()>); 5] = [
+            ("mode", std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0))),
+            ("owner", std::os::unix::fs::chown(&path, Some(1), Some(1))),
+            (
+                "times",
+                File::open(&path).and_then(|file| file.set_modified(std::time::SystemTime::UNIX_EPOCH)),
+            ),
+            ("content", File::options().write(true).open(&path).map(drop)),
+            ("size", nix::unistd::truncate(&path, 0).map_err(io::Error::from)),
+        ];
+        for (what, tried) in tries {
+            assert!(tried.is_err(), "its {what}");
+        }
+        assert!(copy.is_intact());
+    }
+
+    #[test]
+    fn a_copy_that_was_changed_is_made_again() {
+        let Some(copy) = made() else { return };
+        let (copies, binary) = (Copies::default(), Path::new("/bin/true"));
+        let kept = Kept::new(Identity::of(binary).unwrap());
+        let spoiled = copy.place.clone();
+        kept.copy.set(Some(copy)).ok().unwrap();
+        copies.kept().insert(binary.to_owned(), Arc::new(kept));
+        let held = copies.kept_of(binary).unwrap();
+        assert!(held.copy.get().is_some(), "an intact one is used");
+        // As a container with CAP_LINUX_IMMUTABLE on the host can.
+        let Some(Some(copy)) = held.copy.get() else { panic!("a copy") };
+        sys::set_flags(&copy.file, 0).unwrap();
+        assert!(spoiled.open().is_none(), "launch does not run it");
+        assert!(copies.kept_of(binary).unwrap().copy.get().is_none(), "it is to be made again");
     }
 
     #[test]
     fn another_file_under_the_same_number_is_not_taken_for_it() {
-        let (memfd, place) = make(Path::new("/bin/true")).unwrap();
+        let Some(Copy { file, place, .. }) = made() else { return };
         assert_eq!(Place { inode: place.inode + 1, ..place.clone() }.open().map(drop), None);
-        drop(memfd);
+        drop(file);
         assert_eq!("1:2".parse::<Place>(), Err(()));
     }
 

@@ -118,6 +118,39 @@ pub fn set_window(terminal: &impl AsFd, columns: u16, rows: u16) -> Result<(), E
     tcsetwinsize(terminal, size).map_err(errno)
 }
 
+/// `FS_IMMUTABLE_FL` of ioctl_iflags(2).
+const IMMUTABLE: libc::c_int = 0x10;
+
+/// Makes a file immutable: neither its content nor its inode can be changed.
+///
+/// # Errors
+/// The file system does not know of it (memfds since Linux 6.0), or this process may not.
+pub fn set_immutable(file: &impl AsFd) -> Result<(), Errno> {
+    set_flags(file, IMMUTABLE)
+}
+
+/// Sets a file's inode flags (ioctl_iflags(2)).
+///
+/// # Errors
+/// As [`set_immutable`].
+pub fn set_flags(file: &impl AsFd, flags: libc::c_int) -> Result<(), Errno> {
+    // SAFETY: the descriptor is open for as long as it is borrowed; the kernel reads an int, whatever the number of the
+    // call says of a long (put_user and get_user of fs/ioctl.c).
+    Errno::result(unsafe { libc::ioctl(file.as_fd().as_raw_fd(), libc::FS_IOC_SETFLAGS as _, &flags) })
+        .map(drop)
+}
+
+/// A file is immutable.
+///
+/// # Errors
+/// The file system does not know of it.
+pub fn is_immutable(file: &impl AsFd) -> Result<bool, Errno> {
+    let mut flags: libc::c_int = 0;
+    // SAFETY: the descriptor is open for as long as it is borrowed; the kernel writes an int to `flags`.
+    Errno::result(unsafe { libc::ioctl(file.as_fd().as_raw_fd(), libc::FS_IOC_GETFLAGS as _, &mut flags) })?;
+    Ok(flags & IMMUTABLE != 0)
+}
+
 /// Takes one descriptor off a Unix socket (SCM_RIGHTS); nothing if none comes with the next message.
 ///
 /// # Errors
