@@ -1,12 +1,17 @@
 //! Kill: a signal to a process, or to all of the container.
 
+use std::os::fd::OwnedFd;
+
+use nix::errno::Errno;
+
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
+use crate::sys;
 use crate::task::Task;
 use crate::task::exec::ExecPhase;
 
-use super::{Attempt, Error, Process, Shim, blocking};
+use super::{Attempt, Error, Shim, blocking};
 
 const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 /// The last signal of the kernel (`_NSIG`).
@@ -53,20 +58,34 @@ impl Shim {
                 Some(ExecPhase::Added | ExecPhase::Starting { .. }) | None => return Err(Error::NotStarted),
             },
         }
-        signal_process(&process, signal)
+        let pid = match &key.exec {
+            None => task.init.pid(),
+            Some(id) => task.execs.get(id).and_then(|exec| exec.phase.pid()),
+        };
+        let failed = |source: Errno| Error::Kill { signal, process: key.to_string(), source: source.into() };
+        let held = process.live().process.as_ref().map(|held| held.try_clone()).transpose();
+        let held = held.map_err(|source| Error::Kill { signal, process: key.to_string(), source })?;
+        let sent = match held {
+            // Through the descriptor that is held: the number can't have become another process.
+            Some(held) => sys::pidfd_send_signal(&held, signal),
+            None => hold_again(&task, pid.ok_or(Error::NotStarted)?)
+                .and_then(|process| sys::pidfd_send_signal(&process, signal)),
+        };
+        match sent {
+            Err(Errno::ESRCH) => Err(Error::Finished),
+            sent => sent.map_err(failed),
+        }
     }
 }
 
-/// Through the descriptor that is held: the number can't have become another process.
-fn signal_process(process: &Process, signal: u32) -> Result<(), Error> {
-    let live = process.live();
-    let Some(held) = &live.process else {
-        return Err(Error::Finished);
-    };
-    match crate::sys::pidfd_send_signal(held, signal) {
-        Ok(()) => Ok(()),
-        Err(nix::errno::Errno::ESRCH) => Err(Error::Finished),
-        Err(errno) => Err(Error::Kill { signal, process: process.key.to_string(), source: errno.into() }),
+/// A descriptor for a process that could not be held when it was found, such as for want of descriptors. `ESRCH` only if
+/// the process has ended: whoever has its number and lives elsewhere is another.
+fn hold_again(task: &Task, pid: u32) -> Result<OwnedFd, Errno> {
+    let process = sys::pidfd_open(pid)?;
+    let lives_in = cgroup::of_process(pid).ok();
+    match (&task.cgroup, lives_in) {
+        (Some(container), Some(lives_in)) if lives_in.starts_with(container) => Ok(process),
+        _ => Err(Errno::ESRCH),
     }
 }
 
@@ -79,9 +98,8 @@ pub(super) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
         return Ok(cgroup::kill(cgroup)?);
     }
     for pid in cgroup::processes(cgroup)? {
-        match crate::sys::pidfd_open(pid).and_then(|process| crate::sys::pidfd_send_signal(&process, signal))
-        {
-            Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+        match sys::pidfd_open(pid).and_then(|process| sys::pidfd_send_signal(&process, signal)) {
+            Ok(()) | Err(Errno::ESRCH) => {}
             Err(errno) => {
                 return Err(Error::Kill { signal, process: pid.to_string(), source: errno.into() });
             }
