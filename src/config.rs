@@ -20,8 +20,17 @@ pub const OLDEST_SYSTEMD: u32 = 252;
 /// How long a client may take to open its end of a FIFO. As in containerd-shim-runc-v2.
 pub const STDIO_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long a command of the OCI runtime may take before the call fails.
+/// How long a command of the OCI runtime may take before it is killed and the call fails, other than `create`.
 pub const RUNTIME_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long `create` may take, with the mounts before it: hooks and slow file systems may need minutes.
+pub const CREATE_LIMIT: Duration = Duration::from_secs(600);
+
+/// How long systemd may take to read what `launch` tells it: it may be reloading.
+pub const BARRIER_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a command of the OCI runtime may go on when the container's init has ended.
+pub const AFTER_INIT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a `systemctl stop` lets a container end by itself.
 pub const STOP_LIMIT: Duration = Duration::from_secs(10);

@@ -220,6 +220,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
                 properties: ours.properties.into_iter().collect(),
                 annotation_properties: ours.annotation_properties.into_iter().collect(),
                 notify: ours.notify,
+                runtime_timeout_sec: ours.runtime_timeout_sec,
                 ..Options::default()
             })))
         }

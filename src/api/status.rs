@@ -39,7 +39,12 @@ pub fn code(error: &Error) -> Code {
         | Error::Name(_) => Code::INVALID_ARGUMENT,
         Error::NotEnding { .. }
         | Error::NotFreezing { .. }
-        | Error::Runtime(oci::runtime::Error::TimedOut { .. }) => Code::DEADLINE_EXCEEDED,
+        | Error::CreateTimedOut { .. }
+        | Error::StartTimedOut { .. }
+        | Error::Runtime(oci::runtime::Error::TimedOut { .. } | oci::runtime::Error::Busy { .. }) => {
+            Code::DEADLINE_EXCEEDED
+        }
+        Error::GivenUp { .. } => Code::CANCELLED,
         Error::Kept(_) => Code::RESOURCE_EXHAUSTED,
         Error::Stopping
         | Error::Unit(unit::error::Error::Unreachable { .. } | unit::error::Error::Lost { .. }) => {

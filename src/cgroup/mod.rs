@@ -180,6 +180,26 @@ pub fn enter(cgroup: &Path) -> Result<(), Error> {
     }
 }
 
+/// The cgroups directly below one; none if it is gone.
+pub fn children(cgroup: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir(cgroup)).into_iter().flatten().flatten();
+    let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|found| found.is_dir()));
+    dirs.map(|entry| cgroup.join(entry.file_name())).collect()
+}
+
+/// Removes a cgroup that has no processes and no cgroups below it; false if it has.
+///
+/// # Errors
+/// The kernel refused for another reason.
+pub fn remove(cgroup: &Path) -> Result<bool, Error> {
+    let dir = dir(cgroup);
+    match fs::remove_dir(&dir) {
+        Err(e) if e.kind() == io::ErrorKind::ResourceBusy => Ok(false),
+        Err(e) if is_gone(&e) => Ok(true),
+        result => result.map(|()| true).map_err(error("remove", &dir)),
+    }
+}
+
 /// Has the kernel get ready for processes that are about to be moved into cgroups.
 ///
 /// The first move after a while waits for an RCU grace period, 10 ms and more, and those that follow

@@ -11,11 +11,13 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::{Duration, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use libsystemd::daemon::{NotifyState, notify, notify_with_fds};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::config::BARRIER_LIMIT;
 use crate::sys;
 use crate::unit::main_process::Ended;
 
@@ -37,9 +39,6 @@ pub enum Error {
     #[error("systemd has not answered within {} s", BARRIER_LIMIT.as_secs())]
     Silent,
 }
-
-/// How long systemd may take to read what it is told: it may be reloading.
-const BARRIER_LIMIT: Duration = Duration::from_secs(60);
 
 /// Hands the process over. Says how it has ended if it has; [`end_as`] is to follow then.
 pub(super) fn hand_over(pid: u32) -> Result<Option<Ended>, Error> {
@@ -73,12 +72,17 @@ fn barrier() -> Result<(), Error> {
     notify_with_fds(false, &state, &[std::os::fd::AsRawFd::as_raw_fd(&there)])
         .map_err(|error| Error::Notify(error.to_string()))?;
     drop(there);
-    let mut fds = [PollFd::new(here.as_fd(), PollFlags::empty())];
-    let limit = PollTimeout::try_from(BARRIER_LIMIT).unwrap_or(PollTimeout::MAX);
-    match poll(&mut fds, limit) {
-        Ok(0) => Err(Error::Silent),
-        Ok(_) => Ok(()),
-        Err(errno) => Err(Error::Notify(errno.to_string())),
+    let end = Instant::now() + BARRIER_LIMIT;
+    loop {
+        let mut fds = [PollFd::new(here.as_fd(), PollFlags::empty())];
+        let left =
+            PollTimeout::try_from(end.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, left) {
+            Ok(0) => return Err(Error::Silent),
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Error::Notify(errno.to_string())),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -35,6 +35,7 @@ use crate::task::{Placement, Task};
 use crate::unit::name;
 
 use super::arguments::Launch;
+use super::bounded::{self, End};
 use super::{Failure, handoff, namespaces};
 
 /// Made by the first `launch` of a record: a second one is `systemctl restart`, which is a stop.
@@ -140,11 +141,23 @@ impl<'a> Process<'a> {
         std::env::var(SEALED_RUNTIME).ok()?.parse::<Place>().ok()?.open()
     }
 
-    fn equip(&self, command: &mut Command) -> Result<(), Error> {
+    /// Runs the copy of the OCI runtime, or, if the kernel refuses to execute that, the binary itself.
+    fn with_runtime<T>(&self, run: impl Fn(&Path) -> Result<T, Error>) -> Result<T, Error> {
+        if let Some(copy) = self.sealed_runtime() {
+            match run(&sealed::path_of(&copy)) {
+                Err(Error::Exec { .. }) => {}
+                ran => return ran,
+            }
+        }
+        run(&self.task.runtime.binary)
+    }
+
+    /// Gives a command what the process is to have.
+    fn equip(&self, command: &mut Command, streams: &Streams) -> Result<(), Error> {
         command.env_remove(SEALED_RUNTIME).env_remove(LAUNCH_CGROUP);
         // runc would make a socket of its own for the container, and wait for it at every start.
         command.env_remove(NOTIFY_SOCKET).env_remove(WATCHDOG_USEC);
-        let [stdin, stdout, stderr] = self.open_streams()?;
+        let [stdin, stdout, stderr] = streams.to_stdio()?;
         command.stdin(stdin).stdout(stdout).stderr(stderr);
         // glibc's posix_spawn(3) leaves signal 32 ignored, which the container's process would inherit. With a
         // group to set, which is the one it has, the standard library does not use it.
@@ -152,30 +165,30 @@ impl<'a> Process<'a> {
         Ok(())
     }
 
-    fn open_streams(&self) -> Result<[Stdio; 3], Error> {
+    fn open_streams(&self) -> Result<Streams, Error> {
         if self.wiring.terminal {
-            return Ok([Stdio::null(), Stdio::null(), Stdio::null()]);
+            return Ok(Streams([Stream::Null, Stream::Null, Stream::Null]));
         }
         let stdin = match &self.wiring.stdin {
-            Input::Null => Stdio::null(),
+            Input::Null => Stream::Null,
             // The daemon has the other end, so this does not wait.
-            Input::Fifo(path) => self.owned(fifo::open_blocking_reader(path)?)?.into(),
+            Input::Fifo(path) => Stream::File(self.owned(fifo::open_blocking_reader(path)?)?),
         };
         let stdout = self.open_output(&self.wiring.stdout, self.wiring.stdout_pipe())?;
         let stderr = self.open_output(&self.wiring.stderr, self.wiring.stderr_pipe())?;
-        Ok([stdin, stdout, stderr])
+        Ok(Streams([stdin, stdout, stderr]))
     }
 
-    fn open_output(&self, output: &Output, own_pipe: Option<&str>) -> Result<Stdio, Error> {
+    fn open_output(&self, output: &Output, own_pipe: Option<&str>) -> Result<Stream, Error> {
         let file = match (output, own_pipe) {
-            (Output::Journal, _) => return Ok(Stdio::inherit()),
+            (Output::Journal, _) => return Ok(Stream::Inherited),
             (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT)?,
             // Read-write: while the daemon is down it still has a reader.
             (Output::Copied(_) | Output::Logger, Some(name)) => fifo::open_both(&self.dir.join(name))?,
             // Writable, unlike with containerd-shim-runc-v2: programs don't expect EBADF.
-            (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(dev_null()?.into()),
+            (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(Stream::File(dev_null()?)),
         };
-        Ok(self.owned(file)?.into())
+        Ok(Stream::File(self.owned(file)?))
     }
 
     /// Gives a stream to the user that the options name, or that the container's root is mapped to, so that a
@@ -188,6 +201,29 @@ impl<'a> Process<'a> {
                 .map_err(system("change the owner of a stream"))?;
         }
         Ok(stream)
+    }
+}
+
+/// A stream of a process to be.
+enum Stream {
+    Null,
+    Inherited,
+    File(File),
+}
+
+/// Its streams, opened once: a client that does not come is waited for once.
+struct Streams([Stream; 3]);
+
+impl Streams {
+    fn to_stdio(&self) -> Result<[Stdio; 3], Error> {
+        let stdio = |stream: &Stream| match stream {
+            Stream::Null => Ok(Stdio::null()),
+            Stream::Inherited => Ok(Stdio::inherit()),
+            Stream::File(file) => file.try_clone().map(Stdio::from),
+        };
+        let [stdin, stdout, stderr] = self.0.each_ref().map(stdio);
+        let failed = |source| Error::System { action: "duplicate a stream", source };
+        Ok([stdin.map_err(failed)?, stdout.map_err(failed)?, stderr.map_err(failed)?])
     }
 }
 
@@ -217,6 +253,10 @@ enum Error {
     #[error("OCI runtime exec failed: {0}")]
     Runtime(String),
     #[error(transparent)]
+    TimedOut(#[from] runtime::Error),
+    #[error("OCI runtime exec failed: its unit was stopped while it was starting")]
+    Terminated,
+    #[error(transparent)]
     Store(#[from] store::Error),
     #[error("OCI runtime {verb} failed: can't run {binary}: {source}")]
     Exec {
@@ -238,19 +278,22 @@ fn become_runtime(process: &Process<'_>) -> Error {
     }
     let (bundle, pid_file) = (&process.task.request.bundle, process.dir.join(PID_FILE));
     let (cli, console) = (process.cli(), process.console.as_deref());
-    let become_it = |program: &Path| {
-        let mut command = cli.create(program, bundle, &pid_file, console);
-        match process.equip(&mut command) {
-            // exec also gives SIGPIPE its default back, which Rust had ignored.
-            Ok(()) => Error::Exec { verb: "create", binary: program.to_owned(), source: command.exec() },
-            Err(error) => error,
-        }
+    let streams = match process.open_streams() {
+        Ok(streams) => streams,
+        Err(error) => return error,
     };
-    if let Some(copy) = process.sealed_runtime() {
-        // Where it may not be run the binary itself may.
-        become_it(&sealed::path_of(&copy));
-    }
-    become_it(&process.task.runtime.binary)
+    process
+        .with_runtime(|program| {
+            let mut command = cli.create(program, bundle, &pid_file, console);
+            process.equip(&mut command, &streams)?;
+            // exec also gives SIGPIPE its default back, which Rust had ignored.
+            Err::<std::convert::Infallible, _>(Error::Exec {
+                verb: "create",
+                binary: program.to_owned(),
+                source: command.exec(),
+            })
+        })
+        .map_or_else(|error| error, |never| match never {})
 }
 
 fn prepare(process: &Process<'_>) -> Result<(), Error> {
@@ -282,6 +325,8 @@ fn exec(process: &Process<'_>) -> Result<(), Error> {
     let (pid, ended) = match add_process(process).and_then(|pid| Ok((pid, handoff::hand_over(pid)?))) {
         Ok(added) => added,
         Err(error) => {
+            // There may be a process, or what is to become one: nobody would know of it.
+            bounded::kill_all();
             process.tell(&Outcome::Failed { reason: error.to_string() })?;
             return Err(error);
         }
@@ -305,17 +350,20 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
         cgroup::enter(cgroup)?;
     }
     process.limit()?;
-    let run = |program: &Path| -> Result<ExitStatus, Error> {
+    let limit = process.task.runtime.limit();
+    // They are the process's alone after this.
+    let streams = process.open_streams()?;
+    let ended = process.with_runtime(|program| {
         let mut command = cli.exec(program, &spec, &pid_file, console);
-        process.equip(&mut command)?;
-        let failed = |source| Error::Exec { verb: "exec", binary: program.to_owned(), source };
-        // The streams go with the command: they are the process's alone after this.
-        command.status().map_err(failed)
-    };
-    let copied = process.sealed_runtime().and_then(|copy| run(&sealed::path_of(&copy)).ok());
-    let status = match copied {
-        Some(status) => status,
-        None => run(&process.task.runtime.binary)?,
+        process.equip(&mut command, &streams)?;
+        let failed = |source| Error::Exec { verb: runtime::EXEC, binary: program.to_owned(), source };
+        bounded::run(&mut command, limit).map_err(failed)
+    })?;
+    drop(streams);
+    let status = match ended {
+        End::Exited(status) => status,
+        End::TimedOut => return Err(runtime::Error::TimedOut { verb: runtime::EXEC, limit }.into()),
+        End::Terminated => return Err(Error::Terminated),
     };
     if !status.success() {
         return Err(Error::Runtime(cli.reason(runtime::EXEC, Some(status))));

@@ -1,6 +1,7 @@
 //! The commands that containerd, systemd and people run.
 
 pub mod arguments;
+mod bounded;
 mod delete;
 mod handoff;
 mod info;

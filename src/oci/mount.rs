@@ -204,6 +204,12 @@ fn mount_one(item: &Mount, target: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// A file system in user space: its daemon lives on in the cgroup of whoever mounts it, and nothing ends it when its
+/// mount goes with a mount namespace.
+pub fn leaves_a_daemon(item: &Mount) -> bool {
+    item.kind.starts_with("fuse.") || item.kind.starts_with("fuse3.")
+}
+
 struct Parsed {
     flags: MsFlags,
     data: Vec<String>,
@@ -212,11 +218,7 @@ struct Parsed {
 }
 
 fn parse(item: &Mount) -> Result<Parsed, Error> {
-    let mut parsed = Parsed {
-        flags: MsFlags::empty(),
-        data: Vec::new(),
-        helper: item.kind.starts_with("fuse.") || item.kind.starts_with("fuse3."),
-    };
+    let mut parsed = Parsed { flags: MsFlags::empty(), data: Vec::new(), helper: leaves_a_daemon(item) };
     if item.kind == "bind" {
         parsed.flags |= MsFlags::MS_BIND;
     }

@@ -95,6 +95,8 @@ pub struct Options {
     pub annotation_properties: Vec<String>,
     /// Containers may notify systemd (sd_notify(3)).
     pub notify: bool,
+    /// How long a command of the OCI runtime may take, in seconds; 0 for the default.
+    pub runtime_timeout_sec: u32,
     /// Without effect: the form of `linux.cgroupsPath` decides how it is read.
     pub systemd_cgroup: bool,
     /// The cgroup in which the OCI runtime creates the container and its execs, instead of one of the
@@ -190,6 +192,7 @@ impl Options {
             environment: PathBuf::new(),
             cgroup: shim_cgroup(&self.shim_cgroup)?,
             log: log_mode(&self.log)?,
+            limit_sec: self.runtime_timeout_sec,
         })
     }
 }

@@ -264,7 +264,7 @@ mod tests {
         let Some(copy) = made() else { return };
         let path = path_of(&copy.file);
         let tries: [(&str, io::Result<()>); 5] = [
-            ("mode", std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0))),
+            ("mode", std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o000))),
             ("owner", std::os::unix::fs::chown(&path, Some(1), Some(1))),
             (
                 "times",
@@ -290,8 +290,7 @@ mod tests {
         let held = copies.kept_of(binary).unwrap();
         assert!(held.copy.get().is_some(), "an intact one is used");
         // As a container with CAP_LINUX_IMMUTABLE on the host can.
-        let Some(Some(copy)) = held.copy.get() else { panic!("a copy") };
-        sys::set_flags(&copy.file, 0).unwrap();
+        sys::set_flags(&held.copy.get().unwrap().as_ref().unwrap().file, 0).unwrap();
         assert!(spoiled.open().is_none(), "launch does not run it");
         assert!(copies.kept_of(binary).unwrap().copy.get().is_none(), "it is to be made again");
     }

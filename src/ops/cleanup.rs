@@ -136,6 +136,10 @@ impl Shim {
         let dir = self.store.dir(&task.key);
         let mut troubles = remove_task(&*self.manager, task, &dir, Stop::Awaited, others).await;
         troubles.join(in_execs);
+        if task.request.rootfs.iter().any(mount::leaves_a_daemon) {
+            self.kill_launch(&task.unit);
+        }
+        self.remove_launch_cgroup(&task.unit);
         troubles
     }
 
@@ -166,7 +170,11 @@ impl Shim {
     /// when the id is used again, when containerd gives the task up, and when the daemon starts.
     pub(super) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
+        // The OCI runtime may hang in it, and so may its hooks and mounts: none of them is in the unit's cgroup.
+        self.kill_launch(&task.unit);
         let mut troubles = self.remove_container(&task, entry).await;
+        // `launch` may just have been on its way there.
+        self.kill_launch(&task.unit);
         if troubles.is_empty() {
             troubles.add(self.store.remove(&task.key));
         }

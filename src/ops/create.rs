@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use crate::cgroup::stats::MemoryEvents;
@@ -205,7 +205,7 @@ impl Shim {
         let streams = Arc::new(self.streams(entry, None).ok_or_else(gone)?);
         let opened = self.open_streams(&streams).await?;
         fault::point(Point::CreateOpened);
-        self.start_unit(&task, &dir).await?;
+        self.start_unit(entry, &task, &dir).await?;
         self.take_over(entry, &task, &dir, opened).await
     }
 
@@ -228,9 +228,9 @@ impl Shim {
             match state.as_deref() {
                 None => {
                     self.resume_logger(&streams, &mut opened).await?;
-                    self.start_unit(&task, &dir).await?;
+                    self.start_unit(entry, &task, &dir).await?;
                 }
-                Some(_) => self.came_up(&task, &dir, self.manager.up(&task.unit).await)?,
+                Some(_) => self.comes_up(entry, &task, &dir, self.manager.up(&task.unit)).await?,
             }
             self.take_over(entry, &task, &dir, opened).await
         };
@@ -249,6 +249,8 @@ impl Shim {
         opened: Opened,
     ) -> Result<u32, Error> {
         fault::point(Point::CreateUp);
+        // What a hook has left there stays.
+        self.remove_launch_cgroup(&task.unit);
         let pid =
             read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(task, dir)))?;
         self.hold(entry, pid);
@@ -260,7 +262,7 @@ impl Shim {
         Ok(pid)
     }
 
-    async fn start_unit(&self, task: &Task, dir: &Path) -> Result<(), Error> {
+    async fn start_unit(&self, entry: &Entry, task: &Task, dir: &Path) -> Result<(), Error> {
         if name::is_pod_slice(task.placement.slice()) {
             self.make_pod_slice(task.placement.slice(), task).await?;
         }
@@ -274,10 +276,11 @@ impl Shim {
         };
         let mut environment = self.launch_environment(task).await?;
         if task.runtime.cgroup.is_none() {
-            environment.push(format!("{LAUNCH_CGROUP}={}", cgroup::of_self()?.join("launch").display()));
+            environment.push(format!("{LAUNCH_CGROUP}={}", launch_cgroup(&task.unit)?.display()));
         }
         let pid_file = dir.join(PID_FILE);
-        let properties = properties::container(&shown, &command, &environment, &pid_file, task.notify);
+        let limit = task.runtime.create_limit();
+        let properties = properties::container(&shown, &command, &environment, &pid_file, limit, task.notify);
         let additions = additions::of(task)?;
         let mut begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
@@ -292,12 +295,27 @@ impl Shim {
             begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
         }
         self.warm_up();
-        let done = self.manager.done(begun.map_err(|error| additions::refused(task, error))?).await;
-        self.came_up(task, dir, done)
+        let begun = begun.map_err(|error| additions::refused(task, error))?;
+        self.comes_up(entry, task, dir, self.manager.done(begun)).await
     }
 
-    fn came_up(&self, task: &Task, dir: &Path, job: Result<(), unit::error::Error>) -> Result<(), Error> {
-        match job {
+    /// Resolves when the unit is up, as `job` tells. Fails when containerd has given the task up.
+    async fn comes_up(
+        &self,
+        entry: &Entry,
+        task: &Task,
+        dir: &Path,
+        job: impl Future<Output = Result<(), unit::error::Error>>,
+    ) -> Result<(), Error> {
+        let given_up = entry.init.live().given_up.clone();
+        let done = tokio::select! {
+            done = job => done,
+            () = given_up.cancelled() => return Err(Error::GivenUp { process: entry.init.key.clone() }),
+        };
+        match done {
+            Err(unit::error::Error::Job { .. }) if self.manager.has_timed_out(&task.unit).await => {
+                Err(Error::CreateTimedOut { unit: task.unit.to_string() })
+            }
             Err(unit::error::Error::Job { .. }) => Err(Error::Launch(self.launch_failure(task, dir))),
             other => Ok(other?),
         }
@@ -359,6 +377,49 @@ impl Shim {
             Ok(()) | Err(unit::error::Error::Exists { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+impl Shim {
+    /// Ends everything that `launch` and the OCI runtime have started to make a container, but for the container.
+    pub(super) fn kill_launch(&self, unit: &UnitName) {
+        if let Err(error) = launch_cgroup(unit).and_then(|cgroup| cgroup::kill(&cgroup)) {
+            tracing::warn!(%unit, %error, "{unit}: can't kill what makes its container: {error}");
+        }
+    }
+
+    /// Removes the cgroup in which a container was made, if it is empty.
+    pub(super) fn remove_launch_cgroup(&self, unit: &UnitName) {
+        match launch_cgroup(unit).and_then(|cgroup| cgroup::remove(&cgroup)) {
+            Ok(true) => {}
+            Ok(false) => {
+                tracing::debug!(%unit, "{unit}: something that a hook or a mount has started still runs")
+            }
+            Err(error) => {
+                tracing::warn!(%unit, %error, "{unit}: can't remove the cgroup in which its container was made: {error}")
+            }
+        }
+    }
+}
+
+/// Where the OCI runtime works while it makes a unit's container: a sub-cgroup of the daemon's, of its own, so that all
+/// of it can be killed.
+fn launch_cgroup(unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
+    Ok(launch_cgroups()?.join(unit.as_str()))
+}
+
+fn launch_cgroups() -> Result<PathBuf, cgroup::Error> {
+    Ok(cgroup::of_self()?.join("launch"))
+}
+
+/// Removes the cgroups whose last process has ended since. A `launch` that is about to enter one makes it again.
+pub(super) fn sweep_launch_cgroups() {
+    let Ok(cgroups) = launch_cgroups() else {
+        return;
+    };
+    for child in cgroup::children(&cgroups) {
+        // One that is in use stays.
+        let _ = cgroup::remove(&child);
     }
 }
 

@@ -106,7 +106,10 @@ impl Shim {
         if !Self::is_own(&entry, owner) {
             return Err(Error::UnknownTask { key: key.clone() });
         }
-        // containerd gives up while its Create is still under way: that ends first.
+        // containerd gives up while its Create is still under way: that is taken back first.
+        if entry.task().init.pid().is_none() {
+            entry.init.live().given_up.cancel();
+        }
         drop(entry.init.verb.lock().await);
         self.remove_leftover(&entry).await?;
         let entry = self.created(key)?;

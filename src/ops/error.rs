@@ -187,6 +187,28 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A Create or a Start is not wanted any more.
+    #[error("{process} was deleted before it had started")]
+    GivenUp {
+        /// The process.
+        process: ProcessKey,
+    },
+    /// A Create takes too long.
+    #[error(
+        "OCI runtime create failed: {unit} was stopped as it had not come up in time (option RuntimeTimeoutSec): a hook or a mount may hang; see journalctl -u {unit}"
+    )]
+    CreateTimedOut {
+        /// Its unit.
+        unit: String,
+    },
+    /// A start takes too long.
+    #[error("OCI runtime exec failed: {unit} has not started a process within {} s; see systemctl status {unit}", .limit.as_secs())]
+    StartTimedOut {
+        /// Its unit.
+        unit: String,
+        /// How long it was given.
+        limit: std::time::Duration,
+    },
     /// The daemon is about to end.
     #[error("the shim is stopping")]
     Stopping,

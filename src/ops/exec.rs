@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
+use tokio_util::sync::CancellationToken;
 
+use crate::config;
 use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey};
 use crate::oci::{face, process};
@@ -38,6 +40,11 @@ pub const EXEC_PID_FILE: &str = "pid";
 
 /// An exec that has run for so long is not a probe.
 const LONG_EXEC: Duration = Duration::from_secs(2);
+
+/// How long a start may take beside the OCI runtime: a client opens two FIFOs, systemd takes the process over, and
+/// both may be slow.
+const HANDOVER_LIMIT: Duration =
+    config::STDIO_LIMIT.saturating_mul(2).saturating_add(config::BARRIER_LIMIT.saturating_mul(2));
 
 /// An Exec call.
 #[derive(Debug)]
@@ -151,6 +158,10 @@ impl Shim {
             // The OCI runtime would wait in it until somebody thaws it.
             return Err(Error::NoExecIn { phase: task.init.word() });
         }
+        if process.live().given_up.is_cancelled() {
+            // A Delete waits. The same Start, replayed after a restart, may come between it and a start that hung.
+            return Err(Error::GivenUp { process: key.clone() });
+        }
         self.apply_exec(&entry, id, ExecEvent::StartBegun)?;
         fault::point(Point::ExecStartRecorded);
         let started = self.launch_exec(&entry, &process, id).await;
@@ -240,7 +251,7 @@ impl Shim {
         doorbell: Receiver,
         opened: Opened,
     ) -> Result<(u32, Option<Exit>), Error> {
-        let (pid, exit) = match self.outcome(process, dir, doorbell).await? {
+        let (pid, exit) = match self.outcome(entry, process, dir, doorbell).await? {
             Outcome::Started { pid } => (pid, None),
             Outcome::Ended { pid, exit } => (pid, Some(exit)),
             Outcome::Failed { reason } => return Err(Error::Launch(reason)),
@@ -255,9 +266,25 @@ impl Shim {
         Ok((pid, exit))
     }
 
-    /// What became of a start: known when the bell rings, or when the unit has ended.
-    async fn outcome(&self, process: &Process, dir: &Path, mut doorbell: Receiver) -> Result<Outcome, Error> {
-        let (ended, mut nothing) = (process.live().attempt_ended.clone(), [0]);
+    /// What became of a start: known when the bell rings, or when the unit has ended. A start that is not wanted any
+    /// more, or takes too long, has failed.
+    async fn outcome(
+        &self,
+        entry: &Entry,
+        process: &Process,
+        dir: &Path,
+        mut doorbell: Receiver,
+    ) -> Result<Outcome, Error> {
+        let (unit, mut nothing) = (&process.unit, [0]);
+        let (ended, given_up) = {
+            let live = process.live();
+            (live.attempt_ended.clone(), live.given_up.clone())
+        };
+        // `launch` keeps the runtime's limit itself.
+        let limit = entry.task().runtime.limit() + HANDOVER_LIMIT;
+        let too_long = tokio::time::sleep(limit);
+        let init_is_gone = Self::init_is_gone(entry);
+        tokio::pin!(too_long, init_is_gone);
         loop {
             if let Some(outcome) = Store::read_outcome(dir)? {
                 return Ok(outcome);
@@ -266,12 +293,14 @@ impl Shim {
                 rung = doorbell.read(&mut nothing) => drop(rung.map_err(Error::Watch)?),
                 () = ended.notified() => {
                     // It may be the end of an earlier unit with this name that is heard of late.
-                    let under_way = self.manager.starting(&process.unit).await? == Starting::UnderWay;
+                    let under_way = self.manager.starting(unit).await? == Starting::UnderWay;
                     if !under_way && Store::read_outcome(dir)?.is_none() {
-                        let unit = &process.unit;
                         return Err(Error::Launch(format!("OCI runtime exec failed: see systemctl status {unit}")));
                     }
                 }
+                () = given_up.cancelled() => return Err(Error::GivenUp { process: process.key.clone() }),
+                () = &mut init_is_gone => return Err(Error::InitGone { key: entry.key.clone() }),
+                () = &mut too_long => return Err(Error::StartTimedOut { unit: unit.to_string(), limit }),
             }
         }
     }
@@ -326,7 +355,8 @@ impl Shim {
     }
 
     /// Removes an exec that does not run. Returns the process that it was, and how it ended; nothing
-    /// of both for one that never ran.
+    /// of both for one that never ran. One that is being started is given up: its client has gone away, as a probe
+    /// does after its timeout, and the start may hang in the container.
     ///
     /// # Errors
     /// It runs, or something can't be taken away; it can be called again then.
@@ -336,6 +366,24 @@ impl Shim {
         id: &ExecId,
     ) -> Result<Deleted, Error> {
         let (entry, process) = self.process(key)?;
+        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
+        if let Some(ExecPhase::Added | ExecPhase::Starting { .. }) = phase {
+            process.live().given_up.cancel();
+        }
+        let deleted = self.delete_idle_exec(&entry, &process, key, id).await;
+        if deleted.is_err() {
+            process.live().given_up = CancellationToken::new();
+        }
+        deleted
+    }
+
+    async fn delete_idle_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        key: &ProcessKey,
+        id: &ExecId,
+    ) -> Result<Deleted, Error> {
         let _verb = process.verb.lock().await;
         // Another Delete may have been first.
         self.process(key)?;
@@ -345,8 +393,8 @@ impl Shim {
             return Err(Error::NotDeletable { phase: "running" });
         }
         fault::point(Point::ExecDeleteBegun);
-        drain(&process).await;
-        let troubles = self.remove_exec(&entry, &process, id).await;
+        drain(process).await;
+        let troubles = self.remove_exec(entry, process, id).await;
         if !troubles.is_empty() {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
         }
@@ -354,11 +402,11 @@ impl Shim {
         let deleted = Deleted { pid: phase.pid().unwrap_or_default(), exit: phase.exit() };
         self.answers.keep(key, deleted)?;
         fault::point(Point::ExecDeleteKept);
-        self.change(&entry, |task| {
+        self.change(entry, |task| {
             task.execs.remove(id);
             Ok(Vec::new())
         })?;
-        self.registry.remove_exec(&entry, id);
+        self.registry.remove_exec(entry, id);
         fault::point(Point::ExecDeleteForgotten);
         Ok(deleted)
     }

@@ -33,10 +33,12 @@ use std::time::{Instant, SystemTime};
 
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::{Watch, Watched};
+use crate::config;
 use crate::id::{ProcessKey, TaskKey};
 use crate::oci::sealed::{self, Copies};
 use crate::session::Session;
@@ -44,6 +46,7 @@ use crate::stdio::rate::RateLimit;
 use crate::store::Store;
 use crate::store::answers::{Answers, Deleted};
 use crate::suspect;
+use crate::sys;
 use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
 use crate::task::registry::Registry;
@@ -95,6 +98,8 @@ pub struct Live {
     journal_limit: Arc<RateLimit>,
     /// Told when the unit ends while it is being started.
     attempt_ended: Arc<Notify>,
+    /// Cancelled when a Create or a Start that is under way is not wanted any more.
+    given_up: CancellationToken,
     /// The unit of an exec that has ended is being removed.
     removal: Option<JoinHandle<Result<(), Error>>>,
     /// Its cgroup is watched.
@@ -214,6 +219,17 @@ impl Shim {
         Ok(place.map(|place| format!("{SEALED_RUNTIME}={place}")).into_iter().collect())
     }
 
+    /// Resolves when a task's init process has ended, and what the OCI runtime does for it had its time to end as
+    /// well. Never, if the process can't be watched: whoever waits has a limit besides.
+    async fn init_is_gone(entry: &Entry) {
+        let held = entry.init.live().process.as_ref().and_then(|process| process.try_clone().ok());
+        let ended = async { sys::ended(held.ok_or(std::io::ErrorKind::NotFound)?).await };
+        if ended.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(config::AFTER_INIT_LIMIT).await;
+    }
+
     /// A process is about to be moved between cgroups; see [`cgroup::warm_up`].
     fn warm_up(&self) {
         if self.warming.swap(true, Ordering::Relaxed) {
@@ -234,6 +250,7 @@ impl Shim {
         loop {
             ticks.tick().await;
             self.copies.sweep();
+            create::sweep_launch_cgroups();
         }
     }
 }

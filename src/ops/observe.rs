@@ -357,7 +357,9 @@ impl Shim {
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
-        cli.settled().await;
+        if let Err(error) = cli.settled("start").await {
+            tracing::error!(task = %task.key, %error, "task {}: its start was cut off, and does not end: {error}", task.key);
+        }
         // A `runc start` that was cut off may have let init go, and not said so: starting it again
         // would wait for its end.
         let program = task.init.pid().and_then(program_of);

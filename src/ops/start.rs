@@ -8,7 +8,8 @@ use crate::id::{ProcessKey, TaskKey};
 use crate::oci::runtime;
 use crate::task::phase::{Event, Refusal};
 
-use super::{Attempt, Error, Shim};
+use super::kill::kill_all;
+use super::{Attempt, Error, Shim, blocking};
 
 impl Shim {
     /// Starts a process; returns it.
@@ -38,7 +39,15 @@ impl Shim {
         fault::point(Point::StartRecorded);
         let dir = self.store.dir(key);
         let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
-        let started = cli.start().await;
+        let started = tokio::select! {
+            started = cli.start() => started.map_err(Error::from),
+            () = Self::init_is_gone(&entry) => Err(Error::InitGone { key: key.clone() }),
+        };
+        if started.is_err() && !cli.waits_for_start() {
+            // It has been let go, and nobody says so: it ends, as runc has it end when a poststart hook fails.
+            let task = task.clone();
+            blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await??;
+        }
         fault::point(Point::StartDone);
         let event = if started.is_ok() { Event::Started } else { Event::StartFailed };
         self.note_event(&entry, event)?;

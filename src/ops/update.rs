@@ -48,7 +48,10 @@ impl Shim {
         let dir = self.store.dir(key);
         let path = self.store.write_aside(key, RESOURCES, &resources)?;
         let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
-        let updated = cli.update(&path).await;
+        let updated = tokio::select! {
+            updated = cli.update(&path) => updated.map_err(Error::from),
+            () = Self::init_is_gone(&entry) => Err(Error::InitGone { key: key.clone() }),
+        };
         fault::point(Point::UpdateDone);
         let after = read(&cgroup).await?;
         // The OCI runtime sets all that it knows, also what an administrator has changed since.
@@ -63,7 +66,7 @@ impl Shim {
         fault::point(Point::UpdateShown);
         self.note_limits(&entry, limits)?;
         self.store.remove_aside(key, &[RESOURCES, BEFORE])?;
-        Ok(updated?)
+        updated
     }
 
     /// The limits that a container has before an Update; of one that was cut off, those before its first try.

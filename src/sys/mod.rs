@@ -1,7 +1,9 @@
 //! Descriptors of processes, sockets and terminals, by calls that nix lacks; the only `unsafe` of the project is
 //! for what rustix lacks too.
 
+pub mod child;
 pub mod crash;
+pub mod tree;
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
@@ -89,6 +91,14 @@ pub fn die_by(signal: i32) {
         libc::signal(signal, libc::SIG_DFL);
         libc::raise(signal);
     }
+}
+
+/// Resolves when a process has ended.
+///
+/// # Errors
+/// The kernel can't watch it.
+pub async fn ended(process: OwnedFd) -> std::io::Result<()> {
+    watch(process)?.readable().await.map(drop)
 }
 
 /// Has the async runtime watch a descriptor. It should be set not to block.

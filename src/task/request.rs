@@ -1,8 +1,11 @@
 //! What a client asks for at Create, after checking: plain data, as the record keeps it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use crate::config;
 
 /// A Create request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +84,25 @@ pub struct Runtime {
     pub cgroup: Option<PathBuf>,
     /// What becomes of its processes' output.
     pub log: Log,
+    /// How long one of its commands may take, in seconds; 0 for the default.
+    #[serde(default)]
+    pub limit_sec: u32,
+}
+
+impl Runtime {
+    /// How long a command may take, other than `create`.
+    pub fn limit(&self) -> Duration {
+        self.limit_or(config::RUNTIME_LIMIT)
+    }
+
+    /// How long `create` may take, with the mounts before it.
+    pub fn create_limit(&self) -> Duration {
+        self.limit_or(config::CREATE_LIMIT)
+    }
+
+    fn limit_or(&self, default: Duration) -> Duration {
+        if self.limit_sec == 0 { default } else { Duration::from_secs(self.limit_sec.into()) }
+    }
 }
 
 /// Who asks for a property of a container's unit.

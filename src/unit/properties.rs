@@ -87,12 +87,13 @@ pub struct Shown<'a> {
 ///
 /// `Type=forking`: the OCI runtime leaves the container's init behind, its pid is in `pid_file`, and
 /// systemd takes it for the main process. `RemainAfterExit` and `CollectMode=inactive` keep the exit
-/// readable until the unit is stopped or reset.
+/// readable until the unit is stopped or reset. After `start_limit` systemd ends what has not come up.
 pub fn container(
     shown: &Shown<'_>,
     command: &[String],
     environment: &[String],
     pid_file: &Path,
+    start_limit: Duration,
     notify: bool,
 ) -> Properties {
     let mut list = shown_as(shown);
@@ -111,7 +112,7 @@ pub fn container(
         ("CollectMode", "inactive".into()),
         ("Delegate", true.into()),
         ("KillMode", "mixed".into()),
-        ("TimeoutStartUSec", INFINITY.into()),
+        ("TimeoutStartUSec", usec(start_limit).into()),
         ("TimeoutStopUSec", usec(config::STOP_LIMIT).into()),
         ("OOMPolicy", "continue".into()),
         ("TasksMax", INFINITY.into()),
@@ -365,7 +366,8 @@ mod tests {
             slice: &slice,
         };
         let command = ["/bin/shim".to_owned(), "launch".to_owned(), "$HOME".to_owned()];
-        container(&shown, &command, &[], Path::new("/run/x/init.pid"), false).as_text()
+        container(&shown, &command, &[], Path::new("/run/x/init.pid"), Duration::from_secs(600), false)
+            .as_text()
     }
 
     #[test]

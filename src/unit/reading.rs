@@ -116,6 +116,12 @@ impl Manager {
         })
     }
 
+    /// A service did not come up, as it took longer than `TimeoutStartSec=`. False if systemd can't be asked.
+    pub async fn has_timed_out(&self, unit: &UnitName) -> bool {
+        let result = self.property::<String>(unit, SERVICE_INTERFACE, "Result").await;
+        matches!(result, Ok(Some(result)) if result == "timeout")
+    }
+
     /// The main process of a loaded service; nothing if it is not loaded.
     ///
     /// # Errors

@@ -137,6 +137,9 @@ pub trait Systemd: Send + Sync {
     /// systemd can't be asked.
     async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error>;
 
+    /// True if a service did not come up within `TimeoutStartSec=`. False if systemd can't be asked.
+    async fn has_timed_out(&self, unit: &UnitName) -> bool;
+
     /// How far a unit has been started.
     ///
     /// # Errors
@@ -252,6 +255,10 @@ impl Systemd for Manager {
 
     async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
         Self::active_state(self, unit).await
+    }
+
+    async fn has_timed_out(&self, unit: &UnitName) -> bool {
+        Self::has_timed_out(self, unit).await
     }
 
     async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {

@@ -83,11 +83,9 @@ fn cgroups() -> BTreeSet<String> {
         if ["system.slice", "user.slice", "init.scope"].contains(&name.as_ref()) {
             continue;
         }
-        // The OCI runtime works in this cgroup, and the daemon keeps it.
-        if path.ends_with(format!("{}/launch", systemd::DAEMON_SERVICE)) {
-            continue;
-        }
-        if !name.ends_with(".slice") {
+        // The daemon keeps the one below which the OCI runtime works, a cgroup for each create.
+        let is_kept = path.ends_with(format!("{}/launch", systemd::DAEMON_SERVICE));
+        if !name.ends_with(".slice") && !is_kept {
             found.insert(path.to_string_lossy().into_owned());
         }
         queue.extend(systemd::directories(&path));

@@ -55,6 +55,7 @@ mod exec_streams;
 mod exec_units;
 mod exhaustion;
 mod freezer;
+mod hangs;
 mod ids;
 mod leaks;
 mod lifecycle;

@@ -1,0 +1,121 @@
+//! Runs a command with a time limit, and leaves nothing of one that does not end.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::sys;
+
+use super::say;
+
+/// How long what a command has started may take to end after SIGKILL.
+const DEATH_LIMIT: Duration = Duration::from_secs(5);
+
+/// How a command ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// By itself.
+    Exited(ExitStatus),
+    /// It was killed, with all that it had started: it took too long.
+    TimedOut,
+    /// It was killed, with all that it had started: this process was told to end (SIGTERM).
+    Terminated,
+}
+
+/// Runs a command to its end. This process must be a subreaper, or what cuts itself off from the command outlives it.
+///
+/// # Errors
+/// The command can't be run.
+pub(super) fn run(command: &mut Command, limit: Duration) -> io::Result<End> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    // From here on SIGTERM waits until there is somebody to kill.
+    signals.thread_block()?;
+    let ended = spawn(command).and_then(|child| wait(child, &signals, limit));
+    signals.thread_unblock()?;
+    ended
+}
+
+fn spawn(command: &mut Command) -> io::Result<Child> {
+    sys::child::takes_all_signals(command);
+    command.spawn()
+}
+
+fn wait(mut child: Child, signals: &SigSet, limit: Duration) -> io::Result<End> {
+    let watched = sys::pidfd_open(child.id()).map_err(io::Error::from);
+    let first = watched.and_then(|process| Ok(first_of(&process, signals, limit)?));
+    match first {
+        Ok(First::Ended) => Ok(End::Exited(child.wait()?)),
+        Ok(First::Limit) => Ok(kill(End::TimedOut)),
+        Ok(First::Signal) => Ok(kill(End::Terminated)),
+        Err(error) => {
+            kill(End::Terminated);
+            Err(error)
+        }
+    }
+}
+
+fn kill(end: End) -> End {
+    kill_all();
+    end
+}
+
+/// Kills all that this process, a subreaper, has started, and what that has started.
+pub(super) fn kill_all() {
+    if !sys::tree::kill_own_descendants(DEATH_LIMIT) {
+        say("a process of the OCI runtime does not end, although it was killed: it sleeps in the kernel\n");
+    }
+}
+
+/// What comes first.
+enum First {
+    Ended,
+    Signal,
+    Limit,
+}
+
+fn first_of(process: &OwnedFd, signals: &SigSet, limit: Duration) -> Result<First, Errno> {
+    let told = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let end = Instant::now() + limit;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut fds =
+            [PollFd::new(process.as_fd(), PollFlags::POLLIN), PollFd::new(told.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Err(Errno::EINTR) => continue,
+            polled => polled?,
+        };
+        match fds.map(|fd| fd.any().unwrap_or(false)) {
+            [true, _] => return Ok(First::Ended),
+            [_, true] => return Ok(First::Signal),
+            _ if Instant::now() >= end => return Ok(First::Limit),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn a_command_that_ends_says_how() {
+        let ended = run(Command::new("sh").args(["-c", "exit 7"]), Duration::from_secs(60)).unwrap();
+        assert!(matches!(ended, End::Exited(status) if status.code() == Some(7)), "{ended:?}");
+        let killed = run(Command::new("sh").args(["-c", "kill -TERM $$"]), Duration::from_secs(60)).unwrap();
+        assert!(matches!(killed, End::Exited(status) if status.signal() == Some(15)), "{killed:?}");
+    }
+
+    #[test]
+    fn a_command_that_is_not_there_is_an_error() {
+        assert!(run(&mut Command::new("/no/such/command"), Duration::from_secs(60)).is_err());
+    }
+}

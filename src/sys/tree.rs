@@ -1,0 +1,148 @@
+//! Trees of processes: who descends from whom, and the end of all of them.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{pidfd_open, pidfd_send_signal};
+
+const SIGKILL: u32 = nix::libc::SIGKILL as u32;
+
+/// A process as /proc/PID/stat shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stat {
+    pid: u32,
+    parent: u32,
+    /// It has ended, and its parent has not asked for it.
+    is_dead: bool,
+    /// When it started, in ticks since the boot: with the pid it names one process for ever.
+    started: u64,
+}
+
+impl Stat {
+    /// The fields follow the command's name, which is in parentheses and may contain any byte (proc_pid_stat(5)).
+    fn parse(text: &str) -> Option<Self> {
+        let (pid, rest) = text.split_once(' ')?;
+        let (_, fields) = rest.rsplit_once(')')?;
+        let fields: Vec<&str> = fields.split_whitespace().collect();
+        Some(Self {
+            pid: pid.parse().ok()?,
+            parent: fields.get(1)?.parse().ok()?,
+            is_dead: matches!(*fields.first()?, "Z" | "X"),
+            started: fields.get(19)?.parse().ok()?,
+        })
+    }
+
+    fn read(pid: u32) -> Option<Self> {
+        Self::parse(&String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/stat")).ok()?))
+    }
+
+    /// Kills it, if its number is still its own; returns a descriptor that tells when it has ended.
+    fn kill(self) -> Option<OwnedFd> {
+        let process = pidfd_open(self.pid).ok()?;
+        let is_same = Self::read(self.pid).is_some_and(|now| now.started == self.started);
+        (is_same && pidfd_send_signal(&process, SIGKILL).is_ok()).then_some(process)
+    }
+}
+
+fn all() -> Vec<Stat> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(Stat::read).collect()
+}
+
+/// The living descendants of a process: parents before their children.
+fn descendants(root: u32, all: &[Stat]) -> Vec<Stat> {
+    let mut children: HashMap<u32, Vec<Stat>> = HashMap::new();
+    for process in all {
+        children.entry(process.parent).or_default().push(*process);
+    }
+    let mut found = Vec::new();
+    let mut parents = vec![root];
+    while let Some(parent) = parents.pop() {
+        // Each is taken out: what was read while processes came and went might have a circle.
+        for child in children.remove(&parent).unwrap_or_default() {
+            parents.push(child.pid);
+            found.push(child);
+        }
+    }
+    found.retain(|process| !process.is_dead && process.pid != root);
+    found
+}
+
+/// Kills a process of this one's, and all that descends from it. What has cut itself off (a daemon that a hook has
+/// started) is not found.
+pub fn kill(root: u32) {
+    let all = all();
+    let root_too = all.iter().copied().filter(|process| process.pid == root && !process.is_dead);
+    // The parent first: it could start others.
+    root_too.chain(descendants(root, &all)).for_each(|process| drop(process.kill()));
+}
+
+/// Kills all descendants of this process, and waits until they have ended. With a subreaper for this process nothing
+/// cuts itself off. False if some have not ended in time: in uninterruptible sleep, say.
+pub fn kill_own_descendants(limit: Duration) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        let found = descendants(std::process::id(), &all());
+        if found.is_empty() {
+            return true;
+        }
+        let ending: Vec<OwnedFd> = found.into_iter().filter_map(Stat::kill).collect();
+        for process in &ending {
+            let left = end.saturating_duration_since(Instant::now());
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            // An interruption only makes for another look.
+            let _ = poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], left);
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn a_command_name_may_contain_anything() {
+        let fields = "S 7 1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 1 2";
+        let stat = Stat::parse(&format!("42 (a) R 1 (b) {fields}")).unwrap();
+        assert_eq!(stat, Stat { pid: 42, parent: 7, is_dead: false, started: 4711 });
+        assert_eq!(Stat::parse("42 (a"), None);
+    }
+
+    #[test]
+    fn descendants_are_found_at_any_depth_also_where_parents_form_a_circle() {
+        let process = |pid, parent| Stat { pid, parent, is_dead: false, started: 0 };
+        let all = [process(2, 1), process(3, 2), process(4, 3), process(9, 1), process(1, 4)];
+        let mut found: Vec<u32> = descendants(2, &all).into_iter().map(|process| process.pid).collect();
+        found.sort_unstable();
+        assert_eq!(found, [1, 3, 4, 9]);
+    }
+
+    #[test]
+    fn a_tree_is_killed_with_its_root() {
+        let mut root = Command::new("sh")
+            .args(["-c", "sh -c 'sleep 1000 & echo; wait' & wait"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0];
+        std::io::Read::read_exact(root.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        let below = descendants(root.id(), &all());
+        assert_eq!(below.len(), 2);
+        let watched: Vec<OwnedFd> = below.iter().map(|process| pidfd_open(process.pid).unwrap()).collect();
+        kill(root.id());
+        assert!(!root.wait().unwrap().success());
+        for process in watched {
+            let limit = PollTimeout::try_from(Duration::from_secs(10)).unwrap();
+            assert_eq!(poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit), Ok(1));
+        }
+    }
+}

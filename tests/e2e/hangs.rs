@@ -1,0 +1,346 @@
+//! OCI runtimes that hang, by themselves or by a trick of the container: each command has a limit, what is hung can be
+//! given up before, and nothing of it stays.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use containerd_client::tonic::{Code, Status};
+use prost_types::Any;
+
+use crate::common::container::Container;
+use crate::common::exec::Exec;
+use crate::common::leaks::{self, Traces};
+use crate::common::node::Node;
+use crate::common::spec::Spec;
+use crate::common::stdio::Scratch;
+use crate::common::systemd::{self, unit_of, unit_of_exec};
+use crate::common::task::{Io, SIGKILL};
+use crate::common::{daemon, process, wait};
+use crate::options::GenericOptions;
+
+/// Makes every `runc exec` hang: it opens the container's /etc/passwd.
+const TRAP: &str = "mkdir -p /etc; rm -f /etc/passwd; mkfifo /etc/passwd; exec sleep 1000";
+
+/// "At once" is much less than any limit.
+const AT_ONCE: Duration = Duration::from_secs(10);
+
+/// A runtime that hangs in some command for as long as a file is there. It ignores what asks it to end, and so does a
+/// child of it in a session of its own.
+struct Hanging {
+    scratch: Scratch,
+}
+
+impl Hanging {
+    fn at(verb: &str) -> Hanging {
+        let scratch = Scratch::new("hangs");
+        let (trap, mark) = (scratch.text("trap"), scratch.text("mark"));
+        let script = format!(
+            "#!/bin/sh\ncase \" $* \" in *' {verb} '*) if [ -e {trap} ]; then\n\
+             trap '' TERM INT HUP\nsetsid tail -f {mark} &\ntouch {hung}\ntail -f {mark}\nfi;; esac\nexec runc \"$@\"\n",
+            hung = scratch.text("hung")
+        );
+        fs::write(scratch.join("runtime.sh"), script).expect("write the runtime");
+        fs::set_permissions(scratch.join("runtime.sh"), fs::Permissions::from_mode(0o755))
+            .expect("make it executable");
+        fs::write(scratch.join("mark"), "").expect("make the mark");
+        fs::write(scratch.join("trap"), "").expect("set the trap");
+        Hanging { scratch }
+    }
+
+    /// Runtime options that name it, and give its commands so many seconds (0: the default).
+    fn options(&self, seconds: u32) -> Any {
+        options(&format!("BinaryName = {:?}\nRuntimeTimeoutSec = {seconds}", self.scratch.text("runtime.sh")))
+    }
+
+    fn hung(&self) -> PathBuf {
+        self.scratch.join("hung")
+    }
+
+    fn until_it_hangs(&self) {
+        wait::until_true("the runtime hangs", || self.hung().exists());
+    }
+
+    fn stop_hanging(&self) {
+        fs::remove_file(self.scratch.join("trap")).expect("remove the trap");
+    }
+
+    /// Nothing runs any more of what hung.
+    fn assert_gone(&self) {
+        assert!(self.hung().exists(), "it did hang");
+        let mark = self.scratch.text("mark");
+        wait::until_true("all of the runtime is gone", || process::with_command_line(&mark).is_empty());
+    }
+}
+
+fn options(body: &str) -> Any {
+    GenericOptions { config_body: body.to_string(), ..Default::default() }.to_any()
+}
+
+fn trapped<'n>(node: &'n Node, seconds: u32) -> Container<'n> {
+    let options = options(&format!("RuntimeTimeoutSec = {seconds}"));
+    let container = node.container("trap", Spec::sh(TRAP)).options(options).started(&Io::default());
+    // What is made for the first exec, and stays.
+    container.exec(Spec::sleeping()).id("first").added(&Io::default()).delete().expect("delete");
+    wait::until_true("the trap is set", || {
+        fs::metadata(format!("/proc/{}/root/etc/passwd", container.pid()))
+            .is_ok_and(|found| std::os::unix::fs::FileTypeExt::is_fifo(&found.file_type()))
+            && fs::read_to_string(format!("/proc/{}/comm", container.pid()))
+                .is_ok_and(|name| name == "sleep\n")
+    });
+    container
+}
+
+/// Runs `act` while the exec's start hangs in the container; returns what became of the start.
+fn while_it_hangs(container: &Container, exec: &Exec, act: impl FnOnce()) -> Result<u32, Status> {
+    thread::scope(|scope| {
+        let started = scope.spawn(|| exec.start());
+        wait::until_true("the exec hangs in the container", || {
+            container.pids().is_ok_and(|pids| pids.iter().any(|pid| waits_for_a_writer(*pid)))
+        });
+        act();
+        started.join().expect("the start does not panic")
+    })
+}
+
+/// It is in the kernel's `open` of a FIFO.
+fn waits_for_a_writer(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    threads
+        .filter_map(|thread| fs::read_to_string(thread.path().join("wchan")).ok())
+        .any(|at| at == "wait_for_partner")
+}
+
+/// After it the daemon has everything that it makes for its first container.
+fn warm_up(node: &Node) {
+    node.container("first", Spec::sleeping()).created(&Io::default()).delete().expect("delete");
+}
+
+#[test]
+fn an_exec_that_its_container_makes_hang_is_deleted_at_once_and_leaves_nothing() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = trapped(&node, 0);
+    let before = Traces::take();
+    for round in 0..3 {
+        let exec = container.exec(Spec::sleeping()).id("probe").added(&Io::default());
+        let refusal = while_it_hangs(&container, &exec, || {
+            let begun = Instant::now();
+            exec.delete().expect("delete of an exec that is being started");
+            assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+        });
+        let refusal = refusal.expect_err("a start that hung");
+        assert!(refusal.message().contains("was deleted before it had started"), "round {round}: {refusal}");
+        assert_eq!(container.pids().expect("pids"), [container.pid()], "round {round}");
+    }
+    leaks::assert_none("execs that hang and are deleted", &before);
+}
+
+#[test]
+fn an_exec_that_hangs_fails_after_its_limit_and_can_be_tried_again() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = trapped(&node, 2);
+    let before = Traces::take();
+    let exec = container.exec(Spec::sleeping()).added(&Io::default());
+    let refusal = while_it_hangs(&container, &exec, || {}).expect_err("a start that hangs");
+    assert!(
+        refusal.message().contains("OCI runtime exec failed") && refusal.message().contains("after 2 s"),
+        "{refusal}"
+    );
+    assert_eq!(container.pids().expect("pids"), [container.pid()]);
+    fs::remove_file(format!("/proc/{}/root/etc/passwd", container.pid())).expect("remove the trap");
+    exec.start().expect("a second start");
+    exec.kill(SIGKILL).expect("kill");
+    assert_eq!(exec.exit_status(), 137);
+    exec.delete().expect("delete");
+    leaks::assert_none("an exec that hung", &before);
+}
+
+#[test]
+fn the_end_of_init_ends_an_exec_that_hangs() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let runtime = Hanging::at("exec");
+    warm_up(&node);
+    let before = Traces::take();
+    // In the container, where it dies with init; and outside.
+    let inside = trapped(&node, 0);
+    let exec = inside.exec(Spec::sleeping()).added(&Io::default());
+    // runc takes a process that is killed before it is what it should be for one that has run.
+    let _ = while_it_hangs(&inside, &exec, || inside.kill(SIGKILL).expect("kill"));
+    assert_eq!(inside.exit_status(), 137);
+    inside.delete().expect("delete");
+    let spec = Spec::sleeping();
+    let outside = node.container("outside", spec).options(runtime.options(0)).started(&Io::default());
+    let exec = outside.exec(Spec::sleeping()).added(&Io::default());
+    thread::scope(|scope| {
+        let started = scope.spawn(|| exec.start());
+        runtime.until_it_hangs();
+        outside.kill(SIGKILL).expect("kill");
+        started.join().expect("no panic").expect_err("a start in a container that has ended");
+    });
+    assert_eq!(outside.exit_status(), 137);
+    outside.delete().expect("delete");
+    runtime.assert_gone();
+    drop((inside, outside));
+    leaks::assert_none("execs that hung when their containers ended", &before);
+}
+
+#[test]
+fn an_exec_that_hangs_while_the_daemon_is_killed_can_be_deleted() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = trapped(&node, 0);
+    let before = Traces::take();
+    let exec = container.exec(Spec::sleeping()).added(&Io::default());
+    while_it_hangs(&container, &exec, || {
+        daemon::killed();
+        let begun = Instant::now();
+        exec.delete().expect("delete");
+        assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+    })
+    .expect_err("a start that hung");
+    assert_eq!(container.pids().expect("pids"), [container.pid()]);
+    leaks::assert_none("an exec that hung when the daemon was killed", &before);
+}
+
+#[test]
+fn stopping_the_unit_of_an_exec_that_hangs_ends_all_of_it() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = trapped(&node, 0);
+    let before = Traces::take();
+    let exec = container.exec(Spec::sleeping()).added(&Io::default());
+    while_it_hangs(&container, &exec, || {
+        process::succeed("systemctl", &["stop", &unit_of_exec(&container, &exec)]);
+    })
+    .expect_err("a start whose unit was stopped");
+    assert_eq!(container.pids().expect("pids"), [container.pid()]);
+    exec.delete().expect("delete");
+    leaks::assert_none("an exec whose unit was stopped", &before);
+}
+
+#[test]
+fn a_create_that_hangs_fails_after_its_limit_and_leaves_nothing() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let runtime = Hanging::at("create");
+    warm_up(&node);
+    let before = Traces::take();
+    let container = node.container("hung", Spec::sleeping()).options(runtime.options(2)).make();
+    let refusal = container.create(&Io::default()).expect_err("a create that hangs");
+    assert!(refusal.message().contains("had not come up in time"), "{refusal}");
+    runtime.assert_gone();
+    runtime.stop_hanging();
+    container.create(&Io::default()).expect("the id can be used again");
+    container.delete().expect("delete");
+    drop(container);
+    leaks::assert_none("a create that hung", &before);
+}
+
+#[test]
+fn a_hook_that_hangs_fails_the_create_after_its_limit() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let scratch = Scratch::new("hook");
+    let hook = scratch.join("hook.sh");
+    fs::write(&hook, format!("#!/bin/sh\nsetsid tail -f {0} &\ntail -f {0}\n", scratch.text("hook.sh")))
+        .expect("write a hook");
+    fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).expect("make it executable");
+    warm_up(&node);
+    let before = Traces::take();
+    let spec = Spec::sleeping().hook("createRuntime", &scratch.text("hook.sh"));
+    let container = node.container("hook", spec).options(options("RuntimeTimeoutSec = 2")).make();
+    container.create(&Io::default()).expect_err("a hook that hangs");
+    let mark = scratch.text("hook.sh");
+    wait::until_true("the hook is gone", || process::with_command_line(&mark).is_empty());
+    drop(container);
+    leaks::assert_none("a hook that hung", &before);
+}
+
+#[test]
+fn a_start_that_hangs_fails_after_its_limit_and_can_be_tried_again() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let runtime = Hanging::at("start");
+    let container =
+        node.container("hung", Spec::sleeping()).options(runtime.options(2)).created(&Io::default());
+    let refusal = container.start().expect_err("a start that hangs");
+    assert_eq!(refusal.code(), Code::DeadlineExceeded, "{refusal}");
+    assert!(refusal.message().contains("OCI runtime start failed"), "{refusal}");
+    runtime.assert_gone();
+    runtime.stop_hanging();
+    container.start().expect("a second start");
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+}
+
+#[test]
+fn a_start_that_hangs_ends_soon_after_init() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let runtime = Hanging::at("start");
+    let container =
+        node.container("hung", Spec::sleeping()).options(runtime.options(0)).created(&Io::default());
+    thread::scope(|scope| {
+        let started = scope.spawn(|| container.start());
+        runtime.until_it_hangs();
+        container.kill(SIGKILL).expect("kill");
+        started.join().expect("no panic").expect_err("a start of what has ended");
+    });
+    runtime.assert_gone();
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn a_delete_that_hangs_is_done_without_the_runtime_after_its_limit() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let runtime = Hanging::at("delete");
+    warm_up(&node);
+    let before = Traces::take();
+    let container =
+        node.container("hung", Spec::sleeping()).options(runtime.options(2)).started(&Io::default());
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+    runtime.assert_gone();
+    drop(container);
+    leaks::assert_none("a delete that hung", &before);
+}
+
+#[test]
+fn deletes_that_hang_hold_no_thread_of_the_daemon() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let runtime = Hanging::at("delete");
+    let threads = || {
+        let daemon = systemd::main_pid(systemd::DAEMON_SERVICE);
+        fs::read_dir(format!("/proc/{daemon}/task")).map_or(0, Iterator::count)
+    };
+    let containers: Vec<_> = (0..12)
+        .map(|_| node.container("hung", Spec::sleeping()).options(runtime.options(4)).started(&Io::default()))
+        .collect();
+    for container in &containers {
+        container.kill(SIGKILL).expect("kill");
+        assert_eq!(container.exit_status(), 137);
+    }
+    // Fewer than the calls that hang.
+    let few = containers.len() - 1;
+    wait::until_true("the threads for what was before are gone", || threads() <= few);
+    thread::scope(|scope| {
+        let deletes: Vec<_> = containers.iter().map(|container| scope.spawn(|| container.delete())).collect();
+        runtime.until_it_hangs();
+        assert_eq!(systemd::property(&unit_of(&containers[0]), "ActiveState"), "failed");
+        wait::until_true("the daemon has few threads", || threads() <= few);
+        assert!(deletes.iter().any(|delete| !delete.is_finished()), "they hang meanwhile");
+        for delete in deletes {
+            delete.join().expect("no panic").expect("delete");
+        }
+    });
+    runtime.assert_gone();
+}
