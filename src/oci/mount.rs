@@ -5,12 +5,15 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::Mode;
 
 use crate::task::request::Mount;
 
@@ -46,6 +49,16 @@ pub enum Error {
         /// As given.
         target: String,
     },
+    /// `target` is not there.
+    #[error("failed to mount rootfs component: target {target:?} in {rootfs}: {errno}")]
+    NoTarget {
+        /// As given.
+        target: String,
+        /// Where.
+        rootfs: PathBuf,
+        /// Why not.
+        errno: io::Error,
+    },
     /// The options don't fit into a page, also with short names.
     #[error("failed to mount rootfs component: mount options of {length} bytes are too long")]
     TooLong {
@@ -71,7 +84,7 @@ pub enum Error {
         errno: Errno,
     },
     /// The list of mounts can't be read.
-    #[error("failed rootfs umount: read /proc/self/mountinfo: {0}")]
+    #[error("failed rootfs umount: read /proc/thread-self/mountinfo: {0}")]
     Mountinfo(#[source] io::Error),
 }
 
@@ -81,7 +94,7 @@ pub enum Error {
 /// The first mount that failed.
 pub fn mount_all(rootfs: &Path, mounts: &[Mount]) -> Result<(), Error> {
     for item in mounts {
-        let mounted = target(rootfs, &item.target).and_then(|target| mount_one(item, &target));
+        let mounted = mount_one(item, rootfs);
         if let Err(error) = mounted {
             // The first error is the one to report.
             let _ = unmount_all(rootfs);
@@ -91,31 +104,31 @@ pub fn mount_all(rootfs: &Path, mounts: &[Mount]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Unmounts `path` and everything below it in this process's mount namespace, deepest first. Symlinks may lead to
+/// Unmounts `path` and everything below it in this process's mount namespace. Symlinks may lead to
 /// it, as in `/var/run`; itself it is none.
+///
+/// What is mounted below a mount goes with it. Only where `path` itself is not a mountpoint the paths below it are
+/// looked up, and then without following a symlink: a container may own the directories in between.
 ///
 /// # Errors
 /// A mount that can't be taken away.
 pub fn unmount_all(path: &Path) -> Result<(), Error> {
     let path = &as_mounted(path);
-    let table = fs::read("/proc/self/mountinfo").map_err(Error::Mountinfo)?;
-    let mut mountpoints: Vec<PathBuf> = table
-        .split(|byte| *byte == b'\n')
-        .filter_map(mountpoint)
-        .filter(|point| point.starts_with(path))
-        .collect();
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |errno| Error::Unmount { path, errno }
+    };
+    // Each lies on the one before it.
+    for _ in mountpoints(path)?.iter().filter(|point| *point == path) {
+        detach(path, MntFlags::UMOUNT_NOFOLLOW).map_err(failed(path))?;
+    }
     // The table is in the order of mounting: the last one lies on top.
-    mountpoints.reverse();
-    for point in mountpoints {
-        let unmounted = match umount2(&point, MntFlags::UMOUNT_NOFOLLOW) {
-            // Something still looks at it; it goes when that does.
-            Err(Errno::EBUSY) => umount2(&point, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH),
-            result => result,
-        };
-        match unmounted {
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-            Err(errno) => return Err(Error::Unmount { path: point, errno }),
-        }
+    for point in mountpoints(path)?.iter().rev() {
+        let Ok(below) = point.strip_prefix(path) else { continue };
+        let detached =
+            open_beneath(path, below, ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS)
+                .and_then(|mounted| detach(&path_of(&mounted), MntFlags::empty()));
+        detached.map_err(failed(point))?;
     }
     Ok(())
 }
@@ -125,6 +138,34 @@ fn as_mounted(path: &Path) -> PathBuf {
     let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
     // Where nothing is, nothing is mounted.
     parent.zip(path.file_name()).map_or_else(|| path.to_owned(), |(parent, name)| parent.join(name))
+}
+
+/// The mountpoints at `path` and below it, in the order of mounting.
+fn mountpoints(path: &Path) -> Result<Vec<PathBuf>, Error> {
+    let table = fs::read("/proc/thread-self/mountinfo").map_err(Error::Mountinfo)?;
+    let points = table.split(|byte| *byte == b'\n').filter_map(mountpoint);
+    Ok(points.filter(|point| point.starts_with(path)).collect())
+}
+
+/// Takes a mount away, and all below it. What still looks at it keeps it until that is gone.
+fn detach(path: &Path, flags: MntFlags) -> Result<(), Errno> {
+    match umount2(path, flags | MntFlags::MNT_DETACH) {
+        Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        result => result,
+    }
+}
+
+/// Opens a path below a directory, for its place only.
+fn open_beneath(dir: &Path, below: &Path, resolve: ResolveFlag) -> Result<OwnedFd, Errno> {
+    let place = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let dir = open(dir, place | OFlag::O_DIRECTORY, Mode::empty())?;
+    let below = if below.as_os_str().is_empty() { Path::new(".") } else { below };
+    openat2(&dir, below, OpenHow::new().flags(place).resolve(resolve))
+}
+
+/// The path under which the kernel finds what is open, whatever becomes of its name.
+fn path_of(fd: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()))
 }
 
 /// The mountpoint of a line of mountinfo, its octal escapes resolved (proc_pid_mountinfo(5)).
@@ -141,32 +182,32 @@ fn mountpoint(line: &[u8]) -> Option<PathBuf> {
     Some(PathBuf::from(std::ffi::OsStr::from_bytes(&path)))
 }
 
-/// Joins without leaving the rootfs; a symlink on the way is refused by the check for `..` in what
-/// containerd sends and by the kernel's own lookup below a mount that containerd made.
-fn target(rootfs: &Path, target: &str) -> Result<PathBuf, Error> {
+/// Where a mount goes. Symlinks on the way are followed as in the container, whose root is the rootfs: what another
+/// container can write to may be in between.
+fn target(rootfs: &Path, target: &str) -> Result<OwnedFd, Error> {
     let relative = Path::new(target.trim_start_matches('/'));
     if relative.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
         return Err(Error::Target { target: target.to_owned() });
     }
-    let joined = if target.is_empty() { rootfs.to_owned() } else { rootfs.join(relative) };
-    let resolved = joined.canonicalize().unwrap_or_else(|_| joined.clone());
-    let real_rootfs = rootfs.canonicalize().unwrap_or_else(|_| rootfs.to_owned());
-    if !resolved.starts_with(&real_rootfs) && !resolved.starts_with(rootfs) {
-        return Err(Error::Target { target: target.to_owned() });
-    }
-    Ok(joined)
+    open_beneath(rootfs, relative, ResolveFlag::RESOLVE_IN_ROOT).map_err(|errno| Error::NoTarget {
+        target: target.to_owned(),
+        rootfs: rootfs.to_owned(),
+        errno: errno.into(),
+    })
 }
 
-fn mount_one(item: &Mount, target: &Path) -> Result<(), Error> {
-    let failed = |errno: Errno| Error::Mount {
+fn mount_one(item: &Mount, rootfs: &Path) -> Result<(), Error> {
+    let failed = |errno: io::Error| Error::Mount {
         kind: item.kind.clone(),
         source_name: item.source.clone(),
-        target: target.to_owned(),
-        errno: errno.into(),
+        target: rootfs.join(item.target.trim_start_matches('/')),
+        errno,
     };
+    let place = target(rootfs, &item.target)?;
     let Parsed { mut flags, mut data, helper } = parse(item)?;
     if helper {
-        return mount_with_helper(item, target);
+        // The helper wants a name, and finds nothing of ours in its own /proc/self.
+        return mount_with_helper(item, &fs::read_link(path_of(&place)).map_err(failed)?);
     }
     let bind = flags.contains(MsFlags::MS_BIND);
     if bind {
@@ -177,28 +218,26 @@ fn mount_one(item: &Mount, target: &Path) -> Result<(), Error> {
     let mut text = data.join(",");
     let home = if text.len() >= PAGE - 512 { shorten(&mut data) } else { None };
     if let Some(dir) = &home {
-        std::env::set_current_dir(dir).map_err(|errno| Error::Mount {
-            kind: item.kind.clone(),
-            source_name: item.source.clone(),
-            target: target.to_owned(),
-            errno,
-        })?;
+        std::env::set_current_dir(dir).map_err(failed)?;
         text = data.join(",");
     }
     if text.len() >= PAGE {
         return Err(Error::TooLong { length: text.len() });
     }
-    mount(Some(item.source.as_str()), target, Some(item.kind.as_str()), flags, Some(text.as_str()))
-        .map_err(failed)?;
+    let (source, kind) = (Some(item.source.as_str()), Some(item.kind.as_str()));
+    mount(source, &path_of(&place), kind, flags, Some(text.as_str()))
+        .map_err(|errno| failed(errno.into()))?;
     if home.is_some() {
         // The way back can't fail: "/" is always there.
         let _ = std::env::set_current_dir("/");
     }
     if remount_read_only {
         let flags = flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(|errno| {
-            let _ = umount2(target, MntFlags::MNT_DETACH);
-            failed(errno)
+        // What is mounted there now: the place itself lies below it.
+        let mounted = target(rootfs, &item.target)?;
+        mount(None::<&str>, &path_of(&mounted), None::<&str>, flags, None::<&str>).map_err(|errno| {
+            let _ = detach(&path_of(&mounted), MntFlags::empty());
+            failed(errno.into())
         })?;
     }
     Ok(())
@@ -351,12 +390,106 @@ mod tests {
         assert_eq!(data, ["lowerdir=1/fs:2/fs:30/fs", "upperdir=/s/4/fs"]);
     }
 
+    fn scratch(name: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("mount-test-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(dir.join("rootfs/inside")).unwrap();
+        dir
+    }
+
     #[test]
-    fn a_target_stays_below_the_rootfs() {
-        let rootfs = Path::new("/nowhere/rootfs");
-        assert_eq!(target(rootfs, "").unwrap(), rootfs);
-        assert_eq!(target(rootfs, "/a/b").unwrap(), rootfs.join("a/b"));
-        assert!(target(rootfs, "../x").is_err());
+    fn a_target_stays_in_the_rootfs_whatever_symlinks_are_in_it() {
+        let dir = scratch("target");
+        let rootfs = dir.join("rootfs");
+        let leads_to = |name: &str| fs::read_link(path_of(&target(&rootfs, name).unwrap())).unwrap();
+        assert_eq!(leads_to(""), rootfs);
+        assert_eq!(leads_to("/inside"), rootfs.join("inside"));
+        std::os::unix::fs::symlink("/", rootfs.join("root")).unwrap();
+        std::os::unix::fs::symlink("../../..", rootfs.join("up")).unwrap();
+        assert_eq!(leads_to("root/inside"), rootfs.join("inside"));
+        assert_eq!(leads_to("up"), rootfs);
+        std::os::unix::fs::symlink("/nowhere", rootfs.join("dangling")).unwrap();
+        assert!(matches!(target(&rootfs, "dangling"), Err(Error::NoTarget { .. })));
+        assert!(matches!(target(&rootfs, "../x"), Err(Error::Target { .. })));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    /// Runs in a thread with a mount namespace of its own; nothing where that is not allowed.
+    fn in_own_mount_namespace(work: impl FnOnce() + Send + 'static) {
+        use nix::sched::{CloneFlags, unshare};
+        let ran = std::thread::spawn(|| {
+            if unshare(CloneFlags::CLONE_NEWNS).is_err() {
+                assert!(!nix::unistd::geteuid().is_root(), "root can make a mount namespace");
+                return;
+            }
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+                .unwrap();
+            work();
+        });
+        ran.join().unwrap();
+    }
+
+    fn tmpfs(at: &Path) {
+        fs::create_dir_all(at).unwrap();
+        mount(Some("none"), at, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    }
+
+    fn points(below: &Path) -> Vec<PathBuf> {
+        mountpoints(below).unwrap()
+    }
+
+    #[test]
+    fn everything_at_and_below_a_path_is_unmounted() {
+        in_own_mount_namespace(|| {
+            let dir = scratch("all");
+            let rootfs = dir.join("rootfs");
+            for at in [rootfs.clone(), rootfs.clone(), rootfs.join("a"), rootfs.join("a/b c")] {
+                tmpfs(&at);
+            }
+            tmpfs(&dir.join("rootfs-of-another"));
+            unmount_all(&rootfs).unwrap();
+            assert_eq!(points(&dir), [dir.join("rootfs-of-another")]);
+            // Mounts below a path that is none itself.
+            for at in [rootfs.join("a"), rootfs.join("a"), rootfs.join("a/b")] {
+                tmpfs(&at);
+            }
+            unmount_all(&rootfs).unwrap();
+            assert_eq!(points(&dir), [dir.join("rootfs-of-another")]);
+        });
+    }
+
+    #[test]
+    fn a_symlink_in_place_of_a_directory_leads_to_no_other_mount() {
+        in_own_mount_namespace(|| {
+            let dir = scratch("link");
+            let (rootfs, other) = (dir.join("rootfs"), dir.join("other"));
+            tmpfs(&other.join("m"));
+            std::os::unix::fs::symlink(&other, rootfs.join("a")).unwrap();
+            let place = open_beneath(&rootfs, Path::new("a/m"), ResolveFlag::RESOLVE_NO_SYMLINKS);
+            assert_eq!(place.map(drop), Err(Errno::ELOOP));
+            unmount_all(&rootfs).unwrap();
+            assert_eq!(points(&dir), [other.join("m")]);
+        });
+    }
+
+    #[test]
+    fn a_read_only_bind_mount_is_read_only() {
+        in_own_mount_namespace(|| {
+            let dir = scratch("bind");
+            let rootfs = dir.join("rootfs");
+            let item = |target: &str, options: &[&str]| Mount {
+                kind: "bind".to_owned(),
+                source: dir.to_string_lossy().into_owned(),
+                target: target.to_owned(),
+                options: options.iter().map(|option| (*option).to_owned()).collect(),
+            };
+            mount_all(&rootfs, &[item("", &["bind"]), item("rootfs/inside", &["bind", "ro"])]).unwrap();
+            fs::write(rootfs.join("file"), "").unwrap();
+            let refused = fs::write(rootfs.join("rootfs/inside/file"), "").unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
+            unmount_all(&rootfs).unwrap();
+            assert!(points(&dir).is_empty());
+        });
     }
 
     #[test]
