@@ -17,6 +17,7 @@ mod api;
 mod cgroup;
 mod cli;
 mod config;
+mod effects;
 mod fault;
 mod id;
 mod oci;

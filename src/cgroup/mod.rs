@@ -49,6 +49,21 @@ fn error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error +
     move |source| Error { action, path, source }
 }
 
+#[cfg(not(test))]
+fn root() -> &'static Path {
+    Path::new(ROOT)
+}
+
+#[cfg(not(test))]
+fn proc_file(pid: u32) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/cgroup"))
+}
+
+#[cfg(test)]
+pub mod fake;
+#[cfg(test)]
+use fake::{proc_file, root};
+
 /// True if the unified hierarchy is mounted where systemd mounts it.
 pub fn is_unified() -> bool {
     nix::sys::statfs::statfs(ROOT)
@@ -60,7 +75,7 @@ pub fn is_unified() -> bool {
 /// # Errors
 /// It can't be read.
 pub fn controllers() -> Result<String, Error> {
-    let path = Path::new(ROOT).join("cgroup.controllers");
+    let path = root().join("cgroup.controllers");
     fs::read_to_string(&path).map_err(error("read", &path))
 }
 
@@ -74,7 +89,7 @@ pub fn has_memory() -> bool {
 /// # Errors
 /// The process is gone, or has no place in the unified hierarchy.
 pub fn of_process(pid: u32) -> Result<PathBuf, Error> {
-    of_proc_file(Path::new(&format!("/proc/{pid}/cgroup")))
+    of_proc_file(&proc_file(pid))
 }
 
 /// The cgroup of this process.
@@ -95,7 +110,7 @@ fn of_proc_file(path: &Path) -> Result<PathBuf, Error> {
 
 /// The directory of a cgroup given by its path below [`ROOT`].
 pub fn dir(cgroup: &Path) -> PathBuf {
-    Path::new(ROOT).join(cgroup.strip_prefix("/").unwrap_or(cgroup))
+    root().join(cgroup.strip_prefix("/").unwrap_or(cgroup))
 }
 
 /// Kills every process in a cgroup and below it, forks included; nothing if it is gone.

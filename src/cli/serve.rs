@@ -19,6 +19,7 @@ use crate::api::{events, task::TaskService};
 use crate::cgroup::watch::Watch;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
+use crate::oci::runtime::CommandLine;
 use crate::ops::Shim;
 use crate::ops::kept::Kept;
 use crate::store::Store;
@@ -201,7 +202,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let cgroups = Watch::new();
     let store = Store::new(config::STATE_DIR);
     let slices_of = manager.clone();
-    let (shim, outgoing) = Shim::new(store, answers, kept, cgroups, manager, program);
+    let (shim, outgoing) = Shim::new(store, answers, kept, cgroups, manager, Arc::new(CommandLine), program);
     fault::point(Point::RecoverTaken);
     shim.recover(&crashes).await.map_err(Failure::new)?;
     fault::point(Point::RecoverTasks);

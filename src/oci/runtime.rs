@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use nix::fcntl::{FcntlArg, fcntl};
 use serde::Deserialize;
 use tokio::time::timeout;
@@ -78,6 +79,47 @@ pub struct Cli<'a> {
     pub dir: &'a Path,
 }
 
+/// The seam between the daemon and the OCI runtime: the commands that the daemon itself runs. Tests put a fake in
+/// the place of [`CommandLine`].
+#[async_trait]
+pub trait OciRuntime: Send + Sync {
+    /// Lets a created container's process run. Dropped before it resolves, the command is killed.
+    ///
+    /// # Errors
+    /// [`Error`]
+    async fn start(&self, cli: &Cli<'_>) -> Result<(), Error>;
+
+    /// Gives a container other limits; `resources` is a file with OCI `LinuxResources`.
+    ///
+    /// # Errors
+    /// [`Error`]
+    async fn update(&self, cli: &Cli<'_>, resources: &Path) -> Result<(), Error>;
+
+    /// Removes what the runtime keeps of a container; no error if there is nothing.
+    ///
+    /// # Errors
+    /// [`Error`]
+    async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error>;
+}
+
+/// The OCI runtime as a program that is run for each command.
+pub struct CommandLine;
+
+#[async_trait]
+impl OciRuntime for CommandLine {
+    async fn start(&self, cli: &Cli<'_>) -> Result<(), Error> {
+        cli.start().await
+    }
+
+    async fn update(&self, cli: &Cli<'_>, resources: &Path) -> Result<(), Error> {
+        cli.update(resources).await
+    }
+
+    async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
+        cli.delete().await
+    }
+}
+
 impl Cli<'_> {
     /// `create`, for a process that becomes it; `program` is the binary or a copy of it. With a console socket the container's init gets a
     /// terminal.
@@ -112,7 +154,7 @@ impl Cli<'_> {
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn start(&self) -> Result<(), Error> {
+    async fn start(&self) -> Result<(), Error> {
         let mut command = self.command("start");
         command.arg(self.id.as_str());
         self.run("start", command).await
@@ -123,7 +165,7 @@ impl Cli<'_> {
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn update(&self, resources: &Path) -> Result<(), Error> {
+    async fn update(&self, resources: &Path) -> Result<(), Error> {
         let mut command = self.command("update");
         command.arg("--resources").arg(resources).arg(self.id.as_str());
         self.run("update", command).await
@@ -136,7 +178,7 @@ impl Cli<'_> {
     ///
     /// # Errors
     /// [`Error`]
-    pub async fn delete(&self) -> Result<(), Error> {
+    async fn delete(&self) -> Result<(), Error> {
         let mut command = self.command("delete");
         command.arg("--force").arg(self.id.as_str());
         match self.run("delete", command).await {

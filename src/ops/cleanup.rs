@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
-use crate::oci::{mount, runtime};
+use crate::oci::mount;
+use crate::oci::runtime::{self, OciRuntime};
 use crate::task::Task;
 use crate::unit::systemd::Systemd;
 
@@ -56,6 +57,7 @@ pub enum Stop {
 /// units of its execs and of their loggers, known once nothing copies output any more.
 pub async fn remove_task(
     manager: &dyn Systemd,
+    oci: &dyn OciRuntime,
     task: &Task,
     dir: &Path,
     stop: Stop,
@@ -68,7 +70,7 @@ pub async fn remove_task(
     }
     let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir };
     if cli.knows() {
-        troubles.add(cli.delete().await);
+        troubles.add(oci.delete(&cli).await);
     }
     fault::point(Point::DeleteRuntime);
     for unit in others.await {
@@ -134,7 +136,7 @@ impl Shim {
             Vec::new()
         };
         let dir = self.store.dir(&task.key);
-        let mut troubles = remove_task(&*self.manager, task, &dir, Stop::Awaited, others).await;
+        let mut troubles = remove_task(&*self.manager, &*self.oci, task, &dir, Stop::Awaited, others).await;
         troubles.join(in_execs);
         if task.request.rootfs.iter().any(mount::leaves_a_daemon) {
             self.kill_launch(&task.unit);

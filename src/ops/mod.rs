@@ -25,6 +25,13 @@ mod streams;
 mod update;
 mod wait;
 
+#[cfg(test)]
+mod crashes;
+#[cfg(test)]
+mod harness;
+#[cfg(test)]
+mod scenarios;
+
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -40,6 +47,7 @@ use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::{Watch, Watched};
 use crate::config;
 use crate::id::{ProcessKey, TaskKey};
+use crate::oci::runtime::OciRuntime;
 use crate::oci::sealed::{self, Copies};
 use crate::session::Session;
 use crate::stdio::rate::RateLimit;
@@ -128,6 +136,7 @@ pub struct Shim {
     kept: Arc<Kept>,
     registry: Registry<Live>,
     manager: Arc<dyn Systemd>,
+    oci: Arc<dyn OciRuntime>,
     /// This program, for units that run it.
     program: PathBuf,
     copies: Arc<Copies>,
@@ -158,6 +167,7 @@ impl Shim {
         kept: Kept,
         cgroups: Arc<Watch<TaskKey>>,
         manager: Arc<dyn Systemd>,
+        oci: Arc<dyn OciRuntime>,
         program: PathBuf,
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
         let (outgoing, receiver) = mpsc::unbounded_channel();
@@ -167,6 +177,7 @@ impl Shim {
             kept: Arc::new(kept),
             registry: Registry::default(),
             manager,
+            oci,
             program,
             copies: Arc::default(),
             cgroups,

@@ -14,6 +14,7 @@ use crate::id::{ExecId, UnitName};
 use crate::oci::runtime;
 use crate::store::Found;
 use crate::suspect::{Crashes, Suspect};
+use crate::task::Task;
 use crate::task::exec::{ExecEvent, ExecPhase};
 use crate::task::phase::{Event, Exit, Phase, Seen};
 use crate::unit::main_process::{Ended, MainProcess};
@@ -239,8 +240,19 @@ impl Shim {
     pub async fn recover(self: &Arc<Self>, crashes: &Arc<Crashes>) -> Result<(), Error> {
         let (store, crashes) = (self.store.clone(), crashes.clone());
         let (records, owed) = blocking(move || (store.load_all(&crashes), store.load_owed())).await?;
+        let records = records?;
+        let is_recorded = |owed: &Task| {
+            let recorded = records.iter().flatten();
+            recorded.filter(|found| found.task.key == owed.key).any(|found| found.task.init == owed.init)
+        };
         for (owing, task) in owed? {
             match task {
+                // A Delete was cut off before it removed the record, which has these events too.
+                Ok(task) if is_recorded(&task) => {
+                    if let Err(error) = owing.discard() {
+                        tracing::warn!(task = %task.key, %error, "task {}: its last events may be published twice: {error}", task.key);
+                    }
+                }
                 Ok(task) => {
                     // More than fit have been taken by an earlier version: they are published as well.
                     let _ = self.owings.begin(&task.containerd.ttrpc_address);
@@ -252,7 +264,7 @@ impl Shim {
             }
         }
         let living = self.living().await;
-        for record in records? {
+        for record in records {
             match record {
                 Ok(Found { task, is_current }) => match self.registry.insert(task) {
                     Ok((entry, verb)) => {
@@ -389,6 +401,10 @@ impl Shim {
             }
             let looked = self.look_at_exec(entry, process, id).await;
             looked.unwrap_or_else(|error| cant_look(process, &error));
+            // An earlier daemon may have ended before it removed the unit.
+            if matches!(phase, Some(ExecPhase::Stopped { .. })) {
+                self.remove_ended_exec(entry, process);
+            }
         }
     }
 }

@@ -221,6 +221,8 @@ impl Shim {
             if !last.outbox.is_empty() {
                 self.owings.end(address);
             }
+            // The task stays, and its record has these events. What is not discarded now is at the next start.
+            let _ = owed.map(|owing| owing.map(|owing| owing.discard()));
             return Err(error.into());
         }
         *task = last;

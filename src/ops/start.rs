@@ -40,7 +40,7 @@ impl Shim {
         let dir = self.store.dir(key);
         let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
         let started = tokio::select! {
-            started = cli.start() => started.map_err(Error::from),
+            started = self.oci.start(&cli) => started.map_err(Error::from),
             () = Self::init_is_gone(&entry) => Err(Error::InitGone { key: key.clone() }),
         };
         if started.is_err() && !cli.waits_for_start() {

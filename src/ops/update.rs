@@ -49,7 +49,7 @@ impl Shim {
         let path = self.store.write_aside(key, RESOURCES, &resources)?;
         let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
         let updated = tokio::select! {
-            updated = cli.update(&path) => updated.map_err(Error::from),
+            updated = self.oci.update(&cli, &path) => updated.map_err(Error::from),
             () = Self::init_is_gone(&entry) => Err(Error::InitGone { key: key.clone() }),
         };
         fault::point(Point::UpdateDone);

@@ -16,6 +16,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use crate::effects;
 use crate::id::{ExecId, Namespace, TaskKey};
 use crate::suspect::{Crashes, LIMIT, Suspect};
 use crate::task::Task;
@@ -307,11 +308,19 @@ impl Owing {
     /// # Errors
     /// [`Error::Io`]
     pub fn update(&self, task: &Task) -> Result<(), Error> {
-        if !task.outbox.is_empty() {
-            return write_owed(&self.dir, &self.name, task);
+        if task.outbox.is_empty() {
+            return self.discard();
         }
+        write_owed(&self.dir, &self.name, task)
+    }
+
+    /// Removes the file.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn discard(&self) -> Result<(), Error> {
         let path = self.dir.join(&self.name);
-        match fs::remove_file(&path) {
+        match effects::disk(&path).and_then(|()| fs::remove_file(&path)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed.map_err(io_error("remove", &path)),
         }
@@ -325,7 +334,7 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Erro
 
 /// True if there was something to remove.
 fn remove_dir(dir: &Path) -> Result<bool, Error> {
-    match fs::remove_dir_all(dir) {
+    match effects::disk(dir).and_then(|()| fs::remove_dir_all(dir)) {
         Ok(()) => Ok(true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(io_error("remove", dir)(e)),
@@ -336,6 +345,7 @@ fn make_dir(dir: &Path) -> io::Result<()> {
     // Another task's removal can take the parent away between two steps of the recursion.
     const TRIES: u32 = 5;
     let mut tries = 0;
+    effects::disk(dir)?;
     loop {
         match DirBuilder::new().recursive(true).mode(0o700).create(dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound && tries < TRIES => tries += 1,

@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
+use crate::effects;
 use crate::id::{ExecId, TaskKey};
 use crate::task::Task;
 use crate::task::exec::Exec;
@@ -268,7 +269,8 @@ pub(super) fn read_limited(path: &Path) -> Result<Option<Vec<u8>>, Error> {
 fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), Error> {
     let mut options = OpenOptions::new();
     let options = options.write(true).create(true).truncate(false).mode(0o600);
-    let mut file = options.open(other).map_err(io_error("create", other))?;
+    let opened = effects::disk(other).and_then(|()| options.open(other));
+    let mut file = opened.map_err(io_error("create", other))?;
     let length = file.metadata().map_err(io_error("look at", other))?.len();
     // Blanks behind a record do not matter; what is left of an older and longer one would.
     text.resize(text.len().next_multiple_of(PAGE), b'\n');
@@ -288,6 +290,7 @@ fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), 
 
 /// Writes a file in one step, by way of another name.
 pub(super) fn replace(path: &Path, new: &Path, text: &[u8]) -> Result<(), Error> {
+    effects::disk(new).map_err(io_error("create", new))?;
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)

@@ -8,6 +8,8 @@ mod account;
 pub mod annotation;
 mod control;
 pub mod error;
+#[cfg(test)]
+pub mod fake;
 pub mod gvariant;
 mod job;
 pub mod limits;

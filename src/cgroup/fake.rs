@@ -1,0 +1,61 @@
+//! A cgroup hierarchy in a temporary directory, for tests.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
+    let root = std::env::temp_dir().join(format!("shim-test-cgroups-{}", std::process::id()));
+    fs::create_dir_all(root.join(".processes")).unwrap();
+    fs::write(root.join("cgroup.controllers"), "cpu io pids\n").unwrap();
+    root
+});
+
+pub(super) fn root() -> &'static Path {
+    &ROOT
+}
+
+/// The file that says where a process lives: for one that was placed here, its file; else that of /proc.
+pub(super) fn proc_file(pid: u32) -> PathBuf {
+    let placed = process(pid);
+    if placed.exists() { placed } else { PathBuf::from(format!("/proc/{pid}/cgroup")) }
+}
+
+fn process(pid: u32) -> PathBuf {
+    root().join(".processes").join(pid.to_string())
+}
+
+/// Makes a cgroup.
+pub fn make(cgroup: &Path) {
+    fs::create_dir_all(super::dir(cgroup)).unwrap();
+    set_frozen(cgroup, false);
+}
+
+/// Puts a process into a cgroup.
+pub fn place(cgroup: &Path, pid: u32) {
+    fs::write(process(pid), format!("0::{}\n", cgroup.display())).unwrap();
+    let file = super::dir(cgroup).join("cgroup.procs");
+    let there = fs::read_to_string(&file).unwrap_or_default();
+    fs::write(file, format!("{there}{pid}\n")).unwrap();
+}
+
+/// Shows a cgroup as frozen or not. Nothing if it is gone.
+pub fn set_frozen(cgroup: &Path, frozen: bool) {
+    let text = format!("populated 0\nfrozen {}\n", u8::from(frozen));
+    let _ = fs::write(super::dir(cgroup).join("cgroup.events"), text);
+}
+
+/// True once somebody has asked for every process in it to be killed.
+pub fn is_to_be_killed(cgroup: &Path) -> bool {
+    super::dir(cgroup).join("cgroup.kill").exists()
+}
+
+/// A process has ended.
+pub fn forget_process(pid: u32) {
+    let _ = fs::remove_file(process(pid));
+}
+
+/// Removes a cgroup and those below it.
+pub fn remove(cgroup: &Path) {
+    let _ = fs::remove_dir_all(super::dir(cgroup));
+}

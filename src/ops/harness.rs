@@ -1,0 +1,381 @@
+//! A node for tests of operations: a fake systemd, a fake OCI runtime, a store in a temporary directory, and daemons
+//! that come and go.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::cgroup;
+use crate::cgroup::watch::Watch;
+use crate::effects::{Effects, Failure};
+use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey, UnitName};
+use crate::oci::options;
+use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
+use crate::store::Store;
+use crate::store::answers::{Answers, Deleted};
+use crate::task::outbox::TaskEvent;
+use crate::task::request::{Create, Stdio};
+use crate::unit::fake::FakeSystemd;
+use crate::unit::name;
+use crate::unit::notify::FdStore;
+use crate::unit::observations::Observations;
+
+use super::kept::Kept;
+use super::{AddExec, Attempt, CreateTask, Error, Shim};
+
+/// The exit code of the exec.
+pub(super) const EXEC_STATUS: u32 = 3;
+
+/// An OCI runtime that keeps a directory for each container, as runc does.
+struct FakeRuntime {
+    effects: Arc<Effects>,
+}
+
+impl FakeRuntime {
+    async fn call(&self, verb: &'static str, cli: &Cli<'_>) -> Result<PathBuf, RuntimeError> {
+        let kept = cli.runtime.root.join(cli.id.as_str());
+        match self.effects.reach(format!("runtime {verb}")).await {
+            Ok(()) => Ok(kept),
+            Err(Failure::Timeout | Failure::NoReply) => {
+                Err(RuntimeError::TimedOut { verb, limit: Duration::from_secs(120) })
+            }
+            Err(failure @ Failure::TooManyFiles) => {
+                Err(RuntimeError::Spawn { verb, binary: cli.runtime.binary.clone(), source: failure.io() })
+            }
+            Err(failure) => Err(RuntimeError::Failed { verb, reason: failure.io().to_string() }),
+        }
+    }
+}
+
+#[async_trait]
+impl OciRuntime for FakeRuntime {
+    async fn start(&self, cli: &Cli<'_>) -> Result<(), RuntimeError> {
+        let kept = self.call("start", cli).await?;
+        fs::remove_file(kept.join("exec.fifo")).map_err(|_| RuntimeError::Failed {
+            verb: "start",
+            reason: "cannot start a container that is running".to_owned(),
+        })
+    }
+
+    async fn update(&self, cli: &Cli<'_>, _: &Path) -> Result<(), RuntimeError> {
+        self.call("update", cli).await.map(drop)
+    }
+
+    async fn delete(&self, cli: &Cli<'_>) -> Result<(), RuntimeError> {
+        let kept = self.call("delete", cli).await?;
+        let _ = fs::remove_dir_all(kept);
+        Ok(())
+    }
+}
+
+/// A node with one task and one exec, both by fixed names.
+pub(super) struct World {
+    root: PathBuf,
+    /// What happens to the effects of the daemon.
+    pub(super) effects: Arc<Effects>,
+    /// The node's systemd.
+    pub(super) systemd: Arc<FakeSystemd>,
+    /// The task.
+    pub(super) task: TaskKey,
+    /// What containerd has accepted: when it happened, its place in the task's order, and what.
+    accepted: Arc<Mutex<Vec<(u64, u64, TaskEvent)>>>,
+}
+
+impl World {
+    /// A node on which nothing runs. `name` is that of the test and of the task's namespace.
+    pub(super) fn new(name: &str) -> Self {
+        let root = std::env::temp_dir().join(format!("shim-test-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&root);
+        fs::create_dir_all(root.join("bundle")).unwrap();
+        fs::write(root.join("bundle/config.json"), "{}").unwrap();
+        let effects = Effects::of(&root.join("state"));
+        let systemd = FakeSystemd::new(effects.clone(), Store::new(root.join("state")));
+        let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
+        Self { root, effects, systemd, task, accepted: Arc::default() }
+    }
+
+    /// The task's init process.
+    pub(super) fn init(&self) -> ProcessKey {
+        ProcessKey { task: self.task.clone(), exec: None }
+    }
+
+    /// The exec.
+    pub(super) fn exec(&self) -> ProcessKey {
+        ProcessKey { task: self.task.clone(), exec: Some(ExecId::new("probe").unwrap()) }
+    }
+
+    /// The unit of the task.
+    pub(super) fn unit(&self) -> UnitName {
+        name::candidates(&self.task).next().unwrap()
+    }
+
+    /// The unit of the exec.
+    pub(super) fn exec_unit(&self) -> UnitName {
+        name::exec_candidates(&self.unit(), &ExecId::new("probe").unwrap()).next().unwrap()
+    }
+
+    /// The Create call.
+    pub(super) fn create_call(&self) -> CreateTask {
+        let options = options::Options {
+            binary_name: "/bin/true".to_owned(),
+            root: self.root.join("runtime").display().to_string(),
+            log: "none".to_owned(),
+            ..options::Options::default()
+        };
+        CreateTask {
+            key: self.task.clone(),
+            request: Create { bundle: self.root.join("bundle"), ..Create::default() },
+            options: options::Source::Given(Box::new(options)),
+            checkpoint: String::new(),
+        }
+    }
+
+    /// The Exec call.
+    pub(super) fn exec_call(&self) -> AddExec {
+        let spec = br#"{"args":["true"],"cwd":"/"}"#.to_vec();
+        AddExec { key: self.exec(), stdio: Stdio::default(), spec }
+    }
+
+    /// Runs a daemon, which recovers and then does `work`, until both are done and nothing is left to do. Nothing if
+    /// the daemon ended before.
+    pub(super) fn live<T, W>(&self, work: impl FnOnce(Arc<Shim>) -> W + Send + 'static) -> Option<T>
+    where
+        T: Send + 'static,
+        W: Future<Output = T> + Send + 'static,
+    {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        let done = runtime.block_on(async {
+            let working = async {
+                let shim = self.start_daemon();
+                let recovered = shim.clone();
+                // In a task of its own: one that is unwound ends no test.
+                tokio::spawn(async move { recovered.recover(&Arc::default()).await }).await.ok()?.unwrap();
+                self.spawn_loops(&shim);
+                let done = tokio::spawn(work(shim)).await.ok()?;
+                tokio::time::sleep(SETTLED).await;
+                Some(done)
+            };
+            tokio::select! {
+                biased;
+                () = self.effects.death() => None,
+                done = working => Some(done.unwrap()),
+            }
+        });
+        // The tasks of a daemon that has ended are gone, and what blocks is waited for.
+        runtime.shutdown_timeout(Duration::from_secs(5));
+        done
+    }
+
+    fn start_daemon(&self) -> Arc<Shim> {
+        let fd_store = Arc::new(FdStore::new(&[]).unwrap());
+        let (shim, mut outgoing) = Shim::new(
+            Store::new(self.root.join("state")),
+            Answers::open(&self.root.join("answers")).unwrap(),
+            Kept::new(fd_store, Vec::new()),
+            Watch::new(),
+            self.systemd.clone(),
+            Arc::new(FakeRuntime { effects: self.effects.clone() }),
+            PathBuf::from("/shim"),
+        );
+        let (publisher, accepted) = (shim.clone(), self.accepted.clone());
+        tokio::spawn(async move {
+            while let Some(entry) = outgoing.recv().await {
+                publisher.taken_up(&entry);
+                while let Some(owed) = publisher.first_owed(&entry) {
+                    let event = (owed.at_usec, owed.seq, owed.event);
+                    {
+                        let mut accepted = accepted.lock().unwrap_or_else(PoisonError::into_inner);
+                        if !accepted.contains(&event) {
+                            accepted.push(event);
+                        }
+                    }
+                    publisher.accepted(&entry, owed.seq);
+                }
+            }
+        });
+        shim
+    }
+
+    fn spawn_loops(&self, shim: &Arc<Shim>) {
+        let observations = Arc::<Observations>::default();
+        self.systemd.observed_by(observations.clone());
+        tokio::spawn(shim.clone().observe(observations));
+        tokio::spawn(shim.clone().observe_cgroups());
+        tokio::spawn(shim.clone().write_pending());
+        let systemd = self.systemd.clone();
+        tokio::spawn(async move {
+            loop {
+                systemd.tick();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+    }
+
+    /// What containerd has heard, in words.
+    pub(super) fn events(&self) -> Vec<&'static str> {
+        let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        accepted.iter().map(|(_, _, event)| word(event)).collect()
+    }
+
+    /// What is left of the task outside of the daemon: units, files, the OCI runtime's state.
+    pub(super) fn remains(&self) -> Vec<String> {
+        let mut remains: Vec<String> = self.systemd.units().into_iter().map(|(unit, _)| unit).collect();
+        for dir in [self.root.join("state").join(self.task.namespace.as_str()), self.runtime_root()] {
+            let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
+            remains.extend(entries.map(|entry| entry.path().display().to_string()));
+        }
+        remains
+    }
+
+    fn runtime_root(&self) -> PathBuf {
+        self.root.join("runtime").join(self.task.namespace.as_str())
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        Effects::forget(&self.root.join("state"));
+        cgroup::fake::remove(
+            &Path::new("/").join(name::namespace_slice(&self.task.namespace).unwrap().as_str()),
+        );
+        let _ = fs::remove_dir_all(&self.root);
+    }
+}
+
+/// So long nothing happens any more in a daemon that was left alone. The clock is paused: it takes no time.
+const SETTLED: Duration = Duration::from_secs(3);
+
+fn word(event: &TaskEvent) -> &'static str {
+    match event {
+        TaskEvent::Created { .. } => "create",
+        TaskEvent::Started { .. } => "start",
+        TaskEvent::Paused => "paused",
+        TaskEvent::Resumed => "resumed",
+        TaskEvent::OutOfMemory => "oom",
+        TaskEvent::Exited { .. } => "exit",
+        TaskEvent::ExecAdded { .. } => "exec-added",
+        TaskEvent::ExecStarted { .. } => "exec-started",
+        TaskEvent::ExecExited { .. } => "exec-exit",
+        TaskEvent::Deleted { .. } => "delete",
+    }
+}
+
+/// A step in the life of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    Create,
+    Start,
+    AddExec,
+    StartExec,
+    /// The exec's process ends, and somebody waits for it.
+    EndExec,
+    DeleteExec,
+    Pause,
+    Resume,
+    Update,
+    /// SIGKILL, and its effect.
+    Kill,
+    Delete,
+}
+
+impl Step {
+    /// A whole life.
+    pub(super) const ALL: [Self; 11] = [
+        Self::Create,
+        Self::Start,
+        Self::AddExec,
+        Self::StartExec,
+        Self::EndExec,
+        Self::DeleteExec,
+        Self::Pause,
+        Self::Resume,
+        Self::Update,
+        Self::Kill,
+        Self::Delete,
+    ];
+
+    /// Takes the step.
+    pub(super) async fn take(self, node: Node, attempt: Attempt) -> Result<(), Error> {
+        let (shim, init, exec) = (node.shim.clone(), &node.init.clone(), &node.exec.clone());
+        match self {
+            Self::Create => shim.create(node.create, attempt).await.map(drop),
+            Self::Start => shim.start(init, attempt).await.map(drop),
+            Self::AddExec => shim.add_exec(node.exec_call, attempt).await,
+            Self::StartExec => shim.start(exec, attempt).await.map(drop),
+            Self::EndExec => {
+                node.systemd.end(&node.exec_unit, EXEC_STATUS as i32);
+                let exit = shim.wait(exec, attempt).await?;
+                assert_eq!(exit.status, EXEC_STATUS);
+                Ok(())
+            }
+            Self::DeleteExec => shim.delete(exec, attempt).await.map(|deleted| {
+                assert_eq!(status(deleted), Some(EXEC_STATUS));
+            }),
+            Self::Pause => shim.pause(&init.task, attempt).await,
+            Self::Resume => shim.resume(&init.task, attempt).await,
+            Self::Update => shim.update(&init.task, br#"{"pids":{"limit":5}}"#.to_vec(), attempt).await,
+            Self::Kill => {
+                shim.kill(init, nix::libc::SIGKILL as u32, false, attempt).await?;
+                let exit = shim.wait(init, attempt).await?;
+                assert_eq!(exit.status, 137);
+                Ok(())
+            }
+            Self::Delete => shim.delete(init, attempt).await.map(|deleted| {
+                assert_eq!(status(deleted), Some(137));
+            }),
+        }
+    }
+}
+
+fn status(deleted: Deleted) -> Option<u32> {
+    deleted.exit.map(|exit| exit.status)
+}
+
+/// What a step needs of a [`World`], for a task of its own.
+pub(super) struct Node {
+    pub(super) shim: Arc<Shim>,
+    pub(super) systemd: Arc<FakeSystemd>,
+    pub(super) init: ProcessKey,
+    pub(super) exec: ProcessKey,
+    pub(super) exec_unit: UnitName,
+    create: CreateTask,
+    exec_call: AddExec,
+}
+
+impl World {
+    /// Takes steps one after the other, in one daemon; nothing if it ended. Returns what became of the last one.
+    pub(super) fn take(&self, steps: &[Step], attempt: Attempt) -> Option<Result<(), Error>> {
+        let steps: Vec<_> = steps.iter().map(|step| (*step, self.parts())).collect();
+        self.live(move |shim| async move {
+            for (step, node) in steps {
+                step.take(node(shim.clone()), attempt).await?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Makes a [`Node`] of a daemon.
+    pub(super) fn parts(&self) -> impl FnOnce(Arc<Shim>) -> Node + Send + 'static {
+        let (systemd, init, exec, exec_unit) =
+            (self.systemd.clone(), self.init(), self.exec(), self.exec_unit());
+        let (create, exec_call) = (self.create_call(), self.exec_call());
+        move |shim| Node { shim, systemd, init, exec, exec_unit, create, exec_call }
+    }
+
+    /// What a client sees of the task in a daemon that has just recovered, and what systemd has.
+    pub(super) fn seen(&self) -> Vec<String> {
+        let (init, exec) = (self.init(), self.exec());
+        let shown = self.live(move |shim| async move {
+            let state =
+                |key: &ProcessKey| shim.state(key).map(|state| (state.status, state.exit.map(|e| e.status)));
+            let state = |key| state(key).map_or_else(|error| error.to_string(), |state| format!("{state:?}"));
+            vec![state(&init), state(&exec)]
+        });
+        let units = self.systemd.units().into_iter().map(|(unit, state)| format!("{unit} {state}"));
+        shown.unwrap().into_iter().chain(units).collect()
+    }
+}

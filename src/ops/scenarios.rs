@@ -1,0 +1,155 @@
+//! What happens to tasks without a call: ends that are told late, twice or not at all, units that somebody else
+//! unloads, launches that fail.
+
+use std::time::Duration;
+
+use crate::task::phase::Exit;
+use crate::unit::fake::Launches;
+
+use super::harness::{Step, World};
+use super::{Attempt, Error, Status};
+
+const UP: [Step; 2] = [Step::Create, Step::Start];
+const WITH_EXEC: [Step; 4] = [Step::Create, Step::Start, Step::AddExec, Step::StartExec];
+
+/// Long enough for everything that is told to be taken in; the clock is paused.
+const A_WHILE: Duration = Duration::from_millis(500);
+
+fn up(name: &str, steps: &[Step]) -> World {
+    let world = World::new(name);
+    world.take(steps, Attempt::First).unwrap().unwrap();
+    world
+}
+
+/// How init has ended, as a daemon knows after `happens` and a while.
+fn exit_after(world: &World, happens: impl FnOnce() + Send + 'static) -> Option<Exit> {
+    let init = world.init();
+    let exit = world.live(move |shim| async move {
+        happens();
+        tokio::time::sleep(A_WHILE).await;
+        shim.state(&init).unwrap().exit
+    });
+    exit.unwrap()
+}
+
+#[test]
+fn an_end_is_told_once_however_often_systemd_tells() {
+    let world = up("repeated", &UP);
+    let (systemd, unit) = (world.systemd.clone(), world.unit());
+    let exit = exit_after(&world, move || {
+        systemd.end(&unit, 4);
+        systemd.tell(&unit);
+        systemd.tell(&unit);
+    });
+    assert_eq!(exit.map(|exit| exit.status), Some(4));
+    assert_eq!(world.events(), ["create", "start", "exit"]);
+}
+
+#[test]
+fn an_end_of_an_earlier_process_changes_nothing() {
+    let world = up("late", &UP);
+    let (systemd, unit) = (world.systemd.clone(), world.unit());
+    let exit = exit_after(&world, move || systemd.tell_late(&unit, 1, 9));
+    assert_eq!(exit, None);
+    assert_eq!(world.events(), ["create", "start"]);
+}
+
+#[test]
+fn an_end_during_the_loss_of_the_bus_is_found_afterwards() {
+    let world = up("bus", &WITH_EXEC);
+    let (systemd, unit, exec_unit) = (world.systemd.clone(), world.unit(), world.exec_unit());
+    let exit = exit_after(&world, move || {
+        systemd.end_unheard(&exec_unit, 3);
+        systemd.end_unheard(&unit, 5);
+        systemd.lose_signals();
+    });
+    assert_eq!(exit.map(|exit| exit.status), Some(5));
+    assert_eq!(world.events(), ["create", "start", "exec-added", "exec-started", "exec-exit", "exit"]);
+}
+
+#[test]
+fn a_reload_of_systemd_ends_nothing() {
+    let world = up("reload", &WITH_EXEC);
+    let systemd = world.systemd.clone();
+    let exit = exit_after(&world, move || systemd.lose_signals());
+    assert_eq!(exit, None);
+    assert_eq!(world.events(), ["create", "start", "exec-added", "exec-started"]);
+}
+
+#[test]
+fn an_end_while_there_is_no_daemon_is_found_by_the_next_one() {
+    let world = up("down", &WITH_EXEC);
+    world.systemd.end_unheard(&world.exec_unit(), 3);
+    world.systemd.end_unheard(&world.unit(), 6);
+    let exit = exit_after(&world, || {});
+    assert_eq!(exit.map(|exit| exit.status), Some(6));
+    assert_eq!(world.events(), ["create", "start", "exec-added", "exec-started", "exec-exit", "exit"]);
+}
+
+#[test]
+fn a_unit_that_somebody_unloads_takes_the_exit_code_along() {
+    let world = up("unloaded", &UP);
+    world.systemd.unload(&world.unit());
+    let exit = exit_after(&world, || {});
+    assert_eq!(exit.map(|exit| exit.status), Some(255));
+}
+
+#[test]
+fn an_exec_whose_unit_is_unloaded_counts_as_killed() {
+    let world = up("exec-unloaded", &WITH_EXEC);
+    world.systemd.unload(&world.exec_unit());
+    let exec = world.exec();
+    let exit = world.live(move |shim| async move { shim.wait(&exec, Attempt::First).await });
+    assert_eq!(exit.unwrap().unwrap().status, 137);
+}
+
+#[test]
+fn a_create_whose_launch_fails_says_why_and_leaves_nothing() {
+    let world = World::new("launch-fails");
+    world.systemd.launches(Launches::Fail("no such file".to_owned()));
+    let failed = world.take(&[Step::Create], Attempt::First).unwrap();
+    assert!(matches!(failed, Err(Error::Launch(reason)) if reason == "no such file"));
+    assert_eq!(world.remains(), Vec::<String>::new());
+    assert_eq!(world.events(), Vec::<&str>::new());
+    world.systemd.launches(Launches::Work);
+    world.take(&UP, Attempt::First).unwrap().unwrap();
+}
+
+#[test]
+fn an_exec_whose_launch_fails_can_be_started_again() {
+    let world = up("exec-fails", &WITH_EXEC[..3]);
+    world.systemd.launches(Launches::Fail("no such program".to_owned()));
+    let failed = world.take(&[Step::StartExec], Attempt::First).unwrap();
+    assert!(matches!(failed, Err(Error::Launch(reason)) if reason == "no such program"));
+    world.systemd.launches(Launches::Work);
+    world.take(&[Step::StartExec, Step::EndExec, Step::DeleteExec], Attempt::First).unwrap().unwrap();
+    assert_eq!(world.events(), ["create", "start", "exec-added", "exec-started", "exec-exit"]);
+}
+
+#[test]
+fn a_paused_task_takes_no_exec_and_is_not_deleted() {
+    let world = up("paused", &[Step::Create, Step::Start, Step::Pause]);
+    let added = world.take(&[Step::AddExec], Attempt::First).unwrap();
+    assert!(matches!(added, Err(Error::NoExecIn { .. })));
+    let deleted = world.take(&[Step::Delete], Attempt::First).unwrap();
+    assert!(matches!(deleted, Err(Error::NotDeletable { phase: "paused" })));
+    let init = world.init();
+    let state = world.live(move |shim| async move { shim.state(&init).unwrap().status });
+    assert_eq!(state, Some(Status::Paused));
+}
+
+#[test]
+fn a_created_task_is_killed_by_its_delete() {
+    let world = up("delete-created", &UP[..1]);
+    world.take(&[Step::Delete], Attempt::First).unwrap().unwrap();
+    assert_eq!(world.events(), ["create", "exit", "delete"]);
+    assert_eq!(world.remains(), Vec::<String>::new());
+}
+
+#[test]
+fn an_id_is_taken_until_its_task_is_deleted() {
+    let world = up("taken", &UP);
+    let again = world.take(&[Step::Create], Attempt::First).unwrap();
+    assert!(matches!(again, Err(Error::Exists { .. })));
+    world.take(&[Step::Kill, Step::Delete, Step::Create], Attempt::First).unwrap().unwrap();
+}

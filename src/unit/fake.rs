@@ -1,0 +1,490 @@
+//! A systemd for tests: it keeps units in memory and does what `launch` would do in them.
+//!
+//! Processes are real ones that sleep: signals reach them, and their numbers are nobody else's. Every call is an
+//! effect (`effects`), which a test can stop at or let fail.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+
+use crate::cgroup::fake as cgroup;
+use crate::effects::{Effects, Failure};
+use crate::id::{ExecId, UnitName};
+use crate::store::{Found, Store};
+use crate::suspect::Crashes;
+use crate::task::exec::Outcome;
+use crate::task::wiring::pipe;
+use crate::task::{Placement, Task};
+
+use super::account::Account;
+use super::annotation::{Additions, Types};
+use super::error::Error;
+use super::job::{Jobs, StartJob};
+use super::main_process::{Ended, MainProcess};
+use super::observations::Observations;
+use super::properties::Properties;
+use super::reading::Starting;
+use super::systemd::Systemd;
+
+/// A unit that is loaded.
+#[derive(Debug, Default)]
+struct Unit {
+    active: &'static str,
+    main: MainProcess,
+    child: Option<Sleeper>,
+    cgroup: Option<PathBuf>,
+    is_referenced: bool,
+}
+
+impl Unit {
+    fn is_collected(&self) -> bool {
+        self.active == "inactive" && !self.is_referenced
+    }
+}
+
+/// A process that sleeps until it is killed.
+#[derive(Debug)]
+struct Sleeper(Child);
+
+impl Sleeper {
+    fn spawn() -> Self {
+        let mut command = Command::new("sleep");
+        command.arg("1000").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self(command.spawn().unwrap())
+    }
+
+    fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// What the next launches do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Launches {
+    /// They succeed.
+    #[default]
+    Work,
+    /// They fail for this reason.
+    Fail(String),
+}
+
+#[derive(Debug, Default)]
+struct State {
+    units: BTreeMap<UnitName, Unit>,
+    launches: Launches,
+    observations: Arc<Observations>,
+}
+
+/// A systemd.
+pub struct FakeSystemd {
+    effects: Arc<Effects>,
+    store: Store,
+    jobs: Jobs,
+    state: Mutex<State>,
+}
+
+impl FakeSystemd {
+    /// One without units, whose launches read their records from `store`.
+    pub fn new(effects: Arc<Effects>, store: Store) -> Arc<Self> {
+        Arc::new(Self { effects, store, jobs: Jobs::default(), state: Mutex::default() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells somebody else from now on: a new daemon.
+    pub fn observed_by(&self, observations: Arc<Observations>) {
+        self.state().observations = observations;
+    }
+
+    /// Every loaded unit and its state.
+    pub fn units(&self) -> Vec<(String, &'static str)> {
+        let state = self.state();
+        state.units.iter().map(|(name, unit)| (name.to_string(), unit.active)).collect()
+    }
+
+    /// What the next launches do.
+    pub fn launches(&self, launches: Launches) {
+        self.state().launches = launches;
+    }
+
+    /// The main process of a unit ends with this exit code, and nobody is told.
+    pub fn end_unheard(&self, unit: &UnitName, code: i32) {
+        let mut state = self.state();
+        if let Some(unit) = state.units.get_mut(unit) {
+            end(unit, Ended { code: 1, status: code, at_usec: 7 });
+        }
+    }
+
+    /// The main process of a unit ends with this exit code.
+    pub fn end(&self, unit: &UnitName, code: i32) {
+        self.end_unheard(unit, code);
+        self.tell(unit);
+    }
+
+    /// Tells (again) what the main process of a unit is.
+    pub fn tell(&self, unit: &UnitName) {
+        let state = self.state();
+        if let Some(found) = state.units.get(unit) {
+            state.observations.told(unit.clone(), found.main);
+        }
+    }
+
+    /// Tells of a process that the unit had earlier.
+    pub fn tell_late(&self, unit: &UnitName, pid: u32, code: i32) {
+        let ended = Some(Ended { code: 1, status: code, at_usec: 3 });
+        self.state().observations.told(unit.clone(), MainProcess { pid: 0, last_pid: pid, ended });
+    }
+
+    /// Signals may have been missed: the bus was lost, or systemd has been reloaded.
+    pub fn lose_signals(&self) {
+        self.state().observations.missed();
+    }
+
+    /// Somebody unloads a unit; what it knew is gone.
+    pub fn unload(&self, unit: &UnitName) {
+        if let Some(mut gone) = self.state().units.remove(unit) {
+            end(&mut gone, Ended::killed(7));
+        }
+    }
+
+    /// What the kernel and systemd do by themselves: processes that were killed end, and that is told.
+    pub fn tick(&self) {
+        let mut state = self.state();
+        let State { units, observations, .. } = &mut *state;
+        for (name, unit) in units {
+            if unit.cgroup.as_deref().is_some_and(cgroup::is_to_be_killed)
+                && let Some(child) = &mut unit.child
+            {
+                child.kill();
+            }
+            let status = unit.child.as_mut().and_then(|child| child.0.try_wait().ok().flatten());
+            if let Some(status) = status {
+                end(unit, ended_by(status));
+                observations.told(name.clone(), unit.main);
+            }
+        }
+    }
+
+    async fn call(&self, verb: &'static str, unit: &UnitName) -> Result<(), Error> {
+        let reached = self.effects.reach(format!("{verb} {unit}")).await;
+        reached.map_err(|failure| error(verb, unit.as_str(), failure))
+    }
+
+    fn begin(&self, name: &UnitName, is_referenced: bool) -> Result<StartJob, Error> {
+        let waiter = self.jobs.wait_for(name);
+        let mut state = self.state();
+        if state.units.contains_key(name) {
+            return Err(Error::Exists { unit: name.to_string() });
+        }
+        let mut unit = self.launch(name, &state.launches);
+        unit.is_referenced = is_referenced;
+        state.units.insert(name.clone(), unit);
+        Ok(StartJob { waiter, job: None })
+    }
+
+    fn launch(&self, name: &UnitName, launches: &Launches) -> Unit {
+        let records = self.store.load_all(&Crashes::default()).unwrap_or_default();
+        for Found { task, .. } in records.into_iter().flatten() {
+            if task.unit == *name {
+                return self.launch_container(&task, launches);
+            }
+            if let Some((id, _)) = task.execs.iter().find(|(_, exec)| exec.unit == *name) {
+                return self.launch_exec(&task, id, launches);
+            }
+        }
+        Unit { active: "active", ..Unit::default() }
+    }
+
+    fn launch_container(&self, task: &Task, launches: &Launches) -> Unit {
+        let dir = self.store.dir(&task.key);
+        if let Launches::Fail(reason) = launches {
+            fs::write(dir.join(crate::ops::LAUNCH_ERROR), reason).unwrap();
+            return Unit { active: "failed", ..Unit::default() };
+        }
+        let (unit, place) = match &task.placement {
+            Placement::Unit { slice, child } => {
+                let unit = Path::new("/").join(slice.as_str()).join(task.unit.as_str());
+                (unit.clone(), unit.join(child))
+            }
+            Placement::Foreign { path, .. } => (path.clone(), path.clone()),
+        };
+        let child = Sleeper::spawn();
+        cgroup::make(&unit);
+        cgroup::make(&place);
+        cgroup::place(&place, child.pid());
+        let kept = task.runtime.root.join(task.key.id.as_str());
+        fs::create_dir_all(&kept).unwrap();
+        fs::write(kept.join("exec.fifo"), "").unwrap();
+        fs::write(dir.join(crate::ops::PID_FILE), child.pid().to_string()).unwrap();
+        running("active", child, Some(place))
+    }
+
+    fn launch_exec(&self, task: &Task, id: &ExecId, launches: &Launches) -> Unit {
+        let dir = self.store.exec_dir(&task.key, id);
+        let (unit, outcome) = match launches {
+            Launches::Fail(reason) => {
+                let unit = Unit { active: "failed", ..Unit::default() };
+                (unit, Outcome::Failed { reason: reason.clone() })
+            }
+            Launches::Work => {
+                let child = Sleeper::spawn();
+                let pid = child.pid();
+                if let Some(place) = &task.cgroup {
+                    cgroup::place(place, pid);
+                }
+                fs::write(dir.join(crate::ops::EXEC_PID_FILE), pid.to_string()).unwrap();
+                (running("activating", child, task.cgroup.clone()), Outcome::Started { pid })
+            }
+        };
+        // Not by way of the store: what happens in a unit is no effect of the daemon.
+        fs::write(dir.join("outcome.json"), serde_json::to_vec(&outcome).unwrap()).unwrap();
+        let mut options = fs::OpenOptions::new();
+        let _ = options.write(true).custom_flags(nix::libc::O_NONBLOCK).open(dir.join(pipe::DOORBELL));
+        unit
+    }
+
+    fn stop_now(&self, name: &UnitName) {
+        let mut state = self.state();
+        let State { units, observations, .. } = &mut *state;
+        if let Some(unit) = units.get_mut(name) {
+            if unit.child.is_some() {
+                end(unit, Ended::killed(7));
+                observations.told(name.clone(), unit.main);
+            }
+            if unit.active != "failed" {
+                unit.active = "inactive";
+            }
+        }
+        state.units.retain(|_, unit| !unit.is_collected());
+    }
+
+    fn with<T>(&self, name: &UnitName, read: impl FnOnce(&mut Unit) -> T) -> Option<T> {
+        self.state().units.get_mut(name).map(read)
+    }
+}
+
+fn running(active: &'static str, child: Sleeper, cgroup: Option<PathBuf>) -> Unit {
+    let main = MainProcess { pid: child.pid(), last_pid: child.pid(), ended: None };
+    Unit { active, main, child: Some(child), cgroup, ..Unit::default() }
+}
+
+fn end(unit: &mut Unit, ended: Ended) {
+    let Some(mut child) = unit.child.take() else {
+        return;
+    };
+    child.kill();
+    cgroup::forget_process(child.pid());
+    // The container's own cgroup goes with its unit's; that of an exec is the container's.
+    if unit.active == "active"
+        && let Some(place) = &unit.cgroup
+    {
+        cgroup::remove(place.parent().unwrap_or(place));
+    }
+    unit.main = MainProcess { pid: 0, last_pid: child.pid(), ended: Some(ended) };
+    // An exec never counts as a failed one, whatever its exit code (SuccessExitStatus=).
+    unit.active = if ended.exit_status() == 0 || unit.active == "activating" { "active" } else { "failed" };
+}
+
+fn ended_by(status: ExitStatus) -> Ended {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Ended { code: 1, status: code, at_usec: 7 },
+        (None, signal) => Ended { code: 2, status: signal.unwrap_or_default(), at_usec: 7 },
+    }
+}
+
+fn error(verb: &'static str, unit: &str, failure: Failure) -> Error {
+    let refused = |name: &str| Error::Refused {
+        verb,
+        unit: unit.to_owned(),
+        name: name.to_owned(),
+        reason: "as the test wants".to_owned(),
+    };
+    match failure {
+        Failure::NoSpace => refused("System.Error.ENOSPC"),
+        Failure::TooManyFiles => refused("System.Error.EMFILE"),
+        Failure::LimitsExceeded => refused("org.freedesktop.DBus.Error.LimitsExceeded"),
+        Failure::Refused => refused("org.freedesktop.DBus.Error.AccessDenied"),
+        Failure::Timeout => Error::Unreachable { reason: "timed out".to_owned() },
+        Failure::NoReply => Error::Unreachable { reason: "no reply".to_owned() },
+    }
+}
+
+#[async_trait]
+impl Systemd for FakeSystemd {
+    async fn property_types(&self) -> Result<Arc<Types>, Error> {
+        Ok(Arc::new(Types(Default::default())))
+    }
+
+    async fn start_transient(&self, unit: &UnitName, _: &Properties) -> Result<(), Error> {
+        self.call("start", unit).await?;
+        self.begin(unit, false).map(drop)
+    }
+
+    async fn begin_transient(&self, unit: &UnitName, _: &Properties) -> Result<StartJob, Error> {
+        self.call("start", unit).await?;
+        self.begin(unit, false)
+    }
+
+    async fn begin_referenced(
+        &self,
+        unit: &UnitName,
+        _: &Properties,
+        _: &Additions,
+    ) -> Result<StartJob, Error> {
+        self.call("start", unit).await?;
+        self.begin(unit, true)
+    }
+
+    async fn done(&self, job: StartJob) -> Result<(), Error> {
+        let unit = job.waiter.unit().clone();
+        self.up(&unit).await
+    }
+
+    async fn up(&self, unit: &UnitName) -> Result<(), Error> {
+        self.call("wait for", unit).await?;
+        match self.with(unit, |unit| unit.active) {
+            Some("active") => Ok(()),
+            state => {
+                let result = state.unwrap_or("not loaded").to_owned();
+                Err(Error::Job { verb: "start", unit: unit.to_string(), result })
+            }
+        }
+    }
+
+    async fn refer_to(&self, unit: &UnitName) {
+        self.with(unit, |unit| unit.is_referenced = true);
+    }
+
+    async fn release(&self, unit: &UnitName) {
+        let _ = self.call("release", unit).await;
+        self.with(unit, |unit| unit.is_referenced = false);
+        self.state().units.retain(|_, unit| !unit.is_collected());
+    }
+
+    async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
+        self.call("stop", unit).await?;
+        self.stop_now(unit);
+        Ok(())
+    }
+
+    async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
+        self.call("stop", unit).await?;
+        self.stop_now(unit);
+        Ok(())
+    }
+
+    async fn reset_failed(&self, unit: &UnitName) -> Result<(), Error> {
+        self.call("reset", unit).await?;
+        self.with(unit, |unit| {
+            if unit.active == "failed" {
+                unit.active = "inactive";
+            }
+        });
+        self.state().units.retain(|_, unit| !unit.is_collected());
+        Ok(())
+    }
+
+    async fn free_name(&self, unit: &UnitName) -> Result<bool, Error> {
+        self.call("free the name of", unit).await?;
+        Ok(false)
+    }
+
+    async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
+        self.call("cancel the job of", unit).await
+    }
+
+    async fn kill_all(&self, unit: &UnitName, _: i32) -> Result<(), Error> {
+        self.call("kill", unit).await?;
+        self.with(unit, |unit| unit.child.as_mut().map(Sleeper::kill));
+        Ok(())
+    }
+
+    async fn freeze(&self, unit: &UnitName) -> Result<(), Error> {
+        self.call("freeze", unit).await?;
+        self.with(unit, |unit| set_frozen(unit, true));
+        Ok(())
+    }
+
+    async fn thaw(&self, unit: &UnitName) -> Result<(), Error> {
+        self.call("thaw", unit).await?;
+        self.with(unit, |unit| set_frozen(unit, false));
+        Ok(())
+    }
+
+    async fn set_properties(&self, unit: &UnitName, _: &Properties) -> Result<(), Error> {
+        self.call("set properties of", unit).await
+    }
+
+    async fn living(&self) -> Result<HashSet<UnitName>, Error> {
+        let reached = self.effects.reach("list units".to_owned()).await;
+        reached.map_err(|failure| error("list", "units", failure))?;
+        let state = self.state();
+        let living = state.units.iter().filter(|(_, unit)| unit.child.is_some());
+        Ok(living.map(|(name, _)| name.clone()).collect())
+    }
+
+    async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
+        self.call("read", unit).await?;
+        Ok(self.with(unit, |unit| unit.active.to_owned()))
+    }
+
+    async fn has_timed_out(&self, _: &UnitName) -> bool {
+        false
+    }
+
+    async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
+        self.call("read", unit).await?;
+        Ok(match self.with(unit, |unit| unit.active) {
+            None => Starting::NotBegun,
+            Some("activating") => Starting::UnderWay,
+            Some(_) => Starting::Over,
+        })
+    }
+
+    async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
+        self.call("read", unit).await?;
+        Ok(self.with(unit, |unit| unit.main))
+    }
+
+    async fn account(&self, unit: &UnitName) -> Result<Account, Error> {
+        self.call("read", unit).await?;
+        Ok(Account::default())
+    }
+
+    async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {
+        self.call("read", unit).await?;
+        Ok(0)
+    }
+
+    async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {
+        self.call("read", unit).await?;
+        Ok((0, 0))
+    }
+
+    fn forget_earlier_references(&self) {}
+}
+
+fn set_frozen(unit: &Unit, frozen: bool) {
+    if let Some(place) = &unit.cgroup {
+        cgroup::set_frozen(place, frozen);
+    }
+}
