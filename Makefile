@@ -9,6 +9,9 @@ SUITE ?= trixie
 MINUTES ?= 30
 CHAOS ?=
 CHAOS_LANES := $(if $(filter file,$(origin LANE)),nspawn vm,$(LANE))
+# For `fuzz`.
+SECONDS ?= 60
+TARGET ?=
 CARGO_TARGET_DIR ?= target
 export CARGO_TARGET_DIR := $(abspath $(CARGO_TARGET_DIR))
 
@@ -20,7 +23,8 @@ UNITDIR := $(DESTDIR)$(PREFIX)/lib/systemd/system
 # What the binary is made of.
 SOURCES := Cargo.toml Cargo.lock build.rs proto src
 
-.PHONY: help deps build unit coverage check audit test test-unit test-vm test-nspawn test-matrix shell demo chaos bench doc
+.PHONY: help deps build unit coverage check audit test test-unit test-vm test-nspawn test-matrix shell demo chaos fuzz bench
+.PHONY: doc
 .PHONY: fresh install uninstall clean
 .DEFAULT_GOAL := help
 
@@ -54,7 +58,7 @@ coverage: ## which part of the lines the unit tests run, by module; needs cargo-
 check: ## formatting, clippy, documentation and, where cargo-deny is installed, licences and sources; works offline
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
-	cargo clippy --locked --features faults --test e2e --test chaos --bins -- -D warnings
+	cargo clippy --locked --features faults --test e2e --test chaos --lib --bins -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps --document-private-items
 	@if command -v cargo-deny >/dev/null; then set -x; \
 		cargo deny --locked --offline --target $(HOST) check bans licenses sources; \
@@ -83,6 +87,9 @@ shell: ## a shell in a throw-away guest that has the binary (LANE=vm|nspawn, SUI
 
 demo: ## show containers as systemd units, in a guest
 	@$(SCRIPTS)/demo
+
+fuzz: ## random input for every parser, each for SECONDS=60 (TARGET=name for one); installs cargo-fuzz
+	@$(SCRIPTS)/run-fuzz $(SECONDS) $(TARGET)
 
 chaos: ## clients at work while daemon, systemd, dbus and containerd are killed and restarted (MINUTES=30, LANE)
 	@set -e; for lane in $(CHAOS_LANES); do $(SCRIPTS)/run-chaos $$lane $(SUITE) --minutes $(MINUTES) $(CHAOS); done

@@ -134,6 +134,12 @@ impl Default for Source {
 }
 
 impl Source {
+    /// True if the options are in a file.
+    #[cfg(any(test, fuzzing))]
+    pub fn is_file(&self) -> bool {
+        matches!(self, Self::File(_))
+    }
+
     /// The options.
     ///
     /// # Errors

@@ -411,6 +411,19 @@ impl Additions {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+impl Additions {
+    /// The properties as a message carries them: name and signature of each. Panics if D-Bus can't carry one.
+    #[allow(clippy::panic)]
+    pub fn encode(&self) -> Vec<(String, String)> {
+        let message = zbus::Message::method_call("/o", "M").build(&self.0);
+        if let Err(error) = message {
+            panic!("D-Bus can't carry {:?}: {error}", self.0);
+        }
+        self.0.iter().map(|(name, value)| (name.clone(), value.value_signature().to_string())).collect()
+    }
+}
+
 fn to_owned_pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(one, other)| ((*one).to_owned(), (*other).to_owned())).collect()
 }

@@ -1,0 +1,165 @@
+//! What clients of containerd send.
+
+use std::path::Path;
+
+use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+
+use crate::api::convert;
+use crate::api::messages::BootstrapParams;
+use crate::cgroup::place;
+use crate::cli::arguments;
+use crate::id::{ExecId, Namespace, TaskId, TaskKey};
+use crate::oci::resources::Resources;
+use crate::oci::{process, signal};
+use crate::stdio::uri::{self, Kind, Role};
+use crate::task::request::{Log, Stdio};
+use crate::transport::frame::{Assembler, Frame};
+use crate::unit::name;
+
+use super::first_line;
+
+/// The command line of a containerd.
+pub(super) fn arguments(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let words: Vec<_> = text.split('\n').map(str::to_owned).collect();
+    let _ = arguments::parse(&words);
+}
+
+/// `linux.cgroupsPath`: what is accepted stays below the root of the hierarchy.
+pub(super) fn cgroups_path(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Some((namespace, id)) = names("k8s.io", "web") else { return };
+    match place::parse(text, &namespace, &id) {
+        Ok(place::Wish::Literal(path)) => {
+            let climbs = path.components().any(|part| part.as_os_str() == "..");
+            assert!(path.is_absolute() && !climbs, "{}", path.display());
+        }
+        Ok(place::Wish::Slice { slice, child }) => {
+            assert!(slice.ends_with(".slice") && !slice.contains('/'), "{slice}");
+            assert!(!child.is_empty() && !child.contains('/') && child != "." && child != "..", "{child}");
+        }
+        Ok(place::Wish::Ours) | Err(_) => {}
+    }
+}
+
+/// A stream of ttrpc frames, in pieces whose sizes are the first bytes: the pieces do not matter.
+pub(super) fn frame(data: &[u8]) {
+    let Some((&count, rest)) = data.split_first() else { return };
+    let Some((sizes, stream)) = rest.split_at_checked(usize::from(count % 8)) else { return };
+    let frames = |found: Vec<(u64, Frame)>| found.into_iter().map(|(_, frame)| frame).collect::<Vec<_>>();
+    let refused = |assembler: &mut Assembler| {
+        assembler.take_refused().into_iter().map(|(_, too_long)| too_long).collect::<Vec<_>>()
+    };
+    let mut whole = Assembler::default();
+    let expected = frames(whole.push(stream));
+    let mut assembler = Assembler::default();
+    let mut found = Vec::new();
+    let (mut left, mut sizes) = (stream, sizes.iter().cycle());
+    while !left.is_empty() {
+        let size = sizes.next().map_or(left.len(), |size| usize::from(*size).max(1)).min(left.len());
+        let (piece, after) = left.split_at(size);
+        left = after;
+        found.extend(frames(assembler.push(piece)));
+    }
+    assert_eq!(found, expected);
+    assert_eq!(refused(&mut assembler), refused(&mut whole));
+    assert_eq!(assembler.pending(), whole.pending());
+    for frame in found {
+        let _ = (frame.stream(), frame.request(), frame.replayed());
+    }
+}
+
+/// Names of namespaces, tasks and execs: names of units are valid, distinct and can be read back.
+pub(super) fn name(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let parts: Vec<_> = text.split('\n').collect();
+    let [namespace, id, exec] = parts[..] else { return };
+    let Some((namespace, id)) = names(namespace, id) else { return };
+    let slice = name::namespace_slice(&namespace);
+    assert!(slice.is_ok_and(|slice| slice.as_str().len() <= 255));
+    for unit in name::candidates(&TaskKey::usual(namespace, id)) {
+        assert!(unit.as_str().len() <= 255 && unit.as_str().ends_with(".service"), "{unit}");
+        assert_eq!(name::from_object_path(&name::object_path(unit.as_str())), Some(unit.clone()));
+        let Ok(exec) = ExecId::new(exec) else { continue };
+        for exec in name::exec_candidates(&unit, &exec) {
+            assert!(exec.as_str().len() <= 255 && exec != unit, "{exec}");
+            let logger = name::logger(&exec);
+            assert!(logger.is_ok_and(|logger| logger != exec && logger != unit));
+        }
+    }
+}
+
+/// Runtime options: the type of the message, and the message.
+pub(super) fn options(data: &[u8]) {
+    let Some((type_url, value)) = first_line(data) else { return };
+    let any = Any { type_url: type_url.to_owned(), value: value.to_vec(), ..Any::default() };
+    // A file that the options name is not the fuzzer's to read.
+    if let Ok(source) = convert::options(Some(&any))
+        && !source.is_file()
+        && let Ok(options) = source.read()
+        && let Ok(namespace) = Namespace::new("default")
+        && let Ok(runtime) = options.resolve(&namespace, "/bin:/usr/bin")
+    {
+        assert!(runtime.binary.is_absolute() && runtime.root.is_absolute());
+    }
+}
+
+/// The process of an exec.
+pub(super) fn process(data: &[u8]) {
+    for terminal in [false, true] {
+        let _ = process::Process::read(data, terminal);
+    }
+}
+
+/// Messages of containerd.
+pub(super) fn request(data: &[u8]) {
+    let Ok(namespace) = Namespace::new("default") else { return };
+    if let Ok(request) = CreateTaskRequest::parse_from_bytes(data) {
+        let _ = convert::create(namespace.clone(), request);
+    }
+    if let Ok(request) = ExecProcessRequest::parse_from_bytes(data) {
+        let _ = convert::exec(namespace, request);
+    }
+    let _ = BootstrapParams::parse_from_bytes(data);
+}
+
+/// `linux.resources`.
+pub(super) fn resources(data: &[u8]) {
+    if let Ok(resources) = Resources::parse(data)
+        && resources.check().is_ok()
+    {
+        let _ = resources.needs().count();
+        let _ = resources.check_controllers("cpu memory pids");
+    }
+}
+
+/// A stop signal of an image.
+pub(super) fn signal(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(signal) = signal::parse(text) {
+        assert!((1..=64).contains(&signal), "{text:?} is signal {signal}");
+    }
+}
+
+/// The stdio strings of a process, one to a line.
+pub(super) fn stdio(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let parts: Vec<_> = text.split('\n').map(str::to_owned).collect();
+    let [stdin, stdout, stderr] = &parts[..] else { return };
+    for (terminal, role) in [(false, Role::Init), (true, Role::Init), (false, Role::Exec), (true, Role::Exec)]
+    {
+        let stdio = Stdio { stdin: stdin.clone(), stdout: stdout.clone(), stderr: stderr.clone(), terminal };
+        for kind in [Kind::Fifo, Kind::File] {
+            let wiring = uri::wiring(&stdio, Log::Auto, role, |_: &Path| kind);
+            if let Ok(logger) = wiring.map(|wiring| wiring.logger) {
+                assert!(logger.is_none_or(|logger| logger.program.is_absolute()));
+            }
+        }
+    }
+}
+
+fn names(namespace: &str, id: &str) -> Option<(Namespace, TaskId)> {
+    Some((Namespace::new(namespace).ok()?, TaskId::new(id).ok()?))
+}

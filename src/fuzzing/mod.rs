@@ -1,0 +1,79 @@
+//! What fuzzers run: one function for each input that comes from outside, with what must hold for every input.
+//!
+//! `make fuzz` runs the functions under libFuzzer (`fuzz/`). The unit tests run them over the inputs in
+//! `fuzz/corpus/`, on any toolchain. A function returns normally for every input; a broken rule is a panic.
+
+mod client;
+mod disk;
+mod properties;
+
+/// A function that takes any input.
+type Target = fn(&[u8]);
+
+/// The functions by name. `fuzz/Cargo.toml` has a target of each name.
+pub const TARGETS: [(&str, Target); 14] = [
+    ("annotation", properties::annotation),
+    ("arguments", client::arguments),
+    ("bundle", disk::bundle),
+    ("cgroups_path", client::cgroups_path),
+    ("face", properties::face),
+    ("frame", client::frame),
+    ("name", client::name),
+    ("options", client::options),
+    ("process", client::process),
+    ("record", disk::record),
+    ("request", client::request),
+    ("resources", client::resources),
+    ("signal", client::signal),
+    ("stdio", client::stdio),
+];
+
+/// Runs the function of that name. False if there is none.
+pub fn run(name: &str, data: &[u8]) -> bool {
+    let target = TARGETS.iter().find(|(known, _)| *known == name);
+    target.map(|(_, function)| function(data)).is_some()
+}
+
+/// The text before the first line break, and the rest.
+fn first_line(data: &[u8]) -> Option<(&str, &[u8])> {
+    let end = data.iter().position(|byte| *byte == b'\n')?;
+    let (first, rest) = data.split_at(end);
+    Some((std::str::from_utf8(first).ok()?, rest.get(1..)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::path::Path;
+
+    #[test]
+    fn every_input_of_the_corpus_is_handled() {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+        for (name, function) in TARGETS {
+            let directory = corpus.join(name);
+            let inputs =
+                fs::read_dir(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
+            let mut count = 0;
+            for input in inputs {
+                let path = input.unwrap().path();
+                let data = fs::read(&path).unwrap();
+                // A panic names the rule; the last line of the output names the input.
+                eprintln!("{}", path.display());
+                function(&data);
+                count += 1;
+            }
+            assert!(count > 0, "{name} has no input");
+        }
+    }
+
+    #[test]
+    fn every_target_can_be_run_by_a_fuzzer() {
+        let manifest =
+            fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/Cargo.toml")).unwrap();
+        for (name, _) in TARGETS {
+            assert!(manifest.contains(&format!("name = \"{name}\"")), "{name} is not in fuzz/Cargo.toml");
+        }
+        assert!(!run("no-such-target", b""));
+    }
+}
