@@ -416,9 +416,21 @@ fn dev_null() -> Result<File, Error> {
 }
 
 fn set_limit(resource: u32, soft: u64, hard: u64) -> Result<(), Error> {
-    let known = RESOURCES.iter().find(|known| **known as u32 == resource);
     // A number that this version does not know is one that it did not write.
-    known.map_or(Ok(()), |known| setrlimit(*known, soft, hard).map_err(system("set a resource limit")))
+    let Some(known) = RESOURCES.iter().find(|known| **known as u32 == resource) else {
+        return Ok(());
+    };
+    match setrlimit(*known, soft, hard) {
+        Err(Errno::EPERM) if *known == Resource::RLIMIT_NOFILE => {
+            // `fs.nr_open` is lower by now than the limit that containerd has, and nobody can set such a limit
+            // any more (kernel/sys.c, do_prlimit).
+            let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
+            let most = most.and_then(|text| text.trim().parse().ok()).unwrap_or(hard);
+            setrlimit(*known, soft.min(most), hard.min(most))
+        }
+        set => set,
+    }
+    .map_err(system("set a resource limit"))
 }
 
 /// The resource limits that a process inherits.

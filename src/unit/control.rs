@@ -92,18 +92,19 @@ impl Manager {
         }
     }
 
-    /// Asks for a slice to be stopped and for nothing else: a unit that has just been started in the slice runs
-    /// on.
+    /// Stops a slice and nothing else: a unit that has just been started in the slice runs on. No unit is started
+    /// meanwhile.
     ///
     /// # Errors
-    /// A refusal.
+    /// A refusal, or [`Error::Job`].
     pub async fn stop_alone(&self, slice: &UnitName) -> Result<(), Error> {
-        match persist!(self, proxy, proxy.stop_unit(slice.as_str(), "ignore-dependencies")) {
-            Ok(_) => Ok(()),
-            Err(error) => match call_error(STOP, slice, error) {
-                Error::NotLoaded { .. } => Ok(()),
-                error => Err(error),
-            },
+        let _alone = self.slices.write().await;
+        let waiter = self.jobs.wait_for(slice);
+        let job = persist!(self, proxy, proxy.stop_unit(slice.as_str(), "ignore-dependencies"));
+        match job.map_err(|error| call_error(STOP, slice, error)) {
+            Ok(job) => self.ended(STOP, waiter, Some(job)).await,
+            Err(Error::NotLoaded { .. }) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 

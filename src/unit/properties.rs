@@ -47,12 +47,6 @@ impl Systemd {
         self.version >= config::OLDEST_SYSTEMD
     }
 
-    /// Restarts can be delayed more the more there are (`RestartSteps`). systemd counts them until the unit is
-    /// started or stopped by hand, so the longest delay has to be one that never hurts.
-    pub fn has_restart_steps(self) -> bool {
-        self.version >= 254
-    }
-
     /// `FileDescriptorStorePreserve=` (254).
     pub fn has_fd_store_preserve(self) -> bool {
         self.version >= 254
@@ -286,10 +280,6 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
     if systemd.has_fd_store_preserve() {
         list.push(("FileDescriptorStorePreserve", "yes".into()));
     }
-    if systemd.has_restart_steps() {
-        list.push(("RestartSteps", 10_u32.into()));
-        list.push(("RestartMaxDelayUSec", usec(Duration::from_millis(500)).into()));
-    }
     Properties(list)
 }
 
@@ -417,8 +407,7 @@ mod tests {
         let transient = transient.as_text();
         // D-Bus has numbers, lists and booleans where a file has words.
         let words = ["Description", "Type", "NotifyAccess", "Slice", "Restart", "KillMode", "OOMPolicy"];
-        let numbers =
-            ["FileDescriptorStoreMax", "FileDescriptorStorePreserve", "OOMScoreAdjust", "RestartSteps"];
+        let numbers = ["FileDescriptorStoreMax", "FileDescriptorStorePreserve", "OOMScoreAdjust"];
         let words = words.iter().chain(&numbers);
         let installed = settings(include_str!("../../units/containerd-shim-systemd-v1.service"));
         for key in words {
@@ -428,7 +417,6 @@ mod tests {
         }
         let times = [
             ("RestartSec", "100ms", "RestartUSec", 100_000),
-            ("RestartMaxDelaySec", "500ms", "RestartMaxDelayUSec", 500_000),
             ("TimeoutStartSec", "infinity", "TimeoutStartUSec", INFINITY),
             ("StartLimitIntervalSec", "0", "StartLimitIntervalUSec", 0),
         ];

@@ -70,6 +70,8 @@ pub struct Manager {
     refs: Option<Arc<Refs>>,
     /// Lets calls through, up to [`MAX_CALLS`] at a time; the others queue. It is never closed.
     pub(super) calls: Semaphore,
+    /// Held for writing while a slice is being stopped, for reading while a unit is started.
+    pub(super) slices: tokio::sync::RwLock<()>,
     /// The types of a service's properties, once they are asked for.
     pub(super) types: OnceCell<Arc<Types>>,
 }
@@ -83,6 +85,7 @@ impl Default for Manager {
             listening: watch::Sender::default(),
             refs: None,
             calls: Semaphore::new(MAX_CALLS),
+            slices: tokio::sync::RwLock::default(),
             types: OnceCell::new(),
         }
     }
@@ -391,6 +394,8 @@ impl Manager {
                 None => self.proxy().await?,
             };
             let result = {
+                // systemd refuses a unit whose slice is being stopped.
+                let _slices = self.slices.read().await;
                 let _call = self.calls.acquire().await;
                 proxy.start_transient_unit(unit.as_str(), "fail", properties, aux).await
             };
