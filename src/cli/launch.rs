@@ -305,7 +305,8 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
         edits.cgroups_path = Some(cgroup::of_self()?.join(child));
     }
     if task.notify {
-        pass_on_notifications(&mut edits);
+        let socket = Store::new(config::STATE_DIR).notify_socket(&name::short_name(&task.unit));
+        pass_on_notifications(&mut edits, socket);
     }
     bundle::edit(bundle, &edits)?;
     leave_unit(task)?;
@@ -387,15 +388,16 @@ fn leave_unit(task: &Task) -> Result<(), Error> {
     Ok(cgroup::enter(Path::new(&cgroup))?)
 }
 
-/// The container gets what systemd gives to a service that notifies. The time of the watchdog is that of
-/// the unit; the process that systemd means is not known in the container.
-fn pass_on_notifications(edits: &mut Edits) {
+/// The container gets what systemd gives to a service that notifies, with a socket of its own in the place of
+/// systemd's. The time of the watchdog is that of the unit; the process that systemd means is not known in the
+/// container.
+fn pass_on_notifications(edits: &mut Edits, own: PathBuf) {
     let Some(socket) = std::env::var(NOTIFY_SOCKET).ok().filter(|path| path.starts_with('/')) else {
         return;
     };
     edits.env.push(format!("{NOTIFY_SOCKET}={socket}"));
     edits.env.extend(std::env::var(WATCHDOG_USEC).map(|usec| format!("{WATCHDOG_USEC}={usec}")));
-    edits.binds.push(socket);
+    edits.binds.push((own, socket));
 }
 
 /// sd_notify(3)

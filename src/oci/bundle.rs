@@ -193,8 +193,8 @@ pub struct Edits {
     pub cgroups_path: Option<PathBuf>,
     /// `process.env`: variables to add.
     pub env: Vec<String>,
-    /// `mounts`: files of the host to mount at the same path in the container.
-    pub binds: Vec<String>,
+    /// `mounts`: files of the host to mount in the container: the file, and its place there.
+    pub binds: Vec<(PathBuf, String)>,
 }
 
 /// Edits a bundle's spec, replacing the file in one step.
@@ -274,10 +274,10 @@ fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
     }
     if !edits.binds.is_empty() {
         let mut mounts: Vec<Box<RawValue>> = member(&spec, "mounts")?;
-        let bind = |path: &String| {
+        let bind = |(source, destination): &(PathBuf, String)| {
             let mut mount = Mount::default();
-            mount.set_destination(path.into()).set_source(Some(path.into())).set_typ(Some("bind".to_owned()));
-            mount.set_options(Some(vec!["bind".to_owned()]));
+            mount.set_destination(destination.into()).set_source(Some(source.into()));
+            mount.set_typ(Some("bind".to_owned())).set_options(Some(vec!["bind".to_owned()]));
             to_raw_value(&mount)
         };
         mounts.extend(edits.binds.iter().map(bind).collect::<Result<Vec<_>, _>>()?);
@@ -336,11 +336,14 @@ mod tests {
 
     #[test]
     fn variables_and_mounts_are_added_after_those_of_the_client() {
-        let edits =
-            Edits { env: vec!["B=2".to_owned()], binds: vec!["/run/x".to_owned()], ..Edits::default() };
+        let edits = Edits {
+            env: vec!["B=2".to_owned()],
+            binds: vec![("/run/y".into(), "/run/x".to_owned())],
+            ..Edits::default()
+        };
         let text = r#"{"mounts":[{"destination":"/a"}],"process":{"args":["x"],"env":["A=1"]}}"#;
         let new = edited(text.as_bytes(), &edits).unwrap();
-        let mount = r#"{"destination":"/run/x","type":"bind","source":"/run/x","options":["bind"]}"#;
+        let mount = r#"{"destination":"/run/x","type":"bind","source":"/run/y","options":["bind"]}"#;
         let wanted = format!(
             r#"{{"mounts":[{{"destination":"/a"}},{mount}],"process":{{"args":["x"],"env":["A=1","B=2"]}}}}"#
         );

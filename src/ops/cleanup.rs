@@ -126,6 +126,7 @@ impl Shim {
         let mut in_execs = Troubles::default();
         let others = async {
             entry.init.live().watched = None;
+            entry.init.live().listening = None;
             drain(&entry.init).await;
             for process in entry.execs() {
                 cut_off(&process).await;

@@ -204,6 +204,7 @@ impl Shim {
         let gone = || Error::UnknownTask { key: task.key.clone() };
         let streams = Arc::new(self.streams(entry, None).ok_or_else(gone)?);
         let opened = self.open_streams(&streams).await?;
+        self.listen_to_container(entry).await?;
         fault::point(Point::CreateOpened);
         self.start_unit(entry, &task, &dir).await?;
         self.take_over(entry, &task, &dir, opened).await
@@ -223,6 +224,7 @@ impl Shim {
             let state = self.manager.active_state(&task.unit).await?;
             let streams = Arc::new(self.streams(entry, None).ok_or_else(gone)?);
             let mut opened = self.reopen_streams(streams.clone(), Whose::Starting).await?;
+            self.listen_to_container(entry).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());
             match state.as_deref() {

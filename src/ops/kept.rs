@@ -22,6 +22,8 @@ pub enum Part {
     ErrorOutput,
     /// The master side of the terminal.
     Terminal,
+    /// The socket at which a container notifies.
+    Notify,
 }
 
 impl Earlier {
@@ -32,7 +34,7 @@ impl Earlier {
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::Input, Self::Output, Self::ErrorOutput, Self::Terminal];
+    const ALL: [Self; 5] = [Self::Input, Self::Output, Self::ErrorOutput, Self::Terminal, Self::Notify];
 
     fn letter(self) -> char {
         match self {
@@ -40,6 +42,7 @@ impl Part {
             Self::Output => 'o',
             Self::ErrorOutput => 'e',
             Self::Terminal => 't',
+            Self::Notify => 'n',
         }
     }
 

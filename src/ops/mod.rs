@@ -13,6 +13,7 @@ mod exec;
 pub mod kept;
 mod kill;
 mod memory;
+mod notify;
 mod observe;
 mod owner;
 mod pause;
@@ -59,6 +60,7 @@ use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
 use crate::task::registry::Registry;
 use crate::task::{Task, registry};
+use crate::unit::relay::Relay;
 use crate::unit::systemd::Systemd;
 
 use kept::Kept;
@@ -104,6 +106,8 @@ pub struct Live {
     client_ends: Vec<OwnedFd>,
     /// How much of the container's output the daemon copies to the journal: of init, for all its execs.
     journal_limit: Arc<RateLimit>,
+    /// What the container says to systemd.
+    listening: Option<notify::Listening>,
     /// Told when the unit ends while it is being started.
     attempt_ended: Arc<Notify>,
     /// Cancelled when a Create or a Start that is under way is not wanted any more.
@@ -137,6 +141,8 @@ pub struct Shim {
     registry: Registry<Live>,
     manager: Arc<dyn Systemd>,
     oci: Arc<dyn OciRuntime>,
+    /// To systemd, for what containers say.
+    relay: Relay,
     /// This program, for units that run it.
     program: PathBuf,
     copies: Arc<Copies>,
@@ -178,6 +184,7 @@ impl Shim {
             registry: Registry::default(),
             manager,
             oci,
+            relay: Relay::new(),
             program,
             copies: Arc::default(),
             cgroups,

@@ -354,6 +354,7 @@ impl Shim {
         if let Some(pid) = task.init.pid().filter(|_| task.init.is_alive()) {
             self.hold(entry, pid);
             self.watch_cgroup(entry);
+            self.listen_again(entry);
         }
         self.recover_streams(entry, &entry.init).await;
         if !living.contains(&entry.init.unit) {

@@ -57,8 +57,7 @@ impl Console {
             wait(&self.listener, limit)?;
             let (stream, _) = self.listener.accept()?;
             wait(&stream, limit)?;
-            crate::sys::receive_fd(&stream)?
-                .ok_or_else(|| io::Error::other("no terminal came with the message"))
+            terminal(crate::sys::receive_fds(&stream)?)
         };
         received().map_err(error("receive a terminal at", &self.path))
     }
@@ -68,6 +67,17 @@ impl Drop for Console {
     fn drop(&mut self) {
         // Gone already is what we want.
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// The one descriptor that came, if it is the master side of a terminal: programs are to be fed and read through
+/// it, and a rootfs without `/dev` decides what the OCI runtime opens.
+fn terminal(mut received: Vec<OwnedFd>) -> io::Result<OwnedFd> {
+    match (received.pop(), received.pop()) {
+        (Some(master), None) if crate::sys::is_terminal_master(&master) => Ok(master),
+        (Some(_), None) => Err(io::Error::other("the OCI runtime sent something else than a terminal")),
+        (None, _) => Err(io::Error::other("the OCI runtime sent no terminal")),
+        (Some(_), Some(_)) => Err(io::Error::other("the OCI runtime sent more than one descriptor")),
     }
 }
 
@@ -83,8 +93,10 @@ fn wait(fd: &impl AsFd, limit: Duration) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::fcntl::OFlag;
+    use nix::pty::{posix_openpt, ptsname_r};
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-    use std::io::{IoSlice, Read, Write};
+    use std::io::{IoSlice, Write};
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
 
@@ -92,21 +104,45 @@ mod tests {
         std::env::temp_dir().join(format!("console-test-{}", std::process::id())).join(name)
     }
 
+    fn send(path: &Path, fds: &[std::os::fd::RawFd]) {
+        let runtime = UnixStream::connect(path).unwrap();
+        let (name, rights) = ([IoSlice::new(b"/dev/ptmx")], [ControlMessage::ScmRights(fds)]);
+        sendmsg::<()>(runtime.as_raw_fd(), &name, &rights, MsgFlags::empty(), None).unwrap();
+    }
+
     #[test]
-    fn the_descriptor_that_is_sent_arrives_and_the_socket_goes() {
+    fn the_terminal_that_is_sent_arrives_and_the_socket_goes() {
         let path = path("ok");
         let console = Console::listen(&path).unwrap();
-        let (mut here, there) = UnixStream::pair().unwrap();
-        let runtime = UnixStream::connect(&path).unwrap();
-        let fds = [there.as_raw_fd()];
-        let (name, rights) = ([IoSlice::new(b"/dev/ptmx")], [ControlMessage::ScmRights(&fds)]);
-        sendmsg::<()>(runtime.as_raw_fd(), &name, &rights, MsgFlags::empty(), None).unwrap();
-        drop(there);
-        let mut received = std::fs::File::from(console.receive(Duration::from_secs(5)).unwrap());
-        received.write_all(b"x").unwrap();
-        let mut byte = [0];
-        here.read_exact(&mut byte).unwrap();
-        assert_eq!((&byte, path.exists()), (b"x", false));
+        let flags = OFlag::O_RDWR | OFlag::O_NOCTTY;
+        let master = posix_openpt(flags).unwrap();
+        let name = ptsname_r(&master).unwrap();
+        send(&path, &[master.as_raw_fd()]);
+        drop(master);
+        let received = console.receive(Duration::from_secs(5)).unwrap();
+        assert_eq!((ptsname_r_of(&received), path.exists()), (name, false));
+    }
+
+    fn ptsname_r_of(master: &OwnedFd) -> String {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", master.as_raw_fd())).unwrap();
+        assert_eq!(link.file_name().and_then(|name| name.to_str()), Some("ptmx"));
+        crate::sys::terminal_number(master).map(|number| format!("/dev/pts/{number}")).unwrap()
+    }
+
+    #[test]
+    fn what_is_no_terminal_or_not_alone_is_refused() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY).unwrap();
+        for (fds, reason) in [
+            (vec![null.as_raw_fd()], "something else"),
+            (vec![master.as_raw_fd(), null.as_raw_fd()], "more than one"),
+        ] {
+            let path = path("odd");
+            let console = Console::listen(&path).unwrap();
+            send(&path, &fds);
+            let error = console.receive(Duration::from_secs(5)).unwrap_err();
+            assert!(error.to_string().contains(reason), "{error}");
+        }
     }
 
     #[test]

@@ -37,7 +37,8 @@ pub enum Error {
     },
 }
 
-pub(super) fn error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+/// An error of a call on a path.
+pub fn error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
     let path = path.to_owned();
     move |source| Error::Io { action, path, source }
 }

@@ -31,6 +31,9 @@ const OWED: &str = ".owed";
 /// Holds the records that have crashed the daemon.
 const CRASHED: &str = ".crashed";
 
+/// Holds the notify sockets of containers.
+const NOTIFY: &str = ".notify";
+
 /// Holds console sockets.
 const CONSOLES: &str = ".consoles";
 
@@ -180,6 +183,11 @@ impl Store {
     /// the record does not (108 bytes, unix(7)).
     pub fn console(&self, name: &str) -> PathBuf {
         self.root.join(CONSOLES).join(name)
+    }
+
+    /// Where a container notifies: a short name, as for [`Self::console`].
+    pub fn notify_socket(&self, name: &str) -> PathBuf {
+        self.root.join(NOTIFY).join(name)
     }
 
     /// Makes a new task's directory and writes its first record, and the environment of its OCI runtime.

@@ -3,17 +3,20 @@
 
 pub mod child;
 pub mod crash;
+mod receive;
 pub mod tree;
 
-use std::mem::MaybeUninit;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::libc;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixCredentials, sendmsg};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
+
+pub use receive::{receive_fds, receive_from_process};
 
 /// The descriptors that systemd passed to this process, each with the name it gave them.
 ///
@@ -161,21 +164,32 @@ pub fn is_immutable(file: &impl AsFd) -> Result<bool, Errno> {
     Ok(flags & IMMUTABLE != 0)
 }
 
-/// Takes one descriptor off a Unix socket (SCM_RIGHTS); nothing if none comes with the next message.
+/// The number of a pseudo-terminal, by its master side (ioctl_tty(2), TIOCGPTN).
 ///
 /// # Errors
-/// The socket can't be read.
-pub fn receive_fd(socket: &impl AsFd) -> Result<Option<OwnedFd>, Errno> {
-    let mut data = [0; 4096];
-    let mut parts = [std::io::IoSliceMut::new(&mut data)];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    recvmsg(socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC).map_err(errno)?;
-    // Dropping the buffer closes descriptors that were not asked for.
-    Ok(ancillary.drain().find_map(|part| match part {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    }))
+/// `ENOTTY`: it is no master side.
+pub fn terminal_number(master: &impl AsFd) -> Result<u32, Errno> {
+    let mut number: libc::c_uint = 0;
+    // SAFETY: the descriptor is open for as long as it is borrowed, and the kernel writes one unsigned int.
+    Errno::result(unsafe { libc::ioctl(master.as_fd().as_raw_fd(), libc::TIOCGPTN, &mut number) })?;
+    Ok(number)
+}
+
+/// True for the master side of a pseudo-terminal.
+pub fn is_terminal_master(fd: &impl AsFd) -> bool {
+    terminal_number(fd).is_ok()
+}
+
+/// Sends a datagram as another process of root's (unix(7), `SCM_CREDENTIALS`), which needs `CAP_SYS_ADMIN`.
+///
+/// # Errors
+/// `ESRCH`: there is no such process. `EAGAIN`: the receiver is busy.
+pub fn send_as(socket: &impl AsFd, text: &str, process: u32) -> std::io::Result<()> {
+    let pid = libc::pid_t::try_from(process).map_err(|_| Errno::ESRCH)?;
+    let sender = UnixCredentials::from(libc::ucred { pid, uid: 0, gid: 0 });
+    let (parts, control) = ([IoSlice::new(text.as_bytes())], [ControlMessage::ScmCredentials(&sender)]);
+    sendmsg::<()>(socket.as_fd().as_raw_fd(), &parts, &control, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
 }
 
 /// Puts descriptors at 3, 4, 5, …, where a program that is about to be run expects them.
@@ -245,11 +259,7 @@ pub fn count_peeked(socket: &impl AsFd) -> Result<(), Errno> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{IoSlice, Read};
-    use std::os::unix::net::UnixStream;
     use std::process::Command;
-
-    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
     use super::*;
 
@@ -274,26 +284,5 @@ mod tests {
         for pid in [0, u32::MAX] {
             assert_eq!(pidfd_open(pid).map(drop), Err(Errno::ESRCH));
         }
-    }
-
-    #[test]
-    fn one_descriptor_is_taken_off_a_socket_and_others_are_closed() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let pairs = [(); 2].map(|()| UnixStream::pair().unwrap());
-        let fds: Vec<RawFd> = pairs.iter().map(|(sent, _)| sent.as_raw_fd()).collect();
-        let message = [ControlMessage::ScmRights(&fds)];
-        sendmsg::<()>(theirs.as_raw_fd(), &[IoSlice::new(b"x")], &message, MsgFlags::empty(), None).unwrap();
-        let received = receive_fd(&ours).unwrap();
-        let [first, second] = pairs.map(|(sent, kept)| {
-            drop(sent);
-            kept.set_nonblocking(true).unwrap();
-            kept
-        });
-        assert_eq!((&first).read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
-        assert_eq!((&second).read(&mut [0]).unwrap(), 0, "closed on both sides");
-        drop(received);
-        assert_eq!((&first).read(&mut [0]).unwrap(), 0);
-        sendmsg::<()>(theirs.as_raw_fd(), &[IoSlice::new(b"x")], &[], MsgFlags::empty(), None).unwrap();
-        assert!(receive_fd(&ours).unwrap().is_none());
     }
 }

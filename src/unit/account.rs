@@ -40,6 +40,14 @@ impl Manager {
         })
     }
 
+    /// How long a unit may take to stop, in microseconds.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error> {
+        Ok(self.property(unit, SERVICE_INTERFACE, "TimeoutStopUSec").await?.unwrap_or_default())
+    }
+
     /// The rate limit of a unit's output in the journal: microseconds and lines, each 0 if it is not set.
     ///
     /// # Errors

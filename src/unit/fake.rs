@@ -475,6 +475,11 @@ impl Systemd for FakeSystemd {
         Ok(0)
     }
 
+    async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error> {
+        self.call("read", unit).await?;
+        Ok(0)
+    }
+
     async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {
         self.call("read", unit).await?;
         Ok((0, 0))

@@ -21,6 +21,7 @@ pub mod properties;
 pub mod proxy;
 pub mod reading;
 pub mod refs;
+pub mod relay;
 mod signals;
 pub mod systemd;
 mod types;

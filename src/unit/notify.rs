@@ -47,6 +47,23 @@ pub enum Error {
     Send(#[from] Errno),
 }
 
+/// A connection to the socket at which systemd is notified; nothing outside of systemd.
+///
+/// # Errors
+/// It can't be reached.
+pub(super) fn connect() -> io::Result<Option<UnixDatagram>> {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return Ok(None);
+    };
+    let address = match path.as_encoded_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(&path)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&address)?;
+    Ok(Some(socket))
+}
+
 /// The way to systemd, and its store of descriptors (sd_notify(3), `FDSTORE=1`): what is in it stays open
 /// while the daemon is down, and is passed to the next one.
 ///
@@ -97,17 +114,11 @@ impl FdStore {
         let mut counted = Counted::default();
         kept.iter().for_each(|(name, _)| counted.add(name, 1));
         let kept = Mutex::new(counted);
-        let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
-            return Ok(Self { socket: None, kept });
-        };
-        let address = match path.as_encoded_bytes().strip_prefix(b"@") {
-            Some(name) => SocketAddr::from_abstract_name(name)?,
-            None => SocketAddr::from_pathname(&path)?,
-        };
-        let socket = UnixDatagram::unbound()?;
-        socket.connect_addr(&address)?;
-        socket.set_write_timeout(Some(SEND_LIMIT))?;
-        Ok(Self { socket: Some(socket), kept })
+        let socket = connect()?;
+        if let Some(socket) = &socket {
+            socket.set_write_timeout(Some(SEND_LIMIT))?;
+        }
+        Ok(Self { socket, kept })
     }
 
     /// Tells systemd that calls are served from now on. No effect outside of systemd.

@@ -121,7 +121,8 @@ pub fn container(
         ("IOAccounting", true.into()),
     ]);
     if notify {
-        // From any process of the container: its init may be a shell.
+        // The daemon speaks as the main process (`unit/relay.rs`). A container that has the host's own socket,
+        // in a bind of the host's /run, uses that from any process.
         list.push(("NotifyAccess", "all".into()));
     }
     list.extend(bound_to_system());

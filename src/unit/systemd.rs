@@ -164,6 +164,12 @@ pub trait Systemd: Send + Sync {
     /// systemd or the journal can't be asked.
     async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error>;
 
+    /// How long a unit may take to stop, in microseconds.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error>;
+
     /// The rate limit of a unit's output in the journal: microseconds and lines, each 0 if it is not set.
     ///
     /// # Errors
@@ -275,6 +281,10 @@ impl Systemd for Manager {
 
     async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {
         Self::oom_kills(self, unit).await
+    }
+
+    async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error> {
+        Self::stop_limit(self, unit).await
     }
 
     async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {

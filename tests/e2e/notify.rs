@@ -1,13 +1,15 @@
 //! A container that may tell systemd of itself: what it says is in `systemctl status`.
 
+use std::time::{Duration, Instant};
+
 use prost_types::Any;
 
 use crate::common::container::Container;
-use crate::common::node::Node;
+use crate::common::node::{Node, unique};
 use crate::common::spec::Spec;
-use crate::common::stdio::Fifos;
+use crate::common::stdio::{Fifos, feed};
 use crate::common::task::Io;
-use crate::common::{systemd, wait};
+use crate::common::{daemon, process, systemd, wait};
 use crate::options::GenericOptions;
 
 const NOTIFY: &str = "io.containerd.systemd.notify";
@@ -83,4 +85,93 @@ fn another_word_than_yes_or_no_is_refused() {
     let container = node.container("word", Spec::sleeping().annotation(NOTIFY, "maybe")).make();
     let error = container.create(&Io::default()).expect_err("neither yes nor no");
     assert!(error.message().contains(NOTIFY) && error.message().contains("maybe"), "{error}");
+}
+
+/// With the host's programs, and a root of its own: what it tells systemd goes through its own socket.
+fn with_programs(script: &str) -> Spec {
+    let spec = Spec::sh(script).annotation(NOTIFY, "true");
+    [("/usr", "/usr"), ("/usr/lib", "/lib"), ("/usr/lib64", "/lib64")]
+        .into_iter()
+        .fold(spec, |spec, (host, container)| spec.bind(host, container, &["rslave", "ro"]))
+}
+
+/// A service of the host that no container may harm; removed on drop.
+struct Victim(String);
+
+impl Victim {
+    fn start() -> Victim {
+        let unit = format!("{}.service", unique("victim"));
+        process::succeed("systemd-run", &["--unit", &unit, "sleep", "100000"]);
+        Victim(unit)
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = process::run("systemctl", &["stop", &self.0]);
+    }
+}
+
+#[test]
+fn a_container_has_a_say_in_its_own_unit_only() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let victim = Victim::start();
+    let pid = systemd::main_pid(&victim.0);
+    // Each of them waits until it is heard (BARRIER=1).
+    let script = format!(
+        "cd /usr/bin; ./systemd-notify MAINPID={pid}; ./systemd-notify WATCHDOG=trigger STATUS=attacked; \
+         ./systemd-notify --status='still here'; sleep 100000"
+    );
+    let container =
+        node.container("own", with_programs(&script)).options(options(ALLOWED)).started(&Io::default());
+    wait::until_true("its status", || property(&container, "StatusText") == "still here");
+    assert_eq!(systemd::main_pid(&systemd::unit_of(&container)), container.pid());
+    assert_eq!(property(&container, "ActiveState"), "active");
+    assert_eq!(systemd::main_pid(&victim.0), pid, "the victim lives");
+}
+
+#[test]
+fn a_container_is_heard_by_the_next_daemon() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let script = "while read word; do /usr/bin/systemd-notify --status=$word; done";
+    let fifos = Fifos::new("heard");
+    let (_stdout, _stderr, stdin) = (fifos.stdout(), fifos.stderr(), fifos.open_stdin());
+    let container =
+        node.container("heard", with_programs(script)).options(options(ALLOWED)).started(&fifos.io());
+    let stdin = stdin.file();
+    for word in ["one", "two", "three"] {
+        feed(&stdin, format!("{word}\n").as_bytes());
+        wait::until_true(word, || property(&container, "StatusText") == word);
+        daemon::killed();
+    }
+}
+
+#[test]
+fn a_flood_holds_up_nobody_else() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let flood = "while :; do for i in 1 2 3 4 5 6 7 8; do /usr/bin/systemd-notify --no-block --status=$i & done; wait; done";
+    let _flood =
+        node.container("flood", with_programs(flood)).options(options(ALLOWED)).started(&Io::default());
+    let script = "/usr/bin/systemd-notify --status=heard; sleep 100000";
+    let container =
+        node.container("calm", with_programs(script)).options(options(ALLOWED)).started(&Io::default());
+    wait::until_true("its status", || property(&container, "StatusText") == "heard");
+}
+
+#[test]
+fn a_stop_is_extended_no_further_than_the_administrator_allows() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let script = "trap '' TERM; while :; do /usr/bin/systemd-notify EXTEND_TIMEOUT_USEC=60000000 STATUS=x; sleep 0.2; done";
+    let body = format!("{ALLOWED}[Properties]\nTimeoutStopSec = \"2\"\n");
+    let container =
+        node.container("extend", with_programs(script)).options(options(&body)).started(&Io::default());
+    wait::until_true("its status", || property(&container, "StatusText") == "x");
+    let begun = Instant::now();
+    process::succeed("systemctl", &["stop", &systemd::unit_of(&container)]);
+    assert!(begun.elapsed() < Duration::from_secs(8), "the stop took {:?}", begun.elapsed());
+    assert_eq!(container.exit_status(), 128 + 9, "SIGKILL");
 }

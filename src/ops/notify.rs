@@ -1,0 +1,205 @@
+//! The notify socket of a container: each container has its own, and systemd's own is never in a container.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::unix::AsyncFd;
+use tokio::task::JoinHandle;
+
+use crate::cgroup;
+use crate::config;
+use crate::stdio::fifo;
+use crate::unit::name;
+use crate::unit::relay::{Extension, MESSAGE_MAX, Said};
+
+use super::kept::Part;
+use super::{Entry, Error, Shim, blocking};
+
+/// So many messages of a container are passed on at once, and one more after each pause. The others wait in
+/// the container.
+const BURST: u32 = 50;
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The daemon takes what a container says, until this is dropped; then the socket's path goes as well.
+pub(super) struct Listening {
+    path: PathBuf,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.task.abort();
+        // Gone already is what we want.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Shim {
+    /// Opens the notify socket of a container that may notify, or takes over what an earlier daemon had opened.
+    ///
+    /// # Errors
+    /// It can't be made.
+    pub(super) async fn listen_to_container(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
+        let (notify, number) = {
+            let task = entry.task();
+            (task.notify, task.wiring.kept)
+        };
+        if !notify {
+            return Ok(());
+        }
+        let path = self.store.notify_socket(&name::short_name(&entry.init.unit));
+        let socket = match self.kept.take(Part::Notify, number).both.pop() {
+            Some(socket) => socket,
+            None => {
+                let path = path.clone();
+                let socket = blocking(move || open(&path).map_err(fifo::error("listen at", &path))).await??;
+                self.kept.keep(Part::Notify, number, &[socket.as_fd()]);
+                socket
+            }
+        };
+        self.listen(entry, socket, path)
+    }
+
+    /// After a restart: goes on listening to a container that lives.
+    pub(super) fn listen_again(self: &Arc<Self>, entry: &Arc<Entry>) {
+        let number = entry.task().wiring.kept;
+        // A container that was made before it could have one has none.
+        let Some(socket) = self.kept.take(Part::Notify, number).both.pop() else {
+            return;
+        };
+        let path = self.store.notify_socket(&name::short_name(&entry.init.unit));
+        if let Err(error) = self.listen(entry, socket, path) {
+            tracing::error!(task = %entry.key, %error, "task {}: what it tells systemd is lost: {error}", entry.key);
+        }
+    }
+
+    fn listen(self: &Arc<Self>, entry: &Arc<Entry>, socket: OwnedFd, path: PathBuf) -> Result<(), Error> {
+        let socket = crate::sys::watch(socket).map_err(Error::Watch)?;
+        let (shim, of) = (self.clone(), Arc::downgrade(entry));
+        let init = entry.init.clone();
+        let task = tokio::spawn(async move {
+            let heard = async {
+                let (mut budget, mut refilled) = (BURST, Instant::now());
+                let mut extension = Extension::default();
+                loop {
+                    let message = receive(&socket).await?;
+                    let Some(entry) = of.upgrade() else {
+                        return Ok(());
+                    };
+                    if let Some(message) = message {
+                        shim.pass_on(&entry, &message, &mut extension).await;
+                    }
+                    let gained = refilled.elapsed().as_millis() / PAUSE.as_millis();
+                    if gained > 0 {
+                        budget = budget.saturating_add(u32::try_from(gained).unwrap_or(BURST)).min(BURST);
+                        refilled = Instant::now();
+                    }
+                    budget = budget.saturating_sub(1);
+                    if budget == 0 {
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                }
+            };
+            tokio::select! {
+                heard = heard => {
+                    let heard: std::io::Result<()> = heard;
+                    if let Err(error) = heard {
+                        tracing::error!(process = %init.key, %error, "{}: what it tells systemd is lost: {error}", init.key);
+                    }
+                }
+                _ = init.ended() => {}
+            }
+        });
+        entry.init.live().listening = Some(Listening { path, task });
+        Ok(())
+    }
+
+    /// Passes on what a container says of its unit, if it is one of its processes that says so.
+    async fn pass_on(&self, entry: &Entry, message: &Message, extension: &mut Extension) {
+        let said = Said::read(&message.text);
+        let (main, container) = {
+            let task = entry.task();
+            (task.init.pid(), task.cgroup.clone())
+        };
+        let (Some(main), Some(container)) = (main, container) else {
+            return;
+        };
+        // Nobody else has the socket, unless somebody hands it on.
+        let lives_in = cgroup::of_process(message.sender);
+        if !lives_in.is_ok_and(|cgroup| cgroup.starts_with(&container)) {
+            tracing::debug!(task = %entry.key, sender = message.sender, "task {}: a stranger's notification is dropped", entry.key);
+            return;
+        }
+        let extended = match said.extend_usec {
+            Some(asked) => {
+                let limit = self.manager.stop_limit(&entry.init.unit).await;
+                let limit = limit
+                    .unwrap_or_else(|_| u64::try_from(config::STOP_LIMIT.as_micros()).unwrap_or(u64::MAX));
+                extension.grant(asked, limit, Instant::now())
+            }
+            None => None,
+        };
+        let Some(text) = said.text(extended) else {
+            return;
+        };
+        // Held, its number is no other's.
+        let lives = entry.init.live().process.as_ref().is_some_and(is_alive);
+        if !lives {
+            return;
+        }
+        if let Err(error) = self.relay.tell(&text, main).await {
+            tracing::warn!(task = %entry.key, %error, "task {}: systemd is not told what it says: {error}", entry.key);
+        }
+    }
+}
+
+/// What a process of a container has sent.
+struct Message {
+    text: Vec<u8>,
+    sender: u32,
+}
+
+/// The next message; nothing for one that is too long, or comes from where there are no process ids.
+///
+/// Descriptors that come with a message are closed by the kernel: that answers `BARRIER=1`, after all messages
+/// before it, and keeps a container from handing a descriptor to the daemon whose close could hang.
+async fn receive(socket: &AsyncFd<OwnedFd>) -> std::io::Result<Option<Message>> {
+    let mut text = vec![0; MESSAGE_MAX + 1];
+    let received = loop {
+        let mut ready = socket.readable().await?;
+        match ready.try_io(|socket| Ok(crate::sys::receive_from_process(socket.get_ref(), &mut text)?)) {
+            Ok(received) => break received?,
+            Err(_would_block) => {}
+        }
+    };
+    let (length, sender) = received;
+    text.truncate(length);
+    Ok(sender.filter(|_| length <= MESSAGE_MAX).map(|sender| Message { text, sender }))
+}
+
+/// Every user of the container may use it: its directory is root's.
+fn open(path: &Path) -> std::io::Result<OwnedFd> {
+    if let Some(parent) = path.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+    }
+    // What a daemon before this one has left.
+    let _ = fs::remove_file(path);
+    let socket = UnixDatagram::bind(path)?;
+    socket.set_nonblocking(true)?;
+    setsockopt(&socket, sockopt::PassCred, &true)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
+    Ok(socket.into())
+}
+
+/// The process has not ended.
+fn is_alive(process: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+}

@@ -1,0 +1,158 @@
+//! Receiving control messages from Unix sockets (unix(7)), whatever the other side sends.
+//!
+//! Not with nix: it reports an error where control messages were cut off, and leaves the descriptors open that
+//! the kernel had made by then.
+
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::libc;
+
+/// Room for two descriptors, which shows that it is more than one.
+const DESCRIPTORS_SPACE: usize = space(2 * size_of::<RawFd>());
+/// Room for the sender, and for nothing else.
+const SENDER_SPACE: usize = space(size_of::<libc::ucred>());
+
+const fn space(length: usize) -> usize {
+    // SAFETY: computes a number from a number that is small.
+    unsafe { libc::CMSG_SPACE(length as libc::c_uint) as usize }
+}
+
+/// Takes a message off a Unix socket and returns the descriptors that came with it. If there were more than
+/// two, two or more are returned; the others are closed.
+///
+/// # Errors
+/// The socket can't be read.
+pub fn receive_fds(socket: &impl AsFd) -> Result<Vec<OwnedFd>, Errno> {
+    let (mut data, mut control) = ([0; 4096], Control::<DESCRIPTORS_SPACE>::new());
+    Ok(receive(socket, &mut data, &mut control)?.fds)
+}
+
+/// Takes a datagram off a socket that is told who sends (`SO_PASSCRED`). Returns its length, which is larger than
+/// `data` if that was too small, and the sending process, if that has a number here.
+///
+/// There is room for the sender only: the kernel closes descriptors that come with the datagram, without
+/// giving them to this process.
+///
+/// # Errors
+/// The socket can't be read.
+pub fn receive_from_process(socket: &impl AsFd, data: &mut [u8]) -> Result<(usize, Option<u32>), Errno> {
+    let received = receive(socket, data, &mut Control::<SENDER_SPACE>::new())?;
+    let sender = received.sender.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
+    Ok((received.length, sender))
+}
+
+/// Memory for control messages.
+#[repr(C)]
+struct Control<const N: usize> {
+    /// Aligns what follows.
+    _header: [libc::cmsghdr; 0],
+    bytes: [u8; N],
+}
+
+impl<const N: usize> Control<N> {
+    fn new() -> Self {
+        Self { _header: [], bytes: [0; N] }
+    }
+}
+
+#[derive(Default)]
+struct Received {
+    length: usize,
+    sender: Option<libc::pid_t>,
+    fds: Vec<OwnedFd>,
+}
+
+fn receive<const N: usize>(
+    socket: &impl AsFd,
+    data: &mut [u8],
+    control: &mut Control<N>,
+) -> Result<Received, Errno> {
+    let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+    // SAFETY: all zeroes is a valid msghdr: null pointers with lengths of 0.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.bytes.as_mut_ptr().cast();
+    header.msg_controllen = N as _;
+    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_TRUNC;
+    // SAFETY: the header points to memory of ours, with its length, that outlives the call.
+    let length = Errno::result(unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &mut header, flags) })?;
+    let mut received =
+        Received { length: usize::try_from(length).unwrap_or_default(), ..Received::default() };
+    // SAFETY: the kernel has filled in the control messages and their length.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(&header) };
+    // SAFETY: what the macros return is a header within `control`, or null.
+    while let Some(message) = unsafe { next.as_ref() } {
+        // SAFETY: `message` is a header within `control`.
+        let (start, data) = unsafe { (libc::CMSG_LEN(0) as usize, libc::CMSG_DATA(message)) };
+        let length = message.cmsg_len.saturating_sub(start);
+        match (message.cmsg_level, message.cmsg_type) {
+            (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
+                for i in 0..length / size_of::<RawFd>() {
+                    // SAFETY: the message holds `length` bytes. The kernel has just put this descriptor into
+                    // our table, and nobody else knows it.
+                    received
+                        .fds
+                        .push(unsafe { OwnedFd::from_raw_fd(data.cast::<RawFd>().add(i).read_unaligned()) });
+                }
+            }
+            (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if length >= size_of::<libc::ucred>() => {
+                // SAFETY: the message holds as many bytes as are read.
+                received.sender = Some(unsafe { data.cast::<libc::ucred>().read_unaligned() }.pid);
+            }
+            _ => {}
+        }
+        // SAFETY: as above.
+        next = unsafe { libc::CMSG_NXTHDR(&header, message) };
+    }
+    Ok(received)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+    use std::io::{IoSlice, Read};
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+
+    fn send(socket: &impl AsFd, text: &[u8], fds: &[&OwnedFd]) {
+        let fds: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let rights = if fds.is_empty() { &[] } else { &rights[..] };
+        let parts = [IoSlice::new(text)];
+        sendmsg::<()>(socket.as_fd().as_raw_fd(), &parts, rights, MsgFlags::empty(), None).unwrap();
+    }
+
+    /// The writing end is closed everywhere once the reading end is at its end.
+    fn pipe() -> (std::fs::File, OwnedFd) {
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        (reader.into(), writer)
+    }
+
+    #[test]
+    fn descriptors_are_counted_and_none_stays_open() {
+        for count in [0, 1, 2, 3, 50] {
+            let (here, there) = UnixStream::pair().unwrap();
+            let (mut reader, writer) = pipe();
+            send(&there, b"/dev/ptmx", &vec![&writer; count]);
+            let received = receive_fds(&here).unwrap();
+            assert_eq!(received.len(), count.min(2), "{count}");
+            drop((received, writer));
+            assert_eq!(reader.read(&mut [0]).unwrap(), 0, "{count}: all are closed");
+        }
+    }
+
+    #[test]
+    fn a_datagram_tells_its_sender_and_brings_no_descriptor() {
+        let (here, there) = UnixDatagram::pair().unwrap();
+        setsockopt(&here, sockopt::PassCred, &true).unwrap();
+        let (mut reader, writer) = pipe();
+        send(&there, b"BARRIER=1", &[&writer]);
+        drop(writer);
+        let mut data = [0; 4];
+        let (length, sender) = receive_from_process(&here, &mut data).unwrap();
+        assert_eq!((length, sender), (9, Some(std::process::id())));
+        assert_eq!((&data, reader.read(&mut [0]).unwrap()), (b"BARR", 0));
+    }
+}

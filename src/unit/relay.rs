@@ -1,0 +1,208 @@
+//! What a container says to systemd (sd_notify(3)), and how the daemon passes it on.
+//!
+//! A container never speaks to systemd itself: systemd takes any process of the machine as a main process from
+//! a sender that is root, and would kill it for the container. Only what concerns the container's own unit is
+//! passed on, as a message of the unit's main process (unix(7), `SCM_CREDENTIALS`).
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use tokio::net::UnixDatagram;
+
+use super::notify;
+
+/// systemd takes no longer messages (`NOTIFY_BUFFER_MAX`).
+pub const MESSAGE_MAX: usize = 4096;
+
+/// More of a status is no line that a person reads.
+const STATUS_MAX: usize = 256;
+
+/// What a container may say of its unit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Said {
+    /// Lines that systemd gets as they are.
+    lines: Vec<String>,
+    /// By how many microseconds the container would extend the time that it has.
+    pub extend_usec: Option<u64>,
+}
+
+impl Said {
+    /// Reads a message. What a container has no say in is left out: which process is the main one, descriptors
+    /// to keep, the watchdog's time, errors of the bus, and whatever systemd may learn in later versions.
+    pub fn read(message: &[u8]) -> Self {
+        let mut said = Self::default();
+        let Ok(text) = std::str::from_utf8(message) else {
+            return said;
+        };
+        for line in text.lines() {
+            match line.split_once('=') {
+                Some(("READY" | "STOPPING" | "RELOADING" | "WATCHDOG", "1")) => {
+                    said.lines.push(line.to_owned())
+                }
+                Some((name @ "MONOTONIC_USEC", value)) => {
+                    said.lines.extend(value.parse::<u64>().map(|usec| format!("{name}={usec}")));
+                }
+                Some((name @ "STATUS", value)) => said.lines.push(format!("{name}={}", one_line(value))),
+                Some(("EXTEND_TIMEOUT_USEC", value)) => said.extend_usec = value.parse().ok(),
+                Some(_) | None => {}
+            }
+        }
+        said
+    }
+
+    /// What systemd is told: nothing if the container has said nothing that counts. `extend_usec` is what it
+    /// gets of the time that it has asked for.
+    pub fn text(&self, extend_usec: Option<u64>) -> Option<String> {
+        let extended = extend_usec.map(|usec| format!("EXTEND_TIMEOUT_USEC={usec}"));
+        let lines: Vec<&str> = self.lines.iter().chain(&extended).map(String::as_str).collect();
+        (!lines.is_empty()).then(|| lines.join("\n"))
+    }
+}
+
+/// Without control characters, and not longer than [`STATUS_MAX`] bytes.
+fn one_line(text: &str) -> String {
+    let mut line = String::new();
+    for c in text.chars().map(|c| if c.is_control() { ' ' } else { c }) {
+        if line.len() + c.len_utf8() > STATUS_MAX {
+            break;
+        }
+        line.push(c);
+    }
+    line
+}
+
+/// How much longer a container may take than the administrator gives it: once more as long.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Extension {
+    began: Option<Instant>,
+}
+
+impl Extension {
+    /// What a container gets that asks for `asked_usec`. `limit_usec` is `TimeoutStopUSec` of its unit.
+    ///
+    /// The time runs from the first request on. Another period begins after twice the limit: too late to
+    /// extend a stop again that was extended before.
+    pub fn grant(&mut self, asked_usec: u64, limit_usec: u64, now: Instant) -> Option<u64> {
+        let limit = Duration::from_micros(limit_usec);
+        let mut elapsed = self.began.map_or(Duration::MAX, |began| now.duration_since(began));
+        if elapsed >= limit.saturating_mul(2) {
+            self.began = Some(now);
+            elapsed = Duration::ZERO;
+        }
+        let left = limit_usec.saturating_sub(u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX));
+        Some(asked_usec.min(left)).filter(|usec| *usec > 0)
+    }
+}
+
+/// The way to systemd.
+#[derive(Debug)]
+pub struct Relay {
+    /// Nothing outside of systemd.
+    socket: Option<UnixDatagram>,
+}
+
+impl Relay {
+    /// To the systemd that runs this process.
+    pub fn new() -> Self {
+        Self {
+            socket: Self::connect().unwrap_or_else(|error| {
+                tracing::error!(%error, "what containers tell systemd is lost: {error}");
+                None
+            }),
+        }
+    }
+
+    fn connect() -> io::Result<Option<UnixDatagram>> {
+        let Some(socket) = notify::connect()? else {
+            return Ok(None);
+        };
+        socket.set_nonblocking(true)?;
+        UnixDatagram::from_std(socket).map(Some)
+    }
+
+    /// Tells systemd something as a process of the unit that it is about. Waits while systemd is busy.
+    ///
+    /// # Errors
+    /// There is no such process, or systemd can't be reached.
+    pub async fn tell(&self, text: &str, process: u32) -> io::Result<()> {
+        let Some(socket) = &self.socket else {
+            return Ok(());
+        };
+        socket.async_io(tokio::io::Interest::WRITABLE, || crate::sys::send_as(socket, text, process)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn passed(message: &[u8]) -> Option<String> {
+        Said::read(message).text(None)
+    }
+
+    #[test]
+    fn what_a_container_says_of_itself_is_passed_on() {
+        let text = "READY=1\nSTATUS=3 clients\nWATCHDOG=1";
+        assert_eq!(passed(text.as_bytes()).as_deref(), Some(text));
+        let text = "RELOADING=1\nMONOTONIC_USEC=17";
+        assert_eq!(passed(text.as_bytes()).as_deref(), Some(text));
+        assert_eq!(passed(b"STOPPING=1\n").as_deref(), Some("STOPPING=1"));
+    }
+
+    #[test]
+    fn what_a_container_has_no_say_in_is_left_out() {
+        for line in [
+            "MAINPID=1",
+            "MAINPIDFD=1",
+            "MAINPIDFDID=1",
+            "FDSTORE=1",
+            "FDSTOREREMOVE=1",
+            "FDNAME=x",
+            "FDPOLL=0",
+            "WATCHDOG=trigger",
+            "WATCHDOG_USEC=1",
+            "BUSERROR=x",
+            "VARLINKERROR=x",
+            "ERRNO=1",
+            "EXIT_STATUS=1",
+            "NOTIFYACCESS=all",
+            "BARRIER=1",
+            "RESTART_RESET=1",
+            "X_ANYTHING=1",
+            "READY=0",
+            "ready=1",
+            " READY=1",
+            "MONOTONIC_USEC=-1",
+            "EXTEND_TIMEOUT_USEC=x",
+            "",
+        ] {
+            assert_eq!(passed(line.as_bytes()), None, "{line}");
+            let with_more = format!("{line}\nSTATUS=x\n{line}");
+            assert_eq!(passed(with_more.as_bytes()).as_deref(), Some("STATUS=x"), "{line}");
+        }
+        assert_eq!(passed(b"STATUS=\xff"), None);
+    }
+
+    #[test]
+    fn a_status_is_one_line_that_a_person_can_read() {
+        assert_eq!(passed(b"STATUS=a\x1b[31m\0b\x07\rc").as_deref(), Some("STATUS=a [31m b  c"));
+        let long = format!("STATUS={}", "\u{fc}".repeat(4000));
+        let text = passed(long.as_bytes()).unwrap();
+        assert_eq!(text, format!("STATUS={}", "\u{fc}".repeat(STATUS_MAX / 2)));
+    }
+
+    #[test]
+    fn a_stop_takes_no_more_than_twice_its_time() {
+        let (limit, second) = (10_000_000, 1_000_000);
+        let begun = Instant::now();
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let mut extension = Extension::default();
+        assert_eq!(extension.grant(4 * second, limit, at(0)), Some(4 * second));
+        assert_eq!(extension.grant(u64::MAX, limit, at(3)), Some(7 * second));
+        assert_eq!(extension.grant(second, limit, at(10)), None);
+        assert_eq!(extension.grant(second, limit, at(19)), None);
+        assert_eq!(extension.grant(second, limit, at(20)), Some(second));
+        assert_eq!(Extension::default().grant(5, u64::MAX, at(0)), Some(5));
+        assert_eq!(Extension::default().grant(5, 0, at(0)), None);
+    }
+}
