@@ -477,7 +477,10 @@ impl Streams {
             let mut sinks = Sinks { copies: self.copies(log_pipe, to)?, ..Sinks::default() };
             match (&to.client, fifo) {
                 (Some(Sink::EndOnly(_)), fifo) => sinks.held = fifo,
-                (_, Some(fifo)) => sinks.fifo = Some(crate::sys::watch(fifo).map_err(Error::Watch)?),
+                (_, Some(fifo)) => {
+                    fifo::enlarge(&fifo);
+                    sinks.fifo = Some(crate::sys::watch(fifo).map_err(Error::Watch)?);
+                }
                 (_, None) => {}
             }
             let from = match source {

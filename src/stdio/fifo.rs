@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -109,6 +110,17 @@ fn set_nonblocking(file: File, path: &Path) -> Result<File, Error> {
     fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
         .map_err(|e| error("set the mode of", path)(e.into()))?;
     Ok(file)
+}
+
+/// The room of a FIFO into which the daemon moves output: 256 pieces of up to 4 KiB. With splice(2) each write of a
+/// process takes a piece of its own, so that the default of 16 pieces is full after 16 short lines.
+const ROOM: nix::libc::c_int = 1 << 20;
+
+/// Gives a FIFO more room, where the kernel allows it. What is in the FIFO stays.
+pub fn enlarge(fifo: &impl AsFd) {
+    if let Err(errno) = fcntl(fifo, FcntlArg::F_SETPIPE_SZ(ROOM)) {
+        tracing::debug!("a FIFO keeps the room that it has: {errno}");
+    }
 }
 
 /// Opens a FIFO for reading, without waiting for a writer.

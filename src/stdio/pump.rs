@@ -35,6 +35,9 @@ const LINE_WAIT: Duration = Duration::from_secs(1);
 /// The same where a client waits for what is there: a prompt.
 const PROMPT_WAIT: Duration = Duration::from_millis(10);
 
+/// How often the daemon tries to deliver input that waits until a program opens its terminal again.
+const REOPEN_PAUSE: Duration = Duration::from_millis(200);
+
 /// The kernel keeps at most 64 KiB of a terminal's output, and a page in its line discipline
 /// (tty_buffer.c): what a process has written before its end is not more.
 const TERMINAL_HOLDS: usize = 128 << 10;
@@ -175,13 +178,11 @@ async fn move_all(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<
     Ok(())
 }
 
-/// Moves something between two pipes, or between a pipe and a terminal; 0 at the end.
+/// Moves something between two pipes; 0 at the end.
 async fn move_some(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>, length: usize) -> io::Result<usize> {
     loop {
         // Tried first: a FIFO that is opened again after its writer has gone never gets ready.
         match splice(from, None, to, None, length, NO_WAIT) {
-            // The last process that had the terminal open is gone.
-            Err(Errno::EIO) => return Ok(0),
             Ok(moved) => return Ok(moved),
             // The kernel does not say which side has to be waited for.
             Err(Errno::EAGAIN) => {
@@ -214,25 +215,63 @@ async fn move_terminal(
             () = terminal.hung_up() => {}
         }
     });
-    let from = terminal.master();
-    loop {
-        tokio::select! {
-            moved = move_some(from, to, CHUNK) => if moved? == 0 {
-                return Ok(());
-            },
-            () = &mut over => break,
+    let all = async {
+        loop {
+            // When nobody has the terminal open, a program can open it again for as long as the process lives.
+            if !move_output(terminal, to, CHUNK).await? {
+                terminal.output().await?;
+            }
+            tokio::task::consume_budget().await;
         }
-    }
+    };
+    let ended: io::Result<()> = tokio::select! {
+        failed = all => failed,
+        () = &mut over => Ok(()),
+    };
+    ended?;
     let mut left = TERMINAL_HOLDS;
     // The kernel brings up what it still has in its buffers before it says that there is none
     // (n_tty_poll).
-    while left > 0 && is_ready(from, PollFlags::POLLIN)? {
-        match move_some(from, to, left).await? {
-            0 => break,
-            moved => left = left.saturating_sub(moved),
+    while left > 0 && is_ready(terminal.master(), PollFlags::POLLIN)? {
+        match splice(terminal.master(), None, to, None, left, NO_WAIT) {
+            Ok(0) | Err(Errno::EIO) => break,
+            Ok(moved) => left = left.saturating_sub(moved),
+            Err(Errno::EAGAIN) => room_in(to).await?,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
         }
+        tokio::task::consume_budget().await;
     }
     Ok(())
+}
+
+/// Moves something from a terminal to a pipe; false if nobody has the terminal open.
+async fn move_output(terminal: &Terminal, to: &AsyncFd<OwnedFd>, length: usize) -> io::Result<bool> {
+    loop {
+        match splice(terminal.master(), None, to, None, length, NO_WAIT) {
+            Ok(0) | Err(Errno::EIO) => return Ok(false),
+            Ok(_) => return Ok(true),
+            // The kernel does not say which side has to be waited for. If both sides are ready by now, none has.
+            Err(Errno::EAGAIN) if !is_ready(to, PollFlags::POLLOUT)? => room_in(to).await?,
+            Err(Errno::EAGAIN) if !is_ready(terminal.master(), PollFlags::POLLIN)? => {
+                terminal.output().await?
+            }
+            Err(Errno::EAGAIN) => tokio::task::consume_budget().await,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Waits until a pipe has room.
+async fn room_in(to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    loop {
+        let mut writable = to.writable().await?;
+        if is_ready(to, PollFlags::POLLOUT)? {
+            return Ok(());
+        }
+        writable.clear_ready();
+    }
 }
 
 /// From a pipe to every sink, until the pipe ends; or, once `complete`, until it is empty.
@@ -326,12 +365,32 @@ async fn write_to(sinks: &mut Vec<Sink>, bytes: &[u8]) {
     }
 }
 
-/// Copies a client's input to a terminal until every writer is gone.
+/// Copies a client's input to a terminal until every writer is gone. While nobody has the terminal open, the input
+/// waits in the FIFO.
 ///
 /// # Errors
-/// The terminal has gone, or the FIFO can't be read.
+/// The terminal can't be written, or the FIFO can't be read.
 pub async fn input(fifo: &AsyncFd<OwnedFd>, terminal: &Terminal) -> io::Result<()> {
-    move_all(fifo, terminal.master()).await
+    loop {
+        match splice(fifo, None, terminal.master(), None, CHUNK, NO_WAIT) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            // Nobody has the terminal open. The kernel does not report that somebody opens it again.
+            Err(Errno::EIO) => tokio::time::sleep(REOPEN_PAUSE).await,
+            Err(Errno::EAGAIN) if !is_ready(fifo, PollFlags::POLLIN)? => {
+                let mut readable = fifo.readable().await?;
+                if !is_ready(fifo, PollFlags::POLLIN)? {
+                    readable.clear_ready();
+                }
+            }
+            Err(Errno::EAGAIN) if !is_ready(terminal.master(), PollFlags::POLLOUT)? => {
+                terminal.room().await?
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        tokio::task::consume_budget().await;
+    }
 }
 
 /// On a thread for blocking work, a chunk at a time: a slow disk holds up this process's output, and

@@ -1,9 +1,11 @@
 //! The daemon's side of a process's terminal.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
@@ -11,8 +13,55 @@ use tokio_util::sync::CancellationToken;
 /// its session gets SIGHUP.
 #[derive(Debug)]
 pub struct Terminal {
-    master: AsyncFd<OwnedFd>,
+    master: OwnedFd,
+    output: Edges,
+    room: Edges,
     hung_up: CancellationToken,
+}
+
+/// The changes of one direction of a terminal.
+///
+/// The readiness of the async runtime does not serve here: once every program has closed the terminal, the runtime
+/// reports "closed" for good, although a program may open the terminal again. An epoll instance between the
+/// runtime and the terminal reports each change once, "closed" as well.
+#[derive(Debug)]
+struct Edges(AsyncFd<Changes>);
+
+/// An epoll instance as the async runtime takes it.
+#[derive(Debug)]
+struct Changes(Epoll);
+
+impl AsRawFd for Changes {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.0.as_raw_fd()
+    }
+}
+
+impl From<Changes> for OwnedFd {
+    fn from(changes: Changes) -> Self {
+        changes.0.0
+    }
+}
+
+impl Edges {
+    fn of(master: &OwnedFd, direction: EpollFlags) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(master, EpollEvent::new(direction | EpollFlags::EPOLLET, 0))?;
+        crate::sys::watch_as_it_is(Changes(epoll)).map(Self)
+    }
+
+    /// Resolves when something has changed since the last call. A call that is cancelled misses nothing.
+    async fn next(&self) -> io::Result<()> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            let mut change = [EpollEvent::empty()];
+            match ready.get_inner().0.wait(&mut change, EpollTimeout::ZERO) {
+                Ok(0) => ready.clear_ready(),
+                Err(Errno::EINTR) => {}
+                taken => return Ok(taken.map(drop)?),
+            }
+        }
+    }
 }
 
 impl Terminal {
@@ -23,12 +72,30 @@ impl Terminal {
     pub fn new(master: OwnedFd) -> io::Result<Self> {
         let flags = OFlag::from_bits_retain(fcntl(&master, FcntlArg::F_GETFL)?);
         fcntl(&master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        Ok(Self { master: crate::sys::watch(master)?, hung_up: CancellationToken::new() })
+        let (output, room) =
+            (Edges::of(&master, EpollFlags::EPOLLIN)?, Edges::of(&master, EpollFlags::EPOLLOUT)?);
+        Ok(Self { master, output, room, hung_up: CancellationToken::new() })
     }
 
     /// The master side, for moving bytes in and out.
-    pub(super) fn master(&self) -> &AsyncFd<OwnedFd> {
+    pub(super) fn master(&self) -> &OwnedFd {
         &self.master
+    }
+
+    /// Resolves when there may be more output, or when the last program has closed the terminal.
+    ///
+    /// # Errors
+    /// The terminal can't be watched.
+    pub(super) async fn output(&self) -> io::Result<()> {
+        self.output.next().await
+    }
+
+    /// Resolves when there may be room for more input, or when the last program has closed the terminal.
+    ///
+    /// # Errors
+    /// The terminal can't be watched.
+    pub(super) async fn room(&self) -> io::Result<()> {
+        self.room.next().await
     }
 
     /// Sets the size of its window, in characters.
@@ -36,7 +103,7 @@ impl Terminal {
     /// # Errors
     /// It is no terminal.
     pub fn resize(&self, columns: u16, rows: u16) -> io::Result<()> {
-        Ok(crate::sys::set_window(self.master.get_ref(), columns, rows)?)
+        Ok(crate::sys::set_window(&self.master, columns, rows)?)
     }
 
     /// Makes those who read it let go of it.

@@ -192,3 +192,25 @@ fn an_unread_terminal_can_be_killed_and_deleted() {
     drop(client);
     assert!(process::exists(container.pid()));
 }
+
+#[test]
+fn a_terminal_that_every_program_has_closed_can_be_opened_again() {
+    let script = "T=$(tty); read go; exec 0<&- 1>&- 2>&-; sleep 0.3; seq 1 5000 >$T; read word <$T; echo got $word >$T";
+    each_kind(shell(script), |process, mut client| {
+        client.enter("go\n");
+        client.until("\r\n5000\r\n");
+        client.enter("again\n");
+        client.until("got again\r\n");
+        assert_eq!(process.exit_status(), 0);
+    });
+}
+
+#[test]
+fn what_a_client_has_not_read_when_the_process_ends_is_complete() {
+    each_kind(shell("for i in $(seq 200); do echo line $i; done"), |process, mut client| {
+        assert_eq!(process.exit_status(), 0);
+        process.delete().expect("delete");
+        let lines: String = (1..=200).map(|i| format!("line {i}\r\n")).collect();
+        assert_eq!(client.stdout.text(), lines);
+    });
+}
