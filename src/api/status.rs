@@ -45,7 +45,7 @@ pub fn code(error: &Error) -> Code {
             Code::DEADLINE_EXCEEDED
         }
         Error::GivenUp { .. } => Code::CANCELLED,
-        Error::Kept(_) => Code::RESOURCE_EXHAUSTED,
+        Error::Kept(_) | Error::NoThread(_) => Code::RESOURCE_EXHAUSTED,
         Error::Stopping
         | Error::Unit(unit::error::Error::Unreachable { .. } | unit::error::Error::Lost { .. }) => {
             Code::UNAVAILABLE

@@ -209,6 +209,11 @@ pub enum Error {
         /// How long it was given.
         limit: std::time::Duration,
     },
+    /// No thread could be made for work that waits.
+    #[error(
+        "no thread can be made to wait for a client: {0}; the limit of tasks of the daemon or of the machine is reached"
+    )]
+    NoThread(#[source] std::io::Error),
     /// The daemon is about to end.
     #[error("the shim is stopping")]
     Stopping,

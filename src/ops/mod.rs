@@ -301,6 +301,24 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     tokio::task::spawn_blocking(suspect::inherit_fn(work)).await.map_err(|_| Error::Stopping)
 }
 
+/// Runs work that may wait for a client, a runtime or the kernel, in a thread of its own: as many slow clients as
+/// there may be take no thread of [`blocking`] away from the other tasks. The work has to have a time limit.
+async fn waiting<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+    /// Enough for opening and polling a few descriptors.
+    const STACK: usize = 256 << 10;
+    let (done, result) = oneshot::channel();
+    let runtime = tokio::runtime::Handle::current();
+    let work = suspect::inherit_fn(work);
+    let run = move || {
+        let _context = runtime.enter();
+        // Nobody waits for it any more if the call was cancelled.
+        let _ = done.send(work());
+    };
+    let thread = std::thread::Builder::new().name("waiting".to_owned()).stack_size(STACK).spawn(run);
+    thread.map_err(Error::NoThread)?;
+    result.await.map_err(|_| Error::Stopping)
+}
+
 /// An event in containerd's order, with what the publisher has to know.
 pub struct Outgoing {
     /// Its place in the task's order.

@@ -11,7 +11,7 @@ use crate::task::phase::{Event, Phase, Refusal};
 use crate::task::{Placement, Task};
 use crate::unit;
 
-use super::{Attempt, Error, Shim, blocking};
+use super::{Attempt, Error, Shim, waiting};
 
 /// A process that the kernel can't freeze (in a driver, traced) keeps the others frozen half. As with runc.
 const FREEZE_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 10_000 });
@@ -89,7 +89,7 @@ impl Shim {
             return Ok(by_systemd.await?);
         };
         let is_foreign = matches!(task.placement, Placement::Foreign { .. });
-        let seen = blocking(move || {
+        let seen = waiting(move || {
             if is_foreign {
                 cgroup::freeze(&cgroup, frozen)?;
             }

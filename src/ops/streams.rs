@@ -30,7 +30,7 @@ use crate::unit::name;
 use crate::unit::properties::{self, Shown};
 
 use super::kept::{Earlier, Kept, Part};
-use super::{Entry, Error, Process, Shim, blocking};
+use super::{Entry, Error, Process, Shim, blocking, waiting};
 
 /// What the streams of a process depend on.
 pub(super) struct Streams {
@@ -138,7 +138,7 @@ impl Shim {
     /// A FIFO or a file can't be opened, nobody reads, or the logger is not ready.
     pub(super) async fn open_streams(&self, streams: &Arc<Streams>) -> Result<Opened, Error> {
         let (this, kept) = (streams.clone(), self.kept.clone());
-        let mut opened = blocking(move || this.open_new(&kept)).await??;
+        let mut opened = waiting(move || this.open_new(&kept)).await??;
         if let (Some(unit), Some(ready)) = (&streams.logger, opened.ready.take()) {
             self.start_logger(streams, unit, ready).await?;
         }
@@ -193,7 +193,7 @@ impl Shim {
                     kept.keep(Part::Terminal, number, &[master.as_fd()]);
                     Ok::<_, Error>(master)
                 };
-                Some(blocking(received).await??)
+                Some(waiting(received).await??)
             }
             (None, None) => None,
         };

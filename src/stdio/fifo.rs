@@ -5,11 +5,12 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::Mode;
 
 use super::uri::Kind;
@@ -145,15 +146,52 @@ pub fn open_blocking_reader(path: &Path) -> Result<File, Error> {
     Ok(file)
 }
 
-/// A blocking open in a thread of its own, as it has no time limit.
+/// Waits for the first reader, and opens the writing end.
+///
+/// While there is no writer, the open of a reader does not return, and inotify(7) tells only of opens that have.
+/// So the writing end is opened first, which needs a reader for a moment: the FIFO opened for both. Until somebody
+/// else reads, poll(2) reports an error for the writing end.
 fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
-    let (sender, receiver) = mpsc::channel();
-    let fifo = path.to_owned();
-    std::thread::spawn(move || {
-        // Nobody listens any more after the limit.
-        let _ = sender.send(OpenOptions::new().write(true).open(&fifo).map_err(error("open", &fifo)));
-    });
-    receiver.recv_timeout(limit).map_err(|_| Error::NoReader { path: path.to_owned(), limit })?
+    let deadline = Instant::now() + limit;
+    let both = open_both(path)?;
+    let mut options = OpenOptions::new();
+    let writer = options.write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+    let writer = writer.map_err(error("open", path))?;
+    let opens = opens_of(path);
+    drop(both);
+    while !has_reader(&writer).map_err(error("look at", path))? {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Error::NoReader { path: path.to_owned(), limit });
+        }
+        let mut fds: Vec<_> =
+            opens.iter().map(|opens| PollFd::new(opens.as_fd(), PollFlags::POLLIN)).collect();
+        // Without an inotify instance the FIFO is looked at again and again.
+        let pause = if fds.is_empty() { left.min(WITHOUT_INOTIFY) } else { left };
+        match poll(&mut fds, PollTimeout::try_from(pause).unwrap_or(PollTimeout::MAX)) {
+            // A reader came, and may have left again.
+            Ok(1..) => break,
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(error("wait for a reader of", path)(errno.into())),
+        }
+    }
+    Ok(writer)
+}
+
+/// How often a FIFO is looked at where there is no inotify instance left.
+const WITHOUT_INOTIFY: Duration = Duration::from_millis(20);
+
+/// Becomes readable when somebody opens the file from now on.
+fn opens_of(path: &Path) -> Option<Inotify> {
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok()?;
+    inotify.add_watch(path, AddWatchFlags::IN_OPEN).ok()?;
+    Some(inotify)
+}
+
+fn has_reader(writer: &File) -> io::Result<bool> {
+    let mut fds = [PollFd::new(writer.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(!fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLERR)))
 }
 
 #[cfg(test)]
@@ -173,8 +211,19 @@ mod tests {
         let path = scratch("no-reader");
         let error = open_output(&path, Duration::from_millis(20)).unwrap_err();
         assert!(matches!(error, Error::NoReader { .. }), "{error}");
-        // Lets the waiting thread go.
-        drop(open_reader(&path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_reader_that_comes_later_is_waited_for() {
+        let path = scratch("late-reader");
+        let reader = path.clone();
+        let waiting = std::thread::spawn(move || open_output(&path, Duration::from_secs(30)).map(|_| path));
+        // The open returns once the other thread has the writing end.
+        let mut options = OpenOptions::new();
+        let opened = options.read(true).open(&reader).unwrap();
+        let path = waiting.join().unwrap().unwrap();
+        drop(opened);
         std::fs::remove_file(&path).unwrap();
     }
 

@@ -276,3 +276,32 @@ fn output_of_many_execs_at_once_is_not_mixed_up() {
     });
     wait::until_true("only init is left", || container.pids().is_ok_and(|pids| pids.len() == 1));
 }
+
+#[test]
+fn clients_that_never_open_their_fifos_hold_up_nobody_else() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let slow = node.container("slow", Spec::sleeping()).started(&Io::default());
+    let other = node.container("other", Spec::sleeping()).started(&Io::default());
+    let fifos: Vec<_> = (0..80).map(|_| Fifos::new("slow")).collect();
+    let execs: Vec<_> =
+        fifos.iter().map(|fifos| slow.exec(Spec::sh("true")).added(&fifos.output())).collect();
+    std::thread::scope(|scope| {
+        let (begun, starting) = std::sync::mpsc::channel();
+        for exec in &execs {
+            let begun = begun.clone();
+            scope.spawn(move || {
+                begun.send(()).expect("tell that a start begins");
+                // No client reads: the start fails after its limit.
+                exec.start().expect_err("nobody has opened the FIFO");
+            });
+        }
+        execs.iter().for_each(|_| starting.recv().expect("a start begins"));
+        let unloaded = std::time::Instant::now();
+        assert_eq!(other.exec_sh("exit 3").exit_status(), 3);
+        let new = node.container("new", Spec::sh("exit 4")).started(&Io::default());
+        assert_eq!(new.exit_status(), 4);
+        // The starts wait for 30 s: less than that means that nobody waited for them.
+        assert!(unloaded.elapsed() < std::time::Duration::from_secs(20), "{:?}", unloaded.elapsed());
+    });
+}
