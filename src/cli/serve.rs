@@ -209,7 +209,9 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     workers.spawn("publishing events", events::publish(shim.clone(), outgoing));
     workers.spawn("writing what could not be written", shim.clone().write_pending());
     workers.spawn("giving up unused memory", shim.clone().forget_idle());
-    workers.spawn("removing unused slices", slices::run(slices_of, shim.deleted.clone()));
+    let registered = shim.clone();
+    let is_used = move |slice: &UnitName| registered.uses_slice(slice);
+    workers.spawn("removing unused slices", slices::run(slices_of, shim.deleted.clone(), is_used));
     workers.spawn("watching cgroups", shim.clone().observe_cgroups());
     workers.spawn("observing units", shim.clone().observe(observations));
 

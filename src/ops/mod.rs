@@ -47,7 +47,7 @@ use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::{Watch, Watched};
 use crate::config;
-use crate::id::{ProcessKey, TaskKey};
+use crate::id::{ProcessKey, TaskKey, UnitName};
 use crate::oci::runtime::OciRuntime;
 use crate::oci::sealed::{self, Copies};
 use crate::session::Session;
@@ -197,6 +197,15 @@ impl Shim {
             owings: Owings::default(),
         };
         (Arc::new(shim), receiver)
+    }
+
+    /// Whether a task is in a slice, or in one below it.
+    pub fn uses_slice(&self, slice: &UnitName) -> bool {
+        let stem = slice.as_str().trim_end_matches(".slice");
+        let is_in = |used: &str| {
+            used.strip_prefix(stem).is_some_and(|rest| rest == ".slice" || rest.starts_with('-'))
+        };
+        self.registry.all().iter().any(|entry| is_in(entry.task().placement.slice().as_str()))
     }
 
     /// How many tasks there are.

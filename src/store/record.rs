@@ -129,8 +129,10 @@ impl Store {
             }
         }
         for word in entries(&self.dir(&task.key).join(EXECS))? {
+            // A directory without a record is that of an exec which is being added.
             if let Ok(id) = ExecId::new(&word)
                 && !task.execs.contains_key(&id)
+                && !matches!(self.load_exec(&task.key, &id), Ok(None))
             {
                 self.remove_exec_dir(&task.key, &id)?;
             }

@@ -18,25 +18,27 @@ use crate::unit::proxy::Manager;
 /// otherwise make it again each time.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// Background task: looks for empty slices once at the start, and after each deletion of a task. Never returns.
-pub async fn run(manager: Arc<Manager>, deleted: Arc<Notify>) {
+/// Background task: looks for empty slices once at the start, and after each deletion of a task. `is_used` says
+/// whether a task is in a slice, also one whose unit does not exist yet. Never returns.
+pub async fn run(manager: Arc<Manager>, deleted: Arc<Notify>, is_used: impl Fn(&UnitName) -> bool) {
     loop {
         tokio::time::sleep(LINGER).await;
-        if let Err(error) = stop_empty(&manager).await {
+        if let Err(error) = stop_empty(&manager, &is_used).await {
             tracing::warn!(%error, "an empty slice is left: {error}");
         }
         deleted.notified().await;
     }
 }
 
-async fn stop_empty(manager: &Manager) -> Result<(), crate::unit::error::Error> {
+async fn stop_empty(
+    manager: &Manager,
+    is_used: &impl Fn(&UnitName) -> bool,
+) -> Result<(), crate::unit::error::Error> {
     let mut slices = manager.active_slices().await?;
     // Inner slices first: the outer one is empty after them.
     slices.sort_unstable_by_key(|slice| std::cmp::Reverse(slice.as_str().len()));
     for slice in slices {
-        if is_empty(&slice) {
-            manager.stop_alone(&slice).await?;
-        }
+        manager.stop_alone_if(&slice, || !is_used(&slice) && is_empty(&slice)).await?;
     }
     Ok(())
 }

@@ -92,13 +92,16 @@ impl Manager {
         }
     }
 
-    /// Stops a slice and nothing else: a unit that has just been started in the slice runs on. No unit is started
-    /// meanwhile.
+    /// Stops a slice and nothing else, if `is_free` still says so when no unit is being started: systemd removes
+    /// the cgroups below a slice that it stops, also that of a container which is being created.
     ///
     /// # Errors
     /// A refusal, or [`Error::Job`].
-    pub async fn stop_alone(&self, slice: &UnitName) -> Result<(), Error> {
+    pub async fn stop_alone_if(&self, slice: &UnitName, is_free: impl FnOnce() -> bool) -> Result<(), Error> {
         let _alone = self.slices.write().await;
+        if !is_free() {
+            return Ok(());
+        }
         let waiter = self.jobs.wait_for(slice);
         let job = persist!(self, proxy, proxy.stop_unit(slice.as_str(), "ignore-dependencies"));
         match job.map_err(|error| call_error(STOP, slice, error)) {
