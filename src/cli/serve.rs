@@ -216,9 +216,12 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     workers.spawn("observing units", shim.clone().observe(observations));
 
     crashes.forget_answered();
-    tokio::spawn(async move {
+    workers.spawn("forgetting crashes of records", async move {
         tokio::time::sleep(RECOVERED).await;
         crashes.forget_records();
+        // The daemon keeps the file open: its descriptors are the same at any time.
+        std::future::pending::<()>().await;
+        drop(crashes);
     });
 
     let leases = Leases::new(config::STATE_DIR);
