@@ -516,7 +516,7 @@ impl Streams {
     fn copies(&self, log_pipe: &str, to: &Copied) -> Result<Vec<pump::Sink>, Error> {
         let mut copies = Vec::new();
         if let Some(Sink::File { path, create }) = &to.client {
-            copies.push(pump::Sink::File(Some(pump::open_file(path, *create)?)));
+            copies.push(pump::Sink::File(pump::LogFile::open(path, *create)?));
         }
         if to.journal {
             let fields = self.face.fields.iter().map(|(name, value)| (name.as_str(), value.as_str()));

@@ -5,7 +5,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -97,19 +97,61 @@ pub struct Sinks {
 #[derive(Debug)]
 pub enum Sink {
     /// A file.
-    File(Option<File>),
+    File(LogFile),
     /// The journal.
     Journal(Lines),
 }
 
 impl Sink {
-    async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    async fn write(&mut self, bytes: &[u8]) {
         match self {
-            Self::File(file) => write_file(file, bytes).await,
-            Self::Journal(lines) => {
-                lines.write(bytes).await;
-                Ok(())
+            Self::File(file) => file.write(bytes).await,
+            Self::Journal(lines) => lines.write(bytes).await,
+        }
+    }
+}
+
+/// A client's log file. Bytes that it does not take (a full disk) are missing in it, and counted; what comes later is
+/// written as soon as the file takes it.
+#[derive(Debug)]
+pub struct LogFile {
+    path: PathBuf,
+    /// Nothing while a write is under way.
+    file: Option<File>,
+    missing: usize,
+}
+
+impl LogFile {
+    /// Opens a file as [`open_file`] does.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub fn open(path: &Path, create: bool) -> Result<Self, Error> {
+        Ok(Self { path: path.to_owned(), file: Some(open_file(path, create)?), missing: 0 })
+    }
+
+    async fn write(&mut self, bytes: &[u8]) {
+        let Some(file) = self.file.take() else {
+            return;
+        };
+        let path = self.path.display();
+        let (file, written, failure) = match write_file(file, bytes).await {
+            Ok(done) => done,
+            Err(error) => {
+                tracing::error!(%error, "{path} takes no more output: {error}");
+                return;
             }
+        };
+        self.file = Some(file);
+        if written > 0 && self.missing > 0 {
+            tracing::warn!("{path} takes output again; {} bytes are missing in it", self.missing);
+            self.missing = 0;
+        }
+        if let Some(error) = failure {
+            if self.missing == 0 {
+                tracing::error!(%error, "output is missing in {path} from here on: {error}");
+            }
+            self.missing += bytes.len() - written;
         }
     }
 }
@@ -130,7 +172,8 @@ pub fn open_file(path: &Path, create: bool) -> Result<File, Error> {
 ///
 /// `over` resolves when the process has ended. A terminal is read up to there and no further, though
 /// others may hold it still; a FIFO is read on, as what the process left behind may have more to say.
-/// A sink that fails is logged and left out: the process goes on, and so do the other sinks.
+/// A sink that takes nothing for a while is logged: the process and the other sinks go on, and so does the sink when
+/// it takes output again.
 ///
 /// Bytes are in the kernel at all times: they move from pipe to pipe (splice(2)), and what has to be
 /// looked at is copied first (tee(2)) and then moved. If the daemon ends, none is lost, and the
@@ -352,16 +395,9 @@ fn has_writer(pipe: &impl AsFd) -> io::Result<bool> {
     Ok(!fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLHUP)))
 }
 
-async fn write_to(sinks: &mut Vec<Sink>, bytes: &[u8]) {
-    let mut failed = Vec::new();
-    for (i, sink) in sinks.iter_mut().enumerate() {
-        if let Err(error) = sink.write(bytes).await {
-            tracing::error!(%error, "output is lost from here on: {error}");
-            failed.push(i);
-        }
-    }
-    for i in failed.into_iter().rev() {
-        sinks.remove(i);
+async fn write_to(sinks: &mut [Sink], bytes: &[u8]) {
+    for sink in sinks {
+        sink.write(bytes).await;
     }
 }
 
@@ -393,18 +429,21 @@ pub async fn input(fifo: &AsyncFd<OwnedFd>, terminal: &Terminal) -> io::Result<(
     }
 }
 
-/// On a thread for blocking work, a chunk at a time: a slow disk holds up this process's output, and
-/// only that.
-async fn write_file(file: &mut Option<File>, bytes: &[u8]) -> io::Result<()> {
-    let Some(mut taken) = file.take() else {
-        return Ok(());
-    };
+/// Writes on a thread for blocking work, a piece at a time: a slow disk holds up this process's output, and only
+/// that. Returns how much was written, and why not more.
+async fn write_file(mut file: File, bytes: &[u8]) -> io::Result<(File, usize, Option<io::Error>)> {
     let bytes = bytes.to_vec();
     let written = tokio::task::spawn_blocking(move || {
-        let result = taken.write_all(&bytes);
-        (taken, result)
+        let mut written = 0;
+        while let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
+            match file.write(rest) {
+                Ok(0) => return (file, written, Some(io::ErrorKind::WriteZero.into())),
+                Ok(more) => written += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return (file, written, Some(error)),
+            }
+        }
+        (file, written, None)
     });
-    let (taken, result) = written.await.map_err(io::Error::other)?;
-    *file = Some(taken);
-    result
+    written.await.map_err(io::Error::other)
 }

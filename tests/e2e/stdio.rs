@@ -1,6 +1,9 @@
 //! Output and input through FIFOs and files: complete, separate, ended in time, and there again after a break.
 
+use std::fs;
+
 use crate::common::node::{Node, OUR_RUNTIME};
+use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Gate, Scratch, feed};
 use crate::common::task::{Io, SIGKILL};
@@ -224,4 +227,36 @@ fn a_stdout_that_is_a_directory_is_refused() {
     let refusal = container.create(&io).expect_err("a directory as stdout");
     assert!(refusal.message().contains(&path) || refusal.message().contains("is a directory"), "{refusal}");
     container.create(&Io::default()).expect("the id is free for a better request");
+}
+
+#[test]
+fn a_log_file_goes_on_once_its_full_disk_has_room() {
+    needs!(OurShim); // the stock shim gives the file up
+    let node = Node::shared();
+    let disk = Scratch::new("disk");
+    process::succeed("mount", &["-t", "tmpfs", "-o", "size=64k", "none", disk.as_str()]);
+    let (log, filler) = (disk.join("log"), disk.join("filler"));
+    let (gate, notes) = (Gate::new(), Scratch::new("full"));
+    let io = Io { stdout: format!("file://{}", log.display()), ..Io::default() };
+    let wait = Gate::WAIT;
+    let script = format!(
+        "echo first; {wait}; i=0; while [ $i -lt 3000 ]; do echo missing-$i; i=$((i+1)); done; \
+         echo done >/notes/missing; {wait}; echo last; exec sleep 100000"
+    );
+    let spec = gate.bind(Spec::sh(&script)).bind(notes.as_str(), "/notes", &["rw"]);
+    let container = node.container("full", spec).started(&io);
+    let text = || fs::read_to_string(&log).unwrap_or_default();
+    wait::until_true("the first line is in the file", || text() == "first\n");
+    // As much as there is room for.
+    let filled = fs::write(&filler, vec![0; 64 << 10]);
+    assert_eq!(filled.expect_err("the disk is full").raw_os_error(), Some(nix::libc::ENOSPC));
+    gate.open();
+    wait::until_true("the program is not held up", || notes.join("missing").exists());
+    fs::remove_file(&filler).expect("make room");
+    gate.open();
+    wait::until_true("the last line is in the file", || text().ends_with("last\n"));
+    assert!(text().len() < 20_000, "nothing was missing, so nothing was tested");
+    container.end();
+    drop(container);
+    process::succeed("umount", &[disk.as_str()]);
 }
