@@ -10,7 +10,7 @@
 
 // A panic would end the daemon of a whole node, and containerd reads all that `start` prints.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::print_stderr)]
-// All that other modules can see has a doc comment; rustc's own `missing_docs` sees nothing in a binary crate.
+// All that other modules can see has a doc comment; rustc's own `missing_docs` sees only what the library exports.
 #![warn(clippy::missing_docs_in_private_items)]
 
 mod api;

@@ -32,8 +32,8 @@ pub enum Error {
     },
     /// The containerd that called has ended, and none with its namespaces listens at its address.
     #[error(
-        "containerd {address} runs in mount or network namespaces of its own, which no process of it has any \
-         more: create the container again"
+        "containerd {address} called from mount or network namespaces of its own, and no containerd is in them \
+         now: create the container again"
     )]
     Gone {
         /// The containerd's gRPC address.
@@ -77,7 +77,7 @@ pub fn of_caller() -> Result<Option<Namespaces>, Error> {
 /// for a process with one thread.
 ///
 /// # Errors
-/// [`Error`], for the namespaces of a containerd; the process may be in one of the two then, and must end.
+/// A namespace of a containerd can't be entered. The process may have entered the other one, so it must end.
 pub fn enter(containerd: &Containerd) -> Result<(), Error> {
     match &containerd.namespaces {
         None => {
