@@ -30,7 +30,7 @@ use crate::transport::Keep;
 use crate::transport::durable::Durable;
 use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::Leases;
-use crate::unit::notify::FdStore;
+use crate::unit::fd_store::FdStore;
 use crate::unit::observations::Observations;
 use crate::unit::proxy::Manager;
 use crate::unit::refs::Refs;
@@ -76,8 +76,8 @@ pub(super) fn run() -> Result<(), Failure> {
 struct Passed {
     /// The sockets to listen at.
     sockets: Vec<OwnedFd>,
-    /// What earlier daemons have had it keep, by name.
-    kept: Vec<(String, OwnedFd)>,
+    /// The contents of the descriptor store, by name.
+    stored: Vec<(String, OwnedFd)>,
 }
 
 /// True if systemd has anything for the daemon. Without, it was started by hand, or without its socket.
@@ -87,13 +87,13 @@ pub(super) fn has_work() -> bool {
 
 fn take_passed() -> Result<Passed, Failure> {
     let fds = sys::take_systemd_fds().map_err(|error| Failure(format!("take systemd's sockets: {error}")))?;
-    let (sockets, kept): (Vec<_>, Vec<_>) =
+    let (sockets, stored): (Vec<_>, Vec<_>) =
         fds.into_iter().partition(|(found, _)| found == name::DAEMON_SOCKET);
     if sockets.is_empty() {
         // Somebody has started the service without its socket: those who are connected are served.
         tracing::warn!("no socket to listen at: {} is not up", name::DAEMON_SOCKET);
     }
-    Ok(Passed { sockets: sockets.into_iter().map(|(_, fd)| fd).collect(), kept })
+    Ok(Passed { sockets: sockets.into_iter().map(|(_, fd)| fd).collect(), stored })
 }
 
 /// Leaves somebody behind who starts the daemon at the next call.
@@ -169,12 +169,13 @@ impl Keep for FdStore {
 async fn serve(passed: Passed) -> Result<(), Failure> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| Failure(format!("listen to SIGTERM: {error}")))?;
-    let Passed { sockets, mut kept } = passed;
-    let fd_store = FdStore::new(&kept).map_err(|error| Failure(format!("reach systemd: {error}")))?;
+    let Passed { sockets, stored } = passed;
+    let (fd_store, mut kept) =
+        FdStore::adopt(stored).map_err(|error| Failure(format!("reach systemd: {error}")))?;
     let fd_store = Arc::new(fd_store);
     let mut workers = Workers::default();
     let alive = fd_store.clone();
-    workers.spawn("the sign of life", async move { alive.keep_alive().await });
+    workers.spawn("the sign of life", async move { alive.notifier().keep_alive().await });
 
     let crashes = Crashes::open(Path::new(config::CRASHES)).unwrap_or_else(|error| {
         tracing::error!(%error, "crashes are not noted, a request that causes one is served again and again: {error}");
@@ -247,14 +248,14 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         tasks,
         "version {version} on systemd {systemd} serves, {tasks} tasks found"
     );
-    fd_store.ready(&format!("serving, {tasks} tasks found"));
+    fd_store.notifier().ready(&format!("serving, {tasks} tasks found"));
 
     tokio::select! {
         _ = terminate.recv() => {}
         failure = workers.ended() => return Err(failure),
     }
     // What is under way stays as it is, and the next daemon goes on with it: there is but one way to end.
-    fd_store.stopping();
+    fd_store.notifier().stopping();
     tracing::info!("stopping");
     if keeps && connections.count() > 0 {
         let left = tokio::time::timeout(STOP_LIMIT, waking.leave()).await;

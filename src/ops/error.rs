@@ -48,7 +48,7 @@ pub enum Error {
     Process(#[from] oci::process::Error),
     /// systemd can keep no more descriptors for the daemon.
     #[error(transparent)]
-    Kept(#[from] unit::notify::Error),
+    Kept(#[from] unit::fd_store::Error),
     /// A terminal can't be used.
     #[error("terminal: {0}")]
     Terminal(#[source] std::io::Error),

@@ -19,8 +19,8 @@ use crate::store::answers::{Answers, Deleted};
 use crate::task::outbox::TaskEvent;
 use crate::task::request::{Create, Stdio};
 use crate::unit::fake::FakeSystemd;
+use crate::unit::fd_store::FdStore;
 use crate::unit::name;
-use crate::unit::notify::FdStore;
 use crate::unit::observations::Observations;
 
 use super::kept::Kept;
@@ -171,7 +171,7 @@ impl World {
     }
 
     fn start_daemon(&self) -> Arc<Shim> {
-        let fd_store = Arc::new(FdStore::new(&[]).unwrap());
+        let fd_store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
         let (shim, mut outgoing) = Shim::new(
             Store::new(self.root.join("state")),
             Answers::open(&self.root.join("answers")).unwrap(),

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::unit::notify::{self, FdStore};
+use crate::unit::fd_store::{self, FdStore};
 
 /// What a kept descriptor belongs to. The letter begins the name by which systemd keeps it; the
 /// process's number follows. Names are short, see `transport::listener`.
@@ -109,7 +109,7 @@ impl Kept {
     ///
     /// # Errors
     /// There is none.
-    pub fn has_room(&self) -> Result<(), notify::Error> {
+    pub fn has_room(&self) -> Result<(), fd_store::Error> {
         self.store.has_room()
     }
 

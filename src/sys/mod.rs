@@ -16,7 +16,7 @@ use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
 
-pub use receive::{receive_fds, receive_from_process};
+pub use receive::{discard_message, peek_fds, receive_fds, receive_from_process};
 
 /// The descriptors that systemd passed to this process, each with the name it gave them.
 ///

@@ -10,6 +10,8 @@ use nix::libc;
 
 /// Room for two descriptors, which shows that it is more than one.
 const DESCRIPTORS_SPACE: usize = space(2 * size_of::<RawFd>());
+/// Room for more descriptors than any message of ours has.
+const MANY_SPACE: usize = space(16 * size_of::<RawFd>());
 /// Room for the sender, and for nothing else.
 const SENDER_SPACE: usize = space(size_of::<libc::ucred>());
 
@@ -25,7 +27,7 @@ const fn space(length: usize) -> usize {
 /// The socket can't be read.
 pub fn receive_fds(socket: &impl AsFd) -> Result<Vec<OwnedFd>, Errno> {
     let (mut data, mut control) = ([0; 4096], Control::<DESCRIPTORS_SPACE>::new());
-    Ok(receive(socket, &mut data, &mut control)?.fds)
+    Ok(receive(socket, &mut data, &mut control, 0)?.fds)
 }
 
 /// Takes a datagram off a socket that is told who sends (`SO_PASSCRED`). Returns its length, which is larger than
@@ -37,9 +39,34 @@ pub fn receive_fds(socket: &impl AsFd) -> Result<Vec<OwnedFd>, Errno> {
 /// # Errors
 /// The socket can't be read.
 pub fn receive_from_process(socket: &impl AsFd, data: &mut [u8]) -> Result<(usize, Option<u32>), Errno> {
-    let received = receive(socket, data, &mut Control::<SENDER_SPACE>::new())?;
+    let received = receive(socket, data, &mut Control::<SENDER_SPACE>::new(), 0)?;
     let sender = received.sender.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
     Ok((received.length, sender))
+}
+
+/// Looks at the next message of a Unix socket without waiting for one and without taking it off the socket. Returns
+/// its text and copies of the descriptors in it, of which there may be sixteen.
+///
+/// # Errors
+/// `EAGAIN`: there is no message. `EMFILE`: this process has no room for all descriptors. Other errors: the socket
+/// can't be read.
+pub fn peek_fds(socket: &impl AsFd) -> Result<(String, Vec<OwnedFd>), Errno> {
+    let (mut data, mut control) = ([0; 64], Control::<MANY_SPACE>::new());
+    let received = receive(socket, &mut data, &mut control, libc::MSG_PEEK | libc::MSG_DONTWAIT)?;
+    if received.is_cut_off {
+        return Err(Errno::EMFILE);
+    }
+    let text = data.get(..received.length).unwrap_or(&data);
+    Ok((String::from_utf8_lossy(text).into_owned(), received.fds))
+}
+
+/// Takes one message off a Unix socket without waiting for one, and closes what came with it.
+///
+/// # Errors
+/// `EAGAIN`: there is no message. Other errors: the socket can't be read.
+pub fn discard_message(socket: &impl AsFd) -> Result<(), Errno> {
+    // Without room for control messages the kernel closes the descriptors.
+    receive(socket, &mut [0], &mut Control::<0>::new(), libc::MSG_DONTWAIT).map(drop)
 }
 
 /// Memory for control messages.
@@ -61,12 +88,15 @@ struct Received {
     length: usize,
     sender: Option<libc::pid_t>,
     fds: Vec<OwnedFd>,
+    /// There was no room for all control messages, or not for all descriptors in them.
+    is_cut_off: bool,
 }
 
 fn receive<const N: usize>(
     socket: &impl AsFd,
     data: &mut [u8],
     control: &mut Control<N>,
+    flags: libc::c_int,
 ) -> Result<Received, Errno> {
     let mut part = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
     // SAFETY: all zeroes is a valid msghdr: null pointers with lengths of 0.
@@ -75,11 +105,12 @@ fn receive<const N: usize>(
     header.msg_iovlen = 1;
     header.msg_control = control.bytes.as_mut_ptr().cast();
     header.msg_controllen = N as _;
-    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_TRUNC;
+    let flags = flags | libc::MSG_CMSG_CLOEXEC | libc::MSG_TRUNC;
     // SAFETY: the header points to memory of ours, with its length, that outlives the call.
     let length = Errno::result(unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &mut header, flags) })?;
     let mut received =
         Received { length: usize::try_from(length).unwrap_or_default(), ..Received::default() };
+    received.is_cut_off = header.msg_flags & libc::MSG_CTRUNC != 0;
     // SAFETY: the kernel has filled in the control messages and their length.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&header) };
     // SAFETY: what the macros return is a header within `control`, or null.

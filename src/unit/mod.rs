@@ -2,7 +2,7 @@
 //!
 //! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`], [`main_process`] and `signals` are pure. [`proxy`],
 //! `control` and [`reading`] make calls, [`watch`] turns signals into [`observations`], [`notify`] speaks to systemd as a
-//! service does, [`error`] has what can go wrong. [`systemd`] is what operations see of all this.
+//! service does, [`fd_store`] has systemd keep descriptors, [`error`] has what can go wrong. [`systemd`] is what operations see of all this.
 
 mod account;
 pub mod annotation;
@@ -10,7 +10,9 @@ mod control;
 pub mod error;
 #[cfg(test)]
 pub mod fake;
+pub mod fd_store;
 pub mod gvariant;
+mod holder;
 mod job;
 pub mod limits;
 pub mod main_process;

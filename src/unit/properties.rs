@@ -14,7 +14,7 @@ use crate::config;
 use crate::id::UnitName;
 
 use super::annotation::Additions;
-use super::{name, notify};
+use super::{fd_store, name};
 
 /// The properties of a transient unit, as `StartTransientUnit` takes them.
 #[derive(Debug)]
@@ -261,7 +261,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("KillMode", "process".into()),
         // The OCI runtime works in a sub-cgroup while it makes containers: it is not charged to them.
         ("Delegate", true.into()),
-        ("FileDescriptorStoreMax", notify::STORE_LIMIT.into()),
+        ("FileDescriptorStoreMax", fd_store::STORE_LIMIT.into()),
         // The lines of containers that it copies to the journal count as its own.
         ("LogRateLimitIntervalUSec", 0_u64.into()),
         ("OOMScoreAdjust", (-999_i32).into()),

@@ -20,7 +20,7 @@ use zbus::Connection;
 use crate::id::UnitName;
 
 use super::error::{Error, is_gone, unreachable};
-use super::notify::FdStore;
+use super::fd_store::FdStore;
 use super::proxy::{CALL_LIMIT, SystemdManagerProxy, manager_of};
 
 const NOT_REFERENCED: &str = "org.freedesktop.systemd1.NotReferenced";
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn daemons_that_end_soon_do_not_use_up_the_connections_of_root() {
-        let store = Arc::new(FdStore::new(&[]).unwrap());
+        let store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
         let kept = |name: &str| (name.to_owned(), OwnedFd::from(UnixStream::pair().unwrap().0));
         let mut all: Vec<_> = (1..=250).rev().map(|number| kept(&format!("r{number}"))).collect();
         all.push(kept("c7"));

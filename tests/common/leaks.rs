@@ -96,9 +96,17 @@ fn cgroups() -> BTreeSet<String> {
 /// The daemon's descriptors by kind, numbered if there are several of a kind.
 fn descriptors() -> BTreeSet<String> {
     let daemon = systemd::main_pid(systemd::DAEMON_SERVICE);
+    let holders = holders();
+    let is_holder = |target: &str| {
+        let inode = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']'));
+        inode.is_some_and(|inode| holders.contains_key(inode))
+    };
     let mut counts: BTreeMap<String, u32> = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{daemon}/fd")).into_iter().flatten().flatten() {
         let target = fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
+        if is_holder(&target) {
+            continue;
+        }
         // The number of a socket or pipe has no meaning here.
         *counts.entry(target.split('[').next().unwrap_or_default().to_string()).or_default() += 1;
     }
@@ -109,23 +117,23 @@ fn descriptors() -> BTreeSet<String> {
     counts.into_iter().flat_map(|(kind, count)| (1..=count).map(move |n| format!("{kind} #{n}"))).collect()
 }
 
-/// The daemon's descriptors in the descriptor store: numbered, and from systemd 254 on by the first letter of their
-/// names.
+/// The sockets in the descriptor store that hold descriptors, numbered.
 fn stored_descriptors() -> BTreeSet<String> {
-    let stored = process::run("systemd-analyze", &["fdstore", "--json=short", systemd::DAEMON_SERVICE]);
-    let names: Vec<String> = match serde_json::from_slice::<Vec<serde_json::Value>>(&stored.stdout) {
-        Ok(rows) => {
-            rows.iter().filter_map(|row| row["fdname"].as_str()).map(|name| name[..1].to_owned()).collect()
-        }
-        Err(_) => {
-            let count =
-                systemd::property(systemd::DAEMON_SERVICE, "NFileDescriptorStore").parse().unwrap_or(0);
-            vec![String::new(); count]
-        }
+    let used = holders().into_values().filter(|is_empty| !is_empty).count();
+    (1..=used).map(|n| format!("holder #{n}")).collect()
+}
+
+/// The sockets in which the daemon keeps descriptors, by inode, and whether each of them is empty. Empty ones stay for
+/// later use.
+fn holders() -> BTreeMap<String, bool> {
+    let sockets = process::run("ss", &["-xanH"]).text();
+    // Columns: type, state, bytes in its queue, bytes sent, address, inode.
+    let holder = |line: &str| {
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        let [_, _, queue, _, address, inode, ..] = columns[..] else { return None };
+        address.starts_with("@containerd-shim-systemd-v1/").then(|| (inode.to_owned(), queue == "0"))
     };
-    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
-    names.into_iter().for_each(|name| *counts.entry(name).or_default() += 1);
-    counts.into_iter().flat_map(|(name, count)| (1..=count).map(move |n| format!("{name} #{n}"))).collect()
+    sockets.lines().filter_map(holder).collect()
 }
 
 /// All processes of shims, except the daemon, which may have been restarted.

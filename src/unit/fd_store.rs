@@ -1,0 +1,390 @@
+//! Descriptors that outlive the daemon.
+//!
+//! systemd's descriptor store (sd_notify(3), `FDSTORE=1`) stays open while the daemon is down, and the next daemon gets
+//! what is in it. The daemon puts [`Holder`]s into the store, and its descriptors into the holders.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+
+use nix::errno::Errno;
+use nix::sys::socket::MsgFlags;
+
+use crate::fault;
+
+use super::holder::Holder;
+use super::notify::Notifier;
+
+/// So many descriptors systemd keeps for the daemon (`FileDescriptorStoreMax=`); it would close any more
+/// without a message.
+///
+/// It passes the names of all of them in one environment variable, which the kernel limits to 128 KiB
+/// (execve(2), `MAX_ARG_STRLEN`): with names of up to nine letters and digits they fit.
+pub const STORE_LIMIT: u32 = 12_000;
+
+/// From here on nothing new is begun, so that what is under way still finds room.
+const STORE_RESERVE: u32 = 500;
+
+/// The names of holders in the store begin with this letter, and end with a number.
+const PREFIX: char = 'h';
+
+/// How many empty holders are made at once. There is always one that systemd has for some time: a descriptor that is put
+/// into it is safe at once, whatever systemd is doing.
+const SPARE: usize = 4;
+/// How many empty holders stay in the store.
+const MAX_IDLE: usize = 64;
+
+/// Why a descriptor is not kept.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The store is full.
+    #[error(
+        "systemd's descriptor store has {count} entries of the runtime's daemon, the limit is {limit}: delete tasks or execs that have ended, or close connections"
+    )]
+    Full {
+        /// So many are in it.
+        count: usize,
+        /// So many may be in it.
+        limit: usize,
+    },
+    /// No holder can be made.
+    #[error("make a socket that holds descriptors: {0}")]
+    Make(io::Error),
+    /// The holder does not take the descriptors.
+    #[error("put descriptors into a socket that holds them: {0}")]
+    Put(Errno),
+    /// systemd can't be asked.
+    #[error("ask systemd to keep a descriptor: {0}")]
+    Send(Errno),
+}
+
+/// The descriptors of this daemon that outlive it, by name. Names consist of a letter and a number.
+#[derive(Debug)]
+pub struct FdStore {
+    notifier: Notifier,
+    limit: usize,
+    state: Mutex<State>,
+}
+
+/// What is in the store. Nobody but this process changes that.
+#[derive(Debug, Default)]
+struct State {
+    used: HashMap<String, Vec<Named>>,
+    idle: Vec<Named>,
+    /// The number of the next holder.
+    next: u64,
+    /// How many descriptors an earlier version has put into the store itself, by name.
+    direct: HashMap<String, usize>,
+    /// The warning that the store is nearly full was logged.
+    is_warned: bool,
+}
+
+/// A holder, and its name in the store.
+#[derive(Debug)]
+struct Named {
+    name: String,
+    holder: Holder,
+}
+
+impl State {
+    /// How many entries of the store are in use.
+    fn count(&self) -> usize {
+        self.used.values().map(Vec::len).sum::<usize>() + self.direct.values().sum::<usize>()
+    }
+
+    fn new_name(&mut self) -> String {
+        let name = format!("{PREFIX}{}", self.next);
+        self.next += 1;
+        name
+    }
+}
+
+impl FdStore {
+    /// The store of the service that this process is, and what earlier daemons have put into it, by name: `passed` is
+    /// what systemd has passed to this process.
+    ///
+    /// # Errors
+    /// systemd's socket can't be reached.
+    pub fn adopt(passed: Vec<(String, OwnedFd)>) -> io::Result<(Self, Vec<(String, OwnedFd)>)> {
+        Ok(Self::with(Notifier::new()?, STORE_LIMIT as usize - MAX_IDLE - SPARE, passed))
+    }
+
+    fn with(
+        notifier: Notifier,
+        limit: usize,
+        passed: Vec<(String, OwnedFd)>,
+    ) -> (Self, Vec<(String, OwnedFd)>) {
+        let (mut state, mut found) = (State::default(), Vec::new());
+        for (name, fd) in passed {
+            let Some(number) = holder_number(&name) else {
+                *state.direct.entry(name.clone()).or_default() += 1;
+                found.push((name, fd));
+                continue;
+            };
+            state.next = state.next.max(number + 1);
+            let holder = Holder::adopt(fd);
+            let contents = match holder.contents() {
+                Ok(contents) => contents,
+                Err(error) => {
+                    // It stays in systemd's store: the next daemon may succeed.
+                    tracing::error!(%error, "descriptors of an earlier daemon can't be read from {name}: {error}");
+                    continue;
+                }
+            };
+            match contents.first() {
+                Some((label, _)) => {
+                    state.used.entry(label.clone()).or_default().push(Named { name, holder });
+                }
+                None => state.idle.push(Named { name, holder }),
+            }
+            found.extend(contents);
+        }
+        let store = Self { notifier, limit, state: Mutex::new(state) };
+        if let Err(error) = store.make_spare() {
+            tracing::warn!(%error, "no empty holder is in systemd's descriptor store: {error}");
+        }
+        (store, found)
+    }
+
+    /// The way to the systemd that has this store.
+    pub fn notifier(&self) -> &Notifier {
+        &self.notifier
+    }
+
+    /// Whether something new can be begun that needs descriptors to be kept.
+    ///
+    /// # Errors
+    /// [`Error::Full`]
+    pub fn has_room(&self) -> Result<(), Error> {
+        let (count, limit) = (self.state(|state| state.count()), self.limit);
+        let begins = limit.saturating_sub(STORE_RESERVE as usize);
+        if count > begins { Err(Error::Full { count, limit }) } else { Ok(()) }
+    }
+
+    /// Keeps descriptors under a name, beside those that are kept under that name already.
+    ///
+    /// # Errors
+    /// There is no room, or systemd can't be asked: nothing is kept then.
+    pub fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        if fault::is_forgetful() || !self.notifier.has_systemd() {
+            return Ok(());
+        }
+        let limit = self.limit;
+        let count = self.state(|state| state.count());
+        if count >= limit {
+            return Err(Error::Full { count, limit });
+        }
+        let holder = match self.state(|state| state.idle.pop()) {
+            Some(holder) => holder,
+            None => self.make()?,
+        };
+        if let Err(errno) = holder.holder.put(name, fds) {
+            self.state(|state| state.idle.push(holder));
+            return Err(Error::Put(errno));
+        }
+        self.state(|state| {
+            state.used.entry(name.to_owned()).or_default().push(holder);
+            self.warn(state);
+        });
+        if let Err(error) = self.make_spare() {
+            tracing::warn!(%error, "no empty holder is in systemd's descriptor store: {error}");
+        }
+        Ok(())
+    }
+
+    /// Lets go of all descriptors that are kept under a name.
+    pub fn forget(&self, name: &str) {
+        let (holders, is_direct) = self
+            .state(|state| (state.used.remove(name).unwrap_or_default(), state.direct.contains_key(name)));
+        for holder in holders {
+            match holder.holder.clear() {
+                Ok(()) => self.rest(holder),
+                Err(error) => {
+                    tracing::warn!(%error, "{} can't be emptied: {error}", holder.name);
+                    self.remove(&holder.name);
+                }
+            }
+        }
+        if is_direct && self.remove(name) {
+            self.state(|state| state.direct.remove(name));
+        }
+    }
+
+    /// Keeps an empty holder for later, or has systemd close it if there are enough.
+    fn rest(&self, holder: Named) {
+        let surplus = self.state(|state| {
+            state.is_warned &= state.count() * 5 > self.limit * 3;
+            if state.idle.len() < MAX_IDLE {
+                state.idle.push(holder);
+                return None;
+            }
+            Some(holder)
+        });
+        if let Some(Named { name, .. }) = surplus {
+            self.remove(&name);
+        }
+    }
+
+    /// Sees to it that an empty holder is in the store.
+    fn make_spare(&self) -> Result<(), Error> {
+        if !self.notifier.has_systemd() || self.state(|state| state.idle.len() > 1) {
+            return Ok(());
+        }
+        for _ in 0..SPARE {
+            let holder = self.make()?;
+            self.state(|state| state.idle.push(holder));
+        }
+        Ok(())
+    }
+
+    fn make(&self) -> Result<Named, Error> {
+        let holder = Holder::new().map_err(Error::Make)?;
+        let name = self.state(State::new_name);
+        // FDPOLL=0: systemd must not drop what it takes for closed.
+        let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}");
+        self.notifier.send(&message, &[holder.as_fd()], MsgFlags::empty()).map_err(Error::Send)?;
+        Ok(Named { name, holder })
+    }
+
+    /// Has systemd close what is in the store under a name.
+    fn remove(&self, name: &str) -> bool {
+        let sent = self.notifier.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[], MsgFlags::empty());
+        if let Err(error) = sent {
+            // The next daemon finds it, and lets go of it.
+            tracing::warn!(%error, "systemd keeps {name}, which nobody needs: {error}");
+        }
+        sent.is_ok()
+    }
+
+    fn warn(&self, state: &mut State) {
+        let count = state.count();
+        if !state.is_warned && count * 5 > self.limit * 4 {
+            state.is_warned = true;
+            tracing::warn!(
+                "systemd's descriptor store has {count} entries of this daemon, the limit is {}: at {} no container, exec or connection is accepted any more",
+                self.limit,
+                self.limit.saturating_sub(STORE_RESERVE as usize)
+            );
+        }
+    }
+
+    fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
+        with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn holder_number(name: &str) -> Option<u64> {
+    name.strip_prefix(PREFIX)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::unix::net::UnixDatagram;
+
+    /// What systemd would have in the store after these messages.
+    struct Systemd(UnixDatagram);
+
+    impl Systemd {
+        fn new() -> (Self, Notifier) {
+            let (here, there) = UnixDatagram::pair().unwrap();
+            here.set_nonblocking(true).unwrap();
+            (Self(here), Notifier::to(there))
+        }
+
+        /// Handles messages: adds to `stored`, and removes from it.
+        fn read(&self, stored: &mut Vec<(String, OwnedFd)>) {
+            while let Ok((text, fds)) = crate::sys::peek_fds(&self.0) {
+                crate::sys::discard_message(&self.0).unwrap();
+                let (head, name) = text.rsplit_once("FDNAME=").unwrap();
+                match head {
+                    "FDSTORE=1\nFDPOLL=0\n" => stored.extend(fds.into_iter().map(|fd| (name.to_owned(), fd))),
+                    "FDSTOREREMOVE=1\n" => stored.retain(|(found, _)| found != name),
+                    _ => unreachable!("{text:?}"),
+                }
+            }
+        }
+    }
+
+    fn names(found: &[(String, OwnedFd)]) -> Vec<&str> {
+        let mut names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+        names.sort_unstable();
+        names
+    }
+
+    #[test]
+    fn what_is_kept_reaches_the_next_daemon_until_it_is_forgotten() {
+        let file = File::open("/dev/null").unwrap();
+        let (mut stored, mut kept) = (Vec::new(), Vec::new());
+        for daemon in 0..5 {
+            let (systemd, notifier) = Systemd::new();
+            let passed = std::mem::take(&mut stored);
+            let passed: Vec<(String, OwnedFd)> = passed.into_iter().collect();
+            stored = passed
+                .iter()
+                .map(|(name, fd): &(String, OwnedFd)| (name.clone(), fd.try_clone().unwrap()))
+                .collect();
+            let (store, found) = FdStore::with(notifier, 100, passed);
+            assert_eq!(names(&found), kept, "daemon {daemon}");
+            store.keep(&format!("c{daemon}"), &[file.as_fd(), file.as_fd()]).unwrap();
+            store.keep(&format!("o{daemon}"), &[file.as_fd()]).unwrap();
+            store.keep("t9", &[file.as_fd()]).unwrap();
+            if daemon > 0 {
+                store.forget(&format!("c{}", daemon - 1));
+                store.forget("t9");
+            }
+            systemd.read(&mut stored);
+            kept = vec![format!("c{daemon}"), format!("c{daemon}")];
+            kept.extend((0..=daemon).map(|number| format!("o{number}")));
+            kept.extend((daemon == 0).then(|| "t9".to_owned()));
+        }
+        assert!(stored.len() <= 6 + 2 * SPARE, "{} entries", stored.len());
+    }
+
+    #[test]
+    fn what_an_earlier_version_has_put_into_the_store_is_found_and_removed() {
+        let (systemd, notifier) = Systemd::new();
+        let direct = |name: &str| (name.to_owned(), OwnedFd::from(File::open("/dev/null").unwrap()));
+        let passed = vec![direct("c1"), direct("c1"), direct("o2")];
+        let mut stored = vec![direct("c1"), direct("c1"), direct("o2")];
+        let (store, found) = FdStore::with(notifier, 100, passed);
+        assert_eq!(names(&found), ["c1", "c1", "o2"]);
+        store.forget("c1");
+        store.forget("c1");
+        systemd.read(&mut stored);
+        stored.retain(|(name, _)| !name.starts_with(PREFIX));
+        assert_eq!(names(&stored), ["o2"]);
+    }
+
+    #[test]
+    fn a_full_store_refuses_and_has_room_again_when_something_goes() {
+        let (systemd, notifier) = Systemd::new();
+        let limit = STORE_RESERVE as usize + 100;
+        let (store, _) = FdStore::with(notifier, limit, Vec::new());
+        let (file, mut stored) = (File::open("/dev/null").unwrap(), Vec::new());
+        for number in 0..limit {
+            assert_eq!(store.has_room().is_ok(), number <= 100, "{number}");
+            store.keep(&format!("c{number}"), &[file.as_fd()]).unwrap();
+            systemd.read(&mut stored);
+        }
+        assert!(matches!(store.keep("o1", &[file.as_fd()]), Err(Error::Full { count: 600, limit: 600 })));
+        store.forget("c7");
+        store.forget("c7");
+        store.keep("o1", &[file.as_fd()]).unwrap();
+        assert!(store.keep("o2", &[file.as_fd()]).is_err());
+        for number in 0..limit {
+            store.forget(&format!("c{number}"));
+            systemd.read(&mut stored);
+        }
+        assert_eq!(stored.len(), MAX_IDLE + 1, "empty holders do not stay in any number");
+    }
+
+    #[test]
+    fn the_names_of_a_full_store_fit_into_one_variable_of_the_environment() {
+        const MAX_ARG_STRLEN: u32 = 128 << 10;
+        let name = "h12345678:";
+        assert!(STORE_LIMIT * name.len() as u32 + ("LISTEN_FDNAMES=".len() as u32) < MAX_ARG_STRLEN);
+    }
+}

@@ -1,0 +1,161 @@
+//! A socket that holds descriptors in its queue.
+//!
+//! A descriptor that is on its way between two Unix sockets stays open although no process has it (unix(7),
+//! `SCM_RIGHTS`). A holder is a datagram socket that is connected to itself: what the daemon sends to it stays in it.
+//! systemd keeps the holder in its descriptor store, so everything in the holder outlives the daemon.
+//!
+//! This makes it cheap to keep a descriptor. To put one directly into the descriptor store takes a message to PID 1,
+//! and PID 1 starts a process for each descriptor that it closes (`asynchronous_close` in systemd). A holder that is
+//! empty again stays in the store and is used for the next descriptors.
+
+use std::hash::{BuildHasher, RandomState};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+use crate::sys;
+
+/// The abstract addresses of all holders begin with this (`ss -xa`: a queue that is not empty holds descriptors).
+const ADDRESS: &str = "containerd-shim-systemd-v1";
+
+/// How many descriptors one message may have.
+pub const MOST: usize = 8;
+
+/// A socket that is connected to itself.
+#[derive(Debug)]
+pub struct Holder(UnixDatagram);
+
+impl Holder {
+    /// An empty holder. Its address is visible (`ss -x`), and nobody else can send to it: the kernel accepts
+    /// datagrams for a connected socket only from the socket that it is connected to.
+    ///
+    /// # Errors
+    /// There are no more descriptors.
+    pub fn new() -> io::Result<Self> {
+        let name = format!("{ADDRESS}/{:016x}", RandomState::new().hash_one(0));
+        let address = SocketAddr::from_abstract_name(name)?;
+        let holder = Self(UnixDatagram::bind_addr(&address)?);
+        holder.0.connect_addr(&address)?;
+        // Somebody may have sent something before the socket was connected.
+        holder.clear()?;
+        Ok(holder)
+    }
+
+    /// Takes over a holder from the descriptor store.
+    pub fn adopt(socket: OwnedFd) -> Self {
+        Self(socket.into())
+    }
+
+    /// Puts descriptors into the holder, with a label that is not empty.
+    ///
+    /// # Errors
+    /// `EAGAIN`: the holder is full. `EINVAL`: there are more than [`MOST`]. Nothing has been put into it then.
+    pub fn put(&self, label: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        if fds.len() > MOST || label.is_empty() {
+            return Err(Errno::EINVAL);
+        }
+        let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let parts = [IoSlice::new(label.as_bytes())];
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        sendmsg::<()>(self.0.as_raw_fd(), &parts, &rights, flags, None).map(drop)
+    }
+
+    /// Copies of the descriptors in the holder, each with its label. They stay in the holder.
+    ///
+    /// # Errors
+    /// The holder can't be read, or the process has no room for the descriptors (`EMFILE`).
+    pub fn contents(&self) -> Result<Vec<(String, OwnedFd)>, Errno> {
+        // Each read continues behind the one before.
+        sys::count_peeked(&self.0)?;
+        let mut found = Vec::new();
+        loop {
+            match sys::peek_fds(&self.0) {
+                Ok((label, fds)) => found.extend(fds.into_iter().map(|fd| (label.clone(), fd))),
+                Err(Errno::EAGAIN) => return Ok(found),
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    /// Empties the holder: what nobody else has open is closed.
+    ///
+    /// # Errors
+    /// The holder can't be read.
+    pub fn clear(&self) -> Result<(), Errno> {
+        loop {
+            match sys::discard_message(&self.0) {
+                Ok(()) => {}
+                Err(Errno::EAGAIN) => return Ok(()),
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+}
+
+impl AsFd for Holder {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    /// The writing end is closed everywhere once the reading end is at its end.
+    fn pipe() -> (std::fs::File, OwnedFd) {
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        (reader.into(), writer)
+    }
+
+    #[test]
+    fn descriptors_stay_open_until_the_holder_is_cleared() {
+        let holder = Holder::new().unwrap();
+        let ((mut first, first_writer), (mut second, second_writer)) = (pipe(), pipe());
+        holder.put("o1", &[first_writer.as_fd(), second_writer.as_fd()]).unwrap();
+        holder.put("t1", &[first_writer.as_fd()]).unwrap();
+        drop((first_writer, second_writer));
+        // A later daemon has the socket only, and may look at it as often as it likes.
+        let holder = Holder::adopt(holder.0.into());
+        for _ in 0..2 {
+            let contents = holder.contents().unwrap();
+            let labels: Vec<&str> = contents.iter().map(|(label, _)| label.as_str()).collect();
+            assert_eq!(labels, ["o1", "o1", "t1"]);
+            nix::unistd::write(&contents[0].1, b"1").unwrap();
+            nix::unistd::write(&contents[1].1, b"2").unwrap();
+        }
+        holder.clear().unwrap();
+        assert!(holder.contents().unwrap().is_empty());
+        let mut text = String::new();
+        first.read_to_string(&mut text).unwrap();
+        second.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "1122");
+        holder.put("o2", &[second.as_fd()]).unwrap();
+        assert_eq!(holder.contents().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn nobody_else_can_send_to_a_holder() {
+        let holder = Holder::new().unwrap();
+        let other = UnixDatagram::unbound().unwrap();
+        let error = other.send_to_addr(b"o1", &holder.0.local_addr().unwrap()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::EPERM as i32));
+    }
+
+    #[test]
+    fn a_holder_refuses_more_than_it_can_give_back() {
+        let holder = Holder::new().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!(holder.put("o1", &[file.as_fd(); MOST + 1]), Err(Errno::EINVAL));
+        holder.put("o1", &[file.as_fd(); MOST]).unwrap();
+        while holder.put("o1", &[file.as_fd()]).is_ok() {}
+        holder.clear().unwrap();
+        assert_eq!(holder.contents().unwrap().len(), 0);
+    }
+}
