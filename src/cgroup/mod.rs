@@ -11,7 +11,7 @@ pub mod watch;
 
 use std::fs;
 use std::io::{self, Read, Seek};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -180,17 +180,34 @@ pub fn is_populated(cgroup: &Path) -> bool {
 /// # Errors
 /// The kernel refused.
 pub fn enter(cgroup: &Path) -> Result<(), Error> {
-    /// systemd removes empty cgroups of a service that is being restarted: as often as that happens in between.
+    let path = dir(cgroup).join("cgroup.procs");
+    in_made(cgroup, || fs::write(&path, "0"), error("write", &path))
+}
+
+/// The directory of a cgroup, which is made if it is not there.
+///
+/// # Errors
+/// The kernel refused.
+pub fn open_made(cgroup: &Path) -> Result<OwnedFd, Error> {
+    let dir = dir(cgroup);
+    in_made(cgroup, || fs::File::open(&dir).map(OwnedFd::from), error("open", &dir))
+}
+
+/// Makes a cgroup and uses it, again if somebody has removed it in between: the daemon and systemd remove empty ones.
+fn in_made<T>(
+    cgroup: &Path,
+    used: impl Fn() -> io::Result<T>,
+    failed: impl FnOnce(io::Error) -> Error,
+) -> Result<T, Error> {
     const TRIES: u32 = 5;
     let dir = dir(cgroup);
-    let path = dir.join("cgroup.procs");
     let mut tries = 0;
     loop {
         fs::create_dir_all(&dir).map_err(error("create", &dir))?;
         tries += 1;
-        match fs::write(&path, "0") {
+        match used() {
             Err(e) if is_gone(&e) && tries < TRIES => {}
-            entered => return entered.map_err(error("write", &path)),
+            result => return result.map_err(failed),
         }
     }
 }

@@ -11,7 +11,7 @@ use ttrpc::Code;
 
 use crate::api::{client, convert};
 use crate::id::{Owner, TaskKey};
-use crate::oci::runtime::CommandLine;
+use crate::oci::command::CommandLine;
 use crate::oci::{bundle, mount};
 use crate::ops::cleanup::{self, Stop, Troubles};
 use crate::store::{Found, Store};
@@ -103,7 +103,9 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let execs = std::future::ready(execs.cloned().collect());
     block_on(async {
         let manager = unit::proxy::Manager::default();
-        troubles.join(cleanup::remove_task(&manager, &CommandLine, task, &dir, Stop::Killed, execs).await);
+        troubles.join(
+            cleanup::remove_task(&manager, &CommandLine::default(), task, &dir, Stop::Killed, execs).await,
+        );
     })?;
     if !troubles.is_empty() {
         return Err(Failure(format!("task {}: {}", task.key, troubles.text())));

@@ -25,7 +25,9 @@ use crate::oci::bundle::{self, Edits};
 use crate::oci::mount as rootfs;
 use crate::oci::runtime::{self, Cli};
 use crate::oci::sealed::{self, Place};
-use crate::ops::{EXEC_PID_FILE, LAUNCH_CGROUP, LAUNCH_ERROR, PID_FILE, PROCESS_SPEC, SEALED_RUNTIME};
+use crate::ops::{
+    EXEC_PID_FILE, LAUNCH_CGROUP, LAUNCH_ERROR, LAUNCHED, PID_FILE, PROCESS_SPEC, SEALED_RUNTIME,
+};
 use crate::stdio::fifo;
 use crate::store::{self, Store};
 use crate::task::exec::Outcome;
@@ -37,9 +39,6 @@ use crate::unit::name;
 use super::arguments::Launch;
 use super::bounded::{self, End};
 use super::{Failure, handoff, namespaces};
-
-/// Made by the first `launch` of a record: a second one is `systemctl restart`, which is a stop.
-const LAUNCHED: &str = "launched";
 
 pub(super) fn run(what: Launch, key: &ProcessKey) -> Result<(), Failure> {
     let store = Store::new(config::STATE_DIR);
@@ -373,9 +372,9 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     pid.ok_or_else(|| Error::Runtime("it left no pid file".to_owned()))
 }
 
-/// The OCI runtime works in the cgroup that the client names (ShimCgroup), or in a sub-cgroup of the daemon: what it uses counts neither as the container's nor as
-/// the pod's, and limits of either don't hold it up. The unit's own cgroup is empty then, as it must be once
-/// controllers are enabled in it.
+/// The OCI runtime works in the cgroup that the client names (ShimCgroup), or in one in the daemon's slice: what it
+/// uses counts neither as the container's nor as the pod's, limits of either do not delay it, and it does not die
+/// with the daemon. The unit's own cgroup is empty then, as it must be once controllers are enabled in it.
 fn leave_unit(task: &Task) -> Result<(), Error> {
     if let Some(cgroup) = &task.runtime.cgroup {
         return Ok(cgroup::enter(cgroup)?);

@@ -3,21 +3,16 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nix::fcntl::{FcntlArg, fcntl};
 use serde::Deserialize;
-use tokio::time::timeout;
 
 use crate::id::TaskId;
-use crate::sys;
 use crate::task::request::Runtime;
 
 /// How much of the log's end is looked at for the reason of a failure.
@@ -80,7 +75,7 @@ pub struct Cli<'a> {
 }
 
 /// The seam between the daemon and the OCI runtime: the commands that the daemon itself runs. Tests put a fake in
-/// the place of [`CommandLine`].
+/// the place of [`super::command::CommandLine`].
 #[async_trait]
 pub trait OciRuntime: Send + Sync {
     /// Lets a created container's process run. Dropped before it resolves, the command is killed.
@@ -100,24 +95,6 @@ pub trait OciRuntime: Send + Sync {
     /// # Errors
     /// [`Error`]
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error>;
-}
-
-/// The OCI runtime as a program that is run for each command.
-pub struct CommandLine;
-
-#[async_trait]
-impl OciRuntime for CommandLine {
-    async fn start(&self, cli: &Cli<'_>) -> Result<(), Error> {
-        cli.start().await
-    }
-
-    async fn update(&self, cli: &Cli<'_>, resources: &Path) -> Result<(), Error> {
-        cli.update(resources).await
-    }
-
-    async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
-        cli.delete().await
-    }
 }
 
 impl Cli<'_> {
@@ -150,56 +127,6 @@ impl Cli<'_> {
         command
     }
 
-    /// Lets a created container's process run. Dropped before it resolves, the command is killed.
-    ///
-    /// # Errors
-    /// [`Error`]
-    async fn start(&self) -> Result<(), Error> {
-        let mut command = self.command("start");
-        command.arg(self.id.as_str());
-        self.run("start", command).await
-    }
-
-    /// Gives a container other limits; `resources` is a file with OCI `LinuxResources`. Dropped before it resolves,
-    /// the command is killed.
-    ///
-    /// # Errors
-    /// [`Error`]
-    async fn update(&self, resources: &Path) -> Result<(), Error> {
-        let mut command = self.command("update");
-        command.arg("--resources").arg(resources).arg(self.id.as_str());
-        self.run("update", command).await
-    }
-
-    /// Removes what the runtime keeps of a container; no error if there is nothing.
-    ///
-    /// A runtime that does not end is killed, and its state of the container is removed without it: the container's
-    /// processes are the unit's to end, and the id must be free again.
-    ///
-    /// # Errors
-    /// [`Error`]
-    async fn delete(&self) -> Result<(), Error> {
-        let mut command = self.command("delete");
-        command.arg("--force").arg(self.id.as_str());
-        match self.run("delete", command).await {
-            Err(error @ (Error::TimedOut { .. } | Error::Busy { .. })) => {
-                tracing::warn!(id = %self.id, %error, "container {}: its state is removed without the OCI runtime: {error}", self.id);
-                self.remove_state()
-            }
-            deleted => deleted,
-        }
-    }
-
-    fn remove_state(&self) -> Result<(), Error> {
-        match fs::remove_dir_all(self.state()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                let reason = format!("remove {}: {error}", self.state().display());
-                Err(Error::Failed { verb: "delete", reason })
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// The runtime keeps something of this container.
     pub fn knows(&self) -> bool {
         self.state().exists()
@@ -221,8 +148,13 @@ impl Cli<'_> {
         self.state().join("exec.fifo")
     }
 
+    /// The file on which a running command holds a lock, for as long as it runs.
+    pub(super) fn lock(&self) -> PathBuf {
+        self.dir.join("runtime.lock")
+    }
+
     /// What the runtime keeps of this container. An id has no slash and is not `..`.
-    fn state(&self) -> PathBuf {
+    pub(super) fn state(&self) -> PathBuf {
         self.runtime.root.join(self.id.as_str())
     }
 
@@ -246,7 +178,8 @@ impl Cli<'_> {
         self.dir.join(format!("{verb}.log"))
     }
 
-    fn command(&self, verb: &str) -> Command {
+    /// A command that the daemon runs.
+    pub(super) fn command(&self, verb: &str) -> Command {
         self.command_of(&self.runtime.binary, verb)
     }
 
@@ -261,9 +194,8 @@ impl Cli<'_> {
             "json",
             verb,
         ]);
-        if let Some(environment) = self.environment() {
-            command.env_clear().envs(environment);
-        }
+        // Complete, for those who read it back (`sys/spawn.rs`).
+        command.env_clear().envs(self.environment().unwrap_or_else(|| std::env::vars_os().collect()));
         command.env("PATH", &self.runtime.path);
         // The runtime would take systemd's words to us for its container.
         for name in
@@ -284,124 +216,6 @@ impl Cli<'_> {
             is_name.then(|| (OsStr::from_bytes(name).to_owned(), OsStr::from_bytes(value).to_owned()))
         };
         Some(text.split(|byte| *byte == 0).filter_map(variable).collect())
-    }
-
-    /// Waits for a command that an earlier daemon has begun: it goes on without that one. A command that takes too
-    /// long is killed.
-    ///
-    /// # Errors
-    /// [`Error::Busy`], or the lock can't be read.
-    pub async fn settled(&self, verb: &'static str) -> Result<(), Error> {
-        let unreadable = |source| Error::Spawn { verb, binary: self.runtime.binary.clone(), source };
-        let Some(holder) = self.holder().map_err(unreadable)? else {
-            return Ok(());
-        };
-        if timeout(self.runtime.limit(), holder.ended()).await.is_ok() {
-            return Ok(());
-        }
-        tracing::warn!(id = %self.id, "container {}: an OCI runtime command that does not end is killed (pid {})", self.id, holder.pid);
-        sys::tree::kill(holder.pid);
-        timeout(DEATH_LIMIT, holder.ended()).await.map_err(|_| Error::Busy { verb, pid: holder.pid })
-    }
-
-    /// The command for this container that runs now, whoever has started it: it holds the lock.
-    fn holder(&self) -> io::Result<Option<Holder>> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(self.lock())?;
-        let holder_of = || -> io::Result<Option<u32>> {
-            let mut found = sys::child::whole_file(nix::libc::F_WRLCK);
-            fcntl(&file, FcntlArg::F_GETLK(&mut found))?;
-            // A process of another pid namespace has no number here.
-            let is_held = i32::from(found.l_type) != nix::libc::F_UNLCK;
-            Ok(u32::try_from(found.l_pid).ok().filter(|pid| is_held && *pid != 0))
-        };
-        let Some(pid) = holder_of()? else {
-            return Ok(None);
-        };
-        let process = match sys::pidfd_open(pid) {
-            Ok(process) => process,
-            Err(nix::errno::Errno::ESRCH) => return Ok(None),
-            Err(errno) => return Err(errno.into()),
-        };
-        // Only now the number is known to be that of the holder.
-        Ok((holder_of()? == Some(pid)).then_some(Holder { pid, process }))
-    }
-
-    /// The file on which a running command holds a lock, for as long as it runs.
-    fn lock(&self) -> PathBuf {
-        self.dir.join("runtime.lock")
-    }
-
-    /// Runs a command, with no other of this container beside it. Dropped before it resolves, the command is killed
-    /// with all that it has started.
-    async fn run(&self, verb: &'static str, mut command: Command) -> Result<(), Error> {
-        let limit = self.runtime.limit();
-        let failed = |source| Error::Spawn { verb, binary: self.runtime.binary.clone(), source };
-        // Hooks may leave children behind: nothing of theirs may hold a pipe of ours open.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        sys::child::locks(&mut command, &self.lock()).map_err(failed)?;
-        let mut command = tokio::process::Command::from(command);
-        let mut tries = 0;
-        let child = loop {
-            self.settled(verb).await?;
-            tries += 1;
-            match command.spawn() {
-                // Another was faster.
-                Err(error)
-                    if tries < TRIES && error.raw_os_error() == Some(sys::child::LOCK_IS_HELD as i32) => {}
-                spawned => break spawned.map_err(failed)?,
-            }
-        };
-        let mut running = Running(child);
-        let Ok(ended) = timeout(limit, running.0.wait()).await else {
-            return Err(Error::TimedOut { verb, limit });
-        };
-        let status = ended.map_err(failed)?;
-        if status.success() {
-            return Ok(());
-        }
-        Err(Error::Failed { verb, reason: self.reason(verb, Some(status)) })
-    }
-}
-
-/// How often a command may find that another has taken the lock before it.
-const TRIES: u32 = 16;
-
-/// How long a process may take to end after SIGKILL. One that takes longer sleeps in the kernel, perhaps for ever.
-const DEATH_LIMIT: Duration = Duration::from_secs(2);
-
-/// A command that holds the lock.
-struct Holder {
-    pid: u32,
-    process: OwnedFd,
-}
-
-impl Holder {
-    /// Resolves when it has ended.
-    async fn ended(&self) {
-        let ended = async { sys::ended(self.process.try_clone()?).await };
-        if ended.await.is_err() {
-            // It can't be watched: whoever waits gives up in time.
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-/// A command that is killed, with all that it has started, when nobody waits for it any more. It is not waited for
-/// then, as it may sleep in the kernel; tokio takes its exit when there is one.
-struct Running(tokio::process::Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // There is no number once its exit has been taken.
-        if let Some(pid) = self.0.id() {
-            sys::tree::kill(pid);
-        }
     }
 }
 
@@ -458,93 +272,6 @@ mod tests {
         fs::write(&log, "{\n  \"msg\": \"over {two} lines\",\n  \"level\": \"error\"\n}").unwrap();
         assert_eq!(last_error(&log).unwrap(), "over {two} lines");
         assert_eq!(last_error(&dir.join("none.log")), None);
-        fs::remove_dir_all(&dir).unwrap();
-    }
-
-    /// A directory for a test, with an OCI runtime that is this shell script.
-    fn scratch(name: &str, script: &str) -> (PathBuf, Runtime) {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = std::env::temp_dir().join(format!("runtime-test-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
-        fs::create_dir_all(dir.join("root/web")).unwrap();
-        let binary = dir.join("runtime");
-        fs::write(&binary, format!("#!/bin/sh\ncd {}\n{script}\n", dir.display())).unwrap();
-        fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
-        let path = std::env::var("PATH").unwrap();
-        let runtime = Runtime { binary, root: dir.join("root"), path, limit_sec: 1, ..Runtime::default() };
-        (dir, runtime)
-    }
-
-    /// The process whose number is in this file has ended, or does within the time.
-    fn ends(file: &Path) -> bool {
-        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        use std::os::fd::AsFd;
-        let pid = fs::read_to_string(file).unwrap().trim().parse().unwrap();
-        let Ok(process) = sys::pidfd_open(pid) else { return true };
-        let limit = PollTimeout::try_from(Duration::from_secs(10)).unwrap();
-        poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit) == Ok(1)
-    }
-
-    #[tokio::test]
-    async fn a_command_that_does_not_end_is_killed_with_all_that_it_started() {
-        let script = "trap '' TERM INT HUP; setsid sleep 1000 & echo $! > child; sleep 1000";
-        let (dir, runtime) = scratch("hangs", script);
-        let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
-        let error = cli.start().await.unwrap_err();
-        assert!(matches!(error, Error::TimedOut { verb: "start", .. }), "{error}");
-        assert!(error.to_string().contains("after 1 s"), "{error}");
-        cli.settled("start").await.unwrap();
-        assert!(ends(&dir.join("child")));
-        fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_command_that_nobody_waits_for_is_killed() {
-        let (dir, runtime) = scratch("dropped", "echo $$ > self; kill -USR1 $PPID; sleep 1000");
-        let mut begun =
-            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined1()).unwrap();
-        let runtime = Runtime { limit_sec: 1000, ..runtime };
-        let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
-        tokio::select! {
-            ended = cli.start() => panic!("{ended:?}"),
-            _ = begun.recv() => {}
-        }
-        assert!(ends(&dir.join("self")));
-        fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[tokio::test]
-    async fn commands_for_a_container_run_one_after_the_other_and_children_left_behind_hold_nothing_up() {
-        let script = "mkdir running || exit 9; sleep 1000 & sleep 0.05; rmdir running";
-        let (dir, runtime) = scratch("turns", script);
-        let runtime = Runtime { limit_sec: 60, ..runtime };
-        let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
-        let ran = futures_util::future::join_all((0..4).map(|_| cli.start())).await;
-        assert!(ran.iter().all(Result::is_ok), "{ran:?}");
-        assert!(cli.holder().unwrap().is_none());
-        fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_delete_that_does_not_end_frees_the_id() {
-        let (dir, runtime) = scratch("delete", "sleep 1000");
-        let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
-        assert!(cli.knows());
-        cli.delete().await.unwrap();
-        assert!(!cli.knows());
-        fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_command_runs_with_the_oom_score_of_an_ordinary_process() {
-        let (dir, runtime) = scratch("oom", "cat /proc/self/oom_score_adj > score");
-        let id = TaskId::new("web").unwrap();
-        Cli { runtime: &runtime, id: &id, dir: &dir }.start().await.unwrap();
-        assert_eq!(fs::read_to_string(dir.join("score")).unwrap(), "0\n");
         fs::remove_dir_all(&dir).unwrap();
     }
 

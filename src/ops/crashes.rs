@@ -33,13 +33,13 @@ fn expected(name: &str, steps: usize) -> Vec<String> {
     world.seen()
 }
 
-/// Stops the daemon before each effect of the step, and has the next daemon serve the call again.
-fn stop_everywhere(at: usize) {
+/// Stops the daemon before each effect of the step, and has the next daemon serve the call again. `meanwhile` happens
+/// while there is no daemon.
+fn stop_everywhere(at: usize, name: &str, meanwhile: fn(&World)) {
     let step = Step::ALL[at];
-    let name = format!("stop-{at}");
-    let expected = expected(&name, at + 1);
+    let expected = expected(name, at + 1);
     for effect in 0..MANY {
-        let world = World::new(&name);
+        let world = World::new(name);
         undisturbed(&world, &Step::ALL[..at]);
         // Recovery is part of it: the daemon has just begun.
         world.effects.plan(Plan::Stop(effect));
@@ -50,10 +50,12 @@ fn stop_everywhere(at: usize) {
         if let Some(done) = done {
             succeeded(done, &place);
         } else {
+            meanwhile(&world);
             let again = world.take(&[step], Attempt::Replayed).unwrap();
             succeeded(again, &place);
         }
         assert_eq!(world.seen(), expected, "{place}");
+        assert_eq!(world.systemd.launched(), 1, "{place}");
         undisturbed_rest(&world, at, &place);
         let mut events = world.events();
         // A change of an exec is in two files: what it owes may be owed again (store/record.rs).
@@ -115,12 +117,18 @@ fn fail_at(at: usize, effect: usize, failure: Failure) -> bool {
     was_reached
 }
 
+/// systemd carries out what the killed daemon has asked for only after the next daemon has looked.
+#[test]
+fn a_create_is_resumed_although_systemd_was_slow_to_start_its_unit() {
+    stop_everywhere(0, "slow", |world| world.systemd.hide_once(world.unit()));
+}
+
 macro_rules! each_step {
     ($($at:literal $stop:ident $fail:ident,)*) => {
         $(
             #[test]
             fn $stop() {
-                stop_everywhere($at);
+                stop_everywhere($at, concat!("stop-", $at), |_| {});
             }
 
             #[test]

@@ -27,7 +27,7 @@ use crate::unit::properties::{self, Shown};
 use crate::unit::{self, name};
 
 use super::streams::{Opened, Whose};
-use super::{Attempt, Entry, Error, LAUNCH_CGROUP, Shim, additions, blocking, now_usec};
+use super::{Attempt, Entry, Error, LAUNCH_CGROUP, LAUNCHED, Shim, additions, blocking, now_usec};
 
 /// Where containerd takes events when nothing says otherwise.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
@@ -37,6 +37,20 @@ const DEFAULT_GRPC: &str = "/run/containerd/containerd.sock";
 pub const PID_FILE: &str = "init.pid";
 /// The file in a task's directory in which `launch` leaves the reason of its failure.
 pub const LAUNCH_ERROR: &str = "launch.err";
+
+/// Which daemon has begun a Create.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begun {
+    /// This one.
+    Now,
+    /// An earlier one, which may have asked systemd for the unit.
+    Before,
+}
+
+/// True for the state of a unit that has been started (`ActiveState`, org.freedesktop.systemd1(5)).
+fn is_under_way(state: &str) -> bool {
+    !matches!(state, "inactive" | "failed")
+}
 
 /// A Create call.
 #[derive(Debug)]
@@ -206,11 +220,11 @@ impl Shim {
         let opened = self.open_streams(&streams).await?;
         self.listen_to_container(entry).await?;
         fault::point(Point::CreateOpened);
-        self.start_unit(entry, &task, &dir).await?;
+        self.start_unit(entry, &task, &dir, Begun::Now).await?;
         self.take_over(entry, &task, &dir, opened).await
     }
 
-    /// After a restart: goes on with a Create that was cut off, or takes it back. `taken` hears when what
+    /// After a restart: continues a Create that was cut off, or takes it back. `taken` hears when what
     /// was kept of its streams is taken over.
     pub(super) async fn resume_create(
         self: &Arc<Self>,
@@ -227,12 +241,12 @@ impl Shim {
             self.listen_to_container(entry).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());
-            match state.as_deref() {
-                None => {
-                    self.resume_logger(&streams, &mut opened).await?;
-                    self.start_unit(entry, &task, &dir).await?;
-                }
-                Some(_) => self.comes_up(entry, &task, &dir, self.manager.up(&task.unit)).await?,
+            // A unit that is down and has never run `launch` is what another task has left behind.
+            if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
+                self.comes_up(entry, &task, &dir, self.manager.up(&task.unit)).await?;
+            } else {
+                self.resume_logger(&streams, &mut opened).await?;
+                self.start_unit(entry, &task, &dir, Begun::Before).await?;
             }
             self.take_over(entry, &task, &dir, opened).await
         };
@@ -264,7 +278,7 @@ impl Shim {
         Ok(pid)
     }
 
-    async fn start_unit(&self, entry: &Entry, task: &Task, dir: &Path) -> Result<(), Error> {
+    async fn start_unit(&self, entry: &Entry, task: &Task, dir: &Path, create: Begun) -> Result<(), Error> {
         if name::is_pod_slice(task.placement.slice()) {
             self.make_pod_slice(task.placement.slice(), task).await?;
         }
@@ -285,6 +299,12 @@ impl Shim {
         let properties = properties::container(&shown, &command, &environment, &pid_file, limit, task.notify);
         let additions = additions::of(task)?;
         let mut begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
+        if let (Err(unit::error::Error::Exists { .. }), Begun::Before) = (&begun, create)
+            && self.manager.active_state(&task.unit).await?.is_some_and(|state| is_under_way(&state))
+        {
+            // The earlier daemon has asked for it, and systemd got to that after this daemon had looked.
+            return self.comes_up(entry, task, dir, self.manager.up(&task.unit)).await;
+        }
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
             self.manager.release(&task.unit).await;
@@ -404,24 +424,35 @@ impl Shim {
     }
 }
 
-/// Where the OCI runtime works while it makes a unit's container: a sub-cgroup of the daemon's, of its own, so that all
-/// of it can be killed.
+/// Where the OCI runtime works while it makes a unit's container: in a cgroup of its own, so that all of it can be
+/// killed.
 fn launch_cgroup(unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
-    Ok(launch_cgroups()?.join(unit.as_str()))
+    Ok(runtime_cgroups()?.join(unit.as_str()))
 }
 
-fn launch_cgroups() -> Result<PathBuf, cgroup::Error> {
-    Ok(cgroup::of_self()?.join("launch"))
+/// The cgroup in which the commands run that the daemon starts itself.
+///
+/// # Errors
+/// The daemon's own cgroup can't be read.
+pub fn command_cgroup() -> Result<PathBuf, cgroup::Error> {
+    Ok(runtime_cgroups()?.join("commands"))
 }
 
-/// Removes the cgroups whose last process has ended since. A `launch` that is about to enter one makes it again.
-pub(super) fn sweep_launch_cgroups() {
-    let Ok(cgroups) = launch_cgroups() else {
+/// Beside the daemon's own cgroup, in its slice: `systemctl kill` of the service, which kills the whole cgroup of the
+/// service, ends nothing in here.
+fn runtime_cgroups() -> Result<PathBuf, cgroup::Error> {
+    let own = cgroup::of_self()?;
+    Ok(own.parent().unwrap_or(&own).join("containerd-shim-runtime"))
+}
+
+/// Removes the cgroups whose last process has ended. Whoever is about to use one makes it again.
+pub fn sweep_runtime_cgroups() {
+    let Ok(cgroups) = runtime_cgroups() else {
         return;
     };
-    for child in cgroup::children(&cgroups) {
+    for cgroup in cgroup::children(&cgroups).into_iter().chain([cgroups]) {
         // One that is in use stays.
-        let _ = cgroup::remove(&child);
+        let _ = cgroup::remove(&cgroup);
     }
 }
 

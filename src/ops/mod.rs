@@ -66,7 +66,7 @@ use crate::unit::systemd::Systemd;
 use kept::Kept;
 use record::{Owings, Stored, Unwritten};
 
-pub use create::{CreateTask, LAUNCH_ERROR, PID_FILE};
+pub use create::{CreateTask, LAUNCH_ERROR, PID_FILE, command_cgroup, sweep_runtime_cgroups};
 pub use error::Error;
 pub use exec::{AddExec, EXEC_PID_FILE, PROCESS_SPEC};
 pub use state::{State, Status};
@@ -76,6 +76,10 @@ pub const SEALED_RUNTIME: &str = "CONTAINERD_SHIM_SYSTEMD_RUNTIME";
 
 /// The variable in a unit's environment that says in which cgroup the OCI runtime is to work.
 pub const LAUNCH_CGROUP: &str = "CONTAINERD_SHIM_SYSTEMD_CGROUP";
+
+/// The file in a process's directory that the first `launch` makes. A second `launch` of the same record is
+/// `systemctl restart`, which is a stop.
+pub const LAUNCHED: &str = "launched";
 
 /// A live task, with what the running daemon attaches to it.
 pub type Entry = registry::Entry<Live>;
@@ -277,7 +281,7 @@ impl Shim {
         loop {
             ticks.tick().await;
             self.copies.sweep();
-            create::sweep_launch_cgroups();
+            sweep_runtime_cgroups();
         }
     }
 }

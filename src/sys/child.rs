@@ -1,11 +1,9 @@
 //! What a child does between fork and exec. Everything in here must be async-signal-safe: it runs in a copy of
 //! a process whose other threads are gone.
 
-use std::ffi::CString;
+use std::ffi::CStr;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::Command;
 
 use nix::errno::Errno;
@@ -14,39 +12,30 @@ use nix::libc;
 /// What a spawn fails with if another process holds the child's lock: neither fork(2) nor execve(2) has it.
 pub const LOCK_IS_HELD: Errno = Errno::EDEADLK;
 
-/// Has the child hold a record lock (fcntl(2), `F_SETLK`) on a file, which becomes its stdin, and gives it the OOM
-/// score of an ordinary process.
+/// Has this child hold a record lock (fcntl(2), `F_SETLK`) on a file, which becomes its stdin.
 ///
 /// The lock belongs to the process itself: execve(2) keeps it, its end releases it, and its children do not have
-/// it. If it is held already the spawn fails with [`LOCK_IS_HELD`].
+/// it. If another process holds the lock, the error is [`LOCK_IS_HELD`].
 ///
 /// # Errors
-/// The path has a zero byte.
-pub fn locks(command: &mut Command, file: &Path) -> io::Result<()> {
-    let file = CString::new(file.as_os_str().as_bytes())?;
-    let in_child = move || {
-        // The lock is made over the descriptor that stays: closing any other of this file would release it.
-        // SAFETY: plain system calls, on a path and a descriptor that are this child's alone.
-        unsafe {
-            let opened = Errno::result(libc::open(
-                file.as_ptr(),
-                libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC,
-                0o600,
-            ))?;
-            Errno::result(libc::dup2(opened, libc::STDIN_FILENO))?;
-            libc::close(opened);
-            let lock = whole_file(libc::F_WRLCK);
-            match Errno::result(libc::fcntl(libc::STDIN_FILENO, libc::F_SETLK, &lock)) {
-                Err(Errno::EAGAIN | Errno::EACCES) => return Err(LOCK_IS_HELD.into()),
-                result => result?,
-            };
-            be_ordinary_to_the_oom_killer();
+/// The file can't be opened or locked.
+///
+/// # Safety
+/// To be called between fork and exec only: it replaces descriptor 0.
+pub unsafe fn lock(file: &CStr) -> Result<(), Errno> {
+    // The lock is made over the descriptor that stays: closing any other of this file would release it.
+    // SAFETY: plain system calls, on a path and a descriptor that are this child's alone.
+    unsafe {
+        let flags = libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC;
+        let opened = Errno::result(libc::open(file.as_ptr(), flags, 0o600))?;
+        Errno::result(libc::dup2(opened, libc::STDIN_FILENO))?;
+        libc::close(opened);
+        let lock = whole_file(libc::F_WRLCK);
+        match Errno::result(libc::fcntl(libc::STDIN_FILENO, libc::F_SETLK, &lock)) {
+            Err(Errno::EAGAIN | Errno::EACCES) => Err(LOCK_IS_HELD),
+            result => result.map(drop),
         }
-        Ok(())
-    };
-    // SAFETY: the closure makes system calls only; it allocates nothing and takes no lock of this program.
-    unsafe { command.pre_exec(in_child) };
-    Ok(())
+    }
 }
 
 /// The daemon's own score would protect whatever its children run, such as hooks. A kernel that refuses changes
@@ -54,7 +43,7 @@ pub fn locks(command: &mut Command, file: &Path) -> io::Result<()> {
 ///
 /// # Safety
 /// None is needed: plain system calls. It is unsafe to be called between fork and exec only.
-unsafe fn be_ordinary_to_the_oom_killer() {
+pub unsafe fn be_ordinary_to_the_oom_killer() {
     // SAFETY: constant strings, and a descriptor that nobody else has.
     unsafe {
         let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
@@ -76,15 +65,22 @@ pub fn whole_file(kind: libc::c_int) -> libc::flock {
 
 /// Has the child take signals again that this process has blocked.
 pub fn takes_all_signals(command: &mut Command) {
-    let in_child = || {
-        // SAFETY: an empty set of this function's own is read, nothing is written.
-        unsafe {
-            let mut none = std::mem::zeroed();
-            libc::sigemptyset(&mut none);
-            Errno::result(libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()))?;
-        }
-        Ok(())
-    };
     // SAFETY: the closure makes system calls only; it allocates nothing and takes no lock of this program.
-    unsafe { command.pre_exec(in_child) };
+    unsafe { command.pre_exec(|| take_all_signals().map_err(io::Error::from)) };
+}
+
+/// Has this child take signals that its parent has blocked.
+///
+/// # Errors
+/// None that is known (sigprocmask(2)).
+///
+/// # Safety
+/// To be called between fork and exec only.
+pub unsafe fn take_all_signals() -> Result<(), Errno> {
+    // SAFETY: an empty set of this function's own is read, nothing is written.
+    unsafe {
+        let mut none = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        Errno::result(libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut())).map(drop)
+    }
 }

@@ -4,6 +4,7 @@
 pub mod child;
 pub mod crash;
 mod receive;
+pub mod spawn;
 pub mod tree;
 
 use std::io::IoSlice;

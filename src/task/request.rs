@@ -78,8 +78,8 @@ pub struct Runtime {
     /// /proc/PID/environ. Empty for a task that an earlier version made.
     #[serde(default)]
     pub environment: PathBuf,
-    /// The cgroup in which it creates containers and execs, below the root of the hierarchy; one of the
-    /// daemon's if the client names none.
+    /// The cgroup in which it creates containers and execs, below the root of the hierarchy; one in the
+    /// daemon's slice if the client names none.
     #[serde(default)]
     pub cgroup: Option<PathBuf>,
     /// What becomes of its processes' output.

@@ -90,6 +90,10 @@ struct State {
     units: BTreeMap<UnitName, Unit>,
     launches: Launches,
     observations: Arc<Observations>,
+    /// How many containers have been launched.
+    launched: usize,
+    /// The unit that is not seen when its state is read next.
+    hidden: Option<UnitName>,
 }
 
 /// A systemd.
@@ -113,6 +117,16 @@ impl FakeSystemd {
     /// Tells somebody else from now on: a new daemon.
     pub fn observed_by(&self, observations: Arc<Observations>) {
         self.state().observations = observations;
+    }
+
+    /// How many containers have been launched.
+    pub fn launched(&self) -> usize {
+        self.state().launched
+    }
+
+    /// Whoever reads the state of this unit next finds it not loaded.
+    pub fn hide_once(&self, unit: UnitName) {
+        self.state().hidden = Some(unit);
     }
 
     /// Every loaded unit and its state.
@@ -197,6 +211,8 @@ impl FakeSystemd {
         }
         let mut unit = self.launch(name, &state.launches);
         unit.is_referenced = is_referenced;
+        // Only units of containers are referenced.
+        state.launched += usize::from(is_referenced);
         state.units.insert(name.clone(), unit);
         Ok(StartJob { waiter, job: None })
     }
@@ -444,6 +460,9 @@ impl Systemd for FakeSystemd {
 
     async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
         self.call("read", unit).await?;
+        if self.state().hidden.take_if(|hidden| hidden == unit).is_some() {
+            return Ok(None);
+        }
         Ok(self.with(unit, |unit| unit.active.to_owned()))
     }
 

@@ -256,11 +256,9 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         // Recovery takes as long as it takes; the watchdog ends a daemon that hangs.
         ("TimeoutStartUSec", INFINITY.into()),
         ("TimeoutStopUSec", usec(Duration::from_secs(10)).into()),
-        // A command of the OCI runtime that is under way comes to its end: one that was cut off could take
-        // its container along.
+        // What an earlier version has started in this cgroup comes to its end: a command of the OCI runtime that is
+        // cut off could take its container along. This version starts none here.
         ("KillMode", "process".into()),
-        // The OCI runtime works in a sub-cgroup while it makes containers: it is not charged to them.
-        ("Delegate", true.into()),
         ("FileDescriptorStoreMax", fd_store::STORE_LIMIT.into()),
         // The lines of containers that it copies to the journal count as its own.
         ("LogRateLimitIntervalUSec", 0_u64.into()),

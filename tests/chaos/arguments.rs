@@ -15,6 +15,7 @@ usage: chaos [--seconds N | --minutes N] [--seed N] [--disturb NAME,…] [--work
   --seed N                   where chance begins (default: another one each time)
   --disturb NAME,…           what happens meanwhile (default: all; none for nothing):
                                kill        SIGKILL to the daemon
+                               cgroup      SIGKILL to the daemon's whole cgroup
                                hang        SIGSTOP to the daemon, until its watchdog finds out
                                restart     systemctl restart of the daemon
                                reexec      systemctl daemon-reexec

@@ -48,7 +48,7 @@ pub fn start(
 /// A random pause.
 fn wait_before(next: Disturbance, random: &mut Random) -> Duration {
     let (least, more) = match next {
-        Disturbance::Kill => (20, 600),
+        Disturbance::Kill | Disturbance::WholeCgroup => (20, 600),
         Disturbance::Hang => (500, 3000),
         Disturbance::Restart => (100, 1500),
         Disturbance::Reexec | Disturbance::Reload => (200, 2000),

@@ -43,20 +43,42 @@ pub fn wait_for_another(than: u32) -> u32 {
     wait::until("another daemon serves", || serving().filter(|pid| *pid != than))
 }
 
+/// Sends SIGKILL to every process in the cgroup of the daemon's service, as `systemctl kill` does. There may be none.
+pub fn kill_cgroup() {
+    process::run("systemctl", &["kill", "--signal=SIGKILL", DAEMON_SERVICE]);
+}
+
+/// Kills the daemon's whole cgroup as soon as there is a daemon; returns its pid.
+pub fn kill_cgroup_now() -> u32 {
+    let pid = wait::until("there is a daemon", pid);
+    kill_cgroup();
+    wait::until_true("a killed daemon is gone", || self::pid() != Some(pid));
+    pid
+}
+
 /// Kills the daemon and waits until the next one serves.
 pub fn killed() {
     wait_for_another(kill_now());
 }
 
-/// Runs `work` while the daemon is killed again and again, sometimes before it is ready. Returns the number of kills.
+/// Runs `act` while the daemon is killed again and again, sometimes before it is ready. Returns the number of kills.
 pub fn killed_during<T>(act: impl FnOnce() -> T) -> (T, u64) {
+    repeated_during(kill_now, act)
+}
+
+/// As [`killed_during`], with a kill of the daemon's whole cgroup.
+pub fn cgroup_killed_during<T>(act: impl FnOnce() -> T) -> (T, u64) {
+    repeated_during(kill_cgroup_now, act)
+}
+
+fn repeated_during<T>(kill: fn() -> u32, act: impl FnOnce() -> T) -> (T, u64) {
     let done = thread::scope(|scope| {
         let (end, ended) = mpsc::channel::<()>();
         let killer = scope.spawn(move || {
             let mut kills = 0;
             let moment = |kills| Duration::from_millis(40 * (kills % 7));
             while ended.recv_timeout(moment(kills)) == Err(RecvTimeoutError::Timeout) {
-                kill_now();
+                kill();
                 kills += 1;
                 // systemd starts the next one after a pause: its own life is what counts.
                 wait::until("there is another daemon", pid);

@@ -10,6 +10,8 @@ use super::{daemon, process, wait};
 pub enum Disturbance {
     /// SIGKILL to the daemon.
     Kill,
+    /// `systemctl kill` of the daemon's service: SIGKILL to every process in its cgroup.
+    WholeCgroup,
     /// SIGSTOP to the daemon, until its watchdog acts.
     Hang,
     /// `systemctl restart` of the daemon.
@@ -25,8 +27,9 @@ pub enum Disturbance {
 }
 
 impl Disturbance {
-    pub const ALL: [Disturbance; 7] = [
+    pub const ALL: [Disturbance; 8] = [
         Disturbance::Kill,
+        Disturbance::WholeCgroup,
         Disturbance::Hang,
         Disturbance::Restart,
         Disturbance::Reexec,
@@ -38,6 +41,7 @@ impl Disturbance {
     pub fn name(self) -> &'static str {
         match self {
             Disturbance::Kill => "kill",
+            Disturbance::WholeCgroup => "cgroup",
             Disturbance::Hang => "hang",
             Disturbance::Restart => "restart",
             Disturbance::Reexec => "reexec",
@@ -49,7 +53,8 @@ impl Disturbance {
 
     /// Whether it disturbs our daemon, which has no counterpart in the stock shim.
     pub fn is_ours(self) -> bool {
-        matches!(self, Disturbance::Kill | Disturbance::Hang | Disturbance::Restart)
+        use Disturbance::{Hang, Kill, Restart, WholeCgroup};
+        matches!(self, Kill | WholeCgroup | Hang | Restart)
     }
 
     /// Disturbs, whatever is going on; an error says that systemd refused. systemctl waits for its job; the caller has
@@ -57,6 +62,7 @@ impl Disturbance {
     pub fn happen(self) -> Result<(), String> {
         match self {
             Disturbance::Kill => signal_daemon(Signal::SIGKILL),
+            Disturbance::WholeCgroup => daemon::kill_cgroup(),
             Disturbance::Hang => signal_daemon(Signal::SIGSTOP),
             Disturbance::Restart => return systemctl(&["restart", DAEMON_SERVICE]),
             Disturbance::Reexec => return systemctl(&["daemon-reexec"]),
@@ -78,7 +84,7 @@ impl Disturbance {
         let daemon = daemon::serving();
         self.happen().unwrap_or_else(|error| panic!("{self:?}: {error}"));
         match (self, daemon) {
-            (Disturbance::Kill | Disturbance::Hang | Disturbance::Restart, Some(pid)) => {
+            (_, Some(pid)) if self.is_ours() => {
                 daemon::wait_for_another(pid);
             }
             (Disturbance::Containerd, _) => node.wait_for_containerd(),

@@ -83,8 +83,8 @@ fn cgroups() -> BTreeSet<String> {
         if ["system.slice", "user.slice", "init.scope"].contains(&name.as_ref()) {
             continue;
         }
-        // The daemon keeps the one below which the OCI runtime works, a cgroup for each create.
-        let is_kept = path.ends_with(format!("{}/launch", systemd::DAEMON_SERVICE));
+        // The daemon keeps those below which the OCI runtime works for a while.
+        let is_kept = name == "containerd-shim-runtime" || path.ends_with("containerd-shim-runtime/commands");
         if !name.ends_with(".slice") && !is_kept {
             found.insert(path.to_string_lossy().into_owned());
         }

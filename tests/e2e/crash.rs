@@ -20,6 +20,12 @@ fn tasks_survive_a_kill_of_the_daemon() {
 }
 
 #[test]
+fn tasks_survive_a_kill_of_the_daemons_whole_cgroup() {
+    needs!(OurShim);
+    check(|node| Disturbance::WholeCgroup.pass(node), true);
+}
+
+#[test]
 fn tasks_survive_a_restart_of_the_daemon() {
     needs!(OurShim);
     check(|node| Disturbance::Restart.pass(node), true);

@@ -39,6 +39,7 @@ mod bus;
 mod containerds;
 mod contract;
 mod crash;
+mod crash_cgroup;
 mod crash_connections;
 mod crash_events;
 mod crash_exits;

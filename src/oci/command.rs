@@ -1,0 +1,308 @@
+//! Runs the daemon's own commands of the OCI runtime: `start`, `update`, `delete`.
+//!
+//! They run outside of the cgroup of the daemon's service, so that `systemctl kill` of the service, which kills the
+//! whole cgroup, does not cut one off: a `runc start` that dies half-way takes its container along. The next daemon
+//! waits for the command that runs.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use tokio::time::timeout;
+
+use crate::cgroup;
+use crate::sys;
+use crate::sys::spawn::{self, Setup};
+
+use super::runtime::{Cli, Error, OciRuntime};
+
+/// The OCI runtime as a program that is run for each command.
+#[derive(Debug, Default)]
+pub struct CommandLine {
+    /// The cgroup in which the commands run, below the root of the hierarchy: that of this process without one.
+    cgroup: Option<PathBuf>,
+}
+
+#[async_trait]
+impl OciRuntime for CommandLine {
+    async fn start(&self, cli: &Cli<'_>) -> Result<(), Error> {
+        let mut command = cli.command("start");
+        command.arg(cli.id.as_str());
+        self.run(cli, "start", &command).await
+    }
+
+    async fn update(&self, cli: &Cli<'_>, resources: &std::path::Path) -> Result<(), Error> {
+        let mut command = cli.command("update");
+        command.arg("--resources").arg(resources).arg(cli.id.as_str());
+        self.run(cli, "update", &command).await
+    }
+
+    /// A runtime that does not end is killed, and its state of the container is removed without it: the container's
+    /// processes are the unit's to end, and the id must be free again.
+    async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
+        let mut command = cli.command("delete");
+        command.arg("--force").arg(cli.id.as_str());
+        match self.run(cli, "delete", &command).await {
+            Err(error @ (Error::TimedOut { .. } | Error::Busy { .. })) => {
+                tracing::warn!(id = %cli.id, %error, "container {}: its state is removed without the OCI runtime: {error}", cli.id);
+                remove_state(cli)
+            }
+            deleted => deleted,
+        }
+    }
+}
+
+impl CommandLine {
+    /// Commands run in this cgroup, which is made when it is needed.
+    pub fn in_cgroup(cgroup: PathBuf) -> Self {
+        Self { cgroup: Some(cgroup) }
+    }
+
+    /// Runs a command, with no other of this container beside it. Dropped before it resolves, the command is killed
+    /// with all that it has started.
+    async fn run(&self, cli: &Cli<'_>, verb: &'static str, command: &Command) -> Result<(), Error> {
+        let limit = cli.runtime.limit();
+        let failed = |source| Error::Spawn { verb, binary: cli.runtime.binary.clone(), source };
+        let mut tries = 0;
+        let child = loop {
+            cli.settled(verb).await?;
+            tries += 1;
+            match self.spawn(cli, command) {
+                Err(error) if tries < TRIES && is_passing(&error) => {}
+                spawned => break spawned.map_err(failed)?,
+            }
+        };
+        let mut running = Running(Some(child));
+        let Ok(ended) = timeout(limit, running.ended()).await else {
+            return Err(Error::TimedOut { verb, limit });
+        };
+        let status = ended.map_err(failed)?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(Error::Failed { verb, reason: cli.reason(verb, Some(status)) })
+    }
+
+    fn spawn(&self, cli: &Cli<'_>, command: &Command) -> io::Result<spawn::Child> {
+        let cgroup = self.cgroup.as_deref().map(cgroup::open_made).transpose().map_err(io::Error::other)?;
+        let cgroup = cgroup.as_ref().map(AsFd::as_fd);
+        spawn::spawn(command, &Setup { lock: &cli.lock(), cgroup, namespaces: &[] })
+    }
+}
+
+/// Another command was faster and has the lock, or the cgroup was removed, as it was empty.
+fn is_passing(error: &io::Error) -> bool {
+    [sys::child::LOCK_IS_HELD, Errno::ENODEV].iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
+}
+
+fn remove_state(cli: &Cli<'_>) -> Result<(), Error> {
+    match fs::remove_dir_all(cli.state()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            let reason = format!("remove {}: {error}", cli.state().display());
+            Err(Error::Failed { verb: "delete", reason })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Cli<'_> {
+    /// Waits for a command that an earlier daemon has begun, which continues without that daemon. A command that takes
+    /// too long is killed.
+    ///
+    /// # Errors
+    /// [`Error::Busy`], or the lock can't be read.
+    pub async fn settled(&self, verb: &'static str) -> Result<(), Error> {
+        let unreadable = |source| Error::Spawn { verb, binary: self.runtime.binary.clone(), source };
+        let Some(holder) = self.holder().map_err(unreadable)? else {
+            return Ok(());
+        };
+        if timeout(self.runtime.limit(), holder.ended()).await.is_ok() {
+            return Ok(());
+        }
+        tracing::warn!(id = %self.id, "container {}: an OCI runtime command that does not end is killed (pid {})", self.id, holder.pid);
+        sys::tree::kill(holder.pid);
+        timeout(DEATH_LIMIT, holder.ended()).await.map_err(|_| Error::Busy { verb, pid: holder.pid })
+    }
+
+    /// The command for this container that runs now, whoever has started it: it holds the lock.
+    fn holder(&self) -> io::Result<Option<Holder>> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.lock())?;
+        let holder_of = || -> io::Result<Option<u32>> {
+            let mut found = sys::child::whole_file(nix::libc::F_WRLCK);
+            fcntl(&file, FcntlArg::F_GETLK(&mut found))?;
+            // A process of another pid namespace has no number here.
+            let is_held = i32::from(found.l_type) != nix::libc::F_UNLCK;
+            Ok(u32::try_from(found.l_pid).ok().filter(|pid| is_held && *pid != 0))
+        };
+        let Some(pid) = holder_of()? else {
+            return Ok(None);
+        };
+        let process = match sys::pidfd_open(pid) {
+            Ok(process) => process,
+            Err(Errno::ESRCH) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        };
+        // Only now the number is known to be that of the holder.
+        Ok((holder_of()? == Some(pid)).then_some(Holder { pid, process }))
+    }
+}
+
+/// How often a command may find that another has taken the lock before it, or that its cgroup is gone.
+const TRIES: u32 = 16;
+
+/// How long a process may take to end after SIGKILL. One that takes longer sleeps in the kernel, perhaps for ever.
+const DEATH_LIMIT: Duration = Duration::from_secs(2);
+
+/// A command that holds the lock.
+struct Holder {
+    pid: u32,
+    process: OwnedFd,
+}
+
+impl Holder {
+    /// Resolves when it has ended.
+    async fn ended(&self) {
+        let ended = async { sys::ended(self.process.try_clone()?).await };
+        if ended.await.is_err() {
+            // It can't be watched: whoever waits gives up in time.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// A command that is killed, with all that it has started, when nobody waits for it any more. Its exit is taken later
+/// then, as it may sleep in the kernel.
+struct Running(Option<spawn::Child>);
+
+impl Running {
+    async fn ended(&mut self) -> io::Result<std::process::ExitStatus> {
+        let child = self.0.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        let status = child.wait().await?;
+        self.0 = None;
+        Ok(status)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let Some(mut child) = self.0.take() else {
+            return;
+        };
+        // The number is its own until its exit is taken.
+        sys::tree::kill(child.id());
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { drop(child.wait().await) });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::TaskId;
+    use crate::task::request::Runtime;
+    use std::path::Path;
+
+    /// A directory for a test, with an OCI runtime that is this shell script.
+    fn scratch(name: &str, script: &str) -> (PathBuf, Runtime) {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = std::env::temp_dir().join(format!("runtime-test-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(dir.join("root/web")).unwrap();
+        let binary = dir.join("runtime");
+        fs::write(&binary, format!("#!/bin/sh\ncd {}\n{script}\n", dir.display())).unwrap();
+        fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
+        let path = std::env::var("PATH").unwrap();
+        let runtime = Runtime { binary, root: dir.join("root"), path, limit_sec: 1, ..Runtime::default() };
+        (dir, runtime)
+    }
+
+    /// The process whose number is in this file has ended, or does within the time.
+    fn ends(file: &Path) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd;
+        let pid = fs::read_to_string(file).unwrap().trim().parse().unwrap();
+        let Ok(process) = sys::pidfd_open(pid) else { return true };
+        let limit = PollTimeout::try_from(Duration::from_secs(10)).unwrap();
+        poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit) == Ok(1)
+    }
+
+    #[tokio::test]
+    async fn a_command_that_does_not_end_is_killed_with_all_that_it_started() {
+        let script = "trap '' TERM INT HUP; setsid sleep 1000 & echo $! > child; sleep 1000";
+        let (dir, runtime) = scratch("hangs", script);
+        let id = TaskId::new("web").unwrap();
+        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        let error = CommandLine::default().start(&cli).await.unwrap_err();
+        assert!(matches!(error, Error::TimedOut { verb: "start", .. }), "{error}");
+        assert!(error.to_string().contains("after 1 s"), "{error}");
+        cli.settled("start").await.unwrap();
+        assert!(ends(&dir.join("child")));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_command_that_nobody_waits_for_is_killed() {
+        let (dir, runtime) = scratch("dropped", "echo $$ > self; kill -USR1 $PPID; sleep 1000");
+        let mut begun =
+            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined1()).unwrap();
+        let runtime = Runtime { limit_sec: 1000, ..runtime };
+        let id = TaskId::new("web").unwrap();
+        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        let commands = CommandLine::default();
+        tokio::select! {
+            ended = commands.start(&cli) => panic!("{ended:?}"),
+            _ = begun.recv() => {}
+        }
+        assert!(ends(&dir.join("self")));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn commands_for_a_container_run_one_after_the_other_and_children_left_behind_hold_nothing_up() {
+        let script = "mkdir running || exit 9; sleep 1000 & sleep 0.05; rmdir running";
+        let (dir, runtime) = scratch("turns", script);
+        let runtime = Runtime { limit_sec: 60, ..runtime };
+        let id = TaskId::new("web").unwrap();
+        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        let commands = CommandLine::default();
+        let ran = futures_util::future::join_all((0..4).map(|_| commands.start(&cli))).await;
+        assert!(ran.iter().all(Result::is_ok), "{ran:?}");
+        assert!(cli.holder().unwrap().is_none());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_delete_that_does_not_end_frees_the_id() {
+        let (dir, runtime) = scratch("delete", "sleep 1000");
+        let id = TaskId::new("web").unwrap();
+        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        assert!(cli.knows());
+        CommandLine::default().delete(&cli).await.unwrap();
+        assert!(!cli.knows());
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_command_runs_with_the_oom_score_of_an_ordinary_process() {
+        let (dir, runtime) = scratch("oom", "cat /proc/self/oom_score_adj > score");
+        let id = TaskId::new("web").unwrap();
+        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        CommandLine::default().start(&cli).await.unwrap();
+        assert_eq!(fs::read_to_string(dir.join("score")).unwrap(), "0\n");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,241 @@
+//! Starts a program in another cgroup and other namespaces than this process's.
+//!
+//! The standard library can do neither. The child is born in its cgroup (clone3(2), `CLONE_INTO_CGROUP`): it is
+//! never a member of this process's, and no move between cgroups has to wait for an RCU grace period.
+
+use std::ffi::{CStr, CString, OsStr};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::libc;
+use nix::sched::CloneFlags;
+use rustix::process::{WaitId, WaitIdOptions, waitid};
+
+use super::{child, ended, errno};
+
+/// What a child has that this process has not.
+#[derive(Debug)]
+pub struct Setup<'a> {
+    /// The file that the child locks, see [`child::lock`].
+    pub lock: &'a Path,
+    /// The directory of the cgroup in which it starts. Without one, it starts in that of this process.
+    pub cgroup: Option<BorrowedFd<'a>>,
+    /// The namespaces that it enters.
+    pub namespaces: &'a [(OwnedFd, CloneFlags)],
+}
+
+/// A child of this process. The caller takes its exit with [`Child::wait`]; until then it keeps its number.
+#[derive(Debug)]
+pub struct Child {
+    pid: u32,
+    process: OwnedFd,
+}
+
+impl Child {
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.pid
+    }
+
+    /// Resolves when the child has ended, and takes its exit. Needs the async runtime.
+    ///
+    /// # Errors
+    /// The kernel can't watch it, or its exit was taken already.
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
+        ended(self.process.try_clone()?).await?;
+        self.reap()
+    }
+
+    fn reap(&self) -> io::Result<ExitStatus> {
+        use std::os::fd::AsFd;
+        let status = waitid(WaitId::PidFd(self.process.as_fd()), WaitIdOptions::EXITED).map_err(errno)?;
+        let status = status.ok_or(Errno::ECHILD)?;
+        let code = status.exit_status().map(|code| (code & 0xff) << 8);
+        Ok(ExitStatus::from_raw(code.or_else(|| status.terminating_signal()).unwrap_or_default()))
+    }
+}
+
+/// What the child passes to execve(2).
+struct Program {
+    path: CString,
+    _args: Vec<CString>,
+    _env: Vec<CString>,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
+}
+
+impl Program {
+    fn of(command: &Command) -> io::Result<Self> {
+        let text = |word: &OsStr| CString::new(word.as_bytes());
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let args = words.map(text).collect::<Result<Vec<_>, _>>()?;
+        let mut env = Vec::new();
+        for (name, value) in command.get_envs() {
+            if let Some(value) = value {
+                env.push(CString::new([name.as_bytes(), b"=", value.as_bytes()].concat())?);
+            }
+        }
+        let pointers = |words: &[CString]| {
+            words.iter().map(|word| word.as_ptr()).chain(std::iter::once(std::ptr::null())).collect()
+        };
+        let (argv, envp) = (pointers(&args), pointers(&env));
+        Ok(Self { path: text(command.get_program())?, _args: args, _env: env, argv, envp })
+    }
+}
+
+/// Starts a program: path, arguments and environment are those of `command`, whose environment must be complete
+/// (`env_clear`). Its standard output is /dev/null, and its standard input the lock file. The child takes all signals,
+/// and the OOM killer regards it as an ordinary process.
+///
+/// # Errors
+/// The program can't be run, or a part of `setup` failed; [`child::LOCK_IS_HELD`] if another process holds the lock.
+/// `ENODEV`: the cgroup has been removed meanwhile.
+pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
+    let program = Program::of(command)?;
+    let lock = CString::new(setup.lock.as_os_str().as_bytes())?;
+    let (reports, reporter) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    let mut process: libc::c_int = -1;
+    // SAFETY: all zeroes is a valid clone_args: plain integers.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = libc::CLONE_PIDFD as u64;
+    args.pidfd = std::ptr::from_mut(&mut process) as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = setup.cgroup {
+        // `CLONE_INTO_CGROUP` of <linux/sched.h>; the constant of libc does not have the width of the field.
+        args.flags |= 0x2_0000_0000;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: without `CLONE_VM` and without a stack of its own the call returns twice, as fork(2) does. The child has
+    // a copy of this process's memory, and only makes system calls until it runs the program or ends.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) };
+    if pid == 0 {
+        // SAFETY: this is the child.
+        unsafe { be_child(&program, &lock, setup.namespaces, reporter.as_raw_fd()) }
+    }
+    let pid = Errno::result(pid)?;
+    drop(reporter);
+    // SAFETY: the kernel has opened it for this process, and nobody else has been given its number.
+    let process = unsafe { OwnedFd::from_raw_fd(process) };
+    let child = Child { pid: u32::try_from(pid).map_err(|_| Errno::ESRCH)?, process };
+    let mut report = Vec::new();
+    // The pipe is closed when the program runs. Everything before that is quick.
+    File::from(reports).read_to_end(&mut report)?;
+    match <[u8; 4]>::try_from(report.as_slice()) {
+        Ok(number) => {
+            child.reap()?;
+            Err(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
+        }
+        Err(_) => Ok(child),
+    }
+}
+
+/// Becomes the program, or reports why not and ends.
+///
+/// # Safety
+/// To be called in a child of clone3(2) only. Everything in here must be async-signal-safe.
+unsafe fn be_child(
+    program: &Program,
+    lock: &CStr,
+    namespaces: &[(OwnedFd, CloneFlags)],
+    reporter: RawFd,
+) -> ! {
+    // SAFETY: system calls, on memory that the parent has prepared and on descriptors of this child.
+    unsafe {
+        let failed = match prepare(lock, namespaces) {
+            Ok(()) => {
+                libc::execve(program.path.as_ptr(), program.argv.as_ptr(), program.envp.as_ptr());
+                Errno::last()
+            }
+            Err(errno) => errno,
+        };
+        let report = (failed as i32).to_ne_bytes();
+        libc::write(reporter, report.as_ptr().cast(), report.len());
+        libc::_exit(127)
+    }
+}
+
+/// # Safety
+/// As [`be_child`].
+unsafe fn prepare(lock: &CStr, namespaces: &[(OwnedFd, CloneFlags)]) -> Result<(), Errno> {
+    // SAFETY: as in `be_child`.
+    unsafe {
+        child::take_all_signals()?;
+        // Rust ignores this one, which a program would inherit.
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        let nothing = Errno::result(libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC))?;
+        for standard in [libc::STDOUT_FILENO, libc::STDERR_FILENO] {
+            Errno::result(libc::dup2(nothing, standard))?;
+        }
+        child::lock(lock)?;
+        child::be_ordinary_to_the_oom_killer();
+        for (namespace, kind) in namespaces {
+            Errno::result(libc::setns(namespace.as_raw_fd(), kind.bits()))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn setup(lock: &Path) -> Setup<'_> {
+        Setup { lock, cgroup: None, namespaces: &[] }
+    }
+
+    fn shell(script: &str) -> Command {
+        let mut command = Command::new("/bin/sh");
+        command.arg("-c").arg(script).env_clear().env("WORD", "two words");
+        command
+    }
+
+    #[tokio::test]
+    async fn a_child_has_its_arguments_and_environment_and_its_end_is_known() {
+        let dir = tempfile("spawn");
+        let (out, lock) = (dir.join("out"), dir.join("lock"));
+        let script = format!("echo \"$WORD\" >{}; exit 7", out.display());
+        let mut child = spawn(&shell(&script), &setup(&lock)).unwrap();
+        assert_eq!(child.wait().await.unwrap().code(), Some(7));
+        assert_eq!(fs::read_to_string(&out).unwrap(), "two words\n");
+        let mut killed = spawn(&shell("kill -9 $$"), &setup(&lock)).unwrap();
+        assert_eq!(killed.wait().await.unwrap().signal(), Some(9));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_an_error_and_leaves_no_child() {
+        let dir = tempfile("spawn-missing");
+        let mut command = Command::new("/no/such/program");
+        command.env_clear();
+        let error = spawn(&command, &setup(&dir.join("lock"))).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_second_child_does_not_get_the_lock_of_the_first() {
+        let dir = tempfile("spawn-lock");
+        let lock = dir.join("lock");
+        let mut first = spawn(&shell("sleep 1000"), &setup(&lock)).unwrap();
+        let error = spawn(&shell("exit 0"), &setup(&lock)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(child::LOCK_IS_HELD as i32));
+        super::super::tree::kill(first.id());
+        first.wait().await.unwrap();
+        spawn(&shell("exit 0"), &setup(&lock)).unwrap().wait().await.unwrap();
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    fn tempfile(name: &str) -> std::path::PathBuf {
+        let dir = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+}
