@@ -14,7 +14,7 @@ use crate::unit;
 use super::{Attempt, Error, Shim, waiting};
 
 /// A process that the kernel can't freeze (in a driver, traced) keeps the others frozen half. As with runc.
-const FREEZE_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 20 } else { 10_000 });
+const FREEZE_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 5_000 } else { 10_000 });
 
 /// How long systemd may take to notice what the kernel tells.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
