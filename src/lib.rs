@@ -23,6 +23,7 @@ mod fault;
 #[allow(clippy::panic, clippy::print_stderr)] // a broken rule, and the input that a test is at
 pub mod fuzzing;
 mod id;
+mod launch;
 mod oci;
 mod ops;
 mod session;

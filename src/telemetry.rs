@@ -2,12 +2,20 @@
 //!
 //! `CONTAINERD_SHIM_SYSTEMD_LOG` sets what is logged: a level, or a list `target=level,…`. The default is `info`.
 
+use std::io::Write;
+
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 const VARIABLE: &str = "CONTAINERD_SHIM_SYSTEMD_LOG";
+
+/// Writes a message to stderr, for what runs before there is a log, or without one.
+pub fn say(text: &str) {
+    // An error can't be reported anywhere.
+    let _ = writeln!(std::io::stderr(), "{}: {}", env!("CARGO_PKG_NAME"), text.trim_end());
+}
 
 /// Sets up logging for this process. The daemon calls it once.
 pub fn init() {

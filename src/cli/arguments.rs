@@ -1,6 +1,7 @@
 //! Parses arguments in the style of Go's flag package: `-x v`, `-x=v`, `--x v` (pure).
 
-use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
+use crate::id::ProcessKey;
+use crate::launch::contract::{self, Kind};
 
 /// The command that the arguments name.
 #[derive(Debug, PartialEq, Eq)]
@@ -25,21 +26,10 @@ pub enum Command {
     /// Start a process inside of its unit.
     Launch {
         /// The kind of process.
-        what: Launch,
+        kind: Kind,
         /// The process.
         key: ProcessKey,
     },
-}
-
-/// The kind of process that `launch` starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Launch {
-    /// A container, up to its waiting init.
-    Container,
-    /// An exec.
-    Exec,
-    /// A `binary://` logger.
-    Logger,
 }
 
 /// The flags that containerd passes.
@@ -126,22 +116,12 @@ pub fn parse(words: &[String]) -> Result<Command, Error> {
         Some("help") => Ok(Command::Help),
         #[cfg(feature = "faults")]
         Some("faults") => Ok(Command::Faults),
-        Some("launch") => launch(words.collect()).ok_or(Error::Launch),
+        Some("launch") => {
+            let launch = contract::parse(&words.collect::<Vec<_>>());
+            launch.map(|(kind, key)| Command::Launch { kind, key }).ok_or(Error::Launch)
+        }
         Some(other) => Err(Error::Command(other.chars().take(80).collect())),
     }
-}
-
-fn launch(words: Vec<&str>) -> Option<Command> {
-    let (what, namespace, id, exec) = match words[..] {
-        ["container", namespace, id] => (Launch::Container, namespace, id, None),
-        ["exec", namespace, id, exec] => (Launch::Exec, namespace, id, Some(exec)),
-        ["logger", namespace, id] => (Launch::Logger, namespace, id, None),
-        ["logger", namespace, id, exec] => (Launch::Logger, namespace, id, Some(exec)),
-        _ => return None,
-    };
-    let task = TaskKey::from_word(Namespace::new(namespace).ok()?, id).ok()?;
-    let exec = exec.map(ExecId::new).transpose().ok()?;
-    Some(Command::Launch { what, key: ProcessKey { task, exec } })
 }
 
 #[cfg(test)]

@@ -1,12 +1,8 @@
 //! The commands that containerd, systemd and people run.
 
 pub mod arguments;
-mod bounded;
 mod delete;
-mod handoff;
 mod info;
-mod launch;
-mod namespaces;
 mod serve;
 mod start;
 mod wake;
@@ -17,7 +13,9 @@ use std::process::ExitCode;
 
 use arguments::{Command, Global};
 
+use crate::launch;
 use crate::oci::bundle;
+use crate::telemetry::say;
 
 /// The longest message that a command accepts on standard input.
 const MAX_STDIN_BYTES: u64 = 4 << 20;
@@ -38,7 +36,7 @@ pub fn run(words: Vec<String>) -> ExitCode {
     let command = match arguments::parse(&words) {
         Ok(command) => command,
         Err(error) => {
-            say(&format!("{NAME}: {error}\n\n{USAGE}"));
+            say(&format!("{error}\n\n{USAGE}"));
             return ExitCode::from(MISUSED);
         }
     };
@@ -49,10 +47,7 @@ pub fn run(words: Vec<String>) -> ExitCode {
         Command::Start(global) => start::run(&global),
         Command::Delete(global) => delete::run(&global),
         Command::Serve if !serve::has_work() => {
-            say(&format!(
-                "{NAME}: only systemd runs serve: start {} instead\n",
-                crate::unit::name::DAEMON_SOCKET
-            ));
+            say(&format!("only systemd runs serve: start {} instead", crate::unit::name::DAEMON_SOCKET));
             return ExitCode::from(MISUSED);
         }
         Command::Serve => serve::run(),
@@ -62,12 +57,12 @@ pub fn run(words: Vec<String>) -> ExitCode {
             let names: Vec<_> = crate::fault::Point::ALL.iter().map(|point| point.name()).collect();
             print(format!("{}\n", names.join("\n")).as_bytes())
         }
-        Command::Launch { what, key } => launch::run(what, &key),
+        Command::Launch { kind, key } => launch::run(kind, &key).map_err(Failure::new),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            say(&format!("{NAME}: {failure}\n"));
+            say(&failure.to_string());
             ExitCode::FAILURE
         }
     }
@@ -110,12 +105,6 @@ fn print(answer: &[u8]) -> Result<(), Failure> {
         .write_all(answer)
         .and_then(|()| stdout.flush())
         .map_err(|error| Failure(format!("can't write to standard output: {error}")))
-}
-
-/// Writes a message for a person to stderr.
-fn say(text: &str) {
-    // An error can't be reported anywhere.
-    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 /// All of standard input.

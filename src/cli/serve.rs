@@ -19,9 +19,10 @@ use crate::api::{events, task::TaskService};
 use crate::cgroup::watch::Watch;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
+use crate::launch::{self, namespaces};
 use crate::oci::command::CommandLine;
+use crate::ops::Shim;
 use crate::ops::kept::Kept;
-use crate::ops::{self, Shim};
 use crate::store::Store;
 use crate::store::answers::Answers;
 use crate::supervise::slices;
@@ -37,7 +38,7 @@ use crate::unit::refs::Refs;
 use crate::unit::{name, properties, watch};
 use crate::{config, sys, telemetry};
 
-use super::{Failure, namespaces};
+use super::Failure;
 
 /// D-Bus signals, requests and pumps are short work: two threads are plenty for a node.
 const WORKERS: usize = 2;
@@ -203,7 +204,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let cgroups = Watch::new();
     let store = Store::new(config::STATE_DIR);
     let slices_of = manager.clone();
-    let commands = Arc::new(CommandLine::in_cgroup(ops::command_cgroup().map_err(Failure::new)?));
+    let commands = Arc::new(CommandLine::in_cgroup(launch::cgroup::of_commands().map_err(Failure::new)?));
     let (shim, outgoing) = Shim::new(store, answers, kept, cgroups, manager, commands, program);
     fault::point(Point::RecoverTaken);
     shim.recover(&crashes).await.map_err(Failure::new)?;
@@ -258,7 +259,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     // What is under way stays as it is, and the next daemon goes on with it: there is but one way to end.
     fd_store.notifier().stopping();
     tracing::info!("stopping");
-    ops::sweep_runtime_cgroups();
+    launch::cgroup::sweep();
     if keeps && connections.count() > 0 {
         let left = tokio::time::timeout(STOP_LIMIT, waking.leave()).await;
         if let Err(reason) = left.map_err(|_| "systemd does not answer".to_owned()).and_then(|left| left) {

@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::resource::getrlimit;
 use protobuf::Message;
 
 use crate::api::messages::{BootstrapParams, BootstrapResult};
 use crate::id::TaskKey;
+use crate::launch::{inherited, namespaces};
 use crate::oci::bundle;
 use crate::task::request::Containerd;
 use crate::transport::sockets::{Leases, Socket};
@@ -26,7 +26,7 @@ use crate::unit::{self, name, watch};
 use crate::{cgroup, config};
 
 use super::arguments::Global;
-use super::{Failure, block_on, key_of, launch, namespaces, print, read_stdin};
+use super::{Failure, block_on, key_of, print, read_stdin};
 
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let here = std::env::current_dir()
@@ -116,14 +116,12 @@ fn containerd(global: &Global, caller: &Caller) -> Containerd {
     if ttrpc_address.is_empty() {
         ttrpc_address = format!("{grpc_address}.ttrpc");
     }
-    let limit = |resource| getrlimit(resource).ok().map(|(soft, hard)| (resource as u32, soft, hard));
-    let rlimits = launch::RESOURCES.into_iter().filter_map(limit).collect();
     Containerd {
         ttrpc_address,
         grpc_address,
         path: variable("PATH"),
-        rlimits,
-        processors: launch::processors().unwrap_or_default(),
+        rlimits: inherited::limits(),
+        processors: inherited::processors(),
         environment: environment(),
         namespaces: None,
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
+use crate::launch;
 use crate::oci::mount;
 use crate::oci::runtime::{self, OciRuntime};
 use crate::task::Task;
@@ -140,9 +141,9 @@ impl Shim {
         let mut troubles = remove_task(&*self.manager, &*self.oci, task, &dir, Stop::Awaited, others).await;
         troubles.join(in_execs);
         if task.request.rootfs.iter().any(mount::leaves_a_daemon) {
-            self.kill_launch(&task.unit);
+            launch::cgroup::kill(&task.unit);
         }
-        self.remove_launch_cgroup(&task.unit);
+        launch::cgroup::remove(&task.unit);
         troubles
     }
 
@@ -174,10 +175,10 @@ impl Shim {
     pub(super) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         // The OCI runtime may hang in it, and so may its hooks and mounts: none of them is in the unit's cgroup.
-        self.kill_launch(&task.unit);
+        launch::cgroup::kill(&task.unit);
         let mut troubles = self.remove_container(&task, entry).await;
         // `launch` may just have been on its way there.
-        self.kill_launch(&task.unit);
+        launch::cgroup::kill(&task.unit);
         if troubles.is_empty() {
             troubles.add(self.store.remove(&task.key));
         }

@@ -6,13 +6,15 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Component, Path};
 use std::sync::Arc;
 
 use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::{self, place};
 use crate::fault::{self, Point};
-use crate::id::{ExecId, ProcessKey, TaskId, TaskKey, UnitName};
+use crate::id::{ProcessKey, TaskId, TaskKey, UnitName};
+use crate::launch::contract::{Kind, LAUNCHED, PID_FILE};
+use crate::launch::{self, command};
 use crate::oci::bundle::{self, Spec};
 use crate::oci::resources::Resources;
 use crate::oci::{face, options, runtime};
@@ -27,16 +29,11 @@ use crate::unit::properties::{self, Shown};
 use crate::unit::{self, name};
 
 use super::streams::{Opened, Whose};
-use super::{Attempt, Entry, Error, LAUNCH_CGROUP, LAUNCHED, Shim, additions, blocking, now_usec};
+use super::{Attempt, Entry, Error, Shim, additions, blocking, now_usec};
 
 /// Where containerd takes events when nothing says otherwise.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
 const DEFAULT_GRPC: &str = "/run/containerd/containerd.sock";
-
-/// The file in a task's directory that systemd reads the main process from.
-pub const PID_FILE: &str = "init.pid";
-/// The file in a task's directory in which `launch` leaves the reason of its failure.
-pub const LAUNCH_ERROR: &str = "launch.err";
 
 /// Which daemon has begun a Create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -266,7 +263,7 @@ impl Shim {
     ) -> Result<u32, Error> {
         fault::point(Point::CreateUp);
         // What a hook has left there stays.
-        self.remove_launch_cgroup(&task.unit);
+        launch::cgroup::remove(&task.unit);
         let pid =
             read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(task, dir)))?;
         self.hold(entry, pid);
@@ -283,17 +280,16 @@ impl Shim {
             self.make_pod_slice(task.placement.slice(), task).await?;
         }
         let init = ProcessKey { task: task.key.clone(), exec: None };
-        let command = self.launch_command(&init, "container");
+        let command = command::command_line(&self.program, Kind::Container, &init);
         let shown = Shown {
             description: &task.face.description,
             identifier: face::identifier(&task.face),
             fields: &task.face.fields,
             slice: task.placement.slice(),
         };
-        let mut environment = self.launch_environment(task).await?;
-        if task.runtime.cgroup.is_none() {
-            environment.push(format!("{LAUNCH_CGROUP}={}", launch_cgroup(&task.unit)?.display()));
-        }
+        let copy = self.sealed_runtime(task).await?;
+        let own = task.runtime.cgroup.is_none().then(|| launch::cgroup::of(&task.unit)).transpose()?;
+        let environment = command::environment(copy.as_ref(), own.as_deref());
         let pid_file = dir.join(PID_FILE);
         let limit = task.runtime.create_limit();
         let properties = properties::container(&shown, &command, &environment, &pid_file, limit, task.notify);
@@ -343,17 +339,8 @@ impl Shim {
         }
     }
 
-    /// The arguments with which a unit runs this program for a process.
-    pub(super) fn launch_command(&self, key: &ProcessKey, what: &str) -> Vec<String> {
-        let task = key.task.word();
-        let words = ["launch", what, key.task.namespace.as_str(), &task];
-        let words = words.into_iter().chain(key.exec.as_ref().map(ExecId::as_str));
-        let program = self.program.to_string_lossy().into_owned();
-        std::iter::once(program).chain(words.map(str::to_owned)).collect()
-    }
-
     fn launch_failure(&self, task: &Task, dir: &Path) -> String {
-        if let Ok(reason) = fs::read_to_string(dir.join(LAUNCH_ERROR)) {
+        if let Some(reason) = command::failure(dir) {
             return reason;
         }
         let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir };
@@ -399,60 +386,6 @@ impl Shim {
             Ok(()) | Err(unit::error::Error::Exists { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
-    }
-}
-
-impl Shim {
-    /// Ends everything that `launch` and the OCI runtime have started to make a container, but for the container.
-    pub(super) fn kill_launch(&self, unit: &UnitName) {
-        if let Err(error) = launch_cgroup(unit).and_then(|cgroup| cgroup::kill(&cgroup)) {
-            tracing::warn!(%unit, %error, "{unit}: can't kill what makes its container: {error}");
-        }
-    }
-
-    /// Removes the cgroup in which a container was made, if it is empty.
-    pub(super) fn remove_launch_cgroup(&self, unit: &UnitName) {
-        match launch_cgroup(unit).and_then(|cgroup| cgroup::remove(&cgroup)) {
-            Ok(true) => {}
-            Ok(false) => {
-                tracing::debug!(%unit, "{unit}: something that a hook or a mount has started still runs")
-            }
-            Err(error) => {
-                tracing::warn!(%unit, %error, "{unit}: can't remove the cgroup in which its container was made: {error}")
-            }
-        }
-    }
-}
-
-/// Where the OCI runtime works while it makes a unit's container: in a cgroup of its own, so that all of it can be
-/// killed.
-fn launch_cgroup(unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
-    Ok(runtime_cgroups()?.join(unit.as_str()))
-}
-
-/// The cgroup in which the commands run that the daemon starts itself.
-///
-/// # Errors
-/// The daemon's own cgroup can't be read.
-pub fn command_cgroup() -> Result<PathBuf, cgroup::Error> {
-    Ok(runtime_cgroups()?.join("commands"))
-}
-
-/// Beside the daemon's own cgroup, in its slice: `systemctl kill` of the service, which kills the whole cgroup of the
-/// service, ends nothing in here.
-fn runtime_cgroups() -> Result<PathBuf, cgroup::Error> {
-    let own = cgroup::of_self()?;
-    Ok(own.parent().unwrap_or(&own).join("containerd-shim-runtime"))
-}
-
-/// Removes the cgroups whose last process has ended. Whoever is about to use one makes it again.
-pub fn sweep_runtime_cgroups() {
-    let Ok(cgroups) = runtime_cgroups() else {
-        return;
-    };
-    for cgroup in cgroup::children(&cgroups).into_iter().chain([cgroups]) {
-        // One that is in use stays.
-        let _ = cgroup::remove(&cgroup);
     }
 }
 

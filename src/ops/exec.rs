@@ -15,16 +15,17 @@ use tokio_util::sync::CancellationToken;
 use crate::config;
 use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey};
+use crate::launch::contract::{EXEC_PID_FILE, Kind, Outcome, PROCESS_SPEC};
+use crate::launch::{command, pipes, report};
 use crate::oci::{face, process};
 use crate::stdio::{fifo, uri};
-use crate::store::Store;
 use crate::task::Task;
-use crate::task::exec::{Exec, ExecEvent, ExecPhase, Outcome};
+use crate::task::exec::{Exec, ExecEvent, ExecPhase};
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Seen};
 use crate::task::registry::{Taken, Verb};
 use crate::task::request::Stdio;
-use crate::task::wiring::{Wiring, pipe};
+use crate::task::wiring::Wiring;
 use crate::unit::reading::Starting;
 use crate::unit::{self, name, properties};
 
@@ -32,11 +33,6 @@ use super::cleanup::{Stop, remove_unit};
 use super::create::{lives_in, read_pid};
 use super::streams::{Opened, Whose, cut_off, drain, kept_number};
 use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, go_on, now_usec};
-
-/// The file in an exec's directory with its process spec.
-pub const PROCESS_SPEC: &str = "process.json";
-/// The file in an exec's directory in which the OCI runtime leaves the process.
-pub const EXEC_PID_FILE: &str = "pid";
 
 /// An exec that has run for so long is not a probe.
 const LONG_EXEC: Duration = Duration::from_secs(2);
@@ -218,8 +214,8 @@ impl Shim {
 
     /// Asks for the unit.
     async fn begin_exec(&self, task: &Task, exec: &Exec, process: &Process) -> Result<(), Error> {
-        let command = self.launch_command(&process.key, "exec");
-        let environment = self.launch_environment(task).await?;
+        let command = command::command_line(&self.program, Kind::Exec, &process.key);
+        let environment = command::environment(self.sealed_runtime(task).await?.as_ref(), None);
         let properties = properties::exec(&exec.description, &command, &environment);
         let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
@@ -286,7 +282,7 @@ impl Shim {
         let init_is_gone = Self::init_is_gone(entry);
         tokio::pin!(too_long, init_is_gone);
         loop {
-            if let Some(outcome) = Store::read_outcome(dir)? {
+            if let Some(outcome) = report::read(dir)? {
                 return Ok(outcome);
             }
             tokio::select! {
@@ -294,7 +290,7 @@ impl Shim {
                 () = ended.notified() => {
                     // It may be the end of an earlier unit with this name that is heard of late.
                     let under_way = self.manager.starting(unit).await? == Starting::UnderWay;
-                    if !under_way && Store::read_outcome(dir)?.is_none() {
+                    if !under_way && report::read(dir)?.is_none() {
                         return Err(Error::Launch(format!("OCI runtime exec failed: see systemctl status {unit}")));
                     }
                 }
@@ -451,7 +447,7 @@ impl Shim {
             // Before looking: from now on it rings here.
             let doorbell = open_doorbell(&dir)?;
             let starting = self.manager.starting(&process.unit).await?;
-            let known = Store::read_outcome(&dir)?.is_some();
+            let known = report::read(&dir)?.is_some();
             let task = entry.task().clone();
             let gone = || Error::UnknownExec { key: process.key.clone() };
             let streams = Arc::new(self.streams(entry, Some(id)).ok_or_else(gone)?);
@@ -525,7 +521,7 @@ impl Shim {
 /// Makes the FIFO by which `launch` says that it is through. Nothing is written to it: that it is
 /// opened and closed is the news.
 fn open_doorbell(dir: &Path) -> Result<Receiver, Error> {
-    let path = dir.join(pipe::DOORBELL);
+    let path = dir.join(pipes::DOORBELL);
     if fifo::kind(&path) != uri::Kind::Fifo {
         fifo::make(&path)?;
     }

@@ -48,6 +48,7 @@ use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::{Watch, Watched};
 use crate::config;
 use crate::id::{ProcessKey, TaskKey, UnitName};
+use crate::launch;
 use crate::oci::runtime::OciRuntime;
 use crate::oci::sealed::{self, Copies};
 use crate::session::Session;
@@ -66,20 +67,10 @@ use crate::unit::systemd::Systemd;
 use kept::Kept;
 use record::{Owings, Stored, Unwritten};
 
-pub use create::{CreateTask, LAUNCH_ERROR, PID_FILE, command_cgroup, sweep_runtime_cgroups};
+pub use create::CreateTask;
 pub use error::Error;
-pub use exec::{AddExec, EXEC_PID_FILE, PROCESS_SPEC};
+pub use exec::AddExec;
 pub use state::{State, Status};
-
-/// The variable in a unit's environment that says where a copy of the OCI runtime is.
-pub const SEALED_RUNTIME: &str = "CONTAINERD_SHIM_SYSTEMD_RUNTIME";
-
-/// The variable in a unit's environment that says in which cgroup the OCI runtime is to work.
-pub const LAUNCH_CGROUP: &str = "CONTAINERD_SHIM_SYSTEMD_CGROUP";
-
-/// The file in a process's directory that the first `launch` makes. A second `launch` of the same record is
-/// `systemctl restart`, which is a stop.
-pub const LAUNCHED: &str = "launched";
 
 /// A live task, with what the running daemon attaches to it.
 pub type Entry = registry::Entry<Live>;
@@ -243,11 +234,10 @@ impl Shim {
         if attempt == Attempt::First { None } else { self.answers.find(key) }
     }
 
-    /// What `launch` is told beside its arguments.
-    async fn launch_environment(&self, task: &Task) -> Result<Vec<String>, Error> {
+    /// A copy of the task's OCI runtime, if there can be one.
+    async fn sealed_runtime(&self, task: &Task) -> Result<Option<sealed::Place>, Error> {
         let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
-        let place = blocking(move || copies.place(&binary)).await?;
-        Ok(place.map(|place| format!("{SEALED_RUNTIME}={place}")).into_iter().collect())
+        blocking(move || copies.place(&binary)).await
     }
 
     /// Resolves when a task's init process has ended, and what the OCI runtime does for it had its time to end as
@@ -281,7 +271,7 @@ impl Shim {
         loop {
             ticks.tick().await;
             self.copies.sweep();
-            sweep_runtime_cgroups();
+            launch::cgroup::sweep();
         }
     }
 }

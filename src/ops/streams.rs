@@ -15,6 +15,8 @@ use tracing::Instrument;
 
 use crate::config;
 use crate::id::{ExecId, ProcessKey, UnitName};
+use crate::launch::contract::Kind as LaunchKind;
+use crate::launch::{command, pipes};
 use crate::oci::face;
 use crate::session::Session;
 use crate::stdio::console::Console;
@@ -25,7 +27,7 @@ use crate::stdio::rate::RateLimit;
 use crate::stdio::terminal::Terminal;
 use crate::stdio::uri::Kind;
 use crate::task::Face;
-use crate::task::wiring::{self, Copied, Input, Sink, Wiring};
+use crate::task::wiring::{Copied, Input, Sink, Wiring};
 use crate::unit::name;
 use crate::unit::properties::{self, Shown};
 
@@ -272,7 +274,7 @@ impl Shim {
         let Some(logger) = &streams.wiring.logger else {
             return Ok(());
         };
-        let command = self.launch_command(&streams.key, "logger");
+        let command = command::command_line(&self.program, LaunchKind::Logger, &streams.key);
         let description = match &streams.key.exec {
             None => format!("Logger of {}", streams.face.description),
             Some(exec) => format!("Logger of exec {exec} in {}", streams.face.description),
@@ -453,15 +455,15 @@ impl Streams {
             kept.keep(Part::Input, number, &fds([&opened.input, &opened.stdin]));
         }
         if self.wiring.logger.is_some() && whose == Whose::Starting {
-            opened.ready = Some(fifo::open_reader(&self.dir.join(wiring::pipe::READY))?);
-            for name in [wiring::pipe::LOG_STDOUT, wiring::pipe::LOG_STDERR] {
+            opened.ready = Some(fifo::open_reader(&self.dir.join(pipes::READY))?);
+            for name in [pipes::LOG_STDOUT, pipes::LOG_STDERR] {
                 opened.logger.push(fifo::open_both(&self.dir.join(name))?);
             }
         }
         let begun = Instant::now();
         let client = |path: &Path| client(path, config::STDIO_LIMIT.saturating_sub(begun.elapsed()));
         for (from, log_pipe, to) in self.wiring.copies() {
-            let part = if log_pipe == wiring::pipe::LOG_STDOUT { Part::Output } else { Part::ErrorOutput };
+            let part = if log_pipe == pipes::LOG_STDOUT { Part::Output } else { Part::ErrorOutput };
             let mut before = earlier(part);
             if whose == Whose::Ended && before.is_empty() {
                 continue;

@@ -221,7 +221,6 @@ fn decode(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::wiring::pipe;
 
     fn read(stdout: &str, stderr: &str) -> Result<Wiring, Malformed> {
         read_as(Log::Auto, Role::Init, false, stdout, stderr)
@@ -265,7 +264,7 @@ mod tests {
         let wiring = read("file:///var/log/a%20b.log", "/ignored").unwrap();
         let file = Sink::File { path: "/var/log/a b.log".into(), create: true };
         assert_eq!(wiring.stdout, copied(Some(file), false));
-        assert_eq!(wiring.own_pipes(), [pipe::STDOUT]);
+        assert_eq!(wiring.stderr, wiring.stdout);
     }
 
     fn copied(client: Option<Sink>, journal: bool) -> Output {
@@ -276,7 +275,7 @@ mod tests {
     fn the_daemon_stands_between_an_exec_and_its_client() {
         let wiring = read_as(Log::Auto, Role::Exec, false, "/fifo1", "/fifo2").unwrap();
         assert_eq!(wiring.stdout, copied(Some(Sink::Fifo("/fifo1".into())), false));
-        assert_eq!(wiring.own_pipes(), [pipe::STDOUT, pipe::STDERR]);
+        assert_eq!(wiring.stderr, copied(Some(Sink::Fifo("/fifo2".into())), false));
         let wiring = read_as(Log::Auto, Role::Exec, false, "", "").unwrap();
         assert_eq!((wiring.stdout, wiring.stderr), (copied(None, true), copied(None, true)));
     }
@@ -286,7 +285,6 @@ mod tests {
         for log in [Log::Auto, Log::Journal, Log::Tee, Log::None] {
             let wiring = read_as(log, Role::Init, true, "/fifo", "").unwrap();
             assert!(matches!(wiring.stdout, Output::Copied(_)) && wiring.stderr == Output::Null);
-            assert!(wiring.own_pipes().is_empty());
         }
         assert_eq!(read_as(Log::None, Role::Init, true, "", "").unwrap().stdout, copied(None, false));
     }
@@ -306,8 +304,8 @@ mod tests {
     fn a_logger_whose_output_goes_to_the_journal_alone_is_not_started() {
         assert!(read_as(Log::Journal, Role::Init, false, "binary:///bin/log", "").unwrap().logger.is_none());
         let tee = read_as(Log::Tee, Role::Init, false, "binary:///bin/log", "").unwrap();
-        let pipes = [pipe::LOG_STDOUT, pipe::LOG_STDERR, pipe::READY, pipe::STDOUT, pipe::STDERR];
-        assert_eq!(tee.own_pipes(), pipes);
+        assert!(tee.logger.is_some());
+        assert_eq!((&tee.stdout, &tee.stderr), (&copied(Some(Sink::Logger), true), &tee.stdout));
     }
 
     #[test]

@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::id::{Owner, ProcessKey};
 use crate::task::phase::Exit;
 
-use super::{Error, io_error};
+use super::Error;
+use super::files::io_error;
 
 const FILE: &str = ".answers";
 /// More than there can be between taking a record away and sending the answer.

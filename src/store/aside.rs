@@ -8,7 +8,8 @@ use serde::de::DeserializeOwned;
 
 use crate::id::TaskKey;
 
-use super::{Error, Store, io_error, read_limited, replace};
+use super::files::{self, io_error, replace};
+use super::{Error, Store};
 
 impl Store {
     /// Writes such a file, in one step.
@@ -27,7 +28,7 @@ impl Store {
     /// It can't be read.
     pub fn read_aside<T: DeserializeOwned>(&self, key: &TaskKey, name: &str) -> Result<Option<T>, Error> {
         let path = self.dir(key).join(name);
-        let Some(text) = read_limited(&path)? else {
+        let Some(text) = files::read(&path)? else {
             return Ok(None);
         };
         serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })

@@ -8,35 +8,24 @@
 //! change of the whole record was interrupted.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
-use crate::effects;
 use crate::id::{ExecId, TaskKey};
 use crate::task::Task;
 use crate::task::exec::Exec;
 
-use super::{EXECS, Error, Store, entries, io_error, make_dir};
+use super::files::{self, MAX_BYTES, entries, io_error, make_dir, replace, replace_by_turns};
+use super::{EXECS, Error, Store};
 
 /// The version of the record that is written. Read are this one and the one before.
 pub(super) const VERSION: u32 = 2;
 
-/// A file larger than this is not one of ours. Nothing larger is written.
-pub(super) const MAX_BYTES: usize = 64 << 20;
-
 /// What the daemon decides may make a record this large. The rest is for what it has to note: an exit must not
 /// fail for the size of the record.
 const MAX_DECIDED_BYTES: usize = MAX_BYTES / 2;
-
-/// The unit in which a tmpfs gives out room.
-const PAGE: usize = 4096;
 
 pub(super) const RECORD: &str = "record.json";
 pub(super) const RECORD_NEW: &str = "record.json.new";
@@ -239,7 +228,7 @@ fn parse<T: for<'d> Deserialize<'d>>(path: &Path, text: &[u8]) -> Result<T, Erro
 }
 
 fn read_versioned(path: &Path) -> Result<Option<(Vec<u8>, u32)>, Error> {
-    let Some(text) = read_limited(path)? else {
+    let Some(text) = files::read(path)? else {
         return Ok(None);
     };
     let VersionOnly { version } = parse(path, &text)?;
@@ -247,59 +236,4 @@ fn read_versioned(path: &Path) -> Result<Option<(Vec<u8>, u32)>, Error> {
         return Err(Error::Newer { path: path.to_owned(), found: version });
     }
     Ok(Some((text, version)))
-}
-
-/// A file of ours; nothing if it is not there.
-pub(super) fn read_limited(path: &Path) -> Result<Option<Vec<u8>>, Error> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(io_error("open", path)(e)),
-    };
-    // Blanks fill the last page.
-    let limit = MAX_BYTES + PAGE;
-    let mut text = Vec::new();
-    file.take(limit as u64 + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
-    if text.len() > limit {
-        return Err(Error::TooLarge { path: path.to_owned(), limit: MAX_BYTES });
-    }
-    Ok(Some(text))
-}
-
-/// Replaces a file in one step by a second one, which stays and is the next to be written over. So a record
-/// takes no new room while it needs no more pages than before: an exit can be recorded when `/run` is full.
-fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), Error> {
-    let mut options = OpenOptions::new();
-    let options = options.write(true).create(true).truncate(false).mode(0o600);
-    let opened = effects::disk(other).and_then(|()| options.open(other));
-    let mut file = opened.map_err(io_error("create", other))?;
-    let length = file.metadata().map_err(io_error("look at", other))?.len();
-    // Blanks behind a record do not matter; what is left of an older and longer one would.
-    text.resize(text.len().next_multiple_of(PAGE), b'\n');
-    file.write_all(&text).map_err(io_error("write", other))?;
-    if length > text.len() as u64 {
-        file.set_len(text.len() as u64).map_err(io_error("shorten", other))?;
-    }
-    match renameat2(AT_FDCWD, other, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
-        Ok(()) => Ok(()),
-        // There is no such file yet, or a file system other than a tmpfs can't do it.
-        Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => {
-            fs::rename(other, path).map_err(io_error("replace", path))
-        }
-        Err(errno) => Err(io_error("replace", path)(errno.into())),
-    }
-}
-
-/// Writes a file in one step, by way of another name.
-pub(super) fn replace(path: &Path, new: &Path, text: &[u8]) -> Result<(), Error> {
-    effects::disk(new).map_err(io_error("create", new))?;
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(new)
-        .map_err(io_error("create", new))?;
-    file.write_all(text).map_err(io_error("write", new))?;
-    fs::rename(new, path).map_err(io_error("replace", path))
 }

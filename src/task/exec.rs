@@ -34,29 +34,6 @@ pub struct Exec {
     pub phase: ExecPhase,
 }
 
-/// What became of an exec's start, as the one who ran it inside of the unit tells the daemon.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "outcome", rename_all = "snake_case")]
-pub enum Outcome {
-    /// The process runs, and systemd has it.
-    Started {
-        /// The process.
-        pid: u32,
-    },
-    /// The process ended before systemd had it for certain.
-    Ended {
-        /// The process that it was.
-        pid: u32,
-        /// How it ended.
-        exit: Exit,
-    },
-    /// There is no process.
-    Failed {
-        /// Why, in the OCI runtime's words if it has any.
-        reason: String,
-    },
-}
-
 /// Where an exec is in its life.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case")]

@@ -16,10 +16,10 @@ use async_trait::async_trait;
 use crate::cgroup::fake as cgroup;
 use crate::effects::{Effects, Failure};
 use crate::id::{ExecId, UnitName};
+use crate::launch::contract::{EXEC_PID_FILE, LAUNCH_ERROR, OUTCOME, Outcome, PID_FILE};
+use crate::launch::pipes::DOORBELL;
 use crate::store::{Found, Store};
 use crate::suspect::Crashes;
-use crate::task::exec::Outcome;
-use crate::task::wiring::pipe;
 use crate::task::{Placement, Task};
 
 use super::account::Account;
@@ -233,7 +233,7 @@ impl FakeSystemd {
     fn launch_container(&self, task: &Task, launches: &Launches) -> Unit {
         let dir = self.store.dir(&task.key);
         if let Launches::Fail(reason) = launches {
-            fs::write(dir.join(crate::ops::LAUNCH_ERROR), reason).unwrap();
+            fs::write(dir.join(LAUNCH_ERROR), reason).unwrap();
             return Unit { active: "failed", ..Unit::default() };
         }
         let (unit, place) = match &task.placement {
@@ -250,7 +250,7 @@ impl FakeSystemd {
         let kept = task.runtime.root.join(task.key.id.as_str());
         fs::create_dir_all(&kept).unwrap();
         fs::write(kept.join("exec.fifo"), "").unwrap();
-        fs::write(dir.join(crate::ops::PID_FILE), child.pid().to_string()).unwrap();
+        fs::write(dir.join(PID_FILE), child.pid().to_string()).unwrap();
         running("active", child, Some(place))
     }
 
@@ -267,14 +267,14 @@ impl FakeSystemd {
                 if let Some(place) = &task.cgroup {
                     cgroup::place(place, pid);
                 }
-                fs::write(dir.join(crate::ops::EXEC_PID_FILE), pid.to_string()).unwrap();
+                fs::write(dir.join(EXEC_PID_FILE), pid.to_string()).unwrap();
                 (running("activating", child, task.cgroup.clone()), Outcome::Started { pid })
             }
         };
         // Not by way of the store: what happens in a unit is no effect of the daemon.
-        fs::write(dir.join("outcome.json"), serde_json::to_vec(&outcome).unwrap()).unwrap();
+        fs::write(dir.join(OUTCOME), serde_json::to_vec(&outcome).unwrap()).unwrap();
         let mut options = fs::OpenOptions::new();
-        let _ = options.write(true).custom_flags(nix::libc::O_NONBLOCK).open(dir.join(pipe::DOORBELL));
+        let _ = options.write(true).custom_flags(nix::libc::O_NONBLOCK).open(dir.join(DOORBELL));
         unit
     }
 

@@ -15,6 +15,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use crate::task::request::{Containerd, Namespaces};
+use crate::telemetry;
 
 /// Why the namespaces can't be entered.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +47,14 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Erro
     move |source| Error::Io { action, path, source }
 }
 
-const KINDS: [(&str, CloneFlags); 2] = [("mnt", CloneFlags::CLONE_NEWNS), ("net", CloneFlags::CLONE_NEWNET)];
+/// PID 1, whose namespaces are the host's.
+const HOST: &str = "1";
+
+/// A kind of namespace: its file in `/proc/PID/ns`, and its flag.
+type Kind = (&'static str, CloneFlags);
+
+const MOUNT: Kind = ("mnt", CloneFlags::CLONE_NEWNS);
+const NETWORK: Kind = ("net", CloneFlags::CLONE_NEWNET);
 
 fn file(process: &str, kind: &str) -> PathBuf {
     Path::new("/proc").join(process).join("ns").join(kind)
@@ -59,7 +67,7 @@ fn inode(process: &str, kind: &str) -> Result<u64, Error> {
 }
 
 fn inodes(process: &str) -> Result<[u64; 2], Error> {
-    Ok([inode(process, "mnt")?, inode(process, "net")?])
+    Ok([inode(process, MOUNT.0)?, inode(process, NETWORK.0)?])
 }
 
 /// The namespaces of this process, a child of containerd, if they are not those of PID 1.
@@ -68,7 +76,7 @@ fn inodes(process: &str) -> Result<[u64; 2], Error> {
 /// /proc can't be read.
 pub fn of_caller() -> Result<Option<Namespaces>, Error> {
     let [mount, network] = inodes("self")?;
-    let differ = [mount, network] != inodes("1")?;
+    let differ = [mount, network] != inodes(HOST)?;
     let containerd = nix::unistd::getppid().as_raw();
     Ok(differ.then_some(Namespaces { containerd, mount, network }))
 }
@@ -91,8 +99,8 @@ pub fn enter(containerd: &Containerd) -> Result<(), Error> {
 /// Enters the namespaces of PID 1. Where a drop-in for all services forbids setns(2) altogether, the namespaces
 /// that systemd made for the unit have to do.
 pub fn enter_host() {
-    if let Err(error) = enter_those_of("1") {
-        super::say(&format!("{}: continuing in the namespaces of the unit: {error}\n", super::NAME));
+    if let Err(error) = enter_those_of(HOST) {
+        telemetry::say(&format!("continuing in the namespaces of the unit: {error}"));
     }
 }
 
@@ -101,7 +109,7 @@ pub fn enter_host() {
 /// # Errors
 /// As [`enter`].
 pub fn enter_mounts_of_init() -> Result<(), Error> {
-    enter_one("1", KINDS[0])
+    enter_one(HOST, MOUNT)
 }
 
 /// A process that is in the recorded namespaces: the containerd that called, or the one that took its place.
@@ -120,10 +128,10 @@ fn find(recorded: &Namespaces, address: &str) -> Result<String, Error> {
 }
 
 fn enter_those_of(process: &str) -> Result<(), Error> {
-    KINDS.into_iter().try_for_each(|kind| enter_one(process, kind))
+    [MOUNT, NETWORK].into_iter().try_for_each(|kind| enter_one(process, kind))
 }
 
-fn enter_one(process: &str, (kind, flag): (&str, CloneFlags)) -> Result<(), Error> {
+fn enter_one(process: &str, (kind, flag): Kind) -> Result<(), Error> {
     if inode(process, kind)? == inode("self", kind)? {
         return Ok(());
     }

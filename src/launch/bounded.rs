@@ -10,9 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::sys;
-
-use super::say;
+use crate::{sys, telemetry};
 
 /// How long what a command has started may take to end after SIGKILL.
 const DEATH_LIMIT: Duration = Duration::from_secs(5);
@@ -69,7 +67,9 @@ fn kill(end: End) -> End {
 /// Kills all that this process, a subreaper, has started, and what that has started.
 pub(super) fn kill_all() {
     if !sys::tree::kill_own_descendants(DEATH_LIMIT) {
-        say("a process of the OCI runtime does not end, although it was killed: it sleeps in the kernel\n");
+        telemetry::say(
+            "a process of the OCI runtime does not end, although it was killed: it sleeps in the kernel",
+        );
     }
 }
 

@@ -1,0 +1,90 @@
+//! In a container's unit: mounts the rootfs and becomes the OCI runtime's `create`.
+
+use std::convert::Infallible;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::config;
+use crate::oci::bundle::{self, Edits};
+use crate::oci::mount as rootfs;
+use crate::store::Store;
+use crate::task::Placement;
+use crate::unit::name;
+
+use super::contract::{LAUNCH_ERROR, PID_FILE};
+use super::error::{Error, system};
+use super::process::{NOTIFY_SOCKET, Process, WATCHDOG_USEC, equip};
+use super::streams::Streams;
+use super::{cgroup as launch_cgroup, inherited, namespaces};
+
+/// Returns only if it fails, and leaves the reason for the daemon.
+pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
+    let failed = prepare(process).and_then(|()| become_runtime(process));
+    match failed {
+        Ok(never) => match never {},
+        Err(Error::Again) => Err(Error::Again),
+        Err(error) => {
+            // Without this file, the daemon takes the reason from the OCI runtime's log.
+            let _ = std::fs::write(process.dir.join(LAUNCH_ERROR), error.to_string());
+            Err(error)
+        }
+    }
+}
+
+fn prepare(process: &Process<'_>) -> Result<(), Error> {
+    let task = process.task;
+    namespaces::enter(&task.containerd)?;
+    process.mark()?;
+    let bundle = &task.request.bundle;
+    let mut edits = Edits::default();
+    if let Placement::Unit { child, .. } = &task.placement {
+        edits.cgroups_path = Some(crate::cgroup::of_self()?.join(child));
+    }
+    if task.notify {
+        let socket = Store::new(config::STATE_DIR).notify_socket(&name::short_name(&task.unit));
+        pass_on_notifications(&mut edits, socket);
+    }
+    bundle::edit(bundle, &edits)?;
+    launch_cgroup::enter(task, false)?;
+    if !task.request.rootfs.is_empty() {
+        if !task.rootfs_on_host {
+            own_mount_namespace()?;
+        }
+        rootfs::mount_all(&bundle.join("rootfs"), &task.request.rootfs)?;
+    }
+    inherited::set(&task.containerd)
+}
+
+fn become_runtime(process: &Process<'_>) -> Result<Infallible, Error> {
+    let (bundle, pid_file) = (&process.task.request.bundle, process.dir.join(PID_FILE));
+    let (cli, console) = (process.cli(), process.console.as_deref());
+    let streams = Streams::open(process)?;
+    process.with_runtime(|program| {
+        let mut command = cli.create(program, bundle, &pid_file, console);
+        equip(&mut command, &streams)?;
+        // exec also gives SIGPIPE its default back, which Rust had ignored.
+        Err(Error::Exec { verb: "create", binary: program.to_owned(), source: command.exec() })
+    })
+}
+
+/// The container gets what systemd gives to a service that notifies, with a socket of its own in the place of
+/// systemd's. The time of the watchdog is that of the unit; the process that systemd means is not known in the
+/// container.
+fn pass_on_notifications(edits: &mut Edits, own: PathBuf) {
+    let Some(socket) = std::env::var(NOTIFY_SOCKET).ok().filter(|path| path.starts_with('/')) else {
+        return;
+    };
+    edits.env.push(format!("{NOTIFY_SOCKET}={socket}"));
+    edits.env.extend(std::env::var(WATCHDOG_USEC).map(|usec| format!("{WATCHDOG_USEC}={usec}")));
+    edits.binds.push((own, socket));
+}
+
+/// Makes a mount namespace that sees what the host mounts, and keeps to itself what is mounted in it.
+fn own_mount_namespace() -> Result<(), Error> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(system("make a mount namespace"))?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
+        .map_err(system("make the mount namespace a slave of the host's"))
+}

@@ -1,0 +1,121 @@
+//! What the daemon and `launch` agree on: arguments, environment, file names, and what `launch` reports (pure).
+//!
+//! The file names are those in a process's directory (`Store::dir`, `Store::exec_dir`). The FIFOs there are in
+//! [`super::pipes`]; the log and the lock of the OCI runtime are `oci::runtime`'s alone.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
+use crate::task::phase::Exit;
+
+/// The variable that says where a copy of the OCI runtime is.
+pub const SEALED_RUNTIME: &str = "CONTAINERD_SHIM_SYSTEMD_RUNTIME";
+
+/// The variable that says in which cgroup the OCI runtime works while it creates a container.
+pub const LAUNCH_CGROUP: &str = "CONTAINERD_SHIM_SYSTEMD_CGROUP";
+
+/// The PID file of a container's unit: the OCI runtime writes it, and systemd reads the main process from it.
+pub const PID_FILE: &str = "init.pid";
+
+/// The file in which the OCI runtime leaves the pid of an exec.
+pub const EXEC_PID_FILE: &str = "pid";
+
+/// The file with the process spec of an exec.
+pub const PROCESS_SPEC: &str = "process.json";
+
+/// The file in which `launch` leaves the reason why it could not start a container.
+pub const LAUNCH_ERROR: &str = "launch.err";
+
+/// The file in which `launch` leaves the [`Outcome`] of an exec.
+pub const OUTCOME: &str = "outcome.json";
+
+/// The file that the first `launch` of a record creates. A second `launch` is `systemctl restart`, which acts as a
+/// stop.
+pub const LAUNCHED: &str = "launched";
+
+/// The kind of process that `launch` starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A container, up to its init process, which waits for Start.
+    Container,
+    /// An exec.
+    Exec,
+    /// A `binary://` logger.
+    Logger,
+}
+
+impl Kind {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Container => "container",
+            Self::Exec => "exec",
+            Self::Logger => "logger",
+        }
+    }
+}
+
+/// What became of the start of an exec.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum Outcome {
+    /// The process runs, and is the main process of its unit.
+    Started {
+        /// The process.
+        pid: u32,
+    },
+    /// The process ended before systemd was certain to have it as main process.
+    Ended {
+        /// The process that it was.
+        pid: u32,
+        /// How it ended.
+        exit: Exit,
+    },
+    /// There is no process.
+    Failed {
+        /// Why, in the OCI runtime's words if it has any.
+        reason: String,
+    },
+}
+
+/// The arguments that follow the name of the program, for the process `key`.
+pub fn arguments(kind: Kind, key: &ProcessKey) -> Vec<String> {
+    let task = key.task.word();
+    let words = ["launch", kind.word(), key.task.namespace.as_str(), &task];
+    words.into_iter().chain(key.exec.as_ref().map(ExecId::as_str)).map(str::to_owned).collect()
+}
+
+/// Reads what follows the word `launch`. None if these are not arguments of [`arguments`].
+pub fn parse(words: &[&str]) -> Option<(Kind, ProcessKey)> {
+    let (kind, namespace, id, exec) = match *words {
+        ["container", namespace, id] => (Kind::Container, namespace, id, None),
+        ["exec", namespace, id, exec] => (Kind::Exec, namespace, id, Some(exec)),
+        ["logger", namespace, id] => (Kind::Logger, namespace, id, None),
+        ["logger", namespace, id, exec] => (Kind::Logger, namespace, id, Some(exec)),
+        _ => return None,
+    };
+    let task = TaskKey::from_word(Namespace::new(namespace).ok()?, id).ok()?;
+    let exec = exec.map(ExecId::new).transpose().ok()?;
+    Some((kind, ProcessKey { task, exec }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn launch_reads_the_arguments_that_the_daemon_writes() {
+        let task = |word| TaskKey::from_word(Namespace::new("default").unwrap(), word).unwrap();
+        for word in ["web", "web+0123456789abcdef"] {
+            let init = ProcessKey { task: task(word), exec: None };
+            let exec = ProcessKey { task: task(word), exec: Some(ExecId::new("e1").unwrap()) };
+            for (kind, key) in
+                [(Kind::Container, &init), (Kind::Exec, &exec), (Kind::Logger, &init), (Kind::Logger, &exec)]
+            {
+                let arguments = arguments(kind, key);
+                let words: Vec<_> = arguments.iter().map(String::as_str).collect();
+                assert_eq!(words[0], "launch");
+                assert_eq!(parse(&words[1..]), Some((kind, key.clone())), "{arguments:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Why `launch` did not start a process.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::id::ProcessKey;
+use crate::oci::{bundle, mount, runtime};
+use crate::stdio::fifo;
+use crate::{cgroup, store};
+
+use super::{handoff, namespaces};
+
+/// Why nothing was launched.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The daemon has written no record of the task.
+    #[error("{key}: there is no record; only the shim starts this unit")]
+    NoRecord {
+        /// As in the arguments.
+        key: ProcessKey,
+    },
+    /// The record has no such exec.
+    #[error("{key}: the record has no such exec; only the shim starts this unit")]
+    NoExec {
+        /// As in the arguments.
+        key: ProcessKey,
+    },
+    /// The unit was restarted.
+    #[error("the unit of a container can't be restarted; create a new container through containerd")]
+    Again,
+    /// containerd's namespaces can't be entered.
+    #[error(transparent)]
+    Namespaces(#[from] namespaces::Error),
+    /// A cgroup can't be entered.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// `config.json` can't be edited.
+    #[error(transparent)]
+    Bundle(#[from] bundle::Error),
+    /// The rootfs can't be mounted.
+    #[error(transparent)]
+    Mount(#[from] mount::Error),
+    /// A FIFO can't be opened.
+    #[error(transparent)]
+    Stream(#[from] fifo::Error),
+    /// The kernel refused something.
+    #[error("{action}: {source}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// systemd can't take over the process.
+    #[error(transparent)]
+    Handoff(#[from] handoff::Error),
+    /// `exec` of the OCI runtime failed.
+    #[error("OCI runtime exec failed: {0}")]
+    Runtime(String),
+    /// `exec` of the OCI runtime took too long.
+    #[error(transparent)]
+    TimedOut(#[from] runtime::Error),
+    /// Somebody stopped the exec's unit.
+    #[error("OCI runtime exec failed: its unit was stopped while it was starting")]
+    Terminated,
+    /// The record, or a file beside it, can't be read or written.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The OCI runtime can't be run.
+    #[error("OCI runtime {verb} failed: can't run {binary}: {source}")]
+    Exec {
+        /// Its command.
+        verb: &'static str,
+        /// The binary, or a copy of it.
+        binary: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Makes an error of a failed system call.
+pub(super) fn system(action: &'static str) -> impl FnOnce(nix::Error) -> Error {
+    move |errno| Error::System { action, source: errno.into() }
+}

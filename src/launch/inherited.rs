@@ -1,0 +1,83 @@
+//! What a process inherits from containerd under containerd-shim-runc-v2, and would inherit from systemd here: resource
+//! limits and processors. `start` notes those of its containerd, and `launch` sets them.
+
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::Pid;
+
+use crate::task::request::Containerd;
+
+use super::error::{Error, system};
+
+const RESOURCES: [Resource; 15] = [
+    Resource::RLIMIT_CPU,
+    Resource::RLIMIT_FSIZE,
+    Resource::RLIMIT_DATA,
+    Resource::RLIMIT_STACK,
+    Resource::RLIMIT_CORE,
+    Resource::RLIMIT_RSS,
+    Resource::RLIMIT_NPROC,
+    Resource::RLIMIT_NOFILE,
+    Resource::RLIMIT_MEMLOCK,
+    Resource::RLIMIT_AS,
+    Resource::RLIMIT_LOCKS,
+    Resource::RLIMIT_SIGPENDING,
+    Resource::RLIMIT_MSGQUEUE,
+    Resource::RLIMIT_NICE,
+    Resource::RLIMIT_RTPRIO,
+];
+
+/// The resource limits of this process: number, soft limit, hard limit.
+pub fn limits() -> Vec<(u32, u64, u64)> {
+    let limit = |resource| getrlimit(resource).ok().map(|(soft, hard)| (resource as u32, soft, hard));
+    RESOURCES.into_iter().filter_map(limit).collect()
+}
+
+/// The processors that this process may use, by number; none if the kernel does not say.
+pub fn processors() -> Vec<usize> {
+    let Ok(set) = sched_getaffinity(Pid::from_raw(0)) else {
+        return Vec::new();
+    };
+    (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect()
+}
+
+/// Gives this process the limits and the processors of a containerd.
+pub(super) fn set(containerd: &Containerd) -> Result<(), Error> {
+    let wanted = &containerd.processors;
+    if !wanted.is_empty() && processors() != *wanted {
+        use_processors(wanted)?;
+    }
+    containerd.rlimits.iter().try_for_each(|(resource, soft, hard)| set_limit(*resource, *soft, *hard))
+}
+
+fn set_limit(resource: u32, soft: u64, hard: u64) -> Result<(), Error> {
+    // A number that this version does not know is one that it did not write.
+    let Some(known) = RESOURCES.iter().find(|known| **known as u32 == resource) else {
+        return Ok(());
+    };
+    match setrlimit(*known, soft, hard) {
+        Err(Errno::EPERM) if *known == Resource::RLIMIT_NOFILE => {
+            // `fs.nr_open` has been lowered below the limit that containerd has, and nobody can set such a limit any
+            // more (kernel/sys.c, do_prlimit).
+            let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
+            let most = most.and_then(|text| text.trim().parse().ok()).unwrap_or(hard);
+            setrlimit(*known, soft.min(most), hard.min(most))
+        }
+        set => set,
+    }
+    .map_err(system("set a resource limit"))
+}
+
+/// Leaves out processors that are gone. Without any of them, the processors stay as they are.
+fn use_processors(wanted: &[usize]) -> Result<(), Error> {
+    let mut set = CpuSet::new();
+    for cpu in wanted {
+        set.set(*cpu).map_err(system("choose a processor"))?;
+    }
+    match sched_setaffinity(Pid::from_raw(0), &set) {
+        // No processor of the set is left.
+        Err(Errno::EINVAL) => Ok(()),
+        bound => bound.map_err(system("set the CPU affinity")),
+    }
+}

@@ -1,0 +1,52 @@
+//! `launch`: the subcommand that a unit runs to start its process, and the daemon's side of it.
+//!
+//! | Side | Modules |
+//! |---|---|
+//! | both | [`contract`] (arguments, environment, file names, outcome), [`pipes`], [`report`], [`cgroup`] |
+//! | the daemon | [`command`] |
+//! | the unit | `process`, `container`, `exec`, `logger`, `streams`, `inherited`, `namespaces`, `bounded`, `handoff` |
+//!
+//! In the unit: one thread, no async runtime, and nothing that stays. `launch` reads the record that the daemon has
+//! written, prepares what the OCI runtime (or a logger) needs, and becomes it.
+
+mod bounded;
+pub mod cgroup;
+pub mod command;
+mod container;
+pub mod contract;
+mod error;
+mod exec;
+mod handoff;
+pub mod inherited;
+mod logger;
+pub mod namespaces;
+pub mod pipes;
+mod process;
+pub mod report;
+mod streams;
+
+use crate::config;
+use crate::id::ProcessKey;
+use crate::store::Store;
+
+use contract::Kind;
+pub use error::Error;
+use process::Process;
+
+/// Starts a process inside of its unit: all of the `launch` command. For a container or a logger it returns only if
+/// it fails.
+///
+/// # Errors
+/// Why the process was not started. The daemon finds the reason in the process's directory as well.
+pub fn run(kind: Kind, key: &ProcessKey) -> Result<(), Error> {
+    let store = Store::new(config::STATE_DIR);
+    let loaded = store.load_with(&key.task, key.exec.as_ref());
+    let task = loaded?.ok_or_else(|| Error::NoRecord { key: key.clone() })?;
+    let process = Process::of(&store, &task, key.exec.as_ref());
+    let process = process.ok_or_else(|| Error::NoExec { key: key.clone() })?;
+    match kind {
+        Kind::Container => container::run(&process),
+        Kind::Exec => exec::run(&process),
+        Kind::Logger => logger::run(&process),
+    }
+}

@@ -1,0 +1,98 @@
+//! The process that this unit is for, as the record has it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::id::ExecId;
+use crate::oci::runtime::Cli;
+use crate::oci::sealed::{self, Place};
+use crate::store::Store;
+use crate::task::Task;
+use crate::task::wiring::Wiring;
+use crate::unit::name;
+
+use super::contract::{LAUNCH_CGROUP, LAUNCHED, SEALED_RUNTIME};
+use super::error::Error;
+use super::streams::Streams;
+
+/// sd_notify(3)
+pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
+/// sd_watchdog_enabled(3)
+pub(super) const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
+
+/// The process to launch.
+pub(super) struct Process<'a> {
+    pub(super) task: &'a Task,
+    pub(super) exec: Option<&'a ExecId>,
+    /// Its directory.
+    pub(super) dir: PathBuf,
+    pub(super) wiring: &'a Wiring,
+    /// Its console socket, if it gets a terminal.
+    pub(super) console: Option<PathBuf>,
+}
+
+impl<'a> Process<'a> {
+    pub(super) fn of(store: &Store, task: &'a Task, exec: Option<&'a ExecId>) -> Option<Self> {
+        let (dir, unit, wiring) = match exec {
+            None => (store.dir(&task.key), &task.unit, &task.wiring),
+            Some(id) => {
+                let exec = task.execs.get(id)?;
+                (store.exec_dir(&task.key, id), &exec.unit, &exec.wiring)
+            }
+        };
+        let console = wiring.terminal.then(|| store.console(&name::short_name(unit)));
+        Some(Self { task, exec, dir, wiring, console })
+    }
+
+    pub(super) fn cli(&self) -> Cli<'_> {
+        Cli { runtime: &self.task.runtime, id: &self.task.key.id, dir: &self.dir }
+    }
+
+    /// Notes that the process is launched.
+    ///
+    /// # Errors
+    /// [`Error::Again`] if it was before.
+    pub(super) fn mark(&self) -> Result<(), Error> {
+        let opened =
+            OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.dir.join(LAUNCHED));
+        match opened {
+            Ok(_) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(Error::Again),
+            Err(source) => Err(Error::System { action: "mark the record as launched", source }),
+        }
+    }
+
+    /// Runs the daemon's copy of the OCI runtime, or, if there is none or the kernel refuses to execute it, the binary
+    /// itself.
+    pub(super) fn with_runtime<T>(&self, run: impl Fn(&Path) -> Result<T, Error>) -> Result<T, Error> {
+        if let Some(copy) = sealed_runtime() {
+            match run(&sealed::path_of(&copy)) {
+                Err(Error::Exec { .. }) => {}
+                ran => return ran,
+            }
+        }
+        run(&self.task.runtime.binary)
+    }
+}
+
+/// The daemon's copy of the OCI runtime, if it has one.
+fn sealed_runtime() -> Option<File> {
+    std::env::var(SEALED_RUNTIME).ok()?.parse::<Place>().ok()?.open()
+}
+
+/// Gives a command of the OCI runtime the streams of the process, and an environment without what is for `launch`.
+pub(super) fn equip(command: &mut Command, streams: &Streams) -> Result<(), Error> {
+    command.env_remove(SEALED_RUNTIME).env_remove(LAUNCH_CGROUP);
+    // runc would make a socket of its own for the container, and wait for it at every start.
+    command.env_remove(NOTIFY_SOCKET).env_remove(WATCHDOG_USEC);
+    let [stdin, stdout, stderr] = streams.to_stdio()?;
+    command.stdin(stdin).stdout(stdout).stderr(stderr);
+    // glibc's posix_spawn(3) leaves signal 32 ignored, which the container's process would inherit. With a group to
+    // set (the one it has), the standard library does not use posix_spawn(3).
+    command.gid(0);
+    Ok(())
+}

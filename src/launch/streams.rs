@@ -1,0 +1,80 @@
+//! The standard streams of the process that is launched.
+
+use std::fs::{File, OpenOptions};
+use std::process::Stdio;
+
+use nix::unistd::{Gid, Uid, fchown};
+
+use crate::config;
+use crate::stdio::fifo;
+use crate::task::wiring::{Input, Output};
+
+use super::error::{Error, system};
+use super::process::Process;
+
+/// One stream.
+enum Stream {
+    Null,
+    /// The unit's own stream to the journal.
+    Inherited,
+    File(File),
+}
+
+/// The three streams. They are opened once, so that a client that does not open its end is waited for once.
+pub(super) struct Streams([Stream; 3]);
+
+impl Streams {
+    pub(super) fn open(process: &Process<'_>) -> Result<Self, Error> {
+        let wiring = process.wiring;
+        if wiring.terminal {
+            return Ok(Self([Stream::Null, Stream::Null, Stream::Null]));
+        }
+        let stdin = match &wiring.stdin {
+            Input::Null => Stream::Null,
+            // The daemon has the other end, so this does not wait.
+            Input::Fifo(path) => Stream::File(owned(process, fifo::open_blocking_reader(path)?)?),
+        };
+        let stdout = open_output(process, &wiring.stdout, wiring.stdout_pipe())?;
+        let stderr = open_output(process, &wiring.stderr, wiring.stderr_pipe())?;
+        Ok(Self([stdin, stdout, stderr]))
+    }
+
+    pub(super) fn to_stdio(&self) -> Result<[Stdio; 3], Error> {
+        let stdio = |stream: &Stream| match stream {
+            Stream::Null => Ok(Stdio::null()),
+            Stream::Inherited => Ok(Stdio::inherit()),
+            Stream::File(file) => file.try_clone().map(Stdio::from),
+        };
+        let [stdin, stdout, stderr] = self.0.each_ref().map(stdio);
+        let failed = |source| Error::System { action: "duplicate a stream", source };
+        Ok([stdin.map_err(failed)?, stdout.map_err(failed)?, stderr.map_err(failed)?])
+    }
+}
+
+fn open_output(process: &Process<'_>, output: &Output, own_pipe: Option<&str>) -> Result<Stream, Error> {
+    let file = match (output, own_pipe) {
+        (Output::Journal, _) => return Ok(Stream::Inherited),
+        (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT)?,
+        // Read-write: while the daemon is down it still has a reader.
+        (Output::Copied(_) | Output::Logger, Some(name)) => fifo::open_both(&process.dir.join(name))?,
+        // Writable, unlike with containerd-shim-runc-v2: programs don't expect EBADF.
+        (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(Stream::File(dev_null()?)),
+    };
+    Ok(Stream::File(owned(process, file)?))
+}
+
+/// Gives a stream to the user that the options name, or that the container's root is mapped to, so that a program in
+/// the container can open its own stream again.
+fn owned(process: &Process<'_>, stream: File) -> Result<File, Error> {
+    let (uid, gid) = process.task.runtime.io_owner;
+    if (uid, gid) != (0, 0) {
+        fchown(&stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+            .map_err(system("change the owner of a stream"))?;
+    }
+    Ok(stream)
+}
+
+fn dev_null() -> Result<File, Error> {
+    let opened = OpenOptions::new().read(true).write(true).open("/dev/null");
+    opened.map_err(|source| Error::System { action: "open /dev/null", source })
+}

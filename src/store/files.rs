@@ -1,0 +1,117 @@
+//! The files and directories of which the store consists.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+
+use crate::effects;
+
+use super::Error;
+
+/// A file larger than this is not one of ours. Nothing larger is written.
+pub(super) const MAX_BYTES: usize = 64 << 20;
+
+/// The unit in which a tmpfs gives out room.
+const PAGE: usize = 4096;
+
+pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path, source }
+}
+
+/// True if there was something to remove.
+pub(super) fn remove_dir(dir: &Path) -> Result<bool, Error> {
+    match effects::disk(dir).and_then(|()| fs::remove_dir_all(dir)) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(io_error("remove", dir)(e)),
+    }
+}
+
+pub(super) fn make_dir(dir: &Path) -> io::Result<()> {
+    // Another task's removal can take the parent away between two steps of the recursion.
+    const TRIES: u32 = 5;
+    let mut tries = 0;
+    effects::disk(dir)?;
+    loop {
+        match DirBuilder::new().recursive(true).mode(0o700).create(dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && tries < TRIES => tries += 1,
+            result => return result,
+        }
+    }
+}
+
+/// The names in a directory; none if the directory is not there.
+pub(super) fn entries(dir: &Path) -> Result<Vec<String>, Error> {
+    let listing = match fs::read_dir(dir) {
+        Ok(listing) => listing,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(io_error("list", dir)(e)),
+    };
+    Ok(listing.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+}
+
+/// Reads a file of ours; none if it does not exist.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::TooLarge`]
+pub fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io_error("open", path)(e)),
+    };
+    // Blanks fill the last page.
+    let limit = MAX_BYTES + PAGE;
+    let mut text = Vec::new();
+    file.take(limit as u64 + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
+    if text.len() > limit {
+        return Err(Error::TooLarge { path: path.to_owned(), limit: MAX_BYTES });
+    }
+    Ok(Some(text))
+}
+
+/// Replaces a file in one step by a second one, which stays and is the next to be written over. So a record
+/// takes no new room while it needs no more pages than before: an exit can be recorded when `/run` is full.
+pub(super) fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), Error> {
+    let mut options = OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false).mode(0o600);
+    let opened = effects::disk(other).and_then(|()| options.open(other));
+    let mut file = opened.map_err(io_error("create", other))?;
+    let length = file.metadata().map_err(io_error("look at", other))?.len();
+    // Blanks behind a record do not matter; what is left of an older and longer one would.
+    text.resize(text.len().next_multiple_of(PAGE), b'\n');
+    file.write_all(&text).map_err(io_error("write", other))?;
+    if length > text.len() as u64 {
+        file.set_len(text.len() as u64).map_err(io_error("shorten", other))?;
+    }
+    match renameat2(AT_FDCWD, other, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
+        Ok(()) => Ok(()),
+        // There is no such file yet, or a file system other than a tmpfs can't do it.
+        Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => {
+            fs::rename(other, path).map_err(io_error("replace", path))
+        }
+        Err(errno) => Err(io_error("replace", path)(errno.into())),
+    }
+}
+
+/// Replaces a file in one step, by way of another name.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn replace(path: &Path, new: &Path, text: &[u8]) -> Result<(), Error> {
+    effects::disk(new).map_err(io_error("create", new))?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(new)
+        .map_err(io_error("create", new))?;
+    file.write_all(text).map_err(io_error("write", new))?;
+    fs::rename(new, path).map_err(io_error("replace", path))
+}
