@@ -1,6 +1,7 @@
 //! A cgroup hierarchy in a temporary directory, for tests.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -42,7 +43,11 @@ pub fn place(cgroup: &Path, pid: u32) {
 /// Shows a cgroup as frozen or not. Nothing if it is gone.
 pub fn set_frozen(cgroup: &Path, frozen: bool) {
     let text = format!("populated 0\nfrozen {}\n", u8::from(frozen));
-    let _ = fs::write(super::dir(cgroup).join("cgroup.events"), text);
+    let path = super::dir(cgroup).join("cgroup.events");
+    // Not truncated first: whoever reads the file sees either state, as with the kernel's file, and nothing tells a
+    // reader of an empty file that there is more.
+    let opened = fs::File::options().write(true).create(true).truncate(false).open(path);
+    let _ = opened.and_then(|mut file| file.write_all(text.as_bytes()));
 }
 
 /// True once somebody has asked for every process in it to be killed.
