@@ -2,18 +2,20 @@
 //!
 //! Edits work on untyped JSON, so that fields and values that no library knows yet survive.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, Mount};
+use oci_spec::runtime::Mount;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::value::{RawValue, to_raw_value};
 
 use crate::id::{Namespace, Owner, TaskId};
 use crate::task::request::Containerd;
 
+use super::canonical::{Members, Others, Shape, canonical};
 use super::resources::{self, Resources};
 
 /// A larger spec is refused. For comparison, the kernel limits arguments and environment of a process to 2 MiB.
@@ -61,11 +63,28 @@ pub struct Spec {
     #[serde(default)]
     pub hostname: String,
     #[serde(default)]
-    mounts: Option<Vec<Mount>>,
+    mounts: Option<Vec<MountOptions>>,
     #[serde(default)]
     linux: Option<Linux>,
     #[serde(default)]
     hooks: Option<Hooks>,
+}
+
+#[derive(Debug, Deserialize)]
+struct MountOptions {
+    #[serde(default)]
+    options: Option<Vec<String>>,
+}
+
+/// The hooks that run before the container does, or when it starts. `prestart` is deprecated, and still in use.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Hooks {
+    prestart: Option<Vec<IgnoredAny>>,
+    create_runtime: Option<Vec<IgnoredAny>>,
+    create_container: Option<Vec<IgnoredAny>>,
+    start_container: Option<Vec<IgnoredAny>>,
+    poststart: Option<Vec<IgnoredAny>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -103,6 +122,40 @@ struct IdMapping {
     size: u32,
 }
 
+/// The fields of a spec that are read or edited here.
+pub const SHAPE: Shape = Shape::Struct(&[
+    ("annotations", Shape::Map(&Shape::Text)),
+    ("hostname", Shape::Text),
+    ("hooks", HOOKS),
+    ("linux", LINUX),
+    ("mounts", Shape::List(&Shape::Struct(&[("options", Shape::List(&Shape::Text))]))),
+    ("process", Shape::Struct(&[("env", Shape::List(&Shape::Text))])),
+]);
+
+const HOOKS: Shape = Shape::Struct(&[
+    ("prestart", Shape::List(&Shape::Struct(&[]))),
+    ("createRuntime", Shape::List(&Shape::Struct(&[]))),
+    ("createContainer", Shape::List(&Shape::Struct(&[]))),
+    ("startContainer", Shape::List(&Shape::Struct(&[]))),
+    ("poststart", Shape::List(&Shape::Struct(&[]))),
+    ("poststop", Shape::List(&Shape::Struct(&[]))),
+]);
+
+const LINUX: Shape = Shape::Struct(&[
+    ("cgroupsPath", Shape::Text),
+    ("gidMappings", ID_MAPPINGS),
+    ("namespaces", Shape::List(&Shape::Struct(&[("type", Shape::Text)]))),
+    ("resources", resources::SHAPE),
+    ("rootfsPropagation", Shape::Text),
+    ("uidMappings", ID_MAPPINGS),
+]);
+
+const ID_MAPPINGS: Shape = Shape::List(&Shape::Struct(&[
+    ("containerID", Shape::Value),
+    ("hostID", Shape::Value),
+    ("size", Shape::Value),
+]));
+
 impl Spec {
     /// Reads the spec of a bundle.
     ///
@@ -111,10 +164,17 @@ impl Spec {
     pub fn read(bundle: &Path) -> Result<Self, Error> {
         let path = bundle.join(CONFIG);
         let text = read_config(&path)?;
+        Self::parse(&text).map_err(|source| Error::Malformed { path, source })
+    }
+
+    /// Reads a spec as Go's decoder does.
+    ///
+    /// # Errors
+    /// The text is not a spec.
+    pub fn parse(text: &[u8]) -> Result<Self, serde_json::Error> {
         // Refuse a spec here that `edit` could not edit later.
-        edited(&text, &Edits::default())
-            .and_then(|_| serde_json::from_slice(&text))
-            .map_err(|source| Error::Malformed { path, source })
+        edited(text, &Edits::default())?;
+        serde_json::from_str(&canonical(text, &SHAPE, Others::LeftOut)?)
     }
 
     /// The value of an annotation; `None` if it is absent or empty.
@@ -134,12 +194,9 @@ impl Spec {
     /// Whether the client's hooks run before the container does, or when it starts.
     pub fn has_hooks(&self) -> bool {
         self.hooks.as_ref().is_some_and(|hooks| {
-            // Deprecated, and still in use.
-            #[allow(deprecated)]
-            let prestart = hooks.prestart();
-            let others = [hooks.create_runtime(), hooks.create_container(), hooks.start_container()];
-            let all = others.into_iter().chain([prestart, hooks.poststart()]);
-            all.flatten().any(|hooks| !hooks.is_empty())
+            let Hooks { prestart, create_runtime, create_container, start_container, poststart } = hooks;
+            let all = [prestart, create_runtime, create_container, start_container, poststart];
+            all.into_iter().flatten().any(|hooks| !hooks.is_empty())
         })
     }
 
@@ -181,7 +238,7 @@ impl Spec {
         let shared = |word: &str| matches!(word, "shared" | "rshared");
         let rootfs =
             self.linux.as_ref().and_then(|linux| linux.rootfs_propagation.as_deref()).is_some_and(shared);
-        let mounts = self.mounts.iter().flatten().flat_map(|mount| mount.options().iter().flatten());
+        let mounts = self.mounts.iter().flatten().flat_map(|mount| mount.options.iter().flatten());
         rootfs || mounts.map(String::as_str).any(shared)
     }
 }
@@ -246,34 +303,36 @@ pub fn write_containerd(bundle: &Path, containerd: &Containerd) -> Result<(), Er
 /// The file can't be read.
 pub fn read_containerd(bundle: &Path) -> Result<Option<Containerd>, Error> {
     let path = bundle.join(START);
-    match fs::read(&path) {
+    match read_config(&path) {
         Ok(text) => {
             serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(io_error("read", &path)(e)),
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
-/// The fields of a JSON object, each as its original text.
-type Fields = BTreeMap<String, Box<RawValue>>;
+/// The fields of a JSON object in their order, each as its original text.
+type Fields = Members<Box<RawValue>>;
 
 fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
-    let mut spec: Fields = serde_json::from_slice(text)?;
+    let text = canonical(text, &SHAPE, Others::Kept)?;
+    let mut spec: Fields = serde_json::from_str(&text)?;
+    // Read all, whatever is edited: what can be read can then be edited in any way.
     let mut linux: Fields = member(&spec, "linux")?;
+    let mut process: Fields = member(&spec, "process")?;
+    let mut env: Vec<Box<RawValue>> = member(&process, "env")?;
+    let mut mounts: Vec<Box<RawValue>> = member(&spec, "mounts")?;
     if let Some(path) = &edits.cgroups_path {
-        linux.insert("cgroupsPath".to_owned(), to_raw_value(&path.to_string_lossy())?);
-        spec.insert("linux".to_owned(), to_raw_value(&linux)?);
+        linux.insert("cgroupsPath", to_raw_value(&path.to_string_lossy())?);
+        spec.insert("linux", to_raw_value(&linux)?);
     }
     if !edits.env.is_empty() {
-        let mut process: Fields = member(&spec, "process")?;
-        let mut env: Vec<Box<RawValue>> = member(&process, "env")?;
         env.extend(edits.env.iter().map(to_raw_value).collect::<Result<Vec<_>, _>>()?);
-        process.insert("env".to_owned(), to_raw_value(&env)?);
-        spec.insert("process".to_owned(), to_raw_value(&process)?);
+        process.insert("env", to_raw_value(&env)?);
+        spec.insert("process", to_raw_value(&process)?);
     }
     if !edits.binds.is_empty() {
-        let mut mounts: Vec<Box<RawValue>> = member(&spec, "mounts")?;
         let bind = |(source, destination): &(PathBuf, String)| {
             let mut mount = Mount::default();
             mount.set_destination(destination.into()).set_source(Some(source.into()));
@@ -281,17 +340,14 @@ fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
             to_raw_value(&mount)
         };
         mounts.extend(edits.binds.iter().map(bind).collect::<Result<Vec<_>, _>>()?);
-        spec.insert("mounts".to_owned(), to_raw_value(&mounts)?);
+        spec.insert("mounts", to_raw_value(&mounts)?);
     }
     serde_json::to_vec(&spec)
 }
 
-/// A member of an object; the default if the member is absent or null.
+/// A member of an object; the default if the member is absent.
 fn member<T: Default + for<'d> Deserialize<'d>>(object: &Fields, name: &str) -> Result<T, serde_json::Error> {
-    match object.get(name) {
-        Some(value) if value.get() != "null" => serde_json::from_str(value.get()),
-        Some(_) | None => Ok(T::default()),
-    }
+    object.get(name).map_or_else(|| Ok(T::default()), |value| serde_json::from_str(value.get()))
 }
 
 fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
@@ -314,7 +370,34 @@ mod tests {
     use super::*;
 
     fn spec(text: &str) -> Spec {
-        serde_json::from_str(text).unwrap()
+        Spec::parse(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_spec_is_read_as_runc_reads_it() {
+        let text = r#"{"Linux":{"CgroupsPath":"/a"},"LINUX":{"Resources":{"PIDs":{"Limit":7}}},"Annotations":{"a":"1"},
+            "annotations":{"a":"2"},"HOOKS":{"preStart":[{}]},"Mounts":[{"OPTIONS":["rshared"]}],"hostname":null}"#;
+        let spec = spec(text);
+        assert_eq!((spec.cgroups_path(), spec.annotation("a")), ("/a", Some("2")));
+        assert_eq!(spec.resources().unwrap().pids_limit, Some(7));
+        assert!(spec.has_hooks() && spec.shares_mounts_with_host());
+    }
+
+    #[test]
+    fn what_is_edited_is_there_once() {
+        // Go takes the long s for an s, and would take the last of the two.
+        let text = "{\"linux\":{\"cgroup\u{17f}Path\":\"/a\"},\"lin\u{75}x\":null,\"LINUX\":{\"CGROUPSPATH\":\"/a\"}}";
+        let new = edited(text.as_bytes(), &at("/b")).unwrap();
+        assert_eq!(String::from_utf8(new).unwrap(), r#"{"linux":{"cgroupsPath":"/b"}}"#);
+    }
+
+    #[test]
+    fn what_is_no_spec_is_refused() {
+        for text in
+            ["[]", r#"{"linux":[]}"#, r#"{"process":1}"#, r#"{"mounts":{}}"#, r#"{"annotations":{"a":1}}"#]
+        {
+            assert!(Spec::parse(text.as_bytes()).is_err(), "{text}");
+        }
     }
 
     #[test]
@@ -328,6 +411,15 @@ mod tests {
         {
             assert!(new.contains(kept), "{new}");
         }
+    }
+
+    #[test]
+    fn what_is_not_edited_keeps_its_meaning() {
+        // For Go these are one field, of which the last value counts.
+        let text = r#"{"root":{"path":"a"},"Root":{"path":"b"},"process":{"cwd":"/a","CWD":"/b","env":[]}}"#;
+        let edits = Edits { env: vec!["A=1".to_owned()], ..Edits::default() };
+        let new = String::from_utf8(edited(text.as_bytes(), &edits).unwrap()).unwrap();
+        assert_eq!(new, text.replace("[]", r#"["A=1"]"#));
     }
 
     fn at(path: &str) -> Edits {

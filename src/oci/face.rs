@@ -76,7 +76,7 @@ mod tests {
 
     fn face(id: &str, spec: &str) -> Face {
         let key = TaskKey::usual(Namespace::new("n").unwrap(), TaskId::new(id).unwrap());
-        of(&key, &serde_json::from_str(spec).unwrap())
+        of(&key, &Spec::parse(spec.as_bytes()).unwrap())
     }
 
     #[test]

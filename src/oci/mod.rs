@@ -1,6 +1,7 @@
 //! The OCI side: the bundle, the runtime and its options, the rootfs.
 
 pub mod bundle;
+pub mod canonical;
 pub mod command;
 pub mod devices;
 pub mod face;

@@ -1,6 +1,5 @@
 //! The process spec of an exec. It is checked, its `terminal` is set, and all other fields are passed on unchanged.
 
-use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -8,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
+
+use super::canonical::{Members, Others, Shape, canonical};
 
 /// Why a process spec is refused, or can't be written.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +38,9 @@ pub struct Process {
     pub args: Vec<String>,
 }
 
+/// The fields of a process that are read or edited here.
+pub const SHAPE: Shape = Shape::Struct(&[("args", Shape::List(&Shape::Text)), ("terminal", Shape::Value)]);
+
 impl Process {
     /// Reads a process spec. `terminal` of the request replaces the field of the spec, as in
     /// containerd-shim-runc-v2.
@@ -49,10 +53,11 @@ impl Process {
             #[serde(default)]
             args: Option<Vec<String>>,
         }
-        let Args { args } = serde_json::from_slice(spec)?;
+        let spec = canonical(spec, &SHAPE, Others::Kept)?;
+        let mut fields: Members<Box<RawValue>> = serde_json::from_str(&spec)?;
+        let Args { args } = serde_json::from_str(&spec)?;
         let args = args.filter(|args| !args.is_empty()).ok_or(Error::NoArgs)?;
-        let mut fields: BTreeMap<String, Box<RawValue>> = serde_json::from_slice(spec)?;
-        fields.insert("terminal".to_owned(), serde_json::value::to_raw_value(&terminal)?);
+        fields.insert("terminal", serde_json::value::to_raw_value(&terminal)?);
         Ok(Self { text: serde_json::to_vec(&fields)?, args })
     }
 
@@ -77,7 +82,16 @@ mod tests {
         let spec = br#"{"args":["sh"],"terminal":false,"future":{"n":18446744073709551615}}"#;
         let process = Process::read(spec, true).unwrap();
         let text = String::from_utf8(process.text).unwrap();
-        assert_eq!(text, r#"{"args":["sh"],"future":{"n":18446744073709551615},"terminal":true}"#);
+        assert_eq!(text, r#"{"args":["sh"],"terminal":true,"future":{"n":18446744073709551615}}"#);
+    }
+
+    #[test]
+    fn a_process_is_read_as_runc_reads_it() {
+        let spec = br#"{"Args":["a"],"ARGS":["sh"],"Terminal":true,"Cwd":"/"}"#;
+        let process = Process::read(spec, false).unwrap();
+        assert_eq!(process.args, ["sh"]);
+        let text = String::from_utf8(process.text).unwrap();
+        assert_eq!(text, r#"{"args":["sh"],"terminal":false,"Cwd":"/"}"#);
     }
 
     #[test]

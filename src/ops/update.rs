@@ -33,7 +33,8 @@ impl Shim {
         resources: Vec<u8>,
         attempt: Attempt,
     ) -> Result<(), Error> {
-        let named = check(&resources)?;
+        let resources = oci::resources::canonical(&resources)?;
+        let named = check(resources.as_bytes())?;
         let entry = self.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let _limits = entry.limits.lock().await;
@@ -46,7 +47,7 @@ impl Shim {
         };
         let before = self.limits_before(key, &cgroup, attempt).await?;
         let dir = self.store.dir(key);
-        let path = self.store.write_aside(key, RESOURCES, &resources)?;
+        let path = self.store.write_aside(key, RESOURCES, resources.as_bytes())?;
         let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
         let updated = tokio::select! {
             updated = self.oci.update(&cli, &path) => updated.map_err(Error::from),

@@ -23,33 +23,36 @@ const CAPABILITIES: [&str; 14] = [
 ];
 
 #[derive(Clone)]
-pub struct Spec(Value);
+pub struct Spec(Value, Vec<(String, String)>);
 
 impl Spec {
     pub fn new(args: &[&str]) -> Spec {
         let namespaces: Vec<Value> =
             ["pid", "network", "ipc", "uts", "mount"].iter().map(|kind| json!({"type": kind})).collect();
-        let mut spec = Spec(json!({
-            "ociVersion": "1.1.0",
-            "process": {
-                "args": args,
-                "cwd": "/",
-                "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
-                "user": {"uid": 0, "gid": 0},
-                "noNewPrivileges": true,
-            },
-            "root": {"path": "rootfs"},
-            "hostname": "e2e",
-            "mounts": [
-                mount("proc", "proc", "/proc", &["nosuid", "noexec", "nodev"]),
-                mount("tmpfs", "tmpfs", "/dev", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-                mount("devpts", "devpts", "/dev/pts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]),
-                mount("tmpfs", "shm", "/dev/shm", &["nosuid", "noexec", "nodev", "mode=1777"]),
-                mount("sysfs", "sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
-                mount("cgroup", "cgroup", "/sys/fs/cgroup", &["nosuid", "noexec", "nodev", "ro"]),
-            ],
-            "linux": {"namespaces": namespaces},
-        }));
+        let mut spec = Spec(
+            json!({
+                "ociVersion": "1.1.0",
+                "process": {
+                    "args": args,
+                    "cwd": "/",
+                    "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+                    "user": {"uid": 0, "gid": 0},
+                    "noNewPrivileges": true,
+                },
+                "root": {"path": "rootfs"},
+                "hostname": "e2e",
+                "mounts": [
+                    mount("proc", "proc", "/proc", &["nosuid", "noexec", "nodev"]),
+                    mount("tmpfs", "tmpfs", "/dev", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+                    mount("devpts", "devpts", "/dev/pts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]),
+                    mount("tmpfs", "shm", "/dev/shm", &["nosuid", "noexec", "nodev", "mode=1777"]),
+                    mount("sysfs", "sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
+                    mount("cgroup", "cgroup", "/sys/fs/cgroup", &["nosuid", "noexec", "nodev", "ro"]),
+                ],
+                "linux": {"namespaces": namespaces},
+            }),
+            Vec::new(),
+        );
         spec.set_capabilities(&CAPABILITIES);
         spec
     }
@@ -157,6 +160,17 @@ impl Spec {
         self
     }
 
+    /// Replaces a part of the JSON, for text that no library writes.
+    pub fn written(mut self, part: &str, by: &str) -> Spec {
+        self.1.push((part.to_string(), by.to_string()));
+        self
+    }
+
+    fn text(&self, value: &Value) -> Vec<u8> {
+        let replace = |text: String, (part, by): &(String, String)| text.replace(part, by);
+        self.1.iter().fold(value.to_string(), replace).into_bytes()
+    }
+
     /// Sets the default path of containerd's clients, if the test has set no path.
     pub fn or_default_cgroups_path(self, namespace: &str, id: &str) -> Spec {
         if self.0["linux"]["cgroupsPath"].is_null() {
@@ -167,7 +181,7 @@ impl Spec {
     }
 
     pub fn to_json(&self) -> Vec<u8> {
-        self.0.to_string().into_bytes()
+        self.text(&self.0)
     }
 
     pub fn to_any(&self) -> Any {
@@ -181,7 +195,7 @@ impl Spec {
     pub fn process_to_any(&self) -> Any {
         Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".to_string(),
-            value: self.0["process"].to_string().into_bytes(),
+            value: self.text(&self.0["process"]),
         }
     }
 

@@ -58,6 +58,7 @@ mod exhaustion;
 mod freezer;
 mod hangs;
 mod ids;
+mod json;
 mod leaks;
 mod lifecycle;
 mod limits;

@@ -1,7 +1,6 @@
 //! A JSON value together with its path in the document, so that every error can name the field.
 //!
-//! This is as lenient as Go's decoder, which reads the same text for runc: unknown fields are skipped, `null` is an
-//! absent value, and the last of two equal fields counts.
+//! Unknown fields are skipped, and `null` is an absent value.
 
 use serde_json::Value;
 

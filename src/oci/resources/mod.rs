@@ -4,7 +4,7 @@
 //! it on. runc and the kernel judge everything else: what works under containerd-shim-runc-v2 works here. Facts: runc 1.1 to 1.3 (`libcontainer/specconv`, `libcontainer/cgroups/fs2`) and the kernel's
 //! cgroup-v2.rst.
 
-mod cpuset;
+pub mod cpuset;
 mod json;
 
 use std::collections::BTreeMap;
@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use json::Field;
+
+use super::canonical::{self, Others, Shape};
 
 /// What is wrong with the resources.
 #[derive(Debug, thiserror::Error)]
@@ -135,13 +137,69 @@ const THROTTLES: [&str; 4] =
 const SHORTEST_PERIOD_USEC: u64 = 1_000;
 const LONGEST_PERIOD_USEC: u64 = 1_000_000;
 
+/// The fields that are read here, and those that `Update` looks for.
+pub const SHAPE: Shape = Shape::Struct(&[
+    (
+        "blockIO",
+        Shape::Struct(&[
+            ("weight", Shape::Value),
+            ("weightDevice", Shape::Value),
+            (THROTTLES[0], THROTTLE),
+            (THROTTLES[1], THROTTLE),
+            (THROTTLES[2], THROTTLE),
+            (THROTTLES[3], THROTTLE),
+        ]),
+    ),
+    (
+        "cpu",
+        Shape::Struct(&[
+            ("burst", Shape::Value),
+            ("cpus", Shape::Text),
+            ("idle", Shape::Value),
+            ("mems", Shape::Text),
+            ("period", Shape::Value),
+            ("quota", Shape::Value),
+            ("shares", Shape::Value),
+        ]),
+    ),
+    (
+        "devices",
+        Shape::List(&Shape::Struct(&[
+            ("access", Shape::Text),
+            ("allow", Shape::Value),
+            ("major", Shape::Value),
+            ("minor", Shape::Value),
+            ("type", Shape::Text),
+        ])),
+    ),
+    ("hugepageLimits", Shape::List(&Shape::Struct(&[("limit", Shape::Value), ("pageSize", Shape::Text)]))),
+    (
+        "memory",
+        Shape::Struct(&[("limit", Shape::Value), ("reservation", Shape::Value), ("swap", Shape::Value)]),
+    ),
+    ("pids", Shape::Struct(&[("limit", Shape::Value)])),
+    ("rdma", Shape::Map(&Shape::Value)),
+    ("unified", Shape::Map(&Shape::Text)),
+]);
+
+const THROTTLE: Shape =
+    Shape::List(&Shape::Struct(&[("major", Shape::Value), ("minor", Shape::Value), ("rate", Shape::Value)]));
+
+/// Resources as they are for every OCI runtime; see [`canonical::canonical`].
+///
+/// # Errors
+/// The text is not JSON.
+pub fn canonical(text: &[u8]) -> Result<String, Error> {
+    Ok(canonical::canonical(text, &SHAPE, Others::Kept)?)
+}
+
 impl Resources {
-    /// Reads resources from JSON.
+    /// Reads resources from JSON as Go's decoder does.
     ///
     /// # Errors
     /// The text is not JSON, or a value has the wrong type; the error names the field.
     pub fn parse(text: &[u8]) -> Result<Self, Error> {
-        let value: Value = serde_json::from_slice(text)?;
+        let value: Value = serde_json::from_str(&canonical::canonical(text, &SHAPE, Others::LeftOut)?)?;
         let all = Field::new("linux.resources", &value);
         let (memory, cpu, block_io) = (all.get("memory")?, all.get("cpu")?, all.get("blockIO")?);
         let unified = all.get("unified")?.entries()?.into_iter();

@@ -1,0 +1,372 @@
+//! JSON with one name and one value for each field that matters (pure).
+//!
+//! runc reads JSON with Go's decoder (`encoding/json`), which is more lenient than others: the case of a field's name
+//! does not matter, a field may be there several times, null means "not set", text need not be valid Unicode, and
+//! what follows the value is not looked at. [`canonical`] writes such text again, so that this program, runc and crun
+//! read the same from it.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
+use std::marker::PhantomData;
+
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::ser::Serializer;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+/// What a value is for Go's decoder.
+#[derive(Clone, Copy, Debug)]
+pub enum Shape {
+    /// A number or a flag, or a value that nobody here looks into.
+    Value,
+    /// A string.
+    Text,
+    /// A struct: of several values for it each adds to the one before.
+    Struct(&'static [(&'static str, Shape)]),
+    /// A map: likewise. Its keys are what they are.
+    Map(&'static Shape),
+    /// A slice: the last one counts.
+    List(&'static Shape),
+}
+
+/// What becomes of the fields of a struct that its shape does not name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// They stay as they are, in their order.
+    Kept,
+    /// They are left out.
+    LeftOut,
+}
+
+/// Writes JSON with the names of the shape, each field once, and without null. Values of the fields that the shape
+/// does not name stay byte for byte, and so does a value of another type than its field has: whoever reads it
+/// refuses it.
+///
+/// # Errors
+/// The text is not JSON.
+pub fn canonical(text: &[u8], shape: &Shape, others: Others) -> Result<String, serde_json::Error> {
+    let text = unicode(text);
+    let mut first = serde_json::Deserializer::from_str(&text);
+    written(&[<&RawValue>::deserialize(&mut first)?], shape, others)
+}
+
+/// The value that Go has after it has decoded these one after another into the same variable.
+fn written(values: &[&RawValue], shape: &Shape, others: Others) -> Result<String, serde_json::Error> {
+    let is_null = |value: &&RawValue| value.get() == "null";
+    let mut last = values.iter().rfind(|value| !is_null(value));
+    // Null empties structs (which are behind pointers), maps and lists, and changes no other variable.
+    let after_null = values.iter().rposition(is_null).map_or(0, |at| at + 1);
+    let rest = values.get(after_null..).unwrap_or_default();
+    if !matches!(shape, Shape::Value | Shape::Text) {
+        last = rest.last();
+    }
+    // A value of another type can't be read.
+    let members = || -> Result<Vec<_>, &RawValue> {
+        let mut all = Vec::new();
+        for value in rest {
+            all.extend(serde_json::from_str::<Members<&RawValue>>(value.get()).map_err(|_| *value)?.0);
+        }
+        Ok(all)
+    };
+    let mut text = String::new();
+    match shape {
+        Shape::Value => text.push_str(last.map_or("null", |value| value.get())),
+        Shape::Text => text.push_str(last.map_or("\"\"", |value| value.get())),
+        Shape::Struct(fields) => {
+            let members = match members() {
+                Ok(members) => members,
+                Err(wrong) => return Ok(wrong.get().to_owned()),
+            };
+            let mut seen = vec![false; fields.len()];
+            let mut object = Object::new(&mut text);
+            for (name, value) in &members {
+                let known = fields.iter().enumerate().find(|(_, (field, _))| names(name, field));
+                let Some((at, (field, shape))) = known else {
+                    if others == Others::Kept {
+                        object.member(name, value.get())?;
+                    }
+                    continue;
+                };
+                if seen.get_mut(at).is_some_and(|seen| std::mem::replace(seen, true)) {
+                    continue;
+                }
+                let of_field = members.iter().filter(|(name, _)| names(name, field));
+                let values: Vec<_> = of_field.map(|(_, value)| *value).collect();
+                if !(is_null(&values.last().unwrap_or(value)) && is_unset(&values, shape)) {
+                    object.member(field, &written(&values, shape, others)?)?;
+                }
+            }
+            object.end();
+        }
+        Shape::Map(shape) => {
+            let members = match members() {
+                // Each value is a new variable.
+                Ok(members) => members.into_iter().collect::<BTreeMap<_, _>>(),
+                Err(wrong) => return Ok(wrong.get().to_owned()),
+            };
+            let mut object = Object::new(&mut text);
+            for (key, value) in members {
+                object.member(&key, &written(&[value], shape, others)?)?;
+            }
+            object.end();
+        }
+        Shape::List(shape) => {
+            let last = last.map_or("[]", |value| value.get());
+            let Ok(elements) = serde_json::from_str::<Vec<&RawValue>>(last) else {
+                return Ok(last.to_owned());
+            };
+            text.push('[');
+            for (at, element) in elements.into_iter().enumerate() {
+                text.push_str(if at == 0 { "" } else { "," });
+                text.push_str(&written(&[element], shape, others)?);
+            }
+            text.push(']');
+        }
+    }
+    Ok(text)
+}
+
+/// The values, of which the last is null, leave the variable as it was before the first.
+fn is_unset(values: &[&RawValue], shape: &Shape) -> bool {
+    !matches!(shape, Shape::Value | Shape::Text) || values.iter().all(|value| value.get() == "null")
+}
+
+/// An object that is being written.
+struct Object<'t> {
+    text: &'t mut String,
+    is_empty: bool,
+}
+
+impl<'t> Object<'t> {
+    fn new(text: &'t mut String) -> Self {
+        text.push('{');
+        Self { text, is_empty: true }
+    }
+
+    fn member(&mut self, name: &str, value: &str) -> Result<(), serde_json::Error> {
+        let comma = if std::mem::take(&mut self.is_empty) { "" } else { "," };
+        let name = serde_json::to_string(name)?;
+        write!(self.text, "{comma}{name}:{value}").map_err(serde::ser::Error::custom)
+    }
+
+    fn end(self) {
+        self.text.push('}');
+    }
+}
+
+/// The members of an object in their order, also those with equal names.
+#[derive(Debug)]
+pub struct Members<V>(Vec<(String, V)>);
+
+impl<V> Default for Members<V> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<V> Members<V> {
+    /// The first of a name.
+    pub fn get(&self, name: &str) -> Option<&V> {
+        self.0.iter().find(|(known, _)| known == name).map(|(_, value)| value)
+    }
+
+    /// Puts a value in the place of the first of that name, or at the end.
+    pub fn insert(&mut self, name: &str, value: V) {
+        match self.0.iter_mut().find(|(known, _)| known == name) {
+            Some((_, old)) => *old = value,
+            None => self.0.push((name.to_owned(), value)),
+        }
+    }
+}
+
+impl<V> IntoIterator for Members<V> {
+    type Item = (String, V);
+    type IntoIter = std::vec::IntoIter<(String, V)>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl<V: Serialize> Serialize for Members<V> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
+    }
+}
+
+impl<'t, V: Deserialize<'t>> Deserialize<'t> for Members<V> {
+    fn deserialize<D: Deserializer<'t>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Collect<V>(PhantomData<V>);
+        impl<'t, V: Deserialize<'t>> Visitor<'t> for Collect<V> {
+            type Value = Members<V>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'t>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = map.next_entry()? {
+                    members.push(member);
+                }
+                Ok(Members(members))
+            }
+        }
+        deserializer.deserialize_map(Collect(PhantomData))
+    }
+}
+
+/// Whether Go takes the name of a member for that of a field, which consists of ASCII letters.
+fn names(member: &str, field: &str) -> bool {
+    // Unicode knows two more cases of these letters: the Kelvin sign and the long s.
+    let fold = |c: char| match c {
+        '\u{212a}' => 'k',
+        '\u{17f}' => 's',
+        c => c.to_ascii_lowercase(),
+    };
+    member.chars().map(fold).eq(field.chars().map(fold))
+}
+
+/// Text in which everything that is not Unicode is replaced by the character that stands for it.
+fn unicode(text: &[u8]) -> Cow<'_, str> {
+    const REPLACEMENT: &str = "\\ufffd";
+    let text = String::from_utf8_lossy(text);
+    let mut whole = String::new();
+    let mut copied = 0;
+    let mut at = 0;
+    while let Some(found) = text.get(at..).and_then(|rest| rest.find('\\')) {
+        let escape = at + found;
+        at = match unit(&text, escape) {
+            // Both halves of one character.
+            Some(0xd800..=0xdbff) if matches!(unit(&text, escape + 6), Some(0xdc00..=0xdfff)) => escape + 12,
+            Some(0xd800..=0xdfff) => {
+                whole.push_str(text.get(copied..escape).unwrap_or_default());
+                whole.push_str(REPLACEMENT);
+                copied = escape + 6;
+                copied
+            }
+            // What is escaped may be a backslash.
+            _ => {
+                escape
+                    + 1
+                    + text.get(escape + 1..).and_then(|rest| rest.chars().next()).map_or(0, char::len_utf8)
+            }
+        };
+    }
+    if copied == 0 {
+        return text;
+    }
+    whole.push_str(text.get(copied..).unwrap_or_default());
+    Cow::Owned(whole)
+}
+
+/// The number in an escape `\uXXXX`.
+fn unit(text: &str, at: usize) -> Option<u16> {
+    let digits = text.get(at..)?.strip_prefix("\\u")?.get(..4)?;
+    digits
+        .bytes()
+        .all(|digit| digit.is_ascii_hexdigit())
+        .then(|| u16::from_str_radix(digits, 16).ok())
+        .flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAF: Shape = Shape::Struct(&[("size", Shape::Value), ("kind", Shape::Text)]);
+    const SHAPE: Shape = Shape::Struct(&[
+        ("hostname", Shape::Text),
+        ("annotations", Shape::Map(&Shape::Text)),
+        ("linux", LEAF),
+        ("list", Shape::List(&LEAF)),
+        ("words", Shape::List(&Shape::Text)),
+    ]);
+
+    /// What Go's decoder makes of the text; facts: Go 1.24, `encoding/json`.
+    fn assert_read(text: &str, expected: &str) {
+        assert_eq!(canonical(text.as_bytes(), &SHAPE, Others::Kept).unwrap(), expected, "{text}");
+    }
+
+    #[test]
+    fn the_case_of_a_fields_name_does_not_matter() {
+        assert_read(r#"{"HostName":"a"}"#, r#"{"hostname":"a"}"#);
+        assert_read(
+            r#"{"LINUX":{"SIZE":1},"Li\u006eux":{"Kind":"b"}}"#,
+            r#"{"linux":{"size":1,"kind":"b"}}"#,
+        );
+        assert_read(
+            "{\"Ho\u{17f}tname\":\"a\",\"lin\u{16b}x\":{}}",
+            "{\"hostname\":\"a\",\"lin\u{16b}x\":{}}",
+        );
+        assert_read("{\"linux\":{\"\u{212a}ind\":\"a\"}}", r#"{"linux":{"kind":"a"}}"#);
+    }
+
+    #[test]
+    fn of_a_field_that_is_there_several_times_the_last_counts() {
+        assert_read(r#"{"hostname":"a","x":1,"Hostname":"b","x":2}"#, r#"{"hostname":"b","x":1,"x":2}"#);
+        assert_read(
+            r#"{"linux":{"size":1,"kind":"a"},"Linux":{"size":2}}"#,
+            r#"{"linux":{"size":2,"kind":"a"}}"#,
+        );
+        assert_read(
+            r#"{"annotations":{"a":"1","A":"2"},"Annotations":{"a":"3"}}"#,
+            r#"{"annotations":{"A":"2","a":"3"}}"#,
+        );
+        assert_read(r#"{"list":[{"size":1}],"List":[]}"#, r#"{"list":[]}"#);
+    }
+
+    #[test]
+    fn null_is_what_is_not_set() {
+        assert_read("null", "{}");
+        assert_read(
+            r#"{"hostname":null,"linux":null,"list":null,"annotations":null,"x":null}"#,
+            r#"{"x":null}"#,
+        );
+        assert_read(r#"{"hostname":"a","hostname":null}"#, r#"{"hostname":"a"}"#);
+        assert_read(r#"{"linux":{"size":1},"linux":null}"#, "{}");
+        assert_read(r#"{"linux":{"size":1},"linux":null,"linux":{"kind":"a"}}"#, r#"{"linux":{"kind":"a"}}"#);
+        assert_read(
+            r#"{"list":[null],"words":[null,"a"],"annotations":{"a":null}}"#,
+            r#"{"list":[{}],"words":["","a"],"annotations":{"a":""}}"#,
+        );
+    }
+
+    #[test]
+    fn what_is_no_unicode_is_replaced() {
+        assert_read(r#"{"hostname":"a\ud800b\\ud800"}"#, r#"{"hostname":"a\ufffdb\\ud800"}"#);
+        assert_read(
+            r#"{"hostname":"\ud83d\udc33 \udc33\ud83d"}"#,
+            r#"{"hostname":"\ud83d\udc33 \ufffd\ufffd"}"#,
+        );
+        let text = canonical(b"{\"hostname\":\"\xff\"}", &SHAPE, Others::Kept).unwrap();
+        assert_eq!(text, "{\"hostname\":\"\u{fffd}\"}");
+    }
+
+    #[test]
+    fn what_follows_the_value_is_not_looked_at() {
+        assert_read("{} garbage", "{}");
+    }
+
+    #[test]
+    fn a_value_of_another_type_stays_for_its_reader_to_refuse() {
+        for text in
+            ["[]", "1", r#"{"linux":"x"}"#, r#"{"list":{}}"#, r#"{"list":[1]}"#, r#"{"annotations":7}"#]
+        {
+            assert_read(text, text);
+        }
+        assert_read(r#"{"linux":[],"linux":{}}"#, r#"{"linux":[]}"#);
+        for text in ["", "{", r#"{"linux":}"#, "{\"hostname\":\"a\nb\"}"] {
+            assert!(canonical(text.as_bytes(), &SHAPE, Others::Kept).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn other_fields_stay_or_are_left_out() {
+        let deep = format!("{{\"x\":{}{},\"hostname\":\"a\"}}", "[".repeat(1000), "]".repeat(1000));
+        assert_read(&deep, &deep);
+        let known = canonical(deep.as_bytes(), &SHAPE, Others::LeftOut).unwrap();
+        assert_eq!(known, r#"{"hostname":"a"}"#);
+    }
+}
