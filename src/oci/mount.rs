@@ -169,7 +169,7 @@ fn path_of(fd: &OwnedFd) -> PathBuf {
 }
 
 /// The mountpoint of a line of mountinfo, its octal escapes resolved (proc_pid_mountinfo(5)).
-fn mountpoint(line: &[u8]) -> Option<PathBuf> {
+pub fn mountpoint(line: &[u8]) -> Option<PathBuf> {
     let field = line.split(|byte| *byte == b' ').nth(4)?;
     let mut path = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -249,14 +249,21 @@ pub fn leaves_a_daemon(item: &Mount) -> bool {
     item.kind.starts_with("fuse.") || item.kind.starts_with("fuse3.")
 }
 
-struct Parsed {
-    flags: MsFlags,
-    data: Vec<String>,
+/// A mount as mount(2) takes it.
+pub struct Parsed {
+    /// The options that are flags.
+    pub flags: MsFlags,
+    /// All other options.
+    pub data: Vec<String>,
     /// mount(8) knows how to do it.
-    helper: bool,
+    pub helper: bool,
 }
 
-fn parse(item: &Mount) -> Result<Parsed, Error> {
+/// Tells the options of a mount apart.
+///
+/// # Errors
+/// [`Error::Option`]
+pub fn parse(item: &Mount) -> Result<Parsed, Error> {
     let mut parsed = Parsed { flags: MsFlags::empty(), data: Vec::new(), helper: leaves_a_daemon(item) };
     if item.kind == "bind" {
         parsed.flags |= MsFlags::MS_BIND;
@@ -326,18 +333,23 @@ fn mount_with_helper(item: &Mount, target: &Path) -> Result<(), Error> {
 
 /// Makes an overlay's options shorter: layers by names relative to the directory that they share,
 /// which is returned for the caller to change to.
-fn shorten(data: &mut [String]) -> Option<PathBuf> {
+pub fn shorten(data: &mut [String]) -> Option<PathBuf> {
     const LOWER: &str = "lowerdir=";
     let option = data.iter_mut().find(|option| option.starts_with(LOWER))?;
+    // A backslash may stand before a colon that separates nothing (kernel, overlayfs.rst).
+    if option.contains('\\') {
+        return None;
+    }
     let layers: Vec<PathBuf> = option[LOWER.len()..].split(':').map(PathBuf::from).collect();
     let mut home = layers.first()?.parent()?.to_owned();
     while !layers.iter().all(|layer| layer.starts_with(&home)) {
         home = home.parent()?.to_owned();
     }
-    let relative =
-        layers.iter().map(|layer| layer.strip_prefix(&home).map(|path| path.to_string_lossy().into_owned()));
-    let relative: Result<Vec<String>, _> = relative.collect();
-    *option = format!("{LOWER}{}", relative.ok()?.join(":"));
+    let relative = layers.iter().map(|layer| {
+        let path = layer.strip_prefix(&home).ok()?.to_string_lossy();
+        Some(if path.is_empty() { ".".to_owned() } else { path.into_owned() })
+    });
+    *option = format!("{LOWER}{}", relative.collect::<Option<Vec<_>>>()?.join(":"));
     Some(home)
 }
 
@@ -381,6 +393,17 @@ mod tests {
             ..Mount::default()
         };
         assert!(parse(&item).is_err_and(|error| error.to_string().contains("uidmap=0:1:2")));
+    }
+
+    #[test]
+    fn a_layer_keeps_its_place_under_a_short_name() {
+        let mut data = ["lowerdir=/s/1/fs:/s/1".to_owned()];
+        assert_eq!(shorten(&mut data), Some(PathBuf::from("/s/1")));
+        assert_eq!(data, ["lowerdir=fs:."]);
+        // One layer, with a colon in its name.
+        let mut data = [r"lowerdir=/s/1\:/s/2".to_owned()];
+        assert_eq!(shorten(&mut data), None);
+        assert_eq!(data, [r"lowerdir=/s/1\:/s/2"]);
     }
 
     #[test]
