@@ -116,6 +116,29 @@ pub struct Options {
     pub type_url: String,
 }
 
+/// The names of all options.
+const NAMES: [&str; 19] = [
+    "AnnotationProperties",
+    "BinaryName",
+    "CriuImagePath",
+    "CriuPath",
+    "CriuWorkPath",
+    "IoGid",
+    "IoUid",
+    "Log",
+    "NoNewKeyring",
+    "NoPivotRoot",
+    "Notify",
+    "Properties",
+    "Root",
+    "RuntimeTimeoutSec",
+    "ShimCgroup",
+    "SystemdCgroup",
+    "TaskApiAddress",
+    "TaskApiVersion",
+    "TypeUrl",
+];
+
 /// Options in the form in which the client sent them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
@@ -159,8 +182,24 @@ impl Options {
     /// # Errors
     /// [`Error::Malformed`], which names the key.
     pub fn from_toml(text: &str, place: &str) -> Result<Self, Error> {
-        toml::from_str(text)
+        let exact = toml::from_str(text);
+        // The error of the text as it is names its line.
+        exact
+            .or_else(|error| Self::in_any_case(text).ok_or(error))
             .map_err(|source| Error::Malformed { place: place.to_owned(), source: Box::new(source) })
+    }
+
+    /// containerd does not mind the case of the names of runc's options.
+    fn in_any_case(text: &str) -> Option<Self> {
+        let mut named = toml::Table::new();
+        for (key, value) in text.parse::<toml::Table>().ok()? {
+            let known = NAMES.iter().find(|name| name.eq_ignore_ascii_case(&key));
+            let name = known.map_or(key, |name| (*name).to_owned());
+            if named.insert(name, value).is_some() {
+                return None;
+            }
+        }
+        named.try_into().ok()
     }
 
     /// From a TOML file (`ConfigPath`).
@@ -243,6 +282,22 @@ fn find(name: &str, path: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_case_of_a_name_does_not_matter() {
+        for name in NAMES {
+            let error = Options::from_toml(&format!("{} = [[]]", name.to_lowercase()), "x").unwrap_err();
+            assert!(error.to_string().contains("unknown field"), "{error}");
+            // A name that no option had would be refused as unknown.
+            let exact = toml::from_str::<Options>(&format!("{name} = [[]]")).unwrap_err();
+            assert!(!exact.to_string().contains("unknown field"), "{name}: {exact}");
+        }
+        let text = "binaryName = \"crun\"\nsystemdcgroup = true\nIOUID = 7\n[properties]\nTasksMax = \"5\"\n";
+        let options = Options::from_toml(text, "x").unwrap();
+        assert_eq!((options.binary_name.as_str(), options.systemd_cgroup, options.io_uid), ("crun", true, 7));
+        assert_eq!(options.properties.get("TasksMax").map(String::as_str), Some("5"));
+        assert!(Options::from_toml("Root = \"/a\"\nroot = \"/b\"", "x").is_err());
+    }
 
     #[test]
     fn a_block_copied_from_runc_works() {
