@@ -29,29 +29,36 @@ pub const PREFIX: &str = "containerd-";
 /// make cAdvisor count it as one more container. The last resort has a hash; that of a second containerd is
 /// another one.
 pub fn candidates(key: &TaskKey) -> impl Iterator<Item = UnitName> + use<> {
-    let prefix = format!("{PREFIX}{}-", escape(key.namespace.as_str()));
-    let whole = format!("{prefix}{}", key.id);
     let owner = Some(key.owner.as_str()).filter(|owner| !owner.is_empty());
-    let own = owner.and_then(|owner| hashed(&whole, &format!("{whole}+{owner}"), ".service").ok());
-    stems(prefix, key.id.as_str()).chain(own)
+    let mark = owner.map_or_else(String::new, |owner| format!("+{owner}"));
+    stems(&format!("{PREFIX}{}-", escape(key.namespace.as_str())), key.id.as_str(), &mark)
 }
 
 /// The names that an exec's unit may have, best first. A colon can't occur in an id.
 pub fn exec_candidates(container: &UnitName, exec: &ExecId) -> impl Iterator<Item = UnitName> + use<> {
-    stems(format!("{}:", stem(container)), exec.as_str())
+    stems(&format!("{}:", stem(container)), exec.as_str(), "")
 }
 
-fn stems(prefix: String, id: &str) -> impl Iterator<Item = UnitName> + use<> {
-    let id = id.to_owned();
+/// The last one has a hash of the whole name and the mark. It is the only one where the others are too long.
+fn stems(prefix: &str, id: &str, mark: &str) -> impl Iterator<Item = UnitName> + use<> {
     let lengths: Vec<usize> =
-        if is_long_hex(&id) { (SHORT_ID..=40).step_by(4).collect() } else { vec![id.len()] };
-    let whole = id.len();
-    let stem = move |length: usize| format!("{prefix}{}", &id[..length]);
-    let hashed = (stem(whole), true);
-    let plain: Vec<(String, bool)> = lengths.into_iter().map(|length| (stem(length), false)).collect();
+        if is_long_hex(id) { (SHORT_ID..=40).step_by(4).collect() } else { vec![id.len()] };
+    let plain = lengths.into_iter().map(|length| format!("{prefix}{}", &id[..length]));
     // Namespace `shim` and id `systemd-v1` would be the daemon itself.
-    let candidates = plain.into_iter().filter(|(stem, _)| stem != DAEMON).chain([hashed]);
-    candidates.filter_map(|(stem, taken)| service(&stem, taken).ok())
+    let plain: Vec<_> = plain.filter(|stem| stem != DAEMON && fits(stem, SERVICE)).collect();
+    let whole = format!("{prefix}{id}");
+    let last = hashed(&whole, &format!("{whole}{mark}"), SERVICE);
+    plain
+        .into_iter()
+        .map(|stem| UnitName::new(format!("{stem}{SERVICE}")))
+        .chain([last])
+        .filter_map(Result::ok)
+}
+
+const SERVICE: &str = ".service";
+
+fn fits(stem: &str, suffix: &str) -> bool {
+    stem.len() + suffix.len() <= MAX_UNIT_NAME
 }
 
 fn stem(service: &UnitName) -> &str {
@@ -64,7 +71,7 @@ fn stem(service: &UnitName) -> &str {
 /// # Errors
 /// Only for names that no checked namespace and id can produce.
 pub fn logger(process: &UnitName) -> Result<UnitName, InvalidName> {
-    service(&format!("{}::log", stem(process)), false)
+    named(&format!("{}::log", stem(process)), SERVICE)
 }
 
 /// The slice of a namespace.
@@ -98,21 +105,13 @@ pub fn is_pod_slice(slice: &UnitName) -> bool {
     stem.strip_prefix(PREFIX).is_some_and(|rest| rest.contains('-'))
 }
 
-fn service(stem: &str, taken: bool) -> Result<UnitName, InvalidName> {
-    named(stem, ".service", taken)
-}
-
 fn slice(stem: &str) -> Result<UnitName, InvalidName> {
-    named(stem, ".slice", false)
+    named(stem, ".slice")
 }
 
-/// Puts stem and suffix together; a name that is too long (or taken) keeps its beginning and gets a
-/// stable hash.
-fn named(stem: &str, suffix: &str, taken: bool) -> Result<UnitName, InvalidName> {
-    if !taken && stem.len() + suffix.len() <= MAX_UNIT_NAME {
-        return UnitName::new(format!("{stem}{suffix}"));
-    }
-    hashed(stem, stem, suffix)
+/// Puts stem and suffix together; a name that is too long keeps its beginning and gets a stable hash.
+fn named(stem: &str, suffix: &str) -> Result<UnitName, InvalidName> {
+    if fits(stem, suffix) { UnitName::new(format!("{stem}{suffix}")) } else { hashed(stem, stem, suffix) }
 }
 
 fn hashed(stem: &str, of: &str, suffix: &str) -> Result<UnitName, InvalidName> {
@@ -169,6 +168,7 @@ const OBJECT_PREFIX: &str = "/org/freedesktop/systemd1/unit/";
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::id::Owner;
 
     fn key(namespace: &str, id: &str) -> TaskKey {
         TaskKey::usual(Namespace::new(namespace).unwrap(), TaskId::new(id).unwrap())
@@ -197,6 +197,24 @@ mod tests {
         assert_eq!(names[1], "containerd-moby-0123456789abcdef.service");
         let distinct: std::collections::HashSet<&String> = names.iter().collect();
         assert_eq!(distinct.len(), names.len());
+    }
+
+    #[test]
+    fn each_of_several_containerds_has_a_last_name_of_its_own() {
+        for (namespace, id) in [
+            ("default", "web".to_owned()),
+            ("moby", "ab".repeat(32)),
+            (&vec!["a"; 38].join("-"), "x".repeat(76)),
+        ] {
+            let key = key(namespace, &id);
+            let owners =
+                ["", "0123456789abcdef", "fedcba9876543210"].map(|owner| key.of(Owner::new(owner).unwrap()));
+            let names = owners.map(|key| candidates(&key).collect::<Vec<_>>());
+            for (at, own) in names.iter().enumerate() {
+                let mut others = names.iter().enumerate().filter(|(other, _)| *other != at);
+                assert!(others.all(|(_, other)| !other.contains(own.last().unwrap())), "{own:?}");
+            }
+        }
     }
 
     #[test]
