@@ -23,6 +23,8 @@ const FILE: &str = ".answers";
 /// More than there can be between taking a record away and sending the answer.
 const PLACES: u64 = 256;
 const PLACE: usize = 512;
+/// More Deletes than there can be: a line with a greater number is none of ours.
+const MOST: u64 = u64::MAX / 2;
 
 /// What a Delete answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,7 +103,7 @@ impl Answers {
         (0..PLACES).filter_map(|place| {
             let mut text = [0; PLACE];
             self.file.read_exact_at(&mut text, place * PLACE as u64).ok()?;
-            serde_json::from_slice(&text).ok()
+            serde_json::from_slice(&text).ok().filter(|line: &Line| line.seq <= MOST)
         })
     }
 }
@@ -145,7 +147,7 @@ mod tests {
         let process = ProcessKey { task, exec: Some(ExecId::new(long(crate::id::MAX_IDENTIFIER)).unwrap()) };
         let deleted = Deleted { pid: u32::MAX, exit: Some(Exit { status: u32::MAX, at_usec: u64::MAX }) };
         let line =
-            Line { seq: u64::MAX, process: process.to_string(), owner: process.task.owner.clone(), deleted };
+            Line { seq: MOST, process: process.to_string(), owner: process.task.owner.clone(), deleted };
         assert!(serde_json::to_vec(&line).unwrap().len() <= PLACE);
     }
 }

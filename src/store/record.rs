@@ -209,7 +209,7 @@ pub(super) fn read_task(path: &Path) -> Result<Option<Found>, Error> {
         return Ok(None);
     };
     let Reading { mut task } = parse(path, &text)?;
-    task.outbox.shorten();
+    task.outbox.mend();
     let is_current = version == VERSION && task.execs.is_empty();
     Ok(Some(Found { task, is_current }))
 }

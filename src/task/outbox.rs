@@ -118,8 +118,22 @@ impl Outbox {
         self.next += 1;
     }
 
-    /// Drops what [`Self::push`] would not have taken: earlier versions took everything.
-    pub fn shorten(&mut self) {
+    /// Makes an outbox that was read one that [`Self::push`] has made: drops what it would not have taken, as earlier
+    /// versions took everything, and counts again where the numbers are not in order.
+    pub fn mend(&mut self) {
+        self.shorten();
+        let numbers = || self.owed.iter().map(|owed| owed.seq);
+        let in_order = numbers().zip(numbers().skip(1).chain([self.next])).all(|(one, next)| one < next);
+        if !in_order || self.next > u64::MAX / 2 {
+            self.next = 0;
+            for owed in &mut self.owed {
+                owed.seq = self.next;
+                self.next += 1;
+            }
+        }
+    }
+
+    fn shorten(&mut self) {
         let (mut kills, of_freezer) = (0, self.count(TaskEvent::is_of_freezer));
         // They take turns: an even number of the oldest goes.
         let mut too_many = of_freezer.saturating_sub(MOST_ALIKE).next_multiple_of(2).min(of_freezer);
@@ -219,6 +233,28 @@ mod tests {
         assert_eq!(outbox.owed.iter().rfind(|owed| owed.event.is_of_freezer()).cloned(), last);
         let first = outbox.owed.iter().find(|owed| owed.event.is_of_freezer());
         assert_eq!(first.map(|owed| &owed.event), Some(&TaskEvent::Paused));
+    }
+
+    #[test]
+    fn an_outbox_whose_numbers_are_out_of_order_is_counted_again() {
+        for (next, numbers) in [(9, [7, 3]), (0, [0, 1]), (2, [1, 1]), (u64::MAX, [5, u64::MAX - 1])] {
+            let owed = numbers.map(|seq| Owed { seq, at_usec: seq, event: TaskEvent::Paused });
+            let mut outbox = Outbox { next, owed: owed.into() };
+            outbox.mend();
+            outbox.push(TaskEvent::Resumed, 1);
+            for expected in 0..3 {
+                let seq = outbox.first().unwrap().seq;
+                assert_eq!(seq, expected);
+                outbox.accepted(seq);
+            }
+            assert!(outbox.is_empty());
+        }
+        let mut sound = Outbox::default();
+        (0..3).for_each(|at| sound.push(TaskEvent::Paused, at));
+        sound.accepted(0);
+        let before = sound.clone();
+        sound.mend();
+        assert_eq!(sound, before);
     }
 
     #[test]
