@@ -49,7 +49,7 @@ pub fn write(cgroup: &Path, limits: &Limits) -> Result<(), Error> {
 
 /// The lines that change `io.max` from `had` to `wanted`: the kernel takes one device per write, and removes a
 /// device's limits only if all of them are set to `max`.
-fn io_max(had: &str, wanted: &str) -> Vec<String> {
+pub fn io_max(had: &str, wanted: &str) -> Vec<String> {
     fn by_device(text: &str) -> BTreeMap<&str, &str> {
         text.lines().filter_map(|line| line.split_once(' ')).collect()
     }

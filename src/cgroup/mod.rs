@@ -2,7 +2,7 @@
 //!
 //! Attributes of a unit's own cgroup belong to systemd; only sub-cgroups are touched here.
 
-mod format;
+pub mod format;
 pub mod limits;
 pub mod place;
 mod processes;

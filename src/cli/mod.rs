@@ -12,6 +12,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use arguments::{Command, Global};
+#[cfg(any(test, fuzzing))]
+pub use start::is_bootstrap;
 
 use crate::launch;
 use crate::oci::bundle;

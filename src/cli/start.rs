@@ -102,6 +102,13 @@ impl Caller {
     }
 }
 
+/// Whether what containerd writes to `start` is a bootstrap message for this task.
+#[cfg(any(test, fuzzing))]
+pub fn is_bootstrap(namespace: &str, id: &str, input: Vec<u8>) -> bool {
+    let global = Global { namespace: namespace.to_owned(), id: id.to_owned(), ..Global::default() };
+    matches!(Caller::from(&global, input), Caller::Bootstrap(_))
+}
+
 /// What the daemon has to know of the calling containerd.
 fn containerd(global: &Global, caller: &Caller) -> Containerd {
     let variable = |name: &str| std::env::var(name).unwrap_or_default();

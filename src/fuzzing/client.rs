@@ -10,15 +10,15 @@ use crate::api::convert;
 use crate::api::messages::BootstrapParams;
 use crate::cgroup::place;
 use crate::cli::arguments;
-use crate::id::{ExecId, Namespace, TaskId, TaskKey};
-use crate::oci::resources::Resources;
+use crate::id::{ExecId, Namespace, TaskId, TaskKey, UnitName, is_long_hex};
+use crate::oci::resources::{self, Resources};
 use crate::oci::{process, signal};
 use crate::stdio::uri::{self, Kind, Role};
 use crate::task::request::{Log, Stdio};
 use crate::transport::frame::{Assembler, Frame};
 use crate::unit::name;
 
-use super::first_line;
+use super::{first_line, go};
 
 /// The command line of a containerd.
 pub(super) fn arguments(data: &[u8]) {
@@ -71,23 +71,66 @@ pub(super) fn frame(data: &[u8]) {
     }
 }
 
-/// Names of namespaces, tasks and execs: names of units are valid, distinct and can be read back.
+/// Names of namespaces, tasks and execs: names of units are valid, distinct and can be read back. With three more
+/// lines the names of two tasks.
 pub(super) fn name(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
+    // Of any object.
+    if let Some(unit) = name::from_object_path(text) {
+        assert_eq!(name::from_object_path(&name::object_path(unit.as_str())), Some(unit));
+    }
     let parts: Vec<_> = text.split('\n').collect();
-    let [namespace, id, exec] = parts[..] else { return };
-    let Some((namespace, id)) = names(namespace, id) else { return };
-    let slice = name::namespace_slice(&namespace);
+    let task = |parts: &[&str]| match *parts {
+        [namespace, id, exec] => {
+            names(namespace, id).map(|(namespace, id)| (TaskKey::usual(namespace, id), exec.to_owned()))
+        }
+        _ => None,
+    };
+    let Some((one, exec)) = task(parts.get(..3).unwrap_or_default()) else { return };
+    check_names(&one, &exec);
+    if let Some((other, _)) = task(parts.get(3..).unwrap_or_default()) {
+        check_distinct(&one, &other);
+    }
+}
+
+/// The names of a task's units.
+pub(super) fn check_names(task: &TaskKey, exec: &str) {
+    let slice = name::namespace_slice(&task.namespace);
     assert!(slice.is_ok_and(|slice| slice.as_str().len() <= 255));
-    for unit in name::candidates(&TaskKey::usual(namespace, id)) {
+    let word = task.word();
+    assert_eq!(TaskKey::from_word(task.namespace.clone(), &word).as_ref(), Ok(task));
+    let units: Vec<_> = name::candidates(task).collect();
+    for (at, unit) in units.iter().enumerate() {
+        assert!(!units.iter().skip(at + 1).any(|other| other == unit), "{unit} twice");
         assert!(unit.as_str().len() <= 255 && unit.as_str().ends_with(".service"), "{unit}");
         assert_eq!(name::from_object_path(&name::object_path(unit.as_str())), Some(unit.clone()));
         let Ok(exec) = ExecId::new(exec) else { continue };
-        for exec in name::exec_candidates(&unit, &exec) {
-            assert!(exec.as_str().len() <= 255 && exec != unit, "{exec}");
+        for exec in name::exec_candidates(unit, &exec) {
+            assert!(exec.as_str().len() <= 255 && exec != *unit, "{exec}");
             let logger = name::logger(&exec);
-            assert!(logger.is_ok_and(|logger| logger != exec && logger != unit));
+            assert!(logger.is_ok_and(|logger| logger != exec && logger != *unit));
         }
+    }
+}
+
+/// Two tasks share a name only where both of them can have another: one that is cut off an id of 64 digits.
+pub(super) fn check_distinct(one: &TaskKey, other: &TaskKey) {
+    if one == other {
+        return;
+    }
+    let names = |task: &TaskKey| name::candidates(task).collect::<Vec<_>>();
+    let (one_names, other_names) = (names(one), names(other));
+    let is_shared = |name: &UnitName| other_names.contains(name);
+    if one.namespace != other.namespace {
+        assert!(!one_names.iter().any(is_shared), "{one_names:?} and {other_names:?}");
+    }
+    if !is_long_hex(one.id.as_str()) && !is_long_hex(other.id.as_str()) && one.owner == other.owner {
+        assert!(!one_names.iter().any(is_shared), "{one_names:?} and {other_names:?}");
+    }
+    if let (Some(one), Some(other)) = (one_names.last(), other_names.last()) {
+        assert!(one != other && !is_shared(one) && !one_names.contains(other), "{one} and {other}");
+        let paths = [one, other].map(|unit| name::object_path(unit.as_str()));
+        assert_ne!(paths.first(), paths.last());
     }
 }
 
@@ -108,6 +151,7 @@ pub(super) fn options(data: &[u8]) {
 
 /// The process of an exec.
 pub(super) fn process(data: &[u8]) {
+    let _ = go::check(data, &process::SHAPE);
     for terminal in [false, true] {
         let _ = process::Process::read(data, terminal);
     }
@@ -127,6 +171,7 @@ pub(super) fn request(data: &[u8]) {
 
 /// `linux.resources`.
 pub(super) fn resources(data: &[u8]) {
+    let _ = go::check(data, &resources::SHAPE);
     if let Ok(resources) = Resources::parse(data)
         && resources.check().is_ok()
     {

@@ -3,24 +3,43 @@
 //! `make fuzz` runs the functions under libFuzzer (`fuzz/`). The unit tests run them over the inputs in
 //! `fuzz/corpus/`, on any toolchain. A function returns normally for every input; a broken rule is a panic.
 
+mod bus;
 mod client;
 mod disk;
+mod go;
+#[cfg(test)]
+mod models;
+mod mounts;
 mod properties;
+mod rules;
+mod streams;
 
 /// A function that takes any input.
 type Target = fn(&[u8]);
 
 /// The functions by name. `fuzz/Cargo.toml` has a target of each name.
-pub const TARGETS: [(&str, Target); 14] = [
+pub const TARGETS: [(&str, Target); 26] = [
     ("annotation", properties::annotation),
     ("arguments", client::arguments),
+    ("bootstrap", streams::bootstrap),
     ("bundle", disk::bundle),
+    ("bus", bus::message),
     ("cgroups_path", client::cgroups_path),
+    ("cpuset", rules::processors),
+    ("devices", rules::devices),
     ("face", properties::face),
+    ("file", disk::file),
     ("frame", client::frame),
+    ("journal", streams::journal),
+    ("limits", rules::limits),
+    ("log", streams::log),
+    ("mount", mounts::options),
+    ("mountinfo", mounts::mountinfo),
     ("name", client::name),
+    ("notify", streams::notify),
     ("options", client::options),
     ("process", client::process),
+    ("receive", streams::receive),
     ("record", disk::record),
     ("request", client::request),
     ("resources", client::resources),

@@ -1,5 +1,7 @@
 //! What systemd is told: properties that annotations ask for, descriptions and journal fields.
 
+use zbus::{Signature, Variant};
+
 use crate::id::{Namespace, TaskId, TaskKey};
 use crate::oci::bundle::Spec;
 use crate::oci::face;
@@ -8,6 +10,9 @@ use crate::text;
 use crate::unit::annotation::{self, Additions, Extension};
 
 use super::first_line;
+
+/// A longer body than that of any list of one property, in bytes: 4096 numbers and 16 KiB of text.
+const MAX_BODY: usize = 96 << 10;
 
 /// A property by name and value: what is accepted can be sent over D-Bus, and writes one line of a unit's file.
 pub(super) fn annotation(data: &[u8]) {
@@ -21,16 +26,44 @@ pub(super) fn annotation(data: &[u8]) {
             let additions = Additions::new(None, &checked.properties);
             let additions =
                 additions.unwrap_or_else(|error| panic!("a checked property is refused: {error}"));
-            for (name, signature) in additions.encode() {
+            let (sent, length) = additions.sent();
+            assert!(length <= MAX_BODY, "{name}: a body of {length} bytes");
+            assert_eq!(sent.len(), checked.properties.len());
+            for (name, value) in sent {
+                let signature = value.value_signature().to_string();
                 assert!(signature.len() <= 255, "{name}: a signature of {} characters", signature.len());
+                check_lines(&name, &value, 0);
             }
         }
     }
 }
 
+/// No text in a value writes more than one line of a unit's file, and no value is nested deep.
+fn check_lines(name: &str, value: &Variant<'_>, depth: usize) {
+    assert!(depth <= 8, "{name} is nested too deep");
+    match value {
+        Variant::Str(text) => assert_eq!(text::flaw(text.as_str()), None, "{name}: {text:?}"),
+        Variant::Array(array) if *array.element_signature() == Signature::U8 => {
+            // Masks and addresses are bytes, and systemd writes them as numbers.
+            let bytes: Vec<u8> = array.iter().filter_map(|byte| u8::try_from(byte).ok()).collect();
+            let is_number =
+                name.contains("Allowed") || name.starts_with("IPAddress") || name.ends_with("Mask");
+            let is_line = std::str::from_utf8(&bytes).is_ok_and(|text| text::flaw(text).is_none());
+            assert!(is_line || is_number || name == "CPUAffinity", "{name}: {bytes:?}");
+        }
+        Variant::Array(array) => array.iter().for_each(|element| check_lines(name, element, depth + 1)),
+        Variant::Structure(fields) => {
+            fields.fields().iter().for_each(|field| check_lines(name, field, depth + 1));
+        }
+        Variant::Bool(_) | Variant::F64(_) | Variant::U8(_) | Variant::I16(_) | Variant::U16(_) => {}
+        Variant::I32(_) | Variant::U32(_) | Variant::I64(_) | Variant::U64(_) => {}
+        other => panic!("{name}: {other:?} is of a type that is not read"),
+    }
+}
+
 /// The spec of a container: its description, identifier and journal fields are lines.
 pub(super) fn face(data: &[u8]) {
-    let Ok(spec) = serde_json::from_slice::<Spec>(data) else { return };
+    let Ok(spec) = Spec::parse(data) else { return };
     let (Ok(namespace), Ok(id)) = (Namespace::new("default"), TaskId::new("web")) else { return };
     let key = TaskKey::usual(namespace, id);
     let face = face::of(&key, &spec);

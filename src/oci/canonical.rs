@@ -93,7 +93,7 @@ fn written(values: &[&RawValue], shape: &Shape, others: Others) -> Result<String
                 }
                 let of_field = members.iter().filter(|(name, _)| names(name, field));
                 let values: Vec<_> = of_field.map(|(_, value)| *value).collect();
-                if !(is_null(&values.last().unwrap_or(value)) && is_unset(&values, shape)) {
+                if !(is_null(values.last().unwrap_or(value)) && is_unset(&values, shape)) {
                     object.member(field, &written(&values, shape, others)?)?;
                 }
             }

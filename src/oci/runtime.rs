@@ -17,6 +17,8 @@ use crate::task::request::Runtime;
 
 /// How much of the log's end is looked at for the reason of a failure.
 const LOG_TAIL_BYTES: u64 = 64 << 10;
+/// How many entries of it are looked at.
+const MOST_LOG_ENTRIES: usize = 200;
 
 /// A command of the OCI runtime that failed.
 #[derive(Debug, thiserror::Error)]
@@ -219,21 +221,26 @@ impl Cli<'_> {
     }
 }
 
-/// The last error of a log: objects of JSON, of a line each (runc, crun 1.21) or of several (crun 1.28).
 fn last_error(log: &Path) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Line {
-        level: String,
-        msg: String,
-    }
     let mut file = File::open(log).ok()?;
     let length = file.metadata().ok()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES))).ok()?;
     let mut text = Vec::new();
     file.take(LOG_TAIL_BYTES).read_to_end(&mut text).ok()?;
-    let text = String::from_utf8_lossy(&text);
+    last_error_in(&text)
+}
+
+/// The last error in the end of a log: objects of JSON, of a line each (runc, crun 1.21) or of several (crun 1.28).
+pub fn last_error_in(text: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Line {
+        level: String,
+        msg: String,
+    }
+    let text = String::from_utf8_lossy(text);
     let begins = text.match_indices('{').filter(|(at, _)| *at == 0 || text[..*at].ends_with('\n')).rev();
-    let mut lines = begins.filter_map(|(at, _)| {
+    // A text of nothing but beginnings is none of an OCI runtime.
+    let mut lines = begins.take(MOST_LOG_ENTRIES).filter_map(|(at, _)| {
         serde_json::Deserializer::from_str(&text[at..]).into_iter::<Line>().next()?.ok()
     });
     lines.find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic")).map(|line| line.msg)

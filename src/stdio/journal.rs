@@ -71,11 +71,7 @@ impl Lines {
         kept: PathBuf,
         limit: Arc<RateLimit>,
     ) -> Self {
-        let ours = [("OBJECT_SYSTEMD_UNIT", unit), ("SYSLOG_IDENTIFIER", identifier)];
-        let mut head = Vec::new();
-        for (name, value) in ours.into_iter().chain(fields) {
-            push_field(&mut head, name, value.as_bytes());
-        }
+        let head = head(unit, identifier, fields);
         let partial = std::fs::read(&kept).unwrap_or_default();
         Self { socket: None, head, partial, kept, limit, unsent: Missing::default(), line_max: LINE_MAX }
     }
@@ -202,12 +198,7 @@ impl Lines {
         message: &[u8],
         patience: Duration,
     ) -> Result<(), Undelivered> {
-        let mut datagram = self.head.clone();
-        push_field(&mut datagram, "PRIORITY", priority.as_bytes());
-        for (name, value) in fields {
-            push_field(&mut datagram, name, value.as_bytes());
-        }
-        push_field(&mut datagram, "MESSAGE", message);
+        let datagram = datagram(&self.head, priority, fields, message);
         // The second time over a new connection: journald's socket may have been made again.
         for earlier in [self.socket.take(), None] {
             let Some(socket) = earlier.or_else(|| connect().ok()) else {
@@ -247,6 +238,31 @@ fn connect() -> io::Result<UnixDatagram> {
     let _ = setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER);
     socket.connect(SOCKET)?;
     Ok(socket)
+}
+
+/// The fields that all lines of a stream have.
+pub fn head<'a>(
+    unit: &'a str,
+    identifier: &'a str,
+    fields: impl IntoIterator<Item = (&'a str, &'a str)>,
+) -> Vec<u8> {
+    let ours = [("OBJECT_SYSTEMD_UNIT", unit), ("SYSLOG_IDENTIFIER", identifier)];
+    let mut head = Vec::new();
+    for (name, value) in ours.into_iter().chain(fields) {
+        push_field(&mut head, name, value.as_bytes());
+    }
+    head
+}
+
+/// A line as journald takes it.
+pub fn datagram(head: &[u8], priority: &str, fields: &[(&str, &str)], message: &[u8]) -> Vec<u8> {
+    let mut datagram = head.to_vec();
+    push_field(&mut datagram, "PRIORITY", priority.as_bytes());
+    for (name, value) in fields {
+        push_field(&mut datagram, name, value.as_bytes());
+    }
+    push_field(&mut datagram, "MESSAGE", message);
+    datagram
 }
 
 fn push_field(datagram: &mut Vec<u8>, name: &str, value: &[u8]) {

@@ -413,14 +413,14 @@ impl Additions {
 
 #[cfg(any(test, fuzzing))]
 impl Additions {
-    /// The properties as a message carries them: name and signature of each. Panics if D-Bus can't carry one.
+    /// The properties as they arrive in a message, and the length of its body. Panics if D-Bus can't carry them.
     #[allow(clippy::panic)]
-    pub fn encode(&self) -> Vec<(String, String)> {
+    pub fn sent(&self) -> (Vec<(String, zbus::OwnedVariant)>, usize) {
         let message = zbus::Message::method_call("/o", "M").build(&self.0);
-        if let Err(error) = message {
-            panic!("D-Bus can't carry {:?}: {error}", self.0);
-        }
-        self.0.iter().map(|(name, value)| (name.clone(), value.value_signature().to_string())).collect()
+        let message = message.unwrap_or_else(|error| panic!("D-Bus can't carry {:?}: {error}", self.0));
+        let body = message.body();
+        let list = body.deserialize();
+        (list.unwrap_or_else(|error| panic!("{:?} can't be read again: {error}", self.0)), body.len())
     }
 }
 

@@ -24,7 +24,7 @@ pub mod proxy;
 pub mod reading;
 pub mod refs;
 pub mod relay;
-mod signals;
+pub mod signals;
 pub mod systemd;
 mod types;
 pub mod watch;

@@ -20,6 +20,14 @@ use super::{fd_store, name};
 #[derive(Debug)]
 pub struct Properties(pub(super) Vec<(&'static str, Variant<'static>)>);
 
+#[cfg(any(test, fuzzing))]
+impl Properties {
+    /// All of them, by their names.
+    pub fn all(&self) -> &[(&'static str, Variant<'static>)] {
+        &self.0
+    }
+}
+
 /// What systemd can do, by its version. The one place for differences between versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Systemd {

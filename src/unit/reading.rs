@@ -11,7 +11,8 @@ use super::main_process::MainProcess;
 use super::name;
 use super::proxy::{Manager, persist};
 
-pub(super) const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";
+/// The interface of services.
+pub const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";
 const JOB_INTERFACE: &str = "org.freedesktop.systemd1.Job";
 const UNKNOWN_PROPERTY: &str = "org.freedesktop.DBus.Error.UnknownProperty";
 pub(super) const UNIT_INTERFACE: &str = "org.freedesktop.systemd1.Unit";

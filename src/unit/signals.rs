@@ -17,21 +17,37 @@ use super::name;
 use super::reading::SERVICE_INTERFACE;
 
 /// systemd's name on the bus.
-pub(super) const SYSTEMD: &str = "org.freedesktop.systemd1";
-pub(super) const MANAGER_INTERFACE: &str = "org.freedesktop.systemd1.Manager";
-pub(super) const PROPERTIES_INTERFACE: &str = "org.freedesktop.DBus.Properties";
+pub const SYSTEMD: &str = "org.freedesktop.systemd1";
+/// The interface of systemd's manager.
+pub const MANAGER_INTERFACE: &str = "org.freedesktop.systemd1.Manager";
+/// The interface that announces changes of properties.
+pub const PROPERTIES_INTERFACE: &str = "org.freedesktop.DBus.Properties";
 /// The bus's own name, and its interface.
-pub(super) const BUS: &str = "org.freedesktop.DBus";
-const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
-const BUS_PATH: &str = "/org/freedesktop/DBus";
+pub const BUS: &str = "org.freedesktop.DBus";
+/// Where systemd's manager is on the bus.
+pub const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
+/// Where the bus itself is.
+pub const BUS_PATH: &str = "/org/freedesktop/DBus";
 
 /// What a signal says.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Signal {
+pub enum Signal {
     /// The main process of a service is no longer what it was.
-    Service { unit: UnitName, main: MainProcess },
+    Service {
+        /// The service.
+        unit: UnitName,
+        /// Its main process.
+        main: MainProcess,
+    },
     /// A job of a unit has ended.
-    Job { unit: UnitName, job: OwnedObjectPath, result: String },
+    Job {
+        /// The unit.
+        unit: UnitName,
+        /// The job's object.
+        job: OwnedObjectPath,
+        /// `done`, `failed`, …
+        result: String,
+    },
     /// systemd has read its units again.
     Reloaded,
     /// systemd's unique name is now this one; none while nobody has systemd's name.
@@ -41,7 +57,7 @@ pub(super) enum Signal {
 /// What a message says, if it is one of the signals above and comes from who may send it.
 ///
 /// `systemd`: systemd's present unique name.
-pub(super) fn read(message: &Message, systemd: Option<&OwnedUniqueName>) -> Option<Signal> {
+pub fn read(message: &Message, systemd: Option<&OwnedUniqueName>) -> Option<Signal> {
     let header = message.header();
     if header.message_type() != zbus::message::Type::Signal || header.destination().is_some() {
         return None;
