@@ -1,5 +1,6 @@
 //! Kills, stops and restarts the daemon, and waits for the next one.
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
@@ -61,36 +62,91 @@ pub fn killed() {
     wait_for_another(kill_now());
 }
 
-/// Runs `act` while the daemon is killed again and again, sometimes before it is ready. Returns the number of kills.
-pub fn killed_during<T>(act: impl FnOnce() -> T) -> (T, u64) {
-    repeated_during(kill_now, act)
+/// How often the daemon has been killed so far. How long that takes depends on the machine, so work that needs some kills
+/// goes on until there have been so many.
+#[derive(Default)]
+pub struct Kills {
+    count: AtomicU64,
+    is_over: AtomicBool,
+}
+
+impl Kills {
+    /// The number of kills so far.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// Whether there have been so many. Panics if there will be no more.
+    pub fn reached(&self, number: u64) -> bool {
+        let count = self.count();
+        let is_over = self.is_over.load(Ordering::Acquire);
+        assert!(
+            count >= number || !is_over,
+            "nobody kills the daemon after {count} kills, {number} are needed"
+        );
+        count >= number
+    }
+
+    /// Counts turns: at least so many, and more until there have been so many kills.
+    pub fn turns(&self, least: u32, kills: u64) -> impl Iterator<Item = u32> {
+        (0..).take_while(move |turn| *turn < least || !self.reached(kills))
+    }
+
+    /// Waits until there have been so many.
+    pub fn wait_for(&self, number: u64) {
+        (1..=number).for_each(|number| {
+            wait::until_true("the daemon is killed once more", || self.reached(number));
+        });
+    }
+}
+
+/// Runs `work` while the daemon is killed again and again, sometimes before it is ready. When this returns, the daemon
+/// serves again.
+pub fn killed_during<T>(work: impl FnOnce(&Kills) -> T) -> T {
+    repeated_during(kill_now, work)
 }
 
 /// As [`killed_during`], with a kill of the daemon's whole cgroup.
-pub fn cgroup_killed_during<T>(act: impl FnOnce() -> T) -> (T, u64) {
-    repeated_during(kill_cgroup_now, act)
+pub fn cgroup_killed_during<T>(work: impl FnOnce(&Kills) -> T) -> T {
+    repeated_during(kill_cgroup_now, work)
 }
 
-fn repeated_during<T>(kill: fn() -> u32, act: impl FnOnce() -> T) -> (T, u64) {
+fn repeated_during<T>(kill: fn() -> u32, work: impl FnOnce(&Kills) -> T) -> T {
+    let kills = Kills::default();
     let done = thread::scope(|scope| {
         let (end, ended) = mpsc::channel::<()>();
+        let kills = &kills;
         let killer = scope.spawn(move || {
-            let mut kills = 0;
-            let moment = |kills| Duration::from_millis(40 * (kills % 7));
-            while ended.recv_timeout(moment(kills)) == Err(RecvTimeoutError::Timeout) {
+            let _over = Over(kills);
+            let pause = || Duration::from_millis(40 * (kills.count() % 7));
+            while ended.recv_timeout(pause()) == Err(RecvTimeoutError::Timeout) {
                 kill();
-                kills += 1;
+                kills.count.fetch_add(1, Ordering::Release);
                 // systemd starts the next one after a pause: its own life is what counts.
                 wait::until("there is another daemon", pid);
+                // Where a daemon needs longer to start than it is given here, one of seven does serve nevertheless.
+                if kills.count() % 7 == 6 {
+                    wait::until("one of the daemons serves", serving);
+                }
             }
-            kills
         });
-        let done = act();
+        let done = work(kills);
         drop(end);
-        (done, killer.join().expect("the killer does not panic"))
+        killer.join().expect("the killer does not panic");
+        done
     });
     wait::until("the daemon serves again", serving);
+    println!("the daemon was killed {} times", kills.count());
     done
+}
+
+/// Says that there are no more kills, also when the thread that kills panics.
+struct Over<'k>(&'k Kills);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.is_over.store(true, Ordering::Release);
+    }
 }
 
 /// The pid of a daemon that has notified systemd that it is ready.

@@ -155,14 +155,14 @@ fn calls_are_answered_while_the_daemon_is_killed_at_once_and_again() {
     let node = Node::exclusive();
     run_one(&node);
     let before = Traces::take();
-    let ((), kills) = daemon::killed_during(|| {
-        for status in 0..20 {
+    daemon::killed_during(|kills| {
+        for turn in kills.turns(20, 20) {
+            let status = turn % 200;
             let container =
                 node.container("amid", Spec::sh(&format!("exit {status}"))).started(&Io::default());
             assert_eq!(container.exit_status(), status);
             assert_eq!(container.delete().expect("delete").exit_status, status);
         }
     });
-    assert!(kills >= 10, "only {kills} kills");
-    leaks::assert_none("twenty containers and many daemons", &before);
+    leaks::assert_none("containers and many daemons", &before);
 }

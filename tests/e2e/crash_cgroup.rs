@@ -113,8 +113,9 @@ fn containers_and_execs_work_while_the_daemons_cgroup_is_killed_again_and_again(
     let node = Node::exclusive();
     warm_up(&node);
     let before = Traces::take();
-    let ((), kills) = daemon::cgroup_killed_during(|| {
-        for status in 0..15 {
+    daemon::cgroup_killed_during(|kills| {
+        for turn in kills.turns(15, 15) {
+            let status = turn % 200;
             let fifos = Fifos::new("amid");
             let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
             let spec = Spec::sh(&format!("echo {status}; exec sleep 100000"));
@@ -128,16 +129,15 @@ fn containers_and_execs_work_while_the_daemons_cgroup_is_killed_again_and_again(
             assert_eq!(stdout.text(), format!("{status}\n"));
         }
     });
-    assert!(kills >= 10, "only {kills} kills");
-    leaks::assert_none("fifteen containers and many daemons", &before);
+    leaks::assert_none("containers and many daemons", &before);
 }
 
 #[test]
 fn terminals_work_while_the_daemons_cgroup_is_killed_again_and_again() {
     needs!(OurShim);
     let node = Node::exclusive();
-    let ((), kills) = daemon::cgroup_killed_during(|| {
-        for _ in 0..4 {
+    daemon::cgroup_killed_during(|kills| {
+        for _ in kills.turns(4, 8) {
             let spec = Spec::sh("echo ready; read line; echo got $line; exit 6").terminal();
             each_kind_on(&node, spec, |process, mut client| {
                 client.until("ready\r\n");
@@ -147,7 +147,6 @@ fn terminals_work_while_the_daemons_cgroup_is_killed_again_and_again() {
             });
         }
     });
-    assert!(kills >= 5, "only {kills} kills");
 }
 
 #[test]

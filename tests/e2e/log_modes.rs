@@ -239,7 +239,7 @@ fn any_user_can_open_its_own_stdout_again() {
 }
 
 /// The mode, and how many lines a minute go to the journal.
-fn limited(mode: &str, burst: u32) -> Any {
+pub fn limited(mode: &str, burst: u32) -> Any {
     let properties = format!("LogRateLimitBurst = \"uint32 {burst}\"\nLogRateLimitIntervalSec = \"60\"\n");
     let config_body = format!("Log = \"{mode}\"\n[Properties]\n{properties}");
     GenericOptions { config_body, ..Default::default() }.to_any()

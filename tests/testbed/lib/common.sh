@@ -12,6 +12,19 @@ run_root=${TESTBED_RUN:-/run/containerd-shim-testbed}
 say() { printf 'testbed: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
+# Runs a function; what it prints also goes to a file, for the summary. A command that fails and ends it is named there.
+logged() { # FILE FUNCTION ARGUMENT…
+    local log=$1
+    shift
+    mkdir -p "${log%/*}"
+    : >"$log"
+    {
+        set -E
+        trap 'say "aborted: $BASH_COMMAND: status $?, in line $LINENO of ${BASH_SOURCE[0]##*/}"' ERR
+        "$@"
+    } 2>&1 | tee "$log"
+}
+
 need_root() { [ "$(id -u)" = 0 ] || die "must run as root (mounts, cgroups, namespaces)"; }
 
 # Sources the functions of the image or of a lane.

@@ -58,11 +58,16 @@ set_ssh() {
         root@127.0.0.1)
 }
 
-# One connection carries all commands: a handshake takes long in an emulated machine.
+# One connection carries all commands: a handshake takes long in an emulated machine. The connection to the boot before
+# would carry nothing. A guest that has just said that it is ready may not take a connection yet.
 lane_ready() {
-    local ssh
+    local ssh start=$SECONDS
+    lane_clean
     set_ssh
-    "${ssh[@]}" -fNM -o ConnectTimeout=60 -o ServerAliveInterval=15 </dev/null >"$run/ssh.log" 2>&1
+    until "${ssh[@]}" -fNM -o ConnectTimeout=60 -o ServerAliveInterval=15 </dev/null >"$run/ssh.log" 2>&1; do
+        [ $((SECONDS - start)) -lt "$lane_timeout" ] || die "no connection to ${run##*/}: $(tail -n 3 "$run/ssh.log")"
+        sleep 1
+    done
 }
 
 # ssh runs the command through the guest's shell. The shell stays, so that it turns a death by a signal into an exit
@@ -88,4 +93,5 @@ lane_clean() {
     [ -e "$run/ssh" ] || return 0
     set_ssh
     "${ssh[@]}" -O exit >/dev/null 2>&1 || true
+    rm -f "$run/ssh"
 }
