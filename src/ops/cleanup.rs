@@ -150,7 +150,7 @@ impl Shim {
     /// Removes what an exec that has ended, or never ran, has outside of the daemon's memory.
     pub(super) async fn remove_exec(&self, entry: &Entry, process: &Process, id: &ExecId) -> Troubles {
         let mut troubles = Troubles::default();
-        process.live().client_ends.clear();
+        process.live().client_input = None;
         let removal = process.live().removal.take();
         let removed = match removal {
             Some(removal) => removal.await.is_ok_and(|removed| removed.is_ok()),

@@ -202,8 +202,9 @@ impl Shim {
         let exec = task.execs.get(id).ok_or_else(gone)?;
         let streams = Arc::new(self.streams(entry, Some(id)).ok_or_else(gone)?);
         let opened = self.open_streams(&streams).await?;
-        // A start that fails can be tried again: the same client reads then.
-        process.live().client_ends = opened.client_ends()?;
+        // A start that fails can be tried again, with the same input. The client does see the end of the output: clients
+        // wait for it before they return the error.
+        process.live().client_input = opened.client_input()?;
         fault::point(Point::ExecStartOpened);
         let dir = self.store.exec_dir(&entry.key, id);
         let doorbell = open_doorbell(&dir)?;

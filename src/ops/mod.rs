@@ -96,9 +96,9 @@ pub struct Live {
     session: Session,
     /// The size of its terminal's window, columns and rows, as last asked for.
     window: Option<(u16, u16)>,
-    /// The client's FIFOs, from a start that is under way or has failed: the client sees no end of file, and
-    /// its input is not lost, before another start or Delete.
-    client_ends: Vec<OwnedFd>,
+    /// The client's FIFO for input, from a start that is under way or has failed: input is not lost before another
+    /// start or Delete.
+    client_input: Option<OwnedFd>,
     /// How much of the container's output the daemon copies to the journal: of init, for all its execs.
     journal_limit: Arc<RateLimit>,
     /// What the container says to systemd.

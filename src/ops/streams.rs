@@ -95,17 +95,13 @@ enum From {
 }
 
 impl Opened {
-    /// The client's FIFOs once more.
+    /// The client's FIFO for input once more.
     ///
     /// # Errors
     /// There are no more descriptors.
-    pub(super) fn client_ends(&self) -> Result<Vec<OwnedFd>, Error> {
-        let outputs = self.copies.iter().filter_map(|copy| {
-            let fifo = copy.sinks.fifo.as_ref().map(|fifo| fifo.get_ref().as_fd());
-            fifo.or_else(|| copy.sinks.held.as_ref().map(AsFd::as_fd))
-        });
-        let fifos = outputs.chain(self.stdin.as_ref().map(AsFd::as_fd));
-        fifos.map(|fifo| fifo.try_clone_to_owned().map_err(Error::Watch)).collect()
+    pub(super) fn client_input(&self) -> Result<Option<OwnedFd>, Error> {
+        let input = self.stdin.as_ref().map(|fifo| fifo.as_fd().try_clone_to_owned());
+        input.transpose().map_err(Error::Watch)
     }
 }
 
@@ -236,7 +232,7 @@ impl Shim {
             terminal.resize(columns, rows).map_err(Error::Terminal)?;
         }
         live.session = session;
-        live.client_ends.clear();
+        live.client_input = None;
         Ok(())
     }
 

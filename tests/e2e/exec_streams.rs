@@ -184,6 +184,27 @@ fn an_exec_whose_start_failed_starts_again_for_the_same_client() {
     }
 }
 
+/// containerd's client library waits for it before it returns the error of the start.
+#[test]
+fn the_client_of_an_exec_whose_start_failed_sees_the_end_of_its_output() {
+    needs!(OurShim); // the stock shim has not opened the FIFOs then
+    let node = Node::shared();
+    let container = sleeping(&node);
+    for terminal in [false, true] {
+        let fifos = Fifos::new("failed");
+        let (mut stdout, mut stderr) = (fifos.stdout(), fifos.stderr());
+        let spec = Spec::new(&["/no/such/program"]);
+        let (spec, io) = if terminal { (spec.terminal(), fifos.terminal()) } else { (spec, fifos.output()) };
+        let exec = container.exec(spec).added(&io);
+        exec.start().expect_err("there is no such program");
+        assert_eq!(stdout.text(), "");
+        if !terminal {
+            assert_eq!(stderr.text(), "");
+        }
+        exec.delete().expect("delete");
+    }
+}
+
 #[test]
 fn any_user_can_open_its_own_stdout_again() {
     let node = Node::shared();
