@@ -48,7 +48,8 @@ fn many_connections_outlive_the_daemon() {
         disturbance.pass(&node);
         shims.iter().for_each(|shim| assert_eq!(ask(shim).pid, pid, "after a {}", disturbance.name()));
     }
-    assert!(kept() >= before + count, "systemd keeps {} descriptors", kept());
+    // Entries that were empty before are among them.
+    assert!(kept() >= count, "systemd keeps {} descriptors", kept());
     drop(shims);
     wait::until_true("closed connections are not kept", || kept() <= before + IDLE);
     assert_eq!(container.exec_sh("exit 6").exit_status(), 6);
