@@ -341,6 +341,10 @@ pub fn shorten(data: &mut [String]) -> Option<PathBuf> {
         return None;
     }
     let layers: Vec<PathBuf> = option[LOWER.len()..].split(':').map(PathBuf::from).collect();
+    // An empty one stands before layers of data only, and a relative one shares no directory with others.
+    if !layers.iter().all(|layer| layer.is_absolute()) {
+        return None;
+    }
     let mut home = layers.first()?.parent()?.to_owned();
     while !layers.iter().all(|layer| layer.starts_with(&home)) {
         home = home.parent()?.to_owned();
@@ -400,6 +404,11 @@ mod tests {
         let mut data = ["lowerdir=/s/1/fs:/s/1".to_owned()];
         assert_eq!(shorten(&mut data), Some(PathBuf::from("/s/1")));
         assert_eq!(data, ["lowerdir=fs:."]);
+        for odd in ["lowerdir=s/1::/s/2", "lowerdir=s/1:s/2"] {
+            let mut data = [odd.to_owned()];
+            assert_eq!(shorten(&mut data), None);
+            assert_eq!(data, [odd]);
+        }
         // One layer, with a colon in its name.
         let mut data = [r"lowerdir=/s/1\:/s/2".to_owned()];
         assert_eq!(shorten(&mut data), None);
