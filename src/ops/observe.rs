@@ -233,13 +233,20 @@ impl Shim {
     }
 
     /// Takes in what an earlier daemon left: records become tasks, and each is compared with its unit. A record
-    /// that has crashed daemons before is moved aside instead.
+    /// that has crashed daemons before is moved aside instead. Directories without a record are removed.
     ///
     /// # Errors
     /// The records can't be listed.
     pub async fn recover(self: &Arc<Self>, crashes: &Arc<Crashes>) -> Result<(), Error> {
         let (store, crashes) = (self.store.clone(), crashes.clone());
-        let (records, owed) = blocking(move || (store.load_all(&crashes), store.load_owed())).await?;
+        let load = move || {
+            // Remains cost some memory, and nothing else: tasks are recovered all the same.
+            if let Err(error) = store.remove_remains() {
+                tracing::warn!(%error, "what earlier removals have left can't be removed: {error}");
+            }
+            (store.load_all(&crashes), store.load_owed())
+        };
+        let (records, owed) = blocking(load).await?;
         let records = records?;
         let is_recorded = |owed: &Task| {
             let recorded = records.iter().flatten();

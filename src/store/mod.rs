@@ -221,12 +221,49 @@ impl Store {
     fn set_aside(&self, key: &TaskKey) -> Option<Error> {
         let dir = self.root.join(CRASHED);
         let path = self.dir(key).join(RECORD);
-        let to = dir.join(format!("{}:{}.json", key.namespace, key.word()));
+        let to = self.aside(key);
         match make_dir(&dir).and_then(|()| fs::rename(&path, &to)) {
             Ok(()) => Some(Error::SetAside { path, to }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => Some(io_error("move", &path)(error)),
         }
+    }
+
+    /// Where the record of a task is that was set aside.
+    fn aside(&self, key: &TaskKey) -> PathBuf {
+        self.root.join(CRASHED).join(format!("{}:{}.json", key.namespace, key.word()))
+    }
+
+    /// Removes the directories of tasks without a record, and those of namespaces without tasks: an earlier daemon ended
+    /// while it removed or made them. The caller recovers: no task is created meanwhile.
+    ///
+    /// # Errors
+    /// Only for the directory of all records; a directory that can't be removed is logged.
+    pub fn remove_remains(&self) -> Result<(), Error> {
+        let is_missing = |path: PathBuf| {
+            fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        };
+        for namespace in entries(&self.root)? {
+            let Ok(namespace) = Namespace::new(&namespace) else {
+                continue;
+            };
+            let dir = self.root.join(namespace.as_str());
+            for word in entries(&dir)? {
+                let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
+                    continue;
+                };
+                // Whoever moves a record back that was set aside needs the rest of the directory.
+                if is_missing(self.dir(&key).join(RECORD))
+                    && is_missing(self.aside(&key))
+                    && let Err(error) = self.remove(&key)
+                {
+                    tracing::warn!(task = %key, %error, "what is left of task {key} can't be removed: {error}");
+                }
+            }
+            // It is not empty if it has tasks.
+            let _ = fs::remove_dir(dir);
+        }
+        Ok(())
     }
 
     /// Removes a task's directory; it is no error if there is none.

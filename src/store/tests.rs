@@ -243,3 +243,29 @@ fn owed_events_outlive_the_task_and_go_when_accepted() {
     owing.update(&a).unwrap();
     assert!(store.load_owed().unwrap().is_empty());
 }
+
+#[test]
+fn what_has_no_record_is_removed_and_what_was_set_aside_is_kept() {
+    let (_scratch, store) = Scratch::new("remains");
+    let all = ["recorded", "half-removed", "set-aside"].map(task);
+    all.iter().for_each(|task| store.create(task, b"A=1").unwrap());
+    let [recorded, half_removed, set_aside] = all.map(|task| task.key);
+    // As a daemon leaves it that is killed while it removes the directory.
+    fs::remove_file(store.dir(&half_removed).join(RECORD)).unwrap();
+    store.set_aside(&set_aside).unwrap();
+    fs::create_dir(store.root.join("empty")).unwrap();
+    store.remove_remains().unwrap();
+    assert_eq!([&recorded, &half_removed, &set_aside].map(|key| store.knows(key)), [true, false, true]);
+    assert!(store.load(&recorded).unwrap().is_some());
+    assert!(!store.root.join("empty").exists());
+    assert!(store.root.join("default").exists());
+}
+
+#[test]
+fn the_directory_of_a_namespace_goes_with_the_last_remains() {
+    let (_scratch, store) = Scratch::new("last-remains");
+    fs::create_dir_all(store.dir(&task("a").key)).unwrap();
+    store.remove_remains().unwrap();
+    assert_eq!(entries(&store.root).unwrap(), [""; 0]);
+    store.remove_remains().unwrap();
+}
