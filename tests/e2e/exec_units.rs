@@ -35,7 +35,10 @@ fn the_main_process_of_an_execs_unit_is_the_exec() {
         let (unit, pid) = (unit_of_exec(&container, &exec), exec.pid());
         assert_eq!(systemd::property(&unit, "ActiveState"), "activating", "{unit}");
         assert_eq!(systemd::main_pid(&unit), pid);
-        assert_eq!(process::status(pid, "PPid").as_deref(), Some("1"));
+        // `launch` ends once systemd has the process, and the answer to Start may come before.
+        wait::until_true("the exec is a child of PID 1", || {
+            process::status(pid, "PPid").as_deref() == Some("1")
+        });
         assert_eq!(systemd::property(&unit, "Slice"), SLICE);
 
         let its_own = systemd::cgroup(&unit).map(|cgroup| systemd::processes_below(&cgroup));
