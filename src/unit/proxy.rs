@@ -16,6 +16,9 @@ use super::job::{JobWaiter, Jobs, StartJob};
 use super::properties::{Properties, Systemd};
 use super::refs::Refs;
 
+/// How often a unit is looked at whose job may have ended unheard.
+const RECHECK: Duration = Duration::from_secs(1);
+
 /// How long a call waits for a connection, and how long for its answer.
 pub(super) const CALL_LIMIT: Duration = Duration::from_secs(25);
 
@@ -364,6 +367,9 @@ impl Manager {
                 _ = waiter.ended(verb, None) => {}
                 // What has ended before could not be heard.
                 _ = listening.changed() => {}
+                // systemd 262 that executes itself may send the signal before it has its subscribers back: nothing
+                // announces that.
+                () = tokio::time::sleep(RECHECK) => {}
             }
         }
     }
