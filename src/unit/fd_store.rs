@@ -141,9 +141,7 @@ impl FdStore {
             found.extend(contents);
         }
         let store = Self { notifier, limit, state: Mutex::new(state) };
-        if let Err(error) = store.make_spare() {
-            tracing::warn!(%error, "no empty holder is in systemd's descriptor store: {error}");
-        }
+        store.make_spare();
         (store, found)
     }
 
@@ -158,8 +156,7 @@ impl FdStore {
     /// [`Error::Full`]
     pub fn has_room(&self) -> Result<(), Error> {
         let (count, limit) = (self.state(|state| state.count()), self.limit);
-        let begins = limit.saturating_sub(STORE_RESERVE as usize);
-        if count > begins { Err(Error::Full { count, limit }) } else { Ok(()) }
+        if count > self.limit_of_new_work() { Err(Error::Full { count, limit }) } else { Ok(()) }
     }
 
     /// Keeps descriptors under a name, beside those that are kept under that name already.
@@ -187,9 +184,7 @@ impl FdStore {
             state.used.entry(name.to_owned()).or_default().push(holder);
             self.warn(state);
         });
-        if let Err(error) = self.make_spare() {
-            tracing::warn!(%error, "no empty holder is in systemd's descriptor store: {error}");
-        }
+        self.make_spare();
         Ok(())
     }
 
@@ -226,16 +221,20 @@ impl FdStore {
         }
     }
 
-    /// Sees to it that an empty holder is in the store.
-    fn make_spare(&self) -> Result<(), Error> {
+    /// Makes empty holders if there is at most one. Without any, the next descriptor waits for systemd.
+    fn make_spare(&self) {
         if !self.notifier.has_systemd() || self.state(|state| state.idle.len() > 1) {
-            return Ok(());
+            return;
         }
         for _ in 0..SPARE {
-            let holder = self.make()?;
-            self.state(|state| state.idle.push(holder));
+            match self.make() {
+                Ok(holder) => self.state(|state| state.idle.push(holder)),
+                Err(error) => {
+                    tracing::warn!(%error, "can't add an empty holder to systemd's descriptor store: {error}");
+                    return;
+                }
+            }
         }
-        Ok(())
     }
 
     fn make(&self) -> Result<Named, Error> {
@@ -264,9 +263,14 @@ impl FdStore {
             tracing::warn!(
                 "systemd's descriptor store has {count} entries of this daemon, the limit is {}: at {} no container, exec or connection is accepted any more",
                 self.limit,
-                self.limit.saturating_sub(STORE_RESERVE as usize)
+                self.limit_of_new_work()
             );
         }
+    }
+
+    /// With more entries than this, no new work is accepted.
+    fn limit_of_new_work(&self) -> usize {
+        self.limit.saturating_sub(STORE_RESERVE as usize)
     }
 
     fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
