@@ -93,7 +93,7 @@ impl CommandLine {
     fn spawn(&self, cli: &Cli<'_>, command: &Command) -> io::Result<spawn::Child> {
         let cgroup = self.cgroup.as_deref().map(cgroup::open_made).transpose().map_err(io::Error::other)?;
         let cgroup = cgroup.as_ref().map(AsFd::as_fd);
-        spawn::spawn(command, &Setup { lock: &cli.lock(), cgroup, namespaces: &[] })
+        spawn::spawn(command, &Setup { lock: &cli.lock(), cgroup })
     }
 }
 

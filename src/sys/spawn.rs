@@ -1,6 +1,6 @@
-//! Starts a program in another cgroup and other namespaces than this process's.
+//! Starts a program in another cgroup than this process's.
 //!
-//! The standard library can do neither. The child is born in its cgroup (clone3(2), `CLONE_INTO_CGROUP`): it is
+//! The standard library can't. The child is born in its cgroup (clone3(2), `CLONE_INTO_CGROUP`): it is
 //! never a member of this process's, and no move between cgroups has to wait for an RCU grace period.
 
 use std::ffi::{CStr, CString, OsStr};
@@ -15,7 +15,6 @@ use std::process::{Command, ExitStatus};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::libc;
-use nix::sched::CloneFlags;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 
 use super::{child, ended, errno};
@@ -27,8 +26,6 @@ pub struct Setup<'a> {
     pub lock: &'a Path,
     /// The directory of the cgroup in which it starts. Without one, it starts in that of this process.
     pub cgroup: Option<BorrowedFd<'a>>,
-    /// The namespaces that it enters.
-    pub namespaces: &'a [(OwnedFd, CloneFlags)],
 }
 
 /// A child of this process. The caller takes its exit with [`Child::wait`]; until then it keeps its number.
@@ -117,7 +114,7 @@ pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) };
     if pid == 0 {
         // SAFETY: this is the child.
-        unsafe { be_child(&program, &lock, setup.namespaces, reporter.as_raw_fd()) }
+        unsafe { be_child(&program, &lock, reporter.as_raw_fd()) }
     }
     let pid = Errno::result(pid)?;
     drop(reporter);
@@ -140,15 +137,10 @@ pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
 ///
 /// # Safety
 /// To be called in a child of clone3(2) only. Everything in here must be async-signal-safe.
-unsafe fn be_child(
-    program: &Program,
-    lock: &CStr,
-    namespaces: &[(OwnedFd, CloneFlags)],
-    reporter: RawFd,
-) -> ! {
+unsafe fn be_child(program: &Program, lock: &CStr, reporter: RawFd) -> ! {
     // SAFETY: system calls, on memory that the parent has prepared and on descriptors of this child.
     unsafe {
-        let failed = match prepare(lock, namespaces) {
+        let failed = match prepare(lock) {
             Ok(()) => {
                 libc::execve(program.path.as_ptr(), program.argv.as_ptr(), program.envp.as_ptr());
                 Errno::last()
@@ -163,7 +155,7 @@ unsafe fn be_child(
 
 /// # Safety
 /// As [`be_child`].
-unsafe fn prepare(lock: &CStr, namespaces: &[(OwnedFd, CloneFlags)]) -> Result<(), Errno> {
+unsafe fn prepare(lock: &CStr) -> Result<(), Errno> {
     // SAFETY: as in `be_child`.
     unsafe {
         child::take_all_signals()?;
@@ -175,9 +167,6 @@ unsafe fn prepare(lock: &CStr, namespaces: &[(OwnedFd, CloneFlags)]) -> Result<(
         }
         child::lock(lock)?;
         child::be_ordinary_to_the_oom_killer();
-        for (namespace, kind) in namespaces {
-            Errno::result(libc::setns(namespace.as_raw_fd(), kind.bits()))?;
-        }
     }
     Ok(())
 }
@@ -188,7 +177,7 @@ mod tests {
     use std::fs;
 
     fn setup(lock: &Path) -> Setup<'_> {
-        Setup { lock, cgroup: None, namespaces: &[] }
+        Setup { lock, cgroup: None }
     }
 
     fn shell(script: &str) -> Command {
@@ -199,43 +188,34 @@ mod tests {
 
     #[tokio::test]
     async fn a_child_has_its_arguments_and_environment_and_its_end_is_known() {
-        let dir = tempfile("spawn");
-        let (out, lock) = (dir.join("out"), dir.join("lock"));
+        let dir = tempfile::tempdir().unwrap();
+        let (out, lock) = (dir.path().join("out"), dir.path().join("lock"));
         let script = format!("echo \"$WORD\" >{}; exit 7", out.display());
         let mut child = spawn(&shell(&script), &setup(&lock)).unwrap();
         assert_eq!(child.wait().await.unwrap().code(), Some(7));
         assert_eq!(fs::read_to_string(&out).unwrap(), "two words\n");
         let mut killed = spawn(&shell("kill -9 $$"), &setup(&lock)).unwrap();
         assert_eq!(killed.wait().await.unwrap().signal(), Some(9));
-        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
     fn a_program_that_is_not_there_is_an_error_and_leaves_no_child() {
-        let dir = tempfile("spawn-missing");
+        let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new("/no/such/program");
         command.env_clear();
-        let error = spawn(&command, &setup(&dir.join("lock"))).unwrap_err();
+        let error = spawn(&command, &setup(&dir.path().join("lock"))).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
-        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[tokio::test]
     async fn a_second_child_does_not_get_the_lock_of_the_first() {
-        let dir = tempfile("spawn-lock");
-        let lock = dir.join("lock");
+        let dir = tempfile::tempdir().unwrap();
+        let lock = dir.path().join("lock");
         let mut first = spawn(&shell("sleep 1000"), &setup(&lock)).unwrap();
         let error = spawn(&shell("exit 0"), &setup(&lock)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(child::LOCK_IS_HELD as i32));
         super::super::tree::kill(first.id());
         first.wait().await.unwrap();
         spawn(&shell("exit 0"), &setup(&lock)).unwrap().wait().await.unwrap();
-        fs::remove_dir_all(&dir).unwrap();
-    }
-
-    fn tempfile(name: &str) -> std::path::PathBuf {
-        let dir = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
-        dir
     }
 }
