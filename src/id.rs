@@ -276,6 +276,14 @@ impl fmt::Display for TaskKey {
     }
 }
 
+impl UnitName {
+    /// A name that is a constant of this program. A unit test checks each of them.
+    pub(crate) fn constant(name: &'static str) -> Self {
+        debug_assert!(check_unit_name("unit name", name).is_ok());
+        Self(name.into())
+    }
+}
+
 /// What names a process on this node: a task's init, or one of its execs.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ProcessKey {

@@ -102,7 +102,7 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let execs = task.execs.values().flat_map(|exec| std::iter::once(&exec.unit).chain(&exec.logger));
     let execs = std::future::ready(execs.cloned().collect());
     block_on(async {
-        let manager = unit::proxy::Manager::default();
+        let manager = unit::manager::Manager::default();
         troubles.join(
             cleanup::remove_task(&manager, &CommandLine::default(), task, &dir, Stop::Killed, execs).await,
         );

@@ -32,8 +32,8 @@ use crate::transport::durable::Durable;
 use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::Leases;
 use crate::unit::fd_store::FdStore;
+use crate::unit::manager::Manager;
 use crate::unit::observations::Observations;
-use crate::unit::proxy::Manager;
 use crate::unit::refs::Refs;
 use crate::unit::{name, properties, watch};
 use crate::{config, sys, telemetry};
@@ -107,21 +107,19 @@ struct Waking {
 impl Waking {
     /// Only where the daemon is stopped by hand: after a restart the next one is there itself.
     async fn leave(&self) -> Result<(), String> {
-        let unit = |name: &str| UnitName::new(name).map_err(|error| error.to_string());
-        let job = self.manager.job_type(&unit(name::DAEMON_SERVICE)?).await;
+        let job = self.manager.job_type(&name::daemon_service()).await;
         if job.map_err(|error| error.to_string())?.as_deref() != Some("stop") {
             return Ok(());
         }
         let command = [self.program.to_string_lossy().into_owned(), "wake".to_owned()];
         let wake = properties::wake(&command, self.connections.news()).map_err(|error| error.to_string())?;
-        let started = self.manager.start_transient(&unit(name::WAKE_SERVICE)?, &wake).await;
+        let started = self.manager.start_transient(&name::wake_service(), &wake).await;
         started.map_err(|error| error.to_string())
     }
 
     /// The daemon is there: nobody has to be woken.
     async fn dismiss(manager: &Manager) -> Result<(), Failure> {
-        let unit = UnitName::new(name::WAKE_SERVICE).map_err(Failure::new)?;
-        manager.stop_without_waiting(&unit).await.map_err(Failure::new)
+        manager.stop_without_waiting(&name::wake_service()).await.map_err(Failure::new)
     }
 }
 

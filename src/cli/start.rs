@@ -5,7 +5,6 @@
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, Permissions};
-use std::io;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -20,8 +19,8 @@ use crate::launch::{inherited, namespaces};
 use crate::oci::bundle;
 use crate::task::request::Containerd;
 use crate::transport::sockets::{Leases, Socket};
+use crate::unit::manager::Manager;
 use crate::unit::properties;
-use crate::unit::proxy::Manager;
 use crate::unit::{self, name, watch};
 use crate::{cgroup, config};
 
@@ -212,24 +211,21 @@ async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
     let (listening, first) = tokio::sync::oneshot::channel();
     let watching = tokio::spawn(watch::run(manager.clone(), observations, listening));
     let up = async {
-        first.await.map_err(|_| unit::error::Error::Unreachable { reason: "no answer".to_owned() })?;
+        first.await.map_err(|_| unit::error::Error::no_answer())?;
         let systemd = manager.systemd().await?;
-        let unreachable =
-            |error: crate::id::InvalidName| unit::error::Error::Unreachable { reason: error.to_string() };
-        let socket = crate::id::UnitName::new(name::DAEMON_SOCKET).map_err(unreachable)?;
+        let (socket, service) = (name::daemon_socket(), name::daemon_service());
         match manager.start(&socket).await {
             Err(unit::error::Error::NotLoaded { .. }) => {}
             Err(unit::error::Error::Job { .. }) => {
                 // systemd starts no socket whose service runs: somebody has stopped the socket alone.
-                let service = crate::id::UnitName::new(name::DAEMON_SERVICE).map_err(unreachable)?;
                 manager.stop(&service).await?;
                 return manager.start(&socket).await;
             }
             installed => return installed,
         }
         let command = [program.to_string_lossy().into_owned(), "serve".to_owned()];
-        let service = properties::daemon_service(systemd, &command);
-        let aux = Some((name::DAEMON_SERVICE, &service));
+        let daemon = properties::daemon_service(systemd, &command);
+        let aux = Some((&service, &daemon));
         let listening = properties::daemon_socket(Socket::all().map(Socket::path));
         match manager.start_transient_with(&socket, &listening, aux).await {
             // The service is there already: it was stopped, and units that refer to it keep it loaded.
@@ -239,13 +235,7 @@ async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
     };
     let result = tokio::time::timeout(config::START_LIMIT, up).await;
     watching.abort();
-    result.map_err(|_: tokio::time::error::Elapsed| unit::error::Error::Unreachable {
-        reason: timed_out().to_string(),
-    })?
-}
-
-fn timed_out() -> io::Error {
-    io::ErrorKind::TimedOut.into()
+    result.map_err(|_: tokio::time::error::Elapsed| unit::error::Error::no_answer())?
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use zbus::message::Type;
 use zbus::names::OwnedUniqueName;
 use zbus::{Message, OwnedObjectPath, Variant};
 
+use crate::unit::bus::SERVICE_INTERFACE;
 use crate::unit::name;
-use crate::unit::reading::SERVICE_INTERFACE;
 use crate::unit::signals::{
     self, BUS, BUS_PATH, MANAGER_INTERFACE, MANAGER_PATH, PROPERTIES_INTERFACE, SYSTEMD, Signal,
 };

@@ -14,9 +14,9 @@ use crate::store::Store;
 use crate::task::Placement;
 use crate::unit::name;
 
-use super::contract::{LAUNCH_ERROR, PID_FILE};
+use super::contract::{LAUNCH_ERROR, NOTIFY_SOCKET, PID_FILE, WATCHDOG_USEC};
 use super::error::{Error, system};
-use super::process::{NOTIFY_SOCKET, Process, WATCHDOG_USEC, equip};
+use super::process::Process;
 use super::streams::Streams;
 use super::{cgroup as launch_cgroup, inherited, namespaces};
 
@@ -64,7 +64,7 @@ fn become_runtime(process: &Process<'_>) -> Result<Infallible, Error> {
     let streams = Streams::open(process)?;
     process.with_runtime(|program| {
         let mut command = cli.create(program, bundle, &pid_file, console);
-        equip(&mut command, &streams)?;
+        streams.equip(&mut command)?;
         // exec also gives SIGPIPE its default back, which Rust had ignored.
         Err(Error::Exec { verb: "create", binary: program.to_owned(), source: command.exec() })
     })

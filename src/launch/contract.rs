@@ -14,6 +14,12 @@ pub const SEALED_RUNTIME: &str = "CONTAINERD_SHIM_SYSTEMD_RUNTIME";
 /// The variable that says in which cgroup the OCI runtime works while it creates a container.
 pub const LAUNCH_CGROUP: &str = "CONTAINERD_SHIM_SYSTEMD_CGROUP";
 
+/// Where a service notifies systemd (sd_notify(3)).
+pub const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
+
+/// The time of a service's watchdog (sd_watchdog_enabled(3)).
+pub const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
+
 /// The PID file of a container's unit: the OCI runtime writes it, and systemd reads the main process from it.
 pub const PID_FILE: &str = "init.pid";
 

@@ -9,7 +9,7 @@ use crate::task::phase::Exit;
 use super::bounded::{self, End};
 use super::contract::{EXEC_PID_FILE, Outcome, PROCESS_SPEC};
 use super::error::{Error, system};
-use super::process::{Process, equip};
+use super::process::Process;
 use super::streams::Streams;
 use super::{cgroup, handoff, inherited, namespaces, report};
 
@@ -50,7 +50,7 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     let streams = Streams::open(process)?;
     let ended = process.with_runtime(|program| {
         let mut command = cli.exec(program, &spec, &pid_file, console);
-        equip(&mut command, &streams)?;
+        streams.equip(&mut command)?;
         let failed = |source| Error::Exec { verb: runtime::EXEC, binary: program.to_owned(), source };
         bounded::run(&mut command, limit).map_err(failed)
     })?;

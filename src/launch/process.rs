@@ -3,9 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use crate::id::ExecId;
 use crate::oci::runtime::Cli;
@@ -15,14 +13,8 @@ use crate::task::Task;
 use crate::task::wiring::Wiring;
 use crate::unit::name;
 
-use super::contract::{LAUNCH_CGROUP, LAUNCHED, SEALED_RUNTIME};
+use super::contract::{LAUNCHED, SEALED_RUNTIME};
 use super::error::Error;
-use super::streams::Streams;
-
-/// sd_notify(3)
-pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
-/// sd_watchdog_enabled(3)
-pub(super) const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
 
 /// The process to launch.
 pub(super) struct Process<'a> {
@@ -82,17 +74,4 @@ impl<'a> Process<'a> {
 /// The daemon's copy of the OCI runtime, if it has one.
 fn sealed_runtime() -> Option<File> {
     std::env::var(SEALED_RUNTIME).ok()?.parse::<Place>().ok()?.open()
-}
-
-/// Gives a command of the OCI runtime the streams of the process, and an environment without what is for `launch`.
-pub(super) fn equip(command: &mut Command, streams: &Streams) -> Result<(), Error> {
-    command.env_remove(SEALED_RUNTIME).env_remove(LAUNCH_CGROUP);
-    // runc would make a socket of its own for the container, and wait for it at every start.
-    command.env_remove(NOTIFY_SOCKET).env_remove(WATCHDOG_USEC);
-    let [stdin, stdout, stderr] = streams.to_stdio()?;
-    command.stdin(stdin).stdout(stdout).stderr(stderr);
-    // glibc's posix_spawn(3) leaves signal 32 ignored, which the container's process would inherit. With a group to
-    // set (the one it has), the standard library does not use posix_spawn(3).
-    command.gid(0);
-    Ok(())
 }

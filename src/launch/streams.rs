@@ -1,7 +1,8 @@
 //! The standard streams of the process that is launched.
 
 use std::fs::{File, OpenOptions};
-use std::process::Stdio;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 
 use nix::unistd::{Gid, Uid, fchown};
 
@@ -9,6 +10,7 @@ use crate::config;
 use crate::stdio::fifo;
 use crate::task::wiring::{Input, Output};
 
+use super::contract::{LAUNCH_CGROUP, NOTIFY_SOCKET, SEALED_RUNTIME, WATCHDOG_USEC};
 use super::error::{Error, system};
 use super::process::Process;
 
@@ -39,7 +41,20 @@ impl Streams {
         Ok(Self([stdin, stdout, stderr]))
     }
 
-    pub(super) fn to_stdio(&self) -> Result<[Stdio; 3], Error> {
+    /// Gives the streams to a command of the OCI runtime, and an environment without what is for `launch`.
+    pub(super) fn equip(&self, command: &mut Command) -> Result<(), Error> {
+        command.env_remove(SEALED_RUNTIME).env_remove(LAUNCH_CGROUP);
+        // runc would make a socket of its own for the container, and wait for it at every start.
+        command.env_remove(NOTIFY_SOCKET).env_remove(WATCHDOG_USEC);
+        let [stdin, stdout, stderr] = self.to_stdio()?;
+        command.stdin(stdin).stdout(stdout).stderr(stderr);
+        // glibc's posix_spawn(3) leaves signal 32 ignored, which the container's process would inherit. With a group
+        // to set (the one it has), the standard library does not use posix_spawn(3).
+        command.gid(0);
+        Ok(())
+    }
+
+    fn to_stdio(&self) -> Result<[Stdio; 3], Error> {
         let stdio = |stream: &Stream| match stream {
             Stream::Null => Ok(Stdio::null()),
             Stream::Inherited => Ok(Stdio::inherit()),

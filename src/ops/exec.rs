@@ -26,7 +26,7 @@ use crate::task::phase::{Exit, Seen};
 use crate::task::registry::{Taken, Verb};
 use crate::task::request::Stdio;
 use crate::task::wiring::Wiring;
-use crate::unit::reading::Starting;
+use crate::unit::manager::query::Starting;
 use crate::unit::{self, name, properties};
 
 use super::cleanup::{Stop, remove_unit};

@@ -38,7 +38,7 @@ impl Shim {
 
     /// systemd keeps accounts of what it has removed, and the record those that containerd asks for.
     async fn last_stats(&self, task: &Task, events: MemoryEvents) -> Result<Stats, Error> {
-        let account = self.manager.account(&task.unit).await?;
+        let account = self.manager.usage(&task.unit).await?;
         let mut stats = Stats::default();
         stats.cpu.stat.usage_usec = account.cpu_usec;
         stats.memory.peak = account.memory_peak;

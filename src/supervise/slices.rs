@@ -11,8 +11,8 @@ use tokio::sync::Notify;
 
 use crate::cgroup;
 use crate::id::UnitName;
+use crate::unit::manager::Manager;
 use crate::unit::name;
-use crate::unit::proxy::Manager;
 
 /// A slice stays for so long after the last unit in it: containers that are created one after the other would
 /// otherwise make it again each time.

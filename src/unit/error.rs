@@ -1,21 +1,22 @@
 //! What systemd and the bus answer when they can't do what they are asked: told by the errors' names.
 
+use std::io;
+use std::sync::Arc;
+
 use crate::id::UnitName;
 
-use super::proxy::START;
-
-const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
+pub(super) const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
-const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
 
 /// What can go wrong with a unit.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// systemd can't be reached.
-    #[error("systemd can't be reached over D-Bus: {reason}; check that dbus runs")]
+    #[error("systemd can't be reached over D-Bus: {source}; check that dbus runs")]
     Unreachable {
         /// What the bus said.
-        reason: String,
+        #[source]
+        source: zbus::Error,
     },
     /// The unit is not loaded.
     #[error("unit {unit} is not loaded")]
@@ -82,6 +83,12 @@ pub enum Error {
 }
 
 impl Error {
+    /// systemd has not answered in time.
+    pub fn no_answer() -> Self {
+        let source = io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
+        Self::Unreachable { source: zbus::Error::InputOutput(Arc::new(source)) }
+    }
+
     /// systemd does not take a property of the unit, or its value.
     pub fn is_about_a_property(&self) -> bool {
         const NAMES: [&str; 4] = ["InvalidArgs", "PropertyReadOnly", "BadUnitSetting", "OnlyByDependency"];
@@ -93,8 +100,8 @@ impl Error {
     }
 }
 
-pub(super) fn unreachable(error: zbus::Error) -> Error {
-    Error::Unreachable { reason: error.to_string() }
+pub(super) fn unreachable(source: zbus::Error) -> Error {
+    Error::Unreachable { source }
 }
 
 /// What a failed call says. Errors are told apart by name, never by text.
@@ -115,51 +122,8 @@ pub(super) fn call_error(verb: &'static str, unit: &UnitName, error: zbus::Error
             zbus::fdo::Error::PropertyReadOnly(reason) => {
                 Error::Refused { verb, unit, name: "PropertyReadOnly".to_owned(), reason }
             }
-            other => Error::Unreachable { reason: other.to_string() },
+            other => unreachable(other.into()),
         },
         other => unreachable(other),
-    }
-}
-
-/// What a failed call to start a new unit says: any other one that it tells of is one that this needs.
-pub(super) fn start_error(unit: &UnitName, error: zbus::Error) -> Error {
-    match error {
-        zbus::Error::MethodError(name, Some(reason), _)
-            if [NO_SUCH_UNIT, UNIT_MASKED].contains(&name.as_str()) =>
-        {
-            Error::Dependency { unit: unit.to_string(), reason }
-        }
-        error => call_error(START, unit, error),
-    }
-}
-
-/// The bus has refused to pass a call on: too many wait for their answers.
-pub(super) fn is_over_limit(error: &zbus::Error) -> bool {
-    const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
-    match error {
-        zbus::Error::MethodError(name, ..) => name.as_str() == LIMITS_EXCEEDED,
-        zbus::Error::FDO(error) => matches!(**error, zbus::fdo::Error::LimitsExceeded(_)),
-        _ => false,
-    }
-}
-
-/// Nobody has answered, as nobody was there to.
-pub(super) fn is_gone(error: &zbus::Error) -> bool {
-    const GONE: [&str; 3] = [
-        "org.freedesktop.DBus.Error.NoReply",
-        "org.freedesktop.DBus.Error.ServiceUnknown",
-        "org.freedesktop.DBus.Error.NameHasNoOwner",
-    ];
-    match error {
-        zbus::Error::MethodError(name, ..) => GONE.contains(&name.as_str()),
-        // The bus itself is gone.
-        zbus::Error::InputOutput(_) => true,
-        zbus::Error::FDO(error) => matches!(
-            **error,
-            zbus::fdo::Error::NoReply(_)
-                | zbus::fdo::Error::ServiceUnknown(_)
-                | zbus::fdo::Error::NameHasNoOwner(_)
-        ),
-        _ => false,
     }
 }

@@ -22,14 +22,14 @@ use crate::store::{Found, Store};
 use crate::suspect::Crashes;
 use crate::task::{Placement, Task};
 
-use super::account::Account;
 use super::annotation::{Additions, Types};
 use super::error::Error;
 use super::job::{Jobs, StartJob};
 use super::main_process::{Ended, MainProcess};
+use super::manager::query::Starting;
+use super::manager::usage::Usage;
 use super::observations::Observations;
 use super::properties::Properties;
-use super::reading::Starting;
 use super::systemd::Systemd;
 
 /// A unit that is loaded.
@@ -339,8 +339,7 @@ fn error(verb: &'static str, unit: &str, failure: Failure) -> Error {
         Failure::TooManyFiles => refused("System.Error.EMFILE"),
         Failure::LimitsExceeded => refused("org.freedesktop.DBus.Error.LimitsExceeded"),
         Failure::Refused => refused("org.freedesktop.DBus.Error.AccessDenied"),
-        Failure::Timeout => Error::Unreachable { reason: "timed out".to_owned() },
-        Failure::NoReply => Error::Unreachable { reason: "no reply".to_owned() },
+        Failure::Timeout | Failure::NoReply => Error::no_answer(),
     }
 }
 
@@ -484,9 +483,9 @@ impl Systemd for FakeSystemd {
         Ok(self.with(unit, |unit| unit.main))
     }
 
-    async fn account(&self, unit: &UnitName) -> Result<Account, Error> {
+    async fn usage(&self, unit: &UnitName) -> Result<Usage, Error> {
         self.call("read", unit).await?;
-        Ok(Account::default())
+        Ok(Usage::default())
     }
 
     async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {

@@ -18,8 +18,22 @@ pub const DAEMON_SOCKET: &str = "containerd-shim-systemd-v1.socket";
 pub const DAEMON_SERVICE: &str = "containerd-shim-systemd-v1.service";
 /// The slice of the daemon. The underscore keeps it apart from a namespace called `shim`.
 pub const DAEMON_SLICE: &str = "containerd_shim.slice";
-/// Waits for calls while the daemon is stopped.
-pub const WAKE_SERVICE: &str = "containerd_shim-wake.service";
+const WAKE_SERVICE: &str = "containerd_shim-wake.service";
+/// The daemon's socket unit.
+pub fn daemon_socket() -> UnitName {
+    UnitName::constant(DAEMON_SOCKET)
+}
+
+/// The daemon's service unit.
+pub fn daemon_service() -> UnitName {
+    UnitName::constant(DAEMON_SERVICE)
+}
+
+/// The unit that waits for calls while the daemon is stopped.
+pub fn wake_service() -> UnitName {
+    UnitName::constant(WAKE_SERVICE)
+}
+
 /// What every container's unit name begins with.
 pub const PREFIX: &str = "containerd-";
 
@@ -176,6 +190,13 @@ mod tests {
 
     fn name(namespace: &str, id: &str) -> String {
         candidates(&key(namespace, id)).next().unwrap().to_string()
+    }
+
+    #[test]
+    fn the_daemons_own_units_have_valid_names() {
+        for unit in [daemon_socket(), daemon_service(), wake_service()] {
+            assert_eq!(UnitName::new(unit.as_str()), Ok(unit));
+        }
     }
 
     #[test]

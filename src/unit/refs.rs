@@ -19,9 +19,8 @@ use zbus::Connection;
 
 use crate::id::UnitName;
 
-use super::error::{Error, is_gone, unreachable};
+use super::bus::{CALL_LIMIT, SystemdManagerProxy, is_gone, manager_over};
 use super::fd_store::FdStore;
-use super::proxy::{CALL_LIMIT, SystemdManagerProxy, manager_of};
 
 const NOT_REFERENCED: &str = "org.freedesktop.systemd1.NotReferenced";
 const BUS: &str = "/run/dbus/system_bus_socket";
@@ -66,10 +65,9 @@ impl Refs {
     }
 
     /// For a call that makes a reference to a unit.
-    pub(super) async fn proxy_for(&self, unit: &UnitName) -> Result<SystemdManagerProxy<'static>, Error> {
-        let (connection, _) =
-            self.with_open(|open| open.units.insert(unit.clone())).await.map_err(unreachable)?;
-        manager_of(&connection).await.map_err(unreachable)
+    pub(super) async fn manager_for(&self, unit: &UnitName) -> zbus::Result<SystemdManagerProxy<'static>> {
+        let (connection, _) = self.with_open(|open| open.units.insert(unit.clone())).await?;
+        manager_over(&connection).await
     }
 
     /// The connection, made if there is none, and what is done to what it refers to.
@@ -113,11 +111,8 @@ impl Refs {
         if self.open.lock().await.as_ref().is_some_and(|open| open.units.contains(unit)) {
             return;
         }
-        let referred = match self.proxy_for(unit).await {
-            Ok(proxy) => proxy.ref_unit(unit.as_str()).await.map_err(unreachable),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = referred {
+        let referred = async { self.manager_for(unit).await?.ref_unit(unit.as_str()).await };
+        if let Err(error) = referred.await {
             // If the bus is gone, this is done again when it is back.
             tracing::debug!(%unit, %error, "can't refer to {unit}: {error}");
         }
@@ -135,7 +130,7 @@ impl Refs {
     /// Lets a unit be unloaded when it is stopped. To be called again if systemd was not there to answer.
     pub(super) async fn release(&self, unit: &UnitName) -> zbus::Result<()> {
         let (connection, referred) = self.with_open(|open| open.units.remove(unit)).await?;
-        let proxy = manager_of(&connection).await?;
+        let proxy = manager_over(&connection).await?;
         let released = if referred { proxy.unref_unit(unit.as_str()).await } else { Ok(()) };
         let is_lost =
             matches!(&released, Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NOT_REFERENCED);

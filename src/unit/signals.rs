@@ -12,9 +12,9 @@ use zbus::{Message, OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
 
+use super::bus::SERVICE_INTERFACE;
 use super::main_process::MainProcess;
 use super::name;
-use super::reading::SERVICE_INTERFACE;
 
 /// systemd's name on the bus.
 pub const SYSTEMD: &str = "org.freedesktop.systemd1";

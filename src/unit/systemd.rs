@@ -10,14 +10,14 @@ use async_trait::async_trait;
 
 use crate::id::UnitName;
 
-use super::account::Account;
 use super::annotation::{Additions, Types};
 use super::error::Error;
 use super::job::StartJob;
 use super::main_process::MainProcess;
+use super::manager::Manager;
+use super::manager::query::Starting;
+use super::manager::usage::Usage;
 use super::properties::Properties;
-use super::proxy::Manager;
-use super::reading::Starting;
 
 /// What operations ask of systemd.
 #[async_trait]
@@ -156,7 +156,7 @@ pub trait Systemd: Send + Sync {
     ///
     /// # Errors
     /// systemd can't be asked.
-    async fn account(&self, unit: &UnitName) -> Result<Account, Error>;
+    async fn usage(&self, unit: &UnitName) -> Result<Usage, Error>;
 
     /// How many processes of a unit the kernel has killed for want of memory since the unit was started.
     ///
@@ -275,8 +275,8 @@ impl Systemd for Manager {
         Self::main_process(self, unit).await
     }
 
-    async fn account(&self, unit: &UnitName) -> Result<Account, Error> {
-        Self::account(self, unit).await
+    async fn usage(&self, unit: &UnitName) -> Result<Usage, Error> {
+        Self::usage(self, unit).await
     }
 
     async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {

@@ -12,10 +12,10 @@ use futures_util::StreamExt;
 use zbus::names::{BusName, OwnedUniqueName};
 use zbus::{MatchRule, MessageStream};
 
+use super::bus::SERVICE_INTERFACE;
 use super::error::{self, Error};
+use super::manager::Manager;
 use super::observations::Observations;
-use super::proxy::Manager;
-use super::reading::SERVICE_INTERFACE;
 use super::signals::{self, BUS, MANAGER_INTERFACE, PROPERTIES_INTERFACE, SYSTEMD, Signal};
 
 /// Connects, and keeps connecting when the bus goes away.
@@ -114,7 +114,7 @@ async fn forward(
             Some(Signal::Job { unit, job, result }) => manager.jobs.ended(&unit, &job, &result),
             Some(Signal::Reloaded) => observations.missed(),
             Some(Signal::Owner(owner)) => {
-                manager.ownership_changed(owner.is_some());
+                manager.bus.ownership_changed(owner.is_some());
                 systemd = owner;
                 observations.missed();
             }

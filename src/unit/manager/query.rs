@@ -1,21 +1,19 @@
-//! What systemd tells of a unit that is loaded.
+//! Queries about units that are loaded.
 
 use std::collections::{HashMap, HashSet};
 
 use zbus::{OwnedObjectPath, OwnedVariant};
 
 use crate::id::UnitName;
+use crate::unit::bus::{SERVICE_INTERFACE, SystemdManagerProxy, UNIT_INTERFACE};
+use crate::unit::error::{Error, call_error, unreachable};
+use crate::unit::main_process::MainProcess;
+use crate::unit::name;
 
-use super::error::{Error, call_error, unreachable};
-use super::main_process::MainProcess;
-use super::name;
-use super::proxy::{Manager, persist};
+use super::Manager;
 
-/// The interface of services.
-pub const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";
 const JOB_INTERFACE: &str = "org.freedesktop.systemd1.Job";
 const UNKNOWN_PROPERTY: &str = "org.freedesktop.DBus.Error.UnknownProperty";
-pub(super) const UNIT_INTERFACE: &str = "org.freedesktop.systemd1.Unit";
 
 #[zbus::proxy(interface = "org.freedesktop.DBus.Properties", default_service = "org.freedesktop.systemd1")]
 trait UnitProperties {
@@ -50,8 +48,11 @@ impl Manager {
     /// systemd can't be asked.
     pub async fn living(&self) -> Result<HashSet<UnitName>, Error> {
         let pattern = format!("{}*.service", name::PREFIX);
-        let listed = persist!(self, proxy, proxy.list_units_by_patterns(&[], &[pattern.as_str()]));
-        let listed = listed.map_err(unreachable)?;
+        let listed = self.bus.call(|manager| {
+            let pattern = pattern.as_str();
+            async move { manager.list_units_by_patterns(&[], &[pattern]).await }
+        });
+        let listed = listed.await.map_err(unreachable)?;
         // A container's is `running`, an exec's, of Type=oneshot, is in `start` for as long as it lives.
         let living =
             listed.into_iter().filter(|(_, _, _, _, sub, ..)| matches!(sub.as_str(), "running" | "start"));
@@ -66,8 +67,10 @@ impl Manager {
         let (outer, inner) =
             (format!("{}.slice", name::PREFIX.trim_end_matches('-')), format!("{}*.slice", name::PREFIX));
         let patterns = [outer.as_str(), inner.as_str()];
-        let listed = persist!(self, proxy, proxy.list_units_by_patterns(&["active"], &patterns));
-        let listed = listed.map_err(unreachable)?;
+        let listed = self
+            .bus
+            .call(|manager| async move { manager.list_units_by_patterns(&["active"], &patterns).await });
+        let listed = listed.await.map_err(unreachable)?;
         Ok(listed.into_iter().filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
     }
 
@@ -146,15 +149,11 @@ impl Manager {
         name: &str,
     ) -> Result<Option<T>, Error> {
         let path = name::object_path(unit.as_str());
-        let value = persist!(self, manager, async {
-            let proxy = UnitPropertiesProxy::builder(manager.inner().connection())
-                .cache_properties(zbus::proxy::CacheProperties::No)
-                .path(path.as_str())
-                .build()
-                .await?;
-            proxy.get(interface, name).await
+        let value = self.bus.call(|manager| {
+            let path = path.as_str();
+            async move { properties_at(&manager, path).await?.get(interface, name).await }
         });
-        match value {
+        match value.await {
             Ok(value) => Ok(T::try_from(value).ok()),
             Err(zbus::Error::FDO(error)) if matches!(*error, zbus::fdo::Error::UnknownProperty(_)) => {
                 Ok(None)
@@ -178,16 +177,22 @@ impl Manager {
         path: &str,
         interface: &str,
     ) -> Result<HashMap<String, OwnedVariant>, Error> {
-        let all = persist!(self, manager, async {
-            let proxy = UnitPropertiesProxy::builder(manager.inner().connection())
-                .cache_properties(zbus::proxy::CacheProperties::No)
-                .path(path)
-                .build()
-                .await?;
-            proxy.get_all(interface).await
-        });
-        all.map_err(|error| call_error("read", unit, error))
+        let all = self
+            .bus
+            .call(|manager| async move { properties_at(&manager, path).await?.get_all(interface).await });
+        all.await.map_err(|error| call_error("read", unit, error))
     }
+}
+
+async fn properties_at<'p>(
+    manager: &SystemdManagerProxy<'_>,
+    path: &'p str,
+) -> zbus::Result<UnitPropertiesProxy<'p>> {
+    UnitPropertiesProxy::builder(manager.inner().connection())
+        .cache_properties(zbus::proxy::CacheProperties::No)
+        .path(path)
+        .build()
+        .await
 }
 
 fn text(values: &HashMap<String, OwnedVariant>, name: &str) -> Option<String> {

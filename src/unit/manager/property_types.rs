@@ -3,13 +3,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::id::UnitName;
+use crate::unit::annotation::Types;
+use crate::unit::bus::{SERVICE_INTERFACE, UNIT_INTERFACE};
+use crate::unit::error::Error;
+use crate::unit::name;
 
-use super::annotation::Types;
-use super::error::Error;
-use super::name;
-use super::proxy::Manager;
-use super::reading::{SERVICE_INTERFACE, UNIT_INTERFACE};
+use super::Manager;
 
 impl Manager {
     /// The types of a service's properties, as this systemd has them on the daemon's own unit. One that
@@ -19,10 +18,7 @@ impl Manager {
     /// systemd can't be asked.
     pub async fn property_types(&self) -> Result<Arc<Types>, Error> {
         let types = self.types.get_or_try_init(async || {
-            let unit = UnitName::new(name::DAEMON_SERVICE).map_err(|error| {
-                // It is a constant.
-                Error::Unreachable { reason: error.to_string() }
-            })?;
+            let unit = name::daemon_service();
             let mut types = HashMap::new();
             for interface in [UNIT_INTERFACE, SERVICE_INTERFACE] {
                 let all = self.get_all(&unit, interface).await?;

@@ -1,0 +1,222 @@
+//! The connection to the system bus, and calls to systemd over it.
+//!
+//! The connection can end (dbus restarted) and come back; calls made in between wait for it. systemd itself leaves the
+//! bus for a moment when it executes itself again (`daemon-reexec`); calls that it does not answer are repeated.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use zbus::{Connection, OwnedObjectPath, Variant};
+
+use super::error::{Error, unreachable};
+
+/// How long a call waits for a connection, and how long for its reply.
+pub(super) const CALL_LIMIT: Duration = Duration::from_secs(25);
+
+/// How many calls may wait for their replies. dbus-daemon refuses the 129th of a connection
+/// (max_replies_per_connection).
+const MAX_CALLS: usize = 100;
+
+/// How long a call waits that the bus has refused because too many wait for their replies.
+const REFUSED_PAUSE: Duration = Duration::from_millis(50);
+
+/// Signals waiting to be read. systemd sends at most 100 units' worth at once.
+const MAX_QUEUED: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+
+/// How long the signal that systemd has lost its name may take to arrive.
+const SIGNAL_LIMIT: Duration = Duration::from_millis(50);
+
+/// The interface of every unit's object.
+pub(super) const UNIT_INTERFACE: &str = "org.freedesktop.systemd1.Unit";
+/// The interface of a service's object.
+pub const SERVICE_INTERFACE: &str = "org.freedesktop.systemd1.Service";
+
+#[zbus::proxy(
+    interface = "org.freedesktop.systemd1.Manager",
+    default_service = "org.freedesktop.systemd1",
+    default_path = "/org/freedesktop/systemd1"
+)]
+pub(super) trait SystemdManager {
+    fn subscribe(&self) -> zbus::Result<()>;
+    fn start_transient_unit(
+        &self,
+        name: &str,
+        mode: &str,
+        properties: &[(&str, Variant<'_>)],
+        aux: &[(&str, &[(&str, Variant<'_>)])],
+    ) -> zbus::Result<OwnedObjectPath>;
+    fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn kill_unit(&self, name: &str, whom: &str, signal: i32) -> zbus::Result<()>;
+    fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
+    fn ref_unit(&self, name: &str) -> zbus::Result<()>;
+    fn unref_unit(&self, name: &str) -> zbus::Result<()>;
+    fn cancel_job(&self, id: u32) -> zbus::Result<()>;
+    fn list_units_by_patterns(&self, states: &[&str], patterns: &[&str]) -> zbus::Result<Vec<Listed>>;
+    fn reload(&self) -> zbus::Result<()>;
+    fn freeze_unit(&self, name: &str) -> zbus::Result<()>;
+    fn thaw_unit(&self, name: &str) -> zbus::Result<()>;
+    fn set_unit_properties(
+        &self,
+        name: &str,
+        runtime: bool,
+        properties: &[(&str, Variant<'_>)],
+    ) -> zbus::Result<()>;
+    #[zbus(property)]
+    fn version(&self) -> zbus::Result<String>;
+}
+
+/// A unit in a list: name, description, load, active and sub state, which unit it follows, its object, and id, type and
+/// object of its job.
+pub(super) type Listed =
+    (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
+
+/// systemd's manager object, as called over `connection`.
+pub(super) async fn manager_over(connection: &Connection) -> zbus::Result<SystemdManagerProxy<'static>> {
+    SystemdManagerProxy::builder(connection).cache_properties(zbus::proxy::CacheProperties::No).build().await
+}
+
+/// The daemon's connection to the system bus.
+pub(super) struct Bus {
+    connection: watch::Sender<Option<Connection>>,
+    /// systemd has its name on the bus.
+    owned: watch::Sender<bool>,
+    /// Lets calls through, up to [`MAX_CALLS`] at a time; the others queue. It is never closed.
+    calls: Semaphore,
+}
+
+impl Default for Bus {
+    fn default() -> Self {
+        Self {
+            connection: watch::Sender::new(None),
+            owned: watch::Sender::new(true),
+            calls: Semaphore::new(MAX_CALLS),
+        }
+    }
+}
+
+/// How a call was answered.
+pub(super) struct Reply<T> {
+    pub(super) result: zbus::Result<T>,
+    /// An earlier try was not answered: systemd may have carried it out.
+    pub(super) is_repeated: bool,
+}
+
+impl Bus {
+    /// Opens a connection for calls; [`super::watch`] receives signals over it too.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`]
+    pub(super) async fn connect(&self) -> Result<Connection, Error> {
+        let builder = zbus::connection::Builder::system().method_timeout(CALL_LIMIT).max_queued(MAX_QUEUED);
+        let connection = builder.build().await.map_err(unreachable)?;
+        self.connection.send_replace(Some(connection.clone()));
+        Ok(connection)
+    }
+
+    /// The connection has ended: later calls wait for the next one.
+    pub(super) fn disconnected(&self) {
+        self.connection.send_replace(None);
+    }
+
+    /// systemd has got its name on the bus, or has lost it.
+    pub(super) fn ownership_changed(&self, owned: bool) {
+        self.owned.send_replace(owned);
+    }
+
+    /// systemd's manager object, once there is a connection.
+    ///
+    /// # Errors
+    /// There is none within [`CALL_LIMIT`].
+    pub(super) async fn manager(&self) -> zbus::Result<SystemdManagerProxy<'static>> {
+        let mut receiver = self.connection.subscribe();
+        let found = {
+            let connected = timeout(CALL_LIMIT, receiver.wait_for(Option::is_some)).await;
+            connected.ok().and_then(|found| found.ok()?.clone())
+        };
+        let none = || io::Error::new(io::ErrorKind::TimedOut, "no connection");
+        manager_over(&found.ok_or_else(|| zbus::Error::InputOutput(Arc::new(none())))?).await
+    }
+
+    /// Waits until one more call may be made. The call counts until what this returns is dropped.
+    pub(super) async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+        // The semaphore is never closed, so there always is a permit.
+        self.calls.acquire().await.ok()
+    }
+
+    /// Makes a call that may be made twice, until systemd answers it or [`CALL_LIMIT`] is over.
+    pub(super) async fn call<T, C>(&self, call: impl Fn(SystemdManagerProxy<'static>) -> C) -> zbus::Result<T>
+    where
+        C: Future<Output = zbus::Result<T>>,
+    {
+        let attempt = || async {
+            let manager = self.manager().await?;
+            let _turn = self.turn().await;
+            call(manager).await
+        };
+        self.repeat(attempt).await.result
+    }
+
+    /// Repeats an attempt for as long as systemd does not answer it, up to [`CALL_LIMIT`].
+    pub(super) async fn repeat<T, A>(&self, attempt: impl Fn() -> A) -> Reply<T>
+    where
+        A: Future<Output = zbus::Result<T>>,
+    {
+        let (mut owned, limit) = (self.owned.subscribe(), Instant::now() + CALL_LIMIT);
+        let mut is_repeated = false;
+        loop {
+            let result = attempt().await;
+            if Instant::now() >= limit {
+                return Reply { result, is_repeated };
+            }
+            match &result {
+                // The bus has not passed it on.
+                Err(error) if is_over_limit(error) => sleep(REFUSED_PAUSE).await,
+                Err(error) if is_gone(error) => {
+                    is_repeated = true;
+                    // The signal that systemd has lost its name may arrive after the failed reply, or have arrived
+                    // before the call.
+                    let _ = timeout(SIGNAL_LIMIT, owned.changed()).await;
+                    let _ = timeout_at(limit, owned.wait_for(|owned| *owned)).await;
+                }
+                Ok(_) | Err(_) => return Reply { result, is_repeated },
+            }
+        }
+    }
+}
+
+/// True if the bus has refused to pass a call on, because too many wait for their replies.
+fn is_over_limit(error: &zbus::Error) -> bool {
+    const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
+    match error {
+        zbus::Error::MethodError(name, ..) => name.as_str() == LIMITS_EXCEEDED,
+        zbus::Error::FDO(error) => matches!(**error, zbus::fdo::Error::LimitsExceeded(_)),
+        _ => false,
+    }
+}
+
+/// True if nobody has answered a call because nobody was there: when systemd executes itself again, the bus answers
+/// `NoReply`, or that nobody has the name.
+pub(super) fn is_gone(error: &zbus::Error) -> bool {
+    const GONE: [&str; 3] = [
+        "org.freedesktop.DBus.Error.NoReply",
+        "org.freedesktop.DBus.Error.ServiceUnknown",
+        "org.freedesktop.DBus.Error.NameHasNoOwner",
+    ];
+    match error {
+        zbus::Error::MethodError(name, ..) => GONE.contains(&name.as_str()),
+        // The bus itself is gone.
+        zbus::Error::InputOutput(_) => true,
+        zbus::Error::FDO(error) => matches!(
+            **error,
+            zbus::fdo::Error::NoReply(_)
+                | zbus::fdo::Error::ServiceUnknown(_)
+                | zbus::fdo::Error::NameHasNoOwner(_)
+        ),
+        _ => false,
+    }
+}

@@ -1,0 +1,117 @@
+//! systemd's manager, as the daemon uses it: units are started, changed, queried and stopped.
+
+mod change;
+mod oom;
+mod property_types;
+pub mod query;
+mod start;
+mod stop;
+pub mod usage;
+
+use std::sync::Arc;
+
+use tokio::sync::{OnceCell, RwLock, watch};
+use zbus::Connection;
+
+use crate::id::UnitName;
+
+use super::annotation::Types;
+use super::bus::Bus;
+use super::error::{Error, unreachable};
+use super::job::Jobs;
+use super::properties::Systemd;
+use super::refs::Refs;
+
+/// The verbs of jobs, for errors.
+const START: &str = "start";
+const STOP: &str = "stop";
+
+const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
+
+/// systemd's manager, over the system bus.
+#[derive(Default)]
+pub struct Manager {
+    pub(super) bus: Bus,
+    pub(super) jobs: Jobs,
+    /// How often the daemon has begun to receive signals: once for each connection.
+    listening: watch::Sender<u64>,
+    refs: Option<Arc<Refs>>,
+    /// Held for writing while a slice is being stopped, for reading while a unit is started.
+    slices: RwLock<()>,
+    /// The types of a service's properties, once they are asked for.
+    types: OnceCell<Arc<Types>>,
+}
+
+impl Manager {
+    /// A manager whose references to units outlive the process.
+    pub fn with_refs(refs: Arc<Refs>) -> Self {
+        Self { refs: Some(refs), ..Self::default() }
+    }
+
+    /// Opens a connection to the bus for calls; [`super::watch`] receives signals over it too.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`]
+    pub(super) async fn connect(&self) -> Result<Connection, Error> {
+        self.bus.connect().await
+    }
+
+    /// The connection has ended: later calls wait for the next one, and the ends of jobs can't be received.
+    pub(super) async fn disconnected(&self) {
+        self.bus.disconnected();
+        self.jobs.lose_all();
+        if let Some(refs) = &self.refs {
+            refs.disconnected().await;
+        }
+    }
+
+    /// Signals are received from now on.
+    pub(super) fn listens(&self) {
+        self.listening.send_modify(|times| *times += 1);
+    }
+
+    pub(super) async fn subscribe(&self) -> Result<(), Error> {
+        let subscribed = async { self.bus.manager().await?.subscribe().await };
+        match subscribed.await {
+            Ok(()) => Ok(()),
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == ALREADY_SUBSCRIBED => Ok(()),
+            Err(error) => Err(unreachable(error)),
+        }
+    }
+
+    /// What systemd can do.
+    ///
+    /// # Errors
+    /// [`Error::TooOld`], or it can't be reached.
+    pub async fn systemd(&self) -> Result<Systemd, Error> {
+        let found = async { self.bus.manager().await?.version().await };
+        let found = found.await.map_err(unreachable)?;
+        Systemd::parse(&found).filter(|systemd| systemd.supported()).ok_or(Error::TooOld { found })
+    }
+
+    /// Gives back the reference to a unit: systemd unloads the unit once it is stopped.
+    pub async fn release(&self, unit: &UnitName) {
+        let Some(refs) = &self.refs else {
+            return;
+        };
+        if let Err(error) = self.bus.repeat(|| refs.release(unit)).await.result {
+            // There is none if the bus was restarted, or the unit never came up.
+            tracing::debug!(%unit, %error, "no reference to {unit}: {error}");
+        }
+    }
+
+    /// Refers to a unit that an earlier daemon has started, or whose reference was lost with the bus.
+    pub async fn refer_to(&self, unit: &UnitName) {
+        if let Some(refs) = &self.refs {
+            let _turn = self.bus.turn().await;
+            refs.refer_to(unit).await;
+        }
+    }
+
+    /// Gives back the references of earlier daemons.
+    pub fn forget_earlier_references(&self) {
+        if let Some(refs) = &self.refs {
+            refs.forget_earlier();
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Starting units, and waiting for their jobs.
+
+use std::time::Duration;
+
+use zbus::{OwnedObjectPath, Variant};
+
+use crate::id::UnitName;
+use crate::unit::annotation::Additions;
+use crate::unit::error::{Error, NO_SUCH_UNIT, call_error};
+use crate::unit::job::{JobWaiter, StartJob};
+use crate::unit::properties::Properties;
+use crate::unit::refs::Refs;
+
+use super::{Manager, START, STOP};
+
+const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
+
+/// How often a unit is queried again while the end of its job may have been missed.
+const RECHECK: Duration = Duration::from_secs(1);
+
+impl Manager {
+    /// Starts a transient unit and waits until its job has ended.
+    ///
+    /// # Errors
+    /// [`Error::Exists`], a refusal, or [`Error::Job`] when the unit did not start.
+    pub async fn start_transient(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error> {
+        self.start_transient_with(unit, properties, None).await
+    }
+
+    /// Starts a transient unit, and creates another one that belongs to it (`aux`).
+    ///
+    /// # Errors
+    /// As [`Self::start_transient`].
+    pub async fn start_transient_with(
+        &self,
+        unit: &UnitName,
+        properties: &Properties,
+        aux: Option<(&UnitName, &Properties)>,
+    ) -> Result<(), Error> {
+        let aux: Vec<_> = aux.iter().map(|(name, list)| (name.as_str(), list.0.as_slice())).collect();
+        let begun = self.begin(None, unit, &properties.0, &aux).await?;
+        self.done(begun).await
+    }
+
+    /// Asks for a transient unit to be started, and does not wait for it.
+    ///
+    /// # Errors
+    /// [`Error::Exists`], or a refusal.
+    pub async fn begin_transient(&self, unit: &UnitName, properties: &Properties) -> Result<StartJob, Error> {
+        self.begin(None, unit, &properties.0, &[]).await
+    }
+
+    /// As [`Self::begin_transient`], with more properties, which come last, and with a reference to the unit: systemd
+    /// keeps the unit loaded, with the exit of its process, until [`Self::release`].
+    ///
+    /// # Errors
+    /// As [`Self::begin_transient`].
+    pub async fn begin_referenced(
+        &self,
+        unit: &UnitName,
+        properties: &Properties,
+        additions: &Additions,
+    ) -> Result<StartJob, Error> {
+        let mut list = properties.with(additions);
+        if self.refs.is_some() {
+            list.push(("AddRef", true.into()));
+        }
+        self.begin(self.refs.as_deref(), unit, &list, &[]).await
+    }
+
+    /// `refs`: whose connection is to have the reference to the unit, at each try. Over another connection nobody would
+    /// ever give it back.
+    async fn begin(
+        &self,
+        refs: Option<&Refs>,
+        unit: &UnitName,
+        properties: &[(&str, Variant<'_>)],
+        aux: &[(&str, &[(&str, Variant<'_>)])],
+    ) -> Result<StartJob, Error> {
+        let waiter = self.jobs.wait_for(unit);
+        let attempt = || async {
+            let manager = match refs {
+                Some(refs) => refs.manager_for(unit).await?,
+                None => self.bus.manager().await?,
+            };
+            // systemd refuses a unit whose slice is being stopped.
+            let _slices = self.slices.read().await;
+            let _turn = self.bus.turn().await;
+            manager.start_transient_unit(unit.as_str(), "fail", properties, aux).await
+        };
+        let reply = self.bus.repeat(attempt).await;
+        match reply.result.map_err(|error| start_error(unit, error)) {
+            Ok(job) => Ok(StartJob { waiter, job: Some(job) }),
+            // An earlier try was carried out: its job is the unit's only one.
+            Err(Error::Exists { .. }) if reply.is_repeated => Ok(StartJob { waiter, job: None }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Starts an installed unit and waits until its job has ended.
+    ///
+    /// # Errors
+    /// [`Error::NotLoaded`] if it is not installed; a refusal; [`Error::Job`].
+    pub async fn start(&self, unit: &UnitName) -> Result<(), Error> {
+        let waiter = self.jobs.wait_for(unit);
+        let job =
+            self.bus.call(|manager| async move { manager.start_unit(unit.as_str(), "replace").await }).await;
+        self.ended(START, waiter, Some(job.map_err(|error| call_error(START, unit, error))?)).await
+    }
+
+    /// Waits until the job has ended, by the rule of the unit's type.
+    ///
+    /// # Errors
+    /// [`Error::Job`] when the unit did not start.
+    pub async fn done(&self, job: StartJob) -> Result<(), Error> {
+        self.ended(START, job.waiter, job.job).await
+    }
+
+    /// Waits until a unit is up that an earlier daemon has asked for.
+    ///
+    /// # Errors
+    /// [`Error::Job`] when it did not start.
+    pub async fn up(&self, unit: &UnitName) -> Result<(), Error> {
+        self.settled(START, unit).await
+    }
+
+    pub(super) async fn ended(
+        &self,
+        verb: &'static str,
+        waiter: JobWaiter,
+        job: Option<OwnedObjectPath>,
+    ) -> Result<(), Error> {
+        let unit = waiter.unit().clone();
+        match waiter.ended(verb, job).await {
+            Err(Error::Lost { .. }) => self.settled(verb, &unit).await,
+            ended => ended,
+        }
+    }
+
+    /// Waits for a job whose `JobRemoved` signal may have been missed, by watching the unit's state.
+    async fn settled(&self, verb: &'static str, unit: &UnitName) -> Result<(), Error> {
+        let mut listening = self.listening.subscribe();
+        loop {
+            let waiter = self.jobs.wait_for(unit);
+            listening.mark_unchanged();
+            let state = self.unit_state(unit).await?;
+            match (verb, state.as_ref().map(|state| state.active.as_str())) {
+                // Its job may wait for another unit's.
+                _ if state.as_ref().is_some_and(|state| state.job.is_some()) => {}
+                (START, Some("active" | "reloading")) | (STOP, None | Some("inactive" | "failed")) => {
+                    return Ok(());
+                }
+                (_, Some("activating" | "deactivating")) | (STOP, _) => {}
+                (_, state) => {
+                    let result = state.unwrap_or("not loaded").to_owned();
+                    return Err(Error::Job { verb, unit: unit.to_string(), result });
+                }
+            }
+            tokio::select! {
+                // Whatever its result, and whichever job it was: the unit is queried again.
+                _ = waiter.ended(verb, None) => {}
+                // A job that ended before could not be observed.
+                _ = listening.changed() => {}
+                // systemd 262 that executes itself again may send the signal before it has restored its subscribers;
+                // no signal announces that.
+                () = tokio::time::sleep(RECHECK) => {}
+            }
+        }
+    }
+}
+
+/// Why a unit was not started. An error about another unit is about one that this unit needs.
+fn start_error(unit: &UnitName, error: zbus::Error) -> Error {
+    match error {
+        zbus::Error::MethodError(name, Some(reason), _)
+            if [NO_SUCH_UNIT, UNIT_MASKED].contains(&name.as_str()) =>
+        {
+            Error::Dependency { unit: unit.to_string(), reason }
+        }
+        error => call_error(START, unit, error),
+    }
+}

@@ -1,0 +1,132 @@
+//! Stopping units, and what has to be done before a name can be used again.
+
+use std::io;
+use std::path::Path;
+
+use crate::id::UnitName;
+use crate::unit::error::{Error, call_error};
+
+use super::{Manager, STOP};
+
+/// Where systemd writes the files of transient units.
+const TRANSIENT_DIR: &str = "/run/systemd/transient";
+
+const NO_SUCH_JOB: &str = "org.freedesktop.systemd1.NoSuchJob";
+/// The result of a job that can't stop a frozen unit (256).
+const FROZEN: &str = "frozen";
+
+/// A unit that is not loaded needs nothing to be done.
+fn unless_unloaded(done: Result<(), Error>) -> Result<(), Error> {
+    match done {
+        Err(Error::NotLoaded { .. }) => Ok(()),
+        done => done,
+    }
+}
+
+impl Manager {
+    /// Stops a unit and waits until it is stopped. A unit that is not loaded is.
+    ///
+    /// # Errors
+    /// A refusal, or [`Error::Job`].
+    pub async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
+        match self.stop_as(unit, "replace").await {
+            // From systemd 256 on a frozen unit is not stopped, and the job says so.
+            Err(Error::Job { result, .. }) if result == FROZEN => {
+                self.thaw(unit).await?;
+                self.stop_as(unit, "replace").await
+            }
+            stopped => stopped,
+        }
+    }
+
+    async fn stop_as(&self, unit: &UnitName, mode: &str) -> Result<(), Error> {
+        let waiter = self.jobs.wait_for(unit);
+        let job = self.bus.call(|manager| async move { manager.stop_unit(unit.as_str(), mode).await }).await;
+        match job.map_err(|error| call_error(STOP, unit, error)) {
+            Ok(job) => self.ended(STOP, waiter, Some(job)).await,
+            Err(error) => unless_unloaded(Err(error)),
+        }
+    }
+
+    /// Asks for a unit to be stopped, and does not wait for it.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
+        let job =
+            self.bus.call(|manager| async move { manager.stop_unit(unit.as_str(), "replace").await }).await;
+        unless_unloaded(job.map(drop).map_err(|error| call_error(STOP, unit, error)))
+    }
+
+    /// Stops a slice and nothing else, if `is_free` still says so when no unit is being started: systemd removes the
+    /// cgroups below a slice that it stops, also that of a container which is being created.
+    ///
+    /// # Errors
+    /// A refusal, or [`Error::Job`].
+    pub async fn stop_alone_if(&self, slice: &UnitName, is_free: impl FnOnce() -> bool) -> Result<(), Error> {
+        let _alone = self.slices.write().await;
+        if !is_free() {
+            return Ok(());
+        }
+        self.stop_as(slice, "ignore-dependencies").await
+    }
+
+    /// Cancels the job of a unit, if it has one. The unit stays as it is.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
+        let Some((id, _)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
+            return Ok(());
+        };
+        match self.bus.call(|manager| async move { manager.cancel_job(id).await }).await {
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NO_SUCH_JOB => Ok(()),
+            cancelled => cancelled.map_err(|error| call_error("cancel the job of", unit, error)),
+        }
+    }
+
+    /// Clears the failed state of a unit. A unit that is not loaded has none.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub async fn reset_failed(&self, unit: &UnitName) -> Result<(), Error> {
+        let reset =
+            self.bus.call(|manager| async move { manager.reset_failed_unit(unit.as_str()).await }).await;
+        unless_unloaded(reset.map_err(|error| call_error("reset", unit, error)))
+    }
+
+    /// Frees the name of a transient unit that has ended and that systemd can't unload, because another unit names it
+    /// (`After=`, `Wants=`): removes the unit's file and reloads systemd, which then knows the name only.
+    /// StartTransientUnit takes no name that has a file (unit.c, `unit_is_pristine`, 252 to 262).
+    ///
+    /// Returns false for a unit that runs or that has a file elsewhere: it belongs to somebody else.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub async fn free_name(&self, unit: &UnitName) -> Result<bool, Error> {
+        let state = self.unit_state(unit).await?;
+        if state.is_some_and(|state| !matches!(state.active.as_str(), "inactive" | "failed")) {
+            return Ok(false);
+        }
+        let file = Path::new(TRANSIENT_DIR).join(unit.as_str());
+        if let Err(error) = tokio::fs::remove_file(&file).await {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::warn!(%unit, %error, "can't remove {}: {error}", file.display());
+            }
+            return Ok(false);
+        }
+        let reloaded = self.bus.call(|manager| async move { manager.reload().await }).await;
+        reloaded.map_err(|error| call_error("free the name of", unit, error))?;
+        Ok(true)
+    }
+
+    /// Sends a signal to every process of a unit. A unit that is not loaded has none.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub async fn kill_all(&self, unit: &UnitName, signal: i32) -> Result<(), Error> {
+        // Not repeated: systemd may have sent the signal.
+        let killed = async { self.bus.manager().await?.kill_unit(unit.as_str(), "all", signal).await };
+        unless_unloaded(killed.await.map_err(|error| call_error("kill", unit, error)))
+    }
+}
