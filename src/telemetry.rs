@@ -36,6 +36,6 @@ pub fn init() {
     }
     if let Some(error) = error {
         let value = wanted.unwrap_or_default();
-        tracing::warn!(%error, "{VARIABLE}={value:?} is neither a level nor a list target=level, logging at info");
+        tracing::warn!(%error, "{VARIABLE}={value:?} is neither a level nor a list of target=level; logging at level info");
     }
 }

@@ -83,7 +83,7 @@ impl<K: Clone> Watch<K> {
             watched: Mutex::default(),
         };
         if let Err(error) = watch.source() {
-            tracing::warn!(%error, "no changes of cgroups are noticed for now: {error}");
+            tracing::warn!(%error, "changes of cgroups are not noticed at the moment: {error}");
         }
         Arc::new(watch)
     }

@@ -28,7 +28,7 @@ const KILLED: u32 = 128 + 9;
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let bundle = match global.bundle.as_str() {
         "" => std::env::current_dir()
-            .map_err(|error| Failure(format!("the working directory is gone: {error}")))?,
+            .map_err(|error| Failure(format!("can't read the working directory: {error}")))?,
         bundle => PathBuf::from(bundle),
     };
     let key = key_of(global, &bundle)?;
@@ -66,13 +66,13 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
         // The daemon knows best: it is gone, or its record can't be read and is left for a person.
         Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::NOT_FOUND => return Ok(None),
         Err(_) => {
-            // It goes on with it: doing the same beside it would only disturb.
-            say(&format!("task {key}: the daemon is still cleaning up\n"));
+            // The daemon continues with it; doing the same at the same time would only disturb.
+            say(&format!("task {key}: the daemon is still cleaning up"));
             return Ok(None);
         }
         Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::FAILED_PRECONDITION => {
             // Nothing of it runs, and the daemon keeps what it needs to try again: the bundle may go.
-            say(&format!("task {key}: {}\n", status.message()));
+            say(&format!("task {key}: {}", status.message()));
             return Ok(None);
         }
         Ok(Err(ttrpc::Error::RpcStatus(status))) => {
@@ -80,7 +80,7 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
         }
         Ok(Err(error)) => error.to_string(),
     };
-    say(&format!("task {key}: the daemon does not clean up ({reason}), doing it without\n"));
+    say(&format!("task {key}: the daemon can't clean up ({reason}), cleaning up without it"));
     let Some(Found { task, .. }) = store.load(key).map_err(Failure::new)? else {
         store.remove(key).map_err(Failure::new)?;
         return Ok(None);
@@ -116,7 +116,7 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
 /// A rootfs in the host's mount namespace keeps containerd from removing the bundle.
 fn unmount(bundle: &Path) {
     if let Err(error) = mount::unmount_all(&bundle.join("rootfs")) {
-        say(&format!("{error}\n"));
+        say(&error.to_string());
     }
 }
 

@@ -54,7 +54,7 @@ pub(super) fn run() -> Result<(), Failure> {
     // A drop-in for all services may have given the daemon a mount namespace of its own, with read-only
     // directories. It mounts and unmounts for containers, and writes below /run.
     if let Err(error) = namespaces::enter_mounts_of_init() {
-        tracing::warn!(%error, "the daemon stays in a mount namespace of its own: {error}");
+        tracing::warn!(%error, "can't enter the host's mount namespace, the daemon stays in its own: {error}");
     }
     // Before any thread: it takes the descriptors out of the environment.
     let passed = take_passed()?;
@@ -65,7 +65,7 @@ pub(super) fn run() -> Result<(), Failure> {
         .max_blocking_threads(MAX_BLOCKING_THREADS)
         .enable_all()
         .build()
-        .map_err(|error| Failure(format!("set up the runtime: {error}")))?;
+        .map_err(|error| Failure(format!("can't set up the async runtime: {error}")))?;
     let served = runtime.block_on(serve(passed));
     // Whatever is under way ends as with SIGKILL. In particular nothing is taken away that the next
     // daemon goes on with, as dropping it would.
@@ -87,12 +87,13 @@ pub(super) fn has_work() -> bool {
 }
 
 fn take_passed() -> Result<Passed, Failure> {
-    let fds = sys::take_systemd_fds().map_err(|error| Failure(format!("take systemd's sockets: {error}")))?;
+    let fds = sys::take_systemd_fds()
+        .map_err(|error| Failure(format!("can't take the sockets from systemd: {error}")))?;
     let (sockets, stored): (Vec<_>, Vec<_>) =
         fds.into_iter().partition(|(found, _)| found == name::DAEMON_SOCKET);
     if sockets.is_empty() {
         // Somebody has started the service without its socket: those who are connected are served.
-        tracing::warn!("no socket to listen at: {} is not up", name::DAEMON_SOCKET);
+        tracing::warn!("no socket to listen on: {} is not active", name::DAEMON_SOCKET);
     }
     Ok(Passed { sockets: sockets.into_iter().map(|(_, fd)| fd).collect(), stored })
 }
@@ -139,10 +140,10 @@ impl Workers {
     /// Resolves when one has ended.
     async fn ended(&mut self) -> Failure {
         match self.0.join_next().await {
-            Some(Ok(name)) => Failure(format!("{name} has ended, so the daemon starts again")),
-            Some(Err(error)) => {
-                Failure(format!("a part of the daemon has ended, so it starts again: {error}"))
-            }
+            Some(Ok(name)) => Failure(format!("{name} ended, so the daemon ends and systemd restarts it")),
+            Some(Err(error)) => Failure(format!(
+                "a part of the daemon failed, so the daemon ends and systemd restarts it: {error}"
+            )),
             None => std::future::pending().await,
         }
     }
@@ -167,22 +168,22 @@ impl Keep for FdStore {
 
 async fn serve(passed: Passed) -> Result<(), Failure> {
     let mut terminate =
-        signal(SignalKind::terminate()).map_err(|error| Failure(format!("listen to SIGTERM: {error}")))?;
+        signal(SignalKind::terminate()).map_err(|error| Failure(format!("can't handle SIGTERM: {error}")))?;
     let Passed { sockets, stored } = passed;
-    let (fd_store, mut kept) =
-        FdStore::adopt(stored).map_err(|error| Failure(format!("reach systemd: {error}")))?;
+    let (fd_store, mut kept) = FdStore::adopt(stored)
+        .map_err(|error| Failure(format!("can't connect to systemd's notify socket: {error}")))?;
     let fd_store = Arc::new(fd_store);
     let mut workers = Workers::default();
     let alive = fd_store.clone();
     workers.spawn("the sign of life", async move { alive.notifier().keep_alive().await });
 
     let crashes = Crashes::open(Path::new(config::CRASHES)).unwrap_or_else(|error| {
-        tracing::error!(%error, "crashes are not noted, a request that causes one is served again and again: {error}");
+        tracing::error!(%error, "can't record crashes, so a request that crashes the daemon is tried again without limit: {error}");
         Crashes::default()
     });
     let crashes = Arc::new(crashes);
     let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept, &crashes)
-        .map_err(|error| Failure(format!("take over connections: {error}")))?;
+        .map_err(|error| Failure(format!("can't adopt kept connections: {error}")))?;
     let refs = Refs::new(fd_store.clone(), &mut kept);
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let observations = Arc::<Observations>::default();
@@ -193,7 +194,8 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
 
     let systemd = manager.systemd().await.map_err(Failure::new)?;
     Waking::dismiss(&manager).await?;
-    let program = std::env::current_exe().map_err(|error| Failure(format!("find this program: {error}")))?;
+    let program = std::env::current_exe()
+        .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
     let answers = Answers::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
     let kept = Kept::new(fd_store.clone(), kept);
     let keeps = systemd.has_fd_store_preserve();
@@ -228,15 +230,15 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let leases = Leases::new(config::STATE_DIR);
     let mut servers = Vec::new();
     for fd in sockets {
-        let (socket, listener) =
-            listener::from_systemd(fd).map_err(|error| Failure(format!("a socket: {error}")))?;
+        let (socket, listener) = listener::from_systemd(fd)
+            .map_err(|error| Failure(format!("can't use a socket from systemd: {error}")))?;
         let services = TaskService::new(shim.clone(), socket, &leases).services();
         let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
         let earlier = earlier.map(|(_, connection)| connection).collect();
         let listener = listen(connections.clone(), earlier, listener)
-            .map_err(|error| Failure(format!("watch a socket: {error}")))?;
+            .map_err(|error| Failure(format!("can't watch a socket: {error}")))?;
         let mut server = Server::new().add_listener(listener).register_service(services);
-        server.start().await.map_err(|error| Failure(format!("serve: {error}")))?;
+        server.start().await.map_err(|error| Failure(format!("can't serve: {error}")))?;
         servers.push(server);
     }
 
@@ -261,7 +263,9 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     if keeps && connections.count() > 0 {
         let left = tokio::time::timeout(STOP_LIMIT, waking.leave()).await;
         if let Err(reason) = left.map_err(|_| "systemd does not answer".to_owned()).and_then(|left| left) {
-            tracing::warn!("containerd's next call will not start the daemon: {reason}");
+            tracing::warn!(
+                "can't start the wake unit, so the next call of containerd will not start the daemon: {reason}"
+            );
         }
     }
     Ok(())

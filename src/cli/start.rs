@@ -29,7 +29,7 @@ use super::{Failure, block_on, key_of, print, read_stdin};
 
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let here = std::env::current_dir()
-        .map_err(|error| Failure(format!("the working directory is gone: {error}")))?;
+        .map_err(|error| Failure(format!("can't read the working directory: {error}")))?;
     let key = key_of(global, &here)?;
     check_host()?;
     let caller = Caller::from(global, read_stdin()?);
@@ -40,7 +40,7 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let address = format!("unix://{}", caller.socket(&key)?.path().display());
     // containerd 1.6 and 1.7 find the daemon by this file after a restart.
     std::fs::write(here.join("address"), &address)
-        .map_err(|error| Failure(format!("write {}/address: {error}", here.display())))?;
+        .map_err(|error| Failure(format!("can't write {}/address: {error}", here.display())))?;
     print(&caller.answer(address)?)
 }
 
@@ -77,7 +77,7 @@ impl Caller {
             Self::Json | Self::Plain => Some(namespace),
         };
         let claimed = Leases::new(config::STATE_DIR).claim(owner, namespace);
-        let claimed = claimed.map_err(|error| Failure(format!("claim a socket for {key}: {error}")))?;
+        let claimed = claimed.map_err(|error| Failure(format!("can't claim a socket for {key}: {error}")))?;
         Ok(claimed.unwrap_or(Socket::Any))
     }
 
@@ -171,20 +171,22 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     if listens() {
         return Ok(());
     }
-    let program = std::env::current_exe().map_err(|error| Failure(format!("find this program: {error}")))?;
+    let program = std::env::current_exe()
+        .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
     block_on(start_units(program))?
-        .map_err(|error| Failure(format!("bring up the shim's daemon: {error}")))?;
+        .map_err(|error| Failure(format!("can't start the runtime's daemon: {error}")))?;
     if listens() {
         Ok(())
     } else {
-        Err(Failure(format!("{} is up, but {} does not answer", name::DAEMON_SOCKET, config::SOCKET)))
+        Err(Failure(format!("{} is active, but nobody answers on {}", name::DAEMON_SOCKET, config::SOCKET)))
     }
 }
 
 /// The lock of whoever brings the units up. Nothing if it can't be had in time: two that bring them up at once
 /// do no harm, and one that waits for ever starts no container.
 fn lock() -> Result<Option<Flock<File>>, Failure> {
-    let failed = |error: &dyn std::fmt::Display| Failure(format!("lock {}: {error}", config::START_LOCK));
+    let failed =
+        |error: &dyn std::fmt::Display| Failure(format!("can't lock {}: {error}", config::START_LOCK));
     let mut options = OpenOptions::new();
     let file = options.write(true).create(true).truncate(false).mode(PRIVATE).open(config::START_LOCK);
     let file = file.map_err(|error| failed(&error))?;

@@ -13,7 +13,7 @@ pub(super) fn run() -> Result<(), Failure> {
     let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
     while let Err(errno) = poll(&mut fds, PollTimeout::NONE) {
         if errno != nix::errno::Errno::EINTR {
-            return Err(Failure(format!("wait for a call: {errno}")));
+            return Err(Failure(format!("can't wait for a call: {errno}")));
         }
     }
     // Its socket may have been stopped as well. Connecting to it starts the daemon.

@@ -67,9 +67,7 @@ fn kill(end: End) -> End {
 /// Kills all that this process, a subreaper, has started, and what that has started.
 pub(super) fn kill_all() {
     if !sys::tree::kill_own_descendants(DEATH_LIMIT) {
-        telemetry::say(
-            "a process of the OCI runtime does not end, although it was killed: it sleeps in the kernel",
-        );
+        telemetry::say("a process of the OCI runtime did not end after SIGKILL: it hangs in the kernel");
     }
 }
 

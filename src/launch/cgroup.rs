@@ -41,7 +41,7 @@ fn all() -> Result<PathBuf, cgroup::Error> {
 /// Kills everything that `launch` and the OCI runtime have started to create a container, except the container.
 pub fn kill(unit: &UnitName) {
     if let Err(error) = of(unit).and_then(|cgroup| cgroup::kill(&cgroup)) {
-        tracing::warn!(%unit, %error, "{unit}: can't kill what creates its container: {error}");
+        tracing::warn!(%unit, %error, "{unit}: can't kill the processes that create its container: {error}");
     }
 }
 
@@ -50,7 +50,7 @@ pub fn remove(unit: &UnitName) {
     match of(unit).and_then(|cgroup| cgroup::remove(&cgroup)) {
         Ok(true) => {}
         Ok(false) => {
-            tracing::debug!(%unit, "{unit}: something that a hook or a mount has started still runs");
+            tracing::debug!(%unit, "{unit}: a process that a hook or a mount helper started still runs");
         }
         Err(error) => {
             tracing::warn!(%unit, %error, "{unit}: can't remove the cgroup in which its container was created: {error}");

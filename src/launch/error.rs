@@ -14,13 +14,13 @@ use super::{handoff, namespaces};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The daemon has written no record of the task.
-    #[error("{key}: there is no record; only the shim starts this unit")]
+    #[error("{key}: no record found; this unit can only be started by the shim")]
     NoRecord {
         /// As in the arguments.
         key: ProcessKey,
     },
     /// The record has no such exec.
-    #[error("{key}: the record has no such exec; only the shim starts this unit")]
+    #[error("{key}: the record has no such exec; this unit can only be started by the shim")]
     NoExec {
         /// As in the arguments.
         key: ProcessKey,
@@ -62,7 +62,7 @@ pub enum Error {
     #[error(transparent)]
     TimedOut(#[from] runtime::Error),
     /// Somebody stopped the exec's unit.
-    #[error("OCI runtime exec failed: its unit was stopped while it was starting")]
+    #[error("OCI runtime exec failed: the exec's unit was stopped during its start")]
     Terminated,
     /// The record, or a file beside it, can't be read or written.
     #[error(transparent)]

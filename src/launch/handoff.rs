@@ -25,7 +25,7 @@ use crate::unit::main_process::Ended;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It is not there, and its exit is not either.
-    #[error("the process {pid} can't be found: {source}")]
+    #[error("process {pid} and its exit status can't be found: {source}")]
     Lost {
         /// The process.
         pid: u32,
@@ -33,10 +33,10 @@ pub enum Error {
         source: io::Error,
     },
     /// systemd can't be told.
-    #[error("tell systemd of the process: {0}")]
+    #[error("can't notify systemd of the process: {0}")]
     Notify(String),
     /// systemd does not react.
-    #[error("systemd has not answered within {} s", BARRIER_LIMIT.as_secs())]
+    #[error("systemd did not confirm the process within {} s", BARRIER_LIMIT.as_secs())]
     Silent,
 }
 

@@ -51,7 +51,7 @@ impl OciRuntime for CommandLine {
         command.arg("--force").arg(cli.id.as_str());
         match self.run(cli, "delete", &command).await {
             Err(error @ (Error::TimedOut { .. } | Error::Busy { .. })) => {
-                tracing::warn!(id = %cli.id, %error, "container {}: its state is removed without the OCI runtime: {error}", cli.id);
+                tracing::warn!(id = %cli.id, %error, "container {}: removing its state without the OCI runtime: {error}", cli.id);
                 remove_state(cli)
             }
             deleted => deleted,
@@ -126,7 +126,7 @@ impl Cli<'_> {
         if timeout(self.runtime.limit(), holder.ended()).await.is_ok() {
             return Ok(());
         }
-        tracing::warn!(id = %self.id, "container {}: an OCI runtime command that does not end is killed (pid {})", self.id, holder.pid);
+        tracing::warn!(id = %self.id, "container {}: killing an OCI runtime command that takes too long (pid {})", self.id, holder.pid);
         sys::tree::kill(holder.pid);
         timeout(DEATH_LIMIT, holder.ended()).await.map_err(|_| Error::Busy { verb, pid: holder.pid })
     }
@@ -248,7 +248,7 @@ mod tests {
         let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
         let error = CommandLine::default().start(&cli).await.unwrap_err();
         assert!(matches!(error, Error::TimedOut { verb: "start", .. }), "{error}");
-        assert!(error.to_string().contains("after 1 s"), "{error}");
+        assert!(error.to_string().contains("within 1 s"), "{error}");
         cli.settled("start").await.unwrap();
         assert!(ends(&dir.join("child")));
         fs::remove_dir_all(&dir).unwrap();

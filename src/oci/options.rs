@@ -23,7 +23,7 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file that the options name can't be read.
-    #[error("runtime options: read {path}: {source}")]
+    #[error("runtime options: can't read {path}: {source}")]
     File {
         /// The file.
         path: PathBuf,

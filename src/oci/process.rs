@@ -20,7 +20,7 @@ pub enum Error {
     #[error("the spec of the exec has no args")]
     NoArgs,
     /// The file can't be written.
-    #[error("write {path}: {source}")]
+    #[error("can't write {path}: {source}")]
     Io {
         /// The file.
         path: PathBuf,

@@ -43,7 +43,7 @@ pub enum Error {
         reason: String,
     },
     /// It took too long and was killed, with all that it had started.
-    #[error("OCI runtime {verb} failed: it was killed as it had not ended after {} s (option RuntimeTimeoutSec)", .limit.as_secs())]
+    #[error("OCI runtime {verb} failed: it did not end within {} s and was killed (option RuntimeTimeoutSec)", .limit.as_secs())]
     TimedOut {
         /// The command.
         verb: &'static str,
@@ -52,7 +52,7 @@ pub enum Error {
     },
     /// An earlier command for the same container does not end, and can't be killed.
     #[error(
-        "OCI runtime {verb} failed: an earlier command for this container (pid {pid}) does not end, although it was killed; see /proc/{pid}/stack"
+        "OCI runtime {verb} failed: an earlier command for this container (pid {pid}) did not end after SIGKILL; see /proc/{pid}/stack"
     )]
     Busy {
         /// The command that could not be run.

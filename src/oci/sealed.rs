@@ -165,7 +165,7 @@ impl Copies {
         // Outside of the map's lock: this copies megabytes.
         let copy = kept.copy.get_or_init(|| {
             let made = make(binary).inspect_err(|error| {
-                tracing::info!(%error, "{} is run as it is, there can be no safe copy of it: {error}", binary.display());
+                tracing::info!(%error, "can't make a safe copy of {}, so it is run directly: {error}", binary.display());
             });
             made.ok()
         });
@@ -179,10 +179,7 @@ impl Copies {
             if !found.is_spoiled() {
                 return Some(found.clone());
             }
-            tracing::warn!(
-                "somebody has changed the copy of {} that containers share: it is made again",
-                binary.display()
-            );
+            tracing::warn!("the shared copy of {} was modified: making a new one", binary.display());
         }
         let fresh = Arc::new(Kept::new(of));
         kept.insert(binary.to_owned(), fresh.clone());

@@ -6,7 +6,9 @@ const RTMAX: i32 = 64;
 
 /// A text that names no signal.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no signal: a name like \"SIGTERM\" or \"RTMIN+3\", or a number from 1 to {RTMAX}")]
+#[error(
+    "{text:?} is not a signal: use a name like \"SIGTERM\" or \"RTMIN+3\", or a number from 1 to {RTMAX}"
+)]
 pub struct Unknown {
     text: String,
 }

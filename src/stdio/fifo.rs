@@ -120,7 +120,7 @@ const ROOM: nix::libc::c_int = 1 << 20;
 /// Gives a FIFO more room, where the kernel allows it. What is in the FIFO stays.
 pub fn enlarge(fifo: &impl AsFd) {
     if let Err(errno) = fcntl(fifo, FcntlArg::F_SETPIPE_SZ(ROOM)) {
-        tracing::debug!("a FIFO keeps the room that it has: {errno}");
+        tracing::debug!("can't enlarge the buffer of a FIFO: {errno}");
     }
 }
 

@@ -91,7 +91,7 @@ impl Lines {
         {
             // The line itself is not lost unless the daemon ends before the line does.
             let path = self.kept.display();
-            tracing::debug!(%error, "an unfinished line can't be kept in {path}: {error}");
+            tracing::debug!(%error, "can't save an incomplete line in {path}: {error}");
         }
     }
 
@@ -114,7 +114,7 @@ impl Lines {
             tracing::error!(
                 lines,
                 bytes,
-                "{lines} lines ({bytes} bytes) are missing in the journal, which can't be reached"
+                "{lines} lines ({bytes} bytes) of output were not written to the journal, which can't be reached"
             );
         }
     }

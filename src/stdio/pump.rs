@@ -138,13 +138,13 @@ impl LogFile {
         let (file, written, failure) = match write_file(file, bytes).await {
             Ok(done) => done,
             Err(error) => {
-                tracing::error!(%error, "{path} takes no more output: {error}");
+                tracing::error!(%error, "can't write output to {path}: {error}");
                 return;
             }
         };
         self.file = Some(file);
         if written > 0 && self.missing > 0 {
-            tracing::warn!("{path} takes output again; {} bytes are missing in it", self.missing);
+            tracing::warn!("writing output to {path} again; {} bytes are missing there", self.missing);
             self.missing = 0;
         }
         if let Some(error) = failure {
@@ -204,7 +204,7 @@ pub async fn copy(source: Source, mut sinks: Sinks, over: impl Future<Output = (
         () = stop.cancelled() => Ok(()),
     };
     if let Err(error) = copied {
-        tracing::error!(%error, "output can't be copied any more: {error}");
+        tracing::error!(%error, "stopped copying output: {error}");
     }
     for sink in &mut sinks.copies {
         if let Sink::Journal(lines) = sink {

@@ -65,7 +65,7 @@ impl Answers {
         let file = file.map_err(io_error("open", &path))?;
         // A Delete must not fail for want of room. Where there is none now, one may.
         if let Err(errno) = fallocate(&file, FallocateFlags::empty(), 0, PLACES as i64 * PLACE as i64) {
-            tracing::warn!(%errno, "no room for all of {}: {errno}", path.display());
+            tracing::warn!(%errno, "can't reserve space for {}: {errno}", path.display());
         }
         let mut answers = Self { file, next: Mutex::default() };
         answers.next = Mutex::new(answers.lines().map(|line| line.seq + 1).max().unwrap_or(0));

@@ -57,7 +57,7 @@ pub enum Error {
     },
     /// Recovering the record has crashed the daemon more than once.
     #[error(
-        "{path} crashed the daemon {LIMIT} times and was moved to {to}; its container, if it still runs, is without the daemon"
+        "record {path} crashed the daemon {LIMIT} times and was moved to {to}; the daemon no longer manages its container, which may still run"
     )]
     SetAside {
         /// The record.
@@ -66,7 +66,7 @@ pub enum Error {
         to: PathBuf,
     },
     /// The file is no record.
-    #[error("record {path} can't be read: {source}; it is left as it is")]
+    #[error("record {path} can't be parsed: {source}; the file is left unchanged")]
     Malformed {
         /// The file.
         path: PathBuf,
@@ -75,7 +75,9 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// The file belongs to a newer version of this program.
-    #[error("record {path} has version {found}, this program reads up to {VERSION}; it is left as it is")]
+    #[error(
+        "record {path} has version {found}, this program reads up to {VERSION}; the file is left unchanged"
+    )]
     Newer {
         /// The file.
         path: PathBuf,
@@ -83,7 +85,7 @@ pub enum Error {
         found: u32,
     },
     /// The file is too large to be a record.
-    #[error("record {path} is larger than {limit} bytes; it is left as it is")]
+    #[error("record {path} is larger than {limit} bytes; the file is left unchanged")]
     TooLarge {
         /// The file.
         path: PathBuf,

@@ -117,7 +117,7 @@ impl Durable {
     /// shows that to whoever reads it.
     pub async fn flushed(mut self) -> io::Result<Self> {
         if let Err(error) = self.flush().await {
-            tracing::debug!(%error, "a connection has ended: {error}");
+            tracing::debug!(%error, "a connection ended: {error}");
         }
         Ok(self)
     }
@@ -168,10 +168,10 @@ fn poison(frame: &Frame, crashes: &Crashes) -> Option<Frame> {
     }
     let what = subject(&request);
     if count < suspect::LIMIT {
-        tracing::warn!("{what} crashed the daemon and is tried once more");
+        tracing::warn!("{what} crashed the daemon and is tried again");
         return None;
     }
-    tracing::error!("{what} crashed the daemon {count} times and is answered with an error now");
+    tracing::error!("{what} crashed the daemon {count} times: answering it with an error");
     let reason = format!(
         "{what} crashed the runtime's daemon {count} times, so it is not tried again: see journalctl -u {}",
         crate::unit::name::DAEMON_SERVICE

@@ -55,19 +55,19 @@ const SLACK: u64 = 64 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The memory can't be read or written.
-    #[error("the journal of a connection: {0}")]
+    #[error("can't use the request journal of a connection: {0}")]
     Io(#[from] io::Error),
     /// What was kept is no journal.
-    #[error("what was kept with a connection is no journal of requests")]
+    #[error("the descriptor kept with a connection is not a request journal")]
     Malformed,
     /// It belongs to a newer version of this program.
-    #[error("the journal of a connection has version {found}, this program reads up to {VERSION}")]
+    #[error("the request journal of a connection has version {found}, this program reads up to {VERSION}")]
     Newer {
         /// Its version.
         found: u32,
     },
     /// A response is longer than the protocol allows.
-    #[error("a response: {0}")]
+    #[error("can't encode a response: {0}")]
     Frame(#[from] TooLong),
 }
 
@@ -254,7 +254,7 @@ impl Journal {
         if is_many && !std::mem::replace(&mut self.is_told, is_many) {
             let count = self.open.len();
             tracing::warn!(
-                "a client waits for {count} answers ({bytes} bytes) on one connection: from {OPEN_COUNT}, or {OPEN_BYTES} bytes, on it gets errors"
+                "a client has {count} unanswered requests ({bytes} bytes) on one connection: from {OPEN_COUNT} requests or {OPEN_BYTES} bytes on, further requests are refused"
             );
         }
         bytes <= OPEN_BYTES && self.open.len() < OPEN_COUNT

@@ -67,7 +67,7 @@ impl Connections {
             match adopt(fds, crashes, &keeper, &name, &news, &count) {
                 Ok(connection) => adopted.push(connection),
                 Err(reason) => {
-                    tracing::error!("a connection of an earlier daemon is lost: {reason}");
+                    tracing::error!("can't adopt a connection of an earlier daemon: {reason}");
                     keeper.forget(&name);
                 }
             }
@@ -141,7 +141,9 @@ impl Connections {
                     return Durable::new(stream.into(), journal, keeper, name, one).map_err(io::Error::other);
                 }
                 Ok(peer) => tracing::warn!(uid = peer.uid(), "refused a connection of user {}", peer.uid()),
-                Err(error) => tracing::warn!(%error, "refused a connection of an unknown user: {error}"),
+                Err(error) => {
+                    tracing::warn!(%error, "refused a connection, as its user can't be determined: {error}")
+                }
             }
             self.keeper.forget(&name);
         }

@@ -20,7 +20,7 @@ mod allowed;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The name can't be that of a property.
-    #[error("{origin}: the name of a property has three letters or more, and nothing else")]
+    #[error("{origin}: not a valid property name (letters only, at least three)")]
     Name {
         /// Where it was asked for.
         origin: String,
@@ -35,7 +35,7 @@ pub enum Error {
         source: gvariant::Malformed,
     },
     /// A time in seconds is no number, or below 0, or too great.
-    #[error("{origin}: {value} is no number of seconds")]
+    #[error("{origin}: {value} is not a number of seconds")]
     Seconds {
         /// Where it was asked for.
         origin: String,
@@ -77,7 +77,7 @@ pub enum Error {
         mismatch: String,
     },
     /// systemd does not know it, or not this value.
-    #[error("systemd refused one of {}: {reason}", .origins.join(", "))]
+    #[error("systemd refused one of the properties {}: {reason}", .origins.join(", "))]
     Refused {
         /// Where they were asked for.
         origins: Vec<String>,

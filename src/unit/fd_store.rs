@@ -49,13 +49,13 @@ pub enum Error {
         limit: usize,
     },
     /// No holder can be made.
-    #[error("make a socket that holds descriptors: {0}")]
+    #[error("can't create a socket to hold descriptors: {0}")]
     Make(io::Error),
     /// The holder does not take the descriptors.
-    #[error("put descriptors into a socket that holds them: {0}")]
+    #[error("can't put descriptors into the socket that holds them: {0}")]
     Put(Errno),
     /// systemd can't be asked.
-    #[error("ask systemd to keep a descriptor: {0}")]
+    #[error("can't store a descriptor in systemd's descriptor store: {0}")]
     Send(Errno),
 }
 
@@ -128,7 +128,7 @@ impl FdStore {
                 Ok(contents) => contents,
                 Err(error) => {
                     // It stays in systemd's store: the next daemon may succeed.
-                    tracing::error!(%error, "descriptors of an earlier daemon can't be read from {name}: {error}");
+                    tracing::error!(%error, "can't read the descriptors that an earlier daemon stored in {name}: {error}");
                     continue;
                 }
             };
@@ -196,7 +196,7 @@ impl FdStore {
             match holder.holder.clear() {
                 Ok(()) => self.rest(holder),
                 Err(error) => {
-                    tracing::warn!(%error, "{} can't be emptied: {error}", holder.name);
+                    tracing::warn!(%error, "can't empty the holder {}: {error}", holder.name);
                     self.remove(&holder.name);
                 }
             }
@@ -251,7 +251,7 @@ impl FdStore {
         let sent = self.notifier.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[], MsgFlags::empty());
         if let Err(error) = sent {
             // The next daemon finds it, and lets go of it.
-            tracing::warn!(%error, "systemd keeps {name}, which nobody needs: {error}");
+            tracing::warn!(%error, "can't remove {name} from systemd's descriptor store: {error}");
         }
         sent.is_ok()
     }
@@ -261,7 +261,7 @@ impl FdStore {
         if !state.is_warned && count * 5 > self.limit * 4 {
             state.is_warned = true;
             tracing::warn!(
-                "systemd's descriptor store has {count} entries of this daemon, the limit is {}: at {} no container, exec or connection is accepted any more",
+                "systemd's descriptor store has {count} entries of this daemon, its limit is {}: from {} entries on, containers, execs and connections are refused",
                 self.limit,
                 self.limit_of_new_work()
             );

@@ -87,7 +87,7 @@ impl Refs {
         let stream = UnixStream::connect(BUS).map_err(|error| zbus::Error::InputOutput(Arc::new(error)))?;
         let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
         if let Err(error) = self.store.keep(&name, &[stream.as_fd()]) {
-            tracing::warn!(%error, "units that are stopped while the daemon is down may lose their exit codes: {error}");
+            tracing::warn!(%error, "can't store the connection that references units, so a unit that is stopped while the daemon is down may lose its exit code: {error}");
         }
         let builder = zbus::connection::Builder::unix_stream(stream).method_timeout(CALL_LIMIT);
         match builder.build().await {
@@ -114,7 +114,7 @@ impl Refs {
         let referred = async { self.manager_for(unit).await?.ref_unit(unit.as_str()).await };
         if let Err(error) = referred.await {
             // If the bus is gone, this is done again when it is back.
-            tracing::debug!(%unit, %error, "can't refer to {unit}: {error}");
+            tracing::debug!(%unit, %error, "can't reference {unit}: {error}");
         }
     }
 

@@ -106,7 +106,7 @@ impl Relay {
     pub fn new() -> Self {
         Self {
             socket: Self::connect().unwrap_or_else(|error| {
-                tracing::error!(%error, "what containers tell systemd is lost: {error}");
+                tracing::error!(%error, "can't connect to systemd's notify socket, so notifications of containers are lost: {error}");
                 None
             }),
         }

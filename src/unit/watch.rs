@@ -45,12 +45,12 @@ pub async fn run(
                 }
                 forward(stream, systemd, &manager, &observations).await;
                 manager.disconnected().await;
-                tracing::warn!("the connection to D-Bus is lost");
+                tracing::warn!("lost the connection to D-Bus");
             }
             Err(error) => {
                 manager.disconnected().await;
                 if !told {
-                    tracing::warn!(%error, "can't listen to systemd, trying again: {error}");
+                    tracing::warn!(%error, "can't receive systemd's signals, trying again: {error}");
                     told = true;
                 }
                 // Nothing announces that the bus is back: its socket has to be tried.

@@ -147,7 +147,7 @@ fn an_exec_that_hangs_fails_after_its_limit_and_can_be_tried_again() {
     let exec = container.exec(Spec::sleeping()).added(&Io::default());
     let refusal = while_it_hangs(&container, &exec, || {}).expect_err("a start that hangs");
     assert!(
-        refusal.message().contains("OCI runtime exec failed") && refusal.message().contains("after 2 s"),
+        refusal.message().contains("OCI runtime exec failed") && refusal.message().contains("within 2 s"),
         "{refusal}"
     );
     assert_eq!(container.pids().expect("pids"), [container.pid()]);

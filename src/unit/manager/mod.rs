@@ -96,7 +96,7 @@ impl Manager {
         };
         if let Err(error) = self.bus.repeat(|| refs.release(unit)).await.result {
             // There is none if the bus was restarted, or the unit never came up.
-            tracing::debug!(%unit, %error, "no reference to {unit}: {error}");
+            tracing::debug!(%unit, %error, "can't give back the reference to {unit}: {error}");
         }
     }
 
