@@ -69,6 +69,8 @@ fn status_shows_the_containers_processes() {
     let node = Node::shared();
     let container = node.container("status", Spec::sleeping()).started(&Io::default());
     let unit = systemd::unit_of(&container);
+    // Start returns before the container's init has become the program.
+    wait::until_true("the program runs", || process::named("sleep").contains(&container.pid()));
     let status = process::succeed("systemctl", &["status", "--full", "--no-pager", "--lines=0", &unit]);
     for part in ["Active: active", "CGroup:", "sleep 100000", &container.id, &container.pid().to_string()] {
         assert!(status.contains(part), "{part:?} is not in:\n{status}");
