@@ -19,6 +19,7 @@ pub mod cli;
 mod config;
 mod effects;
 mod fault;
+mod files;
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::panic, clippy::print_stderr)] // a broken rule, and the input that a test is at
 pub mod fuzzing;

@@ -38,9 +38,7 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     bundle::write_containerd(&here, &containerd).map_err(Failure::new)?;
     bring_up()?;
     let address = format!("unix://{}", caller.socket(&key)?.path().display());
-    // containerd 1.6 and 1.7 find the daemon by this file after a restart.
-    std::fs::write(here.join("address"), &address)
-        .map_err(|error| Failure(format!("can't write {}/address: {error}", here.display())))?;
+    bundle::write_address(&here, &address).map_err(Failure::new)?;
     print(&caller.answer(address)?)
 }
 

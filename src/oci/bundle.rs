@@ -3,8 +3,9 @@
 //! Edits work on untyped JSON, so that fields and values that no library knows yet survive.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Mount;
@@ -12,6 +13,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::value::{RawValue, to_raw_value};
 
+use crate::files;
 use crate::id::{Namespace, Owner, TaskId};
 use crate::task::request::Containerd;
 
@@ -22,6 +24,9 @@ use super::resources::{self, Resources};
 pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 const CONFIG: &str = "config.json";
+
+/// The bits of a file's mode that are permissions.
+const MODE: u32 = 0o7777;
 
 /// Why a bundle can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -267,9 +272,7 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
         .map_err(|source| Error::Malformed { path: path.clone(), source })?;
     let new = bundle.join(".config.json.new");
     let mode = fs::metadata(&path).map_err(io_error("read the mode of", &path))?.permissions();
-    fs::write(&new, text).map_err(io_error("write", &new))?;
-    fs::set_permissions(&new, mode).map_err(io_error("set the mode of", &new))?;
-    fs::rename(&new, &path).map_err(io_error("replace", &path))
+    files::replace(&path, &new, mode.mode() & MODE, &text).map_err(io_error("replace", &path))
 }
 
 /// The containerd that a bundle belongs to, whatever path leads to the bundle.
@@ -293,7 +296,18 @@ pub fn write_containerd(bundle: &Path, containerd: &Containerd) -> Result<(), Er
     let path = bundle.join(START);
     let text =
         serde_json::to_vec(containerd).map_err(|source| Error::Malformed { path: path.clone(), source })?;
-    fs::write(&path, text).map_err(io_error("write", &path))
+    let new = bundle.join(".containerd-shim-systemd.json.new");
+    files::replace(&path, &new, 0o600, &text).map_err(io_error("replace", &path))
+}
+
+/// Notes in the bundle where the daemon is. containerd 1.6 and 1.7 find the daemon by this file after a restart.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn write_address(bundle: &Path, address: &str) -> Result<(), Error> {
+    let path = bundle.join("address");
+    let new = bundle.join(".address.new");
+    files::replace(&path, &new, 0o644, address.as_bytes()).map_err(io_error("replace", &path))
 }
 
 /// The note of `start` in the bundle. `None` for a container of a pod that is not its first: containerd does not call
@@ -351,13 +365,10 @@ fn member<T: Default + for<'d> Deserialize<'d>>(object: &Fields, name: &str) -> 
 }
 
 fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
-    let file = File::open(path).map_err(io_error("open", path))?;
-    let mut text = Vec::new();
-    file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
-    if text.len() as u64 > MAX_CONFIG_BYTES {
-        return Err(Error::TooLarge { path: path.to_owned() });
-    }
-    Ok(text)
+    files::read_regular(path, MAX_CONFIG_BYTES).map_err(|source| match source.kind() {
+        io::ErrorKind::FileTooLarge => Error::TooLarge { path: path.to_owned() },
+        _ => io_error("read", path)(source),
+    })
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {

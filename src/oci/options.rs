@@ -2,12 +2,12 @@
 //! reading a file that the configuration names).
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::files;
 use crate::id::Namespace;
 use crate::task::request::{Log, Runtime};
 
@@ -207,9 +207,8 @@ impl Options {
     /// # Errors
     /// As [`Self::from_toml`], or the file can't be read.
     pub fn from_file(path: &Path) -> Result<Self, Error> {
-        let mut text = String::new();
-        File::open(path)
-            .and_then(|file| file.take(MAX_FILE_BYTES).read_to_string(&mut text))
+        let text = files::read_regular(path, MAX_FILE_BYTES)
+            .and_then(|text| String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into()))
             .map_err(|source| Error::File { path: path.to_owned(), source })?;
         Self::from_toml(&text, &path.to_string_lossy())
     }

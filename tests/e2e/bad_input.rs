@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -16,15 +16,17 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::protobuf::Message;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, mkdirat};
-use nix::unistd::{UnlinkatFlags, unlinkat};
+use nix::unistd::{UnlinkatFlags, mkfifo, unlinkat};
 use ttrpc::Code;
 
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{NAMESPACE, Node, unique};
 use crate::common::shim::{self, Bundle, Refusal, Shim};
 use crate::common::spec::Spec;
+use crate::common::stdio::Scratch;
 use crate::common::task::Io;
 use crate::common::{daemon, process};
+use crate::options::GenericOptions;
 
 /// The daemon answers, and knows no such task.
 fn assert_serves(shim: &Shim) {
@@ -66,6 +68,60 @@ fn a_namespace_that_is_no_name_is_an_invalid_argument() {
         assert_eq!(code, Code::INVALID_ARGUMENT, "{namespace:?}: {text}");
     }
     assert_serves(&shim);
+}
+
+#[test]
+fn a_file_of_the_bundle_that_is_no_regular_file_is_refused_at_once() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let shim = Shim::connect(&node);
+    // Each of these would be waited for, or read without end.
+    let no_files: [(&str, &dyn Fn(&Path)); 3] = [
+        ("a FIFO", &|path| mkfifo(path, Mode::S_IRWXU).expect("make a FIFO")),
+        ("a link to a device", &|path| symlink("/dev/zero", path).expect("make a symlink")),
+        ("a directory", &|path| fs::create_dir(path).expect("make a directory")),
+    ];
+    for name in ["config.json", "containerd-shim-systemd.json"] {
+        for (what, make) in no_files {
+            let bundle = Bundle::new("odd");
+            let path = Path::new(bundle.path()).join(name);
+            let _ = fs::remove_file(&path);
+            make(&path);
+            let (_, text) = shim.create(bundle.request(&unique("odd"))).expect_err(what);
+            assert!(text.contains(name) && text.contains("not a regular file"), "{what}: {text}");
+        }
+    }
+    assert_serves(&shim);
+}
+
+#[test]
+fn an_options_file_that_is_no_regular_file_is_refused_at_once() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let scratch = Scratch::new("options");
+    let fifo = scratch.join("fifo");
+    mkfifo(&fifo, Mode::S_IRWXU).expect("make a FIFO");
+    for path in [fifo.as_path(), Path::new("/dev/zero")] {
+        let path = path.display().to_string();
+        let options = GenericOptions { config_path: path.clone(), ..Default::default() }.to_any();
+        let container = node.container("options", Spec::sleeping()).options(options).make();
+        let refusal = container.create(&Io::default()).expect_err(&path);
+        assert!(refusal.message().contains(&path), "{refusal}");
+    }
+}
+
+#[test]
+fn what_has_the_names_of_files_that_the_shim_writes_into_a_bundle_is_replaced() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let shim = Shim::connect(&node);
+    let bundle = Bundle::new("in-the-way");
+    let in_the_way = Path::new(bundle.path()).join(".config.json.new");
+    mkfifo(&in_the_way, Mode::S_IRWXU).expect("make a FIFO");
+    // The rootfs is empty: the OCI runtime gets as far as looking for the program.
+    let (_, text) = shim.create(bundle.request(&unique("in-the-way"))).expect_err("an empty rootfs");
+    assert!(text.contains("/bin/sleep"), "{text}");
+    assert!(!in_the_way.exists());
 }
 
 #[test]
