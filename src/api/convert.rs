@@ -21,7 +21,8 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use crate::id::{ExecId, InvalidName, Namespace, Owner, ProcessKey, TaskId, TaskKey};
 use crate::oci::options::{Options, Source};
-use crate::ops::{AddExec, CreateTask, Outgoing, State, Status};
+use crate::ops::{AddExec, CreateTask, State, Status};
+use crate::services::Outgoing;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::Exit;
 use crate::task::request::{Create, Mount, Stdio};

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use ttrpc::asynchronous::Client;
 use ttrpc::{Code, context};
 
-use crate::ops::{Entry, Outgoing, Shim};
+use crate::services::{Entry, Outgoing, Shim};
 
 use super::convert::{self, NAMESPACE_KEY};
 
@@ -54,13 +54,13 @@ async fn serve(shim: Arc<Shim>, address: String, mut tasks: mpsc::UnboundedRecei
             },
             held = held_up.next(), if !held_up.is_empty() => held,
         };
-        shim.taken_up(&entry);
-        while let Some(outgoing) = shim.first_owed(&entry) {
+        shim.tasks.taken_up(&entry);
+        while let Some(outgoing) = shim.tasks.first_owed(&entry) {
             if !link.deliver(&outgoing).await {
                 held_up.add(entry, pause);
                 break;
             }
-            shim.accepted(&entry, outgoing.seq);
+            shim.tasks.accepted(&entry, outgoing.seq);
         }
     }
 }

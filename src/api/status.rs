@@ -5,7 +5,7 @@
 
 use ttrpc::Code;
 
-use crate::ops::Error;
+use crate::services::Error;
 use crate::{oci, unit};
 
 /// The code of an error.
@@ -54,7 +54,7 @@ pub fn code(error: &Error) -> Code {
         | Error::Kill { .. }
         | Error::NotRemoved { .. }
         | Error::Stream(_)
-        | Error::Terminal(_)
+        | Error::Session(_)
         | Error::Watch(_)
         | Error::Process(oci::process::Error::Io { .. })
         | Error::Launch(_)

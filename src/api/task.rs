@@ -20,7 +20,7 @@ use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
 use ttrpc::{Request, Response};
 
 use crate::id::{Namespace, ProcessKey, TaskKey};
-use crate::ops::{Attempt, Error, Shim};
+use crate::services::{Attempt, Error, Shim};
 use crate::suspect::{self, Suspect};
 use crate::transport::frame::REPLAYED;
 use crate::transport::sockets::{Holder, Lease, Leases, Socket};
@@ -64,8 +64,8 @@ impl TaskService {
     /// The task that the caller means: its own one of these names.
     fn located(&self, named: &TaskKey) -> TaskKey {
         match self.lease().owner {
-            Some(owner) => self.shim.own(named, &owner),
-            None => self.shim.any(named),
+            Some(owner) => self.shim.tasks.own(named, &owner),
+            None => self.shim.tasks.any(named),
         }
     }
 
@@ -161,8 +161,8 @@ impl Task for TaskService {
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         let mut call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
         call.key = match self.lease().owner {
-            Some(owner) => self.shim.own(&call.key, &owner),
-            None => self.shim.own_by_bundle(&call.key, &call.request.bundle),
+            Some(owner) => self.shim.tasks.own(&call.key, &owner),
+            None => self.shim.tasks.own_by_bundle(&call.key, &call.request.bundle),
         };
         let (shim, attempt) = (self.shim.clone(), attempt(ctx));
         let init = ProcessKey { task: call.key.clone(), exec: None };
@@ -189,7 +189,7 @@ impl Task for TaskService {
         let mut key = self.process(ctx, &request.id, &request.exec_id)?;
         let given_up = convert::gives_up(&ctx.metadata).map_err(status::invalid)?;
         if let Some(owner) = &given_up {
-            key.task = self.shim.own(&key.task, owner);
+            key.task = self.shim.tasks.own(&key.task, owner);
         }
         let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
         let deleted = self.run("delete", &process, async move {

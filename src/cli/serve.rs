@@ -21,8 +21,8 @@ use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::launch::{self, namespaces};
 use crate::oci::command::CommandLine;
-use crate::ops::Shim;
-use crate::ops::kept::Kept;
+use crate::services::Shim;
+use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::answers::Answers;
 use crate::supervise::slices;
@@ -197,7 +197,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let program = std::env::current_exe()
         .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
     let answers = Answers::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
-    let kept = Kept::new(fd_store.clone(), kept);
+    let fds = StreamFds::new(fd_store.clone(), kept);
     let keeps = systemd.has_fd_store_preserve();
     let waking =
         Waking { manager: manager.clone(), connections: connections.clone(), program: program.clone() };
@@ -205,16 +205,17 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let store = Store::new(config::STATE_DIR);
     let slices_of = manager.clone();
     let commands = Arc::new(CommandLine::in_cgroup(launch::cgroup::of_commands().map_err(Failure::new)?));
-    let (shim, outgoing) = Shim::new(store, answers, kept, cgroups, manager, commands, program);
+    let (shim, outgoing) = Shim::new(store, answers, fds, cgroups, manager, commands, program);
     fault::point(Point::RecoverTaken);
     shim.recover(&crashes).await.map_err(Failure::new)?;
     fault::point(Point::RecoverTasks);
     workers.spawn("publishing events", events::publish(shim.clone(), outgoing));
     workers.spawn("writing what could not be written", shim.clone().write_pending());
-    workers.spawn("giving up unused memory", shim.clone().forget_idle());
+    let idle = shim.clone();
+    workers.spawn("giving up unused memory", async move { idle.launcher.forget_idle().await });
     let registered = shim.clone();
-    let is_used = move |slice: &UnitName| registered.uses_slice(slice);
-    workers.spawn("removing unused slices", slices::run(slices_of, shim.deleted.clone(), is_used));
+    let is_used = move |slice: &UnitName| registered.tasks.uses_slice(slice);
+    workers.spawn("removing unused slices", slices::run(slices_of, shim.tasks.removed.clone(), is_used));
     workers.spawn("watching cgroups", shim.clone().observe_cgroups());
     workers.spawn("observing units", shim.clone().observe(observations));
 
@@ -242,7 +243,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         servers.push(server);
     }
 
-    let tasks = shim.task_count();
+    let tasks = shim.tasks.count();
     let (version, systemd) = (env!("CARGO_PKG_VERSION"), systemd.version());
     tracing::info!(
         version,

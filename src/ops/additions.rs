@@ -6,17 +6,16 @@ use std::collections::BTreeMap;
 use crate::oci::bundle::Spec;
 use crate::oci::resources::DeviceRule;
 use crate::oci::{devices, signal};
+use crate::services::{Error, Shim};
 use crate::task::Task;
 use crate::task::request::{Asker, DeviceAllow, Property, Runtime};
 use crate::unit;
 use crate::unit::annotation::{self, Additions, Extension};
 
-use super::{Error, Shim};
-
 /// The properties that are asked for, checked but for their types.
 ///
 /// `extension`: the names in the option AnnotationProperties.
-pub(super) fn properties(
+pub(crate) fn properties(
     task: &str,
     spec: &Spec,
     options: BTreeMap<String, String>,
@@ -44,7 +43,7 @@ pub(super) fn properties(
 
 /// The devices that the container may use, where systemd can say exactly what the OCI runtime will; a filter
 /// of systemd's that is stricter would win in silence.
-pub(super) fn allowed_devices(
+pub(crate) fn allowed_devices(
     spec: &Spec,
     rules: &[DeviceRule],
     runtime: &Runtime,
@@ -64,7 +63,7 @@ pub(super) fn allowed_devices(
 const CRUN_HANDLER: &str = "run.oci.handler";
 
 /// Whether the container may tell systemd of itself. An annotation can only do without what the option allows.
-pub(super) fn notifies(task: &str, spec: &Spec, option: bool) -> Result<bool, Error> {
+pub(crate) fn notifies(task: &str, spec: &Spec, option: bool) -> Result<bool, Error> {
     match spec.annotation(NOTIFY) {
         None => Ok(option),
         Some("true") if option => Ok(true),
@@ -81,14 +80,14 @@ pub(super) fn notifies(task: &str, spec: &Spec, option: bool) -> Result<bool, Er
 const NOTIFY: &str = "io.containerd.systemd.notify";
 
 /// As systemd gets them.
-pub(super) fn of(task: &Task) -> Result<Additions, Error> {
+pub(crate) fn of(task: &Task) -> Result<Additions, Error> {
     let devices = task.devices.as_deref().map(devices::with_defaults);
     Ok(Additions::new(devices.as_deref(), &task.properties)?)
 }
 
 /// Why systemd did not start the unit. A property that it does not know, or a value that it does not take,
 /// is one that was asked for: ours it takes.
-pub(super) fn refused(task: &Task, error: unit::error::Error) -> Error {
+pub(crate) fn refused(task: &Task, error: unit::error::Error) -> Error {
     let of_asked = error.is_about_a_property() && !task.properties.is_empty();
     match error {
         unit::error::Error::Refused { reason, .. } if of_asked => {
@@ -101,7 +100,7 @@ pub(super) fn refused(task: &Task, error: unit::error::Error) -> Error {
 
 impl Shim {
     /// Checks the types of what is asked for: systemd would not name the property.
-    pub(super) async fn check_types(&self, properties: &[Property]) -> Result<(), Error> {
+    pub(crate) async fn check_types(&self, properties: &[Property]) -> Result<(), Error> {
         if !properties.is_empty() {
             self.manager.property_types().await?.check(properties)?;
         }

@@ -2,9 +2,9 @@
 //! task goes on as if nothing had, or is as it was before the call; and nothing is left of it in the end.
 
 use crate::effects::{Failure, Plan};
+use crate::services::{Attempt, Error};
 
 use super::harness::{Step, World};
-use super::{Attempt, Error};
 
 /// What containerd hears of a whole life.
 const EVENTS: [&str; 9] =

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path};
 use std::sync::Arc;
 
@@ -18,18 +17,20 @@ use crate::launch::{self, command};
 use crate::oci::bundle::{self, Spec};
 use crate::oci::resources::Resources;
 use crate::oci::{face, options, runtime};
+use crate::services::process::{program_of, read_pid};
+use crate::services::registry::{Taken, Verb};
+use crate::services::{Attempt, Entry, Error, Shim, blocking, now_usec};
+use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
 use crate::task::phase::{Event, Phase};
-use crate::task::registry::{Taken, Verb};
 use crate::task::request::{Containerd, Create};
 use crate::task::wiring::Wiring;
 use crate::task::{Placement, Task};
 use crate::unit::properties::{self, Shown};
 use crate::unit::{self, name};
 
-use super::streams::{Opened, Whose};
-use super::{Attempt, Entry, Error, Shim, additions, blocking, now_usec};
+use super::additions;
 
 /// Where containerd takes events when nothing says otherwise.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
@@ -68,7 +69,7 @@ impl Shim {
     /// # Errors
     /// Anything that is wrong with the request, or that fails; nothing is left then.
     pub async fn create(self: &Arc<Self>, call: CreateTask, attempt: Attempt) -> Result<u32, Error> {
-        if let (Attempt::Replayed, Some(entry)) = (attempt, self.registry.get(&call.key)) {
+        if let (Attempt::Replayed, Some(entry)) = (attempt, self.tasks.registry.get(&call.key)) {
             // It may still be under way.
             drop(entry.init.verb.lock().await);
             let made = entry.task().init.pid();
@@ -76,7 +77,7 @@ impl Shim {
                 return Ok(pid);
             }
         }
-        if let Some(entry) = self.registry.get(&call.key) {
+        if let Some(entry) = self.tasks.registry.get(&call.key) {
             if !entry.task().is_leftover {
                 return Err(Error::Exists { key: call.key });
             }
@@ -85,7 +86,7 @@ impl Shim {
         if !call.checkpoint.is_empty() {
             return Err(Error::NotImplemented("restoring a checkpoint"));
         }
-        self.kept.has_room()?;
+        self.fds.has_room()?;
         let shim = self.clone();
         let (task, environment) = blocking(move || shim.prepare(call)).await??;
         self.check_types(&task.properties).await?;
@@ -120,7 +121,7 @@ impl Shim {
         }
         runtime.environment = self.store.environment(&key);
         let wiring = uri::wiring(&request.stdio, runtime.log, uri::Role::Init, fifo::kind)?;
-        let wiring = Wiring { kept: self.kept.number(), ..wiring };
+        let wiring = Wiring { kept: self.fds.next_number(), ..wiring };
         let task = Task {
             placement: placement(&key, &spec)?,
             face: face::of(&key, &spec),
@@ -172,7 +173,9 @@ impl Shim {
             return Ok((found, environment));
         }
         let sandbox = sandbox_of(spec)
-            .and_then(|id| self.registry.get(&self.own(&TaskKey { id, ..key.clone() }, &key.owner)))
+            .and_then(|id| {
+                self.tasks.registry.get(&self.tasks.own(&TaskKey { id, ..key.clone() }, &key.owner))
+            })
             .map(|entry| entry.task().clone());
         Ok(match sandbox {
             // The file is missing if an earlier version made the sandbox.
@@ -193,9 +196,9 @@ impl Shim {
         let key = task.key.clone();
         for unit in name::candidates(&key) {
             let logger = task.wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
-            match self.registry.insert(Task { unit, logger, ..task.clone() }) {
+            match self.tasks.registry.insert(Task { unit, logger, ..task.clone() }) {
                 Ok((entry, verb)) => {
-                    if !self.registry.namesakes(&key).is_empty() {
+                    if !self.tasks.registry.namesakes(&key).is_empty() {
                         keep_apart(&mut entry.task());
                     }
                     return Ok((entry, verb));
@@ -212,9 +215,8 @@ impl Shim {
         let dir = self.store.dir(&task.key);
         self.store.create(&task, environment)?;
         fault::point(Point::CreateRecorded);
-        let gone = || Error::UnknownTask { key: task.key.clone() };
-        let streams = Arc::new(self.streams(entry, None).ok_or_else(gone)?);
-        let opened = self.open_streams(&streams).await?;
+        let plan = Arc::new(self.plan(entry, &entry.init)?);
+        let opened = self.open_streams(&plan).await?;
         self.listen_to_container(entry).await?;
         fault::point(Point::CreateOpened);
         self.start_unit(entry, &task, &dir, Begun::Now).await?;
@@ -223,7 +225,7 @@ impl Shim {
 
     /// After a restart: continues a Create that was cut off, or takes it back. `taken` hears when what
     /// was kept of its streams is taken over.
-    pub(super) async fn resume_create(
+    pub(crate) async fn resume_create(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         taken: tokio::sync::oneshot::Sender<()>,
@@ -231,10 +233,9 @@ impl Shim {
         let task = entry.task().clone();
         let resumed = async {
             let dir = self.store.dir(&task.key);
-            let gone = || Error::UnknownTask { key: task.key.clone() };
             let state = self.manager.active_state(&task.unit).await?;
-            let streams = Arc::new(self.streams(entry, None).ok_or_else(gone)?);
-            let mut opened = self.reopen_streams(streams.clone(), Whose::Starting).await?;
+            let plan = Arc::new(self.plan(entry, &entry.init)?);
+            let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
             self.listen_to_container(entry).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());
@@ -242,7 +243,7 @@ impl Shim {
             if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
                 self.comes_up(entry, &task, &dir, self.manager.up(&task.unit)).await?;
             } else {
-                self.resume_logger(&streams, &mut opened).await?;
+                self.resume_logger(&plan, &mut opened).await?;
                 self.start_unit(entry, &task, &dir, Begun::Before).await?;
             }
             self.take_over(entry, &task, &dir, opened).await
@@ -259,7 +260,7 @@ impl Shim {
         entry: &Arc<Entry>,
         task: &Task,
         dir: &Path,
-        opened: Opened,
+        opened: OpenStreams,
     ) -> Result<u32, Error> {
         fault::point(Point::CreateUp);
         // What a hook has left there stays.
@@ -267,7 +268,7 @@ impl Shim {
         let pid =
             read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(task, dir)))?;
         self.hold(entry, pid);
-        self.start_pumps(entry, &entry.init, opened).await?;
+        self.start_session(entry, &entry.init, opened).await?;
         fault::point(Point::CreatePumping);
         self.adopt(entry, pid).await?;
         fault::point(Point::CreateAdopted);
@@ -280,14 +281,14 @@ impl Shim {
             self.make_pod_slice(task.placement.slice(), task).await?;
         }
         let init = ProcessKey { task: task.key.clone(), exec: None };
-        let command = command::command_line(&self.program, Kind::Container, &init);
+        let command = self.launcher.command(Kind::Container, &init);
         let shown = Shown {
             description: &task.face.description,
             identifier: face::identifier(&task.face),
             fields: &task.face.fields,
             slice: task.placement.slice(),
         };
-        let copy = self.sealed_runtime(task).await?;
+        let copy = self.launcher.sealed_runtime(task).await?;
         let own = task.runtime.cgroup.is_none().then(|| launch::cgroup::of(&task.unit)).transpose()?;
         let environment = command::environment(copy.as_ref(), own.as_deref());
         let pid_file = dir.join(PID_FILE);
@@ -312,7 +313,7 @@ impl Shim {
         {
             begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
         }
-        self.warm_up();
+        self.launcher.warm_up();
         let begun = begun.map_err(|error| additions::refused(task, error))?;
         self.comes_up(entry, task, dir, self.manager.done(begun)).await
     }
@@ -347,13 +348,6 @@ impl Shim {
         format!("OCI runtime create failed: {}", cli.reason("create", None))
     }
 
-    /// Holds the main process. One that is gone already has ended; systemd says how.
-    pub(super) fn hold(&self, entry: &Entry, pid: u32) {
-        let held = crate::sys::pidfd_open(pid).ok();
-        // Looked at once it is held: a stranger that has the number by now is not held.
-        entry.init.live().process = held.filter(|_| lives_in(&entry.task(), pid));
-    }
-
     /// Takes the main process over, and notes where it lives.
     async fn adopt(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
         let (cgroup, program) = (cgroup::of_process(pid).ok(), program_of(pid));
@@ -365,7 +359,7 @@ impl Shim {
             oom_kills = MemoryEvents::read(cgroup)?.unwrap_or_default().oom_kill;
         }
         fault::point(Point::CreateLimited);
-        self.change(entry, |task| {
+        self.tasks.change(entry, |task| {
             task.waiting_program = program;
             task.limits = limits;
             task.oom_kills = oom_kills;
@@ -390,7 +384,7 @@ impl Shim {
 }
 
 /// Limits that can be applied here.
-pub(super) fn check_resources(resources: &Resources) -> Result<(), Error> {
+pub(crate) fn check_resources(resources: &Resources) -> Result<(), Error> {
     resources.check()?;
     if resources.needs().next().is_some() {
         resources.check_controllers(&cgroup::controllers()?)?;
@@ -441,12 +435,6 @@ fn sandbox_of(spec: &Spec) -> Option<TaskId> {
     spec.annotation("io.kubernetes.cri.sandbox-id").and_then(|id| TaskId::new(id).ok())
 }
 
-/// The program file that a process runs: device and inode.
-pub(super) fn program_of(pid: u32) -> Option<(u64, u64)> {
-    let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
-    Some((file.dev(), file.ino()))
-}
-
 /// The OCI runtime knows containers by their ids alone: where two containerds have the same one, the later task
 /// gets a state directory of its own.
 fn keep_apart(task: &mut Task) {
@@ -454,25 +442,4 @@ fn keep_apart(task: &mut Task) {
     let mut root = task.runtime.root.clone().into_os_string();
     root.push(format!("+{owner}"));
     task.runtime.root = root.into();
-}
-
-/// True if a process lives where those of the task do: its number has not become a stranger's.
-pub(super) fn lives_in(task: &Task, pid: u32) -> bool {
-    let Ok(found) = cgroup::of_process(pid) else {
-        return false;
-    };
-    match (&task.cgroup, &task.placement) {
-        (Some(container), _) => found.starts_with(container),
-        // Create has not noted it yet.
-        (None, Placement::Unit { .. }) => found.iter().any(|part| part == task.unit.as_str()),
-        (None, Placement::Foreign { path, .. }) => {
-            let path: Vec<_> = path.iter().skip(1).collect();
-            found.iter().collect::<Vec<_>>().ends_with(&path)
-        }
-    }
-}
-
-/// A pid file.
-pub(super) fn read_pid(path: &Path) -> Option<u32> {
-    fs::read_to_string(path).ok()?.trim().parse().ok()
 }

@@ -18,21 +18,22 @@ use crate::id::{ExecId, ProcessKey};
 use crate::launch::contract::{EXEC_PID_FILE, Kind, Outcome, PROCESS_SPEC};
 use crate::launch::{command, pipes, report};
 use crate::oci::{face, process};
+use crate::services::process::{lives_in, read_pid};
+use crate::services::registry::{Taken, Verb};
+use crate::services::streams::{cut_off, drain, stored_number};
+use crate::services::{Attempt, Entry, Error, Process, Shim, blocking, go_on, now_usec};
+use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
+use crate::store::answers::Deleted;
+use crate::supervise::cleanup::{Stop, remove_unit};
 use crate::task::Task;
 use crate::task::exec::{Exec, ExecEvent, ExecPhase};
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Seen};
-use crate::task::registry::{Taken, Verb};
 use crate::task::request::Stdio;
 use crate::task::wiring::Wiring;
 use crate::unit::manager::query::Starting;
 use crate::unit::{self, name, properties};
-
-use super::cleanup::{Stop, remove_unit};
-use super::create::{lives_in, read_pid};
-use super::streams::{Opened, Whose, cut_off, drain, kept_number};
-use super::{Attempt, Deleted, Entry, Error, Process, Shim, blocking, go_on, now_usec};
 
 /// An exec that has run for so long is not a probe.
 const LONG_EXEC: Duration = Duration::from_secs(2);
@@ -60,7 +61,7 @@ impl Shim {
     /// The id is in use, the spec or the stdio strings are wrong, or the task has ended.
     pub async fn add_exec(self: &Arc<Self>, call: AddExec, attempt: Attempt) -> Result<(), Error> {
         let AddExec { key, stdio, spec } = call;
-        let entry = self.created(&key.task)?;
+        let entry = self.tasks.created(&key.task)?;
         if attempt == Attempt::Replayed && entry.process(key.exec.as_ref()).is_some() {
             return Ok(());
         }
@@ -68,14 +69,14 @@ impl Shim {
             // Their exits could not be told apart.
             return Err(Error::ExecExists { exec: key.id().to_owned() });
         };
-        self.kept.has_room()?;
+        self.fds.has_room()?;
         let spec = process::Process::read(&spec, stdio.terminal)?;
         let task = entry.task().clone();
         if task.init.is_paused() || !task.init.is_alive() {
             return Err(Error::NoExecIn { phase: task.init.word() });
         }
         let log = task.runtime.log;
-        let kept = self.kept.number();
+        let kept = self.fds.next_number();
         let (stdio, wiring) = blocking(move || {
             let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind);
             wiring.map(|wiring| (stdio, Wiring { kept, ..wiring }))
@@ -85,7 +86,7 @@ impl Shim {
         let (process, _verb) = self.register_exec(&entry, &id)?;
         let noted = self.note_exec(&entry, &process, &id, stdio, wiring, description, &spec);
         if noted.is_err() {
-            self.registry.remove_exec(&entry, &id);
+            self.tasks.registry.remove_exec(&entry, &id);
             // The first error is the one to report.
             let _ = self.store.remove_exec_dir(&key.task, &id);
         }
@@ -109,7 +110,7 @@ impl Shim {
         let unit = process.unit.clone();
         let logger = wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
         let exec = Exec { unit, logger, stdio, wiring, description, phase: ExecPhase::Added };
-        self.change(entry, |task| {
+        self.tasks.change(entry, |task| {
             task.execs.insert(id.clone(), Arc::new(exec));
             task.owe(TaskEvent::ExecAdded { exec: id.clone() }, now_usec());
             Ok(Vec::new())
@@ -121,7 +122,7 @@ impl Shim {
     /// Claims the id and a unit's name.
     fn register_exec(&self, entry: &Entry, id: &ExecId) -> Result<(Arc<Process>, Verb), Error> {
         for unit in name::exec_candidates(&entry.init.unit, id) {
-            match self.registry.insert_exec(entry, id, unit, None) {
+            match self.tasks.registry.insert_exec(entry, id, unit, None) {
                 Ok(registered) => return Ok(registered),
                 Err(Taken::Key) => return Err(Error::ExecExists { exec: id.to_string() }),
                 Err(Taken::Unit) => {}
@@ -134,13 +135,13 @@ impl Shim {
     ///
     /// # Errors
     /// It has been started, its task has ended, or it can't be started; then it can be tried again.
-    pub(super) async fn start_exec(
+    pub(crate) async fn start_exec(
         self: &Arc<Self>,
         key: &ProcessKey,
         id: &ExecId,
         attempt: Attempt,
     ) -> Result<u32, Error> {
-        let (entry, process) = self.process(key)?;
+        let (entry, process) = self.tasks.process(key)?;
         let _verb = process.verb.lock().await;
         let started = entry.task().execs.get(id).and_then(|exec| exec.phase.pid());
         if let (Attempt::Replayed, Some(pid)) = (attempt, started) {
@@ -158,7 +159,7 @@ impl Shim {
             // A Delete waits. The same Start, replayed after a restart, may come between it and a start that hung.
             return Err(Error::GivenUp { process: key.clone() });
         }
-        self.apply_exec(&entry, id, ExecEvent::StartBegun)?;
+        self.tasks.apply_exec(&entry, id, ExecEvent::StartBegun)?;
         fault::point(Point::ExecStartRecorded);
         let started = self.launch_exec(&entry, &process, id).await;
         self.conclude_start(&entry, &process, id, started).await
@@ -174,9 +175,13 @@ impl Shim {
     ) -> Result<u32, Error> {
         match started {
             Ok((pid, exit)) => {
-                self.note_exec_event(entry, id, ExecEvent::Started { pid })?;
+                self.tasks.note_exec_event(entry, id, ExecEvent::Started { pid })?;
                 if let Some(exit) = exit {
-                    self.note_exec_event(entry, id, ExecEvent::Exited(Seen { pid: Some(pid), exit }))?;
+                    self.tasks.note_exec_event(
+                        entry,
+                        id,
+                        ExecEvent::Exited(Seen { pid: Some(pid), exit }),
+                    )?;
                 }
                 fault::point(Point::ExecStartNoted);
                 self.after_exec(entry, process);
@@ -184,7 +189,7 @@ impl Shim {
             }
             Err(error) => {
                 self.take_back_exec(entry, process, id).await;
-                self.note_exec_event(entry, id, ExecEvent::StartFailed)?;
+                self.tasks.note_exec_event(entry, id, ExecEvent::StartFailed)?;
                 Err(error)
             }
         }
@@ -200,8 +205,8 @@ impl Shim {
         let task = entry.task().clone();
         let gone = || Error::UnknownExec { key: process.key.clone() };
         let exec = task.execs.get(id).ok_or_else(gone)?;
-        let streams = Arc::new(self.streams(entry, Some(id)).ok_or_else(gone)?);
-        let opened = self.open_streams(&streams).await?;
+        let plan = Arc::new(self.plan(entry, process)?);
+        let opened = self.open_streams(&plan).await?;
         // A start that fails can be tried again, with the same input. The client does see the end of the output: clients
         // wait for it before they return the error.
         process.live().client_input = opened.client_input()?;
@@ -215,8 +220,8 @@ impl Shim {
 
     /// Asks for the unit.
     async fn begin_exec(&self, task: &Task, exec: &Exec, process: &Process) -> Result<(), Error> {
-        let command = command::command_line(&self.program, Kind::Exec, &process.key);
-        let environment = command::environment(self.sealed_runtime(task).await?.as_ref(), None);
+        let command = self.launcher.command(Kind::Exec, &process.key);
+        let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
         let properties = properties::exec(&exec.description, &command, &environment);
         let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
@@ -235,7 +240,7 @@ impl Shim {
         // The job goes on for as long as the process.
         drop(begun?);
         fault::point(Point::ExecStartBegun);
-        self.warm_up();
+        self.launcher.warm_up();
         Ok(())
     }
 
@@ -246,7 +251,7 @@ impl Shim {
         process: &Arc<Process>,
         dir: &Path,
         doorbell: Receiver,
-        opened: Opened,
+        opened: OpenStreams,
     ) -> Result<(u32, Option<Exit>), Error> {
         let (pid, exit) = match self.outcome(entry, process, dir, doorbell).await? {
             Outcome::Started { pid } => (pid, None),
@@ -258,7 +263,7 @@ impl Shim {
             self.hold_exec(entry, process, pid);
             self.let_boot_finish(entry, process);
         }
-        self.start_pumps(entry, process, opened).await?;
+        self.start_session(entry, process, opened).await?;
         fault::point(Point::ExecStartPumping);
         Ok((pid, exit))
     }
@@ -302,18 +307,6 @@ impl Shim {
         }
     }
 
-    /// Holds the process, so that its number can't become another's. One that is gone has ended:
-    /// systemd says how.
-    fn hold_exec(&self, entry: &Entry, process: &Process, pid: u32) {
-        let Ok(held) = crate::sys::pidfd_open(pid) else {
-            return;
-        };
-        // The number may have been taken between the process's end and now.
-        if lives_in(&entry.task(), pid) {
-            process.live().process = Some(held);
-        }
-    }
-
     /// The unit's start job lasts as long as the process, and systemd does not take a boot for finished
     /// while there are jobs (manager.c, `manager_check_finished`): that of a long exec is taken away.
     fn let_boot_finish(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
@@ -333,7 +326,7 @@ impl Shim {
     }
 
     /// Lets go of what only a live exec needs.
-    pub(super) fn after_exec(&self, entry: &Entry, process: &Process) {
+    pub(crate) fn after_exec(&self, entry: &Entry, process: &Process) {
         if Self::has_ended(entry, process) {
             self.close_input(entry, process);
             process.live().process = None;
@@ -342,7 +335,7 @@ impl Shim {
 
     /// Nothing needs the unit of an exec that systemd has seen the end of: it goes while the client
     /// still reads.
-    pub(super) fn remove_ended_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>) {
+    pub(crate) fn remove_ended_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>) {
         let mut live = process.live();
         if live.removal.is_none() && Self::has_ended(entry, process) {
             let (shim, unit) = (self.clone(), process.unit.clone());
@@ -357,12 +350,12 @@ impl Shim {
     ///
     /// # Errors
     /// It runs, or something can't be taken away; it can be called again then.
-    pub(super) async fn delete_exec(
+    pub(crate) async fn delete_exec(
         self: &Arc<Self>,
         key: &ProcessKey,
         id: &ExecId,
     ) -> Result<Deleted, Error> {
-        let (entry, process) = self.process(key)?;
+        let (entry, process) = self.tasks.process(key)?;
         let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
         if let Some(ExecPhase::Added | ExecPhase::Starting { .. }) = phase {
             process.live().given_up.cancel();
@@ -383,7 +376,7 @@ impl Shim {
     ) -> Result<Deleted, Error> {
         let _verb = process.verb.lock().await;
         // Another Delete may have been first.
-        self.process(key)?;
+        self.tasks.process(key)?;
         let unknown = || Error::UnknownExec { key: key.clone() };
         let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone()).ok_or_else(unknown)?;
         if phase.is_live() {
@@ -399,17 +392,17 @@ impl Shim {
         let deleted = Deleted { pid: phase.pid().unwrap_or_default(), exit: phase.exit() };
         self.answers.keep(key, deleted)?;
         fault::point(Point::ExecDeleteKept);
-        self.change(entry, |task| {
+        self.tasks.change(entry, |task| {
             task.execs.remove(id);
             Ok(Vec::new())
         })?;
-        self.registry.remove_exec(entry, id);
+        self.tasks.registry.remove_exec(entry, id);
         fault::point(Point::ExecDeleteForgotten);
         Ok(deleted)
     }
 
     /// After a restart: goes on with a start that was cut off, or takes it back; holds what runs.
-    pub(super) async fn recover_exec(
+    pub(crate) async fn recover_exec(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
@@ -451,8 +444,8 @@ impl Shim {
             let known = report::read(&dir)?.is_some();
             let task = entry.task().clone();
             let gone = || Error::UnknownExec { key: process.key.clone() };
-            let streams = Arc::new(self.streams(entry, Some(id)).ok_or_else(gone)?);
-            let mut opened = self.reopen_streams(streams.clone(), Whose::Starting).await?;
+            let plan = Arc::new(self.plan(entry, process)?);
+            let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
             // Nobody waits any more if the daemon ends.
             let _ = taken.send(());
             match starting {
@@ -461,7 +454,7 @@ impl Shim {
                 // It was not begun yet. The client's end of its streams is open: it must see no end now.
                 Starting::NotBegun => {
                     let exec = task.execs.get(id).ok_or_else(gone)?;
-                    self.resume_logger(&streams, &mut opened).await?;
+                    self.resume_logger(&plan, &mut opened).await?;
                     self.begin_exec(&task, exec, process).await?;
                 }
                 Starting::Over => {
@@ -498,7 +491,7 @@ impl Shim {
         }
         cut_off(process).await;
         self.close_input(entry, process);
-        kept_number(entry, process).into_iter().for_each(|number| self.kept.forget_all(number));
+        stored_number(entry, process).into_iter().for_each(|number| self.fds.forget_all(number));
         // Its process spec stays, for another try.
         let cleared = self.store.clear_exec_dir(&entry.key, id, Some(PROCESS_SPEC));
         cleared.unwrap_or_else(|error| failed(error.into()));

@@ -14,6 +14,8 @@ use crate::effects::{Effects, Failure};
 use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::oci::options;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
+use crate::services::{Attempt, Error, Shim};
+use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::answers::{Answers, Deleted};
 use crate::task::outbox::TaskEvent;
@@ -23,11 +25,10 @@ use crate::unit::fd_store::FdStore;
 use crate::unit::name;
 use crate::unit::observations::Observations;
 
-use super::kept::Kept;
-use super::{AddExec, Attempt, CreateTask, Error, Shim};
+use super::{AddExec, CreateTask};
 
 /// The exit code of the exec.
-pub(super) const EXEC_STATUS: u32 = 3;
+pub(crate) const EXEC_STATUS: u32 = 3;
 
 /// An OCI runtime that keeps a directory for each container, as runc does.
 struct FakeRuntime {
@@ -72,21 +73,21 @@ impl OciRuntime for FakeRuntime {
 }
 
 /// A node with one task and one exec, both by fixed names.
-pub(super) struct World {
+pub(crate) struct World {
     root: PathBuf,
     /// What happens to the effects of the daemon.
-    pub(super) effects: Arc<Effects>,
+    pub(crate) effects: Arc<Effects>,
     /// The node's systemd.
-    pub(super) systemd: Arc<FakeSystemd>,
+    pub(crate) systemd: Arc<FakeSystemd>,
     /// The task.
-    pub(super) task: TaskKey,
+    pub(crate) task: TaskKey,
     /// What containerd has accepted: when it happened, its place in the task's order, and what.
     accepted: Arc<Mutex<Vec<(u64, u64, TaskEvent)>>>,
 }
 
 impl World {
     /// A node on which nothing runs. `name` is that of the test and of the task's namespace.
-    pub(super) fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let root = std::env::temp_dir().join(format!("shim-test-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&root);
         fs::create_dir_all(root.join("bundle")).unwrap();
@@ -98,27 +99,27 @@ impl World {
     }
 
     /// The task's init process.
-    pub(super) fn init(&self) -> ProcessKey {
+    pub(crate) fn init(&self) -> ProcessKey {
         ProcessKey { task: self.task.clone(), exec: None }
     }
 
     /// The exec.
-    pub(super) fn exec(&self) -> ProcessKey {
+    pub(crate) fn exec(&self) -> ProcessKey {
         ProcessKey { task: self.task.clone(), exec: Some(ExecId::new("probe").unwrap()) }
     }
 
     /// The unit of the task.
-    pub(super) fn unit(&self) -> UnitName {
+    pub(crate) fn unit(&self) -> UnitName {
         name::candidates(&self.task).next().unwrap()
     }
 
     /// The unit of the exec.
-    pub(super) fn exec_unit(&self) -> UnitName {
+    pub(crate) fn exec_unit(&self) -> UnitName {
         name::exec_candidates(&self.unit(), &ExecId::new("probe").unwrap()).next().unwrap()
     }
 
     /// The Create call.
-    pub(super) fn create_call(&self) -> CreateTask {
+    pub(crate) fn create_call(&self) -> CreateTask {
         let options = options::Options {
             binary_name: "/bin/true".to_owned(),
             root: self.root.join("runtime").display().to_string(),
@@ -134,14 +135,14 @@ impl World {
     }
 
     /// The Exec call.
-    pub(super) fn exec_call(&self) -> AddExec {
+    pub(crate) fn exec_call(&self) -> AddExec {
         let spec = br#"{"args":["true"],"cwd":"/"}"#.to_vec();
         AddExec { key: self.exec(), stdio: Stdio::default(), spec }
     }
 
     /// Runs a daemon, which recovers and then does `work`, until both are done and nothing is left to do. Nothing if
     /// the daemon ended before.
-    pub(super) fn live<T, W>(&self, work: impl FnOnce(Arc<Shim>) -> W + Send + 'static) -> Option<T>
+    pub(crate) fn live<T, W>(&self, work: impl FnOnce(Arc<Shim>) -> W + Send + 'static) -> Option<T>
     where
         T: Send + 'static,
         W: Future<Output = T> + Send + 'static,
@@ -175,7 +176,7 @@ impl World {
         let (shim, mut outgoing) = Shim::new(
             Store::new(self.root.join("state")),
             Answers::open(&self.root.join("answers")).unwrap(),
-            Kept::new(fd_store, Vec::new()),
+            StreamFds::new(fd_store, Vec::new()),
             Watch::new(),
             self.systemd.clone(),
             Arc::new(FakeRuntime { effects: self.effects.clone() }),
@@ -184,8 +185,8 @@ impl World {
         let (publisher, accepted) = (shim.clone(), self.accepted.clone());
         tokio::spawn(async move {
             while let Some(entry) = outgoing.recv().await {
-                publisher.taken_up(&entry);
-                while let Some(owed) = publisher.first_owed(&entry) {
+                publisher.tasks.taken_up(&entry);
+                while let Some(owed) = publisher.tasks.first_owed(&entry) {
                     let event = (owed.at_usec, owed.seq, owed.event);
                     {
                         let mut accepted = accepted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -193,7 +194,7 @@ impl World {
                             accepted.push(event);
                         }
                     }
-                    publisher.accepted(&entry, owed.seq);
+                    publisher.tasks.accepted(&entry, owed.seq);
                 }
             }
         });
@@ -216,13 +217,13 @@ impl World {
     }
 
     /// What containerd has heard, in words.
-    pub(super) fn events(&self) -> Vec<&'static str> {
+    pub(crate) fn events(&self) -> Vec<&'static str> {
         let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
         accepted.iter().map(|(_, _, event)| word(event)).collect()
     }
 
     /// What is left of the task outside of the daemon: units, files, the OCI runtime's state.
-    pub(super) fn remains(&self) -> Vec<String> {
+    pub(crate) fn remains(&self) -> Vec<String> {
         let mut remains: Vec<String> = self.systemd.units().into_iter().map(|(unit, _)| unit).collect();
         for dir in [self.root.join("state").join(self.task.namespace.as_str()), self.runtime_root()] {
             let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
@@ -266,7 +267,7 @@ fn word(event: &TaskEvent) -> &'static str {
 
 /// A step in the life of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     Create,
     Start,
     AddExec,
@@ -284,7 +285,7 @@ pub(super) enum Step {
 
 impl Step {
     /// A whole life.
-    pub(super) const ALL: [Self; 11] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::Create,
         Self::Start,
         Self::AddExec,
@@ -299,7 +300,7 @@ impl Step {
     ];
 
     /// Takes the step.
-    pub(super) async fn take(self, node: Node, attempt: Attempt) -> Result<(), Error> {
+    pub(crate) async fn take(self, node: Node, attempt: Attempt) -> Result<(), Error> {
         let (shim, init, exec) = (node.shim.clone(), &node.init.clone(), &node.exec.clone());
         match self {
             Self::Create => shim.create(node.create, attempt).await.map(drop),
@@ -336,19 +337,19 @@ fn status(deleted: Deleted) -> Option<u32> {
 }
 
 /// What a step needs of a [`World`], for a task of its own.
-pub(super) struct Node {
-    pub(super) shim: Arc<Shim>,
-    pub(super) systemd: Arc<FakeSystemd>,
-    pub(super) init: ProcessKey,
-    pub(super) exec: ProcessKey,
-    pub(super) exec_unit: UnitName,
+pub(crate) struct Node {
+    pub(crate) shim: Arc<Shim>,
+    pub(crate) systemd: Arc<FakeSystemd>,
+    pub(crate) init: ProcessKey,
+    pub(crate) exec: ProcessKey,
+    pub(crate) exec_unit: UnitName,
     create: CreateTask,
     exec_call: AddExec,
 }
 
 impl World {
     /// Takes steps one after the other, in one daemon; nothing if it ended. Returns what became of the last one.
-    pub(super) fn take(&self, steps: &[Step], attempt: Attempt) -> Option<Result<(), Error>> {
+    pub(crate) fn take(&self, steps: &[Step], attempt: Attempt) -> Option<Result<(), Error>> {
         let steps: Vec<_> = steps.iter().map(|step| (*step, self.parts())).collect();
         self.live(move |shim| async move {
             for (step, node) in steps {
@@ -359,7 +360,7 @@ impl World {
     }
 
     /// Makes a [`Node`] of a daemon.
-    pub(super) fn parts(&self) -> impl FnOnce(Arc<Shim>) -> Node + Send + 'static {
+    pub(crate) fn parts(&self) -> impl FnOnce(Arc<Shim>) -> Node + Send + 'static {
         let (systemd, init, exec, exec_unit) =
             (self.systemd.clone(), self.init(), self.exec(), self.exec_unit());
         let (create, exec_call) = (self.create_call(), self.exec_call());
@@ -367,7 +368,7 @@ impl World {
     }
 
     /// What a client sees of the task in a daemon that has just recovered, and what systemd has.
-    pub(super) fn seen(&self) -> Vec<String> {
+    pub(crate) fn seen(&self) -> Vec<String> {
         let (init, exec) = (self.init(), self.exec());
         let shown = self.live(move |shim| async move {
             let state =

@@ -7,11 +7,10 @@ use nix::errno::Errno;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
+use crate::services::{Attempt, Error, Shim, blocking};
 use crate::sys;
 use crate::task::Task;
 use crate::task::exec::ExecPhase;
-
-use super::{Attempt, Error, Shim, blocking};
 
 const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 /// The last signal of the kernel (`_NSIG`).
@@ -46,7 +45,7 @@ impl Shim {
         if !(1..=LAST_SIGNAL).contains(&signal) {
             return Err(Error::Signal(signal));
         }
-        let (entry, process) = self.process(key)?;
+        let (entry, process) = self.tasks.process(key)?;
         let task = entry.task().clone();
         match &key.exec {
             None if all => return blocking(move || kill_all(&task, signal)).await?,
@@ -90,7 +89,7 @@ fn hold_again(task: &Task, pid: u32) -> Result<OwnedFd, Errno> {
 }
 
 /// Every process of the container: not for the async runtime. One that ends meanwhile is no error, nor is an empty container.
-pub(super) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
+pub(crate) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
     let Some(cgroup) = &task.cgroup else {
         return Ok(());
     };

@@ -1,4 +1,4 @@
-//! Pause and Resume: systemd's freezer.
+//! Pause: systemd's freezer, for Resume as well.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -7,11 +7,10 @@ use std::time::Duration;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::TaskKey;
+use crate::services::{Attempt, Error, Shim, waiting};
 use crate::task::phase::{Event, Phase, Refusal};
 use crate::task::{Placement, Task};
 use crate::unit;
-
-use super::{Attempt, Error, Shim, waiting};
 
 /// A process that the kernel can't freeze (in a driver, traced) keeps the others frozen half. As with runc.
 const FREEZE_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 5_000 } else { 10_000 });
@@ -25,7 +24,7 @@ impl Shim {
     /// # Errors
     /// It does not run, or can't be frozen; then it runs on.
     pub async fn pause(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<(), Error> {
-        let entry = self.created(key)?;
+        let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let task = entry.task().clone();
         match task.init {
@@ -43,29 +42,8 @@ impl Shim {
                 error => error,
             });
         }
-        self.note_event(&entry, Event::Frozen)?;
+        self.tasks.note_event(&entry, Event::Frozen)?;
         fault::point(Point::PauseNoted);
-        Ok(())
-    }
-
-    /// Lets a container's processes go on.
-    ///
-    /// # Errors
-    /// It is not paused, or something above it is frozen too.
-    pub async fn resume(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<(), Error> {
-        let entry = self.created(key)?;
-        let _verb = entry.init.verb.lock().await;
-        let task = entry.task().clone();
-        match task.init {
-            Phase::Paused { .. } => {}
-            Phase::Running { .. } if attempt == Attempt::Replayed => return Ok(()),
-            other => return Err(refused("resume", &other)),
-        }
-        self.thaw(&task).await?;
-        fault::point(Point::ResumeDone);
-        self.note_event(&entry, Event::Thawed)?;
-        fault::point(Point::ResumeNoted);
-        self.clone().show_unshown(entry.clone()).await;
         Ok(())
     }
 
@@ -73,7 +51,7 @@ impl Shim {
         self.set_frozen(task, true, self.manager.freeze(&task.unit)).await
     }
 
-    async fn thaw(&self, task: &Task) -> Result<(), Error> {
+    pub(super) async fn thaw(&self, task: &Task) -> Result<(), Error> {
         self.set_frozen(task, false, self.manager.thaw(&task.unit)).await
     }
 
@@ -107,6 +85,6 @@ impl Shim {
     }
 }
 
-fn refused(verb: &'static str, phase: &Phase) -> Error {
+pub(super) fn refused(verb: &'static str, phase: &Phase) -> Error {
     Error::Refused(Refusal { verb, phase: phase.word() })
 }

@@ -3,11 +3,12 @@
 
 use std::time::Duration;
 
+use crate::services::{Attempt, Error};
 use crate::task::phase::Exit;
 use crate::unit::fake::Launches;
 
+use super::Status;
 use super::harness::{Step, World};
-use super::{Attempt, Error, Status};
 
 const UP: [Step; 2] = [Step::Create, Step::Start];
 const WITH_EXEC: [Step; 4] = [Step::Create, Step::Start, Step::AddExec, Step::StartExec];

@@ -6,10 +6,10 @@ use crate::cgroup::limits::is_frozen;
 use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskKey};
 use crate::oci::runtime;
+use crate::services::{Attempt, Error, Shim, blocking};
 use crate::task::phase::{Event, Refusal};
 
 use super::kill::kill_all;
-use super::{Attempt, Error, Shim, blocking};
 
 impl Shim {
     /// Starts a process; returns it.
@@ -24,7 +24,7 @@ impl Shim {
     }
 
     async fn start_init(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<u32, Error> {
-        let entry = self.created(key)?;
+        let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let phase = entry.task().init.clone();
         if let (Attempt::Replayed, true, Some(pid)) = (attempt, phase.has_run(), phase.pid()) {
@@ -35,7 +35,7 @@ impl Shim {
             // The OCI runtime would wait for it until somebody thaws it.
             return Err(Error::Refused(Refusal { verb: "start", phase: "paused" }));
         }
-        self.apply(&entry, Event::StartBegun)?;
+        self.tasks.apply(&entry, Event::StartBegun)?;
         fault::point(Point::StartRecorded);
         let dir = self.store.dir(key);
         let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
@@ -50,7 +50,7 @@ impl Shim {
         }
         fault::point(Point::StartDone);
         let event = if started.is_ok() { Event::Started } else { Event::StartFailed };
-        self.note_event(&entry, event)?;
+        self.tasks.note_event(&entry, event)?;
         started?;
         fault::point(Point::StartNoted);
         // It may have been frozen meanwhile.

@@ -1,15 +1,12 @@
-//! State, Connect, Pids: answered from memory and from the cgroup, never waiting for anything.
+//! State: answered from memory, never waiting for anything.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 
-use crate::cgroup;
-use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::id::ProcessKey;
+use crate::services::{Error, Shim};
 use crate::task::exec::ExecPhase;
 use crate::task::phase::{Exit, Phase};
 use crate::task::request::Stdio;
-
-use super::{Error, Shim, blocking};
 
 /// A process's state in containerd's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +42,7 @@ impl Shim {
     /// # Errors
     /// There is no such process.
     pub fn state(&self, key: &ProcessKey) -> Result<State, Error> {
-        let entry = self.created(&key.task)?;
+        let entry = self.tasks.created(&key.task)?;
         let task = entry.task();
         let bundle = task.request.bundle.clone();
         let Some(id) = &key.exec else {
@@ -74,44 +71,5 @@ impl Shim {
         };
         let pid = exec.phase.pid().unwrap_or_default();
         Ok(State { status, pid, exit: exec.phase.exit(), bundle, stdio: exec.stdio.clone() })
-    }
-
-    /// A task's init process, 0 if there is no such task: Connect never fails.
-    pub fn init_pid(&self, key: &TaskKey) -> u32 {
-        self.registry.get(key).and_then(|entry| entry.task().init.pid()).unwrap_or_default()
-    }
-
-    /// The processes of a container, and which of them are execs.
-    ///
-    /// For one that has ended the process that it was: containerd up to 2.3.3 takes an empty list for
-    /// a leaked shim when it restarts, and would delete the task with its exit code.
-    ///
-    /// # Errors
-    /// There is no such task, or its cgroup can't be read.
-    pub async fn pids(&self, key: &TaskKey) -> Result<Vec<(u32, Option<ExecId>)>, Error> {
-        let task = self.created(key)?.task().clone();
-        let init = task.init.pid().unwrap_or_default();
-        if task.init.exit().is_some() {
-            return Ok(vec![(init, None)]);
-        }
-        let mut pids = match &task.cgroup {
-            Some(cgroup) => {
-                let cgroup = cgroup.clone();
-                blocking(move || cgroup::processes(&cgroup)).await??
-            }
-            None => Vec::new(),
-        };
-        if !pids.contains(&init) {
-            pids.insert(0, init);
-        }
-        let execs: HashMap<u32, &ExecId> = task
-            .execs
-            .iter()
-            .filter_map(|(id, exec)| match exec.phase {
-                ExecPhase::Running { pid } => Some((pid, id)),
-                ExecPhase::Added | ExecPhase::Starting { .. } | ExecPhase::Stopped { .. } => None,
-            })
-            .collect();
-        Ok(pids.into_iter().map(|pid| (pid, execs.get(&pid).map(|id| (*id).clone()))).collect())
     }
 }

@@ -4,10 +4,9 @@ use std::path::Path;
 
 use crate::cgroup::stats::{MemoryEvents, Stats};
 use crate::id::TaskKey;
+use crate::services::{Error, Shim, blocking};
+use crate::supervise::oom::memory_events_of;
 use crate::task::Task;
-
-use super::cgroups::memory_events_of;
-use super::{Error, Shim, blocking};
 
 impl Shim {
     /// The statistics of a container, in any phase. When its cgroup is gone, with the end of its main process,
@@ -16,7 +15,7 @@ impl Shim {
     /// # Errors
     /// There is no such task, or its numbers can't be read.
     pub async fn stats(&self, key: &TaskKey) -> Result<Stats, Error> {
-        let entry = self.created(key)?;
+        let entry = self.tasks.created(key)?;
         let task = entry.task().clone();
         if task.init.exit().is_some() {
             let events = entry.init.live().memory_events.clone();

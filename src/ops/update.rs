@@ -10,12 +10,12 @@ use crate::fault::{self, Point};
 use crate::id::TaskKey;
 use crate::oci::resources::Resources;
 use crate::oci::{self, runtime};
+use crate::services::{Attempt, Error, Shim, blocking};
+use crate::supervise::limits::read;
 use crate::task::limits::{Attribute, Limits};
 use crate::task::phase::Refusal;
 
-use super::cgroups::read;
 use super::create::check_resources;
-use super::{Attempt, Error, Shim, blocking};
 
 /// The file in a task's directory with the resources of an Update under way.
 const RESOURCES: &str = "resources.json";
@@ -35,7 +35,7 @@ impl Shim {
     ) -> Result<(), Error> {
         let resources = oci::resources::canonical(&resources)?;
         let named = check(resources.as_bytes())?;
-        let entry = self.created(key)?;
+        let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let _limits = entry.limits.lock().await;
         let task = entry.task().clone();

@@ -1,10 +1,9 @@
 //! Wait: the end of a process.
 
 use crate::id::ProcessKey;
+use crate::services::registry::End;
+use crate::services::{Attempt, Error, Shim};
 use crate::task::phase::Exit;
-use crate::task::registry::End;
-
-use super::{Attempt, Error, Shim};
 
 impl Shim {
     /// Resolves when the process has ended; at once if it has.
@@ -12,7 +11,7 @@ impl Shim {
     /// # Errors
     /// There is no such process, or it is deleted without having run.
     pub async fn wait(&self, key: &ProcessKey, attempt: Attempt) -> Result<Exit, Error> {
-        let process = match self.process(key) {
+        let process = match self.tasks.process(key) {
             Ok((_, process)) => process,
             Err(error) => {
                 // It may have ended and be deleted since.

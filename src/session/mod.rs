@@ -3,18 +3,47 @@
 //! A session is built when the process has its ends of the streams, and dropped whole: another attempt
 //! gets another session, and nothing of the earlier one.
 
+pub mod fds;
+mod open;
+mod plan;
+mod pumps;
+
 use std::fs::File;
-use std::sync::Arc;
-use std::time::Duration;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::task::JoinHandle;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
+use crate::id::ProcessKey;
+use crate::stdio::fifo;
+use crate::stdio::pump::{self, Source};
 use crate::stdio::terminal::Terminal;
+use crate::task::wiring::{Input, Wiring};
 
-/// How long output may stay open after the end of its process. As containerd-shim-runc-v2.
-const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+use fds::{StreamFds, StreamKind};
+use open::{Copy, From};
+
+pub use open::{OpenStreams, ReopenMode};
+pub use plan::Plan;
+pub use pumps::Pumps;
+
+/// Why the streams of a process can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A stream can't be opened.
+    #[error(transparent)]
+    Stream(#[from] fifo::Error),
+    /// A terminal can't be used.
+    #[error("terminal: {0}")]
+    Terminal(#[source] io::Error),
+    /// A stream can't be watched.
+    #[error("stdio: watch a stream: {0}")]
+    Watch(#[source] io::Error),
+}
+
+/// The terminal of a process, until it hangs up.
+type Slot = Arc<Mutex<Option<Arc<Terminal>>>>;
 
 /// What the daemon attaches to one attempt to start a process.
 #[derive(Debug, Default)]
@@ -22,95 +51,124 @@ pub struct Session {
     /// The writing end of the client's stdin FIFO: without it the process would see EOF whenever a
     /// client goes away.
     stdin: Option<File>,
-    terminal: Option<Arc<Terminal>>,
+    terminal: Slot,
     pumps: Pumps,
 }
 
-/// The tasks that copy a process's output.
-#[derive(Debug, Default)]
-pub struct Pumps {
-    running: Vec<JoinHandle<()>>,
-    /// Ends these tasks, and no others.
-    stop: CancellationToken,
-}
-
 impl Session {
-    /// A session that copies nothing yet.
-    pub fn new(stdin: Option<File>, terminal: Option<Arc<Terminal>>) -> Self {
-        Self { stdin, terminal, pumps: Pumps::default() }
+    /// Starts copying. The process has its ends of the streams, and the terminal, if it has one, has been received.
+    /// `ended` makes futures that resolve when the process has ended.
+    ///
+    /// # Errors
+    /// The terminal can't be used.
+    pub fn start<F: Future<Output = ()> + Send + 'static>(
+        key: &ProcessKey,
+        opened: OpenStreams,
+        wiring: &Wiring,
+        fds: &Arc<StreamFds>,
+        ended: impl Fn() -> F,
+    ) -> Result<Self, Error> {
+        let OpenStreams { stdin, input, copies, terminal, .. } = opened;
+        let number = wiring.kept;
+        let terminal = terminal.map(Terminal::new).transpose().map_err(Error::Terminal)?.map(Arc::new);
+        // CloseIO may have come before there was a process; then the process has its input now, and no writer is
+        // needed any more.
+        let stdin = stdin.filter(|_| !wiring.stdin_closed);
+        if stdin.is_none() && input.is_none() && wiring.stdin != Input::Null {
+            fds.forget(StreamKind::Input, number);
+        }
+        let slot = Arc::new(Mutex::new(terminal.clone()));
+        let mut session = Self { stdin, terminal: slot, pumps: Pumps::default() };
+        let span = tracing::info_span!("output", process = %key);
+        for Copy { kind, from, sinks } in copies {
+            let source = match (from, &terminal) {
+                (From::Fifo(fifo), _) => fifo,
+                (From::Terminal, Some(terminal)) => Source::Terminal(terminal.clone()),
+                (From::Bridge(bridge), Some(terminal)) => Source::Bridged(terminal.clone(), bridge),
+                (From::Terminal | From::Bridge(_), None) => continue,
+            };
+            let (ended, stop, fds) = (ended(), session.pumps.stop(), fds.clone());
+            let has_terminal = wiring.terminal;
+            let copy = async move {
+                pump::copy(source, sinks, ended, stop).await;
+                fds.forget(kind, number);
+                if has_terminal {
+                    fds.forget(StreamKind::Terminal, number);
+                }
+            };
+            session.pumps.spawn(copy.instrument(span.clone()));
+        }
+        if let (Some(input), Some(terminal)) = (input, terminal) {
+            let (slot, stop) = (session.terminal.clone(), session.pumps.stop());
+            tokio::spawn(feed(key.clone(), input, terminal, slot, ended(), stop));
+        }
+        Ok(session)
     }
 
-    /// The terminal, if the process has one that is still in use.
-    pub fn terminal(&self) -> Option<&Arc<Terminal>> {
-        self.terminal.as_ref()
+    /// Sets the size of the terminal's window. Nothing happens without a terminal.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn resize(&self, (columns, rows): (u16, u16)) -> Result<(), Error> {
+        let terminal = slot(&self.terminal).clone();
+        terminal.map_or(Ok(()), |terminal| terminal.resize(columns, rows).map_err(Error::Terminal))
     }
 
-    /// Removes the terminal: it hangs up once the pumps have let go of it as well.
-    pub fn take_terminal(&mut self) -> Option<Arc<Terminal>> {
-        self.terminal.take()
+    /// Closes the writing end of stdin. False if it was not open.
+    pub fn close_stdin(&mut self) -> bool {
+        self.stdin.take().is_some()
     }
 
-    /// Removes the writing end of stdin.
-    pub fn take_stdin(&mut self) -> Option<File> {
-        self.stdin.take()
-    }
-
-    /// The daemon holds the writing end of stdin.
-    pub fn has_stdin(&self) -> bool {
-        self.stdin.is_some()
+    /// Lets go of the terminal: it hangs up once the pumps have let go of it as well. False if there was none.
+    pub fn close_terminal(&mut self) -> bool {
+        slot(&self.terminal).take().is_some()
     }
 
     /// Nothing is being copied, or somebody waits for the pumps already.
     pub fn is_silent(&self) -> bool {
-        self.pumps.running.is_empty()
-    }
-
-    /// Resolves when the session ends.
-    pub fn stop(&self) -> CancellationToken {
-        self.pumps.stop.clone()
-    }
-
-    /// Adds a task that copies output. It has to end when [`Self::stop`] resolves.
-    pub fn pump(&mut self, copy: impl Future<Output = ()> + Send + 'static) {
-        self.pumps.running.push(tokio::spawn(copy));
+        self.pumps.is_empty()
     }
 
     /// Removes the pumps, to wait for them.
     pub fn take_pumps(&mut self) -> Pumps {
-        Pumps { running: std::mem::take(&mut self.pumps.running), stop: self.stop() }
+        self.pumps.take()
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.pumps.stop.cancel();
+        self.pumps.cancel();
     }
 }
 
-impl Pumps {
-    /// Waits until everything that the process wrote has arrived. Returns false if something that
-    /// outlives the process still held its output after [`DRAIN_LIMIT`]; its output is cut off then.
-    pub async fn drain(self) -> bool {
-        let limit = Instant::now() + DRAIN_LIMIT;
-        let mut complete = true;
-        for mut pump in self.running {
-            if tokio::time::timeout_at(limit, &mut pump).await.is_err() {
-                complete = false;
-                self.stop.cancel();
-                // It ends at once now; that it was cut short is known.
-                let _ = pump.await;
-            }
-        }
-        complete
-    }
+fn slot(terminal: &Slot) -> std::sync::MutexGuard<'_, Option<Arc<Terminal>>> {
+    terminal.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
-    /// Stops copying, whatever is left.
-    pub async fn cut_off(self) {
-        self.stop.cancel();
-        for pump in self.running {
-            // As in `drain`.
-            let _ = pump.await;
+/// Copies a client's input to a terminal. The end of the input hangs the terminal up, as with
+/// containerd-shim-runc-v2.
+async fn feed(
+    key: ProcessKey,
+    input: File,
+    terminal: Arc<Terminal>,
+    own: Slot,
+    ended: impl Future<Output = ()>,
+    stop: CancellationToken,
+) {
+    let fed = async {
+        let input = crate::sys::watch(input)?;
+        pump::input(&input, &terminal).await
+    };
+    tokio::select! {
+        fed = fed => {
+            if let Err(error) = fed {
+                tracing::debug!(process = %key, %error, "the terminal takes no more input: {error}");
+            }
+            terminal.hang_up();
+            slot(&own).take();
         }
+        () = ended => {}
+        () = stop.cancelled() => {}
     }
 }
 
@@ -118,42 +176,11 @@ impl Pumps {
 mod tests {
     use super::*;
 
-    async fn outcome(session: &mut Session) -> bool {
-        let (stop, (said, heard)) = (session.stop(), tokio::sync::oneshot::channel());
-        session.pump(async move {
-            // Nobody listens once the test has failed.
-            let _ = said.send(stop.is_cancelled());
-        });
-        session.take_pumps().drain().await;
-        heard.await.unwrap()
-    }
-
-    #[tokio::test]
-    async fn a_session_that_was_cut_off_stops_no_later_one() {
-        let mut first = Session::default();
-        let stopped = first.stop();
-        first.pump(async move { stopped.cancelled().await });
-        first.take_pumps().cut_off().await;
-        assert!(outcome(&mut first).await, "the same attempt stays cut off");
-        let mut second = Session::default();
-        assert!(!outcome(&mut second).await, "another attempt is not");
-    }
-
     #[tokio::test]
     async fn what_is_dropped_ends() {
         let session = Session::default();
-        let stop = session.stop();
+        let stop = session.pumps.stop();
         drop(session);
         assert!(stop.is_cancelled());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn output_that_stays_open_is_cut_off_in_the_end() {
-        let mut session = Session::default();
-        let stop = session.stop();
-        session.pump(async move { stop.cancelled().await });
-        assert!(!session.take_pumps().drain().await);
-        session.pump(async {});
-        assert!(session.take_pumps().drain().await);
     }
 }

@@ -17,7 +17,7 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
-use crate::id::{ExecId, Namespace, TaskKey};
+use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
 use crate::suspect::{Crashes, LIMIT, Suspect};
 use crate::task::Task;
 
@@ -114,6 +114,14 @@ impl Store {
     /// The directory of an exec, in that of its task.
     pub fn exec_dir(&self, key: &TaskKey, exec: &ExecId) -> PathBuf {
         self.dir(key).join(EXECS).join(exec.as_str())
+    }
+
+    /// The directory of a process.
+    pub fn process_dir(&self, key: &ProcessKey) -> PathBuf {
+        match &key.exec {
+            None => self.dir(&key.task),
+            Some(exec) => self.exec_dir(&key.task, exec),
+        }
     }
 
     /// Makes an exec's directory, empty.

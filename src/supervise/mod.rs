@@ -1,3 +1,11 @@
 //! What happens without a call of containerd's.
 
+pub mod cleanup;
+mod freezer;
+mod kernel;
+pub mod limits;
+pub mod notify;
+pub mod oom;
+mod recover;
 pub mod slices;
+pub mod systemd;

@@ -7,7 +7,6 @@ pub mod exec;
 pub mod limits;
 pub mod outbox;
 pub mod phase;
-pub mod registry;
 pub mod request;
 pub mod wiring;
 

@@ -15,12 +15,11 @@ use tokio::task::JoinHandle;
 
 use crate::cgroup;
 use crate::config;
+use crate::services::{Entry, Error, Shim, blocking};
+use crate::session::fds::StreamKind;
 use crate::stdio::fifo;
 use crate::unit::name;
 use crate::unit::relay::{Extension, MESSAGE_MAX, Said};
-
-use super::kept::Part;
-use super::{Entry, Error, Shim, blocking};
 
 /// So many messages of a container are passed on at once, and one more after each pause. The others wait in
 /// the container.
@@ -28,7 +27,7 @@ const BURST: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// The daemon takes what a container says, until this is dropped; then the socket's path goes as well.
-pub(super) struct Listening {
+pub(crate) struct Listening {
     path: PathBuf,
     task: JoinHandle<()>,
 }
@@ -46,7 +45,7 @@ impl Shim {
     ///
     /// # Errors
     /// It can't be made.
-    pub(super) async fn listen_to_container(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
+    pub(crate) async fn listen_to_container(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
         let (notify, number) = {
             let task = entry.task();
             (task.notify, task.wiring.kept)
@@ -55,12 +54,12 @@ impl Shim {
             return Ok(());
         }
         let path = self.store.notify_socket(&name::short_name(&entry.init.unit));
-        let socket = match self.kept.take(Part::Notify, number).both.pop() {
+        let socket = match self.fds.claim(StreamKind::Notify, number).both.pop() {
             Some(socket) => socket,
             None => {
                 let path = path.clone();
                 let socket = blocking(move || open(&path).map_err(fifo::error("listen at", &path))).await??;
-                self.kept.keep(Part::Notify, number, &[socket.as_fd()]);
+                self.fds.store(StreamKind::Notify, number, &[socket.as_fd()]);
                 socket
             }
         };
@@ -68,10 +67,10 @@ impl Shim {
     }
 
     /// After a restart: goes on listening to a container that lives.
-    pub(super) fn listen_again(self: &Arc<Self>, entry: &Arc<Entry>) {
+    pub(crate) fn listen_again(self: &Arc<Self>, entry: &Arc<Entry>) {
         let number = entry.task().wiring.kept;
         // A container that was made before it could have one has none.
-        let Some(socket) = self.kept.take(Part::Notify, number).both.pop() else {
+        let Some(socket) = self.fds.claim(StreamKind::Notify, number).both.pop() else {
             return;
         };
         let path = self.store.notify_socket(&name::short_name(&entry.init.unit));

@@ -3,26 +3,20 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
 
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
-use crate::oci::runtime;
-use crate::store::Found;
-use crate::suspect::{Crashes, Suspect};
-use crate::task::Task;
+use crate::services::changes::Noted;
+use crate::services::{Entry, Error, Process, Shim, blocking, now_usec};
 use crate::task::exec::{ExecEvent, ExecPhase};
 use crate::task::phase::{Event, Exit, Phase, Seen};
 use crate::unit::main_process::{Ended, MainProcess};
 use crate::unit::observations::Observations;
-
-use super::create::program_of;
-use super::record::{Noted, Stored};
-use super::{Entry, Error, Process, Shim, blocking, go_on, now_usec};
 
 /// How many units are looked at at a time after a signal. systemd answers one call after the other.
 const MAX_LOOKS: usize = 16;
@@ -32,6 +26,14 @@ const UNKNOWN_STATUS: u32 = 255;
 
 /// How long an end waits until what init left behind is killed.
 const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
+
+/// The order in which the daemon refers to units: one round after the other.
+#[derive(Default)]
+pub struct References {
+    turn: tokio::sync::Mutex<()>,
+    /// Another round is asked for.
+    again: AtomicBool,
+}
 
 impl Shim {
     /// Deals with what is noticed of units, for as long as it is polled.
@@ -60,7 +62,7 @@ impl Shim {
 
     /// The main process of a unit is no longer what it was, as systemd has told; a repeat changes nothing.
     async fn service_changed(self: &Arc<Self>, unit: &UnitName, told: MainProcess) {
-        let Some((entry, process)) = self.registry.by_unit(unit) else {
+        let Some((entry, process)) = self.tasks.registry.by_unit(unit) else {
             return;
         };
         if told.ended.is_some() {
@@ -103,7 +105,7 @@ impl Shim {
     pub async fn resync(self: &Arc<Self>) {
         tokio::spawn(self.clone().refer_to_units());
         let living = self.living().await;
-        for entry in self.registry.all() {
+        for entry in self.tasks.registry.all() {
             if !living.contains(&entry.init.unit) {
                 self.look_at(&entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
             }
@@ -119,14 +121,15 @@ impl Shim {
     }
 
     /// The units that need no closer look: their main processes live, and when one ends that is told.
-    async fn living(&self) -> HashSet<UnitName> {
+    pub(crate) async fn living(&self) -> HashSet<UnitName> {
         self.manager.living().await.unwrap_or_else(|error| {
             tracing::warn!(%error, "can't list the units, each is looked at: {error}");
             HashSet::new()
         })
     }
 
-    pub(super) async fn look_at_exec(
+    /// Asks systemd whether the process of an exec has ended.
+    pub(crate) async fn look_at_exec(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
@@ -156,7 +159,7 @@ impl Shim {
 
     fn exec_ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId, seen: Seen) {
         fault::point(Point::ExitSeen);
-        let noted = match self.note_exec_event(entry, id, ExecEvent::Exited(seen)) {
+        let noted = match self.tasks.note_exec_event(entry, id, ExecEvent::Exited(seen)) {
             Ok(noted) => noted,
             Err(error) => {
                 tracing::error!(process = %process.key, %error, "{}: can't note its end: {error}", process.key);
@@ -172,7 +175,8 @@ impl Shim {
         }
     }
 
-    async fn look_at(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
+    /// Asks systemd whether the init process of a task has ended.
+    pub(crate) async fn look_at(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
         let phase = entry.task().init.clone();
         // A Create under way finds out for itself.
         if phase.pid().is_none() || !phase.is_alive() {
@@ -224,7 +228,7 @@ impl Shim {
     }
 
     fn end(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) {
-        if let Err(error) = self.note_event(entry, Event::Exited(seen)) {
+        if let Err(error) = self.tasks.note_event(entry, Event::Exited(seen)) {
             tracing::error!(task = %entry.key, %error, "task {}: can't note its end: {error}", entry.key);
             return;
         }
@@ -232,188 +236,27 @@ impl Shim {
         self.close_input(entry, &entry.init);
     }
 
-    /// Takes in what an earlier daemon left: records become tasks, and each is compared with its unit. A record
-    /// that has crashed daemons before is moved aside instead. Directories without a record are removed.
-    ///
-    /// # Errors
-    /// The records can't be listed.
-    pub async fn recover(self: &Arc<Self>, crashes: &Arc<Crashes>) -> Result<(), Error> {
-        let (store, crashes) = (self.store.clone(), crashes.clone());
-        let load = move || {
-            // Remains cost some memory, and nothing else: tasks are recovered all the same.
-            if let Err(error) = store.remove_remains() {
-                tracing::warn!(%error, "what earlier removals have left can't be removed: {error}");
-            }
-            (store.load_all(&crashes), store.load_owed())
-        };
-        let (records, owed) = blocking(load).await?;
-        let records = records?;
-        let is_recorded = |owed: &Task| {
-            let recorded = records.iter().flatten();
-            recorded.filter(|found| found.task.key == owed.key).any(|found| found.task.init == owed.init)
-        };
-        for (owing, task) in owed? {
-            match task {
-                // A Delete was cut off before it removed the record, which has these events too.
-                Ok(task) if is_recorded(&task) => {
-                    if let Err(error) = owing.discard() {
-                        tracing::warn!(task = %task.key, %error, "task {}: its last events may be published twice: {error}", task.key);
-                    }
-                }
-                Ok(task) => {
-                    // More than fit have been taken by an earlier version: they are published as well.
-                    let _ = self.owings.begin(&task.containerd.ttrpc_address);
-                    let entry = Arc::new(Entry::detached(task));
-                    entry.init.live().stored = Stored::Owed(owing);
-                    self.announce(&entry);
-                }
-                Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),
-            }
-        }
-        let living = self.living().await;
-        for record in records {
-            match record {
-                Ok(Found { task, is_current }) => match self.registry.insert(task) {
-                    Ok((entry, verb)) => {
-                        drop(verb);
-                        if !is_current {
-                            self.write_later(&entry);
-                        }
-                        let task = entry.task().clone();
-                        let execs = task.execs.values().map(|exec| &exec.wiring);
-                        execs.chain([&task.wiring]).for_each(|wiring| self.kept.used(wiring.kept));
-                        let suspect = Suspect::record(&entry.key);
-                        suspect.watch(self.take_in(&entry, &living)).await;
-                    }
-                    Err(taken) => tracing::error!(?taken, "two records for one task: {taken:?}"),
-                },
-                Err(error) => tracing::error!(%error, "a task is not taken in: {error}"),
-            }
-        }
-        self.kept.forget_rest();
-        tokio::spawn(self.clone().refer_to_units());
-        Ok(())
-    }
-
     /// Refers to the unit of every task over the present connection to the bus, and lets go of earlier
     /// ones. Not to that of a task that is being deleted: nobody would give the reference back.
     ///
     /// A task whose verb hangs holds up no other one. One call does this for all that come while it waits for its turn.
-    async fn refer_to_units(self: Arc<Self>) {
-        self.refer_again.store(true, Ordering::SeqCst);
-        let _one = self.referring.lock().await;
-        if !self.refer_again.swap(false, Ordering::SeqCst) {
+    pub(crate) async fn refer_to_units(self: Arc<Self>) {
+        self.references.again.store(true, Ordering::SeqCst);
+        let _one = self.references.turn.lock().await;
+        if !self.references.again.swap(false, Ordering::SeqCst) {
             return;
         }
-        let referred = self.registry.all().into_iter().map(|entry| {
+        let referred = self.tasks.registry.all().into_iter().map(|entry| {
             let shim = self.clone();
             async move {
                 let _verb = entry.init.verb.lock().await;
-                if shim.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, &entry)) {
+                if shim.tasks.is_live(&entry) {
                     shim.manager.refer_to(&entry.init.unit).await;
                 }
             }
         });
         futures_util::future::join_all(referred).await;
         self.manager.forget_earlier_references();
-    }
-
-    async fn take_in(self: &Arc<Self>, entry: &Arc<Entry>, living: &HashSet<UnitName>) {
-        fault::point(Point::RecoverTask);
-        let task = entry.task().clone();
-        if task.is_leftover {
-            let (shim, leftover) = (self.clone(), entry.clone());
-            // It logs what is left.
-            tokio::spawn(async move { shim.remove_leftover(&leftover).await });
-            return;
-        }
-        if task.muted {
-            let (shim, given_up) = (self.clone(), entry.clone());
-            tokio::spawn(async move { shim.remove_given_up(&given_up).await });
-        }
-        match task.init {
-            Phase::Creating { .. } => {
-                let (shim, creating) = (self.clone(), entry.clone());
-                go_on(&entry.init, |taken| async move { shim.resume_create(&creating, taken).await }).await;
-                return;
-            }
-            Phase::Starting { .. } => {
-                let (shim, starting) = (self.clone(), entry.clone());
-                go_on(&entry.init, |taken| async move { shim.finish_start(&starting, taken).await }).await;
-            }
-            Phase::Created { .. }
-            | Phase::Running { .. }
-            | Phase::Paused { .. }
-            | Phase::Ending { .. }
-            | Phase::Stopped { .. } => {}
-        }
-        for (id, exec) in &task.execs {
-            match self.registry.insert_exec(entry, id, exec.unit.clone(), exec.phase.exit()) {
-                Ok((process, verb)) => {
-                    drop(verb);
-                    self.take_in_exec(entry, &process, id, living).await;
-                }
-                Err(taken) => {
-                    tracing::error!(?taken, "exec {id} of task {}: not taken in: {taken:?}", task.key)
-                }
-            }
-        }
-        if let Some(pid) = task.init.pid().filter(|_| task.init.is_alive()) {
-            self.hold(entry, pid);
-            self.watch_cgroup(entry);
-            self.listen_again(entry);
-        }
-        self.recover_streams(entry, &entry.init).await;
-        if !living.contains(&entry.init.unit) {
-            self.look_at(entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
-        }
-        self.announce(entry);
-    }
-
-    /// After a restart: settles a Start that was cut off.
-    async fn finish_start(self: &Arc<Self>, entry: &Arc<Entry>, taken: oneshot::Sender<()>) {
-        // Nobody waits any more if the daemon ends. The streams are taken over as those of one that runs.
-        let _ = taken.send(());
-        let task = entry.task().clone();
-        let dir = self.store.dir(&task.key);
-        let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
-        if let Err(error) = cli.settled("start").await {
-            tracing::error!(task = %task.key, %error, "task {}: its start was cut off, and does not end: {error}", task.key);
-        }
-        // A `runc start` that was cut off may have let init go, and not said so: starting it again
-        // would wait for its end.
-        let program = task.init.pid().and_then(program_of);
-        let waits = cli.waits_for_start() && program == task.waiting_program;
-        if !waits {
-            cli.note_start();
-        }
-        let event = if waits { Event::StartFailed } else { Event::Started };
-        if let Err(error) = self.note_event(entry, event) {
-            tracing::error!(task = %task.key, %error, "task {}: can't finish its start: {error}", task.key);
-        }
-    }
-
-    async fn take_in_exec(
-        self: &Arc<Self>,
-        entry: &Arc<Entry>,
-        process: &Arc<Process>,
-        id: &ExecId,
-        living: &HashSet<UnitName>,
-    ) {
-        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
-        self.recover_exec(entry, process, id).await;
-        if let Some(ExecPhase::Running { .. } | ExecPhase::Stopped { .. }) = phase {
-            self.recover_streams(entry, process).await;
-            if living.contains(&process.unit) {
-                return;
-            }
-            let looked = self.look_at_exec(entry, process, id).await;
-            looked.unwrap_or_else(|error| cant_look(process, &error));
-            // An earlier daemon may have ended before it removed the unit.
-            if matches!(phase, Some(ExecPhase::Stopped { .. })) {
-                self.remove_ended_exec(entry, process);
-            }
-        }
     }
 }
 
@@ -439,7 +282,8 @@ fn last_word(told: MainProcess, read: Option<MainProcess>) -> MainProcess {
     read.filter(is_same).unwrap_or(told)
 }
 
-fn cant_look(process: &Process, error: &Error) {
+/// Logs that systemd could not be asked about a unit.
+pub(crate) fn cant_look(process: &Process, error: &Error) {
     tracing::warn!(process = %process.key, %error, "{}: can't look at its unit: {error}", process.key);
 }
 

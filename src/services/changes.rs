@@ -17,9 +17,11 @@ use crate::store::{self, Cause, Owing};
 use crate::task::exec::ExecEvent;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Event, Refusal};
-use crate::task::{Ended, Task, registry};
+use crate::task::{Ended, Task};
 
-use super::{Entry, Error, Shim, now_usec};
+use super::registry;
+use super::tasks::Tasks;
+use super::{Entry, Error, now_usec};
 
 /// Pauses between attempts to write records: the first, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -32,11 +34,11 @@ const MOST_OWING: usize = 1024;
 
 /// How many deleted tasks owe events, by the address of their containerd.
 #[derive(Default)]
-pub(super) struct Owings(Mutex<HashMap<String, usize>>);
+pub(crate) struct Owings(Mutex<HashMap<String, usize>>);
 
 impl Owings {
     /// Counts one more. False if there are too many.
-    pub(super) fn begin(&self, address: &str) -> bool {
+    pub(crate) fn begin(&self, address: &str) -> bool {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(address.to_owned()).or_default();
         let fits = *count < MOST_OWING;
@@ -57,7 +59,7 @@ impl Owings {
 
 /// Where a task is on disk.
 #[derive(Clone, Debug, Default)]
-pub(super) enum Stored {
+pub(crate) enum Stored {
     /// In its record.
     #[default]
     Record,
@@ -71,7 +73,7 @@ pub(super) enum Stored {
 
 /// What became of a note.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Noted {
+pub(crate) enum Noted {
     /// It is in the record.
     Written,
     /// It is in memory, and will be in the record.
@@ -80,7 +82,7 @@ pub(super) enum Noted {
 
 /// Tasks whose records could not be written; each is in it once.
 #[derive(Default)]
-pub(super) struct Unwritten {
+pub(crate) struct Unwritten {
     entries: Mutex<VecDeque<Arc<Entry>>>,
     added: Notify,
 }
@@ -100,12 +102,12 @@ impl Unwritten {
     }
 }
 
-impl Shim {
+impl Tasks {
     /// Applies an event that the daemon decides on to a task's init process.
     ///
     /// # Errors
     /// The phase refuses it, or the record can't be written; then nothing has changed.
-    pub(super) fn apply(&self, entry: &Arc<Entry>, event: Event) -> Result<(), Error> {
+    pub(crate) fn apply(&self, entry: &Arc<Entry>, event: Event) -> Result<(), Error> {
         self.change(entry, |task| Ok(task.apply(event, now_usec())?))
     }
 
@@ -113,7 +115,7 @@ impl Shim {
     ///
     /// # Errors
     /// As [`Self::apply`].
-    pub(super) fn apply_exec(&self, entry: &Arc<Entry>, id: &ExecId, event: ExecEvent) -> Result<(), Error> {
+    pub(crate) fn apply_exec(&self, entry: &Arc<Entry>, id: &ExecId, event: ExecEvent) -> Result<(), Error> {
         self.change(entry, |task| Ok(task.apply_exec(id, event, now_usec())?))
     }
 
@@ -121,7 +123,7 @@ impl Shim {
     ///
     /// # Errors
     /// The phase refuses it; then nothing has changed.
-    pub(super) fn note_event(&self, entry: &Arc<Entry>, event: Event) -> Result<Noted, Refusal> {
+    pub(crate) fn note_event(&self, entry: &Arc<Entry>, event: Event) -> Result<Noted, Refusal> {
         self.note(entry, |task| task.apply(event, now_usec()))
     }
 
@@ -129,7 +131,7 @@ impl Shim {
     ///
     /// # Errors
     /// As [`Self::note_event`].
-    pub(super) fn note_exec_event(
+    pub(crate) fn note_exec_event(
         &self,
         entry: &Arc<Entry>,
         id: &ExecId,
@@ -142,7 +144,7 @@ impl Shim {
     ///
     /// # Errors
     /// The change is refused, or the record can't be written; then nothing has changed.
-    pub(super) fn change(
+    pub(crate) fn change(
         &self,
         entry: &Arc<Entry>,
         change: impl FnOnce(&mut Task) -> Result<Vec<Ended>, Error>,
@@ -170,7 +172,7 @@ impl Shim {
     ///
     /// # Errors
     /// The change is refused; then nothing has changed.
-    pub(super) fn note(
+    pub(crate) fn note(
         &self,
         entry: &Arc<Entry>,
         change: impl FnOnce(&mut Task) -> Result<Vec<Ended>, Refusal>,
@@ -191,7 +193,7 @@ impl Shim {
     }
 
     /// containerd has accepted a task's event.
-    pub(super) fn note_accepted(&self, entry: &Arc<Entry>, seq: u64) {
+    pub(crate) fn note_accepted(&self, entry: &Arc<Entry>, seq: u64) {
         let mut task = entry.task();
         let before = task.clone();
         task.outbox.accepted(seq);
@@ -206,7 +208,7 @@ impl Shim {
     ///
     /// # Errors
     /// The record can't be removed; then the task stays.
-    pub(super) fn note_deleted(&self, entry: &Arc<Entry>, event: TaskEvent) -> Result<(), Error> {
+    pub(crate) fn note_deleted(&self, entry: &Arc<Entry>, event: TaskEvent) -> Result<(), Error> {
         let mut task = entry.task();
         let mut last = task.clone();
         last.owe(event, now_usec());
@@ -282,7 +284,7 @@ impl Shim {
     }
 
     /// Has all of a task written, whatever is on disk. True if it does not wait for that already.
-    pub(super) fn write_later(&self, entry: &Arc<Entry>) -> bool {
+    pub(crate) fn write_later(&self, entry: &Arc<Entry>) -> bool {
         let waits = std::mem::replace(&mut entry.init.live().is_unwritten, true);
         if !waits {
             self.unwritten.push(entry.clone());
@@ -292,7 +294,8 @@ impl Shim {
 
     /// Writes the records that could not be written, as soon as they can be, for as long as it is polled.
     /// Nothing announces that there is room: it has to be tried.
-    pub async fn write_pending(self: Arc<Self>) {
+    /// `written` is called with each task whose record is written.
+    pub(crate) async fn write_pending(&self, written: impl Fn(&Arc<Entry>)) {
         let mut pause = FIRST_PAUSE;
         loop {
             if self.unwritten.count() == 0 {
@@ -301,20 +304,21 @@ impl Shim {
                 continue;
             }
             tokio::time::sleep(pause).await;
-            let written = self.write_round();
-            pause = if written { FIRST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
+            let is_progress = self.write_round(&written);
+            pause = if is_progress { FIRST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
         }
     }
 
     /// Tries each of the records once. True if one was written.
-    fn write_round(self: &Arc<Self>) -> bool {
-        let (mut failures, mut written) = (0, false);
+    fn write_round(&self, written: &impl Fn(&Arc<Entry>)) -> bool {
+        let (mut failures, mut is_progress) = (0, false);
         for _ in 0..self.unwritten.count() {
             let Some(entry) = self.unwritten.pop() else {
                 break;
             };
             if self.write_again(&entry) {
-                written = true;
+                written(&entry);
+                is_progress = true;
                 continue;
             }
             self.unwritten.push(entry);
@@ -323,13 +327,13 @@ impl Shim {
                 break;
             }
         }
-        written
+        is_progress
     }
 
-    fn write_again(self: &Arc<Self>, entry: &Arc<Entry>) -> bool {
+    fn write_again(&self, entry: &Arc<Entry>) -> bool {
         {
             let task = entry.task();
-            let is_known = self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, entry));
+            let is_known = self.is_live(entry);
             let is_record = matches!(entry.init.live().stored, Stored::Record);
             // The record of a task that was taken back is not wanted any more.
             if (is_known || !is_record) && self.write(entry, &task, &task, Cause::Note).is_err() {
@@ -338,26 +342,7 @@ impl Shim {
             entry.init.live().is_unwritten = false;
         }
         tracing::info!(task = %entry.key, "task {}: its record is written", entry.key);
-        for process in entry.execs() {
-            self.remove_ended_exec(entry, &process);
-        }
         true
-    }
-
-    /// Tells the publisher that a task may owe events.
-    pub(super) fn announce(&self, entry: &Arc<Entry>) {
-        if entry.task().outbox.is_empty() {
-            return;
-        }
-        if !std::mem::replace(&mut entry.init.live().is_announced, true) {
-            // The publisher ends with the daemon only.
-            let _ = self.outgoing.send(entry.clone());
-        }
-    }
-
-    /// The publisher begins with what a task owes by now.
-    pub fn taken_up(&self, entry: &Entry) {
-        entry.init.live().is_announced = false;
     }
 }
 

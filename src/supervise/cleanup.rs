@@ -13,11 +13,10 @@ use crate::id::{ExecId, UnitName};
 use crate::launch;
 use crate::oci::mount;
 use crate::oci::runtime::{self, OciRuntime};
+use crate::services::streams::{cut_off, drain};
+use crate::services::{Entry, Error, Process, Shim, blocking};
 use crate::task::Task;
 use crate::unit::systemd::Systemd;
-
-use super::streams::{cut_off, drain};
-use super::{Entry, Error, Process, Shim, blocking};
 
 /// What could not be removed, in words.
 #[derive(Debug, Default)]
@@ -123,7 +122,7 @@ fn remove_log_fields(unit: &UnitName) {
 impl Shim {
     /// Removes what a task has outside of the daemon. What its clients have not read by now of its execs' output
     /// is lost, as with containerd-shim-runc-v2.
-    pub(super) async fn remove_container(&self, task: &Task, entry: &Arc<Entry>) -> Troubles {
+    pub(crate) async fn remove_container(&self, task: &Task, entry: &Arc<Entry>) -> Troubles {
         let mut in_execs = Troubles::default();
         let others = async {
             entry.init.live().watched = None;
@@ -148,7 +147,7 @@ impl Shim {
     }
 
     /// Removes what an exec that has ended, or never ran, has outside of the daemon's memory.
-    pub(super) async fn remove_exec(&self, entry: &Entry, process: &Process, id: &ExecId) -> Troubles {
+    pub(crate) async fn remove_exec(&self, entry: &Entry, process: &Process, id: &ExecId) -> Troubles {
         let mut troubles = Troubles::default();
         process.live().client_input = None;
         let removal = process.live().removal.take();
@@ -172,7 +171,7 @@ impl Shim {
 
     /// Undoes a Create, however far it came. What can't be undone now is marked in the record: it is tried again
     /// when the id is used again, when containerd gives the task up, and when the daemon starts.
-    pub(super) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
+    pub(crate) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         // The OCI runtime may hang in it, and so may its hooks and mounts: none of them is in the unit's cgroup.
         launch::cgroup::kill(&task.unit);
@@ -183,15 +182,14 @@ impl Shim {
             troubles.add(self.store.remove(&task.key));
         }
         if troubles.is_empty() {
-            self.kept.forget_all(task.wiring.kept);
-            self.registry.remove(&task.key);
-            self.deleted.notify_one();
+            self.fds.forget_all(task.wiring.kept);
+            self.tasks.remove(&task.key);
             return;
         }
         let text = troubles.text();
         tracing::error!(task = %task.key, "task {}: not all of a failed create can be removed yet: {text}", task.key);
         // A note of this kind is never refused.
-        let _ = self.note(entry, |task| {
+        let _ = self.tasks.note(entry, |task| {
             task.is_leftover = true;
             Ok(Vec::new())
         });
@@ -201,9 +199,9 @@ impl Shim {
     ///
     /// # Errors
     /// Something is still left.
-    pub(super) async fn remove_leftover(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
+    pub(crate) async fn remove_leftover(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
         let _verb = entry.init.verb.lock().await;
-        let is_there = || self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, entry));
+        let is_there = || self.tasks.is_live(entry);
         if is_there() && entry.task().is_leftover {
             self.take_back(entry).await;
             if is_there() {

@@ -1,5 +1,5 @@
-//! Descriptors of processes' streams that systemd keeps: pipes with bytes in them, terminals, and the
-//! ends without which a process would see its reader or its writer gone while the daemon is down.
+//! The streams of processes in the descriptor store: pipes with bytes in them, terminals, and the ends without which
+//! a process would see its reader or its writer gone while the daemon is down.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,10 +10,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::unit::fd_store::{self, FdStore};
 
-/// What a kept descriptor belongs to. The letter begins the name by which systemd keeps it; the
-/// process's number follows. Names are short, see `transport::listener`.
+/// What a descriptor in the store belongs to. The letter begins its name there; the number of the process follows.
+/// Names are short, see `transport::listener`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Part {
+pub enum StreamKind {
     /// Standard input: the client's FIFO.
     Input,
     /// Standard output: the FIFO or pipe that is copied from, and the client's FIFO.
@@ -26,14 +26,14 @@ pub enum Part {
     Notify,
 }
 
-impl Earlier {
-    /// Nothing was kept.
+impl Claimed {
+    /// The store had nothing.
     pub fn is_empty(&self) -> bool {
         self.readers.is_empty() && self.writers.is_empty() && self.both.is_empty()
     }
 }
 
-impl Part {
+impl StreamKind {
     const ALL: [Self; 5] = [Self::Input, Self::Output, Self::ErrorOutput, Self::Terminal, Self::Notify];
 
     fn letter(self) -> char {
@@ -51,14 +51,14 @@ impl Part {
     }
 
     fn parse(name: &str) -> Option<(Self, u64)> {
-        let part = Self::ALL.into_iter().find(|part| name.starts_with(part.letter()))?;
-        Some((part, name[1..].parse().ok()?))
+        let kind = Self::ALL.into_iter().find(|kind| name.starts_with(kind.letter()))?;
+        Some((kind, name[1..].parse().ok()?))
     }
 }
 
-/// What was kept of one part of a process's streams, told apart by how it was opened.
+/// What the store had of one stream of a process, told apart by how it was opened.
 #[derive(Debug, Default)]
-pub struct Earlier {
+pub struct Claimed {
     /// Opened for reading only.
     pub readers: Vec<OwnedFd>,
     /// Opened for writing only.
@@ -67,20 +67,20 @@ pub struct Earlier {
     pub both: Vec<OwnedFd>,
 }
 
-/// All that is kept.
+/// The descriptors of the streams of all processes.
 #[derive(Debug)]
-pub struct Kept {
+pub struct StreamFds {
     store: Arc<FdStore>,
     next: AtomicU64,
-    earlier: Mutex<HashMap<(Part, u64), Earlier>>,
+    unclaimed: Mutex<HashMap<(StreamKind, u64), Claimed>>,
 }
 
-impl Kept {
-    /// Takes over what earlier daemons have had kept.
+impl StreamFds {
+    /// Takes what earlier daemons have put into the store.
     pub fn new(store: Arc<FdStore>, fds: Vec<(String, OwnedFd)>) -> Self {
-        let mut earlier: HashMap<(Part, u64), Earlier> = HashMap::new();
+        let mut earlier: HashMap<(StreamKind, u64), Claimed> = HashMap::new();
         for (name, fd) in fds {
-            let Some(key) = Part::parse(&name) else {
+            let Some(key) = StreamKind::parse(&name) else {
                 tracing::warn!(name, "{name}: kept by systemd, and not known here");
                 store.forget(&name);
                 continue;
@@ -92,16 +92,16 @@ impl Kept {
                 _ => found.both.push(fd),
             }
         }
-        Self { store, next: AtomicU64::default(), earlier: Mutex::new(earlier) }
+        Self { store, next: AtomicU64::default(), unclaimed: Mutex::new(earlier) }
     }
 
-    /// A number that no process has had. Those in records have to be told first ([`Self::used`]).
-    pub fn number(&self) -> u64 {
+    /// A number that no process has had. Those in records have to be reserved first ([`Self::reserve`]).
+    pub fn next_number(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
     /// A process of an earlier daemon has this number.
-    pub fn used(&self, number: u64) {
+    pub fn reserve(&self, number: u64) {
         self.next.fetch_max(number + 1, Ordering::Relaxed);
     }
 
@@ -113,44 +113,44 @@ impl Kept {
         self.store.has_room()
     }
 
-    /// Has systemd keep descriptors.
-    pub fn keep(&self, part: Part, number: u64, fds: &[BorrowedFd<'_>]) {
+    /// Puts descriptors into the store.
+    pub fn store(&self, kind: StreamKind, number: u64, fds: &[BorrowedFd<'_>]) {
         if fds.is_empty() {
             return;
         }
-        if let Err(error) = self.store.keep(&part.name(number), fds) {
+        if let Err(error) = self.store.keep(&kind.name(number), fds) {
             tracing::error!(%error, "a restart of the daemon would cut off a stream: {error}");
         }
     }
 
-    /// They are not needed any more. Nobody sees an end of file before.
-    pub fn forget(&self, part: Part, number: u64) {
-        self.store.forget(&part.name(number));
+    /// Removes the descriptors of a stream from the store. Nobody sees an end of file before.
+    pub fn forget(&self, kind: StreamKind, number: u64) {
+        self.store.forget(&kind.name(number));
     }
 
-    /// What an earlier daemon has had kept of a part of a process's streams.
-    pub fn take(&self, part: Part, number: u64) -> Earlier {
-        let mut earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
-        earlier.remove(&(part, number)).unwrap_or_default()
+    /// What an earlier daemon has put into the store of a stream of a process; each is returned once.
+    pub fn claim(&self, kind: StreamKind, number: u64) -> Claimed {
+        let mut earlier = self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner);
+        earlier.remove(&(kind, number)).unwrap_or_default()
     }
 
-    /// They are not needed any more, nor is anything else of this process.
+    /// Removes all descriptors of a process from the store.
     pub fn forget_all(&self, number: u64) {
-        Part::ALL.into_iter().for_each(|part| self.forget(part, number));
+        StreamKind::ALL.into_iter().for_each(|kind| self.forget(kind, number));
     }
 
-    /// True if an earlier daemon has left something of a process's streams.
+    /// True if an earlier daemon has left something of a process that is not claimed yet.
     pub fn has(&self, number: u64) -> bool {
-        let earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
+        let earlier = self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner);
         earlier.keys().any(|(_, found)| *found == number)
     }
 
-    /// Lets go of what belongs to no process any more.
-    pub fn forget_rest(&self) {
-        let rest = std::mem::take(&mut *self.earlier.lock().unwrap_or_else(PoisonError::into_inner));
-        for (part, number) in rest.into_keys() {
-            self.used(number);
-            self.forget(part, number);
+    /// Removes from the store what no process has claimed.
+    pub fn drop_unclaimed(&self) {
+        let rest = std::mem::take(&mut *self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner));
+        for (kind, number) in rest.into_keys() {
+            self.reserve(number);
+            self.forget(kind, number);
         }
     }
 }
@@ -166,11 +166,11 @@ mod tests {
 
     #[test]
     fn names_are_read_back_and_no_connection_is_taken_for_a_stream() {
-        for part in Part::ALL {
-            assert_eq!(Part::parse(&part.name(42)), Some((part, 42)));
+        for kind in StreamKind::ALL {
+            assert_eq!(StreamKind::parse(&kind.name(42)), Some((kind, 42)));
         }
         for other in ["c1", "o", "o-1", "", "containerd-shim-systemd-v1.socket"] {
-            assert_eq!(Part::parse(other), None, "{other}");
+            assert_eq!(StreamKind::parse(other), None, "{other}");
         }
     }
 }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use crate::id::{Owner, TaskKey};
 use crate::oci::bundle;
 
-use super::{Entry, Shim};
+use super::Entry;
+use super::tasks::Tasks;
 
-impl Shim {
+impl Tasks {
     /// A containerd's own task of these names, whether it exists or not.
     pub fn own(&self, named: &TaskKey, owner: &Owner) -> TaskKey {
         let own = named.of(owner.clone());
@@ -38,7 +39,7 @@ impl Shim {
     }
 
     /// True if the task is that containerd's own.
-    pub(super) fn is_own(entry: &Arc<Entry>, owner: &Owner) -> bool {
+    pub(crate) fn is_own(entry: &Arc<Entry>, owner: &Owner) -> bool {
         let recorded = &entry.key.owner;
         if recorded.is_usual() { owner_of(entry) == *owner } else { recorded == owner }
     }

@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 
 use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
+use crate::services::{Entry, Error, Shim, now_usec};
 use crate::task::phase::Seen;
-
-use super::cgroups::memory_events_of;
-use super::{Entry, Error, Shim, now_usec};
+use crate::task::{Placement, Task};
 
 /// For so long a kill may not have been told: the kernel tells of `memory.events` at most every 10 ms, and
 /// before it kills for want of memory it has told that there is none.
@@ -24,13 +23,13 @@ const ASK_LIMIT: Duration = Duration::from_secs(2);
 
 impl Shim {
     /// The kernel has told that `memory.events` has changed, or may have.
-    pub(super) fn memory_changed(&self, entry: &Arc<Entry>) {
+    pub(crate) fn memory_changed(&self, entry: &Arc<Entry>) {
         entry.init.live().memory_changed = Some(Instant::now());
         self.note_oom_kills(entry);
     }
 
     /// Looks at the kernel's count. False if there is none any more.
-    pub(super) fn note_oom_kills(&self, entry: &Arc<Entry>) -> bool {
+    pub(crate) fn note_oom_kills(&self, entry: &Arc<Entry>) -> bool {
         let cgroup = memory_events_of(&entry.task()).map(Path::to_owned);
         let noted = match cgroup.map(|cgroup| MemoryEvents::read(&cgroup)) {
             Some(Ok(Some(events))) => {
@@ -49,7 +48,7 @@ impl Shim {
     }
 
     fn add_oom_kills(&self, entry: &Arc<Entry>, kills: u64) -> Result<(), Error> {
-        self.note(entry, |task| {
+        self.tasks.note(entry, |task| {
             task.note_oom_kills(kills, now_usec());
             Ok(Vec::new())
         })?;
@@ -57,7 +56,7 @@ impl Shim {
     }
 
     /// A container has ended. True if all kills in it are known, as they are but for rare cases.
-    pub(super) fn knows_oom_kills(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) -> bool {
+    pub(crate) fn knows_oom_kills(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) -> bool {
         match self.cgroups.pending() {
             Ok(changes) => self.apply_changes(changes),
             Err(error) => cant_note(entry, &Error::Watch(error)),
@@ -77,7 +76,7 @@ impl Shim {
 
     /// Asks systemd for the kills that the kernel does not tell of any more. The end of the container waits
     /// for the answer, and must not wait for a journal that hangs.
-    pub(super) async fn ask_for_oom_kills(&self, entry: &Arc<Entry>) {
+    pub(crate) async fn ask_for_oom_kills(&self, entry: &Arc<Entry>) {
         let asked = match tokio::time::timeout(ASK_LIMIT, self.manager.oom_kills(&entry.init.unit)).await {
             Ok(Ok(kills)) => self.add_oom_kills(entry, kills),
             Ok(Err(error)) => Err(error.into()),
@@ -92,4 +91,14 @@ impl Shim {
 
 fn cant_note(entry: &Entry, error: &Error) {
     tracing::error!(task = %entry.key, %error, "task {}: can't note whether it was out of memory: {error}", entry.key);
+}
+
+/// The cgroup whose memory events are those of the container. It is the unit's: that has the same limit, meets
+/// it first, as the kernel charges it for the container's cgroup itself, and counts what is below it.
+pub(crate) fn memory_events_of(task: &Task) -> Option<&Path> {
+    let container = task.cgroup.as_deref()?;
+    match &task.placement {
+        Placement::Unit { .. } => container.parent(),
+        Placement::Foreign { .. } => Some(container),
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::id::{ProcessKey, TaskKey};
 use crate::task::phase::Refusal;
-use crate::{cgroup, oci, stdio, store, unit};
+use crate::{cgroup, oci, session, stdio, store, unit};
 
 /// Why a verb failed.
 #[derive(Debug, thiserror::Error)]
@@ -49,9 +49,9 @@ pub enum Error {
     /// systemd can keep no more descriptors for the daemon.
     #[error(transparent)]
     Kept(#[from] unit::fd_store::Error),
-    /// A terminal can't be used.
-    #[error("terminal: {0}")]
-    Terminal(#[source] std::io::Error),
+    /// The streams of a process can't be used.
+    #[error(transparent)]
+    Session(#[from] session::Error),
     /// A stream can't be watched.
     #[error("stdio: watch a stream: {0}")]
     Watch(#[source] std::io::Error),

@@ -11,8 +11,8 @@ use tokio::sync::watch;
 
 use crate::id::{ExecId, ProcessKey, TaskKey, UnitName};
 
-use super::Task;
-use super::phase::Exit;
+use crate::task::Task;
+use crate::task::phase::Exit;
 
 /// A process in memory: init, or an exec. `L` is what the adapters attach to it.
 pub struct Process<L> {
@@ -66,15 +66,17 @@ impl<L> Process<L> {
     }
 
     /// Resolves when the process has ended; at once if it has.
-    pub async fn ended(&self) -> End {
+    pub fn ended(&self) -> impl Future<Output = End> + Send + use<L> {
         let mut receiver = self.end.subscribe();
-        loop {
-            if let Some(end) = *receiver.borrow_and_update() {
-                return end;
-            }
-            // The sender lives in self: waiting can't fail while we are borrowed.
-            if receiver.changed().await.is_err() {
-                std::future::pending::<()>().await;
+        async move {
+            loop {
+                if let Some(end) = *receiver.borrow_and_update() {
+                    return end;
+                }
+                // A process is not dropped before it is woken.
+                if receiver.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
             }
         }
     }

@@ -1,0 +1,60 @@
+//! The `delete` command: removes a task that containerd has given up.
+
+use std::sync::Arc;
+
+use crate::id::{Owner, TaskKey};
+use crate::services::{Entry, Error, Shim, Tasks};
+use crate::store::answers::Deleted;
+
+impl Shim {
+    /// Takes away what a task left when containerd has given it up: kills it if it lives.
+    ///
+    /// # Errors
+    /// As [`Self::delete`]. The task of another containerd than `owner` is unknown to it.
+    pub async fn clean_up(self: &Arc<Self>, key: &TaskKey, owner: &Owner) -> Result<Deleted, Error> {
+        let entry = self.tasks.entry(key)?;
+        if !Tasks::is_own(&entry, owner) {
+            return Err(Error::UnknownTask { key: key.clone() });
+        }
+        // containerd gives up while its Create is still under way: that is taken back first.
+        if entry.task().init.pid().is_none() {
+            entry.init.live().given_up.cancel();
+        }
+        drop(entry.init.verb.lock().await);
+        self.remove_leftover(&entry).await?;
+        let entry = self.tasks.created(key)?;
+        self.mute(&entry)?;
+        self.kill_and_delete(&entry).await
+    }
+
+    /// containerd has given the task up and publishes its end itself.
+    ///
+    /// # Errors
+    /// None: a note of this kind is never refused.
+    fn mute(&self, entry: &Arc<Entry>) -> Result<(), Error> {
+        self.tasks.note(entry, |task| {
+            task.muted = true;
+            task.outbox.clear();
+            Ok(Vec::new())
+        })?;
+        Ok(())
+    }
+
+    async fn kill_and_delete(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
+        let alive = entry.task().init.exit().is_none();
+        if alive {
+            self.kill_and_wait(entry).await?;
+        }
+        self.delete_task(&entry.key).await
+    }
+
+    /// After a restart: containerd has given a task up, and an earlier daemon could not remove it.
+    pub(crate) async fn remove_given_up(self: &Arc<Self>, entry: &Arc<Entry>) {
+        match self.kill_and_delete(entry).await {
+            Ok(_) | Err(Error::UnknownTask { .. }) => {}
+            Err(error) => {
+                tracing::error!(task = %entry.key, %error, "task {}: was given up and can't be removed: {error}", entry.key);
+            }
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! CloseIO: a process sees the end of its input.
+
+use crate::id::ProcessKey;
+use crate::services::{Error, Shim};
+
+impl Shim {
+    /// Closes the daemon's writing end of a process's stdin. The process sees EOF once every client has closed the FIFO
+    /// as well.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn close_stdin(&self, key: &ProcessKey) -> Result<(), Error> {
+        let (entry, process) = self.tasks.process(key)?;
+        self.tasks.note(&entry, |task| {
+            task.wiring_mut(key.exec.as_ref()).into_iter().for_each(|wiring| wiring.stdin_closed = true);
+            Ok(Vec::new())
+        })?;
+        self.close_stdin_writer(&entry, &process);
+        Ok(())
+    }
+}

@@ -1,0 +1,44 @@
+//! Pids: the processes of a container.
+
+use std::collections::HashMap;
+
+use crate::cgroup;
+use crate::id::{ExecId, TaskKey};
+use crate::services::{Error, Shim, blocking};
+use crate::task::exec::ExecPhase;
+
+impl Shim {
+    /// The processes of a container, and which of them are execs.
+    ///
+    /// For one that has ended the process that it was: containerd up to 2.3.3 takes an empty list for
+    /// a leaked shim when it restarts, and would delete the task with its exit code.
+    ///
+    /// # Errors
+    /// There is no such task, or its cgroup can't be read.
+    pub async fn pids(&self, key: &TaskKey) -> Result<Vec<(u32, Option<ExecId>)>, Error> {
+        let task = self.tasks.created(key)?.task().clone();
+        let init = task.init.pid().unwrap_or_default();
+        if task.init.exit().is_some() {
+            return Ok(vec![(init, None)]);
+        }
+        let mut pids = match &task.cgroup {
+            Some(cgroup) => {
+                let cgroup = cgroup.clone();
+                blocking(move || cgroup::processes(&cgroup)).await??
+            }
+            None => Vec::new(),
+        };
+        if !pids.contains(&init) {
+            pids.insert(0, init);
+        }
+        let execs: HashMap<u32, &ExecId> = task
+            .execs
+            .iter()
+            .filter_map(|(id, exec)| match exec.phase {
+                ExecPhase::Running { pid } => Some((pid, id)),
+                ExecPhase::Added | ExecPhase::Starting { .. } | ExecPhase::Stopped { .. } => None,
+            })
+            .collect();
+        Ok(pids.into_iter().map(|pid| (pid, execs.get(&pid).map(|id| (*id).clone()))).collect())
+    }
+}

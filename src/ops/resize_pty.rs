@@ -1,0 +1,24 @@
+//! ResizePty: the size of a terminal's window.
+
+use crate::id::ProcessKey;
+use crate::services::{Error, Shim};
+
+impl Shim {
+    /// Sets the size of a terminal's window, in characters. A terminal that has not been received yet gets the size
+    /// when it is; without a terminal there is no window.
+    ///
+    /// # Errors
+    /// There is no such process, or an exec has ended.
+    pub fn resize(&self, key: &ProcessKey, columns: u32, rows: u32) -> Result<(), Error> {
+        let (entry, process) = self.tasks.process(key)?;
+        let over = |exec| entry.task().execs.get(exec).is_some_and(|exec| exec.phase.exit().is_some());
+        if key.exec.as_ref().is_some_and(over) {
+            return Err(Error::ResizeStopped);
+        }
+        let clip = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);
+        let window = (clip(columns), clip(rows));
+        let mut live = process.live();
+        live.window = Some(window);
+        Ok(live.session.resize(window)?)
+    }
+}

@@ -1,0 +1,33 @@
+//! Resume: lets a paused container run.
+
+use std::sync::Arc;
+
+use crate::fault::{self, Point};
+use crate::id::TaskKey;
+use crate::services::{Attempt, Error, Shim};
+use crate::task::phase::{Event, Phase};
+
+use super::pause::refused;
+
+impl Shim {
+    /// Lets a container's processes go on.
+    ///
+    /// # Errors
+    /// It is not paused, or something above it is frozen too.
+    pub async fn resume(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<(), Error> {
+        let entry = self.tasks.created(key)?;
+        let _verb = entry.init.verb.lock().await;
+        let task = entry.task().clone();
+        match task.init {
+            Phase::Paused { .. } => {}
+            Phase::Running { .. } if attempt == Attempt::Replayed => return Ok(()),
+            other => return Err(refused("resume", &other)),
+        }
+        self.thaw(&task).await?;
+        fault::point(Point::ResumeDone);
+        self.tasks.note_event(&entry, Event::Thawed)?;
+        fault::point(Point::ResumeNoted);
+        self.clone().show_unshown(entry.clone()).await;
+        Ok(())
+    }
+}

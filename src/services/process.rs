@@ -1,0 +1,69 @@
+//! The process behind a pid: held, so that its number can't become another's, and told apart from strangers.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use crate::task::{Placement, Task};
+use crate::{cgroup, config, sys};
+
+use super::{Entry, Process, Shim};
+
+impl Shim {
+    /// Holds the main process. One that is gone already has ended; systemd says how.
+    pub(crate) fn hold(&self, entry: &Entry, pid: u32) {
+        let held = crate::sys::pidfd_open(pid).ok();
+        // Looked at once it is held: a stranger that has the number by now is not held.
+        entry.init.live().process = held.filter(|_| lives_in(&entry.task(), pid));
+    }
+
+    /// Holds the process, so that its number can't become another's. One that is gone has ended:
+    /// systemd says how.
+    pub(crate) fn hold_exec(&self, entry: &Entry, process: &Process, pid: u32) {
+        let Ok(held) = crate::sys::pidfd_open(pid) else {
+            return;
+        };
+        // The number may have been taken between the process's end and now.
+        if lives_in(&entry.task(), pid) {
+            process.live().process = Some(held);
+        }
+    }
+
+    /// Resolves when a task's init process has ended, and what the OCI runtime does for it had its time to end as
+    /// well. Never, if the process can't be watched: whoever waits has a limit besides.
+    pub(crate) async fn init_is_gone(entry: &Entry) {
+        let held = entry.init.live().process.as_ref().and_then(|process| process.try_clone().ok());
+        let ended = async { sys::ended(held.ok_or(std::io::ErrorKind::NotFound)?).await };
+        if ended.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(config::AFTER_INIT_LIMIT).await;
+    }
+}
+
+/// True if a process lives where those of the task do: its number has not become a stranger's.
+pub(crate) fn lives_in(task: &Task, pid: u32) -> bool {
+    let Ok(found) = cgroup::of_process(pid) else {
+        return false;
+    };
+    match (&task.cgroup, &task.placement) {
+        (Some(container), _) => found.starts_with(container),
+        // Create has not noted it yet.
+        (None, Placement::Unit { .. }) => found.iter().any(|part| part == task.unit.as_str()),
+        (None, Placement::Foreign { path, .. }) => {
+            let path: Vec<_> = path.iter().skip(1).collect();
+            found.iter().collect::<Vec<_>>().ends_with(&path)
+        }
+    }
+}
+
+/// A pid file.
+pub(crate) fn read_pid(path: &Path) -> Option<u32> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// The program file that a process runs: device and inode.
+pub(crate) fn program_of(pid: u32) -> Option<(u64, u64)> {
+    let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+    Some((file.dev(), file.ino()))
+}

@@ -1,0 +1,228 @@
+//! The sessions of processes: opened before a process runs, started when it has its ends of the streams, recovered
+//! after a restart, and closed when it has ended.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+
+use crate::config;
+use crate::launch::contract::Kind;
+use crate::oci::face;
+use crate::session::fds::StreamKind;
+use crate::session::{OpenStreams, Plan, ReopenMode, Session};
+use crate::unit::name;
+use crate::unit::properties::{self, Shown};
+
+use super::{Entry, Error, Process, Shim, blocking, waiting};
+
+impl Shim {
+    /// What the streams of a process depend on.
+    ///
+    /// # Errors
+    /// The process has been deleted.
+    pub(crate) fn plan(&self, entry: &Entry, process: &Process) -> Result<Plan, Error> {
+        let limit = entry.init.live().journal_limit.clone();
+        let task = entry.task();
+        let exec = process.key.exec.as_ref();
+        let (wiring, logger) = match exec {
+            None => (&task.wiring, &task.logger),
+            Some(id) => {
+                let exec = task.execs.get(id);
+                let exec = exec.ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
+                (&exec.wiring, &exec.logger)
+            }
+        };
+        Ok(Plan {
+            key: process.key.clone(),
+            dir: self.store.process_dir(&process.key),
+            console: self.store.console(&name::short_name(&process.unit)),
+            wiring: wiring.clone(),
+            logger: logger.clone(),
+            container: task.unit.clone(),
+            slice: task.placement.slice().clone(),
+            face: task.face.clone(),
+            limit,
+        })
+    }
+
+    /// Opens what has to be open before the process runs; starts its logger.
+    ///
+    /// # Errors
+    /// A FIFO or a file can't be opened, nobody reads, or the logger is not ready.
+    pub(crate) async fn open_streams(&self, plan: &Arc<Plan>) -> Result<OpenStreams, Error> {
+        let (this, fds) = (plan.clone(), self.fds.clone());
+        let mut opened = waiting(move || this.open(&fds)).await??;
+        self.start_logger(plan, opened.take_ready()).await?;
+        Ok(opened)
+    }
+
+    /// Starts the logger of a process whose start was cut off, if it has one that does not run.
+    ///
+    /// # Errors
+    /// The logger is not ready.
+    pub(crate) async fn resume_logger(&self, plan: &Plan, opened: &mut OpenStreams) -> Result<(), Error> {
+        let ready = opened.take_ready();
+        if let Some(unit) = &plan.logger
+            && self.manager.active_state(unit).await?.is_some()
+        {
+            return Ok(());
+        }
+        self.start_logger(plan, ready).await
+    }
+
+    /// Claims what an earlier daemon opened, and opens again what systemd did not keep.
+    ///
+    /// # Errors
+    /// A FIFO or a file can't be opened.
+    pub(crate) async fn reopen_streams(
+        &self,
+        plan: Arc<Plan>,
+        mode: ReopenMode,
+    ) -> Result<OpenStreams, Error> {
+        let fds = self.fds.clone();
+        Ok(blocking(move || plan.reopen(&fds, mode)).await??)
+    }
+
+    /// Receives the terminal, if there is one, and starts copying. The process has its ends of the streams.
+    ///
+    /// # Errors
+    /// The terminal does not come.
+    pub(crate) async fn start_session(
+        &self,
+        entry: &Entry,
+        process: &Process,
+        mut opened: OpenStreams,
+    ) -> Result<(), Error> {
+        opened.close_logger();
+        // CloseIO may have come since the plan was made.
+        let wiring = entry.task().wiring_mut(process.key.exec.as_ref()).cloned().unwrap_or_default();
+        if let Some(console) = opened.take_console() {
+            let (fds, number) = (self.fds.clone(), wiring.kept);
+            let received = move || {
+                let master = console.receive(config::STDIO_LIMIT)?;
+                fds.store(StreamKind::Terminal, number, &[master.as_fd()]);
+                Ok::<_, Error>(master)
+            };
+            opened.set_terminal(waiting(received).await??);
+        }
+        if wiring.copies().iter().any(|(_, _, to)| to.journal) {
+            self.set_journal_limit(entry).await;
+        }
+        let ended = || {
+            let ended = process.ended();
+            async move { _ = ended.await }
+        };
+        let session = Session::start(&process.key, opened, &wiring, &self.fds, ended)?;
+        let mut live = process.live();
+        live.window.map_or(Ok(()), |window| session.resize(window))?;
+        live.session = session;
+        live.client_input = None;
+        Ok(())
+    }
+
+    /// After a restart: the daemon's ends of the streams of a process that lives, or has left something
+    /// in them.
+    pub(crate) async fn recover_streams(&self, entry: &Entry, process: &Process) {
+        let Ok(plan) = self.plan(entry, process) else {
+            return;
+        };
+        let mode = if process.has_ended() { ReopenMode::Ended } else { ReopenMode::Running };
+        if mode == ReopenMode::Ended && !self.fds.has(plan.wiring.kept) {
+            return;
+        }
+        let started = match self.reopen_streams(Arc::new(plan), mode).await {
+            Ok(opened) => self.start_session(entry, process, opened).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = started {
+            tracing::warn!(process = %process.key, %error, "{}: can't reopen its streams: {error}", process.key);
+        }
+    }
+
+    /// The daemon's copy of a container's output has the rate limit of its unit.
+    async fn set_journal_limit(&self, entry: &Entry) {
+        match self.manager.log_rate_limit(&entry.init.unit).await {
+            Ok((interval_usec, burst)) => entry.init.live().journal_limit.set(interval_usec, burst),
+            Err(error) => {
+                tracing::debug!(task = %entry.key, %error, "task {}: its rate limit is journald's default: {error}", entry.key);
+            }
+        }
+    }
+
+    /// Starts the logger in a unit of its own, and waits until it is ready. Nothing happens without a logger.
+    async fn start_logger(&self, plan: &Plan, ready: Option<File>) -> Result<(), Error> {
+        let (Some(unit), Some(logger), Some(ready)) = (&plan.logger, &plan.wiring.logger, ready) else {
+            return Ok(());
+        };
+        let command = self.launcher.command(Kind::Logger, &plan.key);
+        let shown = Shown {
+            description: &plan.logger_description(),
+            identifier: face::identifier(&plan.face),
+            fields: &plan.face.fields,
+            slice: &plan.slice,
+        };
+        self.manager.start_transient(unit, &properties::logger(&shown, &command)).await?;
+        let failed = |reason: String| Error::Logger { program: logger.program.display().to_string(), reason };
+        match tokio::time::timeout(config::STDIO_LIMIT, is_ready(ready)).await {
+            Ok(Ok(byte)) if byte || !logger.strict => Ok(()),
+            Ok(Ok(_)) => Err(failed("it closed its pipe without a byte".to_owned())),
+            Ok(Err(error)) => Err(failed(error.to_string())),
+            Err(_) => Err(failed(format!("nothing within {} s", config::STDIO_LIMIT.as_secs()))),
+        }
+    }
+
+    /// Closes the writing end that keeps the input of a process open.
+    pub(crate) fn close_stdin_writer(&self, entry: &Entry, process: &Process) {
+        if process.live().session.close_stdin()
+            && let Some(number) = stored_number(entry, process)
+        {
+            self.fds.forget(StreamKind::Input, number);
+        }
+    }
+
+    /// The process has ended: nobody reads its input any more.
+    pub(crate) fn close_input(&self, entry: &Entry, process: &Process) {
+        self.close_stdin_writer(entry, process);
+        let is_unused = {
+            let session = &mut process.live().session;
+            session.close_terminal() && session.is_silent()
+        };
+        if is_unused && let Some(number) = stored_number(entry, process) {
+            self.fds.forget(StreamKind::Terminal, number);
+        }
+    }
+}
+
+/// The number under which systemd keeps the streams of a process.
+pub(crate) fn stored_number(entry: &Entry, process: &Process) -> Option<u64> {
+    entry.task().wiring_mut(process.key.exec.as_ref()).map(|wiring| wiring.kept)
+}
+
+/// Waits until everything that a process wrote has arrived, for a limited time.
+pub(crate) async fn drain(process: &Process) {
+    let pumps = process.live().session.take_pumps();
+    if !pumps.drain().await {
+        let key = &process.key;
+        tracing::info!(process = %key, "{key}: output is still open after the end, it is closed now");
+    }
+}
+
+/// Ends the session of a process. Output that has not arrived is lost.
+pub(crate) async fn cut_off(process: &Process) {
+    // The guard of `live` must not be held while the pumps end.
+    let mut session = std::mem::take(&mut process.live().session);
+    session.take_pumps().cut_off().await;
+}
+
+/// Waits for the first byte on a pipe, or for its end; true for a byte.
+///
+/// The pipe is read only once the kernel reports something: before its writer has come it would look
+/// as if it had ended.
+async fn is_ready(ready: File) -> io::Result<bool> {
+    let mut ready = pipe::Receiver::from_file(ready)?;
+    Ok(ready.read(&mut [0]).await? > 0)
+}

@@ -1,0 +1,137 @@
+//! The live tasks of this node, with their records and outboxes.
+
+use std::sync::Arc;
+
+use tokio::sync::{Notify, mpsc};
+
+use crate::fault::{self, Point};
+use crate::id::{ProcessKey, TaskKey, UnitName};
+use crate::store::Store;
+use crate::task::Task;
+use crate::task::outbox::TaskEvent;
+
+use super::changes::{Owings, Unwritten};
+use super::registry::Registry;
+use super::{Entry, Error, Live, Process};
+
+/// The live tasks of this node. `changes` is how they change.
+pub struct Tasks {
+    /// The tasks by their names and units.
+    pub(crate) registry: Registry<Live>,
+    /// Their records.
+    pub(super) store: Store,
+    /// Tasks that owe events, for the publisher.
+    outgoing: mpsc::UnboundedSender<Arc<Entry>>,
+    /// Tasks whose records could not be written.
+    pub(super) unwritten: Unwritten,
+    /// Notified of each task that is removed.
+    pub(crate) removed: Arc<Notify>,
+    /// Deleted tasks that owe events.
+    pub(crate) owings: Owings,
+}
+
+/// An event in containerd's order, with what the publisher has to know.
+pub struct Outgoing {
+    /// Its place in the task's order.
+    pub seq: u64,
+    /// When it happened, in microseconds since 1970.
+    pub at_usec: u64,
+    /// What happened.
+    pub event: TaskEvent,
+    /// The task as it is now.
+    pub task: Task,
+}
+
+impl Tasks {
+    /// No tasks. Those that owe events come out of the returned receiver. It holds each task once at most; the events
+    /// are in the outboxes.
+    pub(super) fn new(store: Store) -> (Self, mpsc::UnboundedReceiver<Arc<Entry>>) {
+        let (outgoing, receiver) = mpsc::unbounded_channel();
+        let tasks = Self {
+            registry: Registry::default(),
+            store,
+            outgoing,
+            unwritten: Unwritten::default(),
+            removed: Arc::default(),
+            owings: Owings::default(),
+        };
+        (tasks, receiver)
+    }
+
+    /// How many tasks there are.
+    pub fn count(&self) -> usize {
+        self.registry.all().len()
+    }
+
+    /// Whether a task is in a slice, or in one below it.
+    pub fn uses_slice(&self, slice: &UnitName) -> bool {
+        let stem = slice.as_str().trim_end_matches(".slice");
+        let is_in = |used: &str| {
+            used.strip_prefix(stem).is_some_and(|rest| rest == ".slice" || rest.starts_with('-'))
+        };
+        self.registry.all().iter().any(|entry| is_in(entry.task().placement.slice().as_str()))
+    }
+
+    /// A task, also one whose Create is under way.
+    pub(crate) fn entry(&self, key: &TaskKey) -> Result<Arc<Entry>, Error> {
+        self.registry.get(key).ok_or_else(|| Error::UnknownTask { key: key.clone() })
+    }
+
+    /// A task that has been created: while Create is under way there is none for others.
+    pub(crate) fn created(&self, key: &TaskKey) -> Result<Arc<Entry>, Error> {
+        let entry = self.entry(key)?;
+        if entry.task().init.pid().is_none() {
+            return Err(Error::UnknownTask { key: key.clone() });
+        }
+        Ok(entry)
+    }
+
+    /// A process of a task that has been created.
+    pub(crate) fn process(&self, key: &ProcessKey) -> Result<(Arc<Entry>, Arc<Process>), Error> {
+        let entry = self.created(&key.task)?;
+        let process = entry.process(key.exec.as_ref());
+        let process = process.ok_or_else(|| Error::UnknownExec { key: key.clone() })?;
+        Ok((entry, process))
+    }
+
+    /// Whether this is the live task of its name.
+    pub(crate) fn is_live(&self, entry: &Arc<Entry>) -> bool {
+        self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, entry))
+    }
+
+    /// Removes a task from memory; those who still wait for one of its processes are woken.
+    pub(crate) fn remove(&self, key: &TaskKey) {
+        self.registry.remove(key);
+        self.removed.notify_one();
+    }
+
+    /// Tells the publisher that a task may owe events.
+    pub(crate) fn announce(&self, entry: &Arc<Entry>) {
+        if entry.task().outbox.is_empty() {
+            return;
+        }
+        if !std::mem::replace(&mut entry.init.live().is_announced, true) {
+            // The publisher ends with the daemon only.
+            let _ = self.outgoing.send(entry.clone());
+        }
+    }
+
+    /// The publisher begins with what a task owes by now.
+    pub fn taken_up(&self, entry: &Entry) {
+        entry.init.live().is_announced = false;
+    }
+
+    /// The event that a task has to publish before any other.
+    pub fn first_owed(&self, entry: &Entry) -> Option<Outgoing> {
+        let task = entry.task();
+        let owed = task.outbox.first()?.clone();
+        Some(Outgoing { seq: owed.seq, at_usec: owed.at_usec, event: owed.event, task: task.clone() })
+    }
+
+    /// containerd has accepted a task's event.
+    pub fn accepted(&self, entry: &Arc<Entry>, seq: u64) {
+        fault::point(Point::PublishTaken);
+        self.note_accepted(entry, seq);
+        fault::point(Point::PublishNoted);
+    }
+}

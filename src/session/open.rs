@@ -1,0 +1,268 @@
+//! Opens the streams of a process that is about to start, and reopens those of a process that an earlier daemon
+//! started.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+
+use crate::config;
+use crate::launch::pipes;
+use crate::stdio::console::Console;
+use crate::stdio::fifo;
+use crate::stdio::pump::{self, Bridge, Sinks, Source};
+use crate::stdio::uri::Kind;
+use crate::task::wiring::{Copied, Input, Sink};
+
+use super::Error;
+use super::fds::{Claimed, StreamFds, StreamKind};
+use super::plan::Plan;
+
+/// The state of the process whose streams are reopened after a restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReopenMode {
+    /// It is about to run.
+    Starting,
+    /// It runs: its terminal has been received.
+    Running,
+    /// It has ended: only what systemd keeps is of use.
+    Ended,
+}
+
+/// What is open for a process that is about to run.
+#[derive(Default)]
+pub struct OpenStreams {
+    /// The writing end of the client's stdin.
+    pub(super) stdin: Option<File>,
+    /// Its reading end, for a terminal.
+    pub(super) input: Option<File>,
+    pub(super) copies: Vec<Copy>,
+    /// The terminal, if it has been received.
+    pub(super) terminal: Option<OwnedFd>,
+    /// The pipes of the logger. The daemon is a writer too until the process is: the logger must not see end of
+    /// file before.
+    logger: Vec<File>,
+    ready: Option<File>,
+    console: Option<Console>,
+}
+
+/// One stream of output.
+pub(super) struct Copy {
+    pub(super) kind: StreamKind,
+    pub(super) from: From,
+    pub(super) sinks: Sinks,
+}
+
+/// Where a stream of output comes from.
+pub(super) enum From {
+    Fifo(Source),
+    /// The terminal, which has not been received yet.
+    Terminal,
+    /// The terminal, by way of a pipe.
+    Bridge(Bridge),
+}
+
+impl OpenStreams {
+    /// A duplicate of the client's FIFO for input.
+    ///
+    /// # Errors
+    /// There are no more descriptors.
+    pub fn client_input(&self) -> Result<Option<OwnedFd>, Error> {
+        let input = self.stdin.as_ref().map(|fifo| fifo.as_fd().try_clone_to_owned());
+        input.transpose().map_err(Error::Watch)
+    }
+
+    /// The pipe on which the logger says that it is ready, once.
+    pub fn take_ready(&mut self) -> Option<File> {
+        self.ready.take()
+    }
+
+    /// The process has its ends: the daemon's duplicates of the logger's pipes are not needed any more.
+    pub fn close_logger(&mut self) {
+        self.logger.clear();
+    }
+
+    /// The socket on which the terminal is still to come.
+    pub fn take_console(&mut self) -> Option<Console> {
+        self.console.take().filter(|_| self.terminal.is_none())
+    }
+
+    /// The terminal has been received.
+    pub fn set_terminal(&mut self, master: OwnedFd) {
+        self.terminal = Some(master);
+    }
+}
+
+impl Plan {
+    /// Opens what has to be open before the process runs. Waits for the client for a limited time.
+    ///
+    /// # Errors
+    /// A FIFO or a file can't be opened, or nobody reads.
+    pub fn open(&self, fds: &StreamFds) -> Result<OpenStreams, Error> {
+        for name in self.wiring.own_pipes() {
+            fifo::make(&self.pipe(name))?;
+        }
+        let nothing = &mut |_| Claimed::default();
+        let opened = self.open_all(fds, ReopenMode::Starting, nothing, fifo::open_output_nonblocking)?;
+        Ok(OpenStreams { console: self.console(fds)?, ..opened })
+    }
+
+    /// Claims what an earlier daemon opened, and opens again what systemd did not keep. The client has been there
+    /// before: nobody is waited for.
+    ///
+    /// # Errors
+    /// A FIFO or a file can't be opened.
+    pub fn reopen(&self, fds: &StreamFds, mode: ReopenMode) -> Result<OpenStreams, Error> {
+        for name in self.wiring.own_pipes() {
+            let path = self.pipe(name);
+            // The earlier daemon ended before it made them all.
+            if mode == ReopenMode::Starting && fifo::kind(&path) == Kind::Missing {
+                fifo::make(&path)?;
+            }
+        }
+        let mut claim = |kind| fds.claim(kind, self.wiring.kept);
+        let (mut terminals, mut consoles): (Vec<_>, Vec<_>) = claim(StreamKind::Terminal)
+            .both
+            .into_iter()
+            .partition(|fd| nix::unistd::isatty(fd).unwrap_or(false));
+        let terminal = terminals.pop();
+        let opened = self.open_all(fds, mode, &mut claim, |path, _| fifo::open_both_nonblocking(path))?;
+        // Where it has not come yet, it may.
+        let may_come = terminal.is_none() && mode == ReopenMode::Starting;
+        let console = match consoles.pop() {
+            Some(listener) if may_come => Some(Console::adopt(listener, &self.console)),
+            None if may_come => self.console(fds)?,
+            Some(_) | None => None,
+        };
+        Ok(OpenStreams { terminal, console, ..opened })
+    }
+
+    fn console(&self, fds: &StreamFds) -> Result<Option<Console>, Error> {
+        if !self.wiring.terminal {
+            return Ok(None);
+        }
+        let console = Console::listen(&self.console)?;
+        fds.store(StreamKind::Terminal, self.wiring.kept, &[console.fd()]);
+        Ok(Some(console))
+    }
+
+    /// `claim` returns what an earlier daemon opened of a stream. `client` opens a client's FIFO for writing, for which
+    /// it may take the given time.
+    fn open_all(
+        &self,
+        fds: &StreamFds,
+        mode: ReopenMode,
+        claim: &mut dyn FnMut(StreamKind) -> Claimed,
+        client: impl Fn(&Path, Duration) -> Result<File, fifo::Error>,
+    ) -> Result<OpenStreams, Error> {
+        let (mut opened, number) = (OpenStreams::default(), self.wiring.kept);
+        if let (Input::Fifo(path), ReopenMode::Starting | ReopenMode::Running) = (&self.wiring.stdin, mode) {
+            let mut before = claim(StreamKind::Input);
+            if self.wiring.terminal {
+                opened.input = Some(or_open(before.readers.pop(), || fifo::open_reader(path))?);
+            }
+            opened.stdin = Some(or_open(before.both.pop(), || fifo::open_both(path))?);
+            fds.store(StreamKind::Input, number, &present([&opened.input, &opened.stdin]));
+        }
+        if self.wiring.logger.is_some() && mode == ReopenMode::Starting {
+            opened.ready = Some(fifo::open_reader(&self.pipe(pipes::READY))?);
+            for name in [pipes::LOG_STDOUT, pipes::LOG_STDERR] {
+                opened.logger.push(fifo::open_both(&self.pipe(name))?);
+            }
+        }
+        let begun = Instant::now();
+        let client = |path: &Path| client(path, config::STDIO_LIMIT.saturating_sub(begun.elapsed()));
+        for (from, log_pipe, to) in self.wiring.copies() {
+            let kind =
+                if log_pipe == pipes::LOG_STDOUT { StreamKind::Output } else { StreamKind::ErrorOutput };
+            let mut before = claim(kind);
+            if mode == ReopenMode::Ended && before.is_empty() {
+                continue;
+            }
+            let source = match from {
+                Some(name) => Some(or_open(before.readers.pop(), || fifo::open_reader(&self.pipe(name)))?),
+                None => None,
+            };
+            let fifo = self.client_fifo(before.both.pop(), log_pipe, to, &client)?;
+            fds.store(kind, number, &present([&source, &fifo]));
+            let mut sinks = Sinks { copies: self.copies(log_pipe, to)?, ..Sinks::default() };
+            match (&to.client, fifo) {
+                (Some(Sink::EndOnly(_)), fifo) => sinks.held = fifo,
+                (_, Some(fifo)) => {
+                    fifo::enlarge(&fifo);
+                    sinks.fifo = Some(crate::sys::watch(fifo).map_err(Error::Watch)?);
+                }
+                (_, None) => {}
+            }
+            let from = match source {
+                Some(fifo) => From::Fifo(Source::fifo(fifo).map_err(Error::Watch)?),
+                None if sinks.fifo.is_some() && sinks.copies.is_empty() => From::Terminal,
+                None => From::Bridge(bridge(before.readers.pop(), before.writers.pop(), |ends| {
+                    fds.store(kind, number, ends);
+                })?),
+            };
+            opened.copies.push(Copy { kind, from, sinks });
+        }
+        Ok(opened)
+    }
+
+    fn client_fifo(
+        &self,
+        before: Option<OwnedFd>,
+        log_pipe: &str,
+        to: &Copied,
+        client: &impl Fn(&Path) -> Result<File, fifo::Error>,
+    ) -> Result<Option<File>, Error> {
+        let open = || match &to.client {
+            Some(Sink::Fifo(path) | Sink::EndOnly(path)) => client(path).map(Some),
+            Some(Sink::Logger) => fifo::open_both_nonblocking(&self.pipe(log_pipe)).map(Some),
+            Some(Sink::File { .. }) | None => Ok(None),
+        };
+        Ok(match before {
+            Some(before) => Some(before.into()),
+            None => open()?,
+        })
+    }
+
+    fn copies(&self, log_pipe: &str, to: &Copied) -> Result<Vec<pump::Sink>, Error> {
+        let mut copies = Vec::new();
+        if let Some(Sink::File { path, create }) = &to.client {
+            copies.push(pump::Sink::File(pump::LogFile::open(path, *create)?));
+        }
+        if to.journal {
+            copies.push(pump::Sink::Journal(self.journal_lines(log_pipe)));
+        }
+        Ok(copies)
+    }
+}
+
+fn or_open(before: Option<OwnedFd>, open: impl FnOnce() -> Result<File, fifo::Error>) -> Result<File, Error> {
+    match before {
+        Some(before) => Ok(before.into()),
+        None => Ok(open()?),
+    }
+}
+
+fn present<const N: usize>(files: [&Option<File>; N]) -> Vec<BorrowedFd<'_>> {
+    files.into_iter().flatten().map(AsFd::as_fd).collect()
+}
+
+/// The pipe of an earlier daemon, or a new one, which is passed to `store`.
+fn bridge(
+    reader: Option<OwnedFd>,
+    writer: Option<OwnedFd>,
+    store: impl FnOnce(&[BorrowedFd<'_>]),
+) -> Result<Bridge, Error> {
+    let (reader, writer) = match (reader, writer) {
+        (Some(reader), Some(writer)) => (reader, writer),
+        _ => {
+            let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+            let (reader, writer) = nix::unistd::pipe2(flags).map_err(|errno| Error::Watch(errno.into()))?;
+            store(&[reader.as_fd(), writer.as_fd()]);
+            (reader, writer)
+        }
+    };
+    Bridge::new(reader, writer).map_err(Error::Watch)
+}

@@ -1,0 +1,89 @@
+//! What the kernel reports of the containers' cgroups, applied to the tasks.
+
+use std::sync::Arc;
+
+use crate::cgroup::watch::Change;
+use crate::id::TaskKey;
+use crate::services::{Entry, Shim};
+
+use super::limits::nested;
+use super::oom::memory_events_of;
+
+impl Shim {
+    /// Applies what the kernel tells, for as long as it does; a repeat changes nothing.
+    pub async fn observe_cgroups(self: Arc<Self>) {
+        loop {
+            let changes = tokio::select! {
+                changes = self.cgroups.next() => changes,
+                () = self.cgroups.retry() => {
+                    self.watch_missed_cgroups();
+                    continue;
+                }
+            };
+            match changes {
+                Ok(changes) => self.apply_changes(changes),
+                Err(error) => {
+                    tracing::error!(%error, "changes of cgroups are not noticed any more: {error}");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Applies what the kernel has reported.
+    pub(crate) fn apply_changes(self: &Arc<Self>, changes: Vec<(Option<TaskKey>, Change)>) {
+        for (key, change) in changes {
+            match key {
+                Some(key) => {
+                    self.tasks.registry.get(&key).iter().for_each(|entry| self.changed(entry, change))
+                }
+                None => self.tasks.registry.all().iter().for_each(|entry| self.changed(entry, change)),
+            }
+        }
+    }
+
+    fn changed(self: &Arc<Self>, entry: &Arc<Entry>, change: Change) {
+        if matches!(change, Change::Memory | Change::Any) {
+            self.memory_changed(entry);
+        }
+        if matches!(change, Change::State | Change::Any) {
+            self.note_freezer(entry);
+        }
+        if matches!(change, Change::Limits | Change::Any) {
+            tokio::spawn(self.clone().carry_limits_down(entry.clone()));
+        }
+    }
+
+    /// Watches the cgroups that could not be watched before.
+    fn watch_missed_cgroups(self: &Arc<Self>) {
+        for entry in self.tasks.registry.all() {
+            let is_missed = entry.init.live().watched.is_none() && entry.task().init.is_alive();
+            if is_missed && entry.task().init.pid().is_some() {
+                self.watch_cgroup(&entry);
+            }
+        }
+    }
+
+    /// Watches a task's cgroup from now on, and looks at what has happened in it before.
+    pub(crate) fn watch_cgroup(self: &Arc<Self>, entry: &Arc<Entry>) {
+        let task = entry.task().clone();
+        let Some(container) = &task.cgroup else {
+            return;
+        };
+        let limits = nested(&task).map(|(unit, _)| unit);
+        let memory = memory_events_of(&task).unwrap_or(container);
+        match self.cgroups.add(&entry.key, container, memory, limits.as_deref()) {
+            Ok(watched) => entry.init.live().watched = Some(watched),
+            // It has ended, and systemd has removed it.
+            Err(error) if error.is_gone() => {}
+            // Others that are missed at the same time are so for the same reason.
+            Err(error) if self.cgroups.miss() => {
+                tracing::warn!(task = %entry.key, %error, "task {}: what happens to its cgroup is not noticed for now: {error}", entry.key);
+            }
+            Err(_) => {}
+        }
+        self.note_oom_kills(entry);
+        self.note_freezer(entry);
+        tokio::spawn(self.clone().carry_limits_down(entry.clone()));
+    }
+}

@@ -1,0 +1,133 @@
+//! The limits of containers, which are the same seen from the unit and from the container.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::cgroup::limits as files;
+use crate::services::{Entry, Error, Shim, blocking};
+use crate::task::limits::Limits;
+use crate::task::{Placement, Task};
+use crate::unit;
+
+impl Shim {
+    /// A container's limits are as the client wants them: the unit gets the same, and the container what an
+    /// administrator (a drop-in) or an annotation wants of the unit where the client wants nothing.
+    ///
+    /// Returns the limits of the unit's cgroup. A limit that systemd does not take is one of the container
+    /// alone: that is a warning.
+    pub(crate) async fn join_limits(&self, task: &Task, container: &Path) -> Result<Option<Limits>, Error> {
+        let Some((unit, container)) = nested_at(task, container) else {
+            return Ok(None);
+        };
+        let (outer, inner) = (read(&unit).await?, read(&container).await?);
+        let (given, wanted) = (outer.set(), inner.set());
+        let down = given.without(&wanted);
+        if !down.is_empty() {
+            blocking(move || files::write(&container, &down)).await??;
+        }
+        self.show_limits(task, &unit, outer, &wanted.without(&given)).await.map(Some)
+    }
+
+    /// A container has got other limits from its client: the unit gets the same. As [`Self::join_limits`]
+    /// otherwise.
+    pub(crate) async fn show_new_limits(&self, task: &Task, new: &Limits) -> Result<Option<Limits>, Error> {
+        let Some((unit, _)) = nested(task) else {
+            return Ok(None);
+        };
+        let outer = read(&unit).await?;
+        let new = new.differing_from(&outer);
+        self.show_limits(task, &unit, outer, &new).await.map(Some)
+    }
+
+    /// Limits that systemd has not applied to a frozen unit (256, 257) are set again when it is thawed.
+    pub(crate) async fn show_unshown(self: Arc<Self>, entry: Arc<Entry>) {
+        let _limits = entry.limits.lock().await;
+        let unshown = std::mem::take(&mut entry.init.live().unshown);
+        if unshown.is_empty() {
+            return;
+        }
+        let task = entry.task().clone();
+        let shown = self.show_new_limits(&task, &unshown).await;
+        let shown = shown.and_then(|limits| self.note_limits(&entry, limits));
+        if let Err(error) = shown {
+            tracing::warn!(task = %entry.key, %error, "task {}: its unit does not show its limits: {error}", entry.key);
+        }
+    }
+
+    /// Notes the limits of the unit's cgroup, as those that the container has been compared with.
+    pub(crate) fn note_limits(&self, entry: &Arc<Entry>, limits: Option<Limits>) -> Result<(), Error> {
+        self.tasks.note(entry, |task| {
+            task.limits = limits;
+            Ok(Vec::new())
+        })?;
+        Ok(())
+    }
+
+    async fn show_limits(
+        &self,
+        task: &Task,
+        unit: &Path,
+        outer: Limits,
+        new: &Limits,
+    ) -> Result<Limits, Error> {
+        if new.is_empty() {
+            return Ok(outer);
+        }
+        let properties = unit::limits::properties(new);
+        match self.manager.set_properties(&task.unit, &properties).await {
+            Ok(()) => read(unit).await,
+            Err(error) => {
+                tracing::warn!(task = %task.key, %error, "task {}: its unit does not show its limits: {error}", task.key);
+                Ok(outer)
+            }
+        }
+    }
+
+    /// Somebody has set limits of the unit (`systemctl set-property`): the container gets them too.
+    pub(crate) async fn carry_limits_down(self: Arc<Self>, entry: Arc<Entry>) {
+        if let Err(error) = self.try_to_carry_down(&entry).await {
+            tracing::warn!(task = %entry.key, %error, "task {}: new limits of its unit don't reach the container: {error}", entry.key);
+        }
+    }
+
+    async fn try_to_carry_down(&self, entry: &Arc<Entry>) -> Result<(), Error> {
+        let _limits = entry.limits.lock().await;
+        let task = entry.task().clone();
+        // Before the first look at them the container has none of its own to lose.
+        let (Some(known), Some((unit, container)), true) =
+            (task.limits.clone(), nested(&task), task.init.is_alive())
+        else {
+            return Ok(());
+        };
+        let (outer, inner) = (read(&unit).await?, read(&container).await?);
+        let new = outer.differing_from(&known);
+        if new.is_empty() {
+            return Ok(());
+        }
+        for (attribute, value) in new.iter() {
+            tracing::info!(task = %entry.key, "task {}: its unit has a new {} of {value:?}", entry.key, attribute.file());
+        }
+        let down = new.differing_from(&inner);
+        let written = blocking(move || files::write(&container, &down)).await?;
+        self.note_limits(entry, Some(outer))?;
+        Ok(written?)
+    }
+}
+
+/// The cgroups of a task's unit and of its container; nothing if the container's is elsewhere.
+pub(crate) fn nested(task: &Task) -> Option<(PathBuf, PathBuf)> {
+    nested_at(task, task.cgroup.as_deref()?)
+}
+
+fn nested_at(task: &Task, container: &Path) -> Option<(PathBuf, PathBuf)> {
+    match &task.placement {
+        Placement::Unit { .. } => Some((container.parent()?.to_owned(), container.to_owned())),
+        Placement::Foreign { .. } => None,
+    }
+}
+
+/// The limits of a cgroup, read away from the async runtime.
+pub(crate) async fn read(cgroup: &Path) -> Result<Limits, Error> {
+    let cgroup = cgroup.to_owned();
+    Ok(blocking(move || files::read(&cgroup)).await??)
+}
