@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::config;
 use crate::fault::{self, Point};
-use crate::id::{ProcessKey, TaskKey};
+use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::services::registry::End;
-use crate::services::{Attempt, Entry, Error, Shim, blocking};
+use crate::services::streams::drain;
+use crate::services::{Attempt, Entry, Error, Process, Shim, blocking};
 use crate::store::answers::Deleted;
+use crate::task::exec::ExecPhase;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Phase};
 
@@ -61,6 +65,63 @@ impl Shim {
         self.answers.keep(&entry.init.key, deleted)?;
         self.forget(&entry, TaskEvent::Deleted { pid, exit })?;
         fault::point(Point::DeleteForgotten);
+        Ok(deleted)
+    }
+
+    /// Removes an exec that does not run. Returns the process that it was, and how it ended; nothing
+    /// of both for one that never ran. One that is being started is given up: its client has gone away, as a probe
+    /// does after its timeout, and the start may hang in the container.
+    ///
+    /// # Errors
+    /// It runs, or something can't be taken away; it can be called again then.
+    pub(crate) async fn delete_exec(
+        self: &Arc<Self>,
+        key: &ProcessKey,
+        id: &ExecId,
+    ) -> Result<Deleted, Error> {
+        let (entry, process) = self.tasks.process(key)?;
+        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
+        if let Some(ExecPhase::Added | ExecPhase::Starting { .. }) = phase {
+            process.live().given_up.cancel();
+        }
+        let deleted = self.delete_idle_exec(&entry, &process, key, id).await;
+        if deleted.is_err() {
+            process.live().given_up = CancellationToken::new();
+        }
+        deleted
+    }
+
+    async fn delete_idle_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        key: &ProcessKey,
+        id: &ExecId,
+    ) -> Result<Deleted, Error> {
+        let _verb = process.verb.lock().await;
+        // Another Delete may have been first.
+        self.tasks.process(key)?;
+        let unknown = || Error::UnknownExec { key: key.clone() };
+        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone()).ok_or_else(unknown)?;
+        if phase.is_live() {
+            return Err(Error::NotDeletable { phase: "running" });
+        }
+        fault::point(Point::ExecDeleteBegun);
+        drain(process).await;
+        let troubles = self.remove_exec(entry, process, id).await;
+        if !troubles.is_empty() {
+            return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
+        }
+        fault::point(Point::ExecDeleteUnit);
+        let deleted = Deleted { pid: phase.pid().unwrap_or_default(), exit: phase.exit() };
+        self.answers.keep(key, deleted)?;
+        fault::point(Point::ExecDeleteKept);
+        self.tasks.change(entry, |task| {
+            task.execs.remove(id);
+            Ok(Vec::new())
+        })?;
+        self.tasks.registry.remove_exec(entry, id);
+        fault::point(Point::ExecDeleteForgotten);
         Ok(deleted)
     }
 

@@ -13,6 +13,7 @@ mod pids;
 mod resize_pty;
 mod resume;
 mod start;
+mod start_exec;
 mod state;
 mod stats;
 mod update;

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use crate::cgroup::limits::is_frozen;
 use crate::fault::{self, Point};
-use crate::id::{ProcessKey, TaskKey};
+use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::oci::runtime;
-use crate::services::{Attempt, Error, Shim, blocking};
-use crate::task::phase::{Event, Refusal};
+use crate::services::{Attempt, Entry, Error, Process, Shim, blocking};
+use crate::task::exec::ExecEvent;
+use crate::task::phase::{Event, Exit, Refusal, Seen};
 
 use super::kill::kill_all;
 
@@ -56,5 +57,69 @@ impl Shim {
         // It may have been frozen meanwhile.
         self.note_freezer(&entry);
         Ok(task.init.pid().unwrap_or_default())
+    }
+
+    /// Starts an exec; returns its process.
+    ///
+    /// # Errors
+    /// It has been started, its task has ended, or it can't be started; then it can be tried again.
+    pub(crate) async fn start_exec(
+        self: &Arc<Self>,
+        key: &ProcessKey,
+        id: &ExecId,
+        attempt: Attempt,
+    ) -> Result<u32, Error> {
+        let (entry, process) = self.tasks.process(key)?;
+        let _verb = process.verb.lock().await;
+        let started = entry.task().execs.get(id).and_then(|exec| exec.phase.pid());
+        if let (Attempt::Replayed, Some(pid)) = (attempt, started) {
+            return Ok(pid);
+        }
+        let task = entry.task().clone();
+        if !task.init.is_alive() {
+            return Err(Error::InitGone { key: key.task.clone() });
+        }
+        if task.init.is_paused() {
+            // The OCI runtime would wait in it until somebody thaws it.
+            return Err(Error::NoExecIn { phase: task.init.word() });
+        }
+        if process.live().given_up.is_cancelled() {
+            // A Delete waits. The same Start, replayed after a restart, may come between it and a start that hung.
+            return Err(Error::GivenUp { process: key.clone() });
+        }
+        self.tasks.apply_exec(&entry, id, ExecEvent::StartBegun)?;
+        fault::point(Point::ExecStartRecorded);
+        let started = self.launch_exec(&entry, &process, id).await;
+        self.conclude_start(&entry, &process, id, started).await
+    }
+
+    /// The last step of a start: notes what became of it.
+    pub(super) async fn conclude_start(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        id: &ExecId,
+        started: Result<(u32, Option<Exit>), Error>,
+    ) -> Result<u32, Error> {
+        match started {
+            Ok((pid, exit)) => {
+                self.tasks.note_exec_event(entry, id, ExecEvent::Started { pid })?;
+                if let Some(exit) = exit {
+                    self.tasks.note_exec_event(
+                        entry,
+                        id,
+                        ExecEvent::Exited(Seen { pid: Some(pid), exit }),
+                    )?;
+                }
+                fault::point(Point::ExecStartNoted);
+                self.after_exec(entry, process);
+                Ok(pid)
+            }
+            Err(error) => {
+                self.take_back_exec(entry, process, id).await;
+                self.tasks.note_exec_event(entry, id, ExecEvent::StartFailed)?;
+                Err(error)
+            }
+        }
     }
 }

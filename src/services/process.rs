@@ -29,6 +29,12 @@ impl Shim {
         }
     }
 
+    /// The record has the end of an exec.
+    pub(crate) fn has_ended(entry: &Entry, process: &Process) -> bool {
+        let id = process.key.exec.as_ref();
+        id.is_some_and(|id| entry.task().execs.get(id).is_some_and(|exec| exec.phase.exit().is_some()))
+    }
+
     /// Resolves when a task's init process has ended, and what the OCI runtime does for it had its time to end as
     /// well. Never, if the process can't be watched: whoever waits has a limit besides.
     pub(crate) async fn init_is_gone(entry: &Entry) {

@@ -11,9 +11,11 @@ use std::sync::Arc;
 use crate::fault::{self, Point};
 use crate::id::{ExecId, UnitName};
 use crate::launch;
+use crate::launch::contract::{EXEC_PID_FILE, PROCESS_SPEC};
 use crate::oci::mount;
 use crate::oci::runtime::{self, OciRuntime};
-use crate::services::streams::{cut_off, drain};
+use crate::services::process::{lives_in, read_pid};
+use crate::services::streams::{cut_off, drain, stored_number};
 use crate::services::{Entry, Error, Process, Shim, blocking};
 use crate::task::Task;
 use crate::unit::systemd::Systemd;
@@ -209,5 +211,62 @@ impl Shim {
             }
         }
         Ok(())
+    }
+
+    /// Lets go of what only a live exec needs.
+    pub(crate) fn after_exec(&self, entry: &Entry, process: &Process) {
+        if Self::has_ended(entry, process) {
+            self.close_input(entry, process);
+            process.live().process = None;
+        }
+    }
+
+    /// Nothing needs the unit of an exec that systemd has seen the end of: it goes while the client
+    /// still reads.
+    pub(crate) fn remove_ended_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>) {
+        let mut live = process.live();
+        if live.removal.is_none() && Self::has_ended(entry, process) {
+            let (shim, unit) = (self.clone(), process.unit.clone());
+            // It never counts as a failed one: with the stop it is unloaded.
+            live.removal = Some(tokio::spawn(async move { Ok(shim.manager.stop(&unit).await?) }));
+        }
+    }
+
+    /// Undoes a Start of an exec, however far it came. What can't be undone is logged: the caller has
+    /// an error to report already.
+    pub(crate) async fn take_back_exec(&self, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
+        let failed = |error: Error| {
+            tracing::error!(process = %process.key, %error, "{}: can't take back all of a failed start: {error}", process.key);
+        };
+        let dir = self.store.exec_dir(&entry.key, id);
+        self.kill_leftover(entry, &dir);
+        let logger = entry.task().execs.get(id).and_then(|exec| exec.logger.clone());
+        for unit in [Some(process.unit.clone()), logger].into_iter().flatten() {
+            // What is left is removed with the exec.
+            let left = remove_unit(&*self.manager, &unit, Stop::Awaited).await;
+            if !left.is_empty() {
+                failed(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
+            }
+        }
+        cut_off(process).await;
+        self.close_input(entry, process);
+        stored_number(entry, process).into_iter().for_each(|number| self.fds.forget_all(number));
+        // Its process spec stays, for another try.
+        let cleared = self.store.clear_exec_dir(&entry.key, id, Some(PROCESS_SPEC));
+        cleared.unwrap_or_else(|error| failed(error.into()));
+    }
+
+    /// Ends a process that the OCI runtime has made for a start that failed afterwards.
+    fn kill_leftover(&self, entry: &Entry, dir: &Path) {
+        let Some(pid) = read_pid(&dir.join(EXEC_PID_FILE)) else {
+            return;
+        };
+        let Ok(process) = crate::sys::pidfd_open(pid) else {
+            return;
+        };
+        if lives_in(&entry.task(), pid) {
+            // It may end by itself just now.
+            let _ = crate::sys::pidfd_send_signal(&process, nix::libc::SIGKILL as u32);
+        }
     }
 }

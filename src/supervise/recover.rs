@@ -180,4 +180,25 @@ impl Shim {
             }
         }
     }
+
+    /// After a restart: goes on with a start that was cut off, or takes it back; holds what runs.
+    async fn recover_exec(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
+        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
+        match phase {
+            Some(ExecPhase::Starting { .. }) => {
+                let (shim, entry, id) = (self.clone(), entry.clone(), id.clone());
+                let starting = process.clone();
+                go_on(process, |taken| async move {
+                    shim.resume_start(&entry, &starting, &id, taken).await;
+                })
+                .await;
+            }
+            Some(ExecPhase::Running { pid }) => {
+                self.hold_exec(entry, process, pid);
+                self.let_boot_finish(entry, process);
+            }
+            Some(ExecPhase::Added | ExecPhase::Stopped { .. }) | None => {}
+        }
+        self.after_exec(entry, process);
+    }
 }

@@ -1,0 +1,219 @@
+//! The start of an exec.
+//!
+//! An exec's unit runs `launch`. It has the OCI runtime put the process into the container, makes the process the unit's
+//! main process, tells the daemon and exits. systemd reports how the process ended; for a process that ended before
+//! systemd took it over, `launch` does.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe::Receiver;
+
+use crate::config;
+use crate::fault::{self, Point};
+use crate::id::ExecId;
+use crate::launch::contract::{Kind, Outcome};
+use crate::launch::{command, pipes, report};
+use crate::services::{Entry, Error, Process, Shim};
+use crate::session::{OpenStreams, ReopenMode};
+use crate::stdio::{fifo, uri};
+use crate::supervise::cleanup::{Stop, remove_unit};
+use crate::task::Task;
+use crate::task::exec::Exec;
+use crate::task::phase::Exit;
+use crate::unit;
+use crate::unit::manager::query::Starting;
+use crate::unit::properties;
+
+/// An exec that has run for so long is not a probe.
+const LONG_EXEC: Duration = Duration::from_secs(2);
+
+/// How long a start may take beside the OCI runtime: a client opens two FIFOs, systemd takes the process over, and
+/// both may be slow.
+const HANDOVER_LIMIT: Duration =
+    config::STDIO_LIMIT.saturating_mul(2).saturating_add(config::BARRIER_LIMIT.saturating_mul(2));
+
+impl Shim {
+    /// Brings the unit up. Returns the process, and how it ended if `launch` was there to see it.
+    pub(super) async fn launch_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        id: &ExecId,
+    ) -> Result<(u32, Option<Exit>), Error> {
+        let task = entry.task().clone();
+        let gone = || Error::UnknownExec { key: process.key.clone() };
+        let exec = task.execs.get(id).ok_or_else(gone)?;
+        let plan = Arc::new(self.plan(entry, process)?);
+        let opened = self.open_streams(&plan).await?;
+        // A start that fails can be tried again, with the same input. The client does see the end of the output: clients
+        // wait for it before they return the error.
+        process.live().client_input = opened.client_input()?;
+        fault::point(Point::ExecStartOpened);
+        let dir = self.store.exec_dir(&entry.key, id);
+        let doorbell = open_doorbell(&dir)?;
+        process.live().attempt_ended = Arc::default();
+        self.begin_exec(&task, exec, process).await?;
+        self.see_through(entry, process, &dir, doorbell, opened).await
+    }
+
+    /// Asks for the unit.
+    async fn begin_exec(&self, task: &Task, exec: &Exec, process: &Process) -> Result<(), Error> {
+        let command = self.launcher.command(Kind::Exec, &process.key);
+        let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
+        let properties = properties::exec(&exec.description, &command, &environment);
+        let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
+        if let Err(unit::error::Error::Exists { .. }) = begun {
+            // No exec of ours has this unit: it is what a failed one left behind.
+            let left = remove_unit(&*self.manager, &exec.unit, Stop::Awaited).await;
+            if !left.is_empty() {
+                return Err(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
+            }
+            begun = self.manager.begin_transient(&exec.unit, &properties).await;
+        }
+        if let Err(unit::error::Error::Exists { .. }) = begun
+            && self.manager.free_name(&exec.unit).await?
+        {
+            begun = self.manager.begin_transient(&exec.unit, &properties).await;
+        }
+        // The job goes on for as long as the process.
+        drop(begun?);
+        fault::point(Point::ExecStartBegun);
+        self.launcher.warm_up();
+        Ok(())
+    }
+
+    /// Waits for the outcome of a start, and connects the process's streams.
+    async fn see_through(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        dir: &Path,
+        doorbell: Receiver,
+        opened: OpenStreams,
+    ) -> Result<(u32, Option<Exit>), Error> {
+        let (pid, exit) = match self.outcome(entry, process, dir, doorbell).await? {
+            Outcome::Started { pid } => (pid, None),
+            Outcome::Ended { pid, exit } => (pid, Some(exit)),
+            Outcome::Failed { reason } => return Err(Error::Launch(reason)),
+        };
+        fault::point(Point::ExecStartOutcome);
+        if exit.is_none() {
+            self.hold_exec(entry, process, pid);
+            self.let_boot_finish(entry, process);
+        }
+        self.start_session(entry, process, opened).await?;
+        fault::point(Point::ExecStartPumping);
+        Ok((pid, exit))
+    }
+
+    /// What became of a start: known when the bell rings, or when the unit has ended. A start that is not wanted any
+    /// more, or takes too long, has failed.
+    async fn outcome(
+        &self,
+        entry: &Entry,
+        process: &Process,
+        dir: &Path,
+        mut doorbell: Receiver,
+    ) -> Result<Outcome, Error> {
+        let (unit, mut nothing) = (&process.unit, [0]);
+        let (ended, given_up) = {
+            let live = process.live();
+            (live.attempt_ended.clone(), live.given_up.clone())
+        };
+        // `launch` keeps the runtime's limit itself.
+        let limit = entry.task().runtime.limit() + HANDOVER_LIMIT;
+        let too_long = tokio::time::sleep(limit);
+        let init_is_gone = Self::init_is_gone(entry);
+        tokio::pin!(too_long, init_is_gone);
+        loop {
+            if let Some(outcome) = report::read(dir)? {
+                return Ok(outcome);
+            }
+            tokio::select! {
+                rung = doorbell.read(&mut nothing) => drop(rung.map_err(Error::Watch)?),
+                () = ended.notified() => {
+                    // It may be the end of an earlier unit with this name that is heard of late.
+                    let under_way = self.manager.starting(unit).await? == Starting::UnderWay;
+                    if !under_way && report::read(dir)?.is_none() {
+                        return Err(Error::Launch(format!("OCI runtime exec failed: see systemctl status {unit}")));
+                    }
+                }
+                () = given_up.cancelled() => return Err(Error::GivenUp { process: process.key.clone() }),
+                () = &mut init_is_gone => return Err(Error::InitGone { key: entry.key.clone() }),
+                () = &mut too_long => return Err(Error::StartTimedOut { unit: unit.to_string(), limit }),
+            }
+        }
+    }
+
+    /// The unit's start job lasts as long as the process, and systemd does not take a boot for finished
+    /// while there are jobs (manager.c, `manager_check_finished`): that of a long exec is taken away.
+    pub(crate) fn let_boot_finish(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
+        let (shim, entry, process) = (self.clone(), Arc::downgrade(entry), process.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(LONG_EXEC).await;
+            let ended = entry.upgrade().is_none_or(|entry| Self::has_ended(&entry, &process));
+            if !ended && let Err(error) = shim.manager.forget_job(&process.unit).await {
+                tracing::warn!(process = %process.key, %error, "{}: its start job stays: {error}", process.key);
+            }
+        });
+    }
+
+    /// Sees a start through that an earlier daemon has begun: what it has begun is not begun twice.
+    /// `taken` hears when what was kept of its streams is taken over.
+    pub(crate) async fn resume_start(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        id: &ExecId,
+        taken: tokio::sync::oneshot::Sender<()>,
+    ) {
+        let resumed = async {
+            let dir = self.store.exec_dir(&entry.key, id);
+            // Before looking: from now on it rings here.
+            let doorbell = open_doorbell(&dir)?;
+            let starting = self.manager.starting(&process.unit).await?;
+            let known = report::read(&dir)?.is_some();
+            let task = entry.task().clone();
+            let gone = || Error::UnknownExec { key: process.key.clone() };
+            let plan = Arc::new(self.plan(entry, process)?);
+            let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
+            // Nobody waits any more if the daemon ends.
+            let _ = taken.send(());
+            match starting {
+                _ if known => {}
+                Starting::UnderWay => {}
+                // It was not begun yet. The client's end of its streams is open: it must see no end now.
+                Starting::NotBegun => {
+                    let exec = task.execs.get(id).ok_or_else(gone)?;
+                    self.resume_logger(&plan, &mut opened).await?;
+                    self.begin_exec(&task, exec, process).await?;
+                }
+                Starting::Over => {
+                    return Err(Error::Launch(format!("see systemctl status {}", process.unit)));
+                }
+            }
+            self.see_through(entry, process, &dir, doorbell, opened).await
+        };
+        let resumed = resumed.await;
+        if let Err(error) = self.conclude_start(entry, process, id, resumed).await {
+            tracing::warn!(process = %process.key, %error, "{}: a start that was cut off is taken back: {error}", process.key);
+        }
+        let looked = self.look_at_exec(entry, process, id).await;
+        if let Err(error) = looked {
+            tracing::warn!(process = %process.key, %error, "{}: can't look at its unit: {error}", process.key);
+        }
+    }
+}
+
+/// Makes the FIFO by which `launch` tells that it has written its report. `launch` writes nothing to it: it opens and
+/// closes it.
+fn open_doorbell(dir: &Path) -> Result<Receiver, Error> {
+    let path = dir.join(pipes::DOORBELL);
+    if fifo::kind(&path) != uri::Kind::Fifo {
+        fifo::make(&path)?;
+    }
+    Receiver::from_file(fifo::open_reader(&path)?).map_err(Error::Watch)
+}
