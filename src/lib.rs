@@ -27,6 +27,7 @@ mod id;
 mod launch;
 mod oci;
 mod ops;
+mod path_error;
 mod services;
 mod session;
 mod stdio;

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use crate::path_error::io_error;
 use crate::task::limits::{Attribute, Limits};
 
 use super::format::flat;
-use super::{Error, dir, error, is_gone};
+use super::{Error, dir, is_gone};
 
 /// The limits of a cgroup; none if the cgroup is gone.
 ///
@@ -41,7 +42,7 @@ pub fn write(cgroup: &Path, limits: &Limits) -> Result<(), Error> {
         };
         match written {
             Err(e) if is_gone(&e) => {}
-            written => written.map_err(error("write", &path))?,
+            written => written.map_err(io_error("write", &path))?,
         }
     }
     Ok(())
@@ -72,7 +73,10 @@ pub fn is_frozen(cgroup: &Path) -> Result<Option<bool>, Error> {
     if number(&events, "frozen") == Some(1) {
         return Ok(Some(true));
     }
-    let is_asked = |cgroup: &Path| Ok(file(cgroup, "cgroup.freeze")?.is_some_and(|text| text.trim() == "1"));
+    let is_asked = |cgroup: &Path| {
+        let asked = file(cgroup, "cgroup.freeze")?;
+        Ok::<_, Error>(asked.is_some_and(|text| text.trim() == "1"))
+    };
     let in_transition = is_asked(cgroup)? || cgroup.parent().map(is_asked).transpose()?.unwrap_or_default();
     Ok((!in_transition).then_some(false))
 }
@@ -83,7 +87,7 @@ fn file(cgroup: &Path, name: &str) -> Result<Option<String>, Error> {
     match fs::read_to_string(&path) {
         Ok(text) => Ok(Some(text)),
         Err(e) if is_gone(&e) => Ok(None),
-        Err(e) => Err(error("read", &path)(e)),
+        Err(e) => Err(io_error("read", &path)(e).into()),
     }
 }
 

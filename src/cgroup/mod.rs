@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::path_error::{PathError, io_error};
+
 pub use processes::processes;
 
 /// The cgroup v2 hierarchy.
@@ -24,29 +26,19 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 
 /// What can go wrong in the cgroup file system.
 #[derive(Debug, thiserror::Error)]
-#[error("{action} {path}: {source}")]
-pub struct Error {
-    action: &'static str,
-    path: PathBuf,
-    #[source]
-    source: io::Error,
-}
+#[error(transparent)]
+pub struct Error(#[from] PathError);
 
 impl Error {
     /// The cgroup is not there, or not any more.
     pub fn is_gone(&self) -> bool {
-        is_gone(&self.source)
+        is_gone(self.0.io())
     }
 
     /// What was waited for has not come.
     pub fn is_timeout(&self) -> bool {
-        self.source.kind() == io::ErrorKind::TimedOut
+        self.0.io().kind() == io::ErrorKind::TimedOut
     }
-}
-
-fn error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
-    let path = path.to_owned();
-    move |source| Error { action, path, source }
 }
 
 #[cfg(not(test))]
@@ -76,7 +68,7 @@ pub fn is_unified() -> bool {
 /// It can't be read.
 pub fn controllers() -> Result<String, Error> {
     let path = root().join("cgroup.controllers");
-    fs::read_to_string(&path).map_err(error("read", &path))
+    Ok(fs::read_to_string(&path).map_err(io_error("read", &path))?)
 }
 
 /// The kernel accounts for memory in cgroups.
@@ -101,11 +93,11 @@ pub fn of_self() -> Result<PathBuf, Error> {
 }
 
 fn of_proc_file(path: &Path) -> Result<PathBuf, Error> {
-    let text = fs::read_to_string(path).map_err(error("read", path))?;
+    let text = fs::read_to_string(path).map_err(io_error("read", path))?;
     let unified = text.lines().find_map(|line| line.strip_prefix("0::"));
     unified
         .map(PathBuf::from)
-        .ok_or_else(|| error("find a cgroup v2 in", path)(io::ErrorKind::NotFound.into()))
+        .ok_or_else(|| io_error("find a cgroup v2 in", path)(io::ErrorKind::NotFound).into())
 }
 
 /// The directory of a cgroup given by its path below [`ROOT`].
@@ -121,7 +113,7 @@ pub fn kill(cgroup: &Path) -> Result<(), Error> {
     let path = dir(cgroup).join("cgroup.kill");
     match fs::write(&path, "1") {
         Err(e) if is_gone(&e) => Ok(()),
-        result => result.map_err(error("write", &path)),
+        result => Ok(result.map_err(io_error("write", &path))?),
     }
 }
 
@@ -133,7 +125,7 @@ pub fn freeze(cgroup: &Path, frozen: bool) -> Result<(), Error> {
     let path = dir(cgroup).join("cgroup.freeze");
     match fs::write(&path, if frozen { "1" } else { "0" }) {
         Err(e) if is_gone(&e) => Ok(()),
-        result => result.map_err(error("write", &path)),
+        result => Ok(result.map_err(io_error("write", &path))?),
     }
 }
 
@@ -163,9 +155,8 @@ pub fn until_frozen(cgroup: &Path, frozen: bool, limit: Duration) -> Result<(), 
     };
     match done() {
         Err(e) if is_gone(&e) => Ok(()),
-        done => {
-            done.map_err(error(if frozen { "wait for a freeze in" } else { "wait for a thaw in" }, &path))
-        }
+        done => Ok(done
+            .map_err(io_error(if frozen { "wait for a freeze in" } else { "wait for a thaw in" }, &path))?),
     }
 }
 
@@ -181,7 +172,7 @@ pub fn is_populated(cgroup: &Path) -> bool {
 /// The kernel refused.
 pub fn enter(cgroup: &Path) -> Result<(), Error> {
     let path = dir(cgroup).join("cgroup.procs");
-    in_made(cgroup, || fs::write(&path, "0"), error("write", &path))
+    in_made(cgroup, || fs::write(&path, "0"), io_error("write", &path))
 }
 
 /// The directory of a cgroup, which is made if it is not there.
@@ -190,24 +181,24 @@ pub fn enter(cgroup: &Path) -> Result<(), Error> {
 /// The kernel refused.
 pub fn open_made(cgroup: &Path) -> Result<OwnedFd, Error> {
     let dir = dir(cgroup);
-    in_made(cgroup, || fs::File::open(&dir).map(OwnedFd::from), error("open", &dir))
+    in_made(cgroup, || fs::File::open(&dir).map(OwnedFd::from), io_error("open", &dir))
 }
 
 /// Makes a cgroup and uses it, again if somebody has removed it in between: the daemon and systemd remove empty ones.
 fn in_made<T>(
     cgroup: &Path,
     used: impl Fn() -> io::Result<T>,
-    failed: impl FnOnce(io::Error) -> Error,
+    failed: impl FnOnce(io::Error) -> PathError,
 ) -> Result<T, Error> {
     const TRIES: u32 = 5;
     let dir = dir(cgroup);
     let mut tries = 0;
     loop {
-        fs::create_dir_all(&dir).map_err(error("create", &dir))?;
+        fs::create_dir_all(&dir).map_err(io_error("create", &dir))?;
         tries += 1;
         match used() {
             Err(e) if is_gone(&e) && tries < TRIES => {}
-            result => return result.map_err(failed),
+            result => return Ok(result.map_err(failed)?),
         }
     }
 }
@@ -228,7 +219,7 @@ pub fn remove(cgroup: &Path) -> Result<bool, Error> {
     match fs::remove_dir(&dir) {
         Err(e) if e.kind() == io::ErrorKind::ResourceBusy => Ok(false),
         Err(e) if is_gone(&e) => Ok(true),
-        result => result.map(|()| true).map_err(error("remove", &dir)),
+        result => Ok(result.map(|()| true).map_err(io_error("remove", &dir))?),
     }
 }
 
@@ -242,7 +233,7 @@ pub fn remove(cgroup: &Path) -> Result<bool, Error> {
 /// The kernel refused.
 pub fn warm_up() -> Result<(), Error> {
     let path = dir(&of_self()?).join("cgroup.procs");
-    fs::write(&path, "0").map_err(error("write", &path))
+    Ok(fs::write(&path, "0").map_err(io_error("write", &path))?)
 }
 
 /// A cgroup can go at any moment: then it is not found, or its open files say ENODEV.

@@ -15,7 +15,9 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
-use super::{Error, dir, error};
+use crate::path_error::io_error;
+
+use super::{Error, dir};
 
 /// A walk that finds more cgroups than this fails: it would hold its thread for seconds.
 const MOST: usize = 100_000;
@@ -27,7 +29,7 @@ const MOST: usize = 100_000;
 /// It can't be read, or there are more cgroups than that.
 pub fn processes(cgroup: &Path) -> Result<Vec<u32>, Error> {
     let top = dir(cgroup);
-    walk(&top, MOST).map_err(error("list the processes of", &top))
+    Ok(walk(&top, MOST).map_err(io_error("list the processes of", &top))?)
 }
 
 fn walk(top: &Path, most: usize) -> io::Result<Vec<u32>> {

@@ -14,7 +14,9 @@ use nix::fcntl::{self, OFlag};
 use nix::sys::stat::Mode;
 
 use super::format::{flat, nested, number};
-use super::{Error, error, is_gone};
+use crate::path_error::io_error;
+
+use super::{Error, is_gone};
 
 /// A struct with the keys of a flat keyed file as its fields.
 macro_rules! flat_keyed {
@@ -266,7 +268,7 @@ const TEXT_BYTES: usize = 8192;
 impl<'p> Files<'p> {
     fn open(path: &'p Path) -> Result<Self, Error> {
         let dir = fcntl::open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
-        let dir = present(dir.map_err(io::Error::from)).map_err(error("open", path))?;
+        let dir = present(dir.map_err(io::Error::from)).map_err(io_error("open", path))?;
         Ok(Self { path, dir, text: String::with_capacity(TEXT_BYTES) })
     }
 
@@ -275,7 +277,7 @@ impl<'p> Files<'p> {
         let Some(dir) = &self.dir else { return Ok(None) };
         self.text.clear();
         let read = present(append(dir, name, &mut self.text));
-        let read = read.map_err(|e| error("read", &self.path.join(name))(e))?;
+        let read = read.map_err(io_error("read", &self.path.join(name)))?;
         Ok(read.map(|()| parse(&self.text)))
     }
 

@@ -17,9 +17,10 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDe
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
+use crate::path_error::io_error;
 use crate::task::limits::Attribute;
 
-use super::{Error, dir, error};
+use super::{Error, dir};
 
 /// What has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -126,7 +127,7 @@ impl<K: Clone> Watch<K> {
         limits: Option<&Path>,
     ) -> Result<Watched<K>, Error> {
         let mut watched = Watched { watch: self.clone(), descriptors: Vec::new() };
-        let source = self.source().map_err(error("watch", &dir(container)))?;
+        let source = self.source().map_err(io_error("watch", &dir(container)))?;
         let files = [(memory, "memory.events", Change::Memory), (container, "cgroup.events", Change::State)];
         let files = files.map(|(cgroup, file, change)| (dir(cgroup).join(file), change));
         let limits = limits.map(|cgroup| (dir(cgroup), Change::Limits));
@@ -139,7 +140,7 @@ impl<K: Clone> Watch<K> {
                 }
                 // No such controller.
                 Err(Errno::ENOENT) if change == Change::Memory => {}
-                Err(errno) => return Err(error("watch", &path)(errno.into())),
+                Err(errno) => return Err(io_error("watch", &path)(errno).into()),
             }
         }
         Ok(watched)

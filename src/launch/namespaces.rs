@@ -5,7 +5,6 @@
 //! mount namespace of its own.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
@@ -14,6 +13,7 @@ use std::path::{Path, PathBuf};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
+use crate::path_error::{PathError, io_error};
 use crate::task::request::{Containerd, Namespaces};
 use crate::telemetry;
 
@@ -21,16 +21,8 @@ use crate::telemetry;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A namespace can't be read or entered.
-    #[error("{action} {path}: {source}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// The namespace's file in /proc.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
     /// The containerd that called has ended, and none with its namespaces listens at its address.
     #[error(
         "containerd {address} called from mount or network namespaces of its own, and no containerd is in them \
@@ -40,11 +32,6 @@ pub enum Error {
         /// The containerd's gRPC address.
         address: String,
     },
-}
-
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
-    let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
 }
 
 /// PID 1, whose namespaces are the host's.
@@ -137,7 +124,7 @@ fn enter_one(process: &str, (kind, flag): Kind) -> Result<(), Error> {
     }
     let path = file(process, kind);
     let namespace = File::open(&path).map_err(io_error("open", &path))?;
-    setns(namespace.as_fd(), flag).map_err(|errno| io_error("enter", &path)(errno.into()))
+    Ok(setns(namespace.as_fd(), flag).map_err(io_error("enter", &path))?)
 }
 
 #[cfg(test)]

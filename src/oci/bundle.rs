@@ -15,6 +15,7 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use crate::files;
 use crate::id::{Namespace, Owner, TaskId};
+use crate::path_error::{PathError, io_error};
 use crate::task::request::Containerd;
 
 use super::canonical::{Members, Others, Shape, canonical};
@@ -32,16 +33,8 @@ const MODE: u32 = 0o7777;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The directory or the file can't be read or written.
-    #[error("bundle: {action} {path}: {source}")]
-    Io {
-        /// The action that failed.
-        action: &'static str,
-        /// The file or directory.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    #[error("bundle: {0}")]
+    Io(#[from] PathError),
     /// The file is larger than [`MAX_CONFIG_BYTES`].
     #[error("bundle: {path} is larger than {MAX_CONFIG_BYTES} bytes")]
     TooLarge {
@@ -272,7 +265,7 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
         .map_err(|source| Error::Malformed { path: path.clone(), source })?;
     let new = bundle.join(".config.json.new");
     let mode = fs::metadata(&path).map_err(io_error("read the mode of", &path))?.permissions();
-    files::replace(&path, &new, mode.mode() & MODE, &text).map_err(io_error("replace", &path))
+    Ok(files::replace(&path, &new, mode.mode() & MODE, &text).map_err(io_error("replace", &path))?)
 }
 
 /// The containerd that a bundle belongs to, whatever path leads to the bundle.
@@ -297,7 +290,7 @@ pub fn write_containerd(bundle: &Path, containerd: &Containerd) -> Result<(), Er
     let text =
         serde_json::to_vec(containerd).map_err(|source| Error::Malformed { path: path.clone(), source })?;
     let new = bundle.join(".containerd-shim-systemd.json.new");
-    files::replace(&path, &new, 0o600, &text).map_err(io_error("replace", &path))
+    Ok(files::replace(&path, &new, 0o600, &text).map_err(io_error("replace", &path))?)
 }
 
 /// Notes in the bundle where the daemon is. containerd 1.6 and 1.7 find the daemon by this file after a restart.
@@ -307,7 +300,7 @@ pub fn write_containerd(bundle: &Path, containerd: &Containerd) -> Result<(), Er
 pub fn write_address(bundle: &Path, address: &str) -> Result<(), Error> {
     let path = bundle.join("address");
     let new = bundle.join(".address.new");
-    files::replace(&path, &new, 0o644, address.as_bytes()).map_err(io_error("replace", &path))
+    Ok(files::replace(&path, &new, 0o644, address.as_bytes()).map_err(io_error("replace", &path))?)
 }
 
 /// The note of `start` in the bundle. `None` for a container of a pod that is not its first: containerd does not call
@@ -321,7 +314,7 @@ pub fn read_containerd(bundle: &Path) -> Result<Option<Containerd>, Error> {
         Ok(text) => {
             serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
         }
-        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(Error::Io(error)) if error.io().kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -367,13 +360,8 @@ fn member<T: Default + for<'d> Deserialize<'d>>(object: &Fields, name: &str) -> 
 fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
     files::read_regular(path, MAX_CONFIG_BYTES).map_err(|source| match source.kind() {
         io::ErrorKind::FileTooLarge => Error::TooLarge { path: path.to_owned() },
-        _ => io_error("read", path)(source),
+        _ => io_error("read", path)(source).into(),
     })
-}
-
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
-    let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
 }
 
 #[cfg(test)]

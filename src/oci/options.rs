@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::files;
 use crate::id::Namespace;
+use crate::path_error::{PathError, io_error};
 use crate::task::request::{Log, Runtime};
 
 /// Where containerd-shim-runc-v2 keeps runc's state: `runc --root` works as people know it.
@@ -23,14 +24,8 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file that the options name can't be read.
-    #[error("runtime options: can't read {path}: {source}")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    #[error("runtime options: {0}")]
+    File(#[from] PathError),
     /// Not TOML, a value of the wrong type, or a key that does not exist.
     #[error("runtime options in {place}: {source}")]
     Malformed {
@@ -209,7 +204,7 @@ impl Options {
     pub fn from_file(path: &Path) -> Result<Self, Error> {
         let text = files::read_regular(path, MAX_FILE_BYTES)
             .and_then(|text| String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into()))
-            .map_err(|source| Error::File { path: path.to_owned(), source })?;
+            .map_err(io_error("read", path))?;
         Self::from_toml(&text, &path.to_string_lossy())
     }
 

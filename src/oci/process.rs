@@ -1,12 +1,14 @@
 //! The process spec of an exec. It is checked, its `terminal` is set, and all other fields are passed on unchanged.
 
 use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
+
+use crate::path_error::{PathError, io_error};
 
 use super::canonical::{Members, Others, Shape, canonical};
 
@@ -20,14 +22,8 @@ pub enum Error {
     #[error("the spec of the exec has no args")]
     NoArgs,
     /// The file can't be written.
-    #[error("can't write {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
 }
 
 /// The process of an exec, as the client describes it.
@@ -67,9 +63,7 @@ impl Process {
     /// [`Error::Io`]
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
-        opened
-            .and_then(|mut file| file.write_all(&self.text))
-            .map_err(|source| Error::Io { path: path.to_owned(), source })
+        Ok(opened.and_then(|mut file| file.write_all(&self.text)).map_err(io_error("write", path))?)
     }
 }
 

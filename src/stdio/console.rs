@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::fifo::{Error, error};
+use crate::path_error::io_error;
+
+use super::fifo::Error;
 
 /// A console socket that waits for its one visitor. Its path goes with it.
 #[derive(Debug)]
@@ -30,11 +32,11 @@ impl Console {
     pub fn listen(path: &Path) -> Result<Self, Error> {
         if let Some(parent) = path.parent() {
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(parent);
-            made.map_err(error("create", parent))?;
+            made.map_err(io_error("create", parent))?;
         }
         // What a daemon before this one has left.
         let _ = fs::remove_file(path);
-        let listener = UnixListener::bind(path).map_err(error("listen at", path))?;
+        let listener = UnixListener::bind(path).map_err(io_error("listen on", path))?;
         Ok(Self { listener, path: path.to_owned() })
     }
 
@@ -59,7 +61,7 @@ impl Console {
             wait(&stream, limit)?;
             terminal(crate::sys::receive_fds(&stream)?)
         };
-        received().map_err(error("receive a terminal at", &self.path))
+        Ok(received().map_err(io_error("receive a terminal on", &self.path))?)
     }
 }
 

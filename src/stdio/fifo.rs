@@ -13,22 +13,16 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::Mode;
 
+use crate::path_error::{PathError, io_error};
+
 use super::uri::Kind;
 
 /// What can go wrong with a FIFO or a file of a stream.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A call failed.
-    #[error("stdio: {action} {path}: {source}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    #[error("stdio: {0}")]
+    Io(#[from] PathError),
     /// No client came to read.
     #[error("stdio: nobody opened {path} for reading within {limit:?}")]
     NoReader {
@@ -37,12 +31,6 @@ pub enum Error {
         /// How long was waited.
         limit: Duration,
     },
-}
-
-/// An error of a call on a path.
-pub fn error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
-    let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
 }
 
 /// What a path leads to.
@@ -60,7 +48,7 @@ pub fn kind(path: &Path) -> Kind {
 /// # Errors
 /// [`Error::Io`]
 pub fn make(path: &Path) -> Result<(), Error> {
-    nix::unistd::mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|e| error("create FIFO", path)(e.into()))
+    Ok(nix::unistd::mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(io_error("create FIFO", path))?)
 }
 
 /// Opens a client's output FIFO for a container, once a client has it open for reading.
@@ -76,7 +64,7 @@ pub fn open_output(path: &Path, limit: Duration) -> Result<File, Error> {
     let writer = match waits {
         Ok(writer) => writer,
         Err(e) if e.raw_os_error() == Some(Errno::ENXIO as i32) => wait_for_reader(path, limit)?,
-        Err(e) => return Err(error("open", path)(e)),
+        Err(e) => return Err(io_error("open", path)(e).into()),
     };
     let both = open_both(path)?;
     drop(writer);
@@ -88,7 +76,7 @@ pub fn open_output(path: &Path, limit: Duration) -> Result<File, Error> {
 /// # Errors
 /// [`Error::Io`]
 pub fn open_both(path: &Path) -> Result<File, Error> {
-    OpenOptions::new().read(true).write(true).open(path).map_err(error("open", path))
+    Ok(OpenOptions::new().read(true).write(true).open(path).map_err(io_error("open", path))?)
 }
 
 /// As [`open_both`], without blocking reads and writes either.
@@ -108,8 +96,7 @@ pub fn open_output_nonblocking(path: &Path, limit: Duration) -> Result<File, Err
 }
 
 fn set_nonblocking(file: File, path: &Path) -> Result<File, Error> {
-    fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-        .map_err(|e| error("set the mode of", path)(e.into()))?;
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(io_error("set the mode of", path))?;
     Ok(file)
 }
 
@@ -129,11 +116,8 @@ pub fn enlarge(fifo: &impl AsFd) {
 /// # Errors
 /// [`Error::Io`]
 pub fn open_reader(path: &Path) -> Result<File, Error> {
-    OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlag::O_NONBLOCK.bits())
-        .open(path)
-        .map_err(error("open", path))
+    let opened = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+    Ok(opened.map_err(io_error("open", path))?)
 }
 
 /// Opens a FIFO for a program that expects a pipe: without waiting for a writer, but blocking reads.
@@ -142,7 +126,7 @@ pub fn open_reader(path: &Path) -> Result<File, Error> {
 /// [`Error::Io`]
 pub fn open_blocking_reader(path: &Path) -> Result<File, Error> {
     let file = open_reader(path)?;
-    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(|e| error("set the mode of", path)(e.into()))?;
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(io_error("set the mode of", path))?;
     Ok(file)
 }
 
@@ -156,10 +140,10 @@ fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
     let both = open_both(path)?;
     let mut options = OpenOptions::new();
     let writer = options.write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
-    let writer = writer.map_err(error("open", path))?;
+    let writer = writer.map_err(io_error("open", path))?;
     let opens = opens_of(path);
     drop(both);
-    while !has_reader(&writer).map_err(error("look at", path))? {
+    while !has_reader(&writer).map_err(io_error("look at", path))? {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(Error::NoReader { path: path.to_owned(), limit });
@@ -172,7 +156,7 @@ fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
             // A reader came, and may have left again.
             Ok(1..) => break,
             Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(error("wait for a reader of", path)(errno.into())),
+            Err(errno) => return Err(io_error("wait for a reader of", path)(errno).into()),
         }
     }
     Ok(writer)

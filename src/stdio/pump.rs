@@ -17,9 +17,10 @@ use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
+use crate::path_error::io_error;
 use crate::sys::watch;
 
-use super::fifo::{Error, error};
+use super::fifo::Error;
 use super::journal::Lines;
 use super::terminal::Terminal;
 
@@ -162,10 +163,10 @@ impl LogFile {
 /// [`Error::Io`]
 pub fn open_file(path: &Path, create: bool) -> Result<File, Error> {
     if let (true, Some(parent)) = (create, path.parent()) {
-        DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(error("create", parent))?;
+        DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(io_error("create", parent))?;
     }
     let mut options = OpenOptions::new();
-    options.append(true).create(create).mode(0o644).open(path).map_err(error("open", path))
+    Ok(options.append(true).create(create).mode(0o644).open(path).map_err(io_error("open", path))?)
 }
 
 /// Copies until the source has ended and nothing is left, or until `stop`.

@@ -14,10 +14,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 
 use crate::id::{Owner, ProcessKey};
+use crate::path_error::io_error;
 use crate::task::phase::Exit;
 
 use super::Error;
-use super::files::io_error;
 
 const FILE: &str = ".answers";
 /// More than there can be between taking a record away and sending the answer.

@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 
 use crate::id::TaskKey;
+use crate::path_error::io_error;
 
-use super::files::{self, io_error, replace};
+use super::files::{self, replace};
 use super::{Error, Store};
 
 impl Store {
@@ -41,7 +42,7 @@ impl Store {
     pub fn remove_aside(&self, key: &TaskKey, names: &[&str]) -> Result<(), Error> {
         names.iter().map(|name| self.dir(key).join(name)).try_for_each(|path| match fs::remove_file(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed.map_err(io_error("remove", &path)),
+            removed => Ok(removed.map_err(io_error("remove", &path))?),
         })
     }
 }

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use crate::effects;
+use crate::path_error::io_error;
 
 use super::Error;
 
@@ -18,17 +19,12 @@ pub(super) const MAX_BYTES: usize = 64 << 20;
 /// The unit in which a tmpfs gives out room.
 const PAGE: usize = 4096;
 
-pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
-    let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
-}
-
 /// True if there was something to remove.
 pub(super) fn remove_dir(dir: &Path) -> Result<bool, Error> {
     match effects::disk(dir).and_then(|()| fs::remove_dir_all(dir)) {
         Ok(()) => Ok(true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(io_error("remove", dir)(e)),
+        Err(e) => Err(io_error("remove", dir)(e).into()),
     }
 }
 
@@ -50,7 +46,7 @@ pub(super) fn entries(dir: &Path) -> Result<Vec<String>, Error> {
     let listing = match fs::read_dir(dir) {
         Ok(listing) => listing,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(io_error("list", dir)(e)),
+        Err(e) => return Err(io_error("list", dir)(e).into()),
     };
     Ok(listing.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
 }
@@ -63,7 +59,7 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(io_error("open", path)(e)),
+        Err(e) => return Err(io_error("open", path)(e).into()),
     };
     // Blanks fill the last page.
     let limit = MAX_BYTES + PAGE;
@@ -93,9 +89,9 @@ pub(super) fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> 
         Ok(()) => Ok(()),
         // There is no such file yet, or a file system other than a tmpfs can't do it.
         Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => {
-            fs::rename(other, path).map_err(io_error("replace", path))
+            Ok(fs::rename(other, path).map_err(io_error("replace", path))?)
         }
-        Err(errno) => Err(io_error("replace", path)(errno.into())),
+        Err(errno) => Err(io_error("replace", path)(errno).into()),
     }
 }
 
@@ -113,5 +109,5 @@ pub fn replace(path: &Path, new: &Path, text: &[u8]) -> Result<(), Error> {
         .open(new)
         .map_err(io_error("create", new))?;
     file.write_all(text).map_err(io_error("write", new))?;
-    fs::rename(new, path).map_err(io_error("replace", path))
+    Ok(fs::rename(new, path).map_err(io_error("replace", path))?)
 }

@@ -18,10 +18,11 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
+use crate::path_error::{PathError, io_error};
 use crate::suspect::{Crashes, LIMIT, Suspect};
 use crate::task::Task;
 
-use files::{entries, io_error, make_dir, remove_dir, replace};
+use files::{entries, make_dir, remove_dir, replace};
 pub use owed::Owing;
 pub use record::{Cause, Found};
 use record::{RECORD, RECORD_NEW, VERSION};
@@ -45,16 +46,8 @@ const ENVIRONMENT: &str = "environment";
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Reading or writing failed.
-    #[error("{action} {path}: {source}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Io(#[from] PathError),
     /// Recovering the record has crashed the daemon more than once.
     #[error(
         "record {path} crashed the daemon {LIMIT} times and was moved to {to}; the daemon no longer manages its container, which may still run"
@@ -235,7 +228,7 @@ impl Store {
         match make_dir(&dir).and_then(|()| fs::rename(&path, &to)) {
             Ok(()) => Some(Error::SetAside { path, to }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => Some(io_error("move", &path)(error)),
+            Err(error) => Some(io_error("move", &path)(error).into()),
         }
     }
 

@@ -5,9 +5,10 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::effects;
+use crate::path_error::io_error;
 use crate::task::Task;
 
-use super::files::{entries, io_error, make_dir};
+use super::files::{entries, make_dir};
 use super::record::{read_task, write_owed};
 use super::{Error, Store};
 
@@ -75,7 +76,7 @@ impl Owing {
         let path = self.dir.join(&self.name);
         match effects::disk(&path).and_then(|()| fs::remove_file(&path)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed.map_err(io_error("remove", &path)),
+            removed => Ok(removed.map_err(io_error("remove", &path))?),
         }
     }
 }

@@ -14,10 +14,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{ExecId, TaskKey};
+use crate::path_error::io_error;
 use crate::task::Task;
 use crate::task::exec::Exec;
 
-use super::files::{self, MAX_BYTES, entries, io_error, make_dir, replace, replace_by_turns};
+use super::files::{self, MAX_BYTES, entries, make_dir, replace, replace_by_turns};
 use super::{EXECS, Error, Store};
 
 /// The version of the record that is written. Read are this one and the one before.

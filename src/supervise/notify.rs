@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 
 use crate::cgroup;
 use crate::config;
+use crate::path_error::io_error;
 use crate::services::{Entry, Error, Shim, blocking};
 use crate::session::fds::StreamKind;
 use crate::stdio::fifo;
@@ -58,7 +59,8 @@ impl Shim {
             Some(socket) => socket,
             None => {
                 let path = path.clone();
-                let socket = blocking(move || open(&path).map_err(fifo::error("listen at", &path))).await??;
+                let opened = blocking(move || open(&path).map_err(io_error("listen on", &path))).await?;
+                let socket = opened.map_err(fifo::Error::from)?;
                 self.fds.store(StreamKind::Notify, number, &[socket.as_fd()]);
                 socket
             }
