@@ -234,24 +234,23 @@ impl Crashes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
+    use tempfile::TempDir;
 
-    struct Scratch(std::path::PathBuf);
+    /// A directory with the file in which crashes are noted.
+    struct Scratch(TempDir);
 
     impl Scratch {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("suspect-test-{name}-{}", std::process::id()));
-            let _ = std::fs::remove_file(&path);
-            Self(path)
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn file(&self) -> PathBuf {
+            self.0.path().join("crashes")
         }
 
         fn crash(&self, suspect: Suspect) {
-            Crashes::note_for_tests(&self.0, suspect);
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_file(&self.0);
+            Crashes::note_for_tests(&self.file(), suspect);
         }
     }
 
@@ -271,39 +270,39 @@ mod tests {
 
     #[test]
     fn what_has_ended_two_daemons_is_given_up_and_nothing_else_is() {
-        let scratch = Scratch::new("twice");
+        let scratch = Scratch::new();
         let (poison, innocent) =
             (Suspect::request(1, "s", "Pids", b""), Suspect::request(3, "s", "Wait", b""));
-        assert_eq!(Crashes::read(&scratch.0).unwrap().count(poison), 0);
+        assert_eq!(Crashes::read(&scratch.file()).unwrap().count(poison), 0);
         for count in 1..=LIMIT {
             scratch.crash(poison);
-            let crashes = Crashes::read(&scratch.0).unwrap();
+            let crashes = Crashes::read(&scratch.file()).unwrap();
             assert_eq!((crashes.count(poison), crashes.count(innocent)), (count, 0));
             crashes.forget_answered();
         }
-        assert!(Crashes::read(&scratch.0).unwrap().is_given_up(poison));
+        assert!(Crashes::read(&scratch.file()).unwrap().is_given_up(poison));
     }
 
     #[test]
     fn what_is_answered_or_recovered_starts_again_without_a_blemish() {
-        let scratch = Scratch::new("forgotten");
+        let scratch = Scratch::new();
         let (request, record) = (Suspect::request(1, "s", "Pids", b""), Suspect::record(&key("web")));
-        drop(Crashes::read(&scratch.0).unwrap());
+        drop(Crashes::read(&scratch.file()).unwrap());
         scratch.crash(request);
         scratch.crash(record);
         // The request was answered by this daemon.
-        Crashes::read(&scratch.0).unwrap().forget_answered();
-        let crashes = Crashes::read(&scratch.0).unwrap();
+        Crashes::read(&scratch.file()).unwrap().forget_answered();
+        let crashes = Crashes::read(&scratch.file()).unwrap();
         assert_eq!((crashes.count(request), crashes.count(record)), (0, 1));
         crashes.forget_records();
-        assert_eq!(Crashes::read(&scratch.0).unwrap().count(record), 0);
+        assert_eq!(Crashes::read(&scratch.file()).unwrap().count(record), 0);
     }
 
     #[test]
     fn a_file_of_any_content_is_bounded() {
-        let scratch = Scratch::new("large");
-        std::fs::write(&scratch.0, vec![7; 1 << 20]).unwrap();
-        let crashes = Crashes::read(&scratch.0).unwrap();
+        let scratch = Scratch::new();
+        std::fs::write(scratch.file(), vec![7; 1 << 20]).unwrap();
+        let crashes = Crashes::read(&scratch.file()).unwrap();
         assert_eq!(crashes.end(), MOST as u64 / 2 * crash::ENTRY);
     }
 

@@ -116,48 +116,43 @@ fn is_errno(error: &io::Error, is: impl Fn(Errno) -> bool) -> bool {
 mod tests {
     use super::*;
     use nix::sys::stat::mkdirat;
+    use tempfile::TempDir;
 
-    struct Scratch(std::path::PathBuf);
+    struct Scratch(TempDir);
 
     impl Scratch {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("processes-test-{name}-{}", std::process::id()));
-            let _ = std::fs::remove_dir_all(&path);
-            std::fs::create_dir_all(&path).unwrap();
-            Self(path)
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn path(&self) -> &Path {
+            self.0.path()
         }
 
         fn add(&self, path: &str, pids: &str) {
-            std::fs::create_dir_all(self.0.join(path)).unwrap();
-            std::fs::write(self.0.join(path).join("cgroup.procs"), pids).unwrap();
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            // Deeper than a path is long: the standard library walks relative to open directories.
-            std::fs::remove_dir_all(&self.0).unwrap();
+            std::fs::create_dir_all(self.path().join(path)).unwrap();
+            std::fs::write(self.path().join(path).join("cgroup.procs"), pids).unwrap();
         }
     }
 
     #[test]
     fn every_process_below_is_found() {
-        let scratch = Scratch::new("tree");
+        let scratch = Scratch::new();
         for (path, pids) in [("", "1\n2\n"), ("a", "3\n"), ("a/x", "4\n"), ("a/y", ""), ("b/z", "5\n")] {
             scratch.add(path, pids);
         }
-        let mut found = walk(&scratch.0, 7).unwrap();
+        let mut found = walk(scratch.path(), 7).unwrap();
         found.sort_unstable();
         assert_eq!(found, [1, 2, 3, 4, 5]);
-        assert!(walk(&scratch.0, 5).unwrap_err().to_string().contains("more than 5 cgroups"));
-        assert_eq!(walk(&scratch.0.join("gone"), 7).unwrap(), [0; 0]);
+        assert!(walk(scratch.path(), 5).unwrap_err().to_string().contains("more than 5 cgroups"));
+        assert_eq!(walk(&scratch.path().join("gone"), 7).unwrap(), [0; 0]);
     }
 
     #[test]
     fn a_tree_deeper_than_a_path_is_long_is_walked_on_a_small_stack() {
         const DEPTH: usize = 1200;
-        let scratch = Scratch::new("deep");
-        let mut at: OwnedFd = File::open(&scratch.0).unwrap().into();
+        let scratch = Scratch::new();
+        let mut at: OwnedFd = File::open(scratch.path()).unwrap().into();
         for _ in 0..DEPTH {
             mkdirat(&at, c"deeper", Mode::S_IRWXU).unwrap();
             at = openat(&at, c"deeper", DIRECTORY, Mode::empty()).unwrap();
@@ -165,7 +160,7 @@ mod tests {
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT;
         let file = openat(&at, c"cgroup.procs", flags, Mode::S_IRWXU).unwrap();
         io::Write::write_all(&mut File::from(file), b"7\n").unwrap();
-        let path = scratch.0.clone();
+        let path = scratch.path().to_owned();
         let walker = std::thread::Builder::new().stack_size(128 << 10);
         assert_eq!(walker.spawn(move || walk(&path, MOST).unwrap()).unwrap().join().unwrap(), [7]);
     }

@@ -16,6 +16,8 @@ mod container;
 pub mod contract;
 mod error;
 mod exec;
+#[cfg(test)]
+pub mod fake;
 mod handoff;
 pub mod inherited;
 mod logger;

@@ -215,19 +215,20 @@ mod tests {
     use crate::id::TaskId;
     use crate::task::request::Runtime;
     use std::path::Path;
+    use tempfile::TempDir;
 
     /// A directory for a test, with an OCI runtime that is this shell script.
-    fn scratch(name: &str, script: &str) -> (PathBuf, Runtime) {
+    fn scratch(script: &str) -> (TempDir, Runtime) {
         use std::os::unix::fs::PermissionsExt;
-        let dir = std::env::temp_dir().join(format!("runtime-test-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path();
         fs::create_dir_all(dir.join("root/web")).unwrap();
         let binary = dir.join("runtime");
         fs::write(&binary, format!("#!/bin/sh\ncd {}\n{script}\n", dir.display())).unwrap();
         fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
         let path = std::env::var("PATH").unwrap();
         let runtime = Runtime { binary, root: dir.join("root"), path, limit_sec: 1, ..Runtime::default() };
-        (dir, runtime)
+        (scratch, runtime)
     }
 
     /// The process whose number is in this file has ended, or does within the time.
@@ -243,66 +244,61 @@ mod tests {
     #[tokio::test]
     async fn a_command_that_does_not_end_is_killed_with_all_that_it_started() {
         let script = "trap '' TERM INT HUP; setsid sleep 1000 & echo $! > child; sleep 1000";
-        let (dir, runtime) = scratch("hangs", script);
+        let (dir, runtime) = scratch(script);
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
         let error = CommandLine::default().start(&cli).await.unwrap_err();
         assert!(matches!(error, Error::TimedOut { verb: "start", .. }), "{error}");
         assert!(error.to_string().contains("within 1 s"), "{error}");
         cli.settled("start").await.unwrap();
-        assert!(ends(&dir.join("child")));
-        fs::remove_dir_all(&dir).unwrap();
+        assert!(ends(&dir.path().join("child")));
     }
 
     #[tokio::test]
     async fn a_command_that_nobody_waits_for_is_killed() {
-        let (dir, runtime) = scratch("dropped", "echo $$ > self; kill -USR1 $PPID; sleep 1000");
+        let (dir, runtime) = scratch("echo $$ > self; kill -USR1 $PPID; sleep 1000");
         let mut begun =
             tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined1()).unwrap();
         let runtime = Runtime { limit_sec: 1000, ..runtime };
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
         let commands = CommandLine::default();
         tokio::select! {
             ended = commands.start(&cli) => panic!("{ended:?}"),
             _ = begun.recv() => {}
         }
-        assert!(ends(&dir.join("self")));
-        fs::remove_dir_all(&dir).unwrap();
+        assert!(ends(&dir.path().join("self")));
     }
 
     #[tokio::test]
     async fn commands_for_a_container_run_one_after_the_other_and_children_left_behind_hold_nothing_up() {
         let script = "mkdir running || exit 9; sleep 1000 & sleep 0.05; rmdir running";
-        let (dir, runtime) = scratch("turns", script);
+        let (dir, runtime) = scratch(script);
         let runtime = Runtime { limit_sec: 60, ..runtime };
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
         let commands = CommandLine::default();
         let ran = futures_util::future::join_all((0..4).map(|_| commands.start(&cli))).await;
         assert!(ran.iter().all(Result::is_ok), "{ran:?}");
         assert!(cli.holder().unwrap().is_none());
-        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[tokio::test]
     async fn a_delete_that_does_not_end_frees_the_id() {
-        let (dir, runtime) = scratch("delete", "sleep 1000");
+        let (dir, runtime) = scratch("sleep 1000");
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
         assert!(cli.knows());
         CommandLine::default().delete(&cli).await.unwrap();
         assert!(!cli.knows());
-        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[tokio::test]
     async fn a_command_runs_with_the_oom_score_of_an_ordinary_process() {
-        let (dir, runtime) = scratch("oom", "cat /proc/self/oom_score_adj > score");
+        let (dir, runtime) = scratch("cat /proc/self/oom_score_adj > score");
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: &dir };
+        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
         CommandLine::default().start(&cli).await.unwrap();
-        assert_eq!(fs::read_to_string(dir.join("score")).unwrap(), "0\n");
-        fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("score")).unwrap(), "0\n");
     }
 }

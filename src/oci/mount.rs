@@ -360,11 +360,12 @@ pub fn shorten(data: &mut [String]) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tempfile::TempDir;
 
     #[test]
     fn a_mount_is_found_by_a_path_with_symlinks() {
-        let dir = std::env::temp_dir().join(format!("mount-test-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path();
         fs::create_dir_all(dir.join("real/rootfs")).unwrap();
         std::os::unix::fs::symlink("real", dir.join("link")).unwrap();
         let real = dir.canonicalize().unwrap().join("real/rootfs");
@@ -374,7 +375,6 @@ mod tests {
         std::os::unix::fs::symlink("/proc", &real).unwrap();
         assert_eq!(as_mounted(&dir.join("link/rootfs")), real);
         assert_eq!(as_mounted(Path::new("/no/such/rootfs")), Path::new("/no/such/rootfs"));
-        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
@@ -422,16 +422,16 @@ mod tests {
         assert_eq!(data, ["lowerdir=1/fs:2/fs:30/fs", "upperdir=/s/4/fs"]);
     }
 
-    fn scratch(name: &str) -> PathBuf {
-        let dir = std::env::temp_dir().join(format!("mount-test-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
-        fs::create_dir_all(dir.join("rootfs/inside")).unwrap();
+    fn scratch() -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("rootfs/inside")).unwrap();
         dir
     }
 
     #[test]
     fn a_target_stays_in_the_rootfs_whatever_symlinks_are_in_it() {
-        let dir = scratch("target");
+        let scratch = scratch();
+        let dir = scratch.path();
         let rootfs = dir.join("rootfs");
         let leads_to = |name: &str| fs::read_link(path_of(&target(&rootfs, name).unwrap())).unwrap();
         assert_eq!(leads_to(""), rootfs);
@@ -443,7 +443,6 @@ mod tests {
         std::os::unix::fs::symlink("/nowhere", rootfs.join("dangling")).unwrap();
         assert!(matches!(target(&rootfs, "dangling"), Err(Error::NoTarget { .. })));
         assert!(matches!(target(&rootfs, "../x"), Err(Error::Target { .. })));
-        fs::remove_dir_all(&dir).unwrap();
     }
 
     /// Runs in a thread with a mount namespace of its own; nothing where that is not allowed.
@@ -473,41 +472,44 @@ mod tests {
     #[test]
     fn everything_at_and_below_a_path_is_unmounted() {
         in_own_mount_namespace(|| {
-            let dir = scratch("all");
+            let scratch = scratch();
+            let dir = scratch.path();
             let rootfs = dir.join("rootfs");
             for at in [rootfs.clone(), rootfs.clone(), rootfs.join("a"), rootfs.join("a/b c")] {
                 tmpfs(&at);
             }
             tmpfs(&dir.join("rootfs-of-another"));
             unmount_all(&rootfs).unwrap();
-            assert_eq!(points(&dir), [dir.join("rootfs-of-another")]);
+            assert_eq!(points(dir), [dir.join("rootfs-of-another")]);
             // Mounts below a path that is none itself.
             for at in [rootfs.join("a"), rootfs.join("a"), rootfs.join("a/b")] {
                 tmpfs(&at);
             }
             unmount_all(&rootfs).unwrap();
-            assert_eq!(points(&dir), [dir.join("rootfs-of-another")]);
+            assert_eq!(points(dir), [dir.join("rootfs-of-another")]);
         });
     }
 
     #[test]
     fn a_symlink_in_place_of_a_directory_leads_to_no_other_mount() {
         in_own_mount_namespace(|| {
-            let dir = scratch("link");
+            let scratch = scratch();
+            let dir = scratch.path();
             let (rootfs, other) = (dir.join("rootfs"), dir.join("other"));
             tmpfs(&other.join("m"));
             std::os::unix::fs::symlink(&other, rootfs.join("a")).unwrap();
             let place = open_beneath(&rootfs, Path::new("a/m"), ResolveFlag::RESOLVE_NO_SYMLINKS);
             assert_eq!(place.map(drop), Err(Errno::ELOOP));
             unmount_all(&rootfs).unwrap();
-            assert_eq!(points(&dir), [other.join("m")]);
+            assert_eq!(points(dir), [other.join("m")]);
         });
     }
 
     #[test]
     fn a_read_only_bind_mount_is_read_only() {
         in_own_mount_namespace(|| {
-            let dir = scratch("bind");
+            let scratch = scratch();
+            let dir = scratch.path();
             let rootfs = dir.join("rootfs");
             let item = |target: &str, options: &[&str]| Mount {
                 kind: "bind".to_owned(),
@@ -520,7 +522,7 @@ mod tests {
             let refused = fs::write(rootfs.join("rootfs/inside/file"), "").unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
             unmount_all(&rootfs).unwrap();
-            assert!(points(&dir).is_empty());
+            assert!(points(dir).is_empty());
         });
     }
 

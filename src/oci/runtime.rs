@@ -265,9 +265,8 @@ mod tests {
 
     #[test]
     fn the_last_error_of_the_log_is_the_reason() {
-        let dir = std::env::temp_dir().join(format!("runtime-test-{}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
-        let log = dir.join("create.log");
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("create.log");
         let text = concat!(
             "{\"level\":\"warning\",\"msg\":\"a\",\"time\":\"t\"}\n",
             "{\"level\":\"error\",\"msg\":\"first\",\"time\":\"t\"}\n",
@@ -278,8 +277,7 @@ mod tests {
         assert_eq!(last_error(&log).unwrap(), "exec: \"nope\": executable file not found in $PATH");
         fs::write(&log, "{\n  \"msg\": \"over {two} lines\",\n  \"level\": \"error\"\n}").unwrap();
         assert_eq!(last_error(&log).unwrap(), "over {two} lines");
-        assert_eq!(last_error(&dir.join("none.log")), None);
-        fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(last_error(&dir.path().join("none.log")), None);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::cgroup;
 use crate::cgroup::watch::Watch;
 use crate::effects::{Effects, Failure};
 use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey, UnitName};
+use crate::launch::fake::FakeLaunch;
 use crate::oci::options;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::services::{Attempt, Error, Shim};
@@ -79,6 +80,8 @@ pub(crate) struct World {
     pub(crate) effects: Arc<Effects>,
     /// The node's systemd.
     pub(crate) systemd: Arc<FakeSystemd>,
+    /// What runs in its units.
+    pub(crate) launch: Arc<FakeLaunch>,
     /// The task.
     pub(crate) task: TaskKey,
     /// What containerd has accepted: when it happened, its place in the task's order, and what.
@@ -93,9 +96,10 @@ impl World {
         fs::create_dir_all(root.join("bundle")).unwrap();
         fs::write(root.join("bundle/config.json"), "{}").unwrap();
         let effects = Effects::of(&root.join("state"));
-        let systemd = FakeSystemd::new(effects.clone(), Store::new(root.join("state")));
+        let launch = FakeLaunch::new(Store::new(root.join("state")));
+        let systemd = FakeSystemd::new(effects.clone(), launch.clone());
         let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
-        Self { root, effects, systemd, task, accepted: Arc::default() }
+        Self { root, effects, systemd, launch, task, accepted: Arc::default() }
     }
 
     /// The task's init process.

@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
+use crate::launch::fake::Launches;
 use crate::services::{Attempt, Error};
 use crate::task::phase::Exit;
-use crate::unit::fake::Launches;
 
 use super::Status;
 use super::harness::{Step, World};
@@ -107,22 +107,22 @@ fn an_exec_whose_unit_is_unloaded_counts_as_killed() {
 #[test]
 fn a_create_whose_launch_fails_says_why_and_leaves_nothing() {
     let world = World::new("launch-fails");
-    world.systemd.launches(Launches::Fail("no such file".to_owned()));
+    world.launch.set(Launches::Fail("no such file".to_owned()));
     let failed = world.take(&[Step::Create], Attempt::First).unwrap();
     assert!(matches!(failed, Err(Error::Launch(reason)) if reason == "no such file"));
     assert_eq!(world.remains(), Vec::<String>::new());
     assert_eq!(world.events(), Vec::<&str>::new());
-    world.systemd.launches(Launches::Work);
+    world.launch.set(Launches::Work);
     world.take(&UP, Attempt::First).unwrap().unwrap();
 }
 
 #[test]
 fn an_exec_whose_launch_fails_can_be_started_again() {
     let world = up("exec-fails", &WITH_EXEC[..3]);
-    world.systemd.launches(Launches::Fail("no such program".to_owned()));
+    world.launch.set(Launches::Fail("no such program".to_owned()));
     let failed = world.take(&[Step::StartExec], Attempt::First).unwrap();
     assert!(matches!(failed, Err(Error::Launch(reason)) if reason == "no such program"));
-    world.systemd.launches(Launches::Work);
+    world.launch.set(Launches::Work);
     world.take(&[Step::StartExec, Step::EndExec, Step::DeleteExec], Attempt::First).unwrap().unwrap();
     assert_eq!(world.events(), ["create", "start", "exec-added", "exec-started", "exec-exit"]);
 }

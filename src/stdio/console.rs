@@ -102,10 +102,6 @@ mod tests {
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
 
-    fn path(name: &str) -> PathBuf {
-        std::env::temp_dir().join(format!("console-test-{}", std::process::id())).join(name)
-    }
-
     fn send(path: &Path, fds: &[std::os::fd::RawFd]) {
         let runtime = UnixStream::connect(path).unwrap();
         let (name, rights) = ([IoSlice::new(b"/dev/ptmx")], [ControlMessage::ScmRights(fds)]);
@@ -114,7 +110,8 @@ mod tests {
 
     #[test]
     fn the_terminal_that_is_sent_arrives_and_the_socket_goes() {
-        let path = path("ok");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/console");
         let console = Console::listen(&path).unwrap();
         let flags = OFlag::O_RDWR | OFlag::O_NOCTTY;
         let master = posix_openpt(flags).unwrap();
@@ -139,7 +136,8 @@ mod tests {
             (vec![null.as_raw_fd()], "something else"),
             (vec![master.as_raw_fd(), null.as_raw_fd()], "more than one"),
         ] {
-            let path = path("odd");
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("made/console");
             let console = Console::listen(&path).unwrap();
             send(&path, &fds);
             let error = console.receive(Duration::from_secs(5)).unwrap_err();
@@ -149,14 +147,16 @@ mod tests {
 
     #[test]
     fn a_terminal_that_does_not_come_is_given_up() {
-        let console = Console::listen(&path("none")).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let console = Console::listen(&dir.path().join("console")).unwrap();
         let error = console.receive(Duration::from_millis(10)).unwrap_err();
         assert!(error.to_string().contains("receive a terminal"), "{error}");
     }
 
     #[test]
     fn a_message_without_a_descriptor_is_refused() {
-        let path = path("empty");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/console");
         let console = Console::listen(&path).unwrap();
         UnixStream::connect(&path).unwrap().write_all(b"hello").unwrap();
         assert!(console.receive(Duration::from_secs(5)).is_err());

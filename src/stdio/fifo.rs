@@ -182,38 +182,37 @@ fn has_reader(writer: &File) -> io::Result<bool> {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
+    use tempfile::TempDir;
 
-    fn scratch(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("fifo-test-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
+    /// A FIFO, and the directory that it is in.
+    fn scratch() -> (TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
         make(&path).unwrap();
-        path
+        (dir, path)
     }
 
     #[test]
     fn an_output_without_a_reader_is_given_up() {
-        let path = scratch("no-reader");
+        let (_dir, path) = scratch();
         let error = open_output(&path, Duration::from_millis(20)).unwrap_err();
         assert!(matches!(error, Error::NoReader { .. }), "{error}");
-        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]
     fn a_reader_that_comes_later_is_waited_for() {
-        let path = scratch("late-reader");
+        let (_dir, path) = scratch();
         let reader = path.clone();
-        let waiting = std::thread::spawn(move || open_output(&path, Duration::from_secs(30)).map(|_| path));
+        let waiting = std::thread::spawn(move || open_output(&path, Duration::from_secs(30)).map(drop));
         // The open returns once the other thread has the writing end.
         let mut options = OpenOptions::new();
-        let opened = options.read(true).open(&reader).unwrap();
-        let path = waiting.join().unwrap().unwrap();
-        drop(opened);
-        std::fs::remove_file(&path).unwrap();
+        let _opened = options.read(true).open(&reader).unwrap();
+        waiting.join().unwrap().unwrap();
     }
 
     #[test]
     fn what_was_written_waits_for_the_next_reader() {
-        let path = scratch("come-back");
+        let (_dir, path) = scratch();
         let first = open_reader(&path).unwrap();
         let mut output = open_output(&path, Duration::from_secs(5)).unwrap();
         drop(first);
@@ -223,6 +222,5 @@ mod tests {
         let mut text = String::new();
         second.read_to_string(&mut text).unwrap();
         assert_eq!(text, "still here");
-        std::fs::remove_file(&path).unwrap();
     }
 }

@@ -120,20 +120,19 @@ mod tests {
 
     #[test]
     fn the_last_answer_is_found_after_a_restart() {
-        let root = std::env::temp_dir().join(format!("answers-test-{}", std::process::id()));
-        let answers = Answers::open(&root).unwrap();
+        let root = tempfile::tempdir().unwrap();
+        let answers = Answers::open(root.path()).unwrap();
         let deleted = |pid| Deleted { pid, exit: Some(Exit { status: 7, at_usec: u64::MAX }) };
         assert_eq!(answers.find(&key(None)), None);
         for pid in 0..u32::try_from(PLACES).unwrap() + 3 {
             answers.keep(&key(None), deleted(pid)).unwrap();
         }
         answers.keep(&key(Some("e")), Deleted { pid: 0, exit: None }).unwrap();
-        let again = Answers::open(&root).unwrap();
+        let again = Answers::open(root.path()).unwrap();
         assert_eq!(again.find(&key(None)), Some(deleted(u32::try_from(PLACES).unwrap() + 2)));
         assert_eq!(again.find(&key(Some("e"))), Some(Deleted { pid: 0, exit: None }));
         again.keep(&key(None), deleted(1)).unwrap();
         assert_eq!(again.find(&key(None)), Some(deleted(1)));
-        std::fs::remove_dir_all(root).unwrap();
     }
 
     #[test]

@@ -6,20 +6,12 @@ use crate::task::phase::{Event, Phase};
 use crate::task::{Face, Placement};
 use std::sync::Arc;
 
-struct Scratch(PathBuf);
+use tempfile::TempDir;
 
-impl Scratch {
-    fn new(name: &str) -> (Self, Store) {
-        let dir = std::env::temp_dir().join(format!("store-test-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
-        (Self(dir.clone()), Store::new(dir))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+fn scratch() -> (TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::new(dir.path());
+    (dir, store)
 }
 
 fn task(id: &str) -> Task {
@@ -80,7 +72,7 @@ fn load(store: &Store) -> Task {
 
 #[test]
 fn a_record_comes_back_as_it_was_written() {
-    let (_scratch, store) = Scratch::new("round-trip");
+    let (_scratch, store) = scratch();
     let mut a = task("a");
     store.create(&a, b"").unwrap();
     let before = a.clone();
@@ -108,7 +100,7 @@ fn a_record_comes_back_as_it_was_written() {
 
 #[test]
 fn a_change_costs_the_same_however_many_execs_there_are() {
-    let (_scratch, store) = Scratch::new("many");
+    let (_scratch, store) = scratch();
     let mut a = task("a");
     store.create(&a, b"").unwrap();
     for number in 0..100 {
@@ -123,7 +115,7 @@ fn a_change_costs_the_same_however_many_execs_there_are() {
 
 #[test]
 fn a_record_of_the_version_before_is_read_and_becomes_a_present_one() {
-    let (_scratch, store) = Scratch::new("version-1");
+    let (_scratch, store) = scratch();
     let mut a = task("a");
     store.create(&a, b"").unwrap();
     a = with_exec(&store, &a, "one");
@@ -143,7 +135,7 @@ fn a_record_of_the_version_before_is_read_and_becomes_a_present_one() {
 
 #[test]
 fn a_whole_record_counts_until_it_is_in_its_parts() {
-    let (_scratch, store) = Scratch::new("whole");
+    let (_scratch, store) = scratch();
     let mut a = task("a");
     store.create(&a, b"").unwrap();
     a = with_exec(&store, &a, "one");
@@ -160,7 +152,7 @@ fn a_whole_record_counts_until_it_is_in_its_parts() {
 
 #[test]
 fn what_can_be_written_can_be_read_and_a_note_has_room_after_any_decision() {
-    let (_scratch, store) = Scratch::new("large");
+    let (_scratch, store) = scratch();
     let mut a = task("a");
     store.create(&a, b"").unwrap();
     let before = a.clone();
@@ -174,7 +166,7 @@ fn what_can_be_written_can_be_read_and_a_note_has_room_after_any_decision() {
 #[test]
 fn a_record_that_changes_takes_no_new_room() {
     use std::os::unix::fs::MetadataExt;
-    let (_scratch, store) = Scratch::new("turns");
+    let (_scratch, store) = scratch();
     let mut a = task("a");
     a.face.description = "x".repeat(3 * 4096);
     store.create(&a, b"").unwrap();
@@ -203,15 +195,15 @@ fn a_record_that_changes_takes_no_new_room() {
 
 #[test]
 fn the_last_task_takes_the_directories_along() {
-    let (scratch, store) = Scratch::new("empty");
+    let (scratch, store) = scratch();
     store.create(&task("a"), b"").unwrap();
     store.remove(&task("a").key).unwrap();
-    assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn a_broken_record_is_named_and_hides_no_other() {
-    let (_scratch, store) = Scratch::new("broken");
+    let (_scratch, store) = scratch();
     store.create(&task("a"), b"").unwrap();
     store.create(&task("b"), b"").unwrap();
     let path = store.dir(&task("a").key).join(RECORD);
@@ -224,7 +216,7 @@ fn a_broken_record_is_named_and_hides_no_other() {
 
 #[test]
 fn a_newer_record_is_refused_and_left_untouched() {
-    let (_scratch, store) = Scratch::new("newer");
+    let (_scratch, store) = scratch();
     store.create(&task("a"), b"").unwrap();
     let path = store.dir(&task("a").key).join(RECORD);
     fs::write(&path, "{\"version\":99,\"task\":{\"from\":\"the future\"}}").unwrap();
@@ -234,7 +226,7 @@ fn a_newer_record_is_refused_and_left_untouched() {
 
 #[test]
 fn owed_events_outlive_the_task_and_go_when_accepted() {
-    let (_scratch, store) = Scratch::new("owed");
+    let (_scratch, store) = scratch();
     let mut a = task("a");
     a.apply(Event::Created { pid: 7 }, 1).unwrap();
     let owing = store.keep_owed(&a).unwrap();
@@ -246,7 +238,7 @@ fn owed_events_outlive_the_task_and_go_when_accepted() {
 
 #[test]
 fn what_has_no_record_is_removed_and_what_was_set_aside_is_kept() {
-    let (_scratch, store) = Scratch::new("remains");
+    let (_scratch, store) = scratch();
     let all = ["recorded", "half-removed", "set-aside"].map(task);
     all.iter().for_each(|task| store.create(task, b"A=1").unwrap());
     let [recorded, half_removed, set_aside] = all.map(|task| task.key);
@@ -263,7 +255,7 @@ fn what_has_no_record_is_removed_and_what_was_set_aside_is_kept() {
 
 #[test]
 fn the_directory_of_a_namespace_goes_with_the_last_remains() {
-    let (_scratch, store) = Scratch::new("last-remains");
+    let (_scratch, store) = scratch();
     fs::create_dir_all(store.dir(&task("a").key)).unwrap();
     store.remove_remains().unwrap();
     assert_eq!(entries(&store.root).unwrap(), [""; 0]);

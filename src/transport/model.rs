@@ -7,7 +7,6 @@ use std::io::{self, Read, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -276,8 +275,8 @@ async fn a_request_that_crashes_two_daemons_is_answered_by_the_third_and_others_
         let rest = request(payload).write_to_bytes().unwrap();
         near.write_all(&frame(stream, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
     }
-    let path: PathBuf = std::env::temp_dir().join(format!("model-test-crashes-{}", std::process::id()));
-    let _ = std::fs::remove_file(&path);
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("crashes");
     let poison = Suspect::request(1, "s", "Do", b"poison");
     for life in 0..=LIMIT {
         let mut streams = Vec::new();
@@ -296,7 +295,6 @@ async fn a_request_that_crashes_two_daemons_is_answered_by_the_third_and_others_
             server.die(&Crashes::read(&path).unwrap());
         }
     }
-    std::fs::remove_file(&path).unwrap();
     let durable = server.durable.take().unwrap();
     let _durable = durable.flushed().await.unwrap();
     let mut space = [0; 4096];

@@ -1,13 +1,11 @@
-//! A systemd for tests: it keeps units in memory and does what `launch` would do in them.
+//! A systemd for tests: it keeps units in memory. What runs in them is up to [`Programs`].
 //!
 //! Processes are real ones that sleep: signals reach them, and their numbers are nobody else's. Every call is an
 //! effect (`effects`), which a test can stop at or let fail.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -15,12 +13,7 @@ use async_trait::async_trait;
 
 use crate::cgroup::fake as cgroup;
 use crate::effects::{Effects, Failure};
-use crate::id::{ExecId, UnitName};
-use crate::launch::contract::{EXEC_PID_FILE, LAUNCH_ERROR, OUTCOME, Outcome, PID_FILE};
-use crate::launch::pipes::DOORBELL;
-use crate::store::{Found, Store};
-use crate::suspect::Crashes;
-use crate::task::{Placement, Task};
+use crate::id::UnitName;
 
 use super::annotation::{Additions, Types};
 use super::error::Error;
@@ -50,16 +43,18 @@ impl Unit {
 
 /// A process that sleeps until it is killed.
 #[derive(Debug)]
-struct Sleeper(Child);
+pub struct Sleeper(Child);
 
 impl Sleeper {
-    fn spawn() -> Self {
+    /// Starts the process.
+    pub fn spawn() -> Self {
         let mut command = Command::new("sleep");
         command.arg("1000").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Self(command.spawn().unwrap())
     }
 
-    fn pid(&self) -> u32 {
+    /// Its pid.
+    pub fn pid(&self) -> u32 {
         self.0.id()
     }
 
@@ -75,20 +70,37 @@ impl Drop for Sleeper {
     }
 }
 
-/// What the next launches do.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Launches {
-    /// They succeed.
-    #[default]
-    Work,
-    /// They fail for this reason.
-    Fail(String),
+/// What runs in the units.
+pub trait Programs: Send + Sync {
+    /// Runs what a unit is for.
+    fn start(&self, unit: &UnitName) -> Started;
+}
+
+/// What has come of the start of a unit.
+pub enum Started {
+    /// The unit is active. Nobody asks for its process.
+    Empty,
+    /// The unit has failed.
+    Failed,
+    /// The unit is active, and this is its main process: `Type=forking`.
+    Forked {
+        /// The main process.
+        process: Sleeper,
+        /// The cgroup of the process, below the unit's.
+        cgroup: PathBuf,
+    },
+    /// The unit is being started while this process runs: `Type=oneshot`.
+    Oneshot {
+        /// The main process.
+        process: Sleeper,
+        /// The cgroup of the process, which belongs to another unit.
+        cgroup: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Default)]
 struct State {
     units: BTreeMap<UnitName, Unit>,
-    launches: Launches,
     observations: Arc<Observations>,
     /// How many containers have been launched.
     launched: usize,
@@ -99,15 +111,15 @@ struct State {
 /// A systemd.
 pub struct FakeSystemd {
     effects: Arc<Effects>,
-    store: Store,
+    programs: Arc<dyn Programs>,
     jobs: Jobs,
     state: Mutex<State>,
 }
 
 impl FakeSystemd {
-    /// One without units, whose launches read their records from `store`.
-    pub fn new(effects: Arc<Effects>, store: Store) -> Arc<Self> {
-        Arc::new(Self { effects, store, jobs: Jobs::default(), state: Mutex::default() })
+    /// One without units.
+    pub fn new(effects: Arc<Effects>, programs: Arc<dyn Programs>) -> Arc<Self> {
+        Arc::new(Self { effects, programs, jobs: Jobs::default(), state: Mutex::default() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -133,11 +145,6 @@ impl FakeSystemd {
     pub fn units(&self) -> Vec<(String, &'static str)> {
         let state = self.state();
         state.units.iter().map(|(name, unit)| (name.to_string(), unit.active)).collect()
-    }
-
-    /// What the next launches do.
-    pub fn launches(&self, launches: Launches) {
-        self.state().launches = launches;
     }
 
     /// The main process of a unit ends with this exit code, and nobody is told.
@@ -209,73 +216,17 @@ impl FakeSystemd {
         if state.units.contains_key(name) {
             return Err(Error::Exists { unit: name.to_string() });
         }
-        let mut unit = self.launch(name, &state.launches);
+        let mut unit = match self.programs.start(name) {
+            Started::Empty => Unit { active: "active", ..Unit::default() },
+            Started::Failed => Unit { active: "failed", ..Unit::default() },
+            Started::Forked { process, cgroup } => running("active", process, Some(cgroup)),
+            Started::Oneshot { process, cgroup } => running("activating", process, cgroup),
+        };
         unit.is_referenced = is_referenced;
         // Only units of containers are referenced.
         state.launched += usize::from(is_referenced);
         state.units.insert(name.clone(), unit);
         Ok(StartJob { waiter, job: None })
-    }
-
-    fn launch(&self, name: &UnitName, launches: &Launches) -> Unit {
-        let records = self.store.load_all(&Crashes::default()).unwrap_or_default();
-        for Found { task, .. } in records.into_iter().flatten() {
-            if task.unit == *name {
-                return self.launch_container(&task, launches);
-            }
-            if let Some((id, _)) = task.execs.iter().find(|(_, exec)| exec.unit == *name) {
-                return self.launch_exec(&task, id, launches);
-            }
-        }
-        Unit { active: "active", ..Unit::default() }
-    }
-
-    fn launch_container(&self, task: &Task, launches: &Launches) -> Unit {
-        let dir = self.store.dir(&task.key);
-        if let Launches::Fail(reason) = launches {
-            fs::write(dir.join(LAUNCH_ERROR), reason).unwrap();
-            return Unit { active: "failed", ..Unit::default() };
-        }
-        let (unit, place) = match &task.placement {
-            Placement::Unit { slice, child } => {
-                let unit = Path::new("/").join(slice.as_str()).join(task.unit.as_str());
-                (unit.clone(), unit.join(child))
-            }
-            Placement::Foreign { path, .. } => (path.clone(), path.clone()),
-        };
-        let child = Sleeper::spawn();
-        cgroup::make(&unit);
-        cgroup::make(&place);
-        cgroup::place(&place, child.pid());
-        let kept = task.runtime.root.join(task.key.id.as_str());
-        fs::create_dir_all(&kept).unwrap();
-        fs::write(kept.join("exec.fifo"), "").unwrap();
-        fs::write(dir.join(PID_FILE), child.pid().to_string()).unwrap();
-        running("active", child, Some(place))
-    }
-
-    fn launch_exec(&self, task: &Task, id: &ExecId, launches: &Launches) -> Unit {
-        let dir = self.store.exec_dir(&task.key, id);
-        let (unit, outcome) = match launches {
-            Launches::Fail(reason) => {
-                let unit = Unit { active: "failed", ..Unit::default() };
-                (unit, Outcome::Failed { reason: reason.clone() })
-            }
-            Launches::Work => {
-                let child = Sleeper::spawn();
-                let pid = child.pid();
-                if let Some(place) = &task.cgroup {
-                    cgroup::place(place, pid);
-                }
-                fs::write(dir.join(EXEC_PID_FILE), pid.to_string()).unwrap();
-                (running("activating", child, task.cgroup.clone()), Outcome::Started { pid })
-            }
-        };
-        // Not by way of the store: what happens in a unit is no effect of the daemon.
-        fs::write(dir.join(OUTCOME), serde_json::to_vec(&outcome).unwrap()).unwrap();
-        let mut options = fs::OpenOptions::new();
-        let _ = options.write(true).custom_flags(nix::libc::O_NONBLOCK).open(dir.join(DOORBELL));
-        unit
     }
 
     fn stop_now(&self, name: &UnitName) {

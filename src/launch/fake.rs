@@ -1,0 +1,106 @@
+//! `launch` for tests, as a fake systemd runs it: it leaves the files that `launch` would leave in a unit, and a process
+//! that sleeps.
+
+use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::cgroup::fake as cgroup;
+use crate::id::{ExecId, UnitName};
+use crate::store::{Found, Store};
+use crate::suspect::Crashes;
+use crate::task::{Placement, Task};
+use crate::unit::fake::{Programs, Sleeper, Started};
+
+use super::contract::{EXEC_PID_FILE, LAUNCH_ERROR, OUTCOME, Outcome, PID_FILE};
+use super::pipes::DOORBELL;
+
+/// What the next launches do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Launches {
+    /// They succeed.
+    #[default]
+    Work,
+    /// They fail for this reason.
+    Fail(String),
+}
+
+/// The `launch` of every unit.
+pub struct FakeLaunch {
+    store: Store,
+    launches: Mutex<Launches>,
+}
+
+impl FakeLaunch {
+    /// One that reads records from `store`.
+    pub fn new(store: Store) -> Arc<Self> {
+        Arc::new(Self { store, launches: Mutex::default() })
+    }
+
+    /// Determines what the next launches do.
+    pub fn set(&self, launches: Launches) {
+        *self.launches.lock().unwrap_or_else(PoisonError::into_inner) = launches;
+    }
+
+    fn launch_container(&self, task: &Task, launches: &Launches) -> Started {
+        let dir = self.store.dir(&task.key);
+        if let Launches::Fail(reason) = launches {
+            fs::write(dir.join(LAUNCH_ERROR), reason).unwrap();
+            return Started::Failed;
+        }
+        let (unit, place) = match &task.placement {
+            Placement::Unit { slice, child } => {
+                let unit = Path::new("/").join(slice.as_str()).join(task.unit.as_str());
+                (unit.clone(), unit.join(child))
+            }
+            Placement::Foreign { path, .. } => (path.clone(), path.clone()),
+        };
+        let process = Sleeper::spawn();
+        cgroup::make(&unit);
+        cgroup::make(&place);
+        cgroup::place(&place, process.pid());
+        let state = task.runtime.root.join(task.key.id.as_str());
+        fs::create_dir_all(&state).unwrap();
+        fs::write(state.join("exec.fifo"), "").unwrap();
+        fs::write(dir.join(PID_FILE), process.pid().to_string()).unwrap();
+        Started::Forked { process, cgroup: place }
+    }
+
+    fn launch_exec(&self, task: &Task, id: &ExecId, launches: &Launches) -> Started {
+        let dir = self.store.exec_dir(&task.key, id);
+        let (started, outcome) = match launches {
+            Launches::Fail(reason) => (Started::Failed, Outcome::Failed { reason: reason.clone() }),
+            Launches::Work => {
+                let process = Sleeper::spawn();
+                let pid = process.pid();
+                if let Some(place) = &task.cgroup {
+                    cgroup::place(place, pid);
+                }
+                fs::write(dir.join(EXEC_PID_FILE), pid.to_string()).unwrap();
+                (Started::Oneshot { process, cgroup: task.cgroup.clone() }, Outcome::Started { pid })
+            }
+        };
+        // Not by way of the store: what happens in a unit is no effect of the daemon.
+        fs::write(dir.join(OUTCOME), serde_json::to_vec(&outcome).unwrap()).unwrap();
+        let mut options = fs::OpenOptions::new();
+        let _ = options.write(true).custom_flags(nix::libc::O_NONBLOCK).open(dir.join(DOORBELL));
+        started
+    }
+}
+
+impl Programs for FakeLaunch {
+    fn start(&self, unit: &UnitName) -> Started {
+        let launches = self.launches.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let records = self.store.load_all(&Crashes::default()).unwrap_or_default();
+        for Found { task, .. } in records.into_iter().flatten() {
+            if task.unit == *unit {
+                return self.launch_container(&task, &launches);
+            }
+            if let Some((id, _)) = task.execs.iter().find(|(_, exec)| exec.unit == *unit) {
+                return self.launch_exec(&task, id, &launches);
+            }
+        }
+        Started::Empty
+    }
+}
