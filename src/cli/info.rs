@@ -1,16 +1,16 @@
 //! `-info`: prints the version and the features of the runtime, for containerd.
 
-use std::process::{Command, Stdio};
-
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
 use crate::api::convert;
 use crate::id::Namespace;
+use crate::oci::features;
+use crate::oci::options::Source;
 
 use super::arguments::Global;
-use super::{Failure, print, read_stdin};
+use super::{Failure, print, read_stdin, say};
 
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
@@ -35,17 +35,14 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     print(&info.write_to_bytes().map_err(Failure::new)?)
 }
 
-/// The output of the OCI runtime for `features`; `None` if the OCI runtime is too old for this command.
-fn features(source: crate::oci::options::Source, global: &Global) -> Option<Vec<u8>> {
+/// The features of the OCI runtime; `None`, with a warning on standard error, if they are not known. containerd's clients
+/// then offer nothing that depends on them, such as user namespaces and recursive read-only mounts.
+fn features(source: Source, global: &Global) -> Option<Vec<u8>> {
     let namespace = Namespace::new(&global.namespace).or_else(|_| Namespace::new("default")).ok()?;
     let path = std::env::var("PATH").unwrap_or_default();
-    let runtime = source.read().ok()?.resolve(&namespace, &path).ok()?;
-    let output = Command::new(runtime.binary)
-        .arg("features")
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    let is_json = serde_json::from_slice::<serde::de::IgnoredAny>(&output.stdout).is_ok();
-    (output.status.success() && is_json).then_some(output.stdout)
+    let read = || -> Result<Vec<u8>, Failure> {
+        let runtime = source.read().and_then(|options| options.resolve(&namespace, &path));
+        features::read(runtime.map_err(Failure::new)?.binary).map_err(Failure::new)
+    };
+    read().map_err(|error| say(&format!("the features of the OCI runtime are not known: {error}"))).ok()
 }

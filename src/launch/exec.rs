@@ -6,12 +6,12 @@ use nix::sys::prctl::set_child_subreaper;
 use crate::oci::runtime;
 use crate::task::phase::Exit;
 
-use super::bounded::{self, End};
 use super::contract::{EXEC_PID_FILE, Outcome, PROCESS_SPEC};
 use super::error::{Error, system};
 use super::process::Process;
 use super::streams::Streams;
 use super::{cgroup, handoff, inherited, namespaces, report};
+use crate::sys::bounded::{self, End};
 
 /// If the process ended before systemd had it, this process ends in the same way instead of returning.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {

@@ -4,12 +4,11 @@
 //! |---|---|
 //! | both | [`contract`] (arguments, environment, file names, outcome), [`pipes`], [`report`], [`cgroup`] |
 //! | the daemon | [`command`] |
-//! | the unit | `process`, `container`, `exec`, `logger`, `streams`, `inherited`, `namespaces`, `bounded`, `handoff` |
+//! | the unit | `process`, `container`, `exec`, `logger`, `streams`, `inherited`, `namespaces`, `handoff` |
 //!
 //! In the unit: one thread, no async runtime, and nothing that stays. `launch` reads the record that the daemon has
 //! written, prepares what the OCI runtime (or a logger) needs, and becomes it.
 
-mod bounded;
 pub mod cgroup;
 pub mod command;
 mod container;

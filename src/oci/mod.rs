@@ -5,6 +5,7 @@ pub mod canonical;
 pub mod command;
 pub mod devices;
 pub mod face;
+pub mod features;
 pub mod mount;
 pub mod options;
 pub mod process;

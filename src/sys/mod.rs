@@ -1,6 +1,7 @@
 //! Descriptors of processes, sockets and terminals, by calls that nix lacks; the only `unsafe` of the project is
 //! for what rustix lacks too.
 
+pub mod bounded;
 pub mod child;
 pub mod crash;
 mod receive;

@@ -1,17 +1,22 @@
 //! The binary that containerd runs: `start` in the language of each containerd, `delete`, and what a person gets.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
 use serde_json::Value;
 
 use crate::common::node::{CONTAINERD_SOCKET, NAMESPACE, Node, unique};
 use crate::common::shim::{self, BINARY, Bundle};
 use crate::common::spec::Spec;
+use crate::common::stdio::Scratch;
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{process, systemd, wait};
 
@@ -196,6 +201,30 @@ fn a_person_gets_usage_version_and_features() {
     let unknown = shim::with_stdin(Command::new(BINARY).arg("frobnicate"), &[]);
     assert_ne!(unknown.code, Some(0));
     assert!(unknown.stderr.contains("frobnicate"), "{}", unknown.stderr);
+}
+
+#[test]
+fn the_features_of_a_runtime_that_hangs_or_prints_for_ever_are_left_out() {
+    needs!(OurShim);
+    let _node = Node::shared();
+    let scratch = Scratch::new("features");
+    let child = scratch.join("child");
+    let hangs = format!("setsid sleep 1000 & echo $! >{}; sleep 1000", child.display());
+    for script in [hangs.as_str(), "exec cat /dev/zero", "exit 3"] {
+        let runtime = scratch.join("runc");
+        fs::write(&runtime, format!("#!/bin/sh\nPATH=/usr/bin:/bin\n{script}\n")).expect("write the runtime");
+        fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).expect("make it a program");
+        let asked = Instant::now();
+        let info = shim::with_stdin(Command::new(BINARY).arg("-info").env("PATH", scratch.as_str()), &[]);
+        assert!(asked.elapsed() < Duration::from_secs(20), "{script}: {:?}", asked.elapsed());
+        assert_eq!(info.code, Some(0), "{script}: {}", info.stderr);
+        assert!(info.stderr.contains("features"), "{script}: {}", info.stderr);
+        let info = RuntimeInfo::parse_from_bytes(&info.stdout).expect("RuntimeInfo");
+        assert_eq!(info.name, "io.containerd.systemd.v1");
+        assert!(info.features.is_none(), "{script}: {info:?}");
+    }
+    let left = fs::read_to_string(&child).expect("the number of the process that the runtime left");
+    assert!(!process::exists(left.trim().parse().expect("a number")), "process {left} is still there");
 }
 
 #[test]

@@ -10,14 +10,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::{sys, telemetry};
+use crate::telemetry;
 
 /// How long what a command has started may take to end after SIGKILL.
 const DEATH_LIMIT: Duration = Duration::from_secs(5);
 
 /// How a command ended.
 #[derive(Debug)]
-pub(super) enum End {
+pub enum End {
     /// By itself.
     Exited(ExitStatus),
     /// It was killed, with all that it had started: it took too long.
@@ -30,7 +30,7 @@ pub(super) enum End {
 ///
 /// # Errors
 /// The command can't be run.
-pub(super) fn run(command: &mut Command, limit: Duration) -> io::Result<End> {
+pub fn run(command: &mut Command, limit: Duration) -> io::Result<End> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     // From here on SIGTERM waits until there is somebody to kill.
@@ -41,12 +41,12 @@ pub(super) fn run(command: &mut Command, limit: Duration) -> io::Result<End> {
 }
 
 fn spawn(command: &mut Command) -> io::Result<Child> {
-    sys::child::takes_all_signals(command);
+    super::child::takes_all_signals(command);
     command.spawn()
 }
 
 fn wait(mut child: Child, signals: &SigSet, limit: Duration) -> io::Result<End> {
-    let watched = sys::pidfd_open(child.id()).map_err(io::Error::from);
+    let watched = super::pidfd_open(child.id()).map_err(io::Error::from);
     let first = watched.and_then(|process| Ok(first_of(&process, signals, limit)?));
     match first {
         Ok(First::Ended) => Ok(End::Exited(child.wait()?)),
@@ -65,8 +65,8 @@ fn kill(end: End) -> End {
 }
 
 /// Kills all that this process, a subreaper, has started, and what that has started.
-pub(super) fn kill_all() {
-    if !sys::tree::kill_own_descendants(DEATH_LIMIT) {
+pub fn kill_all() {
+    if !super::tree::kill_own_descendants(DEATH_LIMIT) {
         telemetry::say("a process of the OCI runtime did not end after SIGKILL: it hangs in the kernel");
     }
 }

@@ -1,0 +1,136 @@
+//! What the OCI runtime says that it can do (its command `features`), for containerd and its clients.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::prctl::set_child_subreaper;
+
+use crate::sys::bounded::{self, End};
+
+/// How long the runtime may take. It only prints constants, and dockerd and CRI wait for it while they start.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// How much it may print: runc's features have some 10 KB.
+const MAX_BYTES: u32 = 1 << 20;
+
+/// Why the features are not known.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The runtime can't be run.
+    #[error("can't run {} features: {source}", .binary.display())]
+    Spawn {
+        /// The runtime.
+        binary: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The runtime was killed, because it took too long or this process was told to end.
+    #[error("{} features was killed: it had not ended after {} s", .binary.display(), LIMIT.as_secs())]
+    Killed {
+        /// The runtime.
+        binary: PathBuf,
+    },
+    /// The runtime failed: it is older than the command, or it printed more than it may.
+    #[error("{} features failed: {status}", .binary.display())]
+    Failed {
+        /// The runtime.
+        binary: PathBuf,
+        /// How it ended.
+        status: String,
+    },
+    /// What the runtime printed is not JSON.
+    #[error("{} features printed something that is not JSON", .binary.display())]
+    NotJson {
+        /// The runtime.
+        binary: PathBuf,
+    },
+}
+
+/// The features of an OCI runtime, in its own JSON. Blocks for [`LIMIT`] at most. Only for a process that has no other
+/// children: if the runtime takes too long, all children are killed.
+///
+/// # Errors
+/// [`Error`]
+pub fn read(binary: PathBuf) -> Result<Vec<u8>, Error> {
+    let ran = run(&binary);
+    match ran {
+        Err(source) => Err(Error::Spawn { binary, source }),
+        Ok((End::TimedOut | End::Terminated, _)) => Err(Error::Killed { binary }),
+        Ok((End::Exited(status), _)) if !status.success() => {
+            Err(Error::Failed { binary, status: status.to_string() })
+        }
+        Ok((End::Exited(_), printed)) => match serde_json::from_slice::<serde::de::IgnoredAny>(&printed) {
+            Ok(_) => Ok(printed),
+            Err(_) => Err(Error::NotJson { binary }),
+        },
+    }
+}
+
+fn run(binary: &Path) -> io::Result<(End, Vec<u8>)> {
+    // What the runtime starts can be killed then, even if it has cut itself off.
+    set_child_subreaper(true)?;
+    let mut output = bounded_file()?;
+    let mut command = Command::new(binary);
+    command.arg("features").stdin(Stdio::null()).stdout(output.try_clone()?).stderr(Stdio::null());
+    let end = bounded::run(&mut command, LIMIT)?;
+    // The file has its full size from the start. The position, which the runtime shares, is the end of what it printed.
+    let end_of_output = output.stream_position()?.min(MAX_BYTES.into());
+    output.rewind()?;
+    let mut printed = Vec::new();
+    output.take(end_of_output).read_to_end(&mut printed)?;
+    Ok((end, printed))
+}
+
+/// A file in memory that can't grow: a runtime that prints more gets an error, where a pipe would make it wait, or this
+/// process read for ever.
+fn bounded_file() -> io::Result<File> {
+    let file = File::from(memfd_create("features", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    file.set_len(MAX_BYTES.into())?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runtime(script: &str) -> (tempfile::TempDir, PathBuf) {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("runtime");
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn what_a_runtime_prints_in_pieces_is_read_whole() {
+        let (_dir, binary) =
+            runtime("[ \"$*\" = features ] && echo '{\"ociVersionMin\":' && echo '\"1.0.0\"}'");
+        assert_eq!(read(binary).unwrap(), b"{\"ociVersionMin\":\n\"1.0.0\"}\n");
+    }
+
+    #[test]
+    fn a_runtime_that_prints_for_ever_is_stopped() {
+        let (_dir, binary) = runtime("exec yes '{}'");
+        let error = read(binary).unwrap_err();
+        assert!(matches!(error, Error::Failed { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_runtime_without_features_is_told_from_one_that_prints_something_else() {
+        let (_dir, binary) = runtime("echo 'No help topic for features'; exit 3");
+        let error = read(binary).unwrap_err();
+        assert!(error.to_string().ends_with("features failed: exit status: 3"), "{error}");
+        let (_dir, binary) = runtime("echo hello");
+        assert!(matches!(read(binary).unwrap_err(), Error::NotJson { .. }));
+        let missing = read(PathBuf::from("/no/such/runtime")).unwrap_err();
+        assert!(matches!(missing, Error::Spawn { .. }), "{missing}");
+    }
+}
