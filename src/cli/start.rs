@@ -15,8 +15,8 @@ use protobuf::Message;
 
 use crate::api::messages::{BootstrapParams, BootstrapResult};
 use crate::id::TaskKey;
-use crate::launch::{inherited, namespaces};
-use crate::oci::bundle;
+use crate::launch::inherited;
+use crate::oci::{bundle, namespaces};
 use crate::task::request::Containerd;
 use crate::transport::sockets::{Leases, Socket};
 use crate::unit::manager::Manager;

@@ -10,6 +10,7 @@ use nix::sched::{CloneFlags, unshare};
 use crate::config;
 use crate::oci::bundle::{self, Edits};
 use crate::oci::mount as rootfs;
+use crate::oci::namespaces;
 use crate::store::Store;
 use crate::task::Placement;
 use crate::unit::name;
@@ -18,7 +19,7 @@ use super::contract::{LAUNCH_ERROR, NOTIFY_SOCKET, PID_FILE, WATCHDOG_USEC};
 use super::error::{Error, system};
 use super::process::Process;
 use super::streams::Streams;
-use super::{cgroup as launch_cgroup, inherited, namespaces};
+use super::{cgroup as launch_cgroup, inherited};
 
 /// Returns only if it fails, and leaves the reason for the daemon.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {

@@ -4,11 +4,11 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::id::ProcessKey;
-use crate::oci::{bundle, mount, runtime};
+use crate::oci::{bundle, mount, namespaces, runtime};
 use crate::stdio::fifo;
 use crate::{cgroup, store};
 
-use super::{handoff, namespaces};
+use super::handoff;
 
 /// Why nothing was launched.
 #[derive(Debug, thiserror::Error)]

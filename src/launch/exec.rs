@@ -3,19 +3,19 @@
 
 use nix::sys::prctl::set_child_subreaper;
 
-use crate::oci::runtime;
+use crate::oci::{namespaces, runtime};
 use crate::task::phase::Exit;
 
 use super::contract::{EXEC_PID_FILE, Outcome, PROCESS_SPEC};
 use super::error::{Error, system};
 use super::process::Process;
 use super::streams::Streams;
-use super::{cgroup, handoff, inherited, namespaces, report};
+use super::{cgroup, handoff, inherited, report};
 use crate::sys::bounded::{self, End};
 
 /// If the process ended before systemd had it, this process ends in the same way instead of returning.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
-    namespaces::enter_host();
+    namespaces::enter_or_stay(&process.task.containerd);
     process.mark()?;
     let (pid, ended) = match add_process(process).and_then(|pid| Ok((pid, handoff::hand_over(pid)?))) {
         Ok(added) => added,

@@ -7,16 +7,17 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use crate::id::ExecId;
+use crate::oci::namespaces;
 use crate::stdio::fifo;
 use crate::sys;
 
 use super::error::{Error, system};
+use super::pipes;
 use super::process::Process;
-use super::{namespaces, pipes};
 
 /// Returns only if it fails.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
-    namespaces::enter(&process.task.containerd)?;
+    namespaces::enter_or_stay(&process.task.containerd);
     let not_found = || Error::System { action: "find the logger", source: io::ErrorKind::NotFound.into() };
     let logger = process.wiring.logger.as_ref().ok_or_else(not_found)?;
     let key = &process.task.key;

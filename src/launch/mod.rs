@@ -4,7 +4,7 @@
 //! |---|---|
 //! | both | [`contract`] (arguments, environment, file names, outcome), [`pipes`], [`report`], [`cgroup`] |
 //! | the daemon | [`command`] |
-//! | the unit | `process`, `container`, `exec`, `logger`, `streams`, `inherited`, `namespaces`, `handoff` |
+//! | the unit | `process`, `container`, `exec`, `logger`, `streams`, `inherited`, `handoff` |
 //!
 //! In the unit: one thread, no async runtime, and nothing that stays. `launch` reads the record that the daemon has
 //! written, prepares what the OCI runtime (or a logger) needs, and becomes it.
@@ -20,7 +20,6 @@ pub mod fake;
 mod handoff;
 pub mod inherited;
 mod logger;
-pub mod namespaces;
 pub mod pipes;
 mod process;
 pub mod report;

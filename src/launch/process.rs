@@ -41,7 +41,7 @@ impl<'a> Process<'a> {
     }
 
     pub(super) fn cli(&self) -> Cli<'_> {
-        Cli { runtime: &self.task.runtime, id: &self.task.key.id, dir: &self.dir }
+        Cli::of(self.task, &self.dir)
     }
 
     /// Notes that the process is launched.

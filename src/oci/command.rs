@@ -3,6 +3,9 @@
 //! They run outside of the cgroup of the daemon's service, so that `systemctl kill` of the service, which kills the
 //! whole cgroup, does not cut one off: a `runc start` that dies half-way takes its container along. The next daemon
 //! waits for the command that runs.
+//!
+//! They run in the mount and network namespaces of the task's containerd, so that hooks see what they see under
+//! containerd-shim-runc-v2.
 
 use std::fs::{self, File};
 use std::io;
@@ -21,6 +24,7 @@ use crate::cgroup;
 use crate::sys;
 use crate::sys::spawn::{self, Setup};
 
+use super::namespaces;
 use super::runtime::{Cli, Error, OciRuntime};
 
 /// The OCI runtime as a program that is run for each command.
@@ -93,7 +97,11 @@ impl CommandLine {
     fn spawn(&self, cli: &Cli<'_>, command: &Command) -> io::Result<spawn::Child> {
         let cgroup = self.cgroup.as_deref().map(cgroup::open_made).transpose().map_err(io::Error::other)?;
         let cgroup = cgroup.as_ref().map(AsFd::as_fd);
-        spawn::spawn(command, &Setup { lock: &cli.lock(), cgroup })
+        let namespaces = namespaces::open(cli.containerd).unwrap_or_else(|error| {
+            tracing::warn!(id = %cli.id, %error, "container {}: {error}; the OCI runtime and its hooks run in the host's namespaces", cli.id);
+            Vec::new()
+        });
+        spawn::spawn(command, &Setup { lock: &cli.lock(), cgroup, namespaces: &namespaces })
     }
 }
 
@@ -213,7 +221,7 @@ impl Drop for Running {
 mod tests {
     use super::*;
     use crate::id::TaskId;
-    use crate::task::request::Runtime;
+    use crate::task::request::{Containerd, Runtime};
     use std::path::Path;
     use tempfile::TempDir;
 
@@ -246,7 +254,8 @@ mod tests {
         let script = "trap '' TERM INT HUP; setsid sleep 1000 & echo $! > child; sleep 1000";
         let (dir, runtime) = scratch(script);
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
+        let containerd = Containerd::default();
+        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
         let error = CommandLine::default().start(&cli).await.unwrap_err();
         assert!(matches!(error, Error::TimedOut { verb: "start", .. }), "{error}");
         assert!(error.to_string().contains("within 1 s"), "{error}");
@@ -261,7 +270,8 @@ mod tests {
             tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined1()).unwrap();
         let runtime = Runtime { limit_sec: 1000, ..runtime };
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
+        let containerd = Containerd::default();
+        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
         let commands = CommandLine::default();
         tokio::select! {
             ended = commands.start(&cli) => panic!("{ended:?}"),
@@ -276,7 +286,8 @@ mod tests {
         let (dir, runtime) = scratch(script);
         let runtime = Runtime { limit_sec: 60, ..runtime };
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
+        let containerd = Containerd::default();
+        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
         let commands = CommandLine::default();
         let ran = futures_util::future::join_all((0..4).map(|_| commands.start(&cli))).await;
         assert!(ran.iter().all(Result::is_ok), "{ran:?}");
@@ -287,7 +298,8 @@ mod tests {
     async fn a_delete_that_does_not_end_frees_the_id() {
         let (dir, runtime) = scratch("sleep 1000");
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
+        let containerd = Containerd::default();
+        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
         assert!(cli.knows());
         CommandLine::default().delete(&cli).await.unwrap();
         assert!(!cli.knows());
@@ -297,7 +309,8 @@ mod tests {
     async fn a_command_runs_with_the_oom_score_of_an_ordinary_process() {
         let (dir, runtime) = scratch("cat /proc/self/oom_score_adj > score");
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: dir.path() };
+        let containerd = Containerd::default();
+        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
         CommandLine::default().start(&cli).await.unwrap();
         assert_eq!(fs::read_to_string(dir.path().join("score")).unwrap(), "0\n");
     }

@@ -7,6 +7,7 @@ pub mod devices;
 pub mod face;
 pub mod features;
 pub mod mount;
+pub mod namespaces;
 pub mod options;
 pub mod process;
 pub mod resources;

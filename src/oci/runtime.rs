@@ -13,7 +13,8 @@ use async_trait::async_trait;
 use serde::Deserialize;
 
 use crate::id::TaskId;
-use crate::task::request::Runtime;
+use crate::task::Task;
+use crate::task::request::{Containerd, Runtime};
 
 /// How much of the log's end is looked at for the reason of a failure.
 const LOG_TAIL_BYTES: u64 = 64 << 10;
@@ -72,6 +73,8 @@ pub struct Cli<'a> {
     pub runtime: &'a Runtime,
     /// The container.
     pub id: &'a TaskId,
+    /// The containerd of its task, in whose namespaces the commands run.
+    pub containerd: &'a Containerd,
     /// A directory for its logs.
     pub dir: &'a Path,
 }
@@ -97,6 +100,13 @@ pub trait OciRuntime: Send + Sync {
     /// # Errors
     /// [`Error`]
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error>;
+}
+
+impl<'a> Cli<'a> {
+    /// The OCI runtime for a task, with its logs in `dir`.
+    pub fn of(task: &'a Task, dir: &'a Path) -> Self {
+        Self { runtime: &task.runtime, id: &task.key.id, containerd: &task.containerd, dir }
+    }
 }
 
 impl Cli<'_> {
@@ -289,7 +299,8 @@ mod tests {
             ..Runtime::default()
         };
         let id = TaskId::new("web").unwrap();
-        let cli = Cli { runtime: &runtime, id: &id, dir: Path::new("/run/x") };
+        let containerd = Containerd::default();
+        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: Path::new("/run/x") };
         let command = cli.create(&runtime.binary, Path::new("/b"), Path::new("/run/x/init.pid"), None);
         let args: Vec<_> = command.get_args().map(|arg| arg.to_string_lossy().into_owned()).collect();
         assert_eq!(

@@ -125,10 +125,9 @@ impl Shim {
         let task = Task {
             placement: placement(&key, &spec)?,
             face: face::of(&key, &spec),
-            // What a hook or a wrapper of the runtime mounts has to be seen on the host. The daemon can't
-            // unmount in the mount namespace of a containerd that has one of its own.
+            // What a hook or a wrapper of the runtime mounts has to be seen on the host, or where containerd is if it has
+            // a mount namespace of its own. There, containerd unmounts the rootfs when it removes the bundle.
             rootfs_on_host: !request.rootfs.is_empty()
-                && containerd.namespaces.is_none()
                 && (spec.shares_mounts_with_host()
                     || spec.has_hooks()
                     || !runtime::is_plain(&runtime.binary)),
@@ -344,7 +343,7 @@ impl Shim {
         if let Some(reason) = command::failure(dir) {
             return reason;
         }
-        let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir };
+        let cli = runtime::Cli::of(task, dir);
         format!("OCI runtime create failed: {}", cli.reason("create", None))
     }
 

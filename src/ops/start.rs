@@ -39,7 +39,7 @@ impl Shim {
         self.tasks.apply(&entry, Event::StartBegun)?;
         fault::point(Point::StartRecorded);
         let dir = self.store.dir(key);
-        let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
+        let cli = runtime::Cli::of(&task, &dir);
         let started = tokio::select! {
             started = self.oci.start(&cli) => started.map_err(Error::from),
             () = Self::init_is_gone(&entry) => Err(Error::InitGone { key: key.clone() }),

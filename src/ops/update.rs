@@ -48,7 +48,7 @@ impl Shim {
         let before = self.limits_before(key, &cgroup, attempt).await?;
         let dir = self.store.dir(key);
         let path = self.store.write_aside(key, RESOURCES, resources.as_bytes())?;
-        let cli = runtime::Cli { runtime: &task.runtime, id: &key.id, dir: &dir };
+        let cli = runtime::Cli::of(&task, &dir);
         let updated = tokio::select! {
             updated = self.oci.update(&cli, &path) => updated.map_err(Error::from),
             () = Self::init_is_gone(&entry) => Err(Error::InitGone { key: key.clone() }),

@@ -70,7 +70,7 @@ pub async fn remove_task(
         // The OCI runtime removes what has ended.
         troubles.add(manager.kill_all(&task.unit, nix::libc::SIGKILL).await);
     }
-    let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir };
+    let cli = runtime::Cli::of(task, dir);
     if cli.knows() {
         troubles.add(oci.delete(&cli).await);
     }

@@ -141,7 +141,7 @@ impl Shim {
         let _ = taken.send(());
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
-        let cli = runtime::Cli { runtime: &task.runtime, id: &task.key.id, dir: &dir };
+        let cli = runtime::Cli::of(&task, &dir);
         if let Err(error) = cli.settled("start").await {
             tracing::error!(task = %task.key, %error, "task {}: its start was cut off, and does not end: {error}", task.key);
         }

@@ -1,6 +1,6 @@
-//! Starts a program in another cgroup than this process's.
+//! Starts a program in another cgroup and in other namespaces than this process's.
 //!
-//! The standard library can't. The child is born in its cgroup (clone3(2), `CLONE_INTO_CGROUP`): it is
+//! The standard library can do neither. The child is born in its cgroup (clone3(2), `CLONE_INTO_CGROUP`): it is
 //! never a member of this process's, and no move between cgroups has to wait for an RCU grace period.
 
 use std::ffi::{CStr, CString, OsStr};
@@ -26,6 +26,8 @@ pub struct Setup<'a> {
     pub lock: &'a Path,
     /// The directory of the cgroup in which it starts. Without one, it starts in that of this process.
     pub cgroup: Option<BorrowedFd<'a>>,
+    /// The namespaces that it enters, after it has the lock and before it runs the program.
+    pub namespaces: &'a [OwnedFd],
 }
 
 /// A child of this process. The caller takes its exit with [`Child::wait`]; until then it keeps its number.
@@ -114,7 +116,7 @@ pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) };
     if pid == 0 {
         // SAFETY: this is the child.
-        unsafe { be_child(&program, &lock, reporter.as_raw_fd()) }
+        unsafe { be_child(&program, &lock, setup.namespaces, reporter.as_raw_fd()) }
     }
     let pid = Errno::result(pid)?;
     drop(reporter);
@@ -137,10 +139,10 @@ pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
 ///
 /// # Safety
 /// To be called in a child of clone3(2) only. Everything in here must be async-signal-safe.
-unsafe fn be_child(program: &Program, lock: &CStr, reporter: RawFd) -> ! {
+unsafe fn be_child(program: &Program, lock: &CStr, namespaces: &[OwnedFd], reporter: RawFd) -> ! {
     // SAFETY: system calls, on memory that the parent has prepared and on descriptors of this child.
     unsafe {
-        let failed = match prepare(lock) {
+        let failed = match prepare(lock, namespaces) {
             Ok(()) => {
                 libc::execve(program.path.as_ptr(), program.argv.as_ptr(), program.envp.as_ptr());
                 Errno::last()
@@ -155,7 +157,7 @@ unsafe fn be_child(program: &Program, lock: &CStr, reporter: RawFd) -> ! {
 
 /// # Safety
 /// As [`be_child`].
-unsafe fn prepare(lock: &CStr) -> Result<(), Errno> {
+unsafe fn prepare(lock: &CStr, namespaces: &[OwnedFd]) -> Result<(), Errno> {
     // SAFETY: as in `be_child`.
     unsafe {
         child::take_all_signals()?;
@@ -167,6 +169,10 @@ unsafe fn prepare(lock: &CStr) -> Result<(), Errno> {
         }
         child::lock(lock)?;
         child::be_ordinary_to_the_oom_killer();
+        for namespace in namespaces {
+            // Whatever its kind is.
+            Errno::result(libc::setns(namespace.as_raw_fd(), 0))?;
+        }
     }
     Ok(())
 }
@@ -177,7 +183,7 @@ mod tests {
     use std::fs;
 
     fn setup(lock: &Path) -> Setup<'_> {
-        Setup { lock, cgroup: None }
+        Setup { lock, cgroup: None, namespaces: &[] }
     }
 
     fn shell(script: &str) -> Command {

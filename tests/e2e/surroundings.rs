@@ -205,21 +205,55 @@ fn the_oci_runtime_sees_containerds_environment() {
     }
 }
 
+/// containerd with a network and a mount namespace of its own.
+struct Apart<'n> {
+    node: &'n Node,
+    drop_in: String,
+    network: String,
+}
+
+impl<'n> Apart<'n> {
+    fn new(node: &'n Node) -> Self {
+        let directory = "/run/systemd/system/containerd.service.d";
+        fs::create_dir_all(directory).expect("make the directory of drop-ins");
+        let apart = Self { node, drop_in: format!("{directory}/e2e.conf"), network: unique("blue") };
+        process::succeed("ip", &["netns", "add", &apart.network]);
+        let lines = format!("NetworkNamespacePath=/run/netns/{}\nPrivateMounts=yes\n", apart.network);
+        fs::write(&apart.drop_in, format!("[Service]\n{lines}")).expect("write a drop-in");
+        apart.restart();
+        apart
+    }
+
+    fn restart(&self) {
+        process::succeed("systemctl", &["daemon-reload"]);
+        self.node.restart_containerd();
+    }
+
+    /// Gives containerd the namespaces of the host back.
+    fn end(&self) {
+        fs::remove_file(&self.drop_in).expect("remove the drop-in");
+        self.restart();
+        process::succeed("ip", &["netns", "delete", &self.network]);
+    }
+}
+
+/// A hook that adds its mount and network namespace to a file.
+fn noting_namespaces(place: &Scratch) -> String {
+    let hook = place.text("hook");
+    let seen = place.text("seen");
+    write_program(&hook, &format!("#!/bin/sh\nreadlink /proc/self/ns/mnt /proc/self/ns/net >>{seen}\n"));
+    hook
+}
+
+/// What such a hook notes in the namespaces of a process.
+fn namespaces_of(pid: u32) -> String {
+    format!("{}\n{}\n", process::namespace(pid, "mnt"), process::namespace(pid, "net"))
+}
+
 #[test]
 fn containers_are_created_in_containerds_own_namespaces() {
     let node = Node::exclusive();
-    let directory = "/run/systemd/system/containerd.service.d";
-    fs::create_dir_all(directory).expect("make the directory of drop-ins");
-    let drop_in = format!("{directory}/e2e.conf");
-    let network = unique("blue");
-    process::succeed("ip", &["netns", "add", &network]);
-    let text = format!("[Service]\nNetworkNamespacePath=/run/netns/{network}\nPrivateMounts=yes\n");
-    fs::write(&drop_in, text).expect("write a drop-in");
-    let restart = || {
-        process::succeed("systemctl", &["daemon-reload"]);
-        node.restart_containerd();
-    };
-    restart();
+    let apart = Apart::new(&node);
     let containerd = systemd::main_pid("containerd.service").to_string();
     let place = Scratch::new("private");
     let inside = ["-t", &containerd, "--mount", "mount", "-t", "tmpfs", "none", place.as_str()];
@@ -231,12 +265,46 @@ fn containers_are_created_in_containerds_own_namespaces() {
     let container = node.container("private", spec).started(&Io::default());
     assert_eq!(container.exec_sh("exit 9").exit_status(), 9);
     let found = inode(&format!("/proc/{}/ns/net", container.pid()));
-    let wanted = inode(&format!("/run/netns/{network}"));
+    let wanted = inode(&format!("/run/netns/{}", apart.network));
     container.end();
-    fs::remove_file(&drop_in).expect("remove the drop-in");
-    restart();
-    process::succeed("ip", &["netns", "delete", &network]);
+    apart.end();
     assert_eq!(found, wanted);
+}
+
+#[test]
+fn hooks_of_start_and_delete_run_in_containerds_own_namespaces() {
+    let node = Node::exclusive();
+    let apart = Apart::new(&node);
+    let wanted = namespaces_of(systemd::main_pid("containerd.service"));
+    let place = Scratch::new("hooks");
+    let hook = noting_namespaces(&place);
+    let spec = Spec::sleeping().hook("poststart", &hook).hook("poststop", &hook);
+    let container = node.container("hooks-apart", spec).started(&Io::default());
+    let started = place.read("seen");
+    container.end();
+    let ended = place.read("seen");
+    apart.end();
+    assert_ne!(wanted, namespaces_of(1));
+    assert_eq!(started, wanted);
+    assert_eq!(ended, wanted.repeat(2));
+}
+
+#[test]
+fn a_task_outlives_the_namespaces_in_which_it_was_created() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let apart = Apart::new(&node);
+    let place = Scratch::new("hooks");
+    let hook = noting_namespaces(&place);
+    let spec = Spec::sleeping().hook("poststart", &hook).hook("poststop", &hook);
+    let before = namespaces_of(systemd::main_pid("containerd.service"));
+    let container = node.container("hooks-moved", spec).created(&Io::default());
+    apart.end();
+    container.start().expect("start");
+    assert_eq!(container.exec_sh("exit 9").exit_status(), 9);
+    container.end();
+    // runc runs the first hook at the end of its `create`.
+    assert_eq!(place.read("seen"), before + &namespaces_of(1));
 }
 
 fn write_program(path: &str, text: &str) {

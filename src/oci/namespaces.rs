@@ -1,17 +1,18 @@
-//! The mount and network namespaces in which a container is created: those of its containerd.
+//! The mount and network namespaces in which the OCI runtime works: those of the task's containerd.
 //!
 //! Under containerd-shim-runc-v2 the OCI runtime inherits them, as a child of containerd. A unit starts in the
 //! namespaces of PID 1, or, with a drop-in such as `PrivateTmp=` or `ProtectSystem=` for all services, in a
 //! mount namespace of its own.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket};
 
 use crate::path_error::{PathError, io_error};
 use crate::task::request::{Containerd, Namespaces};
@@ -23,6 +24,13 @@ pub enum Error {
     /// A namespace can't be read or entered.
     #[error(transparent)]
     Io(#[from] PathError),
+    /// They are there, but this process may not enter them.
+    #[error("can't enter the namespaces of containerd: {source}")]
+    Refused {
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The containerd that called has ended, and none with its namespaces listens at its address.
     #[error(
         "containerd {address} called from mount or network namespaces of its own, and no containerd is in them \
@@ -83,12 +91,49 @@ pub fn enter(containerd: &Containerd) -> Result<(), Error> {
     }
 }
 
+/// Enters the namespaces of the task's containerd as [`open`] finds them; a warning says if that can't be done, and this
+/// process then works in the host's. Only for a process with one thread.
+pub fn enter_or_stay(containerd: &Containerd) {
+    let entered = open(containerd).and_then(|found| {
+        let enter = |namespace: &OwnedFd| setns(namespace, CloneFlags::empty());
+        found.iter().try_for_each(enter).map_err(|errno| Error::Refused { source: errno.into() })
+    });
+    match (entered, &containerd.namespaces) {
+        (Ok(()), Some(_)) => return,
+        (Ok(()), None) => {}
+        (Err(error), _) => telemetry::say(&format!("continuing in the namespaces of the host: {error}")),
+    }
+    enter_host();
+}
+
 /// Enters the namespaces of PID 1. Where a drop-in for all services forbids setns(2) altogether, the namespaces
 /// that systemd made for the unit have to do.
-pub fn enter_host() {
+fn enter_host() {
     if let Err(error) = enter_those_of(HOST) {
         telemetry::say(&format!("continuing in the namespaces of the unit: {error}"));
     }
+}
+
+/// The namespaces in which commands for an existing task run: those in which it was created; if nothing is left of
+/// these, those of the containerd that listens at the same address now. Empty for those of the host.
+///
+/// Under containerd-shim-runc-v2 the shim keeps the first ones for as long as the task is there.
+///
+/// # Errors
+/// No containerd listens at its address, or its namespaces can't be opened.
+pub fn open(containerd: &Containerd) -> Result<Vec<OwnedFd>, Error> {
+    let Some(recorded) = &containerd.namespaces else {
+        return Ok(Vec::new());
+    };
+    let process = match find(recorded, &containerd.grpc_address) {
+        Err(Error::Gone { .. }) => present(&containerd.grpc_address)?,
+        found => found?,
+    };
+    let open = |(kind, _): Kind| {
+        let path = file(&process, kind);
+        File::open(&path).map(OwnedFd::from).map_err(io_error("open", &path))
+    };
+    Ok([MOUNT, NETWORK].into_iter().map(open).collect::<Result<_, _>>()?)
 }
 
 /// Enters the mount namespace of PID 1, where containers and their files are.
@@ -106,12 +151,21 @@ fn find(recorded: &Namespaces, address: &str) -> Result<String, Error> {
     if is_there(&caller) {
         return Ok(caller);
     }
-    let gone = || Error::Gone { address: address.to_owned() };
-    let present = UnixStream::connect(address.strip_prefix("unix://").unwrap_or(address))
-        .and_then(|stream| Ok(getsockopt(&stream, PeerCredentials)?))
-        .map_err(|_| gone())?;
-    let present = present.pid().to_string();
-    if is_there(&present) { Ok(present) } else { Err(gone()) }
+    let present = present(address)?;
+    if is_there(&present) { Ok(present) } else { Err(Error::Gone { address: address.to_owned() }) }
+}
+
+/// The process that listens at a containerd's address. Waits for nobody.
+fn present(address: &str) -> Result<String, Error> {
+    let path = address.strip_prefix("unix://").unwrap_or(address);
+    let peer = || -> nix::Result<_> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        getsockopt(&socket, PeerCredentials)
+    };
+    let peer = peer().map_err(|_| Error::Gone { address: address.to_owned() })?;
+    Ok(peer.pid().to_string())
 }
 
 fn enter_those_of(process: &str) -> Result<(), Error> {
@@ -139,5 +193,21 @@ mod tests {
         assert_eq!(find(&recorded, "/nowhere").unwrap(), std::process::id().to_string());
         let other = Namespaces { mount: own[0] + 1, ..recorded };
         assert!(matches!(find(&other, "/nowhere"), Err(Error::Gone { .. })));
+    }
+
+    #[test]
+    fn commands_for_a_task_use_the_containerd_that_is_there_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = dir.path().join("containerd.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&address).unwrap();
+        let namespaces = Some(Namespaces { containerd: 0, mount: 1, network: 1 });
+        let grpc_address = address.to_str().unwrap().to_owned();
+        let containerd = Containerd { namespaces, grpc_address, ..Containerd::default() };
+        let opened = open(&containerd).unwrap();
+        let inode = |fd: OwnedFd| File::from(fd).metadata().unwrap().ino();
+        assert_eq!(opened.into_iter().map(inode).collect::<Vec<_>>(), inodes("self").unwrap());
+        drop(listener);
+        assert!(matches!(open(&containerd), Err(Error::Gone { .. })));
+        assert!(open(&Containerd { namespaces: None, ..containerd }).unwrap().is_empty());
     }
 }
