@@ -38,6 +38,9 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// How long a logger may take to end after SIGTERM. As in containerd-shim-runc-v2.
 pub const LOGGER_STOP_LIMIT: Duration = Duration::from_secs(12);
 
+/// How long the files that a client has named, on whatever disk, may take to answer.
+pub const FILES_LIMIT: Duration = Duration::from_secs(60);
+
 /// How long a killed process may take to be reported as ended.
 pub const KILL_LIMIT: Duration = Duration::from_secs(30);
 

@@ -41,6 +41,7 @@ pub fn code(error: &Error) -> Code {
         | Error::NotFreezing { .. }
         | Error::CreateTimedOut { .. }
         | Error::StartTimedOut { .. }
+        | Error::FilesDoNotAnswer { .. }
         | Error::Runtime(oci::runtime::Error::TimedOut { .. } | oci::runtime::Error::Busy { .. }) => {
             Code::DEADLINE_EXCEEDED
         }

@@ -19,7 +19,7 @@ use crate::oci::resources::Resources;
 use crate::oci::{face, options, runtime};
 use crate::services::process::{program_of, read_pid};
 use crate::services::registry::{Taken, Verb};
-use crate::services::{Attempt, Entry, Error, Shim, blocking, now_usec};
+use crate::services::{Attempt, Entry, Error, Shim, now_usec};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
@@ -88,7 +88,8 @@ impl Shim {
         }
         self.fds.has_room()?;
         let shim = self.clone();
-        let (task, environment) = blocking(move || shim.prepare(call)).await??;
+        let init = ProcessKey { task: call.key.clone(), exec: None };
+        let (task, environment) = self.on_files(&init, move || shim.prepare(call)).await??;
         self.check_types(&task.properties).await?;
         let (entry, _verb) = self.register(task)?;
         match self.bring_up(&entry, &environment).await {

@@ -7,7 +7,7 @@ use crate::id::{ExecId, ProcessKey};
 use crate::launch::contract::PROCESS_SPEC;
 use crate::oci::{face, process};
 use crate::services::registry::{Taken, Verb};
-use crate::services::{Attempt, Entry, Error, Process, Shim, blocking, now_usec};
+use crate::services::{Attempt, Entry, Error, Process, Shim, now_usec};
 use crate::stdio::{fifo, uri};
 use crate::task::exec::{Exec, ExecPhase};
 use crate::task::outbox::TaskEvent;
@@ -49,11 +49,11 @@ impl Shim {
         }
         let log = task.runtime.log;
         let kept = self.fds.next_number();
-        let (stdio, wiring) = blocking(move || {
+        let named = move || {
             let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind);
             wiring.map(|wiring| (stdio, Wiring { kept, ..wiring }))
-        })
-        .await??;
+        };
+        let (stdio, wiring) = self.on_files(&key, named).await??;
         let description = face::of_exec(&task.face, &id, &spec.args);
         let (process, _verb) = self.register_exec(&entry, &id)?;
         let noted = self.note_exec(&entry, &process, &id, stdio, wiring, description, &spec);

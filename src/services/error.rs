@@ -55,6 +55,14 @@ pub enum Error {
     /// A stream can't be watched.
     #[error("stdio: watch a stream: {0}")]
     Watch(#[source] std::io::Error),
+    /// A disk does not answer.
+    #[error(
+        "{process}: the files of its bundle or its log file do not answer; check the disks that they are on"
+    )]
+    FilesDoNotAnswer {
+        /// Whose files they are.
+        process: ProcessKey,
+    },
     /// The id is in use.
     #[error("task {key}: already exists")]
     Exists {

@@ -3,6 +3,7 @@
 
 pub mod changes;
 mod error;
+mod files;
 pub mod launcher;
 mod owner;
 pub mod process;
@@ -36,6 +37,7 @@ use crate::unit::relay::Relay;
 use crate::unit::systemd::Systemd;
 
 use changes::Stored;
+use files::Looking;
 use launcher::Launcher;
 
 pub use error::Error;
@@ -118,6 +120,8 @@ pub struct Shim {
     pub(crate) cgroups: Arc<Watch<TaskKey>>,
     /// The references to units.
     pub(crate) references: References,
+    /// Who looks at the files of clients.
+    pub(crate) files: Arc<Looking>,
 }
 
 impl Shim {
@@ -144,6 +148,7 @@ impl Shim {
             relay: Relay::new(),
             cgroups,
             references: References::default(),
+            files: Arc::default(),
         };
         (Arc::new(shim), receiver)
     }

@@ -13,7 +13,7 @@ use crate::config;
 use crate::launch::contract::Kind;
 use crate::oci::face;
 use crate::session::fds::StreamKind;
-use crate::session::{OpenStreams, Plan, ReopenMode, Session};
+use crate::session::{LogFiles, OpenStreams, Plan, ReopenMode, Session};
 use crate::unit::name;
 use crate::unit::properties::{self, Shown};
 
@@ -54,8 +54,13 @@ impl Shim {
     /// # Errors
     /// A FIFO or a file can't be opened, nobody reads, or the logger is not ready.
     pub(crate) async fn open_streams(&self, plan: &Arc<Plan>) -> Result<OpenStreams, Error> {
+        let mut files = LogFiles::new();
+        if plan.has_log_files() {
+            let this = plan.clone();
+            files = self.on_files(&plan.key, move || this.open_log_files()).await??;
+        }
         let (this, fds) = (plan.clone(), self.fds.clone());
-        let mut opened = waiting(move || this.open(&fds)).await??;
+        let mut opened = waiting(move || this.open(&fds, files)).await??;
         self.start_logger(plan, opened.take_ready()).await?;
         Ok(opened)
     }

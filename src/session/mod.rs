@@ -24,7 +24,7 @@ use crate::task::wiring::{Input, Wiring};
 use fds::{StreamFds, StreamKind};
 use open::{Copy, From};
 
-pub use open::{OpenStreams, ReopenMode};
+pub use open::{LogFiles, OpenStreams, ReopenMode};
 pub use plan::Plan;
 pub use pumps::Pumps;
 

@@ -1,6 +1,7 @@
 //! Opens the streams of a process that is about to start, and reopens those of a process that an earlier daemon
 //! started.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -12,6 +13,7 @@ use crate::config;
 use crate::launch::pipes;
 use crate::stdio::console::Console;
 use crate::stdio::fifo;
+use crate::stdio::log_file::LogFile;
 use crate::stdio::pump::{self, Bridge, Sinks, Source};
 use crate::stdio::uri::Kind;
 use crate::task::wiring::{Copied, Input, Sink};
@@ -95,17 +97,47 @@ impl OpenStreams {
     }
 }
 
+/// A client's log files, by the FIFO of ours whose output they get.
+pub type LogFiles = HashMap<&'static str, LogFile>;
+
 impl Plan {
-    /// Opens what has to be open before the process runs. Waits for the client for a limited time.
+    /// Whether the client wants its output in files.
+    pub fn has_log_files(&self) -> bool {
+        self.wiring.copies().iter().any(|(_, _, to)| matches!(to.client, Some(Sink::File { .. })))
+    }
+
+    /// Opens the client's log files. Waits for the disks that they are on.
     ///
     /// # Errors
-    /// A FIFO or a file can't be opened, or nobody reads.
-    pub fn open(&self, fds: &StreamFds) -> Result<OpenStreams, Error> {
+    /// A file can't be opened.
+    pub fn open_log_files(&self) -> Result<LogFiles, Error> {
+        self.log_files(LogFile::open)
+    }
+
+    fn log_files(
+        &self,
+        open: impl Fn(&Path, bool) -> Result<LogFile, fifo::Error>,
+    ) -> Result<LogFiles, Error> {
+        let mut files = LogFiles::new();
+        for (_, log_pipe, to) in self.wiring.copies() {
+            if let Some(Sink::File { path, create }) = &to.client {
+                files.insert(log_pipe, open(path, *create)?);
+            }
+        }
+        Ok(files)
+    }
+
+    /// Opens what has to be open before the process runs, beside `files`. Waits for the client for a limited time.
+    ///
+    /// # Errors
+    /// A FIFO can't be opened, or nobody reads.
+    pub fn open(&self, fds: &StreamFds, files: LogFiles) -> Result<OpenStreams, Error> {
         for name in self.wiring.own_pipes() {
             fifo::make(&self.pipe(name))?;
         }
         let nothing = &mut |_| Claimed::default();
-        let opened = self.open_all(fds, ReopenMode::Starting, nothing, fifo::open_output_nonblocking)?;
+        let opened =
+            self.open_all(fds, ReopenMode::Starting, nothing, files, fifo::open_output_nonblocking)?;
         Ok(OpenStreams { console: self.console(fds)?, ..opened })
     }
 
@@ -128,7 +160,9 @@ impl Plan {
             .into_iter()
             .partition(|fd| nix::unistd::isatty(fd).unwrap_or(false));
         let terminal = terminals.pop();
-        let opened = self.open_all(fds, mode, &mut claim, |path, _| fifo::open_both_nonblocking(path))?;
+        let files = self.log_files(|path, create| Ok(LogFile::later(path, create)))?;
+        let client = |path: &Path, _| fifo::open_both_nonblocking(path);
+        let opened = self.open_all(fds, mode, &mut claim, files, client)?;
         // Where it has not come yet, it may.
         let may_come = terminal.is_none() && mode == ReopenMode::Starting;
         let console = match consoles.pop() {
@@ -155,6 +189,7 @@ impl Plan {
         fds: &StreamFds,
         mode: ReopenMode,
         claim: &mut dyn FnMut(StreamKind) -> Claimed,
+        mut files: LogFiles,
         client: impl Fn(&Path, Duration) -> Result<File, fifo::Error>,
     ) -> Result<OpenStreams, Error> {
         let (mut opened, number) = (OpenStreams::default(), self.wiring.kept);
@@ -187,7 +222,8 @@ impl Plan {
             };
             let fifo = self.client_fifo(before.both.pop(), log_pipe, to, &client)?;
             fds.store(kind, number, &present([&source, &fifo]));
-            let mut sinks = Sinks { copies: self.copies(log_pipe, to)?, ..Sinks::default() };
+            let mut sinks =
+                Sinks { copies: self.copies(log_pipe, to, files.remove(log_pipe)), ..Sinks::default() };
             match (&to.client, fifo) {
                 (Some(Sink::EndOnly(_)), fifo) => sinks.held = fifo,
                 (_, Some(fifo)) => {
@@ -226,15 +262,12 @@ impl Plan {
         })
     }
 
-    fn copies(&self, log_pipe: &str, to: &Copied) -> Result<Vec<pump::Sink>, Error> {
-        let mut copies = Vec::new();
-        if let Some(Sink::File { path, create }) = &to.client {
-            copies.push(pump::Sink::File(pump::LogFile::open(path, *create)?));
-        }
+    fn copies(&self, log_pipe: &str, to: &Copied, file: Option<LogFile>) -> Vec<pump::Sink> {
+        let mut copies: Vec<_> = file.map(pump::Sink::File).into_iter().collect();
         if to.journal {
             copies.push(pump::Sink::Journal(self.journal_lines(log_pipe)));
         }
-        Ok(copies)
+        copies
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod console;
 pub mod fifo;
 pub mod journal;
+pub mod log_file;
 pub mod pump;
 pub mod rate;
 pub mod terminal;

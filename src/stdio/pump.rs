@@ -1,11 +1,9 @@
 //! Copies what processes write, in the daemon: from a FIFO of ours or a terminal to where the client,
 //! the journal or a logger reads it.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,11 +15,10 @@ use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
-use crate::path_error::io_error;
 use crate::sys::watch;
 
-use super::fifo::Error;
 use super::journal::Lines;
+use super::log_file::LogFile;
 use super::terminal::Terminal;
 
 /// What is moved at once: the size of a pipe.
@@ -110,63 +107,6 @@ impl Sink {
             Self::Journal(lines) => lines.write(bytes).await,
         }
     }
-}
-
-/// A client's log file. Bytes that it does not take (a full disk) are missing in it, and counted; what comes later is
-/// written as soon as the file takes it.
-#[derive(Debug)]
-pub struct LogFile {
-    path: PathBuf,
-    /// Nothing while a write is under way.
-    file: Option<File>,
-    missing: usize,
-}
-
-impl LogFile {
-    /// Opens a file as [`open_file`] does.
-    ///
-    /// # Errors
-    /// [`Error::Io`]
-    pub fn open(path: &Path, create: bool) -> Result<Self, Error> {
-        Ok(Self { path: path.to_owned(), file: Some(open_file(path, create)?), missing: 0 })
-    }
-
-    async fn write(&mut self, bytes: &[u8]) {
-        let Some(file) = self.file.take() else {
-            return;
-        };
-        let path = self.path.display();
-        let (file, written, failure) = match write_file(file, bytes).await {
-            Ok(done) => done,
-            Err(error) => {
-                tracing::error!(%error, "can't write output to {path}: {error}");
-                return;
-            }
-        };
-        self.file = Some(file);
-        if written > 0 && self.missing > 0 {
-            tracing::warn!("writing output to {path} again; {} bytes are missing there", self.missing);
-            self.missing = 0;
-        }
-        if let Some(error) = failure {
-            if self.missing == 0 {
-                tracing::error!(%error, "output is missing in {path} from here on: {error}");
-            }
-            self.missing += bytes.len() - written;
-        }
-    }
-}
-
-/// Opens a file for appending; with `create` it and its directories are made.
-///
-/// # Errors
-/// [`Error::Io`]
-pub fn open_file(path: &Path, create: bool) -> Result<File, Error> {
-    if let (true, Some(parent)) = (create, path.parent()) {
-        DirBuilder::new().recursive(true).mode(0o755).create(parent).map_err(io_error("create", parent))?;
-    }
-    let mut options = OpenOptions::new();
-    Ok(options.append(true).create(create).mode(0o644).open(path).map_err(io_error("open", path))?)
 }
 
 /// Copies until the source has ended and nothing is left, or until `stop`.
@@ -428,23 +368,4 @@ pub async fn input(fifo: &AsyncFd<OwnedFd>, terminal: &Terminal) -> io::Result<(
         }
         tokio::task::consume_budget().await;
     }
-}
-
-/// Writes on a thread for blocking work, a piece at a time: a slow disk holds up this process's output, and only
-/// that. Returns how much was written, and why not more.
-async fn write_file(mut file: File, bytes: &[u8]) -> io::Result<(File, usize, Option<io::Error>)> {
-    let bytes = bytes.to_vec();
-    let written = tokio::task::spawn_blocking(move || {
-        let mut written = 0;
-        while let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
-            match file.write(rest) {
-                Ok(0) => return (file, written, Some(io::ErrorKind::WriteZero.into())),
-                Ok(more) => written += more,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return (file, written, Some(error)),
-            }
-        }
-        (file, written, None)
-    });
-    written.await.map_err(io::Error::other)
 }

@@ -115,11 +115,19 @@ fn client(stdio: &Stdio, kind: &impl Fn(&Path) -> Kind) -> Result<Client, Malfor
         (Some("file"), path) => {
             let path = file_path(path)
                 .ok_or_else(|| malformed("stdout", &stdio.stdout, "file:// needs an absolute path"))?;
-            if kind(&path) == Kind::Other {
-                return Err(malformed("stdout", &stdio.stdout, "it is neither a regular file nor missing"));
-            }
-            let file = Some(Sink::File { path, create: true });
-            Ok(Client { stdout: file.clone(), stderr: file, logger: None })
+            let sink = match kind(&path) {
+                Kind::Other => {
+                    return Err(malformed(
+                        "stdout",
+                        &stdio.stdout,
+                        "it is neither a regular file nor missing",
+                    ));
+                }
+                // A log file is never waited for: whoever reads a FIFO may not read it.
+                Kind::Fifo => Sink::Fifo(path),
+                Kind::File | Kind::Missing => Sink::File { path, create: true },
+            };
+            Ok(Client { stdout: Some(sink.clone()), stderr: Some(sink), logger: None })
         }
         (Some(scheme @ ("binary" | "binary-v2")), rest) => {
             let logger = logger(rest, scheme == "binary-v2").ok_or_else(|| {

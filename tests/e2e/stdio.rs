@@ -1,6 +1,11 @@
 //! Output and input through FIFOs and files: complete, separate, ended in time, and there again after a break.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 
 use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::process;
@@ -227,6 +232,33 @@ fn a_stdout_that_is_a_directory_is_refused() {
     let refusal = container.create(&io).expect_err("a directory as stdout");
     assert!(refusal.message().contains(&path) || refusal.message().contains("is a directory"), "{refusal}");
     container.create(&Io::default()).expect("the id is free for a better request");
+}
+
+#[test]
+fn a_log_file_that_is_a_fifo_without_a_reader_holds_up_its_container_only() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let scratch = Scratch::new("fifo-file");
+    mkfifo(&scratch.join("fifo"), Mode::S_IRWXU).expect("make a FIFO");
+    // It is there to read, and does not.
+    let both = File::options().read(true).write(true).open(scratch.join("fifo")).expect("open a FIFO");
+    let io = |name: &str| Io { stdout: format!("file://{}", scratch.text(name)), ..Io::default() };
+    let stuck: Vec<_> =
+        (0..3).map(|_| node.container("stuck", Spec::sh("exec yes")).started(&io("fifo"))).collect();
+    wait::until_true("the FIFO is full", || !has_room(&both));
+    let script = format!("echo other; {}", pause_at_the_end(&node));
+    let other = node.container("other", Spec::sh(&script)).started(&io("file"));
+    assert_eq!(other.exit_status(), 0);
+    other.delete().expect("delete");
+    assert_eq!(scratch.read("file"), "other\n");
+    for container in stuck {
+        container.end();
+    }
+}
+
+fn has_room(fifo: &File) -> bool {
+    let mut fds = [PollFd::new(fifo.as_fd(), PollFlags::POLLOUT)];
+    poll(&mut fds, PollTimeout::ZERO).expect("look at a FIFO") > 0
 }
 
 #[test]

@@ -1,0 +1,296 @@
+//! A client's log file (`file://`), written by a thread of its own: a disk that does not answer holds up the output of
+//! this process, and nothing else of the node.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::Duration;
+
+use nix::fcntl::OFlag;
+use tokio::sync::oneshot;
+
+use crate::path_error::io_error;
+use crate::suspect;
+
+use super::fifo::Error;
+
+/// A thread without work ends after this time.
+const IDLE: Duration = Duration::from_secs(2);
+/// Opening and writing needs little.
+const STACK: usize = 128 << 10;
+
+/// A thread that waits for a disk outlives its process. No new log file is opened while there are so many.
+const MOST_LEFT_BEHIND: usize = 256;
+
+/// The threads that wait for a disk although their process is gone.
+static LEFT_BEHIND: AtomicUsize = AtomicUsize::new(0);
+
+/// A client's log file. Bytes that it does not take (a full disk) are missing in it, and counted; what comes later is
+/// written as soon as the file takes it.
+#[derive(Debug)]
+pub struct LogFile {
+    target: Arc<Target>,
+    /// To the thread that writes, if there is one. The next piece is handed over when the last one is written.
+    writer: Option<mpsc::Sender<Piece>>,
+    /// While a piece is with the thread: whether this value was dropped meanwhile.
+    pending: Option<Arc<Pending>>,
+    missing: usize,
+}
+
+/// The file, opened once.
+#[derive(Debug)]
+struct Target {
+    path: PathBuf,
+    create: bool,
+    file: OnceLock<File>,
+}
+
+/// Bytes to be written.
+struct Piece {
+    bytes: Arc<[u8]>,
+    done: oneshot::Sender<Written>,
+    /// Held until the piece is written.
+    _pending: Arc<Pending>,
+}
+
+/// How much was written, and why not more.
+type Written = (usize, Option<io::Error>);
+
+impl LogFile {
+    /// Opens a file for appending; with `create` it and its directories are made. Waits for the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`], also if too many disks do not answer already.
+    pub fn open(path: &Path, create: bool) -> Result<Self, Error> {
+        if LEFT_BEHIND.load(Ordering::Relaxed) >= MOST_LEFT_BEHIND {
+            let many =
+                "too many log files of ended processes are still being written: a disk does not answer";
+            return Err(io_error("open", path)(io::Error::new(io::ErrorKind::ResourceBusy, many)).into());
+        }
+        let file = Self::later(path, create);
+        file.target.file()?;
+        Ok(file)
+    }
+
+    /// As [`Self::open`], but opens the file when there is something to write: a disk that does not answer holds
+    /// nobody up before.
+    pub fn later(path: &Path, create: bool) -> Self {
+        let target = Target { path: path.to_owned(), create, file: OnceLock::new() };
+        Self { target: Arc::new(target), writer: None, pending: None, missing: 0 }
+    }
+
+    /// Writes at the end of the file. Returns when the file has taken the bytes, or has refused them.
+    pub async fn write(&mut self, bytes: &[u8]) {
+        let (written, failure) = self.write_some(bytes.into()).await;
+        let path = self.target.path.display();
+        if written > 0 && self.missing > 0 {
+            tracing::warn!("writing output to {path} again; {} bytes are missing there", self.missing);
+            self.missing = 0;
+        }
+        if let Some(error) = failure {
+            if self.missing == 0 {
+                tracing::error!(%error, "output is missing in {path} from here on: {error}");
+            }
+            self.missing += bytes.len() - written;
+        }
+    }
+
+    async fn write_some(&mut self, bytes: Arc<[u8]>) -> Written {
+        loop {
+            let (done, written) = oneshot::channel();
+            let pending = Arc::new(Pending::default());
+            self.pending = Some(pending.clone());
+            if let Err(error) = self.hand_over(Piece { bytes: bytes.clone(), done, _pending: pending }) {
+                return (0, Some(error));
+            }
+            match written.await {
+                Ok(written) => {
+                    self.pending = None;
+                    return written;
+                }
+                // The thread was about to end, and has not looked at the piece.
+                Err(_) => self.writer = None,
+            }
+        }
+    }
+
+    fn hand_over(&mut self, piece: Piece) -> io::Result<()> {
+        let piece = match &self.writer {
+            Some(writer) => match writer.send(piece) {
+                Ok(()) => return Ok(()),
+                Err(mpsc::SendError(piece)) => piece,
+            },
+            None => piece,
+        };
+        let (writer, pieces) = mpsc::channel();
+        // The receiver lives until the thread has it.
+        let _ = writer.send(piece);
+        let target = self.target.clone();
+        let work = suspect::inherit_fn(move || {
+            while let Ok(Piece { bytes, done, _pending }) = pieces.recv_timeout(IDLE) {
+                // The copying may have been stopped.
+                let _ = done.send(target.write(&bytes));
+            }
+        });
+        std::thread::Builder::new().name("log-file".to_owned()).stack_size(STACK).spawn(work)?;
+        self.writer = Some(writer);
+        Ok(())
+    }
+}
+
+impl Drop for LogFile {
+    fn drop(&mut self) {
+        // The other one is the thread's.
+        if let Some(pending) = self.pending.take() {
+            pending.leave_behind();
+        }
+    }
+}
+
+/// A piece that a thread is writing.
+#[derive(Debug, Default)]
+struct Pending {
+    is_left_behind: OnceLock<LeftBehind>,
+}
+
+impl Pending {
+    /// Counts the thread for as long as it holds this.
+    fn leave_behind(self: Arc<Self>) {
+        self.is_left_behind.get_or_init(LeftBehind::new);
+    }
+}
+
+/// One of [`LEFT_BEHIND`].
+#[derive(Debug)]
+struct LeftBehind;
+
+impl LeftBehind {
+    fn new() -> Self {
+        LEFT_BEHIND.fetch_add(1, Ordering::Relaxed);
+        Self
+    }
+}
+
+impl Drop for LeftBehind {
+    fn drop(&mut self) {
+        LEFT_BEHIND.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Target {
+    fn file(&self) -> Result<&File, Error> {
+        if let Some(file) = self.file.get() {
+            return Ok(file);
+        }
+        if let (true, Some(parent)) = (self.create, self.path.parent()) {
+            let made = DirBuilder::new().recursive(true).mode(0o755).create(parent);
+            made.map_err(io_error("create", parent))?;
+        }
+        let mut options = OpenOptions::new();
+        // A FIFO that has taken the file's place since it was looked at is not waited for.
+        let options =
+            options.append(true).create(self.create).mode(0o644).custom_flags(OFlag::O_NONBLOCK.bits());
+        let file = options.open(&self.path).map_err(io_error("open", &self.path))?;
+        Ok(self.file.get_or_init(|| file))
+    }
+
+    fn write(&self, bytes: &[u8]) -> Written {
+        let mut file = match self.file() {
+            Ok(file) => file,
+            Err(error) => return (0, Some(io::Error::other(error))),
+        };
+        let mut written = 0;
+        while let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) {
+            match file.write(rest) {
+                Ok(0) => return (written, Some(io::ErrorKind::WriteZero.into())),
+                Ok(more) => written += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return (written, Some(error)),
+            }
+        }
+        (written, None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stdio::fifo;
+    use std::io::Read;
+
+    #[tokio::test]
+    async fn pieces_are_written_in_order_also_by_a_second_thread() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/log");
+        let mut file = LogFile::open(&path, true).unwrap();
+        file.write(b"one ").await;
+        // As if the thread had ended for want of work.
+        file.writer = Some(mpsc::channel().0);
+        file.write(b"two ").await;
+        file.write(b"three").await;
+        assert_eq!(std::fs::read(&path).unwrap(), b"one two three");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cant_be_opened_yet_is_opened_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut file = LogFile::later(&path, false);
+        file.write(b"lost").await;
+        assert_eq!(file.missing, 4);
+        std::fs::write(&path, b"").unwrap();
+        file.write(b"kept").await;
+        assert_eq!((file.missing, std::fs::read(&path).unwrap()), (0, b"kept".to_vec()));
+    }
+
+    /// A file that takes nothing and never answers, as on a dead disk: a FIFO that is full.
+    fn dead(path: &Path) -> (LogFile, File) {
+        fifo::make(path).unwrap();
+        let both = fifo::open_both(path).unwrap();
+        let file = LogFile::later(path, false);
+        file.target.file.set(both.try_clone().unwrap()).unwrap();
+        (file, both)
+    }
+
+    #[test]
+    fn files_that_never_answer_hold_up_neither_another_file_nor_the_shared_threads() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .max_blocking_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let alive = dir.path().join("alive");
+        runtime.block_on(async {
+            let before = LEFT_BEHIND.load(Ordering::Relaxed);
+            let mut ends = Vec::new();
+            let mut writes = Vec::new();
+            for number in 0..70 {
+                let (mut file, end) = dead(&dir.path().join(format!("dead{number}")));
+                ends.push(end);
+                writes.push(tokio::spawn(async move { file.write(&[0; 1 << 17]).await }));
+            }
+            let mut file = LogFile::open(&alive, true).unwrap();
+            file.write(b"alive").await;
+            assert_eq!(tokio::task::spawn_blocking(|| 7).await.unwrap(), 7);
+            // Their processes are deleted: the threads are counted until the disk answers.
+            for write in writes {
+                write.abort();
+                assert!(write.await.unwrap_err().is_cancelled());
+            }
+            assert_eq!(LEFT_BEHIND.load(Ordering::Relaxed) - before, 70);
+            for end in &mut ends {
+                end.read_exact(&mut [0; 1 << 17]).unwrap();
+            }
+            while LEFT_BEHIND.load(Ordering::Relaxed) > before {
+                tokio::task::yield_now().await;
+            }
+        });
+        assert_eq!(std::fs::read(&alive).unwrap(), b"alive");
+        runtime.shutdown_background();
+    }
+}
