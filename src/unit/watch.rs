@@ -1,9 +1,9 @@
 //! systemd's signals, turned into observations.
 //!
-//! A fixed set of match rules, however many containers there are. Signals repeat, merge and get lost: whoever
-//! takes [`Observations`] must not mind one twice, and must look at every unit itself when some may have been
-//! missed. Units are never taken for ended because they vanish (`UnitRemoved` is sent for every living unit at a
-//! daemon-reload). Which messages are believed is decided in `signals`.
+//! The number of match rules does not depend on the number of containers. Signals can be repeated, merged and lost: the
+//! consumer of [`Observations`] must handle repetitions, and must query every unit when signals may have been missed. A
+//! unit that disappears does not count as ended: systemd sends `UnitRemoved` for every loaded unit at a daemon-reload.
+//! Which messages are believed is decided in `signals`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,9 +18,9 @@ use super::manager::Manager;
 use super::observations::Observations;
 use super::signals::{self, BUS, MANAGER_INTERFACE, PROPERTIES_INTERFACE, SYSTEMD, Signal};
 
-/// Connects, and keeps connecting when the bus goes away.
+/// Connects to the bus, and connects again whenever the connection ends.
 ///
-/// Resolves `first` once the first connection listens: what happens from then on is observed.
+/// Resolves `first` once signals arrive over the first connection: nothing is missed from then on.
 pub async fn run(
     manager: Arc<Manager>,
     observations: Arc<Observations>,
@@ -36,7 +36,7 @@ pub async fn run(
                 told = false;
                 manager.listens();
                 match first.take() {
-                    // Whoever waits starts with a look at every unit anyway.
+                    // Recovery waits for this, and then queries every unit.
                     Some(first) => drop(first.send(())),
                     None => {
                         tracing::warn!("connected to D-Bus again");
@@ -53,7 +53,7 @@ pub async fn run(
                     tracing::warn!(%error, "can't receive systemd's signals, trying again: {error}");
                     told = true;
                 }
-                // Nothing announces that the bus is back: its socket has to be tried.
+                // Nothing announces that the bus is back: only another try can show it.
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
@@ -64,8 +64,8 @@ pub async fn run(
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// systemd's signals, and its unique name as it was when they began to arrive. A later change of the name is
-/// among them.
+/// Subscribes to systemd's signals. Returns their stream, and systemd's unique name at its beginning. A later change of
+/// the name arrives as a signal.
 async fn listen(manager: &Manager) -> Result<(MessageStream, Option<OwnedUniqueName>), Error> {
     let connection = manager.connect().await?;
     let stream = MessageStream::from(&connection);
@@ -76,7 +76,7 @@ async fn listen(manager: &Manager) -> Result<(MessageStream, Option<OwnedUniqueN
     let name = BusName::try_from(SYSTEMD).map_err(error::unreachable)?;
     let systemd = match bus.get_name_owner(name).await {
         Ok(owner) => Some(owner),
-        // It executes itself anew, and is about to have its name again.
+        // systemd executes itself again, and will get its name back.
         Err(zbus::fdo::Error::NameHasNoOwner(_)) => None,
         Err(error) => return Err(error::unreachable(error.into())),
     };
@@ -88,7 +88,7 @@ fn rules() -> Result<Vec<MatchRule<'static>>, zbus::Error> {
     let signal = || MatchRule::builder().msg_type(zbus::message::Type::Signal);
     let manager = |member| signal().sender(SYSTEMD).interface(MANAGER_INTERFACE).member(member);
     Ok(vec![
-        // Carries MainPID and ExecMain…, with values; half the traffic of listening to Unit as well.
+        // Contains MainPID and ExecMain… with their values. The interface Unit would double the traffic.
         signal()
             .sender(SYSTEMD)
             .interface(PROPERTIES_INTERFACE)
@@ -105,8 +105,8 @@ fn rules() -> Result<Vec<MatchRule<'static>>, zbus::Error> {
 async fn forward(
     mut stream: MessageStream,
     mut systemd: Option<OwnedUniqueName>,
-    manager: &Manager,
-    observations: &Observations,
+    manager: &Arc<Manager>,
+    observations: &Arc<Observations>,
 ) {
     while let Some(Ok(message)) = stream.next().await {
         match signals::read(&message, systemd.as_ref()) {
@@ -116,9 +116,22 @@ async fn forward(
             Some(Signal::Owner(owner)) => {
                 manager.bus.ownership_changed(owner.is_some());
                 systemd = owner;
+                if systemd.is_some() {
+                    // Apart: the signals that arrive meanwhile have to be read.
+                    tokio::spawn(subscribe_again(manager.clone(), observations.clone()));
+                }
                 observations.missed();
             }
             None => {}
         }
+    }
+}
+
+/// systemd has a new connection to the bus. Units are read again once it sends signals over it.
+async fn subscribe_again(manager: Arc<Manager>, observations: Arc<Observations>) {
+    match manager.subscribe_again().await {
+        Ok(()) => observations.missed(),
+        // systemd has gone again: its next name on the bus leads here.
+        Err(error) => tracing::warn!(%error, "can't subscribe to systemd's signals again: {error}"),
     }
 }

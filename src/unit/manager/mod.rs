@@ -65,8 +65,10 @@ impl Manager {
         }
     }
 
-    /// Signals are received from now on.
+    /// Signals are received from now on; earlier ones may have been missed. Every task that waits for a job queries
+    /// its unit.
     pub(super) fn listens(&self) {
+        self.jobs.lose_all();
         self.listening.send_modify(|times| *times += 1);
     }
 
@@ -77,6 +79,21 @@ impl Manager {
             Err(zbus::Error::MethodError(name, ..)) if name.as_str() == ALREADY_SUBSCRIBED => Ok(()),
             Err(error) => Err(unreachable(error)),
         }
+    }
+
+    /// Subscribes again at a systemd that has executed itself (`daemon-reexec`). It restores its subscribers some time
+    /// after it has got its name on the bus (262), and sends its signals to nobody before. Its reply to this call shows
+    /// that it sends them now.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`]
+    pub(super) async fn subscribe_again(&self) -> Result<(), Error> {
+        match self.bus.call(|manager| async move { manager.subscribe().await }).await {
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == ALREADY_SUBSCRIBED => {}
+            subscribed => subscribed.map_err(unreachable)?,
+        }
+        self.listens();
+        Ok(())
     }
 
     /// What systemd can do.

@@ -1,7 +1,5 @@
 //! Starting units, and waiting for their jobs.
 
-use std::time::Duration;
-
 use zbus::{OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
@@ -14,9 +12,6 @@ use crate::unit::refs::Refs;
 use super::{Manager, START, STOP};
 
 const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
-
-/// How often a unit is queried again while the end of its job may have been missed.
-const RECHECK: Duration = Duration::from_secs(1);
 
 impl Manager {
     /// Starts a transient unit and waits until its job has ended.
@@ -161,9 +156,6 @@ impl Manager {
                 _ = waiter.ended(verb, None) => {}
                 // A job that ended before could not be observed.
                 _ = listening.changed() => {}
-                // systemd 262 that executes itself again may send the signal before it has restored its subscribers;
-                // no signal announces that.
-                () = tokio::time::sleep(RECHECK) => {}
             }
         }
     }
