@@ -15,7 +15,7 @@ use crate::cli;
 use crate::oci::runtime;
 use crate::stdio::journal;
 use crate::sys;
-use crate::unit::relay::{MESSAGE_MAX, Said};
+use crate::unit::relay::{MESSAGE_MAX, Notification};
 
 use super::first_line;
 
@@ -46,7 +46,7 @@ pub(super) fn log(data: &[u8]) {
 /// What a container says to systemd: lines of a few kinds, none of which concerns another unit.
 pub(super) fn notify(data: &[u8]) {
     let data = data.get(..MESSAGE_MAX).unwrap_or(data);
-    let said = Said::read(data);
+    let said = Notification::read(data);
     for extend_usec in [None, said.extend_usec] {
         let Some(text) = said.text(extend_usec) else { continue };
         assert!(text.len() <= MESSAGE_MAX, "{} bytes", text.len());

@@ -27,7 +27,7 @@ use crate::task::phase::{Event, Phase};
 use crate::task::request::{Containerd, Create};
 use crate::task::wiring::Wiring;
 use crate::task::{Placement, Task};
-use crate::unit::properties::{self, Shown};
+use crate::unit::properties::{self, UnitMetadata};
 use crate::unit::{self, name};
 
 use super::additions;
@@ -241,7 +241,7 @@ impl Shim {
             let _ = taken.send(());
             // A unit that is down and has never run `launch` is what another task has left behind.
             if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
-                self.comes_up(entry, &task, &dir, self.manager.up(&task.unit)).await?;
+                self.comes_up(entry, &task, &dir, self.manager.wait_until_started(&task.unit)).await?;
             } else {
                 self.resume_logger(&plan, &mut opened).await?;
                 self.start_unit(entry, &task, &dir, Begun::Before).await?;
@@ -282,7 +282,7 @@ impl Shim {
         }
         let init = ProcessKey { task: task.key.clone(), exec: None };
         let command = self.launcher.command(Kind::Container, &init);
-        let shown = Shown {
+        let shown = UnitMetadata {
             description: &task.face.description,
             identifier: face::identifier(&task.face),
             fields: &task.face.fields,
@@ -300,7 +300,7 @@ impl Shim {
             && self.manager.active_state(&task.unit).await?.is_some_and(|state| is_under_way(&state))
         {
             // The earlier daemon has asked for it, and systemd got to that after this daemon had looked.
-            return self.comes_up(entry, task, dir, self.manager.up(&task.unit)).await;
+            return self.comes_up(entry, task, dir, self.manager.wait_until_started(&task.unit)).await;
         }
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
@@ -315,7 +315,7 @@ impl Shim {
         }
         self.launcher.warm_up();
         let begun = begun.map_err(|error| additions::refused(task, error))?;
-        self.comes_up(entry, task, dir, self.manager.done(begun)).await
+        self.comes_up(entry, task, dir, self.manager.wait_for_start(begun)).await
     }
 
     /// Resolves when the unit is up, as `job` tells. Fails when containerd has given the task up.

@@ -155,7 +155,7 @@ impl Shim {
         tokio::spawn(async move {
             tokio::time::sleep(LONG_EXEC).await;
             let ended = entry.upgrade().is_none_or(|entry| Self::has_ended(&entry, &process));
-            if !ended && let Err(error) = shim.manager.forget_job(&process.unit).await {
+            if !ended && let Err(error) = shim.manager.cancel_job_of(&process.unit).await {
                 tracing::warn!(process = %process.key, %error, "{}: its start job stays: {error}", process.key);
             }
         });

@@ -15,7 +15,7 @@ use crate::oci::face;
 use crate::session::fds::StreamKind;
 use crate::session::{LogFiles, OpenStreams, Plan, ReopenMode, Session};
 use crate::unit::name;
-use crate::unit::properties::{self, Shown};
+use crate::unit::properties::{self, UnitMetadata};
 
 use super::{Entry, Error, Process, Shim, blocking, waiting};
 
@@ -164,7 +164,7 @@ impl Shim {
             return Ok(());
         };
         let command = self.launcher.command(Kind::Logger, &plan.key);
-        let shown = Shown {
+        let shown = UnitMetadata {
             description: &plan.logger_description(),
             identifier: face::identifier(&plan.face),
             fields: &plan.face.fields,

@@ -20,7 +20,7 @@ use crate::services::{Entry, Error, Shim, blocking};
 use crate::session::fds::StreamKind;
 use crate::stdio::fifo;
 use crate::unit::name;
-use crate::unit::relay::{Extension, MESSAGE_MAX, Said};
+use crate::unit::relay::{MESSAGE_MAX, Notification, TimeExtension};
 
 /// So many messages of a container are passed on at once, and one more after each pause. The others wait in
 /// the container.
@@ -88,7 +88,7 @@ impl Shim {
         let task = tokio::spawn(async move {
             let heard = async {
                 let (mut budget, mut refilled) = (BURST, Instant::now());
-                let mut extension = Extension::default();
+                let mut extension = TimeExtension::default();
                 loop {
                     let message = receive(&socket).await?;
                     let Some(entry) = of.upgrade() else {
@@ -123,8 +123,8 @@ impl Shim {
     }
 
     /// Passes on what a container says of its unit, if it is one of its processes that says so.
-    async fn pass_on(&self, entry: &Entry, message: &Message, extension: &mut Extension) {
-        let said = Said::read(&message.text);
+    async fn pass_on(&self, entry: &Entry, message: &Message, extension: &mut TimeExtension) {
+        let said = Notification::read(&message.text);
         let (main, container) = {
             let task = entry.task();
             (task.init.pid(), task.cgroup.clone())

@@ -122,7 +122,7 @@ impl Shim {
 
     /// The units that need no closer look: their main processes live, and when one ends that is told.
     pub(crate) async fn living(&self) -> HashSet<UnitName> {
-        self.manager.living().await.unwrap_or_else(|error| {
+        self.manager.running_units().await.unwrap_or_else(|error| {
             tracing::warn!(%error, "can't list the units, each is looked at: {error}");
             HashSet::new()
         })
@@ -251,7 +251,7 @@ impl Shim {
             async move {
                 let _verb = entry.init.verb.lock().await;
                 if shim.tasks.is_live(&entry) {
-                    shim.manager.refer_to(&entry.init.unit).await;
+                    shim.manager.reference(&entry.init.unit).await;
                 }
             }
         });

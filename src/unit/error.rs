@@ -1,4 +1,4 @@
-//! What systemd and the bus answer when they can't do what they are asked: told by the errors' names.
+//! Errors of systemd and the bus, distinguished by their D-Bus names.
 
 use std::io;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ pub enum Error {
     /// systemd can't be reached.
     #[error("systemd can't be reached over D-Bus: {source}; check that dbus runs")]
     Unreachable {
-        /// What the bus said.
+        /// The error of the bus.
         #[source]
         source: zbus::Error,
     },
@@ -25,17 +25,17 @@ pub enum Error {
         unit: String,
     },
     /// A unit of that name is loaded already.
-    #[error("unit {unit} exists already")]
+    #[error("unit {unit} already exists")]
     Exists {
         /// The unit.
         unit: String,
     },
-    /// Another unit that it needs, its slice for one, can't be started.
+    /// A unit that the unit needs, such as its slice, can't be started.
     #[error("unit {unit} can't be started: {reason}")]
     Dependency {
         /// The unit.
         unit: String,
-        /// systemd's words, which name the other one.
+        /// systemd's message, which names the other unit.
         reason: String,
     },
     /// systemd refused the call.
@@ -47,10 +47,10 @@ pub enum Error {
         unit: String,
         /// The D-Bus error's name.
         name: String,
-        /// systemd's words.
+        /// systemd's message.
         reason: String,
     },
-    /// The job did not end well.
+    /// The job failed.
     #[error("systemd's job to {verb} {unit} ended with result {result:?}; see systemctl status {unit}")]
     Job {
         /// What was asked.
@@ -60,7 +60,7 @@ pub enum Error {
         /// JobRemoved's result.
         result: String,
     },
-    /// The connection was lost while a job was under way: it may have ended in any way.
+    /// The end of a job may have been missed: the connection to the bus was lost, or systemd executed itself again.
     #[error("the connection to D-Bus was lost during systemd's job to {verb} {unit}")]
     Lost {
         /// What was asked.
@@ -71,13 +71,13 @@ pub enum Error {
     /// The journal can't be read.
     #[error("journalctl: {reason}")]
     Journal {
-        /// What it said.
+        /// Its error message.
         reason: String,
     },
-    /// systemd is older than supported, or says no version.
+    /// systemd is older than supported, or its version can't be read.
     #[error("systemd {found} is too old: version {} or newer is needed", crate::config::OLDEST_SYSTEMD)]
     TooOld {
-        /// What it calls itself.
+        /// The version that systemd reports.
         found: String,
     },
 }
@@ -89,10 +89,10 @@ impl Error {
         Self::Unreachable { source: zbus::Error::InputOutput(Arc::new(source)) }
     }
 
-    /// systemd does not take a property of the unit, or its value.
+    /// True if systemd refused a property of the unit, or its value.
     pub fn is_about_a_property(&self) -> bool {
         const NAMES: [&str; 4] = ["InvalidArgs", "PropertyReadOnly", "BadUnitSetting", "OnlyByDependency"];
-        // The rest are errors of the system, for a value of the wrong type.
+        // For a value of the wrong type systemd answers with an error of the system.
         let is_meant = |name: &str| {
             NAMES.contains(&name.rsplit('.').next().unwrap_or(name)) || name.starts_with("System.")
         };
@@ -104,7 +104,7 @@ pub(super) fn unreachable(source: zbus::Error) -> Error {
     Error::Unreachable { source }
 }
 
-/// What a failed call says. Errors are told apart by name, never by text.
+/// The error of a failed call. Errors are distinguished by name, never by text.
 pub(super) fn call_error(verb: &'static str, unit: &UnitName, error: zbus::Error) -> Error {
     let unit = unit.to_string();
     match error {

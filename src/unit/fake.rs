@@ -1,7 +1,7 @@
-//! A systemd for tests: it keeps units in memory. What runs in them is up to [`Programs`].
+//! A systemd for tests. It keeps units in memory; [`Programs`] decides what runs in them.
 //!
-//! Processes are real ones that sleep: signals reach them, and their numbers are nobody else's. Every call is an
-//! effect (`effects`), which a test can stop at or let fail.
+//! Processes are real and sleep: they can be signalled, and their pids are unique. Every call is an effect (`effects`): a
+//! test can end the daemon before it, or let it fail.
 
 use std::collections::{BTreeMap, HashSet};
 use std::os::unix::process::ExitStatusExt;
@@ -104,7 +104,7 @@ struct State {
     observations: Arc<Observations>,
     /// How many containers have been launched.
     launched: usize,
-    /// The unit that is not seen when its state is read next.
+    /// The unit that looks as if it were not loaded when its state is read next.
     hidden: Option<UnitName>,
 }
 
@@ -126,7 +126,7 @@ impl FakeSystemd {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells somebody else from now on: a new daemon.
+    /// Reports to these observations from now on: those of a new daemon.
     pub fn observed_by(&self, observations: Arc<Observations>) {
         self.state().observations = observations;
     }
@@ -136,7 +136,7 @@ impl FakeSystemd {
         self.state().launched
     }
 
-    /// Whoever reads the state of this unit next finds it not loaded.
+    /// Makes this unit look as if it were not loaded when its state is read next.
     pub fn hide_once(&self, unit: UnitName) {
         self.state().hidden = Some(unit);
     }
@@ -147,7 +147,7 @@ impl FakeSystemd {
         state.units.iter().map(|(name, unit)| (name.to_string(), unit.active)).collect()
     }
 
-    /// The main process of a unit ends with this exit code, and nobody is told.
+    /// Ends the main process of a unit with this exit code, without a signal on the bus.
     pub fn end_unheard(&self, unit: &UnitName, code: i32) {
         let mut state = self.state();
         if let Some(unit) = state.units.get_mut(unit) {
@@ -155,39 +155,39 @@ impl FakeSystemd {
         }
     }
 
-    /// The main process of a unit ends with this exit code.
+    /// Ends the main process of a unit with this exit code.
     pub fn end(&self, unit: &UnitName, code: i32) {
         self.end_unheard(unit, code);
         self.tell(unit);
     }
 
-    /// Tells (again) what the main process of a unit is.
+    /// Reports the main process of a unit, possibly once more.
     pub fn tell(&self, unit: &UnitName) {
         let state = self.state();
         if let Some(found) = state.units.get(unit) {
-            state.observations.told(unit.clone(), found.main);
+            state.observations.reported(unit.clone(), found.main);
         }
     }
 
-    /// Tells of a process that the unit had earlier.
+    /// Reports an earlier process of the unit, late.
     pub fn tell_late(&self, unit: &UnitName, pid: u32, code: i32) {
         let ended = Some(Ended { code: 1, status: code, at_usec: 3 });
-        self.state().observations.told(unit.clone(), MainProcess { pid: 0, last_pid: pid, ended });
+        self.state().observations.reported(unit.clone(), MainProcess { pid: 0, last_pid: pid, ended });
     }
 
-    /// Signals may have been missed: the bus was lost, or systemd has been reloaded.
+    /// Reports that signals may have been missed: the bus was lost, or systemd was reloaded.
     pub fn lose_signals(&self) {
         self.state().observations.missed();
     }
 
-    /// Somebody unloads a unit; what it knew is gone.
+    /// Unloads a unit, as an administrator can. Its exit code is lost.
     pub fn unload(&self, unit: &UnitName) {
         if let Some(mut gone) = self.state().units.remove(unit) {
             end(&mut gone, Ended::killed(7));
         }
     }
 
-    /// What the kernel and systemd do by themselves: processes that were killed end, and that is told.
+    /// Does what the kernel and systemd do without a call: ends processes that were killed, and reports it.
     pub fn tick(&self) {
         let mut state = self.state();
         let State { units, observations, .. } = &mut *state;
@@ -200,7 +200,7 @@ impl FakeSystemd {
             let status = unit.child.as_mut().and_then(|child| child.0.try_wait().ok().flatten());
             if let Some(status) = status {
                 end(unit, ended_by(status));
-                observations.told(name.clone(), unit.main);
+                observations.reported(name.clone(), unit.main);
             }
         }
     }
@@ -223,7 +223,7 @@ impl FakeSystemd {
             Started::Oneshot { process, cgroup } => running("activating", process, cgroup),
         };
         unit.is_referenced = is_referenced;
-        // Only units of containers are referenced.
+        // Only units of containers have references.
         state.launched += usize::from(is_referenced);
         state.units.insert(name.clone(), unit);
         Ok(StartJob { waiter, job: None })
@@ -235,7 +235,7 @@ impl FakeSystemd {
         if let Some(unit) = units.get_mut(name) {
             if unit.child.is_some() {
                 end(unit, Ended::killed(7));
-                observations.told(name.clone(), unit.main);
+                observations.reported(name.clone(), unit.main);
             }
             if unit.active != "failed" {
                 unit.active = "inactive";
@@ -260,14 +260,14 @@ fn end(unit: &mut Unit, ended: Ended) {
     };
     child.kill();
     cgroup::forget_process(child.pid());
-    // The container's own cgroup goes with its unit's; that of an exec is the container's.
+    // The cgroup of a container is removed with its unit. An exec is in the cgroup of its container.
     if unit.active == "active"
         && let Some(place) = &unit.cgroup
     {
         cgroup::remove(place.parent().unwrap_or(place));
     }
     unit.main = MainProcess { pid: 0, last_pid: child.pid(), ended: Some(ended) };
-    // An exec never counts as a failed one, whatever its exit code (SuccessExitStatus=).
+    // The unit of an exec never fails, whatever its exit code is.
     unit.active = if ended.exit_status() == 0 || unit.active == "activating" { "active" } else { "failed" };
 }
 
@@ -320,12 +320,12 @@ impl Systemd for FakeSystemd {
         self.begin(unit, true)
     }
 
-    async fn done(&self, job: StartJob) -> Result<(), Error> {
+    async fn wait_for_start(&self, job: StartJob) -> Result<(), Error> {
         let unit = job.waiter.unit().clone();
-        self.up(&unit).await
+        self.wait_until_started(&unit).await
     }
 
-    async fn up(&self, unit: &UnitName) -> Result<(), Error> {
+    async fn wait_until_started(&self, unit: &UnitName) -> Result<(), Error> {
         self.call("wait for", unit).await?;
         match self.with(unit, |unit| unit.active) {
             Some("active") => Ok(()),
@@ -336,7 +336,7 @@ impl Systemd for FakeSystemd {
         }
     }
 
-    async fn refer_to(&self, unit: &UnitName) {
+    async fn reference(&self, unit: &UnitName) {
         self.with(unit, |unit| unit.is_referenced = true);
     }
 
@@ -374,7 +374,7 @@ impl Systemd for FakeSystemd {
         Ok(false)
     }
 
-    async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
+    async fn cancel_job_of(&self, unit: &UnitName) -> Result<(), Error> {
         self.call("cancel the job of", unit).await
     }
 
@@ -400,7 +400,7 @@ impl Systemd for FakeSystemd {
         self.call("set properties of", unit).await
     }
 
-    async fn living(&self) -> Result<HashSet<UnitName>, Error> {
+    async fn running_units(&self) -> Result<HashSet<UnitName>, Error> {
         let reached = self.effects.reach("list units".to_owned()).await;
         reached.map_err(|failure| error("list", "units", failure))?;
         let state = self.state();

@@ -1,7 +1,7 @@
 //! Descriptors that outlive the daemon.
 //!
-//! systemd's descriptor store (sd_notify(3), `FDSTORE=1`) stays open while the daemon is down, and the next daemon gets
-//! what is in it. The daemon puts [`Holder`]s into the store, and its descriptors into the holders.
+//! systemd's descriptor store (sd_notify(3), `FDSTORE=1`) keeps descriptors open while the daemon is down, and passes them
+//! to the next daemon. The daemon puts [`Holder`]s into the store, and its descriptors into the holders.
 
 use std::collections::HashMap;
 use std::io;
@@ -16,26 +16,26 @@ use crate::fault;
 use super::holder::Holder;
 use super::notify::Notifier;
 
-/// So many descriptors systemd keeps for the daemon (`FileDescriptorStoreMax=`); it would close any more
-/// without a message.
+/// How many descriptors systemd stores for the daemon (`FileDescriptorStoreMax=`). It closes further ones without a
+/// message.
 ///
-/// It passes the names of all of them in one environment variable, which the kernel limits to 128 KiB
-/// (execve(2), `MAX_ARG_STRLEN`): with names of up to nine letters and digits they fit.
+/// systemd passes the names of all descriptors in one environment variable, which the kernel limits to 128 KiB (execve(2),
+/// `MAX_ARG_STRLEN`). Names of up to nine letters and digits fit.
 pub const STORE_LIMIT: u32 = 12_000;
 
-/// From here on nothing new is begun, so that what is under way still finds room.
+/// Entries that are reserved for work that has begun already. New work is refused once only these are left.
 const STORE_RESERVE: u32 = 500;
 
-/// The names of holders in the store begin with this letter, and end with a number.
+/// The names of holders in the store consist of this letter and a number.
 const PREFIX: char = 'h';
 
-/// How many empty holders are made at once. There is always one that systemd has for some time: a descriptor that is put
-/// into it is safe at once, whatever systemd is doing.
+/// How many empty holders are made at once. systemd always has at least one of them already: a descriptor in it outlives
+/// the daemon immediately, even if systemd is busy.
 const SPARE: usize = 4;
-/// How many empty holders stay in the store.
+/// How many empty holders are kept in the store.
 const MAX_IDLE: usize = 64;
 
-/// Why a descriptor is not kept.
+/// Why a descriptor can't be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The store is full.
@@ -43,23 +43,23 @@ pub enum Error {
         "systemd's descriptor store has {count} entries of the runtime's daemon, the limit is {limit}: delete tasks or execs that have ended, or close connections"
     )]
     Full {
-        /// So many are in it.
+        /// The number of entries.
         count: usize,
-        /// So many may be in it.
+        /// The number of entries that are allowed.
         limit: usize,
     },
-    /// No holder can be made.
+    /// A holder can't be made.
     #[error("can't create a socket to hold descriptors: {0}")]
     Make(io::Error),
-    /// The holder does not take the descriptors.
+    /// The descriptors can't be sent to the holder.
     #[error("can't put descriptors into the socket that holds them: {0}")]
     Put(Errno),
-    /// systemd can't be asked.
+    /// systemd's notify socket can't be reached.
     #[error("can't store a descriptor in systemd's descriptor store: {0}")]
     Send(Errno),
 }
 
-/// The descriptors of this daemon that outlive it, by name. Names consist of a letter and a number.
+/// The descriptors that outlive the daemon, by name. A name consists of a letter and a number.
 #[derive(Debug)]
 pub struct FdStore {
     notifier: Notifier,
@@ -67,14 +67,14 @@ pub struct FdStore {
     state: Mutex<State>,
 }
 
-/// What is in the store. Nobody but this process changes that.
+/// The contents of the store. Only this process changes them.
 #[derive(Debug, Default)]
 struct State {
     used: HashMap<String, Vec<Named>>,
     idle: Vec<Named>,
     /// The number of the next holder.
     next: u64,
-    /// How many descriptors an earlier version has put into the store itself, by name.
+    /// How many descriptors an earlier version put directly into the store, by name.
     direct: HashMap<String, usize>,
     /// The warning that the store is nearly full was logged.
     is_warned: bool,
@@ -88,7 +88,7 @@ struct Named {
 }
 
 impl State {
-    /// How many entries of the store are in use.
+    /// The number of entries in the store.
     fn count(&self) -> usize {
         self.used.values().map(Vec::len).sum::<usize>() + self.direct.values().sum::<usize>()
     }
@@ -101,11 +101,11 @@ impl State {
 }
 
 impl FdStore {
-    /// The store of the service that this process is, and what earlier daemons have put into it, by name: `passed` is
-    /// what systemd has passed to this process.
+    /// Takes over the store of the daemon's service. `passed`: the descriptors that systemd passed to this process.
+    /// Returns the store, and what earlier daemons put into it, by name.
     ///
     /// # Errors
-    /// systemd's socket can't be reached.
+    /// systemd's notify socket can't be reached.
     pub fn adopt(passed: Vec<(String, OwnedFd)>) -> io::Result<(Self, Vec<(String, OwnedFd)>)> {
         Ok(Self::with(Notifier::new()?, STORE_LIMIT as usize - MAX_IDLE - SPARE, passed))
     }
@@ -127,7 +127,7 @@ impl FdStore {
             let contents = match holder.contents() {
                 Ok(contents) => contents,
                 Err(error) => {
-                    // It stays in systemd's store: the next daemon may succeed.
+                    // The holder stays in systemd's store: the next daemon may be able to read it.
                     tracing::error!(%error, "can't read the descriptors that an earlier daemon stored in {name}: {error}");
                     continue;
                 }
@@ -145,12 +145,12 @@ impl FdStore {
         (store, found)
     }
 
-    /// The way to the systemd that has this store.
+    /// Sends notifications to the systemd that has this store.
     pub fn notifier(&self) -> &Notifier {
         &self.notifier
     }
 
-    /// Whether something new can be begun that needs descriptors to be kept.
+    /// Checks whether new work may begin that keeps descriptors.
     ///
     /// # Errors
     /// [`Error::Full`]
@@ -159,10 +159,10 @@ impl FdStore {
         if count > self.limit_of_new_work() { Err(Error::Full { count, limit }) } else { Ok(()) }
     }
 
-    /// Keeps descriptors under a name, beside those that are kept under that name already.
+    /// Keeps descriptors under a name, in addition to those that the name already has.
     ///
     /// # Errors
-    /// There is no room, or systemd can't be asked: nothing is kept then.
+    /// The store is full, or systemd can't be reached. None of the descriptors is kept then.
     pub fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
         if fault::is_forgetful() || !self.notifier.has_systemd() {
             return Ok(());
@@ -188,13 +188,13 @@ impl FdStore {
         Ok(())
     }
 
-    /// Lets go of all descriptors that are kept under a name.
+    /// Closes all descriptors that are kept under a name.
     pub fn forget(&self, name: &str) {
         let (holders, is_direct) = self
             .state(|state| (state.used.remove(name).unwrap_or_default(), state.direct.contains_key(name)));
         for holder in holders {
             match holder.holder.clear() {
-                Ok(()) => self.rest(holder),
+                Ok(()) => self.keep_idle(holder),
                 Err(error) => {
                     tracing::warn!(%error, "can't empty the holder {}: {error}", holder.name);
                     self.remove(&holder.name);
@@ -206,8 +206,8 @@ impl FdStore {
         }
     }
 
-    /// Keeps an empty holder for later, or has systemd close it if there are enough.
-    fn rest(&self, holder: Named) {
+    /// Keeps an empty holder for reuse, or removes it from the store if there are enough.
+    fn keep_idle(&self, holder: Named) {
         let surplus = self.state(|state| {
             state.is_warned &= state.count() * 5 > self.limit * 3;
             if state.idle.len() < MAX_IDLE {
@@ -221,7 +221,7 @@ impl FdStore {
         }
     }
 
-    /// Makes empty holders if there is at most one. Without any, the next descriptor waits for systemd.
+    /// Makes empty holders if at most one is left. Without one, the next descriptor would have to wait for systemd.
     fn make_spare(&self) {
         if !self.notifier.has_systemd() || self.state(|state| state.idle.len() > 1) {
             return;
@@ -240,17 +240,17 @@ impl FdStore {
     fn make(&self) -> Result<Named, Error> {
         let holder = Holder::new().map_err(Error::Make)?;
         let name = self.state(State::new_name);
-        // FDPOLL=0: systemd must not drop what it takes for closed.
+        // FDPOLL=0: systemd must not remove a holder when it becomes readable.
         let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}");
         self.notifier.send(&message, &[holder.as_fd()], MsgFlags::empty()).map_err(Error::Send)?;
         Ok(Named { name, holder })
     }
 
-    /// Has systemd close what is in the store under a name.
+    /// Removes the descriptors with this name from systemd's store.
     fn remove(&self, name: &str) -> bool {
         let sent = self.notifier.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[], MsgFlags::empty());
         if let Err(error) = sent {
-            // The next daemon finds it, and lets go of it.
+            // The next daemon gets the descriptor, and removes it.
             tracing::warn!(%error, "can't remove {name} from systemd's descriptor store: {error}");
         }
         sent.is_ok()
@@ -268,7 +268,7 @@ impl FdStore {
         }
     }
 
-    /// With more entries than this, no new work is accepted.
+    /// The number of entries above which new work is refused.
     fn limit_of_new_work(&self) -> usize {
         self.limit.saturating_sub(STORE_RESERVE as usize)
     }
@@ -288,7 +288,7 @@ mod tests {
     use std::fs::File;
     use std::os::unix::net::UnixDatagram;
 
-    /// What systemd would have in the store after these messages.
+    /// A systemd that receives the messages of a store.
     struct Systemd(UnixDatagram);
 
     impl Systemd {

@@ -1,40 +1,40 @@
-//! Values of properties as people write them: GVariant text (pure).
+//! Values of properties in GVariant text (pure).
 //!
-//! The part of [GLib's format](https://docs.gtk.org/glib/gvariant-text-format.html) that properties of
-//! systemd need: no dictionaries, variants, maybes, byte strings, object paths or signatures. A bare whole number is an int32; a type
-//! before a value, `uint64 5` or `@t 5`, says otherwise.
+//! Supports the part of [GLib's format](https://docs.gtk.org/glib/gvariant-text-format.html) that systemd's properties
+//! need: no dictionaries, variants, maybes, byte strings, object paths or signatures. A whole number is an int32, unless a
+//! type precedes it: `uint64 5` or `@t 5`.
 
 use std::iter::Peekable;
 use std::str::Chars;
 
 use zbus::{Array, Signature, Structure, Variant};
 
-/// Deeper than any property of systemd.
+/// How deep arrays and tuples may be nested. No property of systemd needs more.
 const MAX_DEPTH: usize = 8;
-/// Longer than the text of any sensible value, in bytes.
+/// The longest text of a value, in bytes.
 const MAX_TEXT: usize = 16 << 10;
-/// More than the elements, and elements of elements, of any sensible value.
+/// The largest number of values in a value, at all levels together.
 const MAX_NODES: usize = 4096;
-/// The longest type that D-Bus has (D-Bus specification, "Valid Signatures"). zbus panics at a longer one.
+/// The longest type of D-Bus (D-Bus specification, "Valid Signatures"). zbus panics at a longer one.
 const MAX_SIGNATURE: usize = 255;
 
-/// Text that is no value.
+/// The text is not a value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}, at character {at}")]
 pub struct Malformed {
-    /// Where, counted from 1.
+    /// The position of the error, counted from 1.
     pub at: usize,
-    /// What is wrong there.
+    /// The error.
     pub reason: String,
 }
 
 /// Reads a value.
 ///
 /// # Errors
-/// The text is no value, or its type can't be told.
+/// The text is not a value, or its type is unknown.
 pub fn parse(text: &str) -> Result<Variant<'static>, Malformed> {
     if text.len() > MAX_TEXT {
-        let reason = format!("a value may have {MAX_TEXT} bytes, and this has {}", text.len());
+        let reason = format!("the value has {} bytes, the limit is {MAX_TEXT}", text.len());
         return Err(Malformed { at: 1, reason });
     }
     let mut reader = Reader { chars: text.chars().peekable(), at: 1, nodes: 0 };
@@ -45,19 +45,18 @@ pub fn parse(text: &str) -> Result<Variant<'static>, Malformed> {
     }
     let signature = node.guess()?.settle().ok_or_else(|| Malformed {
         at: node.at,
-        reason: "the type of an empty array is not known: write it before, as in \"@as []\"".to_owned(),
+        reason: "an empty array needs a type, as in \"@as []\"".to_owned(),
     })?;
-    // A value in a list of properties is a variant, whose type has a length of one byte.
+    // A value in a list of properties is a variant, and the length of its type is stored in one byte.
     let length = signature.to_string().len();
     if length > MAX_SIGNATURE {
-        let reason =
-            format!("the type of a value may have {MAX_SIGNATURE} characters, and this has {length}");
+        let reason = format!("the type of the value has {length} characters, the limit is {MAX_SIGNATURE}");
         return Err(Malformed { at: node.at, reason });
     }
     node.build(&signature)
 }
 
-/// A value as it is written, its type not settled yet.
+/// A parsed value whose type is not determined yet.
 struct Node {
     at: usize,
     what: What,
@@ -65,7 +64,7 @@ struct Node {
 
 enum What {
     Bool(bool),
-    /// Digits and signs, not looked at yet.
+    /// Digits and signs, not parsed yet.
     Number(String),
     Text(String),
     Array(Vec<Node>),
@@ -73,7 +72,7 @@ enum What {
     Typed(Signature, Box<Node>),
 }
 
-/// What is known of a type.
+/// What is known about the type of a value.
 enum Guess {
     /// Nothing: an element of an empty array.
     Any,
@@ -93,7 +92,7 @@ impl Guess {
         }
     }
 
-    /// What two values of one type say together; nothing if they can't be of one type.
+    /// Combines what is known about two values of the same type. `None` if their types differ.
     fn unify(self, other: Self) -> Option<Self> {
         Some(match (self, other) {
             (Self::Any, known) | (known, Self::Any) => known,
@@ -142,7 +141,7 @@ impl Node {
                 let mut element = Guess::Any;
                 for node in elements {
                     element = element.unify(node.guess()?).ok_or_else(|| {
-                        node.wrong("this is of another type than what is before it in the array".to_owned())
+                        node.wrong("this element has another type than the ones before it".to_owned())
                     })?;
                 }
                 Guess::Array(Box::new(element))
@@ -153,7 +152,7 @@ impl Node {
     fn build(self, signature: &Signature) -> Result<Variant<'static>, Malformed> {
         let at = self.at;
         let wrong = |reason: String| Malformed { at, reason };
-        let mismatch = || wrong(format!("this is not of type {signature}"));
+        let mismatch = || wrong(format!("the value is not of type {signature}"));
         Ok(match (self.what, signature) {
             (What::Typed(own, node), _) if own == *signature => node.build(&own)?,
             (What::Bool(value), Signature::Bool) => value.into(),
@@ -237,7 +236,7 @@ fn whole_number(digits: &str) -> Option<i128> {
         None if unsigned.len() > 1 && unsigned.starts_with('0') => (8, unsigned),
         None => (10, unsigned),
     };
-    // A second sign would be one too many.
+    // `from_str_radix` would accept another sign.
     let sound = figures.chars().all(|c| c.is_digit(base));
     let number = i128::from(u64::from_str_radix(figures, base).ok().filter(|_| sound)?);
     Some(if negative { -number } else { number })
@@ -246,7 +245,7 @@ fn whole_number(digits: &str) -> Option<i128> {
 struct Reader<'t> {
     chars: Peekable<Chars<'t>>,
     at: usize,
-    /// How many values have begun.
+    /// The number of values so far.
     nodes: usize,
 }
 
@@ -274,10 +273,10 @@ impl Reader<'_> {
     fn value(&mut self, depth: usize) -> Result<Node, Malformed> {
         self.skip_space();
         let at = self.at;
-        let deeper = depth.checked_sub(1).ok_or_else(|| self.wrong("this is nested too deep"))?;
+        let deeper = depth.checked_sub(1).ok_or_else(|| self.wrong("the value is nested too deeply"))?;
         self.nodes += 1;
         if self.nodes > MAX_NODES {
-            return Err(self.wrong("these are too many elements"));
+            return Err(self.wrong("the value has too many elements"));
         }
         let what = match self.peek() {
             None => return Err(self.wrong("a value is missing")),
@@ -288,8 +287,8 @@ impl Reader<'_> {
                 self.next();
                 let word = self.take_while(|c| c.is_ascii_alphabetic() || ['(', ')', '{', '}'].contains(&c));
                 let signature = Signature::try_from(word.as_str()).ok().filter(|_| !word.is_empty());
-                let signature =
-                    signature.ok_or_else(|| Malformed { at, reason: format!("\"@{word}\" is no type") })?;
+                let signature = signature
+                    .ok_or_else(|| Malformed { at, reason: format!("\"@{word}\" is not a type") })?;
                 What::Typed(signature, Box::new(self.value(deeper)?))
             }
             Some(c) if c.is_ascii_digit() || ['+', '-', '.'].contains(&c) => {
@@ -304,13 +303,13 @@ impl Reader<'_> {
                     _ => match KEYWORDS.iter().find(|(name, _)| *name == word) {
                         Some((_, signature)) => What::Typed(signature.clone(), Box::new(self.value(deeper)?)),
                         None => {
-                            let reason = format!("{word:?} is no value: strings need quotes, '{word}'");
+                            let reason = format!("{word:?} is not a value: strings need quotes, '{word}'");
                             return Err(Malformed { at, reason });
                         }
                     },
                 }
             }
-            Some(c) => return Err(self.wrong(&format!("{c:?} begins no value"))),
+            Some(c) => return Err(self.wrong(&format!("a value can't begin with {c:?}"))),
         };
         Ok(Node { at, what })
     }
@@ -329,7 +328,7 @@ impl Reader<'_> {
         let mut values = Vec::new();
         loop {
             self.skip_space();
-            // `(x,)` is how a tuple of one is written.
+            // A tuple of one element is written as `(x,)`.
             if self.peek() == Some(end) && (values.is_empty() || end == ')') {
                 self.next();
                 return Ok(values);
@@ -340,7 +339,7 @@ impl Reader<'_> {
                 Some(',') => {}
                 Some(c) if c == end => return Ok(values),
                 _ => {
-                    return Err(self.wrong(&format!("\",\" or {:?} is missing before here", end.to_string())));
+                    return Err(self.wrong(&format!("\",\" or {:?} is missing before this", end.to_string())));
                 }
             }
         }
@@ -356,14 +355,14 @@ impl Reader<'_> {
             }
             let c = if c == '\\' { self.escape()? } else { Some(c) };
             match c {
-                Some('\0') => return Err(self.wrong("a string can't have a NUL")),
+                Some('\0') => return Err(self.wrong("a string can't contain a NUL character")),
                 Some(c) => text.push(c),
                 None => {}
             }
         }
     }
 
-    /// What stands after a backslash; nothing for a line that goes on.
+    /// The character after a backslash, or `None` for a continued line.
     fn escape(&mut self) -> Result<Option<char>, Malformed> {
         let c = self.next().ok_or_else(|| self.wrong("the closing quote is missing"))?;
         Ok(Some(match c {

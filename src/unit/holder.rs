@@ -1,12 +1,12 @@
 //! A socket that holds descriptors in its queue.
 //!
-//! A descriptor that is on its way between two Unix sockets stays open although no process has it (unix(7),
-//! `SCM_RIGHTS`). A holder is a datagram socket that is connected to itself: what the daemon sends to it stays in it.
-//! systemd keeps the holder in its descriptor store, so everything in the holder outlives the daemon.
+//! A descriptor in the queue of a Unix socket stays open although no process has it (unix(7), `SCM_RIGHTS`). A holder is a
+//! datagram socket that is connected to itself: what the daemon sends to it stays in its queue. systemd keeps the holder in
+//! the descriptor store, so everything in the holder outlives the daemon.
 //!
-//! This makes it cheap to keep a descriptor. To put one directly into the descriptor store takes a message to PID 1,
-//! and PID 1 starts a process for each descriptor that it closes (`asynchronous_close` in systemd). A holder that is
-//! empty again stays in the store and is used for the next descriptors.
+//! A holder makes it cheap to keep a descriptor. Storing a descriptor directly takes a message to PID 1, and PID 1 forks a
+//! process for each descriptor that it closes (`asynchronous_close` in systemd). An emptied holder stays in the store and
+//! is reused.
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IoSlice};
@@ -19,28 +19,28 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::sys;
 
-/// The abstract addresses of all holders begin with this (`ss -xa`: a queue that is not empty holds descriptors).
+/// The prefix of all holders' abstract addresses. In `ss -xa`, a holder with a non-empty queue has descriptors.
 const ADDRESS: &str = "containerd-shim-systemd-v1";
 
-/// How many descriptors one message may have.
-pub const MOST: usize = 8;
+/// The largest number of descriptors in one message.
+pub const MAX_FDS: usize = 8;
 
 /// A socket that is connected to itself.
 #[derive(Debug)]
 pub struct Holder(UnixDatagram);
 
 impl Holder {
-    /// An empty holder. Its address is visible (`ss -x`), and nobody else can send to it: the kernel accepts
-    /// datagrams for a connected socket only from the socket that it is connected to.
+    /// Makes an empty holder. Its address is visible (`ss -x`), but no other socket can send to it: the kernel accepts
+    /// datagrams for a connected socket only from its peer.
     ///
     /// # Errors
-    /// There are no more descriptors.
+    /// The process has no room for another descriptor.
     pub fn new() -> io::Result<Self> {
         let name = format!("{ADDRESS}/{:016x}", RandomState::new().hash_one(0));
         let address = SocketAddr::from_abstract_name(name)?;
         let holder = Self(UnixDatagram::bind_addr(&address)?);
         holder.0.connect_addr(&address)?;
-        // Somebody may have sent something before the socket was connected.
+        // Another process may have sent something before the socket was connected.
         holder.clear()?;
         Ok(holder)
     }
@@ -53,9 +53,9 @@ impl Holder {
     /// Puts descriptors into the holder, with a label that is not empty.
     ///
     /// # Errors
-    /// `EAGAIN`: the holder is full. `EINVAL`: there are more than [`MOST`]. Nothing has been put into it then.
+    /// `EAGAIN`: the holder is full. `EINVAL`: more than [`MAX_FDS`] descriptors. The holder is unchanged then.
     pub fn put(&self, label: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
-        if fds.len() > MOST || label.is_empty() {
+        if fds.len() > MAX_FDS || label.is_empty() {
             return Err(Errno::EINVAL);
         }
         let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -65,12 +65,12 @@ impl Holder {
         sendmsg::<()>(self.0.as_raw_fd(), &parts, &rights, flags, None).map(drop)
     }
 
-    /// Copies of the descriptors in the holder, each with its label. They stay in the holder.
+    /// Copies of the descriptors in the holder, each with its label. The originals stay in the holder.
     ///
     /// # Errors
     /// The holder can't be read, or the process has no room for the descriptors (`EMFILE`).
     pub fn contents(&self) -> Result<Vec<(String, OwnedFd)>, Errno> {
-        // Each read continues behind the one before.
+        // Each peek continues where the one before ended.
         sys::count_peeked(&self.0)?;
         let mut found = Vec::new();
         loop {
@@ -82,7 +82,7 @@ impl Holder {
         }
     }
 
-    /// Empties the holder: what nobody else has open is closed.
+    /// Empties the holder. Descriptors that no process has open are closed.
     ///
     /// # Errors
     /// The holder can't be read.
@@ -121,7 +121,7 @@ mod tests {
         holder.put("o1", &[first_writer.as_fd(), second_writer.as_fd()]).unwrap();
         holder.put("t1", &[first_writer.as_fd()]).unwrap();
         drop((first_writer, second_writer));
-        // A later daemon has the socket only, and may look at it as often as it likes.
+        // A later daemon has only the socket, and can read it any number of times.
         let holder = Holder::adopt(holder.0.into());
         for _ in 0..2 {
             let contents = holder.contents().unwrap();
@@ -152,8 +152,8 @@ mod tests {
     fn a_holder_refuses_more_than_it_can_give_back() {
         let holder = Holder::new().unwrap();
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert_eq!(holder.put("o1", &[file.as_fd(); MOST + 1]), Err(Errno::EINVAL));
-        holder.put("o1", &[file.as_fd(); MOST]).unwrap();
+        assert_eq!(holder.put("o1", &[file.as_fd(); MAX_FDS + 1]), Err(Errno::EINVAL));
+        holder.put("o1", &[file.as_fd(); MAX_FDS]).unwrap();
         while holder.put("o1", &[file.as_fd()]).is_ok() {}
         holder.clear().unwrap();
         assert_eq!(holder.contents().unwrap().len(), 0);

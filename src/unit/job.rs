@@ -1,4 +1,4 @@
-//! systemd's jobs, and whoever waits for one to end.
+//! Waiting for the ends of systemd's jobs.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,12 +10,12 @@ use crate::id::UnitName;
 
 use super::error::Error;
 
-/// A job's end, sent to whoever waits for a job of that unit.
+/// A job that has ended, and its result.
 type JobEnd = (OwnedObjectPath, String);
 
 type Waiters = HashMap<UnitName, Vec<mpsc::UnboundedSender<JobEnd>>>;
 
-/// Those that wait for jobs, by unit.
+/// Everything that waits for a job, by unit.
 #[derive(Clone, Default)]
 pub(super) struct Jobs(Arc<Mutex<Waiters>>);
 
@@ -24,22 +24,22 @@ impl Jobs {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Listens for the ends of a unit's jobs; made before the call, or the end may come first.
+    /// Receives the ends of a unit's jobs. It must exist before the call that makes the job, or the job can end unnoticed.
     pub(super) fn wait_for(&self, unit: &UnitName) -> JobWaiter {
         let (sender, receiver) = mpsc::unbounded_channel();
         self.waiters().entry(unit.clone()).or_default().push(sender);
         JobWaiter { jobs: self.clone(), unit: unit.clone(), receiver }
     }
 
-    /// Tells them of an end.
+    /// Reports to all waiters of a unit that a job has ended.
     pub(super) fn ended(&self, unit: &UnitName, job: &OwnedObjectPath, result: &str) {
         for waiter in self.waiters().get(unit).into_iter().flatten() {
-            // One that is about to go does not need it.
+            // A waiter that is being dropped needs no report.
             let _ = waiter.send((job.clone(), result.to_owned()));
         }
     }
 
-    /// Forgets those that no longer wait.
+    /// Removes the waiters of a unit that were dropped.
     fn sweep(&self, unit: &UnitName) {
         let mut jobs = self.waiters();
         if let Some(waiters) = jobs.get_mut(unit) {
@@ -50,7 +50,7 @@ impl Jobs {
         }
     }
 
-    /// No more ends will be told of the jobs under way.
+    /// Ends all waits with [`Error::Lost`]: the ends of current jobs may have been missed.
     pub(super) fn lose_all(&self) {
         self.waiters().clear();
     }
@@ -59,7 +59,7 @@ impl Jobs {
 /// A unit that is being started.
 pub struct StartJob {
     pub(super) waiter: JobWaiter,
-    /// Not known if systemd went away before it could tell.
+    /// `None` if systemd did not answer the call.
     pub(super) job: Option<OwnedObjectPath>,
 }
 
@@ -71,12 +71,12 @@ pub(super) struct JobWaiter {
 }
 
 impl JobWaiter {
-    /// Whose job it is.
+    /// The unit that the job belongs to.
     pub(super) fn unit(&self) -> &UnitName {
         &self.unit
     }
 
-    /// Resolves when that job ends; with any one of the unit if it is not known which.
+    /// Waits until the job ends, or any job of the unit if `job` is `None`.
     pub(super) async fn ended(
         mut self,
         verb: &'static str,

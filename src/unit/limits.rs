@@ -6,13 +6,13 @@ use crate::task::limits::{Attribute, Limits};
 
 use super::properties::Properties;
 
-/// "No limit", and "as it is by default".
+/// Stands for "no limit", and for the default value.
 const INFINITY: u64 = u64::MAX;
-/// systemd's own period of CPU quotas, and the kernel's, in microseconds.
+/// The default period of CPU quotas in systemd and in the kernel, in microseconds.
 const DEFAULT_PERIOD: u64 = 100_000;
 
-/// The properties that say the same as the cgroup's files. What can't be read is left out: the files
-/// count, in any case.
+/// The properties with the same meaning as the cgroup's files. A value that can't be parsed is left out: the files are
+/// what limits the container.
 pub fn properties(limits: &Limits) -> Properties {
     let mut list: Vec<(&'static str, Variant<'static>)> = Vec::new();
     for (attribute, value) in limits.iter() {
@@ -23,7 +23,7 @@ pub fn properties(limits: &Limits) -> Properties {
             Attribute::MemoryMax => list.extend(number("MemoryMax", value)),
             Attribute::MemorySwapMax => list.extend(number("MemorySwapMax", value)),
             Attribute::Pids => list.extend(number("TasksMax", value)),
-            // systemd's word for an idle cgroup is a weight of 0 (252).
+            // systemd expresses an idle cgroup as a weight of 0 (252).
             Attribute::CpuIdle => list.extend((value == "1").then(|| ("CPUWeight", 0_u64.into()))),
             Attribute::CpuWeight if limits.get(Attribute::CpuIdle) == Some("1") => {}
             Attribute::CpuWeight => list.extend(number("CPUWeight", value)),
@@ -45,7 +45,7 @@ fn number(property: &'static str, value: &str) -> Option<(&'static str, Variant<
     Some((property, value.into()))
 }
 
-/// systemd takes the quota per second; with the period it makes the same `cpu.max` of it.
+/// systemd expects the quota per second, and computes the same `cpu.max` from it and the period.
 fn quota(value: &str) -> Option<[(&'static str, Variant<'static>); 2]> {
     let (quota, period) = value.split_once(' ')?;
     let period: u64 = period.parse().ok().filter(|period| *period > 0)?;
@@ -60,9 +60,9 @@ fn quota(value: &str) -> Option<[(&'static str, Variant<'static>); 2]> {
     Some([("CPUQuotaPerSecUSec", per_second.into()), ("CPUQuotaPeriodUSec", period.into())])
 }
 
-/// `0-2,5` as a set of bits, the lowest byte first.
+/// Converts a list such as `0-2,5` to a bit set, lowest byte first.
 fn set(property: &'static str, value: &str) -> Option<(&'static str, Variant<'static>)> {
-    /// The kernel has no more CPUs (CONFIG_NR_CPUS).
+    /// The highest CPU number that a kernel can have (CONFIG_NR_CPUS).
     const LAST: usize = 8191;
     let mut bits: Vec<u8> = Vec::new();
     for range in value.split(',').filter(|range| !range.is_empty()) {
@@ -81,7 +81,7 @@ fn set(property: &'static str, value: &str) -> Option<(&'static str, Variant<'st
     Some((property, bits.into()))
 }
 
-/// One property for each of the four, each a list of devices; an empty list first, as lists add up.
+/// Each of the four limits is one property, a list of devices. An empty list comes first: systemd appends to lists.
 fn io_max(value: &str) -> Vec<(&'static str, Variant<'static>)> {
     const PROPERTIES: [(&str, &str); 4] = [
         ("rbps=", "IOReadBandwidthMax"),

@@ -5,11 +5,11 @@ use zbus::Variant;
 /// The main process of a service, as systemd sees it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MainProcess {
-    /// The running one, 0 if none.
+    /// The pid of the running process, 0 if there is none.
     pub pid: u32,
-    /// The last one.
+    /// The pid of the last process, 0 if there was none.
     pub last_pid: u32,
-    /// How the last one ended, if it has.
+    /// How the last process ended. `None` if it did not end.
     pub ended: Option<Ended>,
 }
 
@@ -20,7 +20,7 @@ pub struct Ended {
     pub code: i32,
     /// The exit code, or the signal.
     pub status: i32,
-    /// When, in microseconds since 1970.
+    /// The time of the exit, in microseconds since 1970.
     pub at_usec: u64,
 }
 
@@ -37,7 +37,7 @@ impl Ended {
         if self.signal().is_none() { status } else { 128 + status }
     }
 
-    /// The signal that ended it, if one did.
+    /// The signal that ended the process.
     pub fn signal(self) -> Option<i32> {
         const CLD_EXITED: i32 = 1;
         (self.code != CLD_EXITED).then_some(self.status)
@@ -45,7 +45,7 @@ impl Ended {
 }
 
 impl MainProcess {
-    /// Takes over the values that a signal or a reply carries.
+    /// This process, updated by the values that a signal or a reply contains.
     pub(super) fn updated<'v>(mut self, value: impl Fn(&str) -> Option<&'v Variant<'v>>) -> Self {
         let u32_of = |name| value(name).and_then(|v| u32::try_from(v).ok());
         let i32_of = |name| value(name).and_then(|v| i32::try_from(v).ok());

@@ -37,11 +37,10 @@ pub fn wake_service() -> UnitName {
 /// What every container's unit name begins with.
 pub const PREFIX: &str = "containerd-";
 
-/// The names that a container's unit may have, best first: the next one is for when a name is taken.
+/// The names that a container's unit may have, best first. The next one is used if a name is taken.
 ///
-/// An id of 64 hex digits is cut to its first [`SHORT_ID`], then to more: 64 digits in a unit's name
-/// make cAdvisor count it as one more container. The last resort has a hash; that of a second containerd is
-/// another one.
+/// An id of 64 hex digits is shortened to its first [`SHORT_ID`] digits, then to more: cAdvisor counts a unit with 64
+/// digits in its name as an additional container. The last name has a hash, which is different for a second containerd.
 pub fn candidates(key: &TaskKey) -> impl Iterator<Item = UnitName> + use<> {
     let owner = Some(key.owner.as_str()).filter(|owner| !owner.is_empty());
     let mark = owner.map_or_else(String::new, |owner| format!("+{owner}"));
@@ -53,12 +52,12 @@ pub fn exec_candidates(container: &UnitName, exec: &ExecId) -> impl Iterator<Ite
     stems(&format!("{}:", stem(container)), exec.as_str(), "")
 }
 
-/// The last one has a hash of the whole name and the mark. It is the only one where the others are too long.
+/// The last stem has a hash of the whole name and the mark. It is the only one if all others are too long.
 fn stems(prefix: &str, id: &str, mark: &str) -> impl Iterator<Item = UnitName> + use<> {
     let lengths: Vec<usize> =
         if is_long_hex(id) { (SHORT_ID..=40).step_by(4).collect() } else { vec![id.len()] };
     let plain = lengths.into_iter().map(|length| format!("{prefix}{}", &id[..length]));
-    // Namespace `shim` and id `systemd-v1` would be the daemon itself.
+    // Namespace `shim` and id `systemd-v1` would give the name of the daemon.
     let plain: Vec<_> = plain.filter(|stem| stem != DAEMON && fits(stem, SERVICE)).collect();
     let whole = format!("{prefix}{id}");
     let last = hashed(&whole, &format!("{whole}{mark}"), SERVICE);
@@ -79,8 +78,8 @@ fn stem(service: &UnitName) -> &str {
     service.as_str().strip_suffix(".service").unwrap_or(service.as_str())
 }
 
-/// The unit of a `binary://` logger: beside that of its process, in the place of an exec with an
-/// empty id, which no exec can have.
+/// The unit of a `binary://` logger. It has the name of its process's unit, followed by that of an exec with an empty id,
+/// which no exec can have.
 ///
 /// # Errors
 /// Only for names that no checked namespace and id can produce.
@@ -96,8 +95,8 @@ pub fn namespace_slice(namespace: &Namespace) -> Result<UnitName, InvalidName> {
     slice(&format!("{PREFIX}{}", escape(namespace.as_str())))
 }
 
-/// The slice of a pod whose client named no parent: inside the namespace's slice, named after the
-/// short id of the pod's sandbox.
+/// The slice of a pod whose client named no parent slice: in the namespace's slice, named after the short id of the pod's
+/// sandbox.
 ///
 /// # Errors
 /// As [`logger`].
@@ -113,7 +112,7 @@ pub fn slice_cgroup(slice: &UnitName) -> PathBuf {
     ends.map(|end| format!("{}.slice", &stem[..end])).fold(PathBuf::from("/"), |path, part| path.join(part))
 }
 
-/// True for a slice made by [`pod_slice`]: ours to take away once nothing is left in it.
+/// True for a slice made by [`pod_slice`]: the daemon removes it once it is empty.
 pub fn is_pod_slice(slice: &UnitName) -> bool {
     let stem = slice.as_str().trim_end_matches(".slice");
     stem.strip_prefix(PREFIX).is_some_and(|rest| rest.contains('-'))
@@ -123,7 +122,7 @@ fn slice(stem: &str) -> Result<UnitName, InvalidName> {
     named(stem, ".slice")
 }
 
-/// Puts stem and suffix together; a name that is too long keeps its beginning and gets a stable hash.
+/// Joins stem and suffix. The end of a name that is too long is replaced by a stable hash.
 fn named(stem: &str, suffix: &str) -> Result<UnitName, InvalidName> {
     if fits(stem, suffix) { UnitName::new(format!("{stem}{suffix}")) } else { hashed(stem, stem, suffix) }
 }
@@ -134,7 +133,7 @@ fn hashed(stem: &str, of: &str, suffix: &str) -> Result<UnitName, InvalidName> {
     UnitName::new(format!("{}{hash}{suffix}", &stem[..keep]))
 }
 
-/// A short name that belongs to a unit, for where its own would be too long.
+/// A short name that is unique for a unit, for paths that are limited in length.
 pub fn short_name(unit: &UnitName) -> String {
     format!("{:016x}", fnv1a(unit.as_str().as_bytes()))
 }
@@ -147,7 +146,7 @@ fn short(id: &str, digits: usize) -> &str {
     if is_long_hex(id) { &id[..digits.min(id.len())] } else { id }
 }
 
-/// The D-Bus object of a unit: every byte but letters and digits (a leading digit too) as `_xx`.
+/// The D-Bus object path of a unit. Every byte except letters and digits, and a leading digit, is written as `_xx`.
 pub fn object_path(unit: &str) -> String {
     let mut path = String::from(OBJECT_PREFIX);
     for (i, byte) in unit.bytes().enumerate() {
@@ -160,7 +159,7 @@ pub fn object_path(unit: &str) -> String {
     path
 }
 
-/// The unit of a D-Bus object, the reverse of [`object_path`]; nothing for other objects.
+/// The unit of a D-Bus object path, the reverse of [`object_path`]. `None` for other objects.
 pub fn from_object_path(path: &str) -> Option<UnitName> {
     let escaped = path.strip_prefix(OBJECT_PREFIX)?;
     let mut name = Vec::with_capacity(escaped.len());
@@ -176,7 +175,7 @@ pub fn from_object_path(path: &str) -> Option<UnitName> {
     UnitName::new(String::from_utf8(name).ok()?).ok()
 }
 
-/// Where systemd keeps its unit objects.
+/// The prefix of all object paths of units.
 const OBJECT_PREFIX: &str = "/org/freedesktop/systemd1/unit/";
 
 #[cfg(test)]

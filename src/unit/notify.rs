@@ -1,4 +1,4 @@
-//! What the daemon tells systemd about itself (sd_notify(3)): ready, stopping, alive.
+//! Notifications of the daemon about itself to systemd (sd_notify(3)): ready, stopping, watchdog.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -10,17 +10,17 @@ use libsystemd::daemon;
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-/// How long one message may wait for systemd, which reads none while it reloads or executes itself again. Two
-/// threads serve all calls, and systemd's watchdog ends a daemon that says nothing for 10 s.
+/// How long one message may wait until systemd reads it. systemd reads no messages while it reloads or executes itself
+/// again. Two threads serve all calls, and systemd's watchdog ends a daemon that sends nothing for 10 s.
 const SEND_LIMIT: Duration = Duration::from_secs(4);
 
-/// The pause after a sign of life that systemd had no room for.
+/// The pause before a watchdog message is sent again that did not fit into systemd's socket.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// A connection to the socket at which systemd is notified; nothing outside of systemd.
+/// A connection to systemd's notify socket. `None` if systemd did not start this process.
 ///
 /// # Errors
-/// It can't be reached.
+/// The socket can't be reached.
 pub(super) fn connect() -> io::Result<Option<UnixDatagram>> {
     let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
         return Ok(None);
@@ -34,15 +34,15 @@ pub(super) fn connect() -> io::Result<Option<UnixDatagram>> {
     Ok(Some(socket))
 }
 
-/// The way to the systemd that started this process.
+/// Sends messages to the systemd that started this process.
 #[derive(Debug)]
 pub struct Notifier {
-    /// Nothing outside of systemd.
+    /// `None` if systemd did not start this process.
     socket: Option<UnixDatagram>,
 }
 
 impl Notifier {
-    /// Connects to the socket that systemd named to this process.
+    /// Connects to the socket whose path systemd passed to this process.
     ///
     /// # Errors
     /// The socket can't be reached.
@@ -54,7 +54,7 @@ impl Notifier {
         Ok(Self { socket })
     }
 
-    /// Messages go to this socket.
+    /// Sends its messages to this socket.
     #[cfg(test)]
     pub(super) fn to(socket: UnixDatagram) -> Self {
         Self { socket: Some(socket) }
@@ -75,8 +75,7 @@ impl Notifier {
         self.tell("STOPPING=1");
     }
 
-    /// Tells systemd, twice within the time after which the watchdog would end the daemon, that the async runtime still
-    /// runs. Never returns.
+    /// Sends `WATCHDOG=1` twice per watchdog interval, as long as the async runtime runs. Never returns.
     pub async fn keep_alive(&self) {
         let Some(limit) = daemon::watchdog_enabled(false) else {
             return std::future::pending().await;
@@ -84,9 +83,9 @@ impl Notifier {
         let mut ticks = tokio::time::interval((limit / 2).max(RETRY));
         loop {
             ticks.tick().await;
-            // Work that waits for a thread gets this one.
+            // If tokio could not start a thread, queued blocking work waits for the next call that starts one: this one.
             drop(tokio::task::spawn_blocking(|| ()));
-            // One thread of two must not wait for systemd, which counts no time while it reads nothing.
+            // Not one of the two threads waits here. systemd's watchdog does not run while systemd reads nothing.
             while self.send("WATCHDOG=1", &[], MsgFlags::MSG_DONTWAIT) == Err(Errno::EAGAIN) {
                 tokio::time::sleep(RETRY).await;
             }

@@ -1,6 +1,7 @@
-//! What was noticed and not dealt with yet (pure, but for the waiting).
+//! Observations of systemd that were not handled yet.
 //!
-//! Bounded, however fast signals come: one entry for each unit, and one for all that may have been missed.
+//! Their number is bounded, however fast signals arrive: one for each unit, and one for all signals that may have been
+//! missed.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,19 +12,19 @@ use crate::id::UnitName;
 
 use super::main_process::MainProcess;
 
-/// Units whose main process is no longer what it was, and whether signals may have been missed.
+/// The units whose main process has changed, and whether signals may have been missed.
 #[derive(Debug, Default)]
 pub struct Observations {
     services: Mutex<Services>,
     noticed: Notify,
-    /// Keeps one permit, however often it is notified.
+    /// Holds at most one permit, however often it is notified.
     missed: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Services {
     order: VecDeque<UnitName>,
-    told: HashMap<UnitName, MainProcess>,
+    reported: HashMap<UnitName, MainProcess>,
 }
 
 impl Observations {
@@ -31,18 +32,18 @@ impl Observations {
         self.services.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// systemd has told of a change of a unit's main process.
-    pub(super) fn told(&self, unit: UnitName, main: MainProcess) {
+    /// systemd reported a change of a unit's main process.
+    pub(super) fn reported(&self, unit: UnitName, main: MainProcess) {
         let mut services = self.services();
-        let earlier = services.told.get(&unit).copied();
-        // A unit that is started again has an end to tell of all the same.
+        let earlier = services.reported.get(&unit).copied();
+        // An exit is not overwritten by the next start of the unit.
         if main.ended.is_none() && earlier.is_some_and(|earlier| earlier.ended.is_some()) {
             return;
         }
         if earlier.is_none() {
             services.order.push_back(unit.clone());
         }
-        services.told.insert(unit, main);
+        services.reported.insert(unit, main);
         drop(services);
         self.noticed.notify_one();
     }
@@ -52,8 +53,8 @@ impl Observations {
         self.missed.notify_one();
     }
 
-    /// The next unit whose main process may be another one or none, and what systemd has told of it. One at a time may
-    /// wait here.
+    /// Waits for the next unit whose main process has changed, and returns what systemd reported. Only one caller may wait
+    /// at a time.
     pub async fn next(&self) -> (UnitName, MainProcess) {
         loop {
             if let Some(next) = self.take() {
@@ -66,11 +67,11 @@ impl Observations {
     fn take(&self) -> Option<(UnitName, MainProcess)> {
         let mut services = self.services();
         let unit = services.order.pop_front()?;
-        let main = services.told.remove(&unit)?;
+        let main = services.reported.remove(&unit)?;
         Some((unit, main))
     }
 
-    /// Resolves when every unit has to be looked at, once for all the reasons that there were since the last time.
+    /// Waits until signals may have been missed. Returns once for everything that was missed since the last call.
     pub async fn receive_missed(&self) {
         self.missed.notified().await;
     }
@@ -93,8 +94,9 @@ mod tests {
     async fn what_is_told_of_a_unit_many_times_is_one_entry() {
         let observations = Observations::default();
         for round in 0..10_000 {
-            observations.told(unit("a.service"), MainProcess { last_pid: round, ..MainProcess::default() });
-            observations.told(unit("b.service"), ended(round));
+            observations
+                .reported(unit("a.service"), MainProcess { last_pid: round, ..MainProcess::default() });
+            observations.reported(unit("b.service"), ended(round));
         }
         assert_eq!(observations.services().order.len(), 2);
         assert_eq!(observations.next().await.1.last_pid, 9999);
@@ -105,8 +107,8 @@ mod tests {
     #[tokio::test]
     async fn an_end_is_not_lost_to_what_comes_after_it() {
         let observations = Observations::default();
-        observations.told(unit("a.service"), ended(7));
-        observations.told(unit("a.service"), MainProcess::default());
+        observations.reported(unit("a.service"), ended(7));
+        observations.reported(unit("a.service"), MainProcess::default());
         assert_eq!(observations.next().await, (unit("a.service"), ended(7)));
     }
 

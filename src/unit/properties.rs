@@ -1,8 +1,8 @@
 //! What systemd is told about a unit (pure).
 //!
-//! Each function gives the property list of one kind of unit. The rule behind every line: nothing
-//! of systemd's defaults may leak into a container that would not be there under runc.v2, and
-//! nothing may be lost that `systemctl` and `journalctl` can show.
+//! Each function returns the property list of one kind of unit. Two rules decide every line: no default of systemd may
+//! change a container that runc.v2 would run without that default, and `systemctl` and `journalctl` show everything that
+//! they can show.
 
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub struct Properties(pub(super) Vec<(&'static str, Variant<'static>)>);
 
 #[cfg(any(test, fuzzing))]
 impl Properties {
-    /// All of them, by their names.
+    /// All properties, in the order in which systemd gets them.
     pub fn all(&self) -> &[(&'static str, Variant<'static>)] {
         &self.0
     }
@@ -50,12 +50,12 @@ impl Systemd {
         self.version
     }
 
-    /// It is one we work with.
+    /// True if this program supports the version.
     pub fn supported(self) -> bool {
         self.version >= config::OLDEST_SYSTEMD
     }
 
-    /// `FileDescriptorStorePreserve=` (254).
+    /// True if systemd has `FileDescriptorStorePreserve=` (254).
     pub fn has_fd_store_preserve(self) -> bool {
         self.version >= 254
     }
@@ -64,22 +64,21 @@ impl Systemd {
 /// syslog(3): error conditions.
 const LOG_ERR: i32 = 3;
 
-/// `<0>` at the beginning of a line is text like any other: it sets no priority (journald shows emergencies
-/// on every terminal), and it is not removed. The rate limit of lines is journald's own, or what an
-/// administrator sets for the unit.
+/// journald must not read `<0>` at the beginning of a line as a priority: it would show the line on every terminal, and
+/// remove the prefix from the text.
 const NO_LEVEL_PREFIX: (&str, Variant<'static>) = ("SyslogLevelPrefix", Variant::Bool(false));
 
 /// "No limit", for every 64-bit limit of systemd.
 const INFINITY: u64 = u64::MAX;
 
-/// A unit that systemd shows to a person.
+/// What people see of a unit: its description, the fields of its journal entries, and its slice.
 #[derive(Clone, Debug)]
-pub struct Shown<'a> {
+pub struct UnitMetadata<'a> {
     /// Description=
     pub description: &'a str,
     /// SyslogIdentifier=
     pub identifier: &'a str,
-    /// Journal fields of every line.
+    /// Fields of every journal entry of the unit.
     pub fields: &'a [(String, String)],
     /// Slice=
     pub slice: &'a UnitName,
@@ -87,11 +86,11 @@ pub struct Shown<'a> {
 
 /// A container's unit.
 ///
-/// `Type=forking`: the OCI runtime leaves the container's init behind, its pid is in `pid_file`, and
-/// systemd takes it for the main process. `RemainAfterExit` and `CollectMode=inactive` keep the exit
-/// readable until the unit is stopped or reset. After `start_limit` systemd ends what has not come up.
+/// `Type=forking`: the OCI runtime writes the pid of the container's init to `pid_file` and exits; systemd makes the init
+/// the unit's main process. `RemainAfterExit` and `CollectMode=inactive` keep the exit code readable until the unit is
+/// stopped or reset. systemd ends a start that takes longer than `start_limit`.
 pub fn container(
-    shown: &Shown<'_>,
+    shown: &UnitMetadata<'_>,
     command: &[String],
     environment: &[String],
     pid_file: &Path,
@@ -106,7 +105,7 @@ pub fn container(
         ("ExecStart", exec_start(command, Failure::Counts)),
         ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
-        // Only containerd starts containers, whatever a drop-in for all services says (`Restart=`).
+        // Only containerd starts containers, even if a drop-in for all services sets `Restart=`.
         (
             "RestartPreventExitStatus",
             ((0..=255).collect::<Vec<i32>>(), (1..=64).collect::<Vec<i32>>()).into(),
@@ -129,8 +128,8 @@ pub fn container(
         ("IOAccounting", true.into()),
     ]);
     if notify {
-        // The daemon speaks as the main process (`unit/relay.rs`). A container that has the host's own socket,
-        // in a bind of the host's /run, uses that from any process.
+        // The daemon sends notifications as the main process (`unit/relay.rs`). A container into which the host's /run
+        // is bound sends them to systemd's own socket, from any of its processes.
         list.push(("NotifyAccess", "all".into()));
     }
     list.extend(bound_to_system());
@@ -138,7 +137,7 @@ pub fn container(
 }
 
 impl Properties {
-    /// The same and more: what comes last overrides what is before it, or is appended where it is a list.
+    /// These properties and the additions. A later property overrides an earlier one, or extends it if it is a list.
     pub(super) fn with<'a>(&self, additions: &'a Additions) -> Vec<(&'a str, Variant<'static>)> {
         let more = additions.0.iter().map(|(name, value)| (name.as_str(), value.clone()));
         self.0.iter().cloned().chain(more).collect()
@@ -147,18 +146,18 @@ impl Properties {
 
 /// An exec's unit.
 ///
-/// `launch` runs the OCI runtime, and hands the process that this leaves behind over as the unit's
-/// main process. The process lives in the container's cgroup; the unit's own is empty.
+/// `launch` runs the OCI runtime, which starts the process and exits. `launch` then hands the process over to systemd as
+/// the unit's main process. The process is in the container's cgroup; the unit's own cgroup is empty.
 ///
-/// `Type=oneshot`, so the unit is `activating` while the process runs: the one state in which systemd
-/// waits for the exit code whatever else it notices. In `running`, when the unit's cgroup gets empty or
-/// with `READY=1`, it looks whether the main process lives, and if that has just ended it forgets it
-/// together with its code (service.c, 252 to 262: it was not born as systemd's child).
+/// `Type=oneshot` keeps the unit `activating` while the process runs. Only in this state does systemd always wait for
+/// the exit code. In the state `running` it checks whether the main process is alive as soon as the unit's cgroup is
+/// empty or `READY=1` arrives. If the process has just ended, systemd drops the process and its code, as the process was
+/// not started by systemd (service.c, 252 to 262).
 ///
-/// Whatever the process's end, it is no failure of the unit.
+/// No exit code of the process makes the unit fail.
 ///
-/// systemd's remarks about each of them (that it is not its child, how it ended) would fill the
-/// journal of a node with probes: only errors pass.
+/// systemd logs two messages about each such process (that it is not its child, and how it ended). Health probes would
+/// fill the journal with them, so only errors are logged.
 pub fn exec(description: &str, command: &[String], environment: &[String]) -> Properties {
     let mut list: Vec<(&'static str, Variant<'static>)> = vec![
         ("Description", description.to_owned().into()),
@@ -187,7 +186,7 @@ pub fn exec(description: &str, command: &[String], environment: &[String]) -> Pr
 }
 
 /// The unit of a `binary://` logger.
-pub fn logger(shown: &Shown<'_>, command: &[String]) -> Properties {
+pub fn logger(shown: &UnitMetadata<'_>, command: &[String]) -> Properties {
     let mut list = shown_as(shown);
     list.extend([
         ("Type", "exec".into()),
@@ -200,24 +199,24 @@ pub fn logger(shown: &Shown<'_>, command: &[String]) -> Properties {
     Properties(list)
 }
 
-/// The unit that waits for a call while the daemon is stopped: until its standard input is readable.
+/// The unit that waits for a call while the daemon is stopped. It ends once its standard input, `wake_fd`, is readable.
 ///
 /// # Errors
 /// The descriptor can't be duplicated.
-pub fn wake(command: &[String], news: BorrowedFd<'_>) -> Result<Properties, std::io::Error> {
+pub fn wake(command: &[String], wake_fd: BorrowedFd<'_>) -> Result<Properties, std::io::Error> {
     let mut list: Vec<(&'static str, Variant<'static>)> = vec![
-        ("Description", "waits for calls to the containerd shim while it is stopped".into()),
+        ("Description", "Starts the containerd shim at the next call".into()),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Type", "exec".into()),
         ("ExecStart", exec_start(command, Failure::Counts)),
         ("CollectMode", "inactive-or-failed".into()),
-        ("StandardInputFileDescriptor", Variant::from(zbus::Fd::from(news.try_clone_to_owned()?))),
+        ("StandardInputFileDescriptor", Variant::from(zbus::Fd::from(wake_fd.try_clone_to_owned()?))),
     ];
     list.extend(bound_to_system());
     Ok(Properties(list))
 }
 
-/// A pod's slice, which goes when the last unit in it does.
+/// A pod's slice. systemd unloads it after the last unit in it.
 pub fn pod_slice(description: &str) -> Properties {
     Properties(vec![
         ("Description", description.to_owned().into()),
@@ -226,7 +225,7 @@ pub fn pod_slice(description: &str) -> Properties {
     ])
 }
 
-/// The daemon's socket, where no packaged unit is installed. The same as
+/// The daemon's socket if no packaged unit is installed. Same as
 /// `units/containerd-shim-systemd-v1.socket`.
 pub fn daemon_socket(paths: impl Iterator<Item = PathBuf>) -> Properties {
     let listen: Vec<(&str, String)> =
@@ -244,7 +243,7 @@ pub fn daemon_socket(paths: impl Iterator<Item = PathBuf>) -> Properties {
     ])
 }
 
-/// The daemon's service, where no packaged unit is installed. The same as
+/// The daemon's service if no packaged unit is installed. Same as
 /// `units/containerd-shim-systemd-v1.service`.
 pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
     let mut list: Vec<(&'static str, Variant<'static>)> = vec![
@@ -254,33 +253,33 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("ExecStart", exec_start(command, Failure::Counts)),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Restart", "always".into()),
-        // A crash that comes again at once does not take a processor. There is no limit to how often it is
-        // started: a node's containers depend on it.
+        // The pause keeps a daemon that crashes at every start from using a whole processor. The number of starts has
+        // no limit: the containers of the node depend on the daemon.
         ("RestartUSec", usec(Duration::from_millis(100)).into()),
         ("StartLimitIntervalUSec", 0_u64.into()),
-        // It was started without its socket: nothing to do, now and at the next try.
+        // The exit code of a daemon that was started without its socket: another start would not help.
         ("RestartPreventExitStatus", (vec![2_i32], Vec::<i32>::new()).into()),
         ("WatchdogUSec", usec(Duration::from_secs(10)).into()),
-        // Recovery takes as long as it takes; the watchdog ends a daemon that hangs.
+        // Recovery may take long. The watchdog ends a daemon that hangs.
         ("TimeoutStartUSec", INFINITY.into()),
         ("TimeoutStopUSec", usec(Duration::from_secs(10)).into()),
-        // What an earlier version has started in this cgroup comes to its end: a command of the OCI runtime that is
-        // cut off could take its container along. This version starts none here.
+        // A command of the OCI runtime that an earlier version of the daemon started in this cgroup may finish: its
+        // container could die with it. This version starts no commands here.
         ("KillMode", "process".into()),
         ("FileDescriptorStoreMax", fd_store::STORE_LIMIT.into()),
-        // The lines of containers that it copies to the journal count as its own.
+        // journald counts the lines of containers that the daemon copies to the journal as the daemon's own.
         ("LogRateLimitIntervalUSec", 0_u64.into()),
         ("OOMScoreAdjust", (-999_i32).into()),
         ("OOMPolicy", "continue".into()),
         ("TasksMax", INFINITY.into()),
         ("LimitNOFILE", 1_048_576_u64.into()),
-        // Two arenas: the daemon has two worker threads, and memory is counted in kilobytes here.
+        // As many arenas as worker threads: each further arena costs memory.
         ("Environment", vec!["MALLOC_ARENA_MAX=2"].into()),
         ("DefaultDependencies", false.into()),
         ("IgnoreOnIsolate", true.into()),
         ("Conflicts", vec!["shutdown.target"].into()),
         ("Before", vec!["shutdown.target"].into()),
-        // Started by itself it brings its socket along, and as long as it is loaded so is the socket.
+        // The service starts its socket, and keeps the socket loaded.
         ("Wants", vec![name::DAEMON_SOCKET].into()),
         ("After", vec!["dbus.socket", "dbus.service", "systemd-journald.socket", name::DAEMON_SOCKET].into()),
     ];
@@ -290,7 +289,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
     Properties(list)
 }
 
-fn shown_as(shown: &Shown<'_>) -> Vec<(&'static str, Variant<'static>)> {
+fn shown_as(shown: &UnitMetadata<'_>) -> Vec<(&'static str, Variant<'static>)> {
     let fields: Vec<Vec<u8>> =
         shown.fields.iter().map(|(name, value)| format!("{name}={value}").into_bytes()).collect();
     vec![
@@ -302,12 +301,13 @@ fn shown_as(shown: &Shown<'_>) -> Vec<(&'static str, Variant<'static>)> {
     ]
 }
 
-/// No default dependencies (they order after `sysinit.target` and cost three signals a start), but
-/// ended in order at shutdown: while the network, the bus, the daemon and containerd, who is to hear of it,
-/// still work.
+/// Dependencies in place of the default ones, which order a unit after `sysinit.target` and cost three signals per start.
 ///
-/// Not before Docker's daemon: at boot it starts its containers before it counts as started, and each would
-/// wait for the other.
+/// At shutdown systemd stops the unit while the network, the bus, the daemon and containerd still work: containerd must
+/// learn of the exit.
+///
+/// The unit is not ordered after Docker's daemon: at boot, Docker starts its containers before systemd counts it as
+/// started, so each would wait for the other.
 fn bound_to_system() -> Vec<(&'static str, Variant<'static>)> {
     vec![
         ("DefaultDependencies", false.into()),
@@ -318,17 +318,17 @@ fn bound_to_system() -> Vec<(&'static str, Variant<'static>)> {
     ]
 }
 
-/// What a service's failure is.
+/// Whether a failed command makes its unit fail.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Failure {
     Counts,
     Ignored,
 }
 
-/// A command. systemd would expand `$VAR` in it: there is none in names and ids, which is all that it has.
+/// A command. systemd expands `$VAR` in it, but its arguments are only names and ids, which contain no `$`.
 ///
-/// Not `ExecStartEx`, which can turn that off: systemd 252 writes that name into the unit's file, and
-/// can't read it again when it reloads.
+/// `ExecStartEx` could turn the expansion off. systemd 252 writes that name into the unit's file, and can't read it when
+/// it reloads.
 fn exec_start(command: &[String], failure: Failure) -> Variant<'static> {
     let binary = command.first().cloned().unwrap_or_default();
     vec![(binary, command.to_vec(), failure == Failure::Ignored)].into()
@@ -356,7 +356,7 @@ mod tests {
 
     fn of() -> std::collections::BTreeMap<&'static str, String> {
         let slice = UnitName::new("containerd-default.slice").unwrap();
-        let shown = Shown {
+        let shown = UnitMetadata {
             description: "web",
             identifier: "web",
             fields: &[("CONTAINER_ID".to_owned(), "web".to_owned())],

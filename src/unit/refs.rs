@@ -1,12 +1,11 @@
-//! References to units, which outlive the daemon.
+//! References to units that outlive the daemon.
 //!
-//! systemd unloads a unit that was stopped, and forgets how its process ended. It does not while a
-//! client of the bus has a reference to the unit, up to the end of that client's connection; so the
-//! connection that has the references is kept open by systemd itself (the descriptor store), and a
-//! unit that is stopped while the daemon is down still tells its exit code.
+//! systemd unloads a stopped unit together with the exit code of its process, unless a client of the bus holds a reference
+//! to the unit. A reference lasts until its connection is closed. The connection with the references is therefore in the
+//! descriptor store: a unit that is stopped while the daemon is down keeps its exit code.
 //!
-//! Nobody has a reason to send anything but replies to that connection: nothing piles up in it while nobody reads.
-//! What somebody sends without a reason is not read.
+//! Only replies are sent to this connection, so nothing piles up in it while no daemon reads. Anything else that arrives
+//! is not read.
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,38 +23,38 @@ use super::fd_store::FdStore;
 
 const NOT_REFERENCED: &str = "org.freedesktop.systemd1.NotReferenced";
 const BUS: &str = "/run/dbus/system_bus_socket";
-/// Begins the names by which connections are kept; a number follows.
+/// The prefix of the connections' names in the descriptor store. A number follows.
 const PREFIX: &str = "r";
-/// How many connections of earlier daemons stay. A daemon that ends again and again leaves one each time, and
-/// the bus takes 256 of one user.
+/// How many connections of earlier daemons are kept. A daemon that crashes again and again leaves one each time, and
+/// the bus allows 256 per user.
 const MAX_EARLIER: usize = 4;
 
-/// The connection that has the references.
+/// The connection that holds the references.
 pub struct Refs {
     store: Arc<FdStore>,
     open: Mutex<Option<Open>>,
     next: AtomicU64,
-    /// Those of earlier daemons, with references of their own.
+    /// The connections of earlier daemons, with their own references.
     earlier: std::sync::Mutex<Vec<(String, OwnedFd)>>,
 }
 
 struct Open {
     connection: Connection,
-    /// By which it is kept.
+    /// The connection's name in the descriptor store.
     name: String,
-    /// What it refers to: systemd counts, and one release has to be enough.
+    /// The referenced units. systemd counts references, and one release must be enough: so each unit has only one.
     units: HashSet<UnitName>,
 }
 
 impl Refs {
-    /// Takes over the connections of earlier daemons; what is none stays in `kept`.
+    /// Takes the connections of earlier daemons out of `kept`, which holds what the descriptor store had.
     pub fn new(store: Arc<FdStore>, kept: &mut Vec<(String, OwnedFd)>) -> Self {
         let number = |name: &str| name.strip_prefix(PREFIX).and_then(|rest| rest.parse::<u64>().ok());
         let mut earlier: Vec<_> = kept.extract_if(.., |(name, _)| number(name).is_some()).collect();
         earlier.sort_by_key(|(name, _)| number(name));
         let next = earlier.iter().filter_map(|(name, _)| number(name)).max().map_or(0, |last| last + 1);
-        // The first has the references of the last daemon that came so far as to refer to all. Those after it
-        // are of daemons that ended soon.
+        // The first connection has the references of the last daemon that finished its recovery. The later ones belong
+        // to daemons that crashed before that.
         while earlier.len() > MAX_EARLIER {
             let (name, _) = earlier.remove(1);
             store.forget(&name);
@@ -64,13 +63,13 @@ impl Refs {
         Self { store, open: Mutex::default(), next, earlier }
     }
 
-    /// For a call that makes a reference to a unit.
+    /// systemd's manager object for a call that adds a reference to a unit.
     pub(super) async fn manager_for(&self, unit: &UnitName) -> zbus::Result<SystemdManagerProxy<'static>> {
         let (connection, _) = self.with_open(|open| open.units.insert(unit.clone())).await?;
         manager_over(&connection).await
     }
 
-    /// The connection, made if there is none, and what is done to what it refers to.
+    /// Changes the open connection, which is opened if there is none. Returns it with the result of the change.
     async fn with_open<T>(&self, change: impl FnOnce(&mut Open) -> T) -> zbus::Result<(Connection, T)> {
         let mut open = self.open.lock().await;
         let mut found = match open.take() {
@@ -99,26 +98,26 @@ impl Refs {
         }
     }
 
-    /// The bus has gone, and all references with it.
+    /// The bus has ended, and all references with it.
     pub(super) async fn disconnected(&self) {
         if let Some(open) = self.open.lock().await.take() {
             self.store.forget(&open.name);
         }
     }
 
-    /// Refers to a unit, once. One that is not loaded has nothing to lose.
-    pub(super) async fn refer_to(&self, unit: &UnitName) {
+    /// Adds a reference to a unit that has none. A unit that is not loaded has no exit code to keep.
+    pub(super) async fn reference(&self, unit: &UnitName) {
         if self.open.lock().await.as_ref().is_some_and(|open| open.units.contains(unit)) {
             return;
         }
         let referred = async { self.manager_for(unit).await?.ref_unit(unit.as_str()).await };
         if let Err(error) = referred.await {
-            // If the bus is gone, this is done again when it is back.
+            // The daemon references all units again once the bus is back.
             tracing::debug!(%unit, %error, "can't reference {unit}: {error}");
         }
     }
 
-    /// Lets go of the connections of earlier daemons, and of their references.
+    /// Closes the connections of earlier daemons, which ends their references.
     pub(super) fn forget_earlier(&self) {
         let earlier =
             std::mem::take(&mut *self.earlier.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
@@ -127,7 +126,8 @@ impl Refs {
         }
     }
 
-    /// Lets a unit be unloaded when it is stopped. To be called again if systemd was not there to answer.
+    /// Removes the reference to a unit: systemd unloads the unit once it is stopped. The caller tries again if systemd did
+    /// not answer.
     pub(super) async fn release(&self, unit: &UnitName) -> zbus::Result<()> {
         let (connection, referred) = self.with_open(|open| open.units.remove(unit)).await?;
         let proxy = manager_over(&connection).await?;
@@ -135,8 +135,9 @@ impl Refs {
         let is_lost =
             matches!(&released, Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NOT_REFERENCED);
         if is_lost || !referred {
-            // The bus was restarted, or systemd has lost it executing itself anew, and has not looked since
-            // whether the unit is needed any more. It does when a reference goes. There may be no unit.
+            // The reference was lost with the bus, or when systemd executed itself again. Since then systemd has not
+            // checked whether the unit can be unloaded. It does so when a reference is removed: a new one is added and
+            // removed. The unit may not exist any more.
             return match proxy.ref_unit(unit.as_str()).await {
                 Err(error) if is_gone(&error) => Err(error),
                 Err(_) => Ok(()),

@@ -1,8 +1,8 @@
-//! What a container says to systemd (sd_notify(3)), and how the daemon passes it on.
+//! Notifications from a container to systemd (sd_notify(3)), which the daemon relays.
 //!
-//! A container never speaks to systemd itself: systemd takes any process of the machine as a main process from
-//! a sender that is root, and would kill it for the container. Only what concerns the container's own unit is
-//! passed on, as a message of the unit's main process (unix(7), `SCM_CREDENTIALS`).
+//! A container never gets systemd's own socket: from a sender that is root, systemd accepts any process of the machine as
+//! the unit's main process, and would kill that process with the container. The daemon relays only what concerns the
+//! container's own unit, as a message of the unit's main process (unix(7), `SCM_CREDENTIALS`).
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -11,24 +11,24 @@ use tokio::net::UnixDatagram;
 
 use super::notify;
 
-/// systemd takes no longer messages (`NOTIFY_BUFFER_MAX`).
+/// The longest message that systemd accepts, in bytes (`NOTIFY_BUFFER_MAX`).
 pub const MESSAGE_MAX: usize = 4096;
 
-/// More of a status is no line that a person reads.
+/// The longest status that is relayed, in bytes: one line for people to read.
 const STATUS_MAX: usize = 256;
 
-/// What a container may say of its unit.
+/// The part of a container's notification that is relayed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Said {
-    /// Lines that systemd gets as they are.
+pub struct Notification {
+    /// Lines that are relayed unchanged.
     lines: Vec<String>,
-    /// By how many microseconds the container would extend the time that it has.
+    /// By how many microseconds the container asks to extend its time.
     pub extend_usec: Option<u64>,
 }
 
-impl Said {
-    /// Reads a message. What a container has no say in is left out: which process is the main one, descriptors
-    /// to keep, the watchdog's time, errors of the bus, and whatever systemd may learn in later versions.
+impl Notification {
+    /// Reads a message. Drops what a container may not decide: the main process, descriptors to keep, the watchdog's
+    /// interval, errors of the bus, and everything that later versions of systemd add.
     pub fn read(message: &[u8]) -> Self {
         let mut said = Self::default();
         let Ok(text) = std::str::from_utf8(message) else {
@@ -50,8 +50,8 @@ impl Said {
         said
     }
 
-    /// What systemd is told: nothing if the container has said nothing that counts. `extend_usec` is what it
-    /// gets of the time that it has asked for.
+    /// The message for systemd, or `None` if nothing is left to relay. `extend_usec` is the part of the requested time that
+    /// the container gets.
     pub fn text(&self, extend_usec: Option<u64>) -> Option<String> {
         let extended = extend_usec.map(|usec| format!("EXTEND_TIMEOUT_USEC={usec}"));
         let lines: Vec<&str> = self.lines.iter().chain(&extended).map(String::as_str).collect();
@@ -59,7 +59,7 @@ impl Said {
     }
 }
 
-/// Without control characters, and not longer than [`STATUS_MAX`] bytes.
+/// The text without control characters, shortened to [`STATUS_MAX`] bytes.
 fn one_line(text: &str) -> String {
     let mut line = String::new();
     for c in text.chars().map(|c| if c.is_control() { ' ' } else { c }) {
@@ -71,17 +71,17 @@ fn one_line(text: &str) -> String {
     line
 }
 
-/// How much longer a container may take than the administrator gives it: once more as long.
+/// How far a container may extend the time that the administrator sets: to twice that time.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Extension {
+pub struct TimeExtension {
     began: Option<Instant>,
 }
 
-impl Extension {
-    /// What a container gets that asks for `asked_usec`. `limit_usec` is `TimeoutStopUSec` of its unit.
+impl TimeExtension {
+    /// The time that a container gets if it asks for `asked_usec`. `limit_usec` is `TimeoutStopUSec` of its unit.
     ///
-    /// The time runs from the first request on. Another period begins after twice the limit: too late to
-    /// extend a stop again that was extended before.
+    /// The time runs from the first request. A new period begins after twice the limit, when a stop that was extended
+    /// before is over.
     pub fn grant(&mut self, asked_usec: u64, limit_usec: u64, now: Instant) -> Option<u64> {
         let limit = Duration::from_micros(limit_usec);
         let mut elapsed = self.began.map_or(Duration::MAX, |began| now.duration_since(began));
@@ -94,15 +94,15 @@ impl Extension {
     }
 }
 
-/// The way to systemd.
+/// Sends the messages to systemd.
 #[derive(Debug)]
 pub struct Relay {
-    /// Nothing outside of systemd.
+    /// `None` if systemd did not start this process.
     socket: Option<UnixDatagram>,
 }
 
 impl Relay {
-    /// To the systemd that runs this process.
+    /// Connects to the systemd that started this process.
     pub fn new() -> Self {
         Self {
             socket: Self::connect().unwrap_or_else(|error| {
@@ -120,10 +120,10 @@ impl Relay {
         UnixDatagram::from_std(socket).map(Some)
     }
 
-    /// Tells systemd something as a process of the unit that it is about. Waits while systemd is busy.
+    /// Sends a message to systemd in the name of a process of its unit. Waits while systemd is busy.
     ///
     /// # Errors
-    /// There is no such process, or systemd can't be reached.
+    /// The process does not exist, or systemd can't be reached.
     pub async fn tell(&self, text: &str, process: u32) -> io::Result<()> {
         let Some(socket) = &self.socket else {
             return Ok(());
@@ -137,7 +137,7 @@ mod tests {
     use super::*;
 
     fn passed(message: &[u8]) -> Option<String> {
-        Said::read(message).text(None)
+        Notification::read(message).text(None)
     }
 
     #[test]
@@ -196,13 +196,13 @@ mod tests {
         let (limit, second) = (10_000_000, 1_000_000);
         let begun = Instant::now();
         let at = |seconds| begun + Duration::from_secs(seconds);
-        let mut extension = Extension::default();
+        let mut extension = TimeExtension::default();
         assert_eq!(extension.grant(4 * second, limit, at(0)), Some(4 * second));
         assert_eq!(extension.grant(u64::MAX, limit, at(3)), Some(7 * second));
         assert_eq!(extension.grant(second, limit, at(10)), None);
         assert_eq!(extension.grant(second, limit, at(19)), None);
         assert_eq!(extension.grant(second, limit, at(20)), Some(second));
-        assert_eq!(Extension::default().grant(5, u64::MAX, at(0)), Some(5));
-        assert_eq!(Extension::default().grant(5, 0, at(0)), None);
+        assert_eq!(TimeExtension::default().grant(5, u64::MAX, at(0)), Some(5));
+        assert_eq!(TimeExtension::default().grant(5, 0, at(0)), None);
     }
 }

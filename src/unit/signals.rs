@@ -1,9 +1,9 @@
-//! Which of the messages that arrive from the bus are believed, and what they say (pure).
+//! Which messages from the bus the daemon believes, and what they report (pure).
 //!
-//! Match rules only choose what the bus broadcasts to the daemon. Every user of the machine may also send a
-//! signal straight to the daemon's unique name, with any interface, path and member in it. The bus itself sets
-//! one field, the sender. So a signal counts only if it was broadcast, if its sender is systemd's present
-//! unique name (or the bus, for the news of who has that name), and if interface and path are the right ones.
+//! Match rules only select what the bus broadcasts to the daemon. Every user of the machine can also send a signal
+//! directly to the daemon's unique name, with any interface, path and member. Only the sender is set by the bus. So the
+//! daemon accepts a signal only if it was broadcast, if its sender is systemd's current unique name (or the bus itself, for
+//! a change of that name), and if its interface and path are the expected ones.
 
 use std::collections::HashMap;
 
@@ -24,15 +24,15 @@ pub const MANAGER_INTERFACE: &str = "org.freedesktop.systemd1.Manager";
 pub const PROPERTIES_INTERFACE: &str = "org.freedesktop.DBus.Properties";
 /// The bus's own name, and its interface.
 pub const BUS: &str = "org.freedesktop.DBus";
-/// Where systemd's manager is on the bus.
+/// The object path of systemd's manager.
 pub const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
-/// Where the bus itself is.
+/// The object path of the bus itself.
 pub const BUS_PATH: &str = "/org/freedesktop/DBus";
 
-/// What a signal says.
+/// What a signal reports.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// The main process of a service is no longer what it was.
+    /// The main process of a service has changed.
     Service {
         /// The service.
         unit: UnitName,
@@ -48,15 +48,15 @@ pub enum Signal {
         /// `done`, `failed`, …
         result: String,
     },
-    /// systemd has read its units again.
+    /// systemd has reloaded its units.
     Reloaded,
-    /// systemd's unique name is now this one; none while nobody has systemd's name.
+    /// systemd's unique name has changed to this one; `None` while nobody owns systemd's name.
     Owner(Option<OwnedUniqueName>),
 }
 
-/// What a message says, if it is one of the signals above and comes from who may send it.
+/// Reads a message. `None` if it is not one of the signals above, or not from the sender that may send it.
 ///
-/// `systemd`: systemd's present unique name.
+/// `systemd`: systemd's current unique name.
 pub fn read(message: &Message, systemd: Option<&OwnedUniqueName>) -> Option<Signal> {
     let header = message.header();
     if header.message_type() != zbus::message::Type::Signal || header.destination().is_some() {
@@ -68,7 +68,7 @@ pub fn read(message: &Message, systemd: Option<&OwnedUniqueName>) -> Option<Sign
         (PROPERTIES_INTERFACE, "PropertiesChanged") if is_systemd => service(path, message),
         (MANAGER_INTERFACE, "JobRemoved") if is_systemd && path == MANAGER_PATH => job(message),
         (MANAGER_INTERFACE, "Reloading") if is_systemd && path == MANAGER_PATH => {
-            // true when it begins, false when it is over.
+            // True when the reload begins, false when it is over.
             let begins = message.body().deserialize::<bool>().ok()?;
             (!begins).then_some(Signal::Reloaded)
         }
@@ -77,8 +77,8 @@ pub fn read(message: &Message, systemd: Option<&OwnedUniqueName>) -> Option<Sign
     }
 }
 
-/// A change after which the main process may be another one, or none. The others, some five in the life of a
-/// unit, do not concern anybody.
+/// A change after which the main process may be another one, or none. The other changes, about five in the life of a
+/// unit, are ignored.
 fn service(path: &str, message: &Message) -> Option<Signal> {
     let unit = name::from_object_path(path).filter(|unit| unit.as_str().starts_with(name::PREFIX))?;
     let body = message.body();
@@ -101,7 +101,7 @@ fn job(message: &Message) -> Option<Signal> {
 fn owner(message: &Message) -> Option<Signal> {
     let body = message.body();
     let (name, _, new) = body.deserialize::<(&str, &str, &str)>().ok()?;
-    // An empty name is nobody's.
+    // An empty string stands for no owner.
     (name == SYSTEMD).then(|| Signal::Owner(OwnedUniqueName::try_from(new).ok()))
 }
 
@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(send(OWNED, &(SYSTEMD, ":1.9", "")), Some(Signal::Owner(None)));
     }
 
-    /// All four signals with a header that is changed in the same way.
+    /// Checks that all four signals are ignored if their header is changed in this way.
     fn none_is_believed(what: &str, change: impl Fn(From) -> From) {
         assert_eq!(send(change(CHANGED), &exit()), None, "PropertiesChanged {what}");
         assert_eq!(send(change(REMOVED), &job_end()), None, "JobRemoved {what}");
@@ -198,7 +198,7 @@ mod tests {
     fn a_signal_of_anybody_else_is_not_believed() {
         none_is_believed("of a stranger", |from| From { sender: ":1.66", ..from });
         none_is_believed("of a name that begins alike", |from| From { sender: ":1.55", ..from });
-        // Each of the two speaks for itself only.
+        // The bus may not report for systemd, and systemd not for the bus.
         none_is_believed("with the senders swapped", |from| From {
             sender: if from.sender == BUS { OWNER } else { BUS },
             ..from

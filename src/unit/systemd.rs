@@ -1,7 +1,7 @@
-//! The seam between the daemon and systemd: the calls that operations make.
+//! The calls to systemd that operations make, as a trait.
 //!
-//! [`Manager`] makes them over D-Bus. Tests put a fake in its place. Calls of `start` and `serve` that concern no
-//! task are not part of it.
+//! [`Manager`] makes them over D-Bus. Tests use a fake instead. Calls of `start` and `serve` that do not concern a task are
+//! not part of the trait.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -19,19 +19,19 @@ use super::manager::query::Starting;
 use super::manager::usage::Usage;
 use super::properties::Properties;
 
-/// What operations ask of systemd.
+/// The calls to systemd that operations make.
 #[async_trait]
 pub trait Systemd: Send + Sync {
-    /// The types of a service's properties, as this systemd has them.
+    /// The types of a service's properties in this version of systemd.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     async fn property_types(&self) -> Result<Arc<Types>, Error>;
 
     /// Starts a transient unit and waits until its job has ended.
     ///
     /// # Errors
-    /// [`Error::Exists`], a refusal, or [`Error::Job`] when the unit did not come up.
+    /// [`Error::Exists`], a refusal, or [`Error::Job`] if the unit did not start.
     async fn start_transient(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error>;
 
     /// Asks for a transient unit to be started.
@@ -40,8 +40,8 @@ pub trait Systemd: Send + Sync {
     /// [`Error::Exists`], or a refusal.
     async fn begin_transient(&self, unit: &UnitName, properties: &Properties) -> Result<StartJob, Error>;
 
-    /// As [`Self::begin_transient`], with more properties, which come last, and with a reference to the unit:
-    /// it stays loaded, and tells how its process ended, until [`Self::release`].
+    /// As [`Self::begin_transient`], with additional properties, which come last, and with a reference to the unit:
+    /// systemd keeps the unit loaded, with the exit of its process, until [`Self::release`].
     ///
     /// # Errors
     /// As [`Self::begin_transient`].
@@ -52,25 +52,25 @@ pub trait Systemd: Send + Sync {
         additions: &Additions,
     ) -> Result<StartJob, Error>;
 
-    /// Resolves when a unit that was asked for is up, by the rule of its type.
+    /// Waits until a unit has started, by the rule of its type.
     ///
     /// # Errors
-    /// [`Error::Job`] when it did not come up.
-    async fn done(&self, job: StartJob) -> Result<(), Error>;
+    /// [`Error::Job`] if the unit did not start.
+    async fn wait_for_start(&self, job: StartJob) -> Result<(), Error>;
 
-    /// Resolves when a unit that an earlier daemon has asked for is up.
+    /// Waits until a unit has started whose start an earlier daemon requested.
     ///
     /// # Errors
-    /// [`Error::Job`] when it did not come up.
-    async fn up(&self, unit: &UnitName) -> Result<(), Error>;
+    /// [`Error::Job`] if the unit did not start.
+    async fn wait_until_started(&self, unit: &UnitName) -> Result<(), Error>;
 
-    /// Refers to a unit that an earlier daemon has started, or that was referred to over a bus that is gone.
-    async fn refer_to(&self, unit: &UnitName);
+    /// Adds a reference to a unit that an earlier daemon started, or whose reference was lost with the bus.
+    async fn reference(&self, unit: &UnitName);
 
-    /// Gives a reference back: systemd unloads the unit when it is stopped.
+    /// Removes the reference to a unit: systemd unloads the unit once it is stopped.
     async fn release(&self, unit: &UnitName);
 
-    /// Stops a unit and waits until it is down. A unit that is not loaded is down.
+    /// Stops a unit and waits until it is stopped. A unit that is not loaded counts as stopped.
     ///
     /// # Errors
     /// A refusal, or [`Error::Job`].
@@ -82,24 +82,24 @@ pub trait Systemd: Send + Sync {
     /// A refusal.
     async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error>;
 
-    /// Makes systemd forget that a unit has failed. A unit that is not loaded needs no such thing.
+    /// Clears the failed state of a unit. A unit that is not loaded has none.
     ///
     /// # Errors
     /// A refusal.
     async fn reset_failed(&self, unit: &UnitName) -> Result<(), Error>;
 
-    /// Frees the name of a transient unit that has ended and that another unit names. False for a unit that
-    /// belongs to somebody else.
+    /// Frees the name of a transient unit that has ended but stays loaded, as another unit names it. Returns false for a
+    /// unit that does not belong to this runtime.
     ///
     /// # Errors
     /// A refusal.
     async fn free_name(&self, unit: &UnitName) -> Result<bool, Error>;
 
-    /// Makes systemd forget the job that a unit has, if it has one. The unit stays as it is.
+    /// Cancels the job of a unit, if it has one. The unit keeps its state.
     ///
     /// # Errors
     /// A refusal.
-    async fn forget_job(&self, unit: &UnitName) -> Result<(), Error>;
+    async fn cancel_job_of(&self, unit: &UnitName) -> Result<(), Error>;
 
     /// Sends a signal to every process of a unit. A unit that is not loaded has none.
     ///
@@ -107,76 +107,76 @@ pub trait Systemd: Send + Sync {
     /// A refusal.
     async fn kill_all(&self, unit: &UnitName, signal: i32) -> Result<(), Error>;
 
-    /// Freezes all processes of a unit; resolves when they are frozen.
+    /// Freezes all processes of a unit; returns once they are frozen.
     ///
     /// # Errors
     /// A refusal: the unit is not active, or has a job.
     async fn freeze(&self, unit: &UnitName) -> Result<(), Error>;
 
-    /// Thaws all processes of a unit. One that is not frozen, or not loaded, is fine.
+    /// Thaws all processes of a unit. It is no error if the unit is not frozen, or not loaded.
     ///
     /// # Errors
     /// A refusal: its slice is frozen (257).
     async fn thaw(&self, unit: &UnitName) -> Result<(), Error>;
 
-    /// Sets properties of a unit that runs; resolves when its cgroup shows them.
+    /// Sets properties of a running unit; returns once its cgroup reflects them.
     ///
     /// # Errors
     /// A refusal, which names the property.
     async fn set_properties(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error>;
 
-    /// The units of containers and execs whose main processes live.
+    /// The units of containers and execs whose main processes run.
     ///
     /// # Errors
-    /// systemd can't be asked.
-    async fn living(&self) -> Result<HashSet<UnitName>, Error>;
+    /// systemd can't be reached.
+    async fn running_units(&self) -> Result<HashSet<UnitName>, Error>;
 
-    /// The state of a unit: `active`, `failed`, …; nothing if it is not loaded.
+    /// The state of a unit: `active`, `failed`, …, or `None` if it is not loaded.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error>;
 
-    /// True if a service did not come up within `TimeoutStartSec=`. False if systemd can't be asked.
+    /// True if a service did not start within `TimeoutStartSec=`. False if systemd can't be reached.
     async fn has_timed_out(&self, unit: &UnitName) -> bool;
 
-    /// How far a unit has been started.
+    /// How far the start of a unit is.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     async fn starting(&self, unit: &UnitName) -> Result<Starting, Error>;
 
-    /// The main process of a loaded service; nothing if it is not loaded.
+    /// The main process of a service, or `None` if the service is not loaded.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error>;
 
-    /// What a unit has used since it was started.
+    /// The resources that a unit has used since its start.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     async fn usage(&self, unit: &UnitName) -> Result<Usage, Error>;
 
-    /// How many processes of a unit the kernel has killed for want of memory since the unit was started.
+    /// How many processes of a unit the kernel has killed since the unit's start because memory ran out.
     ///
     /// # Errors
-    /// systemd or the journal can't be asked.
+    /// systemd or the journal can't be read.
     async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error>;
 
     /// How long a unit may take to stop, in microseconds.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error>;
 
     /// The rate limit of a unit's output in the journal: microseconds and lines, each 0 if it is not set.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error>;
 
-    /// Nothing needs the references of earlier daemons any more.
+    /// Removes the references of earlier daemons, once this one has its own.
     fn forget_earlier_references(&self);
 }
 
@@ -203,16 +203,16 @@ impl Systemd for Manager {
         Self::begin_referenced(self, unit, properties, additions).await
     }
 
-    async fn done(&self, job: StartJob) -> Result<(), Error> {
-        Self::done(self, job).await
+    async fn wait_for_start(&self, job: StartJob) -> Result<(), Error> {
+        Self::wait_for_start(self, job).await
     }
 
-    async fn up(&self, unit: &UnitName) -> Result<(), Error> {
-        Self::up(self, unit).await
+    async fn wait_until_started(&self, unit: &UnitName) -> Result<(), Error> {
+        Self::wait_until_started(self, unit).await
     }
 
-    async fn refer_to(&self, unit: &UnitName) {
-        Self::refer_to(self, unit).await
+    async fn reference(&self, unit: &UnitName) {
+        Self::reference(self, unit).await
     }
 
     async fn release(&self, unit: &UnitName) {
@@ -235,8 +235,8 @@ impl Systemd for Manager {
         Self::free_name(self, unit).await
     }
 
-    async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
-        Self::forget_job(self, unit).await
+    async fn cancel_job_of(&self, unit: &UnitName) -> Result<(), Error> {
+        Self::cancel_job_of(self, unit).await
     }
 
     async fn kill_all(&self, unit: &UnitName, signal: i32) -> Result<(), Error> {
@@ -255,8 +255,8 @@ impl Systemd for Manager {
         Self::set_properties(self, unit, properties).await
     }
 
-    async fn living(&self) -> Result<HashSet<UnitName>, Error> {
-        Self::living(self).await
+    async fn running_units(&self) -> Result<HashSet<UnitName>, Error> {
+        Self::running_units(self).await
     }
 
     async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {

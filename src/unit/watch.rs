@@ -28,12 +28,12 @@ pub async fn run(
 ) {
     let mut first = Some(first);
     let mut pause = FIRST_PAUSE;
-    let mut told = false;
+    let mut reported = false;
     loop {
         match listen(&manager).await {
             Ok((stream, systemd)) => {
                 pause = FIRST_PAUSE;
-                told = false;
+                reported = false;
                 manager.listens();
                 match first.take() {
                     // Recovery waits for this, and then queries every unit.
@@ -49,9 +49,9 @@ pub async fn run(
             }
             Err(error) => {
                 manager.disconnected().await;
-                if !told {
+                if !reported {
                     tracing::warn!(%error, "can't receive systemd's signals, trying again: {error}");
-                    told = true;
+                    reported = true;
                 }
                 // Nothing announces that the bus is back: only another try can show it.
                 tokio::time::sleep(pause).await;
@@ -110,7 +110,7 @@ async fn forward(
 ) {
     while let Some(Ok(message)) = stream.next().await {
         match signals::read(&message, systemd.as_ref()) {
-            Some(Signal::Service { unit, main }) => observations.told(unit, main),
+            Some(Signal::Service { unit, main }) => observations.reported(unit, main),
             Some(Signal::Job { unit, job, result }) => manager.jobs.ended(&unit, &job, &result),
             Some(Signal::Reloaded) => observations.missed(),
             Some(Signal::Owner(owner)) => {

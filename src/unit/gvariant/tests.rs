@@ -91,7 +91,7 @@ fn strings_may_have_escapes() {
 }
 
 #[test]
-fn what_is_wrong_is_told_with_its_place() {
+fn an_error_names_its_place() {
     for (text, at, reason) in [
         ("", 1, "missing"),
         ("x.service", 1, "quotes"),
@@ -101,7 +101,7 @@ fn what_is_wrong_is_told_with_its_place() {
         ("['a'", 5, "missing"),
         ("[1, 'a']", 5, "another type"),
         ("[]", 1, "@as []"),
-        ("[1,]", 4, "begins no value"),
+        ("[1,]", 4, "begin with"),
         ("5 6", 3, "after the end"),
         ("byte 300", 6, "byte"),
         ("uint64 -1", 8, "uint64"),
@@ -111,14 +111,14 @@ fn what_is_wrong_is_told_with_its_place() {
         ("uint64 'x'", 8, "type t"),
         ("@as 5", 5, "type as"),
         ("@zz 5", 1, "@zz"),
-        ("@ 5", 1, "no type"),
+        ("@ 5", 1, "not a type"),
         ("objectpath '/x'", 1, "objectpath"),
         ("signature 'a(st)'", 1, "signature"),
         ("@g 'iii'", 4, "type g"),
         ("@o '/x'", 4, "type o"),
         ("'a\\u0000'", 9, "NUL"),
         ("'\\ud800'", 8, "no such character"),
-        ("{'a': 1}", 1, "begins no value"),
+        ("{'a': 1}", 1, "begin with"),
         ("()", 1, ""),
     ] {
         let error = wrong(text);

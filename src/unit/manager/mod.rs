@@ -118,10 +118,10 @@ impl Manager {
     }
 
     /// Refers to a unit that an earlier daemon has started, or whose reference was lost with the bus.
-    pub async fn refer_to(&self, unit: &UnitName) {
+    pub async fn reference(&self, unit: &UnitName) {
         if let Some(refs) = &self.refs {
             let _turn = self.bus.turn().await;
-            refs.refer_to(unit).await;
+            refs.reference(unit).await;
         }
     }
 

@@ -1,4 +1,4 @@
-//! How many processes of a unit the kernel has killed because memory ran out, also when the unit's cgroup is gone.
+//! How many processes of a unit the kernel has killed because memory ran out, even after the unit's cgroup was removed.
 
 use std::process::Stdio;
 
@@ -10,16 +10,17 @@ use crate::unit::error::Error;
 
 use super::Manager;
 
-/// systemd's message about processes killed for want of memory (sd-messages.h, SD_MESSAGE_UNIT_OUT_OF_MEMORY). It looks for them whenever a
-/// process of the unit ends, before it does anything about that (manager.c, 252 to 262).
+/// systemd's message about processes that the kernel killed because memory ran out (sd-messages.h,
+/// SD_MESSAGE_UNIT_OUT_OF_MEMORY). systemd checks for them whenever a process of the unit ends, before it handles that
+/// end (manager.c, 252 to 262).
 const MESSAGE_ID: &str = "fe6faa94e7774663a0da52717891d8ef";
 
 impl Manager {
-    /// How many processes the kernel has killed for want of memory since the unit was started, also when its cgroup is gone. Before systemd 259 it
-    /// tells of several at once as of one.
+    /// How many processes the kernel has killed since the unit's start because memory ran out. Before version 259, systemd
+    /// counts several that are killed at once as one.
     ///
     /// # Errors
-    /// systemd or the journal can't be asked.
+    /// systemd or the journal can't be read.
     pub async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {
         if let Some(kills) = self.property::<u64>(unit, SERVICE_INTERFACE, "OOMKills").await? {
             return Ok(kills);
@@ -27,7 +28,7 @@ impl Manager {
         let invocation =
             self.property::<Vec<u8>>(unit, UNIT_INTERFACE, "InvocationID").await?.unwrap_or_default();
         let invocation: String = invocation.iter().map(|byte| format!("{byte:02x}")).collect();
-        // What systemd has sent to the journal is in it after this.
+        // After this, the journal contains what systemd has sent to it.
         journalctl(&["--sync"]).await?;
         let matches = [format!("MESSAGE_ID={MESSAGE_ID}"), format!("INVOCATION_ID={invocation}")];
         let found = journalctl(&["--quiet", "--no-pager", "--output=cat", &matches[0], &matches[1]]).await?;

@@ -1,4 +1,4 @@
-//! The types of properties, asked from systemd once.
+//! The types of properties, read from systemd once.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,11 +11,11 @@ use crate::unit::name;
 use super::Manager;
 
 impl Manager {
-    /// The types of a service's properties, as this systemd has them on the daemon's own unit. One that
-    /// comes with a newer systemd is not known, and left to systemd.
+    /// The types of a service's properties in this version of systemd, read from the daemon's own unit. A property that
+    /// the unit does not show has no known type: systemd checks it.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub async fn property_types(&self) -> Result<Arc<Types>, Error> {
         let types = self.types.get_or_try_init(async || {
             let unit = name::daemon_service();

@@ -21,48 +21,48 @@ trait UnitProperties {
     fn get(&self, interface: &str, name: &str) -> zbus::Result<OwnedVariant>;
 }
 
-/// Where a oneshot service is in being started.
+/// How far the start of a oneshot service is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Starting {
-    /// There is no such unit.
+    /// The unit does not exist.
     NotBegun,
-    /// It is about to run, or runs.
+    /// The process is about to run, or runs.
     UnderWay,
-    /// It has run.
+    /// The process has ended.
     Over,
 }
 
-/// What a loaded unit is at, read at once.
+/// The state of a loaded unit, read in one call.
 pub(super) struct UnitState {
     /// `active`, `failed`, …
     pub(super) active: String,
-    /// Its job, if it has one.
+    /// The unit's job, if it has one.
     pub(super) job: Option<(u32, OwnedObjectPath)>,
 }
 
 impl Manager {
-    /// The units of containers and execs whose main processes live, told at once: reading them one by one
-    /// takes milliseconds each.
+    /// The units of containers and execs whose main processes run, read in one call: reading each unit takes
+    /// milliseconds.
     ///
     /// # Errors
-    /// systemd can't be asked.
-    pub async fn living(&self) -> Result<HashSet<UnitName>, Error> {
+    /// systemd can't be reached.
+    pub async fn running_units(&self) -> Result<HashSet<UnitName>, Error> {
         let pattern = format!("{}*.service", name::PREFIX);
         let listed = self.bus.call(|manager| {
             let pattern = pattern.as_str();
             async move { manager.list_units_by_patterns(&[], &[pattern]).await }
         });
         let listed = listed.await.map_err(unreachable)?;
-        // A container's is `running`, an exec's, of Type=oneshot, is in `start` for as long as it lives.
+        // A running container is in the state `running`, a running exec (Type=oneshot) in `start`.
         let living =
             listed.into_iter().filter(|(_, _, _, _, sub, ..)| matches!(sub.as_str(), "running" | "start"));
         Ok(living.filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
     }
 
-    /// The slices of namespaces that are active, and the one that they are in.
+    /// The active slices of namespaces, and the slice that contains them.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {
         let (outer, inner) =
             (format!("{}.slice", name::PREFIX.trim_end_matches('-')), format!("{}*.slice", name::PREFIX));
@@ -74,10 +74,10 @@ impl Manager {
         Ok(listed.into_iter().filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
     }
 
-    /// The type of the job that a unit has: `start`, `stop`, `restart`, …
+    /// The type of a unit's job: `start`, `stop`, `restart`, …, or `None` if it has no job.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub async fn job_type(&self, unit: &UnitName) -> Result<Option<String>, Error> {
         let Some((_, path)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
             return Ok(None);
@@ -85,17 +85,17 @@ impl Manager {
         Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
     }
 
-    /// The state of a unit: `active`, `failed`, …; nothing if it is not loaded.
+    /// The state of a unit: `active`, `failed`, …, or `None` if it is not loaded.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
         Ok(self.unit_state(unit).await?.map(|state| state.active))
     }
 
     pub(super) async fn unit_state(&self, unit: &UnitName) -> Result<Option<UnitState>, Error> {
         let all = self.get_all(unit, UNIT_INTERFACE).await?;
-        // Asking for a unit that is not loaded loads an empty one and answers for that.
+        // systemd answers for a unit that is not loaded as well: it loads an empty one for the call.
         if text(&all, "LoadState").as_deref() == Some("not-found") {
             return Ok(None);
         }
@@ -104,44 +104,44 @@ impl Manager {
         Ok(text(&all, "ActiveState").map(|active| UnitState { active, job }))
     }
 
-    /// Where a unit is in being started.
+    /// How far the start of a unit is.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
         let Some(UnitState { active, job }) = self.unit_state(unit).await? else {
             return Ok(Starting::NotBegun);
         };
         Ok(match active.as_str() {
             "activating" => Starting::UnderWay,
-            // Its job waits for its turn.
+            // The job is queued.
             "inactive" if job.is_some() => Starting::UnderWay,
             _ => Starting::Over,
         })
     }
 
-    /// A service did not come up, as it took longer than `TimeoutStartSec=`. False if systemd can't be asked.
+    /// True if a service did not start within `TimeoutStartSec=`. False if systemd can't be reached.
     pub async fn has_timed_out(&self, unit: &UnitName) -> bool {
         let result = self.property::<String>(unit, SERVICE_INTERFACE, "Result").await;
         matches!(result, Ok(Some(result)) if result == "timeout")
     }
 
-    /// The main process of a loaded service; nothing if it is not loaded.
+    /// The main process of a service, or `None` if the service is not loaded.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
         let all = self.get_all(unit, SERVICE_INTERFACE).await?;
         let main = MainProcess::default().updated(|name| all.get(name).map(|value| &**value));
-        // A unit that is not loaded has no process, and looks as if it had not run.
+        // A unit that is not loaded looks like one that has not run.
         let is_loaded = main.last_pid != 0 || self.active_state(unit).await?.is_some();
         Ok(is_loaded.then_some(main))
     }
 
-    /// One property of a unit; nothing if this systemd has none of that name and type.
+    /// A property of a unit, or `None` if this systemd has no property of that name and type.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub(super) async fn property<T: TryFrom<OwnedVariant>>(
         &self,
         unit: &UnitName,

@@ -34,7 +34,7 @@ impl Manager {
     ) -> Result<(), Error> {
         let aux: Vec<_> = aux.iter().map(|(name, list)| (name.as_str(), list.0.as_slice())).collect();
         let begun = self.begin(None, unit, &properties.0, &aux).await?;
-        self.done(begun).await
+        self.wait_for_start(begun).await
     }
 
     /// Asks for a transient unit to be started, and does not wait for it.
@@ -107,7 +107,7 @@ impl Manager {
     ///
     /// # Errors
     /// [`Error::Job`] when the unit did not start.
-    pub async fn done(&self, job: StartJob) -> Result<(), Error> {
+    pub async fn wait_for_start(&self, job: StartJob) -> Result<(), Error> {
         self.ended(START, job.waiter, job.job).await
     }
 
@@ -115,8 +115,8 @@ impl Manager {
     ///
     /// # Errors
     /// [`Error::Job`] when it did not start.
-    pub async fn up(&self, unit: &UnitName) -> Result<(), Error> {
-        self.settled(START, unit).await
+    pub async fn wait_until_started(&self, unit: &UnitName) -> Result<(), Error> {
+        self.wait_for_state(START, unit).await
     }
 
     pub(super) async fn ended(
@@ -127,13 +127,13 @@ impl Manager {
     ) -> Result<(), Error> {
         let unit = waiter.unit().clone();
         match waiter.ended(verb, job).await {
-            Err(Error::Lost { .. }) => self.settled(verb, &unit).await,
+            Err(Error::Lost { .. }) => self.wait_for_state(verb, &unit).await,
             ended => ended,
         }
     }
 
     /// Waits for a job whose `JobRemoved` signal may have been missed, by watching the unit's state.
-    async fn settled(&self, verb: &'static str, unit: &UnitName) -> Result<(), Error> {
+    async fn wait_for_state(&self, verb: &'static str, unit: &UnitName) -> Result<(), Error> {
         let mut listening = self.listening.subscribe();
         loop {
             let waiter = self.jobs.wait_for(unit);

@@ -75,7 +75,7 @@ impl Manager {
     ///
     /// # Errors
     /// A refusal.
-    pub async fn forget_job(&self, unit: &UnitName) -> Result<(), Error> {
+    pub async fn cancel_job_of(&self, unit: &UnitName) -> Result<(), Error> {
         let Some((id, _)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
             return Ok(());
         };

@@ -1,4 +1,4 @@
-//! What a unit has used, also when its cgroup is gone, and limits of it that systemd alone knows.
+//! The resources that a unit has used, even after its cgroup was removed, and the limits that only systemd knows.
 
 use crate::id::UnitName;
 use crate::unit::bus::SERVICE_INTERFACE;
@@ -6,7 +6,7 @@ use crate::unit::error::Error;
 
 use super::Manager;
 
-/// What a unit has used.
+/// The resources that a unit has used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Processor time in microseconds.
@@ -16,14 +16,14 @@ pub struct Usage {
 }
 
 impl Manager {
-    /// What a unit has used since it was started.
+    /// The resources that a unit has used since its start.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub async fn usage(&self, unit: &UnitName) -> Result<Usage, Error> {
         let number = async |name| {
             let number = self.property::<u64>(unit, SERVICE_INTERFACE, name).await?;
-            // The value of what is not accounted for.
+            // systemd reports the maximum for a resource that it does not account.
             Ok::<u64, Error>(number.filter(|number| *number != u64::MAX).unwrap_or_default())
         };
         Ok(Usage { cpu_usec: number("CPUUsageNSec").await? / 1000, memory_peak: number("MemoryPeak").await? })
@@ -32,7 +32,7 @@ impl Manager {
     /// How long a unit may take to stop, in microseconds.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error> {
         Ok(self.property(unit, SERVICE_INTERFACE, "TimeoutStopUSec").await?.unwrap_or_default())
     }
@@ -40,7 +40,7 @@ impl Manager {
     /// The rate limit of a unit's output in the journal: microseconds and lines, each 0 if it is not set.
     ///
     /// # Errors
-    /// systemd can't be asked.
+    /// systemd can't be reached.
     pub async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {
         let interval = self.property(unit, SERVICE_INTERFACE, "LogRateLimitIntervalUSec").await?;
         let burst = self.property(unit, SERVICE_INTERFACE, "LogRateLimitBurst").await?;
