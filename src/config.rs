@@ -38,6 +38,13 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// How long a logger may take to end after SIGTERM. As in containerd-shim-runc-v2.
 pub const LOGGER_STOP_LIMIT: Duration = Duration::from_secs(12);
 
+/// The pause before a logger that has ended is started again.
+pub const LOGGER_PAUSE: Duration = Duration::from_secs(1);
+
+/// The exit code of `launch` for a logger that has nothing to read any more. systemd does not restart the unit after
+/// this code.
+pub const NOTHING_TO_LOG: u8 = 122;
+
 /// How long the files that a client has named, on whatever disk, may take to answer.
 pub const FILES_LIMIT: Duration = Duration::from_secs(60);
 

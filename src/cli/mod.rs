@@ -15,6 +15,7 @@ use arguments::{Command, Global};
 #[cfg(any(test, fuzzing))]
 pub use start::is_bootstrap;
 
+use crate::config;
 use crate::launch;
 use crate::oci::bundle;
 use crate::telemetry::say;
@@ -59,7 +60,10 @@ pub fn run(words: Vec<String>) -> ExitCode {
             let names: Vec<_> = crate::fault::Point::ALL.iter().map(|point| point.name()).collect();
             print(format!("{}\n", names.join("\n")).as_bytes())
         }
-        Command::Launch { kind, key } => launch::run(kind, &key).map_err(Failure::new),
+        Command::Launch { kind, key } => match launch::run(kind, &key) {
+            Err(launch::Error::NothingToLog) => return ExitCode::from(config::NOTHING_TO_LOG),
+            launched => launched.map_err(Failure::new),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -52,6 +52,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A logger was started again when its process had ended.
+    #[error("no process writes to the logger, and everything has been read")]
+    NothingToLog,
     /// systemd can't take over the process.
     #[error(transparent)]
     Handoff(#[from] handoff::Error),

@@ -1,10 +1,15 @@
 //! In a logger's unit: becomes the program of a `binary://` URI, with three pipes as descriptors 3, 4 and 5.
+//!
+//! systemd runs this again when the logger has ended, for as long as there is something to read.
 
-use std::fs::OpenOptions;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
+use nix::fcntl::{SpliceFFlags, tee};
 
 use crate::id::ExecId;
 use crate::oci::namespaces;
@@ -37,7 +42,44 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
 fn open_pipes(process: &Process<'_>) -> Result<Vec<OwnedFd>, Error> {
     let stdout = fifo::open_blocking_reader(&process.dir.join(pipes::LOG_STDOUT))?;
     let stderr = fifo::open_blocking_reader(&process.dir.join(pipes::LOG_STDERR))?;
-    let ready = OpenOptions::new().write(true).open(process.dir.join(pipes::READY));
-    let ready = ready.map_err(|source| Error::System { action: "open the logger's ready pipe", source })?;
+    if has_ended(&stdout)? && has_ended(&stderr)? {
+        return Err(Error::NothingToLog);
+    }
+    // Read-write: nobody waits on the other end for a logger that is started again.
+    let ready = fifo::open_both(&process.dir.join(pipes::READY))?;
     Ok(vec![stdout.into(), stderr.into(), ready.into()])
+}
+
+/// Whether a pipe is empty and has no writer. Nothing is taken out of it.
+fn has_ended(pipe: &File) -> Result<bool, Error> {
+    let (_reader, writer) = nix::unistd::pipe().map_err(system("make a pipe"))?;
+    match tee(pipe, &writer, 1, SpliceFFlags::SPLICE_F_NONBLOCK) {
+        Ok(copied) => Ok(copied == 0),
+        Err(Errno::EAGAIN) => Ok(false),
+        Err(errno) => Err(system("look into a pipe")(errno)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn a_pipe_has_ended_when_it_is_empty_and_nobody_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        fifo::make(&path).unwrap();
+        let mut reader = fifo::open_blocking_reader(&path).unwrap();
+        assert!(has_ended(&reader).unwrap());
+        let mut writer = fifo::open_both(&path).unwrap();
+        assert!(!has_ended(&reader).unwrap());
+        writer.write_all(b"text").unwrap();
+        drop(writer);
+        assert!(!has_ended(&reader).unwrap());
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "text");
+        assert!(has_ended(&reader).unwrap());
+    }
 }

@@ -34,14 +34,19 @@ pub use error::Error;
 use process::Process;
 
 /// Starts a process inside of its unit: all of the `launch` command. For a container or a logger it returns only if
-/// it fails.
+/// it fails, or with [`Error::NothingToLog`].
 ///
 /// # Errors
 /// Why the process was not started. The daemon finds the reason in the process's directory as well.
 pub fn run(kind: Kind, key: &ProcessKey) -> Result<(), Error> {
     let store = Store::new(config::STATE_DIR);
-    let loaded = store.load_with(&key.task, key.exec.as_ref());
-    let task = loaded?.ok_or_else(|| Error::NoRecord { key: key.clone() })?;
+    let Some(task) = store.load_with(&key.task, key.exec.as_ref())? else {
+        return Err(match kind {
+            // The task was deleted while systemd was about to start its logger again.
+            Kind::Logger => Error::NothingToLog,
+            Kind::Container | Kind::Exec => Error::NoRecord { key: key.clone() },
+        });
+    };
     let process = Process::of(&store, &task, key.exec.as_ref());
     let process = process.ok_or_else(|| Error::NoExec { key: key.clone() })?;
     match kind {

@@ -186,12 +186,22 @@ pub fn exec(description: &str, command: &[String], environment: &[String]) -> Pr
 }
 
 /// The unit of a `binary://` logger.
+///
+/// A logger that ends while its process still writes is started again. Until then output waits in the pipes, and the
+/// process waits once they are full.
 pub fn logger(shown: &UnitMetadata<'_>, command: &[String]) -> Properties {
     let mut list = shown_as(shown);
+    let nothing_to_log: Variant<'static> =
+        (vec![i32::from(config::NOTHING_TO_LOG)], Vec::<i32>::new()).into();
     list.extend([
         ("Type", "exec".into()),
         ("ExecStart", exec_start(command, Failure::Counts)),
         ("CollectMode", "inactive-or-failed".into()),
+        ("Restart", "always".into()),
+        ("RestartUSec", usec(config::LOGGER_PAUSE).into()),
+        ("StartLimitIntervalUSec", 0_u64.into()),
+        ("RestartPreventExitStatus", nothing_to_log.clone()),
+        ("SuccessExitStatus", nothing_to_log),
         ("TimeoutStopUSec", usec(config::LOGGER_STOP_LIMIT).into()),
         ("StandardInput", "null".into()),
     ]);

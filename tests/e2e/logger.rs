@@ -3,11 +3,13 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
+use nix::sys::signal::Signal;
+
 use crate::common::node::Node;
 use crate::common::spec::Spec;
-use crate::common::stdio::Scratch;
+use crate::common::stdio::{Gate, Scratch};
 use crate::common::task::Io;
-use crate::common::{systemd, wait};
+use crate::common::{daemon, systemd, wait};
 
 /// A logger that writes what it gets beside itself.
 pub struct Logger {
@@ -127,5 +129,76 @@ fn a_logger_has_a_unit_of_its_own_and_only_its_descriptors() {
     container.wait().expect("wait");
     container.delete().expect("delete");
     logger.ended();
+    wait::until_true("the logger's unit is gone", || systemd::list_units(&unit).is_empty());
+}
+
+/// A process that writes one line, waits for its gate, and writes more than a pipe holds.
+fn writer() -> String {
+    format!("echo one; {}; seq 1 20000; exit 7", Gate::WAIT)
+}
+
+/// Kills the logger in a unit after the first line of [`writer`]; everything arrives, once.
+fn kill_and_read_on(unit: &str, logger: &Logger, gate: &Gate, exit_status: impl FnOnce() -> u32) {
+    wait::until_true("the first line is there", || logger.scratch.read("all") == "one\n");
+    let first: u32 = systemd::property(unit, "MainPID").parse().expect("a pid");
+    daemon::signal(first, Signal::SIGKILL);
+    wait::until_true("it is gone", || systemd::property(unit, "MainPID") != first.to_string());
+    gate.open();
+    assert_eq!(exit_status(), 7);
+    let all = (1..=20_000).fold("one\n".to_string(), |all, number| all + &format!("{number}\n"));
+    wait::until_true("every line is there, once", || logger.scratch.read("all") == all);
+}
+
+#[test]
+fn a_logger_that_is_killed_is_started_again_and_output_waits_for_it() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let (logger, gate) = (Logger::new("exec 5>&-; exec cat <&3 >> all"), Gate::new());
+    let container =
+        node.container("logger", gate.bind(Spec::sh(&writer()))).started(&logger.io("binary", ""));
+    let unit = systemd::unit_of(&container).replace(".service", "::log.service");
+    kill_and_read_on(&unit, &logger, &gate, || container.exit_status());
+    container.delete().expect("delete");
+    wait::until_true("the logger's unit is gone", || systemd::list_units(&unit).is_empty());
+}
+
+#[test]
+fn the_logger_of_an_exec_is_started_again_as_well() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let (logger, gate) = (Logger::new("exec 5>&-; exec cat <&3 >> all"), Gate::new());
+    let container = node.container("logger", gate.bind(Spec::sleeping())).started(&Io::default());
+    let exec = container.exec(Spec::sh(&writer())).started(&logger.io("binary", ""));
+    let unit = systemd::unit_of_exec(&container, &exec).replace(".service", "::log.service");
+    kill_and_read_on(&unit, &logger, &gate, || exec.exit_status());
+    exec.delete().expect("delete");
+    container.end();
+}
+
+#[test]
+fn a_logger_whose_process_has_ended_is_not_started_again() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let logger = Logger::new("exec 5>&-; echo start >> starts");
+    let container = node.container("logger", Spec::sh("echo hello")).started(&logger.io("binary", ""));
+    let unit = systemd::unit_of(&container).replace(".service", "::log.service");
+    assert_eq!(container.exit_status(), 0);
+    logger.ended();
+    wait::until_true("the logger's unit is gone", || systemd::list_units(&unit).is_empty());
+    assert_eq!(logger.scratch.read("starts"), "start\n");
+    container.delete().expect("delete");
+}
+
+#[test]
+fn a_container_whose_logger_always_ends_can_be_killed_and_deleted() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let logger = Logger::new("exec 5>&-; echo start >> starts; exit 1");
+    let container = node.container("logger", Spec::sh("exec yes")).started(&logger.io("binary", ""));
+    let unit = systemd::unit_of(&container).replace(".service", "::log.service");
+    wait::until_true("it is started again", || logger.scratch.read("starts").lines().count() > 1);
+    container.kill(9).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
     wait::until_true("the logger's unit is gone", || systemd::list_units(&unit).is_empty());
 }
