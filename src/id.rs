@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -158,6 +159,16 @@ name!(
     /// The name of a unit that exists or may exist: a service, slice or socket.
     UnitName, "unit name", check_unit_name
 );
+
+impl UnitName {
+    /// The cgroup of a slice, below the root of the hierarchy: `a-b.slice` is in `a.slice` (systemd.slice(5)).
+    pub fn slice_cgroup(&self) -> PathBuf {
+        let stem = self.as_str().trim_end_matches(".slice");
+        let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]);
+        ends.map(|end| format!("{}.slice", &stem[..end]))
+            .fold(PathBuf::from("/"), |path, part| path.join(part))
+    }
+}
 
 /// Which containerd a task belongs to. Several may run on a node (the system's, Docker's, k3s's), and each has
 /// namespaces and ids of its own.

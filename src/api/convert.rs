@@ -100,7 +100,8 @@ pub fn exec(namespace: Namespace, request: ExecProcessRequest) -> Result<AddExec
     // An empty id would mean the init process.
     let exec = ExecId::new(&request.exec_id)?;
     Ok(AddExec {
-        key: ProcessKey { task: key(namespace, &request.id)?, exec: Some(exec) },
+        task: key(namespace, &request.id)?,
+        exec,
         stdio: Stdio {
             stdin: request.stdin,
             stdout: request.stdout,
@@ -144,12 +145,12 @@ pub fn create(namespace: Namespace, request: CreateTaskRequest) -> Result<Create
         request: Create {
             bundle: PathBuf::from(request.bundle),
             rootfs: request.rootfs.into_iter().map(mount).collect(),
-            stdio: Stdio {
-                stdin: request.stdin,
-                stdout: request.stdout,
-                stderr: request.stderr,
-                terminal: request.terminal,
-            },
+        },
+        stdio: Stdio {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
         },
     })
 }
@@ -326,7 +327,7 @@ pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
     let id = task.key.id.to_string();
     let (topic, event) = match &outgoing.event {
         TaskEvent::Created { pid } => {
-            let stdio = &task.request.stdio;
+            let stdio = &task.init.stdio;
             let io = TaskIO {
                 stdin: stdio.stdin.clone(),
                 stdout: stdio.stdout.clone(),

@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn an_illegal_transition_is_a_failed_precondition() {
-        let refusal = transition(&Phase::Running { pid: 1 }, Event::StartBegun).unwrap_err();
+        let refusal = transition(&Phase::Creating { exit: None }, Event::StartBegun).unwrap_err();
         assert_eq!(code(&Error::Refused(refusal)), Code::FAILED_PRECONDITION);
     }
 

@@ -172,8 +172,9 @@ impl Task for TaskService {
 
     async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
         let mut call = convert::exec(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        call.key.task = self.located(&call.key.task);
-        let (shim, process, attempt) = (self.shim.clone(), call.key.clone(), attempt(ctx));
+        call.task = self.located(&call.task);
+        let process = ProcessKey { task: call.task.clone(), exec: Some(call.exec.clone()) };
+        let (shim, attempt) = (self.shim.clone(), attempt(ctx));
         self.run("exec", &process, async move { shim.add_exec(call, attempt).await }).await?;
         Ok(Empty::new())
     }

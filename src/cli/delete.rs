@@ -95,7 +95,7 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
 /// said, and the record stays for the daemon to try again.
 fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let mut troubles = Troubles::default();
-    if let Some(cgroup) = &task.cgroup {
+    if let Some(cgroup) = task.cgroup() {
         troubles.add(cgroup::kill(cgroup));
     }
     let dir = store.dir(&task.key);

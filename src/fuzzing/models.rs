@@ -282,8 +282,8 @@ proptest! {
     fn what_is_saved_is_loaded(key in task(), events in vec((event(), any::<u64>()), 0..200), name in "\\PC{0,40}") {
         let mut task: Task = serde_json::from_slice(include_bytes!("../../fuzz/corpus/record/task")).unwrap();
         task.key = key;
-        task.face.description.clone_from(&name);
-        task.request.stdio.stdin = name;
+        task.init.description.clone_from(&name);
+        task.init.stdio.stdin = name;
         events.into_iter().for_each(|(event, at)| task.outbox.push(event, at));
         disk::check_record(&task);
     }

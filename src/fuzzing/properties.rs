@@ -68,7 +68,7 @@ pub(super) fn face(data: &[u8]) {
     let key = TaskKey::usual(namespace, id);
     let face = face::of(&key, &spec);
     let fields = face.fields.iter().map(|(_, value)| value.as_str());
-    for line in [face.description.as_str(), face::identifier(&face)].into_iter().chain(fields) {
+    for line in [face.description.as_str(), face::identifier(&face.fields)].into_iter().chain(fields) {
         if let Some(flaw) = text::flaw(line) {
             panic!("{line:?}: {flaw}");
         }

@@ -45,7 +45,7 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
         edits.cgroups_path = Some(crate::cgroup::of_self()?.join(child));
     }
     if task.notify {
-        let socket = Store::new(config::STATE_DIR).notify_socket(&name::short_name(&task.unit));
+        let socket = Store::new(config::STATE_DIR).notify_socket(&name::short_name(task.unit()));
         pass_on_notifications(&mut edits, socket);
     }
     bundle::edit(bundle, &edits)?;

@@ -51,7 +51,7 @@ impl FakeLaunch {
         }
         let (unit, place) = match &task.placement {
             Placement::Unit { slice, child } => {
-                let unit = Path::new("/").join(slice.as_str()).join(task.unit.as_str());
+                let unit = Path::new("/").join(slice.as_str()).join(task.unit().as_str());
                 (unit.clone(), unit.join(child))
             }
             Placement::Foreign { path, .. } => (path.clone(), path.clone()),
@@ -74,11 +74,14 @@ impl FakeLaunch {
             Launches::Work => {
                 let process = Sleeper::spawn();
                 let pid = process.pid();
-                if let Some(place) = &task.cgroup {
+                if let Some(place) = task.cgroup() {
                     cgroup::place(place, pid);
                 }
                 fs::write(dir.join(EXEC_PID_FILE), pid.to_string()).unwrap();
-                (Started::Oneshot { process, cgroup: task.cgroup.clone() }, Outcome::Started { pid })
+                (
+                    Started::Oneshot { process, cgroup: task.cgroup().map(Path::to_owned) },
+                    Outcome::Started { pid },
+                )
             }
         };
         // Not by way of the store: what happens in a unit is no effect of the daemon.
@@ -94,7 +97,7 @@ impl Programs for FakeLaunch {
         let launches = self.launches.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let records = self.store.load_all(&Crashes::default()).unwrap_or_default();
         for Found { task, .. } in records.into_iter().flatten() {
-            if task.unit == *unit {
+            if *task.unit() == *unit {
                 return self.launch_container(&task, &launches);
             }
             if let Some((id, _)) = task.execs.iter().find(|(_, exec)| exec.unit == *unit) {

@@ -30,7 +30,7 @@ pub(super) struct Process<'a> {
 impl<'a> Process<'a> {
     pub(super) fn of(store: &Store, task: &'a Task, exec: Option<&'a ExecId>) -> Option<Self> {
         let (dir, unit, wiring) = match exec {
-            None => (store.dir(&task.key), &task.unit, &task.wiring),
+            None => (store.dir(&task.key), task.unit(), &task.init.wiring),
             Some(id) => {
                 let exec = task.execs.get(id)?;
                 (store.exec_dir(&task.key, id), &exec.unit, &exec.wiring)

@@ -46,16 +46,16 @@ pub fn of(key: &TaskKey, spec: &Spec) -> Face {
 
 /// How a person sees an exec of a container: which program it runs, and where. Not with which arguments: everybody on the
 /// machine can read the description of a unit, and there may be secrets among them.
-pub fn of_exec(container: &Face, exec: &ExecId, args: &[String]) -> String {
+pub fn of_exec(container: &str, exec: &ExecId, args: &[String]) -> String {
     let short = if is_long_hex(exec.as_str()) { &exec.as_str()[..SHORT_ID] } else { exec.as_str() };
     let program = args.first().map_or("", String::as_str);
-    format!("{} (exec {short} in {})", text::line(program, MAX_NAME), container.description)
+    format!("{} (exec {short} in {})", text::line(program, MAX_NAME), container)
 }
 
 /// The name under which the lines stand in the journal: the container's, short.
-pub fn identifier(face: &Face) -> &str {
+pub fn identifier(fields: &[(String, String)]) -> &str {
     let name =
-        face.fields.iter().find(|(field, _)| field == "CONTAINER_NAME").map_or("container", |(_, name)| name);
+        fields.iter().find(|(field, _)| field == "CONTAINER_NAME").map_or("container", |(_, name)| name);
     name.rsplit('/').next().unwrap_or(name)
 }
 
@@ -83,7 +83,7 @@ mod tests {
     fn an_id_that_is_a_name_is_the_name() {
         let face = face("web", "{}");
         assert_eq!(face.description, "web, container n/web");
-        assert_eq!(identifier(&face), "web");
+        assert_eq!(identifier(&face.fields), "web");
     }
 
     #[test]
@@ -97,13 +97,13 @@ mod tests {
             face.description
         );
         assert!(face.fields.contains(&("POD_NAME".to_owned(), "dns".to_owned())));
-        assert_eq!(identifier(&face), "main");
+        assert_eq!(identifier(&face.fields), "main");
     }
 
     #[test]
     fn an_exec_is_called_by_what_it_runs() {
         let args = ["s\nh".to_owned(), "-c".to_owned(), "login --password=hunter2".to_owned()];
-        let shown = of_exec(&face("web", "{}"), &ExecId::new("e1").unwrap(), &args);
+        let shown = of_exec(&face("web", "{}").description, &ExecId::new("e1").unwrap(), &args);
         assert_eq!(shown, "sh (exec e1 in web, container n/web)");
     }
 
@@ -118,7 +118,7 @@ mod tests {
     fn a_name_can_not_bring_lines_or_fields_of_its_own() {
         let spec = r#"{"annotations":{"nerdctl/name":"x OBJECT_SYSTEMD_UNIT=ssh.service\\"}}"#;
         let face = face("a", spec);
-        assert_eq!(identifier(&face), "x_OBJECT_SYSTEMD_UNIT=ssh.service");
+        assert_eq!(identifier(&face.fields), "x_OBJECT_SYSTEMD_UNIT=ssh.service");
         assert!(face.fields.iter().all(|(_, value)| !value.contains([' ', '\\'])), "{:?}", face.fields);
         assert!(face.description.ends_with("container n/a"), "{}", face.description);
     }

@@ -12,7 +12,8 @@ impl Shim {
     pub fn close_stdin(&self, key: &ProcessKey) -> Result<(), Error> {
         let (entry, process) = self.tasks.process(key)?;
         self.tasks.note(&entry, |task| {
-            task.wiring_mut(key.exec.as_ref()).into_iter().for_each(|wiring| wiring.stdin_closed = true);
+            let process = task.process_mut(key.exec.as_ref());
+            process.into_iter().for_each(|process| process.wiring.stdin_closed = true);
             Ok(Vec::new())
         })?;
         self.close_stdin_writer(&entry, &process);

@@ -19,14 +19,15 @@ use crate::oci::resources::Resources;
 use crate::oci::{face, options, runtime};
 use crate::services::process::{program_of, read_pid};
 use crate::services::registry::{Taken, Verb};
-use crate::services::{Attempt, Entry, Error, Shim, now_usec};
+use crate::services::{Attempt, Entry, Error, Shim};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
-use crate::task::phase::{Event, Phase};
-use crate::task::request::{Containerd, Create};
+use crate::task::phase::{Container, Event, Phase};
+use crate::task::process::Process;
+use crate::task::request::{Containerd, Create, Stdio};
 use crate::task::wiring::Wiring;
-use crate::task::{Placement, Task};
+use crate::task::{Face, Placement, Task};
 use crate::unit::properties::{self, UnitMetadata};
 use crate::unit::{self, name};
 
@@ -57,6 +58,8 @@ pub struct CreateTask {
     pub key: TaskKey,
     /// What the client asks for.
     pub request: Create,
+    /// The stdio strings of its init process.
+    pub stdio: Stdio,
     /// The OCI runtime's options.
     pub options: options::Source,
     /// A checkpoint to restore from, empty if none.
@@ -104,7 +107,7 @@ impl Shim {
     /// Checks the request against what is on disk; no effects. Returns the environment of the OCI runtime too,
     /// in the form of /proc/PID/environ.
     fn prepare(&self, call: CreateTask) -> Result<(Task, Vec<u8>), Error> {
-        let CreateTask { key, request, options, .. } = call;
+        let CreateTask { key, request, stdio, options, .. } = call;
         let climbs = request.bundle.components().any(|part| part == Component::ParentDir);
         if !request.bundle.is_absolute() || climbs {
             return Err(Error::BundlePath(request.bundle));
@@ -121,22 +124,27 @@ impl Shim {
             runtime.io_owner = spec.mapped_root().unwrap_or_default();
         }
         runtime.environment = self.store.environment(&key);
-        let wiring = uri::wiring(&request.stdio, runtime.log, uri::Role::Init, fifo::kind)?;
+        let wiring = uri::wiring(&stdio, runtime.log, uri::Role::Init, fifo::kind)?;
         let wiring = Wiring { kept: self.fds.next_number(), ..wiring };
+        let Face { description, fields } = face::of(&key, &spec);
+        let init = Process {
+            unit: name::candidates(&key).next().ok_or(Error::NoUnitName { key: key.clone() })?,
+            logger: None,
+            stdio,
+            wiring,
+            description,
+            phase: Phase::Creating { exit: None },
+        };
         let task = Task {
             placement: placement(&key, &spec)?,
-            face: face::of(&key, &spec),
+            fields,
             // What a hook or a wrapper of the runtime mounts has to be seen on the host, or where containerd is if it has
             // a mount namespace of its own. There, containerd unmounts the rootfs when it removes the bundle.
             rootfs_on_host: !request.rootfs.is_empty()
                 && (spec.shares_mounts_with_host()
                     || spec.has_hooks()
                     || !runtime::is_plain(&runtime.binary)),
-            unit: name::candidates(&key).next().ok_or(Error::NoUnitName { key: key.clone() })?,
-            logger: None,
-            waiting_program: None,
-            cgroup: None,
-            init: Phase::Creating { exit: None },
+            init,
             properties: additions::properties(
                 &key.to_string(),
                 &spec,
@@ -147,13 +155,10 @@ impl Shim {
             devices: additions::allowed_devices(&spec, &resources.devices, &runtime),
             execs: BTreeMap::new(),
             outbox: Outbox::default(),
-            oom_kills: 0,
-            limits: None,
             muted: false,
             is_leftover: false,
             key,
             request,
-            wiring,
             runtime,
             containerd,
         };
@@ -195,8 +200,9 @@ impl Shim {
     fn register(&self, task: Task) -> Result<(Arc<Entry>, Verb), Error> {
         let key = task.key.clone();
         for unit in name::candidates(&key) {
-            let logger = task.wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
-            match self.tasks.registry.insert(Task { unit, logger, ..task.clone() }) {
+            let logger = task.init.wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
+            let init = Process { unit, logger, ..task.init.clone() };
+            match self.tasks.registry.insert(Task { init, ..task.clone() }) {
                 Ok((entry, verb)) => {
                     if !self.tasks.registry.namesakes(&key).is_empty() {
                         keep_apart(&mut entry.task());
@@ -223,25 +229,25 @@ impl Shim {
         self.take_over(entry, &task, &dir, opened).await
     }
 
-    /// After a restart: continues a Create that was cut off, or takes it back. `taken` hears when what
-    /// was kept of its streams is taken over.
+    /// After a restart: finishes a Create that was cut off, or rolls it back. `claimed` fires once the descriptors of
+    /// its streams have been claimed from the descriptor store.
     pub(crate) async fn resume_create(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
-        taken: tokio::sync::oneshot::Sender<()>,
+        claimed: tokio::sync::oneshot::Sender<()>,
     ) {
         let task = entry.task().clone();
         let resumed = async {
             let dir = self.store.dir(&task.key);
-            let state = self.manager.active_state(&task.unit).await?;
+            let state = self.manager.active_state(task.unit()).await?;
             let plan = Arc::new(self.plan(entry, &entry.init)?);
             let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
             self.listen_to_container(entry).await?;
             // Nobody waits any more if the daemon ends.
-            let _ = taken.send(());
+            let _ = claimed.send(());
             // A unit that is down and has never run `launch` is what another task has left behind.
             if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
-                self.comes_up(entry, &task, &dir, self.manager.wait_until_started(&task.unit)).await?;
+                self.comes_up(entry, &task, &dir, self.manager.wait_until_started(task.unit())).await?;
             } else {
                 self.resume_logger(&plan, &mut opened).await?;
                 self.start_unit(entry, &task, &dir, Begun::Before).await?;
@@ -264,10 +270,10 @@ impl Shim {
     ) -> Result<u32, Error> {
         fault::point(Point::CreateUp);
         // What a hook has left there stays.
-        launch::cgroup::remove(&task.unit);
+        launch::cgroup::remove(task.unit());
         let pid =
             read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(task, dir)))?;
-        self.hold(entry, pid);
+        self.hold(entry, &entry.init, pid);
         self.start_session(entry, &entry.init, opened).await?;
         fault::point(Point::CreatePumping);
         self.adopt(entry, pid).await?;
@@ -283,35 +289,35 @@ impl Shim {
         let init = ProcessKey { task: task.key.clone(), exec: None };
         let command = self.launcher.command(Kind::Container, &init);
         let shown = UnitMetadata {
-            description: &task.face.description,
-            identifier: face::identifier(&task.face),
-            fields: &task.face.fields,
+            description: &task.init.description,
+            identifier: face::identifier(&task.fields),
+            fields: &task.fields,
             slice: task.placement.slice(),
         };
         let copy = self.launcher.sealed_runtime(task).await?;
-        let own = task.runtime.cgroup.is_none().then(|| launch::cgroup::of(&task.unit)).transpose()?;
+        let own = task.runtime.cgroup.is_none().then(|| launch::cgroup::of(task.unit())).transpose()?;
         let environment = command::environment(copy.as_ref(), own.as_deref());
         let pid_file = dir.join(PID_FILE);
         let limit = task.runtime.create_limit();
         let properties = properties::container(&shown, &command, &environment, &pid_file, limit, task.notify);
         let additions = additions::of(task)?;
-        let mut begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
+        let mut begun = self.manager.begin_referenced(task.unit(), &properties, &additions).await;
         if let (Err(unit::error::Error::Exists { .. }), Begun::Before) = (&begun, create)
-            && self.manager.active_state(&task.unit).await?.is_some_and(|state| is_under_way(&state))
+            && self.manager.active_state(task.unit()).await?.is_some_and(|state| is_under_way(&state))
         {
             // The earlier daemon has asked for it, and systemd got to that after this daemon had looked.
-            return self.comes_up(entry, task, dir, self.manager.wait_until_started(&task.unit)).await;
+            return self.comes_up(entry, task, dir, self.manager.wait_until_started(task.unit())).await;
         }
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
-            self.manager.release(&task.unit).await;
-            self.manager.reset_failed(&task.unit).await?;
-            begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
+            self.manager.release(task.unit()).await;
+            self.manager.reset_failed(task.unit()).await?;
+            begun = self.manager.begin_referenced(task.unit(), &properties, &additions).await;
         }
         if let Err(unit::error::Error::Exists { .. }) = begun
-            && self.manager.free_name(&task.unit).await?
+            && self.manager.free_name(task.unit()).await?
         {
-            begun = self.manager.begin_referenced(&task.unit, &properties, &additions).await;
+            begun = self.manager.begin_referenced(task.unit(), &properties, &additions).await;
         }
         self.launcher.warm_up();
         let begun = begun.map_err(|error| additions::refused(task, error))?;
@@ -332,8 +338,8 @@ impl Shim {
             () = given_up.cancelled() => return Err(Error::GivenUp { process: entry.init.key.clone() }),
         };
         match done {
-            Err(unit::error::Error::Job { .. }) if self.manager.has_timed_out(&task.unit).await => {
-                Err(Error::CreateTimedOut { unit: task.unit.to_string() })
+            Err(unit::error::Error::Job { .. }) if self.manager.has_timed_out(task.unit()).await => {
+                Err(Error::CreateTimedOut { unit: task.unit().to_string() })
             }
             Err(unit::error::Error::Job { .. }) => Err(Error::Launch(self.launch_failure(task, dir))),
             other => Ok(other?),
@@ -350,28 +356,24 @@ impl Shim {
 
     /// Takes the main process over, and notes where it lives.
     async fn adopt(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
-        let (cgroup, program) = (cgroup::of_process(pid).ok(), program_of(pid));
+        let task = entry.task().clone();
+        let (program, found) = (program_of(pid), cgroup::of_process(pid).ok());
         let (mut limits, mut oom_kills) = (None, 0);
-        if let Some(cgroup) = &cgroup {
-            let task = entry.task().clone();
+        if let Some(cgroup) = &found {
             limits = self.join_limits(&task, cgroup).await?;
             // One that the client has made before may have a history.
             oom_kills = MemoryEvents::read(cgroup)?.unwrap_or_default().oom_kill;
         }
+        // The cgroup of a process that has ended by now is gone.
+        let cgroup = found.unwrap_or_else(|| task.placement.cgroup(task.unit()));
+        let container = Container { pid, cgroup, limits, oom_kills };
         fault::point(Point::CreateLimited);
-        self.tasks.change(entry, |task| {
-            task.waiting_program = program;
-            task.limits = limits;
-            task.oom_kills = oom_kills;
-            task.cgroup = cgroup.or_else(|| task.cgroup.take());
-            Ok(task.apply(Event::Created { pid }, now_usec())?)
-        })
+        self.tasks.apply(entry, &entry.init, Event::Created { container, program })
     }
 
     async fn make_pod_slice(&self, slice: &UnitName, task: &Task) -> Result<(), Error> {
-        let pod = |name: &str| {
-            task.face.fields.iter().find(|(field, _)| field == name).map(|(_, value)| value.as_str())
-        };
+        let pod =
+            |name: &str| task.fields.iter().find(|(field, _)| field == name).map(|(_, value)| value.as_str());
         let description = match (pod("POD_NAMESPACE"), pod("POD_NAME")) {
             (Some(namespace), Some(name)) => format!("Pod {namespace}/{name}"),
             _ => format!("Pod of container {}", task.key),

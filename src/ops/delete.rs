@@ -6,12 +6,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::fault::{self, Point};
-use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::id::{ProcessKey, TaskKey};
 use crate::services::registry::End;
 use crate::services::streams::drain;
 use crate::services::{Attempt, Entry, Error, Process, Shim, blocking};
 use crate::store::answers::Deleted;
-use crate::task::exec::ExecPhase;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Phase};
 
@@ -26,7 +25,7 @@ impl Shim {
     pub async fn delete(self: &Arc<Self>, key: &ProcessKey, attempt: Attempt) -> Result<Deleted, Error> {
         let deleted = match &key.exec {
             None => self.delete_task(&key.task).await,
-            Some(exec) => self.delete_exec(key, exec).await,
+            Some(_) => self.delete_exec(key).await,
         };
         match deleted {
             Err(error @ (Error::UnknownTask { .. } | Error::UnknownExec { .. })) => {
@@ -42,7 +41,7 @@ impl Shim {
         let _verb = entry.init.verb.lock().await;
         // Another Delete may have been first.
         self.tasks.created(key)?;
-        let phase = entry.task().init.clone();
+        let phase = entry.task().init.phase.clone();
         let exit = match phase {
             Phase::Stopped { exit, .. } => exit,
             Phase::Created { .. } => self.kill_and_wait(&entry).await?,
@@ -68,63 +67,6 @@ impl Shim {
         Ok(deleted)
     }
 
-    /// Removes an exec that does not run. Returns the process that it was, and how it ended; nothing
-    /// of both for one that never ran. One that is being started is given up: its client has gone away, as a probe
-    /// does after its timeout, and the start may hang in the container.
-    ///
-    /// # Errors
-    /// It runs, or something can't be taken away; it can be called again then.
-    pub(crate) async fn delete_exec(
-        self: &Arc<Self>,
-        key: &ProcessKey,
-        id: &ExecId,
-    ) -> Result<Deleted, Error> {
-        let (entry, process) = self.tasks.process(key)?;
-        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
-        if let Some(ExecPhase::Added | ExecPhase::Starting { .. }) = phase {
-            process.live().given_up.cancel();
-        }
-        let deleted = self.delete_idle_exec(&entry, &process, key, id).await;
-        if deleted.is_err() {
-            process.live().given_up = CancellationToken::new();
-        }
-        deleted
-    }
-
-    async fn delete_idle_exec(
-        self: &Arc<Self>,
-        entry: &Arc<Entry>,
-        process: &Arc<Process>,
-        key: &ProcessKey,
-        id: &ExecId,
-    ) -> Result<Deleted, Error> {
-        let _verb = process.verb.lock().await;
-        // Another Delete may have been first.
-        self.tasks.process(key)?;
-        let unknown = || Error::UnknownExec { key: key.clone() };
-        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone()).ok_or_else(unknown)?;
-        if phase.is_live() {
-            return Err(Error::NotDeletable { phase: "running" });
-        }
-        fault::point(Point::ExecDeleteBegun);
-        drain(process).await;
-        let troubles = self.remove_exec(entry, process, id).await;
-        if !troubles.is_empty() {
-            return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
-        }
-        fault::point(Point::ExecDeleteUnit);
-        let deleted = Deleted { pid: phase.pid().unwrap_or_default(), exit: phase.exit() };
-        self.answers.keep(key, deleted)?;
-        fault::point(Point::ExecDeleteKept);
-        self.tasks.change(entry, |task| {
-            task.execs.remove(id);
-            Ok(Vec::new())
-        })?;
-        self.tasks.registry.remove_exec(entry, id);
-        fault::point(Point::ExecDeleteForgotten);
-        Ok(deleted)
-    }
-
     /// Kills all of a task, and waits until its end is known.
     pub(super) async fn kill_and_wait(&self, entry: &Arc<Entry>) -> Result<Exit, Error> {
         let task = entry.task().clone();
@@ -143,5 +85,58 @@ impl Shim {
         self.tasks.remove(&entry.key);
         self.tasks.announce(entry);
         Ok(())
+    }
+
+    /// Removes an exec that does not run. Returns the process that it was, and how it ended; nothing
+    /// of both for one that never ran. One that is being started is given up: its client has gone away, as a probe
+    /// does after its timeout, and the start may hang in the container.
+    ///
+    /// # Errors
+    /// It runs, or something can't be taken away; it can be called again then.
+    async fn delete_exec(self: &Arc<Self>, key: &ProcessKey) -> Result<Deleted, Error> {
+        let (entry, process) = self.tasks.process(key)?;
+        let has_run = entry.task().process(process.exec()).is_none_or(|exec| exec.has_run());
+        if !has_run {
+            process.live().given_up.cancel();
+        }
+        let deleted = self.delete_idle_exec(&entry, &process).await;
+        if deleted.is_err() {
+            process.live().given_up = CancellationToken::new();
+        }
+        deleted
+    }
+
+    async fn delete_idle_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+    ) -> Result<Deleted, Error> {
+        let _verb = process.verb.lock().await;
+        let key = &process.key;
+        // Another Delete may have been first.
+        self.tasks.process(key)?;
+        let unknown = || Error::UnknownExec { key: key.clone() };
+        let id = process.exec().ok_or_else(unknown)?;
+        let exec = entry.task().execs.get(id).cloned().ok_or_else(unknown)?;
+        if exec.phase.is_live() {
+            return Err(Error::NotDeletable { phase: "running" });
+        }
+        fault::point(Point::ExecDeleteBegun);
+        drain(process).await;
+        let troubles = self.remove_exec(entry, process).await;
+        if !troubles.is_empty() {
+            return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
+        }
+        fault::point(Point::ExecDeleteUnit);
+        let deleted = Deleted { pid: exec.pid().unwrap_or_default(), exit: exec.exit() };
+        self.answers.keep(key, deleted)?;
+        fault::point(Point::ExecDeleteKept);
+        self.tasks.change(entry, |task| {
+            task.execs.remove(id);
+            Ok(Vec::new())
+        })?;
+        self.tasks.registry.remove_exec(entry, id);
+        fault::point(Point::ExecDeleteForgotten);
+        Ok(deleted)
     }
 }

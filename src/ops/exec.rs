@@ -1,9 +1,9 @@
-//! Exec: adds a process to a task. Start runs it.
+//! Exec: adds a process to a task. Nothing runs before Start.
 
 use std::sync::Arc;
 
 use crate::fault::{self, Point};
-use crate::id::{ExecId, ProcessKey};
+use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::launch::contract::PROCESS_SPEC;
 use crate::oci::{face, process};
 use crate::services::registry::{Taken, Verb};
@@ -18,8 +18,10 @@ use crate::unit::name;
 /// An Exec call.
 #[derive(Debug)]
 pub struct AddExec {
-    /// The task, and the exec to be.
-    pub key: ProcessKey,
+    /// The task.
+    pub task: TaskKey,
+    /// The exec to be.
+    pub exec: ExecId,
     /// Its stdio strings.
     pub stdio: Stdio,
     /// Its process spec (OCI, JSON).
@@ -32,35 +34,36 @@ impl Shim {
     /// # Errors
     /// The id is in use, the spec or the stdio strings are wrong, or the task has ended.
     pub async fn add_exec(self: &Arc<Self>, call: AddExec, attempt: Attempt) -> Result<(), Error> {
-        let AddExec { key, stdio, spec } = call;
-        let entry = self.tasks.created(&key.task)?;
-        if attempt == Attempt::Replayed && entry.process(key.exec.as_ref()).is_some() {
+        let AddExec { task: key, exec: id, stdio, spec } = call;
+        let entry = self.tasks.created(&key)?;
+        if attempt == Attempt::Replayed && entry.process(Some(&id)).is_some() {
             return Ok(());
         }
-        let Some(id) = key.exec.clone().filter(|id| id.as_str() != key.task.id.as_str()) else {
+        if id.as_str() == key.id.as_str() {
             // Their exits could not be told apart.
-            return Err(Error::ExecExists { exec: key.id().to_owned() });
-        };
+            return Err(Error::ExecExists { exec: id.to_string() });
+        }
         self.fds.has_room()?;
         let spec = process::Process::read(&spec, stdio.terminal)?;
         let task = entry.task().clone();
-        if task.init.is_paused() || !task.init.is_alive() {
+        if task.init.phase.is_paused() || !task.init.is_alive() {
             return Err(Error::NoExecIn { phase: task.init.word() });
         }
         let log = task.runtime.log;
         let kept = self.fds.next_number();
-        let named = move || {
+        let process_key = ProcessKey { task: key.clone(), exec: Some(id.clone()) };
+        let read_wiring = move || {
             let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind);
             wiring.map(|wiring| (stdio, Wiring { kept, ..wiring }))
         };
-        let (stdio, wiring) = self.on_files(&key, named).await??;
-        let description = face::of_exec(&task.face, &id, &spec.args);
+        let (stdio, wiring) = self.on_files(&process_key, read_wiring).await??;
+        let description = face::of_exec(&task.init.description, &id, &spec.args);
         let (process, _verb) = self.register_exec(&entry, &id)?;
         let noted = self.note_exec(&entry, &process, &id, stdio, wiring, description, &spec);
         if noted.is_err() {
             self.tasks.registry.remove_exec(&entry, &id);
             // The first error is the one to report.
-            let _ = self.store.remove_exec_dir(&key.task, &id);
+            let _ = self.store.remove_exec_dir(&key, &id);
         }
         noted
     }

@@ -133,6 +133,7 @@ impl World {
         CreateTask {
             key: self.task.clone(),
             request: Create { bundle: self.root.join("bundle"), ..Create::default() },
+            stdio: Stdio::default(),
             options: options::Source::Given(Box::new(options)),
             checkpoint: String::new(),
         }
@@ -141,7 +142,12 @@ impl World {
     /// The Exec call.
     pub(crate) fn exec_call(&self) -> AddExec {
         let spec = br#"{"args":["true"],"cwd":"/"}"#.to_vec();
-        AddExec { key: self.exec(), stdio: Stdio::default(), spec }
+        AddExec {
+            task: self.task.clone(),
+            exec: ExecId::new("probe").unwrap(),
+            stdio: Stdio::default(),
+            spec,
+        }
     }
 
     /// Runs a daemon, which recovers and then does `work`, until both are done and nothing is left to do. Nothing if

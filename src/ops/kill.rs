@@ -10,7 +10,6 @@ use crate::id::ProcessKey;
 use crate::services::{Attempt, Error, Shim, blocking};
 use crate::sys;
 use crate::task::Task;
-use crate::task::exec::ExecPhase;
 
 const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 /// The last signal of the kernel (`_NSIG`).
@@ -47,28 +46,21 @@ impl Shim {
         }
         let (entry, process) = self.tasks.process(key)?;
         let task = entry.task().clone();
-        match &key.exec {
-            None if all => return blocking(move || kill_all(&task, signal)).await?,
-            None if task.init.exit().is_some() => return Err(Error::Finished),
-            None => {}
-            Some(id) => match task.execs.get(id).map(|exec| &exec.phase) {
-                Some(ExecPhase::Running { .. }) => {}
-                Some(ExecPhase::Stopped { .. }) => return Err(Error::Finished),
-                Some(ExecPhase::Added | ExecPhase::Starting { .. }) | None => return Err(Error::NotStarted),
-            },
+        if all && key.exec.is_none() {
+            return blocking(move || kill_all(&task, signal)).await?;
         }
-        let pid = match &key.exec {
-            None => task.init.pid(),
-            Some(id) => task.execs.get(id).and_then(|exec| exec.phase.pid()),
-        };
+        let recorded = task.process(process.exec()).ok_or(Error::NotStarted)?;
+        if recorded.exit().is_some() {
+            return Err(Error::Finished);
+        }
+        let pid = recorded.pid().ok_or(Error::NotStarted)?;
         let failed = |source: Errno| Error::Kill { signal, process: key.to_string(), source: source.into() };
         let held = process.live().process.as_ref().map(|held| held.try_clone()).transpose();
         let held = held.map_err(|source| Error::Kill { signal, process: key.to_string(), source })?;
         let sent = match held {
             // Through the descriptor that is held: the number can't have become another process.
             Some(held) => sys::pidfd_send_signal(&held, signal),
-            None => hold_again(&task, pid.ok_or(Error::NotStarted)?)
-                .and_then(|process| sys::pidfd_send_signal(&process, signal)),
+            None => hold_again(&task, pid).and_then(|process| sys::pidfd_send_signal(&process, signal)),
         };
         match sent {
             Err(Errno::ESRCH) => Err(Error::Finished),
@@ -82,7 +74,7 @@ impl Shim {
 fn hold_again(task: &Task, pid: u32) -> Result<OwnedFd, Errno> {
     let process = sys::pidfd_open(pid)?;
     let lives_in = cgroup::of_process(pid).ok();
-    match (&task.cgroup, lives_in) {
+    match (task.cgroup(), lives_in) {
         (Some(container), Some(lives_in)) if lives_in.starts_with(container) => Ok(process),
         _ => Err(Errno::ESRCH),
     }
@@ -90,7 +82,7 @@ fn hold_again(task: &Task, pid: u32) -> Result<OwnedFd, Errno> {
 
 /// Every process of the container: not for the async runtime. One that ends meanwhile is no error, nor is an empty container.
 pub(crate) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
-    let Some(cgroup) = &task.cgroup else {
+    let Some(cgroup) = task.cgroup() else {
         return Ok(());
     };
     if signal == SIGKILL {

@@ -1,5 +1,6 @@
 //! Pause: systemd's freezer, for Resume as well.
 
+use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use crate::fault::{self, Point};
 use crate::id::TaskKey;
 use crate::services::{Attempt, Error, Shim, waiting};
 use crate::task::phase::{Event, Phase, Refusal};
+use crate::task::process::Lifecycle;
 use crate::task::{Placement, Task};
 use crate::unit;
 
@@ -27,10 +29,10 @@ impl Shim {
         let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let task = entry.task().clone();
-        match task.init {
+        match &task.init.phase {
             Phase::Running { .. } => {}
             Phase::Paused { .. } if attempt == Attempt::Replayed => return Ok(()),
-            other => return Err(refused("pause", &other)),
+            other => return Err(refused("pause", other)),
         }
         let frozen = self.freeze(&task).await;
         fault::point(Point::PauseDone);
@@ -42,17 +44,17 @@ impl Shim {
                 error => error,
             });
         }
-        self.tasks.note_event(&entry, Event::Frozen)?;
+        self.tasks.note_event(&entry, &entry.init, Event::Frozen)?;
         fault::point(Point::PauseNoted);
         Ok(())
     }
 
     async fn freeze(&self, task: &Task) -> Result<(), Error> {
-        self.set_frozen(task, true, self.manager.freeze(&task.unit)).await
+        self.set_frozen(task, true, self.manager.freeze(task.unit())).await
     }
 
     pub(super) async fn thaw(&self, task: &Task) -> Result<(), Error> {
-        self.set_frozen(task, false, self.manager.thaw(&task.unit)).await
+        self.set_frozen(task, false, self.manager.thaw(task.unit())).await
     }
 
     /// Resolves when the container is as it is to be, and systemd has said so. Its answer may never come: not
@@ -63,7 +65,7 @@ impl Shim {
         frozen: bool,
         by_systemd: impl Future<Output = Result<(), unit::error::Error>>,
     ) -> Result<(), Error> {
-        let Some(cgroup) = task.cgroup.clone() else {
+        let Some(cgroup) = task.cgroup().map(Path::to_owned) else {
             return Ok(by_systemd.await?);
         };
         let is_foreign = matches!(task.placement, Placement::Foreign { .. });

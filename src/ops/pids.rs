@@ -1,11 +1,11 @@
 //! Pids: the processes of a container.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use crate::cgroup;
 use crate::id::{ExecId, TaskKey};
 use crate::services::{Error, Shim, blocking};
-use crate::task::exec::ExecPhase;
 
 impl Shim {
     /// The processes of a container, and which of them are execs.
@@ -21,11 +21,8 @@ impl Shim {
         if task.init.exit().is_some() {
             return Ok(vec![(init, None)]);
         }
-        let mut pids = match &task.cgroup {
-            Some(cgroup) => {
-                let cgroup = cgroup.clone();
-                blocking(move || cgroup::processes(&cgroup)).await??
-            }
+        let mut pids = match task.cgroup().map(Path::to_owned) {
+            Some(cgroup) => blocking(move || cgroup::processes(&cgroup)).await??,
             None => Vec::new(),
         };
         if !pids.contains(&init) {
@@ -34,10 +31,8 @@ impl Shim {
         let execs: HashMap<u32, &ExecId> = task
             .execs
             .iter()
-            .filter_map(|(id, exec)| match exec.phase {
-                ExecPhase::Running { pid } => Some((pid, id)),
-                ExecPhase::Added | ExecPhase::Starting { .. } | ExecPhase::Stopped { .. } => None,
-            })
+            .filter(|(_, exec)| exec.is_alive())
+            .filter_map(|(id, exec)| exec.pid().map(|pid| (pid, id)))
             .collect();
         Ok(pids.into_iter().map(|pid| (pid, execs.get(&pid).map(|id| (*id).clone()))).collect())
     }

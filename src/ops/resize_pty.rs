@@ -11,8 +11,7 @@ impl Shim {
     /// There is no such process, or an exec has ended.
     pub fn resize(&self, key: &ProcessKey, columns: u32, rows: u32) -> Result<(), Error> {
         let (entry, process) = self.tasks.process(key)?;
-        let over = |exec| entry.task().execs.get(exec).is_some_and(|exec| exec.phase.exit().is_some());
-        if key.exec.as_ref().is_some_and(over) {
+        if key.exec.is_some() && entry.has_recorded_end(&process) {
             return Err(Error::ResizeStopped);
         }
         let clip = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);

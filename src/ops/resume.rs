@@ -18,14 +18,14 @@ impl Shim {
         let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let task = entry.task().clone();
-        match task.init {
+        match &task.init.phase {
             Phase::Paused { .. } => {}
             Phase::Running { .. } if attempt == Attempt::Replayed => return Ok(()),
-            other => return Err(refused("resume", &other)),
+            other => return Err(refused("resume", other)),
         }
         self.thaw(&task).await?;
         fault::point(Point::ResumeDone);
-        self.tasks.note_event(&entry, Event::Thawed)?;
+        self.tasks.note_event(&entry, &entry.init, Event::Thawed)?;
         fault::point(Point::ResumeNoted);
         self.clone().show_unshown(entry.clone()).await;
         Ok(())

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
+use tokio::sync::oneshot;
 
 use crate::config;
 use crate::fault::{self, Point};
@@ -43,20 +44,20 @@ impl Shim {
         process: &Arc<Process>,
         id: &ExecId,
     ) -> Result<(u32, Option<Exit>), Error> {
+        fault::point(Point::ExecStartRecorded);
         let task = entry.task().clone();
-        let gone = || Error::UnknownExec { key: process.key.clone() };
-        let exec = task.execs.get(id).ok_or_else(gone)?;
+        let exec = task.execs.get(id).ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
         let plan = Arc::new(self.plan(entry, process)?);
         let opened = self.open_streams(&plan).await?;
         // A start that fails can be tried again, with the same input. The client does see the end of the output: clients
         // wait for it before they return the error.
         process.live().client_input = opened.client_input()?;
         fault::point(Point::ExecStartOpened);
-        let dir = self.store.exec_dir(&entry.key, id);
+        let dir = self.store.process_dir(&process.key);
         let doorbell = open_doorbell(&dir)?;
         process.live().attempt_ended = Arc::default();
         self.begin_exec(&task, exec, process).await?;
-        self.see_through(entry, process, &dir, doorbell, opened).await
+        self.await_outcome(entry, process, &dir, doorbell, opened).await
     }
 
     /// Asks for the unit.
@@ -86,7 +87,7 @@ impl Shim {
     }
 
     /// Waits for the outcome of a start, and connects the process's streams.
-    async fn see_through(
+    async fn await_outcome(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
@@ -101,8 +102,8 @@ impl Shim {
         };
         fault::point(Point::ExecStartOutcome);
         if exit.is_none() {
-            self.hold_exec(entry, process, pid);
-            self.let_boot_finish(entry, process);
+            self.hold(entry, process, pid);
+            self.cancel_long_start_job(entry, process);
         }
         self.start_session(entry, process, opened).await?;
         fault::point(Point::ExecStartPumping);
@@ -150,28 +151,27 @@ impl Shim {
 
     /// The unit's start job lasts as long as the process, and systemd does not take a boot for finished
     /// while there are jobs (manager.c, `manager_check_finished`): that of a long exec is taken away.
-    pub(crate) fn let_boot_finish(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
+    pub(crate) fn cancel_long_start_job(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
         let (shim, entry, process) = (self.clone(), Arc::downgrade(entry), process.clone());
         tokio::spawn(async move {
             tokio::time::sleep(LONG_EXEC).await;
-            let ended = entry.upgrade().is_none_or(|entry| Self::has_ended(&entry, &process));
+            let ended = entry.upgrade().is_none_or(|entry| entry.has_recorded_end(&process));
             if !ended && let Err(error) = shim.manager.cancel_job_of(&process.unit).await {
                 tracing::warn!(process = %process.key, %error, "{}: its start job stays: {error}", process.key);
             }
         });
     }
 
-    /// Sees a start through that an earlier daemon has begun: what it has begun is not begun twice.
-    /// `taken` hears when what was kept of its streams is taken over.
-    pub(crate) async fn resume_start(
+    /// Finishes a start that an earlier daemon has begun: what it has begun is not begun twice. `claimed` fires once
+    /// the descriptors of its streams have been claimed from the descriptor store.
+    pub(crate) async fn resume_exec(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
-        id: &ExecId,
-        taken: tokio::sync::oneshot::Sender<()>,
+        claimed: oneshot::Sender<()>,
     ) {
         let resumed = async {
-            let dir = self.store.exec_dir(&entry.key, id);
+            let dir = self.store.process_dir(&process.key);
             // Before looking: from now on it rings here.
             let doorbell = open_doorbell(&dir)?;
             let starting = self.manager.starting(&process.unit).await?;
@@ -181,13 +181,13 @@ impl Shim {
             let plan = Arc::new(self.plan(entry, process)?);
             let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
             // Nobody waits any more if the daemon ends.
-            let _ = taken.send(());
+            let _ = claimed.send(());
             match starting {
                 _ if known => {}
                 Starting::UnderWay => {}
                 // It was not begun yet. The client's end of its streams is open: it must see no end now.
                 Starting::NotBegun => {
-                    let exec = task.execs.get(id).ok_or_else(gone)?;
+                    let exec = process.exec().and_then(|id| task.execs.get(id)).ok_or_else(gone)?;
                     self.resume_logger(&plan, &mut opened).await?;
                     self.begin_exec(&task, exec, process).await?;
                 }
@@ -195,16 +195,13 @@ impl Shim {
                     return Err(Error::Launch(format!("see systemctl status {}", process.unit)));
                 }
             }
-            self.see_through(entry, process, &dir, doorbell, opened).await
+            self.await_outcome(entry, process, &dir, doorbell, opened).await
         };
         let resumed = resumed.await;
-        if let Err(error) = self.conclude_start(entry, process, id, resumed).await {
+        if let Err(error) = self.conclude_start(entry, process, resumed).await {
             tracing::warn!(process = %process.key, %error, "{}: a start that was cut off is taken back: {error}", process.key);
         }
-        let looked = self.look_at_exec(entry, process, id).await;
-        if let Err(error) = looked {
-            tracing::warn!(process = %process.key, %error, "{}: can't look at its unit: {error}", process.key);
-        }
+        self.query_unit(entry, process).await;
     }
 }
 

@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use crate::id::ProcessKey;
 use crate::services::{Error, Shim};
-use crate::task::exec::ExecPhase;
-use crate::task::phase::{Exit, Phase};
+use crate::task::phase::Exit;
 use crate::task::request::Stdio;
 
 /// A process's state in containerd's words.
@@ -44,32 +43,24 @@ impl Shim {
     pub fn state(&self, key: &ProcessKey) -> Result<State, Error> {
         let entry = self.tasks.created(&key.task)?;
         let task = entry.task();
-        let bundle = task.request.bundle.clone();
-        let Some(id) = &key.exec else {
-            let status = match task.init {
-                Phase::Creating { .. } | Phase::Created { .. } | Phase::Starting { .. } => Status::Created,
-                Phase::Running { .. } | Phase::Ending { .. } => Status::Running,
-                Phase::Paused { .. } => Status::Paused,
-                Phase::Stopped { .. } => Status::Stopped,
-            };
-            let pid = task.init.pid().unwrap_or_default();
-            return Ok(State {
-                status,
-                pid,
-                exit: task.init.exit(),
-                bundle,
-                stdio: task.request.stdio.clone(),
-            });
+        let process = task.process(key.exec.as_ref());
+        let process = process.ok_or_else(|| Error::UnknownExec { key: key.clone() })?;
+        let status = if process.exit().is_some() {
+            Status::Stopped
+        } else if !process.has_run() {
+            Status::Created
+        } else if task.init.phase.is_paused() {
+            // An exec is frozen with its container.
+            Status::Paused
+        } else {
+            Status::Running
         };
-        let exec = task.execs.get(id).ok_or_else(|| Error::UnknownExec { key: key.clone() })?;
-        let status = match exec.phase {
-            ExecPhase::Added | ExecPhase::Starting { .. } => Status::Created,
-            // It is frozen with its container.
-            ExecPhase::Running { .. } if task.init.is_paused() => Status::Paused,
-            ExecPhase::Running { .. } => Status::Running,
-            ExecPhase::Stopped { .. } => Status::Stopped,
-        };
-        let pid = exec.phase.pid().unwrap_or_default();
-        Ok(State { status, pid, exit: exec.phase.exit(), bundle, stdio: exec.stdio.clone() })
+        Ok(State {
+            status,
+            pid: process.pid().unwrap_or_default(),
+            exit: process.exit(),
+            bundle: task.request.bundle.clone(),
+            stdio: process.stdio.clone(),
+        })
     }
 }

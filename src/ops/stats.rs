@@ -21,7 +21,8 @@ impl Shim {
             let events = entry.init.live().memory_events.clone();
             return self.last_stats(&task, events).await;
         }
-        let (Some(cgroup), Some(memory)) = (task.cgroup.clone(), memory_events_of(&task).map(Path::to_owned))
+        let (Some(cgroup), Some(memory)) =
+            (task.cgroup().map(Path::to_owned), memory_events_of(&task).map(Path::to_owned))
         else {
             return Ok(Stats::default());
         };
@@ -37,11 +38,12 @@ impl Shim {
 
     /// systemd keeps accounts of what it has removed, and the record those that containerd asks for.
     async fn last_stats(&self, task: &Task, events: MemoryEvents) -> Result<Stats, Error> {
-        let account = self.manager.usage(&task.unit).await?;
+        let account = self.manager.usage(task.unit()).await?;
         let mut stats = Stats::default();
         stats.cpu.stat.usage_usec = account.cpu_usec;
         stats.memory.peak = account.memory_peak;
-        stats.memory_events = Some(MemoryEvents { oom_kill: task.oom_kills, ..events });
+        let oom_kills = task.init.phase.container().map_or(0, |container| container.oom_kills);
+        stats.memory_events = Some(MemoryEvents { oom_kill: oom_kills, ..events });
         Ok(stats)
     }
 }

@@ -42,7 +42,7 @@ impl Shim {
         if !task.init.is_alive() {
             return Err(Error::Refused(Refusal { verb: "update", phase: task.init.word() }));
         }
-        let Some(cgroup) = task.cgroup.clone() else {
+        let Some(cgroup) = task.cgroup().map(Path::to_owned) else {
             return Err(Error::UnknownTask { key: key.clone() });
         };
         let before = self.limits_before(key, &cgroup, attempt).await?;
@@ -60,7 +60,7 @@ impl Shim {
         let back = before.without(&new).differing_from(&after);
         blocking(move || files::write(&cgroup, &back)).await??;
         let limits = self.show_new_limits(&task, &new).await?;
-        if task.init.is_paused() {
+        if task.init.phase.is_paused() {
             let mut live = entry.init.live();
             live.unshown = new.over(&live.unshown);
         }

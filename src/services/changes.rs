@@ -12,16 +12,14 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use crate::id::ExecId;
 use crate::store::{self, Cause, Owing};
-use crate::task::exec::ExecEvent;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Event, Refusal};
 use crate::task::{Ended, Task};
 
 use super::registry;
 use super::tasks::Tasks;
-use super::{Entry, Error, now_usec};
+use super::{Entry, Error, Process, now_usec};
 
 /// Pauses between attempts to write records: the first, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -103,41 +101,25 @@ impl Unwritten {
 }
 
 impl Tasks {
-    /// Applies an event that the daemon decides on to a task's init process.
+    /// Applies an event that the daemon decides on to a process.
     ///
     /// # Errors
     /// The phase refuses it, or the record can't be written; then nothing has changed.
-    pub(crate) fn apply(&self, entry: &Arc<Entry>, event: Event) -> Result<(), Error> {
-        self.change(entry, |task| Ok(task.apply(event, now_usec())?))
+    pub(crate) fn apply(&self, entry: &Arc<Entry>, process: &Process, event: Event) -> Result<(), Error> {
+        self.change(entry, |task| Ok(task.apply(process.exec(), event, now_usec())?))
     }
 
-    /// Applies an event that the daemon decides on to an exec.
-    ///
-    /// # Errors
-    /// As [`Self::apply`].
-    pub(crate) fn apply_exec(&self, entry: &Arc<Entry>, id: &ExecId, event: ExecEvent) -> Result<(), Error> {
-        self.change(entry, |task| Ok(task.apply_exec(id, event, now_usec())?))
-    }
-
-    /// Applies an event that has happened to a task's init process.
+    /// Applies an event that has happened to a process.
     ///
     /// # Errors
     /// The phase refuses it; then nothing has changed.
-    pub(crate) fn note_event(&self, entry: &Arc<Entry>, event: Event) -> Result<Noted, Refusal> {
-        self.note(entry, |task| task.apply(event, now_usec()))
-    }
-
-    /// Applies an event that has happened to an exec.
-    ///
-    /// # Errors
-    /// As [`Self::note_event`].
-    pub(crate) fn note_exec_event(
+    pub(crate) fn note_event(
         &self,
         entry: &Arc<Entry>,
-        id: &ExecId,
-        event: ExecEvent,
+        process: &Process,
+        event: Event,
     ) -> Result<Noted, Refusal> {
-        self.note(entry, |task| task.apply_exec(id, event, now_usec()))
+        self.note(entry, |task| task.apply(process.exec(), event, now_usec()))
     }
 
     /// Changes a task: the record, then memory; then those who wait are told, and the publisher.

@@ -173,21 +173,21 @@ pub(crate) fn now_usec() -> u64 {
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Goes on, beside the rest, with a verb that an earlier daemon has begun. The same call may come again at
-/// once: it finds the verb locked. Resolves when `work` says that it has taken over what was kept of the
-/// process's streams, or is over.
-pub(crate) async fn go_on<W: Future<Output = ()> + Send + 'static>(
+/// Resumes, in the background, an operation that an earlier daemon has started. Holds the process's `verb` lock, so that
+/// a replay of the same call waits. Returns once `work` has claimed its descriptors from the descriptor store, or has
+/// finished.
+pub(crate) async fn resume_in_background<W: Future<Output = ()> + Send + 'static>(
     process: &Arc<Process>,
     work: impl FnOnce(oneshot::Sender<()>) -> W + Send + 'static,
 ) {
-    let (taken, is_taken) = oneshot::channel();
+    let (claimed, is_claimed) = oneshot::channel();
     let process = process.clone();
     tokio::spawn(suspect::inherit(async move {
         let _verb = process.verb.lock().await;
-        work(taken).await;
+        work(claimed).await;
     }));
-    // One that is over says nothing.
-    let _ = is_taken.await;
+    // Work that has finished sends nothing.
+    let _ = is_claimed.await;
 }
 
 /// Runs blocking work (disk, mounts, clients' files) away from the async runtime.

@@ -10,29 +10,12 @@ use crate::{cgroup, config, sys};
 use super::{Entry, Process, Shim};
 
 impl Shim {
-    /// Holds the main process. One that is gone already has ended; systemd says how.
-    pub(crate) fn hold(&self, entry: &Entry, pid: u32) {
-        let held = crate::sys::pidfd_open(pid).ok();
+    /// Holds a process, so that its number can't become another's. One that is gone already has ended; systemd says
+    /// how.
+    pub(crate) fn hold(&self, entry: &Entry, process: &Process, pid: u32) {
+        let held = sys::pidfd_open(pid).ok();
         // Looked at once it is held: a stranger that has the number by now is not held.
-        entry.init.live().process = held.filter(|_| lives_in(&entry.task(), pid));
-    }
-
-    /// Holds the process, so that its number can't become another's. One that is gone has ended:
-    /// systemd says how.
-    pub(crate) fn hold_exec(&self, entry: &Entry, process: &Process, pid: u32) {
-        let Ok(held) = crate::sys::pidfd_open(pid) else {
-            return;
-        };
-        // The number may have been taken between the process's end and now.
-        if lives_in(&entry.task(), pid) {
-            process.live().process = Some(held);
-        }
-    }
-
-    /// The record has the end of an exec.
-    pub(crate) fn has_ended(entry: &Entry, process: &Process) -> bool {
-        let id = process.key.exec.as_ref();
-        id.is_some_and(|id| entry.task().execs.get(id).is_some_and(|exec| exec.phase.exit().is_some()))
+        process.live().process = held.filter(|_| lives_in(&entry.task(), pid));
     }
 
     /// Resolves when a task's init process has ended, and what the OCI runtime does for it had its time to end as
@@ -52,10 +35,10 @@ pub(crate) fn lives_in(task: &Task, pid: u32) -> bool {
     let Ok(found) = cgroup::of_process(pid) else {
         return false;
     };
-    match (&task.cgroup, &task.placement) {
+    match (task.cgroup(), &task.placement) {
         (Some(container), _) => found.starts_with(container),
         // Create has not noted it yet.
-        (None, Placement::Unit { .. }) => found.iter().any(|part| part == task.unit.as_str()),
+        (None, Placement::Unit { .. }) => found.iter().any(|part| part == task.unit().as_str()),
         (None, Placement::Foreign { path, .. }) => {
             let path: Vec<_> = path.iter().skip(1).collect();
             found.iter().collect::<Vec<_>>().ends_with(&path)

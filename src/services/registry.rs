@@ -55,6 +55,11 @@ impl<L> Process<L> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The exec that it is; nothing for init.
+    pub fn exec(&self) -> Option<&ExecId> {
+        self.key.exec.as_ref()
+    }
+
     /// Its end is known.
     pub fn has_ended(&self) -> bool {
         self.end.borrow().is_some()
@@ -104,7 +109,7 @@ impl<L: Default> Entry<L> {
         let key = ProcessKey { task: task.key.clone(), exec: None };
         Self {
             key: task.key.clone(),
-            init: Process::new(key, task.unit.clone(), task.init.exit()),
+            init: Process::new(key, task.init.unit.clone(), task.init.exit()),
             limits: tokio::sync::Mutex::default(),
             execs: Mutex::default(),
             task: Mutex::new(task),
@@ -118,6 +123,11 @@ impl<L> Entry<L> {
         self.task.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The record has the end of a process.
+    pub fn has_recorded_end(&self, process: &Process<L>) -> bool {
+        self.task().process(process.exec()).is_some_and(|process| process.exit().is_some())
+    }
+
     fn execs_map(&self) -> MutexGuard<'_, HashMap<ExecId, Arc<Process<L>>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -128,6 +138,13 @@ impl<L> Entry<L> {
             None => Some(self.init.clone()),
             Some(exec) => self.execs_map().get(exec).cloned(),
         }
+    }
+
+    /// All its processes, init last.
+    pub fn processes(&self) -> Vec<Arc<Process<L>>> {
+        let mut processes = self.execs();
+        processes.push(self.init.clone());
+        processes
     }
 
     /// Its execs, in no order.
@@ -177,7 +194,7 @@ impl<L: Default> Registry<L> {
         if maps.tasks.contains_key(&task.key) {
             return Err(Taken::Key);
         }
-        if maps.units.contains_key(&task.unit) {
+        if maps.units.contains_key(&task.init.unit) {
             return Err(Taken::Unit);
         }
         let entry = Arc::new(Entry::new(task));

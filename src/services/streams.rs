@@ -27,24 +27,17 @@ impl Shim {
     pub(crate) fn plan(&self, entry: &Entry, process: &Process) -> Result<Plan, Error> {
         let limit = entry.init.live().journal_limit.clone();
         let task = entry.task();
-        let exec = process.key.exec.as_ref();
-        let (wiring, logger) = match exec {
-            None => (&task.wiring, &task.logger),
-            Some(id) => {
-                let exec = task.execs.get(id);
-                let exec = exec.ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
-                (&exec.wiring, &exec.logger)
-            }
-        };
+        let recorded = task.process(process.exec());
+        let recorded = recorded.ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
         Ok(Plan {
             key: process.key.clone(),
             dir: self.store.process_dir(&process.key),
             console: self.store.console(&name::short_name(&process.unit)),
-            wiring: wiring.clone(),
-            logger: logger.clone(),
-            container: task.unit.clone(),
+            wiring: recorded.wiring.clone(),
+            logger: recorded.logger.clone(),
+            container: task.unit().clone(),
             slice: task.placement.slice().clone(),
-            face: task.face.clone(),
+            face: task.face(),
             limit,
         })
     }
@@ -104,7 +97,8 @@ impl Shim {
     ) -> Result<(), Error> {
         opened.close_logger();
         // CloseIO may have come since the plan was made.
-        let wiring = entry.task().wiring_mut(process.key.exec.as_ref()).cloned().unwrap_or_default();
+        let wiring = entry.task().process(process.exec()).map(|process| process.wiring.clone());
+        let wiring = wiring.unwrap_or_default();
         if let Some(console) = opened.take_console() {
             let (fds, number) = (self.fds.clone(), wiring.kept);
             let received = move || {
@@ -166,7 +160,7 @@ impl Shim {
         let command = self.launcher.command(Kind::Logger, &plan.key);
         let shown = UnitMetadata {
             description: &plan.logger_description(),
-            identifier: face::identifier(&plan.face),
+            identifier: face::identifier(&plan.face.fields),
             fields: &plan.face.fields,
             slice: &plan.slice,
         };
@@ -204,7 +198,7 @@ impl Shim {
 
 /// The number under which systemd keeps the streams of a process.
 pub(crate) fn stored_number(entry: &Entry, process: &Process) -> Option<u64> {
-    entry.task().wiring_mut(process.key.exec.as_ref()).map(|wiring| wiring.kept)
+    entry.task().process(process.exec()).map(|process| process.wiring.kept)
 }
 
 /// Waits until everything that a process wrote has arrived, for a limited time.

@@ -51,7 +51,7 @@ impl Plan {
     pub fn journal_lines(&self, name: &str) -> Lines {
         let fields = self.face.fields.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         let exec = self.key.exec.as_ref().map(|exec| ("CONTAINER_EXEC_ID", exec.as_str()));
-        let identifier = face::identifier(&self.face);
+        let identifier = face::identifier(&self.face.fields);
         let partial: &Path = &self.pipe(&format!("{name}.partial"));
         Lines::new(
             self.container.as_str(),

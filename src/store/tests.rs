@@ -1,9 +1,11 @@
 use super::*;
 use crate::id::{TaskId, UnitName};
-use crate::task::exec::{Exec, ExecEvent, ExecPhase};
+use crate::task::Placement;
+use crate::task::exec::{Exec, ExecPhase};
+use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::{Event, Phase};
-use crate::task::{Face, Placement};
+use crate::task::phase::{Container, Event, Phase};
+use crate::task::process::Process;
 use std::sync::Arc;
 
 use tempfile::TempDir;
@@ -18,28 +20,38 @@ fn task(id: &str) -> Task {
     let slice = UnitName::new("containerd-default.slice").unwrap();
     Task {
         key: TaskKey::usual(Namespace::new("default").unwrap(), TaskId::new(id).unwrap()),
-        unit: UnitName::new("containerd-default-a.service").unwrap(),
-        logger: None,
+        init: Process {
+            unit: UnitName::new("containerd-default-a.service").unwrap(),
+            logger: None,
+            stdio: Default::default(),
+            wiring: Default::default(),
+            description: String::new(),
+            phase: Phase::Creating { exit: None },
+        },
         properties: Vec::new(),
         devices: None,
         request: Default::default(),
-        wiring: Default::default(),
         runtime: Default::default(),
         containerd: Default::default(),
         placement: Placement::Unit { slice, child: id.to_owned() },
-        cgroup: None,
         rootfs_on_host: false,
-        waiting_program: None,
-        face: Face::default(),
-        init: Phase::Creating { exit: None },
+        fields: Vec::new(),
         execs: Default::default(),
         outbox: Default::default(),
-        oom_kills: 2,
-        limits: Some(crate::task::limits::Limits::default()),
         notify: true,
         muted: false,
         is_leftover: false,
     }
+}
+
+fn created() -> Event {
+    let container = Container { pid: 7, cgroup: "/a".into(), limits: Some(Limits::default()), oom_kills: 2 };
+    Event::Created { container, program: Some((1, 2)) }
+}
+
+/// Gives a task a description.
+fn describe(task: &mut Task, text: String) {
+    task.init.description = text;
 }
 
 fn exec(unit: &str) -> Arc<Exec> {
@@ -76,7 +88,7 @@ fn a_record_comes_back_as_it_was_written() {
     let mut a = task("a");
     store.create(&a, b"").unwrap();
     let before = a.clone();
-    a.apply(Event::Created { pid: 7 }, 1).unwrap();
+    a.apply(None, created(), 1).unwrap();
     store.save(&before, &a, Cause::Note).unwrap();
     store.create(&task("b"), b"").unwrap();
     assert_eq!(load(&store), a);
@@ -85,7 +97,7 @@ fn a_record_comes_back_as_it_was_written() {
     assert_eq!(load(&store), two);
     let mut begun = two.clone();
     let id = ExecId::new("two").unwrap();
-    begun.apply_exec(&id, ExecEvent::StartBegun, 4).unwrap();
+    begun.apply(Some(&id), Event::StartBegun, 4).unwrap();
     store.save(&two, &begun, Cause::Decision).unwrap();
     assert_eq!(load(&store), begun);
     let only = store.load_with(&a.key, Some(&id)).unwrap().unwrap();
@@ -141,7 +153,7 @@ fn a_whole_record_counts_until_it_is_in_its_parts() {
     a = with_exec(&store, &a, "one");
     let mut later = a.clone();
     let id = ExecId::new("one").unwrap();
-    later.apply_exec(&id, ExecEvent::StartBegun, 4).unwrap();
+    later.apply(Some(&id), Event::StartBegun, 4).unwrap();
     // The daemon ends after the first step.
     let text = serde_json::json!({ "version": VERSION, "task": later }).to_string();
     fs::write(store.dir(&a.key).join(RECORD), text).unwrap();
@@ -156,7 +168,7 @@ fn what_can_be_written_can_be_read_and_a_note_has_room_after_any_decision() {
     let mut a = task("a");
     store.create(&a, b"").unwrap();
     let before = a.clone();
-    a.face.description = "x".repeat(33 << 20);
+    describe(&mut a, "x".repeat(33 << 20));
     let refused = store.save(&before, &a, Cause::Decision);
     assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
     store.save(&before, &a, Cause::Note).unwrap();
@@ -168,7 +180,7 @@ fn a_record_that_changes_takes_no_new_room() {
     use std::os::unix::fs::MetadataExt;
     let (_scratch, store) = scratch();
     let mut a = task("a");
-    a.face.description = "x".repeat(3 * 4096);
+    describe(&mut a, "x".repeat(3 * 4096));
     store.create(&a, b"").unwrap();
     store.save_whole(&a).unwrap();
     let dir = store.dir(&a.key);
@@ -180,15 +192,15 @@ fn a_record_that_changes_takes_no_new_room() {
         files
     };
     let before = files();
-    for event in [Event::Created { pid: 7 }, Event::StartBegun] {
+    for event in [created(), Event::StartBegun] {
         let old = a.clone();
-        a.apply(event, 1).unwrap();
+        a.apply(None, event, 1).unwrap();
         store.save(&old, &a, Cause::Note).unwrap();
         assert_eq!(load(&store), a);
     }
     assert_eq!(files(), before);
     let old = a.clone();
-    a.face.description.clear();
+    describe(&mut a, String::new());
     store.save(&old, &a, Cause::Note).unwrap();
     assert_eq!(load(&store), a, "nothing is left of a longer one");
 }
@@ -228,7 +240,7 @@ fn a_newer_record_is_refused_and_left_untouched() {
 fn owed_events_outlive_the_task_and_go_when_accepted() {
     let (_scratch, store) = scratch();
     let mut a = task("a");
-    a.apply(Event::Created { pid: 7 }, 1).unwrap();
+    a.apply(None, created(), 1).unwrap();
     let owing = store.keep_owed(&a).unwrap();
     assert_eq!(store.load_owed().unwrap().len(), 1);
     a.outbox.accepted(0);

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::fault::{self, Point};
-use crate::id::{ExecId, UnitName};
+use crate::id::UnitName;
 use crate::launch;
 use crate::launch::contract::{EXEC_PID_FILE, PROCESS_SPEC};
 use crate::oci::mount;
@@ -17,6 +17,7 @@ use crate::oci::runtime::{self, OciRuntime};
 use crate::services::process::{lives_in, read_pid};
 use crate::services::streams::{cut_off, drain, stored_number};
 use crate::services::{Entry, Error, Process, Shim, blocking};
+use crate::store;
 use crate::task::Task;
 use crate::unit::systemd::Systemd;
 
@@ -68,7 +69,7 @@ pub async fn remove_task(
     let mut troubles = Troubles::default();
     if stop == Stop::Killed {
         // The OCI runtime removes what has ended.
-        troubles.add(manager.kill_all(&task.unit, nix::libc::SIGKILL).await);
+        troubles.add(manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
     }
     let cli = runtime::Cli::of(task, dir);
     if cli.knows() {
@@ -78,14 +79,14 @@ pub async fn remove_task(
     for unit in others.await {
         troubles.join(remove_unit(manager, &unit, stop).await);
     }
-    let removed = remove_unit(manager, &task.unit, stop).await;
+    let removed = remove_unit(manager, task.unit(), stop).await;
     if removed.is_empty() {
         // Last: with the reference the unit goes.
-        manager.release(&task.unit).await;
+        manager.release(task.unit()).await;
     }
     troubles.join(removed);
     fault::point(Point::DeleteUnit);
-    if let Some(logger) = &task.logger {
+    if let Some(logger) = &task.init.logger {
         troubles.join(remove_unit(manager, logger, stop).await);
     }
     if task.rootfs_on_host {
@@ -132,9 +133,7 @@ impl Shim {
             drain(&entry.init).await;
             for process in entry.execs() {
                 cut_off(&process).await;
-                if let Some(id) = &process.key.exec {
-                    in_execs.join(self.remove_exec(entry, &process, id).await);
-                }
+                in_execs.join(self.remove_exec(entry, &process).await);
             }
             Vec::new()
         };
@@ -142,14 +141,14 @@ impl Shim {
         let mut troubles = remove_task(&*self.manager, &*self.oci, task, &dir, Stop::Awaited, others).await;
         troubles.join(in_execs);
         if task.request.rootfs.iter().any(mount::leaves_a_daemon) {
-            launch::cgroup::kill(&task.unit);
+            launch::cgroup::kill(task.unit());
         }
-        launch::cgroup::remove(&task.unit);
+        launch::cgroup::remove(task.unit());
         troubles
     }
 
     /// Removes what an exec that has ended, or never ran, has outside of the daemon's memory.
-    pub(crate) async fn remove_exec(&self, entry: &Entry, process: &Process, id: &ExecId) -> Troubles {
+    pub(crate) async fn remove_exec(&self, entry: &Entry, process: &Process) -> Troubles {
         let mut troubles = Troubles::default();
         process.live().client_input = None;
         let removal = process.live().removal.take();
@@ -160,13 +159,13 @@ impl Shim {
         if !removed {
             troubles.join(remove_unit(&*self.manager, &process.unit, Stop::Awaited).await);
         }
-        let logger = entry.task().execs.get(id).and_then(|exec| exec.logger.clone());
+        let logger = entry.task().process(process.exec()).and_then(|exec| exec.logger.clone());
         if let Some(logger) = logger {
             troubles.join(remove_unit(&*self.manager, &logger, Stop::Awaited).await);
         }
         if troubles.is_empty() {
             // Its record goes when the Delete is answered.
-            troubles.add(self.store.clear_exec_dir(&entry.key, id, None));
+            troubles.add(self.clear_exec_dir(process, None));
         }
         troubles
     }
@@ -176,15 +175,15 @@ impl Shim {
     pub(crate) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         // The OCI runtime may hang in it, and so may its hooks and mounts: none of them is in the unit's cgroup.
-        launch::cgroup::kill(&task.unit);
+        launch::cgroup::kill(task.unit());
         let mut troubles = self.remove_container(&task, entry).await;
         // `launch` may just have been on its way there.
-        launch::cgroup::kill(&task.unit);
+        launch::cgroup::kill(task.unit());
         if troubles.is_empty() {
             troubles.add(self.store.remove(&task.key));
         }
         if troubles.is_empty() {
-            self.fds.forget_all(task.wiring.kept);
+            self.fds.forget_all(task.init.wiring.kept);
             self.tasks.remove(&task.key);
             return;
         }
@@ -215,7 +214,7 @@ impl Shim {
 
     /// Lets go of what only a live exec needs.
     pub(crate) fn after_exec(&self, entry: &Entry, process: &Process) {
-        if Self::has_ended(entry, process) {
+        if process.exec().is_some() && entry.has_recorded_end(process) {
             self.close_input(entry, process);
             process.live().process = None;
         }
@@ -225,7 +224,7 @@ impl Shim {
     /// still reads.
     pub(crate) fn remove_ended_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>) {
         let mut live = process.live();
-        if live.removal.is_none() && Self::has_ended(entry, process) {
+        if live.removal.is_none() && entry.has_recorded_end(process) {
             let (shim, unit) = (self.clone(), process.unit.clone());
             // It never counts as a failed one: with the stop it is unloaded.
             live.removal = Some(tokio::spawn(async move { Ok(shim.manager.stop(&unit).await?) }));
@@ -234,13 +233,13 @@ impl Shim {
 
     /// Undoes a Start of an exec, however far it came. What can't be undone is logged: the caller has
     /// an error to report already.
-    pub(crate) async fn take_back_exec(&self, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
+    pub(crate) async fn take_back_start(&self, entry: &Arc<Entry>, process: &Arc<Process>) {
         let failed = |error: Error| {
             tracing::error!(process = %process.key, %error, "{}: can't take back all of a failed start: {error}", process.key);
         };
-        let dir = self.store.exec_dir(&entry.key, id);
+        let dir = self.store.process_dir(&process.key);
         self.kill_leftover(entry, &dir);
-        let logger = entry.task().execs.get(id).and_then(|exec| exec.logger.clone());
+        let logger = entry.task().process(process.exec()).and_then(|exec| exec.logger.clone());
         for unit in [Some(process.unit.clone()), logger].into_iter().flatten() {
             // What is left is removed with the exec.
             let left = remove_unit(&*self.manager, &unit, Stop::Awaited).await;
@@ -252,7 +251,7 @@ impl Shim {
         self.close_input(entry, process);
         stored_number(entry, process).into_iter().for_each(|number| self.fds.forget_all(number));
         // Its process spec stays, for another try.
-        let cleared = self.store.clear_exec_dir(&entry.key, id, Some(PROCESS_SPEC));
+        let cleared = self.clear_exec_dir(process, Some(PROCESS_SPEC));
         cleared.unwrap_or_else(|error| failed(error.into()));
     }
 
@@ -268,5 +267,9 @@ impl Shim {
             // It may end by itself just now.
             let _ = crate::sys::pidfd_send_signal(&process, nix::libc::SIGKILL as u32);
         }
+    }
+
+    fn clear_exec_dir(&self, process: &Process, kept: Option<&str>) -> Result<(), store::Error> {
+        process.exec().map_or(Ok(()), |exec| self.store.clear_exec_dir(&process.key.task, exec, kept))
     }
 }

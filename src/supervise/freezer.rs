@@ -1,5 +1,6 @@
 //! Whether containers are frozen, whoever has frozen them.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::cgroup::limits::is_frozen;
@@ -9,16 +10,16 @@ use crate::task::phase::Event;
 impl Shim {
     /// Tells containerd that a task is frozen, or is no more, whoever has done it.
     pub(crate) fn note_freezer(self: &Arc<Self>, entry: &Arc<Entry>) {
-        let cgroup = entry.task().cgroup.clone();
+        let cgroup = entry.task().cgroup().map(Path::to_owned);
         let noted = match cgroup.map(|cgroup| is_frozen(&cgroup)) {
             Some(Ok(Some(true))) => {
-                self.tasks.note_event(entry, Event::Frozen).map(drop).map_err(Error::from)
+                self.tasks.note_event(entry, &entry.init, Event::Frozen).map(drop).map_err(Error::from)
             }
             Some(Ok(Some(false))) => {
                 if !entry.init.live().unshown.is_empty() {
                     tokio::spawn(self.clone().show_unshown(entry.clone()));
                 }
-                self.tasks.note_event(entry, Event::Thawed).map(drop).map_err(Error::from)
+                self.tasks.note_event(entry, &entry.init, Event::Thawed).map(drop).map_err(Error::from)
             }
             Some(Err(error)) => Err(error.into()),
             Some(Ok(None)) | None => Ok(()),

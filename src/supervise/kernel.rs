@@ -67,7 +67,7 @@ impl Shim {
     /// Watches a task's cgroup from now on, and looks at what has happened in it before.
     pub(crate) fn watch_cgroup(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
-        let Some(container) = &task.cgroup else {
+        let Some(container) = task.cgroup() else {
             return;
         };
         let limits = nested(&task).map(|(unit, _)| unit);

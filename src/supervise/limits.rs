@@ -57,7 +57,11 @@ impl Shim {
     /// Notes the limits of the unit's cgroup, as those that the container has been compared with.
     pub(crate) fn note_limits(&self, entry: &Arc<Entry>, limits: Option<Limits>) -> Result<(), Error> {
         self.tasks.note(entry, |task| {
-            task.limits = limits;
+            task.init
+                .phase
+                .container_mut()
+                .into_iter()
+                .for_each(|container| container.limits = limits.clone());
             Ok(Vec::new())
         })?;
         Ok(())
@@ -74,7 +78,7 @@ impl Shim {
             return Ok(outer);
         }
         let properties = unit::limits::properties(new);
-        match self.manager.set_properties(&task.unit, &properties).await {
+        match self.manager.set_properties(task.unit(), &properties).await {
             Ok(()) => read(unit).await,
             Err(error) => {
                 tracing::warn!(task = %task.key, %error, "task {}: its unit does not show its limits: {error}", task.key);
@@ -94,9 +98,11 @@ impl Shim {
         let _limits = entry.limits.lock().await;
         let task = entry.task().clone();
         // Before the first look at them the container has none of its own to lose.
-        let (Some(known), Some((unit, container)), true) =
-            (task.limits.clone(), nested(&task), task.init.is_alive())
-        else {
+        let (Some(known), Some((unit, container)), true) = (
+            task.init.phase.container().and_then(|container| container.limits.clone()),
+            nested(&task),
+            task.init.is_alive(),
+        ) else {
             return Ok(());
         };
         let (outer, inner) = (read(&unit).await?, read(&container).await?);
@@ -116,7 +122,7 @@ impl Shim {
 
 /// The cgroups of a task's unit and of its container; nothing if the container's is elsewhere.
 pub(crate) fn nested(task: &Task) -> Option<(PathBuf, PathBuf)> {
-    nested_at(task, task.cgroup.as_deref()?)
+    nested_at(task, task.cgroup()?)
 }
 
 fn nested_at(task: &Task, container: &Path) -> Option<(PathBuf, PathBuf)> {

@@ -49,7 +49,7 @@ impl Shim {
     pub(crate) async fn listen_to_container(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
         let (notify, number) = {
             let task = entry.task();
-            (task.notify, task.wiring.kept)
+            (task.notify, task.init.wiring.kept)
         };
         if !notify {
             return Ok(());
@@ -70,7 +70,7 @@ impl Shim {
 
     /// After a restart: goes on listening to a container that lives.
     pub(crate) fn listen_again(self: &Arc<Self>, entry: &Arc<Entry>) {
-        let number = entry.task().wiring.kept;
+        let number = entry.task().init.wiring.kept;
         // A container that was made before it could have one has none.
         let Some(socket) = self.fds.claim(StreamKind::Notify, number).both.pop() else {
             return;
@@ -127,7 +127,7 @@ impl Shim {
         let said = Notification::read(&message.text);
         let (main, container) = {
             let task = entry.task();
-            (task.init.pid(), task.cgroup.clone())
+            (task.init.pid(), task.cgroup().map(Path::to_owned))
         };
         let (Some(main), Some(container)) = (main, container) else {
             return;

@@ -96,7 +96,7 @@ fn cant_note(entry: &Entry, error: &Error) {
 /// The cgroup whose memory events are those of the container. It is the unit's: that has the same limit, meets
 /// it first, as the kernel charges it for the container's cgroup itself, and counts what is below it.
 pub(crate) fn memory_events_of(task: &Task) -> Option<&Path> {
-    let container = task.cgroup.as_deref()?;
+    let container = task.cgroup()?;
     match &task.placement {
         Placement::Unit { .. } => container.parent(),
         Placement::Foreign { .. } => Some(container),

@@ -6,18 +6,15 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::fault::{self, Point};
-use crate::id::{ExecId, UnitName};
+use crate::id::UnitName;
 use crate::oci::runtime;
 use crate::services::changes::Stored;
 use crate::services::process::program_of;
-use crate::services::{Entry, Error, Process, Shim, blocking, go_on};
+use crate::services::{Entry, Error, Process, Shim, blocking, resume_in_background};
 use crate::store::Found;
 use crate::suspect::{Crashes, Suspect};
 use crate::task::Task;
-use crate::task::exec::ExecPhase;
 use crate::task::phase::{Event, Phase};
-
-use super::systemd::cant_look;
 
 impl Shim {
     /// Takes in what an earlier daemon left: records become tasks, and each is compared with its unit. A record
@@ -38,7 +35,9 @@ impl Shim {
         let records = records?;
         let is_recorded = |owed: &Task| {
             let recorded = records.iter().flatten();
-            recorded.filter(|found| found.task.key == owed.key).any(|found| found.task.init == owed.init)
+            recorded
+                .filter(|found| found.task.key == owed.key)
+                .any(|found| found.task.init.phase == owed.init.phase)
         };
         for (owing, task) in owed? {
             match task {
@@ -58,7 +57,7 @@ impl Shim {
                 Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),
             }
         }
-        let living = self.living().await;
+        let running = self.running_units().await;
         for record in records {
             match record {
                 Ok(Found { task, is_current }) => match self.tasks.registry.insert(task) {
@@ -69,13 +68,13 @@ impl Shim {
                         }
                         let task = entry.task().clone();
                         let execs = task.execs.values().map(|exec| &exec.wiring);
-                        execs.chain([&task.wiring]).for_each(|wiring| self.fds.reserve(wiring.kept));
+                        execs.chain([&task.init.wiring]).for_each(|wiring| self.fds.reserve(wiring.kept));
                         let suspect = Suspect::record(&entry.key);
-                        suspect.watch(self.take_in(&entry, &living)).await;
+                        suspect.watch(self.recover_task(&entry, &running)).await;
                     }
                     Err(taken) => tracing::error!(?taken, "two records for one task: {taken:?}"),
                 },
-                Err(error) => tracing::error!(%error, "a task is not taken in: {error}"),
+                Err(error) => tracing::error!(%error, "a task is not recovered: {error}"),
             }
         }
         self.fds.drop_unclaimed();
@@ -83,7 +82,7 @@ impl Shim {
         Ok(())
     }
 
-    async fn take_in(self: &Arc<Self>, entry: &Arc<Entry>, living: &HashSet<UnitName>) {
+    async fn recover_task(self: &Arc<Self>, entry: &Arc<Entry>, running: &HashSet<UnitName>) {
         fault::point(Point::RecoverTask);
         let task = entry.task().clone();
         if task.is_leftover {
@@ -96,49 +95,84 @@ impl Shim {
             let (shim, given_up) = (self.clone(), entry.clone());
             tokio::spawn(async move { shim.remove_given_up(&given_up).await });
         }
-        match task.init {
-            Phase::Creating { .. } => {
-                let (shim, creating) = (self.clone(), entry.clone());
-                go_on(&entry.init, |taken| async move { shim.resume_create(&creating, taken).await }).await;
-                return;
-            }
-            Phase::Starting { .. } => {
-                let (shim, starting) = (self.clone(), entry.clone());
-                go_on(&entry.init, |taken| async move { shim.finish_start(&starting, taken).await }).await;
-            }
-            Phase::Created { .. }
-            | Phase::Running { .. }
-            | Phase::Paused { .. }
-            | Phase::Ending { .. }
-            | Phase::Stopped { .. } => {}
+        if let Phase::Creating { .. } = task.init.phase {
+            let (shim, creating) = (self.clone(), entry.clone());
+            resume_in_background(&entry.init, |claimed| async move {
+                shim.resume_create(&creating, claimed).await;
+            })
+            .await;
+            return;
         }
         for (id, exec) in &task.execs {
-            match self.tasks.registry.insert_exec(entry, id, exec.unit.clone(), exec.phase.exit()) {
-                Ok((process, verb)) => {
-                    drop(verb);
-                    self.take_in_exec(entry, &process, id, living).await;
-                }
+            match self.tasks.registry.insert_exec(entry, id, exec.unit.clone(), exec.exit()) {
+                Ok((_, verb)) => drop(verb),
                 Err(taken) => {
-                    tracing::error!(?taken, "exec {id} of task {}: not taken in: {taken:?}", task.key)
+                    tracing::error!(?taken, "exec {id} of task {}: not recovered: {taken:?}", task.key)
                 }
             }
         }
-        if let Some(pid) = task.init.pid().filter(|_| task.init.is_alive()) {
-            self.hold(entry, pid);
-            self.watch_cgroup(entry);
-            self.listen_again(entry);
-        }
-        self.recover_streams(entry, &entry.init).await;
-        if !living.contains(&entry.init.unit) {
-            self.look_at(entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
+        for process in entry.processes() {
+            self.recover_process(entry, &process, running).await;
         }
         self.tasks.announce(entry);
     }
 
+    /// Resumes a start that was cut off; holds a process that lives, and reopens its streams; asks systemd about a
+    /// process that does not run any more.
+    async fn recover_process(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        running: &HashSet<UnitName>,
+    ) {
+        let exec = process.exec();
+        let (is_starting, pid, has_run, has_ended) = match entry.task().process(exec) {
+            Some(recorded) => (
+                recorded.is_starting(),
+                recorded.pid().filter(|_| recorded.is_alive()),
+                recorded.has_run(),
+                recorded.exit().is_some(),
+            ),
+            None => return,
+        };
+        if is_starting {
+            let (shim, entry, starting) = (self.clone(), entry.clone(), process.clone());
+            resume_in_background(process, |claimed| async move {
+                match starting.exec() {
+                    None => shim.finish_start(&entry, claimed).await,
+                    Some(_) => shim.resume_exec(&entry, &starting, claimed).await,
+                }
+            })
+            .await;
+        }
+        if let Some(pid) = pid {
+            self.hold(entry, process, pid);
+            if exec.is_none() {
+                self.watch_cgroup(entry);
+                self.listen_again(entry);
+            } else {
+                self.cancel_long_start_job(entry, process);
+            }
+        }
+        self.after_exec(entry, process);
+        if exec.is_some() && !has_run {
+            return;
+        }
+        self.recover_streams(entry, process).await;
+        if running.contains(&process.unit) {
+            return;
+        }
+        self.query_unit(entry, process).await;
+        // An earlier daemon may have ended before it removed the unit.
+        if exec.is_some() && has_ended {
+            self.remove_ended_exec(entry, process);
+        }
+    }
+
     /// After a restart: settles a Start that was cut off.
-    async fn finish_start(self: &Arc<Self>, entry: &Arc<Entry>, taken: oneshot::Sender<()>) {
+    async fn finish_start(self: &Arc<Self>, entry: &Arc<Entry>, claimed: oneshot::Sender<()>) {
         // Nobody waits any more if the daemon ends. The streams are taken over as those of one that runs.
-        let _ = taken.send(());
+        let _ = claimed.send(());
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         let cli = runtime::Cli::of(&task, &dir);
@@ -148,57 +182,14 @@ impl Shim {
         // A `runc start` that was cut off may have let init go, and not said so: starting it again
         // would wait for its end.
         let program = task.init.pid().and_then(program_of);
-        let waits = cli.waits_for_start() && program == task.waiting_program;
+        let waits = cli.waits_for_start() && program == task.init.phase.program();
         if !waits {
             cli.note_start();
         }
-        let event = if waits { Event::StartFailed } else { Event::Started };
-        if let Err(error) = self.tasks.note_event(entry, event) {
+        let pid = task.init.pid().unwrap_or_default();
+        let event = if waits { Event::StartFailed } else { Event::Started { pid } };
+        if let Err(error) = self.tasks.note_event(entry, &entry.init, event) {
             tracing::error!(task = %task.key, %error, "task {}: can't finish its start: {error}", task.key);
         }
-    }
-
-    async fn take_in_exec(
-        self: &Arc<Self>,
-        entry: &Arc<Entry>,
-        process: &Arc<Process>,
-        id: &ExecId,
-        living: &HashSet<UnitName>,
-    ) {
-        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
-        self.recover_exec(entry, process, id).await;
-        if let Some(ExecPhase::Running { .. } | ExecPhase::Stopped { .. }) = phase {
-            self.recover_streams(entry, process).await;
-            if living.contains(&process.unit) {
-                return;
-            }
-            let looked = self.look_at_exec(entry, process, id).await;
-            looked.unwrap_or_else(|error| cant_look(process, &error));
-            // An earlier daemon may have ended before it removed the unit.
-            if matches!(phase, Some(ExecPhase::Stopped { .. })) {
-                self.remove_ended_exec(entry, process);
-            }
-        }
-    }
-
-    /// After a restart: goes on with a start that was cut off, or takes it back; holds what runs.
-    async fn recover_exec(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId) {
-        let phase = entry.task().execs.get(id).map(|exec| exec.phase.clone());
-        match phase {
-            Some(ExecPhase::Starting { .. }) => {
-                let (shim, entry, id) = (self.clone(), entry.clone(), id.clone());
-                let starting = process.clone();
-                go_on(process, |taken| async move {
-                    shim.resume_start(&entry, &starting, &id, taken).await;
-                })
-                .await;
-            }
-            Some(ExecPhase::Running { pid }) => {
-                self.hold_exec(entry, process, pid);
-                self.let_boot_finish(entry, process);
-            }
-            Some(ExecPhase::Added | ExecPhase::Stopped { .. }) | None => {}
-        }
-        self.after_exec(entry, process);
     }
 }

@@ -12,7 +12,6 @@ use tokio::sync::Notify;
 use crate::cgroup;
 use crate::id::UnitName;
 use crate::unit::manager::Manager;
-use crate::unit::name;
 
 /// A slice stays for so long after the last unit in it: containers that are created one after the other would
 /// otherwise make it again each time.
@@ -45,7 +44,7 @@ async fn stop_empty(
 
 /// True if no unit has a cgroup in the slice.
 fn is_empty(slice: &UnitName) -> bool {
-    let dir = cgroup::dir(&name::slice_cgroup(slice));
+    let dir = cgroup::dir(&slice.slice_cgroup());
     let Ok(entries) = std::fs::read_dir(dir) else {
         // systemd makes the cgroup of a slice with that of the first unit in it.
         return true;

@@ -1,7 +1,7 @@
 //! What systemd reports, applied to the tasks.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -10,11 +10,11 @@ use tokio::sync::Semaphore;
 
 use crate::cgroup;
 use crate::fault::{self, Point};
-use crate::id::{ExecId, UnitName};
+use crate::id::UnitName;
 use crate::services::changes::Noted;
-use crate::services::{Entry, Error, Process, Shim, blocking, now_usec};
-use crate::task::exec::{ExecEvent, ExecPhase};
+use crate::services::{Entry, Process, Shim, blocking, now_usec};
 use crate::task::phase::{Event, Exit, Phase, Seen};
+use crate::unit;
 use crate::unit::main_process::{Ended, MainProcess};
 use crate::unit::observations::Observations;
 
@@ -67,34 +67,25 @@ impl Shim {
         };
         if told.ended.is_some() {
             self.look_after_end(&entry, &process, told).await;
-        } else if let Some(id) = &process.key.exec
-            && runs(&entry, id)
-        {
+        } else if process.exec().is_some() {
             // A unit that is stopped lets go of a process that is not systemd's child.
-            let looked = self.look_at_exec(&entry, &process, id).await;
-            looked.unwrap_or_else(|error| cant_look(&process, &error));
+            self.query_unit(&entry, &process).await;
         }
     }
 
     /// Reads how a main process has ended after systemd has told of its end.
     async fn look_after_end(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, told: MainProcess) {
-        let exec = process.key.exec.as_ref();
-        let is_noted = match exec {
-            Some(id) => entry.task().execs.get(id).is_none_or(|exec| exec.phase.exit().is_some()),
-            None => entry.task().init.exit().is_some(),
-        };
-        if is_noted {
+        if entry.task().process(process.exec()).is_none_or(|process| process.exit().is_some()) {
             return;
         }
         let read = self.manager.main_process(&process.unit).await.unwrap_or_else(|error| {
-            cant_look(process, &error.into());
+            log_query_error(process, &error);
             None
         });
         let main = last_word(told, read);
-        match (exec, main.ended) {
-            (None, Some(ended)) => self.ended(entry, seen(main, ended)),
-            (Some(id), Some(ended)) => self.exec_ended(entry, process, id, seen(main, ended)),
-            (_, None) => {
+        match main.ended {
+            Some(ended) => self.ended(entry, process, seen(main, ended)),
+            None => {
                 let key = &process.key;
                 tracing::warn!(process = %key, "{key}: systemd has told of its end, but it still runs");
             }
@@ -104,115 +95,60 @@ impl Shim {
     /// Looks at every unit: signals may have been missed.
     pub async fn resync(self: &Arc<Self>) {
         tokio::spawn(self.clone().refer_to_units());
-        let living = self.living().await;
+        let running = self.running_units().await;
         for entry in self.tasks.registry.all() {
-            if !living.contains(&entry.init.unit) {
-                self.look_at(&entry).await.unwrap_or_else(|error| cant_look(&entry.init, &error));
-            }
-            for process in entry.execs() {
-                if let Some(id) = &process.key.exec
-                    && !living.contains(&process.unit)
-                {
-                    let looked = self.look_at_exec(&entry, &process, id).await;
-                    looked.unwrap_or_else(|error| cant_look(&process, &error));
+            for process in entry.processes() {
+                if !running.contains(&process.unit) {
+                    self.query_unit(&entry, &process).await;
                 }
             }
         }
     }
 
-    /// The units that need no closer look: their main processes live, and when one ends that is told.
-    pub(crate) async fn living(&self) -> HashSet<UnitName> {
-        self.manager.running_units().await.unwrap_or_else(|error| {
-            tracing::warn!(%error, "can't list the units, each is looked at: {error}");
-            HashSet::new()
-        })
-    }
-
-    /// Asks systemd whether the process of an exec has ended.
-    pub(crate) async fn look_at_exec(
-        self: &Arc<Self>,
-        entry: &Arc<Entry>,
-        process: &Arc<Process>,
-        id: &ExecId,
-    ) -> Result<(), Error> {
-        // A Start under way finds out for itself.
-        if !runs(entry, id) {
-            return Ok(());
+    /// Asks systemd whether a process has ended that is believed to live. A Create or a Start under way finds out for
+    /// itself.
+    pub(crate) async fn query_unit(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
+        if !entry.task().process(process.exec()).is_some_and(|process| process.is_alive()) {
+            return;
         }
-        let main = self.manager.main_process(&process.unit).await?;
-        match main {
-            Some(main @ MainProcess { ended: Some(ended), .. }) => {
-                self.exec_ended(entry, process, id, seen(main, ended));
+        let main = match self.manager.main_process(&process.unit).await {
+            Ok(main) => main,
+            Err(error) => return log_query_error(process, &error),
+        };
+        let exit = match (main, process.exec()) {
+            (Some(main @ MainProcess { ended: Some(ended), .. }), _) => {
+                return self.ended(entry, process, seen(main, ended));
             }
-            Some(MainProcess { pid: 1.., .. }) => {}
+            (Some(MainProcess { pid: 1.., .. }), _) | (Some(_), None) => return,
+            (None, None) => Exit { status: UNKNOWN_STATUS, at_usec: now_usec() },
             // Stopped from outside: systemd sends SIGTERM and SIGKILL, and does not wait for what is not
             // its child.
-            Some(MainProcess { pid: 0, ended: None, .. }) | None => {
-                let key = &process.key;
-                tracing::warn!(process = %key, "{key}: its unit was stopped, which took the exit code along");
-                let killed = exit_of(Ended::killed(now_usec()));
-                self.exec_ended(entry, process, id, Seen { pid: None, exit: killed });
-            }
-        }
-        Ok(())
-    }
-
-    fn exec_ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, id: &ExecId, seen: Seen) {
-        fault::point(Point::ExitSeen);
-        let noted = match self.tasks.note_exec_event(entry, id, ExecEvent::Exited(seen)) {
-            Ok(noted) => noted,
-            Err(error) => {
-                tracing::error!(process = %process.key, %error, "{}: can't note its end: {error}", process.key);
-                return;
-            }
+            (_, Some(_)) => exit_of(Ended::killed(now_usec())),
         };
-        fault::point(Point::ExitNoted);
-        process.live().attempt_ended.notify_one();
-        self.after_exec(entry, process);
-        // Until it is written, the unit keeps the exit.
-        if noted == Noted::Written {
-            self.remove_ended_exec(entry, process);
-        }
+        let (key, status) = (&process.key, exit.status);
+        tracing::warn!(process = %key, "{key}: its unit was stopped; exit code unknown, reporting {status}");
+        self.ended(entry, process, Seen { pid: None, exit });
     }
 
-    /// Asks systemd whether the init process of a task has ended.
-    pub(crate) async fn look_at(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
-        let phase = entry.task().init.clone();
-        // A Create under way finds out for itself.
-        if phase.pid().is_none() || !phase.is_alive() {
-            return Ok(());
-        }
-        let main = self.manager.main_process(&entry.init.unit).await?;
-        match main {
-            Some(main) => {
-                if let Some(ended) = main.ended {
-                    self.ended(entry, seen(main, ended));
-                }
-            }
-            None => {
-                tracing::warn!(task = %entry.key, "task {}: its unit is gone and took the exit code along", entry.key);
-                let exit = Exit { status: UNKNOWN_STATUS, at_usec: now_usec() };
-                self.ended(entry, Seen { pid: None, exit });
-            }
-        }
-        Ok(())
-    }
-
-    fn ended(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) {
+    fn ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, seen: Seen) {
         fault::point(Point::ExitSeen);
+        if process.exec().is_some() {
+            return self.note_end(entry, process, seen);
+        }
         let (runs, cgroup) = {
             let task = entry.task();
-            (matches!(task.init, Phase::Running { .. } | Phase::Paused { .. }), task.cgroup.clone())
+            let runs = matches!(task.init.phase, Phase::Running { .. } | Phase::Paused { .. });
+            (runs, task.cgroup().map(Path::to_owned))
         };
         let knows_kills = !runs || self.knows_oom_kills(entry, seen);
         // Without a pid namespace of its own init's children outlive it, and RemainAfterExit keeps
         // systemd from ending them.
         let left_behind = cgroup.filter(|cgroup| cgroup::is_populated(cgroup));
         if knows_kills && left_behind.is_none() {
-            return self.end(entry, seen);
+            return self.note_end(entry, process, seen);
         }
         // This may be told again in the meantime.
-        if !std::mem::replace(&mut entry.init.live().is_ending, true) {
+        if !std::mem::replace(&mut process.live().is_ending, true) {
             let (shim, entry) = (self.clone(), entry.clone());
             tokio::spawn(async move {
                 if !knows_kills {
@@ -221,19 +157,39 @@ impl Shim {
                 if let Some(cgroup) = left_behind {
                     kill_left_behind(&entry, cgroup).await;
                 }
-                shim.end(&entry, seen);
+                shim.note_end(&entry, &entry.init, seen);
                 entry.init.live().is_ending = false;
             });
         }
     }
 
-    fn end(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) {
-        if let Err(error) = self.tasks.note_event(entry, Event::Exited(seen)) {
-            tracing::error!(task = %entry.key, %error, "task {}: can't note its end: {error}", entry.key);
-            return;
-        }
+    fn note_end(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, seen: Seen) {
+        let noted = match self.tasks.note_event(entry, process, Event::Exited(seen)) {
+            Ok(noted) => noted,
+            Err(error) => {
+                let key = &process.key;
+                tracing::error!(process = %key, %error, "{key}: can't note its end: {error}");
+                return;
+            }
+        };
         fault::point(Point::ExitNoted);
-        self.close_input(entry, &entry.init);
+        if process.exec().is_none() {
+            return self.close_input(entry, process);
+        }
+        process.live().attempt_ended.notify_one();
+        self.after_exec(entry, process);
+        // Until it is written, the unit keeps the exit.
+        if noted == Noted::Written {
+            self.remove_ended_exec(entry, process);
+        }
+    }
+
+    /// The units that need no closer look: their main processes live, and when one ends that is told.
+    pub(crate) async fn running_units(&self) -> HashSet<UnitName> {
+        self.manager.running_units().await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "can't list the units, each is looked at: {error}");
+            HashSet::new()
+        })
     }
 
     /// Refers to the unit of every task over the present connection to the bus, and lets go of earlier
@@ -282,13 +238,9 @@ fn last_word(told: MainProcess, read: Option<MainProcess>) -> MainProcess {
     read.filter(is_same).unwrap_or(told)
 }
 
-/// Logs that systemd could not be asked about a unit.
-pub(crate) fn cant_look(process: &Process, error: &Error) {
-    tracing::warn!(process = %process.key, %error, "{}: can't look at its unit: {error}", process.key);
-}
-
-fn runs(entry: &Entry, id: &ExecId) -> bool {
-    matches!(entry.task().execs.get(id).map(|exec| &exec.phase), Some(ExecPhase::Running { .. }))
+fn log_query_error(process: &Process, error: &unit::error::Error) {
+    let key = &process.key;
+    tracing::warn!(process = %key, %error, "{key}: can't query its unit: {error}");
 }
 
 fn seen(main: MainProcess, ended: Ended) -> Seen {

@@ -10,29 +10,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::UnitName;
+use super::phase::{Announce, Event, Exit, Refusal, Seen, Step, stay};
+use super::process::{Lifecycle, Process};
 
-use super::phase::{Announce, Exit, Refusal, Seen, Step, stay};
-use super::request::Stdio;
-use super::wiring::Wiring;
-
-/// An exec: everything about it that must outlive the daemon, but for its process spec, which is a
-/// file of its own.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Exec {
-    /// Its unit. Chosen once, when it is added.
-    pub unit: UnitName,
-    /// The unit of its `binary://` logger, if it has one.
-    pub logger: Option<UnitName>,
-    /// The stdio strings as received.
-    pub stdio: Stdio,
-    /// Where its streams lead.
-    pub wiring: Wiring,
-    /// The unit's Description.
-    pub description: String,
-    /// Where it is in its life.
-    pub phase: ExecPhase,
-}
+/// An exec. Its process spec is a file of its own.
+pub type Exec = Process<ExecPhase>;
 
 /// Where an exec is in its life.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,28 +42,39 @@ pub enum ExecPhase {
 }
 
 impl ExecPhase {
-    /// The process, once it is known; after the end, the one it was.
-    pub fn pid(&self) -> Option<u32> {
+    /// There is, or is about to be, a process: the task's own end is told after its.
+    pub fn is_live(&self) -> bool {
+        matches!(self, Self::Starting { .. } | Self::Running { .. })
+    }
+}
+
+impl Lifecycle for ExecPhase {
+    fn pid(&self) -> Option<u32> {
         match self {
             Self::Added | Self::Starting { .. } => None,
             Self::Running { pid } | Self::Stopped { pid, .. } => Some(*pid),
         }
     }
 
-    /// How it ended, once containerd may know.
-    pub fn exit(&self) -> Option<Exit> {
+    fn exit(&self) -> Option<Exit> {
         match self {
             Self::Stopped { exit, .. } => Some(*exit),
             Self::Added | Self::Starting { .. } | Self::Running { .. } => None,
         }
     }
 
-    /// There is, or is about to be, a process: the task's own end is told after its.
-    pub fn is_live(&self) -> bool {
-        matches!(self, Self::Starting { .. } | Self::Running { .. })
+    fn is_alive(&self) -> bool {
+        matches!(self, Self::Running { .. })
     }
 
-    /// The phase in containerd's words, for messages.
+    fn has_run(&self) -> bool {
+        matches!(self, Self::Running { .. } | Self::Stopped { .. })
+    }
+
+    fn is_starting(&self) -> bool {
+        matches!(self, Self::Starting { .. })
+    }
+
     fn word(&self) -> &'static str {
         match self {
             Self::Added => "created",
@@ -90,31 +83,11 @@ impl ExecPhase {
             Self::Stopped { .. } => "stopped",
         }
     }
-}
 
-/// What happens to an exec.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExecEvent {
-    /// Its unit is about to be started.
-    StartBegun,
-    /// Its unit is up, and this is its main process.
-    Started {
-        /// The main process.
-        pid: u32,
-    },
-    /// Its unit did not come up.
-    StartFailed,
-    /// The main process has ended.
-    Exited(Seen),
-}
-
-impl ExecEvent {
-    fn verb(self) -> &'static str {
-        match self {
-            Self::StartBegun => "start",
-            Self::Started { .. } | Self::StartFailed => "finish starting",
-            Self::Exited(_) => "end",
-        }
+    fn apply(&mut self, event: Event) -> Result<Vec<Announce>, Refusal> {
+        let step = transition(self, event)?;
+        *self = step.next;
+        Ok(step.announce)
     }
 }
 
@@ -127,8 +100,8 @@ fn stop(pid: u32, exit: Exit, mut announce: Vec<Announce>) -> Step<ExecPhase> {
 ///
 /// # Errors
 /// The phase does not allow the event.
-pub fn transition(phase: &ExecPhase, event: ExecEvent) -> Result<Step<ExecPhase>, Refusal> {
-    use ExecEvent::{Exited, StartBegun, StartFailed, Started};
+pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step<ExecPhase>, Refusal> {
+    use Event::{Created, ExecsGone, Exited, Frozen, StartBegun, StartFailed, Started, Thawed};
     let refused = Refusal { verb: event.verb(), phase: phase.word() };
     match (phase.clone(), event) {
         (ExecPhase::Added, StartBegun) => Ok(stay(ExecPhase::Starting { exit: None })),
@@ -154,6 +127,22 @@ pub fn transition(phase: &ExecPhase, event: ExecEvent) -> Result<Step<ExecPhase>
 
         (stopped @ ExecPhase::Stopped { .. }, Exited(_)) => Ok(stay(stopped)),
         (ExecPhase::Stopped { .. }, StartBegun | Started { .. } | StartFailed) => Err(refused),
+
+        // It is frozen with its container, and has no execs of its own.
+        (
+            other @ (ExecPhase::Added
+            | ExecPhase::Starting { .. }
+            | ExecPhase::Running { .. }
+            | ExecPhase::Stopped { .. }),
+            Frozen | Thawed | ExecsGone,
+        ) => Ok(stay(other)),
+        (
+            ExecPhase::Added
+            | ExecPhase::Starting { .. }
+            | ExecPhase::Running { .. }
+            | ExecPhase::Stopped { .. },
+            Created { .. },
+        ) => Err(refused),
     }
 }
 
@@ -166,19 +155,49 @@ mod tests {
     const PID: u32 = 42;
     const SEEN: Seen = Seen { pid: Some(PID), exit: EXIT };
 
-    fn run(events: &[ExecEvent]) -> (ExecPhase, Vec<Announce>) {
+    fn run(events: &[Event]) -> (ExecPhase, Vec<Announce>) {
         let mut phase = ExecPhase::Added;
         let mut announce = Vec::new();
         for event in events {
-            let step = transition(&phase, *event).unwrap();
+            let step = transition(&phase, event.clone()).unwrap();
             phase = step.next;
             announce.extend(step.announce);
         }
         (phase, announce)
     }
 
+    /// The phase after an event and the letters of what is announced; `-` for a refusal. A phase that has an early
+    /// exit is in lower case.
+    fn outcome(phase: &ExecPhase, event: Event) -> String {
+        let Ok(step) = transition(phase, event) else {
+            return "-".to_owned();
+        };
+        let letters = step.announce.iter().map(|announce| match announce {
+            Announce::Started { .. } => 'S',
+            Announce::Exited { .. } => 'E',
+            // None of an exec's.
+            Announce::Created { .. } | Announce::Paused | Announce::Resumed => '?',
+        });
+        let letters: String = letters.collect();
+        if letters.is_empty() {
+            short(&step.next).to_owned()
+        } else {
+            format!("{}+{letters}", short(&step.next))
+        }
+    }
+
+    fn short(phase: &ExecPhase) -> &'static str {
+        match phase {
+            ExecPhase::Added => "Added",
+            ExecPhase::Starting { exit: None } => "Starting",
+            ExecPhase::Starting { exit: Some(_) } => "starting",
+            ExecPhase::Running { .. } => "Running",
+            ExecPhase::Stopped { .. } => "Stopped",
+        }
+    }
+
     #[test]
-    fn every_pair_is_decided_and_an_exit_is_never_refused() {
+    fn every_event_in_every_phase_does_what_the_table_says() {
         let phases = [
             ExecPhase::Added,
             ExecPhase::Starting { exit: None },
@@ -187,26 +206,34 @@ mod tests {
             ExecPhase::Stopped { pid: PID, exit: EXIT },
         ];
         let events = [
-            ExecEvent::StartBegun,
-            ExecEvent::Started { pid: PID },
-            ExecEvent::StartFailed,
-            ExecEvent::Exited(Seen { pid: None, exit: LATER }),
+            Event::StartBegun,
+            Event::Started { pid: PID },
+            Event::StartFailed,
+            Event::Exited(Seen { pid: None, exit: LATER }),
+            Event::Exited(Seen { pid: Some(PID + 1), exit: LATER }),
+            Event::Frozen,
+            Event::Thawed,
+            Event::ExecsGone,
         ];
-        for phase in phases {
-            for event in events {
-                let step = transition(&phase, event);
-                assert!(step.is_ok() || !matches!(event, ExecEvent::Exited(_)), "{phase:?} {event:?}");
-                if let (Ok(step), Some(_)) = (step, phase.exit()) {
-                    assert_eq!(step, stay(phase.clone()), "an end is final");
-                }
-            }
+        #[rustfmt::skip]
+        let table = [
+            // phase, StartBegun, Started, StartFailed, Exited, Exited of another process, Frozen, Thawed, ExecsGone
+            ("Added", ["Starting", "-", "-", "Added", "Added", "Added", "Added", "Added"]),
+            ("Starting", ["-", "Running+S", "Added", "starting", "starting", "Starting", "Starting", "Starting"]),
+            ("starting", ["-", "Stopped+SE", "Added", "starting", "starting", "starting", "starting", "starting"]),
+            ("Running", ["-", "-", "-", "Stopped+E", "Running", "Running", "Running", "Running"]),
+            ("Stopped", ["-", "-", "-", "Stopped", "Stopped", "Stopped", "Stopped", "Stopped"]),
+        ];
+        for (phase, (name, row)) in phases.iter().zip(table) {
+            assert_eq!(short(phase), name);
+            let outcomes = events.clone().map(|event| outcome(phase, event));
+            assert_eq!(outcomes, row, "{phase:?}");
         }
     }
 
     #[test]
     fn an_exit_inside_start_is_announced_after_the_start() {
-        let (phase, announce) =
-            run(&[ExecEvent::StartBegun, ExecEvent::Exited(SEEN), ExecEvent::Started { pid: PID }]);
+        let (phase, announce) = run(&[Event::StartBegun, Event::Exited(SEEN), Event::Started { pid: PID }]);
         assert_eq!(phase.exit(), Some(EXIT));
         let announced = [Announce::Started { pid: PID }, Announce::Exited { pid: PID, exit: EXIT }];
         assert_eq!(announce, announced);
@@ -214,14 +241,13 @@ mod tests {
 
     #[test]
     fn a_failed_start_can_be_tried_again_and_announces_nothing() {
-        let (phase, announce) =
-            run(&[ExecEvent::StartBegun, ExecEvent::Exited(SEEN), ExecEvent::StartFailed]);
+        let (phase, announce) = run(&[Event::StartBegun, Event::Exited(SEEN), Event::StartFailed]);
         assert_eq!((phase, announce.len()), (ExecPhase::Added, 0));
     }
 
     #[test]
     fn illegal_starts_are_refused_in_containerds_words() {
-        let refused = |phase| transition(&phase, ExecEvent::StartBegun).unwrap_err().to_string();
+        let refused = |phase| transition(&phase, Event::StartBegun).unwrap_err().to_string();
         assert_eq!(refused(ExecPhase::Running { pid: PID }), "cannot start a running process");
         let stopped = ExecPhase::Stopped { pid: PID, exit: EXIT };
         assert_eq!(refused(stopped), "cannot start a stopped process");

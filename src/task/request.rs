@@ -8,14 +8,12 @@ use serde::{Deserialize, Serialize};
 use crate::config;
 
 /// A Create request.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Create {
     /// The bundle directory; absolute.
     pub bundle: PathBuf,
     /// What to mount on the bundle's rootfs, parents first; empty if the client has mounted it.
     pub rootfs: Vec<Mount>,
-    /// The stdio strings as received: State and the events repeat them.
-    pub stdio: Stdio,
 }
 
 /// A mount, as containerd describes it.

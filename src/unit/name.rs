@@ -4,8 +4,6 @@
 //! namespace are escaped, so that two pairs of namespace and id never share a name, and so that
 //! `containerd-<namespace>-.service.d/` is the drop-in directory of just that namespace.
 
-use std::path::PathBuf;
-
 use crate::id::{
     ExecId, InvalidName, MAX_UNIT_NAME, Namespace, SHORT_ID, TaskId, TaskKey, UnitName, fnv1a, is_long_hex,
 };
@@ -103,13 +101,6 @@ pub fn namespace_slice(namespace: &Namespace) -> Result<UnitName, InvalidName> {
 pub fn pod_slice(namespace: &Namespace, sandbox: &TaskId) -> Result<UnitName, InvalidName> {
     let pod = escape(short(sandbox.as_str(), SHORT_ID));
     slice(&format!("{PREFIX}{}-{pod}", escape(namespace.as_str())))
-}
-
-/// The cgroup of a slice below the root of the hierarchy: `a-b.slice` is in `a.slice` (systemd.slice(5)).
-pub fn slice_cgroup(slice: &UnitName) -> PathBuf {
-    let stem = slice.as_str().trim_end_matches(".slice");
-    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]);
-    ends.map(|end| format!("{}.slice", &stem[..end])).fold(PathBuf::from("/"), |path, part| path.join(part))
 }
 
 /// True for a slice made by [`pod_slice`]: the daemon removes it once it is empty.
@@ -286,8 +277,10 @@ mod tests {
         assert_eq!(namespace_slice(&namespace).unwrap().as_str(), "containerd-k8s.io.slice");
         assert_eq!(pod.as_str(), "containerd-k8s.io-abababababab.slice");
         assert_eq!(
-            slice_cgroup(&pod),
-            PathBuf::from("/containerd.slice/containerd-k8s.io.slice/containerd-k8s.io-abababababab.slice")
+            pod.slice_cgroup(),
+            std::path::PathBuf::from(
+                "/containerd.slice/containerd-k8s.io.slice/containerd-k8s.io-abababababab.slice"
+            )
         );
         assert!(is_pod_slice(&pod) && !is_pod_slice(&namespace_slice(&namespace).unwrap()));
         let dashed = namespace_slice(&Namespace::new("a-b").unwrap()).unwrap();

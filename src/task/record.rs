@@ -1,0 +1,288 @@
+//! The form in which a record holds a task. It is older than [`Task`], and stays the same.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{ExecId, TaskKey, UnitName};
+
+use super::exec::Exec;
+use super::limits::Limits;
+use super::outbox::Outbox;
+use super::phase::{Container, Exit, Phase, Program, Seen};
+use super::process::{Lifecycle, Process};
+use super::request::{Containerd, Create, DeviceAllow, Mount, Property, Runtime, Stdio};
+use super::wiring::Wiring;
+use super::{Face, Placement, Task};
+
+/// A task in its record.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Record {
+    key: TaskKey,
+    unit: UnitName,
+    logger: Option<UnitName>,
+    request: Request,
+    wiring: Wiring,
+    runtime: Runtime,
+    containerd: Containerd,
+    placement: Placement,
+    cgroup: Option<PathBuf>,
+    rootfs_on_host: bool,
+    #[serde(default)]
+    waiting_program: Option<Program>,
+    face: Face,
+    #[serde(default)]
+    properties: Vec<Property>,
+    #[serde(default)]
+    devices: Option<Vec<DeviceAllow>>,
+    #[serde(default)]
+    notify: bool,
+    init: Name,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    execs: BTreeMap<ExecId, Arc<Exec>>,
+    outbox: Outbox,
+    #[serde(default)]
+    oom_kills: u64,
+    #[serde(default)]
+    limits: Option<Limits>,
+    #[serde(default)]
+    muted: bool,
+    #[serde(default)]
+    is_leftover: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Request {
+    bundle: PathBuf,
+    rootfs: Vec<Mount>,
+    stdio: Stdio,
+}
+
+/// The name of a phase, with what is not beside it.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "snake_case")]
+enum Name {
+    Creating { exit: Option<Seen> },
+    Created { pid: u32 },
+    Starting { pid: u32, exit: Option<Exit> },
+    Running { pid: u32 },
+    Paused { pid: u32 },
+    Ending { pid: u32, exit: Exit },
+    Stopped { pid: u32, exit: Exit },
+}
+
+impl Name {
+    fn of(phase: &Phase) -> Self {
+        let pid = phase.pid().unwrap_or_default();
+        match *phase {
+            Phase::Creating { exit } => Self::Creating { exit },
+            Phase::Created { .. } => Self::Created { pid },
+            Phase::Starting { exit, .. } => Self::Starting { pid, exit },
+            Phase::Running { .. } => Self::Running { pid },
+            Phase::Paused { .. } => Self::Paused { pid },
+            Phase::Ending { exit, .. } => Self::Ending { pid, exit },
+            Phase::Stopped { exit, .. } => Self::Stopped { pid, exit },
+        }
+    }
+
+    fn phase(self, container: impl FnOnce(u32) -> Container, program: Option<Program>) -> Phase {
+        match self {
+            Self::Creating { exit } => Phase::Creating { exit },
+            Self::Created { pid } => Phase::Created { container: container(pid), program },
+            Self::Starting { pid, exit } => Phase::Starting { container: container(pid), program, exit },
+            Self::Running { pid } => Phase::Running { container: container(pid) },
+            Self::Paused { pid } => Phase::Paused { container: container(pid) },
+            Self::Ending { pid, exit } => Phase::Ending { container: container(pid), exit },
+            Self::Stopped { pid, exit } => Phase::Stopped { container: container(pid), exit },
+        }
+    }
+}
+
+impl From<Task> for Record {
+    fn from(task: Task) -> Self {
+        let Process { unit, logger, stdio, wiring, description, phase } = task.init;
+        let face = Face { description, fields: task.fields };
+        let container = phase.container();
+        let Create { bundle, rootfs } = task.request;
+        Self {
+            key: task.key,
+            unit,
+            logger,
+            request: Request { bundle, rootfs, stdio },
+            wiring,
+            runtime: task.runtime,
+            containerd: task.containerd,
+            placement: task.placement,
+            cgroup: container.map(|container| container.cgroup.clone()),
+            rootfs_on_host: task.rootfs_on_host,
+            waiting_program: phase.program(),
+            face,
+            properties: task.properties,
+            devices: task.devices,
+            notify: task.notify,
+            init: Name::of(&phase),
+            execs: task.execs,
+            outbox: task.outbox,
+            oom_kills: container.map_or(0, |container| container.oom_kills),
+            limits: container.and_then(|container| container.limits.clone()),
+            muted: task.muted,
+            is_leftover: task.is_leftover,
+        }
+    }
+}
+
+impl From<Record> for Task {
+    fn from(record: Record) -> Self {
+        let Request { bundle, rootfs, stdio } = record.request;
+        let (oom_kills, limits) = (record.oom_kills, record.limits);
+        // Earlier versions did not know the cgroup of a process that had ended before they asked.
+        let cgroup = record.cgroup.unwrap_or_else(|| record.placement.cgroup(&record.unit));
+        let container = |pid| Container { pid, cgroup, limits, oom_kills };
+        let phase = record.init.phase(container, record.waiting_program);
+        Self {
+            key: record.key,
+            init: Process {
+                unit: record.unit,
+                logger: record.logger,
+                stdio,
+                wiring: record.wiring,
+                description: record.face.description,
+                phase,
+            },
+            request: Create { bundle, rootfs },
+            runtime: record.runtime,
+            containerd: record.containerd,
+            placement: record.placement,
+            rootfs_on_host: record.rootfs_on_host,
+            fields: record.face.fields,
+            properties: record.properties,
+            devices: record.devices,
+            notify: record.notify,
+            execs: record.execs,
+            outbox: record.outbox,
+            muted: record.muted,
+            is_leftover: record.is_leftover,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    /// As version 2 of the record has it, of a version that knew fewer fields.
+    const OLD: &str = r#"{
+        "key": {"namespace": "default", "id": "web"},
+        "unit": "containerd-default-web.service",
+        "logger": null,
+        "request": {"bundle": "/b", "rootfs": [], "stdio": {"stdin": "", "stdout": "/o", "stderr": "", "terminal": false}},
+        "wiring": {"terminal": false, "stdin": "null", "stdout": {"fifo": "/o"}, "stderr": "null", "logger": null},
+        "runtime": {"binary": "/bin/runc", "root": "/run/runc/default", "no_pivot": false, "no_new_keyring": false,
+            "io_owner": [0, 0], "path": "", "log": "auto"},
+        "containerd": {"ttrpc_address": "", "grpc_address": "", "path": "", "rlimits": []},
+        "placement": {"unit": {"slice": "containerd-default.slice", "child": "web"}},
+        "cgroup": null,
+        "rootfs_on_host": false,
+        "face": {"description": "web", "fields": []},
+        "init": {"name": "running", "pid": 7},
+        "outbox": {"next": 3, "owed": []}
+    }"#;
+
+    #[test]
+    fn an_old_record_is_read_and_a_running_task_always_has_a_cgroup() {
+        let task: Task = serde_json::from_str(OLD).unwrap();
+        assert_eq!(task.init.pid(), Some(7));
+        assert_eq!((task.init.description.as_str(), task.init.stdio.stdout.as_str()), ("web", "/o"));
+        let cgroup =
+            Path::new("/containerd.slice/containerd-default.slice/containerd-default-web.service/web");
+        assert_eq!(task.init.phase.container().unwrap().cgroup, cgroup);
+    }
+
+    /// As version 2 of the record has it, with every field.
+    const PRESENT: &str = r#"{
+        "key": {"namespace": "default", "id": "web"},
+        "unit": "containerd-default-web.service",
+        "logger": "containerd-default-web::log.service",
+        "request": {"bundle": "/b", "rootfs": [{"kind": "bind", "source": "/s", "target": "", "options": ["ro"]}],
+            "stdio": {"stdin": "/i", "stdout": "/o", "stderr": "", "terminal": true}},
+        "wiring": {"terminal": true, "stdin": {"fifo": "/i"}, "stdin_closed": true, "stdout": {"fifo": "/o"},
+            "stderr": "null", "logger": null, "kept": 5},
+        "runtime": {"binary": "/bin/runc", "root": "/run/runc/default", "no_pivot": false, "no_new_keyring": false,
+            "io_owner": [0, 0], "path": "", "environment": "/e", "cgroup": null, "limit_sec": 30,
+            "log": "auto"},
+        "containerd": {"ttrpc_address": "", "grpc_address": "", "path": "", "rlimits": [], "processors": [],
+            "namespaces": null},
+        "placement": {"foreign": {"slice": "containerd-default.slice", "path": "/x"}},
+        "cgroup": "/x",
+        "rootfs_on_host": true,
+        "waiting_program": null,
+        "face": {"description": "web", "fields": [["CONTAINER_ID", "web"]]},
+        "properties": [],
+        "devices": null,
+        "notify": true,
+        "init": {},
+        "execs": {"e": {
+            "unit": "containerd-default-web:e.service",
+            "logger": null,
+            "stdio": {"stdin": "", "stdout": "", "stderr": "", "terminal": false},
+            "wiring": {"terminal": false, "stdin": "null", "stdin_closed": false, "stdout": "null", "stderr": "null",
+                "logger": null, "kept": 6},
+            "description": "sh",
+            "phase": {"name": "running", "pid": 9}
+        }},
+        "outbox": {"next": 3, "owed": []},
+        "oom_kills": 2,
+        "limits": {},
+        "muted": true,
+        "is_leftover": true
+    }"#;
+
+    /// A daemon of an earlier version reads what this one wrote, after a downgrade too.
+    #[test]
+    fn a_record_is_written_as_it_was_read() {
+        let (seen, exit) =
+            (r#"{"pid": 7, "exit": {"status": 3, "at_usec": 5}}"#, r#"{"status": 3, "at_usec": 5}"#);
+        let phases = [
+            r#"{"name": "creating", "exit": null}"#.to_owned(),
+            format!(r#"{{"name": "creating", "exit": {seen}}}"#),
+            r#"{"name": "created", "pid": 7}"#.to_owned(),
+            r#"{"name": "starting", "pid": 7, "exit": null}"#.to_owned(),
+            format!(r#"{{"name": "starting", "pid": 7, "exit": {exit}}}"#),
+            r#"{"name": "running", "pid": 7}"#.to_owned(),
+            r#"{"name": "paused", "pid": 7}"#.to_owned(),
+            format!(r#"{{"name": "ending", "pid": 7, "exit": {exit}}}"#),
+            format!(r#"{{"name": "stopped", "pid": 7, "exit": {exit}}}"#),
+        ];
+        for phase in phases {
+            let mut record: serde_json::Value = serde_json::from_str(PRESENT).unwrap();
+            record["init"] = serde_json::from_str(&phase).unwrap();
+            let name = record["init"]["name"].as_str().unwrap().to_owned();
+            match name.as_str() {
+                // There is no container yet.
+                "creating" => {
+                    record["cgroup"] = serde_json::Value::Null;
+                    record["limits"] = serde_json::Value::Null;
+                    record["oom_kills"] = 0.into();
+                }
+                "created" | "starting" => record["waiting_program"] = serde_json::json!([1, 2]),
+                _ => {}
+            }
+            let task: Task = serde_json::from_value(record.clone()).unwrap();
+            assert_eq!(serde_json::to_value(&task).unwrap(), record);
+        }
+    }
+
+    #[test]
+    fn every_phase_comes_back_from_the_record_as_it_was() {
+        let mut task: Task = serde_json::from_str(OLD).unwrap();
+        for phase in super::super::phase::tests::phases() {
+            task.init.phase = phase;
+            let text = serde_json::to_string(&task).unwrap();
+            assert_eq!(serde_json::from_str::<Task>(&text).unwrap(), task, "{text}");
+        }
+    }
+}
