@@ -59,7 +59,11 @@ pub fn code(error: &Error) -> Code {
         | Error::Watch(_)
         | Error::Process(oci::process::Error::Io { .. })
         | Error::Launch(_)
-        | Error::Runtime(oci::runtime::Error::Spawn { .. } | oci::runtime::Error::Failed { .. })
+        | Error::Runtime(
+            oci::runtime::Error::Spawn { .. }
+            | oci::runtime::Error::Failed { .. }
+            | oci::runtime::Error::Killed { .. },
+        )
         | Error::Mount(_)
         | Error::Cgroup(_)
         | Error::Store(_)

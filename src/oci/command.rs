@@ -11,7 +11,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tokio::time::timeout;
 
 use crate::cgroup;
+use crate::files;
 use crate::sys;
 use crate::sys::spawn::{self, Setup};
 
@@ -42,24 +44,28 @@ impl OciRuntime for CommandLine {
         self.run(cli, "start", &command).await
     }
 
-    async fn update(&self, cli: &Cli<'_>, resources: &std::path::Path) -> Result<(), Error> {
+    async fn update(&self, cli: &Cli<'_>, resources: &Path) -> Result<(), Error> {
         let mut command = cli.command("update");
         command.arg("--resources").arg(resources).arg(cli.id.as_str());
         self.run(cli, "update", &command).await
     }
 
-    /// A runtime that does not end is killed, and its state of the container is removed without it: the container's
-    /// processes are the unit's to end, and the id must be free again.
+    /// The state of the container is removed without a runtime that does not end, that is killed twice, or that can't
+    /// read the state: the container's processes are the unit's to end, and the id must be free again.
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
         let mut command = cli.command("delete");
         command.arg("--force").arg(cli.id.as_str());
-        match self.run(cli, "delete", &command).await {
-            Err(error @ (Error::TimedOut { .. } | Error::Busy { .. })) => {
-                tracing::warn!(id = %cli.id, %error, "container {}: removing its state without the OCI runtime: {error}", cli.id);
-                remove_state(cli)
-            }
-            deleted => deleted,
+        let mut deleted = self.run(cli, "delete", &command).await;
+        if matches!(deleted, Err(Error::Killed { .. })) {
+            deleted = self.run(cli, "delete", &command).await;
         }
+        let error = match deleted {
+            Err(Error::Failed { .. }) if has_state(&cli.state()) => return deleted,
+            Ok(()) | Err(Error::Spawn { .. }) => return deleted,
+            Err(error) => error,
+        };
+        tracing::warn!(id = %cli.id, %error, "container {}: removing its state without the OCI runtime: {error}", cli.id);
+        remove_state(cli)
     }
 }
 
@@ -91,7 +97,11 @@ impl CommandLine {
         if status.success() {
             return Ok(());
         }
-        Err(Error::Failed { verb, reason: cli.reason(verb, Some(status)) })
+        let reason = cli.reason(verb, Some(status));
+        Err(match status.signal() {
+            Some(_) => Error::Killed { verb, reason },
+            None => Error::Failed { verb, reason },
+        })
     }
 
     fn spawn(&self, cli: &Cli<'_>, command: &Command) -> io::Result<spawn::Child> {
@@ -108,6 +118,17 @@ impl CommandLine {
 /// Another command was faster and has the lock, or the cgroup was removed, as it was empty.
 fn is_passing(error: &io::Error) -> bool {
     [sys::child::LOCK_IS_HELD, Errno::ENODEV].iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
+}
+
+/// Whether a runtime can read what it keeps of a container. A file that is not JSON was cut off: the disk was full, or
+/// the runtime was killed.
+fn has_state(dir: &Path) -> bool {
+    const MAX_BYTES: u64 = 16 << 20;
+    // Of runc and its relatives, and of crun.
+    ["state.json", "status"].iter().any(|name| {
+        files::read_regular(&dir.join(name), MAX_BYTES)
+            .is_ok_and(|text| serde_json::from_slice::<serde::de::IgnoredAny>(&text).is_ok())
+    })
 }
 
 fn remove_state(cli: &Cli<'_>) -> Result<(), Error> {
@@ -222,7 +243,6 @@ mod tests {
     use super::*;
     use crate::id::TaskId;
     use crate::task::request::{Containerd, Runtime};
-    use std::path::Path;
     use tempfile::TempDir;
 
     /// A directory for a test, with an OCI runtime that is this shell script.
@@ -303,6 +323,39 @@ mod tests {
         assert!(cli.knows());
         CommandLine::default().delete(&cli).await.unwrap();
         assert!(!cli.knows());
+    }
+
+    #[tokio::test]
+    async fn a_delete_that_is_killed_is_tried_again_and_then_done_without_the_runtime() {
+        let killed_once = "[ -e killed ] || { touch killed; kill -9 $$; }; rm -r root/web";
+        for script in [killed_once, "kill -9 $$"] {
+            let (dir, runtime) = scratch(&format!("echo >> tries; {script}"));
+            let id = TaskId::new("web").unwrap();
+            let containerd = Containerd::default();
+            let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+            fs::write(dir.path().join("root/web/state.json"), "{}").unwrap();
+            CommandLine::default().delete(&cli).await.unwrap();
+            assert!(!cli.knows());
+            assert_eq!(fs::read_to_string(dir.path().join("tries")).unwrap(), "\n\n");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_delete_fails_unless_the_state_is_broken() {
+        let (dir, runtime) = scratch("exit 1");
+        let id = TaskId::new("web").unwrap();
+        let containerd = Containerd::default();
+        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+        for name in ["state.json", "status"] {
+            let state = dir.path().join("root/web").join(name);
+            fs::write(&state, r#"{"id":"web"}"#).unwrap();
+            let error = CommandLine::default().delete(&cli).await.unwrap_err();
+            assert!(matches!(error, Error::Failed { verb: "delete", .. }), "{error}");
+            fs::write(&state, r#"{"id":"#).unwrap();
+            CommandLine::default().delete(&cli).await.unwrap();
+            assert!(!cli.knows());
+            fs::create_dir(dir.path().join("root/web")).unwrap();
+        }
     }
 
     #[tokio::test]

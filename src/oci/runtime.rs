@@ -43,6 +43,14 @@ pub enum Error {
         /// Its last error.
         reason: String,
     },
+    /// Somebody killed it, or it crashed; the reason is in its own words if it left any.
+    #[error("OCI runtime {verb} failed: {reason}")]
+    Killed {
+        /// The command.
+        verb: &'static str,
+        /// Its last error, or the signal.
+        reason: String,
+    },
     /// It took too long and was killed, with all that it had started.
     #[error("OCI runtime {verb} failed: it did not end within {} s and was killed (option RuntimeTimeoutSec)", .limit.as_secs())]
     TimedOut {

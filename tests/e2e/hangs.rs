@@ -344,3 +344,22 @@ fn deletes_that_hang_hold_no_thread_of_the_daemon() {
     });
     runtime.assert_gone();
 }
+
+#[test]
+fn a_delete_succeeds_although_the_runtime_cant_read_its_state() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    warm_up(&node);
+    let before = Traces::take();
+    let container = node.container("cut-off", Spec::sleeping()).started(&Io::default());
+    let state = format!("/run/containerd/runc/{}/{}/state.json", container.namespace, container.id);
+    let file = fs::OpenOptions::new().write(true).open(&state).expect("open the state");
+    file.set_len(1000).expect("cut the state off");
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+    container.create(&Io::default()).expect("the id can be used again");
+    container.delete().expect("delete");
+    drop(container);
+    leaks::assert_none("a delete without the runtime", &before);
+}
