@@ -9,6 +9,9 @@ image_packages=(
 )
 # Installed where the suite has them.
 image_optional=(criu)
+# For the tests of clients, in the suites that they run in. Tests start dockerd.
+image_clients=(docker.io docker-cli)
+image_clients_suites=(trixie)
 
 # What would only delay the boot, or disturb measurements, in a guest that lives for minutes.
 image_masked=(
@@ -22,7 +25,7 @@ image_masked=(
 find_image() { # suite
     local hash
     hash=$({
-        echo "${image_packages[@]}" "${image_optional[@]}" "${TESTBED_PACKAGES-}"
+        echo "${image_packages[@]}" "${image_optional[@]}" "${image_clients[@]}" "${TESTBED_PACKAGES-}"
         cat "$testbed_dir/lib/image.sh"
         tar -C "$testbed_dir" --sort=name --mtime=@0 --owner=0 --group=0 -c guest
     } | sha256sum)
@@ -41,7 +44,7 @@ ensure_image() { # suite
     flock -n "$lock" || { say "another process builds ${image##*/}, waiting for it"; flock "$lock"; }
     if [ ! -d "$image" ]; then
         "$testbed_dir/deps" image
-        rm -rf "$image".tmp.*
+        rm -rf --one-file-system "$image".tmp.*
         # A process of its own, so that `set -e` holds whoever calls us and Ctrl-C leaves nothing.
         "$testbed_dir/testbed" _build "$1" "$image.tmp.$$" || die "building the image of $1 failed"
         mv -T "$image.tmp.$$" "$image"
@@ -53,14 +56,15 @@ ensure_image() { # suite
 remove_old_images() {
     local old
     find "$cache_root" -mindepth 1 -maxdepth 1 -type d -mtime +7 | while read -r old; do
-        flock -n "$old" rm -rf "$old" "$old.lock" || true
+        flock -n "$old" rm -rf --one-file-system "$old" "$old.lock" || true
     done
 }
 
 build_image() { # suite directory
     local suite=$1 dir=$2 rootfs=$2/rootfs start=$SECONDS
+    # A mount that is left in a broken image shows the machine's own files.
     # shellcheck disable=SC2064
-    trap "rm -rf '$dir'" EXIT
+    trap "rm -rf --one-file-system '$dir'" EXIT
     mkdir -p "$dir"
 
     ssh-keygen -q -t ed25519 -N '' -C testbed -f "$dir/ssh-key"
@@ -76,7 +80,9 @@ build_image() { # suite directory
 }
 
 build_rootfs() { # suite rootfs image-directory
-    local suite=$1 rootfs=$2 image_dir=$3 log=$3/mmdebstrap.log
+    local suite=$1 rootfs=$2 image_dir=$3 log=$3/mmdebstrap.log packages
+    packages="${image_packages[*]} ${TESTBED_PACKAGES-}"
+    [[ " ${image_clients_suites[*]} " != *" $suite "* ]] || packages+=" ${image_clients[*]}"
     # An initrd with just what the VM's disk and network need is unpacked quickly, also by an emulated CPU.
     # shellcheck disable=SC2016
     local lean_initrd='
@@ -87,7 +93,7 @@ build_rootfs() { # suite rootfs image-directory
         mmdebstrap --mode=root --variant=apt ${1:+"--aptopt=$1"} \
             --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
             --dpkgopt='path-exclude=/usr/share/locale/*' \
-            --include="${image_packages[*]} ${TESTBED_PACKAGES-}" \
+            --include="$packages" \
             --essential-hook="$lean_initrd" \
             --customize-hook="'$testbed_dir/testbed' _configure \"\$1\" '$image_dir'" \
             "$suite" "$rootfs" 2>&1 | tee "$log" >&2
@@ -123,6 +129,9 @@ configure_rootfs() { # rootfs image-directory
     cp -r --preserve=mode "$testbed_dir/guest/." "$rootfs/"
     chroot "$rootfs" systemctl -q enable testbed-ready.service testbed-network.service
     chroot "$rootfs" systemctl -q mask "${image_masked[@]}"
+    if [ -e "$rootfs/usr/sbin/dockerd" ]; then
+        chroot "$rootfs" systemctl -q disable docker.service docker.socket
+    fi
     chroot "$rootfs" systemctl -q set-default multi-user.target
     # ssh over vsock: there is none, and it complains.
     mkdir -p "$rootfs/etc/systemd/system-generators"
