@@ -23,7 +23,7 @@ UNITDIR := $(DESTDIR)$(PREFIX)/lib/systemd/system
 # What the binary is made of.
 SOURCES := Cargo.toml Cargo.lock build.rs proto src
 
-.PHONY: help deps build unit coverage check audit test test-unit test-vm test-nspawn test-matrix shell demo chaos fuzz bench
+.PHONY: help deps build unit coverage check audit test test-unit test-vm test-nspawn test-clients test-matrix shell demo chaos fuzz bench
 .PHONY: doc
 .PHONY: fresh install uninstall clean
 .DEFAULT_GOAL := help
@@ -60,7 +60,7 @@ coverage: ## which part of the lines the unit tests run, by module; needs cargo-
 check: ## formatting, clippy, documentation and, where cargo-deny is installed, licences and sources; works offline
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
-	cargo clippy --locked --features faults --test e2e --test chaos --lib --bins -- -D warnings
+	cargo clippy --locked --features faults --test e2e --test clients --test chaos --lib --bins -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps --document-private-items
 	@if command -v cargo-deny >/dev/null; then set -x; \
 		cargo deny --locked --offline --target $(HOST) check bans licenses sources; \
@@ -69,8 +69,8 @@ check: ## formatting, clippy, documentation and, where cargo-deny is installed, 
 audit: ## known vulnerabilities of the dependencies, with cargo-deny; needs the network
 	cargo deny --locked check advisories
 
-test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; a minute of chaos
-	@$(SCRIPTS)/run-all unit nspawn core/bookworm core/forky chaos/nspawn vm
+test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; Docker; a minute of chaos
+	@$(SCRIPTS)/run-all unit nspawn clients/nspawn core/bookworm core/forky chaos/nspawn vm
 
 test-unit: ## the tests that need nothing but cargo
 	@$(SCRIPTS)/run-all unit
@@ -80,6 +80,10 @@ test-vm: ## the end-to-end tests in a VM (SUITE=bookworm|trixie|forky)
 
 test-nspawn: ## the end-to-end tests in an nspawn container: fast, without limits (SUITE)
 	@$(SCRIPTS)/run-all nspawn/$(SUITE)
+
+test-clients: ## Docker with this runtime: undisturbed, while the daemon is killed, and in a VM with its limits
+	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all clients/nspawn
+	@$(SCRIPTS)/run-all clients/vm
 
 test-matrix: ## the end-to-end tests in a VM of each suite: systemd 252, 257, 262; containerd 1.6, 1.7, 2.1
 	@$(SCRIPTS)/run-all vm/bookworm vm/trixie vm/forky

@@ -1,8 +1,9 @@
 //! Kills, stops and restarts the daemon, and waits for the next one.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -112,13 +113,27 @@ pub fn cgroup_killed_during<T>(work: impl FnOnce(&Kills) -> T) -> T {
 }
 
 fn repeated_during<T>(kill: fn() -> u32, work: impl FnOnce(&Kills) -> T) -> T {
-    let kills = Kills::default();
-    let done = thread::scope(|scope| {
+    let mut killer = Killer::begin(kill, Duration::ZERO);
+    let done = work(&killer.kills);
+    killer.end();
+    done
+}
+
+/// A thread that kills the daemon again and again, sometimes before it is ready, until this is ended or dropped.
+pub struct Killer {
+    pub kills: Arc<Kills>,
+    running: Option<(mpsc::Sender<()>, JoinHandle<()>)>,
+}
+
+impl Killer {
+    /// Kills by `kill`, after a pause of this length and a bit more each time.
+    pub fn begin(kill: fn() -> u32, pause: Duration) -> Killer {
         let (end, ended) = mpsc::channel::<()>();
-        let kills = &kills;
-        let killer = scope.spawn(move || {
-            let _over = Over(kills);
-            let pause = || Duration::from_millis(40 * (kills.count() % 7));
+        let counted = Arc::new(Kills::default());
+        let kills = counted.clone();
+        let thread = thread::spawn(move || {
+            let _over = Over(&kills);
+            let pause = || pause + Duration::from_millis(40 * (kills.count() % 7));
             while ended.recv_timeout(pause()) == Err(RecvTimeoutError::Timeout) {
                 kill();
                 kills.count.fetch_add(1, Ordering::Release);
@@ -130,14 +145,27 @@ fn repeated_during<T>(kill: fn() -> u32, work: impl FnOnce(&Kills) -> T) -> T {
                 }
             }
         });
-        let done = work(kills);
+        Killer { kills: counted, running: Some((end, thread)) }
+    }
+
+    /// Stops killing, and waits until the daemon serves.
+    pub fn end(&mut self) {
+        let Some((end, killer)) = self.running.take() else { return };
         drop(end);
         killer.join().expect("the killer does not panic");
-        done
-    });
-    wait::until("the daemon serves again", serving);
-    println!("the daemon was killed {} times", kills.count());
-    done
+        wait::until("the daemon serves again", serving);
+        println!("the daemon was killed {} times", self.kills.count());
+    }
+}
+
+impl Drop for Killer {
+    fn drop(&mut self) {
+        if let Some((end, killer)) = self.running.take() {
+            drop(end);
+            // A panic of the killer is reported by its own thread.
+            let _ = killer.join();
+        }
+    }
 }
 
 /// Says that there are no more kills, also when the thread that kills panics.

@@ -1,9 +1,9 @@
-//! Code that the end-to-end tests, the chaos and the benchmark share: a client of the guest's containerd, a builder for
-//! OCI specs, FIFOs, queries to systemd, and a count of everything that could leak.
+//! Code that the end-to-end tests, the tests of clients, the chaos and the benchmark share: a client of the guest's
+//! containerd, a builder for OCI specs, FIFOs, queries to systemd, and a count of everything that could leak.
 //!
 //! All of it is synchronous, so that `Drop` can clean up and a test reads from top to bottom.
 
-#![allow(dead_code)] // each of the three uses a part
+#![allow(dead_code, unused_macros)] // each of them uses a part
 
 pub mod audit;
 pub mod bulk;
@@ -16,6 +16,8 @@ pub mod events;
 pub mod exec;
 pub mod image;
 pub mod leaks;
+#[macro_use]
+pub mod needs;
 pub mod node;
 pub mod process;
 pub mod pty;

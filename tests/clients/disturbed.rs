@@ -1,0 +1,43 @@
+//! What happens to our daemon while a test runs. It must make no difference to any client.
+
+use std::time::Duration;
+
+use crate::common::daemon::{self, Killer};
+use crate::common::node::Need;
+use crate::common::{shim, wait};
+
+/// A pause between kills of the whole cgroup.
+const PAUSE: Duration = Duration::from_millis(900);
+
+/// The disturbance of this run, until it is dropped. There is none with another runtime than ours.
+pub enum Disturbance {
+    None,
+    Kills(Killer),
+}
+
+impl Disturbance {
+    /// Begins what `CLIENTS_DISTURB` asks for.
+    pub fn begin() -> Disturbance {
+        let wanted = std::env::var("CLIENTS_DISTURB").unwrap_or_default();
+        if wanted.is_empty() || Need::OurShim.missing().is_some() {
+            return Disturbance::None;
+        }
+        // There is a daemon to kill.
+        shim::socket();
+        wait::until("the daemon serves", daemon::serving);
+        match wanted.as_str() {
+            // Several times a second.
+            "kill" => Disturbance::Kills(Killer::begin(daemon::kill_now, Duration::ZERO)),
+            // All processes in the daemon's cgroup, about once a second.
+            "kill-cgroup" => Disturbance::Kills(Killer::begin(daemon::kill_cgroup_now, PAUSE)),
+            other => panic!("CLIENTS_DISTURB is {other:?}, not kill or kill-cgroup"),
+        }
+    }
+
+    /// Ends the disturbance, and waits until the daemon serves.
+    pub fn end(&mut self) {
+        if let Disturbance::Kills(killer) = self {
+            killer.end();
+        }
+    }
+}
