@@ -72,7 +72,7 @@ mod tests {
     use crate::task::wiring::Logger;
 
     fn copied(client: Option<Sink>) -> Output {
-        Output::Copied(Copied { client, journal: true })
+        Output::Copied(Copied { client, journal: true, aside: false })
     }
 
     fn pipes(stdout: Output, stderr: Output) -> Vec<&'static str> {

@@ -58,7 +58,9 @@ pub enum Error {
         cgroup: String,
     },
     /// There is no such log mode.
-    #[error("runtime options: Log {log:?} is not one of \"auto\", \"journal\", \"tee\" and \"none\"")]
+    #[error(
+        "runtime options: Log {log:?} is not one of \"auto\", \"client\", \"journal\", \"tee\" and \"none\""
+    )]
     Log {
         /// As given.
         log: String,
@@ -256,6 +258,7 @@ fn shim_cgroup(text: &str) -> Result<Option<PathBuf>, Error> {
 fn log_mode(text: &str) -> Result<Log, Error> {
     match text {
         "" | "auto" => Ok(Log::Auto),
+        "client" => Ok(Log::Client),
         "journal" => Ok(Log::Journal),
         "tee" => Ok(Log::Tee),
         "none" => Ok(Log::None),

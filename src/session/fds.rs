@@ -20,6 +20,10 @@ pub enum StreamKind {
     Output,
     /// Standard error, likewise.
     ErrorOutput,
+    /// The pipe with the journal's copy of standard output.
+    OutputAside,
+    /// The pipe with the journal's copy of standard error.
+    ErrorAside,
     /// The master side of the terminal.
     Terminal,
     /// The socket at which a container notifies.
@@ -34,13 +38,28 @@ impl Claimed {
 }
 
 impl StreamKind {
-    const ALL: [Self; 5] = [Self::Input, Self::Output, Self::ErrorOutput, Self::Terminal, Self::Notify];
+    const ALL: [Self; 7] = [
+        Self::Input,
+        Self::Output,
+        Self::ErrorOutput,
+        Self::OutputAside,
+        Self::ErrorAside,
+        Self::Terminal,
+        Self::Notify,
+    ];
+
+    /// The kind of the journal's copy of a stream.
+    pub fn aside(self) -> Self {
+        if self == Self::ErrorOutput { Self::ErrorAside } else { Self::OutputAside }
+    }
 
     fn letter(self) -> char {
         match self {
             Self::Input => 'i',
             Self::Output => 'o',
             Self::ErrorOutput => 'e',
+            Self::OutputAside => 'a',
+            Self::ErrorAside => 'b',
             Self::Terminal => 't',
             Self::Notify => 'n',
         }

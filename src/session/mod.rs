@@ -85,16 +85,20 @@ impl Session {
                 (From::Fifo(fifo), _) => fifo,
                 (From::Terminal, Some(terminal)) => Source::Terminal(terminal.clone()),
                 (From::Bridge(bridge), Some(terminal)) => Source::Bridged(terminal.clone(), bridge),
+                (From::Delivered, _) => Source::Delivered,
                 (From::Terminal | From::Bridge(_), None) => continue,
             };
             let (ended, stop, fds) = (ended(), session.pumps.stop(), fds.clone());
             let has_terminal = wiring.terminal;
             let copy = async move {
-                pump::copy(source, sinks, ended, stop).await;
-                fds.forget(kind, number);
-                if has_terminal {
-                    fds.forget(StreamKind::Terminal, number);
-                }
+                let delivered = || {
+                    fds.forget(kind, number);
+                    if has_terminal {
+                        fds.forget(StreamKind::Terminal, number);
+                    }
+                };
+                pump::copy(source, sinks, ended, stop, delivered).await;
+                fds.forget(kind.aside(), number);
             };
             session.pumps.spawn(copy.instrument(span.clone()));
         }

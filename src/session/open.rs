@@ -11,10 +11,12 @@ use nix::fcntl::OFlag;
 
 use crate::config;
 use crate::launch::pipes;
+use crate::stdio::aside::Aside;
 use crate::stdio::console::Console;
 use crate::stdio::fifo;
 use crate::stdio::log_file::LogFile;
-use crate::stdio::pump::{self, Bridge, Sinks, Source};
+use crate::stdio::pipe::Bridge;
+use crate::stdio::pump::{self, Sinks, Source};
 use crate::stdio::uri::Kind;
 use crate::task::wiring::{Copied, Input, Sink};
 
@@ -64,6 +66,8 @@ pub(super) enum From {
     Terminal,
     /// The terminal, by way of a pipe.
     Bridge(Bridge),
+    /// An earlier daemon has delivered everything but the journal's copy.
+    Delivered,
 }
 
 impl OpenStreams {
@@ -213,7 +217,16 @@ impl Plan {
             let kind =
                 if log_pipe == pipes::LOG_STDOUT { StreamKind::Output } else { StreamKind::ErrorOutput };
             let mut before = claim(kind);
+            let aside = if to.journal && to.aside {
+                self.open_aside(fds, mode, claim(kind.aside()), kind.aside(), log_pipe)?
+            } else {
+                None
+            };
             if mode == ReopenMode::Ended && before.is_empty() {
+                if aside.is_some() {
+                    let sinks = Sinks { aside, ..Sinks::default() };
+                    opened.copies.push(Copy { kind, from: From::Delivered, sinks });
+                }
                 continue;
             }
             let source = match from {
@@ -222,8 +235,8 @@ impl Plan {
             };
             let fifo = self.client_fifo(before.both.pop(), log_pipe, to, &client)?;
             fds.store(kind, number, &present([&source, &fifo]));
-            let mut sinks =
-                Sinks { copies: self.copies(log_pipe, to, files.remove(log_pipe)), ..Sinks::default() };
+            let copies = self.copies(log_pipe, to, files.remove(log_pipe));
+            let mut sinks = Sinks { copies, aside, ..Sinks::default() };
             match (&to.client, fifo) {
                 (Some(Sink::EndOnly(_)), fifo) => sinks.held = fifo,
                 (_, Some(fifo)) => {
@@ -234,7 +247,9 @@ impl Plan {
             }
             let from = match source {
                 Some(fifo) => From::Fifo(Source::fifo(fifo).map_err(Error::Watch)?),
-                None if sinks.fifo.is_some() && sinks.copies.is_empty() => From::Terminal,
+                None if sinks.fifo.is_some() && sinks.copies.is_empty() && sinks.aside.is_none() => {
+                    From::Terminal
+                }
                 None => From::Bridge(bridge(before.readers.pop(), before.writers.pop(), |ends| {
                     fds.store(kind, number, ends);
                 })?),
@@ -262,9 +277,27 @@ impl Plan {
         })
     }
 
+    /// The journal's copy of a stream, for which the client does not wait.
+    fn open_aside(
+        &self,
+        fds: &StreamFds,
+        mode: ReopenMode,
+        mut before: Claimed,
+        kind: StreamKind,
+        log_pipe: &str,
+    ) -> Result<Option<Aside>, Error> {
+        if mode == ReopenMode::Ended && before.is_empty() {
+            return Ok(None);
+        }
+        let pipe = bridge(before.readers.pop(), before.writers.pop(), |ends| {
+            fds.store(kind, self.wiring.kept, ends);
+        })?;
+        Ok(Some(Aside::new(pipe, self.journal_lines(log_pipe), self.limit.clone())))
+    }
+
     fn copies(&self, log_pipe: &str, to: &Copied, file: Option<LogFile>) -> Vec<pump::Sink> {
         let mut copies: Vec<_> = file.map(pump::Sink::File).into_iter().collect();
-        if to.journal {
+        if to.journal && !to.aside {
             copies.push(pump::Sink::Journal(self.journal_lines(log_pipe)));
         }
         copies

@@ -162,11 +162,10 @@ impl Lines {
     /// Says that the rate limit has dropped lines.
     async fn say_dropped(&mut self, dropped: Missing) {
         let Missing { lines, bytes } = dropped;
-        if !dropped.is_nothing()
-            && !self
-                .say(dropped, &format!("{lines} lines ({bytes} bytes) were dropped by the rate limit"))
-                .await
-        {
+        let text = format!(
+            "{bytes} bytes ({lines} lines or more) are missing here: the container writes faster than the rate limit or journald allows"
+        );
+        if !dropped.is_nothing() && !self.say(dropped, &text).await {
             self.unsent.lines = self.unsent.lines.saturating_add(lines);
             self.unsent.bytes = self.unsent.bytes.saturating_add(bytes);
         }
@@ -348,7 +347,10 @@ mod tests {
         lines.write(b"one\ntwo\nthree\nfour\n").await;
         lines.finish().await;
         assert_eq!((said(&journald).await.as_str(), said(&journald).await.as_str()), ("one", "two"));
-        assert_eq!(said(&journald).await, "2 lines (9 bytes) were dropped by the rate limit");
+        assert_eq!(
+            said(&journald).await,
+            "9 bytes (2 lines or more) are missing here: the container writes faster than the rate limit or journald allows"
+        );
     }
 
     #[tokio::test(start_paused = true)]

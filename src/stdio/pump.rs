@@ -3,30 +3,29 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, SpliceFFlags, splice, tee};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::pipe2;
+use nix::fcntl::splice;
+use nix::poll::PollFlags;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
 use crate::sys::watch;
 
+use super::aside::{Aside, Diverted, Diverter};
 use super::journal::Lines;
 use super::log_file::LogFile;
+use super::pipe::{
+    Bridge, NO_WAIT, PIECE, Scratch, found, has_writer, is_ready, move_exactly, move_some, room_in,
+};
 use super::terminal::Terminal;
 
 /// What is moved at once: the size of a pipe.
 const CHUNK: usize = 64 << 10;
-
-/// What is looked at before it moves on: if the daemon ends in between, so much comes twice to a file
-/// or to the journal.
-const PIECE: usize = 4096;
 
 /// How long the end of a line is waited for: it stays in the pipe until then, where it is safe.
 const LINE_WAIT: Duration = Duration::from_secs(1);
@@ -50,13 +49,8 @@ pub enum Source {
     Terminal(Arc<Terminal>),
     /// A terminal, by way of a pipe: what has been read and not delivered is in there.
     Bridged(Arc<Terminal>, Bridge),
-}
-
-/// A pipe of ours, both ends without blocking.
-#[derive(Debug)]
-pub struct Bridge {
-    reader: AsyncFd<OwnedFd>,
-    writer: AsyncFd<OwnedFd>,
+    /// Everything was delivered, except what is in the pipe of an [`Aside`].
+    Delivered,
 }
 
 impl Source {
@@ -66,16 +60,6 @@ impl Source {
     /// It can't be watched. Needs the async runtime.
     pub fn fifo(file: File) -> io::Result<Self> {
         watch(file).map(Self::Fifo)
-    }
-}
-
-impl Bridge {
-    /// Takes both ends over.
-    ///
-    /// # Errors
-    /// They can't be watched. Needs the async runtime.
-    pub fn new(reader: OwnedFd, writer: OwnedFd) -> io::Result<Self> {
-        Ok(Self { reader: watch(reader)?, writer: watch(writer)? })
     }
 }
 
@@ -89,6 +73,8 @@ pub struct Sinks {
     pub copies: Vec<Sink>,
     /// A FIFO that is only kept open until the end.
     pub held: Option<File>,
+    /// A copy for which no other sink waits.
+    pub aside: Option<Aside>,
 }
 
 /// Where output goes that has to be looked at.
@@ -98,6 +84,8 @@ pub enum Sink {
     File(LogFile),
     /// The journal.
     Journal(Lines),
+    /// The pipe of an [`Aside`].
+    Pipe(Diverter),
 }
 
 impl Sink {
@@ -105,6 +93,7 @@ impl Sink {
         match self {
             Self::File(file) => file.write(bytes).await,
             Self::Journal(lines) => lines.write(bytes).await,
+            Self::Pipe(pipe) => pipe.write(bytes).await,
         }
     }
 }
@@ -120,33 +109,52 @@ impl Sink {
 /// looked at is copied first (tee(2)) and then moved. If the daemon ends, none is lost, and the
 /// client's FIFO gets none twice; a file or the journal gets the last piece ([`PIECE`]) twice if the
 /// daemon ends between writing it and moving on.
-pub async fn copy(source: Source, mut sinks: Sinks, over: impl Future<Output = ()>, stop: CancellationToken) {
-    let copied = async {
-        match (&source, &sinks.fifo) {
-            (Source::Fifo(from), Some(to)) if sinks.copies.is_empty() => move_all(from, to).await,
-            (Source::Fifo(from), _) => spread(from, &mut sinks, std::future::pending()).await,
-            (Source::Terminal(terminal), Some(to)) => move_terminal(terminal, to, over).await,
-            (Source::Terminal(_), None) => Ok(()),
-            (Source::Bridged(terminal, bridge), _) => {
-                let moved = CancellationToken::new();
-                let spread = spread(&bridge.reader, &mut sinks, moved.cancelled());
-                let first = async {
-                    let result = move_terminal(terminal, &bridge.writer, over).await;
-                    moved.cancel();
-                    result
-                };
-                let (first, second) = tokio::join!(first, spread);
-                first.and(second)
+///
+/// `delivered` is called once everything has reached its sinks, except an [`Aside`].
+pub async fn copy(
+    source: Source,
+    mut sinks: Sinks,
+    over: impl Future<Output = ()>,
+    stop: CancellationToken,
+    delivered: impl FnOnce(),
+) {
+    let (diverter, mut journal) = match sinks.aside.take().map(Aside::split) {
+        Some((diverter, reader, lines)) => {
+            (Some(diverter), Some((reader, Sinks { copies: vec![Sink::Journal(lines)], ..Sinks::default() })))
+        }
+        None => (None, None),
+    };
+    let ended = CancellationToken::new();
+    let deliver = async {
+        tokio::select! {
+            copied = deliver(source, &mut sinks, diverter, over) => log_failure(copied),
+            () = stop.cancelled() => {}
+        }
+        finish(&mut sinks).await;
+        drop(sinks);
+        delivered();
+        ended.cancel();
+    };
+    let journal = async {
+        if let Some((reader, sinks)) = &mut journal {
+            tokio::select! {
+                copied = spread(reader, sinks, ended.cancelled()) => log_failure(copied),
+                () = stop.cancelled() => {}
             }
+            finish(sinks).await;
         }
     };
-    let copied = tokio::select! {
-        copied = copied => copied,
-        () = stop.cancelled() => Ok(()),
-    };
+    tokio::join!(deliver, journal);
+}
+
+fn log_failure(copied: io::Result<()>) {
     if let Err(error) = copied {
         tracing::error!(%error, "stopped copying output: {error}");
     }
+}
+
+/// The journal gets lines that have no end.
+async fn finish(sinks: &mut Sinks) {
     for sink in &mut sinks.copies {
         if let Sink::Journal(lines) = sink {
             lines.finish().await;
@@ -154,38 +162,102 @@ pub async fn copy(source: Source, mut sinks: Sinks, over: impl Future<Output = (
     }
 }
 
-/// From pipe to pipe, until the first one ends.
-async fn move_all(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    while move_some(from, to, CHUNK).await? > 0 {
-        tokio::task::consume_budget().await;
+/// Copies to every sink but the journal's pipe, for which `diverter` is.
+async fn deliver(
+    source: Source,
+    sinks: &mut Sinks,
+    diverter: Option<Diverter>,
+    over: impl Future<Output = ()>,
+) -> io::Result<()> {
+    match source {
+        Source::Fifo(from) => deliver_pipe(&from, sinks, diverter, std::future::pending()).await,
+        Source::Terminal(terminal) => match &sinks.fifo {
+            Some(to) => move_terminal(&terminal, to, over).await,
+            None => Ok(()),
+        },
+        Source::Bridged(terminal, bridge) => {
+            let moved = CancellationToken::new();
+            let second = deliver_pipe(&bridge.reader, sinks, diverter, moved.cancelled());
+            let first = async {
+                let result = move_terminal(&terminal, &bridge.writer, over).await;
+                moved.cancel();
+                result
+            };
+            let (first, second) = tokio::join!(first, second);
+            first.and(second)
+        }
+        Source::Delivered => Ok(()),
     }
-    Ok(())
 }
 
-/// Moves something between two pipes; 0 at the end.
-async fn move_some(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>, length: usize) -> io::Result<usize> {
-    loop {
-        // Tried first: a FIFO that is opened again after its writer has gone never gets ready.
-        match splice(from, None, to, None, length, NO_WAIT) {
-            Ok(moved) => return Ok(moved),
-            // The kernel does not say which side has to be waited for.
-            Err(Errno::EAGAIN) => {
-                let mut readable = from.readable().await?;
-                if !is_ready(from, PollFlags::POLLIN)? {
-                    readable.clear_ready();
-                }
-                let mut writable = to.writable().await?;
-                if !is_ready(to, PollFlags::POLLOUT)? {
-                    writable.clear_ready();
-                }
-            }
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
+/// From a pipe until it ends; or, once `complete`, until it is empty.
+async fn deliver_pipe(
+    from: &AsyncFd<OwnedFd>,
+    sinks: &mut Sinks,
+    diverter: Option<Diverter>,
+    complete: impl Future<Output = ()>,
+) -> io::Result<()> {
+    match (&sinks.fifo, diverter) {
+        (Some(to), diverter) if sinks.copies.is_empty() => move_all(from, to, diverter, complete).await,
+        (_, diverter) => {
+            sinks.copies.extend(diverter.map(Sink::Pipe));
+            spread(from, sinks, complete).await
         }
     }
 }
 
-const NO_WAIT: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK;
+/// From pipe to pipe, until the first one ends; or, once `complete`, until it is empty.
+async fn move_all(
+    from: &AsyncFd<OwnedFd>,
+    to: &AsyncFd<OwnedFd>,
+    mut diverter: Option<Diverter>,
+    complete: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let (mut complete, mut is_complete) = (pin!(complete), false);
+    loop {
+        // What is copied before there is room for it is copied once more if the daemon ends while it waits for room.
+        if diverter.is_some() && found(from, PollFlags::POLLIN)? {
+            room_in(to).await?;
+        }
+        // Tried before anything is waited for: a FIFO that is opened again after its writer has gone never gets ready.
+        let moved = match &mut diverter {
+            None => splice(from, None, to, None, CHUNK, NO_WAIT),
+            Some(diverter) => match diverter.divert(from).await {
+                Ok(Diverted::Copied(length)) => {
+                    move_exactly(from, to, length).await?;
+                    Ok(length)
+                }
+                Ok(Diverted::Skipped) => splice(from, None, to, None, CHUNK, NO_WAIT)
+                    .inspect(|moved| diverter.limit.drop_bytes(*moved)),
+                Err(errno) => Err(errno),
+            },
+        };
+        let moved = match moved {
+            Ok(moved) => Some(moved),
+            Err(Errno::EAGAIN) => None,
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        };
+        match moved {
+            Some(0) => return Ok(()),
+            Some(_) => tokio::task::consume_budget().await,
+            // The kernel does not say which side has to be waited for.
+            None if is_ready(from, PollFlags::POLLIN)? => room_in(to).await?,
+            None if is_complete => return Ok(()),
+            None => {
+                tokio::select! {
+                    readable = from.readable() => {
+                        let mut readable = readable?;
+                        if !is_ready(from, PollFlags::POLLIN)? {
+                            readable.clear_ready();
+                        }
+                    }
+                    () = &mut complete => is_complete = true,
+                }
+            }
+        }
+    }
+}
 
 /// From a terminal to a pipe until the process has ended, and then what it has left.
 async fn move_terminal(
@@ -247,35 +319,28 @@ async fn move_output(terminal: &Terminal, to: &AsyncFd<OwnedFd>, length: usize) 
     }
 }
 
-/// Waits until a pipe has room.
-async fn room_in(to: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    loop {
-        let mut writable = to.writable().await?;
-        if is_ready(to, PollFlags::POLLOUT)? {
-            return Ok(());
-        }
-        writable.clear_ready();
-    }
-}
-
 /// From a pipe to every sink, until the pipe ends; or, once `complete`, until it is empty.
 async fn spread(
     from: &AsyncFd<OwnedFd>,
     sinks: &mut Sinks,
     complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let (copy, copied) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-    let nowhere = OpenOptions::new().write(true).open("/dev/null")?;
-    let mut buffer = [0; PIECE];
+    // Only while there is output: most processes write nothing most of the time.
+    let mut looking = None;
     let mut complete = pin!(complete);
     let wait = if sinks.fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
     let (mut is_complete, mut take_part) = (false, false);
     loop {
-        let mut length = match tee(from, &copied, PIECE, NO_WAIT) {
+        let (scratch, nowhere) = match &mut looking {
+            Some(found) => found,
+            None => looking.insert((Scratch::new()?, OpenOptions::new().write(true).open("/dev/null")?)),
+        };
+        let mut length = match scratch.look(from) {
             Ok(0) => return Ok(()),
             Ok(length) => length,
             Err(Errno::EAGAIN) if is_complete => return Ok(()),
             Err(Errno::EAGAIN) => {
+                looking = None;
                 tokio::select! {
                     readable = from.readable() => {
                         let mut readable = readable?;
@@ -290,11 +355,7 @@ async fn spread(
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
         };
-        let mut filled = 0;
-        while filled < length {
-            filled += nix::unistd::read(&copy, &mut buffer[filled..length])?;
-        }
-        match buffer[..length].iter().rposition(|byte| *byte == b'\n') {
+        match scratch.buffer[..length].iter().rposition(|byte| *byte == b'\n') {
             Some(end) => length = end + 1,
             None if take_part || is_complete || length == PIECE || !has_writer(from)? => {}
             None => {
@@ -308,7 +369,7 @@ async fn spread(
             }
         }
         take_part = false;
-        write_to(&mut sinks.copies, &buffer[..length]).await;
+        write_to(&mut sinks.copies, &scratch.buffer[..length]).await;
         let mut left = length;
         while left > 0 {
             let moved = match &sinks.fifo {
@@ -322,18 +383,6 @@ async fn spread(
         }
         tokio::task::consume_budget().await;
     }
-}
-
-fn is_ready(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
-    let mut fds = [PollFd::new(fd.as_fd(), event)];
-    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
-}
-
-/// More may come from a pipe than there is.
-fn has_writer(pipe: &impl AsFd) -> io::Result<bool> {
-    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
-    poll(&mut fds, PollTimeout::ZERO)?;
-    Ok(!fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLHUP)))
 }
 
 async fn write_to(sinks: &mut [Sink], bytes: &[u8]) {
@@ -367,5 +416,137 @@ pub async fn input(fifo: &AsyncFd<OwnedFd>, terminal: &Terminal) -> io::Result<(
             Err(errno) => return Err(errno.into()),
         }
         tokio::task::consume_budget().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stdio::aside::CAPACITY;
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    use nix::unistd::pipe2;
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+    use std::thread;
+
+    /// A pipe, and its writing end as a file.
+    fn pipe() -> (AsyncFd<OwnedFd>, File) {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+        (watch(reader).unwrap(), writer.into())
+    }
+
+    /// Another pipe: the reading end as a file that waits.
+    fn sink() -> (File, AsyncFd<OwnedFd>) {
+        let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        (reader.into(), watch(writer).unwrap())
+    }
+
+    /// The pipe of an [`Aside`].
+    fn pipe_to_journal() -> (OwnedFd, AsyncFd<OwnedFd>) {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+        (reader, watch(writer).unwrap())
+    }
+
+    fn diverter(pipe: AsyncFd<OwnedFd>) -> Diverter {
+        Diverter::new(pipe, Arc::default())
+    }
+
+    fn text(mut from: File) -> String {
+        let mut text = String::new();
+        from.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    /// Each write takes a place of its own in the pipe, as if a reader were as fast as the writer.
+    fn write_apart(to: &impl AsFd, word: &str) {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        nix::unistd::write(&writer, word.as_bytes()).unwrap();
+        assert_eq!(splice(&reader, None, to, None, word.len(), NO_WAIT), Ok(word.len()));
+    }
+
+    #[tokio::test]
+    async fn short_writes_fill_the_pipe_and_the_copy_is_complete() {
+        let ((source, writer), (client, to), (copy, aside)) = (pipe(), sink(), pipe_to_journal());
+        let client = thread::spawn(move || text(client));
+        let diverter = diverter(aside);
+        let limit = diverter.limit.clone();
+        let mut expected = String::new();
+        fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1 << 20)).unwrap();
+        for number in 0..100 {
+            let line = format!("{number}\n");
+            write_apart(&writer, &line);
+            expected.push_str(&line);
+        }
+        drop(writer);
+        let mut journal = String::new();
+        let emptied = async {
+            let mut buffer = [0; 4096];
+            loop {
+                match nix::unistd::read(&copy, &mut buffer) {
+                    Ok(length) => journal.push_str(std::str::from_utf8(&buffer[..length]).unwrap()),
+                    Err(_) => tokio::task::yield_now().await,
+                }
+            }
+        };
+        tokio::select! {
+            moved = move_all(&source, &to, Some(diverter), std::future::pending()) => moved.unwrap(),
+            () = emptied => {}
+        }
+        drop(to);
+        journal.push_str(&text(copy.into()));
+        assert_eq!((client.join().unwrap(), journal), (expected.clone(), expected));
+        assert!(limit.take_dropped().is_nothing());
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_nobody_reads_holds_nothing_up_and_what_it_misses_is_counted() {
+        let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
+        let total = 4 << 20;
+        let writing = thread::spawn(move || {
+            let mut left = total;
+            while left > 0 {
+                match writer.write(&vec![b'x'; left.min(4096)]) {
+                    Ok(written) => left -= written,
+                    Err(_) => thread::yield_now(),
+                }
+            }
+        });
+        let reading = thread::spawn(move || text(client).len());
+        let diverter = diverter(aside);
+        let limit = diverter.limit.clone();
+        move_all(&source, &to, Some(diverter), std::future::pending()).await.unwrap();
+        writing.join().unwrap();
+        drop(to);
+        assert_eq!(reading.join().unwrap(), total);
+        let (copied, dropped) = (text(copy).len(), limit.take_dropped().bytes as usize);
+        assert_eq!(copied + dropped, total, "{copied} copied, {dropped} dropped");
+        assert!(copied as i32 >= CAPACITY - PIECE as i32, "the pipe did not grow: {copied}");
+    }
+
+    #[tokio::test]
+    async fn what_comes_after_a_gap_begins_with_a_new_line() {
+        let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
+        let mut diverter = diverter(aside);
+        diverter.limit.set(60_000_000, 1);
+        diverter.limit.admit(0);
+        diverter.write(b"half of a li").await;
+        assert!(diverter.has_gap);
+        diverter.limit.set(60_000_000, 100);
+        diverter.has_gap = true;
+        writer.write_all(b"rest of a line\n").unwrap();
+        drop(writer);
+        move_all(&source, &to, Some(diverter), std::future::pending()).await.unwrap();
+        drop(to);
+        assert_eq!((text(client), text(copy)), ("rest of a line\n".into(), "\nrest of a line\n".into()));
+    }
+
+    #[tokio::test]
+    async fn a_source_that_never_ends_is_left_once_it_is_empty_and_complete() {
+        let ((source, mut writer), (client, to)) = (pipe(), sink());
+        writer.write_all(b"all").unwrap();
+        move_all(&source, &to, None, std::future::ready(())).await.unwrap();
+        drop((to, writer));
+        assert_eq!(text(client), "all");
     }
 }

@@ -9,6 +9,8 @@ use tokio::time::Instant;
 /// journald's defaults.
 const INTERVAL: Duration = Duration::from_secs(30);
 const BURST: u32 = 10_000;
+/// Each further KiB of a line counts as a line: journald's work grows with both.
+const LINE: usize = 1 << 10;
 
 /// Output that did not reach a sink.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,6 +58,17 @@ struct State {
     dropped: Missing,
 }
 
+impl State {
+    fn is_exhausted(&mut self) -> bool {
+        let now = Instant::now();
+        if self.began.is_none_or(|began| now.duration_since(began) >= self.interval) {
+            self.began = Some(now);
+            self.passed = 0;
+        }
+        self.passed >= self.burst
+    }
+}
+
 impl Default for RateLimit {
     fn default() -> Self {
         let state =
@@ -73,20 +86,27 @@ impl RateLimit {
         state.burst = if burst == 0 { BURST } else { burst };
     }
 
-    /// A line of this length is about to be copied.
+    /// A line of this length is about to be copied. A long line counts as several ([`LINE`]).
     pub fn admit(&self, bytes: usize) -> Admission {
         let mut state = self.state();
-        let now = Instant::now();
-        if state.began.is_none_or(|began| now.duration_since(began) >= state.interval) {
-            state.began = Some(now);
-            state.passed = 0;
-        }
-        if state.passed >= state.burst {
+        if state.is_exhausted() {
             state.dropped.add(bytes);
             return Admission::Dropped;
         }
-        state.passed += 1;
+        let lines = u32::try_from(1 + bytes / LINE).unwrap_or(u32::MAX);
+        state.passed = state.passed.saturating_add(lines);
         Admission::Passes(std::mem::take(&mut state.dropped))
+    }
+
+    /// Whether lines are dropped at the moment.
+    pub fn is_exhausted(&self) -> bool {
+        self.state().is_exhausted()
+    }
+
+    /// So many bytes of output are not copied: nobody knows how many lines they are.
+    pub fn drop_bytes(&self, bytes: usize) {
+        let dropped = &mut self.state().dropped;
+        dropped.bytes = dropped.bytes.saturating_add(bytes as u64);
     }
 
     /// What was dropped and has not been said yet.

@@ -85,23 +85,26 @@ pub fn wiring(
 /// The way to a client's sink, or to where it goes without one. `given`: the client named at least
 /// one of the two streams.
 fn way(sink: Option<Sink>, given: bool, log: Log, role: Role, terminal: bool) -> Output {
-    let copied = |client, journal| Output::Copied(Copied { client, journal });
+    let copied = |client, journal| Output::Copied(Copied { client, journal, aside: false });
     // Somebody has to read a terminal, or its processes would stand still.
     let nowhere = if terminal { copied(None, false) } else { Output::Null };
     match (log, sink) {
         (Log::Journal, Some(Sink::Fifo(path))) => copied(Some(Sink::EndOnly(path)), true),
         (Log::Journal, _) => copied(None, true),
         (Log::Tee, sink) => copied(sink, true),
-        (Log::Auto | Log::None, Some(sink)) => match (sink, role) {
+        (Log::Auto, Some(sink)) if role == Role::Init => {
+            Output::Copied(Copied { client: Some(sink), journal: true, aside: true })
+        }
+        (Log::Auto | Log::Client | Log::None, Some(sink)) => match (sink, role) {
             (sink, _) if terminal => copied(Some(sink), false),
             (Sink::Logger, _) => Output::Logger,
             (Sink::Fifo(path), Role::Init) => Output::Fifo(path),
             (sink, _) => copied(Some(sink), false),
         },
         (Log::None, None) => nowhere,
-        (Log::Auto, None) if given => nowhere,
-        (Log::Auto, None) if role == Role::Init && !terminal => Output::Journal,
-        (Log::Auto, None) => copied(None, true),
+        (Log::Auto | Log::Client, None) if given => nowhere,
+        (Log::Auto | Log::Client, None) if role == Role::Init && !terminal => Output::Journal,
+        (Log::Auto | Log::Client, None) => copied(None, true),
     }
 }
 
@@ -264,19 +267,24 @@ mod tests {
     fn one_stream_alone_leaves_the_other_null() {
         assert_eq!(read("/fifo", "").unwrap().stderr, Output::Null);
         assert_eq!(read("", "/fifo").unwrap().stdout, Output::Null);
-        assert_eq!(read("fifo:///fifo", "").unwrap().stdout, Output::Fifo("/fifo".into()));
+        let client = read_as(Log::Client, Role::Init, false, "fifo:///fifo", "").unwrap();
+        assert_eq!(client.stdout, Output::Fifo("/fifo".into()));
     }
 
     #[test]
     fn a_file_takes_both_streams_through_one_pipe() {
         let wiring = read("file:///var/log/a%20b.log", "/ignored").unwrap();
         let file = Sink::File { path: "/var/log/a b.log".into(), create: true };
-        assert_eq!(wiring.stdout, copied(Some(file), false));
+        assert_eq!(wiring.stdout, aside(file));
         assert_eq!(wiring.stderr, wiring.stdout);
     }
 
     fn copied(client: Option<Sink>, journal: bool) -> Output {
-        Output::Copied(Copied { client, journal })
+        Output::Copied(Copied { client, journal, aside: false })
+    }
+
+    fn aside(client: Sink) -> Output {
+        Output::Copied(Copied { client: Some(client), journal: true, aside: true })
     }
 
     #[test]
@@ -290,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_terminal_is_always_read_and_has_one_output() {
-        for log in [Log::Auto, Log::Journal, Log::Tee, Log::None] {
+        for log in [Log::Auto, Log::Client, Log::Journal, Log::Tee, Log::None] {
             let wiring = read_as(log, Role::Init, true, "/fifo", "").unwrap();
             assert!(matches!(wiring.stdout, Output::Copied(_)) && wiring.stderr == Output::Null);
         }
@@ -301,6 +309,9 @@ mod tests {
     fn the_log_mode_decides_where_output_goes() {
         let fifo = || Some(Sink::Fifo("/fifo".into()));
         let stdout = |log, stdout| read_as(log, Role::Init, false, stdout, "").unwrap().stdout;
+        assert_eq!(stdout(Log::Auto, "/fifo"), aside(Sink::Fifo("/fifo".into())));
+        assert_eq!(stdout(Log::Client, "/fifo"), Output::Fifo("/fifo".into()));
+        assert_eq!(stdout(Log::Client, ""), Output::Journal);
         assert_eq!(stdout(Log::Tee, "/fifo"), copied(fifo(), true));
         assert_eq!(stdout(Log::Journal, "/fifo"), copied(Some(Sink::EndOnly("/fifo".into())), true));
         assert_eq!(stdout(Log::Journal, ""), copied(None, true));

@@ -46,12 +46,15 @@ pub struct Stdio {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Log {
-    /// It goes to the client if that named streams, else to the journal.
+    /// It goes to the client if that named streams, and to the journal. The client never waits for the journal. The
+    /// output of an exec goes to the journal only if its client named no streams.
     #[default]
     Auto,
+    /// It goes to the client if that named streams, else to the journal.
+    Client,
     /// It goes to the journal, whatever the client named.
     Journal,
-    /// It goes to the client and to the journal.
+    /// It goes to the client and to the journal. The client waits for the journal for a limited time.
     Tee,
     /// It goes to the client if that named streams, else nowhere.
     None,

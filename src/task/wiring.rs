@@ -40,6 +40,9 @@ pub struct Copied {
     pub client: Option<Sink>,
     /// The journal, under the container's unit.
     pub journal: bool,
+    /// The client does not wait for the journal, which may miss what it does not take at once.
+    #[serde(default)]
+    pub aside: bool,
 }
 
 /// A client's end of a stream.

@@ -95,18 +95,9 @@ fn cgroups() -> BTreeSet<String> {
 
 /// The daemon's descriptors by kind, numbered if there are several of a kind.
 fn descriptors() -> BTreeSet<String> {
-    let daemon = systemd::main_pid(systemd::DAEMON_SERVICE);
     let holders = holders();
-    let is_holder = |target: &str| {
-        let inode = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']'));
-        inode.is_some_and(|inode| holders.contains_key(inode))
-    };
     let mut counts: BTreeMap<String, u32> = BTreeMap::new();
-    for entry in fs::read_dir(format!("/proc/{daemon}/fd")).into_iter().flatten().flatten() {
-        let target = fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
-        if is_holder(&target) {
-            continue;
-        }
+    for target in open_by_daemon().into_iter().filter(|target| !holders.contains_key(target)) {
         // The number of a socket or pipe has no meaning here.
         *counts.entry(target.split('[').next().unwrap_or_default().to_string()).or_default() += 1;
     }
@@ -117,21 +108,34 @@ fn descriptors() -> BTreeSet<String> {
     counts.into_iter().flat_map(|(kind, count)| (1..=count).map(move |n| format!("{kind} #{n}"))).collect()
 }
 
+/// What the daemon has open, as the kernel names it.
+fn open_by_daemon() -> Vec<String> {
+    let daemon = systemd::main_pid(systemd::DAEMON_SERVICE);
+    let entries = fs::read_dir(format!("/proc/{daemon}/fd")).into_iter().flatten().flatten();
+    entries
+        .map(|entry| fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned())
+        .collect()
+}
+
 /// The sockets in the descriptor store that hold descriptors, numbered.
 fn stored_descriptors() -> BTreeSet<String> {
-    let used = holders().into_values().filter(|is_empty| !is_empty).count();
+    let holders = holders();
+    let is_used = |target: &String| holders.get(target).is_some_and(|is_empty| !is_empty);
+    let used = open_by_daemon().into_iter().filter(is_used).count();
     (1..=used).map(|n| format!("holder #{n}")).collect()
 }
 
-/// The sockets in which the daemon keeps descriptors, by inode, and whether each of them is empty. Empty ones stay for
-/// later use.
+/// The sockets in which daemons keep descriptors, as the kernel names them, and whether each of them is empty. Empty
+/// ones stay for later use. Guests that share a network see each other's.
 fn holders() -> BTreeMap<String, bool> {
     let sockets = process::run("ss", &["-xanH"]).text();
     // Columns: type, state, bytes in its queue, bytes sent, address, inode.
     let holder = |line: &str| {
         let columns: Vec<&str> = line.split_whitespace().collect();
         let [_, _, queue, _, address, inode, ..] = columns[..] else { return None };
-        address.starts_with("@containerd-shim-systemd-v1/").then(|| (inode.to_owned(), queue == "0"))
+        address
+            .starts_with("@containerd-shim-systemd-v1/")
+            .then(|| (format!("socket:[{inode}]"), queue == "0"))
     };
     sockets.lines().filter_map(holder).collect()
 }

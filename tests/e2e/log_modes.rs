@@ -3,19 +3,21 @@
 use std::thread;
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any as ShimAny;
+use nix::sys::signal::Signal;
 use prost::Message as _;
 use prost_types::Any;
 use serde_json::Value;
 use ttrpc::Code;
 
 use crate::common::container::Container;
+use crate::common::daemon;
 use crate::common::exec::Exec;
 use crate::common::node::{Node, unique};
 use crate::common::shim::{Bundle, Shim};
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::systemd;
-use crate::common::task::{Io, Process};
+use crate::common::task::{Io, Process, SIGTERM};
 use crate::common::wait;
 use crate::options::GenericOptions;
 
@@ -101,8 +103,12 @@ impl<'n> Ran<'n> {
 
 /// Asserts who gets the lines of a process, of every kind.
 fn check(mode: &str, has_client: bool, client_gets: bool, journal_gets: bool) {
+    check_kinds(mode, &[Kind::Init, Kind::Exec], has_client, client_gets, journal_gets);
+}
+
+fn check_kinds(mode: &str, kinds: &[Kind], has_client: bool, client_gets: bool, journal_gets: bool) {
     let node = Node::shared();
-    for kind in [Kind::Init, Kind::Exec] {
+    for kind in kinds.iter().copied() {
         // A terminal without a client has nobody to type in it.
         for terminal in if has_client { &[false, true][..] } else { &[false] } {
             let what = format!("{mode}, {kind:?}, terminal: {terminal}, client: {has_client}");
@@ -127,10 +133,18 @@ fn check(mode: &str, has_client: bool, client_gets: bool, journal_gets: bool) {
 }
 
 #[test]
-fn auto_is_the_clients_streams_or_else_the_journal() {
+fn auto_is_the_clients_streams_and_the_journal_and_for_execs_one_of_them() {
     needs!(OurShim);
-    check("auto", true, true, false);
+    check_kinds("auto", &[Kind::Init], true, true, true);
+    check_kinds("auto", &[Kind::Exec], true, true, false);
     check("auto", false, false, true);
+}
+
+#[test]
+fn client_is_the_clients_streams_or_else_the_journal() {
+    needs!(OurShim);
+    check("client", true, true, false);
+    check("client", false, false, true);
 }
 
 #[test]
@@ -269,12 +283,93 @@ fn more_lines_than_the_limit_reach_the_client_and_the_journal_counts_them() {
         assert_eq!(ran.seen.lines().count(), 1000, "the client, {kind:?}");
         // Both streams have one limit, and each of them says what was dropped since the last message.
         let dropped = || -> u32 {
-            let said = ran.shown("were dropped by the rate limit", 1);
+            let said = ran.shown("are missing here", 1);
             said.iter().filter_map(|entry| entry["N_DROPPED"].as_str()?.parse::<u32>().ok()).sum()
         };
         wait::until_true("the journal says what is missing", || dropped() >= 900);
         assert_eq!(dropped(), 900, "{kind:?}");
         assert_eq!(ran.shown(&word, 100).len(), 100, "the journal, {kind:?}");
+    }
+}
+
+#[test]
+fn the_copy_has_a_limit_and_says_what_is_missing() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let word = unique("flood");
+    let spec = Spec::sh(&format!("yes {word} | head -n 100000"));
+    let ran = Ran::new(&node, limited("auto", 100), Kind::Init, spec, true);
+    assert_eq!(ran.seen.lines().count(), 100_000, "the client");
+    assert!(!ran.shown("are missing here: the container writes faster than", 1).is_empty());
+    let copied = ran.shown(&word, 1).len();
+    assert!((1..=100).contains(&copied), "{copied} lines in the journal");
+}
+
+#[test]
+fn lines_that_are_written_one_at_a_time_are_all_in_the_copy() {
+    needs!(OurShim);
+    let node = Node::shared();
+    for terminal in [false, true] {
+        let word = unique("single");
+        let fifos = Fifos::new("single");
+        let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+        let spec = Spec::sh(&format!("for i in $(seq 2000); do echo {word}; done"));
+        let (spec, io) = if terminal { (spec.terminal(), fifos.terminal()) } else { (spec, fifos.output()) };
+        let container = node.container("single", spec).started(&io);
+        let seen = stdout.rest();
+        assert_eq!(container.exit_status(), 0);
+        assert_eq!(String::from_utf8_lossy(&seen).lines().count(), 2000, "terminal: {terminal}");
+        wait::until_true("every line is in the journal", || {
+            let messages = systemd::messages(&["--unit", &systemd::unit_of(&container)]);
+            messages.iter().filter(|message| message.contains(&word)).count() == 2000
+        });
+        container.delete().expect("delete");
+    }
+}
+
+/// journald is stopped by a signal until this is dropped.
+struct Frozen(u32);
+
+impl Frozen {
+    fn new() -> Frozen {
+        let pid = systemd::main_pid("systemd-journald.service");
+        daemon::signal(pid, Signal::SIGSTOP);
+        wait::until_true("journald is stopped", || daemon::is_stopped(pid));
+        Frozen(pid)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        daemon::signal(self.0, Signal::SIGCONT);
+    }
+}
+
+#[test]
+fn a_journald_that_hangs_holds_up_neither_a_container_nor_its_client() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    for terminal in [false, true] {
+        let fifos = Fifos::new("hang");
+        let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+        // More than all pipes and the journal's socket hold.
+        let spec =
+            Spec::sh("trap 'seq 500000; echo over; exit 0' TERM; echo ready; while :; do sleep 0.1; done");
+        let (spec, io) = if terminal { (spec.terminal(), fifos.terminal()) } else { (spec, fifos.output()) };
+        let container = node.container("hang", spec).started(&io);
+        stdout.until(|seen| seen.starts_with(b"ready"));
+        let frozen = Frozen::new();
+        container.kill(SIGTERM).expect("let it write");
+        let seen = stdout.until(|seen| seen.trim_ascii_end().ends_with(b"over"));
+        // systemd itself waits for journald when it logs that a unit has ended.
+        drop(frozen);
+        assert_eq!(container.exit_status(), 0);
+        container.delete().expect("delete");
+        assert_eq!(String::from_utf8_lossy(&seen).lines().count(), 500_001, "terminal: {terminal}");
+        wait::until_true("the journal says what is missing", || {
+            let messages = systemd::messages(&["--unit", &systemd::unit_of(&container)]);
+            messages.iter().any(|message| message.contains("are missing here"))
+        });
     }
 }
 
