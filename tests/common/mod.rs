@@ -6,6 +6,7 @@
 #![allow(dead_code, unused_macros)] // each of them uses a part
 
 pub mod audit;
+pub mod bpf;
 pub mod bulk;
 pub mod cgroup;
 pub mod command_line;

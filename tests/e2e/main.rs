@@ -26,6 +26,7 @@ mod crash_stop;
 mod crash_streams;
 mod ctr;
 mod ctr_terminals;
+mod devices;
 mod events;
 mod exec;
 mod exec_exits;
