@@ -1,7 +1,7 @@
-//! Stops the slices of namespaces that have become empty.
+//! Stops the slices of namespaces and pods that have become empty.
 //!
 //! systemd starts `containerd.slice` and `containerd-<namespace>.slice` for the first unit in them, and does not
-//! stop them with the last one. (Pods' slices do that by themselves: `StopWhenUnneeded=`.)
+//! stop them with the last one. The daemon starts `containerd-<namespace>-<pod>.slice`.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -226,13 +226,10 @@ pub fn wake(command: &[String], wake_fd: BorrowedFd<'_>) -> Result<Properties, s
     Ok(Properties(list))
 }
 
-/// A pod's slice. systemd unloads it after the last unit in it.
+/// A pod's slice. It has to be up before the first unit in it, so it can't be `StopWhenUnneeded=`: systemd would stop it
+/// at once, and refuse the unit meanwhile. The daemon stops it when it is empty.
 pub fn pod_slice(description: &str) -> Properties {
-    Properties(vec![
-        ("Description", description.to_owned().into()),
-        ("StopWhenUnneeded", true.into()),
-        ("DefaultDependencies", false.into()),
-    ])
+    Properties(vec![("Description", description.to_owned().into()), ("DefaultDependencies", false.into())])
 }
 
 /// The daemon's socket if no packaged unit is installed. Same as

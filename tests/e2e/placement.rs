@@ -8,6 +8,7 @@ use crate::common::node::{Node, unique};
 use crate::common::spec::Spec;
 use crate::common::systemd;
 use crate::common::task::Io;
+use crate::common::wait::until_true;
 use crate::common::{cgroup, process};
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -89,7 +90,22 @@ fn containers_of_a_pod_without_a_parent_share_a_slice() {
     assert_eq!(description, "Pod shop/web-0");
     let slice = slice(&sandbox);
     drop((sandbox, member));
-    assert!(systemd::list_units(&slice).is_empty(), "it goes with the last of them");
+    until_true("the slice goes after the last of them", || systemd::list_units(&slice).is_empty());
+}
+
+#[test]
+fn one_pod_after_the_other_gets_a_slice() {
+    needs!(OurShim);
+    let node = Node::shared();
+    for _ in 0..40 {
+        let pod = digest();
+        let spec = Spec::sleeping()
+            .cgroups_path(&format!("/k8s.io/{pod}"))
+            .annotation("io.kubernetes.cri.container-type", "sandbox")
+            .annotation("io.kubernetes.cri.sandbox-id", &pod);
+        node.container("pod", spec).namespace("k8s.io").id(&pod).started(&Io::default());
+    }
+    until_true("the slices of pods are gone", || systemd::list_units("containerd-k8s.io-*.slice").is_empty());
 }
 
 /// cAdvisor takes every cgroup for a container whose last element has 64 letters or digits in a row and is no

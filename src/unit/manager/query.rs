@@ -59,7 +59,7 @@ impl Manager {
         Ok(living.filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
     }
 
-    /// The active slices of namespaces, and the slice that contains them.
+    /// The active slices of namespaces and pods, and the slice that contains them.
     ///
     /// # Errors
     /// systemd can't be reached.
