@@ -25,7 +25,7 @@ use crate::oci::namespaces;
 use crate::services::Shim;
 use crate::session::fds::StreamFds;
 use crate::store::Store;
-use crate::store::answers::Answers;
+use crate::store::delete_replies::DeleteReplies;
 use crate::supervise::slices;
 use crate::suspect::Crashes;
 use crate::transport::Keep;
@@ -114,7 +114,8 @@ impl Waking {
             return Ok(());
         }
         let command = [self.program.to_string_lossy().into_owned(), "wake".to_owned()];
-        let wake = properties::wake(&command, self.connections.news()).map_err(|error| error.to_string())?;
+        let wake =
+            properties::wake(&command, self.connections.wake_fd()).map_err(|error| error.to_string())?;
         let started = self.manager.start_transient(&name::wake_service(), &wake).await;
         started.map_err(|error| error.to_string())
     }
@@ -197,7 +198,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     Waking::dismiss(&manager).await?;
     let program = std::env::current_exe()
         .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
-    let answers = Answers::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
+    let delete_replies = DeleteReplies::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
     let fds = StreamFds::new(fd_store.clone(), kept);
     let keeps = systemd.has_fd_store_preserve();
     let waking =
@@ -206,7 +207,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let store = Store::new(config::STATE_DIR);
     let slices_of = manager.clone();
     let commands = Arc::new(CommandLine::in_cgroup(launch::cgroup::of_commands().map_err(Failure::new)?));
-    let (shim, outgoing) = Shim::new(store, answers, fds, cgroups, manager, commands, program);
+    let (shim, outgoing) = Shim::new(store, delete_replies, fds, cgroups, manager, commands, program);
     fault::point(Point::RecoverTaken);
     shim.recover(&crashes).await.map_err(Failure::new)?;
     fault::point(Point::RecoverTasks);

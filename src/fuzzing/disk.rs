@@ -10,7 +10,7 @@ use crate::launch::contract::Outcome;
 use crate::launch::report;
 use crate::oci::bundle::{self, Edits, Spec};
 use crate::store::Store;
-use crate::store::answers::{Answers, Deleted};
+use crate::store::delete_replies::{DeleteReplies, Deleted};
 use crate::suspect::Crashes;
 use crate::task::Task;
 use crate::task::limits::Limits;
@@ -85,7 +85,7 @@ pub(super) fn check_record(task: &Task) {
     assert_eq!(loaded(), Some(before.clone()));
     let mut later = before.clone();
     later.outbox.push(TaskEvent::Exited { pid: 1, exit: Exit { status: 1, at_usec: u64::MAX } }, u64::MAX);
-    if store.save(&before, &later, crate::store::Cause::Note).is_ok() {
+    if store.save(&before, &later, crate::store::Cause::Observation).is_ok() {
         assert_eq!(loaded(), Some(later));
     }
     store.remove(&task.key).unwrap_or_else(|error| panic!("a record can't be removed: {error}"));
@@ -98,7 +98,7 @@ pub(super) fn file(data: &[u8]) {
     let dir = scratch();
     let root = dir.path();
     match name {
-        "answers" => answers(root, content),
+        "answers" => replies(root, content),
         "owed" => owed(root, content),
         "outcome" => outcome(root, content),
         "socket" => socket(root, content),
@@ -110,16 +110,16 @@ pub(super) fn file(data: &[u8]) {
     }
 }
 
-fn answers(root: &Path, content: &[u8]) {
+fn replies(root: &Path, content: &[u8]) {
     write(&root.join(".answers"), content);
-    let open = || Answers::open(root).unwrap_or_else(|error| panic!("{error}"));
-    let answers = open();
+    let open = || DeleteReplies::open(root).unwrap_or_else(|error| panic!("{error}"));
+    let replies = open();
     let process = ProcessKey { task: key(), exec: None };
-    let _ = answers.find(&process);
+    let _ = replies.find(&process);
     for pid in 1..4 {
         let deleted = Deleted { pid, exit: Some(Exit { status: 0, at_usec: 7 }) };
-        answers.keep(&process, deleted).unwrap_or_else(|error| panic!("{error}"));
-        assert_eq!(answers.find(&process), Some(deleted), "the last answer counts");
+        replies.record(&process, deleted).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(replies.find(&process), Some(deleted), "the last answer counts");
         assert_eq!(open().find(&process), Some(deleted), "the last answer counts after a restart");
     }
 }

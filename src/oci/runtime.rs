@@ -1,4 +1,4 @@
-//! The OCI runtime's command line and its log. runc, crun and youki take the same words.
+//! The command line and the log of the OCI runtime. runc, crun and youki have the same commands.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -16,62 +16,62 @@ use crate::id::TaskId;
 use crate::task::Task;
 use crate::task::request::{Containerd, Runtime};
 
-/// How much of the log's end is looked at for the reason of a failure.
+/// How many bytes of the log's end are searched for the reason of a failure.
 const LOG_TAIL_BYTES: u64 = 64 << 10;
-/// How many entries of it are looked at.
+/// How many log entries are searched.
 const MOST_LOG_ENTRIES: usize = 200;
 
-/// A command of the OCI runtime that failed.
+/// Why a command of the OCI runtime failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It could not be run.
+    /// The binary could not be run.
     #[error("OCI runtime {verb} failed: can't run {binary}: {source}")]
     Spawn {
         /// The command.
         verb: &'static str,
         /// The binary.
         binary: PathBuf,
-        /// Why not.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
-    /// It failed; the reason is in its own words.
+    /// The command failed.
     #[error("OCI runtime {verb} failed: {reason}")]
     Failed {
         /// The command.
         verb: &'static str,
-        /// Its last error.
+        /// The last error in its log.
         reason: String,
     },
-    /// Somebody killed it, or it crashed; the reason is in its own words if it left any.
+    /// The command was killed by another process, or crashed.
     #[error("OCI runtime {verb} failed: {reason}")]
     Killed {
         /// The command.
         verb: &'static str,
-        /// Its last error, or the signal.
+        /// The last error in its log, or the signal.
         reason: String,
     },
-    /// It took too long and was killed, with all that it had started.
+    /// The command took too long, and was killed with every process that it had started.
     #[error("OCI runtime {verb} failed: it did not end within {} s and was killed (option RuntimeTimeoutSec)", .limit.as_secs())]
     TimedOut {
         /// The command.
         verb: &'static str,
-        /// How long it was given.
+        /// The time limit.
         limit: Duration,
     },
-    /// An earlier command for the same container does not end, and can't be killed.
+    /// An earlier command for the same container does not end, even after SIGKILL.
     #[error(
         "OCI runtime {verb} failed: an earlier command for this container (pid {pid}) did not end after SIGKILL; see /proc/{pid}/stack"
     )]
     Busy {
         /// The command that could not be run.
         verb: &'static str,
-        /// The earlier one.
+        /// The pid of the earlier command.
         pid: u32,
     },
 }
 
-/// The command of [`Cli::exec`], which names its log too.
+/// The name of the command [`Cli::exec`], and of its log.
 pub const EXEC: &str = "exec";
 
 /// The OCI runtime, for one container.
@@ -87,23 +87,23 @@ pub struct Cli<'a> {
     pub dir: &'a Path,
 }
 
-/// The seam between the daemon and the OCI runtime: the commands that the daemon itself runs. Tests put a fake in
-/// the place of [`super::command::CommandLine`].
+/// The commands of the OCI runtime that the daemon itself runs. Tests use a fake instead of
+/// [`super::command::CommandLine`].
 #[async_trait]
 pub trait OciRuntime: Send + Sync {
-    /// Lets a created container's process run. Dropped before it resolves, the command is killed.
+    /// Starts the process of a created container. If the future is dropped, the command is killed.
     ///
     /// # Errors
     /// [`Error`]
     async fn start(&self, cli: &Cli<'_>) -> Result<(), Error>;
 
-    /// Gives a container other limits; `resources` is a file with OCI `LinuxResources`.
+    /// Changes the limits of a container. `resources` is a file with OCI `LinuxResources`.
     ///
     /// # Errors
     /// [`Error`]
     async fn update(&self, cli: &Cli<'_>, resources: &Path) -> Result<(), Error>;
 
-    /// Removes what the runtime keeps of a container; no error if there is nothing.
+    /// Removes the runtime's state of a container. It is no error if there is none.
     ///
     /// # Errors
     /// [`Error`]
@@ -118,8 +118,8 @@ impl<'a> Cli<'a> {
 }
 
 impl Cli<'_> {
-    /// `create`, for a process that becomes it; `program` is the binary or a copy of it. With a console socket the container's init gets a
-    /// terminal.
+    /// The command `create`, for a process that becomes it. `program` is the binary or a copy of it. With a console socket,
+    /// the init process gets a terminal.
     pub fn create(&self, program: &Path, bundle: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
         let mut command = self.command_of(program, "create");
         command.arg("--bundle").arg(bundle).arg("--pid-file").arg(pid_file);
@@ -136,7 +136,8 @@ impl Cli<'_> {
         command
     }
 
-    /// `exec` (`program` as with [`Self::create`]), which leaves the new process behind, its pid in `pid_file`.
+    /// The command `exec`, which starts a process, writes its pid to `pid_file` and exits. `program`: as for
+    /// [`Self::create`].
     pub fn exec(&self, program: &Path, process: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
         let mut command = self.command_of(program, EXEC);
         command.arg("--process").arg(process).arg("--detach").arg("--pid-file").arg(pid_file);
@@ -147,20 +148,19 @@ impl Cli<'_> {
         command
     }
 
-    /// The runtime keeps something of this container.
+    /// True if the runtime has state of this container.
     pub fn knows(&self) -> bool {
         self.state().exists()
     }
 
-    /// The container has been created and waits for `start`: the FIFO on which runc's and crun's
-    /// init waits is still there.
+    /// True if the container was created and waits for `start`: the FIFO that the init of runc and crun waits on exists.
     pub fn waits_for_start(&self) -> bool {
         self.start_fifo().exists()
     }
 
-    /// Tells runc that init has been let go, which a `runc start` that was cut off has not.
-    pub fn note_start(&self) {
-        // Not there is what we want.
+    /// Removes the FIFO that the container waited on, if a killed `runc start` could not.
+    pub fn mark_started(&self) {
+        // It is no error if it does not exist.
         let _ = std::fs::remove_file(self.start_fifo());
     }
 
@@ -168,17 +168,17 @@ impl Cli<'_> {
         self.state().join("exec.fifo")
     }
 
-    /// The file on which a running command holds a lock, for as long as it runs.
+    /// The file that a command locks while it runs.
     pub(super) fn lock(&self) -> PathBuf {
         self.dir.join("runtime.lock")
     }
 
-    /// What the runtime keeps of this container. An id has no slash and is not `..`.
+    /// The directory with the runtime's state of this container. An id has no slash and is not `..`.
     pub(super) fn state(&self) -> PathBuf {
         self.runtime.root.join(self.id.as_str())
     }
 
-    /// Why a command failed, from the log that it was given.
+    /// Why a command failed, according to its log.
     pub fn reason(&self, verb: &str, status: Option<ExitStatus>) -> String {
         last_error(&self.log(verb)).unwrap_or_else(|| match status {
             Some(status) => match (status.code(), status.signal()) {
@@ -205,7 +205,7 @@ impl Cli<'_> {
 
     fn command_of(&self, program: &Path, verb: &str) -> Command {
         let log = self.log(verb);
-        // Both append: an old error must not be taken for a new one.
+        // runc and crun append to the log: an old error must not be reported again.
         let _ = fs::remove_file(&log);
         let mut command = Command::new(program);
         command.arg0(&self.runtime.binary);
@@ -214,10 +214,10 @@ impl Cli<'_> {
             "json",
             verb,
         ]);
-        // Complete, for those who read it back (`sys/spawn.rs`).
+        // The complete environment, as `sys/spawn.rs` expects.
         command.env_clear().envs(self.environment().unwrap_or_else(|| std::env::vars_os().collect()));
         command.env("PATH", &self.runtime.path);
-        // The runtime would take systemd's words to us for its container.
+        // The runtime would pass the variables that systemd sets for this process to the container.
         for name in
             ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"]
         {
@@ -226,7 +226,7 @@ impl Cli<'_> {
         command
     }
 
-    /// The environment of the task's containerd; nothing for a task of an earlier version.
+    /// The environment of the task's containerd. `None` for a task of an earlier version.
     fn environment(&self) -> Option<Vec<(OsString, OsString)>> {
         let text = fs::read(&self.runtime.environment).ok()?;
         let variable = |entry: &[u8]| {
@@ -248,7 +248,7 @@ fn last_error(log: &Path) -> Option<String> {
     last_error_in(&text)
 }
 
-/// The last error in the end of a log: objects of JSON, of a line each (runc, crun 1.21) or of several (crun 1.28).
+/// The last error in the end of a log of JSON objects, which have one line each (runc, crun 1.21) or several (crun 1.28).
 pub fn last_error_in(text: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Line {
@@ -257,21 +257,21 @@ pub fn last_error_in(text: &[u8]) -> Option<String> {
     }
     let text = String::from_utf8_lossy(text);
     let begins = text.match_indices('{').filter(|(at, _)| *at == 0 || text[..*at].ends_with('\n')).rev();
-    // A text of nothing but beginnings is none of an OCI runtime.
+    // The limit is for a file that is not the log of an OCI runtime.
     let mut lines = begins.take(MOST_LOG_ENTRIES).filter_map(|(at, _)| {
         serde_json::Deserializer::from_str(&text[at..]).into_iter::<Line>().next()?.ok()
     });
     lines.find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic")).map(|line| line.msg)
 }
 
-/// True for the programs runc and crun themselves, which mount nothing on the host: not for a script, nor for a
-/// wrapper of another name, which may add hooks to the spec (as nvidia-container-runtime does).
+/// True for runc and crun themselves, which mount nothing on the host. False for a script, and for a program with another
+/// name, which may add hooks to the spec (as nvidia-container-runtime does).
 pub fn is_plain(binary: &Path) -> bool {
     let is_known = binary.file_name().is_some_and(|name| name == "runc" || name == "crun");
     is_known && is_elf(binary)
 }
 
-/// True for a program, as opposed to a script.
+/// True for an ELF program, false for a script.
 pub(super) fn is_elf(binary: &Path) -> bool {
     let mut magic = [0; 4];
     File::open(binary).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && &magic == b"\x7fELF"

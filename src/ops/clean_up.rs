@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::id::{Owner, TaskKey};
 use crate::services::{Entry, Error, Shim, Tasks};
-use crate::store::answers::Deleted;
+use crate::store::delete_replies::Deleted;
 
 impl Shim {
     /// Takes away what a task left when containerd has given it up: kills it if it lives.

@@ -10,7 +10,7 @@ use crate::id::{ProcessKey, TaskKey};
 use crate::services::registry::End;
 use crate::services::streams::drain;
 use crate::services::{Attempt, Entry, Error, Process, Shim, blocking};
-use crate::store::answers::Deleted;
+use crate::store::delete_replies::Deleted;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Phase};
 
@@ -61,7 +61,7 @@ impl Shim {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
         }
         let deleted = Deleted { pid, exit: Some(exit) };
-        self.answers.keep(&entry.init.key, deleted)?;
+        self.delete_replies.record(&entry.init.key, deleted)?;
         self.forget(&entry, TaskEvent::Deleted { pid, exit })?;
         fault::point(Point::DeleteForgotten);
         Ok(deleted)
@@ -129,7 +129,7 @@ impl Shim {
         }
         fault::point(Point::ExecDeleteUnit);
         let deleted = Deleted { pid: exec.pid().unwrap_or_default(), exit: exec.exit() };
-        self.answers.keep(key, deleted)?;
+        self.delete_replies.record(key, deleted)?;
         fault::point(Point::ExecDeleteKept);
         self.tasks.change(entry, |task| {
             task.execs.remove(id);

@@ -18,7 +18,7 @@ use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::services::{Attempt, Error, Shim};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
-use crate::store::answers::{Answers, Deleted};
+use crate::store::delete_replies::{DeleteReplies, Deleted};
 use crate::task::outbox::TaskEvent;
 use crate::task::request::{Create, Stdio};
 use crate::unit::fake::FakeSystemd;
@@ -185,7 +185,7 @@ impl World {
         let fd_store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
         let (shim, mut outgoing) = Shim::new(
             Store::new(self.root.join("state")),
-            Answers::open(&self.root.join("answers")).unwrap(),
+            DeleteReplies::open(&self.root.join("answers")).unwrap(),
             StreamFds::new(fd_store, Vec::new()),
             Watch::new(),
             self.systemd.clone(),

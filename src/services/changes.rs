@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use crate::store::{self, Cause, Owing};
+use crate::store::{self, Cause, OwedFile};
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Event, Refusal};
 use crate::task::{Ended, Task};
@@ -62,7 +62,7 @@ pub(crate) enum Stored {
     #[default]
     Record,
     /// It is deleted, and still owes events.
-    Owed(Owing),
+    Owed(OwedFile),
     /// As [`Self::Owed`], but there was no room to write them down.
     OwedInMemory,
     /// It is deleted, and owes nothing.
@@ -199,7 +199,7 @@ impl Tasks {
             tracing::error!(task = %entry.key, "task {}: its last events are dropped: containerd at {address} takes none of {MOST_OWING} other tasks", entry.key);
             last.outbox.clear();
         }
-        let owed = if last.outbox.is_empty() { Ok(None) } else { self.store.keep_owed(&last).map(Some) };
+        let owed = if last.outbox.is_empty() { Ok(None) } else { self.store.retain_owed(&last).map(Some) };
         crate::fault::point(crate::fault::Point::DeleteKept);
         if let Err(error) = self.store.remove(&task.key) {
             if !last.outbox.is_empty() {
@@ -248,7 +248,7 @@ impl Tasks {
             Stored::Owed(owing) => owing.update(task),
             Stored::OwedInMemory if task.outbox.is_empty() => Ok(()),
             Stored::OwedInMemory => {
-                entry.init.live().stored = Stored::Owed(self.store.keep_owed(task)?);
+                entry.init.live().stored = Stored::Owed(self.store.retain_owed(task)?);
                 Ok(())
             }
             Stored::Nowhere => Ok(()),
@@ -256,7 +256,7 @@ impl Tasks {
     }
 
     fn write_now_or_later(&self, entry: &Arc<Entry>, before: &Task, task: &Task) -> Noted {
-        let Err(error) = self.write(entry, before, task, Cause::Note) else {
+        let Err(error) = self.write(entry, before, task, Cause::Observation) else {
             return Noted::Written;
         };
         if self.write_later(entry) {
@@ -318,7 +318,7 @@ impl Tasks {
             let is_known = self.is_live(entry);
             let is_record = matches!(entry.init.live().stored, Stored::Record);
             // The record of a task that was taken back is not wanted any more.
-            if (is_known || !is_record) && self.write(entry, &task, &task, Cause::Note).is_err() {
+            if (is_known || !is_record) && self.write(entry, &task, &task, Cause::Observation).is_err() {
                 return false;
             }
             entry.init.live().is_unwritten = false;

@@ -28,7 +28,7 @@ use crate::session::Session;
 use crate::session::fds::StreamFds;
 use crate::stdio::rate::RateLimit;
 use crate::store::Store;
-use crate::store::answers::{Answers, Deleted};
+use crate::store::delete_replies::{DeleteReplies, Deleted};
 use crate::supervise::notify::Listening;
 use crate::supervise::systemd::References;
 use crate::suspect;
@@ -105,7 +105,7 @@ pub struct Shim {
     /// The directories of tasks.
     pub(crate) store: Store,
     /// The last responses to Delete.
-    pub(crate) answers: Answers,
+    pub(crate) delete_replies: DeleteReplies,
     /// The streams in the descriptor store.
     pub(crate) fds: Arc<StreamFds>,
     /// systemd.
@@ -129,7 +129,7 @@ impl Shim {
     /// once at most; the events are in the outboxes.
     pub fn new(
         store: Store,
-        answers: Answers,
+        delete_replies: DeleteReplies,
         fds: StreamFds,
         cgroups: Arc<Watch<TaskKey>>,
         manager: Arc<dyn Systemd>,
@@ -140,7 +140,7 @@ impl Shim {
         let shim = Self {
             tasks,
             store,
-            answers,
+            delete_replies,
             fds: Arc::new(fds),
             manager,
             oci,
@@ -163,7 +163,7 @@ impl Shim {
 
     /// What a Delete that came before has answered, or would have.
     pub(crate) fn answered(&self, key: &ProcessKey, attempt: Attempt) -> Option<Deleted> {
-        if attempt == Attempt::First { None } else { self.answers.find(key) }
+        if attempt == Attempt::First { None } else { self.delete_replies.find(key) }
     }
 }
 

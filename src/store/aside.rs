@@ -1,4 +1,4 @@
-//! Files beside a task's record, of a verb that is under way.
+//! Files beside a task's record that a call needs while it runs.
 
 use std::fs;
 use std::io;
@@ -13,7 +13,7 @@ use super::files::{self, replace};
 use super::{Error, Store};
 
 impl Store {
-    /// Writes such a file, in one step.
+    /// Writes a file beside the record, in one step.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -23,10 +23,10 @@ impl Store {
         Ok(path)
     }
 
-    /// What is in such a file, of JSON; nothing if there is none.
+    /// Reads a JSON file beside the record. `None` if it does not exist.
     ///
     /// # Errors
-    /// It can't be read.
+    /// The file can't be read or parsed.
     pub fn read_aside<T: DeserializeOwned>(&self, key: &TaskKey, name: &str) -> Result<Option<T>, Error> {
         let path = self.dir(key).join(name);
         let Some(text) = files::read(&path)? else {
@@ -35,7 +35,7 @@ impl Store {
         serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
     }
 
-    /// Removes such files, where they are.
+    /// Removes files beside the record. It is no error if one does not exist.
     ///
     /// # Errors
     /// [`Error::Io`]

@@ -1,4 +1,4 @@
-//! The files and directories of which the store consists.
+//! Operations on the store's files and directories.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -13,13 +13,13 @@ use crate::path_error::io_error;
 
 use super::Error;
 
-/// A file larger than this is not one of ours. Nothing larger is written.
+/// The largest file that is read or written.
 pub(super) const MAX_BYTES: usize = 64 << 20;
 
-/// The unit in which a tmpfs gives out room.
+/// A tmpfs allocates space in pages of this size, in bytes.
 const PAGE: usize = 4096;
 
-/// True if there was something to remove.
+/// Removes a directory. Returns false if it did not exist.
 pub(super) fn remove_dir(dir: &Path) -> Result<bool, Error> {
     match effects::disk(dir).and_then(|()| fs::remove_dir_all(dir)) {
         Ok(()) => Ok(true),
@@ -29,7 +29,7 @@ pub(super) fn remove_dir(dir: &Path) -> Result<bool, Error> {
 }
 
 pub(super) fn make_dir(dir: &Path) -> io::Result<()> {
-    // Another task's removal can take the parent away between two steps of the recursion.
+    // The removal of another task can remove the parent between two steps of the recursion.
     const TRIES: u32 = 5;
     let mut tries = 0;
     effects::disk(dir)?;
@@ -41,7 +41,7 @@ pub(super) fn make_dir(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// The names in a directory; none if the directory is not there.
+/// The names in a directory, none if it does not exist.
 pub(super) fn entries(dir: &Path) -> Result<Vec<String>, Error> {
     let listing = match fs::read_dir(dir) {
         Ok(listing) => listing,
@@ -51,7 +51,7 @@ pub(super) fn entries(dir: &Path) -> Result<Vec<String>, Error> {
     Ok(listing.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
 }
 
-/// Reads a file of ours; none if it does not exist.
+/// Reads a file of the store. `None` if it does not exist.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::TooLarge`]
@@ -61,7 +61,7 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(io_error("open", path)(e).into()),
     };
-    // Blanks fill the last page.
+    // The last page is padded.
     let limit = MAX_BYTES + PAGE;
     let mut text = Vec::new();
     file.take(limit as u64 + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
@@ -71,15 +71,15 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     Ok(Some(text))
 }
 
-/// Replaces a file in one step by a second one, which stays and is the next to be written over. So a record
-/// takes no new room while it needs no more pages than before: an exit can be recorded when `/run` is full.
+/// Replaces a file in one step by a second file, and keeps the old file to be overwritten the next time. A record that
+/// needs no more pages than before therefore needs no new space: an exit can be recorded when `/run` is full.
 pub(super) fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), Error> {
     let mut options = OpenOptions::new();
     let options = options.write(true).create(true).truncate(false).mode(0o600);
     let opened = effects::disk(other).and_then(|()| options.open(other));
     let mut file = opened.map_err(io_error("create", other))?;
     let length = file.metadata().map_err(io_error("look at", other))?.len();
-    // Blanks behind a record do not matter; what is left of an older and longer one would.
+    // Padding after a record is ignored. The rest of an older, longer record would not be.
     text.resize(text.len().next_multiple_of(PAGE), b'\n');
     file.write_all(&text).map_err(io_error("write", other))?;
     if length > text.len() as u64 {
@@ -87,7 +87,7 @@ pub(super) fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> 
     }
     match renameat2(AT_FDCWD, other, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
         Ok(()) => Ok(()),
-        // There is no such file yet, or a file system other than a tmpfs can't do it.
+        // The file does not exist yet, or the file system can't exchange files.
         Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => {
             Ok(fs::rename(other, path).map_err(io_error("replace", path))?)
         }
@@ -95,7 +95,7 @@ pub(super) fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> 
     }
 }
 
-/// Replaces a file in one step, by way of another name.
+/// Replaces a file in one step: writes the file `new` and renames it.
 ///
 /// # Errors
 /// [`Error::Io`]

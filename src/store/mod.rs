@@ -1,14 +1,13 @@
 //! The record of each task on disk.
 //!
-//! `<state>/<namespace>/<id>/record.json` (`<id>+<owner>` for another containerd than the usual one), written before the effect that it announces and replaced
-//! by rename, so that a reader finds the old or the new one and nothing between. A deleted task
-//! whose last events are still owed to containerd has its record moved to `<state>/.owed/`.
+//! A record is in `<state>/<namespace>/<id>/record.json` (`<id>+<owner>` for a containerd other than the usual one). It is
+//! written before the effect that it announces, and replaced by rename, so a reader finds the old or the new record. The
+//! record of a deleted task whose last events containerd has not accepted is moved to `<state>/.owed/`.
 //!
-//! All paths are on a tmpfs (`/run`): these calls touch memory only and are short enough to be made
-//! on the async runtime.
+//! All paths are on a tmpfs (`/run`). Calls only use memory, and are short enough for the async runtime.
 
-pub mod answers;
 mod aside;
+pub mod delete_replies;
 pub mod files;
 mod owed;
 mod record;
@@ -23,20 +22,20 @@ use crate::suspect::{Crashes, LIMIT, Suspect};
 use crate::task::Task;
 
 use files::{entries, make_dir, remove_dir, replace};
-pub use owed::Owing;
+pub use owed::OwedFile;
 pub use record::{Cause, Found};
 use record::{RECORD, RECORD_NEW, VERSION};
 
-/// Holds the records that have crashed the daemon.
+/// The directory of records that crashed the daemon.
 const CRASHED: &str = ".crashed";
 
-/// Holds the notify sockets of containers.
+/// The directory of the containers' notify sockets.
 const NOTIFY: &str = ".notify";
 
-/// Holds console sockets.
+/// The directory of console sockets.
 const CONSOLES: &str = ".consoles";
 
-/// The directories of a task's execs, in that of the task.
+/// The directory in a task's directory that contains the directories of its execs.
 const EXECS: &str = "execs";
 
 /// The environment of a task's OCI runtime, in the form of /proc/PID/environ.
@@ -48,22 +47,22 @@ pub enum Error {
     /// Reading or writing failed.
     #[error(transparent)]
     Io(#[from] PathError),
-    /// Recovering the record has crashed the daemon more than once.
+    /// The recovery of the record crashed the daemon more than once.
     #[error(
         "record {path} crashed the daemon {LIMIT} times and was moved to {to}; the daemon no longer manages its container, which may still run"
     )]
     SetAside {
         /// The record.
         path: PathBuf,
-        /// Where it is now.
+        /// Its new path.
         to: PathBuf,
     },
-    /// The file is no record.
+    /// The file is not a record.
     #[error("record {path} can't be parsed: {source}; the file is left unchanged")]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error.
         #[source]
         source: serde_json::Error,
     },
@@ -82,7 +81,7 @@ pub enum Error {
     TooLarge {
         /// The file.
         path: PathBuf,
-        /// In bytes.
+        /// The limit in bytes.
         limit: usize,
     },
 }
@@ -94,7 +93,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// A store below `root`, which is made when the first record is.
+    /// A store below `root`, which is created with the first record.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
@@ -104,7 +103,7 @@ impl Store {
         self.root.join(key.namespace.as_str()).join(key.word())
     }
 
-    /// The directory of an exec, in that of its task.
+    /// The directory of an exec, in the directory of its task.
     pub fn exec_dir(&self, key: &TaskKey, exec: &ExecId) -> PathBuf {
         self.dir(key).join(EXECS).join(exec.as_str())
     }
@@ -117,7 +116,7 @@ impl Store {
         }
     }
 
-    /// Makes an exec's directory, empty.
+    /// Creates the empty directory of an exec.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -128,7 +127,7 @@ impl Store {
         Ok(dir)
     }
 
-    /// Empties an exec's directory but for its record and one more file.
+    /// Empties an exec's directory, except for its record and the file `kept`.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -153,23 +152,21 @@ impl Store {
         remove_dir(&self.exec_dir(key, exec)).map(drop)
     }
 
-    /// Where a process gets its terminal: a name that fits into a socket's address, which the path of
-    /// the record does not (108 bytes, unix(7)).
+    /// The console socket of a process. Its path is short, as a socket address has at most 108 bytes (unix(7)).
     pub fn console(&self, name: &str) -> PathBuf {
         self.root.join(CONSOLES).join(name)
     }
 
-    /// Where a container notifies: a short name, as for [`Self::console`].
+    /// The notify socket of a container. Its path is short, as that of [`Self::console`].
     pub fn notify_socket(&self, name: &str) -> PathBuf {
         self.root.join(NOTIFY).join(name)
     }
 
-    /// Makes a new task's directory and writes its first record, and the environment of its OCI runtime.
-    ///
-    /// What a crashed Create left in the directory is removed first.
+    /// Creates a new task's directory, with its first record and the environment of its OCI runtime. Removes what an
+    /// earlier Create left in the directory.
     ///
     /// # Errors
-    /// [`Error::Io`]; the directory is gone again then.
+    /// [`Error::Io`]. The directory is removed then.
     pub fn create(&self, task: &Task, environment: &[u8]) -> Result<(), Error> {
         self.remove(&task.key)?;
         let dir = self.dir(&task.key);
@@ -187,15 +184,15 @@ impl Store {
         self.dir(key).join(ENVIRONMENT)
     }
 
-    /// True if there is anything on disk about the task.
+    /// True if the task has a directory.
     pub fn knows(&self, key: &TaskKey) -> bool {
         self.dir(key).exists()
     }
 
-    /// Every record. One that can't be read does not hide the others.
+    /// Reads every record.
     ///
     /// # Errors
-    /// Only for the directory of all records; each record has a result of its own.
+    /// The directory of all records can't be read. Each record has its own result.
     pub fn load_all(&self, crashes: &Crashes) -> Result<Vec<Result<Found, Error>>, Error> {
         let mut tasks = Vec::new();
         for namespace in entries(&self.root)? {
@@ -208,7 +205,7 @@ impl Store {
                 };
                 let suspect = Suspect::record(&key);
                 if crashes.is_given_up(suspect) {
-                    // Whoever moves it back wants it to be tried again.
+                    // If an administrator moves the record back, it is tried again.
                     crashes.forget(suspect);
                     tasks.extend(self.set_aside(&key).map(Err));
                 } else {
@@ -219,8 +216,8 @@ impl Store {
         Ok(tasks)
     }
 
-    /// Moves the record of a task out of the way of recovery, for a person to look at. Returns the error that
-    /// names it; nothing if there is no record.
+    /// Moves the record of a task to a directory that recovery does not read, where an administrator can inspect it.
+    /// Returns the error that reports this, or `None` if there is no record.
     fn set_aside(&self, key: &TaskKey) -> Option<Error> {
         let dir = self.root.join(CRASHED);
         let path = self.dir(key).join(RECORD);
@@ -232,17 +229,17 @@ impl Store {
         }
     }
 
-    /// Where the record of a task is that was set aside.
+    /// The path to which [`Self::set_aside`] moves the record of a task.
     fn aside(&self, key: &TaskKey) -> PathBuf {
         self.root.join(CRASHED).join(format!("{}:{}.json", key.namespace, key.word()))
     }
 
-    /// Removes the directories of tasks without a record, and those of namespaces without tasks: an earlier daemon ended
-    /// while it removed or made them. The caller recovers: no task is created meanwhile.
+    /// Removes the directories of tasks without a record, and of namespaces without tasks: an earlier daemon ended while
+    /// it created or removed them. Part of recovery: no task is created meanwhile.
     ///
     /// # Errors
-    /// Only for the directory of all records; a directory that can't be removed is logged.
-    pub fn remove_remains(&self) -> Result<(), Error> {
+    /// The directory of all records can't be read. A directory that can't be removed is only logged.
+    pub fn remove_leftovers(&self) -> Result<(), Error> {
         let is_missing = |path: PathBuf| {
             fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
         };
@@ -255,15 +252,15 @@ impl Store {
                 let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
                     continue;
                 };
-                // Whoever moves a record back that was set aside needs the rest of the directory.
+                // If an administrator moves a record back, its task needs the rest of the directory.
                 if is_missing(self.dir(&key).join(RECORD))
                     && is_missing(self.aside(&key))
                     && let Err(error) = self.remove(&key)
                 {
-                    tracing::warn!(task = %key, %error, "what is left of task {key} can't be removed: {error}");
+                    tracing::warn!(task = %key, %error, "can't remove the directory of task {key}, which has no record: {error}");
                 }
             }
-            // It is not empty if it has tasks.
+            // Fails if the namespace has tasks.
             let _ = fs::remove_dir(dir);
         }
         Ok(())
@@ -275,7 +272,7 @@ impl Store {
     /// [`Error::Io`]
     pub fn remove(&self, key: &TaskKey) -> Result<(), Error> {
         if remove_dir(&self.dir(key))? {
-            // The namespace's directory goes with its last task; it is not empty if others are left.
+            // Fails if the namespace has other tasks.
             let _ = fs::remove_dir(self.root.join(key.namespace.as_str()));
         }
         Ok(())

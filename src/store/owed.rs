@@ -12,7 +12,7 @@ use super::files::{entries, make_dir};
 use super::record::{read_task, write_owed};
 use super::{Error, Store};
 
-/// Holds what `deleted` tasks still owe; no namespace begins with a dot.
+/// The directory of the records of deleted tasks. No namespace begins with a dot.
 const OWED: &str = ".owed";
 
 impl Store {
@@ -20,44 +20,44 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Io`]
-    pub fn keep_owed(&self, task: &Task) -> Result<Owing, Error> {
+    pub fn retain_owed(&self, task: &Task) -> Result<OwedFile, Error> {
         let dir = self.root.join(OWED);
         make_dir(&dir).map_err(io_error("create", &dir))?;
-        // The id can be used again before the events are accepted: the time keeps the files apart.
+        // The id may be reused before the events are accepted. The time makes the name unique.
         let seq = task.outbox.first().map_or(0, |owed| owed.at_usec);
         let name = format!("{}:{}:{seq}", task.key.namespace, task.key.word());
         write_owed(&dir, &name, task)?;
-        Ok(Owing { dir, name })
+        Ok(OwedFile { dir, name })
     }
 
-    /// The deleted tasks that still owe events.
+    /// Reads the deleted tasks whose events are not accepted yet.
     ///
     /// # Errors
-    /// Only for the directory as a whole.
+    /// The directory can't be read. Each record has its own result.
     pub fn load_owed(&self) -> Result<Vec<OwedTask>, Error> {
         let dir = self.root.join(OWED);
         let mut tasks = Vec::new();
         for name in entries(&dir)?.into_iter().filter(|name| !name.ends_with(".new")) {
             if let Some(found) = read_task(&dir.join(&name)).transpose() {
-                tasks.push((Owing { dir: dir.clone(), name }, found.map(|found| found.task)));
+                tasks.push((OwedFile { dir: dir.clone(), name }, found.map(|found| found.task)));
             }
         }
         Ok(tasks)
     }
 }
 
-/// A deleted task that still owes events, or why its file can't be read.
-pub type OwedTask = (Owing, Result<Task, Error>);
+/// A deleted task whose events are not accepted yet, or why its file can't be read.
+pub type OwedTask = (OwedFile, Result<Task, Error>);
 
-/// Where a deleted task's last events are kept.
+/// The file with a deleted task's last events.
 #[derive(Clone, Debug)]
-pub struct Owing {
+pub struct OwedFile {
     dir: PathBuf,
     name: String,
 }
 
-impl Owing {
-    /// Writes what is still owed; the file goes when nothing is.
+impl OwedFile {
+    /// Writes the events that are not accepted yet. Removes the file if there are none.
     ///
     /// # Errors
     /// [`Error::Io`]

@@ -1,11 +1,11 @@
-//! The files of which a task's record consists.
+//! The files of a task's record.
 //!
-//! `record.json` has all of a task but its execs; `execs/<exec>/record.json` has an exec each, so that a change
-//! costs the same however many execs there are. A change of both is written in that order: what an exec's file
-//! says may be older than what the task owes, and is then seen again, never newer.
+//! `record.json` has everything except the execs. Each exec has its own `execs/<exec>/record.json`, so that the cost of a
+//! change does not depend on the number of execs. A change of both is written in this order: an exec's file may be older
+//! than the task's outbox, in which case recovery observes the exec's state once more, but never newer.
 //!
-//! A `record.json` that has execs in it counts alone: it is of version 1, which had no files for them, or a
-//! change of the whole record was interrupted.
+//! If `record.json` contains execs, the files of execs are ignored: the record has version 1, which had no such files, or
+//! a write of the whole record was interrupted.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,11 +21,11 @@ use crate::task::exec::Exec;
 use super::files::{self, MAX_BYTES, entries, make_dir, replace, replace_by_turns};
 use super::{EXECS, Error, Store};
 
-/// The version of the record that is written. Read are this one and the one before.
+/// The version of the records that are written. Version 1 is read as well.
 pub(super) const VERSION: u32 = 2;
 
-/// What the daemon decides may make a record this large. The rest is for what it has to note: an exit must not
-/// fail for the size of the record.
+/// The limit for a change that the daemon can refuse. The rest of [`MAX_BYTES`] is for observations: an exit must be
+/// recorded even in a large record.
 const MAX_DECIDED_BYTES: usize = MAX_BYTES / 2;
 
 pub(super) const RECORD: &str = "record.json";
@@ -61,35 +61,35 @@ struct ReadingExec {
 /// Why a record is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// Something is about to be done.
+    /// The daemon is about to do something.
     Decision,
-    /// Something has happened.
-    Note,
+    /// Something has happened already.
+    Observation,
 }
 
 impl Cause {
     fn limit(self) -> usize {
         match self {
             Self::Decision => MAX_DECIDED_BYTES,
-            Self::Note => MAX_BYTES,
+            Self::Observation => MAX_BYTES,
         }
     }
 }
 
-/// A record as it was found.
+/// A record that was read.
 #[derive(Debug)]
 pub struct Found {
     /// The task.
     pub task: Task,
-    /// It is as [`Store::save`] writes it. Any other has to be written by [`Store::save_whole`] first.
+    /// True if [`Store::save`] can write changes. Otherwise [`Store::save_whole`] must write the record first.
     pub is_current: bool,
 }
 
 impl Store {
-    /// Writes what has changed in a task since its record was last written.
+    /// Writes the difference between `before`, the content of the record, and `task`.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::TooLarge`]. What is on disk then may be `before` or between both.
+    /// [`Error::Io`], [`Error::TooLarge`]. A part of the change may be written then.
     pub fn save(&self, before: &Task, task: &Task, cause: Cause) -> Result<(), Error> {
         let without_execs = Task { execs: before.execs.clone(), ..task.clone() };
         if without_execs != *before {
@@ -104,22 +104,22 @@ impl Store {
         removed.into_iter().try_for_each(|id| self.remove_exec_dir(&task.key, id))
     }
 
-    /// Writes all of a task, whatever is on disk.
+    /// Writes the whole record of a task, whatever is on disk.
     ///
     /// # Errors
     /// As [`Self::save`].
     pub fn save_whole(&self, task: &Task) -> Result<(), Error> {
         if !task.execs.is_empty() {
-            // All of it in one step; then the files, which do not count before it is written without them.
-            self.write_task(task, Cause::Note)?;
+            // First everything in one file. The files of execs are ignored until the last step removes the execs from it.
+            self.write_task(task, Cause::Observation)?;
             for (id, exec) in &task.execs {
                 let dir = self.exec_dir(&task.key, id);
                 make_dir(&dir).map_err(io_error("create", &dir))?;
-                self.write_exec(&task.key, id, exec, Cause::Note)?;
+                self.write_exec(&task.key, id, exec, Cause::Observation)?;
             }
         }
         for word in entries(&self.dir(&task.key).join(EXECS))? {
-            // A directory without a record is that of an exec which is being added.
+            // A directory without a record belongs to an exec that is being added.
             if let Ok(id) = ExecId::new(&word)
                 && !task.execs.contains_key(&id)
                 && !matches!(self.load_exec(&task.key, &id), Ok(None))
@@ -127,10 +127,10 @@ impl Store {
                 self.remove_exec_dir(&task.key, &id)?;
             }
         }
-        self.write_task(&Task { execs: BTreeMap::new(), ..task.clone() }, Cause::Note)
+        self.write_task(&Task { execs: BTreeMap::new(), ..task.clone() }, Cause::Observation)
     }
 
-    /// A task's record, if there is one.
+    /// Reads a task's record, if it has one.
     ///
     /// # Errors
     /// It can't be read.
@@ -145,16 +145,16 @@ impl Store {
                 };
                 match self.load_exec(key, &id) {
                     Ok(Some(exec)) => drop(found.task.execs.insert(id, exec)),
-                    // The exec was not noted.
+                    // The daemon ended before it recorded the exec.
                     Ok(None) => {}
-                    Err(error) => tracing::error!(%error, "an exec of task {key} is not recovered: {error}"),
+                    Err(error) => tracing::error!(%error, "can't recover an exec of task {key}: {error}"),
                 }
             }
         }
         Ok(Some(found))
     }
 
-    /// A task's record with one of its execs, or without any.
+    /// Reads a task's record with one of its execs, or without execs.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -196,15 +196,15 @@ impl Store {
     }
 }
 
-/// Writes what a deleted task still owes.
+/// Writes the record of a deleted task, for its outbox.
 pub(super) fn write_owed(dir: &Path, name: &str, task: &Task) -> Result<(), Error> {
     let path = dir.join(name);
     let task = Task { execs: BTreeMap::new(), ..task.clone() };
-    let text = text(&path, &Writing { version: VERSION, task: &task }, Cause::Note)?;
+    let text = text(&path, &Writing { version: VERSION, task: &task }, Cause::Observation)?;
     replace(&path, &dir.join(format!("{name}.new")), &text)
 }
 
-/// A task as its file says it, without the files of its execs.
+/// Reads a task's `record.json`, without the files of its execs.
 pub(super) fn read_task(path: &Path) -> Result<Option<Found>, Error> {
     let Some((text, version)) = read_versioned(path)? else {
         return Ok(None);

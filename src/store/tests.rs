@@ -89,7 +89,7 @@ fn a_record_comes_back_as_it_was_written() {
     store.create(&a, b"").unwrap();
     let before = a.clone();
     a.apply(None, created(), 1).unwrap();
-    store.save(&before, &a, Cause::Note).unwrap();
+    store.save(&before, &a, Cause::Observation).unwrap();
     store.create(&task("b"), b"").unwrap();
     assert_eq!(load(&store), a);
     let one = with_exec(&store, &a, "one");
@@ -102,7 +102,7 @@ fn a_record_comes_back_as_it_was_written() {
     assert_eq!(load(&store), begun);
     let only = store.load_with(&a.key, Some(&id)).unwrap().unwrap();
     assert_eq!(only.execs.into_iter().collect::<Vec<_>>(), [(id.clone(), begun.execs[&id].clone())]);
-    store.save(&begun, &one, Cause::Note).unwrap();
+    store.save(&begun, &one, Cause::Observation).unwrap();
     assert_eq!(load(&store), one);
     assert_eq!(store.load_all(&Crashes::default()).unwrap().len(), 2);
     store.remove(&a.key).unwrap();
@@ -171,7 +171,7 @@ fn what_can_be_written_can_be_read_and_a_note_has_room_after_any_decision() {
     describe(&mut a, "x".repeat(33 << 20));
     let refused = store.save(&before, &a, Cause::Decision);
     assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
-    store.save(&before, &a, Cause::Note).unwrap();
+    store.save(&before, &a, Cause::Observation).unwrap();
     assert!(load(&store) == a);
 }
 
@@ -195,13 +195,13 @@ fn a_record_that_changes_takes_no_new_room() {
     for event in [created(), Event::StartBegun] {
         let old = a.clone();
         a.apply(None, event, 1).unwrap();
-        store.save(&old, &a, Cause::Note).unwrap();
+        store.save(&old, &a, Cause::Observation).unwrap();
         assert_eq!(load(&store), a);
     }
     assert_eq!(files(), before);
     let old = a.clone();
     describe(&mut a, String::new());
-    store.save(&old, &a, Cause::Note).unwrap();
+    store.save(&old, &a, Cause::Observation).unwrap();
     assert_eq!(load(&store), a, "nothing is left of a longer one");
 }
 
@@ -241,7 +241,7 @@ fn owed_events_outlive_the_task_and_go_when_accepted() {
     let (_scratch, store) = scratch();
     let mut a = task("a");
     a.apply(None, created(), 1).unwrap();
-    let owing = store.keep_owed(&a).unwrap();
+    let owing = store.retain_owed(&a).unwrap();
     assert_eq!(store.load_owed().unwrap().len(), 1);
     a.outbox.accepted(0);
     owing.update(&a).unwrap();
@@ -258,7 +258,7 @@ fn what_has_no_record_is_removed_and_what_was_set_aside_is_kept() {
     fs::remove_file(store.dir(&half_removed).join(RECORD)).unwrap();
     store.set_aside(&set_aside).unwrap();
     fs::create_dir(store.root.join("empty")).unwrap();
-    store.remove_remains().unwrap();
+    store.remove_leftovers().unwrap();
     assert_eq!([&recorded, &half_removed, &set_aside].map(|key| store.knows(key)), [true, false, true]);
     assert!(store.load(&recorded).unwrap().is_some());
     assert!(!store.root.join("empty").exists());
@@ -269,7 +269,7 @@ fn what_has_no_record_is_removed_and_what_was_set_aside_is_kept() {
 fn the_directory_of_a_namespace_goes_with_the_last_remains() {
     let (_scratch, store) = scratch();
     fs::create_dir_all(store.dir(&task("a").key)).unwrap();
-    store.remove_remains().unwrap();
+    store.remove_leftovers().unwrap();
     assert_eq!(entries(&store.root).unwrap(), [""; 0]);
-    store.remove_remains().unwrap();
+    store.remove_leftovers().unwrap();
 }

@@ -26,7 +26,7 @@ impl Shim {
         let (store, crashes) = (self.store.clone(), crashes.clone());
         let load = move || {
             // These directories cost some memory and nothing else: tasks are recovered all the same.
-            if let Err(error) = store.remove_remains() {
+            if let Err(error) = store.remove_leftovers() {
                 tracing::warn!(%error, "directories that a removal has left behind can't be removed: {error}");
             }
             (store.load_all(&crashes), store.load_owed())
@@ -184,7 +184,7 @@ impl Shim {
         let program = task.init.pid().and_then(program_of);
         let waits = cli.waits_for_start() && program == task.init.phase.program();
         if !waits {
-            cli.note_start();
+            cli.mark_started();
         }
         let pid = task.init.pid().unwrap_or_default();
         let event = if waits { Event::StartFailed } else { Event::Started { pid } };

@@ -1,4 +1,4 @@
-//! A connection that outlives the process: a byte stream for ttrpc, with a [`Journal`] behind it.
+//! A connection that outlives the process: a byte stream for ttrpc with a [`Journal`].
 
 use std::collections::VecDeque;
 use std::io;
@@ -23,39 +23,39 @@ use super::Keep;
 use super::frame::{Assembler, Frame};
 use super::journal::{Error, Found, Journal};
 
-/// What is taken off the socket at once.
+/// How many bytes are read from the socket at once.
 const CHUNK: usize = 16 << 10;
-/// The metadata that names the namespace of a call (containerd 2.0 and later).
+/// The metadata key for the namespace of a call (containerd 2.0 and later).
 const NAMESPACE: &str = "containerd-namespace-ttrpc";
-/// With so much to be sent the writer has to wait.
+/// With this many unsent bytes, the writer has to wait.
 const BACKLOG: u64 = 1 << 20;
 
-/// A connection of containerd's.
+/// A connection of containerd.
 pub struct Durable {
     socket: AsyncFd<OwnedFd>,
     journal: Journal,
-    /// Whole frames that ttrpc has not taken yet.
+    /// Whole frames that ttrpc has not read yet.
     ready: VecDeque<u8>,
-    /// A response that ttrpc has not written in full.
+    /// A response that ttrpc has not written completely.
     writing: Assembler,
-    /// There are responses that ttrpc does not know of: whoever reads sends them.
+    /// The journal has error responses that do not come from ttrpc. The next read sends them.
     refused: bool,
-    /// Waits until more can be sent: the socket wakes only the last one that does.
+    /// The writer that waits until more can be sent. The socket wakes only the task that polled it last.
     writer: Option<Waker>,
     keeper: Arc<dyn Keep>,
-    /// By which it is kept.
+    /// The name under which the connection is kept.
     name: String,
-    /// Counts the connections there are.
+    /// Counts the connections.
     _one: Arc<()>,
-    /// The other side has closed it, or it is broken: it need not be kept.
+    /// The peer has closed the connection, or it is broken: it is not kept any longer.
     over: bool,
 }
 
 impl Durable {
-    /// A connection that is new, and kept already.
+    /// Makes a connection of a new socket that is kept already.
     ///
     /// # Errors
-    /// It is no socket. Needs the async runtime.
+    /// The descriptor is not a socket. Needs the async runtime.
     pub fn new(
         socket: OwnedFd,
         journal: Journal,
@@ -67,8 +67,8 @@ impl Durable {
         Self::over(socket, journal, VecDeque::new(), keeper, name, one)
     }
 
-    /// A connection that an earlier daemon has accepted. Requests without a response come out of it
-    /// once more, marked as replayed. Those that have ended daemons before are answered with an error instead.
+    /// Adopts a connection that an earlier daemon accepted. Requests without a response are read from it once more, marked
+    /// as replayed. Requests that crashed earlier daemons are answered with an error instead.
     ///
     /// # Errors
     /// The journal can't be read. Needs the async runtime.
@@ -85,7 +85,7 @@ impl Durable {
         fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         match sys::peek_offset(&socket)? {
             Some(noted) if in_socket => discard(&socket, noted)?,
-            // Looked at, and not noted: it is looked at again.
+            // Bytes that were peeked but not journaled are peeked again.
             Some(_) | None => sys::count_peeked(&socket)?,
         }
         journal.settle()?;
@@ -113,8 +113,7 @@ impl Durable {
         Ok(Self { socket, journal, ready, writing, refused, writer, keeper, name, _one: one, over: false })
     }
 
-    /// Resolves when everything that an earlier daemon has noted is sent. A connection that is broken
-    /// shows that to whoever reads it.
+    /// Waits until all responses of earlier daemons are sent. If the connection is broken, its next read fails.
     pub async fn flushed(mut self) -> io::Result<Self> {
         if let Err(error) = self.flush().await {
             tracing::debug!(%error, "a connection ended: {error}");
@@ -124,7 +123,7 @@ impl Durable {
 
     fn respond(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let frames = self.writing.push(bytes);
-        // ttrpc checks that itself.
+        // ttrpc checks the length itself.
         if let Some((_, refused)) = self.writing.take_refused().pop() {
             return Err(refused.into());
         }
@@ -135,7 +134,7 @@ impl Durable {
         Ok(())
     }
 
-    /// As [`Self::poll_send`], for whoever writes.
+    /// As [`Self::poll_send`], for the writer.
     fn poll_write_out(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let sent = self.poll_send(context);
         self.writer = sent.is_pending().then(|| context.waker().clone());
@@ -158,7 +157,7 @@ impl Durable {
     }
 }
 
-/// What a request is answered that has ended the daemon too often; nothing if it is to be served.
+/// The error response to a request that crashed the daemon too often. `None` if the request is to be served.
 fn poison(frame: &Frame, crashes: &Crashes) -> Option<Frame> {
     let request = frame.request()?;
     let suspect = Suspect::request(frame.stream(), &request.service, &request.method, &request.payload);
@@ -179,9 +178,9 @@ fn poison(frame: &Frame, crashes: &Crashes) -> Option<Frame> {
     Some(Frame::refusal(frame.stream(), ttrpc::Code::INTERNAL, reason))
 }
 
-/// What a request is about, for people: method, id and namespace.
+/// Describes a request for people: method, id and namespace.
 fn subject(request: &ttrpc::Request) -> String {
-    // The id is the first field of every request of the Task API, and the others are not looked at.
+    // The id is the first field of every request of the Task API. The other fields are ignored.
     let id = ConnectRequest::parse_from_bytes(&request.payload).map(|message| message.id).unwrap_or_default();
     let mut metadata = request.metadata.iter();
     let namespace = metadata.find(|pair| pair.key == NAMESPACE).map(|pair| &pair.value);
@@ -191,7 +190,7 @@ fn subject(request: &ttrpc::Request) -> String {
     }
 }
 
-/// Takes what has come: whole frames go to `ready`. False at the end.
+/// Reads from the socket. Whole frames go to `ready`. Returns false at the end.
 fn take(socket: &OwnedFd, journal: &mut Journal, ready: &mut VecDeque<u8>) -> Result<bool, Error> {
     let Some((length, frames)) = look(socket, journal)? else {
         return Ok(false);
@@ -204,8 +203,8 @@ fn take(socket: &OwnedFd, journal: &mut Journal, ready: &mut VecDeque<u8>) -> Re
     Ok(true)
 }
 
-/// Notes what has come, and leaves it in the socket. Returns its length and the frames that are whole now;
-/// nothing at the end.
+/// Peeks at the socket and journals what it reads, which stays in the socket. Returns its length and the frames that are
+/// complete now, or `None` at the end.
 fn look(socket: &OwnedFd, journal: &mut Journal) -> Result<Option<(usize, Vec<Frame>)>, Error> {
     let mut bytes = [0; CHUNK];
     journal.settle()?;
@@ -216,7 +215,7 @@ fn look(socket: &OwnedFd, journal: &mut Journal) -> Result<Option<(usize, Vec<Fr
     Ok(Some((length, journal.note(&bytes[..length])?)))
 }
 
-/// Takes bytes off a socket that are known to be in it.
+/// Removes bytes from the socket that were peeked.
 fn discard(socket: &OwnedFd, mut length: usize) -> Result<(), Errno> {
     let mut bytes = [0; CHUNK];
     while length > 0 {
@@ -272,7 +271,7 @@ impl AsyncRead for Durable {
         buffer.put_slice(&front[..length]);
         this.ready.drain(..length);
         if this.ready.is_empty() {
-            // A large request is not kept for the sake of the next.
+            // Frees the memory of a large request.
             this.ready = VecDeque::new();
         }
         Poll::Ready(Ok(()))

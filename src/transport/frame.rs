@@ -1,7 +1,7 @@
-//! Frames of the ttrpc protocol, as far as a connection has to know them (pure).
+//! Frames of the ttrpc protocol, as far as a connection interprets them (pure).
 //!
-//! A frame is a header of ten bytes (length of the rest and stream, both big endian, then type and
-//! flags) and the rest. See PROTOCOL.md of containerd's ttrpc.
+//! A frame has a header of ten bytes (the length of the rest and the stream, both big endian, then type and flags). See
+//! PROTOCOL.md of containerd's ttrpc.
 
 use protobuf::Message;
 use ttrpc::proto::{
@@ -11,23 +11,22 @@ use ttrpc::proto::{
 /// The length of a header.
 pub const HEADER: usize = MESSAGE_HEADER_LENGTH;
 
-/// In the metadata of a request that was read by a daemon before this one: it may have been carried
-/// out in part, or in full.
+/// The metadata key of a request that an earlier daemon read. That daemon may have executed it, wholly or in part.
 pub const REPLAYED: &str = "containerd-shim-systemd-v1.replayed";
 
-/// In the place of a frame that is too long, in a journal: so much of its rest is still to come. No peer sends
-/// it; of one that does the frame is skipped, as ttrpc does with types that it does not know.
+/// The type of a journal entry for a frame that is too long: its length says how much of the frame's rest is missing. No
+/// peer sends this type. If one does, its frame is skipped, as ttrpc skips unknown types.
 pub const SKIPPED: u8 = 0xff;
-/// Where the type is in a header.
+/// The offset of the type in a header.
 pub const TYPE: u64 = 8;
 
-/// A frame that is longer than ttrpc allows: nobody keeps it.
+/// A frame is longer than ttrpc allows. It is skipped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("message length {length} exceeds the maximum message size of {MESSAGE_LENGTH_MAX}")]
 pub struct TooLong {
-    /// The stream it belongs to.
+    /// The stream of the frame.
     pub stream: u32,
-    /// The length of its rest.
+    /// The length of the frame's rest.
     pub length: u32,
 }
 
@@ -39,27 +38,27 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// The stream it belongs to: for Task calls, the call.
+    /// The stream of the frame. Each Task call has its own.
     pub fn stream(&self) -> u32 {
         Head::of(&self.bytes).map_or(0, |head| head.stream)
     }
 
-    /// It begins a call.
+    /// True if the frame begins a call.
     pub fn is_request(&self) -> bool {
         self.bytes.get(8) == Some(&MESSAGE_TYPE_REQUEST)
     }
 
-    /// What it asks for; nothing if it is no request.
+    /// The request in the frame, if it has one.
     pub fn request(&self) -> Option<ttrpc::Request> {
         let rest = self.bytes.get(HEADER..).filter(|_| self.is_request())?;
         ttrpc::Request::parse_from_bytes(rest).ok()
     }
 
-    /// A response that is an error.
+    /// Makes an error response.
     pub fn refusal(stream: u32, code: ttrpc::Code, reason: String) -> Self {
         let mut response = ttrpc::Response::new();
         response.set_status(ttrpc::get_status(code, reason));
-        // Two fields of known types: nothing that can't be encoded.
+        // A status can always be encoded.
         let rest = response.write_to_bytes().unwrap_or_default();
         let mut bytes = u32::try_from(rest.len()).unwrap_or(u32::MAX).to_be_bytes().to_vec();
         bytes.extend(stream.to_be_bytes());
@@ -68,13 +67,13 @@ impl Frame {
         Self { bytes }
     }
 
-    /// The text of a response that is an error.
+    /// The text of an error response.
     pub fn reason(&self) -> String {
         let response = self.bytes.get(HEADER..).map(ttrpc::Response::parse_from_bytes);
         response.and_then(Result::ok).map(|response| response.status().message.clone()).unwrap_or_default()
     }
 
-    /// The same request, marked as one that was read before.
+    /// The same request, marked as replayed.
     pub fn replayed(self) -> Self {
         let Some(Ok(mut request)) = self.bytes.get(HEADER..).map(ttrpc::Request::parse_from_bytes) else {
             return self;
@@ -91,21 +90,20 @@ impl Frame {
     }
 }
 
-/// Puts frames together from pieces of any size. One that is too long is skipped: its sender gets an error for
-/// it, and the next frame is found.
+/// Assembles frames from pieces of any size. Skips a frame that is too long, for which its sender gets an error.
 #[derive(Debug, Default)]
 pub struct Assembler {
     partial: Vec<u8>,
-    /// Of the frame that is being skipped so much is still to come.
+    /// How many bytes of the skipped frame are missing.
     left: u64,
-    /// And so much of it has come.
+    /// How many bytes of the skipped frame have arrived.
     skipped: u64,
     refused: Vec<(u64, TooLong)>,
 }
 
 impl Assembler {
-    /// Takes a piece in; returns the frames that are whole now. Each comes with its position, counted from the
-    /// first byte of the frame that was incomplete before.
+    /// Adds a piece, and returns the frames that are complete now, each with its position. Positions count from the first
+    /// byte of the frame that was incomplete before.
     pub fn push(&mut self, piece: &[u8]) -> Vec<(u64, Frame)> {
         let (mut frames, mut at) = (Vec::new(), 0);
         let skipped = usize::try_from(self.left).map_or(piece.len(), |left| left.min(piece.len()));
@@ -143,24 +141,23 @@ impl Assembler {
         let taken = self.partial.len() - rest.len();
         self.partial.drain(..taken);
         if self.partial.is_empty() {
-            // A large one is not kept for the sake of the next.
+            // Frees the memory of a large frame.
             self.partial = Vec::new();
         }
         frames
     }
 
-    /// How much has come of a frame that is not whole.
+    /// How many bytes of an incomplete frame have arrived.
     pub fn pending(&self) -> u64 {
         if self.left > 0 { self.skipped } else { self.partial.len() as u64 }
     }
 
-    /// Whether so many bytes that come next all belong to a frame that is skipped.
+    /// True if the next `length` bytes all belong to a frame that is skipped.
     pub fn skips(&self, length: usize) -> bool {
         self.left >= length as u64 && self.left > 0
     }
 
-    /// While a frame is skipped: a header that says in its place how much of it is still to come. From now on
-    /// nothing but that has come of it.
+    /// If a frame is being skipped: replaces what has arrived of it by a header of type [`SKIPPED`], which it returns.
     pub fn shorten(&mut self) -> Option<[u8; HEADER]> {
         let length = u32::try_from(self.left).ok().filter(|left| *left > 0)?;
         self.skipped = HEADER as u64;
@@ -170,14 +167,13 @@ impl Assembler {
         Some(header)
     }
 
-    /// The frames that were found to be too long since this was called last, with their positions as those of
-    /// [`Self::push`].
+    /// The frames that were too long since the last call, with their positions as in [`Self::push`].
     pub fn take_refused(&mut self) -> Vec<(u64, TooLong)> {
         std::mem::take(&mut self.refused)
     }
 }
 
-/// What a header says.
+/// A parsed header.
 struct Head {
     length: u32,
     stream: u32,
@@ -185,7 +181,7 @@ struct Head {
 }
 
 impl Head {
-    /// The header that begins here; nothing if it is not whole.
+    /// Parses a header. `None` if it is incomplete.
     fn of(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; HEADER] = bytes.first_chunk()?;
         let [a, b, c, d, e, f, g, h, kind, _] = *bytes;

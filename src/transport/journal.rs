@@ -1,16 +1,16 @@
-//! What a connection must not forget when the daemon ends: requests that were read and have no
-//! response yet, and responses that are not sent yet.
+//! The request journal: what a connection must keep when the daemon ends, that is, requests that were read and not
+//! answered, and responses that were not sent.
 //!
-//! A journal is a memfd that systemd keeps together with the connection. SIGKILL ends a process
-//! between two system calls, or at the end of one: what the kernel has counted by then is exact.
+//! A journal is a memfd that is kept together with its connection. SIGKILL ends a process between two system calls, or at
+//! the end of one, so the counters of the kernel are exact:
 //!
-//! - Bytes are looked at in the socket, noted here, and then taken off. How many of the noted bytes
-//!   have been taken off the kernel knows: it is the socket's peek offset (`SO_PEEK_OFF`, socket(7)).
-//! - A response is noted as a whole, and sent with sendfile(2). How much of it has been sent is the
-//!   file's position, which the kernel advances with the sending.
+//! - The daemon peeks at bytes in the socket, journals them, and then removes them from the socket. The socket's peek
+//!   offset (`SO_PEEK_OFF`, socket(7)) tells how many of the journaled bytes were removed.
+//! - The daemon journals a response whole, and sends it with sendfile(2). The file's position, which the kernel advances
+//!   while sending, tells how much was sent.
 //!
-//! So no byte is lost, read twice or sent twice, wherever the process ends. Writes to a head are
-//! within one page: they happen as a whole or not at all.
+//! So no byte is lost, read twice or sent twice, wherever the process ends. A head lies within one page: it is written
+//! whole or not at all.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -30,7 +30,7 @@ use crate::sys;
 use super::frame::{Assembler, Frame, HEADER, SKIPPED, TYPE, TooLong};
 
 const MAGIC: u32 = 0x5353_6431;
-/// The version of the layout that is written. Read are this one and the one before.
+/// The version of the layout that is written. The version before is read as well.
 const VERSION: u32 = 1;
 
 const PAGE: u64 = 4096;
@@ -38,17 +38,17 @@ const PAGE: u64 = 4096;
 const IN_HEAD: u64 = 0;
 /// The head of the outgoing side: `end`, then the stream of the last response.
 const OUT_HEAD: u64 = 64;
-/// Where incoming bytes are noted.
+/// The position of the incoming bytes.
 const IN_BASE: u64 = PAGE;
-/// Beyond this position the incoming bytes that are still needed move to the front again.
+/// Beyond this position, the incoming bytes that are still needed are moved to the front.
 const IN_LIMIT: u64 = 256 << 20;
-/// So much, in bytes and in number, may be unanswered on one connection; any further request is answered with an
-/// error. Well below [`IN_LIMIT`]: what is kept can move to the front.
+/// How many bytes and how many requests may be unanswered on one connection. Further requests get an error. Well below
+/// [`IN_LIMIT`], so that everything fits at the front.
 const OPEN_BYTES: u64 = 64 << 20;
 const OPEN_COUNT: usize = 8192;
-/// Where outgoing bytes are noted.
+/// The position of the outgoing bytes.
 const OUT_BASE: u64 = 1 << 30;
-/// So much that is not needed any more is left standing.
+/// How many bytes that are not needed any more are kept before their memory is freed.
 const SLACK: u64 = 64 << 10;
 
 /// What can go wrong with a journal.
@@ -57,13 +57,13 @@ pub enum Error {
     /// The memory can't be read or written.
     #[error("can't use the request journal of a connection: {0}")]
     Io(#[from] io::Error),
-    /// What was kept is no journal.
+    /// The kept descriptor is not a journal.
     #[error("the descriptor kept with a connection is not a request journal")]
     Malformed,
-    /// It belongs to a newer version of this program.
+    /// The journal was written by a newer version of this program.
     #[error("the request journal of a connection has version {found}, this program reads up to {VERSION}")]
     Newer {
-        /// Its version.
+        /// The version of its layout.
         found: u32,
     },
     /// A response is longer than the protocol allows.
@@ -77,13 +77,13 @@ impl From<Errno> for Error {
     }
 }
 
-/// A position in the incoming bytes: where the log of a connection begins and ends.
+/// The positions of the log of incoming bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Head {
     start: u64,
-    /// What is noted ends here.
+    /// The end of the journaled bytes.
     end: u64,
-    /// What was known to be taken off the socket ended here.
+    /// The end of the bytes that were removed from the socket when the head was written.
     settled: u64,
 }
 
@@ -93,51 +93,51 @@ pub struct Journal {
     file: File,
     head: Head,
     assembler: Assembler,
-    /// Requests without a response: by stream, their place in the log.
+    /// The position and length of each unanswered request in the log, by stream.
     open: BTreeMap<u32, (u64, u64)>,
-    /// The length of all of them.
+    /// The total length of the unanswered requests.
     open_bytes: u64,
-    /// That there are many was said.
-    is_told: bool,
-    /// Answers to requests that are not kept.
+    /// The warning about many unanswered requests was logged.
+    is_warned: bool,
+    /// Error responses to requests that are refused.
     refusals: Vec<Refusal>,
     out_end: u64,
     out_sent: u64,
-    /// The pages of what was sent are given back up to here.
+    /// The pages of sent responses are freed up to this position.
     out_freed: u64,
 }
 
-/// What a request is answered that is not kept.
+/// The error response to a request that is refused.
 #[derive(Debug)]
 struct Refusal {
     answer: Frame,
-    /// Where the request begins in the log.
+    /// The position of the request in the log.
     at: u64,
-    /// What takes the place of its type, once it is answered: nobody serves it.
+    /// Overwrites the request's type once it is answered, so that it is not served.
     mark: u8,
 }
 
 impl Refusal {
-    /// As containerd's own ttrpc answers a frame that is too long.
+    /// The response of containerd's own ttrpc to a frame that is too long.
     fn too_long(at: u64, refused: TooLong) -> Self {
         let answer = Frame::refusal(refused.stream, Code::RESOURCE_EXHAUSTED, refused.to_string());
         Self { answer, at, mark: SKIPPED }
     }
 }
 
-/// What an earlier daemon has left in a journal.
+/// A journal of an earlier daemon.
 #[derive(Debug)]
 pub struct Found {
-    /// The journal, which goes on.
+    /// The journal, ready for use.
     pub journal: Journal,
-    /// Requests that were read and have no response, in their order.
+    /// The unanswered requests, in the order in which they arrived.
     pub unanswered: Vec<Frame>,
-    /// The last thing that was noted may still be in the socket.
+    /// The bytes that were journaled last may still be in the socket.
     pub in_socket: bool,
 }
 
 impl Journal {
-    /// An empty one.
+    /// Makes an empty journal.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -149,13 +149,13 @@ impl Journal {
             assembler: Assembler::default(),
             open: BTreeMap::new(),
             open_bytes: 0,
-            is_told: false,
+            is_warned: false,
             refusals: Vec::new(),
             out_end: 0,
             out_sent: 0,
             out_freed: 0,
         };
-        // What is skipped is not written: it has to be readable all the same.
+        // Skipped bytes are not written, but must be readable.
         journal.file.set_len(OUT_BASE)?;
         journal.write_head()?;
         journal.write_out_head(0)?;
@@ -163,10 +163,10 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Takes over what an earlier daemon has left.
+    /// Reads the journal of an earlier daemon.
     ///
     /// # Errors
-    /// It is no journal, or one of a newer version.
+    /// The descriptor is not a journal, or has a newer version.
     pub fn adopt(kept: OwnedFd) -> Result<Found, Error> {
         let file = File::from(kept);
         let (head, out_end, last) = read_heads(&file)?;
@@ -178,7 +178,7 @@ impl Journal {
         let mut assembler = Assembler::default();
         let (mut open, mut open_bytes, mut unanswered) = (BTreeMap::new(), 0, Vec::new());
         for (at, frame) in assembler.push(&noted) {
-            // Its response was noted, and the daemon ended before it could say so here.
+            // The daemon journaled the response to this request, and ended before it marked the request.
             if frame.is_request() && Some(frame.stream()) != last {
                 let length = frame.bytes.len() as u64;
                 open.insert(frame.stream(), (head.start + at, length));
@@ -186,26 +186,35 @@ impl Journal {
                 unanswered.push(frame);
             }
         }
-        // Likewise one that was too long.
+        // The same for a request that was too long.
         let refused = assembler.take_refused().into_iter();
         let refused = refused.filter(|(_, refused)| Some(refused.stream) != last);
         let refusals = refused.map(|(at, refused)| Refusal::too_long(head.start + at, refused)).collect();
         let position = (&file).stream_position()?;
         let out_sent = match position.checked_sub(OUT_BASE) {
             Some(sent) if sent <= out_end => sent,
-            // It was being emptied: everything in it is sent.
+            // The daemon ended while it emptied the outgoing side, after it had sent everything.
             Some(_) => (&file).seek(SeekFrom::Start(OUT_BASE + out_end))? - OUT_BASE,
             None => return Err(Error::Malformed),
         };
         let in_socket = head.end > head.settled;
-        let (is_told, out_freed) = (false, 0);
-        let journal =
-            Self { file, head, assembler, open, open_bytes, is_told, refusals, out_end, out_sent, out_freed };
+        let (is_warned, out_freed) = (false, 0);
+        let journal = Self {
+            file,
+            head,
+            assembler,
+            open,
+            open_bytes,
+            is_warned,
+            refusals,
+            out_end,
+            out_sent,
+            out_freed,
+        };
         Ok(Found { journal, unanswered, in_socket })
     }
 
-    /// Everything that is noted has been taken off the socket: to be called before it is looked at
-    /// again.
+    /// Records that everything journaled was removed from the socket. Must be called before the next peek.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -217,10 +226,10 @@ impl Journal {
         Ok(())
     }
 
-    /// Notes bytes that have been looked at. Returns the frames that are whole now and to be served.
+    /// Journals bytes that were peeked. Returns the frames that are complete now and must be served.
     ///
     /// # Errors
-    /// Nothing more can be noted.
+    /// The journal can't be written.
     pub fn note(&mut self, bytes: &[u8]) -> Result<Vec<Frame>, Error> {
         let begun = self.head.end - self.assembler.pending();
         if !self.assembler.skips(bytes.len()) {
@@ -251,7 +260,7 @@ impl Journal {
     fn has_room_for(&mut self, frame: &Frame) -> bool {
         let bytes = self.open_bytes + frame.bytes.len() as u64;
         let is_many = self.open.len() * 5 > OPEN_COUNT * 4 || bytes * 5 > OPEN_BYTES * 4;
-        if is_many && !std::mem::replace(&mut self.is_told, is_many) {
+        if is_many && !std::mem::replace(&mut self.is_warned, is_many) {
             let count = self.open.len();
             tracing::warn!(
                 "a client has {count} unanswered requests ({bytes} bytes) on one connection: from {OPEN_COUNT} requests or {OPEN_BYTES} bytes on, further requests are refused"
@@ -260,8 +269,8 @@ impl Journal {
         bytes <= OPEN_BYTES && self.open.len() < OPEN_COUNT
     }
 
-    /// Answers the requests that are not kept, and forgets them. To be called when everything that is noted has
-    /// been taken off the socket.
+    /// Answers the refused requests with an error, and drops them. Must be called when everything journaled was removed
+    /// from the socket.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -274,11 +283,11 @@ impl Journal {
         self.compact_if_worthwhile()
     }
 
-    /// Notes a response, which from now on is sent whatever happens; its request needs none any more.
-    /// The socket is the one that it will be sent on.
+    /// Journals a response, which is sent from then on even if the daemon ends, and marks its request as answered.
+    /// `socket`: the socket over which the response will be sent.
     ///
     /// # Errors
-    /// [`Error::Io`]; nothing is noted then.
+    /// [`Error::Io`]. The response is not journaled then.
     pub fn respond(&mut self, socket: BorrowedFd<'_>, response: &Frame) -> Result<(), Error> {
         self.note_response(socket, response)?;
         fault::point(Point::ConnectionAnswered);
@@ -292,15 +301,15 @@ impl Journal {
         self.write_out_head(response.stream())
     }
 
-    /// How much is noted and not sent, in bytes.
+    /// The number of unsent bytes.
     pub fn unsent(&self) -> u64 {
         self.out_end - self.out_sent
     }
 
-    /// Sends what it can.
+    /// Sends as much as the socket accepts.
     ///
     /// # Errors
-    /// `EAGAIN`: the socket is full. Else the connection is broken.
+    /// `EAGAIN`: the socket is full. Any other error: the connection is broken.
     pub fn send(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
         while self.unsent() > 0 {
             let length = usize::try_from(self.unsent()).unwrap_or(usize::MAX);
@@ -314,7 +323,7 @@ impl Journal {
         Ok(())
     }
 
-    /// For systemd to keep.
+    /// The descriptor to keep.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -324,7 +333,7 @@ impl Journal {
             return Ok(());
         };
         self.open_bytes -= length;
-        self.is_told &= !self.open.is_empty();
+        self.is_warned &= !self.open.is_empty();
         if self.open.is_empty() && self.assembler.pending() == 0 {
             let old = std::mem::take(&mut self.head);
             self.write_head()?;
@@ -335,18 +344,18 @@ impl Journal {
         self.compact_if_worthwhile()
     }
 
-    /// Moves what is still needed together when most is not.
+    /// Compacts the log if most of it is not needed any more.
     fn compact_if_worthwhile(&mut self) -> Result<(), Error> {
         let is_little = self.head.end - self.head.start < 2 * (self.open_bytes + self.tail()) + SLACK;
         if is_little { Ok(()) } else { self.compact() }
     }
 
-    /// What has to be kept of a frame that is not whole.
+    /// The length of an incomplete frame in the log.
     fn tail(&self) -> u64 {
         if self.assembler.skips(1) { HEADER as u64 } else { self.assembler.pending() }
     }
 
-    /// Moves what is still needed together. Everything that is noted is off the socket by now.
+    /// Moves the parts of the log that are still needed together. Everything journaled must be removed from the socket.
     fn compact(&mut self) -> Result<(), Error> {
         let old = self.head;
         let front = old.end > IN_LIMIT && self.open_bytes + self.tail() <= old.start / PAGE * PAGE;
@@ -381,13 +390,13 @@ impl Journal {
         Ok(self.file.write_all_at(&bytes, IN_BASE + to)?)
     }
 
-    /// Gives back the memory of responses that the other side has read: the pages of a sent response are the
-    /// socket's until then (sendfile does not copy). Begins at the front again when everything is read.
+    /// Frees the memory of responses that the peer has read. Until then the socket uses the pages of a sent response, as
+    /// sendfile does not copy. Starts at the front again once the peer has read everything.
     fn free_sent(&mut self, socket: BorrowedFd<'_>) -> Result<(), Error> {
         if self.out_end == 0 {
             return Ok(());
         }
-        // Counted with the kernel's overhead: at most so much of what was sent is not read.
+        // Includes the kernel's overhead, so it is an upper bound of the unread bytes.
         let unread = sys::unread_by_peer(&socket)? as u64;
         if self.unsent() > 0 || unread > 0 {
             let read = self.out_sent.saturating_sub(unread) / PAGE * PAGE;
@@ -398,14 +407,14 @@ impl Journal {
             return Ok(());
         }
         let end = std::mem::take(&mut self.out_end);
-        // This before the position: one that lies behind the end is known to be from before.
+        // The end is written before the position changes: a position beyond the end then shows an interrupted change.
         self.file.write_all_at(&self.out_end.to_le_bytes(), OUT_HEAD)?;
         (self.out_sent, self.out_freed) = (0, 0);
         (&self.file).seek(SeekFrom::Start(OUT_BASE))?;
         self.release(OUT_BASE, 0, end)
     }
 
-    /// Gives memory back: the pages that lie between two positions, if there are many.
+    /// Frees the pages between two positions, if there is more than one.
     fn release(&self, base: u64, start: u64, end: u64) -> Result<(), Error> {
         let (start, end) = (start / PAGE * PAGE, end.next_multiple_of(PAGE));
         if end - start <= PAGE {
@@ -434,12 +443,12 @@ impl Journal {
     }
 }
 
-/// True if a kept descriptor looks like a journal.
+/// True if a kept descriptor begins with the magic number of a journal.
 pub fn is_journal(fd: &OwnedFd) -> bool {
     fd.try_clone().is_ok_and(|fd| read_u32(&File::from(fd), IN_HEAD).is_ok_and(|magic| magic == MAGIC))
 }
 
-/// The incoming head, where the outgoing bytes end, and the stream of the last response.
+/// The incoming head, the end of the outgoing bytes, and the stream of the last response.
 fn read_heads(file: &File) -> Result<(Head, u64, Option<u32>), Error> {
     let version = read_u32(file, IN_HEAD + 4)?;
     if read_u32(file, IN_HEAD)? != MAGIC {

@@ -1,4 +1,4 @@
-//! The daemon's sockets: connections that are there already, and those that come.
+//! The daemon's connections: those of earlier daemons, and new ones.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,28 +22,25 @@ use super::durable::Durable;
 use super::journal::{self, Journal};
 use super::sockets::Socket;
 
-/// The names by which connections are kept begin with this, and go on with a number. They are short:
-/// systemd passes the names of all descriptors in one environment variable, which the kernel limits
-/// to 128 KiB (execve(2)).
+/// The prefix of the names under which connections are kept. A number follows.
 const PREFIX: &str = "c";
 
 /// All connections of the daemon.
 pub struct Connections {
     keeper: Arc<dyn Keep>,
-    /// The next number.
+    /// The number of the next connection.
     next: AtomicU64,
-    /// Watches all of them, for when nobody reads them.
-    news: Epoll,
-    /// Each connection has one.
+    /// Watches all connections, for the time when no daemon reads them.
+    wake: Epoll,
+    /// Each connection has a clone: the number of clones is the number of connections.
     count: Arc<()>,
 }
 
-/// A connection that an earlier daemon has accepted, and the socket over which it came.
+/// A connection that an earlier daemon accepted, and the listening socket that it came from.
 pub type Adopted = (Socket, Durable);
 
 impl Connections {
-    /// Takes over what was kept of an earlier daemon's connections. What is not one stays in `kept`.
-    /// Needs the async runtime.
+    /// Adopts the connections of earlier daemons: takes them out of `kept`. Needs the async runtime.
     ///
     /// # Errors
     /// Connections can't be watched.
@@ -52,7 +49,7 @@ impl Connections {
         kept: &mut Vec<(String, OwnedFd)>,
         crashes: &Crashes,
     ) -> io::Result<(Arc<Self>, Vec<Adopted>)> {
-        let (news, count) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Arc::new(()));
+        let (wake, count) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Arc::new(()));
         let mut pairs: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
         for (name, fd) in std::mem::take(kept) {
             match number(&name) {
@@ -64,7 +61,7 @@ impl Connections {
         let mut adopted = Vec::new();
         for (number, fds) in pairs {
             let name = format!("{PREFIX}{number}");
-            match adopt(fds, crashes, &keeper, &name, &news, &count) {
+            match adopt(fds, crashes, &keeper, &name, &wake, &count) {
                 Ok(connection) => adopted.push(connection),
                 Err(reason) => {
                     tracing::error!("can't adopt a connection of an earlier daemon: {reason}");
@@ -72,21 +69,21 @@ impl Connections {
                 }
             }
         }
-        Ok((Arc::new(Self { keeper, next: AtomicU64::new(next), news, count }), adopted))
+        Ok((Arc::new(Self { keeper, next: AtomicU64::new(next), wake, count }), adopted))
     }
 
-    /// How many connections there are.
+    /// The number of connections.
     pub fn count(&self) -> usize {
         Arc::strong_count(&self.count) - 1
     }
 
-    /// Readable as soon as any of them is, also when this process has ended.
-    pub fn news(&self) -> BorrowedFd<'_> {
-        self.news.0.as_fd()
+    /// A descriptor that is readable when a connection is, even after this process has ended.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.0.as_fd()
     }
 
-    /// The connections of callers with this process's own uid, as they come. Others are closed at once:
-    /// the socket's mode keeps them out already, unless somebody has changed it.
+    /// Accepts connections of callers with this process's own uid. Others are closed: the mode of the socket refuses them
+    /// already, unless somebody has changed it.
     ///
     /// # Errors
     /// The listener can't be watched. Needs the async runtime.
@@ -97,14 +94,14 @@ impl Connections {
         listener.set_nonblocking(true)?;
         let listener = sys::watch_as_it_is(listener)?;
         Ok(stream::unfold((self, listener), |(this, listener)| async move {
-            // Made before there is a connection: from accept to keep is the one moment at which it
-            // would be lost with the process.
+            // The journal is made first, so that little happens between accept and keep: if the process ends there, the
+            // connection is lost.
             let accepted = match Journal::new() {
                 Ok(journal) => this.next(&listener, journal).await,
                 Err(error) => Err(io::Error::other(error)),
             };
             if accepted.is_err() {
-                // Out of descriptors, mostly: the caller logs it, and others may still come.
+                // Usually the process is out of descriptors. The caller logs the error, and later connections may work.
                 tokio::time::sleep(PAUSE_AFTER_ERROR).await;
             }
             Some((accepted, (this, listener)))
@@ -122,7 +119,8 @@ impl Connections {
                 if is_over(&stream) {
                     return Ok(None);
                 }
-                // One that is not kept would be lost with the daemon, and its tasks with it. Better now.
+                // A connection that is not kept would end with the daemon, and containerd would give up its tasks. So it
+                // is refused now.
                 self.keeper.keep(&name, &[stream.as_fd(), journal.fd()])?;
                 fault::point(Point::ConnectionKept);
                 Ok(Some(stream))
@@ -136,7 +134,7 @@ impl Connections {
             match getsockopt(&stream, PeerCredentials) {
                 Ok(peer) if peer.uid() == own_uid => {
                     stream.set_nonblocking(true)?;
-                    self.news.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+                    self.wake.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
                     let (keeper, one) = (self.keeper.clone(), self.count.clone());
                     return Durable::new(stream.into(), journal, keeper, name, one).map_err(io::Error::other);
                 }
@@ -150,8 +148,8 @@ impl Connections {
     }
 }
 
-/// Whoever made it has gone without a word, as `start` does, which only looks whether somebody listens.
-/// Not to keep it matters: for each descriptor that systemd lets go of, it makes a process.
+/// True if the peer has closed the connection without a request, as `start` does when it probes the socket. Such a
+/// connection is not kept.
 fn is_over(stream: &UnixStream) -> bool {
     recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) == Ok(0)
 }
@@ -166,26 +164,26 @@ fn adopt(
     crashes: &Crashes,
     keeper: &Arc<dyn Keep>,
     name: &str,
-    news: &Epoll,
+    wake: &Epoll,
     count: &Arc<()>,
 ) -> Result<Adopted, String> {
     let (mut journals, mut sockets): (Vec<_>, Vec<_>) = fds.into_iter().partition(journal::is_journal);
     let (Some(journal), Some(socket)) = (journals.pop(), sockets.pop()) else {
-        return Err(format!("not both halves of {name} were kept"));
+        return Err(format!("the descriptor store does not have both descriptors of {name}"));
     };
     let socket = UnixStream::from(socket);
     let address = socket.local_addr().map_err(|error| error.to_string())?;
-    let from = address.as_pathname().and_then(Socket::at).ok_or("it came over an unknown socket")?;
-    news.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(|error| error.to_string())?;
+    let from = address.as_pathname().and_then(Socket::at).ok_or("it came from an unknown socket")?;
+    wake.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(|error| error.to_string())?;
     let (keeper, one) = (keeper.clone(), count.clone());
     let connection = Durable::adopt(socket.into(), journal, crashes, keeper, name.to_owned(), one);
     Ok((from, connection.map_err(|error| error.to_string())?))
 }
 
-/// A socket that systemd passed to the daemon, and which one it is.
+/// Identifies a listening socket that systemd passed to the daemon.
 ///
 /// # Errors
-/// It is none of the daemon's listeners.
+/// The socket is not one of the daemon's listeners.
 pub fn from_systemd(fd: OwnedFd) -> io::Result<(Socket, UnixListener)> {
     let listener = UnixListener::from(fd);
     let address = listener.local_addr()?;
@@ -193,5 +191,5 @@ pub fn from_systemd(fd: OwnedFd) -> io::Result<(Socket, UnixListener)> {
     Ok((socket, listener))
 }
 
-/// Keeps a lasting error from taking all of a processor.
+/// Keeps a persistent error from using a whole processor.
 const PAUSE_AFTER_ERROR: std::time::Duration = std::time::Duration::from_millis(50);

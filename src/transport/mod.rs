@@ -1,7 +1,7 @@
-//! Connections: bytes, and nothing of tasks.
+//! Connections that outlive the process.
 //!
-//! containerd takes a closed connection for a dead shim, so connections outlive the process: systemd
-//! keeps them ([`Keep`]), and a new daemon goes on where the old one was ([`durable`]).
+//! containerd treats a closed connection as a dead shim. So the descriptor store keeps the connections ([`Keep`]), and the
+//! next daemon continues them where the last one ended ([`durable`]).
 
 pub mod durable;
 pub mod frame;
@@ -13,13 +13,13 @@ pub mod sockets;
 
 use std::os::fd::BorrowedFd;
 
-/// Whoever keeps descriptors for the next daemon.
+/// Keeps descriptors for the next daemon.
 pub trait Keep: Send + Sync {
-    /// Keeps descriptors by a name.
+    /// Keeps descriptors under a name.
     ///
     /// # Errors
-    /// They can't be kept: a connection is then better not accepted.
+    /// The descriptors can't be kept. A connection is refused then.
     fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()>;
-    /// Lets go of all that have the name.
+    /// Closes all descriptors that are kept under a name.
     fn forget(&self, name: &str);
 }

@@ -1,5 +1,5 @@
-//! A model of a connection: random frames in random pieces, answered in random order, by daemons that end at
-//! random moments. Compared with a list: each request is served until it is answered, and answered once.
+//! A model test of connections: random frames arrive in random pieces, and daemons that end at random moments answer them
+//! in random order. The result is compared with a list: each request is served until it is answered, and answered once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -21,7 +21,7 @@ use super::frame::{Frame, HEADER, REPLAYED};
 use super::journal::Journal;
 use crate::suspect::{Crashes, LIMIT, Suspect};
 
-/// Whoever keeps nothing: the test holds on to both descriptors itself.
+/// Keeps nothing: the test itself holds both descriptors.
 struct Nobody;
 
 impl Keep for Nobody {
@@ -32,7 +32,7 @@ impl Keep for Nobody {
     fn forget(&self, _: &str) {}
 }
 
-/// xorshift64*: the same numbers for the same seed.
+/// Random numbers that depend only on the seed (xorshift64*).
 struct Random(u64);
 
 impl Random {
@@ -61,7 +61,7 @@ fn request(payload: &[u8]) -> ttrpc::Request {
     ttrpc::Request { service, method, payload: payload.to_vec(), ..Default::default() }
 }
 
-/// Takes whole frames off a buffer.
+/// Removes the whole frames from a buffer.
 fn frames(buffer: &mut Vec<u8>) -> Vec<Frame> {
     let mut found = Vec::new();
     while let Some(head) = buffer.first_chunk::<HEADER>() {
@@ -74,12 +74,12 @@ fn frames(buffer: &mut Vec<u8>) -> Vec<Frame> {
     found
 }
 
-/// The daemon's side, and what outlives it.
+/// The daemon's side of a connection, and what outlives the daemon.
 struct Server {
     socket: OwnedFd,
     journal: OwnedFd,
     durable: Option<Durable>,
-    /// What ttrpc has read of a frame, and the requests that it serves.
+    /// The part of a frame that ttrpc has read.
     read: Vec<u8>,
     serving: BTreeMap<u32, Vec<u8>>,
 }
@@ -94,7 +94,7 @@ impl Server {
         Self { socket, journal: kept, durable: Some(durable), read: Vec::new(), serving: BTreeMap::new() }
     }
 
-    /// The daemon ends, and the next one takes over.
+    /// Ends the daemon, and lets the next one adopt the connection.
     fn die(&mut self, crashes: &Crashes) {
         self.durable = None;
         self.read.clear();
@@ -105,7 +105,7 @@ impl Server {
         self.durable = Some(adopted.unwrap());
     }
 
-    /// Reads for as long as there is something; returns the frames that are whole.
+    /// Reads until nothing is left, and returns the whole frames.
     fn read(&mut self, random: &mut Random) -> Vec<Frame> {
         let mut context = Context::from_waker(Waker::noop());
         let durable = self.durable.as_mut().unwrap();
@@ -127,7 +127,7 @@ impl Server {
         while !rest.is_empty() {
             let length = rest.len().min(1 + random.below(20_000));
             let Poll::Ready(written) = durable.as_mut().poll_write(&mut context, &rest[..length]) else {
-                // Part of it is written: as after a crash, none of it is sent.
+                // As after a crash in the middle of a write: none of the response is sent.
                 return;
             };
             rest = &rest[written.unwrap()..];
@@ -143,13 +143,13 @@ impl Server {
     }
 }
 
-/// The client's side, and the list that all is compared with.
+/// The client's side of a connection, and the list of its requests.
 struct Client {
     socket: UnixStream,
     next: u32,
     unsent: Vec<u8>,
     read: Vec<u8>,
-    /// What was asked and has no answer; nothing for a request that is too long.
+    /// The payload of each unanswered request. `None` for a request that is too long.
     asked: BTreeMap<u32, Option<Vec<u8>>>,
     data: BTreeSet<u32>,
 }
@@ -231,7 +231,7 @@ async fn lives(seed: u64, deaths: usize) {
                     }
                     let payload = found.request().unwrap().payload;
                     let asked = client.asked.get(&stream);
-                    // The answer may be on its way to the client: then nobody serves it.
+                    // A response may be on its way to the client. Its request is not served again.
                     assert!(asked == Some(&Some(payload.clone())), "seed {seed}: {stream} is served again");
                     server.serving.insert(stream, payload);
                 }
@@ -242,13 +242,13 @@ async fn lives(seed: u64, deaths: usize) {
             _ if random.one_in(200 / deaths) => server.die(&Crashes::default()),
             _ => {}
         }
-        // Tokio's own readiness is polled by its driver.
+        // Lets tokio's driver poll the sockets.
         tokio::task::yield_now().await;
         if steps % 100 == 0 {
             assert!(server.memory() < 12 << 20, "seed {seed}: {} bytes are kept", server.memory());
         }
         if client.next >= 400 && random.one_in(3) {
-            // All that is left is answered.
+            // Answers all remaining requests.
             if let Some(stream) = server.serving.keys().next().copied() {
                 server.respond(stream, random);
             }

@@ -1,14 +1,12 @@
-//! The sockets of the daemon, and for whom each of them is.
+//! The listening sockets of the daemon, and which containerd and namespace each of them is for.
 //!
-//! containerd names the namespace of a call in the call's metadata, but only from 2.0 on: 1.6 and 1.7
-//! (seen: 1.6.20, 1.7.24) send nothing, and no version says which containerd it is. Ids are unique per
-//! containerd and namespace only. So `start` gives an older containerd the address of a socket that belongs to
-//! one of its namespaces alone, and a newer one beside the usual containerd the address of one that belongs to
-//! it. systemd holds a fixed number of them, as it holds the one for everybody else: like that one they are
-//! there whatever becomes of the daemon.
+//! Ids are unique only per containerd and namespace. containerd sends the namespace of a call in its metadata from 2.0 on;
+//! 1.6 and 1.7 do not (tested: 1.6.20, 1.7.24). No version sends its own identity. So `start` gives an older containerd the
+//! address of a socket for one of its namespaces, and a newer containerd other than the usual one the address of a socket
+//! of its own. systemd holds all sockets, so they are available even while no daemon runs.
 //!
-//! Which socket is whose is in small files (`<state>/.sockets/<number>`), written by `start` under a
-//! lock and read by the daemon. A socket whose holder has no tasks can be given to another one.
+//! Small files (`<state>/.sockets/<number>`) record the lease of each socket. `start` writes them under a lock, and the
+//! daemon reads them. A socket whose lessee has no tasks can be leased to another one.
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
@@ -22,29 +20,29 @@ use nix::fcntl::{Flock, FlockArg};
 use crate::config;
 use crate::id::{Namespace, Owner};
 
-/// How many leases there can be at once: one for each namespace of an older containerd, one for each newer
-/// containerd beside the usual one.
+/// The number of sockets to lease: one for each namespace of an older containerd, one for each newer containerd other than
+/// the default one.
 pub const COUNT: usize = 32;
 
-/// A holder for which `start` was called so recently may have a task any moment.
+/// A lessee for which `start` was called within this time may be about to have a task.
 const SETTLED: Duration = Duration::from_secs(600);
 
 /// One of the daemon's sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Socket {
-    /// For the usual containerd if it names the namespace, and for whoever has got no other.
+    /// The socket of the usual containerd if it sends the namespace, and of every caller without a lease.
     Any,
-    /// For the one that holds it, by its number.
+    /// A leased socket, by its number.
     Of(usize),
 }
 
 impl Socket {
-    /// All of them.
+    /// All sockets.
     pub fn all() -> impl Iterator<Item = Self> {
         std::iter::once(Self::Any).chain((0..COUNT).map(Self::Of))
     }
 
-    /// Where it is.
+    /// The path of the socket.
     pub fn path(self) -> PathBuf {
         match self {
             Self::Any => config::SOCKET.into(),
@@ -52,36 +50,36 @@ impl Socket {
         }
     }
 
-    /// The one at that path.
+    /// The socket at a path.
     pub fn at(path: &Path) -> Option<Self> {
         Self::all().find(|socket| socket.path() == path)
     }
 }
 
-/// For whom a socket is.
+/// The lessee of a socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lease {
-    /// The containerd. Earlier versions did not note it.
+    /// The containerd. Earlier versions did not record it.
     pub owner: Option<Owner>,
-    /// The one namespace that it is for; nothing if the calls say it.
+    /// The namespace. `None` if the calls contain it.
     pub namespace: Option<Namespace>,
 }
 
-/// A lease, and when it was last asked for: seconds since the machine has started, also asleep. Unlike the time
-/// of day that does not jump.
+/// A lease, and when it was claimed last, in seconds since the machine's start. Unlike the time of day, that clock does not
+/// jump.
 struct Leased {
     lease: Lease,
     at: u64,
 }
 
-/// The files that say which socket is whose.
+/// The files with the leases.
 #[derive(Clone, Debug)]
 pub struct Leases {
     state: PathBuf,
 }
 
 impl Leases {
-    /// Below the directory of the records.
+    /// The leases below the directory of all records.
     pub fn new(state: impl Into<PathBuf>) -> Self {
         Self { state: state.into() }
     }
@@ -90,13 +88,13 @@ impl Leases {
         self.state.join(".sockets")
     }
 
-    /// The holder of a socket, for those who ask often.
+    /// The lease of a socket, for repeated reads.
     pub fn holder(&self, number: usize) -> Holder {
         Holder { file: self.dir().join(number.to_string()), known: Mutex::default() }
     }
 
-    /// The socket of a containerd, for one of its namespaces or for all; it gets one if it has none. Nothing if
-    /// all are in use.
+    /// The socket of a containerd, for one of its namespaces or for all. Leases one if it has none. `None` if all are in
+    /// use.
     ///
     /// # Errors
     /// The files can't be read or written.
@@ -113,7 +111,7 @@ impl Leases {
         let leases: Vec<Option<Leased>> =
             (0..COUNT).map(|number| read(&self.dir().join(number.to_string()))).collect();
         let wanted = Lease { owner: Some(owner.clone()), namespace: namespace.cloned() };
-        // One that an earlier version has given out.
+        // A lease of an earlier version.
         let earlier = Lease { owner: None, namespace: namespace.cloned() };
         let held = |lease: &Lease| {
             leases.iter().position(|held| held.as_ref().is_some_and(|held| held.lease == *lease))
@@ -125,7 +123,7 @@ impl Leases {
         let Some(number) = number else {
             return Ok(None);
         };
-        // Written anew for its own holder as well: the time in it is the last use.
+        // Also written for its current lessee, as it contains the time of the last claim.
         let text =
             format!("{}\n{owner}\n{now}\n", namespace.map_or("", Namespace::as_str), owner = owner.as_str());
         let new = self.dir().join(format!(".{number}.new"));
@@ -147,7 +145,7 @@ impl Leases {
         }
     }
 
-    /// True if a containerd beside the usual one has tasks, or if that can't be told.
+    /// True if a containerd other than the usual one has tasks, or if that is unknown.
     fn has_tasks(&self, owner: &Owner) -> bool {
         let end = format!("+{}", owner.as_str());
         let names = |dir: &Path| -> io::Result<Vec<String>> {
@@ -164,18 +162,18 @@ impl Leases {
     }
 }
 
-/// The holder of one socket. The file is read again when there is another in its place.
+/// Reads the lease of one socket. Reads its file again only if the file was replaced.
 #[derive(Debug)]
 pub struct Holder {
     file: PathBuf,
     known: Mutex<Option<(Identity, Lease)>>,
 }
 
-/// Tells a file from any that takes its place: inode, and when it last changed.
+/// Identifies the content of a file: inode and time of the last change.
 type Identity = (u64, i64, i64);
 
 impl Holder {
-    /// For whom the socket is now.
+    /// The current lessee of the socket.
     pub fn lease(&self) -> Option<Lease> {
         let found = fs::metadata(&self.file).ok()?;
         let identity = (found.ino(), found.ctime(), found.ctime_nsec());
@@ -183,14 +181,14 @@ impl Holder {
         if let Some((_, lease)) = known.as_ref().filter(|(of, _)| *of == identity) {
             return Some(lease.clone());
         }
-        // If it is replaced meanwhile, the next call reads it again.
+        // If the file is replaced meanwhile, the next call reads it again.
         let lease = read(&self.file)?.lease;
         *known = Some((identity, lease.clone()));
         Some(lease)
     }
 }
 
-/// Three lines: the namespace, the owner, the time. Earlier versions wrote the first one only.
+/// Reads a file of three lines: namespace, owner, time. Earlier versions wrote only the first line.
 fn read(file: &Path) -> Option<Leased> {
     let text = fs::read_to_string(file).ok()?;
     let mut lines = text.lines();
@@ -203,7 +201,7 @@ fn read(file: &Path) -> Option<Leased> {
     Some(Leased { lease: Lease { owner, namespace }, at })
 }
 
-/// Seconds since the machine has started (proc_uptime(5)).
+/// Seconds since the machine's start (proc_uptime(5)).
 fn since_boot() -> io::Result<u64> {
     let text = fs::read_to_string("/proc/uptime")?;
     let seconds = text.split('.').next().and_then(|seconds| seconds.parse().ok());

@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quota_is_told_per_second_and_makes_the_same_file() {
+    fn a_quota_per_second_gives_the_same_file() {
         for (file, per_second) in
             [("50000 100000", 500_000), ("10000 30000", 333_334), ("33333 100000", 333_330)]
         {

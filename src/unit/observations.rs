@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_told_of_a_unit_many_times_is_one_entry() {
+    async fn many_reports_about_a_unit_are_one_entry() {
         let observations = Observations::default();
         for round in 0..10_000 {
             observations

@@ -1,9 +1,8 @@
-//! The last answers to Delete.
+//! The last replies to Delete.
 //!
-//! A Delete takes the record away before its answer has been sent. If the daemon ends in between, the
-//! next one finds the same Delete among its open requests, and here what to answer. A file with a
-//! fixed number of places, each within a page of a tmpfs: one write, which happens as a whole or not
-//! at all.
+//! Delete removes the record before its reply is sent. If the daemon ends in between, the next daemon finds the request in
+//! the request journal, and the reply in this file. The file has a fixed number of places, each within a page of a tmpfs:
+//! a place is written whole or not at all.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
@@ -20,18 +19,18 @@ use crate::task::phase::Exit;
 use super::Error;
 
 const FILE: &str = ".answers";
-/// More than there can be between taking a record away and sending the answer.
+/// The number of places. Fewer deletes can be between the removal of a record and the reply.
 const PLACES: u64 = 256;
 const PLACE: usize = 512;
-/// More Deletes than there can be: a line with a greater number is none of ours.
+/// More deletes than can ever happen. A line with a greater number was not written by this program.
 const MOST: u64 = u64::MAX / 2;
 
-/// What a Delete answers.
+/// The content of a reply to Delete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deleted {
-    /// The process that it was, 0 if none.
+    /// The pid of the process, 0 if it had none.
     pub pid: u32,
-    /// How it ended, if it ever ran.
+    /// The exit of the process, if it ran.
     pub exit: Option<Exit>,
 }
 
@@ -47,13 +46,13 @@ struct Line {
 
 /// The file.
 #[derive(Debug)]
-pub struct Answers {
+pub struct DeleteReplies {
     file: File,
     next: Mutex<u64>,
 }
 
-impl Answers {
-    /// Opens the file in the directory of all records, which is made if it is not there.
+impl DeleteReplies {
+    /// Opens the file in the directory of all records. Creates both if they do not exist.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -63,20 +62,20 @@ impl Answers {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
         let file = file.map_err(io_error("open", &path))?;
-        // A Delete must not fail for want of room. Where there is none now, one may.
+        // Reserves space now, so that a later Delete does not fail because the file system is full.
         if let Err(errno) = fallocate(&file, FallocateFlags::empty(), 0, PLACES as i64 * PLACE as i64) {
             tracing::warn!(%errno, "can't reserve space for {}: {errno}", path.display());
         }
-        let mut answers = Self { file, next: Mutex::default() };
-        answers.next = Mutex::new(answers.lines().map(|line| line.seq + 1).max().unwrap_or(0));
-        Ok(answers)
+        let mut replies = Self { file, next: Mutex::default() };
+        replies.next = Mutex::new(replies.lines().map(|line| line.seq + 1).max().unwrap_or(0));
+        Ok(replies)
     }
 
-    /// Keeps what the Delete of a process is about to answer.
+    /// Records the reply to the Delete of a process, before it is sent.
     ///
     /// # Errors
     /// [`Error::Io`]
-    pub fn keep(&self, process: &ProcessKey, deleted: Deleted) -> Result<(), Error> {
+    pub fn record(&self, process: &ProcessKey, deleted: Deleted) -> Result<(), Error> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let line =
             Line { seq: *next, process: process.to_string(), owner: process.task.owner.clone(), deleted };
@@ -90,8 +89,8 @@ impl Answers {
         Ok(())
     }
 
-    /// What the last Delete of a process has answered, or was about to. Of several containerds' processes
-    /// with these names the caller's own comes first.
+    /// The reply to the last Delete of a process. If processes of several containerds have these names, the caller's own
+    /// is preferred.
     pub fn find(&self, process: &ProcessKey) -> Option<Deleted> {
         let (name, owner) = (process.to_string(), &process.task.owner);
         let is_it = |line: &Line| line.process == name && (line.owner == *owner || owner.is_usual());
@@ -121,17 +120,17 @@ mod tests {
     #[test]
     fn the_last_answer_is_found_after_a_restart() {
         let root = tempfile::tempdir().unwrap();
-        let answers = Answers::open(root.path()).unwrap();
+        let replies = DeleteReplies::open(root.path()).unwrap();
         let deleted = |pid| Deleted { pid, exit: Some(Exit { status: 7, at_usec: u64::MAX }) };
-        assert_eq!(answers.find(&key(None)), None);
+        assert_eq!(replies.find(&key(None)), None);
         for pid in 0..u32::try_from(PLACES).unwrap() + 3 {
-            answers.keep(&key(None), deleted(pid)).unwrap();
+            replies.record(&key(None), deleted(pid)).unwrap();
         }
-        answers.keep(&key(Some("e")), Deleted { pid: 0, exit: None }).unwrap();
-        let again = Answers::open(root.path()).unwrap();
+        replies.record(&key(Some("e")), Deleted { pid: 0, exit: None }).unwrap();
+        let again = DeleteReplies::open(root.path()).unwrap();
         assert_eq!(again.find(&key(None)), Some(deleted(u32::try_from(PLACES).unwrap() + 2)));
         assert_eq!(again.find(&key(Some("e"))), Some(Deleted { pid: 0, exit: None }));
-        again.keep(&key(None), deleted(1)).unwrap();
+        again.record(&key(None), deleted(1)).unwrap();
         assert_eq!(again.find(&key(None)), Some(deleted(1)));
     }
 
