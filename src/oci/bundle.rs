@@ -1,6 +1,6 @@
-//! The bundle's `config.json`: reads a few fields, edits others, and loses nothing.
+//! The bundle's `config.json`: reads a few fields, edits others, and leaves the rest unchanged.
 //!
-//! Edits work on untyped JSON, so that fields and values that no library knows yet survive.
+//! Edits work on untyped JSON: fields and values that no library knows yet are kept.
 
 use std::collections::HashMap;
 use std::fs;
@@ -270,7 +270,7 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
 
 /// The containerd that a bundle belongs to, whatever path leads to the bundle.
 pub fn owner(bundle: &Path, namespace: &Namespace, id: &TaskId) -> Owner {
-    // The bundle itself may be gone; the directory of all bundles is not.
+    // The bundle may be removed already, but the directory of all bundles exists.
     let resolved = bundle.ancestors().take(3).find_map(|there| {
         let rest = bundle.strip_prefix(there).ok()?;
         Some(there.canonicalize().ok()?.join(rest))
@@ -281,7 +281,7 @@ pub fn owner(bundle: &Path, namespace: &Namespace, id: &TaskId) -> Owner {
 /// Written by `start` for the daemon, which reads it at Create. containerd removes it with the bundle.
 const START: &str = "containerd-shim-systemd.json";
 
-/// Notes in the bundle which containerd has called.
+/// Records in the bundle which containerd called.
 ///
 /// # Errors
 /// [`Error::Io`]
@@ -293,7 +293,7 @@ pub fn write_containerd(bundle: &Path, containerd: &Containerd) -> Result<(), Er
     Ok(files::replace(&path, &new, 0o600, &text).map_err(io_error("replace", &path))?)
 }
 
-/// Notes in the bundle where the daemon is. containerd 1.6 and 1.7 find the daemon by this file after a restart.
+/// Writes the daemon's address into the bundle. containerd 1.6 and 1.7 find the daemon by this file after a restart.
 ///
 /// # Errors
 /// [`Error::Io`]
@@ -303,7 +303,7 @@ pub fn write_address(bundle: &Path, address: &str) -> Result<(), Error> {
     Ok(files::replace(&path, &new, 0o644, address.as_bytes()).map_err(io_error("replace", &path))?)
 }
 
-/// The note of `start` in the bundle. `None` for a container of a pod that is not its first: containerd does not call
+/// The containerd that `start` recorded in the bundle. `None` for a container of a pod that is not its first: containerd does not call
 /// `start` for it.
 ///
 /// # Errors
@@ -325,7 +325,7 @@ type Fields = Members<Box<RawValue>>;
 fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
     let text = canonical(text, &SHAPE, Others::Kept)?;
     let mut spec: Fields = serde_json::from_str(&text)?;
-    // Read all, whatever is edited: what can be read can then be edited in any way.
+    // Parses all fields that an edit may need, so that a spec that was accepted once can be edited later.
     let mut linux: Fields = member(&spec, "linux")?;
     let mut process: Fields = member(&spec, "process")?;
     let mut env: Vec<Box<RawValue>> = member(&process, "env")?;

@@ -1,9 +1,8 @@
 //! JSON with one name and one value for each field that matters (pure).
 //!
-//! runc reads JSON with Go's decoder (`encoding/json`), which is more lenient than others: the case of a field's name
-//! does not matter, a field may be there several times, null means "not set", text need not be valid Unicode, and
-//! what follows the value is not looked at. [`canonical`] writes such text again, so that this program, runc and crun
-//! read the same from it.
+//! runc reads JSON with Go's decoder (`encoding/json`), which is more lenient than others: it ignores the case of field
+//! names, accepts repeated fields and invalid Unicode, treats null as "not set", and ignores everything after the value.
+//! [`canonical`] rewrites such text, so that this program, runc and crun read the same values from it.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -15,33 +14,32 @@ use serde::ser::Serializer;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-/// What a value is for Go's decoder.
+/// The Go type of a value.
 #[derive(Clone, Copy, Debug)]
 pub enum Shape {
-    /// A number or a flag, or a value that nobody here looks into.
+    /// A number, a flag, or a value that is not inspected here.
     Value,
     /// A string.
     Text,
-    /// A struct: of several values for it each adds to the one before.
+    /// A struct. If it has several values, each adds to the ones before.
     Struct(&'static [(&'static str, Shape)]),
-    /// A map: likewise. Its keys are what they are.
+    /// A map. If it has several values, each adds to the ones before. Its keys are unchanged.
     Map(&'static Shape),
-    /// A slice: the last one counts.
+    /// A slice. If it has several values, the last one counts.
     List(&'static Shape),
 }
 
-/// What becomes of the fields of a struct that its shape does not name.
+/// How fields of a struct are treated that its shape does not name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Others {
-    /// They stay as they are, in their order.
+    /// They are kept unchanged, in their order.
     Kept,
     /// They are left out.
     LeftOut,
 }
 
-/// Writes JSON with the names of the shape, each field once, and without null. Values of the fields that the shape
-/// does not name stay byte for byte, and so does a value of another type than its field has: whoever reads it
-/// refuses it.
+/// Writes JSON with the names of the shape, each field once, and without null. The values of fields that the shape does not
+/// name are kept byte for byte. So is a value with another type than its field: the reader refuses it.
 ///
 /// # Errors
 /// The text is not JSON.
@@ -51,17 +49,17 @@ pub fn canonical(text: &[u8], shape: &Shape, others: Others) -> Result<String, s
     written(&[<&RawValue>::deserialize(&mut first)?], shape, others)
 }
 
-/// The value that Go has after it has decoded these one after another into the same variable.
+/// The value that Go has after decoding all these values into the same variable.
 fn written(values: &[&RawValue], shape: &Shape, others: Others) -> Result<String, serde_json::Error> {
     let is_null = |value: &&RawValue| value.get() == "null";
     let mut last = values.iter().rfind(|value| !is_null(value));
-    // Null empties structs (which are behind pointers), maps and lists, and changes no other variable.
+    // Null empties structs (which are behind pointers), maps and lists. It does not change other variables.
     let after_null = values.iter().rposition(is_null).map_or(0, |at| at + 1);
     let rest = values.get(after_null..).unwrap_or_default();
     if !matches!(shape, Shape::Value | Shape::Text) {
         last = rest.last();
     }
-    // A value of another type can't be read.
+    // A value of another type is returned as it is.
     let members = || -> Result<Vec<_>, &RawValue> {
         let mut all = Vec::new();
         for value in rest {
@@ -127,7 +125,7 @@ fn written(values: &[&RawValue], shape: &Shape, others: Others) -> Result<String
     Ok(text)
 }
 
-/// The values, of which the last is null, leave the variable as it was before the first.
+/// True if the values, of which the last is null, leave the variable unset.
 fn is_unset(values: &[&RawValue], shape: &Shape) -> bool {
     !matches!(shape, Shape::Value | Shape::Text) || values.iter().all(|value| value.get() == "null")
 }
@@ -155,7 +153,7 @@ impl<'t> Object<'t> {
     }
 }
 
-/// The members of an object in their order, also those with equal names.
+/// The members of an object in their order, including repeated ones.
 #[derive(Debug)]
 pub struct Members<V>(Vec<(String, V)>);
 
@@ -166,12 +164,12 @@ impl<V> Default for Members<V> {
 }
 
 impl<V> Members<V> {
-    /// The first of a name.
+    /// The first member with a name.
     pub fn get(&self, name: &str) -> Option<&V> {
         self.0.iter().find(|(known, _)| known == name).map(|(_, value)| value)
     }
 
-    /// Puts a value in the place of the first of that name, or at the end.
+    /// Replaces the value of the first member with a name, or adds a member.
     pub fn insert(&mut self, name: &str, value: V) {
         match self.0.iter_mut().find(|(known, _)| known == name) {
             Some((_, old)) => *old = value,
@@ -217,7 +215,7 @@ impl<'t, V: Deserialize<'t>> Deserialize<'t> for Members<V> {
     }
 }
 
-/// Whether Go takes the name of a member for that of a field, which consists of ASCII letters.
+/// True if Go treats a member's name as that of a field, which consists of ASCII letters.
 fn names(member: &str, field: &str) -> bool {
     // Unicode knows two more cases of these letters: the Kelvin sign and the long s.
     let fold = |c: char| match c {
@@ -228,7 +226,7 @@ fn names(member: &str, field: &str) -> bool {
     member.chars().map(fold).eq(field.chars().map(fold))
 }
 
-/// Text in which everything that is not Unicode is replaced by the character that stands for it.
+/// The text with everything that is not valid Unicode replaced by U+FFFD.
 fn unicode(text: &[u8]) -> Cow<'_, str> {
     const REPLACEMENT: &str = "\\ufffd";
     let text = String::from_utf8_lossy(text);
@@ -246,7 +244,7 @@ fn unicode(text: &[u8]) -> Cow<'_, str> {
                 copied = escape + 6;
                 copied
             }
-            // What is escaped may be a backslash.
+            // The escaped character may be a backslash.
             _ => {
                 escape
                     + 1

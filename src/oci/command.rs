@@ -1,8 +1,7 @@
-//! Runs the daemon's own commands of the OCI runtime: `start`, `update`, `delete`.
+//! Runs the commands of the OCI runtime that the daemon needs: `start`, `update`, `delete`.
 //!
-//! They run outside of the cgroup of the daemon's service, so that `systemctl kill` of the service, which kills the
-//! whole cgroup, does not cut one off: a `runc start` that dies half-way takes its container along. The next daemon
-//! waits for the command that runs.
+//! They run outside of the cgroup of the daemon's service. `systemctl kill` of the service kills that whole cgroup, and a
+//! killed `runc start` can end its container. The next daemon waits for the command that runs.
 //!
 //! They run in the mount and network namespaces of the task's containerd, so that hooks see what they see under
 //! containerd-shim-runc-v2.
@@ -29,10 +28,10 @@ use crate::sys::spawn::{self, Setup};
 use super::namespaces;
 use super::runtime::{Cli, Error, OciRuntime};
 
-/// The OCI runtime as a program that is run for each command.
+/// Runs the OCI runtime's program for each command.
 #[derive(Debug, Default)]
 pub struct CommandLine {
-    /// The cgroup in which the commands run, below the root of the hierarchy: that of this process without one.
+    /// The cgroup in which the commands run, below the root of the hierarchy. `None`: the cgroup of this process.
     cgroup: Option<PathBuf>,
 }
 
@@ -50,8 +49,8 @@ impl OciRuntime for CommandLine {
         self.run(cli, "update", &command).await
     }
 
-    /// The state of the container is removed without a runtime that does not end, that is killed twice, or that can't
-    /// read the state: the container's processes are the unit's to end, and the id must be free again.
+    /// If the runtime does not end, is killed twice, or can't read the container's state, the daemon removes the state
+    /// directory itself, which frees the id. systemd ends the container's processes with the unit.
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
         let mut command = cli.command("delete");
         command.arg("--force").arg(cli.id.as_str());
@@ -70,13 +69,13 @@ impl OciRuntime for CommandLine {
 }
 
 impl CommandLine {
-    /// Commands run in this cgroup, which is made when it is needed.
+    /// Runs commands in this cgroup, which is created when it is needed.
     pub fn in_cgroup(cgroup: PathBuf) -> Self {
         Self { cgroup: Some(cgroup) }
     }
 
-    /// Runs a command, with no other of this container beside it. Dropped before it resolves, the command is killed
-    /// with all that it has started.
+    /// Runs a command while no other command of this container runs. If the future is dropped, the command is killed with
+    /// every process that it has started.
     async fn run(&self, cli: &Cli<'_>, verb: &'static str, command: &Command) -> Result<(), Error> {
         let limit = cli.runtime.limit();
         let failed = |source| Error::Spawn { verb, binary: cli.runtime.binary.clone(), source };
@@ -115,7 +114,7 @@ impl CommandLine {
     }
 }
 
-/// Another command was faster and has the lock, or the cgroup was removed, as it was empty.
+/// True if another try can help: another command took the lock first, or the empty cgroup was removed.
 fn is_passing(error: &io::Error) -> bool {
     [sys::child::LOCK_IS_HELD, Errno::ENODEV].iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
 }
@@ -160,7 +159,7 @@ impl Cli<'_> {
         timeout(DEATH_LIMIT, holder.ended()).await.map_err(|_| Error::Busy { verb, pid: holder.pid })
     }
 
-    /// The command for this container that runs now, whoever has started it: it holds the lock.
+    /// The running command for this container, which holds the lock. An earlier daemon may have started it.
     fn holder(&self) -> io::Result<Option<Holder>> {
         let file = File::options()
             .read(true)
@@ -172,7 +171,7 @@ impl Cli<'_> {
         let holder_of = || -> io::Result<Option<u32>> {
             let mut found = sys::child::whole_file(nix::libc::F_WRLCK);
             fcntl(&file, FcntlArg::F_GETLK(&mut found))?;
-            // A process of another pid namespace has no number here.
+            // A process in another pid namespace has no pid here.
             let is_held = i32::from(found.l_type) != nix::libc::F_UNLCK;
             Ok(u32::try_from(found.l_pid).ok().filter(|pid| is_held && *pid != 0))
         };
@@ -184,15 +183,15 @@ impl Cli<'_> {
             Err(Errno::ESRCH) => return Ok(None),
             Err(errno) => return Err(errno.into()),
         };
-        // Only now the number is known to be that of the holder.
+        // The pid was not reused: its process still holds the lock.
         Ok((holder_of()? == Some(pid)).then_some(Holder { pid, process }))
     }
 }
 
-/// How often a command may find that another has taken the lock before it, or that its cgroup is gone.
+/// How often a command is tried again because another one took the lock first, or its cgroup was removed.
 const TRIES: u32 = 16;
 
-/// How long a process may take to end after SIGKILL. One that takes longer sleeps in the kernel, perhaps for ever.
+/// How long a process may take to end after SIGKILL. One that takes longer hangs in the kernel.
 const DEATH_LIMIT: Duration = Duration::from_secs(2);
 
 /// A command that holds the lock.
@@ -202,18 +201,18 @@ struct Holder {
 }
 
 impl Holder {
-    /// Resolves when it has ended.
+    /// Waits until the command has ended.
     async fn ended(&self) {
         let ended = async { sys::ended(self.process.try_clone()?).await };
         if ended.await.is_err() {
-            // It can't be watched: whoever waits gives up in time.
+            // The process can't be watched. The caller has a time limit.
             std::future::pending::<()>().await;
         }
     }
 }
 
-/// A command that is killed, with all that it has started, when nobody waits for it any more. Its exit is taken later
-/// then, as it may sleep in the kernel.
+/// A command that is killed on drop, with every process that it has started. A task then reaps it, which can take long if
+/// the command hangs in the kernel.
 struct Running(Option<spawn::Child>);
 
 impl Running {
@@ -230,7 +229,7 @@ impl Drop for Running {
         let Some(mut child) = self.0.take() else {
             return;
         };
-        // The number is its own until its exit is taken.
+        // The pid can't be reused before the process is reaped.
         sys::tree::kill(child.id());
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move { drop(child.wait().await) });
@@ -259,7 +258,7 @@ mod tests {
         (scratch, runtime)
     }
 
-    /// The process whose number is in this file has ended, or does within the time.
+    /// True if the process whose pid is in this file ends within the time limit.
     fn ends(file: &Path) -> bool {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         use std::os::fd::AsFd;

@@ -1,4 +1,4 @@
-//! What a person calls a container (pure): from the annotations that clients leave in the spec.
+//! The names of a container for people (pure), from the annotations that clients write into the spec.
 
 use crate::id::{ExecId, SHORT_ID, TaskKey, is_long_hex};
 use crate::task::Face;
@@ -7,7 +7,7 @@ use crate::text;
 
 use super::bundle::Spec;
 
-/// Longer names are cut: they are for one line of a terminal.
+/// The longest name, in bytes: it must fit into a line of a terminal.
 const MAX_NAME: usize = 160;
 
 /// Names and journal fields of a container.
@@ -32,7 +32,7 @@ pub fn of(key: &TaskKey, spec: &Spec) -> Face {
     let mut fields = vec![
         ("CONTAINER_ID".to_owned(), key.id.to_string()),
         ("CONTAINER_NAMESPACE".to_owned(), key.namespace.to_string()),
-        // systemd reads the fields as a list of words when it reads its units again.
+        // systemd parses the fields as a list of words when it reloads its units.
         ("CONTAINER_NAME".to_owned(), text::word(&name, MAX_NAME)),
     ];
     fields.extend(image.map(|image| ("CONTAINER_IMAGE".to_owned(), text::word(&image, MAX_NAME))));
@@ -44,22 +44,22 @@ pub fn of(key: &TaskKey, spec: &Spec) -> Face {
     Face { description: format!("{shown}, container {key}"), fields }
 }
 
-/// How a person sees an exec of a container: which program it runs, and where. Not with which arguments: everybody on the
-/// machine can read the description of a unit, and there may be secrets among them.
+/// The description of an exec: its program and its container. It does not contain the arguments, which may hold secrets:
+/// every user of the machine can read the description of a unit.
 pub fn of_exec(container: &str, exec: &ExecId, args: &[String]) -> String {
     let short = if is_long_hex(exec.as_str()) { &exec.as_str()[..SHORT_ID] } else { exec.as_str() };
     let program = args.first().map_or("", String::as_str);
     format!("{} (exec {short} in {})", text::line(program, MAX_NAME), container)
 }
 
-/// The name under which the lines stand in the journal: the container's, short.
+/// The identifier of the container's lines in the journal: its short name.
 pub fn identifier(fields: &[(String, String)]) -> &str {
     let name =
         fields.iter().find(|(field, _)| field == "CONTAINER_NAME").map_or("container", |(_, name)| name);
     name.rsplit('/').next().unwrap_or(name)
 }
 
-/// Docker gives no name away; the host name that a person chose is better than an id.
+/// Docker does not pass the container's name. A host name that somebody chose is more readable than an id.
 fn plain_name(key: &TaskKey, spec: &Spec) -> String {
     let id = key.id.as_str();
     if !is_long_hex(id) {

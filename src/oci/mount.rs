@@ -1,7 +1,7 @@
-//! The rootfs: mounting what containerd asks for, and taking it away again.
+//! Mounts and unmounts the rootfs.
 //!
-//! [`mount_all`] is for `launch`, a process of one thread that becomes the OCI runtime afterwards: it
-//! may change its working directory.
+//! [`mount_all`] changes the working directory. It is for `launch`, a process with one thread that becomes the OCI runtime
+//! afterwards.
 
 use std::fs;
 use std::io;
@@ -17,7 +17,7 @@ use nix::sys::stat::Mode;
 
 use crate::task::request::Mount;
 
-/// mount(2) takes one page of options.
+/// mount(2) accepts one page of options, in bytes.
 const PAGE: usize = 4096;
 
 /// What can go wrong with mounts.
@@ -28,14 +28,14 @@ pub enum Error {
     Mount {
         /// File system type.
         kind: String,
-        /// What was mounted.
+        /// The source of the mount.
         source_name: String,
-        /// Where.
+        /// The mountpoint.
         target: PathBuf,
         /// Why not.
         errno: io::Error,
     },
-    /// An option that we can't carry out.
+    /// An option is not supported.
     #[error("failed to mount rootfs component: option {option:?} of {kind} is not supported")]
     Option {
         /// The option.
@@ -43,23 +43,23 @@ pub enum Error {
         /// File system type.
         kind: String,
     },
-    /// `target` leads out of the rootfs.
+    /// `target` is outside of the rootfs.
     #[error("failed to mount rootfs component: target {target:?} is not a path below the rootfs")]
     Target {
         /// As given.
         target: String,
     },
-    /// `target` is not there.
+    /// `target` does not exist.
     #[error("failed to mount rootfs component: target {target:?} in {rootfs}: {errno}")]
     NoTarget {
         /// As given.
         target: String,
-        /// Where.
+        /// The rootfs.
         rootfs: PathBuf,
         /// Why not.
         errno: io::Error,
     },
-    /// The options don't fit into a page, also with short names.
+    /// The options do not fit into a page, even with short names.
     #[error("failed to mount rootfs component: mount options of {length} bytes are too long")]
     TooLong {
         /// Their length.
@@ -72,7 +72,7 @@ pub enum Error {
         helper: &'static str,
         /// File system type.
         kind: String,
-        /// What it said.
+        /// Its error message.
         reason: String,
     },
     /// The kernel refused to unmount.
@@ -84,11 +84,11 @@ pub enum Error {
         errno: Errno,
     },
     /// The list of mounts can't be read.
-    #[error("failed rootfs umount: read /proc/thread-self/mountinfo: {0}")]
+    #[error("failed rootfs umount: can't read /proc/thread-self/mountinfo: {0}")]
     Mountinfo(#[source] io::Error),
 }
 
-/// Mounts everything on `rootfs`, parents first. What was mounted is unmounted again on failure.
+/// Mounts all `mounts` on `rootfs`, in their order. If one fails, the others are unmounted again.
 ///
 /// # Errors
 /// The first mount that failed.
@@ -104,25 +104,25 @@ pub fn mount_all(rootfs: &Path, mounts: &[Mount]) -> Result<(), Error> {
     Ok(())
 }
 
-/// Unmounts `path` and everything below it in this process's mount namespace. Symlinks may lead to
-/// it, as in `/var/run`; itself it is none.
+/// Unmounts `path` and everything below it in this process's mount namespace. Directories above `path` may be symlinks, as
+/// in `/var/run`; `path` itself may not.
 ///
-/// What is mounted below a mount goes with it. Only where `path` itself is not a mountpoint the paths below it are
-/// looked up, and then without following a symlink: a container may own the directories in between.
+/// A mount is removed with everything that is mounted below it. Mountpoints below `path` are only looked up if `path` is
+/// not a mountpoint itself, and without following symlinks: a container may own the directories in between.
 ///
 /// # Errors
-/// A mount that can't be taken away.
+/// A mount can't be removed.
 pub fn unmount_all(path: &Path) -> Result<(), Error> {
     let path = &as_mounted(path);
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |errno| Error::Unmount { path, errno }
     };
-    // Each lies on the one before it.
+    // Mounts at the same path cover each other.
     for _ in mountpoints(path)?.iter().filter(|point| *point == path) {
         detach(path, MntFlags::UMOUNT_NOFOLLOW).map_err(failed(path))?;
     }
-    // The table is in the order of mounting: the last one lies on top.
+    // The table is in the order of mounting, so the last mount is on top.
     for point in mountpoints(path)?.iter().rev() {
         let Ok(below) = point.strip_prefix(path) else { continue };
         let detached =
@@ -133,10 +133,10 @@ pub fn unmount_all(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// The path as mountinfo has it.
+/// The path in the form that mountinfo shows: without symlinks above the last component.
 fn as_mounted(path: &Path) -> PathBuf {
     let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
-    // Where nothing is, nothing is mounted.
+    // Nothing is mounted at a path that does not exist.
     parent.zip(path.file_name()).map_or_else(|| path.to_owned(), |(parent, name)| parent.join(name))
 }
 
@@ -147,7 +147,7 @@ fn mountpoints(path: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(points.filter(|point| point.starts_with(path)).collect())
 }
 
-/// Takes a mount away, and all below it. What still looks at it keeps it until that is gone.
+/// Removes a mount and everything below it. Processes that use it keep access to it.
 fn detach(path: &Path, flags: MntFlags) -> Result<(), Errno> {
     match umount2(path, flags | MntFlags::MNT_DETACH) {
         Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
@@ -155,7 +155,7 @@ fn detach(path: &Path, flags: MntFlags) -> Result<(), Errno> {
     }
 }
 
-/// Opens a path below a directory, for its place only.
+/// Opens a path below a directory with `O_PATH`.
 fn open_beneath(dir: &Path, below: &Path, resolve: ResolveFlag) -> Result<OwnedFd, Errno> {
     let place = OFlag::O_PATH | OFlag::O_CLOEXEC;
     let dir = open(dir, place | OFlag::O_DIRECTORY, Mode::empty())?;
@@ -163,12 +163,12 @@ fn open_beneath(dir: &Path, below: &Path, resolve: ResolveFlag) -> Result<OwnedF
     openat2(&dir, below, OpenHow::new().flags(place).resolve(resolve))
 }
 
-/// The path under which the kernel finds what is open, whatever becomes of its name.
+/// A path that leads to the open file, even if it is renamed or replaced.
 fn path_of(fd: &OwnedFd) -> PathBuf {
     PathBuf::from(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()))
 }
 
-/// The mountpoint of a line of mountinfo, its octal escapes resolved (proc_pid_mountinfo(5)).
+/// The mountpoint in a line of mountinfo, with its octal escapes resolved (proc_pid_mountinfo(5)).
 pub fn mountpoint(line: &[u8]) -> Option<PathBuf> {
     let field = line.split(|byte| *byte == b' ').nth(4)?;
     let mut path = Vec::with_capacity(field.len());
@@ -182,8 +182,8 @@ pub fn mountpoint(line: &[u8]) -> Option<PathBuf> {
     Some(PathBuf::from(std::ffi::OsStr::from_bytes(&path)))
 }
 
-/// Where a mount goes. Symlinks on the way are followed as in the container, whose root is the rootfs: what another
-/// container can write to may be in between.
+/// Opens the mountpoint of a mount. Symlinks are followed as in the container, whose root is the rootfs: a directory in
+/// between may be writable for another container.
 fn target(rootfs: &Path, target: &str) -> Result<OwnedFd, Error> {
     let relative = Path::new(target.trim_start_matches('/'));
     if relative.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
@@ -206,7 +206,7 @@ fn mount_one(item: &Mount, rootfs: &Path) -> Result<(), Error> {
     let place = target(rootfs, &item.target)?;
     let Parsed { mut flags, mut data, helper } = parse(item)?;
     if helper {
-        // The helper wants a name, and finds nothing of ours in its own /proc/self.
+        // The helper needs a path that does not lead through /proc/self, which differs for the helper.
         return mount_with_helper(item, &fs::read_link(path_of(&place)).map_err(failed)?);
     }
     let bind = flags.contains(MsFlags::MS_BIND);
@@ -228,12 +228,12 @@ fn mount_one(item: &Mount, rootfs: &Path) -> Result<(), Error> {
     mount(source, &path_of(&place), kind, flags, Some(text.as_str()))
         .map_err(|errno| failed(errno.into()))?;
     if home.is_some() {
-        // The way back can't fail: "/" is always there.
+        // Can't fail: "/" always exists.
         let _ = std::env::set_current_dir("/");
     }
     if remount_read_only {
         let flags = flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        // What is mounted there now: the place itself lies below it.
+        // Opens the new mount. `place` is the directory that it covers.
         let mounted = target(rootfs, &item.target)?;
         mount(None::<&str>, &path_of(&mounted), None::<&str>, flags, None::<&str>).map_err(|errno| {
             let _ = detach(&path_of(&mounted), MntFlags::empty());
@@ -243,23 +243,23 @@ fn mount_one(item: &Mount, rootfs: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// A file system in user space: its daemon lives on in the cgroup of whoever mounts it, and nothing ends it when its
-/// mount goes with a mount namespace.
+/// True for a file system in user space. Its daemon runs in the cgroup of the process that mounts it, and does not end
+/// when the mount is removed together with a mount namespace.
 pub fn leaves_a_daemon(item: &Mount) -> bool {
     item.kind.starts_with("fuse.") || item.kind.starts_with("fuse3.")
 }
 
-/// A mount as mount(2) takes it.
+/// The options of a mount, as mount(2) expects them.
 pub struct Parsed {
     /// The options that are flags.
     pub flags: MsFlags,
     /// All other options.
     pub data: Vec<String>,
-    /// mount(8) knows how to do it.
+    /// True if mount(8) is needed.
     pub helper: bool,
 }
 
-/// Tells the options of a mount apart.
+/// Divides the options of a mount into flags and data.
 ///
 /// # Errors
 /// [`Error::Option`]
@@ -284,7 +284,7 @@ pub fn parse(item: &Mount) -> Result<Parsed, Error> {
     Ok(parsed)
 }
 
-/// Mount flags by name, and whether the name sets or clears them (mount(8)).
+/// The flags of an option, and whether the option sets or clears them (mount(8)).
 fn flag(option: &str) -> Option<(MsFlags, bool)> {
     Some(match option {
         "async" => (MsFlags::MS_SYNCHRONOUS, false),
@@ -315,7 +315,7 @@ fn flag(option: &str) -> Option<(MsFlags, bool)> {
     })
 }
 
-/// Loop devices and FUSE need more than a system call.
+/// Mounts with mount(8): loop devices and FUSE need more than a system call.
 fn mount_with_helper(item: &Mount, target: &Path) -> Result<(), Error> {
     let helper = "mount";
     let failed = |reason: String| Error::Helper { helper, kind: item.kind.clone(), reason };
@@ -331,17 +331,17 @@ fn mount_with_helper(item: &Mount, target: &Path) -> Result<(), Error> {
     Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
 
-/// Makes an overlay's options shorter: layers by names relative to the directory that they share,
-/// which is returned for the caller to change to.
+/// Shortens the options of an overlay: makes its layers relative to their common parent directory. Returns that directory,
+/// to which the caller must change.
 pub fn shorten(data: &mut [String]) -> Option<PathBuf> {
     const LOWER: &str = "lowerdir=";
     let option = data.iter_mut().find(|option| option.starts_with(LOWER))?;
-    // A backslash may stand before a colon that separates nothing (kernel, overlayfs.rst).
+    // A backslash may precede a colon that is part of a name (kernel, overlayfs.rst).
     if option.contains('\\') {
         return None;
     }
     let layers: Vec<PathBuf> = option[LOWER.len()..].split(':').map(PathBuf::from).collect();
-    // An empty one stands before layers of data only, and a relative one shares no directory with others.
+    // An empty name introduces data-only layers, and a relative name has no common parent with others.
     if !layers.iter().all(|layer| layer.is_absolute()) {
         return None;
     }
@@ -370,7 +370,7 @@ mod tests {
         std::os::unix::fs::symlink("real", dir.join("link")).unwrap();
         let real = dir.canonicalize().unwrap().join("real/rootfs");
         assert_eq!(as_mounted(&dir.join("link/rootfs")), real);
-        // Not where a symlink in its place leads to: that is not ours.
+        // A symlink at the path itself is not followed.
         fs::remove_dir(&real).unwrap();
         std::os::unix::fs::symlink("/proc", &real).unwrap();
         assert_eq!(as_mounted(&dir.join("link/rootfs")), real);
@@ -445,7 +445,7 @@ mod tests {
         assert!(matches!(target(&rootfs, "../x"), Err(Error::Target { .. })));
     }
 
-    /// Runs in a thread with a mount namespace of its own; nothing where that is not allowed.
+    /// Runs in a thread with its own mount namespace. Does nothing if that is not allowed.
     fn in_own_mount_namespace(work: impl FnOnce() + Send + 'static) {
         use nix::sched::{CloneFlags, unshare};
         let ran = std::thread::spawn(|| {
@@ -481,7 +481,7 @@ mod tests {
             tmpfs(&dir.join("rootfs-of-another"));
             unmount_all(&rootfs).unwrap();
             assert_eq!(points(dir), [dir.join("rootfs-of-another")]);
-            // Mounts below a path that is none itself.
+            // Mounts below a path that is not a mountpoint.
             for at in [rootfs.join("a"), rootfs.join("a"), rootfs.join("a/b")] {
                 tmpfs(&at);
             }

@@ -1,17 +1,16 @@
 //! Copies of the OCI runtime's binary in memory, sealed against writing.
 //!
-//! runc 1.0 and 1.1 run from a sealed copy of themselves inside of a container, so that the container can't write
-//! to the binary of the host through `/proc/self/exe` (CVE-2019-5736). They make one at every create and exec, some
-//! 10 MB, unless they already run from one: a memfd with exactly four seals. One copy that all containers share
-//! saves a fifth of an exec's time.
+//! Inside a container, runc 1.0 and 1.1 run from a sealed copy of themselves, so that the container can't write to the
+//! host's binary through `/proc/self/exe` (CVE-2019-5736). They make a copy of about 10 MB at every create and exec,
+//! unless they already run from one: a memfd with exactly four seals. A copy that all containers share saves a fifth of
+//! the time of an exec.
 //!
-//! The seals keep the content. They do not keep the inode: the root user of a container that runs `/proc/self/exe`
-//! could `chmod` the copy through `/proc/PID/exe`, and creates and execs of other containers would fail. So the copy is
-//! immutable as well (`FS_IOC_SETFLAGS`, Linux 6.0 for memfds): mode, owner, times, attributes and size can't be changed
-//! without CAP_LINUX_IMMUTABLE on the host. Where a copy can't be made immutable there is none: runc makes its own.
+//! The seals protect the content, but not the inode. The root user of a container that runs `/proc/self/exe` could `chmod`
+//! the copy through `/proc/PID/exe`, and creates and execs of other containers would fail. So the copy is also immutable
+//! (`FS_IOC_SETFLAGS`, Linux 6.0 for memfds): without CAP_LINUX_IMMUTABLE on the host, nobody can change its mode, owner,
+//! times, attributes and size. If a copy can't be made immutable, there is none, and runc makes its own copies.
 //!
-//! The daemon holds the copies and `launch` runs them; if anything is not as expected, the binary
-//! itself is run.
+//! The daemon holds the copies and `launch` runs them. If a copy is not as expected, the binary itself is run.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -31,16 +30,16 @@ use crate::sys;
 
 use super::runtime::is_elf;
 
-/// A copy that nobody has used for so long is given up: it is memory.
+/// A copy that was not used for this time is dropped, to free its memory.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Larger than any runc.
+/// The largest binary that is copied, in bytes. No runc is larger.
 const MAX_BYTES: u64 = 64 << 20;
 
-/// `MFD_EXEC` (Linux 6.3): says that it is to be run, where `vm.memfd_noexec` asks for that.
+/// `MFD_EXEC` (Linux 6.3): makes the memfd executable if `vm.memfd_noexec` is set.
 const MFD_EXEC: u32 = 0x10;
 
-/// Where a copy is: a descriptor of the daemon, and what identifies the file behind it.
+/// Refers to a copy: a descriptor of the daemon, and the identity of its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     pid: u32,
@@ -73,8 +72,7 @@ impl FromStr for Place {
 }
 
 impl Place {
-    /// Opens the copy. Nothing if it is not the one that was meant: the daemon may be gone, and
-    /// another may have its number.
+    /// Opens the copy. `None` if it is another file: the daemon may have ended, and another process may have its pid.
     pub fn open(&self) -> Option<File> {
         let file = File::open(format!("/proc/{}/fd/{}", self.pid, self.fd)).ok()?;
         let found = file.metadata().ok()?;
@@ -83,12 +81,12 @@ impl Place {
     }
 }
 
-/// The path under which this process can run a file that it has open.
+/// A path under which this process can run an open file.
 pub fn path_of(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// What tells a binary from the one that was there before.
+/// Identifies the content of a binary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -105,24 +103,24 @@ impl Identity {
     }
 }
 
-/// A copy, or that there can be none.
+/// The copy of a binary, or the fact that there can be none.
 struct Kept {
     of: Identity,
-    /// Made by the first that needs it.
+    /// Made when it is needed first.
     copy: OnceLock<Option<Copy>>,
     used: Mutex<Instant>,
 }
 
-/// A copy that is held.
+/// A copy that the daemon holds.
 struct Copy {
     file: File,
     place: Place,
-    /// As it was made: a mode without its `x` would keep others from running it.
+    /// The mode of the new copy. If it loses its `x`, nobody can run the copy.
     mode: u32,
 }
 
 impl Copy {
-    /// It is as it was made. Only a container that can do anything to the host could have changed it.
+    /// True if the copy is unchanged. Only a container with full access to the host can change it.
     fn is_intact(&self) -> bool {
         self.file.metadata().is_ok_and(|found| found.mode() == self.mode) && is_safe(&self.file)
     }
@@ -150,19 +148,19 @@ pub struct Copies {
 
 impl Copies {
     fn kept(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<Kept>>> {
-        // A panic ends the process, so there is no poison to respect.
+        // A panic ends the process, so no other thread can see a poisoned lock.
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The copy of a binary, made if there is none of its present content. Nothing for a binary that
-    /// has no use for it. Blocks.
+    /// The copy of a binary. Makes one if there is none of the current content. `None` for a binary that does not need a
+    /// copy. Blocks.
     pub fn place(&self, binary: &Path) -> Option<Place> {
         if !is_wanted(binary) {
             return None;
         }
         let kept = self.kept_of(binary)?;
         *kept.used() = Instant::now();
-        // Outside of the map's lock: this copies megabytes.
+        // Not under the map's lock: this copies megabytes.
         let copy = kept.copy.get_or_init(|| {
             let made = make(binary).inspect_err(|error| {
                 tracing::info!(%error, "can't make a safe copy of {}, so it is run directly: {error}", binary.display());
@@ -186,21 +184,21 @@ impl Copies {
         Some(fresh)
     }
 
-    /// Gives up what has not been used for [`IDLE_LIMIT`].
+    /// Drops the copies that were not used for [`IDLE_LIMIT`].
     pub fn sweep(&self) {
         self.kept().retain(|_, kept| kept.used().elapsed() < IDLE_LIMIT);
     }
 }
 
-/// Others don't look for it. Under SELinux the copy would not have the binary's label, and containers
-/// not their domain.
+/// True for runc, which is the only runtime that uses a copy, unless SELinux is active: the copy would not have the
+/// binary's label, and containers would not get their domain.
 fn is_wanted(binary: &Path) -> bool {
     binary.file_name().is_some_and(|name| name == "runc") && !Path::new("/sys/fs/selinux/enforce").exists()
 }
 
 fn make(binary: &Path) -> io::Result<Copy> {
     if !is_elf(binary) {
-        // The interpreter of a script could not open it: the descriptor is closed on exec.
+        // The interpreter of a script could not open the copy: its descriptor is closed on exec.
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is a script"));
     }
     let mut source = File::open(binary)?;
@@ -221,12 +219,12 @@ fn make(binary: &Path) -> io::Result<Copy> {
     Ok(Copy { file: copy, place, mode: found.mode() })
 }
 
-/// Exactly those that runc wants to see.
+/// The seals that runc checks for.
 fn seals() -> SealFlag {
     SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_WRITE
 }
 
-/// Nobody can change it, neither its content nor its inode.
+/// True if neither the content nor the inode can be changed.
 fn is_safe(file: &File) -> bool {
     let is_sealed = fcntl(file, FcntlArg::F_GET_SEALS).is_ok_and(|found| found == seals().bits());
     is_sealed && sys::is_immutable(file).unwrap_or(false)
@@ -237,7 +235,7 @@ mod tests {
     use super::*;
     use std::process::Command;
 
-    /// Making one needs root, and Linux 6.0.
+    /// Makes a copy, which needs root and Linux 6.0.
     fn made() -> Option<Copy> {
         make(Path::new("/bin/true")).ok().or_else(|| {
             assert!(!nix::unistd::geteuid().is_root(), "root can make a copy");
@@ -286,7 +284,7 @@ mod tests {
         copies.kept().insert(binary.to_owned(), Arc::new(kept));
         let held = copies.kept_of(binary).unwrap();
         assert!(held.copy.get().is_some(), "an intact one is used");
-        // As a container with CAP_LINUX_IMMUTABLE on the host can.
+        // A container with CAP_LINUX_IMMUTABLE on the host can do this.
         sys::set_flags(&held.copy.get().unwrap().as_ref().unwrap().file, 0).unwrap();
         assert!(spoiled.open().is_none(), "launch does not run it");
         assert!(copies.kept_of(binary).unwrap().copy.get().is_none(), "it is to be made again");

@@ -1,4 +1,4 @@
-//! The console socket: where the OCI runtime hands over the other side of a container's terminal.
+//! The console socket, over which the OCI runtime sends the master side of a container's terminal.
 //!
 //! The protocol is runc's (docs/terminals.md there, "detached with terminal"): the runtime connects
 //! to a Unix socket, and sends one descriptor.
@@ -17,7 +17,7 @@ use crate::path_error::io_error;
 
 use super::fifo::Error;
 
-/// A console socket that waits for its one visitor. Its path goes with it.
+/// A console socket that waits for its only connection. Its path is removed on drop.
 #[derive(Debug)]
 pub struct Console {
     listener: UnixListener,
@@ -25,7 +25,7 @@ pub struct Console {
 }
 
 impl Console {
-    /// Listens at `path`; its directory is made, for root alone.
+    /// Listens on `path`. Creates its directory, accessible for root only.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -34,26 +34,26 @@ impl Console {
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(parent);
             made.map_err(io_error("create", parent))?;
         }
-        // What a daemon before this one has left.
+        // Removes the socket of an earlier daemon.
         let _ = fs::remove_file(path);
         let listener = UnixListener::bind(path).map_err(io_error("listen on", path))?;
         Ok(Self { listener, path: path.to_owned() })
     }
 
-    /// Goes on listening where an earlier daemon has begun to: the visitor may be there already.
+    /// Adopts the socket of an earlier daemon. The OCI runtime may be connected already.
     pub fn adopt(listener: OwnedFd, path: &Path) -> Self {
         Self { listener: listener.into(), path: path.to_owned() }
     }
 
-    /// For systemd to keep: a terminal that has been handed over and not received is in it.
+    /// The descriptor to keep. It contains a terminal that was sent and not received yet.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()
     }
 
-    /// The terminal's master side, as soon as it comes. Blocks.
+    /// Waits for the terminal's master side. Blocks.
     ///
     /// # Errors
-    /// [`Error::Io`], with `TimedOut` if it does not come within `limit`.
+    /// [`Error::Io`], with `TimedOut` after `limit`.
     pub fn receive(self, limit: Duration) -> Result<OwnedFd, Error> {
         let received = || -> io::Result<OwnedFd> {
             wait(&self.listener, limit)?;
@@ -67,17 +67,17 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        // Gone already is what we want.
+        // It is no error if it was removed already.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// The one descriptor that came, if it is the master side of a terminal: programs are to be fed and read through
-/// it, and a rootfs without `/dev` decides what the OCI runtime opens.
+/// Checks that the received descriptor is the master side of a terminal: a rootfs without `/dev` can make the OCI runtime
+/// open another file.
 fn terminal(mut received: Vec<OwnedFd>) -> io::Result<OwnedFd> {
     match (received.pop(), received.pop()) {
         (Some(master), None) if crate::sys::is_terminal_master(&master) => Ok(master),
-        (Some(_), None) => Err(io::Error::other("the OCI runtime sent something else than a terminal")),
+        (Some(_), None) => Err(io::Error::other("the OCI runtime sent something other than a terminal")),
         (None, _) => Err(io::Error::other("the OCI runtime sent no terminal")),
         (Some(_), Some(_)) => Err(io::Error::other("the OCI runtime sent more than one descriptor")),
     }
@@ -133,7 +133,7 @@ mod tests {
         let null = std::fs::File::open("/dev/null").unwrap();
         let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY).unwrap();
         for (fds, reason) in [
-            (vec![null.as_raw_fd()], "something else"),
+            (vec![null.as_raw_fd()], "something other"),
             (vec![master.as_raw_fd(), null.as_raw_fd()], "more than one"),
         ] {
             let dir = tempfile::tempdir().unwrap();

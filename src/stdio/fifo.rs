@@ -1,4 +1,4 @@
-//! FIFOs: those of clients, and our own.
+//! FIFOs of clients and of the daemon.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -20,20 +20,20 @@ use super::uri::Kind;
 /// What can go wrong with a FIFO or a file of a stream.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A call failed.
+    /// A system call failed.
     #[error("stdio: {0}")]
     Io(#[from] PathError),
-    /// No client came to read.
+    /// No client opened the FIFO for reading.
     #[error("stdio: nobody opened {path} for reading within {limit:?}")]
     NoReader {
         /// The FIFO.
         path: PathBuf,
-        /// How long was waited.
+        /// The time limit.
         limit: Duration,
     },
 }
 
-/// What a path leads to.
+/// The kind of the file at a path.
 pub fn kind(path: &Path) -> Kind {
     match std::fs::metadata(path).map(|found| found.file_type()) {
         Ok(found) if found.is_fifo() => Kind::Fifo,
@@ -43,7 +43,7 @@ pub fn kind(path: &Path) -> Kind {
     }
 }
 
-/// Makes a FIFO, 0600.
+/// Makes a FIFO with mode 0600.
 ///
 /// # Errors
 /// [`Error::Io`]
@@ -53,9 +53,9 @@ pub fn make(path: &Path) -> Result<(), Error> {
 
 /// Opens a client's output FIFO for a container, once a client has it open for reading.
 ///
-/// Read-write, so that the container never lacks a reader: a client that goes away causes neither
-/// EPIPE nor SIGPIPE, and what is written waits for the next one. Waiting for the first reader means
-/// that a container which ends at once has not written into nothing.
+/// It is opened for reading and writing, so that it always has a reader: when the client detaches, the container gets
+/// neither EPIPE nor SIGPIPE, and its output waits for the next client. The wait for the first reader keeps the output of
+/// a container that ends at once.
 ///
 /// # Errors
 /// [`Error::NoReader`] after `limit`, or the FIFO can't be opened.
@@ -79,7 +79,7 @@ pub fn open_both(path: &Path) -> Result<File, Error> {
     Ok(OpenOptions::new().read(true).write(true).open(path).map_err(io_error("open", path))?)
 }
 
-/// As [`open_both`], without blocking reads and writes either.
+/// As [`open_both`], with non-blocking reads and writes.
 ///
 /// # Errors
 /// [`Error::Io`]
@@ -87,7 +87,7 @@ pub fn open_both_nonblocking(path: &Path) -> Result<File, Error> {
     set_nonblocking(open_both(path)?, path)
 }
 
-/// As [`open_output`], without blocking writes.
+/// As [`open_output`], with non-blocking writes.
 ///
 /// # Errors
 /// As [`open_output`].
@@ -100,11 +100,11 @@ fn set_nonblocking(file: File, path: &Path) -> Result<File, Error> {
     Ok(file)
 }
 
-/// The room of a FIFO into which the daemon moves output: 256 pieces of up to 4 KiB. With splice(2) each write of a
-/// process takes a piece of its own, so that the default of 16 pieces is full after 16 short lines.
+/// The size of a FIFO into which the daemon moves output: 256 buffers of up to 4 KiB. With splice(2), each write of a
+/// process takes a whole buffer, so the default of 16 buffers is full after 16 short lines.
 const ROOM: nix::libc::c_int = 1 << 20;
 
-/// Gives a FIFO more room, where the kernel allows it. What is in the FIFO stays.
+/// Enlarges a FIFO if the kernel allows it. Its content is kept.
 pub fn enlarge(fifo: &impl AsFd) {
     if let Err(errno) = fcntl(fifo, FcntlArg::F_SETPIPE_SZ(ROOM)) {
         tracing::debug!("can't enlarge the buffer of a FIFO: {errno}");
@@ -132,9 +132,9 @@ pub fn open_blocking_reader(path: &Path) -> Result<File, Error> {
 
 /// Waits for the first reader, and opens the writing end.
 ///
-/// While there is no writer, the open of a reader does not return, and inotify(7) tells only of opens that have.
-/// So the writing end is opened first, which needs a reader for a moment: the FIFO opened for both. Until somebody
-/// else reads, poll(2) reports an error for the writing end.
+/// Without a writer, a reader's open does not return, and inotify(7) reports only opens that have returned. So this opens
+/// the writing end first, which needs a reader: the FIFO is opened for both for a moment. While no one else reads, poll(2)
+/// reports an error for the writing end.
 fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
     let deadline = Instant::now() + limit;
     let both = open_both(path)?;
@@ -143,17 +143,17 @@ fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
     let writer = writer.map_err(io_error("open", path))?;
     let opens = opens_of(path);
     drop(both);
-    while !has_reader(&writer).map_err(io_error("look at", path))? {
+    while !has_reader(&writer).map_err(io_error("poll", path))? {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(Error::NoReader { path: path.to_owned(), limit });
         }
         let mut fds: Vec<_> =
             opens.iter().map(|opens| PollFd::new(opens.as_fd(), PollFlags::POLLIN)).collect();
-        // Without an inotify instance the FIFO is looked at again and again.
+        // Without an inotify instance, the FIFO is polled.
         let pause = if fds.is_empty() { left.min(WITHOUT_INOTIFY) } else { left };
         match poll(&mut fds, PollTimeout::try_from(pause).unwrap_or(PollTimeout::MAX)) {
-            // A reader came, and may have left again.
+            // A reader has opened the FIFO, and may have closed it again.
             Ok(1..) => break,
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(io_error("wait for a reader of", path)(errno).into()),
@@ -162,10 +162,10 @@ fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
     Ok(writer)
 }
 
-/// How often a FIFO is looked at where there is no inotify instance left.
+/// The polling interval if no inotify instance is available.
 const WITHOUT_INOTIFY: Duration = Duration::from_millis(20);
 
-/// Becomes readable when somebody opens the file from now on.
+/// Becomes readable when a process opens the file from now on.
 fn opens_of(path: &Path) -> Option<Inotify> {
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).ok()?;
     inotify.add_watch(path, AddWatchFlags::IN_OPEN).ok()?;

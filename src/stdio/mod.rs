@@ -1,5 +1,4 @@
-//! Standard streams: what a client's strings mean, FIFOs, terminals, and copying where it can't be
-//! avoided.
+//! Standard streams: the client's URIs, FIFOs, terminals, and pumps for streams that have to be copied.
 
 pub mod aside;
 pub mod console;

@@ -9,8 +9,8 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
-/// The master side of a pseudo-terminal. When the last reference goes, the terminal hangs up, and
-/// its session gets SIGHUP.
+/// The master side of a pseudo-terminal. When the last reference is dropped, the terminal hangs up, and its session gets
+/// SIGHUP.
 #[derive(Debug)]
 pub struct Terminal {
     master: OwnedFd,
@@ -21,13 +21,13 @@ pub struct Terminal {
 
 /// The changes of one direction of a terminal.
 ///
-/// The readiness of the async runtime does not serve here: once every program has closed the terminal, the runtime
-/// reports "closed" for good, although a program may open the terminal again. An epoll instance between the
-/// runtime and the terminal reports each change once, "closed" as well.
+/// The readiness of the async runtime can't be used: once every program has closed the terminal, it reports "closed" for
+/// ever, although a program may open the terminal again. An epoll instance between the runtime and the terminal reports
+/// each change once, including "closed".
 #[derive(Debug)]
 struct Edges(AsyncFd<Changes>);
 
-/// An epoll instance as the async runtime takes it.
+/// An epoll instance for the async runtime.
 #[derive(Debug)]
 struct Changes(Epoll);
 
@@ -50,7 +50,7 @@ impl Edges {
         crate::sys::watch_as_it_is(Changes(epoll)).map(Self)
     }
 
-    /// Resolves when something has changed since the last call. A call that is cancelled misses nothing.
+    /// Waits for a change since the last call. Cancelling a call loses no change.
     async fn next(&self) -> io::Result<()> {
         loop {
             let mut ready = self.0.readable().await?;
@@ -65,10 +65,10 @@ impl Edges {
 }
 
 impl Terminal {
-    /// Takes a master side over.
+    /// Makes a terminal of a master side.
     ///
     /// # Errors
-    /// It can't be set to non-blocking, or be watched.
+    /// The descriptor can't be made non-blocking, or can't be watched.
     pub fn new(master: OwnedFd) -> io::Result<Self> {
         let flags = OFlag::from_bits_retain(fcntl(&master, FcntlArg::F_GETFL)?);
         fcntl(&master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
@@ -77,12 +77,12 @@ impl Terminal {
         Ok(Self { master, output, room, hung_up: CancellationToken::new() })
     }
 
-    /// The master side, for moving bytes in and out.
+    /// The master side, for reading and writing.
     pub(super) fn master(&self) -> &OwnedFd {
         &self.master
     }
 
-    /// Resolves when there may be more output, or when the last program has closed the terminal.
+    /// Waits until there may be more output, or the last program has closed the terminal.
     ///
     /// # Errors
     /// The terminal can't be watched.
@@ -90,7 +90,7 @@ impl Terminal {
         self.output.next().await
     }
 
-    /// Resolves when there may be room for more input, or when the last program has closed the terminal.
+    /// Waits until there may be room for more input, or the last program has closed the terminal.
     ///
     /// # Errors
     /// The terminal can't be watched.
@@ -98,20 +98,20 @@ impl Terminal {
         self.room.next().await
     }
 
-    /// Sets the size of its window, in characters.
+    /// Sets the window size, in characters.
     ///
     /// # Errors
-    /// It is no terminal.
+    /// The descriptor is not a terminal.
     pub fn resize(&self, columns: u16, rows: u16) -> io::Result<()> {
         Ok(crate::sys::set_window(&self.master, columns, rows)?)
     }
 
-    /// Makes those who read it let go of it.
+    /// Ends all pumps that use the terminal.
     pub fn hang_up(&self) {
         self.hung_up.cancel();
     }
 
-    /// Resolves when it has been hung up.
+    /// Waits until [`Self::hang_up`] was called.
     pub(super) async fn hung_up(&self) {
         self.hung_up.cancelled().await;
     }
