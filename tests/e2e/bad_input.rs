@@ -75,11 +75,12 @@ fn a_file_of_the_bundle_that_is_no_regular_file_is_refused_at_once() {
     needs!(OurShim);
     let node = Node::shared();
     let shim = Shim::connect(&node);
-    // Each of these would be waited for, or read without end.
-    let no_files: [(&str, &dyn Fn(&Path)); 3] = [
-        ("a FIFO", &|path| mkfifo(path, Mode::S_IRWXU).expect("make a FIFO")),
-        ("a link to a device", &|path| symlink("/dev/zero", path).expect("make a symlink")),
-        ("a directory", &|path| fs::create_dir(path).expect("make a directory")),
+    // Reading a FIFO or a device would never end.
+    type Make = fn(&Path);
+    let no_files: [(&str, Make); 3] = [
+        ("a FIFO", |path| mkfifo(path, Mode::S_IRWXU).expect("make a FIFO")),
+        ("a link to a device", |path| symlink("/dev/zero", path).expect("make a symlink")),
+        ("a directory", |path| fs::create_dir(path).expect("make a directory")),
     ];
     for name in ["config.json", "containerd-shim-systemd.json"] {
         for (what, make) in no_files {
