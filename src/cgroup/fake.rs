@@ -16,7 +16,7 @@ pub(super) fn root() -> &'static Path {
     &ROOT
 }
 
-/// The file that says where a process lives: for one that was placed here, its file; else that of /proc.
+/// The file with the cgroup of a process: its file here if it was placed, otherwise that of /proc.
 pub(super) fn proc_file(pid: u32) -> PathBuf {
     let placed = process(pid);
     if placed.exists() { placed } else { PathBuf::from(format!("/proc/{pid}/cgroup")) }
@@ -40,22 +40,21 @@ pub fn place(cgroup: &Path, pid: u32) {
     fs::write(file, format!("{there}{pid}\n")).unwrap();
 }
 
-/// Shows a cgroup as frozen or not. Nothing if it is gone.
+/// Marks a cgroup as frozen or thawed. Does nothing if it does not exist.
 pub fn set_frozen(cgroup: &Path, frozen: bool) {
     let text = format!("populated 0\nfrozen {}\n", u8::from(frozen));
     let path = super::dir(cgroup).join("cgroup.events");
-    // Not truncated first: whoever reads the file sees either state, as with the kernel's file, and nothing tells a
-    // reader of an empty file that there is more.
+    // Not truncated, so that a reader sees one of the two states, as with the kernel's file, and never an empty file.
     let opened = fs::File::options().write(true).create(true).truncate(false).open(path);
     let _ = opened.and_then(|mut file| file.write_all(text.as_bytes()));
 }
 
-/// True once somebody has asked for every process in it to be killed.
+/// True once [`super::kill`] was called for the cgroup.
 pub fn is_to_be_killed(cgroup: &Path) -> bool {
     super::dir(cgroup).join("cgroup.kill").exists()
 }
 
-/// A process has ended.
+/// Removes a process that has ended.
 pub fn forget_process(pid: u32) {
     let _ = fs::remove_file(process(pid));
 }

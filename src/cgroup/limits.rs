@@ -10,7 +10,7 @@ use crate::task::limits::{Attribute, Limits};
 use super::format::flat;
 use super::{Error, dir, is_gone};
 
-/// The limits of a cgroup; none if the cgroup is gone.
+/// The limits of a cgroup, none if it does not exist.
 ///
 /// # Errors
 /// A file can't be read.
@@ -22,8 +22,7 @@ pub fn read(cgroup: &Path) -> Result<Limits, Error> {
     Attribute::ALL.into_iter().filter_map(read).collect()
 }
 
-/// Sets limits of a cgroup, as [`read`] has read them from this cgroup or from another. Does nothing if the
-/// cgroup is gone.
+/// Sets limits of a cgroup, in the form that [`read`] returns. Does nothing if the cgroup does not exist.
 ///
 /// # Errors
 /// The kernel refused a limit; the limits before it are set.
@@ -37,7 +36,7 @@ pub fn write(cgroup: &Path, limits: &Limits) -> Result<(), Error> {
             Attribute::IoMax => fs::read_to_string(&path)
                 .and_then(|had| io_max(&had, value).iter().try_for_each(|line| fs::write(&path, line))),
             Attribute::IoWeight => value.lines().try_for_each(|line| fs::write(&path, line)),
-            // Without the newline an empty value would write nothing.
+            // With an empty value and no newline, nothing would be written.
             _ => fs::write(&path, format!("{value}\n")),
         };
         match written {
@@ -61,7 +60,7 @@ pub fn io_max(had: &str, wanted: &str) -> Vec<String> {
     gone.chain(new.map(|(device, limits)| format!("{device} {limits}"))).collect()
 }
 
-/// Whether the cgroup is frozen. `None` if the cgroup is gone or in transition: the kernel thaws a killed process
+/// Whether a cgroup is frozen. `None` if it does not exist or is in transition: the kernel thaws a killed process
 /// briefly while `cgroup.freeze` is still 1.
 ///
 /// # Errors
@@ -81,7 +80,7 @@ pub fn is_frozen(cgroup: &Path) -> Result<Option<bool>, Error> {
     Ok((!in_transition).then_some(false))
 }
 
-/// The text of a file; `None` if the cgroup is gone, its controller is off, or the kernel is too old for the file.
+/// The text of a file. `None` if the cgroup does not exist, its controller is off, or the kernel is too old.
 fn file(cgroup: &Path, name: &str) -> Result<Option<String>, Error> {
     let path = dir(cgroup).join(name);
     match fs::read_to_string(&path) {

@@ -1,6 +1,6 @@
-//! cgroup v2: where a container's cgroup is wished to be, and what can be read and done there.
+//! cgroup v2: the cgroup that a client requests, and operations on cgroups.
 //!
-//! Attributes of a unit's own cgroup belong to systemd; only sub-cgroups are touched here.
+//! The attributes of a unit's own cgroup belong to systemd. This module only changes sub-cgroups.
 
 pub mod format;
 pub mod limits;
@@ -30,12 +30,12 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 pub struct Error(#[from] PathError);
 
 impl Error {
-    /// The cgroup is not there, or not any more.
+    /// True if the cgroup does not exist.
     pub fn is_gone(&self) -> bool {
         is_gone(self.0.io())
     }
 
-    /// What was waited for has not come.
+    /// True if a wait reached its time limit.
     pub fn is_timeout(&self) -> bool {
         self.0.io().kind() == io::ErrorKind::TimedOut
     }
@@ -62,24 +62,24 @@ pub fn is_unified() -> bool {
         .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::CGROUP2_SUPER_MAGIC)
 }
 
-/// The controllers that containers can have: the text of the hierarchy's `cgroup.controllers`.
+/// The available controllers: the text of the hierarchy's `cgroup.controllers`.
 ///
 /// # Errors
-/// It can't be read.
+/// The file can't be read.
 pub fn controllers() -> Result<String, Error> {
     let path = root().join("cgroup.controllers");
     Ok(fs::read_to_string(&path).map_err(io_error("read", &path))?)
 }
 
-/// The kernel accounts for memory in cgroups.
+/// True if the kernel has the memory controller.
 pub fn has_memory() -> bool {
     controllers().unwrap_or_default().split_whitespace().any(|controller| controller == "memory")
 }
 
-/// The cgroup of a process, below [`ROOT`], beginning with `/`.
+/// The cgroup of a process: its path below [`ROOT`], beginning with `/`.
 ///
 /// # Errors
-/// The process is gone, or has no place in the unified hierarchy.
+/// The process does not exist, or is not in the unified hierarchy.
 pub fn of_process(pid: u32) -> Result<PathBuf, Error> {
     of_proc_file(&proc_file(pid))
 }
@@ -105,7 +105,7 @@ pub fn dir(cgroup: &Path) -> PathBuf {
     root().join(cgroup.strip_prefix("/").unwrap_or(cgroup))
 }
 
-/// Kills every process in a cgroup and below it, forks included; nothing if it is gone.
+/// Kills every process in a cgroup and below it, including concurrent forks. Does nothing if the cgroup does not exist.
 ///
 /// # Errors
 /// The kernel refused.
@@ -117,7 +117,7 @@ pub fn kill(cgroup: &Path) -> Result<(), Error> {
     }
 }
 
-/// Has every process in a cgroup and below it frozen, or lets them go on. Nothing if it is gone.
+/// Freezes or thaws every process in a cgroup and below it. Does nothing if the cgroup does not exist.
 ///
 /// # Errors
 /// The kernel refused.
@@ -129,17 +129,17 @@ pub fn freeze(cgroup: &Path, frozen: bool) -> Result<(), Error> {
     }
 }
 
-/// Returns when all processes in a cgroup are frozen, or none is; or if it is gone.
+/// Waits until a cgroup is frozen, or thawed, or does not exist.
 ///
 /// # Errors
-/// It is not so within the time.
+/// The state is not reached within `limit`.
 pub fn until_frozen(cgroup: &Path, frozen: bool, limit: Duration) -> Result<(), Error> {
     let path = dir(cgroup).join("cgroup.events");
     let done = || -> io::Result<()> {
         let mut file = fs::File::open(&path)?;
         let end = Instant::now() + limit;
         loop {
-            // A poll tells what has changed since the file was read last.
+            // poll(2) reports changes since the last read of the file.
             let mut text = String::new();
             file.rewind()?;
             file.read_to_string(&mut text)?;
@@ -155,18 +155,20 @@ pub fn until_frozen(cgroup: &Path, frozen: bool, limit: Duration) -> Result<(), 
     };
     match done() {
         Err(e) if is_gone(&e) => Ok(()),
-        done => Ok(done
-            .map_err(io_error(if frozen { "wait for a freeze in" } else { "wait for a thaw in" }, &path))?),
+        done => Ok(done.map_err(io_error(
+            if frozen { "wait for the freeze in" } else { "wait for the thaw in" },
+            &path,
+        ))?),
     }
 }
 
-/// True if there is a process in the cgroup or below it.
+/// True if the cgroup or one below it has a process.
 pub fn is_populated(cgroup: &Path) -> bool {
     fs::read_to_string(dir(cgroup).join("cgroup.events"))
         .is_ok_and(|text| text.lines().any(|line| line == "populated 1"))
 }
 
-/// Moves this process into a cgroup, which is made if it is not there.
+/// Moves this process into a cgroup. Creates the cgroup if it does not exist.
 ///
 /// # Errors
 /// The kernel refused.
@@ -175,7 +177,7 @@ pub fn enter(cgroup: &Path) -> Result<(), Error> {
     in_made(cgroup, || fs::write(&path, "0"), io_error("write", &path))
 }
 
-/// The directory of a cgroup, which is made if it is not there.
+/// Opens the directory of a cgroup. Creates the cgroup if it does not exist.
 ///
 /// # Errors
 /// The kernel refused.
@@ -184,7 +186,7 @@ pub fn open_made(cgroup: &Path) -> Result<OwnedFd, Error> {
     in_made(cgroup, || fs::File::open(&dir).map(OwnedFd::from), io_error("open", &dir))
 }
 
-/// Makes a cgroup and uses it, again if somebody has removed it in between: the daemon and systemd remove empty ones.
+/// Creates a cgroup and uses it. Tries again if it is removed in between: the daemon and systemd remove empty cgroups.
 fn in_made<T>(
     cgroup: &Path,
     used: impl Fn() -> io::Result<T>,
@@ -203,14 +205,14 @@ fn in_made<T>(
     }
 }
 
-/// The cgroups directly below one; none if it is gone.
+/// The cgroups directly below a cgroup, none if it does not exist.
 pub fn children(cgroup: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir(cgroup)).into_iter().flatten().flatten();
     let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|found| found.is_dir()));
     dirs.map(|entry| cgroup.join(entry.file_name())).collect()
 }
 
-/// Removes a cgroup that has no processes and no cgroups below it; false if it has.
+/// Removes a cgroup. Returns false if it has processes or other cgroups below it.
 ///
 /// # Errors
 /// The kernel refused for another reason.
@@ -223,11 +225,11 @@ pub fn remove(cgroup: &Path) -> Result<bool, Error> {
     }
 }
 
-/// Has the kernel get ready for processes that are about to be moved into cgroups.
+/// Prepares the kernel for moves of processes into cgroups.
 ///
-/// The first move after a while waits for an RCU grace period, 10 ms and more, and those that follow
-/// soon after it do not (cgroup_threadgroup_rwsem, a percpu_rw_semaphore). A move of this process to
-/// where it is takes that wait upon itself, while other things are under way.
+/// The first move after a while waits for an RCU grace period of 10 ms or more; moves soon after it do not
+/// (cgroup_threadgroup_rwsem, a percpu_rw_semaphore). This moves the process into the cgroup that it is in already, so
+/// that the wait overlaps with other work.
 ///
 /// # Errors
 /// The kernel refused.
@@ -236,7 +238,7 @@ pub fn warm_up() -> Result<(), Error> {
     Ok(fs::write(&path, "0").map_err(io_error("write", &path))?)
 }
 
-/// A cgroup can go at any moment: then it is not found, or its open files say ENODEV.
+/// True if a cgroup was removed: it is not found, or its open files report ENODEV.
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc_errno::ENODEV)
 }

@@ -1,7 +1,7 @@
 //! The processes of a cgroup and of all cgroups below it.
 //!
-//! A container may be allowed to make cgroups of its own, and makes as many and as deeply nested ones as it
-//! likes: the walk needs no stack, no path and one descriptor at a time, however deep they are.
+//! A container that may create cgroups can create any number of them, at any depth. So the walk does not recurse, builds no
+//! paths, and has one descriptor open at a time.
 
 use std::collections::VecDeque;
 use std::ffi::CString;
@@ -19,17 +19,17 @@ use crate::path_error::io_error;
 
 use super::{Error, dir};
 
-/// A walk that finds more cgroups than this fails: it would hold its thread for seconds.
-const MOST: usize = 100_000;
+/// The largest number of cgroups in a walk. More would block its thread for seconds.
+const MAX_CGROUPS: usize = 100_000;
 
-/// Every process in a cgroup and below it; none if the cgroup is gone. Reads up to 100,000 cgroups: not for the
-/// async runtime.
+/// Every process in a cgroup and below it, none if the cgroup does not exist. Reads up to 100,000 cgroups: must not run on
+/// the async runtime.
 ///
 /// # Errors
-/// It can't be read, or there are more cgroups than that.
+/// A cgroup can't be read, or there are more cgroups than that.
 pub fn processes(cgroup: &Path) -> Result<Vec<u32>, Error> {
     let top = dir(cgroup);
-    Ok(walk(&top, MOST).map_err(io_error("list the processes of", &top))?)
+    Ok(walk(&top, MAX_CGROUPS).map_err(io_error("list the processes of", &top))?)
 }
 
 fn walk(top: &Path, most: usize) -> io::Result<Vec<u32>> {
@@ -41,7 +41,7 @@ fn walk(top: &Path, most: usize) -> io::Result<Vec<u32>> {
     };
     let mut found = 1;
     read_processes(&at, &mut pids)?;
-    // The children that are still to be visited, of the present cgroup and of each above it.
+    // The unvisited children of the current cgroup and of each cgroup above it.
     let mut levels = vec![children(&at, &mut found, most)?];
     while let Some(left) = levels.last_mut() {
         match left.pop_front() {
@@ -57,7 +57,7 @@ fn walk(top: &Path, most: usize) -> io::Result<Vec<u32>> {
             None => {
                 levels.pop();
                 if !levels.is_empty() {
-                    // cgroups are never moved: it is the one that we came from.
+                    // The parent is the cgroup that the walk came from, as cgroups are never moved.
                     at = openat(&at, c"..", DIRECTORY, Mode::empty())?;
                 }
             }
@@ -75,7 +75,7 @@ fn read_processes(cgroup: &OwnedFd, pids: &mut Vec<u32>) -> io::Result<()> {
         .and_then(|file| File::from(file).read_to_string(&mut text));
     match read {
         Ok(_) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok())),
-        // A threaded cgroup has its processes listed above it; a removed one has none.
+        // The processes of a threaded cgroup are listed above it. A removed cgroup has none.
         Err(error) if is_errno(&error, |errno| errno == Errno::EOPNOTSUPP || is_gone(errno)) => {}
         Err(error) => return Err(error),
     }
@@ -103,7 +103,7 @@ fn children(cgroup: &OwnedFd, found: &mut usize, most: usize) -> io::Result<VecD
     Ok(names)
 }
 
-/// A cgroup can go at any moment: then it is not found, or its open files say ENODEV.
+/// True if a cgroup was removed: it is not found, or its open files report ENODEV.
 fn is_gone(errno: Errno) -> bool {
     matches!(errno, Errno::ENOENT | Errno::ENODEV)
 }
@@ -162,6 +162,6 @@ mod tests {
         io::Write::write_all(&mut File::from(file), b"7\n").unwrap();
         let path = scratch.path().to_owned();
         let walker = std::thread::Builder::new().stack_size(128 << 10);
-        assert_eq!(walker.spawn(move || walk(&path, MOST).unwrap()).unwrap().join().unwrap(), [7]);
+        assert_eq!(walker.spawn(move || walk(&path, MAX_CGROUPS).unwrap()).unwrap().join().unwrap(), [7]);
     }
 }

@@ -1,7 +1,7 @@
-//! Changes of cgroups, as they happen: one inotify instance for all of them.
+//! Reports changes of cgroups, with one inotify instance for all of them.
 //!
-//! The kernel tells of `memory.events` and `cgroup.events` whatever has changed them (kernfs_notify), and
-//! of other files if somebody has written them.
+//! The kernel reports every change of `memory.events` and `cgroup.events` (kernfs_notify). It reports a change of other
+//! files only if a process wrote them.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -22,34 +22,34 @@ use crate::task::limits::Attribute;
 
 use super::{Error, dir};
 
-/// What has changed.
+/// A change of a cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Change {
     /// `memory.events`
     Memory,
     /// `cgroup.events`: empty or not, frozen or not.
     State,
-    /// A limit, by a write.
+    /// A process has written a limit.
     Limits,
-    /// Anything: some changes were too many to be told.
+    /// Possibly everything: the kernel dropped reports, as there were too many.
     Any,
 }
 
-/// Watches cgroups, each known to the caller by a `K`.
+/// Watches cgroups. A `K` identifies each of them.
 ///
 /// The kernel allows 128 inotify instances per user, and a limited number of watches: other programs, and
-/// containers without a user namespace, can use them up. What can't be watched then is tried again.
+/// containers without a user namespace, can use them up. A cgroup that can't be watched is tried again later.
 pub struct Watch<K> {
     source: OnceLock<Source>,
-    /// There is a source now.
+    /// Notified when the source is open.
     opened: Notify,
-    /// Something could not be watched.
+    /// True if a cgroup could not be watched.
     is_missing: AtomicBool,
     missed: Notify,
     watched: Mutex<HashMap<WatchDescriptor, (K, Change)>>,
 }
 
-/// Where the kernel tells of changes.
+/// The inotify instance.
 struct Source {
     inotify: Inotify,
     ready: AsyncFd<OwnedFd>,
@@ -63,18 +63,18 @@ impl Source {
     }
 }
 
-/// When what could not be watched is tried again: nothing tells that there is room.
+/// How often unwatched cgroups are tried again. Nothing announces that a watch is available.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// A cgroup is watched until this is dropped.
+/// Watches a cgroup until it is dropped.
 pub struct Watched<K> {
     watch: Arc<Watch<K>>,
-    /// The kernel counts them per file: two of these must not be for the same one.
+    /// The kernel has one descriptor per file, so a file must not be watched twice.
     descriptors: Vec<WatchDescriptor>,
 }
 
 impl<K: Clone> Watch<K> {
-    /// Nothing is watched yet. Needs the async runtime.
+    /// Makes a watch without cgroups. Needs the async runtime.
     pub fn new() -> Arc<Self> {
         let watch = Self {
             source: OnceLock::new(),
@@ -84,7 +84,7 @@ impl<K: Clone> Watch<K> {
             watched: Mutex::default(),
         };
         if let Err(error) = watch.source() {
-            tracing::warn!(%error, "changes of cgroups are not noticed at the moment: {error}");
+            tracing::warn!(%error, "can't watch cgroups at the moment: {error}");
         }
         Arc::new(watch)
     }
@@ -99,13 +99,13 @@ impl<K: Clone> Watch<K> {
         Ok(source)
     }
 
-    /// Notes that something is not watched. True if that was not so before.
+    /// Records that a cgroup is not watched. Returns false if that was recorded already.
     pub fn miss(&self) -> bool {
         self.missed.notify_one();
         !self.is_missing.swap(true, Ordering::Relaxed)
     }
 
-    /// Resolves when what is not watched should be tried again. Never, if there is nothing.
+    /// Waits until unwatched cgroups should be tried again. Never returns if there are none.
     pub async fn retry(&self) {
         while !self.is_missing.load(Ordering::Relaxed) {
             self.missed.notified().await;
@@ -114,11 +114,11 @@ impl<K: Clone> Watch<K> {
         self.is_missing.store(false, Ordering::Relaxed);
     }
 
-    /// Watches what happens to the processes of a container's cgroup, what the memory events of `memory` are, and
-    /// who changes limits of `limits`.
+    /// Watches the state of a container's cgroup, the memory events of the cgroup `memory`, and writes to limits of the
+    /// cgroups `limits`.
     ///
     /// # Errors
-    /// One of them is gone, or there are more than the kernel allows (fs.inotify.max_user_watches).
+    /// A cgroup does not exist, or the kernel allows no more watches (fs.inotify.max_user_watches).
     pub fn add(
         self: &Arc<Self>,
         key: &K,
@@ -138,7 +138,7 @@ impl<K: Clone> Watch<K> {
                     all.insert(descriptor, (key.clone(), change));
                     watched.descriptors.push(descriptor);
                 }
-                // No such controller.
+                // The cgroup has no memory controller.
                 Err(Errno::ENOENT) if change == Change::Memory => {}
                 Err(errno) => return Err(io_error("watch", &path)(errno).into()),
             }
@@ -150,10 +150,10 @@ impl<K: Clone> Watch<K> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What has changed, as soon as something has; with nothing to go by, it may be any of them.
+    /// Waits for changes. The cgroup is `None` if it is unknown what has changed.
     ///
     /// # Errors
-    /// The kernel does not tell.
+    /// inotify failed.
     pub async fn next(&self) -> io::Result<Vec<(Option<K>, Change)>> {
         let source = loop {
             match self.source.get() {
@@ -171,7 +171,7 @@ impl<K: Clone> Watch<K> {
         }
     }
 
-    /// What has changed by now and was not told yet.
+    /// The changes that were not reported yet, without waiting.
     ///
     /// # Errors
     /// As [`Self::next`].
@@ -202,7 +202,7 @@ impl<K> Drop for Watched<K> {
         let mut all = self.watch.watched.lock().unwrap_or_else(PoisonError::into_inner);
         for descriptor in &self.descriptors {
             all.remove(descriptor);
-            // It goes by itself with what it watches.
+            // Fails if the kernel removed the watch with its file.
             let _ = self.watch.source.get().map(|source| source.inotify.rm_watch(*descriptor));
         }
     }

@@ -6,7 +6,7 @@
 //!   ◀──── start failed ─────┘
 //! ```
 //!
-//! An exit can be noticed before Start is over: it is kept in the phase, as with init.
+//! An exit that is observed before Start is over is kept in the phase, as for an init process.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,33 +16,33 @@ use super::process::{Lifecycle, Process};
 /// An exec. Its process spec is a file of its own.
 pub type Exec = Process<ExecPhase>;
 
-/// Where an exec is in its life.
+/// The phase of an exec.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case")]
 pub enum ExecPhase {
-    /// It is known, and nothing runs.
+    /// The exec is recorded, and nothing runs.
     Added,
     /// Its unit is being started.
     Starting {
-        /// A process of the unit has ended: the last that was noticed.
+        /// The last observed exit of a process of the unit.
         exit: Option<Seen>,
     },
-    /// It runs.
+    /// The process runs.
     Running {
         /// Its process.
         pid: u32,
     },
-    /// It has ended, and waits for Delete.
+    /// The process has ended. Delete removes the exec.
     Stopped {
-        /// The process that it was.
+        /// The pid of the process.
         pid: u32,
-        /// How it ended.
+        /// Its exit.
         exit: Exit,
     },
 }
 
 impl ExecPhase {
-    /// There is, or is about to be, a process: the task's own end is told after its.
+    /// True if a process runs or is being started: the exit of the task is published after that of this exec.
     pub fn is_live(&self) -> bool {
         matches!(self, Self::Starting { .. } | Self::Running { .. })
     }
@@ -96,7 +96,7 @@ fn stop(pid: u32, exit: Exit, mut announce: Vec<Announce>) -> Step<ExecPhase> {
     Step { next: ExecPhase::Stopped { pid, exit }, announce }
 }
 
-/// The only place where an exec's phase changes. Repeats change nothing; the first exit wins.
+/// The only function that changes the phase of an exec. Repeated events change nothing, and the first exit counts.
 ///
 /// # Errors
 /// The phase does not allow the event.
@@ -105,7 +105,7 @@ pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step<ExecPhase>, Re
     let refused = Refusal { verb: event.verb(), phase: phase.word() };
     match (phase.clone(), event) {
         (ExecPhase::Added, StartBegun) => Ok(stay(ExecPhase::Starting { exit: None })),
-        // What an earlier start that failed has left ends now.
+        // A late report about an earlier start that failed.
         (ExecPhase::Added, Exited(_)) => Ok(stay(ExecPhase::Added)),
         (ExecPhase::Added, Started { .. } | StartFailed) => Err(refused),
 
@@ -116,7 +116,7 @@ pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step<ExecPhase>, Re
                 Some(seen) => stop(pid, seen.exit, announce),
             })
         }
-        // The end that was noticed was that of the attempt.
+        // The observed exit belongs to the failed start.
         (ExecPhase::Starting { .. }, StartFailed) => Ok(stay(ExecPhase::Added)),
         (ExecPhase::Starting { .. }, Exited(seen)) => Ok(stay(ExecPhase::Starting { exit: Some(seen) })),
         (ExecPhase::Starting { .. }, StartBegun) => Err(refused),

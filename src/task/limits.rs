@@ -1,11 +1,11 @@
-//! Limits of a container that its cgroup and its unit both have (pure).
+//! The limits of a container that exist both in its cgroup and as properties of its unit (pure).
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// A file of a cgroup (kernel, cgroup-v2) that systemd shows as a property of a unit. In the order in which
-/// they are to be written: an idle cgroup takes no weight.
+/// A file of a cgroup (kernel, cgroup-v2) that systemd has as a property of a unit. In the order in which they must be
+/// written: an idle cgroup accepts no weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Attribute {
     /// Memory that is never reclaimed, in bytes.
@@ -14,16 +14,16 @@ pub enum Attribute {
     /// Memory that is reclaimed last, in bytes.
     #[serde(rename = "memory.low")]
     MemoryLow,
-    /// From here on it is slowed down, in bytes or `max`.
+    /// The use above which processes are slowed down, in bytes or `max`.
     #[serde(rename = "memory.high")]
     MemoryHigh,
-    /// From here on it is killed, in bytes or `max`.
+    /// The limit of memory, in bytes or `max`.
     #[serde(rename = "memory.max")]
     MemoryMax,
-    /// Of swap alone, in bytes or `max`.
+    /// The limit of swap, in bytes or `max`.
     #[serde(rename = "memory.swap.max")]
     MemorySwapMax,
-    /// 1 if it runs only when nobody else wants to (kernel 5.15).
+    /// 1 if processes run only when no others want to (kernel 5.15).
     #[serde(rename = "cpu.idle")]
     CpuIdle,
     /// 1 to 10000, 100 by default.
@@ -35,7 +35,7 @@ pub enum Attribute {
     /// CPUs as a list of ranges, empty for all.
     #[serde(rename = "cpuset.cpus")]
     Cpus,
-    /// Memory nodes likewise.
+    /// Memory nodes as a list of ranges, empty for all.
     #[serde(rename = "cpuset.mems")]
     MemoryNodes,
     /// Number of processes and threads, or `max`.
@@ -50,7 +50,7 @@ pub enum Attribute {
 }
 
 impl Attribute {
-    /// All of them.
+    /// All attributes.
     pub const ALL: [Self; 13] = [
         Self::MemoryMin,
         Self::MemoryLow,
@@ -86,7 +86,7 @@ impl Attribute {
         }
     }
 
-    /// What a cgroup has that nobody has limited.
+    /// The value in a new cgroup.
     pub fn default(self) -> &'static str {
         match self {
             Self::MemoryMin | Self::MemoryLow | Self::CpuIdle => "0",
@@ -99,7 +99,7 @@ impl Attribute {
     }
 }
 
-/// The limits of a cgroup: what its files say. Those of controllers that are not there are absent.
+/// The limits of a cgroup: the content of its files. Limits of missing controllers are absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits(BTreeMap<Attribute, String>);
 
@@ -110,47 +110,47 @@ impl FromIterator<(Attribute, String)> for Limits {
 }
 
 impl Limits {
-    /// One of them.
+    /// The value of one limit.
     pub fn get(&self, attribute: Attribute) -> Option<&str> {
         self.0.get(&attribute).map(String::as_str)
     }
 
-    /// All of them.
+    /// All limits.
     pub fn iter(&self) -> impl Iterator<Item = (Attribute, &str)> {
         self.0.iter().map(|(attribute, value)| (*attribute, value.as_str()))
     }
 
-    /// None at all.
+    /// True if there are no limits.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Those that differ in `other`, or are absent there.
+    /// The limits that differ in `other`, or are absent there.
     pub fn differing_from(&self, other: &Self) -> Self {
         let differs = self.iter().filter(|(attribute, value)| other.get(*attribute) != Some(*value));
         differs.map(|(attribute, value)| (attribute, value.to_owned())).collect()
     }
 
-    /// Those that somebody has set.
+    /// The limits that differ from the default.
     pub fn set(&self) -> Self {
         let set = self.iter().filter(|(attribute, value)| *value != attribute.default());
         set.map(|(attribute, value)| (attribute, value.to_owned())).collect()
     }
 
-    /// These, and those of `other` that are not in them.
+    /// These limits, and the limits of `other` that are absent here.
     pub fn over(&self, other: &Self) -> Self {
         let mut all = other.0.clone();
         all.extend(self.0.clone());
         Self(all)
     }
 
-    /// Those of them that are named.
+    /// The limits of these attributes.
     pub fn only(&self, named: &[Attribute]) -> Self {
         let only = self.iter().filter(|(attribute, _)| named.contains(attribute));
         only.map(|(attribute, value)| (attribute, value.to_owned())).collect()
     }
 
-    /// Those that are not in `other`.
+    /// The limits that are absent in `other`.
     pub fn without(&self, other: &Self) -> Self {
         let rest = self.iter().filter(|(attribute, _)| other.get(*attribute).is_none());
         rest.map(|(attribute, value)| (attribute, value.to_owned())).collect()

@@ -1,7 +1,7 @@
-//! The domain, pure: what a task is, which phase it is in, what it owes to containerd.
+//! Tasks: their data, their phases, and the events that containerd has not accepted (pure).
 //!
-//! No I/O, no clock (times are passed in). The types here serialise: a [`Task`] is what the record
-//! on disk holds (in the form of `record`), and memory is only a cache of it.
+//! No I/O and no clock: times are passed in. A [`Task`] in memory is a cache of its record on disk, which has the form of
+//! `record`.
 
 pub mod exec;
 pub mod limits;
@@ -31,39 +31,39 @@ use request::{Containerd, Create, DeviceAllow, Property, Runtime};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(from = "Record", into = "Record")]
 pub struct Task {
-    /// What it is called.
+    /// Its namespace and id, and the containerd that owns it.
     pub key: TaskKey,
     /// Its init process.
     pub init: Process<Phase>,
-    /// What containerd asked for.
+    /// The Create request.
     pub request: Create,
-    /// The OCI runtime that made it.
+    /// The OCI runtime that created it.
     pub runtime: Runtime,
     /// Which containerd it belongs to.
     pub containerd: Containerd,
-    /// Where its processes live.
+    /// The cgroup of its processes.
     pub placement: Placement,
-    /// The rootfs is mounted in the host's mount namespace, and is ours to unmount.
+    /// True if the rootfs is mounted in the host's mount namespace, and cleanup must unmount it.
     pub rootfs_on_host: bool,
     /// Journal fields of every line of the container's output, name and value.
     pub fields: Vec<(String, String)>,
-    /// Properties of its unit that somebody asks for.
+    /// Properties of its unit that an annotation or an option requests.
     pub properties: Vec<Property>,
-    /// The devices that it may use beside those of every container, where systemd can say it.
+    /// The devices that it may use in addition to those of every container. `None` if systemd can't express them.
     pub devices: Option<Vec<DeviceAllow>>,
-    /// It may tell systemd of itself: sd_notify(3).
+    /// True if it may notify systemd (sd_notify(3)).
     pub notify: bool,
-    /// The processes that were added to it.
+    /// Its execs.
     pub execs: BTreeMap<ExecId, Arc<Exec>>,
     /// Events that containerd has not accepted yet.
     pub outbox: Outbox,
-    /// containerd has given the task up (`delete`) and publishes the end itself.
+    /// True once containerd has given up the task (`delete`) and publishes its exit itself.
     pub muted: bool,
-    /// Its Create has failed, and something of it is still to be removed.
+    /// True if its Create failed and cleanup is not complete.
     pub is_leftover: bool,
 }
 
-/// How a person sees the task in systemd's tools and in the journal.
+/// The texts about a task for people, in systemd's tools and in the journal.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Face {
     /// The unit's Description.

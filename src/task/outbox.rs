@@ -1,4 +1,4 @@
-//! Events that containerd has to hear, in order, until it has accepted them.
+//! The events of a task that containerd has not accepted yet, in order.
 
 use std::collections::VecDeque;
 
@@ -8,7 +8,7 @@ use crate::id::ExecId;
 
 use super::phase::Exit;
 
-/// What happened to a task, in containerd's vocabulary.
+/// An event of a task, in containerd's terms.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum TaskEvent {
@@ -26,7 +26,7 @@ pub enum TaskEvent {
     Paused,
     /// `/tasks/resumed`
     Resumed,
-    /// `/tasks/oom`: the kernel has killed a process of it for want of memory
+    /// `/tasks/oom`: the kernel killed one of its processes because memory ran out
     OutOfMemory,
     /// `/tasks/exit` of the init process
     Exited {
@@ -71,15 +71,15 @@ impl TaskEvent {
     }
 }
 
-/// So many events of a kind that can come any number of times are owed at most.
-const MOST_ALIKE: usize = 100;
+/// The largest number of events in the outbox of each kind that can be repeated without limit.
+const MAX_REPEATED: usize = 100;
 
 /// An event in the outbox.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owed {
-    /// Its place in the task's order.
+    /// Its position in the order of the task's events.
     pub seq: u64,
-    /// When it happened, in microseconds since 1970.
+    /// The time of the event, in microseconds since 1970.
     pub at_usec: u64,
     /// What happened.
     #[serde(flatten)]
@@ -94,18 +94,19 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// Adds an event behind all others.
+    /// Adds an event at the end.
     ///
-    /// Those that can come any number of times are few in it, however long containerd takes none: of kills for
-    /// want of memory the first ones are kept, and of pauses the last state. Creates, starts, exits and deletes
-    /// are always kept.
+    /// The number of events that can be repeated is limited, however long containerd accepts none: the first OOM events and
+    /// the last pauses are kept. Creates, starts, exits and deletes are always kept.
     pub fn push(&mut self, event: TaskEvent, at_usec: u64) {
         match event {
-            TaskEvent::OutOfMemory if self.count(|owed| *owed == TaskEvent::OutOfMemory) >= MOST_ALIKE => {
+            TaskEvent::OutOfMemory if self.count(|owed| *owed == TaskEvent::OutOfMemory) >= MAX_REPEATED => {
                 return;
             }
-            TaskEvent::Paused | TaskEvent::Resumed if self.count(TaskEvent::is_of_freezer) >= MOST_ALIKE => {
-                // With what it undoes it is no news.
+            TaskEvent::Paused | TaskEvent::Resumed
+                if self.count(TaskEvent::is_of_freezer) >= MAX_REPEATED =>
+            {
+                // A pause and its resume cancel each other.
                 let last = self.owed.iter().rposition(|owed| owed.event.is_of_freezer());
                 if let Some(last) = last.filter(|last| self.owed[*last].event != event) {
                     self.owed.remove(last);
@@ -118,8 +119,8 @@ impl Outbox {
         self.next += 1;
     }
 
-    /// Makes an outbox that was read one that [`Self::push`] has made: drops what it would not have taken, as earlier
-    /// versions took everything, and counts again where the numbers are not in order.
+    /// Repairs an outbox that was read from a record: drops events above the limits of [`Self::push`], which earlier versions
+    /// did not have, and numbers the events again if their numbers are not in order.
     pub fn mend(&mut self) {
         self.shorten();
         let numbers = || self.owed.iter().map(|owed| owed.seq);
@@ -135,12 +136,12 @@ impl Outbox {
 
     fn shorten(&mut self) {
         let (mut kills, of_freezer) = (0, self.count(TaskEvent::is_of_freezer));
-        // They take turns: an even number of the oldest goes.
-        let mut too_many = of_freezer.saturating_sub(MOST_ALIKE).next_multiple_of(2).min(of_freezer);
+        // Pauses and resumes alternate, so an even number of the oldest is dropped.
+        let mut too_many = of_freezer.saturating_sub(MAX_REPEATED).next_multiple_of(2).min(of_freezer);
         self.owed.retain(|owed| match owed.event {
             TaskEvent::OutOfMemory => {
                 kills += 1;
-                kills <= MOST_ALIKE
+                kills <= MAX_REPEATED
             }
             TaskEvent::Paused | TaskEvent::Resumed if too_many > 0 => {
                 too_many -= 1;
@@ -159,19 +160,19 @@ impl Outbox {
         self.owed.front()
     }
 
-    /// Takes out what containerd has accepted; a repeat changes nothing.
+    /// Removes an event that containerd has accepted. Repeated calls change nothing.
     pub fn accepted(&mut self, seq: u64) {
         while self.owed.front().is_some_and(|owed| owed.seq <= seq) {
             self.owed.pop_front();
         }
     }
 
-    /// Forgets all that is owed.
+    /// Removes all events.
     pub fn clear(&mut self) {
         self.owed.clear();
     }
 
-    /// Nothing is owed.
+    /// True if there are no events.
     pub fn is_empty(&self) -> bool {
         self.owed.is_empty()
     }
@@ -204,7 +205,7 @@ mod tests {
         outbox.push(TaskEvent::Paused, 10_000);
         let exit = Exit { status: 137, at_usec: 3 };
         outbox.push(TaskEvent::Exited { pid: 1, exit }, 10_001);
-        assert!(outbox.owed.len() <= 2 * MOST_ALIKE + 1, "{}", outbox.owed.len());
+        assert!(outbox.owed.len() <= 2 * MAX_REPEATED + 1, "{}", outbox.owed.len());
         let before = outbox.clone();
         outbox.shorten();
         assert_eq!(outbox, before);
@@ -229,7 +230,7 @@ mod tests {
         let mut outbox = Outbox { next: 10_000, owed: owed.collect() };
         let last = outbox.owed.iter().rfind(|owed| owed.event.is_of_freezer()).cloned();
         outbox.shorten();
-        assert!(outbox.owed.len() <= 2 * MOST_ALIKE, "{}", outbox.owed.len());
+        assert!(outbox.owed.len() <= 2 * MAX_REPEATED, "{}", outbox.owed.len());
         assert_eq!(outbox.owed.iter().rfind(|owed| owed.event.is_of_freezer()).cloned(), last);
         let first = outbox.owed.iter().find(|owed| owed.event.is_of_freezer());
         assert_eq!(first.map(|owed| &owed.event), Some(&TaskEvent::Paused));

@@ -8,9 +8,9 @@
 //!                                                                                       execs gone
 //! ```
 //!
-//! An exit can be noticed while Create or Start is still under way. containerd wants create before
-//! start before exit, so such an exit is kept in the phase and takes effect when the step ends. It
-//! also wants the ends of all execs before that of init: until then the task is Ending.
+//! An exit can be observed while Create or Start is still running. containerd requires the events in the order create,
+//! start, exit, so such an exit is kept in the phase and takes effect when the call ends. containerd also requires the
+//! exits of all execs before that of the init process: until then, the phase is Ending.
 
 use std::path::PathBuf;
 
@@ -19,27 +19,26 @@ use serde::{Deserialize, Serialize};
 use super::limits::Limits;
 use super::process::Lifecycle;
 
-/// How a process ended.
+/// The exit of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
-    /// 0 to 255, or 128 + the signal: what containerd calls exit status.
+    /// containerd's exit status: 0 to 255, or 128 + the signal.
     pub status: u32,
-    /// When, in microseconds since 1970.
+    /// The time of the exit, in microseconds since 1970.
     pub at_usec: u64,
 }
 
-/// An end that was noticed.
+/// An exit that was observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
-    /// Of which process. Not always told.
+    /// The pid of the process, if it is known.
     pub pid: Option<u32>,
-    /// How it ended.
+    /// The exit.
     pub exit: Exit,
 }
 
 impl Seen {
-    /// The end is not that of another process: one of an earlier unit with the same name, whose end is
-    /// heard of late.
+    /// False if this exit belongs to another process, e.g. a late report about an earlier unit with the same name.
     pub(super) fn is_of(self, pid: u32) -> bool {
         self.pid.is_none_or(|seen| seen == pid)
     }
@@ -61,48 +60,48 @@ pub struct Container {
     pub oom_kills: u64,
 }
 
-/// Where an init process is in its life.
+/// The phase of an init process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// The record is written; the unit may or may not exist yet.
     Creating {
-        /// A process of the unit has ended: the last that was noticed.
+        /// The last observed exit of a process of the unit.
         exit: Option<Seen>,
     },
-    /// The OCI runtime's init waits to be started.
+    /// The init process of the OCI runtime waits for Start.
     Created {
         /// The container.
         container: Container,
         /// The program that init runs while it waits. It runs another one from the start on.
         program: Option<Program>,
     },
-    /// The OCI runtime has been asked to start it.
+    /// The command `start` of the OCI runtime was begun.
     Starting {
         /// The container.
         container: Container,
         /// As in [`Self::Created`].
         program: Option<Program>,
-        /// It has already ended.
+        /// The exit, if the process has ended already.
         exit: Option<Exit>,
     },
-    /// It runs.
+    /// The process runs.
     Running {
         /// The container.
         container: Container,
     },
-    /// It would run, but its cgroup is frozen.
+    /// The process is frozen.
     Paused {
         /// The container.
         container: Container,
     },
-    /// It has ended, but containerd is not told before it has heard of the ends of all execs.
+    /// The process has ended. The exit is published after those of all execs.
     Ending {
         /// The container that it was.
         container: Container,
         /// How it ended.
         exit: Exit,
     },
-    /// It has ended, and waits for Delete.
+    /// The process has ended. Delete removes the task.
     Stopped {
         /// The container that it was.
         container: Container,
@@ -150,7 +149,7 @@ impl Phase {
         }
     }
 
-    /// It is frozen: nothing can be added to it.
+    /// True if the process is frozen: no exec can be added.
     pub fn is_paused(&self) -> bool {
         matches!(self, Self::Paused { .. })
     }
@@ -236,11 +235,11 @@ pub enum Event {
     StartFailed,
     /// Its cgroup is frozen.
     Frozen,
-    /// Its cgroup is frozen no more.
+    /// Its cgroup is thawed.
     Thawed,
     /// The main process has ended.
     Exited(Seen),
-    /// No exec is live any more.
+    /// No exec runs any more.
     ExecsGone,
 }
 
@@ -257,24 +256,24 @@ impl Event {
     }
 }
 
-/// What containerd, and those who wait, have to be told of a change, in order.
+/// An event to publish because of a change of the phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Announce {
-    /// Tell containerd that the task exists.
+    /// The task exists.
     Created {
         /// Its process.
         pid: u32,
     },
-    /// Tell containerd that it runs.
+    /// The task runs.
     Started {
         /// Its process.
         pid: u32,
     },
-    /// Tell containerd that it is paused.
+    /// The task is paused.
     Paused,
-    /// Tell containerd that it runs again.
+    /// The task runs again.
     Resumed,
-    /// Tell containerd, and those who wait, that it has ended.
+    /// The process has ended. Calls of Wait return as well.
     Exited {
         /// The process that it was.
         pid: u32,
@@ -283,26 +282,26 @@ pub enum Announce {
     },
 }
 
-/// An event that the phase does not allow.
+/// The phase does not allow an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot {verb} a {phase} process")]
 pub struct Refusal {
-    /// What was asked.
+    /// The requested action.
     pub verb: &'static str,
     /// The phase that refused it.
     pub phase: &'static str,
 }
 
-/// A phase and what its change asks for.
+/// The result of a transition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step<P> {
     /// The new phase.
     pub next: P,
-    /// What to do, in order.
+    /// The events to publish, in order.
     pub announce: Vec<Announce>,
 }
 
-/// A change that asks for nothing.
+/// A transition without events.
 pub(super) fn stay<P>(phase: P) -> Step<P> {
     Step { next: phase, announce: Vec::new() }
 }
@@ -311,10 +310,10 @@ fn end(container: Container, exit: Exit, announce: Vec<Announce>) -> Step<Phase>
     Step { next: Phase::Ending { container, exit }, announce }
 }
 
-/// The only place where a phase changes.
+/// The only function that changes a phase.
 ///
-/// Repeats of what has been seen already (signals of systemd come twice, resyncs repeat them)
-/// change nothing; the first exit wins.
+/// Repeated events change nothing (signals of systemd can arrive twice, and queries of all units repeat them). The first
+/// exit counts.
 ///
 /// # Errors
 /// The phase does not allow the event.
@@ -384,7 +383,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
             Created { .. } | StartBegun | Started { .. } | StartFailed,
         ) => Err(refused),
 
-        // It matters to an init that has ended, and to no other.
+        // This event only matters to an init process that has ended.
         (
             other @ (Phase::Creating { .. }
             | Phase::Created { .. }
@@ -396,7 +395,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         ) => Ok(stay(other)),
         (running @ Phase::Running { .. }, Thawed) => Ok(stay(running)),
         (paused @ Phase::Paused { .. }, Frozen) => Ok(stay(paused)),
-        // One that does not run is not paused for containerd, whatever its cgroup is.
+        // For containerd, only a running task can be paused, whatever the state of its cgroup is.
         (
             other @ (Phase::Creating { .. }
             | Phase::Created { .. }

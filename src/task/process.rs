@@ -11,68 +11,68 @@ use super::wiring::Wiring;
 /// A process of a task: everything about it that must outlive the daemon. `P` is the type of its phase.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Process<P: ?Sized> {
-    /// Its unit. Chosen once, never derived again.
+    /// Its unit. The name is chosen once and never changes.
     pub unit: UnitName,
     /// The unit of its `binary://` logger, if it has one.
     pub logger: Option<UnitName>,
-    /// The stdio strings as received: State and the events repeat them.
+    /// The stdio strings as the client sent them. State and the events repeat them.
     pub stdio: Stdio,
-    /// Where its streams lead.
+    /// The destinations of its streams.
     pub wiring: Wiring,
     /// The unit's Description.
     pub description: String,
-    /// Where it is in its life.
+    /// Its phase.
     pub phase: P,
 }
 
 /// What the phases of an init process and of an exec have in common.
 pub trait Lifecycle {
-    /// The process, once it is known; after the end, the one it was.
+    /// The pid, once it is known. It stays known after the exit.
     fn pid(&self) -> Option<u32>;
-    /// How it ended, once containerd may know.
+    /// The exit, once it may be published.
     fn exit(&self) -> Option<Exit>;
-    /// There is a process, as far as is known.
+    /// True if the process exists and no exit was observed.
     fn is_alive(&self) -> bool;
-    /// It runs, or has run: Start is over.
+    /// True if the process runs or has run.
     fn has_run(&self) -> bool;
-    /// Start is under way.
+    /// True while the process is being started.
     fn is_starting(&self) -> bool;
-    /// The phase in containerd's words, for messages.
+    /// The phase in containerd's terms, for messages.
     fn word(&self) -> &'static str;
-    /// Changes the phase. Returns what has to be announced, in order.
+    /// Changes the phase. Returns the events to publish, in order.
     ///
     /// # Errors
-    /// The phase refuses the event; then nothing has changed.
+    /// The phase does not allow the event. Nothing is changed then.
     fn apply(&mut self, event: Event) -> Result<Vec<Announce>, Refusal>;
 }
 
 impl<P: Lifecycle + ?Sized> Process<P> {
-    /// The process, once it is known; after the end, the one it was.
+    /// The pid, once it is known. It stays known after the exit.
     pub fn pid(&self) -> Option<u32> {
         self.phase.pid()
     }
 
-    /// How it ended, once containerd may know.
+    /// The exit, once it may be published.
     pub fn exit(&self) -> Option<Exit> {
         self.phase.exit()
     }
 
-    /// There is a process, as far as is known.
+    /// True if the process exists and no exit was observed.
     pub fn is_alive(&self) -> bool {
         self.phase.is_alive()
     }
 
-    /// It runs, or has run: Start is over.
+    /// True if the process runs or has run.
     pub fn has_run(&self) -> bool {
         self.phase.has_run()
     }
 
-    /// Start is under way.
+    /// True while the process is being started.
     pub fn is_starting(&self) -> bool {
         self.phase.is_starting()
     }
 
-    /// The phase in containerd's words, for messages.
+    /// The phase in containerd's terms, for messages.
     pub fn word(&self) -> &'static str {
         self.phase.word()
     }

@@ -1,5 +1,4 @@
-//! Where the three standard streams of a process lead: plain data, decided once and kept in the
-//! record.
+//! The destinations of the three standard streams of a process: plain data, decided once and stored in the record.
 
 use std::path::PathBuf;
 
@@ -25,18 +24,18 @@ pub enum Output {
     Null,
     /// The unit's own stream to the journal.
     Journal,
-    /// The client's FIFO itself: no copy, and nobody of ours in between.
+    /// The client's FIFO itself, without a copy.
     Fifo(PathBuf),
-    /// A FIFO of ours (or the terminal), from which the daemon copies.
+    /// A FIFO of the daemon, or the terminal, from which the daemon copies.
     Copied(Copied),
-    /// A FIFO of ours, which the logger reads.
+    /// A FIFO of the daemon, which the logger reads.
     Logger,
 }
 
-/// Where the daemon copies a stream to.
+/// The destinations to which the daemon copies a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Copied {
-    /// What the client named.
+    /// The client's destination.
     pub client: Option<Sink>,
     /// The journal, under the container's unit.
     pub journal: bool,
@@ -51,14 +50,14 @@ pub struct Copied {
 pub enum Sink {
     /// Its FIFO.
     Fifo(PathBuf),
-    /// Its FIFO, which gets nothing but the end: the output goes elsewhere.
+    /// Its FIFO, which only gets EOF: the output goes to the journal.
     EndOnly(PathBuf),
-    /// Its file. Not handed to the process itself: a container that opens `/dev/stdout` anew would
-    /// write over its beginning.
+    /// Its file. The process does not get the file itself: if the container opened `/dev/stdout`, it would overwrite the
+    /// beginning.
     File {
-        /// The file; appended to.
+        /// The file, to which the daemon appends.
         path: PathBuf,
-        /// Make it, and its directories, if it is not there.
+        /// True if the file and its directories are created if they do not exist.
         create: bool,
     },
     /// Its logger.
@@ -72,28 +71,28 @@ pub struct Logger {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<String>,
-    /// `binary-v2`: only a byte on its third pipe means ready; for `binary` its end does as well.
+    /// True for `binary-v2`: only a byte on its third pipe means ready. For `binary`, closing the pipe means ready, too.
     pub strict: bool,
 }
 
 /// The three streams.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wiring {
-    /// The process has a terminal: it is its standard input, output and error, and the daemon holds
-    /// the other side. `stdin` and `stdout` say where that leads, `stderr` nothing.
+    /// True if the process has a terminal for all three streams. The daemon holds the master side, and `stdin` and `stdout`
+    /// are its destinations. `stderr` is unused.
     pub terminal: bool,
     /// Standard input.
     pub stdin: Input,
-    /// The client wants the process to see the end of its input (CloseIO).
+    /// True once the client closed the input (CloseIO).
     #[serde(default)]
     pub stdin_closed: bool,
     /// Standard output.
     pub stdout: Output,
     /// Standard error.
     pub stderr: Output,
-    /// Who reads [`Output::Logger`] and [`Sink::Logger`].
+    /// The logger for [`Output::Logger`] and [`Sink::Logger`].
     pub logger: Option<Logger>,
-    /// The number under which systemd keeps the daemon's ends.
+    /// The number in the names under which the daemon's ends are kept.
     #[serde(default)]
     pub kept: u64,
 }

@@ -1,10 +1,10 @@
-//! A cgroup's files in a temporary directory, and what is made of them.
+//! Tests with the files of a cgroup in a temporary directory.
 
 use std::path::PathBuf;
 
 use super::*;
 
-/// The files of a cgroup with everything, in which no two numbers are the same.
+/// All files of a cgroup. Every number occurs only once.
 const EVERYTHING: [(&str, &str); 23] = [
     ("pids.current", "101\n"),
     ("pids.max", "102\n"),
@@ -49,7 +49,7 @@ const PRESSURES: [&str; 3] = [
     "some avg10=1.75 avg60=2.75 avg300=3.75 total=905\nfull avg10=4.75 avg60=5.75 avg300=6.75 total=906\n",
 ];
 
-/// A directory that goes away with its test.
+/// A directory that is removed after its test.
 struct Dir(PathBuf);
 
 impl Dir {
@@ -82,7 +82,7 @@ fn sizes() -> Vec<PageSize> {
     ["hugepages-2048kB", "hugepages-1048576kB"].iter().filter_map(|entry| PageSize::of(entry)).collect()
 }
 
-/// Those of a cgroup with everything.
+/// The statistics of a cgroup with all files.
 pub fn everything(test: &str) -> Stats {
     Dir::with(test, &EVERYTHING).stats()
 }
