@@ -1,15 +1,15 @@
-//! Waiting for a named condition, with a limit. For what sends no event that a test could await.
+//! Waits for a named condition, with a limit. For changes that send no event.
 
 use std::time::{Duration, Instant};
 
-/// Long enough for an emulated guest under load; a test that gets here has failed anyway.
+/// Long enough for an emulated guest under load. A test that reaches this limit has failed.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// Probes until there is an answer. Panics with the name of the condition when [`LIMIT`] has passed.
 pub fn until<T>(what: &str, probe: impl FnMut() -> Option<T>) -> T {
-    within(LIMIT, probe).unwrap_or_else(|| panic!("waited {LIMIT:?} in vain: {what}"))
+    within(LIMIT, probe).unwrap_or_else(|| panic!("this did not happen within {LIMIT:?}: {what}"))
 }
 
 /// Probes until the condition holds.
@@ -17,7 +17,7 @@ pub fn until_true(what: &str, mut probe: impl FnMut() -> bool) {
     until(what, || probe().then_some(()));
 }
 
-/// Probes until there is an answer or the limit has passed, for a caller who has more to say then.
+/// Probes until there is an answer. `None` when the limit has passed: the caller reports the failure.
 pub fn within<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + limit;
     loop {
@@ -31,8 +31,7 @@ pub fn within<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Optio
     }
 }
 
-/// Lets time pass where the span itself is what is measured. Whoever waits for something uses the other
-/// functions.
+/// Lets time pass, for a test that measures the time itself. To wait for something, use the other functions.
 #[allow(clippy::disallowed_methods)] // the one place where a test sleeps
 pub fn elapse(span: Duration) {
     std::thread::sleep(span);

@@ -188,7 +188,7 @@ fn what_cant_be_had_is_an_invalid_argument_that_names_it() {
         assert_eq!(code, Code::INVALID_ARGUMENT, "{name}={value}: {text}");
         assert!(text.contains(&format!("{PREFIX}{name}")) && text.contains(part), "{name}={value}: {text}");
     }
-    leaks::assert_none("properties that can't be had", &before);
+    leaks::assert_none("properties that are refused", &before);
 }
 
 #[test]

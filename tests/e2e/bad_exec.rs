@@ -105,7 +105,7 @@ fn a_process_that_the_runtime_refuses_fails_the_start() {
     ];
     for (what, process) in cases {
         let request = ExecProcessRequest { spec: Some(any(PROCESS, process)).into(), ..request(&container) };
-        // It is as good to notice it in Exec.
+        // Exec may refuse it as well.
         let (_code, text) = exec(&shim, &request).and_then(|()| start(&shim, &request)).expect_err(what);
         assert!(!text.is_empty(), "{what}");
     }

@@ -15,7 +15,7 @@ use crate::common::systemd::{Cursor, DAEMON_SERVICE};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::wait;
 
-/// A record that the daemon has not written, gone on drop.
+/// A record that the daemon did not write. It is removed on drop.
 struct Foreign {
     directory: PathBuf,
     text: String,
@@ -81,7 +81,7 @@ fn records_of_the_version_before_are_taken_over_however_large_they_are() {
     let down = daemon::Down::begin();
     as_version_1(&container, 100_000);
     let path = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");
-    assert!(fs::metadata(&path).expect("look at the record").len() > 4 << 20);
+    assert!(fs::metadata(&path).expect("stat of the record").len() > 4 << 20);
     down.end();
     for _ in 0..2 {
         assert_eq!(ended.exit_status(), 4);
@@ -104,7 +104,7 @@ fn execs_that_nobody_deletes_leave_the_record_small_and_are_all_known_after_a_re
     let execs: Vec<_> = (0..50).map(|_| container.exec_sh("exit 3")).collect();
     assert!(execs.iter().all(|exec| exec.exit_status() == 3));
     let path = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");
-    let length = || fs::metadata(&path).expect("look at the record").len();
+    let length = || fs::metadata(&path).expect("stat of the record").len();
     wait::until_true("the record is as small as without execs", || length() <= 8192);
     daemon::killed();
     assert!(execs.iter().all(|exec| exec.exit_status() == 3));

@@ -1,4 +1,4 @@
-//! A daemon that was stopped, and one that hangs: somebody starts it again, and nothing is lost.
+//! A daemon that was stopped, and one that hangs: it is started again, and nothing is lost.
 
 use std::thread;
 use std::time::{Duration, Instant};

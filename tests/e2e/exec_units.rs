@@ -159,7 +159,7 @@ fn systemctl_stop_of_the_container_ends_its_execs() {
 }
 
 #[test]
-fn exits_of_execs_are_noticed_while_systemd_reloads_and_executes_itself_anew() {
+fn exits_of_execs_are_noticed_while_systemd_reloads_and_executes_itself_again() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = sleeping(&node);
@@ -176,7 +176,7 @@ fn exits_of_execs_are_noticed_while_systemd_reloads_and_executes_itself_anew() {
 }
 
 #[test]
-fn execs_start_while_systemd_reloads_and_executes_itself_anew() {
+fn execs_start_while_systemd_reloads_and_executes_itself_again() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = sleeping(&node);

@@ -15,7 +15,7 @@ use crate::common::spec::Spec;
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, shim, wait};
 
-/// A small file system in place of the records' own, gone on drop. The daemon is stopped for the change.
+/// A small file system for the records, unmounted on drop. The daemon is stopped for the change.
 struct Small;
 
 impl Small {

@@ -1,4 +1,4 @@
-//! Pause and Resume, by clients and by administrators: both see the same, whoever has done it.
+//! Pause and Resume by clients and by administrators: each sees what the other did.
 
 use std::time::Duration;
 

@@ -191,8 +191,8 @@ fn a_deleted_task_is_not_found_and_can_be_created_anew() {
     assert_eq!(container.exit_status(), 4);
     container.delete().expect("delete");
     assert_eq!(container.delete().expect_err("delete again").code(), Code::NotFound);
-    container.create(&Io::default()).expect("create anew");
-    container.start().expect("start anew");
+    container.create(&Io::default()).expect("create again");
+    container.start().expect("start again");
     assert_eq!(container.exit_status(), 4);
 }
 

@@ -12,11 +12,11 @@ use crate::common::spec::Spec;
 use crate::common::systemd;
 use crate::common::task::Io;
 
-/// Asks for a container of this spec, which can't be had.
+/// Creates a container with an invalid spec, and returns the error.
 fn refusal(shim: &Shim, spec: &Spec) -> (Code, String) {
     let bundle = Bundle::new("limits");
     bundle.write_config(&spec.to_json());
-    shim.create(bundle.request(&unique("limits"))).expect_err("a spec that can't be had")
+    shim.create(bundle.request(&unique("limits"))).expect_err("an invalid spec")
 }
 
 /// Each is refused with this code, by a text that begins with the field, and leaves nothing.
@@ -29,7 +29,7 @@ fn assert_refused(code: Code, cases: &[(Value, &str)]) {
         assert_eq!(got, code, "{resources}: {text}");
         assert!(text.starts_with(&format!("linux.resources.{field} ")), "{resources}: {text}");
     }
-    leaks::assert_none("limits that can't be had", &before);
+    leaks::assert_none("invalid limits", &before);
 }
 
 /// What no kernel and no runc takes, and the field that is to blame.

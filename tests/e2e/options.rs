@@ -1,4 +1,4 @@
-//! Runtime options: runc's own, CRI's generic ones, and those that nobody knows.
+//! Runtime options: runc's own, CRI's generic ones, and unknown ones.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

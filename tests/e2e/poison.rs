@@ -1,5 +1,5 @@
 //! What crashes the daemon is tried twice, and not a third time: a request is answered with an error, a record
-//! is moved aside. Whatever else is under way goes on.
+//! is moved aside. Everything else continues.
 
 use std::fs;
 use std::path::PathBuf;

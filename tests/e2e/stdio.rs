@@ -258,7 +258,7 @@ fn a_log_file_that_is_a_fifo_without_a_reader_holds_up_its_container_only() {
 
 fn has_room(fifo: &File) -> bool {
     let mut fds = [PollFd::new(fifo.as_fd(), PollFlags::POLLOUT)];
-    poll(&mut fds, PollTimeout::ZERO).expect("look at a FIFO") > 0
+    poll(&mut fds, PollTimeout::ZERO).expect("poll a FIFO") > 0
 }
 
 #[test]

@@ -114,7 +114,7 @@ fn systemctl_stop_ends_a_created_task() {
 }
 
 #[test]
-fn exits_are_noticed_while_systemd_reloads_and_executes_itself_anew() {
+fn exits_are_noticed_while_systemd_reloads_and_executes_itself_again() {
     needs!(OurShim);
     let node = Node::exclusive();
     for (verb, status) in [("daemon-reload", 21), ("daemon-reexec", 22)] {
@@ -133,7 +133,7 @@ fn exits_are_noticed_while_systemd_reloads_and_executes_itself_anew() {
 }
 
 #[test]
-fn containers_run_while_systemd_reloads_and_executes_itself_anew() {
+fn containers_run_while_systemd_reloads_and_executes_itself_again() {
     needs!(OurShim);
     let node = Node::exclusive();
     for verb in ["daemon-reload", "daemon-reexec"] {
