@@ -12,12 +12,12 @@ use crate::id::Namespace;
 use crate::path_error::{PathError, io_error};
 use crate::task::request::{Log, Runtime};
 
-/// Where containerd-shim-runc-v2 keeps runc's state: `runc --root` works as people know it.
+/// The state directory that containerd-shim-runc-v2 uses, so that `runc --root` works as usual.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";
 const DEFAULT_BINARY: &str = "runc";
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// An options file larger than this is a mistake.
+/// The largest options file, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// What is wrong with the options.
@@ -29,27 +29,27 @@ pub enum Error {
     /// Not TOML, a value of the wrong type, or a key that does not exist.
     #[error("runtime options in {place}: {source}")]
     Malformed {
-        /// Where they came from.
+        /// The source of the options.
         place: String,
-        /// What is wrong.
+        /// The error.
         #[source]
         source: Box<toml::de::Error>,
     },
-    /// The runtime's binary is not there.
+    /// The runtime's binary does not exist.
     #[error("the OCI runtime {name:?} (option BinaryName) is not an executable file in {path}")]
     NoBinary {
         /// As given.
         name: String,
-        /// Where it was searched.
+        /// The directories that were searched.
         path: String,
     },
-    /// A directory that has to be absolute is not.
+    /// A directory is not absolute.
     #[error("runtime options: Root {root:?} must be an absolute path without \"..\"")]
     Root {
         /// As given.
         root: String,
     },
-    /// A path that is no cgroup.
+    /// A path is not a cgroup.
     #[error(
         "runtime options: ShimCgroup {cgroup:?} must be an absolute path below /sys/fs/cgroup without \"..\""
     )]
@@ -57,7 +57,7 @@ pub enum Error {
         /// As given.
         cgroup: String,
     },
-    /// There is no such log mode.
+    /// The log mode does not exist.
     #[error(
         "runtime options: Log {log:?} is not one of \"auto\", \"client\", \"journal\", \"tee\" and \"none\""
     )]
@@ -88,7 +88,7 @@ pub struct Options {
     pub log: String,
     /// Properties of the units of containers: name and GVariant text.
     pub properties: BTreeMap<String, String>,
-    /// Properties that annotations may set beside the harmless ones, also against `properties`.
+    /// Properties that annotations may set in addition to the harmless ones, even if `properties` sets them.
     pub annotation_properties: Vec<String>,
     /// Containers may notify systemd (sd_notify(3)).
     pub notify: bool,
@@ -180,13 +180,13 @@ impl Options {
     /// [`Error::Malformed`], which names the key.
     pub fn from_toml(text: &str, place: &str) -> Result<Self, Error> {
         let exact = toml::from_str(text);
-        // The error of the text as it is names its line.
+        // The error of the unchanged text has the right line number.
         exact
             .or_else(|error| Self::in_any_case(text).ok_or(error))
             .map_err(|source| Error::Malformed { place: place.to_owned(), source: Box::new(source) })
     }
 
-    /// containerd does not mind the case of the names of runc's options.
+    /// Reads the options whatever the case of their names is, as containerd does for runc's options.
     fn in_any_case(text: &str) -> Option<Self> {
         let mut named = toml::Table::new();
         for (key, value) in text.parse::<toml::Table>().ok()? {
@@ -285,7 +285,7 @@ mod tests {
         for name in NAMES {
             let error = Options::from_toml(&format!("{} = [[]]", name.to_lowercase()), "x").unwrap_err();
             assert!(error.to_string().contains("unknown field"), "{error}");
-            // A name that no option had would be refused as unknown.
+            // An unknown name would be refused as such.
             let exact = toml::from_str::<Options>(&format!("{name} = [[]]")).unwrap_err();
             assert!(!exact.to_string().contains("unknown field"), "{name}: {exact}");
         }

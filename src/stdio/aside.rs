@@ -1,4 +1,4 @@
-//! The journal's copy of output: nobody waits for it, and what it misses is counted.
+//! The journal's copy of output. Nothing waits for it, and dropped output is counted.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -11,11 +11,11 @@ use super::journal::Lines;
 use super::pipe::{Bridge, Scratch};
 use super::rate::RateLimit;
 
-/// What the pipe of an [`Aside`] may hold: as much as the default rate limit lets pass in lines of 100 bytes. The pipe
-/// has the usual 64 KiB until it is full for the first time.
+/// The largest size of the pipe of an [`Aside`]: as much as the default rate limit allows in lines of 100 bytes. The pipe
+/// has the default 64 KiB until it is full for the first time.
 pub(super) const CAPACITY: i32 = 1 << 20;
 
-/// The journal's copy of output, by way of a pipe: what the pipe has no room for is dropped and counted.
+/// The journal's copy of output, which goes through a pipe. Output that does not fit into the pipe is dropped and counted.
 #[derive(Debug)]
 pub struct Aside {
     pipe: Bridge,
@@ -24,31 +24,31 @@ pub struct Aside {
 }
 
 impl Aside {
-    /// `lines` gets what comes out of the pipe, as far as the limit allows.
+    /// Makes a copy: `lines` gets the output from the pipe, up to the limit.
     pub fn new(pipe: Bridge, lines: Lines, limit: Arc<RateLimit>) -> Self {
         Self { pipe, lines, limit }
     }
 
-    /// The way into the pipe, the way out of it, and what gets the bytes that come out.
+    /// The writing side, the reading end of the pipe, and the journal's lines.
     pub(super) fn split(self) -> (Diverter, AsyncFd<OwnedFd>, Lines) {
         (Diverter::new(self.pipe.writer, self.limit), self.pipe.reader, self.lines)
     }
 }
 
-/// The way into the pipe of an [`Aside`].
+/// Writes to the pipe of an [`Aside`].
 #[derive(Debug)]
 pub struct Diverter {
     pipe: AsyncFd<OwnedFd>,
     pub(super) limit: Arc<RateLimit>,
-    /// Something was dropped since the last copy.
+    /// True if output was dropped since the last copy.
     pub(super) has_gap: bool,
-    /// While there is output.
+    /// Allocated while there is output.
     scratch: Option<Scratch>,
 }
 
-/// What became of the output that is in a pipe.
+/// The result of copying output from a pipe.
 pub(super) enum Diverted {
-    /// So many bytes were copied, or counted as dropped; 0 at the end.
+    /// This number of bytes was copied, or counted as dropped. 0 at the end.
     Copied(usize),
     /// Nothing may be copied at the moment.
     Skipped,
@@ -59,10 +59,10 @@ impl Diverter {
         Self { pipe, limit, has_gap: false, scratch: None }
     }
 
-    /// Copies what is in a pipe, and leaves it there. EAGAIN: there is nothing.
+    /// Copies the content of a pipe, and leaves it there. EAGAIN: the pipe is empty.
     ///
-    /// The copy goes through a buffer: tee(2) into the pipe would take one of the pipe's 16 places for each write of the
-    /// container, however short the write is.
+    /// The copy goes through a buffer: tee(2) into the pipe would use one of its 16 buffers for each write of the container,
+    /// however short the write is.
     pub(super) async fn divert(&mut self, from: &AsyncFd<OwnedFd>) -> Result<Diverted, Errno> {
         if !self.is_open() && (self.limit.is_exhausted() || !self.opens_after_a_turn().await) {
             self.scratch = None;
@@ -80,7 +80,7 @@ impl Diverter {
         Ok(Diverted::Copied(length))
     }
 
-    /// The journal's side runs in the same task: it gets one turn to empty the pipe, and nobody waits for more.
+    /// Lets the journal's side, which runs in the same task, empty the pipe once. Does not wait longer.
     async fn opens_after_a_turn(&mut self) -> bool {
         tokio::task::yield_now().await;
         self.is_open()
@@ -102,7 +102,7 @@ impl Diverter {
         }
     }
 
-    /// Puts as much into the pipe as it takes; the pipe grows when it is full.
+    /// Writes as much as fits into the pipe, which grows when it is full.
     fn put(&self, bytes: &[u8]) -> usize {
         let written = nix::unistd::write(&self.pipe, bytes).unwrap_or(0);
         if written == bytes.len()
@@ -116,8 +116,8 @@ impl Diverter {
         }
     }
 
-    /// Whether anything may be copied now. What comes after a gap begins with a new line: the journal must not show
-    /// two halves of different lines as one.
+    /// True if output may be copied now. After a gap, the copy starts with a new line: the journal must not join parts of
+    /// different lines.
     fn is_open(&mut self) -> bool {
         self.has_gap |= self.limit.is_exhausted();
         if self.has_gap && !self.limit.is_exhausted() {

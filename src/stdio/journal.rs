@@ -1,11 +1,11 @@
-//! Lines to the journal, in the name of a container's unit.
+//! Writes lines to the journal for the unit of a container.
 //!
-//! journald's native protocol: a datagram per line, fields as `NAME\n`, length, bytes, `\n`
-//! (systemd.io/JOURNAL_NATIVE_PROTOCOL). `OBJECT_SYSTEMD_UNIT` from a root process files the line
-//! under that unit for `journalctl -u`, also when its process is gone.
+//! Uses journald's native protocol: a datagram per line, with fields as `NAME\n`, length, bytes, `\n`
+//! (systemd.io/JOURNAL_NATIVE_PROTOCOL). From a root process, `OBJECT_SYSTEMD_UNIT` assigns the line to that unit for
+//! `journalctl -u`, even after the unit's process has ended.
 //!
-//! A journal that takes no lines holds up the container for a short time only. Lines that it did not take
-//! are counted, and the journal says how many there were as soon as it takes lines again.
+//! A journal that accepts no lines delays the container only for a short time. Lines that it did not accept are counted,
+//! and the journal gets a message with their number once it accepts lines again.
 
 use std::io;
 use std::path::PathBuf;
@@ -20,50 +20,50 @@ use super::rate::{Admission, Missing, RateLimit};
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// A longer line is split, as journald does it with its own streams (`LineMax=`).
+/// The longest line. Longer ones are split, as journald does with its own streams (`LineMax=`).
 const LINE_MAX: usize = 48 << 10;
-/// Lines are split at no less than this where the kernel takes only small datagrams.
+/// The shortest part of a split line, if the kernel only accepts small datagrams.
 const LINE_MIN: usize = 1 << 10;
 
-/// What systemd's own programs give such a socket (log.c): a line fits, whatever the system's default is.
+/// The buffer size that systemd's own programs set (log.c). A line fits, whatever the system's default is.
 const SEND_BUFFER: usize = 8 << 20;
 
-/// `LOG_INFO`, as systemd gives it to what services print.
+/// `LOG_INFO`, which systemd uses for the output of services.
 const PRIORITY_OUTPUT: &str = "6";
 /// `LOG_WARNING`
 const PRIORITY_MISSING: &str = "4";
 /// journald's message about lines that it suppresses (sd-messages.h, `SD_MESSAGE_JOURNAL_DROPPED`).
 const MESSAGE_DROPPED: &str = "a596d6fe7bfa4994828e72309e95d61e";
 
-/// How long a journald that is busy or being restarted is waited for. After that nothing waits for it until
-/// it has taken a line again.
+/// How long a write waits for a journald that is busy or restarts. After that, no write waits until journald has accepted
+/// a line again.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// A stream of lines. What has no end of line yet waits for it.
+/// A stream of lines. An incomplete line waits for its end.
 #[derive(Debug)]
 pub struct Lines {
     socket: Option<UnixDatagram>,
     /// The fields of every line, encoded.
     head: Vec<u8>,
     partial: Vec<u8>,
-    /// Where the unfinished line is kept, for the next daemon.
+    /// The file with the incomplete line, for the next daemon.
     kept: PathBuf,
     limit: Arc<RateLimit>,
-    /// Lines that journald did not take, and does not know about.
+    /// Lines that journald did not accept, and that were not reported yet.
     unsent: Missing,
     line_max: usize,
 }
 
-/// Why a line has not reached journald.
+/// Why a line did not reach journald.
 enum Undelivered {
-    /// The kernel takes no datagram of this size.
+    /// The kernel accepts no datagram of this size.
     TooLong,
     Unreachable,
 }
 
 impl Lines {
-    /// A stream whose lines belong to `unit`, carry `fields`, and are shown with `identifier`. A line
-    /// that is not finished is kept in a file, where an earlier daemon may have left one.
+    /// Makes a stream of lines for `unit`, with `fields` and `identifier`. The file `kept` holds an incomplete line, possibly
+    /// of an earlier daemon.
     pub fn new<'a>(
         unit: &'a str,
         identifier: &'a str,
@@ -76,7 +76,7 @@ impl Lines {
         Self { socket: None, head, partial, kept, limit, unsent: Missing::default(), line_max: LINE_MAX }
     }
 
-    /// Takes output in; complete lines leave.
+    /// Writes output: sends complete lines.
     pub async fn write(&mut self, bytes: &[u8]) {
         let (had_partial, mut rest) = (!self.partial.is_empty(), bytes);
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
@@ -89,20 +89,20 @@ impl Lines {
         if (had_partial || !self.partial.is_empty())
             && let Err(error) = self.keep_partial()
         {
-            // The line itself is not lost unless the daemon ends before the line does.
+            // The line is only lost if the daemon ends before the end of the line.
             let path = self.kept.display();
             tracing::debug!(%error, "can't save an incomplete line in {path}: {error}");
         }
     }
 
-    /// On a tmpfs: memory only.
+    /// Saves the incomplete line. The file is on a tmpfs, so this only uses memory.
     fn keep_partial(&self) -> io::Result<()> {
         let new = self.kept.with_extension("new");
         std::fs::write(&new, &self.partial)?;
         std::fs::rename(&new, &self.kept)
     }
 
-    /// Sends what has no end of line, and says what is missing by now.
+    /// Sends the incomplete line, and reports missing lines.
     pub async fn finish(&mut self) {
         if !self.partial.is_empty() {
             self.flush().await;
@@ -122,7 +122,7 @@ impl Lines {
     async fn flush(&mut self) {
         self.split(LINE_MAX).await;
         let mut line = std::mem::take(&mut self.partial);
-        // Terminals end their lines with both.
+        // Terminals end lines with \r\n.
         if line.last() == Some(&b'\r') {
             line.pop();
         }
@@ -159,7 +159,7 @@ impl Lines {
         }
     }
 
-    /// Says that the rate limit has dropped lines.
+    /// Reports lines that the rate limit dropped.
     async fn say_dropped(&mut self, dropped: Missing) {
         let Missing { lines, bytes } = dropped;
         let text = format!(
@@ -171,7 +171,7 @@ impl Lines {
         }
     }
 
-    /// Says that journald has not taken lines; false if it still takes none.
+    /// Reports lines that journald did not accept. Returns false if it still accepts none.
     async fn say_unsent(&mut self) -> bool {
         let Missing { lines, bytes } = self.unsent;
         let text =
@@ -198,7 +198,7 @@ impl Lines {
         patience: Duration,
     ) -> Result<(), Undelivered> {
         let datagram = datagram(&self.head, priority, fields, message);
-        // The second time over a new connection: journald's socket may have been made again.
+        // The second try uses a new connection: journald may have created its socket again.
         for earlier in [self.socket.take(), None] {
             let Some(socket) = earlier.or_else(|| connect().ok()) else {
                 continue;
@@ -215,7 +215,7 @@ impl Lines {
                     self.socket = Some(socket);
                     return Ok(());
                 }
-                // It is busy, and the socket is the right one.
+                // journald is busy. A new connection would not help.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.socket = Some(socket);
                     return Err(Undelivered::Unreachable);
@@ -233,13 +233,13 @@ impl Lines {
 
 fn connect() -> io::Result<UnixDatagram> {
     let socket = UnixDatagram::unbound()?;
-    // With less, long lines are split.
+    // With a smaller buffer, long lines are split.
     let _ = setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER);
     socket.connect(SOCKET)?;
     Ok(socket)
 }
 
-/// The fields that all lines of a stream have.
+/// The encoded fields of all lines of a stream.
 pub fn head<'a>(
     unit: &'a str,
     identifier: &'a str,
@@ -253,7 +253,7 @@ pub fn head<'a>(
     head
 }
 
-/// A line as journald takes it.
+/// A line as a datagram for journald.
 pub fn datagram(head: &[u8], priority: &str, fields: &[(&str, &str)], message: &[u8]) -> Vec<u8> {
     let mut datagram = head.to_vec();
     push_field(&mut datagram, "PRIORITY", priority.as_bytes());
@@ -335,7 +335,7 @@ mod tests {
         assert!(text.starts_with("OBJECT_SYSTEMD_UNIT\n\u{9}\0\0\0\0\0\0\0u.service\n"), "{text:?}");
     }
 
-    /// The message, and what is said about missing lines.
+    /// The next message, or the next report about missing lines.
     async fn said(journald: &UnixDatagram) -> String {
         String::from_utf8(received(journald).await).unwrap()
     }

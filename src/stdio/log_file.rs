@@ -1,5 +1,4 @@
-//! A client's log file (`file://`), written by a thread of its own: a disk that does not answer holds up the output of
-//! this process, and nothing else of the node.
+//! A client's log file (`file://`). A thread of its own writes it: a disk that hangs only blocks the output of this process.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -19,23 +18,24 @@ use super::fifo::Error;
 
 /// A thread without work ends after this time.
 const IDLE: Duration = Duration::from_secs(2);
-/// Opening and writing needs little.
+/// The stack size of a thread, in bytes. Opening and writing need little.
 const STACK: usize = 128 << 10;
 
-/// A thread that waits for a disk outlives its process. No new log file is opened while there are so many.
+/// The largest number of threads that wait for a disk after their process has ended. No log file is opened while there are
+/// this many.
 const MOST_LEFT_BEHIND: usize = 256;
 
-/// The threads that wait for a disk although their process is gone.
+/// The number of threads that wait for a disk after their process has ended.
 static LEFT_BEHIND: AtomicUsize = AtomicUsize::new(0);
 
-/// A client's log file. Bytes that it does not take (a full disk) are missing in it, and counted; what comes later is
-/// written as soon as the file takes it.
+/// A client's log file. Bytes that can't be written (full disk) are dropped and counted. Later output is written once the
+/// file accepts it.
 #[derive(Debug)]
 pub struct LogFile {
     target: Arc<Target>,
-    /// To the thread that writes, if there is one. The next piece is handed over when the last one is written.
+    /// The channel to the writing thread, if there is one. A piece is sent when the one before is written.
     writer: Option<mpsc::Sender<Piece>>,
-    /// While a piece is with the thread: whether this value was dropped meanwhile.
+    /// The piece that the thread is writing. It records whether this value was dropped meanwhile.
     pending: Option<Arc<Pending>>,
     missing: usize,
 }
@@ -56,14 +56,14 @@ struct Piece {
     _pending: Arc<Pending>,
 }
 
-/// How much was written, and why not more.
+/// The number of bytes written, and the error if not all were.
 type Written = (usize, Option<io::Error>);
 
 impl LogFile {
-    /// Opens a file for appending; with `create` it and its directories are made. Waits for the disk.
+    /// Opens a file for appending. With `create`, creates it and its directories. Waits for the disk.
     ///
     /// # Errors
-    /// [`Error::Io`], also if too many disks do not answer already.
+    /// [`Error::Io`], also if too many threads wait for a disk.
     pub fn open(path: &Path, create: bool) -> Result<Self, Error> {
         if LEFT_BEHIND.load(Ordering::Relaxed) >= MOST_LEFT_BEHIND {
             let many =
@@ -75,14 +75,13 @@ impl LogFile {
         Ok(file)
     }
 
-    /// As [`Self::open`], but opens the file when there is something to write: a disk that does not answer holds
-    /// nobody up before.
+    /// As [`Self::open`], but opens the file with the first write. Nothing waits for the disk before.
     pub fn later(path: &Path, create: bool) -> Self {
         let target = Target { path: path.to_owned(), create, file: OnceLock::new() };
         Self { target: Arc::new(target), writer: None, pending: None, missing: 0 }
     }
 
-    /// Writes at the end of the file. Returns when the file has taken the bytes, or has refused them.
+    /// Writes at the end of the file. Returns when the bytes are written, or can't be.
     pub async fn write(&mut self, bytes: &[u8]) {
         let (written, failure) = self.write_some(bytes.into()).await;
         let path = self.target.path.display();
@@ -111,7 +110,7 @@ impl LogFile {
                     self.pending = None;
                     return written;
                 }
-                // The thread was about to end, and has not looked at the piece.
+                // The thread ended before it received the piece.
                 Err(_) => self.writer = None,
             }
         }
@@ -126,12 +125,12 @@ impl LogFile {
             None => piece,
         };
         let (writer, pieces) = mpsc::channel();
-        // The receiver lives until the thread has it.
+        // Can't fail: the receiver exists until the thread takes it.
         let _ = writer.send(piece);
         let target = self.target.clone();
         let work = suspect::inherit_fn(move || {
             while let Ok(Piece { bytes, done, _pending }) = pieces.recv_timeout(IDLE) {
-                // The copying may have been stopped.
+                // The pump may have been stopped meanwhile.
                 let _ = done.send(target.write(&bytes));
             }
         });
@@ -143,7 +142,7 @@ impl LogFile {
 
 impl Drop for LogFile {
     fn drop(&mut self) {
-        // The other one is the thread's.
+        // The thread holds the other reference.
         if let Some(pending) = self.pending.take() {
             pending.leave_behind();
         }
@@ -157,7 +156,7 @@ struct Pending {
 }
 
 impl Pending {
-    /// Counts the thread for as long as it holds this.
+    /// Counts the thread in [`LEFT_BEHIND`] as long as it holds this.
     fn leave_behind(self: Arc<Self>) {
         self.is_left_behind.get_or_init(LeftBehind::new);
     }
@@ -190,7 +189,7 @@ impl Target {
             made.map_err(io_error("create", parent))?;
         }
         let mut options = OpenOptions::new();
-        // A FIFO that has taken the file's place since it was looked at is not waited for.
+        // Does not wait for a FIFO that replaced the file since its kind was checked.
         let options =
             options.append(true).create(self.create).mode(0o644).custom_flags(OFlag::O_NONBLOCK.bits());
         let file = options.open(&self.path).map_err(io_error("open", &self.path))?;
@@ -227,7 +226,7 @@ mod tests {
         let path = dir.path().join("a/b/log");
         let mut file = LogFile::open(&path, true).unwrap();
         file.write(b"one ").await;
-        // As if the thread had ended for want of work.
+        // As if the thread had ended after its idle time.
         file.writer = Some(mpsc::channel().0);
         file.write(b"two ").await;
         file.write(b"three").await;
@@ -246,7 +245,7 @@ mod tests {
         assert_eq!((file.missing, std::fs::read(&path).unwrap()), (0, b"kept".to_vec()));
     }
 
-    /// A file that takes nothing and never answers, as on a dead disk: a FIFO that is full.
+    /// A file whose writes never return, as on a dead disk: a full FIFO.
     fn dead(path: &Path) -> (LogFile, File) {
         fifo::make(path).unwrap();
         let both = fifo::open_both(path).unwrap();

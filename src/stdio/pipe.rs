@@ -1,4 +1,4 @@
-//! Pipes, and what is done with their bytes: moved, or looked at and left where they are.
+//! Operations on pipes: move bytes, or read them without removing them.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,11 +13,11 @@ use crate::sys::watch;
 
 pub(super) const NO_WAIT: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK;
 
-/// What is looked at before it moves on: if the daemon ends in between, so much comes twice to a file
-/// or to the journal.
+/// The number of bytes that are read before they are moved. If the daemon ends in between, a file or the journal gets up to
+/// this many bytes twice.
 pub(super) const PIECE: usize = 4096;
 
-/// A pipe of ours, both ends without blocking.
+/// A pipe of the daemon with both ends in non-blocking mode.
 #[derive(Debug)]
 pub struct Bridge {
     pub(super) reader: AsyncFd<OwnedFd>,
@@ -25,16 +25,16 @@ pub struct Bridge {
 }
 
 impl Bridge {
-    /// Takes both ends over.
+    /// Makes a pipe of its two ends.
     ///
     /// # Errors
-    /// They can't be watched. Needs the async runtime.
+    /// The ends can't be watched. Needs the async runtime.
     pub fn new(reader: OwnedFd, writer: OwnedFd) -> io::Result<Self> {
         Ok(Self { reader: watch(reader)?, writer: watch(writer)? })
     }
 }
 
-/// A way to see what is in a pipe and to leave it there.
+/// A buffer for reading a pipe without removing its content.
 #[derive(Debug)]
 pub(super) struct Scratch {
     copy: OwnedFd,
@@ -48,7 +48,7 @@ impl Scratch {
         Ok(Self { copy, copied, buffer: vec![0; PIECE] })
     }
 
-    /// Fills the beginning of the buffer; 0 at the end of the pipe, EAGAIN if nothing is there.
+    /// Copies the content of a pipe to the buffer. Returns the length: 0 at the end of the pipe, EAGAIN if it is empty.
     pub(super) fn look(&mut self, from: &AsyncFd<OwnedFd>) -> Result<usize, Errno> {
         let length = tee(from, &self.copied, PIECE, NO_WAIT)?;
         let mut filled = 0;
@@ -59,7 +59,7 @@ impl Scratch {
     }
 }
 
-/// Whether the event itself is reported, and not only the end of the other side.
+/// True if poll(2) reports this event, and not only that the other side is closed.
 pub(super) fn found(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
     let mut fds = [PollFd::new(fd.as_fd(), event)];
     poll(&mut fds, PollTimeout::ZERO)?;
@@ -71,7 +71,7 @@ pub(super) fn is_ready(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
     Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
 }
 
-/// More may come from a pipe than there is.
+/// True if a pipe has a writer.
 pub(super) fn has_writer(pipe: &impl AsFd) -> io::Result<bool> {
     let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
     poll(&mut fds, PollTimeout::ZERO)?;
@@ -89,17 +89,17 @@ pub(super) async fn room_in(to: &AsyncFd<OwnedFd>) -> io::Result<()> {
     }
 }
 
-/// Moves something between two pipes; 0 at the end.
+/// Moves bytes between two pipes. Returns their number, 0 at the end.
 pub(super) async fn move_some(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
     length: usize,
 ) -> io::Result<usize> {
     loop {
-        // Tried first: a FIFO that is opened again after its writer has gone never gets ready.
+        // Tries before it waits: a FIFO that is opened again after its writer has closed it never becomes ready.
         match splice(from, None, to, None, length, NO_WAIT) {
             Ok(moved) => return Ok(moved),
-            // The kernel does not say which side has to be waited for.
+            // The kernel does not report which of the two sides is not ready.
             Err(Errno::EAGAIN) => {
                 let mut readable = from.readable().await?;
                 if !is_ready(from, PollFlags::POLLIN)? {

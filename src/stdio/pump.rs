@@ -1,5 +1,4 @@
-//! Copies what processes write, in the daemon: from a FIFO of ours or a terminal to where the client,
-//! the journal or a logger reads it.
+//! Pumps: copy the output of processes from a FIFO of the daemon or a terminal to the client, the journal or a logger.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -24,60 +23,60 @@ use super::pipe::{
 };
 use super::terminal::Terminal;
 
-/// What is moved at once: the size of a pipe.
+/// How many bytes are moved at once: the size of a pipe.
 const CHUNK: usize = 64 << 10;
 
-/// How long the end of a line is waited for: it stays in the pipe until then, where it is safe.
+/// How long the pump waits for the end of a line. Until then the line stays in the pipe, where it outlives the daemon.
 const LINE_WAIT: Duration = Duration::from_secs(1);
-/// The same where a client waits for what is there: a prompt.
+/// The same if a client waits for the output, such as a prompt.
 const PROMPT_WAIT: Duration = Duration::from_millis(10);
 
 /// How often the daemon tries to deliver input that waits until a program opens its terminal again.
 const REOPEN_PAUSE: Duration = Duration::from_millis(200);
 
-/// The kernel keeps at most 64 KiB of a terminal's output, and a page in its line discipline
-/// (tty_buffer.c): what a process has written before its end is not more.
+/// The largest amount of a terminal's output in the kernel: 64 KiB, and a page in the line discipline (tty_buffer.c). A
+/// process that has ended has no more unread output.
 const TERMINAL_HOLDS: usize = 128 << 10;
 
-/// Where output comes from.
+/// The source of a process's output.
 #[derive(Debug)]
 pub enum Source {
-    /// A FIFO of ours, opened without blocking. The process has to hold its other end when copying
-    /// begins, or have let go of it: a FIFO without a writer looks as if it had ended.
+    /// A FIFO of the daemon, in non-blocking mode. The process must have opened it before copying begins: a FIFO without a
+    /// writer looks as if it had ended.
     Fifo(AsyncFd<OwnedFd>),
     /// A terminal.
     Terminal(Arc<Terminal>),
-    /// A terminal, by way of a pipe: what has been read and not delivered is in there.
+    /// A terminal and a pipe, which holds what was read and not delivered.
     Bridged(Arc<Terminal>, Bridge),
     /// Everything was delivered, except what is in the pipe of an [`Aside`].
     Delivered,
 }
 
 impl Source {
-    /// A FIFO that was opened without blocking.
+    /// A FIFO that was opened in non-blocking mode.
     ///
     /// # Errors
-    /// It can't be watched. Needs the async runtime.
+    /// The FIFO can't be watched. Needs the async runtime.
     pub fn fifo(file: File) -> io::Result<Self> {
         watch(file).map(Self::Fifo)
     }
 }
 
-/// Where output goes.
+/// The destinations of a process's output.
 #[derive(Debug, Default)]
 pub struct Sinks {
-    /// A FIFO, opened for reading and writing without blocking: it never lacks a reader, and one that
-    /// goes away holds up the process, not the daemon.
+    /// A FIFO, opened for reading and writing in non-blocking mode: it always has a reader. A client that does not read
+    /// blocks the process, but not the daemon.
     pub fifo: Option<AsyncFd<OwnedFd>>,
-    /// Where else it goes.
+    /// Other destinations.
     pub copies: Vec<Sink>,
-    /// A FIFO that is only kept open until the end.
+    /// A FIFO that is kept open until the end, and gets no output.
     pub held: Option<File>,
-    /// A copy for which no other sink waits.
+    /// A copy that no other sink waits for.
     pub aside: Option<Aside>,
 }
 
-/// Where output goes that has to be looked at.
+/// A destination for which the daemon must read the output.
 #[derive(Debug)]
 pub enum Sink {
     /// A file.
@@ -98,17 +97,15 @@ impl Sink {
     }
 }
 
-/// Copies until the source has ended and nothing is left, or until `stop`.
+/// Copies until the source has ended and is empty, or until `stop`.
 ///
-/// `over` resolves when the process has ended. A terminal is read up to there and no further, though
-/// others may hold it still; a FIFO is read on, as what the process left behind may have more to say.
-/// A sink that takes nothing for a while is logged: the process and the other sinks go on, and so does the sink when
-/// it takes output again.
+/// `over` resolves when the process has ended. The pump then stops reading a terminal, even if other processes have it
+/// open, but continues with a FIFO, to which background processes may still write. A sink that accepts no output for a
+/// while is logged. The process and the other sinks continue, and the sink does once it accepts output again.
 ///
-/// Bytes are in the kernel at all times: they move from pipe to pipe (splice(2)), and what has to be
-/// looked at is copied first (tee(2)) and then moved. If the daemon ends, none is lost, and the
-/// client's FIFO gets none twice; a file or the journal gets the last piece ([`PIECE`]) twice if the
-/// daemon ends between writing it and moving on.
+/// All bytes stay in the kernel: the pump moves them from pipe to pipe (splice(2)), and duplicates what it must read
+/// (tee(2)) before it moves it. If the daemon ends, no byte is lost, and the client's FIFO gets no byte twice. A file or
+/// the journal gets the last piece ([`PIECE`]) twice if the daemon ends between writing and moving it.
 ///
 /// `delivered` is called once everything has reached its sinks, except an [`Aside`].
 pub async fn copy(
@@ -153,7 +150,7 @@ fn log_failure(copied: io::Result<()>) {
     }
 }
 
-/// The journal gets lines that have no end.
+/// Writes incomplete lines to the journal.
 async fn finish(sinks: &mut Sinks) {
     for sink in &mut sinks.copies {
         if let Sink::Journal(lines) = sink {
@@ -162,7 +159,7 @@ async fn finish(sinks: &mut Sinks) {
     }
 }
 
-/// Copies to every sink but the journal's pipe, for which `diverter` is.
+/// Copies to every sink except the journal's pipe, which `diverter` serves.
 async fn deliver(
     source: Source,
     sinks: &mut Sinks,
@@ -190,7 +187,7 @@ async fn deliver(
     }
 }
 
-/// From a pipe until it ends; or, once `complete`, until it is empty.
+/// Copies from a pipe until it ends, or, once `complete`, until it is empty.
 async fn deliver_pipe(
     from: &AsyncFd<OwnedFd>,
     sinks: &mut Sinks,
@@ -206,7 +203,7 @@ async fn deliver_pipe(
     }
 }
 
-/// From pipe to pipe, until the first one ends; or, once `complete`, until it is empty.
+/// Moves from pipe to pipe until the source ends, or, once `complete`, until it is empty.
 async fn move_all(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
@@ -215,11 +212,11 @@ async fn move_all(
 ) -> io::Result<()> {
     let (mut complete, mut is_complete) = (pin!(complete), false);
     loop {
-        // What is copied before there is room for it is copied once more if the daemon ends while it waits for room.
+        // Waits for room before duplicating: if the daemon ended while it waits, the duplicate would be made twice.
         if diverter.is_some() && found(from, PollFlags::POLLIN)? {
             room_in(to).await?;
         }
-        // Tried before anything is waited for: a FIFO that is opened again after its writer has gone never gets ready.
+        // Tries before it waits: a FIFO that is opened again after its writer has closed it never becomes ready.
         let moved = match &mut diverter {
             None => splice(from, None, to, None, CHUNK, NO_WAIT),
             Some(diverter) => match diverter.divert(from).await {
@@ -241,7 +238,7 @@ async fn move_all(
         match moved {
             Some(0) => return Ok(()),
             Some(_) => tokio::task::consume_budget().await,
-            // The kernel does not say which side has to be waited for.
+            // The kernel does not report which of the two sides is not ready.
             None if is_ready(from, PollFlags::POLLIN)? => room_in(to).await?,
             None if is_complete => return Ok(()),
             None => {
@@ -259,7 +256,7 @@ async fn move_all(
     }
 }
 
-/// From a terminal to a pipe until the process has ended, and then what it has left.
+/// Moves from a terminal to a pipe until the process has ended, and then what is left in the terminal.
 async fn move_terminal(
     terminal: &Terminal,
     to: &AsyncFd<OwnedFd>,
@@ -273,7 +270,7 @@ async fn move_terminal(
     });
     let all = async {
         loop {
-            // When nobody has the terminal open, a program can open it again for as long as the process lives.
+            // If no program has the terminal open, one can open it again while the process runs.
             if !move_output(terminal, to, CHUNK).await? {
                 terminal.output().await?;
             }
@@ -286,8 +283,7 @@ async fn move_terminal(
     };
     ended?;
     let mut left = TERMINAL_HOLDS;
-    // The kernel brings up what it still has in its buffers before it says that there is none
-    // (n_tty_poll).
+    // The kernel flushes its buffers before it reports that there is no output (n_tty_poll).
     while left > 0 && is_ready(terminal.master(), PollFlags::POLLIN)? {
         match splice(terminal.master(), None, to, None, left, NO_WAIT) {
             Ok(0) | Err(Errno::EIO) => break,
@@ -301,13 +297,13 @@ async fn move_terminal(
     Ok(())
 }
 
-/// Moves something from a terminal to a pipe; false if nobody has the terminal open.
+/// Moves output from a terminal to a pipe. Returns false if no program has the terminal open.
 async fn move_output(terminal: &Terminal, to: &AsyncFd<OwnedFd>, length: usize) -> io::Result<bool> {
     loop {
         match splice(terminal.master(), None, to, None, length, NO_WAIT) {
             Ok(0) | Err(Errno::EIO) => return Ok(false),
             Ok(_) => return Ok(true),
-            // The kernel does not say which side has to be waited for. If both sides are ready by now, none has.
+            // The kernel does not report which side is not ready. Both may be ready by now.
             Err(Errno::EAGAIN) if !is_ready(to, PollFlags::POLLOUT)? => room_in(to).await?,
             Err(Errno::EAGAIN) if !is_ready(terminal.master(), PollFlags::POLLIN)? => {
                 terminal.output().await?
@@ -319,13 +315,13 @@ async fn move_output(terminal: &Terminal, to: &AsyncFd<OwnedFd>, length: usize) 
     }
 }
 
-/// From a pipe to every sink, until the pipe ends; or, once `complete`, until it is empty.
+/// Copies from a pipe to every sink until the pipe ends, or, once `complete`, until it is empty.
 async fn spread(
     from: &AsyncFd<OwnedFd>,
     sinks: &mut Sinks,
     complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    // Only while there is output: most processes write nothing most of the time.
+    // Allocated only while there is output: most processes write nothing most of the time.
     let mut looking = None;
     let mut complete = pin!(complete);
     let wait = if sinks.fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
@@ -359,7 +355,7 @@ async fn spread(
             Some(end) => length = end + 1,
             None if take_part || is_complete || length == PIECE || !has_writer(from)? => {}
             None => {
-                // A line that is not finished waits in the pipe, where it is safe.
+                // An incomplete line waits in the pipe, where it outlives the daemon.
                 let more = async {
                     from.readable().await?.clear_ready();
                     from.readable().await.map(drop)
@@ -391,8 +387,8 @@ async fn write_to(sinks: &mut [Sink], bytes: &[u8]) {
     }
 }
 
-/// Copies a client's input to a terminal until every writer is gone. While nobody has the terminal open, the input
-/// waits in the FIFO.
+/// Copies a client's input to a terminal until every writer has closed the FIFO. While no program has the terminal open,
+/// the input waits in the FIFO.
 ///
 /// # Errors
 /// The terminal can't be written, or the FIFO can't be read.
@@ -401,7 +397,7 @@ pub async fn input(fifo: &AsyncFd<OwnedFd>, terminal: &Terminal) -> io::Result<(
         match splice(fifo, None, terminal.master(), None, CHUNK, NO_WAIT) {
             Ok(0) => return Ok(()),
             Ok(_) => {}
-            // Nobody has the terminal open. The kernel does not report that somebody opens it again.
+            // No program has the terminal open. The kernel does not report when one opens it again.
             Err(Errno::EIO) => tokio::time::sleep(REOPEN_PAUSE).await,
             Err(Errno::EAGAIN) if !is_ready(fifo, PollFlags::POLLIN)? => {
                 let mut readable = fifo.readable().await?;
@@ -458,7 +454,7 @@ mod tests {
         text
     }
 
-    /// Each write takes a place of its own in the pipe, as if a reader were as fast as the writer.
+    /// Writes so that each write has its own buffer in the pipe, as with a fast reader.
     fn write_apart(to: &impl AsFd, word: &str) {
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
         nix::unistd::write(&writer, word.as_bytes()).unwrap();

@@ -1,5 +1,5 @@
-//! How much of a container's output the daemon copies to the journal: as much as journald takes from a
-//! service (journald.conf(5), `RateLimitIntervalSec=`, `RateLimitBurst=`).
+//! The rate limit for the output that the daemon copies to the journal: the limit that journald has for a service
+//! (journald.conf(5), `RateLimitIntervalSec=`, `RateLimitBurst=`).
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,25 +9,25 @@ use tokio::time::Instant;
 /// journald's defaults.
 const INTERVAL: Duration = Duration::from_secs(30);
 const BURST: u32 = 10_000;
-/// Each further KiB of a line counts as a line: journald's work grows with both.
+/// Each further KiB of a line counts as another line, as journald's work grows with both.
 const LINE: usize = 1 << 10;
 
-/// Output that did not reach a sink.
+/// The amount of output that did not reach a sink.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Missing {
     /// Lines, or pieces of long lines.
     pub lines: u64,
-    /// Bytes, without ends of lines.
+    /// Bytes, without line ends.
     pub bytes: u64,
 }
 
 impl Missing {
-    /// Nothing is missing.
+    /// True if nothing is missing.
     pub fn is_nothing(self) -> bool {
         self == Self::default()
     }
 
-    /// One more line is missing.
+    /// Counts a missing line.
     pub fn add(&mut self, bytes: usize) {
         self.lines = self.lines.saturating_add(1);
         self.bytes = self.bytes.saturating_add(bytes as u64);
@@ -37,13 +37,13 @@ impl Missing {
 /// Whether a line may go to the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// It may. Lines before it were dropped, which is to be said first.
+    /// The line may be written. Before it, the lines that were dropped must be reported.
     Passes(Missing),
-    /// It is over the limit, and counted as dropped.
+    /// The line exceeds the limit, and is counted as dropped.
     Dropped,
 }
 
-/// The limit of one unit: its container and all execs of that share it.
+/// The limit of a unit, which its container and all execs share.
 #[derive(Debug)]
 pub struct RateLimit {
     state: Mutex<State>,
@@ -78,15 +78,14 @@ impl Default for RateLimit {
 }
 
 impl RateLimit {
-    /// Sets the limit to that of a unit, as systemd reports it: where one of both is not set (0), journald's
-    /// default stands.
+    /// Sets the limit of a unit, as systemd reports it. If one of the two values is not set (0), journald's default is used.
     pub fn set(&self, interval_usec: u64, burst: u32) {
         let mut state = self.state();
         state.interval = if interval_usec == 0 { INTERVAL } else { Duration::from_micros(interval_usec) };
         state.burst = if burst == 0 { BURST } else { burst };
     }
 
-    /// A line of this length is about to be copied. A long line counts as several ([`LINE`]).
+    /// Decides whether a line of this length may be written. A long line counts as several ([`LINE`]).
     pub fn admit(&self, bytes: usize) -> Admission {
         let mut state = self.state();
         if state.is_exhausted() {
@@ -98,18 +97,18 @@ impl RateLimit {
         Admission::Passes(std::mem::take(&mut state.dropped))
     }
 
-    /// Whether lines are dropped at the moment.
+    /// True if lines are dropped at the moment.
     pub fn is_exhausted(&self) -> bool {
         self.state().is_exhausted()
     }
 
-    /// So many bytes of output are not copied: nobody knows how many lines they are.
+    /// Counts bytes as dropped whose number of lines is unknown.
     pub fn drop_bytes(&self, bytes: usize) {
         let dropped = &mut self.state().dropped;
         dropped.bytes = dropped.bytes.saturating_add(bytes as u64);
     }
 
-    /// What was dropped and has not been said yet.
+    /// The dropped output that was not reported yet.
     pub fn take_dropped(&self) -> Missing {
         std::mem::take(&mut self.state().dropped)
     }

@@ -1,5 +1,4 @@
-//! What a client's stdio strings mean: an absolute path, `fifo://`, `file://`, `binary://`,
-//! `binary-v2://`, or nothing.
+//! Parses the client's stdio strings: an absolute path, `fifo://`, `file://`, `binary://`, `binary-v2://`, or an empty string.
 //!
 //! As in containerd-shim-runc-v2 the scheme is taken from stdout, and stderr follows it.
 
@@ -8,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::task::request::{Log, Stdio};
 use crate::task::wiring::{Copied, Input, Logger, Output, Sink, Wiring};
 
-/// Strings that mean nothing.
+/// A stdio string is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{stream} {text:?} is not valid: {rule}")]
 pub struct Malformed {
@@ -17,7 +16,7 @@ pub struct Malformed {
     rule: &'static str,
 }
 
-/// What a path leads to.
+/// The kind of the file at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A FIFO, as clients make them.
@@ -26,31 +25,31 @@ pub enum Kind {
     File,
     /// A directory, a socket, …
     Other,
-    /// Nothing.
+    /// The path does not exist.
     Missing,
 }
 
-/// Which process of a task.
+/// The role of a process in its task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// The first one. It gets the client's FIFOs themselves, and the unit's own stream to the journal.
+    /// The init process. It gets the client's FIFOs themselves, and the unit's own stream to the journal.
     Init,
-    /// An added one. What it leaves behind may hold its streams for ever, and its client waits for
-    /// their end: so the daemon stands in between.
+    /// An exec. Its background processes may keep its streams open for ever, but the client waits for their end. So the
+    /// daemon copies the streams.
     Exec,
 }
 
-/// What the client's strings name.
+/// The parsed strings of the client.
 struct Client {
     stdout: Option<Sink>,
     stderr: Option<Sink>,
     logger: Option<Logger>,
 }
 
-/// Says where the streams of a process lead. `kind` looks at a path.
+/// Decides the destinations of a process's streams. `kind` returns the kind of a path.
 ///
 /// # Errors
-/// A string that means nothing, or a path that can't be used.
+/// A string is not valid, or its path can't be used.
 pub fn wiring(
     stdio: &Stdio,
     log: Log,
@@ -72,7 +71,7 @@ pub fn wiring(
     let logged = client.logger.is_some();
     Ok(Wiring {
         terminal,
-        // A logger is no place where input could come from.
+        // A logger provides no input.
         stdin: if logged && !terminal { Input::Null } else { stdin },
         stdin_closed: false,
         stdout: way(client.stdout),
@@ -86,7 +85,7 @@ pub fn wiring(
 /// one of the two streams.
 fn way(sink: Option<Sink>, given: bool, log: Log, role: Role, terminal: bool) -> Output {
     let copied = |client, journal| Output::Copied(Copied { client, journal, aside: false });
-    // Somebody has to read a terminal, or its processes would stand still.
+    // The daemon must read a terminal, or its processes would block.
     let nowhere = if terminal { copied(None, false) } else { Output::Null };
     match (log, sink) {
         (Log::Journal, Some(Sink::Fifo(path))) => copied(Some(Sink::EndOnly(path)), true),
@@ -126,7 +125,7 @@ fn client(stdio: &Stdio, kind: &impl Fn(&Path) -> Kind) -> Result<Client, Malfor
                         "it is neither a regular file nor missing",
                     ));
                 }
-                // A log file is never waited for: whoever reads a FIFO may not read it.
+                // Writes to a log file may block, and the reader of a FIFO may not read: so a FIFO is no log file.
                 Kind::Fifo => Sink::Fifo(path),
                 Kind::File | Kind::Missing => Sink::File { path, create: true },
             };
@@ -137,7 +136,7 @@ fn client(stdio: &Stdio, kind: &impl Fn(&Path) -> Kind) -> Result<Client, Malfor
                 malformed("stdout", &stdio.stdout, "binary:// needs an absolute path, then ?key=value")
             })?;
             if kind(&logger.program) != Kind::File {
-                return Err(malformed("stdout", &stdio.stdout, "there is no such logger program"));
+                return Err(malformed("stdout", &stdio.stdout, "the logger program does not exist"));
             }
             Ok(Client { stdout: Some(Sink::Logger), stderr: Some(Sink::Logger), logger: Some(logger) })
         }
@@ -153,7 +152,7 @@ fn malformed(stream: &'static str, text: &str, rule: &'static str) -> Malformed 
     Malformed { stream, text: text.chars().take(200).collect(), rule }
 }
 
-/// Scheme and rest; a plain path has no scheme.
+/// The scheme and the rest. A plain path has no scheme.
 fn split(text: &str) -> (Option<&str>, &str) {
     match text.split_once("://") {
         Some((scheme, rest)) if !scheme.contains('/') => (Some(scheme), rest),
@@ -168,7 +167,7 @@ fn input(text: &str, kind: &impl Fn(&Path) -> Kind) -> Result<Input, Malformed> 
     }
     match (Path::new(path).is_absolute(), kind(Path::new(path))) {
         (true, Kind::Fifo) => Ok(Input::Fifo(path.into())),
-        (true, Kind::Missing) => Err(malformed("stdin", text, "there is no such FIFO")),
+        (true, Kind::Missing) => Err(malformed("stdin", text, "the FIFO does not exist")),
         (_, _) => Err(malformed("stdin", text, "it must be the absolute path of a FIFO")),
     }
 }
@@ -195,7 +194,7 @@ fn file_path(rest: &str) -> Option<PathBuf> {
     (path.is_absolute() && path.file_name().is_some()).then_some(path)
 }
 
-/// The arguments are each key of the query and its first value, also an empty one.
+/// Parses a logger. Its arguments are each key of the query and the key's first value, even if empty.
 fn logger(rest: &str, strict: bool) -> Option<Logger> {
     let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
     let program = PathBuf::from(decode(path)?);
@@ -212,7 +211,7 @@ fn logger(rest: &str, strict: bool) -> Option<Logger> {
     program.is_absolute().then_some(Logger { program, args, strict })
 }
 
-/// Percent-decoding (RFC 3986, 2.1); nothing if it gives no text.
+/// Decodes percent-encoding (RFC 3986, 2.1). `None` if the result is not text.
 fn decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

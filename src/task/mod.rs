@@ -83,7 +83,7 @@ pub enum Placement {
         /// The last element of the container's cgroup path.
         child: String,
     },
-    /// A path that the client insists on, outside of the unit.
+    /// A literal path of the client, outside of the unit.
     Foreign {
         /// The slice of the (then empty) unit.
         slice: UnitName,
@@ -109,17 +109,17 @@ impl Placement {
     }
 }
 
-/// A process that has ended, for those who wait for it.
+/// A process that has ended, for calls of Wait.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended {
-    /// The exec; nothing for init.
+    /// The exec, or `None` for the init process.
     pub exec: Option<ExecId>,
-    /// How it ended.
+    /// Its exit.
     pub exit: Exit,
 }
 
 impl Task {
-    /// Its init process, or the exec of that id.
+    /// The init process, or the exec with this id.
     pub fn process(&self, exec: Option<&ExecId>) -> Option<&Process<dyn Lifecycle>> {
         match exec {
             None => Some(&self.init),
@@ -141,12 +141,12 @@ impl Task {
         }
     }
 
-    /// The container's cgroup, below the cgroup root, once the container is made.
+    /// The container's cgroup below the cgroup root, once the container is created.
     pub fn cgroup(&self) -> Option<&Path> {
         self.init.phase.container().map(|container| container.cgroup.as_path())
     }
 
-    /// How systemd's tools and the journal show it.
+    /// The texts about the task for people.
     pub fn face(&self) -> Face {
         Face { description: self.init.description.clone(), fields: self.fields.clone() }
     }
@@ -156,13 +156,13 @@ impl Task {
         &self.init.unit
     }
 
-    /// Applies an event to a process; the events owed to containerd go to the outbox. Nothing happens to an exec that
-    /// is not there.
+    /// Applies an event to a process, and adds the resulting events for containerd to the outbox. Does nothing if the exec
+    /// does not exist.
     ///
-    /// Returns the processes whose end may be told now.
+    /// Returns the processes whose exits may be published now.
     ///
     /// # Errors
-    /// The phase refuses the event; then nothing has changed.
+    /// The phase does not allow the event. Nothing is changed then.
     pub fn apply(
         &mut self,
         exec: Option<&ExecId>,
@@ -171,7 +171,7 @@ impl Task {
     ) -> Result<Vec<Ended>, Refusal> {
         let mut ended = Vec::new();
         self.step(exec, event, now_usec, &mut ended)?;
-        // The end of init is told once no exec is live.
+        // The exit of the init process is published once no exec runs.
         if !self.execs.values().any(|exec| exec.phase.is_live()) {
             self.step(None, Event::ExecsGone, now_usec, &mut ended)?;
         }
@@ -200,7 +200,7 @@ impl Task {
                 (Announce::Exited { pid, exit }, None) => TaskEvent::Exited { pid, exit },
                 (Announce::Started { pid }, Some(exec)) => TaskEvent::ExecStarted { exec, pid },
                 (Announce::Exited { pid, exit }, Some(exec)) => TaskEvent::ExecExited { exec, pid, exit },
-                // An exec is announced when it is added, and paused with its task.
+                // An exec is published when it is added, and is paused with its task.
                 (Announce::Created { .. } | Announce::Paused | Announce::Resumed, Some(_)) => continue,
             };
             self.owe(event, now_usec);
@@ -208,8 +208,8 @@ impl Task {
         Ok(())
     }
 
-    /// Tells of processes that the kernel has killed for want of memory, `kills` in all by now: once for
-    /// each, but for very many.
+    /// Adds an OOM event for each process that the kernel killed because memory ran out, up to a limit. `kills` is their total
+    /// number so far.
     pub fn note_oom_kills(&mut self, kills: u64, now_usec: u64) {
         const MOST: u64 = 100;
         let Some(container) = self.init.phase.container_mut() else {

@@ -1,8 +1,8 @@
-//! Properties of a container's unit that a client or an administrator asks for, beside those that a
-//! container needs (pure).
+//! Properties of a container's unit that a client or an administrator requests, in addition to those that every container
+//! needs (pure).
 //!
-//! The convention is runc's and crun's, whose systemd drivers read annotations `org.systemd.property.NAME`
-//! with a value in GVariant text (runc, docs/systemd.md).
+//! Follows the convention of the systemd drivers of runc and crun: an annotation `org.systemd.property.NAME` has the value
+//! of a property in GVariant text (runc, docs/systemd.md).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,16 +16,16 @@ use crate::text;
 
 mod allowed;
 
-/// A property that can't be had.
+/// Why a requested property is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The name can't be that of a property.
+    /// The name is not a valid property name.
     #[error("{origin}: not a valid property name (letters only, at least three)")]
     Name {
         /// Where it was asked for.
         origin: String,
     },
-    /// The text is no value.
+    /// The text is not a value.
     #[error("{origin}: {source}")]
     Value {
         /// Where it was asked for.
@@ -34,7 +34,7 @@ pub enum Error {
         #[source]
         source: gvariant::Malformed,
     },
-    /// A time in seconds is no number, or below 0, or too great.
+    /// A time in seconds is not a number, is negative, or is too large.
     #[error("{origin}: {value} is not a number of seconds")]
     Seconds {
         /// Where it was asked for.
@@ -42,7 +42,7 @@ pub enum Error {
         /// The value.
         value: String,
     },
-    /// It is not for a client to set.
+    /// The client may not set the property.
     #[error("{origin}: {name} can't be set: {reason}")]
     Denied {
         /// Where it was asked for.
@@ -52,7 +52,7 @@ pub enum Error {
         /// Why not.
         reason: &'static str,
     },
-    /// A string in the value can't be in a unit's file.
+    /// A string in the value can't be written to a unit's file.
     #[error("{origin}: {flaw}")]
     Text {
         /// Where it was asked for.
@@ -68,26 +68,26 @@ pub enum Error {
         /// The property.
         name: String,
     },
-    /// The value is of another type than the property.
+    /// The value has another type than the property.
     #[error("{origin}: {mismatch}")]
     Type {
         /// Where it was asked for.
         origin: String,
-        /// Both types, and what to write.
+        /// Both types, and the correct notation.
         mismatch: String,
     },
-    /// systemd does not know it, or not this value.
+    /// systemd refused the property or its value.
     #[error("systemd refused one of the properties {}: {reason}", .origins.join(", "))]
     Refused {
         /// Where they were asked for.
         origins: Vec<String>,
-        /// systemd's words.
+        /// systemd's message.
         reason: String,
     },
 }
 
 impl fmt::Display for Property {
-    /// Where it was asked for.
+    /// Names the place of the request.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.asker {
             Asker::Annotation => write!(f, "annotation {PREFIX}{}", self.name),
@@ -97,23 +97,23 @@ impl fmt::Display for Property {
     }
 }
 
-/// What the names of annotations that ask for a property begin with.
+/// The prefix of annotations that request a property.
 pub const PREFIX: &str = "org.systemd.property.";
 
 /// The annotation that names the signal with which a container is stopped, as images do.
 pub const STOP_SIGNAL: &str = "io.containerd.image.config.stop-signal";
 
-/// Properties that are not for a client, and why. A `*` stands for any end of the name.
+/// Properties that nobody may set, and why. A `*` stands for any end of the name.
 ///
-/// Everything else may be set, also what overrides one of ours: limits, timeouts, dependencies, logging.
+/// Options may set all other properties, including those that this program sets: limits, timeouts, dependencies, logging.
 const DENIED: [(&[&str], &str); 6] = [
     (
         &["Exec*", "Type", "PIDFile", "GuessMainPID", "NotifyAccess", "ExitType", "BusName", "PAMName"],
-        "what runs in the unit is the container, as its spec says",
+        "the spec of the container determines what runs in the unit",
     ),
     (
         &["RemainAfterExit", "Restart*", "SuccessExitStatus", "AddRef"],
-        "the container's exit is followed by it, and only containerd starts containers",
+        "it determines how the exit of the container is observed, and only containerd starts containers",
     ),
     (
         &[
@@ -126,7 +126,7 @@ const DENIED: [(&[&str], &str); 6] = [
             "RefuseManualStop",
             "StopWhenUnneeded",
         ],
-        "the container is placed, stopped and removed by it; its slice is named in linux.cgroupsPath",
+        "it determines how the container is placed, stopped and removed; the slice is set in linux.cgroupsPath",
     ),
     (
         &[
@@ -151,7 +151,7 @@ const DENIED: [(&[&str], &str); 6] = [
             "MemoryDenyWriteExecute",
             "Personality",
         ],
-        "it would bind the OCI runtime; what binds the container is in its spec, in process and linux",
+        "it would apply to the OCI runtime; set process and linux in the spec for the container",
     ),
     (
         &[
@@ -199,35 +199,35 @@ const DENIED: [(&[&str], &str); 6] = [
     ),
 ];
 
-/// Properties that have another meaning for runc's scopes: asked for, they are left out.
+/// Properties that have another meaning for runc's scopes. Requests for them are ignored.
 const LEFT_OUT: [(&str, &str); 1] =
     [("CollectMode", "the unit of a container is kept until it is deleted, for its exit code")];
 
-/// Properties that are shown in another form than they are set in (systemd, dbus-execute.c and
-/// dbus-unit.c): only systemd can check them.
+/// Properties that systemd shows in another form than they are set in (systemd, dbus-execute.c and dbus-unit.c). Only
+/// systemd can check their types.
 const SHOWN_OTHERWISE: [&str; 3] = ["Conditions", "Asserts", "CoredumpFilter"];
 
-/// The end of the names of limits in parts of the whole, which systemd takes and shows as plain limits.
+/// The suffix and the type of limits that are fractions of the whole. systemd shows them as plain limits.
 const SCALE: (&str, &str) = ("Scale", "u");
 
-/// What is asked for, checked.
+/// The requested properties after checking.
 #[derive(Debug, Default)]
 pub struct Checked {
-    /// What to set: each property once, as the last that asked for it wants it.
+    /// The properties to set. Each occurs once, with the value of the last request.
     pub properties: Vec<Property>,
-    /// What is left out, and why.
+    /// The properties that are ignored, and why.
     pub left_out: Vec<(Property, &'static str)>,
 }
 
-/// Properties that annotations may set beside those that they always may, and even where an option sets them as well.
+/// Additional properties that annotations may set, even if an option sets them as well.
 #[derive(Debug, Default)]
 pub struct Extension(Vec<String>);
 
 impl Extension {
-    /// From the runtime option `AnnotationProperties`.
+    /// Reads the runtime option `AnnotationProperties`.
     ///
     /// # Errors
-    /// A name is none of a property, or nobody may set the property.
+    /// A name is not a valid property name, or nobody may set the property.
     pub fn new(names: &[String]) -> Result<Self, Error> {
         let own = names.iter().map(|name| {
             let origin = || format!("runtime option AnnotationProperties, {name:?}");
@@ -248,10 +248,10 @@ impl Extension {
     }
 }
 
-/// Checks what is asked for; later ones override earlier ones, but an annotation does not override an option.
+/// Checks the requested properties. Later ones override earlier ones, but an annotation does not override an option.
 ///
 /// # Errors
-/// The first that can't be had.
+/// The first property that is refused.
 pub fn check(asked: impl IntoIterator<Item = Property>, extension: &Extension) -> Result<Checked, Error> {
     let mut checked = Checked::default();
     let mut names: Vec<String> = Vec::new();
@@ -293,9 +293,9 @@ pub fn check(asked: impl IntoIterator<Item = Property>, extension: &Extension) -
     Ok(checked)
 }
 
-const SET_BY_OPTION: &str = "a runtime option sets it, and AnnotationProperties does not name it";
+const SET_BY_OPTION: &str = "a runtime option sets it, and AnnotationProperties does not contain it";
 
-/// The property's own name and value.
+/// The name and the value of a property.
 fn read(property: &Property) -> Result<(String, Variant<'static>), Error> {
     let origin = || property.to_string();
     let name = property.name.as_str();
@@ -326,18 +326,18 @@ fn is_name(name: &str) -> bool {
     (3..=MAX_NAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphabetic())
 }
 
-/// The name of a time that is asked for in seconds.
+/// The name of the property in microseconds for a property in seconds.
 fn in_microseconds(name: &str) -> Option<String> {
     let stem = name.strip_suffix("Sec").filter(|stem| stem.ends_with(|c: char| c.is_ascii_lowercase()));
     stem.map(|stem| format!("{stem}USec"))
 }
 
-/// Properties in which bytes are numbers: masks and addresses. In all others they are text.
+/// True for properties whose bytes are numbers: masks and addresses. In all others, bytes are text.
 fn is_binary(name: &str) -> bool {
     name.contains("Allowed") || name.starts_with("IPAddress") || ["CPUAffinity", "NUMAMask"].contains(&name)
 }
 
-/// Why a value can't be in a unit's file.
+/// Why a value can't be written to a unit's file.
 fn flaw(value: &Variant<'_>, is_binary: bool) -> Option<String> {
     match value {
         Variant::Str(text) => text::flaw(text.as_str()),
@@ -346,7 +346,7 @@ fn flaw(value: &Variant<'_>, is_binary: bool) -> Option<String> {
             match String::from_utf8(bytes) {
                 _ if is_binary => None,
                 Ok(text) => text::flaw(&text),
-                Err(_) => Some("its bytes are no text in UTF-8".to_owned()),
+                Err(_) => Some("its bytes are not UTF-8 text".to_owned()),
             }
         }
         Variant::Array(array) => array.iter().find_map(|element| flaw(element, is_binary)),
@@ -363,7 +363,7 @@ fn denied(name: &str) -> Option<&'static str> {
     DENIED.iter().find(|(patterns, _)| patterns.iter().any(is_meant)).map(|(_, reason)| *reason)
 }
 
-/// From seconds, as any kind of number.
+/// Converts seconds, a number of any type.
 fn microseconds(seconds: &Variant<'_>) -> Option<u64> {
     const USEC_PER_SEC: u64 = 1_000_000;
     let whole = match seconds {
@@ -376,7 +376,7 @@ fn microseconds(seconds: &Variant<'_>) -> Option<u64> {
         Variant::I64(number) => u64::try_from(*number).ok()?,
         Variant::F64(number) => {
             let usec = number * 1e6;
-            // 2^64 and more, infinity, NaN and what is below 0 are no times.
+            // Refuses 2^64 and more, infinity, NaN and negative numbers.
             let is_time = (0.0..18_446_744_073_709_551_616.0).contains(&usec);
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "in range")]
             return is_time.then_some(usec as u64);
@@ -391,11 +391,11 @@ fn microseconds(seconds: &Variant<'_>) -> Option<u64> {
 pub struct Additions(pub(super) Vec<(String, Variant<'static>)>);
 
 impl Additions {
-    /// What a container's unit gets beside what every container's gets: its devices, and the properties
-    /// that were asked for, which are last and so override all others.
+    /// The additional properties of a container's unit: its devices, and the requested properties, which come last and
+    /// override all others.
     ///
     /// # Errors
-    /// A property that can't be had.
+    /// A property is refused.
     pub fn new(devices: Option<&[DeviceAllow]>, properties: &[Property]) -> Result<Self, Error> {
         let mut list = Vec::new();
         if let Some(devices) = devices {
@@ -428,13 +428,12 @@ fn to_owned_pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(one, other)| ((*one).to_owned(), (*other).to_owned())).collect()
 }
 
-/// The types of a service's properties, as systemd shows them.
+/// The types of a service's properties in this version of systemd.
 #[derive(Debug, Default)]
 pub struct Types(pub(super) HashMap<String, String>);
 
 impl Types {
-    /// Compares values with their properties' types. systemd does not name the property when a type is
-    /// wrong.
+    /// Compares values with the types of their properties: systemd does not name the property if a type is wrong.
     ///
     /// # Errors
     /// [`Error::Unknown`], [`Error::Type`]
