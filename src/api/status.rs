@@ -89,6 +89,11 @@ pub fn invalid(reason: impl ToString) -> ttrpc::Error {
     rpc(Code::INVALID_ARGUMENT, reason.to_string())
 }
 
+/// The error for a request that may be made again: it can't be told whose it is.
+pub fn unavailable(reason: impl ToString) -> ttrpc::Error {
+    rpc(Code::UNAVAILABLE, reason.to_string())
+}
+
 /// An error of ttrpc with a status. ttrpc would send any other kind of error as UNKNOWN with its debug text.
 fn rpc(code: Code, text: String) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))

@@ -51,33 +51,39 @@ impl TaskService {
     }
 
     /// For whom the socket is over which it is called.
-    fn lease(&self) -> Lease {
-        self.holder.as_ref().and_then(Holder::lease).unwrap_or_default()
+    fn lease(&self) -> Answer<Lease> {
+        let lease = self.holder.as_ref().map(Holder::lease).transpose();
+        let unreadable =
+            |error| status::unavailable(format!("can't tell which containerd uses this socket: {error}"));
+        Ok(lease.map_err(unreadable)?.flatten().unwrap_or_default())
     }
 
     /// The namespace of a request: the one that it names, else the one that owns the socket.
     fn namespace(&self, ctx: &TtrpcContext) -> Answer<Namespace> {
         let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
-        named.or_else(|| self.lease().namespace).ok_or_else(|| status::invalid(convert::Error::NoNamespace))
+        match named {
+            Some(named) => Ok(named),
+            None => self.lease()?.namespace.ok_or_else(|| status::invalid(convert::Error::NoNamespace)),
+        }
     }
 
     /// The task that the caller means: its own one of these names.
-    fn located(&self, named: &TaskKey) -> TaskKey {
-        match self.lease().owner {
+    fn located(&self, named: &TaskKey) -> Answer<TaskKey> {
+        Ok(match self.lease()?.owner {
             Some(owner) => self.shim.tasks.own(named, &owner),
             None => self.shim.tasks.any(named),
-        }
+        })
     }
 
     fn key(&self, ctx: &TtrpcContext, id: &str) -> Answer<TaskKey> {
         let named = convert::key(self.namespace(ctx)?, id).map_err(status::invalid)?;
-        Ok(self.located(&named))
+        self.located(&named)
     }
 
     /// The process of a request: the init process, if the request names no exec.
     fn process(&self, ctx: &TtrpcContext, id: &str, exec: &str) -> Answer<ProcessKey> {
         let named = convert::process(self.namespace(ctx)?, id, exec).map_err(status::invalid)?;
-        Ok(ProcessKey { task: self.located(&named.task), ..named })
+        Ok(ProcessKey { task: self.located(&named.task)?, ..named })
     }
 
     /// The dispatch tables under both names.
@@ -160,7 +166,7 @@ impl Task for TaskService {
 
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         let mut call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        call.key = match self.lease().owner {
+        call.key = match self.lease()?.owner {
             Some(owner) => self.shim.tasks.own(&call.key, &owner),
             None => self.shim.tasks.own_by_bundle(&call.key, &call.request.bundle),
         };
@@ -172,7 +178,7 @@ impl Task for TaskService {
 
     async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
         let mut call = convert::exec(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        call.task = self.located(&call.task);
+        call.task = self.located(&call.task)?;
         let process = ProcessKey { task: call.task.clone(), exec: Some(call.exec.clone()) };
         let (shim, attempt) = (self.shim.clone(), attempt(ctx));
         self.run("exec", &process, async move { shim.add_exec(call, attempt).await }).await?;

@@ -149,7 +149,7 @@ fn outcome(root: &Path, content: &[u8]) {
 fn socket(root: &Path, content: &[u8]) {
     write(&root.join(".sockets/3"), content);
     let leases = Leases::new(root);
-    let lease = leases.holder(3).lease();
+    let lease = leases.holder(3).lease().unwrap_or_else(|error| panic!("{error}"));
     let (namespace, owner) = (key().namespace, key().owner);
     for namespace in [None, Some(&namespace)] {
         let claim = || leases.claim(&owner, namespace).unwrap_or_else(|error| panic!("{error}"));

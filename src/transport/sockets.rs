@@ -108,8 +108,9 @@ impl Leases {
         let lock =
             options.write(true).create(true).truncate(false).mode(0o600).open(self.dir().join(".lock"))?;
         let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+        // A lease that can't be read is not free.
         let leases: Vec<Option<Leased>> =
-            (0..COUNT).map(|number| read(&self.dir().join(number.to_string()))).collect();
+            (0..COUNT).map(|number| read(&self.dir().join(number.to_string()))).collect::<io::Result<_>>()?;
         let wanted = Lease { owner: Some(owner.clone()), namespace: namespace.cloned() };
         // A lease of an earlier version.
         let earlier = Lease { owner: None, namespace: namespace.cloned() };
@@ -173,24 +174,40 @@ pub struct Holder {
 type Identity = (u64, i64, i64);
 
 impl Holder {
-    /// The current lessee of the socket.
-    pub fn lease(&self) -> Option<Lease> {
-        let found = fs::metadata(&self.file).ok()?;
+    /// The current lessee of the socket; `None` if it has none.
+    ///
+    /// # Errors
+    /// The file can't be read: whose the socket is can't be told, and nobody must be taken for its holder.
+    pub fn lease(&self) -> io::Result<Option<Lease>> {
+        let found = match fs::metadata(&self.file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            found => found?,
+        };
         let identity = (found.ino(), found.ctime(), found.ctime_nsec());
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, lease)) = known.as_ref().filter(|(of, _)| *of == identity) {
-            return Some(lease.clone());
+            return Ok(Some(lease.clone()));
         }
         // If the file is replaced meanwhile, the next call reads it again.
-        let lease = read(&self.file)?.lease;
+        let Some(Leased { lease, .. }) = read(&self.file)? else {
+            return Ok(None);
+        };
         *known = Some((identity, lease.clone()));
-        Some(lease)
+        Ok(Some(lease))
     }
 }
 
-/// Reads a file of three lines: namespace, owner, time. Earlier versions wrote only the first line.
-fn read(file: &Path) -> Option<Leased> {
-    let text = fs::read_to_string(file).ok()?;
+/// `None` if there is no file, or if it is none of ours.
+fn read(file: &Path) -> io::Result<Option<Leased>> {
+    match fs::read(file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        text => Ok(parse(&text?)),
+    }
+}
+
+/// Reads three lines: namespace, owner, time. Earlier versions wrote only the first line.
+fn parse(text: &[u8]) -> Option<Leased> {
+    let text = std::str::from_utf8(text).ok()?;
     let mut lines = text.lines();
     let namespace = match lines.next()? {
         "" => None,
@@ -224,7 +241,7 @@ mod tests {
 
     fn lease_of(leases: &Leases, socket: Option<Socket>) -> Option<Lease> {
         let Some(Socket::Of(number)) = socket else { unreachable!("{socket:?}") };
-        leases.holder(number).lease()
+        leases.holder(number).lease().unwrap()
     }
 
     #[test]
@@ -254,7 +271,7 @@ mod tests {
         fs::create_dir_all(leases.dir()).unwrap();
         fs::write(leases.dir().join("5"), "a").unwrap();
         let earlier = Lease { owner: None, namespace: Some(namespace("a")) };
-        assert_eq!(leases.holder(5).lease(), Some(earlier));
+        assert_eq!(leases.holder(5).lease().unwrap(), Some(earlier));
         let docker = Owner::new("0123456789abcdef").unwrap();
         assert_ne!(leases.claim(&docker, Some(&namespace("a"))).unwrap(), Some(Socket::Of(5)));
         assert_eq!(leases.claim(&Owner::default(), Some(&namespace("a"))).unwrap(), Some(Socket::Of(5)));
@@ -273,12 +290,16 @@ mod tests {
         let soon = SETTLED.as_secs();
         assert_eq!(leases.claim_at(&usual, Some(&late), soon).unwrap(), None, "all were used just now");
         let holder = leases.holder(2);
-        assert_eq!(holder.lease().unwrap().namespace, Some(namespace("n2")));
+        assert_eq!(holder.lease().unwrap().unwrap().namespace, Some(namespace("n2")));
         fs::create_dir_all(leases.state.join("n1")).unwrap();
         fs::create_dir_all(leases.state.join("n1/web+0123456789abcdef")).unwrap();
         let claimed = leases.claim_at(&usual, Some(&late), soon + 1).unwrap();
         assert_eq!(claimed, Some(Socket::Of(2)), "docker and n1 have tasks");
-        assert_eq!(holder.lease().unwrap().namespace, Some(late), "who remembers the holder hears of it");
+        assert_eq!(
+            holder.lease().unwrap().unwrap().namespace,
+            Some(late),
+            "who remembers the holder hears of it"
+        );
         fs::remove_dir_all(leases.state).unwrap();
     }
 
@@ -288,5 +309,18 @@ mod tests {
             assert_eq!(Socket::at(&socket.path()), Some(socket));
         }
         assert_eq!(Socket::at(Path::new("/run/other.sock")), None);
+    }
+
+    #[test]
+    fn a_lease_that_cant_be_read_is_neither_free_nor_for_everybody() {
+        let dir = tempfile::tempdir().unwrap();
+        let leases = Leases::new(dir.path());
+        let lease = leases.dir().join("7");
+        fs::create_dir_all(&lease).unwrap();
+        leases.holder(7).lease().unwrap_err();
+        leases.claim(&Owner::default(), Some(&namespace("a"))).unwrap_err();
+        fs::remove_dir(&lease).unwrap();
+        assert_eq!(leases.holder(7).lease().unwrap(), None);
+        leases.claim(&Owner::default(), Some(&namespace("a"))).unwrap();
     }
 }
