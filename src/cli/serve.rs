@@ -213,6 +213,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     fault::point(Point::RecoverTasks);
     workers.spawn("publishing events", events::publish(shim.clone(), outgoing));
     workers.spawn("writing what could not be written", shim.clone().write_pending());
+    workers.spawn("removing what failed creates left", shim.clone().remove_leftovers());
     let idle = shim.clone();
     workers.spawn("giving up unused memory", async move { idle.launcher.forget_idle().await });
     let registered = shim.clone();

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::effects::{Failure, Plan};
 use crate::launch::fake::Launches;
 use crate::services::{Attempt, Error};
 use crate::task::phase::Exit;
@@ -114,6 +115,30 @@ fn a_create_whose_launch_fails_says_why_and_leaves_nothing() {
     assert_eq!(world.events(), Vec::<&str>::new());
     world.launch.set(Launches::Work);
     world.take(&UP, Attempt::First).unwrap().unwrap();
+}
+
+#[test]
+fn what_a_failed_create_could_not_remove_is_removed_after_a_while() {
+    let mut leftovers = 0;
+    for effect in 0..100 {
+        let world = World::new("leftover");
+        world.launch.set(Launches::Fail("no such file".to_owned()));
+        let (effects, call) = (world.effects.clone(), world.create_call());
+        let left = world.live(move |shim| async move {
+            effects.plan(Plan::Fail(effect, Failure::TooManyFiles));
+            shim.create(call, Attempt::First).await.unwrap_err();
+            let left = shim.tasks.count();
+            tokio::spawn(shim.clone().remove_leftovers());
+            tokio::time::sleep(Duration::from_secs(15)).await;
+            left
+        });
+        leftovers += left.unwrap();
+        assert_eq!(world.remains(), Vec::<String>::new(), "effect {effect}");
+        if !world.effects.was_reached() {
+            break;
+        }
+    }
+    assert!(leftovers > 0, "a rollback was cut off");
 }
 
 #[test]

@@ -7,6 +7,7 @@
 use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::fault::{self, Point};
 use crate::id::UnitName;
@@ -170,8 +171,25 @@ impl Shim {
         troubles
     }
 
+    /// Background task: tries again and again to remove what failed Creates have left, less often the longer it takes.
+    /// Never returns.
+    pub async fn remove_leftovers(self: Arc<Self>) {
+        const SHORTEST: Duration = Duration::from_secs(10);
+        const LONGEST: Duration = Duration::from_secs(300);
+        let mut pause = SHORTEST;
+        loop {
+            tokio::time::sleep(pause).await;
+            let all = self.tasks.registry.all();
+            let mut is_left = false;
+            for entry in all.iter().filter(|entry| entry.task().is_leftover) {
+                is_left |= self.remove_leftover(entry).await.is_err();
+            }
+            pause = if is_left { LONGEST.min(pause * 2) } else { SHORTEST };
+        }
+    }
+
     /// Undoes a Create, however far it came. What can't be undone now is marked in the record: it is tried again
-    /// when the id is used again, when containerd gives the task up, and when the daemon starts.
+    /// after a while, when the id is used again, when containerd gives the task up, and when the daemon starts.
     pub(crate) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         // The OCI runtime may hang in it, and so may its hooks and mounts: none of them is in the unit's cgroup.
