@@ -1,9 +1,9 @@
 //! The cgroups in which the OCI runtime works.
 //!
-//! `create` works in the cgroup that the client names (ShimCgroup), or in one of its own in the daemon's slice: what the
-//! runtime uses counts neither as the container's nor as the pod's, limits of either do not delay it, it does not die with
-//! the daemon, and all of it can be killed. The unit's own cgroup is empty then, as it must be once controllers are enabled
-//! in it.
+//! `create` works in the cgroup that the client names (ShimCgroup), or in its own cgroup in the daemon's slice. So the
+//! resources that the runtime uses are not charged to the container or the pod, their limits do not delay it, it outlives
+//! the daemon, and all its processes can be killed. The unit's own cgroup stays empty, as it must before controllers are
+//! enabled in it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::task::Task;
 use super::contract::LAUNCH_CGROUP;
 use super::error::Error;
 
-/// Where the OCI runtime creates the container of a unit.
+/// The cgroup in which the OCI runtime creates the container of a unit.
 ///
 /// # Errors
 /// The daemon's own cgroup can't be read.
@@ -23,7 +23,7 @@ pub fn of(unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
     Ok(all()?.join(unit.as_str()))
 }
 
-/// Where the commands run that the daemon starts itself.
+/// The cgroup of the OCI runtime's commands that the daemon runs.
 ///
 /// # Errors
 /// The daemon's own cgroup can't be read.
@@ -31,21 +31,21 @@ pub fn of_commands() -> Result<PathBuf, cgroup::Error> {
     Ok(all()?.join("commands"))
 }
 
-/// Beside the daemon's own cgroup, in its slice: `systemctl kill` of the service, which kills the whole cgroup of the
-/// service, ends nothing in here.
+/// The parent of these cgroups, in the daemon's slice. `systemctl kill` of the daemon's service kills the whole cgroup of
+/// the service, and nothing in here.
 fn all() -> Result<PathBuf, cgroup::Error> {
     let own = cgroup::of_self()?;
     Ok(own.parent().unwrap_or(&own).join("containerd-shim-runtime"))
 }
 
-/// Kills everything that `launch` and the OCI runtime have started to create a container, except the container.
+/// Kills all processes that create a container: `launch`, the OCI runtime and their children, but not the container.
 pub fn kill(unit: &UnitName) {
     if let Err(error) = of(unit).and_then(|cgroup| cgroup::kill(&cgroup)) {
         tracing::warn!(%unit, %error, "{unit}: can't kill the processes that create its container: {error}");
     }
 }
 
-/// Removes the cgroup of a container that has been created. It stays if something that a hook has started runs in it.
+/// Removes the cgroup in which a container was created, unless a process that a hook started still runs in it.
 pub fn remove(unit: &UnitName) {
     match of(unit).and_then(|cgroup| cgroup::remove(&cgroup)) {
         Ok(true) => {}
@@ -58,19 +58,19 @@ pub fn remove(unit: &UnitName) {
     }
 }
 
-/// Removes the cgroups whose last process has ended. Whoever is about to use one makes it again.
+/// Removes the cgroups without processes. They are created again when they are needed.
 pub fn sweep() {
     let Ok(all) = all() else {
         return;
     };
     for cgroup in cgroup::children(&all).into_iter().chain([all]) {
-        // One that is in use stays.
+        // Fails for a cgroup that is in use.
         let _ = cgroup::remove(&cgroup);
     }
 }
 
-/// In the unit: moves this process to where the OCI runtime works. For an exec that is the unit's own cgroup where the
-/// client names none.
+/// In the unit: moves this process to the cgroup in which the OCI runtime works. For an exec, that is the unit's own cgroup
+/// if the client names none.
 pub(super) fn enter(task: &Task, is_exec: bool) -> Result<(), Error> {
     let from_daemon = || std::env::var_os(LAUNCH_CGROUP).map(PathBuf::from);
     match task.runtime.cgroup.clone().or_else(from_daemon) {

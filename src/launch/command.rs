@@ -1,4 +1,4 @@
-//! The daemon's side: with which arguments and environment a unit runs this program.
+//! The daemon's side: the arguments and the environment of this program in a unit.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ pub fn command_line(program: &Path, kind: Kind, key: &ProcessKey) -> Vec<String>
     std::iter::once(program).chain(contract::arguments(kind, key)).collect()
 }
 
-/// The unit's environment: where a copy of the OCI runtime is, and in which cgroup it works.
+/// The unit's environment: the copy of the OCI runtime, and the cgroup in which the runtime works.
 pub fn environment(copy: Option<&Place>, cgroup: Option<&Path>) -> Vec<String> {
     let copy = copy.map(|copy| format!("{SEALED_RUNTIME}={copy}"));
     let cgroup = cgroup.map(|cgroup| format!("{LAUNCH_CGROUP}={}", cgroup.display()));

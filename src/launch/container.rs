@@ -21,7 +21,7 @@ use super::process::Process;
 use super::streams::Streams;
 use super::{cgroup as launch_cgroup, inherited};
 
-/// Returns only if it fails, and leaves the reason for the daemon.
+/// Returns only if it fails. Writes the reason to a file for the daemon.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
     let failed = prepare(process).and_then(|()| become_runtime(process));
     match failed {
@@ -71,9 +71,8 @@ fn become_runtime(process: &Process<'_>) -> Result<Infallible, Error> {
     })
 }
 
-/// The container gets what systemd gives to a service that notifies, with a socket of its own in the place of
-/// systemd's. The time of the watchdog is that of the unit; the process that systemd means is not known in the
-/// container.
+/// The container gets the variables that systemd sets for a service that notifies, with its own socket instead of systemd's,
+/// and the watchdog interval of the unit. The variable with the pid is left out: the pid has no meaning in the container.
 fn pass_on_notifications(edits: &mut Edits, own: PathBuf) {
     let Some(socket) = std::env::var(NOTIFY_SOCKET).ok().filter(|path| path.starts_with('/')) else {
         return;
@@ -83,7 +82,7 @@ fn pass_on_notifications(edits: &mut Edits, own: PathBuf) {
     edits.binds.push((own, socket));
 }
 
-/// Makes a mount namespace that sees what the host mounts, and keeps to itself what is mounted in it.
+/// Makes a mount namespace that receives mounts of the host, and does not propagate its own.
 fn own_mount_namespace() -> Result<(), Error> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(system("make a mount namespace"))?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)

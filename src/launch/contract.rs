@@ -1,4 +1,4 @@
-//! What the daemon and `launch` agree on: arguments, environment, file names, and what `launch` reports (pure).
+//! The contract between the daemon and `launch`: arguments, environment, file names, and the reported outcome (pure).
 //!
 //! The file names are those in a process's directory (`Store::dir`, `Store::exec_dir`). The FIFOs there are in
 //! [`super::pipes`]; the log and the lock of the OCI runtime are `oci::runtime`'s alone.
@@ -8,31 +8,31 @@ use serde::{Deserialize, Serialize};
 use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
 use crate::task::phase::Exit;
 
-/// The variable that says where a copy of the OCI runtime is.
+/// The variable with the reference to the copy of the OCI runtime.
 pub const SEALED_RUNTIME: &str = "CONTAINERD_SHIM_SYSTEMD_RUNTIME";
 
-/// The variable that says in which cgroup the OCI runtime works while it creates a container.
+/// The variable with the cgroup in which the OCI runtime creates a container.
 pub const LAUNCH_CGROUP: &str = "CONTAINERD_SHIM_SYSTEMD_CGROUP";
 
-/// Where a service notifies systemd (sd_notify(3)).
+/// The variable with the path of the notify socket (sd_notify(3)).
 pub const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
-/// The time of a service's watchdog (sd_watchdog_enabled(3)).
+/// The variable with the watchdog interval (sd_watchdog_enabled(3)).
 pub const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
 
 /// The PID file of a container's unit: the OCI runtime writes it, and systemd reads the main process from it.
 pub const PID_FILE: &str = "init.pid";
 
-/// The file in which the OCI runtime leaves the pid of an exec.
+/// The file to which the OCI runtime writes the pid of an exec.
 pub const EXEC_PID_FILE: &str = "pid";
 
 /// The file with the process spec of an exec.
 pub const PROCESS_SPEC: &str = "process.json";
 
-/// The file in which `launch` leaves the reason why it could not start a container.
+/// The file to which `launch` writes why it could not start a container.
 pub const LAUNCH_ERROR: &str = "launch.err";
 
-/// The file in which `launch` leaves the [`Outcome`] of an exec.
+/// The file to which `launch` writes the [`Outcome`] of an exec.
 pub const OUTCOME: &str = "outcome.json";
 
 /// The file that the first `launch` of a record creates. A second `launch` is `systemctl restart`, which acts as a
@@ -60,25 +60,25 @@ impl Kind {
     }
 }
 
-/// What became of the start of an exec.
+/// The outcome of the start of an exec.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum Outcome {
     /// The process runs, and is the main process of its unit.
     Started {
-        /// The process.
+        /// The pid of the process.
         pid: u32,
     },
-    /// The process ended before systemd was certain to have it as main process.
+    /// The process ended before systemd confirmed it as the main process.
     Ended {
-        /// The process that it was.
+        /// The pid of the process.
         pid: u32,
-        /// How it ended.
+        /// Its exit.
         exit: Exit,
     },
-    /// There is no process.
+    /// The process was not started.
     Failed {
-        /// Why, in the OCI runtime's words if it has any.
+        /// The reason, from the OCI runtime if it gave one.
         reason: String,
     },
 }

@@ -13,7 +13,7 @@ use super::handoff;
 /// Why nothing was launched.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The daemon has written no record of the task.
+    /// The task has no record.
     #[error("{key}: no record found; this unit can only be started by the shim")]
     NoRecord {
         /// As in the arguments.
@@ -43,12 +43,12 @@ pub enum Error {
     /// A FIFO can't be opened.
     #[error(transparent)]
     Stream(#[from] fifo::Error),
-    /// The kernel refused something.
-    #[error("{action}: {source}")]
+    /// A system call failed.
+    #[error("can't {action}: {source}")]
     System {
-        /// What was tried.
+        /// The action, as in "open /dev/null".
         action: &'static str,
-        /// Why it failed.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
@@ -64,7 +64,7 @@ pub enum Error {
     /// `exec` of the OCI runtime took too long.
     #[error(transparent)]
     TimedOut(#[from] runtime::Error),
-    /// Somebody stopped the exec's unit.
+    /// The exec's unit was stopped.
     #[error("OCI runtime exec failed: the exec's unit was stopped during its start")]
     Terminated,
     /// The record, or a file beside it, can't be read or written.
@@ -77,7 +77,7 @@ pub enum Error {
         verb: &'static str,
         /// The binary, or a copy of it.
         binary: PathBuf,
-        /// Why not.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },

@@ -1,5 +1,5 @@
-//! In an exec's unit: the OCI runtime adds the process to the container, systemd gets it as main process, and the daemon
-//! learns the outcome.
+//! In an exec's unit: lets the OCI runtime add the process to the container, hands the process over to systemd, and reports
+//! the outcome to the daemon.
 
 use nix::sys::prctl::set_child_subreaper;
 
@@ -13,14 +13,14 @@ use super::streams::Streams;
 use super::{cgroup, handoff, inherited, report};
 use crate::sys::bounded::{self, End};
 
-/// If the process ended before systemd had it, this process ends in the same way instead of returning.
+/// If the process ended before systemd took it over, this process ends in the same way instead of returning.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
     namespaces::enter_or_stay(&process.task.containerd);
     process.mark()?;
     let (pid, ended) = match add_process(process).and_then(|pid| Ok((pid, handoff::hand_over(pid)?))) {
         Ok(added) => added,
         Err(error) => {
-            // The OCI runtime may have left a process, or what was to become one: nobody would know of it.
+            // The OCI runtime may have left processes, which nothing would ever kill.
             bounded::kill_all();
             report::write(&process.dir, &Outcome::Failed { reason: error.to_string() })?;
             return Err(error);
@@ -40,7 +40,7 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
 }
 
 fn add_process(process: &Process<'_>) -> Result<u32, Error> {
-    // What the runtime leaves behind becomes a child of this process: its exit can't be lost.
+    // The process that the runtime starts becomes a child of this process, so its exit can't be lost.
     set_child_subreaper(true).map_err(system("become a subreaper"))?;
     let (spec, pid_file) = (process.dir.join(PROCESS_SPEC), process.dir.join(EXEC_PID_FILE));
     let (cli, console) = (process.cli(), process.console.as_deref());
@@ -54,7 +54,7 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
         let failed = |source| Error::Exec { verb: runtime::EXEC, binary: program.to_owned(), source };
         bounded::run(&mut command, limit).map_err(failed)
     })?;
-    // From here on the process alone has them.
+    // From here on, only the started process has the streams.
     drop(streams);
     let status = match ended {
         End::Exited(status) => status,
@@ -65,5 +65,5 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
         return Err(Error::Runtime(cli.reason(runtime::EXEC, Some(status))));
     }
     let pid = std::fs::read_to_string(&pid_file).ok().and_then(|text| text.trim().parse().ok());
-    pid.ok_or_else(|| Error::Runtime("it left no pid file".to_owned()))
+    pid.ok_or_else(|| Error::Runtime("it wrote no pid file".to_owned()))
 }

@@ -1,13 +1,13 @@
 //! Makes a process that is not systemd's child the main process of a unit, without losing its exit.
 //!
-//! The process is a child of ours, as the OCI runtime that made it is gone and we are a subreaper.
-//! systemd takes it with `MAINPID=`; when we leave, its parent is PID 1, which then gets its exit. But
-//! it may end before that. Then it is a zombie that only we can ask. We leave it as it is, say how it
-//! ended, and end in the same way:
-//! - systemd has not taken it (it refuses a zombie): we are the main process ourselves;
-//! - systemd has taken it while it lived: the zombie goes to PID 1 when we leave.
+//! The process is a child of `launch`: the OCI runtime that started it has exited, and `launch` is a subreaper. `MAINPID=`
+//! makes it the unit's main process. When `launch` exits, PID 1 becomes its parent and gets its exit. If the process ends
+//! before that, it is a zombie whose exit only `launch` can read. `launch` does not reap it, reports its exit, and exits in
+//! the same way:
+//! - If systemd did not take the process over (it refuses a zombie), `launch` is still the main process.
+//! - If systemd took it over while it ran, the zombie becomes a child of PID 1 when `launch` exits.
 //!
-//! One that ends while we leave goes to PID 1 as a zombie too, which by then waits for nothing else.
+//! A process that ends while `launch` exits becomes a zombie of PID 1 as well, which then reaps it as the main process.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -24,23 +24,23 @@ use crate::unit::main_process::Ended;
 /// Why a process can't be handed over.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It is not there, and its exit is not either.
+    /// The process does not exist, and its exit can't be read.
     #[error("process {pid} and its exit status can't be found: {source}")]
     Lost {
         /// The process.
         pid: u32,
-        /// Why not.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// systemd can't be told.
+    /// systemd can't be notified.
     #[error("can't notify systemd of the process: {0}")]
     Notify(String),
-    /// systemd does not react.
+    /// systemd does not answer.
     #[error("systemd did not confirm the process within {} s", BARRIER_LIMIT.as_secs())]
     Silent,
 }
 
-/// Hands the process over. Says how it has ended if it has; [`end_as`] is to follow then.
+/// Hands the process over. If it has ended already, returns how; the caller must then call [`end_as`].
 pub(super) fn hand_over(pid: u32) -> Result<Option<Ended>, Error> {
     if let Some(ended) = peek(pid)? {
         return Ok(Some(ended));
@@ -65,7 +65,7 @@ fn tell(state: NotifyState) -> Result<(), Error> {
     }
 }
 
-/// Returns when systemd has read all that it was told before (sd_notify_barrier(3)).
+/// Waits until systemd has read all earlier notifications (sd_notify_barrier(3)).
 fn barrier() -> Result<(), Error> {
     let (here, there) = nix::unistd::pipe().map_err(|errno| Error::Notify(errno.to_string()))?;
     let state = [NotifyState::Other("BARRIER=1".to_owned())];
@@ -86,7 +86,7 @@ fn barrier() -> Result<(), Error> {
     }
 }
 
-/// Ends as another process did.
+/// Exits in the same way as another process.
 #[expect(clippy::disallowed_methods, reason = "the exit code is another process's, of all values")]
 pub(super) fn end_as(ended: Ended) -> ! {
     if let Some(signal) = ended.signal() {

@@ -1,5 +1,5 @@
-//! What a process inherits from containerd under containerd-shim-runc-v2, and would inherit from systemd here: resource
-//! limits and processors. `start` notes those of its containerd, and `launch` sets them.
+//! Attributes that a container inherits from containerd under containerd-shim-runc-v2: resource limits and processors. In a
+//! unit it would inherit those of systemd. So `start` records containerd's, and `launch` sets them.
 
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -34,7 +34,7 @@ pub fn limits() -> Vec<(u32, u64, u64)> {
     RESOURCES.into_iter().filter_map(limit).collect()
 }
 
-/// The processors that this process may use, by number; none if the kernel does not say.
+/// The numbers of the processors that this process may use. Empty if they can't be read.
 pub fn processors() -> Vec<usize> {
     let Ok(set) = sched_getaffinity(Pid::from_raw(0)) else {
         return Vec::new();
@@ -42,7 +42,7 @@ pub fn processors() -> Vec<usize> {
     (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect()
 }
 
-/// Gives this process the limits and the processors of a containerd.
+/// Sets the limits and the processors of a containerd for this process.
 pub(super) fn set(containerd: &Containerd) -> Result<(), Error> {
     let wanted = &containerd.processors;
     if !wanted.is_empty() && processors() != *wanted {
@@ -52,14 +52,14 @@ pub(super) fn set(containerd: &Containerd) -> Result<(), Error> {
 }
 
 fn set_limit(resource: u32, soft: u64, hard: u64) -> Result<(), Error> {
-    // A number that this version does not know is one that it did not write.
+    // A limit with an unknown number was recorded by another version.
     let Some(known) = RESOURCES.iter().find(|known| **known as u32 == resource) else {
         return Ok(());
     };
     match setrlimit(*known, soft, hard) {
         Err(Errno::EPERM) if *known == Resource::RLIMIT_NOFILE => {
-            // `fs.nr_open` has been lowered below the limit that containerd has, and nobody can set such a limit any
-            // more (kernel/sys.c, do_prlimit).
+            // `fs.nr_open` was lowered below containerd's limit, so that limit can't be set any more (kernel/sys.c,
+            // do_prlimit).
             let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
             let most = most.and_then(|text| text.trim().parse().ok()).unwrap_or(hard);
             setrlimit(*known, soft.min(most), hard.min(most))
@@ -69,14 +69,14 @@ fn set_limit(resource: u32, soft: u64, hard: u64) -> Result<(), Error> {
     .map_err(system("set a resource limit"))
 }
 
-/// Leaves out processors that are gone. Without any of them, the processors stay as they are.
+/// Sets the processors, without those that do not exist any more. If none is left, nothing is changed.
 fn use_processors(wanted: &[usize]) -> Result<(), Error> {
     let mut set = CpuSet::new();
     for cpu in wanted {
         set.set(*cpu).map_err(system("choose a processor"))?;
     }
     match sched_setaffinity(Pid::from_raw(0), &set) {
-        // No processor of the set is left.
+        // No processor of the set exists.
         Err(Errno::EINVAL) => Ok(()),
         bound => bound.map_err(system("set the CPU affinity")),
     }

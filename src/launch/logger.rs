@@ -1,6 +1,6 @@
 //! In a logger's unit: becomes the program of a `binary://` URI, with three pipes as descriptors 3, 4 and 5.
 //!
-//! systemd runs this again when the logger has ended, for as long as there is something to read.
+//! systemd runs this again when the logger has ended, as long as there is output to read.
 
 use std::fs::File;
 use std::io;
@@ -45,18 +45,18 @@ fn open_pipes(process: &Process<'_>) -> Result<Vec<OwnedFd>, Error> {
     if has_ended(&stdout)? && has_ended(&stderr)? {
         return Err(Error::NothingToLog);
     }
-    // Read-write: nobody waits on the other end for a logger that is started again.
+    // Opened for both: when the logger is started again, the daemon does not have the other end open.
     let ready = fifo::open_both(&process.dir.join(pipes::READY))?;
     Ok(vec![stdout.into(), stderr.into(), ready.into()])
 }
 
-/// Whether a pipe is empty and has no writer. Nothing is taken out of it.
+/// True if a pipe is empty and has no writer. Does not read from the pipe.
 fn has_ended(pipe: &File) -> Result<bool, Error> {
     let (_reader, writer) = nix::unistd::pipe().map_err(system("make a pipe"))?;
     match tee(pipe, &writer, 1, SpliceFFlags::SPLICE_F_NONBLOCK) {
         Ok(copied) => Ok(copied == 0),
         Err(Errno::EAGAIN) => Ok(false),
-        Err(errno) => Err(system("look into a pipe")(errno)),
+        Err(errno) => Err(system("inspect a pipe")(errno)),
     }
 }
 

@@ -6,8 +6,8 @@
 //! | the daemon | [`command`] |
 //! | the unit | `process`, `container`, `exec`, `logger`, `streams`, `inherited`, `handoff` |
 //!
-//! In the unit: one thread, no async runtime, and nothing that stays. `launch` reads the record that the daemon has
-//! written, prepares what the OCI runtime (or a logger) needs, and becomes it.
+//! In the unit, `launch` has one thread and no async runtime. It reads the record that the daemon has written, makes the
+//! preparations for the OCI runtime or a logger, and becomes that program.
 
 pub mod cgroup;
 pub mod command;
@@ -33,11 +33,11 @@ use contract::Kind;
 pub use error::Error;
 use process::Process;
 
-/// Starts a process inside of its unit: all of the `launch` command. For a container or a logger it returns only if
-/// it fails, or with [`Error::NothingToLog`].
+/// Runs the command `launch`: starts a process in its unit. For a container or a logger it returns only if it fails, or with
+/// [`Error::NothingToLog`].
 ///
 /// # Errors
-/// Why the process was not started. The daemon finds the reason in the process's directory as well.
+/// The process was not started. The daemon finds the reason in the process's directory, too.
 pub fn run(kind: Kind, key: &ProcessKey) -> Result<(), Error> {
     let store = Store::new(config::STATE_DIR);
     let Some(task) = store.load_with(&key.task, key.exec.as_ref())? else {

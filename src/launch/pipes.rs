@@ -1,6 +1,6 @@
-//! The FIFOs of ours in a process's directory, and what each of them carries (pure).
+//! The daemon's FIFOs in a process's directory (pure).
 //!
-//! The daemon makes them, `launch` gives them to the process and to its logger.
+//! The daemon makes them, and `launch` passes them to the process and to its logger.
 
 use crate::task::wiring::{Copied, Output, Sink, Wiring};
 
@@ -12,13 +12,13 @@ pub const STDERR: &str = "stderr";
 pub const LOG_STDOUT: &str = "log-stdout";
 /// Standard error, for the logger to read.
 pub const LOG_STDERR: &str = "log-stderr";
-/// The logger's third pipe, on which it says that it is ready.
+/// The logger's third pipe, on which the logger reports that it is ready.
 pub const READY: &str = "ready";
-/// Rings when the outcome of an exec's start is known: `launch` opens it for writing and closes it again.
+/// The doorbell: `launch` opens and closes it for writing when the outcome of an exec's start is known.
 pub const DOORBELL: &str = "doorbell";
 
 impl Wiring {
-    /// The FIFO of ours that is the process's standard output.
+    /// The daemon's FIFO for the process's standard output, if it needs one.
     pub fn stdout_pipe(&self) -> Option<&'static str> {
         match &self.stdout {
             Output::Copied(_) if !self.terminal => Some(STDOUT),
@@ -27,8 +27,8 @@ impl Wiring {
         }
     }
 
-    /// The FIFO of ours that is its standard error: the same one when both lead to one place, so that
-    /// lines stay in order. A logger has a pipe for each.
+    /// The daemon's FIFO for the process's standard error, if it needs one. It is that of standard output if both have the
+    /// same destination, so that lines stay in order. A logger has a pipe for each.
     pub fn stderr_pipe(&self) -> Option<&'static str> {
         match &self.stderr {
             Output::Copied(copied) if self.stderr == self.stdout && copied.client != Some(Sink::Logger) => {
@@ -40,7 +40,7 @@ impl Wiring {
         }
     }
 
-    /// The FIFOs of ours that this needs.
+    /// All FIFOs of the daemon that the process needs.
     pub fn own_pipes(&self) -> Vec<&'static str> {
         let logger = [LOG_STDOUT, LOG_STDERR, READY];
         let mut pipes = if self.logger.is_some() { logger.to_vec() } else { Vec::new() };
@@ -52,8 +52,8 @@ impl Wiring {
         pipes
     }
 
-    /// What the daemon copies: the FIFO of ours it comes from (nothing for the terminal), the
-    /// logger's pipe that it would belong to, and where it goes.
+    /// The streams that the daemon copies: the FIFO of each (`None` for the terminal), the logger's pipe for it, and its
+    /// destinations.
     pub fn copies(&self) -> Vec<(Option<&'static str>, &'static str, &Copied)> {
         let mut copies = Vec::new();
         if let Output::Copied(copied) = &self.stdout {

@@ -1,4 +1,4 @@
-//! The process that this unit is for, as the record has it.
+//! The process of this unit, according to the record.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -44,10 +44,10 @@ impl<'a> Process<'a> {
         Cli::of(self.task, &self.dir)
     }
 
-    /// Notes that the process is launched.
+    /// Records that the process is launched.
     ///
     /// # Errors
-    /// [`Error::Again`] if it was before.
+    /// [`Error::Again`] if it was launched before.
     pub(super) fn mark(&self) -> Result<(), Error> {
         let opened =
             OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.dir.join(LAUNCHED));

@@ -1,4 +1,4 @@
-//! How `launch` reports the outcome of an exec's start to the daemon: a file, and a FIFO that rings.
+//! The report of `launch` about an exec's start: a file with the outcome, and a FIFO as doorbell.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,7 +9,7 @@ use crate::store::{self, files};
 use super::contract::{OUTCOME, Outcome};
 use super::pipes::DOORBELL;
 
-/// Leaves the outcome in the exec's directory, in one step, and rings.
+/// Writes the outcome to the exec's directory in one step, and rings the doorbell.
 ///
 /// # Errors
 /// The file can't be written.
@@ -18,12 +18,12 @@ pub fn write(dir: &Path, outcome: &Outcome) -> Result<(), store::Error> {
     let text = serde_json::to_vec(outcome)
         .map_err(|source| store::Error::Malformed { path: path.clone(), source })?;
     files::replace(&path, &path.with_extension("json.new"), &text)?;
-    // A daemon that is not running finds the file when it starts.
+    // Fails if the daemon does not run. The next daemon finds the file.
     let _ = OpenOptions::new().write(true).custom_flags(nix::libc::O_NONBLOCK).open(dir.join(DOORBELL));
     Ok(())
 }
 
-/// The outcome, once `launch` has left it.
+/// Reads the outcome, once `launch` has written it.
 ///
 /// # Errors
 /// The file can't be read.

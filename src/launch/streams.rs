@@ -1,4 +1,4 @@
-//! The standard streams of the process that is launched.
+//! The standard streams of the launched process.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::process::CommandExt;
@@ -22,7 +22,7 @@ enum Stream {
     File(File),
 }
 
-/// The three streams. They are opened once, so that a client that does not open its end is waited for once.
+/// The three streams. They are opened once, so that `launch` waits only once for a client that does not open its end.
 pub(super) struct Streams([Stream; 3]);
 
 impl Streams {
@@ -33,7 +33,7 @@ impl Streams {
         }
         let stdin = match &wiring.stdin {
             Input::Null => Stream::Null,
-            // The daemon has the other end, so this does not wait.
+            // Does not wait, as the daemon has the other end open.
             Input::Fifo(path) => Stream::File(owned(process, fifo::open_blocking_reader(path)?)?),
         };
         let stdout = open_output(process, &wiring.stdout, wiring.stdout_pipe())?;
@@ -41,10 +41,10 @@ impl Streams {
         Ok(Self([stdin, stdout, stderr]))
     }
 
-    /// Gives the streams to a command of the OCI runtime, and an environment without what is for `launch`.
+    /// Sets the streams of a command of the OCI runtime, and removes the variables for `launch` from its environment.
     pub(super) fn equip(&self, command: &mut Command) -> Result<(), Error> {
         command.env_remove(SEALED_RUNTIME).env_remove(LAUNCH_CGROUP);
-        // runc would make a socket of its own for the container, and wait for it at every start.
+        // With these, runc would make its own notify socket for the container, and wait for it at every start.
         command.env_remove(NOTIFY_SOCKET).env_remove(WATCHDOG_USEC);
         let [stdin, stdout, stderr] = self.to_stdio()?;
         command.stdin(stdin).stdout(stdout).stderr(stderr);
@@ -70,16 +70,16 @@ fn open_output(process: &Process<'_>, output: &Output, own_pipe: Option<&str>) -
     let file = match (output, own_pipe) {
         (Output::Journal, _) => return Ok(Stream::Inherited),
         (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT)?,
-        // Read-write: while the daemon is down it still has a reader.
+        // Opened for both, so that it has a reader while the daemon is down.
         (Output::Copied(_) | Output::Logger, Some(name)) => fifo::open_both(&process.dir.join(name))?,
-        // Writable, unlike with containerd-shim-runc-v2: programs don't expect EBADF.
+        // Writable, unlike under containerd-shim-runc-v2: programs do not expect EBADF.
         (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(Stream::File(dev_null()?)),
     };
     Ok(Stream::File(owned(process, file)?))
 }
 
-/// Gives a stream to the user that the options name, or that the container's root is mapped to, so that a program in
-/// the container can open its own stream again.
+/// Changes the owner of a stream to the user that the options name, or that the container's root is mapped to, so that a
+/// program in the container can open its own stream again.
 fn owned(process: &Process<'_>, stream: File) -> Result<File, Error> {
     let (uid, gid) = process.task.runtime.io_owner;
     if (uid, gid) != (0, 0) {
