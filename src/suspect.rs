@@ -1,20 +1,19 @@
-//! What ends the daemon twice is not tried a third time.
+//! Suspects: requests and records that may crash the daemon. One that crashed it twice is not tried a third time.
 //!
-//! The daemon forgets nothing: a request that ended it is served again by the next one, and a record is
-//! recovered by each. If carrying it out crashes the daemon (a bug), it would do so for ever, and take all
-//! tasks of the node with it. So crashes are counted by what was being worked on.
+//! The next daemon serves a request again that a crash left unanswered, and recovers every record. If that crashes the
+//! daemon because of a bug, it would do so for ever, and no task of the node could be served. So the crashes of each
+//! suspect are counted.
 //!
-//! What counts is a crash of the thread that works on the suspect (`sys::crash`: the handler of SIGABRT,
-//! SIGSEGV and the like notes the suspect in a file), and nothing else. How often a request was merely
-//! unanswered when the daemon ended says nothing about it: an administrator may kill the daemon many times a
-//! second, and a Wait is unanswered for as long as its container runs. Hence neither SIGKILL nor any other
-//! signal from outside counts, nor does what was under way beside the crash.
+//! Only a crash of the thread that works on the suspect counts (`sys::crash`: the handler of SIGABRT, SIGSEGV and similar
+//! signals records the suspect in a file). That a request was unanswered when the daemon ended is no evidence: an
+//! administrator may kill the daemon many times a second, and a Wait is unanswered as long as its container runs. So
+//! SIGKILL and other signals from outside do not count, nor do other requests that were running during the crash.
 //!
-//! A suspect is set for as long as its future is polled ([`Suspect::watch`]) or its function runs
-//! ([`Suspect::run`]). Work that is spawned on its behalf takes it along ([`inherit`], [`inherit_fn`]).
+//! A suspect is set while its future is polled ([`Suspect::watch`]) or its function runs ([`Suspect::run`]). Spawned work
+//! inherits it ([`inherit`], [`inherit_fn`]).
 //!
-//! The file is on the tmpfs of the records, and goes with them at a reboot. Removing it gives everything
-//! another chance.
+//! The file is on the tmpfs of the records, so a reboot removes it. If an administrator removes it, everything is tried
+//! again.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -29,26 +28,26 @@ use std::task::{Context, Poll};
 use crate::id::TaskKey;
 use crate::sys::crash;
 
-/// After so many crashes it is not tried any more.
+/// The number of crashes after which a suspect is not tried any more.
 pub const LIMIT: usize = 2;
 
-/// So many crashes are remembered, the latest. The file has its full size from the beginning: it can be
-/// written when `/run` is full.
-const MOST: usize = 512;
+/// The number of crashes in the file, of which the oldest are overwritten. The file always has its full size, so that it
+/// can be written when `/run` is full.
+const MAX_CRASHES: usize = 512;
 
 /// Set in the numbers of records, so that they differ from those of requests.
 const RECORD: u64 = 1 << 63;
 
-/// Something that may end the daemon.
+/// A request or a record that may crash the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Suspect(u64);
 
 impl Suspect {
-    /// A request: its stream is part of it, so that the same call made by a client another time is another one.
+    /// A request. Its stream is part of its identity: the same call at another time is another suspect.
     pub fn request(stream: u32, service: &str, method: &str, payload: &[u8]) -> Self {
         let mut hasher = DefaultHasher::new();
         (stream, service, method, payload).hash(&mut hasher);
-        // Not zero, which is nobody.
+        // Zero stands for no suspect.
         Self(hasher.finish() & !RECORD | 1)
     }
 
@@ -59,31 +58,31 @@ impl Suspect {
         Self(hasher.finish() | RECORD)
     }
 
-    /// Runs something on its behalf.
+    /// Runs a function while this suspect is set.
     pub fn run<T>(self, work: impl FnOnce() -> T) -> T {
         let _scope = Scope::enter(self.0);
         work()
     }
 
-    /// Polls something on its behalf.
+    /// Makes a future that is polled while this suspect is set.
     pub fn watch<F>(self, work: F) -> Watched<F> {
         Watched { suspect: self.0, work: Box::pin(work) }
     }
 }
 
-/// On whose behalf this thread works now.
+/// The suspect that is set in this thread.
 #[cfg(test)]
 fn current() -> Option<Suspect> {
     let subject = crash::subject();
     (subject != 0).then_some(Suspect(subject))
 }
 
-/// Passes the present suspect on to a future that is about to be spawned.
+/// Passes the current suspect to a future that is about to be spawned.
 pub fn inherit<F>(work: F) -> Watched<F> {
     Watched { suspect: crash::subject(), work: Box::pin(work) }
 }
 
-/// Passes the present suspect on to a function that is about to run in another thread.
+/// Passes the current suspect to a function that is about to run in another thread.
 pub fn inherit_fn<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
     let subject = crash::subject();
     move || {
@@ -92,7 +91,7 @@ pub fn inherit_fn<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
     }
 }
 
-/// A future that is polled on behalf of a suspect.
+/// A future that is polled while a suspect is set.
 pub struct Watched<F> {
     suspect: u64,
     work: Pin<Box<F>>,
@@ -107,7 +106,7 @@ impl<F: Future> Future for Watched<F> {
     }
 }
 
-/// While this lives, its thread works for a suspect.
+/// Sets a suspect in this thread until it is dropped.
 struct Scope(u64);
 
 impl Scope {
@@ -132,12 +131,12 @@ pub struct Crashes {
 #[derive(Clone, Copy, Debug, Default)]
 struct Earlier {
     count: usize,
-    /// It is still there to be tried again.
+    /// The suspect was seen by this daemon.
     is_known: bool,
 }
 
 impl Crashes {
-    /// Reads what earlier daemons have noted, and has the crash of this one noted.
+    /// Reads the crashes of earlier daemons, and installs the handler that records the crash of this one.
     ///
     /// # Errors
     /// The file can't be opened, or the signals of a crash can't be handled.
@@ -153,7 +152,7 @@ impl Crashes {
     #[cfg(test)]
     pub fn note_for_tests(path: &Path, suspect: Suspect) {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
-        let at = crash::read(&file, MOST).unwrap().len() as u64 * crash::ENTRY;
+        let at = crash::read(&file, MAX_CRASHES).unwrap().len() as u64 * crash::ENTRY;
         file.write_all_at(&suspect.0.to_le_bytes(), at).unwrap();
     }
 
@@ -162,8 +161,8 @@ impl Crashes {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
         let mut earlier: HashMap<u64, Earlier> = HashMap::new();
-        let entries = crash::read(&file, MOST)?;
-        for entry in entries.into_iter().rev().take(MOST / 2) {
+        let entries = crash::read(&file, MAX_CRASHES)?;
+        for entry in entries.into_iter().rev().take(MAX_CRASHES / 2) {
             earlier.entry(entry).or_default().count += 1;
         }
         let crashes = Self { file: Some(file), earlier: Mutex::new(earlier) };
@@ -171,7 +170,7 @@ impl Crashes {
         Ok(crashes)
     }
 
-    /// How often a suspect has ended the daemon.
+    /// How often a suspect crashed the daemon.
     pub fn count(&self, suspect: Suspect) -> usize {
         let mut earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
         earlier.get_mut(&suspect.0).map_or(0, |found| {
@@ -180,23 +179,22 @@ impl Crashes {
         })
     }
 
-    /// It is not to be tried again.
+    /// True if the suspect must not be tried again.
     pub fn is_given_up(&self, suspect: Suspect) -> bool {
         self.count(suspect) >= LIMIT
     }
 
-    /// It gets another chance.
+    /// Removes the crashes of a suspect, so that it is tried again.
     pub fn forget(&self, suspect: Suspect) {
         self.retain(|number, _| number != suspect.0);
     }
 
-    /// Forgets requests that nobody has asked for since [`Self::open`]: they were answered, or their
-    /// connection is gone.
+    /// Removes the requests that were not seen since [`Self::open`]: they were answered, or their connection was closed.
     pub fn forget_answered(&self) {
         self.retain(|number, found| number & RECORD != 0 || found.is_known);
     }
 
-    /// Forgets all records: this daemon has recovered them, and has not crashed.
+    /// Removes all records: this daemon has recovered them without a crash.
     pub fn forget_records(&self) {
         self.retain(|number, _| number & RECORD == 0);
     }
@@ -207,7 +205,7 @@ impl Crashes {
             .unwrap_or_else(PoisonError::into_inner)
             .retain(|number, found| keep(*number, found));
         if let Err(error) = self.write() {
-            tracing::warn!(%error, "the notes on earlier crashes can't be written: {error}");
+            tracing::warn!(%error, "can't update the file of earlier crashes: {error}");
         }
     }
 
@@ -224,7 +222,7 @@ impl Crashes {
         let earlier = self.earlier.lock().unwrap_or_else(PoisonError::into_inner);
         let entries = earlier.iter().flat_map(|(number, found)| std::iter::repeat_n(*number, found.count));
         let mut bytes: Vec<u8> = entries.flat_map(u64::to_le_bytes).collect();
-        bytes.resize(MOST * crash::ENTRY as usize, 0);
+        bytes.resize(MAX_CRASHES * crash::ENTRY as usize, 0);
         file.write_all_at(&bytes, 0)?;
         crash::continue_at(end);
         Ok(())
@@ -237,7 +235,7 @@ mod tests {
     use std::path::PathBuf;
     use tempfile::TempDir;
 
-    /// A directory with the file in which crashes are noted.
+    /// A directory with the file of crashes.
     struct Scratch(TempDir);
 
     impl Scratch {
@@ -303,7 +301,7 @@ mod tests {
         let scratch = Scratch::new();
         std::fs::write(scratch.file(), vec![7; 1 << 20]).unwrap();
         let crashes = Crashes::read(&scratch.file()).unwrap();
-        assert_eq!(crashes.end(), MOST as u64 / 2 * crash::ENTRY);
+        assert_eq!(crashes.end(), MAX_CRASHES as u64 / 2 * crash::ENTRY);
     }
 
     #[tokio::test]

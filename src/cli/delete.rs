@@ -1,8 +1,7 @@
-//! `delete`: takes away whatever a task left, with or without the daemon, within containerd's 5 s.
+//! `delete`: removes what is left of a task, with or without the daemon, within containerd's limit of 5 s.
 //!
-//! containerd calls it after every Delete as well (then there is nothing left to do), and when the
-//! connection of a task has ended: it has given the task up, and publishes the exit that is printed
-//! here.
+//! containerd calls it after every Delete, when nothing is left to do, and when the connection of a task has ended: then
+//! containerd has given up the task, and publishes the exit that is printed here.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +21,7 @@ use crate::{cgroup, config, unit};
 use super::arguments::Global;
 use super::{Failure, block_on, key_of, print, say};
 
-/// Killed: what a task that was given up ends with.
+/// The exit status of a task that containerd has given up: killed by SIGKILL.
 const KILLED: u32 = 128 + 9;
 
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
@@ -45,14 +44,14 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     print(&response)
 }
 
-/// The name under which this containerd's task is recorded, if it is. Earlier versions recorded the tasks of
-/// every containerd as those of the usual one; another containerd's task is not touched.
+/// The key of this containerd's task in the record, if it has one. Earlier versions recorded the tasks of every containerd
+/// as tasks of the usual one. The task of another containerd is not touched.
 fn recorded_as(store: &Store, key: &TaskKey) -> Option<TaskKey> {
     let is_own = |task: &Task| bundle::owner(&task.request.bundle, &key.namespace, &key.id) == key.owner;
     [key.clone(), key.of(Owner::default())].into_iter().filter(|found| store.knows(found)).find(|found| {
         match store.load(found) {
             Ok(Some(found)) => is_own(&found.task),
-            // What can't be told is left to the daemon, or there is no task yet.
+            // If the record can't be read, the daemon decides. Otherwise there is no task.
             Ok(None) | Err(_) => found == key,
         }
     })
@@ -63,15 +62,15 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
         block_on(async { tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(named)).await })?;
     let reason = match asked {
         Ok(Ok(response)) => return response.write_to_bytes().map(Some).map_err(Failure::new),
-        // The daemon knows best: it is gone, or its record can't be read and is left for a person.
+        // The task does not exist, or its record can't be read and is left for the administrator.
         Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::NOT_FOUND => return Ok(None),
         Err(_) => {
-            // The daemon continues with it; doing the same at the same time would only disturb.
+            // The daemon continues. Doing the same work here would only interfere.
             say(&format!("task {key}: the daemon is still cleaning up"));
             return Ok(None);
         }
         Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::FAILED_PRECONDITION => {
-            // Nothing of it runs, and the daemon keeps what it needs to try again: the bundle may go.
+            // No process is left, and the daemon can try again without the bundle: containerd may remove it.
             say(&format!("task {key}: {}", status.message()));
             return Ok(None);
         }
@@ -91,8 +90,8 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
     convert::delete(pid, Some(exit)).write_to_bytes().map(Some).map_err(Failure::new)
 }
 
-/// The daemon's own steps, but that a unit's end is not waited for: that takes a listener. What is left over is
-/// said, and the record stays for the daemon to try again.
+/// The same steps as in the daemon, but without waiting for the end of units, which would need a subscription. If a step
+/// fails, the error is printed, and the record is kept so that the daemon can try again.
 fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let mut troubles = Troubles::default();
     if let Some(cgroup) = task.cgroup() {
@@ -113,7 +112,7 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     store.remove(&task.key).map_err(Failure::new)
 }
 
-/// A rootfs in the host's mount namespace keeps containerd from removing the bundle.
+/// Unmounts a rootfs in the host's mount namespace, without which containerd can't remove the bundle.
 fn unmount(bundle: &Path) {
     if let Err(error) = mount::unmount_all(&bundle.join("rootfs")) {
         say(&error.to_string());

@@ -1,5 +1,5 @@
-//! `serve`: the daemon. Wires the parts and keeps the order: listen to systemd, recover, publish,
-//! serve, say so.
+//! `serve`: the daemon. Connects its parts in this order: receive systemd's signals, recover, publish events, serve calls,
+//! notify systemd.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -41,23 +41,23 @@ use crate::{config, sys, telemetry};
 
 use super::Failure;
 
-/// D-Bus signals, requests and pumps are short work: two threads are plenty for a node.
+/// The number of threads for D-Bus signals, requests and pumps, which all do short work.
 const WORKERS: usize = 2;
-/// Threads for blocking work go away after this, and their stacks with them. One is always there: each sign of
-/// life uses one, so that blocking work goes on, if slowly, where the system allows no new thread.
+/// Idle threads for blocking work end after this time, which frees their stacks. At least one always exists, as each
+/// watchdog message uses one: if the system allows no new thread, blocking work continues, although slowly.
 const IDLE_THREAD: Duration = Duration::from_secs(12);
 const MAX_BLOCKING_THREADS: usize = 64;
-/// What recovery has begun is done after this time: a crash that comes later is not the fault of a record.
+/// After this time, everything that recovery began is done. A later crash is not attributed to a record.
 const RECOVERED: Duration = Duration::from_secs(60);
 
 pub(super) fn run() -> Result<(), Failure> {
     telemetry::init();
-    // A drop-in for all services may have given the daemon a mount namespace of its own, with read-only
-    // directories. It mounts and unmounts for containers, and writes below /run.
+    // A drop-in for all services can give the daemon its own mount namespace with read-only directories. But the daemon
+    // mounts and unmounts for containers, and writes below /run.
     if let Err(error) = namespaces::enter_mounts_of_init() {
         tracing::warn!(%error, "can't enter the host's mount namespace, the daemon stays in its own: {error}");
     }
-    // Before any thread: it takes the descriptors out of the environment.
+    // Before any thread starts, as this changes the environment.
     let passed = take_passed()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
@@ -68,21 +68,20 @@ pub(super) fn run() -> Result<(), Failure> {
         .build()
         .map_err(|error| Failure(format!("can't set up the async runtime: {error}")))?;
     let served = runtime.block_on(serve(passed));
-    // Whatever is under way ends as with SIGKILL. In particular nothing is taken away that the next
-    // daemon goes on with, as dropping it would.
+    // Skips destructors, as with SIGKILL: they would remove descriptors and sockets that the next daemon needs.
     std::mem::forget(runtime);
     served
 }
 
 /// What systemd passes to the daemon.
 struct Passed {
-    /// The sockets to listen at.
+    /// The sockets to listen on.
     sockets: Vec<OwnedFd>,
     /// The contents of the descriptor store, by name.
     stored: Vec<(String, OwnedFd)>,
 }
 
-/// True if systemd has anything for the daemon. Without, it was started by hand, or without its socket.
+/// True if systemd passed descriptors. Otherwise the daemon was started by hand, or without its socket.
 pub(super) fn has_work() -> bool {
     std::env::var_os("LISTEN_FDS").is_some()
 }
@@ -93,13 +92,13 @@ fn take_passed() -> Result<Passed, Failure> {
     let (sockets, stored): (Vec<_>, Vec<_>) =
         fds.into_iter().partition(|(found, _)| found == name::DAEMON_SOCKET);
     if sockets.is_empty() {
-        // Somebody has started the service without its socket: those who are connected are served.
+        // The service was started without its socket. Kept connections are served.
         tracing::warn!("no socket to listen on: {} is not active", name::DAEMON_SOCKET);
     }
     Ok(Passed { sockets: sockets.into_iter().map(|(_, fd)| fd).collect(), stored })
 }
 
-/// Leaves somebody behind who starts the daemon at the next call.
+/// Starts a unit that starts the daemon at the next call.
 struct Waking {
     manager: Arc<Manager>,
     connections: Arc<Connections>,
@@ -107,7 +106,7 @@ struct Waking {
 }
 
 impl Waking {
-    /// Only where the daemon is stopped by hand: after a restart the next one is there itself.
+    /// Starts the unit if the daemon is being stopped. After a restart, the next daemon itself waits for calls.
     async fn leave(&self) -> Result<(), String> {
         let job = self.manager.job_type(&name::daemon_service()).await;
         if job.map_err(|error| error.to_string())?.as_deref() != Some("stop") {
@@ -120,14 +119,14 @@ impl Waking {
         started.map_err(|error| error.to_string())
     }
 
-    /// The daemon is there: nobody has to be woken.
+    /// Stops the unit of an earlier daemon.
     async fn dismiss(manager: &Manager) -> Result<(), Failure> {
         manager.stop_without_waiting(&name::wake_service()).await.map_err(Failure::new)
     }
 }
 
-/// What the daemon does beside serving calls, for as long as it lives. Whatever of it ends takes the daemon along,
-/// and systemd starts the next one: without it tasks would be served as if nothing ever happened to them.
+/// The permanent work of the daemon besides serving calls. If one of them ends, the daemon ends, and systemd restarts it:
+/// without that work, the daemon would miss what happens to tasks.
 #[derive(Default)]
 struct Workers(JoinSet<&'static str>);
 
@@ -139,7 +138,7 @@ impl Workers {
         });
     }
 
-    /// Resolves when one has ended.
+    /// Waits until one has ended.
     async fn ended(&mut self) -> Failure {
         match self.0.join_next().await {
             Some(Ok(name)) => Failure(format!("{name} ended, so the daemon ends and systemd restarts it")),
@@ -153,7 +152,7 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        // They end with the process, as with SIGKILL.
+        // They end with the process.
         self.0.detach_all();
     }
 }
@@ -177,7 +176,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let fd_store = Arc::new(fd_store);
     let mut workers = Workers::default();
     let alive = fd_store.clone();
-    workers.spawn("the sign of life", async move { alive.notifier().keep_alive().await });
+    workers.spawn("sending watchdog messages", async move { alive.notifier().keep_alive().await });
 
     let crashes = Crashes::open(Path::new(config::CRASHES)).unwrap_or_else(|error| {
         tracing::error!(%error, "can't record crashes, so a request that crashes the daemon is tried again without limit: {error}");
@@ -191,7 +190,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let observations = Arc::<Observations>::default();
     let (listening, first) = oneshot::channel();
     let listener = watch::run(manager.clone(), observations.clone(), listening);
-    workers.spawn("listening to systemd", listener);
+    workers.spawn("receiving systemd's signals", listener);
     first.await.map_err(|_| Failure::new("systemd's signals can't be received"))?;
 
     let systemd = manager.systemd().await.map_err(Failure::new)?;
@@ -212,10 +211,10 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     shim.recover(&crashes).await.map_err(Failure::new)?;
     fault::point(Point::RecoverTasks);
     workers.spawn("publishing events", events::publish(shim.clone(), outgoing));
-    workers.spawn("writing what could not be written", shim.clone().write_pending());
+    workers.spawn("retrying failed writes of records", shim.clone().write_pending());
     workers.spawn("removing what failed creates left", shim.clone().remove_leftovers());
     let idle = shim.clone();
-    workers.spawn("giving up unused memory", async move { idle.launcher.forget_idle().await });
+    workers.spawn("dropping unused copies of OCI runtimes", async move { idle.launcher.forget_idle().await });
     let registered = shim.clone();
     let is_used = move |slice: &UnitName| registered.tasks.uses_slice(slice);
     workers.spawn("removing unused slices", slices::run(slices_of, shim.tasks.removed.clone(), is_used));
@@ -226,7 +225,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     workers.spawn("forgetting crashes of records", async move {
         tokio::time::sleep(RECOVERED).await;
         crashes.forget_records();
-        // The daemon keeps the file open: its descriptors are the same at any time.
+        // The file stays open: the daemon has the same number of descriptors at any time.
         std::future::pending::<()>().await;
         drop(crashes);
     });
@@ -252,15 +251,15 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         version,
         systemd,
         tasks,
-        "version {version} on systemd {systemd} serves, {tasks} tasks found"
+        "serving: version {version} on systemd {systemd}, {tasks} tasks recovered"
     );
-    fd_store.notifier().ready(&format!("serving, {tasks} tasks found"));
+    fd_store.notifier().ready(&format!("serving, {tasks} tasks recovered"));
 
     tokio::select! {
         _ = terminate.recv() => {}
         failure = workers.ended() => return Err(failure),
     }
-    // What is under way stays as it is, and the next daemon goes on with it: there is but one way to end.
+    // Running work is left as it is, and the next daemon continues it, as after a crash.
     fd_store.notifier().stopping();
     tracing::info!("stopping");
     launch::cgroup::sweep();
@@ -275,7 +274,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The connections of one socket: those of earlier daemons, and those that come.
+/// The connections of one socket: those of earlier daemons, and new ones.
 fn listen(
     connections: Arc<Connections>,
     earlier: Vec<Durable>,
@@ -284,10 +283,10 @@ fn listen(
     if fault::is_forgetful() {
         return Listener::try_from(listener);
     }
-    // What an earlier daemon has not sent goes first.
+    // Unsent responses of earlier daemons are sent first.
     let earlier = stream::iter(earlier).map(Durable::flushed).buffer_unordered(usize::MAX);
     Ok(Listener::new(stream::select(earlier, connections.accept(listener)?)))
 }
 
-/// How long systemd may take for what is left to be done at the end.
+/// The time limit for the calls to systemd at the end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);

@@ -1,7 +1,7 @@
-//! `start`: tells containerd where the daemon listens, and brings it up if it does not.
+//! `start`: prints the daemon's address for containerd, and starts the daemon's units if nobody listens there.
 //!
-//! The usual case makes no use of D-Bus or of an async runtime: the daemon's socket answers, the
-//! bundle gets two small files, and the answer is printed.
+//! Usually this needs neither D-Bus nor an async runtime: the daemon's socket accepts a connection, two small files are
+//! written to the bundle, and the address is printed.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, Permissions};
@@ -65,8 +65,8 @@ impl Caller {
         }
     }
 
-    /// The socket for it: one of its own for those who may not name the namespace, and for a containerd
-    /// beside the usual one.
+    /// The socket for this caller: a leased one for a version that may not send the namespace, and for a containerd other than
+    /// the usual one.
     fn socket(&self, key: &TaskKey) -> Result<Socket, Failure> {
         let TaskKey { owner, namespace, .. } = key;
         let namespace = match self {
@@ -79,7 +79,7 @@ impl Caller {
         Ok(claimed.unwrap_or(Socket::Any))
     }
 
-    /// 1.6 takes a bare address only, 1.7 refuses a version above 2, and 2.0 to 2.2 look like 1.7.
+    /// 1.6 only accepts a bare address, 1.7 refuses a version above 2, and 2.0 to 2.2 can't be distinguished from 1.7.
     fn answer(&self, address: String) -> Result<Vec<u8>, Failure> {
         match self {
             Self::Bootstrap(_) => {
@@ -106,7 +106,7 @@ pub fn is_bootstrap(namespace: &str, id: &str, input: Vec<u8>) -> bool {
     matches!(Caller::from(&global, input), Caller::Bootstrap(_))
 }
 
-/// What the daemon has to know of the calling containerd.
+/// What the daemon must know about the calling containerd.
 fn containerd(global: &Global, caller: &Caller) -> Containerd {
     let variable = |name: &str| std::env::var(name).unwrap_or_default();
     let (mut ttrpc_address, mut grpc_address) = (variable("TTRPC_ADDRESS"), variable("GRPC_ADDRESS"));
@@ -154,13 +154,13 @@ fn check_host() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Connecting is enough: systemd holds the socket and starts the daemon behind it.
+/// True if a connection to the socket succeeds: systemd holds the socket, and starts the daemon.
 fn listens() -> bool {
     UnixStream::connect(config::SOCKET).is_ok()
 }
 
-/// Brings the daemon's units up if its socket does not answer. Of many callers one does it, and the
-/// others wait for that one.
+/// Starts the daemon's units if its socket does not accept connections. One of several callers does it, and the others
+/// wait.
 pub(super) fn bring_up() -> Result<(), Failure> {
     if listens() {
         return Ok(());
@@ -180,19 +180,19 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     }
 }
 
-/// The lock of whoever brings the units up. Nothing if it can't be had in time: two that bring them up at once
-/// do no harm, and one that waits for ever starts no container.
+/// Takes the lock for starting the units. `None` after a time limit: two processes that start them at the same time do no
+/// harm, but one that waits for ever starts no container.
 fn lock() -> Result<Option<Flock<File>>, Failure> {
     let failed =
         |error: &dyn std::fmt::Display| Failure(format!("can't lock {}: {error}", config::START_LOCK));
     let mut options = OpenOptions::new();
     let file = options.write(true).create(true).truncate(false).mode(PRIVATE).open(config::START_LOCK);
     let file = file.map_err(|error| failed(&error))?;
-    // An earlier version has made it readable: whoever can open it can lock it.
+    // An earlier version made the file readable, and every user that can open it can lock it.
     file.set_permissions(Permissions::from_mode(PRIVATE)).map_err(|error| failed(&error))?;
     let (done, locked) = mpsc::channel();
     let wait = move || {
-        // Nobody listens any more if it took too long.
+        // Fails after the time limit.
         let _ = done.send(Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno));
     };
     std::thread::Builder::new().spawn(wait).map_err(|error| failed(&error))?;
@@ -217,7 +217,7 @@ async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
         match manager.start(&socket).await {
             Err(unit::error::Error::NotLoaded { .. }) => {}
             Err(unit::error::Error::Job { .. }) => {
-                // systemd starts no socket whose service runs: somebody has stopped the socket alone.
+                // systemd starts no socket while its service runs, which happens if only the socket was stopped.
                 manager.stop(&service).await?;
                 return manager.start(&socket).await;
             }
@@ -228,7 +228,7 @@ async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
         let aux = Some((&service, &daemon));
         let listening = properties::daemon_socket(Socket::all().map(Socket::path));
         match manager.start_transient_with(&socket, &listening, aux).await {
-            // The service is there already: it was stopped, and units that refer to it keep it loaded.
+            // The service is loaded: it was stopped, but other units reference it.
             Err(unit::error::Error::Exists { .. }) => manager.start_transient(&socket, &listening).await,
             started => started,
         }

@@ -1,7 +1,7 @@
 //! `wake`: waits for a call while the daemon is stopped, and starts it.
 //!
-//! systemd watches the daemon's sockets, but not the connections that it keeps for it: containerd's next
-//! call on one of them would wait for ever.
+//! systemd watches the daemon's listening sockets, but not the kept connections: containerd's next call on one of them would
+//! wait for ever.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
@@ -16,6 +16,6 @@ pub(super) fn run() -> Result<(), Failure> {
             return Err(Failure(format!("can't wait for a call: {errno}")));
         }
     }
-    // Its socket may have been stopped as well. Connecting to it starts the daemon.
+    // The daemon's socket may be stopped, too. A connection to it starts the daemon.
     start::bring_up()
 }
