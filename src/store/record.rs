@@ -1,8 +1,9 @@
 //! The files of a task's record.
 //!
 //! `record.json` has everything except the execs. Each exec has its own `execs/<exec>/record.json`, so that the cost of a
-//! change does not depend on the number of execs. A change of both is written in this order: an exec's file may be older
-//! than the task's outbox, in which case recovery observes the exec's state once more, but never newer.
+//! change does not depend on the number of execs. A change of both is written to the exec's file first, together with the
+//! events that the change adds to the outbox. If the daemon ends before it has written `record.json`, the next daemon takes
+//! the events from the exec's file: each event is in the outbox once, and in order.
 //!
 //! If `record.json` contains execs, the files of execs are ignored: the record has version 1, which had no such files, or
 //! a write of the whole record was interrupted.
@@ -17,6 +18,7 @@ use crate::id::{ExecId, TaskKey};
 use crate::path_error::io_error;
 use crate::task::Task;
 use crate::task::exec::Exec;
+use crate::task::outbox::Owed;
 
 use super::files::{self, MAX_BYTES, entries, make_dir, replace, replace_by_turns};
 use super::{EXECS, Error, Store};
@@ -41,6 +43,9 @@ struct Writing<'a> {
 struct WritingExec<'a> {
     version: u32,
     exec: &'a Exec,
+    /// The events of the change that wrote the file.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    owed: Vec<&'a Owed>,
 }
 
 #[derive(Deserialize)]
@@ -56,6 +61,8 @@ struct Reading {
 #[derive(Deserialize)]
 struct ReadingExec {
     exec: Exec,
+    #[serde(default)]
+    owed: Vec<Owed>,
 }
 
 /// Why a record is written.
@@ -91,14 +98,16 @@ impl Store {
     /// # Errors
     /// [`Error::Io`], [`Error::TooLarge`]. A part of the change may be written then.
     pub fn save(&self, before: &Task, task: &Task, cause: Cause) -> Result<(), Error> {
+        for (id, exec) in &task.execs {
+            if before.execs.get(id).is_none_or(|old| !Arc::ptr_eq(old, exec) && old != exec) {
+                let new = task.outbox.since(&before.outbox);
+                let owed = new.filter(|owed| owed.event.exec() == Some(id)).collect();
+                self.write_exec(&task.key, id, &WritingExec { version: VERSION, exec, owed }, cause)?;
+            }
+        }
         let without_execs = Task { execs: before.execs.clone(), ..task.clone() };
         if without_execs != *before {
             self.write_task(&Task { execs: BTreeMap::new(), ..without_execs }, cause)?;
-        }
-        for (id, exec) in &task.execs {
-            if before.execs.get(id).is_none_or(|old| !Arc::ptr_eq(old, exec) && old != exec) {
-                self.write_exec(&task.key, id, exec, cause)?;
-            }
         }
         let removed = before.execs.keys().filter(|id| !task.execs.contains_key(id));
         removed.into_iter().try_for_each(|id| self.remove_exec_dir(&task.key, id))
@@ -115,7 +124,8 @@ impl Store {
             for (id, exec) in &task.execs {
                 let dir = self.exec_dir(&task.key, id);
                 make_dir(&dir).map_err(io_error("create", &dir))?;
-                self.write_exec(&task.key, id, exec, Cause::Observation)?;
+                let whole = WritingExec { version: VERSION, exec, owed: Vec::new() };
+                self.write_exec(&task.key, id, &whole, Cause::Observation)?;
             }
         }
         for word in entries(&self.dir(&task.key).join(EXECS))? {
@@ -139,17 +149,22 @@ impl Store {
             return Ok(None);
         };
         if found.is_current {
+            let mut events = Vec::new();
             for word in entries(&self.dir(key).join(EXECS))? {
                 let Ok(id) = ExecId::new(&word) else {
                     continue;
                 };
                 match self.load_exec(key, &id) {
-                    Ok(Some(exec)) => drop(found.task.execs.insert(id, exec)),
+                    Ok(Some(ReadingExec { exec, owed })) => {
+                        found.task.execs.insert(id, Arc::new(exec));
+                        events.extend(owed);
+                    }
                     // The daemon ended before it recorded the exec.
                     Ok(None) => {}
                     Err(error) => tracing::error!(%error, "can't recover an exec of task {key}: {error}"),
                 }
             }
+            found.is_current = !found.task.catch_up(events);
         }
         Ok(Some(found))
     }
@@ -163,9 +178,9 @@ impl Store {
             return Ok(None);
         };
         if let Some(id) = exec.filter(|_| found.is_current)
-            && let Some(exec) = self.load_exec(key, id)?
+            && let Some(ReadingExec { exec, .. }) = self.load_exec(key, id)?
         {
-            found.task.execs.insert(id.clone(), exec);
+            found.task.execs.insert(id.clone(), Arc::new(exec));
         }
         Ok(Some(found.task))
     }
@@ -174,13 +189,12 @@ impl Store {
         read_task(&self.dir(key).join(RECORD))
     }
 
-    fn load_exec(&self, key: &TaskKey, id: &ExecId) -> Result<Option<Arc<Exec>>, Error> {
+    fn load_exec(&self, key: &TaskKey, id: &ExecId) -> Result<Option<ReadingExec>, Error> {
         let path = self.exec_dir(key, id).join(RECORD);
         let Some((text, _)) = read_versioned(&path)? else {
             return Ok(None);
         };
-        let ReadingExec { exec } = parse(&path, &text)?;
-        Ok(Some(Arc::new(exec)))
+        parse(&path, &text).map(Some)
     }
 
     fn write_task(&self, task: &Task, cause: Cause) -> Result<(), Error> {
@@ -189,9 +203,15 @@ impl Store {
         replace_by_turns(&dir.join(RECORD), &dir.join(RECORD_NEW), text)
     }
 
-    fn write_exec(&self, key: &TaskKey, id: &ExecId, exec: &Exec, cause: Cause) -> Result<(), Error> {
+    fn write_exec(
+        &self,
+        key: &TaskKey,
+        id: &ExecId,
+        exec: &WritingExec<'_>,
+        cause: Cause,
+    ) -> Result<(), Error> {
         let dir = self.exec_dir(key, id);
-        let text = text(&dir.join(RECORD), &WritingExec { version: VERSION, exec }, cause)?;
+        let text = text(&dir.join(RECORD), exec, cause)?;
         replace_by_turns(&dir.join(RECORD), &dir.join(RECORD_NEW), text)
     }
 }

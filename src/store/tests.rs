@@ -4,7 +4,7 @@ use crate::task::Placement;
 use crate::task::exec::{Exec, ExecPhase};
 use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::{Container, Event, Phase};
+use crate::task::phase::{Container, Event, Exit, Phase, Seen};
 use crate::task::process::Process;
 use std::sync::Arc;
 
@@ -160,6 +160,41 @@ fn a_whole_record_counts_until_it_is_in_its_parts() {
     let found = store.load(&a.key).unwrap().unwrap();
     assert!(!found.is_current);
     assert_eq!(found.task, later);
+}
+
+#[test]
+fn a_change_of_an_exec_that_was_cut_off_is_completed_once_and_in_order() {
+    let (_scratch, store) = scratch();
+    let mut a = task("a");
+    store.create(&a, b"").unwrap();
+    a.apply(None, created(), 1).unwrap();
+    a = with_exec(&store, &a, "one");
+    let id = ExecId::new("one").unwrap();
+    let exit = Exit { status: 3, at_usec: 9 };
+    let ended = Event::Exited(Seen { pid: None, exit });
+    let changes = [
+        (None, Event::StartBegun),
+        (None, Event::Started { pid: 7 }),
+        (Some(&id), Event::StartBegun),
+        (Some(&id), Event::Started { pid: 8 }),
+        (None, ended.clone()),
+        // With it the end of init is told as well.
+        (Some(&id), ended),
+    ];
+    let record = store.dir(&a.key).join(RECORD);
+    for (process, event) in changes {
+        let (before, old) = (a.clone(), fs::read(&record).unwrap());
+        a.apply(process, event, 9).unwrap();
+        store.save(&before, &a, Cause::Observation).unwrap();
+        if process.is_some() {
+            // The daemon ended before it wrote the task.
+            fs::write(&record, old).unwrap();
+            assert_eq!(store.load(&a.key).unwrap().unwrap().task, a);
+            store.save_whole(&a).unwrap();
+        }
+        assert_eq!(load(&store), a);
+    }
+    assert!(a.init.exit().is_some());
 }
 
 #[test]

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{ExecId, TaskKey, UnitName};
 
 use exec::Exec;
-use outbox::{Outbox, TaskEvent};
+use outbox::{Outbox, Owed, TaskEvent};
 use phase::{Announce, Event, Exit, Phase, Refusal};
 use process::{Lifecycle, Process};
 use record::Record;
@@ -171,11 +171,29 @@ impl Task {
     ) -> Result<Vec<Ended>, Refusal> {
         let mut ended = Vec::new();
         self.step(exec, event, now_usec, &mut ended)?;
-        // The exit of the init process is published once no exec runs.
-        if !self.execs.values().any(|exec| exec.phase.is_live()) {
-            self.step(None, Event::ExecsGone, now_usec, &mut ended)?;
-        }
+        self.settle(now_usec, &mut ended)?;
         Ok(ended)
+    }
+
+    /// containerd is told of the end of init once no exec is live.
+    fn settle(&mut self, now_usec: u64, ended: &mut Vec<Ended>) -> Result<(), Refusal> {
+        if self.execs.values().any(|exec| exec.phase.is_live()) {
+            return Ok(());
+        }
+        self.step(None, Event::ExecsGone, now_usec, ended)
+    }
+
+    /// Completes a change that a daemon has recorded for an exec, but not for the task: adds its `events`, and what follows
+    /// from it for the init process. Returns whether there was anything to add.
+    pub fn catch_up(&mut self, events: Vec<Owed>) -> bool {
+        let is_behind = self.outbox.catch_up(events);
+        let Phase::Ending { exit, .. } = self.init.phase else {
+            return is_behind;
+        };
+        let mut ended = Vec::new();
+        // The end of the execs is never refused.
+        let _ = self.settle(exit.at_usec, &mut ended);
+        is_behind || !ended.is_empty()
     }
 
     fn step(

@@ -66,6 +66,22 @@ pub enum TaskEvent {
 }
 
 impl TaskEvent {
+    /// The exec that it is about.
+    pub fn exec(&self) -> Option<&ExecId> {
+        match self {
+            Self::ExecAdded { exec } | Self::ExecStarted { exec, .. } | Self::ExecExited { exec, .. } => {
+                Some(exec)
+            }
+            Self::Created { .. }
+            | Self::Started { .. }
+            | Self::Paused
+            | Self::Resumed
+            | Self::OutOfMemory
+            | Self::Exited { .. }
+            | Self::Deleted { .. } => None,
+        }
+    }
+
     fn is_of_freezer(&self) -> bool {
         matches!(self, Self::Paused | Self::Resumed)
     }
@@ -117,6 +133,25 @@ impl Outbox {
         }
         self.owed.push_back(Owed { seq: self.next, at_usec, event });
         self.next += 1;
+    }
+
+    /// The events that were added since it was as `before`.
+    pub fn since(&self, before: &Self) -> impl Iterator<Item = &Owed> {
+        let next = before.next;
+        self.owed.iter().filter(move |owed| owed.seq >= next)
+    }
+
+    /// Adds those of the events that it never had, by their numbers. Returns whether there are any.
+    pub fn catch_up(&mut self, mut events: Vec<Owed>) -> bool {
+        events.retain(|owed| owed.seq >= self.next && owed.seq < u64::MAX / 2);
+        events.sort_by_key(|owed| owed.seq);
+        events.dedup_by_key(|owed| owed.seq);
+        if let Some(last) = events.last() {
+            self.next = last.seq + 1;
+        }
+        let has_new = !events.is_empty();
+        self.owed.extend(events);
+        has_new
     }
 
     /// Repairs an outbox that was read from a record: drops events above the limits of [`Self::push`], which earlier versions

@@ -53,8 +53,8 @@ impl Drop for Small {
 struct Unwritable(PathBuf);
 
 impl Unwritable {
-    fn of(container: &Container) -> Unwritable {
-        let new = Path::new(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json.new");
+    fn of(directory: &Path) -> Unwritable {
+        let new = directory.join("record.json.new");
         // What is written goes to a file of this name first.
         let _ = fs::remove_file(&new);
         fs::create_dir(&new).expect("put something in the way of a record");
@@ -68,11 +68,15 @@ impl Drop for Unwritable {
     }
 }
 
+/// The directories with the records of a container and of its only exec.
+fn directories(container: &Container, exec: &Exec) -> [PathBuf; 2] {
+    let directory = Path::new(STATE_DIRECTORY).join(NAMESPACE).join(&container.id);
+    [directory.clone(), directory.join("execs").join(&exec.exec)]
+}
+
 /// The records of a container and of its only exec.
 fn record(container: &Container, exec: &Exec) -> String {
-    let directory = Path::new(STATE_DIRECTORY).join(NAMESPACE).join(&container.id);
-    let files = [directory.clone(), directory.join("execs").join(&exec.exec)];
-    files.map(|directory| fs::read_to_string(directory.join("record.json")).expect("read a record")).concat()
+    directories(container, exec).map(|directory| fs::read_to_string(directory.join("record.json")).expect("read a record")).concat()
 }
 
 #[test]
@@ -106,7 +110,7 @@ fn an_exit_that_cant_be_recorded_is_told_at_once_and_recorded_later() {
     let node = Node::exclusive();
     let container = node.container("unwritable", Spec::sleeping()).started(&Io::default());
     let exec = container.exec(Spec::sleeping()).started(&Io::default());
-    let hindrance = Unwritable::of(&container);
+    let hindrance = directories(&container, &exec).map(|directory| Unwritable::of(&directory));
     exec.kill(SIGKILL).expect("kill the exec");
     assert_eq!(exec.exit_status(), 137);
     container.pause().expect("pause what can't be recorded as paused");
