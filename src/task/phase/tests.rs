@@ -1,0 +1,212 @@
+use super::*;
+
+const EXIT: Exit = Exit { status: 7, at_usec: 5 };
+const LATER: Exit = Exit { status: 0, at_usec: 9 };
+const PID: u32 = 42;
+const PROGRAM: Option<Program> = Some((1, 2));
+const SEEN: Seen = Seen { pid: Some(PID), exit: EXIT };
+const SEEN_LATER: Seen = Seen { pid: None, exit: LATER };
+
+fn container() -> Container {
+    Container { pid: PID, cgroup: "/web".into(), limits: None, oom_kills: 2 }
+}
+
+fn created() -> Event {
+    Event::Created { container: container(), program: PROGRAM }
+}
+
+/// Each phase, with and without an exit that was noticed early.
+pub(in crate::task) fn phases() -> [Phase; 9] {
+    let (container, program) = (container(), PROGRAM);
+    [
+        Phase::Creating { exit: None },
+        Phase::Creating { exit: Some(SEEN) },
+        Phase::Created { container: container.clone(), program },
+        Phase::Starting { container: container.clone(), program, exit: None },
+        Phase::Starting { container: container.clone(), program, exit: Some(EXIT) },
+        Phase::Running { container: container.clone() },
+        Phase::Paused { container: container.clone() },
+        Phase::Ending { container: container.clone(), exit: EXIT },
+        Phase::Stopped { container, exit: EXIT },
+    ]
+}
+
+/// A phase in one word; one that has an early exit is in lower case.
+fn short(phase: &Phase) -> &'static str {
+    match phase {
+        Phase::Creating { exit: None } => "Creating",
+        Phase::Creating { exit: Some(_) } => "creating",
+        Phase::Created { .. } => "Created",
+        Phase::Starting { exit: None, .. } => "Starting",
+        Phase::Starting { exit: Some(_), .. } => "starting",
+        Phase::Running { .. } => "Running",
+        Phase::Paused { .. } => "Paused",
+        Phase::Ending { .. } => "Ending",
+        Phase::Stopped { .. } => "Stopped",
+    }
+}
+
+/// The phase after an event and the letters of what is announced; `-` for a refusal.
+fn outcome(phase: &Phase, event: Event) -> String {
+    let Ok(step) = transition(phase, event) else {
+        return "-".to_owned();
+    };
+    let letters = step.announce.iter().map(|announce| match announce {
+        Announce::Created { .. } => 'C',
+        Announce::Started { .. } => 'S',
+        Announce::Paused => 'P',
+        Announce::Resumed => 'R',
+        Announce::Exited { .. } => 'E',
+    });
+    let letters: String = letters.collect();
+    if letters.is_empty() { short(&step.next).to_owned() } else { format!("{}+{letters}", short(&step.next)) }
+}
+
+#[test]
+fn every_event_in_every_phase_does_what_the_table_says() {
+    let events = [
+        created(),
+        Event::StartBegun,
+        Event::Started { pid: PID },
+        Event::StartFailed,
+        Event::Frozen,
+        Event::Thawed,
+        Event::Exited(SEEN_LATER),
+        Event::ExecsGone,
+    ];
+    #[rustfmt::skip]
+    let table = [
+        // phase, Created, StartBegun, Started, StartFailed, Frozen, Thawed, Exited, ExecsGone
+        ("Creating", ["Created+C", "-", "-", "-", "Creating", "Creating", "creating", "Creating"]),
+        ("creating", ["Ending+C", "-", "-", "-", "creating", "creating", "creating", "creating"]),
+        ("Created", ["-", "Starting", "-", "-", "Created", "Created", "Ending", "Created"]),
+        ("Starting", ["-", "-", "Running+S", "Created", "Starting", "Starting", "starting", "Starting"]),
+        ("starting", ["-", "-", "Ending+S", "Ending", "starting", "starting", "starting", "starting"]),
+        ("Running", ["-", "-", "-", "-", "Paused+P", "Running", "Ending", "Running"]),
+        ("Paused", ["-", "-", "-", "-", "Paused", "Running+R", "Ending", "Paused"]),
+        ("Ending", ["-", "-", "-", "-", "Ending", "Ending", "Ending", "Stopped+E"]),
+        ("Stopped", ["-", "-", "-", "-", "Stopped", "Stopped", "Stopped", "Stopped"]),
+    ];
+    for (phase, (name, row)) in phases().iter().zip(table) {
+        assert_eq!(short(phase), name);
+        let outcomes = events.clone().map(|event| outcome(phase, event));
+        assert_eq!(outcomes, row, "{phase:?}");
+    }
+}
+
+#[test]
+fn the_first_end_stands_and_the_container_stays_the_same() {
+    for phase in phases() {
+        for event in
+            [Event::Exited(SEEN_LATER), Event::StartFailed, Event::Started { pid: PID }, Event::ExecsGone]
+        {
+            let Ok(step) = transition(&phase, event) else { continue };
+            if phase.container().is_some() {
+                assert_eq!(step.next.container(), phase.container());
+            }
+            if let Phase::Ending { exit, .. } | Phase::Stopped { exit, .. } = &phase {
+                assert!(
+                    matches!(&step.next, Phase::Ending { exit: same, .. } | Phase::Stopped { exit: same, .. } if same == exit)
+                );
+            }
+        }
+    }
+}
+
+fn run(events: &[Event]) -> (Phase, Vec<Announce>) {
+    let mut phase = Phase::Creating { exit: None };
+    let mut announce = Vec::new();
+    for event in events {
+        let step = transition(&phase, event.clone()).unwrap();
+        phase = step.next;
+        announce.extend(step.announce);
+    }
+    (phase, announce)
+}
+
+#[test]
+fn an_exit_is_announced_once_and_the_first_one_wins() {
+    let (phase, announce) = run(&[
+        created(),
+        Event::StartBegun,
+        Event::Started { pid: PID },
+        Event::Exited(SEEN),
+        Event::Exited(SEEN_LATER),
+        Event::ExecsGone,
+        Event::ExecsGone,
+    ]);
+    assert_eq!(phase.exit(), Some(EXIT));
+    let exits = announce.iter().filter(|e| matches!(e, Announce::Exited { .. })).count();
+    assert_eq!(exits, 1);
+}
+
+#[test]
+fn an_exit_inside_start_is_announced_after_the_start() {
+    let (phase, announce) = run(&[
+        created(),
+        Event::StartBegun,
+        Event::Exited(SEEN),
+        Event::Started { pid: PID },
+        Event::ExecsGone,
+    ]);
+    assert_eq!(phase, Phase::Stopped { container: container(), exit: EXIT });
+    assert_eq!(
+        announce,
+        [
+            Announce::Created { pid: PID },
+            Announce::Started { pid: PID },
+            Announce::Exited { pid: PID, exit: EXIT }
+        ]
+    );
+}
+
+#[test]
+fn an_exit_inside_create_is_announced_after_the_create() {
+    let (phase, announce) = run(&[Event::Exited(SEEN), created(), Event::ExecsGone]);
+    assert_eq!(phase, Phase::Stopped { container: container(), exit: EXIT });
+    assert_eq!(announce[0], Announce::Created { pid: PID });
+}
+
+#[test]
+fn the_end_of_another_process_is_not_this_ones() {
+    let other = || Event::Exited(Seen { pid: Some(PID + 1), exit: EXIT });
+    let (phase, _) =
+        run(&[other(), created(), other(), Event::StartBegun, other(), Event::Started { pid: PID }, other()]);
+    assert_eq!(phase, Phase::Running { container: container() });
+}
+
+#[test]
+fn a_freeze_is_told_once_and_only_of_what_runs() {
+    let (phase, announce) = run(&[
+        Event::Frozen,
+        created(),
+        Event::Frozen,
+        Event::Thawed,
+        Event::StartBegun,
+        Event::Started { pid: PID },
+        Event::Frozen,
+        Event::Frozen,
+        Event::Thawed,
+        Event::Thawed,
+        Event::Frozen,
+        Event::Exited(SEEN),
+        Event::Thawed,
+        Event::ExecsGone,
+    ]);
+    assert_eq!(phase, Phase::Stopped { container: container(), exit: EXIT });
+    let told = announce.iter().filter(|told| matches!(told, Announce::Paused | Announce::Resumed));
+    assert_eq!(told.collect::<Vec<_>>(), [&Announce::Paused, &Announce::Resumed, &Announce::Paused]);
+}
+
+#[test]
+fn a_failed_start_leaves_a_created_process() {
+    let (phase, _) = run(&[created(), Event::StartBegun, Event::StartFailed]);
+    assert_eq!(phase, Phase::Created { container: container(), program: PROGRAM });
+}
+
+#[test]
+fn a_second_start_is_refused_in_containerds_words() {
+    let refused = |phase: Phase| transition(&phase, Event::StartBegun).unwrap_err().to_string();
+    assert_eq!(refused(Phase::Running { container: container() }), "cannot start a running process");
+    assert_eq!(refused(Phase::Paused { container: container() }), "cannot start a paused process");
+}
