@@ -54,7 +54,7 @@ async fn serve(shim: Arc<Shim>, address: String, mut tasks: mpsc::UnboundedRecei
             },
             held = held_up.next(), if !held_up.is_empty() => held,
         };
-        shim.tasks.taken_up(&entry);
+        shim.tasks.begin_publishing(&entry);
         while let Some(outgoing) = shim.tasks.first_owed(&entry) {
             if !link.deliver(&outgoing).await {
                 held_up.add(entry, pause);

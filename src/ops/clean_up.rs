@@ -53,7 +53,7 @@ impl Shim {
         match self.kill_and_delete(entry).await {
             Ok(_) | Err(Error::UnknownTask { .. }) => {}
             Err(error) => {
-                tracing::error!(task = %entry.key, %error, "task {}: was given up and can't be removed: {error}", entry.key);
+                tracing::error!(task = %entry.key, %error, "task {}: containerd has given it up, but it can't be removed: {error}", entry.key);
             }
         }
     }

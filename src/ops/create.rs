@@ -18,7 +18,7 @@ use crate::oci::bundle::{self, Spec};
 use crate::oci::resources::Resources;
 use crate::oci::{face, options, runtime};
 use crate::services::process::{program_of, read_pid};
-use crate::services::registry::{Taken, Verb};
+use crate::services::registry::{Conflict, Verb};
 use crate::services::{Attempt, Entry, Error, Shim};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
@@ -98,7 +98,7 @@ impl Shim {
         match self.bring_up(&entry, &environment).await {
             Ok(pid) => Ok(pid),
             Err(error) => {
-                self.take_back(&entry).await;
+                self.roll_back_create(&entry).await;
                 Err(error)
             }
         }
@@ -209,8 +209,8 @@ impl Shim {
                     }
                     return Ok((entry, verb));
                 }
-                Err(Taken::Key) => return Err(Error::Exists { key }),
-                Err(Taken::Unit) => {}
+                Err(Conflict::Key) => return Err(Error::Exists { key }),
+                Err(Conflict::Unit) => {}
             }
         }
         Err(Error::NoUnitName { key })
@@ -226,7 +226,7 @@ impl Shim {
         self.listen_to_container(entry).await?;
         fault::point(Point::CreateOpened);
         self.start_unit(entry, &task, &dir, Begun::Now).await?;
-        self.take_over(entry, &task, &dir, opened).await
+        self.finish_create(entry, &task, &dir, opened).await
     }
 
     /// After a restart: finishes a Create that was cut off, or rolls it back. `claimed` fires once the descriptors of
@@ -247,21 +247,21 @@ impl Shim {
             let _ = claimed.send(());
             // A unit that is down and has never run `launch` is what another task has left behind.
             if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
-                self.comes_up(entry, &task, &dir, self.manager.wait_until_started(task.unit())).await?;
+                self.await_unit(entry, &task, &dir, self.manager.wait_until_started(task.unit())).await?;
             } else {
                 self.resume_logger(&plan, &mut opened).await?;
                 self.start_unit(entry, &task, &dir, Begun::Before).await?;
             }
-            self.take_over(entry, &task, &dir, opened).await
+            self.finish_create(entry, &task, &dir, opened).await
         };
         if let Err(error) = resumed.await {
-            tracing::warn!(task = %task.key, %error, "task {}: a create that was cut off is taken back: {error}", task.key);
-            self.take_back(entry).await;
+            tracing::warn!(task = %task.key, %error, "task {}: a create that a restart interrupted has failed and is rolled back: {error}", task.key);
+            self.roll_back_create(entry).await;
         }
     }
 
-    /// The unit is up: its main process is the container's init.
-    async fn take_over(
+    /// Completes a Create once the unit is up. The main process of the unit is the container's init process.
+    async fn finish_create(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         task: &Task,
@@ -276,7 +276,7 @@ impl Shim {
         self.hold(entry, &entry.init, pid);
         self.start_session(entry, &entry.init, opened).await?;
         fault::point(Point::CreatePumping);
-        self.adopt(entry, pid).await?;
+        self.record_container(entry, pid).await?;
         fault::point(Point::CreateAdopted);
         self.watch_cgroup(entry);
         Ok(pid)
@@ -306,7 +306,7 @@ impl Shim {
             && self.manager.active_state(task.unit()).await?.is_some_and(|state| is_under_way(&state))
         {
             // The earlier daemon has asked for it, and systemd got to that after this daemon had looked.
-            return self.comes_up(entry, task, dir, self.manager.wait_until_started(task.unit())).await;
+            return self.await_unit(entry, task, dir, self.manager.wait_until_started(task.unit())).await;
         }
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
@@ -321,11 +321,11 @@ impl Shim {
         }
         self.launcher.warm_up();
         let begun = begun.map_err(|error| additions::refused(task, error))?;
-        self.comes_up(entry, task, dir, self.manager.wait_for_start(begun)).await
+        self.await_unit(entry, task, dir, self.manager.wait_for_start(begun)).await
     }
 
-    /// Resolves when the unit is up, as `job` tells. Fails when containerd has given the task up.
-    async fn comes_up(
+    /// Waits until `job` reports that the unit is up. Fails when containerd has given the task up.
+    async fn await_unit(
         &self,
         entry: &Entry,
         task: &Task,
@@ -354,8 +354,8 @@ impl Shim {
         format!("OCI runtime create failed: {}", cli.reason("create", None))
     }
 
-    /// Takes the main process over, and notes where it lives.
-    async fn adopt(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
+    /// Records the container: its init process, its cgroup and its limits.
+    async fn record_container(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
         let task = entry.task().clone();
         let (program, found) = (program_of(pid), cgroup::of_process(pid).ok());
         let (mut limits, mut oom_kills) = (None, 0);

@@ -6,7 +6,7 @@ use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::launch::contract::PROCESS_SPEC;
 use crate::oci::{face, process};
-use crate::services::registry::{Taken, Verb};
+use crate::services::registry::{Conflict, Verb};
 use crate::services::{Attempt, Entry, Error, Process, Shim, now_usec};
 use crate::stdio::{fifo, uri};
 use crate::task::exec::{Exec, ExecPhase};
@@ -99,8 +99,8 @@ impl Shim {
         for unit in name::exec_candidates(&entry.init.unit, id) {
             match self.tasks.registry.insert_exec(entry, id, unit, None) {
                 Ok(registered) => return Ok(registered),
-                Err(Taken::Key) => return Err(Error::ExecExists { exec: id.to_string() }),
-                Err(Taken::Unit) => {}
+                Err(Conflict::Key) => return Err(Error::ExecExists { exec: id.to_string() }),
+                Err(Conflict::Unit) => {}
             }
         }
         Err(Error::NoUnitName { key: entry.key.clone() })

@@ -195,7 +195,7 @@ impl World {
         let (publisher, accepted) = (shim.clone(), self.accepted.clone());
         tokio::spawn(async move {
             while let Some(entry) = outgoing.recv().await {
-                publisher.tasks.taken_up(&entry);
+                publisher.tasks.begin_publishing(&entry);
                 while let Some(owed) = publisher.tasks.first_owed(&entry) {
                     let event = (owed.at_usec, owed.seq, owed.event);
                     {

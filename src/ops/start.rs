@@ -63,7 +63,7 @@ impl Shim {
             Ok(started) => started,
             Err(error) => {
                 if process.exec().is_some() {
-                    self.take_back_start(entry, process).await;
+                    self.roll_back_start(entry, process).await;
                 }
                 self.tasks.note_event(entry, process, Event::StartFailed)?;
                 return Err(error);

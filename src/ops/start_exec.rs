@@ -56,12 +56,12 @@ impl Shim {
         let dir = self.store.process_dir(&process.key);
         let doorbell = open_doorbell(&dir)?;
         process.live().attempt_ended = Arc::default();
-        self.begin_exec(&task, exec, process).await?;
+        self.start_exec_unit(&task, exec, process).await?;
         self.await_outcome(entry, process, &dir, doorbell, opened).await
     }
 
     /// Asks for the unit.
-    async fn begin_exec(&self, task: &Task, exec: &Exec, process: &Process) -> Result<(), Error> {
+    async fn start_exec_unit(&self, task: &Task, exec: &Exec, process: &Process) -> Result<(), Error> {
         let command = self.launcher.command(Kind::Exec, &process.key);
         let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
         let properties = properties::exec(&exec.description, &command, &environment);
@@ -157,7 +157,7 @@ impl Shim {
             tokio::time::sleep(LONG_EXEC).await;
             let ended = entry.upgrade().is_none_or(|entry| entry.has_recorded_end(&process));
             if !ended && let Err(error) = shim.manager.cancel_job_of(&process.unit).await {
-                tracing::warn!(process = %process.key, %error, "{}: its start job stays: {error}", process.key);
+                tracing::warn!(process = %process.key, %error, "{}: can't cancel the start job of its unit: {error}", process.key);
             }
         });
     }
@@ -189,7 +189,7 @@ impl Shim {
                 Starting::NotBegun => {
                     let exec = process.exec().and_then(|id| task.execs.get(id)).ok_or_else(gone)?;
                     self.resume_logger(&plan, &mut opened).await?;
-                    self.begin_exec(&task, exec, process).await?;
+                    self.start_exec_unit(&task, exec, process).await?;
                 }
                 Starting::Over => {
                     return Err(Error::Launch(format!("see systemctl status {}", process.unit)));
@@ -199,7 +199,7 @@ impl Shim {
         };
         let resumed = resumed.await;
         if let Err(error) = self.conclude_start(entry, process, resumed).await {
-            tracing::warn!(process = %process.key, %error, "{}: a start that was cut off is taken back: {error}", process.key);
+            tracing::warn!(process = %process.key, %error, "{}: a start that a restart interrupted has failed and was rolled back: {error}", process.key);
         }
         self.query_unit(entry, process).await;
     }

@@ -196,7 +196,7 @@ impl Tasks {
         last.owe(event, now_usec());
         let address = &task.containerd.ttrpc_address;
         if !last.outbox.is_empty() && !self.owings.begin(address) {
-            tracing::error!(task = %entry.key, "task {}: its last events are dropped: containerd at {address} takes none of {MOST_OWING} other tasks", entry.key);
+            tracing::error!(task = %entry.key, "task {}: its last events are dropped: containerd at {address} has not accepted those of {MOST_OWING} other deleted tasks", entry.key);
             last.outbox.clear();
         }
         let owed = if last.outbox.is_empty() { Ok(None) } else { self.store.retain_owed(&last).map(Some) };
@@ -215,7 +215,7 @@ impl Tasks {
             Ok(Some(owing)) => Stored::Owed(owing),
             Err(error) => {
                 // The record that is gone now has left some room.
-                tracing::warn!(task = %entry.key, %error, "task {}: its last events are not on disk yet: {error}", entry.key);
+                tracing::warn!(task = %entry.key, %error, "task {}: can't write its last events yet, the daemon will try again: {error}", entry.key);
                 Stored::OwedInMemory
             }
         };
@@ -260,7 +260,7 @@ impl Tasks {
             return Noted::Written;
         };
         if self.write_later(entry) {
-            tracing::error!(task = %entry.key, %error, "task {}: its record is written once that is possible: {error}", entry.key);
+            tracing::error!(task = %entry.key, %error, "task {}: can't write its record, the daemon will try again: {error}", entry.key);
         }
         Noted::Pending
     }
@@ -323,7 +323,7 @@ impl Tasks {
             }
             entry.init.live().is_unwritten = false;
         }
-        tracing::info!(task = %entry.key, "task {}: its record is written", entry.key);
+        tracing::info!(task = %entry.key, "task {}: its record is written now", entry.key);
         true
     }
 }

@@ -47,7 +47,7 @@ impl Launcher {
         let warming = self.warming.clone();
         tokio::task::spawn_blocking(move || {
             if let Err(error) = cgroup::warm_up() {
-                tracing::debug!(%error, "moves between cgroups are slower: {error}");
+                tracing::debug!(%error, "can't prepare the kernel for moves between cgroups, creates are slower: {error}");
             }
             warming.store(false, Ordering::Relaxed);
         });

@@ -158,7 +158,7 @@ pub type Verb = tokio::sync::OwnedMutexGuard<()>;
 
 /// Why a task or an exec could not be added.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Taken {
+pub enum Conflict {
     /// The id belongs to a live one.
     Key,
     /// The unit belongs to a live one.
@@ -189,17 +189,17 @@ impl<L: Default> Registry<L> {
     ///
     /// # Errors
     /// Its key or its unit is taken; nothing has changed.
-    pub fn insert(&self, task: Task) -> Result<(Arc<Entry<L>>, Verb), Taken> {
+    pub fn insert(&self, task: Task) -> Result<(Arc<Entry<L>>, Verb), Conflict> {
         let mut maps = self.maps();
         if maps.tasks.contains_key(&task.key) {
-            return Err(Taken::Key);
+            return Err(Conflict::Key);
         }
         if maps.units.contains_key(&task.init.unit) {
-            return Err(Taken::Unit);
+            return Err(Conflict::Unit);
         }
         let entry = Arc::new(Entry::new(task));
         // A new one can't be held by anybody.
-        let verb = entry.init.verb.clone().try_lock_owned().map_err(|_| Taken::Key)?;
+        let verb = entry.init.verb.clone().try_lock_owned().map_err(|_| Conflict::Key)?;
         maps.units.insert(entry.init.unit.clone(), entry.init.key.clone());
         maps.tasks.insert(entry.key.clone(), entry.clone());
         Ok((entry, verb))
@@ -215,18 +215,18 @@ impl<L: Default> Registry<L> {
         id: &ExecId,
         unit: UnitName,
         exit: Option<Exit>,
-    ) -> Result<(Arc<Process<L>>, Verb), Taken> {
+    ) -> Result<(Arc<Process<L>>, Verb), Conflict> {
         let mut maps = self.maps();
         let mut execs = entry.execs_map();
         if execs.contains_key(id) {
-            return Err(Taken::Key);
+            return Err(Conflict::Key);
         }
         if maps.units.contains_key(&unit) {
-            return Err(Taken::Unit);
+            return Err(Conflict::Unit);
         }
         let key = ProcessKey { task: entry.key.clone(), exec: Some(id.clone()) };
         let process = Process::new(key, unit, exit);
-        let verb = process.verb.clone().try_lock_owned().map_err(|_| Taken::Key)?;
+        let verb = process.verb.clone().try_lock_owned().map_err(|_| Conflict::Key)?;
         maps.units.insert(process.unit.clone(), process.key.clone());
         execs.insert(id.clone(), process.clone());
         Ok((process, verb))

@@ -147,7 +147,7 @@ impl Shim {
         match self.manager.log_rate_limit(&entry.init.unit).await {
             Ok((interval_usec, burst)) => entry.init.live().journal_limit.set(interval_usec, burst),
             Err(error) => {
-                tracing::debug!(task = %entry.key, %error, "task {}: its rate limit is journald's default: {error}", entry.key);
+                tracing::debug!(task = %entry.key, %error, "task {}: can't read the rate limit of its unit, using the default of journald: {error}", entry.key);
             }
         }
     }
@@ -206,15 +206,15 @@ pub(crate) async fn drain(process: &Process) {
     let pumps = process.live().session.take_pumps();
     if !pumps.drain().await {
         let key = &process.key;
-        tracing::info!(process = %key, "{key}: output is still open after the end, it is closed now");
+        tracing::info!(process = %key, "{key}: another process still holds its output after its end, the daemon closes it now");
     }
 }
 
 /// Ends the session of a process. Output that has not arrived is lost.
-pub(crate) async fn cut_off(process: &Process) {
+pub(crate) async fn cancel_pumps(process: &Process) {
     // The guard of `live` must not be held while the pumps end.
     let mut session = std::mem::take(&mut process.live().session);
-    session.take_pumps().cut_off().await;
+    session.take_pumps().stop_now().await;
 }
 
 /// Waits for the first byte on a pipe, or for its end; true for a byte.

@@ -117,7 +117,7 @@ impl Tasks {
     }
 
     /// The publisher begins with what a task owes by now.
-    pub fn taken_up(&self, entry: &Entry) {
+    pub fn begin_publishing(&self, entry: &Entry) {
         entry.init.live().is_announced = false;
     }
 

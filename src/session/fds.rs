@@ -100,7 +100,10 @@ impl StreamFds {
         let mut earlier: HashMap<(StreamKind, u64), Claimed> = HashMap::new();
         for (name, fd) in fds {
             let Some(key) = StreamKind::parse(&name) else {
-                tracing::warn!(name, "{name}: kept by systemd, and not known here");
+                tracing::warn!(
+                    name,
+                    "descriptor store: removing {name}, no process uses a descriptor of this name"
+                );
                 store.forget(&name);
                 continue;
             };
@@ -138,7 +141,7 @@ impl StreamFds {
             return;
         }
         if let Err(error) = self.store.keep(&kind.name(number), fds) {
-            tracing::error!(%error, "a restart of the daemon would cut off a stream: {error}");
+            tracing::error!(%error, "can't put a stream into the descriptor store, a restart of the daemon will cut it off: {error}");
         }
     }
 

@@ -166,7 +166,7 @@ async fn feed(
     tokio::select! {
         fed = fed => {
             if let Err(error) = fed {
-                tracing::debug!(process = %key, %error, "the terminal takes no more input: {error}");
+                tracing::debug!(process = %key, %error, "can't write input to the terminal any more: {error}");
             }
             terminal.hang_up();
             slot(&own).take();

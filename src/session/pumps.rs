@@ -59,8 +59,8 @@ impl Pumps {
         complete
     }
 
-    /// Stops copying, whatever is left.
-    pub async fn cut_off(self) {
+    /// Stops copying at once. What has not been copied is lost.
+    pub async fn stop_now(self) {
         self.stop.cancel();
         for pump in self.running {
             // As in `drain`.
@@ -88,7 +88,7 @@ mod tests {
         let mut first = Pumps::default();
         let stopped = first.stop();
         first.spawn(async move { stopped.cancelled().await });
-        first.take().cut_off().await;
+        first.take().stop_now().await;
         assert!(is_stopped(&mut first).await, "the same attempt stays cut off");
         let mut second = Pumps::default();
         assert!(!is_stopped(&mut second).await, "another attempt is not");

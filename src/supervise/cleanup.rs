@@ -1,8 +1,8 @@
-//! Cleanup: the one procedure that removes what a task, or an exec, has outside of the daemon: for Delete, for
-//! what failed half-way, and for the `delete` command.
+//! Cleanup: the one procedure that removes what a task or an exec has outside of the daemon. Delete, rollback and the
+//! `delete` command use it.
 //!
-//! Every step is tried, whatever became of the one before. What could not be removed is said, and the record
-//! stays: the same steps can be taken again, and find what is left.
+//! Every step is tried, even if an earlier one failed. If anything could not be removed, the caller gets the reasons and
+//! keeps the record: the same steps can run again later and find what is left.
 
 use std::fmt::Display;
 use std::path::Path;
@@ -16,23 +16,23 @@ use crate::launch::contract::{EXEC_PID_FILE, PROCESS_SPEC};
 use crate::oci::mount;
 use crate::oci::runtime::{self, OciRuntime};
 use crate::services::process::{lives_in, read_pid};
-use crate::services::streams::{cut_off, drain, stored_number};
+use crate::services::streams::{cancel_pumps, drain, stored_number};
 use crate::services::{Entry, Error, Process, Shim, blocking};
 use crate::store;
 use crate::task::Task;
 use crate::unit::systemd::Systemd;
 
-/// What could not be removed, in words.
+/// Why some things could not be removed.
 #[derive(Debug, Default)]
 pub struct Troubles(Vec<String>);
 
 impl Troubles {
-    /// Notes what became of a step.
+    /// Adds the error of a step, if it failed.
     pub fn add<E: Display>(&mut self, step: Result<(), E>) {
         self.0.extend(step.err().map(|error| error.to_string()));
     }
 
-    /// Adds those of other steps.
+    /// Adds the errors of other steps.
     pub fn join(&mut self, other: Self) {
         self.0.extend(other.0);
     }
@@ -42,23 +42,23 @@ impl Troubles {
         self.0.is_empty()
     }
 
-    /// All of them, in one line.
+    /// All errors in one line.
     pub fn text(&self) -> String {
         self.0.join("; ")
     }
 }
 
-/// Whether a unit's end is waited for.
+/// How a unit is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// It is, which takes somebody who listens to systemd.
+    /// Waits until the unit has stopped. Only the daemon can: it listens to systemd.
     Awaited,
-    /// Its processes are killed, and it is left to systemd.
+    /// Kills the processes of the unit and does not wait.
     Killed,
 }
 
-/// Removes what a task has outside of the daemon: the runtime's state, the units, the mounts. `others` are the
-/// units of its execs and of their loggers, known once nothing copies output any more.
+/// Removes what a task has outside of the daemon: the state of the OCI runtime, the units, the mounts. `others` resolves
+/// to the units of the execs and of their loggers, once nothing copies output any more.
 pub async fn remove_task(
     manager: &dyn Systemd,
     oci: &dyn OciRuntime,
@@ -124,8 +124,8 @@ fn remove_log_fields(unit: &UnitName) {
 }
 
 impl Shim {
-    /// Removes what a task has outside of the daemon. What its clients have not read by now of its execs' output
-    /// is lost, as with containerd-shim-runc-v2.
+    /// Removes what a task has outside of the daemon. Output of execs that the client has not read by now is lost, as with
+    /// containerd-shim-runc-v2.
     pub(crate) async fn remove_container(&self, task: &Task, entry: &Arc<Entry>) -> Troubles {
         let mut in_execs = Troubles::default();
         let others = async {
@@ -133,7 +133,7 @@ impl Shim {
             entry.init.live().listening = None;
             drain(&entry.init).await;
             for process in entry.execs() {
-                cut_off(&process).await;
+                cancel_pumps(&process).await;
                 in_execs.join(self.remove_exec(entry, &process).await);
             }
             Vec::new()
@@ -148,7 +148,7 @@ impl Shim {
         troubles
     }
 
-    /// Removes what an exec that has ended, or never ran, has outside of the daemon's memory.
+    /// Removes what an exec has outside of the daemon. The exec has ended or never ran.
     pub(crate) async fn remove_exec(&self, entry: &Entry, process: &Process) -> Troubles {
         let mut troubles = Troubles::default();
         process.live().client_input = None;
@@ -165,13 +165,13 @@ impl Shim {
             troubles.join(remove_unit(&*self.manager, &logger, Stop::Awaited).await);
         }
         if troubles.is_empty() {
-            // Its record goes when the Delete is answered.
+            // The record stays until the Delete is answered.
             troubles.add(self.clear_exec_dir(process, None));
         }
         troubles
     }
 
-    /// Background task: tries again and again to remove what failed Creates have left, less often the longer it takes.
+    /// Background task: retries the rollbacks of failed Creates that left something, less and less often.
     /// Never returns.
     pub async fn remove_leftovers(self: Arc<Self>) {
         const SHORTEST: Duration = Duration::from_secs(10);
@@ -188,14 +188,14 @@ impl Shim {
         }
     }
 
-    /// Undoes a Create, however far it came. What can't be undone now is marked in the record: it is tried again
-    /// after a while, when the id is used again, when containerd gives the task up, and when the daemon starts.
-    pub(crate) async fn take_back(self: &Arc<Self>, entry: &Arc<Entry>) {
+    /// Rolls back a Create, however far it got. If something can't be removed, the record stays and is marked: the daemon
+    /// tries again after a while, when the id is used again, when containerd gives the task up, and when it starts.
+    pub(crate) async fn roll_back_create(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
-        // The OCI runtime may hang in it, and so may its hooks and mounts: none of them is in the unit's cgroup.
+        // The OCI runtime, its hooks and its mounts may hang. None of them is in the cgroup of the unit.
         launch::cgroup::kill(task.unit());
         let mut troubles = self.remove_container(&task, entry).await;
-        // `launch` may just have been on its way there.
+        // `launch` may have moved there in the meantime.
         launch::cgroup::kill(task.unit());
         if troubles.is_empty() {
             troubles.add(self.store.remove(&task.key));
@@ -206,23 +206,23 @@ impl Shim {
             return;
         }
         let text = troubles.text();
-        tracing::error!(task = %task.key, "task {}: not all of a failed create can be removed yet: {text}", task.key);
-        // A note of this kind is never refused.
+        tracing::error!(task = %task.key, "task {}: its failed create could not be rolled back completely, the daemon will try again: {text}", task.key);
+        // No phase refuses this change.
         let _ = self.tasks.note(entry, |task| {
             task.is_leftover = true;
             Ok(Vec::new())
         });
     }
 
-    /// Tries again to remove what a failed Create has left.
+    /// Tries again to roll back a failed Create.
     ///
     /// # Errors
-    /// Something is still left.
+    /// Something could still not be removed.
     pub(crate) async fn remove_leftover(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
         let _verb = entry.init.verb.lock().await;
         let is_there = || self.tasks.is_live(entry);
         if is_there() && entry.task().is_leftover {
-            self.take_back(entry).await;
+            self.roll_back_create(entry).await;
             if is_there() {
                 return Err(Error::Leftover { key: entry.key.clone() });
             }
@@ -230,7 +230,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Lets go of what only a live exec needs.
+    /// Closes what only a running exec needs, if the exec has ended.
     pub(crate) fn after_exec(&self, entry: &Entry, process: &Process) {
         if process.exec().is_some() && entry.has_recorded_end(process) {
             self.close_input(entry, process);
@@ -238,42 +238,41 @@ impl Shim {
         }
     }
 
-    /// Nothing needs the unit of an exec that systemd has seen the end of: it goes while the client
-    /// still reads.
+    /// Removes the unit of an exec whose end is recorded, in the background: nothing needs the unit any more, and the
+    /// client may still read the output.
     pub(crate) fn remove_ended_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>) {
         let mut live = process.live();
         if live.removal.is_none() && entry.has_recorded_end(process) {
             let (shim, unit) = (self.clone(), process.unit.clone());
-            // It never counts as a failed one: with the stop it is unloaded.
+            // systemd unloads the unit when it stops: it does not stay as a failed unit.
             live.removal = Some(tokio::spawn(async move { Ok(shim.manager.stop(&unit).await?) }));
         }
     }
 
-    /// Undoes a Start of an exec, however far it came. What can't be undone is logged: the caller has
-    /// an error to report already.
-    pub(crate) async fn take_back_start(&self, entry: &Arc<Entry>, process: &Arc<Process>) {
+    /// Rolls back the start of an exec, however far it got. Errors are logged: the caller already has one to return.
+    pub(crate) async fn roll_back_start(&self, entry: &Arc<Entry>, process: &Arc<Process>) {
         let failed = |error: Error| {
-            tracing::error!(process = %process.key, %error, "{}: can't take back all of a failed start: {error}", process.key);
+            tracing::error!(process = %process.key, %error, "{}: its failed start could not be rolled back completely: {error}", process.key);
         };
         let dir = self.store.process_dir(&process.key);
         self.kill_leftover(entry, &dir);
         let logger = entry.task().process(process.exec()).and_then(|exec| exec.logger.clone());
         for unit in [Some(process.unit.clone()), logger].into_iter().flatten() {
-            // What is left is removed with the exec.
+            // Delete removes what is left.
             let left = remove_unit(&*self.manager, &unit, Stop::Awaited).await;
             if !left.is_empty() {
                 failed(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
             }
         }
-        cut_off(process).await;
+        cancel_pumps(process).await;
         self.close_input(entry, process);
         stored_number(entry, process).into_iter().for_each(|number| self.fds.forget_all(number));
-        // Its process spec stays, for another try.
+        // Another start needs the process spec.
         let cleared = self.clear_exec_dir(process, Some(PROCESS_SPEC));
         cleared.unwrap_or_else(|error| failed(error.into()));
     }
 
-    /// Ends a process that the OCI runtime has made for a start that failed afterwards.
+    /// Kills the process that the OCI runtime created before the start failed.
     fn kill_leftover(&self, entry: &Entry, dir: &Path) {
         let Some(pid) = read_pid(&dir.join(EXEC_PID_FILE)) else {
             return;
@@ -282,7 +281,7 @@ impl Shim {
             return;
         };
         if lives_in(&entry.task(), pid) {
-            // It may end by itself just now.
+            // The process may have ended by itself.
             let _ = crate::sys::pidfd_send_signal(&process, nix::libc::SIGKILL as u32);
         }
     }

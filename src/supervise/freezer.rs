@@ -1,4 +1,4 @@
-//! Whether containers are frozen, whoever has frozen them.
+//! Reports pauses of containers to containerd, also those that somebody else caused (`systemctl freeze`).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use crate::services::{Entry, Error, Shim};
 use crate::task::phase::Event;
 
 impl Shim {
-    /// Tells containerd that a task is frozen, or is no more, whoever has done it.
+    /// Reads whether a task is frozen, and reports a change to containerd.
     pub(crate) fn note_freezer(self: &Arc<Self>, entry: &Arc<Entry>) {
         let cgroup = entry.task().cgroup().map(Path::to_owned);
         let noted = match cgroup.map(|cgroup| is_frozen(&cgroup)) {
@@ -25,7 +25,7 @@ impl Shim {
             Some(Ok(None)) | None => Ok(()),
         };
         if let Err(error) = noted {
-            tracing::error!(task = %entry.key, %error, "task {}: can't note whether it is frozen: {error}", entry.key);
+            tracing::error!(task = %entry.key, %error, "task {}: can't record whether it is frozen: {error}", entry.key);
         }
     }
 }

@@ -23,7 +23,7 @@ impl Shim {
             match changes {
                 Ok(changes) => self.apply_changes(changes),
                 Err(error) => {
-                    tracing::error!(%error, "changes of cgroups are not noticed any more: {error}");
+                    tracing::error!(%error, "can't watch cgroups any more, pauses and kills for lack of memory are not reported: {error}");
                     return;
                 }
             }
@@ -78,7 +78,7 @@ impl Shim {
             Err(error) if error.is_gone() => {}
             // Others that are missed at the same time are so for the same reason.
             Err(error) if self.cgroups.miss() => {
-                tracing::warn!(task = %entry.key, %error, "task {}: what happens to its cgroup is not noticed for now: {error}", entry.key);
+                tracing::warn!(task = %entry.key, %error, "task {}: can't watch its cgroup for now: {error}", entry.key);
             }
             Err(_) => {}
         }

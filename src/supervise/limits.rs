@@ -50,7 +50,7 @@ impl Shim {
         let shown = self.show_new_limits(&task, &unshown).await;
         let shown = shown.and_then(|limits| self.note_limits(&entry, limits));
         if let Err(error) = shown {
-            tracing::warn!(task = %entry.key, %error, "task {}: its unit does not show its limits: {error}", entry.key);
+            tracing::warn!(task = %entry.key, %error, "task {}: can't set its limits on its unit, systemctl shows old ones: {error}", entry.key);
         }
     }
 
@@ -81,7 +81,7 @@ impl Shim {
         match self.manager.set_properties(task.unit(), &properties).await {
             Ok(()) => read(unit).await,
             Err(error) => {
-                tracing::warn!(task = %task.key, %error, "task {}: its unit does not show its limits: {error}", task.key);
+                tracing::warn!(task = %task.key, %error, "task {}: can't set its limits on its unit, systemctl shows old ones: {error}", task.key);
                 Ok(outer)
             }
         }
@@ -90,7 +90,7 @@ impl Shim {
     /// Somebody has set limits of the unit (`systemctl set-property`): the container gets them too.
     pub(crate) async fn carry_limits_down(self: Arc<Self>, entry: Arc<Entry>) {
         if let Err(error) = self.try_to_carry_down(&entry).await {
-            tracing::warn!(task = %entry.key, %error, "task {}: new limits of its unit don't reach the container: {error}", entry.key);
+            tracing::warn!(task = %entry.key, %error, "task {}: can't apply new limits of its unit to the container: {error}", entry.key);
         }
     }
 

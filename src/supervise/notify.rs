@@ -77,7 +77,7 @@ impl Shim {
         };
         let path = self.store.notify_socket(&name::short_name(&entry.init.unit));
         if let Err(error) = self.listen(entry, socket, path) {
-            tracing::error!(task = %entry.key, %error, "task {}: what it tells systemd is lost: {error}", entry.key);
+            tracing::error!(task = %entry.key, %error, "task {}: its notifications (sd_notify) are lost: {error}", entry.key);
         }
     }
 
@@ -112,7 +112,7 @@ impl Shim {
                 heard = heard => {
                     let heard: std::io::Result<()> = heard;
                     if let Err(error) = heard {
-                        tracing::error!(process = %init.key, %error, "{}: what it tells systemd is lost: {error}", init.key);
+                        tracing::error!(process = %init.key, %error, "{}: its notifications (sd_notify) are lost: {error}", init.key);
                     }
                 }
                 _ = init.ended() => {}
@@ -135,7 +135,7 @@ impl Shim {
         // Nobody else has the socket, unless somebody hands it on.
         let lives_in = cgroup::of_process(message.sender);
         if !lives_in.is_ok_and(|cgroup| cgroup.starts_with(&container)) {
-            tracing::debug!(task = %entry.key, sender = message.sender, "task {}: a stranger's notification is dropped", entry.key);
+            tracing::debug!(task = %entry.key, sender = message.sender, "task {}: dropped a notification from a process that is not in its cgroup", entry.key);
             return;
         }
         let extended = match said.extend_usec {
@@ -156,7 +156,7 @@ impl Shim {
             return;
         }
         if let Err(error) = self.relay.tell(&text, main).await {
-            tracing::warn!(task = %entry.key, %error, "task {}: systemd is not told what it says: {error}", entry.key);
+            tracing::warn!(task = %entry.key, %error, "task {}: can't pass its notification on to systemd: {error}", entry.key);
         }
     }
 }

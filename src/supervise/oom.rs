@@ -81,7 +81,7 @@ impl Shim {
             Ok(Ok(kills)) => self.add_oom_kills(entry, kills),
             Ok(Err(error)) => Err(error.into()),
             Err(_) => {
-                tracing::warn!(task = %entry.key, "task {}: neither systemd nor the journal says in time whether it was out of memory", entry.key);
+                tracing::warn!(task = %entry.key, "task {}: neither systemd nor the journal answered in time whether the kernel killed processes for lack of memory", entry.key);
                 Ok(())
             }
         };
@@ -90,7 +90,7 @@ impl Shim {
 }
 
 fn cant_note(entry: &Entry, error: &Error) {
-    tracing::error!(task = %entry.key, %error, "task {}: can't note whether it was out of memory: {error}", entry.key);
+    tracing::error!(task = %entry.key, %error, "task {}: can't record kills for lack of memory: {error}", entry.key);
 }
 
 /// The cgroup whose memory events are those of the container. It is the unit's: that has the same limit, meets

@@ -17,8 +17,8 @@ use crate::task::Task;
 use crate::task::phase::{Event, Phase};
 
 impl Shim {
-    /// Takes in what an earlier daemon left: records become tasks, and each is compared with its unit. A record
-    /// that has crashed daemons before is moved aside instead. Directories without a record are removed.
+    /// Recovers the tasks of an earlier daemon: reads their records and compares each task with its unit. A record that has
+    /// crashed daemons before is moved aside instead. Directories without a record are removed.
     ///
     /// # Errors
     /// The records can't be listed.
@@ -41,14 +41,14 @@ impl Shim {
         };
         for (owing, task) in owed? {
             match task {
-                // A Delete was cut off before it removed the record, which has these events too.
+                // A Delete was interrupted before it removed the record, which has these events as well.
                 Ok(task) if is_recorded(&task) => {
                     if let Err(error) = owing.discard() {
                         tracing::warn!(task = %task.key, %error, "task {}: its last events may be published twice: {error}", task.key);
                     }
                 }
                 Ok(task) => {
-                    // More than fit have been taken by an earlier version: they are published as well.
+                    // An earlier version kept more than this one would: all of them are published.
                     let _ = self.tasks.owings.begin(&task.containerd.ttrpc_address);
                     let entry = Arc::new(Entry::detached(task));
                     entry.init.live().stored = Stored::Owed(owing);
@@ -72,7 +72,10 @@ impl Shim {
                         let suspect = Suspect::record(&entry.key);
                         suspect.watch(self.recover_task(&entry, &running)).await;
                     }
-                    Err(taken) => tracing::error!(?taken, "two records for one task: {taken:?}"),
+                    Err(conflict) => tracing::error!(
+                        ?conflict,
+                        "a task is not recovered, another record has its id or its unit: {conflict:?}"
+                    ),
                 },
                 Err(error) => tracing::error!(%error, "a task is not recovered: {error}"),
             }
@@ -87,7 +90,7 @@ impl Shim {
         let task = entry.task().clone();
         if task.is_leftover {
             let (shim, leftover) = (self.clone(), entry.clone());
-            // It logs what is left.
+            // It logs its errors.
             tokio::spawn(async move { shim.remove_leftover(&leftover).await });
             return;
         }
@@ -106,8 +109,12 @@ impl Shim {
         for (id, exec) in &task.execs {
             match self.tasks.registry.insert_exec(entry, id, exec.unit.clone(), exec.exit()) {
                 Ok((_, verb)) => drop(verb),
-                Err(taken) => {
-                    tracing::error!(?taken, "exec {id} of task {}: not recovered: {taken:?}", task.key)
+                Err(conflict) => {
+                    tracing::error!(
+                        ?conflict,
+                        "exec {id} of task {}: not recovered, another record has its id or its unit: {conflict:?}",
+                        task.key
+                    )
                 }
             }
         }
@@ -117,8 +124,8 @@ impl Shim {
         self.tasks.announce(entry);
     }
 
-    /// Resumes a start that was cut off; holds a process that lives, and reopens its streams; asks systemd about a
-    /// process that does not run any more.
+    /// Resumes a start that was interrupted. Opens a pidfd for a process that lives, reopens its streams, and queries its
+    /// unit if the process does not run any more.
     async fn recover_process(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -169,18 +176,18 @@ impl Shim {
         }
     }
 
-    /// After a restart: settles a Start that was cut off.
+    /// After a restart: completes a Start that was interrupted.
     async fn finish_start(self: &Arc<Self>, entry: &Arc<Entry>, claimed: oneshot::Sender<()>) {
-        // Nobody waits any more if the daemon ends. The streams are taken over as those of one that runs.
+        // The receiver is gone if the daemon stops. The streams are reopened as those of a process that runs.
         let _ = claimed.send(());
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         let cli = runtime::Cli::of(&task, &dir);
         if let Err(error) = cli.settled("start").await {
-            tracing::error!(task = %task.key, %error, "task {}: its start was cut off, and does not end: {error}", task.key);
+            tracing::error!(task = %task.key, %error, "task {}: the OCI runtime still works on a start that a restart interrupted: {error}", task.key);
         }
-        // A `runc start` that was cut off may have let init go, and not said so: starting it again
-        // would wait for its end.
+        // A `runc start` that was interrupted may have released init without reporting it. A second `runc start` would
+        // then wait until init ends.
         let program = task.init.pid().and_then(program_of);
         let waits = cli.waits_for_start() && program == task.init.phase.program();
         if !waits {
@@ -189,7 +196,7 @@ impl Shim {
         let pid = task.init.pid().unwrap_or_default();
         let event = if waits { Event::StartFailed } else { Event::Started { pid } };
         if let Err(error) = self.tasks.note_event(entry, &entry.init, event) {
-            tracing::error!(task = %task.key, %error, "task {}: can't finish its start: {error}", task.key);
+            tracing::error!(task = %task.key, %error, "task {}: can't record the end of its start: {error}", task.key);
         }
     }
 }

@@ -18,25 +18,25 @@ use crate::unit;
 use crate::unit::main_process::{Ended, MainProcess};
 use crate::unit::observations::Observations;
 
-/// How many units are looked at at a time after a signal. systemd answers one call after the other.
-const MAX_LOOKS: usize = 16;
+/// How many units are queried at the same time after signals. systemd answers one call after the other.
+const MAX_QUERIES: usize = 16;
 
-/// What containerd takes for "unknown".
+/// The exit status that means "unknown" to containerd.
 const UNKNOWN_STATUS: u32 = 255;
 
-/// How long an end waits until what init left behind is killed.
+/// How long the report of an end is delayed while the processes that init left behind are killed.
 const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
 
-/// The order in which the daemon refers to units: one round after the other.
+/// Serialises the rounds in which the daemon references units.
 #[derive(Default)]
 pub struct References {
     turn: tokio::sync::Mutex<()>,
-    /// Another round is asked for.
+    /// Another round is wanted.
     again: AtomicBool,
 }
 
 impl Shim {
-    /// Deals with what is noticed of units, for as long as it is polled.
+    /// Background task: applies what systemd reports about units. Never returns.
     pub async fn observe(self: Arc<Self>, observations: Arc<Observations>) {
         let all = async {
             loop {
@@ -45,36 +45,36 @@ impl Shim {
             }
         };
         let each = async {
-            let looks = Arc::new(Semaphore::new(MAX_LOOKS));
+            let queries = Arc::new(Semaphore::new(MAX_QUERIES));
             loop {
                 // The semaphore is never closed.
-                let look = looks.clone().acquire_owned().await;
+                let query = queries.clone().acquire_owned().await;
                 let (unit, told) = observations.next().await;
                 let shim = self.clone();
                 tokio::spawn(async move {
                     shim.service_changed(&unit, told).await;
-                    drop(look);
+                    drop(query);
                 });
             }
         };
         tokio::join!(all, each);
     }
 
-    /// The main process of a unit is no longer what it was, as systemd has told; a repeat changes nothing.
+    /// Handles a report of systemd that the main process of a unit has changed. A repeated report changes nothing.
     async fn service_changed(self: &Arc<Self>, unit: &UnitName, told: MainProcess) {
         let Some((entry, process)) = self.tasks.registry.by_unit(unit) else {
             return;
         };
         if told.ended.is_some() {
-            self.look_after_end(&entry, &process, told).await;
+            self.read_end(&entry, &process, told).await;
         } else if process.exec().is_some() {
-            // A unit that is stopped lets go of a process that is not systemd's child.
+            // When a unit is stopped, systemd forgets a main process that is not its child.
             self.query_unit(&entry, &process).await;
         }
     }
 
-    /// Reads how a main process has ended after systemd has told of its end.
-    async fn look_after_end(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, told: MainProcess) {
+    /// Reads how a main process ended, after systemd has reported its end.
+    async fn read_end(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, told: MainProcess) {
         if entry.task().process(process.exec()).is_none_or(|process| process.exit().is_some()) {
             return;
         }
@@ -82,17 +82,17 @@ impl Shim {
             log_query_error(process, &error);
             None
         });
-        let main = last_word(told, read);
+        let main = trusted_report(told, read);
         match main.ended {
             Some(ended) => self.ended(entry, process, seen(main, ended)),
             None => {
                 let key = &process.key;
-                tracing::warn!(process = %key, "{key}: systemd has told of its end, but it still runs");
+                tracing::warn!(process = %key, "{key}: systemd reported its end, but it still runs");
             }
         }
     }
 
-    /// Looks at every unit: signals may have been missed.
+    /// Queries every unit, as signals may have been missed.
     pub async fn resync(self: &Arc<Self>) {
         tokio::spawn(self.clone().refer_to_units());
         let running = self.running_units().await;
@@ -105,8 +105,8 @@ impl Shim {
         }
     }
 
-    /// Asks systemd whether a process has ended that is believed to live. A Create or a Start under way finds out for
-    /// itself.
+    /// Asks systemd whether a process that the record says is alive has ended. Does nothing during Create and Start, which
+    /// find out by themselves.
     pub(crate) async fn query_unit(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
         if !entry.task().process(process.exec()).is_some_and(|process| process.is_alive()) {
             return;
@@ -126,7 +126,7 @@ impl Shim {
             (_, Some(_)) => exit_of(Ended::killed(now_usec())),
         };
         let (key, status) = (&process.key, exit.status);
-        tracing::warn!(process = %key, "{key}: its unit was stopped; exit code unknown, reporting {status}");
+        tracing::warn!(process = %key, "{key}: its unit disappeared or was stopped by somebody else; exit code unknown, reporting {status}");
         self.ended(entry, process, Seen { pid: None, exit });
     }
 
@@ -141,13 +141,13 @@ impl Shim {
             (runs, task.cgroup().map(Path::to_owned))
         };
         let knows_kills = !runs || self.knows_oom_kills(entry, seen);
-        // Without a pid namespace of its own init's children outlive it, and RemainAfterExit keeps
-        // systemd from ending them.
+        // Without a pid namespace of their own, the children of init outlive it, and under RemainAfterExit systemd
+        // does not kill them.
         let left_behind = cgroup.filter(|cgroup| cgroup::is_populated(cgroup));
         if knows_kills && left_behind.is_none() {
             return self.note_end(entry, process, seen);
         }
-        // This may be told again in the meantime.
+        // systemd may report the same end again in the meantime.
         if !std::mem::replace(&mut process.live().is_ending, true) {
             let (shim, entry) = (self.clone(), entry.clone());
             tokio::spawn(async move {
@@ -168,7 +168,7 @@ impl Shim {
             Ok(noted) => noted,
             Err(error) => {
                 let key = &process.key;
-                tracing::error!(process = %key, %error, "{key}: can't note its end: {error}");
+                tracing::error!(process = %key, %error, "{key}: can't record its end: {error}");
                 return;
             }
         };
@@ -178,24 +178,24 @@ impl Shim {
         }
         process.live().attempt_ended.notify_one();
         self.after_exec(entry, process);
-        // Until it is written, the unit keeps the exit.
+        // The unit keeps the exit status until the record has it.
         if noted == Noted::Written {
             self.remove_ended_exec(entry, process);
         }
     }
 
-    /// The units that need no closer look: their main processes live, and when one ends that is told.
+    /// The units whose main process runs. They need no query: systemd will report the end.
     pub(crate) async fn running_units(&self) -> HashSet<UnitName> {
         self.manager.running_units().await.unwrap_or_else(|error| {
-            tracing::warn!(%error, "can't list the units, each is looked at: {error}");
+            tracing::warn!(%error, "can't list the units of systemd, querying each of them: {error}");
             HashSet::new()
         })
     }
 
-    /// Refers to the unit of every task over the present connection to the bus, and lets go of earlier
-    /// ones. Not to that of a task that is being deleted: nobody would give the reference back.
+    /// References the unit of every task over the current connection to the bus, and drops the references over earlier
+    /// connections. Skips a task that is being deleted: nobody would release its reference.
     ///
-    /// A task whose verb hangs holds up no other one. One call does this for all that come while it waits for its turn.
+    /// A task whose operation hangs delays no other task. One call serves all calls that arrive while it waits for its turn.
     pub(crate) async fn refer_to_units(self: Arc<Self>) {
         self.references.again.store(true, Ordering::SeqCst);
         let _one = self.references.turn.lock().await;
@@ -216,8 +216,8 @@ impl Shim {
     }
 }
 
-/// Kills what init has left behind, before its end is told. What the kernel does not kill in time does not
-/// hold the end back.
+/// Kills the processes that init left behind, before its end is reported. Gives up after a limit: the end is reported in
+/// any case.
 async fn kill_left_behind(entry: &Entry, cgroup: PathBuf) {
     let killed = blocking(move || cgroup::kill(&cgroup));
     let reason = match tokio::time::timeout(LEFT_BEHIND_LIMIT, killed).await {
@@ -226,14 +226,15 @@ async fn kill_left_behind(entry: &Entry, cgroup: PathBuf) {
         Ok(Err(error)) => error.to_string(),
         Err(_) => format!("not done within {} s", LEFT_BEHIND_LIMIT.as_secs()),
     };
-    tracing::warn!(task = %entry.key, "task {}: can't kill what init left behind: {reason}", entry.key);
+    tracing::warn!(task = %entry.key, "task {}: can't kill the processes that its init process left behind: {reason}", entry.key);
 }
 
-/// What is believed of a main process of whose end systemd has told: what systemd answers when it is asked.
+/// Which of the two reports about the end of a main process to trust: the answer that systemd gave when it was queried,
+/// or, if the answer is about another process or about none, the signal before it.
 ///
-/// Unless it answers of another process, or of none. Then the unit was unloaded or started again in the meantime: systemd
-/// does not know any more what it has told. An exec's unit is unloaded as soon as somebody stops it.
-fn last_word(told: MainProcess, read: Option<MainProcess>) -> MainProcess {
+/// In the second case the unit was unloaded or started again in the meantime, and systemd has forgotten what it signalled.
+/// The unit of an exec is unloaded as soon as somebody stops it.
+fn trusted_report(told: MainProcess, read: Option<MainProcess>) -> MainProcess {
     let is_same = |read: &MainProcess| told.last_pid == 0 || read.last_pid == told.last_pid;
     read.filter(is_same).unwrap_or(told)
 }
@@ -260,22 +261,22 @@ mod tests {
         MainProcess { pid: 0, last_pid: 7, ended: Some(Ended { code: 1, status: 3, at_usec: 5 }) };
 
     #[test]
-    fn what_systemd_answers_counts_more_than_what_it_has_told() {
+    fn the_answer_to_a_query_counts_more_than_the_signal_before_it() {
         let runs = MainProcess { pid: 7, last_pid: 7, ended: None };
-        assert_eq!(last_word(TOLD, Some(runs)), runs);
+        assert_eq!(trusted_report(TOLD, Some(runs)), runs);
         let ended = MainProcess { ended: Some(Ended { code: 2, status: 9, at_usec: 6 }), ..TOLD };
-        assert_eq!(last_word(TOLD, Some(ended)), ended);
+        assert_eq!(trusted_report(TOLD, Some(ended)), ended);
     }
 
     #[test]
     fn an_end_is_not_lost_when_the_unit_has_been_unloaded_or_started_again() {
-        assert_eq!(last_word(TOLD, None), TOLD);
+        assert_eq!(trusted_report(TOLD, None), TOLD);
         for later in [
             MainProcess::default(),
             MainProcess { pid: 8, last_pid: 8, ended: None },
             MainProcess { pid: 0, last_pid: 8, ended: Some(Ended { code: 1, status: 0, at_usec: 9 }) },
         ] {
-            assert_eq!(last_word(TOLD, Some(later)), TOLD);
+            assert_eq!(trusted_report(TOLD, Some(later)), TOLD);
         }
     }
 }
