@@ -1,5 +1,5 @@
-//! What a container's unit gets beside what every container's unit gets: the properties that its client or
-//! the runtime's options ask for, and the devices that it may use.
+//! The properties of a container's unit that not every container has: those that its client (annotations) or the
+//! administrator (runtime options) requests, and the devices that it may use.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::task::request::{Asker, DeviceAllow, Property, Runtime};
 use crate::unit;
 use crate::unit::annotation::{self, Additions, Extension};
 
-/// The properties that are asked for, checked but for their types.
+/// The requested properties. Their names and values are checked, their types are not.
 ///
 /// `extension`: the names in the option AnnotationProperties.
 pub(crate) fn properties(
@@ -41,17 +41,17 @@ pub(crate) fn properties(
     Ok(checked.properties)
 }
 
-/// The devices that the container may use, where systemd can say exactly what the OCI runtime will; a filter
-/// of systemd's that is stricter would win in silence.
+/// The devices that the container may use, if systemd can express exactly the rules of the OCI runtime. A stricter
+/// device filter of systemd would silently win.
 pub(crate) fn allowed_devices(
     spec: &Spec,
     rules: &[DeviceRule],
     runtime: &Runtime,
 ) -> Option<Vec<DeviceAllow>> {
     let binary = runtime.binary.file_name().and_then(|name| name.to_str());
-    // Others use devices of their own: /dev/kvm, for one.
+    // Other OCI runtimes need devices of their own, such as /dev/kvm.
     let known = matches!(binary, Some("runc" | "crun")) && spec.annotation(CRUN_HANDLER).is_none();
-    // They may give the container more devices, GPUs for one.
+    // Hooks may give the container more devices, such as GPUs.
     let hooks = spec.has_hooks();
     if !known || hooks {
         return None;
@@ -59,10 +59,10 @@ pub(crate) fn allowed_devices(
     devices::allowed(rules)
 }
 
-/// Makes crun run the container in a virtual machine, for one.
+/// Selects a handler of crun, such as one that runs the container in a virtual machine.
 const CRUN_HANDLER: &str = "run.oci.handler";
 
-/// Whether the container may tell systemd of itself. An annotation can only do without what the option allows.
+/// Whether the container may use sd_notify(3). The annotation can only give up what the option allows.
 pub(crate) fn notifies(task: &str, spec: &Spec, option: bool) -> Result<bool, Error> {
     match spec.annotation(NOTIFY) {
         None => Ok(option),
@@ -85,8 +85,8 @@ pub(crate) fn of(task: &Task) -> Result<Additions, Error> {
     Ok(Additions::new(devices.as_deref(), &task.properties)?)
 }
 
-/// Why systemd did not start the unit. A property that it does not know, or a value that it does not take,
-/// is one that was asked for: ours it takes.
+/// Turns an error of systemd into one that names the requested property. A property that systemd does not know, or a
+/// value that it refuses, is a requested one: it accepts all of ours.
 pub(crate) fn refused(task: &Task, error: unit::error::Error) -> Error {
     let of_asked = error.is_about_a_property() && !task.properties.is_empty();
     match error {
@@ -99,7 +99,7 @@ pub(crate) fn refused(task: &Task, error: unit::error::Error) -> Error {
 }
 
 impl Shim {
-    /// Checks the types of what is asked for: systemd would not name the property.
+    /// Checks the types of the requested properties: the error of systemd would not name the property.
     pub(crate) async fn check_types(&self, properties: &[Property]) -> Result<(), Error> {
         if !properties.is_empty() {
             self.manager.property_types().await?.check(properties)?;

@@ -7,7 +7,7 @@ use crate::services::{Entry, Error, Shim, Tasks};
 use crate::store::delete_replies::Deleted;
 
 impl Shim {
-    /// Takes away what a task left when containerd has given it up: kills it if it lives.
+    /// Removes a task that containerd has given up, and kills its processes first.
     ///
     /// # Errors
     /// As [`Self::delete`]. The task of another containerd than `owner` is unknown to it.
@@ -16,7 +16,7 @@ impl Shim {
         if !Tasks::is_own(&entry, owner) {
             return Err(Error::UnknownTask { key: key.clone() });
         }
-        // containerd gives up while its Create is still under way: that is taken back first.
+        // The Create may still be running: it is cancelled and rolled back first.
         if entry.task().init.pid().is_none() {
             entry.init.live().given_up.cancel();
         }
@@ -30,7 +30,7 @@ impl Shim {
     /// containerd has given the task up and publishes its end itself.
     ///
     /// # Errors
-    /// None: a note of this kind is never refused.
+    /// None: no phase refuses this change.
     fn mute(&self, entry: &Arc<Entry>) -> Result<(), Error> {
         self.tasks.note(entry, |task| {
             task.muted = true;
@@ -48,7 +48,7 @@ impl Shim {
         self.delete_task(&entry.key).await
     }
 
-    /// After a restart: containerd has given a task up, and an earlier daemon could not remove it.
+    /// After a restart: removes a task that containerd has given up and that an earlier daemon could not remove.
     pub(crate) async fn remove_given_up(self: &Arc<Self>, entry: &Arc<Entry>) {
         match self.kill_and_delete(entry).await {
             Ok(_) | Err(Error::UnknownTask { .. }) => {}

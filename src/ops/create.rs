@@ -1,7 +1,7 @@
 //! Create: check everything, write the record, start the unit.
 //!
-//! Nothing has an effect before the record is written, and a Create that fails takes back all it
-//! did: unit, runtime state, mounts, FIFOs, record.
+//! The record is written before anything else changes. A Create that fails is rolled back: unit, state of the OCI
+//! runtime, mounts, FIFOs, record.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -33,16 +33,16 @@ use crate::unit::{self, name};
 
 use super::additions;
 
-/// Where containerd takes events when nothing says otherwise.
+/// The address of containerd for events, if neither the bundle nor the environment names one.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
 const DEFAULT_GRPC: &str = "/run/containerd/containerd.sock";
 
-/// Which daemon has begun a Create.
+/// The daemon that began a Create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Begun {
     /// This one.
     Now,
-    /// An earlier one, which may have asked systemd for the unit.
+    /// An earlier one. It may already have asked systemd to start the unit.
     Before,
 }
 
@@ -54,9 +54,9 @@ fn is_under_way(state: &str) -> bool {
 /// A Create call.
 #[derive(Debug)]
 pub struct CreateTask {
-    /// The task to be.
+    /// The new task.
     pub key: TaskKey,
-    /// What the client asks for.
+    /// The request of the client.
     pub request: Create,
     /// The stdio strings of its init process.
     pub stdio: Stdio,
@@ -67,13 +67,13 @@ pub struct CreateTask {
 }
 
 impl Shim {
-    /// Makes a container, up to its waiting init process; returns that process.
+    /// Creates a container whose init process waits for Start. Returns the pid of that process.
     ///
     /// # Errors
-    /// Anything that is wrong with the request, or that fails; nothing is left then.
+    /// The request is invalid or a step fails. The Create is rolled back.
     pub async fn create(self: &Arc<Self>, call: CreateTask, attempt: Attempt) -> Result<u32, Error> {
         if let (Attempt::Replayed, Some(entry)) = (attempt, self.tasks.registry.get(&call.key)) {
-            // It may still be under way.
+            // The earlier daemon's Create may still be running.
             drop(entry.init.verb.lock().await);
             let made = entry.task().init.pid();
             if let Some(pid) = made {
@@ -104,8 +104,8 @@ impl Shim {
         }
     }
 
-    /// Checks the request against what is on disk; no effects. Returns the environment of the OCI runtime too,
-    /// in the form of /proc/PID/environ.
+    /// Checks the request and the bundle, without side effects. Also returns the environment of the OCI runtime, in the
+    /// format of /proc/PID/environ.
     fn prepare(&self, call: CreateTask) -> Result<(Task, Vec<u8>), Error> {
         let CreateTask { key, request, stdio, options, .. } = call;
         let climbs = request.bundle.components().any(|part| part == Component::ParentDir);
@@ -138,8 +138,8 @@ impl Shim {
         let task = Task {
             placement: placement(&key, &spec)?,
             fields,
-            // What a hook or a wrapper of the runtime mounts has to be seen on the host, or where containerd is if it has
-            // a mount namespace of its own. There, containerd unmounts the rootfs when it removes the bundle.
+            // Mounts by a hook or by a wrapper of the runtime must be visible on the host, or in the mount namespace of
+            // containerd if it has one. There, containerd unmounts the rootfs when it removes the bundle.
             rootfs_on_host: !request.rootfs.is_empty()
                 && (spec.shares_mounts_with_host()
                     || spec.has_hooks()
@@ -196,7 +196,7 @@ impl Shim {
         })
     }
 
-    /// Claims the id and a unit's name.
+    /// Registers the task under its id and the first unit name that is free.
     fn register(&self, task: Task) -> Result<(Arc<Entry>, Verb), Error> {
         let key = task.key.clone();
         for unit in name::candidates(&key) {
@@ -229,8 +229,8 @@ impl Shim {
         self.finish_create(entry, &task, &dir, opened).await
     }
 
-    /// After a restart: finishes a Create that was cut off, or rolls it back. `claimed` fires once the descriptors of
-    /// its streams have been claimed from the descriptor store.
+    /// After a restart: completes a Create that was interrupted, or rolls it back. Sends to `claimed` once it has claimed
+    /// the descriptors of the streams from the descriptor store.
     pub(crate) async fn resume_create(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -243,9 +243,9 @@ impl Shim {
             let plan = Arc::new(self.plan(entry, &entry.init)?);
             let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
             self.listen_to_container(entry).await?;
-            // Nobody waits any more if the daemon ends.
+            // The receiver is gone if the daemon stops.
             let _ = claimed.send(());
-            // A unit that is down and has never run `launch` is what another task has left behind.
+            // A unit that is not running and never ran `launch` belongs to an earlier task of this name.
             if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
                 self.await_unit(entry, &task, &dir, self.manager.wait_until_started(task.unit())).await?;
             } else {
@@ -269,7 +269,7 @@ impl Shim {
         opened: OpenStreams,
     ) -> Result<u32, Error> {
         fault::point(Point::CreateUp);
-        // What a hook has left there stays.
+        // Not removed if a hook has left processes in it.
         launch::cgroup::remove(task.unit());
         let pid =
             read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(task, dir)))?;
@@ -305,11 +305,11 @@ impl Shim {
         if let (Err(unit::error::Error::Exists { .. }), Begun::Before) = (&begun, create)
             && self.manager.active_state(task.unit()).await?.is_some_and(|state| is_under_way(&state))
         {
-            // The earlier daemon has asked for it, and systemd got to that after this daemon had looked.
+            // The earlier daemon had asked for the unit, and systemd started it after this daemon had queried it.
             return self.await_unit(entry, task, dir, self.manager.wait_until_started(task.unit())).await;
         }
         if let Err(unit::error::Error::Exists { .. }) = begun {
-            // No task of ours has this unit: it is what a failed one left behind, or somebody else's.
+            // No task has this unit: a failed one left it behind, or it belongs to somebody else.
             self.manager.release(task.unit()).await;
             self.manager.reset_failed(task.unit()).await?;
             begun = self.manager.begin_referenced(task.unit(), &properties, &additions).await;
@@ -361,10 +361,10 @@ impl Shim {
         let (mut limits, mut oom_kills) = (None, 0);
         if let Some(cgroup) = &found {
             limits = self.join_limits(&task, cgroup).await?;
-            // One that the client has made before may have a history.
+            // A cgroup that the client has created may already have counted kills.
             oom_kills = MemoryEvents::read(cgroup)?.unwrap_or_default().oom_kill;
         }
-        // The cgroup of a process that has ended by now is gone.
+        // If the process has ended in the meantime, its cgroup can't be read any more.
         let cgroup = found.unwrap_or_else(|| task.placement.cgroup(task.unit()));
         let container = Container { pid, cgroup, limits, oom_kills };
         fault::point(Point::CreateLimited);
@@ -385,7 +385,7 @@ impl Shim {
     }
 }
 
-/// Limits that can be applied here.
+/// Checks that this machine can apply the limits.
 pub(crate) fn check_resources(resources: &Resources) -> Result<(), Error> {
     resources.check()?;
     if resources.needs().next().is_some() {
@@ -394,7 +394,7 @@ pub(crate) fn check_resources(resources: &Resources) -> Result<(), Error> {
     Ok(())
 }
 
-/// The unit's slice and the container's cgroup, from the client's wish.
+/// The slice of the unit and the cgroup of the container, as the client requests them.
 fn placement(key: &TaskKey, spec: &Spec) -> Result<Placement, Error> {
     let ours = || -> Result<UnitName, Error> {
         Ok(match (key.namespace.as_str(), sandbox_of(spec)) {
@@ -420,7 +420,7 @@ fn placement(key: &TaskKey, spec: &Spec) -> Result<Placement, Error> {
     })
 }
 
-/// The placement that an earlier attempt has written into the bundle, whose Create is replayed.
+/// The placement in a bundle that an earlier attempt of the same Create has already rewritten.
 fn own_placement(key: &TaskKey, path: &Path) -> Result<Option<Placement>, Error> {
     let parts: Vec<_> = path.iter().filter_map(|part| part.to_str()).collect();
     let [.., slice, unit, child] = parts[..] else {

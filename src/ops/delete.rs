@@ -1,4 +1,4 @@
-//! Delete: takes away everything that a task left.
+//! Delete: removes a task that has ended, or an exec.
 
 use std::sync::Arc;
 
@@ -17,11 +17,11 @@ use crate::task::phase::{Exit, Phase};
 use super::kill::kill_all;
 
 impl Shim {
-    /// Removes a process that has ended or was never started: an exec, or a task with all of its
-    /// execs. Returns the process that it was, and how it ended.
+    /// Removes an exec, or a task with all of its execs. The process has ended or was never started. Returns its pid and
+    /// its exit status.
     ///
     /// # Errors
-    /// It runs, or something can't be taken away; it can be called again then.
+    /// The process runs, or something can't be removed. The call can be repeated.
     pub async fn delete(self: &Arc<Self>, key: &ProcessKey, attempt: Attempt) -> Result<Deleted, Error> {
         let deleted = match &key.exec {
             None => self.delete_task(&key.task).await,
@@ -35,11 +35,11 @@ impl Shim {
         }
     }
 
-    /// A task that was never started is killed first.
+    /// Removes a task. Kills a task that was never started first.
     pub(super) async fn delete_task(self: &Arc<Self>, key: &TaskKey) -> Result<Deleted, Error> {
         let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
-        // Another Delete may have been first.
+        // Another Delete may have removed it while this one waited.
         self.tasks.created(key)?;
         let phase = entry.task().init.phase.clone();
         let exit = match phase {
@@ -67,7 +67,7 @@ impl Shim {
         Ok(deleted)
     }
 
-    /// Kills all of a task, and waits until its end is known.
+    /// Kills all processes of a task, and waits until systemd reports the end of init.
     pub(super) async fn kill_and_wait(&self, entry: &Arc<Entry>) -> Result<Exit, Error> {
         let task = entry.task().clone();
         blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await??;
@@ -79,7 +79,7 @@ impl Shim {
         }
     }
 
-    /// Drops record and memory; the last events move to where the publisher finds them.
+    /// Removes the task from disk and from memory. Its last events move to a file for the publisher.
     fn forget(&self, entry: &Arc<Entry>, event: TaskEvent) -> Result<(), Error> {
         self.tasks.note_deleted(entry, event)?;
         self.tasks.remove(&entry.key);
@@ -87,12 +87,11 @@ impl Shim {
         Ok(())
     }
 
-    /// Removes an exec that does not run. Returns the process that it was, and how it ended; nothing
-    /// of both for one that never ran. One that is being started is given up: its client has gone away, as a probe
-    /// does after its timeout, and the start may hang in the container.
+    /// Removes an exec that does not run. Returns its pid and its exit status, or neither if it never ran. Cancels a start
+    /// in progress: its client has gone away (a probe does so after its timeout), and the start may hang in the container.
     ///
     /// # Errors
-    /// It runs, or something can't be taken away; it can be called again then.
+    /// The exec runs, or something can't be removed. The call can be repeated.
     async fn delete_exec(self: &Arc<Self>, key: &ProcessKey) -> Result<Deleted, Error> {
         let (entry, process) = self.tasks.process(key)?;
         let has_run = entry.task().process(process.exec()).is_none_or(|exec| exec.has_run());
@@ -113,7 +112,7 @@ impl Shim {
     ) -> Result<Deleted, Error> {
         let _verb = process.verb.lock().await;
         let key = &process.key;
-        // Another Delete may have been first.
+        // Another Delete may have removed it while this one waited.
         self.tasks.process(key)?;
         let unknown = || Error::UnknownExec { key: key.clone() };
         let id = process.exec().ok_or_else(unknown)?;

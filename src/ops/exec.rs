@@ -20,7 +20,7 @@ use crate::unit::name;
 pub struct AddExec {
     /// The task.
     pub task: TaskKey,
-    /// The exec to be.
+    /// The id of the new exec.
     pub exec: ExecId,
     /// Its stdio strings.
     pub stdio: Stdio,
@@ -29,10 +29,10 @@ pub struct AddExec {
 }
 
 impl Shim {
-    /// Notes a process that is to be added to a task. Nothing runs yet.
+    /// Records a new exec. Nothing runs before Start.
     ///
     /// # Errors
-    /// The id is in use, the spec or the stdio strings are wrong, or the task has ended.
+    /// The id is in use, the spec or the stdio strings are invalid, or the task has ended.
     pub async fn add_exec(self: &Arc<Self>, call: AddExec, attempt: Attempt) -> Result<(), Error> {
         let AddExec { task: key, exec: id, stdio, spec } = call;
         let entry = self.tasks.created(&key)?;
@@ -40,7 +40,7 @@ impl Shim {
             return Ok(());
         }
         if id.as_str() == key.id.as_str() {
-            // Their exits could not be told apart.
+            // containerd could not tell the exit events of the exec and of init apart.
             return Err(Error::ExecExists { exec: id.to_string() });
         }
         self.fds.has_room()?;
@@ -62,7 +62,7 @@ impl Shim {
         let noted = self.note_exec(&entry, &process, &id, stdio, wiring, description, &spec);
         if noted.is_err() {
             self.tasks.registry.remove_exec(&entry, &id);
-            // The first error is the one to report.
+            // The caller gets the first error.
             let _ = self.store.remove_exec_dir(&key, &id);
         }
         noted
@@ -94,7 +94,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Claims the id and a unit's name.
+    /// Registers the exec under its id and the first unit name that is free.
     fn register_exec(&self, entry: &Entry, id: &ExecId) -> Result<(Arc<Process>, Verb), Error> {
         for unit in name::exec_candidates(&entry.init.unit, id) {
             match self.tasks.registry.insert_exec(entry, id, unit, None) {

@@ -1,4 +1,4 @@
-//! Kill: a signal to a process, or to all of the container.
+//! Kill: sends a signal to a process, or to all processes of a container.
 
 use std::os::fd::OwnedFd;
 
@@ -16,8 +16,7 @@ const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 const LAST_SIGNAL: u32 = 64;
 
 impl Shim {
-    /// Sends a signal. Takes no lock that a slow verb could hold. `all` is for init: an exec has but
-    /// one process.
+    /// Sends a signal. Takes no lock that a slow operation could hold. `all` has an effect for init only.
     ///
     /// # Errors
     /// The process has ended or was never started, or there is no such signal.
@@ -31,7 +30,7 @@ impl Shim {
         let killed = self.send(key, signal, all).await;
         fault::point(Point::KillSent);
         match (attempt, killed) {
-            // What the signal was meant to end has ended.
+            // An earlier daemon may have sent the signal, and the process has ended.
             (
                 Attempt::Replayed,
                 Err(Error::Finished | Error::UnknownTask { .. } | Error::UnknownExec { .. }),
@@ -58,7 +57,7 @@ impl Shim {
         let held = process.live().process.as_ref().map(|held| held.try_clone()).transpose();
         let held = held.map_err(|source| Error::Kill { signal, process: key.to_string(), source })?;
         let sent = match held {
-            // Through the descriptor that is held: the number can't have become another process.
+            // Through the pidfd: the pid may belong to another process by now.
             Some(held) => sys::pidfd_send_signal(&held, signal),
             None => hold_again(&task, pid).and_then(|process| sys::pidfd_send_signal(&process, signal)),
         };
@@ -69,8 +68,8 @@ impl Shim {
     }
 }
 
-/// A descriptor for a process that could not be held when it was found, such as for want of descriptors. `ESRCH` only if
-/// the process has ended: whoever has its number and lives elsewhere is another.
+/// Opens a pidfd for a process whose pidfd could not be opened before, for lack of descriptors for example. Fails with
+/// `ESRCH` only if the process has ended; a process with this pid in another cgroup is another process.
 fn hold_again(task: &Task, pid: u32) -> Result<OwnedFd, Errno> {
     let process = sys::pidfd_open(pid)?;
     let lives_in = cgroup::of_process(pid).ok();
@@ -80,7 +79,8 @@ fn hold_again(task: &Task, pid: u32) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// Every process of the container: not for the async runtime. One that ends meanwhile is no error, nor is an empty container.
+/// Sends a signal to every process of the container. Blocks. It is no error if processes end meanwhile, or if there are
+/// none.
 pub(crate) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
     let Some(cgroup) = task.cgroup() else {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Pause: systemd's freezer, for Resume as well.
+//! Pause: freezes a container through systemd. Resume uses the same code to thaw it.
 
 use std::path::Path;
 use std::pin::pin;
@@ -14,17 +14,18 @@ use crate::task::process::Lifecycle;
 use crate::task::{Placement, Task};
 use crate::unit;
 
-/// A process that the kernel can't freeze (in a driver, traced) keeps the others frozen half. As with runc.
+/// How long a freeze may take. A process that the kernel can't freeze (it is in a driver, or traced) would leave the
+/// others half frozen. The same limit as runc's.
 const FREEZE_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 5_000 } else { 10_000 });
 
-/// How long systemd may take to notice what the kernel tells.
+/// How long systemd may take to notice that the kernel has frozen or thawed the cgroup.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 
 impl Shim {
     /// Freezes a container's processes.
     ///
     /// # Errors
-    /// It does not run, or can't be frozen; then it runs on.
+    /// The container does not run, or can't be frozen; then it continues to run.
     pub async fn pause(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<(), Error> {
         let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
@@ -37,7 +38,7 @@ impl Shim {
         let frozen = self.freeze(&task).await;
         fault::point(Point::PauseDone);
         if let Err(error) = frozen {
-            // What is frozen of it by now goes on; the first error is the one to report.
+            // Thaws what is frozen already. The caller gets the first error.
             let _ = self.thaw(&task).await;
             return Err(match error {
                 Error::Cgroup(error) if error.is_timeout() => Error::NotFreezing { key: key.clone() },
@@ -57,8 +58,8 @@ impl Shim {
         self.set_frozen(task, false, self.manager.thaw(task.unit())).await
     }
 
-    /// Resolves when the container is as it is to be, and systemd has said so. Its answer may never come: not
-    /// if the unit ends at that moment (257).
+    /// Waits until the cgroup is frozen or thawed and systemd has answered. systemd 257 never answers if the unit ends at
+    /// that moment.
     async fn set_frozen(
         &self,
         task: &Task,

@@ -10,8 +10,8 @@ use crate::services::{Error, Shim, blocking};
 impl Shim {
     /// The processes of a container, and which of them are execs.
     ///
-    /// For one that has ended the process that it was: containerd up to 2.3.3 takes an empty list for
-    /// a leaked shim when it restarts, and would delete the task with its exit code.
+    /// For a container that has ended, the list has the former init process: containerd up to 2.3.3, when it restarts,
+    /// takes an empty list for a leaked shim and deletes the task with its exit code.
     ///
     /// # Errors
     /// There is no such task, or its cgroup can't be read.

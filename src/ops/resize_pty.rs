@@ -4,8 +4,8 @@ use crate::id::ProcessKey;
 use crate::services::{Error, Shim};
 
 impl Shim {
-    /// Sets the size of a terminal's window, in characters. A terminal that has not been received yet gets the size
-    /// when it is; without a terminal there is no window.
+    /// Sets the size of the terminal, in characters. If the daemon has not received the terminal yet, it sets the size as
+    /// soon as it does. Without a terminal nothing happens.
     ///
     /// # Errors
     /// There is no such process, or an exec has ended.

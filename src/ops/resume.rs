@@ -1,4 +1,4 @@
-//! Resume: lets a paused container run.
+//! Resume: thaws a paused container.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use crate::task::phase::{Event, Phase};
 use super::pause::refused;
 
 impl Shim {
-    /// Lets a container's processes go on.
+    /// Thaws the processes of a container.
     ///
     /// # Errors
-    /// It is not paused, or something above it is frozen too.
+    /// The container is not paused, or a cgroup above it is frozen as well.
     pub async fn resume(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<(), Error> {
         let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;

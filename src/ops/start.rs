@@ -13,10 +13,10 @@ use crate::task::phase::{Event, Exit, Refusal, Seen};
 use super::kill::kill_all;
 
 impl Shim {
-    /// Starts a process; returns it.
+    /// Starts a process. Returns its pid.
     ///
     /// # Errors
-    /// It is not in the phase for that, its task has ended, or it can't be started; then it can be tried again.
+    /// The phase does not allow it, the task has ended, or the start fails. A failed start can be repeated.
     pub async fn start(self: &Arc<Self>, key: &ProcessKey, attempt: Attempt) -> Result<u32, Error> {
         let (entry, process) = self.tasks.process(key)?;
         let _verb = process.verb.lock().await;
@@ -34,7 +34,7 @@ impl Shim {
         self.conclude_start(&entry, &process, started).await
     }
 
-    /// Has the OCI runtime let the waiting init process run.
+    /// Asks the OCI runtime to release the waiting init process.
     async fn release_init(&self, entry: &Entry, task: &Task) -> Result<u32, Error> {
         fault::point(Point::StartRecorded);
         let dir = self.store.dir(&task.key);
@@ -44,7 +44,7 @@ impl Shim {
             () = Self::init_is_gone(entry) => Err(Error::InitGone { key: task.key.clone() }),
         };
         if started.is_err() && !cli.waits_for_start() {
-            // It has been let go, and nobody says so: it ends, as runc has it end when a poststart hook fails.
+            // The runtime has released init and failed afterwards: kill it, as runc does when a poststart hook fails.
             let task = task.clone();
             blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await??;
         }
@@ -52,7 +52,7 @@ impl Shim {
         started.map(|()| task.init.pid().unwrap_or_default())
     }
 
-    /// The last step of a start: notes what became of it. A process may have ended already.
+    /// The last step of a start: records the result. The process may have ended already.
     pub(crate) async fn conclude_start(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -78,14 +78,14 @@ impl Shim {
             self.after_exec(entry, process);
         } else {
             fault::point(Point::StartNoted);
-            // It may have been frozen meanwhile.
+            // The container may have been frozen meanwhile.
             self.note_freezer(entry);
         }
         Ok(pid)
     }
 }
 
-/// Whether a process can be started now, its own phase apart.
+/// Checks that nothing but the phase of the process itself prevents a start.
 fn may_start(task: &Task, process: &Process) -> Result<(), Error> {
     if process.exec().is_none() {
         // The OCI runtime would wait in a frozen cgroup until somebody thaws it.
@@ -100,7 +100,7 @@ fn may_start(task: &Task, process: &Process) -> Result<(), Error> {
         return Err(Error::NoExecIn { phase: task.init.word() });
     }
     if process.live().given_up.is_cancelled() {
-        // A Delete waits. The same Start, replayed after a restart, may come between it and a start that hung.
+        // A Delete waits for the lock. A replay of this Start may get the lock before the Delete does.
         return Err(Error::GivenUp { process: process.key.clone() });
     }
     Ok(())

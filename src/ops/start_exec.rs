@@ -28,16 +28,16 @@ use crate::unit;
 use crate::unit::manager::query::Starting;
 use crate::unit::properties;
 
-/// An exec that has run for so long is not a probe.
+/// An exec that has run for this long is not a probe.
 const LONG_EXEC: Duration = Duration::from_secs(2);
 
-/// How long a start may take beside the OCI runtime: a client opens two FIFOs, systemd takes the process over, and
-/// both may be slow.
+/// How long a start may take in addition to the limit of the OCI runtime: a client opens two FIFOs, and systemd accepts
+/// the process as main process of the unit.
 const HANDOVER_LIMIT: Duration =
     config::STDIO_LIMIT.saturating_mul(2).saturating_add(config::BARRIER_LIMIT.saturating_mul(2));
 
 impl Shim {
-    /// Brings the unit up. Returns the process, and how it ended if `launch` was there to see it.
+    /// Starts the unit of an exec. Returns the pid, and the exit status if the process ended before systemd took it over.
     pub(super) async fn launch_exec(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -60,14 +60,14 @@ impl Shim {
         self.await_outcome(entry, process, &dir, doorbell, opened).await
     }
 
-    /// Asks for the unit.
+    /// Asks systemd to start the unit.
     async fn start_exec_unit(&self, task: &Task, exec: &Exec, process: &Process) -> Result<(), Error> {
         let command = self.launcher.command(Kind::Exec, &process.key);
         let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
         let properties = properties::exec(&exec.description, &command, &environment);
         let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
         if let Err(unit::error::Error::Exists { .. }) = begun {
-            // No exec of ours has this unit: it is what a failed one left behind.
+            // No exec has this unit: a failed one left it behind.
             let left = remove_unit(&*self.manager, &exec.unit, Stop::Awaited).await;
             if !left.is_empty() {
                 return Err(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
@@ -79,14 +79,14 @@ impl Shim {
         {
             begun = self.manager.begin_transient(&exec.unit, &properties).await;
         }
-        // The job goes on for as long as the process.
+        // The start job lasts as long as the process: it is not awaited.
         drop(begun?);
         fault::point(Point::ExecStartBegun);
         self.launcher.warm_up();
         Ok(())
     }
 
-    /// Waits for the outcome of a start, and connects the process's streams.
+    /// Waits for the outcome of a start, and starts the session of the process.
     async fn await_outcome(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -110,8 +110,7 @@ impl Shim {
         Ok((pid, exit))
     }
 
-    /// What became of a start: known when the bell rings, or when the unit has ended. A start that is not wanted any
-    /// more, or takes too long, has failed.
+    /// Waits until `launch` rings the doorbell or the unit ends. Fails if the start is cancelled or takes too long.
     async fn outcome(
         &self,
         entry: &Entry,
@@ -124,7 +123,7 @@ impl Shim {
             let live = process.live();
             (live.attempt_ended.clone(), live.given_up.clone())
         };
-        // `launch` keeps the runtime's limit itself.
+        // `launch` enforces the limit of the OCI runtime itself.
         let limit = entry.task().runtime.limit() + HANDOVER_LIMIT;
         let too_long = tokio::time::sleep(limit);
         let init_is_gone = Self::init_is_gone(entry);
@@ -136,7 +135,7 @@ impl Shim {
             tokio::select! {
                 rung = doorbell.read(&mut nothing) => drop(rung.map_err(Error::Watch)?),
                 () = ended.notified() => {
-                    // It may be the end of an earlier unit with this name that is heard of late.
+                    // This may be a late report about an earlier unit of this name.
                     let under_way = self.manager.starting(unit).await? == Starting::UnderWay;
                     if !under_way && report::read(dir)?.is_none() {
                         return Err(Error::Launch(format!("OCI runtime exec failed: see systemctl status {unit}")));
@@ -149,8 +148,8 @@ impl Shim {
         }
     }
 
-    /// The unit's start job lasts as long as the process, and systemd does not take a boot for finished
-    /// while there are jobs (manager.c, `manager_check_finished`): that of a long exec is taken away.
+    /// Cancels the start job of the unit if the exec runs for long. The job lasts as long as the process, and systemd does
+    /// not finish a boot while there are jobs (manager.c, `manager_check_finished`).
     pub(crate) fn cancel_long_start_job(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
         let (shim, entry, process) = (self.clone(), Arc::downgrade(entry), process.clone());
         tokio::spawn(async move {
@@ -162,8 +161,8 @@ impl Shim {
         });
     }
 
-    /// Finishes a start that an earlier daemon has begun: what it has begun is not begun twice. `claimed` fires once
-    /// the descriptors of its streams have been claimed from the descriptor store.
+    /// After a restart: completes a start that was interrupted, and starts nothing twice. Sends to `claimed` once it has
+    /// claimed the descriptors of the streams from the descriptor store.
     pub(crate) async fn resume_exec(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -172,7 +171,7 @@ impl Shim {
     ) {
         let resumed = async {
             let dir = self.store.process_dir(&process.key);
-            // Before looking: from now on it rings here.
+            // Opened before the queries: `launch` may ring at any time.
             let doorbell = open_doorbell(&dir)?;
             let starting = self.manager.starting(&process.unit).await?;
             let known = report::read(&dir)?.is_some();
@@ -180,12 +179,12 @@ impl Shim {
             let gone = || Error::UnknownExec { key: process.key.clone() };
             let plan = Arc::new(self.plan(entry, process)?);
             let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
-            // Nobody waits any more if the daemon ends.
+            // The receiver is gone if the daemon stops.
             let _ = claimed.send(());
             match starting {
                 _ if known => {}
                 Starting::UnderWay => {}
-                // It was not begun yet. The client's end of its streams is open: it must see no end now.
+                // The client has its ends of the streams open, and must not see an end of file now.
                 Starting::NotBegun => {
                     let exec = process.exec().and_then(|id| task.execs.get(id)).ok_or_else(gone)?;
                     self.resume_logger(&plan, &mut opened).await?;

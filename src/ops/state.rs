@@ -1,4 +1,4 @@
-//! State: answered from memory, never waiting for anything.
+//! State: answered from memory, without waiting for anything.
 
 use std::path::PathBuf;
 
@@ -20,7 +20,7 @@ pub enum Status {
     Stopped,
 }
 
-/// What State tells.
+/// The answer to State.
 #[derive(Clone, Debug)]
 pub struct State {
     /// The status.

@@ -9,8 +9,8 @@ use crate::supervise::oom::memory_events_of;
 use crate::task::Task;
 
 impl Shim {
-    /// The statistics of a container, in any phase. When its cgroup is gone, with the end of its main process,
-    /// those that are known all the same; the others are zero.
+    /// The statistics of a container, in any phase. systemd removes the cgroup when the main process ends: from then on the
+    /// result has only what systemd and the record still know, and zeros.
     ///
     /// # Errors
     /// There is no such task, or its numbers can't be read.
@@ -36,7 +36,7 @@ impl Shim {
         read.await?
     }
 
-    /// systemd keeps accounts of what it has removed, and the record those that containerd asks for.
+    /// The statistics that systemd and the record keep when the cgroup is gone.
     async fn last_stats(&self, task: &Task, events: MemoryEvents) -> Result<Stats, Error> {
         let account = self.manager.usage(task.unit()).await?;
         let mut stats = Stats::default();

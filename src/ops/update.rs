@@ -1,4 +1,4 @@
-//! Update: other limits for a container, in its cgroup and on its unit.
+//! Update: changes the limits of a container, in its cgroup and on its unit.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,16 +17,17 @@ use crate::task::phase::Refusal;
 
 use super::create::check_resources;
 
-/// The file in a task's directory with the resources of an Update under way.
+/// The file in the directory of a task that has the resources of the current Update.
 const RESOURCES: &str = "resources.json";
-/// The file with the limits that the container had before it.
+/// The file that has the limits of the container before the Update.
 const BEFORE: &str = "limits-before.json";
 
 impl Shim {
-    /// Gives a container other limits: OCI `LinuxResources`, in JSON. What they don't name stays as it is.
+    /// Changes the limits of a container. `resources` is an OCI `LinuxResources` in JSON; limits that it does not name
+    /// stay.
     ///
     /// # Errors
-    /// They are wrong, the container has ended, or the OCI runtime fails; then it has the limits that it had.
+    /// The resources are invalid, the container has ended, or the OCI runtime fails. The container keeps its limits.
     pub async fn update(
         self: &Arc<Self>,
         key: &TaskKey,
@@ -55,7 +56,7 @@ impl Shim {
         };
         fault::point(Point::UpdateDone);
         let after = read(&cgroup).await?;
-        // The OCI runtime sets all that it knows, also what an administrator has changed since.
+        // The OCI runtime also resets limits that the Update does not name and that an administrator has changed.
         let new = if updated.is_ok() { after.only(&named) } else { Limits::default() };
         let back = before.without(&new).differing_from(&after);
         blocking(move || files::write(&cgroup, &back)).await??;
@@ -70,7 +71,7 @@ impl Shim {
         updated
     }
 
-    /// The limits that a container has before an Update; of one that was cut off, those before its first try.
+    /// The limits of a container before an Update. For a replayed Update, the limits before its first attempt.
     async fn limits_before(&self, key: &TaskKey, cgroup: &Path, attempt: Attempt) -> Result<Limits, Error> {
         let kept = if attempt == Attempt::Replayed { self.store.read_aside(key, BEFORE)? } else { None };
         if let Some(before) = kept {
@@ -103,10 +104,10 @@ const FIELDS: [(&str, &[Attribute]); 16] = [
     ("/blockIO/throttleWriteIOPSDevice", &[Attribute::IoMax]),
 ];
 
-/// The limits that a client names, if they can be set.
+/// The limits that a client names, checked.
 fn check(text: &[u8]) -> Result<Vec<Attribute>, Error> {
     let mut resources = Resources::parse(text)?;
-    // No OCI runtime changes these afterwards.
+    // No OCI runtime can change these after Create.
     resources.devices.clear();
     resources.hugepage_limits.clear();
     resources.block_io.throttles.clear();

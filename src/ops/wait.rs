@@ -6,15 +6,15 @@ use crate::services::{Attempt, Error, Shim};
 use crate::task::phase::Exit;
 
 impl Shim {
-    /// Resolves when the process has ended; at once if it has.
+    /// Waits until the process ends. Returns at once if it has ended.
     ///
     /// # Errors
-    /// There is no such process, or it is deleted without having run.
+    /// There is no such process, or it is deleted before it has run.
     pub async fn wait(&self, key: &ProcessKey, attempt: Attempt) -> Result<Exit, Error> {
         let process = match self.tasks.process(key) {
             Ok((_, process)) => process,
             Err(error) => {
-                // It may have ended and be deleted since.
+                // The process may have ended and been deleted before the replay.
                 let exit = self.answered(key, attempt).and_then(|deleted| deleted.exit);
                 return exit.ok_or(error);
             }

@@ -1,10 +1,9 @@
 //! How a task changes.
 //!
-//! A *change* is a decision of the daemon: the record is written first, and if that fails nothing happens.
-//! A *note* is about something that has happened already, as an exit: it takes effect at once, and a record
-//! that can't be written now (`/run` is full, there is no descriptor left) is written as soon as it can be.
-//! Until then memory alone knows, and may answer: if the daemon ends meanwhile, the next one reads the same
-//! from the unit, which is therefore not removed before the record is written.
+//! A *change* is a decision of the daemon: the record is written first, and if that fails nothing changes.
+//! A *note* records something that has already happened, such as an exit. It changes memory at once. If the record can't
+//! be written now (`/run` is full, there is no descriptor left), the daemon writes it as soon as it can. If the daemon ends
+//! before that, the next one reads the same from the unit; therefore a unit is removed only after the record is written.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,10 +23,10 @@ use super::{Entry, Error, Process, now_usec};
 /// Pauses between attempts to write records: the first, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// So many records that can't be written end a round: the next ones would fail as well.
+/// A round ends after this many failures: the remaining records would fail as well.
 const FAILURES_PER_ROUND: usize = 8;
 
-/// So many deleted tasks of a containerd may owe it events. One that is gone for good never accepts them.
+/// How many deleted tasks of one containerd may owe it events. A containerd that was uninstalled never accepts them.
 const MOST_OWING: usize = 1024;
 
 /// How many deleted tasks owe events, by the address of their containerd.
@@ -63,13 +62,13 @@ pub(crate) enum Stored {
     Record,
     /// It is deleted, and still owes events.
     Owed(OwedFile),
-    /// As [`Self::Owed`], but there was no room to write them down.
+    /// As [`Self::Owed`], but the events could not be written to disk.
     OwedInMemory,
     /// It is deleted, and owes nothing.
     Nowhere,
 }
 
-/// What became of a note.
+/// The result of a note.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Noted {
     /// It is in the record.
@@ -101,7 +100,7 @@ impl Unwritten {
 }
 
 impl Tasks {
-    /// Applies an event that the daemon decides on to a process.
+    /// Applies a decision of the daemon to a process.
     ///
     /// # Errors
     /// The phase refuses it, or the record can't be written; then nothing has changed.
@@ -109,7 +108,7 @@ impl Tasks {
         self.change(entry, |task| Ok(task.apply(process.exec(), event, now_usec())?))
     }
 
-    /// Applies an event that has happened to a process.
+    /// Applies something that has already happened to a process.
     ///
     /// # Errors
     /// The phase refuses it; then nothing has changed.
@@ -122,7 +121,7 @@ impl Tasks {
         self.note(entry, |task| task.apply(process.exec(), event, now_usec()))
     }
 
-    /// Changes a task: the record, then memory; then those who wait are told, and the publisher.
+    /// Changes a task: first the record, then memory. Then wakes those who wait for a process, and the publisher.
     ///
     /// # Errors
     /// The change is refused, or the record can't be written; then nothing has changed.
@@ -139,7 +138,7 @@ impl Tasks {
                 return Ok(());
             }
             if let Err(error) = self.write(entry, &task, &next, Cause::Decision) {
-                // A part of it may be on disk.
+                // A part of the change may be on disk.
                 self.write_later(entry);
                 return Err(error.into());
             }
@@ -150,7 +149,7 @@ impl Tasks {
         Ok(())
     }
 
-    /// Notes what has happened to a task: memory changes in any case, the record now or later.
+    /// Notes something that has happened to a task: changes memory in any case, and writes the record now or later.
     ///
     /// # Errors
     /// The change is refused; then nothing has changed.
@@ -186,7 +185,7 @@ impl Tasks {
         }
     }
 
-    /// Drops the record of a deleted task; its last events move to where the next daemon finds them.
+    /// Removes the record of a deleted task. Its last events move to a file that the next daemon reads.
     ///
     /// # Errors
     /// The record can't be removed; then the task stays.
@@ -205,7 +204,7 @@ impl Tasks {
             if !last.outbox.is_empty() {
                 self.owings.end(address);
             }
-            // The task stays, and its record has these events. What is not discarded now is at the next start.
+            // The task stays, and its record has these events. If this fails, the next start discards them.
             let _ = owed.map(|owing| owing.map(|owing| owing.discard()));
             return Err(error.into());
         }
@@ -214,7 +213,7 @@ impl Tasks {
             Ok(None) => Stored::Nowhere,
             Ok(Some(owing)) => Stored::Owed(owing),
             Err(error) => {
-                // The record that is gone now has left some room.
+                // The removal of the record has freed some space: the write may succeed now.
                 tracing::warn!(task = %entry.key, %error, "task {}: can't write its last events yet, the daemon will try again: {error}", entry.key);
                 Stored::OwedInMemory
             }
@@ -225,7 +224,7 @@ impl Tasks {
         Ok(())
     }
 
-    /// Those who wait for a process are told of its end, and the publisher of what is owed.
+    /// Wakes those who wait for the end of a process, and the publisher.
     fn tell(&self, entry: &Arc<Entry>, ended: Vec<Ended>) {
         for Ended { exec, exit } in ended {
             if let Some(process) = entry.process(exec.as_ref()) {
@@ -236,7 +235,7 @@ impl Tasks {
         self.announce(entry);
     }
 
-    /// Writes a task to where it is on disk. Called with the task locked.
+    /// Writes a task to its place on disk. The caller holds the lock of the task.
     fn write(&self, entry: &Entry, before: &Task, task: &Task, cause: Cause) -> Result<(), store::Error> {
         let (stored, is_unwritten) = {
             let live = entry.init.live();
@@ -265,7 +264,7 @@ impl Tasks {
         Noted::Pending
     }
 
-    /// Has all of a task written, whatever is on disk. True if it does not wait for that already.
+    /// Schedules a write of the whole record. False if it was scheduled already.
     pub(crate) fn write_later(&self, entry: &Arc<Entry>) -> bool {
         let waits = std::mem::replace(&mut entry.init.live().is_unwritten, true);
         if !waits {
@@ -274,9 +273,8 @@ impl Tasks {
         !waits
     }
 
-    /// Writes the records that could not be written, as soon as they can be, for as long as it is polled.
-    /// Nothing announces that there is room: it has to be tried.
-    /// `written` is called with each task whose record is written.
+    /// Background task: retries the records that could not be written. No event announces free space, so it polls.
+    /// Calls `written` with each task whose record it has written. Never returns.
     pub(crate) async fn write_pending(&self, written: impl Fn(&Arc<Entry>)) {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -317,7 +315,7 @@ impl Tasks {
             let task = entry.task();
             let is_known = self.is_live(entry);
             let is_record = matches!(entry.init.live().stored, Stored::Record);
-            // The record of a task that was taken back is not wanted any more.
+            // The record of a task whose Create was rolled back is not written.
             if (is_known || !is_record) && self.write(entry, &task, &task, Cause::Observation).is_err() {
                 return false;
             }

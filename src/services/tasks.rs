@@ -43,8 +43,8 @@ pub struct Outgoing {
 }
 
 impl Tasks {
-    /// No tasks. Those that owe events come out of the returned receiver. It holds each task once at most; the events
-    /// are in the outboxes.
+    /// Makes an empty collection. The returned receiver yields the tasks that owe events. It holds each task at most once;
+    /// the events are in the outboxes.
     pub(super) fn new(store: Store) -> (Self, mpsc::UnboundedReceiver<Arc<Entry>>) {
         let (outgoing, receiver) = mpsc::unbounded_channel();
         let tasks = Self {
@@ -77,7 +77,7 @@ impl Tasks {
         self.registry.get(key).ok_or_else(|| Error::UnknownTask { key: key.clone() })
     }
 
-    /// A task that has been created: while Create is under way there is none for others.
+    /// A task whose Create has completed. Until then other calls get "not found".
     pub(crate) fn created(&self, key: &TaskKey) -> Result<Arc<Entry>, Error> {
         let entry = self.entry(key)?;
         if entry.task().init.pid().is_none() {
@@ -94,12 +94,12 @@ impl Tasks {
         Ok((entry, process))
     }
 
-    /// Whether this is the live task of its name.
+    /// Whether this is still the registered task of its key.
     pub(crate) fn is_live(&self, entry: &Arc<Entry>) -> bool {
         self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, entry))
     }
 
-    /// Removes a task from memory; those who still wait for one of its processes are woken.
+    /// Removes a task from memory, and wakes those who wait for its processes.
     pub(crate) fn remove(&self, key: &TaskKey) {
         self.registry.remove(key);
         self.removed.notify_one();
@@ -111,12 +111,12 @@ impl Tasks {
             return;
         }
         if !std::mem::replace(&mut entry.init.live().is_announced, true) {
-            // The publisher ends with the daemon only.
+            // The publisher runs as long as the daemon.
             let _ = self.outgoing.send(entry.clone());
         }
     }
 
-    /// The publisher begins with what a task owes by now.
+    /// The publisher calls this before it reads the outbox of a task. Later events announce the task again.
     pub fn begin_publishing(&self, entry: &Entry) {
         entry.init.live().is_announced = false;
     }

@@ -1,4 +1,4 @@
-//! What the kernel reports of the containers' cgroups, applied to the tasks.
+//! Applies what the kernel reports about the cgroups of containers to the tasks.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use super::limits::nested;
 use super::oom::memory_events_of;
 
 impl Shim {
-    /// Applies what the kernel tells, for as long as it does; a repeat changes nothing.
+    /// Background task: applies what the kernel reports. A repeated report changes nothing. Returns only after an error.
     pub async fn observe_cgroups(self: Arc<Self>) {
         loop {
             let changes = tokio::select! {
@@ -64,7 +64,7 @@ impl Shim {
         }
     }
 
-    /// Watches a task's cgroup from now on, and looks at what has happened in it before.
+    /// Begins to watch the cgroup of a task, and applies what has happened in it before.
     pub(crate) fn watch_cgroup(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         let Some(container) = task.cgroup() else {
@@ -74,9 +74,9 @@ impl Shim {
         let memory = memory_events_of(&task).unwrap_or(container);
         match self.cgroups.add(&entry.key, container, memory, limits.as_deref()) {
             Ok(watched) => entry.init.live().watched = Some(watched),
-            // It has ended, and systemd has removed it.
+            // The container has ended, and systemd has removed the cgroup.
             Err(error) if error.is_gone() => {}
-            // Others that are missed at the same time are so for the same reason.
+            // Logged once: other cgroups fail for the same reason at the same time.
             Err(error) if self.cgroups.miss() => {
                 tracing::warn!(task = %entry.key, %error, "task {}: can't watch its cgroup for now: {error}", entry.key);
             }

@@ -1,4 +1,4 @@
-//! The limits of containers, which are the same seen from the unit and from the container.
+//! Keeps the limits of a container equal on its unit and in its own cgroup.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use crate::task::{Placement, Task};
 use crate::unit;
 
 impl Shim {
-    /// A container's limits are as the client wants them: the unit gets the same, and the container what an
-    /// administrator (a drop-in) or an annotation wants of the unit where the client wants nothing.
+    /// Reconciles the limits at Create. The unit gets the limits that the client requests; the container gets the limits
+    /// that only the unit has (from a drop-in or an annotation).
     ///
-    /// Returns the limits of the unit's cgroup. A limit that systemd does not take is one of the container
-    /// alone: that is a warning.
+    /// Returns the limits of the unit's cgroup. If systemd refuses a limit, a warning is logged and only the container has
+    /// it.
     pub(crate) async fn join_limits(&self, task: &Task, container: &Path) -> Result<Option<Limits>, Error> {
         let Some((unit, container)) = nested_at(task, container) else {
             return Ok(None);
@@ -28,8 +28,7 @@ impl Shim {
         self.show_limits(task, &unit, outer, &wanted.without(&given)).await.map(Some)
     }
 
-    /// A container has got other limits from its client: the unit gets the same. As [`Self::join_limits`]
-    /// otherwise.
+    /// Sets new limits of the container on its unit, after an Update. Otherwise as [`Self::join_limits`].
     pub(crate) async fn show_new_limits(&self, task: &Task, new: &Limits) -> Result<Option<Limits>, Error> {
         let Some((unit, _)) = nested(task) else {
             return Ok(None);
@@ -39,7 +38,7 @@ impl Shim {
         self.show_limits(task, &unit, outer, &new).await.map(Some)
     }
 
-    /// Limits that systemd has not applied to a frozen unit (256, 257) are set again when it is thawed.
+    /// Sets limits again after a thaw: systemd 256 and 257 do not apply limits to a frozen unit.
     pub(crate) async fn show_unshown(self: Arc<Self>, entry: Arc<Entry>) {
         let _limits = entry.limits.lock().await;
         let unshown = std::mem::take(&mut entry.init.live().unshown);
@@ -54,7 +53,7 @@ impl Shim {
         }
     }
 
-    /// Notes the limits of the unit's cgroup, as those that the container has been compared with.
+    /// Records the limits of the unit's cgroup that the container's limits were last compared with.
     pub(crate) fn note_limits(&self, entry: &Arc<Entry>, limits: Option<Limits>) -> Result<(), Error> {
         self.tasks.note(entry, |task| {
             task.init
@@ -87,7 +86,7 @@ impl Shim {
         }
     }
 
-    /// Somebody has set limits of the unit (`systemctl set-property`): the container gets them too.
+    /// Applies limits that somebody has set on the unit (`systemctl set-property`) to the container.
     pub(crate) async fn carry_limits_down(self: Arc<Self>, entry: Arc<Entry>) {
         if let Err(error) = self.try_to_carry_down(&entry).await {
             tracing::warn!(task = %entry.key, %error, "task {}: can't apply new limits of its unit to the container: {error}", entry.key);
@@ -97,7 +96,7 @@ impl Shim {
     async fn try_to_carry_down(&self, entry: &Arc<Entry>) -> Result<(), Error> {
         let _limits = entry.limits.lock().await;
         let task = entry.task().clone();
-        // Before the first look at them the container has none of its own to lose.
+        // Before the first comparison, a difference does not mean that somebody has changed the unit.
         let (Some(known), Some((unit, container)), true) = (
             task.init.phase.container().and_then(|container| container.limits.clone()),
             nested(&task),
@@ -120,7 +119,7 @@ impl Shim {
     }
 }
 
-/// The cgroups of a task's unit and of its container; nothing if the container's is elsewhere.
+/// The cgroups of a task's unit and of its container. None if the container's cgroup is outside of the unit.
 pub(crate) fn nested(task: &Task) -> Option<(PathBuf, PathBuf)> {
     nested_at(task, task.cgroup()?)
 }
@@ -132,7 +131,7 @@ fn nested_at(task: &Task, container: &Path) -> Option<(PathBuf, PathBuf)> {
     }
 }
 
-/// The limits of a cgroup, read away from the async runtime.
+/// Reads the limits of a cgroup on a blocking thread.
 pub(crate) async fn read(cgroup: &Path) -> Result<Limits, Error> {
     let cgroup = cgroup.to_owned();
     Ok(blocking(move || files::read(&cgroup)).await??)

@@ -1,4 +1,4 @@
-//! What happens without a call of containerd's.
+//! Everything that happens without a call of containerd.
 
 pub mod cleanup;
 mod freezer;

@@ -1,4 +1,4 @@
-//! The notify socket of a container: each container has its own, and systemd's own is never in a container.
+//! The notify sockets of containers. Each container has its own; the socket of systemd is never in a container.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,12 +22,12 @@ use crate::stdio::fifo;
 use crate::unit::name;
 use crate::unit::relay::{MESSAGE_MAX, Notification, TimeExtension};
 
-/// So many messages of a container are passed on at once, and one more after each pause. The others wait in
-/// the container.
+/// How many messages of a container are passed on at once. After that, one more after each pause; the others wait in the
+/// socket.
 const BURST: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// The daemon takes what a container says, until this is dropped; then the socket's path goes as well.
+/// The daemon reads the notify socket of a container until this is dropped, which also removes the path of the socket.
 pub(crate) struct Listening {
     path: PathBuf,
     task: JoinHandle<()>,
@@ -36,16 +36,16 @@ pub(crate) struct Listening {
 impl Drop for Listening {
     fn drop(&mut self) {
         self.task.abort();
-        // Gone already is what we want.
+        // Missing is fine.
         let _ = fs::remove_file(&self.path);
     }
 }
 
 impl Shim {
-    /// Opens the notify socket of a container that may notify, or takes over what an earlier daemon had opened.
+    /// Opens the notify socket of a container that may notify, or claims the socket of an earlier daemon.
     ///
     /// # Errors
-    /// It can't be made.
+    /// The socket can't be created.
     pub(crate) async fn listen_to_container(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
         let (notify, number) = {
             let task = entry.task();
@@ -68,10 +68,10 @@ impl Shim {
         self.listen(entry, socket, path)
     }
 
-    /// After a restart: goes on listening to a container that lives.
+    /// After a restart: reads the notify socket of a running container again.
     pub(crate) fn listen_again(self: &Arc<Self>, entry: &Arc<Entry>) {
         let number = entry.task().init.wiring.kept;
-        // A container that was made before it could have one has none.
+        // Containers of versions without this feature have no socket.
         let Some(socket) = self.fds.claim(StreamKind::Notify, number).both.pop() else {
             return;
         };
@@ -122,7 +122,7 @@ impl Shim {
         Ok(())
     }
 
-    /// Passes on what a container says of its unit, if it is one of its processes that says so.
+    /// Passes a notification on to systemd, if its sender is a process of the container.
     async fn pass_on(&self, entry: &Entry, message: &Message, extension: &mut TimeExtension) {
         let said = Notification::read(&message.text);
         let (main, container) = {
@@ -132,7 +132,7 @@ impl Shim {
         let (Some(main), Some(container)) = (main, container) else {
             return;
         };
-        // Nobody else has the socket, unless somebody hands it on.
+        // A process of the container may have passed the socket to somebody else.
         let lives_in = cgroup::of_process(message.sender);
         if !lives_in.is_ok_and(|cgroup| cgroup.starts_with(&container)) {
             tracing::debug!(task = %entry.key, sender = message.sender, "task {}: dropped a notification from a process that is not in its cgroup", entry.key);
@@ -150,7 +150,7 @@ impl Shim {
         let Some(text) = said.text(extended) else {
             return;
         };
-        // Held, its number is no other's.
+        // While the pidfd is open, no other process gets the pid.
         let lives = entry.init.live().process.as_ref().is_some_and(is_alive);
         if !lives {
             return;
@@ -161,16 +161,16 @@ impl Shim {
     }
 }
 
-/// What a process of a container has sent.
+/// A message from a process of a container.
 struct Message {
     text: Vec<u8>,
     sender: u32,
 }
 
-/// The next message; nothing for one that is too long, or comes from where there are no process ids.
+/// Receives the next message. None if it is too long or has no sender.
 ///
-/// Descriptors that come with a message are closed by the kernel: that answers `BARRIER=1`, after all messages
-/// before it, and keeps a container from handing a descriptor to the daemon whose close could hang.
+/// The kernel closes the descriptors that come with a message. This answers `BARRIER=1` after all messages before it, and
+/// a container can't pass a descriptor to the daemon whose close would hang.
 async fn receive(socket: &AsyncFd<OwnedFd>) -> std::io::Result<Option<Message>> {
     let mut text = vec![0; MESSAGE_MAX + 1];
     let received = loop {
@@ -185,12 +185,12 @@ async fn receive(socket: &AsyncFd<OwnedFd>) -> std::io::Result<Option<Message>> 
     Ok(sender.filter(|_| length <= MESSAGE_MAX).map(|sender| Message { text, sender }))
 }
 
-/// Every user of the container may use it: its directory is root's.
+/// Every user in the container may write to the socket; only root can enter its directory on the host.
 fn open(path: &Path) -> std::io::Result<OwnedFd> {
     if let Some(parent) = path.parent() {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
     }
-    // What a daemon before this one has left.
+    // An earlier daemon may have left one.
     let _ = fs::remove_file(path);
     let socket = UnixDatagram::bind(path)?;
     socket.set_nonblocking(true)?;

@@ -1,8 +1,7 @@
-//! Processes that the kernel has killed for want of memory: containerd hears of each, and before it hears of
-//! the container's end.
+//! Reports kills for lack of memory to containerd: each of them, and before the end of the container.
 //!
-//! When a container's main process ends systemd removes its cgroup at once, and with it the kernel's count.
-//! The last kill may be in it: then systemd is asked, who has looked before it removed it.
+//! When the main process of a container ends, systemd removes the cgroup at once, and with it the count of the kernel.
+//! If the last kill may be missing, the daemon asks systemd, which reads the count before it removes the cgroup.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,21 +13,21 @@ use crate::services::{Entry, Error, Shim, now_usec};
 use crate::task::phase::Seen;
 use crate::task::{Placement, Task};
 
-/// For so long a kill may not have been told: the kernel tells of `memory.events` at most every 10 ms, and
-/// before it kills for want of memory it has told that there is none.
+/// How long the kernel may delay its report of a kill: it reports changes of `memory.events` at most every 10 ms, and a
+/// change without a kill comes before every kill for lack of memory.
 const UNTOLD: Duration = Duration::from_secs(1);
 
-/// How long systemd and the journal may take to say how many processes were killed.
+/// How long systemd and the journal may take to answer how many processes were killed.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
 
 impl Shim {
-    /// The kernel has told that `memory.events` has changed, or may have.
+    /// Handles a report of the kernel that `memory.events` may have changed.
     pub(crate) fn memory_changed(&self, entry: &Arc<Entry>) {
         entry.init.live().memory_changed = Some(Instant::now());
         self.note_oom_kills(entry);
     }
 
-    /// Looks at the kernel's count. False if there is none any more.
+    /// Reads the count of the kernel. False if the cgroup is gone.
     pub(crate) fn note_oom_kills(&self, entry: &Arc<Entry>) -> bool {
         let cgroup = memory_events_of(&entry.task()).map(Path::to_owned);
         let noted = match cgroup.map(|cgroup| MemoryEvents::read(&cgroup)) {
@@ -55,7 +54,7 @@ impl Shim {
         Ok(())
     }
 
-    /// A container has ended. True if all kills in it are known, as they are but for rare cases.
+    /// Whether all kills in a container that has ended are known. Almost always true.
     pub(crate) fn knows_oom_kills(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) -> bool {
         match self.cgroups.pending() {
             Ok(changes) => self.apply_changes(changes),
@@ -68,14 +67,14 @@ impl Shim {
         let is_quiet = if is_watched {
             changed.is_none_or(|at| at.elapsed() > UNTOLD)
         } else {
-            // It has ended while nobody was there to be told.
+            // The container has ended while there was no daemon.
             seen.exit.status == 0
         };
         self.note_oom_kills(entry) || is_quiet || !cgroup::has_memory()
     }
 
-    /// Asks systemd for the kills that the kernel does not tell of any more. The end of the container waits
-    /// for the answer, and must not wait for a journal that hangs.
+    /// Asks systemd how many processes were killed in a cgroup that is gone. Limited in time: the report of the end waits
+    /// for it, and must not wait for a journal that hangs.
     pub(crate) async fn ask_for_oom_kills(&self, entry: &Arc<Entry>) {
         let asked = match tokio::time::timeout(ASK_LIMIT, self.manager.oom_kills(&entry.init.unit)).await {
             Ok(Ok(kills)) => self.add_oom_kills(entry, kills),
@@ -93,8 +92,8 @@ fn cant_note(entry: &Entry, error: &Error) {
     tracing::error!(task = %entry.key, %error, "task {}: can't record kills for lack of memory: {error}", entry.key);
 }
 
-/// The cgroup whose memory events are those of the container. It is the unit's: that has the same limit, meets
-/// it first, as the kernel charges it for the container's cgroup itself, and counts what is below it.
+/// The cgroup that counts the memory events of the container. This is the unit's cgroup: it has the same limit and reaches
+/// it first, as the kernel also charges it for the cgroup of the container itself, and it counts the events below it.
 pub(crate) fn memory_events_of(task: &Task) -> Option<&Path> {
     let container = task.cgroup()?;
     match &task.placement {

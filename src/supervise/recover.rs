@@ -1,4 +1,4 @@
-//! Recovery: what an earlier daemon left becomes tasks again, and each is compared with its unit.
+//! Recovery: rebuilds the tasks from their records, and compares each with its unit.
 
 use std::collections::HashSet;
 use std::sync::Arc;
