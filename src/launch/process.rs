@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::id::ExecId;
+use crate::id::{ExecId, ProcessKey};
 use crate::oci::runtime::Cli;
 use crate::oci::sealed::{self, Place};
 use crate::store::Store;
@@ -29,13 +29,9 @@ pub(super) struct Process<'a> {
 
 impl<'a> Process<'a> {
     pub(super) fn of(store: &Store, task: &'a Task, exec: Option<&'a ExecId>) -> Option<Self> {
-        let (dir, unit, wiring) = match exec {
-            None => (store.dir(&task.key), task.unit(), &task.init.wiring),
-            Some(id) => {
-                let exec = task.execs.get(id)?;
-                (store.exec_dir(&task.key, id), &exec.unit, &exec.wiring)
-            }
-        };
+        let process = task.process(exec)?;
+        let (wiring, unit) = (&process.wiring, &process.unit);
+        let dir = store.process_dir(&ProcessKey { task: task.key.clone(), exec: exec.cloned() });
         let console = wiring.terminal.then(|| store.console(&name::short_name(unit)));
         Some(Self { task, exec, dir, wiring, console })
     }
