@@ -1,8 +1,11 @@
 //! The one map of live tasks.
 //!
-//! The map's lock is short and never held over an await. Each task has a short lock on its state,
-//! and each of its processes one that a verb with several steps holds from its first to its last
-//! (never State, Wait or Kill: they must answer while the OCI runtime hangs).
+//! The map has a lock, each task has one on its execs and one on its state, and each process has one on its live side.
+//! These locks are short, are never held over an await, and are taken in this order: map, execs, state
+//! ([`Entry::task`]), live side ([`Process::live`]). Nobody holds two live sides.
+//!
+//! In addition, an operation with several steps holds `verb` of its process from its first step to its last. State, Wait
+//! and Kill do not: they must answer while the OCI runtime hangs.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

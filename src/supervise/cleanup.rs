@@ -241,8 +241,11 @@ impl Shim {
     /// Removes the unit of an exec whose end is recorded, in the background: nothing needs the unit any more, and the
     /// client may still read the output.
     pub(crate) fn remove_ended_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>) {
+        if !entry.has_recorded_end(process) {
+            return;
+        }
         let mut live = process.live();
-        if live.removal.is_none() && entry.has_recorded_end(process) {
+        if live.removal.is_none() {
             let (shim, unit) = (self.clone(), process.unit.clone());
             // systemd unloads the unit when it stops: it does not stay as a failed unit.
             live.removal = Some(tokio::spawn(async move { Ok(shim.manager.stop(&unit).await?) }));
