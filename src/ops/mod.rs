@@ -20,6 +20,8 @@ mod update;
 mod wait;
 
 #[cfg(test)]
+mod calls;
+#[cfg(test)]
 mod crashes;
 #[cfg(test)]
 mod harness;

@@ -191,12 +191,15 @@ impl FakeSystemd {
     pub fn tick(&self) {
         let mut state = self.state();
         let State { units, observations, .. } = &mut *state;
-        for (name, unit) in units {
+        // The kernel kills all processes of a cgroup at once, before systemd removes it.
+        for unit in units.values_mut() {
             if unit.cgroup.as_deref().is_some_and(cgroup::is_to_be_killed)
                 && let Some(child) = &mut unit.child
             {
                 child.kill();
             }
+        }
+        for (name, unit) in units {
             let status = unit.child.as_mut().and_then(|child| child.0.try_wait().ok().flatten());
             if let Some(status) = status {
                 end(unit, ended_by(status));

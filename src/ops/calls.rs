@@ -1,0 +1,246 @@
+//! What the calls answer in each phase of a process, and what they leave.
+
+use crate::id::{ExecId, Namespace, Owner, ProcessKey, TaskId, TaskKey};
+use crate::services::{Attempt, Error};
+
+use super::Status;
+use super::harness::{EXEC_STATUS, Step, World};
+
+const SIGTERM: u32 = nix::libc::SIGTERM as u32;
+const UP: usize = 2;
+const EXEC_ADDED: usize = 3;
+const EXEC_RUNS: usize = 4;
+const EXEC_ENDED: usize = 5;
+
+fn after(name: &str, steps: usize) -> World {
+    let world = World::new(name);
+    world.take(&Step::ALL[..steps], Attempt::First).unwrap().unwrap();
+    world
+}
+
+fn probe() -> ExecId {
+    ExecId::new("probe").unwrap()
+}
+
+#[test]
+fn a_signal_needs_a_process_that_runs() {
+    for (steps, expected) in [
+        (EXEC_ADDED, Some("exec kill error: process not created: failed precondition")),
+        (EXEC_RUNS, None),
+        (EXEC_ENDED, Some("process already finished: not found")),
+    ] {
+        let world = after(&format!("kill-{steps}"), steps);
+        let exec = world.exec();
+        let killed =
+            world.live(move |shim| async move { shim.kill(&exec, SIGTERM, false, Attempt::First).await });
+        let error = killed.unwrap().err().map(|error| error.to_string());
+        assert_eq!(error.as_deref(), expected, "after {steps} steps");
+    }
+}
+
+#[test]
+fn a_replayed_kill_of_a_process_that_is_gone_has_done_its_work() {
+    let world = after("kill-replayed", EXEC_ENDED);
+    let exec = world.exec();
+    let killed =
+        world.live(move |shim| async move { shim.kill(&exec, SIGTERM, false, Attempt::Replayed).await });
+    assert!(killed.unwrap().is_ok());
+}
+
+#[test]
+fn a_number_that_is_no_signal_is_refused() {
+    let world = after("kill-number", UP);
+    for signal in [0, 65, u32::MAX] {
+        let init = world.init();
+        let killed =
+            world.live(move |shim| async move { shim.kill(&init, signal, true, Attempt::First).await });
+        assert!(matches!(killed.unwrap(), Err(Error::Signal(refused)) if refused == signal));
+    }
+}
+
+#[test]
+fn a_signal_to_all_reaches_the_execs_too() {
+    let world = after("kill-all", EXEC_RUNS);
+    let (init, exec) = (world.init(), world.exec());
+    let exits = world.live(move |shim| async move {
+        shim.kill(&init, SIGTERM, true, Attempt::First).await?;
+        Ok::<_, Error>((shim.wait(&exec, Attempt::First).await?, shim.wait(&init, Attempt::First).await?))
+    });
+    let (exec, init) = exits.unwrap().unwrap();
+    assert_eq!((exec.status, init.status), (128 + SIGTERM, 128 + SIGTERM));
+}
+
+#[test]
+fn pids_says_which_processes_are_execs() {
+    let world = after("pids", EXEC_RUNS);
+    let task = world.task.clone();
+    let (pids, init) = world
+        .live(move |shim| async move { (shim.pids(&task).await.unwrap(), shim.init_pid(&task)) })
+        .unwrap();
+    let of = |exec: Option<ExecId>| pids.iter().filter(move |(_, found)| *found == exec).map(|(pid, _)| *pid);
+    assert_eq!(of(None).collect::<Vec<_>>(), [init]);
+    assert_eq!(of(Some(probe())).count(), 1);
+}
+
+#[test]
+fn the_former_init_process_of_a_task_that_has_ended_is_listed() {
+    let world = after("pids-ended", 10);
+    let task = world.task.clone();
+    let (pids, init) = world
+        .live(move |shim| async move { (shim.pids(&task).await.unwrap(), shim.init_pid(&task)) })
+        .unwrap();
+    assert_ne!(init, 0);
+    assert_eq!(pids, [(init, None)]);
+}
+
+#[test]
+fn connect_to_a_task_that_does_not_exist_answers_zero() {
+    let world = after("connect", UP);
+    let other = TaskKey::usual(Namespace::new("connect").unwrap(), TaskId::new("other").unwrap());
+    let pid = world.live(move |shim| async move { shim.init_pid(&other) });
+    assert_eq!(pid, Some(0));
+}
+
+#[test]
+fn state_names_each_phase_of_an_exec() {
+    for (steps, expected) in [
+        (EXEC_ADDED, (Status::Created, false, None)),
+        (EXEC_RUNS, (Status::Running, true, None)),
+        (EXEC_ENDED, (Status::Stopped, true, Some(EXEC_STATUS))),
+    ] {
+        let world = after(&format!("state-{steps}"), steps);
+        let exec = world.exec();
+        let state = world.live(move |shim| async move { shim.state(&exec).unwrap() }).unwrap();
+        let exit = state.exit.map(|exit| exit.status);
+        assert_eq!((state.status, state.pid != 0, exit), expected, "after {steps} steps");
+    }
+}
+
+#[test]
+fn an_exec_that_runs_is_paused_with_its_task() {
+    let world = after("state-paused", EXEC_RUNS);
+    world.take(&[Step::Pause], Attempt::First).unwrap().unwrap();
+    let exec = world.exec();
+    let state = world.live(move |shim| async move { shim.state(&exec).unwrap().status });
+    assert_eq!(state, Some(Status::Paused));
+}
+
+#[test]
+fn nothing_is_known_of_an_exec_that_was_never_added() {
+    let world = after("unknown", UP);
+    let exec = ProcessKey { task: world.task.clone(), exec: Some(probe()) };
+    let errors = world.live(move |shim| async move {
+        [
+            shim.state(&exec).err(),
+            shim.close_stdin(&exec).err(),
+            shim.resize(&exec, 80, 25).err(),
+            shim.kill(&exec, SIGTERM, false, Attempt::First).await.err(),
+            shim.start(&exec, Attempt::First).await.err(),
+            shim.delete(&exec, Attempt::First).await.err(),
+            shim.wait(&exec, Attempt::First).await.err(),
+        ]
+    });
+    for error in errors.unwrap() {
+        assert!(matches!(error, Some(Error::UnknownExec { .. })), "{error:?}");
+    }
+}
+
+#[test]
+fn a_terminal_that_has_not_come_yet_takes_a_size_and_that_of_an_ended_exec_none() {
+    let world = after("resize", EXEC_ADDED);
+    let exec = world.exec();
+    world.live(move |shim| async move { shim.resize(&exec, 80, u32::MAX).unwrap() }).unwrap();
+    world.take(&[Step::StartExec, Step::EndExec], Attempt::First).unwrap().unwrap();
+    let exec = world.exec();
+    let resized = world.live(move |shim| async move { shim.resize(&exec, 80, 25) });
+    assert!(matches!(resized.unwrap(), Err(Error::ResizeStopped)));
+}
+
+#[test]
+fn an_exec_may_not_have_the_id_of_its_task_or_of_another_exec() {
+    let world = after("exec-id", EXEC_ADDED);
+    for id in ["web", "probe"] {
+        let mut call = world.exec_call();
+        call.exec = ExecId::new(id).unwrap();
+        let added = world.live(move |shim| async move { shim.add_exec(call, Attempt::First).await });
+        assert!(matches!(added.unwrap(), Err(Error::ExecExists { exec }) if exec == id));
+    }
+}
+
+#[test]
+fn an_exec_that_runs_is_neither_started_nor_deleted() {
+    let world = after("exec-runs", EXEC_RUNS);
+    let exec = world.exec();
+    let (started, deleted) = world
+        .live(move |shim| async move {
+            (shim.start(&exec, Attempt::First).await, shim.delete(&exec, Attempt::First).await)
+        })
+        .unwrap();
+    assert_eq!(started.unwrap_err().to_string(), "cannot start a running process");
+    assert!(matches!(deleted, Err(Error::NotDeletable { phase: "running" })));
+}
+
+#[test]
+fn a_delete_wakes_those_who_wait_for_an_exec_that_never_ran() {
+    let world = after("wait-added", EXEC_ADDED);
+    let exec = world.exec();
+    let (waited, deleted) = world
+        .live(move |shim| async move {
+            tokio::join!(shim.wait(&exec, Attempt::First), shim.delete(&exec, Attempt::First))
+        })
+        .unwrap();
+    assert!(matches!(waited, Err(Error::UnknownExec { .. })), "{waited:?}");
+    assert_eq!(deleted.unwrap().pid, 0);
+}
+
+#[test]
+fn a_task_that_containerd_gives_up_is_killed_and_owes_nothing() {
+    let world = after("given-up", EXEC_RUNS);
+    let task = world.task.clone();
+    let before = world.events();
+    let deleted = world
+        .live(move |shim| async move { shim.clean_up(&task, &Owner::default()).await })
+        .unwrap()
+        .unwrap();
+    assert_eq!(deleted.exit.map(|exit| exit.status), Some(137));
+    assert_eq!(world.remains(), Vec::<String>::new());
+    assert_eq!(world.events(), before, "containerd publishes the end itself");
+}
+
+#[test]
+fn the_task_of_another_containerd_is_not_given_up() {
+    let world = after("given-up-other", UP);
+    let (task, init) = (world.task.clone(), world.init());
+    let (given_up, status) = world
+        .live(move |shim| async move {
+            let other = Owner::new("0123456789abcdef").unwrap();
+            (shim.clean_up(&task, &other).await, shim.state(&init).unwrap().status)
+        })
+        .unwrap();
+    assert!(matches!(given_up, Err(Error::UnknownTask { .. })));
+    assert_eq!(status, Status::Running);
+}
+
+#[test]
+fn the_statistics_of_a_task_that_has_ended_are_those_that_systemd_keeps() {
+    let world = after("stats", 10);
+    let task = world.task.clone();
+    let stats = world.live(move |shim| async move { shim.stats(&task).await }).unwrap().unwrap();
+    assert_eq!(stats.memory_events.map(|events| events.oom_kill), Some(0));
+}
+
+#[test]
+fn an_update_of_a_task_that_has_ended_is_refused() {
+    let world = after("update-ended", 10);
+    let updated = world.take(&[Step::Update], Attempt::First).unwrap();
+    assert_eq!(updated.unwrap_err().to_string(), "cannot update a stopped process");
+}
+
+#[test]
+fn a_task_that_runs_is_not_resumed_and_a_paused_one_not_paused() {
+    let world = after("resume-running", UP);
+    let resumed = world.take(&[Step::Resume], Attempt::First).unwrap();
+    assert_eq!(resumed.unwrap_err().to_string(), "cannot resume a running process");
+    let paused = world.take(&[Step::Pause, Step::Pause], Attempt::First).unwrap();
+    assert_eq!(paused.unwrap_err().to_string(), "cannot pause a paused process");
+}
