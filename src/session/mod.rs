@@ -177,14 +177,4 @@ async fn feed(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn what_is_dropped_ends() {
-        let session = Session::default();
-        let stop = session.pumps.stop();
-        drop(session);
-        assert!(stop.is_cancelled());
-    }
-}
+mod tests;

@@ -23,7 +23,7 @@ pub async fn run(manager: Arc<Manager>, deleted: Arc<Notify>, is_used: impl Fn(&
     loop {
         tokio::time::sleep(LINGER).await;
         if let Err(error) = stop_empty(&manager, &is_used).await {
-            tracing::warn!(%error, "can't remove the slice of a pod that is empty now: {error}");
+            tracing::warn!(%error, "can't stop an empty slice: {error}");
         }
         deleted.notified().await;
     }

@@ -76,7 +76,9 @@ fn directories(container: &Container, exec: &Exec) -> [PathBuf; 2] {
 
 /// The records of a container and of its only exec.
 fn record(container: &Container, exec: &Exec) -> String {
-    directories(container, exec).map(|directory| fs::read_to_string(directory.join("record.json")).expect("read a record")).concat()
+    directories(container, exec)
+        .map(|directory| fs::read_to_string(directory.join("record.json")).expect("read a record"))
+        .concat()
 }
 
 #[test]

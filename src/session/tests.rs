@@ -1,0 +1,279 @@
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::pty::openpty;
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+use super::*;
+use crate::id::{ExecId, Namespace, TaskId, TaskKey, UnitName};
+use crate::launch::pipes;
+use crate::stdio::rate::RateLimit;
+use crate::task::Face;
+use crate::task::wiring::{Copied, Logger, Output, Sink};
+use crate::unit::fd_store::FdStore;
+
+const NUMBER: u64 = 5;
+
+/// The directories of a process and of its client.
+struct Scratch {
+    dir: TempDir,
+}
+
+impl Scratch {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Makes a FIFO of the client's.
+    fn fifo(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        fifo::make(&path).unwrap();
+        path
+    }
+
+    fn plan(&self, exec: Option<&str>, wiring: Wiring) -> Plan {
+        let task = TaskKey::usual(Namespace::new("n").unwrap(), TaskId::new("web").unwrap());
+        let unit = |name| UnitName::new(name).unwrap();
+        Plan {
+            key: ProcessKey { task, exec: exec.map(|id| ExecId::new(id).unwrap()) },
+            dir: self.dir.path().to_owned(),
+            console: self.path("console"),
+            wiring: Wiring { kept: NUMBER, ..wiring },
+            logger: None,
+            container: unit("web.service"),
+            slice: unit("web.slice"),
+            face: Face { description: "web".to_owned(), fields: Vec::new() },
+            limit: Arc::new(RateLimit::default()),
+        }
+    }
+}
+
+fn store(fds: Vec<(String, OwnedFd)>) -> Arc<StreamFds> {
+    let store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
+    Arc::new(StreamFds::new(store, fds))
+}
+
+fn copied(client: Sink) -> Output {
+    Output::Copied(Copied { client: Some(client), ..Copied::default() })
+}
+
+/// A process that ends when it is told.
+struct Process(watch::Sender<bool>);
+
+impl Process {
+    fn new() -> Self {
+        Self(watch::Sender::new(false))
+    }
+
+    fn end(&self) {
+        self.0.send_replace(true);
+    }
+
+    fn ended(&self) -> impl Fn() -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> + use<> {
+        let receiver = self.0.subscribe();
+        move || {
+            let mut receiver = receiver.clone();
+            Box::pin(async move {
+                let _ = receiver.wait_for(|ended| *ended).await;
+            })
+        }
+    }
+}
+
+fn start(plan: &Plan, opened: OpenStreams, fds: &Arc<StreamFds>, process: &Process) -> Session {
+    Session::start(&plan.key, opened, &plan.wiring, fds, process.ended()).unwrap()
+}
+
+/// Everything up to the end of a file, away from the async runtime.
+async fn all_of(mut file: fs::File) -> String {
+    let read = tokio::task::spawn_blocking(move || {
+        let mut text = String::new();
+        file.read_to_string(&mut text).map(|_| text)
+    });
+    tokio::time::timeout(Duration::from_secs(20), read).await.unwrap().unwrap().unwrap()
+}
+
+/// A client's end of a FIFO, which blocks.
+fn reader(path: &Path) -> fs::File {
+    let file = fifo::open_reader(path).unwrap();
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
+    file
+}
+
+#[tokio::test]
+async fn what_is_dropped_ends() {
+    let session = Session::default();
+    let stop = session.pumps.stop();
+    drop(session);
+    assert!(stop.is_cancelled());
+}
+
+#[tokio::test]
+async fn the_client_gets_all_output_and_its_end() {
+    let (scratch, process, fds) = (Scratch::new(), Process::new(), store(Vec::new()));
+    let client = scratch.fifo("client");
+    let plan = scratch.plan(None, Wiring { stdout: copied(Sink::Fifo(client.clone())), ..Wiring::default() });
+    assert!(!plan.has_log_files());
+    let output = reader(&client);
+    let opened = plan.open(&fds, LogFiles::new()).unwrap();
+    let mut writer = fs::OpenOptions::new().write(true).open(plan.pipe(pipes::STDOUT)).unwrap();
+    let mut session = start(&plan, opened, &fds, &process);
+    writer.write_all(b"hello").unwrap();
+    drop(writer);
+    process.end();
+    assert_eq!(all_of(output).await, "hello");
+    assert!(session.take_pumps().drain().await);
+    assert!(session.is_silent());
+}
+
+#[tokio::test]
+async fn the_next_daemon_delivers_what_the_last_one_left_in_a_pipe() {
+    let (scratch, process) = (Scratch::new(), Process::new());
+    let client = scratch.fifo("client");
+    let output = reader(&client);
+    let to_client = fifo::open_both_nonblocking(&client).unwrap();
+    let (from, to) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+    let mut to: fs::File = to.into();
+    to.write_all(b"left").unwrap();
+    drop(to);
+    let name = format!("o{NUMBER}");
+    let fds = store(vec![
+        (name.clone(), from),
+        (name, to_client.into()),
+        ("?".to_owned(), output.try_clone().unwrap().into()),
+    ]);
+    assert!(fds.has(NUMBER) && !fds.has(NUMBER + 1));
+    let plan = scratch.plan(None, Wiring { stdout: copied(Sink::Fifo(client)), ..Wiring::default() });
+    process.end();
+    let opened = plan.reopen(&fds, ReopenMode::Ended).unwrap();
+    assert!(!fds.has(NUMBER));
+    let mut session = start(&plan, opened, &fds, &process);
+    assert!(session.take_pumps().drain().await);
+    drop(session);
+    assert_eq!(all_of(output).await, "left");
+}
+
+#[tokio::test]
+async fn nothing_is_opened_again_for_a_process_that_has_ended_and_left_nothing() {
+    let (scratch, fds) = (Scratch::new(), store(Vec::new()));
+    let client = scratch.path("gone");
+    let wiring = Wiring {
+        stdin: Input::Fifo(client.clone()),
+        stdout: copied(Sink::Fifo(client)),
+        ..Wiring::default()
+    };
+    let opened = scratch.plan(None, wiring).reopen(&fds, ReopenMode::Ended).unwrap();
+    assert!(opened.copies.is_empty() && opened.stdin.is_none());
+}
+
+#[tokio::test]
+async fn input_stays_open_until_it_is_closed() {
+    let (scratch, process, fds) = (Scratch::new(), Process::new(), store(Vec::new()));
+    let client = scratch.fifo("stdin");
+    let plan =
+        scratch.plan(Some("probe"), Wiring { stdin: Input::Fifo(client.clone()), ..Wiring::default() });
+    let opened = plan.open(&fds, LogFiles::new()).unwrap();
+    let again = opened.client_input().unwrap();
+    let stdin = reader(&client);
+    let mut session = start(&plan, opened, &fds, &process);
+    // A client that goes away ends nothing.
+    fs::OpenOptions::new().write(true).open(&client).unwrap().write_all(b"in").unwrap();
+    assert!(session.close_stdin());
+    assert!(!session.close_stdin());
+    drop(again);
+    assert_eq!(all_of(stdin).await, "in");
+}
+
+#[tokio::test]
+async fn both_streams_are_appended_to_one_file_in_order() {
+    let (scratch, process, fds) = (Scratch::new(), Process::new(), store(Vec::new()));
+    let path = scratch.path("logs/web.log");
+    let to = copied(Sink::File { path: path.clone(), create: true });
+    let plan = scratch.plan(None, Wiring { stdout: to.clone(), stderr: to, ..Wiring::default() });
+    assert!(plan.has_log_files());
+    let files = plan.open_log_files().unwrap();
+    let opened = plan.open(&fds, files).unwrap();
+    let mut writer = fs::OpenOptions::new().write(true).open(plan.pipe(pipes::STDOUT)).unwrap();
+    let mut session = start(&plan, opened, &fds, &process);
+    writer.write_all(b"one\ntwo\n").unwrap();
+    drop(writer);
+    process.end();
+    assert!(session.take_pumps().drain().await);
+    assert_eq!(fs::read_to_string(path).unwrap(), "one\ntwo\n");
+}
+
+#[tokio::test]
+async fn a_terminal_passes_output_input_and_its_size() {
+    let (scratch, process, fds) = (Scratch::new(), Process::new(), store(Vec::new()));
+    let (input, output) = (scratch.fifo("stdin"), scratch.fifo("stdout"));
+    let wiring = Wiring {
+        terminal: true,
+        stdin: Input::Fifo(input.clone()),
+        stdout: copied(Sink::Fifo(output.clone())),
+        ..Wiring::default()
+    };
+    let plan = scratch.plan(Some("shell"), wiring);
+    let from_terminal = reader(&output);
+    let mut opened = plan.open(&fds, LogFiles::new()).unwrap();
+    assert!(opened.take_console().is_some());
+    let pty = openpty(None, None).unwrap();
+    opened.set_terminal(pty.master);
+    assert!(opened.take_console().is_none());
+    let mut session = start(&plan, opened, &fds, &process);
+    session.resize((132, 43)).unwrap();
+    let mut slave: fs::File = pty.slave.into();
+    let size = rustix::termios::tcgetwinsize(&slave).unwrap();
+    assert_eq!((size.ws_col, size.ws_row), (132, 43));
+    fs::OpenOptions::new().write(true).open(&input).unwrap().write_all(b"line\n").unwrap();
+    let (line, slave) = tokio::task::spawn_blocking(move || {
+        let mut line = [0; 5];
+        slave.read_exact(&mut line).map(|()| (line, slave))
+    })
+    .await
+    .unwrap()
+    .unwrap();
+    assert_eq!(&line, b"line\n");
+    drop(slave);
+    process.end();
+    // The terminal echoes what it is given.
+    assert_eq!(all_of(from_terminal).await, "line\r\n");
+    assert!(session.take_pumps().drain().await);
+    session.close_terminal();
+    assert!(!session.close_terminal());
+}
+
+#[test]
+fn a_terminal_of_an_earlier_daemon_is_claimed_and_no_other_is_waited_for() {
+    let (scratch, pty) = (Scratch::new(), openpty(None, None).unwrap());
+    let number = pty.master.as_raw_fd();
+    let fds = store(vec![(format!("t{NUMBER}"), pty.master)]);
+    let plan = scratch.plan(None, Wiring { terminal: true, ..Wiring::default() });
+    let mut opened = plan.reopen(&fds, ReopenMode::Running).unwrap();
+    assert_eq!(opened.terminal.as_ref().map(AsRawFd::as_raw_fd), Some(number));
+    assert!(opened.take_console().is_none());
+}
+
+#[test]
+fn a_logger_sees_no_end_before_the_process_has_its_pipes() {
+    let (scratch, fds) = (Scratch::new(), store(Vec::new()));
+    let logger = Logger { program: "/bin/logger".into(), args: Vec::new(), strict: false };
+    let wiring =
+        Wiring { stdout: Output::Logger, stderr: Output::Logger, logger: Some(logger), ..Wiring::default() };
+    let plan = scratch.plan(Some("probe"), wiring);
+    assert_eq!(plan.logger_description(), "Logger of exec probe in web");
+    let mut opened = plan.open(&fds, LogFiles::new()).unwrap();
+    assert!(opened.take_ready().is_some());
+    let (mut logs, mut byte) = (fifo::open_reader(&plan.pipe(pipes::LOG_STDOUT)).unwrap(), [0]);
+    let unread = logs.read(&mut byte).unwrap_err();
+    assert_eq!(unread.kind(), io::ErrorKind::WouldBlock);
+    opened.close_logger();
+    assert_eq!(logs.read(&mut byte).unwrap(), 0);
+}
