@@ -29,19 +29,11 @@ fn containers_run_and_end_while_our_daemon_is_killed() {
 }
 
 #[test]
-fn one_container_serves_execs_pauses_and_restarts_while_our_daemon_is_killed() {
+fn one_container_is_paused_and_restarted_while_our_daemon_is_killed() {
     needs!(OurShim);
     killed_during(|docker, kills| {
         let container = docker.sleeping(&[]);
         for turn in kills.turns(4, KILLS) {
-            let code = i32::try_from(turn % 100).expect("a small number");
-            let ran = docker.run(&["exec", &container, "sh", "-c", &format!("seq 1 2000; exit {code}")]);
-            assert_eq!(
-                (ran.code, ran.text().lines().count()),
-                (Some(code), 2000),
-                "turn {turn}: {}",
-                ran.stderr
-            );
             let pid = docker.pid(&container);
             docker.ok(&["pause", &container]);
             docker.ok(&["unpause", &container]);
