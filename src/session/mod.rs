@@ -51,6 +51,9 @@ pub struct Session {
     /// The writing end of the client's stdin FIFO: without it the process would see EOF whenever a
     /// client goes away.
     stdin: Option<File>,
+    /// Reading ends of the logger's pipes. They keep the output of a process that has ended until systemd has started
+    /// a logger again that was killed.
+    _logger_readers: Vec<File>,
     terminal: Slot,
     pumps: Pumps,
 }
@@ -68,7 +71,7 @@ impl Session {
         fds: &Arc<StreamFds>,
         ended: impl Fn() -> F,
     ) -> Result<Self, Error> {
-        let OpenStreams { stdin, input, copies, terminal, .. } = opened;
+        let OpenStreams { stdin, input, copies, terminal, logger_readers, .. } = opened;
         let number = wiring.kept;
         let terminal = terminal.map(Terminal::new).transpose().map_err(Error::Terminal)?.map(Arc::new);
         // CloseIO may have come before there was a process; then the process has its input now, and no writer is
@@ -78,7 +81,8 @@ impl Session {
             fds.forget(StreamKind::Input, number);
         }
         let slot = Arc::new(Mutex::new(terminal.clone()));
-        let mut session = Self { stdin, terminal: slot, pumps: Pumps::default() };
+        let pumps = Pumps::default();
+        let mut session = Self { stdin, _logger_readers: logger_readers, terminal: slot, pumps };
         let span = tracing::info_span!("output", process = %key);
         for Copy { kind, from, sinks } in copies {
             let source = match (from, &terminal) {

@@ -48,6 +48,8 @@ pub struct OpenStreams {
     /// The pipes of the logger. The daemon is a writer too until the process is: the logger must not see end of
     /// file before.
     logger: Vec<File>,
+    /// Reading ends of the logger's pipes.
+    pub(super) logger_readers: Vec<File>,
     ready: Option<File>,
     console: Option<Console>,
 }
@@ -209,6 +211,13 @@ impl Plan {
             opened.ready = Some(fifo::open_reader(&self.pipe(pipes::READY))?);
             for name in [pipes::LOG_STDOUT, pipes::LOG_STDERR] {
                 opened.logger.push(fifo::open_both(&self.pipe(name))?);
+            }
+        }
+        if self.wiring.logger.is_some() {
+            for path in [pipes::LOG_STDOUT, pipes::LOG_STDERR].map(|name| self.pipe(name)) {
+                if fifo::kind(&path) == Kind::Fifo {
+                    opened.logger_readers.push(fifo::open_reader(&path)?);
+                }
             }
         }
         let begun = Instant::now();
