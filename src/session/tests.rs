@@ -276,4 +276,9 @@ fn a_logger_sees_no_end_before_the_process_has_its_pipes() {
     assert_eq!(unread.kind(), io::ErrorKind::WouldBlock);
     opened.close_logger();
     assert_eq!(logs.read(&mut byte).unwrap(), 0);
+    // A logger that has ended is no reader any more; the next one gets what was written meanwhile.
+    drop(logs);
+    fifo::open_both(&plan.pipe(pipes::LOG_STDOUT)).unwrap().write_all(b"x").unwrap();
+    let mut logs = fifo::open_reader(&plan.pipe(pipes::LOG_STDOUT)).unwrap();
+    assert_eq!((logs.read(&mut byte).unwrap(), byte), (1, *b"x"));
 }
