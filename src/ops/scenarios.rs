@@ -1,12 +1,15 @@
 //! What happens to tasks without a call: ends that are told late, twice or not at all, units that somebody else
 //! unloads, launches that fail.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::cgroup;
 use crate::effects::{Failure, Plan};
 use crate::launch::fake::Launches;
 use crate::services::{Attempt, Error};
 use crate::task::phase::Exit;
+use crate::unit::name;
 
 use super::Status;
 use super::harness::{Step, World};
@@ -178,4 +181,46 @@ fn an_id_is_taken_until_its_task_is_deleted() {
     let again = world.take(&[Step::Create], Attempt::First).unwrap();
     assert!(matches!(again, Err(Error::Exists { .. })));
     world.take(&[Step::Kill, Step::Delete, Step::Create], Attempt::First).unwrap().unwrap();
+}
+
+/// The cgroups of the task's unit and of its container.
+fn cgroups(world: &World) -> (PathBuf, PathBuf) {
+    let slice = name::namespace_slice(&world.task.namespace).unwrap();
+    let unit = Path::new("/").join(slice.as_str()).join(world.unit().as_str());
+    (unit.clone(), unit.join("web"))
+}
+
+#[test]
+fn a_freeze_by_somebody_else_is_told() {
+    let world = up("frozen", &UP);
+    let (_, container) = cgroups(&world);
+    let exit = exit_after(&world, move || cgroup::fake::set_frozen(&container, true));
+    assert_eq!(exit, None);
+    assert_eq!(world.events(), ["create", "start", "paused"]);
+    let (_, container) = cgroups(&world);
+    exit_after(&world, move || cgroup::fake::set_frozen(&container, false));
+    assert_eq!(world.events(), ["create", "start", "paused", "resumed"]);
+}
+
+#[test]
+fn each_kill_for_want_of_memory_is_told_once() {
+    let world = up("oom", &UP);
+    let (unit, _) = cgroups(&world);
+    let file = cgroup::dir(&unit).join("memory.events");
+    std::fs::write(&file, "oom 0\noom_kill 0\n").unwrap();
+    for kills in [1, 3, 3] {
+        let file = file.clone();
+        exit_after(&world, move || std::fs::write(file, format!("oom 9\noom_kill {kills}\n")).unwrap());
+    }
+    assert_eq!(world.events(), ["create", "start", "oom", "oom", "oom"]);
+}
+
+#[test]
+fn a_limit_that_somebody_sets_on_the_unit_reaches_the_container() {
+    let world = up("set-property", &UP);
+    let (unit, container) = cgroups(&world);
+    let file = cgroup::dir(&unit).join("pids.max");
+    exit_after(&world, move || std::fs::write(file, "7\n").unwrap());
+    let limit = std::fs::read_to_string(cgroup::dir(&container).join("pids.max")).unwrap();
+    assert_eq!(limit.trim(), "7");
 }
