@@ -69,7 +69,7 @@ check: ## formatting, clippy, documentation and, where cargo-deny is installed, 
 audit: ## known vulnerabilities of the dependencies, with cargo-deny; needs the network
 	cargo deny --locked check advisories
 
-test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; Docker; a minute of chaos
+test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; Docker and CRI; a minute of chaos
 	@$(SCRIPTS)/run-all unit nspawn clients/nspawn core/bookworm core/forky chaos/nspawn vm
 
 test-unit: ## the tests that need nothing but cargo
@@ -81,7 +81,7 @@ test-vm: ## the end-to-end tests in a VM (SUITE=bookworm|trixie|forky)
 test-nspawn: ## the end-to-end tests in an nspawn container: fast, without limits (SUITE)
 	@$(SCRIPTS)/run-all nspawn/$(SUITE)
 
-test-clients: ## Docker with this runtime: undisturbed, while the daemon is killed, and in a VM with its limits
+test-clients: ## Docker and CRI with this runtime: undisturbed, while the daemon is killed, and in a VM with its limits
 	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all clients/nspawn
 	@$(SCRIPTS)/run-all clients/vm
 

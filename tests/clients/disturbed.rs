@@ -1,5 +1,6 @@
 //! What happens to our daemon while a test runs. It must make no difference to any client.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::common::daemon::{self, Killer};
@@ -38,6 +39,32 @@ impl Disturbance {
     pub fn end(&mut self) {
         if let Disturbance::Kills(killer) = self {
             killer.end();
+        }
+    }
+}
+
+/// The daemon that has run a container of a client, by its pid. The first container of each daemon makes what stays, such
+/// as a connection to the bus.
+pub struct Warm(AtomicU32);
+
+const NOBODY: u32 = u32::MAX;
+
+impl Warm {
+    pub const fn new() -> Warm {
+        Warm(AtomicU32::new(NOBODY))
+    }
+
+    /// The client has restarted: its first container makes what stays, too.
+    pub fn forget(&self) {
+        self.0.store(NOBODY, Ordering::Relaxed);
+    }
+
+    /// Has the client run a container, unless this daemon has run one.
+    pub fn up(&self, run: impl FnOnce()) {
+        let daemon = || daemon::serving().unwrap_or_default();
+        if self.0.load(Ordering::Relaxed) != daemon() {
+            run();
+            self.0.store(daemon(), Ordering::Relaxed);
         }
     }
 }

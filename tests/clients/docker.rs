@@ -4,7 +4,6 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::{Value, json};
 
@@ -12,8 +11,8 @@ use crate::common::leaks::{self, Traces};
 use crate::common::node::{Node, OUR_RUNTIME, runtime_under_test, unique};
 use crate::common::process::{self, Outcome};
 use crate::common::pty::Pty;
-use crate::common::{daemon, image, systemd, wait};
-use crate::disturbed::Disturbance;
+use crate::common::{image, systemd, wait};
+use crate::disturbed::{Disturbance, Warm};
 use crate::http::{Answer, Connection};
 
 /// The name of the test image in Docker.
@@ -52,9 +51,9 @@ impl Docker {
         let claim = Node::exclusive();
         if configure(settings) {
             load_image();
-            WARM.store(NOBODY, Ordering::Relaxed);
+            WARM.forget();
         }
-        warm_up();
+        WARM.up(warm_up);
         let before = Traces::take();
         let disturbance = Disturbance::begin();
         Docker { runtime: runtime_under_test(), disturbance, before, _claim: claim }
@@ -263,16 +262,9 @@ fn load_image() {
     let _ = fs::remove_file(archive);
 }
 
-/// The daemon that has run a container of this dockerd, by its pid.
-static WARM: AtomicU32 = AtomicU32::new(NOBODY);
-const NOBODY: u32 = u32::MAX;
+/// The first container of a dockerd makes what stays, such as our daemon and the mount of a directory.
+static WARM: Warm = Warm::new();
 
-/// The first container of a dockerd makes what stays, such as our daemon and the mount of a directory. The first one of
-/// each of our daemons has it connect to the bus once more.
 fn warm_up() {
-    let daemon = || daemon::serving().unwrap_or_default();
-    if WARM.load(Ordering::Relaxed) != daemon() {
-        succeed(&["run", "--rm", "--runtime", &runtime_under_test(), IMAGE, "true"]);
-        WARM.store(daemon(), Ordering::Relaxed);
-    }
+    succeed(&["run", "--rm", "--runtime", &runtime_under_test(), IMAGE, "true"]);
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
@@ -39,6 +40,13 @@ pub struct Connection(File);
 impl Connection {
     pub fn to_unix(path: &str) -> Connection {
         let stream = UnixStream::connect(path).unwrap_or_else(|error| panic!("connect to {path}: {error}"));
+        stream.set_read_timeout(Some(wait::LIMIT)).expect("a time limit for reads");
+        Connection(File::from(OwnedFd::from(stream)))
+    }
+
+    pub fn to_tcp(address: &str) -> Connection {
+        let stream =
+            TcpStream::connect(address).unwrap_or_else(|error| panic!("connect to {address}: {error}"));
         stream.set_read_timeout(Some(wait::LIMIT)).expect("a time limit for reads");
         Connection(File::from(OwnedFd::from(stream)))
     }

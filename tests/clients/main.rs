@@ -1,4 +1,4 @@
-//! Docker: its daemon through its command line and its API.
+//! Real clients: Docker's daemon through its command line and its API, and containerd's CRI plugin as a kubelet uses it.
 //!
 //! Runs as root in the testbed. `E2E_RUNTIME` names the runtime under test, as for the end-to-end tests; with
 //! `io.containerd.runc.v2` every test is a check of itself. `CLIENTS_DISTURB` says what happens to our daemon while the
@@ -8,6 +8,13 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod channels;
+mod cri;
+mod cri_exec;
+mod cri_killed;
+mod cri_limits;
+mod cri_messages;
+mod cri_pods;
 mod disturbed;
 mod docker;
 mod docker_api;

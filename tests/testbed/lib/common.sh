@@ -5,6 +5,7 @@ export LC_ALL=C.UTF-8
 readonly DEFAULT_SUITE=trixie
 readonly GUEST_PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 readonly BUSYBOX_IMAGE=docker.io/testbed/busybox:latest
+readonly PAUSE_IMAGE=docker.io/testbed/pause:latest
 
 cache_root=${TESTBED_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/containerd-shim-systemd-v1}
 run_root=${TESTBED_RUN:-/run/containerd-shim-testbed}

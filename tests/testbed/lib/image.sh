@@ -10,7 +10,7 @@ image_packages=(
 # Installed where the suite has them.
 image_optional=(criu)
 # For the tests of clients, in the suites that they run in. Tests start dockerd.
-image_clients=(docker.io docker-cli)
+image_clients=(docker.io docker-cli containernetworking-plugins)
 image_clients_suites=(trixie)
 
 # What would only delay the boot, or disturb measurements, in a guest that lives for minutes.
@@ -123,8 +123,10 @@ configure_rootfs() { # rootfs image-directory
     tr -d - </proc/sys/kernel/random/uuid >"$rootfs/etc/machine-id"
     install -d -m 700 "$rootfs/root/.ssh"
     install -m 600 "$2/ssh-key.pub" "$rootfs/root/.ssh/authorized_keys"
-    build_busybox "$rootfs" "$2/busybox.tar"
+    build_busybox "$rootfs" "$2/busybox.tar" "$BUSYBOX_IMAGE" '"sh"'
     install -D -m 644 "$2/busybox.tar" "$rootfs/usr/share/testbed/busybox.tar"
+    # For the first container of a pod, which has nothing to do.
+    build_busybox "$rootfs" "$rootfs/usr/share/testbed/pause.tar" "$PAUSE_IMAGE" '"sleep","2147483647"'
     mkdir -p "$rootfs/var/log/journal"
     cp -r --preserve=mode "$testbed_dir/guest/." "$rootfs/"
     chroot "$rootfs" systemctl -q enable testbed-ready.service testbed-network.service
@@ -140,8 +142,9 @@ configure_rootfs() { # rootfs image-directory
     touch "$rootfs/etc/.updated" "$rootfs/var/.updated"
 }
 
-# An OCI layout with one layer, busybox under all its names, without help of any registry.
-build_busybox() { # rootfs file
+# An OCI layout with one layer, busybox under all its names, without help of any registry. The words of the command are
+# separated by commas.
+build_busybox() { # rootfs file image command
     local work=$2.work tree=$2.work/tree layout=$2.work/layout applet layer config manifest
     mkdir -p "$tree"/{bin,sbin,dev,etc,home/user,proc,root,run,sys,tmp,usr/bin,usr/sbin,var} "$layout/blobs/sha256"
     cp "$1/bin/busybox" "$tree/bin/busybox"
@@ -157,7 +160,7 @@ build_busybox() { # rootfs file
 
     cat >"$work/config" <<JSON
 {"architecture":"$(dpkg --print-architecture)","os":"linux",
- "config":{"Env":["PATH=$GUEST_PATH"],"Cmd":["sh"],"WorkingDir":"/"},
+ "config":{"Env":["PATH=$GUEST_PATH"],"Cmd":[$4],"WorkingDir":"/"},
  "rootfs":{"type":"layers","diff_ids":["sha256:$layer"]},
  "history":[{"created_by":"testbed"}]}
 JSON
@@ -173,7 +176,7 @@ JSON
     cat >"$layout/index.json" <<JSON
 {"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json",
  "digest":"sha256:$manifest","size":$(stat -c %s "$work/manifest"),
- "annotations":{"io.containerd.image.name":"$BUSYBOX_IMAGE","org.opencontainers.image.ref.name":"latest"}}]}
+ "annotations":{"io.containerd.image.name":"$3","org.opencontainers.image.ref.name":"latest"}}]}
 JSON
     echo '{"imageLayoutVersion":"1.0.0"}' >"$layout/oci-layout"
     tar -C "$layout" --sort=name --mtime=@0 --owner=0 --group=0 -cf "$2" .
