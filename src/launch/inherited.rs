@@ -56,17 +56,20 @@ fn set_limit(resource: u32, soft: u64, hard: u64) -> Result<(), Error> {
     let Some(known) = RESOURCES.iter().find(|known| **known as u32 == resource) else {
         return Ok(());
     };
-    match setrlimit(*known, soft, hard) {
-        Err(Errno::EPERM) if *known == Resource::RLIMIT_NOFILE => {
-            // `fs.nr_open` was lowered below containerd's limit, so that limit can't be set any more (kernel/sys.c,
-            // do_prlimit).
-            let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
-            let most = most.and_then(|text| text.trim().parse().ok()).unwrap_or(hard);
-            setrlimit(*known, soft.min(most), hard.min(most))
-        }
-        set => set,
+    let up_to = |most: u64| setrlimit(*known, soft.min(most), hard.min(most));
+    let mut set = up_to(u64::MAX);
+    if set == Err(Errno::EPERM) && *known == Resource::RLIMIT_NOFILE {
+        // `fs.nr_open` was lowered below containerd's limit, so that limit can't be set any more (kernel/sys.c,
+        // do_prlimit).
+        let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok();
+        set = up_to(most.and_then(|text| text.trim().parse().ok()).unwrap_or(hard));
     }
-    .map_err(system("set a resource limit"))
+    if set == Err(Errno::EPERM) {
+        // In a container that has no CAP_SYS_RESOURCE, systemd can give the unit a lower limit than containerd has, and
+        // nobody in there can raise it.
+        set = getrlimit(*known).and_then(|(_, own)| up_to(own));
+    }
+    set.map_err(system("set a resource limit"))
 }
 
 /// Sets the processors, without those that do not exist any more. If none is left, nothing is changed.

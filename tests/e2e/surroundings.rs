@@ -205,6 +205,16 @@ fn the_oci_runtime_sees_containerds_environment() {
     }
 }
 
+/// In nspawn, where root has no CAP_SYS_RESOURCE, the limits of containerd can't be had then.
+#[test]
+fn a_drop_in_with_limits_for_all_services_refuses_no_container() {
+    let node = Node::exclusive();
+    let _drop_in = ForAllServices::new("[Service]\nLimitNOFILE=1024:2048\nLimitNPROC=500:600\nLimitCORE=0\n");
+    let container = node.container("limited", Spec::sleeping()).started(&Io::default());
+    assert_eq!(container.exec_sh("exit 7").exit_status(), 7);
+    container.end();
+}
+
 /// containerd with a network and a mount namespace of its own.
 struct Apart<'n> {
     node: &'n Node,
