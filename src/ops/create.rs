@@ -39,7 +39,7 @@ const DEFAULT_GRPC: &str = "/run/containerd/containerd.sock";
 
 /// The daemon that began a Create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Begun {
+pub(super) enum Begun {
     /// This one.
     Now,
     /// An earlier one. It may already have asked systemd to start the unit.

@@ -28,6 +28,8 @@ use crate::unit;
 use crate::unit::manager::query::Starting;
 use crate::unit::properties;
 
+use super::create::Begun;
+
 /// An exec that has run for this long is not a probe.
 const LONG_EXEC: Duration = Duration::from_secs(2);
 
@@ -56,16 +58,29 @@ impl Shim {
         let dir = self.store.process_dir(&process.key);
         let doorbell = open_doorbell(&dir)?;
         process.live().attempt_ended = Arc::default();
-        self.start_exec_unit(&task, exec, process).await?;
+        self.start_exec_unit(&task, exec, process, Begun::Now).await?;
         self.await_outcome(entry, process, &dir, doorbell, opened).await
     }
 
-    /// Asks systemd to start the unit.
-    async fn start_exec_unit(&self, task: &Task, exec: &Exec, process: &Process) -> Result<(), Error> {
+    /// Asks systemd to start the unit, unless systemd has got to the request of an earlier daemon by now.
+    async fn start_exec_unit(
+        &self,
+        task: &Task,
+        exec: &Exec,
+        process: &Process,
+        start: Begun,
+    ) -> Result<(), Error> {
         let command = self.launcher.command(Kind::Exec, &process.key);
         let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
         let properties = properties::exec(&exec.description, &command, &environment);
         let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
+        if let (Err(unit::error::Error::Exists { .. }), Begun::Before) = (&begun, start) {
+            // The order matters: `launch` reports before its unit ends.
+            let under_way = self.manager.starting(&exec.unit).await? == Starting::UnderWay;
+            if under_way || report::read(&self.store.process_dir(&process.key))?.is_some() {
+                return Ok(());
+            }
+        }
         if let Err(unit::error::Error::Exists { .. }) = begun {
             // No exec has this unit: a failed one left it behind.
             let left = remove_unit(&*self.manager, &exec.unit, Stop::Awaited).await;
@@ -188,7 +203,7 @@ impl Shim {
                 Starting::NotBegun => {
                     let exec = process.exec().and_then(|id| task.execs.get(id)).ok_or_else(gone)?;
                     self.resume_logger(&plan, &mut opened).await?;
-                    self.start_exec_unit(&task, exec, process).await?;
+                    self.start_exec_unit(&task, exec, process, Begun::Before).await?;
                 }
                 Starting::Over => {
                     return Err(Error::Launch(format!("see systemctl status {}", process.unit)));
