@@ -20,12 +20,14 @@ BINARY := $(CARGO_TARGET_DIR)/release/$(NAME)
 SCRIPTS := tests/testbed
 UNITS := $(wildcard units/*.socket units/*.service units/*.slice)
 UNITDIR := $(DESTDIR)$(PREFIX)/lib/systemd/system
+PAGES := $(wildcard packaging/man/*.[157])
+SHARE := $(DESTDIR)$(PREFIX)/share
 # What the binary is made of.
 SOURCES := Cargo.toml Cargo.lock build.rs proto src
 
 .PHONY: help deps build unit coverage check audit test test-unit test-vm test-nspawn test-clients test-matrix shell demo chaos fuzz bench
 .PHONY: doc
-.PHONY: fresh install uninstall clean
+.PHONY: fresh install install-files uninstall clean manual
 .DEFAULT_GOAL := help
 
 # systemd starts the binary for every container and every exec: a static one starts in half the time.
@@ -114,7 +116,9 @@ fresh:
 		echo "install: $(BINARY) is missing or older than its sources: run 'make build' first" >&2; exit 1; \
 	fi
 
-install: fresh ## the binary and the units (DESTDIR, PREFIX=/usr/local); builds what is out of date
+install: fresh install-files ## the binary, units, manual and completion (DESTDIR, PREFIX=/usr/local); builds what is out of date
+
+install-files:
 	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/$(NAME)
 	install -d $(UNITDIR)
 	@set -e; for unit in $(UNITS); do \
@@ -122,9 +126,22 @@ install: fresh ## the binary and the units (DESTDIR, PREFIX=/usr/local); builds 
 		echo "$$unit -> $$target"; \
 		sed 's|@BINDIR@|$(PREFIX)/bin|g' $$unit >$$target; chmod 644 $$target; \
 	done
+	@set -e; for page in $(PAGES); do \
+		directory=$(SHARE)/man/man$${page##*.}; install -d $$directory; \
+		gzip -9n <$$page >$$directory/$$(basename $$page).gz; \
+	done
+	install -D -m 644 packaging/completion/$(NAME).bash $(SHARE)/bash-completion/completions/$(NAME)
+	install -D -m 644 packaging/completion/$(NAME).zsh $(SHARE)/zsh/site-functions/_$(NAME)
+	install -D -m 644 packaging/completion/$(NAME).fish $(SHARE)/fish/vendor_completions.d/$(NAME).fish
 
 uninstall: ## remove what install has put there (DESTDIR, PREFIX); docs/restarts.md says what to do before
-	rm -f $(DESTDIR)$(PREFIX)/bin/$(NAME) $(addprefix $(UNITDIR)/,$(notdir $(UNITS)))
+	rm -f $(DESTDIR)$(PREFIX)/bin/$(NAME) $(addprefix $(UNITDIR)/,$(notdir $(UNITS))) \
+		$(foreach page,$(PAGES),$(SHARE)/man/man$(patsubst .%,%,$(suffix $(page)))/$(notdir $(page)).gz) \
+		$(SHARE)/bash-completion/completions/$(NAME) $(SHARE)/zsh/site-functions/_$(NAME) \
+		$(SHARE)/fish/vendor_completions.d/$(NAME).fish
+
+manual: ## write man pages, completion and docs/commands.md again, after a change of src/manual or docs
+	UPDATE_MANUAL=1 cargo test --quiet --locked --lib manual::
 
 clean: ## remove what was built here; images of the testbed are elsewhere (testbed help)
 	cargo clean

@@ -17,6 +17,11 @@ pub struct PathError {
 }
 
 impl PathError {
+    /// The file or directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The error of the system call.
     pub fn io(&self) -> &io::Error {
         &self.source

@@ -71,6 +71,7 @@ pub fn code(error: &Error) -> Code {
         | Error::Unit(
             unit::error::Error::NotLoaded { .. }
             | unit::error::Error::Exists { .. }
+            | unit::error::Error::Masked { .. }
             | unit::error::Error::Refused { .. }
             | unit::error::Error::Job { .. }
             | unit::error::Error::Journal { .. }

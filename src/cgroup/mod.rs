@@ -5,7 +5,7 @@
 pub mod format;
 pub mod limits;
 pub mod place;
-mod processes;
+pub mod processes;
 pub mod stats;
 pub mod watch;
 

@@ -2,9 +2,10 @@
 
 use crate::id::ProcessKey;
 use crate::launch::contract::{self, Kind};
+use crate::manual::{Given, TOOLS, Tool};
 
 /// The command that the arguments name.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Command {
     /// Show the usage.
     Help,
@@ -23,6 +24,8 @@ pub enum Command {
     /// Print the names of all fault points (test builds only).
     #[cfg(feature = "faults")]
     Faults,
+    /// A command for people, with its own arguments.
+    Tool(&'static Tool, Given),
     /// Start a process inside of its unit.
     Launch {
         /// The kind of process.
@@ -64,6 +67,14 @@ pub enum Error {
     /// A command that does not exist.
     #[error("unknown command {0:?}")]
     Command(String),
+    /// The arguments of a command for people are wrong.
+    #[error("{tool}: {problem}")]
+    Tool {
+        /// The command.
+        tool: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
     /// The arguments of `launch` are wrong.
     #[error("only systemd calls launch, as: launch container|exec|logger NAMESPACE ID [EXEC]")]
     Launch,
@@ -120,7 +131,14 @@ pub fn parse(words: &[String]) -> Result<Command, Error> {
             let launch = contract::parse(&words.collect::<Vec<_>>());
             launch.map(|(kind, key)| Command::Launch { kind, key }).ok_or(Error::Launch)
         }
-        Some(other) => Err(Error::Command(other.chars().take(80).collect())),
+        Some(other) => match TOOLS.into_iter().find(|tool| tool.name == other) {
+            Some(tool) => {
+                let rest: Vec<String> = words.map(str::to_owned).collect();
+                let given = tool.parse(&rest).map_err(|problem| Error::Tool { tool: tool.name, problem })?;
+                Ok(Command::Tool(tool, given))
+            }
+            None => Err(Error::Command(other.chars().take(80).collect())),
+        },
     }
 }
 
@@ -146,19 +164,22 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        assert_eq!(read(""), Err(Error::NoCommand));
-        assert_eq!(read("-nope start"), Err(Error::Flag("-nope".to_owned())));
-        assert_eq!(read("-id"), Err(Error::Value("-id".to_owned())));
-        assert_eq!(read("stat"), Err(Error::Command("stat".to_owned())));
+        let error = |line| read(line).expect_err(line);
+        assert_eq!(error(""), Error::NoCommand);
+        assert_eq!(error("-nope start"), Error::Flag("-nope".to_owned()));
+        assert_eq!(error("-id"), Error::Value("-id".to_owned()));
+        assert_eq!(error("stat"), Error::Command("stat".to_owned()));
         for line in ["launch container default ../x", "launch exec default x", "launch container d x e"] {
-            assert_eq!(read(line), Err(Error::Launch), "{line}");
+            assert_eq!(error(line), Error::Launch, "{line}");
         }
+        assert_eq!(error("ps --jsno").to_string(), "ps: unknown option --jsno");
     }
 
     #[test]
     fn people_get_help_and_version() {
-        assert_eq!(read("-h"), Ok(Command::Help));
-        assert_eq!(read("-v"), Ok(Command::Version));
+        assert!(matches!(read("-h"), Ok(Command::Help)));
+        assert!(matches!(read("-v"), Ok(Command::Version)));
+        assert!(matches!(read("doctor --json"), Ok(Command::Tool(tool, _)) if tool.name == "doctor"));
         assert!(matches!(read("-info"), Ok(Command::Info(_))));
     }
 }

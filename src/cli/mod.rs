@@ -3,6 +3,7 @@
 pub mod arguments;
 mod delete;
 mod info;
+mod people;
 mod serve;
 mod start;
 mod wake;
@@ -39,7 +40,11 @@ pub fn run(words: Vec<String>) -> ExitCode {
     let command = match arguments::parse(&words) {
         Ok(command) => command,
         Err(error) => {
-            say(&format!("{error}\n\n{USAGE}"));
+            say(&match error {
+                // The text of all commands would hide the mistake.
+                arguments::Error::Tool { tool, .. } => format!("{error}\ntry '{NAME} {tool} --help'"),
+                _ => format!("{error}\n\n{USAGE}"),
+            });
             return ExitCode::from(MISUSED);
         }
     };
@@ -64,6 +69,11 @@ pub fn run(words: Vec<String>) -> ExitCode {
             Err(launch::Error::NothingToLog) => return ExitCode::from(config::NOTHING_TO_LOG),
             launched => launched.map_err(Failure::new),
         },
+        Command::Tool(tool, given) => match people::run(tool, &given) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(failure) => Err(failure),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -77,7 +87,8 @@ pub fn run(words: Vec<String>) -> ExitCode {
 /// The exit code for wrong arguments. systemd does not restart the daemon's service after this code.
 const MISUSED: u8 = 2;
 
-const NAME: &str = env!("CARGO_PKG_NAME");
+/// The name of this program.
+pub const NAME: &str = env!("CARGO_PKG_NAME");
 
 const USAGE: &str = "\
 containerd-shim-systemd-v1: a containerd runtime in which every container is a systemd unit
@@ -94,7 +105,10 @@ Called by systemd:
     containerd-shim-systemd-v1 serve        the daemon, one per machine, socket-activated
     containerd-shim-systemd-v1 launch …     inside a container's unit
     containerd-shim-systemd-v1 wake         starts the daemon at the next call, while it is stopped
-Called by people:
+Called by people, each with --help:
+    containerd-shim-systemd-v1 doctor       what is wrong on this machine, and what to do about it
+    containerd-shim-systemd-v1 ps           the tasks of this runtime with their units
+    containerd-shim-systemd-v1 inspect ID   all that is known of a task
     containerd-shim-systemd-v1 -info        what the runtime can do (protobuf, for containerd)
     containerd-shim-systemd-v1 -v           version
     containerd-shim-systemd-v1 -h           this text

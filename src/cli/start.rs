@@ -75,7 +75,9 @@ impl Caller {
             Self::Json | Self::Plain => Some(namespace),
         };
         let claimed = Leases::new(config::STATE_DIR).claim(owner, namespace);
-        let claimed = claimed.map_err(|error| Failure(format!("can't claim a socket for {key}: {error}")))?;
+        let claimed = claimed.map_err(|error| {
+            Failure(format!("can't claim a socket for {key} in {}: {error}{}", config::STATE_DIR, advice()))
+        })?;
         Ok(claimed.unwrap_or(Socket::Any))
     }
 
@@ -159,6 +161,11 @@ fn listens() -> bool {
     UnixStream::connect(config::SOCKET).is_ok()
 }
 
+/// What to do when the daemon can't be reached: the reason may be anywhere on the machine.
+fn advice() -> String {
+    format!("; run {} doctor, which says what to do", name::DAEMON)
+}
+
 /// Starts the daemon's units if its socket does not accept connections. One of several callers does it, and the others
 /// wait.
 pub(super) fn bring_up() -> Result<(), Failure> {
@@ -172,11 +179,12 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     let program = std::env::current_exe()
         .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
     block_on(start_units(program))?
-        .map_err(|error| Failure(format!("can't start the runtime's daemon: {error}")))?;
+        .map_err(|error| Failure(format!("can't start the runtime's daemon: {error}{}", advice())))?;
     if listens() {
         Ok(())
     } else {
-        Err(Failure(format!("{} is active, but nobody answers on {}", name::DAEMON_SOCKET, config::SOCKET)))
+        let found = format!("{} is active, but nobody answers on {}", name::DAEMON_SOCKET, config::SOCKET);
+        Err(Failure(found + &advice()))
     }
 }
 

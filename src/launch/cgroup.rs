@@ -34,8 +34,12 @@ pub fn of_commands() -> Result<PathBuf, cgroup::Error> {
 /// The parent of these cgroups, in the daemon's slice. `systemctl kill` of the daemon's service kills the whole cgroup of
 /// the service, and nothing in here.
 fn all() -> Result<PathBuf, cgroup::Error> {
-    let own = cgroup::of_self()?;
-    Ok(own.parent().unwrap_or(&own).join("containerd-shim-runtime"))
+    Ok(beside(&cgroup::of_self()?))
+}
+
+/// The cgroup that contains those of all runtime commands, found from the cgroup of the daemon or of a unit of ours.
+pub fn beside(daemon: &Path) -> PathBuf {
+    daemon.parent().unwrap_or(daemon).join("containerd-shim-runtime")
 }
 
 /// Kills all processes that create a container: `launch`, the OCI runtime and their children, but not the container.

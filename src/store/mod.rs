@@ -9,6 +9,7 @@
 mod aside;
 pub mod delete_replies;
 pub mod files;
+mod look;
 mod owed;
 mod record;
 

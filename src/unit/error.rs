@@ -7,6 +7,7 @@ use crate::id::UnitName;
 
 pub(super) const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
+const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
 
 /// What can go wrong with a unit.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -27,6 +28,12 @@ pub enum Error {
     /// A unit of that name is loaded already.
     #[error("unit {unit} already exists")]
     Exists {
+        /// The unit.
+        unit: String,
+    },
+    /// An administrator has forbidden the unit.
+    #[error("unit {unit} is masked: run systemctl unmask {unit}")]
+    Masked {
         /// The unit.
         unit: String,
     },
@@ -110,6 +117,7 @@ pub(super) fn call_error(verb: &'static str, unit: &UnitName, error: zbus::Error
     match error {
         zbus::Error::MethodError(name, reason, _) => match name.as_str() {
             NO_SUCH_UNIT => Error::NotLoaded { unit },
+            UNIT_MASKED => Error::Masked { unit },
             UNIT_EXISTS => Error::Exists { unit },
             other => {
                 Error::Refused { verb, unit, name: other.to_owned(), reason: reason.unwrap_or_default() }

@@ -43,6 +43,7 @@ mod limits;
 mod limits_input;
 mod log_modes;
 mod logger;
+mod newcomer;
 mod notify;
 mod oom;
 mod options;

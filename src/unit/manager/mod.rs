@@ -52,7 +52,7 @@ impl Manager {
     ///
     /// # Errors
     /// [`Error::Unreachable`]
-    pub(super) async fn connect(&self) -> Result<Connection, Error> {
+    pub async fn connect(&self) -> Result<Connection, Error> {
         self.bus.connect().await
     }
 
@@ -96,13 +96,21 @@ impl Manager {
         Ok(())
     }
 
+    /// What systemd calls its version, supported or not.
+    ///
+    /// # Errors
+    /// It can't be reached.
+    pub async fn version(&self) -> Result<String, Error> {
+        let found = async { self.bus.manager().await?.version().await };
+        found.await.map_err(unreachable)
+    }
+
     /// What systemd can do.
     ///
     /// # Errors
     /// [`Error::TooOld`], or it can't be reached.
     pub async fn systemd(&self) -> Result<Systemd, Error> {
-        let found = async { self.bus.manager().await?.version().await };
-        let found = found.await.map_err(unreachable)?;
+        let found = self.version().await?;
         Systemd::parse(&found).filter(|systemd| systemd.supported()).ok_or(Error::TooOld { found })
     }
 

@@ -1,0 +1,15 @@
+# fish completion for containerd-shim-systemd-v1, written by `make manual`.
+complete -c containerd-shim-systemd-v1 -f
+complete -c containerd-shim-systemd-v1 -n __fish_use_subcommand -a doctor -d 'say what is wrong on this machine, and what to do about it'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from doctor' -l json -d 'write JSON'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from doctor' -s h -l help -d 'show this text'
+complete -c containerd-shim-systemd-v1 -n __fish_use_subcommand -a ps -d 'list the tasks of this runtime with their units'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from ps' -s n -l namespace -x -d 'only tasks of this namespace of containerd'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from ps' -s q -l quiet -d 'write only ids, in full'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from ps' -l json -d 'write JSON'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from ps' -s h -l help -d 'show this text'
+complete -c containerd-shim-systemd-v1 -n __fish_use_subcommand -a inspect -d 'show all that is known of a task'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from inspect' -s n -l namespace -x -d 'only tasks of this namespace of containerd'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from inspect' -l json -d 'write JSON'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from inspect' -s h -l help -d 'show this text'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from inspect' -a '(containerd-shim-systemd-v1 ps --quiet 2>/dev/null)'

@@ -1,0 +1,139 @@
+//! D-Bus, and the limits in its configuration.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::unit::manager::Manager;
+
+use super::Check;
+use super::probe;
+
+/// How long systemd may take to answer over the bus.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Limits of the system bus, and the least that the daemon needs: it has up to 100 calls under way, some match rules,
+/// and up to 16 descriptors in a message.
+const NEEDED: [(&str, u64); 4] = [
+    ("max_replies_per_connection", 128),
+    ("max_match_rules_per_connection", 64),
+    ("max_message_unix_fds", 16),
+    ("max_message_size", 1 << 20),
+];
+
+/// What is known.
+#[derive(Debug)]
+pub struct Facts {
+    /// systemd's version, as it says it over the bus.
+    pub version: Result<String, String>,
+    /// Limits that files of the bus's configuration set.
+    pub limits: Vec<(PathBuf, String, u64)>,
+}
+
+pub(super) async fn collect() -> Facts {
+    let manager = Manager::default();
+    let asking = async {
+        // Kept until systemd has answered.
+        let _connection = manager.connect().await?;
+        manager.version().await
+    };
+    let version = match tokio::time::timeout(LIMIT, asking).await {
+        Ok(version) => version.map_err(|error| error.to_string()),
+        Err(_) => Err(format!("systemd does not answer over D-Bus within {} s", LIMIT.as_secs())),
+    };
+    Facts { version, limits: limits() }
+}
+
+fn limits() -> Vec<(PathBuf, String, u64)> {
+    let mut files = Vec::new();
+    for place in ["/usr/share/dbus-1", "/etc/dbus-1"] {
+        files.push(Path::new(place).join("system.conf"));
+        let fragments = Path::new(place).join("system.d");
+        let names = probe::names(&fragments).unwrap_or_default();
+        files.extend(
+            names.into_iter().filter(|name| name.ends_with(".conf")).map(|name| fragments.join(name)),
+        );
+    }
+    files.push(PathBuf::from("/etc/dbus-1/system-local.conf"));
+    let parse = |path: PathBuf| {
+        let limits = limits_in(&probe::file(&path).unwrap_or_default());
+        limits.into_iter().map(move |(name, value)| (path.clone(), name, value))
+    };
+    files.into_iter().flat_map(parse).collect()
+}
+
+/// The `<limit name="…">…</limit>` elements of a file of dbus-daemon's configuration, without those in comments.
+fn limits_in(text: &str) -> Vec<(String, u64)> {
+    let mut plain = String::new();
+    for (index, part) in text.split("<!--").enumerate() {
+        plain += if index == 0 { part } else { part.split_once("-->").map_or("", |(_, rest)| rest) };
+    }
+    let limit = |element: &str| {
+        let (attributes, rest) = element.split_once('>')?;
+        let name = attributes.split(['"', '\'']).nth(1)?;
+        Some((name.to_owned(), rest.split_once('<')?.0.trim().parse().ok()?))
+    };
+    plain.split("<limit").skip(1).filter_map(limit).collect()
+}
+
+pub(super) fn checks(facts: &Facts) -> Vec<Check> {
+    let answer = match &facts.version {
+        Ok(_) => Check::ok("dbus", "systemd answers over D-Bus"),
+        Err(reason) => Check::error(
+            "dbus",
+            reason.clone(),
+            "look at systemctl status dbus.socket dbus.service, and start them",
+        ),
+    };
+    let needed = |name: &str| NEEDED.iter().find(|(needed, _)| *needed == name).map(|(_, least)| *least);
+    let low = facts.limits.iter().filter_map(|(path, name, value)| {
+        let least = needed(name).filter(|least| value < least)?;
+        let found = format!("{} sets {name} to {value}", path.display());
+        Some(Check::warning(
+            "dbus-limits",
+            found,
+            format!("set it to {least} or more, then restart the machine"),
+        ))
+    });
+    let low: Vec<Check> = low.collect();
+    let limits = if low.is_empty() { vec![Check::ok("dbus-limits", "no limit is too low")] } else { low };
+    [vec![answer], limits].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Status;
+    use super::*;
+
+    fn healthy() -> Facts {
+        Facts { version: Ok("257".to_owned()), limits: vec![] }
+    }
+
+    #[test]
+    fn a_bus_that_answers_is_ok() {
+        assert!(checks(&healthy()).iter().all(|check| check.status == Status::Ok));
+    }
+
+    #[test]
+    fn a_bus_that_does_not_run_is_an_error() {
+        let facts = Facts {
+            version: Err("systemd can't be reached over D-Bus: No such file".to_owned()),
+            ..healthy()
+        };
+        let check = &checks(&facts)[0];
+        assert_eq!((check.name, check.status), ("dbus", Status::Error));
+        assert!(check.advice.contains("dbus.socket"));
+    }
+
+    #[test]
+    fn limits_that_are_too_low_are_named_with_their_file() {
+        let text = "<busconfig><!-- <limit name=\"max_replies_per_connection\">1</limit> -->\n\
+                    <limit name='max_replies_per_connection'> 20 </limit><limit name=\"auth_timeout\">5</limit>";
+        let limits = limits_in(text);
+        assert_eq!(limits, [("max_replies_per_connection".to_owned(), 20), ("auth_timeout".to_owned(), 5)]);
+        let limits =
+            limits.into_iter().map(|(name, value)| (PathBuf::from("/etc/x.conf"), name, value)).collect();
+        let found = checks(&Facts { limits, ..healthy() });
+        assert_eq!((found.len(), found[1].status), (2, Status::Warning));
+        assert!(found[1].found.contains("/etc/x.conf") && found[1].found.contains("20"));
+    }
+}

@@ -1,0 +1,191 @@
+//! systemd, the kernel and cgroups.
+
+use crate::cgroup;
+use crate::config::OLDEST_SYSTEMD;
+use crate::sys;
+
+use super::probe::{self, Known};
+use super::{Check, bus};
+
+/// The controllers without which limits of containers have no effect.
+const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
+
+/// Before this version, a stop of the daemon closes its connections.
+const KEEPS_DESCRIPTORS: u32 = 254;
+
+/// What is known.
+#[derive(Debug)]
+pub struct Facts {
+    is_init: bool,
+    version: Known<String>,
+    release: String,
+    has_pidfd: bool,
+    is_unified: bool,
+    controllers: Known<String>,
+}
+
+pub(super) fn collect() -> Facts {
+    let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
+    Facts {
+        is_init: std::path::Path::new("/run/systemd/system").is_dir(),
+        version: probe::output("systemctl", &["--version"]),
+        release: release.unwrap_or_default(),
+        has_pidfd: sys::pidfd_open(std::process::id()).is_ok(),
+        is_unified: cgroup::is_unified(),
+        controllers: probe::file("/sys/fs/cgroup/cgroup.controllers"),
+    }
+}
+
+pub(super) fn checks(facts: &Facts, bus: &bus::Facts) -> Vec<Check> {
+    let mut checks = vec![systemd(facts, bus), kernel(facts), hierarchy(facts)];
+    // cgroup v1 has no such file.
+    checks.extend(facts.is_unified.then(|| controllers(facts)));
+    checks
+}
+
+fn systemd(facts: &Facts, bus: &bus::Facts) -> Check {
+    const NAME: &str = "systemd";
+    if !facts.is_init {
+        let advice = "run containerd on a machine, in a VM or in a container that systemd has booted";
+        return Check::error(NAME, "systemd is not the init system here", advice);
+    }
+    // The running one counts: a package may have been upgraded since the boot.
+    let version = match (&bus.version, &facts.version) {
+        (Ok(version), _) => version,
+        (Err(_), Ok(text)) => text.split_whitespace().nth(1).unwrap_or_default(),
+        (Err(_), Err(unknown)) => return Check::unknown(NAME, unknown),
+    };
+    let digits: String = version.trim_start_matches('v').chars().take_while(char::is_ascii_digit).collect();
+    match digits.parse::<u32>() {
+        Err(_) => Check::warning(
+            NAME,
+            format!("systemd has the version {version:?}"),
+            "check that it is 252 or newer",
+        ),
+        Ok(number) if number < OLDEST_SYSTEMD => Check::error(
+            NAME,
+            format!("systemd {number} is too old"),
+            format!("upgrade the distribution: systemd {OLDEST_SYSTEMD} or newer is needed"),
+        ),
+        Ok(number) if number < KEEPS_DESCRIPTORS => Check::ok(
+            NAME,
+            format!(
+                "systemd {number}; restart the daemon if you have to, but do not stop it while containers run"
+            ),
+        ),
+        Ok(number) => Check::ok(NAME, format!("systemd {number} is the init system")),
+    }
+}
+
+fn kernel(facts: &Facts) -> Check {
+    const NAME: &str = "kernel";
+    if facts.has_pidfd {
+        Check::ok(NAME, format!("Linux {}", facts.release))
+    } else {
+        let found = format!("Linux {} has no pidfd_open(2), or a filter forbids it", facts.release);
+        Check::error(
+            NAME,
+            found,
+            "boot Linux 5.3 or newer, and allow pidfd_open(2) where this machine is confined",
+        )
+    }
+}
+
+fn hierarchy(facts: &Facts) -> Check {
+    const NAME: &str = "cgroup";
+    if facts.is_unified {
+        Check::ok(NAME, "cgroup v2 is mounted at /sys/fs/cgroup")
+    } else {
+        let advice = "boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line";
+        Check::error(NAME, "/sys/fs/cgroup is not cgroup v2", advice)
+    }
+}
+
+fn controllers(facts: &Facts) -> Check {
+    const NAME: &str = "controllers";
+    let present = match &facts.controllers {
+        Ok(present) => present,
+        Err(unknown) => return Check::unknown(NAME, unknown),
+    };
+    let present: Vec<&str> = present.split_whitespace().collect();
+    let missing: Vec<&str> = CONTROLLERS.into_iter().filter(|name| !present.contains(name)).collect();
+    if missing.is_empty() {
+        Check::ok(NAME, CONTROLLERS.join(", "))
+    } else {
+        let found = format!(
+            "cgroup v2 lacks {}: such limits of containers fail or have no effect",
+            missing.join(", ")
+        );
+        let advice =
+            "remove cgroup_disable= from the kernel's command line, and mount no cgroup v1 hierarchy";
+        Check::warning(NAME, found, advice)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Status;
+    use super::super::probe::Unknown;
+    use super::*;
+
+    fn healthy() -> Facts {
+        Facts {
+            is_init: true,
+            version: Ok("systemd 257 (257.9-1)\n+PAM".to_owned()),
+            release: "6.12.0".to_owned(),
+            has_pidfd: true,
+            is_unified: true,
+            controllers: Ok("cpuset cpu io memory hugetlb pids\n".to_owned()),
+        }
+    }
+
+    fn silent() -> bus::Facts {
+        bus::Facts { version: Err("no answer".to_owned()), limits: Vec::new() }
+    }
+
+    fn found(facts: &Facts, bus: &bus::Facts) -> Vec<(&'static str, Status)> {
+        checks(facts, bus).iter().map(|check| (check.name, check.status)).collect()
+    }
+
+    fn all_but(name: &'static str, status: Status) -> Vec<(&'static str, Status)> {
+        let names = ["systemd", "kernel", "cgroup", "controllers"];
+        names.into_iter().map(|each| (each, if each == name { status } else { Status::Ok })).collect()
+    }
+
+    #[test]
+    fn a_healthy_host_has_nothing_to_do() {
+        assert_eq!(found(&healthy(), &silent()), all_but("", Status::Ok));
+    }
+
+    #[test]
+    fn an_old_systemd_is_found_by_what_runs() {
+        let bus = bus::Facts { version: Ok("v251.4".to_owned()), ..silent() };
+        assert_eq!(found(&healthy(), &bus), all_but("systemd", Status::Error));
+        let facts = Facts { version: Ok("systemd 249 (249.11)".to_owned()), ..healthy() };
+        assert_eq!(found(&facts, &silent()), all_but("systemd", Status::Error));
+        let check = &checks(&facts, &silent())[0];
+        assert!(check.found.contains("249") && check.advice.contains("252"), "{check:?}");
+    }
+
+    #[test]
+    fn a_machine_without_systemd_is_told() {
+        let facts =
+            Facts { is_init: false, version: Err(Unknown::Absent("systemctl".to_owned())), ..healthy() };
+        assert_eq!(found(&facts, &silent()), all_but("systemd", Status::Error));
+    }
+
+    #[test]
+    fn cgroup_v1_and_missing_controllers_are_found() {
+        let facts = Facts { is_unified: false, ..healthy() };
+        assert_eq!(found(&facts, &silent()), all_but("cgroup", Status::Error)[..3]);
+        let facts = Facts { controllers: Ok("cpu memory".to_owned()), ..healthy() };
+        assert_eq!(found(&facts, &silent()), all_but("controllers", Status::Warning));
+        assert!(checks(&facts, &silent())[3].found.contains("cpuset, io, pids"));
+    }
+
+    #[test]
+    fn an_old_kernel_is_found() {
+        let facts = Facts { has_pidfd: false, ..healthy() };
+        assert_eq!(found(&facts, &silent()), all_but("kernel", Status::Error));
+    }
+}

@@ -1,0 +1,119 @@
+//! What is wrong on this machine: the checks of the command `doctor`.
+//!
+//! Each group of checks has a file with its facts, `collect`, which looks at the machine, and `checks`, which is pure:
+//! tests give it the facts of machines that nobody has. A fact that this user may not know is [`Unknown`], and its
+//! check says so. Nothing here needs the daemon, changes anything or starts a unit.
+
+mod bus;
+mod containerd;
+mod daemon;
+mod host;
+mod limits;
+pub mod probe;
+mod records;
+mod report;
+mod units;
+
+pub use report::{json, text};
+
+use probe::Unknown;
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Status {
+    /// There is nothing to do.
+    Ok,
+    /// This user may not look, or what the check needs is not there.
+    Unknown,
+    /// Containers run, but something will not work, or not for long.
+    Warning,
+    /// Containers can't be started, or are without the daemon.
+    Error,
+}
+
+impl Status {
+    /// The word for it, in a report.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Unknown => "unknown",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// The result of a check: one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// What was checked: one word, the same in every version.
+    pub name: &'static str,
+    /// How it ended.
+    pub status: Status,
+    /// What was found.
+    pub found: String,
+    /// What to do; empty if there is nothing to do.
+    pub advice: String,
+}
+
+impl Check {
+    fn ok(name: &'static str, found: impl Into<String>) -> Self {
+        Self { name, status: Status::Ok, found: found.into(), advice: String::new() }
+    }
+
+    fn warning(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { name, status: Status::Warning, found: found.into(), advice: advice.into() }
+    }
+
+    fn error(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { name, status: Status::Error, found: found.into(), advice: advice.into() }
+    }
+
+    fn unknown(name: &'static str, why: &Unknown) -> Self {
+        let (found, advice) = (why.to_string(), why.advice().to_owned());
+        Self { name, status: Status::Unknown, found, advice }
+    }
+}
+
+/// What is known of this machine.
+#[derive(Debug)]
+pub struct Facts {
+    host: host::Facts,
+    bus: bus::Facts,
+    containerd: containerd::Facts,
+    limits: limits::Facts,
+    units: units::Facts,
+    daemon: daemon::Facts,
+    records: records::Facts,
+}
+
+impl Facts {
+    /// Looks at this machine. A program that does not answer costs some seconds.
+    pub async fn collect() -> Self {
+        let bus = bus::collect().await;
+        let containerd = containerd::collect();
+        Self {
+            host: host::collect(),
+            bus,
+            containerd,
+            limits: limits::collect(),
+            units: units::collect(),
+            daemon: daemon::collect(),
+            records: records::collect(),
+        }
+    }
+}
+
+/// All checks, in the order in which a container depends on what they look at.
+pub fn examine(facts: &Facts) -> Vec<Check> {
+    [
+        host::checks(&facts.host, &facts.bus),
+        bus::checks(&facts.bus),
+        containerd::checks(&facts.containerd),
+        limits::checks(&facts.limits),
+        units::checks(&facts.units),
+        daemon::checks(&facts.daemon),
+        records::checks(&facts.records),
+    ]
+    .concat()
+}

@@ -1,0 +1,201 @@
+//! Looking at the machine: files, programs with a time limit, what systemctl says of units.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::sys;
+
+/// How long a program may take to answer.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// More than this is read of no file and of no program.
+const MOST_BYTES: u64 = 16 << 20;
+
+/// Why a fact is not known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unknown {
+    /// There is no such file or program.
+    #[error("{0} does not exist")]
+    Absent(String),
+    /// This user may not look.
+    #[error("{0} can't be read by this user")]
+    Forbidden(String),
+    /// Something else went wrong.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl Unknown {
+    /// What to do to know it.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::Forbidden(_) => "run doctor as root",
+            Self::Absent(_) | Self::Failed(_) => "",
+        }
+    }
+
+    /// There is no such file or program.
+    pub fn is_absent(&self) -> bool {
+        matches!(self, Self::Absent(_))
+    }
+
+    fn of(what: &str, error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::NotFound => Self::Absent(what.to_owned()),
+            io::ErrorKind::PermissionDenied => Self::Forbidden(what.to_owned()),
+            _ => Self::Failed(format!("{what}: {error}")),
+        }
+    }
+}
+
+/// A fact, or why it is not known.
+pub type Known<T> = Result<T, Unknown>;
+
+/// The text of a file; bytes that are no text are replaced.
+pub fn file(path: impl AsRef<Path>) -> Known<String> {
+    let path = path.as_ref();
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(MOST_BYTES).read_to_end(&mut bytes));
+    read.map_err(|error| Unknown::of(&path.to_string_lossy(), &error))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The number that a file consists of.
+pub fn number(path: impl AsRef<Path>) -> Known<u64> {
+    let text = file(&path)?;
+    let path = path.as_ref().display();
+    text.trim().parse().map_err(|_| Unknown::Failed(format!("{path} has no number: {:?}", text.trim())))
+}
+
+/// The names in a directory.
+pub fn names(path: impl AsRef<Path>) -> Known<Vec<String>> {
+    let path = path.as_ref();
+    let listing = std::fs::read_dir(path).map_err(|error| Unknown::of(&path.to_string_lossy(), &error))?;
+    Ok(listing.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+}
+
+/// What a program writes to standard output.
+pub fn output(program: &str, arguments: &[&str]) -> Known<String> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.env("LC_ALL", "C").env("SYSTEMD_COLORS", "0").env("SYSTEMD_PAGER", "");
+    let mut child = command.spawn().map_err(|error| Unknown::of(program, &error))?;
+    let stdout = child.stdout.take().map(reader);
+    let stderr = child.stderr.take().map(reader);
+    if !ends(child.id()) {
+        // It may have ended since.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(Unknown::Failed(format!("{program} does not answer within {} s", LIMIT.as_secs())));
+    }
+    let status = child.wait().map_err(|error| Unknown::of(program, &error))?;
+    let [stdout, stderr] =
+        [stdout, stderr].map(|reader| reader.and_then(|reader| reader.recv_timeout(LIMIT).ok()));
+    if status.success() {
+        return Ok(stdout.unwrap_or_default());
+    }
+    let said = stderr.unwrap_or_default();
+    Err(match said.lines().next() {
+        Some(line) => Unknown::Failed(format!("{program}: {line}")),
+        None => Unknown::Failed(format!("{program} failed with {status}")),
+    })
+}
+
+fn reader(from: impl Read + Send + 'static) -> std::sync::mpsc::Receiver<String> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What was read before an error counts.
+        let _ = from.take(MOST_BYTES).read_to_end(&mut bytes);
+        // Nobody listens any more if it took too long.
+        let _ = sender.send(String::from_utf8_lossy(&bytes).into_owned());
+    });
+    receiver
+}
+
+fn ends(pid: u32) -> bool {
+    let Ok(process) = sys::pidfd_open(pid) else {
+        return false;
+    };
+    let timeout = PollTimeout::try_from(LIMIT).unwrap_or(PollTimeout::MAX);
+    matches!(poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], timeout), Ok(1))
+}
+
+/// Properties of a unit, by name.
+pub type Properties = BTreeMap<String, String>;
+
+/// Properties of all units that a pattern names; of those that are loaded, if it has a wildcard.
+pub fn show(pattern: &str, properties: &[&str]) -> Known<Vec<Properties>> {
+    let wanted = format!("--property={}", properties.join(","));
+    output("systemctl", &["show", "--all", &wanted, "--", pattern]).map(|text| parse_show(&text))
+}
+
+/// All properties of one unit.
+pub fn show_one(unit: &str) -> Known<Properties> {
+    let text = output("systemctl", &["show", "--all", "--", unit])?;
+    Ok(parse_show(&text).into_iter().next().unwrap_or_default())
+}
+
+/// The output of `systemctl show`: `NAME=VALUE` lines, and an empty line between two units.
+pub fn parse_show(text: &str) -> Vec<Properties> {
+    let blocks = text.split("\n\n");
+    let properties = |block: &str| -> Properties {
+        let pairs = block.lines().filter_map(|line| line.split_once('='));
+        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    };
+    blocks.map(properties).filter(|unit| !unit.is_empty()).collect()
+}
+
+/// A property that is set.
+pub fn property<'a>(unit: &'a Properties, name: &str) -> Option<&'a str> {
+    unit.get(name).map(String::as_str).filter(|value| !value.is_empty() && *value != "[not set]")
+}
+
+/// A property that is a number and set.
+pub fn property_number(unit: &Properties, name: &str) -> Option<u64> {
+    property(unit, name)?.parse().ok()
+}
+
+/// Facts for the tests of checks.
+#[cfg(test)]
+pub fn properties(pairs: &[(&str, &str)]) -> Properties {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_read_from_systemctls_output() {
+        let units = parse_show(
+            "Id=a.service\nEnvironment=A=B\nDropInPaths=\n\nId=b.service\nMemoryCurrent=[not set]\n",
+        );
+        assert_eq!(units.len(), 2);
+        assert_eq!(property(&units[0], "Environment"), Some("A=B"));
+        assert_eq!(property(&units[0], "DropInPaths"), None);
+        assert_eq!(property_number(&units[1], "MemoryCurrent"), None);
+        assert!(parse_show("\n").is_empty());
+    }
+
+    #[test]
+    fn a_program_says_why_it_failed() {
+        assert_eq!(output("sh", &["-c", "echo out"]), Ok("out\n".to_owned()));
+        let failed = output("sh", &["-c", "echo why >&2; exit 3"]);
+        assert_eq!(failed, Err(Unknown::Failed("sh: why".to_owned())));
+        assert_eq!(output("/no/such/program", &[]), Err(Unknown::Absent("/no/such/program".to_owned())));
+    }
+
+    #[test]
+    fn a_file_without_a_number_is_named() {
+        assert!(number("/proc/version").unwrap_err().to_string().contains("/proc/version"));
+        assert!(number("/no/such/file").unwrap_err().is_absent());
+    }
+}

@@ -1,0 +1,243 @@
+//! The daemon's units: masked, stale, overridden.
+
+use std::path::{Path, PathBuf};
+
+use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET};
+
+use super::Check;
+use super::probe::{self, Known, Properties, property};
+
+/// What promises of the daemon rest on: properties of its service, and their values.
+const NEEDED: [(&str, &[&str]); 6] = [
+    ("Restart", &["always"]),
+    ("KillMode", &["process"]),
+    ("NotifyAccess", &["main", "all"]),
+    ("PrivateMounts", &["no"]),
+    ("PrivateNetwork", &["no"]),
+    ("RootDirectory", &[""]),
+];
+
+/// Fewer descriptors hold too few containers.
+const DESCRIPTORS: u64 = 1000;
+
+/// What is known.
+#[derive(Debug)]
+pub struct Facts {
+    service: Known<Properties>,
+    socket: Known<Properties>,
+    slice: Known<Properties>,
+    /// Files that units name and that are not there.
+    missing: Vec<PathBuf>,
+}
+
+pub(super) fn collect() -> Facts {
+    let [service, socket, slice] = [DAEMON_SERVICE, DAEMON_SOCKET, DAEMON_SLICE].map(probe::show_one);
+    let missing = service.iter().filter_map(program).filter(|path| !path.exists()).collect();
+    Facts { service, socket, slice, missing }
+}
+
+/// The program in `ExecStart={ path=… ; argv[]=… }`.
+fn program(service: &Properties) -> Option<PathBuf> {
+    let command = property(service, "ExecStart")?;
+    let path = command.split_once("path=")?.1.split_once(" ;")?.0;
+    Some(Path::new(path).to_owned())
+}
+
+pub(super) fn checks(facts: &Facts) -> Vec<Check> {
+    const NAME: &str = "units";
+    let (service, socket, slice) = match (&facts.service, &facts.socket, &facts.slice) {
+        (Ok(service), Ok(socket), Ok(slice)) => (service, socket, slice),
+        (Err(unknown), ..) | (_, Err(unknown), _) | (.., Err(unknown)) => {
+            return vec![Check::unknown(NAME, unknown)];
+        }
+    };
+    let units = [(DAEMON_SERVICE, service), (DAEMON_SOCKET, socket), (DAEMON_SLICE, slice)];
+    let mut checks: Vec<Check> = units.iter().flat_map(|(name, unit)| loading(name, unit)).collect();
+    for path in &facts.missing {
+        let found = format!("{DAEMON_SERVICE} runs {}, which does not exist", path.display());
+        checks.push(Check::error(NAME, found, "install the program again, or systemctl daemon-reload"));
+    }
+    checks.extend(overridden(service));
+    if checks.is_empty() {
+        let is_installed = property(service, "LoadState") == Some("loaded");
+        let is_transient = property(service, "Transient") == Some("yes");
+        let is_listening = property(socket, "ActiveState") == Some("active");
+        let found = match (is_installed, is_transient) {
+            (false, _) => "not installed: the first container starts transient ones",
+            (true, true) => "transient",
+            (true, false) if is_listening => "installed, and the socket listens",
+            (true, false) => "installed; the first container starts the socket",
+        };
+        checks.push(Check::ok(NAME, found));
+    }
+    let drop_ins: Vec<&str> = units
+        .iter()
+        .filter_map(|(_, unit)| property(unit, "DropInPaths"))
+        .flat_map(str::split_whitespace)
+        .collect();
+    checks.push(match drop_ins.is_empty() {
+        true => Check::ok("drop-ins", "none"),
+        false => Check::ok("drop-ins", drop_ins.join(", ")),
+    });
+    checks
+}
+
+fn loading(name: &str, unit: &Properties) -> Vec<Check> {
+    const NAME: &str = "units";
+    let mut checks = Vec::new();
+    match property(unit, "LoadState") {
+        Some("masked") => {
+            let advice = format!("systemctl unmask {name}");
+            checks.push(Check::error(NAME, format!("{name} is masked"), advice));
+        }
+        Some("bad-setting" | "error") => {
+            let reason = property(unit, "LoadError").unwrap_or("a setting is wrong");
+            let advice = format!("systemd-analyze verify {name}");
+            checks.push(Check::error(NAME, format!("{name} can't be loaded: {reason}"), advice));
+        }
+        _ => {}
+    }
+    if property(unit, "NeedDaemonReload") == Some("yes") {
+        let found = format!("the files of {name} have changed since systemd read them");
+        checks.push(Check::warning(NAME, found, "systemctl daemon-reload"));
+    }
+    if let Some(path) = property(unit, "FragmentPath")
+        && path.starts_with("/etc/")
+        && property(unit, "LoadState") != Some("masked")
+    {
+        let found = format!("{path} takes the place of the packaged unit");
+        let advice = format!("remove it, and put changes into drop-ins: systemctl edit {name}");
+        checks.push(Check::warning(NAME, found, advice));
+    }
+    checks
+}
+
+fn overridden(service: &Properties) -> Vec<Check> {
+    const NAME: &str = "units";
+    if property(service, "LoadState") != Some("loaded") {
+        return Vec::new();
+    }
+    let by = match property(service, "DropInPaths") {
+        Some(paths) => format!("look into {paths}"),
+        None => "use the unit of this version".to_owned(),
+    };
+    let mut checks = Vec::new();
+    for (name, wanted) in NEEDED {
+        // A property that this systemd does not have is as it has to be.
+        let Some(value) = service.get(name) else { continue };
+        if !wanted.contains(&value.as_str()) {
+            let found =
+                format!("{DAEMON_SERVICE} has {name}={value}, and the daemon needs {name}={}", wanted[0]);
+            checks.push(Check::error(NAME, found, by.clone()));
+        }
+    }
+    let number = |name| probe::property_number(service, name);
+    if let Some(most) = number("FileDescriptorStoreMax").filter(|most| *most < DESCRIPTORS) {
+        let found = format!(
+            "{DAEMON_SERVICE} has FileDescriptorStoreMax={most}: too few for its connections and streams"
+        );
+        checks.push(Check::error(NAME, found, by.clone()));
+    }
+    for name in ["MemoryMax", "MemoryHigh"] {
+        if let Some(bytes) = number(name).filter(|bytes| *bytes < 64 << 20) {
+            let found = format!("{DAEMON_SERVICE} has {name}={bytes}, which many containers exceed");
+            checks.push(Check::warning(NAME, found, by.clone()));
+        }
+    }
+    checks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Status;
+    use super::super::probe::{Unknown, properties};
+    use super::*;
+
+    fn service(more: &[(&str, &str)]) -> Properties {
+        let usual = [
+            ("LoadState", "loaded"),
+            ("FragmentPath", "/usr/lib/systemd/system/containerd-shim-systemd-v1.service"),
+            ("Restart", "always"),
+            ("KillMode", "process"),
+            ("NotifyAccess", "main"),
+            ("RootDirectory", ""),
+            ("FileDescriptorStoreMax", "12000"),
+            ("MemoryMax", "infinity"),
+        ];
+        let mut unit = properties(&usual);
+        unit.extend(properties(more));
+        unit
+    }
+
+    fn facts(more: &[(&str, &str)]) -> Facts {
+        let loaded = properties(&[("LoadState", "loaded"), ("ActiveState", "active")]);
+        Facts { service: Ok(service(more)), socket: Ok(loaded.clone()), slice: Ok(loaded), missing: vec![] }
+    }
+
+    fn fault(facts: &Facts) -> Check {
+        let faults: Vec<Check> =
+            checks(facts).into_iter().filter(|check| check.status != Status::Ok).collect();
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        faults[0].clone()
+    }
+
+    #[test]
+    fn packaged_and_transient_units_are_ok() {
+        assert_eq!(checks(&facts(&[]))[0].found, "installed, and the socket listens");
+        assert_eq!(checks(&facts(&[("Transient", "yes")]))[0].found, "transient");
+        let absent = Ok(properties(&[("LoadState", "not-found")]));
+        let facts = Facts { service: absent.clone(), socket: absent.clone(), slice: absent, missing: vec![] };
+        assert!(checks(&facts).iter().all(|check| check.status == Status::Ok));
+        assert!(checks(&facts)[0].found.starts_with("not installed"));
+    }
+
+    #[test]
+    fn a_masked_unit_is_found() {
+        let path = "/etc/systemd/system/containerd-shim-systemd-v1.socket";
+        let masked = Ok(properties(&[("LoadState", "masked"), ("FragmentPath", path)]));
+        let check = fault(&Facts { socket: masked, ..facts(&[]) });
+        assert_eq!(check.status, Status::Error);
+        assert_eq!(check.advice, format!("systemctl unmask {DAEMON_SOCKET}"));
+        assert!(fault(&facts(&[("LoadState", "masked")])).found.contains(DAEMON_SERVICE));
+    }
+
+    #[test]
+    fn stale_replaced_and_broken_units_are_found() {
+        assert_eq!(fault(&facts(&[("NeedDaemonReload", "yes")])).advice, "systemctl daemon-reload");
+        let replaced =
+            fault(&facts(&[("FragmentPath", "/etc/systemd/system/containerd-shim-systemd-v1.service")]));
+        assert_eq!(replaced.status, Status::Warning);
+        assert!(fault(&facts(&[("LoadState", "bad-setting")])).advice.contains("verify"));
+        let missing = vec![PathBuf::from("/usr/bin/gone")];
+        assert!(fault(&Facts { missing, ..facts(&[]) }).found.contains("/usr/bin/gone"));
+    }
+
+    #[test]
+    fn a_drop_in_that_breaks_the_daemon_is_named() {
+        let drop_in = ("DropInPaths", "/etc/systemd/system/service.d/all.conf");
+        for (name, value) in [
+            ("Restart", "no"),
+            ("KillMode", "control-group"),
+            ("FileDescriptorStoreMax", "0"),
+            ("PrivateNetwork", "yes"),
+            ("RootDirectory", "/jail"),
+        ] {
+            let check = fault(&facts(&[drop_in, (name, value)]));
+            assert!(check.found.contains(name) && check.advice.contains("all.conf"), "{check:?}");
+            assert_eq!(check.status, Status::Error);
+        }
+        assert_eq!(fault(&facts(&[drop_in, ("MemoryMax", "1048576")])).status, Status::Warning);
+    }
+
+    #[test]
+    fn the_program_of_a_unit_is_read() {
+        let command = "{ path=/usr/bin/x ; argv[]=/usr/bin/x serve ; ignore_errors=no ; status=0/0 }";
+        assert_eq!(program(&properties(&[("ExecStart", command)])), Some(PathBuf::from("/usr/bin/x")));
+    }
+
+    #[test]
+    fn without_systemctl_nothing_is_claimed() {
+        let unknown = Err(Unknown::Absent("systemctl".to_owned()));
+        assert_eq!(checks(&Facts { service: unknown, ..facts(&[]) })[0].status, Status::Unknown);
+    }
+}

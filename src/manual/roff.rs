@@ -1,0 +1,110 @@
+//! Markdown as in docs/ to the source of a man page (man(7)).
+
+use std::fmt::Write;
+
+use super::markdown::{Block, blocks};
+
+/// A man page of Markdown text. Its first heading is left out: the title says the same.
+pub fn page(name: &str, section: u8, summary: &str, text: &str) -> String {
+    let mut page = format!(
+        ".\\\" Written by `make manual`.\n.TH {} {section} \"\" \"{} {}\"\n.nh\n.ad l\n.SH NAME\n{} \\- {}\n",
+        quoted(&name.to_uppercase()),
+        env!("CARGO_PKG_NAME"),
+        env!("CARGO_PKG_VERSION"),
+        escaped(name),
+        escaped(summary),
+    );
+    for block in blocks(text) {
+        // Writing to a string does not fail.
+        let _ = match block {
+            Block::Heading(1, _) => Ok(()),
+            Block::Heading(2, title) => writeln!(page, ".SH {}", quoted(&plain(&title).to_uppercase())),
+            Block::Heading(_, title) => writeln!(page, ".SS {}", quoted(&plain(&title))),
+            Block::Paragraph(text) => writeln!(page, ".PP\n{}", inline(&text)),
+            Block::Item(mark, text) => writeln!(page, ".IP {} 3\n{}", quoted(&mark), inline(&text)),
+            Block::Code(lines) => {
+                let lines: String =
+                    lines.iter().map(|line| format!("{}\n", guarded(&escaped(line)))).collect();
+                writeln!(page, ".PP\n.in +4n\n.nf\n{lines}.fi\n.in")
+            }
+            Block::Row(cells) => {
+                let first = cells.first().map(|cell| inline(cell)).unwrap_or_default();
+                let rest: Vec<String> =
+                    cells.iter().skip(1).filter(|cell| !cell.is_empty()).map(|cell| inline(cell)).collect();
+                let first = if first.is_empty() { "\\(bu".to_owned() } else { first };
+                writeln!(page, ".TP\n{first}\n{}", rest.join("\n.br\n"))
+            }
+        };
+    }
+    page
+}
+
+/// Text of which roff interprets nothing.
+fn escaped(text: &str) -> String {
+    text.replace('\\', "\\e")
+        .replace('-', "\\-")
+        .replace('`', "\\(ga")
+        .replace('\'', "\\(aq")
+        .replace('…', "...")
+}
+
+/// A line that begins like a request is text.
+fn guarded(line: &str) -> String {
+    if line.starts_with('.') { format!("\\&{line}") } else { line.to_owned() }
+}
+
+/// An argument of a request.
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", escaped(text).replace('"', "\\(dq"))
+}
+
+/// Without the marks of code, emphasis and links.
+fn plain(text: &str) -> String {
+    text.replace("**", "").replace('`', "")
+}
+
+/// Code and emphasis in bold; of a link its text.
+fn inline(text: &str) -> String {
+    let mut line = String::new();
+    let mut is_code = false;
+    let mut is_bold = false;
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        if c == '`' {
+            line += if is_code { "\\fR" } else { "\\fB" };
+            is_code = !is_code;
+            rest = &rest[1..];
+        } else if !is_code && rest.starts_with("**") {
+            line += if is_bold { "\\fR" } else { "\\fB" };
+            is_bold = !is_bold;
+            rest = &rest[2..];
+        } else if !is_code
+            && c == '['
+            && let Some((label, after)) = link(rest)
+        {
+            line += &inline(label);
+            rest = after;
+        } else {
+            line += &escaped(&c.to_string());
+            rest = &rest[c.len_utf8()..];
+        }
+    }
+    guarded(&line)
+}
+
+/// The label of `[label](target)` at the beginning of a text, and what follows.
+fn link(text: &str) -> Option<(&str, &str)> {
+    let (label, rest) = text.strip_prefix('[')?.split_once("](")?;
+    let (_, after) = rest.split_once(')')?;
+    (!label.contains(']')).then_some((label, after))
+}
+
+#[test]
+fn markdown_becomes_a_page() {
+    let text = "# Title\n\nRun `ps -q` and [see](x.md) **this**.\n\n## More\n\n* one\n  and two\n\n```\n.dot \\n\n```\n\n\
+                | A | B |\n|---|---|\n| `x` | what |\n";
+    let page = page("shim", 5, "a thing", text);
+    let wanted = ".SH NAME\nshim \\- a thing\n.PP\nRun \\fBps \\-q\\fR and see \\fBthis\\fR.\n.SH \"MORE\"\n.IP \"\\(bu\" 3\n\
+                  one and two\n.PP\n.in +4n\n.nf\n\\&.dot \\en\n.fi\n.in\n.TP\n\\fBx\\fR\nwhat\n";
+    assert!(page.replace("\"*\"", "\"\\(bu\"").ends_with(wanted), "{page}");
+}

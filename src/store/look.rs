@@ -1,0 +1,42 @@
+//! A look at all records that changes nothing, for commands that people run beside the daemon.
+
+use std::path::PathBuf;
+
+use crate::id::{Namespace, TaskKey};
+
+use super::record::RECORD;
+use super::{CRASHED, Error, Found, Store, entries};
+
+/// The path of a record, and what is in it.
+pub type Look = (PathBuf, Result<Found, Error>);
+
+impl Store {
+    /// The path of every record, and what is in it.
+    ///
+    /// # Errors
+    /// Only for the directory of all records; each record has a result of its own.
+    pub fn look(&self) -> Result<Vec<Look>, Error> {
+        let mut records = Vec::new();
+        for namespace in entries(&self.root)?.iter().filter_map(|name| Namespace::new(name).ok()) {
+            for word in entries(&self.root.join(namespace.as_str()))? {
+                let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
+                    continue;
+                };
+                // One that has just been deleted is none.
+                if let Some(found) = self.load(&key).transpose() {
+                    records.push((self.dir(&key).join(RECORD), found));
+                }
+            }
+        }
+        Ok(records)
+    }
+
+    /// The records that have crashed the daemon and were moved out of its way.
+    ///
+    /// # Errors
+    /// The directory can't be listed.
+    pub fn set_aside_records(&self) -> Result<Vec<PathBuf>, Error> {
+        let dir = self.root.join(CRASHED);
+        Ok(entries(&dir)?.into_iter().map(|name| dir.join(name)).collect())
+    }
+}

@@ -1,0 +1,176 @@
+//! All that is known of one task (pure).
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use crate::doctor::probe::{Properties, property};
+use crate::task::Task;
+use crate::task::process::{Lifecycle, Process};
+use crate::text;
+
+use super::Row;
+use super::table::{age, bytes, row_json};
+
+/// A value is cut here.
+const MOST_CHARACTERS: usize = 400;
+
+/// For a person: sections of `name: value` lines.
+pub fn details(row: &Row, unit: Option<&Properties>, record: Result<&Task, &str>) -> String {
+    let mut page = Page::default();
+    page.section("Task");
+    page.line("Namespace", &row.namespace);
+    page.line("Id", &row.id);
+    page.line("Name", &row.name);
+    page.optional("Pod", row.pod.as_deref());
+    page.optional("Image", row.image.as_deref());
+    page.line("State", &row.state);
+    page.optional("Exit status", row.exit_status.map(|status| status.to_string()).as_deref());
+    page.optional("Process", row.pid.map(|pid| pid.to_string()).as_deref());
+    page.optional("Memory", row.memory.map(bytes).as_deref());
+    page.optional("Age", row.age_sec.map(age).as_deref());
+
+    page.section("Unit");
+    page.line("Name", &row.unit);
+    match unit {
+        None => page.line("State", "not loaded"),
+        Some(unit) => {
+            for name in ["Description", "Result", "Slice", "ControlGroup", "TasksCurrent", "FreezerState"] {
+                page.optional(name, property(unit, name));
+            }
+            let state = ["ActiveState", "SubState"].map(|name| property(unit, name).unwrap_or_default());
+            page.line("State", &format!("{} ({})", state[0], state[1]));
+        }
+    }
+    match record {
+        Ok(task) => of_record(&mut page, task),
+        Err(reason) => {
+            page.section("Record");
+            page.line("Unknown", reason);
+        }
+    }
+    page.section("More");
+    let stem = row.unit.replace('\\', "\\\\");
+    for command in ["systemctl status", "journalctl -u", "systemctl show"] {
+        page.line("Command", &format!("{command} {stem}"));
+    }
+    page.0
+}
+
+fn of_record(page: &mut Page, task: &Task) {
+    page.section("Record");
+    page.line("Phase", &phase(&task.init));
+    page.line("Bundle", &task.request.bundle.to_string_lossy());
+    page.line("OCI runtime", &task.runtime.binary.to_string_lossy());
+    page.line("State of the OCI runtime", &task.runtime.root.to_string_lossy());
+    page.line("containerd", &task.containerd.grpc_address);
+    page.optional("Cgroup", task.cgroup().map(|path| path.to_string_lossy()).as_deref());
+    let kills = task.init.phase.container().map_or(0, |container| container.oom_kills);
+    page.line("Out of memory", &format!("{kills} processes killed"));
+    for property in &task.properties {
+        page.line("Property", &format!("{}={}", property.name, property.value));
+    }
+    for (flag, meaning) in [
+        (task.notify, "may notify systemd"),
+        (task.muted, "containerd has given the task up"),
+        (task.is_leftover, "its Create has failed, and something is still to be removed"),
+        (task.rootfs_on_host, "its rootfs is mounted on the host"),
+    ] {
+        page.optional("Note", flag.then_some(meaning));
+    }
+
+    page.section("Streams");
+    page.line("Log", &as_json(&task.runtime.log));
+    page.line("Terminal", if task.init.wiring.terminal { "yes" } else { "no" });
+    let stdio = &task.init.stdio;
+    for (name, asked, leads) in [
+        ("stdin", &stdio.stdin, as_json(&task.init.wiring.stdin)),
+        ("stdout", &stdio.stdout, as_json(&task.init.wiring.stdout)),
+        ("stderr", &stdio.stderr, as_json(&task.init.wiring.stderr)),
+    ] {
+        let asked = if asked.is_empty() { "nothing" } else { asked };
+        page.line(name, &format!("{leads}; the client named {asked}"));
+    }
+    page.optional("Logger", task.init.logger.as_ref().map(|unit| unit.as_str()));
+
+    page.section(&format!("Execs: {}", task.execs.len()));
+    for (id, exec) in &task.execs {
+        page.line(id.as_str(), &format!("{} in {}", phase(exec), exec.unit));
+    }
+    let owed = serde_json::to_value(&task.outbox).unwrap_or_default();
+    let owed = owed["owed"].as_array().cloned().unwrap_or_default();
+    page.section(&format!("Events that containerd has not accepted: {}", owed.len()));
+    for event in &owed {
+        page.line("Event", &event.to_string());
+    }
+}
+
+/// The phase in containerd's words, with the process and how it ended.
+fn phase<P: Lifecycle>(process: &Process<P>) -> String {
+    let exit = process.exit().map(|exit| format!(", exit status {}", exit.status));
+    let pid = process.pid().map(|pid| format!(", process {pid}"));
+    format!("{}{}{}", process.word(), pid.unwrap_or_default(), exit.unwrap_or_default())
+}
+
+fn as_json(value: &impl serde::Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(Value::String(text)) => text,
+        Ok(value) => value.to_string(),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[derive(Default)]
+struct Page(String);
+
+impl Page {
+    fn section(&mut self, title: &str) {
+        let separator = if self.0.is_empty() { "" } else { "\n" };
+        // Writing to a string does not fail.
+        let _ = writeln!(self.0, "{separator}{title}");
+    }
+
+    fn line(&mut self, name: &str, value: &str) {
+        let (name, value) = (text::line(name, MOST_CHARACTERS), text::line(value, MOST_CHARACTERS));
+        let _ = writeln!(self.0, "  {name}: {value}");
+    }
+
+    fn optional(&mut self, name: &str, value: Option<&str>) {
+        if let Some(value) = value.filter(|value| !value.is_empty()) {
+            self.line(name, value);
+        }
+    }
+}
+
+/// For a program: the row, the unit's properties and the record as it is.
+pub fn details_json(row: &Row, unit: Option<&Properties>, record: Result<&Task, &str>) -> Value {
+    let record = match record {
+        Ok(task) => serde_json::to_value(task).unwrap_or_default(),
+        Err(_) => Value::Null,
+    };
+    json!({"task": row_json(row), "unit": unit, "record": record})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::probe::properties;
+
+    #[test]
+    fn without_the_record_the_unit_is_shown() {
+        let row = Row { unit: r"containerd-a\x2db-web.service".to_owned(), ..Row::default() };
+        let unit = properties(&[
+            ("Description", "web\u{1b}[2J"),
+            ("ActiveState", "active"),
+            ("SubState", "running"),
+        ]);
+        let page = details(&row, Some(&unit), Err("run inspect as root"));
+        assert!(
+            page.contains("  Description: web[2J\n") && page.contains("  State: active (running)\n"),
+            "{page}"
+        );
+        assert!(page.contains("  Unknown: run inspect as root\n"), "{page}");
+        assert!(page.contains(r"journalctl -u containerd-a\\x2db-web.service"), "{page}");
+        assert_eq!(details_json(&row, None, Err(""))["record"], Value::Null);
+    }
+}

@@ -1,0 +1,306 @@
+//! Tasks as systemd and the records show them, for people: `ps`, `inspect` and the checks of `doctor`.
+//!
+//! What systemd knows, every user may see. The records, which only root can read, say more: the phase, and tasks
+//! whose unit is gone. Nothing here talks to the daemon or to containerd.
+
+mod details;
+mod table;
+
+pub use details::{details, details_json};
+pub use table::{table, table_json};
+
+use std::path::PathBuf;
+
+use crate::config::STATE_DIR;
+use crate::doctor::probe::{self, Known, Properties, Unknown, property, property_number};
+use crate::id::SHORT_ID;
+use crate::store::{Error, Store};
+use crate::task::Task;
+use crate::unit::name::PREFIX;
+
+/// The properties of a unit that are looked at.
+const PROPERTIES: [&str; 17] = [
+    "Id",
+    "Description",
+    "LogExtraFields",
+    "LoadState",
+    "ActiveState",
+    "SubState",
+    "Result",
+    "FreezerState",
+    "MainPID",
+    "ExecMainCode",
+    "ExecMainStatus",
+    "MemoryCurrent",
+    "TasksCurrent",
+    "CPUUsageNSec",
+    "ControlGroup",
+    "ActiveEnterTimestampMonotonic",
+    "Slice",
+];
+
+/// A record on disk: where, and what it says.
+pub type Recorded = (PathBuf, Result<Task, String>);
+
+/// All that can be seen.
+#[derive(Debug)]
+pub struct Survey {
+    /// The units of containers.
+    pub units: Known<Vec<Properties>>,
+    /// The records.
+    pub records: Known<Vec<Recorded>>,
+    /// The clock of systemd's time stamps, in microseconds.
+    pub now_usec: u64,
+}
+
+impl Survey {
+    /// Looks at this machine.
+    pub fn collect() -> Self {
+        let pattern = format!("{PREFIX}*.service");
+        let units = probe::show(&pattern, &PROPERTIES).map(|mut units| {
+            units.retain(is_container);
+            units
+        });
+        Self { units, records: records(&Store::new(STATE_DIR)), now_usec: now_usec() }
+    }
+}
+
+/// The records of a store.
+pub fn records(store: &Store) -> Known<Vec<Recorded>> {
+    let found = store.look().map_err(unknown)?;
+    let read = |(path, found): (PathBuf, Result<crate::store::Found, Error>)| {
+        (path, found.map(|found| found.task).map_err(|error| error.to_string()))
+    };
+    Ok(found.into_iter().map(read).collect())
+}
+
+/// Why a store can't be read.
+pub fn unknown(error: Error) -> Unknown {
+    match error {
+        Error::Io(error) if error.io().kind() == std::io::ErrorKind::PermissionDenied => {
+            Unknown::Forbidden(error.path().to_string_lossy().into_owned())
+        }
+        error => Unknown::Failed(error.to_string()),
+    }
+}
+
+fn now_usec() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    now.map_or(0, |now| {
+        u64::try_from(now.tv_sec()).unwrap_or(0) * 1_000_000 + now.tv_nsec().unsigned_abs() / 1000
+    })
+}
+
+/// The unit of a container: neither of an exec nor of a logger, and made by this program.
+fn is_container(unit: &Properties) -> bool {
+    field(unit, "CONTAINER_ID").is_some()
+        && !property(unit, "Id").is_some_and(|name| name.contains(':') && is_of_process(name))
+}
+
+/// `containerd-default-web:EXEC.service`, `containerd-default-web::log.service`; but not a name with a hash.
+fn is_of_process(name: &str) -> bool {
+    let last = name.trim_end_matches(".service").rsplit(':').next().unwrap_or_default();
+    !(last.len() == 16 && last.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// A journal field of a unit.
+fn field<'a>(unit: &'a Properties, name: &str) -> Option<&'a str> {
+    let words = property(unit, "LogExtraFields")?.split_whitespace();
+    words.filter_map(|word| word.split_once('=')).find(|(field, _)| *field == name).map(|(_, value)| value)
+}
+
+/// A task, as far as it can be seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Row {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Its id.
+    pub id: String,
+    /// A person's name for it.
+    pub name: String,
+    /// Its unit.
+    pub unit: String,
+    /// `namespace/name` of its pod.
+    pub pod: Option<String>,
+    /// Its image, if the client has told.
+    pub image: Option<String>,
+    /// The word for its phase.
+    pub state: String,
+    /// How it ended.
+    pub exit_status: Option<u32>,
+    /// Its init process.
+    pub pid: Option<u32>,
+    /// In bytes.
+    pub memory: Option<u64>,
+    /// Since its unit was started, in seconds.
+    pub age_sec: Option<u64>,
+}
+
+impl Row {
+    /// The id as people write it.
+    pub fn short_id(&self) -> &str {
+        if crate::id::is_long_hex(&self.id) { &self.id[..SHORT_ID] } else { &self.id }
+    }
+}
+
+/// The tasks, sorted by namespace and id.
+pub fn rows(survey: &Survey) -> Vec<Row> {
+    let units = survey.units.as_deref().unwrap_or_default();
+    let mut rows: Vec<Row> = units.iter().map(|unit| of_unit(unit, survey.now_usec)).collect();
+    let tasks = survey.records.iter().flatten().filter_map(|(_, task)| task.as_ref().ok());
+    for task in tasks {
+        let unit = task.unit().as_str();
+        match rows.iter_mut().find(|row| row.unit == unit) {
+            Some(row) => phase(row, task),
+            None => {
+                let mut row = of_record(task);
+                phase(&mut row, task);
+                rows.push(row);
+            }
+        }
+    }
+    rows.sort_by(|one, other| {
+        (&one.namespace, &one.id, &one.unit).cmp(&(&other.namespace, &other.id, &other.unit))
+    });
+    rows
+}
+
+fn of_unit(unit: &Properties, now_usec: u64) -> Row {
+    let text = |name| field(unit, name).map(str::to_owned);
+    let active = property(unit, "ActiveState").unwrap_or_default();
+    let has_ended = matches!(
+        (active, property(unit, "SubState")),
+        ("active", Some("exited")) | ("failed" | "inactive", _)
+    );
+    let state = match (active, property(unit, "FreezerState")) {
+        _ if has_ended => "stopped",
+        ("active", Some("frozen")) => "paused",
+        ("active", _) => "running",
+        ("activating", _) => "creating",
+        (other, _) => other,
+    };
+    let number = |name| property_number(unit, name);
+    let status = number("ExecMainStatus").and_then(|status| u32::try_from(status).ok());
+    let start = number("ActiveEnterTimestampMonotonic").filter(|start| *start > 0);
+    Row {
+        namespace: text("CONTAINER_NAMESPACE").unwrap_or_default(),
+        id: text("CONTAINER_ID").unwrap_or_default(),
+        name: text("CONTAINER_NAME").unwrap_or_default(),
+        unit: property(unit, "Id").unwrap_or_default().to_owned(),
+        pod: pod(text("POD_NAMESPACE"), text("POD_NAME")),
+        image: text("CONTAINER_IMAGE"),
+        state: state.to_owned(),
+        // Code 1 is an exit, 2 a death by a signal: CLD_EXITED, CLD_KILLED.
+        exit_status: status
+            .filter(|_| has_ended)
+            .map(|status| if number("ExecMainCode") == Some(1) { status } else { 128 + status }),
+        pid: number("MainPID").and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0),
+        memory: number("MemoryCurrent"),
+        age_sec: start.map(|start| now_usec.saturating_sub(start) / 1_000_000),
+    }
+}
+
+fn of_record(task: &Task) -> Row {
+    let text =
+        |name: &str| task.fields.iter().find(|(field, _)| field == name).map(|(_, value)| value.clone());
+    Row {
+        namespace: task.key.namespace.to_string(),
+        id: task.key.id.to_string(),
+        name: text("CONTAINER_NAME").unwrap_or_default(),
+        unit: task.unit().to_string(),
+        pod: pod(text("POD_NAMESPACE"), text("POD_NAME")),
+        image: text("CONTAINER_IMAGE"),
+        ..Row::default()
+    }
+}
+
+fn pod(namespace: Option<String>, name: Option<String>) -> Option<String> {
+    Some(format!("{}/{}", namespace.unwrap_or_default(), name?))
+}
+
+/// The record knows the phase; the unit may be unloaded.
+fn phase(row: &mut Row, task: &Task) {
+    row.state = task.init.word().to_owned();
+    row.exit_status = task.init.exit().map(|exit| exit.status);
+    row.pid = task.init.pid().filter(|_| task.init.is_alive());
+}
+
+/// The tasks whose id, name or unit begins with a word; those with exactly this word, if there are any.
+pub fn find<'a>(rows: &'a [Row], namespace: Option<&str>, word: &str) -> Vec<&'a Row> {
+    let rows: Vec<&Row> =
+        rows.iter().filter(|row| namespace.is_none_or(|name| row.namespace == name)).collect();
+    let names =
+        |row: &Row| [row.id.clone(), row.unit.clone(), row.unit.trim_end_matches(".service").to_owned()];
+    let exact: Vec<&Row> =
+        rows.iter().filter(|row| names(row).iter().any(|name| name == word)).copied().collect();
+    if !exact.is_empty() {
+        return exact;
+    }
+    rows.into_iter().filter(|row| row.id.starts_with(word) || row.name == word).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unit(more: &[(&str, &str)]) -> Properties {
+        let mut unit = probe::properties(&[
+            ("Id", "containerd-default-web.service"),
+            ("LogExtraFields", "CONTAINER_ID=web CONTAINER_NAMESPACE=default CONTAINER_NAME=shop"),
+            ("ActiveState", "active"),
+            ("SubState", "running"),
+            ("MainPID", "125"),
+            ("ActiveEnterTimestampMonotonic", "5000000"),
+        ]);
+        unit.extend(probe::properties(more));
+        unit
+    }
+
+    #[test]
+    fn a_unit_says_what_every_user_may_see() {
+        let row = of_unit(&unit(&[("MemoryCurrent", "1048576")]), 65_000_000);
+        assert_eq!((row.id.as_str(), row.name.as_str(), row.state.as_str()), ("web", "shop", "running"));
+        assert_eq!((row.pid, row.memory, row.age_sec), (Some(125), Some(1 << 20), Some(60)));
+        assert_eq!(of_unit(&unit(&[("FreezerState", "frozen")]), 0).state, "paused");
+        let ended =
+            [("SubState", "exited"), ("ExecMainCode", "1"), ("ExecMainStatus", "3"), ("MainPID", "0")];
+        let row = of_unit(&unit(&ended), 0);
+        assert_eq!((row.state.as_str(), row.exit_status, row.pid), ("stopped", Some(3), None));
+        let killed = [("ActiveState", "failed"), ("ExecMainCode", "2"), ("ExecMainStatus", "9")];
+        assert_eq!(of_unit(&unit(&killed), 0).exit_status, Some(137));
+    }
+
+    #[test]
+    fn execs_loggers_and_other_peoples_units_are_no_tasks() {
+        for (name, is) in [
+            ("containerd-default-web.service", true),
+            ("containerd-default-web:0123456789abcdef.service", true),
+            ("containerd-default-web:exec1.service", false),
+            ("containerd-default-web::log.service", false),
+        ] {
+            assert_eq!(is_container(&unit(&[("Id", name)])), is, "{name}");
+        }
+        assert!(!is_container(&unit(&[("LogExtraFields", "")])));
+    }
+
+    #[test]
+    fn a_task_is_found_by_the_beginning_of_its_id() {
+        let row = |namespace: &str, id: &str| Row {
+            namespace: namespace.to_owned(),
+            id: id.to_owned(),
+            name: "shop".to_owned(),
+            unit: format!("containerd-{namespace}-{id}.service"),
+            ..Row::default()
+        };
+        let rows = [row("default", "web"), row("default", "web-2"), row("moby", "web")];
+        let ids = |namespace, word| {
+            find(&rows, namespace, word).iter().map(|row| row.unit.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(ids(Some("default"), "web"), ["containerd-default-web.service"]);
+        assert_eq!(ids(None, "web").len(), 2);
+        assert_eq!(ids(Some("default"), "we").len(), 2);
+        assert_eq!(ids(None, "containerd-moby-web.service"), ["containerd-moby-web.service"]);
+        assert_eq!(ids(Some("moby"), "shop").len(), 1);
+        assert!(ids(None, "x").is_empty());
+    }
+}
