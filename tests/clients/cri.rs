@@ -175,7 +175,11 @@ impl Cri {
 
     /// A container that sleeps, and ends at SIGTERM.
     pub fn sleeping(&self, pod: &Pod, name: &str) -> Container {
-        self.run(pod, name, &["sh", "-c", "trap 'exit 143' TERM; while :; do sleep 1000 & wait; done"])
+        let script = "trap 'exit 143' TERM; echo ready; while :; do sleep 1000 & wait; done";
+        let container = self.run(pod, name, &["sh", "-c", script]);
+        // The kernel drops a SIGTERM for an init process that has no handler yet.
+        container.until_logged("ready");
+        container
     }
 
     pub fn status(&self, container: &Container) -> ContainerStatus {

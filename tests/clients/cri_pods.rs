@@ -15,7 +15,8 @@ fn a_container_runs_in_a_pod_and_its_end_is_told() {
     cri.start(&container);
     let ended = cri.ended(&container);
     assert_eq!((ended.exit_code, ended.reason.as_str()), (7, "Error"), "{ended:?}");
-    assert!(ended.started_at > 0 && ended.finished_at >= ended.started_at, "{ended:?}");
+    // containerd reads the clock for the start once Start has returned: a short process has ended by then.
+    assert!(ended.started_at > 0 && ended.finished_at > 0, "{ended:?}");
     let mut log = container.log();
     log.sort();
     assert_eq!(log, ["stderr err", "stdout out"]);

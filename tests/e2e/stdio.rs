@@ -98,12 +98,13 @@ fn a_client_may_leave_and_come_back_without_losing_a_byte() {
     let (gate, notes) = (Gate::new(), Scratch::new("detach"));
     let mut stdout = fifos.stdout();
     let _stderr = fifos.stderr();
-    // It writes while nobody reads, and reports there what its own writes said.
+    // It writes while nobody reads, and reports there what its own writes said. All of it is more than the FIFO (1 MiB)
+    // and the pipes hold: it can't end before somebody reads again.
     let wait = Gate::WAIT;
     let script = format!(
         "trap 'echo SIGPIPE >> /notes/trouble' PIPE; echo here; {wait}; \
          seq 1 5000 || echo failed >> /notes/trouble; touch /notes/done; \
-         seq 5001 40000 || echo failed >> /notes/trouble"
+         seq 5001 400000 || echo failed >> /notes/trouble"
     );
     let spec = gate.bind(Spec::sh(&script)).bind(notes.as_str(), "/notes", &["rw"]);
     let container = node.container("detach", spec).started(&fifos.output());
@@ -117,7 +118,7 @@ fn a_client_may_leave_and_come_back_without_losing_a_byte() {
     drop(stdout);
     let mut stdout = fifos.stdout();
     seen.extend(stdout.rest());
-    assert!(seen == numbers(40_000).as_bytes(), "every byte in its place");
+    assert!(seen == numbers(400_000).as_bytes(), "every byte in its place");
     assert_eq!(container.exit_status(), 0);
     assert_eq!(notes.read("trouble"), "");
 }
