@@ -118,7 +118,9 @@ pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
         // SAFETY: this is the child.
         unsafe { be_child(&program, &lock, setup.namespaces, reporter.as_raw_fd()) }
     }
-    let pid = Errno::result(pid)?;
+    // The kernel reports a removed cgroup by one or the other of these (css_tryget_online_from_dir, cgroup_css_set_fork).
+    let pid =
+        Errno::result(pid).map_err(|errno| if errno == Errno::ENOENT { Errno::ENODEV } else { errno })?;
     drop(reporter);
     // SAFETY: the kernel has opened it for this process, and nobody else has been given its number.
     let process = unsafe { OwnedFd::from_raw_fd(process) };

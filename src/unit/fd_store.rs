@@ -3,7 +3,7 @@
 //! systemd's descriptor store (sd_notify(3), `FDSTORE=1`) keeps descriptors open while the daemon is down, and passes them
 //! to the next daemon. The daemon puts [`Holder`]s into the store, and its descriptors into the holders.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
@@ -71,7 +71,7 @@ pub struct FdStore {
 #[derive(Debug, Default)]
 struct State {
     used: HashMap<String, Vec<Named>>,
-    idle: Vec<Named>,
+    idle: VecDeque<Named>,
     /// The number of the next holder.
     next: u64,
     /// How many descriptors an earlier version put directly into the store, by name.
@@ -136,7 +136,7 @@ impl FdStore {
                 Some((label, _)) => {
                     state.used.entry(label.clone()).or_default().push(Named { name, holder });
                 }
-                None => state.idle.push(Named { name, holder }),
+                None => state.idle.push_back(Named { name, holder }),
             }
             found.extend(contents);
         }
@@ -172,12 +172,13 @@ impl FdStore {
         if count >= limit {
             return Err(Error::Full { count, limit });
         }
-        let holder = match self.state(|state| state.idle.pop()) {
+        // The one that was made or emptied first: systemd may not have received the message about the last one yet.
+        let holder = match self.state(|state| state.idle.pop_front()) {
             Some(holder) => holder,
             None => self.make()?,
         };
         if let Err(errno) = holder.holder.put(name, fds) {
-            self.state(|state| state.idle.push(holder));
+            self.state(|state| state.idle.push_back(holder));
             return Err(Error::Put(errno));
         }
         self.state(|state| {
@@ -211,7 +212,7 @@ impl FdStore {
         let surplus = self.state(|state| {
             state.is_warned &= state.count() * 5 > self.limit * 3;
             if state.idle.len() < MAX_IDLE {
-                state.idle.push(holder);
+                state.idle.push_back(holder);
                 return None;
             }
             Some(holder)
@@ -228,7 +229,7 @@ impl FdStore {
         }
         for _ in 0..SPARE {
             match self.make() {
-                Ok(holder) => self.state(|state| state.idle.push(holder)),
+                Ok(holder) => self.state(|state| state.idle.push_back(holder)),
                 Err(error) => {
                     tracing::warn!(%error, "can't add an empty holder to systemd's descriptor store: {error}");
                     return;

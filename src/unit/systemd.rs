@@ -131,7 +131,8 @@ pub trait Systemd: Send + Sync {
     /// systemd can't be reached.
     async fn running_units(&self) -> Result<HashSet<UnitName>, Error>;
 
-    /// The state of a unit: `active`, `failed`, …, or `None` if it is not loaded.
+    /// The state of a unit: `active`, `failed`, …, or `None` if it is not loaded. A unit whose start is queued counts as
+    /// `activating`.
     ///
     /// # Errors
     /// systemd can't be reached.

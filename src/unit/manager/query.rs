@@ -85,12 +85,16 @@ impl Manager {
         Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
     }
 
-    /// The state of a unit: `active`, `failed`, …, or `None` if it is not loaded.
+    /// The state of a unit: `active`, `failed`, …, or `None` if it is not loaded. A unit whose start is queued counts as
+    /// `activating`: systemd calls it `inactive` until the job runs.
     ///
     /// # Errors
     /// systemd can't be reached.
     pub async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
-        Ok(self.unit_state(unit).await?.map(|state| state.active))
+        Ok(self.unit_state(unit).await?.map(|UnitState { active, job }| match job {
+            Some(_) if active == "inactive" => "activating".to_owned(),
+            _ => active,
+        }))
     }
 
     pub(super) async fn unit_state(&self, unit: &UnitName) -> Result<Option<UnitState>, Error> {
