@@ -90,7 +90,7 @@ pub fn invalid(reason: impl ToString) -> ttrpc::Error {
     rpc(Code::INVALID_ARGUMENT, reason.to_string())
 }
 
-/// The error for a request that may be made again: it can't be told whose it is.
+/// The error for a request whose caller can't be determined now. The caller may repeat the request.
 pub fn unavailable(reason: impl ToString) -> ttrpc::Error {
     rpc(Code::UNAVAILABLE, reason.to_string())
 }

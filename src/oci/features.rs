@@ -87,8 +87,8 @@ fn run(binary: &Path) -> io::Result<(End, Vec<u8>)> {
     Ok((end, printed))
 }
 
-/// A file in memory that can't grow: a runtime that prints more gets an error, where a pipe would make it wait, or this
-/// process read for ever.
+/// A file in memory that can't grow: a runtime that prints more gets an error. With a pipe, the runtime would wait, or
+/// this process would read for ever.
 fn bounded_file() -> io::Result<File> {
     let file = File::from(memfd_create("features", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(MAX_BYTES.into())?;
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_runtime_without_features_is_told_from_one_that_prints_something_else() {
+    fn a_runtime_without_features_and_one_that_prints_something_else_are_different_errors() {
         let (_dir, binary) = runtime("echo 'No help topic for features'; exit 3");
         let error = read(binary).unwrap_err();
         assert!(error.to_string().ends_with("features failed: exit status: 3"), "{error}");

@@ -9,8 +9,8 @@ use crate::id::ProcessKey;
 
 use super::{Error, Shim, waiting};
 
-/// The processes at whose files threads look now, and since when. There is one thread for each at most: it may take as
-/// long as the disk does not answer.
+/// The processes whose files a thread checks or opens now, and since when. Each process has one such thread at most: the
+/// thread lasts for as long as the disk does not answer.
 #[derive(Debug, Default)]
 pub(crate) struct Looking(Mutex<HashMap<ProcessKey, Instant>>);
 
@@ -20,7 +20,7 @@ impl Looking {
     }
 
     /// # Errors
-    /// Somebody looks already.
+    /// Another thread works on the files of this process.
     fn begin(self: &Arc<Self>, process: &ProcessKey) -> Result<Turn, Error> {
         let mut all = self.all();
         match all.get(process) {
@@ -39,7 +39,7 @@ impl Looking {
     }
 }
 
-/// While this lives, nobody else looks at the files of the process.
+/// While this exists, no other thread works on the files of the process.
 struct Turn {
     looking: Arc<Looking>,
     process: ProcessKey,
@@ -53,10 +53,10 @@ impl Drop for Turn {
 
 impl Shim {
     /// Runs work on files of a process in a thread of its own, with a time limit. The work must have no effect that
-    /// somebody has to take back: it may end long after the call has failed.
+    /// has to be undone: it may end long after the call has failed.
     ///
     /// # Errors
-    /// [`Error::FilesDoNotAnswer`], or somebody else looks at these files now.
+    /// [`Error::FilesDoNotAnswer`], or another thread works on these files.
     pub(crate) async fn on_files<T: Send + 'static>(
         &self,
         process: &ProcessKey,

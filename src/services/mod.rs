@@ -48,53 +48,54 @@ pub type Entry = registry::Entry<Live>;
 /// One of its processes.
 pub type Process = registry::Process<Live>;
 
-/// How often a call has come.
+/// Whether a call came before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attempt {
-    /// Once.
+    /// No earlier daemon has read the call.
     First,
-    /// A daemon before this one has read it, and may have carried it out, in part or in full. What it
-    /// has done stands, and is answered as if this one had.
+    /// An earlier daemon has read the call, and may have carried it out in part or in full. This daemon does not repeat
+    /// what the earlier daemon has done, and answers as if it had done it itself.
     Replayed,
 }
 
-/// What the running daemon attaches to a process. Recovery makes it anew.
+/// What the running daemon attaches to a process. It is not in the record: recovery builds it again.
 #[derive(Default)]
 pub struct Live {
-    /// The process. Held since it is known: its number can't be taken by another.
+    /// A descriptor of the process. While it is open, no other process gets the same pid.
     pub(crate) process: Option<OwnedFd>,
     /// Its streams, once it has them.
     pub(crate) session: Session,
-    /// The size of its terminal's window, columns and rows, as last asked for.
+    /// The size of its terminal's window that was requested last: columns and rows.
     pub(crate) window: Option<(u16, u16)>,
-    /// The client's FIFO for input, from a start that is under way or has failed: the input is not lost before
-    /// another start or Delete.
+    /// The client's FIFO for input, while a start is under way or after a start has failed. It keeps the input for
+    /// another start, until Delete.
     pub(crate) client_input: Option<OwnedFd>,
-    /// How much of the container's output the daemon copies to the journal: of init, for all its execs.
+    /// The limit of the output that the daemon copies to the journal. The init process has the limit of the whole
+    /// container, for all execs.
     pub(crate) journal_limit: Arc<RateLimit>,
-    /// What the container says to systemd.
+    /// The socket to which the container sends its notifications.
     pub(crate) listening: Option<Listening>,
-    /// Told when the unit ends while it is being started.
+    /// Notified when the unit ends while it is being started.
     pub(crate) attempt_ended: Arc<Notify>,
-    /// Cancelled when a Create or a Start that is under way is not wanted any more.
+    /// Cancels a Create or a Start that is under way.
     pub(crate) given_up: CancellationToken,
     /// The unit of an exec that has ended is being removed.
     pub(crate) removal: Option<JoinHandle<Result<(), Error>>>,
-    /// Its cgroup is watched.
+    /// The watch of its cgroup.
     pub(crate) watched: Option<Watched<TaskKey>>,
-    /// Limits that were set while it was frozen.
+    /// Limits that were set while it was frozen, and that its unit does not have yet.
     pub(crate) unshown: Limits,
-    /// What its `memory.events` has told last.
+    /// The last known content of its `memory.events`.
     pub(crate) memory_events: MemoryEvents,
-    /// When that has changed last.
+    /// When `memory_events` changed last.
     pub(crate) memory_changed: Option<Instant>,
-    /// It has ended, and systemd is being asked why.
+    /// True while the daemon queries systemd for the exit of the process.
     pub(crate) is_ending: bool,
     /// Where the task is on disk.
     pub(crate) stored: Stored,
-    /// What is on disk is older than the task in memory: it waits for [`Shim::write_pending`].
+    /// True if the record on disk is older than the task in memory. [`Shim::write_pending`] writes it.
     pub(crate) is_unwritten: bool,
-    /// The task waits for the publisher.
+    /// True if the task waits for the publisher of events.
     pub(crate) is_announced: bool,
 }
 
@@ -114,13 +115,13 @@ pub struct Shim {
     pub(crate) oci: Arc<dyn OciRuntime>,
     /// How units run this program.
     pub(crate) launcher: Launcher,
-    /// To systemd, for what containers say.
+    /// Forwards the notifications of containers to systemd.
     pub(crate) relay: Relay,
-    /// What happens to the containers' cgroups.
+    /// Watches the cgroups of containers.
     pub(crate) cgroups: Arc<Watch<TaskKey>>,
     /// The references to units.
     pub(crate) references: References,
-    /// Who looks at the files of clients.
+    /// The processes whose clients' files are being opened.
     pub(crate) files: Arc<Looking>,
 }
 
@@ -161,7 +162,7 @@ impl Shim {
         self.tasks.write_pending(written).await;
     }
 
-    /// What a Delete that came before has answered, or would have.
+    /// The response to an earlier attempt of the same Delete.
     pub(crate) fn answered(&self, key: &ProcessKey, attempt: Attempt) -> Option<Deleted> {
         if attempt == Attempt::First { None } else { self.delete_replies.find(key) }
     }

@@ -18,7 +18,7 @@ pub enum StreamKind {
     Input,
     /// Standard output: the FIFO or pipe that is copied from, and the client's FIFO.
     Output,
-    /// Standard error, likewise.
+    /// Standard error: the FIFO or pipe that is copied from, and the client's FIFO.
     ErrorOutput,
     /// The pipe with the journal's copy of standard output.
     OutputAside,
@@ -75,7 +75,7 @@ impl StreamKind {
     }
 }
 
-/// What the store had of one stream of a process, told apart by how it was opened.
+/// The descriptors of one stream of a process that were in the store, sorted by how they were opened.
 #[derive(Debug, Default)]
 pub struct Claimed {
     /// Opened for reading only.

@@ -138,7 +138,7 @@ pub struct DeviceAllow {
     pub access: String,
 }
 
-/// The containerd that a task belongs to, as `start` learned of it.
+/// The containerd that a task belongs to, as `start` found it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Containerd {
     /// Where events go: a path of a Unix socket.

@@ -177,7 +177,7 @@ impl Holder {
     /// The current lessee of the socket; `None` if it has none.
     ///
     /// # Errors
-    /// The file can't be read: whose the socket is can't be told, and nobody must be taken for its holder.
+    /// The file can't be read. The lessee is unknown then: the caller must not treat the socket as free.
     pub fn lease(&self) -> io::Result<Option<Lease>> {
         let found = match fs::metadata(&self.file) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -197,7 +197,7 @@ impl Holder {
     }
 }
 
-/// `None` if there is no file, or if it is none of ours.
+/// `None` if there is no file, or if another program wrote it.
 fn read(file: &Path) -> io::Result<Option<Leased>> {
     match fs::read(file) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
