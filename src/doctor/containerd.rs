@@ -359,7 +359,7 @@ fn oci_runtime(name: &str, found: Result<&(PathBuf, Known<String>), &String>) ->
 
 #[cfg(test)]
 mod tests {
-    use super::super::Status;
+    use super::super::{Status, only_fault};
     use super::*;
 
     fn absent() -> Known<String> {
@@ -387,10 +387,7 @@ mod tests {
 
     /// The one check that is not OK.
     fn fault(facts: &Facts) -> Check {
-        let faults: Vec<Check> =
-            checks(facts).into_iter().filter(|check| check.status != Status::Ok).collect();
-        assert_eq!(faults.len(), 1, "{faults:?}");
-        faults[0].clone()
+        only_fault(checks(facts))
     }
 
     const V2: &str = "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.systemd]\n";

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::cgroup;
 use crate::config::{CRASHES, CREATE_LIMIT, RUNTIME_LIMIT};
 use crate::launch;
+use crate::sys;
 use crate::unit::name::{DAEMON_SERVICE, PREFIX};
 
 use super::Check;
@@ -76,9 +77,7 @@ fn commands(group: &Path) -> Vec<(u32, String, u64)> {
 }
 
 fn age_sec(pid: u32) -> Option<u64> {
-    let stat = probe::file(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in parentheses, may contain anything; the 22nd field is the start.
-    let ticks: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    let ticks = sys::tree::started(pid)?;
     let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
     let uptime = probe::file("/proc/uptime").ok()?;
     let uptime: f64 = uptime.split_whitespace().next()?.parse().ok()?;
@@ -199,8 +198,8 @@ fn operations(facts: &Facts) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Status;
     use super::super::probe::{Unknown, properties};
+    use super::super::{Status, only_fault};
     use super::*;
 
     fn facts(more: &[(&str, &str)]) -> Facts {
@@ -222,10 +221,7 @@ mod tests {
     }
 
     fn fault(facts: &Facts) -> Check {
-        let faults: Vec<Check> =
-            checks(facts).into_iter().filter(|check| check.status != Status::Ok).collect();
-        assert_eq!(faults.len(), 1, "{faults:?}");
-        faults[0].clone()
+        only_fault(checks(facts))
     }
 
     #[test]

@@ -159,7 +159,7 @@ fn left(name: &'static str, sysctl: &str, numbers: &Known<(u64, u64)>) -> Check 
 
 #[cfg(test)]
 mod tests {
-    use super::super::Status;
+    use super::super::{Status, only_fault};
     use super::*;
 
     fn run(free_bytes: u64, free_inodes: u64) -> (&'static str, Known<Space>) {
@@ -178,10 +178,7 @@ mod tests {
     }
 
     fn fault(facts: &Facts) -> Check {
-        let faults: Vec<Check> =
-            checks(facts).into_iter().filter(|check| check.status != Status::Ok).collect();
-        assert_eq!(faults.len(), 1, "{faults:?}");
-        faults[0].clone()
+        only_fault(checks(facts))
     }
 
     #[test]

@@ -117,3 +117,11 @@ pub fn examine(facts: &Facts) -> Vec<Check> {
     ]
     .concat()
 }
+
+/// The one check that is not OK, for the tests of checks.
+#[cfg(test)]
+fn only_fault(checks: Vec<Check>) -> Check {
+    let mut faults: Vec<Check> = checks.into_iter().filter(|check| check.status != Status::Ok).collect();
+    assert_eq!(faults.len(), 1, "{faults:?}");
+    faults.remove(0)
+}

@@ -1,7 +1,6 @@
 //! Looking at the machine: files, programs with a time limit, what systemctl says of units.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -10,6 +9,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::files;
 use crate::sys;
 
 /// How long a program may take to answer.
@@ -61,9 +61,8 @@ pub type Known<T> = Result<T, Unknown>;
 /// The text of a file; bytes that are no text are replaced.
 pub fn file(path: impl AsRef<Path>) -> Known<String> {
     let path = path.as_ref();
-    let mut bytes = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(MOST_BYTES).read_to_end(&mut bytes));
-    read.map_err(|error| Unknown::of(&path.to_string_lossy(), &error))?;
+    let bytes = files::read_regular(path, MOST_BYTES);
+    let bytes = bytes.map_err(|error| Unknown::of(&path.to_string_lossy(), &error))?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 

@@ -120,8 +120,8 @@ fn leftovers(records: &[Recorded], units: &[(String, bool)]) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Status;
     use super::super::probe::Unknown;
+    use super::super::{Status, only_fault};
     use super::*;
 
     fn healthy() -> Facts {
@@ -129,10 +129,7 @@ mod tests {
     }
 
     fn fault(facts: &Facts) -> Check {
-        let faults: Vec<Check> =
-            checks(facts).into_iter().filter(|check| check.status != Status::Ok).collect();
-        assert_eq!(faults.len(), 1, "{faults:?}");
-        faults[0].clone()
+        only_fault(checks(facts))
     }
 
     #[test]

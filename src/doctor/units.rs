@@ -149,8 +149,8 @@ fn overridden(service: &Properties) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Status;
     use super::super::probe::{Unknown, properties};
+    use super::super::{Status, only_fault};
     use super::*;
 
     fn service(more: &[(&str, &str)]) -> Properties {
@@ -175,10 +175,7 @@ mod tests {
     }
 
     fn fault(facts: &Facts) -> Check {
-        let faults: Vec<Check> =
-            checks(facts).into_iter().filter(|check| check.status != Status::Ok).collect();
-        assert_eq!(faults.len(), 1, "{faults:?}");
-        faults[0].clone()
+        only_fault(checks(facts))
     }
 
     #[test]

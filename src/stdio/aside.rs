@@ -74,7 +74,7 @@ impl Diverter {
         };
         let length = scratch.look(from)?;
         if length > 0 {
-            self.write(&scratch.buffer[..length]).await;
+            self.copy(&scratch.buffer[..length]).await;
             self.scratch = Some(scratch);
         }
         Ok(Diverted::Copied(length))
@@ -86,15 +86,21 @@ impl Diverter {
         self.is_open()
     }
 
-    /// Copies output that was read.
+    /// Copies output that was read, or counts it as dropped.
     pub(super) async fn write(&mut self, bytes: &[u8]) {
-        let mut written = 0;
         if self.is_open() {
-            written = self.put(bytes);
-            if written < bytes.len() {
-                tokio::task::yield_now().await;
-                written += self.put(&bytes[written..]);
-            }
+            self.copy(bytes).await;
+        } else {
+            self.limit.drop_bytes(bytes.len());
+        }
+    }
+
+    /// Copies output to the open pipe. What does not fit is counted as dropped.
+    async fn copy(&mut self, bytes: &[u8]) {
+        let mut written = self.put(bytes);
+        if written < bytes.len() {
+            tokio::task::yield_now().await;
+            written += self.put(&bytes[written..]);
         }
         if written < bytes.len() {
             self.has_gap = true;

@@ -78,6 +78,15 @@ pub(super) fn has_writer(pipe: &impl AsFd) -> io::Result<bool> {
     Ok(!fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLHUP)))
 }
 
+/// Waits until poll(2) may report data in a pipe, or its end. Returns without data now and then.
+pub(super) async fn data_in(from: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    let mut readable = from.readable().await?;
+    if !is_ready(from, PollFlags::POLLIN)? {
+        readable.clear_ready();
+    }
+    Ok(())
+}
+
 /// Waits until a pipe has room.
 pub(super) async fn room_in(to: &AsyncFd<OwnedFd>) -> io::Result<()> {
     loop {
@@ -101,10 +110,7 @@ pub(super) async fn move_some(
             Ok(moved) => return Ok(moved),
             // The kernel does not report which of the two sides is not ready.
             Err(Errno::EAGAIN) => {
-                let mut readable = from.readable().await?;
-                if !is_ready(from, PollFlags::POLLIN)? {
-                    readable.clear_ready();
-                }
+                data_in(from).await?;
                 let mut writable = to.writable().await?;
                 if !is_ready(to, PollFlags::POLLOUT)? {
                     writable.clear_ready();

@@ -19,7 +19,7 @@ use super::aside::{Aside, Diverted, Diverter};
 use super::journal::Lines;
 use super::log_file::LogFile;
 use super::pipe::{
-    Bridge, NO_WAIT, PIECE, Scratch, found, has_writer, is_ready, move_exactly, move_some, room_in,
+    Bridge, NO_WAIT, PIECE, Scratch, data_in, found, has_writer, is_ready, move_exactly, move_some, room_in,
 };
 use super::terminal::Terminal;
 
@@ -243,12 +243,7 @@ async fn move_all(
             None if is_complete => return Ok(()),
             None => {
                 tokio::select! {
-                    readable = from.readable() => {
-                        let mut readable = readable?;
-                        if !is_ready(from, PollFlags::POLLIN)? {
-                            readable.clear_ready();
-                        }
-                    }
+                    found = data_in(from) => found?,
                     () = &mut complete => is_complete = true,
                 }
             }
@@ -338,12 +333,7 @@ async fn spread(
             Err(Errno::EAGAIN) => {
                 looking = None;
                 tokio::select! {
-                    readable = from.readable() => {
-                        let mut readable = readable?;
-                        if !is_ready(from, PollFlags::POLLIN)? {
-                            readable.clear_ready();
-                        }
-                    }
+                    found = data_in(from) => found?,
                     () = &mut complete => is_complete = true,
                 }
                 continue;
@@ -400,10 +390,7 @@ pub async fn input(fifo: &AsyncFd<OwnedFd>, terminal: &Terminal) -> io::Result<(
             // No program has the terminal open. The kernel does not report when one opens it again.
             Err(Errno::EIO) => tokio::time::sleep(REOPEN_PAUSE).await,
             Err(Errno::EAGAIN) if !is_ready(fifo, PollFlags::POLLIN)? => {
-                let mut readable = fifo.readable().await?;
-                if !is_ready(fifo, PollFlags::POLLIN)? {
-                    readable.clear_ready();
-                }
+                data_in(fifo).await?;
             }
             Err(Errno::EAGAIN) if !is_ready(terminal.master(), PollFlags::POLLOUT)? => {
                 terminal.room().await?

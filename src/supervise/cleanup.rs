@@ -115,6 +115,11 @@ pub async fn remove_unit(manager: &dyn Systemd, unit: &UnitName, stop: Stop) -> 
     troubles
 }
 
+/// The unit of the logger of a process, if the process has one.
+fn logger_of(entry: &Entry, process: &Process) -> Option<UnitName> {
+    entry.task().process(process.exec()).and_then(|recorded| recorded.logger.clone())
+}
+
 /// systemd forgets this file of a transient unit (252 to 262), and the next unit of that name would
 /// get the fields in it.
 fn remove_log_fields(unit: &UnitName) {
@@ -160,7 +165,7 @@ impl Shim {
         if !removed {
             troubles.join(remove_unit(&*self.manager, &process.unit, Stop::Awaited).await);
         }
-        let logger = entry.task().process(process.exec()).and_then(|exec| exec.logger.clone());
+        let logger = logger_of(entry, process);
         if let Some(logger) = logger {
             troubles.join(remove_unit(&*self.manager, &logger, Stop::Awaited).await);
         }
@@ -259,7 +264,7 @@ impl Shim {
         };
         let dir = self.store.process_dir(&process.key);
         self.kill_leftover(entry, &dir);
-        let logger = entry.task().process(process.exec()).and_then(|exec| exec.logger.clone());
+        let logger = logger_of(entry, process);
         for unit in [Some(process.unit.clone()), logger].into_iter().flatten() {
             // Delete removes what is left.
             let left = remove_unit(&*self.manager, &unit, Stop::Awaited).await;

@@ -48,6 +48,11 @@ impl Stat {
     }
 }
 
+/// When a process started, in clock ticks since the boot; `None` if there is no such process.
+pub fn started(pid: u32) -> Option<u64> {
+    Stat::read(pid).map(|process| process.started)
+}
+
 fn all() -> Vec<Stat> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());

@@ -7,7 +7,7 @@ use crate::id::UnitName;
 
 pub(super) const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
-const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
+pub(super) const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
 
 /// What can go wrong with a unit.
 #[derive(Clone, Debug, thiserror::Error)]

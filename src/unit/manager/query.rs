@@ -113,14 +113,10 @@ impl Manager {
     /// # Errors
     /// systemd can't be reached.
     pub async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
-        let Some(UnitState { active, job }) = self.unit_state(unit).await? else {
-            return Ok(Starting::NotBegun);
-        };
-        Ok(match active.as_str() {
-            "activating" => Starting::UnderWay,
-            // The job is queued.
-            "inactive" if job.is_some() => Starting::UnderWay,
-            _ => Starting::Over,
+        Ok(match self.active_state(unit).await?.as_deref() {
+            None => Starting::NotBegun,
+            Some("activating") => Starting::UnderWay,
+            Some(_) => Starting::Over,
         })
     }
 

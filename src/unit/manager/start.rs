@@ -4,14 +4,12 @@ use zbus::{OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
 use crate::unit::annotation::Additions;
-use crate::unit::error::{Error, NO_SUCH_UNIT, call_error};
+use crate::unit::error::{Error, NO_SUCH_UNIT, UNIT_MASKED, call_error};
 use crate::unit::job::{JobWaiter, StartJob};
 use crate::unit::properties::Properties;
 use crate::unit::refs::Refs;
 
 use super::{Manager, START, STOP};
-
-const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
 
 impl Manager {
     /// Starts a transient unit and waits until its job has ended.
