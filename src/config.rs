@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// The name of this program.
+pub const NAME: &str = env!("CARGO_PKG_NAME");
+
 /// Where the records are (tmpfs, gone after a reboot as the containers are).
 pub const STATE_DIR: &str = "/run/containerd-shim-systemd-v1";
 

@@ -6,7 +6,7 @@
 //!
 //! Where things are: what an RPC does in `ops/`, why a call was refused in `task::phase`, what systemd
 //! is told in `unit::properties`, how an exit is noticed in `unit::watch`, what survives a restart in
-//! `store` and `supervise::recover`, which code containerd sees in `api::status`.
+//! `store` and `recovery`, which code containerd sees in `api::status`.
 
 // A panic would end the daemon of a whole node, and containerd reads all that `start` prints.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::print_stderr)]
@@ -26,12 +26,18 @@ mod files;
 pub mod fuzzing;
 mod id;
 mod launch;
+#[cfg(test)]
+mod layers;
 mod manual;
 mod oci;
 mod ops;
 mod path_error;
+mod probe;
+mod recovery;
 mod services;
 mod session;
+#[cfg(test)]
+mod simulation;
 mod stdio;
 mod store;
 mod supervise;

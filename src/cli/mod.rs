@@ -16,7 +16,7 @@ use arguments::{Command, Global};
 #[cfg(any(test, fuzzing))]
 pub use start::is_bootstrap;
 
-use crate::config;
+use crate::config::{self, NAME};
 use crate::launch;
 use crate::oci::bundle;
 use crate::telemetry::say;
@@ -86,9 +86,6 @@ pub fn run(words: Vec<String>) -> ExitCode {
 
 /// The exit code for wrong arguments. systemd does not restart the daemon's service after this code.
 const MISUSED: u8 = 2;
-
-/// The name of this program.
-pub const NAME: &str = env!("CARGO_PKG_NAME");
 
 const USAGE: &str = "\
 containerd-shim-systemd-v1: a containerd runtime in which every container is a systemd unit

@@ -1,7 +1,8 @@
 //! `doctor`, `ps` and `inspect`: commands for people.
 
-use crate::doctor::{self, Facts, Status, probe};
+use crate::doctor::{self, Facts, Status};
 use crate::manual::{Given, Tool};
+use crate::probe;
 use crate::task::Task;
 use crate::text;
 use crate::unit::name::PREFIX;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::unit::manager::Manager;
 
 use super::Check;
-use super::probe;
+use crate::probe;
 
 /// How long systemd may take to answer over the bus.
 const LIMIT: Duration = Duration::from_secs(10);

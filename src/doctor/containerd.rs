@@ -9,7 +9,7 @@ use crate::path_error::io_error;
 use crate::unit::name::DAEMON;
 
 use super::Check;
-use super::probe::{self, Known, Properties, Unknown};
+use crate::probe::{self, Known, Properties, Unknown};
 
 const RUNTIME: &str = "io.containerd.systemd.v1";
 const CONFIG: &str = "/etc/containerd/config.toml";

@@ -9,7 +9,7 @@ use crate::sys;
 use crate::unit::name::{DAEMON_SERVICE, PREFIX};
 
 use super::Check;
-use super::probe::{self, Known, Properties, property, property_number};
+use crate::probe::{self, Known, Properties, property, property_number};
 
 /// systemd has restarted the daemon more often than a few administrators would.
 const MANY_RESTARTS: u64 = 20;
@@ -198,9 +198,9 @@ fn operations(facts: &Facts) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::probe::{Unknown, properties};
     use super::super::{Status, only_fault};
     use super::*;
+    use crate::probe::{Unknown, properties};
 
     fn facts(more: &[(&str, &str)]) -> Facts {
         let mut service = properties(&[

@@ -4,8 +4,8 @@ use crate::cgroup;
 use crate::config::OLDEST_SYSTEMD;
 use crate::sys;
 
-use super::probe::{self, Known};
 use super::{Check, bus};
+use crate::probe::{self, Known};
 
 /// The controllers without which limits of containers have no effect.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
@@ -125,8 +125,8 @@ fn controllers(facts: &Facts) -> Check {
 #[cfg(test)]
 mod tests {
     use super::super::Status;
-    use super::super::probe::Unknown;
     use super::*;
+    use crate::probe::Unknown;
 
     fn healthy() -> Facts {
         Facts {

@@ -7,7 +7,7 @@ use nix::sys::statvfs::statvfs;
 use crate::config::STATE_DIR;
 
 use super::Check;
-use super::probe::{self, Known, Unknown};
+use crate::probe::{self, Known, Unknown};
 
 /// `LimitNOFILE=` of the daemon's service.
 const DESCRIPTORS: u64 = 1_048_576;

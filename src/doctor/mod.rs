@@ -9,14 +9,13 @@ mod containerd;
 mod daemon;
 mod host;
 mod limits;
-pub mod probe;
 mod records;
 mod report;
 mod units;
 
 pub use report::{json, text};
 
-use probe::Unknown;
+use crate::probe::Unknown;
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -9,7 +9,7 @@ use crate::task::Task;
 use crate::view::{Recorded, Survey, unknown};
 
 use super::Check;
-use super::probe::{Known, property};
+use crate::probe::{Known, property};
 
 /// containerd may be down for a while; an event that waits for so long has nobody who takes it.
 const LATE_SEC: u64 = 600;
@@ -120,9 +120,9 @@ fn leftovers(records: &[Recorded], units: &[(String, bool)]) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::probe::Unknown;
     use super::super::{Status, only_fault};
     use super::*;
+    use crate::probe::Unknown;
 
     fn healthy() -> Facts {
         Facts { records: Ok(vec![]), set_aside: vec![], owing: vec![], units: Ok(vec![]), now_sec: 10_000 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET};
 
 use super::Check;
-use super::probe::{self, Known, Properties, property};
+use crate::probe::{self, Known, Properties, property};
 
 /// What promises of the daemon rest on: properties of its service, and their values.
 const NEEDED: [(&str, &[&str]); 6] = [
@@ -149,9 +149,9 @@ fn overridden(service: &Properties) -> Vec<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::probe::{Unknown, properties};
     use super::super::{Status, only_fault};
     use super::*;
+    use crate::probe::{Unknown, properties};
 
     fn service(more: &[(&str, &str)]) -> Properties {
         let usual = [

@@ -14,7 +14,7 @@ mod roff;
 
 use std::fmt::Write;
 
-use crate::cli::NAME;
+use crate::config::NAME;
 
 /// A command for people.
 #[derive(Debug)]

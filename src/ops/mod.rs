@@ -19,15 +19,6 @@ mod stats;
 mod update;
 mod wait;
 
-#[cfg(test)]
-mod calls;
-#[cfg(test)]
-mod crashes;
-#[cfg(test)]
-mod harness;
-#[cfg(test)]
-mod scenarios;
-
 pub use create::CreateTask;
 pub use exec::AddExec;
 pub use state::{State, Status};

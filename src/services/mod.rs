@@ -14,6 +14,7 @@ mod tasks;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Instant, SystemTime};
 
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -29,8 +30,6 @@ use crate::session::fds::StreamFds;
 use crate::stdio::rate::RateLimit;
 use crate::store::Store;
 use crate::store::delete_replies::{DeleteReplies, Deleted};
-use crate::supervise::notify::Listening;
-use crate::supervise::systemd::References;
 use crate::suspect;
 use crate::task::limits::Limits;
 use crate::unit::relay::Relay;
@@ -93,10 +92,32 @@ pub struct Live {
     pub(crate) is_ending: bool,
     /// Where the task is on disk.
     pub(crate) stored: Stored,
-    /// True if the record on disk is older than the task in memory. [`Shim::write_pending`] writes it.
+    /// True if the record on disk is older than the task in memory. The background task of `supervise` writes it.
     pub(crate) is_unwritten: bool,
     /// True if the task waits for the publisher of events.
     pub(crate) is_announced: bool,
+}
+
+/// The daemon reads the notify socket of a container until this is dropped, which also removes the path of the socket.
+pub(crate) struct Listening {
+    pub(crate) path: PathBuf,
+    pub(crate) task: JoinHandle<()>,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.task.abort();
+        // Missing is fine.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Serialises the rounds in which the daemon references units.
+#[derive(Default)]
+pub(crate) struct References {
+    pub(crate) turn: tokio::sync::Mutex<()>,
+    /// Another round is wanted.
+    pub(crate) again: AtomicBool,
 }
 
 /// The services that operations and supervision use.
@@ -152,14 +173,6 @@ impl Shim {
             files: Arc::default(),
         };
         (Arc::new(shim), receiver)
-    }
-
-    /// Background task: writes the records that could not be written, as soon as they can be. Never returns.
-    pub async fn write_pending(self: Arc<Self>) {
-        let written = |entry: &Arc<Entry>| {
-            entry.execs().iter().for_each(|process| self.remove_ended_exec(entry, process));
-        };
-        self.tasks.write_pending(written).await;
     }
 
     /// The response to an earlier attempt of the same Delete.

@@ -257,6 +257,14 @@ impl Shim {
         }
     }
 
+    /// Background task: writes the records that could not be written, as soon as they can be. Never returns.
+    pub async fn write_pending(self: Arc<Self>) {
+        let written = |entry: &Arc<Entry>| {
+            entry.execs().iter().for_each(|process| self.remove_ended_exec(entry, process));
+        };
+        self.tasks.write_pending(written).await;
+    }
+
     /// Rolls back the start of an exec, however far it got. Errors are logged: the caller already has one to return.
     pub(crate) async fn roll_back_start(&self, entry: &Arc<Entry>, process: &Arc<Process>) {
         let failed = |error: Error| {

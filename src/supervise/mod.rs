@@ -6,6 +6,5 @@ mod kernel;
 pub mod limits;
 pub mod notify;
 pub mod oom;
-mod recover;
 pub mod slices;
 pub mod systemd;

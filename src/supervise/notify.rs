@@ -11,12 +11,11 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::unix::AsyncFd;
-use tokio::task::JoinHandle;
 
 use crate::cgroup;
 use crate::config;
 use crate::path_error::io_error;
-use crate::services::{Entry, Error, Shim, blocking};
+use crate::services::{Entry, Error, Listening, Shim, blocking};
 use crate::session::fds::StreamKind;
 use crate::stdio::fifo;
 use crate::unit::name;
@@ -26,20 +25,6 @@ use crate::unit::relay::{MESSAGE_MAX, Notification, TimeExtension};
 /// socket.
 const BURST: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(50);
-
-/// The daemon reads the notify socket of a container until this is dropped, which also removes the path of the socket.
-pub(crate) struct Listening {
-    path: PathBuf,
-    task: JoinHandle<()>,
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        self.task.abort();
-        // Missing is fine.
-        let _ = fs::remove_file(&self.path);
-    }
-}
 
 impl Shim {
     /// Opens the notify socket of a container that may notify, or claims the socket of an earlier daemon.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -26,14 +26,6 @@ const UNKNOWN_STATUS: u32 = 255;
 
 /// How long the report of an end is delayed while the processes that init left behind are killed.
 const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
-
-/// Serialises the rounds in which the daemon references units.
-#[derive(Default)]
-pub struct References {
-    turn: tokio::sync::Mutex<()>,
-    /// Another round is wanted.
-    again: AtomicBool,
-}
 
 impl Shim {
     /// Background task: applies what systemd reports about units. Never returns.

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use crate::doctor::probe::{Properties, property};
+use crate::probe::{Properties, property};
 use crate::task::Task;
 use crate::task::process::{Lifecycle, Process};
 use crate::text;
@@ -154,7 +154,7 @@ pub fn details_json(row: &Row, unit: Option<&Properties>, record: Result<&Task, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::probe::properties;
+    use crate::probe::properties;
 
     #[test]
     fn without_the_record_the_unit_is_shown() {

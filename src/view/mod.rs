@@ -12,8 +12,8 @@ pub use table::{table, table_json};
 use std::path::PathBuf;
 
 use crate::config::STATE_DIR;
-use crate::doctor::probe::{self, Known, Properties, Unknown, property, property_number};
 use crate::id::SHORT_ID;
+use crate::probe::{self, Known, Properties, Unknown, property, property_number};
 use crate::store::{Error, Store};
 use crate::task::Task;
 use crate::unit::name::PREFIX;

@@ -1,9 +1,9 @@
 //! What the calls answer in each phase of a process, and what they leave.
 
 use crate::id::{ExecId, Namespace, Owner, ProcessKey, TaskId, TaskKey};
+use crate::ops::Status;
 use crate::services::{Attempt, Error};
 
-use super::Status;
 use super::harness::{EXEC_STATUS, Step, World};
 
 const SIGTERM: u32 = nix::libc::SIGTERM as u32;

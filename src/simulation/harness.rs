@@ -15,6 +15,7 @@ use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::launch::fake::FakeLaunch;
 use crate::oci::options;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
+use crate::ops::{AddExec, CreateTask};
 use crate::services::{Attempt, Error, Shim};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
@@ -25,8 +26,6 @@ use crate::unit::fake::FakeSystemd;
 use crate::unit::fd_store::FdStore;
 use crate::unit::name;
 use crate::unit::observations::Observations;
-
-use super::{AddExec, CreateTask};
 
 /// The exit code of the exec.
 pub(crate) const EXEC_STATUS: u32 = 3;

@@ -7,11 +7,11 @@ use std::time::Duration;
 use crate::cgroup;
 use crate::effects::{Failure, Plan};
 use crate::launch::fake::Launches;
+use crate::ops::Status;
 use crate::services::{Attempt, Error};
 use crate::task::phase::Exit;
 use crate::unit::name;
 
-use super::Status;
 use super::harness::{Step, World};
 
 const UP: [Step; 2] = [Step::Create, Step::Start];

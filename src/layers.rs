@@ -1,0 +1,121 @@
+//! Pins which top-level module may use which: dependencies point down only, so there are no circles.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// The modules from top to bottom. A module may use those that come after it.
+const ORDER: [&str; 34] = [
+    "fuzzing",
+    "simulation",
+    "layers",
+    "lib",
+    "main",
+    "cli",
+    "manual",
+    "doctor",
+    "view",
+    "probe",
+    "api",
+    "recovery",
+    "ops",
+    "supervise",
+    "services",
+    "session",
+    "launch",
+    "transport",
+    "oci",
+    "store",
+    "stdio",
+    "unit",
+    "cgroup",
+    "task",
+    "files",
+    "path_error",
+    "suspect",
+    "effects",
+    "fault",
+    "sys",
+    "telemetry",
+    "text",
+    "id",
+    "config",
+];
+
+/// Files in which only tests are. They may use everything.
+const OF_TESTS: [&str; 3] = ["tests.rs", "fake.rs", "layers.rs"];
+
+/// The sources of each top-level module, without unit tests.
+fn sources() -> BTreeMap<String, Vec<(String, String)>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut found, mut dirs) = (BTreeMap::<_, Vec<_>>::new(), vec![root.clone()]);
+    while let Some(dir) = dirs.pop() {
+        for path in fs::read_dir(dir).unwrap().map(|item| item.unwrap().path()) {
+            let name = path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if !OF_TESTS.iter().any(|test| name.ends_with(test)) {
+                let text = fs::read_to_string(&path).unwrap();
+                let module = name.split('/').next().unwrap().trim_end_matches(".rs").to_owned();
+                let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+                let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+                found.entry(module).or_default().push((name, lines.collect::<Vec<_>>().join("\n")));
+            }
+        }
+    }
+    found
+}
+
+fn words_after<'a>(text: &'a str, prefix: &'a str) -> impl Iterator<Item = &'a str> {
+    let is_end = |letter: char| !letter.is_alphanumeric() && letter != '_';
+    text.split(prefix).skip(1).map(move |rest| rest.split(is_end).next().unwrap())
+}
+
+fn place(module: &str) -> usize {
+    ORDER.iter().position(|name| *name == module).unwrap_or_else(|| panic!("{module} has no place in ORDER"))
+}
+
+/// The modules that a source names: `crate::a::b` and `crate::{a, b::c}`.
+fn used(text: &str) -> impl Iterator<Item = &str> {
+    let groups = text.split("crate::{").skip(1).flat_map(|rest| rest.split('}').next().unwrap().split(','));
+    let in_groups = groups.map(|part| part.trim().split("::").next().unwrap());
+    words_after(text, "crate::").chain(in_groups).filter(|module| !module.is_empty())
+}
+
+#[test]
+fn dependencies_point_down() {
+    for (module, files) in sources() {
+        for (name, text) in files {
+            for used in used(&text) {
+                assert!(
+                    used == module || place(&module) < place(used),
+                    "{name} uses {used}, which is above it"
+                );
+            }
+        }
+    }
+}
+
+/// Methods need no import. Several modules have methods of `Shim`, so these are checked as well.
+#[test]
+fn no_method_of_the_shim_is_called_from_below() {
+    let all = sources();
+    let methods = |module: &str| -> Vec<String> {
+        let blocks = all[module].iter().flat_map(|(_, text)| text.split("\nimpl Shim {").skip(1));
+        let bodies = blocks.map(|block| block.split("\n}").next().unwrap());
+        bodies.flat_map(|body| words_after(body, " fn ").map(str::to_owned).collect::<Vec<_>>()).collect()
+    };
+    let layers = ["recovery", "ops", "supervise", "services"];
+    for (at, above) in layers.iter().enumerate() {
+        let methods = methods(above);
+        assert_ne!(methods, Vec::<String>::new(), "{above}");
+        for (name, text) in layers[at + 1..].iter().flat_map(|below| &all[*below]) {
+            for called in ["self.", "shim."].iter().flat_map(|of| words_after(text, of)) {
+                assert!(
+                    !methods.iter().any(|method| method == called),
+                    "{name} calls {called} of {above}, which is above it"
+                );
+            }
+        }
+    }
+}

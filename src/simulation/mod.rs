@@ -1,0 +1,7 @@
+//! Tests of the whole daemon on a simulated node: a fake systemd, a fake OCI runtime, a store in a temporary directory
+//! and a paused clock. They are above all other modules, as `cli` is.
+
+mod calls;
+mod crashes;
+pub(crate) mod harness;
+mod scenarios;
