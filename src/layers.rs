@@ -72,7 +72,8 @@ fn words_after<'a>(text: &'a str, prefix: &'a str) -> impl Iterator<Item = &'a s
 }
 
 fn place(module: &str) -> usize {
-    ORDER.iter().position(|name| *name == module).unwrap_or_else(|| panic!("{module} has no place in ORDER"))
+    let place = ORDER.iter().position(|name| *name == module);
+    place.ok_or_else(|| format!("{module} has no place in ORDER")).unwrap()
 }
 
 /// The modules that a source names: `crate::a::b` and `crate::{a, b::c}`.
