@@ -100,7 +100,9 @@ pub struct Live {
 
 /// The daemon reads the notify socket of a container until this is dropped, which also removes the path of the socket.
 pub(crate) struct Listening {
+    /// The path of the socket, in a mount of the container.
     pub(crate) path: PathBuf,
+    /// The reader.
     pub(crate) task: JoinHandle<()>,
 }
 
@@ -115,6 +117,7 @@ impl Drop for Listening {
 /// Serialises the rounds in which the daemon references units.
 #[derive(Default)]
 pub(crate) struct References {
+    /// Held for the length of a round.
     pub(crate) turn: tokio::sync::Mutex<()>,
     /// Another round is wanted.
     pub(crate) again: AtomicBool,
