@@ -27,7 +27,7 @@ SOURCES := Cargo.toml Cargo.lock build.rs proto src
 
 .PHONY: help deps build unit coverage check audit test test-unit test-vm test-nspawn test-clients test-matrix shell demo chaos fuzz bench
 .PHONY: doc
-.PHONY: fresh install install-files uninstall clean manual
+.PHONY: fresh install install-files uninstall clean manual deb rpm test-packages test-all
 .DEFAULT_GOAL := help
 
 # systemd starts the binary for every container and every exec: a static one starts in half the time.
@@ -139,6 +139,14 @@ uninstall: ## remove what install has put there (DESTDIR, PREFIX); docs/restarts
 		$(foreach page,$(PAGES),$(SHARE)/man/man$(patsubst .%,%,$(suffix $(page)))/$(notdir $(page)).gz) \
 		$(SHARE)/bash-completion/completions/$(NAME) $(SHARE)/zsh/site-functions/_$(NAME) \
 		$(SHARE)/fish/vendor_completions.d/$(NAME).fish
+
+deb: build ## a Debian package in target/packages, with dpkg-deb; lintian checks it where it is installed
+	@set -e; package=$$(packaging/deb/build $(BINARY)); echo "$$package"; \
+	if command -v lintian >/dev/null; then lintian --allow-root --fail-on error,warning "$$package"; \
+	else echo "deb: lintian is not installed: the package is not checked"; fi
+
+rpm: build ## an RPM package in target/packages, with rpmbuild
+	@packaging/rpm/build $(BINARY)
 
 manual: ## write man pages, completion and docs/commands.md again, after a change of src/manual or docs
 	UPDATE_MANUAL=1 cargo test --quiet --locked --lib manual::

@@ -25,6 +25,8 @@ usage: chaos [--seconds N | --minutes N] [--seed N] [--disturb NAME,…] [--work
   --work NAME,…              what clients do (default: all):
                                run kill delete exec terminal output
   --workers N                how many at once (default 6, in an emulated machine 3)
+  --leaks yes|no             compare what is left with what was there (default yes); no, if another version of the
+                             daemon is installed meanwhile, which has other descriptors and files
 
 E2E_RUNTIME names another runtime than ours: then what happens to our daemon is left out.";
 
@@ -35,6 +37,7 @@ pub struct Arguments {
     pub disturbances: Vec<Disturbance>,
     pub kinds: Vec<Kind>,
     pub workers: usize,
+    pub compares_leaks: bool,
 }
 
 /// The arguments, or the code to end with.
@@ -46,6 +49,7 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Arguments, ExitCode>
         disturbances: Disturbance::ALL.to_vec(),
         kinds: Kind::ALL.to_vec(),
         workers: number("CHAOS_WORKERS", 6, 3),
+        compares_leaks: true,
     };
     command_line::read("chaos", USAGE, words, |word, value| arguments.set(word, value))?;
     Ok(arguments)
@@ -61,6 +65,8 @@ impl Arguments {
             "--disturb" => self.disturbances = named(value, &Disturbance::ALL, Disturbance::name)?,
             "--work" => self.kinds = named(value, &Kind::ALL, Kind::name)?,
             "--workers" => self.workers = count(value)?,
+            "--leaks" if matches!(value, "yes" | "no") => self.compares_leaks = value == "yes",
+            "--leaks" => return Err(format!("--leaks is yes or no, not {value:?}")),
             _ => return Err(format!("there is no {word}")),
         }
         Ok(())

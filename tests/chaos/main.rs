@@ -130,7 +130,7 @@ fn run(arguments: &Arguments) -> u64 {
         }
     }
     auditor.end();
-    for leak in leaks(&before) {
+    for leak in arguments.compares_leaks.then(|| leaks(&before)).into_iter().flatten() {
         shared.tally.fault(Fault::Leak, &leak);
     }
     print!("{}", shared.tally.table());

@@ -1,0 +1,80 @@
+//! Installation, and what an administrator has set before.
+
+use std::path::Path;
+
+use crate::common::node::Node;
+use crate::common::process;
+use crate::common::spec::Spec;
+use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
+use crate::common::task::Io;
+use crate::package::{LOWER, NAME, NEW, Package, state};
+
+#[test]
+fn after_an_installation_a_container_runs() {
+    let _package = Package::installed(NEW);
+    assert_eq!(state(DAEMON_SOCKET), ("enabled".to_string(), "active".to_string()));
+    assert_eq!(state(DAEMON_SERVICE).1, "inactive", "nothing runs before the first container");
+
+    let node = Node::exclusive();
+    let container = node.container("first", Spec::sleeping()).started(&Io::default());
+    let unit = systemd::unit_of(&container);
+    assert!(systemd::is_active(&unit));
+    assert_eq!(systemd::main_pid(&unit), container.pid());
+    let daemon = systemd::main_pid(DAEMON_SERVICE);
+    let program = std::fs::read_link(format!("/proc/{daemon}/exe")).expect("the daemon's program");
+    assert_eq!(program, Path::new("/usr/bin").join(NAME));
+    let doctor = process::run(NAME, &["doctor"]).text();
+    assert!(!doctor.lines().any(|line| line.starts_with("ERROR") && line.contains("unit")), "{doctor}");
+}
+
+#[test]
+fn every_file_of_the_package_is_there() {
+    let _package = Package::installed(NEW);
+    let list = process::succeed("dpkg", &["--listfiles", NAME]);
+    let files: Vec<&str> = list.lines().collect();
+    for file in &files {
+        assert!(Path::new(file).exists(), "{file}");
+    }
+    let doc = format!("/usr/share/doc/{NAME}");
+    for file in [
+        &format!("/usr/bin/{NAME}"),
+        &format!("/usr/lib/systemd/system/{DAEMON_SOCKET}"),
+        &format!("/usr/lib/systemd/system/{DAEMON_SERVICE}"),
+        &format!("/usr/lib/systemd/system-preset/50-{NAME}.preset"),
+        &format!("/usr/share/man/man1/{NAME}.1.gz"),
+        &format!("/usr/share/man/man5/{NAME}.5.gz"),
+        &format!("/usr/share/man/man7/{NAME}.7.gz"),
+        &format!("/usr/share/bash-completion/completions/{NAME}"),
+        &format!("{doc}/copyright"),
+        &format!("{doc}/THIRD-PARTY.gz"),
+        &format!("{doc}/changelog.gz"),
+        &format!("{doc}/docker.md"),
+        &format!("{doc}/examples/config-v2.toml"),
+        &format!("{doc}/examples/config-v3.toml"),
+        &format!("{doc}/examples/daemon.json"),
+        &format!("{doc}/examples/runtimeclass.yaml"),
+    ] {
+        assert!(files.contains(&file.as_str()), "the package lacks {file}: {list}");
+    }
+    let verified = process::run("dpkg", &["--verify", NAME]);
+    assert_eq!((verified.code, verified.text().as_str()), (Some(0), ""));
+    // systemd finds nothing to complain about in the units.
+    let units = process::run("systemd-analyze", &["verify", "--man=no", DAEMON_SOCKET, DAEMON_SERVICE]);
+    assert!(!units.stderr.contains(NAME), "{}", units.stderr);
+}
+
+#[test]
+fn an_upgrade_leaves_a_socket_disabled_that_the_administrator_disabled() {
+    let package = Package::installed(LOWER);
+    process::succeed("systemctl", &["disable", DAEMON_SOCKET]);
+    package.install(NEW);
+    assert_eq!(state(DAEMON_SOCKET).0, "disabled");
+}
+
+#[test]
+fn an_installation_after_a_removal_enables_the_socket_again() {
+    let package = Package::installed(NEW);
+    assert_eq!(package.remove().code, Some(0));
+    package.install(NEW);
+    assert_eq!(state(DAEMON_SOCKET), ("enabled".to_string(), "active".to_string()));
+}

@@ -1,0 +1,115 @@
+//! Removal and purge.
+
+use std::collections::BTreeSet;
+
+use crate::common::leaks::Traces;
+use crate::common::node::Node;
+use crate::common::process;
+use crate::common::spec::Spec;
+use crate::common::systemd;
+use crate::common::task::{Io, SIGKILL};
+use crate::package::{NEW, Package, is_at_work, version_of};
+
+#[test]
+fn a_removal_is_refused_while_a_container_runs_and_the_container_runs_on() {
+    let package = Package::installed(NEW);
+    let node = Node::exclusive();
+    let container = node.container("kept", Spec::sleeping()).started(&Io::default());
+    let (pid, waiting) = (container.pid(), container.waiting());
+    for refused in [package.remove(), package.purge()] {
+        assert_eq!(refused.code, Some(100), "{refused:?}");
+        let text = format!("{}{}", refused.text(), refused.stderr);
+        for words in
+            ["not removed: these containers use it", container.id.as_str(), "delete them with the client"]
+        {
+            assert!(text.contains(words), "{words:?} is not in {text}");
+        }
+        assert_eq!(package.version(), (version_of(NEW), "installed".to_string()));
+    }
+    assert!(is_at_work());
+    assert_eq!(container.pid(), pid);
+    // The daemon still starts containers.
+    let another = node.container("another", Spec::sh("exit 3")).started(&Io::default());
+    assert_eq!(another.exit_status(), 3);
+    another.delete().expect("delete");
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(waiting.exit().expect("wait").status, 137);
+    // A container that has ended, and that its client has not deleted, counts as well.
+    assert_eq!(package.remove().code, Some(100));
+    container.delete().expect("delete");
+    assert_eq!(package.remove().code, Some(0));
+}
+
+#[test]
+fn a_purge_leaves_nothing() {
+    let before = (files(), units(), Traces::take());
+    let package = Package::installed(NEW);
+    let node = Node::exclusive();
+    for name in ["one", "two"] {
+        let container = node.container(name, Spec::sh("exit 3")).namespace("purged").started(&Io::default());
+        assert_eq!(container.exit_status(), 3);
+        container.delete().expect("delete");
+    }
+    let purged = package.purge();
+    assert_eq!(purged.code, Some(0), "{purged:?}");
+    assert!(!purged.stderr.contains("Failed"), "{}", purged.stderr);
+    assert_eq!(package.version(), (String::new(), String::new()));
+    assert_eq!(files().difference(&before.0).collect::<Vec<_>>(), Vec::<&String>::new());
+    assert_eq!(units().difference(&before.1).collect::<Vec<_>>(), Vec::<&String>::new());
+    // containerd and runc keep a directory for each namespace.
+    let leaks = Traces::take().since(&before.2).into_iter().filter(|leak| !leak.ends_with("/purged"));
+    assert_eq!(leaks.collect::<Vec<_>>(), Vec::<String>::new());
+    assert_eq!(process::with_command_line("containerd-shim-systemd-v1 serve"), Vec::<u32>::new());
+}
+
+/// All units of ours, slices too.
+fn units() -> BTreeSet<String> {
+    let ours = ["containerd-*", "containerd.slice", "containerd_shim*"];
+    ours.into_iter().flat_map(systemd::list_units).collect()
+}
+
+/// All files, except those of the package manager, of the clients' containerd, of the journal and of other services.
+fn files() -> BTreeSet<String> {
+    let list = process::run(
+        "find",
+        &[
+            "/etc",
+            "/usr",
+            "/opt",
+            "/run",
+            "/var",
+            "/tmp",
+            "/root",
+            "-xdev",
+            "(",
+            "-path",
+            "/var/lib/dpkg",
+            "-o",
+            "-path",
+            "/var/cache",
+            "-o",
+            "-path",
+            "/var/log",
+            "-o",
+            "-path",
+            "/var/lib/apt",
+            "-o",
+            "-path",
+            "/var/lib/containerd",
+            "-o",
+            "-path",
+            "/run/log",
+            "-o",
+            "-path",
+            "/run/containerd",
+            "-o",
+            "-path",
+            "/run/systemd",
+            ")",
+            "-prune",
+            "-o",
+            "-print",
+        ],
+    );
+    list.text().lines().map(str::to_string).collect()
+}
