@@ -25,9 +25,10 @@ SHARE := $(DESTDIR)$(PREFIX)/share
 # What the binary is made of.
 SOURCES := Cargo.toml Cargo.lock build.rs proto src
 
-.PHONY: help deps build unit coverage check audit test test-unit test-vm test-nspawn test-clients test-matrix shell demo chaos fuzz bench
+.PHONY: help deps build unit coverage check audit test test-all test-unit test-vm test-nspawn test-clients test-packages test-matrix
+.PHONY: shell demo chaos fuzz bench
 .PHONY: doc
-.PHONY: fresh install install-files uninstall clean manual deb rpm test-packages test-all
+.PHONY: fresh install install-files uninstall clean manual deb rpm
 .DEFAULT_GOAL := help
 
 # systemd starts the binary for every container and every exec: a static one starts in half the time.
@@ -62,7 +63,7 @@ coverage: ## which part of the lines the unit tests run, by module; needs cargo-
 check: ## formatting, clippy, documentation and, where cargo-deny is installed, licences and sources; works offline
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
-	cargo clippy --locked --features faults --test e2e --test clients --test chaos --lib --bins -- -D warnings
+	cargo clippy --locked --features faults --test e2e --test clients --test packages --test chaos --lib --bins -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps --document-private-items
 	@if command -v cargo-deny >/dev/null; then set -x; \
 		cargo deny --locked --offline --target $(HOST) check bans licenses sources; \
@@ -71,8 +72,12 @@ check: ## formatting, clippy, documentation and, where cargo-deny is installed, 
 audit: ## known vulnerabilities of the dependencies, with cargo-deny; needs the network
 	cargo deny --locked check advisories
 
-test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; Docker and CRI; a minute of chaos
-	@$(SCRIPTS)/run-all unit nspawn clients/nspawn core/bookworm core/forky chaos/nspawn vm
+test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; Docker and CRI; the package; a minute of chaos
+	@$(SCRIPTS)/run-all unit nspawn clients/nspawn packages/trixie core/bookworm core/forky chaos/nspawn vm
+
+test-all: ## every test there is, which takes hours where QEMU emulates: whole suites in VMs, the package on each suite, clients while the daemon is killed
+	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all unit nspawn clients/nspawn \
+		packages/bookworm packages/trixie packages/forky chaos/nspawn clients/vm vm/bookworm vm/trixie vm/forky
 
 test-unit: ## the tests that need nothing but cargo
 	@$(SCRIPTS)/run-all unit
@@ -86,6 +91,9 @@ test-nspawn: ## the end-to-end tests in an nspawn container: fast, without limit
 test-clients: ## Docker and CRI with this runtime: undisturbed, while the daemon is killed, and in a VM with its limits
 	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all clients/nspawn
 	@$(SCRIPTS)/run-all clients/vm
+
+test-packages: ## install, upgrade under load, downgrade, remove and purge the Debian package, in a guest (SUITE)
+	@$(SCRIPTS)/run-all packages/$(SUITE)
 
 test-matrix: ## the end-to-end tests in a VM of each suite: systemd 252, 257, 262; containerd 1.6, 1.7, 2.1
 	@$(SCRIPTS)/run-all vm/bookworm vm/trixie vm/forky
@@ -134,7 +142,7 @@ install-files:
 	install -D -m 644 packaging/completion/$(NAME).zsh $(SHARE)/zsh/site-functions/_$(NAME)
 	install -D -m 644 packaging/completion/$(NAME).fish $(SHARE)/fish/vendor_completions.d/$(NAME).fish
 
-uninstall: ## remove what install has put there (DESTDIR, PREFIX); docs/restarts.md says what to do before
+uninstall: ## remove what install has put there (DESTDIR, PREFIX); docs/install.md says what to do before
 	rm -f $(DESTDIR)$(PREFIX)/bin/$(NAME) $(addprefix $(UNITDIR)/,$(notdir $(UNITS))) \
 		$(foreach page,$(PAGES),$(SHARE)/man/man$(patsubst .%,%,$(suffix $(page)))/$(notdir $(page)).gz) \
 		$(SHARE)/bash-completion/completions/$(NAME) $(SHARE)/zsh/site-functions/_$(NAME) \

@@ -70,7 +70,7 @@ fn an_upgrade_from_the_previous_version_under_load_loses_nothing() {
     let (pid, waiting, exec_waiting) = (container.pid(), container.waiting(), exec.waiting());
     let old = systemd::main_pid(DAEMON_SERVICE);
 
-    let clients = Clients::begin(20);
+    let clients = Clients::begin(15);
     wait::until_true("clients are at work", || tasks() > 3);
     package.install(NEW);
     let new = daemon::wait_for_another(old);
