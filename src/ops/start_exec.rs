@@ -72,7 +72,7 @@ impl Shim {
     ) -> Result<(), Error> {
         let command = self.launcher.command(Kind::Exec, &process.key);
         let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
-        let properties = properties::exec(&exec.description, &command, &environment);
+        let properties = properties::exec(&exec.description, task.unit(), &command, &environment);
         let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
         if let (Err(unit::error::Error::Exists { .. }), Begun::Before) = (&begun, start) {
             // The order matters: `launch` reports before its unit ends.
@@ -169,8 +169,8 @@ impl Shim {
         let (shim, entry, process) = (self.clone(), Arc::downgrade(entry), process.clone());
         tokio::spawn(async move {
             tokio::time::sleep(LONG_EXEC).await;
-            let ended = entry.upgrade().is_none_or(|entry| entry.has_recorded_end(&process));
-            if !ended && let Err(error) = shim.manager.cancel_job_of(&process.unit).await {
+            let runs = entry.upgrade().is_some_and(|entry| entry.still_runs(&process));
+            if runs && let Err(error) = shim.manager.cancel_job_of(&process.unit).await {
                 tracing::warn!(process = %process.key, %error, "{}: can't cancel the start job of its unit: {error}", process.key);
             }
         });

@@ -131,6 +131,13 @@ impl<L> Entry<L> {
         self.task().process(process.exec()).is_some_and(|process| process.exit().is_some())
     }
 
+    /// True if `process` is one of this task, and the record does not have its end. A process that was deleted does not run,
+    /// even if another one has its id by now.
+    pub fn still_runs(&self, process: &Arc<Process<L>>) -> bool {
+        let is_there = self.process(process.exec()).is_some_and(|found| Arc::ptr_eq(&found, process));
+        is_there && !self.has_recorded_end(process)
+    }
+
     fn execs_map(&self) -> MutexGuard<'_, HashMap<ExecId, Arc<Process<L>>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }

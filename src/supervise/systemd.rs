@@ -70,7 +70,11 @@ impl Shim {
         if entry.task().process(process.exec()).is_none_or(|process| process.exit().is_some()) {
             return;
         }
-        let read = self.manager.main_process(&process.unit).await.unwrap_or_else(|error| {
+        let read = match process.exec() {
+            None => self.manager.main_process(&process.unit).await,
+            Some(_) => self.manager.ended_process(&process.unit).await,
+        };
+        let read = read.unwrap_or_else(|error| {
             log_query_error(process, &error);
             None
         });

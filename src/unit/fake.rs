@@ -437,6 +437,10 @@ impl Systemd for FakeSystemd {
         Ok(self.with(unit, |unit| unit.main))
     }
 
+    async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
+        self.main_process(unit).await
+    }
+
     async fn usage(&self, unit: &UnitName) -> Result<Usage, Error> {
         self.call("read", unit).await?;
         Ok(Usage::default())

@@ -44,7 +44,20 @@ impl Ended {
     }
 }
 
+/// The value of a service's property `ExecStart` for one command: path, arguments, whether a failure is ignored, the times
+/// of start and exit (realtime and monotonic, microseconds each), pid, `si_code` and status.
+pub(super) type Command = (String, Vec<String>, bool, u64, u64, u64, u64, u32, i32, i32);
+
 impl MainProcess {
+    /// The main process that a command has become, if systemd says how it ended. systemd copies the exit of a main process
+    /// to the command that started it (service.c, `service_sigchld_event`, 252 to 262), and forgets it there when it
+    /// reloads its units.
+    pub(super) fn ended_command(command: &Command) -> Option<Self> {
+        let (.., at_usec, _, pid, code, status) = *command;
+        let ended = Ended { code, status, at_usec };
+        (code != 0).then_some(Self { pid: 0, last_pid: pid, ended: Some(ended) })
+    }
+
     /// This process, updated by the values that a signal or a reply contains.
     pub(super) fn updated<'v>(mut self, value: impl Fn(&str) -> Option<&'v Variant<'v>>) -> Self {
         let u32_of = |name| value(name).and_then(|v| u32::try_from(v).ok());
@@ -72,6 +85,14 @@ mod tests {
         assert_eq!(ended(1, 255), 255);
         assert_eq!(ended(2, 9), 137);
         assert_eq!(ended(3, 11), 139);
+    }
+
+    #[test]
+    fn a_command_has_ended_only_if_systemd_says_how() {
+        let command = |code| (String::new(), Vec::new(), true, 1, 2, 77, 4, 7, code, 3);
+        assert_eq!(MainProcess::ended_command(&command(0)), None);
+        let ended = Some(Ended { code: 2, status: 3, at_usec: 77 });
+        assert_eq!(MainProcess::ended_command(&command(2)), Some(MainProcess { pid: 0, last_pid: 7, ended }));
     }
 
     #[test]

@@ -132,7 +132,7 @@ pub fn container(
         // is bound sends them to systemd's own socket, from any of its processes.
         list.push(("NotifyAccess", "all".into()));
     }
-    list.extend(bound_to_system());
+    list.extend(bound_to_system(&HOST_SERVICES));
     Properties(list)
 }
 
@@ -158,7 +158,15 @@ impl Properties {
 ///
 /// systemd logs two messages about each such process (that it is not its child, and how it ended). Health probes would
 /// fill the journal with them, so only errors are logged.
-pub fn exec(description: &str, command: &[String], environment: &[String]) -> Properties {
+///
+/// The unit is ordered after that of its container alone, which is ordered after the services that it needs: at shutdown
+/// systemd stops the exec first. Each unit in `After=` costs two signals about that unit.
+pub fn exec(
+    description: &str,
+    container: &UnitName,
+    command: &[String],
+    environment: &[String],
+) -> Properties {
     let mut list: Vec<(&'static str, Variant<'static>)> = vec![
         ("Description", description.to_owned().into()),
         ("Slice", name::DAEMON_SLICE.into()),
@@ -181,7 +189,7 @@ pub fn exec(description: &str, command: &[String], environment: &[String]) -> Pr
         ("LogLevelMax", LOG_ERR.into()),
         NO_LEVEL_PREFIX,
     ];
-    list.extend(bound_to_system());
+    list.extend(bound_to_system(&[container.as_str()]));
     Properties(list)
 }
 
@@ -205,7 +213,7 @@ pub fn logger(shown: &UnitMetadata<'_>, command: &[String]) -> Properties {
         ("TimeoutStopUSec", usec(config::LOGGER_STOP_LIMIT).into()),
         ("StandardInput", "null".into()),
     ]);
-    list.extend(bound_to_system());
+    list.extend(bound_to_system(&HOST_SERVICES));
     Properties(list)
 }
 
@@ -222,7 +230,7 @@ pub fn wake(command: &[String], wake_fd: BorrowedFd<'_>) -> Result<Properties, s
         ("CollectMode", "inactive-or-failed".into()),
         ("StandardInputFileDescriptor", Variant::from(zbus::Fd::from(wake_fd.try_clone_to_owned()?))),
     ];
-    list.extend(bound_to_system());
+    list.extend(bound_to_system(&HOST_SERVICES));
     Ok(Properties(list))
 }
 
@@ -308,20 +316,23 @@ fn shown_as(shown: &UnitMetadata<'_>) -> Vec<(&'static str, Variant<'static>)> {
     ]
 }
 
-/// Dependencies in place of the default ones, which order a unit after `sysinit.target` and cost three signals per start.
-///
-/// At shutdown systemd stops the unit while the network, the bus, the daemon and containerd still work: containerd must
-/// learn of the exit.
+/// What a container needs until it has ended. At shutdown systemd stops its unit while the network, the bus, the daemon and
+/// containerd still work: containerd must learn of the exit.
 ///
 /// The unit is not ordered after Docker's daemon: at boot, Docker starts its containers before systemd counts it as
 /// started, so each would wait for the other.
-fn bound_to_system() -> Vec<(&'static str, Variant<'static>)> {
+const HOST_SERVICES: [&str; 4] =
+    ["network.target", "dbus.service", "containerd.service", name::DAEMON_SERVICE];
+
+/// Dependencies in place of the default ones, which order a unit after `sysinit.target` and cost three signals per start.
+/// At shutdown systemd stops the unit before those in `after`.
+fn bound_to_system(after: &[&str]) -> Vec<(&'static str, Variant<'static>)> {
     vec![
         ("DefaultDependencies", false.into()),
         ("IgnoreOnIsolate", true.into()),
         ("Conflicts", vec!["shutdown.target"].into()),
         ("Before", vec!["shutdown.target"].into()),
-        ("After", vec!["network.target", "dbus.service", "containerd.service", name::DAEMON_SERVICE].into()),
+        ("After", after.iter().map(|unit| (*unit).to_owned()).collect::<Vec<_>>().into()),
     ]
 }
 

@@ -153,6 +153,12 @@ pub trait Systemd: Send + Sync {
     /// systemd can't be reached.
     async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error>;
 
+    /// As [`Systemd::main_process`], for a oneshot service whose main process has ended.
+    ///
+    /// # Errors
+    /// systemd can't be reached.
+    async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error>;
+
     /// The resources that a unit has used since its start.
     ///
     /// # Errors
@@ -274,6 +280,10 @@ impl Systemd for Manager {
 
     async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
         Self::main_process(self, unit).await
+    }
+
+    async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
+        Self::ended_process(self, unit).await
     }
 
     async fn usage(&self, unit: &UnitName) -> Result<Usage, Error> {
