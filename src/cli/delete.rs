@@ -11,7 +11,7 @@ use ttrpc::Code;
 use crate::api::{client, convert};
 use crate::id::{Owner, TaskKey};
 use crate::oci::command::CommandLine;
-use crate::oci::{bundle, mount};
+use crate::oci::{containerd, mount};
 use crate::store::{Found, Store};
 use crate::supervise::cleanup::{self, Stop, Troubles};
 use crate::task::Task;
@@ -47,7 +47,7 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
 /// The key of this containerd's task in the record, if it has one. Earlier versions recorded the tasks of every containerd
 /// as tasks of the usual one. The task of another containerd is not touched.
 fn recorded_as(store: &Store, key: &TaskKey) -> Option<TaskKey> {
-    let is_own = |task: &Task| bundle::owner(&task.request.bundle, &key.namespace, &key.id) == key.owner;
+    let is_own = |task: &Task| containerd::owner(&task.request.bundle, &key.namespace, &key.id) == key.owner;
     [key.clone(), key.of(Owner::default())].into_iter().filter(|found| store.knows(found)).find(|found| {
         match store.load(found) {
             Ok(Some(found)) => is_own(&found.task),

@@ -18,7 +18,7 @@ pub use start::is_bootstrap;
 
 use crate::config::{self, NAME};
 use crate::launch;
-use crate::oci::bundle;
+use crate::oci::containerd;
 use crate::telemetry::say;
 
 /// The longest message that a command accepts on standard input.
@@ -147,6 +147,6 @@ fn key_of(global: &Global, bundle: &Path) -> Result<crate::id::TaskKey, Failure>
     let namespace =
         Namespace::new(&global.namespace).map_err(|error| Failure(format!("-namespace: {error}")))?;
     let id = TaskId::new(&global.id).map_err(|error| Failure(format!("-id: {error}")))?;
-    let owner = bundle::owner(bundle, &namespace, &id);
+    let owner = containerd::owner(bundle, &namespace, &id);
     Ok(TaskKey { owner, namespace, id })
 }

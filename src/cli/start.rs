@@ -16,7 +16,7 @@ use protobuf::Message;
 use crate::api::messages::{BootstrapParams, BootstrapResult};
 use crate::id::TaskKey;
 use crate::launch::inherited;
-use crate::oci::{bundle, namespaces};
+use crate::oci::{containerd, namespaces};
 use crate::task::request::Containerd;
 use crate::transport::sockets::{Leases, Socket};
 use crate::unit::manager::Manager;
@@ -35,10 +35,10 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let caller = Caller::from(global, read_stdin()?);
     let namespaces = namespaces::of_caller().map_err(Failure::new)?;
     let containerd = Containerd { namespaces, ..containerd(global, &caller) };
-    bundle::write_containerd(&here, &containerd).map_err(Failure::new)?;
+    containerd::write_containerd(&here, &containerd).map_err(Failure::new)?;
     bring_up()?;
     let address = format!("unix://{}", caller.socket(&key)?.path().display());
-    bundle::write_address(&here, &address).map_err(Failure::new)?;
+    containerd::write_address(&here, &address).map_err(Failure::new)?;
     print(&caller.answer(address)?)
 }
 

@@ -9,6 +9,7 @@ use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey};
 use crate::launch::contract::Outcome;
 use crate::launch::report;
 use crate::oci::bundle::{self, Edits, Spec};
+use crate::oci::containerd;
 use crate::store::Store;
 use crate::store::delete_replies::{DeleteReplies, Deleted};
 use crate::suspect::Crashes;
@@ -160,9 +161,9 @@ fn socket(root: &Path, content: &[u8]) {
 
 fn start(root: &Path, content: &[u8]) {
     write(&root.join("containerd-shim-systemd.json"), content);
-    let Ok(Some(containerd)) = bundle::read_containerd(root) else { return };
-    bundle::write_containerd(root, &containerd).unwrap_or_else(|error| panic!("{error}"));
-    let again = bundle::read_containerd(root).unwrap_or_else(|error| panic!("{error}"));
+    let Ok(Some(containerd)) = containerd::read_containerd(root) else { return };
+    containerd::write_containerd(root, &containerd).unwrap_or_else(|error| panic!("{error}"));
+    let again = containerd::read_containerd(root).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(again, Some(containerd));
 }
 

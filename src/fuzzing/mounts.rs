@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::oci::mount;
+use crate::oci::{mount, mount_options};
 use crate::task::request::Mount;
 
 /// A mount: its type, and its options, one to a line.
@@ -13,7 +13,7 @@ pub(super) fn options(data: &[u8]) {
     let mut lines = text.split('\n').map(str::to_owned);
     let kind = lines.next().unwrap_or_default();
     let item = Mount { kind, options: lines.collect(), ..Mount::default() };
-    let Ok(parsed) = mount::parse(&item) else { return };
+    let Ok(parsed) = mount_options::parse(&item) else { return };
     for option in &parsed.data {
         assert!(item.options.contains(option), "{option:?} was not asked for");
     }
@@ -23,7 +23,7 @@ pub(super) fn options(data: &[u8]) {
 /// Short names are names of the same layers, and all else stays.
 pub(super) fn check_short_names(data: &[String]) {
     let mut short = data.to_vec();
-    let Some(home) = mount::shorten(&mut short) else {
+    let Some(home) = mount_options::shorten(&mut short) else {
         assert_eq!(short, data);
         return;
     };

@@ -14,9 +14,7 @@ use serde::de::IgnoredAny;
 use serde_json::value::{RawValue, to_raw_value};
 
 use crate::files;
-use crate::id::{Namespace, Owner, TaskId};
 use crate::path_error::{PathError, io_error};
-use crate::task::request::Containerd;
 
 use super::canonical::{Members, Others, Shape, canonical};
 use super::resources::{self, Resources};
@@ -268,57 +266,6 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
     Ok(files::replace(&path, &new, mode.mode() & MODE, &text).map_err(io_error("replace", &path))?)
 }
 
-/// The containerd that a bundle belongs to, whatever path leads to the bundle.
-pub fn owner(bundle: &Path, namespace: &Namespace, id: &TaskId) -> Owner {
-    // The bundle may be removed already, but the directory of all bundles exists.
-    let resolved = bundle.ancestors().take(3).find_map(|there| {
-        let rest = bundle.strip_prefix(there).ok()?;
-        Some(there.canonicalize().ok()?.join(rest))
-    });
-    Owner::of_bundle(resolved.as_deref().unwrap_or(bundle), namespace, id)
-}
-
-/// Written by `start` for the daemon, which reads it at Create. containerd removes it with the bundle.
-const START: &str = "containerd-shim-systemd.json";
-
-/// Records in the bundle which containerd called.
-///
-/// # Errors
-/// [`Error::Io`]
-pub fn write_containerd(bundle: &Path, containerd: &Containerd) -> Result<(), Error> {
-    let path = bundle.join(START);
-    let text =
-        serde_json::to_vec(containerd).map_err(|source| Error::Malformed { path: path.clone(), source })?;
-    let new = bundle.join(".containerd-shim-systemd.json.new");
-    Ok(files::replace(&path, &new, 0o600, &text).map_err(io_error("replace", &path))?)
-}
-
-/// Writes the daemon's address into the bundle. containerd 1.6 and 1.7 find the daemon by this file after a restart.
-///
-/// # Errors
-/// [`Error::Io`]
-pub fn write_address(bundle: &Path, address: &str) -> Result<(), Error> {
-    let path = bundle.join("address");
-    let new = bundle.join(".address.new");
-    Ok(files::replace(&path, &new, 0o644, address.as_bytes()).map_err(io_error("replace", &path))?)
-}
-
-/// The containerd that `start` recorded in the bundle. `None` for a container of a pod that is not its first: containerd does not call
-/// `start` for it.
-///
-/// # Errors
-/// The file can't be read.
-pub fn read_containerd(bundle: &Path) -> Result<Option<Containerd>, Error> {
-    let path = bundle.join(START);
-    match read_config(&path) {
-        Ok(text) => {
-            serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
-        }
-        Err(Error::Io(error)) if error.io().kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 /// The fields of a JSON object in their order, each as its original text.
 type Fields = Members<Box<RawValue>>;
 
@@ -357,7 +304,7 @@ fn member<T: Default + for<'d> Deserialize<'d>>(object: &Fields, name: &str) -> 
     object.get(name).map_or_else(|| Ok(T::default()), |value| serde_json::from_str(value.get()))
 }
 
-fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
+pub(super) fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
     files::read_regular(path, MAX_CONFIG_BYTES).map_err(|source| match source.kind() {
         io::ErrorKind::FileTooLarge => Error::TooLarge { path: path.to_owned() },
         _ => io_error("read", path)(source).into(),

@@ -3,10 +3,12 @@
 pub mod bundle;
 pub mod canonical;
 pub mod command;
+pub mod containerd;
 pub mod devices;
 pub mod face;
 pub mod features;
 pub mod mount;
+pub mod mount_options;
 pub mod namespaces;
 pub mod options;
 pub mod process;

@@ -14,9 +14,9 @@ use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskId, TaskKey, UnitName};
 use crate::launch::contract::{Kind, LAUNCHED, PID_FILE};
 use crate::launch::{self, command};
-use crate::oci::bundle::{self, Spec};
+use crate::oci::bundle::Spec;
 use crate::oci::resources::Resources;
-use crate::oci::{face, options, runtime};
+use crate::oci::{containerd, face, options, runtime};
 use crate::services::process::{program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Attempt, Entry, Error, Shim};
@@ -173,7 +173,7 @@ impl Shim {
         bundle: &Path,
         spec: &Spec,
     ) -> Result<(Containerd, Vec<u8>), Error> {
-        if let Some(mut found) = bundle::read_containerd(bundle)? {
+        if let Some(mut found) = containerd::read_containerd(bundle)? {
             let environment = std::mem::take(&mut found.environment).join("\0").into_bytes();
             return Ok((found, environment));
         }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::id::{Owner, TaskKey};
-use crate::oci::bundle;
+use crate::oci::containerd;
 
 use super::Entry;
 use super::tasks::Tasks;
@@ -24,7 +24,7 @@ impl Tasks {
 
     /// As [`Self::own`], for a caller that is known by the bundle it names only.
     pub fn own_by_bundle(&self, named: &TaskKey, bundle: &Path) -> TaskKey {
-        self.own(named, &bundle::owner(bundle, &named.namespace, &named.id))
+        self.own(named, &containerd::owner(bundle, &named.namespace, &named.id))
     }
 
     /// The task of these names, for a caller that is not known: that of the usual containerd, or the only one.
@@ -47,5 +47,5 @@ impl Tasks {
 
 fn owner_of(entry: &Entry) -> Owner {
     let bundle = entry.task().request.bundle.clone();
-    bundle::owner(&bundle, &entry.key.namespace, &entry.key.id)
+    containerd::owner(&bundle, &entry.key.namespace, &entry.key.id)
 }

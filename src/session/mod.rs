@@ -19,6 +19,7 @@ use crate::id::ProcessKey;
 use crate::stdio::fifo;
 use crate::stdio::pump::{self, Source};
 use crate::stdio::terminal::Terminal;
+use crate::stdio::terminal_pump;
 use crate::task::wiring::{Input, Wiring};
 
 use fds::{StreamFds, StreamKind};
@@ -165,7 +166,7 @@ async fn feed(
 ) {
     let fed = async {
         let input = crate::sys::watch(input)?;
-        pump::input(&input, &terminal).await
+        terminal_pump::input(&input, &terminal).await
     };
     tokio::select! {
         fed = fed => {

@@ -9,4 +9,5 @@ pub mod pipe;
 pub mod pump;
 pub mod rate;
 pub mod terminal;
+pub mod terminal_pump;
 pub mod uri;

@@ -13,8 +13,8 @@ use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::launch;
 use crate::launch::contract::{EXEC_PID_FILE, PROCESS_SPEC};
-use crate::oci::mount;
 use crate::oci::runtime::{self, OciRuntime};
+use crate::oci::{mount, mount_options};
 use crate::services::process::{lives_in, read_pid};
 use crate::services::streams::{cancel_pumps, drain, stored_number};
 use crate::services::{Entry, Error, Process, Shim, blocking};
@@ -146,7 +146,7 @@ impl Shim {
         let dir = self.store.dir(&task.key);
         let mut troubles = remove_task(&*self.manager, &*self.oci, task, &dir, Stop::Awaited, others).await;
         troubles.join(in_execs);
-        if task.request.rootfs.iter().any(mount::leaves_a_daemon) {
+        if task.request.rootfs.iter().any(mount_options::leaves_a_daemon) {
             launch::cgroup::kill(task.unit());
         }
         launch::cgroup::remove(task.unit());
