@@ -17,6 +17,13 @@ pub const START_LOCK: &str = "/run/containerd-shim-systemd-v1.lock";
 /// What has ended the daemon, see [`crate::suspect`].
 pub const CRASHES: &str = "/run/containerd-shim-systemd-v1.crashes";
 
+/// Where the rootfs of a sandbox is while the OCI runtime creates the sandbox: a mountpoint in the mount namespace of the
+/// sandbox's unit, empty everywhere else.
+pub const SANDBOX_ROOT: &str = "/run/containerd-shim-systemd-v1.sandbox";
+
+/// How long a sandbox may take to end at SIGTERM, if its client names no time.
+pub const SANDBOX_STOP_LIMIT: Duration = Duration::from_secs(2);
+
 /// The oldest systemd that is supported.
 pub const OLDEST_SYSTEMD: u32 = 252;
 

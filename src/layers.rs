@@ -5,12 +5,13 @@ use std::fs;
 use std::path::Path;
 
 /// The modules from top to bottom. A module may use those that come after it.
-const ORDER: [&str; 34] = [
+const ORDER: [&str; 35] = [
     "fuzzing",
     "simulation",
     "layers",
     "lib",
     "main",
+    "sandbox_init",
     "cli",
     "manual",
     "doctor",

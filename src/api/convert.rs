@@ -1,7 +1,7 @@
 //! Converts containerd's messages to domain types, and back (pure).
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::{
     CreateTaskRequest, DeleteResponse, ExecProcessRequest, PidsResponse, ProcessInfo, StateResponse,
@@ -21,6 +21,7 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use crate::id::{ExecId, InvalidName, Namespace, Owner, ProcessKey, TaskId, TaskKey};
 use crate::oci::options::{Options, Source};
+use crate::oci::{bundle, containerd};
 use crate::ops::{AddExec, CreateTask, State, Status};
 use crate::services::Outgoing;
 use crate::task::outbox::TaskEvent;
@@ -57,6 +58,15 @@ pub enum Error {
          runtimeoptions.v1.Options or containerd.systemd.v1.Options"
     )]
     UnknownOptions(String),
+    /// Options of a sandbox of a type that is not known here.
+    #[error("options of the sandbox have the unknown type {0:?}: use runtime.v1.PodSandboxConfig, or none")]
+    UnknownSandbox(String),
+    /// A number is not the id of a user or group.
+    #[error("{0} is not the id of a user or group")]
+    NoId(i64),
+    /// What `start` wrote into the bundle can't be read.
+    #[error(transparent)]
+    Bundle(#[from] bundle::Error),
     /// A message inside of the request is broken.
     #[error("{what} of type {type_url:?} can't be decoded: {source}")]
     Broken {
@@ -145,6 +155,7 @@ pub fn create(namespace: Namespace, request: CreateTaskRequest) -> Result<Create
         request: Create {
             bundle: PathBuf::from(request.bundle),
             rootfs: request.rootfs.into_iter().map(mount).collect(),
+            sandbox: None,
         },
         stdio: Stdio {
             stdin: request.stdin,
@@ -155,7 +166,8 @@ pub fn create(namespace: Namespace, request: CreateTaskRequest) -> Result<Create
     })
 }
 
-fn mount(mount: ApiMount) -> Mount {
+/// A mount of a request.
+pub fn mount(mount: ApiMount) -> Mount {
     Mount { kind: mount.type_, source: mount.source, target: mount.target, options: mount.options }
 }
 
@@ -237,6 +249,21 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
     }
 }
 
+/// The runtime options that `start` left in the bundle, for a call that carries none.
+///
+/// # Errors
+/// The file can't be read, or as [`options`].
+pub fn options_of_start(bundle: &Path) -> Result<Source, Error> {
+    let written = containerd::read_options(bundle)?;
+    let broken = |source| Error::Broken {
+        what: "runtime options",
+        type_url: "google.protobuf.Any".to_owned(),
+        source: Box::new(source),
+    };
+    let any = Any::parse_from_bytes(&written).map_err(broken)?;
+    options(Some(&any))
+}
+
 fn decode<M: Message>(what: &'static str, any: &Any) -> Result<M, Error> {
     M::parse_from_bytes(&any.value).map_err(|source| Error::Broken {
         what,
@@ -305,7 +332,8 @@ pub fn pids(pids: Vec<(u32, Option<ExecId>)>) -> Result<PidsResponse, Error> {
     Ok(PidsResponse { processes, ..PidsResponse::default() })
 }
 
-fn time(usec: u64) -> Timestamp {
+/// A time, given in microseconds since 1970.
+pub fn time(usec: u64) -> Timestamp {
     Timestamp {
         seconds: i64::try_from(usec / 1_000_000).unwrap_or(i64::MAX),
         nanos: i32::try_from(usec % 1_000_000 * 1000).unwrap_or_default(),

@@ -6,5 +6,7 @@ pub mod convert;
 pub mod events;
 pub mod messages;
 pub mod metrics;
+pub mod pod;
+pub mod sandbox;
 pub mod status;
 pub mod task;

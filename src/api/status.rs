@@ -65,6 +65,7 @@ pub fn code(error: &Error) -> Code {
             | oci::runtime::Error::Killed { .. },
         )
         | Error::Mount(_)
+        | Error::PodFiles(_)
         | Error::Cgroup(_)
         | Error::Store(_)
         | Error::Logger { .. }

@@ -1,10 +1,11 @@
-//! The Task API, versions 2 and 3: one short method per RPC.
+//! The Task API, versions 2 and 3: one short method per RPC. `sandbox` has the Sandbox API.
 //!
 //! ttrpc drops a handler when the client's deadline passes. Verbs with side effects therefore run in
 //! futures of their own, and the handlers only wait for them.
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -14,6 +15,7 @@ use containerd_shim_protos::api::{
     PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse,
     StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use tracing::{Instrument, info_span};
 use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
@@ -27,11 +29,12 @@ use crate::transport::sockets::{Holder, Lease, Leases, Socket};
 
 use super::{convert, metrics, status};
 
-type Answer<T> = ttrpc::Result<T>;
+/// The result of a call.
+pub(super) type Answer<T> = ttrpc::Result<T>;
 
 /// The Task service of one socket.
 pub struct TaskService {
-    shim: Arc<Shim>,
+    pub(super) shim: Arc<Shim>,
     /// Of the socket over which it is called, where that is not for everybody.
     holder: Option<Holder>,
 }
@@ -59,7 +62,7 @@ impl TaskService {
     }
 
     /// The namespace of a request: the one that it names, else the one that owns the socket.
-    fn namespace(&self, ctx: &TtrpcContext) -> Answer<Namespace> {
+    pub(super) fn namespace(&self, ctx: &TtrpcContext) -> Answer<Namespace> {
         let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
         match named {
             Some(named) => Ok(named),
@@ -81,27 +84,34 @@ impl TaskService {
     }
 
     /// The process of a request: the init process, if the request names no exec.
-    fn process(&self, ctx: &TtrpcContext, id: &str, exec: &str) -> Answer<ProcessKey> {
+    pub(super) fn process(&self, ctx: &TtrpcContext, id: &str, exec: &str) -> Answer<ProcessKey> {
         let named = convert::process(self.namespace(ctx)?, id, exec).map_err(status::invalid)?;
         Ok(ProcessKey { task: self.located(&named.task)?, ..named })
     }
 
-    /// The dispatch tables under both names.
+    /// The task that a caller is about to create from a bundle.
+    pub(super) fn created_by(&self, named: &TaskKey, bundle: &Path) -> Answer<TaskKey> {
+        Ok(match self.lease()?.owner {
+            Some(owner) => self.shim.tasks.own(named, &owner),
+            None => self.shim.tasks.own_by_bundle(named, bundle),
+        })
+    }
+
+    /// The dispatch tables: the Task service under both of its names, and the Sandbox service.
     pub fn services(self) -> HashMap<String, Service> {
-        let service: Arc<dyn Task + Send + Sync> = Arc::new(self);
+        let service = Arc::new(self);
+        let tasks: Arc<dyn Task + Send + Sync> = service.clone();
         let by_name = |name: &str| {
-            let mut table = create_task(service.clone()).into_iter();
-            let (_, mut service) = table.find(|(found, _)| found == V3)?;
-            let methods = service.methods.drain();
-            service.methods =
-                methods.map(|(name, handler)| (name, Box::new(Suspected(handler)) as Method)).collect();
+            let mut table = create_task(tasks.clone()).into_iter();
+            let (_, service) = table.find(|(found, _)| found == V3)?;
             Some((name.to_owned(), service))
         };
-        [V2, V3].into_iter().filter_map(by_name).collect()
+        let sandboxes = create_sandbox(service);
+        [V2, V3].into_iter().filter_map(by_name).chain(sandboxes).map(suspected).collect()
     }
 
     /// Runs a verb to its end, even if the handler is dropped.
-    async fn run<T: Send + 'static>(
+    pub(super) async fn run<T: Send + 'static>(
         &self,
         verb: &'static str,
         key: &ProcessKey,
@@ -119,6 +129,12 @@ impl TaskService {
 
 type Method = Box<dyn MethodHandler + Send + Sync>;
 
+fn suspected((name, mut service): (String, Service)) -> (String, Service) {
+    let methods = service.methods.drain();
+    service.methods = methods.map(|(name, handler)| (name, Box::new(Suspected(handler)) as Method)).collect();
+    (name, service)
+}
+
 /// A method that is carried out on behalf of its request: if that ends the daemon, it is known which one did.
 struct Suspected(Method);
 
@@ -132,12 +148,12 @@ impl MethodHandler for Suspected {
 
 /// Whether the request is replayed. The client does not know: the connection marks requests that an earlier daemon has
 /// read.
-fn attempt(ctx: &TtrpcContext) -> Attempt {
+pub(super) fn attempt(ctx: &TtrpcContext) -> Attempt {
     if ctx.metadata.contains_key(REPLAYED) { Attempt::Replayed } else { Attempt::First }
 }
 
 /// Logs a failed call and returns the error for the client.
-fn refuse(verb: &str, key: &ProcessKey, error: &Error) -> ttrpc::Error {
+pub(super) fn refuse(verb: &str, key: &ProcessKey, error: &Error) -> ttrpc::Error {
     log(verb, key, error);
     status::status(error)
 }
@@ -166,10 +182,7 @@ impl Task for TaskService {
 
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
         let mut call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        call.key = match self.lease()?.owner {
-            Some(owner) => self.shim.tasks.own(&call.key, &owner),
-            None => self.shim.tasks.own_by_bundle(&call.key, &call.request.bundle),
-        };
+        call.key = self.created_by(&call.key, &call.request.bundle)?;
         let (shim, attempt) = (self.shim.clone(), attempt(ctx));
         let init = ProcessKey { task: call.key.clone(), exec: None };
         let pid = self.run("create", &init, async move { shim.create(call, attempt).await }).await?;

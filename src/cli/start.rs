@@ -32,10 +32,14 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
         .map_err(|error| Failure(format!("can't read the working directory: {error}")))?;
     let key = key_of(global, &here)?;
     check_host()?;
-    let caller = Caller::from(global, read_stdin()?);
+    let input = read_stdin()?;
+    let caller = Caller::from(global, &input);
     let namespaces = namespaces::of_caller().map_err(Failure::new)?;
     let containerd = Containerd { namespaces, ..containerd(global, &caller) };
     containerd::write_containerd(&here, &containerd).map_err(Failure::new)?;
+    if let Some(options) = caller.options(&input)? {
+        containerd::write_options(&here, &options).map_err(Failure::new)?;
+    }
     bring_up()?;
     let address = format!("unix://{}", caller.socket(&key)?.path().display());
     containerd::write_address(&here, &address).map_err(Failure::new)?;
@@ -55,14 +59,27 @@ enum Caller {
 impl Caller {
     /// The bootstrap message and the older runtime options can be legal readings of the same bytes:
     /// it is the message only if it repeats what the flags say.
-    fn from(global: &Global, input: Vec<u8>) -> Self {
-        match BootstrapParams::parse_from_bytes(&input) {
+    fn from(global: &Global, input: &[u8]) -> Self {
+        match BootstrapParams::parse_from_bytes(input) {
             Ok(message) if message.instance_id == global.id && message.namespace == global.namespace => {
                 Self::Bootstrap(Box::new(message))
             }
             Ok(_) | Err(_) if std::env::var_os("MAX_SHIM_VERSION").is_some() => Self::Json,
             Ok(_) | Err(_) => Self::Plain,
         }
+    }
+
+    /// The runtime's options, as a serialized `google.protobuf.Any`; `None` if there are none. They come to Create again, but
+    /// not to CreateSandbox.
+    fn options(&self, input: &[u8]) -> Result<Option<Vec<u8>>, Failure> {
+        let options = match self {
+            Self::Bootstrap(message) => {
+                let first = message.extensions.first().and_then(|extension| extension.value.as_ref());
+                first.map(Message::write_to_bytes).transpose().map_err(Failure::new)?
+            }
+            Self::Json | Self::Plain => Some(input.to_vec()),
+        };
+        Ok(options.filter(|options| !options.is_empty()))
     }
 
     /// The socket for this caller: a leased one for a version that may not send the namespace, and for a containerd other than
@@ -105,7 +122,7 @@ impl Caller {
 #[cfg(any(test, fuzzing))]
 pub fn is_bootstrap(namespace: &str, id: &str, input: Vec<u8>) -> bool {
     let global = Global { namespace: namespace.to_owned(), id: id.to_owned(), ..Global::default() };
-    matches!(Caller::from(&global, input), Caller::Bootstrap(_))
+    matches!(Caller::from(&global, &input), Caller::Bootstrap(_))
 }
 
 /// What the daemon must know about the calling containerd.
@@ -263,7 +280,7 @@ mod tests {
             containerd_ttrpc_address: "/run/t.sock".to_owned(),
             ..BootstrapParams::default()
         };
-        let caller = Caller::from(&global(), message.write_to_bytes().unwrap());
+        let caller = Caller::from(&global(), &message.write_to_bytes().unwrap());
         assert_eq!(containerd(&global(), &caller).ttrpc_address, "/run/t.sock");
         let answer = caller.answer("unix:///x".to_owned()).unwrap();
         let answer = BootstrapResult::parse_from_bytes(&answer).unwrap();
@@ -280,7 +297,7 @@ mod tests {
             config_path: "/etc/x.toml".to_owned(),
             ..GenericOptions::default()
         };
-        let caller = Caller::from(&global(), options.write_to_bytes().unwrap());
+        let caller = Caller::from(&global(), &options.write_to_bytes().unwrap());
         assert!(!matches!(caller, Caller::Bootstrap(_)));
     }
 

@@ -19,7 +19,7 @@ use super::contract::{LAUNCH_ERROR, NOTIFY_SOCKET, PID_FILE, WATCHDOG_USEC};
 use super::error::{Error, system};
 use super::process::Process;
 use super::streams::Streams;
-use super::{cgroup as launch_cgroup, inherited};
+use super::{cgroup as launch_cgroup, inherited, sandbox};
 
 /// Returns only if it fails. Writes the reason to a file for the daemon.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
@@ -55,6 +55,10 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
             own_mount_namespace()?;
         }
         rootfs::mount_all(&bundle.join("rootfs"), &task.request.rootfs)?;
+    }
+    if task.request.sandbox.is_some() {
+        own_mount_namespace()?;
+        sandbox::make_root()?;
     }
     inherited::set(&task.containerd)
 }

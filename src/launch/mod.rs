@@ -4,7 +4,7 @@
 //! |---|---|
 //! | both | [`contract`] (arguments, environment, file names, outcome), [`pipes`], [`report`], [`cgroup`] |
 //! | the daemon | [`command`] |
-//! | the unit | `process`, `container`, `exec`, `logger`, `streams`, `inherited`, `handoff` |
+//! | the unit | `process`, `container`, [`sandbox`], `exec`, `logger`, `streams`, `inherited`, `handoff` |
 //!
 //! In the unit, `launch` has one thread and no async runtime. It reads the record that the daemon has written, makes the
 //! preparations for the OCI runtime or a logger, and becomes that program.
@@ -23,6 +23,7 @@ mod logger;
 pub mod pipes;
 mod process;
 pub mod report;
+pub mod sandbox;
 mod streams;
 
 use crate::config;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Mount;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
 use crate::files;
@@ -264,6 +265,42 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
     let new = bundle.join(".config.json.new");
     let mode = fs::metadata(&path).map_err(io_error("read the mode of", &path))?.permissions();
     Ok(files::replace(&path, &new, mode.mode() & MODE, &text).map_err(io_error("replace", &path))?)
+}
+
+/// The bundle's spec with all of its fields, or `None` if the bundle has none: for a sandbox whose client gives it none,
+/// containerd writes no file or an empty one.
+///
+/// # Errors
+/// Those of [`Spec::read`].
+pub fn read_whole(bundle: &Path) -> Result<Option<Value>, Error> {
+    let path = bundle.join(CONFIG);
+    match read_config(&path) {
+        Ok(text) if text.is_empty() || text == b"{}" => Ok(None),
+        Ok(text) => {
+            serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
+        }
+        Err(Error::Io(error)) if error.io().kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives the bundle a spec, in place of any other.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn write_whole(bundle: &Path, spec: &Value) -> Result<(), Error> {
+    let path = bundle.join(CONFIG);
+    let new = bundle.join(".config.json.new");
+    Ok(files::replace(&path, &new, 0o600, spec.to_string().as_bytes()).map_err(io_error("replace", &path))?)
+}
+
+/// A JSON file of the node that a client names, such as a seccomp profile.
+///
+/// # Errors
+/// Those of [`Spec::read`].
+pub fn read_json(path: &Path) -> Result<Value, Error> {
+    let text = read_config(path)?;
+    serde_json::from_slice(&text).map_err(|source| Error::Malformed { path: path.to_owned(), source })
 }
 
 /// The fields of a JSON object in their order, each as its original text.

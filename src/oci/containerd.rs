@@ -36,6 +36,30 @@ pub fn write_containerd(bundle: &Path, containerd: &Containerd) -> Result<(), Er
     Ok(files::replace(&path, &new, 0o600, &text).map_err(io_error("replace", &path))?)
 }
 
+/// Written by `start` for CreateSandbox, whose request has no options of the runtime: the message that `start` got.
+const OPTIONS: &str = "containerd-shim-systemd.options";
+
+/// Writes the runtime's options into the bundle.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn write_options(bundle: &Path, options: &[u8]) -> Result<(), Error> {
+    let path = bundle.join(OPTIONS);
+    let new = bundle.join(".containerd-shim-systemd.options.new");
+    Ok(files::replace(&path, &new, 0o600, options).map_err(io_error("replace", &path))?)
+}
+
+/// The runtime's options that `start` got; empty if it got none.
+///
+/// # Errors
+/// The file can't be read.
+pub fn read_options(bundle: &Path) -> Result<Vec<u8>, Error> {
+    match read_config(&bundle.join(OPTIONS)) {
+        Err(Error::Io(error)) if error.io().kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read,
+    }
+}
+
 /// Writes the daemon's address into the bundle. containerd 1.6 and 1.7 find the daemon by this file after a restart.
 ///
 /// # Errors

@@ -11,6 +11,8 @@ pub mod mount;
 pub mod mount_options;
 pub mod namespaces;
 pub mod options;
+pub mod pod;
+pub mod pod_files;
 pub mod process;
 pub mod resources;
 pub mod runtime;

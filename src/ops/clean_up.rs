@@ -16,15 +16,22 @@ impl Shim {
         if !Tasks::is_own(&entry, owner) {
             return Err(Error::UnknownTask { key: key.clone() });
         }
-        // The Create may still be running: it is cancelled and rolled back first.
+        let entry = self.end_create(&entry).await?;
+        self.mute(&entry)?;
+        self.kill_and_delete(&entry).await
+    }
+
+    /// Cancels and rolls back a Create that is still under way, and removes what a failed one has left.
+    ///
+    /// # Errors
+    /// No task is left, or something can't be removed.
+    pub(super) async fn end_create(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Arc<Entry>, Error> {
         if entry.task().init.pid().is_none() {
             entry.init.live().given_up.cancel();
         }
         drop(entry.init.verb.lock().await);
-        self.remove_leftover(&entry).await?;
-        let entry = self.tasks.created(key)?;
-        self.mute(&entry)?;
-        self.kill_and_delete(&entry).await
+        self.remove_leftover(entry).await?;
+        self.tasks.created(&entry.key)
     }
 
     /// containerd has given the task up and publishes its end itself.
@@ -40,7 +47,7 @@ impl Shim {
         Ok(())
     }
 
-    async fn kill_and_delete(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
+    pub(super) async fn kill_and_delete(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
         let alive = entry.task().init.exit().is_none();
         if alive {
             self.kill_and_wait(entry).await?;

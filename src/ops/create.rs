@@ -108,10 +108,7 @@ impl Shim {
     /// format of /proc/PID/environ.
     fn prepare(&self, call: CreateTask) -> Result<(Task, Vec<u8>), Error> {
         let CreateTask { key, request, stdio, options, .. } = call;
-        let climbs = request.bundle.components().any(|part| part == Component::ParentDir);
-        if !request.bundle.is_absolute() || climbs {
-            return Err(Error::BundlePath(request.bundle));
-        }
+        check_bundle_path(&request.bundle)?;
         let spec = Spec::read(&request.bundle)?;
         let resources = spec.resources()?;
         check_resources(&resources)?;
@@ -288,11 +285,13 @@ impl Shim {
         }
         let init = ProcessKey { task: task.key.clone(), exec: None };
         let command = self.launcher.command(Kind::Container, &init);
+        let sandbox = self.tasks.sandbox_of(task);
         let shown = UnitMetadata {
             description: &task.init.description,
             identifier: face::identifier(&task.fields),
             fields: &task.fields,
             slice: task.placement.slice(),
+            sandbox: sandbox.as_ref(),
         };
         let copy = self.launcher.sealed_runtime(task).await?;
         let own = task.runtime.cgroup.is_none().then(|| launch::cgroup::of(task.unit())).transpose()?;
@@ -383,6 +382,12 @@ impl Shim {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Checks the path of a bundle.
+pub(super) fn check_bundle_path(bundle: &Path) -> Result<(), Error> {
+    let climbs = bundle.components().any(|part| part == Component::ParentDir);
+    if bundle.is_absolute() && !climbs { Ok(()) } else { Err(Error::BundlePath(bundle.to_owned())) }
 }
 
 /// Checks that this machine can apply the limits.

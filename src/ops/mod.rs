@@ -12,6 +12,7 @@ mod pause;
 mod pids;
 mod resize_pty;
 mod resume;
+mod sandbox;
 mod start;
 mod start_exec;
 mod state;
@@ -21,4 +22,5 @@ mod wait;
 
 pub use create::CreateTask;
 pub use exec::AddExec;
+pub use sandbox::{CreateSandbox, SandboxState};
 pub use state::{State, Status};

@@ -145,6 +145,9 @@ pub enum Error {
     /// The bundle is not usable.
     #[error(transparent)]
     Bundle(#[from] oci::bundle::Error),
+    /// The files of a pod can't be made.
+    #[error(transparent)]
+    PodFiles(#[from] oci::pod_files::Error),
     /// The limits are not usable.
     #[error(transparent)]
     Resources(#[from] oci::resources::Error),

@@ -163,6 +163,7 @@ impl Shim {
             identifier: face::identifier(&plan.face.fields),
             fields: &plan.face.fields,
             slice: &plan.slice,
+            sandbox: None,
         };
         self.manager.start_transient(unit, &properties::logger(&shown, &command)).await?;
         let failed = |reason: String| Error::Logger { program: logger.program.display().to_string(), reason };

@@ -72,6 +72,23 @@ impl Tasks {
         self.registry.all().iter().any(|entry| is_in(entry.task().placement.slice().as_str()))
     }
 
+    /// The unit of the sandbox that the shim has made for the pod of a container. `None` for the sandbox itself, and for a
+    /// pod whose sandbox is a container.
+    pub(crate) fn sandbox_of(&self, task: &Task) -> Option<UnitName> {
+        fn pod(task: &Task) -> Option<(&UnitName, &str)> {
+            let mut fields = task.fields.iter();
+            let (_, uid) = fields.find(|(field, _)| field == "POD_UID")?;
+            Some((task.placement.slice(), uid.as_str()))
+        }
+        let own = pod(task)?;
+        let all = self.registry.all();
+        all.iter().filter(|entry| entry.key != task.key).find_map(|entry| {
+            let other = entry.task();
+            let is_sandbox = other.request.sandbox.is_some() && pod(&other) == Some(own);
+            is_sandbox.then(|| other.unit().clone())
+        })
+    }
+
     /// A task, also one whose Create is under way.
     pub(crate) fn entry(&self, key: &TaskKey) -> Result<Arc<Entry>, Error> {
         self.registry.get(key).ok_or_else(|| Error::UnknownTask { key: key.clone() })

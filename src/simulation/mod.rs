@@ -4,4 +4,5 @@
 mod calls;
 mod crashes;
 pub(crate) mod harness;
+mod sandboxes;
 mod scenarios;

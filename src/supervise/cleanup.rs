@@ -14,7 +14,7 @@ use crate::id::UnitName;
 use crate::launch;
 use crate::launch::contract::{EXEC_PID_FILE, PROCESS_SPEC};
 use crate::oci::runtime::{self, OciRuntime};
-use crate::oci::{mount, mount_options};
+use crate::oci::{mount, mount_options, pod_files};
 use crate::services::process::{lives_in, read_pid};
 use crate::services::streams::{cancel_pumps, drain, stored_number};
 use crate::services::{Entry, Error, Process, Shim, blocking};
@@ -89,6 +89,12 @@ pub async fn remove_task(
     fault::point(Point::DeleteUnit);
     if let Some(logger) = &task.init.logger {
         troubles.join(remove_unit(manager, logger, stop).await);
+    }
+    if let Some(places) = task.request.sandbox.as_ref().and_then(|sandbox| sandbox.places.clone()) {
+        match blocking(move || pod_files::remove(&places)).await {
+            Ok(removed) => troubles.add(removed),
+            Err(error) => troubles.add(Err(error)),
+        }
     }
     if task.rootfs_on_host {
         let rootfs = task.request.bundle.join("rootfs");

@@ -13,7 +13,7 @@ use super::limits::Limits;
 use super::outbox::Outbox;
 use super::phase::{Container, Exit, Phase, Program, Seen};
 use super::process::{Lifecycle, Process};
-use super::request::{Containerd, Create, DeviceAllow, Mount, Property, Runtime, Stdio};
+use super::request::{Containerd, Create, DeviceAllow, Mount, Property, Runtime, Sandbox, Stdio};
 use super::wiring::Wiring;
 use super::{Face, Placement, Task};
 
@@ -58,6 +58,8 @@ struct Request {
     bundle: PathBuf,
     rootfs: Vec<Mount>,
     stdio: Stdio,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sandbox: Option<Sandbox>,
 }
 
 /// The name of a phase, with what is not beside it.
@@ -105,12 +107,12 @@ impl From<Task> for Record {
         let Process { unit, logger, stdio, wiring, description, phase } = task.init;
         let face = Face { description, fields: task.fields };
         let container = phase.container();
-        let Create { bundle, rootfs } = task.request;
+        let Create { bundle, rootfs, sandbox } = task.request;
         Self {
             key: task.key,
             unit,
             logger,
-            request: Request { bundle, rootfs, stdio },
+            request: Request { bundle, rootfs, stdio, sandbox },
             wiring,
             runtime: task.runtime,
             containerd: task.containerd,
@@ -135,7 +137,7 @@ impl From<Task> for Record {
 
 impl From<Record> for Task {
     fn from(record: Record) -> Self {
-        let Request { bundle, rootfs, stdio } = record.request;
+        let Request { bundle, rootfs, stdio, sandbox } = record.request;
         let (oom_kills, limits) = (record.oom_kills, record.limits);
         // Earlier versions did not know the cgroup of a process that had ended before they asked.
         let cgroup = record.cgroup.unwrap_or_else(|| record.placement.cgroup(&record.unit));
@@ -151,7 +153,7 @@ impl From<Record> for Task {
                 description: record.face.description,
                 phase,
             },
-            request: Create { bundle, rootfs },
+            request: Create { bundle, rootfs, sandbox },
             runtime: record.runtime,
             containerd: record.containerd,
             placement: record.placement,

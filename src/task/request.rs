@@ -14,6 +14,24 @@ pub struct Create {
     pub bundle: PathBuf,
     /// What to mount on the bundle's rootfs, parents first; empty if the client has mounted it.
     pub rootfs: Vec<Mount>,
+    /// If the task is the sandbox of a pod whose first process is the shim's own: what the shim provides for it.
+    pub sandbox: Option<Sandbox>,
+}
+
+/// What the shim provides for the sandbox of a pod, besides a rootfs that exists in the sandbox only.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// Where containerd's CRI plugin expects the files of the pod. `None` if the sandbox is not CRI's.
+    pub places: Option<Places>,
+}
+
+/// The directories in which containerd's CRI plugin looks for the files that all containers of a pod get.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Places {
+    /// For `hostname`, `hosts` and `resolv.conf`.
+    pub files: PathBuf,
+    /// For `shm`, the mountpoint of the pod's /dev/shm.
+    pub mounts: PathBuf,
 }
 
 /// A mount, as containerd describes it.

@@ -82,6 +82,8 @@ pub struct UnitMetadata<'a> {
     pub fields: &'a [(String, String)],
     /// Slice=
     pub slice: &'a UnitName,
+    /// The sandbox of the container's pod: if both are stopped, the container is stopped first.
+    pub sandbox: Option<&'a UnitName>,
 }
 
 /// A container's unit.
@@ -307,13 +309,16 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
 fn shown_as(shown: &UnitMetadata<'_>) -> Vec<(&'static str, Variant<'static>)> {
     let fields: Vec<Vec<u8>> =
         shown.fields.iter().map(|(name, value)| format!("{name}={value}").into_bytes()).collect();
-    vec![
+    let mut list = vec![
         ("Description", shown.description.to_owned().into()),
         ("SyslogIdentifier", shown.identifier.to_owned().into()),
         ("LogExtraFields", fields.into()),
         ("Slice", shown.slice.to_string().into()),
         NO_LEVEL_PREFIX,
-    ]
+    ];
+    // Units are stopped in the reverse order.
+    list.extend(shown.sandbox.map(|sandbox| ("After", vec![sandbox.as_str().to_owned()].into())));
+    list
 }
 
 /// What a container needs until it has ended. At shutdown systemd stops its unit while the network, the bus, the daemon and
@@ -379,6 +384,7 @@ mod tests {
             identifier: "web",
             fields: &[("CONTAINER_ID".to_owned(), "web".to_owned())],
             slice: &slice,
+            sandbox: None,
         };
         let command = ["/bin/shim".to_owned(), "launch".to_owned(), "$HOME".to_owned()];
         container(&shown, &command, &[], Path::new("/run/x/init.pid"), Duration::from_secs(600), false)

@@ -1,0 +1,205 @@
+//! The files that the containers of a pod share: `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf` and `/dev/shm`.
+//!
+//! containerd's CRI plugin mounts them into each container of a pod, from fixed places in its own directories. With its
+//! own sandboxes it also makes them. It leaves that to us when we make the sandbox.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+
+use crate::files;
+use crate::path_error::{PathError, io_error};
+use crate::task::request::Places;
+
+use super::mount::{self as mounts, unmount_all};
+use super::pod::{Dns, Namespace, Pod};
+
+/// The directory of the sandbox controller `shim` in the state directory and the root directory of containerd 2.
+const CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
+/// The directory of the CRI plugin in both.
+const CRI: &str = "io.containerd.grpc.v1.cri";
+
+const HOSTNAME: &str = "hostname";
+const HOSTS: &str = "hosts";
+const RESOLV_CONF: &str = "resolv.conf";
+const SHM: &str = "shm";
+
+/// The largest file of the node that is copied for a pod, in bytes.
+const MAX_FILE: u64 = 4 << 20;
+
+/// Why the files can't be made or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file.
+    #[error("files of the pod: {0}")]
+    Io(#[from] PathError),
+    /// A mount.
+    #[error("files of the pod: {0}")]
+    Mount(#[from] mounts::Error),
+}
+
+/// Where the CRI plugin of the containerd that has made `bundle` looks for the files of the pod `id`. `None` if the bundle
+/// is not where containerd 2 makes those of sandboxes, or if there is no CRI plugin.
+pub fn places(bundle: &Path, id: &str) -> Option<Places> {
+    let root = fs::read_link(bundle.join("work")).ok()?;
+    // DIRECTORY/CONTROLLER/NAMESPACE/ID
+    let directory = |path: &Path| -> Option<PathBuf> {
+        let controller = path.ancestors().nth(2)?;
+        (controller.file_name()? == CONTROLLER).then(|| controller.parent().map(Path::to_owned))?
+    };
+    let (state, root) = (directory(bundle)?.join(CRI), directory(&root)?.join(CRI));
+    let of_pod = |plugin: PathBuf| plugin.join("sandboxes").join(id);
+    root.is_dir().then(|| Places { files: of_pod(root), mounts: of_pod(state) })
+}
+
+/// Makes the files of a pod, also where an earlier attempt has made some of them.
+///
+/// # Errors
+/// A file or the mount can't be made.
+pub fn make(pod: &Pod, places: &Places) -> Result<(), Error> {
+    make_dir(&places.files)?;
+    let put = |name: &str, text: &[u8]| {
+        let new = places.files.join(format!(".{name}.new"));
+        let path = places.files.join(name);
+        files::replace(&path, &new, 0o644, text).map_err(io_error("write", &path))
+    };
+    let hostname = match pod.hostname.as_str() {
+        "" => of_node("/proc/sys/kernel/hostname")?,
+        own => format!("{own}\n").into_bytes(),
+    };
+    put(HOSTNAME, &hostname)?;
+    put(HOSTS, &of_node("/etc/hosts")?)?;
+    let resolv_conf = match &pod.dns {
+        Some(dns) => resolv_conf(dns).into_bytes(),
+        None => of_node("/etc/resolv.conf")?,
+    };
+    put(RESOLV_CONF, &resolv_conf)?;
+    if pod.ipc == Namespace::Pod {
+        mount_shm(&places.mounts.join(SHM))?;
+    }
+    Ok(())
+}
+
+/// Removes the files of a pod. It is no error if some are not there.
+///
+/// # Errors
+/// A file or the mount can't be removed.
+pub fn remove(places: &Places) -> Result<(), Error> {
+    let shm = places.mounts.join(SHM);
+    unmount_all(&shm)?;
+    for name in [HOSTNAME, HOSTS, RESOLV_CONF] {
+        let path = places.files.join(name);
+        gone(fs::remove_file(&path), &path)?;
+    }
+    for path in [&shm, &places.mounts, &places.files] {
+        gone(fs::remove_dir(path), path)?;
+    }
+    Ok(())
+}
+
+fn gone(removed: io::Result<()>, path: &Path) -> Result<(), PathError> {
+    match removed {
+        // Others may have put something beside our files: it is theirs to remove.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
+            Ok(())
+        }
+        removed => removed.map_err(io_error("remove", path)),
+    }
+}
+
+fn make_dir(path: &Path) -> Result<(), PathError> {
+    DirBuilder::new().recursive(true).mode(0o755).create(path).map_err(io_error("make", path))
+}
+
+/// A file of the node; empty if the node has none.
+fn of_node(path: &str) -> Result<Vec<u8>, PathError> {
+    let path = Path::new(path);
+    match files::read_regular(path, MAX_FILE) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.map_err(io_error("read", path)),
+    }
+}
+
+fn resolv_conf(dns: &Dns) -> String {
+    let mut text = String::new();
+    let mut line = |word: &str, values: &[String]| {
+        if !values.is_empty() {
+            text.push_str(&format!("{word} {}\n", values.join(" ")));
+        }
+    };
+    line("search", &dns.searches);
+    dns.servers.iter().for_each(|server| line("nameserver", std::slice::from_ref(server)));
+    line("options", &dns.options);
+    text
+}
+
+/// Mounts the pod's /dev/shm, with the size that containerd gives it.
+fn mount_shm(path: &Path) -> Result<(), Error> {
+    make_dir(path)?;
+    // An earlier attempt may have mounted it.
+    unmount_all(path)?;
+    let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let mounted = mount(Some("shm"), path, Some("tmpfs"), flags, Some("mode=1777,size=67108864"));
+    Ok(mounted.map_err(io_error("mount", path))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn the_places_are_those_of_the_containerd_that_has_made_the_bundle() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = dir.path().join("state").join(CONTROLLER).join("k8s.io/id");
+        let work = dir.path().join("root").join(CONTROLLER).join("k8s.io/id");
+        fs::create_dir_all(&bundle).unwrap();
+        symlink(&work, bundle.join("work")).unwrap();
+        assert_eq!(places(&bundle, "id"), None, "there is no CRI plugin");
+        fs::create_dir_all(dir.path().join("root").join(CRI)).unwrap();
+        let found = places(&bundle, "id").unwrap();
+        assert_eq!(found.files, dir.path().join("root").join(CRI).join("sandboxes/id"));
+        assert_eq!(found.mounts, dir.path().join("state").join(CRI).join("sandboxes/id"));
+        let other = dir.path().join("bundle");
+        fs::create_dir_all(&other).unwrap();
+        symlink(&work, other.join("work")).unwrap();
+        assert_eq!(places(&other, "id"), None);
+    }
+
+    #[test]
+    fn a_pod_has_the_name_servers_that_it_is_given() {
+        let dns = Dns {
+            servers: vec!["10.0.0.1".to_owned(), "10.0.0.2".to_owned()],
+            searches: vec!["a.local".to_owned(), "b.local".to_owned()],
+            options: vec!["ndots:5".to_owned()],
+        };
+        assert_eq!(
+            resolv_conf(&dns),
+            "search a.local b.local\nnameserver 10.0.0.1\nnameserver 10.0.0.2\noptions ndots:5\n"
+        );
+        assert_eq!(resolv_conf(&Dns::default()), "");
+    }
+
+    #[test]
+    fn files_are_made_again_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places { files: dir.path().join("a/b"), mounts: dir.path().join("c/d") };
+        // A pod with the IPC namespace of the node has its /dev/shm too, and needs no mount.
+        let pod = Pod {
+            hostname: "web".to_owned(),
+            ipc: Namespace::Node,
+            dns: Some(Dns::default()),
+            ..Pod::default()
+        };
+        make(&pod, &places).unwrap();
+        make(&pod, &places).unwrap();
+        assert_eq!(fs::read_to_string(places.files.join("hostname")).unwrap(), "web\n");
+        assert!(places.files.join("hosts").is_file() && places.files.join("resolv.conf").is_file());
+        remove(&places).unwrap();
+        remove(&places).unwrap();
+        assert!(!places.files.exists());
+    }
+}

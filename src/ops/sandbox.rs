@@ -1,0 +1,253 @@
+//! The Sandbox API: a sandbox is a task whose spec, rootfs and first process are the shim's. Everything that a task
+//! survives, a sandbox survives too.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde_json::Value;
+
+use crate::cgroup::stats::Stats;
+use crate::config;
+use crate::id::{ProcessKey, TaskKey, UnitName};
+use crate::launch;
+use crate::launch::contract::LAUNCHED;
+use crate::oci::options;
+use crate::oci::pod::{self, Pod, Seccomp};
+use crate::oci::{bundle, pod_files};
+use crate::services::{Attempt, Error, Shim, blocking};
+use crate::task::phase::Exit;
+use crate::task::request::{Create, Mount, Sandbox, Stdio};
+
+use super::create::check_bundle_path;
+use super::{CreateTask, Status};
+
+const SIGTERM: u32 = nix::libc::SIGTERM as u32;
+
+/// A CreateSandbox call.
+#[derive(Clone, Debug)]
+pub struct CreateSandbox {
+    /// The new sandbox.
+    pub key: TaskKey,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// What its client wants to have as rootfs. If it names any, its own spec decides what runs in the sandbox.
+    pub rootfs: Vec<Mount>,
+    /// The pod, if the client is CRI.
+    pub pod: Option<Pod>,
+    /// The file of the network namespace; empty if the client has made none.
+    pub network: String,
+    /// The OCI runtime's options.
+    pub options: options::Source,
+}
+
+/// The state of a sandbox.
+#[derive(Clone, Debug)]
+pub struct SandboxState {
+    /// The status of its first process.
+    pub status: Status,
+    /// The pid of that process.
+    pub pid: u32,
+    /// When it was created.
+    pub created: SystemTime,
+    /// How it ended.
+    pub exit: Option<Exit>,
+    /// Its unit.
+    pub unit: UnitName,
+    /// The slice of the unit: that of the pod, for a pod.
+    pub slice: UnitName,
+}
+
+impl Shim {
+    /// Creates a sandbox. Its first process waits for [`Self::start`], as that of any task.
+    ///
+    /// # Errors
+    /// As [`Self::create`], or the pod's files can't be made.
+    pub async fn create_sandbox(
+        self: &Arc<Self>,
+        call: CreateSandbox,
+        attempt: Attempt,
+    ) -> Result<(), Error> {
+        if !launch::sandbox::is_possible() {
+            return Err(Error::NotImplemented("a sandbox on this architecture"));
+        }
+        if call.pod.as_ref().is_some_and(|pod| pod.user.is_some()) {
+            return Err(Error::NotImplemented("a sandbox with a user namespace of its own"));
+        }
+        check_bundle_path(&call.bundle)?;
+        let init = ProcessKey { task: call.key.clone(), exec: None };
+        // A task that exists has its files already. The record decides what becomes of the call.
+        let is_new = self.tasks.registry.get(&call.key).is_none_or(|entry| entry.task().is_leftover);
+        let sandbox = if is_new {
+            let call = call.clone();
+            self.on_files(&init, move || prepare(&call)).await??
+        } else {
+            None
+        };
+        let places = sandbox.as_ref().and_then(|sandbox| sandbox.places.clone());
+        let create = CreateTask {
+            key: call.key,
+            request: Create { bundle: call.bundle, rootfs: call.rootfs, sandbox },
+            stdio: Stdio::default(),
+            options: call.options,
+            checkpoint: String::new(),
+        };
+        let created = self.create(create, attempt).await;
+        if let (Err(_), true, Some(places)) = (&created, self.tasks.entry(&init.task).is_err(), places) {
+            // Where there was a task, its rollback has removed them.
+            let removed = blocking(move || pod_files::remove(&places)).await?;
+            removed.unwrap_or_else(|error| {
+                tracing::warn!(%error, "sandbox {}: {error}", init.task);
+            });
+        }
+        created.map(drop)
+    }
+
+    /// Starts a sandbox. Returns its pid and its state, once the first process takes signals: a SIGTERM that came before
+    /// would be lost, or would end the process without its exit code of 0.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_sandbox(
+        self: &Arc<Self>,
+        init: &ProcessKey,
+        attempt: Attempt,
+    ) -> Result<(u32, SandboxState), Error> {
+        /// The process needs some 100 µs; a machine that needs longer than the limit is busy with something else.
+        const PAUSE: Duration = Duration::from_millis(2);
+        const LIMIT: Duration = Duration::from_secs(2);
+        let pid = self.start(init, attempt).await?;
+        if self.tasks.created(&init.task)?.task().request.sandbox.is_some() {
+            let taking = async {
+                while !blocking(move || takes_signals(pid)).await? {
+                    tokio::time::sleep(PAUSE).await;
+                }
+                Ok::<_, Error>(())
+            };
+            if let Ok(taking) = tokio::time::timeout(LIMIT, taking).await {
+                taking?;
+            }
+        }
+        Ok((pid, self.sandbox_state(&init.task).await?))
+    }
+
+    /// Ends a sandbox: asks its first process to end, and kills it after `limit`. It is no error if it has ended. Containers
+    /// that share its pid namespace end with it.
+    ///
+    /// # Errors
+    /// There is no such sandbox, or it does not end.
+    pub async fn stop_sandbox(
+        self: &Arc<Self>,
+        key: &TaskKey,
+        limit: Option<Duration>,
+        attempt: Attempt,
+    ) -> Result<(), Error> {
+        let entry = self.tasks.created(key)?;
+        match self.kill(&entry.init.key, SIGTERM, false, attempt).await {
+            Ok(()) => {}
+            Err(Error::Finished) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        let limit = limit.unwrap_or(config::SANDBOX_STOP_LIMIT);
+        if tokio::time::timeout(limit, entry.init.ended()).await.is_err() {
+            self.kill_and_wait(&entry).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes a sandbox, and kills it first. It is no error if there is none.
+    ///
+    /// # Errors
+    /// Something can't be removed. The call can be repeated.
+    pub async fn shut_down_sandbox(self: &Arc<Self>, key: &TaskKey) -> Result<(), Error> {
+        let removed = async {
+            let entry = self.tasks.entry(key)?;
+            let entry = self.end_create(&entry).await?;
+            self.kill_and_delete(&entry).await
+        };
+        match removed.await {
+            Ok(_) | Err(Error::UnknownTask { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The state of a sandbox.
+    ///
+    /// # Errors
+    /// There is no such sandbox.
+    pub async fn sandbox_state(&self, key: &TaskKey) -> Result<SandboxState, Error> {
+        let state = self.state(&ProcessKey { task: key.clone(), exec: None })?;
+        let task = self.tasks.created(key)?.task().clone();
+        let launched = self.store.dir(key).join(LAUNCHED);
+        let created = blocking(move || fs::metadata(launched).and_then(|found| found.modified())).await?;
+        Ok(SandboxState {
+            status: state.status,
+            pid: state.pid,
+            // The file is there for as long as the task.
+            created: created.unwrap_or(SystemTime::UNIX_EPOCH),
+            exit: state.exit,
+            unit: task.unit().clone(),
+            slice: task.placement.slice().clone(),
+        })
+    }
+
+    /// The statistics of a sandbox: for a pod, those of its slice, with all of its containers.
+    ///
+    /// # Errors
+    /// There is no such sandbox, or its numbers can't be read.
+    pub async fn sandbox_stats(&self, key: &TaskKey) -> Result<Stats, Error> {
+        let task = self.tasks.created(key)?.task().clone();
+        let is_pod = task.fields.iter().any(|(field, _)| field == "POD_NAME");
+        if !is_pod || task.init.exit().is_some() {
+            return self.stats(key).await;
+        }
+        let slice = task.placement.slice().slice_cgroup();
+        blocking(move || Ok(Stats::read(&slice)?)).await?
+    }
+}
+
+/// Whether the first process of a sandbox has blocked the signals that it does not take, as its first action does. True for a
+/// process that has ended.
+fn takes_signals(pid: u32) -> bool {
+    const HANGUP: u64 = 1;
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+    blocked.is_none_or(|mask| u64::from_str_radix(mask.trim(), 16).is_ok_and(|mask| mask & HANGUP != 0))
+}
+
+/// Writes the spec into the bundle, and the pod's files to where CRI looks for them. Everything can be repeated.
+fn prepare(call: &CreateSandbox) -> Result<Option<Sandbox>, Error> {
+    if !call.rootfs.is_empty() {
+        return Ok(None);
+    }
+    let seccomp = match call.pod.as_ref().map(|pod| &pod.seccomp) {
+        Some(Seccomp::File(path)) => Some(bundle::read_json(path)?),
+        Some(Seccomp::Own) | None => None,
+    };
+    let node = node(seccomp);
+    let id = call.key.id.as_str();
+    // With a pod, a spec that is there is that of an earlier attempt.
+    let given = if call.pod.is_some() { None } else { bundle::read_whole(&call.bundle)? };
+    let spec = match given {
+        Some(given) => pod::with_init(given, &node),
+        None => pod::spec(id, call.pod.as_ref(), &call.network, &node),
+    };
+    bundle::write_whole(&call.bundle, &spec)?;
+    let places = call.pod.as_ref().and_then(|pod| Some((pod, pod_files::places(&call.bundle, id)?)));
+    if let Some((pod, places)) = &places {
+        pod_files::make(pod, places)?;
+    }
+    Ok(Some(Sandbox { places: places.map(|(_, places)| places) }))
+}
+
+fn node(seccomp: Option<Value>) -> pod::Node {
+    let says = |path: &str, word: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == word);
+    let score = fs::read_to_string("/proc/self/oom_score_adj").ok();
+    pod::Node {
+        selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+        apparmor: says("/sys/module/apparmor/parameters/enabled", "Y"),
+        oom_score_adj: score.and_then(|score| score.trim().parse().ok()).unwrap_or_default(),
+        seccomp,
+    }
+}

@@ -1,0 +1,201 @@
+//! Sandboxes from Create to Shutdown, on a node that is a model.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::effects::Plan;
+use crate::id::ProcessKey;
+use crate::oci::pod::{Pod, Seccomp, UserNamespace};
+use crate::services::{Attempt, Error, Shim};
+
+use super::harness::World;
+use crate::ops::{CreateSandbox, Status};
+
+impl World {
+    fn create_sandbox_call(&self) -> CreateSandbox {
+        let call = self.create_call();
+        CreateSandbox {
+            key: call.key,
+            bundle: call.request.bundle,
+            rootfs: Vec::new(),
+            pod: Some(Pod { name: "web".to_owned(), ..Pod::default() }),
+            network: String::new(),
+            options: call.options,
+        }
+    }
+
+    fn spec(&self, call: &CreateSandbox) -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(call.bundle.join("config.json")).unwrap()).unwrap()
+    }
+}
+
+#[test]
+fn a_sandbox_lives_and_leaves_nothing() {
+    let world = World::new("sandbox-life");
+    let (call, init) = (world.create_sandbox_call(), world.init());
+    let spec_of = call.clone();
+    let states = world.live(move |shim| async move {
+        shim.create_sandbox(call, Attempt::First).await.unwrap();
+        let created = shim.sandbox_state(&init.task).await.unwrap();
+        shim.start_sandbox(&init, Attempt::First).await.unwrap();
+        let running = shim.sandbox_state(&init.task).await.unwrap();
+        shim.stop_sandbox(&init.task, None, Attempt::First).await.unwrap();
+        // A sandbox that has ended is stopped.
+        shim.stop_sandbox(&init.task, None, Attempt::First).await.unwrap();
+        let stopped = shim.sandbox_state(&init.task).await.unwrap();
+        shim.shut_down_sandbox(&init.task).await.unwrap();
+        // There is nothing to shut down any more.
+        shim.shut_down_sandbox(&init.task).await.unwrap();
+        [created.status, running.status, stopped.status]
+    });
+    assert_eq!(states, Some([Status::Created, Status::Running, Status::Stopped]));
+    assert_eq!(world.spec(&spec_of)["process"]["args"][0], "/sandbox");
+    assert_eq!(world.remains(), Vec::<String>::new());
+    assert_eq!(world.events(), ["create", "start", "exit", "delete"]);
+}
+
+#[test]
+fn a_replayed_create_finds_the_sandbox_and_leaves_its_spec_alone() {
+    let world = World::new("sandbox-replay");
+    let call = world.create_sandbox_call();
+    let first = call.clone();
+    world.live(move |shim| async move { shim.create_sandbox(first, Attempt::First).await }).unwrap().unwrap();
+    std::fs::write(call.bundle.join("config.json"), "{\"edited\": true}").unwrap();
+    let (again, other) = (call.clone(), call.clone());
+    let (replayed, repeated) = world
+        .live(move |shim| async move {
+            (
+                shim.create_sandbox(again, Attempt::Replayed).await,
+                shim.create_sandbox(other, Attempt::First).await,
+            )
+        })
+        .unwrap();
+    assert!(replayed.is_ok() && matches!(repeated, Err(Error::Exists { .. })), "{replayed:?} {repeated:?}");
+    assert_eq!(world.spec(&call)["edited"], true);
+}
+
+#[test]
+fn a_sandbox_that_runs_is_killed_by_a_shutdown() {
+    let world = World::new("sandbox-shutdown");
+    let (call, init) = (world.create_sandbox_call(), world.init());
+    let shut_down = world.live(move |shim| async move {
+        shim.create_sandbox(call, Attempt::First).await?;
+        shim.start(&init, Attempt::First).await?;
+        shim.shut_down_sandbox(&init.task).await
+    });
+    assert!(shut_down.unwrap().is_ok());
+    assert_eq!(world.remains(), Vec::<String>::new());
+}
+
+#[test]
+fn the_spec_of_a_client_gets_the_shims_process() {
+    let world = World::new("sandbox-spec");
+    let call = CreateSandbox { pod: None, ..world.create_sandbox_call() };
+    std::fs::write(call.bundle.join("config.json"), r#"{"hostname":"x","process":{"args":["sh"]}}"#).unwrap();
+    let spec_of = call.clone();
+    world.live(move |shim| async move { shim.create_sandbox(call, Attempt::First).await }).unwrap().unwrap();
+    let spec = world.spec(&spec_of);
+    assert_eq!((&spec["hostname"], &spec["process"]["args"][0]), (&"x".into(), &"/sandbox".into()));
+}
+
+#[test]
+fn what_a_pod_can_not_have_is_refused_before_anything_is_changed() {
+    let world = World::new("sandbox-refused");
+    let call = world.create_sandbox_call();
+    let with = |pod: Pod| CreateSandbox { pod: Some(pod), ..call.clone() };
+    let missing = Seccomp::File(Path::new("/there/is/no/such/profile.json").to_owned());
+    let no_profile = with(Pod { seccomp: missing, ..Pod::default() });
+    let user = with(Pod { user: Some(UserNamespace::default()), ..Pod::default() });
+    let climbs = CreateSandbox { bundle: "/run/../x".into(), ..call.clone() };
+    let [profile, user, climbs] = world
+        .live(move |shim| async move {
+            let mut refused = Vec::new();
+            for call in [no_profile, user, climbs] {
+                refused.push(shim.create_sandbox(call, Attempt::First).await.unwrap_err());
+            }
+            <[Error; 3]>::try_from(refused).unwrap()
+        })
+        .unwrap();
+    assert!(matches!(profile, Error::Bundle(_)), "{profile}");
+    assert!(matches!(user, Error::NotImplemented(_)), "{user}");
+    assert!(matches!(climbs, Error::BundlePath(_)), "{climbs}");
+    assert_eq!(world.spec(&call), serde_json::json!({}));
+}
+
+#[test]
+fn nothing_is_known_of_a_sandbox_that_was_never_created() {
+    let world = World::new("sandbox-unknown");
+    let init: ProcessKey = world.init();
+    let (stopped, state) = world
+        .live(move |shim| async move {
+            (shim.stop_sandbox(&init.task, None, Attempt::First).await, shim.sandbox_state(&init.task).await)
+        })
+        .unwrap();
+    assert!(matches!(stopped, Err(Error::UnknownTask { .. })));
+    assert!(matches!(state, Err(Error::UnknownTask { .. })));
+}
+
+/// A call in the life of a sandbox.
+#[derive(Clone, Copy, Debug)]
+enum Call {
+    Create,
+    Start,
+    Stop,
+    ShutDown,
+}
+
+static LIFE: [Call; 4] = [Call::Create, Call::Start, Call::Stop, Call::ShutDown];
+
+impl Call {
+    async fn make(
+        self,
+        shim: &Arc<Shim>,
+        create: &CreateSandbox,
+        init: &ProcessKey,
+        attempt: Attempt,
+    ) -> Result<(), Error> {
+        match self {
+            Self::Create => shim.create_sandbox(create.clone(), attempt).await,
+            Self::Start => shim.start_sandbox(init, attempt).await.map(drop),
+            Self::Stop => shim.stop_sandbox(&init.task, None, attempt).await,
+            Self::ShutDown => shim.shut_down_sandbox(&init.task).await,
+        }
+    }
+}
+
+/// Makes calls one after the other, in one daemon; nothing if it ended.
+fn make(world: &World, calls: &'static [Call], attempt: Attempt) -> Option<Result<(), Error>> {
+    let (create, init) = (world.create_sandbox_call(), world.init());
+    world.live(move |shim| async move {
+        for call in calls {
+            call.make(&shim, &create, &init, attempt).await?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_daemon_may_end_anywhere_in_the_life_of_a_sandbox() {
+    /// More effects than any call has.
+    const MANY: usize = 200;
+    for at in 0..LIFE.len() {
+        let is_over = (0..MANY).any(|effect| {
+            let world = World::new(&format!("sandbox-stop-{at}"));
+            make(&world, &LIFE[..at], Attempt::First).unwrap().unwrap();
+            world.effects.plan(Plan::Stop(effect));
+            let done = make(&world, &LIFE[at..=at], Attempt::First);
+            let place =
+                format!("{:?} stopped before effect {effect} ({:?})", LIFE[at], world.effects.log().last());
+            let is_over = done.is_some();
+            world.effects.plan(Plan::Undisturbed);
+            let done = done.or_else(|| make(&world, &LIFE[at..=at], Attempt::Replayed));
+            assert_eq!(done.unwrap().err().map(|error| error.to_string()), None, "{place}");
+            let rest = make(&world, &LIFE[at + 1..], Attempt::First).unwrap();
+            assert_eq!(rest.err().map(|error| error.to_string()), None, "{place}");
+            assert_eq!(world.remains(), Vec::<String>::new(), "{place}");
+            assert_eq!(world.events(), ["create", "start", "exit", "delete"], "{place}");
+            is_over
+        });
+        assert!(is_over, "{:?} has no end", LIFE[at]);
+    }
+}
