@@ -73,11 +73,11 @@ audit: ## known vulnerabilities of the dependencies, with cargo-deny; needs the 
 	cargo deny --locked check advisories
 
 test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; Docker and CRI; the package; a minute of chaos
-	@$(SCRIPTS)/run-all unit nspawn clients/nspawn packages/trixie core/bookworm core/forky chaos/nspawn vm
+	@$(SCRIPTS)/run-all unit nspawn clients/nspawn packages/trixie core/bookworm core/forky pods/forky chaos/nspawn vm
 
 test-all: ## every test there is, which takes hours where QEMU emulates: whole suites in VMs, the package on each suite, clients while the daemon is killed
 	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all unit nspawn clients/nspawn \
-		packages/bookworm packages/trixie packages/forky chaos/nspawn clients/vm vm/bookworm vm/trixie vm/forky
+		packages/bookworm packages/trixie packages/forky pods/forky chaos/nspawn clients/vm vm/bookworm vm/trixie vm/forky
 
 test-unit: ## the tests that need nothing but cargo
 	@$(SCRIPTS)/run-all unit

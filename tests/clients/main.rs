@@ -15,6 +15,7 @@ mod cri_killed;
 mod cri_limits;
 mod cri_messages;
 mod cri_pods;
+mod cri_sandbox;
 mod disturbed;
 mod docker;
 mod docker_api;

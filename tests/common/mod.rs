@@ -23,6 +23,7 @@ pub mod node;
 pub mod process;
 pub mod pty;
 pub mod random;
+pub mod sandbox;
 pub mod shim;
 pub mod spec;
 pub mod stdio;

@@ -163,6 +163,8 @@ pub enum Need {
     Faults,
     /// A systemd that keeps the descriptors of a stopped service.
     PreservedStore,
+    /// A containerd whose clients can have sandboxes: 1.7 creates them, and then fails to publish the event.
+    Sandboxes,
 }
 
 impl Need {
@@ -186,6 +188,12 @@ impl Need {
                 .is_none()
                 .then(|| "nobody reboots this guest in between".to_string()),
             Need::Faults => shim::points().is_empty().then(|| "no build with faults here".to_string()),
+            Need::Sandboxes => {
+                let outcome = super::process::run("containerd", &["--version"]);
+                let version = outcome.text();
+                (version.contains(" 1.6.") || version.contains(" 1.7."))
+                    .then(|| format!("{} has no sandboxes for clients", version.trim()))
+            }
             Need::PreservedStore => {
                 let version = daemon::systemd_version();
                 (version < 254)

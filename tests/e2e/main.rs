@@ -52,6 +52,7 @@ mod poison;
 mod reboot;
 mod restart;
 mod rootfs;
+mod sandbox;
 mod stats;
 mod stdin;
 mod stdio;

@@ -1,0 +1,158 @@
+//! Sandboxes over containerd's own API: its store of sandboxes, and its controller `shim`, which calls the shim.
+
+use std::collections::HashMap;
+use std::future::Future;
+
+use containerd_client::services::v1::sandbox::controller_client::ControllerClient;
+use containerd_client::services::v1::sandbox::store_client::StoreClient;
+use containerd_client::services::v1::sandbox::{
+    ControllerCreateRequest, ControllerMetricsRequest, ControllerShutdownRequest, ControllerStartRequest,
+    ControllerStatusRequest, ControllerStatusResponse, ControllerStopRequest, ControllerWaitRequest,
+    ControllerWaitResponse, StoreCreateRequest, StoreDeleteRequest,
+};
+use containerd_client::tonic::transport::Channel;
+use containerd_client::tonic::{Response, Status};
+use containerd_client::types::sandbox::Runtime;
+use containerd_client::types::{Metric, Sandbox as Stored};
+use prost_types::Any;
+use tokio::task::JoinHandle;
+
+use super::node::{NAMESPACE, Node, request, unique};
+
+const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+
+const CONTROLLER: &str = "shim";
+
+/// What CRI calls the states of a sandbox.
+pub const READY: &str = "SANDBOX_READY";
+pub const NOT_READY: &str = "SANDBOX_NOTREADY";
+
+/// A sandbox in the tests' namespace. It is removed on drop.
+pub struct Sandbox<'n> {
+    node: &'n Node,
+    pub id: String,
+}
+
+impl<'n> Sandbox<'n> {
+    /// A sandbox that is created, but not started.
+    pub fn create(node: &'n Node, name: &str) -> Sandbox<'n> {
+        Sandbox::create_with(node, name, None, None)
+            .unwrap_or_else(|error| panic!("create {name}: {error:?}"))
+    }
+
+    /// As [`Self::create`], with options of the sandbox and of the runtime.
+    pub fn create_with(
+        node: &'n Node,
+        name: &str,
+        options: Option<Any>,
+        runtime: Option<Any>,
+    ) -> Result<Sandbox<'n>, Status> {
+        let sandbox = Sandbox { node, id: unique(name) };
+        let stored = Stored {
+            sandbox_id: sandbox.id.clone(),
+            runtime: Some(Runtime { name: node.runtime.clone(), options: runtime }),
+            sandboxer: CONTROLLER.to_string(),
+            // Without a spec, containerd 2.1 panics.
+            spec: Some(Any { type_url: SPEC.to_string(), value: b"{}".to_vec() }),
+            ..Default::default()
+        };
+        let mut store = StoreClient::new(node.channel());
+        let message = StoreCreateRequest { sandbox: Some(stored.clone()) };
+        node.call(store.create(request(NAMESPACE, message)))?;
+        let message = ControllerCreateRequest {
+            sandbox_id: sandbox.id.clone(),
+            options,
+            sandbox: Some(stored),
+            sandboxer: CONTROLLER.to_string(),
+            ..Default::default()
+        };
+        node.call(sandbox.controller().create(request(NAMESPACE, message)))?;
+        Ok(sandbox)
+    }
+
+    /// A sandbox that runs, and the pid of its first process.
+    pub fn run(node: &'n Node, name: &str) -> (Sandbox<'n>, u32) {
+        let sandbox = Sandbox::create(node, name);
+        let pid = sandbox.start();
+        (sandbox, pid)
+    }
+
+    fn controller(&self) -> ControllerClient<Channel> {
+        ControllerClient::new(self.node.channel())
+    }
+
+    fn ok<T>(&self, verb: &str, answer: impl Future<Output = Result<Response<T>, Status>>) -> T {
+        self.node.call(answer).unwrap_or_else(|error| panic!("{verb} {}: {error:?}", self.id))
+    }
+
+    pub fn start(&self) -> u32 {
+        let message =
+            ControllerStartRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
+        self.ok("start", self.controller().start(request(NAMESPACE, message))).pid
+    }
+
+    pub fn status(&self) -> ControllerStatusResponse {
+        let message = ControllerStatusRequest {
+            sandbox_id: self.id.clone(),
+            verbose: true,
+            sandboxer: CONTROLLER.to_string(),
+        };
+        self.ok("status", self.controller().status(request(NAMESPACE, message)))
+    }
+
+    pub fn metrics(&self) -> Metric {
+        let message =
+            ControllerMetricsRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
+        self.ok("metrics", self.controller().metrics(request(NAMESPACE, message))).metrics.expect("metrics")
+    }
+
+    /// Waits for the end, in the background.
+    pub fn wait(&self) -> JoinHandle<Result<Response<ControllerWaitResponse>, Status>> {
+        let message =
+            ControllerWaitRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
+        let mut controller = self.controller();
+        self.node.spawn(async move { controller.wait(request(NAMESPACE, message)).await })
+    }
+
+    /// The exit status that a waiter has got.
+    pub fn waited(&self, waiter: JoinHandle<Result<Response<ControllerWaitResponse>, Status>>) -> u32 {
+        self.ok("wait for", async { waiter.await.expect("the waiter") }).exit_status
+    }
+
+    pub fn stop(&self) {
+        let message = ControllerStopRequest {
+            sandbox_id: self.id.clone(),
+            timeout_secs: 20,
+            sandboxer: CONTROLLER.to_string(),
+        };
+        self.ok("stop", self.controller().stop(request(NAMESPACE, message)));
+    }
+
+    pub fn shut_down(&self) {
+        let message =
+            ControllerShutdownRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
+        self.ok("shut down", self.controller().shutdown(request(NAMESPACE, message)));
+    }
+
+    /// The name of its unit.
+    pub fn unit(&self) -> String {
+        format!("containerd-{NAMESPACE}-{}.service", self.id)
+    }
+
+    /// The verbose part of the status, by name.
+    pub fn info(&self) -> HashMap<String, String> {
+        self.status().info
+    }
+}
+
+impl Drop for Sandbox<'_> {
+    fn drop(&mut self) {
+        // It may have been removed.
+        let message =
+            ControllerShutdownRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
+        let _ = self.node.call(self.controller().shutdown(request(NAMESPACE, message)));
+        let mut store = StoreClient::new(self.node.channel());
+        let message = StoreDeleteRequest { sandbox_id: self.id.clone() };
+        let _ = self.node.call(store.delete(request(NAMESPACE, message)));
+    }
+}
