@@ -88,6 +88,24 @@ points! {
     UpdateDone = "update.runtime-done",
     /// The unit has the limits too.
     UpdateShown = "update.shown",
+    /// It is on disk that a checkpoint is begun.
+    CheckpointRecorded = "checkpoint.recorded",
+    /// A container that was paused is frozen by its own cgroup, and not by its unit.
+    CheckpointThawed = "checkpoint.unit-thawed",
+    /// The OCI runtime has taken the checkpoint.
+    CheckpointDone = "checkpoint.runtime-done",
+    /// The container is frozen by its unit again.
+    CheckpointFrozen = "checkpoint.unit-frozen",
+    /// The outcome is on disk.
+    CheckpointNoted = "checkpoint.noted",
+    /// The rootfs of a container that is to be restored is mounted.
+    CreateMounted = "create-checkpoint.mounted",
+    /// The record says that the container waits for its restore.
+    CreatePrepared = "create-checkpoint.noted",
+    /// The record says that the container is being restored.
+    RestoreRecorded = "restore.recorded",
+    /// The streams of a container that is restored are open.
+    RestoreOpened = "restore.streams-opened",
     /// Delete of a task begins.
     DeleteBegun = "delete.begun",
     /// The OCI runtime has forgotten the container.

@@ -98,6 +98,7 @@ impl Shim {
             let (shim, given_up) = (self.clone(), entry.clone());
             tokio::spawn(async move { shim.remove_given_up(&given_up).await });
         }
+        entry.init.live().is_checkpointing = self.is_checkpointing(&entry.key);
         if let Phase::Creating { .. } = task.init.phase {
             let (shim, creating) = (self.clone(), entry.clone());
             resume_in_background(&entry.init, |claimed| async move {
@@ -146,11 +147,16 @@ impl Shim {
             let (shim, entry, starting) = (self.clone(), entry.clone(), process.clone());
             resume_in_background(process, |claimed| async move {
                 match starting.exec() {
+                    None if entry.task().init.pid().is_none() => shim.resume_restore(&entry, claimed).await,
                     None => shim.finish_start(&entry, claimed).await,
                     Some(_) => shim.resume_exec(&entry, &starting, claimed).await,
                 }
             })
             .await;
+        }
+        if exec.is_none() && process.live().is_checkpointing {
+            let (shim, entry) = (self.clone(), entry.clone());
+            resume_in_background(process, |_| async move { shim.finish_checkpoint(&entry).await }).await;
         }
         if let Some(pid) = pid {
             self.hold(entry, process, pid);
@@ -162,7 +168,8 @@ impl Shim {
             }
         }
         self.after_exec(entry, process);
-        if exec.is_some() && !has_run {
+        let was_never_there = pid.is_none() && !has_ended;
+        if (exec.is_some() || was_never_there) && !has_run {
             return;
         }
         self.recover_streams(entry, process).await;

@@ -20,6 +20,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use crate::id::{ExecId, InvalidName, Namespace, Owner, ProcessKey, TaskId, TaskKey};
+use crate::oci::criu::{self, Checkpoint};
 use crate::oci::options::{Options, Source};
 use crate::oci::{bundle, containerd};
 use crate::ops::{AddExec, CreateTask, State, Status};
@@ -29,7 +30,9 @@ use crate::task::phase::Exit;
 use crate::task::request::{Create, Mount, Stdio};
 use crate::transport::sockets::COUNT;
 
-use super::messages::{GenericOptions, LinuxCreateOptions, LinuxRuncOptions, SystemdOptions};
+use super::messages::{
+    GenericOptions, LinuxCheckpointOptions, LinuxCreateOptions, LinuxRuncOptions, SystemdOptions,
+};
 
 /// The key of the namespace in ttrpc metadata.
 pub const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
@@ -77,6 +80,9 @@ pub enum Error {
         /// What is wrong.
         source: Box<protobuf::Error>,
     },
+    /// The request for a checkpoint is not valid.
+    #[error(transparent)]
+    Checkpoint(#[from] criu::Invalid),
     /// `ConfigBody` is not UTF-8.
     #[error("ConfigBody of the runtime options is not UTF-8 text")]
     NotText,
@@ -151,11 +157,11 @@ pub fn create(namespace: Namespace, request: CreateTaskRequest) -> Result<Create
     Ok(CreateTask {
         key: key(namespace, &request.id)?,
         options: options(request.options.as_ref())?,
-        checkpoint: request.checkpoint,
         request: Create {
             bundle: PathBuf::from(request.bundle),
             rootfs: request.rootfs.into_iter().map(mount).collect(),
             sandbox: None,
+            checkpoint: (!request.checkpoint.is_empty()).then(|| request.checkpoint.into()),
         },
         stdio: Stdio {
             stdin: request.stdin,
@@ -164,6 +170,49 @@ pub fn create(namespace: Namespace, request: CreateTaskRequest) -> Result<Create
             terminal: request.terminal,
         },
     })
+}
+
+/// A Checkpoint request.
+///
+/// # Errors
+/// The options are not known, or a path or a mode in them is not valid.
+pub fn checkpoint(path: String, options: Option<&Any>) -> Result<Checkpoint, Error> {
+    let image = PathBuf::from(path);
+    let some = |path: String| (!path.is_empty()).then(|| path.into());
+    let any = options.filter(|any| !any.type_url.is_empty());
+    let request = match any.map(|any| (any, any.type_url.rsplit('/').next().unwrap_or_default())) {
+        None => Checkpoint { image, ..Checkpoint::default() },
+        Some((any, "containerd.runc.v1.CheckpointOptions")) => {
+            let runc: oci::CheckpointOptions = decode("checkpoint options", any)?;
+            Checkpoint {
+                image,
+                work: some(runc.work_path),
+                exit: runc.exit,
+                open_tcp: runc.open_tcp,
+                external_unix_sockets: runc.external_unix_sockets,
+                terminal: runc.terminal,
+                file_locks: runc.file_locks,
+                empty_namespaces: runc.empty_namespaces,
+                cgroups_mode: runc.cgroups_mode,
+            }
+        }
+        Some((any, "containerd.linux.runc.CheckpointOptions")) => {
+            let linux: LinuxCheckpointOptions = decode("checkpoint options", any)?;
+            Checkpoint {
+                image,
+                work: some(linux.work_path),
+                exit: linux.exit,
+                open_tcp: linux.open_tcp,
+                external_unix_sockets: linux.external_unix_sockets,
+                terminal: linux.terminal,
+                file_locks: linux.file_locks,
+                empty_namespaces: linux.empty_namespaces,
+                cgroups_mode: linux.cgroups_mode,
+            }
+        }
+        Some((any, _)) => return Err(Error::UnknownOptions(any.type_url.clone())),
+    };
+    Ok(request.check()?)
 }
 
 /// A mount of a request.
@@ -368,6 +417,13 @@ pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
                 bundle: task.request.bundle.to_string_lossy().into_owned(),
                 io: MessageField::some(io),
                 pid: *pid,
+                checkpoint: task
+                    .request
+                    .checkpoint
+                    .as_deref()
+                    .unwrap_or(Path::new(""))
+                    .to_string_lossy()
+                    .into_owned(),
                 ..TaskCreate::default()
             };
             // The crate does not export the type of these mounts: fill them in without naming it.

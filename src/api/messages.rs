@@ -7,6 +7,9 @@ mod generated {
 
 pub use generated::bootstrap::{BootstrapParams, BootstrapResult};
 pub use generated::cri;
-pub use generated::linux_runtime::{CreateOptions as LinuxCreateOptions, RuncOptions as LinuxRuncOptions};
+pub use generated::linux_runtime::{
+    CheckpointOptions as LinuxCheckpointOptions, CreateOptions as LinuxCreateOptions,
+    RuncOptions as LinuxRuncOptions,
+};
 pub use generated::options::Options as SystemdOptions;
 pub use generated::runtimeoptions::Options as GenericOptions;

@@ -22,8 +22,10 @@ pub fn code(error: &Error) -> Code {
         | Error::Resources(oci::resources::Error::NoController { .. })
         | Error::Unit(unit::error::Error::Dependency { .. })
         | Error::ResizeStopped => Code::FAILED_PRECONDITION,
-        Error::NotImplemented(_) => Code::UNIMPLEMENTED,
+        Error::NotImplemented(_) | Error::Criu(oci::criu::Problem::Missing { .. }) => Code::UNIMPLEMENTED,
+        Error::JournalSocket { .. } | Error::Criu(_) => Code::FAILED_PRECONDITION,
         Error::Signal(_)
+        | Error::Checkpoint(_)
         | Error::BundlePath(_)
         | Error::Notify { .. }
         | Error::Bundle(oci::bundle::Error::Io { .. })
@@ -52,6 +54,7 @@ pub fn code(error: &Error) -> Code {
             Code::UNAVAILABLE
         }
         Error::NoUnitName { .. }
+        | Error::WithLog { .. }
         | Error::Kill { .. }
         | Error::NotRemoved { .. }
         | Error::Stream(_)

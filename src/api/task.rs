@@ -168,10 +168,6 @@ fn log(verb: &str, key: &ProcessKey, error: &Error) {
     }
 }
 
-fn not_implemented<T>(what: &'static str) -> Answer<T> {
-    Err(status::status(&Error::NotImplemented(what)))
-}
-
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, ctx: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
@@ -287,8 +283,13 @@ impl Task for TaskService {
     }
 
     async fn checkpoint(&self, ctx: &TtrpcContext, request: CheckpointTaskRequest) -> Answer<Empty> {
-        self.key(ctx, &request.id)?;
-        not_implemented("Checkpoint")
+        let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
+        let checkpoint =
+            convert::checkpoint(request.path, request.options.as_ref()).map_err(status::invalid)?;
+        let (shim, task) = (self.shim.clone(), key.task.clone());
+        self.run("checkpoint", &key, async move { shim.checkpoint(&task, checkpoint, attempt).await })
+            .await?;
+        Ok(Empty::new())
     }
 
     async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {

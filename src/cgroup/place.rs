@@ -23,6 +23,26 @@ pub enum Wish {
     Literal(PathBuf),
 }
 
+/// The names under which clients have the cgroups of their containers by default, beside the namespace.
+const DEFAULT_PARENTS: [&str; 2] = ["k8s.io", "docker"];
+
+impl Wish {
+    /// True for the default path of a client for a container with another id: `/PARENT/ID`. `namespace` is the one that
+    /// the container is in.
+    pub fn is_default_of_another(&self, namespace: &Namespace) -> bool {
+        let Self::Literal(path) = self else {
+            return false;
+        };
+        let parts: Vec<_> = path.iter().skip(1).filter_map(|part| part.to_str()).collect();
+        match parts[..] {
+            [parent, id] => {
+                (parent == namespace.as_str() || DEFAULT_PARENTS.contains(&parent)) && TaskId::new(id).is_ok()
+            }
+            _ => false,
+        }
+    }
+}
+
 /// `linux.cgroupsPath` is neither a path nor in the systemd form.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("linux.cgroupsPath {text:?} is not valid: {rule}")]
@@ -51,9 +71,8 @@ pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Wish, Mal
         return Err(malformed("the path must not contain \"..\" or \".\""));
     }
     let path = Path::new("/").join(path);
-    let defaults = [namespace.as_str(), "k8s.io", "docker"];
-    if path == Path::new("/")
-        || defaults.iter().any(|parent| path == Path::new("/").join(parent).join(id.as_str()))
+    let mut defaults = std::iter::once(namespace.as_str()).chain(DEFAULT_PARENTS);
+    if path == Path::new("/") || defaults.any(|parent| path == Path::new("/").join(parent).join(id.as_str()))
     {
         return Ok(Wish::Ours);
     }
@@ -106,6 +125,19 @@ mod tests {
     use super::*;
 
     const ID: &str = "web";
+
+    #[test]
+    fn the_default_path_of_another_container_is_known() {
+        let namespace = Namespace::new("default").unwrap();
+        for (path, is_default) in [
+            ("/default/other", true),
+            ("/docker/other", true),
+            ("/other/web", false),
+            ("/default/a/b", false),
+        ] {
+            assert_eq!(read(path).unwrap().is_default_of_another(&namespace), is_default, "{path}");
+        }
+    }
 
     fn read(text: &str) -> Result<Wish, Malformed> {
         parse(text, &Namespace::new("default").unwrap(), &TaskId::new(ID).unwrap())

@@ -50,6 +50,7 @@ pub(super) fn bundle(data: &[u8]) {
         cgroups_path: Some("/a/b".into()),
         env: vec!["A=1".to_owned()],
         binds: vec![("/run/x".into(), "/y".to_owned())],
+        ..Edits::default()
     };
     bundle::edit(dir, &edits)
         .unwrap_or_else(|error| panic!("a spec that can be read can't be edited: {error}"));

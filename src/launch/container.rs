@@ -1,4 +1,5 @@
-//! In a container's unit: mounts the rootfs and becomes the OCI runtime's `create`.
+//! In a container's unit: mounts the rootfs and becomes the OCI runtime's `create`, or its `restore` for a container
+//! with a checkpoint.
 
 use std::convert::Infallible;
 use std::os::unix::process::CommandExt;
@@ -9,6 +10,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::config;
 use crate::oci::bundle::{self, Edits};
+use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::mount as rootfs;
 use crate::oci::namespaces;
 use crate::store::Store;
@@ -19,11 +21,14 @@ use super::contract::{LAUNCH_ERROR, NOTIFY_SOCKET, PID_FILE, WATCHDOG_USEC};
 use super::error::{Error, system};
 use super::process::Process;
 use super::streams::Streams;
-use super::{cgroup as launch_cgroup, inherited, sandbox};
+use super::{cgroup as launch_cgroup, inherited, restore, sandbox};
 
 /// Returns only if it fails. Writes the reason to a file for the daemon.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
-    let failed = prepare(process).and_then(|()| become_runtime(process));
+    let failed = prepare(process).and_then(|()| match &process.task.request.checkpoint {
+        None => become_runtime(process),
+        Some(images) => restore::run(process, images),
+    });
     match failed {
         Ok(never) => match never {},
         Err(Error::Again) => Err(Error::Again),
@@ -48,9 +53,13 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
         let socket = Store::new(config::STATE_DIR).notify_socket(&name::short_name(task.unit()));
         pass_on_notifications(&mut edits, socket);
     }
+    if task.request.checkpoint.is_some() {
+        edits.annotation = Some((CONFIG_ANNOTATION, restore::write_overrides(process)?));
+    }
     bundle::edit(bundle, &edits)?;
     launch_cgroup::enter(task, false)?;
-    if !task.request.rootfs.is_empty() {
+    // That of a container that is restored is mounted since Create.
+    if !task.request.rootfs.is_empty() && task.request.checkpoint.is_none() {
         if !task.rootfs_on_host {
             own_mount_namespace()?;
         }

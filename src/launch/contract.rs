@@ -39,6 +39,24 @@ pub const OUTCOME: &str = "outcome.json";
 /// stop.
 pub const LAUNCHED: &str = "launched";
 
+/// The file in which the daemon tells `launch` what checkpoint to take.
+pub const CHECKPOINT: &str = "checkpoint.json";
+
+/// The file to which `launch` writes why criu can't be used.
+pub const CRIU_PROBLEM: &str = "criu.json";
+
+/// criu's work directory for a checkpoint whose client names none.
+pub const DUMP_WORK: &str = "criu-dump";
+
+/// criu's work directory for a restore whose client names none.
+pub const RESTORE_WORK: &str = "criu-restore";
+
+/// The configuration of criu for a checkpoint or a restore.
+pub const CRIU_CONFIG: &str = "criu.conf";
+
+/// The configuration of criu that overrides what the OCI runtime asks for in a restore.
+pub const CRIU_OVERRIDES: &str = "criu-overrides.conf";
+
 /// The kind of process that `launch` starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -48,14 +66,25 @@ pub enum Kind {
     Exec,
     /// A `binary://` logger.
     Logger,
+    /// The check whether criu can be used. This kind and those below are no units: the daemon runs them as it runs
+    /// commands of the OCI runtime.
+    Criu,
+    /// The mounts of a rootfs in the host's mount namespace, for a container that Start restores.
+    Mount,
+    /// A checkpoint of a container.
+    Checkpoint,
 }
 
 impl Kind {
-    fn word(self) -> &'static str {
+    /// Its name in the arguments, and that of its log.
+    pub fn word(self) -> &'static str {
         match self {
             Self::Container => "container",
             Self::Exec => "exec",
             Self::Logger => "logger",
+            Self::Criu => "criu",
+            Self::Mount => "mount",
+            Self::Checkpoint => "checkpoint",
         }
     }
 }
@@ -96,6 +125,9 @@ pub fn parse(words: &[&str]) -> Option<(Kind, ProcessKey)> {
         ["container", namespace, id] => (Kind::Container, namespace, id, None),
         ["exec", namespace, id, exec] => (Kind::Exec, namespace, id, Some(exec)),
         ["logger", namespace, id] => (Kind::Logger, namespace, id, None),
+        ["criu", namespace, id] => (Kind::Criu, namespace, id, None),
+        ["mount", namespace, id] => (Kind::Mount, namespace, id, None),
+        ["checkpoint", namespace, id] => (Kind::Checkpoint, namespace, id, None),
         ["logger", namespace, id, exec] => (Kind::Logger, namespace, id, Some(exec)),
         _ => return None,
     };
@@ -114,9 +146,15 @@ mod tests {
         for word in ["web", "web+0123456789abcdef"] {
             let init = ProcessKey { task: task(word), exec: None };
             let exec = ProcessKey { task: task(word), exec: Some(ExecId::new("e1").unwrap()) };
-            for (kind, key) in
-                [(Kind::Container, &init), (Kind::Exec, &exec), (Kind::Logger, &init), (Kind::Logger, &exec)]
-            {
+            for (kind, key) in [
+                (Kind::Container, &init),
+                (Kind::Exec, &exec),
+                (Kind::Logger, &init),
+                (Kind::Logger, &exec),
+                (Kind::Criu, &init),
+                (Kind::Mount, &init),
+                (Kind::Checkpoint, &init),
+            ] {
                 let arguments = arguments(kind, key);
                 let words: Vec<_> = arguments.iter().map(String::as_str).collect();
                 assert_eq!(words[0], "launch");

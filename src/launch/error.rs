@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::id::ProcessKey;
-use crate::oci::{bundle, mount, namespaces, runtime};
+use crate::oci::{bundle, criu, mount, namespaces, runtime};
 use crate::stdio::fifo;
 use crate::{cgroup, store};
 
@@ -70,6 +70,23 @@ pub enum Error {
     /// The record, or a file beside it, can't be read or written.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// criu can't be used.
+    #[error(transparent)]
+    Criu(#[from] criu::Problem),
+    /// The request for a checkpoint is gone.
+    #[error("there is no request for a checkpoint; only the shim can start this")]
+    NoRequest,
+    /// A file of a checkpoint can't be read or written.
+    #[error("checkpoint: can't {action} {path}: {source}")]
+    Checkpoint {
+        /// The action, as in "read".
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
     /// The OCI runtime can't be run.
     #[error("OCI runtime {verb} failed: can't run {binary}: {source}")]
     Exec {

@@ -62,7 +62,9 @@ impl FakeLaunch {
         cgroup::place(&place, process.pid());
         let state = task.runtime.root.join(task.key.id.as_str());
         fs::create_dir_all(&state).unwrap();
-        fs::write(state.join("exec.fifo"), "").unwrap();
+        if task.request.checkpoint.is_none() {
+            fs::write(state.join("exec.fifo"), "").unwrap();
+        }
         fs::write(dir.join(PID_FILE), process.pid().to_string()).unwrap();
         Started::Forked { process, cgroup: place }
     }

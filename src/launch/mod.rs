@@ -4,13 +4,16 @@
 //! |---|---|
 //! | both | [`contract`] (arguments, environment, file names, outcome), [`pipes`], [`report`], [`cgroup`] |
 //! | the daemon | [`command`] |
-//! | the unit | `process`, `container`, [`sandbox`], `exec`, `logger`, `streams`, `inherited`, `handoff` |
+//! | the unit | `process`, `container`, `restore`, [`sandbox`], `exec`, `logger`, `streams`, `inherited`, `handoff` |
+//! | a command of the daemon | `commands`, `probe`, `checkpoint` |
 //!
 //! In the unit, `launch` has one thread and no async runtime. It reads the record that the daemon has written, makes the
 //! preparations for the OCI runtime or a logger, and becomes that program.
 
 pub mod cgroup;
+mod checkpoint;
 pub mod command;
+mod commands;
 mod container;
 pub mod contract;
 mod error;
@@ -21,8 +24,10 @@ mod handoff;
 pub mod inherited;
 mod logger;
 pub mod pipes;
+mod probe;
 mod process;
 pub mod report;
+mod restore;
 pub mod sandbox;
 mod streams;
 
@@ -45,7 +50,9 @@ pub fn run(kind: Kind, key: &ProcessKey) -> Result<(), Error> {
         return Err(match kind {
             // The task was deleted while systemd was about to start its logger again.
             Kind::Logger => Error::NothingToLog,
-            Kind::Container | Kind::Exec => Error::NoRecord { key: key.clone() },
+            Kind::Container | Kind::Exec | Kind::Criu | Kind::Mount | Kind::Checkpoint => {
+                Error::NoRecord { key: key.clone() }
+            }
         });
     };
     let process = Process::of(&store, &task, key.exec.as_ref());
@@ -54,5 +61,6 @@ pub fn run(kind: Kind, key: &ProcessKey) -> Result<(), Error> {
         Kind::Container => container::run(&process),
         Kind::Exec => exec::run(&process),
         Kind::Logger => logger::run(&process),
+        Kind::Criu | Kind::Mount | Kind::Checkpoint => commands::run(kind, &process),
     }
 }

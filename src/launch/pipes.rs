@@ -14,6 +14,8 @@ pub const LOG_STDOUT: &str = "log-stdout";
 pub const LOG_STDERR: &str = "log-stderr";
 /// The logger's third pipe, on which the logger reports that it is ready.
 pub const READY: &str = "ready";
+/// Standard input without a writer, for a restored process whose client gives it no input.
+pub const NO_INPUT: &str = "no-input";
 /// The doorbell: `launch` opens and closes it for writing when the outcome of an exec's start is known.
 pub const DOORBELL: &str = "doorbell";
 

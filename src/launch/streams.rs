@@ -8,10 +8,12 @@ use nix::unistd::{Gid, Uid, fchown};
 
 use crate::config;
 use crate::stdio::fifo;
+use crate::stdio::uri::Kind;
 use crate::task::wiring::{Input, Output};
 
 use super::contract::{LAUNCH_CGROUP, NOTIFY_SOCKET, SEALED_RUNTIME, WATCHDOG_USEC};
 use super::error::{Error, system};
+use super::pipes;
 use super::process::Process;
 
 /// One stream.
@@ -32,6 +34,10 @@ impl Streams {
             return Ok(Self([Stream::Null, Stream::Null, Stream::Null]));
         }
         let stdin = match &wiring.stdin {
+            // criu puts only a FIFO in the place of a FIFO.
+            Input::Null if process.task.request.checkpoint.is_some() && process.exec.is_none() => {
+                Stream::File(owned(process, empty_fifo(process)?)?)
+            }
             Input::Null => Stream::Null,
             // Does not wait, as the daemon has the other end open.
             Input::Fifo(path) => Stream::File(owned(process, fifo::open_blocking_reader(path)?)?),
@@ -87,6 +93,15 @@ fn owned(process: &Process<'_>, stream: File) -> Result<File, Error> {
             .map_err(system("change the owner of a stream"))?;
     }
     Ok(stream)
+}
+
+/// A FIFO without a writer: whoever reads gets end of file.
+fn empty_fifo(process: &Process<'_>) -> Result<File, Error> {
+    let path = process.dir.join(pipes::NO_INPUT);
+    if fifo::kind(&path) != Kind::Fifo {
+        fifo::make(&path)?;
+    }
+    Ok(fifo::open_blocking_reader(&path)?)
 }
 
 fn dev_null() -> Result<File, Error> {

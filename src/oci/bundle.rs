@@ -245,6 +245,8 @@ impl Spec {
 pub struct Edits {
     /// `linux.cgroupsPath`
     pub cgroups_path: Option<PathBuf>,
+    /// `annotations`: one to add, with its value, unless the client has set it.
+    pub annotation: Option<(&'static str, PathBuf)>,
     /// `process.env`: variables to add.
     pub env: Vec<String>,
     /// `mounts`: files of the host to mount in the container: the file, and its place there.
@@ -314,6 +316,13 @@ fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
     let mut process: Fields = member(&spec, "process")?;
     let mut env: Vec<Box<RawValue>> = member(&process, "env")?;
     let mut mounts: Vec<Box<RawValue>> = member(&spec, "mounts")?;
+    let mut annotations: Fields = member(&spec, "annotations")?;
+    if let Some((name, value)) = &edits.annotation
+        && annotations.get(name).is_none()
+    {
+        annotations.insert(name, to_raw_value(&value.to_string_lossy())?);
+        spec.insert("annotations", to_raw_value(&annotations)?);
+    }
     if let Some(path) = &edits.cgroups_path {
         linux.insert("cgroupsPath", to_raw_value(&path.to_string_lossy())?);
         spec.insert("linux", to_raw_value(&linux)?);
@@ -372,6 +381,18 @@ mod tests {
         let text = "{\"linux\":{\"cgroup\u{17f}Path\":\"/a\"},\"lin\u{75}x\":null,\"LINUX\":{\"CGROUPSPATH\":\"/a\"}}";
         let new = edited(text.as_bytes(), &at("/b")).unwrap();
         assert_eq!(String::from_utf8(new).unwrap(), r#"{"linux":{"cgroupsPath":"/b"}}"#);
+    }
+
+    #[test]
+    fn an_annotation_of_the_client_stays() {
+        let edits = Edits { annotation: Some(("org.criu.config", "/ours".into())), ..Edits::default() };
+        for (text, expected) in [
+            ("{}", r#"{"annotations":{"org.criu.config":"/ours"}}"#),
+            (r#"{"annotations":{"a":"b"}}"#, r#"{"annotations":{"a":"b","org.criu.config":"/ours"}}"#),
+            (r#"{"annotations":{"org.criu.config":""}}"#, r#"{"annotations":{"org.criu.config":""}}"#),
+        ] {
+            assert_eq!(String::from_utf8(edited(text.as_bytes(), &edits).unwrap()).unwrap(), expected);
+        }
     }
 
     #[test]

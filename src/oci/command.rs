@@ -1,4 +1,4 @@
-//! Runs the commands of the OCI runtime that the daemon needs: `start`, `update`, `delete`.
+//! Runs the commands of the OCI runtime that the daemon needs: `start`, `update`, `delete`, and `launch` in its place.
 //!
 //! They run outside of the cgroup of the daemon's service. `systemctl kill` of the service kills that whole cgroup, and a
 //! killed `runc start` can end its container. The next daemon waits for the command that runs.
@@ -66,6 +66,20 @@ impl OciRuntime for CommandLine {
         tracing::warn!(id = %cli.id, %error, "container {}: removing its state without the OCI runtime: {error}", cli.id);
         remove_state(cli)
     }
+
+    async fn launch(
+        &self,
+        cli: &Cli<'_>,
+        verb: &'static str,
+        limit: Duration,
+        command: &[String],
+    ) -> Result<(), Error> {
+        let program = command.first().map(String::as_str).unwrap_or_default();
+        let arguments = command.iter().skip(1);
+        let mut command = cli.equipped(Path::new(program), verb);
+        command.args(arguments);
+        self.run_for(cli, verb, limit, &command).await
+    }
 }
 
 impl CommandLine {
@@ -77,7 +91,16 @@ impl CommandLine {
     /// Runs a command while no other command of this container runs. If the future is dropped, the command is killed with
     /// every process that it has started.
     async fn run(&self, cli: &Cli<'_>, verb: &'static str, command: &Command) -> Result<(), Error> {
-        let limit = cli.runtime.limit();
+        self.run_for(cli, verb, cli.runtime.limit(), command).await
+    }
+
+    async fn run_for(
+        &self,
+        cli: &Cli<'_>,
+        verb: &'static str,
+        limit: Duration,
+        command: &Command,
+    ) -> Result<(), Error> {
         let failed = |source| Error::Spawn { verb, binary: cli.runtime.binary.clone(), source };
         let mut tries = 0;
         let child = loop {

@@ -4,6 +4,7 @@ pub mod bundle;
 pub mod canonical;
 pub mod command;
 pub mod containerd;
+pub mod criu;
 pub mod devices;
 pub mod face;
 pub mod features;

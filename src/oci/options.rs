@@ -12,6 +12,8 @@ use crate::id::Namespace;
 use crate::path_error::{PathError, io_error};
 use crate::task::request::{Log, Runtime};
 
+use super::criu;
+
 /// The state directory that containerd-shim-runc-v2 uses, so that `runc --root` works as usual.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";
 const DEFAULT_BINARY: &str = "runc";
@@ -23,6 +25,9 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 /// What is wrong with the options.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A path for criu is not usable.
+    #[error("runtime options: {0}")]
+    Criu(#[from] criu::Invalid),
     /// A file that the options name can't be read.
     #[error("runtime options: {0}")]
     File(#[from] PathError),
@@ -103,7 +108,7 @@ pub struct Options {
     pub criu_path: String,
     /// Without effect: containerd translates it into a checkpoint.
     pub criu_image_path: String,
-    /// Without effect until there are checkpoints.
+    /// criu's work directory for a restore, which is kept.
     pub criu_work_path: String,
     /// Without effect here: containerd reads it.
     pub task_api_address: String,
@@ -222,7 +227,11 @@ impl Options {
         if !root.is_absolute() || climbs {
             return Err(Error::Root { root: self.root.clone() });
         }
+        if !self.criu_work_path.is_empty() {
+            criu::client_path("work path (option CriuWorkPath)", Path::new(&self.criu_work_path))?;
+        }
         Ok(Runtime {
+            criu_work: PathBuf::from(&self.criu_work_path),
             binary: find(name, path)
                 .ok_or_else(|| Error::NoBinary { name: name.to_owned(), path: path.to_owned() })?,
             root: root.join(namespace.as_str()),
@@ -266,7 +275,8 @@ fn log_mode(text: &str) -> Result<Log, Error> {
     }
 }
 
-fn find(name: &str, path: &str) -> Option<PathBuf> {
+/// The program of this name in `path`, or the program at this absolute path.
+pub(crate) fn find(name: &str, path: &str) -> Option<PathBuf> {
     let executable =
         |path: &Path| path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok();
     if name.contains('/') {

@@ -74,6 +74,9 @@ pub enum Error {
 /// The name of the command [`Cli::exec`], and of its log.
 pub const EXEC: &str = "exec";
 
+/// The name of the command [`Cli::restore`], and of its log.
+pub const RESTORE: &str = "restore";
+
 /// The OCI runtime, for one container.
 #[derive(Clone, Copy, Debug)]
 pub struct Cli<'a> {
@@ -108,6 +111,19 @@ pub trait OciRuntime: Send + Sync {
     /// # Errors
     /// [`Error`]
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error>;
+
+    /// Runs `launch`, which becomes the OCI runtime or does something in its place. `verb` names it and its log, and
+    /// `command` is its command line.
+    ///
+    /// # Errors
+    /// [`Error`]
+    async fn launch(
+        &self,
+        cli: &Cli<'_>,
+        verb: &'static str,
+        limit: Duration,
+        command: &[String],
+    ) -> Result<(), Error>;
 }
 
 impl<'a> Cli<'a> {
@@ -145,6 +161,35 @@ impl Cli<'_> {
             command.arg("--console-socket").arg(console);
         }
         command.arg(self.id.as_str());
+        command
+    }
+
+    /// The command `restore`, which makes a container of `images`, writes the pid of its init process to `pid_file` and
+    /// exits. `program`: as for [`Self::create`].
+    pub fn restore(
+        &self,
+        program: &Path,
+        bundle: &Path,
+        pid_file: &Path,
+        console: Option<&Path>,
+        options: &[OsString],
+    ) -> Command {
+        let mut command = self.command_of(program, RESTORE);
+        command.arg("--bundle").arg(bundle).arg("--detach").arg("--pid-file").arg(pid_file).args(options);
+        if let Some(console) = console {
+            command.arg("--console-socket").arg(console);
+        }
+        if self.runtime.no_pivot {
+            command.arg("--no-pivot");
+        }
+        command.arg(self.id.as_str());
+        command
+    }
+
+    /// The command `checkpoint`.
+    pub fn checkpoint(&self, options: &[OsString]) -> Command {
+        let mut command = self.command("checkpoint");
+        command.args(options).arg(self.id.as_str());
         command
     }
 
@@ -194,7 +239,8 @@ impl Cli<'_> {
         self.runtime.binary.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    fn log(&self, verb: &str) -> PathBuf {
+    /// The log of a command.
+    pub fn log(&self, verb: &str) -> PathBuf {
         self.dir.join(format!("{verb}.log"))
     }
 
@@ -205,15 +251,21 @@ impl Cli<'_> {
 
     fn command_of(&self, program: &Path, verb: &str) -> Command {
         let log = self.log(verb);
-        // runc and crun append to the log: an old error must not be reported again.
-        let _ = fs::remove_file(&log);
-        let mut command = Command::new(program);
+        let mut command = self.equipped(program, verb);
         command.arg0(&self.runtime.binary);
         command.arg("--root").arg(&self.runtime.root).arg("--log").arg(log).args([
             "--log-format",
             "json",
             verb,
         ]);
+        command
+    }
+
+    /// A command with the environment of the OCI runtime, and without an old log.
+    pub(super) fn equipped(&self, program: &Path, verb: &str) -> Command {
+        // runc and crun append to the log: an old error must not be reported again.
+        let _ = fs::remove_file(self.log(verb));
+        let mut command = Command::new(program);
         // The complete environment, as `sys/spawn.rs` expects.
         command.env_clear().envs(self.environment().unwrap_or_else(|| std::env::vars_os().collect()));
         command.env("PATH", &self.runtime.path);

@@ -26,7 +26,8 @@ impl Shim {
     /// # Errors
     /// No task is left, or something can't be removed.
     pub(super) async fn end_create(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Arc<Entry>, Error> {
-        if entry.task().init.pid().is_none() {
+        let is_busy = entry.task().init.pid().is_none() || entry.init.live().is_checkpointing;
+        if is_busy {
             entry.init.live().given_up.cancel();
         }
         drop(entry.init.verb.lock().await);
@@ -48,7 +49,10 @@ impl Shim {
     }
 
     pub(super) async fn kill_and_delete(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
-        let alive = entry.task().init.exit().is_none();
+        let alive = {
+            let task = entry.task();
+            task.init.exit().is_none() && task.init.pid().is_some()
+        };
         if alive {
             self.kill_and_wait(entry).await?;
         }

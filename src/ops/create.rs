@@ -15,16 +15,17 @@ use crate::id::{ProcessKey, TaskId, TaskKey, UnitName};
 use crate::launch::contract::{Kind, LAUNCHED, PID_FILE};
 use crate::launch::{self, command};
 use crate::oci::bundle::Spec;
+use crate::oci::criu::{self, CONFIG_ANNOTATION};
 use crate::oci::resources::Resources;
 use crate::oci::{containerd, face, options, runtime};
-use crate::services::process::{program_of, read_pid};
+use crate::services::process::{lives_in, program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Attempt, Entry, Error, Shim};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
 use crate::task::phase::{Container, Event, Phase};
-use crate::task::process::Process;
+use crate::task::process::{Lifecycle, Process};
 use crate::task::request::{Containerd, Create, Stdio};
 use crate::task::wiring::Wiring;
 use crate::task::{Face, Placement, Task};
@@ -62,8 +63,6 @@ pub struct CreateTask {
     pub stdio: Stdio,
     /// The OCI runtime's options.
     pub options: options::Source,
-    /// A checkpoint to restore from, empty if none.
-    pub checkpoint: String,
 }
 
 impl Shim {
@@ -75,9 +74,10 @@ impl Shim {
         if let (Attempt::Replayed, Some(entry)) = (attempt, self.tasks.registry.get(&call.key)) {
             // The earlier daemon's Create may still be running.
             drop(entry.init.verb.lock().await);
-            let made = entry.task().init.pid();
-            if let Some(pid) = made {
-                return Ok(pid);
+            let phase = entry.task().init.phase.clone();
+            if !phase.is_creating() {
+                // A container that waits for its restore has no process.
+                return Ok(phase.pid().unwrap_or_default());
             }
         }
         if let Some(entry) = self.tasks.registry.get(&call.key) {
@@ -85,9 +85,6 @@ impl Shim {
                 return Err(Error::Exists { key: call.key });
             }
             self.remove_leftover(&entry).await?;
-        }
-        if !call.checkpoint.is_empty() {
-            return Err(Error::NotImplemented("restoring a checkpoint"));
         }
         self.fds.has_room()?;
         let shim = self.clone();
@@ -109,6 +106,9 @@ impl Shim {
     fn prepare(&self, call: CreateTask) -> Result<(Task, Vec<u8>), Error> {
         let CreateTask { key, request, stdio, options, .. } = call;
         check_bundle_path(&request.bundle)?;
+        if let Some(images) = &request.checkpoint {
+            criu::client_path("image path", images)?;
+        }
         let spec = Spec::read(&request.bundle)?;
         let resources = spec.resources()?;
         check_resources(&resources)?;
@@ -123,6 +123,7 @@ impl Shim {
         runtime.environment = self.store.environment(&key);
         let wiring = uri::wiring(&stdio, runtime.log, uri::Role::Init, fifo::kind)?;
         let wiring = Wiring { kept: self.fds.next_number(), ..wiring };
+        let wiring = if request.checkpoint.is_some() { wiring.for_restore() } else { wiring };
         let Face { description, fields } = face::of(&key, &spec);
         let init = Process {
             unit: name::candidates(&key).next().ok_or(Error::NoUnitName { key: key.clone() })?,
@@ -133,12 +134,13 @@ impl Shim {
             phase: Phase::Creating { exit: None },
         };
         let task = Task {
-            placement: placement(&key, &spec)?,
+            placement: placement(&key, &spec, request.checkpoint.is_some())?,
             fields,
             // Mounts by a hook or by a wrapper of the runtime must be visible on the host, or in the mount namespace of
             // containerd if it has one. There, containerd unmounts the rootfs when it removes the bundle.
             rootfs_on_host: !request.rootfs.is_empty()
-                && (spec.shares_mounts_with_host()
+                && (request.checkpoint.is_some()
+                    || spec.shares_mounts_with_host()
                     || spec.has_hooks()
                     || !runtime::is_plain(&runtime.binary)),
             init,
@@ -218,6 +220,10 @@ impl Shim {
         let dir = self.store.dir(&task.key);
         self.store.create(&task, environment)?;
         fault::point(Point::CreateRecorded);
+        if task.request.checkpoint.is_some() {
+            self.check_criu(&task).await?;
+            return self.prepare_restore(entry, &task, &dir).await;
+        }
         let plan = Arc::new(self.plan(entry, &entry.init)?);
         let opened = self.open_streams(&plan).await?;
         self.listen_to_container(entry).await?;
@@ -234,22 +240,12 @@ impl Shim {
         claimed: tokio::sync::oneshot::Sender<()>,
     ) {
         let task = entry.task().clone();
+        let dir = self.store.dir(&task.key);
         let resumed = async {
-            let dir = self.store.dir(&task.key);
-            let state = self.manager.active_state(task.unit()).await?;
-            let plan = Arc::new(self.plan(entry, &entry.init)?);
-            let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
-            self.listen_to_container(entry).await?;
-            // The receiver is gone if the daemon stops.
-            let _ = claimed.send(());
-            // A unit that is not running and never ran `launch` belongs to an earlier task of this name.
-            if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
-                self.await_unit(entry, &task, &dir, self.manager.wait_until_started(task.unit())).await?;
-            } else {
-                self.resume_logger(&plan, &mut opened).await?;
-                self.start_unit(entry, &task, &dir, Begun::Before).await?;
+            if task.request.checkpoint.is_some() {
+                return self.prepare_restore(entry, &task, &dir).await;
             }
-            self.finish_create(entry, &task, &dir, opened).await
+            self.resume_unit(entry, claimed).await
         };
         if let Err(error) = resumed.await {
             tracing::warn!(task = %task.key, %error, "task {}: a create that a restart interrupted has failed and is rolled back: {error}", task.key);
@@ -257,8 +253,32 @@ impl Shim {
         }
     }
 
+    /// After a restart: completes the start of a container's unit.
+    pub(super) async fn resume_unit(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        claimed: tokio::sync::oneshot::Sender<()>,
+    ) -> Result<u32, Error> {
+        let task = entry.task().clone();
+        let dir = self.store.dir(&task.key);
+        let state = self.manager.active_state(task.unit()).await?;
+        let plan = Arc::new(self.plan(entry, &entry.init)?);
+        let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
+        self.listen_to_container(entry).await?;
+        // The receiver is gone if the daemon stops.
+        let _ = claimed.send(());
+        // A unit that is not running and never ran `launch` belongs to an earlier task of this name.
+        if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
+            self.await_unit(entry, &task, &dir, self.manager.wait_until_started(task.unit())).await?;
+        } else {
+            self.resume_logger(&plan, &mut opened).await?;
+            self.start_unit(entry, &task, &dir, Begun::Before).await?;
+        }
+        self.finish_create(entry, &task, &dir, opened).await
+    }
+
     /// Completes a Create once the unit is up. The main process of the unit is the container's init process.
-    async fn finish_create(
+    pub(super) async fn finish_create(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         task: &Task,
@@ -270,6 +290,16 @@ impl Shim {
         launch::cgroup::remove(task.unit());
         let pid =
             read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(task, dir)))?;
+        if task.request.checkpoint.is_some()
+            && let Ok(place) = cgroup::of_process(pid)
+            && !lives_in(task, pid)
+        {
+            return Err(Error::Launch(format!(
+                "OCI runtime restore failed: criu has put the processes into cgroup {}, outside of the container; \
+                 remove the annotation {CONFIG_ANNOTATION}, or add \"manage-cgroups=ignore\" to the file that it names",
+                place.display()
+            )));
+        }
         self.hold(entry, &entry.init, pid);
         self.start_session(entry, &entry.init, opened).await?;
         fault::point(Point::CreatePumping);
@@ -279,7 +309,13 @@ impl Shim {
         Ok(pid)
     }
 
-    async fn start_unit(&self, entry: &Entry, task: &Task, dir: &Path, create: Begun) -> Result<(), Error> {
+    pub(super) async fn start_unit(
+        &self,
+        entry: &Entry,
+        task: &Task,
+        dir: &Path,
+        create: Begun,
+    ) -> Result<(), Error> {
         if name::is_pod_slice(task.placement.slice()) {
             self.make_pod_slice(task.placement.slice(), task).await?;
         }
@@ -350,7 +386,8 @@ impl Shim {
             return reason;
         }
         let cli = runtime::Cli::of(task, dir);
-        format!("OCI runtime create failed: {}", cli.reason("create", None))
+        let verb = if task.request.checkpoint.is_some() { runtime::RESTORE } else { "create" };
+        format!("OCI runtime {verb} failed: {}", cli.reason(verb, None))
     }
 
     /// Records the container: its init process, its cgroup and its limits.
@@ -400,14 +437,17 @@ pub(crate) fn check_resources(resources: &Resources) -> Result<(), Error> {
 }
 
 /// The slice of the unit and the cgroup of the container, as the client requests them.
-fn placement(key: &TaskKey, spec: &Spec) -> Result<Placement, Error> {
+fn placement(key: &TaskKey, spec: &Spec, restores: bool) -> Result<Placement, Error> {
     let ours = || -> Result<UnitName, Error> {
         Ok(match (key.namespace.as_str(), sandbox_of(spec)) {
             ("k8s.io", Some(sandbox)) => name::pod_slice(&key.namespace, &sandbox)?,
             _ => name::namespace_slice(&key.namespace)?,
         })
     };
-    Ok(match place::parse(spec.cgroups_path(), &key.namespace, &key.id)? {
+    let wish = place::parse(spec.cgroups_path(), &key.namespace, &key.id)?;
+    // A client restores a container with the spec of the original, whose default path has another id.
+    let wish = if restores && wish.is_default_of_another(&key.namespace) { place::Wish::Ours } else { wish };
+    Ok(match wish {
         place::Wish::Ours => Placement::Unit { slice: ours()?, child: place::escape(key.id.as_str()) },
         place::Wish::Slice { slice, child } => Placement::Unit { slice: UnitName::new(slice)?, child },
         place::Wish::Literal(path) => {

@@ -9,7 +9,7 @@ use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskKey};
 use crate::services::registry::End;
 use crate::services::streams::drain;
-use crate::services::{Attempt, Entry, Error, Process, Shim, blocking};
+use crate::services::{Attempt, Entry, Error, Process, Shim, blocking, now_usec};
 use crate::store::delete_replies::Deleted;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Phase};
@@ -45,7 +45,10 @@ impl Shim {
         let exit = match phase {
             Phase::Stopped { exit, .. } => exit,
             Phase::Created { .. } => self.kill_and_wait(&entry).await?,
+            // There has been no process: containerd gets status 0, as for every container that never ran.
+            Phase::Prepared => Exit { status: 0, at_usec: now_usec() },
             Phase::Creating { .. }
+            | Phase::Restoring { .. }
             | Phase::Starting { .. }
             | Phase::Running { .. }
             | Phase::Ending { .. } => {

@@ -45,6 +45,10 @@ impl Shim {
         }
         let (entry, process) = self.tasks.process(key)?;
         let task = entry.task().clone();
+        if task.init.phase.container().is_none() {
+            // It waits for its restore.
+            return Err(Error::UnknownTask { key: key.task.clone() });
+        }
         if all && key.exec.is_none() {
             return blocking(move || kill_all(&task, signal)).await?;
         }

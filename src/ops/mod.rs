@@ -1,6 +1,7 @@
 //! What the calls of the Task API do: one RPC, one file.
 
 mod additions;
+mod checkpoint;
 mod clean_up;
 mod close_io;
 mod connect;
@@ -11,6 +12,7 @@ mod kill;
 mod pause;
 mod pids;
 mod resize_pty;
+mod restore;
 mod resume;
 mod sandbox;
 mod start;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::TaskKey;
-use crate::services::{Attempt, Error, Shim, waiting};
+use crate::services::{Attempt, Error, Shim, blocking, waiting};
 use crate::task::phase::{Event, Phase, Refusal};
 use crate::task::process::Lifecycle;
 use crate::task::{Placement, Task};
@@ -55,6 +55,10 @@ impl Shim {
     }
 
     pub(super) async fn thaw(&self, task: &Task) -> Result<(), Error> {
+        if let Some(cgroup) = task.cgroup().map(Path::to_owned) {
+            // Frozen itself if a checkpoint could not give the freeze back to the unit.
+            blocking(move || cgroup::freeze(&cgroup, false)).await??;
+        }
         self.set_frozen(task, false, self.manager.thaw(task.unit())).await
     }
 

@@ -88,10 +88,9 @@ impl Shim {
         let places = sandbox.as_ref().and_then(|sandbox| sandbox.places.clone());
         let create = CreateTask {
             key: call.key,
-            request: Create { bundle: call.bundle, rootfs: call.rootfs, sandbox },
+            request: Create { bundle: call.bundle, rootfs: call.rootfs, checkpoint: None, sandbox },
             stdio: Stdio::default(),
             options: call.options,
-            checkpoint: String::new(),
         };
         let created = self.create(create, attempt).await;
         if let (Err(_), true, Some(places)) = (&created, self.tasks.entry(&init.task).is_err(), places) {

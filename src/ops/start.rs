@@ -27,6 +27,9 @@ impl Shim {
         }
         may_start(&task, &process)?;
         self.tasks.apply(&entry, &process, Event::StartBegun)?;
+        if process.exec().is_none() && task.request.checkpoint.is_some() {
+            return self.restore_init(&entry, &task).await;
+        }
         let started = match process.exec() {
             None => self.release_init(&entry, &task).await.map(|pid| (pid, None)),
             Some(id) => self.launch_exec(&entry, &process, id).await,

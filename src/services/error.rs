@@ -139,6 +139,29 @@ pub enum Error {
     /// This version does not do it.
     #[error("{0} is not implemented yet by io.containerd.systemd.v1")]
     NotImplemented(&'static str),
+    /// criu can't dump the output of a container.
+    #[error(
+        "task {key} can't be checkpointed: its output goes to the journal through a socket, which criu can't dump; create \
+         the container with streams, or with the runtime option Log = \"journal\""
+    )]
+    JournalSocket {
+        /// The task.
+        key: TaskKey,
+    },
+    /// criu can't be used.
+    #[error(transparent)]
+    Criu(oci::criu::Problem),
+    /// A checkpoint or a restore failed, and criu has written a log.
+    #[error("{reason}; the log of criu is {log}")]
+    WithLog {
+        /// Why.
+        reason: String,
+        /// The log.
+        log: std::path::PathBuf,
+    },
+    /// The request for a checkpoint or a restore is not valid.
+    #[error(transparent)]
+    Checkpoint(#[from] oci::criu::Invalid),
     /// The bundle's path is not absolute.
     #[error("bundle {0:?} must be an absolute path without \"..\"")]
     BundlePath(std::path::PathBuf),

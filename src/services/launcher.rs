@@ -1,13 +1,16 @@
 //! How units run this program: the daemon's side of `launch`, with what it keeps for it.
 
+use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::cgroup;
 use crate::id::ProcessKey;
 use crate::launch::contract::Kind;
 use crate::launch::{self, command};
+use crate::oci::options;
 use crate::oci::sealed::{self, Copies};
 use crate::task::Task;
 
@@ -20,12 +23,20 @@ pub struct Launcher {
     copies: Arc<Copies>,
     /// The kernel is getting ready for moves between cgroups.
     warming: Arc<AtomicBool>,
+    /// The search paths in which a usable criu was found, and its file.
+    criu: Mutex<HashMap<String, Version>>,
 }
+
+/// A program: its device, inode, and change time.
+type Version = (u64, u64, i64);
+
+/// The most search paths that are remembered. Each containerd has one.
+const MOST_PATHS: usize = 64;
 
 impl Launcher {
     /// A launcher of this program.
     pub(super) fn new(program: PathBuf) -> Self {
-        Self { program, copies: Arc::default(), warming: Arc::default() }
+        Self { program, copies: Arc::default(), warming: Arc::default(), criu: Mutex::default() }
     }
 
     /// The command line of a unit that starts a process.
@@ -37,6 +48,28 @@ impl Launcher {
     pub(crate) async fn sealed_runtime(&self, task: &Task) -> Result<Option<sealed::Place>, Error> {
         let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
         blocking(move || copies.place(&binary)).await
+    }
+
+    /// True if the criu in this search path is known to be usable.
+    pub(crate) fn knows_criu(&self, path: &str) -> bool {
+        let found = version_of_criu(path);
+        found.is_some() && self.criu().get(path).copied() == found
+    }
+
+    /// The criu in this search path can be used.
+    pub(crate) fn remember_criu(&self, path: &str) {
+        let Some(found) = version_of_criu(path) else {
+            return;
+        };
+        let mut criu = self.criu();
+        if criu.len() >= MOST_PATHS {
+            criu.clear();
+        }
+        criu.insert(path.to_owned(), found);
+    }
+
+    fn criu(&self) -> MutexGuard<'_, HashMap<String, Version>> {
+        self.criu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A process is about to be moved between cgroups; see [`cgroup::warm_up`].
@@ -63,4 +96,10 @@ impl Launcher {
             launch::cgroup::sweep();
         }
     }
+}
+
+/// The criu in a search path.
+fn version_of_criu(path: &str) -> Option<Version> {
+    let file = options::find("criu", path)?.metadata().ok()?;
+    Some((file.dev(), file.ino(), file.ctime()))
 }

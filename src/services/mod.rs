@@ -88,6 +88,8 @@ pub struct Live {
     pub(crate) memory_events: MemoryEvents,
     /// When `memory_events` changed last.
     pub(crate) memory_changed: Option<Instant>,
+    /// True while criu dumps its processes: criu thaws and freezes them.
+    pub(crate) is_checkpointing: bool,
     /// True while the daemon queries systemd for the exit of the process.
     pub(crate) is_ending: bool,
     /// Where the task is on disk.

@@ -97,7 +97,7 @@ impl Tasks {
     /// A task whose Create has completed. Until then other calls get "not found".
     pub(crate) fn created(&self, key: &TaskKey) -> Result<Arc<Entry>, Error> {
         let entry = self.entry(key)?;
-        if entry.task().init.pid().is_none() {
+        if entry.task().init.phase.is_creating() {
             return Err(Error::UnknownTask { key: key.clone() });
         }
         Ok(entry)

@@ -6,9 +6,40 @@ use crate::services::{Attempt, Error};
 
 use super::harness::{Step, World};
 
-/// What containerd hears of a whole life.
-const EVENTS: [&str; 9] =
-    ["create", "start", "exec-added", "exec-started", "exec-exit", "paused", "resumed", "exit", "delete"];
+/// The life of a task, step by step.
+struct Life {
+    steps: &'static [Step],
+    world: fn(&str) -> World,
+    /// What containerd hears of it.
+    events: &'static [&'static str],
+}
+
+/// A whole life.
+const WHOLE: Life = Life {
+    steps: &Step::ALL,
+    world: World::new,
+    events: &[
+        "create",
+        "start",
+        "exec-added",
+        "exec-started",
+        "exec-exit",
+        "paused",
+        "resumed",
+        "exit",
+        "delete",
+    ],
+};
+
+/// That of a task that is restored from a checkpoint.
+const RESTORED: Life = Life { world: World::restoring, ..WHOLE };
+
+/// That of a task of which checkpoints are taken.
+const CHECKPOINTS: Life = Life {
+    steps: &Step::CHECKPOINTS,
+    world: World::new,
+    events: &["create", "start", "paused", "resumed", "exit", "delete"],
+};
 
 /// More effects than any operation has.
 const MANY: usize = 200;
@@ -20,27 +51,29 @@ fn undisturbed(world: &World, steps: &[Step]) {
 
 #[test]
 fn a_whole_life_leaves_nothing() {
-    let world = World::new("whole-life");
-    undisturbed(&world, &Step::ALL);
-    assert_eq!(world.events(), EVENTS);
-    assert_eq!(world.remains(), Vec::<String>::new());
+    for (name, life) in [("whole", &WHOLE), ("restored", &RESTORED), ("checkpoints", &CHECKPOINTS)] {
+        let world = (life.world)(name);
+        undisturbed(&world, life.steps);
+        assert_eq!(world.events(), life.events);
+        assert_eq!(world.remains(), Vec::<String>::new());
+    }
 }
 
-/// What is seen after each of the steps if nothing disturbs them.
-fn expected(name: &str, steps: usize) -> Vec<String> {
-    let world = World::new(name);
-    undisturbed(&world, &Step::ALL[..steps]);
-    world.seen()
+/// What is seen after the steps if nothing disturbs them, and how many containers were launched.
+fn expected(life: &Life, name: &str, steps: usize) -> (Vec<String>, usize) {
+    let world = (life.world)(name);
+    undisturbed(&world, &life.steps[..steps]);
+    (world.seen(), world.systemd.launched())
 }
 
 /// Stops the daemon before each effect of the step, and has the next daemon serve the call again. `meanwhile` happens
 /// while there is no daemon.
-fn stop_everywhere(at: usize, name: &str, meanwhile: fn(&World)) {
-    let step = Step::ALL[at];
-    let expected = expected(name, at + 1);
+fn stop_everywhere(life: &Life, at: usize, name: &str, meanwhile: fn(&World)) {
+    let step = life.steps[at];
+    let (expected, launched) = expected(life, name, at + 1);
     for effect in 0..MANY {
-        let world = World::new(name);
-        undisturbed(&world, &Step::ALL[..at]);
+        let world = (life.world)(name);
+        undisturbed(&world, &life.steps[..at]);
         // Recovery is part of it: the daemon has just begun.
         world.effects.plan(Plan::Stop(effect));
         let done = world.take(&[step], Attempt::First);
@@ -55,9 +88,9 @@ fn stop_everywhere(at: usize, name: &str, meanwhile: fn(&World)) {
             succeeded(again, &place);
         }
         assert_eq!(world.seen(), expected, "{place}");
-        assert_eq!(world.systemd.launched(), 1, "{place}");
-        undisturbed_rest(&world, at, &place);
-        assert_eq!(world.events(), EVENTS, "{place}");
+        assert_eq!(world.systemd.launched(), launched, "{place}");
+        undisturbed_rest(life, &world, at, &place);
+        assert_eq!(world.events(), life.events, "{place}");
         if is_over {
             assert!(effect > 0);
             return;
@@ -72,27 +105,27 @@ fn succeeded(result: Result<(), Error>, place: &str) {
 }
 
 /// The rest of the life, which is as if nothing had happened, and leaves nothing.
-fn undisturbed_rest(world: &World, at: usize, place: &str) {
-    let rest = world.take(&Step::ALL[at + 1..], Attempt::First).unwrap();
+fn undisturbed_rest(life: &Life, world: &World, at: usize, place: &str) {
+    let rest = world.take(&life.steps[at + 1..], Attempt::First).unwrap();
     succeeded(rest, place);
     assert_eq!(world.remains(), Vec::<String>::new(), "{place}");
 }
 
 /// Has each effect of the step fail in each way; a call that fails is made again.
-fn fail_everywhere(at: usize) {
+fn fail_everywhere(life: &'static Life, at: usize, name: &'static str) {
     // Side by side: most of the time is spent waiting for threads.
     std::thread::scope(|scope| {
         for failure in Failure::ALL {
-            scope.spawn(move || (0..MANY).find(|effect| !fail_at(at, *effect, failure)));
+            scope.spawn(move || (0..MANY).find(|effect| !fail_at(life, at, name, *effect, failure)));
         }
     });
 }
 
 /// False if the step has no such effect.
-fn fail_at(at: usize, effect: usize, failure: Failure) -> bool {
-    let step = Step::ALL[at];
-    let world = World::new(&format!("fail-{at}-{failure:?}"));
-    undisturbed(&world, &Step::ALL[..at]);
+fn fail_at(life: &Life, at: usize, name: &str, effect: usize, failure: Failure) -> bool {
+    let step = life.steps[at];
+    let world = (life.world)(&format!("{name}-{failure:?}"));
+    undisturbed(&world, &life.steps[..at]);
     let (first, second) = (world.parts(), world.parts());
     let effects = world.effects.clone();
     let done = world.live(move |shim| async move {
@@ -109,43 +142,49 @@ fn fail_at(at: usize, effect: usize, failure: Failure) -> bool {
         (place, was_reached)
     });
     let (place, was_reached) = done.unwrap();
-    undisturbed_rest(&world, at, &place);
-    assert_eq!(world.events(), EVENTS, "{place}");
+    undisturbed_rest(life, &world, at, &place);
+    assert_eq!(world.events(), life.events, "{place}");
     was_reached
 }
 
 /// systemd carries out what the killed daemon has asked for only after the next daemon has looked.
 #[test]
 fn a_create_is_resumed_although_systemd_was_slow_to_start_its_unit() {
-    stop_everywhere(0, "slow", |world| world.systemd.hide_once(world.unit()));
+    stop_everywhere(&WHOLE, 0, "slow", |world| world.systemd.hide_once(world.unit()));
 }
 
 macro_rules! each_step {
-    ($($at:literal $stop:ident $fail:ident,)*) => {
+    ($($life:ident $at:literal $stop:ident $fail:ident,)*) => {
         $(
             #[test]
             fn $stop() {
-                stop_everywhere($at, concat!("stop-", $at), |_| {});
+                stop_everywhere(&$life, $at, concat!("stop-", stringify!($life), $at), |_| {});
             }
 
             #[test]
             fn $fail() {
-                fail_everywhere($at);
+                fail_everywhere(&$life, $at, concat!("fail-", stringify!($life), $at));
             }
         )*
     };
 }
 
 each_step! {
-    0 the_daemon_may_end_anywhere_in_create any_effect_of_create_may_fail,
-    1 the_daemon_may_end_anywhere_in_start any_effect_of_start_may_fail,
-    2 the_daemon_may_end_anywhere_in_exec any_effect_of_exec_may_fail,
-    3 the_daemon_may_end_anywhere_in_the_start_of_an_exec any_effect_of_the_start_of_an_exec_may_fail,
-    4 the_daemon_may_end_anywhere_in_the_end_of_an_exec any_effect_of_the_end_of_an_exec_may_fail,
-    5 the_daemon_may_end_anywhere_in_the_delete_of_an_exec any_effect_of_the_delete_of_an_exec_may_fail,
-    6 the_daemon_may_end_anywhere_in_pause any_effect_of_pause_may_fail,
-    7 the_daemon_may_end_anywhere_in_resume any_effect_of_resume_may_fail,
-    8 the_daemon_may_end_anywhere_in_update any_effect_of_update_may_fail,
-    9 the_daemon_may_end_anywhere_in_an_end any_effect_of_an_end_may_fail,
-    10 the_daemon_may_end_anywhere_in_delete any_effect_of_delete_may_fail,
+    WHOLE 0 the_daemon_may_end_anywhere_in_create any_effect_of_create_may_fail,
+    WHOLE 1 the_daemon_may_end_anywhere_in_start any_effect_of_start_may_fail,
+    WHOLE 2 the_daemon_may_end_anywhere_in_exec any_effect_of_exec_may_fail,
+    WHOLE 3 the_daemon_may_end_anywhere_in_the_start_of_an_exec any_effect_of_the_start_of_an_exec_may_fail,
+    WHOLE 4 the_daemon_may_end_anywhere_in_the_end_of_an_exec any_effect_of_the_end_of_an_exec_may_fail,
+    WHOLE 5 the_daemon_may_end_anywhere_in_the_delete_of_an_exec any_effect_of_the_delete_of_an_exec_may_fail,
+    WHOLE 6 the_daemon_may_end_anywhere_in_pause any_effect_of_pause_may_fail,
+    WHOLE 7 the_daemon_may_end_anywhere_in_resume any_effect_of_resume_may_fail,
+    WHOLE 8 the_daemon_may_end_anywhere_in_update any_effect_of_update_may_fail,
+    WHOLE 9 the_daemon_may_end_anywhere_in_an_end any_effect_of_an_end_may_fail,
+    WHOLE 10 the_daemon_may_end_anywhere_in_delete any_effect_of_delete_may_fail,
+    RESTORED 0 the_daemon_may_end_anywhere_in_a_create_with_a_checkpoint any_effect_of_a_create_with_a_checkpoint_may_fail,
+    RESTORED 1 the_daemon_may_end_anywhere_in_a_restore any_effect_of_a_restore_may_fail,
+    CHECKPOINTS 2 the_daemon_may_end_anywhere_in_a_checkpoint any_effect_of_a_checkpoint_may_fail,
+    CHECKPOINTS 4 the_daemon_may_end_anywhere_in_a_checkpoint_of_a_paused_task
+        any_effect_of_a_checkpoint_of_a_paused_task_may_fail,
+    CHECKPOINTS 6 the_daemon_may_end_anywhere_in_a_last_checkpoint any_effect_of_a_last_checkpoint_may_fail,
 }

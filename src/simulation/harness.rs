@@ -13,6 +13,7 @@ use crate::cgroup::watch::Watch;
 use crate::effects::{Effects, Failure};
 use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::launch::fake::FakeLaunch;
+use crate::oci::criu::Checkpoint;
 use crate::oci::options;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::ops::{AddExec, CreateTask};
@@ -33,6 +34,8 @@ pub(crate) const EXEC_STATUS: u32 = 3;
 /// An OCI runtime that keeps a directory for each container, as runc does.
 struct FakeRuntime {
     effects: Arc<Effects>,
+    systemd: Arc<FakeSystemd>,
+    store: Store,
 }
 
 impl FakeRuntime {
@@ -70,6 +73,31 @@ impl OciRuntime for FakeRuntime {
         let _ = fs::remove_dir_all(kept);
         Ok(())
     }
+
+    async fn launch(
+        &self,
+        cli: &Cli<'_>,
+        verb: &'static str,
+        _: Duration,
+        command: &[String],
+    ) -> Result<(), RuntimeError> {
+        assert_eq!(command[1..3], ["launch", verb]);
+        let kept = self.call(verb, cli).await?;
+        if verb != "checkpoint" {
+            return Ok(());
+        }
+        let begun: serde_json::Value =
+            serde_json::from_slice(&fs::read(cli.dir.join("checkpoint.json")).unwrap()).unwrap();
+        fs::create_dir_all(cli.dir.join("criu-dump")).unwrap();
+        fs::write(cli.dir.join("criu-dump/dump.log"), "Dumping finished successfully").unwrap();
+        if begun["request"]["exit"] == true {
+            let _ = fs::remove_dir_all(kept);
+            let tasks = self.store.load_all(&Arc::default()).unwrap();
+            let task = tasks.into_iter().flatten().find(|found| found.task.key.id == *cli.id).unwrap().task;
+            self.systemd.end_by_signal(task.unit(), nix::libc::SIGKILL);
+        }
+        Ok(())
+    }
 }
 
 /// A node with one task and one exec, both by fixed names.
@@ -85,6 +113,8 @@ pub(crate) struct World {
     pub(crate) task: TaskKey,
     /// What containerd has accepted: when it happened, its place in the task's order, and what.
     accepted: Arc<Mutex<Vec<(u64, u64, TaskEvent)>>>,
+    /// The task is restored from a checkpoint.
+    restores: bool,
 }
 
 impl World {
@@ -98,7 +128,14 @@ impl World {
         let launch = FakeLaunch::new(Store::new(root.join("state")));
         let systemd = FakeSystemd::new(effects.clone(), launch.clone());
         let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
-        Self { root, effects, systemd, launch, task, accepted: Arc::default() }
+        Self { root, effects, systemd, launch, task, accepted: Arc::default(), restores: false }
+    }
+
+    /// The same, for a task that is restored from a checkpoint.
+    pub(crate) fn restoring(name: &str) -> Self {
+        let mut world = Self::new(name);
+        world.restores = true;
+        world
     }
 
     /// The task's init process.
@@ -131,10 +168,13 @@ impl World {
         };
         CreateTask {
             key: self.task.clone(),
-            request: Create { bundle: self.root.join("bundle"), ..Create::default() },
+            request: Create {
+                bundle: self.root.join("bundle"),
+                checkpoint: self.restores.then(|| "/checkpoint".into()),
+                ..Create::default()
+            },
             stdio: Stdio::default(),
             options: options::Source::Given(Box::new(options)),
-            checkpoint: String::new(),
         }
     }
 
@@ -188,7 +228,11 @@ impl World {
             StreamFds::new(fd_store, Vec::new()),
             Watch::new(),
             self.systemd.clone(),
-            Arc::new(FakeRuntime { effects: self.effects.clone() }),
+            Arc::new(FakeRuntime {
+                effects: self.effects.clone(),
+                systemd: self.systemd.clone(),
+                store: Store::new(self.root.join("state")),
+            }),
             PathBuf::from("/shim"),
         );
         let (publisher, accepted) = (shim.clone(), self.accepted.clone());
@@ -287,12 +331,28 @@ pub(crate) enum Step {
     Pause,
     Resume,
     Update,
+    /// A checkpoint, after which the task continues.
+    Checkpoint,
+    /// A checkpoint with which the task ends.
+    CheckpointExit,
     /// SIGKILL, and its effect.
     Kill,
     Delete,
 }
 
 impl Step {
+    /// A life with checkpoints.
+    pub(crate) const CHECKPOINTS: [Self; 8] = [
+        Self::Create,
+        Self::Start,
+        Self::Checkpoint,
+        Self::Pause,
+        Self::Checkpoint,
+        Self::Resume,
+        Self::CheckpointExit,
+        Self::Delete,
+    ];
+
     /// A whole life.
     pub(crate) const ALL: [Self; 11] = [
         Self::Create,
@@ -328,6 +388,17 @@ impl Step {
             Self::Pause => shim.pause(&init.task, attempt).await,
             Self::Resume => shim.resume(&init.task, attempt).await,
             Self::Update => shim.update(&init.task, br#"{"pids":{"limit":5}}"#.to_vec(), attempt).await,
+            Self::Checkpoint => {
+                let request = Checkpoint { image: "/checkpoint".into(), ..Checkpoint::default() };
+                shim.checkpoint(&init.task, request, attempt).await
+            }
+            Self::CheckpointExit => {
+                let request = Checkpoint { image: "/other".into(), exit: true, ..Checkpoint::default() };
+                shim.checkpoint(&init.task, request, attempt).await?;
+                let exit = shim.wait(init, attempt).await?;
+                assert_eq!(exit.status, 137);
+                Ok(())
+            }
             Self::Kill => {
                 shim.kill(init, nix::libc::SIGKILL as u32, false, attempt).await?;
                 let exit = shim.wait(init, attempt).await?;

@@ -12,7 +12,8 @@ use std::time::Duration;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::launch;
-use crate::launch::contract::{EXEC_PID_FILE, PROCESS_SPEC};
+use crate::launch::contract::{EXEC_PID_FILE, LAUNCH_ERROR, LAUNCHED, PID_FILE, PROCESS_SPEC};
+use crate::launch::pipes::NO_INPUT;
 use crate::oci::runtime::{self, OciRuntime};
 use crate::oci::{mount, mount_options, pod_files};
 use crate::services::process::{lives_in, read_pid};
@@ -292,6 +293,45 @@ impl Shim {
         // Another start needs the process spec.
         let cleared = self.clear_exec_dir(process, Some(PROCESS_SPEC));
         cleared.unwrap_or_else(|error| failed(error.into()));
+    }
+
+    /// Rolls back a restore, however far it got, so that another Start can be made. The rootfs stays mounted. Errors are
+    /// logged: the caller already has one to return.
+    pub(crate) async fn roll_back_restore(&self, entry: &Arc<Entry>) {
+        let task = entry.task().clone();
+        let dir = self.store.dir(&task.key);
+        // The OCI runtime and criu may hang. Neither is in the cgroup of the unit.
+        launch::cgroup::kill(task.unit());
+        let mut troubles = Troubles::default();
+        let cli = runtime::Cli::of(&task, &dir);
+        if cli.knows() {
+            troubles.add(self.oci.delete(&cli).await);
+        }
+        let removed = remove_unit(&*self.manager, task.unit(), Stop::Awaited).await;
+        if removed.is_empty() {
+            self.manager.release(task.unit()).await;
+        }
+        troubles.join(removed);
+        if let Some(logger) = &task.init.logger {
+            troubles.join(remove_unit(&*self.manager, logger, Stop::Awaited).await);
+        }
+        // `launch` may have moved there in the meantime.
+        launch::cgroup::kill(task.unit());
+        launch::cgroup::remove(task.unit());
+        {
+            let mut live = entry.init.live();
+            (live.watched, live.listening, live.process) = (None, None, None);
+        }
+        cancel_pumps(&entry.init).await;
+        self.fds.forget_all(task.init.wiring.kept);
+        let own = task.init.wiring.own_pipes();
+        let files = [LAUNCHED, LAUNCH_ERROR, PID_FILE, NO_INPUT];
+        let names: Vec<_> = own.into_iter().chain(files).collect();
+        troubles.add(self.store.remove_aside(&task.key, &names));
+        if !troubles.is_empty() {
+            let text = troubles.text();
+            tracing::error!(task = %task.key, "task {}: its failed restore could not be rolled back completely: {text}", task.key);
+        }
     }
 
     /// Kills the process that the OCI runtime created before the start failed.

@@ -10,6 +10,9 @@ use crate::task::phase::Event;
 impl Shim {
     /// Reads whether a task is frozen, and reports a change to containerd.
     pub(crate) fn note_freezer(self: &Arc<Self>, entry: &Arc<Entry>) {
+        if entry.init.live().is_checkpointing {
+            return;
+        }
         let cgroup = entry.task().cgroup().map(Path::to_owned);
         let noted = match cgroup.map(|cgroup| is_frozen(&cgroup)) {
             Some(Ok(Some(true))) => {

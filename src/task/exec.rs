@@ -101,7 +101,7 @@ fn stop(pid: u32, exit: Exit, mut announce: Vec<Announce>) -> Step<ExecPhase> {
 /// # Errors
 /// The phase does not allow the event.
 pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step<ExecPhase>, Refusal> {
-    use Event::{Created, ExecsGone, Exited, Frozen, StartBegun, StartFailed, Started, Thawed};
+    use Event::{Created, ExecsGone, Exited, Frozen, Prepared, StartBegun, StartFailed, Started, Thawed};
     let refused = Refusal { verb: event.verb(), phase: phase.word() };
     match (phase.clone(), event) {
         (ExecPhase::Added, StartBegun) => Ok(stay(ExecPhase::Starting { exit: None })),
@@ -141,7 +141,7 @@ pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step<ExecPhase>, Re
             | ExecPhase::Starting { .. }
             | ExecPhase::Running { .. }
             | ExecPhase::Stopped { .. },
-            Created { .. },
+            Prepared | Created { .. },
         ) => Err(refused),
     }
 }

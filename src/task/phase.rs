@@ -8,6 +8,14 @@
 //!                                                                                       execs gone
 //! ```
 //!
+//! A container with a checkpoint has no process before Start, which restores it:
+//!
+//! ```text
+//!            prepared            start begun             created
+//! Creating ───────────▶ Prepared ────────────▶ Restoring ───────▶ Running
+//!                           ◀──── start failed ─────┘
+//! ```
+//!
 //! An exit can be observed while Create or Start is still running. containerd requires the events in the order create,
 //! start, exit, so such an exit is kept in the phase and takes effect when the call ends. containerd also requires the
 //! exits of all execs before that of the init process: until then, the phase is Ending.
@@ -68,6 +76,13 @@ pub enum Phase {
         /// The last observed exit of a process of the unit.
         exit: Option<Seen>,
     },
+    /// The rootfs is mounted. There is no process: Start restores one from a checkpoint.
+    Prepared,
+    /// The restore was begun; the unit may or may not exist yet.
+    Restoring {
+        /// The last observed exit of a process of the unit.
+        exit: Option<Seen>,
+    },
     /// The init process of the OCI runtime waits for Start.
     Created {
         /// The container.
@@ -114,7 +129,7 @@ impl Phase {
     /// The container, once the OCI runtime has made it.
     pub fn container(&self) -> Option<&Container> {
         match self {
-            Self::Creating { .. } => None,
+            Self::Creating { .. } | Self::Prepared | Self::Restoring { .. } => None,
             Self::Created { container, .. }
             | Self::Starting { container, .. }
             | Self::Running { container }
@@ -127,7 +142,7 @@ impl Phase {
     /// As [`Self::container`].
     pub fn container_mut(&mut self) -> Option<&mut Container> {
         match self {
-            Self::Creating { .. } => None,
+            Self::Creating { .. } | Self::Prepared | Self::Restoring { .. } => None,
             Self::Created { container, .. }
             | Self::Starting { container, .. }
             | Self::Running { container }
@@ -142,11 +157,18 @@ impl Phase {
         match self {
             Self::Created { program, .. } | Self::Starting { program, .. } => *program,
             Self::Creating { .. }
+            | Self::Prepared
+            | Self::Restoring { .. }
             | Self::Running { .. }
             | Self::Paused { .. }
             | Self::Ending { .. }
             | Self::Stopped { .. } => None,
         }
+    }
+
+    /// True if Create has not completed.
+    pub fn is_creating(&self) -> bool {
+        matches!(self, Self::Creating { .. })
     }
 
     /// True if the process is frozen: no exec can be added.
@@ -164,6 +186,8 @@ impl Lifecycle for Phase {
         match self {
             Self::Stopped { exit, .. } => Some(*exit),
             Self::Creating { .. }
+            | Self::Prepared
+            | Self::Restoring { .. }
             | Self::Created { .. }
             | Self::Starting { .. }
             | Self::Running { .. }
@@ -179,6 +203,8 @@ impl Lifecycle for Phase {
             | Self::Running { .. }
             | Self::Paused { .. } => true,
             Self::Creating { .. }
+            | Self::Prepared
+            | Self::Restoring { .. }
             | Self::Starting { exit: Some(_), .. }
             | Self::Ending { .. }
             | Self::Stopped { .. } => false,
@@ -187,20 +213,24 @@ impl Lifecycle for Phase {
 
     fn has_run(&self) -> bool {
         match self {
-            Self::Creating { .. } | Self::Created { .. } | Self::Starting { .. } => false,
+            Self::Creating { .. }
+            | Self::Prepared
+            | Self::Restoring { .. }
+            | Self::Created { .. }
+            | Self::Starting { .. } => false,
             Self::Running { .. } | Self::Paused { .. } | Self::Ending { .. } | Self::Stopped { .. } => true,
         }
     }
 
     fn is_starting(&self) -> bool {
-        matches!(self, Self::Starting { .. })
+        matches!(self, Self::Starting { .. } | Self::Restoring { .. })
     }
 
     fn word(&self) -> &'static str {
         match self {
             Self::Creating { .. } => "creating",
-            Self::Created { .. } => "created",
-            Self::Starting { .. } => "starting",
+            Self::Prepared | Self::Created { .. } => "created",
+            Self::Restoring { .. } | Self::Starting { .. } => "starting",
             Self::Running { .. } => "running",
             Self::Paused { .. } => "paused",
             Self::Ending { .. } | Self::Stopped { .. } => "stopped",
@@ -217,7 +247,9 @@ impl Lifecycle for Phase {
 /// What happens to a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The unit of an init process is up, and the OCI runtime has made the container.
+    /// The rootfs of a container with a checkpoint is mounted.
+    Prepared,
+    /// The unit of an init process is up, and the OCI runtime has made the container, or restored it.
     Created {
         /// The container.
         container: Container,
@@ -246,7 +278,7 @@ pub enum Event {
 impl Event {
     pub(super) fn verb(&self) -> &'static str {
         match self {
-            Self::Created { .. } => "create",
+            Self::Prepared | Self::Created { .. } => "create",
             Self::StartBegun => "start",
             Self::Started { .. } | Self::StartFailed => "finish starting",
             Self::Frozen => "pause",
@@ -318,7 +350,7 @@ fn end(container: Container, exit: Exit, announce: Vec<Announce>) -> Step<Phase>
 /// # Errors
 /// The phase does not allow the event.
 pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
-    use Event::{Created, ExecsGone, Exited, Frozen, StartBegun, StartFailed, Started, Thawed};
+    use Event::{Created, ExecsGone, Exited, Frozen, Prepared, StartBegun, StartFailed, Started, Thawed};
     let refused = Refusal { verb: event.verb(), phase: phase.word() };
     if let (Exited(seen), Some(pid)) = (&event, phase.pid())
         && !seen.is_of(pid)
@@ -334,7 +366,26 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
             })
         }
         (Phase::Creating { .. }, Exited(seen)) => Ok(stay(Phase::Creating { exit: Some(seen) })),
+        (Phase::Creating { .. }, Prepared) => {
+            Ok(Step { next: Phase::Prepared, announce: vec![Announce::Created { pid: 0 }] })
+        }
         (Phase::Creating { .. }, StartBegun | Started { .. } | StartFailed) => Err(refused),
+
+        (Phase::Prepared, StartBegun) => Ok(stay(Phase::Restoring { exit: None })),
+        // That of an earlier attempt.
+        (Phase::Prepared, Exited(_)) => Ok(stay(Phase::Prepared)),
+        (Phase::Prepared, Prepared | Created { .. } | Started { .. } | StartFailed) => Err(refused),
+
+        (Phase::Restoring { exit }, Created { container, .. }) => {
+            let announce = vec![Announce::Started { pid: container.pid }];
+            Ok(match exit.filter(|seen| seen.is_of(container.pid)) {
+                None => Step { next: Phase::Running { container }, announce },
+                Some(seen) => end(container, seen.exit, announce),
+            })
+        }
+        (Phase::Restoring { .. }, StartFailed) => Ok(stay(Phase::Prepared)),
+        (Phase::Restoring { .. }, Exited(seen)) => Ok(stay(Phase::Restoring { exit: Some(seen) })),
+        (Phase::Restoring { .. }, Prepared | StartBegun | Started { .. }) => Err(refused),
 
         (Phase::Created { container, program }, StartBegun) => {
             Ok(stay(Phase::Starting { container, program, exit: None }))
@@ -343,7 +394,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
             Phase::Created { container, .. } | Phase::Running { container } | Phase::Paused { container },
             Exited(seen),
         ) => Ok(end(container, seen.exit, Vec::new())),
-        (Phase::Created { .. }, Created { .. } | Started { .. } | StartFailed) => Err(refused),
+        (Phase::Created { .. }, Prepared | Created { .. } | Started { .. } | StartFailed) => Err(refused),
 
         (Phase::Starting { container, exit, .. }, Started { .. }) => {
             let announce = vec![Announce::Started { pid: container.pid }];
@@ -359,11 +410,11 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         (Phase::Starting { container, program, exit }, Exited(seen)) => {
             Ok(stay(Phase::Starting { container, program, exit: exit.or(Some(seen.exit)) }))
         }
-        (Phase::Starting { .. }, Created { .. } | StartBegun) => Err(refused),
+        (Phase::Starting { .. }, Prepared | Created { .. } | StartBegun) => Err(refused),
 
         (
             Phase::Running { .. } | Phase::Paused { .. },
-            Created { .. } | StartBegun | Started { .. } | StartFailed,
+            Prepared | Created { .. } | StartBegun | Started { .. } | StartFailed,
         ) => Err(refused),
         (Phase::Running { container }, Frozen) => {
             Ok(Step { next: Phase::Paused { container }, announce: vec![Announce::Paused] })
@@ -380,12 +431,14 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         (ended @ (Phase::Ending { .. } | Phase::Stopped { .. }), Exited(_)) => Ok(stay(ended)),
         (
             Phase::Ending { .. } | Phase::Stopped { .. },
-            Created { .. } | StartBegun | Started { .. } | StartFailed,
+            Prepared | Created { .. } | StartBegun | Started { .. } | StartFailed,
         ) => Err(refused),
 
         // This event only matters to an init process that has ended.
         (
             other @ (Phase::Creating { .. }
+            | Phase::Prepared
+            | Phase::Restoring { .. }
             | Phase::Created { .. }
             | Phase::Starting { .. }
             | Phase::Running { .. }
@@ -398,6 +451,8 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         // For containerd, only a running task can be paused, whatever the state of its cgroup is.
         (
             other @ (Phase::Creating { .. }
+            | Phase::Prepared
+            | Phase::Restoring { .. }
             | Phase::Created { .. }
             | Phase::Starting { .. }
             | Phase::Ending { .. }

@@ -60,6 +60,8 @@ struct Request {
     stdio: Stdio,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sandbox: Option<Sandbox>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    checkpoint: Option<PathBuf>,
 }
 
 /// The name of a phase, with what is not beside it.
@@ -67,6 +69,8 @@ struct Request {
 #[serde(tag = "name", rename_all = "snake_case")]
 enum Name {
     Creating { exit: Option<Seen> },
+    Prepared {},
+    Restoring { exit: Option<Seen> },
     Created { pid: u32 },
     Starting { pid: u32, exit: Option<Exit> },
     Running { pid: u32 },
@@ -80,6 +84,8 @@ impl Name {
         let pid = phase.pid().unwrap_or_default();
         match *phase {
             Phase::Creating { exit } => Self::Creating { exit },
+            Phase::Prepared => Self::Prepared {},
+            Phase::Restoring { exit } => Self::Restoring { exit },
             Phase::Created { .. } => Self::Created { pid },
             Phase::Starting { exit, .. } => Self::Starting { pid, exit },
             Phase::Running { .. } => Self::Running { pid },
@@ -92,6 +98,8 @@ impl Name {
     fn phase(self, container: impl FnOnce(u32) -> Container, program: Option<Program>) -> Phase {
         match self {
             Self::Creating { exit } => Phase::Creating { exit },
+            Self::Prepared {} => Phase::Prepared,
+            Self::Restoring { exit } => Phase::Restoring { exit },
             Self::Created { pid } => Phase::Created { container: container(pid), program },
             Self::Starting { pid, exit } => Phase::Starting { container: container(pid), program, exit },
             Self::Running { pid } => Phase::Running { container: container(pid) },
@@ -107,12 +115,12 @@ impl From<Task> for Record {
         let Process { unit, logger, stdio, wiring, description, phase } = task.init;
         let face = Face { description, fields: task.fields };
         let container = phase.container();
-        let Create { bundle, rootfs, sandbox } = task.request;
+        let Create { bundle, rootfs, sandbox, checkpoint } = task.request;
         Self {
             key: task.key,
             unit,
             logger,
-            request: Request { bundle, rootfs, stdio, sandbox },
+            request: Request { bundle, rootfs, stdio, sandbox, checkpoint },
             wiring,
             runtime: task.runtime,
             containerd: task.containerd,
@@ -137,7 +145,7 @@ impl From<Task> for Record {
 
 impl From<Record> for Task {
     fn from(record: Record) -> Self {
-        let Request { bundle, rootfs, stdio, sandbox } = record.request;
+        let Request { bundle, rootfs, stdio, sandbox, checkpoint } = record.request;
         let (oom_kills, limits) = (record.oom_kills, record.limits);
         // Earlier versions did not know the cgroup of a process that had ended before they asked.
         let cgroup = record.cgroup.unwrap_or_else(|| record.placement.cgroup(&record.unit));
@@ -153,7 +161,7 @@ impl From<Record> for Task {
                 description: record.face.description,
                 phase,
             },
-            request: Create { bundle, rootfs, sandbox },
+            request: Create { bundle, rootfs, sandbox, checkpoint },
             runtime: record.runtime,
             containerd: record.containerd,
             placement: record.placement,
@@ -251,6 +259,9 @@ mod tests {
         let phases = [
             r#"{"name": "creating", "exit": null}"#.to_owned(),
             format!(r#"{{"name": "creating", "exit": {seen}}}"#),
+            r#"{"name": "prepared"}"#.to_owned(),
+            r#"{"name": "restoring", "exit": null}"#.to_owned(),
+            format!(r#"{{"name": "restoring", "exit": {seen}}}"#),
             r#"{"name": "created", "pid": 7}"#.to_owned(),
             r#"{"name": "starting", "pid": 7, "exit": null}"#.to_owned(),
             format!(r#"{{"name": "starting", "pid": 7, "exit": {exit}}}"#),
@@ -265,7 +276,11 @@ mod tests {
             let name = record["init"]["name"].as_str().unwrap().to_owned();
             match name.as_str() {
                 // There is no container yet.
-                "creating" => {
+                "creating" | "prepared" | "restoring" => {
+                    if name != "creating" {
+                        record["request"]["checkpoint"] = "/c".into();
+                        record["runtime"]["criu_work"] = "/w".into();
+                    }
                     record["cgroup"] = serde_json::Value::Null;
                     record["limits"] = serde_json::Value::Null;
                     record["oom_kills"] = 0.into();

@@ -1,6 +1,6 @@
 //! What a client asks for at Create, after checking: plain data, as the record keeps it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,8 @@ pub struct Create {
     pub bundle: PathBuf,
     /// What to mount on the bundle's rootfs, parents first; empty if the client has mounted it.
     pub rootfs: Vec<Mount>,
+    /// The directory with the images of a checkpoint, from which Start restores the container.
+    pub checkpoint: Option<PathBuf>,
     /// If the task is the sandbox of a pod whose first process is the shim's own: what the shim provides for it.
     pub sandbox: Option<Sandbox>,
 }
@@ -101,11 +103,18 @@ pub struct Runtime {
     /// daemon's slice if the client names none.
     #[serde(default)]
     pub cgroup: Option<PathBuf>,
+    /// criu's work directory for a restore; empty if the client names none.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub criu_work: PathBuf,
     /// What becomes of its processes' output.
     pub log: Log,
     /// How long one of its commands may take, in seconds; 0 for the default.
     #[serde(default)]
     pub limit_sec: u32,
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 impl Runtime {

@@ -96,3 +96,18 @@ pub struct Wiring {
     #[serde(default)]
     pub kept: u64,
 }
+
+impl Wiring {
+    /// The same destinations, by way of FIFOs: criu puts only a FIFO in the place of a FIFO.
+    pub fn for_restore(self) -> Self {
+        let by_fifo = |output| match output {
+            Output::Journal => Output::Copied(Copied { journal: true, ..Copied::default() }),
+            Output::Null => Output::Copied(Copied::default()),
+            Output::Fifo(_) | Output::Copied(_) | Output::Logger => output,
+        };
+        if self.terminal {
+            return self;
+        }
+        Self { stdout: by_fifo(self.stdout), stderr: by_fifo(self.stderr), ..self }
+    }
+}

@@ -161,6 +161,14 @@ impl FakeSystemd {
         self.tell(unit);
     }
 
+    /// Ends the main process of a unit by this signal.
+    pub fn end_by_signal(&self, unit: &UnitName, signal: i32) {
+        if let Some(unit) = self.state().units.get_mut(unit) {
+            end(unit, Ended { code: 2, status: signal, at_usec: 7 });
+        }
+        self.tell(unit);
+    }
+
     /// Reports the main process of a unit, possibly once more.
     pub fn tell(&self, unit: &UnitName) {
         let state = self.state();

@@ -5,12 +5,13 @@ use std::ops::Deref;
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, RemoveSnapshotRequest};
 use containerd_client::services::v1::{
-    Container as Metadata, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
-    ListPidsRequest, MetricsRequest, PauseTaskRequest, ResumeTaskRequest, UpdateTaskRequest,
+    CheckpointTaskRequest, Container as Metadata, CreateContainerRequest, CreateTaskRequest,
+    DeleteContainerRequest, ListPidsRequest, MetricsRequest, PauseTaskRequest, ResumeTaskRequest,
+    UpdateTaskRequest,
 };
 use containerd_client::tonic::Status;
-use containerd_client::types::Mount;
 use containerd_client::types::v1::ProcessInfo;
+use containerd_client::types::{Descriptor, Mount};
 use prost_types::Any;
 
 use super::image;
@@ -137,6 +138,10 @@ impl<'n> Deref for Container<'n> {
 impl<'n> Container<'n> {
     /// Creates the task; returns its pid.
     pub fn create(&self, io: &Io) -> Result<u32, Status> {
+        self.create_with(None, io)
+    }
+
+    fn create_with(&self, checkpoint: Option<Descriptor>, io: &Io) -> Result<u32, Status> {
         let create = CreateTaskRequest {
             container_id: self.id.clone(),
             rootfs: self.mounts.clone(),
@@ -144,9 +149,27 @@ impl<'n> Container<'n> {
             stdout: io.stdout.clone(),
             stderr: io.stderr.clone(),
             terminal: self.terminal,
+            checkpoint,
             ..Default::default()
         };
         self.node.call(self.node.tasks().create(request(&self.namespace, create))).map(|answer| answer.pid)
+    }
+
+    /// Creates the task from a checkpoint; returns its pid.
+    pub fn create_from(&self, checkpoint: &Descriptor, io: &Io) -> Result<u32, Status> {
+        self.create_with(Some(checkpoint.clone()), io)
+    }
+
+    /// Takes a checkpoint, which containerd keeps; returns its images.
+    pub fn checkpoint(&self, options: Any) -> Result<Descriptor, Status> {
+        let checkpoint = CheckpointTaskRequest {
+            container_id: self.id.clone(),
+            options: Some(options),
+            ..Default::default()
+        };
+        let answer = self.node.call(self.node.tasks().checkpoint(request(&self.namespace, checkpoint)))?;
+        let images = answer.descriptors.into_iter().find(|one| one.media_type.contains("criu.checkpoint"));
+        Ok(images.expect("containerd returns the images"))
     }
 
     pub fn pause(&self) -> Result<(), Status> {

@@ -157,6 +157,8 @@ pub enum Need {
     Controllers,
     /// A second OCI runtime, crun.
     Crun,
+    /// criu, on a kernel of its own: in a container it can't do all that it needs.
+    Criu,
     /// A script that reboots the guest when the test has ended.
     Reboot,
     /// A test build of our shim, with fault points.
@@ -183,6 +185,15 @@ impl Need {
             }
             Need::Crun => {
                 (!std::path::Path::new("/usr/bin/crun").exists()).then(|| "no crun here".to_string())
+            }
+            Need::Criu => {
+                let is_vm = std::env::var("E2E_LANE").is_ok_and(|lane| lane == "vm");
+                let is_there = std::path::Path::new("/usr/sbin/criu").exists();
+                match (is_vm, is_there) {
+                    (false, _) => Some("criu needs the lane vm".to_string()),
+                    (true, false) => Some("no criu here".to_string()),
+                    (true, true) => None,
+                }
             }
             Need::Reboot => std::env::var_os("E2E_REBOOT")
                 .is_none()

@@ -13,6 +13,7 @@ mod attributes;
 mod bad_exec;
 mod bad_input;
 mod bus;
+mod checkpoint;
 mod containerds;
 mod contract;
 mod crash;

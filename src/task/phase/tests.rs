@@ -16,11 +16,14 @@ fn created() -> Event {
 }
 
 /// Each phase, with and without an exit that was noticed early.
-pub(in crate::task) fn phases() -> [Phase; 9] {
+pub(in crate::task) fn phases() -> [Phase; 12] {
     let (container, program) = (container(), PROGRAM);
     [
         Phase::Creating { exit: None },
         Phase::Creating { exit: Some(SEEN) },
+        Phase::Prepared,
+        Phase::Restoring { exit: None },
+        Phase::Restoring { exit: Some(SEEN) },
         Phase::Created { container: container.clone(), program },
         Phase::Starting { container: container.clone(), program, exit: None },
         Phase::Starting { container: container.clone(), program, exit: Some(EXIT) },
@@ -36,6 +39,9 @@ fn short(phase: &Phase) -> &'static str {
     match phase {
         Phase::Creating { exit: None } => "Creating",
         Phase::Creating { exit: Some(_) } => "creating",
+        Phase::Prepared => "Prepared",
+        Phase::Restoring { exit: None } => "Restoring",
+        Phase::Restoring { exit: Some(_) } => "restoring",
         Phase::Created { .. } => "Created",
         Phase::Starting { exit: None, .. } => "Starting",
         Phase::Starting { exit: Some(_), .. } => "starting",
@@ -65,6 +71,7 @@ fn outcome(phase: &Phase, event: Event) -> String {
 #[test]
 fn every_event_in_every_phase_does_what_the_table_says() {
     let events = [
+        Event::Prepared,
         created(),
         Event::StartBegun,
         Event::Started { pid: PID },
@@ -76,16 +83,19 @@ fn every_event_in_every_phase_does_what_the_table_says() {
     ];
     #[rustfmt::skip]
     let table = [
-        // phase, Created, StartBegun, Started, StartFailed, Frozen, Thawed, Exited, ExecsGone
-        ("Creating", ["Created+C", "-", "-", "-", "Creating", "Creating", "creating", "Creating"]),
-        ("creating", ["Ending+C", "-", "-", "-", "creating", "creating", "creating", "creating"]),
-        ("Created", ["-", "Starting", "-", "-", "Created", "Created", "Ending", "Created"]),
-        ("Starting", ["-", "-", "Running+S", "Created", "Starting", "Starting", "starting", "Starting"]),
-        ("starting", ["-", "-", "Ending+S", "Ending", "starting", "starting", "starting", "starting"]),
-        ("Running", ["-", "-", "-", "-", "Paused+P", "Running", "Ending", "Running"]),
-        ("Paused", ["-", "-", "-", "-", "Paused", "Running+R", "Ending", "Paused"]),
-        ("Ending", ["-", "-", "-", "-", "Ending", "Ending", "Ending", "Stopped+E"]),
-        ("Stopped", ["-", "-", "-", "-", "Stopped", "Stopped", "Stopped", "Stopped"]),
+        // phase, Prepared, Created, StartBegun, Started, StartFailed, Frozen, Thawed, Exited, ExecsGone
+        ("Creating", ["Prepared+C", "Created+C", "-", "-", "-", "Creating", "Creating", "creating", "Creating"]),
+        ("creating", ["Prepared+C", "Ending+C", "-", "-", "-", "creating", "creating", "creating", "creating"]),
+        ("Prepared", ["-", "-", "Restoring", "-", "-", "Prepared", "Prepared", "Prepared", "Prepared"]),
+        ("Restoring", ["-", "Running+S", "-", "-", "Prepared", "Restoring", "Restoring", "restoring", "Restoring"]),
+        ("restoring", ["-", "Ending+S", "-", "-", "Prepared", "restoring", "restoring", "restoring", "restoring"]),
+        ("Created", ["-", "-", "Starting", "-", "-", "Created", "Created", "Ending", "Created"]),
+        ("Starting", ["-", "-", "-", "Running+S", "Created", "Starting", "Starting", "starting", "Starting"]),
+        ("starting", ["-", "-", "-", "Ending+S", "Ending", "starting", "starting", "starting", "starting"]),
+        ("Running", ["-", "-", "-", "-", "-", "Paused+P", "Running", "Ending", "Running"]),
+        ("Paused", ["-", "-", "-", "-", "-", "Paused", "Running+R", "Ending", "Paused"]),
+        ("Ending", ["-", "-", "-", "-", "-", "Ending", "Ending", "Ending", "Stopped+E"]),
+        ("Stopped", ["-", "-", "-", "-", "-", "Stopped", "Stopped", "Stopped", "Stopped"]),
     ];
     for (phase, (name, row)) in phases().iter().zip(table) {
         assert_eq!(short(phase), name);

@@ -1,0 +1,39 @@
+//! What the daemon runs as it runs commands of the OCI runtime: in the namespaces of the task's containerd, outside of
+//! the daemon's cgroup, with a time limit, one at a time for each container. The reason of a failure is an entry in the
+//! log that is named after the command.
+
+use std::io::Write;
+
+use crate::oci::mount as rootfs;
+
+use super::contract::Kind;
+use super::error::Error;
+use super::process::Process;
+use super::{checkpoint, probe};
+
+/// Runs a command. A checkpoint returns only if it fails.
+pub(super) fn run(kind: Kind, process: &Process<'_>) -> Result<(), Error> {
+    let done = match kind {
+        Kind::Criu => probe::run(process),
+        Kind::Mount => mount(process),
+        _ => checkpoint::run(process).map(|never| match never {}),
+    };
+    if let Err(error) = &done {
+        let entry = serde_json::json!({ "level": "error", "msg": error.to_string() });
+        let log = process.cli().log(kind.word());
+        let written = std::fs::File::options().create(true).append(true).open(log);
+        // Without the entry, the daemon reports the exit code.
+        let _ = written.and_then(|mut file| writeln!(file, "{entry}"));
+    }
+    done
+}
+
+/// Mounts the rootfs where containerd sees it: containerd may unpack files into it before Start.
+fn mount(process: &Process<'_>) -> Result<(), Error> {
+    let request = &process.task.request;
+    let target = request.bundle.join("rootfs");
+    // An earlier attempt may have been cut off.
+    rootfs::unmount_all(&target)?;
+    std::env::set_current_dir("/").map_err(|source| Error::System { action: "change to /", source })?;
+    Ok(rootfs::mount_all(&target, &request.rootfs)?)
+}

@@ -1,0 +1,469 @@
+//! criu, with which the OCI runtime dumps and restores processes: what a client may ask for, what criu has to be able to
+//! do, and what it must be told about the streams of a container.
+//!
+//! The streams of a container are FIFOs on the host, which do not exist in the container's mount namespace. criu dumps
+//! such a file only if it is declared as external, and restores it only from a descriptor that it inherits. The OCI
+//! runtime declares only anonymous pipes. So `launch` declares the FIFOs in a configuration file of criu
+//! (`CRIU_CONFIG_FILE`, criu(8)), and notes their names beside the images for the restore.
+
+use std::ffi::OsString;
+use std::fmt::Write;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::files;
+
+/// The variable with the path of a configuration file (criu(8)).
+pub const CONFIG_VARIABLE: &str = "CRIU_CONFIG_FILE";
+
+/// The log of a dump in criu's work directory, as runc and crun name it.
+pub const DUMP_LOG: &str = "dump.log";
+
+/// The log of a restore in criu's work directory.
+pub const RESTORE_LOG: &str = "restore.log";
+
+/// The oldest usable version, major and minor: the first with `--skip-file-rwx-check`.
+const OLDEST: (u32, u32) = (3, 17);
+
+/// The file with the [`Notes`] among the images. containerd packs and unpacks it with them.
+const NOTES: &str = "containerd-shim-systemd-v1.json";
+
+/// The largest [`Notes`], in bytes.
+const MAX_NOTES: u64 = 64 << 10;
+
+/// The longest path that a client may name, as the kernel's.
+const MAX_PATH: usize = 4096;
+
+/// How much of the end of a log is searched, in bytes.
+const LOG_TAIL: u64 = 1 << 20;
+
+/// A request for a checkpoint that is not valid.
+#[derive(Debug, thiserror::Error)]
+pub enum Invalid {
+    /// A path is not usable.
+    #[error(
+        "checkpoint: {what} {path:?} must be an absolute path without \"..\" of at most {MAX_PATH} bytes"
+    )]
+    Path {
+        /// What the path is for.
+        what: &'static str,
+        /// The beginning of the path.
+        path: String,
+    },
+    /// The mode for cgroups does not exist.
+    #[error("checkpoint: cgroups mode {mode:?} is none of soft, full, strict and ignore")]
+    CgroupsMode {
+        /// As requested.
+        mode: String,
+    },
+    /// A kind of namespace can't be left empty.
+    #[error("checkpoint: namespace {namespace:?} can't be empty, only \"network\" can")]
+    Namespace {
+        /// As requested.
+        namespace: String,
+    },
+}
+
+/// A request for a checkpoint, checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// The directory for the images.
+    pub image: PathBuf,
+    /// criu's work directory, if the client names one. It is kept.
+    pub work: Option<PathBuf>,
+    /// The container ends with the checkpoint.
+    pub exit: bool,
+    /// Connections over TCP are dumped too.
+    pub open_tcp: bool,
+    /// Unix sockets whose other ends are outside of the container are dumped too.
+    pub external_unix_sockets: bool,
+    /// Terminals are dumped too.
+    pub terminal: bool,
+    /// Locks of files are dumped too.
+    pub file_locks: bool,
+    /// Namespaces that are restored empty.
+    pub empty_namespaces: Vec<String>,
+    /// How cgroups are dumped and restored.
+    pub cgroups_mode: String,
+}
+
+impl Checkpoint {
+    /// Checks what a client has sent.
+    ///
+    /// # Errors
+    /// [`Invalid`]
+    pub fn check(self) -> Result<Self, Invalid> {
+        client_path("image path", &self.image)?;
+        self.work.iter().try_for_each(|path| client_path("work path", path))?;
+        let short = |text: &str| text.chars().take(80).collect();
+        if !matches!(self.cgroups_mode.as_str(), "" | "soft" | "full" | "strict" | "ignore") {
+            return Err(Invalid::CgroupsMode { mode: short(&self.cgroups_mode) });
+        }
+        match self.empty_namespaces.iter().find(|namespace| *namespace != "network") {
+            Some(namespace) => Err(Invalid::Namespace { namespace: short(namespace) }),
+            None => Ok(self),
+        }
+    }
+
+    /// The options of the OCI runtime's command `checkpoint`.
+    pub fn arguments(&self, work: &Path) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> =
+            vec!["--image-path".into(), self.image.clone().into(), "--work-path".into(), work.into()];
+        if !self.exit {
+            arguments.push("--leave-running".into());
+        }
+        arguments.extend(self.shared_arguments());
+        if !self.cgroups_mode.is_empty() {
+            arguments.extend(["--manage-cgroups-mode".into(), (&self.cgroups_mode).into()]);
+        }
+        arguments
+    }
+
+    /// The options of the OCI runtime's command `restore`, for a checkpoint that this request made.
+    pub fn restore_arguments(&self, images: &Path, work: &Path) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> =
+            vec!["--image-path".into(), images.into(), "--work-path".into(), work.into()];
+        arguments.extend(self.shared_arguments());
+        arguments
+    }
+
+    /// The options that a checkpoint and its restore need both.
+    fn shared_arguments(&self) -> Vec<OsString> {
+        let flags = [
+            (self.open_tcp, "--tcp-established"),
+            (self.external_unix_sockets, "--ext-unix-sk"),
+            (self.terminal, "--shell-job"),
+            (self.file_locks, "--file-locks"),
+        ];
+        let mut arguments: Vec<OsString> =
+            flags.iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag.into()).collect();
+        for namespace in &self.empty_namespaces {
+            arguments.extend(["--empty-ns".into(), namespace.into()]);
+        }
+        arguments
+    }
+}
+
+/// Checks a path that a client has named.
+///
+/// # Errors
+/// [`Invalid::Path`]
+pub fn client_path(what: &'static str, path: &Path) -> Result<(), Invalid> {
+    let text = path.as_os_str().as_encoded_bytes();
+    let climbs = path.components().any(|part| part == Component::ParentDir);
+    if path.is_absolute() && !climbs && text.len() < MAX_PATH && !text.contains(&0) {
+        return Ok(());
+    }
+    Err(Invalid::Path { what, path: path.to_string_lossy().chars().take(200).collect() })
+}
+
+/// Why criu can't be used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "problem", rename_all = "snake_case")]
+pub enum Problem {
+    /// There is none.
+    #[error("criu is not installed: no program of this name is in {path:?}, the PATH of the OCI runtime")]
+    Missing {
+        /// Where it was searched.
+        path: String,
+    },
+    /// It is too old.
+    #[error("criu {version} is too old: {oldest} is the oldest that can be used", oldest = oldest())]
+    Old {
+        /// Its version.
+        version: String,
+    },
+    /// It does not work here.
+    #[error("criu can't be used on this machine (criu check): {reason}")]
+    Unusable {
+        /// What it says.
+        reason: String,
+    },
+}
+
+fn oldest() -> String {
+    format!("{}.{}", OLDEST.0, OLDEST.1)
+}
+
+/// Checks the output of `criu --version`.
+///
+/// # Errors
+/// [`Problem::Old`], [`Problem::Unusable`]
+pub fn check_version(output: &str) -> Result<(), Problem> {
+    let version = output.lines().find_map(|line| line.trim().strip_prefix("Version:")).map(str::trim);
+    let Some(version) = version else {
+        return Err(Problem::Unusable { reason: "criu --version prints no version".to_owned() });
+    };
+    let mut numbers = version.split(['.', '-', ' ']).map_while(|number| number.parse::<u32>().ok());
+    let found = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+    if found >= OLDEST { Ok(()) } else { Err(Problem::Old { version: version.chars().take(40).collect() }) }
+}
+
+/// What a restore has to know of its checkpoint, beside the images.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notes {
+    /// The streams of the container that were FIFOs: number, and criu's name for the file.
+    pub streams: Vec<(u8, String)>,
+    /// The request.
+    #[serde(default)]
+    pub request: Checkpoint,
+}
+
+impl Notes {
+    /// Reads the notes among images. Images without notes are those of another runtime, which has none.
+    ///
+    /// # Errors
+    /// The file can't be read, or is not valid.
+    pub fn read(images: &Path) -> io::Result<Self> {
+        let text = match files::read_regular(&images.join(NOTES), MAX_NOTES) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            text => text?,
+        };
+        let notes: Self = serde_json::from_slice(&text)?;
+        let is_valid = notes.streams.len() <= 3
+            && notes.streams.iter().all(|(number, name)| *number <= 2 && is_file_name(name));
+        let request = Checkpoint { image: "/".into(), work: None, ..notes.request.clone() };
+        if !is_valid || request.check().is_err() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not what the shim has written"));
+        }
+        Ok(notes)
+    }
+
+    /// Writes the notes among images. Makes the directory if it does not exist.
+    ///
+    /// # Errors
+    /// The directory can't be made, or the file can't be written.
+    pub fn write(&self, images: &Path) -> io::Result<()> {
+        use std::os::unix::fs::DirBuilderExt;
+        match fs::DirBuilder::new().mode(0o700).create(images) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        let new = images.join(format!(".{NOTES}.new"));
+        files::replace(&images.join(NOTES), &new, 0o600, &serde_json::to_vec(self)?)
+    }
+
+    /// The configuration for a dump.
+    pub fn dump_config(&self) -> String {
+        let mut text = String::new();
+        for (_, name) in &self.streams {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "external {name}");
+        }
+        text
+    }
+
+    /// The configuration for a restore. The streams of the new container have the numbers of the old ones.
+    pub fn restore_config(&self) -> String {
+        let mut text = String::new();
+        for (number, name) in &self.streams {
+            let _ = writeln!(text, "inherit-fd fd[{number}]:{name}");
+        }
+        if !self.streams.is_empty() {
+            // The client of the restored container may have made its FIFOs with other permissions.
+            text.push_str("skip-file-rwx-check\n");
+        }
+        text
+    }
+}
+
+/// The annotation with the path of a configuration file of criu, for runc and crun.
+pub const CONFIG_ANNOTATION: &str = "org.criu.config";
+
+/// The configuration for a restore that overrides what the OCI runtime asks for. The OCI runtime starts criu in the cgroup
+/// of the new container, where the processes have to stay: criu would move them to the cgroup of the one that was dumped.
+/// runc 1.1 does not pass its option for this on. `usual` is the OCI runtime's own configuration file, which this one replaces.
+pub fn overriding_config(usual: &Path) -> String {
+    let text = files::read_regular(usual, MAX_NOTES).unwrap_or_default();
+    format!("{}\nmanage-cgroups=ignore\n", String::from_utf8_lossy(&text))
+}
+
+/// criu's name of an open file: its mount and its inode, both in hexadecimal (`dump_one_reg_file`, files-reg.c).
+fn file_name(mount: u64, inode: u64) -> String {
+    format!("file[{mount:x}:{inode:x}]")
+}
+
+fn is_file_name(name: &str) -> bool {
+    let inner = name.strip_prefix("file[").and_then(|rest| rest.strip_suffix(']'));
+    let is_hex =
+        |text: &str| (1..=16).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    inner.and_then(|inner| inner.split_once(':')).is_some_and(|(mount, inode)| is_hex(mount) && is_hex(inode))
+}
+
+/// criu's name of the file that these processes have open and that is at `path`. `None` if no process has it open.
+///
+/// # Errors
+/// The file at `path` can't be read.
+pub fn open_file(path: &Path, pids: &[u32]) -> io::Result<Option<String>> {
+    let wanted = fs::metadata(path)?;
+    let is_it = |found: &fs::Metadata| found.dev() == wanted.dev() && found.ino() == wanted.ino();
+    for pid in pids {
+        let dir = PathBuf::from(format!("/proc/{pid}/fd"));
+        // The process may have ended.
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            if fs::metadata(entry.path()).is_ok_and(|found| is_it(&found))
+                && let Some(mount) = mount_of(*pid, &entry.file_name())
+            {
+                return Ok(Some(file_name(mount, wanted.ino())));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// The number of the mount through which a descriptor was opened (proc_pid_fdinfo(5)).
+fn mount_of(pid: u32, descriptor: &std::ffi::OsStr) -> Option<u64> {
+    let text = fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(descriptor)).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()
+}
+
+/// The first error in a log of criu, without its time: those after it follow from it.
+pub fn first_error(log: &Path) -> Option<String> {
+    let text = log_tail(log)?;
+    let error = text.lines().find_map(|line| line.split_once("Error ").map(|(_, error)| error));
+    error.map(|error| error.chars().take(400).collect())
+}
+
+/// True if a dump has succeeded, according to its log.
+pub fn has_dumped(log: &Path) -> bool {
+    log_tail(log).is_some_and(|text| text.contains("Dumping finished successfully"))
+}
+
+fn log_tail(log: &Path) -> Option<String> {
+    use std::io::{Read, Seek, SeekFrom};
+    let mut file = fs::File::open(log).ok()?;
+    let length = file.metadata().ok().filter(fs::Metadata::is_file)?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL))).ok()?;
+    let mut text = Vec::new();
+    file.take(LOG_TAIL).read_to_end(&mut text).ok()?;
+    Some(String::from_utf8_lossy(&text).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> Checkpoint {
+        Checkpoint { image: "/c".into(), ..Checkpoint::default() }
+    }
+
+    fn words(arguments: Vec<OsString>) -> String {
+        let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();
+        words.join(" ")
+    }
+
+    #[test]
+    fn every_option_of_a_client_becomes_one_of_the_oci_runtime() {
+        let least = request().check().unwrap();
+        assert_eq!(words(least.arguments(Path::new("/w"))), "--image-path /c --work-path /w --leave-running");
+        let most = Checkpoint {
+            exit: true,
+            open_tcp: true,
+            external_unix_sockets: true,
+            terminal: true,
+            file_locks: true,
+            empty_namespaces: vec!["network".to_owned()],
+            cgroups_mode: "strict".to_owned(),
+            ..request()
+        };
+        assert_eq!(
+            words(most.check().unwrap().arguments(Path::new("/w"))),
+            "--image-path /c --work-path /w --tcp-established --ext-unix-sk --shell-job \
+             --file-locks --empty-ns network --manage-cgroups-mode strict"
+        );
+    }
+
+    #[test]
+    fn a_restore_has_the_options_of_its_checkpoint() {
+        let request = Checkpoint { open_tcp: true, cgroups_mode: "full".to_owned(), exit: true, ..request() };
+        assert_eq!(
+            words(request.restore_arguments(Path::new("/i"), Path::new("/w"))),
+            "--image-path /i --work-path /w --tcp-established"
+        );
+    }
+
+    #[test]
+    fn what_a_client_must_not_ask_for_is_refused() {
+        for image in ["", "c", "/a/../b", &format!("/{}", "a".repeat(MAX_PATH))] {
+            assert!(Checkpoint { image: image.into(), ..request() }.check().is_err(), "{image}");
+        }
+        assert!(Checkpoint { work: Some("w".into()), ..request() }.check().is_err());
+        assert!(Checkpoint { cgroups_mode: "--exit".to_owned(), ..request() }.check().is_err());
+        assert!(Checkpoint { empty_namespaces: vec!["pid".to_owned()], ..request() }.check().is_err());
+    }
+
+    #[test]
+    fn an_old_criu_is_refused() {
+        for good in
+            ["Version: 3.17\nGitID: v3.17\n", "Version: 3.17.1-3\n", "Version: 4.1.1\n", "Version: 4\n"]
+        {
+            assert_eq!(check_version(good), Ok(()), "{good}");
+        }
+        let old = check_version("Version: 3.9\n").unwrap_err();
+        assert_eq!(old.to_string(), "criu 3.9 is too old: 3.17 is the oldest that can be used");
+        assert!(matches!(check_version("help"), Err(Problem::Unusable { .. })));
+    }
+
+    #[test]
+    fn the_streams_of_a_checkpoint_are_inherited_by_its_restore() {
+        let dir = tempfile::tempdir().unwrap();
+        let images = dir.path().join("images");
+        assert!(Notes::default().restore_config().is_empty());
+        let streams = vec![(0, file_name(33, 0x46f)), (1, file_name(33, 0x47f))];
+        let notes = Notes { streams, request: Checkpoint { open_tcp: true, ..request() } };
+        notes.write(&images).unwrap();
+        assert_eq!(notes.dump_config(), "external file[21:46f]\nexternal file[21:47f]\n");
+        let read = Notes::read(&images).unwrap();
+        assert_eq!(read, notes);
+        assert_eq!(
+            read.restore_config(),
+            "inherit-fd fd[0]:file[21:46f]\ninherit-fd fd[1]:file[21:47f]\nskip-file-rwx-check\n"
+        );
+        assert_eq!(Notes::read(dir.path()).unwrap(), Notes::default());
+    }
+
+    #[test]
+    fn notes_of_somebody_else_put_nothing_into_the_configuration() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["file[1:2]\nlog-file /etc/passwd", "file[1:]", "tty[1:2]", "file[1:2", "file[g:2]"] {
+            let notes = Notes { streams: vec![(1, name.to_owned())], request: request() };
+            notes.write(dir.path()).unwrap();
+            assert!(Notes::read(dir.path()).is_err(), "{name}");
+        }
+        let notes = Notes { streams: vec![(7, file_name(1, 2))], request: request() };
+        notes.write(dir.path()).unwrap();
+        assert!(Notes::read(dir.path()).is_err());
+    }
+
+    #[test]
+    fn an_open_file_is_found_by_its_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "").unwrap();
+        let pids = [std::process::id()];
+        assert_eq!(open_file(&path, &pids).unwrap(), None);
+        let file = fs::File::open(&path).unwrap();
+        let name = open_file(&path, &pids).unwrap().unwrap();
+        assert!(
+            is_file_name(&name) && name.ends_with(&format!(":{:x}]", file.metadata().unwrap().ino())),
+            "{name}"
+        );
+    }
+
+    #[test]
+    fn the_reason_of_a_failure_is_in_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join(DUMP_LOG);
+        let failed = "(00.6) Error (criu/files-reg.c:1790): Can't lookup mount=51 for fd=0\n\
+                      (00.7) Error (criu/cr-dump.c:1681): Dump files failed\n(01.7) Error (criu/cr-dump.c:2111): Dumping FAILED.\n";
+        fs::write(&log, failed).unwrap();
+        assert_eq!(first_error(&log).unwrap(), "(criu/files-reg.c:1790): Can't lookup mount=51 for fd=0");
+        assert!(!has_dumped(&log));
+        fs::write(&log, "(03.6) Dumping finished successfully\n").unwrap();
+        assert!(has_dumped(&log) && first_error(&log).is_none());
+    }
+}

@@ -1,0 +1,288 @@
+//! Checkpoint: dumps the processes of a container with criu. They continue to run, or end with the checkpoint.
+//!
+//! Clients pause a task around a checkpoint. systemd freezes the unit's cgroup, and criu thaws and freezes the
+//! container's cgroup below it: in a frozen unit criu would wait for ever. So the freeze moves from the unit to the
+//! container's cgroup before, and back afterwards.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cgroup;
+use crate::fault::{self, Point};
+use crate::files;
+use crate::id::{ProcessKey, TaskKey};
+use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, DUMP_WORK, Kind};
+use crate::oci::criu::{self, Checkpoint, Problem};
+use crate::oci::runtime::Cli;
+use crate::services::{Attempt, Entry, Error, Shim, blocking};
+use crate::task::phase::Phase;
+use crate::task::wiring::Output;
+use crate::task::{Placement, Task};
+
+use super::pause::refused;
+
+/// The copy of criu's log in the bundle, as containerd-shim-runc-v2 names it.
+const LOG_COPY: &str = "criu-dump.log";
+
+/// The largest log that is copied, in bytes.
+const MAX_LOG: u64 = 64 << 20;
+
+/// A checkpoint that has begun, on disk: the next daemon completes it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Begun {
+    request: Checkpoint,
+    /// The unit was frozen.
+    was_paused: bool,
+    /// What has come of it: the reason of a failure, or an empty text.
+    #[serde(default)]
+    outcome: Option<String>,
+}
+
+/// What becomes of a container with its checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Live {
+    /// It continues.
+    On,
+    /// It has ended.
+    Ended,
+}
+
+impl Shim {
+    /// Takes a checkpoint of a container.
+    ///
+    /// # Errors
+    /// The container does not run, criu can't be used, or it fails. The container continues as before.
+    pub async fn checkpoint(
+        self: &Arc<Self>,
+        key: &TaskKey,
+        request: Checkpoint,
+        attempt: Attempt,
+    ) -> Result<(), Error> {
+        let entry = self.tasks.created(key)?;
+        let _verb = entry.init.verb.lock().await;
+        let task = entry.task().clone();
+        if attempt == Attempt::Replayed
+            && let Some(Begun { request: earlier, outcome: Some(outcome), .. }) = self.begun(key)?
+            && earlier == request
+        {
+            return concluded(outcome);
+        }
+        match &task.init.phase {
+            Phase::Running { .. } | Phase::Paused { .. } => {}
+            other => return Err(refused("checkpoint", other)),
+        }
+        let wiring = &task.init.wiring;
+        if [&wiring.stdout, &wiring.stderr].contains(&&Output::Journal) {
+            return Err(Error::JournalSocket { key: key.clone() });
+        }
+        self.check_criu(&task).await?;
+        let begun = Begun { request, was_paused: task.init.phase.is_paused(), outcome: None };
+        self.write_begun(key, &begun)?;
+        fault::point(Point::CheckpointRecorded);
+        let taken = self.take_checkpoint(&entry, &task, &begun).await;
+        self.conclude_checkpoint(&entry, begun, taken).await
+    }
+
+    async fn take_checkpoint(&self, entry: &Entry, task: &Task, begun: &Begun) -> Result<(), Error> {
+        entry.init.live().is_checkpointing = true;
+        let dir = self.store.dir(&task.key);
+        if begun.request.work.is_none() {
+            // That of an earlier checkpoint, whose log must not be taken for the log of this one.
+            let work = dir.join(DUMP_WORK);
+            blocking(move || remove_dir(&work)).await??;
+        }
+        if begun.was_paused {
+            self.freeze_only_container(task).await?;
+        }
+        fault::point(Point::CheckpointThawed);
+        let command = self.launcher.command(Kind::Checkpoint, &init_of(task));
+        let (cli, given_up) = (Cli::of(task, &dir), entry.init.live().given_up.clone());
+        let limit = task.runtime.create_limit();
+        let taken = tokio::select! {
+            taken = self.oci.launch(&cli, Kind::Checkpoint.word(), limit, &command) => taken,
+            () = given_up.cancelled() => return Err(Error::GivenUp { process: init_of(task) }),
+        };
+        fault::point(Point::CheckpointDone);
+        Ok(taken?)
+    }
+
+    /// The last steps: the unit is as frozen as before, the log is where the client looks for it, nothing else is left,
+    /// and the outcome is on disk for a replay.
+    async fn conclude_checkpoint(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        begun: Begun,
+        taken: Result<(), Error>,
+    ) -> Result<(), Error> {
+        let task = entry.task().clone();
+        let goes_on = taken.is_err() || !begun.request.exit;
+        self.put_back(entry, &begun, if goes_on { Live::On } else { Live::Ended }).await;
+        fault::point(Point::CheckpointFrozen);
+        let (own, bundle) = (self.store.dir(&task.key).join(DUMP_WORK), task.request.bundle.clone());
+        let work = begun.request.work.clone().unwrap_or_else(|| own.clone());
+        let key = init_of(&task);
+        let taken = match taken {
+            Err(error @ Error::Runtime(_)) => {
+                let kept = self.on_files(&key, move || keep_log(&work, &bundle)).await.unwrap_or(None);
+                Err(with_log(error, kept))
+            }
+            taken => taken,
+        };
+        let outcome = taken.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        let noted = self.write_begun(&task.key, &Begun { outcome: Some(outcome), ..begun });
+        fault::point(Point::CheckpointNoted);
+        let cleared = match noted {
+            Ok(()) => blocking(move || remove_dir(&own)).await?,
+            // The next daemon finds the outcome in the log of criu.
+            failed => failed,
+        };
+        if let Err(error) = cleared {
+            tracing::warn!(task = %task.key, %error, "task {}: can't clear up after its checkpoint: {error}", task.key);
+        }
+        taken
+    }
+
+    /// The unit of a container that was paused is frozen again, and changes of the freezer are reported again.
+    async fn put_back(self: &Arc<Self>, entry: &Arc<Entry>, begun: &Begun, container: Live) {
+        let task = entry.task().clone();
+        let is_frozen = begun.was_paused && container == Live::On;
+        let frozen = if is_frozen { self.freeze_unit_again(&task).await } else { Ok(()) };
+        entry.init.live().is_checkpointing = false;
+        self.note_freezer(entry);
+        if let Err(error) = frozen {
+            tracing::warn!(task = %entry.key, %error, "task {}: it is frozen, but systemd does not show it: {error}", entry.key);
+        }
+    }
+
+    /// After a restart: completes a checkpoint that was interrupted. The command itself continued without the daemon.
+    pub(crate) async fn finish_checkpoint(self: &Arc<Self>, entry: &Arc<Entry>) {
+        let begun = match self.begun(&entry.key) {
+            Ok(Some(begun @ Begun { outcome: None, .. })) => begun,
+            Ok(_) => return,
+            Err(error) => {
+                tracing::error!(task = %entry.key, %error, "task {}: can't read what checkpoint was begun: {error}", entry.key);
+                return;
+            }
+        };
+        let (task, dir) = (entry.task().clone(), self.store.dir(&entry.key));
+        let settled = Cli::of(&task, &dir).settled(Kind::Checkpoint.word()).await;
+        let log = begun.request.work.clone().unwrap_or_else(|| dir.join(DUMP_WORK)).join(criu::DUMP_LOG);
+        let dumped = self.on_files(&entry.init.key, move || criu::has_dumped(&log)).await;
+        let concluded = match (settled, dumped) {
+            (Ok(()), Ok(true)) => self.conclude_checkpoint(entry, begun, Ok(())).await,
+            // The client, if it still waits, gets the checkpoint by the replay of its call.
+            (settled, _) => {
+                self.put_back(entry, &begun, Live::On).await;
+                let removed = self.store.remove_aside(&entry.key, &[CHECKPOINT]);
+                settled.map_err(Error::from).and(removed.map_err(Error::from))
+            }
+        };
+        if let Err(error) = concluded {
+            tracing::warn!(task = %entry.key, %error, "task {}: a checkpoint that a restart interrupted could not be completed: {error}", entry.key);
+        }
+    }
+
+    /// True if a checkpoint was begun and not completed.
+    pub(crate) fn is_checkpointing(&self, key: &TaskKey) -> bool {
+        matches!(self.begun(key), Ok(Some(Begun { outcome: None, .. })))
+    }
+
+    fn begun(&self, key: &TaskKey) -> Result<Option<Begun>, Error> {
+        Ok(self.store.read_aside(key, CHECKPOINT)?)
+    }
+
+    fn write_begun(&self, key: &TaskKey, begun: &Begun) -> Result<(), Error> {
+        let text = serde_json::to_vec(begun).map_err(crate::oci::resources::Error::Malformed)?;
+        self.store.write_aside(key, CHECKPOINT, &text)?;
+        Ok(())
+    }
+
+    /// Checks that criu can be used. A criu that could be used is not checked again.
+    pub(super) async fn check_criu(&self, task: &Task) -> Result<(), Error> {
+        let path = &task.runtime.path;
+        if self.launcher.knows_criu(path) {
+            return Ok(());
+        }
+        let command = self.launcher.command(Kind::Criu, &init_of(task));
+        self.store.remove_aside(&task.key, &[CRIU_PROBLEM])?;
+        let dir = self.store.dir(&task.key);
+        let checked =
+            self.oci.launch(&Cli::of(task, &dir), Kind::Criu.word(), task.runtime.limit(), &command).await;
+        let Err(error) = checked else {
+            self.launcher.remember_criu(path);
+            return Ok(());
+        };
+        let problem: Option<Problem> = self.store.read_aside(&task.key, CRIU_PROBLEM)?;
+        Err(problem.map_or_else(|| error.into(), Error::Criu))
+    }
+
+    /// The container's own cgroup is frozen instead of the unit's.
+    async fn freeze_only_container(&self, task: &Task) -> Result<(), Error> {
+        let Some(cgroup) = own_cgroup(task) else {
+            return Ok(());
+        };
+        blocking(move || cgroup::freeze(&cgroup, true)).await??;
+        Ok(self.manager.thaw(task.unit()).await?)
+    }
+
+    async fn freeze_unit_again(&self, task: &Task) -> Result<(), Error> {
+        let Some(cgroup) = own_cgroup(task) else {
+            return Ok(());
+        };
+        // If this fails, the container stays frozen by its own cgroup, which Resume thaws as well.
+        self.manager.freeze(task.unit()).await?;
+        Ok(blocking(move || cgroup::freeze(&cgroup, false)).await??)
+    }
+}
+
+/// The cgroup of a container below that of its unit. `None` if it is elsewhere: then it is frozen itself.
+fn own_cgroup(task: &Task) -> Option<PathBuf> {
+    task.cgroup().filter(|_| matches!(task.placement, Placement::Unit { .. })).map(Path::to_owned)
+}
+
+fn init_of(task: &Task) -> ProcessKey {
+    ProcessKey { task: task.key.clone(), exec: None }
+}
+
+fn concluded(outcome: String) -> Result<(), Error> {
+    if outcome.is_empty() { Ok(()) } else { Err(Error::Launch(outcome)) }
+}
+
+fn remove_dir(dir: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(crate::store::Error::from(crate::path_error::io_error("remove", dir)(error)).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Copies criu's log into the bundle. Returns the copy, and the first error in it. `None` if criu has written no log.
+fn keep_log(work: &Path, bundle: &Path) -> Option<(PathBuf, Option<String>)> {
+    keep(&work.join(criu::DUMP_LOG), &bundle.join(LOG_COPY))
+}
+
+/// As [`keep_log`].
+pub(super) fn keep(log: &Path, copy: &Path) -> Option<(PathBuf, Option<String>)> {
+    let flags = nix::fcntl::OFlag::O_NONBLOCK | nix::fcntl::OFlag::O_NOFOLLOW;
+    let from = File::options().read(true).custom_flags(flags.bits()).open(log).ok()?;
+    let mut text = Vec::new();
+    from.take(MAX_LOG).read_to_end(&mut text).ok()?;
+    files::replace(copy, &copy.with_extension("log.new"), 0o600, &text).ok()?;
+    Some((copy.to_owned(), criu::first_error(copy)))
+}
+
+pub(super) fn with_log(error: Error, kept: Option<(PathBuf, Option<String>)>) -> Error {
+    match kept {
+        Some((log, reason)) => {
+            let reason = reason.map_or_else(|| error.to_string(), |reason| format!("{error}: {reason}"));
+            Error::WithLog { reason, log }
+        }
+        None => error,
+    }
+}

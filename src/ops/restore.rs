@@ -1,0 +1,118 @@
+//! Restore: a container with a checkpoint. Create only mounts the rootfs, into which containerd may unpack files; Start
+//! restores the processes in the container's unit.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+
+use crate::fault::{self, Point};
+use crate::id::ProcessKey;
+use crate::launch::contract::{Kind, RESTORE_WORK};
+use crate::oci::criu;
+use crate::oci::runtime::Cli;
+use crate::services::{Entry, Error, Shim};
+use crate::task::Task;
+use crate::task::phase::Event;
+
+use super::checkpoint::{keep, with_log};
+use super::create::Begun;
+
+/// The copy of criu's log in the bundle.
+const LOG_COPY: &str = "criu-restore.log";
+
+impl Shim {
+    /// The rest of a Create with a checkpoint. Returns 0: there is no process. Can be repeated.
+    pub(super) async fn prepare_restore(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        task: &Task,
+        dir: &Path,
+    ) -> Result<u32, Error> {
+        let key = ProcessKey { task: task.key.clone(), exec: None };
+        if !task.request.rootfs.is_empty() {
+            let command = self.launcher.command(Kind::Mount, &key);
+            let (cli, given_up) = (Cli::of(task, dir), entry.init.live().given_up.clone());
+            let limit = task.runtime.create_limit();
+            let mounted = tokio::select! {
+                mounted = self.oci.launch(&cli, Kind::Mount.word(), limit, &command) => mounted,
+                () = given_up.cancelled() => return Err(Error::GivenUp { process: key }),
+            };
+            mounted.map_err(|error| match error {
+                crate::oci::runtime::Error::Failed { reason, .. } => Error::Launch(reason),
+                error => error.into(),
+            })?;
+        }
+        fault::point(Point::CreateMounted);
+        self.tasks.apply(entry, &entry.init, Event::Prepared)?;
+        fault::point(Point::CreatePrepared);
+        Ok(0)
+    }
+
+    /// Restores the container. Returns the pid of its init process.
+    pub(super) async fn restore_init(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        task: &Task,
+    ) -> Result<u32, Error> {
+        fault::point(Point::RestoreRecorded);
+        let restored = async {
+            self.check_criu(task).await?;
+            let dir = self.store.dir(&task.key);
+            let plan = Arc::new(self.plan(entry, &entry.init)?);
+            let opened = self.open_streams(&plan).await?;
+            // A restore that fails can be tried again, with the same input.
+            entry.init.live().client_input = opened.client_input()?;
+            self.listen_to_container(entry).await?;
+            fault::point(Point::RestoreOpened);
+            self.start_unit(entry, task, &dir, Begun::Now).await?;
+            self.finish_create(entry, task, &dir, opened).await
+        };
+        let restored = restored.await;
+        self.conclude_restore(entry, restored).await
+    }
+
+    /// After a restart: completes a restore that was interrupted.
+    pub(crate) async fn resume_restore(self: &Arc<Self>, entry: &Arc<Entry>, claimed: oneshot::Sender<()>) {
+        let restored = self.resume_unit(entry, claimed).await;
+        if let Err(error) = self.conclude_restore(entry, restored).await {
+            tracing::warn!(task = %entry.key, %error, "task {}: a restore that a restart interrupted has failed and was rolled back: {error}", entry.key);
+        }
+        self.query_unit(entry, &entry.init).await;
+    }
+
+    async fn conclude_restore(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        restored: Result<u32, Error>,
+    ) -> Result<u32, Error> {
+        let error = match restored {
+            Ok(pid) => {
+                // The container may have been frozen meanwhile.
+                self.note_freezer(entry);
+                return Ok(pid);
+            }
+            Err(error) => error,
+        };
+        let task = entry.task().clone();
+        let kept = match &error {
+            Error::Launch(_) => {
+                let work = self.restore_work(&task);
+                let (log, copy) = (work.join(criu::RESTORE_LOG), task.request.bundle.join(LOG_COPY));
+                self.on_files(&entry.init.key, move || keep(&log, &copy)).await.unwrap_or(None)
+            }
+            _ => None,
+        };
+        self.roll_back_restore(entry).await;
+        self.tasks.note_event(entry, &entry.init, Event::StartFailed)?;
+        Err(with_log(error, kept))
+    }
+
+    fn restore_work(&self, task: &Task) -> std::path::PathBuf {
+        if task.runtime.criu_work.as_os_str().is_empty() {
+            self.store.dir(&task.key).join(RESTORE_WORK)
+        } else {
+            task.runtime.criu_work.clone()
+        }
+    }
+}
