@@ -24,6 +24,8 @@ pub enum Launches {
     Work,
     /// They fail for this reason.
     Fail(String),
+    /// They fail, and the OCI runtime records the container only when systemd stops the unit.
+    RecordLate,
 }
 
 /// The `launch` of every unit.
@@ -45,9 +47,13 @@ impl FakeLaunch {
 
     fn launch_container(&self, task: &Task, launches: &Launches) -> Started {
         let dir = self.store.dir(&task.key);
-        if let Launches::Fail(reason) = launches {
-            fs::write(dir.join(LAUNCH_ERROR), reason).unwrap();
-            return Started::Failed;
+        match launches {
+            Launches::Work => {}
+            Launches::Fail(reason) => {
+                fs::write(dir.join(LAUNCH_ERROR), reason).unwrap();
+                return Started::Failed;
+            }
+            Launches::RecordLate => return Started::Failed,
         }
         let (unit, place) = match &task.placement {
             Placement::Unit { slice, child } => {
@@ -60,11 +66,7 @@ impl FakeLaunch {
         cgroup::make(&unit);
         cgroup::make(&place);
         cgroup::place(&place, process.pid());
-        let state = task.runtime.root.join(task.key.id.as_str());
-        fs::create_dir_all(&state).unwrap();
-        if task.request.checkpoint.is_none() {
-            fs::write(state.join("exec.fifo"), "").unwrap();
-        }
+        record(task);
         fs::write(dir.join(PID_FILE), process.pid().to_string()).unwrap();
         Started::Forked { process, cgroup: place }
     }
@@ -73,6 +75,7 @@ impl FakeLaunch {
         let dir = self.store.exec_dir(&task.key, id);
         let (started, outcome) = match launches {
             Launches::Fail(reason) => (Started::Failed, Outcome::Failed { reason: reason.clone() }),
+            Launches::RecordLate => (Started::Failed, Outcome::Failed { reason: String::new() }),
             Launches::Work => {
                 let process = Sleeper::spawn();
                 let pid = process.pid();
@@ -94,7 +97,27 @@ impl FakeLaunch {
     }
 }
 
+/// What the OCI runtime keeps of a container. One that is not restored waits for its start.
+fn record(task: &Task) {
+    let state = task.runtime.root.join(task.key.id.as_str());
+    fs::create_dir_all(&state).unwrap();
+    if task.request.checkpoint.is_none() {
+        fs::write(state.join("exec.fifo"), "").unwrap();
+    }
+}
+
 impl Programs for FakeLaunch {
+    fn stop(&self, unit: &UnitName) {
+        let launches = self.launches.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let records = self.store.load_all(&Crashes::default()).unwrap_or_default();
+        let mut tasks = records.into_iter().flatten().map(|found| found.task);
+        if launches == Launches::RecordLate
+            && let Some(task) = tasks.find(|task| task.unit() == unit)
+        {
+            record(&task);
+        }
+    }
+
     fn start(&self, unit: &UnitName) -> Started {
         let launches = self.launches.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let records = self.store.load_all(&Crashes::default()).unwrap_or_default();

@@ -121,6 +121,14 @@ fn a_create_whose_launch_fails_says_why_and_leaves_nothing() {
 }
 
 #[test]
+fn a_rollback_removes_what_the_runtime_records_until_its_unit_is_stopped() {
+    let world = World::new("records-late");
+    world.launch.set(Launches::RecordLate);
+    assert!(matches!(world.take(&[Step::Create], Attempt::First).unwrap(), Err(Error::Launch(_))));
+    assert_eq!(world.remains(), Vec::<String>::new());
+}
+
+#[test]
 fn what_a_failed_create_could_not_remove_is_removed_after_a_while() {
     let mut leftovers = 0;
     for effect in 0..100 {

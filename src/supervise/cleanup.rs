@@ -74,9 +74,7 @@ pub async fn remove_task(
         troubles.add(manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
     }
     let cli = runtime::Cli::of(task, dir);
-    if cli.knows() {
-        troubles.add(oci.delete(&cli).await);
-    }
+    let mut deleted = delete_in_runtime(oci, &cli).await;
     fault::point(Point::DeleteRuntime);
     for unit in others.await {
         troubles.join(remove_unit(manager, &unit, stop).await);
@@ -87,6 +85,11 @@ pub async fn remove_task(
         manager.release(task.unit()).await;
     }
     troubles.join(removed);
+    if cli.knows() {
+        // `create` has recorded the container before it ended with the unit, or the runtime could not delete a container that runs.
+        deleted = delete_in_runtime(oci, &cli).await;
+    }
+    troubles.add(deleted);
     fault::point(Point::DeleteUnit);
     if let Some(logger) = &task.init.logger {
         troubles.join(remove_unit(manager, logger, stop).await);
@@ -105,6 +108,11 @@ pub async fn remove_task(
         }
     }
     troubles
+}
+
+/// Removes the state of the OCI runtime, if it has one of this container.
+async fn delete_in_runtime(oci: &dyn OciRuntime, cli: &runtime::Cli<'_>) -> Result<(), runtime::Error> {
+    if cli.knows() { oci.delete(cli).await } else { Ok(()) }
 }
 
 /// Unloads a unit. One that ended cleanly is still active (RemainAfterExit), any other has failed.
@@ -348,7 +356,11 @@ impl Shim {
         }
     }
 
-    fn clear_exec_dir(&self, process: &Process, kept: Option<&str>) -> Result<(), store::Error> {
+    /// Removes the files in the directory of an exec, except its record and the file named `kept`.
+    ///
+    /// # Errors
+    /// A file can't be removed.
+    pub(crate) fn clear_exec_dir(&self, process: &Process, kept: Option<&str>) -> Result<(), store::Error> {
         process.exec().map_or(Ok(()), |exec| self.store.clear_exec_dir(&process.key.task, exec, kept))
     }
 }

@@ -74,6 +74,9 @@ impl Drop for Sleeper {
 pub trait Programs: Send + Sync {
     /// Runs what a unit is for.
     fn start(&self, unit: &UnitName) -> Started;
+
+    /// Does what these programs do when systemd stops their unit.
+    fn stop(&self, unit: &UnitName);
 }
 
 /// What has come of the start of a unit.
@@ -359,12 +362,14 @@ impl Systemd for FakeSystemd {
 
     async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
         self.call("stop", unit).await?;
+        self.programs.stop(unit);
         self.stop_now(unit);
         Ok(())
     }
 
     async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
         self.call("stop", unit).await?;
+        self.programs.stop(unit);
         self.stop_now(unit);
         Ok(())
     }
