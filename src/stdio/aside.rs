@@ -8,7 +8,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tokio::io::unix::AsyncFd;
 
 use super::journal::Lines;
-use super::pipe::{Bridge, Scratch};
+use super::pipe::{Bridge, Scratch, is_exhausted};
 use super::rate::RateLimit;
 
 /// The largest size of the pipe of an [`Aside`]: as much as the default rate limit allows in lines of 100 bytes. The pipe
@@ -70,7 +70,11 @@ impl Diverter {
         }
         let mut scratch = match self.scratch.take() {
             Some(scratch) => scratch,
-            None => Scratch::new()?,
+            None => match Scratch::new() {
+                // Nothing waits for the journal's copy.
+                Err(errno) if is_exhausted(errno) => return Ok(Diverted::Skipped),
+                made => made?,
+            },
         };
         let length = scratch.look(from)?;
         if length > 0 {

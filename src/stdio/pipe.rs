@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, SpliceFFlags, splice, tee};
@@ -40,6 +41,35 @@ pub(super) struct Scratch {
     copy: OwnedFd,
     copied: OwnedFd,
     pub(super) buffer: Vec<u8>,
+}
+
+/// The pause before a descriptor is asked for again of which there was none.
+const ROOM_PAUSE: Duration = Duration::from_millis(100);
+
+/// True if a descriptor can't be opened now and perhaps later: this process or the machine has too many open, or there is
+/// no memory.
+pub(super) fn is_exhausted(errno: Errno) -> bool {
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS)
+}
+
+/// Opens something as soon as there is a descriptor for it. Output waits in its pipe meanwhile.
+///
+/// # Errors
+/// It can't be opened for another reason.
+pub(super) async fn once_there_is_room<T>(open: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let mut is_logged = false;
+    loop {
+        match open() {
+            Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(is_exhausted) => {
+                if !is_logged {
+                    tracing::warn!(%error, "output waits for a free descriptor: {error}");
+                    is_logged = true;
+                }
+                tokio::time::sleep(ROOM_PAUSE).await;
+            }
+            opened => return opened,
+        }
+    }
 }
 
 impl Scratch {
@@ -134,4 +164,25 @@ pub(super) async fn move_exactly(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_finds_no_descriptor_is_opened_once_there_is_one() {
+        let missing = Cell::new(3);
+        let open = || match missing.get() {
+            0 => Ok(7),
+            left => {
+                missing.set(left - 1);
+                Err(if left == 2 { Errno::ENFILE } else { Errno::EMFILE }.into())
+            }
+        };
+        assert_eq!(once_there_is_room(open).await.unwrap(), 7);
+        let denied = once_there_is_room(|| Err::<(), _>(Errno::EACCES.into())).await;
+        assert_eq!(denied.unwrap_err().raw_os_error(), Some(Errno::EACCES as i32));
+    }
 }

@@ -19,7 +19,8 @@ use super::aside::{Aside, Diverted, Diverter};
 use super::journal::Lines;
 use super::log_file::LogFile;
 use super::pipe::{
-    Bridge, NO_WAIT, PIECE, Scratch, data_in, found, has_writer, is_ready, move_exactly, move_some, room_in,
+    Bridge, NO_WAIT, PIECE, Scratch, data_in, found, has_writer, is_ready, move_exactly, move_some,
+    once_there_is_room, room_in,
 };
 use super::terminal::Terminal;
 use super::terminal_pump::move_terminal;
@@ -259,7 +260,10 @@ async fn spread(
     loop {
         let (scratch, nowhere) = match &mut looking {
             Some(found) => found,
-            None => looking.insert((Scratch::new()?, OpenOptions::new().write(true).open("/dev/null")?)),
+            None => {
+                let open = || Ok((Scratch::new()?, OpenOptions::new().write(true).open("/dev/null")?));
+                looking.insert(once_there_is_room(open).await?)
+            }
         };
         let mut length = match scratch.look(from) {
             Ok(0) => return Ok(()),
