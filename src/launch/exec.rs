@@ -5,6 +5,7 @@ use nix::sys::prctl::set_child_subreaper;
 
 use crate::oci::{namespaces, runtime};
 use crate::task::phase::Exit;
+use crate::unit::main_process::Ended;
 
 use super::contract::{EXEC_PID_FILE, Outcome, PROCESS_SPEC};
 use super::error::{Error, system};
@@ -17,25 +18,30 @@ use crate::sys::bounded::{self, End};
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
     namespaces::enter_or_stay(&process.task.containerd);
     process.mark()?;
-    let (pid, ended) = match add_process(process).and_then(|pid| Ok((pid, handoff::hand_over(pid)?))) {
-        Ok(added) => added,
+    let added = add_process(process).and_then(|pid| Ok((pid, handoff::hand_over(pid)?)));
+    // Nobody would wait for a process whose start is not reported.
+    let reported = added.and_then(|(pid, ended)| {
+        report::write(&process.dir, &outcome(pid, ended))?;
+        Ok(ended)
+    });
+    match reported {
+        Ok(None) => Ok(()),
+        Ok(Some(ended)) => handoff::end_as(ended),
         Err(error) => {
             // The OCI runtime may have left processes, which nothing would ever kill.
             bounded::kill_all();
             report::write(&process.dir, &Outcome::Failed { reason: error.to_string() })?;
-            return Err(error);
+            Err(error)
         }
-    };
-    let outcome = match ended {
+    }
+}
+
+fn outcome(pid: u32, ended: Option<Ended>) -> Outcome {
+    match ended {
         None => Outcome::Started { pid },
         Some(ended) => {
             Outcome::Ended { pid, exit: Exit { status: ended.exit_status(), at_usec: ended.at_usec } }
         }
-    };
-    report::write(&process.dir, &outcome)?;
-    match ended {
-        None => Ok(()),
-        Some(ended) => handoff::end_as(ended),
     }
 }
 

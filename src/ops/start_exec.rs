@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::config;
 use crate::fault::{self, Point};
 use crate::id::ExecId;
-use crate::launch::contract::{Kind, Outcome};
+use crate::launch::contract::{Kind, Outcome, PROCESS_SPEC};
 use crate::launch::{command, pipes, report};
 use crate::services::{Entry, Error, Process, Shim};
 use crate::session::{OpenStreams, ReopenMode};
@@ -47,6 +47,8 @@ impl Shim {
         id: &ExecId,
     ) -> Result<(u32, Option<Exit>), Error> {
         fault::point(Point::ExecStartRecorded);
+        // An earlier start may have failed when nothing could be removed. Its outcome is not that of this one.
+        self.clear_exec_dir(process, Some(PROCESS_SPEC))?;
         let task = entry.task().clone();
         let exec = task.execs.get(id).ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
         let plan = Arc::new(self.plan(entry, process)?);
