@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
     let root = std::env::temp_dir().join(format!("shim-test-cgroups-{}", std::process::id()));
     fs::create_dir_all(root.join(".processes")).unwrap();
-    fs::write(root.join("cgroup.controllers"), "cpu io pids\n").unwrap();
+    fs::write(root.join("cgroup.controllers"), "cpu io memory pids\n").unwrap();
     root
 });
 

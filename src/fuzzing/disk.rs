@@ -172,10 +172,10 @@ fn limits(root: &Path, content: &[u8]) {
     const NAME: &str = "limits-before.json";
     let (store, key) = (Store::new(root), key());
     write(&store.dir(&key).join(NAME), content);
-    let read = || store.read_aside::<Limits>(&key, NAME);
+    let read = || store.read_scratch::<Limits>(&key, NAME);
     let Ok(Some(limits)) = read() else { return };
     let text = serde_json::to_vec(&limits).unwrap_or_else(|error| panic!("{error}"));
-    store.write_aside(&key, NAME, &text).unwrap_or_else(|error| panic!("{error}"));
+    store.write_scratch(&key, NAME, &text).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(read().unwrap_or_else(|error| panic!("{error}")), Some(limits));
 }
 

@@ -71,10 +71,10 @@ impl Wiring {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::wiring::Logger;
+    use crate::task::wiring::{JournalCopy, Logger};
 
     fn copied(client: Option<Sink>) -> Output {
-        Output::Copied(Copied { client, journal: true, aside: false })
+        Output::Copied(Copied { client, journal: JournalCopy::Complete })
     }
 
     fn pipes(stdout: Output, stderr: Output) -> Vec<&'static str> {

@@ -48,7 +48,7 @@ impl Shim {
         };
         let before = self.limits_before(key, &cgroup, attempt).await?;
         let dir = self.store.dir(key);
-        let path = self.store.write_aside(key, RESOURCES, resources.as_bytes())?;
+        let path = self.store.write_scratch(key, RESOURCES, resources.as_bytes())?;
         let cli = runtime::Cli::of(&task, &dir);
         let updated = tokio::select! {
             updated = self.oci.update(&cli, &path) => updated.map_err(Error::from),
@@ -67,19 +67,19 @@ impl Shim {
         }
         fault::point(Point::UpdateShown);
         self.note_limits(&entry, limits)?;
-        self.store.remove_aside(key, &[RESOURCES, BEFORE])?;
+        self.store.remove_scratch(key, &[RESOURCES, BEFORE])?;
         updated
     }
 
     /// The limits of a container before an Update. For a replayed Update, the limits before its first attempt.
     async fn limits_before(&self, key: &TaskKey, cgroup: &Path, attempt: Attempt) -> Result<Limits, Error> {
-        let kept = if attempt == Attempt::Replayed { self.store.read_aside(key, BEFORE)? } else { None };
+        let kept = if attempt == Attempt::Replayed { self.store.read_scratch(key, BEFORE)? } else { None };
         if let Some(before) = kept {
             return Ok(before);
         }
         let before = read(cgroup).await?;
         let text = serde_json::to_vec(&before).map_err(oci::resources::Error::Malformed)?;
-        self.store.write_aside(key, BEFORE, &text)?;
+        self.store.write_scratch(key, BEFORE, &text)?;
         Ok(before)
     }
 }

@@ -2,21 +2,29 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::config;
 use crate::id::ProcessKey;
 
 use super::{Error, Shim, waiting};
 
 /// The processes whose files a thread checks or opens now, and since when. Each process has one such thread at most: the
 /// thread lasts for as long as the disk does not answer.
-#[derive(Debug, Default)]
-pub(crate) struct Looking(Mutex<HashMap<ProcessKey, Instant>>);
+#[derive(Debug)]
+pub(crate) struct Looking {
+    begun: Mutex<HashMap<ProcessKey, Instant>>,
+    limit: Option<Duration>,
+}
 
 impl Looking {
+    /// `limit` is how long a call waits for the disk. Where the clock is simulated, there is none: such a clock jumps over
+    /// any limit while a thread works.
+    pub(crate) fn new(limit: Option<Duration>) -> Self {
+        Self { begun: Mutex::default(), limit }
+    }
+
     fn all(&self) -> MutexGuard<'_, HashMap<ProcessKey, Instant>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// # Errors
@@ -24,7 +32,7 @@ impl Looking {
     fn begin(self: &Arc<Self>, process: &ProcessKey) -> Result<Turn, Error> {
         let mut all = self.all();
         match all.get(process) {
-            Some(since) if since.elapsed() >= config::FILES_LIMIT => {
+            Some(since) if self.limit.is_some_and(|limit| since.elapsed() >= limit) => {
                 Err(Error::FilesDoNotAnswer { process: process.clone() })
             }
             Some(_) => Err(match process.exec.clone() {
@@ -67,25 +75,25 @@ impl Shim {
             let _turn = turn;
             work()
         });
-        // The paused clock of unit tests jumps over any limit while a thread works.
-        if cfg!(test) {
+        let Some(limit) = self.files.limit else {
             return done.await;
-        }
+        };
         let late = |_| Error::FilesDoNotAnswer { process: process.clone() };
-        tokio::time::timeout(config::FILES_LIMIT, done).await.map_err(late)?
+        tokio::time::timeout(limit, done).await.map_err(late)?
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config;
     use crate::id::{Namespace, TaskKey};
 
     #[test]
     fn one_thread_looks_at_the_files_of_a_process() {
         let task = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap();
         let process = ProcessKey { task, exec: None };
-        let looking = Arc::new(Looking::default());
+        let looking = Arc::new(Looking::new(Some(config::FILES_LIMIT)));
         let turn = looking.begin(&process).unwrap();
         assert!(matches!(looking.begin(&process), Err(Error::Exists { .. })));
         let long_ago = Instant::now().checked_sub(config::FILES_LIMIT).unwrap();

@@ -3,7 +3,7 @@
 
 pub mod changes;
 mod error;
-mod files;
+pub(crate) mod files;
 pub mod launcher;
 mod owner;
 pub mod process;
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::{Watch, Watched};
+use crate::config;
 use crate::id::{ProcessKey, TaskKey};
 use crate::oci::runtime::OciRuntime;
 use crate::session::Session;
@@ -175,7 +176,7 @@ impl Shim {
             relay: Relay::new(),
             cgroups,
             references: References::default(),
-            files: Arc::default(),
+            files: Arc::new(Looking::new(Some(config::FILES_LIMIT))),
         };
         (Arc::new(shim), receiver)
     }

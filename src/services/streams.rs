@@ -14,6 +14,7 @@ use crate::launch::contract::Kind;
 use crate::oci::face;
 use crate::session::fds::StreamKind;
 use crate::session::{LogFiles, OpenStreams, Plan, ReopenMode, Session};
+use crate::task::wiring::JournalCopy;
 use crate::unit::name;
 use crate::unit::properties::{self, UnitMetadata};
 
@@ -108,7 +109,7 @@ impl Shim {
             };
             opened.set_terminal(waiting(received).await??);
         }
-        if wiring.copies().iter().any(|(_, _, to)| to.journal) {
+        if wiring.copies().iter().any(|(_, _, to)| to.journal != JournalCopy::None) {
             self.set_journal_limit(entry).await;
         }
         let ended = || {

@@ -18,7 +18,7 @@ use crate::stdio::log_file::LogFile;
 use crate::stdio::pipe::Bridge;
 use crate::stdio::pump::{self, Sinks, Source};
 use crate::stdio::uri::Kind;
-use crate::task::wiring::{Copied, Input, Sink};
+use crate::task::wiring::{Copied, Input, JournalCopy, Sink};
 
 use super::Error;
 use super::fds::{Claimed, StreamFds, StreamKind};
@@ -226,7 +226,7 @@ impl Plan {
             let kind =
                 if log_pipe == pipes::LOG_STDOUT { StreamKind::Output } else { StreamKind::ErrorOutput };
             let mut before = claim(kind);
-            let aside = if to.journal && to.aside {
+            let aside = if to.journal == JournalCopy::Aside {
                 self.open_aside(fds, mode, claim(kind.aside()), kind.aside(), log_pipe)?
             } else {
                 None
@@ -306,7 +306,7 @@ impl Plan {
 
     fn copies(&self, log_pipe: &str, to: &Copied, file: Option<LogFile>) -> Vec<pump::Sink> {
         let mut copies: Vec<_> = file.map(pump::Sink::File).into_iter().collect();
-        if to.journal && !to.aside {
+        if to.journal == JournalCopy::Complete {
             copies.push(pump::Sink::Journal(self.journal_lines(log_pipe)));
         }
         copies

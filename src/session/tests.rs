@@ -13,7 +13,7 @@ use crate::id::{ExecId, Namespace, TaskId, TaskKey, UnitName};
 use crate::launch::pipes;
 use crate::stdio::rate::RateLimit;
 use crate::task::Face;
-use crate::task::wiring::{Copied, Logger, Output, Sink};
+use crate::task::wiring::{Copied, JournalCopy, Logger, Output, Sink};
 use crate::unit::fd_store::FdStore;
 
 const NUMBER: u64 = 5;
@@ -63,6 +63,10 @@ fn store(fds: Vec<(String, OwnedFd)>) -> Arc<StreamFds> {
 
 fn copied(client: Sink) -> Output {
     Output::Copied(Copied { client: Some(client), ..Copied::default() })
+}
+
+fn with_journal(client: Option<Sink>, journal: JournalCopy) -> Wiring {
+    Wiring { stdout: Output::Copied(Copied { client, journal }), ..Wiring::default() }
 }
 
 /// A process that ends when it is told.
@@ -281,4 +285,61 @@ fn a_logger_sees_no_end_before_the_process_has_its_pipes() {
     fifo::open_both(&plan.pipe(pipes::LOG_STDOUT)).unwrap().write_all(b"x").unwrap();
     let mut logs = fifo::open_reader(&plan.pipe(pipes::LOG_STDOUT)).unwrap();
     assert_eq!((logs.read(&mut byte).unwrap(), byte), (1, *b"x"));
+}
+
+#[tokio::test]
+async fn the_journals_copy_that_nobody_waits_for_has_a_pipe_of_its_own() {
+    let (scratch, fds) = (Scratch::new(), store(Vec::new()));
+    let client = scratch.fifo("client");
+    let _output = reader(&client);
+    let plan = scratch.plan(None, with_journal(Some(Sink::Fifo(client)), JournalCopy::Aside));
+    let opened = plan.open(&fds, LogFiles::new()).unwrap();
+    let [copy] = &opened.copies[..] else { panic!("one stream is copied") };
+    assert!(copy.sinks.fifo.is_some() && copy.sinks.aside.is_some() && copy.sinks.copies.is_empty());
+}
+
+#[tokio::test]
+async fn a_client_without_a_copy_sees_only_the_end() {
+    let (scratch, process, fds) = (Scratch::new(), Process::new(), store(Vec::new()));
+    let client = scratch.fifo("client");
+    let output = reader(&client);
+    let plan = scratch.plan(Some("probe"), with_journal(Some(Sink::EndOnly(client)), JournalCopy::Complete));
+    let opened = plan.open(&fds, LogFiles::new()).unwrap();
+    let [copy] = &opened.copies[..] else { panic!("one stream is copied") };
+    assert!(copy.sinks.fifo.is_none() && copy.sinks.held.is_some());
+    assert_eq!(copy.sinks.copies.len(), 1);
+    let writer = fs::OpenOptions::new().write(true).open(plan.pipe(pipes::STDOUT)).unwrap();
+    let mut session = start(&plan, opened, &fds, &process);
+    drop(writer);
+    process.end();
+    assert_eq!(all_of(output).await, "");
+    assert!(session.take_pumps().drain().await);
+}
+
+#[tokio::test]
+async fn a_terminal_with_two_destinations_is_copied_by_way_of_a_pipe() {
+    let (scratch, fds) = (Scratch::new(), store(Vec::new()));
+    let wiring = Wiring { terminal: true, ..with_journal(None, JournalCopy::Complete) };
+    let opened = scratch.plan(None, wiring).open(&fds, LogFiles::new()).unwrap();
+    assert!(matches!(opened.copies[..], [open::Copy { from: open::From::Bridge(_), .. }]));
+}
+
+#[tokio::test]
+async fn the_next_daemon_completes_the_journals_copy_of_a_process_that_has_ended() {
+    let (scratch, name) = (Scratch::new(), format!("a{NUMBER}"));
+    let (from, to) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+    let fds = store(vec![(name.clone(), from), (name, to)]);
+    let client = Some(Sink::Fifo(scratch.path("gone")));
+    let plan = scratch.plan(None, with_journal(client.clone(), JournalCopy::Aside));
+    let opened = plan.reopen(&fds, ReopenMode::Ended).unwrap();
+    let [copy] = &opened.copies[..] else { panic!("the copy is not complete") };
+    assert!(matches!(copy.from, open::From::Delivered) && copy.sinks.aside.is_some());
+    // Another daemon finds nothing any more.
+    assert!(plan.reopen(&fds, ReopenMode::Ended).unwrap().copies.is_empty());
+}
+
+#[test]
+fn the_logger_of_a_container_is_described_by_its_name() {
+    let plan = Scratch::new().plan(None, Wiring::default());
+    assert_eq!(plan.logger_description(), "Logger of web");
 }

@@ -17,6 +17,7 @@ use crate::oci::criu::Checkpoint;
 use crate::oci::options;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::ops::{AddExec, CreateTask};
+use crate::services::files::Looking;
 use crate::services::{Attempt, Error, Shim};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
@@ -27,12 +28,13 @@ use crate::unit::fake::FakeSystemd;
 use crate::unit::fd_store::FdStore;
 use crate::unit::name;
 use crate::unit::observations::Observations;
+use crate::unit::relay::Relay;
 
 /// The exit code of the exec.
 pub(crate) const EXEC_STATUS: u32 = 3;
 
 /// An OCI runtime that keeps a directory for each container, as runc does.
-struct FakeRuntime {
+pub(crate) struct FakeRuntime {
     effects: Arc<Effects>,
     systemd: Arc<FakeSystemd>,
     store: Store,
@@ -222,19 +224,21 @@ impl World {
 
     fn start_daemon(&self) -> Arc<Shim> {
         let fd_store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
-        let (shim, mut outgoing) = Shim::new(
+        let (mut shim, mut outgoing) = Shim::new(
             Store::new(self.root.join("state")),
             DeleteReplies::open(&self.root.join("answers")).unwrap(),
             StreamFds::new(fd_store, Vec::new()),
             Watch::new(),
             self.systemd.clone(),
-            Arc::new(FakeRuntime {
-                effects: self.effects.clone(),
-                systemd: self.systemd.clone(),
-                store: Store::new(self.root.join("state")),
-            }),
+            Arc::new(self.runtime()),
             PathBuf::from("/shim"),
         );
+        let parts = Arc::get_mut(&mut shim).unwrap();
+        parts.files = Arc::new(Looking::new(None));
+        let notify = self.notify_socket();
+        if notify.exists() {
+            parts.relay = Relay::to(&notify);
+        }
         let (publisher, accepted) = (shim.clone(), self.accepted.clone());
         tokio::spawn(async move {
             while let Some(entry) = outgoing.recv().await {
@@ -283,6 +287,30 @@ impl World {
             remains.extend(entries.map(|entry| entry.path().display().to_string()));
         }
         remains
+    }
+
+    /// The node's OCI runtime.
+    pub(crate) fn runtime(&self) -> FakeRuntime {
+        FakeRuntime {
+            effects: self.effects.clone(),
+            systemd: self.systemd.clone(),
+            store: Store::new(self.state_dir()),
+        }
+    }
+
+    /// Where the records are.
+    pub(crate) fn state_dir(&self) -> PathBuf {
+        self.root.join("state")
+    }
+
+    /// Where systemd's notify socket is, if a test makes one.
+    pub(crate) fn notify_socket(&self) -> PathBuf {
+        self.root.join("notify")
+    }
+
+    /// The notify socket of the container.
+    pub(crate) fn container_socket(&self) -> PathBuf {
+        Store::new(self.root.join("state")).notify_socket(&name::short_name(&self.unit()))
     }
 
     fn runtime_root(&self) -> PathBuf {

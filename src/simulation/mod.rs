@@ -6,3 +6,4 @@ mod crashes;
 pub(crate) mod harness;
 mod sandboxes;
 mod scenarios;
+mod supervision;

@@ -14,20 +14,20 @@ use crate::unit::name;
 
 use super::harness::{Step, World};
 
-const UP: [Step; 2] = [Step::Create, Step::Start];
-const WITH_EXEC: [Step; 4] = [Step::Create, Step::Start, Step::AddExec, Step::StartExec];
+pub(super) const UP: [Step; 2] = [Step::Create, Step::Start];
+pub(super) const WITH_EXEC: [Step; 4] = [Step::Create, Step::Start, Step::AddExec, Step::StartExec];
 
 /// Long enough for everything that is told to be taken in; the clock is paused.
 const A_WHILE: Duration = Duration::from_millis(500);
 
-fn up(name: &str, steps: &[Step]) -> World {
+pub(super) fn up(name: &str, steps: &[Step]) -> World {
     let world = World::new(name);
     world.take(steps, Attempt::First).unwrap().unwrap();
     world
 }
 
 /// How init has ended, as a daemon knows after `happens` and a while.
-fn exit_after(world: &World, happens: impl FnOnce() + Send + 'static) -> Option<Exit> {
+pub(super) fn exit_after(world: &World, happens: impl FnOnce() + Send + 'static) -> Option<Exit> {
     let init = world.init();
     let exit = world.live(move |shim| async move {
         happens();
@@ -192,7 +192,7 @@ fn an_id_is_taken_until_its_task_is_deleted() {
 }
 
 /// The cgroups of the task's unit and of its container.
-fn cgroups(world: &World) -> (PathBuf, PathBuf) {
+pub(super) fn cgroups(world: &World) -> (PathBuf, PathBuf) {
     let slice = name::namespace_slice(&world.task.namespace).unwrap();
     let unit = Path::new("/").join(slice.as_str()).join(world.unit().as_str());
     (unit.clone(), unit.join("web"))

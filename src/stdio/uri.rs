@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::task::request::{Log, Stdio};
-use crate::task::wiring::{Copied, Input, Logger, Output, Sink, Wiring};
+use crate::task::wiring::{Copied, Input, JournalCopy, Logger, Output, Sink, Wiring};
 
 /// A stdio string is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -84,26 +84,26 @@ pub fn wiring(
 /// The way to a client's sink, or to where it goes without one. `given`: the client named at least
 /// one of the two streams.
 fn way(sink: Option<Sink>, given: bool, log: Log, role: Role, terminal: bool) -> Output {
-    let copied = |client, journal| Output::Copied(Copied { client, journal, aside: false });
+    let copied = |client, journal| Output::Copied(Copied { client, journal });
     // The daemon must read a terminal, or its processes would block.
-    let nowhere = if terminal { copied(None, false) } else { Output::Null };
+    let nowhere = if terminal { copied(None, JournalCopy::None) } else { Output::Null };
     match (log, sink) {
-        (Log::Journal, Some(Sink::Fifo(path))) => copied(Some(Sink::EndOnly(path)), true),
-        (Log::Journal, _) => copied(None, true),
-        (Log::Tee, sink) => copied(sink, true),
+        (Log::Journal, Some(Sink::Fifo(path))) => copied(Some(Sink::EndOnly(path)), JournalCopy::Complete),
+        (Log::Journal, _) => copied(None, JournalCopy::Complete),
+        (Log::Tee, sink) => copied(sink, JournalCopy::Complete),
         (Log::Auto, Some(sink)) if role == Role::Init => {
-            Output::Copied(Copied { client: Some(sink), journal: true, aside: true })
+            Output::Copied(Copied { client: Some(sink), journal: JournalCopy::Aside })
         }
         (Log::Auto | Log::Client | Log::None, Some(sink)) => match (sink, role) {
-            (sink, _) if terminal => copied(Some(sink), false),
+            (sink, _) if terminal => copied(Some(sink), JournalCopy::None),
             (Sink::Logger, _) => Output::Logger,
             (Sink::Fifo(path), Role::Init) => Output::Fifo(path),
-            (sink, _) => copied(Some(sink), false),
+            (sink, _) => copied(Some(sink), JournalCopy::None),
         },
         (Log::None, None) => nowhere,
         (Log::Auto | Log::Client, None) if given => nowhere,
         (Log::Auto | Log::Client, None) if role == Role::Init && !terminal => Output::Journal,
-        (Log::Auto | Log::Client, None) => copied(None, true),
+        (Log::Auto | Log::Client, None) => copied(None, JournalCopy::Complete),
     }
 }
 
@@ -278,21 +278,24 @@ mod tests {
         assert_eq!(wiring.stderr, wiring.stdout);
     }
 
-    fn copied(client: Option<Sink>, journal: bool) -> Output {
-        Output::Copied(Copied { client, journal, aside: false })
+    fn copied(client: Option<Sink>, journal: JournalCopy) -> Output {
+        Output::Copied(Copied { client, journal })
     }
 
     fn aside(client: Sink) -> Output {
-        Output::Copied(Copied { client: Some(client), journal: true, aside: true })
+        Output::Copied(Copied { client: Some(client), journal: JournalCopy::Aside })
     }
 
     #[test]
     fn the_daemon_stands_between_an_exec_and_its_client() {
         let wiring = read_as(Log::Auto, Role::Exec, false, "/fifo1", "/fifo2").unwrap();
-        assert_eq!(wiring.stdout, copied(Some(Sink::Fifo("/fifo1".into())), false));
-        assert_eq!(wiring.stderr, copied(Some(Sink::Fifo("/fifo2".into())), false));
+        assert_eq!(wiring.stdout, copied(Some(Sink::Fifo("/fifo1".into())), JournalCopy::None));
+        assert_eq!(wiring.stderr, copied(Some(Sink::Fifo("/fifo2".into())), JournalCopy::None));
         let wiring = read_as(Log::Auto, Role::Exec, false, "", "").unwrap();
-        assert_eq!((wiring.stdout, wiring.stderr), (copied(None, true), copied(None, true)));
+        assert_eq!(
+            (wiring.stdout, wiring.stderr),
+            (copied(None, JournalCopy::Complete), copied(None, JournalCopy::Complete))
+        );
     }
 
     #[test]
@@ -301,7 +304,10 @@ mod tests {
             let wiring = read_as(log, Role::Init, true, "/fifo", "").unwrap();
             assert!(matches!(wiring.stdout, Output::Copied(_)) && wiring.stderr == Output::Null);
         }
-        assert_eq!(read_as(Log::None, Role::Init, true, "", "").unwrap().stdout, copied(None, false));
+        assert_eq!(
+            read_as(Log::None, Role::Init, true, "", "").unwrap().stdout,
+            copied(None, JournalCopy::None)
+        );
     }
 
     #[test]
@@ -311,9 +317,12 @@ mod tests {
         assert_eq!(stdout(Log::Auto, "/fifo"), aside(Sink::Fifo("/fifo".into())));
         assert_eq!(stdout(Log::Client, "/fifo"), Output::Fifo("/fifo".into()));
         assert_eq!(stdout(Log::Client, ""), Output::Journal);
-        assert_eq!(stdout(Log::Tee, "/fifo"), copied(fifo(), true));
-        assert_eq!(stdout(Log::Journal, "/fifo"), copied(Some(Sink::EndOnly("/fifo".into())), true));
-        assert_eq!(stdout(Log::Journal, ""), copied(None, true));
+        assert_eq!(stdout(Log::Tee, "/fifo"), copied(fifo(), JournalCopy::Complete));
+        assert_eq!(
+            stdout(Log::Journal, "/fifo"),
+            copied(Some(Sink::EndOnly("/fifo".into())), JournalCopy::Complete)
+        );
+        assert_eq!(stdout(Log::Journal, ""), copied(None, JournalCopy::Complete));
         assert_eq!(stdout(Log::None, "/fifo"), Output::Fifo("/fifo".into()));
         assert_eq!(stdout(Log::None, ""), Output::Null);
     }
@@ -323,7 +332,10 @@ mod tests {
         assert!(read_as(Log::Journal, Role::Init, false, "binary:///bin/log", "").unwrap().logger.is_none());
         let tee = read_as(Log::Tee, Role::Init, false, "binary:///bin/log", "").unwrap();
         assert!(tee.logger.is_some());
-        assert_eq!((&tee.stdout, &tee.stderr), (&copied(Some(Sink::Logger), true), &tee.stdout));
+        assert_eq!(
+            (&tee.stdout, &tee.stderr),
+            (&copied(Some(Sink::Logger), JournalCopy::Complete), &tee.stdout)
+        );
     }
 
     #[test]

@@ -6,12 +6,12 @@
 //!
 //! All paths are on a tmpfs (`/run`). Calls only use memory, and are short enough for the async runtime.
 
-mod aside;
 pub mod delete_replies;
 pub mod files;
 mod look;
 mod owed;
 mod record;
+mod scratch;
 
 use std::fs;
 use std::io;

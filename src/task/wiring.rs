@@ -34,14 +34,50 @@ pub enum Output {
 
 /// The destinations to which the daemon copies a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "CopiedForm", into = "CopiedForm")]
 pub struct Copied {
     /// The client's destination.
     pub client: Option<Sink>,
     /// The journal, under the container's unit.
-    pub journal: bool,
-    /// The client does not wait for the journal, which may miss what it does not take at once.
+    pub journal: JournalCopy,
+}
+
+/// Whether the journal gets a copy of a stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum JournalCopy {
+    /// It gets none.
+    #[default]
+    None,
+    /// It gets everything, and the process waits for it.
+    Complete,
+    /// Nobody waits for it: it misses what it does not take at once.
+    Aside,
+}
+
+/// The form of [`Copied`] in the record. Records of earlier versions do not have `aside`.
+#[derive(Serialize, Deserialize)]
+struct CopiedForm {
+    client: Option<Sink>,
+    journal: bool,
     #[serde(default)]
-    pub aside: bool,
+    aside: bool,
+}
+
+impl From<CopiedForm> for Copied {
+    fn from(CopiedForm { client, journal, aside }: CopiedForm) -> Self {
+        let journal = match (journal, aside) {
+            (false, _) => JournalCopy::None,
+            (true, false) => JournalCopy::Complete,
+            (true, true) => JournalCopy::Aside,
+        };
+        Self { client, journal }
+    }
+}
+
+impl From<Copied> for CopiedForm {
+    fn from(Copied { client, journal }: Copied) -> Self {
+        Self { client, journal: journal != JournalCopy::None, aside: journal == JournalCopy::Aside }
+    }
 }
 
 /// A client's end of a stream.
@@ -101,7 +137,7 @@ impl Wiring {
     /// The same destinations, by way of FIFOs: criu puts only a FIFO in the place of a FIFO.
     pub fn for_restore(self) -> Self {
         let by_fifo = |output| match output {
-            Output::Journal => Output::Copied(Copied { journal: true, ..Copied::default() }),
+            Output::Journal => Output::Copied(Copied { journal: JournalCopy::Complete, ..Copied::default() }),
             Output::Null => Output::Copied(Copied::default()),
             Output::Fifo(_) | Output::Copied(_) | Output::Logger => output,
         };
@@ -109,5 +145,33 @@ impl Wiring {
             return self;
         }
         Self { stdout: by_fifo(self.stdout), stderr: by_fifo(self.stderr), ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_journals_copy_keeps_its_form_in_records() {
+        let forms = [
+            (r#"{"client":null,"journal":false,"aside":false}"#, JournalCopy::None),
+            (r#"{"client":null,"journal":true,"aside":false}"#, JournalCopy::Complete),
+            (r#"{"client":null,"journal":true,"aside":true}"#, JournalCopy::Aside),
+        ];
+        for (form, journal) in forms {
+            let copied = Copied { client: None, journal };
+            assert_eq!(serde_json::from_str::<Copied>(form).unwrap(), copied);
+            assert_eq!(serde_json::to_string(&copied).unwrap(), form);
+        }
+    }
+
+    #[test]
+    fn records_of_earlier_versions_are_read() {
+        let journal = |text| serde_json::from_str::<Copied>(text).unwrap().journal;
+        assert_eq!(journal(r#"{"client":null,"journal":true}"#), JournalCopy::Complete);
+        assert_eq!(journal(r#"{"client":null,"journal":false}"#), JournalCopy::None);
+        // No version wrote this; the daemon copied nothing for it.
+        assert_eq!(journal(r#"{"client":null,"journal":false,"aside":true}"#), JournalCopy::None);
     }
 }

@@ -193,3 +193,6 @@ pub fn from_systemd(fd: OwnedFd) -> io::Result<(Socket, UnixListener)> {
 
 /// Keeps a persistent error from using a whole processor.
 const PAUSE_AFTER_ERROR: std::time::Duration = std::time::Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests;

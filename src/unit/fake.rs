@@ -109,6 +109,10 @@ struct State {
     launched: usize,
     /// The unit that looks as if it were not loaded when its state is read next.
     hidden: Option<UnitName>,
+    /// How many processes were killed in each unit because memory ran out.
+    oom_kills: u64,
+    /// The units whose properties were set, in this order.
+    limited: Vec<String>,
 }
 
 /// A systemd.
@@ -142,6 +146,16 @@ impl FakeSystemd {
     /// Makes this unit look as if it were not loaded when its state is read next.
     pub fn hide_once(&self, unit: UnitName) {
         self.state().hidden = Some(unit);
+    }
+
+    /// Determines how many processes were killed in each unit because memory ran out.
+    pub fn set_oom_kills(&self, kills: u64) {
+        self.state().oom_kills = kills;
+    }
+
+    /// The units whose properties were set, in this order.
+    pub fn limited(&self) -> Vec<String> {
+        self.state().limited.clone()
     }
 
     /// Every loaded unit and its state.
@@ -413,7 +427,9 @@ impl Systemd for FakeSystemd {
     }
 
     async fn set_properties(&self, unit: &UnitName, _: &Properties) -> Result<(), Error> {
-        self.call("set properties of", unit).await
+        self.call("set properties of", unit).await?;
+        self.state().limited.push(unit.to_string());
+        Ok(())
     }
 
     async fn running_units(&self) -> Result<HashSet<UnitName>, Error> {
@@ -461,12 +477,12 @@ impl Systemd for FakeSystemd {
 
     async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {
         self.call("read", unit).await?;
-        Ok(0)
+        Ok(self.state().oom_kills)
     }
 
     async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error> {
         self.call("read", unit).await?;
-        Ok(0)
+        Ok(10_000_000)
     }
 
     async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {

@@ -112,6 +112,13 @@ impl Relay {
         }
     }
 
+    /// Sends to another socket than systemd's.
+    #[cfg(test)]
+    pub fn to(path: &std::path::Path) -> Self {
+        let socket = UnixDatagram::unbound().and_then(|socket| socket.connect(path).map(|()| socket));
+        Self { socket: Some(socket.unwrap()) }
+    }
+
     fn connect() -> io::Result<Option<UnixDatagram>> {
         let Some(socket) = notify::connect()? else {
             return Ok(None);

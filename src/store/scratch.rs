@@ -17,7 +17,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Io`]
-    pub fn write_aside(&self, key: &TaskKey, name: &str, content: &[u8]) -> Result<PathBuf, Error> {
+    pub fn write_scratch(&self, key: &TaskKey, name: &str, content: &[u8]) -> Result<PathBuf, Error> {
         let path = self.dir(key).join(name);
         replace(&path, &path.with_extension("new"), content)?;
         Ok(path)
@@ -27,7 +27,7 @@ impl Store {
     ///
     /// # Errors
     /// The file can't be read or parsed.
-    pub fn read_aside<T: DeserializeOwned>(&self, key: &TaskKey, name: &str) -> Result<Option<T>, Error> {
+    pub fn read_scratch<T: DeserializeOwned>(&self, key: &TaskKey, name: &str) -> Result<Option<T>, Error> {
         let path = self.dir(key).join(name);
         let Some(text) = files::read(&path)? else {
             return Ok(None);
@@ -39,7 +39,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Io`]
-    pub fn remove_aside(&self, key: &TaskKey, names: &[&str]) -> Result<(), Error> {
+    pub fn remove_scratch(&self, key: &TaskKey, names: &[&str]) -> Result<(), Error> {
         names.iter().map(|name| self.dir(key).join(name)).try_for_each(|path| match fs::remove_file(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => Ok(removed.map_err(io_error("remove", &path))?),

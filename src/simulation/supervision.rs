@@ -1,0 +1,181 @@
+//! What supervision does with what the kernel, systemd and containers report, and when queries fail.
+
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+
+use crate::cgroup;
+use crate::effects::{Failure, Plan};
+use crate::oci::options;
+use crate::services::Attempt;
+use crate::store::Store;
+use crate::supervise::cleanup::{Stop, remove_task};
+use crate::suspect::Crashes;
+use crate::sys;
+
+use super::harness::{Step, World};
+use super::scenarios::{UP, WITH_EXEC, cgroups, exit_after, up};
+
+/// Longer than a container that notifies often has to wait.
+const A_PAUSE: Duration = Duration::from_millis(100);
+
+/// The fake runtime and systemd answer at once: this is enough for any retry.
+const A_WHILE: Duration = Duration::from_secs(1);
+
+fn received(socket: &UnixDatagram) -> Option<(String, Option<u32>)> {
+    let mut text = vec![0; 8192];
+    let (length, sender) = sys::receive_from_process(socket, &mut text).ok()?;
+    text.truncate(length);
+    Some((String::from_utf8(text).unwrap(), sender))
+}
+
+#[test]
+fn what_a_container_may_notify_reaches_systemd_in_the_name_of_its_init_process() {
+    let world = World::new("notify");
+    // Only root can send in the name of another process.
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let systemd = UnixDatagram::bind(world.notify_socket()).unwrap();
+    systemd.set_nonblocking(true).unwrap();
+    setsockopt(&systemd, sockopt::PassCred, &true).unwrap();
+    let (mut call, init, path) = (world.create_call(), world.init(), world.container_socket());
+    if let options::Source::Given(options) = &mut call.options {
+        options.notify = true;
+    }
+    let there = path.clone();
+    let heard = world.live(move |shim| async move {
+        let pid = shim.create(call, Attempt::First).await.unwrap();
+        shim.start(&init, Attempt::First).await.unwrap();
+        let container = UnixDatagram::unbound().unwrap();
+        container.connect(&path).unwrap();
+        let mut heard = Vec::new();
+        for text in ["READY=1\nMAINPID=1", "MAINPID=1", &"X".repeat(5000), "EXTEND_TIMEOUT_USEC=3000000"] {
+            sys::send_as(&container, text, pid).unwrap();
+            tokio::time::sleep(A_PAUSE).await;
+            heard.extend(received(&systemd));
+        }
+        // A process outside of the container that got the socket.
+        container.send(b"STOPPING=1").unwrap();
+        tokio::time::sleep(A_PAUSE).await;
+        heard.extend(received(&systemd));
+        // More than are passed on without a pause.
+        let mut pings = 0;
+        for _ in 0..60 {
+            sys::send_as(&container, "WATCHDOG=1", pid).unwrap();
+            tokio::time::sleep(A_PAUSE).await;
+            let ping = ("WATCHDOG=1".to_owned(), Some(pid));
+            pings += usize::from(received(&systemd) == Some(ping));
+        }
+        assert!(there.exists());
+        shim.kill(&init, nix::libc::SIGKILL as u32, false, Attempt::First).await.unwrap();
+        shim.wait(&init, Attempt::First).await.unwrap();
+        shim.delete(&init, Attempt::First).await.unwrap();
+        assert!(!there.exists());
+        (pid, heard, pings)
+    });
+    let (pid, heard, pings) = heard.unwrap();
+    let expected = ["READY=1", "EXTEND_TIMEOUT_USEC=3000000"].map(|text| (text.to_owned(), Some(pid)));
+    assert_eq!(heard, expected);
+    assert_eq!(pings, 60);
+}
+
+#[test]
+fn kills_that_the_kernel_did_not_report_are_asked_of_systemd() {
+    let world = up("oom-asked", &UP);
+    world.systemd.set_oom_kills(2);
+    // The cgroup is gone, and with it the count of the kernel.
+    world.systemd.end_unheard(&world.unit(), 9);
+    let exit = exit_after(&world, || {});
+    assert_eq!(exit.map(|exit| exit.status), Some(9));
+    assert_eq!(world.events(), ["create", "start", "oom", "oom", "exit"]);
+}
+
+#[test]
+fn an_exit_is_reported_whatever_query_or_record_fails() {
+    for failure in [Failure::Timeout, Failure::NoSpace] {
+        for effect in 0.. {
+            let world = up("exit-fails", &WITH_EXEC);
+            let (systemd, effects) = (world.systemd.clone(), world.effects.clone());
+            let (unit, exec_unit) = (world.unit(), world.exec_unit());
+            let (init, exec) = (world.init(), world.exec());
+            let exits = world.live(move |shim| async move {
+                effects.plan(Plan::Fail(effect, failure));
+                systemd.end(&exec_unit, 3);
+                systemd.end(&unit, 4);
+                // The bus may be lost, too.
+                systemd.lose_signals();
+                tokio::time::sleep(A_WHILE).await;
+                systemd.lose_signals();
+                tokio::time::sleep(A_WHILE).await;
+                [&exec, &init].map(|key| shim.state(key).unwrap().exit.map(|exit| exit.status))
+            });
+            assert_eq!(exits, Some([Some(3), Some(4)]), "effect {effect}, {failure:?}");
+            assert_eq!(world.events()[4..], ["exec-exit", "exit"], "effect {effect}, {failure:?}");
+            if !world.effects.was_reached() {
+                assert!(effect > 2, "too few effects: {effect}");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn an_end_that_systemd_does_not_confirm_changes_nothing() {
+    let world = up("unconfirmed", &UP);
+    let (systemd, unit, init) = (world.systemd.clone(), world.unit(), world.init());
+    let exit = world.live(move |shim| async move {
+        let pid = shim.state(&init).unwrap().pid;
+        systemd.tell_late(&unit, pid, 9);
+        tokio::time::sleep(A_WHILE).await;
+        shim.state(&init).unwrap().exit
+    });
+    assert_eq!(exit, Some(None));
+    assert_eq!(world.events(), ["create", "start"]);
+}
+
+#[test]
+fn what_init_left_behind_is_killed_before_its_end_is_reported() {
+    let world = up("left-behind", &UP);
+    let (systemd, unit, (_, container)) = (world.systemd.clone(), world.unit(), cgroups(&world));
+    let there = container.clone();
+    let exit = exit_after(&world, move || {
+        systemd.end_unheard(&unit, 5);
+        cgroup::fake::make(&there);
+        fs::write(cgroup::dir(&there).join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
+        systemd.tell(&unit);
+        systemd.tell(&unit);
+    });
+    assert_eq!(exit.map(|exit| exit.status), Some(5));
+    assert!(cgroup::fake::is_to_be_killed(&container));
+    assert_eq!(world.events(), ["create", "start", "exit"]);
+}
+
+#[test]
+fn limits_that_are_set_on_a_paused_container_reach_its_unit_again_after_resume() {
+    let world = up("paused-limits", &[Step::Create, Step::Start, Step::Pause]);
+    let (_, container) = cgroups(&world);
+    // The OCI runtime writes the limit.
+    fs::write(cgroup::dir(&container).join("pids.max"), "5\n").unwrap();
+    world.take(&[Step::Update, Step::Resume], Attempt::First).unwrap().unwrap();
+    let set = world.systemd.limited();
+    assert_eq!(set, [world.unit(), world.unit()].map(|unit| unit.to_string()));
+}
+
+#[test]
+fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
+    let world = up("killed", &WITH_EXEC);
+    let store = Store::new(world.state_dir());
+    let task = store.load_all(&Crashes::default()).unwrap().remove(0).unwrap().task;
+    let (runtime, dir) = (world.runtime(), store.dir(&task.key));
+    let execs = vec![world.exec_unit()];
+    let removed =
+        async { remove_task(&*world.systemd, &runtime, &task, &dir, Stop::Killed, async { execs }).await };
+    let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let troubles = threads.block_on(removed);
+    assert_eq!(troubles.text(), "");
+    assert_eq!(world.systemd.units(), []);
+    assert!(!task.runtime.root.join(task.key.id.as_str()).exists());
+}

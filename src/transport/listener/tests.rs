@@ -1,0 +1,107 @@
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::io::AsyncReadExt;
+
+use super::*;
+
+/// Descriptors that a test keeps, as systemd does.
+#[derive(Default)]
+struct Store(Mutex<BTreeMap<String, Vec<OwnedFd>>>);
+
+impl Store {
+    fn names(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+}
+
+impl Keep for Store {
+    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let fds = fds.iter().map(|fd| fd.try_clone_to_owned()).collect::<io::Result<_>>()?;
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), fds);
+        Ok(())
+    }
+
+    fn forget(&self, name: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+    }
+}
+
+fn connections(store: &Arc<Store>, kept: &mut Vec<(String, OwnedFd)>) -> Arc<Connections> {
+    let (connections, adopted) = Connections::adopt(store.clone(), kept, &Crashes::default()).unwrap();
+    assert!(adopted.is_empty());
+    connections
+}
+
+fn listen(dir: &Path) -> (UnixListener, std::path::PathBuf) {
+    let path = dir.join("socket");
+    (UnixListener::bind(&path).unwrap(), path)
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::ZERO) == Ok(1)
+}
+
+#[tokio::test]
+async fn a_connection_is_kept_until_its_client_leaves() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), Arc::<Store>::default());
+    let connections = connections(&store, &mut Vec::new());
+    let (listener, path) = listen(dir.path());
+    let mut accepted = connections.clone().accept(listener).unwrap();
+    let mut client = UnixStream::connect(&path).unwrap();
+    let mut connection = accepted.next().await.unwrap().unwrap();
+    assert_eq!((connections.count(), store.names()), (1, vec!["c0".to_owned()]));
+    assert!(!is_readable(connections.wake_fd()));
+    client.write_all(b"x").unwrap();
+    assert!(is_readable(connections.wake_fd()), "whoever wakes the next daemon sees the request");
+    drop(client);
+    assert_eq!(connection.read(&mut [0; 16]).await.unwrap(), 0);
+    drop(connection);
+    assert_eq!((connections.count(), store.names()), (0, Vec::new()));
+}
+
+#[tokio::test]
+async fn a_client_that_only_looks_whether_somebody_listens_is_not_kept() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), Arc::<Store>::default());
+    let connections = connections(&store, &mut Vec::new());
+    let (listener, path) = listen(dir.path());
+    drop(UnixStream::connect(&path).unwrap());
+    let _client = UnixStream::connect(&path).unwrap();
+    let mut accepted = connections.clone().accept(listener).unwrap();
+    let _connection = accepted.next().await.unwrap().unwrap();
+    assert_eq!((connections.count(), store.names()), (1, vec!["c0".to_owned()]));
+}
+
+#[tokio::test]
+async fn what_is_no_whole_connection_is_forgotten_and_its_number_not_used_again() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), Arc::<Store>::default());
+    let (half, foreign) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+    let other = UnixStream::pair().unwrap();
+    let mut kept = vec![
+        ("c3".to_owned(), OwnedFd::from(half.0)),
+        ("c7".to_owned(), foreign.0.into()),
+        ("c7".to_owned(), Journal::new().unwrap().fd().try_clone_to_owned().unwrap()),
+        ("o1".to_owned(), other.0.into()),
+    ];
+    for name in ["c3", "c7", "o1"] {
+        store.keep(name, &[]).unwrap();
+    }
+    let connections = connections(&store, &mut kept);
+    let names: Vec<_> = kept.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!((names, store.names()), (vec!["o1"], vec!["o1".to_owned()]));
+    let (listener, path) = listen(dir.path());
+    let _client = UnixStream::connect(&path).unwrap();
+    let mut accepted = connections.clone().accept(listener).unwrap();
+    let _connection = accepted.next().await.unwrap().unwrap();
+    assert_eq!(store.names(), ["c8", "o1"]);
+}
+
+#[test]
+fn a_listening_socket_of_somebody_else_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = from_systemd(listen(dir.path()).0.into()).map(drop).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::AddrNotAvailable);
+}
