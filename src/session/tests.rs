@@ -65,6 +65,11 @@ fn copied(client: Sink) -> Output {
     Output::Copied(Copied { client: Some(client), ..Copied::default() })
 }
 
+fn only_copy(opened: &OpenStreams) -> &open::Copy {
+    assert_eq!(opened.copies.len(), 1);
+    &opened.copies[0]
+}
+
 fn with_journal(client: Option<Sink>, journal: JournalCopy) -> Wiring {
     Wiring { stdout: Output::Copied(Copied { client, journal }), ..Wiring::default() }
 }
@@ -294,7 +299,7 @@ async fn the_journals_copy_that_nobody_waits_for_has_a_pipe_of_its_own() {
     let _output = reader(&client);
     let plan = scratch.plan(None, with_journal(Some(Sink::Fifo(client)), JournalCopy::Aside));
     let opened = plan.open(&fds, LogFiles::new()).unwrap();
-    let [copy] = &opened.copies[..] else { panic!("one stream is copied") };
+    let copy = only_copy(&opened);
     assert!(copy.sinks.fifo.is_some() && copy.sinks.aside.is_some() && copy.sinks.copies.is_empty());
 }
 
@@ -305,7 +310,7 @@ async fn a_client_without_a_copy_sees_only_the_end() {
     let output = reader(&client);
     let plan = scratch.plan(Some("probe"), with_journal(Some(Sink::EndOnly(client)), JournalCopy::Complete));
     let opened = plan.open(&fds, LogFiles::new()).unwrap();
-    let [copy] = &opened.copies[..] else { panic!("one stream is copied") };
+    let copy = only_copy(&opened);
     assert!(copy.sinks.fifo.is_none() && copy.sinks.held.is_some());
     assert_eq!(copy.sinks.copies.len(), 1);
     let writer = fs::OpenOptions::new().write(true).open(plan.pipe(pipes::STDOUT)).unwrap();
@@ -332,7 +337,7 @@ async fn the_next_daemon_completes_the_journals_copy_of_a_process_that_has_ended
     let client = Some(Sink::Fifo(scratch.path("gone")));
     let plan = scratch.plan(None, with_journal(client.clone(), JournalCopy::Aside));
     let opened = plan.reopen(&fds, ReopenMode::Ended).unwrap();
-    let [copy] = &opened.copies[..] else { panic!("the copy is not complete") };
+    let copy = only_copy(&opened);
     assert!(matches!(copy.from, open::From::Delivered) && copy.sinks.aside.is_some());
     // Another daemon finds nothing any more.
     assert!(plan.reopen(&fds, ReopenMode::Ended).unwrap().copies.is_empty());
