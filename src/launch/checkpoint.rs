@@ -37,7 +37,7 @@ fn request(process: &Process<'_>) -> Result<Checkpoint, Error> {
         request: Checkpoint,
     }
     let store = Store::new(config::STATE_DIR);
-    let begun: Option<Begun> = store.read_aside(&process.task.key, CHECKPOINT)?;
+    let begun: Option<Begun> = store.read_scratch(&process.task.key, CHECKPOINT)?;
     begun.map(|begun| begun.request).ok_or(Error::NoRequest)
 }
 

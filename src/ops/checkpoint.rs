@@ -178,7 +178,7 @@ impl Shim {
             // The client, if it still waits, gets the checkpoint by the replay of its call.
             (settled, _) => {
                 self.put_back(entry, &begun, Live::On).await;
-                let removed = self.store.remove_aside(&entry.key, &[CHECKPOINT]);
+                let removed = self.store.remove_scratch(&entry.key, &[CHECKPOINT]);
                 settled.map_err(Error::from).and(removed.map_err(Error::from))
             }
         };
@@ -193,12 +193,12 @@ impl Shim {
     }
 
     fn begun(&self, key: &TaskKey) -> Result<Option<Begun>, Error> {
-        Ok(self.store.read_aside(key, CHECKPOINT)?)
+        Ok(self.store.read_scratch(key, CHECKPOINT)?)
     }
 
     fn write_begun(&self, key: &TaskKey, begun: &Begun) -> Result<(), Error> {
         let text = serde_json::to_vec(begun).map_err(crate::oci::resources::Error::Malformed)?;
-        self.store.write_aside(key, CHECKPOINT, &text)?;
+        self.store.write_scratch(key, CHECKPOINT, &text)?;
         Ok(())
     }
 
@@ -209,7 +209,7 @@ impl Shim {
             return Ok(());
         }
         let command = self.launcher.command(Kind::Criu, &init_of(task));
-        self.store.remove_aside(&task.key, &[CRIU_PROBLEM])?;
+        self.store.remove_scratch(&task.key, &[CRIU_PROBLEM])?;
         let dir = self.store.dir(&task.key);
         let checked =
             self.oci.launch(&Cli::of(task, &dir), Kind::Criu.word(), task.runtime.limit(), &command).await;
@@ -217,7 +217,7 @@ impl Shim {
             self.launcher.remember_criu(path);
             return Ok(());
         };
-        let problem: Option<Problem> = self.store.read_aside(&task.key, CRIU_PROBLEM)?;
+        let problem: Option<Problem> = self.store.read_scratch(&task.key, CRIU_PROBLEM)?;
         Err(problem.map_or_else(|| error.into(), Error::Criu))
     }
 

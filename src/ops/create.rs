@@ -33,19 +33,11 @@ use crate::unit::properties::{self, UnitMetadata};
 use crate::unit::{self, name};
 
 use super::additions;
+use super::request_unit::{Begun, NameTaken, request_unit};
 
 /// The address of containerd for events, if neither the bundle nor the environment names one.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
 const DEFAULT_GRPC: &str = "/run/containerd/containerd.sock";
-
-/// The daemon that began a Create.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Begun {
-    /// This one.
-    Now,
-    /// An earlier one. It may already have asked systemd to start the unit.
-    Before,
-}
 
 /// True for the state of a unit that has been started (`ActiveState`, org.freedesktop.systemd1(5)).
 fn is_under_way(state: &str) -> bool {
@@ -336,27 +328,27 @@ impl Shim {
         let limit = task.runtime.create_limit();
         let properties = properties::container(&shown, &command, &environment, &pid_file, limit, task.notify);
         let additions = additions::of(task)?;
-        let mut begun = self.manager.begin_referenced(task.unit(), &properties, &additions).await;
-        if let (Err(unit::error::Error::Exists { .. }), Begun::Before) = (&begun, create)
-            && self.manager.active_state(task.unit()).await?.is_some_and(|state| is_under_way(&state))
-        {
-            // The earlier daemon had asked for the unit, and systemd started it after this daemon had queried it.
-            return self.await_unit(entry, task, dir, self.manager.wait_until_started(task.unit())).await;
-        }
-        if let Err(unit::error::Error::Exists { .. }) = begun {
-            // No task has this unit: a failed one left it behind, or it belongs to somebody else.
-            self.manager.release(task.unit()).await;
-            self.manager.reset_failed(task.unit()).await?;
-            begun = self.manager.begin_referenced(task.unit(), &properties, &additions).await;
-        }
-        if let Err(unit::error::Error::Exists { .. }) = begun
-            && self.manager.free_name(task.unit()).await?
-        {
-            begun = self.manager.begin_referenced(task.unit(), &properties, &additions).await;
-        }
+        let begin = || self.manager.begin_referenced(task.unit(), &properties, &additions);
+        let taken = NameTaken {
+            is_own: || async {
+                let state = self.manager.active_state(task.unit()).await?;
+                Ok(state.is_some_and(|state| is_under_way(&state)))
+            },
+            remove: || async {
+                self.manager.release(task.unit()).await;
+                Ok(self.manager.reset_failed(task.unit()).await?)
+            },
+        };
+        let requested = request_unit(&*self.manager, task.unit(), create, begin, taken).await;
         self.launcher.warm_up();
-        let begun = begun.map_err(|error| additions::refused(task, error))?;
-        self.await_unit(entry, task, dir, self.manager.wait_for_start(begun)).await
+        let requested = requested.map_err(|error| match error {
+            Error::Unit(error) => additions::refused(task, error),
+            other => other,
+        });
+        match requested? {
+            Some(job) => self.await_unit(entry, task, dir, self.manager.wait_for_start(job)).await,
+            None => self.await_unit(entry, task, dir, self.manager.wait_until_started(task.unit())).await,
+        }
     }
 
     /// Waits until `job` reports that the unit is up. Fails when containerd has given the task up.

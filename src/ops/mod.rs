@@ -11,6 +11,7 @@ mod exec;
 mod kill;
 mod pause;
 mod pids;
+mod request_unit;
 mod resize_pty;
 mod restore;
 mod resume;

@@ -16,7 +16,7 @@ use crate::task::Task;
 use crate::task::phase::Event;
 
 use super::checkpoint::{keep, with_log};
-use super::create::Begun;
+use super::request_unit::Begun;
 
 /// The copy of criu's log in the bundle.
 const LOG_COPY: &str = "criu-restore.log";

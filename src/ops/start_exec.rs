@@ -24,11 +24,10 @@ use crate::supervise::cleanup::{Stop, remove_unit};
 use crate::task::Task;
 use crate::task::exec::Exec;
 use crate::task::phase::Exit;
-use crate::unit;
 use crate::unit::manager::query::Starting;
 use crate::unit::properties;
 
-use super::create::Begun;
+use super::request_unit::{Begun, NameTaken, request_unit};
 
 /// An exec that has run for this long is not a probe.
 const LONG_EXEC: Duration = Duration::from_secs(2);
@@ -75,29 +74,27 @@ impl Shim {
         let command = self.launcher.command(Kind::Exec, &process.key);
         let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
         let properties = properties::exec(&exec.description, task.unit(), &command, &environment);
-        let mut begun = self.manager.begin_transient(&exec.unit, &properties).await;
-        if let (Err(unit::error::Error::Exists { .. }), Begun::Before) = (&begun, start) {
-            // The order matters: `launch` reports before its unit ends.
-            let under_way = self.manager.starting(&exec.unit).await? == Starting::UnderWay;
-            if under_way || report::read(&self.store.process_dir(&process.key))?.is_some() {
-                return Ok(());
-            }
-        }
-        if let Err(unit::error::Error::Exists { .. }) = begun {
-            // No exec has this unit: a failed one left it behind.
-            let left = remove_unit(&*self.manager, &exec.unit, Stop::Awaited).await;
-            if !left.is_empty() {
-                return Err(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
-            }
-            begun = self.manager.begin_transient(&exec.unit, &properties).await;
-        }
-        if let Err(unit::error::Error::Exists { .. }) = begun
-            && self.manager.free_name(&exec.unit).await?
-        {
-            begun = self.manager.begin_transient(&exec.unit, &properties).await;
+        let begin = || self.manager.begin_transient(&exec.unit, &properties);
+        let taken = NameTaken {
+            is_own: || async {
+                // The order matters: `launch` reports before its unit ends.
+                let under_way = self.manager.starting(&exec.unit).await? == Starting::UnderWay;
+                Ok(under_way || report::read(&self.store.process_dir(&process.key))?.is_some())
+            },
+            remove: || async {
+                let left = remove_unit(&*self.manager, &exec.unit, Stop::Awaited).await;
+                if left.is_empty() {
+                    return Ok(());
+                }
+                Err(Error::NotRemoved { process: process.key.to_string(), reason: left.text() })
+            },
+        };
+        let requested = request_unit(&*self.manager, &exec.unit, start, begin, taken).await?;
+        if requested.is_none() {
+            return Ok(());
         }
         // The start job lasts as long as the process: it is not awaited.
-        drop(begun?);
+        drop(requested);
         fault::point(Point::ExecStartBegun);
         self.launcher.warm_up();
         Ok(())

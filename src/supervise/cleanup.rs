@@ -335,7 +335,7 @@ impl Shim {
         let own = task.init.wiring.own_pipes();
         let files = [LAUNCHED, LAUNCH_ERROR, PID_FILE, NO_INPUT];
         let names: Vec<_> = own.into_iter().chain(files).collect();
-        troubles.add(self.store.remove_aside(&task.key, &names));
+        troubles.add(self.store.remove_scratch(&task.key, &names));
         if !troubles.is_empty() {
             let text = troubles.text();
             tracing::error!(task = %task.key, "task {}: its failed restore could not be rolled back completely: {text}", task.key);

@@ -13,7 +13,7 @@ pub mod fake;
 pub mod fd_store;
 pub mod gvariant;
 mod holder;
-mod job;
+pub mod job;
 pub mod limits;
 pub mod main_process;
 pub mod manager;
