@@ -28,6 +28,8 @@ macro_rules! points {
 }
 
 points! {
+    /// A connection is accepted, and only this process has it.
+    ConnectionAccepted = "connection.accepted",
     /// A connection is accepted and in systemd's keeping.
     ConnectionKept = "connection.kept",
     /// A request is noted, and still in the socket.
@@ -40,6 +42,16 @@ points! {
     ConnectionUnsent = "connection.response-unsent",
     /// A response is sent.
     ConnectionSent = "connection.response-sent",
+    /// The FIFO of a client is open, and only this process has it.
+    StreamOpened = "stream.opened",
+    /// The connection of the OCI runtime to a console socket is accepted, and only this process has it.
+    ConsoleAccepted = "console.accepted",
+    /// That connection is kept.
+    ConsoleKept = "console.kept",
+    /// The terminal has come, and is still in that connection.
+    ConsoleReceived = "console.received",
+    /// The terminal is kept, and is still in that connection.
+    ConsoleStored = "console.stored",
     /// Create has written the record.
     CreateRecorded = "create.recorded",
     /// Create has opened the streams.

@@ -24,6 +24,7 @@ mod files;
 #[cfg(any(test, fuzzing))]
 #[allow(clippy::panic, clippy::print_stderr)] // a broken rule, and the input that a test is at
 pub mod fuzzing;
+mod guard;
 mod id;
 mod launch;
 #[cfg(test)]

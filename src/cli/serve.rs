@@ -18,6 +18,7 @@ use ttrpc::asynchronous::transport::Listener;
 use crate::api::{events, task::TaskService};
 use crate::cgroup::watch::Watch;
 use crate::fault::{self, Point};
+use crate::guard::{self, Guard};
 use crate::id::UnitName;
 use crate::launch;
 use crate::oci::command::CommandLine;
@@ -31,7 +32,7 @@ use crate::suspect::Crashes;
 use crate::transport::Keep;
 use crate::transport::durable::Durable;
 use crate::transport::listener::{self, Connections};
-use crate::transport::sockets::Leases;
+use crate::transport::sockets::{Leases, Socket};
 use crate::unit::fd_store::FdStore;
 use crate::unit::manager::Manager;
 use crate::unit::observations::Observations;
@@ -57,6 +58,9 @@ pub(super) fn run() -> Result<(), Failure> {
     if let Err(error) = namespaces::enter_mounts_of_init() {
         tracing::warn!(%error, "can't enter the host's mount namespace, the daemon stays in its own: {error}");
     }
+    let earlier = guard::Earlier::find();
+    // Before anything is accepted or opened.
+    let guard = Guard::start();
     // Before any thread starts, as this changes the environment.
     let passed = take_passed()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -67,7 +71,7 @@ pub(super) fn run() -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure(format!("can't set up the async runtime: {error}")))?;
-    let served = runtime.block_on(serve(passed));
+    let served = runtime.block_on(serve(passed, guard, earlier));
     // Skips destructors, as with SIGKILL: they would remove descriptors and sockets that the next daemon needs.
     std::mem::forget(runtime);
     served
@@ -106,17 +110,27 @@ struct Waking {
 }
 
 impl Waking {
-    /// Starts the unit if the daemon is being stopped. After a restart, the next daemon itself waits for calls.
-    async fn leave(&self) -> Result<(), String> {
+    /// True if the daemon is being stopped, and not restarted.
+    async fn is_stopped(&self) -> Result<bool, String> {
         let job = self.manager.job_type(&name::daemon_service()).await;
-        if job.map_err(|error| error.to_string())?.as_deref() != Some("stop") {
-            return Ok(());
-        }
+        Ok(job.map_err(|error| error.to_string())?.as_deref() == Some("stop"))
+    }
+
+    /// Starts the unit.
+    async fn leave(&self) {
         let command = [self.program.to_string_lossy().into_owned(), "wake".to_owned()];
-        let wake =
-            properties::wake(&command, self.connections.wake_fd()).map_err(|error| error.to_string())?;
-        let started = self.manager.start_transient(&name::wake_service(), &wake).await;
-        started.map_err(|error| error.to_string())
+        let start = async {
+            let wake =
+                properties::wake(&command, self.connections.wake_fd()).map_err(|error| error.to_string())?;
+            let started = self.manager.start_transient(&name::wake_service(), &wake).await;
+            started.map_err(|error| error.to_string())
+        };
+        let started = tokio::time::timeout(STOP_LIMIT, start).await;
+        if let Err(reason) = started.map_err(|_| "systemd does not answer".to_owned()).flatten() {
+            tracing::warn!(
+                "can't start the wake unit, so the next call of containerd will not start the daemon: {reason}"
+            );
+        }
     }
 
     /// Stops the unit of an earlier daemon.
@@ -167,14 +181,25 @@ impl Keep for FdStore {
     }
 }
 
-async fn serve(passed: Passed) -> Result<(), Failure> {
+async fn serve(
+    passed: Passed,
+    guard: Result<Guard, guard::Error>,
+    earlier: guard::Earlier,
+) -> Result<(), Failure> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| Failure(format!("can't handle SIGTERM: {error}")))?;
     let Passed { sockets, stored } = passed;
+    let mut inodes = guard::Inodes::of(sockets.iter().chain(stored.iter().map(|(_, fd)| fd)));
     let (fd_store, mut kept) = FdStore::adopt(stored)
         .map_err(|error| Failure(format!("can't connect to systemd's notify socket: {error}")))?;
+    inodes.add(kept.iter().map(|(_, fd)| fd));
+    let rescued = earlier.connections(inodes);
     let fd_store = Arc::new(fd_store);
     let mut workers = Workers::default();
+    match guard {
+        Ok(guard) => workers.spawn("watching the guard", guard.replace()),
+        Err(error) => tracing::warn!(%error, "{}: {error}", guard::NO_GUARD),
+    }
     let alive = fd_store.clone();
     workers.spawn("sending watchdog messages", async move { alive.notifier().keep_alive().await });
 
@@ -185,6 +210,16 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let crashes = Arc::new(crashes);
     let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept, &crashes)
         .map_err(|error| Failure(format!("can't adopt kept connections: {error}")))?;
+    let mut consoles = Vec::new();
+    for (path, connection) in rescued {
+        match Socket::at(&path) {
+            Some(from) => adopted.extend(connections.rescue(from, connection).unwrap_or_else(|error| {
+                tracing::error!(%error, "can't take over a connection that an earlier daemon had just accepted: {error}");
+                None
+            })),
+            None => consoles.push((path, connection)),
+        }
+    }
     let refs = Refs::new(fd_store.clone(), &mut kept);
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let observations = Arc::<Observations>::default();
@@ -199,6 +234,7 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
         .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
     let delete_replies = DeleteReplies::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
     let fds = StreamFds::new(fd_store.clone(), kept);
+    consoles.into_iter().for_each(|(path, connection)| fds.add_console(path, connection.into()));
     let keeps = systemd.has_fd_store_preserve();
     let waking =
         Waking { manager: manager.clone(), connections: connections.clone(), program: program.clone() };
@@ -209,6 +245,8 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     let (shim, outgoing) = Shim::new(store, delete_replies, fds, cgroups, manager, commands, program);
     fault::point(Point::RecoverTaken);
     shim.recover(&crashes).await.map_err(Failure::new)?;
+    // What was open only in ended daemons is open and kept here by now.
+    earlier.end();
     fault::point(Point::RecoverTasks);
     workers.spawn("publishing events", events::publish(shim.clone(), outgoing));
     workers.spawn("retrying failed writes of records", shim.clone().write_pending());
@@ -262,15 +300,19 @@ async fn serve(passed: Passed) -> Result<(), Failure> {
     // Running work is left as it is, and the next daemon continues it, as after a crash.
     fd_store.notifier().stopping();
     tracing::info!("stopping");
-    launch::cgroup::sweep();
-    if keeps && connections.count() > 0 {
-        let left = tokio::time::timeout(STOP_LIMIT, waking.leave()).await;
-        if let Err(reason) = left.map_err(|_| "systemd does not answer".to_owned()).and_then(|left| left) {
-            tracing::warn!(
-                "can't start the wake unit, so the next call of containerd will not start the daemon: {reason}"
-            );
+    let is_stopped = tokio::time::timeout(STOP_LIMIT, waking.is_stopped()).await;
+    match is_stopped.map_err(|_| "systemd does not answer".to_owned()).flatten() {
+        Ok(true) => {
+            guard::end_all().await;
+            if keeps && connections.count() > 0 {
+                waking.leave().await;
+            }
         }
+        // The next daemon waits for calls itself, and ends the guard.
+        Ok(false) => {}
+        Err(error) => tracing::warn!("can't find out whether the daemon is stopped or restarted: {error}"),
     }
+    launch::cgroup::sweep();
     Ok(())
 }
 

@@ -31,6 +31,14 @@ pub fn of_commands() -> Result<PathBuf, cgroup::Error> {
     Ok(all()?.join("commands"))
 }
 
+/// The cgroup of the processes that keep the descriptors of ended daemons open.
+///
+/// # Errors
+/// The daemon's own cgroup can't be read.
+pub fn of_guards() -> Result<PathBuf, cgroup::Error> {
+    Ok(all()?.join("guards"))
+}
+
 /// The parent of these cgroups, in the daemon's slice. `systemctl kill` of the daemon's service kills the whole cgroup of
 /// the service, and nothing in here.
 fn all() -> Result<PathBuf, cgroup::Error> {

@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use tokio::io::AsyncReadExt;
@@ -103,9 +102,7 @@ impl Shim {
         if let Some(console) = opened.take_console() {
             let (fds, number) = (self.fds.clone(), wiring.kept);
             let received = move || {
-                let master = console.receive(config::STDIO_LIMIT)?;
-                fds.store(StreamKind::Terminal, number, &[master.as_fd()]);
-                Ok::<_, Error>(master)
+                console.receive(config::STDIO_LIMIT, |fd| fds.store(StreamKind::Terminal, number, &[fd]))
             };
             opened.set_terminal(waiting(received).await??);
         }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -92,6 +93,8 @@ pub struct StreamFds {
     store: Arc<FdStore>,
     next: AtomicU64,
     unclaimed: Mutex<HashMap<(StreamKind, u64), Claimed>>,
+    /// Connections at console sockets that an earlier daemon had accepted and not kept, by the path of the socket.
+    consoles: Mutex<HashMap<PathBuf, OwnedFd>>,
 }
 
 impl StreamFds {
@@ -114,7 +117,17 @@ impl StreamFds {
                 _ => found.both.push(fd),
             }
         }
-        Self { store, next: AtomicU64::default(), unclaimed: Mutex::new(earlier) }
+        Self { store, next: AtomicU64::default(), unclaimed: Mutex::new(earlier), consoles: Mutex::default() }
+    }
+
+    /// Adds a connection at a console socket that an earlier daemon had accepted and not kept.
+    pub fn add_console(&self, path: PathBuf, connection: OwnedFd) {
+        self.consoles.lock().unwrap_or_else(PoisonError::into_inner).insert(path, connection);
+    }
+
+    /// The connection at a console socket that an earlier daemon had accepted and not kept; it is returned once.
+    pub fn claim_console(&self, path: &Path) -> Option<OwnedFd> {
+        self.consoles.lock().unwrap_or_else(PoisonError::into_inner).remove(path)
     }
 
     /// A number that no process has had. Those in records have to be reserved first ([`Self::reserve`]).
@@ -169,6 +182,7 @@ impl StreamFds {
 
     /// Removes from the store what no process has claimed.
     pub fn drop_unclaimed(&self) {
+        self.consoles.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let rest = std::mem::take(&mut *self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner));
         for (kind, number) in rest.into_keys() {
             self.reserve(number);

@@ -18,6 +18,7 @@ use crate::stdio::log_file::LogFile;
 use crate::stdio::pipe::Bridge;
 use crate::stdio::pump::{self, Sinks, Source};
 use crate::stdio::uri::Kind;
+use crate::sys::guard::is_listener;
 use crate::task::wiring::{Copied, Input, JournalCopy, Sink};
 
 use super::Error;
@@ -161,18 +162,25 @@ impl Plan {
             }
         }
         let mut claim = |kind| fds.claim(kind, self.wiring.kept);
-        let (mut terminals, mut consoles): (Vec<_>, Vec<_>) = claim(StreamKind::Terminal)
+        let (mut terminals, sockets): (Vec<_>, Vec<_>) = claim(StreamKind::Terminal)
             .both
             .into_iter()
             .partition(|fd| nix::unistd::isatty(fd).unwrap_or(false));
         let terminal = terminals.pop();
+        let (mut consoles, mut accepted): (Vec<_>, Vec<_>) = sockets.into_iter().partition(is_listener);
         let files = self.log_files(|path, create| Ok(LogFile::later(path, create)))?;
         let client = |path: &Path, _| fifo::open_both_nonblocking(path);
         let opened = self.open_all(fds, mode, &mut claim, files, client)?;
         // Where it has not come yet, it may.
         let may_come = terminal.is_none() && mode == ReopenMode::Starting;
         let console = match consoles.pop() {
-            Some(listener) if may_come => Some(Console::adopt(listener, &self.console)),
+            Some(listener) if may_come => {
+                let not_kept = fds.claim_console(&self.console);
+                if let Some(connection) = &not_kept {
+                    fds.store(StreamKind::Terminal, self.wiring.kept, &[connection.as_fd()]);
+                }
+                Some(Console::adopt(listener, accepted.pop().or(not_kept), &self.console))
+            }
             None if may_come => self.console(fds)?,
             Some(_) | None => None,
         };

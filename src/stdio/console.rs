@@ -7,13 +7,15 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::fault::{self, Point};
 use crate::path_error::io_error;
+use crate::sys;
 
 use super::fifo::Error;
 
@@ -21,6 +23,8 @@ use super::fifo::Error;
 #[derive(Debug)]
 pub struct Console {
     listener: UnixListener,
+    /// The connection, if an earlier daemon has accepted it.
+    accepted: Option<UnixStream>,
     path: PathBuf,
 }
 
@@ -37,12 +41,13 @@ impl Console {
         // Removes the socket of an earlier daemon.
         let _ = fs::remove_file(path);
         let listener = UnixListener::bind(path).map_err(io_error("listen on", path))?;
-        Ok(Self { listener, path: path.to_owned() })
+        Ok(Self { listener, accepted: None, path: path.to_owned() })
     }
 
-    /// Adopts the socket of an earlier daemon. The OCI runtime may be connected already.
-    pub fn adopt(listener: OwnedFd, path: &Path) -> Self {
-        Self { listener: listener.into(), path: path.to_owned() }
+    /// Adopts the socket of an earlier daemon, and the connection that it had accepted. The OCI runtime may be connected
+    /// already.
+    pub fn adopt(listener: OwnedFd, accepted: Option<OwnedFd>, path: &Path) -> Self {
+        Self { listener: listener.into(), accepted: accepted.map(UnixStream::from), path: path.to_owned() }
     }
 
     /// The descriptor to keep. It contains a terminal that was sent and not received yet.
@@ -50,16 +55,34 @@ impl Console {
         self.listener.as_fd()
     }
 
-    /// Waits for the terminal's master side. Blocks.
+    /// Waits for the terminal's master side. Blocks. `keep` gets the connection, and then the terminal: the terminal stays
+    /// in the connection until it is kept itself, so the end of the daemon loses neither.
     ///
     /// # Errors
     /// [`Error::Io`], with `TimedOut` after `limit`.
-    pub fn receive(self, limit: Duration) -> Result<OwnedFd, Error> {
+    pub fn receive(mut self, limit: Duration, keep: impl Fn(BorrowedFd<'_>)) -> Result<OwnedFd, Error> {
+        let accepted = self.accepted.take();
         let received = || -> io::Result<OwnedFd> {
-            wait(&self.listener, limit)?;
-            let (stream, _) = self.listener.accept()?;
+            let stream = match accepted {
+                Some(stream) => stream,
+                None => {
+                    wait(&self.listener, limit)?;
+                    let (stream, _) = self.listener.accept()?;
+                    fault::point(Point::ConsoleAccepted);
+                    keep(stream.as_fd());
+                    fault::point(Point::ConsoleKept);
+                    stream
+                }
+            };
             wait(&stream, limit)?;
-            terminal(crate::sys::receive_fds(&stream)?)
+            let (_, fds) = sys::peek_fds(&stream)?;
+            let master = terminal(fds)?;
+            fault::point(Point::ConsoleReceived);
+            keep(master.as_fd());
+            fault::point(Point::ConsoleStored);
+            // The connection is kept, too: with the message, the terminal would stay open after its session.
+            sys::discard_message(&stream)?;
+            Ok(master)
         };
         Ok(received().map_err(io_error("receive a terminal on", &self.path))?)
     }
@@ -76,7 +99,7 @@ impl Drop for Console {
 /// open another file.
 fn terminal(mut received: Vec<OwnedFd>) -> io::Result<OwnedFd> {
     match (received.pop(), received.pop()) {
-        (Some(master), None) if crate::sys::is_terminal_master(&master) => Ok(master),
+        (Some(master), None) if sys::is_terminal_master(&master) => Ok(master),
         (Some(_), None) => Err(io::Error::other("the OCI runtime sent something other than a terminal")),
         (None, _) => Err(io::Error::other("the OCI runtime sent no terminal")),
         (Some(_), Some(_)) => Err(io::Error::other("the OCI runtime sent more than one descriptor")),
@@ -100,7 +123,6 @@ mod tests {
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
     use std::io::{IoSlice, Write};
     use std::os::fd::AsRawFd;
-    use std::os::unix::net::UnixStream;
 
     fn send(path: &Path, fds: &[std::os::fd::RawFd]) {
         let runtime = UnixStream::connect(path).unwrap();
@@ -118,8 +140,34 @@ mod tests {
         let name = ptsname_r(&master).unwrap();
         send(&path, &[master.as_raw_fd()]);
         drop(master);
-        let received = console.receive(Duration::from_secs(5)).unwrap();
+        let received = console.receive(Duration::from_secs(5), |_| {}).unwrap();
         assert_eq!((ptsname_r_of(&received), path.exists()), (name, false));
+    }
+
+    #[test]
+    fn the_terminal_stays_in_the_connection_until_it_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        let console = Console::listen(&path).unwrap();
+        let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY).unwrap();
+        send(&path, &[master.as_raw_fd()]);
+        // The first daemon ends while it keeps the terminal.
+        let listener = console.listener.try_clone().unwrap();
+        let (kept, copy) =
+            (std::cell::RefCell::new(Vec::new()), |fd: BorrowedFd<'_>| fd.try_clone_to_owned());
+        let limit = Duration::from_secs(5);
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            console.receive(limit, |fd| {
+                assert!(!sys::is_terminal_master(&fd), "the end");
+                kept.borrow_mut().push(copy(fd).unwrap());
+            })
+        }));
+        assert!(ended.is_err());
+        // The next one has what was kept.
+        let connection = kept.into_inner().pop();
+        assert!(connection.is_some());
+        let received = Console::adopt(listener.into(), connection, &path).receive(limit, |_| {}).unwrap();
+        assert!(sys::is_terminal_master(&received));
     }
 
     fn ptsname_r_of(master: &OwnedFd) -> String {
@@ -140,7 +188,7 @@ mod tests {
             let path = dir.path().join("made/console");
             let console = Console::listen(&path).unwrap();
             send(&path, &fds);
-            let error = console.receive(Duration::from_secs(5)).unwrap_err();
+            let error = console.receive(Duration::from_secs(5), |_| {}).unwrap_err();
             assert!(error.to_string().contains(reason), "{error}");
         }
     }
@@ -149,7 +197,7 @@ mod tests {
     fn a_terminal_that_does_not_come_is_given_up() {
         let dir = tempfile::tempdir().unwrap();
         let console = Console::listen(&dir.path().join("console")).unwrap();
-        let error = console.receive(Duration::from_millis(10)).unwrap_err();
+        let error = console.receive(Duration::from_millis(10), |_| {}).unwrap_err();
         assert!(error.to_string().contains("receive a terminal"), "{error}");
     }
 
@@ -159,6 +207,6 @@ mod tests {
         let path = dir.path().join("made/console");
         let console = Console::listen(&path).unwrap();
         UnixStream::connect(&path).unwrap().write_all(b"hello").unwrap();
-        assert!(console.receive(Duration::from_secs(5)).is_err());
+        assert!(console.receive(Duration::from_secs(5), |_| {}).is_err());
     }
 }

@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::Mode;
 
+use crate::fault::{self, Point};
 use crate::path_error::{PathError, io_error};
 
 use super::uri::Kind;
@@ -68,6 +69,7 @@ pub fn open_output(path: &Path, limit: Duration) -> Result<File, Error> {
     };
     let both = open_both(path)?;
     drop(writer);
+    fault::point(Point::StreamOpened);
     Ok(both)
 }
 

@@ -4,6 +4,7 @@
 pub mod bounded;
 pub mod child;
 pub mod crash;
+pub mod guard;
 mod receive;
 pub mod spawn;
 pub mod tree;
@@ -18,7 +19,7 @@ use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
 
-pub use receive::{discard_message, peek_fds, receive_fds, receive_from_process};
+pub use receive::{discard_message, peek_fds, receive_from_process};
 
 /// The descriptors that systemd passed to this process, each with the name it gave them.
 ///
@@ -104,6 +105,16 @@ pub fn die_by(signal: i32) {
 /// The kernel can't watch it.
 pub async fn ended(process: OwnedFd) -> std::io::Result<()> {
     watch(process)?.readable().await.map(drop)
+}
+
+/// Resolves when a child of this process has ended, and takes its exit.
+///
+/// # Errors
+/// The kernel can't watch it.
+pub async fn reaped(child: &OwnedFd) -> std::io::Result<()> {
+    ended(child.try_clone()?).await?;
+    waitid(WaitId::PidFd(child.as_fd()), WaitIdOptions::EXITED).map_err(errno)?;
+    Ok(())
 }
 
 /// Has the async runtime watch a descriptor. It should be set not to block.

@@ -19,6 +19,9 @@ use rustix::process::{WaitId, WaitIdOptions, waitid};
 
 use super::{child, ended, errno};
 
+/// `CLONE_INTO_CGROUP` of <linux/sched.h>; the constant of libc does not have the width of the field.
+pub(super) const INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// What a child has that this process has not.
 #[derive(Debug)]
 pub struct Setup<'a> {
@@ -107,8 +110,7 @@ pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
     args.pidfd = std::ptr::from_mut(&mut process) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     if let Some(cgroup) = setup.cgroup {
-        // `CLONE_INTO_CGROUP` of <linux/sched.h>; the constant of libc does not have the width of the field.
-        args.flags |= 0x2_0000_0000;
+        args.flags |= INTO_CGROUP;
         args.cgroup = cgroup.as_raw_fd() as u64;
     }
     // SAFETY: without `CLONE_VM` and without a stack of its own the call returns twice, as fork(2) does. The child has

@@ -110,41 +110,57 @@ impl Connections {
     }
 
     async fn next(&self, listener: &AsyncFd<UnixListener>, journal: Journal) -> io::Result<Durable> {
-        let own_uid = nix::unistd::geteuid().as_raw();
-        let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
         loop {
             let mut readable = listener.readable().await?;
-            let accepted = readable.try_io(|listener| {
-                let (stream, _) = listener.get_ref().accept()?;
-                if is_over(&stream) {
-                    return Ok(None);
-                }
-                // A connection that is not kept would end with the daemon, and containerd would give up its tasks. So it
-                // is refused now.
-                self.keeper.keep(&name, &[stream.as_fd(), journal.fd()])?;
-                fault::point(Point::ConnectionKept);
-                Ok(Some(stream))
-            });
-            let Ok(stream) = accepted else {
+            let Ok(stream) = readable.try_io(|listener| Ok(listener.get_ref().accept()?.0)) else {
                 continue;
             };
-            let Some(stream) = stream? else {
-                continue;
-            };
-            match getsockopt(&stream, PeerCredentials) {
-                Ok(peer) if peer.uid() == own_uid => {
-                    stream.set_nonblocking(true)?;
-                    self.wake.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
-                    let (keeper, one) = (self.keeper.clone(), self.count.clone());
-                    return Durable::new(stream.into(), journal, keeper, name, one).map_err(io::Error::other);
-                }
-                Ok(peer) => tracing::warn!(uid = peer.uid(), "refused a connection of user {}", peer.uid()),
-                Err(error) => {
-                    tracing::warn!(%error, "refused a connection, as its user can't be determined: {error}")
-                }
+            let stream = stream?;
+            fault::point(Point::ConnectionAccepted);
+            if let Some(name) = self.keep(&stream, &journal)? {
+                return self.connection(stream, journal, name);
             }
-            self.keeper.forget(&name);
         }
+    }
+
+    /// Takes over a connection that an earlier daemon had accepted and not kept. `None` if it is over or refused.
+    ///
+    /// # Errors
+    /// The connection can't be kept or watched. Needs the async runtime.
+    pub fn rescue(&self, from: Socket, stream: UnixStream) -> io::Result<Option<Adopted>> {
+        let journal = Journal::new().map_err(io::Error::other)?;
+        let Some(name) = self.keep(&stream, &journal)? else {
+            return Ok(None);
+        };
+        Ok(Some((from, self.connection(stream, journal, name)?)))
+    }
+
+    /// Keeps a new connection. Returns the name under which it is kept, `None` if it is over or refused.
+    fn keep(&self, stream: &UnixStream, journal: &Journal) -> io::Result<Option<String>> {
+        if is_over(stream) {
+            return Ok(None);
+        }
+        let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
+        // A connection that is not kept would end with the daemon, and containerd would give up its tasks. So it is
+        // refused now.
+        self.keeper.keep(&name, &[stream.as_fd(), journal.fd()])?;
+        fault::point(Point::ConnectionKept);
+        match getsockopt(stream, PeerCredentials) {
+            Ok(peer) if peer.uid() == nix::unistd::geteuid().as_raw() => return Ok(Some(name)),
+            Ok(peer) => tracing::warn!(uid = peer.uid(), "refused a connection of user {}", peer.uid()),
+            Err(error) => {
+                tracing::warn!(%error, "refused a connection, as its user can't be determined: {error}")
+            }
+        }
+        self.keeper.forget(&name);
+        Ok(None)
+    }
+
+    fn connection(&self, stream: UnixStream, journal: Journal, name: String) -> io::Result<Durable> {
+        stream.set_nonblocking(true)?;
+        self.wake.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        let (keeper, one) = (self.keeper.clone(), self.count.clone());
+        Durable::new(stream.into(), journal, keeper, name, one).map_err(io::Error::other)
     }
 }
 

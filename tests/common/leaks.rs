@@ -88,8 +88,9 @@ fn cgroups() -> BTreeSet<String> {
         if ["system.slice", "user.slice", "init.scope"].contains(&name.as_ref()) {
             continue;
         }
-        // The daemon keeps those below which the OCI runtime works for a while.
-        let is_kept = name == "containerd-shim-runtime" || path.ends_with("containerd-shim-runtime/commands");
+        // The daemon keeps those below which the OCI runtime works for a while, and has one for its guard.
+        let below = ["containerd-shim-runtime/commands", "containerd-shim-runtime/guards"];
+        let is_kept = name == "containerd-shim-runtime" || below.iter().any(|kept| path.ends_with(kept));
         if !name.ends_with(".slice") && !is_kept {
             found.insert(path.to_string_lossy().into_owned());
         }

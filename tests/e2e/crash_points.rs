@@ -44,6 +44,7 @@ enum Moment {
 fn moments(point: &str) -> &'static [Moment] {
     match point.split('.').next().unwrap_or_default() {
         "create" => &[Moment::Create],
+        "stream" | "console" => &[Moment::Create, Moment::ExecStart],
         "start" => &[Moment::Start],
         "exec" => &[Moment::Exec],
         "exec-start" => &[Moment::ExecStart],
@@ -152,6 +153,8 @@ fn the_daemon_may_end_at_every_point() {
     for point in points.iter().filter(|point| point.starts_with(&prefix)).step_by(step) {
         let kinds = match point.split('.').next() {
             Some("create" | "exec-start") => &[Streams::Fifos, Streams::None, Streams::Terminal][..],
+            Some("stream") => &[Streams::Fifos, Streams::Terminal],
+            Some("console") => &[Streams::Terminal],
             _ => &[Streams::Fifos],
         };
         let mut hits = 0;

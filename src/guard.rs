@@ -1,0 +1,199 @@
+//! What is open in the daemon outlives the daemon, even before it is in systemd's descriptor store.
+//!
+//! Between accept(2) or open(2) and the descriptor store ([`crate::unit::fd_store`]), only the daemon has a descriptor. If
+//! the daemon were killed there, a client would lose its connection, or see the end of the output of a process that has
+//! just begun. So the daemon has a *guard*: a process that shares its descriptor table, and that stays for a while after
+//! the daemon's end. The next daemon takes the connections out of the table of the guard, opens the client's FIFOs again,
+//! and then ends the guard.
+//!
+//! The guard is in a cgroup beside that of the daemon's service, so `systemctl kill` of the service does not kill it.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::libc::SIGKILL;
+use nix::sys::stat::fstat;
+
+use crate::cgroup::{self, processes};
+use crate::launch;
+use crate::sys::{self, guard as process};
+
+/// How long a guard stays after the end of its daemon if no next daemon ends it.
+const LIMIT: Duration = Duration::from_secs(30);
+/// How many guards are kept during recovery. A daemon that crashes again and again leaves one each time.
+const MAX_EARLIER: usize = 8;
+/// A guard that has ended is replaced after this time.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How often a start is tried again because the empty cgroup was removed meanwhile.
+const TRIES: u32 = 5;
+
+/// Why there is no guard.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The cgroup of the guards can't be used.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// The process can't be started.
+    #[error("can't start a process that shares the daemon's descriptors: {0}")]
+    Start(#[from] Errno),
+}
+
+/// The guard of this process.
+#[derive(Debug)]
+pub struct Guard(OwnedFd);
+
+impl Guard {
+    /// Starts the guard of this process.
+    ///
+    /// # Errors
+    /// There can be none. The daemon works without it, but can lose a descriptor when it is killed.
+    pub fn start() -> Result<Self, Error> {
+        let cgroup = launch::cgroup::of_guards()?;
+        let mut tries = 0;
+        loop {
+            let dir = cgroup::open_made(&cgroup)?;
+            tries += 1;
+            match process::start(Some(dir.as_fd()), LIMIT) {
+                Err(Errno::ENODEV) if tries < TRIES => {}
+                started => return Ok(Self(started?)),
+            }
+        }
+    }
+
+    /// Starts another guard whenever this one has ended, because somebody killed it.
+    pub async fn replace(mut self) {
+        loop {
+            if let Err(error) = sys::reaped(&self.0).await {
+                tracing::warn!(%error, "can't watch the guard of this daemon: {error}");
+                return std::future::pending().await;
+            }
+            tokio::time::sleep(PAUSE).await;
+            match Self::start() {
+                Ok(next) => self = next,
+                Err(error) => {
+                    tracing::warn!(%error, "{NO_GUARD}: {error}");
+                    return std::future::pending().await;
+                }
+            }
+        }
+    }
+}
+
+/// What it means that there is no guard.
+pub const NO_GUARD: &str =
+    "if the daemon is killed while it accepts a connection or opens a client's FIFO, that call can fail";
+
+/// The guards of earlier daemons.
+#[derive(Debug, Default)]
+pub struct Earlier(Vec<(u32, OwnedFd)>);
+
+/// Which sockets are known.
+#[derive(Debug, Default)]
+pub struct Inodes(HashSet<u64>);
+
+impl Inodes {
+    /// Those of these descriptors.
+    pub fn of<'f>(fds: impl Iterator<Item = &'f OwnedFd>) -> Self {
+        let mut inodes = Self::default();
+        inodes.add(fds);
+        inodes
+    }
+
+    /// Adds those of these descriptors.
+    pub fn add<'f>(&mut self, fds: impl Iterator<Item = &'f OwnedFd>) {
+        self.0.extend(fds.filter_map(|fd| Some(fstat(fd).ok()?.st_ino)));
+    }
+}
+
+/// The connections that only an ended daemon had, each with the path of the socket at which it was accepted.
+pub type Rescued = Vec<(PathBuf, UnixStream)>;
+
+impl Earlier {
+    /// Finds them. The guard of this process must not run yet.
+    pub fn find() -> Self {
+        let pids = launch::cgroup::of_guards().and_then(|cgroup| processes::processes(&cgroup));
+        let mut pids = pids.unwrap_or_else(|error| {
+            tracing::warn!(%error, "can't find the guards of earlier daemons: {error}");
+            Vec::new()
+        });
+        // Those that were started first come first, except when the numbers of processes begin again.
+        pids.sort_unstable();
+        let mut guards: Vec<_> =
+            pids.into_iter().filter_map(|pid| Some((pid, sys::pidfd_open(pid).ok()?))).collect();
+        // The first ones have what calls were waiting for. Later daemons ended during their recovery.
+        let surplus = guards.split_off(guards.len().min(MAX_EARLIER));
+        surplus.iter().for_each(|(_, guard)| end(guard));
+        Self(guards)
+    }
+
+    /// The connections that ended daemons had accepted and not kept. `known` are the descriptors that systemd passed to
+    /// this process, and those that were kept.
+    pub fn connections(&self, known: Inodes) -> Rescued {
+        let mut known = known.0;
+        let mut rescued = Vec::new();
+        for (pid, guard) in &self.0 {
+            for (number, inode) in sockets(*pid) {
+                if !known.insert(inode) {
+                    continue;
+                }
+                match process::descriptor_of(guard, number) {
+                    Ok(socket) => rescued.extend(accepted(socket)),
+                    Err(Errno::EBADF | Errno::ESRCH) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "can't take a connection from the guard of an earlier daemon: {error}");
+                        return rescued;
+                    }
+                }
+            }
+        }
+        rescued
+    }
+
+    /// Ends them: what this process has opened again is kept by now.
+    pub fn end(self) {
+        self.0.iter().for_each(|(_, guard)| end(guard));
+    }
+}
+
+/// Ends all guards, and waits a moment until their cgroup is empty: no daemon will follow.
+pub async fn end_all() {
+    for (_, guard) in Earlier::find().0 {
+        end(&guard);
+        // Whatever becomes of the wait, the guard ends.
+        let _ = tokio::time::timeout(PAUSE, sys::ended(guard)).await;
+    }
+}
+
+fn end(guard: &OwnedFd) {
+    match sys::pidfd_send_signal(guard, SIGKILL as u32) {
+        Ok(()) | Err(Errno::ESRCH) => {}
+        Err(error) => tracing::warn!(%error, "can't end the guard of an earlier daemon: {error}"),
+    }
+}
+
+/// The sockets of a process: the numbers of its descriptors, and the inodes.
+fn sockets(pid: u32) -> Vec<(RawFd, u64)> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let socket = |entry: fs::DirEntry| {
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        let target = fs::read_link(entry.path()).ok()?;
+        let inode = target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+        Some((number, inode.parse().ok()?))
+    };
+    entries.filter_map(socket).collect()
+}
+
+/// The socket, if it is a connection that was accepted at a path.
+fn accepted(socket: OwnedFd) -> Option<(PathBuf, UnixStream)> {
+    if process::is_listener(&socket) {
+        return None;
+    }
+    let socket = UnixStream::from(socket);
+    let address = socket.local_addr().ok()?;
+    Some((address.as_pathname()?.to_owned(), socket))
+}

@@ -1,0 +1,132 @@
+//! A process that shares the descriptor table of this process (clone(2), `CLONE_FILES`) and does nothing else: a
+//! descriptor that is open in this process stays open for some time after its end.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{getsockopt, sockopt};
+use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
+
+use super::errno;
+
+/// The name of such a process (proc(5), `comm`).
+const NAME: &std::ffi::CStr = c"shim-guard";
+
+/// Starts a process that shares all descriptors with this process, in a cgroup or in that of this process. It ends `limit`
+/// after this process. Returns a descriptor of it.
+///
+/// # Errors
+/// The kernel can't start a process there. `ENODEV`: the cgroup has been removed meanwhile.
+pub fn start(cgroup: Option<BorrowedFd<'_>>, limit: Duration) -> Result<OwnedFd, Errno> {
+    let limit = libc::timespec {
+        tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: 0,
+    };
+    let parent = nix::unistd::getpid().as_raw();
+    let mut process: libc::c_int = -1;
+    // SAFETY: all zeroes is a valid clone_args: plain integers.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = libc::CLONE_PIDFD as u64 | libc::CLONE_FILES as u64;
+    args.pidfd = std::ptr::from_mut(&mut process) as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    if let Some(cgroup) = cgroup {
+        args.flags |= super::spawn::INTO_CGROUP;
+        args.cgroup = u64::try_from(cgroup.as_raw_fd()).map_err(|_| Errno::EBADF)?;
+    }
+    // SAFETY: without `CLONE_VM` and without a stack of its own the call returns twice, as fork(2) does. The child has
+    // a copy of this process's memory, and only makes system calls. It opens and closes no descriptor: the table is
+    // that of this process.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) };
+    if pid == 0 {
+        // SAFETY: this is the child.
+        unsafe { be_guard(parent, &limit) }
+    }
+    Errno::result(pid).map_err(|errno| if errno == Errno::ENOENT { Errno::ENODEV } else { errno })?;
+    // SAFETY: the kernel has opened it, and nobody else has been given its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(process) })
+}
+
+/// # Safety
+/// To be called in a child of clone3(2) only. Everything in here must be async-signal-safe.
+unsafe fn be_guard(parent: libc::pid_t, limit: &libc::timespec) -> ! {
+    // SAFETY: system calls, on memory of this function.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::sigprocmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
+        libc::prctl(libc::PR_SET_NAME, NAME.as_ptr());
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGUSR1);
+        // Any other signal is taken and forgotten. A signal from before the prctl(2) is not missed: the parent is checked first.
+        while libc::getppid() == parent {
+            libc::sigwaitinfo(&all, std::ptr::null_mut());
+        }
+        libc::nanosleep(limit, std::ptr::null_mut());
+        libc::_exit(0)
+    }
+}
+
+/// A copy of a descriptor of another process (pidfd_getfd(2)).
+///
+/// # Errors
+/// `EBADF`: the other process has no such descriptor. `ESRCH`: it has ended. `EPERM`: the kernel allows no process to look
+/// into another one (Yama's ptrace_scope is 3).
+pub fn descriptor_of(process: &impl AsFd, number: RawFd) -> Result<OwnedFd, Errno> {
+    pidfd_getfd(process, number, PidfdGetfdFlags::empty()).map_err(errno)
+}
+
+/// True for a socket that listens for connections.
+pub fn is_listener(socket: &impl AsFd) -> bool {
+    getsockopt(socket, sockopt::AcceptConn).unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::io::Read;
+
+    #[test]
+    fn descriptors_of_a_process_stay_open_after_its_end_until_the_guard_ends() {
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        // SAFETY: the child only makes system calls.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // Other tests wait for their descriptors to be closed.
+            let own = [reader.as_raw_fd(), writer.as_raw_fd()];
+            // SAFETY: the table is a copy, and this child ends without using what it has closed.
+            (3..4096)
+                .filter(|number| !own.contains(number))
+                .for_each(|number| _ = unsafe { libc::close(number) });
+            // The pidfd stays open: the table is shared.
+            let started = start(None, Duration::from_secs(30)).map(std::mem::forget);
+            // SAFETY: ends this process.
+            unsafe { libc::_exit(i32::from(started.is_err())) }
+        }
+        drop(writer);
+        let ended = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(child), None).unwrap();
+        assert!(matches!(ended, nix::sys::wait::WaitStatus::Exited(_, 0)), "{ended:?}");
+        let guards = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
+            let shares = fs::read_link(entry.path().join(format!("fd/{}", reader.as_raw_fd()))).ok()?;
+            let ours = fs::read_link(format!("/proc/self/fd/{}", reader.as_raw_fd())).ok()?;
+            (comm.trim() == NAME.to_str().unwrap() && shares == ours).then_some(pid)
+        });
+        let guard = super::super::pidfd_open(guards.last().expect("the guard outlives its parent")).unwrap();
+        let reader = fs::File::from(reader);
+        nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+        let open = (&reader).read(&mut [0]).unwrap_err();
+        assert_eq!(open.kind(), std::io::ErrorKind::WouldBlock, "the writing end is still open");
+        let copy = descriptor_of(&guard, reader.as_raw_fd()).unwrap();
+        assert!(!is_listener(&copy));
+        super::super::pidfd_send_signal(&guard, libc::SIGKILL as u32).unwrap();
+        nix::poll::poll(
+            &mut [nix::poll::PollFd::new(reader.as_fd(), nix::poll::PollFlags::empty())],
+            nix::poll::PollTimeout::from(10_000u16),
+        )
+        .unwrap();
+        assert_eq!((&reader).read(&mut [0]).unwrap(), 0);
+    }
+}
