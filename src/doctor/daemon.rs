@@ -70,7 +70,8 @@ fn is_replaced(pid: u64) -> Known<bool> {
 fn commands(group: &Path) -> Vec<(u32, String, u64)> {
     let describe = |pid: u32| {
         let name = probe::file(format!("/proc/{pid}/comm")).ok()?.trim().to_owned();
-        Some((pid, name, age_sec(pid)?))
+        let is_command = Ok(name.as_str()) != sys::guard::NAME.to_str();
+        is_command.then_some((pid, name, age_sec(pid)?))
     };
     let pids = cgroup::processes::processes(group).unwrap_or_default();
     pids.into_iter().filter_map(describe).collect()

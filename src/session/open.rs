@@ -184,6 +184,10 @@ impl Plan {
             None if may_come => self.console(fds)?,
             Some(_) | None => None,
         };
+        if console.is_none() && self.wiring.terminal {
+            // The earlier daemon may have ended before it removed the socket.
+            let _ = std::fs::remove_file(&self.console);
+        }
         Ok(OpenStreams { terminal, console, ..opened })
     }
 

@@ -12,7 +12,7 @@ use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use super::errno;
 
 /// The name of such a process (proc(5), `comm`).
-const NAME: &std::ffi::CStr = c"shim-guard";
+pub const NAME: &std::ffi::CStr = c"shim-guard";
 
 /// Starts a process that shares all descriptors with this process, in a cgroup or in that of this process. It ends `limit`
 /// after this process. Returns a descriptor of it.
