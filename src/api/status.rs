@@ -65,7 +65,8 @@ pub fn code(error: &Error) -> Code {
         | Error::Runtime(
             oci::runtime::Error::Spawn { .. }
             | oci::runtime::Error::Failed { .. }
-            | oci::runtime::Error::Killed { .. },
+            | oci::runtime::Error::Killed { .. }
+            | oci::runtime::Error::Orphan { .. },
         )
         | Error::Mount(_)
         | Error::PodFiles(_)

@@ -23,7 +23,7 @@ pub fn of(unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
     Ok(all()?.join(unit.as_str()))
 }
 
-/// The cgroup of the OCI runtime's commands that the daemon runs.
+/// The parent of the cgroups of the OCI runtime's commands that the daemon runs.
 ///
 /// # Errors
 /// The daemon's own cgroup can't be read.
@@ -75,7 +75,8 @@ pub fn sweep() {
     let Ok(all) = all() else {
         return;
     };
-    for cgroup in cgroup::children(&all).into_iter().chain([all]) {
+    let commands = of_commands().map(|cgroup| cgroup::children(&cgroup)).unwrap_or_default();
+    for cgroup in commands.into_iter().chain(cgroup::children(&all)).chain([all]) {
         // Fails for a cgroup that is in use.
         let _ = cgroup::remove(&cgroup);
     }

@@ -3,6 +3,10 @@
 //! They run outside of the cgroup of the daemon's service. `systemctl kill` of the service kills that whole cgroup, and a
 //! killed `runc start` can end its container. The next daemon waits for the command that runs.
 //!
+//! Each command has a cgroup of its own. A command that is killed or takes too long is killed with everything in it, also
+//! with processes that have cut themselves off. What a hook leaves behind when its command ends by itself lives on, as
+//! under containerd-shim-runc-v2: a hook may start a daemon.
+//!
 //! They run in the mount and network namespaces of the task's containerd, so that hooks see what they see under
 //! containerd-shim-runc-v2.
 
@@ -13,14 +17,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use tokio::time::timeout;
 
-use crate::cgroup;
+use crate::cgroup::{self, place};
+use crate::config;
 use crate::files;
 use crate::sys;
 use crate::sys::spawn::{self, Setup};
@@ -31,9 +37,15 @@ use super::runtime::{Cli, Error, OciRuntime};
 /// Runs the OCI runtime's program for each command.
 #[derive(Debug, Default)]
 pub struct CommandLine {
-    /// The cgroup in which the commands run, below the root of the hierarchy. `None`: the cgroup of this process.
+    /// The cgroup below which each command has its own. `None`: commands run in the cgroup of this process.
     cgroup: Option<PathBuf>,
 }
+
+/// How long a command waits for a process that one of its hooks has left behind. A daemon that a hook starts closes its
+/// standard streams within this time.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
+/// How often it is checked whether a command waits for such a process.
+const ORPHAN_INTERVAL: Duration = Duration::from_secs(1);
 
 #[async_trait]
 impl OciRuntime for CommandLine {
@@ -49,8 +61,8 @@ impl OciRuntime for CommandLine {
         self.run(cli, "update", &command).await
     }
 
-    /// If the runtime does not end, is killed twice, or can't read the container's state, the daemon removes the state
-    /// directory itself, which frees the id. systemd ends the container's processes with the unit.
+    /// If the runtime does not end, is killed twice, waits for what a hook has left behind, or can't read the container's
+    /// state, the daemon removes the state directory itself, which frees the id. systemd ends the container's processes with the unit.
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
         let mut command = cli.command("delete");
         command.arg("--force").arg(cli.id.as_str());
@@ -58,6 +70,7 @@ impl OciRuntime for CommandLine {
         if matches!(deleted, Err(Error::Killed { .. })) {
             deleted = self.run(cli, "delete", &command).await;
         }
+        self.remove_cgroups(cli);
         let error = match deleted {
             Err(Error::Failed { .. }) if has_state(&cli.state()) => return deleted,
             Ok(()) | Err(Error::Spawn { .. }) => return deleted,
@@ -83,9 +96,26 @@ impl OciRuntime for CommandLine {
 }
 
 impl CommandLine {
-    /// Runs commands in this cgroup, which is created when it is needed.
+    /// Runs commands below this cgroup, which is created when it is needed.
     pub fn in_cgroup(cgroup: PathBuf) -> Self {
         Self { cgroup: Some(cgroup) }
+    }
+
+    /// The cgroup of the next command for a container. No cgroup is used twice: a process that a hook has left behind in one
+    /// must not be killed with a later command.
+    fn new_cgroup(&self, cli: &Cli<'_>) -> Option<PathBuf> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let (pid, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        self.cgroup.as_ref().map(|parent| parent.join(format!("{}{pid}.{number}", prefix(cli))))
+    }
+
+    /// Removes the cgroups of commands during which an earlier daemon has ended.
+    fn remove_cgroups(&self, cli: &Cli<'_>) {
+        let (all, prefix) = (self.cgroup.as_deref().map(cgroup::children).unwrap_or_default(), prefix(cli));
+        let is_own = |cgroup: &PathBuf| {
+            cgroup.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+        };
+        all.into_iter().filter(is_own).for_each(remove_cgroup);
     }
 
     /// Runs a command while no other command of this container runs. If the future is dropped, the command is killed with
@@ -102,20 +132,37 @@ impl CommandLine {
         command: &Command,
     ) -> Result<(), Error> {
         let failed = |source| Error::Spawn { verb, binary: cli.runtime.binary.clone(), source };
+        let cgroup = self.new_cgroup(cli);
         let mut tries = 0;
         let child = loop {
             cli.settled(verb).await?;
             tries += 1;
-            match self.spawn(cli, command) {
+            match spawn(cli, command, cgroup.as_deref()) {
                 Err(error) if tries < TRIES && is_passing(&error) => {}
                 spawned => break spawned.map_err(failed)?,
             }
         };
-        let mut running = Running(Some(child));
-        let Ok(ended) = timeout(limit, running.ended()).await else {
+        let pid = child.id();
+        let mut running = Running(Some(child), cgroup.clone());
+        let ended = tokio::select! {
+            ended = timeout(limit, running.ended()) => ended,
+            () = waits_for_orphan(pid, cgroup.as_deref()), if verb == "delete" => {
+                // The process that was left behind lives on.
+                running.1 = None;
+                return Err(Error::Orphan { verb });
+            }
+        };
+        let Ok(ended) = ended else {
             return Err(Error::TimedOut { verb, limit });
         };
         let status = ended.map_err(failed)?;
+        // Somebody else has killed the command.
+        if status.signal().is_some()
+            && let Some(cgroup) = &cgroup
+        {
+            kill_cgroup(cgroup);
+        }
+        cgroup.into_iter().for_each(remove_cgroup);
         if status.success() {
             return Ok(());
         }
@@ -125,21 +172,68 @@ impl CommandLine {
             None => Error::Failed { verb, reason },
         })
     }
+}
 
-    fn spawn(&self, cli: &Cli<'_>, command: &Command) -> io::Result<spawn::Child> {
-        let cgroup = self.cgroup.as_deref().map(cgroup::open_made).transpose().map_err(io::Error::other)?;
-        let cgroup = cgroup.as_ref().map(AsFd::as_fd);
-        let namespaces = namespaces::open(cli.containerd).unwrap_or_else(|error| {
-            tracing::warn!(id = %cli.id, %error, "container {}: {error}; the OCI runtime and its hooks run in the host's namespaces", cli.id);
-            Vec::new()
+/// The beginning of the names of a container's cgroups. Two containerds can have a container with the same id, but not
+/// with the same directory.
+fn prefix(cli: &Cli<'_>) -> String {
+    let dir = cli.dir.strip_prefix(config::STATE_DIR).unwrap_or(cli.dir).to_string_lossy();
+    place::escape(&format!("{}+", dir.trim_start_matches('/').replace('/', "+")))
+}
+
+fn spawn(cli: &Cli<'_>, command: &Command, cgroup: Option<&Path>) -> io::Result<spawn::Child> {
+    let cgroup = cgroup.map(cgroup::open_made).transpose().map_err(io::Error::other)?;
+    let cgroup = cgroup.as_ref().map(AsFd::as_fd);
+    let namespaces = namespaces::open(cli.containerd).unwrap_or_else(|error| {
+        tracing::warn!(id = %cli.id, %error, "container {}: {error}; the OCI runtime and its hooks run in the host's namespaces", cli.id);
+        Vec::new()
+    });
+    spawn::spawn(command, &Setup { lock: &cli.lock(), cgroup, namespaces: &namespaces })
+}
+
+/// Resolves when a command does nothing but wait for the output of a process that its hook has left behind, for
+/// [`ORPHAN_LIMIT`].
+async fn waits_for_orphan(pid: u32, cgroup: Option<&Path>) {
+    let Some(cgroup) = cgroup else {
+        return std::future::pending().await;
+    };
+    let mut since = None;
+    loop {
+        tokio::time::sleep(ORPHAN_INTERVAL).await;
+        let others = cgroup.to_owned();
+        let waits = tokio::task::spawn_blocking(move || {
+            let others = cgroup::processes::processes(&others).unwrap_or_default();
+            sys::tree::waits_for_one_of(pid, &others)
         });
-        spawn::spawn(command, &Setup { lock: &cli.lock(), cgroup, namespaces: &namespaces })
+        if !waits.await.unwrap_or(false) {
+            since = None;
+        } else if since.get_or_insert_with(Instant::now).elapsed() >= ORPHAN_LIMIT {
+            return;
+        }
+    }
+}
+
+fn kill_cgroup(cgroup: &Path) {
+    if let Err(error) = cgroup::kill(cgroup) {
+        tracing::warn!(%error, "can't kill what a command of the OCI runtime has left behind: {error}");
+    }
+}
+
+/// Removes the cgroup of a command that has ended, unless a process that a hook left behind runs in it.
+fn remove_cgroup(cgroup: PathBuf) {
+    if let Err(error) = cgroup::remove(&cgroup) {
+        tracing::warn!(%error, "can't remove the cgroup of a command of the OCI runtime: {error}");
     }
 }
 
 /// True if another try can help: another command took the lock first, or the empty cgroup was removed.
 fn is_passing(error: &io::Error) -> bool {
     [sys::child::LOCK_IS_HELD, Errno::ENODEV].iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
+}
+
+/// True for the cgroup of one command (`launch::cgroup::of_commands`).
+fn is_of_one_command(cgroup: &Path) -> bool {
+    cgroup.parent().is_some_and(|parent| parent.ends_with("containerd-shim-runtime/commands"))
 }
 
 /// Whether a runtime can read what it keeps of a container. A file that is not JSON was cut off: the disk was full, or
@@ -178,6 +272,10 @@ impl Cli<'_> {
             return Ok(());
         }
         tracing::warn!(id = %self.id, "container {}: killing an OCI runtime command that takes too long (pid {})", self.id, holder.pid);
+        // A command of an earlier version has no cgroup of its own.
+        if let Some(cgroup) = cgroup::of_process(holder.pid).ok().filter(|cgroup| is_of_one_command(cgroup)) {
+            kill_cgroup(&cgroup);
+        }
         sys::tree::kill(holder.pid);
         timeout(DEATH_LIMIT, holder.ended()).await.map_err(|_| Error::Busy { verb, pid: holder.pid })
     }
@@ -236,7 +334,7 @@ impl Holder {
 
 /// A command that is killed on drop, with every process that it has started. A task then reaps it, which can take long if
 /// the command hangs in the kernel.
-struct Running(Option<spawn::Child>);
+struct Running(Option<spawn::Child>, Option<PathBuf>);
 
 impl Running {
     async fn ended(&mut self) -> io::Result<std::process::ExitStatus> {
@@ -252,10 +350,17 @@ impl Drop for Running {
         let Some(mut child) = self.0.take() else {
             return;
         };
+        let cgroup = self.1.take();
+        if let Some(cgroup) = &cgroup {
+            kill_cgroup(cgroup);
+        }
         // The pid can't be reused before the process is reaped.
         sys::tree::kill(child.id());
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { drop(child.wait().await) });
+            runtime.spawn(async move {
+                drop(child.wait().await);
+                cgroup.into_iter().for_each(remove_cgroup);
+            });
         }
     }
 }

@@ -59,6 +59,14 @@ pub enum Error {
         /// The time limit.
         limit: Duration,
     },
+    /// The command waited for a process that one of its hooks has left behind, and was killed.
+    #[error(
+        "OCI runtime {verb} failed: a process that one of its hooks started keeps the hook's output open; such a process must close its standard streams"
+    )]
+    Orphan {
+        /// The command.
+        verb: &'static str,
+    },
     /// An earlier command for the same container does not end, even after SIGKILL.
     #[error(
         "OCI runtime {verb} failed: an earlier command for this container (pid {pid}) did not end after SIGKILL; see /proc/{pid}/stack"

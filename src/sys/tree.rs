@@ -87,6 +87,33 @@ pub fn kill(root: u32) {
     root_too.chain(descendants(root, &all)).for_each(|process| drop(process.kill()));
 }
 
+/// True if a process has no children, and reads from a pipe to which one of `others` can write.
+pub fn waits_for_one_of(pid: u32, others: &[u32]) -> bool {
+    if !descendants(pid, &all()).is_empty() {
+        return false;
+    }
+    let read = pipes(pid, 0);
+    !read.is_empty()
+        && others.iter().filter(|other| **other != pid).any(|other| {
+            [1, 2].iter().flat_map(|access| pipes(*other, *access)).any(|pipe| read.contains(&pipe))
+        })
+}
+
+/// The pipes that a process has open, as the kernel names them. `access`: for reading (0), writing (1) or both (2), as in
+/// open(2).
+fn pipes(pid: u32, access: u32) -> Vec<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let pipe = |entry: fs::DirEntry| {
+        let target = fs::read_link(entry.path()).ok()?.to_str()?.to_owned();
+        let number = entry.file_name();
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_str()?)).ok()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        let flags = u32::from_str_radix(flags.trim(), 8).ok()?;
+        (target.starts_with("pipe:") && flags & 3 == access).then_some(target)
+    };
+    entries.filter_map(pipe).collect()
+}
+
 /// Kills all descendants of this process, and waits until they have ended. With a subreaper for this process nothing
 /// cuts itself off. False if some have not ended in time: in uninterruptible sleep, say.
 pub fn kill_own_descendants(limit: Duration) -> bool {

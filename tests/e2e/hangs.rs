@@ -28,7 +28,7 @@ const TRAP: &str = "mkdir -p /etc; rm -f /etc/passwd; mkfifo /etc/passwd; exec s
 const AT_ONCE: Duration = Duration::from_secs(10);
 
 /// A runtime that hangs in some command for as long as a file is there. It ignores what asks it to end, and so does a
-/// child of it in a session of its own.
+/// process in a session of its own, whose parent has ended.
 struct Hanging {
     scratch: Scratch,
 }
@@ -39,7 +39,7 @@ impl Hanging {
         let (trap, mark) = (scratch.text("trap"), scratch.text("mark"));
         let script = format!(
             "#!/bin/sh\ncase \" $* \" in *' {verb} '*) if [ -e {trap} ]; then\n\
-             trap '' TERM INT HUP\nsetsid tail -f {mark} &\ntouch {hung}\ntail -f {mark}\nfi;; esac\nexec runc \"$@\"\n",
+             trap '' TERM INT HUP\n(setsid tail -f {mark} &)\ntouch {hung}\ntail -f {mark}\nfi;; esac\nexec runc \"$@\"\n",
             hung = scratch.text("hung")
         );
         fs::write(scratch.join("runtime.sh"), script).expect("write the runtime");
@@ -259,6 +259,36 @@ fn a_hook_that_hangs_fails_the_create_after_its_limit() {
     wait::until_true("the hook is gone", || process::with_command_line(&mark).is_empty());
     drop(container);
     leaks::assert_none("a hook that hung", &before);
+}
+
+#[test]
+fn a_hook_may_leave_a_process_behind_and_one_that_keeps_its_output_open_holds_nothing_up() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    warm_up(&node);
+    for streams in ["", " </dev/null >/dev/null 2>&1"] {
+        let scratch = Scratch::new("left");
+        let hook = scratch.join("hook.sh");
+        let text = format!("#!/bin/sh\ntail -f {}{streams} &\n", scratch.text("hook.sh"));
+        fs::write(&hook, text).expect("write a hook");
+        fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).expect("make it executable");
+        let left = || process::with_command_line(&format!("tail -f {}", scratch.text("hook.sh")));
+        let hook = scratch.text("hook.sh");
+        let before = Traces::take();
+        let spec = Spec::sh("exit 6").hook("poststop", &hook);
+        let container = node.container("left", spec).started(&Io::default());
+        assert_eq!(container.exit_status(), 6);
+        let begun = Instant::now();
+        container.delete().expect("delete");
+        let limit = if streams.is_empty() { 3 * AT_ONCE } else { AT_ONCE };
+        assert!(begun.elapsed() < limit, "took {:?}", begun.elapsed());
+        assert_eq!(left().len(), 1, "what a hook leaves behind lives on");
+        left().into_iter().for_each(|pid| daemon::signal(pid, nix::sys::signal::Signal::SIGKILL));
+        wait::until_true("they are gone", || left().is_empty());
+        daemon::systemctl("restart");
+        wait::until("the daemon serves", daemon::serving);
+        leaks::assert_none("hooks that left processes", &before);
+    }
 }
 
 #[test]
