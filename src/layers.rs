@@ -23,6 +23,7 @@ const ORDER: [&str; 35] = [
     "supervise",
     "services",
     "session",
+    "guard",
     "launch",
     "transport",
     "oci",
