@@ -17,6 +17,17 @@ const NEEDED: [(&str, &[&str]); 6] = [
     ("RootDirectory", &[""]),
 ];
 
+/// What drop-ins for all services must not set: property of every service, the only good value, what happens otherwise.
+const ALL_SERVICES: [(&str, &str, &str); 7] = [
+    ("PrivateDevices", "no", "no container can be created"),
+    ("PrivateUsers", "no", "no container can be created"),
+    ("RestrictSUIDSGID", "no", "no container can be created"),
+    ("RestrictNamespaces", "no", "no container can be created"),
+    ("RefuseManualStart", "no", "no container can be created"),
+    ("RefuseManualStop", "no", "no container can be deleted"),
+    ("RuntimeMaxUSec", "infinity", "containers end after this time"),
+];
+
 /// Fewer descriptors hold too few containers.
 const DESCRIPTORS: u64 = 1000;
 
@@ -58,6 +69,7 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
         checks.push(Check::error(NAME, found, "install the program again, or systemctl daemon-reload"));
     }
     checks.extend(overridden(service));
+    checks.extend(for_all_services(service));
     if checks.is_empty() {
         let is_installed = property(service, "LoadState") == Some("loaded");
         let is_transient = property(service, "Transient") == Some("yes");
@@ -147,6 +159,25 @@ fn overridden(service: &Properties) -> Vec<Check> {
     checks
 }
 
+/// Drop-ins for all services hold for containers, too. The daemon's service shows what they set.
+fn for_all_services(service: &Properties) -> Vec<Check> {
+    let paths = property(service, "DropInPaths").unwrap_or_default();
+    let files: Vec<&str> = paths.split_whitespace().filter(|path| path.contains("/service.d/")).collect();
+    if files.is_empty() {
+        return Vec::new();
+    }
+    let check = |(name, wanted, effect): &(&str, &str, &str)| {
+        let value = property(service, name).filter(|value| value != wanted)?;
+        let found = format!("a drop-in for all services sets {name}={value}: {effect}");
+        let advice = format!(
+            "look into {}; ln -s /dev/null /etc/systemd/system/containerd-.service.d/NAME.conf exempts containers from NAME.conf",
+            files.join(" ")
+        );
+        Some(Check::error("units", found, advice))
+    };
+    ALL_SERVICES.iter().filter_map(check).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::{Status, only_fault};
@@ -224,6 +255,20 @@ mod tests {
             assert_eq!(check.status, Status::Error);
         }
         assert_eq!(fault(&facts(&[drop_in, ("MemoryMax", "1048576")])).status, Status::Warning);
+    }
+
+    #[test]
+    fn a_drop_in_for_all_services_that_breaks_containers_is_named() {
+        let own = ("DropInPaths", "/etc/systemd/system/containerd-shim-systemd-v1.service.d/a.conf");
+        let all = ("DropInPaths", "/etc/systemd/system/service.d/all.conf");
+        for (name, value) in
+            [("PrivateDevices", "yes"), ("RefuseManualStop", "yes"), ("RuntimeMaxUSec", "3s")]
+        {
+            let check = fault(&facts(&[all, (name, value)]));
+            assert!(check.found.contains(name) && check.advice.contains("all.conf"), "{check:?}");
+            assert!(for_all_services(&service(&[own, (name, value)])).is_empty(), "{name}");
+        }
+        assert!(for_all_services(&service(&[all, ("RuntimeMaxUSec", "infinity")])).is_empty());
     }
 
     #[test]
