@@ -18,14 +18,13 @@ const NEEDED: [(&str, &[&str]); 6] = [
 ];
 
 /// What drop-ins for all services must not set: property of every service, the only good value, what happens otherwise.
-const ALL_SERVICES: [(&str, &str, &str); 7] = [
+const ALL_SERVICES: [(&str, &str, &str); 6] = [
     ("PrivateDevices", "no", "no container can be created"),
     ("PrivateUsers", "no", "no container can be created"),
     ("RestrictSUIDSGID", "no", "no container can be created"),
     ("RestrictNamespaces", "no", "no container can be created"),
     ("RefuseManualStart", "no", "no container can be created"),
     ("RefuseManualStop", "no", "no container can be deleted"),
-    ("RuntimeMaxUSec", "infinity", "containers end after this time"),
 ];
 
 /// Fewer descriptors hold too few containers.
@@ -169,10 +168,7 @@ fn for_all_services(service: &Properties) -> Vec<Check> {
     let check = |(name, wanted, effect): &(&str, &str, &str)| {
         let value = property(service, name).filter(|value| value != wanted)?;
         let found = format!("a drop-in for all services sets {name}={value}: {effect}");
-        let advice = format!(
-            "look into {}; ln -s /dev/null /etc/systemd/system/containerd-.service.d/NAME.conf exempts containers from NAME.conf",
-            files.join(" ")
-        );
+        let advice = format!("look into {}", files.join(" "));
         Some(Check::error("units", found, advice))
     };
     ALL_SERVICES.iter().filter_map(check).collect()
@@ -268,7 +264,7 @@ mod tests {
             assert!(check.found.contains(name) && check.advice.contains("all.conf"), "{check:?}");
             assert!(for_all_services(&service(&[own, (name, value)])).is_empty(), "{name}");
         }
-        assert!(for_all_services(&service(&[all, ("RuntimeMaxUSec", "infinity")])).is_empty());
+        assert!(for_all_services(&service(&[all, ("PrivateDevices", "no")])).is_empty());
     }
 
     #[test]

@@ -94,11 +94,12 @@ mod tests {
         let child = unsafe { libc::fork() };
         if child == 0 {
             // Other tests wait for their descriptors to be closed.
-            let own = [reader.as_raw_fd(), writer.as_raw_fd()];
-            // SAFETY: the table is a copy, and this child ends without using what it has closed.
-            (3..4096)
-                .filter(|number| !own.contains(number))
-                .for_each(|number| _ = unsafe { libc::close(number) });
+            for number in
+                (3..4096).filter(|number| ![reader.as_raw_fd(), writer.as_raw_fd()].contains(number))
+            {
+                // SAFETY: the table is a copy, and this child ends without using what it has closed.
+                unsafe { libc::close(number) };
+            }
             // The pidfd stays open: the table is shared.
             let started = start(None, Duration::from_secs(30)).map(std::mem::forget);
             // SAFETY: ends this process.
