@@ -15,6 +15,7 @@ use containerd_client::types::{Descriptor, Mount};
 use prost_types::Any;
 
 use super::image;
+use super::lease::{Images, Lease};
 use super::node::{NAMESPACE, Node, request, unique};
 use super::spec::Spec;
 use super::task::Process;
@@ -160,16 +161,18 @@ impl<'n> Container<'n> {
         self.create_with(Some(checkpoint.clone()), io)
     }
 
-    /// Takes a checkpoint, which containerd keeps; returns its images.
-    pub fn checkpoint(&self, options: Any) -> Result<Descriptor, Status> {
+    /// Takes a checkpoint; returns its images.
+    pub fn checkpoint(&self, options: Any) -> Result<Images<'n>, Status> {
+        let lease = Lease::new(self.node, &self.namespace);
         let checkpoint = CheckpointTaskRequest {
             container_id: self.id.clone(),
             options: Some(options),
             ..Default::default()
         };
-        let answer = self.node.call(self.node.tasks().checkpoint(request(&self.namespace, checkpoint)))?;
+        let checkpoint = lease.request(checkpoint);
+        let answer = self.node.call(self.node.tasks().checkpoint(checkpoint))?;
         let images = answer.descriptors.into_iter().find(|one| one.media_type.contains("criu.checkpoint"));
-        Ok(images.expect("containerd returns the images"))
+        Ok(Images { descriptor: images.expect("containerd returns the images"), _lease: lease })
     }
 
     pub fn pause(&self) -> Result<(), Status> {

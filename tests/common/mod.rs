@@ -17,6 +17,7 @@ pub mod events;
 pub mod exec;
 pub mod image;
 pub mod leaks;
+pub mod lease;
 #[macro_use]
 pub mod needs;
 pub mod node;
