@@ -8,6 +8,11 @@ SUITE ?= trixie
 # in both lanes.
 MINUTES ?= 30
 CHAOS ?=
+# Arguments of `bench`.
+BENCH ?=
+# For `soak`.
+CONTAINERS ?= 10000
+EXECS ?= 50000
 CHAOS_LANES := $(if $(filter file,$(origin LANE)),nspawn vm,$(LANE))
 # For `fuzz`.
 SECONDS ?= 60
@@ -26,7 +31,7 @@ SHARE := $(DESTDIR)$(PREFIX)/share
 SOURCES := Cargo.toml Cargo.lock build.rs proto src
 
 .PHONY: help deps build unit coverage check audit test test-all test-unit test-vm test-nspawn test-clients test-packages test-matrix
-.PHONY: shell demo chaos fuzz bench
+.PHONY: shell demo chaos fuzz bench soak
 .PHONY: doc
 .PHONY: fresh install install-files uninstall clean manual deb rpm
 .DEFAULT_GOAL := help
@@ -110,8 +115,11 @@ fuzz: ## random input for every parser, each for SECONDS=60 (TARGET=name for one
 chaos: ## clients at work while daemon, systemd, dbus and containerd are killed and restarted (MINUTES=30, LANE)
 	@set -e; for lane in $(CHAOS_LANES); do $(SCRIPTS)/run-chaos $$lane $(SUITE) --minutes $(MINUTES) $(CHAOS); done
 
-bench: ## compare with runc.v2, in nspawn; results in target/bench.json
-	@$(SCRIPTS)/run-bench nspawn $(SUITE)
+bench: ## compare with runc.v2, in nspawn; plots in target/bench.html (BENCH='--only cpu')
+	@$(SCRIPTS)/run-bench nspawn $(SUITE) $(BENCH)
+
+soak: ## many containers and execs in a row (CONTAINERS=10000, EXECS=50000): nothing may grow
+	@$(SCRIPTS)/run-bench nspawn $(SUITE) --soak $(CONTAINERS),$(EXECS)
 
 doc: ## the documentation of the code, private items too
 	cargo doc --locked --no-deps --document-private-items

@@ -7,11 +7,12 @@ use super::common::node::{OUR_RUNTIME, STOCK_RUNTIME};
 
 pub const USAGE: &str = "\
 usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--parallel N] [--containers N,…]
-                    [--megabytes N] [--json PATH] [--runtime NAME] [--against NAME]
+                    [--megabytes N] [--json PATH] [--html PATH] [--svg PATH] [--runtime NAME] [--against NAME]
 
   --only SUBJECT,…    what to measure (default: all of it):
                         containers  from Create to Delete
                         execs       the same, and their CPU
+                        cpu         where the CPU time of a container and of an exec goes; messages, programs, files
                         terminals   containers and execs with a terminal
                         throughput  output to the client, with and without a terminal
                         memory      what is kept while containers run
@@ -25,6 +26,9 @@ usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--paralle
   --containers N,…    how many to keep running while memory is measured (default 1,10,50)
   --megabytes N       how much a process writes, through a terminal a tenth (default 1000)
   --json PATH         write every number there
+  --html PATH         write a page with plots there
+  --svg PATH          write one plot there
+  --soak N,M          instead: N containers and M execs in a row, after which nothing may have grown
   --runtime NAME      the runtime to measure (default io.containerd.systemd.v1)
   --against NAME      the runtime to measure it against (default io.containerd.runc.v2)";
 
@@ -33,6 +37,7 @@ usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--paralle
 pub enum Subject {
     Containers,
     Execs,
+    Cpu,
     Terminals,
     Throughput,
     Memory,
@@ -41,9 +46,10 @@ pub enum Subject {
     Journal,
 }
 
-const SUBJECTS: [(&str, Subject); 8] = [
+const SUBJECTS: [(&str, Subject); 9] = [
     ("containers", Subject::Containers),
     ("execs", Subject::Execs),
+    ("cpu", Subject::Cpu),
     ("terminals", Subject::Terminals),
     ("throughput", Subject::Throughput),
     ("memory", Subject::Memory),
@@ -61,6 +67,10 @@ pub struct Arguments {
     pub containers: Vec<usize>,
     pub megabytes: u64,
     pub json: Option<String>,
+    pub html: Option<String>,
+    pub svg: Option<String>,
+    /// How many containers and execs.
+    pub soak: Option<[usize; 2]>,
     pub runtimes: [String; 2],
 }
 
@@ -82,6 +92,9 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Arguments, ExitCode>
         containers: vec![1, 10, 50],
         megabytes: 1000,
         json: None,
+        html: None,
+        svg: None,
+        soak: None,
         runtimes: [OUR_RUNTIME.to_string(), STOCK_RUNTIME.to_string()],
     };
     // cargo adds it.
@@ -100,6 +113,9 @@ impl Arguments {
             "--containers" => self.containers = value.split(',').map(count).collect::<Result<_, _>>()?,
             "--megabytes" => self.megabytes = count(value)?,
             "--json" => self.json = Some(value.to_string()),
+            "--html" => self.html = Some(value.to_string()),
+            "--svg" => self.svg = Some(value.to_string()),
+            "--soak" => self.soak = Some(pair(value)?),
             "--runtime" => self.runtimes[0] = value.to_string(),
             "--against" => self.runtimes[1] = value.to_string(),
             _ => return Err(format!("there is no {word}")),
@@ -111,4 +127,10 @@ impl Arguments {
 fn subject(text: &str) -> Result<Subject, String> {
     let found = SUBJECTS.iter().find(|(name, _)| *name == text);
     found.map(|(_, subject)| *subject).ok_or_else(|| format!("{text:?} can't be measured"))
+}
+
+/// Two numbers with a comma between them.
+fn pair(text: &str) -> Result<[usize; 2], String> {
+    let (first, second) = text.split_once(',').ok_or_else(|| format!("{text:?} is not N,M"))?;
+    Ok([count(first)?, count(second)?])
 }

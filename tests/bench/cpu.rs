@@ -55,6 +55,11 @@ fn of_process(pid: u32) -> nix::Result<Duration> {
 pub fn of_machine() -> Duration {
     let path = "/sys/fs/cgroup/cpu.stat";
     let stat = fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    usage(&stat).unwrap_or_else(|| panic!("no usage_usec in {path}: {stat}"))
+}
+
+/// The CPU time in the text of a `cpu.stat`.
+pub fn usage(stat: &str) -> Option<Duration> {
     let usage = stat.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok());
-    Duration::from_micros(usage.unwrap_or_else(|| panic!("no usage_usec in {path}: {stat}")))
+    usage.map(Duration::from_micros)
 }

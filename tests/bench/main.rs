@@ -9,15 +9,18 @@
 mod common;
 
 mod arguments;
+mod compare;
 mod container;
 mod cpu;
 mod exec;
 mod execs;
 mod journal;
 mod latency;
+mod map;
 mod memory;
 mod output;
 mod report;
+mod soak;
 mod start;
 mod stats;
 mod throughput;
@@ -26,6 +29,7 @@ use std::process::ExitCode;
 
 use arguments::{Arguments, Subject};
 use common::node::{Need, Node};
+use common::plots;
 use container::Init;
 use latency::Rounds;
 use output::Output;
@@ -36,15 +40,31 @@ fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(code) => return code,
     };
-    let report = measure(&arguments);
-    print!("{}", report.table());
-    match arguments.json.as_deref().map(|path| std::fs::write(path, report.json())) {
-        Some(Err(error)) => {
-            eprintln!("side_by_side: write the JSON: {error}");
-            ExitCode::FAILURE
-        }
-        _ => ExitCode::SUCCESS,
+    if let Some([containers, execs]) = arguments.soak {
+        return soak(containers, execs);
     }
+    let report = measure(&arguments);
+    let results = report.json();
+    print!("{}{}", report.table(), compare::text(&results));
+    let Arguments { json, html, svg, .. } = &arguments;
+    let files =
+        [(json, format!("{results:#}\n")), (html, plots::page(&results)), (svg, plots::picture(&results))];
+    for (path, text) in files {
+        if let Some(Err(error)) = path.as_ref().map(|path| std::fs::write(path, text)) {
+            eprintln!("side_by_side: write a file of results: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// Fails if something has grown.
+fn soak(containers: usize, execs: usize) -> ExitCode {
+    let grown = soak::run(&Node::exclusive(), containers, execs);
+    for line in &grown {
+        eprintln!("side_by_side: {line}");
+    }
+    if grown.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn measure(arguments: &Arguments) -> Report {
@@ -55,6 +75,9 @@ fn measure(arguments: &Arguments) -> Report {
     }
     if arguments.wants(Subject::Execs) {
         parts.extend(execs::measure(&node, arguments, false));
+    }
+    if arguments.wants(Subject::Cpu) {
+        parts.extend(map::measure(&node, arguments));
     }
     if arguments.wants(Subject::Terminals) {
         parts.push(containers_with_terminals(&node, arguments));

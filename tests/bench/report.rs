@@ -36,7 +36,7 @@ pub struct Part {
 }
 
 /// A line of the table: two sides, and the first over the second.
-struct Line {
+pub struct Line {
     name: String,
     texts: [String; 2],
     values: [Value; 2],
@@ -44,6 +44,21 @@ struct Line {
     /// Times may be too short for a ratio.
     is_comparable: bool,
     target: Option<Target>,
+    /// The first side over the second, sample by sample, if they were taken in turn.
+    ratios: Option<Ratios>,
+}
+
+struct Ratios {
+    spread: Spread,
+    samples: usize,
+}
+
+impl Ratios {
+    fn of([ours, other]: [&[f64]; 2]) -> Option<Ratios> {
+        let pairs = ours.iter().zip(other).filter(|(_, other)| **other > 0.0);
+        let ratios: Vec<f64> = pairs.map(|(ours, other)| ours / other).collect();
+        (!ratios.is_empty()).then(|| Ratios { spread: Spread::of(&ratios), samples: ratios.len() })
+    }
 }
 
 /// Below this the clock and the scheduler are measured.
@@ -126,12 +141,31 @@ impl Line {
     fn of_times(name: &str, samples: [&Vec<Duration>; 2]) -> Line {
         let spreads = samples.map(|samples| Spread::of_times(samples));
         let line = Line::of_spreads(format!("{name}, ms"), spreads, "ms");
-        Line { is_comparable: spreads[1].median >= COMPARABLE_MS, ..line }
+        let numbers = samples.map(|samples| samples.iter().map(Duration::as_secs_f64).collect::<Vec<_>>());
+        let ratios = Ratios::of([&numbers[0], &numbers[1]]);
+        Line { is_comparable: spreads[1].median >= COMPARABLE_MS, ratios, ..line }
+    }
+
+    /// Numbers of any unit, which the name tells.
+    pub fn of_numbers(name: &str, samples: [&Vec<f64>; 2]) -> Line {
+        let spreads = samples.map(|samples| Spread::of(samples));
+        let ratios = Ratios::of(samples.map(Vec::as_slice));
+        let line = Line::of_spreads(name.to_string(), spreads, "n");
+        Line { is_comparable: spreads[1].median >= COMPARABLE_MS, ratios, ..line }
+    }
+
+    /// What there is only once.
+    pub fn of_one(name: &str, samples: &[Duration]) -> Line {
+        let spread = Spread::of_times(samples);
+        let mut line = Line::of_spreads(name.to_string(), [spread, spread], "ms");
+        (line.texts[1], line.values[1], line.is_comparable) = (String::new(), Value::Null, false);
+        line
     }
 
     fn of_rates(Rates { way, rates }: &Rates) -> Line {
         let spreads = rates.each_ref().map(|rates| Spread::of(rates));
         let line = Line::of_spreads(format!("{}, MB/s", way.name()), spreads, "mb_s");
+        let line = Line { ratios: Ratios::of(rates.each_ref().map(Vec::as_slice)), ..line };
         line.target(Some(Target::AtLeast(1.0)))
     }
 
@@ -146,6 +180,7 @@ impl Line {
             medians: [ratios.median, 1.0],
             is_comparable: true,
             target: None,
+            ratios: None,
         }
     }
 
@@ -157,6 +192,7 @@ impl Line {
             medians: spreads.map(|spread| spread.median),
             is_comparable: true,
             target: None,
+            ratios: None,
         }
     }
 
@@ -167,14 +203,17 @@ impl Line {
             texts: kept.map(|kept| {
                 format!("{} in {} processes, {:.0} each", kept.pss_kib, kept.processes, each(kept))
             }),
-            values: kept.map(|kept| json!({"pss_kib": kept.pss_kib, "processes": kept.processes})),
+            values: kept.map(|kept| {
+                json!({"containers": kept.containers, "pss_kib": kept.pss_kib, "processes": kept.processes})
+            }),
             medians: kept.map(|kept| kept.pss_kib as f64),
             is_comparable: true,
             target: None,
+            ratios: None,
         }
     }
 
-    fn target(self, target: Option<Target>) -> Line {
+    pub fn target(self, target: Option<Target>) -> Line {
         Line { target, ..self }
     }
 
@@ -190,14 +229,18 @@ impl Line {
         let Line { name, texts: [ours, other], .. } = self;
         let ratio = self.ratio().map(|ratio| format!("{ratio:.2}")).unwrap_or_default();
         let target = self.judged(Target::text).unwrap_or_default();
-        let line = format!("  {name:<22} {ours:>36} {other:>36} {ratio:>7}  {target}");
+        let line = format!("  {name:<46} {ours:>36} {other:>36} {ratio:>7}  {target}");
         line.trim_end().to_string()
     }
 
     fn json(&self, runtimes: [&str; 2]) -> Value {
         let [ours, other] = &self.values;
         let (ratio, target) = (self.ratio().map(round), self.judged(Target::json));
-        json!({"name": self.name, "ratio": ratio, "target": target, "runtimes": [
+        let spread = self.ratios.as_ref().filter(|_| self.is_comparable);
+        let spread = spread.map(|Ratios { spread: Spread { p10, p90, .. }, samples }| {
+            json!({"p10": round(*p10), "p90": round(*p90), "samples": samples})
+        });
+        json!({"name": self.name, "ratio": ratio, "spread": spread, "target": target, "runtimes": [
             {"runtime": runtimes[0], "value": ours},
             {"runtime": runtimes[1], "value": other},
         ]})
@@ -260,7 +303,7 @@ impl Part {
         Part { sides: Some(journal::SIDES), ..Part::new("connections that outlive the daemon", lines) }
     }
 
-    fn new(heading: &str, lines: Vec<Line>) -> Part {
+    pub fn new(heading: &str, lines: Vec<Line>) -> Part {
         Part { heading: heading.to_string(), sides: None, lines }
     }
 }
@@ -273,10 +316,10 @@ impl Report {
 
     pub fn table(&self) -> String {
         let [ours, other] = &self.runtimes;
-        let mut table = format!("{:<24} {ours:>36} {other:>36} {:>7}  target\n", "", "ratio");
+        let mut table = format!("{:<48} {ours:>36} {other:>36} {:>7}  target\n", "", "ratio");
         for Part { heading, sides, lines } in &self.parts {
             let sides = sides.map(|[ours, other]| format!("{ours:>25} {other:>36}")).unwrap_or_default();
-            let _ = writeln!(table, "{}", format!("{heading:<35} {sides}").trim_end()); // to a String, this can't fail
+            let _ = writeln!(table, "{}", format!("{heading:<59} {sides}").trim_end()); // to a String, this can't fail
             for line in lines {
                 let _ = writeln!(table, "{}", line.text());
             }
@@ -284,13 +327,13 @@ impl Report {
         if let Some(cost) = &self.start {
             let _ = writeln!(table, "one call of start");
             for (name, times) in [("CPU, ms", &cost.cpu), ("elapsed, ms", &cost.elapsed)] {
-                let _ = writeln!(table, "  {name:<22} {:>36}", Spread::of_times(times).text());
+                let _ = writeln!(table, "  {name:<46} {:>36}", Spread::of_times(times).text());
             }
         }
         table
     }
 
-    pub fn json(&self) -> String {
+    pub fn json(&self) -> Value {
         let part = |Part { heading, sides, lines }: &Part| {
             let sides = sides.unwrap_or(self.runtimes.each_ref().map(String::as_str));
             let lines: Vec<Value> = lines.iter().map(|line| line.json(sides)).collect();
@@ -299,7 +342,7 @@ impl Report {
         let times = |times: &[Duration]| Spread::of_times(times).json("ms");
         let start =
             self.start.as_ref().map(|cost| json!({"cpu": times(&cost.cpu), "elapsed": times(&cost.elapsed)}));
-        let report = json!({
+        json!({
             "date": first_line("date", &["--utc", "--iso-8601=seconds"]),
             "lane": std::env::var("E2E_LANE").unwrap_or_else(|_| "host".to_string()),
             "kernel": first_line("uname", &["-r"]),
@@ -312,8 +355,7 @@ impl Report {
             "at_once": self.at_once,
             "parts": self.parts.iter().map(part).collect::<Vec<Value>>(),
             "start": start,
-        });
-        format!("{report:#}\n")
+        })
     }
 }
 

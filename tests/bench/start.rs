@@ -31,7 +31,7 @@ pub fn measure() -> Cost {
 }
 
 /// Of all children that have been waited for; nobody else starts any meanwhile.
-fn children_cpu() -> Duration {
+pub fn children_cpu() -> Duration {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("getrusage of children");
     duration(usage.user_time()) + duration(usage.system_time())
 }

@@ -11,6 +11,7 @@ pub mod bulk;
 pub mod cgroup;
 pub mod command_line;
 pub mod container;
+pub mod counts;
 pub mod daemon;
 pub mod disturb;
 pub mod events;
@@ -21,6 +22,7 @@ pub mod lease;
 #[macro_use]
 pub mod needs;
 pub mod node;
+pub mod plots;
 pub mod process;
 pub mod pty;
 pub mod random;
