@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 /// The modules from top to bottom. A module may use those that come after it.
-const ORDER: [&str; 36] = [
+const ORDER: &[&str] = &[
     "fuzzing",
     "simulation",
     "layers",
