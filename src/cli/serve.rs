@@ -116,14 +116,14 @@ impl Waking {
         Ok(job.map_err(|error| error.to_string())?.as_deref() == Some("stop"))
     }
 
-    /// Starts the unit.
+    /// Asks systemd to start the unit, which systemd does once this daemon has ended: the unit is ordered after it.
     async fn leave(&self) {
         let command = [self.program.to_string_lossy().into_owned(), "wake".to_owned()];
         let start = async {
             let wake =
                 properties::wake(&command, self.connections.wake_fd()).map_err(|error| error.to_string())?;
-            let started = self.manager.start_transient(&name::wake_service(), &wake).await;
-            started.map_err(|error| error.to_string())
+            let begun = self.manager.begin_transient(&name::wake_service(), &wake).await;
+            begun.map(drop).map_err(|error| error.to_string())
         };
         let started = tokio::time::timeout(STOP_LIMIT, start).await;
         if let Err(reason) = started.map_err(|_| "systemd does not answer".to_owned()).flatten() {
@@ -303,10 +303,10 @@ async fn serve(
     let is_stopped = tokio::time::timeout(STOP_LIMIT, waking.is_stopped()).await;
     match is_stopped.map_err(|_| "systemd does not answer".to_owned()).flatten() {
         Ok(true) => {
-            guard::end_all().await;
             if keeps && connections.count() > 0 {
                 waking.leave().await;
             }
+            guard::end_all().await;
         }
         // The next daemon waits for calls itself, and ends the guard.
         Ok(false) => {}

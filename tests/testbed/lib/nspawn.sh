@@ -28,7 +28,7 @@ lane_run() { # image
             echo "$BASHPID" >"$cgroup/cgroup.procs"
             export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
             exec systemd-nspawn --quiet --directory="$fs/root" --boot --register=no --keep-unit \
-                --capability=all --system-call-filter='@keyring bpf @mount @privileged' \
+                --capability=all --system-call-filter='@keyring bpf @mount @privileged pidfd_getfd' \
                 --private-network --resolv-conf=off --timezone=off --link-journal=no --console=pipe \
                 --bind="$run/events:/run/testbed-events" "${binds[@]}"
         ) &
