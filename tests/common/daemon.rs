@@ -13,9 +13,16 @@ use nix::unistd::Pid;
 use super::systemd::{self, DAEMON_SERVICE};
 use super::{process, wait};
 
-/// The pid of the daemon, if it runs. Read from `/proc`, because systemd may be re-executing.
+/// The pid of the daemon, if it runs. Read from `/proc`, because systemd may be re-executing. The guard of an earlier daemon
+/// may still be there: it has the same command line.
 pub fn pid() -> Option<u32> {
-    process::with_command_line("containerd-shim-systemd-v1 serve").first().copied()
+    let is_guard = |pid: &u32| process::name(*pid).is_some_and(|name| name == "shim-guard");
+    processes().into_iter().find(|pid| !is_guard(pid))
+}
+
+/// The daemon and guards.
+pub fn processes() -> Vec<u32> {
+    process::with_command_line("containerd-shim-systemd-v1 serve")
 }
 
 /// Whether the process is stopped by a signal (SIGSTOP).

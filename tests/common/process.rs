@@ -71,6 +71,11 @@ pub fn named(comm: &str) -> Vec<u32> {
         .collect()
 }
 
+/// The name of a process (proc(5), `comm`).
+pub fn name(pid: u32) -> Option<String> {
+    Some(fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim_end().to_string())
+}
+
 /// Every process whose command line contains the text.
 pub fn with_command_line(text: &str) -> Vec<u32> {
     all()

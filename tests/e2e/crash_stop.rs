@@ -14,10 +14,13 @@ use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
 
-/// Stops the daemon: nothing of it runs when this returns.
+/// Stops the daemon: nothing of it runs when this returns, and systemd knows what starts it again.
 fn stop() {
+    let pid = wait::until("there is a daemon", daemon::pid);
     daemon::systemctl("stop");
-    wait::until_true("there is no daemon", || daemon::pid().is_none());
+    wait::until_true("there is no daemon", || daemon::processes().is_empty());
+    let said = systemd::messages(&[&format!("_PID={pid}"), "PRIORITY=4"]);
+    assert!(!said.iter().any(|message| message.contains("wake unit")), "{said:?}");
 }
 
 fn sleeping(node: &Node) -> Container<'_> {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::common::daemon;
 use crate::common::leaks::Traces;
 use crate::common::node::Node;
 use crate::common::process;
@@ -59,7 +60,7 @@ fn a_purge_leaves_nothing() {
     // containerd and runc keep a directory for each namespace.
     let leaks = Traces::take().since(&before.2).into_iter().filter(|leak| !leak.ends_with("/purged"));
     assert_eq!(leaks.collect::<Vec<_>>(), Vec::<String>::new());
-    assert_eq!(process::with_command_line("containerd-shim-systemd-v1 serve"), Vec::<u32>::new());
+    assert_eq!(daemon::processes(), Vec::<u32>::new());
 }
 
 /// All units of ours, slices too.
