@@ -210,6 +210,8 @@ fn a_freeze_while_the_daemon_is_down_is_told_when_it_is_back() {
     phase_becomes(&container, Status::Paused);
     container.resume().expect("resume");
     container.kill(SIGKILL).expect("kill");
-    let seen = events.names_up_to(&container, "exit");
+    let mut seen = events.names_up_to(&container, "exit");
+    // A daemon that is killed between containerd's acknowledgement and its own record of it publishes the event again.
+    seen.dedup();
     assert_eq!(seen, ["create", "start", "paused", "resumed", "paused", "resumed", "exit"]);
 }
