@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 
 use super::node::unique;
+use super::process;
 use super::spec::Spec;
 use super::task::Io;
 use super::wait;
@@ -149,9 +150,17 @@ fn make_fifo(path: &Path) {
 }
 
 /// Opens a FIFO in the background: the open waits for a reader.
+/// Opens a FIFO, and returns once the client waits there for a reader: a reader that comes and goes is not missed then.
 fn open_to_write(path: PathBuf) -> Opening {
-    let (sender, file) = channel();
-    thread::spawn(move || sender.send(File::options().write(true).open(path)));
+    let ((sender, file), (named, thread)) = (channel(), channel());
+    thread::spawn(move || {
+        named.send(nix::unistd::gettid()).expect("the test waits for it");
+        sender.send(File::options().write(true).open(path))
+    });
+    let thread = u32::try_from(thread.recv().expect("a thread has a number").as_raw()).expect("a number");
+    wait::until_true("the client opens the FIFO", || {
+        process::status(thread, "State").is_none_or(|state| state.starts_with('S'))
+    });
     Opening { file }
 }
 
