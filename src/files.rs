@@ -4,9 +4,14 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Component, Path};
 
 use nix::fcntl::OFlag;
+
+/// True for an absolute path without `..`.
+pub fn is_plain(path: &Path) -> bool {
+    path.is_absolute() && path.components().all(|part| part != Component::ParentDir)
+}
 
 /// Reads a regular file of at most `limit` bytes. Follows symlinks.
 ///

@@ -265,6 +265,11 @@ impl TaskKey {
         Self { owner, ..self.clone() }
     }
 
+    /// The init process of the task.
+    pub fn init(&self) -> ProcessKey {
+        ProcessKey { task: self.clone(), exec: None }
+    }
+
     /// Id and owner in one word, for file names and command lines. No id has a plus sign.
     pub fn word(&self) -> String {
         if self.owner.is_usual() { self.id.to_string() } else { format!("{}+{}", self.id, self.owner.0) }

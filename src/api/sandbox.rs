@@ -16,7 +16,6 @@ use containerd_shim_protos::sandbox_async::Sandbox;
 use protobuf::MessageField;
 use ttrpc::asynchronous::TtrpcContext;
 
-use crate::id::ProcessKey;
 use crate::ops::{CreateSandbox, SandboxState, Status};
 
 use super::task::{Answer, TaskService, attempt, refuse};
@@ -41,7 +40,7 @@ impl Sandbox for TaskService {
             bundle,
         };
         let (shim, attempt) = (self.shim.clone(), attempt(ctx));
-        let init = ProcessKey { task: key, exec: None };
+        let init = key.init();
         self.run("create-sandbox", &init, async move { shim.create_sandbox(call, attempt).await }).await?;
         Ok(CreateSandboxResponse::new())
     }

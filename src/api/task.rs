@@ -180,7 +180,7 @@ impl Task for TaskService {
         let mut call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
         call.key = self.created_by(&call.key, &call.request.bundle)?;
         let (shim, attempt) = (self.shim.clone(), attempt(ctx));
-        let init = ProcessKey { task: call.key.clone(), exec: None };
+        let init = call.key.init();
         let pid = self.run("create", &init, async move { shim.create(call, attempt).await }).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }

@@ -11,7 +11,7 @@ use crate::oci::criu::{self, CONFIG_VARIABLE, Checkpoint, Notes};
 use crate::store::Store;
 use crate::task::wiring::{Input, Output};
 
-use super::contract::{CHECKPOINT, CRIU_CONFIG, DUMP_WORK};
+use super::contract::{CHECKPOINT, CRIU_CONFIG, dump_work};
 use super::error::Error;
 use super::process::Process;
 
@@ -23,7 +23,7 @@ pub(super) fn run(process: &Process<'_>) -> Result<Infallible, Error> {
     notes.write(&request.image).map_err(failed("write to", request.image.clone()))?;
     let config = process.dir.join(CRIU_CONFIG);
     fs::write(&config, notes.dump_config()).map_err(failed("write", config.clone()))?;
-    let work = request.work.clone().unwrap_or_else(|| process.dir.join(DUMP_WORK));
+    let work = dump_work(&request, &process.dir);
     let mut command = process.cli().checkpoint(&request.arguments(&work));
     command.env(CONFIG_VARIABLE, config);
     let binary = process.task.runtime.binary.clone();

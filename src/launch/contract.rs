@@ -3,10 +3,14 @@
 //! The file names are those in a process's directory (`Store::dir`, `Store::exec_dir`). The FIFOs there are in
 //! [`super::pipes`]; the log and the lock of the OCI runtime are `oci::runtime`'s alone.
 
+use std::path::{Path, PathBuf};
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
+use crate::oci::criu::Checkpoint;
 use crate::task::phase::Exit;
+use crate::task::request::Runtime;
 
 /// The variable with the reference to the copy of the OCI runtime.
 pub const SEALED_RUNTIME: &str = "CONTAINERD_SHIM_SYSTEMD_RUNTIME";
@@ -89,6 +93,16 @@ impl Kind {
     }
 }
 
+/// criu's work directory for a checkpoint of the task whose files are in `dir`.
+pub fn dump_work(request: &Checkpoint, dir: &Path) -> PathBuf {
+    request.work.clone().unwrap_or_else(|| dir.join(DUMP_WORK))
+}
+
+/// criu's work directory for the restore of a task whose files are in `dir`.
+pub fn restore_work(runtime: &Runtime, dir: &Path) -> PathBuf {
+    if runtime.criu_work.as_os_str().is_empty() { dir.join(RESTORE_WORK) } else { runtime.criu_work.clone() }
+}
+
 /// The outcome of the start of an exec.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
@@ -144,7 +158,7 @@ mod tests {
     fn launch_reads_the_arguments_that_the_daemon_writes() {
         let task = |word| TaskKey::from_word(Namespace::new("default").unwrap(), word).unwrap();
         for word in ["web", "web+0123456789abcdef"] {
-            let init = ProcessKey { task: task(word), exec: None };
+            let init = task(word).init();
             let exec = ProcessKey { task: task(word), exec: Some(ExecId::new("e1").unwrap()) };
             for (kind, key) in [
                 (Kind::Container, &init),

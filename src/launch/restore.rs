@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::oci::criu::{self, CONFIG_VARIABLE, Notes};
 
-use super::contract::{CRIU_CONFIG, CRIU_OVERRIDES, PID_FILE, RESTORE_WORK};
+use super::contract::{CRIU_CONFIG, CRIU_OVERRIDES, PID_FILE, restore_work};
 use super::error::Error;
 use super::process::Process;
 use super::streams::Streams;
@@ -30,12 +30,7 @@ pub(super) fn run(process: &Process<'_>, images: &Path) -> Result<Infallible, Er
     let config = process.dir.join(CRIU_CONFIG);
     fs::write(&config, notes.restore_config()).map_err(failed("write", config.clone()))?;
     let (runtime, bundle) = (&process.task.runtime, &process.task.request.bundle);
-    let work = if runtime.criu_work.as_os_str().is_empty() {
-        process.dir.join(RESTORE_WORK)
-    } else {
-        runtime.criu_work.clone()
-    };
-    let arguments = notes.request.restore_arguments(images, &work);
+    let arguments = notes.request.restore_arguments(images, &restore_work(runtime, &process.dir));
     let streams = Streams::open(process)?;
     process.with_runtime(|program| {
         let pid_file = process.dir.join(PID_FILE);

@@ -143,12 +143,12 @@ impl CommandLine {
             }
         };
         let pid = child.id();
-        let mut running = Running(Some(child), cgroup.clone());
+        let mut running = Running { child: Some(child), cgroup: cgroup.clone() };
         let ended = tokio::select! {
             ended = timeout(limit, running.ended()) => ended,
             () = waits_for_orphan(pid, cgroup.as_deref()), if verb == "delete" => {
                 // The process that was left behind lives on.
-                running.1 = None;
+                running.cgroup = None;
                 return Err(Error::Orphan { verb });
             }
         };
@@ -334,23 +334,28 @@ impl Holder {
 
 /// A command that is killed on drop, with every process that it has started. A task then reaps it, which can take long if
 /// the command hangs in the kernel.
-struct Running(Option<spawn::Child>, Option<PathBuf>);
+struct Running {
+    /// The command, until it has ended.
+    child: Option<spawn::Child>,
+    /// The cgroup that is killed with it.
+    cgroup: Option<PathBuf>,
+}
 
 impl Running {
     async fn ended(&mut self) -> io::Result<std::process::ExitStatus> {
-        let child = self.0.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        let child = self.child.as_mut().ok_or(io::ErrorKind::NotFound)?;
         let status = child.wait().await?;
-        self.0 = None;
+        self.child = None;
         Ok(status)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let Some(mut child) = self.0.take() else {
+        let Some(mut child) = self.child.take() else {
             return;
         };
-        let cgroup = self.1.take();
+        let cgroup = self.cgroup.take();
         if let Some(cgroup) = &cgroup {
             kill_cgroup(cgroup);
         }

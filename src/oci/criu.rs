@@ -11,7 +11,7 @@ use std::fmt::Write;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -154,8 +154,7 @@ impl Checkpoint {
 /// [`Invalid::Path`]
 pub fn client_path(what: &'static str, path: &Path) -> Result<(), Invalid> {
     let text = path.as_os_str().as_encoded_bytes();
-    let climbs = path.components().any(|part| part == Component::ParentDir);
-    if path.is_absolute() && !climbs && text.len() < MAX_PATH && !text.contains(&0) {
+    if files::is_plain(path) && text.len() < MAX_PATH && !text.contains(&0) {
         return Ok(());
     }
     Err(Invalid::Path { what, path: path.to_string_lossy().chars().take(200).collect() })

@@ -223,8 +223,7 @@ impl Options {
         let path = if path.is_empty() { DEFAULT_PATH } else { path };
         let name = if self.binary_name.is_empty() { DEFAULT_BINARY } else { &self.binary_name };
         let root = Path::new(if self.root.is_empty() { DEFAULT_ROOT } else { &self.root });
-        let climbs = root.components().any(|part| part == std::path::Component::ParentDir);
-        if !root.is_absolute() || climbs {
+        if !files::is_plain(root) {
             return Err(Error::Root { root: self.root.clone() });
         }
         if !self.criu_work_path.is_empty() {

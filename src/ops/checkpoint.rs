@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::files;
-use crate::id::{ProcessKey, TaskKey};
-use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, DUMP_WORK, Kind};
+use crate::id::TaskKey;
+use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, DUMP_WORK, Kind, dump_work};
 use crate::oci::criu::{self, Checkpoint, Problem};
 use crate::oci::runtime::Cli;
 use crate::services::{Attempt, Entry, Error, Shim, blocking};
@@ -45,11 +45,11 @@ struct Begun {
 
 /// What becomes of a container with its checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Live {
+enum Afterwards {
     /// It continues.
-    On,
+    Continues,
     /// It has ended.
-    Ended,
+    HasEnded,
 }
 
 impl Shim {
@@ -100,15 +100,25 @@ impl Shim {
             self.freeze_only_container(task).await?;
         }
         fault::point(Point::CheckpointThawed);
-        let command = self.launcher.command(Kind::Checkpoint, &init_of(task));
-        let (cli, given_up) = (Cli::of(task, &dir), entry.init.live().given_up.clone());
-        let limit = task.runtime.create_limit();
-        let taken = tokio::select! {
-            taken = self.oci.launch(&cli, Kind::Checkpoint.word(), limit, &command) => taken,
-            () = given_up.cancelled() => return Err(Error::GivenUp { process: init_of(task) }),
-        };
+        let taken = self.launch_for(entry, task, &dir, Kind::Checkpoint).await;
         fault::point(Point::CheckpointDone);
-        Ok(taken?)
+        taken
+    }
+
+    /// Runs `launch` for a task, with the time limit of a Create. Fails when containerd has given the task up.
+    pub(super) async fn launch_for(
+        &self,
+        entry: &Entry,
+        task: &Task,
+        dir: &Path,
+        kind: Kind,
+    ) -> Result<(), Error> {
+        let command = self.launcher.command(kind, &entry.init.key);
+        let (cli, given_up) = (Cli::of(task, dir), entry.init.live().given_up.clone());
+        tokio::select! {
+            done = self.oci.launch(&cli, kind.word(), task.runtime.create_limit(), &command) => Ok(done?),
+            () = given_up.cancelled() => Err(Error::GivenUp { process: entry.init.key.clone() }),
+        }
     }
 
     /// The last steps: the unit is as frozen as before, the log is where the client looks for it, nothing else is left,
@@ -120,15 +130,18 @@ impl Shim {
         taken: Result<(), Error>,
     ) -> Result<(), Error> {
         let task = entry.task().clone();
-        let goes_on = taken.is_err() || !begun.request.exit;
-        self.put_back(entry, &begun, if goes_on { Live::On } else { Live::Ended }).await;
+        let continues = taken.is_err() || !begun.request.exit;
+        self.put_back(entry, &begun, if continues { Afterwards::Continues } else { Afterwards::HasEnded })
+            .await;
         fault::point(Point::CheckpointFrozen);
         let (own, bundle) = (self.store.dir(&task.key).join(DUMP_WORK), task.request.bundle.clone());
-        let work = begun.request.work.clone().unwrap_or_else(|| own.clone());
-        let key = init_of(&task);
+        let log = dump_work(&begun.request, &self.store.dir(&task.key)).join(criu::DUMP_LOG);
         let taken = match taken {
             Err(error @ Error::Runtime(_)) => {
-                let kept = self.on_files(&key, move || keep_log(&work, &bundle)).await.unwrap_or(None);
+                let kept = self
+                    .on_files(&entry.init.key, move || copy_log(&log, &bundle.join(LOG_COPY)))
+                    .await
+                    .unwrap_or(None);
                 Err(with_log(error, kept))
             }
             taken => taken,
@@ -148,9 +161,9 @@ impl Shim {
     }
 
     /// The unit of a container that was paused is frozen again, and changes of the freezer are reported again.
-    async fn put_back(self: &Arc<Self>, entry: &Arc<Entry>, begun: &Begun, container: Live) {
+    async fn put_back(self: &Arc<Self>, entry: &Arc<Entry>, begun: &Begun, container: Afterwards) {
         let task = entry.task().clone();
-        let is_frozen = begun.was_paused && container == Live::On;
+        let is_frozen = begun.was_paused && container == Afterwards::Continues;
         let frozen = if is_frozen { self.freeze_unit_again(&task).await } else { Ok(()) };
         entry.init.live().is_checkpointing = false;
         self.note_freezer(entry);
@@ -171,13 +184,13 @@ impl Shim {
         };
         let (task, dir) = (entry.task().clone(), self.store.dir(&entry.key));
         let settled = Cli::of(&task, &dir).settled(Kind::Checkpoint.word()).await;
-        let log = begun.request.work.clone().unwrap_or_else(|| dir.join(DUMP_WORK)).join(criu::DUMP_LOG);
+        let log = dump_work(&begun.request, &dir).join(criu::DUMP_LOG);
         let dumped = self.on_files(&entry.init.key, move || criu::has_dumped(&log)).await;
         let concluded = match (settled, dumped) {
             (Ok(()), Ok(true)) => self.conclude_checkpoint(entry, begun, Ok(())).await,
             // The client, if it still waits, gets the checkpoint by the replay of its call.
             (settled, _) => {
-                self.put_back(entry, &begun, Live::On).await;
+                self.put_back(entry, &begun, Afterwards::Continues).await;
                 let removed = self.store.remove_scratch(&entry.key, &[CHECKPOINT]);
                 settled.map_err(Error::from).and(removed.map_err(Error::from))
             }
@@ -208,7 +221,7 @@ impl Shim {
         if self.launcher.knows_criu(path) {
             return Ok(());
         }
-        let command = self.launcher.command(Kind::Criu, &init_of(task));
+        let command = self.launcher.command(Kind::Criu, &task.key.init());
         self.store.remove_scratch(&task.key, &[CRIU_PROBLEM])?;
         let dir = self.store.dir(&task.key);
         let checked =
@@ -245,10 +258,6 @@ fn own_cgroup(task: &Task) -> Option<PathBuf> {
     task.cgroup().filter(|_| matches!(task.placement, Placement::Unit { .. })).map(Path::to_owned)
 }
 
-fn init_of(task: &Task) -> ProcessKey {
-    ProcessKey { task: task.key.clone(), exec: None }
-}
-
 fn concluded(outcome: String) -> Result<(), Error> {
     if outcome.is_empty() { Ok(()) } else { Err(Error::Launch(outcome)) }
 }
@@ -262,13 +271,8 @@ fn remove_dir(dir: &Path) -> Result<(), Error> {
     }
 }
 
-/// Copies criu's log into the bundle. Returns the copy, and the first error in it. `None` if criu has written no log.
-fn keep_log(work: &Path, bundle: &Path) -> Option<(PathBuf, Option<String>)> {
-    keep(&work.join(criu::DUMP_LOG), &bundle.join(LOG_COPY))
-}
-
-/// As [`keep_log`].
-pub(super) fn keep(log: &Path, copy: &Path) -> Option<(PathBuf, Option<String>)> {
+/// Copies a log of criu. Returns the copy, and the first error in it. `None` if criu has written no log.
+pub(super) fn copy_log(log: &Path, copy: &Path) -> Option<(PathBuf, Option<String>)> {
     let flags = nix::fcntl::OFlag::O_NONBLOCK | nix::fcntl::OFlag::O_NOFOLLOW;
     let from = File::options().read(true).custom_flags(flags.bits()).open(log).ok()?;
     let mut text = Vec::new();

@@ -5,13 +5,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Component, Path};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::{self, place};
 use crate::fault::{self, Point};
-use crate::id::{ProcessKey, TaskId, TaskKey, UnitName};
+use crate::files;
+use crate::id::{TaskId, TaskKey, UnitName};
 use crate::launch::contract::{Kind, LAUNCHED, PID_FILE};
 use crate::launch::{self, command};
 use crate::oci::bundle::Spec;
@@ -80,7 +81,7 @@ impl Shim {
         }
         self.fds.has_room()?;
         let shim = self.clone();
-        let init = ProcessKey { task: call.key.clone(), exec: None };
+        let init = call.key.init();
         let (task, environment) = self.on_files(&init, move || shim.prepare(call)).await??;
         self.check_types(&task.properties).await?;
         let (entry, _verb) = self.register(task)?;
@@ -311,7 +312,7 @@ impl Shim {
         if name::is_pod_slice(task.placement.slice()) {
             self.make_pod_slice(task.placement.slice(), task).await?;
         }
-        let init = ProcessKey { task: task.key.clone(), exec: None };
+        let init = task.key.init();
         let command = self.launcher.command(Kind::Container, &init);
         let sandbox = self.tasks.sandbox_of(task);
         let shown = UnitMetadata {
@@ -415,8 +416,7 @@ impl Shim {
 
 /// Checks the path of a bundle.
 pub(super) fn check_bundle_path(bundle: &Path) -> Result<(), Error> {
-    let climbs = bundle.components().any(|part| part == Component::ParentDir);
-    if bundle.is_absolute() && !climbs { Ok(()) } else { Err(Error::BundlePath(bundle.to_owned())) }
+    if files::is_plain(bundle) { Ok(()) } else { Err(Error::BundlePath(bundle.to_owned())) }
 }
 
 /// Checks that this machine can apply the limits.

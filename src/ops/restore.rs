@@ -7,15 +7,13 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::fault::{self, Point};
-use crate::id::ProcessKey;
-use crate::launch::contract::{Kind, RESTORE_WORK};
+use crate::launch::contract::{Kind, restore_work};
 use crate::oci::criu;
-use crate::oci::runtime::Cli;
 use crate::services::{Entry, Error, Shim};
 use crate::task::Task;
 use crate::task::phase::Event;
 
-use super::checkpoint::{keep, with_log};
+use super::checkpoint::{copy_log, with_log};
 use super::request_unit::Begun;
 
 /// The copy of criu's log in the bundle.
@@ -29,18 +27,10 @@ impl Shim {
         task: &Task,
         dir: &Path,
     ) -> Result<u32, Error> {
-        let key = ProcessKey { task: task.key.clone(), exec: None };
         if !task.request.rootfs.is_empty() {
-            let command = self.launcher.command(Kind::Mount, &key);
-            let (cli, given_up) = (Cli::of(task, dir), entry.init.live().given_up.clone());
-            let limit = task.runtime.create_limit();
-            let mounted = tokio::select! {
-                mounted = self.oci.launch(&cli, Kind::Mount.word(), limit, &command) => mounted,
-                () = given_up.cancelled() => return Err(Error::GivenUp { process: key }),
-            };
-            mounted.map_err(|error| match error {
-                crate::oci::runtime::Error::Failed { reason, .. } => Error::Launch(reason),
-                error => error.into(),
+            self.launch_for(entry, task, dir, Kind::Mount).await.map_err(|error| match error {
+                Error::Runtime(crate::oci::runtime::Error::Failed { reason, .. }) => Error::Launch(reason),
+                error => error,
             })?;
         }
         fault::point(Point::CreateMounted);
@@ -97,22 +87,14 @@ impl Shim {
         let task = entry.task().clone();
         let kept = match &error {
             Error::Launch(_) => {
-                let work = self.restore_work(&task);
+                let work = restore_work(&task.runtime, &self.store.dir(&task.key));
                 let (log, copy) = (work.join(criu::RESTORE_LOG), task.request.bundle.join(LOG_COPY));
-                self.on_files(&entry.init.key, move || keep(&log, &copy)).await.unwrap_or(None)
+                self.on_files(&entry.init.key, move || copy_log(&log, &copy)).await.unwrap_or(None)
             }
             _ => None,
         };
         self.roll_back_restore(entry).await;
         self.tasks.note_event(entry, &entry.init, Event::StartFailed)?;
         Err(with_log(error, kept))
-    }
-
-    fn restore_work(&self, task: &Task) -> std::path::PathBuf {
-        if task.runtime.criu_work.as_os_str().is_empty() {
-            self.store.dir(&task.key).join(RESTORE_WORK)
-        } else {
-            task.runtime.criu_work.clone()
-        }
     }
 }

@@ -76,7 +76,7 @@ impl Shim {
             return Err(Error::NotImplemented("a sandbox with a user namespace of its own"));
         }
         check_bundle_path(&call.bundle)?;
-        let init = ProcessKey { task: call.key.clone(), exec: None };
+        let init = call.key.init();
         // A task that exists has its files already. The record decides what becomes of the call.
         let is_new = self.tasks.registry.get(&call.key).is_none_or(|entry| entry.task().is_leftover);
         let sandbox = if is_new {
@@ -176,7 +176,7 @@ impl Shim {
     /// # Errors
     /// There is no such sandbox.
     pub async fn sandbox_state(&self, key: &TaskKey) -> Result<SandboxState, Error> {
-        let state = self.state(&ProcessKey { task: key.clone(), exec: None })?;
+        let state = self.state(&key.init())?;
         let task = self.tasks.created(key)?.task().clone();
         let launched = self.store.dir(key).join(LAUNCHED);
         let created = blocking(move || fs::metadata(launched).and_then(|found| found.modified())).await?;

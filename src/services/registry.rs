@@ -109,7 +109,7 @@ impl<L: Default> Entry<L> {
     }
 
     fn new(task: Task) -> Self {
-        let key = ProcessKey { task: task.key.clone(), exec: None };
+        let key = task.key.init();
         Self {
             key: task.key.clone(),
             init: Process::new(key, task.init.unit.clone(), task.init.exit()),

@@ -142,7 +142,7 @@ impl World {
 
     /// The task's init process.
     pub(crate) fn init(&self) -> ProcessKey {
-        ProcessKey { task: self.task.clone(), exec: None }
+        self.task.init()
     }
 
     /// The exec.

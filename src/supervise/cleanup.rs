@@ -312,9 +312,7 @@ impl Shim {
         launch::cgroup::kill(task.unit());
         let mut troubles = Troubles::default();
         let cli = runtime::Cli::of(&task, &dir);
-        if cli.knows() {
-            troubles.add(self.oci.delete(&cli).await);
-        }
+        troubles.add(delete_in_runtime(&*self.oci, &cli).await);
         let removed = remove_unit(&*self.manager, task.unit(), Stop::Awaited).await;
         if removed.is_empty() {
             self.manager.release(task.unit()).await;

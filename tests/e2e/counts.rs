@@ -83,6 +83,19 @@ fn assert_cost(node: &Node, operation: impl Fn(), limits: &[Limit]) {
     assert!(calls(example) > 0 && own_programs(example) > 0 && records(example) > 0 && moves(example) > 0);
 }
 
+/// The limits for one exec, however it ends.
+fn exec_limits() -> [Limit; 7] {
+    [
+        ("calls of the daemon", 6, calls),
+        ("signals of systemd", 32, signals),
+        ("executors", 1, executors),
+        ("own programs", 1, own_programs),
+        ("files of the daemon", 15, records),
+        ("files of systemd", 2, files_of_systemd),
+        ("moves between cgroups", 2 + more_moves(), moves),
+    ]
+}
+
 fn sleeping(node: &Node) -> Container<'_> {
     node.container("counts", Spec::sleeping()).started(&Io::default())
 }
@@ -97,19 +110,7 @@ fn an_exec_that_ends_by_itself_costs_few_messages_programs_files_and_moves() {
         assert_eq!(exec.exit_status(), 0);
         exec.delete().expect("delete");
     };
-    assert_cost(
-        &node,
-        probe,
-        &[
-            ("calls of the daemon", 6, calls),
-            ("signals of systemd", 32, signals),
-            ("executors", 1, executors),
-            ("own programs", 1, own_programs),
-            ("files of the daemon", 15, records),
-            ("files of systemd", 2, files_of_systemd),
-            ("moves between cgroups", 2 + more_moves(), moves),
-        ],
-    );
+    assert_cost(&node, probe, &exec_limits());
 }
 
 #[test]
@@ -123,19 +124,7 @@ fn an_exec_that_is_killed_costs_few_messages_programs_files_and_moves() {
         assert_eq!(exec.exit_status(), 137);
         exec.delete().expect("delete");
     };
-    assert_cost(
-        &node,
-        killed,
-        &[
-            ("calls of the daemon", 6, calls),
-            ("signals of systemd", 32, signals),
-            ("executors", 1, executors),
-            ("own programs", 1, own_programs),
-            ("files of the daemon", 15, records),
-            ("files of systemd", 2, files_of_systemd),
-            ("moves between cgroups", 2 + more_moves(), moves),
-        ],
-    );
+    assert_cost(&node, killed, &exec_limits());
 }
 
 #[test]
