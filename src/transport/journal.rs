@@ -29,6 +29,9 @@ use crate::sys;
 
 use super::frame::{Assembler, Frame, HEADER, SKIPPED, TYPE, TooLong};
 
+/// Overwrites the type of a request that is answered. No frame has this type.
+const ANSWERED: u8 = 0;
+
 const MAGIC: u32 = 0x5353_6431;
 /// The version of the layout that is written. The version before is read as well.
 const VERSION: u32 = 1;
@@ -177,19 +180,30 @@ impl Journal {
         file.read_exact_at(&mut noted, IN_BASE + head.start)?;
         let mut assembler = Assembler::default();
         let (mut open, mut open_bytes, mut unanswered) = (BTreeMap::new(), 0, Vec::new());
+        // The daemon may have journaled a response and ended before it marked the request. The request is marked now: the
+        // next response takes the place of the last one.
+        let mark = |at: u64, mark: u8| file.write_all_at(&[mark], IN_BASE + head.start + at + TYPE);
         for (at, frame) in assembler.push(&noted) {
-            // The daemon journaled the response to this request, and ended before it marked the request.
-            if frame.is_request() && Some(frame.stream()) != last {
-                let length = frame.bytes.len() as u64;
-                open.insert(frame.stream(), (head.start + at, length));
-                open_bytes += length;
-                unanswered.push(frame);
+            if !frame.is_request() {
+                continue;
+            }
+            if Some(frame.stream()) == last {
+                mark(at, ANSWERED)?;
+                continue;
+            }
+            let length = frame.bytes.len() as u64;
+            open.insert(frame.stream(), (head.start + at, length));
+            open_bytes += length;
+            unanswered.push(frame);
+        }
+        let mut refusals = Vec::new();
+        for (at, refused) in assembler.take_refused() {
+            if Some(refused.stream) == last {
+                mark(at, SKIPPED)?;
+            } else {
+                refusals.push(Refusal::too_long(head.start + at, refused));
             }
         }
-        // The same for a request that was too long.
-        let refused = assembler.take_refused().into_iter();
-        let refused = refused.filter(|(_, refused)| Some(refused.stream) != last);
-        let refusals = refused.map(|(at, refused)| Refusal::too_long(head.start + at, refused)).collect();
         let position = (&file).stream_position()?;
         let out_sent = match position.checked_sub(OUT_BASE) {
             Some(sent) if sent <= out_end => sent,
@@ -242,7 +256,7 @@ impl Journal {
             if frame.is_request() && !self.has_room_for(&frame) {
                 let reason = format!("there are {} unanswered requests on this connection", self.open.len());
                 let answer = Frame::refusal(frame.stream(), Code::RESOURCE_EXHAUSTED, reason);
-                self.refusals.push(Refusal { answer, at: begun + at, mark: 0 });
+                self.refusals.push(Refusal { answer, at: begun + at, mark: ANSWERED });
                 continue;
             }
             if frame.is_request() {
@@ -340,7 +354,7 @@ impl Journal {
             return self.release(IN_BASE, old.start, old.end);
         }
         debug_assert!(length > TYPE);
-        self.file.write_all_at(&[0], IN_BASE + at + TYPE)?;
+        self.file.write_all_at(&[ANSWERED], IN_BASE + at + TYPE)?;
         self.compact_if_worthwhile()
     }
 
@@ -476,3 +490,6 @@ fn read_u64(file: &File, at: u64) -> Result<u64, Error> {
     file.read_exact_at(&mut bytes, at)?;
     Ok(u64::from_le_bytes(bytes))
 }
+
+#[cfg(test)]
+mod tests;

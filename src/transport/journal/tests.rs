@@ -1,0 +1,71 @@
+use std::os::unix::net::UnixStream;
+
+use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE};
+
+use super::*;
+
+fn frame(stream: u32, kind: u8, length: usize) -> Vec<u8> {
+    let mut bytes = u32::try_from(length).unwrap().to_be_bytes().to_vec();
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend([kind, 0]);
+    bytes.resize(HEADER + length, 7);
+    bytes
+}
+
+fn response(stream: u32) -> Frame {
+    Frame { bytes: frame(stream, MESSAGE_TYPE_RESPONSE, 4) }
+}
+
+/// A journal with these requests, which were removed from the socket.
+fn journal(requests: &[(u32, usize)]) -> Journal {
+    let mut journal = Journal::new().unwrap();
+    for (stream, length) in requests {
+        journal.note(&frame(*stream, MESSAGE_TYPE_REQUEST, *length)).unwrap();
+        journal.settle().unwrap();
+    }
+    journal
+}
+
+fn adopt(journal: &Journal) -> Found {
+    Journal::adopt(journal.fd().try_clone_to_owned().unwrap()).unwrap()
+}
+
+fn streams(found: &Found) -> Vec<u32> {
+    found.unanswered.iter().map(Frame::stream).collect()
+}
+
+#[test]
+fn an_answer_that_was_not_marked_is_not_given_again_by_any_later_daemon() {
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    let mut first = journal(&[(1, 10), (3, 10), (5, 10), (7, 10)]);
+    // The daemon ends after it journaled the response and before it marked the request.
+    first.note_response(socket.as_fd(), &response(3)).unwrap();
+    let mut second = adopt(&first);
+    assert_eq!(streams(&second), [1, 5, 7]);
+    second.journal.respond(socket.as_fd(), &response(5)).unwrap();
+    let mut third = adopt(&second.journal);
+    assert_eq!(streams(&third), [1, 7]);
+    third.journal.note_response(socket.as_fd(), &response(1)).unwrap();
+    let mut fourth = adopt(&third.journal);
+    assert_eq!(streams(&fourth), [7]);
+    fourth.journal.respond(socket.as_fd(), &response(7)).unwrap();
+    assert_eq!(streams(&adopt(&fourth.journal)), [0; 0]);
+}
+
+#[test]
+fn a_refusal_that_was_not_marked_is_not_given_again_by_any_later_daemon() {
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    let mut first = journal(&[(1, 10), (5, 10)]);
+    // The rest of the frame is still to come, so the log is not compacted.
+    let begun = &frame(3, MESSAGE_TYPE_REQUEST, MESSAGE_LENGTH_MAX + 1)[..100];
+    first.note(begun).unwrap();
+    first.settle().unwrap();
+    let refused = first.refusals.remove(0);
+    first.note_response(socket.as_fd(), &refused.answer).unwrap();
+    let mut second = adopt(&first);
+    assert!(second.journal.refusals.is_empty());
+    second.journal.respond(socket.as_fd(), &response(1)).unwrap();
+    let third = adopt(&second.journal);
+    assert_eq!(streams(&third), [5]);
+    assert!(third.journal.refusals.is_empty(), "{:?}", third.journal.refusals);
+}
