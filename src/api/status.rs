@@ -37,7 +37,7 @@ pub fn code(error: &Error) -> Code {
         | Error::Options(_)
         | Error::Stdio(_)
         | Error::Process(oci::process::Error::Malformed(_) | oci::process::Error::NoArgs)
-        | Error::Place(_)
+        | Error::CgroupsPath(_)
         | Error::Name(_) => Code::INVALID_ARGUMENT,
         Error::NotEnding { .. }
         | Error::NotFreezing { .. }

@@ -2,9 +2,9 @@
 //!
 //! The attributes of a unit's own cgroup belong to systemd. This module only changes sub-cgroups.
 
+pub mod cgroups_path;
 pub mod format;
 pub mod limits;
-pub mod place;
 pub mod processes;
 pub mod stats;
 pub mod watch;

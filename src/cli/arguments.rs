@@ -12,11 +12,11 @@ pub enum Command {
     /// Show the version.
     Version,
     /// Show what the runtime can do.
-    Info(Global),
+    Info(Flags),
     /// Tell containerd the address of the shim of a task.
-    Start(Global),
+    Start(Flags),
     /// Remove what is left of a task.
-    Delete(Global),
+    Delete(Flags),
     /// Run the daemon.
     Serve,
     /// Wait for a call while the daemon is stopped.
@@ -37,7 +37,7 @@ pub enum Command {
 
 /// The flags that containerd passes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Global {
+pub struct Flags {
     /// The namespace.
     pub namespace: String,
     /// The task.
@@ -84,11 +84,11 @@ pub enum Error {
 ///
 /// # Errors
 /// The argument that can't be parsed.
-pub fn parse(words: &[String]) -> Result<Command, Error> {
-    let mut global = Global::default();
-    let mut words = words.iter().map(String::as_str).peekable();
+pub fn parse(args: &[String]) -> Result<Command, Error> {
+    let mut flags = Flags::default();
+    let mut args = args.iter().map(String::as_str).peekable();
     let mut special = None;
-    while let Some(word) = words.next_if(|word| word.starts_with('-') && *word != "-" && *word != "--") {
+    while let Some(word) = args.next_if(|word| word.starts_with('-') && *word != "-" && *word != "--") {
         let name = word.strip_prefix("--").unwrap_or(&word[1..]);
         let (name, inline) = name.split_once('=').map_or((name, None), |(name, value)| (name, Some(value)));
         let place = match name {
@@ -98,42 +98,42 @@ pub fn parse(words: &[String]) -> Result<Command, Error> {
                 continue;
             }
             "info" => {
-                special = Some(Command::Info(Global::default()));
+                special = Some(Command::Info(Flags::default()));
                 continue;
             }
             "debug" => continue,
-            "namespace" => &mut global.namespace,
-            "id" => &mut global.id,
-            "address" => &mut global.address,
-            "bundle" => &mut global.bundle,
-            "publish-binary" => &mut global.publish_binary,
-            "socket" => &mut global.socket,
+            "namespace" => &mut flags.namespace,
+            "id" => &mut flags.id,
+            "address" => &mut flags.address,
+            "bundle" => &mut flags.bundle,
+            "publish-binary" => &mut flags.publish_binary,
+            "socket" => &mut flags.socket,
             _ => return Err(Error::Flag(word.to_owned())),
         };
-        let value = inline.or_else(|| words.next()).ok_or_else(|| Error::Value(word.to_owned()))?;
+        let value = inline.or_else(|| args.next()).ok_or_else(|| Error::Value(word.to_owned()))?;
         value.clone_into(place);
     }
     match special {
-        Some(Command::Info(_)) => return Ok(Command::Info(global)),
+        Some(Command::Info(_)) => return Ok(Command::Info(flags)),
         Some(command) => return Ok(command),
         None => {}
     }
-    match words.next() {
+    match args.next() {
         None => Err(Error::NoCommand),
-        Some("start") => Ok(Command::Start(global)),
-        Some("delete") => Ok(Command::Delete(global)),
+        Some("start") => Ok(Command::Start(flags)),
+        Some("delete") => Ok(Command::Delete(flags)),
         Some("serve") => Ok(Command::Serve),
         Some("wake") => Ok(Command::Wake),
         Some("help") => Ok(Command::Help),
         #[cfg(feature = "faults")]
         Some("faults") => Ok(Command::Faults),
         Some("launch") => {
-            let launch = contract::parse(&words.collect::<Vec<_>>());
+            let launch = contract::parse(&args.collect::<Vec<_>>());
             launch.map(|(kind, key)| Command::Launch { kind, key }).ok_or(Error::Launch)
         }
         Some(other) => match TOOLS.into_iter().find(|tool| tool.name == other) {
             Some(tool) => {
-                let rest: Vec<String> = words.map(str::to_owned).collect();
+                let rest: Vec<String> = args.map(str::to_owned).collect();
                 let given = tool.parse(&rest).map_err(|problem| Error::Tool { tool: tool.name, problem })?;
                 Ok(Command::Tool(tool, given))
             }
@@ -156,9 +156,9 @@ mod tests {
             "-namespace default -address /run/c.sock -publish-binary /usr/bin/containerd -id web start",
             "--namespace=default -address=/run/c.sock --publish-binary /usr/bin/containerd -debug -id web start",
         ] {
-            let Ok(Command::Start(global)) = read(line) else { unreachable!("{line}") };
-            assert_eq!((global.namespace.as_str(), global.id.as_str()), ("default", "web"));
-            assert_eq!(global.address, "/run/c.sock");
+            let Ok(Command::Start(flags)) = read(line) else { unreachable!("{line}") };
+            assert_eq!((flags.namespace.as_str(), flags.id.as_str()), ("default", "web"));
+            assert_eq!(flags.address, "/run/c.sock");
         }
     }
 

@@ -18,19 +18,19 @@ use crate::task::Task;
 use crate::task::phase::Exit;
 use crate::{cgroup, config, unit};
 
-use super::arguments::Global;
+use super::arguments::Flags;
 use super::{Failure, block_on, key_of, print, say};
 
 /// The exit status of a task that containerd has given up: killed by SIGKILL.
 const KILLED: u32 = 128 + 9;
 
-pub(super) fn run(global: &Global) -> Result<(), Failure> {
-    let bundle = match global.bundle.as_str() {
+pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
+    let bundle = match flags.bundle.as_str() {
         "" => std::env::current_dir()
             .map_err(|error| Failure(format!("can't read the working directory: {error}")))?,
         bundle => PathBuf::from(bundle),
     };
-    let key = key_of(global, &bundle)?;
+    let key = key_of(flags, &bundle)?;
     let store = Store::new(config::STATE_DIR);
     let response = match recorded_as(&store, &key) {
         Some(found) => clean_up(&store, &found, &key),

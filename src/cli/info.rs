@@ -9,19 +9,19 @@ use crate::id::Namespace;
 use crate::oci::features;
 use crate::oci::options::Source;
 
-use super::arguments::Global;
+use super::arguments::Flags;
 use super::{Failure, print, read_stdin, say};
 
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
-pub(super) fn run(global: &Global) -> Result<(), Failure> {
+pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     let input = read_stdin()?;
     let options = Any::parse_from_bytes(&input)
         .map_err(|error| Failure(format!("can't decode the options on standard input: {error}")))?;
     let source = convert::options(Some(&options)).map_err(Failure::new)?;
     let given = MessageField::from_option((!options.type_url.is_empty()).then_some(options));
     let features =
-        features(source, global).map(|value| Any { type_url: FEATURES.to_owned(), value, ..Any::default() });
+        features(source, flags).map(|value| Any { type_url: FEATURES.to_owned(), value, ..Any::default() });
     let info = RuntimeInfo {
         name: "io.containerd.systemd.v1".to_owned(),
         version: MessageField::some(RuntimeVersion {
@@ -37,8 +37,8 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
 
 /// The features of the OCI runtime; `None`, with a warning on standard error, if they are not known. containerd's clients
 /// then offer nothing that depends on them, such as user namespaces and recursive read-only mounts.
-fn features(source: Source, global: &Global) -> Option<Vec<u8>> {
-    let namespace = Namespace::new(&global.namespace).or_else(|_| Namespace::new("default")).ok()?;
+fn features(source: Source, flags: &Flags) -> Option<Vec<u8>> {
+    let namespace = Namespace::new(&flags.namespace).or_else(|_| Namespace::new("default")).ok()?;
     let path = std::env::var("PATH").unwrap_or_default();
     let read = || -> Result<Vec<u8>, Failure> {
         let runtime = source.read().and_then(|options| options.resolve(&namespace, &path));

@@ -12,7 +12,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use arguments::{Command, Global};
+use arguments::{Command, Flags};
 #[cfg(any(test, fuzzing))]
 pub use start::is_bootstrap;
 
@@ -51,9 +51,9 @@ pub fn run(words: Vec<String>) -> ExitCode {
     let result = match command {
         Command::Help => print(USAGE.as_bytes()),
         Command::Version => print(version().as_bytes()),
-        Command::Info(global) => info::run(&global),
-        Command::Start(global) => start::run(&global),
-        Command::Delete(global) => delete::run(&global),
+        Command::Info(flags) => info::run(&flags),
+        Command::Start(flags) => start::run(&flags),
+        Command::Delete(flags) => delete::run(&flags),
         Command::Serve if !serve::has_work() => {
             say(&format!("only systemd runs serve: start {} instead", crate::unit::name::DAEMON_SOCKET));
             return ExitCode::from(MISUSED);
@@ -142,11 +142,11 @@ fn block_on<T>(errand: impl Future<Output = T>) -> Result<T, Failure> {
 }
 
 /// Checks what containerd said about the task that has this bundle.
-fn key_of(global: &Global, bundle: &Path) -> Result<crate::id::TaskKey, Failure> {
+fn key_of(flags: &Flags, bundle: &Path) -> Result<crate::id::TaskKey, Failure> {
     use crate::id::{Namespace, TaskId, TaskKey};
     let namespace =
-        Namespace::new(&global.namespace).map_err(|error| Failure(format!("-namespace: {error}")))?;
-    let id = TaskId::new(&global.id).map_err(|error| Failure(format!("-id: {error}")))?;
+        Namespace::new(&flags.namespace).map_err(|error| Failure(format!("-namespace: {error}")))?;
+    let id = TaskId::new(&flags.id).map_err(|error| Failure(format!("-id: {error}")))?;
     let owner = containerd::owner(bundle, &namespace, &id);
     Ok(TaskKey { owner, namespace, id })
 }

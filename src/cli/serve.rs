@@ -29,7 +29,7 @@ use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
 use crate::supervise::slices;
 use crate::suspect::Crashes;
-use crate::transport::Keep;
+use crate::transport::ConnectionStore;
 use crate::transport::durable::Durable;
 use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::{Leases, Socket};
@@ -125,7 +125,7 @@ impl Waking {
             let begun = self.manager.begin_transient(&name::wake_service(), &wake).await;
             begun.map(drop).map_err(|error| error.to_string())
         };
-        let started = tokio::time::timeout(STOP_LIMIT, start).await;
+        let started = tokio::time::timeout(SHUTDOWN_CALL_LIMIT, start).await;
         if let Err(reason) = started.map_err(|_| "systemd does not answer".to_owned()).flatten() {
             tracing::warn!(
                 "can't start the wake unit, so the next call of containerd will not start the daemon: {reason}"
@@ -171,7 +171,7 @@ impl Drop for Workers {
     }
 }
 
-impl Keep for FdStore {
+impl ConnectionStore for FdStore {
     fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.has_room().and_then(|()| Self::keep(self, name, fds)).map_err(io::Error::other)
     }
@@ -300,7 +300,7 @@ async fn serve(
     // Running work is left as it is, and the next daemon continues it, as after a crash.
     fd_store.notifier().stopping();
     tracing::info!("stopping");
-    let is_stopped = tokio::time::timeout(STOP_LIMIT, waking.is_stopped()).await;
+    let is_stopped = tokio::time::timeout(SHUTDOWN_CALL_LIMIT, waking.is_stopped()).await;
     match is_stopped.map_err(|_| "systemd does not answer".to_owned()).flatten() {
         Ok(true) => {
             if keeps && connections.count() > 0 {
@@ -331,4 +331,4 @@ fn listen(
 }
 
 /// The time limit for the calls to systemd at the end.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
+const SHUTDOWN_CALL_LIMIT: Duration = Duration::from_secs(5);

@@ -24,18 +24,18 @@ use crate::unit::properties;
 use crate::unit::{self, name, watch};
 use crate::{cgroup, config};
 
-use super::arguments::Global;
+use super::arguments::Flags;
 use super::{Failure, block_on, key_of, print, read_stdin};
 
-pub(super) fn run(global: &Global) -> Result<(), Failure> {
+pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     let here = std::env::current_dir()
         .map_err(|error| Failure(format!("can't read the working directory: {error}")))?;
-    let key = key_of(global, &here)?;
+    let key = key_of(flags, &here)?;
     check_host()?;
     let input = read_stdin()?;
-    let caller = Caller::from(global, &input);
+    let caller = Caller::from(flags, &input);
     let namespaces = namespaces::of_caller().map_err(Failure::new)?;
-    let containerd = Containerd { namespaces, ..containerd(global, &caller) };
+    let containerd = Containerd { namespaces, ..containerd(flags, &caller) };
     containerd::write_containerd(&here, &containerd).map_err(Failure::new)?;
     if let Some(options) = caller.options(&input)? {
         containerd::write_options(&here, &options).map_err(Failure::new)?;
@@ -59,9 +59,9 @@ enum Caller {
 impl Caller {
     /// The bootstrap message and the older runtime options can be legal readings of the same bytes:
     /// it is the message only if it repeats what the flags say.
-    fn from(global: &Global, input: &[u8]) -> Self {
+    fn from(flags: &Flags, input: &[u8]) -> Self {
         match BootstrapParams::parse_from_bytes(input) {
-            Ok(message) if message.instance_id == global.id && message.namespace == global.namespace => {
+            Ok(message) if message.instance_id == flags.id && message.namespace == flags.namespace => {
                 Self::Bootstrap(Box::new(message))
             }
             Ok(_) | Err(_) if std::env::var_os("MAX_SHIM_VERSION").is_some() => Self::Json,
@@ -121,12 +121,12 @@ impl Caller {
 /// Whether what containerd writes to `start` is a bootstrap message for this task.
 #[cfg(any(test, fuzzing))]
 pub fn is_bootstrap(namespace: &str, id: &str, input: Vec<u8>) -> bool {
-    let global = Global { namespace: namespace.to_owned(), id: id.to_owned(), ..Global::default() };
-    matches!(Caller::from(&global, &input), Caller::Bootstrap(_))
+    let flags = Flags { namespace: namespace.to_owned(), id: id.to_owned(), ..Flags::default() };
+    matches!(Caller::from(&flags, &input), Caller::Bootstrap(_))
 }
 
 /// What the daemon must know about the calling containerd.
-fn containerd(global: &Global, caller: &Caller) -> Containerd {
+fn containerd(flags: &Flags, caller: &Caller) -> Containerd {
     let variable = |name: &str| std::env::var(name).unwrap_or_default();
     let (mut ttrpc_address, mut grpc_address) = (variable("TTRPC_ADDRESS"), variable("GRPC_ADDRESS"));
     if let Caller::Bootstrap(message) = caller {
@@ -134,7 +134,7 @@ fn containerd(global: &Global, caller: &Caller) -> Containerd {
         grpc_address.clone_from(&message.containerd_grpc_address);
     }
     if grpc_address.is_empty() {
-        grpc_address.clone_from(&global.address);
+        grpc_address.clone_from(&flags.address);
     }
     if ttrpc_address.is_empty() {
         ttrpc_address = format!("{grpc_address}.ttrpc");
@@ -268,8 +268,8 @@ mod tests {
     use super::*;
     use crate::api::messages::GenericOptions;
 
-    fn global() -> Global {
-        Global { namespace: "default".to_owned(), id: "web".to_owned(), ..Global::default() }
+    fn flags() -> Flags {
+        Flags { namespace: "default".to_owned(), id: "web".to_owned(), ..Flags::default() }
     }
 
     #[test]
@@ -280,8 +280,8 @@ mod tests {
             containerd_ttrpc_address: "/run/t.sock".to_owned(),
             ..BootstrapParams::default()
         };
-        let caller = Caller::from(&global(), &message.write_to_bytes().unwrap());
-        assert_eq!(containerd(&global(), &caller).ttrpc_address, "/run/t.sock");
+        let caller = Caller::from(&flags(), &message.write_to_bytes().unwrap());
+        assert_eq!(containerd(&flags(), &caller).ttrpc_address, "/run/t.sock");
         let answer = caller.answer("unix:///x".to_owned()).unwrap();
         let answer = BootstrapResult::parse_from_bytes(&answer).unwrap();
         assert_eq!(
@@ -297,7 +297,7 @@ mod tests {
             config_path: "/etc/x.toml".to_owned(),
             ..GenericOptions::default()
         };
-        let caller = Caller::from(&global(), &options.write_to_bytes().unwrap());
+        let caller = Caller::from(&flags(), &options.write_to_bytes().unwrap());
         assert!(!matches!(caller, Caller::Bootstrap(_)));
     }
 

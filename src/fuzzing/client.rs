@@ -8,7 +8,7 @@ use protobuf::well_known_types::any::Any;
 
 use crate::api::convert;
 use crate::api::messages::BootstrapParams;
-use crate::cgroup::place;
+use crate::cgroup::cgroups_path;
 use crate::cli::arguments;
 use crate::id::{ExecId, Namespace, TaskId, TaskKey, UnitName, is_long_hex};
 use crate::oci::resources::{self, Resources};
@@ -31,16 +31,16 @@ pub(super) fn arguments(data: &[u8]) {
 pub(super) fn cgroups_path(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let Some((namespace, id)) = names("k8s.io", "web") else { return };
-    match place::parse(text, &namespace, &id) {
-        Ok(place::Wish::Literal(path)) => {
+    match cgroups_path::parse(text, &namespace, &id) {
+        Ok(cgroups_path::Requested::Literal(path)) => {
             let climbs = path.components().any(|part| part.as_os_str() == "..");
             assert!(path.is_absolute() && !climbs, "{}", path.display());
         }
-        Ok(place::Wish::Slice { slice, child }) => {
+        Ok(cgroups_path::Requested::Slice { slice, child }) => {
             assert!(slice.ends_with(".slice") && !slice.contains('/'), "{slice}");
             assert!(!child.is_empty() && !child.contains('/') && child != "." && child != "..", "{child}");
         }
-        Ok(place::Wish::Ours) | Err(_) => {}
+        Ok(cgroups_path::Requested::Default) | Err(_) => {}
     }
 }
 

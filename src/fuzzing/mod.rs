@@ -27,7 +27,7 @@ pub const TARGETS: [(&str, Target); 26] = [
     ("cgroups_path", client::cgroups_path),
     ("cpuset", rules::processors),
     ("devices", rules::devices),
-    ("face", properties::face),
+    ("metadata", properties::metadata),
     ("file", disk::file),
     ("frame", client::frame),
     ("journal", streams::journal),

@@ -4,8 +4,8 @@ use zbus::{Signature, Variant};
 
 use crate::id::{Namespace, TaskId, TaskKey};
 use crate::oci::bundle::Spec;
-use crate::oci::face;
-use crate::task::request::{Asker, Property};
+use crate::oci::metadata;
+use crate::task::request::{Property, PropertySource};
 use crate::text;
 use crate::unit::annotation::{self, Additions, Extension};
 
@@ -18,8 +18,8 @@ const MAX_BODY: usize = 96 << 10;
 pub(super) fn annotation(data: &[u8]) {
     let Some((name, value)) = first_line(data) else { return };
     let Ok(value) = std::str::from_utf8(value) else { return };
-    for asker in [Asker::Annotation, Asker::StopSignal, Asker::Options] {
-        let property = Property { asker, name: name.to_owned(), value: value.to_owned() };
+    for source in [PropertySource::Annotation, PropertySource::StopSignal, PropertySource::Options] {
+        let property = Property { source, name: name.to_owned(), value: value.to_owned() };
         let extension = Extension::new(&[name.to_owned()]).unwrap_or_default();
         for extension in [Extension::default(), extension] {
             let Ok(checked) = annotation::check([property.clone()], &extension) else { continue };
@@ -62,18 +62,20 @@ fn check_lines(name: &str, value: &Variant<'_>, depth: usize) {
 }
 
 /// The spec of a container: its description, identifier and journal fields are lines.
-pub(super) fn face(data: &[u8]) {
+pub(super) fn metadata(data: &[u8]) {
     let Ok(spec) = Spec::parse(data) else { return };
     let (Ok(namespace), Ok(id)) = (Namespace::new("default"), TaskId::new("web")) else { return };
     let key = TaskKey::usual(namespace, id);
-    let face = face::of(&key, &spec);
-    let fields = face.fields.iter().map(|(_, value)| value.as_str());
-    for line in [face.description.as_str(), face::identifier(&face.fields)].into_iter().chain(fields) {
+    let metadata = metadata::of(&key, &spec);
+    let fields = metadata.fields.iter().map(|(_, value)| value.as_str());
+    for line in
+        [metadata.description.as_str(), metadata::identifier(&metadata.fields)].into_iter().chain(fields)
+    {
         if let Some(flaw) = text::flaw(line) {
             panic!("{line:?}: {flaw}");
         }
     }
-    for (name, _) in &face.fields {
+    for (name, _) in &metadata.fields {
         let is_name = |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_';
         assert!(
             name.bytes().all(is_name) && !name.starts_with('_'),

@@ -11,7 +11,7 @@ use crate::oci::criu::{self, CONFIG_VARIABLE, Checkpoint, Notes};
 use crate::store::Store;
 use crate::task::wiring::{Input, Output};
 
-use super::contract::{CHECKPOINT, CRIU_CONFIG, dump_work};
+use super::contract::{CHECKPOINT, CRIU_CONFIG, CheckpointNote, dump_work};
 use super::error::Error;
 use super::process::Process;
 
@@ -31,14 +31,9 @@ pub(super) fn run(process: &Process<'_>) -> Result<Infallible, Error> {
 }
 
 fn request(process: &Process<'_>) -> Result<Checkpoint, Error> {
-    /// The part of the daemon's note that says what to do.
-    #[derive(serde::Deserialize)]
-    struct Begun {
-        request: Checkpoint,
-    }
     let store = Store::new(config::STATE_DIR);
-    let begun: Option<Begun> = store.read_scratch(&process.task.key, CHECKPOINT)?;
-    begun.map(|begun| begun.request).ok_or(Error::NoRequest)
+    let note: Option<CheckpointNote> = store.read_scratch(&process.task.key, CHECKPOINT)?;
+    note.map(|note| note.request).ok_or(Error::NoRequest)
 }
 
 /// The streams of the container that are FIFOs: number, and criu's name.

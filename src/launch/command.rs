@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::id::ProcessKey;
-use crate::oci::sealed::Place;
+use crate::oci::sealed::SealedRef;
 
 use super::contract::{self, Kind, LAUNCH_CGROUP, LAUNCH_ERROR, SEALED_RUNTIME};
 
@@ -15,7 +15,7 @@ pub fn command_line(program: &Path, kind: Kind, key: &ProcessKey) -> Vec<String>
 }
 
 /// The unit's environment: the copy of the OCI runtime, and the cgroup in which the runtime works.
-pub fn environment(copy: Option<&Place>, cgroup: Option<&Path>) -> Vec<String> {
+pub fn environment(copy: Option<&SealedRef>, cgroup: Option<&Path>) -> Vec<String> {
     let copy = copy.map(|copy| format!("{SEALED_RUNTIME}={copy}"));
     let cgroup = cgroup.map(|cgroup| format!("{LAUNCH_CGROUP}={}", cgroup.display()));
     copy.into_iter().chain(cgroup).collect()

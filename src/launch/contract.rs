@@ -43,7 +43,7 @@ pub const OUTCOME: &str = "outcome.json";
 /// stop.
 pub const LAUNCHED: &str = "launched";
 
-/// The file in which the daemon tells `launch` what checkpoint to take.
+/// The file with the [`CheckpointNote`], which the daemon writes and `launch` reads.
 pub const CHECKPOINT: &str = "checkpoint.json";
 
 /// The file to which `launch` writes why criu can't be used.
@@ -60,6 +60,18 @@ pub const CRIU_CONFIG: &str = "criu.conf";
 
 /// The configuration of criu that overrides what the OCI runtime asks for in a restore.
 pub const CRIU_OVERRIDES: &str = "criu-overrides.conf";
+
+/// A checkpoint that the daemon has begun. If the daemon ends meanwhile, the next one completes it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct CheckpointNote {
+    /// The checkpoint.
+    pub request: Checkpoint,
+    /// True if the unit was frozen before.
+    pub was_paused: bool,
+    /// The reason of a failure, or an empty text after success. `None` while the checkpoint is under way.
+    #[serde(default)]
+    pub outcome: Option<String>,
+}
 
 /// The kind of process that `launch` starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::id::{ExecId, ProcessKey};
 use crate::oci::runtime::Cli;
-use crate::oci::sealed::{self, Place};
+use crate::oci::sealed::{self, SealedRef};
 use crate::store::Store;
 use crate::task::Task;
 use crate::task::wiring::Wiring;
@@ -69,5 +69,5 @@ impl<'a> Process<'a> {
 
 /// The daemon's copy of the OCI runtime, if it has one.
 fn sealed_runtime() -> Option<File> {
-    std::env::var(SEALED_RUNTIME).ok()?.parse::<Place>().ok()?.open()
+    std::env::var(SEALED_RUNTIME).ok()?.parse::<SealedRef>().ok()?.open()
 }

@@ -25,7 +25,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use tokio::time::timeout;
 
-use crate::cgroup::{self, place};
+use crate::cgroup::{self, cgroups_path};
 use crate::config;
 use crate::files;
 use crate::sys;
@@ -178,7 +178,7 @@ impl CommandLine {
 /// with the same directory.
 fn prefix(cli: &Cli<'_>) -> String {
     let dir = cli.dir.strip_prefix(config::STATE_DIR).unwrap_or(cli.dir).to_string_lossy();
-    place::escape(&format!("{}+", dir.trim_start_matches('/').replace('/', "+")))
+    cgroups_path::escape(&format!("{}+", dir.trim_start_matches('/').replace('/', "+")))
 }
 
 fn spawn(cli: &Cli<'_>, command: &Command, cgroup: Option<&Path>) -> io::Result<spawn::Child> {

@@ -9,10 +9,11 @@
 use std::ffi::OsString;
 use std::fmt::Write;
 use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::files;
@@ -38,7 +39,10 @@ const MAX_NOTES: u64 = 64 << 10;
 /// The longest path that a client may name, as the kernel's.
 const MAX_PATH: usize = 4096;
 
-/// How much of the end of a log is searched, in bytes.
+/// The largest log that is copied, in bytes.
+const MAX_LOG: u64 = 64 << 20;
+
+/// How much of the end of a log is searched for the success of a dump, in bytes.
 const LOG_TAIL: u64 = 1 << 20;
 
 /// A request for a checkpoint that is not valid.
@@ -321,25 +325,36 @@ fn mount_of(pid: u32, descriptor: &std::ffi::OsStr) -> Option<u64> {
 }
 
 /// The first error in a log of criu, without its time: those after it follow from it.
-pub fn first_error(log: &Path) -> Option<String> {
-    let text = log_tail(log)?;
-    let error = text.lines().find_map(|line| line.split_once("Error ").map(|(_, error)| error));
+pub fn first_error(log: &str) -> Option<String> {
+    let error = log.lines().find_map(|line| line.split_once("Error ").map(|(_, error)| error));
     error.map(|error| error.chars().take(400).collect())
 }
 
-/// True if a dump has succeeded, according to its log.
-pub fn has_dumped(log: &Path) -> bool {
-    log_tail(log).is_some_and(|text| text.contains("Dumping finished successfully"))
+/// The text of a log of criu, up to [`MAX_LOG`]. `None` if there is no log.
+pub fn read_log(log: &Path) -> Option<Vec<u8>> {
+    let mut text = Vec::new();
+    open_log(log)?.take(MAX_LOG).read_to_end(&mut text).ok()?;
+    Some(text)
 }
 
-fn log_tail(log: &Path) -> Option<String> {
-    use std::io::{Read, Seek, SeekFrom};
-    let mut file = fs::File::open(log).ok()?;
-    let length = file.metadata().ok().filter(fs::Metadata::is_file)?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL))).ok()?;
-    let mut text = Vec::new();
-    file.take(LOG_TAIL).read_to_end(&mut text).ok()?;
-    Some(String::from_utf8_lossy(&text).into_owned())
+/// True if a dump has succeeded, according to the end of its log.
+pub fn has_dumped(log: &Path) -> bool {
+    let read = || {
+        let mut file = open_log(log)?;
+        let length = file.metadata().ok()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL))).ok()?;
+        let mut text = Vec::new();
+        file.take(LOG_TAIL).read_to_end(&mut text).ok()?;
+        Some(text)
+    };
+    read().is_some_and(|text| String::from_utf8_lossy(&text).contains("Dumping finished successfully"))
+}
+
+/// Opens a log in a directory that the client chose: anything but a file is refused, and a FIFO does not block.
+fn open_log(log: &Path) -> Option<fs::File> {
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW;
+    let file = fs::File::options().read(true).custom_flags(flags.bits()).open(log).ok()?;
+    file.metadata().is_ok_and(|found| found.is_file()).then_some(file)
 }
 
 #[cfg(test)]
@@ -460,9 +475,11 @@ mod tests {
         let failed = "(00.6) Error (criu/files-reg.c:1790): Can't lookup mount=51 for fd=0\n\
                       (00.7) Error (criu/cr-dump.c:1681): Dump files failed\n(01.7) Error (criu/cr-dump.c:2111): Dumping FAILED.\n";
         fs::write(&log, failed).unwrap();
-        assert_eq!(first_error(&log).unwrap(), "(criu/files-reg.c:1790): Can't lookup mount=51 for fd=0");
+        assert_eq!(first_error(failed).unwrap(), "(criu/files-reg.c:1790): Can't lookup mount=51 for fd=0");
         assert!(!has_dumped(&log));
-        fs::write(&log, "(03.6) Dumping finished successfully\n").unwrap();
-        assert!(has_dumped(&log) && first_error(&log).is_none());
+        let done = "(03.6) Dumping finished successfully\n";
+        fs::write(&log, done).unwrap();
+        assert!(has_dumped(&log) && first_error(done).is_none());
+        assert_eq!(read_log(&log).unwrap(), done.as_bytes());
     }
 }

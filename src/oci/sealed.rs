@@ -41,20 +41,20 @@ const MFD_EXEC: u32 = 0x10;
 
 /// Refers to a copy: a descriptor of the daemon, and the identity of its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct SealedRef {
     pid: u32,
     fd: i32,
     device: u64,
     inode: u64,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for SealedRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}:{}:{}", self.pid, self.fd, self.device, self.inode)
     }
 }
 
-impl FromStr for Place {
+impl FromStr for SealedRef {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
@@ -71,7 +71,7 @@ impl FromStr for Place {
     }
 }
 
-impl Place {
+impl SealedRef {
     /// Opens the copy. `None` if it is another file: the daemon may have ended, and another process may have its pid.
     pub fn open(&self) -> Option<File> {
         let file = File::open(format!("/proc/{}/fd/{}", self.pid, self.fd)).ok()?;
@@ -114,7 +114,7 @@ struct Kept {
 /// A copy that the daemon holds.
 struct Copy {
     file: File,
-    place: Place,
+    place: SealedRef,
     /// The mode of the new copy. If it loses its `x`, nobody can run the copy.
     mode: u32,
 }
@@ -154,7 +154,7 @@ impl Copies {
 
     /// The copy of a binary. Makes one if there is none of the current content. `None` for a binary that does not need a
     /// copy. Blocks.
-    pub fn place(&self, binary: &Path) -> Option<Place> {
+    pub fn place(&self, binary: &Path) -> Option<SealedRef> {
         if !is_wanted(binary) {
             return None;
         }
@@ -215,7 +215,7 @@ fn make(binary: &Path) -> io::Result<Copy> {
     sys::set_immutable(&copy)?;
     let found = copy.metadata()?;
     let place =
-        Place { pid: std::process::id(), fd: copy.as_raw_fd(), device: found.dev(), inode: found.ino() };
+        SealedRef { pid: std::process::id(), fd: copy.as_raw_fd(), device: found.dev(), inode: found.ino() };
     Ok(Copy { file: copy, place, mode: found.mode() })
 }
 
@@ -246,7 +246,7 @@ mod tests {
     #[test]
     fn a_copy_has_the_content_and_can_not_be_written() {
         let Some(copy) = made() else { return };
-        let place: Place = copy.place.to_string().parse().unwrap();
+        let place: SealedRef = copy.place.to_string().parse().unwrap();
         let opened = place.open().unwrap();
         assert_eq!(std::fs::read(path_of(&opened)).unwrap(), std::fs::read("/bin/true").unwrap());
         assert!(nix::unistd::write(&copy.file, b"x").is_err());
@@ -293,9 +293,9 @@ mod tests {
     #[test]
     fn another_file_under_the_same_number_is_not_taken_for_it() {
         let Some(Copy { file, place, .. }) = made() else { return };
-        assert_eq!(Place { inode: place.inode + 1, ..place.clone() }.open().map(drop), None);
+        assert_eq!(SealedRef { inode: place.inode + 1, ..place.clone() }.open().map(drop), None);
         drop(file);
-        assert_eq!("1:2".parse::<Place>(), Err(()));
+        assert_eq!("1:2".parse::<SealedRef>(), Err(()));
     }
 
     #[test]

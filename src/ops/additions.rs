@@ -8,7 +8,7 @@ use crate::oci::resources::DeviceRule;
 use crate::oci::{devices, signal};
 use crate::services::{Error, Shim};
 use crate::task::Task;
-use crate::task::request::{Asker, DeviceAllow, Property, Runtime};
+use crate::task::request::{DeviceAllow, Property, PropertySource, Runtime};
 use crate::unit;
 use crate::unit::annotation::{self, Additions, Extension};
 
@@ -22,15 +22,17 @@ pub(crate) fn properties(
     extension: &[String],
 ) -> Result<Vec<Property>, Error> {
     let extension = Extension::new(extension)?;
-    let mut asked: Vec<Property> =
-        options.into_iter().map(|(name, value)| Property { asker: Asker::Options, name, value }).collect();
+    let mut asked: Vec<Property> = options
+        .into_iter()
+        .map(|(name, value)| Property { source: PropertySource::Options, name, value })
+        .collect();
     if let Some(text) = spec.annotation(annotation::STOP_SIGNAL) {
         let number = signal::parse(text).map_err(Error::StopSignal)?;
         let name = "KillSignal".to_owned();
-        asked.push(Property { asker: Asker::StopSignal, name, value: number.to_string() });
+        asked.push(Property { source: PropertySource::StopSignal, name, value: number.to_string() });
     }
     asked.extend(spec.annotations(annotation::PREFIX).into_iter().map(|(name, value)| Property {
-        asker: Asker::Annotation,
+        source: PropertySource::Annotation,
         name: name.to_owned(),
         value: value.to_owned(),
     }));

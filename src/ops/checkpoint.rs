@@ -4,19 +4,16 @@
 //! container's cgroup below it: in a frozen unit criu would wait for ever. So the freeze moves from the unit to the
 //! container's cgroup before, and back afterwards.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use serde::{Deserialize, Serialize};
 
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::files;
 use crate::id::TaskKey;
-use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, DUMP_WORK, Kind, dump_work};
+use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, CheckpointNote, DUMP_WORK, Kind, dump_work};
 use crate::oci::criu::{self, Checkpoint, Problem};
 use crate::oci::runtime::Cli;
 use crate::services::{Attempt, Entry, Error, Shim, blocking};
@@ -28,20 +25,6 @@ use super::pause::refused;
 
 /// The copy of criu's log in the bundle, as containerd-shim-runc-v2 names it.
 const LOG_COPY: &str = "criu-dump.log";
-
-/// The largest log that is copied, in bytes.
-const MAX_LOG: u64 = 64 << 20;
-
-/// A checkpoint that has begun, on disk: the next daemon completes it.
-#[derive(Debug, Serialize, Deserialize)]
-struct Begun {
-    request: Checkpoint,
-    /// The unit was frozen.
-    was_paused: bool,
-    /// What has come of it: the reason of a failure, or an empty text.
-    #[serde(default)]
-    outcome: Option<String>,
-}
 
 /// What becomes of a container with its checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +50,7 @@ impl Shim {
         let _verb = entry.init.verb.lock().await;
         let task = entry.task().clone();
         if attempt == Attempt::Replayed
-            && let Some(Begun { request: earlier, outcome: Some(outcome), .. }) = self.begun(key)?
+            && let Some(CheckpointNote { request: earlier, outcome: Some(outcome), .. }) = self.begun(key)?
             && earlier == request
         {
             return concluded(outcome);
@@ -81,14 +64,14 @@ impl Shim {
             return Err(Error::JournalSocket { key: key.clone() });
         }
         self.check_criu(&task).await?;
-        let begun = Begun { request, was_paused: task.init.phase.is_paused(), outcome: None };
+        let begun = CheckpointNote { request, was_paused: task.init.phase.is_paused(), outcome: None };
         self.write_begun(key, &begun)?;
         fault::point(Point::CheckpointRecorded);
         let taken = self.take_checkpoint(&entry, &task, &begun).await;
         self.conclude_checkpoint(&entry, begun, taken).await
     }
 
-    async fn take_checkpoint(&self, entry: &Entry, task: &Task, begun: &Begun) -> Result<(), Error> {
+    async fn take_checkpoint(&self, entry: &Entry, task: &Task, begun: &CheckpointNote) -> Result<(), Error> {
         entry.init.live().is_checkpointing = true;
         let dir = self.store.dir(&task.key);
         if begun.request.work.is_none() {
@@ -126,7 +109,7 @@ impl Shim {
     async fn conclude_checkpoint(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
-        begun: Begun,
+        begun: CheckpointNote,
         taken: Result<(), Error>,
     ) -> Result<(), Error> {
         let task = entry.task().clone();
@@ -147,7 +130,7 @@ impl Shim {
             taken => taken,
         };
         let outcome = taken.as_ref().err().map(ToString::to_string).unwrap_or_default();
-        let noted = self.write_begun(&task.key, &Begun { outcome: Some(outcome), ..begun });
+        let noted = self.write_begun(&task.key, &CheckpointNote { outcome: Some(outcome), ..begun });
         fault::point(Point::CheckpointNoted);
         let cleared = match noted {
             Ok(()) => blocking(move || remove_dir(&own)).await?,
@@ -161,7 +144,7 @@ impl Shim {
     }
 
     /// The unit of a container that was paused is frozen again, and changes of the freezer are reported again.
-    async fn put_back(self: &Arc<Self>, entry: &Arc<Entry>, begun: &Begun, container: Afterwards) {
+    async fn put_back(self: &Arc<Self>, entry: &Arc<Entry>, begun: &CheckpointNote, container: Afterwards) {
         let task = entry.task().clone();
         let is_frozen = begun.was_paused && container == Afterwards::Continues;
         let frozen = if is_frozen { self.freeze_unit_again(&task).await } else { Ok(()) };
@@ -175,7 +158,7 @@ impl Shim {
     /// After a restart: completes a checkpoint that was interrupted. The command itself continued without the daemon.
     pub(crate) async fn finish_checkpoint(self: &Arc<Self>, entry: &Arc<Entry>) {
         let begun = match self.begun(&entry.key) {
-            Ok(Some(begun @ Begun { outcome: None, .. })) => begun,
+            Ok(Some(begun @ CheckpointNote { outcome: None, .. })) => begun,
             Ok(_) => return,
             Err(error) => {
                 tracing::error!(task = %entry.key, %error, "task {}: can't read what checkpoint was begun: {error}", entry.key);
@@ -202,14 +185,14 @@ impl Shim {
 
     /// True if a checkpoint was begun and not completed.
     pub(crate) fn is_checkpointing(&self, key: &TaskKey) -> bool {
-        matches!(self.begun(key), Ok(Some(Begun { outcome: None, .. })))
+        matches!(self.begun(key), Ok(Some(CheckpointNote { outcome: None, .. })))
     }
 
-    fn begun(&self, key: &TaskKey) -> Result<Option<Begun>, Error> {
+    fn begun(&self, key: &TaskKey) -> Result<Option<CheckpointNote>, Error> {
         Ok(self.store.read_scratch(key, CHECKPOINT)?)
     }
 
-    fn write_begun(&self, key: &TaskKey, begun: &Begun) -> Result<(), Error> {
+    fn write_begun(&self, key: &TaskKey, begun: &CheckpointNote) -> Result<(), Error> {
         let text = serde_json::to_vec(begun).map_err(crate::oci::resources::Error::Malformed)?;
         self.store.write_scratch(key, CHECKPOINT, &text)?;
         Ok(())
@@ -271,14 +254,11 @@ fn remove_dir(dir: &Path) -> Result<(), Error> {
     }
 }
 
-/// Copies a log of criu. Returns the copy, and the first error in it. `None` if criu has written no log.
+/// Copies a log of criu. Returns the path of the copy, and the first error in it. `None` if criu has written no log.
 pub(super) fn copy_log(log: &Path, copy: &Path) -> Option<(PathBuf, Option<String>)> {
-    let flags = nix::fcntl::OFlag::O_NONBLOCK | nix::fcntl::OFlag::O_NOFOLLOW;
-    let from = File::options().read(true).custom_flags(flags.bits()).open(log).ok()?;
-    let mut text = Vec::new();
-    from.take(MAX_LOG).read_to_end(&mut text).ok()?;
+    let text = criu::read_log(log)?;
     files::replace(copy, &copy.with_extension("log.new"), 0o600, &text).ok()?;
-    Some((copy.to_owned(), criu::first_error(copy)))
+    Some((copy.to_owned(), criu::first_error(&String::from_utf8_lossy(&text))))
 }
 
 pub(super) fn with_log(error: Error, kept: Option<(PathBuf, Option<String>)>) -> Error {

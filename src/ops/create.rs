@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::cgroup::stats::MemoryEvents;
-use crate::cgroup::{self, place};
+use crate::cgroup::{self, cgroups_path};
 use crate::fault::{self, Point};
 use crate::files;
 use crate::id::{TaskId, TaskKey, UnitName};
@@ -18,7 +18,7 @@ use crate::launch::{self, command};
 use crate::oci::bundle::Spec;
 use crate::oci::criu::{self, CONFIG_ANNOTATION};
 use crate::oci::resources::Resources;
-use crate::oci::{containerd, face, options, runtime};
+use crate::oci::{containerd, metadata, options, runtime};
 use crate::services::process::{lives_in, program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Attempt, Entry, Error, Shim};
@@ -29,12 +29,12 @@ use crate::task::phase::{Container, Event, Phase};
 use crate::task::process::{Lifecycle, Process};
 use crate::task::request::{Containerd, Create, Stdio};
 use crate::task::wiring::Wiring;
-use crate::task::{Face, Placement, Task};
+use crate::task::{Placement, Task, TaskMetadata};
 use crate::unit::properties::{self, UnitMetadata};
 use crate::unit::{self, name};
 
 use super::additions;
-use super::request_unit::{Begun, NameTaken, request_unit};
+use super::request_unit::{Daemon, NameTaken, request_unit};
 
 /// The address of containerd for events, if neither the bundle nor the environment names one.
 const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
@@ -117,7 +117,7 @@ impl Shim {
         let wiring = uri::wiring(&stdio, runtime.log, uri::Role::Init, fifo::kind)?;
         let wiring = Wiring { kept: self.fds.next_number(), ..wiring };
         let wiring = if request.checkpoint.is_some() { wiring.for_restore() } else { wiring };
-        let Face { description, fields } = face::of(&key, &spec);
+        let TaskMetadata { description, fields } = metadata::of(&key, &spec);
         let init = Process {
             unit: name::candidates(&key).next().ok_or(Error::NoUnitName { key: key.clone() })?,
             logger: None,
@@ -221,7 +221,7 @@ impl Shim {
         let opened = self.open_streams(&plan).await?;
         self.listen_to_container(entry).await?;
         fault::point(Point::CreateOpened);
-        self.start_unit(entry, &task, &dir, Begun::Now).await?;
+        self.start_unit(entry, &task, &dir, Daemon::This).await?;
         self.finish_create(entry, &task, &dir, opened).await
     }
 
@@ -265,7 +265,7 @@ impl Shim {
             self.await_unit(entry, &task, &dir, self.manager.wait_until_started(task.unit())).await?;
         } else {
             self.resume_logger(&plan, &mut opened).await?;
-            self.start_unit(entry, &task, &dir, Begun::Before).await?;
+            self.start_unit(entry, &task, &dir, Daemon::Earlier).await?;
         }
         self.finish_create(entry, &task, &dir, opened).await
     }
@@ -307,7 +307,7 @@ impl Shim {
         entry: &Entry,
         task: &Task,
         dir: &Path,
-        create: Begun,
+        begun_by: Daemon,
     ) -> Result<(), Error> {
         if name::is_pod_slice(task.placement.slice()) {
             self.make_pod_slice(task.placement.slice(), task).await?;
@@ -317,7 +317,7 @@ impl Shim {
         let sandbox = self.tasks.sandbox_of(task);
         let shown = UnitMetadata {
             description: &task.init.description,
-            identifier: face::identifier(&task.fields),
+            identifier: metadata::identifier(&task.fields),
             fields: &task.fields,
             slice: task.placement.slice(),
             sandbox: sandbox.as_ref(),
@@ -340,7 +340,7 @@ impl Shim {
                 Ok(self.manager.reset_failed(task.unit()).await?)
             },
         };
-        let requested = request_unit(&*self.manager, task.unit(), create, begin, taken).await;
+        let requested = request_unit(&*self.manager, task.unit(), begun_by, begin, taken).await;
         self.launcher.warm_up();
         let requested = requested.map_err(|error| match error {
             Error::Unit(error) => additions::refused(task, error),
@@ -436,13 +436,21 @@ fn placement(key: &TaskKey, spec: &Spec, restores: bool) -> Result<Placement, Er
             _ => name::namespace_slice(&key.namespace)?,
         })
     };
-    let wish = place::parse(spec.cgroups_path(), &key.namespace, &key.id)?;
+    let requested = cgroups_path::parse(spec.cgroups_path(), &key.namespace, &key.id)?;
     // A client restores a container with the spec of the original, whose default path has another id.
-    let wish = if restores && wish.is_default_of_another(&key.namespace) { place::Wish::Ours } else { wish };
-    Ok(match wish {
-        place::Wish::Ours => Placement::Unit { slice: ours()?, child: place::escape(key.id.as_str()) },
-        place::Wish::Slice { slice, child } => Placement::Unit { slice: UnitName::new(slice)?, child },
-        place::Wish::Literal(path) => {
+    let requested = if restores && requested.is_default_of_another(&key.namespace) {
+        cgroups_path::Requested::Default
+    } else {
+        requested
+    };
+    Ok(match requested {
+        cgroups_path::Requested::Default => {
+            Placement::Unit { slice: ours()?, child: cgroups_path::escape(key.id.as_str()) }
+        }
+        cgroups_path::Requested::Slice { slice, child } => {
+            Placement::Unit { slice: UnitName::new(slice)?, child }
+        }
+        cgroups_path::Requested::Literal(path) => {
             if let Some(placement) = own_placement(key, &path)? {
                 return Ok(placement);
             }

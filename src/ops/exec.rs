@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::launch::contract::PROCESS_SPEC;
-use crate::oci::{face, process};
+use crate::oci::{metadata, process};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Attempt, Entry, Error, Process, Shim, now_usec};
 use crate::stdio::{fifo, uri};
@@ -57,7 +57,7 @@ impl Shim {
             wiring.map(|wiring| (stdio, Wiring { kept, ..wiring }))
         };
         let (stdio, wiring) = self.on_files(&process_key, read_wiring).await??;
-        let description = face::of_exec(&task.init.description, &id, &spec.args);
+        let description = metadata::of_exec(&task.init.description, &id, &spec.args);
         let (process, _verb) = self.register_exec(&entry, &id)?;
         let noted = self.note_exec(&entry, &process, &id, stdio, wiring, description, &spec);
         if noted.is_err() {

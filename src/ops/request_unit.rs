@@ -1,4 +1,4 @@
-//! Asks systemd to start the unit of an init process or of an exec, whoever has its name.
+//! Asks systemd to start the unit of an init process or of an exec, also if another unit has its name.
 
 use crate::id::UnitName;
 use crate::services::Error;
@@ -8,14 +8,14 @@ use crate::unit::systemd::Systemd;
 
 /// The daemon that began a Create or a Start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Begun {
+pub(super) enum Daemon {
     /// This one.
-    Now,
+    This,
     /// An earlier one. It may already have asked systemd to start the unit.
-    Before,
+    Earlier,
 }
 
-/// What a unit is that has the name already.
+/// What to do about a unit that already has the name.
 pub(super) struct NameTaken<Own, Remove> {
     /// Resolves to true if an earlier daemon asked for the unit. It is not asked for again.
     pub(super) is_own: Own,
@@ -30,7 +30,7 @@ pub(super) struct NameTaken<Own, Remove> {
 pub(super) async fn request_unit<Begin, Own, Remove>(
     manager: &dyn Systemd,
     unit: &UnitName,
-    by: Begun,
+    begun_by: Daemon,
     begin: impl Fn() -> Begin,
     taken: NameTaken<impl FnOnce() -> Own, impl FnOnce() -> Remove>,
 ) -> Result<Option<StartJob>, Error>
@@ -40,7 +40,7 @@ where
     Remove: Future<Output = Result<(), Error>>,
 {
     let mut begun = begin().await;
-    if is_taken(&begun) && by == Begun::Before && (taken.is_own)().await? {
+    if is_taken(&begun) && begun_by == Daemon::Earlier && (taken.is_own)().await? {
         // systemd got to the request of the earlier daemon after this daemon had queried the unit.
         return Ok(None);
     }

@@ -14,7 +14,7 @@ use crate::task::Task;
 use crate::task::phase::Event;
 
 use super::checkpoint::{copy_log, with_log};
-use super::request_unit::Begun;
+use super::request_unit::Daemon;
 
 /// The copy of criu's log in the bundle.
 const LOG_COPY: &str = "criu-restore.log";
@@ -55,7 +55,7 @@ impl Shim {
             entry.init.live().client_input = opened.client_input()?;
             self.listen_to_container(entry).await?;
             fault::point(Point::RestoreOpened);
-            self.start_unit(entry, task, &dir, Begun::Now).await?;
+            self.start_unit(entry, task, &dir, Daemon::This).await?;
             self.finish_create(entry, task, &dir, opened).await
         };
         let restored = restored.await;

@@ -27,7 +27,7 @@ use crate::task::phase::Exit;
 use crate::unit::manager::query::Starting;
 use crate::unit::properties;
 
-use super::request_unit::{Begun, NameTaken, request_unit};
+use super::request_unit::{Daemon, NameTaken, request_unit};
 
 /// An exec that has run for this long is not a probe.
 const LONG_EXEC: Duration = Duration::from_secs(2);
@@ -59,7 +59,7 @@ impl Shim {
         let dir = self.store.process_dir(&process.key);
         let doorbell = open_doorbell(&dir)?;
         process.live().attempt_ended = Arc::default();
-        self.start_exec_unit(&task, exec, process, Begun::Now).await?;
+        self.start_exec_unit(&task, exec, process, Daemon::This).await?;
         self.await_outcome(entry, process, &dir, doorbell, opened).await
     }
 
@@ -69,7 +69,7 @@ impl Shim {
         task: &Task,
         exec: &Exec,
         process: &Process,
-        start: Begun,
+        begun_by: Daemon,
     ) -> Result<(), Error> {
         let command = self.launcher.command(Kind::Exec, &process.key);
         let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
@@ -89,7 +89,7 @@ impl Shim {
                 Err(Error::NotRemoved { process: process.key.to_string(), reason: left.text() })
             },
         };
-        let requested = request_unit(&*self.manager, &exec.unit, start, begin, taken).await?;
+        let requested = request_unit(&*self.manager, &exec.unit, begun_by, begin, taken).await?;
         if requested.is_none() {
             return Ok(());
         }
@@ -202,7 +202,7 @@ impl Shim {
                 Starting::NotBegun => {
                     let exec = process.exec().and_then(|id| task.execs.get(id)).ok_or_else(gone)?;
                     self.resume_logger(&plan, &mut opened).await?;
-                    self.start_exec_unit(&task, exec, process, Begun::Before).await?;
+                    self.start_exec_unit(&task, exec, process, Daemon::Earlier).await?;
                 }
                 Starting::Over => {
                     return Err(Error::Launch(format!("see systemctl status {}", process.unit)));

@@ -191,7 +191,7 @@ pub enum Error {
     Stream(#[from] stdio::fifo::Error),
     /// The wished cgroup is not usable.
     #[error(transparent)]
-    Place(#[from] cgroup::place::Malformed),
+    CgroupsPath(#[from] cgroup::cgroups_path::Malformed),
     /// A name is not usable.
     #[error(transparent)]
     Name(#[from] crate::id::InvalidName),

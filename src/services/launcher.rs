@@ -45,7 +45,7 @@ impl Launcher {
     }
 
     /// A copy of the task's OCI runtime, if there can be one.
-    pub(crate) async fn sealed_runtime(&self, task: &Task) -> Result<Option<sealed::Place>, Error> {
+    pub(crate) async fn sealed_runtime(&self, task: &Task) -> Result<Option<sealed::SealedRef>, Error> {
         let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
         blocking(move || copies.place(&binary)).await
     }

@@ -10,7 +10,7 @@ use tokio::net::unix::pipe;
 
 use crate::config;
 use crate::launch::contract::Kind;
-use crate::oci::face;
+use crate::oci::metadata;
 use crate::session::fds::StreamKind;
 use crate::session::{LogFiles, OpenStreams, Plan, ReopenMode, Session};
 use crate::task::wiring::JournalCopy;
@@ -37,7 +37,7 @@ impl Shim {
             logger: recorded.logger.clone(),
             container: task.unit().clone(),
             slice: task.placement.slice().clone(),
-            face: task.face(),
+            metadata: task.metadata(),
             limit,
         })
     }
@@ -158,8 +158,8 @@ impl Shim {
         let command = self.launcher.command(Kind::Logger, &plan.key);
         let shown = UnitMetadata {
             description: &plan.logger_description(),
-            identifier: face::identifier(&plan.face.fields),
-            fields: &plan.face.fields,
+            identifier: metadata::identifier(&plan.metadata.fields),
+            fields: &plan.metadata.fields,
             slice: &plan.slice,
             sandbox: None,
         };

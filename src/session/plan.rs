@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::id::{ProcessKey, UnitName};
-use crate::oci::face;
+use crate::oci::metadata;
 use crate::stdio::journal::Lines;
 use crate::stdio::rate::RateLimit;
-use crate::task::Face;
+use crate::task::TaskMetadata;
 use crate::task::wiring::Wiring;
 
 /// What the streams of a process depend on.
@@ -28,7 +28,7 @@ pub struct Plan {
     /// The slice of that unit.
     pub slice: UnitName,
     /// How journal lines name the container.
-    pub face: Face,
+    pub metadata: TaskMetadata,
     /// How much of the container's output goes to the journal.
     pub limit: Arc<RateLimit>,
 }
@@ -42,16 +42,16 @@ impl Plan {
     /// The Description of the logger's unit.
     pub fn logger_description(&self) -> String {
         match &self.key.exec {
-            None => format!("Logger of {}", self.face.description),
-            Some(exec) => format!("Logger of exec {exec} in {}", self.face.description),
+            None => format!("Logger of {}", self.metadata.description),
+            Some(exec) => format!("Logger of exec {exec} in {}", self.metadata.description),
         }
     }
 
     /// The journal's copy of one stream. `name` is that of the logger's pipe for this stream.
     pub fn journal_lines(&self, name: &str) -> Lines {
-        let fields = self.face.fields.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let fields = self.metadata.fields.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         let exec = self.key.exec.as_ref().map(|exec| ("CONTAINER_EXEC_ID", exec.as_str()));
-        let identifier = face::identifier(&self.face.fields);
+        let identifier = metadata::identifier(&self.metadata.fields);
         let partial: &Path = &self.pipe(&format!("{name}.partial"));
         Lines::new(
             self.container.as_str(),

@@ -12,7 +12,7 @@ use super::*;
 use crate::id::{ExecId, Namespace, TaskId, TaskKey, UnitName};
 use crate::launch::pipes;
 use crate::stdio::rate::RateLimit;
-use crate::task::Face;
+use crate::task::TaskMetadata;
 use crate::task::wiring::{Copied, JournalCopy, Logger, Output, Sink};
 use crate::unit::fd_store::FdStore;
 
@@ -50,7 +50,7 @@ impl Scratch {
             logger: None,
             container: unit("web.service"),
             slice: unit("web.slice"),
-            face: Face { description: "web".to_owned(), fields: Vec::new() },
+            metadata: TaskMetadata { description: "web".to_owned(), fields: Vec::new() },
             limit: Arc::new(RateLimit::default()),
         }
     }

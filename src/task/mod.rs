@@ -63,9 +63,9 @@ pub struct Task {
     pub is_leftover: bool,
 }
 
-/// The texts about a task for people, in systemd's tools and in the journal.
+/// What systemd's tools and the journal show about a task.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Face {
+pub struct TaskMetadata {
     /// The unit's Description.
     pub description: String,
     /// Journal fields of every line, name and value.
@@ -147,8 +147,8 @@ impl Task {
     }
 
     /// The texts about the task for people.
-    pub fn face(&self) -> Face {
-        Face { description: self.init.description.clone(), fields: self.fields.clone() }
+    pub fn metadata(&self) -> TaskMetadata {
+        TaskMetadata { description: self.init.description.clone(), fields: self.fields.clone() }
     }
 
     /// The unit of the container.

@@ -15,7 +15,7 @@ use super::phase::{Container, Exit, Phase, Program, Seen};
 use super::process::{Lifecycle, Process};
 use super::request::{Containerd, Create, DeviceAllow, Mount, Property, Runtime, Sandbox, Stdio};
 use super::wiring::Wiring;
-use super::{Face, Placement, Task};
+use super::{Placement, Task, TaskMetadata};
 
 /// A task in its record.
 #[derive(Serialize, Deserialize)]
@@ -32,7 +32,8 @@ pub(super) struct Record {
     rootfs_on_host: bool,
     #[serde(default)]
     waiting_program: Option<Program>,
-    face: Face,
+    #[serde(rename = "face")]
+    metadata: TaskMetadata,
     #[serde(default)]
     properties: Vec<Property>,
     #[serde(default)]
@@ -113,7 +114,7 @@ impl Name {
 impl From<Task> for Record {
     fn from(task: Task) -> Self {
         let Process { unit, logger, stdio, wiring, description, phase } = task.init;
-        let face = Face { description, fields: task.fields };
+        let metadata = TaskMetadata { description, fields: task.fields };
         let container = phase.container();
         let Create { bundle, rootfs, sandbox, checkpoint } = task.request;
         Self {
@@ -128,7 +129,7 @@ impl From<Task> for Record {
             cgroup: container.map(|container| container.cgroup.clone()),
             rootfs_on_host: task.rootfs_on_host,
             waiting_program: phase.program(),
-            face,
+            metadata,
             properties: task.properties,
             devices: task.devices,
             notify: task.notify,
@@ -158,7 +159,7 @@ impl From<Record> for Task {
                 logger: record.logger,
                 stdio,
                 wiring: record.wiring,
-                description: record.face.description,
+                description: record.metadata.description,
                 phase,
             },
             request: Create { bundle, rootfs, sandbox, checkpoint },
@@ -166,7 +167,7 @@ impl From<Record> for Task {
             containerd: record.containerd,
             placement: record.placement,
             rootfs_on_host: record.rootfs_on_host,
-            fields: record.face.fields,
+            fields: record.metadata.fields,
             properties: record.properties,
             devices: record.devices,
             notify: record.notify,

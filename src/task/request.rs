@@ -136,7 +136,7 @@ impl Runtime {
 /// Who asks for a property of a container's unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Asker {
+pub enum PropertySource {
     /// The client, by an annotation of the property's name.
     Annotation,
     /// The client, by naming the image's stop signal.
@@ -149,7 +149,8 @@ pub enum Asker {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Property {
     /// Who.
-    pub asker: Asker,
+    #[serde(rename = "asker")]
+    pub source: PropertySource,
     /// Its name, as asked for.
     pub name: String,
     /// Its value, in GVariant text.

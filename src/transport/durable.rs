@@ -19,7 +19,7 @@ use crate::fault::{self, Point};
 use crate::suspect::{self, Crashes, Suspect};
 use crate::sys;
 
-use super::Keep;
+use super::ConnectionStore;
 use super::frame::{Assembler, Frame};
 use super::journal::{Error, Found, Journal};
 
@@ -42,7 +42,7 @@ pub struct Durable {
     refused: bool,
     /// The writer that waits until more can be sent. The socket wakes only the task that polled it last.
     writer: Option<Waker>,
-    keeper: Arc<dyn Keep>,
+    store: Arc<dyn ConnectionStore>,
     /// The name under which the connection is kept.
     name: String,
     /// Counts the connections.
@@ -59,12 +59,12 @@ impl Durable {
     pub fn new(
         socket: OwnedFd,
         journal: Journal,
-        keeper: Arc<dyn Keep>,
+        store: Arc<dyn ConnectionStore>,
         name: String,
         one: Arc<()>,
     ) -> Result<Self, Error> {
         sys::count_peeked(&socket)?;
-        Self::over(socket, journal, VecDeque::new(), keeper, name, one)
+        Self::over(socket, journal, VecDeque::new(), store, name, one)
     }
 
     /// Adopts a connection that an earlier daemon accepted. Requests without a response are read from it once more, marked
@@ -76,7 +76,7 @@ impl Durable {
         socket: OwnedFd,
         kept: OwnedFd,
         crashes: &Crashes,
-        keeper: Arc<dyn Keep>,
+        store: Arc<dyn ConnectionStore>,
         name: String,
         one: Arc<()>,
     ) -> Result<Self, Error> {
@@ -97,20 +97,20 @@ impl Durable {
                 None => ready.extend(frame.replayed().bytes),
             }
         }
-        Self::over(socket, journal, ready, keeper, name, one)
+        Self::over(socket, journal, ready, store, name, one)
     }
 
     fn over(
         socket: OwnedFd,
         journal: Journal,
         ready: VecDeque<u8>,
-        keeper: Arc<dyn Keep>,
+        store: Arc<dyn ConnectionStore>,
         name: String,
         one: Arc<()>,
     ) -> Result<Self, Error> {
         let (socket, writing) = (sys::watch(socket)?, Assembler::default());
         let (refused, writer) = (false, None);
-        Ok(Self { socket, journal, ready, writing, refused, writer, keeper, name, _one: one, over: false })
+        Ok(Self { socket, journal, ready, writing, refused, writer, store, name, _one: one, over: false })
     }
 
     /// Waits until all responses of earlier daemons are sent. If the connection is broken, its next read fails.
@@ -306,7 +306,7 @@ impl AsyncWrite for Durable {
 impl Drop for Durable {
     fn drop(&mut self) {
         if self.over {
-            self.keeper.forget(&self.name);
+            self.store.forget(&self.name);
         }
     }
 }

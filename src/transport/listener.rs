@@ -17,7 +17,7 @@ use crate::fault::{self, Point};
 use crate::suspect::Crashes;
 use crate::sys;
 
-use super::Keep;
+use super::ConnectionStore;
 use super::durable::Durable;
 use super::journal::{self, Journal};
 use super::sockets::Socket;
@@ -27,7 +27,7 @@ const PREFIX: &str = "c";
 
 /// All connections of the daemon.
 pub struct Connections {
-    keeper: Arc<dyn Keep>,
+    store: Arc<dyn ConnectionStore>,
     /// The number of the next connection.
     next: AtomicU64,
     /// Watches all connections, for the time when no daemon reads them.
@@ -45,7 +45,7 @@ impl Connections {
     /// # Errors
     /// Connections can't be watched.
     pub fn adopt(
-        keeper: Arc<dyn Keep>,
+        store: Arc<dyn ConnectionStore>,
         kept: &mut Vec<(String, OwnedFd)>,
         crashes: &Crashes,
     ) -> io::Result<(Arc<Self>, Vec<Adopted>)> {
@@ -61,15 +61,15 @@ impl Connections {
         let mut adopted = Vec::new();
         for (number, fds) in pairs {
             let name = format!("{PREFIX}{number}");
-            match adopt(fds, crashes, &keeper, &name, &wake, &count) {
+            match adopt(fds, crashes, &store, &name, &wake, &count) {
                 Ok(connection) => adopted.push(connection),
                 Err(reason) => {
                     tracing::error!("can't adopt a connection of an earlier daemon: {reason}");
-                    keeper.forget(&name);
+                    store.forget(&name);
                 }
             }
         }
-        Ok((Arc::new(Self { keeper, next: AtomicU64::new(next), wake, count }), adopted))
+        Ok((Arc::new(Self { store, next: AtomicU64::new(next), wake, count }), adopted))
     }
 
     /// The number of connections.
@@ -143,7 +143,7 @@ impl Connections {
         let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
         // A connection that is not kept would end with the daemon, and containerd would give up its tasks. So it is
         // refused now.
-        self.keeper.keep(&name, &[stream.as_fd(), journal.fd()])?;
+        self.store.keep(&name, &[stream.as_fd(), journal.fd()])?;
         fault::point(Point::ConnectionKept);
         match getsockopt(stream, PeerCredentials) {
             Ok(peer) if peer.uid() == nix::unistd::geteuid().as_raw() => return Ok(Some(name)),
@@ -152,15 +152,15 @@ impl Connections {
                 tracing::warn!(%error, "refused a connection, as its user can't be determined: {error}")
             }
         }
-        self.keeper.forget(&name);
+        self.store.forget(&name);
         Ok(None)
     }
 
     fn connection(&self, stream: UnixStream, journal: Journal, name: String) -> io::Result<Durable> {
         stream.set_nonblocking(true)?;
         self.wake.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
-        let (keeper, one) = (self.keeper.clone(), self.count.clone());
-        Durable::new(stream.into(), journal, keeper, name, one).map_err(io::Error::other)
+        let (store, one) = (self.store.clone(), self.count.clone());
+        Durable::new(stream.into(), journal, store, name, one).map_err(io::Error::other)
     }
 }
 
@@ -178,7 +178,7 @@ fn number(name: &str) -> Option<u64> {
 fn adopt(
     fds: Vec<OwnedFd>,
     crashes: &Crashes,
-    keeper: &Arc<dyn Keep>,
+    store: &Arc<dyn ConnectionStore>,
     name: &str,
     wake: &Epoll,
     count: &Arc<()>,
@@ -191,8 +191,8 @@ fn adopt(
     let address = socket.local_addr().map_err(|error| error.to_string())?;
     let from = address.as_pathname().and_then(Socket::at).ok_or("it came from an unknown socket")?;
     wake.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(|error| error.to_string())?;
-    let (keeper, one) = (keeper.clone(), count.clone());
-    let connection = Durable::adopt(socket.into(), journal, crashes, keeper, name.to_owned(), one);
+    let (store, one) = (store.clone(), count.clone());
+    let connection = Durable::adopt(socket.into(), journal, crashes, store, name.to_owned(), one);
     Ok((from, connection.map_err(|error| error.to_string())?))
 }
 

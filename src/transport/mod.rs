@@ -1,6 +1,6 @@
 //! Connections that outlive the process.
 //!
-//! containerd treats a closed connection as a dead shim. So the descriptor store keeps the connections ([`Keep`]), and the
+//! containerd treats a closed connection as a dead shim. So the descriptor store keeps the connections ([`ConnectionStore`]), and the
 //! next daemon continues them where the last one ended ([`durable`]).
 
 pub mod durable;
@@ -14,7 +14,7 @@ pub mod sockets;
 use std::os::fd::BorrowedFd;
 
 /// Keeps descriptors for the next daemon.
-pub trait Keep: Send + Sync {
+pub trait ConnectionStore: Send + Sync {
     /// Keeps descriptors under a name.
     ///
     /// # Errors

@@ -15,7 +15,7 @@ use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST};
 
-use super::Keep;
+use super::ConnectionStore;
 use super::durable::Durable;
 use super::frame::{Frame, HEADER, REPLAYED};
 use super::journal::Journal;
@@ -24,7 +24,7 @@ use crate::suspect::{Crashes, LIMIT, Suspect};
 /// Keeps nothing: the test itself holds both descriptors.
 struct Nobody;
 
-impl Keep for Nobody {
+impl ConnectionStore for Nobody {
     fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::fmt;
 
 use zbus::{Signature, Variant};
 
-use crate::task::request::{Asker, DeviceAllow, Property};
+use crate::task::request::{DeviceAllow, Property, PropertySource};
 
 use super::gvariant;
 use crate::text;
@@ -89,10 +89,10 @@ pub enum Error {
 impl fmt::Display for Property {
     /// Names the place of the request.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.asker {
-            Asker::Annotation => write!(f, "annotation {PREFIX}{}", self.name),
-            Asker::StopSignal => write!(f, "annotation {STOP_SIGNAL}"),
-            Asker::Options => write!(f, "runtime option Properties.{}", self.name),
+        match self.source {
+            PropertySource::Annotation => write!(f, "annotation {PREFIX}{}", self.name),
+            PropertySource::StopSignal => write!(f, "annotation {STOP_SIGNAL}"),
+            PropertySource::Options => write!(f, "runtime option Properties.{}", self.name),
         }
     }
 }
@@ -258,13 +258,14 @@ pub fn check(asked: impl IntoIterator<Item = Property>, extension: &Extension) -
     for property in asked {
         let (name, value) = read(&property)?;
         let earlier = names.iter().position(|known| *known == name);
-        let is_option = |at: usize| checked.properties.get(at).is_some_and(|set| set.asker == Asker::Options);
-        let may_override = property.asker == Asker::Options || extension.has(&name);
-        let left_out = match property.asker {
+        let is_option =
+            |at: usize| checked.properties.get(at).is_some_and(|set| set.source == PropertySource::Options);
+        let may_override = property.source == PropertySource::Options || extension.has(&name);
+        let left_out = match property.source {
             _ if LEFT_OUT.iter().any(|(left_out, _)| *left_out == name) => {
                 LEFT_OUT.iter().find(|(left_out, _)| *left_out == name).map(|(_, reason)| *reason)
             }
-            Asker::Annotation if !extension.has(&name) => {
+            PropertySource::Annotation if !extension.has(&name) => {
                 allowed::check(&name, &value).map_err(|reason| Error::Denied {
                     origin: property.to_string(),
                     name: name.clone(),
@@ -272,10 +273,10 @@ pub fn check(asked: impl IntoIterator<Item = Property>, extension: &Extension) -
                 })?;
                 None
             }
-            Asker::StopSignal if !matches!(value, Variant::I32(number) if allowed::ends(number)) => {
+            PropertySource::StopSignal if !matches!(value, Variant::I32(number) if allowed::ends(number)) => {
                 Some("this signal does not end a process")
             }
-            Asker::Annotation | Asker::StopSignal | Asker::Options => None,
+            PropertySource::Annotation | PropertySource::StopSignal | PropertySource::Options => None,
         };
         let overrides_option = !may_override && earlier.is_some_and(is_option);
         let left_out = left_out.or(overrides_option.then_some(SET_BY_OPTION));

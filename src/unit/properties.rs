@@ -104,7 +104,7 @@ pub fn container(
         ("Type", "forking".into()),
         ("PIDFile", path(pid_file)),
         ("GuessMainPID", false.into()),
-        ("ExecStart", exec_start(command, Failure::Counts)),
+        ("ExecStart", exec_start(command, ExitCode::Counts)),
         ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
         // Only containerd starts containers, even if a drop-in for all services sets `Restart=`.
@@ -174,7 +174,7 @@ pub fn exec(
         ("Slice", name::DAEMON_SLICE.into()),
         ("Type", "oneshot".into()),
         ("NotifyAccess", "main".into()),
-        ("ExecStart", exec_start(command, Failure::Ignored)),
+        ("ExecStart", exec_start(command, ExitCode::Ignored)),
         ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
@@ -205,7 +205,7 @@ pub fn logger(shown: &UnitMetadata<'_>, command: &[String]) -> Properties {
         (vec![i32::from(config::NOTHING_TO_LOG)], Vec::<i32>::new()).into();
     list.extend([
         ("Type", "exec".into()),
-        ("ExecStart", exec_start(command, Failure::Counts)),
+        ("ExecStart", exec_start(command, ExitCode::Counts)),
         ("CollectMode", "inactive-or-failed".into()),
         ("Restart", "always".into()),
         ("RestartUSec", usec(config::LOGGER_PAUSE).into()),
@@ -228,7 +228,7 @@ pub fn wake(command: &[String], wake_fd: BorrowedFd<'_>) -> Result<Properties, s
         ("Description", "Starts the containerd shim at the next call".into()),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Type", "exec".into()),
-        ("ExecStart", exec_start(command, Failure::Counts)),
+        ("ExecStart", exec_start(command, ExitCode::Counts)),
         ("CollectMode", "inactive-or-failed".into()),
         ("StandardInputFileDescriptor", Variant::from(zbus::Fd::from(wake_fd.try_clone_to_owned()?))),
     ];
@@ -267,7 +267,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("Description", "containerd shim for systemd units".into()),
         ("Type", "notify".into()),
         ("NotifyAccess", "main".into()),
-        ("ExecStart", exec_start(command, Failure::Counts)),
+        ("ExecStart", exec_start(command, ExitCode::Counts)),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Restart", "always".into()),
         // The pause keeps a daemon that crashes at every start from using a whole processor. The number of starts has
@@ -341,9 +341,9 @@ fn bound_to_system(after: &[&str]) -> Vec<(&'static str, Variant<'static>)> {
     ]
 }
 
-/// Whether a failed command makes its unit fail.
+/// Whether the unit fails if its command fails.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Failure {
+enum ExitCode {
     Counts,
     Ignored,
 }
@@ -352,9 +352,9 @@ enum Failure {
 ///
 /// `ExecStartEx` could turn the expansion off. systemd 252 writes that name into the unit's file, and can't read it when
 /// it reloads.
-fn exec_start(command: &[String], failure: Failure) -> Variant<'static> {
+fn exec_start(command: &[String], exit_code: ExitCode) -> Variant<'static> {
     let binary = command.first().cloned().unwrap_or_default();
-    vec![(binary, command.to_vec(), failure == Failure::Ignored)].into()
+    vec![(binary, command.to_vec(), exit_code == ExitCode::Ignored)].into()
 }
 
 fn path(path: &Path) -> Variant<'static> {

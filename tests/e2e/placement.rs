@@ -58,13 +58,13 @@ fn a_slice_that_is_asked_for_is_nested_as_its_name_says() {
 fn without_a_wish_a_container_is_in_the_slice_of_its_namespace() {
     needs!(OurShim);
     let node = Node::shared();
-    for wish in ["", "/default/{id}", "/docker/{id}"] {
+    for requested in ["", "/default/{id}", "/docker/{id}"] {
         let id = unique("own");
-        let spec = Spec::sleeping().cgroups_path(&wish.replace("{id}", &id));
+        let spec = Spec::sleeping().cgroups_path(&requested.replace("{id}", &id));
         let container = node.container("own", spec).id(&id).started(&Io::default());
         let wanted =
             format!("containerd.slice/containerd-default.slice/containerd-default-{id}.service/{id}");
-        assert_eq!(path_of(&container), wanted, "{wish:?}");
+        assert_eq!(path_of(&container), wanted, "{requested:?}");
     }
 }
 

@@ -18,7 +18,7 @@ impl Store {
     }
 }
 
-impl Keep for Store {
+impl ConnectionStore for Store {
     fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let fds = fds.iter().map(|fd| fd.try_clone_to_owned()).collect::<io::Result<_>>()?;
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), fds);

@@ -1,7 +1,7 @@
 use super::*;
 
 fn annotation(name: &str, value: &str) -> Property {
-    Property { asker: Asker::Annotation, name: name.to_owned(), value: value.to_owned() }
+    Property { source: PropertySource::Annotation, name: name.to_owned(), value: value.to_owned() }
 }
 
 fn named(name: &str, value: &str) -> Result<(String, String), Error> {
@@ -135,7 +135,7 @@ fn what_a_person_wants_of_a_unit_may_be_set() {
 }
 
 fn option(name: &str, value: &str) -> Property {
-    Property { asker: Asker::Options, name: name.to_owned(), value: value.to_owned() }
+    Property { source: PropertySource::Options, name: name.to_owned(), value: value.to_owned() }
 }
 
 fn extension(names: &[&str]) -> Extension {

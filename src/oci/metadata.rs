@@ -1,7 +1,7 @@
 //! The names of a container for people (pure), from the annotations that clients write into the spec.
 
 use crate::id::{ExecId, SHORT_ID, TaskKey, is_long_hex};
-use crate::task::Face;
+use crate::task::TaskMetadata;
 
 use crate::text;
 
@@ -11,7 +11,7 @@ use super::bundle::Spec;
 const MAX_NAME: usize = 160;
 
 /// Names and journal fields of a container.
-pub fn of(key: &TaskKey, spec: &Spec) -> Face {
+pub fn of(key: &TaskKey, spec: &Spec) -> TaskMetadata {
     let cri = |name: &str| spec.annotation(&format!("io.kubernetes.cri.{name}"));
     let pod = cri("sandbox-name").map(|name| match cri("sandbox-namespace") {
         Some(namespace) => format!("{namespace}/{name}"),
@@ -41,7 +41,7 @@ pub fn of(key: &TaskKey, spec: &Spec) -> Face {
     {
         fields.extend(cri(annotation).map(|value| (field.to_owned(), text::word(value, MAX_NAME))));
     }
-    Face { description: format!("{shown}, container {key}"), fields }
+    TaskMetadata { description: format!("{shown}, container {key}"), fields }
 }
 
 /// The description of an exec: its program and its container. It does not contain the arguments, which may hold secrets:
@@ -74,58 +74,62 @@ mod tests {
     use super::*;
     use crate::id::{Namespace, TaskId};
 
-    fn face(id: &str, spec: &str) -> Face {
+    fn metadata_of(id: &str, spec: &str) -> TaskMetadata {
         let key = TaskKey::usual(Namespace::new("n").unwrap(), TaskId::new(id).unwrap());
         of(&key, &Spec::parse(spec.as_bytes()).unwrap())
     }
 
     #[test]
     fn an_id_that_is_a_name_is_the_name() {
-        let face = face("web", "{}");
-        assert_eq!(face.description, "web, container n/web");
-        assert_eq!(identifier(&face.fields), "web");
+        let metadata = metadata_of("web", "{}");
+        assert_eq!(metadata.description, "web, container n/web");
+        assert_eq!(identifier(&metadata.fields), "web");
     }
 
     #[test]
     fn kubernetes_names_pod_and_container() {
         let spec = r#"{"annotations":{"io.kubernetes.cri.sandbox-name":"dns","io.kubernetes.cri.sandbox-namespace":"kube",
             "io.kubernetes.cri.container-name":"main","io.kubernetes.cri.image-name":"dns:1"}}"#;
-        let face = face(&"ab".repeat(32), spec);
+        let metadata = metadata_of(&"ab".repeat(32), spec);
         assert!(
-            face.description.starts_with("kube/dns/main (dns:1), container n/abab"),
+            metadata.description.starts_with("kube/dns/main (dns:1), container n/abab"),
             "{}",
-            face.description
+            metadata.description
         );
-        assert!(face.fields.contains(&("POD_NAME".to_owned(), "dns".to_owned())));
-        assert_eq!(identifier(&face.fields), "main");
+        assert!(metadata.fields.contains(&("POD_NAME".to_owned(), "dns".to_owned())));
+        assert_eq!(identifier(&metadata.fields), "main");
     }
 
     #[test]
     fn an_exec_is_called_by_what_it_runs() {
         let args = ["s\nh".to_owned(), "-c".to_owned(), "login --password=hunter2".to_owned()];
-        let shown = of_exec(&face("web", "{}").description, &ExecId::new("e1").unwrap(), &args);
+        let shown = of_exec(&metadata_of("web", "{}").description, &ExecId::new("e1").unwrap(), &args);
         assert_eq!(shown, "sh (exec e1 in web, container n/web)");
     }
 
     #[test]
     fn a_docker_container_is_called_by_its_host_name() {
         let id = "cd".repeat(32);
-        assert!(face(&id, r#"{"hostname":"db"}"#).description.starts_with("db, "));
-        assert!(face(&id, r#"{"hostname":"cdcdcdcdcdcd"}"#).description.starts_with("cdcdcdcdcdcd, "));
+        assert!(metadata_of(&id, r#"{"hostname":"db"}"#).description.starts_with("db, "));
+        assert!(metadata_of(&id, r#"{"hostname":"cdcdcdcdcdcd"}"#).description.starts_with("cdcdcdcdcdcd, "));
     }
 
     #[test]
     fn a_name_can_not_bring_lines_or_fields_of_its_own() {
         let spec = r#"{"annotations":{"nerdctl/name":"x OBJECT_SYSTEMD_UNIT=ssh.service\\"}}"#;
-        let face = face("a", spec);
-        assert_eq!(identifier(&face.fields), "x_OBJECT_SYSTEMD_UNIT=ssh.service");
-        assert!(face.fields.iter().all(|(_, value)| !value.contains([' ', '\\'])), "{:?}", face.fields);
-        assert!(face.description.ends_with("container n/a"), "{}", face.description);
+        let metadata = metadata_of("a", spec);
+        assert_eq!(identifier(&metadata.fields), "x_OBJECT_SYSTEMD_UNIT=ssh.service");
+        assert!(
+            metadata.fields.iter().all(|(_, value)| !value.contains([' ', '\\'])),
+            "{:?}",
+            metadata.fields
+        );
+        assert!(metadata.description.ends_with("container n/a"), "{}", metadata.description);
     }
 
     #[test]
     fn control_characters_do_not_reach_the_terminal() {
-        let face = face("a", "{\"annotations\":{\"nerdctl/name\":\"x\\ny\\u001b[31m\"}}");
-        assert!(face.description.starts_with("xy[31m, "), "{}", face.description);
+        let metadata = metadata_of("a", "{\"annotations\":{\"nerdctl/name\":\"x\\ny\\u001b[31m\"}}");
+        assert!(metadata.description.starts_with("xy[31m, "), "{}", metadata.description);
     }
 }

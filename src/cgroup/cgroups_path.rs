@@ -9,9 +9,9 @@ use crate::id::{Namespace, TaskId};
 
 /// The cgroup that a client requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Wish {
+pub enum Requested {
     /// No path, or the default path of a client: our own slice, and the id as the name of the cgroup.
-    Ours,
+    Default,
     /// A unit in this slice, with the container in a child cgroup of this name.
     Slice {
         /// The name of the slice, `-.slice` for the root.
@@ -26,7 +26,7 @@ pub enum Wish {
 /// The names under which clients have the cgroups of their containers by default, beside the namespace.
 const DEFAULT_PARENTS: [&str; 2] = ["k8s.io", "docker"];
 
-impl Wish {
+impl Requested {
     /// True for the default path of a client for a container with another id: `/PARENT/ID`. `namespace` is the one that
     /// the container is in.
     pub fn is_default_of_another(&self, namespace: &Namespace) -> bool {
@@ -55,10 +55,10 @@ pub struct Malformed {
 ///
 /// # Errors
 /// Neither an absolute path without `..` nor `slice:prefix:name`.
-pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Wish, Malformed> {
+pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested, Malformed> {
     let malformed = |rule| Malformed { text: text.chars().take(200).collect(), rule };
     if text.is_empty() {
-        return Ok(Wish::Ours);
+        return Ok(Requested::Default);
     }
     if text.contains('\0') || text.contains('\n') {
         return Err(malformed("it must not contain a NUL or a newline"));
@@ -74,12 +74,12 @@ pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Wish, Mal
     let mut defaults = std::iter::once(namespace.as_str()).chain(DEFAULT_PARENTS);
     if path == Path::new("/") || defaults.any(|parent| path == Path::new("/").join(parent).join(id.as_str()))
     {
-        return Ok(Wish::Ours);
+        return Ok(Requested::Default);
     }
-    Ok(Wish::Literal(path))
+    Ok(Requested::Literal(path))
 }
 
-fn systemd_form(text: &str, malformed: impl Fn(&'static str) -> Malformed) -> Result<Wish, Malformed> {
+fn systemd_form(text: &str, malformed: impl Fn(&'static str) -> Malformed) -> Result<Requested, Malformed> {
     let parts: Vec<&str> = text.split(':').collect();
     let [slice, prefix, name] = parts[..] else {
         return Err(malformed("the systemd form must have three parts, slice:prefix:name"));
@@ -108,7 +108,7 @@ fn systemd_form(text: &str, malformed: impl Fn(&'static str) -> Malformed) -> Re
         ("", name) => format!("{name}.scope"),
         (prefix, name) => format!("{prefix}-{name}.scope"),
     };
-    Ok(Wish::Slice { slice, child: escape(&child) })
+    Ok(Requested::Slice { slice, child: escape(&child) })
 }
 
 /// A name for a directory in a cgroup. A name that the kernel could use for a file of its own gets a leading
@@ -139,18 +139,18 @@ mod tests {
         }
     }
 
-    fn read(text: &str) -> Result<Wish, Malformed> {
+    fn read(text: &str) -> Result<Requested, Malformed> {
         parse(text, &Namespace::new("default").unwrap(), &TaskId::new(ID).unwrap())
     }
 
-    fn slice(slice: &str, child: &str) -> Result<Wish, Malformed> {
-        Ok(Wish::Slice { slice: slice.to_owned(), child: child.to_owned() })
+    fn slice(slice: &str, child: &str) -> Result<Requested, Malformed> {
+        Ok(Requested::Slice { slice: slice.to_owned(), child: child.to_owned() })
     }
 
     #[test]
     fn defaults_of_clients_request_nothing() {
         for text in ["", "/", "/default/web", "/k8s.io/web", "/docker/web"] {
-            assert_eq!(read(text), Ok(Wish::Ours), "{text:?}");
+            assert_eq!(read(text), Ok(Requested::Default), "{text:?}");
         }
     }
 
@@ -168,7 +168,7 @@ mod tests {
     #[test]
     fn another_path_is_taken_literally() {
         for text in ["/kubepods/burstable/pod1/ab", "/default/other", "/x"] {
-            assert_eq!(read(text), Ok(Wish::Literal(text.into())), "{text:?}");
+            assert_eq!(read(text), Ok(Requested::Literal(text.into())), "{text:?}");
         }
     }
 
