@@ -5,14 +5,14 @@ use nix::sys::prctl::set_child_subreaper;
 
 use crate::oci::{namespaces, runtime};
 use crate::task::phase::Exit;
-use crate::unit::main_process::Ended;
+use crate::unit::main_process::WaitStatus;
 
 use super::contract::{EXEC_PID_FILE, Outcome, PROCESS_SPEC};
 use super::error::{Error, system};
 use super::process::Process;
 use super::streams::Streams;
 use super::{cgroup, handoff, inherited, report};
-use crate::sys::bounded::{self, End};
+use crate::sys::bounded::{self, CommandEnd};
 
 /// If the process ended before systemd took it over, this process ends in the same way instead of returning.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
@@ -36,7 +36,7 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
     }
 }
 
-fn outcome(pid: u32, ended: Option<Ended>) -> Outcome {
+fn outcome(pid: u32, ended: Option<WaitStatus>) -> Outcome {
     match ended {
         None => Outcome::Started { pid },
         Some(ended) => {
@@ -63,9 +63,9 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     // From here on, only the started process has the streams.
     drop(streams);
     let status = match ended {
-        End::Exited(status) => status,
-        End::TimedOut => return Err(runtime::Error::TimedOut { verb: runtime::EXEC, limit }.into()),
-        End::Terminated => return Err(Error::Terminated),
+        CommandEnd::Exited(status) => status,
+        CommandEnd::TimedOut => return Err(runtime::Error::TimedOut { verb: runtime::EXEC, limit }.into()),
+        CommandEnd::Terminated => return Err(Error::Terminated),
     };
     if !status.success() {
         return Err(Error::Runtime(cli.reason(runtime::EXEC, Some(status))));

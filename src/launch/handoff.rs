@@ -19,7 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::config::BARRIER_LIMIT;
 use crate::sys;
-use crate::unit::main_process::Ended;
+use crate::unit::main_process::WaitStatus;
 
 /// Why a process can't be handed over.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +41,7 @@ pub enum Error {
 }
 
 /// Hands the process over. If it has ended already, returns how; the caller must then call [`end_as`].
-pub(super) fn hand_over(pid: u32) -> Result<Option<Ended>, Error> {
+pub(super) fn hand_over(pid: u32) -> Result<Option<WaitStatus>, Error> {
     if let Some(ended) = peek(pid)? {
         return Ok(Some(ended));
     }
@@ -50,11 +50,11 @@ pub(super) fn hand_over(pid: u32) -> Result<Option<Ended>, Error> {
     peek(pid)
 }
 
-fn peek(pid: u32) -> Result<Option<Ended>, Error> {
+fn peek(pid: u32) -> Result<Option<WaitStatus>, Error> {
     let ended = sys::peek_exit(pid).map_err(|errno| Error::Lost { pid, source: errno.into() })?;
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let at_usec = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
-    Ok(ended.map(|(code, status)| Ended { code, status, at_usec }))
+    Ok(ended.map(|(code, status)| WaitStatus { code, status, at_usec }))
 }
 
 fn tell(state: NotifyState) -> Result<(), Error> {
@@ -88,7 +88,7 @@ fn barrier() -> Result<(), Error> {
 
 /// Exits in the same way as another process.
 #[expect(clippy::disallowed_methods, reason = "the exit code is another process's, of all values")]
-pub(super) fn end_as(ended: Ended) -> ! {
+pub(super) fn end_as(ended: WaitStatus) -> ! {
     if let Some(signal) = ended.signal() {
         sys::die_by(signal);
     }

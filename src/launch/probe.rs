@@ -10,7 +10,7 @@ use nix::sys::prctl::set_child_subreaper;
 
 use crate::oci::criu::{Problem, check_version};
 use crate::oci::options;
-use crate::sys::bounded::{self, End};
+use crate::sys::bounded::{self, CommandEnd};
 
 use super::contract::CRIU_PROBLEM;
 use super::error::{Error, system};
@@ -57,9 +57,11 @@ fn output(command: &mut Command, path: &str) -> Result<(String, bool), Error> {
     let unusable = |reason: String| Problem::Unusable { reason };
     let ended = bounded::run(command, LIMIT).map_err(|error| unusable(format!("can't run it: {error}")))?;
     let is_good = match ended {
-        End::Exited(status) => status.success(),
-        End::TimedOut => return Err(unusable(format!("it did not end within {} s", LIMIT.as_secs())).into()),
-        End::Terminated => return Err(Error::Terminated),
+        CommandEnd::Exited(status) => status.success(),
+        CommandEnd::TimedOut => {
+            return Err(unusable(format!("it did not end within {} s", LIMIT.as_secs())).into());
+        }
+        CommandEnd::Terminated => return Err(Error::Terminated),
     };
     let mut text = Vec::new();
     let read = memory.rewind().and_then(|()| memory.take(MAX_OUTPUT).read_to_end(&mut text));

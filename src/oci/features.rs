@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::prctl::set_child_subreaper;
 
-use crate::sys::bounded::{self, End};
+use crate::sys::bounded::{self, CommandEnd};
 
 /// How long the runtime may take. It only prints constants, and dockerd and CRI wait for it while they start.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -61,18 +61,20 @@ pub fn read(binary: PathBuf) -> Result<Vec<u8>, Error> {
     let ran = run(&binary);
     match ran {
         Err(source) => Err(Error::Spawn { binary, source }),
-        Ok((End::TimedOut | End::Terminated, _)) => Err(Error::Killed { binary }),
-        Ok((End::Exited(status), _)) if !status.success() => {
+        Ok((CommandEnd::TimedOut | CommandEnd::Terminated, _)) => Err(Error::Killed { binary }),
+        Ok((CommandEnd::Exited(status), _)) if !status.success() => {
             Err(Error::Failed { binary, status: status.to_string() })
         }
-        Ok((End::Exited(_), printed)) => match serde_json::from_slice::<serde::de::IgnoredAny>(&printed) {
-            Ok(_) => Ok(printed),
-            Err(_) => Err(Error::NotJson { binary }),
-        },
+        Ok((CommandEnd::Exited(_), printed)) => {
+            match serde_json::from_slice::<serde::de::IgnoredAny>(&printed) {
+                Ok(_) => Ok(printed),
+                Err(_) => Err(Error::NotJson { binary }),
+            }
+        }
     }
 }
 
-fn run(binary: &Path) -> io::Result<(End, Vec<u8>)> {
+fn run(binary: &Path) -> io::Result<(CommandEnd, Vec<u8>)> {
     // What the runtime starts can be killed then, even if it has cut itself off.
     set_child_subreaper(true)?;
     let mut output = bounded_file()?;

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config;
 use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskKey};
-use crate::services::registry::End;
+use crate::services::registry::Completion;
 use crate::services::streams::drain;
 use crate::services::{Attempt, Entry, Error, Process, Shim, blocking, now_usec};
 use crate::store::delete_replies::Deleted;
@@ -76,8 +76,8 @@ impl Shim {
         blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await??;
         let unknown = || Error::UnknownTask { key: entry.key.clone() };
         match tokio::time::timeout(config::KILL_LIMIT, entry.init.ended()).await {
-            Ok(End::Exited(exit)) => Ok(exit),
-            Ok(End::Deleted) => Err(unknown()),
+            Ok(Completion::Exited(exit)) => Ok(exit),
+            Ok(Completion::Deleted) => Err(unknown()),
             Err(_) => Err(Error::NotEnding { key: entry.key.clone(), unit: entry.init.unit.to_string() }),
         }
     }

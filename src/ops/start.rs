@@ -8,7 +8,7 @@ use crate::id::ProcessKey;
 use crate::oci::runtime;
 use crate::services::{Attempt, Entry, Error, Process, Shim, blocking};
 use crate::task::Task;
-use crate::task::phase::{Event, Exit, Refusal, Seen};
+use crate::task::phase::{Event, Exit, ObservedExit, Refusal};
 
 use super::kill::kill_all;
 
@@ -74,7 +74,7 @@ impl Shim {
         };
         self.tasks.note_event(entry, process, Event::Started { pid })?;
         if let Some(exit) = exit {
-            self.tasks.note_event(entry, process, Event::Exited(Seen { pid: Some(pid), exit }))?;
+            self.tasks.note_event(entry, process, Event::Exited(ObservedExit { pid: Some(pid), exit }))?;
         }
         if process.exec().is_some() {
             fault::point(Point::ExecStartNoted);

@@ -1,7 +1,7 @@
 //! Wait: the end of a process.
 
 use crate::id::ProcessKey;
-use crate::services::registry::End;
+use crate::services::registry::Completion;
 use crate::services::{Attempt, Error, Shim};
 use crate::task::phase::Exit;
 
@@ -20,9 +20,9 @@ impl Shim {
             }
         };
         match (process.ended().await, &key.exec) {
-            (End::Exited(exit), _) => Ok(exit),
-            (End::Deleted, None) => Err(Error::UnknownTask { key: key.task.clone() }),
-            (End::Deleted, Some(_)) => Err(Error::UnknownExec { key: key.clone() }),
+            (Completion::Exited(exit), _) => Ok(exit),
+            (Completion::Deleted, None) => Err(Error::UnknownTask { key: key.task.clone() }),
+            (Completion::Deleted, Some(_)) => Err(Error::UnknownExec { key: key.clone() }),
         }
     }
 }

@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use crate::store::{self, Cause, OwedFile};
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Event, Refusal};
-use crate::task::{Ended, Task};
+use crate::task::{ExitNotice, Task};
 
 use super::registry;
 use super::tasks::Tasks;
@@ -128,7 +128,7 @@ impl Tasks {
     pub(crate) fn change(
         &self,
         entry: &Arc<Entry>,
-        change: impl FnOnce(&mut Task) -> Result<Vec<Ended>, Error>,
+        change: impl FnOnce(&mut Task) -> Result<Vec<ExitNotice>, Error>,
     ) -> Result<(), Error> {
         let ended = {
             let mut task = entry.task();
@@ -156,7 +156,7 @@ impl Tasks {
     pub(crate) fn note(
         &self,
         entry: &Arc<Entry>,
-        change: impl FnOnce(&mut Task) -> Result<Vec<Ended>, Refusal>,
+        change: impl FnOnce(&mut Task) -> Result<Vec<ExitNotice>, Refusal>,
     ) -> Result<Noted, Refusal> {
         let (noted, ended) = {
             let mut task = entry.task();
@@ -225,11 +225,11 @@ impl Tasks {
     }
 
     /// Wakes those who wait for the end of a process, and the publisher.
-    fn tell(&self, entry: &Arc<Entry>, ended: Vec<Ended>) {
-        for Ended { exec, exit } in ended {
+    fn tell(&self, entry: &Arc<Entry>, ended: Vec<ExitNotice>) {
+        for ExitNotice { exec, exit } in ended {
             if let Some(process) = entry.process(exec.as_ref()) {
                 tracing::debug!(process = %process.key, status = exit.status, "ended with status {}", exit.status);
-                process.wake(registry::End::Exited(exit));
+                process.wake(registry::Completion::Exited(exit));
             }
         }
         self.announce(entry);

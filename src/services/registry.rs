@@ -27,12 +27,12 @@ pub struct Process<L> {
     pub verb: Arc<tokio::sync::Mutex<()>>,
     /// What belongs to the running daemon only: descriptors, pumps.
     live: Mutex<L>,
-    end: watch::Sender<Option<End>>,
+    end: watch::Sender<Option<Completion>>,
 }
 
-/// What those who wait for a process are told.
+/// How the life of a process ended, for calls that wait for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum Completion {
     /// It has ended.
     Exited(Exit),
     /// It was deleted without ever having run.
@@ -46,7 +46,7 @@ impl<L: Default> Process<L> {
             unit,
             verb: Arc::default(),
             live: Mutex::default(),
-            end: watch::Sender::new(exit.map(End::Exited)),
+            end: watch::Sender::new(exit.map(Completion::Exited)),
         })
     }
 }
@@ -68,13 +68,13 @@ impl<L> Process<L> {
         self.end.borrow().is_some()
     }
 
-    /// Tells all who wait; the first end stands.
-    pub fn wake(&self, end: End) {
-        self.end.send_if_modified(|told| told.is_none() && told.replace(end).is_none());
+    /// Wakes all calls that wait for the process. Only the first completion counts.
+    pub fn wake(&self, end: Completion) {
+        self.end.send_if_modified(|first| first.is_none() && first.replace(end).is_none());
     }
 
     /// Resolves when the process has ended; at once if it has.
-    pub fn ended(&self) -> impl Future<Output = End> + Send + use<L> {
+    pub fn ended(&self) -> impl Future<Output = Completion> + Send + use<L> {
         let mut receiver = self.end.subscribe();
         async move {
             loop {
@@ -283,7 +283,7 @@ impl<L> Registry<L> {
             let execs = std::mem::take(&mut *entry.execs_map());
             for process in execs.into_values().chain([entry.init.clone()]) {
                 maps.units.remove(&process.unit);
-                process.wake(End::Deleted);
+                process.wake(Completion::Deleted);
             }
         }
     }
@@ -293,7 +293,7 @@ impl<L> Registry<L> {
         let mut maps = self.maps();
         if let Some(process) = entry.execs_map().remove(id) {
             maps.units.remove(&process.unit);
-            process.wake(End::Deleted);
+            process.wake(Completion::Deleted);
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::task::Placement;
 use crate::task::exec::{Exec, ExecPhase};
 use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::{Container, Event, Exit, Phase, Seen};
+use crate::task::phase::{Container, Event, Exit, ObservedExit, Phase};
 use crate::task::process::Process;
 use std::sync::Arc;
 
@@ -171,7 +171,7 @@ fn a_change_of_an_exec_that_was_cut_off_is_completed_once_and_in_order() {
     a = with_exec(&store, &a, "one");
     let id = ExecId::new("one").unwrap();
     let exit = Exit { status: 3, at_usec: 9 };
-    let ended = Event::Exited(Seen { pid: None, exit });
+    let ended = Event::Exited(ObservedExit { pid: None, exit });
     let changes = [
         (None, Event::StartBegun),
         (None, Event::Started { pid: 7 }),

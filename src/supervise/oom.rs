@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
 use crate::services::{Entry, Error, Shim, now_usec};
-use crate::task::phase::Seen;
+use crate::task::phase::ObservedExit;
 use crate::task::{Placement, Task};
 
 /// How long the kernel may delay its report of a kill: it reports changes of `memory.events` at most every 10 ms, and a
@@ -55,7 +55,7 @@ impl Shim {
     }
 
     /// Whether all kills in a container that has ended are known. Almost always true.
-    pub(crate) fn knows_oom_kills(self: &Arc<Self>, entry: &Arc<Entry>, seen: Seen) -> bool {
+    pub(crate) fn knows_oom_kills(self: &Arc<Self>, entry: &Arc<Entry>, seen: ObservedExit) -> bool {
         match self.cgroups.pending() {
             Ok(changes) => self.apply_changes(changes),
             Err(error) => cant_note(entry, &Error::Watch(error)),

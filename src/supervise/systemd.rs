@@ -13,9 +13,9 @@ use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::services::changes::Noted;
 use crate::services::{Entry, Process, Shim, blocking, now_usec};
-use crate::task::phase::{Event, Exit, Phase, Seen};
+use crate::task::phase::{Event, Exit, ObservedExit, Phase};
 use crate::unit;
-use crate::unit::main_process::{Ended, MainProcess};
+use crate::unit::main_process::{MainProcess, WaitStatus};
 use crate::unit::observations::Observations;
 
 /// How many units are queried at the same time after signals. systemd answers one call after the other.
@@ -119,14 +119,14 @@ impl Shim {
             (None, None) => Exit { status: UNKNOWN_STATUS, at_usec: now_usec() },
             // Stopped from outside: systemd sends SIGTERM and SIGKILL, and does not wait for what is not
             // its child.
-            (_, Some(_)) => exit_of(Ended::killed(now_usec())),
+            (_, Some(_)) => exit_of(WaitStatus::killed(now_usec())),
         };
         let (key, status) = (&process.key, exit.status);
         tracing::warn!(process = %key, "{key}: its unit disappeared or was stopped by somebody else; exit code unknown, reporting {status}");
-        self.ended(entry, process, Seen { pid: None, exit });
+        self.ended(entry, process, ObservedExit { pid: None, exit });
     }
 
-    fn ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, seen: Seen) {
+    fn ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, seen: ObservedExit) {
         fault::point(Point::ExitSeen);
         if process.exec().is_some() {
             return self.note_end(entry, process, seen);
@@ -159,7 +159,7 @@ impl Shim {
         }
     }
 
-    fn note_end(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, seen: Seen) {
+    fn note_end(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, seen: ObservedExit) {
         let noted = match self.tasks.note_event(entry, process, Event::Exited(seen)) {
             Ok(noted) => noted,
             Err(error) => {
@@ -240,11 +240,11 @@ fn log_query_error(process: &Process, error: &unit::error::Error) {
     tracing::warn!(process = %key, %error, "{key}: can't query its unit: {error}");
 }
 
-fn seen(main: MainProcess, ended: Ended) -> Seen {
-    Seen { pid: (main.last_pid != 0).then_some(main.last_pid), exit: exit_of(ended) }
+fn seen(main: MainProcess, ended: WaitStatus) -> ObservedExit {
+    ObservedExit { pid: (main.last_pid != 0).then_some(main.last_pid), exit: exit_of(ended) }
 }
 
-fn exit_of(ended: Ended) -> Exit {
+fn exit_of(ended: WaitStatus) -> Exit {
     let at_usec = if ended.at_usec == 0 { now_usec() } else { ended.at_usec };
     Exit { status: ended.exit_status(), at_usec }
 }
@@ -254,13 +254,13 @@ mod tests {
     use super::*;
 
     const TOLD: MainProcess =
-        MainProcess { pid: 0, last_pid: 7, ended: Some(Ended { code: 1, status: 3, at_usec: 5 }) };
+        MainProcess { pid: 0, last_pid: 7, ended: Some(WaitStatus { code: 1, status: 3, at_usec: 5 }) };
 
     #[test]
     fn the_answer_to_a_query_counts_more_than_the_signal_before_it() {
         let runs = MainProcess { pid: 7, last_pid: 7, ended: None };
         assert_eq!(trusted_report(TOLD, Some(runs)), runs);
-        let ended = MainProcess { ended: Some(Ended { code: 2, status: 9, at_usec: 6 }), ..TOLD };
+        let ended = MainProcess { ended: Some(WaitStatus { code: 2, status: 9, at_usec: 6 }), ..TOLD };
         assert_eq!(trusted_report(TOLD, Some(ended)), ended);
     }
 
@@ -270,7 +270,7 @@ mod tests {
         for later in [
             MainProcess::default(),
             MainProcess { pid: 8, last_pid: 8, ended: None },
-            MainProcess { pid: 0, last_pid: 8, ended: Some(Ended { code: 1, status: 0, at_usec: 9 }) },
+            MainProcess { pid: 0, last_pid: 8, ended: Some(WaitStatus { code: 1, status: 0, at_usec: 9 }) },
         ] {
             assert_eq!(trusted_report(TOLD, Some(later)), TOLD);
         }

@@ -17,7 +17,7 @@ const DEATH_LIMIT: Duration = Duration::from_secs(5);
 
 /// How a command ended.
 #[derive(Debug)]
-pub enum End {
+pub enum CommandEnd {
     /// By itself.
     Exited(ExitStatus),
     /// It was killed, with all that it had started: it took too long.
@@ -30,7 +30,7 @@ pub enum End {
 ///
 /// # Errors
 /// The command can't be run.
-pub fn run(command: &mut Command, limit: Duration) -> io::Result<End> {
+pub fn run(command: &mut Command, limit: Duration) -> io::Result<CommandEnd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
     // From here on SIGTERM waits until there is somebody to kill.
@@ -45,21 +45,21 @@ fn spawn(command: &mut Command) -> io::Result<Child> {
     command.spawn()
 }
 
-fn wait(mut child: Child, signals: &SigSet, limit: Duration) -> io::Result<End> {
+fn wait(mut child: Child, signals: &SigSet, limit: Duration) -> io::Result<CommandEnd> {
     let watched = super::pidfd_open(child.id()).map_err(io::Error::from);
     let first = watched.and_then(|process| Ok(first_of(&process, signals, limit)?));
     match first {
-        Ok(First::Ended) => Ok(End::Exited(child.wait()?)),
-        Ok(First::Limit) => Ok(kill(End::TimedOut)),
-        Ok(First::Signal) => Ok(kill(End::Terminated)),
+        Ok(First::Ended) => Ok(CommandEnd::Exited(child.wait()?)),
+        Ok(First::Limit) => Ok(kill(CommandEnd::TimedOut)),
+        Ok(First::Signal) => Ok(kill(CommandEnd::Terminated)),
         Err(error) => {
-            kill(End::Terminated);
+            kill(CommandEnd::Terminated);
             Err(error)
         }
     }
 }
 
-fn kill(end: End) -> End {
+fn kill(end: CommandEnd) -> CommandEnd {
     kill_all();
     end
 }
@@ -107,9 +107,9 @@ mod tests {
     #[test]
     fn a_command_that_ends_says_how() {
         let ended = run(Command::new("sh").args(["-c", "exit 7"]), Duration::from_secs(60)).unwrap();
-        assert!(matches!(ended, End::Exited(status) if status.code() == Some(7)), "{ended:?}");
+        assert!(matches!(ended, CommandEnd::Exited(status) if status.code() == Some(7)), "{ended:?}");
         let killed = run(Command::new("sh").args(["-c", "kill -TERM $$"]), Duration::from_secs(60)).unwrap();
-        assert!(matches!(killed, End::Exited(status) if status.signal() == Some(15)), "{killed:?}");
+        assert!(matches!(killed, CommandEnd::Exited(status) if status.signal() == Some(15)), "{killed:?}");
     }
 
     #[test]

@@ -10,7 +10,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::phase::{Announce, Event, Exit, Refusal, Seen, Step, stay};
+use super::phase::{Announce, Event, Exit, ObservedExit, Refusal, Step, stay};
 use super::process::{Lifecycle, Process};
 
 /// An exec. Its process spec is a file of its own.
@@ -25,7 +25,7 @@ pub enum ExecPhase {
     /// Its unit is being started.
     Starting {
         /// The last observed exit of a process of the unit.
-        exit: Option<Seen>,
+        exit: Option<ObservedExit>,
     },
     /// The process runs.
     Running {
@@ -153,7 +153,7 @@ mod tests {
     const EXIT: Exit = Exit { status: 7, at_usec: 5 };
     const LATER: Exit = Exit { status: 0, at_usec: 9 };
     const PID: u32 = 42;
-    const SEEN: Seen = Seen { pid: Some(PID), exit: EXIT };
+    const SEEN: ObservedExit = ObservedExit { pid: Some(PID), exit: EXIT };
 
     fn run(events: &[Event]) -> (ExecPhase, Vec<Announce>) {
         let mut phase = ExecPhase::Added;
@@ -209,8 +209,8 @@ mod tests {
             Event::StartBegun,
             Event::Started { pid: PID },
             Event::StartFailed,
-            Event::Exited(Seen { pid: None, exit: LATER }),
-            Event::Exited(Seen { pid: Some(PID + 1), exit: LATER }),
+            Event::Exited(ObservedExit { pid: None, exit: LATER }),
+            Event::Exited(ObservedExit { pid: Some(PID + 1), exit: LATER }),
             Event::Frozen,
             Event::Thawed,
             Event::ExecsGone,

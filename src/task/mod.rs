@@ -111,7 +111,7 @@ impl Placement {
 
 /// A process that has ended, for calls of Wait.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ended {
+pub struct ExitNotice {
     /// The exec, or `None` for the init process.
     pub exec: Option<ExecId>,
     /// Its exit.
@@ -168,15 +168,15 @@ impl Task {
         exec: Option<&ExecId>,
         event: Event,
         now_usec: u64,
-    ) -> Result<Vec<Ended>, Refusal> {
+    ) -> Result<Vec<ExitNotice>, Refusal> {
         let mut ended = Vec::new();
         self.step(exec, event, now_usec, &mut ended)?;
         self.settle(now_usec, &mut ended)?;
         Ok(ended)
     }
 
-    /// containerd is told of the end of init once no exec is live.
-    fn settle(&mut self, now_usec: u64, ended: &mut Vec<Ended>) -> Result<(), Refusal> {
+    /// Publishes the exit of the init process once no exec is live.
+    fn settle(&mut self, now_usec: u64, ended: &mut Vec<ExitNotice>) -> Result<(), Refusal> {
         if self.execs.values().any(|exec| exec.phase.is_live()) {
             return Ok(());
         }
@@ -201,14 +201,14 @@ impl Task {
         exec: Option<&ExecId>,
         event: Event,
         now_usec: u64,
-        ended: &mut Vec<Ended>,
+        ended: &mut Vec<ExitNotice>,
     ) -> Result<(), Refusal> {
         let Some(process) = self.process_mut(exec) else {
             return Ok(());
         };
         for announce in process.phase.apply(event)? {
             if let Announce::Exited { exit, .. } = announce {
-                ended.push(Ended { exec: exec.cloned(), exit });
+                ended.push(ExitNotice { exec: exec.cloned(), exit });
             }
             let event = match (announce, exec.cloned()) {
                 (Announce::Created { pid }, None) => TaskEvent::Created { pid },

@@ -38,14 +38,14 @@ pub struct Exit {
 
 /// An exit that was observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct ObservedExit {
     /// The pid of the process, if it is known.
     pub pid: Option<u32>,
     /// The exit.
     pub exit: Exit,
 }
 
-impl Seen {
+impl ObservedExit {
     /// False if this exit belongs to another process, e.g. a late report about an earlier unit with the same name.
     pub(super) fn is_of(self, pid: u32) -> bool {
         self.pid.is_none_or(|seen| seen == pid)
@@ -74,14 +74,14 @@ pub enum Phase {
     /// The record is written; the unit may or may not exist yet.
     Creating {
         /// The last observed exit of a process of the unit.
-        exit: Option<Seen>,
+        exit: Option<ObservedExit>,
     },
     /// The rootfs is mounted. There is no process: Start restores one from a checkpoint.
     Prepared,
     /// The restore was begun; the unit may or may not exist yet.
     Restoring {
         /// The last observed exit of a process of the unit.
-        exit: Option<Seen>,
+        exit: Option<ObservedExit>,
     },
     /// The init process of the OCI runtime waits for Start.
     Created {
@@ -270,7 +270,7 @@ pub enum Event {
     /// Its cgroup is thawed.
     Thawed,
     /// The main process has ended.
-    Exited(Seen),
+    Exited(ObservedExit),
     /// No exec runs any more.
     ExecsGone,
 }

@@ -11,7 +11,7 @@ use crate::id::{ExecId, TaskKey, UnitName};
 use super::exec::Exec;
 use super::limits::Limits;
 use super::outbox::Outbox;
-use super::phase::{Container, Exit, Phase, Program, Seen};
+use super::phase::{Container, Exit, ObservedExit, Phase, Program};
 use super::process::{Lifecycle, Process};
 use super::request::{Containerd, Create, DeviceAllow, Mount, Property, Runtime, Sandbox, Stdio};
 use super::wiring::Wiring;
@@ -69,9 +69,9 @@ struct Request {
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case")]
 enum Name {
-    Creating { exit: Option<Seen> },
+    Creating { exit: Option<ObservedExit> },
     Prepared {},
-    Restoring { exit: Option<Seen> },
+    Restoring { exit: Option<ObservedExit> },
     Created { pid: u32 },
     Starting { pid: u32, exit: Option<Exit> },
     Running { pid: u32 },

@@ -18,7 +18,7 @@ use crate::id::UnitName;
 use super::annotation::{Additions, Types};
 use super::error::Error;
 use super::job::{Jobs, StartJob};
-use super::main_process::{Ended, MainProcess};
+use super::main_process::{MainProcess, WaitStatus};
 use super::manager::query::Starting;
 use super::manager::usage::Usage;
 use super::observations::Observations;
@@ -168,7 +168,7 @@ impl FakeSystemd {
     pub fn end_unheard(&self, unit: &UnitName, code: i32) {
         let mut state = self.state();
         if let Some(unit) = state.units.get_mut(unit) {
-            end(unit, Ended { code: 1, status: code, at_usec: 7 });
+            end(unit, WaitStatus { code: 1, status: code, at_usec: 7 });
         }
     }
 
@@ -181,7 +181,7 @@ impl FakeSystemd {
     /// Ends the main process of a unit by this signal.
     pub fn end_by_signal(&self, unit: &UnitName, signal: i32) {
         if let Some(unit) = self.state().units.get_mut(unit) {
-            end(unit, Ended { code: 2, status: signal, at_usec: 7 });
+            end(unit, WaitStatus { code: 2, status: signal, at_usec: 7 });
         }
         self.tell(unit);
     }
@@ -196,7 +196,7 @@ impl FakeSystemd {
 
     /// Reports an earlier process of the unit, late.
     pub fn tell_late(&self, unit: &UnitName, pid: u32, code: i32) {
-        let ended = Some(Ended { code: 1, status: code, at_usec: 3 });
+        let ended = Some(WaitStatus { code: 1, status: code, at_usec: 3 });
         self.state().observations.reported(unit.clone(), MainProcess { pid: 0, last_pid: pid, ended });
     }
 
@@ -208,7 +208,7 @@ impl FakeSystemd {
     /// Unloads a unit, as an administrator can. Its exit code is lost.
     pub fn unload(&self, unit: &UnitName) {
         if let Some(mut gone) = self.state().units.remove(unit) {
-            end(&mut gone, Ended::killed(7));
+            end(&mut gone, WaitStatus::killed(7));
         }
     }
 
@@ -262,7 +262,7 @@ impl FakeSystemd {
         let State { units, observations, .. } = &mut *state;
         if let Some(unit) = units.get_mut(name) {
             if unit.child.is_some() {
-                end(unit, Ended::killed(7));
+                end(unit, WaitStatus::killed(7));
                 observations.reported(name.clone(), unit.main);
             }
             if unit.active != "failed" {
@@ -282,7 +282,7 @@ fn running(active: &'static str, child: Sleeper, cgroup: Option<PathBuf>) -> Uni
     Unit { active, main, child: Some(child), cgroup, ..Unit::default() }
 }
 
-fn end(unit: &mut Unit, ended: Ended) {
+fn end(unit: &mut Unit, ended: WaitStatus) {
     let Some(mut child) = unit.child.take() else {
         return;
     };
@@ -299,10 +299,10 @@ fn end(unit: &mut Unit, ended: Ended) {
     unit.active = if ended.exit_status() == 0 || unit.active == "activating" { "active" } else { "failed" };
 }
 
-fn ended_by(status: ExitStatus) -> Ended {
+fn ended_by(status: ExitStatus) -> WaitStatus {
     match (status.code(), status.signal()) {
-        (Some(code), _) => Ended { code: 1, status: code, at_usec: 7 },
-        (None, signal) => Ended { code: 2, status: signal.unwrap_or_default(), at_usec: 7 },
+        (Some(code), _) => WaitStatus { code: 1, status: code, at_usec: 7 },
+        (None, signal) => WaitStatus { code: 2, status: signal.unwrap_or_default(), at_usec: 7 },
     }
 }
 

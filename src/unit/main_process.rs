@@ -10,12 +10,12 @@ pub struct MainProcess {
     /// The pid of the last process, 0 if there was none.
     pub last_pid: u32,
     /// How the last process ended. `None` if it did not end.
-    pub ended: Option<Ended>,
+    pub ended: Option<WaitStatus>,
 }
 
 /// How a main process ended, in systemd's terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ended {
+pub struct WaitStatus {
     /// `si_code` of `SIGCHLD`: 1 exited, 2 killed, 3 dumped core.
     pub code: i32,
     /// The exit code, or the signal.
@@ -24,7 +24,7 @@ pub struct Ended {
     pub at_usec: u64,
 }
 
-impl Ended {
+impl WaitStatus {
     /// Killed by SIGKILL.
     pub fn killed(at_usec: u64) -> Self {
         const CLD_KILLED: i32 = 2;
@@ -54,7 +54,7 @@ impl MainProcess {
     /// reloads its units.
     pub(super) fn ended_command(command: &Command) -> Option<Self> {
         let (.., at_usec, _, pid, code, status) = *command;
-        let ended = Ended { code, status, at_usec };
+        let ended = WaitStatus { code, status, at_usec };
         (code != 0).then_some(Self { pid: 0, last_pid: pid, ended: Some(ended) })
     }
 
@@ -66,7 +66,7 @@ impl MainProcess {
         self.last_pid = u32_of("ExecMainPID").unwrap_or(self.last_pid);
         if let (Some(code), Some(status)) = (i32_of("ExecMainCode"), i32_of("ExecMainStatus")) {
             let at_usec = value("ExecMainExitTimestamp").and_then(|v| u64::try_from(v).ok()).unwrap_or(0);
-            self.ended = (code != 0).then_some(Ended { code, status, at_usec });
+            self.ended = (code != 0).then_some(WaitStatus { code, status, at_usec });
         }
         self
     }
@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn exits_are_told_in_containerds_numbers() {
-        let ended = |code, status| Ended { code, status, at_usec: 0 }.exit_status();
+        let ended = |code, status| WaitStatus { code, status, at_usec: 0 }.exit_status();
         assert_eq!(ended(1, 0), 0);
         assert_eq!(ended(1, 255), 255);
         assert_eq!(ended(2, 9), 137);
@@ -91,7 +91,7 @@ mod tests {
     fn a_command_has_ended_only_if_systemd_says_how() {
         let command = |code| (String::new(), Vec::new(), true, 1, 2, 77, 4, 7, code, 3);
         assert_eq!(MainProcess::ended_command(&command(0)), None);
-        let ended = Some(Ended { code: 2, status: 3, at_usec: 77 });
+        let ended = Some(WaitStatus { code: 2, status: 3, at_usec: 77 });
         assert_eq!(MainProcess::ended_command(&command(2)), Some(MainProcess { pid: 0, last_pid: 7, ended }));
     }
 
@@ -109,6 +109,6 @@ mod tests {
         assert_eq!(MainProcess::default().updated(|n| not_yet.get(n)).ended, None);
         let ended = values(1);
         let process = MainProcess::default().updated(|n| ended.get(n));
-        assert_eq!(process.ended, Some(Ended { code: 1, status: 3, at_usec: 77 }));
+        assert_eq!(process.ended, Some(WaitStatus { code: 1, status: 3, at_usec: 77 }));
     }
 }

@@ -80,14 +80,14 @@ impl Observations {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::unit::main_process::Ended;
+    use crate::unit::main_process::WaitStatus;
 
     fn unit(name: &str) -> UnitName {
         UnitName::new(name).unwrap()
     }
 
     fn ended(pid: u32) -> MainProcess {
-        MainProcess { pid: 0, last_pid: pid, ended: Some(Ended { code: 1, status: 3, at_usec: 5 }) }
+        MainProcess { pid: 0, last_pid: pid, ended: Some(WaitStatus { code: 1, status: 3, at_usec: 5 }) }
     }
 
     #[tokio::test]

@@ -108,7 +108,7 @@ fn owner(message: &Message) -> Option<Signal> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::unit::main_process::Ended;
+    use crate::unit::main_process::WaitStatus;
 
     const OWNER: &str = ":1.5";
     const WEB: &str = "/org/freedesktop/systemd1/unit/containerd_2ddefault_2dweb_2eservice";
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn systemds_broadcasts_are_read() {
         let main =
-            MainProcess { pid: 0, last_pid: 7, ended: Some(Ended { code: 1, status: 42, at_usec: 0 }) };
+            MainProcess { pid: 0, last_pid: 7, ended: Some(WaitStatus { code: 1, status: 42, at_usec: 0 }) };
         let unit = UnitName::new("containerd-default-web.service").unwrap();
         assert_eq!(send(CHANGED, &exit()), Some(Signal::Service { unit, main }));
         assert!(matches!(send(REMOVED, &job_end()), Some(Signal::Job { result, .. }) if result == "done"));

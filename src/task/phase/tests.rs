@@ -4,8 +4,8 @@ const EXIT: Exit = Exit { status: 7, at_usec: 5 };
 const LATER: Exit = Exit { status: 0, at_usec: 9 };
 const PID: u32 = 42;
 const PROGRAM: Option<Program> = Some((1, 2));
-const SEEN: Seen = Seen { pid: Some(PID), exit: EXIT };
-const SEEN_LATER: Seen = Seen { pid: None, exit: LATER };
+const SEEN: ObservedExit = ObservedExit { pid: Some(PID), exit: EXIT };
+const SEEN_LATER: ObservedExit = ObservedExit { pid: None, exit: LATER };
 
 fn container() -> Container {
     Container { pid: PID, cgroup: "/web".into(), limits: None, oom_kills: 2 }
@@ -179,7 +179,7 @@ fn an_exit_inside_create_is_announced_after_the_create() {
 
 #[test]
 fn the_end_of_another_process_is_not_this_ones() {
-    let other = || Event::Exited(Seen { pid: Some(PID + 1), exit: EXIT });
+    let other = || Event::Exited(ObservedExit { pid: Some(PID + 1), exit: EXIT });
     let (phase, _) =
         run(&[other(), created(), other(), Event::StartBegun, other(), Event::Started { pid: PID }, other()]);
     assert_eq!(phase, Phase::Running { container: container() });
