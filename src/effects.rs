@@ -85,6 +85,8 @@ mod scripted {
         Stop(usize),
         /// The effect of this number fails, once.
         Fail(usize, Failure),
+        /// The first effect whose description begins with this text is refused.
+        Refuse(&'static str),
     }
 
     /// Counts the effects of one daemon.
@@ -100,6 +102,12 @@ mod scripted {
         count: usize,
         is_dead: bool,
         log: Vec<String>,
+    }
+
+    impl State {
+        fn has_logged(&self, text: &str) -> bool {
+            self.log.iter().any(|effect| effect.starts_with(text))
+        }
     }
 
     impl Effects {
@@ -131,6 +139,7 @@ mod scripted {
             match state.plan {
                 Plan::Undisturbed => false,
                 Plan::Stop(at) | Plan::Fail(at, _) => state.count > at,
+                Plan::Refuse(text) => state.has_logged(text),
             }
         }
 
@@ -159,8 +168,13 @@ mod scripted {
             }
             let number = state.count;
             state.count += 1;
+            let is_refused = match state.plan {
+                Plan::Refuse(text) => what.starts_with(text) && !state.has_logged(text),
+                _ => false,
+            };
             state.log.push(what);
             match state.plan {
+                Plan::Refuse(_) if is_refused => Err(Some(Failure::Refused)),
                 Plan::Stop(at) if at == number => {
                     state.is_dead = true;
                     drop(state);
@@ -168,7 +182,7 @@ mod scripted {
                     Err(None)
                 }
                 Plan::Fail(at, failure) if at == number => Err(Some(failure)),
-                Plan::Undisturbed | Plan::Stop(_) | Plan::Fail(..) => Ok(()),
+                Plan::Undisturbed | Plan::Stop(_) | Plan::Fail(..) | Plan::Refuse(_) => Ok(()),
             }
         }
 

@@ -2,6 +2,7 @@
 //! that sleeps.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +15,7 @@ use crate::task::{Placement, Task};
 use crate::unit::fake::{Programs, Sleeper, Started};
 
 use super::contract::{EXEC_PID_FILE, LAUNCH_ERROR, OUTCOME, Outcome, PID_FILE};
-use super::pipes::DOORBELL;
+use super::pipes::{DOORBELL, READY};
 
 /// What the next launches do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,18 +27,24 @@ pub enum Launches {
     Fail(String),
     /// They fail, and the OCI runtime records the container only when systemd stops the unit.
     RecordLate,
+    /// They succeed, but a logger closes its third pipe without a byte.
+    SilentLogger,
+    /// They succeed, but a logger keeps its third pipe open and writes nothing.
+    HangingLogger,
 }
 
 /// The `launch` of every unit.
 pub struct FakeLaunch {
     store: Store,
     launches: Mutex<Launches>,
+    /// The third pipes of loggers that hang.
+    hanging: Mutex<Vec<fs::File>>,
 }
 
 impl FakeLaunch {
     /// One that reads records from `store`.
     pub fn new(store: Store) -> Arc<Self> {
-        Arc::new(Self { store, launches: Mutex::default() })
+        Arc::new(Self { store, launches: Mutex::default(), hanging: Mutex::default() })
     }
 
     /// Determines what the next launches do.
@@ -48,7 +55,7 @@ impl FakeLaunch {
     fn launch_container(&self, task: &Task, launches: &Launches) -> Started {
         let dir = self.store.dir(&task.key);
         match launches {
-            Launches::Work => {}
+            Launches::Work | Launches::SilentLogger | Launches::HangingLogger => {}
             Launches::Fail(reason) => {
                 fs::write(dir.join(LAUNCH_ERROR), reason).unwrap();
                 return Started::Failed;
@@ -71,12 +78,26 @@ impl FakeLaunch {
         Started::Forked { process, cgroup: place }
     }
 
+    /// A logger is ready once it has written a byte to its third pipe.
+    fn launch_logger(&self, dir: &Path, launches: &Launches) -> Started {
+        let mut options = fs::OpenOptions::new();
+        let ready = options.write(true).custom_flags(nix::libc::O_NONBLOCK).open(dir.join(READY));
+        match (launches, ready) {
+            (Launches::Work, Ok(mut ready)) => ready.write_all(b"1").unwrap(),
+            (Launches::HangingLogger, Ok(ready)) => {
+                self.hanging.lock().unwrap_or_else(PoisonError::into_inner).push(ready);
+            }
+            _ => {}
+        }
+        Started::Empty
+    }
+
     fn launch_exec(&self, task: &Task, id: &ExecId, launches: &Launches) -> Started {
         let dir = self.store.exec_dir(&task.key, id);
         let (started, outcome) = match launches {
             Launches::Fail(reason) => (Started::Failed, Outcome::Failed { reason: reason.clone() }),
             Launches::RecordLate => (Started::Failed, Outcome::Failed { reason: String::new() }),
-            Launches::Work => {
+            Launches::Work | Launches::SilentLogger | Launches::HangingLogger => {
                 let process = Sleeper::spawn();
                 let pid = process.pid();
                 if let Some(place) = task.cgroup() {
@@ -124,6 +145,12 @@ impl Programs for FakeLaunch {
         for Found { task, .. } in records.into_iter().flatten() {
             if *task.unit() == *unit {
                 return self.launch_container(&task, &launches);
+            }
+            if task.init.logger.as_ref() == Some(unit) {
+                return self.launch_logger(&self.store.dir(&task.key), &launches);
+            }
+            if let Some((id, _)) = task.execs.iter().find(|(_, exec)| exec.logger.as_ref() == Some(unit)) {
+                return self.launch_logger(&self.store.exec_dir(&task.key, id), &launches);
             }
             if let Some((id, _)) = task.execs.iter().find(|(_, exec)| exec.unit == *unit) {
                 return self.launch_exec(&task, id, &launches);

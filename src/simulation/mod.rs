@@ -4,6 +4,8 @@
 mod calls;
 mod crashes;
 pub(crate) mod harness;
+mod loggers;
 mod sandboxes;
 mod scenarios;
+mod slices;
 mod supervision;

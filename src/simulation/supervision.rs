@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -85,7 +86,7 @@ fn what_a_container_may_notify_reaches_systemd_in_the_name_of_its_init_process()
 #[test]
 fn kills_that_the_kernel_did_not_report_are_asked_of_systemd() {
     let world = up("oom-asked", &UP);
-    world.systemd.set_oom_kills(2);
+    world.systemd.set_oom_kills(Some(2));
     // The cgroup is gone, and with it the count of the kernel.
     world.systemd.end_unheard(&world.unit(), 9);
     let exit = exit_after(&world, || {});
@@ -178,4 +179,114 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     assert_eq!(troubles.text(), "");
     assert_eq!(world.systemd.units(), []);
     assert!(!task.runtime.root.join(task.key.id.as_str()).exists());
+}
+
+#[test]
+fn an_exit_does_not_wait_for_a_journal_that_hangs() {
+    let world = up("oom-hangs", &UP);
+    world.systemd.set_oom_kills(None);
+    world.systemd.end_unheard(&world.unit(), 9);
+    let init = world.init();
+    let exit = world.live(move |shim| async move {
+        let begun = tokio::time::Instant::now();
+        let exit = shim.wait(&init, Attempt::First).await.unwrap();
+        (exit.status, begun.elapsed())
+    });
+    let (status, waited) = exit.unwrap();
+    assert_eq!(status, 9);
+    assert!(waited <= Duration::from_secs(3), "{waited:?}");
+    assert_eq!(world.events(), ["create", "start", "exit"]);
+}
+
+#[test]
+fn a_query_for_kills_that_systemd_refuses_does_not_hold_back_an_exit() {
+    let world = up("oom-refused", &UP);
+    world.systemd.end_unheard(&world.unit(), 9);
+    // The daemon lists the units, reads the unit, and then asks for the kills.
+    world.effects.plan(Plan::Fail(2, Failure::Refused));
+    let exit = exit_after(&world, || {});
+    assert_eq!(exit.map(|exit| exit.status), Some(9));
+    assert!(world.effects.was_reached(), "{:?}", world.effects.log());
+    assert_eq!(world.events(), ["create", "start", "exit"]);
+}
+
+#[test]
+fn a_cgroup_that_can_not_be_watched_is_watched_as_soon_as_it_can_be() {
+    let world = up("unwatched", &UP);
+    let (_, container) = cgroups(&world);
+    let events = cgroup::dir(&container).join("cgroup.events");
+    // The kernel refuses to watch this one, as it does when there are too many watches.
+    fs::remove_file(&events).unwrap();
+    std::os::unix::fs::symlink(&events, &events).unwrap();
+    let exit = exit_after(&world, move || {
+        fs::remove_file(&events).unwrap();
+        cgroup::fake::set_frozen(&container, true);
+    });
+    assert_eq!(exit, None);
+    // `live` lets three seconds pass, the daemon tries again after ten.
+    assert_eq!(world.events(), ["create", "start"]);
+    let (_, container) = cgroups(&world);
+    let events = cgroup::dir(&container).join("cgroup.events");
+    fs::remove_file(&events).unwrap();
+    std::os::unix::fs::symlink(&events, &events).unwrap();
+    world.live(move |_| async move {
+        fs::remove_file(&events).unwrap();
+        cgroup::fake::set_frozen(&container, false);
+        tokio::time::sleep(Duration::from_secs(11)).await;
+        cgroup::fake::set_frozen(&container, true);
+        tokio::time::sleep(A_WHILE).await;
+    });
+    assert_eq!(world.events(), ["create", "start", "paused"]);
+}
+
+#[test]
+fn limits_that_systemd_refuses_stay_on_the_container() {
+    let world = World::new("limits-refused");
+    let (unit, container) = cgroups(&world);
+    // The OCI runtime sets the limit while it creates the container.
+    cgroup::fake::make(&unit);
+    cgroup::fake::make(&container);
+    fs::write(cgroup::dir(&container).join("pids.max"), "5\n").unwrap();
+    let call = world.create_call();
+    let created = world.live({
+        let effects = world.effects.clone();
+        move |shim| async move {
+            effects.plan(Plan::Refuse("set properties of"));
+            shim.create(call, Attempt::First).await
+        }
+    });
+    created.unwrap().unwrap();
+    assert!(world.effects.was_reached(), "{:?}", world.effects.log());
+    assert_eq!(world.systemd.limited(), Vec::<String>::new());
+    assert_eq!(fs::read_to_string(cgroup::dir(&container).join("pids.max")).unwrap(), "5\n");
+}
+
+/// A container whose client insists on a cgroup outside of the unit.
+fn elsewhere(name: &str) -> (World, PathBuf) {
+    let world = World::new(name);
+    let path = PathBuf::from(format!("/{name}-elsewhere/web"));
+    let call = world.create_call();
+    let spec = format!(r#"{{"linux":{{"cgroupsPath":"{}"}}}}"#, path.display());
+    fs::write(call.request.bundle.join("config.json"), spec).unwrap();
+    let created = world.live(move |shim| async move { shim.create(call, Attempt::First).await });
+    created.unwrap().unwrap();
+    world.take(&[Step::Start], Attempt::First).unwrap().unwrap();
+    (world, path)
+}
+
+#[test]
+fn a_container_in_a_cgroup_of_its_client_is_watched_there_and_shares_no_limits_with_its_unit() {
+    let (world, path) = elsewhere("client-cgroup");
+    let dir = cgroup::dir(&path);
+    fs::write(dir.join("memory.events"), "oom 1\noom_kill 1\n").unwrap();
+    exit_after(&world, || {});
+    fs::write(dir.join("pids.max"), "5\n").unwrap();
+    world.take(&[Step::Update], Attempt::First).unwrap().unwrap();
+    let frozen = path.clone();
+    exit_after(&world, move || cgroup::fake::set_frozen(&frozen, true));
+    assert_eq!(world.events(), ["create", "start", "oom", "paused"]);
+    assert_eq!(world.systemd.limited(), Vec::<String>::new());
+    world.take(&[Step::Kill, Step::Delete], Attempt::First).unwrap().unwrap();
+    assert_eq!(world.remains(), Vec::<String>::new());
+    cgroup::fake::remove(path.parent().unwrap());
 }

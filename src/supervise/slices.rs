@@ -11,18 +11,22 @@ use tokio::sync::Notify;
 
 use crate::cgroup;
 use crate::id::UnitName;
-use crate::unit::manager::Manager;
+use crate::unit::systemd::Systemd;
 
-/// A slice stays for so long after the last unit in it: containers that are created one after the other would
-/// otherwise make it again each time.
+/// How long an empty slice stays. Containers that are created one after the other would otherwise make it again each
+/// time.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Background task: looks for empty slices once at the start, and after each deletion of a task. `is_used` says
 /// whether a task is in a slice, also one whose unit does not exist yet. Never returns.
-pub async fn run(manager: Arc<Manager>, deleted: Arc<Notify>, is_used: impl Fn(&UnitName) -> bool) {
+pub async fn run(
+    manager: Arc<dyn Systemd>,
+    deleted: Arc<Notify>,
+    is_used: impl Fn(&UnitName) -> bool + Send + Sync,
+) {
     loop {
         tokio::time::sleep(LINGER).await;
-        if let Err(error) = stop_empty(&manager, &is_used).await {
+        if let Err(error) = stop_empty(&*manager, &is_used).await {
             tracing::warn!(%error, "can't stop an empty slice: {error}");
         }
         deleted.notified().await;
@@ -30,14 +34,14 @@ pub async fn run(manager: Arc<Manager>, deleted: Arc<Notify>, is_used: impl Fn(&
 }
 
 async fn stop_empty(
-    manager: &Manager,
-    is_used: &impl Fn(&UnitName) -> bool,
+    manager: &dyn Systemd,
+    is_used: &(impl Fn(&UnitName) -> bool + Send + Sync),
 ) -> Result<(), crate::unit::error::Error> {
     let mut slices = manager.active_slices().await?;
     // Inner slices first: the outer one is empty after them.
     slices.sort_unstable_by_key(|slice| std::cmp::Reverse(slice.as_str().len()));
     for slice in slices {
-        manager.stop_alone_if(&slice, || !is_used(&slice) && is_empty(&slice)).await?;
+        manager.stop_alone_if(&slice, &|| !is_used(&slice) && is_empty(&slice)).await?;
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! Processes are real and sleep: they can be signalled, and their pids are unique. Every call is an effect (`effects`): a
 //! test can end the daemon before it, or let it fail.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -101,7 +101,7 @@ pub enum Started {
     },
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     units: BTreeMap<UnitName, Unit>,
     observations: Arc<Observations>,
@@ -109,10 +109,29 @@ struct State {
     launched: usize,
     /// The unit that looks as if it were not loaded when its state is read next.
     hidden: Option<UnitName>,
-    /// How many processes were killed in each unit because memory ran out.
-    oom_kills: u64,
+    /// How many processes were killed in each unit because memory ran out. `None`: nobody answers.
+    oom_kills: Option<u64>,
+    /// The active slices.
+    slices: BTreeSet<UnitName>,
+    /// The slices that were stopped, in this order.
+    stopped_slices: Vec<String>,
     /// The units whose properties were set, in this order.
     limited: Vec<String>,
+}
+
+impl State {
+    fn new() -> Self {
+        Self {
+            units: BTreeMap::new(),
+            observations: Arc::default(),
+            launched: 0,
+            hidden: None,
+            oom_kills: Some(0),
+            slices: BTreeSet::new(),
+            stopped_slices: Vec::new(),
+            limited: Vec::new(),
+        }
+    }
 }
 
 /// A systemd.
@@ -126,7 +145,7 @@ pub struct FakeSystemd {
 impl FakeSystemd {
     /// One without units.
     pub fn new(effects: Arc<Effects>, programs: Arc<dyn Programs>) -> Arc<Self> {
-        Arc::new(Self { effects, programs, jobs: Jobs::default(), state: Mutex::default() })
+        Arc::new(Self { effects, programs, jobs: Jobs::default(), state: Mutex::new(State::new()) })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -148,14 +167,24 @@ impl FakeSystemd {
         self.state().hidden = Some(unit);
     }
 
-    /// Determines how many processes were killed in each unit because memory ran out.
-    pub fn set_oom_kills(&self, kills: u64) {
+    /// Determines how many processes were killed in each unit because memory ran out. `None`: nobody answers.
+    pub fn set_oom_kills(&self, kills: Option<u64>) {
         self.state().oom_kills = kills;
     }
 
     /// The units whose properties were set, in this order.
     pub fn limited(&self) -> Vec<String> {
         self.state().limited.clone()
+    }
+
+    /// Makes a slice active.
+    pub fn add_slice(&self, slice: UnitName) {
+        self.state().slices.insert(slice);
+    }
+
+    /// The slices that were stopped, in this order.
+    pub fn stopped_slices(&self) -> Vec<String> {
+        self.state().stopped_slices.clone()
     }
 
     /// Every loaded unit and its state.
@@ -477,7 +506,11 @@ impl Systemd for FakeSystemd {
 
     async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {
         self.call("read", unit).await?;
-        Ok(self.state().oom_kills)
+        let kills = self.state().oom_kills;
+        match kills {
+            Some(kills) => Ok(kills),
+            None => std::future::pending().await,
+        }
     }
 
     async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error> {
@@ -488,6 +521,26 @@ impl Systemd for FakeSystemd {
     async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {
         self.call("read", unit).await?;
         Ok((0, 0))
+    }
+
+    async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {
+        let reached = self.effects.reach("list slices".to_owned()).await;
+        reached.map_err(|failure| error("list", "slices", failure))?;
+        Ok(self.state().slices.iter().cloned().collect())
+    }
+
+    async fn stop_alone_if(
+        &self,
+        slice: &UnitName,
+        is_free: &(dyn Fn() -> bool + Send + Sync),
+    ) -> Result<(), Error> {
+        if is_free() {
+            self.call("stop", slice).await?;
+            let mut state = self.state();
+            state.slices.remove(slice);
+            state.stopped_slices.push(slice.to_string());
+        }
+        Ok(())
     }
 
     fn forget_earlier_references(&self) {}

@@ -183,6 +183,22 @@ pub trait Systemd: Send + Sync {
     /// systemd can't be reached.
     async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error>;
 
+    /// The slices of this runtime that are active.
+    ///
+    /// # Errors
+    /// systemd can't be reached.
+    async fn active_slices(&self) -> Result<Vec<UnitName>, Error>;
+
+    /// Stops a slice and nothing else, if `is_free` still says so when no unit is being started.
+    ///
+    /// # Errors
+    /// A refusal, or [`Error::Job`].
+    async fn stop_alone_if(
+        &self,
+        slice: &UnitName,
+        is_free: &(dyn Fn() -> bool + Send + Sync),
+    ) -> Result<(), Error>;
+
     /// Removes the references of earlier daemons, once this one has its own.
     fn forget_earlier_references(&self);
 }
@@ -300,6 +316,18 @@ impl Systemd for Manager {
 
     async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {
         Self::log_rate_limit(self, unit).await
+    }
+
+    async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {
+        Self::active_slices(self).await
+    }
+
+    async fn stop_alone_if(
+        &self,
+        slice: &UnitName,
+        is_free: &(dyn Fn() -> bool + Send + Sync),
+    ) -> Result<(), Error> {
+        Self::stop_alone_if(self, slice, is_free).await
     }
 
     fn forget_earlier_references(&self) {

@@ -69,3 +69,60 @@ fn a_refusal_that_was_not_marked_is_not_given_again_by_any_later_daemon() {
     assert_eq!(streams(&third), [5]);
     assert!(third.journal.refusals.is_empty(), "{:?}", third.journal.refusals);
 }
+
+#[test]
+fn requests_beyond_the_limit_of_a_connection_are_refused_until_others_are_answered() {
+    let (socket, mut peer) = UnixStream::pair().unwrap();
+    let mut journal = Journal::new().unwrap();
+    let note = |journal: &mut Journal, stream| {
+        let served = journal.note(&frame(stream, MESSAGE_TYPE_REQUEST, 1)).unwrap();
+        journal.settle().unwrap();
+        served.len()
+    };
+    let streams: Vec<u32> = (0..).map(|number| 2 * number + 1).take(OPEN_COUNT).collect();
+    assert!(streams.iter().all(|stream| note(&mut journal, *stream) == 1));
+    let extra = streams.last().unwrap() + 2;
+    assert_eq!(note(&mut journal, extra), 0);
+    journal.refuse(socket.as_fd()).unwrap();
+    journal.send(socket.as_fd()).unwrap();
+    let mut bytes = vec![0; 4096];
+    let length = std::io::Read::read(&mut peer, &mut bytes).unwrap();
+    bytes.truncate(length);
+    let mut refusals = Assembler::default().push(&bytes);
+    assert_eq!(refusals.len(), 1);
+    assert_eq!(refusals.remove(0).1.stream(), extra);
+    assert_eq!(
+        adopt(&journal).unanswered.len(),
+        OPEN_COUNT,
+        "the refused request is not served by a later daemon"
+    );
+    journal.respond(socket.as_fd(), &response(streams[0])).unwrap();
+    assert_eq!(note(&mut journal, extra + 2), 1);
+}
+
+#[test]
+fn a_refusal_that_was_not_written_is_written_by_the_next_daemon() {
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    let mut first = journal(&[(1, 10)]);
+    first.note(&frame(3, MESSAGE_TYPE_REQUEST, MESSAGE_LENGTH_MAX + 1)[..100]).unwrap();
+    first.settle().unwrap();
+    let mut second = adopt(&first);
+    assert_eq!(streams(&second), [1]);
+    assert_eq!(second.journal.unsent(), 0);
+    second.journal.refuse(socket.as_fd()).unwrap();
+    assert!(second.journal.unsent() > 0);
+    assert!(adopt(&second.journal).journal.refusals.is_empty());
+}
+
+#[test]
+fn a_journal_of_another_layout_is_refused() {
+    let change = |at: u64, bytes: &[u8]| {
+        let journal = journal(&[(1, 10)]);
+        journal.file.write_all_at(bytes, at).unwrap();
+        Journal::adopt(journal.fd().try_clone_to_owned().unwrap()).map(drop)
+    };
+    assert!(change(0, &MAGIC.to_le_bytes()).is_ok());
+    assert!(matches!(change(0, b"none"), Err(Error::Malformed)));
+    assert!(matches!(change(4, &9_u32.to_le_bytes()), Err(Error::Newer { found: 9 })));
+    assert!(matches!(change(16, &u64::MAX.to_le_bytes()), Err(Error::Malformed)));
+}

@@ -105,3 +105,58 @@ fn a_listening_socket_of_somebody_else_is_refused() {
     let refused = from_systemd(listen(dir.path()).0.into()).map(drop).unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::AddrNotAvailable);
 }
+
+#[tokio::test]
+async fn a_connection_that_an_earlier_daemon_had_not_kept_is_served_from_its_first_byte() {
+    let store = Arc::<Store>::default();
+    let connections = connections(&store, &mut Vec::new());
+    let (mut client, rescued) = UnixStream::pair().unwrap();
+    client.write_all(b"x").unwrap();
+    let (_, connection) = connections.rescue(Socket::Any, rescued).unwrap().unwrap();
+    assert_eq!((connections.count(), store.names()), (1, vec!["c0".to_owned()]));
+    assert!(is_readable(connections.wake_fd()));
+    drop(connection);
+    assert_eq!(store.names(), ["c0"], "it is kept for the next daemon");
+    let (client, over) = UnixStream::pair().unwrap();
+    drop(client);
+    assert!(connections.rescue(Socket::Any, over).unwrap().is_none());
+    assert_eq!(store.names(), ["c0"]);
+}
+
+#[tokio::test]
+async fn a_connection_is_refused_when_it_can_not_be_kept() {
+    struct Full;
+    impl ConnectionStore for Full {
+        fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
+            Err(io::Error::other("no room"))
+        }
+        fn forget(&self, _: &str) {}
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (connections, _) = Connections::adopt(Arc::new(Full), &mut Vec::new(), &Crashes::default()).unwrap();
+    let (listener, path) = listen(dir.path());
+    let mut client = UnixStream::connect(&path).unwrap();
+    let mut accepted = connections.clone().accept(listener).unwrap();
+    let refused = accepted.next().await.unwrap().map(drop).unwrap_err();
+    assert_eq!(refused.to_string(), "no room");
+    assert_eq!(io::Read::read(&mut client, &mut [0]).unwrap(), 0, "the client sees that it is closed");
+    assert_eq!(connections.count(), 0);
+}
+
+#[tokio::test]
+async fn a_broken_connection_is_forgotten_and_its_last_responses_with_it() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), Arc::<Store>::default());
+    let connections = connections(&store, &mut Vec::new());
+    let (listener, path) = listen(dir.path());
+    let mut accepted = connections.clone().accept(listener).unwrap();
+    let mut client = UnixStream::connect(&path).unwrap();
+    client.write_all(&[0]).unwrap();
+    let mut connection = accepted.next().await.unwrap().unwrap();
+    drop(client);
+    // A response with a payload of four bytes.
+    let response = [0, 0, 0, 4, 0, 0, 0, 1, 2, 0, 7, 7, 7, 7];
+    tokio::io::AsyncWriteExt::write_all(&mut connection, &response).await.unwrap();
+    tokio::io::AsyncWriteExt::shutdown(&mut connection).await.unwrap_err();
+    drop(connection);
+    assert_eq!(store.names(), Vec::<String>::new());
+}
