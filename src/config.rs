@@ -36,10 +36,10 @@ pub const RUNTIME_LIMIT: Duration = Duration::from_secs(120);
 /// How long `create` may take, with the mounts before it: hooks and slow file systems may need minutes.
 pub const CREATE_LIMIT: Duration = Duration::from_secs(600);
 
-/// How long systemd may take to read what `launch` tells it: it may be reloading.
+/// How long systemd may take to read a notification of `launch`: it may be reloading.
 pub const BARRIER_LIMIT: Duration = Duration::from_secs(60);
 
-/// How long a command of the OCI runtime may go on when the container's init has ended.
+/// How long a command of the OCI runtime may continue after the container's init process has ended.
 pub const AFTER_INIT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a `systemctl stop` lets a container end by itself.

@@ -38,7 +38,7 @@ points! {
     ConnectionTaken = "connection.request-taken",
     /// A response is noted, and its request still counts as open.
     ConnectionAnswered = "connection.response-noted",
-    /// A response is noted, and nothing of it is sent.
+    /// A response is journaled, and no byte of it is sent.
     ConnectionUnsent = "connection.response-unsent",
     /// A response is sent.
     ConnectionSent = "connection.response-sent",
@@ -167,7 +167,7 @@ pub fn point(point: Point) {
     }
 }
 
-/// Nothing, in what people run.
+/// Does nothing in builds without fault points.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn point(_: Point) {}

@@ -43,7 +43,7 @@ pub fn replace(path: &Path, new: &Path, mode: u32, bytes: &[u8]) -> io::Result<(
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    // Nobody else reads the file before it has its mode: a spec can hold secrets.
+    // No other user may read the file before it has its mode: a spec can hold secrets.
     let mut file = File::options().write(true).create_new(true).mode(0o600).open(new)?;
     file.write_all(bytes)?;
     file.set_permissions(fs::Permissions::from_mode(mode))?;

@@ -97,7 +97,7 @@ pub struct Earlier(Vec<(u32, OwnedFd)>);
 pub struct Inodes(HashSet<u64>);
 
 impl Inodes {
-    /// Those of these descriptors.
+    /// The inodes of these descriptors.
     pub fn of<'f>(fds: impl Iterator<Item = &'f OwnedFd>) -> Self {
         let mut inodes = Self::default();
         inodes.add(fds);
@@ -171,7 +171,7 @@ pub async fn end_all() {
             let _ = sys::ended(guard).await;
         }
     };
-    // Whatever becomes of the wait, the guards end.
+    // The guards end even if the wait fails.
     let _ = tokio::time::timeout(PAUSE / 2, ended).await;
 }
 

@@ -260,7 +260,7 @@ impl TaskKey {
         Self { owner: Owner::default(), namespace, id }
     }
 
-    /// The same names, of another containerd.
+    /// The key with the same namespace and id in another containerd.
     pub fn of(&self, owner: Owner) -> Self {
         Self { owner, ..self.clone() }
     }

@@ -5,7 +5,7 @@
 //! exit codes, and the daemon only translates.
 //!
 //! Where things are: what an RPC does in `ops/`, why a call was refused in `task::phase`, what systemd
-//! is told in `unit::properties`, how an exit is noticed in `unit::watch`, what survives a restart in
+//! gets is in `unit::properties`, how an exit is noticed in `unit::watch`, what survives a restart in
 //! `store` and `recovery`, which code containerd sees in `api::status`.
 
 // A panic would end the daemon of a whole node, and containerd reads all that `start` prints.

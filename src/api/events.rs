@@ -128,7 +128,7 @@ impl Link {
                     if told {
                         tracing::info!(
                             address = self.address,
-                            "containerd at {} takes events again",
+                            "containerd at {} accepts events again",
                             self.address
                         );
                     }
@@ -149,7 +149,7 @@ impl Link {
                         tracing::warn!(%task, "containerd at {} can't be reached for events, trying again: {reason}", self.address);
                         told = true;
                     }
-                    // Nothing announces the return of containerd: try its socket.
+                    // No event announces that containerd is back, so its socket is tried again.
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }

@@ -1,5 +1,4 @@
-//! The boundary to containerd. Besides `transport` and the commands in `cli`, no other module names ttrpc or protobuf
-//! types.
+//! The boundary to containerd. Only this module, `transport` and the commands in `cli` use types of ttrpc and protobuf.
 
 pub mod client;
 pub mod convert;

@@ -19,7 +19,7 @@ const CONFIG: &str = "runtime.v1.PodSandboxConfig";
 /// The pod that the options of a sandbox describe; `None` if the client is not CRI and passes no options.
 ///
 /// # Errors
-/// The type is not known, the message is broken, or the pod needs something that can't be had.
+/// The type is not known, the message is broken, or the pod needs something that is not supported.
 pub fn pod(options: Option<&Any>) -> Result<Option<Pod>, Error> {
     let Some(any) = options.filter(|any| !any.type_url.is_empty()) else {
         return Ok(None);

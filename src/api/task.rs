@@ -35,7 +35,7 @@ pub(super) type Answer<T> = ttrpc::Result<T>;
 /// The Task service of one socket.
 pub struct TaskService {
     pub(super) shim: Arc<Shim>,
-    /// Of the socket over which it is called, where that is not for everybody.
+    /// The lease of the socket over which it is called. `None` for the socket that every caller may use.
     holder: Option<Holder>,
 }
 
@@ -53,7 +53,7 @@ impl TaskService {
         Self { shim, holder }
     }
 
-    /// For whom the socket is over which it is called.
+    /// The lease of the socket over which the service is called.
     fn lease(&self) -> Answer<Lease> {
         let lease = self.holder.as_ref().map(Holder::lease).transpose();
         let unreadable =
@@ -61,7 +61,7 @@ impl TaskService {
         Ok(lease.map_err(unreadable)?.flatten().unwrap_or_default())
     }
 
-    /// The namespace of a request: the one that it names, else the one that owns the socket.
+    /// The namespace of a request: the one in its metadata, or else the one that has leased the socket.
     pub(super) fn namespace(&self, ctx: &TtrpcContext) -> Answer<Namespace> {
         let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
         match named {
@@ -70,7 +70,7 @@ impl TaskService {
         }
     }
 
-    /// The task that the caller means: its own one of these names.
+    /// The task with this namespace and id that belongs to the caller.
     fn located(&self, named: &TaskKey) -> Answer<TaskKey> {
         Ok(match self.lease()?.owner {
             Some(owner) => self.shim.tasks.own(named, &owner),
@@ -135,7 +135,7 @@ fn suspected((name, mut service): (String, Service)) -> (String, Service) {
     (name, service)
 }
 
-/// A method that is carried out on behalf of its request: if that ends the daemon, it is known which one did.
+/// A method that records its request while it runs: if the daemon crashes, the next one knows by which request.
 struct Suspected(Method);
 
 #[async_trait]

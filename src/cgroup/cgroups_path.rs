@@ -23,7 +23,7 @@ pub enum Requested {
     Literal(PathBuf),
 }
 
-/// The names under which clients have the cgroups of their containers by default, beside the namespace.
+/// The parents of the cgroups that clients choose by default. The namespace is another one.
 const DEFAULT_PARENTS: [&str; 2] = ["k8s.io", "docker"];
 
 impl Requested {

@@ -63,7 +63,7 @@ impl Source {
     }
 }
 
-/// How often unwatched cgroups are tried again. Nothing announces that a watch is available.
+/// How often unwatched cgroups are tried again. No event announces that the kernel allows another watch.
 const RETRY: Duration = Duration::from_secs(10);
 
 /// Watches a cgroup until it is dropped.

@@ -214,7 +214,7 @@ async fn serve(
     for (path, connection) in rescued {
         match Socket::at(&path) {
             Some(from) => adopted.extend(connections.rescue(from, connection).unwrap_or_else(|error| {
-                tracing::error!(%error, "can't take over a connection that an earlier daemon had just accepted: {error}");
+                tracing::error!(%error, "can't adopt a connection that an earlier daemon had just accepted: {error}");
                 None
             })),
             None => consoles.push((path, connection)),

@@ -14,7 +14,7 @@ use crate::probe::{self, Known, Properties, property, property_number};
 /// systemd has restarted the daemon more often than a few administrators would.
 const MANY_RESTARTS: u64 = 20;
 
-/// So much of the descriptor store, or of the daemon's own descriptors, may be in use.
+/// The part of the descriptor store, or of the daemon's own descriptors, that may be in use.
 const MOST_PERCENT: u64 = 90;
 
 /// The longest that a command of the OCI runtime takes before the daemon kills it.

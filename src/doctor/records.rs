@@ -11,7 +11,7 @@ use crate::view::{Recorded, Survey, unknown};
 use super::Check;
 use crate::probe::{Known, property};
 
-/// containerd may be down for a while; an event that waits for so long has nobody who takes it.
+/// containerd may be down for a while. No containerd will accept an event that has waited for longer.
 const LATE_SEC: u64 = 600;
 
 /// So many faults of a kind get a line each.

@@ -1,4 +1,4 @@
-//! What systemd is told: properties that annotations ask for, descriptions and journal fields.
+//! Fuzz targets for what goes to systemd: properties that annotations request, descriptions and journal fields.
 
 use zbus::{Signature, Variant};
 

@@ -125,7 +125,7 @@ pub(super) fn receive(data: &[u8]) {
     } else {
         match sys::peek_fds(&here) {
             Ok((_, received)) => assert_eq!(received.len(), sent),
-            // A sender that is told takes a part of the room.
+            // The credentials of the sender use a part of the buffer.
             Err(Errno::EMFILE) => assert!(sent > if with_sender % 2 == 1 { 8 } else { 16 }, "{sent}"),
             Err(error) => failed("a message", &error),
         }

@@ -58,7 +58,7 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
     }
     bundle::edit(bundle, &edits)?;
     launch_cgroup::enter(task, false)?;
-    // That of a container that is restored is mounted since Create.
+    // Create has already mounted the rootfs of a container that is restored.
     if !task.request.rootfs.is_empty() && task.request.checkpoint.is_none() {
         if !task.rootfs_on_host {
             own_mount_namespace()?;

@@ -67,14 +67,14 @@ pub enum Error {
     /// The exec's unit was stopped.
     #[error("OCI runtime exec failed: the exec's unit was stopped during its start")]
     Terminated,
-    /// The record, or a file beside it, can't be read or written.
+    /// The record, or another file in the task's directory, can't be read or written.
     #[error(transparent)]
     Store(#[from] store::Error),
     /// criu can't be used.
     #[error(transparent)]
     Criu(#[from] criu::Problem),
     /// The request for a checkpoint is gone.
-    #[error("there is no request for a checkpoint; only the shim can start this")]
+    #[error("the request for the checkpoint is missing; only the daemon can start a checkpoint")]
     NoRequest,
     /// A file of a checkpoint can't be read or written.
     #[error("checkpoint: can't {action} {path}: {source}")]

@@ -19,7 +19,7 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
     namespaces::enter_or_stay(&process.task.containerd);
     process.mark()?;
     let added = add_process(process).and_then(|pid| Ok((pid, handoff::hand_over(pid)?)));
-    // Nobody would wait for a process whose start is not reported.
+    // Without this report, the daemon would not follow the process.
     let reported = added.and_then(|(pid, ended)| {
         report::write(&process.dir, &outcome(pid, ended))?;
         Ok(ended)

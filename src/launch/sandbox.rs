@@ -1,6 +1,6 @@
 //! The rootfs of a sandbox: the first process and two mountpoints, in a file system that exists in the sandbox only.
 //!
-//! Nothing of it is on the node, so nothing has to be removed, and no pod can reach the program of another.
+//! It is not on the disk of the node, so nothing has to be removed, and no pod can reach the program of another pod.
 
 use std::fs::{self, Permissions};
 use std::io;

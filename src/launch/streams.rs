@@ -95,7 +95,7 @@ fn owned(process: &Process<'_>, stream: File) -> Result<File, Error> {
     Ok(stream)
 }
 
-/// A FIFO without a writer: whoever reads gets end of file.
+/// A FIFO without a writer: every read gets end of file.
 fn empty_fifo(process: &Process<'_>) -> Result<File, Error> {
     let path = process.dir.join(pipes::NO_INPUT);
     if fifo::kind(&path) != Kind::Fifo {

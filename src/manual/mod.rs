@@ -21,7 +21,7 @@ use crate::config::NAME;
 pub struct Tool {
     /// Its name.
     pub name: &'static str,
-    /// Its words beside the options, as in a synopsis.
+    /// Its positional arguments, as in a synopsis.
     pub words: &'static str,
     /// The most words that it takes.
     pub most_words: usize,
@@ -124,7 +124,7 @@ pub const TOOLS: [&Tool; 3] = [&DOCTOR, &PS, &INSPECT];
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Given {
     options: Vec<(&'static str, String)>,
-    /// The words beside options.
+    /// The positional arguments.
     pub words: Vec<String>,
 }
 

@@ -256,7 +256,7 @@ pub struct Edits {
 /// Edits a bundle's spec, replacing the file in one step.
 ///
 /// # Errors
-/// Those of [`Spec::read`], or the file can't be written; the old file stays then.
+/// As [`Spec::read`]; or the file can't be written, and the old file stays.
 pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
     if *edits == Edits::default() {
         return Ok(());
@@ -273,7 +273,7 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
 /// containerd writes no file or an empty one.
 ///
 /// # Errors
-/// Those of [`Spec::read`].
+/// As [`Spec::read`].
 pub fn read_whole(bundle: &Path) -> Result<Option<Value>, Error> {
     let path = bundle.join(CONFIG);
     match read_config(&path) {
@@ -299,7 +299,7 @@ pub fn write_whole(bundle: &Path, spec: &Value) -> Result<(), Error> {
 /// A JSON file of the node that a client names, such as a seccomp profile.
 ///
 /// # Errors
-/// Those of [`Spec::read`].
+/// As [`Spec::read`].
 pub fn read_json(path: &Path) -> Result<Value, Error> {
     let text = read_config(path)?;
     serde_json::from_slice(&text).map_err(|source| Error::Malformed { path: path.to_owned(), source })

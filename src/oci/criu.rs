@@ -1,5 +1,5 @@
 //! criu, with which the OCI runtime dumps and restores processes: what a client may ask for, what criu has to be able to
-//! do, and what it must be told about the streams of a container.
+//! do, and what it must know about the streams of a container.
 //!
 //! The streams of a container are FIFOs on the host, which do not exist in the container's mount namespace. criu dumps
 //! such a file only if it is declared as external, and restores it only from a descriptor that it inherits. The OCI
@@ -206,7 +206,7 @@ pub fn check_version(output: &str) -> Result<(), Problem> {
     if found >= OLDEST { Ok(()) } else { Err(Problem::Old { version: version.chars().take(40).collect() }) }
 }
 
-/// What a restore has to know of its checkpoint, beside the images.
+/// What a restore needs to know about its checkpoint besides the images.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notes {
     /// The streams of the container that were FIFOs: number, and criu's name for the file.

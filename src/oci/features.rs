@@ -30,8 +30,8 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The runtime was killed, because it took too long or this process was told to end.
-    #[error("{} features was killed: it had not ended after {} s", .binary.display(), LIMIT.as_secs())]
+    /// The runtime was killed, because it took too long or because this process received SIGTERM.
+    #[error("{} features did not end within {} s and was killed", .binary.display(), LIMIT.as_secs())]
     Killed {
         /// The runtime.
         binary: PathBuf,

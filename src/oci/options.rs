@@ -114,7 +114,7 @@ pub struct Options {
     pub task_api_address: String,
     /// Without effect here: containerd reads it.
     pub task_api_version: u32,
-    /// Without effect here: containerd puts it beside the options.
+    /// Has no effect: containerd passes it along with the options.
     pub type_url: String,
 }
 

@@ -102,7 +102,7 @@ pub fn remove(places: &Places) -> Result<(), Error> {
 
 fn gone(removed: io::Result<()>, path: &Path) -> Result<(), PathError> {
     match removed {
-        // Others may have put something beside our files: it is theirs to remove.
+        // Other programs may have put files into this directory, and have to remove them.
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {
             Ok(())
         }

@@ -26,7 +26,7 @@ use super::pause::refused;
 /// The copy of criu's log in the bundle, as containerd-shim-runc-v2 names it.
 const LOG_COPY: &str = "criu-dump.log";
 
-/// What becomes of a container with its checkpoint.
+/// What a container does after its checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Afterwards {
     /// It continues.
@@ -75,7 +75,7 @@ impl Shim {
         entry.init.live().is_checkpointing = true;
         let dir = self.store.dir(&task.key);
         if begun.request.work.is_none() {
-            // That of an earlier checkpoint, whose log must not be taken for the log of this one.
+            // An earlier checkpoint may have left a log, which must not be mistaken for the log of this one.
             let work = dir.join(DUMP_WORK);
             blocking(move || remove_dir(&work)).await??;
         }
@@ -138,7 +138,7 @@ impl Shim {
             failed => failed,
         };
         if let Err(error) = cleared {
-            tracing::warn!(task = %task.key, %error, "task {}: can't clear up after its checkpoint: {error}", task.key);
+            tracing::warn!(task = %task.key, %error, "task {}: can't remove the files of its checkpoint: {error}", task.key);
         }
         taken
     }
@@ -161,7 +161,7 @@ impl Shim {
             Ok(Some(begun @ CheckpointNote { outcome: None, .. })) => begun,
             Ok(_) => return,
             Err(error) => {
-                tracing::error!(task = %entry.key, %error, "task {}: can't read what checkpoint was begun: {error}", entry.key);
+                tracing::error!(task = %entry.key, %error, "task {}: can't read the note about its checkpoint: {error}", entry.key);
                 return;
             }
         };

@@ -15,7 +15,7 @@ use crate::task::{Placement, Task};
 use crate::unit;
 
 /// How long a freeze may take. A process that the kernel can't freeze (it is in a driver, or traced) would leave the
-/// others half frozen. The same limit as runc's.
+/// others half frozen. runc has the same limit.
 const FREEZE_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 5_000 } else { 10_000 });
 
 /// How long systemd may take to notice that the kernel has frozen or thawed the cgroup.

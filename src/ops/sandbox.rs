@@ -77,7 +77,7 @@ impl Shim {
         }
         check_bundle_path(&call.bundle)?;
         let init = call.key.init();
-        // A task that exists has its files already. The record decides what becomes of the call.
+        // A task that exists has its files already. The record decides how the call is handled.
         let is_new = self.tasks.registry.get(&call.key).is_none_or(|entry| entry.task().is_leftover);
         let sandbox = if is_new {
             let call = call.clone();

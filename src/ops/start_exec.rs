@@ -1,7 +1,7 @@
 //! The start of an exec.
 //!
 //! An exec's unit runs `launch`. It has the OCI runtime put the process into the container, makes the process the unit's
-//! main process, tells the daemon and exits. systemd reports how the process ended; for a process that ended before
+//! main process, reports to the daemon and exits. systemd reports how the process ended; for a process that ended before
 //! systemd took it over, `launch` does.
 
 use std::path::Path;
@@ -218,7 +218,7 @@ impl Shim {
     }
 }
 
-/// Makes the FIFO by which `launch` tells that it has written its report. `launch` writes nothing to it: it opens and
+/// Makes the FIFO by which `launch` announces that it has written its report. `launch` writes nothing to it: it opens and
 /// closes it.
 fn open_doorbell(dir: &Path) -> Result<Receiver, Error> {
     let path = dir.join(pipes::DOORBELL);

@@ -321,7 +321,7 @@ impl Tasks {
             }
             entry.init.live().is_unwritten = false;
         }
-        tracing::info!(task = %entry.key, "task {}: its record is written now", entry.key);
+        tracing::info!(task = %entry.key, "task {}: its record could be written", entry.key);
         true
     }
 }

@@ -111,13 +111,13 @@ pub enum Error {
         value: String,
     },
     /// Some of its processes can't be frozen.
-    #[error("task {key} can't be paused: its processes are not frozen in time; they go on")]
+    #[error("task {key} can't be paused: its processes did not freeze in time and continue to run")]
     NotFreezing {
         /// The task.
         key: TaskKey,
     },
     /// Something that belongs to a process could not be removed.
-    #[error("{process}: can't remove all of it, try again: {reason}")]
+    #[error("{process}: not everything could be removed, try again: {reason}")]
     NotRemoved {
         /// The process.
         process: String,
@@ -125,7 +125,7 @@ pub enum Error {
         reason: String,
     },
     /// An earlier Create with this id has failed, and something of it could not be removed.
-    #[error("task {key}: something of a failed create can't be removed yet; the log of the shim says what")]
+    #[error("task {key}: what a failed create left behind can't be removed yet; see the log of the daemon")]
     Leftover {
         /// The task.
         key: TaskKey,
@@ -177,7 +177,7 @@ pub enum Error {
     /// The image's stop signal is none.
     #[error("annotation {annotation}: {0}", annotation = unit::annotation::STOP_SIGNAL)]
     StopSignal(#[source] oci::signal::Unknown),
-    /// A property of the unit that was asked for can't be had.
+    /// A requested property of the unit can't be set.
     #[error(transparent)]
     Property(#[from] unit::annotation::Error),
     /// The options are not usable.
@@ -229,7 +229,7 @@ pub enum Error {
     },
     /// A Create takes too long.
     #[error(
-        "OCI runtime create failed: {unit} was stopped as it had not come up in time (option RuntimeTimeoutSec): a hook or a mount may hang; see journalctl -u {unit}"
+        "OCI runtime create failed: {unit} was stopped because it did not start in time (option RuntimeTimeoutSec): a hook or a mount may hang; see journalctl -u {unit}"
     )]
     CreateTimedOut {
         /// Its unit.

@@ -229,7 +229,7 @@ pub(crate) async fn waiting<T: Send + 'static>(
     let work = suspect::inherit_fn(work);
     let run = move || {
         let _context = runtime.enter();
-        // Nobody waits for it any more if the call was cancelled.
+        // The receiver is gone if the call was cancelled.
         let _ = done.send(work());
     };
     let thread = std::thread::Builder::new().name("waiting".to_owned()).stack_size(STACK).spawn(run);

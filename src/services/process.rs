@@ -1,4 +1,4 @@
-//! The process behind a pid: held, so that its number can't become another's, and told apart from strangers.
+//! The process behind a pid. A pidfd keeps the kernel from giving the pid to another process.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -14,7 +14,7 @@ impl Shim {
     /// how.
     pub(crate) fn hold(&self, entry: &Entry, process: &Process, pid: u32) {
         let held = sys::pidfd_open(pid).ok();
-        // Looked at once it is held: a stranger that has the number by now is not held.
+        // Checked after pidfd_open: if another process has the pid by now, the pidfd is dropped.
         process.live().process = held.filter(|_| lives_in(&entry.task(), pid));
     }
 

@@ -96,7 +96,7 @@ pub struct Entry<L> {
     pub key: TaskKey,
     /// Its first process.
     pub init: Arc<Process<L>>,
-    /// Held by whoever changes the limits of the container.
+    /// Locked while the limits of the container change.
     pub limits: tokio::sync::Mutex<()>,
     execs: Mutex<HashMap<ExecId, Arc<Process<L>>>>,
     task: Mutex<Task>,
@@ -276,7 +276,7 @@ impl<L> Registry<L> {
         self.maps().tasks.values().cloned().collect()
     }
 
-    /// Forgets a task and its execs; those who still wait for one are told.
+    /// Removes a task and its execs, and wakes the calls that still wait for one of them.
     pub fn remove(&self, key: &TaskKey) {
         let mut maps = self.maps();
         if let Some(entry) = maps.tasks.remove(key) {
@@ -288,7 +288,7 @@ impl<L> Registry<L> {
         }
     }
 
-    /// Forgets an exec; those who still wait for it are told.
+    /// Removes an exec, and wakes the calls that still wait for it.
     pub fn remove_exec(&self, entry: &Entry<L>, id: &ExecId) {
         let mut maps = self.maps();
         if let Some(process) = entry.execs_map().remove(id) {

@@ -150,7 +150,7 @@ impl Shim {
         }
     }
 
-    /// Starts the logger in a unit of its own, and waits until it is ready. Nothing happens without a logger.
+    /// Starts the logger, if there is one, in a unit of its own, and waits until it is ready.
     async fn start_logger(&self, plan: &Plan, ready: Option<File>) -> Result<(), Error> {
         let (Some(unit), Some(logger), Some(ready)) = (&plan.logger, &plan.wiring.logger, ready) else {
             return Ok(());

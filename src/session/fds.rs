@@ -158,7 +158,7 @@ impl StreamFds {
         }
     }
 
-    /// Removes the descriptors of a stream from the store. Nobody sees an end of file before.
+    /// Removes the descriptors of a stream from the store. Peers see end of file only after this.
     pub fn forget(&self, kind: StreamKind, number: u64) {
         self.store.forget(&kind.name(number));
     }

@@ -1,7 +1,7 @@
 //! The live side of one process: what the daemon holds open and runs for one attempt to start it.
 //!
 //! A session is built when the process has its ends of the streams, and dropped whole: another attempt
-//! gets another session, and nothing of the earlier one.
+//! gets a new session.
 
 pub mod fds;
 mod open;
@@ -114,7 +114,7 @@ impl Session {
         Ok(session)
     }
 
-    /// Sets the size of the terminal's window. Nothing happens without a terminal.
+    /// Sets the size of the terminal's window, if there is a terminal.
     ///
     /// # Errors
     /// The kernel refuses it.
@@ -128,12 +128,13 @@ impl Session {
         self.stdin.take().is_some()
     }
 
-    /// Lets go of the terminal: it hangs up once the pumps have let go of it as well. False if there was none.
+    /// Closes the session's descriptor of the terminal, which hangs up once the pumps have closed theirs. Returns false
+    /// if there was no terminal.
     pub fn close_terminal(&mut self) -> bool {
         slot(&self.terminal).take().is_some()
     }
 
-    /// Nothing is being copied, or somebody waits for the pumps already.
+    /// True if there are no pumps, or if a call already waits for them.
     pub fn is_silent(&self) -> bool {
         self.pumps.is_empty()
     }

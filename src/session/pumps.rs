@@ -23,7 +23,7 @@ impl Pumps {
         self.stop.clone()
     }
 
-    /// Nothing is being copied, or somebody waits for the pumps already.
+    /// True if there are no pumps, or if a call already waits for them.
     pub(super) fn is_empty(&self) -> bool {
         self.running.is_empty()
     }

@@ -10,7 +10,7 @@ use super::harness::{Step, World};
 struct Life {
     steps: &'static [Step],
     world: fn(&str) -> World,
-    /// What containerd hears of it.
+    /// The events that containerd gets.
     events: &'static [&'static str],
 }
 
@@ -31,10 +31,10 @@ const WHOLE: Life = Life {
     ],
 };
 
-/// That of a task that is restored from a checkpoint.
+/// The life of a task that is restored from a checkpoint.
 const RESTORED: Life = Life { world: World::restoring, ..WHOLE };
 
-/// That of a task of which checkpoints are taken.
+/// The life of a task of which checkpoints are taken.
 const CHECKPOINTS: Life = Life {
     steps: &Step::CHECKPOINTS,
     world: World::new,

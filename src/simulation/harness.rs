@@ -133,7 +133,7 @@ impl World {
         Self { root, effects, systemd, launch, task, accepted: Arc::default(), restores: false }
     }
 
-    /// The same, for a task that is restored from a checkpoint.
+    /// As [`World::new`], for a task that is restored from a checkpoint.
     pub(crate) fn restoring(name: &str) -> Self {
         let mut world = Self::new(name);
         world.restores = true;
@@ -273,7 +273,7 @@ impl World {
         });
     }
 
-    /// What containerd has heard, in words.
+    /// The events that containerd has accepted, as words.
     pub(crate) fn events(&self) -> Vec<&'static str> {
         let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
         accepted.iter().map(|(_, _, event)| word(event)).collect()
@@ -328,7 +328,7 @@ impl Drop for World {
     }
 }
 
-/// So long nothing happens any more in a daemon that was left alone. The clock is paused: it takes no time.
+/// After this time, a daemon without calls has nothing left to do. The clock is paused: it takes no time.
 const SETTLED: Duration = Duration::from_secs(3);
 
 fn word(event: &TaskEvent) -> &'static str {

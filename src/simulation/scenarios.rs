@@ -1,4 +1,4 @@
-//! What happens to tasks without a call: ends that are told late, twice or not at all, units that somebody else
+//! What happens to tasks without a call: exits that systemd reports late, twice or not at all, units that somebody else
 //! unloads, launches that fail.
 
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use super::harness::{Step, World};
 pub(super) const UP: [Step; 2] = [Step::Create, Step::Start];
 pub(super) const WITH_EXEC: [Step; 4] = [Step::Create, Step::Start, Step::AddExec, Step::StartExec];
 
-/// Long enough for everything that is told to be taken in; the clock is paused.
+/// Long enough for the daemon to apply every report. The clock is paused.
 const A_WHILE: Duration = Duration::from_millis(500);
 
 pub(super) fn up(name: &str, steps: &[Step]) -> World {

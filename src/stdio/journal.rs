@@ -276,7 +276,7 @@ fn push_field(datagram: &mut Vec<u8>, name: &str, value: &[u8]) {
 mod tests {
     use super::*;
 
-    /// A stream whose other end is at hand.
+    /// A stream and its other end.
     fn lines() -> (Lines, UnixDatagram) {
         let (here, there) = UnixDatagram::pair().unwrap();
         let kept = std::env::temp_dir().join(format!("journal-test-{}", std::process::id()));

@@ -75,7 +75,7 @@ impl LogFile {
         Ok(file)
     }
 
-    /// As [`Self::open`], but opens the file with the first write. Nothing waits for the disk before.
+    /// As [`Self::open`], but opens the file with the first write, so that this call does not wait for the disk.
     pub fn later(path: &Path, create: bool) -> Self {
         let target = Target { path: path.to_owned(), create, file: OnceLock::new() };
         Self { target: Arc::new(target), writer: None, pending: None, missing: 0 }

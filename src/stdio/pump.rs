@@ -30,7 +30,7 @@ pub(super) const CHUNK: usize = 64 << 10;
 
 /// How long the pump waits for the end of a line. Until then the line stays in the pipe, where it outlives the daemon.
 const LINE_WAIT: Duration = Duration::from_secs(1);
-/// The same if a client waits for the output, such as a prompt.
+/// The limit if a client waits for the output, such as a prompt.
 const PROMPT_WAIT: Duration = Duration::from_millis(10);
 
 /// The source of a process's output.

@@ -1,4 +1,4 @@
-//! Files beside a task's record that a call needs while it runs.
+//! Files in a task's directory that a call needs while it runs.
 
 use std::fs;
 use std::io;
@@ -13,7 +13,7 @@ use super::files::{self, replace};
 use super::{Error, Store};
 
 impl Store {
-    /// Writes a file beside the record, in one step.
+    /// Writes a file in the task's directory, in one step.
     ///
     /// # Errors
     /// [`Error::Io`]
@@ -23,7 +23,7 @@ impl Store {
         Ok(path)
     }
 
-    /// Reads a JSON file beside the record. `None` if it does not exist.
+    /// Reads a JSON file in the task's directory. `None` if it does not exist.
     ///
     /// # Errors
     /// The file can't be read or parsed.
@@ -35,7 +35,7 @@ impl Store {
         serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
     }
 
-    /// Removes files beside the record. It is no error if one does not exist.
+    /// Removes files in the task's directory. It is no error if one does not exist.
     ///
     /// # Errors
     /// [`Error::Io`]

@@ -143,7 +143,7 @@ impl Shim {
         if knows_kills && left_behind.is_none() {
             return self.note_end(entry, process, seen);
         }
-        // systemd may report the same end again in the meantime.
+        // systemd may report the same exit again in the meantime.
         if !std::mem::replace(&mut process.live().is_ending, true) {
             let (shim, entry) = (self.clone(), entry.clone());
             tokio::spawn(async move {

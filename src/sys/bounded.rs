@@ -1,4 +1,4 @@
-//! Runs a command with a time limit, and leaves nothing of one that does not end.
+//! Runs a command with a time limit, and kills it with all that it has started if it does not end.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,9 +20,9 @@ const DEATH_LIMIT: Duration = Duration::from_secs(5);
 pub enum CommandEnd {
     /// By itself.
     Exited(ExitStatus),
-    /// It was killed, with all that it had started: it took too long.
+    /// It was killed, with all that it had started, because it took too long.
     TimedOut,
-    /// It was killed, with all that it had started: this process was told to end (SIGTERM).
+    /// It was killed, with all that it had started, because this process received SIGTERM.
     Terminated,
 }
 
@@ -33,7 +33,7 @@ pub enum CommandEnd {
 pub fn run(command: &mut Command, limit: Duration) -> io::Result<CommandEnd> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGTERM);
-    // From here on SIGTERM waits until there is somebody to kill.
+    // SIGTERM is blocked until there is a process to kill.
     signals.thread_block()?;
     let ended = spawn(command).and_then(|child| wait(child, &signals, limit));
     signals.thread_unblock()?;

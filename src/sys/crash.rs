@@ -98,7 +98,7 @@ extern "C" fn crashed(number: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
         let at = libc::off_t::try_from(NEXT.load(Ordering::Relaxed)).unwrap_or(0);
         let bytes = subject.to_le_bytes();
         // SAFETY: the descriptor is never closed, and the buffer lives on this stack. What can't be written
-        // is not noted: there is nobody to tell.
+        // is not recorded: there is no one to report it to.
         let _ = unsafe { libc::pwrite(notes.file.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), at) };
     }
     let Ok(signal) = Signal::try_from(number) else {

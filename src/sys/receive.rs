@@ -18,7 +18,7 @@ const fn space(length: usize) -> usize {
     unsafe { libc::CMSG_SPACE(length as libc::c_uint) as usize }
 }
 
-/// Takes a datagram off a socket that is told who sends (`SO_PASSCRED`). Returns its length, which is larger than
+/// Receives a datagram from a socket with `SO_PASSCRED`. Returns its length, which is larger than
 /// `data` if that was too small, and the sending process, if that has a number here.
 ///
 /// There is room for the sender only: the kernel closes descriptors that come with the datagram, without

@@ -40,7 +40,8 @@ impl Stat {
         Self::parse(&String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/stat")).ok()?))
     }
 
-    /// Kills it, if its number is still its own; returns a descriptor that tells when it has ended.
+    /// Kills the process, if it still has this pid. Returns a descriptor that becomes readable when the process has
+    /// ended.
     fn kill(self) -> Option<OwnedFd> {
         let process = pidfd_open(self.pid).ok()?;
         let is_same = Self::read(self.pid).is_some_and(|now| now.started == self.started);

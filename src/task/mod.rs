@@ -162,7 +162,7 @@ impl Task {
     /// Returns the processes whose exits may be published now.
     ///
     /// # Errors
-    /// The phase does not allow the event. Nothing is changed then.
+    /// The phase does not allow the event. The phase stays as it is then.
     pub fn apply(
         &mut self,
         exec: Option<&ExecId>,

@@ -64,7 +64,7 @@ pub struct Container {
     pub cgroup: PathBuf,
     /// The limits of its unit's cgroup as they were last compared with its own; None if it is outside of the unit.
     pub limits: Option<Limits>,
-    /// How many of its processes the kernel has killed for want of memory, as far as containerd was told.
+    /// How many kills for lack of memory have been announced to containerd.
     pub oom_kills: u64,
 }
 
@@ -260,7 +260,7 @@ pub enum Event {
     StartBegun,
     /// The OCI runtime has started it.
     Started {
-        /// The process. That of an exec is not known before.
+        /// The pid. The pid of an exec is not known before.
         pid: u32,
     },
     /// It could not be started.
@@ -372,7 +372,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         (Phase::Creating { .. }, StartBegun | Started { .. } | StartFailed) => Err(refused),
 
         (Phase::Prepared, StartBegun) => Ok(stay(Phase::Restoring { exit: None })),
-        // That of an earlier attempt.
+        // The exit belongs to an earlier attempt.
         (Phase::Prepared, Exited(_)) => Ok(stay(Phase::Prepared)),
         (Phase::Prepared, Prepared | Created { .. } | Started { .. } | StartFailed) => Err(refused),
 

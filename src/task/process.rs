@@ -42,7 +42,7 @@ pub trait Lifecycle {
     /// Changes the phase. Returns the events to publish, in order.
     ///
     /// # Errors
-    /// The phase does not allow the event. Nothing is changed then.
+    /// The phase does not allow the event. The phase stays as it is then.
     fn apply(&mut self, event: Event) -> Result<Vec<Announce>, Refusal>;
 }
 

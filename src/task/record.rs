@@ -65,7 +65,7 @@ struct Request {
     checkpoint: Option<PathBuf>,
 }
 
-/// The name of a phase, with what is not beside it.
+/// The name of a phase, with the data that has no field of its own in the record.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case")]
 enum Name {

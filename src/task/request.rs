@@ -62,7 +62,7 @@ pub struct Stdio {
     pub terminal: bool,
 }
 
-/// What becomes of a process's output.
+/// Where the output of processes goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Log {
@@ -106,7 +106,7 @@ pub struct Runtime {
     /// criu's work directory for a restore; empty if the client names none.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub criu_work: PathBuf,
-    /// What becomes of its processes' output.
+    /// Where the output of its processes goes.
     pub log: Log,
     /// How long one of its commands may take, in seconds; 0 for the default.
     #[serde(default)]
@@ -171,7 +171,7 @@ pub struct DeviceAllow {
 pub struct Containerd {
     /// Where events go: a path of a Unix socket.
     pub ttrpc_address: String,
-    /// Its gRPC API, for whoever starts a client.
+    /// The address of its gRPC API, for programs that start a client.
     pub grpc_address: String,
     /// Its `PATH`.
     pub path: String,

@@ -50,7 +50,7 @@ pub enum JournalCopy {
     None,
     /// It gets everything, and the process waits for it.
     Complete,
-    /// Nobody waits for it: it misses what it does not take at once.
+    /// Nothing waits for the journal: output that it does not accept at once is dropped.
     Aside,
 }
 
@@ -134,7 +134,7 @@ pub struct Wiring {
 }
 
 impl Wiring {
-    /// The same destinations, by way of FIFOs: criu puts only a FIFO in the place of a FIFO.
+    /// The same destinations over FIFOs: criu can only replace a FIFO by a FIFO.
     pub fn for_restore(self) -> Self {
         let by_fifo = |output| match output {
             Output::Journal => Output::Copied(Copied { journal: JournalCopy::Complete, ..Copied::default() }),

@@ -73,7 +73,7 @@ impl Frame {
         response.and_then(Result::ok).map(|response| response.status().message.clone()).unwrap_or_default()
     }
 
-    /// The same request, marked as replayed.
+    /// This request, marked as replayed.
     pub fn replayed(self) -> Self {
         let Some(Ok(mut request)) = self.bytes.get(HEADER..).map(ttrpc::Request::parse_from_bytes) else {
             return self;

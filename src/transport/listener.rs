@@ -123,7 +123,8 @@ impl Connections {
         }
     }
 
-    /// Takes over a connection that an earlier daemon had accepted and not kept. `None` if it is over or refused.
+    /// Adopts a connection that an earlier daemon had accepted and not kept. `None` if the peer has closed it, or if it
+    /// is refused.
     ///
     /// # Errors
     /// The connection can't be kept or watched. Needs the async runtime.
@@ -135,7 +136,8 @@ impl Connections {
         Ok(Some((from, self.connection(stream, journal, name)?)))
     }
 
-    /// Keeps a new connection. Returns the name under which it is kept, `None` if it is over or refused.
+    /// Keeps a new connection. Returns the name under which it is kept. `None` if the peer has closed it, or if it is
+    /// refused.
     fn keep(&self, stream: &UnixStream, journal: &Journal) -> io::Result<Option<String>> {
         if is_over(stream) {
             return Ok(None);

@@ -79,9 +79,9 @@ pub trait Programs: Send + Sync {
     fn stop(&self, unit: &UnitName);
 }
 
-/// What has come of the start of a unit.
+/// The result of the start of a unit.
 pub enum Started {
-    /// The unit is active. Nobody asks for its process.
+    /// The unit is active. Its process is of no interest to the test.
     Empty,
     /// The unit has failed.
     Failed,

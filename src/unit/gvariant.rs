@@ -74,7 +74,7 @@ enum What {
 
 /// What is known about the type of a value.
 enum Guess {
-    /// Nothing: an element of an empty array.
+    /// The placeholder for the element of an empty array.
     Any,
     /// A number, of any type.
     Number,

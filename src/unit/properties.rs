@@ -1,4 +1,4 @@
-//! What systemd is told about a unit (pure).
+//! The properties of the units that the daemon starts (pure).
 //!
 //! Each function returns the property list of one kind of unit. Two rules decide every line: no default of systemd may
 //! change a container that runc.v2 would run without that default, and `systemctl` and `journalctl` show everything that

@@ -53,7 +53,7 @@ pub async fn run(
                     tracing::warn!(%error, "can't receive systemd's signals, trying again: {error}");
                     reported = true;
                 }
-                // Nothing announces that the bus is back: only another try can show it.
+                // No event announces that the bus is back, so it is tried again.
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }

@@ -122,7 +122,7 @@ pub struct Row {
     pub unit: String,
     /// `namespace/name` of its pod.
     pub pod: Option<String>,
-    /// Its image, if the client has told.
+    /// Its image, if the client has named it.
     pub image: Option<String>,
     /// The word for its phase.
     pub state: String,

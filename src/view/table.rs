@@ -74,7 +74,7 @@ pub(super) fn age(seconds: u64) -> String {
     }
 }
 
-/// The same as JSON: an array of objects.
+/// The table as JSON: an array of objects.
 pub fn table_json(rows: &[Row]) -> Value {
     rows.iter().map(row_json).collect()
 }

@@ -232,7 +232,7 @@ fn a_create_that_hangs_fails_after_its_limit_and_leaves_nothing() {
     let before = Traces::take();
     let container = node.container("hung", Spec::sleeping()).options(runtime.options(2)).make();
     let refusal = container.create(&Io::default()).expect_err("a create that hangs");
-    assert!(refusal.message().contains("had not come up in time"), "{refusal}");
+    assert!(refusal.message().contains("did not start in time"), "{refusal}");
     runtime.assert_gone();
     runtime.stop_hanging();
     container.create(&Io::default()).expect("the id can be used again");

@@ -58,7 +58,7 @@ const NO_WEIGHT: u64 = u64::MAX;
 const MAX_STOP_USEC: u64 = 300 * 1_000_000;
 /// The most names or addresses in a list.
 const MAX_NAMES: usize = 32;
-/// systemd loads a unit for each name that it is told.
+/// systemd loads a unit for each name that it gets.
 const UNIT_TYPES: [&str; 4] = [".service", ".target", ".socket", ".mount"];
 
 /// Whether an annotation may set a property without the administrator's leave, and to this value.

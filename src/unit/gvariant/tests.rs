@@ -140,7 +140,7 @@ fn a_value_is_no_larger_than_systemd_can_be_told() {
     assert!(parse(&format!("'{}'", "x".repeat(12_000))).is_ok());
 }
 
-/// What zbus makes of the value where it is sent: as a variant beside a property's name.
+/// The value as zbus sends it: a variant after the name of a property.
 fn serialized(value: &Variant<'static>) -> bool {
     let list = vec![("Name", value.clone())];
     zbus::Message::signal("/a", "a.b", "C").build(&list).is_ok()
