@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_the_way_of_a_new_file_is_replaced_and_not_opened() {
+    fn an_existing_path_is_replaced_by_a_new_file_and_not_opened() {
         let dir = tempfile::tempdir().unwrap();
         let (path, new, other) = (dir.path().join("file"), dir.path().join("new"), dir.path().join("other"));
         fs::write(&other, b"other").unwrap();

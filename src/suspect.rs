@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_ended_two_daemons_is_given_up_and_nothing_else_is() {
+    fn a_request_that_crashed_two_daemons_is_given_up_and_no_other() {
         let scratch = Scratch::new();
         let (poison, innocent) =
             (Suspect::request(1, "s", "Pids", b""), Suspect::request(3, "s", "Wait", b""));
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_answered_or_recovered_starts_again_without_a_blemish() {
+    fn answered_requests_and_recovered_records_have_no_crash_count() {
         let scratch = Scratch::new();
         let (request, record) = (Suspect::request(1, "s", "Pids", b""), Suspect::record(&key("web")));
         drop(Crashes::read(&scratch.file()).unwrap());

@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_can_not_be_in_a_line_is_named() {
+    fn characters_that_can_not_be_in_a_line_are_named() {
         for c in [
             '\n', '\r', '\t', '\0', '\u{1b}', '\u{7f}', '\u{85}', '\u{2028}', '\u{2029}', '\u{202e}',
             '\u{2066}',
@@ -61,13 +61,13 @@ mod tests {
     }
 
     #[test]
-    fn a_line_does_not_take_the_next_one_away() {
+    fn a_line_does_not_absorb_the_next_one() {
         assert_eq!(line(r"name\\", 10), "name");
         assert_eq!(line(r"ab\cd", 3), "ab");
     }
 
     #[test]
-    fn a_word_stays_one() {
+    fn a_word_contains_no_separator() {
         assert_eq!(word("x OBJECT_SYSTEMD_UNIT=ssh.service", 99), "x_OBJECT_SYSTEMD_UNIT=ssh.service");
         assert_eq!(word(r#"a"b'c\x0ad"#, 99), "a_b_c_x0ad");
     }

@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_cgroup_that_is_gone_all_is_zero_and_only_optional_parts_are_absent() {
+    fn the_statistics_of_a_removed_cgroup_are_zero_and_only_optional_parts_are_absent() {
         let metrics = metrics(Stats::default());
         assert!(metrics.pids.is_some() && metrics.cpu.is_some() && metrics.memory.is_some());
         assert!(metrics.io.is_some() && metrics.rdma.is_some());

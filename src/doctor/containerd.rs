@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_containerd_does_not_find_is_told() {
+    fn a_program_that_containerd_does_not_find_is_reported() {
         let check = fault(&Facts { shim: None, ..healthy() });
         assert!(check.found.contains("/usr/bin") && check.name == "installation", "{check:?}");
     }

@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_who_may_not_look_is_told_so() {
+    fn a_user_who_may_not_read_the_state_gets_a_message() {
         let forbidden = Err(Unknown::Forbidden("/proc/1/fd".to_owned()));
         let check = fault(&Facts { descriptors: forbidden, ..facts(&[]) });
         assert_eq!((check.status, check.advice.as_str()), (Status::Unknown, "run doctor as root"));

@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_systemd_is_told() {
+    fn a_machine_without_systemd_is_reported() {
         let facts =
             Facts { is_init: false, version: Err(Unknown::Absent("systemctl".to_owned())), ..healthy() };
         assert_eq!(found(&facts, &silent()), all_but("systemd", Status::Error));

@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn who_may_not_read_records_is_told_so() {
+    fn a_user_who_may_not_read_records_gets_a_message() {
         let records = Err(Unknown::Forbidden(STATE_DIR.to_owned()));
         assert_eq!(fault(&Facts { records, ..healthy() }).status, Status::Unknown);
     }

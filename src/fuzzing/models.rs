@@ -258,12 +258,12 @@ proptest! {
     }
 
     #[test]
-    fn nobody_is_believed_but_systemd(choices in vec(0..6_u8, 8), text in "([0-9]{0,3}|containerd-a-b.service|:1.9)(\n([0-9]{0,3}|done)){0,6}") {
+    fn only_signals_of_systemd_are_believed(choices in vec(0..6_u8, 8), text in "([0-9]{0,3}|containerd-a-b.service|:1.9)(\n([0-9]{0,3}|done)){0,6}") {
         bus::message(&[choices, text.into_bytes()].concat());
     }
 
     #[test]
-    fn containers_speak_for_themselves(lines in vec(("(READY|STATUS|MAINPID|RELOADING|MONOTONIC_USEC|EXTEND_TIMEOUT_USEC|FDSTORE|X)?=?", "(1|\\PC{0,20}|x{250}\\PC{5}|\\r?|[0-9]{1,20})"), 0..20)) {
+    fn containers_notify_only_for_themselves(lines in vec(("(READY|STATUS|MAINPID|RELOADING|MONOTONIC_USEC|EXTEND_TIMEOUT_USEC|FDSTORE|X)?=?", "(1|\\PC{0,20}|x{250}\\PC{5}|\\r?|[0-9]{1,20})"), 0..20)) {
         let lines: Vec<_> = lines.into_iter().map(|(name, value)| name + &value).collect();
         streams::notify(lines.join("\n").as_bytes());
     }
@@ -279,7 +279,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_saved_is_loaded(key in task(), events in vec((event(), any::<u64>()), 0..200), name in "\\PC{0,40}") {
+    fn a_saved_record_can_be_loaded(key in task(), events in vec((event(), any::<u64>()), 0..200), name in "\\PC{0,40}") {
         let mut task: Task = serde_json::from_slice(include_bytes!("../../fuzz/corpus/record/task")).unwrap();
         task.key = key;
         task.init.description.clone_from(&name);

@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_edited_is_there_once() {
+    fn an_edited_field_is_there_once() {
         // Go takes the long s for an s, and would take the last of the two.
         let text = "{\"linux\":{\"cgroup\u{17f}Path\":\"/a\"},\"lin\u{75}x\":null,\"LINUX\":{\"CGROUPSPATH\":\"/a\"}}";
         let new = edited(text.as_bytes(), &at("/b")).unwrap();
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_spec_is_refused() {
+    fn invalid_specs_are_refused() {
         for text in
             ["[]", r#"{"linux":[]}"#, r#"{"process":1}"#, r#"{"mounts":{}}"#, r#"{"annotations":{"a":1}}"#]
         {
@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_edited_keeps_its_meaning() {
+    fn fields_that_are_not_edited_keep_their_meaning() {
         // For Go these are one field, of which the last value counts.
         let text = r#"{"root":{"path":"a"},"Root":{"path":"b"},"process":{"cwd":"/a","CWD":"/b","env":[]}}"#;
         let edits = Edits { env: vec!["A=1".to_owned()], ..Edits::default() };

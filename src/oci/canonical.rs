@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_field_that_is_there_several_times_the_last_counts() {
+    fn the_last_of_several_fields_of_one_name_counts() {
         assert_read(r#"{"hostname":"a","x":1,"Hostname":"b","x":2}"#, r#"{"hostname":"b","x":1,"x":2}"#);
         assert_read(
             r#"{"linux":{"size":1,"kind":"a"},"Linux":{"size":2}}"#,
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn null_is_what_is_not_set() {
+    fn a_null_field_counts_as_not_set() {
         assert_read("null", "{}");
         assert_read(
             r#"{"hostname":null,"linux":null,"list":null,"annotations":null,"x":null}"#,
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_unicode_is_replaced() {
+    fn invalid_unicode_is_replaced() {
         assert_read(r#"{"hostname":"a\ud800b\\ud800"}"#, r#"{"hostname":"a\ufffdb\\ud800"}"#);
         assert_read(
             r#"{"hostname":"\ud83d\udc33 \udc33\ud83d"}"#,
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_the_value_is_not_looked_at() {
+    fn text_after_the_value_is_ignored() {
         assert_read("{} garbage", "{}");
     }
 

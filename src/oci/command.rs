@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn commands_for_a_container_run_one_after_the_other_and_children_left_behind_hold_nothing_up() {
+    async fn commands_for_a_container_run_one_after_the_other_and_leftover_children_delay_nothing() {
         let script = "mkdir running || exit 9; sleep 1000 & sleep 0.05; rmdir running";
         let (dir, runtime) = scratch(script);
         let runtime = Runtime { limit_sec: 60, ..runtime };

@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_client_must_not_ask_for_is_refused() {
+    fn forbidden_options_of_a_client_are_refused() {
         for image in ["", "c", "/a/../b", &format!("/{}", "a".repeat(MAX_PATH))] {
             assert!(Checkpoint { image: image.into(), ..request() }.check().is_err(), "{image}");
         }

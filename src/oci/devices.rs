@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_every_container_may_use_is_not_listed() {
+    fn devices_that_every_container_may_use_are_not_listed() {
         let rules =
             ["deny a *:* rwm", "allow c *:* m", "allow c 1:3 rwm", "allow c 5:2 rw", "allow c 136:* rwm"];
         assert_eq!(allows(&rules), Some(vec![]));

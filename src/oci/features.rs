@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_runtime_prints_in_pieces_is_read_whole() {
+    fn output_that_a_runtime_prints_in_pieces_is_read_whole() {
         let (_dir, binary) =
             runtime("[ \"$*\" = features ] && echo '{\"ociVersionMin\":' && echo '\"1.0.0\"}'");
         assert_eq!(read(binary).unwrap(), b"{\"ociVersionMin\":\n\"1.0.0\"}\n");

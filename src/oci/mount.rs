@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_at_and_below_a_path_is_unmounted() {
+    fn mounts_at_and_below_a_path_are_unmounted() {
         in_own_mount_namespace(|| {
             let scratch = scratch();
             let dir = scratch.path();

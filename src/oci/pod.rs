@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_set_where_the_kernel_knows_them() {
+    fn security_labels_are_set_if_the_kernel_supports_them() {
         let context = Context { level: "s0:c1,c2".to_owned(), ..Context::default() };
         let pod = Pod { selinux: Some(context), apparmor: Some("strict".to_owned()), ..pod() };
         let process = |node: &Node| spec("id", Some(&pod), "", node)["process"].clone();
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn the_spec_of_a_client_keeps_what_is_not_of_the_process() {
+    fn the_spec_of_a_client_keeps_everything_but_its_process() {
         let given = json!({"hostname": "x", "process": {"args": ["sh"]}, "future": 1});
         let spec = with_init(given, &Node::default());
         assert_eq!((&spec["hostname"], &spec["future"]), (&json!("x"), &json!(1)));

@@ -152,7 +152,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn the_places_are_those_of_the_containerd_that_has_made_the_bundle() {
+    fn the_files_of_a_pod_are_in_the_directories_of_its_containerd() {
         let dir = tempfile::tempdir().unwrap();
         let bundle = dir.path().join("state").join(CONTROLLER).join("k8s.io/id");
         let work = dir.path().join("root").join(CONTROLLER).join("k8s.io/id");

@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_process_is_refused() {
+    fn an_invalid_process_is_refused() {
         for spec in ["", "[]", "{}", r#"{"args":[]}"#, r#"{"args":null}"#, r#"{"args":"sh"}"#] {
             assert!(Process::read(spec.as_bytes(), false).is_err(), "{spec:?}");
         }

@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_a_copy_can_be_changed_through_a_path_to_it() {
+    fn a_copy_can_not_be_changed_through_a_path_to_it() {
         let Some(copy) = made() else { return };
         let path = path_of(&copy.file);
         let tries: [(&str, io::Result<()>); 5] = [

@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_signal_is_refused() {
+    fn an_invalid_signal_is_refused() {
         for text in
             ["", "SIG", "0", "65", "-1", "SIGFOO", "RTMIN-1", "RTMIN+31", "RTMAX-31", "RTMIN+", "9 9", "SIG9"]
         {

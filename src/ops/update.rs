@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_a_client_names_is_named() {
+    fn an_update_names_only_the_fields_of_the_client() {
         let resources = serde_json::json!({
             "memory": {"limit": 1, "swap": null},
             "cpu": {},

@@ -118,7 +118,7 @@ fn reader(path: &Path) -> fs::File {
 }
 
 #[tokio::test]
-async fn what_is_dropped_ends() {
+async fn a_dropped_session_ends_its_pumps() {
     let session = Session::default();
     let stop = session.pumps.stop();
     drop(session);
@@ -171,7 +171,7 @@ async fn the_next_daemon_delivers_what_the_last_one_left_in_a_pipe() {
 }
 
 #[tokio::test]
-async fn nothing_is_opened_again_for_a_process_that_has_ended_and_left_nothing() {
+async fn no_stream_is_reopened_for_an_ended_process_that_left_no_output() {
     let (scratch, fds) = (Scratch::new(), store(Vec::new()));
     let client = scratch.path("gone");
     let wiring = Wiring {
@@ -260,7 +260,7 @@ async fn a_terminal_passes_output_input_and_its_size() {
 }
 
 #[test]
-fn a_terminal_of_an_earlier_daemon_is_claimed_and_no_other_is_waited_for() {
+fn a_terminal_of_an_earlier_daemon_is_claimed_and_used() {
     let (scratch, pty) = (Scratch::new(), openpty(None, None).unwrap());
     let number = pty.master.as_raw_fd();
     let fds = store(vec![(format!("t{NUMBER}"), pty.master)]);
@@ -293,7 +293,7 @@ fn a_logger_sees_no_end_before_the_process_has_its_pipes() {
 }
 
 #[tokio::test]
-async fn the_journals_copy_that_nobody_waits_for_has_a_pipe_of_its_own() {
+async fn the_journals_copy_in_mode_auto_has_a_pipe_of_its_own() {
     let (scratch, fds) = (Scratch::new(), store(Vec::new()));
     let client = scratch.fifo("client");
     let _output = reader(&client);

@@ -126,7 +126,7 @@ fn an_exec_that_runs_is_paused_with_its_task() {
 }
 
 #[test]
-fn nothing_is_known_of_an_exec_that_was_never_added() {
+fn calls_for_an_exec_that_was_never_added_are_not_found() {
     let world = after("unknown", UP);
     let exec = ProcessKey { task: world.task.clone(), exec: Some(probe()) };
     let errors = world.live(move |shim| async move {
@@ -146,7 +146,7 @@ fn nothing_is_known_of_an_exec_that_was_never_added() {
 }
 
 #[test]
-fn a_terminal_that_has_not_come_yet_takes_a_size_and_that_of_an_ended_exec_none() {
+fn a_size_is_accepted_before_the_terminal_exists_and_refused_after_the_exit() {
     let world = after("resize", EXEC_ADDED);
     let exec = world.exec();
     world.live(move |shim| async move { shim.resize(&exec, 80, u32::MAX).unwrap() }).unwrap();

@@ -50,7 +50,7 @@ fn undisturbed(world: &World, steps: &[Step]) {
 }
 
 #[test]
-fn a_whole_life_leaves_nothing() {
+fn a_task_leaves_nothing_after_its_delete() {
     for (name, life) in [("whole", &WHOLE), ("restored", &RESTORED), ("checkpoints", &CHECKPOINTS)] {
         let world = (life.world)(name);
         undisturbed(&world, life.steps);

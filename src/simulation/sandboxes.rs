@@ -99,7 +99,7 @@ fn the_spec_of_a_client_gets_the_shims_process() {
 }
 
 #[test]
-fn what_a_pod_can_not_have_is_refused_before_anything_is_changed() {
+fn unsupported_settings_of_a_pod_are_refused_before_anything_is_changed() {
     let world = World::new("sandbox-refused");
     let call = world.create_sandbox_call();
     let with = |pod: Pod| CreateSandbox { pod: Some(pod), ..call.clone() };
@@ -123,7 +123,7 @@ fn what_a_pod_can_not_have_is_refused_before_anything_is_changed() {
 }
 
 #[test]
-fn nothing_is_known_of_a_sandbox_that_was_never_created() {
+fn calls_for_a_sandbox_that_was_never_created_are_not_found() {
     let world = World::new("sandbox-unknown");
     let init: ProcessKey = world.init();
     let (stopped, state) = world
@@ -175,7 +175,7 @@ fn make(world: &World, calls: &'static [Call], attempt: Attempt) -> Option<Resul
 }
 
 #[test]
-fn the_daemon_may_end_anywhere_in_the_life_of_a_sandbox() {
+fn the_daemon_may_end_at_any_step_in_the_life_of_a_sandbox() {
     /// More effects than any call has.
     const MANY: usize = 200;
     for at in 0..LIFE.len() {

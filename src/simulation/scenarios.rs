@@ -38,7 +38,7 @@ pub(super) fn exit_after(world: &World, happens: impl FnOnce() + Send + 'static)
 }
 
 #[test]
-fn an_end_is_told_once_however_often_systemd_tells() {
+fn an_exit_is_published_once_however_often_systemd_reports_it() {
     let world = up("repeated", &UP);
     let (systemd, unit) = (world.systemd.clone(), world.unit());
     let exit = exit_after(&world, move || {
@@ -51,7 +51,7 @@ fn an_end_is_told_once_however_often_systemd_tells() {
 }
 
 #[test]
-fn an_end_of_an_earlier_process_changes_nothing() {
+fn the_exit_of_an_earlier_process_changes_nothing() {
     let world = up("late", &UP);
     let (systemd, unit) = (world.systemd.clone(), world.unit());
     let exit = exit_after(&world, move || systemd.tell_late(&unit, 1, 9));
@@ -60,7 +60,7 @@ fn an_end_of_an_earlier_process_changes_nothing() {
 }
 
 #[test]
-fn an_end_during_the_loss_of_the_bus_is_found_afterwards() {
+fn an_exit_during_the_loss_of_the_bus_is_found_afterwards() {
     let world = up("bus", &WITH_EXEC);
     let (systemd, unit, exec_unit) = (world.systemd.clone(), world.unit(), world.exec_unit());
     let exit = exit_after(&world, move || {
@@ -82,7 +82,7 @@ fn a_reload_of_systemd_ends_nothing() {
 }
 
 #[test]
-fn an_end_while_there_is_no_daemon_is_found_by_the_next_one() {
+fn an_exit_while_there_is_no_daemon_is_found_by_the_next_one() {
     let world = up("down", &WITH_EXEC);
     world.systemd.end_unheard(&world.exec_unit(), 3);
     world.systemd.end_unheard(&world.unit(), 6);
@@ -129,7 +129,7 @@ fn a_rollback_removes_what_the_runtime_records_until_its_unit_is_stopped() {
 }
 
 #[test]
-fn what_a_failed_create_could_not_remove_is_removed_after_a_while() {
+fn leftovers_of_a_failed_create_are_removed_after_a_while() {
     let mut leftovers = 0;
     for effect in 0..100 {
         let world = World::new("leftover");
@@ -199,7 +199,7 @@ pub(super) fn cgroups(world: &World) -> (PathBuf, PathBuf) {
 }
 
 #[test]
-fn a_freeze_by_somebody_else_is_told() {
+fn a_freeze_by_somebody_else_is_published() {
     let world = up("frozen", &UP);
     let (_, container) = cgroups(&world);
     let exit = exit_after(&world, move || cgroup::fake::set_frozen(&container, true));
@@ -211,7 +211,7 @@ fn a_freeze_by_somebody_else_is_told() {
 }
 
 #[test]
-fn each_kill_for_want_of_memory_is_told_once() {
+fn each_kill_for_lack_of_memory_is_published_once() {
     let world = up("oom", &UP);
     let (unit, _) = cgroups(&world);
     let file = cgroup::dir(&unit).join("memory.events");

@@ -33,7 +33,7 @@ fn received(socket: &UnixDatagram) -> Option<(String, Option<u32>)> {
 }
 
 #[test]
-fn what_a_container_may_notify_reaches_systemd_in_the_name_of_its_init_process() {
+fn allowed_notifications_reach_systemd_in_the_name_of_the_init_process() {
     let world = World::new("notify");
     // Only root can send in the name of another process.
     if !nix::unistd::geteuid().is_root() {
@@ -84,7 +84,7 @@ fn what_a_container_may_notify_reaches_systemd_in_the_name_of_its_init_process()
 }
 
 #[test]
-fn kills_that_the_kernel_did_not_report_are_asked_of_systemd() {
+fn systemd_is_asked_for_kills_that_the_kernel_did_not_report() {
     let world = up("oom-asked", &UP);
     world.systemd.set_oom_kills(Some(2));
     // The cgroup is gone, and with it the count of the kernel.
@@ -124,7 +124,7 @@ fn an_exit_is_reported_whatever_query_or_record_fails() {
 }
 
 #[test]
-fn an_end_that_systemd_does_not_confirm_changes_nothing() {
+fn an_exit_that_systemd_does_not_confirm_changes_nothing() {
     let world = up("unconfirmed", &UP);
     let (systemd, unit, init) = (world.systemd.clone(), world.unit(), world.init());
     let exit = world.live(move |shim| async move {
@@ -138,7 +138,7 @@ fn an_end_that_systemd_does_not_confirm_changes_nothing() {
 }
 
 #[test]
-fn what_init_left_behind_is_killed_before_its_end_is_reported() {
+fn processes_that_init_left_behind_are_killed_before_its_exit_is_reported() {
     let world = up("left-behind", &UP);
     let (systemd, unit, (_, container)) = (world.systemd.clone(), world.unit(), cgroups(&world));
     let there = container.clone();

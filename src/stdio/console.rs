@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn the_terminal_that_is_sent_arrives_and_the_socket_goes() {
+    fn a_terminal_is_received_and_its_socket_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("made/console");
         let console = Console::listen(&path).unwrap();
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_terminal_or_not_alone_is_refused() {
+    fn a_descriptor_that_is_no_terminal_or_not_alone_is_refused() {
         let null = std::fs::File::open("/dev/null").unwrap();
         let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY).unwrap();
         for (fds, reason) in [
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_that_does_not_come_is_given_up() {
+    fn waiting_for_a_terminal_ends_after_a_limit() {
         let dir = tempfile::tempdir().unwrap();
         let console = Console::listen(&dir.path().join("console")).unwrap();
         let error = console.receive(Duration::from_millis(10), |_| {}).unwrap_err();

@@ -195,14 +195,14 @@ mod tests {
     }
 
     #[test]
-    fn an_output_without_a_reader_is_given_up() {
+    fn opening_a_fifo_without_a_reader_fails_after_a_limit() {
         let (_dir, path) = scratch();
         let error = open_output(&path, Duration::from_millis(20)).unwrap_err();
         assert!(matches!(error, Error::NoReader { .. }), "{error}");
     }
 
     #[test]
-    fn a_reader_that_comes_later_is_waited_for() {
+    fn opening_a_fifo_waits_for_a_reader_that_comes_later() {
         let (_dir, path) = scratch();
         let reader = path.clone();
         let waiting = std::thread::spawn(move || open_output(&path, Duration::from_secs(30)).map(drop));
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_waits_for_the_next_reader() {
+    fn written_bytes_stay_in_a_fifo_for_the_next_reader() {
         let (_dir, path) = scratch();
         let first = open_reader(&path).unwrap();
         let mut output = open_output(&path, Duration::from_secs(5)).unwrap();

@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_rate_limit_drops_is_counted_in_the_journal() {
+    async fn lines_that_the_rate_limit_drops_are_counted_in_the_journal() {
         let (mut lines, journald) = lines();
         lines.limit.set(3_600_000_000, 2);
         lines.write(b"one\ntwo\nthree\nfour\n").await;
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_journal_that_takes_nothing_holds_up_once_and_is_told_what_it_misses() {
+    async fn a_full_journal_delays_once_and_later_gets_the_number_of_missing_lines() {
         let (mut lines, journald) = lines();
         while lines.socket.as_ref().unwrap().try_send(b"MESSAGE\n").is_ok() {}
         let begun = tokio::time::Instant::now();

@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_never_answer_hold_up_neither_another_file_nor_the_shared_threads() {
+    fn files_that_never_answer_delay_neither_another_file_nor_the_shared_threads() {
         let dir = tempfile::tempdir().unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)

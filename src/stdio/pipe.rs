@@ -172,7 +172,7 @@ mod tests {
     use std::cell::Cell;
 
     #[tokio::test(start_paused = true)]
-    async fn what_finds_no_descriptor_is_opened_once_there_is_one() {
+    async fn a_pipe_that_finds_no_free_descriptor_is_opened_once_there_is_one() {
         let missing = Cell::new(3);
         let open = || match missing.get() {
             0 => Ok(7),

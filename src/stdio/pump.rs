@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_copy_that_nobody_reads_holds_nothing_up_and_what_it_misses_is_counted() {
+    async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
         let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
         let total = 4 << 20;
         let writing = thread::spawn(move || {
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_comes_after_a_gap_begins_with_a_new_line() {
+    async fn output_after_a_gap_begins_with_a_new_line() {
         let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
         let mut diverter = diverter(aside);
         diverter.limit.set(60_000_000, 1);
@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_source_that_never_ends_is_left_once_it_is_empty_and_complete() {
+    async fn copying_from_a_source_that_never_ends_stops_once_it_is_empty() {
         let ((source, mut writer), (client, to)) = (pipe(), sink());
         writer.write_all(b"all").unwrap();
         move_all(&source, &to, None, std::future::ready(())).await.unwrap();

@@ -125,7 +125,7 @@ mod tests {
     const FREE: Admission = Admission::Passes(Missing { lines: 0, bytes: 0 });
 
     #[tokio::test(start_paused = true)]
-    async fn a_burst_passes_and_what_is_beyond_is_counted_and_said_once() {
+    async fn a_burst_passes_and_dropped_lines_are_counted_and_reported_once() {
         let limit = RateLimit::default();
         limit.set(1_000_000, 2);
         assert_eq!(
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_systemd_does_not_set_is_journalds_default() {
+    async fn limits_that_systemd_does_not_set_are_those_of_journald() {
         let limit = RateLimit::default();
         limit.set(0, 0);
         assert!((0..BURST).all(|_| limit.admit(1) == FREE));

@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_means_the_journal() {
+    fn empty_stdio_means_the_journal() {
         let wiring = read("", "").unwrap();
         assert_eq!(
             (wiring.stdout, wiring.stderr, wiring.stdin),
@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_used_is_refused_and_named() {
+    fn stdio_that_can_not_be_used_is_refused_and_named() {
         for stdout in [
             "/dir",
             "/missing",

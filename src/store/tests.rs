@@ -146,7 +146,7 @@ fn a_record_of_the_version_before_is_read_and_becomes_a_present_one() {
 }
 
 #[test]
-fn a_whole_record_counts_until_it_is_in_its_parts() {
+fn a_record_of_the_old_form_counts_until_it_is_split_into_files() {
     let (_scratch, store) = scratch();
     let mut a = task("a");
     store.create(&a, b"").unwrap();
@@ -198,7 +198,7 @@ fn a_change_of_an_exec_that_was_cut_off_is_completed_once_and_in_order() {
 }
 
 #[test]
-fn what_can_be_written_can_be_read_and_a_note_has_room_after_any_decision() {
+fn every_written_record_can_be_read_and_reserved_space_is_enough_for_an_exit() {
     let (_scratch, store) = scratch();
     let mut a = task("a");
     store.create(&a, b"").unwrap();
@@ -241,7 +241,7 @@ fn a_record_that_changes_takes_no_new_room() {
 }
 
 #[test]
-fn the_last_task_takes_the_directories_along() {
+fn removing_the_last_task_removes_the_directories() {
     let (scratch, store) = scratch();
     store.create(&task("a"), b"").unwrap();
     store.remove(&task("a").key).unwrap();
@@ -272,7 +272,7 @@ fn a_newer_record_is_refused_and_left_untouched() {
 }
 
 #[test]
-fn owed_events_outlive_the_task_and_go_when_accepted() {
+fn owed_events_outlive_the_task_until_they_are_accepted() {
     let (_scratch, store) = scratch();
     let mut a = task("a");
     a.apply(None, created(), 1).unwrap();
@@ -284,7 +284,7 @@ fn owed_events_outlive_the_task_and_go_when_accepted() {
 }
 
 #[test]
-fn what_has_no_record_is_removed_and_what_was_set_aside_is_kept() {
+fn directories_without_a_record_are_removed_and_those_set_aside_are_kept() {
     let (_scratch, store) = scratch();
     let all = ["recorded", "half-removed", "set-aside"].map(task);
     all.iter().for_each(|task| store.create(task, b"A=1").unwrap());
@@ -301,7 +301,7 @@ fn what_has_no_record_is_removed_and_what_was_set_aside_is_kept() {
 }
 
 #[test]
-fn the_directory_of_a_namespace_goes_with_the_last_remains() {
+fn the_directory_of_a_namespace_is_removed_with_its_last_files() {
     let (_scratch, store) = scratch();
     fs::create_dir_all(store.dir(&task("a").key)).unwrap();
     store.remove_leftovers().unwrap();

@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_is_not_lost_when_the_unit_has_been_unloaded_or_started_again() {
+    fn an_exit_is_not_lost_when_the_unit_has_been_unloaded_or_started_again() {
         assert_eq!(trusted_report(TOLD, None), TOLD);
         for later in [
             MainProcess::default(),

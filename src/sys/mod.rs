@@ -277,7 +277,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_end_by_a_real_time_signal_is_found_and_left_for_the_parent() {
+    fn an_exit_by_a_real_time_signal_is_read_and_left_for_the_parent() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         assert_eq!(peek_exit(child.id()), Ok(None));
         let held = pidfd_open(child.id()).unwrap();
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_process_id_is_no_process() {
+    fn a_number_that_is_no_pid_is_no_process() {
         for pid in [0, u32::MAX] {
             assert_eq!(pidfd_open(pid).map(drop), Err(Errno::ESRCH));
         }

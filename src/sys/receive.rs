@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_datagram_tells_its_sender_and_brings_no_descriptor() {
+    fn a_datagram_has_a_sender_and_its_descriptors_are_closed() {
         let (here, there) = UnixDatagram::pair().unwrap();
         setsockopt(&here, sockopt::PassCred, &true).unwrap();
         let (mut reader, writer) = pipe();

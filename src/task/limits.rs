@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_has_limited_is_not_set() {
+    fn attributes_without_a_limit_are_not_set() {
         let untouched: Limits = Attribute::ALL.iter().map(|a| (*a, a.default().to_owned())).collect();
         assert!(untouched.set().is_empty());
         let set = limits(&[(Attribute::Pids, "7"), (Attribute::MemoryMax, "max")]).set();

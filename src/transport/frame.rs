@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_is_too_long_is_skipped_and_told_and_the_next_one_found() {
+    fn a_frame_that_is_too_long_is_skipped_and_reported_and_the_next_one_found() {
         let long = MESSAGE_LENGTH_MAX + 1;
         let sent = [frame(1, 1, b"one"), frame(3, 1, &vec![7; long]), frame(5, 1, b"two"), frame(7, 1, b"")];
         let bytes = sent.concat();
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_is_skipped_goes_on_from_its_shortened_header() {
+    fn the_skipping_of_a_frame_continues_from_its_shortened_header() {
         let mut bytes = frame(1, 1, &vec![7; MESSAGE_LENGTH_MAX + 100]);
         let (head, rest) = bytes.split_at_mut(5000);
         let mut first = Assembler::default();

@@ -258,7 +258,7 @@ async fn lives(seed: u64, deaths: usize) {
 }
 
 #[tokio::test]
-async fn every_request_is_answered_once_whatever_becomes_of_the_daemon() {
+async fn every_request_is_answered_once_wherever_the_daemon_ends() {
     for seed in 1..=6 {
         lives(seed, 0).await;
         lives(seed, 1).await;

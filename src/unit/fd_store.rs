@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_reaches_the_next_daemon_until_it_is_forgotten() {
+    fn kept_descriptors_reach_the_next_daemon_until_they_are_removed() {
         let file = File::open("/dev/null").unwrap();
         let (mut stored, mut kept) = (Vec::new(), Vec::new());
         for daemon in 0..5 {
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_earlier_version_has_put_into_the_store_is_found_and_removed() {
+    fn descriptors_that_an_earlier_version_stored_are_found_and_removed() {
         let (systemd, notifier) = Systemd::new();
         let direct = |name: &str| (name.to_owned(), OwnedFd::from(File::open("/dev/null").unwrap()));
         let passed = vec![direct("c1"), direct("c1"), direct("o2")];
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_store_refuses_and_has_room_again_when_something_goes() {
+    fn a_full_store_refuses_descriptors_until_others_are_removed() {
         let (systemd, notifier) = Systemd::new();
         let limit = STORE_RESERVE as usize + 100;
         let (store, _) = FdStore::with(notifier, limit, Vec::new());

@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_kept_of_those_who_have_waited() {
+    fn a_dropped_waiter_leaves_nothing() {
         let (jobs, unit) = (Jobs::default(), UnitName::new("a.service").unwrap());
         let (first, second) = (jobs.wait_for(&unit), jobs.wait_for(&unit));
         drop(first);

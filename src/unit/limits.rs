@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_told_by_their_numbers() {
+    fn devices_are_named_by_their_numbers() {
         let shown = shown(&[(Attribute::IoMax, "8:0 rbps=1048576 wbps=max riops=max wiops=50")]);
         assert!(
             shown[1].starts_with("IOReadBandwidthMax=") && shown[1].contains("/dev/block/8:0"),

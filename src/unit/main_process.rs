@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exits_are_told_in_containerds_numbers() {
+    fn exit_statuses_are_those_of_containerd() {
         let ended = |code, status| WaitStatus { code, status, at_usec: 0 }.exit_status();
         assert_eq!(ended(1, 0), 0);
         assert_eq!(ended(1, 255), 255);

@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exec_stands_beside_its_container() {
+    fn the_name_of_an_execs_unit_follows_that_of_its_container() {
         let unit = candidates(&key("default", "web")).next().unwrap();
         let name = |exec: &str| exec_candidates(&unit, &ExecId::new(exec).unwrap()).map(String::from).next();
         assert_eq!(name("sh-1").unwrap(), "containerd-default-web:sh-1.service");
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_logger_stands_beside_its_container() {
+    fn the_name_of_a_loggers_unit_follows_that_of_its_container() {
         let unit = candidates(&key("default", "web")).next().unwrap();
         assert_eq!(logger(&unit).unwrap().as_str(), "containerd-default-web::log.service");
     }

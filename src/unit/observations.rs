@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_end_is_not_lost_to_what_comes_after_it() {
+    async fn an_exit_is_not_replaced_by_later_reports() {
         let observations = Observations::default();
         observations.reported(unit("a.service"), ended(7));
         observations.reported(unit("a.service"), MainProcess::default());
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn many_reasons_to_look_at_all_units_are_one_look() {
+    async fn many_lost_signals_cause_one_query_of_all_units() {
         let observations = Observations::default();
         for _ in 0..10_000 {
             observations.missed();

@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_container_says_of_itself_is_passed_on() {
+    fn allowed_notifications_are_passed_on() {
         let text = "READY=1\nSTATUS=3 clients\nWATCHDOG=1";
         assert_eq!(passed(text.as_bytes()).as_deref(), Some(text));
         let text = "RELOADING=1\nMONOTONIC_USEC=17";
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_container_has_no_say_in_is_left_out() {
+    fn forbidden_notifications_are_dropped() {
         for line in [
             "MAINPID=1",
             "MAINPIDFD=1",
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_is_one_line_that_a_person_can_read() {
+    fn a_status_is_one_readable_line() {
         assert_eq!(passed(b"STATUS=a\x1b[31m\0b\x07\rc").as_deref(), Some("STATUS=a [31m b  c"));
         let long = format!("STATUS={}", "\u{fc}".repeat(4000));
         let text = passed(long.as_bytes()).unwrap();

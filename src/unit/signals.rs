@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_that_runs_and_a_unit_that_is_none_of_ours_are_passed_over() {
+    fn running_services_and_units_of_others_are_ignored() {
         let running: HashMap<_, Variant<'static>> =
             [("MainPID", 7_u32.into()), ("ExecMainPID", 7_u32.into()), ("ExecMainCode", 0_i32.into())].into();
         assert_eq!(send(CHANGED, &(SERVICE_INTERFACE, running, Vec::<&str>::new())), None);
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_believed_while_systemd_has_no_name() {
+    fn no_signal_is_believed_while_systemd_has_no_bus_name() {
         let message = Message::signal(WEB, PROPERTIES_INTERFACE, "PropertiesChanged");
         let message = message.sender(OWNER).build(&exit()).unwrap();
         assert_eq!(read(&message, None), None);

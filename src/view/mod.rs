@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_says_what_every_user_may_see() {
+    fn without_root_a_task_is_described_by_its_unit() {
         let row = of_unit(&unit(&[("MemoryCurrent", "1048576")]), 65_000_000);
         assert_eq!((row.id.as_str(), row.name.as_str(), row.state.as_str()), ("web", "shop", "running"));
         assert_eq!((row.pid, row.memory, row.age_sec), (Some(125), Some(1 << 20), Some(60)));

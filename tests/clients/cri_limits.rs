@@ -95,7 +95,7 @@ fn stats_are_there_from_the_start_to_the_end() {
 }
 
 #[test]
-fn an_end_by_the_oom_killer_is_told_as_such() {
+fn a_container_that_the_oom_killer_ended_is_reported_as_such() {
     needs!(Controllers);
     let cri = Cri::new();
     let pod = cri.pod("oom");

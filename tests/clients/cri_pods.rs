@@ -7,7 +7,7 @@ use crate::cri::{Cri, EXITED, OF_NODE, RUNNING, has_network, may_crash_container
 use crate::cri_messages::*;
 
 #[test]
-fn a_container_runs_in_a_pod_and_its_end_is_told() {
+fn a_container_runs_in_a_pod_and_its_exit_is_reported() {
     let cri = Cri::new();
     let pod = cri.pod("life");
     let container = cri.create(&pod, "one", &["sh", "-c", "echo out; echo err >&2; exit 7"], |_| ());
@@ -81,7 +81,7 @@ fn containers_of_a_pod_share_its_network_and_pods_reach_each_other() {
 }
 
 #[test]
-fn a_pod_of_the_node_has_the_nodes_namespaces() {
+fn a_pod_in_host_namespaces_has_the_namespaces_of_the_node() {
     if may_crash_containerd() {
         return;
     }
@@ -119,7 +119,7 @@ fn with_one_pid_namespace_a_container_takes_its_processes_with_it() {
 }
 
 #[test]
-fn mounts_are_propagated_as_asked() {
+fn mounts_are_propagated_as_requested() {
     let cri = Cri::new();
     let pod = cri.pod_with("mounts", |config| {
         let context = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
@@ -149,7 +149,7 @@ fn mounts_are_propagated_as_asked() {
 }
 
 #[test]
-fn a_log_goes_on_in_a_new_file() {
+fn a_log_continues_in_a_new_file_after_rotation() {
     let cri = Cri::new();
     let pod = cri.pod("rotated");
     let container =
@@ -168,7 +168,7 @@ fn a_log_goes_on_in_a_new_file() {
 }
 
 #[test]
-fn pods_live_on_when_containerd_is_killed() {
+fn pods_continue_when_containerd_is_killed() {
     let cri = Cri::new();
     let pod = cri.pod("survivor");
     let container = cri.sleeping(&pod, "survivor");

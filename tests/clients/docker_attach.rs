@@ -8,7 +8,7 @@ use crate::common::{daemon, wait};
 use crate::docker::{Docker, name};
 
 #[test]
-fn attach_is_a_dialogue_that_others_can_join() {
+fn attach_is_a_dialogue_and_several_clients_can_attach() {
     let docker = Docker::new();
     let container = docker
         .background(&["-it"], &["sh", "-c", "while read -r line; do echo \"said $line\"; done; exit 13"]);

@@ -11,7 +11,7 @@ type Event = fn(&Docker);
 const EVENTS: [(&str, Event); 2] = [("restart", Docker::restart), ("kill", |docker| docker.killed(|| ()))];
 
 #[test]
-fn containers_live_on_through_restarts_and_kills_of_dockerd() {
+fn containers_survive_restarts_and_kills_of_dockerd() {
     let docker = Docker::with(LIVE_RESTORE);
     let container = docker
         .background(&["-i"], &["sh", "-c", "while read -r line; do echo \"said $line\"; done; exit 19"]);
@@ -39,7 +39,7 @@ fn containers_live_on_through_restarts_and_kills_of_dockerd() {
 }
 
 #[test]
-fn exits_while_dockerd_is_away_are_known_when_it_is_back() {
+fn exits_while_dockerd_is_down_are_known_after_its_restart() {
     let docker = Docker::with(LIVE_RESTORE);
     let container = docker
         .background(&[], &["sh", "-c", "trap 'exit 17' TERM; echo ready; while :; do usleep 20000; done"]);

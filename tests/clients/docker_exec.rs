@@ -36,7 +36,7 @@ fn exec_in_a_terminal_is_a_dialogue() {
 }
 
 #[test]
-fn exec_tells_why_a_program_cannot_start() {
+fn exec_reports_why_a_program_cannot_start() {
     let docker = Docker::new();
     let container = docker.sleeping(&[]);
     for (program, words) in [

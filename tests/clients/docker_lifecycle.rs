@@ -58,7 +58,7 @@ fn kill_sends_any_signal() {
 }
 
 #[test]
-fn pause_holds_every_process_and_unpause_lets_them_go_on() {
+fn pause_freezes_every_process_and_unpause_thaws_them() {
     let docker = Docker::new();
     let container = docker.background(&[], &["sh", "-c", "while :; do echo tick; usleep 20000; done"]);
     docker.logs_with(&container, "tick");
@@ -120,7 +120,7 @@ fn a_policy_restarts_a_container_that_ends() {
 }
 
 #[test]
-fn wait_and_events_tell_of_every_container() {
+fn wait_and_events_report_every_container() {
     let docker = Docker::new();
     let names: Vec<String> = (0..6).map(|number| name(&format!("many-{number}"))).collect();
     let since = process::succeed("date", &["+%s.%N"]);
@@ -162,7 +162,7 @@ fn wait_and_events_tell_of_every_container() {
 }
 
 #[test]
-fn remove_by_force_ends_what_runs() {
+fn remove_with_force_kills_a_running_container() {
     let docker = Docker::new();
     let container = docker.background(&[], &["sh", "-c", "trap '' TERM INT HUP; while :; do sleep 1; done"]);
     docker.ok(&["exec", "--detach", &container, "sleep", "100004"]);

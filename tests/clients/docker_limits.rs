@@ -80,7 +80,7 @@ fn stats_show_what_a_container_uses() {
 }
 
 #[test]
-fn an_end_by_the_oom_killer_is_told_as_such() {
+fn a_container_that_the_oom_killer_ended_is_reported_as_such() {
     needs!(Controllers);
     let docker = Docker::new();
     let options = ["--memory", "16m", "--memory-swap", "16m"];

@@ -16,7 +16,7 @@ fn run_passes_on_output_and_exit_code() {
 }
 
 #[test]
-fn run_tells_why_a_program_cannot_start() {
+fn run_reports_why_a_program_cannot_start() {
     let docker = Docker::new();
     for (program, code, words) in [
         ("/there/is/no/such/program", 127, "no such file or directory"),
@@ -122,7 +122,7 @@ fn options_reach_the_process() {
 }
 
 #[test]
-fn privileges_and_namespaces_are_as_asked() {
+fn privileges_and_namespaces_are_as_requested() {
     let docker = Docker::new();
     let ran = docker
         .run_once(&["--privileged"], &["sh", "-c", "mkdir /new && mount -t tmpfs none /new && echo mounted"]);

@@ -77,7 +77,7 @@ fn annotations_set_properties_of_the_unit() {
 }
 
 #[test]
-fn options_set_what_annotations_may_not_and_can_let_them() {
+fn options_set_what_annotations_may_not_and_can_allow_annotations() {
     needs!(OurShim);
     let node = Node::shared();
     let wants = [("Wants", "['e2e-wanted.target']"), ("IODeviceWeight", "[('/dev/null', uint64 50)]")];
@@ -149,7 +149,7 @@ fn runcs_own_example_works_and_exit_codes_stay() {
 }
 
 #[test]
-fn what_cant_be_had_is_an_invalid_argument_that_names_it() {
+fn a_property_that_cant_be_set_is_an_invalid_argument_that_names_it() {
     needs!(OurShim);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);
@@ -273,7 +273,7 @@ fn an_images_stop_signal_is_what_systemctl_stop_sends() {
 }
 
 #[test]
-fn a_create_that_the_next_daemon_goes_on_with_sets_them_too() {
+fn a_create_that_the_next_daemon_completes_sets_the_properties_too() {
     needs!(OurShim, Faults);
     let node = Node::exclusive();
     let _build = WithFaults::install();
@@ -322,7 +322,7 @@ fn the_devices_that_the_spec_allows_are_shown_and_work() {
 }
 
 #[test]
-fn a_terminal_finds_its_devices() {
+fn a_container_with_a_terminal_can_use_the_devices_of_terminals() {
     needs!(OurShim);
     let node = Node::shared();
     let fifos = Fifos::new("tty");
@@ -335,7 +335,7 @@ fn a_terminal_finds_its_devices() {
 }
 
 #[test]
-fn systemds_filter_stays_open_where_it_could_be_the_stricter_one() {
+fn systemds_device_filter_is_off_where_it_could_be_stricter_than_the_spec() {
     needs!(OurShim);
     let node = Node::shared();
     let all = json!({"devices": [{"allow": true, "access": "rwm"}]});

@@ -123,7 +123,7 @@ fn differences(ours: &BTreeMap<String, String>, stock: &BTreeMap<String, String>
 }
 
 #[test]
-fn a_process_inherits_what_it_inherits_under_the_stock_shim() {
+fn a_process_inherits_the_same_attributes_as_under_the_stock_shim() {
     needs!(OurShim);
     let node = Node::exclusive();
     for terminal in [false, true] {

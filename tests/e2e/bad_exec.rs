@@ -47,7 +47,7 @@ fn assert_unknown(shim: &Shim, request: &ExecProcessRequest) {
 }
 
 #[test]
-fn an_exec_id_that_is_no_name_is_an_invalid_argument() {
+fn an_exec_id_with_forbidden_characters_is_an_invalid_argument() {
     needs!(OurShim);
     let node = Node::shared();
     let container = node.container("bad", Spec::sleeping()).started(&Io::default());

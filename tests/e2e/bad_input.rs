@@ -40,7 +40,7 @@ fn state(shim: &Shim, id: &str) -> Result<(), Refusal> {
 }
 
 #[test]
-fn an_id_that_is_no_name_is_an_invalid_argument() {
+fn an_id_with_forbidden_characters_is_an_invalid_argument() {
     needs!(OurShim);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);
@@ -56,7 +56,7 @@ fn an_id_that_is_no_name_is_an_invalid_argument() {
 }
 
 #[test]
-fn a_namespace_that_is_no_name_is_an_invalid_argument() {
+fn a_namespace_with_forbidden_characters_is_an_invalid_argument() {
     needs!(OurShim);
     let node = Node::shared();
     let shim = Shim::connect(&node);
@@ -71,7 +71,7 @@ fn a_namespace_that_is_no_name_is_an_invalid_argument() {
 }
 
 #[test]
-fn a_file_of_the_bundle_that_is_no_regular_file_is_refused_at_once() {
+fn a_bundle_with_a_fifo_or_device_as_a_file_is_refused_at_once() {
     needs!(OurShim);
     let node = Node::shared();
     let shim = Shim::connect(&node);
@@ -96,7 +96,7 @@ fn a_file_of_the_bundle_that_is_no_regular_file_is_refused_at_once() {
 }
 
 #[test]
-fn an_options_file_that_is_no_regular_file_is_refused_at_once() {
+fn a_fifo_or_device_as_the_options_file_is_refused_at_once() {
     needs!(OurShim);
     let node = Node::shared();
     let scratch = Scratch::new("options");
@@ -112,7 +112,7 @@ fn an_options_file_that_is_no_regular_file_is_refused_at_once() {
 }
 
 #[test]
-fn what_has_the_names_of_files_that_the_shim_writes_into_a_bundle_is_replaced() {
+fn files_of_a_bundle_with_the_names_of_the_shims_own_files_are_replaced() {
     needs!(OurShim);
     let node = Node::shared();
     let shim = Shim::connect(&node);
@@ -417,7 +417,7 @@ impl Drop for Nested {
 }
 
 #[test]
-fn cgroups_nested_without_end_are_no_trouble() {
+fn deeply_nested_cgroups_of_a_container_are_no_trouble() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = node.container("nested", Spec::sleeping()).started(&Io::default());

@@ -74,7 +74,7 @@ fn take(
 }
 
 #[test]
-fn a_task_goes_on_after_its_checkpoint_and_is_restored_twice() {
+fn a_task_continues_after_its_checkpoint_and_is_restored_twice() {
     needs!(OurShim, Criu);
     let node = Node::exclusive();
     let (events, copies) = (node.subscribe(), node.subscribe());
@@ -166,7 +166,7 @@ fn a_checkpoint_with_exit_ends_the_task_and_leaves_nothing() {
 }
 
 #[test]
-fn a_checkpoint_that_fails_names_the_log_of_criu_and_the_task_goes_on() {
+fn a_checkpoint_that_fails_names_the_log_of_criu_and_the_task_continues() {
     needs!(OurShim, Criu);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);

@@ -76,7 +76,7 @@ fn containerd_2_3_gets_a_bootstrap_result() {
 }
 
 #[test]
-fn what_only_looks_like_bootstrap_params_is_taken_for_options() {
+fn options_that_look_like_bootstrap_params_are_read_as_options() {
     needs!(OurShim);
     let _node = Node::shared();
     let id = unique("start");
@@ -179,7 +179,7 @@ fn delete_cleans_up_a_task_that_is_alive() {
 }
 
 #[test]
-fn a_person_gets_usage_version_and_features() {
+fn the_binary_prints_usage_version_and_features() {
     needs!(OurShim);
     let _node = Node::shared();
     let usage = shim::with_stdin(&mut Command::new(BINARY), &[]);

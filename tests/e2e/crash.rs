@@ -32,7 +32,7 @@ fn tasks_survive_a_restart_of_the_daemon() {
 }
 
 #[test]
-fn tasks_survive_systemd_that_executes_itself_again() {
+fn tasks_survive_a_reexecution_of_systemd() {
     needs!(OurShim);
     check(|node| Disturbance::Reexec.pass(node), true);
 }

@@ -129,7 +129,7 @@ fn a_large_request_survives_an_end_in_the_middle_of_it() {
 }
 
 #[test]
-fn a_request_that_is_too_long_gets_an_error_and_the_connection_goes_on() {
+fn a_request_that_is_too_long_gets_an_error_and_the_connection_continues() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = node.container("long", Spec::sleeping()).started(&Io::default());
@@ -160,7 +160,7 @@ fn a_request_that_is_too_long_gets_an_error_and_the_connection_goes_on() {
 }
 
 #[test]
-fn answers_that_nobody_reads_yet_come_whole_and_once() {
+fn responses_that_the_client_reads_late_come_whole_and_once() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = node.container("answers", Spec::sleeping()).started(&Io::default());

@@ -29,7 +29,7 @@ fn live(node: &Node, status: u32) -> String {
 }
 
 #[test]
-fn events_are_complete_and_in_order_over_the_lives_of_many_daemons() {
+fn events_are_complete_and_in_order_over_many_restarts_of_the_daemon() {
     needs!(OurShim);
     let node = Node::exclusive();
     let events = node.subscribe();

@@ -161,7 +161,7 @@ fn check(while_away: impl FnOnce(&mut dyn FnMut())) {
 }
 
 #[test]
-fn exits_are_known_that_a_daemon_did_not_hear_of() {
+fn exits_that_a_daemon_missed_are_known_to_the_next() {
     needs!(OurShim);
     check(|end_all| {
         let down = daemon::Down::begin();
@@ -171,7 +171,7 @@ fn exits_are_known_that_a_daemon_did_not_hear_of() {
 }
 
 #[test]
-fn exits_are_known_while_there_was_no_daemon() {
+fn exits_while_there_is_no_daemon_are_known_to_the_next() {
     needs!(OurShim, PreservedStore);
     check(|end_all| {
         process::succeed("systemctl", &["stop", DAEMON_SOCKET, DAEMON_SERVICE]);
@@ -182,7 +182,7 @@ fn exits_are_known_while_there_was_no_daemon() {
 }
 
 #[test]
-fn an_exit_is_known_after_two_daemons_that_did_not_hear_of_it() {
+fn an_exit_that_two_daemons_missed_is_known_to_the_third() {
     needs!(OurShim);
     let node = Node::exclusive();
     let mut doomed = Doomed::new(&node, false, ENDS[1]);
@@ -194,7 +194,7 @@ fn an_exit_is_known_after_two_daemons_that_did_not_hear_of_it() {
 }
 
 #[test]
-fn a_daemon_that_comes_back_knows_of_a_container_that_was_stopped_and_deletes_it() {
+fn a_container_that_was_stopped_without_a_daemon_can_be_deleted_by_the_next() {
     needs!(OurShim);
     let node = Node::exclusive();
     let mut doomed = Doomed::new(&node, false, ENDS[6]);

@@ -70,7 +70,7 @@ fn as_version_1(container: &Container, owed: usize) {
 }
 
 #[test]
-fn records_of_the_version_before_are_taken_over_however_large_they_are() {
+fn records_of_the_previous_version_are_read_however_large_they_are() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = node.container("before", Spec::sleeping()).started(&Io::default());

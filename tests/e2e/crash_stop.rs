@@ -63,7 +63,7 @@ fn a_new_container_brings_a_stopped_daemon_back() {
 }
 
 #[test]
-fn an_exit_of_which_no_daemon_was_told_is_known_to_the_next() {
+fn an_exit_while_the_daemon_is_stopped_is_known_to_the_next() {
     needs!(OurShim, PreservedStore);
     let node = Node::exclusive();
     let container = sleeping(&node);

@@ -193,7 +193,7 @@ fn assert_counts_again<'a>(what: &str, lines: impl Iterator<Item = &'a str>, las
 }
 
 #[test]
-fn stdin_stays_open_and_closes_when_it_is_to() {
+fn stdin_stays_open_until_close_io() {
     needs!(OurShim);
     let node = Node::exclusive();
     each_kind_on(&node, Spec::sh("cat; echo end"), |process, mut client| {
@@ -219,7 +219,7 @@ fn stdin_stays_open_and_closes_when_it_is_to() {
 }
 
 #[test]
-fn terminals_go_on() {
+fn terminals_continue_over_restarts_of_the_daemon() {
     needs!(OurShim);
     let script = "echo ready; while read line; do [ -z $line ] || exit 7; stty size; done";
     for disturbance in [Disturbance::Kill, Disturbance::Restart] {
@@ -245,7 +245,7 @@ fn terminals_go_on() {
 }
 
 #[test]
-fn what_is_written_while_there_is_no_daemon_arrives() {
+fn output_that_is_written_while_there_is_no_daemon_arrives() {
     needs!(OurShim);
     let node = Node::exclusive();
     for spec in [

@@ -78,7 +78,7 @@ fn events_carry_what_clients_read() {
 }
 
 #[test]
-fn a_kill_is_told_as_an_exit() {
+fn a_kill_is_published_as_an_exit() {
     let node = Node::shared();
     let events = node.subscribe();
     let container = node.container("killed", Spec::sleeping()).started(&Io::default());

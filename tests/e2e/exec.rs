@@ -42,7 +42,7 @@ fn an_exec_runs_in_the_container_and_its_output_arrives() {
 }
 
 #[test]
-fn state_tells_each_phase_of_an_exec() {
+fn state_reports_each_phase_of_an_exec() {
     let node = Node::shared();
     let container = sleeping(&node);
     let fifos = Fifos::new("state");
@@ -275,7 +275,7 @@ fn capabilities_are_those_of_the_execs_own_spec() {
 }
 
 #[test]
-fn pids_tells_which_process_is_which_exec() {
+fn pids_says_which_process_is_which_exec() {
     let node = Node::shared();
     let container = sleeping(&node);
     let exec = container.exec_sh("exec >/dev/null 2>&1; sleep 100000 & sleep 100000 & wait");

@@ -46,7 +46,7 @@ fn assert_no_exec_unit_is_left() {
 }
 
 #[test]
-fn a_thousand_execs_in_a_row_tell_their_own_ends() {
+fn a_thousand_execs_in_a_row_report_their_own_exit_codes() {
     let node = Node::exclusive();
     let container = node.container("row", Spec::sleeping()).started(&Io::default());
     let before = systemd::Cursor::now();
@@ -67,7 +67,7 @@ fn assert_journal_is_quiet(before: &systemd::Cursor, execs: usize) {
 }
 
 #[test]
-fn twenty_execs_at_once_tell_their_own_ends() {
+fn twenty_execs_at_once_report_their_own_exit_codes() {
     let node = Node::exclusive();
     let container = node.container("at-once", Spec::sleeping()).started(&Io::default());
     for _round in 0..5 {
@@ -167,7 +167,7 @@ fn exec_that_ended(event: &Event) -> Option<&str> {
 }
 
 #[test]
-fn init_has_not_ended_while_an_exec_is_being_killed() {
+fn state_and_wait_agree_on_init_while_its_execs_are_being_killed() {
     let node = Node::shared();
     // As long as Wait on init blocks, State says that it runs; both change together.
     let container = node.container("held", Spec::sleeping().in_host_namespace("pid")).started(&Io::default());

@@ -25,7 +25,7 @@ fn sleeping(node: &Node) -> Container<'_> {
 }
 
 #[test]
-fn a_background_child_delays_neither_wait_nor_for_ever_the_end_of_output() {
+fn a_background_child_delays_no_wait_and_the_end_of_output_only_for_a_limit() {
     let node = Node::shared();
     let container = sleeping(&node);
     let (exec, mut client) = attached::exec(&container, Spec::sh("sleep 100000 & echo hi"));
@@ -52,7 +52,7 @@ fn five_execs(container: &Container) -> Duration {
 }
 
 #[test]
-fn a_reader_that_stops_holds_up_only_what_it_should_read() {
+fn a_reader_that_stops_delays_only_its_own_stream() {
     let node = Node::shared();
     let [container, other] = [(); 2].map(|()| sleeping(&node));
     let quiet = five_execs(&container);
@@ -107,7 +107,7 @@ fn much_output_is_complete() {
 }
 
 #[test]
-fn output_of_what_ends_at_once_is_complete() {
+fn output_of_a_process_that_ends_at_once_is_complete() {
     let node = Node::shared();
     let container = sleeping(&node);
     for round in 0..30 {
@@ -253,7 +253,7 @@ fn a_file_uri_appends_both_streams() {
 }
 
 #[test]
-fn a_binary_logger_of_an_exec_hears_of_the_exec() {
+fn a_binary_logger_of_an_exec_gets_the_id_of_the_exec() {
     let node = Node::shared();
     let container = sleeping(&node);
     let logger = Logger::new("exec 5>&-");
@@ -274,7 +274,7 @@ fn a_binary_logger_of_an_exec_hears_of_the_exec() {
 }
 
 #[test]
-fn a_logger_that_is_not_there_fails_the_start_of_an_exec() {
+fn a_missing_logger_program_fails_the_start_of_an_exec() {
     let node = Node::shared();
     let container = sleeping(&node);
     let uri = "binary:///no/such/logger".to_string();
@@ -305,7 +305,7 @@ fn output_of_many_execs_at_once_is_not_mixed_up() {
 }
 
 #[test]
-fn clients_that_never_open_their_fifos_hold_up_nobody_else() {
+fn clients_that_never_open_their_fifos_delay_no_other_client() {
     needs!(OurShim);
     let node = Node::exclusive();
     let slow = node.container("slow", Spec::sleeping()).started(&Io::default());

@@ -55,7 +55,7 @@ fn the_main_process_of_an_execs_unit_is_the_exec() {
 }
 
 #[test]
-fn no_process_stays_beside_an_exec() {
+fn no_helper_process_stays_with_an_exec() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = sleeping(&node);
@@ -68,7 +68,7 @@ fn no_process_stays_beside_an_exec() {
 }
 
 #[test]
-fn an_execs_unit_says_what_it_is() {
+fn the_description_of_an_execs_unit_names_program_and_container() {
     needs!(OurShim);
     let node = Node::shared();
     let spec = Spec::sleeping().annotation("nerdctl/name", "webshop");
@@ -159,7 +159,7 @@ fn systemctl_stop_of_the_container_ends_its_execs() {
 }
 
 #[test]
-fn exits_of_execs_are_noticed_while_systemd_reloads_and_executes_itself_again() {
+fn exits_of_execs_are_noticed_during_reloads_and_reexecutions_of_systemd() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = sleeping(&node);
@@ -176,7 +176,7 @@ fn exits_of_execs_are_noticed_while_systemd_reloads_and_executes_itself_again() 
 }
 
 #[test]
-fn execs_start_while_systemd_reloads_and_executes_itself_again() {
+fn execs_start_during_reloads_and_reexecutions_of_systemd() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = sleeping(&node);

@@ -82,7 +82,7 @@ fn record(container: &Container, exec: &Exec) -> String {
 }
 
 #[test]
-fn exits_are_told_while_there_is_no_room_and_survive_the_daemon() {
+fn exits_are_reported_while_the_disk_is_full_and_survive_the_daemon() {
     needs!(OurShim);
     let node = Node::exclusive();
     let small = Small::mount();
@@ -107,7 +107,7 @@ fn exits_are_told_while_there_is_no_room_and_survive_the_daemon() {
 }
 
 #[test]
-fn an_exit_that_cant_be_recorded_is_told_at_once_and_recorded_later() {
+fn an_exit_that_cant_be_recorded_is_reported_at_once_and_recorded_later() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = node.container("unwritable", Spec::sleeping()).started(&Io::default());

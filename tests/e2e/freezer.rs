@@ -48,7 +48,7 @@ fn systemd_shows_a_paused_task_as_frozen() {
 }
 
 #[test]
-fn what_an_administrator_freezes_is_paused() {
+fn a_unit_that_an_administrator_freezes_is_a_paused_task() {
     needs!(OurShim);
     let node = Node::shared();
     let events = node.subscribe();
@@ -68,7 +68,7 @@ fn what_an_administrator_freezes_is_paused() {
 }
 
 #[test]
-fn a_paused_task_refuses_what_it_would_have_to_do() {
+fn a_paused_task_refuses_start_exec_and_delete() {
     let node = Node::shared();
     let container = node.container("refuse", Spec::sleeping()).created(&Io::default());
     assert_refused(container.pause());
@@ -191,7 +191,7 @@ fn a_container_in_a_foreign_cgroup_is_paused_too() {
 }
 
 #[test]
-fn a_freeze_while_the_daemon_is_down_is_told_when_it_is_back() {
+fn a_freeze_while_the_daemon_is_down_is_published_after_its_restart() {
     needs!(OurShim);
     let node = Node::exclusive();
     let events = node.subscribe();

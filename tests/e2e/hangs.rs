@@ -262,7 +262,7 @@ fn a_hook_that_hangs_fails_the_create_after_its_limit() {
 }
 
 #[test]
-fn a_hook_may_leave_a_process_behind_and_one_that_keeps_its_output_open_holds_nothing_up() {
+fn a_process_that_a_hook_left_behind_delays_nothing_even_with_its_output_open() {
     needs!(OurShim);
     let node = Node::exclusive();
     warm_up(&node);
@@ -327,7 +327,7 @@ fn a_start_that_hangs_ends_soon_after_init() {
 }
 
 #[test]
-fn a_delete_that_hangs_is_done_without_the_runtime_after_its_limit() {
+fn a_delete_that_hangs_is_completed_without_the_runtime_after_its_limit() {
     needs!(OurShim);
     let node = Node::exclusive();
     let runtime = Hanging::at("delete");

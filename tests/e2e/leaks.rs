@@ -278,7 +278,7 @@ fn exec_client_gone(container: &Container) {
 }
 
 #[test]
-fn what_a_failed_create_could_not_remove_is_removed_later() {
+fn leftovers_of_a_failed_create_are_removed_later() {
     needs!(OurShim);
     let node = Node::exclusive();
     // The first use makes what stays for ever.

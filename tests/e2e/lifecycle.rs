@@ -185,7 +185,7 @@ fn a_created_task_can_be_deleted() {
 }
 
 #[test]
-fn a_deleted_task_is_not_found_and_can_be_created_anew() {
+fn a_deleted_task_is_not_found_and_can_be_created_again() {
     let node = Node::shared();
     let container = node.container("anew", Spec::sh("exit 4")).started(&Io::default());
     assert_eq!(container.exit_status(), 4);
@@ -197,7 +197,7 @@ fn a_deleted_task_is_not_found_and_can_be_created_anew() {
 }
 
 #[test]
-fn state_tells_each_phase() {
+fn state_reports_each_phase() {
     let node = Node::shared();
     let container = node.container("state", Spec::sleeping()).make();
     let pid = container.create(&Io::default()).expect("create");
@@ -223,7 +223,7 @@ fn state_tells_each_phase() {
 }
 
 #[test]
-fn state_gives_the_stdio_back_as_it_was_given() {
+fn state_returns_the_stdio_of_create() {
     let node = Node::shared();
     let fifos = crate::common::stdio::Fifos::new("state-io");
     let (_stdout, _stderr) = (fifos.stdout(), fifos.stderr());

@@ -174,7 +174,7 @@ fn a_property_is_visible_inside_the_container() {
 }
 
 #[test]
-fn an_update_leaves_what_an_administrator_has_set_beside_it() {
+fn an_update_leaves_other_limits_that_an_administrator_has_set() {
     needs!(OurShim, Controllers);
     let node = Node::shared();
     let container = node.container("beside", Spec::sleeping().resources(resources())).started(&Io::default());
@@ -249,7 +249,7 @@ fn a_drop_in_limits_what_the_client_does_not() {
 /// Create, start, exec and delete work as under the stock shim: what the OCI runtime uses itself is not
 /// charged to the container, nor to its pod.
 #[test]
-fn tiny_limits_are_the_containers_alone() {
+fn limits_too_small_for_launch_apply_to_the_container_alone() {
     needs!(OurShim, Controllers);
     let node = Node::shared();
     let live = |runtime: &str, spec: &Spec| -> Result<(u32, u32), String> {

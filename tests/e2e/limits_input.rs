@@ -66,7 +66,7 @@ fn impossible() -> Vec<(Value, &'static str)> {
 }
 
 #[test]
-fn a_limit_that_no_kernel_takes_is_named() {
+fn a_limit_that_the_kernel_refuses_is_named() {
     needs!(OurShim);
     let mut cases = impossible();
     // runc 1.1 does not know these two.
@@ -101,7 +101,7 @@ fn a_limit_whose_controller_is_missing_is_named_with_it() {
 }
 
 #[test]
-fn what_runc_takes_is_taken() {
+fn limits_that_runc_accepts_are_accepted() {
     let node = Node::shared();
     let resources = json!({
         "memory": {"limit": 0, "kernel": -7, "kernelTCP": -7, "swappiness": 60, "disableOOMKiller": false},
@@ -153,7 +153,7 @@ fn a_masked_slice_is_named() {
 }
 
 #[test]
-fn a_slice_that_cant_be_is_named() {
+fn an_impossible_slice_is_named() {
     needs!(OurShim);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);

@@ -133,7 +133,7 @@ fn check_kinds(mode: &str, kinds: &[Kind], has_client: bool, client_gets: bool, 
 }
 
 #[test]
-fn auto_is_the_clients_streams_and_the_journal_and_for_execs_one_of_them() {
+fn auto_copies_to_the_journal_except_the_output_of_execs_with_a_client() {
     needs!(OurShim);
     check_kinds("auto", &[Kind::Init], true, true, true);
     check_kinds("auto", &[Kind::Exec], true, true, false);
@@ -141,35 +141,35 @@ fn auto_is_the_clients_streams_and_the_journal_and_for_execs_one_of_them() {
 }
 
 #[test]
-fn client_is_the_clients_streams_or_else_the_journal() {
+fn client_uses_the_streams_of_the_client_or_else_the_journal() {
     needs!(OurShim);
     check("client", true, true, false);
     check("client", false, false, true);
 }
 
 #[test]
-fn journal_is_always_the_journal() {
+fn journal_always_uses_the_journal() {
     needs!(OurShim);
     check("journal", true, false, true);
     check("journal", false, false, true);
 }
 
 #[test]
-fn tee_is_both() {
+fn tee_uses_the_streams_of_the_client_and_the_journal() {
     needs!(OurShim);
     check("tee", true, true, true);
     check("tee", false, false, true);
 }
 
 #[test]
-fn none_is_the_clients_streams_or_else_nothing() {
+fn none_uses_the_streams_of_the_client_or_else_nothing() {
     needs!(OurShim);
     check("none", true, true, false);
     check("none", false, false, false);
 }
 
 #[test]
-fn our_own_options_have_it_too() {
+fn the_log_mode_can_be_set_by_our_own_options_message() {
     needs!(OurShim);
     let node = Node::shared();
     let options = OwnOptions { log: "journal".to_string() };
@@ -194,7 +194,7 @@ fn an_unknown_mode_is_an_invalid_argument_that_names_it() {
 }
 
 #[test]
-fn entries_say_whose_they_are() {
+fn journal_entries_name_container_and_pod() {
     needs!(OurShim);
     let node = Node::shared();
     for (mode, terminal) in [("journal", false), ("tee", false), ("journal", true), ("tee", true)] {
@@ -346,7 +346,7 @@ impl Drop for Frozen {
 }
 
 #[test]
-fn a_journald_that_hangs_holds_up_neither_a_container_nor_its_client() {
+fn a_journald_that_hangs_delays_neither_a_container_nor_its_client() {
     needs!(OurShim);
     let node = Node::exclusive();
     for terminal in [false, true] {

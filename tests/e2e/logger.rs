@@ -74,7 +74,7 @@ fn a_binary_logger_gets_both_streams_its_arguments_and_its_environment() {
 }
 
 #[test]
-fn a_byte_is_as_good_as_a_close_to_say_ready() {
+fn a_logger_is_ready_after_a_byte_or_a_closed_pipe() {
     let node = Node::shared();
     let logger = Logger::new("printf x >&5; exec 5>&-");
     let container = node.container("logger", Spec::sh("echo hello")).started(&logger.io("binary", ""));
@@ -85,7 +85,7 @@ fn a_byte_is_as_good_as_a_close_to_say_ready() {
 }
 
 #[test]
-fn a_logger_that_is_not_there_fails_the_create() {
+fn a_missing_logger_program_fails_the_create() {
     let node = Node::shared();
     let uri = "binary:///no/such/logger".to_string();
     let container = node.container("no-logger", Spec::sleeping()).make();
@@ -95,7 +95,7 @@ fn a_logger_that_is_not_there_fails_the_create() {
 }
 
 #[test]
-fn a_strict_logger_has_to_say_a_byte() {
+fn a_binary_v2_logger_is_ready_only_after_a_byte() {
     needs!(OurShim); // the stock shim knows binary-v2 from containerd 2.3 on
     let node = Node::shared();
     let ready = Logger::new("printf x >&5; exec 5>&-");

@@ -160,7 +160,7 @@ fn a_full_disk_is_named() {
 }
 
 #[test]
-fn a_machine_without_runc_is_told_so() {
+fn a_missing_runc_is_reported() {
     needs!(OurShim);
     let node = Node::exclusive();
     process::succeed("mount", &["--bind", "/dev/null", "/usr/sbin/runc"]);
@@ -194,7 +194,7 @@ impl Drop for ForContainerd<'_> {
 }
 
 #[test]
-fn cgroup_v1_is_told() {
+fn cgroup_v1_is_reported() {
     needs!(OurShim);
     let node = Node::exclusive();
     let changed = ForContainerd::new(&node, "[Service]\nTemporaryFileSystem=/sys/fs/cgroup\n");
@@ -206,7 +206,7 @@ fn cgroup_v1_is_told() {
 }
 
 #[test]
-fn a_bus_that_does_not_run_is_told() {
+fn a_bus_that_does_not_run_is_reported() {
     needs!(OurShim);
     let node = Node::exclusive();
     // The daemon runs already: it loses its connection.

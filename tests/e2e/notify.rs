@@ -32,7 +32,7 @@ fn property(container: &Container, name: &str) -> String {
 }
 
 #[test]
-fn what_a_container_says_is_its_units_status() {
+fn a_status_notification_of_a_container_is_the_status_of_its_unit() {
     needs!(OurShim);
     let node = Node::shared();
     let script = format!("{HOST} --ready --status='3 clients'; sleep 100000");
@@ -42,7 +42,7 @@ fn what_a_container_says_is_its_units_status() {
 }
 
 #[test]
-fn one_that_is_not_asked_has_no_socket() {
+fn a_container_without_the_annotation_has_no_notify_socket() {
     needs!(OurShim);
     let node = Node::shared();
     let shows = || Spec::sh("echo \"=$NOTIFY_SOCKET\"");
@@ -62,7 +62,7 @@ fn one_that_is_not_asked_has_no_socket() {
 }
 
 #[test]
-fn the_watchdog_ends_one_that_falls_silent() {
+fn the_watchdog_ends_a_container_that_stops_notifying() {
     needs!(OurShim);
     let node = Node::shared();
     // Three signs of life, each well within the time, and then none.
@@ -79,7 +79,7 @@ fn the_watchdog_ends_one_that_falls_silent() {
 }
 
 #[test]
-fn another_word_than_yes_or_no_is_refused() {
+fn an_annotation_other_than_true_or_false_is_refused() {
     needs!(OurShim);
     let node = Node::shared();
     let container = node.container("word", Spec::sleeping().annotation(NOTIFY, "maybe")).make();
@@ -113,7 +113,7 @@ impl Drop for Victim {
 }
 
 #[test]
-fn a_container_has_a_say_in_its_own_unit_only() {
+fn a_container_can_notify_only_for_its_own_unit() {
     needs!(OurShim);
     let node = Node::shared();
     let victim = Victim::start();
@@ -132,7 +132,7 @@ fn a_container_has_a_say_in_its_own_unit_only() {
 }
 
 #[test]
-fn a_container_is_heard_by_the_next_daemon() {
+fn a_notification_reaches_the_next_daemon() {
     needs!(OurShim);
     let node = Node::exclusive();
     let script = "while read word; do /usr/bin/systemd-notify --status=$word; done";
@@ -149,7 +149,7 @@ fn a_container_is_heard_by_the_next_daemon() {
 }
 
 #[test]
-fn a_flood_holds_up_nobody_else() {
+fn a_flood_of_notifications_delays_no_other_container() {
     needs!(OurShim);
     let node = Node::shared();
     let flood = "while :; do for i in 1 2 3 4 5 6 7 8; do /usr/bin/systemd-notify --no-block --status=$i & done; wait; done";

@@ -59,7 +59,7 @@ fn the_kill_is_in_the_units_journal() {
 }
 
 #[test]
-fn a_kill_while_the_daemon_is_down_is_told_before_the_end() {
+fn an_oom_kill_while_the_daemon_is_down_is_published_before_the_exit() {
     needs!(OurShim, Controllers);
     let node = Node::exclusive();
     let events = node.subscribe();

@@ -37,7 +37,7 @@ fn all_cgroups() -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_slice_that_is_asked_for_is_nested_as_its_name_says() {
+fn a_requested_slice_is_nested_as_its_name_says() {
     needs!(OurShim);
     let node = Node::shared();
     let id = digest();
@@ -55,7 +55,7 @@ fn a_slice_that_is_asked_for_is_nested_as_its_name_says() {
 }
 
 #[test]
-fn without_a_wish_a_container_is_in_the_slice_of_its_namespace() {
+fn without_a_requested_path_a_container_is_in_the_slice_of_its_namespace() {
     needs!(OurShim);
     let node = Node::shared();
     for requested in ["", "/default/{id}", "/docker/{id}"] {
@@ -94,7 +94,7 @@ fn containers_of_a_pod_without_a_parent_share_a_slice() {
 }
 
 #[test]
-fn one_pod_after_the_other_gets_a_slice() {
+fn many_pods_one_after_the_other_get_slices() {
     needs!(OurShim);
     let node = Node::shared();
     for _ in 0..40 {
@@ -111,7 +111,7 @@ fn one_pod_after_the_other_gets_a_slice() {
 /// cAdvisor takes every cgroup for a container whose last element has 64 letters or digits in a row and is no
 /// mount unit; kubelet's summary takes what is behind the last dash of a `.scope`.
 #[test]
-fn agents_find_a_container_once_and_where_its_processes_are() {
+fn monitoring_agents_find_each_container_once_in_the_cgroup_of_its_processes() {
     needs!(OurShim);
     let node = Node::shared();
     let (id, exec) = (digest(), digest());

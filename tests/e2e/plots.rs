@@ -51,7 +51,7 @@ fn count(elements: &[String], name: &str) -> usize {
 }
 
 #[test]
-fn the_page_of_the_benchmark_is_well_formed_and_needs_nothing_from_elsewhere() {
+fn the_page_of_the_benchmark_is_well_formed_and_loads_no_other_file() {
     let page = plots::page(&results());
     let elements = elements(&page);
     assert_eq!(count(&elements, "svg"), 4, "times, memory, CPU, throughput");

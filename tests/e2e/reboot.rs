@@ -14,7 +14,7 @@ const NOTES: &str = "/var/lib/containerd-shim-e2e-reboot";
 const IDS: [&str; 3] = ["reboot-1", "reboot-2", "reboot-3"];
 
 #[test]
-fn first_half_containers_are_left_running() {
+fn before_the_reboot_containers_are_left_running() {
     needs!(OurShim, Reboot);
     let node = Node::exclusive();
     fs::create_dir_all(NOTES).expect("a directory for notes");
@@ -35,7 +35,7 @@ fn first_half_containers_are_left_running() {
 }
 
 #[test]
-fn second_half_containers_had_their_time_and_nothing_is_left_of_them() {
+fn after_the_reboot_containers_were_stopped_cleanly_and_left_nothing() {
     needs!(OurShim, Reboot);
     let node = Node::exclusive();
     for id in IDS {

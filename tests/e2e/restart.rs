@@ -60,7 +60,7 @@ fn an_exit_while_containerd_is_down_is_known_afterwards() {
 }
 
 #[test]
-fn output_goes_on_over_a_containerd_restart() {
+fn output_continues_over_a_containerd_restart() {
     let node = Node::exclusive();
     let fifos = Fifos::new("over");
     let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());

@@ -134,7 +134,7 @@ fn nothing_stays_mounted() {
 }
 
 #[test]
-fn a_rootfs_is_unmounted_by_whatever_path_leads_to_its_bundle() {
+fn a_rootfs_is_unmounted_also_if_symlinks_lead_to_its_bundle() {
     needs!(OurShim);
     let _node = Node::exclusive();
     let bundle = Bundle::new("symlinked");

@@ -237,7 +237,7 @@ fn a_pod_has_its_name_its_parameters_and_its_user() {
 }
 
 #[test]
-fn a_pod_of_the_node_has_the_nodes_namespaces() {
+fn a_pod_in_host_namespaces_has_the_namespaces_of_the_node() {
     needs!(OurShim, Sandboxes);
     let node = Node::shared();
     let options = pod(|pod| {

@@ -359,7 +359,7 @@ fn every_field_is_as_in_the_cgroups_files() {
 }
 
 #[test]
-fn what_the_stock_shim_tells_is_told() {
+fn statistics_have_every_field_of_the_stock_shim() {
     needs!(OurShim);
     let node = Node::shared();
     let [ours, stock] = [OUR_RUNTIME, STOCK_RUNTIME].map(|runtime| flat(&worked(&node, runtime)));
@@ -388,7 +388,7 @@ fn what_the_stock_shim_tells_is_told() {
 }
 
 #[test]
-fn limits_and_use_are_told() {
+fn statistics_show_limits_and_use() {
     needs!(Controllers);
     const MIB: u64 = 1 << 20;
     let node = Node::shared();

@@ -12,7 +12,7 @@ use crate::common::stdio::{Fifos, feed};
 use crate::common::task::{Io, SIGKILL};
 
 #[test]
-fn what_is_fed_arrives_and_ends_with_close_io() {
+fn input_arrives_and_ends_with_close_io() {
     let bytes: Vec<u8> = (0..=255).collect();
     each_kind(Spec::sh("cat; echo end"), |process, mut client| {
         feed(&client.stdin, &bytes);
@@ -37,7 +37,7 @@ fn stdin_ends_when_it_is_closed_after_the_client_has_gone() {
 }
 
 #[test]
-fn stdin_that_was_fed_before_anybody_read_is_not_lost() {
+fn input_that_was_written_before_the_process_reads_is_not_lost() {
     let gate = Gate::new();
     let spec = gate.bind(Spec::sh(&format!("{}; cat", Gate::WAIT)));
     each_kind(spec, |process, mut client| {
@@ -82,7 +82,7 @@ fn much_input_is_complete() {
 }
 
 #[test]
-fn a_client_that_never_opens_stdin_keeps_nothing_from_running() {
+fn a_client_that_never_opens_stdin_does_not_delay_the_start() {
     let node = Node::shared();
     let container = node.container("unopened", Spec::sleeping()).started(&Io::default());
     for terminal in [false, true] {
@@ -108,7 +108,7 @@ fn a_client_that_never_opens_stdin_keeps_nothing_from_running() {
 }
 
 #[test]
-fn stdin_that_nobody_reads_keeps_nothing_from_ending() {
+fn unread_stdin_does_not_delay_the_exit() {
     let node = Node::shared();
     let container = node.container("unread", Spec::sleeping()).started(&Io::default());
     let (exec, client) = attached::exec(&container, Spec::sh("echo here; exec sleep 100000"));

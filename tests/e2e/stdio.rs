@@ -124,7 +124,7 @@ fn a_client_may_leave_and_come_back_without_losing_a_byte() {
 }
 
 #[test]
-fn an_exit_comes_though_nobody_reads_the_output() {
+fn an_exit_is_reported_although_nobody_reads_the_output() {
     let node = Node::shared();
     let fifos = Fifos::new("unread");
     let readers = (fifos.stdout(), fifos.stderr());
@@ -236,7 +236,7 @@ fn a_stdout_that_is_a_directory_is_refused() {
 }
 
 #[test]
-fn a_log_file_that_is_a_fifo_without_a_reader_holds_up_its_container_only() {
+fn a_fifo_without_a_reader_as_the_log_file_delays_only_its_own_container() {
     needs!(OurShim);
     let node = Node::shared();
     let scratch = Scratch::new("fifo-file");
@@ -263,7 +263,7 @@ fn has_room(fifo: &File) -> bool {
 }
 
 #[test]
-fn a_log_file_goes_on_once_its_full_disk_has_room() {
+fn a_log_file_continues_once_its_full_disk_has_room() {
     needs!(OurShim); // the stock shim gives the file up
     let node = Node::shared();
     let disk = Scratch::new("disk");

@@ -144,7 +144,7 @@ fn the_slice_of_a_namespace_disappears_with_its_last_task() {
 }
 
 #[test]
-fn what_a_hook_mounts_is_on_the_host() {
+fn mounts_of_a_hook_are_on_the_host() {
     let node = Node::exclusive();
     let place = Scratch::new("hook");
     let (target, hook) = (place.text("net"), place.text("hook"));
@@ -162,7 +162,7 @@ fn what_a_hook_mounts_is_on_the_host() {
 }
 
 #[test]
-fn a_script_can_be_called_runc() {
+fn an_oci_runtime_may_be_a_script() {
     let node = Node::shared();
     let place = Scratch::new("script");
     let runc = place.text("runc");

@@ -32,7 +32,7 @@ fn output_comes_as_from_a_terminal() {
 }
 
 #[test]
-fn what_is_typed_is_echoed_and_read() {
+fn typed_input_is_echoed_and_read() {
     each_kind(shell("echo ready; read line; echo got $line; exit 6"), |process, mut client| {
         client.until("ready\r\n");
         client.enter("a word\n");
@@ -71,7 +71,7 @@ fn a_terminal_has_its_size_from_the_start_and_can_be_resized() {
 }
 
 #[test]
-fn a_resize_is_told_by_a_signal() {
+fn a_resize_is_announced_by_a_signal() {
     let script = "trap 'stty size; exit 8' WINCH; echo ready; sleep 100000 & wait";
     each_kind(shell(script), |process, mut client| {
         client.until("ready\r\n");
@@ -206,7 +206,7 @@ fn a_terminal_that_every_program_has_closed_can_be_opened_again() {
 }
 
 #[test]
-fn what_a_client_has_not_read_when_the_process_ends_is_complete() {
+fn output_that_is_read_after_the_exit_is_complete() {
     each_kind(shell("for i in $(seq 200); do echo line $i; done"), |process, mut client| {
         assert_eq!(process.exit_status(), 0);
         process.delete().expect("delete");

@@ -23,7 +23,7 @@ fn ready<'n>(node: &'n Node, name: &str, spec: Spec) -> Container<'n> {
 }
 
 #[test]
-fn the_units_main_process_is_the_container_and_a_child_of_pid_1() {
+fn the_main_process_of_the_unit_is_the_init_process_and_a_child_of_pid_1() {
     needs!(OurShim);
     let node = Node::shared();
     let container = node.container("main", Spec::sleeping()).started(&Io::default());
@@ -35,7 +35,7 @@ fn the_units_main_process_is_the_container_and_a_child_of_pid_1() {
 }
 
 #[test]
-fn no_process_stays_beside_the_container() {
+fn no_helper_process_stays_with_a_container() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = node.container("alone", Spec::sleeping()).started(&Io::default());
@@ -114,7 +114,7 @@ fn systemctl_stop_ends_a_created_task() {
 }
 
 #[test]
-fn exits_are_noticed_while_systemd_reloads_and_executes_itself_again() {
+fn exits_are_noticed_during_reloads_and_reexecutions_of_systemd() {
     needs!(OurShim);
     let node = Node::exclusive();
     for (verb, status) in [("daemon-reload", 21), ("daemon-reexec", 22)] {
@@ -133,7 +133,7 @@ fn exits_are_noticed_while_systemd_reloads_and_executes_itself_again() {
 }
 
 #[test]
-fn containers_run_while_systemd_reloads_and_executes_itself_again() {
+fn containers_run_during_reloads_and_reexecutions_of_systemd() {
     needs!(OurShim);
     let node = Node::exclusive();
     for verb in ["daemon-reload", "daemon-reexec"] {
@@ -234,7 +234,7 @@ fn without_client_stdio_the_output_is_in_the_journal() {
 }
 
 #[test]
-fn journal_entries_say_which_container_they_are_of() {
+fn journal_entries_name_their_container() {
     needs!(OurShim);
     let node = Node::shared();
     let container = node.container("fields", Spec::sh("echo hello")).started(&Io::default());

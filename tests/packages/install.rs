@@ -67,7 +67,7 @@ fn every_file_of_the_package_is_there() {
 }
 
 #[test]
-fn an_upgrade_leaves_a_socket_disabled_that_the_administrator_disabled() {
+fn an_upgrade_does_not_enable_a_socket_that_the_administrator_disabled() {
     let package = Package::installed(LOWER);
     process::succeed("systemctl", &["disable", DAEMON_SOCKET]);
     package.install(NEW);

@@ -12,7 +12,7 @@ use crate::common::task::{Io, SIGKILL};
 use crate::package::{NEW, Package, is_at_work, version_of};
 
 #[test]
-fn a_removal_is_refused_while_a_container_runs_and_the_container_runs_on() {
+fn a_removal_is_refused_while_a_container_runs_and_the_container_continues() {
     let package = Package::installed(NEW);
     let node = Node::exclusive();
     let container = node.container("kept", Spec::sleeping()).started(&Io::default());

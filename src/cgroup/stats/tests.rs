@@ -141,7 +141,7 @@ fn limits_that_are_not_set_are_the_largest_numbers() {
 }
 
 #[test]
-fn what_is_not_understood_is_zero_and_hides_nothing_else() {
+fn a_line_that_is_not_understood_is_zero_and_hides_no_other_value() {
     let stats = Dir::with(
         "bad",
         &[

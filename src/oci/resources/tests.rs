@@ -26,7 +26,7 @@ fn assert_refused(cases: &[(Value, &str, &str)]) {
 }
 
 #[test]
-fn nothing_is_a_fine_limit() {
+fn resources_without_limits_are_accepted() {
     assert_accepted(&[
         json!({}),
         json!(null),
@@ -37,7 +37,7 @@ fn nothing_is_a_fine_limit() {
 }
 
 #[test]
-fn what_is_no_json_is_an_error() {
+fn invalid_json_is_an_error() {
     for text in ["", "{", "\"x", "{\"memory\":}"] {
         assert!(matches!(Resources::parse(text.as_bytes()), Err(Error::Malformed(_))), "{text:?}");
     }
@@ -141,7 +141,7 @@ fn idle_is_off_or_on() {
 }
 
 #[test]
-fn what_cgroup_v2_does_not_have_is_not_looked_at() {
+fn fields_of_cgroup_v1_are_ignored() {
     assert_accepted(&[
         json!({"cpu": {"realtimeRuntime": 950_000, "realtimePeriod": 1}}),
         json!({"memory": {"kernel": -7, "kernelTCP": -7, "swappiness": 1000, "disableOOMKiller": true}}),
@@ -236,7 +236,7 @@ fn device_rules_have_a_type_and_some_access() {
 }
 
 #[test]
-fn of_fields_given_twice_the_last_counts() {
+fn the_last_of_two_fields_of_one_name_counts() {
     let resources = Resources::parse(br#"{"pids":{"limit":1},"pids":{"limit":2}}"#).unwrap();
     assert_eq!(resources.pids_limit, Some(2));
 }
@@ -280,7 +280,7 @@ fn a_controller_that_is_missing_is_named_with_the_field_that_needs_it() {
 }
 
 #[test]
-fn what_runc_does_without_a_controller_needs_none() {
+fn limits_that_runc_applies_without_a_controller_need_none() {
     for value in [
         json!({}),
         json!({"memory": {"limit": 0, "reservation": 0, "swap": -1}}),

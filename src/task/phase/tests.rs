@@ -105,7 +105,7 @@ fn every_event_in_every_phase_does_what_the_table_says() {
 }
 
 #[test]
-fn the_first_end_stands_and_the_container_stays_the_same() {
+fn only_the_first_exit_counts_and_the_container_stays_the_same() {
     for phase in phases() {
         for event in
             [Event::Exited(SEEN_LATER), Event::StartFailed, Event::Started { pid: PID }, Event::ExecsGone]
@@ -178,7 +178,7 @@ fn an_exit_inside_create_is_announced_after_the_create() {
 }
 
 #[test]
-fn the_end_of_another_process_is_not_this_ones() {
+fn the_exit_of_another_process_is_ignored() {
     let other = || Event::Exited(ObservedExit { pid: Some(PID + 1), exit: EXIT });
     let (phase, _) =
         run(&[other(), created(), other(), Event::StartBegun, other(), Event::Started { pid: PID }, other()]);
@@ -186,7 +186,7 @@ fn the_end_of_another_process_is_not_this_ones() {
 }
 
 #[test]
-fn a_freeze_is_told_once_and_only_of_what_runs() {
+fn a_freeze_is_announced_once_and_only_of_a_running_task() {
     let (phase, announce) = run(&[
         Event::Frozen,
         created(),

@@ -35,7 +35,7 @@ fn streams(found: &Found) -> Vec<u32> {
 }
 
 #[test]
-fn an_answer_that_was_not_marked_is_not_given_again_by_any_later_daemon() {
+fn a_response_whose_request_was_not_marked_is_not_sent_again_by_any_later_daemon() {
     let (socket, _peer) = UnixStream::pair().unwrap();
     let mut first = journal(&[(1, 10), (3, 10), (5, 10), (7, 10)]);
     // The daemon ends after it journaled the response and before it marked the request.
@@ -53,7 +53,7 @@ fn an_answer_that_was_not_marked_is_not_given_again_by_any_later_daemon() {
 }
 
 #[test]
-fn a_refusal_that_was_not_marked_is_not_given_again_by_any_later_daemon() {
+fn a_refusal_whose_request_was_not_marked_is_not_sent_again_by_any_later_daemon() {
     let (socket, _peer) = UnixStream::pair().unwrap();
     let mut first = journal(&[(1, 10), (5, 10)]);
     // The rest of the frame is still to come, so the log is not compacted.

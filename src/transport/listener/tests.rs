@@ -76,7 +76,7 @@ async fn a_client_that_only_looks_whether_somebody_listens_is_not_kept() {
 }
 
 #[tokio::test]
-async fn what_is_no_whole_connection_is_forgotten_and_its_number_not_used_again() {
+async fn an_incomplete_connection_is_removed_and_its_number_is_not_used_again() {
     let (dir, store) = (tempfile::tempdir().unwrap(), Arc::<Store>::default());
     let (half, foreign) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
     let other = UnixStream::pair().unwrap();

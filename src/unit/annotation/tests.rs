@@ -54,14 +54,14 @@ fn a_name_is_made_of_letters() {
 }
 
 #[test]
-fn bad_text_is_told_with_name_and_place() {
+fn errors_in_a_value_name_the_property_and_the_position() {
     let text = refusal("After", "['x.service'");
     assert!(text.starts_with("annotation org.systemd.property.After: "), "{text}");
     assert!(text.ends_with("at character 13"), "{text}");
 }
 
 #[test]
-fn what_the_promises_rest_on_is_denied_with_a_reason() {
+fn properties_that_the_shim_depends_on_are_denied_with_a_reason() {
     for name in [
         "ExecStart",
         "ExecStartEx",
@@ -104,7 +104,7 @@ fn what_the_promises_rest_on_is_denied_with_a_reason() {
 }
 
 #[test]
-fn what_a_person_wants_of_a_unit_may_be_set() {
+fn usual_properties_of_a_service_may_be_set() {
     for name in [
         "After",
         "Wants",
@@ -177,7 +177,7 @@ fn refused(name: &str, value: &str, extension: &Extension) -> Option<String> {
 }
 
 #[test]
-fn an_annotation_sets_what_harms_nobody_else() {
+fn an_annotation_sets_properties_that_affect_only_its_own_container() {
     for (name, value) in [
         ("After", "['a.service', 'b@1.target']"),
         ("CPUQuotaPerSecUSec", "uint64 500000"),
@@ -198,7 +198,7 @@ fn an_annotation_sets_what_harms_nobody_else() {
 }
 
 #[test]
-fn an_annotation_sets_nothing_that_harms_others() {
+fn an_annotation_sets_no_property_that_affects_others() {
     for (name, value) in [
         ("RuntimeDirectory", "['systemd']"),
         ("StateDirectoryMode", "uint32 511"),
@@ -299,7 +299,7 @@ fn no_text_brings_lines_of_its_own_into_a_units_file() {
 }
 
 #[test]
-fn a_value_of_another_type_is_told_with_both_types() {
+fn a_value_of_the_wrong_type_is_refused_with_both_types() {
     let types = Types(
         [("TimeoutStopUSec", "t"), ("After", "as"), ("CoredumpFilter", "ay")]
             .map(|(name, kind)| (name.to_owned(), kind.to_owned()))
@@ -327,7 +327,7 @@ fn a_value_of_another_type_is_told_with_both_types() {
 }
 
 #[test]
-fn devices_stand_before_what_was_asked_for() {
+fn the_devices_of_the_spec_come_before_requested_devices() {
     let devices = [DeviceAllow { device: "/dev/char/1:3".to_owned(), access: "rw".to_owned() }];
     let list = Additions::new(Some(&devices), &[annotation("DevicePolicy", "'auto'")]).unwrap().0;
     let shown: Vec<String> = list.iter().map(|(name, value)| format!("{name} {value}")).collect();
@@ -346,7 +346,7 @@ const OF_SYSTEMD: [&str; 3] =
 const ADMINISTRATOR: &str = include_str!("administrator.txt");
 
 #[test]
-fn somebody_has_thought_of_each_property_of_systemd() {
+fn every_property_of_systemd_is_either_allowed_or_denied() {
     let administrator: Vec<&str> = ADMINISTRATOR.lines().collect();
     let allowed: Vec<&str> = allowed::names().collect();
     let is_nobodys = |name| denied(name).is_some() || LEFT_OUT.iter().any(|(left_out, _)| *left_out == name);

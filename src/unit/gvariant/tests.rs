@@ -128,7 +128,7 @@ fn an_error_names_its_place() {
 }
 
 #[test]
-fn a_value_is_no_larger_than_systemd_can_be_told() {
+fn values_that_are_too_large_for_d_bus_are_refused() {
     let fails = |text: &str| parse(text).expect_err("too large").reason;
     let numbers = |count: usize| vec!["1"; count].join(",");
     assert!(parse(&format!("({})", numbers(253))).is_ok());
@@ -147,7 +147,7 @@ fn serialized(value: &Variant<'static>) -> bool {
 }
 
 #[test]
-fn whatever_is_read_can_be_sent() {
+fn every_parsed_value_can_be_sent() {
     const PARTS: [&str; 30] = [
         "(",
         ")",
