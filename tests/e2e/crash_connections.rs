@@ -178,7 +178,7 @@ fn responses_that_the_client_reads_late_come_whole_and_once() {
         });
         let mut answers: BTreeMap<u32, u32> = BTreeMap::new();
         for number in 0..streams.len() {
-            if number % 500 == 0 {
+            if number % 100 == 0 {
                 daemon::killed();
             }
             let (stream, response) = raw.answer();
