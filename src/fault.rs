@@ -153,13 +153,16 @@ points! {
 }
 
 /// Ends the daemon if a test has asked for it to end here: by the name of the point as SIGKILL would, once; with
-/// `crash` before the name by a crash, each time.
+/// `crash` before the name by a crash, each time; with `hang` before the name, the thread hangs, each time.
 #[cfg(feature = "faults")]
 pub fn point(point: Point) {
     const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
     let asked = std::fs::read_to_string(REQUEST).unwrap_or_default();
     if asked.trim().strip_prefix("crash ") == Some(point.name()) {
         std::process::abort();
+    }
+    while asked.trim().strip_prefix("hang ") == Some(point.name()) {
+        std::thread::park();
     }
     if asked.trim() == point.name() && std::fs::remove_file(REQUEST).is_ok() {
         // Nothing of this process runs after the signal.

@@ -12,6 +12,9 @@
 //! A suspect is set while its future is polled ([`Suspect::watch`]) or its function runs ([`Suspect::run`]). Spawned work
 //! inherits it ([`inherit`], [`inherit_fn`]).
 //!
+//! A hang counts as a crash: a future that is polled for too long occupies one of the few threads that serve all calls.
+//! [`end_if_hanging`] ends the daemon then. If all threads hang, systemd's watchdog does (SIGABRT).
+//!
 //! The file is on the tmpfs of the records, so a reboot removes it. If an administrator removes it, everything is tried
 //! again.
 
@@ -24,9 +27,12 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::time::MissedTickBehavior;
 
 use crate::id::TaskKey;
-use crate::sys::crash;
+use crate::sys::crash::{self, Step};
 
 /// The number of crashes after which a suspect is not tried any more.
 pub const LIMIT: usize = 2;
@@ -61,6 +67,7 @@ impl Suspect {
     /// Runs a function while this suspect is set.
     pub fn run<T>(self, work: impl FnOnce() -> T) -> T {
         let _scope = Scope::enter(self.0);
+        let _step = Step::begin(self.0);
         work()
     }
 
@@ -102,8 +109,38 @@ impl<F: Future> Future for Watched<F> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let _scope = Scope::enter(self.suspect);
+        let _step = Step::begin(self.suspect);
         self.work.as_mut().poll(context)
     }
+}
+
+/// Ends the daemon if a suspect has occupied a thread without a pause for at least `limit` and at most twice as long. The
+/// suspect is recorded as in a crash. Never returns otherwise.
+///
+/// A suspect is judged only by time in which this function ran: a daemon that was frozen or stopped meanwhile is not ended.
+pub async fn end_if_hanging(limit: Duration) {
+    crash::set_hang_limit(limit);
+    let mut ticks = tokio::time::interval(limit / 2);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut earlier = [Vec::new(), Vec::new()];
+    loop {
+        ticks.tick().await;
+        let running = crash::steps();
+        if let Some((suspect, _)) = hanging(&running, &earlier) {
+            tracing::error!(
+                "a request or a record has occupied a thread of the daemon for {} s: the daemon ends, and the next one tries it again",
+                limit.as_secs()
+            );
+            crash::set_subject(suspect);
+            std::process::abort();
+        }
+        earlier = [running, std::mem::take(&mut earlier[0])];
+    }
+}
+
+/// A step that ran at each of the earlier looks.
+fn hanging<S: PartialEq + Copy>(running: &[S], earlier: &[Vec<S>]) -> Option<S> {
+    running.iter().copied().find(|step| earlier.iter().all(|look| look.contains(step)))
 }
 
 /// Sets a suspect in this thread until it is dropped.
@@ -302,6 +339,33 @@ mod tests {
         std::fs::write(scratch.file(), vec![7; 1 << 20]).unwrap();
         let crashes = Crashes::read(&scratch.file()).unwrap();
         assert_eq!(crashes.end(), MAX_CRASHES as u64 / 2 * crash::ENTRY);
+    }
+
+    #[test]
+    fn a_step_hangs_if_it_is_seen_at_three_looks() {
+        let (one, other, later) = ((7, 100), (9, 100), (7, 105));
+        assert_eq!(hanging(&[one], &[vec![one], vec![other, one]]), Some(one));
+        assert_eq!(hanging(&[one], &[vec![one], vec![]]), None);
+        assert_eq!(hanging(&[later], &[vec![one], vec![one]]), None, "it paused");
+        assert_eq!(hanging(&[one, other], &[vec![other], vec![other]]), Some(other));
+        assert_eq!(hanging::<(u64, u64)>(&[], &[vec![], vec![]]), None);
+    }
+
+    #[tokio::test]
+    async fn a_suspect_runs_a_step_while_it_is_polled_and_not_while_it_waits() {
+        let suspect = Suspect::request(1, "s", "Pids", b"a step");
+        let runs = move || crash::steps().iter().any(|(subject, _)| *subject == suspect.0);
+        let (go, gone) = tokio::sync::oneshot::channel();
+        let work = tokio::spawn(suspect.watch(async move {
+            assert!(runs());
+            gone.await.unwrap();
+            assert!(runs());
+        }));
+        tokio::task::yield_now().await;
+        assert!(!runs());
+        go.send(()).unwrap();
+        work.await.unwrap();
+        assert!(!runs());
     }
 
     #[tokio::test]

@@ -28,7 +28,7 @@ use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
 use crate::supervise::slices;
-use crate::suspect::Crashes;
+use crate::suspect::{self, Crashes};
 use crate::transport::ConnectionStore;
 use crate::transport::durable::Durable;
 use crate::transport::listener::{self, Connections};
@@ -37,7 +37,7 @@ use crate::unit::fd_store::FdStore;
 use crate::unit::manager::Manager;
 use crate::unit::observations::Observations;
 use crate::unit::refs::Refs;
-use crate::unit::{name, properties, watch};
+use crate::unit::{name, notify, properties, watch};
 use crate::{config, sys, telemetry};
 
 use super::Failure;
@@ -208,6 +208,9 @@ async fn serve(
         Crashes::default()
     });
     let crashes = Arc::new(crashes);
+    if let Some(interval) = notify::watchdog_interval() {
+        workers.spawn("watching for requests that hang", suspect::end_if_hanging(interval / 2));
+    }
     let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept, &crashes)
         .map_err(|error| Failure(format!("can't adopt kept connections: {error}")))?;
     let mut consoles = Vec::new();

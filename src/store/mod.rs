@@ -50,7 +50,7 @@ pub enum Error {
     Io(#[from] PathError),
     /// The recovery of the record crashed the daemon more than once.
     #[error(
-        "record {path} crashed the daemon {LIMIT} times and was moved to {to}; the daemon no longer manages its container, which may still run"
+        "record {path} crashed or blocked the daemon {LIMIT} times and was moved to {to}; the daemon no longer manages its container, which may still run"
     )]
     SetAside {
         /// The record.

@@ -4,6 +4,9 @@
 //! signal in the thread that caused them. The handler appends one number to a file, the number that
 //! this thread has given with [`set_subject`], and lets the signal end the process. It does nothing else:
 //! what may run in a signal handler is little (signal-safety(7)).
+//!
+//! If SIGABRT comes from another process, which is how systemd's watchdog ends a process that hangs, the handler notes
+//! the subject of each step ([`Step`]) that has run for longer than the limit of [`set_hang_limit`].
 
 use std::cell::Cell;
 use std::fs::File;
@@ -11,6 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
@@ -35,6 +39,78 @@ thread_local! {
 static NOTES: OnceLock<Notes> = OnceLock::new();
 static NEXT: AtomicU64 = AtomicU64::new(0);
 static NOTED: AtomicBool = AtomicBool::new(false);
+
+/// A step that has run for this long, in milliseconds, hangs. Without a limit, no step hangs.
+static HANG_LIMIT: AtomicU64 = AtomicU64::new(u64::MAX);
+
+/// The running steps. One for each thread of the async runtime, and some for blocking work; a step that finds no free
+/// place is not watched.
+static STEPS: [Place; 8] =
+    [const { Place { subject: AtomicU64::new(0), since: AtomicU64::new(u64::MAX) } }; 8];
+
+struct Place {
+    /// Zero if the place is free.
+    subject: AtomicU64,
+    /// When the step began, in milliseconds of CLOCK_MONOTONIC; `u64::MAX` if the place is free or was just taken.
+    since: AtomicU64,
+}
+
+impl Place {
+    fn step(&self) -> Option<(u64, u64)> {
+        let since = self.since.load(Ordering::Acquire);
+        let subject = self.subject.load(Ordering::Acquire);
+        // Both belong together only if the step has not changed meanwhile.
+        let is_same = self.since.load(Ordering::Acquire) == since;
+        (is_same && subject != 0 && since != u64::MAX).then_some((subject, since))
+    }
+}
+
+/// Work on a subject that must not occupy its thread for long, until this is dropped: one poll of a future.
+#[derive(Debug)]
+pub struct Step(Option<usize>);
+
+impl Step {
+    /// Begins a step. Zero stands for no subject, and such a step is not watched.
+    pub fn begin(subject: u64) -> Self {
+        if subject == 0 {
+            return Self(None);
+        }
+        let place = STEPS.iter().position(|place| {
+            place.subject.compare_exchange(0, subject, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        });
+        if let Some(place) = place {
+            STEPS[place].since.store(now(), Ordering::Release);
+        }
+        Self(place)
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        if let Some(place) = self.0 {
+            STEPS[place].since.store(u64::MAX, Ordering::Release);
+            STEPS[place].subject.store(0, Ordering::Release);
+        }
+    }
+}
+
+/// The running steps: their subjects, and when they began (milliseconds of CLOCK_MONOTONIC).
+pub fn steps() -> Vec<(u64, u64)> {
+    STEPS.iter().filter_map(Place::step).collect()
+}
+
+/// Sets how long a step may run before SIGABRT from another process is its fault.
+pub fn set_hang_limit(limit: Duration) {
+    HANG_LIMIT.store(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+}
+
+/// Milliseconds of CLOCK_MONOTONIC. Safe in a signal handler.
+fn now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel fills in the time, to which the pointer is valid.
+    let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
+    time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
+}
 
 struct Notes {
     file: OwnedFd,
@@ -91,15 +167,14 @@ extern "C" fn crashed(number: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
     };
     let notes = NOTES.get();
     if let Some(notes) = notes
-        && is_own
-        && subject != 0
+        && (is_own || number == libc::SIGABRT)
         && !NOTED.swap(true, Ordering::Relaxed)
     {
-        let at = libc::off_t::try_from(NEXT.load(Ordering::Relaxed)).unwrap_or(0);
-        let bytes = subject.to_le_bytes();
-        // SAFETY: the descriptor is never closed, and the buffer lives on this stack. What can't be written
-        // is not recorded: there is no one to report it to.
-        let _ = unsafe { libc::pwrite(notes.file.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), at) };
+        if is_own {
+            note(notes, subject);
+        } else {
+            note_hanging(notes);
+        }
     }
     let Ok(signal) = Signal::try_from(number) else {
         return;
@@ -112,6 +187,34 @@ extern "C" fn crashed(number: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
     let _ = unsafe { sigaction(signal, &before) };
     if is_sent {
         let _ = raise(signal);
+    }
+}
+
+/// Writes a number into the file. Safe in a signal handler.
+fn note(notes: &Notes, subject: u64) {
+    if subject == 0 {
+        return;
+    }
+    let at = libc::off_t::try_from(NEXT.fetch_add(ENTRY, Ordering::Relaxed)).unwrap_or(0);
+    let bytes = subject.to_le_bytes();
+    // SAFETY: the descriptor is never closed, and the buffer lives on this stack. What can't be written
+    // is not recorded: there is no one to report it to.
+    let _ = unsafe { libc::pwrite(notes.file.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), at) };
+}
+
+/// Notes each subject with a step that hangs. Safe in a signal handler.
+fn note_hanging(notes: &Notes) {
+    let (now, limit) = (now(), HANG_LIMIT.load(Ordering::Relaxed));
+    let mut noted = [0; STEPS.len()];
+    for (place, noted_as) in STEPS.iter().zip(0..) {
+        if let Some((subject, since)) = place.step()
+            && now.saturating_sub(since) >= limit
+            // A request may have several threads.
+            && !noted.contains(&subject)
+        {
+            noted[noted_as] = subject;
+            note(notes, subject);
+        }
     }
 }
 

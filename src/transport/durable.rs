@@ -167,12 +167,12 @@ fn poison(frame: &Frame, crashes: &Crashes) -> Option<Frame> {
     }
     let what = subject(&request);
     if count < suspect::LIMIT {
-        tracing::warn!("{what} crashed the daemon and is tried again");
+        tracing::warn!("{what} crashed or blocked the daemon and is tried again");
         return None;
     }
-    tracing::error!("{what} crashed the daemon {count} times: answering it with an error");
+    tracing::error!("{what} crashed or blocked the daemon {count} times: answering it with an error");
     let reason = format!(
-        "{what} crashed the runtime's daemon {count} times, so it is not tried again: see journalctl -u {}",
+        "{what} crashed or blocked the runtime's daemon {count} times, so it is not tried again: see journalctl -u {}",
         crate::unit::name::DAEMON_SERVICE
     );
     Some(Frame::refusal(frame.stream(), ttrpc::Code::INTERNAL, reason))

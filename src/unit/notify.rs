@@ -17,6 +17,11 @@ const SEND_LIMIT: Duration = Duration::from_secs(4);
 /// The pause before a watchdog message is sent again that did not fit into systemd's socket.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// The interval of systemd's watchdog. `None` if it does not watch this process.
+pub fn watchdog_interval() -> Option<Duration> {
+    daemon::watchdog_enabled(false)
+}
+
 /// A connection to systemd's notify socket. `None` if systemd did not start this process.
 ///
 /// # Errors
@@ -77,7 +82,7 @@ impl Notifier {
 
     /// Sends `WATCHDOG=1` twice per watchdog interval, as long as the async runtime runs. Never returns.
     pub async fn keep_alive(&self) {
-        let Some(limit) = daemon::watchdog_enabled(false) else {
+        let Some(limit) = watchdog_interval() else {
             return std::future::pending().await;
         };
         let mut ticks = tokio::time::interval((limit / 2).max(RETRY));

@@ -1,8 +1,10 @@
-//! What crashes the daemon is tried twice, and not a third time: a request is answered with an error, a record
+//! What crashes the daemon or hangs in it is tried twice, and not a third time: a request is answered with an error, a record
 //! is moved aside. Everything else continues.
 
 use std::fs;
 use std::path::PathBuf;
+
+use nix::sys::signal::Signal;
 
 use crate::common::leaks::STATE_DIRECTORY;
 use crate::common::node::{NAMESPACE, Node};
@@ -12,19 +14,24 @@ use crate::common::systemd::{Cursor, DAEMON_SERVICE};
 use crate::common::task::{Io, SIGKILL, SIGTERM};
 use crate::common::{daemon, wait};
 
-/// Names the point at which the daemon crashes, each time, until this is dropped.
-struct Crashing;
+/// Names the point at which the daemon crashes or hangs, each time, until this is dropped.
+struct Fault;
 
-impl Crashing {
+impl Fault {
     const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
 
-    fn at(point: &str) -> Crashing {
+    fn crash(point: &str) -> Fault {
         fs::write(Self::REQUEST, format!("crash {point}")).expect("ask for a crash");
-        Crashing
+        Fault
+    }
+
+    fn hang(point: &str) -> Fault {
+        fs::write(Self::REQUEST, format!("hang {point}")).expect("ask for a hang");
+        Fault
     }
 }
 
-impl Drop for Crashing {
+impl Drop for Fault {
     fn drop(&mut self) {
         // The next test would say what is wrong.
         let _ = fs::remove_file(Self::REQUEST);
@@ -47,7 +54,7 @@ fn a_request_that_crashes_the_daemon_twice_gets_an_error_and_nothing_else_does()
     let (pid, waiting) = (container.pid(), container.waiting());
     let (before, restarts) = (Cursor::now(), daemon::restarts());
     for round in 1..=2 {
-        let crashing = Crashing::at("kill.sent");
+        let crashing = Fault::crash("kill.sent");
         // A signal that does nothing: it is the call that is at fault.
         let error = container.kill(nix::libc::SIGWINCH as u32).expect_err("a call that crashes the daemon");
         drop(crashing);
@@ -66,6 +73,64 @@ fn a_request_that_crashes_the_daemon_twice_gets_an_error_and_nothing_else_does()
     assert_eq!(container.pid(), pid);
     container.kill(SIGTERM).expect("kill");
     assert_eq!(waiting.exit().expect("a wait that was under way").status, 17);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn a_request_that_hangs_in_the_daemon_twice_gets_an_error_and_nothing_else_does() {
+    needs!(OurShim, Faults);
+    let node = Node::exclusive();
+    let _build = WithFaults::install();
+    let _watchdog = daemon::DropIn::new("[Service]\nWatchdogSec=4\n");
+    wait::until("the daemon serves", daemon::serving);
+    let containers: Vec<_> = ["one", "two", "three", "four"]
+        .map(|name| node.container(name, Spec::sleeping()).started(&Io::default()))
+        .into_iter()
+        .collect();
+    let pids: Vec<_> = containers.iter().map(|container| container.pid()).collect();
+    // One request leaves a thread to the daemon, which ends itself. Four leave none, and systemd's watchdog ends the daemon.
+    for count in [1, containers.len()] {
+        let restarts = daemon::restarts();
+        let hang = Fault::hang("kill.sent");
+        std::thread::scope(|scope| {
+            for container in &containers[..count] {
+                scope.spawn(|| {
+                    let error = container.kill(nix::libc::SIGWINCH as u32).expect_err("a call that hangs");
+                    assert!(error.message().contains("crashed or blocked"), "{error:?}");
+                    assert!(error.message().contains(&container.id), "{error:?}");
+                });
+            }
+        });
+        drop(hang);
+        wait::until("the daemon serves", daemon::serving);
+        let restarted = (daemon::restarts() - restarts) as usize;
+        // Two threads serve calls, so at least one more request is tried with each end of the daemon.
+        assert!((2..=2 * count).contains(&restarted), "{count} requests: {restarted} restarts");
+    }
+    for (container, pid) in containers.iter().zip(pids) {
+        assert_eq!(container.pid(), pid);
+        container.kill(SIGKILL).expect("kill");
+        assert_eq!(container.exit_status(), 137);
+        container.delete().expect("delete");
+    }
+}
+
+#[test]
+fn a_daemon_that_was_stopped_for_long_blames_no_request() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let _watchdog = daemon::DropIn::new("[Service]\nWatchdogSec=2\nTimeoutAbortSec=1\n");
+    wait::until("the daemon serves", daemon::serving);
+    let container = node.container("stopped", Spec::sleeping()).started(&Io::default());
+    let waiting = container.waiting();
+    let before = Cursor::now();
+    let restarts = daemon::restarts();
+    daemon::signal(daemon::pid().expect("a daemon"), Signal::SIGSTOP);
+    wait::until("the watchdog has ended the daemon", || (daemon::restarts() > restarts).then_some(()));
+    wait::until("the daemon serves", daemon::serving);
+    assert!(!logged(&before).iter().any(|line| line.contains("crashed or blocked")), "{:?}", logged(&before));
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(waiting.exit().expect("a wait that was under way").status, 137);
     container.delete().expect("delete");
 }
 
@@ -94,7 +159,7 @@ fn a_record_that_crashes_the_daemon_twice_is_moved_aside_and_can_be_moved_back()
     let place = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(id).join("record.json");
     let aside = PathBuf::from(STATE_DIRECTORY).join(format!(".crashed/{NAMESPACE}:{id}.json"));
     let before = Cursor::now();
-    let crashing = Crashing::at("recover.task-begun");
+    let crashing = Fault::crash("recover.task-begun");
     daemon::kill_now();
     wait::until("the daemon serves", daemon::serving);
     drop(crashing);
