@@ -153,13 +153,18 @@ points! {
 }
 
 /// Ends the daemon if a test has asked for it to end here: by the name of the point as SIGKILL would, once; with
-/// `crash` before the name by a crash, each time; with `hang` before the name, the thread hangs, each time.
+/// `crash` before the name by a crash, each time; with `hang` before the name, the thread hangs, each time; with
+/// `exhaust` before the name, it allocates memory until there is no more, each time.
 #[cfg(feature = "faults")]
 pub fn point(point: Point) {
     const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
     let asked = std::fs::read_to_string(REQUEST).unwrap_or_default();
     if asked.trim().strip_prefix("crash ") == Some(point.name()) {
         std::process::abort();
+    }
+    while asked.trim().strip_prefix("exhaust ") == Some(point.name()) {
+        // Not touched, so the machine does not need to have it.
+        std::mem::forget(std::hint::black_box(Vec::<u8>::with_capacity(64 << 20)));
     }
     while asked.trim().strip_prefix("hang ") == Some(point.name()) {
         std::thread::park();

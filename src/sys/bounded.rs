@@ -41,7 +41,7 @@ pub fn run(command: &mut Command, limit: Duration) -> io::Result<CommandEnd> {
 }
 
 fn spawn(command: &mut Command) -> io::Result<Child> {
-    super::child::takes_all_signals(command);
+    super::child::begins_as_usual(command);
     command.spawn()
 }
 

@@ -5,9 +5,26 @@ use std::ffi::CStr;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// The data limit that this process had before [`limit_data`]. `u64::MAX` is the value for no limit
+/// (`RLIM_INFINITY`).
+static EARLIER_DATA_LIMIT: AtomicU64 = AtomicU64::new(libc::RLIM_INFINITY);
+
+/// Limits the private memory of this process in bytes (`RLIMIT_DATA`, getrlimit(2)): an allocation beyond it aborts this
+/// process. Children have the earlier limit if they call [`begin_as_usual`].
+///
+/// # Errors
+/// The limit can't be set.
+pub fn limit_data(bytes: u64) -> Result<(), Errno> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_DATA)?;
+    EARLIER_DATA_LIMIT.store(soft, Ordering::Relaxed);
+    setrlimit(Resource::RLIMIT_DATA, soft.min(bytes), hard)
+}
 
 /// What a spawn fails with if another process holds the child's lock: neither fork(2) nor execve(2) has it.
 pub const LOCK_IS_HELD: Errno = Errno::EDEADLK;
@@ -63,24 +80,28 @@ pub fn whole_file(kind: libc::c_int) -> libc::flock {
     lock
 }
 
-/// Has the child take signals again that this process has blocked.
-pub fn takes_all_signals(command: &mut Command) {
+/// Has the child take signals again that this process has blocked, and gives it the earlier limits of this process.
+pub fn begins_as_usual(command: &mut Command) {
     // SAFETY: the closure makes system calls only; it allocates nothing and takes no lock of this program.
-    unsafe { command.pre_exec(|| take_all_signals().map_err(io::Error::from)) };
+    unsafe { command.pre_exec(|| begin_as_usual().map_err(io::Error::from)) };
 }
 
-/// Has this child take signals that its parent has blocked.
+/// Has this child take signals that its parent has blocked, and gives it the limits that its parent had at first.
 ///
 /// # Errors
-/// None that is known (sigprocmask(2)).
+/// None that is known (sigprocmask(2), setrlimit(2)).
 ///
 /// # Safety
 /// To be called between fork and exec only.
-pub unsafe fn take_all_signals() -> Result<(), Errno> {
-    // SAFETY: an empty set of this function's own is read, nothing is written.
+pub unsafe fn begin_as_usual() -> Result<(), Errno> {
+    // SAFETY: an empty set of this function's own is read, nothing is written. The limit is read and written in place.
     unsafe {
         let mut none = std::mem::zeroed();
         libc::sigemptyset(&mut none);
-        Errno::result(libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut())).map(drop)
+        Errno::result(libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()))?;
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        Errno::result(libc::getrlimit(libc::RLIMIT_DATA, &mut limit))?;
+        limit.rlim_cur = EARLIER_DATA_LIMIT.load(Ordering::Relaxed).min(limit.rlim_max);
+        Errno::result(libc::setrlimit(libc::RLIMIT_DATA, &limit)).map(drop)
     }
 }

@@ -164,7 +164,7 @@ unsafe fn be_child(program: &Program, lock: &CStr, namespaces: &[OwnedFd], repor
 unsafe fn prepare(lock: &CStr, namespaces: &[OwnedFd]) -> Result<(), Errno> {
     // SAFETY: as in `be_child`.
     unsafe {
-        child::take_all_signals()?;
+        child::begin_as_usual()?;
         // Rust ignores this one, which a program would inherit.
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         let nothing = Errno::result(libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC))?;
@@ -184,6 +184,7 @@ unsafe fn prepare(lock: &CStr, namespaces: &[OwnedFd]) -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::resource::{Resource, getrlimit};
     use std::fs;
 
     fn setup(lock: &Path) -> Setup<'_> {
@@ -206,6 +207,21 @@ mod tests {
         assert_eq!(fs::read_to_string(&out).unwrap(), "two words\n");
         let mut killed = spawn(&shell("kill -9 $$"), &setup(&lock)).unwrap();
         assert_eq!(killed.wait().await.unwrap().signal(), Some(9));
+    }
+
+    #[tokio::test]
+    async fn a_child_has_the_memory_limit_that_this_process_had_at_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, lock) = (dir.path().join("out"), dir.path().join("lock"));
+        let script = format!("ulimit -d >{}", out.display());
+        let mut limits = Vec::new();
+        for _ in 0..2 {
+            spawn(&shell(&script), &setup(&lock)).unwrap().wait().await.unwrap();
+            limits.push(fs::read_to_string(&out).unwrap());
+            child::limit_data(1 << 40).unwrap();
+        }
+        assert_eq!(limits[0], limits[1]);
+        assert_eq!(getrlimit(Resource::RLIMIT_DATA).unwrap().0, 1 << 40);
     }
 
     #[test]

@@ -20,13 +20,9 @@ struct Fault;
 impl Fault {
     const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
 
-    fn crash(point: &str) -> Fault {
-        fs::write(Self::REQUEST, format!("crash {point}")).expect("ask for a crash");
-        Fault
-    }
-
-    fn hang(point: &str) -> Fault {
-        fs::write(Self::REQUEST, format!("hang {point}")).expect("ask for a hang");
+    /// `kind`: `crash`, `exhaust` (all memory) or `hang`.
+    fn at(kind: &str, point: &str) -> Fault {
+        fs::write(Self::REQUEST, format!("{kind} {point}")).expect("ask for a fault");
         Fault
     }
 }
@@ -53,8 +49,8 @@ fn a_request_that_crashes_the_daemon_twice_gets_an_error_and_nothing_else_does()
     let container = node.container("poison", Spec::sh(script)).started(&Io::default());
     let (pid, waiting) = (container.pid(), container.waiting());
     let (before, restarts) = (Cursor::now(), daemon::restarts());
-    for round in 1..=2 {
-        let crashing = Fault::crash("kill.sent");
+    for (kind, round) in [("crash", 1), ("exhaust", 2)] {
+        let crashing = Fault::at(kind, "kill.sent");
         // A signal that does nothing: it is the call that is at fault.
         let error = container.kill(nix::libc::SIGWINCH as u32).expect_err("a call that crashes the daemon");
         drop(crashing);
@@ -91,7 +87,7 @@ fn a_request_that_hangs_in_the_daemon_twice_gets_an_error_and_nothing_else_does(
     // One request leaves a thread to the daemon, which ends itself. Four leave none, and systemd's watchdog ends the daemon.
     for count in [1, containers.len()] {
         let restarts = daemon::restarts();
-        let hang = Fault::hang("kill.sent");
+        let hang = Fault::at("hang", "kill.sent");
         std::thread::scope(|scope| {
             for container in &containers[..count] {
                 scope.spawn(|| {
@@ -159,7 +155,7 @@ fn a_record_that_crashes_the_daemon_twice_is_moved_aside_and_can_be_moved_back()
     let place = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(id).join("record.json");
     let aside = PathBuf::from(STATE_DIRECTORY).join(format!(".crashed/{NAMESPACE}:{id}.json"));
     let before = Cursor::now();
-    let crashing = Fault::crash("recover.task-begun");
+    let crashing = Fault::at("crash", "recover.task-begun");
     daemon::kill_now();
     wait::until("the daemon serves", daemon::serving);
     drop(crashing);
