@@ -379,13 +379,11 @@ mod tests {
 
     /// A directory for a test, with an OCI runtime that is this shell script.
     fn scratch(script: &str) -> (TempDir, Runtime) {
-        use std::os::unix::fs::PermissionsExt;
         let scratch = tempfile::tempdir().unwrap();
         let dir = scratch.path();
         fs::create_dir_all(dir.join("root/web")).unwrap();
         let binary = dir.join("runtime");
-        fs::write(&binary, format!("#!/bin/sh\ncd {}\n{script}\n", dir.display())).unwrap();
-        fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
+        crate::oci::write_script(&binary, &format!("cd {}\n{script}", dir.display()));
         let path = std::env::var("PATH").unwrap();
         let runtime = Runtime { binary, root: dir.join("root"), path, limit_sec: 1, ..Runtime::default() };
         (scratch, runtime)

@@ -19,3 +19,17 @@ pub mod resources;
 pub mod runtime;
 pub mod sealed;
 pub mod signal;
+
+/// Writes an executable script for a test.
+///
+/// Another process writes it: if this process did, a child of another test could inherit the open file, and execve(2) of the
+/// script would fail with ETXTBSY.
+#[cfg(test)]
+pub(crate) fn write_script(path: &std::path::Path, script: &str) {
+    use std::io::Write;
+    let mut shell = std::process::Command::new("sh");
+    let shell = shell.args(["-c", "cat >\"$0\" && chmod 755 \"$0\""]).arg(path);
+    let mut writer = shell.stdin(std::process::Stdio::piped()).spawn().unwrap();
+    writer.stdin.take().unwrap().write_all(format!("#!/bin/sh\n{script}\n").as_bytes()).unwrap();
+    assert!(writer.wait().unwrap().success());
+}
