@@ -313,7 +313,8 @@ impl World {
         Store::new(self.root.join("state")).notify_socket(&name::short_name(&self.unit()))
     }
 
-    fn runtime_root(&self) -> PathBuf {
+    /// Where the OCI runtime keeps what it knows of the containers.
+    pub(crate) fn runtime_root(&self) -> PathBuf {
         self.root.join("runtime").join(self.task.namespace.as_str())
     }
 }

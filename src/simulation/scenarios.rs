@@ -129,6 +129,19 @@ fn a_rollback_removes_what_the_runtime_records_until_its_unit_is_stopped() {
 }
 
 #[test]
+fn a_rollback_of_a_restore_removes_what_the_runtime_records_until_its_unit_is_stopped() {
+    let world = World::restoring("restore-records-late");
+    world.take(&[Step::Create], Attempt::First).unwrap().unwrap();
+    world.launch.set(Launches::RecordLate);
+    assert!(matches!(world.take(&[Step::Start], Attempt::First).unwrap(), Err(Error::Launch(_))));
+    assert!(!world.runtime_root().join("web").exists());
+    // Another start finds nothing of the first one.
+    world.launch.set(Launches::Work);
+    world.take(&[Step::Start, Step::Kill, Step::Delete], Attempt::First).unwrap().unwrap();
+    assert_eq!(world.remains(), Vec::<String>::new());
+}
+
+#[test]
 fn leftovers_of_a_failed_create_are_removed_after_a_while() {
     let mut leftovers = 0;
     for effect in 0..100 {

@@ -73,23 +73,11 @@ pub async fn remove_task(
         // The OCI runtime removes what has ended.
         troubles.add(manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
     }
-    let cli = runtime::Cli::of(task, dir);
-    let mut deleted = delete_in_runtime(oci, &cli).await;
-    fault::point(Point::DeleteRuntime);
-    for unit in others.await {
-        troubles.join(remove_unit(manager, &unit, stop).await);
-    }
-    let removed = remove_unit(manager, task.unit(), stop).await;
-    if removed.is_empty() {
-        // Last: with the reference the unit goes.
-        manager.release(task.unit()).await;
-    }
-    troubles.join(removed);
-    if cli.knows() {
-        // `create` has recorded the container before it ended with the unit, or the runtime could not delete a container that runs.
-        deleted = delete_in_runtime(oci, &cli).await;
-    }
-    troubles.add(deleted);
+    let others = async {
+        fault::point(Point::DeleteRuntime);
+        others.await
+    };
+    troubles.join(remove_init(manager, oci, task, dir, stop, others).await);
     fault::point(Point::DeleteUnit);
     if let Some(logger) = &task.init.logger {
         troubles.join(remove_unit(manager, logger, stop).await);
@@ -107,6 +95,37 @@ pub async fn remove_task(
             Err(error) => troubles.add(Err(error)),
         }
     }
+    troubles
+}
+
+/// Removes the state of the OCI runtime and the unit of the init process. In between, `others` resolves to more units that
+/// are removed.
+async fn remove_init(
+    manager: &dyn Systemd,
+    oci: &dyn OciRuntime,
+    task: &Task,
+    dir: &Path,
+    stop: Stop,
+    others: impl Future<Output = Vec<UnitName>>,
+) -> Troubles {
+    let mut troubles = Troubles::default();
+    let cli = runtime::Cli::of(task, dir);
+    let mut deleted = delete_in_runtime(oci, &cli).await;
+    for unit in others.await {
+        troubles.join(remove_unit(manager, &unit, stop).await);
+    }
+    let removed = remove_unit(manager, task.unit(), stop).await;
+    if removed.is_empty() {
+        // Last: with the reference the unit goes.
+        manager.release(task.unit()).await;
+    }
+    troubles.join(removed);
+    if cli.knows() {
+        // The runtime has recorded the container before `create` or `restore` ended with the unit, or it could not delete a
+        // container that runs.
+        deleted = delete_in_runtime(oci, &cli).await;
+    }
+    troubles.add(deleted);
     troubles
 }
 
@@ -310,14 +329,8 @@ impl Shim {
         let dir = self.store.dir(&task.key);
         // The OCI runtime and criu may hang. Neither is in the cgroup of the unit.
         launch::cgroup::kill(task.unit());
-        let mut troubles = Troubles::default();
-        let cli = runtime::Cli::of(&task, &dir);
-        troubles.add(delete_in_runtime(&*self.oci, &cli).await);
-        let removed = remove_unit(&*self.manager, task.unit(), Stop::Awaited).await;
-        if removed.is_empty() {
-            self.manager.release(task.unit()).await;
-        }
-        troubles.join(removed);
+        let others = async { Vec::new() };
+        let mut troubles = remove_init(&*self.manager, &*self.oci, &task, &dir, Stop::Awaited, others).await;
         if let Some(logger) = &task.init.logger {
             troubles.join(remove_unit(&*self.manager, logger, Stop::Awaited).await);
         }
