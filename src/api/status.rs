@@ -3,13 +3,40 @@
 //! An illegal transition is FAILED_PRECONDITION (UNKNOWN in containerd-shim-runc-v2). Clients of Kill understand this
 //! code as "nothing to kill", so Kill returns it only for an exec that was not started.
 
+use std::io;
+
+use nix::errno::Errno;
 use ttrpc::Code;
 
 use crate::services::Error;
 use crate::{oci, unit};
 
-/// The code of an error.
+/// The code of an error. RESOURCE_EXHAUSTED for every error of the kernel that there is no room: the same call can succeed
+/// once there is.
 pub fn code(error: &Error) -> Code {
+    match code_of_kind(error) {
+        Code::UNKNOWN if is_exhausted(error) => Code::RESOURCE_EXHAUSTED,
+        code => code,
+    }
+}
+
+/// True if the system lacked descriptors, memory, disk space, processes or threads.
+fn is_exhausted(error: &Error) -> bool {
+    const EXHAUSTED: [Errno; 6] =
+        [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOSPC, Errno::EDQUOT, Errno::EAGAIN];
+    let mut source = Some(error as &dyn std::error::Error);
+    while let Some(error) = source {
+        let io = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).map(Errno::from_raw);
+        if let Some(errno) = io.or_else(|| error.downcast_ref::<Errno>().copied()) {
+            // EAGAIN comes from clone(2) only: what would have to wait for a descriptor is no error of a call.
+            return EXHAUSTED.contains(&errno);
+        }
+        source = error.source();
+    }
+    false
+}
+
+fn code_of_kind(error: &Error) -> Code {
     match error {
         Error::UnknownTask { .. } | Error::UnknownExec { .. } | Error::Finished => Code::NOT_FOUND,
         Error::Exists { .. } | Error::ExecExists { .. } => Code::ALREADY_EXISTS,
@@ -131,6 +158,19 @@ mod tests {
         assert_eq!(code(&Error::Property(refused)), Code::INVALID_ARGUMENT);
         let masked = unit::error::Error::Dependency { unit: String::new(), reason: String::new() };
         assert_eq!(code(&Error::Unit(masked)), Code::FAILED_PRECONDITION);
+    }
+
+    #[test]
+    fn a_call_for_which_the_system_has_no_room_may_be_repeated() {
+        let spawn = |errno: Errno| {
+            let binary = "/usr/bin/runc".into();
+            Error::Runtime(oci::runtime::Error::Spawn { verb: "start", binary, source: errno.into() })
+        };
+        for errno in [Errno::EAGAIN, Errno::ENOMEM, Errno::EMFILE, Errno::ENOSPC] {
+            assert_eq!(code(&spawn(errno)), Code::RESOURCE_EXHAUSTED, "{errno}");
+        }
+        assert_eq!(code(&spawn(Errno::ENOENT)), Code::UNKNOWN);
+        assert_eq!(code(&Error::NoThread(Errno::EAGAIN.into())), Code::RESOURCE_EXHAUSTED);
     }
 
     #[test]
