@@ -29,6 +29,8 @@ const LIMIT: Duration = Duration::from_secs(30);
 const MAX_EARLIER: usize = 8;
 /// A guard that has ended is replaced after this time.
 const PAUSE: Duration = Duration::from_secs(1);
+/// A guard that could not be started is tried again after this time.
+const RETRY: Duration = Duration::from_secs(10);
 /// How often a start is tried again because the empty cgroup was removed meanwhile.
 const TRIES: u32 = 5;
 
@@ -64,28 +66,35 @@ impl Guard {
             }
         }
     }
+}
 
-    /// Starts another guard whenever this one has ended, because somebody killed it.
-    pub async fn replace(mut self) {
-        loop {
-            if let Err(error) = sys::reaped(&self.0).await {
-                tracing::warn!(%error, "can't watch the guard of this daemon: {error}");
-                return std::future::pending().await;
-            }
-            tokio::time::sleep(PAUSE).await;
-            match Self::start() {
-                Ok(next) => self = next,
-                Err(error) => {
-                    tracing::warn!(%error, "{NO_GUARD}: {error}");
+/// Starts another guard whenever there is none: because somebody killed it, or because it could not be started. Never
+/// returns.
+pub async fn keep(mut guard: Result<Guard, Error>) {
+    let mut is_logged = false;
+    loop {
+        match guard {
+            Ok(Guard(process)) => {
+                is_logged = false;
+                if let Err(error) = sys::reaped(&process).await {
+                    tracing::warn!(%error, "can't watch the guard of this daemon: {error}");
                     return std::future::pending().await;
                 }
+                tokio::time::sleep(PAUSE).await;
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut is_logged, true) {
+                    tracing::warn!(%error, "{NO_GUARD}: {error}");
+                }
+                tokio::time::sleep(RETRY).await;
             }
         }
+        guard = Guard::start();
     }
 }
 
 /// What it means that there is no guard.
-pub const NO_GUARD: &str =
+const NO_GUARD: &str =
     "if the daemon is killed while it accepts a connection or opens a client's FIFO, that call can fail";
 
 /// The guards of earlier daemons.

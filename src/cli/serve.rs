@@ -5,7 +5,8 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
@@ -35,6 +36,7 @@ use crate::transport::listener::{self, Connections};
 use crate::transport::sockets::{Leases, Socket};
 use crate::unit::fd_store::FdStore;
 use crate::unit::manager::Manager;
+use crate::unit::notify::THREAD_INTERVAL;
 use crate::unit::observations::Observations;
 use crate::unit::refs::Refs;
 use crate::unit::{name, notify, properties, watch};
@@ -44,13 +46,18 @@ use super::Failure;
 
 /// The number of threads for D-Bus signals, requests and pumps, which all do short work.
 const WORKERS: usize = 2;
-/// Idle threads for blocking work end after this time, which frees their stacks. At least one always exists, as each
-/// watchdog message uses one: if the system allows no new thread, blocking work continues, although slowly.
-const IDLE_THREAD: Duration = Duration::from_secs(12);
+/// Idle threads for blocking work end after this time, which frees their stacks. At least one always exists
+/// ([`keep_alive`](crate::unit::notify::Notifier::keep_alive)): if the system allows no new thread, blocking work
+/// continues, although slowly.
+const IDLE_THREAD: Duration = THREAD_INTERVAL.saturating_mul(2).saturating_add(Duration::from_secs(2));
 const MAX_BLOCKING_THREADS: usize = 64;
 /// The private memory of the daemon, in bytes. With 1,000 containers it has 15 MB. A request that needs more because of a
 /// bug crashes the daemon, which is recorded, before the kernel's OOM killer ends containers: it ends the daemon last.
 const MAX_DATA: u64 = 2 << 30;
+/// The threads without which the daemon can't begin: the workers, and one for blocking work.
+const FIRST_THREADS: usize = WORKERS + 1;
+/// The stack size of a thread that only waits, in bytes.
+const CHECK_STACK: usize = 64 << 10;
 /// After this time, everything that recovery began is done. A later crash is not attributed to a record.
 const RECOVERED: Duration = Duration::from_secs(60);
 
@@ -69,6 +76,11 @@ pub(super) fn run() -> Result<(), Failure> {
     let guard = Guard::start();
     // Before any thread starts, as this changes the environment.
     let passed = take_passed()?;
+    check_threads().map_err(|error| {
+        Failure(format!(
+            "the system allows the daemon no {FIRST_THREADS} threads: {error}; see TasksMax= of its service, and kernel.threads-max"
+        ))
+    })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_stack_size(1 << 20)
@@ -81,6 +93,18 @@ pub(super) fn run() -> Result<(), Failure> {
     // Skips destructors, as with SIGKILL: they would remove descriptors and sockets that the next daemon needs.
     std::mem::forget(runtime);
     served
+}
+
+/// Starts and ends as many threads as the daemon starts with: tokio panics if it can't start one of them.
+fn check_threads() -> io::Result<()> {
+    let all_started = Mutex::new(());
+    thread::scope(|scope| {
+        let _held = all_started.lock().unwrap_or_else(PoisonError::into_inner);
+        (0..FIRST_THREADS).try_for_each(|_| {
+            let thread = thread::Builder::new().stack_size(CHECK_STACK);
+            thread.spawn_scoped(scope, || drop(all_started.lock())).map(drop)
+        })
+    })
 }
 
 /// What systemd passes to the daemon.
@@ -202,10 +226,7 @@ async fn serve(
     let rescued = earlier.connections(inodes);
     let fd_store = Arc::new(fd_store);
     let mut workers = Workers::default();
-    match guard {
-        Ok(guard) => workers.spawn("watching the guard", guard.replace()),
-        Err(error) => tracing::warn!(%error, "{}: {error}", guard::NO_GUARD),
-    }
+    workers.spawn("keeping a guard", guard::keep(guard));
     let alive = fd_store.clone();
     workers.spawn("sending watchdog messages", async move { alive.notifier().keep_alive().await });
 

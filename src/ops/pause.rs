@@ -86,7 +86,14 @@ impl Shim {
         let mut by_systemd = pin!(by_systemd);
         tokio::select! {
             answered = &mut by_systemd => return Ok(answered?),
-            seen = seen => seen??,
+            seen = seen => match seen {
+                // systemd alone says when the unit is frozen.
+                Err(Error::NoThread(_)) => {
+                    let late = |_| Error::NotFreezing { key: task.key.clone() };
+                    return Ok(tokio::time::timeout(FREEZE_LIMIT, by_systemd).await.map_err(late)??);
+                }
+                seen => seen??,
+            },
         }
         tokio::time::timeout(ANSWER_LIMIT, by_systemd).await.unwrap_or(Ok(())).map_err(Error::from)
     }

@@ -18,6 +18,8 @@ use super::fifo::Error;
 
 /// A thread without work ends after this time.
 const IDLE: Duration = Duration::from_secs(2);
+/// A thread that could not be started is tried again after this time.
+const RETRY: Duration = Duration::from_millis(500);
 /// The stack size of a thread, in bytes. Opening and writing need little.
 const STACK: usize = 128 << 10;
 
@@ -103,7 +105,12 @@ impl LogFile {
             let pending = Arc::new(Pending::default());
             self.pending = Some(pending.clone());
             if let Err(error) = self.hand_over(Piece { bytes: bytes.clone(), done, _pending: pending }) {
-                return (0, Some(error));
+                if error.kind() != io::ErrorKind::WouldBlock {
+                    return (0, Some(error));
+                }
+                // The system allows no further thread now: the output waits in its pipe until it does.
+                tokio::time::sleep(RETRY).await;
+                continue;
             }
             match written.await {
                 Ok(written) => {

@@ -22,6 +22,9 @@ pub fn watchdog_interval() -> Option<Duration> {
     daemon::watchdog_enabled(false)
 }
 
+/// How often a thread for blocking work is used at least, so that there always is one.
+pub const THREAD_INTERVAL: Duration = Duration::from_secs(5);
+
 /// A connection to systemd's notify socket. `None` if systemd did not start this process.
 ///
 /// # Errors
@@ -80,16 +83,20 @@ impl Notifier {
         self.tell("STOPPING=1");
     }
 
-    /// Sends `WATCHDOG=1` twice per watchdog interval, as long as the async runtime runs. Never returns.
+    /// Sends `WATCHDOG=1` twice per watchdog interval, as long as the async runtime runs. Also keeps one thread for
+    /// blocking work in existence, with a watchdog or without one. Never returns.
     pub async fn keep_alive(&self) {
-        let Some(limit) = watchdog_interval() else {
-            return std::future::pending().await;
-        };
-        let mut ticks = tokio::time::interval((limit / 2).max(RETRY));
+        let watchdog = watchdog_interval();
+        let interval = watchdog.map_or(THREAD_INTERVAL, |limit| (limit / 2).clamp(RETRY, THREAD_INTERVAL));
+        let mut ticks = tokio::time::interval(interval);
         loop {
             ticks.tick().await;
             // If tokio could not start a thread, queued blocking work waits for the next call that starts one: this one.
+            // And tokio panics if it can't start the only thread, so this work comes before the last one is idle for too long.
             drop(tokio::task::spawn_blocking(|| ()));
+            if watchdog.is_none() {
+                continue;
+            }
             // Not one of the two threads waits here. systemd's watchdog does not run while systemd reads nothing.
             while self.send("WATCHDOG=1", &[], MsgFlags::MSG_DONTWAIT) == Err(Errno::EAGAIN) {
                 tokio::time::sleep(RETRY).await;

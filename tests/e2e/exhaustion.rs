@@ -1,5 +1,5 @@
-//! No room for records, or none that can be written: what has happened is told at once, and is in the record
-//! as soon as that is possible.
+//! No room for records, or none that can be written: what has happened is reported at once, and is in the record
+//! as soon as that is possible. No room for threads: calls succeed or are refused, and succeed again once there is room.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -9,11 +9,12 @@ use containerd_client::types::v1::Status;
 
 use crate::common::container::Container;
 use crate::common::exec::Exec;
-use crate::common::leaks::STATE_DIRECTORY;
+use crate::common::leaks::{self, STATE_DIRECTORY, Traces};
 use crate::common::node::{NAMESPACE, Node};
 use crate::common::spec::Spec;
+use crate::common::stdio::{Gate, Scratch};
 use crate::common::task::{Io, SIGKILL};
-use crate::common::{daemon, process, shim, wait};
+use crate::common::{cgroup, daemon, needs, process, shim, wait};
 
 /// A small file system for the records, unmounted on drop. The daemon is stopped for the change.
 struct Small;
@@ -132,4 +133,129 @@ fn an_exit_that_cant_be_recorded_is_reported_at_once_and_recorded_later() {
     });
     exec.delete().expect("delete the exec");
     container.delete().expect("delete the task");
+}
+
+/// A limit of the tasks (threads) of the daemon that runs now, until this is dropped.
+struct TaskLimit {
+    cgroup: PathBuf,
+    /// The hierarchy of cgroup v1 that has the controller here, mounted for this test, and the daemon.
+    hierarchy: Option<(PathBuf, u32)>,
+}
+
+impl TaskLimit {
+    /// `None` if there is no such controller.
+    fn of(daemon: u32) -> Option<TaskLimit> {
+        let unified = cgroup::of(daemon);
+        if unified.join("pids.max").exists() {
+            return Some(TaskLimit { cgroup: unified, hierarchy: None });
+        }
+        let hierarchy = PathBuf::from("/run/e2e-pids");
+        fs::create_dir_all(&hierarchy).expect("make a mountpoint");
+        let mounted =
+            process::run("mount", &["-t", "cgroup", "-o", "pids", "none", &hierarchy.to_string_lossy()]);
+        if mounted.code != Some(0) {
+            let _ = fs::remove_dir(&hierarchy);
+            return None;
+        }
+        let cgroup = hierarchy.join("e2e-daemon");
+        fs::create_dir_all(&cgroup).expect("make a cgroup");
+        fs::write(cgroup.join("cgroup.procs"), daemon.to_string()).expect("move the daemon");
+        Some(TaskLimit { cgroup, hierarchy: Some((hierarchy, daemon)) })
+    }
+
+    /// The daemon can start no thread and no process in its cgroup. It keeps those that it has.
+    fn take_room(&self) {
+        fs::write(self.cgroup.join("pids.max"), "1").expect("lower the limit");
+    }
+
+    fn give_room(&self) {
+        fs::write(self.cgroup.join("pids.max"), "max").expect("raise the limit");
+    }
+
+    fn tasks(&self) -> usize {
+        cgroup::read(&self.cgroup, "pids.current").parse().expect("a number of tasks")
+    }
+}
+
+impl Drop for TaskLimit {
+    fn drop(&mut self) {
+        self.give_room();
+        if let Some((hierarchy, daemon)) = &self.hierarchy {
+            // The daemon has ended, if the test has failed.
+            let _ = fs::write(hierarchy.join("cgroup.procs"), daemon.to_string());
+            let _ = fs::remove_dir(&self.cgroup);
+            process::run("umount", &[&hierarchy.to_string_lossy()]);
+            let _ = fs::remove_dir(hierarchy);
+        }
+    }
+}
+
+/// The most tasks of the daemon when it has nothing to do: the main thread, two workers, and two threads for blocking work,
+/// which are used in turn.
+const IDLE_TASKS: usize = 5;
+
+#[test]
+fn a_daemon_that_may_start_no_thread_refuses_calls_and_works_again_when_it_may() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    // The daemon's files of its first container and exec are there.
+    node.container("first", Spec::sleeping()).started(&Io::default()).exec_sh("true").end();
+    let before = Traces::take();
+    let daemon = wait::until("the daemon serves", daemon::serving);
+    let Some(limit) = TaskLimit::of(daemon) else {
+        return needs::skip(needs::name_of(|| ()), "no pids controller here");
+    };
+    let (gate, scratch) = (Gate::new(), Scratch::new("tasks"));
+    let log = Io { stdout: format!("file://{}", scratch.text("log")), ..Io::default() };
+    let script = format!("echo first; {}; echo second; sleep 100000", Gate::WAIT);
+    let logging = node.container("logging", gate.bind(Spec::sh(&script))).started(&log);
+    let container = node.container("tasks", Spec::sleeping()).started(&Io::default());
+    let killed = node.container("killed", Spec::sleeping()).started(&Io::default());
+    let exec = container.exec(Spec::sleeping()).started(&Io::default());
+    let refused_exec = container.exec(Spec::sleeping()).added(&Io::default());
+    wait::until_true("there is output", || scratch.read("log") == "first\n");
+    wait::until_true("idle threads have ended", || limit.tasks() <= IDLE_TASKS);
+
+    limit.take_room();
+    let waiting = (killed.waiting(), exec.waiting());
+    killed.kill(SIGKILL).expect("kill an init process");
+    exec.kill(SIGKILL).expect("kill an exec");
+    assert_eq!(waiting.0.exit().expect("wait").status, 137);
+    assert_eq!(waiting.1.exit().expect("wait for an exec").status, 137);
+    gate.open();
+    let refused = node.container("refused", Spec::sleeping()).make();
+    for _ in 0..5 {
+        let added = container.exec(Spec::sleeping()).add(&Io::default()).map(drop);
+        for refusal in [refused.create(&Io::default()).map(drop), refused_exec.start().map(drop), added] {
+            let refusal = refusal.expect_err("a call that needs a thread");
+            assert!(refusal.message().contains("no thread can be made"), "{refusal}");
+        }
+        container.pause().expect("pause");
+        container.resume().expect("resume");
+        assert!(container.pids().expect("pids").contains(&container.pid()));
+    }
+    exec.delete().expect("delete an exec");
+    let deleted = killed.delete();
+    if let Err(refusal) = &deleted {
+        // In cgroup v1, the commands of the OCI runtime count as tasks of the daemon.
+        assert!(limit.hierarchy.is_some(), "{refusal}");
+        assert!(refusal.message().contains("Resource temporarily unavailable"), "{refusal}");
+    }
+    assert_eq!(scratch.read("log"), "first\n", "there is no thread that writes");
+
+    limit.give_room();
+    assert_eq!(daemon::serving(), Some(daemon), "the daemon lives");
+    wait::until_true("no output is lost", || scratch.read("log") == "first\nsecond\n");
+    if deleted.is_err() {
+        killed.delete().expect("delete again");
+    }
+    refused.create(&Io::default()).expect("create again");
+    refused.delete().expect("delete");
+    refused_exec.start().expect("start again");
+    refused_exec.end();
+    drop(refused_exec);
+    container.end();
+    logging.end();
+    drop((limit, gate, scratch, logging, container, killed, refused));
+    leaks::assert_none("a daemon that could start no thread", &before);
 }
