@@ -167,7 +167,7 @@ impl Shim {
                 self.cancel_long_start_job(entry, process);
             }
         }
-        self.after_exec(entry, process);
+        self.close_ended_exec(entry, process);
         let was_never_there = pid.is_none() && !has_ended;
         if (exec.is_some() || was_never_there) && !has_run {
             return;

@@ -72,13 +72,18 @@ impl Shim {
                 return Err(error);
             }
         };
-        self.tasks.note_event(entry, process, Event::Started { pid })?;
+        let mut noted = self.tasks.note_event(entry, process, Event::Started { pid })?;
         if let Some(exit) = exit {
-            self.tasks.note_event(entry, process, Event::Exited(ObservedExit { pid: Some(pid), exit }))?;
+            noted = self.tasks.note_event(
+                entry,
+                process,
+                Event::Exited(ObservedExit { pid: Some(pid), exit }),
+            )?;
         }
         if process.exec().is_some() {
             fault::point(Point::ExecStartNoted);
-            self.after_exec(entry, process);
+            // The exec may have ended by now.
+            self.after_exec(entry, process, noted);
         } else {
             fault::point(Point::StartNoted);
             // The container may have been frozen meanwhile.

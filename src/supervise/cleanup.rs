@@ -16,6 +16,7 @@ use crate::launch::contract::{EXEC_PID_FILE, LAUNCH_ERROR, LAUNCHED, PID_FILE, P
 use crate::launch::pipes::NO_INPUT;
 use crate::oci::runtime::{self, OciRuntime};
 use crate::oci::{mount, mount_options, pod_files};
+use crate::services::changes::Noted;
 use crate::services::process::{lives_in, read_pid};
 use crate::services::streams::{cancel_pumps, drain, stored_number};
 use crate::services::{Entry, Error, Process, Shim, blocking};
@@ -270,10 +271,19 @@ impl Shim {
     }
 
     /// Closes what only a running exec needs, if the exec has ended.
-    pub(crate) fn after_exec(&self, entry: &Entry, process: &Process) {
+    pub(crate) fn close_ended_exec(&self, entry: &Entry, process: &Process) {
         if process.exec().is_some() && entry.has_recorded_end(process) {
             self.close_input(entry, process);
             process.live().process = None;
+        }
+    }
+
+    /// As [`Self::close_ended_exec`], and removes the unit, which keeps the exit status until the record has it.
+    /// `noted`: whether the last change of the exec is in the record.
+    pub(crate) fn after_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>, noted: Noted) {
+        self.close_ended_exec(entry, process);
+        if noted == Noted::Written {
+            self.remove_ended_exec(entry, process);
         }
     }
 

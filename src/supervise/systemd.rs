@@ -11,7 +11,6 @@ use tokio::sync::Semaphore;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
-use crate::services::changes::Noted;
 use crate::services::{Entry, Process, Shim, blocking, now_usec};
 use crate::task::phase::{Event, Exit, ObservedExit, Phase};
 use crate::unit;
@@ -173,11 +172,7 @@ impl Shim {
             return self.close_input(entry, process);
         }
         process.live().attempt_ended.notify_one();
-        self.after_exec(entry, process);
-        // The unit keeps the exit status until the record has it.
-        if noted == Noted::Written {
-            self.remove_ended_exec(entry, process);
-        }
+        self.after_exec(entry, process, noted);
     }
 
     /// The units whose main process runs. They need no query: systemd will report the end.
