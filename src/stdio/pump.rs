@@ -289,7 +289,10 @@ async fn spread(
                     from.readable().await?.clear_ready();
                     from.readable().await.map(drop)
                 };
-                take_part = tokio::time::timeout(wait, more).await.is_err();
+                tokio::select! {
+                    found = tokio::time::timeout(wait, more) => take_part = found.is_err(),
+                    () = &mut complete => is_complete = true,
+                }
                 continue;
             }
         }
@@ -445,5 +448,20 @@ mod tests {
         move_all(&source, &to, None, std::future::ready(())).await.unwrap();
         drop((to, writer));
         assert_eq!(text(client), "all");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_of_the_last_line_is_not_waited_for_once_the_output_is_complete() {
+        let ((source, mut writer), mut sinks) = (pipe(), Sinks::default());
+        writer.write_all(b"no end of line").unwrap();
+        let (begun, complete) = (tokio::time::Instant::now(), CancellationToken::new());
+        let end = async {
+            tokio::time::sleep(LINE_WAIT / 10).await;
+            complete.cancel();
+        };
+        let (copied, ()) = tokio::join!(spread(&source, &mut sinks, complete.cancelled()), end);
+        copied.unwrap();
+        assert!(begun.elapsed() < LINE_WAIT / 2, "{:?}", begun.elapsed());
+        assert!(!is_ready(&source, PollFlags::POLLIN).unwrap());
     }
 }
