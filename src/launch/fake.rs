@@ -14,7 +14,7 @@ use crate::suspect::Crashes;
 use crate::task::{Placement, Task};
 use crate::unit::fake::{Programs, Sleeper, Started};
 
-use super::contract::{EXEC_PID_FILE, LAUNCH_ERROR, OUTCOME, Outcome, PID_FILE};
+use super::contract::{EXEC_PID_FILE, LAUNCH_ERROR, LAUNCHED, OUTCOME, Outcome, PID_FILE};
 use super::pipes::{DOORBELL, READY};
 
 /// What the next launches do.
@@ -57,6 +57,7 @@ impl FakeLaunch {
         match launches {
             Launches::Work | Launches::SilentLogger | Launches::HangingLogger => {}
             Launches::Fail(reason) => {
+                fs::write(dir.join(LAUNCHED), "").unwrap();
                 fs::write(dir.join(LAUNCH_ERROR), reason).unwrap();
                 return Started::Failed;
             }

@@ -73,6 +73,7 @@ impl Shim {
                 return Ok(phase.pid().unwrap_or_default());
             }
         }
+        self.tasks.recall_failure(&call.key.init(), attempt)?;
         if let Some(entry) = self.tasks.registry.get(&call.key) {
             if !entry.task().is_leftover {
                 return Err(Error::Exists { key: call.key });
@@ -242,6 +243,10 @@ impl Shim {
         };
         if let Err(error) = resumed.await {
             tracing::warn!(task = %task.key, %error, "task {}: a create that a restart interrupted has failed and is rolled back: {error}", task.key);
+            if let Error::Launch(_) = error {
+                // Before the task is forgotten: the replay of the call may come at that moment.
+                self.tasks.remember_failure(entry.init.key.clone(), error);
+            }
             self.roll_back_create(entry).await;
         }
     }

@@ -25,6 +25,7 @@ impl Shim {
         if let (Attempt::Replayed, Some((true, Some(pid)))) = (attempt, recorded) {
             return Ok(pid);
         }
+        self.tasks.recall_failure(key, attempt)?;
         may_start(&task, &process)?;
         self.tasks.apply(&entry, &process, Event::StartBegun)?;
         if process.exec().is_none() && task.request.checkpoint.is_some() {

@@ -211,8 +211,13 @@ impl Shim {
             self.await_outcome(entry, process, &dir, doorbell, opened).await
         };
         let resumed = resumed.await;
+        // The rollback removes the report.
+        let report = report::read(&self.store.process_dir(&process.key));
         if let Err(error) = self.conclude_start(entry, process, resumed).await {
             tracing::warn!(process = %process.key, %error, "{}: a start that a restart interrupted has failed and was rolled back: {error}", process.key);
+            if let Ok(Some(Outcome::Failed { .. })) = report {
+                self.tasks.remember_failure(process.key.clone(), error);
+            }
         }
         self.query_unit(entry, process).await;
     }

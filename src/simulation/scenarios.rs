@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::cgroup;
 use crate::effects::{Failure, Plan};
+use crate::id::UnitName;
 use crate::launch::fake::Launches;
 use crate::ops::Status;
 use crate::services::{Attempt, Error};
@@ -118,6 +119,44 @@ fn a_create_whose_launch_fails_says_why_and_leaves_nothing() {
     assert_eq!(world.events(), Vec::<&str>::new());
     world.launch.set(Launches::Work);
     world.take(&UP, Attempt::First).unwrap().unwrap();
+}
+
+/// Stops the daemon at each effect of a step whose launch fails, and replays the step in the next daemon. Returns how often
+/// the next daemon knew that it had failed, and launched nothing.
+fn answers_without_launch(name: &str, before: &[Step], step: Step, unit: fn(&World) -> UnitName) -> usize {
+    let mut known = 0;
+    for effect in 0..100 {
+        let world = up(name, before);
+        world.launch.set(Launches::Fail("no such program".to_owned()));
+        world.effects.plan(Plan::Stop(effect));
+        let done = world.take(&[step], Attempt::First);
+        if done.is_some() {
+            return known;
+        }
+        let starts = |world: &World| {
+            world.effects.log().iter().filter(|done| **done == format!("start {}", unit(world))).count()
+        };
+        let is_launched = starts(&world) > 0;
+        world.effects.plan(Plan::Undisturbed);
+        let failed = world.take(&[step], Attempt::Replayed).unwrap();
+        assert!(
+            matches!(failed, Err(Error::Launch(reason)) if reason == "no such program"),
+            "effect {effect}"
+        );
+        known += usize::from(is_launched && starts(&world) == 0);
+    }
+    unreachable!("{step:?} has no end");
+}
+
+#[test]
+fn a_create_that_failed_before_a_restart_is_not_begun_again() {
+    assert!(answers_without_launch("create-failed", &[], Step::Create, World::unit) > 0);
+}
+
+#[test]
+fn a_start_of_an_exec_that_failed_before_a_restart_is_not_begun_again() {
+    let steps = &WITH_EXEC[..3];
+    assert!(answers_without_launch("start-failed", steps, Step::StartExec, World::exec_unit) > 0);
 }
 
 #[test]
