@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::common::daemon::{self, Killer};
 use crate::common::node::Need;
-use crate::common::{shim, wait};
+use crate::common::wait;
 
 /// A pause between kills of the whole cgroup.
 const PAUSE: Duration = Duration::from_millis(900);
@@ -17,14 +17,13 @@ pub enum Disturbance {
 }
 
 impl Disturbance {
-    /// Begins what `CLIENTS_DISTURB` asks for.
+    /// Begins what `CLIENTS_DISTURB` asks for. There is a daemon.
     pub fn begin() -> Disturbance {
         let wanted = std::env::var("CLIENTS_DISTURB").unwrap_or_default();
         if wanted.is_empty() || Need::OurShim.missing().is_some() {
             return Disturbance::None;
         }
-        // There is a daemon to kill.
-        shim::socket();
+        // The test has warmed it up.
         wait::until("the daemon serves", daemon::serving);
         match wanted.as_str() {
             // Several times a second.
