@@ -17,14 +17,18 @@ const NEEDED: [(&str, &[&str]); 6] = [
     ("RootDirectory", &[""]),
 ];
 
-/// What drop-ins for all services must not set: property of every service, the only good value, what happens otherwise.
-const ALL_SERVICES: [(&str, &str, &str); 6] = [
-    ("PrivateDevices", "no", "no container can be created"),
-    ("PrivateUsers", "no", "no container can be created"),
-    ("RestrictSUIDSGID", "no", "no container can be created"),
-    ("RestrictNamespaces", "no", "no container can be created"),
-    ("RefuseManualStart", "no", "no container can be created"),
+const NOT_CREATED: &str = "no container can be created";
+
+/// What drop-ins for all services must not set: property of every service, the only good value, what happens otherwise. Other
+/// settings are lifted or do no harm (docs/properties.md).
+const HARMFUL: [(&str, &str, &str); 7] = [
+    ("ExitType", "main", NOT_CREATED),
+    ("PAMName", "", "the daemon does not start"),
+    ("PrivatePIDs", "no", NOT_CREATED),
+    ("RefuseManualStart", "no", NOT_CREATED),
     ("RefuseManualStop", "no", "no container can be deleted"),
+    ("RuntimeMaxUSec", "infinity", "every container ends after this time"),
+    ("StopWhenUnneeded", "no", "systemd stops every container at once"),
 ];
 
 /// Fewer descriptors hold too few containers.
@@ -166,12 +170,13 @@ fn for_all_services(service: &Properties) -> Vec<Check> {
         return Vec::new();
     }
     let check = |(name, wanted, effect): &(&str, &str, &str)| {
-        let value = property(service, name).filter(|value| value != wanted)?;
+        // A property that this systemd does not have is as it has to be.
+        let value = service.get(*name).filter(|value| value != wanted)?;
         let found = format!("a drop-in for all services sets {name}={value}: {effect}");
         let advice = format!("look into {}", files.join(" "));
         Some(Check::error("units", found, advice))
     };
-    ALL_SERVICES.iter().filter_map(check).collect()
+    HARMFUL.iter().filter_map(check).collect()
 }
 
 #[cfg(test)]
@@ -210,7 +215,7 @@ mod tests {
         assert_eq!(checks(&facts(&[]))[0].found, "installed, and the socket listens");
         assert_eq!(checks(&facts(&[("Transient", "yes")]))[0].found, "transient");
         let absent = Ok(properties(&[("LoadState", "not-found")]));
-        let facts = Facts { service: absent.clone(), socket: absent.clone(), slice: absent, missing: vec![] };
+        let facts = Facts { service: absent.clone(), socket: absent.clone(), slice: absent, ..facts(&[]) };
         assert!(checks(&facts).iter().all(|check| check.status == Status::Ok));
         assert!(checks(&facts)[0].found.starts_with("not installed"));
     }
@@ -257,12 +262,12 @@ mod tests {
     fn a_drop_in_for_all_services_that_breaks_containers_is_named() {
         let own = ("DropInPaths", "/etc/systemd/system/containerd-shim-systemd-v1.service.d/a.conf");
         let all = ("DropInPaths", "/etc/systemd/system/service.d/all.conf");
-        for (name, value) in [("PrivateDevices", "yes"), ("RefuseManualStop", "yes")] {
-            let check = fault(&facts(&[all, (name, value)]));
-            assert!(check.found.contains(name) && check.advice.contains("all.conf"), "{check:?}");
-            assert!(for_all_services(&service(&[own, (name, value)])).is_empty(), "{name}");
+        let check = fault(&facts(&[all, ("RefuseManualStop", "yes")]));
+        assert!(check.found.contains("deleted") && check.advice.contains("all.conf"), "{check:?}");
+        assert!(for_all_services(&service(&[own, ("RefuseManualStop", "yes")])).is_empty());
+        for harmless in [("PrivateDevices", "yes"), ("RuntimeMaxUSec", "infinity"), ("PAMName", "")] {
+            assert!(for_all_services(&service(&[all, harmless])).is_empty(), "{harmless:?}");
         }
-        assert!(for_all_services(&service(&[all, ("PrivateDevices", "no")])).is_empty());
     }
 
     #[test]

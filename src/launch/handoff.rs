@@ -21,6 +21,9 @@ use crate::config::BARRIER_LIMIT;
 use crate::sys;
 use crate::unit::main_process::WaitStatus;
 
+/// A hundred years. systemd takes "infinity" for no extension.
+const LONG_USEC: u64 = 100 * 365 * 24 * 3600 * 1_000_000;
+
 /// Why a process can't be handed over.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -45,7 +48,9 @@ pub(super) fn hand_over(pid: u32) -> Result<Option<WaitStatus>, Error> {
     if let Some(ended) = peek(pid)? {
         return Ok(Some(ended));
     }
-    tell(NotifyState::Other(format!("MAINPID={pid}")))?;
+    // A drop-in for all services may set `TimeoutStartSec=`. The process runs as long as it wants.
+    let no_limit = NotifyState::Other(format!("EXTEND_TIMEOUT_USEC={LONG_USEC}"));
+    tell(&[NotifyState::Other(format!("MAINPID={pid}")), no_limit])?;
     barrier()?;
     peek(pid)
 }
@@ -57,8 +62,8 @@ fn peek(pid: u32) -> Result<Option<WaitStatus>, Error> {
     Ok(ended.map(|(code, status)| WaitStatus { code, status, at_usec }))
 }
 
-fn tell(state: NotifyState) -> Result<(), Error> {
-    match notify(false, &[state]) {
+fn tell(states: &[NotifyState]) -> Result<(), Error> {
+    match notify(false, states) {
         Ok(true) => Ok(()),
         Ok(false) => Err(Error::Notify("NOTIFY_SOCKET is not set".to_owned())),
         Err(error) => Err(Error::Notify(error.to_string())),

@@ -2,7 +2,7 @@
 //!
 //! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`], [`main_process`] and `signals` are pure. [`bus`] has the
 //! connection, [`manager`] makes calls over it, [`watch`] turns signals into [`observations`], [`refs`] keeps units loaded,
-//! [`notify`] speaks to systemd as a service does, [`fd_store`] has systemd keep descriptors, [`error`] has what can go
+//! `service_d` has drop-ins for all services, [`notify`] speaks to systemd as a service does, [`fd_store`] has systemd keep descriptors, [`error`] has what can go
 //! wrong. [`systemd`] is what operations see of all this.
 
 pub mod annotation;
@@ -23,6 +23,7 @@ pub mod observations;
 pub mod properties;
 pub mod refs;
 pub mod relay;
+mod service_d;
 pub mod signals;
 pub mod systemd;
 pub mod watch;

@@ -14,7 +14,7 @@ use crate::config;
 use crate::id::UnitName;
 
 use super::annotation::Additions;
-use super::{fd_store, name};
+use super::{fd_store, name, service_d};
 
 /// The properties of a transient unit, as `StartTransientUnit` takes them.
 #[derive(Debug)]
@@ -174,6 +174,9 @@ pub fn exec(
         ("Slice", name::DAEMON_SLICE.into()),
         ("Type", "oneshot".into()),
         ("NotifyAccess", "main".into()),
+        // With a descriptor store, systemd makes `NotifyAccess=none` of a drop-in for all services `main` (service.c, 252
+        // to 262), and `launch` can hand the process over. Nothing is ever stored.
+        ("FileDescriptorStoreMax", 1_u32.into()),
         ("ExecStart", exec_start(command, ExitCode::Ignored)),
         ("Environment", environment.to_vec().into()),
         ("RemainAfterExit", true.into()),
@@ -303,7 +306,8 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
     if systemd.has_fd_store_preserve() {
         list.push(("FileDescriptorStorePreserve", "yes".into()));
     }
-    Properties(list)
+    // As the packaged service (`ExecStart=+`), which may meet drop-ins for all services later.
+    Properties(service_d::unrestricted(&list))
 }
 
 fn shown_as(shown: &UnitMetadata<'_>) -> Vec<(&'static str, Variant<'static>)> {
@@ -350,8 +354,7 @@ enum ExitCode {
 
 /// A command. systemd expands `$VAR` in it, but its arguments are only names and ids, which contain no `$`.
 ///
-/// `ExecStartEx` could turn the expansion off. systemd 252 writes that name into the unit's file, and can't read it when
-/// it reloads.
+/// `ExecStartEx` could turn the expansion off, but not every version of systemd can read it again ([`service_d`]).
 fn exec_start(command: &[String], exit_code: ExitCode) -> Variant<'static> {
     let binary = command.first().cloned().unwrap_or_default();
     vec![(binary, command.to_vec(), exit_code == ExitCode::Ignored)].into()

@@ -89,6 +89,12 @@ impl Spec {
         self
     }
 
+    /// A program of the container may get more privileges than its caller, by its file.
+    pub fn with_new_privileges(mut self) -> Spec {
+        self.0["process"]["noNewPrivileges"] = json!(false);
+        self
+    }
+
     pub fn terminal(mut self) -> Spec {
         self.0["process"]["terminal"] = json!(true);
         self

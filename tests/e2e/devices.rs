@@ -6,7 +6,7 @@ use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::task::Io;
-use crate::common::{bpf, cgroup, process};
+use crate::common::{bpf, cgroup, process, systemd};
 use crate::options::GenericOptions;
 
 /// A container that no device is allowed to, beside the usual ones; the runtime has these options.
@@ -42,4 +42,19 @@ fn the_units_device_rules_hold_whatever_an_agent_does() {
     let strict = container(&node, "");
     assert_ne!(bpf::allow_all_devices(&cgroup::of(strict.pid())), 0);
     assert!(!opens_device(&strict));
+}
+
+/// systemctl changes the filter of the unit only, as under containerd-shim-runc-v2 with units.
+#[test]
+fn an_agent_that_opens_the_unit_and_the_cgroup_opens_a_device() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let strict = container(&node, "");
+    let unit = systemd::unit_of(&strict);
+    process::succeed("systemctl", &["set-property", "--runtime", &unit, "DeviceAllow=/dev/char/1:11 rwm"]);
+    assert!(!opens_device(&strict));
+    assert_ne!(bpf::allow_all_devices(&cgroup::of(strict.pid())), 0);
+    assert!(opens_device(&strict));
+    process::succeed("systemctl", &["daemon-reload"]);
+    assert!(opens_device(&strict));
 }

@@ -8,7 +8,7 @@ use crate::common::node::{Node, unique};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch, feed};
-use crate::common::systemd::{self, Cursor};
+use crate::common::systemd::{self, Cursor, DropIn};
 use crate::common::task::Io;
 use crate::common::wait::until_true;
 use crate::options::{Noting, runc_options};
@@ -103,6 +103,58 @@ fn a_drop_in_that_protects_the_system_from_all_services_breaks_nothing() {
     container.kill(9).expect("kill");
     assert_eq!(container.exit_status(), 137);
     container.delete().expect("delete");
+}
+
+#[test]
+fn drop_ins_that_restrict_all_services_bind_neither_the_daemon_nor_containers() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let text = "[Service]\nUser=nobody\nNoNewPrivileges=yes\nPrivateDevices=yes\nPrivateUsers=yes\n\
+        RestrictNamespaces=yes\nRestrictSUIDSGID=yes\nProtectSystem=full\nCapabilityBoundingSet=CAP_NET_ADMIN\n\
+        SystemCallFilter=@system-service\nLimitNOFILE=100\nNotifyAccess=none\n";
+    let _drop_in = ForAllServices::new(text);
+    process::succeed("systemctl", &["restart", "containerd-shim-systemd-v1.service"]);
+    let spec = Spec::sleeping().with_new_privileges();
+    let container = node.container("restricted", spec).started(&Io::default());
+    assert_eq!(no_new_privileges(container.pid()), "0");
+    assert_eq!(container.exec_sh("exit 7").exit_status(), 7);
+    // systemd reads the unit again.
+    process::succeed("systemctl", &["daemon-reload"]);
+    assert_eq!(systemd::property(&systemd::unit_of(&container), "LoadState"), "loaded");
+    container.end();
+}
+
+#[test]
+fn a_drop_in_with_a_time_limit_for_starts_ends_no_exec() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let _drop_in = ForAllServices::new("[Service]\nTimeoutStartSec=2\n");
+    let container = node.container("patient", Spec::sleeping()).started(&Io::default());
+    let exec = container.exec_sh("sleep 4; exit 7");
+    assert_eq!(exec.exit_status(), 7);
+    container.end();
+}
+
+#[test]
+fn a_drop_in_for_a_namespace_restricts_its_containers_whatever_holds_for_all_services() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let namespace = unique("policy");
+    let _all = ForAllServices::new("[Service]\nRestart=on-failure\nTimeoutStopSec=77\n");
+    let text = "[Service]\nNoNewPrivileges=yes\n";
+    let _policy = DropIn::for_namespace(&namespace, text);
+    let spec = Spec::sleeping().with_new_privileges();
+    let container = node.container("policy", spec).namespace(&namespace).started(&Io::default());
+    assert_eq!(no_new_privileges(container.pid()), "1");
+    assert_eq!(systemd::property(&systemd::unit_of(&container), "TimeoutStopUSec"), "1min 17s");
+    container.end();
+}
+
+/// The flag of a process that no program may give it more privileges.
+fn no_new_privileges(pid: u32) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("read the status of a process");
+    let flag = status.lines().find_map(|line| line.strip_prefix("NoNewPrivs:"));
+    flag.expect("a line with the flag").trim().to_string()
 }
 
 #[test]

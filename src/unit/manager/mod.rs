@@ -26,6 +26,9 @@ use super::refs::Refs;
 const START: &str = "start";
 const STOP: &str = "stop";
 
+/// Where systemd writes the files of transient units.
+const TRANSIENT_DIR: &str = "/run/systemd/transient";
+
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
 
 /// systemd's manager, over the system bus.

@@ -1,5 +1,7 @@
 //! Starting units, and waiting for their jobs.
 
+use std::path::Path;
+
 use zbus::{OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
@@ -8,8 +10,9 @@ use crate::unit::error::{Error, NO_SUCH_UNIT, UNIT_MASKED, call_error};
 use crate::unit::job::{JobWaiter, StartJob};
 use crate::unit::properties::Properties;
 use crate::unit::refs::Refs;
+use crate::unit::service_d;
 
-use super::{Manager, START, STOP};
+use super::{Manager, START, STOP, TRANSIENT_DIR};
 
 impl Manager {
     /// Starts a transient unit and waits until its job has ended.
@@ -63,14 +66,23 @@ impl Manager {
 
     /// `refs`: whose connection is to have the reference to the unit, at each try. Over another connection nobody would
     /// ever give it back.
-    async fn begin(
+    async fn begin<'p>(
         &self,
         refs: Option<&Refs>,
         unit: &UnitName,
-        properties: &[(&str, Variant<'_>)],
-        aux: &[(&str, &[(&str, Variant<'_>)])],
+        properties: &[(&'p str, Variant<'p>)],
+        aux: &[(&str, &[(&'p str, Variant<'p>)])],
     ) -> Result<StartJob, Error> {
         let waiter = self.jobs.wait_for(unit);
+        // It fails when the daemon ends.
+        let lifts = tokio::task::spawn_blocking(service_d::restricts).await.unwrap_or(false);
+        let lifted = |list: &[(&'p str, Variant<'p>)]| {
+            if lifts { service_d::unrestricted(list) } else { list.to_vec() }
+        };
+        let properties = &lifted(properties);
+        let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, lifted(list))).collect();
+        let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, list.as_slice())).collect();
+        let aux = aux.as_slice();
         let attempt = || async {
             let manager = match refs {
                 Some(refs) => refs.manager_for(unit).await?,
@@ -82,6 +94,9 @@ impl Manager {
             manager.start_transient_unit(unit.as_str(), "fail", properties, aux).await
         };
         let reply = self.bus.repeat(attempt).await;
+        let all = aux.iter().copied().chain([(unit.as_str(), properties.as_slice())]);
+        let flagged = all.filter(|(_, list)| list.iter().any(|(name, _)| *name == service_d::WITH_FLAGS));
+        correct_files(flagged.map(|(name, _)| name.to_owned()).collect()).await;
         match reply.result.map_err(|error| start_error(unit, error)) {
             Ok(job) => Ok(StartJob { waiter, job: Some(job) }),
             // An earlier try was carried out: its job is the unit's only one.
@@ -157,6 +172,22 @@ impl Manager {
             }
         }
     }
+}
+
+/// Corrects the files of transient units whose commands have flags.
+async fn correct_files(units: Vec<String>) {
+    if units.is_empty() {
+        return;
+    }
+    let correct = move || {
+        for unit in units {
+            if let Err(error) = service_d::correct_file(Path::new(TRANSIENT_DIR), &unit) {
+                tracing::warn!(%unit, %error, "can't correct the file of {unit}, so systemd may not read it when it reloads: {error}");
+            }
+        }
+    };
+    // It fails when the daemon ends.
+    let _ = tokio::task::spawn_blocking(correct).await;
 }
 
 /// Why a unit was not started. An error about another unit is about one that this unit needs.

@@ -6,10 +6,7 @@ use std::path::Path;
 use crate::id::UnitName;
 use crate::unit::error::{Error, call_error};
 
-use super::{Manager, STOP};
-
-/// Where systemd writes the files of transient units.
-const TRANSIENT_DIR: &str = "/run/systemd/transient";
+use super::{Manager, STOP, TRANSIENT_DIR};
 
 const NO_SUCH_JOB: &str = "org.freedesktop.systemd1.NoSuchJob";
 /// The result of a job that can't stop a frozen unit (256).
