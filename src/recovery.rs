@@ -9,7 +9,7 @@ use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::oci::runtime;
 use crate::services::changes::Stored;
-use crate::services::process::program_of;
+use crate::services::process::{hold, program_of};
 use crate::services::{Entry, Error, Process, Shim, blocking, resume_in_background};
 use crate::store::Found;
 use crate::suspect::{Crashes, Suspect};
@@ -159,10 +159,10 @@ impl Shim {
             resume_in_background(process, |_| async move { shim.finish_checkpoint(&entry).await }).await;
         }
         if let Some(pid) = pid {
-            self.hold(entry, process, pid);
+            hold(entry, process, pid);
             if exec.is_none() {
                 self.watch_cgroup(entry);
-                self.listen_again(entry);
+                self.notifications.listen_again(entry);
             } else {
                 self.cancel_long_start_job(entry, process);
             }
@@ -172,7 +172,7 @@ impl Shim {
         if (exec.is_some() || was_never_there) && !has_run {
             return;
         }
-        self.recover_streams(entry, process).await;
+        self.streams.recover(entry, process).await;
         if running.contains(&process.unit) {
             return;
         }

@@ -24,7 +24,8 @@ use crate::id::UnitName;
 use crate::launch;
 use crate::oci::command::CommandLine;
 use crate::oci::namespaces;
-use crate::services::Shim;
+use crate::services::files::ClientFiles;
+use crate::services::{Parts, Shim};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
@@ -39,6 +40,7 @@ use crate::unit::manager::Manager;
 use crate::unit::notify::THREAD_INTERVAL;
 use crate::unit::observations::Observations;
 use crate::unit::refs::Refs;
+use crate::unit::relay::Relay;
 use crate::unit::{name, notify, properties, watch};
 use crate::{config, sys, telemetry};
 
@@ -272,7 +274,17 @@ async fn serve(
     let store = Store::new(config::STATE_DIR);
     let slices_of = manager.clone();
     let commands = Arc::new(CommandLine::in_cgroup(launch::cgroup::of_commands().map_err(Failure::new)?));
-    let (shim, outgoing) = Shim::new(store, delete_replies, fds, cgroups, manager, commands, program);
+    let (shim, outgoing) = Shim::new(Parts {
+        store,
+        delete_replies,
+        fds,
+        cgroups,
+        manager,
+        oci: commands,
+        program,
+        files: ClientFiles::new(Some(config::FILES_LIMIT)),
+        relay: Relay::new(),
+    });
     fault::point(Point::RecoverTaken);
     shim.recover(&crashes).await.map_err(Failure::new)?;
     // What was open only in ended daemons is open and kept here by now.

@@ -122,7 +122,8 @@ impl Shim {
         let taken = match taken {
             Err(error @ Error::Runtime(_)) => {
                 let kept = self
-                    .on_files(&entry.init.key, move || copy_log(&log, &bundle.join(LOG_COPY)))
+                    .files
+                    .run(&entry.init.key, move || copy_log(&log, &bundle.join(LOG_COPY)))
                     .await
                     .unwrap_or(None);
                 Err(with_log(error, kept))
@@ -168,7 +169,7 @@ impl Shim {
         let (task, dir) = (entry.task().clone(), self.store.dir(&entry.key));
         let settled = Cli::of(&task, &dir).settled(Kind::Checkpoint.word()).await;
         let log = dump_work(&begun.request, &dir).join(criu::DUMP_LOG);
-        let dumped = self.on_files(&entry.init.key, move || criu::has_dumped(&log)).await;
+        let dumped = self.files.run(&entry.init.key, move || criu::has_dumped(&log)).await;
         let concluded = match (settled, dumped) {
             (Ok(()), Ok(true)) => self.conclude_checkpoint(entry, begun, Ok(())).await,
             // The client, if it still waits, gets the checkpoint by the replay of its call.

@@ -16,7 +16,7 @@ impl Shim {
             process.into_iter().for_each(|process| process.wiring.stdin_closed = true);
             Ok(Vec::new())
         })?;
-        self.close_stdin_writer(&entry, &process);
+        self.streams.close_stdin_writer(&entry, &process);
         Ok(())
     }
 }

@@ -19,7 +19,7 @@ use crate::oci::bundle::Spec;
 use crate::oci::criu::{self, CONFIG_ANNOTATION};
 use crate::oci::resources::Resources;
 use crate::oci::{containerd, metadata, options, runtime};
-use crate::services::process::{lives_in, program_of, read_pid};
+use crate::services::process::{hold, lives_in, program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Attempt, Entry, Error, Shim};
 use crate::session::{OpenStreams, ReopenMode};
@@ -83,7 +83,7 @@ impl Shim {
         self.fds.has_room()?;
         let shim = self.clone();
         let init = call.key.init();
-        let (task, environment) = self.on_files(&init, move || shim.prepare(call)).await??;
+        let (task, environment) = self.files.run(&init, move || shim.prepare(call)).await??;
         self.check_types(&task.properties).await?;
         let (entry, _verb) = self.register(task)?;
         match self.bring_up(&entry, &environment).await {
@@ -218,9 +218,9 @@ impl Shim {
             self.check_criu(&task).await?;
             return self.prepare_restore(entry, &task, &dir).await;
         }
-        let plan = Arc::new(self.plan(entry, &entry.init)?);
-        let opened = self.open_streams(&plan).await?;
-        self.listen_to_container(entry).await?;
+        let plan = Arc::new(self.streams.plan(entry, &entry.init)?);
+        let opened = self.streams.open(&plan).await?;
+        self.notifications.listen(entry).await?;
         fault::point(Point::CreateOpened);
         self.start_unit(entry, &task, &dir, Daemon::This).await?;
         self.finish_create(entry, &task, &dir, opened).await
@@ -260,16 +260,16 @@ impl Shim {
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         let state = self.manager.active_state(task.unit()).await?;
-        let plan = Arc::new(self.plan(entry, &entry.init)?);
-        let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
-        self.listen_to_container(entry).await?;
+        let plan = Arc::new(self.streams.plan(entry, &entry.init)?);
+        let mut opened = self.streams.reopen(plan.clone(), ReopenMode::Starting).await?;
+        self.notifications.listen(entry).await?;
         // The receiver is gone if the daemon stops.
         let _ = claimed.send(());
         // A unit that is not running and never ran `launch` belongs to an earlier task of this name.
         if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
             self.await_unit(entry, &task, &dir, self.manager.wait_until_started(task.unit())).await?;
         } else {
-            self.resume_logger(&plan, &mut opened).await?;
+            self.streams.resume_logger(&plan, &mut opened).await?;
             self.start_unit(entry, &task, &dir, Daemon::Earlier).await?;
         }
         self.finish_create(entry, &task, &dir, opened).await
@@ -298,8 +298,8 @@ impl Shim {
                 place.display()
             )));
         }
-        self.hold(entry, &entry.init, pid);
-        self.start_session(entry, &entry.init, opened).await?;
+        hold(entry, &entry.init, pid);
+        self.streams.start_session(entry, &entry.init, opened).await?;
         fault::point(Point::CreatePumping);
         self.record_container(entry, pid).await?;
         fault::point(Point::CreateAdopted);

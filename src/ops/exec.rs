@@ -56,7 +56,7 @@ impl Shim {
             let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind);
             wiring.map(|wiring| (stdio, Wiring { kept, ..wiring }))
         };
-        let (stdio, wiring) = self.on_files(&process_key, read_wiring).await??;
+        let (stdio, wiring) = self.files.run(&process_key, read_wiring).await??;
         let description = metadata::of_exec(&task.init.description, &id, &spec.args);
         let (process, _verb) = self.register_exec(&entry, &id)?;
         let noted = self.note_exec(&entry, &process, &id, stdio, wiring, description, &spec);

@@ -49,11 +49,11 @@ impl Shim {
         let restored = async {
             self.check_criu(task).await?;
             let dir = self.store.dir(&task.key);
-            let plan = Arc::new(self.plan(entry, &entry.init)?);
-            let opened = self.open_streams(&plan).await?;
+            let plan = Arc::new(self.streams.plan(entry, &entry.init)?);
+            let opened = self.streams.open(&plan).await?;
             // A restore that fails can be tried again, with the same input.
             entry.init.live().client_input = opened.client_input()?;
-            self.listen_to_container(entry).await?;
+            self.notifications.listen(entry).await?;
             fault::point(Point::RestoreOpened);
             self.start_unit(entry, task, &dir, Daemon::This).await?;
             self.finish_create(entry, task, &dir, opened).await
@@ -89,7 +89,7 @@ impl Shim {
             Error::Launch(_) => {
                 let work = restore_work(&task.runtime, &self.store.dir(&task.key));
                 let (log, copy) = (work.join(criu::RESTORE_LOG), task.request.bundle.join(LOG_COPY));
-                self.on_files(&entry.init.key, move || copy_log(&log, &copy)).await.unwrap_or(None)
+                self.files.run(&entry.init.key, move || copy_log(&log, &copy)).await.unwrap_or(None)
             }
             _ => None,
         };

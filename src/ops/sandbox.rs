@@ -81,7 +81,7 @@ impl Shim {
         let is_new = self.tasks.registry.get(&call.key).is_none_or(|entry| entry.task().is_leftover);
         let sandbox = if is_new {
             let call = call.clone();
-            self.on_files(&init, move || prepare(&call)).await??
+            self.files.run(&init, move || prepare(&call)).await??
         } else {
             None
         };

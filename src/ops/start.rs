@@ -6,6 +6,7 @@ use crate::cgroup::limits::is_frozen;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
 use crate::oci::runtime;
+use crate::services::process::init_is_gone;
 use crate::services::{Attempt, Entry, Error, Process, Shim, blocking};
 use crate::task::Task;
 use crate::task::phase::{Event, Exit, ObservedExit, Refusal};
@@ -45,7 +46,7 @@ impl Shim {
         let cli = runtime::Cli::of(task, &dir);
         let started = tokio::select! {
             started = self.oci.start(&cli) => started.map_err(Error::from),
-            () = Self::init_is_gone(entry) => Err(Error::InitGone { key: task.key.clone() }),
+            () = init_is_gone(entry) => Err(Error::InitGone { key: task.key.clone() }),
         };
         if started.is_err() && !cli.waits_for_start() {
             // The runtime has released init and failed afterwards: kill it, as runc does when a poststart hook fails.

@@ -17,6 +17,7 @@ use crate::fault::{self, Point};
 use crate::id::ExecId;
 use crate::launch::contract::{Kind, Outcome, PROCESS_SPEC};
 use crate::launch::{command, pipes, report};
+use crate::services::process::{hold, init_is_gone};
 use crate::services::{Entry, Error, Process, Shim};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
@@ -50,8 +51,8 @@ impl Shim {
         self.clear_exec_dir(process, Some(PROCESS_SPEC))?;
         let task = entry.task().clone();
         let exec = task.execs.get(id).ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
-        let plan = Arc::new(self.plan(entry, process)?);
-        let opened = self.open_streams(&plan).await?;
+        let plan = Arc::new(self.streams.plan(entry, process)?);
+        let opened = self.streams.open(&plan).await?;
         // A start that fails can be tried again, with the same input. The client does see the end of the output: clients
         // wait for it before they return the error.
         process.live().client_input = opened.client_input()?;
@@ -116,10 +117,10 @@ impl Shim {
         };
         fault::point(Point::ExecStartOutcome);
         if exit.is_none() {
-            self.hold(entry, process, pid);
+            hold(entry, process, pid);
             self.cancel_long_start_job(entry, process);
         }
-        self.start_session(entry, process, opened).await?;
+        self.streams.start_session(entry, process, opened).await?;
         fault::point(Point::ExecStartPumping);
         Ok((pid, exit))
     }
@@ -140,8 +141,8 @@ impl Shim {
         // `launch` enforces the limit of the OCI runtime itself.
         let limit = entry.task().runtime.limit() + HANDOVER_LIMIT;
         let too_long = tokio::time::sleep(limit);
-        let init_is_gone = Self::init_is_gone(entry);
-        tokio::pin!(too_long, init_is_gone);
+        let gone = init_is_gone(entry);
+        tokio::pin!(too_long, gone);
         loop {
             if let Some(outcome) = report::read(dir)? {
                 return Ok(outcome);
@@ -156,7 +157,7 @@ impl Shim {
                     }
                 }
                 () = given_up.cancelled() => return Err(Error::GivenUp { process: process.key.clone() }),
-                () = &mut init_is_gone => return Err(Error::InitGone { key: entry.key.clone() }),
+                () = &mut gone => return Err(Error::InitGone { key: entry.key.clone() }),
                 () = &mut too_long => return Err(Error::StartTimedOut { unit: unit.to_string(), limit }),
             }
         }
@@ -191,8 +192,8 @@ impl Shim {
             let known = report::read(&dir)?.is_some();
             let task = entry.task().clone();
             let gone = || Error::UnknownExec { key: process.key.clone() };
-            let plan = Arc::new(self.plan(entry, process)?);
-            let mut opened = self.reopen_streams(plan.clone(), ReopenMode::Starting).await?;
+            let plan = Arc::new(self.streams.plan(entry, process)?);
+            let mut opened = self.streams.reopen(plan.clone(), ReopenMode::Starting).await?;
             // The receiver is gone if the daemon stops.
             let _ = claimed.send(());
             match starting {
@@ -201,7 +202,7 @@ impl Shim {
                 // The client has its ends of the streams open, and must not see an end of file now.
                 Starting::NotBegun => {
                     let exec = process.exec().and_then(|id| task.execs.get(id)).ok_or_else(gone)?;
-                    self.resume_logger(&plan, &mut opened).await?;
+                    self.streams.resume_logger(&plan, &mut opened).await?;
                     self.start_exec_unit(&task, exec, process, Daemon::Earlier).await?;
                 }
                 Starting::Over => {

@@ -10,6 +10,7 @@ use crate::fault::{self, Point};
 use crate::id::TaskKey;
 use crate::oci::resources::Resources;
 use crate::oci::{self, runtime};
+use crate::services::process::init_is_gone;
 use crate::services::{Attempt, Error, Shim, blocking};
 use crate::supervise::limits::read;
 use crate::task::limits::{Attribute, Limits};
@@ -52,7 +53,7 @@ impl Shim {
         let cli = runtime::Cli::of(&task, &dir);
         let updated = tokio::select! {
             updated = self.oci.update(&cli, &path) => updated.map_err(Error::from),
-            () = Self::init_is_gone(&entry) => Err(Error::InitGone { key: key.clone() }),
+            () = init_is_gone(&entry) => Err(Error::InitGone { key: key.clone() }),
         };
         fault::point(Point::UpdateDone);
         let after = read(&cgroup).await?;

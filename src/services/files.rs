@@ -6,21 +6,22 @@ use std::time::{Duration, Instant};
 
 use crate::id::ProcessKey;
 
-use super::{Error, Shim, waiting};
+use super::{Error, waiting};
 
-/// The processes whose files a thread checks or opens now, and since when. Each process has one such thread at most: the
-/// thread lasts for as long as the disk does not answer.
-#[derive(Debug)]
-pub(crate) struct Looking {
-    begun: Mutex<HashMap<ProcessKey, Instant>>,
+/// Runs work on files that clients have named. Each process has one thread for it at most: the thread lasts for as long as
+/// the disk does not answer.
+#[derive(Clone, Debug)]
+pub struct ClientFiles {
+    /// The processes that have a thread now, and since when.
+    begun: Arc<Mutex<HashMap<ProcessKey, Instant>>>,
     limit: Option<Duration>,
 }
 
-impl Looking {
+impl ClientFiles {
     /// `limit` is how long a call waits for the disk. Where the clock is simulated, there is none: such a clock jumps over
     /// any limit while a thread works.
-    pub(crate) fn new(limit: Option<Duration>) -> Self {
-        Self { begun: Mutex::default(), limit }
+    pub fn new(limit: Option<Duration>) -> Self {
+        Self { begun: Arc::default(), limit }
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<ProcessKey, Instant>> {
@@ -29,7 +30,7 @@ impl Looking {
 
     /// # Errors
     /// Another thread works on the files of this process.
-    fn begin(self: &Arc<Self>, process: &ProcessKey) -> Result<Turn, Error> {
+    fn begin(&self, process: &ProcessKey) -> Result<Turn, Error> {
         let mut all = self.all();
         match all.get(process) {
             Some(since) if self.limit.is_some_and(|limit| since.elapsed() >= limit) => {
@@ -41,45 +42,43 @@ impl Looking {
             }),
             None => {
                 all.insert(process.clone(), Instant::now());
-                Ok(Turn { looking: self.clone(), process: process.clone() })
+                Ok(Turn { files: self.clone(), process: process.clone() })
             }
         }
     }
-}
 
-/// While this exists, no other thread works on the files of the process.
-struct Turn {
-    looking: Arc<Looking>,
-    process: ProcessKey,
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        self.looking.all().remove(&self.process);
-    }
-}
-
-impl Shim {
     /// Runs work on files of a process in a thread of its own, with a time limit. The work must have no effect that
     /// has to be undone: it may end long after the call has failed.
     ///
     /// # Errors
     /// [`Error::FilesDoNotAnswer`], or another thread works on these files.
-    pub(crate) async fn on_files<T: Send + 'static>(
+    pub(crate) async fn run<T: Send + 'static>(
         &self,
         process: &ProcessKey,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Error> {
-        let turn = self.files.begin(process)?;
+        let turn = self.begin(process)?;
         let done = waiting(move || {
             let _turn = turn;
             work()
         });
-        let Some(limit) = self.files.limit else {
+        let Some(limit) = self.limit else {
             return done.await;
         };
         let late = |_| Error::FilesDoNotAnswer { process: process.clone() };
         tokio::time::timeout(limit, done).await.map_err(late)?
+    }
+}
+
+/// While this exists, no other thread works on the files of the process.
+struct Turn {
+    files: ClientFiles,
+    process: ProcessKey,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.files.all().remove(&self.process);
     }
 }
 
@@ -93,13 +92,13 @@ mod tests {
     fn one_thread_looks_at_the_files_of_a_process() {
         let task = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap();
         let process = ProcessKey { task, exec: None };
-        let looking = Arc::new(Looking::new(Some(config::FILES_LIMIT)));
-        let turn = looking.begin(&process).unwrap();
-        assert!(matches!(looking.begin(&process), Err(Error::Exists { .. })));
+        let files = ClientFiles::new(Some(config::FILES_LIMIT));
+        let turn = files.begin(&process).unwrap();
+        assert!(matches!(files.begin(&process), Err(Error::Exists { .. })));
         let long_ago = Instant::now().checked_sub(config::FILES_LIMIT).unwrap();
-        looking.all().insert(process.clone(), long_ago);
-        assert!(matches!(looking.begin(&process), Err(Error::FilesDoNotAnswer { .. })));
+        files.all().insert(process.clone(), long_ago);
+        assert!(matches!(files.begin(&process), Err(Error::FilesDoNotAnswer { .. })));
         drop(turn);
-        assert!(looking.begin(&process).is_ok());
+        assert!(files.begin(&process).is_ok());
     }
 }

@@ -3,8 +3,9 @@
 
 pub mod changes;
 mod error;
-pub(crate) mod files;
+pub mod files;
 pub mod launcher;
+mod notifications;
 mod owner;
 pub mod process;
 pub mod registry;
@@ -14,7 +15,7 @@ mod tasks;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -23,7 +24,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::{Watch, Watched};
-use crate::config;
 use crate::id::{ProcessKey, TaskKey};
 use crate::oci::runtime::OciRuntime;
 use crate::session::Session;
@@ -37,8 +37,10 @@ use crate::unit::relay::Relay;
 use crate::unit::systemd::Systemd;
 
 use changes::Stored;
-use files::Looking;
+use files::ClientFiles;
 use launcher::Launcher;
+use notifications::{Listening, Notifications};
+use streams::Streams;
 
 pub use error::Error;
 pub use tasks::{Outgoing, Tasks};
@@ -101,29 +103,46 @@ pub struct Live {
     pub(crate) is_announced: bool,
 }
 
-/// The daemon reads the notify socket of a container until this is dropped, which also removes the path of the socket.
-pub(crate) struct Listening {
-    /// The path of the socket, in a mount of the container.
-    pub(crate) path: PathBuf,
-    /// The reader.
-    pub(crate) task: JoinHandle<()>,
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        self.task.abort();
-        // Missing is fine.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
 /// Serialises the rounds in which the daemon references units.
 #[derive(Default)]
 pub(crate) struct References {
     /// Held for the length of a round.
-    pub(crate) turn: tokio::sync::Mutex<()>,
+    turn: tokio::sync::Mutex<()>,
     /// Another round is wanted.
-    pub(crate) again: AtomicBool,
+    again: AtomicBool,
+}
+
+impl References {
+    /// Runs a round, once no other one runs. One round serves all calls that arrive while it waits for its turn.
+    pub(crate) async fn round(&self, round: impl Future<Output = ()>) {
+        self.again.store(true, Ordering::SeqCst);
+        let _turn = self.turn.lock().await;
+        if self.again.swap(false, Ordering::SeqCst) {
+            round.await;
+        }
+    }
+}
+
+/// What the services are made of.
+pub struct Parts {
+    /// The directories of tasks.
+    pub store: Store,
+    /// The last responses to Delete.
+    pub delete_replies: DeleteReplies,
+    /// The streams in the descriptor store.
+    pub fds: StreamFds,
+    /// Watches the cgroups of containers.
+    pub cgroups: Arc<Watch<TaskKey>>,
+    /// systemd.
+    pub manager: Arc<dyn Systemd>,
+    /// The OCI runtime.
+    pub oci: Arc<dyn OciRuntime>,
+    /// This program, which units run.
+    pub program: PathBuf,
+    /// Runs work on files that clients have named.
+    pub files: ClientFiles,
+    /// Forwards the notifications of containers to systemd.
+    pub relay: Relay,
 }
 
 /// The services that operations and supervision use.
@@ -136,47 +155,48 @@ pub struct Shim {
     pub(crate) delete_replies: DeleteReplies,
     /// The streams in the descriptor store.
     pub(crate) fds: Arc<StreamFds>,
+    /// The sessions of processes, and their loggers.
+    pub(crate) streams: Streams,
+    /// The notify sockets of containers.
+    pub(crate) notifications: Notifications,
+    /// Runs work on files that clients have named.
+    pub(crate) files: ClientFiles,
     /// systemd.
     pub(crate) manager: Arc<dyn Systemd>,
     /// The OCI runtime.
     pub(crate) oci: Arc<dyn OciRuntime>,
     /// How units run this program.
-    pub(crate) launcher: Launcher,
-    /// Forwards the notifications of containers to systemd.
-    pub(crate) relay: Relay,
+    pub(crate) launcher: Arc<Launcher>,
     /// Watches the cgroups of containers.
     pub(crate) cgroups: Arc<Watch<TaskKey>>,
     /// The references to units.
     pub(crate) references: References,
-    /// The processes whose clients' files are being opened.
-    pub(crate) files: Arc<Looking>,
 }
 
 impl Shim {
     /// Puts the services together. Tasks that owe events come out of the returned receiver. It holds each task
     /// once at most; the events are in the outboxes.
-    pub fn new(
-        store: Store,
-        delete_replies: DeleteReplies,
-        fds: StreamFds,
-        cgroups: Arc<Watch<TaskKey>>,
-        manager: Arc<dyn Systemd>,
-        oci: Arc<dyn OciRuntime>,
-        program: PathBuf,
-    ) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
+    pub fn new(parts: Parts) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
+        let Parts { store, delete_replies, fds, cgroups, manager, oci, program, files, relay } = parts;
         let (tasks, receiver) = Tasks::new(store.clone());
+        let (fds, launcher) = (Arc::new(fds), Arc::new(Launcher::new(program)));
+        let streams =
+            Streams::new(fds.clone(), files.clone(), store.clone(), manager.clone(), launcher.clone());
+        let notifications = Notifications::new(fds.clone(), store.clone(), manager.clone(), relay);
+        let references = References::default();
         let shim = Self {
             tasks,
             store,
             delete_replies,
-            fds: Arc::new(fds),
+            fds,
+            streams,
+            notifications,
+            files,
             manager,
             oci,
-            launcher: Launcher::new(program),
-            relay: Relay::new(),
+            launcher,
             cgroups,
-            references: References::default(),
-            files: Arc::new(Looking::new(Some(config::FILES_LIMIT))),
+            references,
         };
         (Arc::new(shim), receiver)
     }

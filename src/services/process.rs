@@ -7,27 +7,25 @@ use std::path::Path;
 use crate::task::{Placement, Task};
 use crate::{cgroup, config, sys};
 
-use super::{Entry, Process, Shim};
+use super::{Entry, Process};
 
-impl Shim {
-    /// Holds a process, so that its number can't become another's. One that is gone already has ended; systemd says
-    /// how.
-    pub(crate) fn hold(&self, entry: &Entry, process: &Process, pid: u32) {
-        let held = sys::pidfd_open(pid).ok();
-        // Checked after pidfd_open: if another process has the pid by now, the pidfd is dropped.
-        process.live().process = held.filter(|_| lives_in(&entry.task(), pid));
-    }
+/// Holds a process, so that its number can't become another's. One that is gone already has ended; systemd says
+/// how.
+pub(crate) fn hold(entry: &Entry, process: &Process, pid: u32) {
+    let held = sys::pidfd_open(pid).ok();
+    // Checked after pidfd_open: if another process has the pid by now, the pidfd is dropped.
+    process.live().process = held.filter(|_| lives_in(&entry.task(), pid));
+}
 
-    /// Resolves when a task's init process has ended, and what the OCI runtime does for it had its time to end as
-    /// well. Never, if the process can't be watched: whoever waits has a limit besides.
-    pub(crate) async fn init_is_gone(entry: &Entry) {
-        let held = entry.init.live().process.as_ref().and_then(|process| process.try_clone().ok());
-        let ended = async { sys::ended(held.ok_or(std::io::ErrorKind::NotFound)?).await };
-        if ended.await.is_err() {
-            std::future::pending::<()>().await;
-        }
-        tokio::time::sleep(config::AFTER_INIT_LIMIT).await;
+/// Resolves when a task's init process has ended, and what the OCI runtime does for it had its time to end as
+/// well. Never, if the process can't be watched: whoever waits has a limit besides.
+pub(crate) async fn init_is_gone(entry: &Entry) {
+    let held = entry.init.live().process.as_ref().and_then(|process| process.try_clone().ok());
+    let ended = async { sys::ended(held.ok_or(std::io::ErrorKind::NotFound)?).await };
+    if ended.await.is_err() {
+        std::future::pending::<()>().await;
     }
+    tokio::time::sleep(config::AFTER_INIT_LIMIT).await;
 }
 
 /// True if a process lives where those of the task do: its number has not become a stranger's.

@@ -11,15 +11,43 @@ use tokio::net::unix::pipe;
 use crate::config;
 use crate::launch::contract::Kind;
 use crate::oci::metadata;
-use crate::session::fds::StreamKind;
+use crate::session::fds::{StreamFds, StreamKind};
 use crate::session::{LogFiles, OpenStreams, Plan, ReopenMode, Session};
+use crate::store::Store;
 use crate::task::wiring::JournalCopy;
 use crate::unit::name;
 use crate::unit::properties::{self, UnitMetadata};
+use crate::unit::systemd::Systemd;
 
-use super::{Entry, Error, Process, Shim, blocking, waiting};
+use super::files::ClientFiles;
+use super::launcher::Launcher;
+use super::{Entry, Error, Process, blocking, waiting};
 
-impl Shim {
+/// Opens, starts, recovers and closes the sessions of processes, and starts their loggers.
+pub struct Streams {
+    /// The descriptors in the descriptor store.
+    fds: Arc<StreamFds>,
+    /// Where clients' log files are opened.
+    files: ClientFiles,
+    /// The directories of processes.
+    store: Store,
+    /// Starts loggers.
+    manager: Arc<dyn Systemd>,
+    launcher: Arc<Launcher>,
+}
+
+impl Streams {
+    /// Puts the parts together.
+    pub(super) fn new(
+        fds: Arc<StreamFds>,
+        files: ClientFiles,
+        store: Store,
+        manager: Arc<dyn Systemd>,
+        launcher: Arc<Launcher>,
+    ) -> Self {
+        Self { fds, files, store, manager, launcher }
+    }
+
     /// What the streams of a process depend on.
     ///
     /// # Errors
@@ -46,11 +74,11 @@ impl Shim {
     ///
     /// # Errors
     /// A FIFO or a file can't be opened, nobody reads, or the logger is not ready.
-    pub(crate) async fn open_streams(&self, plan: &Arc<Plan>) -> Result<OpenStreams, Error> {
+    pub(crate) async fn open(&self, plan: &Arc<Plan>) -> Result<OpenStreams, Error> {
         let mut files = LogFiles::new();
         if plan.has_log_files() {
             let this = plan.clone();
-            files = self.on_files(&plan.key, move || this.open_log_files()).await??;
+            files = self.files.run(&plan.key, move || this.open_log_files()).await??;
         }
         let (this, fds) = (plan.clone(), self.fds.clone());
         let mut opened = waiting(move || this.open(&fds, files)).await??;
@@ -76,11 +104,7 @@ impl Shim {
     ///
     /// # Errors
     /// A FIFO or a file can't be opened.
-    pub(crate) async fn reopen_streams(
-        &self,
-        plan: Arc<Plan>,
-        mode: ReopenMode,
-    ) -> Result<OpenStreams, Error> {
+    pub(crate) async fn reopen(&self, plan: Arc<Plan>, mode: ReopenMode) -> Result<OpenStreams, Error> {
         let fds = self.fds.clone();
         Ok(blocking(move || plan.reopen(&fds, mode)).await??)
     }
@@ -123,7 +147,7 @@ impl Shim {
 
     /// After a restart: the daemon's ends of the streams of a process that lives, or has left something
     /// in them.
-    pub(crate) async fn recover_streams(&self, entry: &Entry, process: &Process) {
+    pub(crate) async fn recover(&self, entry: &Entry, process: &Process) {
         let Ok(plan) = self.plan(entry, process) else {
             return;
         };
@@ -131,7 +155,7 @@ impl Shim {
         if mode == ReopenMode::Ended && !self.fds.has(plan.wiring.kept) {
             return;
         }
-        let started = match self.reopen_streams(Arc::new(plan), mode).await {
+        let started = match self.reopen(Arc::new(plan), mode).await {
             Ok(opened) => self.start_session(entry, process, opened).await,
             Err(error) => Err(error),
         };

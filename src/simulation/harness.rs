@@ -17,8 +17,8 @@ use crate::oci::criu::Checkpoint;
 use crate::oci::options;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::ops::{AddExec, CreateTask};
-use crate::services::files::Looking;
-use crate::services::{Attempt, Error, Shim};
+use crate::services::files::ClientFiles;
+use crate::services::{Attempt, Error, Parts, Shim};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::{DeleteReplies, Deleted};
@@ -224,21 +224,18 @@ impl World {
 
     fn start_daemon(&self) -> Arc<Shim> {
         let fd_store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
-        let (mut shim, mut outgoing) = Shim::new(
-            Store::new(self.root.join("state")),
-            DeleteReplies::open(&self.root.join("answers")).unwrap(),
-            StreamFds::new(fd_store, Vec::new()),
-            Watch::new(),
-            self.systemd.clone(),
-            Arc::new(self.runtime()),
-            PathBuf::from("/shim"),
-        );
-        let parts = Arc::get_mut(&mut shim).unwrap();
-        parts.files = Arc::new(Looking::new(None));
         let notify = self.notify_socket();
-        if notify.exists() {
-            parts.relay = Relay::to(&notify);
-        }
+        let (shim, mut outgoing) = Shim::new(Parts {
+            store: Store::new(self.root.join("state")),
+            delete_replies: DeleteReplies::open(&self.root.join("answers")).unwrap(),
+            fds: StreamFds::new(fd_store, Vec::new()),
+            cgroups: Watch::new(),
+            manager: self.systemd.clone(),
+            oci: Arc::new(self.runtime()),
+            program: PathBuf::from("/shim"),
+            files: ClientFiles::new(None),
+            relay: if notify.exists() { Relay::to(&notify) } else { Relay::new() },
+        });
         let (publisher, accepted) = (shim.clone(), self.accepted.clone());
         tokio::spawn(async move {
             while let Some(entry) = outgoing.recv().await {

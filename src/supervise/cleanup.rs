@@ -273,7 +273,7 @@ impl Shim {
     /// Closes what only a running exec needs, if the exec has ended.
     pub(crate) fn close_ended_exec(&self, entry: &Entry, process: &Process) {
         if process.exec().is_some() && entry.has_recorded_end(process) {
-            self.close_input(entry, process);
+            self.streams.close_input(entry, process);
             process.live().process = None;
         }
     }
@@ -325,7 +325,7 @@ impl Shim {
             }
         }
         cancel_pumps(process).await;
-        self.close_input(entry, process);
+        self.streams.close_input(entry, process);
         stored_number(entry, process).into_iter().for_each(|number| self.fds.forget_all(number));
         // Another start needs the process spec.
         let cleared = self.clear_exec_dir(process, Some(PROCESS_SPEC));

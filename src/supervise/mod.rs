@@ -4,7 +4,6 @@ pub mod cleanup;
 mod freezer;
 mod kernel;
 pub mod limits;
-pub mod notify;
 pub mod oom;
 pub mod slices;
 pub mod systemd;

@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -169,7 +168,7 @@ impl Shim {
         };
         fault::point(Point::ExitNoted);
         if process.exec().is_none() {
-            return self.close_input(entry, process);
+            return self.streams.close_input(entry, process);
         }
         process.live().attempt_ended.notify_one();
         self.after_exec(entry, process, noted);
@@ -186,24 +185,22 @@ impl Shim {
     /// References the unit of every task over the current connection to the bus, and drops the references over earlier
     /// connections. Skips a task that is being deleted: nobody would release its reference.
     ///
-    /// A task whose operation hangs delays no other task. One call serves all calls that arrive while it waits for its turn.
+    /// A task whose operation hangs delays no other task.
     pub(crate) async fn refer_to_units(self: Arc<Self>) {
-        self.references.again.store(true, Ordering::SeqCst);
-        let _one = self.references.turn.lock().await;
-        if !self.references.again.swap(false, Ordering::SeqCst) {
-            return;
-        }
-        let referred = self.tasks.registry.all().into_iter().map(|entry| {
-            let shim = self.clone();
-            async move {
-                let _verb = entry.init.verb.lock().await;
-                if shim.tasks.is_live(&entry) {
-                    shim.manager.reference(&entry.init.unit).await;
+        let round = async {
+            let referred = self.tasks.registry.all().into_iter().map(|entry| {
+                let shim = self.clone();
+                async move {
+                    let _verb = entry.init.verb.lock().await;
+                    if shim.tasks.is_live(&entry) {
+                        shim.manager.reference(&entry.init.unit).await;
+                    }
                 }
-            }
-        });
-        futures_util::future::join_all(referred).await;
-        self.manager.forget_earlier_references();
+            });
+            futures_util::future::join_all(referred).await;
+            self.manager.forget_earlier_references();
+        };
+        self.references.round(round).await;
     }
 }
 

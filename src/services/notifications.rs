@@ -11,27 +11,65 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::unix::AsyncFd;
+use tokio::task::JoinHandle;
 
 use crate::cgroup;
 use crate::config;
 use crate::path_error::io_error;
-use crate::services::{Entry, Error, Listening, Shim, blocking};
-use crate::session::fds::StreamKind;
+use crate::session::fds::{StreamFds, StreamKind};
 use crate::stdio::fifo;
+use crate::store::Store;
 use crate::unit::name;
-use crate::unit::relay::{MESSAGE_MAX, Notification, TimeExtension};
+use crate::unit::relay::{MESSAGE_MAX, Notification, Relay, TimeExtension};
+use crate::unit::systemd::Systemd;
+
+use super::{Entry, Error, blocking};
 
 /// How many messages of a container are passed on at once. After that, one more after each pause; the others wait in the
 /// socket.
 const BURST: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(50);
 
-impl Shim {
+/// The daemon reads the notify socket of a container until this is dropped, which also removes the path of the socket.
+pub(crate) struct Listening {
+    /// The path of the socket, in a mount of the container.
+    pub(crate) path: PathBuf,
+    /// The reader.
+    pub(crate) task: JoinHandle<()>,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.task.abort();
+        // Missing is fine.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Passes what containers notify on to systemd.
+#[derive(Clone)]
+pub(crate) struct Notifications {
+    /// Where the sockets are kept for the next daemon.
+    fds: Arc<StreamFds>,
+    /// Where the paths of the sockets are.
+    store: Store,
+    /// Knows how long a unit may take to stop.
+    manager: Arc<dyn Systemd>,
+    /// Sends to systemd.
+    relay: Arc<Relay>,
+}
+
+impl Notifications {
+    /// Puts the parts together.
+    pub(super) fn new(fds: Arc<StreamFds>, store: Store, manager: Arc<dyn Systemd>, relay: Relay) -> Self {
+        Self { fds, store, manager, relay: Arc::new(relay) }
+    }
+
     /// Opens the notify socket of a container that may notify, or claims the socket of an earlier daemon.
     ///
     /// # Errors
     /// The socket can't be created.
-    pub(crate) async fn listen_to_container(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
+    pub(crate) async fn listen(&self, entry: &Arc<Entry>) -> Result<(), Error> {
         let (notify, number) = {
             let task = entry.task();
             (task.notify, task.init.wiring.kept)
@@ -50,28 +88,28 @@ impl Shim {
                 socket
             }
         };
-        self.listen(entry, socket, path)
+        self.read(entry, socket, path)
     }
 
     /// After a restart: reads the notify socket of a running container again.
-    pub(crate) fn listen_again(self: &Arc<Self>, entry: &Arc<Entry>) {
+    pub(crate) fn listen_again(&self, entry: &Arc<Entry>) {
         let number = entry.task().init.wiring.kept;
         // Containers of versions without this feature have no socket.
         let Some(socket) = self.fds.claim(StreamKind::Notify, number).both.pop() else {
             return;
         };
         let path = self.store.notify_socket(&name::short_name(&entry.init.unit));
-        if let Err(error) = self.listen(entry, socket, path) {
+        if let Err(error) = self.read(entry, socket, path) {
             tracing::error!(task = %entry.key, %error, "task {}: its notifications (sd_notify) are lost: {error}", entry.key);
         }
     }
 
-    fn listen(self: &Arc<Self>, entry: &Arc<Entry>, socket: OwnedFd, path: PathBuf) -> Result<(), Error> {
+    fn read(&self, entry: &Arc<Entry>, socket: OwnedFd, path: PathBuf) -> Result<(), Error> {
         let socket = crate::sys::watch(socket).map_err(Error::Watch)?;
-        let (shim, of) = (self.clone(), Arc::downgrade(entry));
+        let (this, of) = (self.clone(), Arc::downgrade(entry));
         let init = entry.init.clone();
         let task = tokio::spawn(async move {
-            let heard = async {
+            let received = async {
                 let (mut budget, mut refilled) = (BURST, Instant::now());
                 let mut extension = TimeExtension::default();
                 loop {
@@ -80,7 +118,7 @@ impl Shim {
                         return Ok(());
                     };
                     if let Some(message) = message {
-                        shim.pass_on(&entry, &message, &mut extension).await;
+                        this.pass_on(&entry, &message, &mut extension).await;
                     }
                     let gained = refilled.elapsed().as_millis() / PAUSE.as_millis();
                     if gained > 0 {
@@ -94,9 +132,9 @@ impl Shim {
                 }
             };
             tokio::select! {
-                heard = heard => {
-                    let heard: std::io::Result<()> = heard;
-                    if let Err(error) = heard {
+                received = received => {
+                    let received: std::io::Result<()> = received;
+                    if let Err(error) = received {
                         tracing::error!(process = %init.key, %error, "{}: its notifications (sd_notify) are lost: {error}", init.key);
                     }
                 }
