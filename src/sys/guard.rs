@@ -44,7 +44,7 @@ pub fn start(cgroup: Option<BorrowedFd<'_>>, limit: Duration) -> Result<OwnedFd,
         unsafe { be_guard(parent, &limit) }
     }
     Errno::result(pid).map_err(|errno| if errno == Errno::ENOENT { Errno::ENODEV } else { errno })?;
-    // SAFETY: the kernel has opened it, and nobody else has been given its number.
+    // SAFETY: the kernel has just opened it, and no other code owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(process) })
 }
 
@@ -58,7 +58,7 @@ unsafe fn be_guard(parent: libc::pid_t, limit: &libc::timespec) -> ! {
         libc::sigprocmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
         libc::prctl(libc::PR_SET_NAME, NAME.as_ptr());
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGUSR1);
-        // Any other signal is taken and forgotten. A signal from before the prctl(2) is not missed: the parent is checked first.
+        // Other signals are ignored. A signal from before the prctl(2) is not missed: the parent is checked first.
         while libc::getppid() == parent {
             libc::sigwaitinfo(&all, std::ptr::null_mut());
         }

@@ -1,5 +1,5 @@
-//! Descriptors of processes, sockets and terminals, by calls that nix lacks; the only `unsafe` of the project is
-//! for what rustix lacks too.
+//! System calls on descriptors of processes, sockets and terminals that nix does not have. Where rustix does not have
+//! them either, this module has the only `unsafe` of the project.
 
 pub mod bounded;
 pub mod child;
@@ -34,8 +34,8 @@ pub fn take_systemd_fds() -> Result<Vec<(String, OwnedFd)>, libsystemd::errors::
     }
     let received = libsystemd::activation::receive_descriptors_with_names(true)?;
     let own = |(fd, name): (libsystemd::activation::FileDescriptor, String)| {
-        // SAFETY: systemd opened the descriptor for this process (LISTEN_PID was checked), nobody
-        // else has been given it, and the environment that announced it is gone.
+        // SAFETY: systemd opened the descriptor for this process (LISTEN_PID was checked), no other
+        // code owns it, and the environment that announced it has been removed.
         (name, unsafe { OwnedFd::from_raw_fd(fd.into_raw_fd()) })
     };
     Ok(received.into_iter().map(own).collect())
@@ -49,7 +49,7 @@ pub fn pidfd_open(pid: u32) -> Result<OwnedFd, Errno> {
     rustix::process::pidfd_open(process(pid)?, PidfdFlags::empty()).map_err(errno)
 }
 
-/// A process id for rustix; `ESRCH` for a number that is none.
+/// Converts a process id for rustix. `ESRCH` for a number that can't be a process id.
 fn process(pid: u32) -> Result<Pid, Errno> {
     i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(Errno::ESRCH)
 }
@@ -58,8 +58,8 @@ fn errno(error: rustix::io::Errno) -> Errno {
     Errno::from_raw(error.raw_os_error())
 }
 
-/// A signal to a process by its descriptor (pidfd_send_signal(2)), also a real-time one, which rustix has no
-/// safe value for.
+/// Sends a signal to a process by its descriptor (pidfd_send_signal(2)). Real-time signals work, too: rustix has no safe
+/// value for them.
 ///
 /// # Errors
 /// `ESRCH`: the process has ended. `EINVAL`: no such signal.
@@ -71,8 +71,8 @@ pub fn pidfd_send_signal(process: &impl AsFd, signal: u32) -> Result<(), Errno> 
     Errno::result(result).map(drop)
 }
 
-/// How a child of this process has ended, if it has: `si_code` and `si_status` of waitid(2). The
-/// child stays a zombie, for its next parent to find.
+/// The wait status of a child of this process, if the child has ended: `si_code` and `si_status` of waitid(2). The
+/// child stays a zombie, which its next parent can wait for.
 ///
 /// Not nix's waitid: that fails for a child that was killed by a real-time signal.
 ///
@@ -87,12 +87,12 @@ pub fn peek_exit(pid: u32) -> Result<Option<(i32, i32)>, Errno> {
     }))
 }
 
-/// Ends this process by a signal that ends processes, without a core dump; returns if it does not.
+/// Ends this process by a signal, without a core dump. Returns if the signal does not end it.
 pub fn die_by(signal: i32) {
-    // What can't be done here shows in the caller still being alive.
+    // If a call fails, this process survives, and the caller continues.
     let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
-    // SAFETY: gives a signal its default action back and sends it to this thread; no handler of ours
-    // is involved, and no memory but the kernel's.
+    // SAFETY: restores the default action of a signal and sends it to this thread. No handler of ours
+    // runs, and no memory but the kernel's changes.
     unsafe {
         libc::signal(signal, libc::SIG_DFL);
         libc::raise(signal);
@@ -107,7 +107,7 @@ pub async fn ended(process: OwnedFd) -> std::io::Result<()> {
     watch(process)?.readable().await.map(drop)
 }
 
-/// Resolves when a child of this process has ended, and takes its exit.
+/// Resolves when a child of this process has ended, and reaps it.
 ///
 /// # Errors
 /// The kernel can't watch it.
@@ -117,7 +117,7 @@ pub async fn reaped(child: &OwnedFd) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Has the async runtime watch a descriptor. It should be set not to block.
+/// Registers a descriptor with the async runtime. The descriptor should be in non-blocking mode.
 ///
 /// # Errors
 /// The kernel can't watch it (a regular file).
@@ -125,13 +125,13 @@ pub fn watch(fd: impl Into<OwnedFd>) -> std::io::Result<AsyncFd<OwnedFd>> {
     watch_as_it_is(fd.into())
 }
 
-/// As [`watch`], for what owns a descriptor and can do more with it.
+/// As [`watch`], for a type that owns a descriptor, such as a listener.
 ///
 /// # Errors
 /// As [`watch`].
 pub fn watch_as_it_is<T: AsRawFd + Into<OwnedFd>>(fd: T) -> std::io::Result<AsyncFd<T>> {
-    // SAFETY: the descriptor is owned by what is returned, so it stays open for as long as it is
-    // registered, and no number of another takes its place.
+    // SAFETY: the returned value owns the descriptor, so it stays open for as long as it is
+    // registered, and its number is not reused.
     Ok(unsafe { AsyncFd::register(fd) }?)
 }
 
@@ -150,7 +150,7 @@ const IMMUTABLE: libc::c_int = 0x10;
 /// Makes a file immutable: neither its content nor its inode can be changed.
 ///
 /// # Errors
-/// The file system does not know of it (memfds since Linux 6.0), or this process may not.
+/// The file system does not support it (memfds do since Linux 6.0), or this process is not allowed to.
 pub fn set_immutable(file: &impl AsFd) -> Result<(), Errno> {
     set_flags(file, IMMUTABLE)
 }
@@ -166,10 +166,10 @@ pub fn set_flags(file: &impl AsFd, flags: libc::c_int) -> Result<(), Errno> {
         .map(drop)
 }
 
-/// A file is immutable.
+/// True if a file is immutable.
 ///
 /// # Errors
-/// The file system does not know of it.
+/// The file system does not support it.
 pub fn is_immutable(file: &impl AsFd) -> Result<bool, Errno> {
     let mut flags: libc::c_int = 0;
     // SAFETY: the descriptor is open for as long as it is borrowed; the kernel writes an int to `flags`.
@@ -205,29 +205,29 @@ pub fn send_as(socket: &impl AsFd, text: &str, process: u32) -> std::io::Result<
     Ok(())
 }
 
-/// Puts descriptors at 3, 4, 5, …, where a program that is about to be run expects them.
+/// Moves descriptors to the numbers 3, 4, 5, …, where the program that runs next expects them.
 ///
 /// # Errors
 /// A descriptor can't be moved; the process should end then.
 pub fn place_from_three(fds: Vec<OwnedFd>) -> Result<(), Errno> {
     const FIRST: RawFd = 3;
     let count = RawFd::try_from(fds.len()).map_err(|_| Errno::EMFILE)?;
-    // Out of the way first, so that no target number is a source that comes later.
+    // First to high numbers, so that no target is the number of a later source.
     let mut above = Vec::new();
     for fd in &fds {
         above.push(rustix::io::fcntl_dupfd_cloexec(fd, FIRST + count).map_err(errno)?);
     }
     drop(fds);
     for (number, fd) in (FIRST..).zip(&above) {
-        // SAFETY: `fd` is open; whatever had `number` is closed, which is what is asked for: the
-        // caller runs another program next, and keeps no descriptor of its own but 0, 1 and 2.
+        // SAFETY: `fd` is open. A descriptor that had `number` is closed, as intended: the caller
+        // runs another program next, and keeps no descriptor of its own but 0, 1 and 2.
         Errno::result(unsafe { libc::dup2(fd.as_raw_fd(), number) })?;
     }
     Ok(())
 }
 
-/// How many bytes that were sent on a Unix socket the other side has not read, counted with the
-/// kernel's own overhead (unix(7), `SIOCOUTQ`).
+/// The number of sent bytes on a Unix socket that the peer has not read, including the kernel's overhead (unix(7),
+/// `SIOCOUTQ`).
 ///
 /// # Errors
 /// It is no socket.
@@ -238,8 +238,8 @@ pub fn unread_by_peer(socket: &impl AsFd) -> Result<usize, Errno> {
     usize::try_from(bytes).map_err(|_| Errno::EINVAL)
 }
 
-/// The peek offset of a socket: how many bytes at its front have been looked at and not taken; nothing
-/// while that is not counted (socket(7), `SO_PEEK_OFF`).
+/// The peek offset of a socket: the number of bytes that were peeked at and not removed. `None` if the socket does not
+/// count them (socket(7), `SO_PEEK_OFF`).
 ///
 /// # Errors
 /// It is no socket.
@@ -255,10 +255,10 @@ pub fn peek_offset(socket: &impl AsFd) -> Result<Option<usize>, Errno> {
     Ok(usize::try_from(value).ok())
 }
 
-/// Has the kernel count from now on how many bytes have been looked at and not taken: none so far.
+/// Sets the peek offset of a socket to 0. From now on, the kernel counts the bytes that are peeked at and not removed.
 ///
 /// # Errors
-/// The socket does not count.
+/// The socket does not support it.
 pub fn count_peeked(socket: &impl AsFd) -> Result<(), Errno> {
     let value: libc::c_int = 0;
     let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(|_| Errno::EINVAL)?;

@@ -1,7 +1,7 @@
 //! Receiving control messages from Unix sockets (unix(7)), whatever the other side sends.
 //!
-//! Not with nix: it reports an error where control messages were cut off, and leaves the descriptors open that
-//! the kernel had made by then.
+//! nix is not used: where control messages were cut off, it reports an error and leaves the descriptors open that the
+//! kernel had made by then.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
@@ -10,16 +10,16 @@ use nix::libc;
 
 /// Room for more descriptors than any message of ours has.
 const MANY_SPACE: usize = space(16 * size_of::<RawFd>());
-/// Room for the sender, and for nothing else.
+/// Room for the sender only.
 const SENDER_SPACE: usize = space(size_of::<libc::ucred>());
 
 const fn space(length: usize) -> usize {
-    // SAFETY: computes a number from a number that is small.
+    // SAFETY: only computes a small number.
     unsafe { libc::CMSG_SPACE(length as libc::c_uint) as usize }
 }
 
 /// Receives a datagram from a socket with `SO_PASSCRED`. Returns its length, which is larger than
-/// `data` if that was too small, and the sending process, if that has a number here.
+/// `data` if that was too small, and the sending process, if it has a pid in this pid namespace.
 ///
 /// There is room for the sender only: the kernel closes descriptors that come with the datagram, without
 /// giving them to this process.
@@ -32,8 +32,8 @@ pub fn receive_from_process(socket: &impl AsFd, data: &mut [u8]) -> Result<(usiz
     Ok((received.length, sender))
 }
 
-/// Looks at the next message of a Unix socket without waiting for one and without taking it off the socket. Returns
-/// its text and copies of the descriptors in it, of which there may be sixteen.
+/// Peeks at the next message of a Unix socket without waiting. Returns its text and copies of its descriptors, at most
+/// sixteen.
 ///
 /// # Errors
 /// `EAGAIN`: there is no message. `EMFILE`: this process has no room for all descriptors. Other errors: the socket
@@ -48,7 +48,7 @@ pub fn peek_fds(socket: &impl AsFd) -> Result<(String, Vec<OwnedFd>), Errno> {
     Ok((String::from_utf8_lossy(text).into_owned(), received.fds))
 }
 
-/// Takes one message off a Unix socket without waiting for one, and closes what came with it.
+/// Removes one message from a Unix socket without waiting, and closes its descriptors.
 ///
 /// # Errors
 /// `EAGAIN`: there is no message. Other errors: the socket can't be read.
@@ -60,7 +60,7 @@ pub fn discard_message(socket: &impl AsFd) -> Result<(), Errno> {
 /// Memory for control messages.
 #[repr(C)]
 struct Control<const N: usize> {
-    /// Aligns what follows.
+    /// Aligns the fields after it.
     _header: [libc::cmsghdr; 0],
     bytes: [u8; N],
 }
@@ -94,14 +94,14 @@ fn receive<const N: usize>(
     header.msg_control = control.bytes.as_mut_ptr().cast();
     header.msg_controllen = N as _;
     let flags = flags | libc::MSG_CMSG_CLOEXEC | libc::MSG_TRUNC;
-    // SAFETY: the header points to memory of ours, with its length, that outlives the call.
+    // SAFETY: the header points to memory of this function, with its length, that outlives the call.
     let length = Errno::result(unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &mut header, flags) })?;
     let mut received =
         Received { length: usize::try_from(length).unwrap_or_default(), ..Received::default() };
     received.is_cut_off = header.msg_flags & libc::MSG_CTRUNC != 0;
     // SAFETY: the kernel has filled in the control messages and their length.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&header) };
-    // SAFETY: what the macros return is a header within `control`, or null.
+    // SAFETY: the macros return a header within `control`, or null.
     while let Some(message) = unsafe { next.as_ref() } {
         // SAFETY: `message` is a header within `control`.
         let (start, data) = unsafe { (libc::CMSG_LEN(0) as usize, libc::CMSG_DATA(message)) };
@@ -110,14 +110,14 @@ fn receive<const N: usize>(
             (libc::SOL_SOCKET, libc::SCM_RIGHTS) => {
                 for i in 0..length / size_of::<RawFd>() {
                     // SAFETY: the message holds `length` bytes. The kernel has just put this descriptor into
-                    // our table, and nobody else knows it.
+                    // our table, and no other code owns it.
                     received
                         .fds
                         .push(unsafe { OwnedFd::from_raw_fd(data.cast::<RawFd>().add(i).read_unaligned()) });
                 }
             }
             (libc::SOL_SOCKET, libc::SCM_CREDENTIALS) if length >= size_of::<libc::ucred>() => {
-                // SAFETY: the message holds as many bytes as are read.
+                // SAFETY: the message has as many bytes as are read.
                 received.sender = Some(unsafe { data.cast::<libc::ucred>().read_unaligned() }.pid);
             }
             _ => {}

@@ -1,4 +1,4 @@
-//! Trees of processes: who descends from whom, and the end of all of them.
+//! Trees of processes: finds and kills all descendants of a process.
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,9 +16,9 @@ const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 struct Stat {
     pid: u32,
     parent: u32,
-    /// It has ended, and its parent has not asked for it.
+    /// It has ended, and its parent has not reaped it.
     is_dead: bool,
-    /// When it started, in ticks since the boot: with the pid it names one process for ever.
+    /// When it started, in ticks since the boot. Together with the pid this identifies a process.
     started: u64,
 }
 
@@ -69,7 +69,7 @@ fn descendants(root: u32, all: &[Stat]) -> Vec<Stat> {
     let mut found = Vec::new();
     let mut parents = vec![root];
     while let Some(parent) = parents.pop() {
-        // Each is taken out: what was read while processes came and went might have a circle.
+        // Each process is taken out of the map: what is read while processes come and go may contain a circle.
         for child in children.remove(&parent).unwrap_or_default() {
             parents.push(child.pid);
             found.push(child);
@@ -79,7 +79,7 @@ fn descendants(root: u32, all: &[Stat]) -> Vec<Stat> {
     found
 }
 
-/// Kills a process of this one's, and all that descends from it. What has cut itself off (a daemon that a hook has
+/// Kills a child of this process and all its descendants. A process that has detached itself (a daemon that a hook has
 /// started) is not found.
 pub fn kill(root: u32) {
     let all = all();
@@ -115,8 +115,8 @@ fn pipes(pid: u32, access: u32) -> Vec<String> {
     entries.filter_map(pipe).collect()
 }
 
-/// Kills all descendants of this process, and waits until they have ended. With a subreaper for this process nothing
-/// cuts itself off. False if some have not ended in time: in uninterruptible sleep, say.
+/// Kills all descendants of this process, and waits until they have ended. If this process is a
+/// subreaper, none can detach itself. False if some have not ended in time, for example in uninterruptible sleep.
 pub fn kill_own_descendants(limit: Duration) -> bool {
     let end = Instant::now() + limit;
     loop {
@@ -128,7 +128,7 @@ pub fn kill_own_descendants(limit: Duration) -> bool {
         for process in &ending {
             let left = end.saturating_duration_since(Instant::now());
             let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            // An interruption only makes for another look.
+            // After an interruption, the loop looks again.
             let _ = poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], left);
         }
         if Instant::now() >= end {

@@ -1,9 +1,9 @@
 //! Two runtimes side by side, through the guest's real containerd and in strict alternation: what
 //! containers, execs and terminals cost in time, how fast output flows, what is left in memory, what
-//! statistics cost, and what a call of our binary does. And one daemon beside itself: what it costs that
+//! statistics cost, and what a call of our binary does. And one daemon in two configurations: what it costs that
 //! nothing is lost when it ends.
 //!
-//! `cargo bench --bench side_by_side -- --help` tells the arguments. Runs as root in the testbed.
+//! `cargo bench --bench side_by_side -- --help` lists the arguments. Runs as root in the testbed.
 
 #[path = "../common/mod.rs"]
 mod common;

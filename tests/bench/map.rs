@@ -35,7 +35,7 @@ const UNIT_TIME: Duration = Duration::from_millis(100);
 const WHOLE: &str = "all processes";
 const REST: &str = "programs that end, the container, this client";
 const SWITCHES: &str = "context switches of lasting processes";
-/// Lasting processes beside PID 1, by the name that the kernel shows.
+/// Long-running processes other than PID 1, by the name that the kernel shows.
 const LASTING: [(&str, &[&str]); 3] = [
     ("D-Bus", &["dbus-daemon", "dbus-broker"]),
     ("journald", &["systemd-journal"]),

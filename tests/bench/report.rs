@@ -64,7 +64,7 @@ impl Ratios {
 /// Below this the clock and the scheduler are measured.
 const COMPARABLE_MS: f64 = 0.1;
 
-/// What the first side is to be, beside the second.
+/// The target of the first side, relative to the second.
 #[derive(Clone, Copy)]
 pub enum Target {
     AtMost(f64),
@@ -146,7 +146,7 @@ impl Line {
         Line { is_comparable: spreads[1].median >= COMPARABLE_MS, ratios, ..line }
     }
 
-    /// Numbers of any unit, which the name tells.
+    /// Numbers of any unit. The name says which.
     pub fn of_numbers(name: &str, samples: [&Vec<f64>; 2]) -> Line {
         let spreads = samples.map(|samples| Spread::of(samples));
         let ratios = Ratios::of(samples.map(Vec::as_slice));
@@ -286,7 +286,7 @@ impl Part {
         Part::new("memory kept", lines)
     }
 
-    /// One daemon beside itself.
+    /// One daemon in two configurations.
     pub fn of_journal(costs: &[Costs; 2]) -> Part {
         let [ours, other] = costs;
         let rounds = costs.each_ref().map(|costs| costs.totals.chunks(journal::CONTAINERS));

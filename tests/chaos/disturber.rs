@@ -64,7 +64,7 @@ fn disturb(next: Disturbance, node: &Node, shared: &Shared) {
         Disturbance::Containerd => shared.containerd.disturb(node),
         _ => {
             if let Err(error) = next.happen() {
-                // systemd has its own limits; what counts is what becomes of the containers.
+                // systemd has its own limits. The test checks what happens to the containers.
                 println!("systemd did not {}: {}", next.name(), error.trim());
             }
         }

@@ -405,8 +405,8 @@ fn add_missing_plugins() {
 /// Gives containerd a configuration with the runtime under test, unless it has that already. Returns whether it
 /// restarted.
 fn configure(node: &Node) -> bool {
-    // The plugin gives every pod CPU shares, unless it is told to leave cgroups alone, and a score for the OOM killer that
-    // root in nspawn may not set.
+    // The plugin gives every pod CPU shares, unless its configuration turns cgroups off, and a score for the OOM killer
+    // that root in nspawn may not set.
     let without_cgroups = Need::Controllers.missing().is_some();
     let plugin = "plugins.\"io.containerd.grpc.v1.cri\"";
     let runtime = &node.runtime;

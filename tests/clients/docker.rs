@@ -30,7 +30,7 @@ const LIMIT: &str = "120";
 pub struct Settings {
     /// The runtime under test is also the default one.
     pub by_default: bool,
-    /// Containers go on while Docker's daemon is away.
+    /// Containers continue while Docker's daemon is down.
     pub live_restore: bool,
 }
 

@@ -45,7 +45,7 @@ struct ById {
 }
 
 fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<i32> {
-    // SAFETY: the kernel reads and writes no more than the size that it is told, and the attributes live that long.
+    // SAFETY: the kernel reads and writes no more than the size in the call, and the attributes live that long.
     let result = unsafe {
         libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>() as libc::c_uint)
     };

@@ -128,7 +128,7 @@ impl Watch {
     }
 }
 
-/// The name of a program. That of the OCI runtime's sealed copy is `memfd:runc`.
+/// The name of a program. The sealed copy of the OCI runtime is called `memfd:runc`.
 fn name_of(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     name.trim_end_matches(" (deleted)").to_string()

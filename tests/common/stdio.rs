@@ -107,7 +107,7 @@ impl Fifos {
     }
 }
 
-/// Holds up a script in a container until the test lets it go on: a FIFO that the script reads.
+/// Blocks a script in a container until the test releases it: a FIFO that the script reads.
 pub struct Gate {
     scratch: Scratch,
 }
@@ -127,7 +127,7 @@ impl Gate {
         spec.bind(self.scratch.as_str(), "/gate", &["ro"])
     }
 
-    /// Lets one process go on, once it waits.
+    /// Releases one process, once it waits.
     pub fn open(&self) {
         feed(&open_to_write(self.scratch.join("fifo")).file(), b"go\n");
     }

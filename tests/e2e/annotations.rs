@@ -1,5 +1,5 @@
 //! Properties of a container's unit that a client or an administrator asks for, and the devices that the spec
-//! allows: what `systemctl show` tells of them, and what becomes of those that can't be had.
+//! allows: what `systemctl show` shows of them, and how impossible ones are refused.
 
 use std::collections::HashMap;
 use std::fs;

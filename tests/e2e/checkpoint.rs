@@ -21,7 +21,7 @@ use crate::common::task::{Io, SIGKILL, SIGTERM, assert_refused};
 use crate::common::{cgroup, daemon, process, systemd, wait};
 use crate::crash_points::REQUEST;
 
-/// Counts, and ends with the count when it is told to.
+/// Counts, and exits with the count on a signal.
 const COUNTING: &str = "i=0; trap 'exit 7' TERM; while :; do i=$((i+1)); echo $i; sleep 0.1; done";
 
 const OCI_OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
@@ -89,7 +89,7 @@ fn a_task_continues_after_its_checkpoint_and_is_restored_twice() {
     assert_eq!(systemd::property(&unit, "FreezerState"), "frozen");
     original.resume().expect("resume");
     let before = last(&stdout.until(|bytes| bytes.ends_with(b"\n")));
-    assert!(last(&stdout.until(|bytes| bytes.len() > 20)) > before, "the original goes on");
+    assert!(last(&stdout.until(|bytes| bytes.len() > 20)) > before, "the original continues");
 
     for name in ["first", "second"] {
         let fifos = Fifos::new("restored");
@@ -188,7 +188,7 @@ fn a_checkpoint_that_fails_names_the_log_of_criu_and_the_task_continues() {
     assert!(log.ends_with("/criu-dump.log") && reason.contains("criu"), "{reason}");
     assert!(fs::read_to_string(&log).expect("the log is there").contains("Error"), "{reason}");
     let before = last(&stdout.until(|bytes| bytes.ends_with(b"\n")));
-    assert!(last(&stdout.until(|bytes| bytes.len() > 20)) > before, "the task goes on");
+    assert!(last(&stdout.until(|bytes| bytes.len() > 20)) > before, "the task continues");
     let state = format!("/run/containerd-shim-systemd-v1/default/{}", container.id);
     assert!(!Path::new(&state).join("criu-dump").exists(), "criu's work directory is removed");
 

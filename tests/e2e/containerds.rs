@@ -1,5 +1,5 @@
-//! Two containerds on one machine, as with Docker's or k3s's own beside the system's: one daemon of ours
-//! serves both, and each hears of its own tasks.
+//! Two containerds on one machine, such as the system's and Docker's or k3s's own: one daemon of ours
+//! serves both, and each gets the events of its own tasks.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -22,7 +22,7 @@ const SOCKET: &str = "/run/e2e-containerd/containerd.sock";
 /// On the file system of the first one: overlays don't go everywhere.
 const ROOT: &str = "/var/lib/containerd/e2e-second";
 
-/// A containerd beside the system's, gone with all it has on drop.
+/// A second containerd, which is removed with all that it has on drop.
 struct Second {
     process: Child,
 }

@@ -174,7 +174,7 @@ fn delete_cleans_up_a_task_that_is_alive() {
         wait::until_true("its process is gone", || !process::exists(pid));
         wait::until_true("its unit is gone", || systemd::list_units(&unit).is_empty());
     }
-    // containerd may have heard of the exit or find nothing: both are an end.
+    // containerd may have the exit already, or find no task: both are fine.
     let _ = container.kill(SIGKILL);
 }
 

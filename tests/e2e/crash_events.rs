@@ -82,7 +82,7 @@ fn events_of_a_daemon_that_died_while_containerd_was_down_are_not_lost() {
     assert_eq!(container.exit_status(), 137);
     assert_eq!(container.delete().expect("delete").exit_status, 137);
     let mut audit = Audit::default();
-    wait::until_true("the delete is told", || {
+    wait::until_true("the delete is published", || {
         while let Some(event) = events.next(NAMESPACE, Duration::ZERO).expect("containerd is there") {
             audit.add(event);
         }

@@ -17,10 +17,10 @@ use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::{Io, Process, Waiting};
 use crate::common::{daemon, process, wait};
 
-/// Ends with 5 when it is told to, and with 0.
+/// Exits with 5 on a signal, and otherwise with 0.
 const FIVE: &str = "trap 'exit 5' TERM; echo ready; sleep 100000 >/dev/null 2>&1 & wait";
 const ZERO: &str = "trap 'exit 0' TERM; echo ready; sleep 100000 >/dev/null 2>&1 & wait";
-/// Takes a signal as it comes. As PID 1 of a namespace it would not hear of SIGTERM at all.
+/// Has the default action for signals. PID 1 of a pid namespace would ignore SIGTERM.
 const NONE: &str = "echo ready; exec sleep 100000";
 
 /// What ends it.
@@ -156,7 +156,7 @@ fn check(while_away: impl FnOnce(&mut dyn FnMut())) {
     for (container, id, status) in &expected {
         let all: Vec<u32> =
             told.iter().filter(|exit| (&exit.0, &exit.1) == (container, id)).map(|exit| exit.2).collect();
-        assert!(all.iter().all(|told| told == status), "{id} ended with {status}, told was {all:?}");
+        assert!(all.iter().all(|told| told == status), "{id} ended with {status}, reported was {all:?}");
     }
 }
 

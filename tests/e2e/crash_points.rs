@@ -140,7 +140,7 @@ fn the_daemon_may_end_at_every_point() {
     let _build = WithFaults::install();
     let points = shim::points();
     assert!(points.len() > 20, "{points:?}");
-    // Those of criu are in `checkpoint`.
+    // The points of a checkpoint are in `checkpoint`.
     let points: Vec<_> = points.into_iter().filter(|point| !checkpoint::is_point(point)).collect();
     for streams in [Streams::Fifos, Streams::None, Streams::Terminal] {
         live(&node, &Armed { point: "none", at: Moment::Create }, streams);

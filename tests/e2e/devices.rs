@@ -9,7 +9,7 @@ use crate::common::task::Io;
 use crate::common::{bpf, cgroup, process, systemd};
 use crate::options::GenericOptions;
 
-/// A container that no device is allowed to, beside the usual ones; the runtime has these options.
+/// A container that may use the usual devices only; the runtime has these options.
 fn container<'n>(node: &'n Node, options: &str) -> Container<'n> {
     let rules = json!({"devices": [{"allow": false, "access": "rwm"}]});
     let spec = Spec::sleeping().resources(rules);

@@ -1,4 +1,4 @@
-//! What a client hears of a task: each event once, in order, with the right fields.
+//! The events of a task: each of them once, in order, with the right fields.
 
 use crate::common::container::Container;
 use crate::common::events::{Event, Events};
@@ -12,7 +12,7 @@ fn last(node: &Node) -> &'static str {
     if node.runtime == OUR_RUNTIME { "delete" } else { "exit" }
 }
 
-/// Those of the names that come up to the last event.
+/// The names of the events up to the last one.
 fn up_to_last(node: &Node, names: &[&str]) -> Vec<String> {
     let end = names.iter().position(|name| *name == last(node)).expect("the last event is among the names");
     names[..=end].iter().map(|name| name.to_string()).collect()

@@ -1,4 +1,4 @@
-//! Exit codes of execs, many and fast: each is right and nothing stays. And what becomes of execs whose
+//! Exit codes of execs, many and fast: each is right and nothing stays. And what happens to execs whose
 //! init dies.
 
 use std::thread;
@@ -28,7 +28,7 @@ fn execs() -> usize {
     number("E2E_EXECS", 1000, 100)
 }
 
-/// Runs one of [`SHORT`] or a command that is not there, and asserts that its end is told as it was.
+/// Runs one of [`SHORT`] or a command that is not there, and asserts that the right exit is reported.
 fn run_short(container: &Container, round: usize) {
     let Some((args, status)) = SHORT.get(round % (SHORT.len() + 1)) else {
         let exec = container.exec(Spec::new(&["/no/such/command"])).added(&Io::default());

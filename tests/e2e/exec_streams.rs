@@ -67,7 +67,7 @@ fn a_reader_that_stops_delays_only_its_own_stream() {
             "five execs took {flooded:?}, {quiet:?} before"
         );
     }
-    // It goes on when the reader does, and can be ended when it does not.
+    // It continues when the reader does, and can be killed when the reader does not.
     let mut count = 0;
     client.stdout.each(|piece| {
         count += piece.len();
@@ -318,7 +318,7 @@ fn clients_that_never_open_their_fifos_delay_no_other_client() {
         for exec in &execs {
             let begun = begun.clone();
             scope.spawn(move || {
-                begun.send(()).expect("tell that a start begins");
+                begun.send(()).expect("report that a start begins");
                 // No client reads: the start fails after its limit.
                 exec.start().expect_err("nobody has opened the FIFO");
             });

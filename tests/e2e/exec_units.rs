@@ -1,4 +1,4 @@
-//! An exec is a unit beside its container's: what systemd shows of it, and what it does to it.
+//! Each exec has a unit: what systemd shows of it, and what systemctl does to it.
 
 use std::thread;
 
@@ -148,7 +148,7 @@ fn systemctl_stop_of_the_container_ends_its_execs() {
     for spec in [Spec::sleeping(), Spec::sleeping().in_host_namespace("pid")] {
         let container = node.container("stop", spec).started(&Io::default());
         let exec = container.exec(Spec::sleeping()).started(&Io::default());
-        // PID 1 of a pid namespace does not hear SIGTERM: this is not about how long that takes.
+        // PID 1 of a pid namespace ignores SIGTERM. This test is not about the time until SIGKILL.
         process::succeed("systemctl", &["kill", "--signal=KILL", &systemd::unit_of(&container)]);
         process::succeed("systemctl", &["stop", &systemd::unit_of(&container)]);
         container.wait().expect("wait for init");

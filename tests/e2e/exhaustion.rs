@@ -1,5 +1,5 @@
-//! No room for records, or none that can be written: what has happened is reported at once, and is in the record
-//! as soon as that is possible. No room for threads: calls succeed or are refused, and succeed again once there is room.
+//! A full disk, or one that can't be written: what has happened is reported at once, and is in the record as soon as that
+//! is possible. No room for threads: calls succeed or are refused, and succeed again once there is room.
 
 use std::fs::{self, File};
 use std::io::Write;

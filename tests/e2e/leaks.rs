@@ -26,17 +26,17 @@ type Step = fn(&Node);
 /// Something that an exec does, to its delete.
 type ExecStep = fn(&Container);
 
-/// Create, start, exit, delete, `E2E_CYCLES` times unless told otherwise.
+/// How often a container is created, started, ended and deleted.
 fn cycles() -> u32 {
     std::env::var("E2E_CYCLES").ok().and_then(|cycles| cycles.parse().ok()).unwrap_or(200)
 }
 
-/// How often something is done that has several ways to go.
+/// How often operations are repeated that have several variants.
 fn repeats() -> u32 {
     (cycles() / 20).max(3)
 }
 
-/// The daemon's memory before something is done many times; nothing with the stock shim, which has no daemon.
+/// The daemon's memory before a test. `None` with the stock shim, which has no daemon.
 struct Memory(Option<u64>);
 
 impl Memory {
@@ -305,5 +305,5 @@ fn leftovers_of_a_failed_create_are_removed_later() {
         }
         wait::until_true("the record is gone", || !record.exists());
     }
-    leaks::assert_none("a create that could not be taken back", &before);
+    leaks::assert_none("a create that could not be rolled back", &before);
 }

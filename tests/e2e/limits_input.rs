@@ -1,4 +1,4 @@
-//! Limits and slices that can't be had: each gets the right code and a text that names what is wrong, and
+//! Impossible limits and slices: each gets the right code and a text that names what is wrong, and
 //! leaves nothing behind. What runc takes is taken.
 
 use serde_json::{Value, json};

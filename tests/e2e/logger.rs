@@ -11,7 +11,7 @@ use crate::common::stdio::{Gate, Scratch};
 use crate::common::task::Io;
 use crate::common::{daemon, systemd, wait};
 
-/// A logger that writes what it gets beside itself.
+/// A logger that writes what it gets into its own directory.
 pub struct Logger {
     pub scratch: Scratch,
 }

@@ -101,7 +101,7 @@ fn a_healthy_machine_has_nothing_to_do() {
     let container = node.container("healthy", Spec::sleeping()).started(&Io::default());
     let outcome = doctor();
     assert_eq!((outcome.code, faults(&outcome)), (Some(0), Vec::new()));
-    // Others may look too, and are told what they may not see.
+    // Other users may look, too, and get a message about what they may not see.
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", PROGRAM, "doctor", "--json"];
     let outcome = process::run("setpriv", &nobody);
     assert_eq!(outcome.code, Some(0), "{outcome:?}");

@@ -1,4 +1,4 @@
-//! A container that may tell systemd of itself: what it says is in `systemctl status`.
+//! A container that may notify systemd: its status is in `systemctl status`.
 
 use std::time::{Duration, Instant};
 
@@ -87,7 +87,7 @@ fn an_annotation_other_than_true_or_false_is_refused() {
     assert!(error.message().contains(NOTIFY) && error.message().contains("maybe"), "{error}");
 }
 
-/// With the host's programs, and a root of its own: what it tells systemd goes through its own socket.
+/// With the host's programs, and a root of its own: its notifications go through its own socket.
 fn with_programs(script: &str) -> Spec {
     let spec = Spec::sh(script).annotation(NOTIFY, "true");
     [("/usr", "/usr"), ("/usr/lib", "/lib"), ("/usr/lib64", "/lib64")]
@@ -118,7 +118,7 @@ fn a_container_can_notify_only_for_its_own_unit() {
     let node = Node::shared();
     let victim = Victim::start();
     let pid = systemd::main_pid(&victim.0);
-    // Each of them waits until it is heard (BARRIER=1).
+    // Each of them waits until it has been read (BARRIER=1).
     let script = format!(
         "cd /usr/bin; ./systemd-notify MAINPID={pid}; ./systemd-notify WATCHDOG=trigger STATUS=attacked; \
          ./systemd-notify --status='still here'; sleep 100000"

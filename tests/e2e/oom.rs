@@ -1,4 +1,4 @@
-//! Out of memory: clients and administrators hear of it, once for each process that is killed.
+//! Out of memory: clients get an event for each process that is killed, and administrators a line in the journal.
 
 use serde_json::json;
 
@@ -41,7 +41,7 @@ fn a_child_that_is_killed_leaves_the_container_running() {
         node.container("child", small(&format!("{EAT}; {EAT}; sleep 100000 & wait"))).started(&Io::default());
     assert_eq!(events.names_up_to(&container, "oom"), ["create", "start", "oom"]);
     assert_eq!(events.names_up_to(&container, "oom"), ["oom"]);
-    wait::until_true("it goes on", || container.pids().is_ok_and(|pids| pids.len() == 2));
+    wait::until_true("it continues", || container.pids().is_ok_and(|pids| pids.len() == 2));
     container.kill(SIGKILL).expect("kill");
     assert_eq!(container.exit_status(), 137);
     assert_eq!(events.names_up_to(&container, "exit"), ["exit"], "that was no lack of memory");

@@ -132,7 +132,7 @@ fn io_uid_and_io_gid_own_the_containers_stdio() {
     let node = Node::shared();
     let fifos = crate::common::stdio::Fifos::new("io-uid");
     let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
-    // runc gives stdio to the container's user, whoever owns it, but leaves the group alone.
+    // runc gives stdio to the container's user, whoever owns it, but does not change the group.
     let options = runc_options(|options| {
         options.io_uid = 1000;
         options.io_gid = 2000;

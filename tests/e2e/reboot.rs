@@ -19,7 +19,7 @@ fn before_the_reboot_containers_are_left_running() {
     let node = Node::exclusive();
     fs::create_dir_all(NOTES).expect("a directory for notes");
     for id in IDS {
-        // It takes its time, and notes that it had it.
+        // Its shutdown takes some time, and writes a file at the end.
         let script = format!(
             "trap 'sleep 2; echo done >/notes/{id}; sync; exit 0' TERM; echo up >/notes/{id}; sleep 100000 & wait; wait"
         );

@@ -257,7 +257,7 @@ fn the_oci_runtime_sees_containerds_environment() {
     }
 }
 
-/// In nspawn, where root has no CAP_SYS_RESOURCE, the limits of containerd can't be had then.
+/// In nspawn, where root has no CAP_SYS_RESOURCE, the limits of containerd can't be applied.
 #[test]
 fn a_drop_in_with_limits_for_all_services_refuses_no_container() {
     let node = Node::exclusive();

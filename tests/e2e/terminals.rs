@@ -129,7 +129,7 @@ fn much_output_of_a_terminal_is_complete() {
 
 #[test]
 fn a_terminal_hangs_up_when_stdin_is_closed_and_the_client_gone() {
-    // PID 1 of a pid namespace hears only what it has a trap for.
+    // PID 1 of a pid namespace gets only signals that it has a trap for.
     let script = "trap 'exit 9' HUP; echo ready; while :; do read line && echo got $line; done";
     each_kind(shell(script), |process, mut client| {
         client.until("ready\r\n");

@@ -206,7 +206,7 @@ fn a_drop_in_of_the_namespace_applies_to_its_containers() {
     wait::until_true("a line with the fields of both", || {
         systemd::messages(&[&id, "E2E_POLICY=yes"]).contains(&"under policy".to_string())
     });
-    // PID 1 of a pid namespace does not hear SIGTERM, so this ends by the policy's limit.
+    // PID 1 of a pid namespace ignores SIGTERM, so this ends after the limit of the policy.
     process::succeed("systemctl", &["stop", &unit]);
     assert_eq!(container.exit_status(), 137);
 }

@@ -16,7 +16,7 @@ pub const LOWER: &str = "/usr/local/lib/testbed/packages/lower.deb";
 /// A version that knows version 1 of the records only (`tests/upgrade/README.md`).
 pub const PREVIOUS: &str = "/usr/local/lib/testbed/packages/previous.deb";
 
-/// What mmdebstrap has told dpkg about the guest: to leave out documentation.
+/// The configuration of dpkg in the guest, by mmdebstrap: to leave out documentation.
 const EXCLUDES: &str = "/etc/dpkg/dpkg.cfg.d/99mmdebstrap";
 
 /// The package, which is not installed at the beginning and at the end of a test.
