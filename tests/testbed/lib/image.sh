@@ -45,7 +45,7 @@ ensure_image() { # suite
     if [ ! -d "$image" ]; then
         "$testbed_dir/deps" image
         rm -rf --one-file-system "$image".tmp.*
-        # A process of its own, so that `set -e` holds for every caller and Ctrl-C leaves nothing.
+        # A process of its own, so that `set -e` holds whoever calls us and Ctrl-C leaves nothing.
         "$testbed_dir/testbed" _build "$1" "$image.tmp.$$" || die "building the image of $1 failed"
         mv -T "$image.tmp.$$" "$image"
     fi
