@@ -17,7 +17,8 @@ use ttrpc::{Code, context};
 
 use crate::services::{Entry, Outgoing, Shim};
 
-use super::convert::{self, NAMESPACE_KEY};
+use super::convert::NAMESPACE_KEY;
+use super::envelope;
 
 /// Time limit for containerd to accept an event; the same as in containerd-shim-runc-v2.
 const FORWARD_LIMIT: Duration = Duration::from_secs(5);
@@ -158,7 +159,7 @@ impl Link {
     }
 
     async fn forward(&mut self, outgoing: &Outgoing) -> Result<(), Failure> {
-        let envelope = convert::envelope(outgoing).map_err(|error| Failure::Refused(error.to_string()))?;
+        let envelope = envelope::envelope(outgoing).map_err(|error| Failure::Refused(error.to_string()))?;
         let request = ForwardRequest { envelope: MessageField::some(envelope), ..ForwardRequest::default() };
         let limit = i64::try_from(FORWARD_LIMIT.as_nanos()).unwrap_or(i64::MAX);
         let mut metadata = context::with_timeout(limit);

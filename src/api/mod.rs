@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod convert;
+pub mod envelope;
 pub mod events;
 pub mod messages;
 pub mod metrics;

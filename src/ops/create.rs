@@ -3,42 +3,30 @@
 //! The record is written before anything else changes. A Create that fails is rolled back: unit, state of the OCI
 //! runtime, mounts, FIFOs, record.
 
-use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::cgroup::stats::MemoryEvents;
-use crate::cgroup::{self, cgroups_path};
+use crate::cgroup::{self};
 use crate::fault::{self, Point};
-use crate::files;
-use crate::id::{TaskId, TaskKey, UnitName};
+use crate::id::{TaskKey, UnitName};
 use crate::launch::contract::{Kind, LAUNCHED, PID_FILE};
 use crate::launch::{self, command};
-use crate::oci::bundle::Spec;
-use crate::oci::criu::{self, CONFIG_ANNOTATION};
-use crate::oci::resources::Resources;
-use crate::oci::{containerd, metadata, options, runtime};
+use crate::oci::criu::CONFIG_ANNOTATION;
+use crate::oci::{metadata, options, runtime};
 use crate::services::process::{hold, lives_in, program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Attempt, Entry, Error, Shim};
 use crate::session::{OpenStreams, ReopenMode};
-use crate::stdio::{fifo, uri};
-use crate::task::outbox::Outbox;
-use crate::task::phase::{Container, Event, Phase};
+use crate::task::Task;
+use crate::task::phase::{Container, Event};
 use crate::task::process::{Lifecycle, Process};
-use crate::task::request::{Containerd, Create, Stdio};
-use crate::task::wiring::Wiring;
-use crate::task::{Placement, Task, TaskMetadata};
+use crate::task::request::{Create, Stdio};
 use crate::unit::properties::{self, UnitMetadata};
 use crate::unit::{self, name};
 
 use super::additions;
 use super::request_unit::{Daemon, NameTaken, request_unit};
-
-/// The address of containerd for events, if neither the bundle nor the environment names one.
-const DEFAULT_TTRPC: &str = "/run/containerd/containerd.sock.ttrpc";
-const DEFAULT_GRPC: &str = "/run/containerd/containerd.sock";
 
 /// True for the state of a unit that has been started (`ActiveState`, org.freedesktop.systemd1(5)).
 fn is_under_way(state: &str) -> bool {
@@ -93,100 +81,6 @@ impl Shim {
                 Err(error)
             }
         }
-    }
-
-    /// Checks the request and the bundle, without side effects. Also returns the environment of the OCI runtime, in the
-    /// format of /proc/PID/environ.
-    fn prepare(&self, call: CreateTask) -> Result<(Task, Vec<u8>), Error> {
-        let CreateTask { key, request, stdio, options, .. } = call;
-        check_bundle_path(&request.bundle)?;
-        if let Some(images) = &request.checkpoint {
-            criu::client_path("image path", images)?;
-        }
-        let spec = Spec::read(&request.bundle)?;
-        let resources = spec.resources()?;
-        check_resources(&resources)?;
-        let (containerd, environment) = self.containerd_of(&key, &request.bundle, &spec)?;
-        let options = options.read()?;
-        let mut runtime = options.resolve(&key.namespace, &containerd.path)?;
-        if runtime.io_owner == (0, 0) {
-            // Otherwise root in the container could not open its own /dev/stdout: the inode belongs to a user
-            // who has no id there.
-            runtime.io_owner = spec.mapped_root().unwrap_or_default();
-        }
-        runtime.environment = self.store.environment(&key);
-        let wiring = uri::wiring(&stdio, runtime.log, uri::Role::Init, fifo::kind)?;
-        let wiring = Wiring { kept: self.fds.next_number(), ..wiring };
-        let wiring = if request.checkpoint.is_some() { wiring.for_restore() } else { wiring };
-        let TaskMetadata { description, fields } = metadata::of(&key, &spec);
-        let init = Process {
-            unit: name::candidates(&key).next().ok_or(Error::NoUnitName { key: key.clone() })?,
-            logger: None,
-            stdio,
-            wiring,
-            description,
-            phase: Phase::Creating { exit: None },
-        };
-        let task = Task {
-            placement: placement(&key, &spec, request.checkpoint.is_some())?,
-            fields,
-            // Mounts by a hook or by a wrapper of the runtime must be visible on the host, or in the mount namespace of
-            // containerd if it has one. There, containerd unmounts the rootfs when it removes the bundle.
-            rootfs_on_host: !request.rootfs.is_empty()
-                && (request.checkpoint.is_some()
-                    || spec.shares_mounts_with_host()
-                    || spec.has_hooks()
-                    || !runtime::is_plain(&runtime.binary)),
-            init,
-            properties: additions::properties(
-                &key.to_string(),
-                &spec,
-                options.properties,
-                &options.annotation_properties,
-            )?,
-            notify: additions::notifies(&key.to_string(), &spec, options.notify)?,
-            devices: additions::allowed_devices(&spec, &resources.devices, &runtime),
-            execs: BTreeMap::new(),
-            outbox: Outbox::default(),
-            muted: false,
-            is_leftover: false,
-            key,
-            request,
-            runtime,
-            containerd,
-        };
-        Ok((task, environment))
-    }
-
-    /// The containerd that calls, and its environment: `start` wrote both into the bundle. containerd 2.x does
-    /// not call `start` for the later containers of a pod; they belong to the containerd of their sandbox.
-    fn containerd_of(
-        &self,
-        key: &TaskKey,
-        bundle: &Path,
-        spec: &Spec,
-    ) -> Result<(Containerd, Vec<u8>), Error> {
-        if let Some(mut found) = containerd::read_containerd(bundle)? {
-            let environment = std::mem::take(&mut found.environment).join("\0").into_bytes();
-            return Ok((found, environment));
-        }
-        let sandbox = sandbox_of(spec)
-            .and_then(|id| {
-                self.tasks.registry.get(&self.tasks.own(&TaskKey { id, ..key.clone() }, &key.owner))
-            })
-            .map(|entry| entry.task().clone());
-        Ok(match sandbox {
-            // The file is missing if an earlier version made the sandbox.
-            Some(sandbox) => (sandbox.containerd, fs::read(sandbox.runtime.environment).unwrap_or_default()),
-            None => {
-                let containerd = Containerd {
-                    ttrpc_address: DEFAULT_TTRPC.to_owned(),
-                    grpc_address: DEFAULT_GRPC.to_owned(),
-                    ..Containerd::default()
-                };
-                (containerd, Vec::new())
-            }
-        })
     }
 
     /// Registers the task under its id and the first unit name that is free.
@@ -417,74 +311,6 @@ impl Shim {
             Err(error) => Err(error.into()),
         }
     }
-}
-
-/// Checks the path of a bundle.
-pub(super) fn check_bundle_path(bundle: &Path) -> Result<(), Error> {
-    if files::is_plain(bundle) { Ok(()) } else { Err(Error::BundlePath(bundle.to_owned())) }
-}
-
-/// Checks that this machine can apply the limits.
-pub(crate) fn check_resources(resources: &Resources) -> Result<(), Error> {
-    resources.check()?;
-    if resources.needs().next().is_some() {
-        resources.check_controllers(&cgroup::controllers()?)?;
-    }
-    Ok(())
-}
-
-/// The slice of the unit and the cgroup of the container, as the client requests them.
-fn placement(key: &TaskKey, spec: &Spec, restores: bool) -> Result<Placement, Error> {
-    let ours = || -> Result<UnitName, Error> {
-        Ok(match (key.namespace.as_str(), sandbox_of(spec)) {
-            ("k8s.io", Some(sandbox)) => name::pod_slice(&key.namespace, &sandbox)?,
-            _ => name::namespace_slice(&key.namespace)?,
-        })
-    };
-    let requested = cgroups_path::parse(spec.cgroups_path(), &key.namespace, &key.id)?;
-    // A client restores a container with the spec of the original, whose default path has another id.
-    let requested = if restores && requested.is_default_of_another(&key.namespace) {
-        cgroups_path::Requested::Default
-    } else {
-        requested
-    };
-    Ok(match requested {
-        cgroups_path::Requested::Default => {
-            Placement::Unit { slice: ours()?, child: cgroups_path::escape(key.id.as_str()) }
-        }
-        cgroups_path::Requested::Slice { slice, child } => {
-            Placement::Unit { slice: UnitName::new(slice)?, child }
-        }
-        cgroups_path::Requested::Literal(path) => {
-            if let Some(placement) = own_placement(key, &path)? {
-                return Ok(placement);
-            }
-            tracing::warn!(
-                task = %key,
-                "task {key}: its client insists on cgroup {}, outside of the unit: \
-                 systemctl shows neither its processes nor its memory",
-                path.display()
-            );
-            Placement::Foreign { slice: name::namespace_slice(&key.namespace)?, path }
-        }
-    })
-}
-
-/// The placement in a bundle that an earlier attempt of the same Create has already rewritten.
-fn own_placement(key: &TaskKey, path: &Path) -> Result<Option<Placement>, Error> {
-    let parts: Vec<_> = path.iter().filter_map(|part| part.to_str()).collect();
-    let [.., slice, unit, child] = parts[..] else {
-        return Ok(None);
-    };
-    if !name::candidates(key).any(|own| own.as_str() == unit) {
-        return Ok(None);
-    }
-    Ok(Some(Placement::Unit { slice: UnitName::new(slice)?, child: child.to_owned() }))
-}
-
-/// The pod's sandbox (pause container) that a container belongs to; a sandbox belongs to itself.
-fn sandbox_of(spec: &Spec) -> Option<TaskId> {
-    spec.annotation("io.kubernetes.cri.sandbox-id").and_then(|id| TaskId::new(id).ok())
 }
 
 /// The OCI runtime knows containers by their ids alone: where two containerds have the same one, the later task

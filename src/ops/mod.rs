@@ -9,6 +9,7 @@ mod create;
 mod delete;
 mod exec;
 mod kill;
+mod new_task;
 mod pause;
 mod pids;
 mod request_unit;

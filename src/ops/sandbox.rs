@@ -20,7 +20,7 @@ use crate::services::{Attempt, Error, Shim, blocking};
 use crate::task::phase::Exit;
 use crate::task::request::{Create, Mount, Sandbox, Stdio};
 
-use super::create::check_bundle_path;
+use super::new_task::check_bundle_path;
 use super::{CreateTask, Status};
 
 const SIGTERM: u32 = nix::libc::SIGTERM as u32;

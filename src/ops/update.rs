@@ -16,7 +16,7 @@ use crate::supervise::limits::read;
 use crate::task::limits::{Attribute, Limits};
 use crate::task::phase::Refusal;
 
-use super::create::check_resources;
+use super::new_task::check_resources;
 
 /// The file in the directory of a task that has the resources of the current Update.
 const RESOURCES: &str = "resources.json";

@@ -12,6 +12,8 @@
 //! So no byte is lost, read twice or sent twice, wherever the process ends. A head lies within one page: it is written
 //! whole or not at all.
 
+mod head;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -29,18 +31,14 @@ use crate::sys;
 
 use super::frame::{Assembler, Frame, HEADER, SKIPPED, TYPE, TooLong};
 
+use head::{Head, VERSION};
+
+pub use head::is_journal;
+
 /// Overwrites the type of a request that is answered. No frame has this type.
 const ANSWERED: u8 = 0;
 
-const MAGIC: u32 = 0x5353_6431;
-/// The version of the layout that is written. The version before is read as well.
-const VERSION: u32 = 1;
-
 const PAGE: u64 = 4096;
-/// The head of the incoming side: magic, version, then `start`, `end` and `settled`.
-const IN_HEAD: u64 = 0;
-/// The head of the outgoing side: `end`, then the stream of the last response.
-const OUT_HEAD: u64 = 64;
 /// The position of the incoming bytes.
 const IN_BASE: u64 = PAGE;
 /// Beyond this position, the incoming bytes that are still needed are moved to the front.
@@ -78,16 +76,6 @@ impl From<Errno> for Error {
     fn from(errno: Errno) -> Self {
         Self::Io(errno.into())
     }
-}
-
-/// The positions of the log of incoming bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Head {
-    start: u64,
-    /// The end of the journaled bytes.
-    end: u64,
-    /// The end of the bytes that were removed from the socket when the head was written.
-    settled: u64,
 }
 
 /// The journal of one connection.
@@ -160,8 +148,8 @@ impl Journal {
         };
         // Skipped bytes are not written, but must be readable.
         journal.file.set_len(OUT_BASE)?;
-        journal.write_head()?;
-        journal.write_out_head(0)?;
+        journal.head.write(&journal.file)?;
+        head::write_out(&journal.file, 0, 0)?;
         (&journal.file).seek(SeekFrom::Start(OUT_BASE))?;
         Ok(journal)
     }
@@ -172,7 +160,7 @@ impl Journal {
     /// The descriptor is not a journal, or has a newer version.
     pub fn adopt(kept: OwnedFd) -> Result<Found, Error> {
         let file = File::from(kept);
-        let (head, out_end, last) = read_heads(&file)?;
+        let (head, out_end, last) = head::read(&file)?;
         if file.metadata()?.len() < OUT_BASE {
             file.set_len(OUT_BASE)?;
         }
@@ -235,7 +223,7 @@ impl Journal {
     pub fn settle(&mut self) -> Result<(), Error> {
         if self.head.settled != self.head.end {
             self.head.settled = self.head.end;
-            self.write_head()?;
+            self.head.write(&self.file)?;
         }
         Ok(())
     }
@@ -250,7 +238,7 @@ impl Journal {
             self.file.write_all_at(bytes, IN_BASE + self.head.end)?;
         }
         self.head.end += bytes.len() as u64;
-        self.write_head()?;
+        self.head.write(&self.file)?;
         let mut frames = Vec::new();
         for (at, frame) in self.assembler.push(bytes) {
             if frame.is_request() && !self.has_room_for(&frame) {
@@ -312,7 +300,7 @@ impl Journal {
         self.free_sent(socket)?;
         self.file.write_all_at(&response.bytes, OUT_BASE + self.out_end)?;
         self.out_end += response.bytes.len() as u64;
-        self.write_out_head(response.stream())
+        head::write_out(&self.file, self.out_end, response.stream())
     }
 
     /// The number of unsent bytes.
@@ -350,7 +338,7 @@ impl Journal {
         self.is_warned &= !self.open.is_empty();
         if self.open.is_empty() && self.assembler.pending() == 0 {
             let old = std::mem::take(&mut self.head);
-            self.write_head()?;
+            self.head.write(&self.file)?;
             return self.release(IN_BASE, old.start, old.end);
         }
         debug_assert!(length > TYPE);
@@ -393,7 +381,7 @@ impl Journal {
             }
         }
         self.head = Head { start, end, settled: end };
-        self.write_head()?;
+        self.head.write(&self.file)?;
         self.open = places;
         self.release(IN_BASE, old.start, old.end)
     }
@@ -422,7 +410,7 @@ impl Journal {
         }
         let end = std::mem::take(&mut self.out_end);
         // The end is written before the position changes: a position beyond the end then shows an interrupted change.
-        self.file.write_all_at(&self.out_end.to_le_bytes(), OUT_HEAD)?;
+        head::write_out_end(&self.file, self.out_end)?;
         (self.out_sent, self.out_freed) = (0, 0);
         (&self.file).seek(SeekFrom::Start(OUT_BASE))?;
         self.release(OUT_BASE, 0, end)
@@ -438,57 +426,6 @@ impl Journal {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         Ok(fallocate(&self.file, flags, range(base + start)?, range(end - start)?)?)
     }
-
-    fn write_head(&self) -> Result<(), Error> {
-        let mut bytes = [0; 32];
-        bytes[..4].copy_from_slice(&MAGIC.to_le_bytes());
-        bytes[4..8].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[8..16].copy_from_slice(&self.head.start.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.head.end.to_le_bytes());
-        bytes[24..].copy_from_slice(&self.head.settled.to_le_bytes());
-        Ok(self.file.write_all_at(&bytes, IN_HEAD)?)
-    }
-
-    fn write_out_head(&self, stream: u32) -> Result<(), Error> {
-        let mut bytes = [0; 12];
-        bytes[..8].copy_from_slice(&self.out_end.to_le_bytes());
-        bytes[8..].copy_from_slice(&stream.to_le_bytes());
-        Ok(self.file.write_all_at(&bytes, OUT_HEAD)?)
-    }
-}
-
-/// True if a kept descriptor begins with the magic number of a journal.
-pub fn is_journal(fd: &OwnedFd) -> bool {
-    fd.try_clone().is_ok_and(|fd| read_u32(&File::from(fd), IN_HEAD).is_ok_and(|magic| magic == MAGIC))
-}
-
-/// The incoming head, the end of the outgoing bytes, and the stream of the last response.
-fn read_heads(file: &File) -> Result<(Head, u64, Option<u32>), Error> {
-    let version = read_u32(file, IN_HEAD + 4)?;
-    if read_u32(file, IN_HEAD)? != MAGIC {
-        return Err(Error::Malformed);
-    }
-    if version > VERSION {
-        return Err(Error::Newer { found: version });
-    }
-    let position = |at| read_u64(file, at);
-    let head = Head { start: position(8)?, end: position(16)?, settled: position(24)? };
-    let out_end = position(OUT_HEAD)?;
-    let sane = head.start <= head.settled && head.settled <= head.end && head.end < OUT_BASE - IN_BASE;
-    let last = read_u32(file, OUT_HEAD + 8)?;
-    if sane { Ok((head, out_end, (last != 0).then_some(last))) } else { Err(Error::Malformed) }
-}
-
-fn read_u32(file: &File, at: u64) -> Result<u32, Error> {
-    let mut bytes = [0; 4];
-    file.read_exact_at(&mut bytes, at)?;
-    Ok(u32::from_le_bytes(bytes))
-}
-
-fn read_u64(file: &File, at: u64) -> Result<u64, Error> {
-    let mut bytes = [0; 8];
-    file.read_exact_at(&mut bytes, at)?;
-    Ok(u64::from_le_bytes(bytes))
 }
 
 #[cfg(test)]

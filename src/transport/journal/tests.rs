@@ -2,6 +2,7 @@ use std::os::unix::net::UnixStream;
 
 use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE};
 
+use super::head::MAGIC;
 use super::*;
 
 fn frame(stream: u32, kind: u8, length: usize) -> Vec<u8> {
