@@ -89,7 +89,7 @@ pub const PS: Tool = Tool {
     summary: "list the tasks of this runtime with their units",
     text: &[
         "One line for each task: namespace, id, unit, pod, image, state, process, memory and age. An id of 64 hex \
-         digits is cut to its first 12. The image is known if the client has told it (Kubernetes does).",
+         digits is cut to its first 12. The image is known if the client names it (Kubernetes does).",
         "The list comes from systemd and from the records of the daemon, which does not have to run. Only root can read \
          the records: other users see no tasks without a unit, and a task that was created and not started counts as \
          running.",
