@@ -15,7 +15,7 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use crate::id::{ExecId, InvalidName, Namespace, Owner, ProcessKey, TaskId, TaskKey};
 use crate::oci::criu::{self, Checkpoint};
-use crate::oci::options::{Options, Source};
+use crate::oci::options::{Options, OptionsSource};
 use crate::oci::{bundle, containerd};
 use crate::ops::{AddExec, CreateTask, State, Status};
 use crate::task::phase::Exit;
@@ -216,15 +216,15 @@ pub fn mount(mount: ApiMount) -> Mount {
 ///
 /// # Errors
 /// The type is not known, or the message is broken.
-pub fn options(any: Option<&Any>) -> Result<Source, Error> {
+pub fn options(any: Option<&Any>) -> Result<OptionsSource, Error> {
     let Some(any) = any.filter(|any| !any.type_url.is_empty()) else {
-        return Ok(Source::default());
+        return Ok(OptionsSource::default());
     };
     // Go writes bare type names; other languages write a host and a slash before the name.
     match any.type_url.rsplit('/').next().unwrap_or_default() {
         "containerd.runc.v1.Options" => {
             let runc: oci::Options = decode("runtime options", any)?;
-            Ok(Source::Given(Box::new(Options {
+            Ok(OptionsSource::Given(Box::new(Options {
                 binary_name: runc.binary_name,
                 root: runc.root,
                 no_pivot_root: runc.no_pivot_root,
@@ -242,7 +242,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
         // io.containerd.runc. The fields about checkpoints have their own message.
         "containerd.linux.runc.CreateOptions" => {
             let linux: LinuxCreateOptions = decode("task options", any)?;
-            Ok(Source::Given(Box::new(Options {
+            Ok(OptionsSource::Given(Box::new(Options {
                 no_pivot_root: linux.no_pivot_root,
                 no_new_keyring: linux.no_new_keyring,
                 shim_cgroup: linux.shim_cgroup,
@@ -255,7 +255,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
         }
         "containerd.linux.runc.RuncOptions" => {
             let linux: LinuxRuncOptions = decode("runtime options", any)?;
-            Ok(Source::Given(Box::new(Options {
+            Ok(OptionsSource::Given(Box::new(Options {
                 binary_name: linux.runtime,
                 root: linux.runtime_root,
                 systemd_cgroup: linux.systemd_cgroup,
@@ -264,7 +264,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
         }
         "containerd.systemd.v1.Options" => {
             let ours: SystemdOptions = decode("runtime options", any)?;
-            Ok(Source::Given(Box::new(Options {
+            Ok(OptionsSource::Given(Box::new(Options {
                 binary_name: ours.binary_name,
                 root: ours.root,
                 no_pivot_root: ours.no_pivot_root,
@@ -282,9 +282,9 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
         "runtimeoptions.v1.Options" => {
             let generic: GenericOptions = decode("runtime options", any)?;
             if !generic.config_path.is_empty() {
-                return Ok(Source::File(generic.config_path.into()));
+                return Ok(OptionsSource::File(generic.config_path.into()));
             }
-            String::from_utf8(generic.config_body).map(Source::Toml).map_err(|_| Error::NotText)
+            String::from_utf8(generic.config_body).map(OptionsSource::Toml).map_err(|_| Error::NotText)
         }
         _ => Err(Error::UnknownOptions(any.type_url.clone())),
     }
@@ -294,7 +294,7 @@ pub fn options(any: Option<&Any>) -> Result<Source, Error> {
 ///
 /// # Errors
 /// The file can't be read, or as [`options`].
-pub fn options_of_start(bundle: &Path) -> Result<Source, Error> {
+pub fn options_of_start(bundle: &Path) -> Result<OptionsSource, Error> {
     let written = containerd::read_options(bundle)?;
     let broken = |source| Error::Broken {
         what: "runtime options",
@@ -400,7 +400,7 @@ pub(super) fn any(name: &str, message: &impl Message) -> Result<Any, Error> {
 mod tests {
     use super::*;
 
-    fn of(type_url: &str, value: Vec<u8>) -> Result<Source, Error> {
+    fn of(type_url: &str, value: Vec<u8>) -> Result<OptionsSource, Error> {
         options(Some(&Any { type_url: type_url.to_owned(), value, ..Any::default() }))
     }
 
@@ -418,7 +418,7 @@ mod tests {
         let ours = SystemdOptions { root: "/run/x".to_owned(), ..SystemdOptions::default() };
         let source = of("containerd.systemd.v1.Options", ours.write_to_bytes().unwrap()).unwrap();
         assert_eq!(source.read().unwrap().root, "/run/x");
-        assert_eq!(options(None).unwrap(), Source::default());
+        assert_eq!(options(None).unwrap(), OptionsSource::default());
     }
 
     #[test]

@@ -105,7 +105,7 @@ struct Link {
 }
 
 /// Why an event was not accepted.
-enum Failure {
+enum NotAccepted {
     /// containerd will never accept this event.
     Refused(String),
     /// containerd can't be reached.
@@ -135,17 +135,17 @@ impl Link {
                     }
                     return true;
                 }
-                Err(Failure::Refused(reason)) => {
+                Err(NotAccepted::Refused(reason)) => {
                     tracing::error!(%task, seq = outgoing.seq, "task {task}: containerd refuses an event, dropping it: {reason}");
                     return true;
                 }
-                Err(Failure::Later(reason)) => {
+                Err(NotAccepted::Later(reason)) => {
                     self.client = None;
                     tracing::warn!(%task, seq = outgoing.seq, "task {task}: containerd does not accept an event, sending it again: {reason}");
                     return false;
                 }
-                Err(Failure::Stale) => self.client = None,
-                Err(Failure::Unreachable(reason)) => {
+                Err(NotAccepted::Stale) => self.client = None,
+                Err(NotAccepted::Unreachable(reason)) => {
                     if !told {
                         tracing::warn!(%task, "containerd at {} can't be reached for events, trying again: {reason}", self.address);
                         told = true;
@@ -158,8 +158,9 @@ impl Link {
         }
     }
 
-    async fn forward(&mut self, outgoing: &Outgoing) -> Result<(), Failure> {
-        let envelope = envelope::envelope(outgoing).map_err(|error| Failure::Refused(error.to_string()))?;
+    async fn forward(&mut self, outgoing: &Outgoing) -> Result<(), NotAccepted> {
+        let envelope =
+            envelope::envelope(outgoing).map_err(|error| NotAccepted::Refused(error.to_string()))?;
         let request = ForwardRequest { envelope: MessageField::some(envelope), ..ForwardRequest::default() };
         let limit = i64::try_from(FORWARD_LIMIT.as_nanos()).unwrap_or(i64::MAX);
         let mut metadata = context::with_timeout(limit);
@@ -169,22 +170,23 @@ impl Link {
         match client.forward(metadata, &request).await {
             Ok(_) => Ok(()),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::INVALID_ARGUMENT => {
-                Err(Failure::Refused(status.message().to_owned()))
+                Err(NotAccepted::Refused(status.message().to_owned()))
             }
-            Err(ttrpc::Error::RpcStatus(status)) => Err(Failure::Later(status.message().to_owned())),
-            Err(_) if !is_new => Err(Failure::Stale),
-            Err(error) => Err(Failure::Later(error.to_string())),
+            Err(ttrpc::Error::RpcStatus(status)) => Err(NotAccepted::Later(status.message().to_owned())),
+            Err(_) if !is_new => Err(NotAccepted::Stale),
+            Err(error) => Err(NotAccepted::Later(error.to_string())),
         }
     }
 
-    async fn connected(&mut self) -> Result<&EventsClient, Failure> {
+    async fn connected(&mut self) -> Result<&EventsClient, NotAccepted> {
         let client = match self.client.take() {
             Some(client) => client,
             None => {
                 let address = format!("unix://{}", self.address.trim_start_matches("unix://"));
                 let client = tokio::time::timeout(FORWARD_LIMIT, Client::connect(&address)).await;
-                let client = client.map_err(|_| Failure::Unreachable("no connection in time".to_owned()))?;
-                EventsClient::new(client.map_err(|error| Failure::Unreachable(error.to_string()))?)
+                let client =
+                    client.map_err(|_| NotAccepted::Unreachable("no connection in time".to_owned()))?;
+                EventsClient::new(client.map_err(|error| NotAccepted::Unreachable(error.to_string()))?)
             }
         };
         Ok(self.client.insert(client))

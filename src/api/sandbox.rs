@@ -18,7 +18,7 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use crate::ops::{CreateSandbox, SandboxState, Status};
 
-use super::task::{Answer, TaskService, attempt, refuse};
+use super::task::{RpcResult, TaskService, attempt, refuse};
 use super::{convert, metrics, pod, status};
 
 #[async_trait]
@@ -27,7 +27,7 @@ impl Sandbox for TaskService {
         &self,
         ctx: &TtrpcContext,
         request: CreateSandboxRequest,
-    ) -> Answer<CreateSandboxResponse> {
+    ) -> RpcResult<CreateSandboxResponse> {
         let bundle = PathBuf::from(request.bundle_path);
         let named = convert::key(self.namespace(ctx)?, &request.sandbox_id).map_err(status::invalid)?;
         let key = self.created_by(&named, &bundle)?;
@@ -49,7 +49,7 @@ impl Sandbox for TaskService {
         &self,
         ctx: &TtrpcContext,
         request: StartSandboxRequest,
-    ) -> Answer<StartSandboxResponse> {
+    ) -> RpcResult<StartSandboxResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
         let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
         let started = async move { shim.start_sandbox(&key, attempt).await };
@@ -58,7 +58,7 @@ impl Sandbox for TaskService {
         Ok(StartSandboxResponse { pid, created_at, ..StartSandboxResponse::default() })
     }
 
-    async fn platform(&self, ctx: &TtrpcContext, request: PlatformRequest) -> Answer<PlatformResponse> {
+    async fn platform(&self, ctx: &TtrpcContext, request: PlatformRequest) -> RpcResult<PlatformResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
         self.shim.state(&key).map_err(|error| refuse("platform", &key, &error))?;
         let mut response = PlatformResponse::new();
@@ -72,7 +72,7 @@ impl Sandbox for TaskService {
         &self,
         ctx: &TtrpcContext,
         request: StopSandboxRequest,
-    ) -> Answer<StopSandboxResponse> {
+    ) -> RpcResult<StopSandboxResponse> {
         let (key, attempt) = (self.process(ctx, &request.sandbox_id, "")?, attempt(ctx));
         let (shim, task) = (self.shim.clone(), key.task.clone());
         let limit = Some(request.timeout_secs).filter(|secs| *secs > 0);
@@ -85,7 +85,7 @@ impl Sandbox for TaskService {
         &self,
         ctx: &TtrpcContext,
         request: WaitSandboxRequest,
-    ) -> Answer<WaitSandboxResponse> {
+    ) -> RpcResult<WaitSandboxResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
         let exit = self.shim.wait(&key, attempt(ctx)).await;
         let exit = exit.map_err(|error| refuse("wait-sandbox", &key, &error))?;
@@ -100,7 +100,7 @@ impl Sandbox for TaskService {
         &self,
         ctx: &TtrpcContext,
         request: SandboxStatusRequest,
-    ) -> Answer<SandboxStatusResponse> {
+    ) -> RpcResult<SandboxStatusResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
         let state = self.shim.sandbox_state(&key.task).await;
         let state = state.map_err(|error| refuse("sandbox-status", &key, &error))?;
@@ -115,7 +115,7 @@ impl Sandbox for TaskService {
         })
     }
 
-    async fn ping_sandbox(&self, ctx: &TtrpcContext, request: PingRequest) -> Answer<PingResponse> {
+    async fn ping_sandbox(&self, ctx: &TtrpcContext, request: PingRequest) -> RpcResult<PingResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
         self.shim.state(&key).map_err(|error| refuse("ping-sandbox", &key, &error))?;
         Ok(PingResponse::new())
@@ -125,7 +125,7 @@ impl Sandbox for TaskService {
         &self,
         ctx: &TtrpcContext,
         request: ShutdownSandboxRequest,
-    ) -> Answer<ShutdownSandboxResponse> {
+    ) -> RpcResult<ShutdownSandboxResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
         let (shim, task) = (self.shim.clone(), key.task.clone());
         self.run("shutdown-sandbox", &key, async move { shim.shut_down_sandbox(&task).await }).await?;
@@ -136,7 +136,7 @@ impl Sandbox for TaskService {
         &self,
         ctx: &TtrpcContext,
         request: SandboxMetricsRequest,
-    ) -> Answer<SandboxMetricsResponse> {
+    ) -> RpcResult<SandboxMetricsResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
         let stats = self.shim.sandbox_stats(&key.task).await;
         let stats = stats.map_err(|error| refuse("sandbox-metrics", &key, &error))?;

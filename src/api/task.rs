@@ -30,7 +30,7 @@ use crate::transport::sockets::{Holder, Lease, Leases, Socket};
 use super::{convert, metrics, status};
 
 /// The result of a call.
-pub(super) type Answer<T> = ttrpc::Result<T>;
+pub(super) type RpcResult<T> = ttrpc::Result<T>;
 
 /// The Task service of one socket.
 pub struct TaskService {
@@ -54,7 +54,7 @@ impl TaskService {
     }
 
     /// The lease of the socket over which the service is called.
-    fn lease(&self) -> Answer<Lease> {
+    fn lease(&self) -> RpcResult<Lease> {
         let lease = self.holder.as_ref().map(Holder::lease).transpose();
         let unreadable =
             |error| status::unavailable(format!("can't tell which containerd uses this socket: {error}"));
@@ -62,7 +62,7 @@ impl TaskService {
     }
 
     /// The namespace of a request: the one in its metadata, or else the one that has leased the socket.
-    pub(super) fn namespace(&self, ctx: &TtrpcContext) -> Answer<Namespace> {
+    pub(super) fn namespace(&self, ctx: &TtrpcContext) -> RpcResult<Namespace> {
         let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
         match named {
             Some(named) => Ok(named),
@@ -71,26 +71,26 @@ impl TaskService {
     }
 
     /// The task with this namespace and id that belongs to the caller.
-    fn located(&self, named: &TaskKey) -> Answer<TaskKey> {
+    fn located(&self, named: &TaskKey) -> RpcResult<TaskKey> {
         Ok(match self.lease()?.owner {
             Some(owner) => self.shim.tasks.own(named, &owner),
             None => self.shim.tasks.any(named),
         })
     }
 
-    fn key(&self, ctx: &TtrpcContext, id: &str) -> Answer<TaskKey> {
+    fn key(&self, ctx: &TtrpcContext, id: &str) -> RpcResult<TaskKey> {
         let named = convert::key(self.namespace(ctx)?, id).map_err(status::invalid)?;
         self.located(&named)
     }
 
     /// The process of a request: the init process, if the request names no exec.
-    pub(super) fn process(&self, ctx: &TtrpcContext, id: &str, exec: &str) -> Answer<ProcessKey> {
+    pub(super) fn process(&self, ctx: &TtrpcContext, id: &str, exec: &str) -> RpcResult<ProcessKey> {
         let named = convert::process(self.namespace(ctx)?, id, exec).map_err(status::invalid)?;
         Ok(ProcessKey { task: self.located(&named.task)?, ..named })
     }
 
     /// The task that a caller is about to create from a bundle.
-    pub(super) fn created_by(&self, named: &TaskKey, bundle: &Path) -> Answer<TaskKey> {
+    pub(super) fn created_by(&self, named: &TaskKey, bundle: &Path) -> RpcResult<TaskKey> {
         Ok(match self.lease()?.owner {
             Some(owner) => self.shim.tasks.own(named, &owner),
             None => self.shim.tasks.own_by_bundle(named, bundle),
@@ -116,7 +116,7 @@ impl TaskService {
         verb: &'static str,
         key: &ProcessKey,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
-    ) -> Answer<T> {
+    ) -> RpcResult<T> {
         let exec = key.exec.as_ref().map(tracing::field::display);
         let span =
             info_span!("call", verb, namespace = %key.task.namespace, id = %key.task.id, exec_id = exec);
@@ -140,7 +140,7 @@ struct Suspected(Method);
 
 #[async_trait]
 impl MethodHandler for Suspected {
-    async fn handler(&self, ctx: TtrpcContext, request: Request) -> Answer<Response> {
+    async fn handler(&self, ctx: TtrpcContext, request: Request) -> RpcResult<Response> {
         let suspect = Suspect::request(ctx.mh.stream_id, &request.service, &request.method, &request.payload);
         suspect.watch(self.0.handler(ctx, request)).await
     }
@@ -170,13 +170,13 @@ fn log(verb: &str, key: &ProcessKey, error: &Error) {
 
 #[async_trait]
 impl Task for TaskService {
-    async fn state(&self, ctx: &TtrpcContext, request: StateRequest) -> Answer<StateResponse> {
+    async fn state(&self, ctx: &TtrpcContext, request: StateRequest) -> RpcResult<StateResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
         let state = self.shim.state(&key).map_err(|error| refuse("state", &key, &error))?;
         Ok(convert::state(key.id(), state))
     }
 
-    async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> Answer<CreateTaskResponse> {
+    async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> RpcResult<CreateTaskResponse> {
         let mut call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
         call.key = self.created_by(&call.key, &call.request.bundle)?;
         let (shim, attempt) = (self.shim.clone(), attempt(ctx));
@@ -185,7 +185,7 @@ impl Task for TaskService {
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
-    async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> Answer<Empty> {
+    async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> RpcResult<Empty> {
         let mut call = convert::exec(self.namespace(ctx)?, request).map_err(status::invalid)?;
         call.task = self.located(&call.task)?;
         let process = ProcessKey { task: call.task.clone(), exec: Some(call.exec.clone()) };
@@ -194,14 +194,14 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn start(&self, ctx: &TtrpcContext, request: StartRequest) -> Answer<StartResponse> {
+    async fn start(&self, ctx: &TtrpcContext, request: StartRequest) -> RpcResult<StartResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
         let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
         let pid = self.run("start", &process, async move { shim.start(&key, attempt).await }).await?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
 
-    async fn delete(&self, ctx: &TtrpcContext, request: DeleteRequest) -> Answer<DeleteResponse> {
+    async fn delete(&self, ctx: &TtrpcContext, request: DeleteRequest) -> RpcResult<DeleteResponse> {
         let mut key = self.process(ctx, &request.id, &request.exec_id)?;
         let given_up = convert::gives_up(&ctx.metadata).map_err(status::invalid)?;
         if let Some(owner) = &given_up {
@@ -218,13 +218,13 @@ impl Task for TaskService {
         Ok(convert::delete(deleted.pid, deleted.exit))
     }
 
-    async fn pids(&self, ctx: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
+    async fn pids(&self, ctx: &TtrpcContext, request: PidsRequest) -> RpcResult<PidsResponse> {
         let key = self.process(ctx, &request.id, "")?;
         let pids = self.shim.pids(&key.task).await.map_err(|error| refuse("pids", &key, &error))?;
         convert::pids(pids).map_err(status::invalid)
     }
 
-    async fn kill(&self, ctx: &TtrpcContext, request: KillRequest) -> Answer<Empty> {
+    async fn kill(&self, ctx: &TtrpcContext, request: KillRequest) -> RpcResult<Empty> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
         let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
         let (signal, all) = (request.signal, request.all);
@@ -232,57 +232,57 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> Answer<Empty> {
+    async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> RpcResult<Empty> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
         let resized = self.shim.resize(&key, request.width, request.height);
         resized.map_err(|error| refuse("resize", &key, &error))?;
         Ok(Empty::new())
     }
 
-    async fn close_io(&self, ctx: &TtrpcContext, request: CloseIORequest) -> Answer<Empty> {
+    async fn close_io(&self, ctx: &TtrpcContext, request: CloseIORequest) -> RpcResult<Empty> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
         self.shim.close_stdin(&key).map_err(|error| refuse("close-io", &key, &error))?;
         Ok(Empty::new())
     }
 
-    async fn wait(&self, ctx: &TtrpcContext, request: WaitRequest) -> Answer<WaitResponse> {
+    async fn wait(&self, ctx: &TtrpcContext, request: WaitRequest) -> RpcResult<WaitResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
         let exit = self.shim.wait(&key, attempt(ctx)).await.map_err(|error| refuse("wait", &key, &error))?;
         Ok(convert::wait(exit))
     }
 
-    async fn connect(&self, ctx: &TtrpcContext, request: ConnectRequest) -> Answer<ConnectResponse> {
+    async fn connect(&self, ctx: &TtrpcContext, request: ConnectRequest) -> RpcResult<ConnectResponse> {
         let key = self.key(ctx, &request.id)?;
         let task_pid = self.shim.init_pid(&key);
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
     }
 
     /// Does nothing: the daemon serves all tasks of the node, and does not end with one of them.
-    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<Empty> {
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> RpcResult<Empty> {
         Ok(Empty::new())
     }
 
-    async fn stats(&self, ctx: &TtrpcContext, request: StatsRequest) -> Answer<StatsResponse> {
+    async fn stats(&self, ctx: &TtrpcContext, request: StatsRequest) -> RpcResult<StatsResponse> {
         let key = self.process(ctx, &request.id, "")?;
         let stats = self.shim.stats(&key.task).await.map_err(|error| refuse("stats", &key, &error))?;
         metrics::stats(stats).map_err(status::invalid)
     }
 
-    async fn pause(&self, ctx: &TtrpcContext, request: PauseRequest) -> Answer<Empty> {
+    async fn pause(&self, ctx: &TtrpcContext, request: PauseRequest) -> RpcResult<Empty> {
         let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
         let (shim, task) = (self.shim.clone(), key.task.clone());
         self.run("pause", &key, async move { shim.pause(&task, attempt).await }).await?;
         Ok(Empty::new())
     }
 
-    async fn resume(&self, ctx: &TtrpcContext, request: ResumeRequest) -> Answer<Empty> {
+    async fn resume(&self, ctx: &TtrpcContext, request: ResumeRequest) -> RpcResult<Empty> {
         let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
         let (shim, task) = (self.shim.clone(), key.task.clone());
         self.run("resume", &key, async move { shim.resume(&task, attempt).await }).await?;
         Ok(Empty::new())
     }
 
-    async fn checkpoint(&self, ctx: &TtrpcContext, request: CheckpointTaskRequest) -> Answer<Empty> {
+    async fn checkpoint(&self, ctx: &TtrpcContext, request: CheckpointTaskRequest) -> RpcResult<Empty> {
         let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
         let checkpoint =
             convert::checkpoint(request.path, request.options.as_ref()).map_err(status::invalid)?;
@@ -292,7 +292,7 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> Answer<Empty> {
+    async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> RpcResult<Empty> {
         let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
         let (shim, task) = (self.shim.clone(), key.task.clone());
         let resources = request.resources.into_option().unwrap_or_default().value;

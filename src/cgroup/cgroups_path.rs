@@ -46,7 +46,7 @@ impl Requested {
 /// `linux.cgroupsPath` is neither a path nor in the systemd form.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("linux.cgroupsPath {text:?} is not valid: {rule}")]
-pub struct Malformed {
+pub struct InvalidPath {
     text: String,
     rule: &'static str,
 }
@@ -55,8 +55,8 @@ pub struct Malformed {
 ///
 /// # Errors
 /// Neither an absolute path without `..` nor `slice:prefix:name`.
-pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested, Malformed> {
-    let malformed = |rule| Malformed { text: text.chars().take(200).collect(), rule };
+pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested, InvalidPath> {
+    let malformed = |rule| InvalidPath { text: text.chars().take(200).collect(), rule };
     if text.is_empty() {
         return Ok(Requested::Default);
     }
@@ -79,7 +79,10 @@ pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested
     Ok(Requested::Literal(path))
 }
 
-fn systemd_form(text: &str, malformed: impl Fn(&'static str) -> Malformed) -> Result<Requested, Malformed> {
+fn systemd_form(
+    text: &str,
+    malformed: impl Fn(&'static str) -> InvalidPath,
+) -> Result<Requested, InvalidPath> {
     let parts: Vec<&str> = text.split(':').collect();
     let [slice, prefix, name] = parts[..] else {
         return Err(malformed("the systemd form must have three parts, slice:prefix:name"));
@@ -139,11 +142,11 @@ mod tests {
         }
     }
 
-    fn read(text: &str) -> Result<Requested, Malformed> {
+    fn read(text: &str) -> Result<Requested, InvalidPath> {
         parse(text, &Namespace::new("default").unwrap(), &TaskId::new(ID).unwrap())
     }
 
-    fn slice(slice: &str, child: &str) -> Result<Requested, Malformed> {
+    fn slice(slice: &str, child: &str) -> Result<Requested, InvalidPath> {
         Ok(Requested::Slice { slice: slice.to_owned(), child: child.to_owned() })
     }
 

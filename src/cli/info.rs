@@ -7,7 +7,7 @@ use protobuf::{Message, MessageField};
 use crate::api::convert;
 use crate::id::Namespace;
 use crate::oci::features;
-use crate::oci::options::Source;
+use crate::oci::options::OptionsSource;
 
 use super::arguments::Flags;
 use super::{Failure, print, read_stdin, say};
@@ -37,7 +37,7 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
 
 /// The features of the OCI runtime; `None`, with a warning on standard error, if they are not known. containerd's clients
 /// then offer nothing that depends on them, such as user namespaces and recursive read-only mounts.
-fn features(source: Source, flags: &Flags) -> Option<Vec<u8>> {
+fn features(source: OptionsSource, flags: &Flags) -> Option<Vec<u8>> {
     let namespace = Namespace::new(&flags.namespace).or_else(|_| Namespace::new("default")).ok()?;
     let path = std::env::var("PATH").unwrap_or_default();
     let read = || -> Result<Vec<u8>, Failure> {

@@ -153,7 +153,7 @@ pub(super) fn options(data: &[u8]) {
 pub(super) fn process(data: &[u8]) {
     let _ = go::check(data, &process::SHAPE);
     for terminal in [false, true] {
-        let _ = process::Process::read(data, terminal);
+        let _ = process::ProcessSpec::read(data, terminal);
     }
 }
 

@@ -143,7 +143,7 @@ const NAMES: [&str; 19] = [
 
 /// Options in the form in which the client sent them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum OptionsSource {
     /// A message, or no options.
     Given(Box<Options>),
     /// TOML text (`ConfigBody`).
@@ -152,13 +152,13 @@ pub enum Source {
     File(PathBuf),
 }
 
-impl Default for Source {
+impl Default for OptionsSource {
     fn default() -> Self {
         Self::Given(Box::default())
     }
 }
 
-impl Source {
+impl OptionsSource {
     /// True if the options are in a file.
     #[cfg(any(test, fuzzing))]
     pub fn is_file(&self) -> bool {

@@ -28,7 +28,7 @@ pub enum Error {
 
 /// The process of an exec, as the client describes it.
 #[derive(Debug)]
-pub struct Process {
+pub struct ProcessSpec {
     text: Vec<u8>,
     /// The command and its arguments.
     pub args: Vec<String>,
@@ -37,7 +37,7 @@ pub struct Process {
 /// The fields of a process that are read or edited here.
 pub const SHAPE: Shape = Shape::Struct(&[("args", Shape::List(&Shape::Text)), ("terminal", Shape::Value)]);
 
-impl Process {
+impl ProcessSpec {
     /// Reads a process spec. `terminal` of the request replaces the field of the spec, as in
     /// containerd-shim-runc-v2.
     ///
@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn the_requests_terminal_counts_and_all_else_stays() {
         let spec = br#"{"args":["sh"],"terminal":false,"future":{"n":18446744073709551615}}"#;
-        let process = Process::read(spec, true).unwrap();
+        let process = ProcessSpec::read(spec, true).unwrap();
         let text = String::from_utf8(process.text).unwrap();
         assert_eq!(text, r#"{"args":["sh"],"terminal":true,"future":{"n":18446744073709551615}}"#);
     }
@@ -82,7 +82,7 @@ mod tests {
     #[test]
     fn a_process_is_read_as_runc_reads_it() {
         let spec = br#"{"Args":["a"],"ARGS":["sh"],"Terminal":true,"Cwd":"/"}"#;
-        let process = Process::read(spec, false).unwrap();
+        let process = ProcessSpec::read(spec, false).unwrap();
         assert_eq!(process.args, ["sh"]);
         let text = String::from_utf8(process.text).unwrap();
         assert_eq!(text, r#"{"args":["sh"],"terminal":false,"Cwd":"/"}"#);
@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn an_invalid_process_is_refused() {
         for spec in ["", "[]", "{}", r#"{"args":[]}"#, r#"{"args":null}"#, r#"{"args":"sh"}"#] {
-            assert!(Process::read(spec.as_bytes(), false).is_err(), "{spec:?}");
+            assert!(ProcessSpec::read(spec.as_bytes(), false).is_err(), "{spec:?}");
         }
     }
 }

@@ -88,14 +88,14 @@ pub fn path_of(file: &File) -> PathBuf {
 
 /// Identifies the content of a binary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
+struct FileIdentity {
     device: u64,
     inode: u64,
     bytes: u64,
     changed: (i64, i64),
 }
 
-impl Identity {
+impl FileIdentity {
     fn of(binary: &Path) -> io::Result<Self> {
         let found = std::fs::metadata(binary)?;
         let changed = (found.mtime(), found.mtime_nsec());
@@ -105,7 +105,7 @@ impl Identity {
 
 /// The copy of a binary, or the fact that there can be none.
 struct Kept {
-    of: Identity,
+    of: FileIdentity,
     /// Made when it is needed first.
     copy: OnceLock<Option<Copy>>,
     used: Mutex<Instant>,
@@ -127,7 +127,7 @@ impl Copy {
 }
 
 impl Kept {
-    fn new(of: Identity) -> Self {
+    fn new(of: FileIdentity) -> Self {
         Self { of, copy: OnceLock::new(), used: Mutex::new(Instant::now()) }
     }
 
@@ -171,7 +171,7 @@ impl Copies {
     }
 
     fn kept_of(&self, binary: &Path) -> Option<Arc<Kept>> {
-        let of = Identity::of(binary).ok()?;
+        let of = FileIdentity::of(binary).ok()?;
         let mut kept = self.kept();
         if let Some(found) = kept.get(binary).filter(|found| found.of == of) {
             if !found.is_spoiled() {
@@ -278,7 +278,7 @@ mod tests {
     fn a_copy_that_was_changed_is_made_again() {
         let Some(copy) = made() else { return };
         let (copies, binary) = (Copies::default(), Path::new("/bin/true"));
-        let kept = Kept::new(Identity::of(binary).unwrap());
+        let kept = Kept::new(FileIdentity::of(binary).unwrap());
         let spoiled = copy.place.clone();
         kept.copy.set(Some(copy)).ok().unwrap();
         copies.kept().insert(binary.to_owned(), Arc::new(kept));

@@ -43,7 +43,7 @@ pub struct CreateTask {
     /// The stdio strings of its init process.
     pub stdio: Stdio,
     /// The OCI runtime's options.
-    pub options: options::Source,
+    pub options: options::OptionsSource,
 }
 
 impl Shim {

@@ -44,7 +44,7 @@ impl Shim {
             return Err(Error::ExecExists { exec: id.to_string() });
         }
         self.fds.has_room()?;
-        let spec = process::Process::read(&spec, stdio.terminal)?;
+        let spec = process::ProcessSpec::read(&spec, stdio.terminal)?;
         let task = entry.task().clone();
         if task.init.phase.is_paused() || !task.init.is_alive() {
             return Err(Error::NoExecIn { phase: task.init.word() });
@@ -77,7 +77,7 @@ impl Shim {
         stdio: Stdio,
         wiring: Wiring,
         description: String,
-        spec: &process::Process,
+        spec: &process::ProcessSpec,
     ) -> Result<(), Error> {
         let dir = self.store.create_exec_dir(&entry.key, id)?;
         spec.write(&dir.join(PROCESS_SPEC))?;

@@ -39,7 +39,7 @@ pub struct CreateSandbox {
     /// The file of the network namespace; empty if the client has made none.
     pub network: String,
     /// The OCI runtime's options.
-    pub options: options::Source,
+    pub options: options::OptionsSource,
 }
 
 /// The state of a sandbox.

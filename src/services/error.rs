@@ -185,13 +185,13 @@ pub enum Error {
     Options(#[from] oci::options::Error),
     /// The stdio strings are not usable.
     #[error(transparent)]
-    Stdio(#[from] stdio::uri::Malformed),
+    Stdio(#[from] stdio::uri::InvalidStdio),
     /// A stream can't be opened.
     #[error(transparent)]
     Stream(#[from] stdio::fifo::Error),
     /// The wished cgroup is not usable.
     #[error(transparent)]
-    CgroupsPath(#[from] cgroup::cgroups_path::Malformed),
+    CgroupsPath(#[from] cgroup::cgroups_path::InvalidPath),
     /// A name is not usable.
     #[error(transparent)]
     Name(#[from] crate::id::InvalidName),

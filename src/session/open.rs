@@ -15,7 +15,7 @@ use crate::stdio::aside::Aside;
 use crate::stdio::console::Console;
 use crate::stdio::fifo;
 use crate::stdio::log_file::LogFile;
-use crate::stdio::pipe::Bridge;
+use crate::stdio::pipe::PipePair;
 use crate::stdio::pump::{self, Sinks, Source};
 use crate::stdio::uri::Kind;
 use crate::sys::guard::is_listener;
@@ -68,7 +68,7 @@ pub(super) enum From {
     /// The terminal, which has not been received yet.
     Terminal,
     /// The terminal, by way of a pipe.
-    Bridge(Bridge),
+    Bridge(PipePair),
     /// An earlier daemon has delivered everything but the journal's copy.
     Delivered,
 }
@@ -259,7 +259,7 @@ impl Plan {
             let copies = self.copies(log_pipe, to, files.remove(log_pipe));
             let mut sinks = Sinks { copies, aside, ..Sinks::default() };
             match (&to.client, fifo) {
-                (Some(Sink::EndOnly(_)), fifo) => sinks.held = fifo,
+                (Some(Sink::EndOnly(_)), fifo) => sinks.keep_open = fifo,
                 (_, Some(fifo)) => {
                     fifo::enlarge(&fifo);
                     sinks.fifo = Some(crate::sys::watch(fifo).map_err(Error::Watch)?);
@@ -341,7 +341,7 @@ fn bridge(
     reader: Option<OwnedFd>,
     writer: Option<OwnedFd>,
     store: impl FnOnce(&[BorrowedFd<'_>]),
-) -> Result<Bridge, Error> {
+) -> Result<PipePair, Error> {
     let (reader, writer) = match (reader, writer) {
         (Some(reader), Some(writer)) => (reader, writer),
         _ => {
@@ -351,5 +351,5 @@ fn bridge(
             (reader, writer)
         }
     };
-    Bridge::new(reader, writer).map_err(Error::Watch)
+    PipePair::new(reader, writer).map_err(Error::Watch)
 }

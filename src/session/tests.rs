@@ -311,7 +311,7 @@ async fn a_client_without_a_copy_sees_only_the_end() {
     let plan = scratch.plan(Some("probe"), with_journal(Some(Sink::EndOnly(client)), JournalCopy::Complete));
     let opened = plan.open(&fds, LogFiles::new()).unwrap();
     let copy = only_copy(&opened);
-    assert!(copy.sinks.fifo.is_none() && copy.sinks.held.is_some());
+    assert!(copy.sinks.fifo.is_none() && copy.sinks.keep_open.is_some());
     assert_eq!(copy.sinks.copies.len(), 1);
     let writer = fs::OpenOptions::new().write(true).open(plan.pipe(pipes::STDOUT)).unwrap();
     let mut session = start(&plan, opened, &fds, &process);

@@ -176,7 +176,7 @@ impl World {
                 ..Create::default()
             },
             stdio: Stdio::default(),
-            options: options::Source::Given(Box::new(options)),
+            options: options::OptionsSource::Given(Box::new(options)),
         }
     }
 

@@ -43,7 +43,7 @@ fn allowed_notifications_reach_systemd_in_the_name_of_the_init_process() {
     systemd.set_nonblocking(true).unwrap();
     setsockopt(&systemd, sockopt::PassCred, &true).unwrap();
     let (mut call, init, path) = (world.create_call(), world.init(), world.container_socket());
-    if let options::Source::Given(options) = &mut call.options {
+    if let options::OptionsSource::Given(options) = &mut call.options {
         options.notify = true;
     }
     let there = path.clone();

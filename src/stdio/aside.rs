@@ -8,7 +8,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tokio::io::unix::AsyncFd;
 
 use super::journal::Lines;
-use super::pipe::{Bridge, Scratch, is_exhausted};
+use super::pipe::{PipePair, Scratch, is_exhausted};
 use super::rate::RateLimit;
 
 /// The largest size of the pipe of an [`Aside`]: as much as the default rate limit allows in lines of 100 bytes. The pipe
@@ -18,14 +18,14 @@ pub(super) const CAPACITY: i32 = 1 << 20;
 /// The journal's copy of output, which goes through a pipe. Output that does not fit into the pipe is dropped and counted.
 #[derive(Debug)]
 pub struct Aside {
-    pipe: Bridge,
+    pipe: PipePair,
     lines: Lines,
     limit: Arc<RateLimit>,
 }
 
 impl Aside {
     /// Makes a copy: `lines` gets the output from the pipe, up to the limit.
-    pub fn new(pipe: Bridge, lines: Lines, limit: Arc<RateLimit>) -> Self {
+    pub fn new(pipe: PipePair, lines: Lines, limit: Arc<RateLimit>) -> Self {
         Self { pipe, lines, limit }
     }
 

@@ -20,12 +20,12 @@ pub(super) const PIECE: usize = 4096;
 
 /// A pipe of the daemon with both ends in non-blocking mode.
 #[derive(Debug)]
-pub struct Bridge {
+pub struct PipePair {
     pub(super) reader: AsyncFd<OwnedFd>,
     pub(super) writer: AsyncFd<OwnedFd>,
 }
 
-impl Bridge {
+impl PipePair {
     /// Makes a pipe of its two ends.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use super::aside::{Aside, Diverted, Diverter};
 use super::journal::Lines;
 use super::log_file::LogFile;
 use super::pipe::{
-    Bridge, NO_WAIT, PIECE, Scratch, data_in, found, has_writer, is_ready, move_exactly, move_some,
+    NO_WAIT, PIECE, PipePair, Scratch, data_in, found, has_writer, is_ready, move_exactly, move_some,
     once_there_is_room, room_in,
 };
 use super::terminal::Terminal;
@@ -42,7 +42,7 @@ pub enum Source {
     /// A terminal.
     Terminal(Arc<Terminal>),
     /// A terminal and a pipe, which holds what was read and not delivered.
-    Bridged(Arc<Terminal>, Bridge),
+    Bridged(Arc<Terminal>, PipePair),
     /// Everything was delivered, except what is in the pipe of an [`Aside`].
     Delivered,
 }
@@ -66,7 +66,7 @@ pub struct Sinks {
     /// Other destinations.
     pub copies: Vec<Sink>,
     /// A FIFO that is kept open until the end, and gets no output.
-    pub held: Option<File>,
+    pub keep_open: Option<File>,
     /// A copy that no other sink waits for.
     pub aside: Option<Aside>,
 }

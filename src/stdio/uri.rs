@@ -10,7 +10,7 @@ use crate::task::wiring::{Copied, Input, JournalCopy, Logger, Output, Sink, Wiri
 /// A stdio string is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{stream} {text:?} is not valid: {rule}")]
-pub struct Malformed {
+pub struct InvalidStdio {
     stream: &'static str,
     text: String,
     rule: &'static str,
@@ -55,7 +55,7 @@ pub fn wiring(
     log: Log,
     role: Role,
     kind: impl Fn(&Path) -> Kind,
-) -> Result<Wiring, Malformed> {
+) -> Result<Wiring, InvalidStdio> {
     for (stream, text) in [("stdin", &stdio.stdin), ("stdout", &stdio.stdout), ("stderr", &stdio.stderr)] {
         if text.contains('\0') {
             return Err(malformed(stream, text, "it contains a NUL"));
@@ -107,7 +107,7 @@ fn way(sink: Option<Sink>, given: bool, log: Log, role: Role, terminal: bool) ->
     }
 }
 
-fn client(stdio: &Stdio, kind: &impl Fn(&Path) -> Kind) -> Result<Client, Malformed> {
+fn client(stdio: &Stdio, kind: &impl Fn(&Path) -> Kind) -> Result<Client, InvalidStdio> {
     match split(&stdio.stdout) {
         (None | Some("fifo"), _) => Ok(Client {
             stdout: output("stdout", &stdio.stdout, kind)?,
@@ -148,8 +148,8 @@ fn client(stdio: &Stdio, kind: &impl Fn(&Path) -> Kind) -> Result<Client, Malfor
     }
 }
 
-fn malformed(stream: &'static str, text: &str, rule: &'static str) -> Malformed {
-    Malformed { stream, text: text.chars().take(200).collect(), rule }
+fn malformed(stream: &'static str, text: &str, rule: &'static str) -> InvalidStdio {
+    InvalidStdio { stream, text: text.chars().take(200).collect(), rule }
 }
 
 /// The scheme and the rest. A plain path has no scheme.
@@ -160,7 +160,7 @@ fn split(text: &str) -> (Option<&str>, &str) {
     }
 }
 
-fn input(text: &str, kind: &impl Fn(&Path) -> Kind) -> Result<Input, Malformed> {
+fn input(text: &str, kind: &impl Fn(&Path) -> Kind) -> Result<Input, InvalidStdio> {
     let (_, path) = split(text);
     if path.is_empty() {
         return Ok(Input::Null);
@@ -176,7 +176,7 @@ fn output(
     stream: &'static str,
     text: &str,
     kind: &impl Fn(&Path) -> Kind,
-) -> Result<Option<Sink>, Malformed> {
+) -> Result<Option<Sink>, InvalidStdio> {
     let (_, path) = split(text);
     if path.is_empty() {
         return Ok(None);
@@ -232,7 +232,7 @@ fn decode(text: &str) -> Option<String> {
 mod tests {
     use super::*;
 
-    fn read(stdout: &str, stderr: &str) -> Result<Wiring, Malformed> {
+    fn read(stdout: &str, stderr: &str) -> Result<Wiring, InvalidStdio> {
         read_as(Log::Auto, Role::Init, false, stdout, stderr)
     }
 
@@ -242,7 +242,7 @@ mod tests {
         terminal: bool,
         stdout: &str,
         stderr: &str,
-    ) -> Result<Wiring, Malformed> {
+    ) -> Result<Wiring, InvalidStdio> {
         let (stdout, stderr) = (stdout.to_owned(), stderr.to_owned());
         let stdio = Stdio { stdin: String::new(), stdout, stderr, terminal };
         wiring(&stdio, log, role, |path| match path.to_str() {

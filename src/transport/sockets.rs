@@ -167,11 +167,11 @@ impl Leases {
 #[derive(Debug)]
 pub struct Holder {
     file: PathBuf,
-    known: Mutex<Option<(Identity, Lease)>>,
+    known: Mutex<Option<(FileIdentity, Lease)>>,
 }
 
 /// Identifies the content of a file: inode and time of the last change.
-type Identity = (u64, i64, i64);
+type FileIdentity = (u64, i64, i64);
 
 impl Holder {
     /// The current lessee of the socket; `None` if it has none.

@@ -20,59 +20,59 @@ mod allowed;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The name is not a valid property name.
-    #[error("{origin}: not a valid property name (letters only, at least three)")]
+    #[error("{setting}: not a valid property name (letters only, at least three)")]
     Name {
         /// Where it was asked for.
-        origin: String,
+        setting: String,
     },
     /// The text is not a value.
-    #[error("{origin}: {source}")]
+    #[error("{setting}: {source}")]
     Value {
         /// Where it was asked for.
-        origin: String,
+        setting: String,
         /// What is wrong with it.
         #[source]
-        source: gvariant::Malformed,
+        source: gvariant::InvalidText,
     },
     /// A time in seconds is not a number, is negative, or is too large.
-    #[error("{origin}: {value} is not a number of seconds")]
+    #[error("{setting}: {value} is not a number of seconds")]
     Seconds {
         /// Where it was asked for.
-        origin: String,
+        setting: String,
         /// The value.
         value: String,
     },
     /// The client may not set the property.
-    #[error("{origin}: {name} can't be set: {reason}")]
+    #[error("{setting}: {name} can't be set: {reason}")]
     Denied {
         /// Where it was asked for.
-        origin: String,
+        setting: String,
         /// The property.
         name: String,
         /// Why not.
         reason: &'static str,
     },
     /// A string in the value can't be written to a unit's file.
-    #[error("{origin}: {flaw}")]
+    #[error("{setting}: {flaw}")]
     Text {
         /// Where it was asked for.
-        origin: String,
+        setting: String,
         /// What is wrong with it.
         flaw: String,
     },
     /// This systemd has no such property.
-    #[error("{origin}: this systemd has no property {name}")]
+    #[error("{setting}: this systemd has no property {name}")]
     Unknown {
         /// Where it was asked for.
-        origin: String,
+        setting: String,
         /// The property.
         name: String,
     },
     /// The value has another type than the property.
-    #[error("{origin}: {mismatch}")]
+    #[error("{setting}: {mismatch}")]
     Type {
         /// Where it was asked for.
-        origin: String,
+        setting: String,
         /// Both types, and the correct notation.
         mismatch: String,
     },
@@ -230,13 +230,13 @@ impl Extension {
     /// A name is not a valid property name, or nobody may set the property.
     pub fn new(names: &[String]) -> Result<Self, Error> {
         let own = names.iter().map(|name| {
-            let origin = || format!("runtime option AnnotationProperties, {name:?}");
+            let setting = || format!("runtime option AnnotationProperties, {name:?}");
             if !is_name(name) {
-                return Err(Error::Name { origin: origin() });
+                return Err(Error::Name { setting: setting() });
             }
             let name = in_microseconds(name).unwrap_or_else(|| name.clone());
             match denied(&name) {
-                Some(reason) => Err(Error::Denied { origin: origin(), name, reason }),
+                Some(reason) => Err(Error::Denied { setting: setting(), name, reason }),
                 None => Ok(name),
             }
         });
@@ -267,7 +267,7 @@ pub fn check(asked: impl IntoIterator<Item = Property>, extension: &Extension) -
             }
             PropertySource::Annotation if !extension.has(&name) => {
                 allowed::check(&name, &value).map_err(|reason| Error::Denied {
-                    origin: property.to_string(),
+                    setting: property.to_string(),
                     name: name.clone(),
                     reason,
                 })?;
@@ -298,26 +298,26 @@ const SET_BY_OPTION: &str = "a runtime option sets it, and AnnotationProperties 
 
 /// The name and the value of a property.
 fn read(property: &Property) -> Result<(String, Variant<'static>), Error> {
-    let origin = || property.to_string();
+    let setting = || property.to_string();
     let name = property.name.as_str();
     if !is_name(name) {
-        return Err(Error::Name { origin: origin() });
+        return Err(Error::Name { setting: setting() });
     }
     let value =
-        gvariant::parse(&property.value).map_err(|source| Error::Value { origin: origin(), source })?;
+        gvariant::parse(&property.value).map_err(|source| Error::Value { setting: setting(), source })?;
     let (name, value) = match in_microseconds(name) {
         Some(name) => {
             let usec = microseconds(&value)
-                .ok_or_else(|| Error::Seconds { origin: origin(), value: property.value.clone() })?;
+                .ok_or_else(|| Error::Seconds { setting: setting(), value: property.value.clone() })?;
             (name, usec.into())
         }
         None => (name.to_owned(), value),
     };
     if let Some(reason) = denied(&name) {
-        return Err(Error::Denied { origin: origin(), name, reason });
+        return Err(Error::Denied { setting: setting(), name, reason });
     }
     if let Some(flaw) = flaw(&value, is_binary(&name)) {
-        return Err(Error::Text { origin: origin(), flaw });
+        return Err(Error::Text { setting: setting(), flaw });
     }
     Ok((name, value))
 }
@@ -446,7 +446,7 @@ impl Types {
                 continue;
             }
             let Some(wanted) = self.of(&name) else {
-                return Err(Error::Unknown { origin: property.to_string(), name });
+                return Err(Error::Unknown { setting: property.to_string(), name });
             };
             if wanted != given {
                 let text = &property.value;
@@ -454,7 +454,7 @@ impl Types {
                 if is_other_number(wanted, &given) {
                     mismatch.push_str(&format!(": write @{wanted} {text}"));
                 }
-                return Err(Error::Type { origin: property.to_string(), mismatch });
+                return Err(Error::Type { setting: property.to_string(), mismatch });
             }
         }
         Ok(())

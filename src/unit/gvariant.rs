@@ -21,7 +21,7 @@ const MAX_SIGNATURE: usize = 255;
 /// The text is not a value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}, at character {at}")]
-pub struct Malformed {
+pub struct InvalidText {
     /// The position of the error, counted from 1.
     pub at: usize,
     /// The error.
@@ -32,10 +32,10 @@ pub struct Malformed {
 ///
 /// # Errors
 /// The text is not a value, or its type is unknown.
-pub fn parse(text: &str) -> Result<Variant<'static>, Malformed> {
+pub fn parse(text: &str) -> Result<Variant<'static>, InvalidText> {
     if text.len() > MAX_TEXT {
         let reason = format!("the value has {} bytes, the limit is {MAX_TEXT}", text.len());
-        return Err(Malformed { at: 1, reason });
+        return Err(InvalidText { at: 1, reason });
     }
     let mut reader = Reader { chars: text.chars().peekable(), at: 1, nodes: 0 };
     let node = reader.value(MAX_DEPTH)?;
@@ -43,7 +43,7 @@ pub fn parse(text: &str) -> Result<Variant<'static>, Malformed> {
     if let Some(c) = reader.peek() {
         return Err(reader.wrong(&format!("{c:?} after the end of the value")));
     }
-    let signature = node.guess()?.settle().ok_or_else(|| Malformed {
+    let signature = node.guess()?.settle().ok_or_else(|| InvalidText {
         at: node.at,
         reason: "an empty array needs a type, as in \"@as []\"".to_owned(),
     })?;
@@ -51,7 +51,7 @@ pub fn parse(text: &str) -> Result<Variant<'static>, Malformed> {
     let length = signature.to_string().len();
     if length > MAX_SIGNATURE {
         let reason = format!("the type of the value has {length} characters, the limit is {MAX_SIGNATURE}");
-        return Err(Malformed { at: node.at, reason });
+        return Err(InvalidText { at: node.at, reason });
     }
     node.build(&signature)
 }
@@ -125,11 +125,11 @@ impl Guess {
 }
 
 impl Node {
-    fn wrong(&self, reason: String) -> Malformed {
-        Malformed { at: self.at, reason }
+    fn wrong(&self, reason: String) -> InvalidText {
+        InvalidText { at: self.at, reason }
     }
 
-    fn guess(&self) -> Result<Guess, Malformed> {
+    fn guess(&self) -> Result<Guess, InvalidText> {
         Ok(match &self.what {
             What::Bool(_) => Guess::Basic(Signature::Bool),
             What::Number(digits) if is_float(digits) => Guess::Basic(Signature::F64),
@@ -149,9 +149,9 @@ impl Node {
         })
     }
 
-    fn build(self, signature: &Signature) -> Result<Variant<'static>, Malformed> {
+    fn build(self, signature: &Signature) -> Result<Variant<'static>, InvalidText> {
         let at = self.at;
-        let wrong = |reason: String| Malformed { at, reason };
+        let wrong = |reason: String| InvalidText { at, reason };
         let mismatch = || wrong(format!("the value is not of type {signature}"));
         Ok(match (self.what, signature) {
             (What::Typed(own, node), _) if own == *signature => node.build(&own)?,
@@ -260,8 +260,8 @@ impl Reader<'_> {
         Some(c)
     }
 
-    fn wrong(&self, reason: &str) -> Malformed {
-        Malformed { at: self.at, reason: reason.to_owned() }
+    fn wrong(&self, reason: &str) -> InvalidText {
+        InvalidText { at: self.at, reason: reason.to_owned() }
     }
 
     fn skip_space(&mut self) {
@@ -270,7 +270,7 @@ impl Reader<'_> {
         }
     }
 
-    fn value(&mut self, depth: usize) -> Result<Node, Malformed> {
+    fn value(&mut self, depth: usize) -> Result<Node, InvalidText> {
         self.skip_space();
         let at = self.at;
         let deeper = depth.checked_sub(1).ok_or_else(|| self.wrong("the value is nested too deeply"))?;
@@ -288,7 +288,7 @@ impl Reader<'_> {
                 let word = self.take_while(|c| c.is_ascii_alphabetic() || ['(', ')', '{', '}'].contains(&c));
                 let signature = Signature::try_from(word.as_str()).ok().filter(|_| !word.is_empty());
                 let signature = signature
-                    .ok_or_else(|| Malformed { at, reason: format!("\"@{word}\" is not a type") })?;
+                    .ok_or_else(|| InvalidText { at, reason: format!("\"@{word}\" is not a type") })?;
                 What::Typed(signature, Box::new(self.value(deeper)?))
             }
             Some(c) if c.is_ascii_digit() || ['+', '-', '.'].contains(&c) => {
@@ -304,7 +304,7 @@ impl Reader<'_> {
                         Some((_, signature)) => What::Typed(signature.clone(), Box::new(self.value(deeper)?)),
                         None => {
                             let reason = format!("{word:?} is not a value: strings need quotes, '{word}'");
-                            return Err(Malformed { at, reason });
+                            return Err(InvalidText { at, reason });
                         }
                     },
                 }
@@ -323,7 +323,7 @@ impl Reader<'_> {
         word
     }
 
-    fn list(&mut self, end: char, depth: usize) -> Result<Vec<Node>, Malformed> {
+    fn list(&mut self, end: char, depth: usize) -> Result<Vec<Node>, InvalidText> {
         self.next();
         let mut values = Vec::new();
         loop {
@@ -345,7 +345,7 @@ impl Reader<'_> {
         }
     }
 
-    fn text(&mut self) -> Result<String, Malformed> {
+    fn text(&mut self) -> Result<String, InvalidText> {
         let quote = self.next();
         let mut text = String::new();
         loop {
@@ -363,7 +363,7 @@ impl Reader<'_> {
     }
 
     /// The character after a backslash, or `None` for a continued line.
-    fn escape(&mut self) -> Result<Option<char>, Malformed> {
+    fn escape(&mut self) -> Result<Option<char>, InvalidText> {
         let c = self.next().ok_or_else(|| self.wrong("the closing quote is missing"))?;
         Ok(Some(match c {
             'a' => '\x07',
@@ -380,7 +380,7 @@ impl Reader<'_> {
         }))
     }
 
-    fn code_point(&mut self, digits: usize) -> Result<char, Malformed> {
+    fn code_point(&mut self, digits: usize) -> Result<char, InvalidText> {
         let mut code = 0;
         for _ in 0..digits {
             let digit = self.next().and_then(|c| c.to_digit(16));

@@ -10,7 +10,7 @@ fn kind(text: &str) -> String {
     read(text).0
 }
 
-fn wrong(text: &str) -> Malformed {
+fn wrong(text: &str) -> InvalidText {
     parse(text).map(|value| value.to_string()).expect_err(text)
 }
 
