@@ -7,6 +7,7 @@ pub mod containerd;
 pub mod criu;
 pub mod devices;
 pub mod features;
+pub mod idmap;
 pub mod metadata;
 pub mod mount;
 pub mod mount_options;

@@ -17,6 +17,7 @@ use nix::sys::stat::Mode;
 
 use crate::task::request::Mount;
 
+use super::idmap;
 use super::mount_options::{Parsed, parse, shorten};
 
 /// mount(2) accepts one page of options, in bytes.
@@ -206,7 +207,7 @@ fn mount_one(item: &Mount, rootfs: &Path) -> Result<(), Error> {
         errno,
     };
     let place = target(rootfs, &item.target)?;
-    let Parsed { mut flags, mut data, helper } = parse(item)?;
+    let Parsed { mut flags, mut data, helper, maps } = parse(item)?;
     if helper {
         // The helper needs a path that does not lead through /proc/self, which differs for the helper.
         return mount_with_helper(item, &fs::read_link(path_of(&place)).map_err(failed)?);
@@ -217,21 +218,13 @@ fn mount_one(item: &Mount, rootfs: &Path) -> Result<(), Error> {
     }
     let remount_read_only = bind && flags.contains(MsFlags::MS_RDONLY);
     flags.remove(if remount_read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() });
-    let mut text = data.join(",");
-    let home = if text.len() >= PAGE - 512 { shorten(&mut data) } else { None };
-    if let Some(dir) = &home {
-        std::env::set_current_dir(dir).map_err(failed)?;
-        text = data.join(",");
-    }
-    if text.len() >= PAGE {
-        return Err(Error::TooLong { length: text.len() });
-    }
-    let (source, kind) = (Some(item.source.as_str()), Some(item.kind.as_str()));
-    mount(source, &path_of(&place), kind, flags, Some(text.as_str()))
-        .map_err(|errno| failed(errno.into()))?;
-    if home.is_some() {
-        // Can't fail: "/" always exists.
-        let _ = std::env::set_current_dir("/");
+    match &maps {
+        Some(maps) if bind => {
+            idmap::bind(Path::new(&item.source), &place, maps, flags.contains(MsFlags::MS_REC))
+                .map_err(failed)?;
+        }
+        Some(maps) => idmap::overlay(rootfs, &place, maps, flags, &data).map_err(failed)?,
+        None => mount_by_call(item, &place, flags, data, failed)?,
     }
     if remount_read_only {
         let flags = flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
@@ -241,6 +234,32 @@ fn mount_one(item: &Mount, rootfs: &Path) -> Result<(), Error> {
             let _ = detach(&path_of(&mounted), MntFlags::empty());
             failed(errno.into())
         })?;
+    }
+    Ok(())
+}
+
+/// Mounts with mount(2).
+fn mount_by_call(
+    item: &Mount,
+    place: &OwnedFd,
+    flags: MsFlags,
+    mut data: Vec<String>,
+    failed: impl Fn(io::Error) -> Error,
+) -> Result<(), Error> {
+    let mut text = data.join(",");
+    let home = if text.len() >= PAGE - 512 { shorten(&mut data) } else { None };
+    if let Some(dir) = &home {
+        std::env::set_current_dir(dir).map_err(&failed)?;
+        text = data.join(",");
+    }
+    if text.len() >= PAGE {
+        return Err(Error::TooLong { length: text.len() });
+    }
+    let (source, kind) = (Some(item.source.as_str()), Some(item.kind.as_str()));
+    mount(source, &path_of(place), kind, flags, Some(text.as_str())).map_err(|errno| failed(errno.into()))?;
+    if home.is_some() {
+        // Can't fail: "/" always exists.
+        let _ = std::env::set_current_dir("/");
     }
     Ok(())
 }
@@ -382,6 +401,51 @@ mod tests {
             assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
             unmount_all(&rootfs).unwrap();
             assert!(points(dir).is_empty());
+        });
+    }
+
+    /// Files of the image belong to the container's root, and those on the disk stay as they are.
+    #[test]
+    fn the_ids_of_an_overlay_and_of_a_bind_mount_are_mapped() {
+        use std::os::unix::fs::MetadataExt;
+        in_own_mount_namespace(|| {
+            let scratch = scratch();
+            // Whatever file system the test runs on: this one can be mapped.
+            tmpfs(scratch.path());
+            let dir = scratch.path();
+            let names = ["rootfs", "a", "b:c", "upper", "work"];
+            names.iter().for_each(|name| fs::create_dir(dir.join(name)).unwrap());
+            fs::write(dir.join("a/file"), "one").unwrap();
+            fs::write(dir.join("b:c/other"), "two").unwrap();
+            let option = |name: &str, path: &str| format!("{name}={}/{path}", dir.display());
+            let maps = ["uidmap=0:100000:65536".to_owned(), "gidmap=0:200000:65536".to_owned()];
+            let layers = format!("{}:{}/b\\:c", option("lowerdir", "a"), dir.display());
+            let overlay = Mount {
+                kind: "overlay".to_owned(),
+                options: [layers, option("upperdir", "upper"), option("workdir", "work")]
+                    .into_iter()
+                    .chain(maps.clone())
+                    .collect(),
+                ..Mount::default()
+            };
+            let bind = Mount {
+                kind: "bind".to_owned(),
+                source: dir.join("a").to_string_lossy().into_owned(),
+                options: ["rbind".to_owned(), "ro".to_owned()].into_iter().chain(maps).collect(),
+                ..Mount::default()
+            };
+            let rootfs = dir.join("rootfs");
+            let owner = |path: &Path| fs::metadata(path).map(|found| (found.uid(), found.gid())).unwrap();
+            for (item, files) in [(overlay, &["file", "other"][..]), (bind, &["file"])] {
+                mount_all(&rootfs, &[item]).unwrap();
+                for file in files {
+                    assert_eq!(owner(&rootfs.join(file)), (100_000, 200_000), "{file}");
+                }
+                assert_eq!(points(&rootfs).len(), 1);
+                unmount_all(&rootfs).unwrap();
+            }
+            assert_eq!(owner(&dir.join("a/file")), (0, 0));
+            assert_eq!(points(dir), [dir]);
         });
     }
 

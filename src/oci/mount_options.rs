@@ -6,6 +6,7 @@ use nix::mount::MsFlags;
 
 use crate::task::request::Mount;
 
+use super::idmap::{self, Maps};
 use super::mount::Error;
 
 /// True for a file system in user space. Its daemon runs in the cgroup of the process that mounts it, and does not end
@@ -13,6 +14,9 @@ use super::mount::Error;
 pub fn leaves_a_daemon(item: &Mount) -> bool {
     item.kind.starts_with("fuse.") || item.kind.starts_with("fuse3.")
 }
+
+/// An option with a map, and the map in the kernel's format.
+type Named<'a> = Option<(&'a String, String)>;
 
 /// The options of a mount, as mount(2) expects them.
 pub struct Parsed {
@@ -22,6 +26,8 @@ pub struct Parsed {
     pub data: Vec<String>,
     /// True if mount(8) is needed.
     pub helper: bool,
+    /// How the ids of the mount are mapped, if they are.
+    pub maps: Option<Maps>,
 }
 
 /// Divides the options of a mount into flags and data.
@@ -29,14 +35,25 @@ pub struct Parsed {
 /// # Errors
 /// [`Error::Option`]
 pub fn parse(item: &Mount) -> Result<Parsed, Error> {
-    let mut parsed = Parsed { flags: MsFlags::empty(), data: Vec::new(), helper: leaves_a_daemon(item) };
+    let mut parsed =
+        Parsed { flags: MsFlags::empty(), data: Vec::new(), helper: leaves_a_daemon(item), maps: None };
+    let (mut uids, mut gids) = (None, None);
     if item.kind == "bind" {
         parsed.flags |= MsFlags::MS_BIND;
     }
     for option in &item.options {
-        let unsupported = ["uidmap=", "gidmap=", "X-containerd."];
-        if unsupported.iter().any(|prefix| option.starts_with(prefix)) {
-            return Err(Error::Option { option: option.clone(), kind: item.kind.clone() });
+        let unsupported = || Error::Option { option: option.clone(), kind: item.kind.clone() };
+        if option.starts_with("X-containerd.") {
+            return Err(unsupported());
+        }
+        let map = |text: &str| idmap::parse(text).map(|map| (option, map)).ok_or_else(unsupported);
+        if let Some(text) = option.strip_prefix("uidmap=") {
+            uids = Some(map(text)?);
+            continue;
+        }
+        if let Some(text) = option.strip_prefix("gidmap=") {
+            gids = Some(map(text)?);
+            continue;
         }
         match flag(option) {
             Some((flag, true)) => parsed.flags |= flag,
@@ -46,7 +63,20 @@ pub fn parse(item: &Mount) -> Result<Parsed, Error> {
             None => parsed.data.push(option.clone()),
         }
     }
+    parsed.maps = maps(item, &parsed, uids, gids)?;
     Ok(parsed)
+}
+
+/// The maps of users and of groups, which only come together, and only for what has no helper.
+fn maps(item: &Mount, parsed: &Parsed, uids: Named<'_>, gids: Named<'_>) -> Result<Option<Maps>, Error> {
+    let is_possible = !parsed.helper && (item.kind == "overlay" || parsed.flags.contains(MsFlags::MS_BIND));
+    match (uids, gids) {
+        (None, None) => Ok(None),
+        (Some((_, uids)), Some((_, gids))) if is_possible => Ok(Some(Maps { uids, gids })),
+        (Some((option, _)), _) | (_, Some((option, _))) => {
+            Err(Error::Option { option: option.clone(), kind: item.kind.clone() })
+        }
+    }
 }
 
 /// The flags of an option, and whether the option sets or clears them (mount(8)).
@@ -122,14 +152,36 @@ mod tests {
         assert_eq!(parsed.data, ["lowerdir=/a:/b", "index=off"]);
     }
 
+    fn with(kind: &str, options: &[&str]) -> Mount {
+        Mount {
+            kind: kind.to_owned(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Mount::default()
+        }
+    }
+
     #[test]
     fn an_option_that_can_not_be_carried_out_is_named() {
-        let item = Mount {
-            kind: "overlay".to_owned(),
-            options: vec!["uidmap=0:1:2".to_owned()],
-            ..Mount::default()
-        };
-        assert!(parse(&item).is_err_and(|error| error.to_string().contains("uidmap=0:1:2")));
+        for (kind, options, named) in [
+            ("overlay", &["uidmap=0:1:2"][..], "uidmap=0:1:2"),
+            ("overlay", &["gidmap=0:1:2"], "gidmap=0:1:2"),
+            ("overlay", &["uidmap=0:1", "gidmap=0:1:2"], "uidmap=0:1"),
+            ("ext4", &["loop", "uidmap=0:1:2", "gidmap=0:1:2"], "uidmap=0:1:2"),
+            ("tmpfs", &["uidmap=0:1:2", "gidmap=0:1:2"], "uidmap=0:1:2"),
+            ("overlay", &["X-containerd.x=1"], "X-containerd.x=1"),
+        ] {
+            let refused = parse(&with(kind, options)).map(drop).unwrap_err().to_string();
+            assert!(refused.contains(named), "{refused}");
+        }
+    }
+
+    #[test]
+    fn ids_are_mapped_for_overlays_and_bind_mounts() {
+        for (kind, first) in [("overlay", "lowerdir=/a"), ("bind", "rbind"), ("", "bind")] {
+            let parsed = parse(&with(kind, &[first, "uidmap=0:1:2", "gidmap=0:3:4"])).unwrap();
+            let maps = Maps { uids: "0 1 2\n".to_owned(), gids: "0 3 4\n".to_owned() };
+            assert_eq!(parsed.maps, Some(maps), "{kind}");
+        }
     }
 
     #[test]

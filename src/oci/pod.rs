@@ -125,6 +125,8 @@ pub struct Node {
     pub oom_score_adj: i32,
     /// The content of the seccomp profile that the pod names.
     pub seccomp: Option<Value>,
+    /// The file of the user namespace that owns the pod's network namespace, if both are there already.
+    pub user_namespace: Option<PathBuf>,
 }
 
 /// The score that containerd gives a pause container, so that the OOM killer ends the containers first.
@@ -144,7 +146,7 @@ pub fn spec(id: &str, pod: Option<&Pod>, network: &str, node: &Node) -> Value {
         ],
         "annotations": annotations(id, pod),
         "linux": {
-            "namespaces": namespaces(configured, network),
+            "namespaces": namespaces(configured, network, node),
             "sysctl": sysctls(configured, pod.is_some()),
             "resources": {"devices": [{"allow": false, "access": "rwm"}]},
         },
@@ -216,7 +218,7 @@ fn annotations(id: &str, pod: Option<&Pod>) -> Map<String, Value> {
     values.into_iter().map(|(name, value)| (format!("io.kubernetes.cri.{name}"), value.into())).collect()
 }
 
-fn namespaces(pod: &Pod, network: &str) -> Vec<Value> {
+fn namespaces(pod: &Pod, network: &str, node: &Node) -> Vec<Value> {
     let mut all = vec![json!({"type": "mount"})];
     if pod.network == Namespace::Pod {
         all.push(json!({"type": "uts"}));
@@ -232,7 +234,10 @@ fn namespaces(pod: &Pod, network: &str) -> Vec<Value> {
         all.push(json!({"type": "ipc"}));
     }
     if pod.user.is_some() {
-        all.push(json!({"type": "user"}));
+        all.push(match &node.user_namespace {
+            None => json!({"type": "user"}),
+            Some(path) => json!({"type": "user", "path": path}),
+        });
     }
     all
 }

@@ -3,15 +3,17 @@
 //! containerd's CRI plugin mounts them into each container of a pod, from fixed places in its own directories. With its
 //! own sandboxes it also makes them. It leaves that to us when we make the sandbox.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 
 use crate::files;
 use crate::path_error::{PathError, io_error};
+use crate::sys::user_namespace;
 use crate::task::request::Places;
 
 use super::mount::{self as mounts, unmount_all};
@@ -26,6 +28,7 @@ const HOSTNAME: &str = "hostname";
 const HOSTS: &str = "hosts";
 const RESOLV_CONF: &str = "resolv.conf";
 const SHM: &str = "shm";
+const USER_NAMESPACE: &str = "user-namespace";
 
 /// The largest file of the node that is copied for a pod, in bytes.
 const MAX_FILE: u64 = 4 << 20;
@@ -83,6 +86,33 @@ pub fn make(pod: &Pod, places: &Places) -> Result<(), Error> {
     Ok(())
 }
 
+/// Gives the user namespace that owns the network namespace `network` a path, for a pod with a user namespace. containerd 2
+/// makes both before it calls, and only processes in that user namespace can configure the network. `None` if the node's user
+/// namespace owns it: the pod gets a new one.
+///
+/// # Errors
+/// `network` is no network namespace, or its owner can't be mounted.
+pub fn pin_user_namespace(network: &Path, places: &Places) -> Result<Option<PathBuf>, Error> {
+    let opened = File::open(network).map_err(io_error("open", network))?;
+    let owner = user_namespace::owner(&opened).map_err(io_error("find the user namespace of", network))?;
+    let owner = File::from(owner);
+    let inode = |file: &File| file.metadata().map(|found| (found.dev(), found.ino()));
+    let node = Path::new("/proc/self/ns/user");
+    let of_node = File::open(node).and_then(|opened| inode(&opened)).map_err(io_error("look at", node))?;
+    if inode(&owner).map_err(io_error("look at the user namespace of", network))? == of_node {
+        return Ok(None);
+    }
+    make_dir(&places.mounts)?;
+    let pinned = places.mounts.join(USER_NAMESPACE);
+    // An earlier attempt may have mounted it.
+    unmount_all(&pinned)?;
+    File::create(&pinned).map_err(io_error("make", &pinned))?;
+    let source = format!("/proc/self/fd/{}", owner.as_raw_fd());
+    let mounted = mount(Some(source.as_str()), &pinned, None::<&str>, MsFlags::MS_BIND, None::<&str>);
+    mounted.map_err(io_error("mount", &pinned))?;
+    Ok(Some(pinned))
+}
+
 /// Removes the files of a pod. It is no error if some are not there.
 ///
 /// # Errors
@@ -90,6 +120,9 @@ pub fn make(pod: &Pod, places: &Places) -> Result<(), Error> {
 pub fn remove(places: &Places) -> Result<(), Error> {
     let shm = places.mounts.join(SHM);
     unmount_all(&shm)?;
+    let user_namespace = places.mounts.join(USER_NAMESPACE);
+    unmount_all(&user_namespace)?;
+    gone(fs::remove_file(&user_namespace), &user_namespace)?;
     for name in [HOSTNAME, HOSTS, RESOLV_CONF] {
         let path = places.files.join(name);
         gone(fs::remove_file(&path), &path)?;
@@ -181,6 +214,17 @@ mod tests {
             "search a.local b.local\nnameserver 10.0.0.1\nnameserver 10.0.0.2\noptions ndots:5\n"
         );
         assert_eq!(resolv_conf(&Dns::default()), "");
+    }
+
+    #[test]
+    fn only_a_network_of_another_user_namespace_has_an_owner_to_pin() {
+        let dir = tempfile::tempdir().unwrap();
+        let places = Places { files: dir.path().join("a"), mounts: dir.path().join("b") };
+        let pinned = pin_user_namespace(Path::new("/proc/self/ns/net"), &places);
+        assert_eq!(pinned.unwrap(), None);
+        assert!(!places.mounts.exists());
+        assert!(pin_user_namespace(Path::new("/dev/null"), &places).is_err());
+        assert!(pin_user_namespace(&dir.path().join("missing"), &places).is_err());
     }
 
     #[test]

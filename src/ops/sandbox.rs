@@ -18,7 +18,7 @@ use crate::oci::pod::{self, Pod, Seccomp};
 use crate::oci::{bundle, pod_files};
 use crate::services::{Attempt, Error, Shim, blocking};
 use crate::task::phase::Exit;
-use crate::task::request::{Create, Mount, Sandbox, Stdio};
+use crate::task::request::{Create, Mount, Places, Sandbox, Stdio};
 
 use super::new_task::check_bundle_path;
 use super::{CreateTask, Status};
@@ -71,9 +71,6 @@ impl Shim {
     ) -> Result<(), Error> {
         if !launch::sandbox::is_possible() {
             return Err(Error::NotImplemented("a sandbox on this architecture"));
-        }
-        if call.pod.as_ref().is_some_and(|pod| pod.user.is_some()) {
-            return Err(Error::NotImplemented("a sandbox with a user namespace of its own"));
         }
         check_bundle_path(&call.bundle)?;
         let init = call.key.init();
@@ -224,20 +221,39 @@ fn prepare(call: &CreateSandbox) -> Result<Option<Sandbox>, Error> {
         Some(Seccomp::File(path)) => Some(bundle::read_json(path)?),
         Some(Seccomp::Own) | None => None,
     };
-    let node = node(seccomp);
-    let id = call.key.id.as_str();
-    // With a pod, a spec that is there is that of an earlier attempt.
-    let given = if call.pod.is_some() { None } else { bundle::read_whole(&call.bundle)? };
-    let spec = match given {
-        Some(given) => pod::with_init(given, &node),
-        None => pod::spec(id, call.pod.as_ref(), &call.network, &node),
+    let Some(pod) = &call.pod else {
+        let node = node(seccomp);
+        let spec = match bundle::read_whole(&call.bundle)? {
+            Some(given) => pod::with_init(given, &node),
+            None => pod::spec(call.key.id.as_str(), None, &call.network, &node),
+        };
+        bundle::write_whole(&call.bundle, &spec)?;
+        return Ok(Some(Sandbox { places: None }));
     };
-    bundle::write_whole(&call.bundle, &spec)?;
-    let places = call.pod.as_ref().and_then(|pod| Some((pod, pod_files::places(&call.bundle, id)?)));
-    if let Some((pod, places)) = &places {
-        pod_files::make(pod, places)?;
+    let places = pod_files::places(&call.bundle, call.key.id.as_str());
+    let prepared = prepare_pod(call, pod, places.as_ref(), node(seccomp));
+    if let (Err(_), Some(places)) = (&prepared, &places) {
+        // The first error is the one to report.
+        let _ = pod_files::remove(places);
     }
-    Ok(Some(Sandbox { places: places.map(|(_, places)| places) }))
+    prepared.map(|()| Some(Sandbox { places }))
+}
+
+/// As [`prepare`], for a pod. A spec that is there is that of an earlier attempt.
+fn prepare_pod(
+    call: &CreateSandbox,
+    pod: &Pod,
+    places: Option<&Places>,
+    mut node: pod::Node,
+) -> Result<(), Error> {
+    if let Some(places) = places {
+        pod_files::make(pod, places)?;
+        if pod.user.is_some() && !call.network.is_empty() {
+            node.user_namespace = pod_files::pin_user_namespace(Path::new(&call.network), places)?;
+        }
+    }
+    let spec = pod::spec(call.key.id.as_str(), Some(pod), &call.network, &node);
+    Ok(bundle::write_whole(&call.bundle, &spec)?)
 }
 
 fn node(seccomp: Option<Value>) -> pod::Node {
@@ -248,5 +264,6 @@ fn node(seccomp: Option<Value>) -> pod::Node {
         apparmor: says("/sys/module/apparmor/parameters/enabled", "Y"),
         oom_score_adj: score.and_then(|score| score.trim().parse().ok()).unwrap_or_default(),
         seccomp,
+        user_namespace: None,
     }
 }

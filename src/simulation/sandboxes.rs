@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::effects::Plan;
 use crate::id::ProcessKey;
-use crate::oci::pod::{Pod, Seccomp, UserNamespace};
+use crate::oci::pod::{Pod, Seccomp};
 use crate::services::{Attempt, Error, Shim};
 
 use super::harness::World;
@@ -105,19 +105,17 @@ fn unsupported_settings_of_a_pod_are_refused_before_anything_is_changed() {
     let with = |pod: Pod| CreateSandbox { pod: Some(pod), ..call.clone() };
     let missing = Seccomp::File(Path::new("/there/is/no/such/profile.json").to_owned());
     let no_profile = with(Pod { seccomp: missing, ..Pod::default() });
-    let user = with(Pod { user: Some(UserNamespace::default()), ..Pod::default() });
     let climbs = CreateSandbox { bundle: "/run/../x".into(), ..call.clone() };
-    let [profile, user, climbs] = world
+    let [profile, climbs] = world
         .live(move |shim| async move {
             let mut refused = Vec::new();
-            for call in [no_profile, user, climbs] {
+            for call in [no_profile, climbs] {
                 refused.push(shim.create_sandbox(call, Attempt::First).await.unwrap_err());
             }
-            <[Error; 3]>::try_from(refused).unwrap()
+            <[Error; 2]>::try_from(refused).unwrap()
         })
         .unwrap();
     assert!(matches!(profile, Error::Bundle(_)), "{profile}");
-    assert!(matches!(user, Error::NotImplemented(_)), "{user}");
     assert!(matches!(climbs, Error::BundlePath(_)), "{climbs}");
     assert_eq!(world.spec(&call), serde_json::json!({}));
 }

@@ -8,6 +8,7 @@ pub mod guard;
 mod receive;
 pub mod spawn;
 pub mod tree;
+pub mod user_namespace;
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};

@@ -371,6 +371,17 @@ pub fn may_crash_containerd() -> bool {
     crashes
 }
 
+/// Whether pods can have a user namespace: containerd 2 makes their networks in it, and its overlay snapshotter has layers with
+/// mapped ids.
+pub fn has_user_namespaces() -> bool {
+    let version = process::succeed("containerd", &["--version"]);
+    let has = version.split_whitespace().any(|word| word.trim_start_matches('v').starts_with("2."));
+    if !has {
+        needs::skip("cri_pods", "this containerd makes no user namespaces for pods");
+    }
+    has
+}
+
 /// A plugin that makes no network, for suites without CNI's. A pod has an address, at which nobody answers.
 const NO_NETWORK: &str = r#"#!/bin/sh
 cat >/dev/null

@@ -3,7 +3,9 @@
 use std::fs;
 
 use crate::common::{daemon, disturb, process, systemd, wait};
-use crate::cri::{Cri, EXITED, OF_NODE, RUNNING, has_network, may_crash_containerd, unit_of};
+use crate::cri::{
+    Cri, EXITED, OF_NODE, RUNNING, has_network, has_user_namespaces, may_crash_containerd, unit_of,
+};
 use crate::cri_messages::*;
 
 #[test]
@@ -97,6 +99,49 @@ fn a_pod_in_host_namespaces_has_the_namespaces_of_the_node() {
     for kind in ["net", "pid", "ipc"] {
         assert_eq!(process::namespace(cri.pid(&container), kind), process::namespace(1, kind), "{kind}");
     }
+}
+
+#[test]
+fn a_pod_with_a_user_namespace_maps_its_users() {
+    if !has_user_namespaces() {
+        return;
+    }
+    let cri = Cri::new();
+    const FIRST: u32 = 200_000;
+    let mapping = IdMapping { host_id: FIRST, container_id: 0, length: 65_536 };
+    let pod = cri.pod_with("mapped", |config| {
+        let context = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
+        let options = context.and_then(|context| context.namespace_options.as_mut());
+        options.expect("namespace options").userns_options =
+            Some(UserNamespace { mode: 0, uids: vec![mapping.clone()], gids: vec![mapping.clone()] });
+    });
+    let (one, other) = (cri.sleeping(&pod, "one"), cri.sleeping(&pod, "other"));
+    let pause = cri.pause_pid(&pod);
+    for pid in [pause, cri.pid(&one), cri.pid(&other)] {
+        assert_ne!(process::namespace(pid, "user"), process::namespace(1, "user"));
+        assert_eq!(
+            process::namespace(pid, "user"),
+            process::namespace(pause, "user"),
+            "one for the whole pod"
+        );
+        assert_eq!(process::namespace(pid, "net"), process::namespace(pause, "net"));
+        let map = fs::read_to_string(format!("/proc/{pid}/uid_map")).expect("read a map");
+        let numbers: Vec<&str> = map.split_whitespace().collect();
+        assert_eq!(numbers, ["0", "200000", "65536"]);
+    }
+    let owner = process::status(cri.pid(&one), "Uid").expect("its user");
+    assert!(owner.starts_with(&FIRST.to_string()), "root of the container is nobody on the node: {owner}");
+    // The image, the files of the pod and new files belong to the container's root.
+    let owners = "touch /new && stat -c '%u:%g' /bin/busybox /etc/hosts /etc/hostname /etc/resolv.conf /new";
+    assert_eq!(cri.ask(&one, &["sh", "-c", owners]).lines().collect::<Vec<_>>(), ["0:0"; 5]);
+    cri.ask(&one, &["sh", "-c", "echo shared >/dev/shm/file"]);
+    assert_eq!(cri.ask(&other, &["cat", "/dev/shm/file"]), "shared");
+    // The container's root may configure what belongs to the pod, such as its network, and nothing else.
+    assert_eq!(cri.ask(&one, &["cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start"]), "0");
+    if cri.is_ours() {
+        daemon::killed();
+    }
+    assert_eq!(cri.ask(&other, &["id", "-u"]), "0");
 }
 
 #[test]
