@@ -6,18 +6,20 @@ use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 
-use crate::api::convert;
 use crate::api::messages::BootstrapParams;
+use crate::api::{self, convert};
 use crate::cgroup::cgroups_path;
 use crate::cli::arguments;
 use crate::id::{ExecId, Namespace, TaskId, TaskKey, UnitName, is_long_hex};
+use crate::oci::bundle::Spec;
 use crate::oci::resources::{self, Resources};
-use crate::oci::{process, signal};
+use crate::oci::{pod, process, signal};
 use crate::stdio::uri::{self, Kind, Role};
 use crate::task::request::{Log, Stdio};
 use crate::transport::frame::{Assembler, Frame};
 use crate::unit::name;
 
+use super::properties::metadata;
 use super::{first_line, go};
 
 /// The command line of a containerd.
@@ -41,6 +43,29 @@ pub(super) fn cgroups_path(data: &[u8]) {
             assert!(!child.is_empty() && !child.contains('/') && child != "." && child != "..", "{child}");
         }
         Ok(cgroups_path::Requested::Default) | Err(_) => {}
+    }
+}
+
+/// The configuration of a pod, as CreateSandbox gets it: every node can read the spec of the pod's sandbox.
+pub(super) fn pod(data: &[u8]) {
+    let options =
+        Any { type_url: "runtime.v1.PodSandboxConfig".to_owned(), value: data.to_vec(), ..Any::default() };
+    let Ok(Some(configured)) = api::pod::pod(Some(&options)) else { return };
+    let strict = pod::Node {
+        selinux: true,
+        apparmor: true,
+        user_namespace: Some("/x".into()),
+        ..pod::Node::default()
+    };
+    for node in [pod::Node::default(), strict] {
+        let spec = pod::spec("web", Some(&configured), "", &node);
+        assert_eq!(spec["process"]["args"], serde_json::json!([pod::INIT]), "the program is the shim's");
+        assert_eq!(spec["process"]["capabilities"], serde_json::json!({}));
+        let text = spec.to_string();
+        let read = Spec::parse(text.as_bytes()).unwrap_or_else(|error| panic!("{text}: {error}"));
+        assert_eq!(read.annotation("io.kubernetes.cri.sandbox-name"), Some(configured.name.as_str()));
+        cgroups_path(read.cgroups_path().as_bytes());
+        metadata(text.as_bytes());
     }
 }
 

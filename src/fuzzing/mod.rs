@@ -18,7 +18,7 @@ mod streams;
 type Target = fn(&[u8]);
 
 /// The functions by name. `fuzz/Cargo.toml` has a target of each name.
-pub const TARGETS: [(&str, Target); 26] = [
+pub const TARGETS: [(&str, Target); 27] = [
     ("annotation", properties::annotation),
     ("arguments", client::arguments),
     ("bootstrap", streams::bootstrap),
@@ -38,6 +38,7 @@ pub const TARGETS: [(&str, Target); 26] = [
     ("name", client::name),
     ("notify", streams::notify),
     ("options", client::options),
+    ("pod", client::pod),
     ("process", client::process),
     ("receive", streams::receive),
     ("record", disk::record),
