@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::effects::Plan;
+use crate::effects::{Failure, Plan};
 use crate::id::ProcessKey;
 use crate::oci::pod::{Pod, Seccomp};
 use crate::services::{Attempt, Error, Shim};
@@ -172,10 +172,53 @@ fn make(world: &World, calls: &'static [Call], attempt: Attempt) -> Option<Resul
     })
 }
 
+/// More effects than any call has.
+const MANY: usize = 200;
+
+/// Has an effect of a call fail; a call that fails is made again. False if the call has no such effect.
+fn fail_at(at: usize, effect: usize, failure: Failure) -> bool {
+    let world = World::new(&format!("sandbox-fail-{at}-{failure:?}"));
+    make(&world, &LIFE[..at], Attempt::First).unwrap().unwrap();
+    let (effects, create, init) = (world.effects.clone(), world.create_sandbox_call(), world.init());
+    let done = world.live(move |shim| async move {
+        effects.plan(Plan::Fail(effect, failure));
+        let done = LIFE[at].make(&shim, &create, &init, Attempt::First).await;
+        let place =
+            format!("{:?}, effect {effect} ({:?}) fails by {failure:?}", LIFE[at], effects.log().get(effect));
+        let was_reached = effects.was_reached();
+        effects.plan(Plan::Undisturbed);
+        let again = match done {
+            Ok(()) => Ok(()),
+            Err(_) => LIFE[at].make(&shim, &create, &init, Attempt::First).await,
+        };
+        (place, was_reached, again.err().map(|error| error.to_string()))
+    });
+    let (place, was_reached, again) = done.unwrap();
+    assert_eq!(again, None, "{place}");
+    let rest = make(&world, &LIFE[at + 1..], Attempt::First).unwrap();
+    assert_eq!(rest.err().map(|error| error.to_string()), None, "{place}");
+    assert_eq!(world.remains(), Vec::<String>::new(), "{place}");
+    assert_eq!(world.events(), ["create", "start", "exit", "delete"], "{place}");
+    was_reached
+}
+
+#[test]
+fn any_effect_in_the_life_of_a_sandbox_may_fail() {
+    // Side by side: most of the time is spent waiting for threads.
+    std::thread::scope(|scope| {
+        for failure in Failure::ALL {
+            scope.spawn(move || {
+                for (at, call) in LIFE.iter().enumerate() {
+                    let last = (0..MANY).find(|effect| !fail_at(at, *effect, failure));
+                    assert!(last.is_some_and(|effects| effects > 0), "{call:?}: {last:?}");
+                }
+            });
+        }
+    });
+}
+
 #[test]
 fn the_daemon_may_end_at_any_step_in_the_life_of_a_sandbox() {
-    /// More effects than any call has.
-    const MANY: usize = 200;
     for at in 0..LIFE.len() {
         let is_over = (0..MANY).any(|effect| {
             let world = World::new(&format!("sandbox-stop-{at}"));
