@@ -1,9 +1,25 @@
 //! Pods whose sandbox is the shim's (`sandboxer = "shim"` of containerd 2): no image, the files that containers share, and
 //! the pod as one object of systemd.
 
-use crate::common::{process, systemd, wait};
+use prost::Message;
+
+use crate::common::events::Events;
+use crate::common::{daemon, process, sandbox, systemd, wait};
 use crate::cri::{Cri, RUNNING, has_shim_sandboxes, unit_of};
 use crate::cri_messages::*;
+
+/// The processor time in a cgroup's metrics.
+#[derive(Clone, PartialEq, Message)]
+struct Metrics {
+    #[prost(message, optional, tag = "2")]
+    cpu: Option<CpuStat>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct CpuStat {
+    #[prost(uint64, tag = "1")]
+    usage_usec: u64,
+}
 
 #[test]
 fn a_pod_needs_no_pause_image() {
@@ -98,6 +114,79 @@ fn a_stop_of_the_pods_slice_ends_its_containers_before_its_sandbox() {
     });
     assert_eq!(cri.ended(&container).exit_code, 21);
     wait::until_true("the pod is not ready", || !cri.is_ready(&pod));
+}
+
+/// The tasks of a namespace of which an event of this name arrives, until it has arrived of all of them.
+fn await_events(events: &Events, name: &str, tasks: &[&str]) {
+    let mut missing = tasks.to_vec();
+    while !missing.is_empty() {
+        let event = events.next("k8s.io", wait::LIMIT).expect("containerd is up");
+        let event = event.unwrap_or_else(|| panic!("no {name} event of {missing:?}"));
+        if event.name() == name {
+            missing.retain(|task| event.container() != Some(*task));
+        }
+    }
+}
+
+#[test]
+fn a_freeze_of_the_pods_slice_pauses_the_whole_pod() {
+    if !has_shim_sandboxes() {
+        return;
+    }
+    let cri = Cri::new();
+    let pod = cri.pod("frozen");
+    let (one, other) = (cri.sleeping(&pod, "one"), cri.sleeping(&pod, "other"));
+    let slice = systemd::property(&one.unit(), "Slice");
+    let tasks = [pod.id.as_str(), one.id.as_str(), other.id.as_str()];
+    let events = cri.node.subscribe();
+    process::succeed("systemctl", &["freeze", &slice]);
+    await_events(&events, "paused", &tasks);
+    // Frozen processes are not ended ones.
+    assert!(cri.is_ready(&pod));
+    assert_eq!(cri.status(&one).state, RUNNING);
+    daemon::killed();
+    process::succeed("systemctl", &["thaw", &slice]);
+    await_events(&events, "resumed", &tasks);
+    assert_eq!(cri.ask(&one, &["echo", "thawed"]), "thawed");
+}
+
+#[test]
+fn a_limit_on_the_pods_slice_holds_for_the_whole_pod() {
+    if !has_shim_sandboxes() {
+        return;
+    }
+    needs!(Controllers);
+    let cri = Cri::new();
+    let pod = cri.pod("limited");
+    let other = cri.sleeping(&pod, "other");
+    let slice = systemd::property(&other.unit(), "Slice");
+    process::succeed("systemctl", &["set-property", "--runtime", &slice, "MemoryMax=32M"]);
+    let greedy = cri.run(&pod, "greedy", &["sh", "-c", "exec dd if=/dev/zero of=/dev/null bs=64M count=2"]);
+    let ended = cri.ended(&greedy);
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"), "{ended:?}");
+    assert_eq!(cri.status(&other).state, RUNNING);
+    process::succeed("systemctl", &["revert", &slice]);
+}
+
+#[test]
+fn the_metrics_of_a_pod_count_its_containers() {
+    if !has_shim_sandboxes() {
+        return;
+    }
+    let cri = Cri::new();
+    let pod = cri.pod("measured");
+    let container = cri.sleeping(&pod, "busy");
+    let used = || {
+        let metrics = sandbox::metrics_of(&cri.node, "k8s.io", &pod.id);
+        let data = metrics.data.expect("data");
+        Metrics::decode(data.value.as_slice()).expect("metrics").cpu.map_or(0, |cpu| cpu.usage_usec)
+    };
+    let before = used();
+    // A second of processor time, however busy the machine is: the limit ends the shell.
+    let count = "ulimit -t 1; while :; do :; done";
+    let ran = cri.exec_sync(&container, &["sh", "-c", count]);
+    assert_ne!(ran.exit_code, 0);
+    wait::until_true("the pod has used what its container has used", || used() >= before + 500_000);
 }
 
 #[test]

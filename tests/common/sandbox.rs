@@ -101,9 +101,7 @@ impl<'n> Sandbox<'n> {
     }
 
     pub fn metrics(&self) -> Metric {
-        let message =
-            ControllerMetricsRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
-        self.ok("metrics", self.controller().metrics(request(NAMESPACE, message))).metrics.expect("metrics")
+        metrics_of(self.node, NAMESPACE, &self.id)
     }
 
     /// Waits for the end, in the background.
@@ -143,6 +141,13 @@ impl<'n> Sandbox<'n> {
     pub fn info(&self) -> HashMap<String, String> {
         self.status().info
     }
+}
+
+/// The metrics of a sandbox, also of one of CRI's.
+pub fn metrics_of(node: &Node, namespace: &str, id: &str) -> Metric {
+    let message = ControllerMetricsRequest { sandbox_id: id.to_string(), sandboxer: CONTROLLER.to_string() };
+    let answer = node.call(ControllerClient::new(node.channel()).metrics(request(namespace, message)));
+    answer.unwrap_or_else(|error| panic!("metrics of {id}: {error:?}")).metrics.expect("metrics")
 }
 
 impl Drop for Sandbox<'_> {
