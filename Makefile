@@ -31,7 +31,7 @@ SHARE := $(DESTDIR)$(PREFIX)/share
 SOURCES := Cargo.toml Cargo.lock build.rs proto src
 
 .PHONY: help deps build unit coverage check audit test test-all test-unit test-vm test-nspawn test-clients test-packages test-matrix
-.PHONY: shell demo chaos fuzz bench soak
+.PHONY: shell demo chaos fuzz bench bench-pods soak
 .PHONY: doc
 .PHONY: fresh install install-files uninstall clean manual deb rpm
 .DEFAULT_GOAL := help
@@ -117,6 +117,9 @@ chaos: ## clients at work while daemon, systemd, dbus and containerd are killed 
 
 bench: ## compare with runc.v2, in nspawn; plots in target/bench.html (BENCH='--only cpu')
 	@$(SCRIPTS)/run-bench nspawn $(SUITE) $(BENCH)
+
+bench-pods: ## compare pods with those of runc.v2 and a pause container, in a VM: that needs cgroup controllers (PODS=20)
+	@CLIENTS_SANDBOXER=shim CLIENTS_COST=$(or $(PODS),20) $(SCRIPTS)/run-clients vm forky cri_cost
 
 soak: ## many containers and execs in a row (CONTAINERS=10000, EXECS=50000): nothing may grow
 	@$(SCRIPTS)/run-bench nspawn $(SUITE) --soak $(CONTAINERS),$(EXECS)

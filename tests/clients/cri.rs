@@ -13,14 +13,16 @@ use tonic_prost::ProstCodec;
 
 use crate::channels::Channels;
 use crate::common::leaks::{self, Traces};
-use crate::common::node::{Need, Node, OUR_RUNTIME, unique};
+use crate::common::node::{Need, Node, OUR_RUNTIME, STOCK_RUNTIME, unique};
 use crate::common::stdio::Scratch;
 use crate::common::{image, needs, process, systemd, wait};
 use crate::cri_messages::*;
 use crate::disturbed::{Disturbance, Warm};
 
 const NAMESPACE: &str = "k8s.io";
-const HANDLER: &str = "tested";
+/// The runtime under test, and runc.v2 with its pause container.
+pub const HANDLER: &str = "tested";
+pub const STOCK_HANDLER: &str = "stock";
 const CONFIGURATION: &str = "/etc/containerd/config.toml";
 const CNI_PLUGINS: &str = "/usr/lib/cni";
 const CNI_DIRECTORY: &str = "/etc/cni/net.d";
@@ -83,18 +85,23 @@ impl Cri {
     }
 
     fn load_images(&self) {
-        let mut images = vec![("/usr/share/testbed/busybox.tar", image::IMAGE)];
+        self.load_image("/usr/share/testbed/busybox.tar", image::IMAGE);
         if sandboxer().is_none() {
-            images.push((PAUSE_ARCHIVE, PAUSE_IMAGE));
+            self.load_pause_image();
         }
-        for (archive, name) in images {
-            process::succeed("ctr", &["--namespace", NAMESPACE, "image", "import", archive]);
-            // The plugin learns of an image by an event.
-            wait::until_true("CRI knows the image", || {
-                let request = ImageStatusRequest { image: Some(ImageSpec { image: name.to_string() }) };
-                self.call(request).image.is_some()
-            });
-        }
+    }
+
+    pub fn load_pause_image(&self) {
+        self.load_image(PAUSE_ARCHIVE, PAUSE_IMAGE);
+    }
+
+    fn load_image(&self, archive: &str, name: &str) {
+        process::succeed("ctr", &["--namespace", NAMESPACE, "image", "import", archive]);
+        // The plugin learns of an image by an event.
+        wait::until_true("CRI knows the image", || {
+            let request = ImageStatusRequest { image: Some(ImageSpec { image: name.to_string() }) };
+            self.call(request).image.is_some()
+        });
     }
 
     /// A pod in a network of its own.
@@ -104,6 +111,11 @@ impl Cri {
 
     /// A pod whose configuration the test changes.
     pub fn pod_with(&self, name: &str, change: impl FnOnce(&mut PodSandboxConfig)) -> Pod {
+        self.pod_by(HANDLER, name, change)
+    }
+
+    /// The same by another runtime.
+    pub fn pod_by(&self, handler: &str, name: &str, change: impl FnOnce(&mut PodSandboxConfig)) -> Pod {
         let scratch = Scratch::new("pod-logs");
         let name = unique(name);
         let metadata = PodSandboxMetadata {
@@ -129,7 +141,7 @@ impl Cri {
         };
         change(&mut config);
         let request =
-            RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: HANDLER.to_string() };
+            RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_string() };
         let id = self.call(request).pod_sandbox_id;
         self.pods.borrow_mut().push(id.clone());
         Pod { id, config, scratch }
@@ -421,11 +433,13 @@ fn configure(node: &Node) -> bool {
     let without_cgroups = Need::Controllers.missing().is_some();
     let plugin = "plugins.\"io.containerd.grpc.v1.cri\"";
     let runtime = &node.runtime;
-    let options = if *runtime == OUR_RUNTIME {
-        String::new()
-    } else {
-        format!("[{plugin}.containerd.runtimes.{HANDLER}.options]\nSystemdCgroup = true\n")
-    };
+    let stock_options =
+        |handler| format!("[{plugin}.containerd.runtimes.{handler}.options]\nSystemdCgroup = true\n");
+    let options = if *runtime == OUR_RUNTIME { String::new() } else { stock_options(HANDLER) };
+    let stock = format!(
+        "[{plugin}.containerd.runtimes.{STOCK_HANDLER}]\nruntime_type = \"{STOCK_RUNTIME}\"\n{}",
+        stock_options(STOCK_HANDLER)
+    );
     let sandboxer = sandboxer().map_or(String::new(), |kind| format!("sandboxer = \"{kind}\"\n"));
     let text = format!(
         "version = 2\n\
@@ -433,7 +447,7 @@ fn configure(node: &Node) -> bool {
          restrict_oom_score_adj = {without_cgroups}\n\
          [{plugin}.containerd]\ndefault_runtime_name = \"{HANDLER}\"\n\
          [{plugin}.cni]\nbin_dir = \"{CNI_PLUGINS}\"\nconf_dir = \"{CNI_DIRECTORY}\"\n\
-         [{plugin}.containerd.runtimes.{HANDLER}]\nruntime_type = \"{runtime}\"\n{sandboxer}{options}"
+         [{plugin}.containerd.runtimes.{HANDLER}]\nruntime_type = \"{runtime}\"\n{sandboxer}{options}{stock}"
     );
     if fs::read_to_string(CONFIGURATION).is_ok_and(|now| now == text)
         && systemd::is_active("containerd.service")
