@@ -23,7 +23,8 @@ usage: chaos [--seconds N | --minutes N] [--seed N] [--disturb NAME,…] [--work
                                bus         restart of the system bus
                                containerd  SIGKILL to containerd, and a new one
   --work NAME,…              what clients do (default: all):
-                               run kill delete exec terminal output
+                               run kill delete pause exec terminal output, and
+                               pod with a containerd that has sandboxes
   --workers N                how many at once (default 6, in an emulated machine 3)
   --leaks yes|no             compare what is left with what was there (default yes); no, if another version of the
                              daemon is installed meanwhile, which has other descriptors and files

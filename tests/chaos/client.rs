@@ -36,7 +36,7 @@ pub struct Pending<'a> {
 
 impl<'a> Client<'a> {
     /// Makes one call. `None` if containerd has ended during the call, whatever the result was.
-    fn once<T>(&self, what: &str, call: impl FnOnce() -> Result<T, Status>) -> Result<Option<T>, End> {
+    pub fn once<T>(&self, what: &str, call: impl FnOnce() -> Result<T, Status>) -> Result<Option<T>, End> {
         let begin = self.containerd.now();
         self.judge(what, begin, call())
     }
@@ -76,7 +76,7 @@ impl<'a> Client<'a> {
     }
 
     /// Repeats a call that may be repeated until it succeeds.
-    fn persist<T>(&self, what: &str, call: impl Fn() -> Result<T, Status>) -> Result<T, End> {
+    pub fn persist<T>(&self, what: &str, call: impl Fn() -> Result<T, Status>) -> Result<T, End> {
         loop {
             if let Some(answer) = self.once(what, &call)? {
                 return Ok(answer);

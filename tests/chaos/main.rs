@@ -15,6 +15,7 @@ mod disturber;
 mod execs;
 mod inits;
 mod ledger;
+mod pods;
 mod streams;
 mod tally;
 mod work;
@@ -29,7 +30,7 @@ use arguments::Arguments;
 use common::bulk::Bulk;
 use common::disturb::Disturbance;
 use common::leaks::Traces;
-use common::node::{Node, OUR_RUNTIME, number};
+use common::node::{Need, Node, OUR_RUNTIME, number};
 use common::random::Random;
 use common::spec::Spec;
 use common::systemd::DAEMON_SERVICE;
@@ -38,6 +39,7 @@ use common::{daemon, process, wait};
 use containerd::Containerd;
 use ledger::Ledger;
 use tally::{Fault, Tally};
+use work::Kind;
 
 /// How often a line of progress is printed.
 const PROGRESS: Duration = Duration::from_secs(10);
@@ -74,6 +76,9 @@ fn main() -> ExitCode {
     };
     if common::node::runtime_under_test() != OUR_RUNTIME {
         arguments.disturbances.retain(|disturbance| !disturbance.is_ours());
+    }
+    if Need::Sandboxes.missing().or_else(|| Need::OurShim.missing()).is_some() {
+        arguments.kinds.retain(|kind| *kind != Kind::Pod);
     }
     let begin = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     println!("\nrunning 1 test\nseed {}, {arguments:?}", arguments.seed);

@@ -8,6 +8,7 @@ use std::time::Instant;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Count {
     Containers,
+    Pods,
     Execs,
     Streams,
     Bytes,
@@ -141,6 +142,7 @@ impl Tally {
         let of = |count: Count| sums.counts.get(&count).copied().unwrap_or(0);
         let mut lines = vec![
             ("containers, from create to delete".to_string(), of(Count::Containers)),
+            ("pods with a sandbox of the shim".to_string(), of(Count::Pods)),
             ("execs, from add to delete".to_string(), of(Count::Execs)),
             ("streams compared byte for byte".to_string(), of(Count::Streams)),
             ("megabytes in them".to_string(), of(Count::Bytes) >> 20),

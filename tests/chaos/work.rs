@@ -22,14 +22,23 @@ pub enum Kind {
     Kill,
     Delete,
     Pause,
+    Pod,
     Exec,
     Terminal,
     Output,
 }
 
 impl Kind {
-    pub const ALL: [Kind; 7] =
-        [Kind::Run, Kind::Kill, Kind::Delete, Kind::Pause, Kind::Exec, Kind::Terminal, Kind::Output];
+    pub const ALL: [Kind; 8] = [
+        Kind::Run,
+        Kind::Kill,
+        Kind::Delete,
+        Kind::Pause,
+        Kind::Pod,
+        Kind::Exec,
+        Kind::Terminal,
+        Kind::Output,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -37,6 +46,7 @@ impl Kind {
             Kind::Kill => "kill",
             Kind::Delete => "delete",
             Kind::Pause => "pause",
+            Kind::Pod => "pod",
             Kind::Exec => "exec",
             Kind::Terminal => "terminal",
             Kind::Output => "output",
@@ -92,6 +102,7 @@ impl<'a> Worker<'a> {
             Kind::Kill => self.kill(),
             Kind::Delete => self.delete(),
             Kind::Pause => self.pause(),
+            Kind::Pod => self.pod(),
             Kind::Exec => self.execs(),
             Kind::Terminal => self.terminals(),
             Kind::Output => self.output(),

@@ -1,7 +1,6 @@
 //! Sandboxes over containerd's own API: its store of sandboxes, and its controller `shim`, which calls the shim.
 
 use std::collections::HashMap;
-use std::future::Future;
 
 use containerd_client::services::v1::sandbox::controller_client::ControllerClient;
 use containerd_client::services::v1::sandbox::store_client::StoreClient;
@@ -27,6 +26,9 @@ const CONTROLLER: &str = "shim";
 pub const READY: &str = "SANDBOX_READY";
 pub const NOT_READY: &str = "SANDBOX_NOTREADY";
 
+/// A call of Wait that has no response yet.
+pub type Waiter = JoinHandle<Result<Response<ControllerWaitResponse>, Status>>;
+
 /// A sandbox in the tests' namespace. It is removed on drop.
 pub struct Sandbox<'n> {
     node: &'n Node,
@@ -47,27 +49,36 @@ impl<'n> Sandbox<'n> {
         options: Option<Any>,
         runtime: Option<Any>,
     ) -> Result<Sandbox<'n>, Status> {
-        let sandbox = Sandbox { node, id: unique(name) };
+        let sandbox = Sandbox::unmade(node, name);
+        sandbox.try_create(options, runtime)?;
+        Ok(sandbox)
+    }
+
+    /// Only a name: containerd knows nothing of it yet.
+    pub fn unmade(node: &'n Node, name: &str) -> Sandbox<'n> {
+        Sandbox { node, id: unique(name) }
+    }
+
+    pub fn try_create(&self, options: Option<Any>, runtime: Option<Any>) -> Result<(), Status> {
         let stored = Stored {
-            sandbox_id: sandbox.id.clone(),
-            runtime: Some(Runtime { name: node.runtime.clone(), options: runtime }),
+            sandbox_id: self.id.clone(),
+            runtime: Some(Runtime { name: self.node.runtime.clone(), options: runtime }),
             sandboxer: CONTROLLER.to_string(),
             // Without a spec, containerd 2.1 panics.
             spec: Some(Any { type_url: SPEC.to_string(), value: b"{}".to_vec() }),
             ..Default::default()
         };
-        let mut store = StoreClient::new(node.channel());
+        let mut store = StoreClient::new(self.node.channel());
         let message = StoreCreateRequest { sandbox: Some(stored.clone()) };
-        node.call(store.create(request(NAMESPACE, message)))?;
+        self.node.call(store.create(request(NAMESPACE, message)))?;
         let message = ControllerCreateRequest {
-            sandbox_id: sandbox.id.clone(),
+            sandbox_id: self.id.clone(),
             options,
             sandbox: Some(stored),
             sandboxer: CONTROLLER.to_string(),
             ..Default::default()
         };
-        node.call(sandbox.controller().create(request(NAMESPACE, message)))?;
-        Ok(sandbox)
+        self.node.call(self.controller().create(request(NAMESPACE, message))).map(drop)
     }
 
     /// A sandbox that runs, and the pid of its first process.
@@ -81,23 +92,31 @@ impl<'n> Sandbox<'n> {
         ControllerClient::new(self.node.channel())
     }
 
-    fn ok<T>(&self, verb: &str, answer: impl Future<Output = Result<Response<T>, Status>>) -> T {
-        self.node.call(answer).unwrap_or_else(|error| panic!("{verb} {}: {error:?}", self.id))
+    fn made<T>(&self, verb: &str, answer: Result<T, Status>) -> T {
+        answer.unwrap_or_else(|error| panic!("{verb} {}: {error:?}", self.id))
     }
 
     pub fn start(&self) -> u32 {
+        self.made("start", self.try_start())
+    }
+
+    pub fn try_start(&self) -> Result<u32, Status> {
         let message =
             ControllerStartRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
-        self.ok("start", self.controller().start(request(NAMESPACE, message))).pid
+        Ok(self.node.call(self.controller().start(request(NAMESPACE, message)))?.pid)
     }
 
     pub fn status(&self) -> ControllerStatusResponse {
+        self.made("status", self.try_status())
+    }
+
+    pub fn try_status(&self) -> Result<ControllerStatusResponse, Status> {
         let message = ControllerStatusRequest {
             sandbox_id: self.id.clone(),
             verbose: true,
             sandboxer: CONTROLLER.to_string(),
         };
-        self.ok("status", self.controller().status(request(NAMESPACE, message)))
+        self.node.call(self.controller().status(request(NAMESPACE, message)))
     }
 
     pub fn metrics(&self) -> Metric {
@@ -105,7 +124,7 @@ impl<'n> Sandbox<'n> {
     }
 
     /// Waits for the end, in the background.
-    pub fn wait(&self) -> JoinHandle<Result<Response<ControllerWaitResponse>, Status>> {
+    pub fn wait(&self) -> Waiter {
         let message =
             ControllerWaitRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
         let mut controller = self.controller();
@@ -113,23 +132,42 @@ impl<'n> Sandbox<'n> {
     }
 
     /// The exit status that a waiter has got.
-    pub fn waited(&self, waiter: JoinHandle<Result<Response<ControllerWaitResponse>, Status>>) -> u32 {
-        self.ok("wait for", async { waiter.await.expect("the waiter") }).exit_status
+    pub fn waited(&self, waiter: Waiter) -> u32 {
+        self.made("wait for", self.try_waited(waiter)).exit_status
+    }
+
+    pub fn try_waited(&self, waiter: Waiter) -> Result<ControllerWaitResponse, Status> {
+        self.node.call(async { waiter.await.expect("the waiter") })
     }
 
     pub fn stop(&self) {
+        self.made("stop", self.try_stop());
+    }
+
+    pub fn try_stop(&self) -> Result<(), Status> {
         let message = ControllerStopRequest {
             sandbox_id: self.id.clone(),
             timeout_secs: 20,
             sandboxer: CONTROLLER.to_string(),
         };
-        self.ok("stop", self.controller().stop(request(NAMESPACE, message)));
+        self.node.call(self.controller().stop(request(NAMESPACE, message))).map(drop)
     }
 
     pub fn shut_down(&self) {
+        self.made("shut down", self.try_shut_down());
+    }
+
+    pub fn try_shut_down(&self) -> Result<(), Status> {
         let message =
             ControllerShutdownRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
-        self.ok("shut down", self.controller().shutdown(request(NAMESPACE, message)));
+        self.node.call(self.controller().shutdown(request(NAMESPACE, message))).map(drop)
+    }
+
+    /// Removes it from containerd's store.
+    pub fn try_forget(&self) -> Result<(), Status> {
+        let message = StoreDeleteRequest { sandbox_id: self.id.clone() };
+        let mut store = StoreClient::new(self.node.channel());
+        self.node.call(store.delete(request(NAMESPACE, message))).map(drop)
     }
 
     /// The name of its unit.
@@ -153,11 +191,7 @@ pub fn metrics_of(node: &Node, namespace: &str, id: &str) -> Metric {
 impl Drop for Sandbox<'_> {
     fn drop(&mut self) {
         // It may have been removed.
-        let message =
-            ControllerShutdownRequest { sandbox_id: self.id.clone(), sandboxer: CONTROLLER.to_string() };
-        let _ = self.node.call(self.controller().shutdown(request(NAMESPACE, message)));
-        let mut store = StoreClient::new(self.node.channel());
-        let message = StoreDeleteRequest { sandbox_id: self.id.clone() };
-        let _ = self.node.call(store.delete(request(NAMESPACE, message)));
+        let _ = self.try_shut_down();
+        let _ = self.try_forget();
     }
 }

@@ -134,6 +134,13 @@ impl Spec {
         self
     }
 
+    /// In the namespace at `path`.
+    pub fn in_namespace_of(self, kind: &str, path: &str) -> Spec {
+        let mut spec = self.in_host_namespace(kind);
+        spec.list("/linux/namespaces").push(json!({"type": kind, "path": path}));
+        spec
+    }
+
     /// A user namespace whose ids begin at `first` on the host. Its root can't mount sysfs of another network
     /// namespace, nor a cgroup file system that is not there yet.
     pub fn user_namespace(mut self, first: u32, size: u32) -> Spec {

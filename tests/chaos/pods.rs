@@ -1,0 +1,95 @@
+//! Lives of sandboxes of pods, each with a container in its network.
+
+use containerd_client::tonic::{Code, Status};
+use nix::sys::signal::Signal;
+
+use super::client::{Client, End};
+use super::common::container::Io;
+use super::common::daemon;
+use super::common::sandbox::{READY, Sandbox};
+use super::common::spec::Spec;
+use super::common::task::SIGKILL;
+use super::tally::{Count, Fault};
+use super::work::Worker;
+
+/// The names of sandboxes begin with this.
+pub const NAME: &str = "chaos-pod";
+
+impl Worker<'_> {
+    /// A sandbox that is stopped, is killed, or is removed while it runs.
+    pub fn pod(&mut self) -> Result<(), End> {
+        let client = self.client;
+        let sandbox = Sandbox::unmade(client.node, NAME);
+        let lived = self.in_sandbox(&sandbox);
+        client.remove_sandbox(&sandbox);
+        lived
+    }
+
+    fn in_sandbox(&mut self, sandbox: &Sandbox<'_>) -> Result<(), End> {
+        let client = self.client;
+        client.create_sandbox(sandbox)?;
+        let pid = client.start_sandbox(sandbox)?;
+        let spec = Spec::sh("exit 3").in_namespace_of("network", &format!("/proc/{pid}/ns/net"));
+        self.container(spec, &Io::default(), |_, _| Ok(3))?;
+        let status = match self.random.below(3) {
+            0 => {
+                client.call("stop a sandbox", || sandbox.try_stop())?;
+                0
+            }
+            1 => {
+                daemon::signal(pid, Signal::SIGKILL);
+                128 + SIGKILL
+            }
+            // Its removal ends it.
+            _ => return Ok(()),
+        };
+        client.expect_sandbox(sandbox, status)?;
+        self.shared.tally.add(Count::Pods, 1);
+        Ok(())
+    }
+}
+
+impl Client<'_> {
+    fn create_sandbox(&self, sandbox: &Sandbox<'_>) -> Result<(), End> {
+        if self.once("create a sandbox", || sandbox.try_create(None, None))?.is_some() {
+            return Ok(());
+        }
+        // containerd has not acknowledged it: it may know it or not.
+        let status = self.persist("status of a sandbox", || sandbox.try_status())?;
+        if status.state.is_empty() { Err(End::Unknown) } else { Ok(()) }
+    }
+
+    fn start_sandbox(&self, sandbox: &Sandbox<'_>) -> Result<u32, End> {
+        loop {
+            if let Some(pid) = self.once("start a sandbox", || sandbox.try_start())? {
+                return Ok(pid);
+            }
+            let status = self.persist("status of a sandbox", || sandbox.try_status())?;
+            match status.state.as_str() {
+                READY => return Ok(status.pid),
+                "" => return Err(self.fault(Fault::LostTask, &sandbox.id)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Waits, and compares the exit with the expected one.
+    fn expect_sandbox(&self, sandbox: &Sandbox<'_>, status: u32) -> Result<(), End> {
+        let exit = self.persist("wait for a sandbox", || sandbox.try_waited(sandbox.wait()))?;
+        if exit.exit_status == status {
+            return Ok(());
+        }
+        let what = format!("{} ended with {status}, wait told {}", sandbox.id, exit.exit_status);
+        Err(self.fault(Fault::WrongExit, &what))
+    }
+
+    fn remove_sandbox(&self, sandbox: &Sandbox<'_>) {
+        let gone = |answer: Result<(), Status>| match answer {
+            Err(status) if status.code() == Code::NotFound => Ok(()),
+            answer => answer,
+        };
+        // Faults are counted where they occur. Remove the rest in any case.
+        let _ = self.persist("shut down a sandbox", || gone(sandbox.try_shut_down()));
+        let _ = self.persist("forget a sandbox", || gone(sandbox.try_forget()));
+    }
+}
