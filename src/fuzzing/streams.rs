@@ -16,6 +16,7 @@ use crate::cli;
 use crate::oci::runtime;
 use crate::stdio::journal;
 use crate::sys;
+use crate::text;
 use crate::unit::relay::{MESSAGE_MAX, Notification};
 
 use super::first_line;
@@ -52,7 +53,7 @@ pub(super) fn notify(data: &[u8]) {
         let Some(text) = said.text(extend_usec) else { continue };
         assert!(text.len() <= MESSAGE_MAX, "{} bytes", text.len());
         for line in text.split('\n') {
-            assert!(!line.chars().any(char::is_control), "{line:?}");
+            assert!(!line.chars().any(text::is_unfit), "{line:?}");
             let is_known = match line.split_once('=') {
                 Some(("READY" | "STOPPING" | "RELOADING" | "WATCHDOG", value)) => value == "1",
                 Some(("MONOTONIC_USEC" | "EXTEND_TIMEOUT_USEC", value)) => value.parse::<u64>().is_ok(),

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use tokio::net::UnixDatagram;
 
+use crate::text;
+
 use super::notify;
 
 /// The longest message that systemd accepts, in bytes (`NOTIFY_BUFFER_MAX`).
@@ -59,10 +61,10 @@ impl Notification {
     }
 }
 
-/// The text without control characters, shortened to [`STATUS_MAX`] bytes.
-fn one_line(text: &str) -> String {
+/// The text without characters that have no place in a line ([`text::is_unfit`]), shortened to [`STATUS_MAX`] bytes.
+fn one_line(status: &str) -> String {
     let mut line = String::new();
-    for c in text.chars().map(|c| if c.is_control() { ' ' } else { c }) {
+    for c in status.chars().map(|c| if text::is_unfit(c) { ' ' } else { c }) {
         if line.len() + c.len_utf8() > STATUS_MAX {
             break;
         }
@@ -193,6 +195,8 @@ mod tests {
     #[test]
     fn a_status_is_one_readable_line() {
         assert_eq!(passed(b"STATUS=a\x1b[31m\0b\x07\rc").as_deref(), Some("STATUS=a [31m b  c"));
+        let hidden = "STATUS=a\u{2028}b\u{202e}c\u{85}d\u{200b}e";
+        assert_eq!(passed(hidden.as_bytes()).as_deref(), Some("STATUS=a b c d e"));
         let long = format!("STATUS={}", "\u{fc}".repeat(4000));
         let text = passed(long.as_bytes()).unwrap();
         assert_eq!(text, format!("STATUS={}", "\u{fc}".repeat(STATUS_MAX / 2)));

@@ -6,13 +6,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use containerd_shim_protos::api::{CreateTaskRequest, CreateTaskResponse};
+use containerd_shim_protos::api::{ConnectRequest, CreateTaskRequest, CreateTaskResponse};
 use containerd_shim_protos::shim_async::TaskClient;
 use ttrpc::Code;
 use ttrpc::asynchronous::Client;
 use ttrpc::context::Context;
 
-use super::node::{CONTAINERD_SOCKET, NAMESPACE, Node};
+use super::node::{CONTAINERD_SOCKET, NAMESPACE, Node, unique};
 use super::process::{self, Outcome};
 use super::spec::Spec;
 use super::stdio::Scratch;
@@ -33,9 +33,14 @@ pub struct Shim<'n> {
 }
 
 impl<'n> Shim<'n> {
-    /// Connects to the address that `start` prints, as containerd does.
+    /// Connects to the address that `start` prints, as containerd does. When this returns, the daemon has accepted the
+    /// connection and keeps it.
     pub fn connect(node: &'n Node) -> Shim<'n> {
-        Shim::at(node, &socket())
+        let shim = Shim::at(node, &socket());
+        let nobody = ConnectRequest { id: unique("nobody"), ..Default::default() };
+        shim.call(async |client, context| client.connect(context, &nobody).await)
+            .expect("Connect, which needs no task");
+        shim
     }
 
     /// Connects to a socket by its path.

@@ -59,6 +59,7 @@ mod sandbox;
 mod stats;
 mod stdin;
 mod stdio;
+mod stuck;
 mod surroundings;
 mod terminals;
 mod units;

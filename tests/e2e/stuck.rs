@@ -1,0 +1,196 @@
+//! Commands of the OCI runtime in uninterruptible sleep (state D), which no signal ends: they wait for a file system whose
+//! server reads requests and never answers, as with a dead NFS server. A call fails after its limit, Delete works, other
+//! containers notice nothing, and what is stuck is gone once the file system is.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use containerd_client::tonic::Code;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use prost_types::Any;
+
+use crate::common::container::Container;
+use crate::common::leaks::{self, Traces};
+use crate::common::node::Node;
+use crate::common::spec::Spec;
+use crate::common::stdio::Scratch;
+use crate::common::task::{Io, SIGKILL};
+use crate::common::{daemon, needs, process, wait};
+use crate::options::GenericOptions;
+
+/// Less than any limit of the daemon's.
+const SOON: Duration = Duration::from_secs(25);
+
+/// A file system that answers its first request, and no other.
+struct DeadDisk {
+    scratch: Scratch,
+    /// Kept open: a file system without a server fails its requests.
+    device: File,
+}
+
+impl DeadDisk {
+    /// `None` if this kernel has no FUSE.
+    fn mount() -> Option<DeadDisk> {
+        const NODE: &str = "/dev/fuse";
+        if !PathBuf::from(NODE).exists() {
+            let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+            mknod(NODE, SFlag::S_IFCHR, mode, makedev(10, 229)).ok()?;
+        }
+        let mut device = OpenOptions::new().read(true).write(true).open(NODE).ok()?;
+        let scratch = Scratch::new("dead-disk");
+        fs::create_dir(scratch.join("mnt")).expect("make a mountpoint");
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+        let target = scratch.join("mnt");
+        mount(Some("e2e"), &target, Some("fuse"), MsFlags::empty(), Some(options.as_str())).ok()?;
+        let mut reader = device.try_clone().expect("a second descriptor");
+        answer_init(&mut device);
+        // It ends with the file system.
+        thread::spawn(move || {
+            let mut request = vec![0; 1 << 18];
+            while reader.read(&mut request).is_ok_and(|length| length > 0) {}
+        });
+        Some(DeadDisk { scratch, device })
+    }
+
+    /// The command that waits for it.
+    fn command(&self) -> String {
+        format!("cat {}", self.scratch.text("mnt/file"))
+    }
+
+    /// The processes that wait for it and that no signal ends.
+    fn in_state_d(&self) -> Vec<u32> {
+        let is_stuck = |pid: &u32| process::status(*pid, "State").is_some_and(|state| state.starts_with('D'));
+        process::with_command_line(&self.command()).into_iter().filter(is_stuck).collect()
+    }
+}
+
+/// Answers FUSE_INIT, which the kernel sends first (<linux/fuse.h>).
+fn answer_init(device: &mut File) {
+    let mut request = vec![0; 1 << 18];
+    let length = device.read(&mut request).expect("read the first request");
+    assert!(length >= 40 && request[4..8] == 26_u32.to_ne_bytes(), "the first request is FUSE_INIT");
+    // Length, no error, the number of the request; then struct fuse_init_out, version 7.23 or later.
+    let mut answer = Vec::new();
+    answer.extend(80_u32.to_ne_bytes());
+    answer.extend(0_u32.to_ne_bytes());
+    answer.extend(&request[8..16]);
+    answer.extend(7_u32.to_ne_bytes());
+    answer.extend(31_u32.to_ne_bytes());
+    answer.resize(80, 0);
+    answer[36..40].copy_from_slice(&4096_u32.to_ne_bytes());
+    device.write_all(&answer).expect("answer it");
+}
+
+impl Drop for DeadDisk {
+    fn drop(&mut self) {
+        // Ends what waits for it.
+        let _ = umount2(&self.scratch.join("mnt"), MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
+        let _ = &self.device;
+    }
+}
+
+/// A runtime of which one command waits for a disk.
+struct Stuck {
+    scratch: Scratch,
+}
+
+impl Stuck {
+    fn at(verb: &str, disk: &DeadDisk) -> Stuck {
+        let scratch = Scratch::new("stuck");
+        let script = format!(
+            "#!/bin/sh\ncase \" $* \" in *' {verb} '*) exec {command};; esac\nexec runc \"$@\"\n",
+            command = disk.command()
+        );
+        fs::write(scratch.join("runtime.sh"), script).expect("write the runtime");
+        fs::set_permissions(scratch.join("runtime.sh"), fs::Permissions::from_mode(0o755))
+            .expect("make it executable");
+        Stuck { scratch }
+    }
+
+    fn options(&self) -> Any {
+        let body = format!("BinaryName = {:?}\nRuntimeTimeoutSec = 2", self.scratch.text("runtime.sh"));
+        GenericOptions { config_body: body, ..Default::default() }.to_any()
+    }
+}
+
+/// What does not depend on the disk works at once.
+fn assert_untouched(node: &Node, other: &Container) {
+    let begun = Instant::now();
+    assert_eq!(other.exec_sh("exit 4").exit_status(), 4);
+    node.container("new", Spec::sleeping()).started(&Io::default()).end();
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+}
+
+/// A life in which one command is stuck.
+fn live(node: &Node, verb: &str, runtime: &Stuck) {
+    let container = node.container("stuck", Spec::sleeping()).options(runtime.options()).make();
+    let created = container.create(&Io::default());
+    if verb == "create" {
+        let refusal = created.expect_err("a create that is stuck");
+        assert!(refusal.message().contains("did not start in time"), "{refusal}");
+        return;
+    }
+    created.expect("create");
+    let started = container.start();
+    if verb == "start" {
+        assert_eq!(started.expect_err("a start that is stuck").code(), Code::DeadlineExceeded);
+    } else {
+        started.expect("start");
+    }
+    if verb == "exec" {
+        let exec = container.exec(Spec::sleeping()).added(&Io::default());
+        let refusal = exec.start().expect_err("an exec that is stuck");
+        assert!(refusal.message().contains("OCI runtime exec failed"), "{refusal}");
+        exec.delete().expect("delete of an exec that is stuck");
+    }
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137, "{verb}");
+    container.delete().expect("delete");
+}
+
+#[test]
+fn commands_that_no_signal_ends_fail_their_calls_and_nothing_else() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let other = node.container("other", Spec::sleeping()).started(&Io::default());
+    let other_pid = other.pid();
+    other.exec_sh("exit 0").end();
+    let daemon = wait::until("the daemon serves", daemon::serving);
+    let before = Traces::take();
+    let mut stuck = Vec::new();
+    for verb in ["create", "start", "exec", "delete"] {
+        let Some(disk) = DeadDisk::mount() else {
+            return needs::skip(needs::name_of(|| ()), "no FUSE here");
+        };
+        stuck.push((verb, Stuck::at(verb, &disk), disk));
+    }
+    thread::scope(|scope| {
+        for (verb, runtime, _) in &stuck {
+            let node = &node;
+            scope.spawn(move || live(node, verb, runtime));
+        }
+        for (verb, _, disk) in &stuck {
+            wait::until_true(&format!("{verb} waits for the disk"), || !disk.in_state_d().is_empty());
+        }
+        assert_untouched(&node, &other);
+    });
+    // All calls have their answers, and SIGKILL has ended nothing of this.
+    for (verb, _, disk) in &stuck {
+        assert!(!disk.in_state_d().is_empty(), "{verb}: it is in state D");
+    }
+    assert_untouched(&node, &other);
+    for (_, runtime, disk) in stuck {
+        let commands = disk.command();
+        drop(disk);
+        wait::until_true("what was stuck is gone", || process::with_command_line(&commands).is_empty());
+        drop(runtime);
+    }
+    assert_eq!((other.pid(), daemon::serving()), (other_pid, Some(daemon)));
+    leaks::assert_none("commands that were stuck", &before);
+}
