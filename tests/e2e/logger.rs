@@ -140,9 +140,17 @@ fn writer() -> String {
 /// Kills the logger in a unit after the first line of [`writer`]; everything arrives, once.
 fn kill_and_read_on(unit: &str, logger: &Logger, gate: &Gate, exit_status: impl FnOnce() -> u32) {
     wait::until_true("the first line is there", || logger.scratch.read("all") == "one\n");
+    kill_logger(unit);
+    read_on(logger, gate, exit_status);
+}
+
+fn kill_logger(unit: &str) {
     let first: u32 = systemd::property(unit, "MainPID").parse().expect("a pid");
     daemon::signal(first, Signal::SIGKILL);
     wait::until_true("it is gone", || systemd::property(unit, "MainPID") != first.to_string());
+}
+
+fn read_on(logger: &Logger, gate: &Gate, exit_status: impl FnOnce() -> u32) {
     gate.open();
     assert_eq!(exit_status(), 7);
     let all = (1..=20_000).fold("one\n".to_string(), |all, number| all + &format!("{number}\n"));
@@ -160,6 +168,52 @@ fn a_logger_that_is_killed_is_started_again_and_output_waits_for_it() {
     kill_and_read_on(&unit, &logger, &gate, || container.exit_status());
     container.delete().expect("delete");
     wait::until_true("the logger's unit is gone", || systemd::list_units(&unit).is_empty());
+}
+
+#[test]
+fn a_logger_and_the_daemon_that_are_killed_together_lose_no_output() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    for kill in [daemon::kill_now, daemon::kill_cgroup_now] {
+        let (logger, gate) = (Logger::new("exec 5>&-; exec cat <&3 >> all"), Gate::new());
+        let container =
+            node.container("logger", gate.bind(Spec::sh(&writer()))).started(&logger.io("binary", ""));
+        let unit = systemd::unit_of(&container).replace(".service", "::log.service");
+        wait::until_true("the first line is there", || logger.scratch.read("all") == "one\n");
+        std::thread::scope(|scope| {
+            scope.spawn(kill);
+            kill_logger(&unit);
+        });
+        read_on(&logger, &gate, || container.exit_status());
+        container.delete().expect("delete");
+        wait::until_true("the logger's unit is gone", || systemd::list_units(&unit).is_empty());
+    }
+}
+
+#[test]
+fn a_create_goes_on_when_the_daemon_and_a_logger_that_is_not_ready_are_killed() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let gate = Gate::new();
+    // The first logger never gets ready.
+    let ready = "echo start >> starts; [ \"$(wc -l <starts)\" != 1 ] || exec sleep 100000; exec 5>&-; exec cat <&3 >> all";
+    let logger = Logger::new(ready);
+    let container = node.container("logger", gate.bind(Spec::sh(&writer()))).make();
+    std::thread::scope(|scope| {
+        let created = scope.spawn(|| container.create(&logger.io("binary", "")));
+        wait::until_true("the logger runs", || logger.scratch.read("starts") == "start\n");
+        let unit = wait::until("the logger has a unit", || {
+            let units = systemd::list_units("containerd-*::log.service");
+            units.into_iter().find_map(|line| line.split_whitespace().next().map(str::to_string))
+        });
+        scope.spawn(daemon::kill_now);
+        kill_logger(&unit);
+        created.join().expect("create does not panic").expect("create");
+    });
+    container.start().expect("start");
+    wait::until_true("the first line is there", || logger.scratch.read("all") == "one\n");
+    read_on(&logger, &gate, || container.exit_status());
+    container.delete().expect("delete");
 }
 
 #[test]
