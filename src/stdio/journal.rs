@@ -76,6 +76,13 @@ impl Lines {
         Self { socket: None, head, partial, kept, limit, unsent: Missing::default(), line_max: LINE_MAX }
     }
 
+    /// A stream of lines to the other end of this socket.
+    #[cfg(test)]
+    pub(super) fn connected(socket: UnixDatagram, kept: PathBuf, limit: Arc<RateLimit>) -> Self {
+        let lines = Self::new("u.service", "id", [("CONTAINER_ID", "web")], kept, limit);
+        Self { socket: Some(socket), ..lines }
+    }
+
     /// Writes output: sends complete lines.
     pub async fn write(&mut self, bytes: &[u8]) {
         let (had_partial, mut rest) = (!self.partial.is_empty(), bytes);
@@ -198,10 +205,13 @@ impl Lines {
         patience: Duration,
     ) -> Result<(), Undelivered> {
         let datagram = datagram(&self.head, priority, fields, message);
-        // The second try uses a new connection: journald may have created its socket again.
-        for earlier in [self.socket.take(), None] {
-            let Some(socket) = earlier.or_else(|| connect().ok()) else {
-                continue;
+        for _ in 0..2 {
+            let socket = match self.socket.as_ref() {
+                Some(socket) => socket,
+                None => match connect() {
+                    Ok(new) => self.socket.insert(new),
+                    Err(_) => continue,
+                },
             };
             let sent = match socket.try_send(&datagram) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock && !patience.is_zero() => {
@@ -211,20 +221,14 @@ impl Lines {
                 sent => sent,
             };
             match sent {
-                Ok(_) => {
-                    self.socket = Some(socket);
-                    return Ok(());
-                }
+                Ok(_) => return Ok(()),
                 // journald is busy. A new connection would not help.
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.socket = Some(socket);
-                    return Err(Undelivered::Unreachable);
-                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(Undelivered::Unreachable),
                 Err(e) if e.raw_os_error() == Some(Errno::EMSGSIZE as i32) => {
-                    self.socket = Some(socket);
                     return Err(Undelivered::TooLong);
                 }
-                Err(_) => {}
+                // The second try uses a new connection: journald may have created its socket again.
+                Err(_) => self.socket = None,
             }
         }
         Err(Undelivered::Unreachable)
@@ -280,12 +284,10 @@ mod tests {
     fn lines() -> (Lines, UnixDatagram) {
         let (here, there) = UnixDatagram::pair().unwrap();
         let kept = std::env::temp_dir().join(format!("journal-test-{}", std::process::id()));
-        let mut lines =
-            Lines::new("u.service", "id", [("CONTAINER_ID", "web")], kept.join("partial"), Arc::default());
+        let mut lines = Lines::connected(here, kept.join("partial"), Arc::default());
         // Each test has its own: what is kept of one must not begin another's first line.
         lines.partial.clear();
         std::fs::create_dir_all(kept).unwrap();
-        lines.socket = Some(here);
         (lines, there)
     }
 

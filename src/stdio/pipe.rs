@@ -108,6 +108,11 @@ pub(super) fn has_writer(pipe: &impl AsFd) -> io::Result<bool> {
     Ok(!fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLHUP)))
 }
 
+/// The number of bytes in a pipe.
+pub(super) fn length_in(pipe: &impl AsFd) -> usize {
+    rustix::io::ioctl_fionread(pipe).ok().and_then(|length| usize::try_from(length).ok()).unwrap_or(0)
+}
+
 /// Waits until poll(2) may report data in a pipe, or its end. Returns without data now and then.
 pub(super) async fn data_in(from: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let mut readable = from.readable().await?;

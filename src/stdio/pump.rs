@@ -19,8 +19,8 @@ use super::aside::{Aside, Diverted, Diverter};
 use super::journal::Lines;
 use super::log_file::LogFile;
 use super::pipe::{
-    NO_WAIT, PIECE, PipePair, Scratch, data_in, found, has_writer, is_ready, move_exactly, move_some,
-    once_there_is_room, room_in,
+    NO_WAIT, PIECE, PipePair, Scratch, data_in, found, has_writer, is_ready, length_in, move_exactly,
+    move_some, once_there_is_room, room_in,
 };
 use super::terminal::Terminal;
 use super::terminal_pump::move_terminal;
@@ -32,6 +32,13 @@ pub(super) const CHUNK: usize = 64 << 10;
 const LINE_WAIT: Duration = Duration::from_secs(1);
 /// The limit if a client waits for the output, such as a prompt.
 const PROMPT_WAIT: Duration = Duration::from_millis(10);
+
+/// How long the journal's copy may take after everything has reached the client. Delete waits for it, and journald may be
+/// slow. What is left then is counted as missing.
+const LATE: Duration = Duration::from_secs(3);
+/// The same in a daemon that finds only the journal's copy. Short, so that a daemon that is killed again and again does not
+/// begin to wait again and again.
+const LATE_AFTER_RESTART: Duration = Duration::from_millis(200);
 
 /// The source of a process's output.
 #[derive(Debug)]
@@ -112,10 +119,13 @@ pub async fn copy(
 ) {
     let (diverter, mut journal) = match sinks.aside.take().map(Aside::split) {
         Some((diverter, reader, lines)) => {
-            (Some(diverter), Some((reader, Sinks { copies: vec![Sink::Journal(lines)], ..Sinks::default() })))
+            let limit = diverter.limit.clone();
+            let sinks = Sinks { copies: vec![Sink::Journal(lines)], ..Sinks::default() };
+            (Some(diverter), Some((reader, sinks, limit)))
         }
         None => (None, None),
     };
+    let late = if matches!(source, Source::Delivered) { LATE_AFTER_RESTART } else { LATE };
     let ended = CancellationToken::new();
     let deliver = async {
         tokio::select! {
@@ -128,10 +138,15 @@ pub async fn copy(
         ended.cancel();
     };
     let journal = async {
-        if let Some((reader, sinks)) = &mut journal {
+        if let Some((reader, sinks, limit)) = &mut journal {
+            let is_late = async {
+                ended.cancelled().await;
+                tokio::time::sleep(late).await;
+            };
             tokio::select! {
                 copied = spread(reader, sinks, ended.cancelled()) => log_failure(copied),
                 () = stop.cancelled() => {}
+                () = is_late => limit.drop_bytes(length_in(reader)),
             }
             finish(sinks).await;
         }
@@ -320,148 +335,4 @@ async fn write_to(sinks: &mut [Sink], bytes: &[u8]) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::stdio::aside::CAPACITY;
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    use nix::unistd::pipe2;
-    use std::io::{Read, Write};
-    use std::os::fd::AsFd;
-    use std::thread;
-
-    /// A pipe, and its writing end as a file.
-    fn pipe() -> (AsyncFd<OwnedFd>, File) {
-        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
-        (watch(reader).unwrap(), writer.into())
-    }
-
-    /// Another pipe: the reading end as a file that waits.
-    fn sink() -> (File, AsyncFd<OwnedFd>) {
-        let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
-        fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-        (reader.into(), watch(writer).unwrap())
-    }
-
-    /// The pipe of an [`Aside`].
-    fn pipe_to_journal() -> (OwnedFd, AsyncFd<OwnedFd>) {
-        let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
-        (reader, watch(writer).unwrap())
-    }
-
-    fn diverter(pipe: AsyncFd<OwnedFd>) -> Diverter {
-        Diverter::new(pipe, Arc::default())
-    }
-
-    fn text(mut from: File) -> String {
-        let mut text = String::new();
-        from.read_to_string(&mut text).unwrap();
-        text
-    }
-
-    /// Writes so that each write has its own buffer in the pipe, as with a fast reader.
-    fn write_apart(to: &impl AsFd, word: &str) {
-        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
-        nix::unistd::write(&writer, word.as_bytes()).unwrap();
-        assert_eq!(splice(&reader, None, to, None, word.len(), NO_WAIT), Ok(word.len()));
-    }
-
-    #[tokio::test]
-    async fn short_writes_fill_the_pipe_and_the_copy_is_complete() {
-        let ((source, writer), (client, to), (copy, aside)) = (pipe(), sink(), pipe_to_journal());
-        let client = thread::spawn(move || text(client));
-        let diverter = diverter(aside);
-        let limit = diverter.limit.clone();
-        let mut expected = String::new();
-        fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1 << 20)).unwrap();
-        for number in 0..100 {
-            let line = format!("{number}\n");
-            write_apart(&writer, &line);
-            expected.push_str(&line);
-        }
-        drop(writer);
-        let mut journal = String::new();
-        let emptied = async {
-            let mut buffer = [0; 4096];
-            loop {
-                match nix::unistd::read(&copy, &mut buffer) {
-                    Ok(length) => journal.push_str(std::str::from_utf8(&buffer[..length]).unwrap()),
-                    Err(_) => tokio::task::yield_now().await,
-                }
-            }
-        };
-        tokio::select! {
-            moved = move_all(&source, &to, Some(diverter), std::future::pending()) => moved.unwrap(),
-            () = emptied => {}
-        }
-        drop(to);
-        journal.push_str(&text(copy.into()));
-        assert_eq!((client.join().unwrap(), journal), (expected.clone(), expected));
-        assert!(limit.take_dropped().is_nothing());
-    }
-
-    #[tokio::test]
-    async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
-        let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
-        let total = 4 << 20;
-        let writing = thread::spawn(move || {
-            let mut left = total;
-            while left > 0 {
-                match writer.write(&vec![b'x'; left.min(4096)]) {
-                    Ok(written) => left -= written,
-                    Err(_) => thread::yield_now(),
-                }
-            }
-        });
-        let reading = thread::spawn(move || text(client).len());
-        let diverter = diverter(aside);
-        let limit = diverter.limit.clone();
-        move_all(&source, &to, Some(diverter), std::future::pending()).await.unwrap();
-        writing.join().unwrap();
-        drop(to);
-        assert_eq!(reading.join().unwrap(), total);
-        let (copied, dropped) = (text(copy).len(), limit.take_dropped().bytes as usize);
-        assert_eq!(copied + dropped, total, "{copied} copied, {dropped} dropped");
-        assert!(copied as i32 >= CAPACITY - PIECE as i32, "the pipe did not grow: {copied}");
-    }
-
-    #[tokio::test]
-    async fn output_after_a_gap_begins_with_a_new_line() {
-        let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
-        let mut diverter = diverter(aside);
-        diverter.limit.set(60_000_000, 1);
-        diverter.limit.admit(0);
-        diverter.write(b"half of a li").await;
-        assert!(diverter.has_gap);
-        diverter.limit.set(60_000_000, 100);
-        diverter.has_gap = true;
-        writer.write_all(b"rest of a line\n").unwrap();
-        drop(writer);
-        move_all(&source, &to, Some(diverter), std::future::pending()).await.unwrap();
-        drop(to);
-        assert_eq!((text(client), text(copy)), ("rest of a line\n".into(), "\nrest of a line\n".into()));
-    }
-
-    #[tokio::test]
-    async fn copying_from_a_source_that_never_ends_stops_once_it_is_empty() {
-        let ((source, mut writer), (client, to)) = (pipe(), sink());
-        writer.write_all(b"all").unwrap();
-        move_all(&source, &to, None, std::future::ready(())).await.unwrap();
-        drop((to, writer));
-        assert_eq!(text(client), "all");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_end_of_the_last_line_is_not_waited_for_once_the_output_is_complete() {
-        let ((source, mut writer), mut sinks) = (pipe(), Sinks::default());
-        writer.write_all(b"no end of line").unwrap();
-        let (begun, complete) = (tokio::time::Instant::now(), CancellationToken::new());
-        let end = async {
-            tokio::time::sleep(LINE_WAIT / 10).await;
-            complete.cancel();
-        };
-        let (copied, ()) = tokio::join!(spread(&source, &mut sinks, complete.cancelled()), end);
-        copied.unwrap();
-        assert!(begun.elapsed() < LINE_WAIT / 2, "{:?}", begun.elapsed());
-        assert!(!is_ready(&source, PollFlags::POLLIN).unwrap());
-    }
-}
+mod tests;

@@ -1,0 +1,184 @@
+use super::*;
+use crate::stdio::aside::CAPACITY;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::pipe2;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::thread;
+
+/// A pipe, and its writing end as a file.
+fn pipe() -> (AsyncFd<OwnedFd>, File) {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+    (watch(reader).unwrap(), writer.into())
+}
+
+/// Another pipe: the reading end as a file that waits.
+fn sink() -> (File, AsyncFd<OwnedFd>) {
+    let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+    fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    (reader.into(), watch(writer).unwrap())
+}
+
+/// The pipe of an [`Aside`].
+fn pipe_to_journal() -> (OwnedFd, AsyncFd<OwnedFd>) {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+    (reader, watch(writer).unwrap())
+}
+
+fn diverter(pipe: AsyncFd<OwnedFd>) -> Diverter {
+    Diverter::new(pipe, Arc::default())
+}
+
+fn text(mut from: File) -> String {
+    let mut text = String::new();
+    from.read_to_string(&mut text).unwrap();
+    text
+}
+
+/// Writes so that each write has its own buffer in the pipe, as with a fast reader.
+fn write_apart(to: &impl AsFd, word: &str) {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    nix::unistd::write(&writer, word.as_bytes()).unwrap();
+    assert_eq!(splice(&reader, None, to, None, word.len(), NO_WAIT), Ok(word.len()));
+}
+
+#[tokio::test]
+async fn short_writes_fill_the_pipe_and_the_copy_is_complete() {
+    let ((source, writer), (client, to), (copy, aside)) = (pipe(), sink(), pipe_to_journal());
+    let client = thread::spawn(move || text(client));
+    let diverter = diverter(aside);
+    let limit = diverter.limit.clone();
+    let mut expected = String::new();
+    fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1 << 20)).unwrap();
+    for number in 0..100 {
+        let line = format!("{number}\n");
+        write_apart(&writer, &line);
+        expected.push_str(&line);
+    }
+    drop(writer);
+    let mut journal = String::new();
+    let emptied = async {
+        let mut buffer = [0; 4096];
+        loop {
+            match nix::unistd::read(&copy, &mut buffer) {
+                Ok(length) => journal.push_str(std::str::from_utf8(&buffer[..length]).unwrap()),
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    };
+    tokio::select! {
+        moved = move_all(&source, &to, Some(diverter), std::future::pending()) => moved.unwrap(),
+        () = emptied => {}
+    }
+    drop(to);
+    journal.push_str(&text(copy.into()));
+    assert_eq!((client.join().unwrap(), journal), (expected.clone(), expected));
+    assert!(limit.take_dropped().is_nothing());
+}
+
+#[tokio::test]
+async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
+    let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
+    let total = 4 << 20;
+    let writing = thread::spawn(move || {
+        let mut left = total;
+        while left > 0 {
+            match writer.write(&vec![b'x'; left.min(4096)]) {
+                Ok(written) => left -= written,
+                Err(_) => thread::yield_now(),
+            }
+        }
+    });
+    let reading = thread::spawn(move || text(client).len());
+    let diverter = diverter(aside);
+    let limit = diverter.limit.clone();
+    move_all(&source, &to, Some(diverter), std::future::pending()).await.unwrap();
+    writing.join().unwrap();
+    drop(to);
+    assert_eq!(reading.join().unwrap(), total);
+    let (copied, dropped) = (text(copy).len(), limit.take_dropped().bytes as usize);
+    assert_eq!(copied + dropped, total, "{copied} copied, {dropped} dropped");
+    assert!(copied as i32 >= CAPACITY - PIECE as i32, "the pipe did not grow: {copied}");
+}
+
+#[tokio::test]
+async fn output_after_a_gap_begins_with_a_new_line() {
+    let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
+    let mut diverter = diverter(aside);
+    diverter.limit.set(60_000_000, 1);
+    diverter.limit.admit(0);
+    diverter.write(b"half of a li").await;
+    assert!(diverter.has_gap);
+    diverter.limit.set(60_000_000, 100);
+    diverter.has_gap = true;
+    writer.write_all(b"rest of a line\n").unwrap();
+    drop(writer);
+    move_all(&source, &to, Some(diverter), std::future::pending()).await.unwrap();
+    drop(to);
+    assert_eq!((text(client), text(copy)), ("rest of a line\n".into(), "\nrest of a line\n".into()));
+}
+
+#[tokio::test]
+async fn copying_from_a_source_that_never_ends_stops_once_it_is_empty() {
+    let ((source, mut writer), (client, to)) = (pipe(), sink());
+    writer.write_all(b"all").unwrap();
+    move_all(&source, &to, None, std::future::ready(())).await.unwrap();
+    drop((to, writer));
+    assert_eq!(text(client), "all");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_the_last_line_is_not_waited_for_once_the_output_is_complete() {
+    let ((source, mut writer), mut sinks) = (pipe(), Sinks::default());
+    writer.write_all(b"no end of line").unwrap();
+    let (begun, complete) = (tokio::time::Instant::now(), CancellationToken::new());
+    let end = async {
+        tokio::time::sleep(LINE_WAIT / 10).await;
+        complete.cancel();
+    };
+    let (copied, ()) = tokio::join!(spread(&source, &mut sinks, complete.cancelled()), end);
+    copied.unwrap();
+    assert!(begun.elapsed() < LINE_WAIT / 2, "{:?}", begun.elapsed());
+    assert!(!is_ready(&source, PollFlags::POLLIN).unwrap());
+}
+
+/// A journal's copy with these lines in its pipe, which the earlier daemon has left. The other end of its socket.
+fn late_copy(kept: &std::path::Path, lines: usize) -> (Sinks, tokio::net::UnixDatagram) {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
+    for number in 0..lines {
+        nix::unistd::write(&writer, format!("{number}\n").as_bytes()).unwrap();
+    }
+    let (here, journald) = tokio::net::UnixDatagram::pair().unwrap();
+    let limit = Arc::<crate::stdio::rate::RateLimit>::default();
+    let lines = Lines::connected(here, kept.join("partial"), limit.clone());
+    let aside = Aside::new(PipePair::new(reader, writer).unwrap(), lines, limit);
+    (Sinks { aside: Some(aside), ..Sinks::default() }, journald)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_journald_delays_the_end_for_a_limited_time_and_missing_lines_are_counted() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (sinks, journald) = late_copy(scratch.path(), 1000);
+    let begun = tokio::time::Instant::now();
+    let mut messages = Vec::new();
+    let reading = async {
+        let mut datagram = vec![0; 1 << 16];
+        loop {
+            let length = journald.recv(&mut datagram).await.unwrap();
+            messages.push(String::from_utf8_lossy(&datagram[..length]).into_owned());
+            tokio::time::sleep(LATE_AFTER_RESTART / 100).await;
+        }
+    };
+    let over = std::future::pending();
+    tokio::select! {
+        () = copy(Source::Delivered, sinks, over, CancellationToken::new(), || ()) => {}
+        () = reading => {}
+    }
+    assert!(begun.elapsed() < 4 * LATE_AFTER_RESTART, "{:?}", begun.elapsed());
+    let mut rest = Vec::with_capacity(1 << 20);
+    while journald.try_recv_buf(&mut rest).is_ok() {}
+    messages.push(String::from_utf8_lossy(&rest).into_owned());
+    let text = messages.concat();
+    assert!(text.contains("\u{0}0\n") && !text.contains("\u{0}999\n"), "{} datagrams", messages.len());
+    assert!(text.contains("are missing here"), "{} datagrams", messages.len());
+}
