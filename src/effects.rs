@@ -1,17 +1,25 @@
 //! Effects, as tests number them: every call to systemd, every command of the OCI runtime, every write to the store.
 //!
 //! A test can have the daemon end before an effect, or have the effect fail. Outside of tests there is nothing here
-//! but an empty function.
+//! but a function that lets writes to the store fail in a build with fault points.
 
 #[cfg(not(test))]
 mod real {
     use std::io;
     use std::path::Path;
 
+    use nix::errno::Errno;
+
+    use crate::fault::{self, Failure};
+
     /// The store is about to change something at this path.
     #[inline(always)]
     pub fn disk(_: &Path) -> io::Result<()> {
-        Ok(())
+        match fault::due(&[Failure::NoSpace, Failure::Io]) {
+            None => Ok(()),
+            Some(Failure::NoSpace) => Err(Errno::ENOSPC.into()),
+            Some(_) => Err(Errno::EIO.into()),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
-//! Points at which a test build ends the daemon, as SIGKILL would: to show that there is none at
-//! which a task, a call or an exit is lost. And a switch that turns off what this takes, to show what
-//! it costs. A normal build has no trace of them.
+//! Points at which a test build ends the daemon, as SIGKILL does, or lets the next step fail: tests show that no task, call
+//! or exit is lost at any of them, and that nothing is left over. And a switch that turns off what survives the daemon, to
+//! show what it costs. A normal build has no trace of them.
 
 /// Names every point once, for the code and for the tests that go through all of them.
 macro_rules! points {
@@ -56,6 +56,8 @@ points! {
     CreateRecorded = "create.recorded",
     /// Create has opened the streams.
     CreateOpened = "create.streams-opened",
+    /// systemd is asked for the container's unit.
+    CreateBegun = "create.unit-begun",
     /// The container's unit is up.
     CreateUp = "create.unit-up",
     /// The copying of output has begun.
@@ -152,33 +154,140 @@ points! {
     RecoverTasks = "recover.tasks-taken-in",
 }
 
-/// Ends the daemon if a test has asked for it to end here: by the name of the point as SIGKILL would, once; with
-/// `crash` before the name by a crash, each time; with `hang` before the name, the thread hangs, each time; with
-/// `exhaust` before the name, it allocates memory until there is no more, each time.
+/// How the step after a point fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(feature = "faults"), allow(dead_code))] // only a test asks for a failure
+pub enum Failure {
+    /// A write to the store: there is no room.
+    NoSpace,
+    /// A write to the store: the disk fails.
+    Io,
+    /// Whatever needs a descriptor: there is none, until the test gives the daemon its limit back.
+    NoDescriptor,
+    /// A call to systemd: the bus refuses it once, because too many calls wait for their replies.
+    LimitsExceeded,
+    /// A call to systemd: it is not carried out, and there is no reply within the time limit.
+    TimedOut,
+    /// A call to systemd: it is carried out, and there is no reply within the time limit.
+    ReplyLost,
+    /// A call to systemd: it is not allowed.
+    Denied,
+    /// A command of the OCI runtime: somebody kills it.
+    RuntimeKilled,
+}
+
 #[cfg(feature = "faults")]
-pub fn point(point: Point) {
+mod asked {
+    use std::fs::{self, File};
+
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+
+    use super::{Failure, Point};
+
+    /// A test writes here what it asks for.
     const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
-    let asked = std::fs::read_to_string(REQUEST).unwrap_or_default();
-    if asked.trim().strip_prefix("crash ") == Some(point.name()) {
-        std::process::abort();
+    /// The failure that is due: the daemon has passed its point. Whoever removes the file has to fail, which may be
+    /// `launch`.
+    const DUE: &str = "/run/containerd-shim-systemd-v1.fault.due";
+
+    impl Failure {
+        const ALL: [Self; 8] = [
+            Self::NoSpace,
+            Self::Io,
+            Self::NoDescriptor,
+            Self::LimitsExceeded,
+            Self::TimedOut,
+            Self::ReplyLost,
+            Self::Denied,
+            Self::RuntimeKilled,
+        ];
+
+        /// As tests call it.
+        fn name(self) -> &'static str {
+            match self {
+                Self::NoSpace => "no-space",
+                Self::Io => "io",
+                Self::NoDescriptor => "no-descriptor",
+                Self::LimitsExceeded => "limits-exceeded",
+                Self::TimedOut => "timed-out",
+                Self::ReplyLost => "reply-lost",
+                Self::Denied => "denied",
+                Self::RuntimeKilled => "runtime-killed",
+            }
+        }
+
+        fn by_name(name: &str) -> Option<Self> {
+            Self::ALL.into_iter().find(|failure| failure.name() == name)
+        }
     }
-    while asked.trim().strip_prefix("exhaust ") == Some(point.name()) {
-        // Not touched, so the machine does not need to have it.
-        std::mem::forget(std::hint::black_box(Vec::<u8>::with_capacity(64 << 20)));
+
+    /// Does what a test has asked for at this point. A request is the name of a point (the daemon ends as by SIGKILL, once);
+    /// or, before that name, `crash` (the daemon crashes, each time), `hang` (the thread hangs, each time), `exhaust` (the
+    /// thread allocates memory until there is no more, each time), or `fail` and the name of a failure (a step fails, once).
+    pub fn point(point: Point) {
+        let request = fs::read_to_string(REQUEST).unwrap_or_default();
+        let words: Vec<&str> = request.split_whitespace().collect();
+        if words.last() != Some(&point.name()) {
+            return;
+        }
+        match words[..] {
+            [_] if fs::remove_file(REQUEST).is_ok() => {
+                // Nothing of this process runs after the signal.
+                let _ = kill(Pid::this(), Signal::SIGKILL);
+            }
+            ["crash", _] => std::process::abort(),
+            ["hang", _] => loop {
+                std::thread::park();
+            },
+            ["exhaust", _] => loop {
+                // Not touched, so the machine does not need to have it.
+                std::mem::forget(std::hint::black_box(Vec::<u8>::with_capacity(64 << 20)));
+            },
+            ["fail", failure, _] => match Failure::by_name(failure) {
+                Some(Failure::NoDescriptor) if fs::remove_file(REQUEST).is_ok() => take_descriptors(),
+                Some(failure) if fs::write(DUE, failure.name()).is_ok() => {
+                    // Removed last: the test then knows that the point was passed.
+                    let _ = fs::remove_file(REQUEST);
+                }
+                _ => {}
+            },
+            _ => {}
+        }
     }
-    while asked.trim().strip_prefix("hang ") == Some(point.name()) {
-        std::thread::park();
+
+    /// No further descriptor can be opened.
+    fn take_descriptors() {
+        use std::os::fd::AsRawFd;
+        let limits = (File::open("/dev/null"), getrlimit(Resource::RLIMIT_NOFILE));
+        if let (Ok(next), Ok((_, hard))) = limits {
+            // A failure shows in the test: no step fails.
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, next.as_raw_fd() as u64, hard);
+        }
     }
-    if asked.trim() == point.name() && std::fs::remove_file(REQUEST).is_ok() {
-        // Nothing of this process runs after the signal.
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
+
+    /// Which of these failures is due, if one is. It is not due any more afterwards.
+    pub fn due(failures: &[Failure]) -> Option<Failure> {
+        let failure = Failure::by_name(&fs::read_to_string(DUE).ok()?)?;
+        (failures.contains(&failure) && fs::remove_file(DUE).is_ok()).then_some(failure)
     }
 }
+
+#[cfg(feature = "faults")]
+pub use asked::{due, point};
 
 /// Does nothing in builds without fault points.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn point(_: Point) {}
+
+/// None is, in what people run.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn due(_: &[Failure]) -> Option<Failure> {
+    None
+}
 
 /// Whether the daemon is to forget everything with its end: connections are plain, and systemd keeps
 /// nothing. Tasks that are there when this is switched are lost.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use crate::fault::{self, Failure};
 use crate::id::{ExecId, ProcessKey};
 use crate::oci::runtime::Cli;
 use crate::oci::sealed::{self, SealedRef};
@@ -57,6 +58,10 @@ impl<'a> Process<'a> {
     /// Runs the daemon's copy of the OCI runtime, or, if there is none or the kernel refuses to execute it, the binary
     /// itself.
     pub(super) fn with_runtime<T>(&self, run: impl Fn(&Path) -> Result<T, Error>) -> Result<T, Error> {
+        if fault::due(&[Failure::RuntimeKilled]).is_some() {
+            // Nothing of this process runs after the signal.
+            let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+        }
         if let Some(copy) = sealed_runtime() {
             match run(&sealed::path_of(&copy)) {
                 Err(Error::Exec { .. }) => {}

@@ -27,6 +27,7 @@ use tokio::time::timeout;
 
 use crate::cgroup::{self, cgroups_path};
 use crate::config;
+use crate::fault::{self, Failure};
 use crate::files;
 use crate::sys;
 use crate::sys::spawn::{self, Setup};
@@ -131,6 +132,8 @@ impl CommandLine {
         limit: Duration,
         command: &Command,
     ) -> Result<(), Error> {
+        let killed = fault::due(&[Failure::RuntimeKilled]).map(|_| killed());
+        let command = killed.as_ref().unwrap_or(command);
         let failed = |source| Error::Spawn { verb, binary: cli.runtime.binary.clone(), source };
         let cgroup = self.new_cgroup(cli);
         let mut tries = 0;
@@ -224,6 +227,13 @@ fn remove_cgroup(cgroup: PathBuf) {
     if let Err(error) = cgroup::remove(&cgroup) {
         tracing::warn!(%error, "can't remove the cgroup of a command of the OCI runtime: {error}");
     }
+}
+
+/// A command that is killed, which a test asks for.
+fn killed() -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "kill -9 $$"]);
+    command
 }
 
 /// True if another try can help: another command took the lock first, or the empty cgroup was removed.

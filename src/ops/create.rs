@@ -246,7 +246,10 @@ impl Shim {
             other => other,
         });
         match requested? {
-            Some(job) => self.await_unit(entry, task, dir, self.manager.wait_for_start(job)).await,
+            Some(job) => {
+                fault::point(Point::CreateBegun);
+                self.await_unit(entry, task, dir, self.manager.wait_for_start(job)).await
+            }
             None => self.await_unit(entry, task, dir, self.manager.wait_until_started(task.unit())).await,
         }
     }

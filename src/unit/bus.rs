@@ -12,6 +12,8 @@ use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use zbus::{Connection, OwnedObjectPath, Variant};
 
+use crate::fault::{self, Failure};
+
 use super::error::{Error, unreachable};
 
 /// How long a call waits for a connection, and how long for its reply.
@@ -168,8 +170,17 @@ impl Bus {
     {
         let (mut owned, limit) = (self.owned.subscribe(), Instant::now() + CALL_LIMIT);
         let mut is_repeated = false;
+        if let Some(failure) = fault::due(&[Failure::TimedOut, Failure::ReplyLost, Failure::Denied]) {
+            if failure == Failure::ReplyLost {
+                drop(attempt().await);
+            }
+            return Reply { result: Err(asked_for(failure)), is_repeated: failure != Failure::Denied };
+        }
         loop {
-            let result = attempt().await;
+            let result = match fault::due(&[Failure::LimitsExceeded]) {
+                None => attempt().await,
+                Some(failure) => Err(asked_for(failure)),
+            };
             if Instant::now() >= limit {
                 return Reply { result, is_repeated };
             }
@@ -189,9 +200,25 @@ impl Bus {
     }
 }
 
+/// The error of a call that the bus does not pass on.
+const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
+
+/// The error of a call that a test lets fail, as the bus reports it.
+fn asked_for(failure: Failure) -> zbus::Error {
+    let name = match failure {
+        Failure::LimitsExceeded => LIMITS_EXCEEDED,
+        Failure::Denied => "org.freedesktop.DBus.Error.AccessDenied",
+        _ => return zbus::Error::InputOutput(Arc::new(io::ErrorKind::TimedOut.into())),
+    };
+    let error = || {
+        let call = zbus::Message::method_call("/", "Asked").build(&())?;
+        zbus::Message::error(&call.header(), name).build(&"a test has asked for this error")
+    };
+    error().map_or_else(|error| error, zbus::Error::from)
+}
+
 /// True if the bus has refused to pass a call on, because too many wait for their replies.
 fn is_over_limit(error: &zbus::Error) -> bool {
-    const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
     match error {
         zbus::Error::MethodError(name, ..) => name.as_str() == LIMITS_EXCEEDED,
         zbus::Error::FDO(error) => matches!(**error, zbus::fdo::Error::LimitsExceeded(_)),

@@ -24,8 +24,8 @@ use crate::common::{daemon, wait};
 pub const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
 
 /// A moment in the life of a container, just before one call or one end.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Moment {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Moment {
     Create,
     Start,
     Exec,
@@ -41,7 +41,7 @@ enum Moment {
 }
 
 /// When the daemon has to pass a point, by what its name begins with. It is enough that one of them does.
-fn moments(point: &str) -> &'static [Moment] {
+pub fn moments(point: &str) -> &'static [Moment] {
     match point.split('.').next().unwrap_or_default() {
         "create" => &[Moment::Create],
         "stream" | "console" => &[Moment::Create, Moment::ExecStart],
@@ -66,35 +66,35 @@ fn moments(point: &str) -> &'static [Moment] {
 
 /// What stdio the processes have.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Streams {
+pub enum Streams {
     Fifos,
     None,
     Terminal,
 }
 
 /// The client's ends of a process's streams.
-struct Client {
+pub struct Client {
     fifos: Fifos,
     stdout: Reader,
     _stderr: Reader,
 }
 
 impl Client {
-    fn of(streams: Streams) -> Option<Client> {
+    pub fn of(streams: Streams) -> Option<Client> {
         let fifos = Fifos::new("point");
         let (stdout, stderr) = (fifos.stdout(), fifos.stderr());
         (streams != Streams::None).then_some(Client { fifos, stdout, _stderr: stderr })
     }
 
     /// Waits for one line of output.
-    fn expect(&mut self, line: &str) {
+    pub fn expect(&mut self, line: &str) {
         let seen = self.stdout.until(|bytes| bytes.ends_with(b"\n"));
         assert_eq!(String::from_utf8_lossy(&seen).trim_end(), line);
     }
 }
 
 impl Streams {
-    fn io(self, client: &Option<Client>) -> Io {
+    pub fn io(self, client: &Option<Client>) -> Io {
         match (self, client) {
             (Streams::Terminal, Some(client)) => client.fifos.terminal(),
             (_, Some(client)) => client.fifos.io(),
@@ -102,7 +102,7 @@ impl Streams {
         }
     }
 
-    fn spec(self, script: &str) -> Spec {
+    pub fn spec(self, script: &str) -> Spec {
         let spec = Spec::sh(script);
         if self == Streams::Terminal { spec.terminal() } else { spec }
     }

@@ -35,6 +35,7 @@ mod exec_exits;
 mod exec_streams;
 mod exec_units;
 mod exhaustion;
+mod failing_points;
 mod freezer;
 mod hangs;
 mod ids;
