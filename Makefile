@@ -30,7 +30,7 @@ SHARE := $(DESTDIR)$(PREFIX)/share
 # What the binary is made of.
 SOURCES := Cargo.toml Cargo.lock build.rs proto src
 
-.PHONY: help deps build unit coverage check audit test test-all test-unit test-vm test-nspawn test-clients test-packages test-matrix
+.PHONY: help deps build unit coverage check audit test test-all test-failing test-unit test-vm test-nspawn test-clients test-packages test-matrix
 .PHONY: shell demo chaos fuzz bench bench-pods soak
 .PHONY: doc
 .PHONY: fresh install install-files uninstall clean manual deb rpm
@@ -83,6 +83,9 @@ test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), 
 test-all: ## every test there is, which takes hours where QEMU emulates: whole suites in VMs, the package on each suite, clients while the daemon is killed
 	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all unit nspawn clients/nspawn \
 		packages/bookworm packages/trixie packages/forky pods/forky chaos/nspawn clients/vm vm/bookworm vm/trixie vm/forky
+
+test-failing: ## in a test build, the step after each fault point fails, in each way in which it can: minutes
+	@E2E_FAILURE=all $(SCRIPTS)/run-e2e nspawn trixie failing_points::
 
 test-unit: ## the tests that need nothing but cargo
 	@$(SCRIPTS)/run-all unit
