@@ -282,7 +282,7 @@ pub use asked::{due, point};
 #[inline(always)]
 pub fn point(_: Point) {}
 
-/// None is, in what people run.
+/// Returns no failure in builds without fault points.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn due(_: &[Failure]) -> Option<Failure> {
