@@ -5,7 +5,7 @@
 
 use std::io;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
@@ -18,6 +18,10 @@ use super::error::{Error, unreachable};
 
 /// How long a call waits for a connection, and how long for its reply.
 pub(super) const CALL_LIMIT: Duration = Duration::from_secs(25);
+
+/// How long a call waits for a connection once there was none for [`CALL_LIMIT`]. A Create that fails for that reason makes
+/// several calls to remove what it has left.
+const OUTAGE_LIMIT: Duration = Duration::from_secs(2);
 
 /// How many calls may wait for their replies. dbus-daemon refuses the 129th of a connection
 /// (max_replies_per_connection).
@@ -85,6 +89,8 @@ pub(super) async fn manager_over(connection: &Connection) -> zbus::Result<System
 /// The daemon's connection to the system bus.
 pub(super) struct Bus {
     connection: watch::Sender<Option<Connection>>,
+    /// When the last connection ended.
+    lost: Mutex<Instant>,
     /// systemd has its name on the bus.
     owned: watch::Sender<bool>,
     /// Lets calls through, up to [`MAX_CALLS`] at a time; the others queue. It is never closed.
@@ -95,6 +101,7 @@ impl Default for Bus {
     fn default() -> Self {
         Self {
             connection: watch::Sender::new(None),
+            lost: Mutex::new(Instant::now()),
             owned: watch::Sender::new(true),
             calls: Semaphore::new(MAX_CALLS),
         }
@@ -122,7 +129,10 @@ impl Bus {
 
     /// The connection has ended: later calls wait for the next one.
     pub(super) fn disconnected(&self) {
-        self.connection.send_replace(None);
+        // Called again after each vain try to connect.
+        if self.connection.send_replace(None).is_some() {
+            *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        }
     }
 
     /// systemd has got its name on the bus, or has lost it.
@@ -133,11 +143,13 @@ impl Bus {
     /// systemd's manager object, once there is a connection.
     ///
     /// # Errors
-    /// There is none within [`CALL_LIMIT`].
+    /// There is none for [`CALL_LIMIT`].
     pub(super) async fn manager(&self) -> zbus::Result<SystemdManagerProxy<'static>> {
         let mut receiver = self.connection.subscribe();
+        let lost = *self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        let limit = (lost + CALL_LIMIT).max(Instant::now() + OUTAGE_LIMIT);
         let found = {
-            let connected = timeout(CALL_LIMIT, receiver.wait_for(Option::is_some)).await;
+            let connected = timeout_at(limit, receiver.wait_for(Option::is_some)).await;
             connected.ok().and_then(|found| found.ok()?.clone())
         };
         let none = || io::Error::new(io::ErrorKind::TimedOut, "no connection");

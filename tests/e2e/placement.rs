@@ -3,10 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::common::container::Container;
 use crate::common::node::{Node, unique};
 use crate::common::spec::Spec;
-use crate::common::systemd;
+use crate::common::systemd::{self, Cursor};
 use crate::common::task::Io;
 use crate::common::wait::until_true;
 use crate::common::{cgroup, process};
@@ -140,12 +142,15 @@ fn a_foreign_path_is_honoured_with_a_warning() {
     let node = Node::shared();
     let id = unique("foreign");
     let path = format!("/e2e-kubepods/burstable/pod1/{id}");
+    let before = Cursor::now();
     let container =
         node.container("foreign", Spec::sleeping().cgroups_path(&path)).id(&id).started(&Io::default());
     assert_eq!(format!("/{}", path_of(&container)), path);
     let unit = format!("_SYSTEMD_UNIT={}", systemd::DAEMON_SERVICE);
-    let warned = |message: &String| message.contains(&id) && message.contains(&path);
-    assert!(systemd::messages(&[&unit]).iter().any(warned));
+    let warned = |entry: &Value| {
+        entry["MESSAGE"].as_str().is_some_and(|text| text.contains(&id) && text.contains(&path))
+    };
+    until_true("the daemon has warned", || before.entries_since(&[&unit]).iter().any(warned));
     drop(container);
     for directory in ["e2e-kubepods/burstable/pod1", "e2e-kubepods/burstable", "e2e-kubepods"] {
         fs::remove_dir(Path::new(ROOT).join(directory)).expect("the client's own parents are empty");
