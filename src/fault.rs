@@ -30,13 +30,13 @@ macro_rules! points {
 points! {
     /// A connection is accepted, and only this process has it.
     ConnectionAccepted = "connection.accepted",
-    /// A connection is accepted and in systemd's keeping.
+    /// A connection is accepted, and systemd keeps it.
     ConnectionKept = "connection.kept",
-    /// A request is noted, and still in the socket.
+    /// A request is journaled, and still in the socket.
     ConnectionNoted = "connection.request-noted",
-    /// A request is noted and taken off the socket.
+    /// A request is journaled, and removed from the socket.
     ConnectionTaken = "connection.request-taken",
-    /// A response is noted, and its request still counts as open.
+    /// A response is journaled, and its request still counts as unanswered.
     ConnectionAnswered = "connection.response-noted",
     /// A response is journaled, and no byte of it is sent.
     ConnectionUnsent = "connection.response-unsent",
@@ -188,8 +188,8 @@ mod asked {
 
     /// A test writes here what it asks for.
     const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
-    /// The failure that is due: the daemon has passed its point. Whoever removes the file has to fail, which may be
-    /// `launch`.
+    /// The failure that is due: the daemon has passed its point. The process that removes the file, the daemon or `launch`,
+    /// fails then.
     const DUE: &str = "/run/containerd-shim-systemd-v1.fault.due";
 
     impl Failure {
@@ -267,7 +267,7 @@ mod asked {
         }
     }
 
-    /// Which of these failures is due, if one is. It is not due any more afterwards.
+    /// The one of these failures that is due, if there is one. Afterwards it is no longer due.
     pub fn due(failures: &[Failure]) -> Option<Failure> {
         let failure = Failure::by_name(&fs::read_to_string(DUE).ok()?)?;
         (failures.contains(&failure) && fs::remove_file(DUE).is_ok()).then_some(failure)

@@ -28,7 +28,7 @@ fn is_exhausted(error: &Error) -> bool {
     while let Some(error) = source {
         let io = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).map(Errno::from_raw);
         if let Some(errno) = io.or_else(|| error.downcast_ref::<Errno>().copied()) {
-            // EAGAIN comes from clone(2) only: what would have to wait for a descriptor is no error of a call.
+            // In an error of a call, EAGAIN comes from clone(2): the daemon waits for a descriptor that is not ready.
             return EXHAUSTED.contains(&errno);
         }
         source = error.source();

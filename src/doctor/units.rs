@@ -138,7 +138,7 @@ fn overridden(service: &Properties) -> Vec<Check> {
     };
     let mut checks = Vec::new();
     for (name, wanted) in NEEDED {
-        // A property that this systemd does not have is as it has to be.
+        // A systemd that does not have the property can't do the harm.
         let Some(value) = service.get(name) else { continue };
         if !wanted.contains(&value.as_str()) {
             let found =

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey};
+use crate::id::{ExecId, Namespace, TaskId, TaskKey};
 use crate::launch::contract::Outcome;
 use crate::launch::report;
 use crate::oci::bundle::{self, Edits, Spec};
@@ -116,7 +116,7 @@ fn replies(root: &Path, content: &[u8]) {
     write(&root.join(".answers"), content);
     let open = || DeleteReplies::open(root).unwrap_or_else(|error| panic!("{error}"));
     let replies = open();
-    let process = ProcessKey { task: key(), exec: None };
+    let process = key().init();
     let _ = replies.find(&process);
     for pid in 1..4 {
         let deleted = Deleted { pid, exit: Some(Exit { status: 0, at_usec: 7 }) };

@@ -6,8 +6,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
-use crate::cgroup::{self};
 use crate::fault::{self, Point};
 use crate::id::{TaskKey, UnitName};
 use crate::launch::contract::{Kind, LAUNCHED, PID_FILE};
@@ -61,7 +61,8 @@ impl Shim {
                 return Ok(phase.pid().unwrap_or_default());
             }
         }
-        self.tasks.recall_failure(&call.key.init(), attempt)?;
+        let init = call.key.init();
+        self.tasks.recall_failure(&init, attempt)?;
         if let Some(entry) = self.tasks.registry.get(&call.key) {
             if !entry.task().is_leftover {
                 return Err(Error::Exists { key: call.key });
@@ -70,7 +71,6 @@ impl Shim {
         }
         self.fds.has_room()?;
         let shim = self.clone();
-        let init = call.key.init();
         let (task, environment) = self.files.run(&init, move || shim.prepare(call)).await??;
         self.check_types(&task.properties).await?;
         let (entry, _verb) = self.register(task)?;

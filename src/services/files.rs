@@ -90,8 +90,7 @@ mod tests {
 
     #[test]
     fn one_thread_looks_at_the_files_of_a_process() {
-        let task = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap();
-        let process = ProcessKey { task, exec: None };
+        let process = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap().init();
         let files = ClientFiles::new(Some(config::FILES_LIMIT));
         let turn = files.begin(&process).unwrap();
         assert!(matches!(files.begin(&process), Err(Error::Exists { .. })));

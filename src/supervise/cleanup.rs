@@ -39,6 +39,17 @@ impl Troubles {
         self.0.extend(other.0);
     }
 
+    /// Runs a step that may block its thread, and adds its error.
+    async fn run<E: Display + Send + 'static>(
+        &mut self,
+        step: impl FnOnce() -> Result<(), E> + Send + 'static,
+    ) {
+        match blocking(step).await {
+            Ok(done) => self.add(done),
+            Err(error) => self.add(Err(error)),
+        }
+    }
+
     /// True if everything could be removed.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -84,17 +95,11 @@ pub async fn remove_task(
         troubles.join(remove_unit(manager, logger, stop).await);
     }
     if let Some(places) = task.request.sandbox.as_ref().and_then(|sandbox| sandbox.places.clone()) {
-        match blocking(move || pod_files::remove(&places)).await {
-            Ok(removed) => troubles.add(removed),
-            Err(error) => troubles.add(Err(error)),
-        }
+        troubles.run(move || pod_files::remove(&places)).await;
     }
     if task.rootfs_on_host {
         let rootfs = task.request.bundle.join("rootfs");
-        match blocking(move || mount::unmount_all(&rootfs)).await {
-            Ok(unmounted) => troubles.add(unmounted),
-            Err(error) => troubles.add(Err(error)),
-        }
+        troubles.run(move || mount::unmount_all(&rootfs)).await;
     }
     troubles
 }

@@ -206,13 +206,13 @@ fn note(notes: &Notes, subject: u64) {
 fn note_hanging(notes: &Notes) {
     let (now, limit) = (now(), HANG_LIMIT.load(Ordering::Relaxed));
     let mut noted = [0; STEPS.len()];
-    for (place, noted_as) in STEPS.iter().zip(0..) {
+    for (place, index) in STEPS.iter().zip(0..) {
         if let Some((subject, since)) = place.step()
             && now.saturating_sub(since) >= limit
             // A request may have several threads.
             && !noted.contains(&subject)
         {
-            noted[noted_as] = subject;
+            noted[index] = subject;
             note(notes, subject);
         }
     }

@@ -1,5 +1,6 @@
 //! Starting units, and waiting for their jobs.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use zbus::{OwnedObjectPath, Variant};
@@ -66,22 +67,22 @@ impl Manager {
 
     /// `refs`: whose connection is to have the reference to the unit, at each try. Over another connection nobody would
     /// ever give it back.
-    async fn begin<'p>(
+    async fn begin<'l, 'p>(
         &self,
         refs: Option<&Refs>,
         unit: &UnitName,
-        properties: &[(&'p str, Variant<'p>)],
-        aux: &[(&str, &[(&'p str, Variant<'p>)])],
+        properties: &'l [(&'p str, Variant<'p>)],
+        aux: &[(&str, &'l [(&'p str, Variant<'p>)])],
     ) -> Result<StartJob, Error> {
         let waiter = self.jobs.wait_for(unit);
         // It fails when the daemon ends.
         let lifts = tokio::task::spawn_blocking(service_d::restricts).await.unwrap_or(false);
-        let lifted = |list: &[(&'p str, Variant<'p>)]| {
-            if lifts { service_d::unrestricted(list) } else { list.to_vec() }
+        let unrestricted = |list: &'l [(&'p str, Variant<'p>)]| {
+            if lifts { Cow::Owned(service_d::unrestricted(list)) } else { Cow::Borrowed(list) }
         };
-        let properties = &lifted(properties);
-        let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, lifted(list))).collect();
-        let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, list.as_slice())).collect();
+        let properties = &*unrestricted(properties);
+        let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, unrestricted(list))).collect();
+        let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, &**list)).collect();
         let aux = aux.as_slice();
         let attempt = || async {
             let manager = match refs {
@@ -94,7 +95,7 @@ impl Manager {
             manager.start_transient_unit(unit.as_str(), "fail", properties, aux).await
         };
         let reply = self.bus.repeat(attempt).await;
-        let all = aux.iter().copied().chain([(unit.as_str(), properties.as_slice())]);
+        let all = aux.iter().copied().chain([(unit.as_str(), properties)]);
         let flagged = all.filter(|(_, list)| list.iter().any(|(name, _)| *name == service_d::WITH_FLAGS));
         correct_files(flagged.map(|(name, _)| name.to_owned()).collect()).await;
         match reply.result.map_err(|error| start_error(unit, error)) {
