@@ -8,9 +8,10 @@ use tokio::sync::oneshot;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::oci::runtime;
+use crate::ops::Shim;
 use crate::services::changes::Stored;
 use crate::services::process::{hold, program_of};
-use crate::services::{Entry, Error, Process, Shim, blocking, resume_in_background};
+use crate::services::{Entry, Error, Process, blocking, resume_in_background};
 use crate::store::Found;
 use crate::suspect::{Crashes, Suspect};
 use crate::task::Task;
@@ -57,7 +58,7 @@ impl Shim {
                 Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),
             }
         }
-        let running = self.running_units().await;
+        let running = self.units.running().await;
         for record in records {
             match record {
                 Ok(Found { task, is_current }) => match self.tasks.registry.insert(task) {
@@ -81,7 +82,7 @@ impl Shim {
             }
         }
         self.fds.drop_unclaimed();
-        tokio::spawn(self.clone().refer_to_units());
+        tokio::spawn(self.units.clone().reference_all());
         Ok(())
     }
 
@@ -91,7 +92,7 @@ impl Shim {
         if task.is_leftover {
             let (shim, leftover) = (self.clone(), entry.clone());
             // It logs its errors.
-            tokio::spawn(async move { shim.remove_leftover(&leftover).await });
+            tokio::spawn(async move { shim.cleanup.remove_leftover(&leftover).await });
             return;
         }
         if task.muted {
@@ -161,13 +162,13 @@ impl Shim {
         if let Some(pid) = pid {
             hold(entry, process, pid);
             if exec.is_none() {
-                self.watch_cgroup(entry);
+                self.cgroups.watch(entry);
                 self.notifications.listen_again(entry);
             } else {
                 self.cancel_long_start_job(entry, process);
             }
         }
-        self.close_ended_exec(entry, process);
+        self.cleanup.close_ended_exec(entry, process);
         let was_never_there = pid.is_none() && !has_ended;
         if (exec.is_some() || was_never_there) && !has_run {
             return;
@@ -176,10 +177,10 @@ impl Shim {
         if running.contains(&process.unit) {
             return;
         }
-        self.query_unit(entry, process).await;
+        self.units.query(entry, process).await;
         // An earlier daemon may have ended before it removed the unit.
         if exec.is_some() && has_ended {
-            self.remove_ended_exec(entry, process);
+            self.cleanup.remove_ended_exec(entry, process);
         }
     }
 

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use ttrpc::asynchronous::Client;
 use ttrpc::{Code, context};
 
-use crate::services::{Entry, Outgoing, Shim};
+use crate::services::{Entry, Outgoing, Tasks};
 
 use super::convert::NAMESPACE_KEY;
 use super::envelope;
@@ -27,14 +27,14 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Publishes the events of all tasks that `outgoing` delivers, until it is closed.
-pub async fn publish(shim: Arc<Shim>, mut outgoing: mpsc::UnboundedReceiver<Arc<Entry>>) {
+pub async fn publish(tasks: Arc<Tasks>, mut outgoing: mpsc::UnboundedReceiver<Arc<Entry>>) {
     let mut workers: HashMap<String, mpsc::UnboundedSender<Arc<Entry>>> = HashMap::new();
     while let Some(entry) = outgoing.recv().await {
         let address = entry.task().containerd.ttrpc_address.clone();
         let worker = workers.entry(address.clone()).or_insert_with(|| {
             // Bounded like `outgoing`: each task is in the queue at most once.
             let (sender, receiver) = mpsc::unbounded_channel();
-            tokio::spawn(serve(shim.clone(), address, receiver));
+            tokio::spawn(serve(tasks.clone(), address, receiver));
             sender
         });
         // The send can't fail: a worker ends only after this loop.
@@ -42,12 +42,12 @@ pub async fn publish(shim: Arc<Shim>, mut outgoing: mpsc::UnboundedReceiver<Arc<
     }
 }
 
-async fn serve(shim: Arc<Shim>, address: String, mut tasks: mpsc::UnboundedReceiver<Arc<Entry>>) {
+async fn serve(tasks: Arc<Tasks>, address: String, mut owing: mpsc::UnboundedReceiver<Arc<Entry>>) {
     let mut link = Link { address, client: None };
     let mut held_up = HeldUp::default();
     loop {
         let (entry, pause) = tokio::select! {
-            entry = tasks.recv() => match entry {
+            entry = owing.recv() => match entry {
                 // The task is tried again when its pause is over.
                 Some(entry) if held_up.holds(&entry) => continue,
                 Some(entry) => (entry, FIRST_PAUSE),
@@ -55,13 +55,13 @@ async fn serve(shim: Arc<Shim>, address: String, mut tasks: mpsc::UnboundedRecei
             },
             held = held_up.next(), if !held_up.is_empty() => held,
         };
-        shim.tasks.begin_publishing(&entry);
-        while let Some(outgoing) = shim.tasks.first_owed(&entry) {
+        tasks.begin_publishing(&entry);
+        while let Some(outgoing) = tasks.first_owed(&entry) {
             if !link.deliver(&outgoing).await {
                 held_up.add(entry, pause);
                 break;
             }
-            shim.tasks.accepted(&entry, outgoing.seq);
+            tasks.accepted(&entry, outgoing.seq);
         }
     }
 }

@@ -60,7 +60,7 @@ impl Sandbox for TaskService {
 
     async fn platform(&self, ctx: &TtrpcContext, request: PlatformRequest) -> RpcResult<PlatformResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
-        self.shim.state(&key).map_err(|error| refuse("platform", &key, &error))?;
+        self.shim.tasks.state(&key).map_err(|error| refuse("platform", &key, &error))?;
         let mut response = PlatformResponse::new();
         let platform = response.platform.mut_or_insert_default();
         platform.os = "linux".to_owned();
@@ -117,7 +117,7 @@ impl Sandbox for TaskService {
 
     async fn ping_sandbox(&self, ctx: &TtrpcContext, request: PingRequest) -> RpcResult<PingResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
-        self.shim.state(&key).map_err(|error| refuse("ping-sandbox", &key, &error))?;
+        self.shim.tasks.state(&key).map_err(|error| refuse("ping-sandbox", &key, &error))?;
         Ok(PingResponse::new())
     }
 

@@ -22,7 +22,8 @@ use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
 use ttrpc::{Request, Response};
 
 use crate::id::{Namespace, ProcessKey, TaskKey};
-use crate::services::{Attempt, Error, Shim};
+use crate::ops::Shim;
+use crate::services::{Attempt, Error};
 use crate::suspect::{self, Suspect};
 use crate::transport::frame::REPLAYED;
 use crate::transport::sockets::{Holder, Lease, Leases, Socket};
@@ -172,7 +173,7 @@ fn log(verb: &str, key: &ProcessKey, error: &Error) {
 impl Task for TaskService {
     async fn state(&self, ctx: &TtrpcContext, request: StateRequest) -> RpcResult<StateResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let state = self.shim.state(&key).map_err(|error| refuse("state", &key, &error))?;
+        let state = self.shim.tasks.state(&key).map_err(|error| refuse("state", &key, &error))?;
         Ok(convert::state(key.id(), state))
     }
 
@@ -220,7 +221,7 @@ impl Task for TaskService {
 
     async fn pids(&self, ctx: &TtrpcContext, request: PidsRequest) -> RpcResult<PidsResponse> {
         let key = self.process(ctx, &request.id, "")?;
-        let pids = self.shim.pids(&key.task).await.map_err(|error| refuse("pids", &key, &error))?;
+        let pids = self.shim.tasks.pids(&key.task).await.map_err(|error| refuse("pids", &key, &error))?;
         convert::pids(pids).map_err(status::invalid)
     }
 
@@ -228,13 +229,13 @@ impl Task for TaskService {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
         let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
         let (signal, all) = (request.signal, request.all);
-        self.run("kill", &process, async move { shim.kill(&key, signal, all, attempt).await }).await?;
+        self.run("kill", &process, async move { shim.tasks.kill(&key, signal, all, attempt).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> RpcResult<Empty> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let resized = self.shim.resize(&key, request.width, request.height);
+        let resized = self.shim.tasks.resize(&key, request.width, request.height);
         resized.map_err(|error| refuse("resize", &key, &error))?;
         Ok(Empty::new())
     }
@@ -253,7 +254,7 @@ impl Task for TaskService {
 
     async fn connect(&self, ctx: &TtrpcContext, request: ConnectRequest) -> RpcResult<ConnectResponse> {
         let key = self.key(ctx, &request.id)?;
-        let task_pid = self.shim.init_pid(&key);
+        let task_pid = self.shim.tasks.init_pid(&key);
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
     }
 

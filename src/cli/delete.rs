@@ -13,7 +13,7 @@ use crate::id::{Owner, TaskKey};
 use crate::oci::command::CommandLine;
 use crate::oci::{containerd, mount};
 use crate::store::{Found, Store};
-use crate::supervise::cleanup::{self, Stop, Troubles};
+use crate::supervise::cleanup::{Removal, Stop, Troubles};
 use crate::task::Task;
 use crate::task::phase::Exit;
 use crate::{cgroup, config, unit};
@@ -101,10 +101,8 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let execs = task.execs.values().flat_map(|exec| std::iter::once(&exec.unit).chain(&exec.logger));
     let execs = std::future::ready(execs.cloned().collect());
     block_on(async {
-        let manager = unit::manager::Manager::default();
-        troubles.join(
-            cleanup::remove_task(&manager, &CommandLine::default(), task, &dir, Stop::Killed, execs).await,
-        );
+        let (manager, oci) = (&unit::manager::Manager::default(), &CommandLine::default());
+        troubles.join(Removal { manager, oci, task, dir: &dir, stop: Stop::Killed }.of_task(execs).await);
     })?;
     if !troubles.is_empty() {
         return Err(Failure(format!("task {}: {}", task.key, troubles.text())));

@@ -24,8 +24,8 @@ use crate::id::UnitName;
 use crate::launch;
 use crate::oci::command::CommandLine;
 use crate::oci::namespaces;
+use crate::ops::{Parts, Shim};
 use crate::services::files::ClientFiles;
-use crate::services::{Parts, Shim};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
@@ -290,16 +290,15 @@ async fn serve(
     // What was open only in ended daemons is open and kept here by now.
     earlier.end();
     fault::point(Point::RecoverTasks);
-    workers.spawn("publishing events", events::publish(shim.clone(), outgoing));
-    workers.spawn("retrying failed writes of records", shim.clone().write_pending());
-    workers.spawn("removing what failed creates left", shim.clone().remove_leftovers());
-    let idle = shim.clone();
-    workers.spawn("dropping unused copies of OCI runtimes", async move { idle.launcher.forget_idle().await });
-    let registered = shim.clone();
-    let is_used = move |slice: &UnitName| registered.tasks.uses_slice(slice);
+    workers.spawn("publishing events", events::publish(shim.tasks.clone(), outgoing));
+    workers.spawn("retrying failed writes of records", shim.cleanup.clone().write_pending());
+    workers.spawn("removing what failed creates left", shim.cleanup.clone().remove_leftovers());
+    workers.spawn("dropping unused copies of OCI runtimes", shim.clone().forget_idle_runtimes());
+    let registered = shim.tasks.clone();
+    let is_used = move |slice: &UnitName| registered.uses_slice(slice);
     workers.spawn("removing unused slices", slices::run(slices_of, shim.tasks.removed.clone(), is_used));
-    workers.spawn("watching cgroups", shim.clone().observe_cgroups());
-    workers.spawn("observing units", shim.clone().observe(observations));
+    workers.spawn("watching cgroups", shim.cgroups.clone().observe());
+    workers.spawn("observing units", shim.units.clone().observe(observations));
 
     crashes.forget_answered();
     workers.spawn("forgetting crashes of records", async move {

@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 use crate::oci::bundle::Spec;
 use crate::oci::resources::DeviceRule;
 use crate::oci::{devices, signal};
-use crate::services::{Error, Shim};
+use crate::services::Error;
 use crate::task::Task;
 use crate::task::request::{DeviceAllow, Property, PropertySource, Runtime};
 use crate::unit;
 use crate::unit::annotation::{self, Additions, Extension};
+use crate::unit::systemd::Systemd;
 
 /// The requested properties. Their names and values are checked, their types are not.
 ///
@@ -100,14 +101,12 @@ pub(crate) fn refused(task: &Task, error: unit::error::Error) -> Error {
     }
 }
 
-impl Shim {
-    /// Checks the types of the requested properties: the error of systemd would not name the property.
-    pub(crate) async fn check_types(&self, properties: &[Property]) -> Result<(), Error> {
-        if !properties.is_empty() {
-            self.manager.property_types().await?.check(properties)?;
-        }
-        Ok(())
+/// Checks the types of the requested properties: the error of systemd would not name the property.
+pub(crate) async fn check_types(manager: &dyn Systemd, properties: &[Property]) -> Result<(), Error> {
+    if !properties.is_empty() {
+        manager.property_types().await?.check(properties)?;
     }
+    Ok(())
 }
 
 #[cfg(test)]

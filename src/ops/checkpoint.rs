@@ -16,11 +16,13 @@ use crate::id::TaskKey;
 use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, CheckpointNote, DUMP_WORK, Kind, dump_work};
 use crate::oci::criu::{self, Checkpoint, Problem};
 use crate::oci::runtime::Cli;
-use crate::services::{Attempt, Entry, Error, Shim, blocking};
+use crate::services::{Attempt, Entry, Error, blocking};
 use crate::task::phase::Phase;
 use crate::task::wiring::Output;
 use crate::task::{Placement, Task};
+use crate::unit::systemd::Systemd;
 
+use super::Shim;
 use super::pause::refused;
 
 /// The copy of criu's log in the bundle, as containerd-shim-runc-v2 names it.
@@ -80,7 +82,7 @@ impl Shim {
             blocking(move || remove_dir(&work)).await??;
         }
         if begun.was_paused {
-            self.freeze_only_container(task).await?;
+            freeze_only_container(&*self.manager, task).await?;
         }
         fault::point(Point::CheckpointThawed);
         let taken = self.launch_for(entry, task, &dir, Kind::Checkpoint).await;
@@ -148,9 +150,9 @@ impl Shim {
     async fn put_back(self: &Arc<Self>, entry: &Arc<Entry>, begun: &CheckpointNote, container: Afterwards) {
         let task = entry.task().clone();
         let is_frozen = begun.was_paused && container == Afterwards::Continues;
-        let frozen = if is_frozen { self.freeze_unit_again(&task).await } else { Ok(()) };
+        let frozen = if is_frozen { freeze_unit_again(&*self.manager, &task).await } else { Ok(()) };
         entry.init.live().is_checkpointing = false;
-        self.note_freezer(entry);
+        self.cgroups.note_freezer(entry);
         if let Err(error) = frozen {
             tracing::warn!(task = %entry.key, %error, "task {}: it is frozen, but systemd does not show it: {error}", entry.key);
         }
@@ -217,24 +219,24 @@ impl Shim {
         let problem: Option<Problem> = self.store.read_scratch(&task.key, CRIU_PROBLEM)?;
         Err(problem.map_or_else(|| error.into(), Error::Criu))
     }
+}
 
-    /// The container's own cgroup is frozen instead of the unit's.
-    async fn freeze_only_container(&self, task: &Task) -> Result<(), Error> {
-        let Some(cgroup) = own_cgroup(task) else {
-            return Ok(());
-        };
-        blocking(move || cgroup::freeze(&cgroup, true)).await??;
-        Ok(self.manager.thaw(task.unit()).await?)
-    }
+/// The container's own cgroup is frozen instead of the unit's.
+async fn freeze_only_container(manager: &dyn Systemd, task: &Task) -> Result<(), Error> {
+    let Some(cgroup) = own_cgroup(task) else {
+        return Ok(());
+    };
+    blocking(move || cgroup::freeze(&cgroup, true)).await??;
+    Ok(manager.thaw(task.unit()).await?)
+}
 
-    async fn freeze_unit_again(&self, task: &Task) -> Result<(), Error> {
-        let Some(cgroup) = own_cgroup(task) else {
-            return Ok(());
-        };
-        // If this fails, the container stays frozen by its own cgroup, which Resume thaws as well.
-        self.manager.freeze(task.unit()).await?;
-        Ok(blocking(move || cgroup::freeze(&cgroup, false)).await??)
-    }
+async fn freeze_unit_again(manager: &dyn Systemd, task: &Task) -> Result<(), Error> {
+    let Some(cgroup) = own_cgroup(task) else {
+        return Ok(());
+    };
+    // If this fails, the container stays frozen by its own cgroup, which Resume thaws as well.
+    manager.freeze(task.unit()).await?;
+    Ok(blocking(move || cgroup::freeze(&cgroup, false)).await??)
 }
 
 /// The cgroup of a container below that of its unit. `None` if it is elsewhere: then it is frozen itself.

@@ -3,8 +3,11 @@
 use std::sync::Arc;
 
 use crate::id::{Owner, TaskKey};
-use crate::services::{Entry, Error, Shim, Tasks};
+use crate::services::{Entry, Error, Tasks};
 use crate::store::delete_replies::Deleted;
+
+use super::Shim;
+use super::delete::kill_and_wait;
 
 impl Shim {
     /// Removes a task that containerd has given up, and kills its processes first.
@@ -31,7 +34,7 @@ impl Shim {
             entry.init.live().given_up.cancel();
         }
         drop(entry.init.verb.lock().await);
-        self.remove_leftover(entry).await?;
+        self.cleanup.remove_leftover(entry).await?;
         self.tasks.created(&entry.key)
     }
 
@@ -54,7 +57,7 @@ impl Shim {
             task.init.exit().is_none() && task.init.pid().is_some()
         };
         if alive {
-            self.kill_and_wait(entry).await?;
+            kill_and_wait(entry).await?;
         }
         self.delete_task(&entry.key).await
     }

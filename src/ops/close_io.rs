@@ -1,7 +1,9 @@
 //! CloseIO: a process sees the end of its input.
 
 use crate::id::ProcessKey;
-use crate::services::{Error, Shim};
+use crate::services::Error;
+
+use super::Shim;
 
 impl Shim {
     /// Closes the daemon's writing end of a process's stdin. The process sees EOF once every client has closed the FIFO

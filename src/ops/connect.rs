@@ -1,11 +1,11 @@
 //! Connect: a task's init process.
 
 use crate::id::TaskKey;
-use crate::services::Shim;
+use crate::services::Tasks;
 
-impl Shim {
+impl Tasks {
     /// A task's init process, 0 if there is no such task: Connect never fails.
     pub fn init_pid(&self, key: &TaskKey) -> u32 {
-        self.tasks.registry.get(key).and_then(|entry| entry.task().init.pid()).unwrap_or_default()
+        self.registry.get(key).and_then(|entry| entry.task().init.pid()).unwrap_or_default()
     }
 }

@@ -16,15 +16,17 @@ use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::{metadata, options, runtime};
 use crate::services::process::{hold, lives_in, program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
-use crate::services::{Attempt, Entry, Error, Shim};
+use crate::services::{Attempt, Entry, Error};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::task::Task;
 use crate::task::phase::{Container, Event};
 use crate::task::process::{Lifecycle, Process};
 use crate::task::request::{Create, Stdio};
 use crate::unit::properties::{self, UnitMetadata};
+use crate::unit::systemd::Systemd;
 use crate::unit::{self, name};
 
+use super::Shim;
 use super::additions;
 use super::request_unit::{Daemon, NameTaken, request_unit};
 
@@ -67,17 +69,17 @@ impl Shim {
             if !entry.task().is_leftover {
                 return Err(Error::Exists { key: call.key });
             }
-            self.remove_leftover(&entry).await?;
+            self.cleanup.remove_leftover(&entry).await?;
         }
         self.fds.has_room()?;
         let shim = self.clone();
         let (task, environment) = self.files.run(&init, move || shim.prepare(call)).await??;
-        self.check_types(&task.properties).await?;
+        additions::check_types(&*self.manager, &task.properties).await?;
         let (entry, _verb) = self.register(task)?;
         match self.bring_up(&entry, &environment).await {
             Ok(pid) => Ok(pid),
             Err(error) => {
-                self.roll_back_create(&entry).await;
+                self.cleanup.roll_back_create(&entry).await;
                 Err(error)
             }
         }
@@ -141,7 +143,7 @@ impl Shim {
                 // Before the task is forgotten: the replay of the call may come at that moment.
                 self.tasks.remember_failure(entry.init.key.clone(), error);
             }
-            self.roll_back_create(entry).await;
+            self.cleanup.roll_back_create(entry).await;
         }
     }
 
@@ -180,8 +182,7 @@ impl Shim {
         fault::point(Point::CreateUp);
         // Not removed if a hook has left processes in it.
         launch::cgroup::remove(task.unit());
-        let pid =
-            read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(self.launch_failure(task, dir)))?;
+        let pid = read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(launch_failure(task, dir)))?;
         if task.request.checkpoint.is_some()
             && let Ok(place) = cgroup::of_process(pid)
             && !lives_in(task, pid)
@@ -197,7 +198,7 @@ impl Shim {
         fault::point(Point::CreatePumping);
         self.record_container(entry, pid).await?;
         fault::point(Point::CreateAdopted);
-        self.watch_cgroup(entry);
+        self.cgroups.watch(entry);
         Ok(pid)
     }
 
@@ -209,7 +210,7 @@ impl Shim {
         begun_by: Daemon,
     ) -> Result<(), Error> {
         if name::is_pod_slice(task.placement.slice()) {
-            self.make_pod_slice(task.placement.slice(), task).await?;
+            make_pod_slice(&*self.manager, task.placement.slice(), task).await?;
         }
         let init = task.key.init();
         let command = self.launcher.command(Kind::Container, &init);
@@ -271,18 +272,9 @@ impl Shim {
             Err(unit::error::Error::Job { .. }) if self.manager.has_timed_out(task.unit()).await => {
                 Err(Error::CreateTimedOut { unit: task.unit().to_string() })
             }
-            Err(unit::error::Error::Job { .. }) => Err(Error::Launch(self.launch_failure(task, dir))),
+            Err(unit::error::Error::Job { .. }) => Err(Error::Launch(launch_failure(task, dir))),
             other => Ok(other?),
         }
-    }
-
-    fn launch_failure(&self, task: &Task, dir: &Path) -> String {
-        if let Some(reason) = command::failure(dir) {
-            return reason;
-        }
-        let cli = runtime::Cli::of(task, dir);
-        let verb = if task.request.checkpoint.is_some() { runtime::RESTORE } else { "create" };
-        format!("OCI runtime {verb} failed: {}", cli.reason(verb, None))
     }
 
     /// Records the container: its init process, its cgroup and its limits.
@@ -291,7 +283,7 @@ impl Shim {
         let (program, found) = (program_of(pid), cgroup::of_process(pid).ok());
         let (mut limits, mut oom_kills) = (None, 0);
         if let Some(cgroup) = &found {
-            limits = self.join_limits(&task, cgroup).await?;
+            limits = self.cgroups.join_limits(&task, cgroup).await?;
             // A cgroup that the client has created may already have counted kills.
             oom_kills = MemoryEvents::read(cgroup)?.unwrap_or_default().oom_kill;
         }
@@ -301,19 +293,28 @@ impl Shim {
         fault::point(Point::CreateLimited);
         self.tasks.apply(entry, &entry.init, Event::Created { container, program })
     }
+}
 
-    async fn make_pod_slice(&self, slice: &UnitName, task: &Task) -> Result<(), Error> {
-        let pod =
-            |name: &str| task.fields.iter().find(|(field, _)| field == name).map(|(_, value)| value.as_str());
-        let description = match (pod("POD_NAMESPACE"), pod("POD_NAME")) {
-            (Some(namespace), Some(name)) => format!("Pod {namespace}/{name}"),
-            _ => format!("Pod of container {}", task.key),
-        };
-        match self.manager.start_transient(slice, &properties::pod_slice(&description)).await {
-            Ok(()) | Err(unit::error::Error::Exists { .. }) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+async fn make_pod_slice(manager: &dyn Systemd, slice: &UnitName, task: &Task) -> Result<(), Error> {
+    let pod =
+        |name: &str| task.fields.iter().find(|(field, _)| field == name).map(|(_, value)| value.as_str());
+    let description = match (pod("POD_NAMESPACE"), pod("POD_NAME")) {
+        (Some(namespace), Some(name)) => format!("Pod {namespace}/{name}"),
+        _ => format!("Pod of container {}", task.key),
+    };
+    match manager.start_transient(slice, &properties::pod_slice(&description)).await {
+        Ok(()) | Err(unit::error::Error::Exists { .. }) => Ok(()),
+        Err(error) => Err(error.into()),
     }
+}
+
+fn launch_failure(task: &Task, dir: &Path) -> String {
+    if let Some(reason) = command::failure(dir) {
+        return reason;
+    }
+    let cli = runtime::Cli::of(task, dir);
+    let verb = if task.request.checkpoint.is_some() { runtime::RESTORE } else { "create" };
+    format!("OCI runtime {verb} failed: {}", cli.reason(verb, None))
 }
 
 /// The OCI runtime knows containers by their ids alone: where two containerds have the same one, the later task

@@ -9,14 +9,20 @@ use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskKey};
 use crate::services::registry::Completion;
 use crate::services::streams::drain;
-use crate::services::{Attempt, Entry, Error, Process, Shim, blocking, now_usec};
+use crate::services::{Attempt, Entry, Error, Process, blocking, now_usec};
 use crate::store::delete_replies::Deleted;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Phase};
 
+use super::Shim;
 use super::kill::kill_all;
 
 impl Shim {
+    /// The response to an earlier attempt of the same Delete.
+    pub(super) fn answered(&self, key: &ProcessKey, attempt: Attempt) -> Option<Deleted> {
+        if attempt == Attempt::First { None } else { self.delete_replies.find(key) }
+    }
+
     /// Removes an exec, or a task with all of its execs. The process has ended or was never started. Returns its pid and
     /// its exit status.
     ///
@@ -44,7 +50,7 @@ impl Shim {
         let phase = entry.task().init.phase.clone();
         let exit = match phase {
             Phase::Stopped { exit, .. } => exit,
-            Phase::Created { .. } => self.kill_and_wait(&entry).await?,
+            Phase::Created { .. } => kill_and_wait(&entry).await?,
             // There has been no process: containerd gets status 0, as for every container that never ran.
             Phase::Prepared => Exit { status: 0, at_usec: now_usec() },
             Phase::Creating { .. }
@@ -59,7 +65,7 @@ impl Shim {
         fault::point(Point::DeleteBegun);
         let task = entry.task().clone();
         let pid = task.init.pid().unwrap_or_default();
-        let troubles = self.remove_container(&task, &entry).await;
+        let troubles = self.cleanup.remove_container(&task, &entry).await;
         if !troubles.is_empty() {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
         }
@@ -68,18 +74,6 @@ impl Shim {
         self.forget(&entry, TaskEvent::Deleted { pid, exit })?;
         fault::point(Point::DeleteForgotten);
         Ok(deleted)
-    }
-
-    /// Kills all processes of a task, and waits until systemd reports the end of init.
-    pub(super) async fn kill_and_wait(&self, entry: &Arc<Entry>) -> Result<Exit, Error> {
-        let task = entry.task().clone();
-        blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await??;
-        let unknown = || Error::UnknownTask { key: entry.key.clone() };
-        match tokio::time::timeout(config::KILL_LIMIT, entry.init.ended()).await {
-            Ok(Completion::Exited(exit)) => Ok(exit),
-            Ok(Completion::Deleted) => Err(unknown()),
-            Err(_) => Err(Error::NotEnding { key: entry.key.clone(), unit: entry.init.unit.to_string() }),
-        }
     }
 
     /// Removes the task from disk and from memory. Its last events move to a file for the publisher.
@@ -125,7 +119,7 @@ impl Shim {
         }
         fault::point(Point::ExecDeleteBegun);
         drain(process).await;
-        let troubles = self.remove_exec(entry, process).await;
+        let troubles = self.cleanup.remove_exec(entry, process).await;
         if !troubles.is_empty() {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
         }
@@ -140,5 +134,17 @@ impl Shim {
         self.tasks.registry.remove_exec(entry, id);
         fault::point(Point::ExecDeleteForgotten);
         Ok(deleted)
+    }
+}
+
+/// Kills all processes of a task, and waits until systemd reports the end of init.
+pub(super) async fn kill_and_wait(entry: &Arc<Entry>) -> Result<Exit, Error> {
+    let task = entry.task().clone();
+    blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await??;
+    let unknown = || Error::UnknownTask { key: entry.key.clone() };
+    match tokio::time::timeout(config::KILL_LIMIT, entry.init.ended()).await {
+        Ok(Completion::Exited(exit)) => Ok(exit),
+        Ok(Completion::Deleted) => Err(unknown()),
+        Err(_) => Err(Error::NotEnding { key: entry.key.clone(), unit: entry.init.unit.to_string() }),
     }
 }

@@ -7,13 +7,15 @@ use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::launch::contract::PROCESS_SPEC;
 use crate::oci::{metadata, process};
 use crate::services::registry::{Conflict, Verb};
-use crate::services::{Attempt, Entry, Error, Process, Shim, now_usec};
+use crate::services::{Attempt, Entry, Error, Process, now_usec};
 use crate::stdio::{fifo, uri};
 use crate::task::exec::{Exec, ExecPhase};
 use crate::task::outbox::TaskEvent;
 use crate::task::request::Stdio;
 use crate::task::wiring::Wiring;
 use crate::unit::name;
+
+use super::Shim;
 
 /// An Exec call.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
-use crate::services::{Attempt, Error, Shim, blocking};
+use crate::services::{Attempt, Error, Tasks, blocking};
 use crate::sys;
 use crate::task::Task;
 
@@ -15,7 +15,7 @@ const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 /// The last signal of the kernel (`_NSIG`).
 const LAST_SIGNAL: u32 = 64;
 
-impl Shim {
+impl Tasks {
     /// Sends a signal. Takes no lock that a slow operation could hold. `all` has an effect for init only.
     ///
     /// # Errors
@@ -43,7 +43,7 @@ impl Shim {
         if !(1..=LAST_SIGNAL).contains(&signal) {
             return Err(Error::Signal(signal));
         }
-        let (entry, process) = self.tasks.process(key)?;
+        let (entry, process) = self.process(key)?;
         let task = entry.task().clone();
         if task.init.phase.container().is_none() {
             // It waits for its restore.

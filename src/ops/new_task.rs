@@ -11,7 +11,7 @@ use crate::oci::bundle::Spec;
 use crate::oci::criu;
 use crate::oci::resources::Resources;
 use crate::oci::{containerd, metadata, runtime};
-use crate::services::{Error, Shim};
+use crate::services::Error;
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
 use crate::task::phase::Phase;
@@ -21,6 +21,7 @@ use crate::task::wiring::Wiring;
 use crate::task::{Placement, Task, TaskMetadata};
 use crate::unit::name;
 
+use super::Shim;
 use super::additions;
 use super::create::CreateTask;
 

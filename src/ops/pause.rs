@@ -8,11 +8,14 @@ use std::time::Duration;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::TaskKey;
-use crate::services::{Attempt, Error, Shim, blocking, waiting};
+use crate::services::{Attempt, Error, blocking, waiting};
 use crate::task::phase::{Event, Phase, Refusal};
 use crate::task::process::Lifecycle;
 use crate::task::{Placement, Task};
 use crate::unit;
+use crate::unit::systemd::Systemd;
+
+use super::Shim;
 
 /// How long a freeze may take. A process that the kernel can't freeze (it is in a driver, or traced) would leave the
 /// others half frozen. runc has the same limit.
@@ -35,11 +38,11 @@ impl Shim {
             Phase::Paused { .. } if attempt == Attempt::Replayed => return Ok(()),
             other => return Err(refused("pause", other)),
         }
-        let frozen = self.freeze(&task).await;
+        let frozen = freeze(&*self.manager, &task).await;
         fault::point(Point::PauseDone);
         if let Err(error) = frozen {
             // Thaws what is frozen already. The caller gets the first error.
-            let _ = self.thaw(&task).await;
+            let _ = thaw(&*self.manager, &task).await;
             return Err(match error {
                 Error::Cgroup(error) if error.is_timeout() => Error::NotFreezing { key: key.clone() },
                 error => error,
@@ -49,54 +52,53 @@ impl Shim {
         fault::point(Point::PauseNoted);
         Ok(())
     }
+}
 
-    async fn freeze(&self, task: &Task) -> Result<(), Error> {
-        self.set_frozen(task, true, self.manager.freeze(task.unit())).await
+async fn freeze(manager: &dyn Systemd, task: &Task) -> Result<(), Error> {
+    set_frozen(task, true, manager.freeze(task.unit())).await
+}
+
+pub(super) async fn thaw(manager: &dyn Systemd, task: &Task) -> Result<(), Error> {
+    if let Some(cgroup) = task.cgroup().map(Path::to_owned) {
+        // Frozen itself if a checkpoint could not give the freeze back to the unit.
+        blocking(move || cgroup::freeze(&cgroup, false)).await??;
     }
+    set_frozen(task, false, manager.thaw(task.unit())).await
+}
 
-    pub(super) async fn thaw(&self, task: &Task) -> Result<(), Error> {
-        if let Some(cgroup) = task.cgroup().map(Path::to_owned) {
-            // Frozen itself if a checkpoint could not give the freeze back to the unit.
-            blocking(move || cgroup::freeze(&cgroup, false)).await??;
-        }
-        self.set_frozen(task, false, self.manager.thaw(task.unit())).await
-    }
-
-    /// Waits until the cgroup is frozen or thawed and systemd has answered. systemd 257 never answers if the unit ends at
-    /// that moment.
-    async fn set_frozen(
-        &self,
-        task: &Task,
-        frozen: bool,
-        by_systemd: impl Future<Output = Result<(), unit::error::Error>>,
-    ) -> Result<(), Error> {
-        let Some(cgroup) = task.cgroup().map(Path::to_owned) else {
-            return Ok(by_systemd.await?);
-        };
-        let is_foreign = matches!(task.placement, Placement::Foreign { .. });
-        let seen = waiting(move || {
-            if is_foreign {
-                cgroup::freeze(&cgroup, frozen)?;
-            }
-            cgroup::until_frozen(&cgroup, frozen, FREEZE_LIMIT)
-        });
+/// Waits until the cgroup is frozen or thawed and systemd has answered. systemd 257 never answers if the unit ends at
+/// that moment.
+async fn set_frozen(
+    task: &Task,
+    frozen: bool,
+    by_systemd: impl Future<Output = Result<(), unit::error::Error>>,
+) -> Result<(), Error> {
+    let Some(cgroup) = task.cgroup().map(Path::to_owned) else {
+        return Ok(by_systemd.await?);
+    };
+    let is_foreign = matches!(task.placement, Placement::Foreign { .. });
+    let seen = waiting(move || {
         if is_foreign {
-            return Ok(seen.await??);
+            cgroup::freeze(&cgroup, frozen)?;
         }
-        let mut by_systemd = pin!(by_systemd);
-        tokio::select! {
-            answered = &mut by_systemd => return Ok(answered?),
-            seen = seen => match seen {
-                // systemd alone says when the unit is frozen.
-                Err(Error::NoThread(_)) => {
-                    let late = |_| Error::NotFreezing { key: task.key.clone() };
-                    return Ok(tokio::time::timeout(FREEZE_LIMIT, by_systemd).await.map_err(late)??);
-                }
-                seen => seen??,
-            },
-        }
-        tokio::time::timeout(ANSWER_LIMIT, by_systemd).await.unwrap_or(Ok(())).map_err(Error::from)
+        cgroup::until_frozen(&cgroup, frozen, FREEZE_LIMIT)
+    });
+    if is_foreign {
+        return Ok(seen.await??);
     }
+    let mut by_systemd = pin!(by_systemd);
+    tokio::select! {
+        answered = &mut by_systemd => return Ok(answered?),
+        seen = seen => match seen {
+            // systemd alone says when the unit is frozen.
+            Err(Error::NoThread(_)) => {
+                let late = |_| Error::NotFreezing { key: task.key.clone() };
+                return Ok(tokio::time::timeout(FREEZE_LIMIT, by_systemd).await.map_err(late)??);
+            }
+            seen => seen??,
+        },
+    }
+    tokio::time::timeout(ANSWER_LIMIT, by_systemd).await.unwrap_or(Ok(())).map_err(Error::from)
 }
 
 pub(super) fn refused(verb: &'static str, phase: &Phase) -> Error {

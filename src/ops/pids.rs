@@ -5,9 +5,9 @@ use std::path::Path;
 
 use crate::cgroup;
 use crate::id::{ExecId, TaskKey};
-use crate::services::{Error, Shim, blocking};
+use crate::services::{Error, Tasks, blocking};
 
-impl Shim {
+impl Tasks {
     /// The processes of a container, and which of them are execs.
     ///
     /// For a container that has ended, the list has the former init process: containerd up to 2.3.3, when it restarts,
@@ -16,7 +16,7 @@ impl Shim {
     /// # Errors
     /// There is no such task, or its cgroup can't be read.
     pub async fn pids(&self, key: &TaskKey) -> Result<Vec<(u32, Option<ExecId>)>, Error> {
-        let task = self.tasks.created(key)?.task().clone();
+        let task = self.created(key)?.task().clone();
         let init = task.init.pid().unwrap_or_default();
         if task.init.exit().is_some() {
             return Ok(vec![(init, None)]);

@@ -1,16 +1,16 @@
 //! ResizePty: the size of a terminal's window.
 
 use crate::id::ProcessKey;
-use crate::services::{Error, Shim};
+use crate::services::{Error, Tasks};
 
-impl Shim {
+impl Tasks {
     /// Sets the size of the terminal, in characters. If the daemon has not received the terminal yet, it sets the size as
     /// soon as it does. Without a terminal nothing happens.
     ///
     /// # Errors
     /// There is no such process, or an exec has ended.
     pub fn resize(&self, key: &ProcessKey, columns: u32, rows: u32) -> Result<(), Error> {
-        let (entry, process) = self.tasks.process(key)?;
+        let (entry, process) = self.process(key)?;
         if key.exec.is_some() && entry.has_recorded_end(&process) {
             return Err(Error::ResizeStopped);
         }

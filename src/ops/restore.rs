@@ -9,10 +9,11 @@ use tokio::sync::oneshot;
 use crate::fault::{self, Point};
 use crate::launch::contract::{Kind, restore_work};
 use crate::oci::criu;
-use crate::services::{Entry, Error, Shim};
+use crate::services::{Entry, Error};
 use crate::task::Task;
 use crate::task::phase::Event;
 
+use super::Shim;
 use super::checkpoint::{copy_log, with_log};
 use super::request_unit::Daemon;
 
@@ -68,7 +69,7 @@ impl Shim {
         if let Err(error) = self.conclude_restore(entry, restored).await {
             tracing::warn!(task = %entry.key, %error, "task {}: a restore that a restart interrupted has failed and was rolled back: {error}", entry.key);
         }
-        self.query_unit(entry, &entry.init).await;
+        self.units.query(entry, &entry.init).await;
     }
 
     async fn conclude_restore(
@@ -79,7 +80,7 @@ impl Shim {
         let error = match restored {
             Ok(pid) => {
                 // The container may have been frozen meanwhile.
-                self.note_freezer(entry);
+                self.cgroups.note_freezer(entry);
                 return Ok(pid);
             }
             Err(error) => error,
@@ -93,7 +94,7 @@ impl Shim {
             }
             _ => None,
         };
-        self.roll_back_restore(entry).await;
+        self.cleanup.roll_back_restore(entry).await;
         self.tasks.note_event(entry, &entry.init, Event::StartFailed)?;
         Err(with_log(error, kept))
     }

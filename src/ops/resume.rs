@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use crate::fault::{self, Point};
 use crate::id::TaskKey;
-use crate::services::{Attempt, Error, Shim};
+use crate::services::{Attempt, Error};
 use crate::task::phase::{Event, Phase};
 
-use super::pause::refused;
+use super::Shim;
+use super::pause::{refused, thaw};
 
 impl Shim {
     /// Thaws the processes of a container.
@@ -23,11 +24,11 @@ impl Shim {
             Phase::Running { .. } if attempt == Attempt::Replayed => return Ok(()),
             other => return Err(refused("resume", other)),
         }
-        self.thaw(&task).await?;
+        thaw(&*self.manager, &task).await?;
         fault::point(Point::ResumeDone);
         self.tasks.note_event(&entry, &entry.init, Event::Thawed)?;
         fault::point(Point::ResumeNoted);
-        self.clone().show_unshown(entry.clone()).await;
+        self.cgroups.clone().show_unshown(entry.clone()).await;
         Ok(())
     }
 }

@@ -16,10 +16,12 @@ use crate::launch::contract::LAUNCHED;
 use crate::oci::options;
 use crate::oci::pod::{self, Pod, Seccomp};
 use crate::oci::{bundle, pod_files};
-use crate::services::{Attempt, Error, Shim, blocking};
+use crate::services::{Attempt, Error, blocking};
 use crate::task::phase::Exit;
 use crate::task::request::{Create, Mount, Places, Sandbox, Stdio};
 
+use super::Shim;
+use super::delete::kill_and_wait;
 use super::new_task::check_bundle_path;
 use super::{CreateTask, Status};
 
@@ -140,14 +142,14 @@ impl Shim {
         attempt: Attempt,
     ) -> Result<(), Error> {
         let entry = self.tasks.created(key)?;
-        match self.kill(&entry.init.key, SIGTERM, false, attempt).await {
+        match self.tasks.kill(&entry.init.key, SIGTERM, false, attempt).await {
             Ok(()) => {}
             Err(Error::Finished) => return Ok(()),
             Err(error) => return Err(error),
         }
         let limit = limit.unwrap_or(config::SANDBOX_STOP_LIMIT);
         if tokio::time::timeout(limit, entry.init.ended()).await.is_err() {
-            self.kill_and_wait(&entry).await?;
+            kill_and_wait(&entry).await?;
         }
         Ok(())
     }
@@ -173,7 +175,7 @@ impl Shim {
     /// # Errors
     /// There is no such sandbox.
     pub async fn sandbox_state(&self, key: &TaskKey) -> Result<SandboxState, Error> {
-        let state = self.state(&key.init())?;
+        let state = self.tasks.state(&key.init())?;
         let task = self.tasks.created(key)?.task().clone();
         let launched = self.store.dir(key).join(LAUNCHED);
         let created = blocking(move || fs::metadata(launched).and_then(|found| found.modified())).await?;

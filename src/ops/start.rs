@@ -7,10 +7,11 @@ use crate::fault::{self, Point};
 use crate::id::ProcessKey;
 use crate::oci::runtime;
 use crate::services::process::init_is_gone;
-use crate::services::{Attempt, Entry, Error, Process, Shim, blocking};
+use crate::services::{Attempt, Entry, Error, Process, blocking};
 use crate::task::Task;
 use crate::task::phase::{Event, Exit, ObservedExit, Refusal};
 
+use super::Shim;
 use super::kill::kill_all;
 
 impl Shim {
@@ -68,7 +69,7 @@ impl Shim {
             Ok(started) => started,
             Err(error) => {
                 if process.exec().is_some() {
-                    self.roll_back_start(entry, process).await;
+                    self.cleanup.roll_back_start(entry, process).await;
                 }
                 self.tasks.note_event(entry, process, Event::StartFailed)?;
                 return Err(error);
@@ -85,11 +86,11 @@ impl Shim {
         if process.exec().is_some() {
             fault::point(Point::ExecStartNoted);
             // The exec may have ended by now.
-            self.after_exec(entry, process, noted);
+            self.cleanup.after_exec(entry, process, noted);
         } else {
             fault::point(Point::StartNoted);
             // The container may have been frozen meanwhile.
-            self.note_freezer(entry);
+            self.cgroups.note_freezer(entry);
         }
         Ok(pid)
     }

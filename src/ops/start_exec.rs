@@ -18,7 +18,7 @@ use crate::id::ExecId;
 use crate::launch::contract::{Kind, Outcome, PROCESS_SPEC};
 use crate::launch::{command, pipes, report};
 use crate::services::process::{hold, init_is_gone};
-use crate::services::{Entry, Error, Process, Shim};
+use crate::services::{Entry, Error, Process};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
 use crate::supervise::cleanup::{Stop, remove_unit};
@@ -28,6 +28,7 @@ use crate::task::phase::Exit;
 use crate::unit::manager::query::Starting;
 use crate::unit::properties;
 
+use super::Shim;
 use super::request_unit::{Daemon, NameTaken, request_unit};
 
 /// An exec that has run for this long is not a probe.
@@ -48,7 +49,7 @@ impl Shim {
     ) -> Result<(u32, Option<Exit>), Error> {
         fault::point(Point::ExecStartRecorded);
         // An earlier start may have failed when nothing could be removed. Its outcome is not that of this one.
-        self.clear_exec_dir(process, Some(PROCESS_SPEC))?;
+        self.cleanup.clear_exec_dir(process, Some(PROCESS_SPEC))?;
         let task = entry.task().clone();
         let exec = task.execs.get(id).ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
         let plan = Arc::new(self.streams.plan(entry, process)?);
@@ -220,7 +221,7 @@ impl Shim {
                 self.tasks.remember_failure(process.key.clone(), error);
             }
         }
-        self.query_unit(entry, process).await;
+        self.units.query(entry, process).await;
     }
 }
 

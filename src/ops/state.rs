@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::id::ProcessKey;
-use crate::services::{Error, Shim};
+use crate::services::{Error, Tasks};
 use crate::task::phase::Exit;
 use crate::task::request::Stdio;
 
@@ -35,13 +35,13 @@ pub struct State {
     pub stdio: Stdio,
 }
 
-impl Shim {
+impl Tasks {
     /// A process's state.
     ///
     /// # Errors
     /// There is no such process.
     pub fn state(&self, key: &ProcessKey) -> Result<State, Error> {
-        let entry = self.tasks.created(&key.task)?;
+        let entry = self.created(&key.task)?;
         let task = entry.task();
         let process = task.process(key.exec.as_ref());
         let process = process.ok_or_else(|| Error::UnknownExec { key: key.clone() })?;

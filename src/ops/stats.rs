@@ -4,9 +4,12 @@ use std::path::Path;
 
 use crate::cgroup::stats::{MemoryEvents, Stats};
 use crate::id::TaskKey;
-use crate::services::{Error, Shim, blocking};
+use crate::services::{Error, blocking};
 use crate::supervise::oom::memory_events_of;
 use crate::task::Task;
+use crate::unit::systemd::Systemd;
+
+use super::Shim;
 
 impl Shim {
     /// The statistics of a container, in any phase. systemd removes the cgroup when the main process ends: from then on the
@@ -19,7 +22,7 @@ impl Shim {
         let task = entry.task().clone();
         if task.init.exit().is_some() {
             let events = entry.init.live().memory_events.clone();
-            return self.last_stats(&task, events).await;
+            return last_stats(&*self.manager, &task, events).await;
         }
         let (Some(cgroup), Some(memory)) =
             (task.cgroup().map(Path::to_owned), memory_events_of(&task).map(Path::to_owned))
@@ -35,15 +38,15 @@ impl Shim {
         });
         read.await?
     }
+}
 
-    /// The statistics that systemd and the record keep when the cgroup is gone.
-    async fn last_stats(&self, task: &Task, events: MemoryEvents) -> Result<Stats, Error> {
-        let account = self.manager.usage(task.unit()).await?;
-        let mut stats = Stats::default();
-        stats.cpu.stat.usage_usec = account.cpu_usec;
-        stats.memory.peak = account.memory_peak;
-        let oom_kills = task.init.phase.container().map_or(0, |container| container.oom_kills);
-        stats.memory_events = Some(MemoryEvents { oom_kill: oom_kills, ..events });
-        Ok(stats)
-    }
+/// The statistics that systemd and the record keep when the cgroup is gone.
+async fn last_stats(manager: &dyn Systemd, task: &Task, events: MemoryEvents) -> Result<Stats, Error> {
+    let account = manager.usage(task.unit()).await?;
+    let mut stats = Stats::default();
+    stats.cpu.stat.usage_usec = account.cpu_usec;
+    stats.memory.peak = account.memory_peak;
+    let oom_kills = task.init.phase.container().map_or(0, |container| container.oom_kills);
+    stats.memory_events = Some(MemoryEvents { oom_kill: oom_kills, ..events });
+    Ok(stats)
 }

@@ -11,11 +11,12 @@ use crate::id::TaskKey;
 use crate::oci::resources::Resources;
 use crate::oci::{self, runtime};
 use crate::services::process::init_is_gone;
-use crate::services::{Attempt, Error, Shim, blocking};
+use crate::services::{Attempt, Error, blocking};
 use crate::supervise::limits::read;
 use crate::task::limits::{Attribute, Limits};
 use crate::task::phase::Refusal;
 
+use super::Shim;
 use super::new_task::check_resources;
 
 /// The file in the directory of a task that has the resources of the current Update.
@@ -61,13 +62,13 @@ impl Shim {
         let new = if updated.is_ok() { after.only(&named) } else { Limits::default() };
         let back = before.without(&new).differing_from(&after);
         blocking(move || files::write(&cgroup, &back)).await??;
-        let limits = self.show_new_limits(&task, &new).await?;
+        let limits = self.cgroups.show_new_limits(&task, &new).await?;
         if task.init.phase.is_paused() {
             let mut live = entry.init.live();
             live.unshown = new.over(&live.unshown);
         }
         fault::point(Point::UpdateShown);
-        self.note_limits(&entry, limits)?;
+        self.cgroups.note_limits(&entry, limits)?;
         self.store.remove_scratch(key, &[RESOURCES, BEFORE])?;
         updated
     }

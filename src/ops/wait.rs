@@ -2,8 +2,10 @@
 
 use crate::id::ProcessKey;
 use crate::services::registry::Completion;
-use crate::services::{Attempt, Error, Shim};
+use crate::services::{Attempt, Error};
 use crate::task::phase::Exit;
+
+use super::Shim;
 
 impl Shim {
     /// Waits until the process ends. Returns at once if it has ended.

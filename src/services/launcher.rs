@@ -35,7 +35,7 @@ const MOST_PATHS: usize = 64;
 
 impl Launcher {
     /// A launcher of this program.
-    pub(super) fn new(program: PathBuf) -> Self {
+    pub(crate) fn new(program: PathBuf) -> Self {
         Self { program, copies: Arc::default(), warming: Arc::default(), criu: Mutex::default() }
     }
 

@@ -5,7 +5,7 @@ pub mod changes;
 mod error;
 pub mod files;
 pub mod launcher;
-mod notifications;
+pub mod notifications;
 mod owner;
 pub mod process;
 pub mod registry;
@@ -13,34 +13,23 @@ pub mod streams;
 mod tasks;
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::stats::MemoryEvents;
-use crate::cgroup::watch::{Watch, Watched};
-use crate::id::{ProcessKey, TaskKey};
-use crate::oci::runtime::OciRuntime;
+use crate::cgroup::watch::Watched;
+use crate::id::TaskKey;
 use crate::session::Session;
-use crate::session::fds::StreamFds;
 use crate::stdio::rate::RateLimit;
-use crate::store::Store;
-use crate::store::delete_replies::{DeleteReplies, Deleted};
 use crate::suspect;
 use crate::task::limits::Limits;
-use crate::unit::relay::Relay;
-use crate::unit::systemd::Systemd;
 
 use changes::Stored;
-use files::ClientFiles;
-use launcher::Launcher;
-use notifications::{Listening, Notifications};
-use streams::Streams;
+use notifications::Listening;
 
 pub use error::Error;
 pub use tasks::{Outgoing, Tasks};
@@ -101,110 +90,6 @@ pub struct Live {
     pub(crate) is_unwritten: bool,
     /// True if the task waits for the publisher of events.
     pub(crate) is_announced: bool,
-}
-
-/// Serialises the rounds in which the daemon references units.
-#[derive(Default)]
-pub(crate) struct References {
-    /// Held for the length of a round.
-    turn: tokio::sync::Mutex<()>,
-    /// Another round is wanted.
-    again: AtomicBool,
-}
-
-impl References {
-    /// Runs a round, once no other one runs. One round serves all calls that arrive while it waits for its turn.
-    pub(crate) async fn round(&self, round: impl Future<Output = ()>) {
-        self.again.store(true, Ordering::SeqCst);
-        let _turn = self.turn.lock().await;
-        if self.again.swap(false, Ordering::SeqCst) {
-            round.await;
-        }
-    }
-}
-
-/// What the services are made of.
-pub struct Parts {
-    /// The directories of tasks.
-    pub store: Store,
-    /// The last responses to Delete.
-    pub delete_replies: DeleteReplies,
-    /// The streams in the descriptor store.
-    pub fds: StreamFds,
-    /// Watches the cgroups of containers.
-    pub cgroups: Arc<Watch<TaskKey>>,
-    /// systemd.
-    pub manager: Arc<dyn Systemd>,
-    /// The OCI runtime.
-    pub oci: Arc<dyn OciRuntime>,
-    /// This program, which units run.
-    pub program: PathBuf,
-    /// Runs work on files that clients have named.
-    pub files: ClientFiles,
-    /// Forwards the notifications of containers to systemd.
-    pub relay: Relay,
-}
-
-/// The services that operations and supervision use.
-pub struct Shim {
-    /// The live tasks and their records.
-    pub tasks: Tasks,
-    /// The directories of tasks.
-    pub(crate) store: Store,
-    /// The last responses to Delete.
-    pub(crate) delete_replies: DeleteReplies,
-    /// The streams in the descriptor store.
-    pub(crate) fds: Arc<StreamFds>,
-    /// The sessions of processes, and their loggers.
-    pub(crate) streams: Streams,
-    /// The notify sockets of containers.
-    pub(crate) notifications: Notifications,
-    /// Runs work on files that clients have named.
-    pub(crate) files: ClientFiles,
-    /// systemd.
-    pub(crate) manager: Arc<dyn Systemd>,
-    /// The OCI runtime.
-    pub(crate) oci: Arc<dyn OciRuntime>,
-    /// How units run this program.
-    pub(crate) launcher: Arc<Launcher>,
-    /// Watches the cgroups of containers.
-    pub(crate) cgroups: Arc<Watch<TaskKey>>,
-    /// The references to units.
-    pub(crate) references: References,
-}
-
-impl Shim {
-    /// Puts the services together. Tasks that owe events come out of the returned receiver. It holds each task
-    /// once at most; the events are in the outboxes.
-    pub fn new(parts: Parts) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
-        let Parts { store, delete_replies, fds, cgroups, manager, oci, program, files, relay } = parts;
-        let (tasks, receiver) = Tasks::new(store.clone());
-        let (fds, launcher) = (Arc::new(fds), Arc::new(Launcher::new(program)));
-        let streams =
-            Streams::new(fds.clone(), files.clone(), store.clone(), manager.clone(), launcher.clone());
-        let notifications = Notifications::new(fds.clone(), store.clone(), manager.clone(), relay);
-        let references = References::default();
-        let shim = Self {
-            tasks,
-            store,
-            delete_replies,
-            fds,
-            streams,
-            notifications,
-            files,
-            manager,
-            oci,
-            launcher,
-            cgroups,
-            references,
-        };
-        (Arc::new(shim), receiver)
-    }
-
-    /// The response to an earlier attempt of the same Delete.
-    pub(crate) fn answered(&self, key: &ProcessKey, attempt: Attempt) -> Option<Deleted> {
-        if attempt == Attempt::First { None } else { self.delete_replies.find(key) }
-    }
 }
 
 /// Now, in microseconds since 1970.

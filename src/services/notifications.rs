@@ -61,7 +61,7 @@ pub(crate) struct Notifications {
 
 impl Notifications {
     /// Puts the parts together.
-    pub(super) fn new(fds: Arc<StreamFds>, store: Store, manager: Arc<dyn Systemd>, relay: Relay) -> Self {
+    pub(crate) fn new(fds: Arc<StreamFds>, store: Store, manager: Arc<dyn Systemd>, relay: Relay) -> Self {
         Self { fds, store, manager, relay: Arc::new(relay) }
     }
 

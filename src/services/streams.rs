@@ -38,7 +38,7 @@ pub struct Streams {
 
 impl Streams {
     /// Puts the parts together.
-    pub(super) fn new(
+    pub(crate) fn new(
         fds: Arc<StreamFds>,
         files: ClientFiles,
         store: Store,

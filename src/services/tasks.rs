@@ -49,7 +49,7 @@ pub struct Outgoing {
 impl Tasks {
     /// Makes an empty collection. The returned receiver yields the tasks that owe events. It holds each task at most once;
     /// the events are in the outboxes.
-    pub(super) fn new(store: Store) -> (Self, mpsc::UnboundedReceiver<Arc<Entry>>) {
+    pub(crate) fn new(store: Store) -> (Self, mpsc::UnboundedReceiver<Arc<Entry>>) {
         let (outgoing, receiver) = mpsc::unbounded_channel();
         let tasks = Self {
             registry: Registry::default(),

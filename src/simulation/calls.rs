@@ -31,8 +31,8 @@ fn a_signal_needs_a_process_that_runs() {
     ] {
         let world = after(&format!("kill-{steps}"), steps);
         let exec = world.exec();
-        let killed =
-            world.live(move |shim| async move { shim.kill(&exec, SIGTERM, false, Attempt::First).await });
+        let killed = world
+            .live(move |shim| async move { shim.tasks.kill(&exec, SIGTERM, false, Attempt::First).await });
         let error = killed.unwrap().err().map(|error| error.to_string());
         assert_eq!(error.as_deref(), expected, "after {steps} steps");
     }
@@ -42,8 +42,8 @@ fn a_signal_needs_a_process_that_runs() {
 fn a_replayed_kill_of_a_process_that_is_gone_has_done_its_work() {
     let world = after("kill-replayed", EXEC_ENDED);
     let exec = world.exec();
-    let killed =
-        world.live(move |shim| async move { shim.kill(&exec, SIGTERM, false, Attempt::Replayed).await });
+    let killed = world
+        .live(move |shim| async move { shim.tasks.kill(&exec, SIGTERM, false, Attempt::Replayed).await });
     assert!(killed.unwrap().is_ok());
 }
 
@@ -53,7 +53,7 @@ fn a_number_that_is_no_signal_is_refused() {
     for signal in [0, 65, u32::MAX] {
         let init = world.init();
         let killed =
-            world.live(move |shim| async move { shim.kill(&init, signal, true, Attempt::First).await });
+            world.live(move |shim| async move { shim.tasks.kill(&init, signal, true, Attempt::First).await });
         assert!(matches!(killed.unwrap(), Err(Error::Signal(refused)) if refused == signal));
     }
 }
@@ -63,7 +63,7 @@ fn a_signal_to_all_reaches_the_execs_too() {
     let world = after("kill-all", EXEC_RUNS);
     let (init, exec) = (world.init(), world.exec());
     let exits = world.live(move |shim| async move {
-        shim.kill(&init, SIGTERM, true, Attempt::First).await?;
+        shim.tasks.kill(&init, SIGTERM, true, Attempt::First).await?;
         Ok::<_, Error>((shim.wait(&exec, Attempt::First).await?, shim.wait(&init, Attempt::First).await?))
     });
     let (exec, init) = exits.unwrap().unwrap();
@@ -75,7 +75,7 @@ fn pids_says_which_processes_are_execs() {
     let world = after("pids", EXEC_RUNS);
     let task = world.task.clone();
     let (pids, init) = world
-        .live(move |shim| async move { (shim.pids(&task).await.unwrap(), shim.init_pid(&task)) })
+        .live(move |shim| async move { (shim.tasks.pids(&task).await.unwrap(), shim.tasks.init_pid(&task)) })
         .unwrap();
     let of = |exec: Option<ExecId>| pids.iter().filter(move |(_, found)| *found == exec).map(|(pid, _)| *pid);
     assert_eq!(of(None).collect::<Vec<_>>(), [init]);
@@ -87,7 +87,7 @@ fn the_former_init_process_of_a_task_that_has_ended_is_listed() {
     let world = after("pids-ended", 10);
     let task = world.task.clone();
     let (pids, init) = world
-        .live(move |shim| async move { (shim.pids(&task).await.unwrap(), shim.init_pid(&task)) })
+        .live(move |shim| async move { (shim.tasks.pids(&task).await.unwrap(), shim.tasks.init_pid(&task)) })
         .unwrap();
     assert_ne!(init, 0);
     assert_eq!(pids, [(init, None)]);
@@ -97,7 +97,7 @@ fn the_former_init_process_of_a_task_that_has_ended_is_listed() {
 fn connect_to_a_task_that_does_not_exist_answers_zero() {
     let world = after("connect", UP);
     let other = TaskKey::usual(Namespace::new("connect").unwrap(), TaskId::new("other").unwrap());
-    let pid = world.live(move |shim| async move { shim.init_pid(&other) });
+    let pid = world.live(move |shim| async move { shim.tasks.init_pid(&other) });
     assert_eq!(pid, Some(0));
 }
 
@@ -110,7 +110,7 @@ fn state_names_each_phase_of_an_exec() {
     ] {
         let world = after(&format!("state-{steps}"), steps);
         let exec = world.exec();
-        let state = world.live(move |shim| async move { shim.state(&exec).unwrap() }).unwrap();
+        let state = world.live(move |shim| async move { shim.tasks.state(&exec).unwrap() }).unwrap();
         let exit = state.exit.map(|exit| exit.status);
         assert_eq!((state.status, state.pid != 0, exit), expected, "after {steps} steps");
     }
@@ -121,7 +121,7 @@ fn an_exec_that_runs_is_paused_with_its_task() {
     let world = after("state-paused", EXEC_RUNS);
     world.take(&[Step::Pause], Attempt::First).unwrap().unwrap();
     let exec = world.exec();
-    let state = world.live(move |shim| async move { shim.state(&exec).unwrap().status });
+    let state = world.live(move |shim| async move { shim.tasks.state(&exec).unwrap().status });
     assert_eq!(state, Some(Status::Paused));
 }
 
@@ -131,10 +131,10 @@ fn calls_for_an_exec_that_was_never_added_are_not_found() {
     let exec = ProcessKey { task: world.task.clone(), exec: Some(probe()) };
     let errors = world.live(move |shim| async move {
         [
-            shim.state(&exec).err(),
+            shim.tasks.state(&exec).err(),
             shim.close_stdin(&exec).err(),
-            shim.resize(&exec, 80, 25).err(),
-            shim.kill(&exec, SIGTERM, false, Attempt::First).await.err(),
+            shim.tasks.resize(&exec, 80, 25).err(),
+            shim.tasks.kill(&exec, SIGTERM, false, Attempt::First).await.err(),
             shim.start(&exec, Attempt::First).await.err(),
             shim.delete(&exec, Attempt::First).await.err(),
             shim.wait(&exec, Attempt::First).await.err(),
@@ -149,10 +149,10 @@ fn calls_for_an_exec_that_was_never_added_are_not_found() {
 fn a_size_is_accepted_before_the_terminal_exists_and_refused_after_the_exit() {
     let world = after("resize", EXEC_ADDED);
     let exec = world.exec();
-    world.live(move |shim| async move { shim.resize(&exec, 80, u32::MAX).unwrap() }).unwrap();
+    world.live(move |shim| async move { shim.tasks.resize(&exec, 80, u32::MAX).unwrap() }).unwrap();
     world.take(&[Step::StartExec, Step::EndExec], Attempt::First).unwrap().unwrap();
     let exec = world.exec();
-    let resized = world.live(move |shim| async move { shim.resize(&exec, 80, 25) });
+    let resized = world.live(move |shim| async move { shim.tasks.resize(&exec, 80, 25) });
     assert!(matches!(resized.unwrap(), Err(Error::ResizeStopped)));
 }
 
@@ -214,7 +214,7 @@ fn the_task_of_another_containerd_is_not_given_up() {
     let (given_up, status) = world
         .live(move |shim| async move {
             let other = Owner::new("0123456789abcdef").unwrap();
-            (shim.clean_up(&task, &other).await, shim.state(&init).unwrap().status)
+            (shim.clean_up(&task, &other).await, shim.tasks.state(&init).unwrap().status)
         })
         .unwrap();
     assert!(matches!(given_up, Err(Error::UnknownTask { .. })));

@@ -17,8 +17,9 @@ use crate::oci::criu::Checkpoint;
 use crate::oci::options;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::ops::{AddExec, CreateTask};
+use crate::ops::{Parts, Shim};
 use crate::services::files::ClientFiles;
-use crate::services::{Attempt, Error, Parts, Shim};
+use crate::services::{Attempt, Error};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::{DeleteReplies, Deleted};
@@ -258,9 +259,9 @@ impl World {
     fn spawn_loops(&self, shim: &Arc<Shim>) {
         let observations = Arc::<Observations>::default();
         self.systemd.observed_by(observations.clone());
-        tokio::spawn(shim.clone().observe(observations));
-        tokio::spawn(shim.clone().observe_cgroups());
-        tokio::spawn(shim.clone().write_pending());
+        tokio::spawn(shim.units.clone().observe(observations));
+        tokio::spawn(shim.cgroups.clone().observe());
+        tokio::spawn(shim.cleanup.clone().write_pending());
         let systemd = self.systemd.clone();
         tokio::spawn(async move {
             loop {
@@ -426,7 +427,7 @@ impl Step {
                 Ok(())
             }
             Self::Kill => {
-                shim.kill(init, nix::libc::SIGKILL as u32, false, attempt).await?;
+                shim.tasks.kill(init, nix::libc::SIGKILL as u32, false, attempt).await?;
                 let exit = shim.wait(init, attempt).await?;
                 assert_eq!(exit.status, 137);
                 Ok(())
@@ -477,8 +478,9 @@ impl World {
     pub(crate) fn seen(&self) -> Vec<String> {
         let (init, exec) = (self.init(), self.exec());
         let shown = self.live(move |shim| async move {
-            let state =
-                |key: &ProcessKey| shim.state(key).map(|state| (state.status, state.exit.map(|e| e.status)));
+            let state = |key: &ProcessKey| {
+                shim.tasks.state(key).map(|state| (state.status, state.exit.map(|e| e.status)))
+            };
             let state = |key| state(key).map_or_else(|error| error.to_string(), |state| format!("{state:?}"));
             vec![state(&init), state(&exec)]
         });

@@ -62,7 +62,7 @@ fn an_exec_whose_logger_is_not_ready_can_be_started_again() {
     let started = world.live(move |shim| async move {
         shim.add_exec(call, Attempt::First).await?;
         let started = shim.start(&exec, Attempt::First).await;
-        assert_eq!(shim.state(&exec)?.status, Status::Created);
+        assert_eq!(shim.tasks.state(&exec)?.status, Status::Created);
         started
     });
     assert!(matches!(started.unwrap(), Err(Error::Logger { .. })));

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use crate::effects::{Failure, Plan};
 use crate::id::ProcessKey;
 use crate::oci::pod::{Pod, Seccomp};
-use crate::services::{Attempt, Error, Shim};
+use crate::ops::Shim;
+use crate::services::{Attempt, Error};
 
 use super::harness::World;
 use crate::ops::{CreateSandbox, Status};

@@ -33,7 +33,7 @@ pub(super) fn exit_after(world: &World, happens: impl FnOnce() + Send + 'static)
     let exit = world.live(move |shim| async move {
         happens();
         tokio::time::sleep(A_WHILE).await;
-        shim.state(&init).unwrap().exit
+        shim.tasks.state(&init).unwrap().exit
     });
     exit.unwrap()
 }
@@ -191,7 +191,7 @@ fn leftovers_of_a_failed_create_are_removed_after_a_while() {
             effects.plan(Plan::Fail(effect, Failure::TooManyFiles));
             shim.create(call, Attempt::First).await.unwrap_err();
             let left = shim.tasks.count();
-            tokio::spawn(shim.clone().remove_leftovers());
+            tokio::spawn(shim.cleanup.clone().remove_leftovers());
             tokio::time::sleep(Duration::from_secs(15)).await;
             left
         });
@@ -223,7 +223,7 @@ fn a_paused_task_takes_no_exec_and_is_not_deleted() {
     let deleted = world.take(&[Step::Delete], Attempt::First).unwrap();
     assert!(matches!(deleted, Err(Error::NotDeletable { phase: "paused" })));
     let init = world.init();
-    let state = world.live(move |shim| async move { shim.state(&init).unwrap().status });
+    let state = world.live(move |shim| async move { shim.tasks.state(&init).unwrap().status });
     assert_eq!(state, Some(Status::Paused));
 }
 

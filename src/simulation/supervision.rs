@@ -12,7 +12,7 @@ use crate::effects::{Failure, Plan};
 use crate::oci::options;
 use crate::services::Attempt;
 use crate::store::Store;
-use crate::supervise::cleanup::{Stop, remove_task};
+use crate::supervise::cleanup::{Removal, Stop};
 use crate::suspect::Crashes;
 use crate::sys;
 
@@ -71,7 +71,7 @@ fn allowed_notifications_reach_systemd_in_the_name_of_the_init_process() {
             pings += usize::from(received(&systemd) == Some(ping));
         }
         assert!(there.exists());
-        shim.kill(&init, nix::libc::SIGKILL as u32, false, Attempt::First).await.unwrap();
+        shim.tasks.kill(&init, nix::libc::SIGKILL as u32, false, Attempt::First).await.unwrap();
         shim.wait(&init, Attempt::First).await.unwrap();
         shim.delete(&init, Attempt::First).await.unwrap();
         assert!(!there.exists());
@@ -111,7 +111,7 @@ fn an_exit_is_reported_whatever_query_or_record_fails() {
                 tokio::time::sleep(A_WHILE).await;
                 systemd.lose_signals();
                 tokio::time::sleep(A_WHILE).await;
-                [&exec, &init].map(|key| shim.state(key).unwrap().exit.map(|exit| exit.status))
+                [&exec, &init].map(|key| shim.tasks.state(key).unwrap().exit.map(|exit| exit.status))
             });
             assert_eq!(exits, Some([Some(3), Some(4)]), "effect {effect}, {failure:?}");
             assert_eq!(world.events()[4..], ["exec-exit", "exit"], "effect {effect}, {failure:?}");
@@ -128,10 +128,10 @@ fn an_exit_that_systemd_does_not_confirm_changes_nothing() {
     let world = up("unconfirmed", &UP);
     let (systemd, unit, init) = (world.systemd.clone(), world.unit(), world.init());
     let exit = world.live(move |shim| async move {
-        let pid = shim.state(&init).unwrap().pid;
+        let pid = shim.tasks.state(&init).unwrap().pid;
         systemd.tell_late(&unit, pid, 9);
         tokio::time::sleep(A_WHILE).await;
-        shim.state(&init).unwrap().exit
+        shim.tasks.state(&init).unwrap().exit
     });
     assert_eq!(exit, Some(None));
     assert_eq!(world.events(), ["create", "start"]);
@@ -172,8 +172,10 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     let task = store.load_all(&Crashes::default()).unwrap().remove(0).unwrap().task;
     let (runtime, dir) = (world.runtime(), store.dir(&task.key));
     let execs = vec![world.exec_unit()];
-    let removed =
-        async { remove_task(&*world.systemd, &runtime, &task, &dir, Stop::Killed, async { execs }).await };
+    let removed = async {
+        let (manager, oci) = (&*world.systemd, &runtime);
+        Removal { manager, oci, task: &task, dir: &dir, stop: Stop::Killed }.of_task(async { execs }).await
+    };
     let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let troubles = threads.block_on(removed);
     assert_eq!(troubles.text(), "");

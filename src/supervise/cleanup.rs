@@ -18,9 +18,10 @@ use crate::oci::runtime::{self, OciRuntime};
 use crate::oci::{mount, mount_options, pod_files};
 use crate::services::changes::Noted;
 use crate::services::process::{lives_in, read_pid};
-use crate::services::streams::{cancel_pumps, drain, stored_number};
-use crate::services::{Entry, Error, Process, Shim, blocking};
-use crate::store;
+use crate::services::streams::{Streams, cancel_pumps, drain, stored_number};
+use crate::services::{Entry, Error, Process, Tasks, blocking};
+use crate::session::fds::StreamFds;
+use crate::store::{self, Store};
 use crate::task::Task;
 use crate::unit::systemd::Systemd;
 
@@ -70,69 +71,77 @@ pub enum Stop {
     Killed,
 }
 
-/// Removes what a task has outside of the daemon: the state of the OCI runtime, the units, the mounts. `others` resolves
-/// to the units of the execs and of their loggers, once nothing copies output any more.
-pub async fn remove_task(
-    manager: &dyn Systemd,
-    oci: &dyn OciRuntime,
-    task: &Task,
-    dir: &Path,
-    stop: Stop,
-    others: impl Future<Output = Vec<UnitName>>,
-) -> Troubles {
-    let mut troubles = Troubles::default();
-    if stop == Stop::Killed {
-        // The OCI runtime removes what has ended.
-        troubles.add(manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
-    }
-    let others = async {
-        fault::point(Point::DeleteRuntime);
-        others.await
-    };
-    troubles.join(remove_init(manager, oci, task, dir, stop, others).await);
-    fault::point(Point::DeleteUnit);
-    if let Some(logger) = &task.init.logger {
-        troubles.join(remove_unit(manager, logger, stop).await);
-    }
-    if let Some(places) = task.request.sandbox.as_ref().and_then(|sandbox| sandbox.places.clone()) {
-        troubles.run(move || pod_files::remove(&places)).await;
-    }
-    if task.rootfs_on_host {
-        let rootfs = task.request.bundle.join("rootfs");
-        troubles.run(move || mount::unmount_all(&rootfs)).await;
-    }
-    troubles
+/// The removal of what a task has outside of the daemon.
+pub struct Removal<'a> {
+    /// systemd.
+    pub manager: &'a dyn Systemd,
+    /// The OCI runtime.
+    pub oci: &'a dyn OciRuntime,
+    /// The task.
+    pub task: &'a Task,
+    /// The directory of the task.
+    pub dir: &'a Path,
+    /// How its units are stopped.
+    pub stop: Stop,
 }
 
-/// Removes the state of the OCI runtime and the unit of the init process. In between, `others` resolves to more units that
-/// are removed.
-async fn remove_init(
-    manager: &dyn Systemd,
-    oci: &dyn OciRuntime,
-    task: &Task,
-    dir: &Path,
-    stop: Stop,
-    others: impl Future<Output = Vec<UnitName>>,
-) -> Troubles {
-    let mut troubles = Troubles::default();
-    let cli = runtime::Cli::of(task, dir);
-    let mut deleted = delete_in_runtime(oci, &cli).await;
-    for unit in others.await {
-        troubles.join(remove_unit(manager, &unit, stop).await);
+impl Removal<'_> {
+    /// Removes the state of the OCI runtime, the units and the mounts. `others` resolves to the units of the execs and of
+    /// their loggers, once nothing copies output any more.
+    pub async fn of_task(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
+        let (mut troubles, task) = (Troubles::default(), self.task);
+        if self.stop == Stop::Killed {
+            // The OCI runtime removes what has ended.
+            troubles.add(self.manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
+        }
+        let others = async {
+            fault::point(Point::DeleteRuntime);
+            others.await
+        };
+        troubles.join(self.of_init(others).await);
+        fault::point(Point::DeleteUnit);
+        troubles.join(self.of_logger().await);
+        if let Some(places) = task.request.sandbox.as_ref().and_then(|sandbox| sandbox.places.clone()) {
+            troubles.run(move || pod_files::remove(&places)).await;
+        }
+        if task.rootfs_on_host {
+            let rootfs = task.request.bundle.join("rootfs");
+            troubles.run(move || mount::unmount_all(&rootfs)).await;
+        }
+        troubles
     }
-    let removed = remove_unit(manager, task.unit(), stop).await;
-    if removed.is_empty() {
-        // Last: with the reference the unit goes.
-        manager.release(task.unit()).await;
+
+    /// Removes the state of the OCI runtime and the unit of the init process. In between, `others` resolves to more units
+    /// that are removed.
+    async fn of_init(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
+        let (mut troubles, unit) = (Troubles::default(), self.task.unit());
+        let cli = runtime::Cli::of(self.task, self.dir);
+        let mut deleted = delete_in_runtime(self.oci, &cli).await;
+        for unit in others.await {
+            troubles.join(remove_unit(self.manager, &unit, self.stop).await);
+        }
+        let removed = remove_unit(self.manager, unit, self.stop).await;
+        if removed.is_empty() {
+            // Last: systemd unloads the unit with its last reference.
+            self.manager.release(unit).await;
+        }
+        troubles.join(removed);
+        if cli.knows() {
+            // The runtime has recorded the container before `create` or `restore` ended with the unit, or it could not
+            // delete a container that runs.
+            deleted = delete_in_runtime(self.oci, &cli).await;
+        }
+        troubles.add(deleted);
+        troubles
     }
-    troubles.join(removed);
-    if cli.knows() {
-        // The runtime has recorded the container before `create` or `restore` ended with the unit, or it could not delete a
-        // container that runs.
-        deleted = delete_in_runtime(oci, &cli).await;
+
+    /// Removes the unit of the logger of the init process.
+    async fn of_logger(&self) -> Troubles {
+        match &self.task.init.logger {
+            Some(logger) => remove_unit(self.manager, logger, self.stop).await,
+            None => Troubles::default(),
+        }
     }
-    troubles.add(deleted);
-    troubles
 }
 
 /// Removes the state of the OCI runtime, if it has one of this container.
@@ -168,7 +177,39 @@ fn remove_log_fields(unit: &UnitName) {
     let _ = std::fs::remove_file(path);
 }
 
-impl Shim {
+/// Removes tasks, execs, and what failed operations have left.
+pub struct Cleanup {
+    /// The live tasks and their records.
+    tasks: Arc<Tasks>,
+    /// The directories of tasks.
+    store: Store,
+    /// The streams in the descriptor store.
+    fds: Arc<StreamFds>,
+    /// The sessions of processes.
+    streams: Arc<Streams>,
+    /// systemd.
+    manager: Arc<dyn Systemd>,
+    /// The OCI runtime.
+    oci: Arc<dyn OciRuntime>,
+}
+
+impl Cleanup {
+    /// Puts the parts together.
+    pub(crate) fn new(
+        tasks: Arc<Tasks>,
+        store: Store,
+        fds: Arc<StreamFds>,
+        streams: Arc<Streams>,
+        manager: Arc<dyn Systemd>,
+        oci: Arc<dyn OciRuntime>,
+    ) -> Self {
+        Self { tasks, store, fds, streams, manager, oci }
+    }
+
+    fn removal<'a>(&'a self, task: &'a Task, dir: &'a Path) -> Removal<'a> {
+        Removal { manager: &*self.manager, oci: &*self.oci, task, dir, stop: Stop::Awaited }
+    }
+
     /// Removes what a task has outside of the daemon. Output of execs that the client has not read by now is lost, as with
     /// containerd-shim-runc-v2.
     pub(crate) async fn remove_container(&self, task: &Task, entry: &Arc<Entry>) -> Troubles {
@@ -184,7 +225,7 @@ impl Shim {
             Vec::new()
         };
         let dir = self.store.dir(&task.key);
-        let mut troubles = remove_task(&*self.manager, &*self.oci, task, &dir, Stop::Awaited, others).await;
+        let mut troubles = self.removal(task, &dir).of_task(others).await;
         troubles.join(in_execs);
         if task.request.rootfs.iter().any(mount_options::leaves_a_daemon) {
             launch::cgroup::kill(task.unit());
@@ -300,9 +341,9 @@ impl Shim {
         }
         let mut live = process.live();
         if live.removal.is_none() {
-            let (shim, unit) = (self.clone(), process.unit.clone());
+            let (manager, unit) = (self.manager.clone(), process.unit.clone());
             // systemd unloads the unit when it stops: it does not stay as a failed unit.
-            live.removal = Some(tokio::spawn(async move { Ok(shim.manager.stop(&unit).await?) }));
+            live.removal = Some(tokio::spawn(async move { Ok(manager.stop(&unit).await?) }));
         }
     }
 
@@ -320,7 +361,7 @@ impl Shim {
             tracing::error!(process = %process.key, %error, "{}: its failed start could not be rolled back completely: {error}", process.key);
         };
         let dir = self.store.process_dir(&process.key);
-        self.kill_leftover(entry, &dir);
+        kill_leftover(entry, &dir);
         let logger = logger_of(entry, process);
         for unit in [Some(process.unit.clone()), logger].into_iter().flatten() {
             // Delete removes what is left.
@@ -344,11 +385,9 @@ impl Shim {
         let dir = self.store.dir(&task.key);
         // The OCI runtime and criu may hang. Neither is in the cgroup of the unit.
         launch::cgroup::kill(task.unit());
-        let others = async { Vec::new() };
-        let mut troubles = remove_init(&*self.manager, &*self.oci, &task, &dir, Stop::Awaited, others).await;
-        if let Some(logger) = &task.init.logger {
-            troubles.join(remove_unit(&*self.manager, logger, Stop::Awaited).await);
-        }
+        let removal = self.removal(&task, &dir);
+        let mut troubles = removal.of_init(std::future::ready(Vec::new())).await;
+        troubles.join(removal.of_logger().await);
         // `launch` may have moved there in the meantime.
         launch::cgroup::kill(task.unit());
         launch::cgroup::remove(task.unit());
@@ -368,25 +407,25 @@ impl Shim {
         }
     }
 
-    /// Kills the process that the OCI runtime created before the start failed.
-    fn kill_leftover(&self, entry: &Entry, dir: &Path) {
-        let Some(pid) = read_pid(&dir.join(EXEC_PID_FILE)) else {
-            return;
-        };
-        let Ok(process) = crate::sys::pidfd_open(pid) else {
-            return;
-        };
-        if lives_in(&entry.task(), pid) {
-            // The process may have ended by itself.
-            let _ = crate::sys::pidfd_send_signal(&process, nix::libc::SIGKILL as u32);
-        }
-    }
-
     /// Removes the files in the directory of an exec, except its record and the file named `kept`.
     ///
     /// # Errors
     /// A file can't be removed.
     pub(crate) fn clear_exec_dir(&self, process: &Process, kept: Option<&str>) -> Result<(), store::Error> {
         process.exec().map_or(Ok(()), |exec| self.store.clear_exec_dir(&process.key.task, exec, kept))
+    }
+}
+
+/// Kills the process that the OCI runtime created before the start failed.
+fn kill_leftover(entry: &Entry, dir: &Path) {
+    let Some(pid) = read_pid(&dir.join(EXEC_PID_FILE)) else {
+        return;
+    };
+    let Ok(process) = crate::sys::pidfd_open(pid) else {
+        return;
+    };
+    if lives_in(&entry.task(), pid) {
+        // The process may have ended by itself.
+        let _ = crate::sys::pidfd_send_signal(&process, nix::libc::SIGKILL as u32);
     }
 }

@@ -4,10 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::cgroup::limits::is_frozen;
-use crate::services::{Entry, Error, Shim};
+use crate::services::{Entry, Error};
 use crate::task::phase::Event;
 
-impl Shim {
+use super::Cgroups;
+
+impl Cgroups {
     /// Reads whether a task is frozen, and reports a change to containerd.
     pub(crate) fn note_freezer(self: &Arc<Self>, entry: &Arc<Entry>) {
         if entry.init.live().is_checkpointing {

@@ -2,20 +2,36 @@
 
 use std::sync::Arc;
 
-use crate::cgroup::watch::Change;
+use crate::cgroup::watch::{Change, Watch};
 use crate::id::TaskKey;
-use crate::services::{Entry, Shim};
+use crate::services::{Entry, Tasks};
+use crate::unit::systemd::Systemd;
 
 use super::limits::nested;
 use super::oom::memory_events_of;
 
-impl Shim {
+/// Applies what the kernel reports about the cgroups of containers: kills for lack of memory, freezes, new limits.
+pub struct Cgroups {
+    /// The live tasks and their records.
+    pub(super) tasks: Arc<Tasks>,
+    /// Gets limits, and knows the kills in a cgroup that is gone.
+    pub(super) manager: Arc<dyn Systemd>,
+    /// Reports changes in the cgroups.
+    pub(super) watch: Arc<Watch<TaskKey>>,
+}
+
+impl Cgroups {
+    /// Puts the parts together.
+    pub(crate) fn new(tasks: Arc<Tasks>, manager: Arc<dyn Systemd>, watch: Arc<Watch<TaskKey>>) -> Self {
+        Self { tasks, manager, watch }
+    }
+
     /// Background task: applies what the kernel reports. A repeated report changes nothing. Returns only after an error.
-    pub async fn observe_cgroups(self: Arc<Self>) {
+    pub async fn observe(self: Arc<Self>) {
         loop {
             let changes = tokio::select! {
-                changes = self.cgroups.next() => changes,
-                () = self.cgroups.retry() => {
+                changes = self.watch.next() => changes,
+                () = self.watch.retry() => {
                     self.watch_missed_cgroups();
                     continue;
                 }
@@ -59,25 +75,25 @@ impl Shim {
         for entry in self.tasks.registry.all() {
             let is_missed = entry.init.live().watched.is_none() && entry.task().init.is_alive();
             if is_missed && entry.task().init.pid().is_some() {
-                self.watch_cgroup(&entry);
+                self.watch(&entry);
             }
         }
     }
 
     /// Begins to watch the cgroup of a task, and applies what has happened in it before.
-    pub(crate) fn watch_cgroup(self: &Arc<Self>, entry: &Arc<Entry>) {
+    pub(crate) fn watch(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         let Some(container) = task.cgroup() else {
             return;
         };
         let limits = nested(&task).map(|(unit, _)| unit);
         let memory = memory_events_of(&task).unwrap_or(container);
-        match self.cgroups.add(&entry.key, container, memory, limits.as_deref()) {
+        match self.watch.add(&entry.key, container, memory, limits.as_deref()) {
             Ok(watched) => entry.init.live().watched = Some(watched),
             // The container has ended, and systemd has removed the cgroup.
             Err(error) if error.is_gone() => {}
             // Logged once: other cgroups fail for the same reason at the same time.
-            Err(error) if self.cgroups.miss() => {
+            Err(error) if self.watch.miss() => {
                 tracing::warn!(task = %entry.key, %error, "task {}: can't watch its cgroup for now: {error}", entry.key);
             }
             Err(_) => {}

@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::cgroup::limits as files;
-use crate::services::{Entry, Error, Shim, blocking};
+use crate::services::{Entry, Error, blocking};
 use crate::task::limits::Limits;
 use crate::task::{Placement, Task};
 use crate::unit;
 
-impl Shim {
+use super::Cgroups;
+
+impl Cgroups {
     /// Reconciles the limits at Create. The unit gets the limits that the client requests; the container gets the limits
     /// that only the unit has (from a drop-in or an annotation).
     ///

@@ -7,3 +7,7 @@ pub mod limits;
 pub mod oom;
 pub mod slices;
 pub mod systemd;
+
+pub use cleanup::Cleanup;
+pub use kernel::Cgroups;
+pub use systemd::Units;

@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 
 use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
-use crate::services::{Entry, Error, Shim, now_usec};
+use crate::services::{Entry, Error, now_usec};
 use crate::task::phase::ObservedExit;
 use crate::task::{Placement, Task};
+
+use super::Cgroups;
 
 /// How long the kernel may delay its report of a kill: it reports changes of `memory.events` at most every 10 ms, and a
 /// change without a kill comes before every kill for lack of memory.
@@ -20,7 +22,7 @@ const UNTOLD: Duration = Duration::from_secs(1);
 /// How long systemd and the journal may take to answer how many processes were killed.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
 
-impl Shim {
+impl Cgroups {
     /// Handles a report of the kernel that `memory.events` may have changed.
     pub(crate) fn memory_changed(&self, entry: &Arc<Entry>) {
         entry.init.live().memory_changed = Some(Instant::now());
@@ -56,7 +58,7 @@ impl Shim {
 
     /// Whether all kills in a container that has ended are known. Almost always true.
     pub(crate) fn knows_oom_kills(self: &Arc<Self>, entry: &Arc<Entry>, seen: ObservedExit) -> bool {
-        match self.cgroups.pending() {
+        match self.watch.pending() {
             Ok(changes) => self.apply_changes(changes),
             Err(error) => cant_note(entry, &Error::Watch(error)),
         }

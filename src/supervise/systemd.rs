@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -10,11 +11,15 @@ use tokio::sync::Semaphore;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
-use crate::services::{Entry, Process, Shim, blocking, now_usec};
+use crate::services::streams::Streams;
+use crate::services::{Entry, Process, Tasks, blocking, now_usec};
 use crate::task::phase::{Event, Exit, ObservedExit, Phase};
 use crate::unit;
 use crate::unit::main_process::{MainProcess, WaitStatus};
 use crate::unit::observations::Observations;
+use crate::unit::systemd::Systemd;
+
+use super::{Cgroups, Cleanup};
 
 /// How many units are queried at the same time after signals. systemd answers one call after the other.
 const MAX_QUERIES: usize = 16;
@@ -25,7 +30,54 @@ const UNKNOWN_STATUS: u32 = 255;
 /// How long the report of an end is delayed while the processes that init left behind are killed.
 const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
 
-impl Shim {
+/// Serialises the rounds in which the daemon references units.
+#[derive(Default)]
+struct References {
+    /// Held for the length of a round.
+    turn: tokio::sync::Mutex<()>,
+    /// Another round is wanted.
+    again: AtomicBool,
+}
+
+impl References {
+    /// Runs a round, once no other one runs. One round serves all calls that arrive while it waits for its turn.
+    async fn round(&self, round: impl Future<Output = ()>) {
+        self.again.store(true, Ordering::SeqCst);
+        let _turn = self.turn.lock().await;
+        if self.again.swap(false, Ordering::SeqCst) {
+            round.await;
+        }
+    }
+}
+
+/// Applies what systemd reports about units to the tasks.
+pub struct Units {
+    /// The live tasks and their records.
+    tasks: Arc<Tasks>,
+    /// systemd.
+    manager: Arc<dyn Systemd>,
+    /// The sessions of processes.
+    streams: Arc<Streams>,
+    /// Knows the kills for lack of memory, which are reported before the end of a container.
+    cgroups: Arc<Cgroups>,
+    /// Removes the units of execs that have ended.
+    cleanup: Arc<Cleanup>,
+    /// The rounds in which the daemon references units.
+    references: References,
+}
+
+impl Units {
+    /// Puts the parts together.
+    pub(crate) fn new(
+        tasks: Arc<Tasks>,
+        manager: Arc<dyn Systemd>,
+        streams: Arc<Streams>,
+        cgroups: Arc<Cgroups>,
+        cleanup: Arc<Cleanup>,
+    ) -> Self {
+        Self { tasks, manager, streams, cgroups, cleanup, references: References::default() }
+    }
+
     /// Background task: applies what systemd reports about units. Never returns.
     pub async fn observe(self: Arc<Self>, observations: Arc<Observations>) {
         let all = async {
@@ -40,9 +92,9 @@ impl Shim {
                 // The semaphore is never closed.
                 let query = queries.clone().acquire_owned().await;
                 let (unit, told) = observations.next().await;
-                let shim = self.clone();
+                let this = self.clone();
                 tokio::spawn(async move {
-                    shim.service_changed(&unit, told).await;
+                    this.service_changed(&unit, told).await;
                     drop(query);
                 });
             }
@@ -59,7 +111,7 @@ impl Shim {
             self.read_end(&entry, &process, told).await;
         } else if process.exec().is_some() {
             // When a unit is stopped, systemd forgets a main process that is not its child.
-            self.query_unit(&entry, &process).await;
+            self.query(&entry, &process).await;
         }
     }
 
@@ -88,12 +140,12 @@ impl Shim {
 
     /// Queries every unit, as signals may have been missed.
     pub async fn resync(self: &Arc<Self>) {
-        tokio::spawn(self.clone().refer_to_units());
-        let running = self.running_units().await;
+        tokio::spawn(self.clone().reference_all());
+        let running = self.running().await;
         for entry in self.tasks.registry.all() {
             for process in entry.processes() {
                 if !running.contains(&process.unit) {
-                    self.query_unit(&entry, &process).await;
+                    self.query(&entry, &process).await;
                 }
             }
         }
@@ -101,7 +153,7 @@ impl Shim {
 
     /// Asks systemd whether a process that the record says is alive has ended. Does nothing during Create and Start, which
     /// find out by themselves.
-    pub(crate) async fn query_unit(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
+    pub(crate) async fn query(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
         if !entry.task().process(process.exec()).is_some_and(|process| process.is_alive()) {
             return;
         }
@@ -134,7 +186,7 @@ impl Shim {
             let runs = matches!(task.init.phase, Phase::Running { .. } | Phase::Paused { .. });
             (runs, task.cgroup().map(Path::to_owned))
         };
-        let knows_kills = !runs || self.knows_oom_kills(entry, seen);
+        let knows_kills = !runs || self.cgroups.knows_oom_kills(entry, seen);
         // Without a pid namespace of their own, the children of init outlive it, and under RemainAfterExit systemd
         // does not kill them.
         let left_behind = cgroup.filter(|cgroup| cgroup::is_populated(cgroup));
@@ -143,15 +195,15 @@ impl Shim {
         }
         // systemd may report the same exit again in the meantime.
         if !std::mem::replace(&mut process.live().is_ending, true) {
-            let (shim, entry) = (self.clone(), entry.clone());
+            let (this, entry) = (self.clone(), entry.clone());
             tokio::spawn(async move {
                 if !knows_kills {
-                    shim.ask_for_oom_kills(&entry).await;
+                    this.cgroups.ask_for_oom_kills(&entry).await;
                 }
                 if let Some(cgroup) = left_behind {
                     kill_left_behind(&entry, cgroup).await;
                 }
-                shim.note_end(&entry, &entry.init, seen);
+                this.note_end(&entry, &entry.init, seen);
                 entry.init.live().is_ending = false;
             });
         }
@@ -171,11 +223,11 @@ impl Shim {
             return self.streams.close_input(entry, process);
         }
         process.live().attempt_ended.notify_one();
-        self.after_exec(entry, process, noted);
+        self.cleanup.after_exec(entry, process, noted);
     }
 
     /// The units whose main process runs. They need no query: systemd will report the end.
-    pub(crate) async fn running_units(&self) -> HashSet<UnitName> {
+    pub(crate) async fn running(&self) -> HashSet<UnitName> {
         self.manager.running_units().await.unwrap_or_else(|error| {
             tracing::warn!(%error, "can't list the units of systemd, querying each of them: {error}");
             HashSet::new()
@@ -186,14 +238,14 @@ impl Shim {
     /// connections. Skips a task that is being deleted: nobody would release its reference.
     ///
     /// A task whose operation hangs delays no other task.
-    pub(crate) async fn refer_to_units(self: Arc<Self>) {
+    pub(crate) async fn reference_all(self: Arc<Self>) {
         let round = async {
             let referred = self.tasks.registry.all().into_iter().map(|entry| {
-                let shim = self.clone();
+                let this = self.clone();
                 async move {
                     let _verb = entry.init.verb.lock().await;
-                    if shim.tasks.is_live(&entry) {
-                        shim.manager.reference(&entry.init.unit).await;
+                    if this.tasks.is_live(&entry) {
+                        this.manager.reference(&entry.init.unit).await;
                     }
                 }
             });

@@ -1,0 +1,125 @@
+//! `Shim`: the operations, and the services that they combine.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use crate::cgroup::watch::Watch;
+use crate::id::TaskKey;
+use crate::oci::runtime::OciRuntime;
+use crate::services::files::ClientFiles;
+use crate::services::launcher::Launcher;
+use crate::services::notifications::Notifications;
+use crate::services::streams::Streams;
+use crate::services::{Entry, Tasks};
+use crate::session::fds::StreamFds;
+use crate::store::Store;
+use crate::store::delete_replies::DeleteReplies;
+use crate::supervise::{Cgroups, Cleanup, Units};
+use crate::unit::relay::Relay;
+use crate::unit::systemd::Systemd;
+
+/// What the services are made of.
+pub struct Parts {
+    /// The directories of tasks.
+    pub store: Store,
+    /// The last responses to Delete.
+    pub delete_replies: DeleteReplies,
+    /// The streams in the descriptor store.
+    pub fds: StreamFds,
+    /// Watches the cgroups of containers.
+    pub cgroups: Arc<Watch<TaskKey>>,
+    /// systemd.
+    pub manager: Arc<dyn Systemd>,
+    /// The OCI runtime.
+    pub oci: Arc<dyn OciRuntime>,
+    /// This program, which units run.
+    pub program: PathBuf,
+    /// Runs work on files that clients have named.
+    pub files: ClientFiles,
+    /// Forwards the notifications of containers to systemd.
+    pub relay: Relay,
+}
+
+/// The operations that need more than the tasks in memory. Supervision has parts of its own with fewer services; an
+/// operation that needs only the tasks is a method of [`Tasks`].
+pub struct Shim {
+    /// The live tasks and their records.
+    pub tasks: Arc<Tasks>,
+    /// Applies what systemd reports about units.
+    pub units: Arc<Units>,
+    /// Applies what the kernel reports about cgroups.
+    pub cgroups: Arc<Cgroups>,
+    /// Removes tasks and parts of them.
+    pub cleanup: Arc<Cleanup>,
+    /// The directories of tasks.
+    pub(crate) store: Store,
+    /// The streams in the descriptor store.
+    pub(crate) fds: Arc<StreamFds>,
+    /// The sessions of processes, and their loggers.
+    pub(crate) streams: Arc<Streams>,
+    /// The notify sockets of containers.
+    pub(crate) notifications: Notifications,
+    /// The last responses to Delete.
+    pub(super) delete_replies: DeleteReplies,
+    /// Runs work on files that clients have named.
+    pub(super) files: ClientFiles,
+    /// systemd.
+    pub(super) manager: Arc<dyn Systemd>,
+    /// The OCI runtime.
+    pub(super) oci: Arc<dyn OciRuntime>,
+    /// How units run this program.
+    pub(super) launcher: Arc<Launcher>,
+}
+
+impl Shim {
+    /// Puts the services together. Tasks that owe events come out of the returned receiver. It holds each task
+    /// once at most; the events are in the outboxes.
+    pub fn new(parts: Parts) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
+        let Parts { store, delete_replies, fds, cgroups, manager, oci, program, files, relay } = parts;
+        let (tasks, receiver) = Tasks::new(store.clone());
+        let (tasks, fds, launcher) = (Arc::new(tasks), Arc::new(fds), Arc::new(Launcher::new(program)));
+        let streams = Arc::new(Streams::new(
+            fds.clone(),
+            files.clone(),
+            store.clone(),
+            manager.clone(),
+            launcher.clone(),
+        ));
+        let notifications = Notifications::new(fds.clone(), store.clone(), manager.clone(), relay);
+        let cleanup = Arc::new(Cleanup::new(
+            tasks.clone(),
+            store.clone(),
+            fds.clone(),
+            streams.clone(),
+            manager.clone(),
+            oci.clone(),
+        ));
+        let cgroups = Arc::new(Cgroups::new(tasks.clone(), manager.clone(), cgroups));
+        let units =
+            Units::new(tasks.clone(), manager.clone(), streams.clone(), cgroups.clone(), cleanup.clone());
+        let shim = Self {
+            tasks,
+            units: Arc::new(units),
+            cgroups,
+            cleanup,
+            store,
+            fds,
+            streams,
+            notifications,
+            delete_replies,
+            files,
+            manager,
+            oci,
+            launcher,
+        };
+        (Arc::new(shim), receiver)
+    }
+
+    /// Background task: drops copies of OCI runtimes that have been idle for a while, and empty cgroups of OCI runtimes.
+    /// Never returns.
+    pub async fn forget_idle_runtimes(self: Arc<Self>) {
+        self.launcher.forget_idle().await;
+    }
+}
