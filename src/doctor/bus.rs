@@ -20,10 +20,10 @@ const NEEDED: [(&str, u64); 4] = [
     ("max_message_size", 1 << 20),
 ];
 
-/// What is known.
+/// The facts about D-Bus.
 #[derive(Debug)]
 pub struct Facts {
-    /// systemd's version, as it says it over the bus.
+    /// systemd's version, read over the bus.
     pub version: Result<String, String>,
     /// Limits that files of the bus's configuration set.
     pub limits: Vec<(PathBuf, String, u64)>,

@@ -25,7 +25,7 @@ const CRI: [(i64, &str); 2] = [(2, "io.containerd.grpc.v1.cri"), (3, "io.contain
 const OLDEST_CONTAINERD: (u32, u32) = (1, 6);
 const OLDEST_RUNC: (u32, u32) = (1, 1);
 
-/// What is known.
+/// The facts about containerd, Docker and the OCI runtimes.
 #[derive(Debug)]
 pub struct Facts {
     version: Known<String>,
@@ -89,7 +89,7 @@ fn configuration() -> Vec<(PathBuf, Known<String>)> {
     let mut files = vec![(main, text)];
     for import in imports.iter().filter_map(toml::Value::as_str) {
         let import = Path::new("/etc/containerd").join(import);
-        // A pattern: only `*` in the last element is looked for.
+        // A pattern. Only `*` in the last element is supported.
         let (Some(dir), Some(name)) = (import.parent(), import.file_name().and_then(|name| name.to_str()))
         else {
             continue;
@@ -153,7 +153,7 @@ fn containerd(facts: &Facts) -> Check {
         );
     }
     match &facts.service {
-        // Docker and k3s bring a containerd of their own.
+        // Docker and k3s have a containerd of their own.
         Ok(unit) if state(unit) != "active" && !facts.socket => Check::warning(
             NAME,
             format!("containerd {version} is installed, containerd.service is {}", state(unit)),
@@ -180,7 +180,7 @@ fn installation(facts: &Facts) -> Check {
     }
 }
 
-/// Each runtime of ours in a configuration: where it is, and its options.
+/// Each runtime with our type in a configuration: its place in the file, and its options.
 fn configured(facts: &Facts) -> Vec<(String, Result<Options, Error>)> {
     let mut found = Vec::new();
     for (path, text) in &facts.config {
@@ -284,14 +284,14 @@ fn configurations(facts: &Facts) -> Vec<Check> {
     checks
 }
 
-/// An error of TOML shows the line of the file on lines of its own.
+/// The message of a TOML error in one line. The parser shows the line of the file on separate lines.
 fn one_line(error: &dyn std::fmt::Display) -> String {
     let text = error.to_string();
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('|'));
     lines.collect::<Vec<_>>().join(" ")
 }
 
-/// Runtimes that containerd does not see, and types that are almost ours.
+/// Runtimes in a table that containerd does not read, and runtimes whose type resembles ours.
 fn misplaced(path: &Path, table: &toml::Table) -> Vec<Check> {
     const NAME: &str = "configuration";
     let version = table.get("version").and_then(toml::Value::as_integer).unwrap_or(1);

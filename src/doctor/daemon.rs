@@ -11,7 +11,7 @@ use crate::unit::name::{DAEMON_SERVICE, PREFIX};
 use super::Check;
 use crate::probe::{self, Known, Properties, property, property_number};
 
-/// systemd has restarted the daemon more often than a few administrators would.
+/// From this number of restarts on, `doctor` warns: administrators do not restart the daemon this often.
 const MANY_RESTARTS: u64 = 20;
 
 /// The part of the descriptor store, or of the daemon's own descriptors, that may be in use.
@@ -21,19 +21,19 @@ const MOST_PERCENT: u64 = 90;
 const OPERATION_SEC: u64 = RUNTIME_LIMIT.as_secs() + 30;
 const CREATE_SEC: u64 = CREATE_LIMIT.as_secs() + 30;
 
-/// What is known.
+/// The facts about the daemon.
 #[derive(Debug)]
 pub struct Facts {
     service: Known<Properties>,
     /// Open descriptors of the daemon, and its limit.
     descriptors: Known<(u64, u64)>,
-    /// Its program was replaced since it started.
+    /// Whether its program was replaced since it started.
     is_replaced: Known<bool>,
-    /// Commands of the OCI runtime, and `launch`: process, name, age in seconds.
+    /// The running commands of the OCI runtime, and running `launch` processes: pid, name, age in seconds.
     commands: Vec<(u32, String, u64)>,
     /// Jobs of systemd for containers: unit, kind, state.
     jobs: Known<Vec<(String, String, String)>>,
-    /// Something has crashed the daemon since the boot.
+    /// Whether something has crashed the daemon since the boot.
     has_crashed: Known<bool>,
 }
 
@@ -66,7 +66,7 @@ fn is_replaced(pid: u64) -> Known<bool> {
     Ok(link.to_string_lossy().ends_with(" (deleted)"))
 }
 
-/// What runs in a cgroup and below it.
+/// The processes in a cgroup and below it.
 fn commands(group: &Path) -> Vec<(u32, String, u64)> {
     let describe = |pid: u32| {
         let name = probe::file(format!("/proc/{pid}/comm")).ok()?.trim().to_owned();

@@ -13,7 +13,7 @@ const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 /// Before this version, a stop of the daemon closes its connections.
 const KEEPS_DESCRIPTORS: u32 = 254;
 
-/// What is known.
+/// The facts about the host.
 #[derive(Debug)]
 pub struct Facts {
     is_init: bool,
@@ -49,7 +49,7 @@ fn systemd(facts: &Facts, bus: &bus::Facts) -> Check {
         let advice = "run containerd on a machine, in a VM or in a container that systemd has booted";
         return Check::error(NAME, "systemd is not the init system here", advice);
     }
-    // The running one counts: a package may have been upgraded since the boot.
+    // The running version counts: the package may have been upgraded since the boot.
     let version = match (&bus.version, &facts.version) {
         (Ok(version), _) => version,
         (Err(_), Ok(text)) => text.split_whitespace().nth(1).unwrap_or_default(),

@@ -12,15 +12,15 @@ use crate::probe::{self, Known, Unknown};
 /// `LimitNOFILE=` of the daemon's service.
 const DESCRIPTORS: u64 = 1_048_576;
 
-/// Less than this is left: the next container may fail.
+/// If less than this is free, the next container may fail.
 const FULL_BYTES: u64 = 1 << 20;
 const FULL_INODES: u64 = 100;
 
-/// Less than this is left: it is time to look.
+/// If less than this is free, `doctor` warns.
 const LOW_BYTES: u64 = 32 << 20;
 const LOW_PERCENT: u64 = 5;
 
-/// What is known.
+/// The facts about limits and free space.
 #[derive(Debug)]
 pub struct Facts {
     space: Vec<(&'static str, Known<Space>)>,
@@ -43,7 +43,7 @@ struct Space {
     free_bytes: u64,
     inodes: u64,
     free_inodes: u64,
-    /// Which file system it is.
+    /// A path on the file system.
     device: u64,
 }
 
@@ -111,7 +111,7 @@ fn room(path: &str, space: Result<&Space, &Unknown>) -> Option<Check> {
         Err(unknown) => return Some(Check::unknown(NAME, unknown)),
     };
     let inodes = match space.inodes {
-        // btrfs and others count none.
+        // btrfs and some other file systems do not count inodes.
         0 => String::new(),
         _ => format!(" and {} of {} inodes", space.free_inodes, space.inodes),
     };
@@ -145,7 +145,7 @@ fn at_least(name: &'static str, sysctl: &str, value: &Known<u64>, least: u64) ->
     }
 }
 
-/// A tenth has to be left of what everybody uses.
+/// Warns if less than a tenth of a shared resource is free.
 fn left(name: &'static str, sysctl: &str, numbers: &Known<(u64, u64)>) -> Check {
     match numbers {
         Err(unknown) => Check::unknown(name, unknown),

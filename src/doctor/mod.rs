@@ -1,8 +1,8 @@
-//! What is wrong on this machine: the checks of the command `doctor`.
+//! The command `doctor`: checks of this machine.
 //!
-//! Each group of checks has a file with its facts, `collect`, which looks at the machine, and `checks`, which is pure:
-//! tests give it the facts of machines that nobody has. A fact that this user may not know is [`Unknown`], and its
-//! check says so. Nothing here needs the daemon, changes anything or starts a unit.
+//! Each group of checks has a file with a type for its facts and two functions: `collect` reads the facts from the machine,
+//! and `checks` judges them. `checks` is pure, so tests can give it the facts of any machine. A fact that this user may not
+//! read is [`Unknown`], and its check says so. `doctor` does not need the daemon, changes nothing and starts no unit.
 
 mod bus;
 mod containerd;
@@ -22,11 +22,11 @@ use crate::probe::Unknown;
 pub enum Status {
     /// There is nothing to do.
     Ok,
-    /// This user may not look, or what the check needs is not there.
+    /// This user may not read the fact, or the fact does not exist.
     Unknown,
-    /// Containers run, but something will not work, or not for long.
+    /// Containers run, but something does not work, or will fail soon.
     Warning,
-    /// Containers can't be started, or are without the daemon.
+    /// Containers can't be started, or the daemon does not serve them.
     Error,
 }
 
@@ -74,7 +74,7 @@ impl Check {
     }
 }
 
-/// What is known of this machine.
+/// The facts about this machine.
 #[derive(Debug)]
 pub struct Facts {
     host: host::Facts,
@@ -87,7 +87,7 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Looks at this machine. A program that does not answer costs some seconds.
+    /// Reads the facts from this machine. Waits some seconds for each program that does not answer.
     pub async fn collect() -> Self {
         let bus = bus::collect().await;
         let containerd = containerd::collect();
@@ -103,7 +103,7 @@ impl Facts {
     }
 }
 
-/// All checks, in the order in which a container depends on what they look at.
+/// All checks. First come the checks of what all others depend on.
 pub fn examine(facts: &Facts) -> Vec<Check> {
     [
         host::checks(&facts.host, &facts.bus),

@@ -1,4 +1,4 @@
-//! Records of tasks, and what is left over.
+//! Records of tasks, and units and events without a task.
 
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,13 +11,14 @@ use crate::view::{Recorded, Survey, unknown};
 use super::Check;
 use crate::probe::{Known, property};
 
-/// containerd may be down for a while. No containerd will accept an event that has waited for longer.
+/// The longest time for which a containerd may be down, in seconds. If an event has waited for longer, `doctor` assumes that
+/// no containerd will accept it.
 const LATE_SEC: u64 = 600;
 
-/// So many faults of a kind get a line each.
+/// The most faults of a kind that get a line each.
 const MOST_LINES: usize = 20;
 
-/// What is known.
+/// The facts about records.
 #[derive(Debug)]
 pub struct Facts {
     records: Known<Vec<Recorded>>,
@@ -95,7 +96,7 @@ fn events(facts: &Facts, records: &[Recorded]) -> Check {
 fn leftovers(records: &[Recorded], units: &[(String, bool)]) -> Vec<Check> {
     const NAME: &str = "leftovers";
     let tasks: Vec<&Task> = records.iter().filter_map(|(_, task)| task.as_ref().ok()).collect();
-    // The unit of a record that can't be read is nobody's, although it may be needed.
+    // If a record can't be read, its unit seems to belong to no task, but may be needed.
     let is_known = |unit: &str| tasks.iter().any(|task| task.unit().as_str() == unit);
     let all_are_readable = tasks.len() == records.len();
     let lost =

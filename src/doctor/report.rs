@@ -8,10 +8,10 @@ use crate::text;
 
 use super::{Check, Status};
 
-/// A line is cut here.
+/// The longest line of the report, in characters.
 const MOST_CHARACTERS: usize = 1000;
 
-/// One line for each check, and one for all of them.
+/// One line for each check, and a summary.
 pub fn text(checks: &[Check]) -> String {
     let width = checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
     let mut report = String::new();
@@ -40,7 +40,7 @@ fn summary(checks: &[Check]) -> String {
     line
 }
 
-/// The same as JSON.
+/// The same report as JSON.
 pub fn json(checks: &[Check]) -> Value {
     let entry = |check: &Check| {
         json!({

@@ -7,7 +7,7 @@ use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET};
 use super::Check;
 use crate::probe::{self, Known, Properties, property};
 
-/// What promises of the daemon rest on: properties of its service, and their values.
+/// The properties of the daemon's service on which its promises depend, and their good values.
 const NEEDED: [(&str, &[&str]); 6] = [
     ("Restart", &["always"]),
     ("KillMode", &["process"]),
@@ -19,8 +19,8 @@ const NEEDED: [(&str, &[&str]); 6] = [
 
 const NOT_CREATED: &str = "no container can be created";
 
-/// What drop-ins for all services must not set: property of every service, the only good value, what happens otherwise. Other
-/// settings are lifted or do no harm (docs/properties.md).
+/// Properties that drop-ins for all services must not change: the property of every service, its only good value, and the
+/// effect of any other value. The shim overrides other harmful settings of such drop-ins (docs/properties.md).
 const HARMFUL: [(&str, &str, &str); 7] = [
     ("ExitType", "main", NOT_CREATED),
     ("PAMName", "", "the daemon does not start"),
@@ -31,16 +31,16 @@ const HARMFUL: [(&str, &str, &str); 7] = [
     ("StopWhenUnneeded", "no", "systemd stops every container at once"),
 ];
 
-/// Fewer descriptors hold too few containers.
+/// The smallest usable size of the descriptor store. A smaller one holds the descriptors of too few containers.
 const DESCRIPTORS: u64 = 1000;
 
-/// What is known.
+/// The facts about the daemon's units.
 #[derive(Debug)]
 pub struct Facts {
     service: Known<Properties>,
     socket: Known<Properties>,
     slice: Known<Properties>,
-    /// Files that units name and that are not there.
+    /// Files that units name and that do not exist.
     missing: Vec<PathBuf>,
 }
 
@@ -138,7 +138,7 @@ fn overridden(service: &Properties) -> Vec<Check> {
     };
     let mut checks = Vec::new();
     for (name, wanted) in NEEDED {
-        // A systemd that does not have the property can't do the harm.
+        // Without the property, this systemd does not have the feature that would do harm.
         let Some(value) = service.get(name) else { continue };
         if !wanted.contains(&value.as_str()) {
             let found =
@@ -162,7 +162,7 @@ fn overridden(service: &Properties) -> Vec<Check> {
     checks
 }
 
-/// Drop-ins for all services hold for containers, too. The daemon's service shows what they set.
+/// Drop-ins for all services also apply to the units of containers. The daemon's service shows what they set.
 fn for_all_services(service: &Properties) -> Vec<Check> {
     let paths = property(service, "DropInPaths").unwrap_or_default();
     let files: Vec<&str> = paths.split_whitespace().filter(|path| path.contains("/service.d/")).collect();
@@ -170,7 +170,7 @@ fn for_all_services(service: &Properties) -> Vec<Check> {
         return Vec::new();
     }
     let check = |(name, wanted, effect): &(&str, &str, &str)| {
-        // A property that this systemd does not have is as it has to be.
+        // A property that this systemd does not have can't have a bad value.
         let value = service.get(*name).filter(|value| value != wanted)?;
         let found = format!("a drop-in for all services sets {name}={value}: {effect}");
         let advice = format!("look into {}", files.join(" "));

@@ -1,4 +1,4 @@
-//! Messages that arrive from the bus, from anybody.
+//! Fuzz targets for messages from the bus. Any user of the bus can send them.
 
 use std::collections::HashMap;
 
@@ -14,7 +14,7 @@ use crate::unit::signals::{
 
 const OWNER: &str = ":1.5";
 
-/// A header: one byte for each field, which chooses one of the values that matter or the next line of the text.
+/// Makes a header. One byte for each field chooses one of the values that matter, or the next line of the text.
 struct Bytes<'d> {
     choices: &'d [u8],
     text: std::str::Lines<'d>,
@@ -39,8 +39,8 @@ impl<'d> Bytes<'d> {
     }
 }
 
-/// A message with any header and any body: only what systemd or the bus broadcasts is believed, and it is what the
-/// body says.
+/// Target: a message with any header and any body. The daemon believes only what systemd or the bus broadcasts, and reads
+/// from it what the body contains.
 pub(super) fn message(data: &[u8]) {
     let (choices, text) = data.split_at(data.len().min(8));
     let Ok(text) = std::str::from_utf8(text) else { return };
@@ -94,7 +94,7 @@ pub(super) fn message(data: &[u8]) {
     }
 }
 
-/// A body of one of the types that the signals have, or of another one.
+/// Makes a body that has the type of one of the signals, or another type.
 fn body(builder: zbus::message::Builder<'_>, bytes: &mut Bytes<'_>) -> Option<Message> {
     let built = match bytes.choose(&["change", "job", "flag", "owner", "bytes"]) {
         "change" => {

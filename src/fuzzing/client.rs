@@ -1,4 +1,4 @@
-//! What clients of containerd send.
+//! Fuzz targets for what clients of containerd send.
 
 use std::path::Path;
 
@@ -22,14 +22,14 @@ use crate::unit::name;
 use super::properties::metadata;
 use super::{first_line, go};
 
-/// The command line of a containerd.
+/// Target: the command line with which containerd runs the shim.
 pub(super) fn arguments(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let words: Vec<_> = text.split('\n').map(str::to_owned).collect();
     let _ = arguments::parse(&words);
 }
 
-/// `linux.cgroupsPath`: what is accepted stays below the root of the hierarchy.
+/// Target: `linux.cgroupsPath`. A path that is accepted stays below the root of the hierarchy.
 pub(super) fn cgroups_path(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let Some((namespace, id)) = names("k8s.io", "web") else { return };
@@ -46,7 +46,7 @@ pub(super) fn cgroups_path(data: &[u8]) {
     }
 }
 
-/// The configuration of a pod, as CreateSandbox gets it: every node can read the spec of the pod's sandbox.
+/// Target: the configuration of a pod in CreateSandbox. On every kind of node, the spec of the sandbox can be read.
 pub(super) fn pod(data: &[u8]) {
     let options =
         Any { type_url: "runtime.v1.PodSandboxConfig".to_owned(), value: data.to_vec(), ..Any::default() };
@@ -69,7 +69,8 @@ pub(super) fn pod(data: &[u8]) {
     }
 }
 
-/// A stream of ttrpc frames, in pieces whose sizes are the first bytes: the pieces do not matter.
+/// Target: a stream of ttrpc frames that arrives in pieces. The first bytes are the sizes of the pieces. The sizes do not
+/// change the result.
 pub(super) fn frame(data: &[u8]) {
     let Some((&count, rest)) = data.split_first() else { return };
     let Some((sizes, stream)) = rest.split_at_checked(usize::from(count % 8)) else { return };
@@ -96,11 +97,11 @@ pub(super) fn frame(data: &[u8]) {
     }
 }
 
-/// Names of namespaces, tasks and execs: names of units are valid, distinct and can be read back. With three more
-/// lines the names of two tasks.
+/// Target: the names of a namespace, a task and an exec. The names of their units are valid and distinct, and can be read
+/// back. With three more lines, the target also compares the names of two tasks.
 pub(super) fn name(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    // Of any object.
+    // The name of any D-Bus object.
     if let Some(unit) = name::from_object_path(text) {
         assert_eq!(name::from_object_path(&name::object_path(unit.as_str())), Some(unit));
     }
@@ -118,7 +119,7 @@ pub(super) fn name(data: &[u8]) {
     }
 }
 
-/// The names of a task's units.
+/// Checks the names of a task's units.
 pub(super) fn check_names(task: &TaskKey, exec: &str) {
     let slice = name::namespace_slice(&task.namespace);
     assert!(slice.is_ok_and(|slice| slice.as_str().len() <= 255));
@@ -138,7 +139,8 @@ pub(super) fn check_names(task: &TaskKey, exec: &str) {
     }
 }
 
-/// Two tasks share a name only where both of them can have another: one that is cut off an id of 64 digits.
+/// Two tasks share a candidate for a name only if both have another candidate. Only the beginning of an id of 64 digits can
+/// be such a name.
 pub(super) fn check_distinct(one: &TaskKey, other: &TaskKey) {
     if one == other {
         return;
@@ -159,11 +161,11 @@ pub(super) fn check_distinct(one: &TaskKey, other: &TaskKey) {
     }
 }
 
-/// Runtime options: the type of the message, and the message.
+/// Target: runtime options. The input is the type of the message, and the message.
 pub(super) fn options(data: &[u8]) {
     let Some((type_url, value)) = first_line(data) else { return };
     let any = Any { type_url: type_url.to_owned(), value: value.to_vec(), ..Any::default() };
-    // A file that the options name is not the fuzzer's to read.
+    // The fuzzer does not read files that the options name.
     if let Ok(source) = convert::options(Some(&any))
         && !source.is_file()
         && let Ok(options) = source.read()
@@ -174,7 +176,7 @@ pub(super) fn options(data: &[u8]) {
     }
 }
 
-/// The process of an exec.
+/// Target: the process spec of an exec.
 pub(super) fn process(data: &[u8]) {
     let _ = go::check(data, &process::SHAPE);
     for terminal in [false, true] {
@@ -182,7 +184,7 @@ pub(super) fn process(data: &[u8]) {
     }
 }
 
-/// Messages of containerd.
+/// Target: messages of containerd.
 pub(super) fn request(data: &[u8]) {
     let Ok(namespace) = Namespace::new("default") else { return };
     if let Ok(request) = CreateTaskRequest::parse_from_bytes(data) {
@@ -194,7 +196,7 @@ pub(super) fn request(data: &[u8]) {
     let _ = BootstrapParams::parse_from_bytes(data);
 }
 
-/// `linux.resources`.
+/// Target: `linux.resources`.
 pub(super) fn resources(data: &[u8]) {
     let _ = go::check(data, &resources::SHAPE);
     if let Ok(resources) = Resources::parse(data)
@@ -205,7 +207,7 @@ pub(super) fn resources(data: &[u8]) {
     }
 }
 
-/// A stop signal of an image.
+/// Target: the stop signal of an image.
 pub(super) fn signal(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     if let Ok(signal) = signal::parse(text) {
@@ -213,7 +215,7 @@ pub(super) fn signal(data: &[u8]) {
     }
 }
 
-/// The stdio strings of a process, one to a line.
+/// Target: the stdio strings of a process, each on a line of its own.
 pub(super) fn stdio(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let parts: Vec<_> = text.split('\n').map(str::to_owned).collect();

@@ -1,4 +1,4 @@
-//! What is read from files that a client, an earlier version or a broken disk wrote.
+//! Fuzz targets for files that a client or an earlier version wrote, or that a broken disk has changed.
 
 use std::fs;
 use std::path::Path;
@@ -38,8 +38,8 @@ fn key() -> TaskKey {
     TaskKey::usual(namespace, id)
 }
 
-/// A bundle's `config.json`: what can be read can be rewritten, and says the same afterwards; and it is read as runc
-/// reads it.
+/// Target: a bundle's `config.json`. A spec that can be read can be rewritten, and has the same meaning afterwards. The shim
+/// reads it as runc does.
 pub(super) fn bundle(data: &[u8]) {
     let _ = go::check(data, &bundle::SHAPE);
     let dir = scratch();
@@ -64,14 +64,14 @@ pub(super) fn bundle(data: &[u8]) {
     assert_eq!(edited.resources().ok(), spec.resources().ok());
 }
 
-/// A task as a record has it: what can be saved can be loaded, and is the same.
+/// Target: the record of a task. A task that can be saved can be loaded, and is unchanged.
 pub(super) fn record(data: &[u8]) {
     if let Ok(task) = serde_json::from_slice::<Task>(data) {
         check_record(&task);
     }
 }
 
-/// What can be saved can be loaded, and is the same; also after something has happened.
+/// Checks that a task can be loaded unchanged after it was saved, also after a change.
 pub(super) fn check_record(task: &Task) {
     let dir = scratch();
     let store = Store::new(dir.path());
@@ -93,8 +93,8 @@ pub(super) fn check_record(task: &Task) {
     store.remove(&task.key).unwrap_or_else(|error| panic!("a record can't be removed: {error}"));
 }
 
-/// One of the files that the daemon keeps: its name in the first line, and what is in it. Whatever that is, the
-/// file can be read or is refused, and what was read can be written and read again.
+/// Target: one of the files that the daemon keeps. The first line is the name of the file, and the rest is its content. Every
+/// content can be read or is refused, and what was read can be written and read again.
 pub(super) fn file(data: &[u8]) {
     let Some((name, content)) = first_line(data) else { return };
     let dir = scratch();
@@ -187,7 +187,7 @@ fn task(root: &Path, content: &[u8]) {
     assert!(all.len() <= 1);
     let _ = store.load_with(&key, None);
     let Ok(Some(found)) = store.load(&key) else { return };
-    // A record in another task's place is not written there again.
+    // A record in the directory of another task is not written there again.
     if found.task.key == key && store.save_whole(&found.task).is_ok() {
         let again = store.load(&key).unwrap_or_else(|error| panic!("{error}"));
         let again = again.unwrap_or_else(|| panic!("the record is gone"));

@@ -7,8 +7,8 @@ use serde_json::value::RawValue;
 
 use crate::oci::canonical::{Members, Others, Shape, canonical};
 
-/// Go's decoder has read the fields that are named, and a reader that knows only exact names finds the same in the
-/// canonical text. `None` if the text is not JSON.
+/// Compares what Go's decoder reads from the text with what a reader that knows only exact names reads from the canonical
+/// text. `None` if the text is not JSON.
 pub(super) fn check(data: &[u8], shape: &Shape) -> Option<()> {
     let text = String::from_utf8_lossy(data);
     let mut values = serde_json::Deserializer::from_str(&text);
@@ -46,7 +46,7 @@ enum Variable {
     List(Vec<Variable>),
 }
 
-/// A variable that was never set is one with the zero value.
+/// A variable that was never set has the zero value.
 fn settled(variable: Variable) -> Variable {
     match variable {
         Variable::Struct(fields) => {
@@ -61,13 +61,13 @@ fn settled(variable: Variable) -> Variable {
         Variable::List(values) if values.is_empty() => Variable::Unset,
         Variable::List(values) => Variable::List(values.into_iter().map(settled).collect()),
         Variable::Value(value) if value == "\"\"" || value == "null" => Variable::Unset,
-        // Halves of characters are replaced: unit tests say how.
+        // Halves of surrogate pairs are replaced. Unit tests check how.
         Variable::Value(value) if value.contains("\\u") => Variable::Value("escapes".to_owned()),
         other => other,
     }
 }
 
-/// Decodes into a variable, which may have a value already. `None` for a value of another type.
+/// Decodes into a variable, which may have a value already. `None` if the value has another type.
 fn decode(variable: &mut Variable, value: &RawValue, shape: &Shape, names: Names) -> Option<()> {
     let text = value.get();
     if text == "null" {
@@ -117,7 +117,7 @@ fn decode(variable: &mut Variable, value: &RawValue, shape: &Shape, names: Names
     Some(())
 }
 
-/// The smallest of all cases of each character, as in Go's `foldName`.
+/// Each character in the smallest of its cases, as in Go's `foldName`.
 fn folded(name: &str) -> String {
     let fold = |c: char| match c {
         '\u{212a}' => 'K',

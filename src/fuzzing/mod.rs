@@ -1,7 +1,7 @@
-//! What fuzzers run: one function for each input that comes from outside, with what must hold for every input.
+//! Fuzz targets: one function for each kind of input from outside. It checks the rules that must hold for every input.
 //!
 //! `make fuzz` runs the functions under libFuzzer (`fuzz/`). The unit tests run them over the inputs in
-//! `fuzz/corpus/`, on any toolchain. A function returns normally for every input; a broken rule is a panic.
+//! `fuzz/corpus/`, with any toolchain. A function returns normally for every input, and panics if a rule is broken.
 
 mod bus;
 mod client;
@@ -17,7 +17,7 @@ mod streams;
 /// A function that takes any input.
 type Target = fn(&[u8]);
 
-/// The functions by name. `fuzz/Cargo.toml` has a target of each name.
+/// The functions by name. `fuzz/Cargo.toml` has a target with each of these names.
 pub const TARGETS: [(&str, Target); 27] = [
     ("annotation", properties::annotation),
     ("arguments", client::arguments),
@@ -48,13 +48,13 @@ pub const TARGETS: [(&str, Target); 27] = [
     ("stdio", client::stdio),
 ];
 
-/// Runs the function of that name. False if there is none.
+/// Runs the function with that name. Returns false if no function has that name.
 pub fn run(name: &str, data: &[u8]) -> bool {
     let target = TARGETS.iter().find(|(known, _)| *known == name);
     target.map(|(_, function)| function(data)).is_some()
 }
 
-/// The text before the first line break, and the rest.
+/// Splits an input into the text before the first line break and the rest.
 fn first_line(data: &[u8]) -> Option<(&str, &[u8])> {
     let end = data.iter().position(|byte| *byte == b'\n')?;
     let (first, rest) = data.split_at(end);

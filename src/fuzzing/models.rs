@@ -1,7 +1,7 @@
-//! The functions that fuzzers run, over inputs that are made to be nearly right: where a model says what must come out,
-//! such inputs find more than random bytes do.
+//! Runs the fuzz targets on generated inputs that are nearly valid. If a target compares the shim with a model, such inputs
+//! find more faults than random bytes do.
 //!
-//! The same inputs in every run; `PROPTEST_RNG_SEED` and `PROPTEST_CASES` make other ones, and more.
+//! Every run has the same inputs. `PROPTEST_RNG_SEED` selects other inputs, and `PROPTEST_CASES` sets their number.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -48,7 +48,7 @@ fn task() -> impl Strategy<Value = TaskKey> {
     })
 }
 
-/// A second task that has some of the first one's names.
+/// The names of a second task. It shares some names with the first task.
 fn two_tasks() -> impl Strategy<Value = (TaskKey, TaskKey)> {
     (task(), task(), 0..8_u8).prop_map(|(one, other, same)| {
         let namespace = if same & 1 == 0 { &other } else { &one }.namespace.clone();
@@ -67,7 +67,7 @@ fn device_rule() -> impl Strategy<Value = DeviceRule> {
         .prop_map(|(allow, kind, major, minor, access)| DeviceRule { allow, kind, major, minor, access })
 }
 
-/// What the kernel shows in the files of a cgroup.
+/// The content of the files of a cgroup as the kernel shows it.
 fn limits() -> impl Strategy<Value = Limits> {
     let number = || prop_oneof![Just("max".to_owned()), (0..u64::MAX).prop_map(|number| number.to_string())];
     let quota =
@@ -122,7 +122,7 @@ fn devices_limits() -> impl Strategy<Value = String> {
     })
 }
 
-/// JSON with names that are nearly those of the fields which are read.
+/// JSON whose names equal or resemble the names of the fields that the shim reads.
 fn json() -> impl Strategy<Value = String> {
     let names = vec![
         "linux",
@@ -192,7 +192,7 @@ fn event() -> impl Strategy<Value = TaskEvent> {
     })
 }
 
-/// Frames of a connection with a few broken ones between them.
+/// The frames of a connection, with a few broken frames between them.
 fn frames() -> impl Strategy<Value = Vec<u8>> {
     let frame = (vec(any::<u8>(), 0..40), 0..4_u32, 0..4_u8, prop::bool::weighted(0.95)).prop_map(
         |(data, stream, kind, is_whole)| {
@@ -270,7 +270,7 @@ proptest! {
 }
 
 proptest! {
-    // These cost more.
+    // These targets are slower, so they get fewer inputs.
     #![proptest_config(config(60))]
 
     #[test]

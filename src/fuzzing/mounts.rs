@@ -1,4 +1,4 @@
-//! Mounts that a client asks for, and the kernel's list of mounts.
+//! Fuzz targets for mounts that a client requests, and for the kernel's list of mounts.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::oci::{mount, mount_options};
 use crate::task::request::Mount;
 
-/// A mount: its type, and its options, one to a line.
+/// Target: a mount. The lines are its type and its options.
 pub(super) fn options(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let mut lines = text.split('\n').map(str::to_owned);
@@ -20,7 +20,7 @@ pub(super) fn options(data: &[u8]) {
     check_short_names(&parsed.data);
 }
 
-/// Short names are names of the same layers, and all else stays.
+/// Checks that shortened options name the same layers, and that the other options are unchanged.
 pub(super) fn check_short_names(data: &[String]) {
     let mut short = data.to_vec();
     let Some(home) = mount_options::shorten(&mut short) else {
@@ -41,8 +41,8 @@ pub(super) fn check_short_names(data: &[String]) {
     assert_eq!(short.len(), data.len());
 }
 
-/// The layers of an overlay as the kernel finds them (fs/overlayfs): a backslash takes away the meaning of what
-/// follows it. An empty one is no name of anything.
+/// The layers of an overlay as the kernel reads them (fs/overlayfs): a backslash escapes the next character. An empty text
+/// is not the name of a layer.
 fn layers(option: &str) -> Vec<PathBuf> {
     let (mut all, mut layer) = (Vec::new(), String::new());
     let mut chars = option.trim_start_matches("lowerdir=").chars();
@@ -58,12 +58,12 @@ fn layers(option: &str) -> Vec<PathBuf> {
     all.into_iter().map(PathBuf::from).collect()
 }
 
-/// Without what leads to the same place.
+/// A path without components that do not change its meaning.
 fn plain(path: &Path) -> PathBuf {
     path.components().filter(|part| *part != std::path::Component::CurDir).collect()
 }
 
-/// A line of mountinfo, and a mountpoint that the kernel writes into such a line.
+/// Target: a line of mountinfo, and a mountpoint that the kernel writes into such a line.
 pub(super) fn mountinfo(data: &[u8]) {
     let _ = mount::mountpoint(data);
     if !data.is_empty() && !data.contains(&0) {

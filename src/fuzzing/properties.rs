@@ -1,4 +1,4 @@
-//! Fuzz targets for what goes to systemd: properties that annotations request, descriptions and journal fields.
+//! Fuzz targets for what the shim sends to systemd: properties that annotations request, descriptions and journal fields.
 
 use zbus::{Signature, Variant};
 
@@ -11,10 +11,11 @@ use crate::unit::annotation::{self, Additions, Extension};
 
 use super::first_line;
 
-/// A longer body than that of any list of one property, in bytes: 4096 numbers and 16 KiB of text.
+/// The largest message body for one property, in bytes. The longest list has 4096 numbers and 16 KiB of text.
 const MAX_BODY: usize = 96 << 10;
 
-/// A property by name and value: what is accepted can be sent over D-Bus, and writes one line of a unit's file.
+/// Target: the name and the value of a property. A property that is accepted can be sent over D-Bus, and systemd writes one
+/// line for it to the unit's file.
 pub(super) fn annotation(data: &[u8]) {
     let Some((name, value)) = first_line(data) else { return };
     let Ok(value) = std::str::from_utf8(value) else { return };
@@ -38,7 +39,7 @@ pub(super) fn annotation(data: &[u8]) {
     }
 }
 
-/// No text in a value writes more than one line of a unit's file, and no value is nested deep.
+/// Checks that no text in a value contains a line break, and that no value is nested deeply.
 fn check_lines(name: &str, value: &Variant<'_>, depth: usize) {
     assert!(depth <= 8, "{name} is nested too deep");
     match value {
@@ -61,7 +62,7 @@ fn check_lines(name: &str, value: &Variant<'_>, depth: usize) {
     }
 }
 
-/// The spec of a container: its description, identifier and journal fields are lines.
+/// Target: the spec of a container. Its description, its identifier and its journal fields have one line each.
 pub(super) fn metadata(data: &[u8]) {
     let Ok(spec) = Spec::parse(data) else { return };
     let (Ok(namespace), Ok(id)) = (Namespace::new("default"), TaskId::new("web")) else { return };

@@ -1,4 +1,5 @@
-//! Rules and limits of a container, compared with models of those who carry them out: runc, systemd and the kernel.
+//! Fuzz targets for device rules and limits of a container. They compare the shim with models of runc, systemd and the
+//! kernel, which apply these rules and limits.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +13,7 @@ use crate::task::request::DeviceAllow;
 use crate::unit::limits as properties;
 use crate::unit::properties::Properties;
 
-/// `linux.resources` with device rules.
+/// Target: `linux.resources` with device rules.
 pub(super) fn devices(data: &[u8]) {
     let Ok(resources) = Resources::parse(data) else { return };
     if resources.check().is_ok() && resources.devices.len() <= 32 {
@@ -20,7 +21,7 @@ pub(super) fn devices(data: &[u8]) {
     }
 }
 
-/// What runc allows, the unit allows too.
+/// Checks that the unit allows every device that runc allows.
 pub(super) fn check_devices(rules: &[DeviceRule]) {
     let Some(own) = devices::allowed(rules) else { return };
     let all = devices::with_defaults(&own);
@@ -71,8 +72,8 @@ const ALWAYS: [(&str, i64, i64, &str); 12] = [
     ("c", 5, 1, "rwm"),
 ];
 
-/// How runc turns rules into a filter (libcontainer/cgroups/devices, the emulator of cgroup v1): a default, and
-/// exceptions from it by type and numbers.
+/// A model of the filter that runc makes of rules (libcontainer/cgroups/devices, the emulator of cgroup v1): a default, and
+/// exceptions from the default by type and numbers.
 fn runc_allows(rules: &[DeviceRule], kind: &str, major: i64, minor: i64, access: &str) -> bool {
     let always = ALWAYS.map(|(kind, major, minor, access)| DeviceRule {
         allow: true,
@@ -100,7 +101,7 @@ fn runc_allows(rules: &[DeviceRule], kind: &str, major: i64, minor: i64, access:
     let found = exceptions.iter().any(|((of, one, other), letters)| {
         let matches = |number: i64, is: i64| number == -1 || number == is;
         let mut wanted = access.chars();
-        // An exception allows no more than it names, and denies whatever it names some of.
+        // An exception that allows must cover the whole access. An exception that denies need only cover a part of it.
         let counts = if allows_all {
             wanted.any(|letter| letters.contains(letter))
         } else {
@@ -111,7 +112,7 @@ fn runc_allows(rules: &[DeviceRule], kind: &str, major: i64, minor: i64, access:
     found != allows_all
 }
 
-/// How systemd reads one `DeviceAllow=` (bpf-devices.c).
+/// A model of how systemd reads one `DeviceAllow=` (bpf-devices.c).
 fn systemd_allows(entry: &DeviceAllow, kind: &str, major: i64, minor: i64, access: &str) -> bool {
     let word = if kind == "b" { "block" } else { "char" };
     let device = entry.device.as_str();
@@ -121,13 +122,14 @@ fn systemd_allows(entry: &DeviceAllow, kind: &str, major: i64, minor: i64, acces
     is_it && access.chars().all(|letter| entry.access.contains(letter))
 }
 
-/// A list of processors.
+/// Target: a list of processors.
 pub(super) fn processors(data: &[u8]) {
     let Ok(list) = std::str::from_utf8(data) else { return };
     check_processors(list);
 }
 
-/// What some kernel can parse is not refused, and what is accepted a large one can parse.
+/// Checks that the shim refuses no list that some kernel can parse, and that a kernel with many processors can parse every
+/// list that the shim accepts.
 pub(super) fn check_processors(list: &str) {
     let is_accepted = cpuset::wrong(list).is_none();
     let kernel = |last: u64| parselist(list.as_bytes(), last).is_some();
@@ -139,7 +141,7 @@ pub(super) fn check_processors(list: &str) {
     }
 }
 
-/// The kernel's `bitmap_parselist` (lib/bitmap-str.c), where `last` is the last bit.
+/// A model of the kernel's `bitmap_parselist` (lib/bitmap-str.c). `last` is the last bit.
 fn parselist(text: &[u8], last: u64) -> Option<()> {
     let at = |at: usize| text.get(at).copied().unwrap_or_default();
     let is_end = |c: u8| c == 0 || c == b'\n';
@@ -194,7 +196,7 @@ fn parselist(text: &[u8], last: u64) -> Option<()> {
     }
 }
 
-/// Limits, a line for each: the file's name, a blank, and what is in it, with `;` for a line break.
+/// Target: limits. Each line has the name of a file, a blank, and the content of the file with `;` for a line break.
 pub(super) fn limits(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let line = |line: &str| {
@@ -212,14 +214,14 @@ pub(super) fn limits(data: &[u8]) {
     }
 }
 
-/// systemd writes files that make the same properties again.
+/// Checks that the files which systemd writes for properties are read as the same properties again.
 pub(super) fn check_limits(limits: &Limits) -> Limits {
     let written = systemd_writes(&properties::properties(limits));
     assert_eq!(systemd_writes(&properties::properties(&written)), written, "{limits:?}");
     written
 }
 
-/// What systemd writes to the files of a cgroup for properties (cgroup.c).
+/// A model of what systemd writes to the files of a cgroup for properties (cgroup.c).
 fn systemd_writes(properties: &Properties) -> Limits {
     let get = |name: &str| {
         properties.all().iter().rfind(|(known, _)| *known == name).map(|(_, value)| value.clone())
@@ -264,7 +266,7 @@ fn systemd_writes(properties: &Properties) -> Limits {
     files.into_iter().collect()
 }
 
-/// What systemd writes to `io.max`, each device in a line.
+/// A model of what systemd writes to `io.max`, with a line for each device.
 fn devices_limits(get: &impl Fn(&str) -> Option<Variant<'static>>) -> Option<String> {
     let names = ["IOReadBandwidthMax", "IOWriteBandwidthMax", "IOReadIOPSMax", "IOWriteIOPSMax"];
     let mut devices: BTreeMap<String, [Option<u64>; 4]> = BTreeMap::new();
@@ -285,7 +287,7 @@ fn devices_limits(get: &impl Fn(&str) -> Option<Variant<'static>>) -> Option<Str
     Some(devices.into_iter().map(line).collect::<Vec<_>>().join("\n"))
 }
 
-/// A set of bits as the kernel shows it.
+/// A set of bits in the format in which the kernel shows it.
 pub(super) fn ranges(bytes: &[u8]) -> String {
     let is_set = |bit: usize| bytes.get(bit / 8).is_some_and(|byte| byte & (1 << (bit % 8)) != 0);
     let mut ranges = Vec::new();
@@ -302,7 +304,7 @@ pub(super) fn ranges(bytes: &[u8]) -> String {
     ranges.join(",")
 }
 
-/// The lines that are written one after another change `io.max` from one content to the other.
+/// Checks that the lines, written one after the other, change `io.max` from the first content to the second.
 pub(super) fn check_devices_limits(had: &str, wanted: &str) {
     type File<'t> = BTreeMap<&'t str, &'t str>;
     const NONE: &str = "rbps=max wbps=max riops=max wiops=max";

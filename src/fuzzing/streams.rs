@@ -1,4 +1,4 @@
-//! What arrives over sockets and streams, and what is sent on.
+//! Fuzz targets for what the shim receives over sockets and streams, and for what it forwards.
 
 use std::fs::File;
 use std::io::{IoSlice, Read};
@@ -21,14 +21,15 @@ use crate::unit::relay::{MESSAGE_MAX, Notification};
 
 use super::first_line;
 
-/// What containerd writes to `start`: options of earlier containerds are not taken for the bootstrap message.
+/// Target: the standard input of `start`. The shim does not mistake the options of an earlier containerd for the bootstrap
+/// message.
 pub(super) fn bootstrap(data: &[u8]) {
     let is_message = |input: Vec<u8>| cli::is_bootstrap("k8s.io", "web", input);
     if is_message(data.to_vec()) {
         let message = BootstrapParams::parse_from_bytes(data);
         assert!(message.is_ok_and(|message| message.instance_id == "web" && message.namespace == "k8s.io"));
     }
-    // Types have dots in their names; the id has none.
+    // The names of types contain dots; this id contains none.
     let Some((type_url, value)) = first_line(data) else { return };
     let any = Any { type_url: format!("a.{type_url}"), value: value.to_vec(), ..Any::default() };
     assert!(!any.write_to_bytes().is_ok_and(is_message), "{any:?}");
@@ -37,7 +38,7 @@ pub(super) fn bootstrap(data: &[u8]) {
     assert!(!request.write_to_bytes().is_ok_and(is_message) || type_url == "web");
 }
 
-/// The log of an OCI runtime: an error that it writes last is found, whatever is before it.
+/// Target: the log of an OCI runtime. The shim finds an error at the end of the log, whatever precedes it.
 pub(super) fn log(data: &[u8]) {
     let _ = runtime::last_error_in(data);
     let mut text = data.to_vec();
@@ -45,7 +46,8 @@ pub(super) fn log(data: &[u8]) {
     assert_eq!(runtime::last_error_in(&text).as_deref(), Some("the reason"));
 }
 
-/// What a container says to systemd: lines of a few kinds, none of which concerns another unit.
+/// Target: a notification of a container to systemd. The shim forwards only lines of a few kinds, and none of them concerns
+/// another unit.
 pub(super) fn notify(data: &[u8]) {
     let data = data.get(..MESSAGE_MAX).unwrap_or(data);
     let said = Notification::read(data);
@@ -65,7 +67,7 @@ pub(super) fn notify(data: &[u8]) {
     }
 }
 
-/// A line of output, after the name under which it stands: journald reads the fields that were written, and no more.
+/// Target: the identifier and a line of output. journald reads exactly the fields that the shim has written.
 pub(super) fn journal(data: &[u8]) {
     let Some((identifier, line)) = first_line(data) else { return };
     let head = journal::head("web.service", identifier, [("CONTAINER_ID", "web")]);
@@ -81,8 +83,8 @@ pub(super) fn journal(data: &[u8]) {
     assert_eq!(fields(&datagram), expected);
 }
 
-/// The fields of a datagram (systemd.io/JOURNAL_NATIVE_PROTOCOL): a line with a name, and the value in the same line
-/// or, with its length before it, in the following.
+/// The fields of a datagram (systemd.io/JOURNAL_NATIVE_PROTOCOL). A line has the name of a field. The value is on the same
+/// line, or follows with its length before it.
 fn fields(mut rest: &[u8]) -> Vec<(&str, &[u8])> {
     let mut all = Vec::new();
     while !rest.is_empty() {
@@ -104,7 +106,8 @@ fn fields(mut rest: &[u8]) -> Vec<(&str, &[u8])> {
     all
 }
 
-/// Messages over a Unix socket with any number of descriptors and with or without the sender: none stays open.
+/// Target: messages over a Unix socket, with any number of descriptors, and with or without the credentials of the sender.
+/// No descriptor stays open.
 pub(super) fn receive(data: &[u8]) {
     let Some(([count, with_sender], text)) = data.split_first_chunk() else { return };
     let failed = |what: &str, error: &dyn std::fmt::Display| -> ! { panic!("{what}: {error}") };

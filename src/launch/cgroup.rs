@@ -1,9 +1,9 @@
 //! The cgroups in which the OCI runtime works.
 //!
-//! `create` works in the cgroup that the client names (ShimCgroup), or in its own cgroup in the daemon's slice. So the
-//! resources that the runtime uses are not charged to the container or the pod, their limits do not delay it, it outlives
-//! the daemon, and all its processes can be killed. The unit's own cgroup stays empty, as it must before controllers are
-//! enabled in it.
+//! `create` works in the cgroup that the client names (ShimCgroup), or in a cgroup of its own in the daemon's slice. So the
+//! kernel does not charge the resources of the runtime to the container or the pod, and their limits do not delay it. The
+//! runtime outlives the daemon, and the daemon can kill all its processes. The unit's own cgroup stays empty, because
+//! controllers can be enabled only in an empty cgroup.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -39,8 +39,8 @@ pub fn of_guards() -> Result<PathBuf, cgroup::Error> {
     Ok(all()?.join("guards"))
 }
 
-/// The parent of these cgroups, in the daemon's slice. `systemctl kill` of the daemon's service kills the whole cgroup of
-/// the service, and nothing in here.
+/// The parent of these cgroups, in the daemon's slice. `systemctl kill` of the daemon's service kills all processes in the
+/// cgroup of the service, but none below this parent.
 fn all() -> Result<PathBuf, cgroup::Error> {
     Ok(beside(&cgroup::of_self()?))
 }

@@ -1,4 +1,4 @@
-//! Becomes the OCI runtime's `checkpoint`, after telling criu about the streams of the container.
+//! Declares the streams of the container to criu, and becomes the OCI runtime's `checkpoint`.
 
 use std::convert::Infallible;
 use std::fs;
@@ -60,7 +60,7 @@ fn streams(process: &Process<'_>) -> Result<Vec<(u8, String)>, Error> {
     let pids = processes(process)?;
     let mut streams: Vec<(u8, String)> = Vec::new();
     for (number, path) in (0_u8..).zip(paths) {
-        // A client that is gone may have removed its FIFO.
+        // A client that has ended may have removed its FIFO.
         let Some(found) = path.map(|path| criu::open_file(&path, &pids)) else { continue };
         if let Ok(Some(name)) = found
             && streams.iter().all(|(_, known)| *known != name)

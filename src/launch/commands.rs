@@ -1,6 +1,6 @@
-//! What the daemon runs as it runs commands of the OCI runtime: in the namespaces of the task's containerd, outside of
-//! the daemon's cgroup, with a time limit, one at a time for each container. The reason of a failure is an entry in the
-//! log that is named after the command.
+//! The kinds of `launch` that the daemon runs like commands of the OCI runtime: in the namespaces of the task's containerd,
+//! outside of the daemon's cgroup, with a time limit, one at a time for each container. If one fails, the log of the command
+//! has the reason.
 
 use std::io::Write;
 
@@ -32,7 +32,7 @@ pub(super) fn run(kind: Kind, process: &Process<'_>) -> Result<(), Error> {
 fn mount(process: &Process<'_>) -> Result<(), Error> {
     let request = &process.task.request;
     let target = request.bundle.join("rootfs");
-    // An earlier attempt may have been cut off.
+    // An earlier attempt may have been interrupted.
     rootfs::unmount_all(&target)?;
     std::env::set_current_dir("/").map_err(|source| Error::System { action: "change to /", source })?;
     Ok(rootfs::mount_all(&target, &request.rootfs)?)

@@ -58,7 +58,7 @@ pub const RESTORE_WORK: &str = "criu-restore";
 /// The configuration of criu for a checkpoint or a restore.
 pub const CRIU_CONFIG: &str = "criu.conf";
 
-/// The configuration of criu that overrides what the OCI runtime asks for in a restore.
+/// The configuration of criu that overrides the options of the OCI runtime in a restore.
 pub const CRIU_OVERRIDES: &str = "criu-overrides.conf";
 
 /// A checkpoint that the daemon has begun. If the daemon ends meanwhile, the next one completes it.
@@ -82,8 +82,8 @@ pub enum Kind {
     Exec,
     /// A `binary://` logger.
     Logger,
-    /// The check whether criu can be used. This kind and those below are no units: the daemon runs them as it runs
-    /// commands of the OCI runtime.
+    /// The check whether criu can be used. This kind and those below have no unit: the daemon runs them like commands of the
+    /// OCI runtime.
     Criu,
     /// The mounts of a rootfs in the host's mount namespace, for a container that Start restores.
     Mount,
@@ -92,7 +92,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Its name in the arguments, and that of its log.
+    /// Its name in the arguments, which is the name of its log, too.
     pub fn word(self) -> &'static str {
         match self {
             Self::Container => "container",
@@ -145,7 +145,7 @@ pub fn arguments(kind: Kind, key: &ProcessKey) -> Vec<String> {
     words.into_iter().chain(key.exec.as_ref().map(ExecId::as_str)).map(str::to_owned).collect()
 }
 
-/// Reads what follows the word `launch`. None if these are not arguments of [`arguments`].
+/// Reads the arguments after the word `launch`. `None` if [`arguments`] does not make such arguments.
 pub fn parse(words: &[&str]) -> Option<(Kind, ProcessKey)> {
     let (kind, namespace, id, exec) = match *words {
         ["container", namespace, id] => (Kind::Container, namespace, id, None),

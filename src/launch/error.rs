@@ -16,13 +16,13 @@ pub enum Error {
     /// The task has no record.
     #[error("{key}: no record found; this unit can only be started by the shim")]
     NoRecord {
-        /// As in the arguments.
+        /// The process that the arguments name.
         key: ProcessKey,
     },
     /// The record has no such exec.
     #[error("{key}: the record has no such exec; this unit can only be started by the shim")]
     NoExec {
-        /// As in the arguments.
+        /// The process that the arguments name.
         key: ProcessKey,
     },
     /// The unit was restarted.
@@ -73,7 +73,7 @@ pub enum Error {
     /// criu can't be used.
     #[error(transparent)]
     Criu(#[from] criu::Problem),
-    /// The request for a checkpoint is gone.
+    /// The request for a checkpoint does not exist.
     #[error("the request for the checkpoint is missing; only the daemon can start a checkpoint")]
     NoRequest,
     /// A file of a checkpoint can't be read or written.

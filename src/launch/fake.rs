@@ -1,4 +1,4 @@
-//! `launch` for tests, as a fake systemd runs it: it leaves the files that `launch` would leave in a unit, and a process
+//! `launch` for tests. The fake systemd runs it. It writes the files that `launch` would write in a unit, and starts a process
 //! that sleeps.
 
 use std::fs;
@@ -111,7 +111,7 @@ impl FakeLaunch {
                 )
             }
         };
-        // Not by way of the store: what happens in a unit is no effect of the daemon.
+        // Without the store, because what happens in a unit is not an effect of the daemon.
         fs::write(dir.join(OUTCOME), serde_json::to_vec(&outcome).unwrap()).unwrap();
         let mut options = fs::OpenOptions::new();
         let _ = options.write(true).custom_flags(nix::libc::O_NONBLOCK).open(dir.join(DOORBELL));
@@ -119,7 +119,7 @@ impl FakeLaunch {
     }
 }
 
-/// What the OCI runtime keeps of a container. One that is not restored waits for its start.
+/// Writes the state that the OCI runtime keeps of a container. A container that is not restored waits for its start.
 fn record(task: &Task) {
     let state = task.runtime.root.join(task.key.id.as_str());
     fs::create_dir_all(&state).unwrap();

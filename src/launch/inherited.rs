@@ -1,5 +1,5 @@
 //! Attributes that a container inherits from containerd under containerd-shim-runc-v2: resource limits and processors. In a
-//! unit it would inherit those of systemd. So `start` records containerd's, and `launch` sets them.
+//! unit, a container would inherit the attributes of systemd. So `start` records those of containerd, and `launch` sets them.
 
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -65,8 +65,8 @@ fn set_limit(resource: u32, soft: u64, hard: u64) -> Result<(), Error> {
         set = up_to(most.and_then(|text| text.trim().parse().ok()).unwrap_or(hard));
     }
     if set == Err(Errno::EPERM) {
-        // In a container that has no CAP_SYS_RESOURCE, systemd can give the unit a lower limit than containerd has, and
-        // nobody in there can raise it.
+        // If systemd runs in a container without CAP_SYS_RESOURCE, it can set a lower limit for the unit than containerd
+        // has, and no process in that container can raise the limit.
         set = getrlimit(*known).and_then(|(_, own)| up_to(own));
     }
     set.map_err(system("set a resource limit"))

@@ -1,6 +1,6 @@
 //! In a logger's unit: becomes the program of a `binary://` URI, with three pipes as descriptors 3, 4 and 5.
 //!
-//! systemd runs this again when the logger has ended, as long as there is output to read.
+//! When the logger ends, systemd runs `launch` again, as long as there is output to read.
 
 use std::fs::File;
 use std::io;

@@ -59,7 +59,7 @@ impl<'a> Process<'a> {
     /// itself.
     pub(super) fn with_runtime<T>(&self, run: impl Fn(&Path) -> Result<T, Error>) -> Result<T, Error> {
         if fault::due(&[Failure::RuntimeKilled]).is_some() {
-            // Nothing of this process runs after the signal.
+            // The signal ends this process.
             let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
         }
         if let Some(copy) = sealed_runtime() {

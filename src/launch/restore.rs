@@ -1,4 +1,4 @@
-//! In a container's unit: becomes the OCI runtime's `restore`, after telling criu about the streams of the container.
+//! In a container's unit: declares the streams of the container to criu, and becomes the OCI runtime's `restore`.
 
 use std::convert::Infallible;
 use std::fs;
@@ -12,7 +12,7 @@ use super::error::Error;
 use super::process::Process;
 use super::streams::Streams;
 
-/// Writes the configuration of criu that overrides what the OCI runtime asks for. Returns its path.
+/// Writes the configuration of criu that overrides the options of the OCI runtime. Returns its path.
 pub(super) fn write_overrides(process: &Process<'_>) -> Result<PathBuf, Error> {
     let name = process.task.runtime.binary.file_name().unwrap_or_default();
     let usual = if name == "crun" { "/etc/criu/crun.conf" } else { "/etc/criu/runc.conf" };

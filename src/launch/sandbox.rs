@@ -26,7 +26,7 @@ pub fn is_possible() -> bool {
 pub(super) fn make_root() -> Result<(), Error> {
     let root = Path::new(SANDBOX_ROOT);
     make_dir(root).map_err(io("make the mountpoint of the rootfs"))?;
-    // /run may not allow programs.
+    // /run may be mounted with `noexec`.
     let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
     mount(Some("sandbox"), root, Some("tmpfs"), flags, Some("mode=0755,size=64k,nr_inodes=16"))
         .map_err(system("mount the rootfs of the sandbox"))?;
@@ -46,7 +46,8 @@ fn make_dir(path: &Path) -> io::Result<()> {
     for_all(path)
 }
 
-/// Every user may pass, whatever the umask is: the first process of a pod with a user namespace is not root here.
+/// Lets every user read and execute the file, whatever the umask is: the first process of a pod with a user namespace is not
+/// root on the host.
 fn for_all(path: &Path) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(0o755))
 }

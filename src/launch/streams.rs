@@ -34,7 +34,7 @@ impl Streams {
             return Ok(Self([Stream::Null, Stream::Null, Stream::Null]));
         }
         let stdin = match &wiring.stdin {
-            // criu puts only a FIFO in the place of a FIFO.
+            // criu replaces a FIFO only with a FIFO.
             Input::Null if process.task.request.checkpoint.is_some() && process.exec.is_none() => {
                 Stream::File(owned(process, empty_fifo(process)?)?)
             }

@@ -230,7 +230,7 @@ impl Spec {
     }
 
     /// Whether mounts that are made in the container have to reach the host, because its rootfs or one of its
-    /// mounts is shared with the host. In a mount namespace of the unit they would not get there.
+    /// mounts is shared with the host. Mounts in a mount namespace of the unit would not reach the host.
     pub fn shares_mounts_with_host(&self) -> bool {
         let shared = |word: &str| matches!(word, "shared" | "rshared");
         let rootfs =
@@ -249,7 +249,7 @@ pub struct Edits {
     pub annotation: Option<(&'static str, PathBuf)>,
     /// `process.env`: variables to add.
     pub env: Vec<String>,
-    /// `mounts`: files of the host to mount in the container: the file, and its place there.
+    /// `mounts`: files of the host to mount in the container. Each has its path on the host and its path in the container.
     pub binds: Vec<(PathBuf, String)>,
 }
 
@@ -286,7 +286,7 @@ pub fn read_whole(bundle: &Path) -> Result<Option<Value>, Error> {
     }
 }
 
-/// Gives the bundle a spec, in place of any other.
+/// Writes the bundle's spec, and replaces an existing one.
 ///
 /// # Errors
 /// [`Error::Io`]

@@ -3,8 +3,8 @@
 //! They run outside of the cgroup of the daemon's service. `systemctl kill` of the service kills that whole cgroup, and a
 //! killed `runc start` can end its container. The next daemon waits for the command that runs.
 //!
-//! Each command has a cgroup of its own. A command that is killed or takes too long is killed with everything in it, also
-//! with processes that have cut themselves off. What a hook leaves behind when its command ends by itself lives on, as
+//! Each command has a cgroup of its own. The daemon kills a command that takes too long with all processes in this cgroup,
+//! also with those that have become daemons. If a command ends by itself, processes that a hook has left behind continue, as
 //! under containerd-shim-runc-v2: a hook may start a daemon.
 //!
 //! They run in the mount and network namespaces of the task's containerd, so that hooks see what they see under
@@ -150,7 +150,7 @@ impl CommandLine {
         let ended = tokio::select! {
             ended = timeout(limit, running.ended()) => ended,
             () = waits_for_orphan(pid, cgroup.as_deref()), if verb == "delete" => {
-                // The process that was left behind lives on.
+                // The process that was left behind continues to run.
                 running.cgroup = None;
                 return Err(Error::Orphan { verb });
             }

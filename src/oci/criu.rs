@@ -1,5 +1,5 @@
-//! criu, with which the OCI runtime dumps and restores processes: what a client may ask for, what criu has to be able to
-//! do, and what it must know about the streams of a container.
+//! criu, with which the OCI runtime dumps and restores processes: what a client may request, what criu must be able to do,
+//! and what criu must know about the streams of a container.
 //!
 //! The streams of a container are FIFOs on the host, which do not exist in the container's mount namespace. criu dumps
 //! such a file only if it is declared as external, and restores it only from a descriptor that it inherits. The OCI
@@ -61,13 +61,13 @@ pub enum Invalid {
     /// The mode for cgroups does not exist.
     #[error("checkpoint: cgroups mode {mode:?} is none of soft, full, strict and ignore")]
     CgroupsMode {
-        /// As requested.
+        /// As the client has requested it.
         mode: String,
     },
     /// A kind of namespace can't be left empty.
     #[error("checkpoint: namespace {namespace:?} can't be empty, only \"network\" can")]
     Namespace {
-        /// As requested.
+        /// As the client has requested it.
         namespace: String,
     },
 }
@@ -135,7 +135,7 @@ impl Checkpoint {
         arguments
     }
 
-    /// The options that a checkpoint and its restore need both.
+    /// The options that both a checkpoint and its restore need.
     fn shared_arguments(&self) -> Vec<OsString> {
         let flags = [
             (self.open_tcp, "--tcp-established"),
@@ -168,22 +168,22 @@ pub fn client_path(what: &'static str, path: &Path) -> Result<(), Invalid> {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(tag = "problem", rename_all = "snake_case")]
 pub enum Problem {
-    /// There is none.
+    /// criu is not installed.
     #[error("criu is not installed: no program of this name is in {path:?}, the PATH of the OCI runtime")]
     Missing {
-        /// Where it was searched.
+        /// The search path.
         path: String,
     },
-    /// It is too old.
+    /// criu is too old.
     #[error("criu {version} is too old: {oldest} is the oldest that can be used", oldest = oldest())]
     Old {
         /// Its version.
         version: String,
     },
-    /// It does not work here.
+    /// criu does not work on this machine.
     #[error("criu can't be used on this machine (criu check): {reason}")]
     Unusable {
-        /// What it says.
+        /// The error of criu.
         reason: String,
     },
 }
@@ -206,7 +206,7 @@ pub fn check_version(output: &str) -> Result<(), Problem> {
     if found >= OLDEST { Ok(()) } else { Err(Problem::Old { version: version.chars().take(40).collect() }) }
 }
 
-/// What a restore needs to know about its checkpoint besides the images.
+/// What a restore must know about its checkpoint in addition to the images.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notes {
     /// The streams of the container that were FIFOs: number, and criu's name for the file.
@@ -217,7 +217,7 @@ pub struct Notes {
 }
 
 impl Notes {
-    /// Reads the notes among images. Images without notes are those of another runtime, which has none.
+    /// Reads the notes in the directory of the images. Images without notes were made by another runtime.
     ///
     /// # Errors
     /// The file can't be read, or is not valid.
@@ -236,7 +236,7 @@ impl Notes {
         Ok(notes)
     }
 
-    /// Writes the notes among images. Makes the directory if it does not exist.
+    /// Writes the notes to the directory of the images. Makes the directory if it does not exist.
     ///
     /// # Errors
     /// The directory can't be made, or the file can't be written.
@@ -277,9 +277,10 @@ impl Notes {
 /// The annotation with the path of a configuration file of criu, for runc and crun.
 pub const CONFIG_ANNOTATION: &str = "org.criu.config";
 
-/// The configuration for a restore that overrides what the OCI runtime asks for. The OCI runtime starts criu in the cgroup
-/// of the new container, where the processes have to stay: criu would move them to the cgroup of the one that was dumped.
-/// runc 1.1 does not pass its option for this on. `usual` is the OCI runtime's own configuration file, which this one replaces.
+/// The configuration for a restore that overrides the options of the OCI runtime. The OCI runtime starts criu in the cgroup
+/// of the new container, where the processes have to stay, but criu would move them to the cgroup of the dumped container.
+/// runc 1.1 has an option against this, but does not pass it to criu. `usual` is the OCI runtime's own configuration file,
+/// which this configuration replaces.
 pub fn overriding_config(usual: &Path) -> String {
     let text = files::read_regular(usual, MAX_NOTES).unwrap_or_default();
     format!("{}\nmanage-cgroups=ignore\n", String::from_utf8_lossy(&text))
@@ -324,7 +325,7 @@ fn mount_of(pid: u32, descriptor: &std::ffi::OsStr) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()
 }
 
-/// The first error in a log of criu, without its time: those after it follow from it.
+/// The first error in a log of criu, without its time. It causes the errors after it.
 pub fn first_error(log: &str) -> Option<String> {
     let error = log.lines().find_map(|line| line.split_once("Error ").map(|(_, error)| error));
     error.map(|error| error.chars().take(400).collect())

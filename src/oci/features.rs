@@ -1,4 +1,4 @@
-//! What the OCI runtime says that it can do (its command `features`), for containerd and its clients.
+//! What the OCI runtime can do, as its command `features` prints it, for containerd and its clients.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -12,10 +12,10 @@ use nix::sys::prctl::set_child_subreaper;
 
 use crate::sys::bounded::{self, CommandEnd};
 
-/// How long the runtime may take. It only prints constants, and dockerd and CRI wait for it while they start.
+/// How long the runtime may take. The runtime only prints constants. dockerd and CRI wait for them while they start.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// How much it may print: runc's features have some 10 KB.
+/// How much the runtime may print, in bytes. runc prints some 10 KB.
 const MAX_BYTES: u32 = 1 << 20;
 
 /// Why the features are not known.
@@ -26,7 +26,7 @@ pub enum Error {
     Spawn {
         /// The runtime.
         binary: PathBuf,
-        /// Why not.
+        /// The error.
         #[source]
         source: io::Error,
     },
@@ -75,7 +75,7 @@ pub fn read(binary: PathBuf) -> Result<Vec<u8>, Error> {
 }
 
 fn run(binary: &Path) -> io::Result<(CommandEnd, Vec<u8>)> {
-    // What the runtime starts can be killed then, even if it has cut itself off.
+    // So this process can kill what the runtime starts, even if it becomes a daemon.
     set_child_subreaper(true)?;
     let mut output = bounded_file()?;
     let mut command = Command::new(binary);
@@ -89,8 +89,8 @@ fn run(binary: &Path) -> io::Result<(CommandEnd, Vec<u8>)> {
     Ok((end, printed))
 }
 
-/// A file in memory that can't grow: a runtime that prints more gets an error. With a pipe, the runtime would wait, or
-/// this process would read for ever.
+/// A file in memory that can't grow. A runtime that prints more gets an error. With a pipe, the runtime would wait, or this
+/// process would read without end.
 fn bounded_file() -> io::Result<File> {
     let file = File::from(memfd_create("features", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(MAX_BYTES.into())?;

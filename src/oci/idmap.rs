@@ -1,7 +1,8 @@
 //! Mounts of a rootfs with mapped ids: a container in a user namespace sees the files of its image as its own, and the files
 //! on the disk stay as they are (mount_setattr(2)).
 //!
-//! An overlay takes mapped layers, but is not mapped itself: containerd gives its upper directory to the container's root.
+//! An overlay accepts mapped layers, but is not mapped itself: containerd makes the container's root the owner of the upper
+//! directory.
 
 use std::fs::{self, File};
 use std::io;
@@ -18,9 +19,9 @@ use crate::sys::user_namespace;
 /// The maps of a mount, as in `/proc/PID/uid_map` (user_namespaces(7)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Maps {
-    /// Of users.
+    /// The map of user ids.
     pub uids: String,
-    /// Of groups.
+    /// The map of group ids.
     pub gids: String,
 }
 
@@ -45,8 +46,8 @@ pub fn bind(source: &Path, place: &impl AsFd, maps: &Maps, recursive: bool) -> i
 
 /// Mounts an overlay with mapped layers at `place`. `options` are those of the overlay.
 ///
-/// The mapped layers need mountpoints, which exist in a mount namespace of their own: nothing is left of them, even if this
-/// process is killed. Only for a process with one thread. It changes the working directory to `/`.
+/// The mapped layers need mountpoints. These are in a mount namespace of their own, so the kernel removes them even if this
+/// process is killed. Only for a process with one thread. Changes the working directory to `/`.
 pub fn overlay(
     rootfs: &Path,
     place: &impl AsFd,
@@ -109,7 +110,7 @@ pub fn split_layers(text: &str) -> Vec<String> {
     layers
 }
 
-/// A mount of the directory that is nowhere yet, with mapped ids.
+/// Makes a mount of the directory with mapped ids. The mount is not attached to a path yet.
 fn mapped(directory: &Path, namespace: &OwnedFd, recursive: bool) -> io::Result<OwnedFd> {
     let below = if recursive { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | below;

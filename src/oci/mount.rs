@@ -23,7 +23,7 @@ use super::mount_options::{Parsed, parse, shorten};
 /// mount(2) accepts one page of options, in bytes.
 const PAGE: usize = 4096;
 
-/// What can go wrong with mounts.
+/// Why a mount or unmount failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel refused a mount.
@@ -35,7 +35,7 @@ pub enum Error {
         source_name: String,
         /// The mountpoint.
         target: PathBuf,
-        /// Why not.
+        /// The error.
         errno: io::Error,
     },
     /// An option is not supported.
@@ -49,17 +49,17 @@ pub enum Error {
     /// `target` is outside of the rootfs.
     #[error("failed to mount rootfs component: target {target:?} is not a path below the rootfs")]
     Target {
-        /// As given.
+        /// As the client has named it.
         target: String,
     },
     /// `target` does not exist.
     #[error("failed to mount rootfs component: target {target:?} in {rootfs}: {errno}")]
     NoTarget {
-        /// As given.
+        /// As the client has named it.
         target: String,
         /// The rootfs.
         rootfs: PathBuf,
-        /// Why not.
+        /// The error.
         errno: io::Error,
     },
     /// The options do not fit into a page, even with short names.
@@ -83,7 +83,7 @@ pub enum Error {
     Unmount {
         /// The mountpoint.
         path: PathBuf,
-        /// Why not.
+        /// The error.
         errno: Errno,
     },
     /// The list of mounts can't be read.

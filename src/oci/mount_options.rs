@@ -26,7 +26,7 @@ pub struct Parsed {
     pub data: Vec<String>,
     /// True if mount(8) is needed.
     pub helper: bool,
-    /// How the ids of the mount are mapped, if they are.
+    /// The maps of the ids of the mount, if the mount has any.
     pub maps: Option<Maps>,
 }
 
@@ -67,7 +67,7 @@ pub fn parse(item: &Mount) -> Result<Parsed, Error> {
     Ok(parsed)
 }
 
-/// The maps of users and of groups, which only come together, and only for what has no helper.
+/// The maps of user and group ids. A mount must have both or none, and can't have them if it needs a mount helper.
 fn maps(item: &Mount, parsed: &Parsed, uids: Named<'_>, gids: Named<'_>) -> Result<Option<Maps>, Error> {
     let is_possible = !parsed.helper && (item.kind == "overlay" || parsed.flags.contains(MsFlags::MS_BIND));
     match (uids, gids) {

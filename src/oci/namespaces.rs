@@ -24,14 +24,14 @@ pub enum Error {
     /// A namespace can't be read or entered.
     #[error(transparent)]
     Io(#[from] PathError),
-    /// They are there, but this process may not enter them.
+    /// The namespaces exist, but this process may not enter them.
     #[error("can't enter the namespaces of containerd: {source}")]
     Refused {
-        /// Why not.
+        /// The error.
         #[source]
         source: io::Error,
     },
-    /// The containerd that called has ended, and none with its namespaces listens at its address.
+    /// The containerd that called has ended, and no containerd with the same namespaces listens at its address.
     #[error(
         "containerd {address} called from mount or network namespaces of its own, and no containerd is in them \
          now: create the container again"
@@ -76,8 +76,8 @@ pub fn of_caller() -> Result<Option<Namespaces>, Error> {
     Ok(differ.then_some(Namespaces { containerd, mount, network }))
 }
 
-/// Enters the namespaces of the task's containerd, or those of the host where nothing else is recorded. Only
-/// for a process with one thread.
+/// Enters the namespaces of the task's containerd, or those of the host if the record names no others. Only for a process
+/// with one thread.
 ///
 /// # Errors
 /// A namespace of a containerd can't be entered. The process may have entered the other one, so it must end.
@@ -91,8 +91,8 @@ pub fn enter(containerd: &Containerd) -> Result<(), Error> {
     }
 }
 
-/// Enters the namespaces of the task's containerd as [`open`] finds them; a warning says if that can't be done, and this
-/// process then works in the host's. Only for a process with one thread.
+/// Enters the namespaces of the task's containerd as [`open`] finds them. If this fails, prints a warning, and the process
+/// works in the namespaces of the host. Only for a process with one thread.
 pub fn enter_or_stay(containerd: &Containerd) {
     let entered = open(containerd).and_then(|found| {
         let enter = |namespace: &OwnedFd| setns(namespace, CloneFlags::empty());
@@ -106,8 +106,8 @@ pub fn enter_or_stay(containerd: &Containerd) {
     enter_host();
 }
 
-/// Enters the namespaces of PID 1. Where a drop-in for all services forbids setns(2) altogether, the namespaces
-/// that systemd made for the unit have to do.
+/// Enters the namespaces of PID 1. If a drop-in for all services forbids setns(2), the process stays in the namespaces that
+/// systemd has made for the unit.
 fn enter_host() {
     if let Err(error) = enter_those_of(HOST) {
         telemetry::say(&format!("continuing in the namespaces of the unit: {error}"));
@@ -117,7 +117,7 @@ fn enter_host() {
 /// The namespaces in which commands for an existing task run: those in which it was created; if nothing is left of
 /// these, those of the containerd that listens at the same address now. Empty for those of the host.
 ///
-/// Under containerd-shim-runc-v2 the shim keeps the first ones for as long as the task is there.
+/// containerd-shim-runc-v2 stays in the first namespaces as long as the task exists.
 ///
 /// # Errors
 /// No containerd listens at its address, or its namespaces can't be opened.
@@ -144,7 +144,7 @@ pub fn enter_mounts_of_init() -> Result<(), Error> {
     enter_one(HOST, MOUNT)
 }
 
-/// A process that is in the recorded namespaces: the containerd that called, or the one that took its place.
+/// A process in the recorded namespaces: the containerd that called, or the containerd that listens at its address now.
 fn find(recorded: &Namespaces, address: &str) -> Result<String, Error> {
     let is_there = |pid: &String| inodes(pid).is_ok_and(|found| found == [recorded.mount, recorded.network]);
     let caller = recorded.containerd.to_string();
@@ -155,7 +155,7 @@ fn find(recorded: &Namespaces, address: &str) -> Result<String, Error> {
     if is_there(&present) { Ok(present) } else { Err(Error::Gone { address: address.to_owned() }) }
 }
 
-/// The process that listens at a containerd's address. Waits for nobody.
+/// The process that listens at a containerd's address. Does not wait.
 fn present(address: &str) -> Result<String, Error> {
     let path = address.strip_prefix("unix://").unwrap_or(address);
     let peer = || -> nix::Result<_> {
@@ -210,7 +210,7 @@ mod tests {
         let opened = open(&containerd).unwrap();
         let inode = |fd: OwnedFd| File::from(fd).metadata().unwrap().ino();
         assert_eq!(opened.into_iter().map(inode).collect::<Vec<_>>(), inodes("self").unwrap());
-        // A child of another test may have inherited the socket: closing it would not end it.
+        // A child of another test may have inherited the socket, so this process can't end it by closing its own descriptor.
         shutdown(listener.as_raw_fd(), Shutdown::Both).unwrap();
         assert!(matches!(open(&containerd), Err(Error::Gone { .. })));
         assert!(open(&Containerd { namespaces: None, ..containerd }).unwrap().is_empty());

@@ -43,7 +43,7 @@ pub enum Error {
     /// The runtime's binary does not exist.
     #[error("the OCI runtime {name:?} (option BinaryName) is not an executable file in {path}")]
     NoBinary {
-        /// As given.
+        /// As the client has named it.
         name: String,
         /// The directories that were searched.
         path: String,
@@ -51,7 +51,7 @@ pub enum Error {
     /// A directory is not absolute.
     #[error("runtime options: Root {root:?} must be an absolute path without \"..\"")]
     Root {
-        /// As given.
+        /// As the client has named it.
         root: String,
     },
     /// A path is not a cgroup.
@@ -59,7 +59,7 @@ pub enum Error {
         "runtime options: ShimCgroup {cgroup:?} must be an absolute path below /sys/fs/cgroup without \"..\""
     )]
     ShimCgroup {
-        /// As given.
+        /// As the client has named it.
         cgroup: String,
     },
     /// The log mode does not exist.
@@ -67,7 +67,7 @@ pub enum Error {
         "runtime options: Log {log:?} is not one of \"auto\", \"client\", \"journal\", \"tee\" and \"none\""
     )]
     Log {
-        /// As given.
+        /// As the client has named it.
         log: String,
     },
 }
@@ -99,22 +99,22 @@ pub struct Options {
     pub notify: bool,
     /// How long a command of the OCI runtime may take, in seconds; 0 for the default.
     pub runtime_timeout_sec: u32,
-    /// Without effect: the form of `linux.cgroupsPath` decides how it is read.
+    /// Has no effect: the form of `linux.cgroupsPath` decides how the shim reads it.
     pub systemd_cgroup: bool,
     /// The cgroup in which the OCI runtime creates the container and its execs, instead of one of the
     /// daemon's. (Under containerd-shim-runc-v2 the shim's own process lives there.)
     pub shim_cgroup: String,
-    /// Without effect: gone since containerd 2.0.
+    /// Has no effect: containerd 2.0 has removed it.
     pub criu_path: String,
-    /// Without effect: containerd translates it into a checkpoint.
+    /// Has no effect: containerd translates it into a checkpoint.
     pub criu_image_path: String,
     /// criu's work directory for a restore, which is kept.
     pub criu_work_path: String,
-    /// Without effect here: containerd reads it.
+    /// Has no effect in the shim: containerd reads it.
     pub task_api_address: String,
-    /// Without effect here: containerd reads it.
+    /// Has no effect in the shim: containerd reads it.
     pub task_api_version: u32,
-    /// Has no effect: containerd passes it along with the options.
+    /// Has no effect: containerd sends it with the options.
     pub type_url: String,
 }
 
@@ -179,7 +179,7 @@ impl OptionsSource {
 }
 
 impl Options {
-    /// From TOML, in which containerd passes on the options of a runtime whose options it does not know.
+    /// From TOML. containerd sends options in this form if it does not know the options of the runtime.
     ///
     /// # Errors
     /// [`Error::Malformed`], which names the key.
@@ -191,7 +191,7 @@ impl Options {
             .map_err(|source| Error::Malformed { place: place.to_owned(), source: Box::new(source) })
     }
 
-    /// Reads the options whatever the case of their names is, as containerd does for runc's options.
+    /// Reads the options with names in any case, as containerd does for runc's options.
     fn in_any_case(text: &str) -> Option<Self> {
         let mut named = toml::Table::new();
         for (key, value) in text.parse::<toml::Table>().ok()? {

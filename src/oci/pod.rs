@@ -1,5 +1,5 @@
-//! The spec of a pod's sandbox (pure): what containerd's CRI plugin would write for a pause container, for the shim's own
-//! first process.
+//! The spec of a pod's sandbox (pure). It is the spec that containerd's CRI plugin would write for a pause container, with
+//! the shim's own first process.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use crate::config;
 /// The path of the first process in the sandbox.
 pub const INIT: &str = "/sandbox";
 
-/// Who has a namespace.
+/// To whom a namespace belongs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Namespace {
     /// The pod. CRI's mode `CONTAINER` (for pids: one namespace for each container) concerns the containers only.
@@ -24,10 +24,10 @@ pub enum Namespace {
 /// The seccomp profile of a sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Seccomp {
-    /// None by the OCI runtime: the first process has a filter of its own, which allows less than any default profile.
+    /// The OCI runtime sets none. The first process sets a filter of its own, which allows less than any default profile.
     #[default]
     Own,
-    /// In addition, the profile in this file of the node.
+    /// The OCI runtime sets the profile in this file of the node, in addition to the filter of the first process.
     File(PathBuf),
 }
 
@@ -92,11 +92,11 @@ pub struct Pod {
     pub dns: Option<Dns>,
     /// The parent of its cgroups, empty if kubelet names none.
     pub cgroup_parent: String,
-    /// Who has the network namespace.
+    /// To whom the network namespace belongs.
     pub network: Namespace,
-    /// Who has the pid namespace.
+    /// To whom the pid namespace belongs.
     pub pid: Namespace,
-    /// Who has the IPC namespace.
+    /// To whom the IPC namespace belongs.
     pub ipc: Namespace,
     /// The pod's user namespace, `None` for the node's.
     pub user: Option<UserNamespace>,
@@ -121,19 +121,19 @@ pub struct Node {
     pub selinux: bool,
     /// Whether AppArmor is enabled.
     pub apparmor: bool,
-    /// The score for the OOM killer of the daemon. An unprivileged daemon can give no lower one.
+    /// The daemon's score for the OOM killer. An unprivileged daemon can't set a lower score.
     pub oom_score_adj: i32,
     /// The content of the seccomp profile that the pod names.
     pub seccomp: Option<Value>,
-    /// The file of the user namespace that owns the pod's network namespace, if both are there already.
+    /// The file of the user namespace that owns the pod's network namespace, if both namespaces exist already.
     pub user_namespace: Option<PathBuf>,
 }
 
 /// The score that containerd gives a pause container, so that the OOM killer ends the containers first.
 const OOM_SCORE_ADJ: i32 = -998;
 
-/// The spec of the sandbox `id` with the network namespace at `network`, or a new one if that is empty. Without a pod, the
-/// sandbox is that of a client which says nothing about it.
+/// The spec of the sandbox `id`. Its network namespace is the one at `network`, or a new one if `network` is empty. `pod` is
+/// `None` if the client has sent no configuration of a pod.
 pub fn spec(id: &str, pod: Option<&Pod>, network: &str, node: &Node) -> Value {
     let usual = Pod::default();
     let configured = pod.unwrap_or(&usual);
@@ -169,7 +169,7 @@ pub fn spec(id: &str, pod: Option<&Pod>, network: &str, node: &Node) -> Value {
     labelled(spec, configured, node)
 }
 
-/// A spec with the shim's first process and its rootfs in place of any other.
+/// Replaces the process and the rootfs of a spec with the first process of the shim and its rootfs.
 pub fn with_init(mut spec: Value, node: &Node) -> Value {
     if !spec.is_object() {
         spec = Value::Object(Map::new());
@@ -258,7 +258,7 @@ fn sysctls(pod: &Pod, of_cri: bool) -> BTreeMap<String, String> {
     all
 }
 
-/// As CRI builds it for the containers of the pod, so that all are in one slice.
+/// `linux.cgroupsPath`, in the form that CRI uses for the containers of the pod, so that all are in one slice.
 fn cgroups_path(parent: &str, id: &str) -> Option<String> {
     let last = parent.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
     match parent {

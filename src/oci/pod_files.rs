@@ -1,7 +1,7 @@
 //! The files that the containers of a pod share: `/etc/hostname`, `/etc/hosts`, `/etc/resolv.conf` and `/dev/shm`.
 //!
-//! containerd's CRI plugin mounts them into each container of a pod, from fixed places in its own directories. With its
-//! own sandboxes it also makes them. It leaves that to us when we make the sandbox.
+//! containerd's CRI plugin mounts them into each container of a pod, from fixed paths in its own directories. The plugin
+//! also makes the files, except if the shim makes the sandbox: then the shim has to make them.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -36,16 +36,16 @@ const MAX_FILE: u64 = 4 << 20;
 /// Why the files can't be made or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file.
+    /// A file can't be made, read or removed.
     #[error("files of the pod: {0}")]
     Io(#[from] PathError),
-    /// A mount.
+    /// The mount can't be made or removed.
     #[error("files of the pod: {0}")]
     Mount(#[from] mounts::Error),
 }
 
-/// Where the CRI plugin of the containerd that has made `bundle` looks for the files of the pod `id`. `None` if the bundle
-/// is not where containerd 2 makes those of sandboxes, or if there is no CRI plugin.
+/// The directories in which the CRI plugin looks for the files of the pod `id`, for the containerd that has made `bundle`.
+/// `None` if `bundle` is not in the directory in which containerd 2 makes bundles of sandboxes, or if there is no CRI plugin.
 pub fn places(bundle: &Path, id: &str) -> Option<Places> {
     let root = fs::read_link(bundle.join("work")).ok()?;
     // DIRECTORY/CONTROLLER/NAMESPACE/ID
@@ -58,7 +58,7 @@ pub fn places(bundle: &Path, id: &str) -> Option<Places> {
     root.is_dir().then(|| Places { files: of_pod(root), mounts: of_pod(state) })
 }
 
-/// Makes the files of a pod, also where an earlier attempt has made some of them.
+/// Makes the files of a pod. An earlier attempt may have made some of them.
 ///
 /// # Errors
 /// A file or the mount can't be made.
@@ -86,9 +86,9 @@ pub fn make(pod: &Pod, places: &Places) -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives the user namespace that owns the network namespace `network` a path, for a pod with a user namespace. containerd 2
-/// makes both before it calls, and only processes in that user namespace can configure the network. `None` if the node's user
-/// namespace owns it: the pod gets a new one.
+/// Mounts the user namespace that owns the network namespace `network` at a path, for a pod with a user namespace. containerd
+/// 2 makes both namespaces before it calls, and only processes in that user namespace can configure the network. `None` if
+/// the node's user namespace owns the network namespace: then the pod gets a new user namespace.
 ///
 /// # Errors
 /// `network` is no network namespace, or its owner can't be mounted.
@@ -113,7 +113,7 @@ pub fn pin_user_namespace(network: &Path, places: &Places) -> Result<Option<Path
     Ok(Some(pinned))
 }
 
-/// Removes the files of a pod. It is no error if some are not there.
+/// Removes the files of a pod. It is no error if some do not exist.
 ///
 /// # Errors
 /// A file or the mount can't be removed.

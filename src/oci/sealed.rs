@@ -106,7 +106,7 @@ impl FileIdentity {
 /// The copy of a binary, or the fact that there can be none.
 struct Kept {
     of: FileIdentity,
-    /// Made when it is needed first.
+    /// Made at its first use.
     copy: OnceLock<Option<Copy>>,
     used: Mutex<Instant>,
 }

@@ -1,6 +1,6 @@
 //! Signals by the names that images give them (pure).
 
-/// What the C library leaves of the real-time signals, as containerd and systemd count them.
+/// The real-time signals that the C library does not use itself. containerd and systemd count from the first of them.
 const RTMIN: i32 = 34;
 const RTMAX: i32 = 64;
 

@@ -91,7 +91,7 @@ pub enum Error {
         signal: u32,
         /// The process.
         process: String,
-        /// Why not.
+        /// The error.
         source: std::io::Error,
     },
     /// A killed process was not reported as ended.

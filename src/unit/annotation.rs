@@ -49,7 +49,7 @@ pub enum Error {
         setting: String,
         /// The property.
         name: String,
-        /// Why not.
+        /// The error.
         reason: &'static str,
     },
     /// A string in the value can't be written to a unit's file.

@@ -1,5 +1,5 @@
-//! Collects all events of a run and checks them: in order, each once (or repeated without a change), and no event that
-//! does not belong.
+//! Collects all events of a run and checks them: they are in order, each comes once or is repeated unchanged, and no event is
+//! superfluous.
 
 use std::collections::{HashMap, HashSet};
 
@@ -45,8 +45,8 @@ impl Audit {
         })
     }
 
-    /// All faults in the order or the number of a container's events. A missing event is no fault here: only the
-    /// caller knows what has happened.
+    /// All faults in the order or the number of a container's events. A missing event is not one of them: only the caller
+    /// knows what has happened.
     pub fn faults(&self, container: &str) -> Vec<String> {
         let events = self.of(container);
         let mut faults = Vec::new();
@@ -73,7 +73,7 @@ impl Audit {
     }
 }
 
-/// The order that containerd wants.
+/// The order that containerd requires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Step {
     Made,

@@ -56,7 +56,7 @@ fn number(file: &impl AsRawFd) -> u32 {
     u32::try_from(file.as_raw_fd()).expect("a descriptor is not negative")
 }
 
-/// Takes the device programs off a cgroup itself; those of the cgroups above it stay. Returns how many there were.
+/// Removes the device programs of a cgroup, but not those of the cgroups above it. Returns how many programs it removed.
 pub fn allow_all_devices(cgroup: &Path) -> usize {
     let directory = File::open(cgroup).unwrap_or_else(|error| panic!("{}: {error}", cgroup.display()));
     let mut ids = [0_u32; 64];

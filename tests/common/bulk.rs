@@ -35,12 +35,12 @@ impl Bulk {
         format!("i=0; while [ $i -lt {} ]; do cat /bulk/block; i=$((i+1)); done", self.blocks)
     }
 
-    /// Writes it all.
+    /// Writes all data.
     pub fn feed(&self, file: &File) {
         self.try_feed(file).expect("write a block");
     }
 
-    /// The same, for a caller that expects the reader to be gone.
+    /// As [`Self::feed`], but returns the error if the reader has closed its end.
     pub fn try_feed(&self, mut file: &File) -> io::Result<()> {
         (0..self.blocks).try_for_each(|_| file.write_all(&self.block))
     }
@@ -55,7 +55,7 @@ impl Bulk {
         self.assert_arrives_while(reader, usize::MAX, || ());
     }
 
-    /// The same, and does something each time so many bytes more have come.
+    /// As [`Self::assert_arrives`], and calls `act` each time another `every` bytes have arrived.
     pub fn assert_arrives_while(&self, reader: &mut Reader, every: usize, act: impl FnMut()) {
         self.check_while(reader, every, act).unwrap_or_else(|wrong| panic!("{wrong}"));
     }
@@ -65,7 +65,7 @@ impl Bulk {
         self.check_while(reader, usize::MAX, || ())
     }
 
-    /// The same, and does something each time so many bytes more have come.
+    /// As [`Self::check`], and calls `act` each time another `every` bytes have arrived.
     pub fn check_while(
         &self,
         reader: &mut Reader,

@@ -69,13 +69,13 @@ impl<'n> Builder<'n> {
         self
     }
 
-    /// Creates snapshot and metadata, but no task.
+    /// Creates the snapshot and the metadata, but no task.
     pub fn make(self) -> Container<'n> {
         let id = self.id.clone();
         self.try_make().unwrap_or_else(|error| panic!("make container {id}: {error}"))
     }
 
-    /// The same, for a caller that expects a failure.
+    /// As [`Self::make`], but returns the error.
     pub fn try_make(self) -> Result<Container<'n>, Status> {
         let Builder { node, namespace, id, runtime, options, spec } = self;
         let parent = image::chain_id(node, &namespace);
@@ -238,7 +238,7 @@ impl<'n> Container<'n> {
 impl Drop for Container<'_> {
     fn drop(&mut self) {
         self.end();
-        // The test may have removed it already: errors are of no interest.
+        // The test may have removed the container already, so an error is ignored.
         let _ = self.remove_metadata();
         let _ = self.remove_snapshot();
     }

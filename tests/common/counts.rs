@@ -52,15 +52,15 @@ pub struct Counts {
     pub executed: Vec<String>,
     /// The files below /run that were written.
     pub written: Vec<PathBuf>,
-    /// The files `cgroup.procs` that were written, of units and containers that this process has made: the file system of
-    /// cgroups can be that of other guests, too.
+    /// The files `cgroup.procs` that were written, only of units and containers that this process has made: other guests may
+    /// share the file system of cgroups.
     pub moves: Vec<PathBuf>,
     /// Processes and threads that were created.
     pub tasks: u64,
 }
 
 impl Counts {
-    /// The messages of a sender whose description begins so.
+    /// The messages of a sender whose description begins with this text.
     pub fn sent(&self, sender: Sender, what: &str) -> usize {
         self.messages.iter().filter(|sent| sent.sender == sender && sent.what.starts_with(what)).count()
     }
@@ -98,7 +98,7 @@ impl Watch {
         Watch { bus: BusWatch::new(node), files: FileWatch::new(), tasks: 0 }
     }
 
-    /// Forgets what was done before.
+    /// Discards everything that was counted before.
     pub fn begin(&mut self, node: &Node) {
         self.bus.take(node);
         self.files.mark_programs_in_memory();
@@ -110,7 +110,7 @@ impl Watch {
         let tasks = last_task().wrapping_sub(self.tasks);
         let messages = self.bus.take(node);
         let mut counts = Counts { messages, tasks, ..Counts::default() };
-        // Part of every id that `unique` makes.
+        // Every id that `unique` makes contains this text.
         let own = format!("-{}-", process::id());
         for Event { mask, path } in self.files.take() {
             if mask.contains(MaskFlags::FAN_OPEN_EXEC) {
@@ -183,7 +183,7 @@ impl BusWatch {
         messages.iter().filter_map(|message| sent(message, &names)).collect()
     }
 
-    /// systemd's answer comes after all that it has sent before.
+    /// systemd answers after it has sent all earlier messages.
     async fn ping(&self) -> Message {
         let path = "/org/freedesktop/systemd1";
         let peer = Some("org.freedesktop.DBus.Peer");
@@ -196,7 +196,7 @@ impl BusWatch {
         let daemon = daemon::pid();
         let mut names = HashMap::from([(BUS.to_string(), Some(Sender::Bus))]);
         for name in bus.list_names().await.expect("names on the bus") {
-            // A connection can end in between.
+            // A connection may have ended in the meantime.
             if let Ok(pid) = bus.get_connection_unix_process_id(name.as_ref()).await {
                 let sender = match pid {
                     1 => Some(Sender::Systemd),
@@ -232,7 +232,7 @@ struct Event {
     path: PathBuf,
 }
 
-/// Receives what is done with files.
+/// Receives events about files.
 struct FileWatch {
     group: Arc<Fanotify>,
     events: Arc<Mutex<Vec<Event>>>,
@@ -271,7 +271,7 @@ impl FileWatch {
         for entry in fs::read_dir(format!("/proc/{daemon}/fd")).into_iter().flatten().flatten() {
             let is_copy = fs::read_link(entry.path()).is_ok_and(|link| link.starts_with("/memfd:runc"));
             if is_copy {
-                // The daemon may have closed it in between.
+                // The daemon may have closed it in the meantime.
                 let _ = self.group.mark(
                     MarkFlags::FAN_MARK_ADD,
                     MaskFlags::FAN_OPEN_EXEC,

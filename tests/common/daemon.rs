@@ -14,7 +14,7 @@ use super::systemd::{self, DAEMON_SERVICE};
 use super::{process, wait};
 
 /// The pid of the daemon, if it runs. Read from `/proc`, because systemd may be re-executing. The guard of an earlier daemon
-/// may still be there: it has the same command line.
+/// may still exist: it has the same command line.
 pub fn pid() -> Option<u32> {
     let is_guard = |pid: &u32| process::name(*pid).is_some_and(|name| name == "shim-guard");
     processes().into_iter().find(|pid| !is_guard(pid))
@@ -30,7 +30,7 @@ pub fn is_stopped(pid: u32) -> bool {
     process::status(pid, "State").is_some_and(|state| state.starts_with('T'))
 }
 
-/// Sends a signal to a process, which may be gone by now.
+/// Sends a signal to a process, which may have ended.
 pub fn signal(pid: u32, signal: Signal) {
     let raw = i32::try_from(pid).expect("a pid is a small number");
     match kill(Pid::from_raw(raw), signal) {
@@ -70,8 +70,8 @@ pub fn killed() {
     wait_for_another(kill_now());
 }
 
-/// How often the daemon has been killed so far. How long that takes depends on the machine, so work that needs some kills
-/// goes on until there have been so many.
+/// How often the daemon has been killed so far. The time for a number of kills depends on the machine, so work that needs
+/// some kills continues until the number is reached.
 #[derive(Default)]
 pub struct Kills {
     count: AtomicU64,
@@ -84,7 +84,7 @@ impl Kills {
         self.count.load(Ordering::Acquire)
     }
 
-    /// Whether there have been so many. Panics if there will be no more.
+    /// Whether the number is reached. Panics if it is not, and the thread that kills has ended.
     pub fn reached(&self, number: u64) -> bool {
         let count = self.count();
         let is_over = self.is_over.load(Ordering::Acquire);
@@ -95,12 +95,12 @@ impl Kills {
         count >= number
     }
 
-    /// Counts turns: at least so many, and more until there have been so many kills.
+    /// Counts turns: at least `least`, and more until there have been `kills` kills.
     pub fn turns(&self, least: u32, kills: u64) -> impl Iterator<Item = u32> {
         (0..).take_while(move |turn| *turn < least || !self.reached(kills))
     }
 
-    /// Waits until there have been so many.
+    /// Waits until the number of kills is reached.
     pub fn wait_for(&self, number: u64) {
         (1..=number).for_each(|number| {
             wait::until_true("the daemon is killed once more", || self.reached(number));
@@ -133,7 +133,7 @@ pub struct Killer {
 }
 
 impl Killer {
-    /// Kills by `kill`, after a pause of this length and a bit more each time.
+    /// Calls `kill` again and again, after pauses that begin with this length and grow.
     pub fn begin(kill: fn() -> u32, pause: Duration) -> Killer {
         let (end, ended) = mpsc::channel::<()>();
         let counted = Arc::new(Kills::default());
@@ -144,9 +144,9 @@ impl Killer {
             while ended.recv_timeout(pause()) == Err(RecvTimeoutError::Timeout) {
                 kill();
                 kills.count.fetch_add(1, Ordering::Release);
-                // systemd starts the next one after a pause: its own life is what counts.
+                // The pause counts from the start of a daemon, which systemd delays.
                 wait::until("there is another daemon", pid);
-                // Where a daemon needs longer to start than it is given here, one of seven does serve nevertheless.
+                // If a daemon needs more time to start than it gets here, one of seven daemons gets enough.
                 if kills.count() % 7 == 6 {
                     wait::until("one of the daemons serves", serving);
                 }
@@ -175,7 +175,7 @@ impl Drop for Killer {
     }
 }
 
-/// Says that there are no more kills, also when the thread that kills panics.
+/// Records that no more kills will come, also when the thread that kills panics.
 struct Over<'k>(&'k Kills);
 
 impl Drop for Over<'_> {
@@ -200,8 +200,8 @@ pub fn systemctl(verb: &str) {
     process::succeed("systemctl", &[verb, DAEMON_SERVICE]);
 }
 
-/// The daemon is stopped by a signal: it does nothing and receives nothing. SIGKILL ends it afterwards, so this daemon
-/// never does what it has not done yet.
+/// A daemon that is stopped by a signal: it does nothing and receives nothing. Later SIGKILL ends it, so this daemon never
+/// continues its work.
 pub struct Down {
     pid: u32,
 }

@@ -51,14 +51,14 @@ impl Disturbance {
         }
     }
 
-    /// Whether it disturbs our daemon, which has no counterpart in the stock shim.
+    /// Whether it disturbs the daemon. The stock shim has no daemon.
     pub fn is_ours(self) -> bool {
         use Disturbance::{Hang, Kill, Restart, WholeCgroup};
         matches!(self, Kill | WholeCgroup | Hang | Restart)
     }
 
-    /// Disturbs, whatever is going on; an error says that systemd refused. systemctl waits for its job; the caller has
-    /// to wait for the effects of the other disturbances.
+    /// Disturbs, even if the effects of an earlier disturbance last. Returns an error if systemd refuses. systemctl waits for
+    /// its job; the caller has to wait for the effects of the other disturbances.
     pub fn happen(self) -> Result<(), String> {
         match self {
             Disturbance::Kill => signal_daemon(Signal::SIGKILL),

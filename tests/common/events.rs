@@ -96,7 +96,7 @@ impl Node {
         self.try_subscribe().unwrap_or_else(|error| panic!("subscribe: {error}"))
     }
 
-    /// The same, for a caller that expects containerd to be down.
+    /// As [`Self::new`], but returns the error if containerd does not run.
     pub fn try_subscribe(&self) -> Result<Events, Status> {
         let (sender, envelopes) = channel();
         let mut client = EventsClient::new(self.channel());
@@ -130,7 +130,7 @@ impl Node {
 pub struct Ended;
 
 impl Events {
-    /// The next event of a namespace; `None` if there is none in time.
+    /// The next event of a namespace. `None` if no event comes within the time limit.
     pub fn next(&self, namespace: &str, limit: Duration) -> Result<Option<Event>, Ended> {
         let deadline = Instant::now() + limit;
         loop {

@@ -57,7 +57,7 @@ pub fn namespace(pid: u32, kind: &str) -> String {
     target.to_string_lossy().into_owned()
 }
 
-/// Proportional set size of a process in KiB; `None` if the process is gone.
+/// The proportional set size of a process in KiB. `None` if the process has ended.
 pub fn pss_kib(pid: u32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:"))?;

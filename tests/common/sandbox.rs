@@ -54,7 +54,7 @@ impl<'n> Sandbox<'n> {
         Ok(sandbox)
     }
 
-    /// Only a name: containerd knows nothing of it yet.
+    /// Makes a name only: containerd does not know the sandbox yet.
     pub fn unmade(node: &'n Node, name: &str) -> Sandbox<'n> {
         Sandbox { node, id: unique(name) }
     }
@@ -131,7 +131,7 @@ impl<'n> Sandbox<'n> {
         self.node.spawn(async move { controller.wait(request(NAMESPACE, message)).await })
     }
 
-    /// The exit status that a waiter has got.
+    /// The exit status in the response to a Wait.
     pub fn waited(&self, waiter: Waiter) -> u32 {
         self.made("wait for", self.try_waited(waiter)).exit_status
     }
@@ -190,7 +190,7 @@ pub fn metrics_of(node: &Node, namespace: &str, id: &str) -> Metric {
 
 impl Drop for Sandbox<'_> {
     fn drop(&mut self) {
-        // It may have been removed.
+        // The test may have removed it.
         let _ = self.try_shut_down();
         let _ = self.try_forget();
     }

@@ -26,7 +26,7 @@ const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// The code and the text of an error.
 pub type Refusal = (Code, String);
 
-/// A connection to the daemon, as containerd has one per bundle.
+/// A connection to the daemon. containerd has one for each bundle.
 pub struct Shim<'n> {
     node: &'n Node,
     client: Client,
@@ -89,7 +89,7 @@ pub fn socket() -> String {
     address.trim().strip_prefix("unix://").unwrap_or_else(|| panic!("start: {address}")).to_string()
 }
 
-/// Runs the binary's `start` as containerd does, with more environment and something on stdin.
+/// Runs the binary's `start` as containerd does, with additional environment variables and with input on stdin.
 pub fn start(bundle: &Bundle, id: &str, environment: &[(&str, &str)], stdin: &[u8]) -> Outcome {
     with_stdin(action(bundle, id, &[]).arg("start").envs(environment.iter().copied()), stdin)
 }
@@ -99,7 +99,7 @@ pub fn delete(bundle: &Bundle, id: &str) -> Outcome {
     delete_by(bundle, bundle.path(), id)
 }
 
-/// As [`delete`], by another path to the bundle.
+/// As [`delete`], with another path to the bundle.
 pub fn delete_by(bundle: &Bundle, path: &str, id: &str) -> Outcome {
     with_stdin(action(bundle, id, &["-bundle", path]).arg("delete"), &[])
 }
@@ -117,7 +117,7 @@ fn action(bundle: &Bundle, id: &str, more: &[&str]) -> Command {
     command
 }
 
-/// Runs a command with these bytes on its stdin, to its end.
+/// Runs a command with these bytes on its stdin, and waits for its end.
 pub fn with_stdin(command: &mut Command, stdin: &[u8]) -> Outcome {
     let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap_or_else(|error| panic!("run {command:?}: {error}"));
@@ -160,7 +160,7 @@ pub fn points() -> Vec<String> {
     if outcome.code == Some(0) { names } else { Vec::new() }
 }
 
-/// The test build in place of the installed binary, which returns on drop.
+/// Replaces the installed binary with the test build, until it is dropped.
 pub struct WithFaults;
 
 impl WithFaults {

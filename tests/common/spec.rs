@@ -89,7 +89,7 @@ impl Spec {
         self
     }
 
-    /// A program of the container may get more privileges than its caller, by its file.
+    /// Lets a program get more privileges than its caller, as a set-user-id file does.
     pub fn with_new_privileges(mut self) -> Spec {
         self.0["process"]["noNewPrivileges"] = json!(false);
         self
@@ -134,15 +134,15 @@ impl Spec {
         self
     }
 
-    /// In the namespace at `path`.
+    /// Uses the namespace at `path`.
     pub fn in_namespace_of(self, kind: &str, path: &str) -> Spec {
         let mut spec = self.in_host_namespace(kind);
         spec.list("/linux/namespaces").push(json!({"type": kind, "path": path}));
         spec
     }
 
-    /// A user namespace whose ids begin at `first` on the host. Its root can't mount sysfs of another network
-    /// namespace, nor a cgroup file system that is not there yet.
+    /// Adds a user namespace whose ids begin at `first` on the host. The root user of that namespace can't mount sysfs of
+    /// another network namespace, and can't mount a cgroup file system that is not mounted yet.
     pub fn user_namespace(mut self, first: u32, size: u32) -> Spec {
         self.list("/linux/namespaces").push(json!({"type": "user"}));
         let mapping = json!([{"containerID": 0, "hostID": first, "size": size}]);
@@ -161,19 +161,19 @@ impl Spec {
         self
     }
 
-    /// Runs a program of the host at a moment of the container's life: `createRuntime`, `poststop`, …
+    /// Adds a hook, a program of the host: `createRuntime`, `poststop`, …
     pub fn hook(mut self, moment: &str, path: &str) -> Spec {
         self.0["hooks"][moment] = json!([{"path": path}]);
         self
     }
 
-    /// Sets `linux.resources`: only where there are controllers.
+    /// Sets `linux.resources`. Only for a guest with controllers.
     pub fn resources(mut self, resources: Value) -> Spec {
         self.0["linux"]["resources"] = resources;
         self
     }
 
-    /// Replaces a part of the JSON, for text that no library writes.
+    /// Replaces a part of the JSON text, for JSON that no library writes.
     pub fn written(mut self, part: &str, by: &str) -> Spec {
         self.1.push((part.to_string(), by.to_string()));
         self

@@ -53,7 +53,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // An error does no harm: names are unique, and the directory is gone with the guest.
+        // An error does no harm: names are unique, and the guest is thrown away after the run.
         let _ = fs::remove_dir_all(&self.path);
     }
 }
@@ -72,7 +72,7 @@ impl Fifos {
         Fifos { scratch }
     }
 
-    /// All three.
+    /// stdin, stdout and stderr.
     pub fn io(&self) -> Io {
         Io { stdin: self.scratch.text("stdin"), ..self.output() }
     }
@@ -149,8 +149,8 @@ fn make_fifo(path: &Path) {
     nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 }
 
-/// Opens a FIFO in the background: the open waits for a reader.
-/// Opens a FIFO, and returns once the client waits there for a reader: a reader that comes and goes is not missed then.
+/// Opens a FIFO in the background, where the open waits for a reader. Returns once the open waits: then it can't miss a reader
+/// that closes the FIFO at once.
 fn open_to_write(path: PathBuf) -> Opening {
     let ((sender, file), (named, thread)) = (channel(), channel());
     thread::spawn(move || {
@@ -221,8 +221,8 @@ impl Reader {
         (bytes, ended)
     }
 
-    /// Passes on each piece of output while `wants_more` returns true. Returns true for EOF; false if there was enough, or
-    /// no output for [`wait::LIMIT`].
+    /// Calls `wants_more` with each piece of output until it returns false. Returns true at EOF, and false if `wants_more` did,
+    /// or if no output came for [`wait::LIMIT`].
     pub fn each(&mut self, mut wants_more: impl FnMut(&[u8]) -> bool) -> bool {
         let mut chunk = [0; 64 * 1024];
         while self.ready(wait::LIMIT) {

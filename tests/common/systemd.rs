@@ -137,7 +137,7 @@ impl DropIn {
 
 impl Drop for DropIn {
     fn drop(&mut self) {
-        // Errors of this clean-up show in the next test.
+        // If the removal fails, the next test fails.
         let _ = fs::remove_dir_all(&self.directory);
     }
 }

@@ -21,7 +21,7 @@ pub const YEAR_ONE: i64 = -62_135_596_800;
 
 const EXIT_LIMIT: Duration = Duration::from_secs(60);
 
-/// The stdio of a process in the API: paths, URIs or empty.
+/// The stdio strings of a process: paths, URIs or empty texts.
 #[derive(Clone, Debug, Default)]
 pub struct Io {
     pub stdin: String,
@@ -120,7 +120,7 @@ impl<'n> Process<'n> {
         self.node.call(self.node.tasks().resize_pty(request(&self.namespace, resize)))
     }
 
-    /// Calls `Wait` now; the returned value has the response later.
+    /// Calls `Wait`. The returned value can wait for the response.
     pub fn waiting(&self) -> Waiting<'n> {
         let mut tasks = self.node.tasks();
         let wait = WaitRequest { container_id: self.container.clone(), exec_id: self.exec.clone() };
@@ -154,7 +154,7 @@ impl<'n> Process<'n> {
 
     /// Kills the process if it exists, waits for its exit, and deletes it.
     pub fn end(&self) {
-        // An error means that the process has ended or never existed: there is nothing to wait for then.
+        // After an error there is nothing to wait for: the process has ended or never existed.
         if self.kill_all(SIGKILL).is_ok() {
             let _ = self.wait();
         }

@@ -17,7 +17,7 @@ pub fn until_true(what: &str, mut probe: impl FnMut() -> bool) {
     until(what, || probe().then_some(()));
 }
 
-/// Probes until there is an answer. `None` when the limit has passed: the caller reports the failure.
+/// Probes until there is an answer. `None` after the time limit: the caller reports the failure.
 pub fn within<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + limit;
     loop {
@@ -31,7 +31,7 @@ pub fn within<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> Optio
     }
 }
 
-/// Lets time pass, for a test that measures the time itself. To wait for something, use the other functions.
+/// Sleeps, for a test that measures time itself. Use the other functions to wait for a condition.
 #[allow(clippy::disallowed_methods)] // the one place where a test sleeps
 pub fn elapse(span: Duration) {
     std::thread::sleep(span);

@@ -61,7 +61,7 @@ fn end_of_region(rest: &str) -> Option<&str> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Number {
     Is(u32),
-    /// `N`: the last one that there is.
+    /// `N`: the last CPU or memory node that exists.
     Last,
 }
 
@@ -77,7 +77,7 @@ fn number(text: &str) -> Option<(Number, &str)> {
 fn in_order(first: Number, last: Number) -> bool {
     match (first, last) {
         (Number::Is(first), Number::Is(last)) => first <= last,
-        // Some kernel has as many.
+        // A kernel can have this many.
         (Number::Last, _) | (_, Number::Last) => true,
     }
 }

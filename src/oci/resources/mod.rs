@@ -1,8 +1,8 @@
 //! `linux.resources`: the limits that a client asks for, checked before anything has an effect (pure).
 //!
-//! A value is refused, with an error that names the field, if no kernel accepts it and every version of runc passes
-//! it on. runc and the kernel judge everything else: what works under containerd-shim-runc-v2 works here. Facts: runc 1.1 to 1.3 (`libcontainer/specconv`, `libcontainer/cgroups/fs2`) and the kernel's
-//! cgroup-v2.rst.
+//! The shim refuses a value, with an error that names the field, if no kernel accepts it and every version of runc passes it
+//! to the kernel. It leaves all other decisions to runc and the kernel: what works under containerd-shim-runc-v2 works here.
+//! Facts: runc 1.1 to 1.3 (`libcontainer/specconv`, `libcontainer/cgroups/fs2`) and the kernel's cgroup-v2.rst.
 
 pub mod cpuset;
 mod json;
@@ -328,7 +328,7 @@ impl Memory {
                 return Err(invalid(field, AT_LEAST, &value));
             }
         }
-        // It is memory and swap together: without the memory's limit nobody knows the swap's.
+        // The value limits memory and swap together. Without a limit of memory, the limit of swap is unknown.
         match (self.limit.unwrap_or_default(), self.swap.unwrap_or_default()) {
             (_, -1 | 0) | (-1, _) => Ok(()),
             (0, swap) => {
@@ -346,8 +346,8 @@ impl Memory {
 }
 
 impl Cpu {
-    /// `shares` may be anything: runc brings them into the kernel's range (from 1.3.2 on). Real-time
-    /// values are not looked at on cgroup v2.
+    /// `shares` may have any value: runc adapts it to the kernel's range (from 1.3.2 on). Real-time values are ignored on
+    /// cgroup v2.
     fn check(&self) -> Result<(), Error> {
         let quota = self.quota.and_then(|quota| u64::try_from(quota).ok()).filter(|quota| *quota > 0);
         if let Some(quota) = quota.filter(|quota| *quota < SHORTEST_PERIOD_USEC) {
@@ -357,7 +357,7 @@ impl Cpu {
         if let Some(period) = self.period.filter(|period| *period != 0 && !periods.contains(period)) {
             return Err(invalid("cpu.period", "must be from 1000 to 1000000 microseconds", &period));
         }
-        // runc 1.1 does not know this one and the next; later ones fail with what the kernel refuses.
+        // runc 1.1 ignores this field and the next one. Later versions fail if the kernel refuses the value.
         if let (Some(burst), Some(quota)) = (self.burst, quota)
             && burst > quota
         {
@@ -377,8 +377,7 @@ impl Cpu {
 }
 
 impl BlockIo {
-    /// A weight below 10 is one that only the BFQ scheduler takes. `weightDevice` has an effect with BFQ
-    /// alone.
+    /// Only the BFQ scheduler accepts a weight below 10. `weightDevice` has an effect only with BFQ.
     fn check(&self) -> Result<(), Error> {
         if let Some(weight) = self.weight.filter(|weight| *weight > 1000) {
             return Err(invalid("blockIO.weight", "must be from 10 to 1000, or 0 (unset)", &weight));
@@ -407,7 +406,7 @@ impl DeviceRule {
             return Err(invalid(&field("access"), "must have some of the letters \"rwm\"", &"empty"));
         }
         for (part, number) in [("major", self.major), ("minor", self.minor)] {
-            // A rule for all devices is for all, whatever its numbers.
+            // A rule for all devices ignores its numbers.
             let counts = ["b", "c"].contains(&self.kind.as_str());
             if let Some(number) = number.filter(|number| counts && *number > i64::from(u32::MAX)) {
                 return Err(invalid(&field(part), "must be a device's number, or -1 for all", &number));
@@ -436,7 +435,8 @@ fn list<T>(field: &Field<'_>, read: impl Fn(&Field<'_>) -> Result<T, Error>) -> 
     field.items()?.iter().map(read).collect()
 }
 
-/// As the kernel names the files of hugetlb (mm/hugetlb_cgroup.c): `64KB`, `2MB`, `1GB`.
+/// True for a page size in the form that the kernel uses in the names of hugetlb's files (mm/hugetlb_cgroup.c): `64KB`,
+/// `2MB`, `1GB`.
 fn is_page_size(text: &str) -> bool {
     let number = ["KB", "MB", "GB"].iter().find_map(|unit| text.strip_suffix(unit));
     number.is_some_and(|number| {

@@ -61,10 +61,10 @@ const MAX_NAMES: usize = 32;
 /// systemd loads a unit for each name that it gets.
 const UNIT_TYPES: [&str; 4] = [".service", ".target", ".socket", ".mount"];
 
-/// Whether an annotation may set a property without the administrator's leave, and to this value.
+/// Checks that an annotation may set a property to this value without permission of the administrator.
 ///
 /// # Errors
-/// Why not.
+/// The reason, if it may not.
 pub(super) fn check(name: &str, value: &Variant<'_>) -> Result<(), &'static str> {
     let Some((_, rule)) = ALLOWED.iter().find(|(allowed, _)| *allowed == name) else {
         return Err(
