@@ -21,7 +21,7 @@ use crate::task::request::Containerd;
 use crate::transport::sockets::{Leases, Socket};
 use crate::unit::manager::Manager;
 use crate::unit::properties;
-use crate::unit::{self, name, watch};
+use crate::unit::{self, name, service_d, watch};
 use crate::{cgroup, config};
 
 use super::arguments::Flags;
@@ -186,6 +186,7 @@ fn advice() -> String {
 /// Starts the daemon's units if its socket does not accept connections. One of several callers does it, and the others
 /// wait.
 pub(super) fn bring_up() -> Result<(), Failure> {
+    shield_daemon();
     if listens() {
         return Ok(());
     }
@@ -202,6 +203,17 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     } else {
         let found = format!("{} is active, but nobody answers on {}", name::DAEMON_SOCKET, config::SOCKET);
         Err(Failure(found + &advice()))
+    }
+}
+
+/// Protects the daemon from drop-ins for all services with which it could not start. An error is not reported: the daemon may
+/// run, and containerd takes whatever is printed for the answer.
+fn shield_daemon() {
+    if service_d::shield(name::DAEMON_SERVICE).unwrap_or(false) {
+        let _ = block_on(async {
+            let manager = Manager::default();
+            tokio::time::timeout(config::START_LIMIT, manager.connect_and_reload()).await
+        });
     }
 }
 

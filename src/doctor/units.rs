@@ -6,6 +6,7 @@ use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET};
 
 use super::Check;
 use crate::probe::{self, Known, Properties, property};
+use crate::unit::service_d;
 
 /// The properties of the daemon's service on which its promises depend, and their good values.
 const NEEDED: [(&str, &[&str]); 6] = [
@@ -17,18 +18,17 @@ const NEEDED: [(&str, &[&str]); 6] = [
     ("RootDirectory", &[""]),
 ];
 
-const NOT_CREATED: &str = "no container can be created";
-
-/// Properties that drop-ins for all services must not change: the property of every service, its only good value, and the
-/// effect of any other value. The shim overrides other harmful settings of such drop-ins (docs/properties.md).
-const HARMFUL: [(&str, &str, &str); 7] = [
-    ("ExitType", "main", NOT_CREATED),
-    ("PAMName", "", "the daemon does not start"),
-    ("PrivatePIDs", "no", NOT_CREATED),
-    ("RefuseManualStart", "no", NOT_CREATED),
-    ("RefuseManualStop", "no", "no container can be deleted"),
-    ("RuntimeMaxUSec", "infinity", "every container ends after this time"),
-    ("StopWhenUnneeded", "no", "systemd stops every container at once"),
+/// Properties of the daemon's service that drop-ins for all services change to its harm, and their good values. The first
+/// container after such a change makes a copy of the drop-in without them ([`service_d`]).
+const HARMFUL: [(&str, &str); 8] = [
+    ("ExitType", "main"),
+    ("PAMName", ""),
+    ("RefuseManualStart", "no"),
+    ("RefuseManualStop", "no"),
+    ("RuntimeMaxUSec", "infinity"),
+    ("StopWhenUnneeded", "no"),
+    ("Type", "notify"),
+    ("UnsetEnvironment", ""),
 ];
 
 /// The smallest usable size of the descriptor store. A smaller one holds the descriptors of too few containers.
@@ -42,12 +42,14 @@ pub struct Facts {
     slice: Known<Properties>,
     /// Files that units name and that do not exist.
     missing: Vec<PathBuf>,
+    /// Drop-ins for namespaces that break containers: path, setting, and what happens.
+    harmful: Vec<(PathBuf, String, &'static str)>,
 }
 
 pub(super) fn collect() -> Facts {
     let [service, socket, slice] = [DAEMON_SERVICE, DAEMON_SOCKET, DAEMON_SLICE].map(probe::show_one);
     let missing = service.iter().filter_map(program).filter(|path| !path.exists()).collect();
-    Facts { service, socket, slice, missing }
+    Facts { service, socket, slice, missing, harmful: service_d::harmful_for_namespaces() }
 }
 
 /// The program in `ExecStart={ path=… ; argv[]=… }`.
@@ -73,6 +75,11 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     }
     checks.extend(overridden(service));
     checks.extend(for_all_services(service));
+    for (path, setting, effect) in &facts.harmful {
+        let found = format!("{} sets {setting}: {effect}", path.display());
+        let advice = format!("remove {setting} from {}, then systemctl daemon-reload", path.display());
+        checks.push(Check::error(NAME, found, advice));
+    }
     if checks.is_empty() {
         let is_installed = property(service, "LoadState") == Some("loaded");
         let is_transient = property(service, "Transient") == Some("yes");
@@ -162,19 +169,24 @@ fn overridden(service: &Properties) -> Vec<Check> {
     checks
 }
 
-/// Drop-ins for all services also apply to the units of containers. The daemon's service shows what they set.
+/// Drop-ins for all services that the daemon is not protected from yet. Its service shows what they set.
 fn for_all_services(service: &Properties) -> Vec<Check> {
     let paths = property(service, "DropInPaths").unwrap_or_default();
     let files: Vec<&str> = paths.split_whitespace().filter(|path| path.contains("/service.d/")).collect();
     if files.is_empty() {
         return Vec::new();
     }
-    let check = |(name, wanted, effect): &(&str, &str, &str)| {
-        // A property that this systemd does not have can't have a bad value.
+    let check = |(name, wanted): &(&str, &str)| {
+        // A property that this systemd does not have is as it has to be.
         let value = service.get(*name).filter(|value| value != wanted)?;
-        let found = format!("a drop-in for all services sets {name}={value}: {effect}");
-        let advice = format!("look into {}", files.join(" "));
-        Some(Check::error("units", found, advice))
+        let found = format!(
+            "a drop-in for all services sets {name}={value}, which harms the daemon until the next container starts"
+        );
+        let advice = format!(
+            "start a container, or remove the setting from {} and systemctl daemon-reload",
+            files.join(" ")
+        );
+        Some(Check::warning("units", found, advice))
     };
     HARMFUL.iter().filter_map(check).collect()
 }
@@ -190,6 +202,7 @@ mod tests {
             ("LoadState", "loaded"),
             ("FragmentPath", "/usr/lib/systemd/system/containerd-shim-systemd-v1.service"),
             ("Restart", "always"),
+            ("Type", "notify"),
             ("KillMode", "process"),
             ("NotifyAccess", "main"),
             ("RootDirectory", ""),
@@ -203,7 +216,13 @@ mod tests {
 
     fn facts(more: &[(&str, &str)]) -> Facts {
         let loaded = properties(&[("LoadState", "loaded"), ("ActiveState", "active")]);
-        Facts { service: Ok(service(more)), socket: Ok(loaded.clone()), slice: Ok(loaded), missing: vec![] }
+        Facts {
+            service: Ok(service(more)),
+            socket: Ok(loaded.clone()),
+            slice: Ok(loaded),
+            missing: vec![],
+            harmful: vec![],
+        }
     }
 
     fn fault(facts: &Facts) -> Check {
@@ -259,15 +278,19 @@ mod tests {
     }
 
     #[test]
-    fn a_drop_in_for_all_services_that_breaks_containers_is_named() {
+    fn a_drop_in_that_breaks_containers_is_named() {
         let own = ("DropInPaths", "/etc/systemd/system/containerd-shim-systemd-v1.service.d/a.conf");
         let all = ("DropInPaths", "/etc/systemd/system/service.d/all.conf");
-        let check = fault(&facts(&[all, ("RefuseManualStop", "yes")]));
-        assert!(check.found.contains("deleted") && check.advice.contains("all.conf"), "{check:?}");
+        let check = fault(&facts(&[all, ("Type", "simple")]));
+        assert!(check.found.contains("Type=simple") && check.advice.contains("all.conf"), "{check:?}");
         assert!(for_all_services(&service(&[own, ("RefuseManualStop", "yes")])).is_empty());
         for harmless in [("PrivateDevices", "yes"), ("RuntimeMaxUSec", "infinity"), ("PAMName", "")] {
             assert!(for_all_services(&service(&[all, harmless])).is_empty(), "{harmless:?}");
         }
+        let harmful = (PathBuf::from("/etc/x.conf"), "Type=simple".to_owned(), "no container can be created");
+        let check = fault(&Facts { harmful: vec![harmful], ..facts(&[]) });
+        assert_eq!(check.found, "/etc/x.conf sets Type=simple: no container can be created");
+        assert!(check.advice.contains("remove Type=simple from /etc/x.conf"), "{check:?}");
     }
 
     #[test]

@@ -84,7 +84,7 @@ pub(super) fn message(data: &[u8]) {
             (sender, path, interface, member),
             (OWNER, MANAGER_PATH, MANAGER_INTERFACE, "JobRemoved")
         ),
-        Signal::Reloaded => assert_eq!(
+        Signal::Reloading | Signal::Reloaded => assert_eq!(
             (sender, path, interface, member),
             (OWNER, MANAGER_PATH, MANAGER_INTERFACE, "Reloading")
         ),

@@ -356,12 +356,15 @@ fn flaw(value: &Variant<'_>, is_binary: bool) -> Option<String> {
     }
 }
 
-fn denied(name: &str) -> Option<&'static str> {
-    let is_meant = |pattern: &&str| match pattern.strip_suffix('*') {
-        Some(begin) => name.starts_with(begin),
-        None => name == *pattern,
-    };
+/// Why nobody may set the property for a container. `None` for another one.
+pub(super) fn denied(name: &str) -> Option<&'static str> {
+    let is_meant = |pattern: &&str| matches(pattern, name);
     DENIED.iter().find(|(patterns, _)| patterns.iter().any(is_meant)).map(|(_, reason)| *reason)
+}
+
+/// True for a name that the pattern means. A `*` at its end stands for any end of the name.
+pub(super) fn matches(pattern: &str, name: &str) -> bool {
+    pattern.strip_suffix('*').map_or(name == pattern, |begin| name.starts_with(begin))
 }
 
 /// Converts seconds, a number of any type.

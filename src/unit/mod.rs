@@ -2,8 +2,8 @@
 //!
 //! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`], [`main_process`] and `signals` are pure. [`bus`] has the
 //! connection, [`manager`] makes calls over it, [`watch`] turns signals into [`observations`], [`refs`] keeps units loaded,
-//! `service_d` has drop-ins for all services, [`notify`] speaks to systemd as a service does, [`fd_store`] has systemd keep descriptors, [`error`] has what can go
-//! wrong. [`systemd`] is what operations see of all this.
+//! [`service_d`] protects units from drop-ins for all services, [`notify`] speaks to systemd as a service does, [`fd_store`]
+//! has systemd keep descriptors, [`error`] has what can go wrong. [`systemd`] is what operations see of all this.
 
 pub mod annotation;
 pub mod bus;
@@ -23,7 +23,7 @@ pub mod observations;
 pub mod properties;
 pub mod refs;
 pub mod relay;
-mod service_d;
+pub mod service_d;
 pub mod signals;
 pub mod systemd;
 pub mod watch;

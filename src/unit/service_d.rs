@@ -1,68 +1,74 @@
-//! Drop-ins for all services of the machine (`service.d/`, systemd.unit(5)) that restrict what runs in a service.
+//! Drop-ins for all services of the machine (`service.d/`, systemd.unit(5)).
 //!
-//! Such a drop-in overrides the properties that a transient unit was asked for, and binds the OCI runtime: under
-//! `RestrictNamespaces=yes` it can't create any container. The flag `privileged` of a command (`ExecStart=+…`) lifts these
-//! restrictions, but also those of a drop-in for the containers of one namespace, which the administrator wants. So it is
-//! used only where there is no other way.
+//! Such a drop-in overrides the properties that a transient unit was asked for. Some settings that suit most services break
+//! containers: under `RestrictNamespaces=yes` the OCI runtime can't create any, and `RuntimeMaxSec=` ends them. But systemd
+//! reads only one of several drop-ins of the same name: the one in the directory that is most specific to the unit. So a copy
+//! without these settings is put into the directory for the containers of a namespace. All other settings of the drop-in, and
+//! all other drop-ins, apply as before and in the same order.
+//!
+//! The daemon's own service additionally has a command with the flag `privileged` (`ExecStart=+…`), which lifts what
+//! restricts a process even if no copy could be made.
 
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::iter;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use zbus::Variant;
 
+use super::{annotation, name};
 use crate::files;
 
-/// Where drop-ins can be (systemd.unit(5), "System Unit Search Path").
-const SEARCH_PATH: [&str; 9] = [
+/// Where drop-ins can be, those that win first (systemd.unit(5), "System Unit Search Path").
+const SEARCH_PATH: [&str; 13] = [
     "/etc/systemd/system.control",
     "/run/systemd/system.control",
+    "/run/systemd/transient",
+    "/run/systemd/generator.early",
     "/etc/systemd/system",
     "/etc/systemd/system.attached",
-    "/run/systemd/system",
+    OWN,
     "/run/systemd/system.attached",
+    "/run/systemd/generator",
     "/usr/local/lib/systemd/system",
     "/usr/lib/systemd/system",
     "/lib/systemd/system",
+    "/run/systemd/generator.late",
 ];
 
-/// The beginnings of the settings that the flag lifts (systemd.exec(5)).
-const RESTRICTIONS: [&str; 34] = [
-    "AmbientCapabilities",
-    "AppArmorProfile",
-    "BindPaths",
-    "BindReadOnlyPaths",
-    "CapabilityBoundingSet",
-    "DynamicUser",
-    "ExecPaths",
-    "Group",
-    "InaccessiblePaths",
-    "Limit",
-    "LockPersonality",
-    "MemoryDenyWriteExecute",
-    "MountAPIVFS",
-    "MountFlags",
-    "NoExecPaths",
-    "NoNewPrivileges",
-    "PAMName",
-    "Private",
-    "ProcSubset",
-    "Protect",
-    "ReadOnlyPaths",
-    "ReadWritePaths",
+/// Where the copies are.
+const OWN: &str = "/run/systemd/system";
+
+/// How every copy begins. The path of the drop-in follows.
+const MARK: &str =
+    "# containerd-shim-systemd-v1 made this copy, without the settings that break containers, of ";
+
+/// Settings of services that copies don't have, beside those that nobody may set for a container ([`annotation::denied`]).
+/// A `*` stands for any end of the name.
+const LEFT_OUT: [&str; 18] = [
+    "Assert*",
+    "CollectMode",
+    "Condition*",
+    "FailureAction",
+    "IgnoreOnIsolate",
+    "IgnoreSIGPIPE",
+    "JobRunningTimeoutSec",
+    "JobTimeout*",
+    "KeyringMode",
+    "Limit*",
+    "OOMPolicy",
     "RemoveIPC",
-    "RestrictAddressFamilies",
-    "RestrictNamespaces",
-    "RestrictRealtime",
-    "RestrictSUIDSGID",
-    "SELinuxContext",
-    "SecureBits",
-    "SmackProcessLabel",
-    "SupplementaryGroups",
-    "SystemCall",
-    "TemporaryFileSystem",
-    "User",
+    "RuntimeMaxSec",
+    "RuntimeRandomizedExtraSec",
+    "SuccessAction",
+    "TimeoutSec",
+    "TimeoutStartSec",
+    "WatchdogSec",
 ];
 
 /// The command of a service with flags, over D-Bus.
@@ -71,26 +77,196 @@ pub(super) const WITH_FLAGS: &str = "ExecStartEx";
 /// No drop-in and no file of a transient unit is larger.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// True if a drop-in for all services restricts what runs in them.
-pub(super) fn restricts() -> bool {
-    SEARCH_PATH.iter().flat_map(|dir| drop_ins(&Path::new(dir).join("service.d"))).any(|file| {
-        // A masked file is a link to /dev/null, which is no regular file.
+/// Makes the copies for a unit that is about to be started, and removes those that nothing needs any more. True if this
+/// changed a file: a unit that is loaded gets the change with the next reload of systemd.
+///
+/// # Errors
+/// A copy can't be written or removed.
+pub fn shield(unit: &str) -> io::Result<bool> {
+    if !unit.ends_with(SERVICE) {
+        return Ok(false);
+    }
+    Shield { search_path: SEARCH_PATH.map(Path::new).to_vec(), own: Path::new(OWN) }.renew(unit)
+}
+
+/// Makes the copies for all units that are loaded, and for the daemon. Removes those that nothing needs any more.
+///
+/// # Errors
+/// As [`shield`].
+pub(super) fn shield_loaded(transient: &Path) -> io::Result<()> {
+    let names = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|item| item.file_name());
+    let names = names(transient).chain(names(Path::new(OWN))).filter_map(|name| name.into_string().ok());
+    let ours = names.filter(|name| name.starts_with(name::PREFIX));
+    let scope_of = |name: String| {
+        let unit = name.strip_suffix(".d").unwrap_or(&name);
+        unit.ends_with(SERVICE).then(|| scope(unit).to_owned())
+    };
+    let mut scopes: BTreeSet<String> = ours.filter_map(scope_of).collect();
+    scopes.insert(scope(name::DAEMON_SERVICE).to_owned());
+    scopes.into_iter().try_for_each(|scope| shield(&format!("{scope}{SERVICE}")).map(drop))
+}
+
+/// The drop-ins for namespaces that break the containers there: path, setting, and what happens.
+pub fn harmful_for_namespaces() -> Vec<(PathBuf, String, &'static str)> {
+    let dirs = SEARCH_PATH.iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
+    let dirs = dirs.filter(|dir| {
+        let name = dir.file_name().to_string_lossy().into_owned();
+        name.starts_with(name::PREFIX) && name.ends_with("-.service.d")
+    });
+    let files: BTreeSet<PathBuf> = dirs.flat_map(|dir| drop_ins(&dir.path())).collect();
+    let found = files.into_iter().filter(|file| !is_copy(file)).flat_map(|file| {
         let text = files::read_regular(&file, MAX_BYTES).unwrap_or_default();
-        has_restriction(&String::from_utf8_lossy(&text))
-    })
+        let settings: Vec<_> = String::from_utf8_lossy(&text).lines().filter_map(fatal).collect();
+        settings.into_iter().map(move |(setting, effect)| (file.clone(), setting, effect))
+    });
+    found.collect()
 }
 
-fn drop_ins(dir: &Path) -> Vec<PathBuf> {
+/// The setting of a line with which no container can be created or deleted, and what happens.
+fn fatal(line: &str) -> Option<(String, &'static str)> {
+    let (name, value) = line.split_once('=').map(|(name, value)| (name.trim(), value.trim()))?;
+    let is_off = ["", "no", "n", "false", "f", "off", "0"].contains(&value.to_ascii_lowercase().as_str());
+    let effect = match name {
+        "Type" | "PAMName" | "RefuseManualStart" | "PrivatePIDs" if !is_off => NOT_CREATED,
+        "ExitType" if value != "main" => NOT_CREATED,
+        "UnsetEnvironment" if value.split_whitespace().any(|word| word == "NOTIFY_SOCKET") => {
+            "no exec can be started"
+        }
+        "RefuseManualStop" if !is_off => "no container can be deleted",
+        "StopWhenUnneeded" if !is_off => "systemd stops every container at once",
+        _ => return None,
+    };
+    Some((format!("{name}={value}"), effect))
+}
+
+const NOT_CREATED: &str = "no container can be created";
+
+const SERVICE: &str = ".service";
+
+/// The part of a unit's name that all containers of its namespace, and their execs, have in common. All of the name for the
+/// daemon's own units.
+fn scope(unit: &str) -> &str {
+    let stem = unit.strip_suffix(SERVICE).unwrap_or(unit);
+    let namespace = stem.strip_prefix(name::PREFIX).filter(|_| stem != name::DAEMON);
+    let end = namespace.and_then(|rest| rest.find('-')).map(|dash| name::PREFIX.len() + dash + 1);
+    end.and_then(|end| stem.get(..end)).unwrap_or(stem)
+}
+
+/// Two tasks of this process don't write the same copy at the same time.
+static WRITER: Mutex<()> = Mutex::new(());
+
+struct Shield<'p> {
+    /// All directories with units.
+    search_path: Vec<&'p Path>,
+    /// The one of them where the copies are.
+    own: &'p Path,
+}
+
+impl Shield<'_> {
+    fn renew(&self, unit: &str) -> io::Result<bool> {
+        let scope = scope(unit);
+        let dir = self.own.join(format!("{scope}{SERVICE}.d"));
+        let copies = self.copies(scope);
+        let is_old =
+            |path: &PathBuf| is_copy(path) && !path.file_name().is_some_and(|name| copies.contains_key(name));
+        let old: Vec<_> = drop_ins(&dir).filter(is_old).collect();
+        for path in &old {
+            remove(path)?;
+        }
+        if copies.is_empty() {
+            // It stays if anything is left in it.
+            let _ = old.first().map(|_| fs::remove_dir(&dir));
+            return Ok(!old.is_empty());
+        }
+        let _writer = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
+        DirBuilder::new().recursive(true).mode(0o755).create(&dir)?;
+        let mut has_changed = !old.is_empty();
+        for (name, text) in copies {
+            let path = dir.join(&name);
+            if files::read_regular(&path, 2 * MAX_BYTES).is_ok_and(|there| there == text) {
+                continue;
+            }
+            // `start` may do the same at this moment.
+            let new = dir.join(format!(".{}.{}", name.display(), std::process::id()));
+            files::replace(&path, &new, 0o644, &text)?;
+            has_changed = true;
+        }
+        Ok(has_changed)
+    }
+
+    /// The copies that the units of the scope need: name and text.
+    fn copies(&self, scope: &str) -> BTreeMap<OsString, Vec<u8>> {
+        let mut general = BTreeMap::new();
+        for path in self.drop_ins_for(SERVICE) {
+            if let Some(name) = path.file_name() {
+                general.entry(name.to_owned()).or_insert(path);
+            }
+        }
+        if general.is_empty() {
+            return BTreeMap::new();
+        }
+        // What the administrator has put into a directory that is more specific takes the place of the drop-in already.
+        let prefixes = scope.match_indices('-').filter_map(|(dash, _)| scope.get(..=dash));
+        let levels: BTreeSet<&str> = prefixes.chain([scope]).collect();
+        let specific = levels.iter().flat_map(|level| self.drop_ins_for(&format!("{level}{SERVICE}")));
+        for path in specific.filter(|path| !is_copy(path)) {
+            path.file_name().map(|name| general.remove(name));
+        }
+        let copy = |(name, path): (OsString, PathBuf)| {
+            // A masked file is a link to /dev/null, which is no regular file.
+            let text = without_harm(&files::read_regular(&path, MAX_BYTES).ok()?)?;
+            Some((name, [MARK.as_bytes(), path.as_os_str().as_bytes(), b"\n", &text].concat()))
+        };
+        general.into_iter().filter_map(copy).collect()
+    }
+
+    /// The drop-ins in the directories `….d`, those that win first.
+    fn drop_ins_for(&self, name: &str) -> impl Iterator<Item = PathBuf> + use<'_> {
+        let name = format!("{}.d", name.trim_start_matches('.'));
+        self.search_path.iter().flat_map(move |dir| drop_ins(&dir.join(&name)))
+    }
+}
+
+fn drop_ins(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let items = fs::read_dir(dir).into_iter().flatten().flatten().map(|item| item.path());
-    items.filter(|path| path.extension().is_some_and(|end| end == "conf")).collect()
+    items.filter(|path| path.extension().is_some_and(|end| end == "conf"))
 }
 
-fn has_restriction(text: &str) -> bool {
-    // A line that continues the one before it can look like a setting. Lifting too much breaks nothing.
-    let names =
-        text.lines().filter_map(|line| line.trim_start().split_once('=')).map(|(name, _)| name.trim_end());
-    let mut names = names.filter(|name| !name.starts_with(['#', ';']));
-    names.any(|name| RESTRICTIONS.iter().any(|begin| name.starts_with(begin)))
+fn is_copy(path: &Path) -> bool {
+    files::read_regular(path, 2 * MAX_BYTES).is_ok_and(|text| text.starts_with(MARK.as_bytes()))
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The text of a drop-in without the settings that break containers. `None` if it has none of them.
+fn without_harm(text: &[u8]) -> Option<Vec<u8>> {
+    let mut kept = Vec::with_capacity(text.len());
+    let (mut continues, mut drops) = (false, false);
+    for line in text.split_inclusive(|byte| *byte == b'\n') {
+        let content = line.trim_ascii();
+        // A comment does not end a line that continues (systemd.syntax(7)).
+        let is_comment = content.starts_with(b"#") || content.starts_with(b";");
+        if !is_comment {
+            drops = if continues { drops } else { is_harmful(content) };
+            continues = content.iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1;
+        }
+        if is_comment || !drops {
+            kept.extend_from_slice(line);
+        }
+    }
+    (kept.len() < text.len()).then_some(kept)
+}
+
+fn is_harmful(line: &[u8]) -> bool {
+    let mut parts = line.split(|byte| *byte == b'=');
+    let (Some(name), Some(_)) = (parts.next(), parts.next()) else { return false };
+    let name = String::from_utf8_lossy(name.trim_ascii());
+    annotation::denied(&name).is_some() || LEFT_OUT.iter().any(|pattern| annotation::matches(pattern, &name))
 }
 
 /// The properties, with a command that has all privileges.
@@ -158,38 +334,158 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
+    fn harmless(text: &str) -> Option<String> {
+        without_harm(text.as_bytes()).map(|text| String::from_utf8(text).unwrap())
+    }
+
     #[test]
-    fn settings_that_restrict_a_process_are_found() {
-        for text in [
-            "[Service]\nPrivateDevices=yes\n",
-            "[Service]\n  NoNewPrivileges = yes",
-            "[Unit]\nAfter=x.service\n\n[Service]\nRestart=no\nLimitNOFILE=100\n",
-            "[Service]\nUser=nobody",
-        ] {
-            assert!(has_restriction(text), "{text}");
+    fn settings_that_break_containers_are_left_out() {
+        let settings = "ExitType=cgroup PrivatePIDs=yes Type=simple PAMName=login UnsetEnvironment=NOTIFY_SOCKET RuntimeMaxSec=1 \
+            StopWhenUnneeded=yes RefuseManualStart=yes RefuseManualStop=yes CollectMode=inactive-or-failed User=nobody \
+            NoNewPrivileges=yes PrivateDevices=yes LimitNOFILE=100 ReadOnlyPaths=/ RestrictNamespaces=yes ExecStartPre=false \
+            WatchdogSec=1 FailureAction=reboot ConditionPathExists=/no RootDirectory=/x TimeoutStartSec=1 Restart=always";
+        for setting in settings.split_whitespace() {
+            let spaced = format!("  {} \n", setting.replace('=', " = "));
+            assert_eq!(harmless(setting).as_deref(), Some(""), "{setting}");
+            assert_eq!(harmless(&format!("[Service]\n{spaced}Nice=1")).as_deref(), Some("[Service]\nNice=1"));
         }
     }
 
     #[test]
-    fn other_settings_are_no_restriction() {
+    fn other_settings_need_no_copy() {
         for text in [
             "",
             "[Service]\nTimeoutStopFailureMode=abort\n",
             "[Service]\n#PrivateDevices=yes\n; User=nobody\n",
-            "[Unit]\nOnFailure=alert@%n.service\n[Service]\nRestart=on-failure\nMemoryMax=1G\nUMask=0077\n",
+            "[Unit]\nOnFailure=alert@%n.service\n[Service]\nMemoryMax=1G\nUMask=0077\nTimeoutStopSec=9\n",
+            "[Unit]\nDescription=a \\\nType=simple\n",
         ] {
-            assert!(!has_restriction(text), "{text}");
+            assert_eq!(harmless(text), None, "{text}");
         }
     }
 
     #[test]
-    fn only_drop_ins_of_a_directory_count() {
-        let dir = tempfile::tempdir().unwrap();
-        for name in ["a.conf", "b.conf.bak", "c"] {
-            fs::write(dir.path().join(name), "").unwrap();
+    fn a_setting_is_left_out_with_the_lines_that_continue_it() {
+        let text =
+            "SystemCallFilter=a \\\n# comment\n ; other\n  b=c \\\nd\nNice=5\nType=oneshot\\\\\nUMask=0";
+        assert_eq!(harmless(text).as_deref(), Some("# comment\n ; other\nNice=5\nUMask=0"));
+    }
+
+    #[test]
+    fn settings_with_which_no_container_works_are_found() {
+        for line in [
+            "Type=simple",
+            " PrivatePIDs = yes",
+            "ExitType=cgroup",
+            "RefuseManualStop=1",
+            "UnsetEnvironment=A NOTIFY_SOCKET",
+        ] {
+            let (setting, _) = fatal(line).unwrap();
+            assert_eq!(setting, line.trim().replace(" = ", "="));
         }
-        assert_eq!(drop_ins(dir.path()), [dir.path().join("a.conf")]);
-        assert!(drop_ins(&dir.path().join("absent")).is_empty());
+        for line in [
+            "#Type=simple",
+            "PAMName=",
+            "StopWhenUnneeded=no",
+            "ExitType=main",
+            "NoNewPrivileges=yes",
+            "RuntimeMaxSec=5",
+        ] {
+            assert_eq!(fatal(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn units_of_a_namespace_have_a_scope_in_common() {
+        let scopes = [
+            ("containerd-default-web-1.service", "containerd-default-"),
+            ("containerd-a\\x2db-web:exec-1.service", "containerd-a\\x2db-"),
+            ("containerd-shim-web.service", "containerd-shim-"),
+            (name::DAEMON_SERVICE, name::DAEMON),
+            ("containerd_shim-wake.service", "containerd_shim-wake"),
+            ("containerd-web.service", "containerd-web"),
+        ];
+        for (unit, expected) in scopes {
+            assert_eq!(scope(unit), expected);
+        }
+    }
+
+    /// Directories of units, in which `own` is the middle one.
+    struct Units(tempfile::TempDir);
+
+    impl Units {
+        fn path(&self, path: &str) -> PathBuf {
+            self.0.path().join(path)
+        }
+
+        fn write(&self, path: &str, text: &str) {
+            fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
+            fs::write(self.path(path), text).unwrap();
+        }
+
+        fn renew(&self) -> bool {
+            let dirs = ["etc", "run", "usr"].map(|dir| self.path(dir));
+            let search_path = dirs.iter().map(PathBuf::as_path).collect();
+            Shield { search_path, own: &self.path("run") }.renew("containerd-default-web.service").unwrap()
+        }
+
+        /// The copy of a drop-in, without its first line.
+        fn copy(&self, name: &str) -> Option<String> {
+            let text =
+                fs::read_to_string(self.path(&format!("run/containerd-default-.service.d/{name}"))).ok()?;
+            let (mark, text) = text.split_once('\n').unwrap();
+            assert!(mark.starts_with(MARK) && mark.ends_with(&format!("service.d/{name}")), "{mark}");
+            Some(text.to_owned())
+        }
+    }
+
+    fn units() -> Units {
+        Units(tempfile::tempdir().unwrap())
+    }
+
+    #[test]
+    fn only_harmful_drop_ins_are_copied_and_only_when_they_change() {
+        let units = units();
+        assert!(!units.renew() && !units.path("run").exists());
+        units.write("usr/service.d/good.conf", "[Service]\nNice=1\n");
+        units.write("usr/service.d/bad.conf", "[Service]\nType=simple\nNice=2\n");
+        units.write("etc/service.d/bad.conf.bak", "Type=simple");
+        assert!(units.renew());
+        assert_eq!(units.copy("bad.conf").as_deref(), Some("[Service]\nNice=2\n"));
+        assert_eq!(fs::read_dir(units.path("run/containerd-default-.service.d")).unwrap().count(), 1);
+        assert!(!units.renew());
+        // A directory that wins has another drop-in of this name.
+        units.write("etc/service.d/bad.conf", "[Service]\nUser=x\nNice=3\n");
+        assert!(units.renew());
+        assert_eq!(units.copy("bad.conf").as_deref(), Some("[Service]\nNice=3\n"));
+    }
+
+    #[test]
+    fn a_copy_goes_with_its_drop_in() {
+        let units = units();
+        units.write("etc/service.d/bad.conf", "Type=simple");
+        units.write("usr/service.d/bad.conf", "Type=oneshot\nNice=1");
+        units.renew();
+        assert_eq!(units.copy("bad.conf").as_deref(), Some(""));
+        fs::remove_file(units.path("etc/service.d/bad.conf")).unwrap();
+        std::os::unix::fs::symlink("/dev/null", units.path("etc/service.d/bad.conf")).unwrap();
+        assert!(units.renew());
+        assert!(!units.path("run/containerd-default-.service.d").exists());
+        assert!(!units.renew());
+    }
+
+    #[test]
+    fn what_the_administrator_has_set_for_these_units_stays() {
+        for level in ["containerd-default-.service.d", "containerd-.service.d"] {
+            for dir in ["etc", "run", "usr"] {
+                let units = units();
+                units.write("etc/service.d/bad.conf", "Type=simple");
+                let own = format!("{dir}/{level}/bad.conf");
+                units.write(&own, "[Service]\nRuntimeMaxSec=5\n");
+                assert!(!units.renew());
+                assert_eq!(fs::read_to_string(units.path(&own)).unwrap(), "[Service]\nRuntimeMaxSec=5\n");
+            }
+        }
     }
 
     #[test]

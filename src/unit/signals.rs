@@ -48,6 +48,8 @@ pub enum Signal {
         /// `done`, `failed`, …
         result: String,
     },
+    /// systemd is about to read its units again. It runs its generators first, which takes tens of milliseconds.
+    Reloading,
     /// systemd has reloaded its units.
     Reloaded,
     /// systemd's unique name has changed to this one; `None` while nobody owns systemd's name.
@@ -70,7 +72,7 @@ pub fn read(message: &Message, systemd: Option<&OwnedUniqueName>) -> Option<Sign
         (MANAGER_INTERFACE, "Reloading") if is_systemd && path == MANAGER_PATH => {
             // True when the reload begins, false when it is over.
             let begins = message.body().deserialize::<bool>().ok()?;
-            (!begins).then_some(Signal::Reloaded)
+            Some(if begins { Signal::Reloading } else { Signal::Reloaded })
         }
         (BUS, "NameOwnerChanged") if sender == BUS && path == BUS_PATH => owner(message),
         _ => None,
@@ -175,7 +177,7 @@ mod tests {
         assert_eq!(send(CHANGED, &exit()), Some(Signal::Service { unit, main }));
         assert!(matches!(send(REMOVED, &job_end()), Some(Signal::Job { result, .. }) if result == "done"));
         assert_eq!(send(RELOADING, &false), Some(Signal::Reloaded));
-        assert_eq!(send(RELOADING, &true), None);
+        assert_eq!(send(RELOADING, &true), Some(Signal::Reloading));
         let owner = OwnedUniqueName::try_from(":1.9").unwrap();
         assert_eq!(send(OWNED, &(SYSTEMD, "", ":1.9")), Some(Signal::Owner(Some(owner))));
         assert_eq!(send(OWNED, &(SYSTEMD, ":1.9", "")), Some(Signal::Owner(None)));

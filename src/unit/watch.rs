@@ -5,6 +5,7 @@
 //! unit that disappears does not count as ended: systemd sends `UnitRemoved` for every loaded unit at a daemon-reload.
 //! Which messages are believed is decided in `signals`.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,8 +15,9 @@ use zbus::{MatchRule, MessageStream};
 
 use super::bus::SERVICE_INTERFACE;
 use super::error::{self, Error};
-use super::manager::Manager;
+use super::manager::{Manager, TRANSIENT_DIR};
 use super::observations::Observations;
+use super::service_d;
 use super::signals::{self, BUS, MANAGER_INTERFACE, PROPERTIES_INTERFACE, SYSTEMD, Signal};
 
 /// Connects to the bus, and connects again whenever the connection ends.
@@ -112,6 +114,7 @@ async fn forward(
         match signals::read(&message, systemd.as_ref()) {
             Some(Signal::Service { unit, main }) => observations.reported(unit, main),
             Some(Signal::Job { unit, job, result }) => manager.jobs.ended(&unit, &job, &result),
+            Some(Signal::Reloading) => shield_loaded(),
             Some(Signal::Reloaded) => observations.missed(),
             Some(Signal::Owner(owner)) => {
                 manager.bus.ownership_changed(owner.is_some());
@@ -125,6 +128,16 @@ async fn forward(
             None => {}
         }
     }
+}
+
+/// Protects the units that run from drop-ins for all services which systemd is about to read.
+fn shield_loaded() {
+    // Apart: the signals that arrive meanwhile have to be read.
+    tokio::task::spawn_blocking(|| {
+        if let Err(error) = service_d::shield_loaded(Path::new(TRANSIENT_DIR)) {
+            tracing::warn!(%error, "can't protect running units from drop-ins for all services: {error}");
+        }
+    });
 }
 
 /// systemd has a new connection to the bus. Units are read again once it sends signals over it.

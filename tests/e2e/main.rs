@@ -57,6 +57,7 @@ mod reboot;
 mod restart;
 mod rootfs;
 mod sandbox;
+mod service_drop_ins;
 mod stats;
 mod stdin;
 mod stdio;

@@ -13,6 +13,7 @@ use crate::common::process::{self, Outcome};
 use crate::common::shim::stop_daemon;
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
+use crate::common::systemd::{self, DropIn};
 use crate::common::task::Io;
 use crate::ctr::Made;
 
@@ -139,6 +140,22 @@ fn a_masked_unit_is_named() {
     finds(&doctor(), "units", &[unit, "masked", "systemctl unmask"]);
     drop(undo);
     node.container("unmasked", Spec::sleeping()).started(&Io::default()).end();
+}
+
+#[test]
+fn a_drop_in_with_which_no_container_starts_is_named() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let namespace = unique("broken");
+    let drop_in = DropIn::for_namespace(&namespace, "[Service]\nType=simple\n");
+    let start =
+        || node.container("broken", Spec::sleeping()).namespace(&namespace).make().create(&Io::default());
+    start().expect_err("a unit of another type");
+    let file = format!("containerd-{}-.service.d/50-e2e.conf", systemd::escaped(&namespace));
+    finds(&doctor(), "units", &[&file, "sets Type=simple", "remove Type=simple", "daemon-reload"]);
+    drop(drop_in);
+    process::succeed("systemctl", &["daemon-reload"]);
+    start().expect("the remedy helps");
 }
 
 #[test]

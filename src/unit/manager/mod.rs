@@ -27,7 +27,7 @@ const START: &str = "start";
 const STOP: &str = "stop";
 
 /// Where systemd writes the files of transient units.
-const TRANSIENT_DIR: &str = "/run/systemd/transient";
+pub(super) const TRANSIENT_DIR: &str = "/run/systemd/transient";
 
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
 
@@ -49,6 +49,21 @@ impl Manager {
     /// A manager whose references to units outlive the process.
     pub fn with_refs(refs: Arc<Refs>) -> Self {
         Self { refs: Some(refs), ..Self::default() }
+    }
+
+    /// Has systemd read all its units again.
+    pub(super) async fn reload(&self) -> zbus::Result<()> {
+        self.bus.call(|manager| async move { manager.reload().await }).await
+    }
+
+    /// Has systemd read all its units again, over a connection of its own.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`], or systemd's refusal.
+    pub async fn connect_and_reload(&self) -> Result<(), Error> {
+        // The manager keeps a copy of the connection.
+        let _connection = self.connect().await?;
+        self.reload().await.map_err(unreachable)
     }
 
     /// Opens a connection to the bus for calls; [`super::watch`] receives signals over it too.

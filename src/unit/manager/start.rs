@@ -1,6 +1,5 @@
 //! Starting units, and waiting for their jobs.
 
-use std::borrow::Cow;
 use std::path::Path;
 
 use zbus::{OwnedObjectPath, Variant};
@@ -67,23 +66,15 @@ impl Manager {
 
     /// `refs`: whose connection is to have the reference to the unit, at each try. Over another connection nobody would
     /// ever give it back.
-    async fn begin<'l, 'p>(
+    async fn begin(
         &self,
         refs: Option<&Refs>,
         unit: &UnitName,
-        properties: &'l [(&'p str, Variant<'p>)],
-        aux: &[(&str, &'l [(&'p str, Variant<'p>)])],
+        properties: &[(&str, Variant<'_>)],
+        aux: &[(&str, &[(&str, Variant<'_>)])],
     ) -> Result<StartJob, Error> {
         let waiter = self.jobs.wait_for(unit);
-        // It fails when the daemon ends.
-        let lifts = tokio::task::spawn_blocking(service_d::restricts).await.unwrap_or(false);
-        let unrestricted = |list: &'l [(&'p str, Variant<'p>)]| {
-            if lifts { Cow::Owned(service_d::unrestricted(list)) } else { Cow::Borrowed(list) }
-        };
-        let properties = &*unrestricted(properties);
-        let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, unrestricted(list))).collect();
-        let aux: Vec<_> = aux.iter().map(|(name, list)| (*name, &**list)).collect();
-        let aux = aux.as_slice();
+        shield(aux.iter().map(|(name, _)| *name).chain([unit.as_str()])).await;
         let attempt = || async {
             let manager = match refs {
                 Some(refs) => refs.manager_for(unit).await?,
@@ -173,6 +164,21 @@ impl Manager {
             }
         }
     }
+}
+
+/// Protects units from drop-ins for all services. A unit that can't be protected is started all the same: most such drop-ins
+/// do it no harm.
+async fn shield(units: impl Iterator<Item = &str>) {
+    let units: Vec<String> = units.map(str::to_owned).collect();
+    let shield = move || {
+        for unit in units {
+            if let Err(error) = service_d::shield(&unit) {
+                tracing::warn!(%unit, %error, "can't protect {unit} from drop-ins for all services: {error}");
+            }
+        }
+    };
+    // It fails when the daemon ends.
+    let _ = tokio::task::spawn_blocking(shield).await;
 }
 
 /// Corrects the files of transient units whose commands have flags.

@@ -112,8 +112,7 @@ impl Manager {
             }
             return Ok(false);
         }
-        let reloaded = self.bus.call(|manager| async move { manager.reload().await }).await;
-        reloaded.map_err(|error| call_error("free the name of", unit, error))?;
+        self.reload().await.map_err(|error| call_error("free the name of", unit, error))?;
         Ok(true)
     }
 
