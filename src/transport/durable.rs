@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
 use containerd_shim_protos::api::ConnectRequest;
@@ -19,7 +18,7 @@ use crate::fault::{self, Point};
 use crate::suspect::{self, Crashes, Suspect};
 use crate::sys;
 
-use super::ConnectionStore;
+use super::StoreEntry;
 use super::frame::{Assembler, Frame};
 use super::journal::{Error, Found, Journal};
 
@@ -42,11 +41,8 @@ pub struct Durable {
     refused: bool,
     /// The writer that waits until more can be sent. The socket wakes only the task that polled it last.
     writer: Option<Waker>,
-    store: Arc<dyn ConnectionStore>,
-    /// The name under which the connection is kept.
-    name: String,
-    /// Counts the connections.
-    _one: Arc<()>,
+    /// Its entry in the descriptor store.
+    entry: StoreEntry,
     /// The peer has closed the connection, or it is broken: it is not kept any longer.
     over: bool,
 }
@@ -56,15 +52,9 @@ impl Durable {
     ///
     /// # Errors
     /// The descriptor is not a socket. Needs the async runtime.
-    pub fn new(
-        socket: OwnedFd,
-        journal: Journal,
-        store: Arc<dyn ConnectionStore>,
-        name: String,
-        one: Arc<()>,
-    ) -> Result<Self, Error> {
+    pub fn new(socket: OwnedFd, journal: Journal, entry: StoreEntry) -> Result<Self, Error> {
         sys::count_peeked(&socket)?;
-        Self::over(socket, journal, VecDeque::new(), store, name, one)
+        Self::over(socket, journal, VecDeque::new(), entry)
     }
 
     /// Adopts a connection that an earlier daemon accepted. Requests without a response are read from it once more, marked
@@ -76,9 +66,7 @@ impl Durable {
         socket: OwnedFd,
         kept: OwnedFd,
         crashes: &Crashes,
-        store: Arc<dyn ConnectionStore>,
-        name: String,
-        one: Arc<()>,
+        entry: StoreEntry,
     ) -> Result<Self, Error> {
         let Found { mut journal, unanswered, in_socket } = Journal::adopt(kept)?;
         let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
@@ -97,20 +85,18 @@ impl Durable {
                 None => ready.extend(frame.replayed().bytes),
             }
         }
-        Self::over(socket, journal, ready, store, name, one)
+        Self::over(socket, journal, ready, entry)
     }
 
     fn over(
         socket: OwnedFd,
         journal: Journal,
         ready: VecDeque<u8>,
-        store: Arc<dyn ConnectionStore>,
-        name: String,
-        one: Arc<()>,
+        entry: StoreEntry,
     ) -> Result<Self, Error> {
         let (socket, writing) = (sys::watch(socket)?, Assembler::default());
         let (refused, writer) = (false, None);
-        Ok(Self { socket, journal, ready, writing, refused, writer, store, name, _one: one, over: false })
+        Ok(Self { socket, journal, ready, writing, refused, writer, entry, over: false })
     }
 
     /// Waits until all responses of earlier daemons are sent. If the connection is broken, its next read fails.
@@ -306,7 +292,7 @@ impl AsyncWrite for Durable {
 impl Drop for Durable {
     fn drop(&mut self) {
         if self.over {
-            self.store.forget(&self.name);
+            self.entry.forget();
         }
     }
 }

@@ -17,10 +17,10 @@ use crate::fault::{self, Point};
 use crate::suspect::Crashes;
 use crate::sys;
 
-use super::ConnectionStore;
 use super::durable::Durable;
 use super::journal::{self, Journal};
 use super::sockets::Socket;
+use super::{ConnectionStore, Count, StoreEntry};
 
 /// The prefix of the names under which connections are kept. A number follows.
 const PREFIX: &str = "c";
@@ -32,8 +32,8 @@ pub struct Connections {
     next: AtomicU64,
     /// Watches all connections, for the time when no daemon reads them.
     wake: Epoll,
-    /// Each connection has a clone: the number of clones is the number of connections.
-    count: Arc<()>,
+    /// The number of connections.
+    count: Count,
 }
 
 /// A connection that an earlier daemon accepted, and the listening socket that it came from.
@@ -49,7 +49,7 @@ impl Connections {
         kept: &mut Vec<(String, OwnedFd)>,
         crashes: &Crashes,
     ) -> io::Result<(Arc<Self>, Vec<Adopted>)> {
-        let (wake, count) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Arc::new(()));
+        let (wake, count) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Count::default());
         let mut pairs: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
         for (name, fd) in std::mem::take(kept) {
             match number(&name) {
@@ -74,7 +74,7 @@ impl Connections {
 
     /// The number of connections.
     pub fn count(&self) -> usize {
-        Arc::strong_count(&self.count) - 1
+        self.count.get()
     }
 
     /// A descriptor that is readable when a connection is, even after this process has ended.
@@ -161,8 +161,8 @@ impl Connections {
     fn connection(&self, stream: UnixStream, journal: Journal, name: String) -> io::Result<Durable> {
         stream.set_nonblocking(true)?;
         self.wake.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
-        let (store, one) = (self.store.clone(), self.count.clone());
-        Durable::new(stream.into(), journal, store, name, one).map_err(io::Error::other)
+        let entry = StoreEntry::new(self.store.clone(), name, &self.count);
+        Durable::new(stream.into(), journal, entry).map_err(io::Error::other)
     }
 }
 
@@ -183,7 +183,7 @@ fn adopt(
     store: &Arc<dyn ConnectionStore>,
     name: &str,
     wake: &Epoll,
-    count: &Arc<()>,
+    count: &Count,
 ) -> Result<Adopted, String> {
     let (mut journals, mut sockets): (Vec<_>, Vec<_>) = fds.into_iter().partition(journal::is_journal);
     let (Some(journal), Some(socket)) = (journals.pop(), sockets.pop()) else {
@@ -193,8 +193,8 @@ fn adopt(
     let address = socket.local_addr().map_err(|error| error.to_string())?;
     let from = address.as_pathname().and_then(Socket::at).ok_or("it came from an unknown socket")?;
     wake.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(|error| error.to_string())?;
-    let (store, one) = (store.clone(), count.clone());
-    let connection = Durable::adopt(socket.into(), journal, crashes, store, name.to_owned(), one);
+    let entry = StoreEntry::new(store.clone(), name.to_owned(), count);
+    let connection = Durable::adopt(socket.into(), journal, crashes, entry);
     Ok((from, connection.map_err(|error| error.to_string())?))
 }
 

@@ -12,6 +12,8 @@ mod model;
 pub mod sockets;
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Keeps descriptors for the next daemon.
 pub trait ConnectionStore: Send + Sync {
@@ -22,4 +24,52 @@ pub trait ConnectionStore: Send + Sync {
     fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()>;
     /// Closes all descriptors that are kept under a name.
     fn forget(&self, name: &str);
+}
+
+/// A number of connections.
+#[derive(Clone, Debug, Default)]
+struct Count(Arc<AtomicUsize>);
+
+impl Count {
+    /// The number.
+    fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Counts a connection until the returned value is dropped.
+    fn add(&self) -> Counted {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Counted(self.0.clone())
+    }
+}
+
+/// A connection that is counted.
+#[derive(Debug)]
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The entry of a connection in the descriptor store.
+pub struct StoreEntry {
+    store: Arc<dyn ConnectionStore>,
+    /// The name under which the connection is kept.
+    name: String,
+    /// Counts the connection.
+    _counted: Counted,
+}
+
+impl StoreEntry {
+    /// The entry of a connection that is kept under a name.
+    fn new(store: Arc<dyn ConnectionStore>, name: String, count: &Count) -> Self {
+        Self { store, name, _counted: count.add() }
+    }
+
+    /// Closes the descriptors that are kept.
+    fn forget(&self) {
+        self.store.forget(&self.name);
+    }
 }

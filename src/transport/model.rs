@@ -15,10 +15,10 @@ use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST};
 
-use super::ConnectionStore;
 use super::durable::Durable;
 use super::frame::{Frame, HEADER, REPLAYED};
 use super::journal::Journal;
+use super::{ConnectionStore, Count, StoreEntry};
 use crate::suspect::{Crashes, LIMIT, Suspect};
 
 /// Keeps nothing: the test itself holds both descriptors.
@@ -84,13 +84,16 @@ struct Server {
     serving: BTreeMap<u32, Vec<u8>>,
 }
 
+fn entry() -> StoreEntry {
+    StoreEntry::new(Arc::new(Nobody), "c0".to_owned(), &Count::default())
+}
+
 impl Server {
     fn new(socket: UnixStream) -> Self {
         socket.set_nonblocking(true).unwrap();
         let journal = Journal::new().unwrap();
         let (socket, kept): (OwnedFd, _) = (socket.into(), journal.fd().try_clone_to_owned().unwrap());
-        let (own, name, one) = (socket.try_clone().unwrap(), "c0".to_owned(), Arc::new(()));
-        let durable = Durable::new(own, journal, Arc::new(Nobody), name, one).unwrap();
+        let durable = Durable::new(socket.try_clone().unwrap(), journal, entry()).unwrap();
         Self { socket, journal: kept, durable: Some(durable), read: Vec::new(), serving: BTreeMap::new() }
     }
 
@@ -100,8 +103,7 @@ impl Server {
         self.read.clear();
         self.serving.clear();
         let (socket, journal) = (self.socket.try_clone().unwrap(), self.journal.try_clone().unwrap());
-        let adopted =
-            Durable::adopt(socket, journal, crashes, Arc::new(Nobody), "c0".to_owned(), Arc::new(()));
+        let adopted = Durable::adopt(socket, journal, crashes, entry());
         self.durable = Some(adopted.unwrap());
     }
 
