@@ -1,0 +1,124 @@
+use super::*;
+use crate::id::TaskId;
+use crate::task::request::{Containerd, Runtime};
+use tempfile::TempDir;
+
+/// A directory for a test, with an OCI runtime that is this shell script.
+fn scratch(script: &str) -> (TempDir, Runtime) {
+    let scratch = tempfile::tempdir().unwrap();
+    let dir = scratch.path();
+    fs::create_dir_all(dir.join("root/web")).unwrap();
+    let binary = dir.join("runtime");
+    crate::oci::write_script(&binary, &format!("cd {}\n{script}", dir.display()));
+    let path = std::env::var("PATH").unwrap();
+    let runtime = Runtime { binary, root: dir.join("root"), path, limit_sec: 1, ..Runtime::default() };
+    (scratch, runtime)
+}
+
+/// True if the process whose pid is in this file ends within the time limit.
+fn ends(file: &Path) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd;
+    let pid = fs::read_to_string(file).unwrap().trim().parse().unwrap();
+    let Ok(process) = sys::pidfd_open(pid) else { return true };
+    let limit = PollTimeout::try_from(Duration::from_secs(10)).unwrap();
+    poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit) == Ok(1)
+}
+
+#[tokio::test]
+async fn a_command_that_does_not_end_is_killed_with_all_that_it_started() {
+    let script = "trap '' TERM INT HUP; setsid sleep 1000 & echo $! > child; sleep 1000";
+    let (dir, runtime) = scratch(script);
+    let id = TaskId::new("web").unwrap();
+    let containerd = Containerd::default();
+    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    let error = CommandLine::default().start(&cli).await.unwrap_err();
+    assert!(matches!(error, Error::TimedOut { verb: "start", .. }), "{error}");
+    assert!(error.to_string().contains("within 1 s"), "{error}");
+    cli.settled("start").await.unwrap();
+    assert!(ends(&dir.path().join("child")));
+}
+
+#[tokio::test]
+async fn a_command_that_nobody_waits_for_is_killed() {
+    let (dir, runtime) = scratch("echo $$ > self; kill -USR1 $PPID; sleep 1000");
+    let mut begun = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined1()).unwrap();
+    let runtime = Runtime { limit_sec: 1000, ..runtime };
+    let id = TaskId::new("web").unwrap();
+    let containerd = Containerd::default();
+    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    let commands = CommandLine::default();
+    tokio::select! {
+        ended = commands.start(&cli) => panic!("{ended:?}"),
+        _ = begun.recv() => {}
+    }
+    assert!(ends(&dir.path().join("self")));
+}
+
+#[tokio::test]
+async fn commands_for_a_container_run_one_after_the_other_and_leftover_children_delay_nothing() {
+    let script = "mkdir running || exit 9; sleep 1000 & sleep 0.05; rmdir running";
+    let (dir, runtime) = scratch(script);
+    let runtime = Runtime { limit_sec: 60, ..runtime };
+    let id = TaskId::new("web").unwrap();
+    let containerd = Containerd::default();
+    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    let commands = CommandLine::default();
+    let ran = futures_util::future::join_all((0..4).map(|_| commands.start(&cli))).await;
+    assert!(ran.iter().all(Result::is_ok), "{ran:?}");
+    assert!(cli.holder().unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_delete_that_does_not_end_frees_the_id() {
+    let (dir, runtime) = scratch("sleep 1000");
+    let id = TaskId::new("web").unwrap();
+    let containerd = Containerd::default();
+    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    assert!(cli.knows());
+    CommandLine::default().delete(&cli).await.unwrap();
+    assert!(!cli.knows());
+}
+
+#[tokio::test]
+async fn a_delete_that_is_killed_is_tried_again_and_then_done_without_the_runtime() {
+    let killed_once = "[ -e killed ] || { touch killed; kill -9 $$; }; rm -r root/web";
+    for script in [killed_once, "kill -9 $$"] {
+        let (dir, runtime) = scratch(&format!("echo >> tries; {script}"));
+        let id = TaskId::new("web").unwrap();
+        let containerd = Containerd::default();
+        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+        fs::write(dir.path().join("root/web/state.json"), "{}").unwrap();
+        CommandLine::default().delete(&cli).await.unwrap();
+        assert!(!cli.knows());
+        assert_eq!(fs::read_to_string(dir.path().join("tries")).unwrap(), "\n\n");
+    }
+}
+
+#[tokio::test]
+async fn a_delete_fails_unless_the_state_is_broken() {
+    let (dir, runtime) = scratch("exit 1");
+    let id = TaskId::new("web").unwrap();
+    let containerd = Containerd::default();
+    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    for name in ["state.json", "status"] {
+        let state = dir.path().join("root/web").join(name);
+        fs::write(&state, r#"{"id":"web"}"#).unwrap();
+        let error = CommandLine::default().delete(&cli).await.unwrap_err();
+        assert!(matches!(error, Error::Failed { verb: "delete", .. }), "{error}");
+        fs::write(&state, r#"{"id":"#).unwrap();
+        CommandLine::default().delete(&cli).await.unwrap();
+        assert!(!cli.knows());
+        fs::create_dir(dir.path().join("root/web")).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_command_runs_with_the_oom_score_of_an_ordinary_process() {
+    let (dir, runtime) = scratch("cat /proc/self/oom_score_adj > score");
+    let id = TaskId::new("web").unwrap();
+    let containerd = Containerd::default();
+    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    CommandLine::default().start(&cli).await.unwrap();
+    assert_eq!(fs::read_to_string(dir.path().join("score")).unwrap(), "0\n");
+}
