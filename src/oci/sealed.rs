@@ -114,7 +114,7 @@ struct Kept {
 /// A copy that the daemon holds.
 struct Copy {
     file: File,
-    place: SealedRef,
+    reference: SealedRef,
     /// The mode of the new copy. If it loses its `x`, nobody can run the copy.
     mode: u32,
 }
@@ -154,7 +154,7 @@ impl Copies {
 
     /// The copy of a binary. Makes one if there is none of the current content. `None` for a binary that does not need a
     /// copy. Blocks.
-    pub fn place(&self, binary: &Path) -> Option<SealedRef> {
+    pub fn copy_of(&self, binary: &Path) -> Option<SealedRef> {
         if !is_wanted(binary) {
             return None;
         }
@@ -167,7 +167,7 @@ impl Copies {
             });
             made.ok()
         });
-        copy.as_ref().map(|copy| copy.place.clone())
+        copy.as_ref().map(|copy| copy.reference.clone())
     }
 
     fn kept_of(&self, binary: &Path) -> Option<Arc<Kept>> {
@@ -214,9 +214,9 @@ fn make(binary: &Path) -> io::Result<Copy> {
     fcntl(&copy, FcntlArg::F_ADD_SEALS(seals()))?;
     sys::set_immutable(&copy)?;
     let found = copy.metadata()?;
-    let place =
+    let reference =
         SealedRef { pid: std::process::id(), fd: copy.as_raw_fd(), device: found.dev(), inode: found.ino() };
-    Ok(Copy { file: copy, place, mode: found.mode() })
+    Ok(Copy { file: copy, reference, mode: found.mode() })
 }
 
 /// The seals that runc checks for.
@@ -246,8 +246,8 @@ mod tests {
     #[test]
     fn a_copy_has_the_content_and_can_not_be_written() {
         let Some(copy) = made() else { return };
-        let place: SealedRef = copy.place.to_string().parse().unwrap();
-        let opened = place.open().unwrap();
+        let reference: SealedRef = copy.reference.to_string().parse().unwrap();
+        let opened = reference.open().unwrap();
         assert_eq!(std::fs::read(path_of(&opened)).unwrap(), std::fs::read("/bin/true").unwrap());
         assert!(nix::unistd::write(&copy.file, b"x").is_err());
         assert!(Command::new(path_of(&opened)).status().unwrap().success());
@@ -279,7 +279,7 @@ mod tests {
         let Some(copy) = made() else { return };
         let (copies, binary) = (Copies::default(), Path::new("/bin/true"));
         let kept = Kept::new(FileIdentity::of(binary).unwrap());
-        let spoiled = copy.place.clone();
+        let spoiled = copy.reference.clone();
         kept.copy.set(Some(copy)).ok().unwrap();
         copies.kept().insert(binary.to_owned(), Arc::new(kept));
         let held = copies.kept_of(binary).unwrap();
@@ -292,14 +292,14 @@ mod tests {
 
     #[test]
     fn another_file_under_the_same_number_is_not_taken_for_it() {
-        let Some(Copy { file, place, .. }) = made() else { return };
-        assert_eq!(SealedRef { inode: place.inode + 1, ..place.clone() }.open().map(drop), None);
+        let Some(Copy { file, reference, .. }) = made() else { return };
+        assert_eq!(SealedRef { inode: reference.inode + 1, ..reference.clone() }.open().map(drop), None);
         drop(file);
         assert_eq!("1:2".parse::<SealedRef>(), Err(()));
     }
 
     #[test]
     fn only_runc_is_copied() {
-        assert_eq!(Copies::default().place(Path::new("/bin/true")), None);
+        assert_eq!(Copies::default().copy_of(Path::new("/bin/true")), None);
     }
 }

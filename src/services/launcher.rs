@@ -47,7 +47,7 @@ impl Launcher {
     /// A copy of the task's OCI runtime, if there can be one.
     pub(crate) async fn sealed_runtime(&self, task: &Task) -> Result<Option<sealed::SealedRef>, Error> {
         let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
-        blocking(move || copies.place(&binary)).await
+        blocking(move || copies.copy_of(&binary)).await
     }
 
     /// True if the criu in this search path is known to be usable.
