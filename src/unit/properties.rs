@@ -106,22 +106,13 @@ pub fn container(
         ("GuessMainPID", false.into()),
         ("ExecStart", exec_start(command, ExitCode::Counts)),
         ("Environment", environment.to_vec().into()),
-        ("RemainAfterExit", true.into()),
         // Only containerd starts containers, even if a drop-in for all services sets `Restart=`.
         (
             "RestartPreventExitStatus",
             ((0..=255).collect::<Vec<i32>>(), (1..=64).collect::<Vec<i32>>()).into(),
         ),
-        ("CollectMode", "inactive".into()),
         ("Delegate", true.into()),
-        ("KillMode", "mixed".into()),
         ("TimeoutStartUSec", usec(start_limit).into()),
-        ("TimeoutStopUSec", usec(config::STOP_LIMIT).into()),
-        ("OOMPolicy", "continue".into()),
-        ("TasksMax", INFINITY.into()),
-        ("IgnoreSIGPIPE", false.into()),
-        ("KeyringMode", "inherit".into()),
-        ("StandardInput", "null".into()),
         ("StandardOutput", "journal".into()),
         ("StandardError", "journal".into()),
         ("CPUAccounting", true.into()),
@@ -134,8 +125,25 @@ pub fn container(
         // is bound sends them to systemd's own socket, from any of its processes.
         list.push(("NotifyAccess", "all".into()));
     }
+    list.extend(for_containers_processes());
     list.extend(bound_to_system(&HOST_SERVICES));
     Properties(list)
+}
+
+/// The properties that a container's unit and an exec's unit share. Most of them replace defaults of systemd that would change
+/// what the processes of a container find under containerd-shim-runc-v2.
+fn for_containers_processes() -> [(&'static str, Variant<'static>); 9] {
+    [
+        ("RemainAfterExit", true.into()),
+        ("CollectMode", "inactive".into()),
+        ("KillMode", "mixed".into()),
+        ("TimeoutStopUSec", usec(config::STOP_LIMIT).into()),
+        ("OOMPolicy", "continue".into()),
+        ("TasksMax", INFINITY.into()),
+        ("IgnoreSIGPIPE", false.into()),
+        ("KeyringMode", "inherit".into()),
+        ("StandardInput", "null".into()),
+    ]
 }
 
 impl Properties {
@@ -179,21 +187,13 @@ pub fn exec(
         ("FileDescriptorStoreMax", 1_u32.into()),
         ("ExecStart", exec_start(command, ExitCode::Ignored)),
         ("Environment", environment.to_vec().into()),
-        ("RemainAfterExit", true.into()),
-        ("CollectMode", "inactive".into()),
-        ("KillMode", "mixed".into()),
         ("TimeoutStartUSec", INFINITY.into()),
-        ("TimeoutStopUSec", usec(config::STOP_LIMIT).into()),
-        ("OOMPolicy", "continue".into()),
-        ("TasksMax", INFINITY.into()),
-        ("IgnoreSIGPIPE", false.into()),
-        ("KeyringMode", "inherit".into()),
-        ("StandardInput", "null".into()),
         ("StandardOutput", "null".into()),
         ("StandardError", "null".into()),
         ("LogLevelMax", LOG_ERR.into()),
         NO_LEVEL_PREFIX,
     ];
+    list.extend(for_containers_processes());
     list.extend(bound_to_system(&[container.as_str()]));
     Properties(list)
 }
