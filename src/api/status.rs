@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use ttrpc::Code;
 
 use crate::services::Error;
+use crate::sys;
 use crate::{oci, unit};
 
 /// The code of an error. RESOURCE_EXHAUSTED for every error of the kernel that there is no room: the same call can succeed
@@ -22,14 +23,12 @@ pub fn code(error: &Error) -> Code {
 
 /// True if the system lacked descriptors, memory, disk space, processes or threads.
 fn is_exhausted(error: &Error) -> bool {
-    const EXHAUSTED: [Errno; 6] =
-        [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOSPC, Errno::EDQUOT, Errno::EAGAIN];
     let mut source = Some(error as &dyn std::error::Error);
     while let Some(error) = source {
         let io = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).map(Errno::from_raw);
         if let Some(errno) = io.or_else(|| error.downcast_ref::<Errno>().copied()) {
             // In an error of a call, EAGAIN comes from clone(2): the daemon waits for a descriptor that is not ready.
-            return EXHAUSTED.contains(&errno);
+            return errno == Errno::EAGAIN || sys::is_exhausted(errno);
         }
         source = error.source();
     }

@@ -7,8 +7,10 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use tokio::io::unix::AsyncFd;
 
+use crate::sys;
+
 use super::journal::Lines;
-use super::pipe::{PipePair, Scratch, is_exhausted};
+use super::pipe::{PipePair, Scratch};
 use super::rate::RateLimit;
 
 /// The largest size of the pipe of an [`Aside`]: as much as the default rate limit allows in lines of 100 bytes. The pipe
@@ -72,7 +74,7 @@ impl Diverter {
             Some(scratch) => scratch,
             None => match Scratch::new() {
                 // Nothing waits for the journal's copy.
-                Err(errno) if is_exhausted(errno) => return Ok(Diverted::Skipped),
+                Err(errno) if sys::is_exhausted(errno) => return Ok(Diverted::Skipped),
                 made => made?,
             },
         };

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 
-use crate::sys::watch;
+use crate::sys::{self, watch};
 
 pub(super) const NO_WAIT: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK;
 
@@ -46,12 +46,6 @@ pub(super) struct Scratch {
 /// The pause before a descriptor is asked for again of which there was none.
 const ROOM_PAUSE: Duration = Duration::from_millis(100);
 
-/// True if a descriptor can't be opened now and perhaps later: this process or the machine has too many open, or there is
-/// no memory.
-pub(super) fn is_exhausted(errno: Errno) -> bool {
-    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS)
-}
-
 /// Opens something as soon as there is a descriptor for it. Output waits in its pipe meanwhile.
 ///
 /// # Errors
@@ -60,7 +54,7 @@ pub(super) async fn once_there_is_room<T>(open: impl Fn() -> io::Result<T>) -> i
     let mut is_logged = false;
     loop {
         match open() {
-            Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(is_exhausted) => {
+            Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(sys::is_exhausted) => {
                 if !is_logged {
                     tracing::warn!(%error, "output waits for a free descriptor: {error}");
                     is_logged = true;

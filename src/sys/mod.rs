@@ -12,6 +12,7 @@ pub mod user_namespace;
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::libc;
@@ -40,6 +41,19 @@ pub fn take_systemd_fds() -> Result<Vec<(String, OwnedFd)>, libsystemd::errors::
         (name, unsafe { OwnedFd::from_raw_fd(fd.into_raw_fd()) })
     };
     Ok(received.into_iter().map(own).collect())
+}
+
+/// True if the system or this process lacks something that may be free later: descriptors, memory, or disk space. EAGAIN is
+/// not in the list: it also means that a descriptor is not ready.
+pub fn is_exhausted(errno: Errno) -> bool {
+    use Errno::{EDQUOT, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC};
+    matches!(errno, EMFILE | ENFILE | ENOMEM | ENOBUFS | ENOSPC | EDQUOT)
+}
+
+/// Now, in microseconds since 1970.
+pub fn now_usec() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// A descriptor for a process (pidfd_open(2)).
