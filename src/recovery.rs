@@ -69,7 +69,9 @@ impl Shim {
                         }
                         let task = entry.task().clone();
                         let execs = task.execs.values().map(|exec| &exec.wiring);
-                        execs.chain([&task.init.wiring]).for_each(|wiring| self.fds.reserve(wiring.kept));
+                        execs
+                            .chain([&task.init.wiring])
+                            .for_each(|wiring| self.fds.reserve(wiring.store_number));
                         let suspect = Suspect::record(&entry.key);
                         suspect.watch(self.recover_task(&entry, &running)).await;
                     }

@@ -325,7 +325,7 @@ pub fn state(id: &str, state: State) -> StateResponse {
     StateResponse {
         id: id.to_owned(),
         bundle: state.bundle.to_string_lossy().into_owned(),
-        pid: state.pid,
+        pid: pid(state.pid),
         status: EnumOrUnknown::new(status),
         stdin: stdio.stdin,
         stdout: stdio.stdout,
@@ -346,10 +346,15 @@ pub fn wait(exit: Exit) -> WaitResponse {
     }
 }
 
+/// A pid in containerd's messages, where 0 means that there is no process.
+pub fn pid(pid: Option<u32>) -> u32 {
+    pid.unwrap_or_default()
+}
+
 /// A Delete response. A process that never ran has exit status 0, and Go's zero time, in year 1.
-pub fn delete(pid: u32, exit: Option<Exit>) -> DeleteResponse {
+pub fn delete(deleted: Option<u32>, exit: Option<Exit>) -> DeleteResponse {
     DeleteResponse {
-        pid,
+        pid: pid(deleted),
         exit_status: exit.map_or(0, |exit| exit.status),
         exited_at: MessageField::some(exit.map_or_else(never, |exit| time(exit.at_usec))),
         ..DeleteResponse::default()
@@ -439,7 +444,7 @@ mod tests {
     fn a_running_task_has_exited_in_the_year_one() {
         let running = State {
             status: Status::Running,
-            pid: 1,
+            pid: Some(1),
             exit: None,
             bundle: "/b".into(),
             stdio: Stdio::default(),

@@ -14,7 +14,7 @@ use crate::services::Outgoing;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::Exit;
 
-use super::convert::{Error, any, time};
+use super::convert::{self, Error, any, time};
 
 /// An event in the envelope that containerd accepts.
 ///
@@ -37,7 +37,7 @@ pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
                 container_id: id,
                 bundle: task.request.bundle.to_string_lossy().into_owned(),
                 io: MessageField::some(io),
-                pid: *pid,
+                pid: convert::pid(*pid),
                 checkpoint: task
                     .request
                     .checkpoint
@@ -95,7 +95,7 @@ pub fn envelope(outgoing: &Outgoing) -> Result<Envelope, Error> {
         TaskEvent::Deleted { pid, exit } => {
             let event = TaskDelete {
                 container_id: id,
-                pid: *pid,
+                pid: convert::pid(*pid),
                 exit_status: exit.status,
                 exited_at: MessageField::some(time(exit.at_usec)),
                 ..TaskDelete::default()

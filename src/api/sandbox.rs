@@ -18,7 +18,7 @@ use ttrpc::asynchronous::TtrpcContext;
 
 use crate::ops::{CreateSandbox, SandboxState, Status};
 
-use super::task::{RpcResult, TaskService, attempt, refuse};
+use super::task::{RpcResult, TaskService, delivery, refuse};
 use super::{convert, metrics, pod, status};
 
 #[async_trait]
@@ -39,9 +39,9 @@ impl Sandbox for TaskService {
             options: convert::options_of_start(&bundle).map_err(status::invalid)?,
             bundle,
         };
-        let (shim, attempt) = (self.shim.clone(), attempt(ctx));
+        let (shim, delivery) = (self.shim.clone(), delivery(ctx));
         let init = key.init();
-        self.run("create-sandbox", &init, async move { shim.create_sandbox(call, attempt).await }).await?;
+        self.run("create-sandbox", &init, async move { shim.create_sandbox(call, delivery).await }).await?;
         Ok(CreateSandboxResponse::new())
     }
 
@@ -51,8 +51,8 @@ impl Sandbox for TaskService {
         request: StartSandboxRequest,
     ) -> RpcResult<StartSandboxResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
-        let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
-        let started = async move { shim.start_sandbox(&key, attempt).await };
+        let (shim, process, delivery) = (self.shim.clone(), key.clone(), delivery(ctx));
+        let started = async move { shim.start_sandbox(&key, delivery).await };
         let (pid, state) = self.run("start-sandbox", &process, started).await?;
         let created_at = MessageField::some(convert::time(usec(state.created)));
         Ok(StartSandboxResponse { pid, created_at, ..StartSandboxResponse::default() })
@@ -73,11 +73,12 @@ impl Sandbox for TaskService {
         ctx: &TtrpcContext,
         request: StopSandboxRequest,
     ) -> RpcResult<StopSandboxResponse> {
-        let (key, attempt) = (self.process(ctx, &request.sandbox_id, "")?, attempt(ctx));
+        let (key, delivery) = (self.process(ctx, &request.sandbox_id, "")?, delivery(ctx));
         let (shim, task) = (self.shim.clone(), key.task.clone());
         let limit = Some(request.timeout_secs).filter(|secs| *secs > 0);
         let limit = limit.map(|secs| Duration::from_secs(secs.into()));
-        self.run("stop-sandbox", &key, async move { shim.stop_sandbox(&task, limit, attempt).await }).await?;
+        self.run("stop-sandbox", &key, async move { shim.stop_sandbox(&task, limit, delivery).await })
+            .await?;
         Ok(StopSandboxResponse::new())
     }
 
@@ -87,7 +88,7 @@ impl Sandbox for TaskService {
         request: WaitSandboxRequest,
     ) -> RpcResult<WaitSandboxResponse> {
         let key = self.process(ctx, &request.sandbox_id, "")?;
-        let exit = self.shim.wait(&key, attempt(ctx)).await;
+        let exit = self.shim.wait(&key, delivery(ctx)).await;
         let exit = exit.map_err(|error| refuse("wait-sandbox", &key, &error))?;
         Ok(WaitSandboxResponse {
             exit_status: exit.status,
@@ -106,7 +107,7 @@ impl Sandbox for TaskService {
         let state = state.map_err(|error| refuse("sandbox-status", &key, &error))?;
         Ok(SandboxStatusResponse {
             sandbox_id: request.sandbox_id,
-            pid: state.pid,
+            pid: convert::pid(state.pid),
             state: if is_ready(&state) { READY } else { NOT_READY }.to_owned(),
             info: if request.verbose { info(&state) } else { HashMap::new() },
             created_at: MessageField::some(convert::time(usec(state.created))),
@@ -167,7 +168,7 @@ fn info(state: &SandboxState) -> HashMap<String, String> {
         Status::Stopped => "stopped",
     };
     let info = serde_json::json!({
-        "pid": state.pid,
+        "pid": convert::pid(state.pid),
         "processStatus": status,
         "runtimeType": "io.containerd.systemd.v1",
     });

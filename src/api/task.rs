@@ -23,7 +23,7 @@ use ttrpc::{Request, Response};
 
 use crate::id::{Namespace, ProcessKey, TaskKey};
 use crate::ops::Shim;
-use crate::services::{Attempt, Error};
+use crate::services::{Delivery, Error};
 use crate::suspect::{self, Suspect};
 use crate::transport::frame::REPLAYED;
 use crate::transport::sockets::{Holder, Lease, Leases, Socket};
@@ -149,8 +149,8 @@ impl MethodHandler for Suspected {
 
 /// Whether the request is replayed. The client does not know: the connection marks requests that an earlier daemon has
 /// read.
-pub(super) fn attempt(ctx: &TtrpcContext) -> Attempt {
-    if ctx.metadata.contains_key(REPLAYED) { Attempt::Replayed } else { Attempt::First }
+pub(super) fn delivery(ctx: &TtrpcContext) -> Delivery {
+    if ctx.metadata.contains_key(REPLAYED) { Delivery::Replayed } else { Delivery::First }
 }
 
 /// Logs a failed call and returns the error for the client.
@@ -180,25 +180,25 @@ impl Task for TaskService {
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> RpcResult<CreateTaskResponse> {
         let mut call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
         call.key = self.created_by(&call.key, &call.request.bundle)?;
-        let (shim, attempt) = (self.shim.clone(), attempt(ctx));
+        let (shim, delivery) = (self.shim.clone(), delivery(ctx));
         let init = call.key.init();
-        let pid = self.run("create", &init, async move { shim.create(call, attempt).await }).await?;
-        Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
+        let pid = self.run("create", &init, async move { shim.create(call, delivery).await }).await?;
+        Ok(CreateTaskResponse { pid: convert::pid(pid), ..CreateTaskResponse::default() })
     }
 
     async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> RpcResult<Empty> {
         let mut call = convert::exec(self.namespace(ctx)?, request).map_err(status::invalid)?;
         call.task = self.located(&call.task)?;
         let process = ProcessKey { task: call.task.clone(), exec: Some(call.exec.clone()) };
-        let (shim, attempt) = (self.shim.clone(), attempt(ctx));
-        self.run("exec", &process, async move { shim.add_exec(call, attempt).await }).await?;
+        let (shim, delivery) = (self.shim.clone(), delivery(ctx));
+        self.run("exec", &process, async move { shim.add_exec(call, delivery).await }).await?;
         Ok(Empty::new())
     }
 
     async fn start(&self, ctx: &TtrpcContext, request: StartRequest) -> RpcResult<StartResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
-        let pid = self.run("start", &process, async move { shim.start(&key, attempt).await }).await?;
+        let (shim, process, delivery) = (self.shim.clone(), key.clone(), delivery(ctx));
+        let pid = self.run("start", &process, async move { shim.start(&key, delivery).await }).await?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
 
@@ -208,11 +208,11 @@ impl Task for TaskService {
         if let Some(owner) = &given_up {
             key.task = self.shim.tasks.own(&key.task, owner);
         }
-        let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
+        let (shim, process, delivery) = (self.shim.clone(), key.clone(), delivery(ctx));
         let deleted = self.run("delete", &process, async move {
             match given_up {
                 Some(owner) => shim.clean_up(&key.task, &owner).await,
-                None => shim.delete(&key, attempt).await,
+                None => shim.delete(&key, delivery).await,
             }
         });
         let deleted = deleted.await?;
@@ -227,9 +227,9 @@ impl Task for TaskService {
 
     async fn kill(&self, ctx: &TtrpcContext, request: KillRequest) -> RpcResult<Empty> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let (shim, process, attempt) = (self.shim.clone(), key.clone(), attempt(ctx));
+        let (shim, process, delivery) = (self.shim.clone(), key.clone(), delivery(ctx));
         let (signal, all) = (request.signal, request.all);
-        self.run("kill", &process, async move { shim.tasks.kill(&key, signal, all, attempt).await }).await?;
+        self.run("kill", &process, async move { shim.tasks.kill(&key, signal, all, delivery).await }).await?;
         Ok(Empty::new())
     }
 
@@ -248,13 +248,13 @@ impl Task for TaskService {
 
     async fn wait(&self, ctx: &TtrpcContext, request: WaitRequest) -> RpcResult<WaitResponse> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let exit = self.shim.wait(&key, attempt(ctx)).await.map_err(|error| refuse("wait", &key, &error))?;
+        let exit = self.shim.wait(&key, delivery(ctx)).await.map_err(|error| refuse("wait", &key, &error))?;
         Ok(convert::wait(exit))
     }
 
     async fn connect(&self, ctx: &TtrpcContext, request: ConnectRequest) -> RpcResult<ConnectResponse> {
         let key = self.key(ctx, &request.id)?;
-        let task_pid = self.shim.tasks.init_pid(&key);
+        let task_pid = convert::pid(self.shim.tasks.init_pid(&key));
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
     }
 
@@ -270,34 +270,34 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, ctx: &TtrpcContext, request: PauseRequest) -> RpcResult<Empty> {
-        let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
+        let (key, delivery) = (self.process(ctx, &request.id, "")?, delivery(ctx));
         let (shim, task) = (self.shim.clone(), key.task.clone());
-        self.run("pause", &key, async move { shim.pause(&task, attempt).await }).await?;
+        self.run("pause", &key, async move { shim.pause(&task, delivery).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, ctx: &TtrpcContext, request: ResumeRequest) -> RpcResult<Empty> {
-        let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
+        let (key, delivery) = (self.process(ctx, &request.id, "")?, delivery(ctx));
         let (shim, task) = (self.shim.clone(), key.task.clone());
-        self.run("resume", &key, async move { shim.resume(&task, attempt).await }).await?;
+        self.run("resume", &key, async move { shim.resume(&task, delivery).await }).await?;
         Ok(Empty::new())
     }
 
     async fn checkpoint(&self, ctx: &TtrpcContext, request: CheckpointTaskRequest) -> RpcResult<Empty> {
-        let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
+        let (key, delivery) = (self.process(ctx, &request.id, "")?, delivery(ctx));
         let checkpoint =
             convert::checkpoint(request.path, request.options.as_ref()).map_err(status::invalid)?;
         let (shim, task) = (self.shim.clone(), key.task.clone());
-        self.run("checkpoint", &key, async move { shim.checkpoint(&task, checkpoint, attempt).await })
+        self.run("checkpoint", &key, async move { shim.checkpoint(&task, checkpoint, delivery).await })
             .await?;
         Ok(Empty::new())
     }
 
     async fn update(&self, ctx: &TtrpcContext, request: UpdateTaskRequest) -> RpcResult<Empty> {
-        let (key, attempt) = (self.process(ctx, &request.id, "")?, attempt(ctx));
+        let (key, delivery) = (self.process(ctx, &request.id, "")?, delivery(ctx));
         let (shim, task) = (self.shim.clone(), key.task.clone());
         let resources = request.resources.into_option().unwrap_or_default().value;
-        self.run("update", &key, async move { shim.update(&task, resources, attempt).await }).await?;
+        self.run("update", &key, async move { shim.update(&task, resources, delivery).await }).await?;
         Ok(Empty::new())
     }
 }

@@ -14,6 +14,7 @@ use crate::oci::command::CommandLine;
 use crate::oci::{containerd, mount};
 use crate::store::{Found, Store};
 use crate::supervise::cleanup::{Removal, Stop, Troubles};
+use crate::sys;
 use crate::task::Task;
 use crate::task::phase::Exit;
 use crate::{cgroup, config, unit};
@@ -39,7 +40,7 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     unmount(&bundle);
     let response = match response? {
         Some(response) => response,
-        None => convert::delete(0, Some(killed_now())).write_to_bytes().map_err(Failure::new)?,
+        None => convert::delete(None, Some(killed_now())).write_to_bytes().map_err(Failure::new)?,
     };
     print(&response)
 }
@@ -85,7 +86,7 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
         return Ok(None);
     };
     without_daemon(store, &task)?;
-    let pid = task.init.pid().unwrap_or_default();
+    let pid = task.init.pid();
     let exit = task.init.exit().unwrap_or_else(killed_now);
     convert::delete(pid, Some(exit)).write_to_bytes().map(Some).map_err(Failure::new)
 }
@@ -118,6 +119,5 @@ fn unmount(bundle: &Path) {
 }
 
 fn killed_now() -> Exit {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    Exit { status: KILLED, at_usec: u64::try_from(now.as_micros()).unwrap_or(u64::MAX) }
+    Exit { status: KILLED, at_usec: sys::now_usec() }
 }

@@ -119,7 +119,7 @@ fn replies(root: &Path, content: &[u8]) {
     let process = key().init();
     let _ = replies.find(&process);
     for pid in 1..4 {
-        let deleted = Deleted { pid, exit: Some(Exit { status: 0, at_usec: 7 }) };
+        let deleted = Deleted { pid: Some(pid), exit: Some(Exit { status: 0, at_usec: 7 }) };
         replies.record(&process, deleted).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(replies.find(&process), Some(deleted), "the last answer counts");
         assert_eq!(open().find(&process), Some(deleted), "the last answer counts after a restart");

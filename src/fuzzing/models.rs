@@ -183,12 +183,12 @@ fn json() -> impl Strategy<Value = String> {
 fn event() -> impl Strategy<Value = TaskEvent> {
     let exit = (any::<u32>(), any::<u64>()).prop_map(|(status, at_usec)| Exit { status, at_usec });
     (0..6_u8, any::<u32>(), exit).prop_map(|(kind, pid, exit)| match kind {
-        0 => TaskEvent::Created { pid },
+        0 => TaskEvent::Created { pid: Some(pid) },
         1 => TaskEvent::Paused,
         2 => TaskEvent::Resumed,
         3 => TaskEvent::OutOfMemory,
         4 => TaskEvent::Exited { pid, exit },
-        _ => TaskEvent::Deleted { pid, exit },
+        _ => TaskEvent::Deleted { pid: Some(pid), exit },
     })
 }
 

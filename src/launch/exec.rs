@@ -39,9 +39,13 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
 fn outcome(pid: u32, ended: Option<WaitStatus>) -> Outcome {
     match ended {
         None => Outcome::Started { pid },
-        Some(ended) => {
-            Outcome::Ended { pid, exit: Exit { status: ended.exit_status(), at_usec: ended.at_usec } }
-        }
+        Some(ended) => Outcome::Ended {
+            pid,
+            exit: Exit {
+                status: ended.exit_status(),
+                at_usec: ended.at_usec.unwrap_or_else(crate::sys::now_usec),
+            },
+        },
     }
 }
 

@@ -11,7 +11,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use libsystemd::daemon::{NotifyState, notify, notify_with_fds};
 use nix::errno::Errno;
@@ -57,9 +57,7 @@ pub(super) fn hand_over(pid: u32) -> Result<Option<WaitStatus>, Error> {
 
 fn peek(pid: u32) -> Result<Option<WaitStatus>, Error> {
     let ended = sys::peek_exit(pid).map_err(|errno| Error::Lost { pid, source: errno.into() })?;
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let at_usec = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
-    Ok(ended.map(|(code, status)| WaitStatus { code, status, at_usec }))
+    Ok(ended.map(|(code, status)| WaitStatus { code, status, at_usec: Some(sys::now_usec()) }))
 }
 
 fn tell(states: &[NotifyState]) -> Result<(), Error> {

@@ -16,7 +16,7 @@ use crate::id::TaskKey;
 use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, CheckpointNote, DUMP_WORK, Kind, dump_work};
 use crate::oci::criu::{self, Checkpoint, Problem};
 use crate::oci::runtime::Cli;
-use crate::services::{Attempt, Entry, Error, blocking};
+use crate::services::{Delivery, Entry, Error, blocking};
 use crate::task::phase::Phase;
 use crate::task::wiring::Output;
 use crate::task::{Placement, Task};
@@ -46,12 +46,12 @@ impl Shim {
         self: &Arc<Self>,
         key: &TaskKey,
         request: Checkpoint,
-        attempt: Attempt,
+        delivery: Delivery,
     ) -> Result<(), Error> {
         let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let task = entry.task().clone();
-        if attempt == Attempt::Replayed
+        if delivery == Delivery::Replayed
             && let Some(CheckpointNote { request: earlier, outcome: Some(outcome), .. }) = self.begun(key)?
             && earlier == request
         {

@@ -4,8 +4,8 @@ use crate::id::TaskKey;
 use crate::services::Tasks;
 
 impl Tasks {
-    /// A task's init process, 0 if there is no such task: Connect never fails.
-    pub fn init_pid(&self, key: &TaskKey) -> u32 {
-        self.registry.get(key).and_then(|entry| entry.task().init.pid()).unwrap_or_default()
+    /// A task's init process. `None` if there is no such task or no such process: Connect never fails.
+    pub fn init_pid(&self, key: &TaskKey) -> Option<u32> {
+        self.registry.get(key).and_then(|entry| entry.task().init.pid())
     }
 }

@@ -16,7 +16,7 @@ use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::{metadata, options, runtime};
 use crate::services::process::{hold, lives_in, program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
-use crate::services::{Attempt, Entry, Error};
+use crate::services::{Delivery, Entry, Error};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::task::Task;
 use crate::task::phase::{Container, Event};
@@ -49,22 +49,26 @@ pub struct CreateTask {
 }
 
 impl Shim {
-    /// Creates a container whose init process waits for Start. Returns the pid of that process.
+    /// Creates a container whose init process waits for Start. Returns the pid of that process, or `None` if Start restores
+    /// the process.
     ///
     /// # Errors
     /// The request is invalid or a step fails. The Create is rolled back.
-    pub async fn create(self: &Arc<Self>, call: CreateTask, attempt: Attempt) -> Result<u32, Error> {
-        if let (Attempt::Replayed, Some(entry)) = (attempt, self.tasks.registry.get(&call.key)) {
+    pub async fn create(
+        self: &Arc<Self>,
+        call: CreateTask,
+        delivery: Delivery,
+    ) -> Result<Option<u32>, Error> {
+        if let (Delivery::Replayed, Some(entry)) = (delivery, self.tasks.registry.get(&call.key)) {
             // The earlier daemon's Create may still be running.
             drop(entry.init.verb.lock().await);
             let phase = entry.task().init.phase.clone();
             if !phase.is_creating() {
-                // A container that waits for its restore has no process.
-                return Ok(phase.pid().unwrap_or_default());
+                return Ok(phase.pid());
             }
         }
         let init = call.key.init();
-        self.tasks.recall_failure(&init, attempt)?;
+        self.tasks.recall_failure(&init, delivery)?;
         if let Some(entry) = self.tasks.registry.get(&call.key) {
             if !entry.task().is_leftover {
                 return Err(Error::Exists { key: call.key });
@@ -105,21 +109,26 @@ impl Shim {
         Err(Error::NoUnitName { key })
     }
 
-    async fn bring_up(self: &Arc<Self>, entry: &Arc<Entry>, environment: &[u8]) -> Result<u32, Error> {
+    async fn bring_up(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        environment: &[u8],
+    ) -> Result<Option<u32>, Error> {
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         self.store.create(&task, environment)?;
         fault::point(Point::CreateRecorded);
         if task.request.checkpoint.is_some() {
             self.check_criu(&task).await?;
-            return self.prepare_restore(entry, &task, &dir).await;
+            self.prepare_restore(entry, &task, &dir).await?;
+            return Ok(None);
         }
         let plan = Arc::new(self.streams.plan(entry, &entry.init)?);
         let opened = self.streams.open(&plan).await?;
         self.notifications.listen(entry).await?;
         fault::point(Point::CreateOpened);
         self.start_unit(entry, &task, &dir, Daemon::This).await?;
-        self.finish_create(entry, &task, &dir, opened).await
+        self.finish_create(entry, &task, &dir, opened).await.map(Some)
     }
 
     /// After a restart: completes a Create that was interrupted, or rolls it back. Sends to `claimed` once it has claimed
@@ -135,7 +144,7 @@ impl Shim {
             if task.request.checkpoint.is_some() {
                 return self.prepare_restore(entry, &task, &dir).await;
             }
-            self.resume_unit(entry, claimed).await
+            self.resume_unit(entry, claimed).await.map(drop)
         };
         if let Err(error) = resumed.await {
             tracing::warn!(task = %task.key, %error, "task {}: a create that a restart interrupted has failed and is rolled back: {error}", task.key);

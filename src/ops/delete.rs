@@ -9,8 +9,9 @@ use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskKey};
 use crate::services::registry::Completion;
 use crate::services::streams::drain;
-use crate::services::{Attempt, Entry, Error, Process, blocking, now_usec};
+use crate::services::{Delivery, Entry, Error, Process, blocking};
 use crate::store::delete_replies::Deleted;
+use crate::sys;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Phase};
 
@@ -19,8 +20,8 @@ use super::kill::kill_all;
 
 impl Shim {
     /// The response to an earlier attempt of the same Delete.
-    pub(super) fn answered(&self, key: &ProcessKey, attempt: Attempt) -> Option<Deleted> {
-        if attempt == Attempt::First { None } else { self.delete_replies.find(key) }
+    pub(super) fn answered(&self, key: &ProcessKey, delivery: Delivery) -> Option<Deleted> {
+        if delivery == Delivery::First { None } else { self.delete_replies.find(key) }
     }
 
     /// Removes an exec, or a task with all of its execs. The process has ended or was never started. Returns its pid and
@@ -28,14 +29,14 @@ impl Shim {
     ///
     /// # Errors
     /// The process runs, or something can't be removed. The call can be repeated.
-    pub async fn delete(self: &Arc<Self>, key: &ProcessKey, attempt: Attempt) -> Result<Deleted, Error> {
+    pub async fn delete(self: &Arc<Self>, key: &ProcessKey, delivery: Delivery) -> Result<Deleted, Error> {
         let deleted = match &key.exec {
             None => self.delete_task(&key.task).await,
             Some(_) => self.delete_exec(key).await,
         };
         match deleted {
             Err(error @ (Error::UnknownTask { .. } | Error::UnknownExec { .. })) => {
-                self.answered(key, attempt).ok_or(error)
+                self.answered(key, delivery).ok_or(error)
             }
             deleted => deleted,
         }
@@ -52,7 +53,7 @@ impl Shim {
             Phase::Stopped { exit, .. } => exit,
             Phase::Created { .. } => kill_and_wait(&entry).await?,
             // There has been no process: containerd gets status 0, as for every container that never ran.
-            Phase::Prepared => Exit { status: 0, at_usec: now_usec() },
+            Phase::Prepared => Exit { status: 0, at_usec: sys::now_usec() },
             Phase::Creating { .. }
             | Phase::Restoring { .. }
             | Phase::Starting { .. }
@@ -64,7 +65,7 @@ impl Shim {
         };
         fault::point(Point::DeleteBegun);
         let task = entry.task().clone();
-        let pid = task.init.pid().unwrap_or_default();
+        let pid = task.init.pid();
         let troubles = self.cleanup.remove_container(&task, &entry).await;
         if !troubles.is_empty() {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
@@ -124,7 +125,7 @@ impl Shim {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
         }
         fault::point(Point::ExecDeleteUnit);
-        let deleted = Deleted { pid: exec.pid().unwrap_or_default(), exit: exec.exit() };
+        let deleted = Deleted { pid: exec.pid(), exit: exec.exit() };
         self.delete_replies.record(key, deleted)?;
         fault::point(Point::ExecDeleteKept);
         self.tasks.change(entry, |task| {

@@ -7,8 +7,9 @@ use crate::id::{ExecId, ProcessKey, TaskKey};
 use crate::launch::contract::PROCESS_SPEC;
 use crate::oci::{metadata, process};
 use crate::services::registry::{Conflict, Verb};
-use crate::services::{Attempt, Entry, Error, Process, now_usec};
+use crate::services::{Delivery, Entry, Error, Process};
 use crate::stdio::{fifo, uri};
+use crate::sys;
 use crate::task::exec::{Exec, ExecPhase};
 use crate::task::outbox::TaskEvent;
 use crate::task::request::Stdio;
@@ -35,10 +36,10 @@ impl Shim {
     ///
     /// # Errors
     /// The id is in use, the spec or the stdio strings are invalid, or the task has ended.
-    pub async fn add_exec(self: &Arc<Self>, call: AddExec, attempt: Attempt) -> Result<(), Error> {
+    pub async fn add_exec(self: &Arc<Self>, call: AddExec, delivery: Delivery) -> Result<(), Error> {
         let AddExec { task: key, exec: id, stdio, spec } = call;
         let entry = self.tasks.created(&key)?;
-        if attempt == Attempt::Replayed && entry.process(Some(&id)).is_some() {
+        if delivery == Delivery::Replayed && entry.process(Some(&id)).is_some() {
             return Ok(());
         }
         if id.as_str() == key.id.as_str() {
@@ -52,11 +53,11 @@ impl Shim {
             return Err(Error::NoExecIn { phase: task.init.word() });
         }
         let log = task.runtime.log;
-        let kept = self.fds.next_number();
+        let store_number = self.fds.next_number();
         let process_key = ProcessKey { task: key.clone(), exec: Some(id.clone()) };
         let read_wiring = move || {
             let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind);
-            wiring.map(|wiring| (stdio, Wiring { kept, ..wiring }))
+            wiring.map(|wiring| (stdio, Wiring { store_number, ..wiring }))
         };
         let (stdio, wiring) = self.files.run(&process_key, read_wiring).await??;
         let description = metadata::of_exec(&task.init.description, &id, &spec.args);
@@ -89,7 +90,7 @@ impl Shim {
         let exec = Exec { unit, logger, stdio, wiring, description, phase: ExecPhase::Added };
         self.tasks.change(entry, |task| {
             task.execs.insert(id.clone(), Arc::new(exec));
-            task.owe(TaskEvent::ExecAdded { exec: id.clone() }, now_usec());
+            task.owe(TaskEvent::ExecAdded { exec: id.clone() }, sys::now_usec());
             Ok(Vec::new())
         })?;
         fault::point(Point::ExecNoted);

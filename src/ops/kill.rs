@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
-use crate::services::{Attempt, Error, Tasks, blocking};
+use crate::services::{Delivery, Error, Tasks, blocking};
 use crate::sys;
 use crate::task::Task;
 
@@ -25,14 +25,14 @@ impl Tasks {
         key: &ProcessKey,
         signal: u32,
         all: bool,
-        attempt: Attempt,
+        delivery: Delivery,
     ) -> Result<(), Error> {
         let killed = self.send(key, signal, all).await;
         fault::point(Point::KillSent);
-        match (attempt, killed) {
+        match (delivery, killed) {
             // An earlier daemon may have sent the signal, and the process has ended.
             (
-                Attempt::Replayed,
+                Delivery::Replayed,
                 Err(Error::Finished | Error::UnknownTask { .. } | Error::UnknownExec { .. }),
             ) => Ok(()),
             (_, killed) => killed,

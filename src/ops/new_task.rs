@@ -51,7 +51,7 @@ impl Shim {
         }
         runtime.environment = self.store.environment(&key);
         let wiring = uri::wiring(&stdio, runtime.log, uri::Role::Init, fifo::kind)?;
-        let wiring = Wiring { kept: self.fds.next_number(), ..wiring };
+        let wiring = Wiring { store_number: self.fds.next_number(), ..wiring };
         let wiring = if request.checkpoint.is_some() { wiring.for_restore() } else { wiring };
         let TaskMetadata { description, fields } = metadata::of(&key, &spec);
         let init = Process {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::TaskKey;
-use crate::services::{Attempt, Error, blocking, waiting};
+use crate::services::{Delivery, Error, blocking, waiting};
 use crate::task::phase::{Event, Phase, Refusal};
 use crate::task::process::Lifecycle;
 use crate::task::{Placement, Task};
@@ -29,13 +29,13 @@ impl Shim {
     ///
     /// # Errors
     /// The container does not run, or can't be frozen; then it continues to run.
-    pub async fn pause(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<(), Error> {
+    pub async fn pause(self: &Arc<Self>, key: &TaskKey, delivery: Delivery) -> Result<(), Error> {
         let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let task = entry.task().clone();
         match &task.init.phase {
             Phase::Running { .. } => {}
-            Phase::Paused { .. } if attempt == Attempt::Replayed => return Ok(()),
+            Phase::Paused { .. } if delivery == Delivery::Replayed => return Ok(()),
             other => return Err(refused("pause", other)),
         }
         let frozen = freeze(&*self.manager, &task).await;

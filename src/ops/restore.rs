@@ -21,13 +21,13 @@ use super::request_unit::Daemon;
 const LOG_COPY: &str = "criu-restore.log";
 
 impl Shim {
-    /// The rest of a Create with a checkpoint. Returns 0: there is no process. Can be repeated.
+    /// The rest of a Create with a checkpoint. Makes no process. Can be repeated.
     pub(super) async fn prepare_restore(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         task: &Task,
         dir: &Path,
-    ) -> Result<u32, Error> {
+    ) -> Result<(), Error> {
         if !task.request.rootfs.is_empty() {
             self.launch_for(entry, task, dir, Kind::Mount).await.map_err(|error| match error {
                 Error::Runtime(crate::oci::runtime::Error::Failed { reason, .. }) => Error::Launch(reason),
@@ -37,7 +37,7 @@ impl Shim {
         fault::point(Point::CreateMounted);
         self.tasks.apply(entry, &entry.init, Event::Prepared)?;
         fault::point(Point::CreatePrepared);
-        Ok(0)
+        Ok(())
     }
 
     /// Restores the container. Returns the pid of its init process.

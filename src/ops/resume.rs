@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::fault::{self, Point};
 use crate::id::TaskKey;
-use crate::services::{Attempt, Error};
+use crate::services::{Delivery, Error};
 use crate::task::phase::{Event, Phase};
 
 use super::Shim;
@@ -15,13 +15,13 @@ impl Shim {
     ///
     /// # Errors
     /// The container is not paused, or a cgroup above it is frozen as well.
-    pub async fn resume(self: &Arc<Self>, key: &TaskKey, attempt: Attempt) -> Result<(), Error> {
+    pub async fn resume(self: &Arc<Self>, key: &TaskKey, delivery: Delivery) -> Result<(), Error> {
         let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let task = entry.task().clone();
         match &task.init.phase {
             Phase::Paused { .. } => {}
-            Phase::Running { .. } if attempt == Attempt::Replayed => return Ok(()),
+            Phase::Running { .. } if delivery == Delivery::Replayed => return Ok(()),
             other => return Err(refused("resume", other)),
         }
         thaw(&*self.manager, &task).await?;

@@ -16,7 +16,7 @@ use crate::launch::contract::LAUNCHED;
 use crate::oci::options;
 use crate::oci::pod::{self, Pod, Seccomp};
 use crate::oci::{bundle, pod_files};
-use crate::services::{Attempt, Error, blocking};
+use crate::services::{Delivery, Error, blocking};
 use crate::task::phase::Exit;
 use crate::task::request::{Create, Mount, Places, Sandbox, Stdio};
 
@@ -49,8 +49,8 @@ pub struct CreateSandbox {
 pub struct SandboxState {
     /// The status of its first process.
     pub status: Status,
-    /// The pid of that process.
-    pub pid: u32,
+    /// The pid of that process. `None` if there has been none.
+    pub pid: Option<u32>,
     /// When it was created.
     pub created: SystemTime,
     /// How it ended.
@@ -69,7 +69,7 @@ impl Shim {
     pub async fn create_sandbox(
         self: &Arc<Self>,
         call: CreateSandbox,
-        attempt: Attempt,
+        delivery: Delivery,
     ) -> Result<(), Error> {
         if !launch::sandbox::is_possible() {
             return Err(Error::NotImplemented("a sandbox on this architecture"));
@@ -91,7 +91,7 @@ impl Shim {
             stdio: Stdio::default(),
             options: call.options,
         };
-        let created = self.create(create, attempt).await;
+        let created = self.create(create, delivery).await;
         if let (Err(_), true, Some(places)) = (&created, self.tasks.entry(&init.task).is_err(), places) {
             // Where there was a task, its rollback has removed them.
             let removed = blocking(move || pod_files::remove(&places)).await?;
@@ -110,12 +110,12 @@ impl Shim {
     pub async fn start_sandbox(
         self: &Arc<Self>,
         init: &ProcessKey,
-        attempt: Attempt,
+        delivery: Delivery,
     ) -> Result<(u32, SandboxState), Error> {
         /// The process needs some 100 µs; a machine that needs longer than the limit is busy with something else.
         const PAUSE: Duration = Duration::from_millis(2);
         const LIMIT: Duration = Duration::from_secs(2);
-        let pid = self.start(init, attempt).await?;
+        let pid = self.start(init, delivery).await?;
         if self.tasks.created(&init.task)?.task().request.sandbox.is_some() {
             let taking = async {
                 while !blocking(move || takes_signals(pid)).await? {
@@ -139,10 +139,10 @@ impl Shim {
         self: &Arc<Self>,
         key: &TaskKey,
         limit: Option<Duration>,
-        attempt: Attempt,
+        delivery: Delivery,
     ) -> Result<(), Error> {
         let entry = self.tasks.created(key)?;
-        match self.tasks.kill(&entry.init.key, SIGTERM, false, attempt).await {
+        match self.tasks.kill(&entry.init.key, SIGTERM, false, delivery).await {
             Ok(()) => {}
             Err(Error::Finished) => return Ok(()),
             Err(error) => return Err(error),

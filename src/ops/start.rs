@@ -7,7 +7,7 @@ use crate::fault::{self, Point};
 use crate::id::ProcessKey;
 use crate::oci::runtime;
 use crate::services::process::init_is_gone;
-use crate::services::{Attempt, Entry, Error, Process, blocking};
+use crate::services::{Delivery, Entry, Error, Process, blocking};
 use crate::task::Task;
 use crate::task::phase::{Event, Exit, ObservedExit, Refusal};
 
@@ -19,15 +19,15 @@ impl Shim {
     ///
     /// # Errors
     /// The phase does not allow it, the task has ended, or the start fails. A failed start can be repeated.
-    pub async fn start(self: &Arc<Self>, key: &ProcessKey, attempt: Attempt) -> Result<u32, Error> {
+    pub async fn start(self: &Arc<Self>, key: &ProcessKey, delivery: Delivery) -> Result<u32, Error> {
         let (entry, process) = self.tasks.process(key)?;
         let _verb = process.verb.lock().await;
         let task = entry.task().clone();
         let recorded = task.process(process.exec()).map(|process| (process.has_run(), process.pid()));
-        if let (Attempt::Replayed, Some((true, Some(pid)))) = (attempt, recorded) {
+        if let (Delivery::Replayed, Some((true, Some(pid)))) = (delivery, recorded) {
             return Ok(pid);
         }
-        self.tasks.recall_failure(key, attempt)?;
+        self.tasks.recall_failure(key, delivery)?;
         may_start(&task, &process)?;
         self.tasks.apply(&entry, &process, Event::StartBegun)?;
         if process.exec().is_none() && task.request.checkpoint.is_some() {

@@ -25,8 +25,8 @@ pub enum Status {
 pub struct State {
     /// The status.
     pub status: Status,
-    /// The process; after its end, the one it was; 0 if there has been none.
-    pub pid: u32,
+    /// The process, also after its end. `None` if there has been none.
+    pub pid: Option<u32>,
     /// How it ended.
     pub exit: Option<Exit>,
     /// The task's bundle.
@@ -57,7 +57,7 @@ impl Tasks {
         };
         Ok(State {
             status,
-            pid: process.pid().unwrap_or_default(),
+            pid: process.pid(),
             exit: process.exit(),
             bundle: task.request.bundle.clone(),
             stdio: process.stdio.clone(),

@@ -11,7 +11,7 @@ use crate::id::TaskKey;
 use crate::oci::resources::Resources;
 use crate::oci::{self, runtime};
 use crate::services::process::init_is_gone;
-use crate::services::{Attempt, Error, blocking};
+use crate::services::{Delivery, Error, blocking};
 use crate::supervise::limits::read;
 use crate::task::limits::{Attribute, Limits};
 use crate::task::phase::Refusal;
@@ -34,7 +34,7 @@ impl Shim {
         self: &Arc<Self>,
         key: &TaskKey,
         resources: Vec<u8>,
-        attempt: Attempt,
+        delivery: Delivery,
     ) -> Result<(), Error> {
         let resources = oci::resources::canonical(&resources)?;
         let named = check(resources.as_bytes())?;
@@ -48,7 +48,7 @@ impl Shim {
         let Some(cgroup) = task.cgroup().map(Path::to_owned) else {
             return Err(Error::UnknownTask { key: key.clone() });
         };
-        let before = self.limits_before(key, &cgroup, attempt).await?;
+        let before = self.limits_before(key, &cgroup, delivery).await?;
         let dir = self.store.dir(key);
         let path = self.store.write_scratch(key, RESOURCES, resources.as_bytes())?;
         let cli = runtime::Cli::of(&task, &dir);
@@ -74,8 +74,8 @@ impl Shim {
     }
 
     /// The limits of a container before an Update. For a replayed Update, the limits before its first attempt.
-    async fn limits_before(&self, key: &TaskKey, cgroup: &Path, attempt: Attempt) -> Result<Limits, Error> {
-        let kept = if attempt == Attempt::Replayed { self.store.read_scratch(key, BEFORE)? } else { None };
+    async fn limits_before(&self, key: &TaskKey, cgroup: &Path, delivery: Delivery) -> Result<Limits, Error> {
+        let kept = if delivery == Delivery::Replayed { self.store.read_scratch(key, BEFORE)? } else { None };
         if let Some(before) = kept {
             return Ok(before);
         }

@@ -2,7 +2,7 @@
 
 use crate::id::ProcessKey;
 use crate::services::registry::Completion;
-use crate::services::{Attempt, Error};
+use crate::services::{Delivery, Error};
 use crate::task::phase::Exit;
 
 use super::Shim;
@@ -12,12 +12,12 @@ impl Shim {
     ///
     /// # Errors
     /// There is no such process, or it is deleted before it has run.
-    pub async fn wait(&self, key: &ProcessKey, attempt: Attempt) -> Result<Exit, Error> {
+    pub async fn wait(&self, key: &ProcessKey, delivery: Delivery) -> Result<Exit, Error> {
         let process = match self.tasks.process(key) {
             Ok((_, process)) => process,
             Err(error) => {
                 // The process may have ended and been deleted before the replay.
-                let exit = self.answered(key, attempt).and_then(|deleted| deleted.exit);
+                let exit = self.answered(key, delivery).and_then(|deleted| deleted.exit);
                 return exit.ok_or(error);
             }
         };

@@ -12,13 +12,14 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use crate::store::{self, Cause, OwedFile};
+use crate::sys;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Event, Refusal};
 use crate::task::{ExitNotice, Task};
 
 use super::registry;
 use super::tasks::Tasks;
-use super::{Entry, Error, Process, now_usec};
+use super::{Entry, Error, Process};
 
 /// Pauses between attempts to write records: the first, and the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -105,7 +106,7 @@ impl Tasks {
     /// # Errors
     /// The phase refuses it, or the record can't be written; then nothing has changed.
     pub(crate) fn apply(&self, entry: &Arc<Entry>, process: &Process, event: Event) -> Result<(), Error> {
-        self.change(entry, |task| Ok(task.apply(process.exec(), event, now_usec())?))
+        self.change(entry, |task| Ok(task.apply(process.exec(), event, sys::now_usec())?))
     }
 
     /// Applies something that has already happened to a process.
@@ -118,7 +119,7 @@ impl Tasks {
         process: &Process,
         event: Event,
     ) -> Result<Noted, Refusal> {
-        self.note(entry, |task| task.apply(process.exec(), event, now_usec()))
+        self.note(entry, |task| task.apply(process.exec(), event, sys::now_usec()))
     }
 
     /// Changes a task: first the record, then memory. Then wakes those who wait for a process, and the publisher.
@@ -192,7 +193,7 @@ impl Tasks {
     pub(crate) fn note_deleted(&self, entry: &Arc<Entry>, event: TaskEvent) -> Result<(), Error> {
         let mut task = entry.task();
         let mut last = task.clone();
-        last.owe(event, now_usec());
+        last.owe(event, sys::now_usec());
         let address = &task.containerd.ttrpc_address;
         if !last.outbox.is_empty() && !self.owings.begin(address) {
             tracing::error!(task = %entry.key, "task {}: its last events are dropped: containerd at {address} has not accepted those of {MOST_OWING} other deleted tasks", entry.key);

@@ -14,7 +14,7 @@ mod tasks;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
@@ -39,9 +39,9 @@ pub type Entry = registry::Entry<Live>;
 /// One of its processes.
 pub type Process = registry::Process<Live>;
 
-/// Whether a call came before.
+/// How a call has reached this daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Attempt {
+pub enum Delivery {
     /// No earlier daemon has read the call.
     First,
     /// An earlier daemon has read the call, and may have carried it out in part or in full. This daemon does not repeat
@@ -90,12 +90,6 @@ pub struct Live {
     pub(crate) is_unwritten: bool,
     /// True if the task waits for the publisher of events.
     pub(crate) is_announced: bool,
-}
-
-/// Now, in microseconds since 1970.
-pub(crate) fn now_usec() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Resumes, in the background, an operation that an earlier daemon has started. Holds the process's `verb` lock, so that

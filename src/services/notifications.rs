@@ -72,7 +72,7 @@ impl Notifications {
     pub(crate) async fn listen(&self, entry: &Arc<Entry>) -> Result<(), Error> {
         let (notify, number) = {
             let task = entry.task();
-            (task.notify, task.init.wiring.kept)
+            (task.notify, task.init.wiring.store_number)
         };
         if !notify {
             return Ok(());
@@ -93,7 +93,7 @@ impl Notifications {
 
     /// After a restart: reads the notify socket of a running container again.
     pub(crate) fn listen_again(&self, entry: &Arc<Entry>) {
-        let number = entry.task().init.wiring.kept;
+        let number = entry.task().init.wiring.store_number;
         // Containers of versions without this feature have no socket.
         let Some(socket) = self.fds.claim(StreamKind::Notify, number).both.pop() else {
             return;

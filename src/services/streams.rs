@@ -124,7 +124,7 @@ impl Streams {
         let wiring = entry.task().process(process.exec()).map(|process| process.wiring.clone());
         let wiring = wiring.unwrap_or_default();
         if let Some(console) = opened.take_console() {
-            let (fds, number) = (self.fds.clone(), wiring.kept);
+            let (fds, number) = (self.fds.clone(), wiring.store_number);
             let received = move || {
                 console.receive(config::STDIO_LIMIT, |fd| fds.store(StreamKind::Terminal, number, &[fd]))
             };
@@ -152,7 +152,7 @@ impl Streams {
             return;
         };
         let mode = if process.has_ended() { ReopenMode::Ended } else { ReopenMode::Running };
-        if mode == ReopenMode::Ended && !self.fds.has(plan.wiring.kept) {
+        if mode == ReopenMode::Ended && !self.fds.has(plan.wiring.store_number) {
             return;
         }
         let started = match self.reopen(Arc::new(plan), mode).await {
@@ -221,7 +221,7 @@ impl Streams {
 
 /// The number under which systemd keeps the streams of a process.
 pub(crate) fn stored_number(entry: &Entry, process: &Process) -> Option<u64> {
-    entry.task().process(process.exec()).map(|process| process.wiring.kept)
+    entry.task().process(process.exec()).map(|process| process.wiring.store_number)
 }
 
 /// Waits until everything that a process wrote has arrived, for a limited time.

@@ -13,7 +13,7 @@ use crate::task::outbox::TaskEvent;
 
 use super::changes::{Owings, Unwritten};
 use super::registry::Registry;
-use super::{Attempt, Entry, Error, Live, Process};
+use super::{Delivery, Entry, Error, Live, Process};
 
 /// The live tasks of this node. `changes` is how they change.
 pub struct Tasks {
@@ -73,9 +73,9 @@ impl Tasks {
     ///
     /// # Errors
     /// The reason, if the call is replayed.
-    pub(crate) fn recall_failure(&self, process: &ProcessKey, attempt: Attempt) -> Result<(), Error> {
+    pub(crate) fn recall_failure(&self, process: &ProcessKey, delivery: Delivery) -> Result<(), Error> {
         let known = self.failures.lock().unwrap_or_else(PoisonError::into_inner).remove(process);
-        known.filter(|_| attempt == Attempt::Replayed).map_or(Ok(()), Err)
+        known.filter(|_| delivery == Delivery::Replayed).map_or(Ok(()), Err)
     }
 
     /// How many tasks there are.

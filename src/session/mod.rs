@@ -73,7 +73,7 @@ impl Session {
         ended: impl Fn() -> F,
     ) -> Result<Self, Error> {
         let OpenStreams { stdin, input, copies, terminal, logger_readers, .. } = opened;
-        let number = wiring.kept;
+        let number = wiring.store_number;
         let terminal = terminal.map(Terminal::new).transpose().map_err(Error::Terminal)?.map(Arc::new);
         // CloseIO may have come before there was a process; then the process has its input now, and no writer is
         // needed any more.

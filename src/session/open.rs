@@ -161,7 +161,7 @@ impl Plan {
                 fifo::make(&path)?;
             }
         }
-        let mut claim = |kind| fds.claim(kind, self.wiring.kept);
+        let mut claim = |kind| fds.claim(kind, self.wiring.store_number);
         let (mut terminals, sockets): (Vec<_>, Vec<_>) = claim(StreamKind::Terminal)
             .both
             .into_iter()
@@ -177,7 +177,7 @@ impl Plan {
             Some(listener) if may_come => {
                 let not_kept = fds.claim_console(&self.console);
                 if let Some(connection) = &not_kept {
-                    fds.store(StreamKind::Terminal, self.wiring.kept, &[connection.as_fd()]);
+                    fds.store(StreamKind::Terminal, self.wiring.store_number, &[connection.as_fd()]);
                 }
                 Some(Console::adopt(listener, accepted.pop().or(not_kept), &self.console))
             }
@@ -196,7 +196,7 @@ impl Plan {
             return Ok(None);
         }
         let console = Console::listen(&self.console)?;
-        fds.store(StreamKind::Terminal, self.wiring.kept, &[console.fd()]);
+        fds.store(StreamKind::Terminal, self.wiring.store_number, &[console.fd()]);
         Ok(Some(console))
     }
 
@@ -210,7 +210,7 @@ impl Plan {
         mut files: LogFiles,
         client: impl Fn(&Path, Duration) -> Result<File, fifo::Error>,
     ) -> Result<OpenStreams, Error> {
-        let (mut opened, number) = (OpenStreams::default(), self.wiring.kept);
+        let (mut opened, number) = (OpenStreams::default(), self.wiring.store_number);
         if let (Input::Fifo(path), ReopenMode::Starting | ReopenMode::Running) = (&self.wiring.stdin, mode) {
             let mut before = claim(StreamKind::Input);
             if self.wiring.terminal {
@@ -311,7 +311,7 @@ impl Plan {
             return Ok(None);
         }
         let pipe = bridge(before.readers.pop(), before.writers.pop(), |ends| {
-            fds.store(kind, self.wiring.kept, ends);
+            fds.store(kind, self.wiring.store_number, ends);
         })?;
         Ok(Some(Aside::new(pipe, self.journal_lines(log_pipe), self.limit.clone())))
     }

@@ -46,7 +46,7 @@ impl Scratch {
             key: ProcessKey { task, exec: exec.map(|id| ExecId::new(id).unwrap()) },
             dir: self.dir.path().to_owned(),
             console: self.path("console"),
-            wiring: Wiring { kept: NUMBER, ..wiring },
+            wiring: Wiring { store_number: NUMBER, ..wiring },
             logger: None,
             container: unit("web.service"),
             slice: unit("web.slice"),

@@ -2,7 +2,7 @@
 
 use crate::id::{ExecId, Namespace, Owner, ProcessKey, TaskId, TaskKey};
 use crate::ops::Status;
-use crate::services::{Attempt, Error};
+use crate::services::{Delivery, Error};
 
 use super::harness::{EXEC_STATUS, Step, World};
 
@@ -14,7 +14,7 @@ const EXEC_ENDED: usize = 5;
 
 fn after(name: &str, steps: usize) -> World {
     let world = World::new(name);
-    world.take(&Step::ALL[..steps], Attempt::First).unwrap().unwrap();
+    world.take(&Step::ALL[..steps], Delivery::First).unwrap().unwrap();
     world
 }
 
@@ -32,7 +32,7 @@ fn a_signal_needs_a_process_that_runs() {
         let world = after(&format!("kill-{steps}"), steps);
         let exec = world.exec();
         let killed = world
-            .live(move |shim| async move { shim.tasks.kill(&exec, SIGTERM, false, Attempt::First).await });
+            .live(move |shim| async move { shim.tasks.kill(&exec, SIGTERM, false, Delivery::First).await });
         let error = killed.unwrap().err().map(|error| error.to_string());
         assert_eq!(error.as_deref(), expected, "after {steps} steps");
     }
@@ -43,7 +43,7 @@ fn a_replayed_kill_of_a_process_that_is_gone_has_done_its_work() {
     let world = after("kill-replayed", EXEC_ENDED);
     let exec = world.exec();
     let killed = world
-        .live(move |shim| async move { shim.tasks.kill(&exec, SIGTERM, false, Attempt::Replayed).await });
+        .live(move |shim| async move { shim.tasks.kill(&exec, SIGTERM, false, Delivery::Replayed).await });
     assert!(killed.unwrap().is_ok());
 }
 
@@ -52,8 +52,8 @@ fn a_number_that_is_no_signal_is_refused() {
     let world = after("kill-number", UP);
     for signal in [0, 65, u32::MAX] {
         let init = world.init();
-        let killed =
-            world.live(move |shim| async move { shim.tasks.kill(&init, signal, true, Attempt::First).await });
+        let killed = world
+            .live(move |shim| async move { shim.tasks.kill(&init, signal, true, Delivery::First).await });
         assert!(matches!(killed.unwrap(), Err(Error::Signal(refused)) if refused == signal));
     }
 }
@@ -63,8 +63,8 @@ fn a_signal_to_all_reaches_the_execs_too() {
     let world = after("kill-all", EXEC_RUNS);
     let (init, exec) = (world.init(), world.exec());
     let exits = world.live(move |shim| async move {
-        shim.tasks.kill(&init, SIGTERM, true, Attempt::First).await?;
-        Ok::<_, Error>((shim.wait(&exec, Attempt::First).await?, shim.wait(&init, Attempt::First).await?))
+        shim.tasks.kill(&init, SIGTERM, true, Delivery::First).await?;
+        Ok::<_, Error>((shim.wait(&exec, Delivery::First).await?, shim.wait(&init, Delivery::First).await?))
     });
     let (exec, init) = exits.unwrap().unwrap();
     assert_eq!((exec.status, init.status), (128 + SIGTERM, 128 + SIGTERM));
@@ -78,7 +78,7 @@ fn pids_says_which_processes_are_execs() {
         .live(move |shim| async move { (shim.tasks.pids(&task).await.unwrap(), shim.tasks.init_pid(&task)) })
         .unwrap();
     let of = |exec: Option<ExecId>| pids.iter().filter(move |(_, found)| *found == exec).map(|(pid, _)| *pid);
-    assert_eq!(of(None).collect::<Vec<_>>(), [init]);
+    assert_eq!(of(None).map(Some).collect::<Vec<_>>(), [init]);
     assert_eq!(of(Some(probe())).count(), 1);
 }
 
@@ -89,16 +89,15 @@ fn the_former_init_process_of_a_task_that_has_ended_is_listed() {
     let (pids, init) = world
         .live(move |shim| async move { (shim.tasks.pids(&task).await.unwrap(), shim.tasks.init_pid(&task)) })
         .unwrap();
-    assert_ne!(init, 0);
-    assert_eq!(pids, [(init, None)]);
+    assert_eq!(pids, [(init.unwrap(), None)]);
 }
 
 #[test]
-fn connect_to_a_task_that_does_not_exist_answers_zero() {
+fn connect_to_a_task_that_does_not_exist_finds_no_process() {
     let world = after("connect", UP);
     let other = TaskKey::usual(Namespace::new("connect").unwrap(), TaskId::new("other").unwrap());
     let pid = world.live(move |shim| async move { shim.tasks.init_pid(&other) });
-    assert_eq!(pid, Some(0));
+    assert_eq!(pid, Some(None));
 }
 
 #[test]
@@ -112,14 +111,14 @@ fn state_names_each_phase_of_an_exec() {
         let exec = world.exec();
         let state = world.live(move |shim| async move { shim.tasks.state(&exec).unwrap() }).unwrap();
         let exit = state.exit.map(|exit| exit.status);
-        assert_eq!((state.status, state.pid != 0, exit), expected, "after {steps} steps");
+        assert_eq!((state.status, state.pid.is_some(), exit), expected, "after {steps} steps");
     }
 }
 
 #[test]
 fn an_exec_that_runs_is_paused_with_its_task() {
     let world = after("state-paused", EXEC_RUNS);
-    world.take(&[Step::Pause], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Pause], Delivery::First).unwrap().unwrap();
     let exec = world.exec();
     let state = world.live(move |shim| async move { shim.tasks.state(&exec).unwrap().status });
     assert_eq!(state, Some(Status::Paused));
@@ -134,10 +133,10 @@ fn calls_for_an_exec_that_was_never_added_are_not_found() {
             shim.tasks.state(&exec).err(),
             shim.close_stdin(&exec).err(),
             shim.tasks.resize(&exec, 80, 25).err(),
-            shim.tasks.kill(&exec, SIGTERM, false, Attempt::First).await.err(),
-            shim.start(&exec, Attempt::First).await.err(),
-            shim.delete(&exec, Attempt::First).await.err(),
-            shim.wait(&exec, Attempt::First).await.err(),
+            shim.tasks.kill(&exec, SIGTERM, false, Delivery::First).await.err(),
+            shim.start(&exec, Delivery::First).await.err(),
+            shim.delete(&exec, Delivery::First).await.err(),
+            shim.wait(&exec, Delivery::First).await.err(),
         ]
     });
     for error in errors.unwrap() {
@@ -150,7 +149,7 @@ fn a_size_is_accepted_before_the_terminal_exists_and_refused_after_the_exit() {
     let world = after("resize", EXEC_ADDED);
     let exec = world.exec();
     world.live(move |shim| async move { shim.tasks.resize(&exec, 80, u32::MAX).unwrap() }).unwrap();
-    world.take(&[Step::StartExec, Step::EndExec], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::StartExec, Step::EndExec], Delivery::First).unwrap().unwrap();
     let exec = world.exec();
     let resized = world.live(move |shim| async move { shim.tasks.resize(&exec, 80, 25) });
     assert!(matches!(resized.unwrap(), Err(Error::ResizeStopped)));
@@ -162,7 +161,7 @@ fn an_exec_may_not_have_the_id_of_its_task_or_of_another_exec() {
     for id in ["web", "probe"] {
         let mut call = world.exec_call();
         call.exec = ExecId::new(id).unwrap();
-        let added = world.live(move |shim| async move { shim.add_exec(call, Attempt::First).await });
+        let added = world.live(move |shim| async move { shim.add_exec(call, Delivery::First).await });
         assert!(matches!(added.unwrap(), Err(Error::ExecExists { exec }) if exec == id));
     }
 }
@@ -173,7 +172,7 @@ fn an_exec_that_runs_is_neither_started_nor_deleted() {
     let exec = world.exec();
     let (started, deleted) = world
         .live(move |shim| async move {
-            (shim.start(&exec, Attempt::First).await, shim.delete(&exec, Attempt::First).await)
+            (shim.start(&exec, Delivery::First).await, shim.delete(&exec, Delivery::First).await)
         })
         .unwrap();
     assert_eq!(started.unwrap_err().to_string(), "cannot start a running process");
@@ -186,11 +185,11 @@ fn a_delete_wakes_those_who_wait_for_an_exec_that_never_ran() {
     let exec = world.exec();
     let (waited, deleted) = world
         .live(move |shim| async move {
-            tokio::join!(shim.wait(&exec, Attempt::First), shim.delete(&exec, Attempt::First))
+            tokio::join!(shim.wait(&exec, Delivery::First), shim.delete(&exec, Delivery::First))
         })
         .unwrap();
     assert!(matches!(waited, Err(Error::UnknownExec { .. })), "{waited:?}");
-    assert_eq!(deleted.unwrap().pid, 0);
+    assert_eq!(deleted.unwrap().pid, None);
 }
 
 #[test]
@@ -232,15 +231,15 @@ fn the_statistics_of_a_task_that_has_ended_are_those_that_systemd_keeps() {
 #[test]
 fn an_update_of_a_task_that_has_ended_is_refused() {
     let world = after("update-ended", 10);
-    let updated = world.take(&[Step::Update], Attempt::First).unwrap();
+    let updated = world.take(&[Step::Update], Delivery::First).unwrap();
     assert_eq!(updated.unwrap_err().to_string(), "cannot update a stopped process");
 }
 
 #[test]
 fn a_task_that_runs_is_not_resumed_and_a_paused_one_not_paused() {
     let world = after("resume-running", UP);
-    let resumed = world.take(&[Step::Resume], Attempt::First).unwrap();
+    let resumed = world.take(&[Step::Resume], Delivery::First).unwrap();
     assert_eq!(resumed.unwrap_err().to_string(), "cannot resume a running process");
-    let paused = world.take(&[Step::Pause, Step::Pause], Attempt::First).unwrap();
+    let paused = world.take(&[Step::Pause, Step::Pause], Delivery::First).unwrap();
     assert_eq!(paused.unwrap_err().to_string(), "cannot pause a paused process");
 }

@@ -2,7 +2,7 @@
 //! task goes on as if nothing had, or is as it was before the call; and nothing is left of it in the end.
 
 use crate::effects::{Failure, Plan};
-use crate::services::{Attempt, Error};
+use crate::services::{Delivery, Error};
 
 use super::harness::{Step, World};
 
@@ -46,7 +46,7 @@ const MANY: usize = 200;
 
 fn undisturbed(world: &World, steps: &[Step]) {
     world.effects.plan(Plan::Undisturbed);
-    world.take(steps, Attempt::First).unwrap().unwrap();
+    world.take(steps, Delivery::First).unwrap().unwrap();
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn stop_everywhere(life: &Life, at: usize, name: &str, meanwhile: fn(&World)) {
         undisturbed(&world, &life.steps[..at]);
         // Recovery is part of it: the daemon has just begun.
         world.effects.plan(Plan::Stop(effect));
-        let done = world.take(&[step], Attempt::First);
+        let done = world.take(&[step], Delivery::First);
         let place = format!("{step:?} stopped before effect {effect} ({:?})", world.effects.log().last());
         let is_over = done.is_some();
         world.effects.plan(Plan::Undisturbed);
@@ -84,7 +84,7 @@ fn stop_everywhere(life: &Life, at: usize, name: &str, meanwhile: fn(&World)) {
             succeeded(done, &place);
         } else {
             meanwhile(&world);
-            let again = world.take(&[step], Attempt::Replayed).unwrap();
+            let again = world.take(&[step], Delivery::Replayed).unwrap();
             succeeded(again, &place);
         }
         assert_eq!(world.seen(), expected, "{place}");
@@ -106,7 +106,7 @@ fn succeeded(result: Result<(), Error>, place: &str) {
 
 /// The rest of the life, which is as if nothing had happened, and leaves nothing.
 fn undisturbed_rest(life: &Life, world: &World, at: usize, place: &str) {
-    let rest = world.take(&life.steps[at + 1..], Attempt::First).unwrap();
+    let rest = world.take(&life.steps[at + 1..], Delivery::First).unwrap();
     succeeded(rest, place);
     assert_eq!(world.remains(), Vec::<String>::new(), "{place}");
 }
@@ -130,13 +130,13 @@ fn fail_at(life: &Life, at: usize, name: &str, effect: usize, failure: Failure) 
     let effects = world.effects.clone();
     let done = world.live(move |shim| async move {
         effects.plan(Plan::Fail(effect, failure));
-        let done = step.take(first(shim.clone()), Attempt::First).await;
+        let done = step.take(first(shim.clone()), Delivery::First).await;
         let place =
             format!("{step:?}, effect {effect} ({:?}) fails by {failure:?}", effects.log().get(effect));
         let was_reached = effects.was_reached();
         effects.plan(Plan::Undisturbed);
         if done.is_err() {
-            let again = step.take(second(shim), Attempt::First).await;
+            let again = step.take(second(shim), Delivery::First).await;
             succeeded(again, &place);
         }
         (place, was_reached)

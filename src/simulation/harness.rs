@@ -19,7 +19,7 @@ use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::ops::{AddExec, CreateTask};
 use crate::ops::{Parts, Shim};
 use crate::services::files::ClientFiles;
-use crate::services::{Attempt, Error};
+use crate::services::{Delivery, Error};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::{DeleteReplies, Deleted};
@@ -396,43 +396,43 @@ impl Step {
     ];
 
     /// Takes the step.
-    pub(crate) async fn take(self, node: Node, attempt: Attempt) -> Result<(), Error> {
+    pub(crate) async fn take(self, node: Node, delivery: Delivery) -> Result<(), Error> {
         let (shim, init, exec) = (node.shim.clone(), &node.init.clone(), &node.exec.clone());
         match self {
-            Self::Create => shim.create(node.create, attempt).await.map(drop),
-            Self::Start => shim.start(init, attempt).await.map(drop),
-            Self::AddExec => shim.add_exec(node.exec_call, attempt).await,
-            Self::StartExec => shim.start(exec, attempt).await.map(drop),
+            Self::Create => shim.create(node.create, delivery).await.map(drop),
+            Self::Start => shim.start(init, delivery).await.map(drop),
+            Self::AddExec => shim.add_exec(node.exec_call, delivery).await,
+            Self::StartExec => shim.start(exec, delivery).await.map(drop),
             Self::EndExec => {
                 node.systemd.end(&node.exec_unit, EXEC_STATUS as i32);
-                let exit = shim.wait(exec, attempt).await?;
+                let exit = shim.wait(exec, delivery).await?;
                 assert_eq!(exit.status, EXEC_STATUS);
                 Ok(())
             }
-            Self::DeleteExec => shim.delete(exec, attempt).await.map(|deleted| {
+            Self::DeleteExec => shim.delete(exec, delivery).await.map(|deleted| {
                 assert_eq!(status(deleted), Some(EXEC_STATUS));
             }),
-            Self::Pause => shim.pause(&init.task, attempt).await,
-            Self::Resume => shim.resume(&init.task, attempt).await,
-            Self::Update => shim.update(&init.task, br#"{"pids":{"limit":5}}"#.to_vec(), attempt).await,
+            Self::Pause => shim.pause(&init.task, delivery).await,
+            Self::Resume => shim.resume(&init.task, delivery).await,
+            Self::Update => shim.update(&init.task, br#"{"pids":{"limit":5}}"#.to_vec(), delivery).await,
             Self::Checkpoint => {
                 let request = Checkpoint { image: "/checkpoint".into(), ..Checkpoint::default() };
-                shim.checkpoint(&init.task, request, attempt).await
+                shim.checkpoint(&init.task, request, delivery).await
             }
             Self::CheckpointExit => {
                 let request = Checkpoint { image: "/other".into(), exit: true, ..Checkpoint::default() };
-                shim.checkpoint(&init.task, request, attempt).await?;
-                let exit = shim.wait(init, attempt).await?;
+                shim.checkpoint(&init.task, request, delivery).await?;
+                let exit = shim.wait(init, delivery).await?;
                 assert_eq!(exit.status, 137);
                 Ok(())
             }
             Self::Kill => {
-                shim.tasks.kill(init, nix::libc::SIGKILL as u32, false, attempt).await?;
-                let exit = shim.wait(init, attempt).await?;
+                shim.tasks.kill(init, nix::libc::SIGKILL as u32, false, delivery).await?;
+                let exit = shim.wait(init, delivery).await?;
                 assert_eq!(exit.status, 137);
                 Ok(())
             }
-            Self::Delete => shim.delete(init, attempt).await.map(|deleted| {
+            Self::Delete => shim.delete(init, delivery).await.map(|deleted| {
                 assert_eq!(status(deleted), Some(137));
             }),
         }
@@ -456,11 +456,11 @@ pub(crate) struct Node {
 
 impl World {
     /// Takes steps one after the other, in one daemon; nothing if it ended. Returns what became of the last one.
-    pub(crate) fn take(&self, steps: &[Step], attempt: Attempt) -> Option<Result<(), Error>> {
+    pub(crate) fn take(&self, steps: &[Step], delivery: Delivery) -> Option<Result<(), Error>> {
         let steps: Vec<_> = steps.iter().map(|step| (*step, self.parts())).collect();
         self.live(move |shim| async move {
             for (step, node) in steps {
-                step.take(node(shim.clone()), attempt).await?;
+                step.take(node(shim.clone()), delivery).await?;
             }
             Ok(())
         })

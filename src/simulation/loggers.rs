@@ -2,7 +2,7 @@
 
 use crate::launch::fake::Launches;
 use crate::ops::{AddExec, CreateTask, Status};
-use crate::services::{Attempt, Error};
+use crate::services::{Delivery, Error};
 use crate::task::request::Stdio;
 use crate::unit::name;
 
@@ -29,12 +29,12 @@ fn a_container_has_a_logger_until_it_is_deleted() {
     let world = World::new("logger");
     let (call, init) = (create(&world, "binary-v2"), world.init());
     let created = world.live(move |shim| async move {
-        shim.create(call, Attempt::First).await?;
-        shim.start(&init, Attempt::First).await
+        shim.create(call, Delivery::First).await?;
+        shim.start(&init, Delivery::First).await
     });
     created.unwrap().unwrap();
     assert_eq!(loggers(&world), [name::logger(&world.unit()).unwrap().to_string()]);
-    world.take(&[Step::Kill, Step::Delete], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
     assert_eq!(world.remains(), Vec::<String>::new());
 }
 
@@ -44,7 +44,8 @@ fn a_logger_of_version_1_may_close_its_pipe_without_a_byte_and_one_of_version_2_
         let world = World::new("logger-silent");
         world.launch.set(Launches::SilentLogger);
         let call = create(&world, scheme);
-        let created = world.live(move |shim| async move { shim.create(call, Attempt::First).await }).unwrap();
+        let created =
+            world.live(move |shim| async move { shim.create(call, Delivery::First).await }).unwrap();
         assert_eq!(created.is_ok(), is_ready, "{scheme}: {created:?}");
         if let Err(error) = created {
             assert!(matches!(error, Error::Logger { .. }), "{error:?}");
@@ -56,21 +57,21 @@ fn a_logger_of_version_1_may_close_its_pipe_without_a_byte_and_one_of_version_2_
 #[test]
 fn an_exec_whose_logger_is_not_ready_can_be_started_again() {
     let world = World::new("logger-exec");
-    world.take(&[Step::Create, Step::Start], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
     world.launch.set(Launches::SilentLogger);
     let (call, exec) = (AddExec { stdio: stdio("binary-v2"), ..world.exec_call() }, world.exec());
     let started = world.live(move |shim| async move {
-        shim.add_exec(call, Attempt::First).await?;
-        let started = shim.start(&exec, Attempt::First).await;
+        shim.add_exec(call, Delivery::First).await?;
+        let started = shim.start(&exec, Delivery::First).await;
         assert_eq!(shim.tasks.state(&exec)?.status, Status::Created);
         started
     });
     assert!(matches!(started.unwrap(), Err(Error::Logger { .. })));
     assert_eq!(loggers(&world), Vec::<String>::new());
     world.launch.set(Launches::Work);
-    world.take(&[Step::StartExec], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::StartExec], Delivery::First).unwrap().unwrap();
     assert_eq!(loggers(&world).len(), 1);
-    world.take(&[Step::EndExec, Step::DeleteExec], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::EndExec, Step::DeleteExec], Delivery::First).unwrap().unwrap();
     assert_eq!(loggers(&world), Vec::<String>::new());
 }
 
@@ -81,7 +82,7 @@ fn a_logger_that_never_reports_fails_the_create_after_a_limit() {
     let call = create(&world, "binary");
     let created = world.live(move |shim| async move {
         let begun = tokio::time::Instant::now();
-        let created = shim.create(call, Attempt::First).await;
+        let created = shim.create(call, Delivery::First).await;
         (created, begun.elapsed())
     });
     let (created, waited) = created.unwrap();

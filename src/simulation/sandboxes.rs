@@ -7,7 +7,7 @@ use crate::effects::{Failure, Plan};
 use crate::id::ProcessKey;
 use crate::oci::pod::{Pod, Seccomp};
 use crate::ops::Shim;
-use crate::services::{Attempt, Error};
+use crate::services::{Delivery, Error};
 
 use super::harness::World;
 use crate::ops::{CreateSandbox, Status};
@@ -36,13 +36,13 @@ fn a_sandbox_lives_and_leaves_nothing() {
     let (call, init) = (world.create_sandbox_call(), world.init());
     let spec_of = call.clone();
     let states = world.live(move |shim| async move {
-        shim.create_sandbox(call, Attempt::First).await.unwrap();
+        shim.create_sandbox(call, Delivery::First).await.unwrap();
         let created = shim.sandbox_state(&init.task).await.unwrap();
-        shim.start_sandbox(&init, Attempt::First).await.unwrap();
+        shim.start_sandbox(&init, Delivery::First).await.unwrap();
         let running = shim.sandbox_state(&init.task).await.unwrap();
-        shim.stop_sandbox(&init.task, None, Attempt::First).await.unwrap();
+        shim.stop_sandbox(&init.task, None, Delivery::First).await.unwrap();
         // A sandbox that has ended is stopped.
-        shim.stop_sandbox(&init.task, None, Attempt::First).await.unwrap();
+        shim.stop_sandbox(&init.task, None, Delivery::First).await.unwrap();
         let stopped = shim.sandbox_state(&init.task).await.unwrap();
         shim.shut_down_sandbox(&init.task).await.unwrap();
         // There is nothing to shut down any more.
@@ -60,14 +60,17 @@ fn a_replayed_create_finds_the_sandbox_and_leaves_its_spec_alone() {
     let world = World::new("sandbox-replay");
     let call = world.create_sandbox_call();
     let first = call.clone();
-    world.live(move |shim| async move { shim.create_sandbox(first, Attempt::First).await }).unwrap().unwrap();
+    world
+        .live(move |shim| async move { shim.create_sandbox(first, Delivery::First).await })
+        .unwrap()
+        .unwrap();
     std::fs::write(call.bundle.join("config.json"), "{\"edited\": true}").unwrap();
     let (again, other) = (call.clone(), call.clone());
     let (replayed, repeated) = world
         .live(move |shim| async move {
             (
-                shim.create_sandbox(again, Attempt::Replayed).await,
-                shim.create_sandbox(other, Attempt::First).await,
+                shim.create_sandbox(again, Delivery::Replayed).await,
+                shim.create_sandbox(other, Delivery::First).await,
             )
         })
         .unwrap();
@@ -80,8 +83,8 @@ fn a_sandbox_that_runs_is_killed_by_a_shutdown() {
     let world = World::new("sandbox-shutdown");
     let (call, init) = (world.create_sandbox_call(), world.init());
     let shut_down = world.live(move |shim| async move {
-        shim.create_sandbox(call, Attempt::First).await?;
-        shim.start(&init, Attempt::First).await?;
+        shim.create_sandbox(call, Delivery::First).await?;
+        shim.start(&init, Delivery::First).await?;
         shim.shut_down_sandbox(&init.task).await
     });
     assert!(shut_down.unwrap().is_ok());
@@ -94,7 +97,7 @@ fn the_spec_of_a_client_gets_the_shims_process() {
     let call = CreateSandbox { pod: None, ..world.create_sandbox_call() };
     std::fs::write(call.bundle.join("config.json"), r#"{"hostname":"x","process":{"args":["sh"]}}"#).unwrap();
     let spec_of = call.clone();
-    world.live(move |shim| async move { shim.create_sandbox(call, Attempt::First).await }).unwrap().unwrap();
+    world.live(move |shim| async move { shim.create_sandbox(call, Delivery::First).await }).unwrap().unwrap();
     let spec = world.spec(&spec_of);
     assert_eq!((&spec["hostname"], &spec["process"]["args"][0]), (&"x".into(), &"/sandbox".into()));
 }
@@ -111,7 +114,7 @@ fn unsupported_settings_of_a_pod_are_refused_before_anything_is_changed() {
         .live(move |shim| async move {
             let mut refused = Vec::new();
             for call in [no_profile, climbs] {
-                refused.push(shim.create_sandbox(call, Attempt::First).await.unwrap_err());
+                refused.push(shim.create_sandbox(call, Delivery::First).await.unwrap_err());
             }
             <[Error; 2]>::try_from(refused).unwrap()
         })
@@ -127,7 +130,7 @@ fn calls_for_a_sandbox_that_was_never_created_are_not_found() {
     let init: ProcessKey = world.init();
     let (stopped, state) = world
         .live(move |shim| async move {
-            (shim.stop_sandbox(&init.task, None, Attempt::First).await, shim.sandbox_state(&init.task).await)
+            (shim.stop_sandbox(&init.task, None, Delivery::First).await, shim.sandbox_state(&init.task).await)
         })
         .unwrap();
     assert!(matches!(stopped, Err(Error::UnknownTask { .. })));
@@ -151,23 +154,23 @@ impl Call {
         shim: &Arc<Shim>,
         create: &CreateSandbox,
         init: &ProcessKey,
-        attempt: Attempt,
+        delivery: Delivery,
     ) -> Result<(), Error> {
         match self {
-            Self::Create => shim.create_sandbox(create.clone(), attempt).await,
-            Self::Start => shim.start_sandbox(init, attempt).await.map(drop),
-            Self::Stop => shim.stop_sandbox(&init.task, None, attempt).await,
+            Self::Create => shim.create_sandbox(create.clone(), delivery).await,
+            Self::Start => shim.start_sandbox(init, delivery).await.map(drop),
+            Self::Stop => shim.stop_sandbox(&init.task, None, delivery).await,
             Self::ShutDown => shim.shut_down_sandbox(&init.task).await,
         }
     }
 }
 
 /// Makes calls one after the other, in one daemon; nothing if it ended.
-fn make(world: &World, calls: &'static [Call], attempt: Attempt) -> Option<Result<(), Error>> {
+fn make(world: &World, calls: &'static [Call], delivery: Delivery) -> Option<Result<(), Error>> {
     let (create, init) = (world.create_sandbox_call(), world.init());
     world.live(move |shim| async move {
         for call in calls {
-            call.make(&shim, &create, &init, attempt).await?;
+            call.make(&shim, &create, &init, delivery).await?;
         }
         Ok(())
     })
@@ -179,24 +182,24 @@ const MANY: usize = 200;
 /// Has an effect of a call fail; a call that fails is made again. False if the call has no such effect.
 fn fail_at(at: usize, effect: usize, failure: Failure) -> bool {
     let world = World::new(&format!("sandbox-fail-{at}-{failure:?}"));
-    make(&world, &LIFE[..at], Attempt::First).unwrap().unwrap();
+    make(&world, &LIFE[..at], Delivery::First).unwrap().unwrap();
     let (effects, create, init) = (world.effects.clone(), world.create_sandbox_call(), world.init());
     let done = world.live(move |shim| async move {
         effects.plan(Plan::Fail(effect, failure));
-        let done = LIFE[at].make(&shim, &create, &init, Attempt::First).await;
+        let done = LIFE[at].make(&shim, &create, &init, Delivery::First).await;
         let place =
             format!("{:?}, effect {effect} ({:?}) fails by {failure:?}", LIFE[at], effects.log().get(effect));
         let was_reached = effects.was_reached();
         effects.plan(Plan::Undisturbed);
         let again = match done {
             Ok(()) => Ok(()),
-            Err(_) => LIFE[at].make(&shim, &create, &init, Attempt::First).await,
+            Err(_) => LIFE[at].make(&shim, &create, &init, Delivery::First).await,
         };
         (place, was_reached, again.err().map(|error| error.to_string()))
     });
     let (place, was_reached, again) = done.unwrap();
     assert_eq!(again, None, "{place}");
-    let rest = make(&world, &LIFE[at + 1..], Attempt::First).unwrap();
+    let rest = make(&world, &LIFE[at + 1..], Delivery::First).unwrap();
     assert_eq!(rest.err().map(|error| error.to_string()), None, "{place}");
     assert_eq!(world.remains(), Vec::<String>::new(), "{place}");
     assert_eq!(world.events(), ["create", "start", "exit", "delete"], "{place}");
@@ -223,16 +226,16 @@ fn the_daemon_may_end_at_any_step_in_the_life_of_a_sandbox() {
     for at in 0..LIFE.len() {
         let is_over = (0..MANY).any(|effect| {
             let world = World::new(&format!("sandbox-stop-{at}"));
-            make(&world, &LIFE[..at], Attempt::First).unwrap().unwrap();
+            make(&world, &LIFE[..at], Delivery::First).unwrap().unwrap();
             world.effects.plan(Plan::Stop(effect));
-            let done = make(&world, &LIFE[at..=at], Attempt::First);
+            let done = make(&world, &LIFE[at..=at], Delivery::First);
             let place =
                 format!("{:?} stopped before effect {effect} ({:?})", LIFE[at], world.effects.log().last());
             let is_over = done.is_some();
             world.effects.plan(Plan::Undisturbed);
-            let done = done.or_else(|| make(&world, &LIFE[at..=at], Attempt::Replayed));
+            let done = done.or_else(|| make(&world, &LIFE[at..=at], Delivery::Replayed));
             assert_eq!(done.unwrap().err().map(|error| error.to_string()), None, "{place}");
-            let rest = make(&world, &LIFE[at + 1..], Attempt::First).unwrap();
+            let rest = make(&world, &LIFE[at + 1..], Delivery::First).unwrap();
             assert_eq!(rest.err().map(|error| error.to_string()), None, "{place}");
             assert_eq!(world.remains(), Vec::<String>::new(), "{place}");
             assert_eq!(world.events(), ["create", "start", "exit", "delete"], "{place}");

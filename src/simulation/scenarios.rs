@@ -9,7 +9,7 @@ use crate::effects::{Failure, Plan};
 use crate::id::UnitName;
 use crate::launch::fake::Launches;
 use crate::ops::Status;
-use crate::services::{Attempt, Error};
+use crate::services::{Delivery, Error};
 use crate::task::phase::Exit;
 use crate::unit::name;
 
@@ -23,7 +23,7 @@ const A_WHILE: Duration = Duration::from_millis(500);
 
 pub(super) fn up(name: &str, steps: &[Step]) -> World {
     let world = World::new(name);
-    world.take(steps, Attempt::First).unwrap().unwrap();
+    world.take(steps, Delivery::First).unwrap().unwrap();
     world
 }
 
@@ -105,7 +105,7 @@ fn an_exec_whose_unit_is_unloaded_counts_as_killed() {
     let world = up("exec-unloaded", &WITH_EXEC);
     world.systemd.unload(&world.exec_unit());
     let exec = world.exec();
-    let exit = world.live(move |shim| async move { shim.wait(&exec, Attempt::First).await });
+    let exit = world.live(move |shim| async move { shim.wait(&exec, Delivery::First).await });
     assert_eq!(exit.unwrap().unwrap().status, 137);
 }
 
@@ -113,12 +113,12 @@ fn an_exec_whose_unit_is_unloaded_counts_as_killed() {
 fn a_create_whose_launch_fails_says_why_and_leaves_nothing() {
     let world = World::new("launch-fails");
     world.launch.set(Launches::Fail("no such file".to_owned()));
-    let failed = world.take(&[Step::Create], Attempt::First).unwrap();
+    let failed = world.take(&[Step::Create], Delivery::First).unwrap();
     assert!(matches!(failed, Err(Error::Launch(reason)) if reason == "no such file"));
     assert_eq!(world.remains(), Vec::<String>::new());
     assert_eq!(world.events(), Vec::<&str>::new());
     world.launch.set(Launches::Work);
-    world.take(&UP, Attempt::First).unwrap().unwrap();
+    world.take(&UP, Delivery::First).unwrap().unwrap();
 }
 
 /// Stops the daemon at each effect of a step whose launch fails, and replays the step in the next daemon. Returns how often
@@ -129,7 +129,7 @@ fn answers_without_launch(name: &str, before: &[Step], step: Step, unit: fn(&Wor
         let world = up(name, before);
         world.launch.set(Launches::Fail("no such program".to_owned()));
         world.effects.plan(Plan::Stop(effect));
-        let done = world.take(&[step], Attempt::First);
+        let done = world.take(&[step], Delivery::First);
         if done.is_some() {
             return known;
         }
@@ -138,7 +138,7 @@ fn answers_without_launch(name: &str, before: &[Step], step: Step, unit: fn(&Wor
         };
         let is_launched = starts(&world) > 0;
         world.effects.plan(Plan::Undisturbed);
-        let failed = world.take(&[step], Attempt::Replayed).unwrap();
+        let failed = world.take(&[step], Delivery::Replayed).unwrap();
         assert!(
             matches!(failed, Err(Error::Launch(reason)) if reason == "no such program"),
             "effect {effect}"
@@ -163,20 +163,20 @@ fn a_start_of_an_exec_that_failed_before_a_restart_is_not_begun_again() {
 fn a_rollback_removes_what_the_runtime_records_until_its_unit_is_stopped() {
     let world = World::new("records-late");
     world.launch.set(Launches::RecordLate);
-    assert!(matches!(world.take(&[Step::Create], Attempt::First).unwrap(), Err(Error::Launch(_))));
+    assert!(matches!(world.take(&[Step::Create], Delivery::First).unwrap(), Err(Error::Launch(_))));
     assert_eq!(world.remains(), Vec::<String>::new());
 }
 
 #[test]
 fn a_rollback_of_a_restore_removes_what_the_runtime_records_until_its_unit_is_stopped() {
     let world = World::restoring("restore-records-late");
-    world.take(&[Step::Create], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Create], Delivery::First).unwrap().unwrap();
     world.launch.set(Launches::RecordLate);
-    assert!(matches!(world.take(&[Step::Start], Attempt::First).unwrap(), Err(Error::Launch(_))));
+    assert!(matches!(world.take(&[Step::Start], Delivery::First).unwrap(), Err(Error::Launch(_))));
     assert!(!world.runtime_root().join("web").exists());
     // Another start finds nothing of the first one.
     world.launch.set(Launches::Work);
-    world.take(&[Step::Start, Step::Kill, Step::Delete], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Start, Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
     assert_eq!(world.remains(), Vec::<String>::new());
 }
 
@@ -189,7 +189,7 @@ fn leftovers_of_a_failed_create_are_removed_after_a_while() {
         let (effects, call) = (world.effects.clone(), world.create_call());
         let left = world.live(move |shim| async move {
             effects.plan(Plan::Fail(effect, Failure::TooManyFiles));
-            shim.create(call, Attempt::First).await.unwrap_err();
+            shim.create(call, Delivery::First).await.unwrap_err();
             let left = shim.tasks.count();
             tokio::spawn(shim.cleanup.clone().remove_leftovers());
             tokio::time::sleep(Duration::from_secs(15)).await;
@@ -208,19 +208,19 @@ fn leftovers_of_a_failed_create_are_removed_after_a_while() {
 fn an_exec_whose_launch_fails_can_be_started_again() {
     let world = up("exec-fails", &WITH_EXEC[..3]);
     world.launch.set(Launches::Fail("no such program".to_owned()));
-    let failed = world.take(&[Step::StartExec], Attempt::First).unwrap();
+    let failed = world.take(&[Step::StartExec], Delivery::First).unwrap();
     assert!(matches!(failed, Err(Error::Launch(reason)) if reason == "no such program"));
     world.launch.set(Launches::Work);
-    world.take(&[Step::StartExec, Step::EndExec, Step::DeleteExec], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::StartExec, Step::EndExec, Step::DeleteExec], Delivery::First).unwrap().unwrap();
     assert_eq!(world.events(), ["create", "start", "exec-added", "exec-started", "exec-exit"]);
 }
 
 #[test]
 fn a_paused_task_takes_no_exec_and_is_not_deleted() {
     let world = up("paused", &[Step::Create, Step::Start, Step::Pause]);
-    let added = world.take(&[Step::AddExec], Attempt::First).unwrap();
+    let added = world.take(&[Step::AddExec], Delivery::First).unwrap();
     assert!(matches!(added, Err(Error::NoExecIn { .. })));
-    let deleted = world.take(&[Step::Delete], Attempt::First).unwrap();
+    let deleted = world.take(&[Step::Delete], Delivery::First).unwrap();
     assert!(matches!(deleted, Err(Error::NotDeletable { phase: "paused" })));
     let init = world.init();
     let state = world.live(move |shim| async move { shim.tasks.state(&init).unwrap().status });
@@ -230,7 +230,7 @@ fn a_paused_task_takes_no_exec_and_is_not_deleted() {
 #[test]
 fn a_created_task_is_killed_by_its_delete() {
     let world = up("delete-created", &UP[..1]);
-    world.take(&[Step::Delete], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Delete], Delivery::First).unwrap().unwrap();
     assert_eq!(world.events(), ["create", "exit", "delete"]);
     assert_eq!(world.remains(), Vec::<String>::new());
 }
@@ -238,9 +238,9 @@ fn a_created_task_is_killed_by_its_delete() {
 #[test]
 fn an_id_is_taken_until_its_task_is_deleted() {
     let world = up("taken", &UP);
-    let again = world.take(&[Step::Create], Attempt::First).unwrap();
+    let again = world.take(&[Step::Create], Delivery::First).unwrap();
     assert!(matches!(again, Err(Error::Exists { .. })));
-    world.take(&[Step::Kill, Step::Delete, Step::Create], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Kill, Step::Delete, Step::Create], Delivery::First).unwrap().unwrap();
 }
 
 /// The cgroups of the task's unit and of its container.

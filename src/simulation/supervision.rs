@@ -10,7 +10,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use crate::cgroup;
 use crate::effects::{Failure, Plan};
 use crate::oci::options;
-use crate::services::Attempt;
+use crate::services::Delivery;
 use crate::store::Store;
 use crate::supervise::cleanup::{Removal, Stop};
 use crate::suspect::Crashes;
@@ -48,8 +48,8 @@ fn allowed_notifications_reach_systemd_in_the_name_of_the_init_process() {
     }
     let there = path.clone();
     let heard = world.live(move |shim| async move {
-        let pid = shim.create(call, Attempt::First).await.unwrap();
-        shim.start(&init, Attempt::First).await.unwrap();
+        let pid = shim.create(call, Delivery::First).await.unwrap().unwrap();
+        shim.start(&init, Delivery::First).await.unwrap();
         let container = UnixDatagram::unbound().unwrap();
         container.connect(&path).unwrap();
         let mut heard = Vec::new();
@@ -71,9 +71,9 @@ fn allowed_notifications_reach_systemd_in_the_name_of_the_init_process() {
             pings += usize::from(received(&systemd) == Some(ping));
         }
         assert!(there.exists());
-        shim.tasks.kill(&init, nix::libc::SIGKILL as u32, false, Attempt::First).await.unwrap();
-        shim.wait(&init, Attempt::First).await.unwrap();
-        shim.delete(&init, Attempt::First).await.unwrap();
+        shim.tasks.kill(&init, nix::libc::SIGKILL as u32, false, Delivery::First).await.unwrap();
+        shim.wait(&init, Delivery::First).await.unwrap();
+        shim.delete(&init, Delivery::First).await.unwrap();
         assert!(!there.exists());
         (pid, heard, pings)
     });
@@ -128,7 +128,7 @@ fn an_exit_that_systemd_does_not_confirm_changes_nothing() {
     let world = up("unconfirmed", &UP);
     let (systemd, unit, init) = (world.systemd.clone(), world.unit(), world.init());
     let exit = world.live(move |shim| async move {
-        let pid = shim.tasks.state(&init).unwrap().pid;
+        let pid = shim.tasks.state(&init).unwrap().pid.unwrap();
         systemd.tell_late(&unit, pid, 9);
         tokio::time::sleep(A_WHILE).await;
         shim.tasks.state(&init).unwrap().exit
@@ -160,7 +160,7 @@ fn limits_that_are_set_on_a_paused_container_reach_its_unit_again_after_resume()
     let (_, container) = cgroups(&world);
     // The OCI runtime writes the limit.
     fs::write(cgroup::dir(&container).join("pids.max"), "5\n").unwrap();
-    world.take(&[Step::Update, Step::Resume], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Update, Step::Resume], Delivery::First).unwrap().unwrap();
     let set = world.systemd.limited();
     assert_eq!(set, [world.unit(), world.unit()].map(|unit| unit.to_string()));
 }
@@ -191,7 +191,7 @@ fn an_exit_does_not_wait_for_a_journal_that_hangs() {
     let init = world.init();
     let exit = world.live(move |shim| async move {
         let begun = tokio::time::Instant::now();
-        let exit = shim.wait(&init, Attempt::First).await.unwrap();
+        let exit = shim.wait(&init, Delivery::First).await.unwrap();
         (exit.status, begun.elapsed())
     });
     let (status, waited) = exit.unwrap();
@@ -254,7 +254,7 @@ fn limits_that_systemd_refuses_stay_on_the_container() {
         let effects = world.effects.clone();
         move |shim| async move {
             effects.plan(Plan::Refuse("set properties of"));
-            shim.create(call, Attempt::First).await
+            shim.create(call, Delivery::First).await
         }
     });
     created.unwrap().unwrap();
@@ -270,9 +270,9 @@ fn elsewhere(name: &str) -> (World, PathBuf) {
     let call = world.create_call();
     let spec = format!(r#"{{"linux":{{"cgroupsPath":"{}"}}}}"#, path.display());
     fs::write(call.request.bundle.join("config.json"), spec).unwrap();
-    let created = world.live(move |shim| async move { shim.create(call, Attempt::First).await });
+    let created = world.live(move |shim| async move { shim.create(call, Delivery::First).await });
     created.unwrap().unwrap();
-    world.take(&[Step::Start], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Start], Delivery::First).unwrap().unwrap();
     (world, path)
 }
 
@@ -283,12 +283,12 @@ fn a_container_in_a_cgroup_of_its_client_is_watched_there_and_shares_no_limits_w
     fs::write(dir.join("memory.events"), "oom 1\noom_kill 1\n").unwrap();
     exit_after(&world, || {});
     fs::write(dir.join("pids.max"), "5\n").unwrap();
-    world.take(&[Step::Update], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Update], Delivery::First).unwrap().unwrap();
     let frozen = path.clone();
     exit_after(&world, move || cgroup::fake::set_frozen(&frozen, true));
     assert_eq!(world.events(), ["create", "start", "oom", "paused"]);
     assert_eq!(world.systemd.limited(), Vec::<String>::new());
-    world.take(&[Step::Kill, Step::Delete], Attempt::First).unwrap().unwrap();
+    world.take(&[Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
     assert_eq!(world.remains(), Vec::<String>::new());
     cgroup::fake::remove(path.parent().unwrap());
 }

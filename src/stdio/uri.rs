@@ -77,7 +77,7 @@ pub fn wiring(
         stdout: way(client.stdout),
         stderr: if terminal { Output::Null } else { way(client.stderr) },
         logger: client.logger.filter(|_| log != Log::Journal),
-        kept: 0,
+        store_number: 0,
     })
 }
 

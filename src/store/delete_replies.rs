@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{Owner, ProcessKey};
 use crate::path_error::io_error;
+use crate::task::optional_pid;
 use crate::task::phase::Exit;
 
 use super::Error;
@@ -28,8 +29,9 @@ const MOST: u64 = u64::MAX / 2;
 /// The content of a reply to Delete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deleted {
-    /// The pid of the process, 0 if it had none.
-    pub pid: u32,
+    /// The pid of the process. `None` if it had none.
+    #[serde(with = "optional_pid")]
+    pub pid: Option<u32>,
     /// The exit of the process, if it ran.
     pub exit: Option<Exit>,
 }
@@ -121,15 +123,16 @@ mod tests {
     fn the_last_answer_is_found_after_a_restart() {
         let root = tempfile::tempdir().unwrap();
         let replies = DeleteReplies::open(root.path()).unwrap();
-        let deleted = |pid| Deleted { pid, exit: Some(Exit { status: 7, at_usec: u64::MAX }) };
+        let deleted =
+            |pid: u32| Deleted { pid: Some(pid), exit: Some(Exit { status: 7, at_usec: u64::MAX }) };
         assert_eq!(replies.find(&key(None)), None);
-        for pid in 0..u32::try_from(PLACES).unwrap() + 3 {
+        for pid in 1..u32::try_from(PLACES).unwrap() + 3 {
             replies.record(&key(None), deleted(pid)).unwrap();
         }
-        replies.record(&key(Some("e")), Deleted { pid: 0, exit: None }).unwrap();
+        replies.record(&key(Some("e")), Deleted { pid: None, exit: None }).unwrap();
         let again = DeleteReplies::open(root.path()).unwrap();
         assert_eq!(again.find(&key(None)), Some(deleted(u32::try_from(PLACES).unwrap() + 2)));
-        assert_eq!(again.find(&key(Some("e"))), Some(Deleted { pid: 0, exit: None }));
+        assert_eq!(again.find(&key(Some("e"))), Some(Deleted { pid: None, exit: None }));
         again.record(&key(None), deleted(1)).unwrap();
         assert_eq!(again.find(&key(None)), Some(deleted(1)));
     }
@@ -143,7 +146,8 @@ mod tests {
             id: TaskId::new(long(crate::id::MAX_IDENTIFIER)).unwrap(),
         };
         let process = ProcessKey { task, exec: Some(ExecId::new(long(crate::id::MAX_IDENTIFIER)).unwrap()) };
-        let deleted = Deleted { pid: u32::MAX, exit: Some(Exit { status: u32::MAX, at_usec: u64::MAX }) };
+        let deleted =
+            Deleted { pid: Some(u32::MAX), exit: Some(Exit { status: u32::MAX, at_usec: u64::MAX }) };
         let line =
             Line { seq: MOST, process: process.to_string(), owner: process.task.owner.clone(), deleted };
         assert!(serde_json::to_vec(&line).unwrap().len() <= PLACE);

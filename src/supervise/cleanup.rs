@@ -287,7 +287,7 @@ impl Cleanup {
             troubles.add(self.store.remove(&task.key));
         }
         if troubles.is_empty() {
-            self.fds.forget_all(task.init.wiring.kept);
+            self.fds.forget_all(task.init.wiring.store_number);
             self.tasks.remove(&task.key);
             return;
         }
@@ -396,7 +396,7 @@ impl Cleanup {
             (live.watched, live.listening, live.process) = (None, None, None);
         }
         cancel_pumps(&entry.init).await;
-        self.fds.forget_all(task.init.wiring.kept);
+        self.fds.forget_all(task.init.wiring.store_number);
         let own = task.init.wiring.own_pipes();
         let files = [LAUNCHED, LAUNCH_ERROR, PID_FILE, NO_INPUT];
         let names: Vec<_> = own.into_iter().chain(files).collect();

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
-use crate::services::{Entry, Error, now_usec};
+use crate::services::{Entry, Error};
+use crate::sys;
 use crate::task::phase::ObservedExit;
 use crate::task::{Placement, Task};
 
@@ -50,7 +51,7 @@ impl Cgroups {
 
     fn add_oom_kills(&self, entry: &Arc<Entry>, kills: u64) -> Result<(), Error> {
         self.tasks.note(entry, |task| {
-            task.note_oom_kills(kills, now_usec());
+            task.note_oom_kills(kills, sys::now_usec());
             Ok(Vec::new())
         })?;
         Ok(())

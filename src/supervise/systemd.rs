@@ -12,7 +12,8 @@ use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::services::streams::Streams;
-use crate::services::{Entry, Process, Tasks, blocking, now_usec};
+use crate::services::{Entry, Process, Tasks, blocking};
+use crate::sys;
 use crate::task::phase::{Event, Exit, ObservedExit, Phase};
 use crate::unit;
 use crate::unit::main_process::{MainProcess, WaitStatus};
@@ -165,11 +166,11 @@ impl Units {
             (Some(main @ MainProcess { ended: Some(ended), .. }), _) => {
                 return self.ended(entry, process, seen(main, ended));
             }
-            (Some(MainProcess { pid: 1.., .. }), _) | (Some(_), None) => return,
-            (None, None) => Exit { status: UNKNOWN_STATUS, at_usec: now_usec() },
+            (Some(MainProcess { pid: Some(_), .. }), _) | (Some(_), None) => return,
+            (None, None) => Exit { status: UNKNOWN_STATUS, at_usec: sys::now_usec() },
             // Stopped from outside: systemd sends SIGTERM and SIGKILL, and does not wait for what is not
             // its child.
-            (_, Some(_)) => exit_of(WaitStatus::killed(now_usec())),
+            (_, Some(_)) => exit_of(WaitStatus::killed_at(sys::now_usec())),
         };
         let (key, status) = (&process.key, exit.status);
         tracing::warn!(process = %key, "{key}: its unit disappeared or was stopped by somebody else; exit code unknown, reporting {status}");
@@ -275,7 +276,7 @@ async fn kill_left_behind(entry: &Entry, cgroup: PathBuf) {
 /// In the second case the unit was unloaded or started again in the meantime, and systemd has forgotten what it signalled.
 /// The unit of an exec is unloaded as soon as somebody stops it.
 fn trusted_report(told: MainProcess, read: Option<MainProcess>) -> MainProcess {
-    let is_same = |read: &MainProcess| told.last_pid == 0 || read.last_pid == told.last_pid;
+    let is_same = |read: &MainProcess| told.last_pid.is_none() || read.last_pid == told.last_pid;
     read.filter(is_same).unwrap_or(told)
 }
 
@@ -285,26 +286,28 @@ fn log_query_error(process: &Process, error: &unit::error::Error) {
 }
 
 fn seen(main: MainProcess, ended: WaitStatus) -> ObservedExit {
-    ObservedExit { pid: (main.last_pid != 0).then_some(main.last_pid), exit: exit_of(ended) }
+    ObservedExit { pid: main.last_pid, exit: exit_of(ended) }
 }
 
 fn exit_of(ended: WaitStatus) -> Exit {
-    let at_usec = if ended.at_usec == 0 { now_usec() } else { ended.at_usec };
-    Exit { status: ended.exit_status(), at_usec }
+    Exit { status: ended.exit_status(), at_usec: ended.at_usec.unwrap_or_else(sys::now_usec) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const TOLD: MainProcess =
-        MainProcess { pid: 0, last_pid: 7, ended: Some(WaitStatus { code: 1, status: 3, at_usec: 5 }) };
+    const TOLD: MainProcess = MainProcess {
+        pid: None,
+        last_pid: Some(7),
+        ended: Some(WaitStatus { code: 1, status: 3, at_usec: Some(5) }),
+    };
 
     #[test]
     fn the_answer_to_a_query_counts_more_than_the_signal_before_it() {
-        let runs = MainProcess { pid: 7, last_pid: 7, ended: None };
+        let runs = MainProcess { pid: Some(7), last_pid: Some(7), ended: None };
         assert_eq!(trusted_report(TOLD, Some(runs)), runs);
-        let ended = MainProcess { ended: Some(WaitStatus { code: 2, status: 9, at_usec: 6 }), ..TOLD };
+        let ended = MainProcess { ended: Some(WaitStatus { code: 2, status: 9, at_usec: Some(6) }), ..TOLD };
         assert_eq!(trusted_report(TOLD, Some(ended)), ended);
     }
 
@@ -313,8 +316,12 @@ mod tests {
         assert_eq!(trusted_report(TOLD, None), TOLD);
         for later in [
             MainProcess::default(),
-            MainProcess { pid: 8, last_pid: 8, ended: None },
-            MainProcess { pid: 0, last_pid: 8, ended: Some(WaitStatus { code: 1, status: 0, at_usec: 9 }) },
+            MainProcess { pid: Some(8), last_pid: Some(8), ended: None },
+            MainProcess {
+                last_pid: Some(8),
+                ended: Some(WaitStatus { code: 1, status: 0, at_usec: Some(9) }),
+                ..TOLD
+            },
         ] {
             assert_eq!(trusted_report(TOLD, Some(later)), TOLD);
         }

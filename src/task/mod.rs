@@ -5,6 +5,7 @@
 
 pub mod exec;
 pub mod limits;
+pub mod optional_pid;
 pub mod outbox;
 pub mod phase;
 pub mod process;

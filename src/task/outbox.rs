@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::ExecId;
 
+use super::optional_pid;
 use super::phase::Exit;
 
 /// An event of a task, in containerd's terms.
@@ -14,8 +15,9 @@ use super::phase::Exit;
 pub enum TaskEvent {
     /// `/tasks/create`
     Created {
-        /// The init process.
-        pid: u32,
+        /// The init process. `None` if Start restores it.
+        #[serde(with = "optional_pid")]
+        pid: Option<u32>,
     },
     /// `/tasks/start`
     Started {
@@ -58,8 +60,9 @@ pub enum TaskEvent {
     },
     /// `/tasks/delete`
     Deleted {
-        /// The process that it was, 0 if there was none.
-        pid: u32,
+        /// The process that it was. `None` if there was none.
+        #[serde(with = "optional_pid")]
+        pid: Option<u32>,
         /// How it ended.
         exit: Exit,
     },
@@ -217,13 +220,26 @@ impl Outbox {
 mod tests {
     use super::*;
 
+    /// Records of earlier versions have 0 for a process that does not exist, and those versions need the number.
+    #[test]
+    fn an_event_without_a_process_has_pid_0_in_the_record() {
+        for (text, pid) in
+            [(r#"{"event":"created","pid":0}"#, None), (r#"{"event":"created","pid":7}"#, Some(7))]
+        {
+            let event: TaskEvent = serde_json::from_str(text).unwrap();
+            assert_eq!(event, TaskEvent::Created { pid });
+            assert_eq!(serde_json::to_string(&event).unwrap(), text);
+        }
+        serde_json::from_str::<TaskEvent>(r#"{"event":"created","pid":null}"#).unwrap_err();
+    }
+
     #[test]
     fn events_leave_in_the_order_they_came() {
         let mut outbox = Outbox::default();
-        outbox.push(TaskEvent::Created { pid: 1 }, 10);
+        outbox.push(TaskEvent::Created { pid: Some(1) }, 10);
         outbox.push(TaskEvent::Started { pid: 1 }, 20);
         let first = outbox.first().unwrap().clone();
-        assert_eq!(first.event, TaskEvent::Created { pid: 1 });
+        assert_eq!(first.event, TaskEvent::Created { pid: Some(1) });
         outbox.accepted(first.seq);
         outbox.accepted(first.seq);
         assert_eq!(outbox.first().unwrap().event, TaskEvent::Started { pid: 1 });

@@ -293,8 +293,8 @@ impl Event {
 pub enum Announce {
     /// The task exists.
     Created {
-        /// Its process.
-        pid: u32,
+        /// Its process. `None` if Start restores it.
+        pid: Option<u32>,
     },
     /// The task runs.
     Started {
@@ -359,7 +359,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
     }
     match (phase.clone(), event) {
         (Phase::Creating { exit }, Created { container, program }) => {
-            let announce = vec![Announce::Created { pid: container.pid }];
+            let announce = vec![Announce::Created { pid: Some(container.pid) }];
             Ok(match exit.filter(|seen| seen.is_of(container.pid)) {
                 None => Step { next: Phase::Created { container, program }, announce },
                 Some(seen) => end(container, seen.exit, announce),
@@ -367,7 +367,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         }
         (Phase::Creating { .. }, Exited(seen)) => Ok(stay(Phase::Creating { exit: Some(seen) })),
         (Phase::Creating { .. }, Prepared) => {
-            Ok(Step { next: Phase::Prepared, announce: vec![Announce::Created { pid: 0 }] })
+            Ok(Step { next: Phase::Prepared, announce: vec![Announce::Created { pid: None }] })
         }
         (Phase::Creating { .. }, StartBegun | Started { .. } | StartFailed) => Err(refused),
 

@@ -128,9 +128,9 @@ pub struct Wiring {
     pub stderr: Output,
     /// The logger for [`Output::Logger`] and [`Sink::Logger`].
     pub logger: Option<Logger>,
-    /// The number in the names under which the daemon's ends are kept.
-    #[serde(default)]
-    pub kept: u64,
+    /// The number in the names of the daemon's ends of the streams in the descriptor store. The record calls it `kept`.
+    #[serde(default, rename = "kept")]
+    pub store_number: u64,
 }
 
 impl Wiring {

@@ -197,7 +197,7 @@ impl FakeSystemd {
     pub fn end_unheard(&self, unit: &UnitName, code: i32) {
         let mut state = self.state();
         if let Some(unit) = state.units.get_mut(unit) {
-            end(unit, WaitStatus { code: 1, status: code, at_usec: 7 });
+            end(unit, WaitStatus { code: 1, status: code, at_usec: Some(7) });
         }
     }
 
@@ -210,7 +210,7 @@ impl FakeSystemd {
     /// Ends the main process of a unit by this signal.
     pub fn end_by_signal(&self, unit: &UnitName, signal: i32) {
         if let Some(unit) = self.state().units.get_mut(unit) {
-            end(unit, WaitStatus { code: 2, status: signal, at_usec: 7 });
+            end(unit, WaitStatus { code: 2, status: signal, at_usec: Some(7) });
         }
         self.tell(unit);
     }
@@ -225,8 +225,10 @@ impl FakeSystemd {
 
     /// Reports an earlier process of the unit, late.
     pub fn tell_late(&self, unit: &UnitName, pid: u32, code: i32) {
-        let ended = Some(WaitStatus { code: 1, status: code, at_usec: 3 });
-        self.state().observations.reported(unit.clone(), MainProcess { pid: 0, last_pid: pid, ended });
+        let ended = Some(WaitStatus { code: 1, status: code, at_usec: Some(3) });
+        self.state()
+            .observations
+            .reported(unit.clone(), MainProcess { pid: None, last_pid: Some(pid), ended });
     }
 
     /// Reports that signals may have been missed: the bus was lost, or systemd was reloaded.
@@ -237,7 +239,7 @@ impl FakeSystemd {
     /// Unloads a unit, as an administrator can. Its exit code is lost.
     pub fn unload(&self, unit: &UnitName) {
         if let Some(mut gone) = self.state().units.remove(unit) {
-            end(&mut gone, WaitStatus::killed(7));
+            end(&mut gone, WaitStatus::killed_at(7));
         }
     }
 
@@ -291,7 +293,7 @@ impl FakeSystemd {
         let State { units, observations, .. } = &mut *state;
         if let Some(unit) = units.get_mut(name) {
             if unit.child.is_some() {
-                end(unit, WaitStatus::killed(7));
+                end(unit, WaitStatus::killed_at(7));
                 observations.reported(name.clone(), unit.main);
             }
             if unit.active != "failed" {
@@ -307,7 +309,7 @@ impl FakeSystemd {
 }
 
 fn running(active: &'static str, child: Sleeper, cgroup: Option<PathBuf>) -> Unit {
-    let main = MainProcess { pid: child.pid(), last_pid: child.pid(), ended: None };
+    let main = MainProcess { pid: Some(child.pid()), last_pid: Some(child.pid()), ended: None };
     Unit { active, main, child: Some(child), cgroup, ..Unit::default() }
 }
 
@@ -323,15 +325,15 @@ fn end(unit: &mut Unit, ended: WaitStatus) {
     {
         cgroup::remove(place.parent().unwrap_or(place));
     }
-    unit.main = MainProcess { pid: 0, last_pid: child.pid(), ended: Some(ended) };
+    unit.main = MainProcess { pid: None, last_pid: Some(child.pid()), ended: Some(ended) };
     // The unit of an exec never fails, whatever its exit code is.
     unit.active = if ended.exit_status() == 0 || unit.active == "activating" { "active" } else { "failed" };
 }
 
 fn ended_by(status: ExitStatus) -> WaitStatus {
     match (status.code(), status.signal()) {
-        (Some(code), _) => WaitStatus { code: 1, status: code, at_usec: 7 },
-        (None, signal) => WaitStatus { code: 2, status: signal.unwrap_or_default(), at_usec: 7 },
+        (Some(code), _) => WaitStatus { code: 1, status: code, at_usec: Some(7) },
+        (None, signal) => WaitStatus { code: 2, status: signal.unwrap_or_default(), at_usec: Some(7) },
     }
 }
 

@@ -87,7 +87,11 @@ mod tests {
     }
 
     fn ended(pid: u32) -> MainProcess {
-        MainProcess { pid: 0, last_pid: pid, ended: Some(WaitStatus { code: 1, status: 3, at_usec: 5 }) }
+        MainProcess {
+            pid: None,
+            last_pid: Some(pid),
+            ended: Some(WaitStatus { code: 1, status: 3, at_usec: Some(5) }),
+        }
     }
 
     #[tokio::test]
@@ -95,11 +99,11 @@ mod tests {
         let observations = Observations::default();
         for round in 0..10_000 {
             observations
-                .reported(unit("a.service"), MainProcess { last_pid: round, ..MainProcess::default() });
+                .reported(unit("a.service"), MainProcess { last_pid: Some(round), ..MainProcess::default() });
             observations.reported(unit("b.service"), ended(round));
         }
         assert_eq!(observations.services().order.len(), 2);
-        assert_eq!(observations.next().await.1.last_pid, 9999);
+        assert_eq!(observations.next().await.1.last_pid, Some(9999));
         assert_eq!(observations.next().await, (unit("b.service"), ended(9999)));
         assert_eq!(observations.take(), None);
     }

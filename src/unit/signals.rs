@@ -89,7 +89,7 @@ fn service(path: &str, message: &Message) -> Option<Signal> {
         return None;
     }
     let main = MainProcess::default().updated(|name| values.get(name));
-    let runs = main.pid != 0 && main.ended.is_none();
+    let runs = main.pid.is_some() && main.ended.is_none();
     (!runs).then_some(Signal::Service { unit, main })
 }
 
@@ -171,8 +171,11 @@ mod tests {
 
     #[test]
     fn systemds_broadcasts_are_read() {
-        let main =
-            MainProcess { pid: 0, last_pid: 7, ended: Some(WaitStatus { code: 1, status: 42, at_usec: 0 }) };
+        let main = MainProcess {
+            pid: None,
+            last_pid: Some(7),
+            ended: Some(WaitStatus { code: 1, status: 42, at_usec: None }),
+        };
         let unit = UnitName::new("containerd-default-web.service").unwrap();
         assert_eq!(send(CHANGED, &exit()), Some(Signal::Service { unit, main }));
         assert!(matches!(send(REMOVED, &job_end()), Some(Signal::Job { result, .. }) if result == "done"));

@@ -163,7 +163,7 @@ fn an_exit_inside_start_is_announced_after_the_start() {
     assert_eq!(
         announce,
         [
-            Announce::Created { pid: PID },
+            Announce::Created { pid: Some(PID) },
             Announce::Started { pid: PID },
             Announce::Exited { pid: PID, exit: EXIT }
         ]
@@ -174,7 +174,7 @@ fn an_exit_inside_start_is_announced_after_the_start() {
 fn an_exit_inside_create_is_announced_after_the_create() {
     let (phase, announce) = run(&[Event::Exited(SEEN), created(), Event::ExecsGone]);
     assert_eq!(phase, Phase::Stopped { container: container(), exit: EXIT });
-    assert_eq!(announce[0], Announce::Created { pid: PID });
+    assert_eq!(announce[0], Announce::Created { pid: Some(PID) });
 }
 
 #[test]

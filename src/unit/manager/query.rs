@@ -134,7 +134,7 @@ impl Manager {
         let all = self.get_all(unit, SERVICE_INTERFACE).await?;
         let main = MainProcess::default().updated(|name| all.get(name).map(|value| &**value));
         // A unit that is not loaded looks like one that has not run.
-        let is_loaded = main.last_pid != 0 || self.active_state(unit).await?.is_some();
+        let is_loaded = main.last_pid.is_some() || self.active_state(unit).await?.is_some();
         Ok(is_loaded.then_some(main))
     }
 
