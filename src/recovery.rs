@@ -12,7 +12,8 @@ use crate::ops::Shim;
 use crate::services::changes::Stored;
 use crate::services::process::{hold, program_of};
 use crate::services::{Entry, Error, Process, blocking, resume_in_background};
-use crate::store::Found;
+
+use crate::store::{self, Found, OwedTask};
 use crate::suspect::{Crashes, Suspect};
 use crate::task::Task;
 use crate::task::phase::{Event, Phase};
@@ -34,30 +35,7 @@ impl Shim {
         };
         let (records, owed) = blocking(load).await?;
         let records = records?;
-        let is_recorded = |owed: &Task| {
-            let recorded = records.iter().flatten();
-            recorded
-                .filter(|found| found.task.key == owed.key)
-                .any(|found| found.task.init.phase == owed.init.phase)
-        };
-        for (owing, task) in owed? {
-            match task {
-                // A Delete was interrupted before it removed the record, which has these events as well.
-                Ok(task) if is_recorded(&task) => {
-                    if let Err(error) = owing.discard() {
-                        tracing::warn!(task = %task.key, %error, "task {}: its last events may be published twice: {error}", task.key);
-                    }
-                }
-                Ok(task) => {
-                    // An earlier version kept more than this one would: all of them are published.
-                    let _ = self.tasks.owings.begin(&task.containerd.ttrpc_address);
-                    let entry = Arc::new(Entry::detached(task));
-                    entry.init.live().stored = Stored::Owed(owing);
-                    self.tasks.announce(&entry);
-                }
-                Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),
-            }
-        }
+        self.announce_owed(&records, owed?);
         let running = self.units.running().await;
         for record in records {
             match record {
@@ -86,6 +64,34 @@ impl Shim {
         self.fds.drop_unclaimed();
         tokio::spawn(self.units.clone().reference_all());
         Ok(())
+    }
+
+    /// Announces the events of deleted tasks to the publisher.
+    fn announce_owed(&self, records: &[Result<Found, store::Error>], all: Vec<OwedTask>) {
+        let is_recorded = |owed: &Task| {
+            let recorded = records.iter().flatten();
+            recorded
+                .filter(|found| found.task.key == owed.key)
+                .any(|found| found.task.init.phase == owed.init.phase)
+        };
+        for (owing, task) in all {
+            match task {
+                // A Delete was interrupted before it removed the record, which has these events as well.
+                Ok(task) if is_recorded(&task) => {
+                    if let Err(error) = owing.discard() {
+                        tracing::warn!(task = %task.key, %error, "task {}: its last events may be published twice: {error}", task.key);
+                    }
+                }
+                Ok(task) => {
+                    // An earlier version kept more than this one would: all of them are published.
+                    let _ = self.tasks.owings.begin(&task.containerd.ttrpc_address);
+                    let entry = Arc::new(Entry::detached(task));
+                    entry.init.live().stored = Stored::Owed(owing);
+                    self.tasks.announce(&entry);
+                }
+                Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),
+            }
+        }
     }
 
     async fn recover_task(self: &Arc<Self>, entry: &Arc<Entry>, running: &HashSet<UnitName>) {
@@ -188,7 +194,7 @@ impl Shim {
 
     /// After a restart: completes a Start that was interrupted.
     async fn finish_start(self: &Arc<Self>, entry: &Arc<Entry>, claimed: oneshot::Sender<()>) {
-        // The receiver is gone if the daemon stops. The streams are reopened as those of a process that runs.
+        // The receiver was dropped if the daemon stops. The streams are reopened as those of a process that runs.
         let _ = claimed.send(());
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
@@ -25,6 +25,7 @@ use crate::launch;
 use crate::oci::command::CommandLine;
 use crate::oci::namespaces;
 use crate::ops::{Parts, Shim};
+use crate::services::Entry;
 use crate::services::files::ClientFiles;
 use crate::session::fds::StreamFds;
 use crate::store::Store;
@@ -33,7 +34,7 @@ use crate::supervise::slices;
 use crate::suspect::{self, Crashes};
 use crate::transport::ConnectionStore;
 use crate::transport::durable::Durable;
-use crate::transport::listener::{self, Connections};
+use crate::transport::listener::{self, Adopted, Connections};
 use crate::transport::sockets::{Leases, Socket};
 use crate::unit::fd_store::FdStore;
 use crate::unit::manager::Manager;
@@ -165,14 +166,33 @@ impl Waking {
         }
     }
 
+    /// Prepares the end of the daemon. If the daemon is stopped and `keeps` says that systemd then keeps the descriptor store,
+    /// the next call on a kept connection starts the daemon.
+    async fn prepare(&self, keeps: bool) {
+        let is_stopped = tokio::time::timeout(SHUTDOWN_CALL_LIMIT, self.is_stopped()).await;
+        match is_stopped.map_err(|_| "systemd does not answer".to_owned()).flatten() {
+            Ok(true) => {
+                if keeps && self.connections.count() > 0 {
+                    self.leave().await;
+                }
+                guard::end_all().await;
+            }
+            // The next daemon waits for calls itself, and ends the guard.
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!("can't find out whether the daemon is stopped or restarted: {error}");
+            }
+        }
+    }
+
     /// Stops the unit of an earlier daemon.
     async fn dismiss(manager: &Manager) -> Result<(), Failure> {
         manager.stop_without_waiting(&name::wake_service()).await.map_err(Failure::new)
     }
 }
 
-/// The permanent work of the daemon besides serving calls. If one of them ends, the daemon ends, and systemd restarts it:
-/// without that work, the daemon would miss what happens to tasks.
+/// The permanent work of the daemon in addition to serving calls. If one worker ends, the daemon ends, and systemd restarts
+/// it: without this work, the daemon would miss what happens to tasks.
 #[derive(Default)]
 struct Workers(JoinSet<&'static str>);
 
@@ -240,18 +260,7 @@ async fn serve(
     if let Some(interval) = notify::watchdog_interval() {
         workers.spawn("watching for requests that hang", suspect::end_if_hanging(interval / 2));
     }
-    let (connections, mut adopted) = Connections::adopt(fd_store.clone(), &mut kept, &crashes)
-        .map_err(|error| Failure(format!("can't adopt kept connections: {error}")))?;
-    let mut consoles = Vec::new();
-    for (path, connection) in rescued {
-        match Socket::at(&path) {
-            Some(from) => adopted.extend(connections.rescue(from, connection).unwrap_or_else(|error| {
-                tracing::error!(%error, "can't adopt a connection that an earlier daemon had just accepted: {error}");
-                None
-            })),
-            None => consoles.push((path, connection)),
-        }
-    }
+    let (connections, mut adopted, consoles) = adopt_connections(&fd_store, &mut kept, rescued, &crashes)?;
     let refs = Refs::new(fd_store.clone(), &mut kept);
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let observations = Arc::<Observations>::default();
@@ -272,14 +281,13 @@ async fn serve(
         Waking { manager: manager.clone(), connections: connections.clone(), program: program.clone() };
     let cgroups = Watch::new();
     let store = Store::new(config::STATE_DIR);
-    let slices_of = manager.clone();
     let commands = Arc::new(CommandLine::in_cgroup(launch::cgroup::of_commands().map_err(Failure::new)?));
     let (shim, outgoing) = Shim::new(Parts {
         store,
         delete_replies,
         fds,
         cgroups,
-        manager,
+        manager: manager.clone(),
         oci: commands,
         program,
         files: ClientFiles::new(Some(config::FILES_LIMIT)),
@@ -287,18 +295,10 @@ async fn serve(
     });
     fault::point(Point::RecoverTaken);
     shim.recover(&crashes).await.map_err(Failure::new)?;
-    // What was open only in ended daemons is open and kept here by now.
+    // This daemon has opened and kept everything that was open only in ended daemons.
     earlier.end();
     fault::point(Point::RecoverTasks);
-    workers.spawn("publishing events", events::publish(shim.tasks.clone(), outgoing));
-    workers.spawn("retrying failed writes of records", shim.cleanup.clone().write_pending());
-    workers.spawn("removing what failed creates left", shim.cleanup.clone().remove_leftovers());
-    workers.spawn("dropping unused copies of OCI runtimes", shim.clone().forget_idle_runtimes());
-    let registered = shim.tasks.clone();
-    let is_used = move |slice: &UnitName| registered.uses_slice(slice);
-    workers.spawn("removing unused slices", slices::run(slices_of, shim.tasks.removed.clone(), is_used));
-    workers.spawn("watching cgroups", shim.cgroups.clone().observe());
-    workers.spawn("observing units", shim.units.clone().observe(observations));
+    spawn_workers(&mut workers, &shim, manager, outgoing, observations);
 
     crashes.forget_answered();
     workers.spawn("forgetting crashes of records", async move {
@@ -309,21 +309,7 @@ async fn serve(
         drop(crashes);
     });
 
-    let leases = Leases::new(config::STATE_DIR);
-    let mut servers = Vec::new();
-    for fd in sockets {
-        let (socket, listener) = listener::from_systemd(fd)
-            .map_err(|error| Failure(format!("can't use a socket from systemd: {error}")))?;
-        let services = TaskService::new(shim.clone(), socket, &leases).services();
-        let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
-        let earlier = earlier.map(|(_, connection)| connection).collect();
-        let listener = listen(connections.clone(), earlier, listener)
-            .map_err(|error| Failure(format!("can't watch a socket: {error}")))?;
-        let mut server = Server::new().add_listener(listener).register_service(services);
-        server.start().await.map_err(|error| Failure(format!("can't serve: {error}")))?;
-        servers.push(server);
-    }
-
+    let _servers = serve_sockets(sockets, &shim, &connections, &mut adopted).await?;
     let tasks = shim.tasks.count();
     let (version, systemd) = (env!("CARGO_PKG_VERSION"), systemd.version());
     tracing::info!(
@@ -341,20 +327,76 @@ async fn serve(
     // Running work is left as it is, and the next daemon continues it, as after a crash.
     fd_store.notifier().stopping();
     tracing::info!("stopping");
-    let is_stopped = tokio::time::timeout(SHUTDOWN_CALL_LIMIT, waking.is_stopped()).await;
-    match is_stopped.map_err(|_| "systemd does not answer".to_owned()).flatten() {
-        Ok(true) => {
-            if keeps && connections.count() > 0 {
-                waking.leave().await;
-            }
-            guard::end_all().await;
-        }
-        // The next daemon waits for calls itself, and ends the guard.
-        Ok(false) => {}
-        Err(error) => tracing::warn!("can't find out whether the daemon is stopped or restarted: {error}"),
-    }
+    waking.prepare(keeps).await;
     launch::cgroup::sweep();
     Ok(())
+}
+
+/// Makes the connections of earlier daemons usable again: those in the descriptor store, and those that an earlier daemon had
+/// accepted and not kept. Returns them, and the connections to console sockets, with their paths.
+fn adopt_connections(
+    fd_store: &Arc<FdStore>,
+    kept: &mut Vec<(String, OwnedFd)>,
+    rescued: guard::Rescued,
+    crashes: &Crashes,
+) -> Result<(Arc<Connections>, Vec<Adopted>, guard::Rescued), Failure> {
+    let (connections, mut adopted) = Connections::adopt(fd_store.clone(), kept, crashes)
+        .map_err(|error| Failure(format!("can't adopt kept connections: {error}")))?;
+    let mut consoles = Vec::new();
+    for (path, connection) in rescued {
+        match Socket::at(&path) {
+            Some(from) => adopted.extend(connections.rescue(from, connection).unwrap_or_else(|error| {
+                tracing::error!(%error, "can't adopt a connection that an earlier daemon had just accepted: {error}");
+                None
+            })),
+            None => consoles.push((path, connection)),
+        }
+    }
+    Ok((connections, adopted, consoles))
+}
+
+/// Starts the work that happens without a call.
+fn spawn_workers(
+    workers: &mut Workers,
+    shim: &Arc<Shim>,
+    manager: Arc<Manager>,
+    outgoing: mpsc::UnboundedReceiver<Arc<Entry>>,
+    observations: Arc<Observations>,
+) {
+    let tasks = shim.tasks.clone();
+    workers.spawn("publishing events", events::publish(tasks.clone(), outgoing));
+    workers.spawn("retrying failed writes of records", shim.cleanup.clone().write_pending());
+    workers.spawn("removing what failed creates left", shim.cleanup.clone().remove_leftovers());
+    workers.spawn("dropping unused copies of OCI runtimes", shim.clone().forget_idle_runtimes());
+    let removed = tasks.removed.clone();
+    let is_used = move |slice: &UnitName| tasks.uses_slice(slice);
+    workers.spawn("removing unused slices", slices::run(manager, removed, is_used));
+    workers.spawn("watching cgroups", shim.cgroups.clone().observe());
+    workers.spawn("observing units", shim.units.clone().observe(observations));
+}
+
+/// Serves calls on the sockets, and on the connections of earlier daemons that came from these sockets.
+async fn serve_sockets(
+    sockets: Vec<OwnedFd>,
+    shim: &Arc<Shim>,
+    connections: &Arc<Connections>,
+    adopted: &mut Vec<Adopted>,
+) -> Result<Vec<Server>, Failure> {
+    let leases = Leases::new(config::STATE_DIR);
+    let mut servers = Vec::new();
+    for fd in sockets {
+        let (socket, listener) = listener::from_systemd(fd)
+            .map_err(|error| Failure(format!("can't use a socket from systemd: {error}")))?;
+        let services = TaskService::new(shim.clone(), socket, &leases).services();
+        let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
+        let earlier = earlier.map(|(_, connection)| connection).collect();
+        let listener = listen(connections.clone(), earlier, listener)
+            .map_err(|error| Failure(format!("can't watch a socket: {error}")))?;
+        let mut server = Server::new().add_listener(listener).register_service(services);
+        server.start().await.map_err(|error| Failure(format!("can't serve: {error}")))?;
+        servers.push(server);
+    }
+    Ok(servers)
 }
 
 /// The connections of one socket: those of earlier daemons, and new ones.

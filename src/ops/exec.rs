@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::fault::{self, Point};
-use crate::id::{ExecId, ProcessKey, TaskKey};
+use crate::id::{ExecId, ProcessKey, TaskKey, UnitName};
 use crate::launch::contract::PROCESS_SPEC;
 use crate::oci::{metadata, process};
 use crate::services::registry::{Conflict, Verb};
@@ -62,7 +62,11 @@ impl Shim {
         let (stdio, wiring) = self.files.run(&process_key, read_wiring).await??;
         let description = metadata::of_exec(&task.init.description, &id, &spec.args);
         let (process, _verb) = self.register_exec(&entry, &id)?;
-        let noted = self.note_exec(&entry, &process, &id, stdio, wiring, description, &spec);
+        let exec = |unit: UnitName| {
+            let logger = wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
+            Ok(Exec { unit, logger, stdio, wiring, description, phase: ExecPhase::Added })
+        };
+        let noted = exec(process.unit.clone()).and_then(|exec| self.note_exec(&entry, &id, exec, &spec));
         if noted.is_err() {
             self.tasks.registry.remove_exec(&entry, &id);
             // The caller gets the first error.
@@ -71,23 +75,17 @@ impl Shim {
         noted
     }
 
-    #[allow(clippy::too_many_arguments)]
+    /// Writes the process spec of an exec, and then its record.
     fn note_exec(
         &self,
         entry: &Arc<Entry>,
-        process: &Process,
         id: &ExecId,
-        stdio: Stdio,
-        wiring: Wiring,
-        description: String,
+        exec: Exec,
         spec: &process::ProcessSpec,
     ) -> Result<(), Error> {
         let dir = self.store.create_exec_dir(&entry.key, id)?;
         spec.write(&dir.join(PROCESS_SPEC))?;
         fault::point(Point::ExecPrepared);
-        let unit = process.unit.clone();
-        let logger = wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
-        let exec = Exec { unit, logger, stdio, wiring, description, phase: ExecPhase::Added };
         self.tasks.change(entry, |task| {
             task.execs.insert(id.clone(), Arc::new(exec));
             task.owe(TaskEvent::ExecAdded { exec: id.clone() }, sys::now_usec());

@@ -23,7 +23,7 @@ use crate::suspect::{Crashes, LIMIT, Suspect};
 use crate::task::Task;
 
 use files::{entries, make_dir, remove_dir, replace};
-pub use owed::OwedFile;
+pub use owed::{OwedFile, OwedTask};
 pub use record::{Cause, Found};
 use record::{RECORD, RECORD_NEW, VERSION};
 
