@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::attached::{self, each_kind};
 use crate::common::bulk::Bulk;
 use crate::common::container::Container;
-use crate::common::node::{Node, OUR_RUNTIME, number};
+use crate::common::node::{Node, number};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch, feed};
@@ -207,19 +207,6 @@ fn the_client_of_an_exec_whose_start_failed_sees_the_end_of_its_output() {
 }
 
 #[test]
-fn any_user_can_open_its_own_stdout_again() {
-    let node = Node::shared();
-    let container = sleeping(&node);
-    for uid in [0, 1000] {
-        let script = "echo out > /dev/stdout; echo err > /dev/stderr; echo more >> /dev/stdout";
-        let (exec, mut client) = attached::exec(&container, Spec::sh(script).user(uid, uid));
-        assert_eq!(client.stdout.text(), "out\nmore\n", "uid {uid}");
-        assert_eq!(client.stderr.text(), "err\n", "uid {uid}");
-        assert_eq!(exec.exit_status(), 0);
-    }
-}
-
-#[test]
 fn one_stream_alone_is_enough() {
     needs!(OurShim); // the stock shim refuses
     let node = Node::shared();
@@ -230,26 +217,6 @@ fn one_stream_alone_is_enough() {
     let exec = container.exec(Spec::sh("echo out; echo err >&2; exit 33")).started(&io);
     assert_eq!(stdout.text(), "out\n");
     assert_eq!(exec.exit_status(), 33);
-}
-
-#[test]
-fn a_file_uri_appends_both_streams() {
-    let node = Node::shared();
-    let container = sleeping(&node);
-    let scratch = Scratch::new("file");
-    let uri = format!("file://{}", scratch.text("new/directory/log"));
-    let io = Io { stdout: uri.clone(), stderr: uri, ..Io::default() };
-    // The stock shim now and then loses the last line when both streams end together.
-    let end = if node.runtime == OUR_RUNTIME { "true" } else { "sleep 0.3" };
-    for round in ["first", "second"] {
-        let script = format!("echo {round} out; echo {round} err >&2; {end}");
-        let exec = container.exec(Spec::sh(&script)).started(&io);
-        assert_eq!(exec.exit_status(), 0);
-        exec.delete().expect("delete");
-    }
-    let mut lines: Vec<String> = scratch.read("new/directory/log").lines().map(str::to_string).collect();
-    lines.sort();
-    assert_eq!(lines, ["first err", "first out", "second err", "second out"]);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
+use crate::attached::each_kind;
 use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::process;
 use crate::common::spec::Spec;
@@ -136,14 +137,13 @@ fn an_exit_is_reported_although_nobody_reads_the_output() {
 
 #[test]
 fn any_user_can_open_its_own_stdout_again() {
-    let node = Node::shared();
     for uid in [0, 1000] {
-        let fifos = Fifos::new("reopen");
-        let (mut stdout, mut stderr) = (fifos.stdout(), fifos.stderr());
         let script = "echo out > /dev/stdout; echo err > /dev/stderr; echo more >> /dev/stdout";
-        let container = node.container("reopen", Spec::sh(script).user(uid, uid)).started(&fifos.output());
-        assert_eq!((stdout.text().as_str(), stderr.text().as_str()), ("out\nmore\n", "err\n"), "uid {uid}");
-        assert_eq!(container.exit_status(), 0);
+        each_kind(Spec::sh(script).user(uid, uid), |process, mut client| {
+            assert_eq!(client.stdout.text(), "out\nmore\n", "uid {uid}");
+            assert_eq!(client.stderr.text(), "err\n", "uid {uid}");
+            assert_eq!(process.exit_status(), 0);
+        });
     }
 }
 
@@ -189,20 +189,29 @@ fn pause_at_the_end(node: &Node) -> &'static str {
 }
 
 #[test]
-fn a_file_uri_appends_both_streams() {
+fn a_file_uri_appends_both_streams_of_an_init_process_and_of_an_exec() {
     let node = Node::shared();
-    let scratch = Scratch::new("file");
-    let uri = format!("file://{}", scratch.text("new/directory/log"));
-    let io = Io { stdout: uri.clone(), stderr: uri, ..Io::default() };
-    for round in ["first", "second"] {
-        let script = format!("echo {round} out; echo {round} err >&2; {}", pause_at_the_end(&node));
-        let container = node.container("file", Spec::sh(&script)).started(&io);
-        assert_eq!(container.exit_status(), 0);
-        container.delete().expect("delete");
+    let sleeping = node.container("file-execs", Spec::sleeping()).started(&Io::default());
+    for is_exec in [false, true] {
+        let scratch = Scratch::new("file");
+        let uri = format!("file://{}", scratch.text("new/directory/log"));
+        let io = Io { stdout: uri.clone(), stderr: uri, ..Io::default() };
+        for round in ["first", "second"] {
+            let script = format!("echo {round} out; echo {round} err >&2; {}", pause_at_the_end(&node));
+            if is_exec {
+                let exec = sleeping.exec(Spec::sh(&script)).started(&io);
+                assert_eq!(exec.exit_status(), 0);
+                exec.delete().expect("delete");
+            } else {
+                let container = node.container("file", Spec::sh(&script)).started(&io);
+                assert_eq!(container.exit_status(), 0);
+                container.delete().expect("delete");
+            }
+        }
+        let mut lines: Vec<String> = scratch.read("new/directory/log").lines().map(str::to_string).collect();
+        lines.sort();
+        assert_eq!(lines, ["first err", "first out", "second err", "second out"], "exec: {is_exec}");
     }
-    let mut lines: Vec<String> = scratch.read("new/directory/log").lines().map(str::to_string).collect();
-    lines.sort();
-    assert_eq!(lines, ["first err", "first out", "second err", "second out"]);
 }
 
 #[test]
@@ -241,7 +250,7 @@ fn a_fifo_without_a_reader_as_the_log_file_delays_only_its_own_container() {
     let node = Node::shared();
     let scratch = Scratch::new("fifo-file");
     mkfifo(&scratch.join("fifo"), Mode::S_IRWXU).expect("make a FIFO");
-    // It is there to read, and does not.
+    // The reader has the FIFO open, and does not read.
     let both = File::options().read(true).write(true).open(scratch.join("fifo")).expect("open a FIFO");
     let io = |name: &str| Io { stdout: format!("file://{}", scratch.text(name)), ..Io::default() };
     let stuck: Vec<_> =
