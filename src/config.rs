@@ -5,13 +5,13 @@ use std::time::Duration;
 /// The name of this program.
 pub const NAME: &str = env!("CARGO_PKG_NAME");
 
-/// Where the records are (tmpfs, gone after a reboot as the containers are).
+/// The directory of the records. It is on a tmpfs: a reboot ends the containers and removes the records.
 pub const STATE_DIR: &str = "/run/containerd-shim-systemd-v1";
 
-/// The daemon's socket. Beside the records, not among them: any name in there is a namespace.
+/// The daemon's socket. It is not in the directory of the records, where every name is that of a namespace.
 pub const SOCKET: &str = "/run/containerd-shim-systemd-v1.sock";
 
-/// Held by the one `start` that brings the daemon's units up.
+/// The lock of the `start` that starts the daemon's units. Others wait for it.
 pub const START_LOCK: &str = "/run/containerd-shim-systemd-v1.lock";
 
 /// What has ended the daemon, see [`crate::suspect`].
@@ -30,7 +30,7 @@ pub const OLDEST_SYSTEMD: u32 = 252;
 /// How long a client may take to open its end of a FIFO. As in containerd-shim-runc-v2.
 pub const STDIO_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long a command of the OCI runtime may take before it is killed and the call fails, other than `create`.
+/// How long a command of the OCI runtime other than `create` may take. After this time it is killed, and the call fails.
 pub const RUNTIME_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long `create` may take, with the mounts before it: hooks and slow file systems may need minutes.
@@ -55,13 +55,13 @@ pub const LOGGER_PAUSE: Duration = Duration::from_secs(1);
 /// this code.
 pub const NOTHING_TO_LOG: u8 = 122;
 
-/// How long the files that a client has named, on whatever disk, may take to answer.
+/// How long work on files that a client has named may take. They may be on a disk that does not answer.
 pub const FILES_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a killed process may take to be reported as ended.
 pub const KILL_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long bringing up the daemon's units may take.
+/// How long the start of the daemon's units may take.
 pub const START_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long `delete` leaves the work to the daemon: containerd kills it after 5 s.

@@ -124,15 +124,15 @@ points! {
     DeleteBegun = "delete.begun",
     /// The OCI runtime has forgotten the container.
     DeleteRuntime = "delete.runtime-done",
-    /// The container's unit is gone.
+    /// The container's unit was removed.
     DeleteUnit = "delete.unit-removed",
-    /// The answer and the last events are kept, and the record is there.
+    /// The answer and the last events are kept, and the record still exists.
     DeleteKept = "delete.answer-kept",
-    /// The record is gone.
+    /// The record was removed.
     DeleteForgotten = "delete.record-removed",
     /// Delete of an exec begins.
     ExecDeleteBegun = "exec-delete.begun",
-    /// The exec's unit is gone.
+    /// The exec's unit was removed.
     ExecDeleteUnit = "exec-delete.unit-removed",
     /// The answer is kept, and the exec is in the record.
     ExecDeleteKept = "exec-delete.answer-kept",
@@ -290,7 +290,7 @@ pub fn due(_: &[Failure]) -> Option<Failure> {
 }
 
 /// Whether the daemon is to forget everything with its end: connections are plain, and systemd keeps
-/// nothing. Tasks that are there when this is switched are lost.
+/// nothing. Tasks that exist when this is switched are lost.
 #[cfg(feature = "faults")]
 pub fn is_forgetful() -> bool {
     std::env::var_os("CONTAINERD_SHIM_SYSTEMD_FORGETFUL").is_some()

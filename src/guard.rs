@@ -163,7 +163,7 @@ impl Earlier {
         rescued
     }
 
-    /// Ends them: what this process has opened again is kept by now.
+    /// Ends the guards: this process has kept everything that it has opened again.
     pub fn end(self) {
         self.0.iter().for_each(|(_, guard)| end(guard));
     }

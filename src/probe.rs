@@ -113,7 +113,7 @@ fn reader(from: impl Read + Send + 'static) -> std::sync::mpsc::Receiver<String>
         let mut bytes = Vec::new();
         // What was read before an error counts.
         let _ = from.take(MOST_BYTES).read_to_end(&mut bytes);
-        // The receiver is gone if the work took too long.
+        // The receiver was dropped if the work took too long.
         let _ = sender.send(String::from_utf8_lossy(&bytes).into_owned());
     });
     receiver

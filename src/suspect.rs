@@ -1,7 +1,7 @@
 //! Suspects: requests and records that may crash the daemon. One that crashed it twice is not tried a third time.
 //!
 //! The next daemon serves a request again that a crash left unanswered, and recovers every record. If that crashes the
-//! daemon because of a bug, it would do so for ever, and no task of the node could be served. So the crashes of each
+//! daemon because of a bug, it would do so again and again, and no task of the node could be served. So the crashes of each
 //! suspect are counted.
 //!
 //! Only a crash of the thread that works on the suspect counts (`sys::crash`: the handler of SIGABRT, SIGSEGV and similar

@@ -1,7 +1,7 @@
 //! Reads the statistics of a cgroup, and its limits as Stats reports them.
 //!
-//! A missing file (its controller is off, the kernel is too old, the cgroup is gone) gives zeros or `None`, and so
-//! does a key that is missing in a file: runc.v2 reports the same.
+//! A missing file gives zeros or `None`: its controller is off, the kernel is too old, or the cgroup does not exist any more. A
+//! key that is missing in a file gives the same. runc.v2 reports the same.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -205,7 +205,7 @@ impl Stats {
     /// counters of all CPUs, which takes milliseconds on a machine with many cgroups.
     ///
     /// # Errors
-    /// A file exists and can't be read. A cgroup that is gone is no error.
+    /// A file exists and can't be read. A cgroup that does not exist any more is no error.
     pub fn read(cgroup: &Path) -> Result<Self, Error> {
         Self::of_dir(&super::dir(cgroup), &PAGE_SIZES)
     }
@@ -243,7 +243,7 @@ impl Stats {
 }
 
 impl MemoryEvents {
-    /// Reads the memory events of a cgroup; `None` if the cgroup is gone, or if its memory is not accounted.
+    /// Reads the memory events of a cgroup; `None` if the cgroup does not exist any more, or if its memory is not accounted.
     ///
     /// # Errors
     /// The file exists and can't be read.
@@ -256,7 +256,7 @@ impl MemoryEvents {
 /// The files of one cgroup.
 struct Files<'p> {
     path: &'p Path,
-    /// `None` if the cgroup is gone.
+    /// `None` if the cgroup does not exist any more.
     dir: Option<OwnedFd>,
     /// The text of the file that was read last.
     text: String,

@@ -218,7 +218,7 @@ fn shield_daemon() {
 }
 
 /// Takes the lock for starting the units. `None` after a time limit: two processes that start them at the same time do no
-/// harm, but one that waits for ever starts no container.
+/// harm, but one that waits without end starts no container.
 fn lock() -> Result<Option<Flock<File>>, Failure> {
     let failed =
         |error: &dyn std::fmt::Display| Failure(format!("can't lock {}: {error}", config::START_LOCK));

@@ -45,7 +45,8 @@ fn all() -> Result<PathBuf, cgroup::Error> {
     Ok(beside(&cgroup::of_self()?))
 }
 
-/// The cgroup that contains those of all runtime commands, found from the cgroup of the daemon or of a unit of ours.
+/// The cgroup that contains the cgroups of all runtime commands. It is found from the cgroup of this process, which is the
+/// daemon or runs in a unit of the shim.
 pub fn beside(daemon: &Path) -> PathBuf {
     daemon.parent().unwrap_or(daemon).join("containerd-shim-runtime")
 }

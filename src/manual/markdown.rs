@@ -31,7 +31,7 @@ pub fn blocks(text: &str) -> Vec<Block> {
         } else if line.starts_with('|') {
             let row = cells(line);
             let is_rule = row.iter().all(|cell| !cell.is_empty() && cell.chars().all(|c| "-:".contains(c)));
-            // The head is the row above the rule: it says what the page says anyway.
+            // The head is the row above the rule. The text of the page says the same.
             let is_head = lines.peek().is_some_and(|next| next.starts_with("|--") || next.starts_with("|:-"));
             if !is_rule && !is_head {
                 blocks.push(Block::Row(row));

@@ -114,7 +114,7 @@ pub struct Pod {
     pub seccomp: Seccomp,
 }
 
-/// What the spec depends on besides the pod.
+/// The facts about the node on which the spec depends.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
     /// Whether SELinux is enabled.

@@ -89,7 +89,7 @@ pub(crate) fn of(task: &Task) -> Result<Additions, Error> {
 }
 
 /// Turns an error of systemd into one that names the requested property. A property that systemd does not know, or a
-/// value that it refuses, is a requested one: it accepts all of ours.
+/// value that it refuses, is a requested one: systemd accepts all properties of the shim itself.
 pub(crate) fn refused(task: &Task, error: unit::error::Error) -> Error {
     let of_asked = error.is_about_a_property() && !task.properties.is_empty();
     match error {

@@ -1,7 +1,7 @@
 //! Checkpoint: dumps the processes of a container with criu. They continue to run, or end with the checkpoint.
 //!
 //! Clients pause a task around a checkpoint. systemd freezes the unit's cgroup, and criu thaws and freezes the
-//! container's cgroup below it: in a frozen unit criu would wait for ever. So the freeze moves from the unit to the
+//! container's cgroup below it: in a frozen unit criu would wait without end. So the freeze moves from the unit to the
 //! container's cgroup before, and back afterwards.
 
 use std::fs;
@@ -106,8 +106,8 @@ impl Shim {
         }
     }
 
-    /// The last steps: the unit is as frozen as before, the log is where the client looks for it, nothing else is left,
-    /// and the outcome is on disk for a replay.
+    /// The last steps: freezes the unit again if it was frozen before, copies the log to where the client looks for it, writes
+    /// the outcome to disk for a replay, and removes everything else.
     async fn conclude_checkpoint(
         self: &Arc<Self>,
         entry: &Arc<Entry>,

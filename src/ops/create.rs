@@ -168,7 +168,7 @@ impl Shim {
         let plan = Arc::new(self.streams.plan(entry, &entry.init)?);
         let mut opened = self.streams.reopen(plan.clone(), ReopenMode::Starting).await?;
         self.notifications.listen(entry).await?;
-        // The receiver is gone if the daemon stops.
+        // The receiver was dropped if the daemon stops.
         let _ = claimed.send(());
         // A unit that is not running and never ran `launch` belongs to an earlier task of this name.
         if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {

@@ -45,8 +45,8 @@ impl Shim {
         let options = options.read()?;
         let mut runtime = options.resolve(&key.namespace, &containerd.path)?;
         if runtime.io_owner == (0, 0) {
-            // Otherwise root in the container could not open its own /dev/stdout: the inode belongs to a user
-            // who has no id there.
+            // Otherwise the container's root could not open its own /dev/stdout: the owner of the inode would have no id in the
+            // container.
             runtime.io_owner = spec.mapped_root().unwrap_or_default();
         }
         runtime.environment = self.store.environment(&key);

@@ -34,7 +34,7 @@ pub struct CreateSandbox {
     pub key: TaskKey,
     /// Its bundle.
     pub bundle: PathBuf,
-    /// What its client wants to have as rootfs. If it names any, its own spec decides what runs in the sandbox.
+    /// The mounts of the rootfs that its client requests. If there are any, the client's spec decides what runs in the sandbox.
     pub rootfs: Vec<Mount>,
     /// The pod, if the client is CRI.
     pub pod: Option<Pod>,
@@ -93,7 +93,7 @@ impl Shim {
         };
         let created = self.create(create, delivery).await;
         if let (Err(_), true, Some(places)) = (&created, self.tasks.entry(&init.task).is_err(), places) {
-            // Where there was a task, its rollback has removed them.
+            // If the task was registered, its rollback has removed the files.
             let removed = blocking(move || pod_files::remove(&places)).await?;
             removed.unwrap_or_else(|error| {
                 tracing::warn!(%error, "sandbox {}: {error}", init.task);
@@ -102,8 +102,8 @@ impl Shim {
         created.map(drop)
     }
 
-    /// Starts a sandbox. Returns its pid and its state, once the first process takes signals: a SIGTERM that came before
-    /// would be lost, or would end the process without its exit code of 0.
+    /// Starts a sandbox. Returns its pid and its state, once the first process has blocked its signals: an earlier SIGTERM would
+    /// be lost, or would end the process without the exit code 0.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -182,7 +182,7 @@ impl Shim {
         Ok(SandboxState {
             status: state.status,
             pid: state.pid,
-            // The file is there for as long as the task.
+            // The file exists as long as the task.
             created: created.unwrap_or(SystemTime::UNIX_EPOCH),
             exit: state.exit,
             unit: task.unit().clone(),
@@ -205,8 +205,7 @@ impl Shim {
     }
 }
 
-/// Whether the first process of a sandbox has blocked the signals that it does not take, as its first action does. True for a
-/// process that has ended.
+/// True if the first process of a sandbox has blocked its signals, which is its first action, or if the process has ended.
 fn takes_signals(pid: u32) -> bool {
     const HANGUP: u64 = 1;
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -214,7 +213,7 @@ fn takes_signals(pid: u32) -> bool {
     blocked.is_none_or(|mask| u64::from_str_radix(mask.trim(), 16).is_ok_and(|mask| mask & HANGUP != 0))
 }
 
-/// Writes the spec into the bundle, and the pod's files to where CRI looks for them. Everything can be repeated.
+/// Writes the spec into the bundle, and the pod's files to where CRI looks for them. Can be repeated.
 fn prepare(call: &CreateSandbox) -> Result<Option<Sandbox>, Error> {
     if !call.rootfs.is_empty() {
         return Ok(None);
@@ -241,7 +240,7 @@ fn prepare(call: &CreateSandbox) -> Result<Option<Sandbox>, Error> {
     prepared.map(|()| Some(Sandbox { places }))
 }
 
-/// As [`prepare`], for a pod. A spec that is there is that of an earlier attempt.
+/// As [`prepare`], for a pod. An existing spec was written by an earlier attempt.
 fn prepare_pod(
     call: &CreateSandbox,
     pod: &Pod,

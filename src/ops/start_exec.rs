@@ -48,14 +48,15 @@ impl Shim {
         id: &ExecId,
     ) -> Result<(u32, Option<Exit>), Error> {
         fault::point(Point::ExecStartRecorded);
-        // An earlier start may have failed when nothing could be removed. Its outcome is not that of this one.
+        // The files of an earlier start may still exist, if its rollback could not remove them. They must not be read as those
+        // of this start.
         self.cleanup.clear_exec_dir(process, Some(PROCESS_SPEC))?;
         let task = entry.task().clone();
         let exec = task.execs.get(id).ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
         let plan = Arc::new(self.streams.plan(entry, process)?);
         let opened = self.streams.open(&plan).await?;
-        // A start that fails can be tried again, with the same input. The client does see the end of the output: clients
-        // wait for it before they return the error.
+        // A start that fails can be tried again, with the same input. The output is not kept open: clients wait for its end
+        // before they return the error.
         process.live().client_input = opened.client_input()?;
         fault::point(Point::ExecStartOpened);
         let dir = self.store.process_dir(&process.key);
@@ -65,7 +66,7 @@ impl Shim {
         self.await_outcome(entry, process, &dir, doorbell, opened).await
     }
 
-    /// Asks systemd to start the unit, unless systemd has got to the request of an earlier daemon by now.
+    /// Asks systemd to start the unit, unless systemd has already handled the request of an earlier daemon.
     async fn start_exec_unit(
         &self,
         task: &Task,
@@ -195,12 +196,12 @@ impl Shim {
             let gone = || Error::UnknownExec { key: process.key.clone() };
             let plan = Arc::new(self.streams.plan(entry, process)?);
             let mut opened = self.streams.reopen(plan.clone(), ReopenMode::Starting).await?;
-            // The receiver is gone if the daemon stops.
+            // The receiver was dropped if the daemon stops.
             let _ = claimed.send(());
             match starting {
                 _ if known => {}
                 Starting::UnderWay => {}
-                // The client has its ends of the streams open, and must not see an end of file now.
+                // The client has its ends of the streams open, and must not get EOF now.
                 Starting::NotBegun => {
                     let exec = process.exec().and_then(|id| task.execs.get(id)).ok_or_else(gone)?;
                     self.streams.resume_logger(&plan, &mut opened).await?;

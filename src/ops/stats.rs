@@ -40,7 +40,7 @@ impl Shim {
     }
 }
 
-/// The statistics that systemd and the record keep when the cgroup is gone.
+/// The statistics that systemd and the record keep when the cgroup does not exist any more.
 async fn last_stats(manager: &dyn Systemd, task: &Task, events: MemoryEvents) -> Result<Stats, Error> {
     let account = manager.usage(task.unit()).await?;
     let mut stats = Stats::default();

@@ -25,8 +25,8 @@ const RESOURCES: &str = "resources.json";
 const BEFORE: &str = "limits-before.json";
 
 impl Shim {
-    /// Changes the limits of a container. `resources` is an OCI `LinuxResources` in JSON; limits that it does not name
-    /// stay.
+    /// Changes the limits of a container. `resources` is an OCI `LinuxResources` in JSON. Limits that it does not name are
+    /// unchanged.
     ///
     /// # Errors
     /// The resources are invalid, the container has ended, or the OCI runtime fails. The container keeps its limits.

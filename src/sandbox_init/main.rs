@@ -4,7 +4,7 @@
 //! It reaps the processes that the containers of the pod leave to it, and exits with 0 at SIGTERM and SIGINT. Every other
 //! signal but SIGKILL and SIGSTOP stays pending: as the first process of a pid namespace it must not end by accident.
 //!
-//! All signals are blocked and taken one by one, so there is no handler. A seccomp filter leaves it the system calls of
+//! All signals are blocked and read one after the other, so there is no handler. A seccomp filter allows the system calls of
 //! its loop.
 
 #![no_std]

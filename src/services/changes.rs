@@ -1,4 +1,4 @@
-//! How a task changes.
+//! The ways in which a task changes.
 //!
 //! A *change* is a decision of the daemon: the record is written first, and if that fails nothing changes.
 //! A *note* records something that has already happened, such as an exit. It changes memory at once. If the record can't
@@ -35,7 +35,7 @@ const MOST_OWING: usize = 1024;
 pub(crate) struct Owings(Mutex<HashMap<String, usize>>);
 
 impl Owings {
-    /// Counts one more. False if there are too many.
+    /// Counts one more task. False if there are too many.
     pub(crate) fn begin(&self, address: &str) -> bool {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(address.to_owned()).or_default();
@@ -55,7 +55,7 @@ impl Owings {
     }
 }
 
-/// Where a task is on disk.
+/// The place of a task on disk.
 #[derive(Clone, Debug, Default)]
 pub(crate) enum Stored {
     /// In its record.
@@ -122,7 +122,7 @@ impl Tasks {
         self.note(entry, |task| task.apply(process.exec(), event, sys::now_usec()))
     }
 
-    /// Changes a task: first the record, then memory. Then wakes those who wait for a process, and the publisher.
+    /// Changes a task: first the record, then memory. Then wakes the calls that wait for a process, and the publisher.
     ///
     /// # Errors
     /// The change is refused, or the record can't be written; then nothing has changed.
@@ -225,7 +225,7 @@ impl Tasks {
         Ok(())
     }
 
-    /// Wakes those who wait for the end of a process, and the publisher.
+    /// Wakes the calls that wait for the end of a process, and the publisher.
     fn tell(&self, entry: &Arc<Entry>, ended: Vec<ExitNotice>) {
         for ExitNotice { exec, exit } in ended {
             if let Some(process) = entry.process(exec.as_ref()) {

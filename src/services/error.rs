@@ -1,28 +1,28 @@
-//! Why a verb failed. `api/status.rs` gives each a code.
+//! Why an operation failed. `api/status.rs` has the status code of each error.
 
 use crate::id::{ProcessKey, TaskKey};
 use crate::task::phase::Refusal;
 use crate::{cgroup, oci, session, stdio, store, unit};
 
-/// Why a verb failed.
+/// Why an operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no such task.
     #[error("task {key}: container not created: not found")]
     UnknownTask {
-        /// As asked for.
+        /// The requested name.
         key: TaskKey,
     },
     /// There is no such exec.
     #[error("task {}: process does not exist {}: not found", .key.task, .key.id())]
     UnknownExec {
-        /// As asked for.
+        /// The requested name.
         key: ProcessKey,
     },
     /// The exec's id is in use.
     #[error("id {exec}: already exists")]
     ExecExists {
-        /// As asked for.
+        /// The requested name.
         exec: String,
     },
     /// No process can be added to the task.
@@ -40,7 +40,7 @@ pub enum Error {
     /// The exec does not run: no signal can be sent to it.
     #[error("exec kill error: process not created: failed precondition")]
     NotStarted,
-    /// The exec has ended, and its window with it.
+    /// The exec has ended, and its terminal has no size any more.
     #[error("cannot resize a stopped container")]
     ResizeStopped,
     /// The exec's process spec is not usable.
@@ -60,13 +60,13 @@ pub enum Error {
         "{process}: the files of its bundle or its log file do not answer; check the disks that they are on"
     )]
     FilesDoNotAnswer {
-        /// Whose files they are.
+        /// The process whose files they are.
         process: ProcessKey,
     },
     /// The id is in use.
     #[error("task {key}: already exists")]
     Exists {
-        /// As asked for.
+        /// The requested name.
         key: TaskKey,
     },
     /// A unit of the task's name is in use by something else.
@@ -121,7 +121,7 @@ pub enum Error {
     NotRemoved {
         /// The process.
         process: String,
-        /// What, and why not.
+        /// What could not be removed, and why.
         reason: String,
     },
     /// An earlier Create with this id has failed, and something of it could not be removed.
@@ -136,7 +136,7 @@ pub enum Error {
         /// The state.
         phase: &'static str,
     },
-    /// This version does not do it.
+    /// This version does not support the call.
     #[error("{0} is not implemented yet by io.containerd.systemd.v1")]
     NotImplemented(&'static str),
     /// criu can't dump the output of a container.
@@ -154,7 +154,7 @@ pub enum Error {
     /// A checkpoint or a restore failed, and criu has written a log.
     #[error("{reason}; the log of criu is {log}")]
     WithLog {
-        /// Why.
+        /// The reason.
         reason: String,
         /// The log.
         log: std::path::PathBuf,
@@ -174,7 +174,7 @@ pub enum Error {
     /// The limits are not usable.
     #[error(transparent)]
     Resources(#[from] oci::resources::Error),
-    /// The image's stop signal is none.
+    /// The image's stop signal is not a signal.
     #[error("annotation {annotation}: {0}", annotation = unit::annotation::STOP_SIGNAL)]
     StopSignal(#[source] oci::signal::Unknown),
     /// A requested property of the unit can't be set.
@@ -189,19 +189,19 @@ pub enum Error {
     /// A stream can't be opened.
     #[error(transparent)]
     Stream(#[from] stdio::fifo::Error),
-    /// The wished cgroup is not usable.
+    /// The requested cgroup path is not usable.
     #[error(transparent)]
     CgroupsPath(#[from] cgroup::cgroups_path::InvalidPath),
     /// A name is not usable.
     #[error(transparent)]
     Name(#[from] crate::id::InvalidName),
-    /// The container could not be made; the reason is that of `launch` or of the OCI runtime.
+    /// The container could not be created. The reason comes from `launch` or from the OCI runtime.
     #[error("{0}")]
     Launch(String),
     /// The OCI runtime failed.
     #[error(transparent)]
     Runtime(#[from] oci::runtime::Error),
-    /// A mount could not be taken away.
+    /// A mount could not be removed.
     #[error(transparent)]
     Mount(#[from] oci::mount::Error),
     /// The cgroup file system failed.
@@ -210,7 +210,7 @@ pub enum Error {
     /// systemd failed.
     #[error(transparent)]
     Unit(#[from] unit::error::Error),
-    /// The record can't be kept.
+    /// The record can't be written or read.
     #[error(transparent)]
     Store(#[from] store::Error),
     /// The logger did not become ready.
@@ -218,10 +218,10 @@ pub enum Error {
     Logger {
         /// The program.
         program: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// A Create or a Start is not wanted any more.
+    /// A Create or a Start was cancelled.
     #[error("{process} was deleted before it had started")]
     GivenUp {
         /// The process.
@@ -240,7 +240,7 @@ pub enum Error {
     StartTimedOut {
         /// Its unit.
         unit: String,
-        /// How long it was given.
+        /// The time limit.
         limit: std::time::Duration,
     },
     /// No thread could be made for work that waits.

@@ -8,7 +8,7 @@ use crate::id::ProcessKey;
 
 use super::{Error, waiting};
 
-/// Runs work on files that clients have named. Each process has one thread for it at most: the thread lasts for as long as
+/// Runs work on files that clients have named. Each process has at most one thread for such work: the thread exists as long as
 /// the disk does not answer.
 #[derive(Clone, Debug)]
 pub struct ClientFiles {
@@ -18,8 +18,8 @@ pub struct ClientFiles {
 }
 
 impl ClientFiles {
-    /// `limit` is how long a call waits for the disk. Where the clock is simulated, there is none: such a clock jumps over
-    /// any limit while a thread works.
+    /// `limit` is how long a call waits for the disk. `None` is for a simulated clock, which jumps over any limit while a thread
+    /// works.
     pub fn new(limit: Option<Duration>) -> Self {
         Self { begun: Arc::default(), limit }
     }

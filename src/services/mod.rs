@@ -116,8 +116,8 @@ pub(crate) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(suspect::inherit_fn(work)).await.map_err(|_| Error::Stopping)
 }
 
-/// Runs work that may wait for a client, a runtime or the kernel, in a thread of its own: as many slow clients as
-/// there may be take no thread of [`blocking`] away from the other tasks. The work has to have a time limit.
+/// Runs work that may wait for a client, a runtime or the kernel, in a thread of its own. So slow clients, however many there
+/// are, use no thread of [`blocking`], which the other tasks need. The work must have a time limit.
 pub(crate) async fn waiting<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
@@ -128,7 +128,7 @@ pub(crate) async fn waiting<T: Send + 'static>(
     let work = suspect::inherit_fn(work);
     let run = move || {
         let _context = runtime.enter();
-        // The receiver is gone if the call was cancelled.
+        // The receiver was dropped if the call was cancelled.
         let _ = done.send(work());
     };
     let thread = std::thread::Builder::new().name("waiting".to_owned()).stack_size(STACK).spawn(run);

@@ -25,8 +25,8 @@ use crate::unit::systemd::Systemd;
 
 use super::{Entry, Error, blocking};
 
-/// How many messages of a container are passed on at once. After that, one more after each pause; the others wait in the
-/// socket.
+/// How many messages of a container the daemon forwards without a pause. Then it forwards one more after each pause; the others
+/// wait in the socket.
 const BURST: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -46,7 +46,7 @@ impl Drop for Listening {
     }
 }
 
-/// Passes what containers notify on to systemd.
+/// Forwards the notifications of containers to systemd.
 #[derive(Clone)]
 pub(crate) struct Notifications {
     /// Where the sockets are kept for the next daemon.
@@ -145,7 +145,7 @@ impl Notifications {
         Ok(())
     }
 
-    /// Passes a notification on to systemd, if its sender is a process of the container.
+    /// Forwards a notification to systemd, if its sender is a process of the container.
     async fn pass_on(&self, entry: &Entry, message: &Message, extension: &mut TimeExtension) {
         let said = Notification::read(&message.text);
         let (main, container) = {
@@ -190,7 +190,7 @@ struct Message {
     sender: u32,
 }
 
-/// Receives the next message. None if it is too long or has no sender.
+/// Receives the next message. `None` if it is too long or has no sender.
 ///
 /// The kernel closes the descriptors that come with a message. This answers `BARRIER=1` after all messages before it, and
 /// a container can't pass a descriptor to the daemon whose close would hang.

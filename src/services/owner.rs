@@ -1,4 +1,4 @@
-//! Which containerd's task a caller means. Two containerds may use the same namespace and id.
+//! Finds the task that a caller means. Two containerds may use the same namespace and id.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::Entry;
 use super::tasks::Tasks;
 
 impl Tasks {
-    /// A containerd's own task of these names, whether it exists or not.
+    /// The key of a containerd's own task with these names, whether the task exists or not.
     pub fn own(&self, named: &TaskKey, owner: &Owner) -> TaskKey {
         let own = named.of(owner.clone());
         if owner.is_usual() || self.registry.get(&own).is_some() {
@@ -22,12 +22,12 @@ impl Tasks {
         if recorded.is_some() { usual } else { own }
     }
 
-    /// As [`Self::own`], for a caller that is known by the bundle it names only.
+    /// As [`Self::own`], for a caller of which only the bundle that it names is known.
     pub fn own_by_bundle(&self, named: &TaskKey, bundle: &Path) -> TaskKey {
         self.own(named, &containerd::owner(bundle, &named.namespace, &named.id))
     }
 
-    /// The task of these names, for a caller that is not known: that of the usual containerd, or the only one.
+    /// The key of the task with these names, for an unknown caller: the task of the usual containerd, or the only such task.
     pub fn any(&self, named: &TaskKey) -> TaskKey {
         if self.registry.get(named).is_some() {
             return named.clone();

@@ -9,16 +9,16 @@ use crate::{cgroup, config, sys};
 
 use super::{Entry, Process};
 
-/// Holds a process, so that its number can't become another's. One that is gone already has ended; systemd says
-/// how.
+/// Opens a pidfd of a process, so that no other process can get its pid. If the process does not exist any more, it has ended,
+/// and systemd reports how.
 pub(crate) fn hold(entry: &Entry, process: &Process, pid: u32) {
     let held = sys::pidfd_open(pid).ok();
     // Checked after pidfd_open: if another process has the pid by now, the pidfd is dropped.
     process.live().process = held.filter(|_| lives_in(&entry.task(), pid));
 }
 
-/// Resolves when a task's init process has ended, and what the OCI runtime does for it had its time to end as
-/// well. Never, if the process can't be watched: whoever waits has a limit besides.
+/// Resolves when a task's init process has ended, and the command of the OCI runtime has had time to end as well. Never
+/// resolves if the process can't be watched: the caller has a time limit, too.
 pub(crate) async fn init_is_gone(entry: &Entry) {
     let held = entry.init.live().process.as_ref().and_then(|process| process.try_clone().ok());
     let ended = async { sys::ended(held.ok_or(std::io::ErrorKind::NotFound)?).await };
@@ -28,7 +28,7 @@ pub(crate) async fn init_is_gone(entry: &Entry) {
     tokio::time::sleep(config::AFTER_INIT_LIMIT).await;
 }
 
-/// True if a process lives where those of the task do: its number has not become a stranger's.
+/// True if a process is in the cgroup of the task. Otherwise another process has got the pid.
 pub(crate) fn lives_in(task: &Task, pid: u32) -> bool {
     let Ok(found) = cgroup::of_process(pid) else {
         return false;
@@ -44,7 +44,7 @@ pub(crate) fn lives_in(task: &Task, pid: u32) -> bool {
     }
 }
 
-/// A pid file.
+/// Reads a PID file.
 pub(crate) fn read_pid(path: &Path) -> Option<u32> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }

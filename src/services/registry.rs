@@ -1,8 +1,8 @@
 //! The one map of live tasks.
 //!
-//! The map has a lock, each task has one on its execs and one on its state, and each process has one on its live side.
-//! These locks are short, are never held over an await, and are taken in this order: map, execs, state
-//! ([`Entry::task`]), live side ([`Process::live`]). Nobody holds two live sides.
+//! The map has a lock, each task has a lock for its execs and a lock for its state, and each process has a lock for its live
+//! side. These locks are held for a short time, never over an await, and are taken in this order: map, execs, state
+//! ([`Entry::task`]), live side ([`Process::live`]). No code holds the locks of two live sides.
 //!
 //! In addition, an operation with several steps holds `verb` of its process from its first step to its last. State, Wait
 //! and Kill do not: they must answer while the OCI runtime hangs.
@@ -23,7 +23,7 @@ pub struct Process<L> {
     pub key: ProcessKey,
     /// Its unit.
     pub unit: UnitName,
-    /// Held by the one verb that is changing the process.
+    /// Held by the operation that changes the process. There is one at a time.
     pub verb: Arc<tokio::sync::Mutex<()>>,
     /// What belongs to the running daemon only: descriptors, pumps.
     live: Mutex<L>,
@@ -58,12 +58,12 @@ impl<L> Process<L> {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The exec that it is; nothing for init.
+    /// The id of the exec. `None` for an init process.
     pub fn exec(&self) -> Option<&ExecId> {
         self.key.exec.as_ref()
     }
 
-    /// Its end is known.
+    /// True if the end of the process is known.
     pub fn has_ended(&self) -> bool {
         self.end.borrow().is_some()
     }
@@ -126,13 +126,13 @@ impl<L> Entry<L> {
         self.task.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The record has the end of a process.
+    /// True if the record has the end of a process.
     pub fn has_recorded_end(&self, process: &Process<L>) -> bool {
         self.task().process(process.exec()).is_some_and(|process| process.exit().is_some())
     }
 
     /// True if `process` is one of this task, and the record does not have its end. A process that was deleted does not run,
-    /// even if another one has its id by now.
+    /// even if another one has the same id.
     pub fn still_runs(&self, process: &Arc<Process<L>>) -> bool {
         let is_there = self.process(process.exec()).is_some_and(|found| Arc::ptr_eq(&found, process));
         is_there && !self.has_recorded_end(process)
@@ -142,7 +142,7 @@ impl<L> Entry<L> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A process: init, or the exec of that id.
+    /// A process: the exec with that id, or the init process.
     pub fn process(&self, exec: Option<&ExecId>) -> Option<Arc<Process<L>>> {
         match exec {
             None => Some(self.init.clone()),
@@ -163,19 +163,19 @@ impl<L> Entry<L> {
     }
 }
 
-/// Held by the one verb that is changing a process.
+/// The lock of a process that an operation holds while it changes the process.
 pub type Verb = tokio::sync::OwnedMutexGuard<()>;
 
 /// Why a task or an exec could not be added.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Conflict {
-    /// The id belongs to a live one.
+    /// Another live task or exec has the id.
     Key,
-    /// The unit belongs to a live one.
+    /// Another live task or exec has the unit.
     Unit,
 }
 
-/// A process by its task and itself.
+/// A process and its task.
 pub type Found<L> = (Arc<Entry<L>>, Arc<Process<L>>);
 
 struct Maps<L> {
@@ -195,7 +195,8 @@ impl<L> Default for Registry<L> {
 }
 
 impl<L: Default> Registry<L> {
-    /// Adds a task; its execs are added one by one. It comes with its verb: nobody else can begin one first.
+    /// Adds a task without its execs, for which [`Self::insert_exec`] is called. Returns the task with its verb lock, so that no
+    /// other operation can begin first.
     ///
     /// # Errors
     /// Its key or its unit is taken; nothing has changed.
@@ -208,14 +209,14 @@ impl<L: Default> Registry<L> {
             return Err(Conflict::Unit);
         }
         let entry = Arc::new(Entry::new(task));
-        // A new one can't be held by anybody.
+        // Nobody else knows the new process, so the lock is free.
         let verb = entry.init.verb.clone().try_lock_owned().map_err(|_| Conflict::Key)?;
         maps.units.insert(entry.init.unit.clone(), entry.init.key.clone());
         maps.tasks.insert(entry.key.clone(), entry.clone());
         Ok((entry, verb))
     }
 
-    /// Adds an exec to a task, as [`Self::insert`] does a task.
+    /// Adds an exec to a task, as [`Self::insert`] adds a task.
     ///
     /// # Errors
     /// Its id or its unit is taken; nothing has changed.
@@ -248,7 +249,7 @@ impl<L> Registry<L> {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The task of that name.
+    /// The task with that key.
     pub fn get(&self, key: &TaskKey) -> Option<Arc<Entry<L>>> {
         self.maps().tasks.get(key).cloned()
     }
@@ -262,7 +263,7 @@ impl<L> Registry<L> {
         maps.tasks.values().filter(|entry| is_one(&entry.key)).cloned().collect()
     }
 
-    /// The process of that unit.
+    /// The process with that unit.
     pub fn by_unit(&self, unit: &UnitName) -> Option<Found<L>> {
         let maps = self.maps();
         let key = maps.units.get(unit)?;

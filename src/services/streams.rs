@@ -86,7 +86,7 @@ impl Streams {
         Ok(opened)
     }
 
-    /// Starts the logger of a process whose start was cut off, if it has one that does not run.
+    /// Starts the logger of a process whose start was interrupted, if the process has a logger and the logger does not run.
     ///
     /// # Errors
     /// The logger is not ready.
@@ -120,7 +120,7 @@ impl Streams {
         mut opened: OpenStreams,
     ) -> Result<(), Error> {
         opened.close_logger();
-        // CloseIO may have come since the plan was made.
+        // CloseIO may have closed the input since the plan was made.
         let wiring = entry.task().process(process.exec()).map(|process| process.wiring.clone());
         let wiring = wiring.unwrap_or_default();
         if let Some(console) = opened.take_console() {
@@ -145,8 +145,7 @@ impl Streams {
         Ok(())
     }
 
-    /// After a restart: the daemon's ends of the streams of a process that lives, or has left something
-    /// in them.
+    /// After a restart: reopens the daemon's ends of the streams of a process that lives, or that has left output in them.
     pub(crate) async fn recover(&self, entry: &Entry, process: &Process) {
         let Ok(plan) = self.plan(entry, process) else {
             return;
@@ -242,8 +241,7 @@ pub(crate) async fn cancel_pumps(process: &Process) {
 
 /// Waits for the first byte on a pipe, or for its end; true for a byte.
 ///
-/// The pipe is read only once the kernel reports something: before its writer has come it would look
-/// as if it had ended.
+/// The pipe is read only once the kernel reports an event: before a writer has opened the pipe, a read would return the end.
 async fn is_ready(ready: File) -> io::Result<bool> {
     let mut ready = pipe::Receiver::from_file(ready)?;
     Ok(ready.read(&mut [0]).await? > 0)

@@ -104,7 +104,7 @@ impl OpenStreams {
     }
 }
 
-/// A client's log files, by the FIFO of ours whose output they get.
+/// A client's log files, by the name of the daemon's FIFO whose output they get.
 pub type LogFiles = HashMap<&'static str, LogFile>;
 
 impl Plan {

@@ -74,7 +74,7 @@ fn with_journal(client: Option<Sink>, journal: JournalCopy) -> Wiring {
     Wiring { stdout: Output::Copied(Copied { client, journal }), ..Wiring::default() }
 }
 
-/// A process that ends when it is told.
+/// A process that ends when the test asks for it.
 struct Process(watch::Sender<bool>);
 
 impl Process {

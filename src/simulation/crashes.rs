@@ -1,5 +1,5 @@
-//! The daemon ends before each effect of each operation, and each effect fails in each way: whatever happens, the
-//! task goes on as if nothing had, or is as it was before the call; and nothing is left of it in the end.
+//! Ends the daemon before each effect of each operation, and lets each effect fail in each way. In all cases, the task
+//! continues as if nothing had happened, or is as it was before the call, and nothing is left of it at the end.
 
 use crate::effects::{Failure, Plan};
 use crate::services::{Delivery, Error};
@@ -41,7 +41,7 @@ const CHECKPOINTS: Life = Life {
     events: &["create", "start", "paused", "resumed", "exit", "delete"],
 };
 
-/// More effects than any operation has.
+/// No operation has this many effects.
 const MANY: usize = 200;
 
 fn undisturbed(world: &World, steps: &[Step]) {
@@ -59,22 +59,22 @@ fn a_task_leaves_nothing_after_its_delete() {
     }
 }
 
-/// What is seen after the steps if nothing disturbs them, and how many containers were launched.
+/// What an undisturbed daemon shows after the steps, and how many containers were launched.
 fn expected(life: &Life, name: &str, steps: usize) -> (Vec<String>, usize) {
     let world = (life.world)(name);
     undisturbed(&world, &life.steps[..steps]);
     (world.seen(), world.systemd.launched())
 }
 
-/// Stops the daemon before each effect of the step, and has the next daemon serve the call again. `meanwhile` happens
-/// while there is no daemon.
+/// Stops the daemon before each effect of the step, and lets the next daemon serve the call again. Calls `meanwhile` while no
+/// daemon runs.
 fn stop_everywhere(life: &Life, at: usize, name: &str, meanwhile: fn(&World)) {
     let step = life.steps[at];
     let (expected, launched) = expected(life, name, at + 1);
     for effect in 0..MANY {
         let world = (life.world)(name);
         undisturbed(&world, &life.steps[..at]);
-        // Recovery is part of it: the daemon has just begun.
+        // The daemon has just started, so its recovery is a part of the step.
         world.effects.plan(Plan::Stop(effect));
         let done = world.take(&[step], Delivery::First);
         let place = format!("{step:?} stopped before effect {effect} ({:?})", world.effects.log().last());
@@ -104,16 +104,16 @@ fn succeeded(result: Result<(), Error>, place: &str) {
     assert_eq!(error, None, "{place}");
 }
 
-/// The rest of the life, which is as if nothing had happened, and leaves nothing.
+/// Runs the rest of the life, and checks that it is undisturbed and leaves nothing.
 fn undisturbed_rest(life: &Life, world: &World, at: usize, place: &str) {
     let rest = world.take(&life.steps[at + 1..], Delivery::First).unwrap();
     succeeded(rest, place);
     assert_eq!(world.remains(), Vec::<String>::new(), "{place}");
 }
 
-/// Has each effect of the step fail in each way; a call that fails is made again.
+/// Lets each effect of the step fail in each way. Repeats a call that fails.
 fn fail_everywhere(life: &'static Life, at: usize, name: &'static str) {
-    // Side by side: most of the time is spent waiting for threads.
+    // The tests run in parallel, because most of their time is spent waiting for threads.
     std::thread::scope(|scope| {
         for failure in Failure::ALL {
             scope.spawn(move || (0..MANY).find(|effect| !fail_at(life, at, name, *effect, failure)));
@@ -147,7 +147,7 @@ fn fail_at(life: &Life, at: usize, name: &str, effect: usize, failure: Failure) 
     was_reached
 }
 
-/// systemd carries out what the killed daemon has asked for only after the next daemon has looked.
+/// systemd handles the request of the killed daemon only after the next daemon has queried the unit.
 #[test]
 fn a_create_is_resumed_although_systemd_was_slow_to_start_its_unit() {
     stop_everywhere(&WHOLE, 0, "slow", |world| world.systemd.hide_once(world.unit()));

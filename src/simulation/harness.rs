@@ -205,7 +205,7 @@ impl World {
             let working = async {
                 let shim = self.start_daemon();
                 let recovered = shim.clone();
-                // In a task of its own: one that is unwound ends no test.
+                // In a future of its own, so that a panic in it does not end the test.
                 tokio::spawn(async move { recovered.recover(&Arc::default()).await }).await.ok()?.unwrap();
                 self.spawn_loops(&shim);
                 let done = tokio::spawn(work(shim)).await.ok()?;
@@ -218,7 +218,7 @@ impl World {
                 done = working => Some(done.unwrap()),
             }
         });
-        // The tasks of a daemon that has ended are gone, and what blocks is waited for.
+        // Drops the futures of the daemon that has ended, and waits for its blocking work.
         runtime.shutdown_timeout(Duration::from_secs(5));
         done
     }
@@ -443,7 +443,7 @@ fn status(deleted: Deleted) -> Option<u32> {
     deleted.exit.map(|exit| exit.status)
 }
 
-/// What a step needs of a [`World`], for a task of its own.
+/// What a step needs of a [`World`], for a future of its own.
 pub(crate) struct Node {
     pub(crate) shim: Arc<Shim>,
     pub(crate) systemd: Arc<FakeSystemd>,

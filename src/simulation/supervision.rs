@@ -87,7 +87,7 @@ fn allowed_notifications_reach_systemd_in_the_name_of_the_init_process() {
 fn systemd_is_asked_for_kills_that_the_kernel_did_not_report() {
     let world = up("oom-asked", &UP);
     world.systemd.set_oom_kills(Some(2));
-    // The cgroup is gone, and with it the count of the kernel.
+    // The cgroup does not exist any more, and with it the count of the kernel.
     world.systemd.end_unheard(&world.unit(), 9);
     let exit = exit_after(&world, || {});
     assert_eq!(exit.map(|exit| exit.status), Some(9));

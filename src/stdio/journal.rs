@@ -285,7 +285,7 @@ mod tests {
         let (here, there) = UnixDatagram::pair().unwrap();
         let kept = std::env::temp_dir().join(format!("journal-test-{}", std::process::id()));
         let mut lines = Lines::connected(here, kept.join("partial"), Arc::default());
-        // Each test has its own: what is kept of one must not begin another's first line.
+        // Each test has a file of its own: an incomplete line of one test must not become the beginning of another test's line.
         lines.partial.clear();
         std::fs::create_dir_all(kept).unwrap();
         (lines, there)

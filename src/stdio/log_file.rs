@@ -35,7 +35,7 @@ static LEFT_BEHIND: AtomicUsize = AtomicUsize::new(0);
 #[derive(Debug)]
 pub struct LogFile {
     target: Arc<Target>,
-    /// The channel to the writing thread, if there is one. A piece is sent when the one before is written.
+    /// The channel to the writing thread, if there is one. A piece is sent when the previous piece is written.
     writer: Option<mpsc::Sender<Piece>>,
     /// The piece that the thread is writing. It records whether this value was dropped meanwhile.
     pending: Option<Arc<Pending>>,

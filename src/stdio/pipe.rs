@@ -14,7 +14,7 @@ use crate::sys::{self, watch};
 
 pub(super) const NO_WAIT: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK;
 
-/// The number of bytes that are read before they are moved. If the daemon ends in between, a file or the journal gets up to
+/// The number of bytes that are read before they are moved. If the daemon ends between the two, a file or the journal gets up to
 /// this many bytes twice.
 pub(super) const PIECE: usize = 4096;
 
@@ -43,10 +43,10 @@ pub(super) struct Scratch {
     pub(super) buffer: Vec<u8>,
 }
 
-/// The pause before a descriptor is asked for again of which there was none.
+/// The pause before the next try to open a descriptor, after there was none.
 const ROOM_PAUSE: Duration = Duration::from_millis(100);
 
-/// Opens something as soon as there is a descriptor for it. Output waits in its pipe meanwhile.
+/// Opens something as soon as a descriptor is free. Output waits in its pipe meanwhile.
 ///
 /// # Errors
 /// It can't be opened for another reason.

@@ -34,7 +34,7 @@ pub enum Kind {
 pub enum Role {
     /// The init process. It gets the client's FIFOs themselves, and the unit's own stream to the journal.
     Init,
-    /// An exec. Its background processes may keep its streams open for ever, but the client waits for their end. So the
+    /// An exec. Its background processes may keep its streams open without end, but the client waits for EOF. So the
     /// daemon copies the streams.
     Exec,
 }

@@ -1,6 +1,6 @@
 //! The last replies to Delete.
 //!
-//! Delete removes the record before its reply is sent. If the daemon ends in between, the next daemon finds the request in
+//! Delete removes the record before its reply is sent. If the daemon ends between the two, the next daemon finds the request in
 //! the request journal, and the reply in this file. The file has a fixed number of places, each within a page of a tmpfs:
 //! a place is written whole or not at all.
 

@@ -178,7 +178,7 @@ fn a_change_of_an_exec_that_was_cut_off_is_completed_once_and_in_order() {
         (Some(&id), Event::StartBegun),
         (Some(&id), Event::Started { pid: 8 }),
         (None, ended.clone()),
-        // With it the end of init is told as well.
+        // With this event, the end of the init process is announced as well.
         (Some(&id), ended),
     ];
     let record = store.dir(&a.key).join(RECORD);

@@ -14,7 +14,7 @@ use super::oom::memory_events_of;
 pub struct Cgroups {
     /// The live tasks and their records.
     pub(super) tasks: Arc<Tasks>,
-    /// Gets limits, and knows the kills in a cgroup that is gone.
+    /// Gets limits, and knows the kills in a cgroup that does not exist any more.
     pub(super) manager: Arc<dyn Systemd>,
     /// Reports changes in the cgroups.
     pub(super) watch: Arc<Watch<TaskKey>>,

@@ -30,7 +30,7 @@ impl Cgroups {
         self.note_oom_kills(entry);
     }
 
-    /// Reads the count of the kernel. False if the cgroup is gone.
+    /// Reads the count of the kernel. False if the cgroup does not exist any more.
     pub(crate) fn note_oom_kills(&self, entry: &Arc<Entry>) -> bool {
         let cgroup = memory_events_of(&entry.task()).map(Path::to_owned);
         let noted = match cgroup.map(|cgroup| MemoryEvents::read(&cgroup)) {
@@ -76,8 +76,8 @@ impl Cgroups {
         self.note_oom_kills(entry) || is_quiet || !cgroup::has_memory()
     }
 
-    /// Asks systemd how many processes were killed in a cgroup that is gone. Limited in time: the report of the end waits
-    /// for it, and must not wait for a journal that hangs.
+    /// Asks systemd how many processes were killed in a cgroup that does not exist any more. Has a time limit: the report of the
+    /// end waits for the answer, and must not wait for a journal that hangs.
     pub(crate) async fn ask_for_oom_kills(&self, entry: &Arc<Entry>) {
         let asked = match tokio::time::timeout(ASK_LIMIT, self.manager.oom_kills(&entry.init.unit)).await {
             Ok(Ok(kills)) => self.add_oom_kills(entry, kills),

@@ -188,7 +188,7 @@ impl Units {
             (runs, task.cgroup().map(Path::to_owned))
         };
         let knows_kills = !runs || self.cgroups.knows_oom_kills(entry, seen);
-        // Without a pid namespace of their own, the children of init outlive it, and under RemainAfterExit systemd
+        // Without a pid namespace of its own, the children of init outlive it, and under RemainAfterExit systemd
         // does not kill them.
         let left_behind = cgroup.filter(|cgroup| cgroup::is_populated(cgroup));
         if knows_kills && left_behind.is_none() {

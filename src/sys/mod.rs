@@ -92,7 +92,7 @@ pub fn pidfd_send_signal(process: &impl AsFd, signal: u32) -> Result<(), Errno> 
 /// Not nix's waitid: that fails for a child that was killed by a real-time signal.
 ///
 /// # Errors
-/// `ECHILD`: it is no child of ours.
+/// `ECHILD`: it is not a child of this process.
 pub fn peek_exit(pid: u32) -> Result<Option<(i32, i32)>, Errno> {
     let flags = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     let ended = waitid(WaitId::Pid(process(pid)?), flags).map_err(errno)?;

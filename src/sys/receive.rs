@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::libc;
 
-/// Room for more descriptors than any message of ours has.
+/// Room for more descriptors than any message of the daemon has.
 const MANY_SPACE: usize = space(16 * size_of::<RawFd>());
 /// Room for the sender only.
 const SENDER_SPACE: usize = space(size_of::<libc::ucred>());

@@ -65,7 +65,7 @@ struct Request {
     checkpoint: Option<PathBuf>,
 }
 
-/// The name of a phase, with the data that has no field of its own in the record.
+/// The name of a phase, with the data for which the record has no separate field.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case")]
 enum Name {

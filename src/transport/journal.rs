@@ -5,9 +5,9 @@
 //! the end of one, so the counters of the kernel are exact:
 //!
 //! - The daemon peeks at bytes in the socket, journals them, and then removes them from the socket. The socket's peek
-//!   offset (`SO_PEEK_OFF`, socket(7)) tells how many of the journaled bytes were removed.
+//!   offset (`SO_PEEK_OFF`, socket(7)) shows how many of the journaled bytes were removed.
 //! - The daemon journals a response whole, and sends it with sendfile(2). The file's position, which the kernel advances
-//!   while sending, tells how much was sent.
+//!   while sending, shows how much was sent.
 //!
 //! So no byte is lost, read twice or sent twice, wherever the process ends. A head lies within one page: it is written
 //! whole or not at all.

@@ -1,6 +1,6 @@
 //! The connection to the system bus, and calls to systemd over it.
 //!
-//! The connection can end (dbus restarted) and come back; calls made in between wait for it. systemd itself leaves the
+//! The connection can end (dbus restarted) and come back; calls made in the meantime wait for it. systemd itself leaves the
 //! bus for a moment when it executes itself again (`daemon-reexec`); calls that it does not answer are repeated.
 
 use std::io;
@@ -248,7 +248,7 @@ pub(super) fn is_gone(error: &zbus::Error) -> bool {
     ];
     match error {
         zbus::Error::MethodError(name, ..) => GONE.contains(&name.as_str()),
-        // The bus itself is gone.
+        // The bus does not run.
         zbus::Error::InputOutput(_) => true,
         zbus::Error::FDO(error) => matches!(
             **error,

@@ -1,7 +1,7 @@
 //! Tasks as systemd and the records show them, for people: `ps`, `inspect` and the checks of `doctor`.
 //!
 //! What systemd knows, every user may see. The records, which only root can read, say more: the phase, and tasks
-//! whose unit is gone. Nothing here talks to the daemon or to containerd.
+//! whose unit does not exist any more. Nothing here calls the daemon or containerd.
 
 mod details;
 mod table;
@@ -39,7 +39,7 @@ const PROPERTIES: [&str; 17] = [
     "Slice",
 ];
 
-/// A record on disk: where, and what it says.
+/// A record on disk: its path and its content.
 pub type Recorded = (PathBuf, Result<Task, String>);
 
 /// All that can be seen.

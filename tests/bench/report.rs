@@ -15,7 +15,7 @@ use super::start::Cost;
 use super::stats::Stats;
 use super::throughput::Rates;
 
-/// What the total of processes at once is.
+/// The name of the total time of processes that run at the same time.
 pub const PER_PROCESS: &str = "total: the round, by process";
 
 pub struct Report {
@@ -30,12 +30,12 @@ pub struct Report {
 /// A heading and its lines.
 pub struct Part {
     heading: String,
-    /// What is compared, where it is not the runtimes.
+    /// The two sides, if they are not the runtimes.
     sides: Option<[&'static str; 2]>,
     lines: Vec<Line>,
 }
 
-/// A line of the table: two sides, and the first over the second.
+/// A line of the table: two sides, and the ratio of the first to the second.
 pub struct Line {
     name: String,
     texts: [String; 2],
@@ -44,7 +44,7 @@ pub struct Line {
     /// Times may be too short for a ratio.
     is_comparable: bool,
     target: Option<Target>,
-    /// The first side over the second, sample by sample, if they were taken in turn.
+    /// The ratio of the first side to the second for each sample, if the sides were measured alternately.
     ratios: Option<Ratios>,
 }
 
@@ -61,7 +61,7 @@ impl Ratios {
     }
 }
 
-/// Below this the clock and the scheduler are measured.
+/// Times below this measure the clock and the scheduler.
 const COMPARABLE_MS: f64 = 0.1;
 
 /// The target of the first side, relative to the second.
@@ -69,7 +69,7 @@ const COMPARABLE_MS: f64 = 0.1;
 pub enum Target {
     AtMost(f64),
     AtLeast(f64),
-    /// Longer, in milliseconds.
+    /// The first side may take this many milliseconds longer.
     LongerByAtMost(f64),
 }
 
@@ -103,7 +103,7 @@ impl Target {
     }
 }
 
-/// The middle and the tenth from either end.
+/// The median, and the tenth and ninetieth percentiles.
 #[derive(Clone, Copy)]
 struct Spread {
     p10: f64,
@@ -154,7 +154,7 @@ impl Line {
         Line { is_comparable: spreads[1].median >= COMPARABLE_MS, ratios, ..line }
     }
 
-    /// What there is only once.
+    /// Values that only one side has.
     pub fn of_one(name: &str, samples: &[Duration]) -> Line {
         let spread = Spread::of_times(samples);
         let mut line = Line::of_spreads(name.to_string(), [spread, spread], "ms");
@@ -169,7 +169,7 @@ impl Line {
         line.target(Some(Target::AtLeast(1.0)))
     }
 
-    /// The medians of rounds that took turns.
+    /// The medians of rounds that alternate between the sides.
     fn of_ratios<'t>(name: &str, rounds: [impl Iterator<Item = &'t [Duration]>; 2]) -> Line {
         let [ours, other] = rounds.map(|rounds| rounds.map(|round| Spread::of_times(round).median));
         let ratios = Spread::of(&ours.zip(other).map(|(ours, other)| ours / other).collect::<Vec<_>>());
@@ -286,7 +286,7 @@ impl Part {
         Part::new("memory kept", lines)
     }
 
-    /// One daemon in two configurations.
+    /// Two configurations of one daemon.
     pub fn of_journal(costs: &[Costs; 2]) -> Part {
         let [ours, other] = costs;
         let rounds = costs.each_ref().map(|costs| costs.totals.chunks(journal::CONTAINERS));
@@ -363,7 +363,7 @@ fn first_line(program: &str, args: &[&str]) -> String {
     process::run(program, args).text().lines().next().unwrap_or_default().to_string()
 }
 
-/// Three digits after the point are more than is known.
+/// Rounds to three digits after the point. More digits would be noise.
 fn round(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }

@@ -219,7 +219,7 @@ impl<'a> Client<'a> {
         let mut is_repeated = false;
         loop {
             let answer = self.once(&what, || match call() {
-                // The first try, whose result containerd did not report, has taken effect by now.
+                // The first try has succeeded, although containerd did not report its result.
                 Err(status) if is_repeated && status.code() == Code::FailedPrecondition => Ok(()),
                 answer => answer,
             })?;

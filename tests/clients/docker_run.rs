@@ -63,7 +63,7 @@ fn run_in_a_terminal_is_a_dialogue() {
     // The client passes the new size on when it gets SIGWINCH.
     terminal.enter("while [ \"$(stty size)\" != '41 101' ]; do usleep 20000; done; echo resi''zed\n");
     terminal.until("resized");
-    // Control-C reaches a program that has said that it is there. Before that, the shell would take it.
+    // The program has printed that it runs, so control-C reaches it. Earlier, the shell would get control-C.
     terminal.enter("sh -c 'trap \"exit 30\" INT; echo wait\"\"ing; while :; do usleep 20000; done'\n");
     terminal.until("waiting");
     terminal.enter("\u{3}");

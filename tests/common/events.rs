@@ -125,7 +125,7 @@ impl Node {
     }
 }
 
-/// The subscription has ended: containerd is gone.
+/// The subscription has ended, because containerd has ended.
 #[derive(Debug)]
 pub struct Ended;
 

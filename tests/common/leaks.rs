@@ -77,7 +77,7 @@ fn unit_name(line: String) -> Option<String> {
 
 fn mounts() -> BTreeSet<String> {
     let table = fs::read_to_string("/proc/1/mountinfo").expect("read mountinfo of PID 1");
-    // systemd mounts credentials of its own services when it likes.
+    // systemd mounts credentials of its own services at any time.
     let points = table.lines().filter_map(|line| line.split(' ').nth(4));
     points.filter(|point| !point.starts_with("/run/credentials")).map(str::to_string).collect()
 }

@@ -157,7 +157,7 @@ pub enum Need {
     Controllers,
     /// A second OCI runtime, crun.
     Crun,
-    /// criu, on a kernel of its own: in a container it can't do all that it needs.
+    /// criu, in a guest with its own kernel: in a container, criu lacks permissions.
     Criu,
     /// A script that reboots the guest when the test has ended.
     Reboot,

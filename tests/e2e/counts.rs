@@ -131,7 +131,7 @@ fn an_exec_that_is_killed_costs_few_messages_programs_files_and_moves() {
 fn a_container_costs_few_messages_programs_files_and_moves() {
     needs!(OurShim);
     let node = Node::exclusive();
-    // Its slice is there already.
+    // Its slice exists already.
     let _other = sleeping(&node);
     let life = || {
         let container = node.container("counts", Spec::new(&["/bin/true"])).started(&Io::default());

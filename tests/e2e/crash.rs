@@ -1,4 +1,4 @@
-//! The daemon dies, or what it lives on, and comes back: tasks are as they were, calls are answered.
+//! The daemon, or a service that it needs, ends and starts again: tasks are unchanged, and calls are answered.
 
 use containerd_client::types::v1::Status;
 

@@ -17,7 +17,7 @@ use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
 use crate::options::runc_options;
 
-/// An OCI runtime that waits at one moment of one of its commands for as long as a file is there.
+/// An OCI runtime that waits at one moment of one of its commands as long as a file exists.
 struct Held {
     scratch: Scratch,
 }

@@ -201,7 +201,7 @@ fn a_container_that_was_stopped_without_a_daemon_can_be_deleted_by_the_next() {
     let down = daemon::Down::begin();
     doomed.end();
     drop(down);
-    // The first call comes before anybody has asked.
+    // The first call comes before any client has waited.
     assert_eq!(doomed.container.delete().expect("delete").exit_status, 5);
     wait::until_true("its unit is gone", || {
         systemd::list_units(&systemd::unit_of(&doomed.container)).is_empty()

@@ -1,4 +1,4 @@
-//! Records on disk: one that this version can't read is left alone and harms no other.
+//! Records on disk: the daemon leaves a record that it can't read unchanged, and such a record affects no other task.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,12 +37,12 @@ impl Foreign {
 
 impl Drop for Foreign {
     fn drop(&mut self) {
-        // A test that is hindered by it would name it.
+        // If the removal fails, the next test that needs the directory fails.
         let _ = fs::remove_dir_all(&self.directory);
     }
 }
 
-/// The record of a container as the version before wrote it: all execs in the one file, and no limit.
+/// The record of a container in the form of the previous version: all execs in one file, and no limit.
 fn as_version_1(container: &Container, owed: usize) {
     let directory = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id);
     let read = |path: &Path| -> Value {
@@ -66,7 +66,7 @@ fn as_version_1(container: &Container, owed: usize) {
         .map(|number| serde_json::json!({"seq": next + number, "at_usec": 7, "event": "out_of_memory"}));
     outbox["owed"] = events.collect::<Vec<_>>().into();
     outbox["next"] = (next + owed as u64).into();
-    fs::write(&path, record.to_string()).expect("write a record of the version before");
+    fs::write(&path, record.to_string()).expect("write a record of the previous version");
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn records_of_the_previous_version_are_read_however_large_they_are() {
     let (running, ended) =
         (container.exec(Spec::sleeping()).started(&Io::default()), container.exec_sh("exit 4"));
     assert_eq!(ended.exit_status(), 4);
-    // So many events that the version before could not have read them itself.
+    // More events than the previous version could read itself.
     let down = daemon::Down::begin();
     as_version_1(&container, 100_000);
     let path = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");

@@ -14,7 +14,7 @@ use crate::common::task::{Io, SIGTERM};
 use crate::common::wait;
 use crate::log_modes::limited;
 
-/// The daemon is killed each time so many bytes more have come.
+/// The daemon is killed each time this number of further bytes has arrived.
 const BYTES_PER_LIFE: usize = 700_000;
 
 fn bulk() -> Bulk {
@@ -154,7 +154,7 @@ fn check_journal(mode: &str, has_client: bool) {
         let written =
             written.unwrap_or_else(|| panic!("{what} in the journal: no end of {}", messages.len()));
         let messages = messages.iter().map(String::as_str);
-        // Where a client waits for what is there, an unfinished line can't wait for its end.
+        // If a client waits for the output, an incomplete line must reach it.
         let torn = if has_client { kills } else { 0 };
         assert_counts_again(&format!("{what} in the journal"), messages, written, torn);
     }

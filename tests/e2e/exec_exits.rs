@@ -14,7 +14,7 @@ use crate::common::systemd;
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{process, wait};
 
-/// Commands that are over before anybody has seen them begin, and their exit statuses.
+/// Commands that end before systemd and the daemon notice that they run, and their exit statuses.
 const SHORT: [(&[&str], u32); 5] = [
     (&["/bin/true"], 0),
     (&["/bin/sh", "-c", "exit 9"], 9),

@@ -198,7 +198,7 @@ const IDLE_TASKS: usize = 5;
 fn a_daemon_that_may_start_no_thread_refuses_calls_and_works_again_when_it_may() {
     needs!(OurShim);
     let node = Node::exclusive();
-    // The daemon's files of its first container and exec are there.
+    // The daemon has opened the files that it opens for its first container and exec.
     node.container("first", Spec::sleeping()).started(&Io::default()).exec_sh("true").end();
     let before = Traces::take();
     let daemon = wait::until("the daemon serves", daemon::serving);

@@ -1,5 +1,5 @@
 //! The step after each fault point fails, in every way in which a step can fail: the call succeeds or gets a clear error,
-//! the same call made again succeeds, the daemon goes on, and nothing is left over.
+//! the same call made again succeeds, the daemon continues, and nothing is left over.
 //!
 //! One life of a container has many failures, one in each of its calls.
 

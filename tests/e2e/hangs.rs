@@ -27,8 +27,8 @@ const TRAP: &str = "mkdir -p /etc; rm -f /etc/passwd; mkfifo /etc/passwd; exec s
 /// "At once" is much less than any limit.
 const AT_ONCE: Duration = Duration::from_secs(10);
 
-/// A runtime that hangs in some command for as long as a file is there. It ignores what asks it to end, and so does a
-/// process in a session of its own, whose parent has ended.
+/// An OCI runtime that hangs in one of its commands as long as a file exists. It ignores signals that ask it to end, and so does
+/// a process that it starts in a session of its own, whose parent has ended.
 struct Hanging {
     scratch: Scratch,
 }
@@ -50,7 +50,7 @@ impl Hanging {
         Hanging { scratch }
     }
 
-    /// Runtime options that name it, and give its commands so many seconds (0: the default).
+    /// Runtime options that name it, and limit its commands to this number of seconds (0: the default).
     fn options(&self, seconds: u32) -> Any {
         options(&format!("BinaryName = {:?}\nRuntimeTimeoutSec = {seconds}", self.scratch.text("runtime.sh")))
     }

@@ -281,7 +281,7 @@ fn exec_client_gone(container: &Container) {
 fn leftovers_of_a_failed_create_are_removed_later() {
     needs!(OurShim);
     let node = Node::exclusive();
-    // The first use makes what stays for ever.
+    // The first use makes what stays until a reboot.
     node.container("warm", Spec::sleeping()).started(&Io::default()).end();
     let before = Traces::take();
     for again in [false, true] {

@@ -89,7 +89,7 @@ impl<'n> Ran<'n> {
         Ran { container, exec, seen }
     }
 
-    /// The entries that `journalctl -u` of the container shows, of those with the text: at least so many.
+    /// Waits until `journalctl -u` of the container shows at least this number of entries with the text, and returns them.
     fn shown(&self, text: &str, at_least: usize) -> Vec<Value> {
         let mut entries = Vec::new();
         wait::within(wait::LIMIT, || {

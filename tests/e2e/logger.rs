@@ -17,7 +17,7 @@ pub struct Logger {
 }
 
 impl Logger {
-    /// `ready` is how it says that it is.
+    /// `ready` is the command by which it reports that it is ready.
     pub fn new(ready: &str) -> Logger {
         let scratch = Scratch::new("logger");
         let directory = scratch.as_str();

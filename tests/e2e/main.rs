@@ -1,7 +1,7 @@
 //! End to end: the guest's real containerd, systemd and runc, driven as clients drive them.
 //!
 //! Runs as root in the testbed. `E2E_RUNTIME` names the runtime under test; with `io.containerd.runc.v2` the
-//! tests that hold for every shim check themselves (those about ours alone are skipped).
+//! tests that hold for every shim are checked themselves (tests of our shim alone are skipped).
 
 #[macro_use]
 #[path = "../common/mod.rs"]

@@ -87,7 +87,7 @@ fn an_annotation_other_than_true_or_false_is_refused() {
     assert!(error.message().contains(NOTIFY) && error.message().contains("maybe"), "{error}");
 }
 
-/// With the host's programs, and a root of its own: its notifications go through its own socket.
+/// A container with the host's programs and a rootfs of its own. It sends its notifications to its own socket.
 fn with_programs(script: &str) -> Spec {
     let spec = Spec::sh(script).annotation(NOTIFY, "true");
     [("/usr", "/usr"), ("/usr/lib", "/lib"), ("/usr/lib64", "/lib64")]

@@ -15,7 +15,7 @@ use crate::common::{cgroup, process};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// An id as Docker and Kubernetes make them, of its own.
+/// A new id in the form that Docker and Kubernetes use.
 fn digest() -> String {
     // Backwards: units are named by the first digits.
     let name = unique("").bytes().rev().map(|byte| format!("{byte:02x}")).collect::<String>();

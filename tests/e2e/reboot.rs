@@ -1,4 +1,4 @@
-//! Containers at a shutdown, and after it: two halves of one test, with a reboot of the guest in between.
+//! Containers at a shutdown, and after it: two halves of one test. The guest reboots between them.
 //! `tests/testbed/run-e2e` runs them apart, in the lane that can reboot.
 
 use std::fs;

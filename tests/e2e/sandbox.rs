@@ -62,7 +62,7 @@ fn sigterm_and_sigint_end_it_with_0_and_other_signals_do_not() {
     for last in [SIGTERM, SIGINT] {
         let (sandbox, pid) = Sandbox::run(&node, "signal");
         let waiter = sandbox.wait();
-        // Signals that come before they are blocked are lost, as for every first process.
+        // Signals that arrive before the process blocks them are lost, as for every first process.
         wait::until_true("it takes signals", || process::status(pid, "Seccomp").as_deref() == Some("2"));
         for ignored in [SIGHUP, SIGUSR1] {
             daemon::signal(pid, ignored);

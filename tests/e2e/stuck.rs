@@ -1,6 +1,6 @@
 //! Commands of the OCI runtime in uninterruptible sleep (state D), which no signal ends: they wait for a file system whose
 //! server reads requests and never answers, as with a dead NFS server. A call fails after its limit, Delete works, other
-//! containers notice nothing, and what is stuck is gone once the file system is.
+//! containers are not affected, and everything that is stuck ends with the file system.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};

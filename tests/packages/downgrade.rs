@@ -37,7 +37,7 @@ fn a_downgrade_to_a_version_that_cannot_read_a_record_is_refused_and_says_so() {
     {
         assert!(text.contains(words), "{words:?} is not in {text}");
     }
-    // Everything is as before.
+    // Nothing has changed.
     assert_eq!(package.version(), (version_of(NEW), "installed".to_string()));
     assert!(is_at_work());
     assert_eq!(systemd::main_pid(DAEMON_SERVICE), daemon);

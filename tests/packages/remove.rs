@@ -63,7 +63,7 @@ fn a_purge_leaves_nothing() {
     assert_eq!(daemon::processes(), Vec::<u32>::new());
 }
 
-/// All units of ours, slices too.
+/// All units of the shim, including slices.
 fn units() -> BTreeSet<String> {
     let ours = ["containerd-*", "containerd.slice", "containerd_shim*"];
     ours.into_iter().flat_map(systemd::list_units).collect()
