@@ -32,7 +32,7 @@ usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--paralle
   --runtime NAME      the runtime to measure (default io.containerd.systemd.v1)
   --against NAME      the runtime to measure it against (default io.containerd.runc.v2)";
 
-/// What can be measured.
+/// The parts of the benchmark.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Subject {
     Containers,
@@ -69,7 +69,7 @@ pub struct Arguments {
     pub json: Option<String>,
     pub html: Option<String>,
     pub svg: Option<String>,
-    /// How many containers and execs.
+    /// The numbers of containers and execs.
     pub soak: Option<[usize; 2]>,
     pub runtimes: [String; 2],
 }
@@ -82,7 +82,7 @@ impl Arguments {
     }
 }
 
-/// The arguments, or the code to end with.
+/// The arguments, or the exit code of the program.
 pub fn parse(words: impl Iterator<Item = String>) -> Result<Arguments, ExitCode> {
     let mut arguments = Arguments {
         subjects: SUBJECTS.map(|(_, subject)| subject).to_vec(),
@@ -97,7 +97,7 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Arguments, ExitCode>
         soak: None,
         runtimes: [OUR_RUNTIME.to_string(), STOCK_RUNTIME.to_string()],
     };
-    // cargo adds it.
+    // cargo adds this argument.
     let words = words.filter(|word| word != "--bench");
     command_line::read("side_by_side", USAGE, words, |word, value| arguments.set(word, value))?;
     Ok(arguments)

@@ -1,4 +1,4 @@
-//! Compares ratios with those of the version before, which `kept.json` has: `target/bench.json` of a run, copied there.
+//! Compares ratios with those of the previous version. These are in `kept.json`, which is a copy of `target/bench.json`.
 
 use std::fmt::Write;
 
@@ -6,16 +6,16 @@ use serde_json::Value;
 
 const KEPT: &str = include_str!("kept.json");
 
-/// A change of a ratio below this share says nothing, however small the spread is.
+/// A change of a ratio below this share has no meaning, however small the spread is.
 const LEAST_CHANGE: f64 = 0.05;
 
-/// A ratio and how exactly it is known.
+/// A ratio and its standard error.
 #[derive(Clone, Copy, Debug)]
 struct Ratio {
     ratio: f64,
     /// The standard error of the median, for a normal distribution: 80 % of the samples are between p10 and p90.
     error: f64,
-    /// The more, the better.
+    /// Whether a greater value is better.
     is_rate: bool,
 }
 
@@ -28,7 +28,7 @@ impl Ratio {
         Some(Ratio { ratio: line["ratio"].as_f64()?, error, is_rate })
     }
 
-    /// How much worse this is than `kept`, if that is more than chance.
+    /// How much worse this is than `kept`. `None` if the difference may be chance.
     fn worse_than(self, kept: Ratio) -> Option<f64> {
         let change = if self.is_rate { kept.ratio - self.ratio } else { self.ratio - kept.ratio };
         let chance = 2.0 * self.error.hypot(kept.error);
@@ -36,7 +36,7 @@ impl Ratio {
     }
 }
 
-/// All lines with their names, part first.
+/// All lines by name. A name begins with that of the part.
 fn lines(results: &Value) -> impl Iterator<Item = (String, &Value)> {
     let parts = results["parts"].as_array().into_iter().flatten();
     parts.flat_map(|part| {
@@ -46,7 +46,7 @@ fn lines(results: &Value) -> impl Iterator<Item = (String, &Value)> {
     })
 }
 
-/// The lines that got worse, as text to read.
+/// The lines that are worse than before, as text.
 pub fn text(results: &Value) -> String {
     let kept: Value = serde_json::from_str(KEPT).expect("kept.json is JSON");
     let mut text = String::new();

@@ -1,5 +1,5 @@
-//! A container's init as a process to be measured. Metadata and snapshot are made before the clock
-//! starts: they cost the same under every runtime.
+//! A container's init process, to be measured. Metadata and snapshot are made before the clock starts: they cost the same
+//! under every runtime.
 
 use containerd_client::services::v1::CreateTaskRequest;
 
@@ -16,7 +16,7 @@ pub struct Init<'n> {
 }
 
 impl<'n> Init<'n> {
-    /// One that runs this program and has this output, or none.
+    /// A container that runs this program and has this output, if any.
     pub fn new(node: &'n Node, runtime: &str, args: &[&str], output: Option<Output>) -> Init<'n> {
         let spec = Spec::new(args);
         let spec = if output.as_ref().is_some_and(|output| output.terminal) { spec.terminal() } else { spec };

@@ -1,5 +1,5 @@
-//! What something costs in CPU, an exec first of all: of the runtime's own lasting processes, and of everything in the machine,
-//! which has the short-lived ones, containerd, systemd and this client in it, too.
+//! The CPU time of an operation, such as an exec: in the long-running processes of the runtime, and in the whole machine. The
+//! latter includes short-lived processes, containerd, systemd and this client.
 
 use std::fs;
 use std::time::Duration;
@@ -14,17 +14,17 @@ use super::latency::{Process, in_turn, live};
 use super::memory;
 use super::output::Output;
 
-/// Execs in a row: what a runtime does after the answer to Delete is to be counted as its own.
+/// Execs in a row, so that work that a runtime does after its response to Delete is counted as well.
 const IN_A_ROW: u32 = 10;
 
-/// For each row, the CPU time by exec, or by whatever was done in a row.
+/// For each row, the CPU time per operation.
 #[derive(Debug, Default)]
 pub struct Cpu {
     pub shim: Vec<Duration>,
     pub machine: Vec<Duration>,
 }
 
-/// Measures as many rows of execs under each runtime in alternation, in a container of each.
+/// Measures rows of execs under each runtime alternately, in one container of each runtime.
 pub fn measure(node: &Node, runtimes: &[String; 2], containers: [&Container; 2], rows: usize) -> [Cpu; 2] {
     let mut cpu = [Cpu::default(), Cpu::default()];
     in_turn(rows, |_, index| {
@@ -41,7 +41,7 @@ pub fn measure(node: &Node, runtimes: &[String; 2], containers: [&Container; 2],
     cpu
 }
 
-/// Those that live; what their children use is not theirs.
+/// The CPU time of the processes that live, without that of their children.
 pub fn of_processes(pids: &[u32]) -> Duration {
     pids.iter().map(|pid| of_process(*pid).unwrap_or_else(|error| panic!("CPU of {pid}: {error}"))).sum()
 }
@@ -51,7 +51,7 @@ fn of_process(pid: u32) -> nix::Result<Duration> {
     Ok(clock_gettime(clock_getcpuclockid(pid)?)?.into())
 }
 
-/// All that runs in this machine, or in this guest where it has a cgroup namespace.
+/// The CPU time of all processes in this machine, or in this guest if it has a cgroup namespace.
 pub fn of_machine() -> Duration {
     let path = "/sys/fs/cgroup/cpu.stat";
     let stat = fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));

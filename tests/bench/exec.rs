@@ -1,4 +1,4 @@
-//! An exec as a process to be measured, made with the calls that clients make.
+//! An exec, to be measured. It is made with the calls that clients make.
 
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ impl<'n> Exec<'n> {
     }
 }
 
-/// The process of a container's spec, with other arguments: that is what clients send.
+/// The process of a container's spec with other arguments, as clients send it.
 fn process(args: &[&str], terminal: bool) -> Any {
     let spec = Spec::new(args);
     let spec = if terminal { spec.terminal() } else { spec };

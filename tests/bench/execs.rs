@@ -1,4 +1,4 @@
-//! The life of an exec of `true`: alone, after some quiet, and many at once in one container or in many.
+//! The life of an exec of `true`: alone, after a pause, and many at once in one container or in many.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::latency::{self, Rounds};
 use super::output::Output;
 use super::report::{PER_PROCESS, Part, Target};
 
-/// Long enough for the kernel to forget that a process has just changed its cgroup: a probe comes alone.
+/// A pause after which a move between cgroups is as slow for the kernel as the first one. Probes come with such pauses.
 const QUIET: Duration = Duration::from_millis(300);
 const QUIET_ROUNDS: usize = 20;
 

@@ -1,5 +1,5 @@
-//! What it costs that connections and requests outlive the daemon: the same daemon with that
-//! mechanism, and with it switched off, in alternation.
+//! The cost of connections and requests that outlive the daemon. Measures the same daemon alternately with this mechanism and
+//! without it.
 
 use std::time::{Duration, Instant};
 
@@ -14,21 +14,21 @@ use super::container::Init;
 use super::cpu::{self, Cpu};
 use super::latency::{Process, in_turn, live};
 
-/// What is measured: the daemon as it is, and one that forgets.
+/// The two sides: the usual daemon, and a daemon without the mechanism.
 pub const SIDES: [&str; 2] = ["nothing is forgotten", "switched off"];
-/// The least number of rounds of each.
+/// The least number of rounds of each side.
 const LEAST_ROUNDS: usize = 4;
 /// Containers in a round, one after the other.
 pub const CONTAINERS: usize = 25;
 /// Calls in a round, over one connection.
 pub const CALLS: u32 = 500;
-/// So many of either come first and don't count: the daemon is new.
+/// This many containers and calls come first and do not count, because the daemon has just started.
 const WARM_UP: usize = 3;
 
-/// The drop-in of a daemon that forgets.
+/// The drop-in of a daemon without the mechanism.
 const FORGETFUL: &str = "[Service]\nEnvironment=CONTAINERD_SHIM_SYSTEMD_FORGETFUL=1\n";
 
-/// What was measured of one side.
+/// The samples of one side.
 #[derive(Debug, Default)]
 pub struct Costs {
     /// Each container's total.
@@ -41,17 +41,17 @@ pub struct Costs {
     pub call_cpu: Vec<Duration>,
 }
 
-/// How many rounds it takes for so many containers of each.
+/// The number of rounds for a number of containers of each side.
 pub fn rounds(containers: usize) -> usize {
     containers.div_ceil(CONTAINERS).max(LEAST_ROUNDS)
 }
 
-/// Measures both sides. Needs a test build of the daemon, which alone has the switch.
+/// Measures both sides. Needs a test build of the daemon: only a test build can switch the mechanism off.
 pub fn measure(node: &Node, rounds: usize) -> [Costs; 2] {
     let _build = WithFaults::install();
     let mut costs = [Costs::default(), Costs::default()];
     in_turn(rounds, |_, index| {
-        // No container is alive here: one that is would be lost.
+        // No container runs here. It would be lost.
         let _forgetful = if index == 1 {
             Some(DropIn::new(FORGETFUL))
         } else {

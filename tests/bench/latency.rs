@@ -1,4 +1,4 @@
-//! How long a process takes from its first call to its Delete, call by call, under two runtimes in turn.
+//! The time of each call in the life of a process, from the first call to Delete, under two runtimes alternately.
 
 use std::sync::Barrier;
 use std::thread;
@@ -9,23 +9,23 @@ use crate::common::wait;
 /// Rounds that fill caches and are not counted.
 const WARM_UP: usize = 3;
 
-/// An init or an exec: what is measured of it are the calls of its life.
+/// An init process or an exec, with the calls of its life that are measured.
 pub trait Process: Sync {
     /// Create or Exec.
     fn create(&self);
-    /// Asks for the exit now; what it returns waits for the answer and gives the exit status.
+    /// Calls Wait. The returned value waits for the response and returns the exit status.
     fn waiting(&self) -> impl FnOnce() -> u32;
     fn start(&self);
     fn delete(&self);
-    /// When the clock has stopped.
+    /// What remains to be done after the clock has stopped.
     fn deleted(self);
 }
 
-/// How a measurement goes.
+/// The parameters of a measurement.
 #[derive(Clone, Copy)]
 pub struct Rounds {
     pub count: usize,
-    /// How long nothing happens before each: the kernel is quicker when it has just done the same.
+    /// The pause before each round: the kernel is faster if it has just done the same.
     pub quiet: Duration,
 }
 
@@ -43,7 +43,7 @@ pub struct Times {
     /// From the answer to Start to the answer to Wait, for a process that runs `true`.
     pub wait: Vec<Duration>,
     pub delete: Vec<Duration>,
-    /// All four; of processes at once, the time of the round divided by their number.
+    /// The sum of the four. For processes that run at the same time, the time of the round divided by their number.
     pub total: Vec<Duration>,
 }
 
@@ -61,13 +61,13 @@ impl Life {
     }
 }
 
-/// Measures both runtimes in alternation. `prepare` makes the processes of one round for the first
-/// or the second runtime, as far as that costs the same under each.
+/// Measures both runtimes alternately. `prepare` makes the processes of one round for the first or the second runtime, as far
+/// as that costs the same under each.
 pub fn measure<P: Process>(rounds: Rounds, prepare: impl Fn(usize) -> Vec<P>) -> [Times; 2] {
     let mut times = [Times::default(), Times::default()];
     in_turn(WARM_UP + rounds.count, |round, index| {
         let processes = prepare(index);
-        // The quiet itself is wanted: no event is awaited.
+        // The pause is a part of the measurement: no event is awaited.
         wait::elapse(rounds.quiet);
         let (lives, elapsed) = run(&processes);
         processes.into_iter().for_each(Process::deleted);
@@ -78,7 +78,7 @@ pub fn measure<P: Process>(rounds: Rounds, prepare: impl Fn(usize) -> Vec<P>) ->
     times
 }
 
-/// Who goes first changes from round to round, so that neither profits from the other's wake.
+/// The order of the runtimes changes from round to round, so that neither always profits from the work of the other.
 pub fn in_turn(rounds: usize, mut each: impl FnMut(usize, usize)) {
     for round in 0..rounds {
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
@@ -125,7 +125,7 @@ pub fn live(process: &impl Process) -> Life {
     let mut laps = Laps(Instant::now());
     process.create();
     let create = laps.next();
-    // As clients do: the wait is there before the process can end.
+    // As clients do: Wait is called before the process can end.
     let exit_status = process.waiting();
     process.start();
     let start = laps.next();

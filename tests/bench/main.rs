@@ -1,7 +1,6 @@
-//! Two runtimes side by side, through the guest's real containerd and in strict alternation: what
-//! containers, execs and terminals cost in time, how fast output flows, what is left in memory, what
-//! statistics cost, and what a call of our binary does. And one daemon in two configurations: what it costs that
-//! nothing is lost when it ends.
+//! Compares two runtimes through the guest's real containerd, in strict alternation: the time of containers, execs and
+//! terminals, the throughput of output, the memory of the runtime, and the time of statistics and of our binary. Also compares
+//! two configurations of one daemon: the cost of losing nothing when the daemon ends.
 //!
 //! `cargo bench --bench side_by_side -- --help` lists the arguments. Runs as root in the testbed.
 

@@ -1,6 +1,6 @@
 //! Where the CPU time of a container and of an exec goes, and what the machine does for them: messages on the bus, programs,
-//! files, moves between cgroups, context switches. Beside it the least that each shim has to pay: a unit that runs `true`,
-//! and the OCI runtime alone.
+//! files, moves between cgroups, context switches. For comparison, the least that each shim has to spend: a unit that runs
+//! `true`, and the OCI runtime alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,7 +24,7 @@ use super::output::Output;
 use super::report::{Line, Part, Target};
 use super::start;
 
-/// Operations in a row: what a runtime does after the answer to Delete is to be counted as its own.
+/// Operations in a row, so that work that a runtime does after its response to Delete is counted as well.
 const IN_A_ROW: u32 = 10;
 const ROWS: usize = 8;
 /// Operations of each runtime whose messages and files are counted.
@@ -109,7 +109,7 @@ fn of_operation(
     ]
 }
 
-/// The CPU time of lasting processes in milliseconds, of everything else together, and their context switches.
+/// The CPU time of each long-running process in milliseconds and its context switches, and the sums for everything else.
 fn lasting(shims: &[u32]) -> BTreeMap<&'static str, f64> {
     let ms = |time: Duration| time.as_secs_f64() * 1000.0;
     let whole = ms(cpu::of_machine());
@@ -174,7 +174,7 @@ fn messages(counts: &[Vec<Counts>; 2]) -> Vec<Line> {
     kinds.iter().map(of_kind).collect()
 }
 
-/// A unit that runs `true`: PID 1 and systemd's executor. The bus is used as little as it can be.
+/// A unit that runs `true`: PID 1 and systemd's executor, with as few messages on the bus as possible.
 fn unit_alone(node: &Node) -> Line {
     let slice = format!("{}.slice", unique("bench").replace('-', "_"));
     let bus = node.block_on(Connection::system()).expect("connect to the bus");

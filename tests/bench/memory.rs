@@ -1,5 +1,5 @@
-//! What a runtime keeps in memory while containers run: Pss of every process of its shim. The
-//! containers' own processes are the same under every runtime and don't count.
+//! The memory of a runtime while containers run: the Pss of every process of its shim. The processes of the containers are the
+//! same under every runtime and do not count.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use super::common::process;
 use super::common::spec::Spec;
 use super::common::wait;
 
-/// What a runtime keeps for a number of running containers.
+/// The memory of a runtime for a number of running containers.
 #[derive(Clone, Debug)]
 pub struct Kept {
     pub containers: usize,
@@ -38,7 +38,7 @@ fn with(node: &Node, runtime: &str, containers: usize) -> Kept {
     Kept { containers, processes: shims.len(), pss_kib }
 }
 
-/// A daemon for all may stay; a shim per container must not.
+/// Waits until no shim of a container runs. A daemon for all containers may run.
 fn stock_shims_are_gone(runtime: &str) -> bool {
     shims(runtime).len() <= 1
 }

@@ -1,4 +1,4 @@
-//! Where a process writes to and the client reads: FIFOs, made and opened before the process.
+//! The output of a process: FIFOs that the client makes and opens before the process starts, and reads.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -20,7 +20,7 @@ pub struct Output {
     _stderr: File,
 }
 
-/// What has been read up to the end of the stream.
+/// The bytes of a stream up to its end.
 pub struct Drained {
     pub bytes: u64,
     /// From the first byte to the last.
@@ -34,7 +34,7 @@ impl Output {
         Output { terminal, fifos, stdout: open(&stdout), _stderr: open(&stderr) }
     }
 
-    /// stdout and stderr, of a terminal stdout alone.
+    /// stdout and stderr; for a terminal, stdout alone.
     pub fn io(&self) -> Io {
         let output = self.fifos.output();
         if self.terminal { Io { stdout: output.stdout, ..Io::default() } } else { output }
@@ -72,14 +72,14 @@ impl Output {
         assert!(self.poll(limit), "no output and no end of it in {:?}", wait::LIMIT);
     }
 
-    /// Whether there are bytes or an end: a FIFO that never had a writer has neither.
+    /// True if there are bytes or an end. A FIFO that never had a writer has neither.
     fn poll(&self, limit: PollTimeout) -> bool {
         let mut fds = [PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, limit).expect("poll a FIFO") > 0
     }
 }
 
-/// Without blocking: there is no writer yet.
+/// Opens without blocking, because there is no writer yet.
 fn open(path: &str) -> File {
     let file = File::options().read(true).custom_flags(O_NONBLOCK).open(path);
     file.unwrap_or_else(|error| panic!("{path}: {error}"))

@@ -127,7 +127,7 @@ impl Spread {
         format!("{:.2} ({:.2}–{:.2})", self.median, self.p10, self.p90)
     }
 
-    /// `unit` is that of the numbers.
+    /// `unit` is the unit of the numbers.
     fn json(self, unit: &str) -> Value {
         let Spread { p10, median, p90 } = self;
         [("p10", p10), ("median", median), ("p90", p90)]
@@ -146,7 +146,7 @@ impl Line {
         Line { is_comparable: spreads[1].median >= COMPARABLE_MS, ratios, ..line }
     }
 
-    /// Numbers of any unit. The name says which.
+    /// Numbers of any unit. The name contains the unit.
     pub fn of_numbers(name: &str, samples: [&Vec<f64>; 2]) -> Line {
         let spreads = samples.map(|samples| Spread::of(samples));
         let ratios = Ratios::of(samples.map(Vec::as_slice));

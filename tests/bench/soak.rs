@@ -1,4 +1,4 @@
-//! Many containers and execs in a row, after which nothing may have grown: memory and descriptors of the daemon, its
+//! Runs many containers and execs in a row, and checks that nothing has grown: memory and descriptors of the daemon, its
 //! descriptor store, units of systemd, match rules of the bus, memory of PID 1.
 
 use std::fs;
@@ -12,10 +12,10 @@ use super::exec::Exec;
 use super::latency::{Process, live};
 use super::output::Output;
 
-/// How often is measured on the way. The first measurement comes after the first share: caches are filled then.
+/// The number of measurements. The first one comes after a share of the work, when caches are filled.
 const SHARES: usize = 10;
 
-/// A name, by how much it may grow between the first measurement and the last one, and how it is read.
+/// A quantity: its name, its largest growth between the first measurement and the last, and a function that reads it.
 type Gauge = (&'static str, u64, fn() -> u64);
 
 const GAUGES: [Gauge; 6] = [
@@ -40,7 +40,7 @@ pub fn run(node: &Node, containers: usize, execs: usize) -> Vec<String> {
     for share in 1..=SHARES {
         of_share(containers, share).for_each(|_| container(node));
         of_share(execs, share).for_each(|_| exec(node, &kept));
-        // The answer to Delete does not wait for signals of systemd that are on their way.
+        // Delete is answered before all signals of systemd have arrived.
         let row = GAUGES.map(|(.., read)| read());
         print!("{:>12} {:>8}", containers * share / SHARES, execs * share / SHARES);
         row.iter().for_each(|value| print!(" {value:>32}"));

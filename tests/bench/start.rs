@@ -1,4 +1,4 @@
-//! What one call of our binary's `start` costs while the daemon is up: containerd makes it for every container.
+//! The cost of one call of our binary's `start` while the daemon runs. containerd calls it for every container.
 
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ pub fn measure() -> Cost {
     cost
 }
 
-/// Of all children that have been waited for; nobody else starts any meanwhile.
+/// The CPU time of all reaped children. Only this thread starts any.
 pub fn children_cpu() -> Duration {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("getrusage of children");
     duration(usage.user_time()) + duration(usage.system_time())

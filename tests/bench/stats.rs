@@ -1,4 +1,4 @@
-//! What it costs to ask for the statistics of running containers, one after the other, as CRI does.
+//! The time of the statistics of running containers, requested one after the other, as CRI does.
 
 use std::time::{Duration, Instant};
 
@@ -11,14 +11,14 @@ use super::memory;
 
 pub const ROUNDS: usize = 40;
 
-/// For each round, the mean of a call.
+/// The mean time of a call in each round.
 #[derive(Debug, Default)]
 pub struct Stats {
     pub call: Vec<Duration>,
     pub shim: Vec<Duration>,
 }
 
-/// Asks for all of as many containers under each runtime in alternation.
+/// Requests the statistics of all containers of each runtime alternately.
 pub fn measure(node: &Node, runtimes: &[String; 2], containers: usize) -> [Stats; 2] {
     let running = runtimes.each_ref().map(|runtime| {
         let container = || node.container("stats", Spec::sleeping()).runtime(runtime).started(&Io::default());

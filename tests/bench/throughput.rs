@@ -1,4 +1,4 @@
-//! How fast a process's output reaches the client, and that all of it does.
+//! The throughput of a process's output to the client. Also checks that all of it arrives.
 
 use super::common::container::{Container, Io};
 use super::common::node::Node;
@@ -8,15 +8,15 @@ use super::exec::Exec;
 use super::latency::{Process, in_turn};
 use super::output::{Drained, Output};
 
-/// Each way for each runtime.
+/// The number of measurements of each way for each runtime.
 pub const ROUNDS: usize = 10;
 
-/// A terminal is slower and gets so much less.
+/// A terminal is slower, so it gets less output by this factor.
 const TERMINAL_SHARE: u64 = 10;
 
 const BLOCK: u64 = 64 * 1024;
 
-/// How the output goes.
+/// The way of the output.
 #[derive(Clone, Copy, Debug)]
 pub enum Way {
     Init,

@@ -159,7 +159,7 @@ fn a_property_that_cant_be_set_is_an_invalid_argument_that_names_it() {
     node.container("first", Spec::sleeping()).created(&Io::default()).delete().expect("delete");
     let before = Traces::take();
     let cases = [
-        // Bad text and bad names.
+        // Values and names that are not valid.
         ("After", "['x.service'", "at character 13"),
         ("After", "x.service", "quotes"),
         ("St0p", "5", "letters"),
@@ -168,13 +168,13 @@ fn a_property_that_cant_be_set_is_an_invalid_argument_that_names_it() {
         ("TimeoutStopUSec", "5", "write @t 5"),
         ("After", "'x.service'", "\"as\""),
         ("KillSignal", "'SIGTERM'", "\"i\""),
-        // What systemd does not know or take.
+        // Properties that systemd does not know, or values that it refuses.
         ("NoSuchProperty", "true", "AnnotationProperties"),
         ("KillSignal", "999", "does not end"),
         ("OOMPolicy", "'bogus'", "bogus"),
         ("After", "['no unit name']", "names of services"),
         ("Id", "'x.service'", "letters"),
-        // What the promises rest on.
+        // Properties on which the promises of the shim depend.
         ("ExecStart", "[('/bin/true', ['true'], false)]", "can't be set"),
         ("Type", "'oneshot'", "can't be set"),
         ("RemainAfterExit", "false", "can't be set"),

@@ -1,4 +1,4 @@
-//! A process, as init and as exec, with the client's side of its streams.
+//! An init process or an exec, with the client's side of its streams.
 
 use std::fs::File;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Reader, feed};
 use crate::common::task::{Io, Process};
 
-/// A Wait that waits for the output of a process's children takes longer: the stock shim gives that 10 s.
+/// A Wait that also waits for the output of a process's children takes longer: the stock shim waits for 10 s.
 pub const WAIT_LIMIT: Duration = Duration::from_secs(8);
 
 /// The client's ends of a process's FIFOs.
@@ -18,7 +18,7 @@ pub struct Client {
     pub fifos: Fifos,
     pub stdin: File,
     pub stdout: Reader,
-    /// Nothing comes there from a terminal.
+    /// A terminal writes nothing to it.
     pub stderr: Reader,
 }
 
@@ -43,7 +43,7 @@ impl Client {
         self.stdout.until(|bytes| bytes.ends_with(end.as_bytes()));
     }
 
-    /// The client goes away, and comes back.
+    /// The client closes its streams, and opens them again.
     pub fn again(self) -> Client {
         let Client { fifos, stdin, stdout, stderr } = self;
         drop((stdin, stdout, stderr));
@@ -58,12 +58,12 @@ pub fn exec<'n>(container: &Container<'n>, spec: Spec) -> (Exec<'n>, Client) {
     Client::attached(spec, |spec, io| container.exec(spec).started(io))
 }
 
-/// Checks such a process as init and as exec.
+/// Checks the process both as an init process and as an exec.
 pub fn each_kind(spec: Spec, check: impl Fn(&Process, Client)) {
     each_kind_on(&Node::shared(), spec, check);
 }
 
-/// The same on a machine that a test may have for itself.
+/// As [`each_kind`], on a node that the test may use alone.
 pub fn each_kind_on(node: &Node, spec: Spec, check: impl Fn(&Process, Client)) {
     {
         let start = |spec, io: &Io| node.container("as-init", spec).started(io);

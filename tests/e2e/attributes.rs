@@ -8,7 +8,7 @@ use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 
-/// Files of /proc/self that say what a process inherits.
+/// Files of /proc/self that show what a process inherits.
 const FILES: [&str; 9] = [
     "status",
     "limits",

@@ -1,4 +1,4 @@
-//! What no client should send about execs: each gets the right code and a text to act on, and leaves no exec.
+//! Invalid requests for execs: each gets the right status code and a helpful message, and leaves no exec.
 
 use containerd_shim_protos::api::{ExecProcessRequest, StartRequest, StateRequest};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -16,7 +16,7 @@ fn any(type_url: &str, value: &[u8]) -> Any {
     Any { type_url: type_url.to_string(), value: value.to_vec(), ..Default::default() }
 }
 
-/// A good request; the tests break it.
+/// A valid request, which the tests change.
 fn request(container: &Container) -> ExecProcessRequest {
     let process = Spec::sleeping().process_to_any();
     ExecProcessRequest {
@@ -37,7 +37,7 @@ fn start(shim: &Shim, request: &ExecProcessRequest) -> Result<(), Refusal> {
     shim.call(async |client, context| client.start(context, &start).await).map(drop)
 }
 
-/// Such an exec is not there.
+/// Asserts that the exec does not exist.
 fn assert_unknown(shim: &Shim, request: &ExecProcessRequest) {
     let (id, exec_id) = (request.id.clone(), request.exec_id.clone());
     let state = StateRequest { id, exec_id, ..Default::default() };
@@ -53,7 +53,7 @@ fn an_exec_id_with_forbidden_characters_is_an_invalid_argument() {
     let container = node.container("bad", Spec::sleeping()).started(&Io::default());
     let shim = Shim::connect(&node);
     let long = "x".repeat(300);
-    // An empty id would be that of init.
+    // An empty id means the init process.
     for id in ["", "a/b", "..", "../../etc", "/", ".", "a\0b", "-x", "a b", "a:b", ":log", "ü", "a\nb", &long]
     {
         let request = ExecProcessRequest { exec_id: id.to_string(), ..request(&container) };
@@ -82,7 +82,7 @@ fn a_process_that_cant_be_read_is_an_invalid_argument() {
     ];
     let answers = cases.map(|(what, spec)| {
         let request = ExecProcessRequest { spec: spec.into(), ..request(&container) };
-        // What can't be read has to be refused by Exec; a Start would have nothing to start.
+        // Exec has to refuse a spec that can't be read: Start would have nothing to start.
         let refusal = exec(&shim, &request).expect_err(what);
         assert_unknown(&shim, &request);
         (what, refusal)

@@ -1,5 +1,5 @@
-//! What no client should send: each gets the right code and a text to act on, changes nothing, and the
-//! daemon serves on.
+//! Invalid requests: each gets the right status code and a helpful message, and changes nothing. The daemon continues to
+//! serve.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -75,7 +75,7 @@ fn a_bundle_with_a_fifo_or_device_as_a_file_is_refused_at_once() {
     needs!(OurShim);
     let node = Node::shared();
     let shim = Shim::connect(&node);
-    // Reading a FIFO or a device would never end.
+    // A read of a FIFO or of a device would never end.
     type Make = fn(&Path);
     let no_files: [(&str, Make); 3] = [
         ("a FIFO", |path| mkfifo(path, Mode::S_IRWXU).expect("make a FIFO")),
@@ -119,7 +119,7 @@ fn files_of_a_bundle_with_the_names_of_the_shims_own_files_are_replaced() {
     let bundle = Bundle::new("in-the-way");
     let in_the_way = Path::new(bundle.path()).join(".config.json.new");
     mkfifo(&in_the_way, Mode::S_IRWXU).expect("make a FIFO");
-    // The rootfs is empty: the OCI runtime gets as far as looking for the program.
+    // The rootfs is empty, so the OCI runtime fails when it looks for the program.
     let (_, text) = shim.create(bundle.request(&unique("in-the-way"))).expect_err("an empty rootfs");
     assert!(text.contains("/bin/sleep"), "{text}");
     assert!(!in_the_way.exists());
@@ -236,7 +236,7 @@ fn calls_for_unknown_ids_are_not_found() {
         let (code, text) = refusal.expect_err(call);
         assert_eq!(code, Code::NOT_FOUND, "{call}: {text}");
     }
-    // These two never fail: containerd calls them before and after there is a task.
+    // These two never fail: containerd also calls them before a task exists and after its end.
     let connect = ConnectRequest { id: id.clone(), ..Default::default() };
     let connected =
         shim.call(async |client, context| client.connect(context, &connect).await).expect("Connect");
@@ -283,7 +283,7 @@ fn garbage_on_the_socket_harms_nobody_else() {
     for bytes in [&garbage, &half, &oversized, &strange_type, &no_request, &Vec::new()] {
         let mut stream = UnixStream::connect(&socket).expect("connect");
         stream.set_read_timeout(Some(Duration::from_millis(300))).expect("limit reads");
-        // The daemon may hang up in the middle of this, or wait for the rest: both are right.
+        // The daemon may close the connection during the write, or wait for the rest. Both are correct.
         let _ = stream.write_all(bytes);
         let _ = stream.read(&mut [0; 4096]);
         drop(stream);
@@ -315,7 +315,7 @@ fn another_user_is_refused() {
     let body = request.write_to_bytes().expect("encode a request");
     let hex: String =
         frame(1, 1, body.len() as u32, &body).iter().map(|byte| format!("{byte:02x}")).collect();
-    // Says what comes of a valid request.
+    // Returns the response to a valid request.
     let client = "use IO::Socket::UNIX; $SIG{PIPE} = 'IGNORE'; \
         my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or do { print 'no connection'; exit }; \
         syswrite $s, pack('H*', $ARGV[1]); print sysread($s, my $b, 4096) ? 'answered' : 'closed'";
@@ -326,7 +326,7 @@ fn another_user_is_refused() {
     assert_serves(&shim);
 }
 
-/// A path with another mode for a while.
+/// A path with another mode, until it is dropped.
 struct Opened<'p> {
     path: &'p Path,
     mode: u32,
@@ -357,7 +357,7 @@ fn refused(
     assert!(text.contains(named), "{named} is not in: {text}");
 }
 
-/// A request of the Task service, by hand.
+/// A request of the Task service, encoded by the test.
 pub fn rpc(version: &str, method: &str, namespace: &str, payload: Vec<u8>) -> ttrpc::proto::Request {
     let mut pair = ttrpc::proto::KeyValue::new();
     pair.key = "containerd-namespace-ttrpc".to_string();

@@ -1,4 +1,4 @@
-//! Anybody may send signals over the system bus: the daemon believes systemd's alone.
+//! Every user may send signals over the system bus. The daemon believes only those of systemd.
 
 use std::fs;
 use std::thread;
@@ -10,7 +10,7 @@ use crate::common::spec::Spec;
 use crate::common::task::Io;
 use crate::common::{daemon, process, systemd, wait};
 
-/// The daemon's names on the bus, as everybody can see them.
+/// The daemon's names on the bus. Every user can see them.
 fn names() -> Vec<String> {
     let pid = wait::until("the daemon serves", daemon::serving).to_string();
     let list = process::succeed("busctl", &["--system", "--no-pager", "--no-legend", "list"]);
@@ -21,7 +21,7 @@ fn names() -> Vec<String> {
     names
 }
 
-/// Sends a signal to each of the daemon's names and to everybody, as nobody and as root.
+/// Sends a signal to each of the daemon's names and as a broadcast, as the user `nobody` and as root.
 fn forge(signal: &[&str]) {
     let to = names().into_iter().map(|name| vec![format!("--destination={name}")]);
     for destination in to.chain([vec![]]) {
@@ -44,7 +44,7 @@ fn object(unit: &str) -> String {
     format!("/org/freedesktop/systemd1/unit/{}", escaped.collect::<String>())
 }
 
-/// Says of a unit what systemd says when its main process has exited with 42.
+/// Sends the signal that systemd sends when the main process of a unit has exited with 42.
 fn forge_exit(unit: &str, pid: u32) {
     let pid = pid.to_string();
     let header = |interface, member| vec![interface, member, "sa{sv}as", "org.freedesktop.systemd1.Service"];
@@ -127,7 +127,7 @@ fn nobody_can_say_that_a_job_has_ended() {
     let hook = pipe.with_extension("sh");
     fs::write(&hook, script).expect("write a hook");
     process::succeed("chmod", &["755", &hook.to_string_lossy()]);
-    // The start job of the unit lasts until somebody has written into the pipe.
+    // The start job of the unit lasts until a process has written to the pipe.
     let spec = Spec::sleeping().hook("createRuntime", &hook.to_string_lossy());
     let container = node.container("forged", spec).make();
     let unit = systemd::unit_of(&container);
@@ -159,7 +159,7 @@ fn more_calls_at_once_than_the_bus_allows_all_succeed() {
     let container = sleeping(&node);
     container.kill(9).expect("kill");
     container.wait().expect("wait");
-    // Of a stopped task systemd is asked: a reload makes the questions pile up.
+    // The daemon queries systemd about a stopped task, and the queries wait during a reload.
     thread::scope(|scope| {
         let reload = scope.spawn(|| process::succeed("systemctl", &["daemon-reload"]));
         let asked: Vec<_> = (0..300).map(|_| scope.spawn(|| container.metrics().is_some())).collect();

@@ -176,7 +176,7 @@ fn a_checkpoint_that_fails_names_the_log_of_criu_and_the_task_continues() {
     let container = node.container("traced", Spec::sh(COUNTING)).started(&fifos.io());
     stdout.until(|bytes| bytes.ends_with(b"3\n"));
     let pid = container.pid().to_string();
-    // criu can't trace what is traced already.
+    // criu can't trace a process that is already traced.
     let mut tracer =
         Command::new("strace").args(["-qq", "-o", "/dev/null", "-p", &pid]).spawn().expect("start strace");
     let is_traced = || process::status(container.pid(), "TracerPid").is_some_and(|tracer| tracer != "0");
@@ -198,14 +198,14 @@ fn a_checkpoint_that_fails_names_the_log_of_criu_and_the_task_continues() {
     assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT, "{reason}");
 }
 
-/// Another program in the place of criu; criu returns on drop.
+/// Replaces criu with another program, until it is dropped.
 struct Criu;
 
 impl Criu {
     const PATH: &str = "/usr/sbin/criu";
     const KEPT: &str = "/usr/sbin/criu.kept";
 
-    /// No program, or this script.
+    /// Replaces criu with this script, or with no program.
     fn replaced(script: Option<&str>) -> Self {
         use std::os::unix::fs::PermissionsExt;
         fs::rename(Self::PATH, Self::KEPT).expect("move criu");
@@ -220,7 +220,7 @@ impl Criu {
 
 impl Drop for Criu {
     fn drop(&mut self) {
-        // Errors of this clean-up show in the next test.
+        // If the removal fails, the next test fails.
         let _ = fs::rename(Self::KEPT, Self::PATH);
     }
 }

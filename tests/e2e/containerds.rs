@@ -1,5 +1,5 @@
-//! Two containerds on one machine, such as the system's and Docker's or k3s's own: one daemon of ours
-//! serves both, and each gets the events of its own tasks.
+//! Two containerds on one machine, such as the system's and that of Docker or k3s: one daemon serves both, and each gets the
+//! events of its own tasks.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -19,7 +19,7 @@ use crate::common::{daemon, wait};
 
 const STATE: &str = "/run/e2e-containerd";
 const SOCKET: &str = "/run/e2e-containerd/containerd.sock";
-/// On the file system of the first one: overlays don't go everywhere.
+/// On the file system of the first containerd, because some file systems do not support overlays.
 const ROOT: &str = "/var/lib/containerd/e2e-second";
 
 /// A second containerd, which is removed with all that it has on drop.
@@ -154,7 +154,7 @@ fn two_containerds_have_tasks_of_the_same_name() {
         second.ctr(&["container", "rm", &first.id]);
     };
 
-    // What fails in one of them is taken back there.
+    // A Create that fails in one of them is rolled back there.
     let failed = run(&["/there/is/no/such/program"]);
     assert_ne!(failed.code, Some(0), "{failed:?}");
     remove(false);

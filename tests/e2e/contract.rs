@@ -1,4 +1,4 @@
-//! The binary that containerd runs: `start` in the language of each containerd, `delete`, and what a person gets.
+//! The binary that containerd runs: `start` in the protocol of each containerd, `delete`, and the output for a person.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -24,7 +24,7 @@ use crate::common::{process, systemd, wait};
 const SINCE_1_7: [(&str, &str); 3] =
     [("GRPC_ADDRESS", CONTAINERD_SOCKET), ("NAMESPACE", NAMESPACE), ("MAX_SHIM_VERSION", "2")];
 
-/// Somebody listens at the address.
+/// A process listens at the address.
 fn assert_answers(address: &str) {
     let path =
         address.strip_prefix("unix://").unwrap_or_else(|| panic!("not an address to dial: {address:?}"));
@@ -174,7 +174,7 @@ fn delete_cleans_up_a_task_that_is_alive() {
         wait::until_true("its process is gone", || !process::exists(pid));
         wait::until_true("its unit is gone", || systemd::list_units(&unit).is_empty());
     }
-    // containerd may have the exit already, or find no task: both are fine.
+    // containerd may have the exit already, or find no task. Both are correct.
     let _ = container.kill(SIGKILL);
 }
 

@@ -79,7 +79,7 @@ fn assert_cost(node: &Node, operation: impl Fn(), limits: &[Limit]) {
         example.executed, example.written, example.moves
     );
     assert_eq!(exceeded, [""; 0]);
-    // A watch that sees nothing would find every limit kept.
+    // A watch that counts nothing would find no limit exceeded.
     assert!(calls(example) > 0 && own_programs(example) > 0 && records(example) > 0 && moves(example) > 0);
 }
 

@@ -92,8 +92,8 @@ fn tasks_survive_a_kill_of_the_daemon_while_the_bus_is_down() {
     );
 }
 
-/// Tasks and execs in each phase live through it, with calls under way. `waits_go_on` unless containerd,
-/// which has the client's calls, goes too.
+/// Tasks and execs in each phase survive it, with calls under way. `waits_go_on` is false if containerd, through which the
+/// client calls, ends too.
 fn check(happen: impl Fn(&Node), waits_go_on: bool) {
     let node = Node::exclusive();
     run_one(&node);

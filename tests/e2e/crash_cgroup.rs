@@ -1,5 +1,5 @@
-//! Every process in the cgroup of the daemon's service is killed, as by `systemctl kill`: commands of the OCI runtime
-//! that are under way come to their end, and no call fails.
+//! Every process in the cgroup of the daemon's service is killed, as by `systemctl kill`. Running commands of the OCI runtime
+//! are completed, and no call fails.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -22,7 +22,7 @@ struct Held {
     scratch: Scratch,
 }
 
-/// Before or after what the real runtime does.
+/// Before or after the work of the real runtime.
 const MOMENTS: [&str; 2] = ["before", "after"];
 
 impl Held {
@@ -59,7 +59,7 @@ impl Held {
     }
 }
 
-/// After it the daemon has everything that it makes for its first container.
+/// Afterwards the daemon has everything that it makes for its first container.
 fn warm_up(node: &Node) {
     let first = node.container("first", Spec::sleeping()).started(&Io::default());
     first.kill(SIGKILL).expect("kill");
@@ -67,7 +67,7 @@ fn warm_up(node: &Node) {
     first.delete().expect("delete");
 }
 
-/// A container writes a line and ends with 7; each of its calls, and those of an exec in it, is cut off at each moment.
+/// A container writes a line and ends with 7. Each call for the container and for an exec in it is interrupted at each moment.
 #[test]
 fn no_command_of_the_oci_runtime_dies_with_the_daemons_cgroup() {
     needs!(OurShim);

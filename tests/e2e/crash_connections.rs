@@ -1,4 +1,4 @@
-//! Connections outlive the daemon: many of them, with frames that were on their way when it died.
+//! Many connections outlive the daemon, with frames that are in transit when the daemon ends.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -48,7 +48,7 @@ fn many_connections_outlive_the_daemon() {
         disturbance.pass(&node);
         shims.iter().for_each(|shim| assert_eq!(ask(shim).pid, pid, "after a {}", disturbance.name()));
     }
-    // Entries that were empty before are among them.
+    // They include entries that were empty before.
     assert!(kept() >= count, "systemd keeps {} descriptors", kept());
     drop(shims);
     wait::until_true("closed connections are not kept", || kept() <= before + IDLE);
@@ -167,7 +167,7 @@ fn responses_that_the_client_reads_late_come_whole_and_once() {
     let pid = container.pid();
     let mut raw = Raw::new();
     let state = StateRequest { id: container.id.clone(), ..Default::default() };
-    // Together more than the socket's buffer takes: some wait in the daemon, one is cut.
+    // Together they exceed the socket's buffer: some wait in the daemon, and one is sent in part.
     let streams: Vec<u32> = (0..2000).map(|number| 2 * number + 1).collect();
     let mut writer = raw.0.try_clone().expect("one more end of the connection");
     std::thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! Events while the daemon is killed: in order, none lost, none invented; again only exactly as they were.
+//! Events while the daemon is killed: they come in order, none is lost or invented, and a repeated event is unchanged.
 
 use std::thread;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::common::systemd;
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, disturb, wait};
 
-/// The names of a life with one exec in it.
+/// The names of the events of a container with one exec.
 const ALL: [&str; 7] = ["create", "start", "exec-added", "exec-started", "exec-exit", "exit", "delete"];
 
 /// One container with an exec; returns its id.
@@ -77,7 +77,7 @@ fn events_of_a_daemon_that_died_while_containerd_was_down_are_not_lost() {
     (0..3).for_each(|_| daemon::killed());
     disturb::start_containerd();
     node.wait_for_containerd();
-    // containerd's own view comes from the shim; who subscribes now is in time for the rest.
+    // containerd gets its state from the shim. A client that subscribes now receives the rest.
     let events = node.subscribe();
     assert_eq!(container.exit_status(), 137);
     assert_eq!(container.delete().expect("delete").exit_status, 137);

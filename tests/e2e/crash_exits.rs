@@ -1,4 +1,4 @@
-//! Processes that end while the daemon is not there: their exits are known when it is back, as they were.
+//! Processes that end while no daemon runs: the next daemon reports their exits unchanged.
 
 use std::time::{Duration, SystemTime};
 
@@ -23,11 +23,11 @@ const ZERO: &str = "trap 'exit 0' TERM; echo ready; sleep 100000 >/dev/null 2>&1
 /// Has the default action for signals. PID 1 of a pid namespace would ignore SIGTERM.
 const NONE: &str = "echo ready; exec sleep 100000";
 
-/// What ends it.
+/// How the process is ended.
 #[derive(Clone, Copy, Debug)]
 enum By {
     Signal(Signal),
-    /// `systemctl stop`, after which systemd has forgotten how it ended.
+    /// `systemctl stop`. Afterwards systemd does not know how the process ended.
     Stop,
 }
 
@@ -42,7 +42,7 @@ const ENDS: [(&str, By, u32); 8] = [
     (NONE, By::Stop, 143),
 ];
 
-/// A process that is to end in one of these ways.
+/// A process that the test ends in one of these ways.
 struct Doomed<'n> {
     what: String,
     container: Container<'n>,
@@ -52,7 +52,7 @@ struct Doomed<'n> {
     pid: u32,
     waiting: Waiting<'n>,
     _client: Client,
-    /// Between these it has ended.
+    /// The process has ended between these times.
     span: Option<(SystemTime, SystemTime)>,
 }
 
@@ -122,15 +122,15 @@ fn time(stamp: &Timestamp) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos)
 }
 
-/// Ends processes of each kind in each way while the daemon is away.
+/// Ends processes of each kind in each way while no daemon runs.
 fn check(while_away: impl FnOnce(&mut dyn FnMut())) {
     let node = Node::exclusive();
     let events = node.subscribe();
     let mut doomed: Vec<Doomed> = [false, true]
         .into_iter()
         .flat_map(|is_exec| ENDS.map(|end| (is_exec, end)))
-        // systemd kills an exec that it stops and does not wait for it (it is not its child): nobody has
-        // the code then, with or without a daemon.
+        // systemd kills an exec that it stops, and does not wait for it, because the exec is not its child. So the exit code is
+        // unknown, with or without a daemon.
         .filter(|(is_exec, (_, by, _))| !(*is_exec && matches!(by, By::Stop)))
         .map(|(is_exec, end)| Doomed::new(&node, is_exec, end))
         .collect();
@@ -176,7 +176,7 @@ fn exits_while_there_is_no_daemon_are_known_to_the_next() {
     check(|end_all| {
         process::succeed("systemctl", &["stop", DAEMON_SOCKET, DAEMON_SERVICE]);
         end_all();
-        // As containerd does for the next container: where the units are not installed nobody else can.
+        // As containerd does for the next container. If the units are not installed, nothing else starts the daemon.
         shim::socket();
     });
 }

@@ -57,9 +57,9 @@ pub fn moments(point: &str) -> &'static [Moment] {
         "kill" => &[Moment::Kill],
         "delete" => &[Moment::Delete],
         "publish" => &[Moment::Create, Moment::Kill, Moment::Delete],
-        // Every call passes there, but only the first of a container makes a connection.
+        // Every call passes these points, but only the first call of a container makes a connection.
         "connection" => &[Moment::Create, Moment::Start, Moment::ExecStart, Moment::Delete],
-        // A failure that names the point: nobody has said yet which call passes there.
+        // The test fails and names the point: this list does not say yet which call passes the point.
         _ => &[],
     }
 }
@@ -145,10 +145,10 @@ fn the_daemon_may_end_at_every_point() {
     for streams in [Streams::Fifos, Streams::None, Streams::Terminal] {
         live(&node, &Armed { point: "none", at: Moment::Create }, streams);
     }
-    // All of them where it is fast. An emulated machine takes some.
+    // All points on a fast machine, and some of them on an emulated machine.
     let step = number("E2E_POINTS_STEP", 1, 5);
     let mut failures = Vec::new();
-    // For a closer look at some.
+    // A developer can select some points.
     let prefix = std::env::var("E2E_POINTS").unwrap_or_default();
     for point in points.iter().filter(|point| point.starts_with(&prefix)).step_by(step) {
         let kinds = match point.split('.').next() {
@@ -160,7 +160,7 @@ fn the_daemon_may_end_at_every_point() {
         let mut hits = 0;
         for (kind, moment) in kinds.iter().flat_map(|kind| moments(point).iter().map(move |at| (*kind, *at)))
         {
-            // One failure hides no other: the points are in different places.
+            // A failure must not hide other failures: the points are in different parts of the code.
             match catch_unwind(AssertUnwindSafe(|| end_at(&node, point, moment, kind))) {
                 Ok(hit) => hits += u32::from(hit),
                 Err(_) => failures.push(format!("{point} at {moment:?} with {kind:?}")),

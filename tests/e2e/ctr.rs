@@ -19,7 +19,7 @@ pub struct Made(pub String);
 
 impl Drop for Made {
     fn drop(&mut self) {
-        // After a test that went well there is nothing left to remove.
+        // After a test that has passed, there is nothing to remove.
         for verb in [
             &["task", "kill", "--signal", "KILL"][..],
             &["task", "delete", "--force"],

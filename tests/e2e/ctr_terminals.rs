@@ -11,7 +11,7 @@ use crate::ctr::Made;
 
 const CTR: [&str; 3] = ["ctr", "--namespace", NAMESPACE];
 
-/// Uses a shell: it calculates, knows the size of the terminal, follows it, and ends with 7.
+/// Uses a shell: it calculates, prints the size of the terminal before and after a change, and ends with 7.
 fn use_shell(terminal: &mut Pty) {
     terminal.until("# ");
     terminal.enter("echo $((6 * 7))\n");

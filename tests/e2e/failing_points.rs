@@ -217,7 +217,7 @@ fn live(node: &Node, failing: &Failing) {
     failing.during(Moment::Start, || container.start());
     match client.borrow_mut().as_mut() {
         Some(client) => client.expect("init"),
-        // It has its trap when it waits for its child.
+        // It has set its trap when it waits for its child.
         None => wait::until_true("a child", || container.pids().is_ok_and(|pids| pids.len() == 2)),
     }
     exec(&container, failing, &gate);

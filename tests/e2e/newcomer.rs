@@ -122,7 +122,7 @@ fn a_wrong_option_is_named() {
     let kept = Kept::new("/etc/containerd/config.toml");
     let runtime = "\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.systemd]\n\
                    runtime_type = \"io.containerd.systemd.v1\"\noptions.BinaryNmae = \"crun\"\n";
-    // containerd is not restarted: doctor reads what the next start would.
+    // containerd is not restarted: doctor reads the file that the next start of containerd would read.
     let text = "version = 2\n".to_string() + runtime;
     fs::write(kept.0, text).expect("write containerd's configuration");
     finds(&doctor(), "configuration", &["BinaryNmae", "config.toml", "runtime systemd"]);

@@ -89,7 +89,7 @@ fn answer_init(device: &mut File) {
 
 impl Drop for DeadDisk {
     fn drop(&mut self) {
-        // Ends what waits for it.
+        // Ends the processes that wait for the file system.
         let _ = umount2(&self.scratch.join("mnt"), MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
         let _ = &self.device;
     }

@@ -1,4 +1,4 @@
-//! What systemd and its administrator do around containers: another target, hooks, namespaces, units that name a
+//! Effects of systemd and of the administrator on containers: another target, hooks, namespaces, units that name a
 //! container's unit.
 
 use std::fs;

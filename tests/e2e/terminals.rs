@@ -133,7 +133,7 @@ fn a_terminal_hangs_up_when_stdin_is_closed_and_the_client_gone() {
     let script = "trap 'exit 9' HUP; echo ready; while :; do read line && echo got $line; done";
     each_kind(shell(script), |process, mut client| {
         client.until("ready\r\n");
-        // A client that goes away is no end: it may come back.
+        // The terminal stays open when its client closes it: the client may open it again.
         let mut client = client.again();
         client.enter("again\n");
         client.until("got again\r\n");

@@ -179,7 +179,7 @@ fn systemctl_restart_is_a_stop() {
     let scratch = Scratch::new("restart");
     let script = format!("echo run >> /scratch/runs; {ENDS_ON_TERM}");
     let container = ready(&node, "restart", Spec::sh(&script).bind(scratch.as_str(), "/scratch", &["rw"]));
-    // The job fails: there is nothing to start a second time.
+    // The job fails, because a container can't be started a second time.
     process::run("systemctl", &["restart", &systemd::unit_of(&container)]);
     assert_eq!(container.exit_status(), 143);
     assert_eq!(scratch.read("runs"), "run\n");
