@@ -1,4 +1,4 @@
-//! What is open in the daemon outlives the daemon, even before it is in systemd's descriptor store.
+//! Descriptors of the daemon outlive the daemon, even before they are in systemd's descriptor store.
 //!
 //! Between accept(2) or open(2) and the descriptor store ([`crate::unit::fd_store`]), only the daemon has a descriptor. If
 //! the daemon were killed there, a client would lose its connection, or see the end of the output of a process that has
@@ -53,7 +53,7 @@ impl Guard {
     /// Starts the guard of this process.
     ///
     /// # Errors
-    /// There can be none. The daemon works without it, but can lose a descriptor when it is killed.
+    /// The guard can't be started. The daemon works without it, but can lose a descriptor when it is killed.
     pub fn start() -> Result<Self, Error> {
         let cgroup = launch::cgroup::of_guards()?;
         let mut tries = 0;
@@ -93,7 +93,7 @@ pub async fn keep(mut guard: Result<Guard, Error>) {
     }
 }
 
-/// What it means that there is no guard.
+/// The consequence of a missing guard, for a log message.
 const NO_GUARD: &str =
     "if the daemon is killed while it accepts a connection or opens a client's FIFO, that call can fail";
 
@@ -113,7 +113,7 @@ impl Inodes {
         inodes
     }
 
-    /// Adds those of these descriptors.
+    /// Adds the inodes of these descriptors.
     pub fn add<'f>(&mut self, fds: impl Iterator<Item = &'f OwnedFd>) {
         self.0.extend(fds.filter_map(|fd| Some(fstat(fd).ok()?.st_ino)));
     }
@@ -123,18 +123,18 @@ impl Inodes {
 pub type Rescued = Vec<(PathBuf, UnixStream)>;
 
 impl Earlier {
-    /// Finds them. The guard of this process must not run yet.
+    /// Finds the guards. The guard of this process must not run yet.
     pub fn find() -> Self {
         let pids = launch::cgroup::of_guards().and_then(|cgroup| processes::processes(&cgroup));
         let mut pids = pids.unwrap_or_else(|error| {
             tracing::warn!(%error, "can't find the guards of earlier daemons: {error}");
             Vec::new()
         });
-        // Those that were started first come first, except when the numbers of processes begin again.
+        // Sorted by start, except after the pids have wrapped around.
         pids.sort_unstable();
         let mut guards: Vec<_> =
             pids.into_iter().filter_map(|pid| Some((pid, sys::pidfd_open(pid).ok()?))).collect();
-        // The first ones have what calls were waiting for. Later daemons ended during their recovery.
+        // The first guards have the descriptors that calls were waiting for. Later daemons ended during their recovery.
         let surplus = guards.split_off(guards.len().min(MAX_EARLIER));
         surplus.iter().for_each(|(_, guard)| end(guard));
         Self(guards)

@@ -1,4 +1,4 @@
-//! Looking at the machine: files, programs with a time limit, what systemctl says of units.
+//! Reads facts about the machine: files, the output of programs with a time limit, and systemctl's answers about units.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -15,7 +15,7 @@ use crate::sys;
 /// How long a program may take to answer.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// More than this is read of no file and of no program.
+/// The most that is read of a file or from a program, in bytes.
 const MOST_BYTES: u64 = 16 << 20;
 
 /// Why a fact is not known.
@@ -24,16 +24,16 @@ pub enum Unknown {
     /// There is no such file or program.
     #[error("{0} does not exist")]
     Absent(String),
-    /// This user may not look.
+    /// This user may not read it.
     #[error("{0} can't be read by this user")]
     Forbidden(String),
-    /// Something else went wrong.
+    /// Another error.
     #[error("{0}")]
     Failed(String),
 }
 
 impl Unknown {
-    /// What to do to know it.
+    /// What the user can do to find out.
     pub fn advice(&self) -> &'static str {
         match self {
             Self::Forbidden(_) => "run doctor as root",
@@ -58,7 +58,7 @@ impl Unknown {
 /// A fact, or why it is not known.
 pub type Known<T> = Result<T, Unknown>;
 
-/// The text of a file; bytes that are no text are replaced.
+/// The text of a file. Invalid bytes are replaced.
 pub fn file(path: impl AsRef<Path>) -> Known<String> {
     let path = path.as_ref();
     let bytes = files::read_regular(path, MOST_BYTES);
@@ -89,7 +89,7 @@ pub fn output(program: &str, arguments: &[&str]) -> Known<String> {
     let stdout = child.stdout.take().map(reader);
     let stderr = child.stderr.take().map(reader);
     if !ends(child.id()) {
-        // It may have ended since.
+        // It may have ended in the meantime.
         let _ = child.kill();
         let _ = child.wait();
         return Err(Unknown::Failed(format!("{program} does not answer within {} s", LIMIT.as_secs())));
@@ -130,7 +130,7 @@ fn ends(pid: u32) -> bool {
 /// Properties of a unit, by name.
 pub type Properties = BTreeMap<String, String>;
 
-/// Properties of all units that a pattern names; of those that are loaded, if it has a wildcard.
+/// Properties of all units that a pattern matches. A pattern with a wildcard only matches loaded units.
 pub fn show(pattern: &str, properties: &[&str]) -> Known<Vec<Properties>> {
     let wanted = format!("--property={}", properties.join(","));
     output("systemctl", &["show", "--all", &wanted, "--", pattern]).map(|text| parse_show(&text))

@@ -1,11 +1,11 @@
-//! Text of strangers that systemd writes to files and people see on terminals (pure).
+//! Text from clients and containers that systemd writes to files and that people read on terminals (pure).
 //!
-//! systemd writes the properties of a transient unit to the unit's file as they are, one to a line, and reads that
-//! file again at every daemon-reload. Text with a line break would add lines of its own, and a backslash at the end of
-//! a line takes the next line away.
+//! systemd writes the properties of a transient unit unchanged to the unit's file, one per line, and reads that file again at
+//! every daemon-reload. Text with a line break would add lines to the file, and a backslash at the end of a line would join
+//! the next line to it.
 
-/// A character that has no place in one line of text: control characters, the separators of lines and paragraphs, and
-/// what changes the direction of text or can't be seen.
+/// True for a character that must not be in a line of text: a control character, a separator of lines or paragraphs, an
+/// invisible character, or one that changes the direction of text.
 pub fn is_unfit(c: char) -> bool {
     c.is_control()
         || matches!(
@@ -20,7 +20,7 @@ pub fn is_unfit(c: char) -> bool {
         )
 }
 
-/// Why text can't be a line, or the end of one, in a unit's file; nothing if it can.
+/// Why text can't be a line of a unit's file, or the end of a line. `None` if it can.
 pub fn flaw(text: &str) -> Option<String> {
     if let Some(c) = text.chars().find(|c| is_unfit(*c)) {
         return Some(format!("it contains the character {c:?}, which a unit's file can't have"));
@@ -29,14 +29,14 @@ pub fn flaw(text: &str) -> Option<String> {
         .then(|| "it ends with a backslash, which would join two lines of the unit's file".to_owned())
 }
 
-/// Text made fit for a line, with at most `limit` characters.
+/// Text without the characters that must not be in a line, with at most `limit` characters.
 pub fn line(text: &str, limit: usize) -> String {
     let fit: String = text.chars().filter(|c| !is_unfit(*c)).take(limit).collect();
     fit.trim_end_matches('\\').to_owned()
 }
 
-/// Text made fit for a word of a list, as systemd reads lists from a unit's file: there a blank begins the next word,
-/// and quotes and backslashes have a meaning.
+/// As [`line`], for a word of a list in a unit's file: replaces blanks, which separate words, and quotes and backslashes, which
+/// have a meaning there.
 pub fn word(text: &str, limit: usize) -> String {
     let fit = |c: char| if c.is_whitespace() || ['"', '\'', '\\'].contains(&c) { '_' } else { c };
     line(text, limit).chars().map(fit).collect()

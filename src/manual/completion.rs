@@ -8,7 +8,7 @@ fn all(options: &[Opt]) -> impl Iterator<Item = &Opt> {
     options.iter().chain([&super::HELP])
 }
 
-/// For bash.
+/// The completion for bash.
 pub fn bash() -> String {
     let names: Vec<&str> = TOOLS.iter().map(|tool| tool.name).collect();
     let mut cases = String::new();
@@ -32,7 +32,7 @@ pub fn bash() -> String {
     )
 }
 
-/// For zsh.
+/// The completion for zsh.
 pub fn zsh() -> String {
     let mut text = format!("#compdef {NAME}\n# Written by `make manual`.\n\nlocal -a commands\ncommands=(\n");
     for tool in TOOLS {
@@ -65,7 +65,7 @@ pub fn zsh() -> String {
     text + "esac\n"
 }
 
-/// For fish.
+/// The completion for fish.
 pub fn fish() -> String {
     let mut text =
         format!("# fish completion for {NAME}, written by `make manual`.\ncomplete -c {NAME} -f\n");

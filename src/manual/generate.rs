@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::{NAME, TOOLS, completion, roff, sentence};
 
-/// docs/commands.md, of which the man page of section 1 is made.
+/// docs/commands.md, from which the man page of section 1 is made.
 fn commands() -> String {
     let mut text = "# Commands\n\n<!-- Written by `make manual` from src/manual/. -->\n".to_owned();
     text += "\ncontainerd and systemd run this program; nobody has to. These commands are for people.\n";
@@ -37,7 +37,7 @@ fn commands() -> String {
 fn doc(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(name);
     let text = fs::read_to_string(&path).expect("read a page of docs");
-    // A comment is for those who change the page.
+    // A comment is for developers who change the page.
     let without = |text: &str| match (text.find("<!--"), text.find("-->")) {
         (Some(start), Some(end)) => format!("{}{}", &text[..start], &text[end + 3..]),
         _ => text.to_owned(),
@@ -54,7 +54,7 @@ fn overview() -> String {
          `containerd-<namespace>-<id>.service`; an id of 64 hex digits is cut to its first 12.\n\n";
     let more = "\n## See also\n\ncontainerd-shim-systemd-v1(1), containerd-shim-systemd-v1(5), systemctl(1), journalctl(1), \
          systemd.resource-control(5)\n";
-    // Pages are sections of one page here.
+    // In the man page, the pages of docs/ are sections.
     let demote = |text: String| text.replace("\n## ", "\n### ").replacen("# ", "## ", 1);
     [
         usage.to_owned(),
@@ -71,7 +71,7 @@ fn options() -> String {
     ["# Options\n".to_owned(), demote(doc("options.md")), demote(doc("properties.md"))].join("\n")
 }
 
-/// Each file with what it has to contain.
+/// Each file with the text that it must contain.
 fn files() -> Vec<(String, String)> {
     let page = |section, summary, text: &str| {
         (format!("packaging/man/{NAME}.{section}"), roff::page(NAME, section, summary, text))

@@ -3,15 +3,15 @@
 /// A piece of a page.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Block {
-    /// Its level, and the text.
+    /// A heading: its level and its text.
     Heading(usize, String),
-    /// Lines joined.
+    /// A paragraph: its lines, joined.
     Paragraph(String),
-    /// Its mark, and the text.
+    /// An item of a list: its mark and its text.
     Item(String, String),
-    /// Lines as they are.
+    /// A block of code: its lines, unchanged.
     Code(Vec<String>),
-    /// The cells of a row below the head of a table.
+    /// A row below the head of a table: its cells.
     Row(Vec<String>),
 }
 
@@ -45,7 +45,7 @@ pub fn blocks(text: &str) -> Vec<Block> {
     blocks
 }
 
-/// The lines up to one that begins something else.
+/// The lines up to one that begins another block.
 fn joined<'a>(first: &str, lines: &mut std::iter::Peekable<impl Iterator<Item = &'a str>>) -> String {
     let mut text = first.trim().to_owned();
     let ends = |line: &str| {

@@ -1,4 +1,4 @@
-//! The commands for people: what they are called, their options and their texts.
+//! The commands for people: their names, options and texts.
 //!
 //! This is the one source of `--help`, of the parsing of arguments, of the man page, of docs/commands.md and of shell
 //! completion. The last three are files in the repository; a test says when they are out of date.
@@ -120,7 +120,7 @@ pub const INSPECT: Tool = Tool {
 /// All commands for people.
 pub const TOOLS: [&Tool; 3] = [&DOCTOR, &PS, &INSPECT];
 
-/// What was given to a command.
+/// The parsed arguments of a command.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Given {
     options: Vec<(&'static str, String)>,
@@ -129,7 +129,7 @@ pub struct Given {
 }
 
 impl Given {
-    /// The option was given.
+    /// True if the option was given.
     pub fn has(&self, long: &str) -> bool {
         self.options.iter().any(|(name, _)| *name == long)
     }

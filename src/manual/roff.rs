@@ -1,10 +1,10 @@
-//! Markdown as in docs/ to the source of a man page (man(7)).
+//! Converts Markdown as in docs/ to the source of a man page (man(7)).
 
 use std::fmt::Write;
 
 use super::markdown::{Block, blocks};
 
-/// A man page of Markdown text. Its first heading is left out: the title says the same.
+/// Makes a man page of Markdown text. Leaves out the first heading, which equals the title.
 pub fn page(name: &str, section: u8, summary: &str, text: &str) -> String {
     let mut page = format!(
         ".\\\" Written by `make manual`.\n.TH {} {section} \"\" \"{} {}\"\n.nh\n.ad l\n.SH NAME\n{} \\- {}\n",
@@ -39,7 +39,7 @@ pub fn page(name: &str, section: u8, summary: &str, text: &str) -> String {
     page
 }
 
-/// Text of which roff interprets nothing.
+/// Escapes text so that roff interprets no part of it.
 fn escaped(text: &str) -> String {
     text.replace('\\', "\\e")
         .replace('-', "\\-")
@@ -48,22 +48,22 @@ fn escaped(text: &str) -> String {
         .replace('…', "...")
 }
 
-/// A line that begins like a request is text.
+/// Escapes a line of text that begins like a request.
 fn guarded(line: &str) -> String {
     if line.starts_with('.') { format!("\\&{line}") } else { line.to_owned() }
 }
 
-/// An argument of a request.
+/// Quotes an argument of a request.
 fn quoted(text: &str) -> String {
     format!("\"{}\"", escaped(text).replace('"', "\\(dq"))
 }
 
-/// Without the marks of code, emphasis and links.
+/// Removes the marks of code, emphasis and links.
 fn plain(text: &str) -> String {
     text.replace("**", "").replace('`', "")
 }
 
-/// Code and emphasis in bold; of a link its text.
+/// Writes code and emphasis in bold, and the text of a link without its target.
 fn inline(text: &str) -> String {
     let mut line = String::new();
     let mut is_code = false;

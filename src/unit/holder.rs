@@ -70,7 +70,7 @@ impl Holder {
     /// # Errors
     /// The holder can't be read, or the process has no room for the descriptors (`EMFILE`).
     pub fn contents(&self) -> Result<Vec<(String, OwnedFd)>, Errno> {
-        // Each peek continues where the one before ended.
+        // Each peek continues where the previous peek ended.
         sys::count_peeked(&self.0)?;
         let mut found = Vec::new();
         loop {
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
     use std::io::Read;
 
-    /// The writing end is closed everywhere once the reading end is at its end.
+    /// The reading end is at its end once no process and no holder has the writing end open.
     fn pipe() -> (std::fs::File, OwnedFd) {
         let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         (reader.into(), writer)

@@ -291,7 +291,7 @@ fn lift<'a>(name: &str, value: &Variant<'a>) -> Option<(&'static str, Variant<'a
 
 /// Corrects the file that systemd has written for a transient unit with such a command. systemd 252 names the command
 /// `ExecStartEx=`, which it can't read when it reloads (257 names it `ExecStart=`; the versions between were not tried). Does
-/// nothing if the file needs no correction, or the unit is gone.
+/// nothing if the file needs no correction, or if the unit was unloaded.
 ///
 /// # Errors
 /// The file can't be replaced.

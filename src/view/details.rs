@@ -1,4 +1,4 @@
-//! All that is known of one task (pure).
+//! All information about one task (pure).
 
 use std::fmt::Write;
 
@@ -12,10 +12,10 @@ use crate::text;
 use super::Row;
 use super::table::{age, bytes, row_json};
 
-/// A value is cut here.
+/// The longest value, in characters.
 const MOST_CHARACTERS: usize = 400;
 
-/// For a person: sections of `name: value` lines.
+/// The information for a person: sections of `name: value` lines.
 pub fn details(row: &Row, unit: Option<&Properties>, record: Result<&Task, &str>) -> String {
     let mut page = Page::default();
     page.section("Task");
@@ -142,7 +142,7 @@ impl Page {
     }
 }
 
-/// For a program: the row, the unit's properties and the record as it is.
+/// The information for a program: the row, the unit's properties and the unchanged record.
 pub fn details_json(row: &Row, unit: Option<&Properties>, record: Result<&Task, &str>) -> Value {
     let record = match record {
         Ok(task) => serde_json::to_value(task).unwrap_or_default(),

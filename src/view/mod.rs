@@ -1,6 +1,6 @@
 //! Tasks as systemd and the records show them, for people: `ps`, `inspect` and the checks of `doctor`.
 //!
-//! What systemd knows, every user may see. The records, which only root can read, say more: the phase, and tasks
+//! Every user may read what systemd knows. Only root can read the records, which also have the phase, and tasks
 //! whose unit does not exist any more. Nothing here calls the daemon or containerd.
 
 mod details;
@@ -18,7 +18,7 @@ use crate::store::{Error, Store};
 use crate::task::Task;
 use crate::unit::name::PREFIX;
 
-/// The properties of a unit that are looked at.
+/// The properties of a unit that are read.
 const PROPERTIES: [&str; 17] = [
     "Id",
     "Description",
@@ -42,7 +42,7 @@ const PROPERTIES: [&str; 17] = [
 /// A record on disk: its path and its content.
 pub type Recorded = (PathBuf, Result<Task, String>);
 
-/// All that can be seen.
+/// All units and records that this user may read.
 #[derive(Debug)]
 pub struct Survey {
     /// The units of containers.
@@ -54,7 +54,7 @@ pub struct Survey {
 }
 
 impl Survey {
-    /// Looks at this machine.
+    /// Reads the units and records of this machine.
     pub fn collect() -> Self {
         let pattern = format!("{PREFIX}*.service");
         let units = probe::show(&pattern, &PROPERTIES).map(|mut units| {
@@ -91,7 +91,7 @@ fn now_usec() -> u64 {
     })
 }
 
-/// The unit of a container: neither of an exec nor of a logger, and made by this program.
+/// True for the unit of a container, but not of an exec or a logger, that this program has made.
 fn is_container(unit: &Properties) -> bool {
     field(unit, "CONTAINER_ID").is_some()
         && !property(unit, "Id").is_some_and(|name| name.contains(':') && is_of_process(name))
@@ -109,7 +109,7 @@ fn field<'a>(unit: &'a Properties, name: &str) -> Option<&'a str> {
     words.filter_map(|word| word.split_once('=')).find(|(field, _)| *field == name).map(|(_, value)| value)
 }
 
-/// A task, as far as it can be seen.
+/// What this user may know about a task.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Row {
     /// containerd's namespace.
@@ -130,9 +130,9 @@ pub struct Row {
     pub exit_status: Option<u32>,
     /// Its init process.
     pub pid: Option<u32>,
-    /// In bytes.
+    /// Its memory, in bytes.
     pub memory: Option<u64>,
-    /// Since its unit was started, in seconds.
+    /// The time since the start of its unit, in seconds.
     pub age_sec: Option<u64>,
 }
 

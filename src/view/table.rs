@@ -6,7 +6,7 @@ use crate::text;
 
 use super::Row;
 
-/// No cell is longer.
+/// The longest cell, in characters.
 const MOST_CHARACTERS: usize = 80;
 
 const HEADER: [&str; 9] = ["NAMESPACE", "ID", "UNIT", "POD", "IMAGE", "STATE", "PID", "MEMORY", "AGE"];
@@ -49,7 +49,7 @@ fn cells(row: &Row) -> [String; HEADER.len()] {
     })
 }
 
-/// As systemctl writes it: `1.5M`.
+/// A size as systemctl writes it: `1.5M`.
 pub(super) fn bytes(bytes: u64) -> String {
     let (mut value, mut unit) = (bytes, 'B');
     let mut tenths = 0;
@@ -63,7 +63,7 @@ pub(super) fn bytes(bytes: u64) -> String {
     if tenths > 0 && value < 100 { format!("{value}.{tenths}{unit}") } else { format!("{value}{unit}") }
 }
 
-/// The two largest parts: `3d4h`.
+/// A duration by its two largest parts: `3d4h`.
 pub(super) fn age(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {

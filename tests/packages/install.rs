@@ -1,4 +1,4 @@
-//! Installation, and what an administrator has set before.
+//! Installation of the package, also after an administrator has changed settings.
 
 use std::path::Path;
 
@@ -58,9 +58,9 @@ fn every_file_of_the_package_is_there() {
     }
     let verified = process::run("dpkg", &["--verify", NAME]);
     assert_eq!((verified.code, verified.text().as_str()), (Some(0), ""));
-    // systemd finds nothing to complain about in the units.
+    // systemd reports no problem in the units.
     let units = process::run("systemd-analyze", &["verify", "--man=no", DAEMON_SOCKET, DAEMON_SERVICE]);
-    // The daemon works without this setting, which systemd 254 was the first to know (docs/restarts.md).
+    // The daemon works without this setting, which systemd has since version 254 (docs/restarts.md).
     let unknown_before_254 = "Unknown key 'FileDescriptorStorePreserve'";
     let mut complaints = units.stderr.lines().filter(|line| line.contains(NAME));
     assert!(complaints.all(|line| line.contains(unknown_before_254)), "{}", units.stderr);
