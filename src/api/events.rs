@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::shim_async::EventsClient;
-use protobuf::MessageField;
+use protobuf::{Message, MessageField};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use ttrpc::asynchronous::Client;
+use ttrpc::proto::MESSAGE_LENGTH_MAX;
 use ttrpc::{Code, context};
 
 use crate::services::{Entry, Outgoing, Tasks};
@@ -22,6 +23,9 @@ use super::envelope;
 
 /// Time limit for containerd to accept an event; the same as in containerd-shim-runc-v2.
 const FORWARD_LIMIT: Duration = Duration::from_secs(5);
+
+/// The most bytes that an event can have: those of a ttrpc message, less the names and the metadata of the call.
+const LARGEST: u64 = MESSAGE_LENGTH_MAX as u64 - 1024;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -162,6 +166,9 @@ impl Link {
         let envelope =
             envelope::envelope(outgoing).map_err(|error| NotAccepted::Refused(error.to_string()))?;
         let request = ForwardRequest { envelope: MessageField::some(envelope), ..ForwardRequest::default() };
+        if request.compute_size() > LARGEST {
+            return Err(NotAccepted::Refused("it is too large for a message".to_owned()));
+        }
         let limit = i64::try_from(FORWARD_LIMIT.as_nanos()).unwrap_or(i64::MAX);
         let mut metadata = context::with_timeout(limit);
         metadata.add(NAMESPACE_KEY.to_owned(), outgoing.task.key.namespace.to_string());

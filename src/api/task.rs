@@ -150,7 +150,7 @@ impl MethodHandler for Suspected {
 /// Whether the request is replayed. The client does not know: the connection marks requests that an earlier daemon has
 /// read.
 pub(super) fn delivery(ctx: &TtrpcContext) -> Delivery {
-    if ctx.metadata.contains_key(REPLAYED) { Delivery::Replayed } else { Delivery::First }
+    if ctx.mh.flags & REPLAYED != 0 { Delivery::Replayed } else { Delivery::First }
 }
 
 /// Logs a failed call and returns the error for the client.

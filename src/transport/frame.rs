@@ -4,15 +4,16 @@
 //! PROTOCOL.md of containerd's ttrpc.
 
 use protobuf::Message;
-use ttrpc::proto::{
-    KeyValue, MESSAGE_HEADER_LENGTH, MESSAGE_LENGTH_MAX, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE,
-};
+use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_LENGTH_MAX, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE};
 
 /// The length of a header.
 pub const HEADER: usize = MESSAGE_HEADER_LENGTH;
 
-/// The metadata key of a request that an earlier daemon read. That daemon may have executed it, wholly or in part.
-pub const REPLAYED: &str = "containerd-shim-systemd-v1.replayed";
+/// The flag of a request that an earlier daemon read. That daemon may have executed it, wholly or in part. ttrpc does not use
+/// this bit.
+pub const REPLAYED: u8 = 0x80;
+/// The offset of the flags in a header.
+const FLAGS: usize = 9;
 
 /// The type of a journal entry for a frame that is too long: its length says how much of the frame's rest is missing. No
 /// peer sends this type. If one does, its frame is skipped, as ttrpc skips unknown types.
@@ -73,20 +74,18 @@ impl Frame {
         response.and_then(Result::ok).map(|response| response.status().message.clone()).unwrap_or_default()
     }
 
-    /// This request, marked as replayed.
-    pub fn replayed(self) -> Self {
-        let Some(Ok(mut request)) = self.bytes.get(HEADER..).map(ttrpc::Request::parse_from_bytes) else {
-            return self;
-        };
-        request.metadata.push(KeyValue { key: REPLAYED.to_owned(), ..KeyValue::default() });
-        let Ok(rest) = request.write_to_bytes() else {
-            return self;
-        };
-        let length = u32::try_from(rest.len()).unwrap_or(u32::MAX);
-        let mut bytes = length.to_be_bytes().to_vec();
-        bytes.extend_from_slice(&self.bytes[4..HEADER]);
-        bytes.extend(rest);
-        Self { bytes }
+    /// This frame, marked as replayed. The mark does not make it longer: it may have the largest size already.
+    pub fn replayed(mut self) -> Self {
+        if let Some(flags) = self.bytes.get_mut(FLAGS) {
+            *flags |= REPLAYED;
+        }
+        self
+    }
+
+    /// True if the frame has the mark of [`Self::replayed`].
+    #[cfg(any(test, fuzzing))]
+    pub fn is_replayed(&self) -> bool {
+        self.bytes.get(FLAGS).is_some_and(|flags| flags & REPLAYED != 0)
     }
 }
 
@@ -263,15 +262,11 @@ mod tests {
 
     #[test]
     fn a_replayed_request_says_so_and_is_the_same_otherwise() {
-        let request = ttrpc::Request { service: "s".to_owned(), payload: vec![1, 2], ..Default::default() };
-        let first = Frame { bytes: frame(7, 1, &request.write_to_bytes().unwrap()) };
-        let again = first.replayed();
+        let first = Frame { bytes: frame(7, 1, &vec![7; MESSAGE_LENGTH_MAX]) };
+        let again = first.clone().replayed();
         let mut assembler = Assembler::default();
-        assert_eq!(assembler.push(&again.bytes), [(0, again.clone())], "its length is right");
-        let found = ttrpc::Request::parse_from_bytes(&again.bytes[HEADER..]).unwrap();
-        assert_eq!((found.service, found.payload, again.stream()), (request.service, request.payload, 7));
-        assert_eq!(found.metadata[0].key, REPLAYED);
-        let nonsense = Frame { bytes: frame(9, 1, &[0xff; 8]) };
-        assert_eq!(nonsense.clone().replayed(), nonsense);
+        assert_eq!(assembler.push(&again.bytes), [(0, again.clone())], "it is not too long");
+        assert!(again.is_replayed() && !first.is_replayed() && again.stream() == 7);
+        assert_eq!(again.bytes[HEADER..], first.bytes[HEADER..]);
     }
 }

@@ -20,7 +20,7 @@ use crate::common::task::Io;
 use crate::common::wait;
 
 /// The type of a frame that is a request.
-const REQUEST: u8 = 1;
+pub const REQUEST: u8 = 1;
 
 /// Length, stream, type and flags.
 const HEAD: usize = 10;
@@ -59,21 +59,21 @@ fn many_connections_outlive_the_daemon() {
 const IDLE: usize = 64 + 4;
 
 /// A connection of which the test sees every byte.
-struct Raw(UnixStream);
+pub struct Raw(UnixStream);
 
 impl Raw {
-    fn new() -> Raw {
+    pub fn new() -> Raw {
         let stream = UnixStream::connect(shim::socket()).expect("connect");
         stream.set_read_timeout(Some(wait::LIMIT)).expect("set a limit");
         Raw(stream)
     }
 
-    fn send(&mut self, bytes: &[u8]) {
+    pub fn send(&mut self, bytes: &[u8]) {
         self.0.write_all(bytes).expect("send");
     }
 
     /// The next answer and its stream.
-    fn answer(&mut self) -> (u32, ttrpc::proto::Response) {
+    pub fn answer(&mut self) -> (u32, ttrpc::proto::Response) {
         let mut head = [0; HEAD];
         self.0.read_exact(&mut head).expect("the head of an answer");
         let number = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().expect("four bytes"));

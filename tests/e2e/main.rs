@@ -58,6 +58,7 @@ mod restart;
 mod rootfs;
 mod sandbox;
 mod service_drop_ins;
+mod sizes;
 mod stats;
 mod stdin;
 mod stdio;
