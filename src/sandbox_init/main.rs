@@ -48,26 +48,26 @@ global_asm!(".globl _start", "_start:", "mov x29, xzr", "bl {run}", "brk #1", ru
 #[cfg(target_arch = "riscv64")]
 global_asm!(".globl _start", "_start:", "call {run}", "ebreak", run = sym run);
 
-/// A system call with up to four arguments.
+/// A system call with up to four arguments. The fifth is 0: prctl(2) checks that arguments without a meaning are.
 fn call(number: usize, a: usize, b: usize, c: usize, d: usize) -> isize {
     let result: isize;
     // SAFETY: the callers pass what the kernel expects of the call, and memory that lives for as long as the call.
     #[cfg(target_arch = "x86_64")]
     unsafe {
         asm!("syscall", inlateout("rax") number as isize => result, in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d,
-            lateout("rcx") _, lateout("r11") _, options(nostack));
+            in("r8") 0usize, lateout("rcx") _, lateout("r11") _, options(nostack));
     }
     // SAFETY: as above.
     #[cfg(target_arch = "aarch64")]
     unsafe {
         asm!("svc 0", in("x8") number, inlateout("x0") a as isize => result, in("x1") b, in("x2") c, in("x3") d,
-            options(nostack));
+            in("x4") 0usize, options(nostack));
     }
     // SAFETY: as above.
     #[cfg(target_arch = "riscv64")]
     unsafe {
         asm!("ecall", in("a7") number, inlateout("a0") a as isize => result, in("a1") b, in("a2") c, in("a3") d,
-            options(nostack));
+            in("a4") 0usize, options(nostack));
     }
     result
 }

@@ -6,6 +6,7 @@ use prost_types::Any;
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{Node, unique};
 use crate::common::sandbox::{NOT_READY, READY, Sandbox};
+use crate::common::stdio::Scratch;
 use crate::common::{daemon, process, systemd, wait};
 
 /// The most that the first process of a sandbox may have in memory, in KiB.
@@ -39,6 +40,12 @@ fn a_sandbox_needs_no_image_and_leaves_nothing() {
     leaks::assert_none("a sandbox", &before);
 }
 
+/// The number of seccomp filters of a process. In a guest that is a container, every process has some.
+fn filters(pid: u32) -> u32 {
+    let filters = process::status(pid, "Seccomp_filters").expect("a number of filters");
+    filters.parse().expect("a number")
+}
+
 #[test]
 fn the_first_process_is_small_and_confined() {
     needs!(OurShim, Sandboxes);
@@ -47,7 +54,8 @@ fn the_first_process_is_small_and_confined() {
     let resident = process::status(pid, "VmRSS").expect("a resident size");
     let kib: u64 = resident.trim_end_matches(" kB").parse().expect("a number");
     assert!(kib <= MAX_RESIDENT, "{resident}");
-    wait::until_true("it has confined itself", || process::status(pid, "Seccomp").as_deref() == Some("2"));
+    wait::until_true("it has confined itself", || filters(pid) == filters(1) + 1);
+    assert_eq!(process::status(pid, "NoNewPrivs").as_deref(), Some("1"));
     assert_eq!(process::status(pid, "CapEff").as_deref(), Some("0000000000000000"));
     for kind in ["net", "ipc", "uts", "pid", "mnt"] {
         assert_ne!(process::namespace(pid, kind), process::namespace(1, kind), "{kind}");
@@ -63,7 +71,7 @@ fn sigterm_and_sigint_end_it_with_0_and_other_signals_do_not() {
         let (sandbox, pid) = Sandbox::run(&node, "signal");
         let waiter = sandbox.wait();
         // Signals that arrive before the process blocks them are lost, as for every first process.
-        wait::until_true("it takes signals", || process::status(pid, "Seccomp").as_deref() == Some("2"));
+        wait::until_true("it takes signals", || filters(pid) > filters(1));
         for ignored in [SIGHUP, SIGUSR1] {
             daemon::signal(pid, ignored);
         }
@@ -181,7 +189,20 @@ struct Security {
     namespaces: Option<Namespaces>,
     #[prost(message, optional, tag = "3")]
     run_as_user: Option<Number>,
+    #[prost(message, optional, tag = "9")]
+    seccomp: Option<Profile>,
 }
+
+#[derive(Clone, PartialEq, Message)]
+struct Profile {
+    #[prost(int32, tag = "1")]
+    kind: i32,
+    #[prost(string, tag = "2")]
+    path: String,
+}
+
+/// A profile in a file of the node.
+const LOCALHOST: i32 = 2;
 
 #[derive(Clone, PartialEq, Message)]
 struct Number {
@@ -234,6 +255,32 @@ fn a_pod_has_its_name_its_parameters_and_its_user() {
     assert_eq!(inside(&["cat", "/proc/sys/kernel/shm_rmid_forced"]), "1");
     assert_eq!(inside(&["cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start"]), "0");
     assert!(process::status(pid, "Uid").is_some_and(|ids| ids.starts_with("65535")));
+}
+
+#[test]
+fn a_pod_has_the_seccomp_profile_that_it_names() {
+    needs!(OurShim, Sandboxes);
+    let node = Node::shared();
+    let scratch = Scratch::new("profile");
+    let profile = r#"{"defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["swapon"], "action": "SCMP_ACT_ERRNO"}]}"#;
+    std::fs::write(scratch.join("profile.json"), profile).expect("write a profile");
+    // Its own filter, which it always has, and that of the profile.
+    for (path, more) in [(None, 1), (Some(scratch.text("profile.json")), 2)] {
+        let seccomp = path.map(|path| Profile { kind: LOCALHOST, path });
+        let security = Some(Security { seccomp, ..Default::default() });
+        let options = pod(|pod| pod.linux = Some(Linux { security, ..Default::default() }));
+        let sandbox = Sandbox::create_with(&node, "seccomp", options, None).expect("create a pod");
+        let pid = sandbox.start();
+        wait::until_true("it has its filters", || filters(pid) == filters(1) + more);
+        assert_eq!(process::status(pid, "Seccomp").as_deref(), Some("2"));
+    }
+    std::fs::write(scratch.join("profile.json"), "{").expect("write no profile");
+    let seccomp = Some(Profile { kind: LOCALHOST, path: scratch.text("profile.json") });
+    let security = Some(Security { seccomp, ..Default::default() });
+    let options = pod(|pod| pod.linux = Some(Linux { security, ..Default::default() }));
+    let refused = Sandbox::create_with(&node, "seccomp", options, None).err().expect("a refusal");
+    assert!(refused.message().contains("profile.json"), "{refused:?}");
 }
 
 #[test]
