@@ -48,7 +48,10 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::Resources(oci::resources::Error::NoController { .. })
         | Error::Unit(unit::error::Error::Dependency { .. })
         | Error::ResizeStopped => Code::FAILED_PRECONDITION,
-        Error::NotImplemented(_) | Error::Criu(oci::criu::Problem::Missing { .. }) => Code::UNIMPLEMENTED,
+        Error::NotImplemented(_)
+        | Error::Criu(oci::criu::Problem::Missing { .. } | oci::criu::Problem::NoSupport { .. }) => {
+            Code::UNIMPLEMENTED
+        }
         Error::JournalSocket { .. } | Error::Criu(_) => Code::FAILED_PRECONDITION,
         Error::Signal(_)
         | Error::Checkpoint(_)

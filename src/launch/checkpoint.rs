@@ -13,6 +13,7 @@ use crate::task::wiring::{Input, Output};
 
 use super::contract::{CHECKPOINT, CRIU_CONFIG, CheckpointNote, dump_work};
 use super::error::Error;
+use super::pipes;
 use super::process::Process;
 
 /// Returns only if it fails.
@@ -24,6 +25,7 @@ pub(super) fn run(process: &Process<'_>) -> Result<Infallible, Error> {
     let config = process.dir.join(CRIU_CONFIG);
     fs::write(&config, notes.dump_config()).map_err(failed("write", config.clone()))?;
     let work = dump_work(&request, &process.dir);
+    criu::make_dir(&work).map_err(failed("make", work.clone()))?;
     let mut command = process.cli().checkpoint(&request.arguments(&work));
     command.env(CONFIG_VARIABLE, config);
     let binary = process.task.runtime.binary.clone();
@@ -50,7 +52,8 @@ fn streams(process: &Process<'_>) -> Result<Vec<(u8, String)>, Error> {
     };
     let input = match &wiring.stdin {
         Input::Fifo(path) => Some(path.clone()),
-        Input::Null => None,
+        // A container that was restored has a FIFO without a writer in the place of /dev/null.
+        Input::Null => process.task.request.checkpoint.as_ref().and_then(|_| own(Some(pipes::NO_INPUT))),
     };
     let paths = [
         input,

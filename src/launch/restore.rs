@@ -30,8 +30,11 @@ pub(super) fn run(process: &Process<'_>, images: &Path) -> Result<Infallible, Er
     let config = process.dir.join(CRIU_CONFIG);
     fs::write(&config, notes.restore_config()).map_err(failed("write", config.clone()))?;
     let (runtime, bundle) = (&process.task.runtime, &process.task.request.bundle);
-    let arguments = notes.request.restore_arguments(images, &restore_work(runtime, &process.dir));
+    let work = restore_work(runtime, &process.dir);
+    criu::make_dir(&work).map_err(failed("make", work.clone()))?;
+    let arguments = notes.request.restore_arguments(images, &work);
     let streams = Streams::open(process)?;
+    let _input = streams.input_writer()?;
     process.with_runtime(|program| {
         let pid_file = process.dir.join(PID_FILE);
         let console = process.console.as_deref();

@@ -1,9 +1,12 @@
 //! The standard streams of the launched process.
 
 use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::{Gid, Uid, fchown};
 
 use crate::config;
@@ -58,6 +61,20 @@ impl Streams {
         // to set (the one it has), the standard library does not use posix_spawn(3).
         command.gid(0);
         Ok(())
+    }
+
+    /// A writer of the input, which the OCI runtime inherits and holds until the restore is over. criu opens the input of a
+    /// container of containerd-shim-runc-v2 a second time, and waits in open(2) for a writer: for ever if there is no input,
+    /// or if the client has closed it. `None` if the input is no FIFO.
+    pub(super) fn input_writer(&self) -> Result<Option<File>, Error> {
+        let [Stream::File(input), ..] = &self.0 else { return Ok(None) };
+        let path = PathBuf::from(format!("/proc/self/fd/{}", input.as_raw_fd()));
+        if fifo::kind(&path) != Kind::Fifo {
+            return Ok(None);
+        }
+        let writer = fifo::open_both(&path)?;
+        fcntl(&writer, FcntlArg::F_SETFD(FdFlag::empty())).map_err(system("let a stream be inherited"))?;
+        Ok(Some(writer))
     }
 
     fn to_stdio(&self) -> Result<[Stdio; 3], Error> {

@@ -10,7 +10,7 @@ use std::ffi::OsString;
 use std::fmt::Write;
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
@@ -143,12 +143,12 @@ impl Checkpoint {
             (self.terminal, "--shell-job"),
             (self.file_locks, "--file-locks"),
         ];
-        let mut arguments: Vec<OsString> =
-            flags.iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag.into()).collect();
-        for namespace in &self.empty_namespaces {
-            arguments.extend(["--empty-ns".into(), namespace.into()]);
-        }
-        arguments
+        flags.iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag.into()).collect()
+    }
+
+    /// The lines of a configuration that a checkpoint and its restore need both. crun has no option for empty namespaces.
+    fn shared_config(&self) -> &'static str {
+        if self.empty_namespaces.is_empty() { "" } else { "empty-ns net\n" }
     }
 }
 
@@ -180,12 +180,39 @@ pub enum Problem {
         /// Its version.
         version: String,
     },
+    /// The OCI runtime has no support for criu.
+    #[error("the OCI runtime takes no checkpoints: {reason}")]
+    NoSupport {
+        /// The error of the OCI runtime.
+        reason: String,
+    },
+    /// The OCI runtime does not find the library of criu.
+    #[error("the OCI runtime can't use criu: {reason}; install the library")]
+    NoLibrary {
+        /// The error of the OCI runtime.
+        reason: String,
+    },
     /// criu does not work on this machine.
     #[error("criu can't be used on this machine (criu check): {reason}")]
     Unusable {
         /// The error of criu.
         reason: String,
     },
+}
+
+impl Problem {
+    /// The problem that a failure of the OCI runtime stands for. crun loads the library of criu before it does anything
+    /// else, and not every build of it can. `None` for any other failure.
+    pub fn of_runtime(reason: &str) -> Option<Self> {
+        let short = || reason.chars().take(400).collect();
+        if reason.contains("could not load `libcriu") {
+            Some(Self::NoLibrary { reason: short() })
+        } else if reason.to_lowercase().contains("compiled without criu support") {
+            Some(Self::NoSupport { reason: short() })
+        } else {
+            None
+        }
+    }
 }
 
 fn oldest() -> String {
@@ -241,18 +268,14 @@ impl Notes {
     /// # Errors
     /// The directory can't be made, or the file can't be written.
     pub fn write(&self, images: &Path) -> io::Result<()> {
-        use std::os::unix::fs::DirBuilderExt;
-        match fs::DirBuilder::new().mode(0o700).create(images) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        }
+        make_dir(images)?;
         let new = images.join(format!(".{NOTES}.new"));
         files::replace(&images.join(NOTES), &new, 0o600, &serde_json::to_vec(self)?)
     }
 
     /// The configuration for a dump.
     pub fn dump_config(&self) -> String {
-        let mut text = String::new();
+        let mut text = self.request.shared_config().to_owned();
         for (_, name) in &self.streams {
             // Writing to a string does not fail.
             let _ = writeln!(text, "external {name}");
@@ -262,7 +285,7 @@ impl Notes {
 
     /// The configuration for a restore. The streams of the new container have the numbers of the old ones.
     pub fn restore_config(&self) -> String {
-        let mut text = String::new();
+        let mut text = self.request.shared_config().to_owned();
         for (number, name) in &self.streams {
             let _ = writeln!(text, "inherit-fd fd[{number}]:{name}");
         }
@@ -271,6 +294,17 @@ impl Notes {
             text.push_str("skip-file-rwx-check\n");
         }
         text
+    }
+}
+
+/// Makes a directory of criu, for root only, if it does not exist. runc makes it itself, crun does not.
+///
+/// # Errors
+/// The directory can't be made, for example because its parent does not exist.
+pub fn make_dir(dir: &Path) -> io::Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
     }
 }
 
@@ -388,8 +422,30 @@ mod tests {
         assert_eq!(
             words(most.check().unwrap().arguments(Path::new("/w"))),
             "--image-path /c --work-path /w --tcp-established --ext-unix-sk --shell-job \
-             --file-locks --empty-ns network --manage-cgroups-mode strict"
+             --file-locks --manage-cgroups-mode strict"
         );
+    }
+
+    #[test]
+    fn an_empty_namespace_is_in_the_configuration_because_crun_has_no_option_for_it() {
+        let request = Checkpoint { empty_namespaces: vec!["network".to_owned()], ..request() };
+        let notes = Notes { request, ..Notes::default() };
+        assert_eq!(
+            (notes.dump_config().as_str(), notes.restore_config().as_str()),
+            ("empty-ns net\n", "empty-ns net\n")
+        );
+    }
+
+    #[test]
+    fn an_oci_runtime_that_cannot_use_criu_is_told_from_other_failures() {
+        let problem = Problem::of_runtime("could not load `libcriu.so.2`").unwrap();
+        assert!(matches!(problem, Problem::NoLibrary { .. }), "{problem}");
+        for reason in
+            ["Compiled without CRIU support. Checkpointing not available.", "compiled without CRIU support"]
+        {
+            assert!(matches!(Problem::of_runtime(reason), Some(Problem::NoSupport { .. })), "{reason}");
+        }
+        assert_eq!(Problem::of_runtime("criu failed: type NOTIFY errno 0"), None);
     }
 
     #[test]

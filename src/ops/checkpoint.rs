@@ -101,7 +101,12 @@ impl Shim {
         let command = self.launcher.command(kind, &entry.init.key);
         let (cli, given_up) = (Cli::of(task, dir), entry.init.live().given_up.clone());
         tokio::select! {
-            done = self.oci.launch(&cli, kind.word(), task.runtime.create_limit(), &command) => Ok(done?),
+            done = self.oci.launch(&cli, kind.word(), task.runtime.create_limit(), &command) => {
+                done.map_err(|error| match Problem::of_runtime(&error.to_string()) {
+                    Some(problem) => Error::Criu(problem),
+                    None => error.into(),
+                })
+            }
             () = given_up.cancelled() => Err(Error::GivenUp { process: entry.init.key.clone() }),
         }
     }

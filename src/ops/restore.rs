@@ -83,6 +83,10 @@ impl Shim {
                 self.cgroups.note_freezer(entry);
                 return Ok(pid);
             }
+            Err(Error::Launch(reason)) => match criu::Problem::of_runtime(&reason) {
+                Some(problem) => Error::Criu(problem),
+                None => Error::Launch(reason),
+            },
             Err(error) => error,
         };
         let task = entry.task().clone();

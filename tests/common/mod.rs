@@ -9,6 +9,7 @@ pub mod audit;
 pub mod bpf;
 pub mod bulk;
 pub mod cgroup;
+pub mod checkpoint;
 pub mod command_line;
 pub mod container;
 pub mod counts;

@@ -6,71 +6,19 @@ use std::process::Command;
 
 use containerd_client::tonic::Code;
 use containerd_client::types::v1::Status;
-use containerd_shim_protos::api::CheckpointTaskRequest;
-use containerd_shim_protos::shim::oci::CheckpointOptions;
-use prost_types::Any;
-use protobuf::Message;
 
-use crate::common::container::Container;
-use crate::common::leaks::{self, Traces};
+use crate::common::checkpoint::{COUNTING, last, options, take};
 use crate::common::node::{Node, number};
-use crate::common::shim::{self, Refusal, Shim, WithFaults};
+use crate::common::shim::{self, Shim, WithFaults};
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
 use crate::common::task::{Io, SIGKILL, SIGTERM, assert_refused};
 use crate::common::{cgroup, daemon, process, systemd, wait};
 use crate::crash_points::REQUEST;
 
-/// Counts, and exits with the count on a signal.
-const COUNTING: &str = "i=0; trap 'exit 7' TERM; while :; do i=$((i+1)); echo $i; sleep 0.1; done";
-
-const OCI_OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
-
 /// True for the points of a checkpoint or of a restore.
 pub fn is_point(point: &str) -> bool {
     ["checkpoint.", "create-checkpoint.", "restore."].iter().any(|call| point.starts_with(call))
-}
-
-fn options(change: impl FnOnce(&mut CheckpointOptions)) -> Any {
-    let mut options = CheckpointOptions::new();
-    change(&mut options);
-    Any { type_url: OCI_OPTIONS.to_string(), value: options.write_to_bytes().expect("encode") }
-}
-
-/// The number in the last line of the output.
-fn last(output: &[u8]) -> u32 {
-    let text = String::from_utf8_lossy(output);
-    let last = text.lines().rfind(|line| !line.is_empty()).unwrap_or_default().trim().to_string();
-    last.parse().unwrap_or_else(|_| panic!("{text:?} ends in a number"))
-}
-
-/// containerd unpacks the images of a checkpoint for a restore, and leaves them.
-fn remove_unpacked_checkpoints() {
-    for entry in fs::read_dir("/tmp").expect("/tmp").flatten() {
-        if entry.file_name().to_string_lossy().starts_with("ctrd-checkpoint") {
-            fs::remove_dir_all(entry.path()).expect("remove images");
-        }
-    }
-}
-
-/// A checkpoint by the shim itself: containerd keeps the images to itself, and has no image path for this runtime.
-fn take(
-    shim: &Shim<'_>,
-    container: &Container,
-    images: &str,
-    change: impl FnOnce(&mut CheckpointOptions),
-) -> Result<(), Refusal> {
-    let options = options(change);
-    let mut request = CheckpointTaskRequest::new();
-    request.id.clone_from(&container.id);
-    request.path = images.to_string();
-    request.options = Some(protobuf::well_known_types::any::Any {
-        type_url: options.type_url,
-        value: options.value,
-        ..Default::default()
-    })
-    .into();
-    shim.call(async |client, context| client.checkpoint(context, &request).await).map(drop)
 }
 
 #[test]
@@ -122,47 +70,6 @@ fn a_task_continues_after_its_checkpoint_and_is_restored_twice() {
     );
     original.kill(SIGKILL).expect("kill");
     assert_eq!(events.names_up_to(&original, "exit"), ["create", "start", "paused", "resumed", "exit"]);
-}
-
-#[test]
-fn a_checkpoint_with_exit_ends_the_task_and_leaves_nothing() {
-    needs!(OurShim, Criu);
-    let node = Node::exclusive();
-    let events = node.subscribe();
-    drop(node.container("warm", Spec::sleeping()).started(&Io::default()));
-    let before = Traces::take();
-    let scratch = Scratch::new("images");
-    let fifos = Fifos::new("terminal");
-    let mut stdout = fifos.stdout();
-    let original = node.container("exit", Spec::sh(COUNTING).terminal()).started(&fifos.terminal());
-    stdout.until(|bytes| bytes.ends_with(b"3\r\n"));
-    let waiting = original.waiting();
-    let images = original
-        .checkpoint(options(|options| {
-            options.exit = true;
-            options.terminal = true;
-            options.open_tcp = true;
-            options.work_path = scratch.text("work");
-        }))
-        .expect("checkpoint");
-    assert_eq!(waiting.exit().expect("wait").status, 137);
-    assert_eq!(events.names_up_to(&original, "exit"), ["create", "start", "exit"]);
-    assert!(scratch.join("work/dump.log").exists(), "a work directory of the client is kept");
-    original.delete().expect("delete");
-
-    let fifos = Fifos::new("restored");
-    let mut stdout = fifos.stdout();
-    let copy = node.container("copy", Spec::sh(COUNTING).terminal()).make();
-    copy.create_from(&images, &fifos.terminal()).expect("create");
-    copy.start().expect("restore");
-    let seen = last(&stdout.until(|bytes| bytes.ends_with(b"\n")));
-    assert!((3..60).contains(&seen), "{seen}");
-    copy.kill(SIGTERM).expect("kill");
-    assert_eq!(copy.exit_status(), 7);
-    copy.delete().expect("delete");
-    drop((copy, original, fifos, stdout, scratch));
-    remove_unpacked_checkpoints();
-    leaks::assert_none("a checkpoint and its restore", &before);
 }
 
 #[test]

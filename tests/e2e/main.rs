@@ -14,6 +14,8 @@ mod bad_exec;
 mod bad_input;
 mod bus;
 mod checkpoint;
+mod checkpoint_options;
+mod checkpoint_streams;
 mod containerds;
 mod contract;
 mod counts;

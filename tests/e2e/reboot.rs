@@ -3,10 +3,14 @@
 
 use std::fs;
 
+use containerd_client::types::v1::Status;
+
+use crate::common::checkpoint::{self, COUNTING};
 use crate::common::node::{NAMESPACE, Node};
 use crate::common::spec::Spec;
+use crate::common::stdio::Scratch;
 use crate::common::systemd;
-use crate::common::task::Io;
+use crate::common::task::{Io, Process, SIGTERM};
 use crate::common::{process, wait};
 
 /// Outlives the reboot.
@@ -68,4 +72,46 @@ fn after_the_reboot_containers_were_stopped_cleanly_and_left_nothing() {
         assert_eq!(container.exit_status(), 6);
     }
     fs::remove_dir_all(NOTES).expect("remove the notes");
+}
+
+/// A checkpoint that outlives the reboot as an image of containerd.
+const CHECKPOINT: &str = "docker.io/testbed/reboot-checkpoint:latest";
+
+#[test]
+fn before_the_reboot_a_checkpoint_is_taken() {
+    needs!(OurShim, Reboot, Criu);
+    let node = Node::exclusive();
+    let scratch = Scratch::new("reboot");
+    let uri = format!("file://{}", scratch.text("out"));
+    let io = Io { stdout: uri.clone(), stderr: uri, ..Io::default() };
+    let container = node.container("reboot-checkpoint", Spec::sh(COUNTING)).started(&io);
+    wait::until_true("it counts", || scratch.read("out").contains("\n3\n"));
+    let checkpoint = ["containers", "checkpoint", "--task", "--image", "--rw", &container.id, CHECKPOINT];
+    process::succeed("ctr", &checkpoint);
+    process::succeed("sync", &[]);
+}
+
+#[test]
+fn after_the_reboot_the_checkpoint_is_restored() {
+    needs!(OurShim, Reboot, Criu);
+    let node = Node::exclusive();
+    let id = "reboot-restored";
+    // ctr returns when the task runs. Its output then goes to the journal.
+    process::succeed("ctr", &["containers", "restore", "--live", "--rw", id, CHECKPOINT]);
+    let (namespace, exec) = (NAMESPACE.to_string(), String::new());
+    let task = Process { node: &node, namespace, container: id.to_string(), exec };
+    assert_eq!(task.phase(), Status::Running);
+    assert_eq!(systemd::main_pid(&format!("containerd-{NAMESPACE}-{id}.service")), task.pid());
+    let of_task = format!("CONTAINER_ID={id}");
+    let first = wait::until("it counts", || {
+        let messages = systemd::messages(&[&of_task]);
+        messages.iter().find_map(|line| line.trim_start_matches('e').parse::<u32>().ok())
+    });
+    assert!(first >= 3, "it continues the count: {first}");
+    task.kill(SIGTERM).expect("kill");
+    assert_eq!(task.exit_status(), 7);
+    task.delete().expect("delete");
+    process::succeed("ctr", &["containers", "rm", id]);
+    process::succeed("ctr", &["images", "rm", CHECKPOINT]);
+    checkpoint::remove_unpacked();
 }

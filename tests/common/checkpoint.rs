@@ -1,0 +1,61 @@
+//! Checkpoints of tests: a container whose state shows in its output, and the options of a checkpoint.
+
+use std::fs;
+
+use containerd_shim_protos::api::CheckpointTaskRequest;
+use containerd_shim_protos::shim::oci::CheckpointOptions;
+use prost_types::Any;
+use protobuf::Message;
+
+use super::container::Container;
+use super::shim::{Refusal, Shim};
+
+/// Counts on both streams, and exits with 7 on SIGTERM.
+pub const COUNTING: &str =
+    "i=0; trap 'exit 7' TERM; while :; do i=$((i+1)); echo $i; echo e$i >&2; sleep 0.1; done";
+
+const OCI_OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
+
+/// Options of a checkpoint, as clients send them.
+pub fn options(change: impl FnOnce(&mut CheckpointOptions)) -> Any {
+    let mut options = CheckpointOptions::new();
+    change(&mut options);
+    Any { type_url: OCI_OPTIONS.to_string(), value: options.write_to_bytes().expect("encode") }
+}
+
+/// The number in the last line of the output that is complete.
+pub fn last(output: &[u8]) -> u32 {
+    let text = String::from_utf8_lossy(output);
+    let last = text.lines().rfind(|line| !line.is_empty()).unwrap_or_default();
+    let number = last.trim().trim_start_matches('e').to_string();
+    number.parse().unwrap_or_else(|_| panic!("{text:?} ends in a number"))
+}
+
+/// containerd unpacks the images of a checkpoint for a restore, and leaves them.
+pub fn remove_unpacked() {
+    for entry in fs::read_dir("/tmp").expect("/tmp").flatten() {
+        if entry.file_name().to_string_lossy().starts_with("ctrd-checkpoint") {
+            fs::remove_dir_all(entry.path()).expect("remove images");
+        }
+    }
+}
+
+/// A checkpoint by the shim itself: containerd keeps the images to itself, and has no image path for this runtime.
+pub fn take(
+    shim: &Shim<'_>,
+    container: &Container,
+    images: &str,
+    change: impl FnOnce(&mut CheckpointOptions),
+) -> Result<(), Refusal> {
+    let options = options(change);
+    let mut request = CheckpointTaskRequest::new();
+    request.id.clone_from(&container.id);
+    request.path = images.to_string();
+    request.options = Some(protobuf::well_known_types::any::Any {
+        type_url: options.type_url,
+        value: options.value,
+        ..Default::default()
+    })
+    .into();
+    shim.call(async |client, context| client.checkpoint(context, &request).await).map(drop)
+}
