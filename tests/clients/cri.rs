@@ -386,12 +386,18 @@ pub fn may_crash_containerd() -> bool {
 /// Whether pods can have a user namespace: containerd 2 makes their networks in it, and its overlay snapshotter has layers with
 /// mapped ids.
 pub fn has_user_namespaces() -> bool {
+    is_containerd_2("cri_pods", "this containerd makes no user namespaces for pods")
+}
+
+/// Whether containerd is version 2. If not, notes that the calling test is skipped.
+pub fn is_containerd_2(test: &str, reason: &str) -> bool {
     let version = process::succeed("containerd", &["--version"]);
-    let has = version.split_whitespace().any(|word| word.trim_start_matches('v').starts_with("2."));
-    if !has {
-        needs::skip("cri_pods", "this containerd makes no user namespaces for pods");
+    let version = version.split_whitespace().nth(2).unwrap_or_default();
+    let is_2 = version.trim_start_matches('v').starts_with("2.");
+    if !is_2 {
+        needs::skip(test, reason);
     }
-    has
+    is_2
 }
 
 /// A plugin that makes no network, for suites without CNI's. A pod has an address, at which nobody answers.

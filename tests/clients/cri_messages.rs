@@ -36,6 +36,7 @@ calls! {
     ExecSyncRequest => ExecSyncResponse, "RuntimeService/ExecSync";
     ExecRequest => UrlResponse, "RuntimeService/Exec";
     AttachRequest => UrlResponse, "RuntimeService/Attach";
+    CheckpointContainerRequest => Empty, "RuntimeService/CheckpointContainer";
     ContainerStatsRequest => ContainerStatsResponse, "RuntimeService/ContainerStats";
 }
 
@@ -372,6 +373,16 @@ pub struct UpdateContainerResourcesRequest {
     pub container_id: String,
     #[prost(message, optional, tag = "2")]
     pub linux: Option<LinuxContainerResources>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct CheckpointContainerRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub location: String,
+    #[prost(int64, tag = "3")]
+    pub timeout: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]

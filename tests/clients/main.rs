@@ -10,6 +10,7 @@ mod common;
 
 mod channels;
 mod cri;
+mod cri_checkpoint;
 mod cri_cost;
 mod cri_exec;
 mod cri_killed;

@@ -117,7 +117,14 @@ impl Node {
             let publish = PublishRequest { topic: topic.clone(), event: Some(Any::default()) };
             let published = self.call(EventsClient::new(self.channel()).publish(request(NAMESPACE, publish)));
             match published {
-                Ok(()) => envelopes.recv_timeout(Duration::from_millis(50)).ok().map(|_| Ok(())),
+                Ok(()) => match envelopes.recv_timeout(Duration::from_millis(50)) {
+                    Ok(_) => Some(Ok(())),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    // containerd has ended, and the next one knows nothing of this subscription.
+                    Err(RecvTimeoutError::Disconnected) => {
+                        Some(Err(Status::unavailable("the subscription has ended")))
+                    }
+                },
                 Err(error) => Some(Err(error)),
             }
         })?;
