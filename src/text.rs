@@ -35,7 +35,7 @@ pub fn line(text: &str, limit: usize) -> String {
     fit.trim_end_matches('\\').to_owned()
 }
 
-/// As [`line`], for a word of a list in a unit's file: replaces blanks, which separate words, and quotes and backslashes, which
+/// As [`line()`], for a word of a list in a unit's file: replaces blanks, which separate words, and quotes and backslashes, which
 /// have a meaning there.
 pub fn word(text: &str, limit: usize) -> String {
     let fit = |c: char| if c.is_whitespace() || ['"', '\'', '\\'].contains(&c) { '_' } else { c };
