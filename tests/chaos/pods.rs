@@ -1,5 +1,6 @@
 //! Lives of sandboxes of pods, each with a container in its network.
 
+use containerd_client::services::v1::sandbox::ControllerStatusResponse;
 use containerd_client::tonic::{Code, Status};
 use nix::sys::signal::Signal;
 
@@ -54,8 +55,11 @@ impl Client<'_> {
         if self.once("create a sandbox", || sandbox.try_create(None, None))?.is_some() {
             return Ok(());
         }
-        // containerd has not acknowledged it: it may know it or not.
-        let status = self.persist("status of a sandbox", || sandbox.try_status())?;
+        // containerd has not acknowledged it: it may know it or not, and so may the shim.
+        let status = self.persist("status of a sandbox", || match sandbox.try_status() {
+            Err(status) if status.code() == Code::NotFound => Ok(ControllerStatusResponse::default()),
+            status => status,
+        })?;
         if status.state.is_empty() { Err(End::Unknown) } else { Ok(()) }
     }
 
