@@ -5,8 +5,10 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path};
+use std::sync::mpsc;
+use std::time::Duration;
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{Flock, FlockArg, OFlag};
 
 /// True for an absolute path without `..`.
 pub fn is_plain(path: &Path) -> bool {
@@ -50,6 +52,32 @@ pub fn replace(path: &Path, new: &Path, mode: u32, bytes: &[u8]) -> io::Result<(
     fs::rename(new, path)
 }
 
+/// Only the owner may open it.
+const PRIVATE: u32 = 0o600;
+
+/// Takes the lock of a file that only its owner can open, and makes the file if it does not exist. `None` if another process
+/// holds the lock for all of `limit`; a thread goes on waiting then, and gives the lock back.
+///
+/// # Errors
+/// The file can't be opened or locked.
+pub fn lock(path: &Path, limit: Duration) -> io::Result<Option<Flock<File>>> {
+    let mut options = File::options();
+    // Who can open a file can lock it, also if that is for reading only.
+    let file = options.write(true).create(true).truncate(false).mode(PRIVATE).open(path)?;
+    // An earlier version made the file readable for everybody.
+    file.set_permissions(fs::Permissions::from_mode(PRIVATE))?;
+    let (done, locked) = mpsc::channel();
+    let wait = move || {
+        // Fails after the time limit.
+        let _ = done.send(Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno));
+    };
+    std::thread::Builder::new().spawn(wait)?;
+    match locked.recv_timeout(limit) {
+        Ok(locked) => Ok(Some(locked?)),
+        Err(_) => Ok(None),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -70,6 +98,33 @@ mod tests {
         for no_file in [path("fifo").as_path(), dir.path(), Path::new("/dev/zero")] {
             assert_eq!(kind(no_file, 5), io::ErrorKind::InvalidInput, "{}", no_file.display());
         }
+    }
+
+    #[test]
+    fn a_lock_that_somebody_holds_is_waited_for_with_a_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        // Any user could open it for reading.
+        let holder = Flock::lock(File::open(&path).unwrap(), FlockArg::LockExclusive).unwrap();
+        assert!(lock(&path, Duration::from_millis(20)).unwrap().is_none());
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, PRIVATE);
+        drop(holder);
+        let held = lock(&path, Duration::from_secs(60)).unwrap();
+        assert!(held.is_some());
+        let other = File::open(&path).unwrap();
+        assert!(Flock::lock(other, FlockArg::LockExclusiveNonblock).is_err(), "it is held");
+    }
+
+    #[test]
+    fn no_other_user_can_open_a_file_before_it_is_complete() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, new) = (dir.path().join("file"), dir.path().join("new"));
+        // The file stays in the state in which it is when its mode can't be set any more: nothing can be renamed to a directory.
+        fs::create_dir_all(path.join("in the way")).unwrap();
+        replace(&path, &new, 0o600, b"secret").unwrap_err();
+        assert_eq!(fs::metadata(&new).unwrap().permissions().mode() & 0o7777, 0o600);
     }
 
     #[test]

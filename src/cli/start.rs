@@ -4,13 +4,9 @@
 //! written to the bundle, and the address is printed.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions, Permissions};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 
-use nix::fcntl::{Flock, FlockArg};
 use protobuf::Message;
 
 use crate::api::messages::{BootstrapParams, BootstrapResult};
@@ -22,7 +18,7 @@ use crate::transport::sockets::{Leases, Socket};
 use crate::unit::manager::Manager;
 use crate::unit::properties;
 use crate::unit::{self, name, service_d, watch};
-use crate::{cgroup, config};
+use crate::{cgroup, config, files};
 
 use super::arguments::Flags;
 use super::{Failure, block_on, key_of, print, read_stdin};
@@ -190,7 +186,10 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     if listens() {
         return Ok(());
     }
-    let _lock = lock()?;
+    // Without the lock after a time limit: two processes that start the units at the same time do no harm, but one that waits
+    // for ever starts no container.
+    let _lock = files::lock(Path::new(config::START_LOCK), config::START_LIMIT)
+        .map_err(|error| Failure(format!("can't lock {}: {error}", config::START_LOCK)))?;
     if listens() {
         return Ok(());
     }
@@ -216,31 +215,6 @@ fn shield_daemon() {
         });
     }
 }
-
-/// Takes the lock for starting the units. `None` after a time limit: two processes that start them at the same time do no
-/// harm, but one that waits without end starts no container.
-fn lock() -> Result<Option<Flock<File>>, Failure> {
-    let failed =
-        |error: &dyn std::fmt::Display| Failure(format!("can't lock {}: {error}", config::START_LOCK));
-    let mut options = OpenOptions::new();
-    let file = options.write(true).create(true).truncate(false).mode(PRIVATE).open(config::START_LOCK);
-    let file = file.map_err(|error| failed(&error))?;
-    // An earlier version made the file readable, and every user that can open it can lock it.
-    file.set_permissions(Permissions::from_mode(PRIVATE)).map_err(|error| failed(&error))?;
-    let (done, locked) = mpsc::channel();
-    let wait = move || {
-        // Fails after the time limit.
-        let _ = done.send(Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno));
-    };
-    std::thread::Builder::new().spawn(wait).map_err(|error| failed(&error))?;
-    match locked.recv_timeout(config::START_LIMIT) {
-        Ok(locked) => locked.map(Some).map_err(|errno| failed(&errno)),
-        Err(_) => Ok(None),
-    }
-}
-
-/// Only the owner may open it.
-const PRIVATE: u32 = 0o600;
 
 async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
     let manager = std::sync::Arc::new(Manager::default());

@@ -15,10 +15,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg};
-
-use crate::config;
 use crate::id::{Namespace, Owner};
+use crate::{config, files};
 
 /// The number of sockets to lease: one for each namespace of an older containerd, one for each newer containerd other than
 /// the default one.
@@ -76,12 +74,13 @@ struct Leased {
 #[derive(Clone, Debug)]
 pub struct Leases {
     state: PathBuf,
+    lock_limit: Duration,
 }
 
 impl Leases {
     /// The leases below the directory of all records.
     pub fn new(state: impl Into<PathBuf>) -> Self {
-        Self { state: state.into() }
+        Self { state: state.into(), lock_limit: config::START_LIMIT }
     }
 
     fn dir(&self) -> PathBuf {
@@ -104,10 +103,10 @@ impl Leases {
 
     fn claim_at(&self, owner: &Owner, namespace: Option<&Namespace>, now: u64) -> io::Result<Option<Socket>> {
         DirBuilder::new().recursive(true).mode(0o700).create(self.dir())?;
-        let mut options = OpenOptions::new();
-        let lock =
-            options.write(true).create(true).truncate(false).mode(0o600).open(self.dir().join(".lock"))?;
-        let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+        let lock = files::lock(&self.dir().join(".lock"), self.lock_limit)?;
+        let _lock = lock.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::TimedOut, "another process holds the lock of the leases")
+        })?;
         // A lease that can't be read is not free.
         let leases: Vec<Option<Leased>> =
             (0..COUNT).map(|number| read(&self.dir().join(number.to_string()))).collect::<io::Result<_>>()?;
@@ -301,6 +300,17 @@ mod tests {
             "who remembers the holder hears of it"
         );
         fs::remove_dir_all(leases.state).unwrap();
+    }
+
+    #[test]
+    fn a_process_that_holds_the_lock_of_the_leases_delays_others_for_a_limited_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut leases = Leases::new(dir.path());
+        leases.claim(&Owner::default(), Some(&namespace("a"))).unwrap();
+        let _held = files::lock(&leases.dir().join(".lock"), Duration::from_secs(60)).unwrap().unwrap();
+        leases.lock_limit = Duration::from_millis(20);
+        let refused = leases.claim(&Owner::default(), Some(&namespace("b"))).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::TimedOut);
     }
 
     #[test]
