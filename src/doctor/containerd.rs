@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::id::Namespace;
-use crate::oci::options::{Error, Options};
+use crate::oci::options::{Error, Options, one_line};
 use crate::path_error::io_error;
 use crate::unit::name::DAEMON;
 
@@ -194,10 +194,9 @@ fn configured(facts: &Facts) -> Vec<(String, Result<Options, Error>)> {
                 }
                 let place = format!("{} (runtime {name})", path.display());
                 let options = match runtime.get("options") {
-                    Some(options) => options.clone().try_into().map_err(|source| Error::Malformed {
-                        place: place.clone(),
-                        source: Box::new(source),
-                    }),
+                    Some(options) => {
+                        options.clone().try_into().map_err(|error| Error::malformed(&place, one_line(&error)))
+                    }
                     None => Ok(Options::default()),
                 };
                 found.push((place, options));
@@ -264,7 +263,6 @@ fn configurations(facts: &Facts) -> Vec<Check> {
     let mut places = Vec::new();
     for (place, options) in configured(facts) {
         let found = match options {
-            Err(error @ Error::Malformed { .. }) => one_line(&error),
             Err(error) => error.to_string(),
             Ok(_) => {
                 places.push(place);
@@ -282,13 +280,6 @@ fn configurations(facts: &Facts) -> Vec<Check> {
         checks.push(Check::ok(NAME, found));
     }
     checks
-}
-
-/// The message of a TOML error in one line. The parser shows the line of the file on separate lines.
-fn one_line(error: &dyn std::fmt::Display) -> String {
-    let text = error.to_string();
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('|'));
-    lines.collect::<Vec<_>>().join(" ")
 }
 
 /// Runtimes in a table that containerd does not read, and runtimes whose type resembles ours.

@@ -32,13 +32,12 @@ pub enum Error {
     #[error("runtime options: {0}")]
     File(#[from] PathError),
     /// Not TOML, a value of the wrong type, or a key that does not exist.
-    #[error("runtime options in {place}: {source}")]
+    #[error("runtime options in {place}: {reason}")]
     Malformed {
         /// The source of the options.
         place: String,
-        /// The error.
-        #[source]
-        source: Box<toml::de::Error>,
+        /// The error, on one line.
+        reason: String,
     },
     /// The runtime's binary does not exist.
     #[error("the OCI runtime {name:?} (option BinaryName) is not an executable file in {path}")]
@@ -70,6 +69,12 @@ pub enum Error {
         /// As the client has named it.
         log: String,
     },
+}
+
+impl Error {
+    pub(crate) fn malformed(place: &str, reason: String) -> Self {
+        Self::Malformed { place: place.to_owned(), reason }
+    }
 }
 
 /// Options by their names in containerd's configuration. Every valid option of runc is accepted, even if it has no
@@ -188,7 +193,7 @@ impl Options {
         // The error of the unchanged text has the right line number.
         exact
             .or_else(|error| Self::in_any_case(text).ok_or(error))
-            .map_err(|source| Error::Malformed { place: place.to_owned(), source: Box::new(source) })
+            .map_err(|error| Error::malformed(place, one_line(&error)))
     }
 
     /// Reads the options with names in any case, as containerd does for runc's options.
@@ -204,7 +209,8 @@ impl Options {
         named.try_into().ok()
     }
 
-    /// From a TOML file (`ConfigPath`).
+    /// From a TOML file (`ConfigPath`). An error shows no text of the file but a key: the file may be another one than the
+    /// client meant, with secrets.
     ///
     /// # Errors
     /// As [`Self::from_toml`], or the file can't be read.
@@ -212,7 +218,13 @@ impl Options {
         let text = files::read_regular(path, MAX_FILE_BYTES)
             .and_then(|text| String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into()))
             .map_err(io_error("read", path))?;
-        Self::from_toml(&text, &path.to_string_lossy())
+        let exact = toml::from_str(&text);
+        exact.or_else(|error| Self::in_any_case(&text).ok_or(error)).map_err(|error: toml::de::Error| {
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let line = before.matches('\n').count() + 1;
+            let reason = format!("line {line}: {}", without_values(error.message()));
+            Error::malformed(&path.to_string_lossy(), reason)
+        })
     }
 
     /// The OCI runtime that the options name. Its binary is searched in `path`, containerd's `PATH`.
@@ -243,6 +255,24 @@ impl Options {
             log: log_mode(&self.log)?,
             limit_sec: self.runtime_timeout_sec,
         })
+    }
+}
+
+/// The message of a TOML error in one line. The parser shows the line of the text on separate lines.
+pub(crate) fn one_line(error: &toml::de::Error) -> String {
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('|'));
+    lines.collect::<Vec<_>>().join(" ")
+}
+
+/// The message of an error of TOML, without the value that serde puts into it.
+fn without_values(message: &str) -> String {
+    if message.starts_with("unknown field") {
+        return message.to_owned();
+    }
+    match message.rsplit_once(", expected ") {
+        Some((_, expected)) => format!("expected {expected}"),
+        None => message.split(['`', '"', '\n']).next().unwrap_or_default().trim_end().to_owned(),
     }
 }
 
@@ -331,6 +361,26 @@ mod tests {
         let error = Options::from_toml("BinaryNmae = \"crun\"", "ConfigBody").unwrap_err();
         let text = format!("{error}");
         assert!(text.contains("BinaryNmae") && text.contains("ConfigBody"), "{text}");
+    }
+
+    #[test]
+    fn an_error_in_a_file_shows_its_line_number_and_no_text_of_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        for text in [
+            "root:hunter2:1\n",
+            "# a\nRoot = hunter2\n",
+            "\nIoUid = \"hunter2",
+            "Root = [ \"hunter2\" ]",
+            "a = 1\nIoUid = \"hunter2\"",
+            "Root = \"a\"\nRoot = \"hunter2\"",
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let error = Options::from_file(&path).unwrap_err().to_string();
+            assert!(!error.contains("hunter2") && !error.contains('\n'), "{error}");
+            let line = 1 + text.trim_end().matches('\n').count();
+            assert!(error.contains(&format!("{}: line {line}: ", path.display())), "{error}");
+        }
     }
 
     #[test]
