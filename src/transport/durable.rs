@@ -41,6 +41,8 @@ pub struct Durable {
     refused: bool,
     /// The writer that waits until more can be sent. The socket wakes only the task that polled it last.
     writer: Option<Waker>,
+    /// The reader that waits until error responses are sent.
+    reader: Option<Waker>,
     /// Its entry in the descriptor store.
     entry: StoreEntry,
     /// The peer has closed the connection, or it is broken: it is not kept any longer.
@@ -95,8 +97,8 @@ impl Durable {
         entry: StoreEntry,
     ) -> Result<Self, Error> {
         let (socket, writing) = (sys::watch(socket)?, Assembler::default());
-        let (refused, writer) = (false, None);
-        Ok(Self { socket, journal, ready, writing, refused, writer, entry, over: false })
+        let (refused, writer, reader) = (false, None, None);
+        Ok(Self { socket, journal, ready, writing, refused, writer, reader, entry, over: false })
     }
 
     /// Waits until all responses of earlier daemons are sent. If the connection is broken, its next read fails.
@@ -124,7 +126,20 @@ impl Durable {
     fn poll_write_out(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let sent = self.poll_send(context);
         self.writer = sent.is_pending().then(|| context.waker().clone());
+        if sent.is_ready() {
+            self.reader.take().into_iter().for_each(Waker::wake);
+        }
         sent
+    }
+
+    /// For the reader: sends the error responses to refused requests. Pending for as long as the client leaves too many of
+    /// them unread: every further request could cause another one.
+    fn poll_refuse(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.refused = self.poll_send(context)?.is_pending();
+        let is_late = self.journal.unsent() > BACKLOG;
+        self.reader = is_late.then(|| context.waker().clone());
+        self.writer.take().into_iter().for_each(Waker::wake);
+        if is_late { Poll::Pending } else { Poll::Ready(Ok(())) }
     }
 
     fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -232,8 +247,7 @@ impl AsyncRead for Durable {
         let this = &mut *self;
         while this.ready.is_empty() {
             if this.refused {
-                this.refused = this.poll_send(context)?.is_pending();
-                this.writer.take().into_iter().for_each(Waker::wake);
+                ready!(this.poll_refuse(context))?;
             }
             let mut readable = ready!(this.socket.poll_read_ready(context))?;
             match take(readable.get_inner(), &mut this.journal, &mut this.ready) {

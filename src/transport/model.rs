@@ -307,3 +307,42 @@ async fn a_request_that_crashes_two_daemons_is_answered_by_the_third_and_others_
         answer.reason()
     );
 }
+
+/// Every refusal is some five times as long as the request.
+#[tokio::test]
+async fn a_client_that_reads_no_answer_is_not_read_from_once_many_wait_for_it() {
+    const SENT: u32 = 60_000;
+    let (mut near, far) = UnixStream::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    let random = &mut Random(1);
+    let mut server = Server::new(far);
+    let mut unsent: Vec<u8> =
+        (0..SENT).flat_map(|number| frame(2 * number + 1, MESSAGE_TYPE_REQUEST, b"")).collect();
+    let (mut served, mut is_read) = (0, true);
+    while is_read {
+        is_read = false;
+        for _ in 0..50 {
+            if let Ok(sent) = near.write(&unsent) {
+                unsent.drain(..sent);
+                is_read |= sent > 0;
+            }
+            let found = server.read(random).len();
+            (served, is_read) = (served + found, is_read || found > 0);
+            tokio::task::yield_now().await;
+        }
+    }
+    assert!(!unsent.is_empty() && server.memory() < 3 << 20, "{} bytes are kept", server.memory());
+    let (mut received, mut buffer, mut space) = (0, Vec::new(), vec![0; 1 << 20]);
+    while received + served < SENT as usize {
+        if let Ok(sent) = near.write(&unsent) {
+            unsent.drain(..sent);
+        }
+        if let Ok(length) = near.read(&mut space) {
+            buffer.extend(&space[..length]);
+            received += frames(&mut buffer).len();
+        }
+        served += server.read(random).len();
+        tokio::task::yield_now().await;
+    }
+    assert_eq!((unsent.len(), received + served), (0, SENT as usize));
+}

@@ -1,6 +1,7 @@
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 
-use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE};
+use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE};
 
 use super::head::MAGIC;
 use super::*;
@@ -113,6 +114,53 @@ fn a_refusal_that_was_not_written_is_written_by_the_next_daemon() {
     second.journal.refuse(socket.as_fd()).unwrap();
     assert!(second.journal.unsent() > 0);
     assert!(adopt(&second.journal).journal.refusals.is_empty());
+}
+
+/// How much memory a journal takes.
+fn memory(journal: &Journal) -> u64 {
+    journal.file.metadata().unwrap().blocks() * 512
+}
+
+#[test]
+fn frames_that_nobody_answers_do_not_reach_the_place_of_the_responses() {
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    // This request is never answered, as a Wait is for long.
+    let mut journal = journal(&[(1, 10)]);
+    journal.note_response(socket.as_fd(), &response(5)).unwrap();
+    let data = frame(3, MESSAGE_TYPE_DATA, MESSAGE_LENGTH_MAX);
+    let mut most = 0;
+    for _ in 0..IN_LIMIT * 5 / 4 / data.len() as u64 {
+        for piece in data.chunks(1 << 20) {
+            journal.note(piece).unwrap();
+            journal.settle().unwrap();
+            journal.refuse(socket.as_fd()).unwrap();
+            most = most.max(journal.head.end);
+        }
+        assert!(memory(&journal) < 16 << 20, "{} bytes are kept", memory(&journal));
+    }
+    assert!(IN_BASE + most < OUT_BASE, "{most}");
+    assert_eq!(streams(&adopt(&journal)), [1]);
+    let mut kept = [0; HEADER];
+    journal.file.read_exact_at(&mut kept, OUT_BASE).unwrap();
+    assert_eq!(kept, response(5).bytes[..HEADER]);
+}
+
+#[test]
+fn responses_that_were_read_are_forgotten_although_one_is_always_unread() {
+    let (socket, mut peer) = UnixStream::pair().unwrap();
+    let mut journal = journal(&[(1, 10)]);
+    let large = Frame { bytes: frame(3, MESSAGE_TYPE_RESPONSE, 30_000) };
+    let mut unread = vec![0; large.bytes.len()];
+    journal.note_response(socket.as_fd(), &large).unwrap();
+    journal.send(socket.as_fd()).unwrap();
+    for _ in 0..1000 {
+        journal.note_response(socket.as_fd(), &large).unwrap();
+        journal.send(socket.as_fd()).unwrap();
+        std::io::Read::read_exact(&mut peer, &mut unread).unwrap();
+        assert_eq!(unread, large.bytes);
+        assert!(memory(&journal) < 1 << 20, "{} bytes are kept", memory(&journal));
+    }
+    assert!(journal.out_end > 10 << 20, "there was no moment at which everything was read");
 }
 
 #[test]
