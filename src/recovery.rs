@@ -61,6 +61,7 @@ impl Shim {
                 Err(error) => tracing::error!(%error, "a task is not recovered: {error}"),
             }
         }
+        self.tasks.find_owners(&self.files).await;
         self.fds.drop_unclaimed();
         tokio::spawn(self.units.clone().reference_all());
         Ok(())

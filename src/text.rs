@@ -5,9 +5,10 @@
 //! the next line to it.
 
 /// True for a character that must not be in a line of text: a control character, a separator of lines or paragraphs, an
-/// invisible character, or one that changes the direction of text.
+/// invisible character, one that changes the direction of text, or a noncharacter, for which systemd refuses a message.
 pub fn is_unfit(c: char) -> bool {
     c.is_control()
+        || u32::from(c) & 0xfffe == 0xfffe
         || matches!(
             c,
             '\u{ad}'
@@ -16,6 +17,7 @@ pub fn is_unfit(c: char) -> bool {
                 | '\u{2028}'..='\u{202e}'
                 | '\u{2060}'..='\u{206f}'
                 | '\u{feff}'
+                | '\u{fdd0}'..='\u{fdef}'
                 | '\u{fff9}'..='\u{fffb}'
         )
 }
@@ -35,6 +37,18 @@ pub fn line(text: &str, limit: usize) -> String {
     fit.trim_end_matches('\\').to_owned()
 }
 
+/// Text of at most some `limit` bytes: where it is longer, its beginning and its end.
+pub fn shortened(text: String, limit: usize) -> String {
+    if text.len() <= limit {
+        return text;
+    }
+    let is_boundary = |at: &usize| text.is_char_boundary(*at);
+    // 0 and the length are boundaries.
+    let end = (0..=limit / 2).rev().find(is_boundary).unwrap_or(0);
+    let start = (text.len() - limit / 2..text.len()).find(is_boundary).unwrap_or(text.len());
+    format!("{} … {}", &text[..end], &text[start..])
+}
+
 /// As [`line()`], for a word of a list in a unit's file: replaces blanks, which separate words, and quotes and backslashes, which
 /// have a meaning there.
 pub fn word(text: &str, limit: usize) -> String {
@@ -49,8 +63,20 @@ mod tests {
     #[test]
     fn characters_that_can_not_be_in_a_line_are_named() {
         for c in [
-            '\n', '\r', '\t', '\0', '\u{1b}', '\u{7f}', '\u{85}', '\u{2028}', '\u{2029}', '\u{202e}',
+            '\n',
+            '\r',
+            '\t',
+            '\0',
+            '\u{1b}',
+            '\u{7f}',
+            '\u{85}',
+            '\u{2028}',
+            '\u{2029}',
+            '\u{202e}',
             '\u{2066}',
+            '\u{fdd0}',
+            '\u{fffe}',
+            '\u{10ffff}',
         ] {
             let flaw = flaw(&format!("a{c}b")).expect("a flaw");
             assert!(flaw.contains(&format!("{c:?}")), "{flaw}");
@@ -64,6 +90,17 @@ mod tests {
     fn a_line_does_not_absorb_the_next_one() {
         assert_eq!(line(r"name\\", 10), "name");
         assert_eq!(line(r"ab\cd", 3), "ab");
+    }
+
+    #[test]
+    fn long_text_keeps_its_beginning_and_its_end() {
+        assert_eq!(shortened("short".to_owned(), 5), "short");
+        assert_eq!(shortened(format!("begin{}end", "\u{1f433}".repeat(1000)), 12), "begin … end");
+        let text = shortened("\u{fc}".repeat(10_000), 101);
+        assert!(
+            text.len() <= 101 + " … ".len() && text.starts_with('\u{fc}') && text.ends_with('\u{fc}'),
+            "{text}"
+        );
     }
 
     #[test]

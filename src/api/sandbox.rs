@@ -30,13 +30,16 @@ impl Sandbox for TaskService {
     ) -> RpcResult<CreateSandboxResponse> {
         let bundle = PathBuf::from(request.bundle_path);
         let named = convert::key(self.namespace(ctx)?, &request.sandbox_id).map_err(status::invalid)?;
-        let key = self.created_by(&named, &bundle)?;
+        let key = self.created_by("create-sandbox", &named, &bundle).await?;
+        let of_start = bundle.clone();
+        let options = self.shim.files.run(&key.init(), move || convert::options_of_start(&of_start)).await;
+        let options = options.map_err(|error| refuse("create-sandbox", &key.init(), &error))?;
         let call = CreateSandbox {
             key: key.clone(),
             rootfs: request.rootfs.into_iter().map(convert::mount).collect(),
             pod: pod::pod(request.options.as_ref()).map_err(status::invalid)?,
             network: request.netns_path,
-            options: convert::options_of_start(&bundle).map_err(status::invalid)?,
+            options: options.map_err(status::invalid)?,
             bundle,
         };
         let (shim, delivery) = (self.shim.clone(), delivery(ctx));

@@ -10,7 +10,7 @@ use ttrpc::Code;
 
 use crate::services::Error;
 use crate::sys;
-use crate::{oci, unit};
+use crate::{oci, text, unit};
 
 /// The code of an error. RESOURCE_EXHAUSTED for every error of the kernel that there is no room: the same call can succeed
 /// once there is.
@@ -116,22 +116,31 @@ fn code_of_kind(error: &Error) -> Code {
 
 /// The error for containerd, with code and text.
 pub fn status(error: &Error) -> ttrpc::Error {
-    rpc(code(error), error.to_string())
+    rpc(code(error), error)
 }
 
 /// The error for a request that can't be parsed.
 pub fn invalid(reason: impl ToString) -> ttrpc::Error {
-    rpc(Code::INVALID_ARGUMENT, reason.to_string())
+    rpc(Code::INVALID_ARGUMENT, &reason)
 }
 
 /// The error for a request whose caller can't be determined now. The caller may repeat the request.
 pub fn unavailable(reason: impl ToString) -> ttrpc::Error {
-    rpc(Code::UNAVAILABLE, reason.to_string())
+    rpc(Code::UNAVAILABLE, &reason)
+}
+
+/// The longest text of an error, in bytes. An error names what a client has sent, which can be as long as a request, and a
+/// response that is longer than ttrpc allows would end the connection.
+const MAX_TEXT: usize = 8192;
+
+/// The text of an error.
+pub(super) fn text(error: &impl ToString) -> String {
+    text::shortened(error.to_string(), MAX_TEXT)
 }
 
 /// An error of ttrpc with a status. ttrpc would send any other kind of error as UNKNOWN with its debug text.
-fn rpc(code: Code, text: String) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
+fn rpc(code: Code, error: &impl ToString) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text(error)))
 }
 
 #[cfg(test)]
@@ -173,6 +182,15 @@ mod tests {
         }
         assert_eq!(code(&spawn(Errno::ENOENT)), Code::UNKNOWN);
         assert_eq!(code(&Error::NoThread(Errno::EAGAIN.into())), Code::RESOURCE_EXHAUSTED);
+    }
+
+    #[test]
+    fn an_error_about_a_long_text_fits_into_a_response() {
+        let bundle = std::path::PathBuf::from("x".repeat(4 << 20));
+        for error in [status(&Error::BundlePath(bundle.clone())), invalid(bundle.display())] {
+            let ttrpc::Error::RpcStatus(status) = error else { unreachable!("{error:?}") };
+            assert!(status.message.len() < 2 * MAX_TEXT, "{} bytes", status.message.len());
+        }
     }
 
     #[test]

@@ -91,11 +91,14 @@ impl TaskService {
     }
 
     /// The task that a caller is about to create from a bundle.
-    pub(super) fn created_by(&self, named: &TaskKey, bundle: &Path) -> RpcResult<TaskKey> {
-        Ok(match self.lease()?.owner {
-            Some(owner) => self.shim.tasks.own(named, &owner),
-            None => self.shim.tasks.own_by_bundle(named, bundle),
-        })
+    pub(super) async fn created_by(&self, verb: &str, named: &TaskKey, bundle: &Path) -> RpcResult<TaskKey> {
+        match self.lease()?.owner {
+            Some(owner) => Ok(self.shim.tasks.own(named, &owner)),
+            None => {
+                let own = self.shim.tasks.own_by_bundle(&self.shim.files, named, bundle).await;
+                own.map_err(|error| refuse(verb, &named.init(), &error))
+            }
+        }
     }
 
     /// The dispatch tables: the Task service under both of its names, and the Sandbox service.
@@ -161,11 +164,12 @@ pub(super) fn refuse(verb: &str, key: &ProcessKey, error: &Error) -> ttrpc::Erro
 
 /// Logs a failed call. A call for a process that does not exist is usual, and logged at level debug.
 fn log(verb: &str, key: &ProcessKey, error: &Error) {
+    let text = status::text(error);
     match error {
         Error::UnknownTask { .. } | Error::UnknownExec { .. } | Error::Finished => {
-            tracing::debug!("{verb} of {key} refused: {error}");
+            tracing::debug!("{verb} of {key} refused: {text}");
         }
-        _ => tracing::warn!("{verb} of {key} failed: {error}"),
+        _ => tracing::warn!("{verb} of {key} failed: {text}"),
     }
 }
 
@@ -179,7 +183,7 @@ impl Task for TaskService {
 
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> RpcResult<CreateTaskResponse> {
         let mut call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        call.key = self.created_by(&call.key, &call.request.bundle)?;
+        call.key = self.created_by("create", &call.key, &call.request.bundle).await?;
         let (shim, delivery) = (self.shim.clone(), delivery(ctx));
         let init = call.key.init();
         let pid = self.run("create", &init, async move { shim.create(call, delivery).await }).await?;
@@ -299,5 +303,93 @@ impl Task for TaskService {
         let resources = request.resources.into_option().unwrap_or_default().value;
         self.run("update", &key, async move { shim.update(&task, resources, delivery).await }).await?;
         Ok(Empty::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Write};
+    use std::sync::{Mutex, PoisonError};
+
+    use tracing_subscriber::layer::SubscriberExt;
+
+    use super::*;
+    use crate::simulation::harness::World;
+
+    /// What is logged.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn context() -> TtrpcContext {
+        let namespace = (convert::NAMESPACE_KEY.to_owned(), vec!["absent".to_owned()]);
+        TtrpcContext {
+            mh: ttrpc::MessageHeader::default(),
+            metadata: [namespace].into(),
+            timeout_nano: 0,
+            connection_data: Arc::default(),
+        }
+    }
+
+    #[test]
+    fn every_call_that_fails_is_logged_with_its_name_and_its_task() {
+        let (world, log) = (World::new("logged"), Log::default());
+        let writer = log.clone();
+        let to_log = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(move || writer.clone());
+        let _logged = tracing::subscriber::set_default(tracing_subscriber::registry().with(to_log));
+        let failed = world.live(move |shim| async move {
+            let service = TaskService::new(shim, Socket::Any, &Leases::new("/no/leases"));
+            let mut failed = Vec::new();
+            macro_rules! call {
+                ($verb:literal, $method:ident, $request:ident) => {
+                    let request = $request { id: $verb.to_owned(), ..Default::default() };
+                    failed.push(($verb, service.$method(&context(), request).await.map(drop)));
+                };
+            }
+            call!("state", state, StateRequest);
+            call!("start", start, StartRequest);
+            call!("delete", delete, DeleteRequest);
+            call!("pids", pids, PidsRequest);
+            call!("kill", kill, KillRequest);
+            call!("resize", resize_pty, ResizePtyRequest);
+            call!("close-io", close_io, CloseIORequest);
+            call!("wait", wait, WaitRequest);
+            call!("stats", stats, StatsRequest);
+            call!("pause", pause, PauseRequest);
+            call!("resume", resume, ResumeRequest);
+            call!("update", update, UpdateTaskRequest);
+            let bundle = "/no/such/bundle".to_owned();
+            let request = CreateTaskRequest { id: "create".to_owned(), bundle, ..Default::default() };
+            failed.push(("create", service.create(&context(), request).await.map(drop)));
+            let process = protobuf::MessageField::some(protobuf::well_known_types::any::Any::new());
+            let request = ExecProcessRequest {
+                id: "exec".to_owned(),
+                exec_id: "e".to_owned(),
+                spec: process,
+                ..Default::default()
+            };
+            failed.push(("exec", service.exec(&context(), request).await.map(|_: Empty| ())));
+            let path = "/checkpoint".to_owned();
+            let request = CheckpointTaskRequest { id: "checkpoint".to_owned(), path, ..Default::default() };
+            failed.push(("checkpoint", service.checkpoint(&context(), request).await.map(drop)));
+            failed
+        });
+        let text = log.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let text = String::from_utf8(text).unwrap();
+        for (verb, answer) in failed.unwrap() {
+            assert!(answer.is_err(), "{verb}");
+            let is_named =
+                |line: &str| line.contains(&format!("{verb} of absent/{verb}")) && !line.contains("INFO");
+            assert!(text.lines().any(is_named), "{verb} fails with {answer:?} in silence: {text}");
+        }
     }
 }

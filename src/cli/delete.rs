@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message;
 use ttrpc::Code;
 
@@ -12,6 +13,7 @@ use crate::api::{client, convert};
 use crate::id::{Owner, TaskKey};
 use crate::oci::command::CommandLine;
 use crate::oci::{containerd, mount};
+use crate::services::files::ClientFiles;
 use crate::store::{Found, Store};
 use crate::supervise::cleanup::{Removal, Stop, Troubles};
 use crate::sys;
@@ -58,27 +60,49 @@ fn recorded_as(store: &Store, key: &TaskKey) -> Option<TaskKey> {
     })
 }
 
+/// What the daemon answers to the request to clean up.
+#[derive(Debug, PartialEq)]
+enum Answer {
+    Done(DeleteResponse),
+    /// The task does not exist, or its record can't be read and is left for the administrator.
+    Nothing,
+    /// The daemon continues without the bundle, which containerd may remove. Doing the same work here would only interfere.
+    Later(String),
+    /// The daemon does not clean up.
+    Refused(String),
+    /// There is no daemon.
+    NoDaemon(String),
+}
+
+impl Answer {
+    /// `None`: the daemon has not answered in time.
+    fn of(answer: Option<ttrpc::Result<DeleteResponse>>) -> Self {
+        match answer {
+            None => Self::Later("the daemon is still cleaning up".to_owned()),
+            Some(Ok(response)) => Self::Done(response),
+            Some(Err(ttrpc::Error::RpcStatus(status))) => match status.code() {
+                Code::NOT_FOUND => Self::Nothing,
+                // No process is left, and the daemon tries again.
+                Code::FAILED_PRECONDITION => Self::Later(status.message),
+                _ => Self::Refused(status.message),
+            },
+            Some(Err(error)) => Self::NoDaemon(error.to_string()),
+        }
+    }
+}
+
 fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<u8>>, Failure> {
     let asked =
         block_on(async { tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(named)).await })?;
-    let reason = match asked {
-        Ok(Ok(response)) => return response.write_to_bytes().map(Some).map_err(Failure::new),
-        // The task does not exist, or its record can't be read and is left for the administrator.
-        Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::NOT_FOUND => return Ok(None),
-        Err(_) => {
-            // The daemon continues. Doing the same work here would only interfere.
-            say(&format!("task {key}: the daemon is still cleaning up"));
+    let reason = match Answer::of(asked.ok()) {
+        Answer::Done(response) => return response.write_to_bytes().map(Some).map_err(Failure::new),
+        Answer::Nothing => return Ok(None),
+        Answer::Later(reason) => {
+            say(&format!("task {key}: {reason}"));
             return Ok(None);
         }
-        Ok(Err(ttrpc::Error::RpcStatus(status))) if status.code() == Code::FAILED_PRECONDITION => {
-            // No process is left, and the daemon can try again without the bundle: containerd may remove it.
-            say(&format!("task {key}: {}", status.message()));
-            return Ok(None);
-        }
-        Ok(Err(ttrpc::Error::RpcStatus(status))) => {
-            return Err(Failure(format!("the daemon can't clean up: {}", status.message())));
-        }
-        Ok(Err(error)) => error.to_string(),
+        Answer::Refused(reason) => return Err(Failure(format!("the daemon can't clean up: {reason}"))),
+        Answer::NoDaemon(reason) => reason,
     };
     say(&format!("task {key}: the daemon can't clean up ({reason}), cleaning up without it"));
     let Some(Found { task, .. }) = store.load(key).map_err(Failure::new)? else {
@@ -103,7 +127,9 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let execs = std::future::ready(execs.cloned().collect());
     block_on(async {
         let (manager, oci) = (&unit::manager::Manager::default(), &CommandLine::default());
-        troubles.join(Removal { manager, oci, task, dir: &dir, stop: Stop::Killed }.of_task(execs).await);
+        let files = &ClientFiles::new(Some(config::FILES_LIMIT));
+        let removal = Removal { manager, oci, files, task, dir: &dir, stop: Stop::Killed };
+        troubles.join(removal.of_task(execs).await);
     })?;
     if !troubles.is_empty() {
         return Err(Failure(format!("task {}: {}", task.key, troubles.text())));
@@ -120,4 +146,22 @@ fn unmount(bundle: &Path) {
 
 fn killed_now() -> Exit {
     Exit { status: KILLED, at_usec: sys::now_usec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_daemon_is_not_taken_for_a_clean_up_that_goes_on() {
+        let refused = |code| Some(Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "the reason"))));
+        assert_eq!(Answer::of(refused(Code::NOT_FOUND)), Answer::Nothing);
+        assert_eq!(Answer::of(refused(Code::FAILED_PRECONDITION)), Answer::Later("the reason".to_owned()));
+        for code in [Code::INTERNAL, Code::UNKNOWN, Code::INVALID_ARGUMENT, Code::UNAVAILABLE] {
+            assert_eq!(Answer::of(refused(code)), Answer::Refused("the reason".to_owned()));
+        }
+        assert!(matches!(Answer::of(None), Answer::Later(reason) if reason.contains("still")));
+        let no_daemon = Answer::of(Some(Err(ttrpc::Error::Socket("refused".to_owned()))));
+        assert!(matches!(no_daemon, Answer::NoDaemon(_)), "{no_daemon:?}");
+    }
 }

@@ -21,6 +21,12 @@ pub fn owner(bundle: &Path, namespace: &Namespace, id: &TaskId) -> Owner {
     Owner::of_bundle(resolved.as_deref().unwrap_or(bundle), namespace, id)
 }
 
+/// Whether a path is that of the bundle in the usual containerd's directories, without a look at the disk.
+pub fn is_in_usual_place(bundle: &Path, namespace: &Namespace, id: &TaskId) -> bool {
+    bundle.ends_with(Path::new(namespace.as_str()).join(id.as_str()))
+        && Owner::of_bundle(bundle, namespace, id).is_usual()
+}
+
 /// Written by `start` for the daemon, which reads it at Create. containerd removes it with the bundle.
 const START: &str = "containerd-shim-systemd.json";
 

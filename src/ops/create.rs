@@ -97,6 +97,7 @@ impl Shim {
             let init = Process { unit, logger, ..task.init.clone() };
             match self.tasks.registry.insert(Task { init, ..task.clone() }) {
                 Ok((entry, verb)) => {
+                    entry.init.live().bundle_owner = Some(key.owner.clone());
                     if !self.tasks.registry.namesakes(&key).is_empty() {
                         keep_apart(&mut entry.task());
                     }

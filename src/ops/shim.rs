@@ -64,7 +64,7 @@ pub struct Shim {
     /// The last responses to Delete.
     pub(super) delete_replies: DeleteReplies,
     /// Runs work on files that clients have named.
-    pub(super) files: ClientFiles,
+    pub(crate) files: ClientFiles,
     /// systemd.
     pub(super) manager: Arc<dyn Systemd>,
     /// The OCI runtime.
@@ -95,6 +95,7 @@ impl Shim {
             streams.clone(),
             manager.clone(),
             oci.clone(),
+            files.clone(),
         ));
         let cgroups = Arc::new(Cgroups::new(tasks.clone(), manager.clone(), cgroups));
         let units =

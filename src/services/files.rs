@@ -28,6 +28,15 @@ impl ClientFiles {
         self.begun.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits for work on files, at most for `limit` unless the clock is simulated.
+    pub(crate) async fn within(&self, limit: Duration, work: impl Future<Output = ()>) {
+        match self.limit {
+            // The work goes on without whoever waits for it.
+            Some(_) => _ = tokio::time::timeout(limit, work).await,
+            None => work.await,
+        }
+    }
+
     /// # Errors
     /// Another thread works on the files of this process.
     fn begin(&self, process: &ProcessKey) -> Result<Turn, Error> {
@@ -62,6 +71,18 @@ impl ClientFiles {
             let _turn = turn;
             work()
         });
+        self.in_time(process, done).await
+    }
+
+    /// Waits for a thread that works on files of a process, with a time limit.
+    ///
+    /// # Errors
+    /// [`Error::FilesDoNotAnswer`]
+    pub(crate) async fn in_time<T>(
+        &self,
+        process: &ProcessKey,
+        done: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
         let Some(limit) = self.limit else {
             return done.await;
         };

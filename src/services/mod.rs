@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::Watched;
-use crate::id::TaskKey;
+use crate::id::{Owner, TaskKey};
 use crate::session::Session;
 use crate::stdio::rate::RateLimit;
 use crate::suspect;
@@ -90,6 +90,9 @@ pub struct Live {
     pub(crate) is_unwritten: bool,
     /// True if the task waits for the publisher of events.
     pub(crate) is_announced: bool,
+    /// The containerd that its bundle belongs to, once that is known. Only the init process of a task has it, and only if
+    /// the record does not say it.
+    pub(crate) bundle_owner: Option<Owner>,
 }
 
 /// Resumes, in the background, an operation that an earlier daemon has started. Holds the process's `verb` lock, so that

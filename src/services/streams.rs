@@ -21,7 +21,7 @@ use crate::unit::systemd::Systemd;
 
 use super::files::ClientFiles;
 use super::launcher::Launcher;
-use super::{Entry, Error, Process, blocking, waiting};
+use super::{Entry, Error, Process, waiting};
 
 /// Opens, starts, recovers and closes the sessions of processes, and starts their loggers.
 pub struct Streams {
@@ -81,7 +81,7 @@ impl Streams {
             files = self.files.run(&plan.key, move || this.open_log_files()).await??;
         }
         let (this, fds) = (plan.clone(), self.fds.clone());
-        let mut opened = waiting(move || this.open(&fds, files)).await??;
+        let mut opened = self.files.in_time(&plan.key, waiting(move || this.open(&fds, files))).await??;
         self.start_logger(plan, opened.take_ready()).await?;
         Ok(opened)
     }
@@ -105,8 +105,8 @@ impl Streams {
     /// # Errors
     /// A FIFO or a file can't be opened.
     pub(crate) async fn reopen(&self, plan: Arc<Plan>, mode: ReopenMode) -> Result<OpenStreams, Error> {
-        let fds = self.fds.clone();
-        Ok(blocking(move || plan.reopen(&fds, mode)).await??)
+        let (fds, key) = (self.fds.clone(), plan.key.clone());
+        Ok(self.files.in_time(&key, waiting(move || plan.reopen(&fds, mode))).await??)
     }
 
     /// Receives the terminal, if there is one, and starts copying. The process has its ends of the streams.

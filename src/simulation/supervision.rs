@@ -10,11 +10,13 @@ use nix::sys::socket::{setsockopt, sockopt};
 use crate::cgroup;
 use crate::effects::{Failure, Plan};
 use crate::oci::options;
-use crate::services::Delivery;
+use crate::services::files::ClientFiles;
+use crate::services::{Delivery, Error};
 use crate::store::Store;
 use crate::supervise::cleanup::{Removal, Stop};
 use crate::suspect::Crashes;
 use crate::sys;
+use crate::unit::fake::Sleeper;
 
 use super::harness::{Step, World};
 use super::scenarios::{UP, WITH_EXEC, cgroups, exit_after, up};
@@ -123,6 +125,32 @@ fn an_exit_is_reported_whatever_query_or_record_fails() {
     }
 }
 
+/// While there is no daemon, init ends and the kernel gives its number to another process.
+#[test]
+fn a_stranger_with_the_number_of_a_process_that_has_ended_gets_no_signal() {
+    let world = up("reused", &UP);
+    let (init, stranger) = (world.init(), Sleeper::spawn());
+    let pid = stranger.pid();
+    let container = world
+        .live(move |shim| async move {
+            let (entry, _) = shim.tasks.process(&init).unwrap();
+            let task = entry.task().clone();
+            (task.init.pid().unwrap(), task.cgroup().unwrap().to_owned())
+        })
+        .unwrap();
+    let record = world.state_dir().join(world.task.namespace.as_str()).join("web/record.json");
+    let text = fs::read_to_string(&record).unwrap();
+    fs::write(&record, text.replace(&format!("\"pid\":{}", container.0), &format!("\"pid\":{pid}"))).unwrap();
+    let init = world.init();
+    let sent = world.live(move |shim| async move {
+        let pidfd = shim.tasks.process(&init).unwrap().1.live().process.is_some();
+        (pidfd, shim.tasks.kill(&init, nix::libc::SIGKILL as u32, false, Delivery::First).await)
+    });
+    let (has_pidfd, sent) = sent.unwrap();
+    assert!(!has_pidfd && matches!(sent, Err(Error::Finished)), "{sent:?}");
+    assert_eq!(sys::peek_exit(pid), Ok(None), "the other process lives");
+}
+
 #[test]
 fn an_exit_that_systemd_does_not_confirm_changes_nothing() {
     let world = up("unconfirmed", &UP);
@@ -173,8 +201,9 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     let (runtime, dir) = (world.runtime(), store.dir(&task.key));
     let execs = vec![world.exec_unit()];
     let removed = async {
-        let (manager, oci) = (&*world.systemd, &runtime);
-        Removal { manager, oci, task: &task, dir: &dir, stop: Stop::Killed }.of_task(async { execs }).await
+        let (manager, oci, files) = (&*world.systemd, &runtime, &ClientFiles::new(None));
+        let removal = Removal { manager, oci, files, task: &task, dir: &dir, stop: Stop::Killed };
+        removal.of_task(async { execs }).await
     };
     let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let troubles = threads.block_on(removed);

@@ -17,6 +17,7 @@ use crate::launch::pipes::NO_INPUT;
 use crate::oci::runtime::{self, OciRuntime};
 use crate::oci::{mount, mount_options, pod_files};
 use crate::services::changes::Noted;
+use crate::services::files::ClientFiles;
 use crate::services::process::{lives_in, read_pid};
 use crate::services::streams::{Streams, cancel_pumps, drain, stored_number};
 use crate::services::{Entry, Error, Process, Tasks, blocking};
@@ -40,12 +41,9 @@ impl Troubles {
         self.0.extend(other.0);
     }
 
-    /// Runs a step that may block its thread, and adds its error.
-    async fn run<E: Display + Send + 'static>(
-        &mut self,
-        step: impl FnOnce() -> Result<(), E> + Send + 'static,
-    ) {
-        match blocking(step).await {
+    /// Adds the error of a step that ran in another thread.
+    fn add_run<E: Display>(&mut self, step: Result<Result<(), E>, Error>) {
+        match step {
             Ok(done) => self.add(done),
             Err(error) => self.add(Err(error)),
         }
@@ -77,6 +75,8 @@ pub struct Removal<'a> {
     pub manager: &'a dyn Systemd,
     /// The OCI runtime.
     pub oci: &'a dyn OciRuntime,
+    /// Runs what touches the bundle.
+    pub files: &'a ClientFiles,
     /// The task.
     pub task: &'a Task,
     /// The directory of the task.
@@ -102,11 +102,12 @@ impl Removal<'_> {
         fault::point(Point::DeleteUnit);
         troubles.join(self.of_logger().await);
         if let Some(places) = task.request.sandbox.as_ref().and_then(|sandbox| sandbox.places.clone()) {
-            troubles.run(move || pod_files::remove(&places)).await;
+            troubles.add_run(blocking(move || pod_files::remove(&places)).await);
         }
         if task.rootfs_on_host {
             let rootfs = task.request.bundle.join("rootfs");
-            troubles.run(move || mount::unmount_all(&rootfs)).await;
+            // The bundle may be on a disk that does not answer.
+            troubles.add_run(self.files.run(&task.key.init(), move || mount::unmount_all(&rootfs)).await);
         }
         troubles
     }
@@ -191,6 +192,8 @@ pub struct Cleanup {
     manager: Arc<dyn Systemd>,
     /// The OCI runtime.
     oci: Arc<dyn OciRuntime>,
+    /// Runs work on files that clients have named.
+    files: ClientFiles,
 }
 
 impl Cleanup {
@@ -202,12 +205,14 @@ impl Cleanup {
         streams: Arc<Streams>,
         manager: Arc<dyn Systemd>,
         oci: Arc<dyn OciRuntime>,
+        files: ClientFiles,
     ) -> Self {
-        Self { tasks, store, fds, streams, manager, oci }
+        Self { tasks, store, fds, streams, manager, oci, files }
     }
 
     fn removal<'a>(&'a self, task: &'a Task, dir: &'a Path) -> Removal<'a> {
-        Removal { manager: &*self.manager, oci: &*self.oci, task, dir, stop: Stop::Awaited }
+        let (manager, oci, files) = (&*self.manager, &*self.oci, &self.files);
+        Removal { manager, oci, files, task, dir, stop: Stop::Awaited }
     }
 
     /// Removes what a task has outside of the daemon. Output of execs that the client has not read by now is lost, as with

@@ -6,22 +6,28 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use containerd_client::tonic::Code;
+use containerd_shim_protos::api::{
+    CreateTaskRequest, DeleteRequest, KillRequest, StartRequest, StateRequest, WaitRequest,
+};
+use containerd_shim_protos::protobuf::Message;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use prost_types::Any;
 
+use crate::bad_input;
 use crate::common::container::Container;
 use crate::common::leaks::{self, Traces};
-use crate::common::node::Node;
+use crate::common::node::{NAMESPACE, Node, unique};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::{Io, SIGKILL};
-use crate::common::{daemon, needs, process, wait};
+use crate::common::{daemon, needs, process, shim, wait};
 use crate::options::GenericOptions;
 
 /// Less than any limit of the daemon's.
@@ -193,4 +199,124 @@ fn commands_that_no_signal_ends_fail_their_calls_and_nothing_else() {
     }
     assert_eq!((other.pid(), daemon::serving()), (other_pid, Some(daemon)));
     leaks::assert_none("commands that were stuck", &before);
+}
+
+const SHARED_SOCKET: &str = "/run/containerd-shim-systemd-v1.sock";
+
+/// A Create by its bytes, for a call whose answer is not waited for.
+fn send_create(bundle: &str, id: &str) -> UnixStream {
+    let create = CreateTaskRequest { id: id.to_string(), bundle: bundle.to_string(), ..Default::default() };
+    let mut request =
+        bad_input::rpc("v3", "Create", NAMESPACE, create.write_to_bytes().expect("encode a Create"));
+    request.timeout_nano = 0;
+    let body = request.write_to_bytes().expect("encode a request");
+    // The socket of a containerd that names itself by its bundles alone.
+    let mut stream = UnixStream::connect(SHARED_SOCKET).expect("connect");
+    stream.write_all(&bad_input::frame(1, 1, body.len() as u32, &body)).expect("send a Create");
+    stream.set_read_timeout(Some(SOON)).expect("limit reads");
+    stream
+}
+
+/// Whether a thread of the daemon waits for a disk.
+fn is_stuck(daemon: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{daemon}/task")).into_iter().flatten().flatten();
+    let status = |thread: &fs::DirEntry| fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+    threads.filter(|thread| status(thread).contains("State:\tD")).count() > 0
+}
+
+#[test]
+fn bundles_on_a_disk_that_does_not_answer_delay_only_their_own_creates() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let other = node.container("other", Spec::sleeping()).started(&Io::default());
+    other.exec_sh("exit 0").end();
+    let daemon = wait::until("the daemon serves", daemon::serving);
+    let before = Traces::take();
+    let Some(disk) = DeadDisk::mount() else {
+        return needs::skip(needs::name_of(|| ()), "no FUSE here");
+    };
+    // More than the daemon has threads for requests, by paths as containerd's and by others.
+    let ids: Vec<_> = (0..6).map(|_| unique("dead")).collect();
+    let calls: Vec<_> = ids
+        .iter()
+        .enumerate()
+        .map(|(number, id)| {
+            let parent = if number % 2 == 0 { format!("mnt/{NAMESPACE}") } else { "mnt".to_string() };
+            send_create(&disk.scratch.text(&format!("{parent}/{id}")), id)
+        })
+        .collect();
+    wait::until_true("the disk is waited for", || is_stuck(daemon));
+    // Longer than systemd's watchdog waits.
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(12) {
+        assert_untouched(&node, &other);
+        wait::elapse(Duration::from_millis(500));
+    }
+    let daemon_shim = shim::Shim::connect(&node);
+    for id in &ids {
+        let request = StateRequest { id: id.clone(), ..Default::default() };
+        let state = daemon_shim.call(async |client, context| client.state(context, &request).await);
+        assert_eq!(state.expect_err("a task that is not created").0, ttrpc::Code::NOT_FOUND);
+    }
+    drop(daemon_shim);
+    assert_eq!(daemon::serving(), Some(daemon));
+    drop(disk);
+    for mut call in calls {
+        let mut answer = [0; 4096];
+        let length = call.read(&mut answer).expect("an answer");
+        assert!(length > 10, "an error");
+    }
+    assert_untouched(&node, &other);
+    leaks::assert_none("bundles on a dead disk", &before);
+}
+
+#[test]
+fn a_task_whose_bundle_is_on_a_disk_that_no_longer_answers_can_be_killed_and_deleted() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let other = node.container("other", Spec::sleeping()).started(&Io::default());
+    let image = node.container("image", Spec::sleeping()).make();
+    let (shim, bundle, id) = (shim::Shim::connect(&node), shim::Bundle::new("bundle"), unique("lost"));
+    let mut request = bundle.request(&id);
+    request.rootfs = image.mounts.iter().map(mount_of).collect();
+    shim.create(request).expect("create");
+    let start = StartRequest { id: id.clone(), ..Default::default() };
+    shim.call(async |client, context| client.start(context, &start).await).expect("start");
+    let Some(disk) = DeadDisk::mount() else {
+        return needs::skip(needs::name_of(|| ()), "no FUSE here");
+    };
+    // The path of the bundle leads to the dead disk from now on.
+    let covered = bundle.path().to_string();
+    mount(Some(&disk.scratch.join("mnt")), covered.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .expect("cover the bundle");
+    let begun = Instant::now();
+    for _ in 0..2 {
+        let state = StateRequest { id: id.clone(), ..Default::default() };
+        let state = shim.call(async |client, context| client.state(context, &state).await).expect("state");
+        assert!(process::exists(state.pid));
+        assert_untouched(&node, &other);
+        daemon::kill_now();
+        wait::within(Duration::from_secs(60), daemon::serving).expect("the next daemon serves");
+    }
+    let kill = KillRequest { id: id.clone(), signal: SIGKILL, ..Default::default() };
+    shim.call(async |client, context| client.kill(context, &kill).await).expect("kill");
+    let wait = WaitRequest { id: id.clone(), ..Default::default() };
+    let exit = shim.call(async |client, context| client.wait(context, &wait).await).expect("wait");
+    assert_eq!(exit.exit_status, 137);
+    let delete = DeleteRequest { id: id.clone(), ..Default::default() };
+    shim.call(async |client, context| client.delete(context, &delete).await).expect("delete");
+    println!("after {:?}", begun.elapsed());
+    let _ = umount2(covered.as_str(), MntFlags::MNT_DETACH);
+    drop(disk);
+    assert_untouched(&node, &other);
+}
+
+/// A mount of containerd's API in that of a shim.
+fn mount_of(from: &containerd_client::types::Mount) -> containerd_shim_protos::types::mount::Mount {
+    let mut mount = containerd_shim_protos::types::mount::Mount::new();
+    mount.type_ = from.r#type.clone();
+    mount.source = from.source.clone();
+    mount.target = from.target.clone();
+    mount.options = from.options.clone();
+    mount
 }
