@@ -40,6 +40,8 @@ pub enum Change {
 /// The kernel allows 128 inotify instances per user, and a limited number of watches: other programs, and
 /// containers without a user namespace, can use them up. A cgroup that can't be watched is tried again later.
 pub struct Watch<K> {
+    /// Makes the inotify instance.
+    open: Open,
     source: OnceLock<Source>,
     /// Notified when the source is open.
     opened: Notify,
@@ -49,6 +51,8 @@ pub struct Watch<K> {
     watched: Mutex<HashMap<WatchDescriptor, (K, Change)>>,
 }
 
+type Open = fn() -> Result<Inotify, Errno>;
+
 /// The inotify instance.
 struct Source {
     inotify: Inotify,
@@ -56,8 +60,8 @@ struct Source {
 }
 
 impl Source {
-    fn new() -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    fn new(open: Open) -> io::Result<Self> {
+        let inotify = open()?;
         let ready = crate::sys::watch(inotify.as_fd().try_clone_to_owned()?)?;
         Ok(Self { inotify, ready })
     }
@@ -76,7 +80,12 @@ pub struct Watched<K> {
 impl<K: Clone> Watch<K> {
     /// Makes a watch without cgroups. Needs the async runtime.
     pub fn new() -> Arc<Self> {
+        Self::opened_by(|| Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK))
+    }
+
+    fn opened_by(open: Open) -> Arc<Self> {
         let watch = Self {
+            open,
             source: OnceLock::new(),
             opened: Notify::new(),
             is_missing: AtomicBool::new(false),
@@ -93,7 +102,7 @@ impl<K: Clone> Watch<K> {
         if let Some(source) = self.source.get() {
             return Ok(source);
         }
-        let new = Source::new()?;
+        let new = Source::new(self.open)?;
         let source = self.source.get_or_init(|| new);
         self.opened.notify_one();
         Ok(source)
@@ -205,5 +214,37 @@ impl<K> Drop for Watched<K> {
             // Fails if the kernel removed the watch with its file.
             let _ = self.watch.source.get().map(|source| source.inotify.rm_watch(*descriptor));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cgroup::fake;
+
+    /// True while the kernel allows no inotify instance.
+    static IS_REFUSED: AtomicBool = AtomicBool::new(true);
+
+    #[tokio::test]
+    async fn a_watch_that_gets_no_inotify_instance_works_once_there_is_one() {
+        let watch = Watch::opened_by(|| match IS_REFUSED.load(Ordering::SeqCst) {
+            true => Err(Errno::EMFILE),
+            false => Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK),
+        });
+        let cgroup = Path::new("/watch-test.slice");
+        fake::make(cgroup);
+        assert!(watch.add(&"web", cgroup, cgroup, None).is_err());
+        assert!(watch.pending().unwrap().is_empty());
+        let waiting = {
+            let watch = watch.clone();
+            tokio::spawn(async move { watch.next().await })
+        };
+        tokio::task::yield_now().await;
+        IS_REFUSED.store(false, Ordering::SeqCst);
+        let _watched = watch.add(&"web", cgroup, cgroup, None).unwrap();
+        fake::set_frozen(cgroup, true);
+        let changes = waiting.await.unwrap().unwrap();
+        fake::remove(cgroup);
+        assert!(changes.contains(&(Some("web"), Change::State)), "{changes:?}");
     }
 }

@@ -45,7 +45,7 @@ pub(super) fn check_short_names(data: &[String]) {
 /// is not the name of a layer.
 fn layers(option: &str) -> Vec<PathBuf> {
     let (mut all, mut layer) = (Vec::new(), String::new());
-    let mut chars = option.trim_start_matches("lowerdir=").chars();
+    let mut chars = option.strip_prefix("lowerdir=").unwrap_or(option).chars();
     while let Some(c) = chars.next() {
         match c {
             '\\' => layer.extend(chars.next()),

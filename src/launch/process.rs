@@ -62,17 +62,58 @@ impl<'a> Process<'a> {
             // The signal ends this process.
             let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
         }
-        if let Some(copy) = sealed_runtime() {
-            match run(&sealed::path_of(&copy)) {
-                Err(Error::Exec { .. }) => {}
-                ran => return ran,
-            }
-        }
-        run(&self.task.runtime.binary)
+        copy_or_binary(sealed_runtime().as_ref(), &self.task.runtime.binary, run)
+    }
+}
+
+/// Runs the copy, and the binary only if the copy can't be executed: any other error would come again, after the same wait.
+fn copy_or_binary<T>(
+    copy: Option<&File>,
+    binary: &Path,
+    run: impl Fn(&Path) -> Result<T, Error>,
+) -> Result<T, Error> {
+    match copy.map(|copy| run(&sealed::path_of(copy))) {
+        None | Some(Err(Error::Exec { .. })) => run(binary),
+        Some(ran) => ran,
     }
 }
 
 /// The daemon's copy of the OCI runtime, if it has one.
 fn sealed_runtime() -> Option<File> {
     std::env::var(SEALED_RUNTIME).ok()?.parse::<SealedRef>().ok()?.open()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    fn cant_execute(program: &Path) -> Error {
+        let source = io::ErrorKind::NotFound.into();
+        Error::Exec { verb: "create", binary: program.to_owned(), source }
+    }
+
+    fn nobody_reads(_: &Path) -> Error {
+        Error::System { action: "open stdout", source: io::ErrorKind::TimedOut.into() }
+    }
+
+    #[test]
+    fn only_a_copy_that_can_not_be_executed_is_replaced_by_the_binary() {
+        let (copy, binary) = (File::open("/dev/null").unwrap(), Path::new("/usr/sbin/runc"));
+        let run = |copy, failure: Option<fn(&Path) -> Error>| {
+            let runs = Cell::new(0);
+            let ran = copy_or_binary(copy, binary, |program| {
+                runs.set(runs.get() + 1);
+                match failure.filter(|_| program != binary) {
+                    Some(failure) => Err(failure(program)),
+                    None => Ok(program == binary),
+                }
+            });
+            (ran.ok(), runs.get())
+        };
+        assert_eq!(run(None, None), (Some(true), 1));
+        assert_eq!(run(Some(&copy), None), (Some(false), 1));
+        assert_eq!(run(Some(&copy), Some(cant_execute)), (Some(true), 2));
+        assert_eq!(run(Some(&copy), Some(nobody_reads)), (None, 1), "the client is waited for once");
+    }
 }

@@ -72,6 +72,7 @@ pub enum Error {
 }
 
 impl Error {
+    /// An error in the options of this place.
     pub(crate) fn malformed(place: &str, reason: String) -> Self {
         Self::Malformed { place: place.to_owned(), reason }
     }

@@ -63,7 +63,8 @@ impl Tasks {
         let sent = match held {
             // Through the pidfd: the pid may belong to another process by now.
             Some(held) => sys::pidfd_send_signal(&held, signal),
-            None => hold_again(&task, pid).and_then(|process| sys::pidfd_send_signal(&process, signal)),
+            None => held_again(&task, pid, sys::pidfd_open(pid))
+                .and_then(|process| sys::pidfd_send_signal(&process, signal)),
         };
         match sent {
             Err(Errno::ESRCH) => Err(Error::Finished),
@@ -72,10 +73,10 @@ impl Tasks {
     }
 }
 
-/// Opens a pidfd for a process whose pidfd could not be opened before, for lack of descriptors for example. Fails with
+/// A pidfd that was opened only now, because it could not be opened before, for lack of descriptors for example. Fails with
 /// `ESRCH` only if the process has ended; a process with this pid in another cgroup is another process.
-fn hold_again(task: &Task, pid: u32) -> Result<OwnedFd, Errno> {
-    let process = sys::pidfd_open(pid)?;
+fn held_again(task: &Task, pid: u32, opened: Result<OwnedFd, Errno>) -> Result<OwnedFd, Errno> {
+    let process = opened?;
     let lives_in = cgroup::of_process(pid).ok();
     match (task.cgroup(), lives_in) {
         (Some(container), Some(lives_in)) if lives_in.starts_with(container) => Ok(process),
@@ -101,4 +102,32 @@ pub(crate) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simulation::harness::{Step, World};
+
+    #[test]
+    fn a_process_that_can_not_be_opened_has_not_ended() {
+        let world = World::new("kill-again");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let found = world.live(move |shim| async move {
+            let (entry, _) = shim.tasks.process(&init).unwrap();
+            let task = entry.task().clone();
+            let pid = task.init.pid().unwrap();
+            // This process lives in another cgroup: with the number of init it is a stranger.
+            let stranger = std::process::id();
+            [
+                held_again(&task, pid, sys::pidfd_open(pid)),
+                held_again(&task, pid, Err(Errno::EMFILE)),
+                held_again(&task, stranger, sys::pidfd_open(stranger)),
+                held_again(&task, pid, Err(Errno::ESRCH)),
+            ]
+            .map(|held| held.map(drop))
+        });
+        assert_eq!(found.unwrap(), [Ok(()), Err(Errno::EMFILE), Err(Errno::ESRCH), Err(Errno::ESRCH)]);
+    }
 }

@@ -172,3 +172,31 @@ impl Tasks {
         fault::point(Point::PublishNoted);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::services::Delivery;
+    use crate::simulation::harness::{Step, World};
+
+    #[test]
+    fn a_task_that_owes_many_events_waits_for_the_publisher_once() {
+        let world = World::new("announced");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let counts = world.live(move |shim| async move {
+            let (entry, _) = shim.tasks.process(&init).unwrap();
+            let (tasks, mut outgoing) = super::Tasks::new(shim.tasks.store.clone());
+            entry.task().note_oom_kills(50, 1);
+            let count = |outgoing: &mut tokio::sync::mpsc::UnboundedReceiver<_>| {
+                std::iter::from_fn(|| outgoing.try_recv().ok()).count()
+            };
+            (0..1000).for_each(|_| tasks.announce(&entry));
+            let first = count(&mut outgoing);
+            // Events that come while the publisher works announce the task again, once.
+            tasks.begin_publishing(&entry);
+            (0..1000).for_each(|_| tasks.announce(&entry));
+            (first, count(&mut outgoing))
+        });
+        assert_eq!(counts, Some((1, 1)));
+    }
+}

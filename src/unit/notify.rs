@@ -55,11 +55,12 @@ impl Notifier {
     /// # Errors
     /// The socket can't be reached.
     pub fn new() -> io::Result<Self> {
-        let socket = connect()?;
-        if let Some(socket) = &socket {
-            socket.set_write_timeout(Some(SEND_LIMIT))?;
-        }
-        Ok(Self { socket })
+        connect()?.map_or(Ok(Self { socket: None }), |socket| Self::over(socket, SEND_LIMIT))
+    }
+
+    fn over(socket: UnixDatagram, limit: Duration) -> io::Result<Self> {
+        socket.set_write_timeout(Some(limit))?;
+        Ok(Self { socket: Some(socket) })
     }
 
     /// Sends its messages to this socket.
@@ -120,5 +121,33 @@ impl Notifier {
         let rights = if fds.is_empty() { &[] } else { rights.as_slice() };
         let parts = [IoSlice::new(message.as_bytes())];
         sendmsg::<()>(socket.as_raw_fd(), &parts, rights, flags | MsgFlags::MSG_NOSIGNAL, None).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::time::Instant;
+
+    #[test]
+    fn a_systemd_that_reads_nothing_delays_a_message_for_a_limited_time() {
+        let (socket, systemd) = UnixDatagram::pair().unwrap();
+        let limit = Duration::from_millis(50);
+        let notifier = Notifier::over(socket, limit).unwrap();
+        let begun = Instant::now();
+        let mut sent = 0;
+        // The kernel queues some messages.
+        while notifier.send("STATUS=busy", &[], MsgFlags::empty()).is_ok() {
+            sent += 1;
+            assert!(sent < 100_000, "a socket has no room for so many messages");
+        }
+        let refused = notifier.send("STATUS=busy", &[systemd.as_fd()], MsgFlags::empty());
+        assert_eq!(refused, Err(Errno::EAGAIN));
+        assert!((limit..Duration::from_secs(20)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+        // The watchdog's messages do not wait at all.
+        assert_eq!(notifier.send("WATCHDOG=1", &[], MsgFlags::MSG_DONTWAIT), Err(Errno::EAGAIN));
+        drop(systemd);
+        assert!(notifier.send("STATUS=busy", &[], MsgFlags::empty()).is_err());
     }
 }
