@@ -126,8 +126,16 @@ pub struct DropIn {
 
 impl DropIn {
     pub fn for_namespace(namespace: &str, text: &str) -> DropIn {
-        let directory =
-            PathBuf::from(format!("/run/systemd/system/containerd-{}-.service.d", escaped(namespace)));
+        DropIn::new(&format!("containerd-{}-", escaped(namespace)), text)
+    }
+
+    /// For every service whose name begins like those of containers: also for the daemon's.
+    pub fn for_all(text: &str) -> DropIn {
+        DropIn::new("containerd-", text)
+    }
+
+    fn new(beginning: &str, text: &str) -> DropIn {
+        let directory = PathBuf::from(format!("/run/systemd/system/{beginning}.service.d"));
         fs::create_dir_all(&directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
         fs::write(directory.join("50-e2e.conf"), text)
             .unwrap_or_else(|error| panic!("write a drop-in: {error}"));

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use containerd_client::tonic::Code;
 use containerd_client::types::v1::Status;
 
 use crate::common::container::Container;
@@ -12,7 +13,7 @@ use crate::common::exec::Exec;
 use crate::common::leaks::{self, STATE_DIRECTORY, Traces};
 use crate::common::node::{NAMESPACE, Node};
 use crate::common::spec::Spec;
-use crate::common::stdio::{Gate, Scratch};
+use crate::common::stdio::{Fifos, Gate, Scratch};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{cgroup, daemon, needs, process, shim, wait};
 
@@ -258,4 +259,71 @@ fn a_daemon_that_may_start_no_thread_refuses_calls_and_works_again_when_it_may()
     logging.end();
     drop((limit, gate, scratch, logging, container, killed, refused));
     leaks::assert_none("a daemon that could start no thread", &before);
+}
+
+/// A daemon for which these system calls fail, as if there were no more of the descriptors that they make.
+fn without_descriptors_of(calls: &str) -> daemon::DropIn {
+    // The unit's own command has the flag that lifts such a filter.
+    daemon::DropIn::new(&format!(
+        "[Service]\nSystemCallFilter=~{calls}\nSystemCallErrorNumber=EMFILE\nExecStart=\nExecStart={} serve\n",
+        shim::BINARY
+    ))
+}
+
+#[test]
+fn a_daemon_without_an_inotify_instance_serves() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("unwatched", Spec::sleeping()).started(&Io::default());
+    // As if containers had used up all instances of root.
+    let drop_in = without_descriptors_of("inotify_init inotify_init1");
+    let daemon = wait::until("the daemon serves", daemon::serving);
+    let is_inotify = |entry: &fs::DirEntry| {
+        fs::read_link(entry.path()).is_ok_and(|target| target == Path::new("anon_inode:inotify"))
+    };
+    let open = fs::read_dir(format!("/proc/{daemon}/fd")).expect("read the daemon's descriptors");
+    assert_eq!(open.flatten().filter(is_inotify).count(), 0);
+    assert_eq!(container.exec_sh("exit 3").exit_status(), 3);
+    // There is no client yet: its FIFO is watched without inotify, too.
+    let fifos = Fifos::new("unwatched");
+    let io = fifos.output();
+    let created = std::thread::scope(|scope| {
+        let creating = scope.spawn(|| node.container("late", Spec::sh("echo out; exit 4")).created(&io));
+        let (stdout, stderr) = (fifos.stdout(), fifos.stderr());
+        (creating.join().expect("create"), stdout, stderr)
+    });
+    let (late, mut stdout, _stderr) = created;
+    late.start().expect("start");
+    assert_eq!(late.exit_status(), 4);
+    assert_eq!(stdout.until(|bytes| bytes.ends_with(b"\n")), b"out\n");
+    late.delete().expect("delete");
+    container.pause().expect("pause");
+    container.resume().expect("resume");
+    assert_eq!(daemon::serving(), Some(daemon));
+    drop(drop_in);
+    wait::until("the next daemon serves", daemon::serving);
+    container.end();
+}
+
+#[test]
+fn a_signal_that_can_not_be_sent_now_is_not_reported_as_sent() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("unsignalled", Spec::sleeping()).started(&Io::default());
+    let exec = container.exec(Spec::sleeping()).started(&Io::default());
+    let drop_in = without_descriptors_of("pidfd_open");
+    wait::until("the daemon serves", daemon::serving);
+    for (what, refused) in [("init", container.kill(SIGKILL)), ("exec", exec.kill(SIGKILL))] {
+        let refused = refused.expect_err(what);
+        // For NotFound, a client takes the process for one that has ended.
+        assert_ne!(refused.code(), Code::NotFound, "{what}: {refused}");
+        assert!(refused.message().contains("Too many open files"), "{what}: {refused}");
+    }
+    assert_eq!((container.phase(), exec.phase()), (Status::Running, Status::Running));
+    drop(drop_in);
+    wait::until("the next daemon serves", daemon::serving);
+    exec.kill(SIGKILL).expect("kill the exec");
+    assert_eq!(exec.exit_status(), 137);
+    container.kill(SIGKILL).expect("kill the init process");
+    assert_eq!(container.exit_status(), 137);
 }

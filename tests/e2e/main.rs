@@ -40,6 +40,7 @@ mod exhaustion;
 mod failing_points;
 mod freezer;
 mod hangs;
+mod hostile;
 mod ids;
 mod json;
 mod leaks;

@@ -8,7 +8,7 @@ use crate::common::shim::{self, Bundle};
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
 use crate::common::task::{Io, SIGKILL};
-use crate::common::{process, wait};
+use crate::common::{daemon, process, wait};
 
 const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task";
 
@@ -147,4 +147,73 @@ fn a_rootfs_is_unmounted_also_if_symlinks_lead_to_its_bundle() {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("read the mounts");
     assert!(!mounts.contains(&rootfs), "{rootfs} is still mounted");
     std::fs::remove_file(link).expect("remove the symlink");
+}
+
+/// A helper of mount(8) for a file system whose server is a process, as fuse-overlayfs is.
+struct Helper {
+    scratch: Scratch,
+}
+
+impl Helper {
+    const PATH: &str = "/usr/sbin/mount.fuse3.e2e";
+
+    fn install() -> Helper {
+        let scratch = Scratch::new("fuse");
+        let server = scratch.text("server");
+        fs::write(&server, "#!/bin/sh\nwhile :; do sleep 1000; done\n").expect("write the server");
+        let script = format!(
+            "#!/bin/sh\nmount -t overlay -o \"$4\" overlay \"$2\" || exit 1\n\
+             setsid sh -c '/bin/sh {server} </dev/null >/dev/null 2>&1 &'\n"
+        );
+        fs::write(Self::PATH, script).expect("write the helper");
+        for path in [&server, Self::PATH] {
+            process::succeed("chmod", &["0755", path]);
+        }
+        Helper { scratch }
+    }
+
+    fn servers(&self) -> usize {
+        process::with_command_line(&format!("/bin/sh {}", self.scratch.text("server"))).len()
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(Self::PATH);
+    }
+}
+
+#[test]
+fn the_server_of_a_file_system_in_user_space_ends_with_its_container() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let helper = Helper::install();
+    let make = |spec: Spec| {
+        let mut container = node.container("fuse", spec).make();
+        container.mounts.iter_mut().for_each(|mount| mount.r#type = "fuse3.e2e".to_string());
+        container
+    };
+    let volume = Scratch::new("volume");
+    let shared = Spec::sleeping().bind(volume.as_str(), "/volume", &["rshared"]);
+    for (what, spec) in [("private", Spec::sleeping()), ("on the host", shared)] {
+        let container = make(spec.clone());
+        container.create(&Io::default()).expect(what);
+        container.start().expect(what);
+        assert_eq!(helper.servers(), 1, "{what}");
+        assert_eq!(container.exec_sh("exit 4").exit_status(), 4);
+        daemon::killed();
+        assert_eq!(helper.servers(), 1, "{what}: the server of a container that runs");
+        container.kill(SIGKILL).expect("kill");
+        assert_eq!(container.exit_status(), 137);
+        container.delete().expect("delete");
+        wait::until_true("the server is gone", || helper.servers() == 0);
+
+        let container = make(spec.clone());
+        container.create(&Io::default()).expect(what);
+        container.end();
+        wait::until_true("the server of a container that never ran is gone", || helper.servers() == 0);
+    }
+    let failing = make(Spec::new(&["/no/such/program"]));
+    failing.create(&Io::default()).expect_err("a program that does not exist");
+    wait::until_true("the server of a failed create is gone", || helper.servers() == 0);
 }

@@ -194,3 +194,24 @@ fn a_drop_in_with_limits_for_all_services_refuses_no_container() {
     assert_eq!(container.exec_sh("exit 7").exit_status(), 7);
     container.end();
 }
+
+/// The place that administrators find first for "all containers".
+#[test]
+fn a_drop_in_for_all_names_that_begin_like_containers_does_not_break_the_daemon() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let text = "[Service]\nNoNewPrivileges=yes\nProtectSystem=strict\nPrivateTmp=yes\nTasksMax=500\nLimitNOFILE=512\n\
+        TimeoutStopSec=20\nOOMPolicy=continue\nNice=5\n";
+    let policy = DropIn::for_all(text);
+    let restart = || {
+        process::succeed("systemctl", &["daemon-reload"]);
+        process::succeed("systemctl", &["restart", "containerd-shim-systemd-v1.service"]);
+    };
+    restart();
+    let container = node.container("policy", Spec::sleeping()).started(&Io::default());
+    assert_eq!(systemd::property(&systemd::unit_of(&container), "TimeoutStopUSec"), "20s");
+    assert_eq!(container.exec_sh("exit 7").exit_status(), 7);
+    container.end();
+    drop(policy);
+    restart();
+}

@@ -34,6 +34,22 @@ fn containers_and_execs_outlive_another_target() {
 }
 
 #[test]
+fn hooks_have_the_oom_score_of_an_ordinary_process() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let place = Scratch::new("scores");
+    let program = place.text("hook");
+    write_program(&program, &format!("#!/bin/sh\ncat /proc/self/oom_score_adj >>{}\n", place.text("scores")));
+    let moments = ["createRuntime", "poststart", "poststop"];
+    let spec = moments.iter().fold(Spec::sleeping(), |spec, moment| spec.hook(moment, &program));
+    let container = node.container("scores", spec).started(&Io::default());
+    container.kill(9).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+    assert_eq!(place.read("scores"), "0\n".repeat(moments.len()));
+}
+
+#[test]
 fn a_name_that_another_unit_keeps_loaded_can_be_used_again() {
     let node = Node::exclusive();
     let id = unique("kept");
