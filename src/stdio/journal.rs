@@ -7,7 +7,8 @@
 //! A journal that accepts no lines delays the container only for a short time. Lines that it did not accept are counted,
 //! and the journal gets a message with their number once it accepts lines again.
 
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +49,8 @@ pub struct Lines {
     partial: Vec<u8>,
     /// The file with the incomplete line, for the next daemon.
     kept: PathBuf,
+    /// True if the file has all of the incomplete line.
+    is_kept: bool,
     limit: Arc<RateLimit>,
     /// Lines that journald did not accept, and that were not reported yet.
     unsent: Missing,
@@ -72,8 +75,12 @@ impl Lines {
         limit: Arc<RateLimit>,
     ) -> Self {
         let head = head(unit, identifier, fields);
-        let partial = std::fs::read(&kept).unwrap_or_default();
-        Self { socket: None, head, partial, kept, limit, unsent: Missing::default(), line_max: LINE_MAX }
+        let (partial, is_kept) = match std::fs::read(&kept) {
+            Ok(partial) => (partial, true),
+            Err(error) => (Vec::new(), error.kind() == io::ErrorKind::NotFound),
+        };
+        let (unsent, line_max) = (Missing::default(), LINE_MAX);
+        Self { socket: None, head, partial, kept, is_kept, limit, unsent, line_max }
     }
 
     /// A stream of lines to the other end of this socket.
@@ -85,7 +92,7 @@ impl Lines {
 
     /// Writes output: sends complete lines.
     pub async fn write(&mut self, bytes: &[u8]) {
-        let (had_partial, mut rest) = (!self.partial.is_empty(), bytes);
+        let (before, mut rest) = (self.partial.len(), bytes);
         while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
             self.partial.extend_from_slice(&rest[..end]);
             rest = &rest[end + 1..];
@@ -93,9 +100,13 @@ impl Lines {
         }
         self.partial.extend_from_slice(rest);
         self.split(LINE_MAX).await;
-        if (had_partial || !self.partial.is_empty())
-            && let Err(error) = self.keep_partial()
-        {
+        if before == 0 && self.partial.is_empty() {
+            return;
+        }
+        let has_only_grown = self.partial.len() == before + bytes.len();
+        let kept = if has_only_grown && self.is_kept { self.keep_more(bytes) } else { self.keep_partial() };
+        self.is_kept = kept.is_ok();
+        if let Err(error) = kept {
             // The line is only lost if the daemon ends before the end of the line.
             let path = self.kept.display();
             tracing::debug!(%error, "can't save an incomplete line in {path}: {error}");
@@ -107,6 +118,11 @@ impl Lines {
         let new = self.kept.with_extension("new");
         std::fs::write(&new, &self.partial)?;
         std::fs::rename(&new, &self.kept)
+    }
+
+    /// Saves more of the incomplete line. Output without line ends would otherwise cost as much as many times its length.
+    fn keep_more(&self, bytes: &[u8]) -> io::Result<()> {
+        OpenOptions::new().append(true).create(true).open(&self.kept)?.write_all(bytes)
     }
 
     /// Sends the incomplete line, and reports missing lines.
@@ -322,6 +338,33 @@ mod tests {
             back.extend(received(&journald).await);
         }
         assert_eq!(back, long);
+    }
+
+    #[tokio::test]
+    async fn the_file_has_the_whole_incomplete_line_after_each_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kept, (here, _journald)) = (dir.path().join("partial"), UnixDatagram::pair().unwrap());
+        let mut lines = Lines::connected(here, kept.clone(), Arc::default());
+        let long = vec![b'x'; 4096];
+        let pieces = [b"be".as_slice(), b"gin", b"ning", b"\nrest", b"\n", b"\nnext"];
+        for piece in pieces.into_iter().chain([long.as_slice(); 30]) {
+            lines.write(piece).await;
+            assert_eq!(std::fs::read(&kept).unwrap(), lines.partial, "after {} bytes", piece.len());
+        }
+        let next = Lines::new("u.service", "id", [], kept, Arc::default());
+        assert_eq!(next.partial, lines.partial);
+    }
+
+    /// As when its file system was full.
+    #[tokio::test]
+    async fn a_line_that_could_not_be_saved_is_saved_whole_with_its_next_part() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kept, (here, _journald)) = (dir.path().join("later/partial"), UnixDatagram::pair().unwrap());
+        let mut lines = Lines::connected(here, kept.clone(), Arc::default());
+        lines.write(b"first").await;
+        std::fs::create_dir(dir.path().join("later")).unwrap();
+        lines.write(b" second").await;
+        assert_eq!(std::fs::read(&kept).unwrap(), b"first second");
     }
 
     #[test]
