@@ -10,6 +10,8 @@ use libsystemd::daemon;
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
+use crate::sys;
+
 /// How long one message may wait until systemd reads it. systemd reads no messages while it reloads or executes itself
 /// again. Two threads serve all calls, and systemd's watchdog ends a daemon that sends nothing for 10 s.
 const SEND_LIMIT: Duration = Duration::from_secs(4);
@@ -85,7 +87,7 @@ impl Notifier {
     }
 
     /// Sends `WATCHDOG=1` twice per watchdog interval, as long as the async runtime runs. Also keeps one thread for
-    /// blocking work in existence, with a watchdog or without one. Never returns.
+    /// blocking work in existence, with a watchdog or without one: the thread returns unused memory. Never returns.
     pub async fn keep_alive(&self) {
         let watchdog = watchdog_interval();
         let interval = watchdog.map_or(THREAD_INTERVAL, |limit| (limit / 2).clamp(RETRY, THREAD_INTERVAL));
@@ -94,7 +96,7 @@ impl Notifier {
             ticks.tick().await;
             // If tokio could not start a thread, queued blocking work waits for the next call that starts one: this one.
             // And tokio panics if it can't start the only thread, so this work comes before the last one is idle for too long.
-            drop(tokio::task::spawn_blocking(|| ()));
+            drop(tokio::task::spawn_blocking(sys::return_unused_memory));
             if watchdog.is_none() {
                 continue;
             }
