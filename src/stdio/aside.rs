@@ -10,7 +10,7 @@ use tokio::io::unix::AsyncFd;
 use crate::sys;
 
 use super::journal::Lines;
-use super::pipe::{PipePair, Scratch};
+use super::pipe::{CHUNK, PipePair, Scratch};
 use super::rate::RateLimit;
 
 /// The largest size of the pipe of an [`Aside`]: as much as the default rate limit allows in lines of 100 bytes. The pipe
@@ -61,24 +61,24 @@ impl Diverter {
         Self { pipe, limit, has_gap: false, scratch: None }
     }
 
-    /// Copies the content of a pipe, and leaves it there. EAGAIN: the pipe is empty.
+    /// Copies up to `most` bytes of a pipe, and leaves them there. EAGAIN: the pipe is empty.
     ///
     /// The copy goes through a buffer: tee(2) into the pipe would use one of its 16 buffers for each write of the container,
     /// however short the write is.
-    pub(super) async fn divert(&mut self, from: &AsyncFd<OwnedFd>) -> Result<Diverted, Errno> {
+    pub(super) async fn divert(&mut self, from: &AsyncFd<OwnedFd>, most: usize) -> Result<Diverted, Errno> {
         if !self.is_open() && (self.limit.is_exhausted() || !self.opens_after_a_turn().await) {
             self.scratch = None;
             return Ok(Diverted::Skipped);
         }
         let mut scratch = match self.scratch.take() {
             Some(scratch) => scratch,
-            None => match Scratch::new() {
+            None => match Scratch::new(CHUNK) {
                 // Nothing waits for the journal's copy.
                 Err(errno) if sys::is_exhausted(errno) => return Ok(Diverted::Skipped),
                 made => made?,
             },
         };
-        let length = scratch.look(from)?;
+        let length = scratch.look(from, most)?;
         if length > 0 {
             self.copy(&scratch.buffer[..length]).await;
             self.scratch = Some(scratch);

@@ -93,7 +93,7 @@ impl Lines {
     /// Writes output: sends complete lines.
     pub async fn write(&mut self, bytes: &[u8]) {
         let (before, mut rest) = (self.partial.len(), bytes);
-        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+        while let Some(end) = memchr::memchr(b'\n', rest) {
             self.partial.extend_from_slice(&rest[..end]);
             rest = &rest[end + 1..];
             self.flush().await;

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, SpliceFFlags, splice, tee};
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice, tee};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
@@ -13,6 +13,9 @@ use tokio::io::unix::AsyncFd;
 use crate::sys::{self, watch};
 
 pub(super) const NO_WAIT: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK;
+
+/// How many bytes are moved at once: the size of a pipe.
+pub(super) const CHUNK: usize = 64 << 10;
 
 /// The number of bytes that are read before they are moved. If the daemon ends between the two, a file or the journal gets up to
 /// this many bytes twice.
@@ -67,14 +70,15 @@ pub(super) async fn once_there_is_room<T>(open: impl Fn() -> io::Result<T>) -> i
 }
 
 impl Scratch {
-    pub(super) fn new() -> Result<Self, Errno> {
+    /// A buffer of this size, which is a [`CHUNK`] at most.
+    pub(super) fn new(size: usize) -> Result<Self, Errno> {
         let (copy, copied) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        Ok(Self { copy, copied, buffer: vec![0; PIECE] })
+        Ok(Self { copy, copied, buffer: vec![0; size] })
     }
 
-    /// Copies the content of a pipe to the buffer. Returns the length: 0 at the end of the pipe, EAGAIN if it is empty.
-    pub(super) fn look(&mut self, from: &AsyncFd<OwnedFd>) -> Result<usize, Errno> {
-        let length = tee(from, &self.copied, PIECE, NO_WAIT)?;
+    /// Copies up to `most` bytes of a pipe to the buffer. Returns the length: 0 at the end of the pipe, EAGAIN if it is empty.
+    pub(super) fn look(&mut self, from: &AsyncFd<OwnedFd>, most: usize) -> Result<usize, Errno> {
+        let length = tee(from, &self.copied, most.min(self.buffer.len()), NO_WAIT)?;
         let mut filled = 0;
         while filled < length {
             filled += nix::unistd::read(&self.copy, &mut self.buffer[filled..length])?;
@@ -105,6 +109,12 @@ pub(super) fn has_writer(pipe: &impl AsFd) -> io::Result<bool> {
 /// The number of bytes in a pipe.
 pub(super) fn length_in(pipe: &impl AsFd) -> usize {
     rustix::io::ioctl_fionread(pipe).ok().and_then(|length| usize::try_from(length).ok()).unwrap_or(0)
+}
+
+/// The number of bytes that a pipe has room for. A pipe with short writes has room for fewer.
+pub(super) fn free_in(pipe: &impl AsFd) -> usize {
+    let size = fcntl(pipe, FcntlArg::F_GETPIPE_SZ).ok().and_then(|size| usize::try_from(size).ok());
+    size.unwrap_or(0).saturating_sub(length_in(pipe))
 }
 
 /// Waits until poll(2) may report data in a pipe, or its end. Returns without data now and then.

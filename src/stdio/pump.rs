@@ -19,14 +19,11 @@ use super::aside::{Aside, Diverted, Diverter};
 use super::journal::Lines;
 use super::log_file::LogFile;
 use super::pipe::{
-    NO_WAIT, PIECE, PipePair, Scratch, data_in, found, has_writer, is_ready, length_in, move_exactly,
-    move_some, once_there_is_room, room_in,
+    CHUNK, NO_WAIT, PIECE, PipePair, Scratch, data_in, found, free_in, has_writer, is_ready, length_in,
+    move_exactly, move_some, once_there_is_room, room_in,
 };
 use super::terminal::Terminal;
 use super::terminal_pump::move_terminal;
-
-/// How many bytes are moved at once: the size of a pipe.
-pub(super) const CHUNK: usize = 64 << 10;
 
 /// How long the pump waits for the end of a line. Until then the line stays in the pipe, where it outlives the daemon.
 const LINE_WAIT: Duration = Duration::from_secs(1);
@@ -107,7 +104,8 @@ impl Sink {
 ///
 /// All bytes stay in the kernel: the pump moves them from pipe to pipe (splice(2)), and duplicates what it must read
 /// (tee(2)) before it moves it. If the daemon ends, no byte is lost, and the client's FIFO gets no byte twice. A file or
-/// the journal gets the last piece ([`PIECE`]) twice if the daemon ends between writing and moving it.
+/// the journal gets the last piece ([`PIECE`]) twice if the daemon ends between writing and moving it, the copy of an
+/// [`Aside`] the last [`CHUNK`].
 ///
 /// `delivered` is called once everything has reached its sinks, except an [`Aside`].
 pub async fn copy(
@@ -144,7 +142,7 @@ pub async fn copy(
                 tokio::time::sleep(late).await;
             };
             tokio::select! {
-                copied = spread(reader, sinks, ended.cancelled()) => log_failure(copied),
+                copied = spread(reader, sinks, CHUNK, ended.cancelled()) => log_failure(copied),
                 () = stop.cancelled() => {}
                 () = is_late => limit.drop_bytes(length_in(reader)),
             }
@@ -208,7 +206,7 @@ async fn deliver_pipe(
         (Some(to), diverter) if sinks.copies.is_empty() => move_all(from, to, diverter, complete).await,
         (_, diverter) => {
             sinks.copies.extend(diverter.map(Sink::Pipe));
-            spread(from, sinks, complete).await
+            spread(from, sinks, PIECE, complete).await
         }
     }
 }
@@ -223,13 +221,15 @@ async fn move_all(
     let (mut complete, mut is_complete) = (pin!(complete), false);
     loop {
         // Waits for room before duplicating: if the daemon ended while it waits, the duplicate would be made twice.
-        if diverter.is_some() && found(from, PollFlags::POLLIN)? {
+        let duplicates = diverter.as_ref().is_some_and(|diverter| !diverter.limit.is_exhausted());
+        if duplicates && found(from, PollFlags::POLLIN)? {
             room_in(to).await?;
         }
         // Tries before it waits: a FIFO that is opened again after its writer has closed it never becomes ready.
         let moved = match &mut diverter {
             None => splice(from, None, to, None, CHUNK, NO_WAIT),
-            Some(diverter) => match diverter.divert(from).await {
+            // No more than the client takes at once: the duplicate would be made twice. Larger pieces wake the client less often.
+            Some(diverter) => match diverter.divert(from, free_in(to).max(PIECE)).await {
                 Ok(Diverted::Copied(length)) => {
                     move_exactly(from, to, length).await?;
                     Ok(length)
@@ -261,10 +261,12 @@ async fn move_all(
     }
 }
 
-/// Copies from a pipe to every sink until the pipe ends, or, once `complete`, until it is empty.
+/// Copies from a pipe to every sink until the pipe ends, or, once `complete`, until it is empty. Moves up to `most` bytes
+/// at once, of which a copy comes twice if the daemon ends in between.
 async fn spread(
     from: &AsyncFd<OwnedFd>,
     sinks: &mut Sinks,
+    most: usize,
     complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
     // Allocated only while there is output: most processes write nothing most of the time.
@@ -276,11 +278,11 @@ async fn spread(
         let (scratch, nowhere) = match &mut looking {
             Some(found) => found,
             None => {
-                let open = || Ok((Scratch::new()?, OpenOptions::new().write(true).open("/dev/null")?));
+                let open = || Ok((Scratch::new(most)?, OpenOptions::new().write(true).open("/dev/null")?));
                 looking.insert(once_there_is_room(open).await?)
             }
         };
-        let mut length = match scratch.look(from) {
+        let mut length = match scratch.look(from, most) {
             Ok(0) => return Ok(()),
             Ok(length) => length,
             Err(Errno::EAGAIN) if is_complete => return Ok(()),
@@ -295,9 +297,9 @@ async fn spread(
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
         };
-        match scratch.buffer[..length].iter().rposition(|byte| *byte == b'\n') {
+        match memchr::memrchr(b'\n', &scratch.buffer[..length]) {
             Some(end) => length = end + 1,
-            None if take_part || is_complete || length == PIECE || !has_writer(from)? => {}
+            None if take_part || is_complete || length >= PIECE || !has_writer(from)? => {}
             None => {
                 // An incomplete line waits in the pipe, where it outlives the daemon.
                 let more = async {

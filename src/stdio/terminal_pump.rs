@@ -10,8 +10,7 @@ use nix::fcntl::splice;
 use nix::poll::PollFlags;
 use tokio::io::unix::AsyncFd;
 
-use super::pipe::{NO_WAIT, data_in, is_ready, room_in};
-use super::pump::CHUNK;
+use super::pipe::{CHUNK, NO_WAIT, data_in, is_ready, room_in};
 use super::terminal::Terminal;
 
 /// How often the daemon tries to deliver input that waits until a program opens its terminal again.

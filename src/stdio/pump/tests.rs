@@ -136,7 +136,7 @@ async fn the_end_of_the_last_line_is_not_waited_for_once_the_output_is_complete(
         tokio::time::sleep(LINE_WAIT / 10).await;
         complete.cancel();
     };
-    let (copied, ()) = tokio::join!(spread(&source, &mut sinks, complete.cancelled()), end);
+    let (copied, ()) = tokio::join!(spread(&source, &mut sinks, PIECE, complete.cancelled()), end);
     copied.unwrap();
     assert!(begun.elapsed() < LINE_WAIT / 2, "{:?}", begun.elapsed());
     assert!(!is_ready(&source, PollFlags::POLLIN).unwrap());
