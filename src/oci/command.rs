@@ -81,6 +81,14 @@ impl OciRuntime for CommandLine {
         remove_state(cli)
     }
 
+    async fn settle(&self, cli: &Cli<'_>) {
+        // A command that takes longer waits for what a hook has left behind, and its cgroup is removed once it is empty.
+        if cli.lock().exists() && !matches!(timeout(ORPHAN_LIMIT, cli.settled("delete")).await, Ok(Ok(()))) {
+            return;
+        }
+        self.remove_cgroups(cli);
+    }
+
     async fn launch(
         &self,
         cli: &Cli<'_>,

@@ -120,6 +120,10 @@ pub trait OciRuntime: Send + Sync {
     /// [`Error`]
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error>;
 
+    /// Removes what a command of an ended daemon has left, for a container that the runtime does not know any more. Such a
+    /// command may still run: it has removed the state, and nothing else depends on it.
+    async fn settle(&self, _cli: &Cli<'_>) {}
+
     /// Runs `launch`, which becomes the OCI runtime or does something in its place. `verb` names it and its log, and
     /// `command` is its command line.
     ///

@@ -89,7 +89,7 @@ impl Launcher {
     /// Background task: drops sealed runtime copies that have been idle for [`sealed::IDLE_LIMIT`], and empty cgroups of
     /// the OCI runtime. Never returns.
     pub async fn forget_idle(&self) {
-        let mut ticks = tokio::time::interval(sealed::IDLE_LIMIT / 2);
+        let mut ticks = tokio::time::interval(sealed::IDLE_LIMIT / 6);
         loop {
             ticks.tick().await;
             self.copies.sweep();

@@ -147,7 +147,11 @@ impl Removal<'_> {
 
 /// Removes the state of the OCI runtime, if it has one of this container.
 async fn delete_in_runtime(oci: &dyn OciRuntime, cli: &runtime::Cli<'_>) -> Result<(), runtime::Error> {
-    if cli.knows() { oci.delete(cli).await } else { Ok(()) }
+    if cli.knows() {
+        return oci.delete(cli).await;
+    }
+    oci.settle(cli).await;
+    Ok(())
 }
 
 /// Unloads a unit. One that ended cleanly is still active (RemainAfterExit), any other has failed.
