@@ -1,6 +1,7 @@
 //! Output and input through FIFOs and files: complete, separate, ended in time, and there again after a break.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::fd::AsFd;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -12,6 +13,7 @@ use crate::common::node::{Node, OUR_RUNTIME};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Gate, Scratch, feed};
+use crate::common::systemd::{Cursor, DAEMON_SERVICE};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::wait;
 
@@ -287,17 +289,25 @@ fn a_log_file_continues_once_its_full_disk_has_room() {
     );
     let spec = gate.bind(Spec::sh(&script)).bind(notes.as_str(), "/notes", &["rw"]);
     let container = node.container("full", spec).started(&io);
-    let text = || fs::read_to_string(&log).unwrap_or_default();
+    let (before, text) = (Cursor::now(), || fs::read_to_string(&log).unwrap_or_default());
     wait::until_true("the first line is in the file", || text() == "first\n");
-    // As much as there is room for.
-    let filled = fs::write(&filler, vec![0; 64 << 10]);
-    assert_eq!(filled.expect_err("the disk is full").raw_os_error(), Some(nix::libc::ENOSPC));
+    // Page by page: a tmpfs refuses a larger piece if it has room for a part of it only.
+    let mut file = File::create(&filler).expect("make a file");
+    let full = std::iter::repeat_with(|| file.write_all(&[0; 4096])).find_map(Result::err);
+    drop(file);
+    assert_eq!(full.expect("the disk is full").raw_os_error(), Some(nix::libc::ENOSPC));
     gate.open();
     wait::until_true("the program is not held up", || notes.join("missing").exists());
+    let notice = format!("output is missing in {} from here on", log.display());
+    wait::until_true("the daemon has met the full disk", || {
+        let entries = before.entries_since(&[&format!("_SYSTEMD_UNIT={DAEMON_SERVICE}")]);
+        entries.iter().any(|entry| entry["MESSAGE"].as_str().is_some_and(|text| text.contains(&notice)))
+    });
     fs::remove_file(&filler).expect("make room");
     gate.open();
     wait::until_true("the last line is in the file", || text().ends_with("last\n"));
-    assert!(text().len() < 20_000, "nothing was missing, so nothing was tested");
+    let written: usize = (0..3000).map(|i| format!("missing-{i}\n").len()).sum();
+    assert!(text().len() < "first\nlast\n".len() + written, "nothing was missing, so nothing was tested");
     container.end();
     drop(container);
     process::succeed("umount", &[disk.as_str()]);
