@@ -82,7 +82,8 @@ impl OciRuntime for CommandLine {
     }
 
     async fn settle(&self, cli: &Cli<'_>) {
-        // A command that takes longer waits for what a hook has left behind, and its cgroup is removed once it is empty.
+        // A command that takes longer waits for a process that a hook has left behind. The daemon removes its cgroup later, once
+        // the cgroup is empty.
         if cli.lock().exists() && !matches!(timeout(ORPHAN_LIMIT, cli.settled("delete")).await, Ok(Ok(()))) {
             return;
         }

@@ -31,7 +31,7 @@ impl ClientFiles {
     /// Waits for work on files, at most for `limit` unless the clock is simulated.
     pub(crate) async fn within(&self, limit: Duration, work: impl Future<Output = ()>) {
         match self.limit {
-            // The work goes on without whoever waits for it.
+            // The work continues, although this call no longer waits for it.
             Some(_) => _ = tokio::time::timeout(limit, work).await,
             None => work.await,
         }

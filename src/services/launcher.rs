@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::cgroup;
 use crate::id::ProcessKey;
@@ -29,6 +30,9 @@ pub struct Launcher {
 
 /// A program: its device, inode, and change time.
 type Version = (u64, u64, i64);
+
+/// How often the daemon looks for unused copies and for empty cgroups.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The most search paths that are remembered. Each containerd has one.
 const MOST_PATHS: usize = 64;
@@ -89,7 +93,7 @@ impl Launcher {
     /// Background task: drops sealed runtime copies that have been idle for [`sealed::IDLE_LIMIT`], and empty cgroups of
     /// the OCI runtime. Never returns.
     pub async fn forget_idle(&self) {
-        let mut ticks = tokio::time::interval(sealed::IDLE_LIMIT / 6);
+        let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
         loop {
             ticks.tick().await;
             self.copies.sweep();

@@ -228,7 +228,8 @@ async fn move_all(
         // Tries before it waits: a FIFO that is opened again after its writer has closed it never becomes ready.
         let moved = match &mut diverter {
             None => splice(from, None, to, None, CHUNK, NO_WAIT),
-            // No more than the client takes at once: the duplicate would be made twice. Larger pieces wake the client less often.
+            // A large piece wakes the client less often. But it has to fit: while the rest of a piece waits for the client, an end
+            // of the daemon would cause a second duplicate.
             Some(diverter) => match diverter.divert(from, free_in(to).max(PIECE)).await {
                 Ok(Diverted::Copied(length)) => {
                     move_exactly(from, to, length).await?;
