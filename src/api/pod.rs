@@ -6,7 +6,7 @@ use protobuf::{EnumOrUnknown, Message};
 
 use protobuf::well_known_types::any::Any;
 
-use crate::oci::pod::{Context, Dns, IdRange, Namespace, Pod, Seccomp, UserNamespace};
+use crate::oci::pod::{Context, Dns, IdRange, Namespace, Pod, Resources, Seccomp, UserNamespace};
 
 use super::convert::Error;
 use super::messages::cri::{
@@ -73,6 +73,12 @@ fn of(config: PodSandboxConfig) -> Result<Pod, Error> {
         selinux: context.filter(|context| *context != Context::default()),
         apparmor: apparmor(&security),
         seccomp: seccomp(&security),
+        resources: linux.resources.into_option().map(|sum| Resources {
+            cpu_period: sum.cpu_period,
+            cpu_quota: sum.cpu_quota,
+            cpu_shares: sum.cpu_shares,
+            memory: sum.memory_limit_in_bytes,
+        }),
     })
 }
 

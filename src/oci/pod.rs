@@ -112,6 +112,22 @@ pub struct Pod {
     pub apparmor: Option<String>,
     /// Its seccomp profile.
     pub seccomp: Seccomp,
+    /// What its containers have together, if the client says so.
+    pub resources: Option<Resources>,
+}
+
+/// The sum of the resources of a pod's containers. It is no limit: containers without a limit add nothing to it. The spec has
+/// these numbers as annotations, as that of a pause container (containerd, `internal/cri/annotations`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// The period of the processor quota, in µs.
+    pub cpu_period: i64,
+    /// The processor quota in each period, in µs.
+    pub cpu_quota: i64,
+    /// The shares of the processors.
+    pub cpu_shares: i64,
+    /// The memory, in bytes.
+    pub memory: i64,
 }
 
 /// The facts about the node on which the spec depends.
@@ -215,7 +231,18 @@ fn annotations(id: &str, pod: Option<&Pod>) -> Map<String, Value> {
         ("sandbox-uid", &pod.uid),
         ("sandbox-log-directory", &pod.log_directory),
     ];
-    values.into_iter().map(|(name, value)| (format!("io.kubernetes.cri.{name}"), value.into())).collect()
+    let resources = pod.resources.map(|Resources { cpu_period, cpu_quota, cpu_shares, memory }| {
+        let numbers = [
+            ("sandbox-cpu-period", cpu_period),
+            ("sandbox-cpu-quota", cpu_quota),
+            ("sandbox-cpu-shares", cpu_shares),
+            ("sandbox-memory", memory),
+        ];
+        numbers.map(|(name, number)| (name, number.to_string()))
+    });
+    let texts = values.map(|(name, value)| (name, value.to_owned())).into_iter();
+    let all = texts.chain(resources.into_iter().flatten());
+    all.map(|(name, value)| (format!("io.kubernetes.cri.{name}"), value.into())).collect()
 }
 
 fn namespaces(pod: &Pod, network: &str, node: &Node) -> Vec<Value> {
@@ -302,6 +329,18 @@ mod tests {
         assert_eq!(spec["annotations"]["io.kubernetes.cri.sandbox-name"], "dns");
         assert_eq!(spec["linux"]["sysctl"]["net.ipv4.ip_unprivileged_port_start"], "0");
         assert_eq!(spec["linux"]["cgroupsPath"], Value::Null);
+    }
+
+    #[test]
+    fn the_resources_of_a_pod_are_annotations_and_no_limits() {
+        let resources = Resources { cpu_period: 100_000, cpu_quota: 50_000, cpu_shares: 2, memory: 1 << 20 };
+        let spec = |resources| spec("id", Some(&Pod { resources, ..pod() }), "", &Node::default());
+        let (with, without) = (spec(Some(resources)), spec(None));
+        let named = |name: &str| &with["annotations"][format!("io.kubernetes.cri.sandbox-{name}")];
+        let found = ["cpu-period", "cpu-quota", "cpu-shares", "memory"].map(named);
+        assert_eq!(found, [&json!("100000"), &json!("50000"), &json!("2"), &json!("1048576")]);
+        assert_eq!(with["linux"], without["linux"]);
+        assert_eq!(without["annotations"]["io.kubernetes.cri.sandbox-memory"], Value::Null);
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub mod lease;
 pub mod needs;
 pub mod node;
 pub mod plots;
+pub mod pod;
 pub mod process;
 pub mod pty;
 pub mod random;

@@ -1,10 +1,10 @@
 //! The Sandbox API, through containerd's sandbox service.
 
-use prost::Message;
 use prost_types::Any;
 
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{Node, unique};
+use crate::common::pod::{LOCALHOST, Linux, Namespaces, Number, OF_NODE, Profile, Resources, Security, pod};
 use crate::common::sandbox::{NOT_READY, READY, Sandbox};
 use crate::common::stdio::Scratch;
 use crate::common::{daemon, process, systemd, wait};
@@ -153,82 +153,6 @@ fn options_that_are_no_pod_are_refused() {
     assert!(refused.message().contains("x.Pod"), "{refused:?}");
 }
 
-#[derive(Clone, PartialEq, Message)]
-struct Pod {
-    #[prost(message, optional, tag = "1")]
-    metadata: Option<Metadata>,
-    #[prost(string, tag = "2")]
-    hostname: String,
-    #[prost(message, optional, tag = "8")]
-    linux: Option<Linux>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Metadata {
-    #[prost(string, tag = "1")]
-    name: String,
-    #[prost(string, tag = "2")]
-    uid: String,
-    #[prost(string, tag = "3")]
-    namespace: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Linux {
-    #[prost(string, tag = "1")]
-    cgroup_parent: String,
-    #[prost(message, optional, tag = "2")]
-    security: Option<Security>,
-    #[prost(map = "string, string", tag = "3")]
-    sysctls: std::collections::HashMap<String, String>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Security {
-    #[prost(message, optional, tag = "1")]
-    namespaces: Option<Namespaces>,
-    #[prost(message, optional, tag = "3")]
-    run_as_user: Option<Number>,
-    #[prost(message, optional, tag = "9")]
-    seccomp: Option<Profile>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Profile {
-    #[prost(int32, tag = "1")]
-    kind: i32,
-    #[prost(string, tag = "2")]
-    path: String,
-}
-
-/// A profile in a file of the node.
-const LOCALHOST: i32 = 2;
-
-#[derive(Clone, PartialEq, Message)]
-struct Number {
-    #[prost(int64, tag = "1")]
-    value: i64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Namespaces {
-    #[prost(int32, tag = "1")]
-    network: i32,
-    #[prost(int32, tag = "2")]
-    pid: i32,
-    #[prost(int32, tag = "3")]
-    ipc: i32,
-}
-
-const OF_NODE: i32 = 2;
-
-fn pod(change: impl FnOnce(&mut Pod)) -> Option<Any> {
-    let metadata = Metadata { name: "web-1".to_string(), uid: unique("uid"), namespace: "shop".to_string() };
-    let mut pod = Pod { metadata: Some(metadata), ..Default::default() };
-    change(&mut pod);
-    Some(Any { type_url: "runtime.v1.PodSandboxConfig".to_string(), value: pod.encode_to_vec() })
-}
-
 #[test]
 fn a_pod_has_its_name_its_parameters_and_its_user() {
     needs!(OurShim, Sandboxes);
@@ -318,4 +242,25 @@ fn a_pod_is_in_the_slice_that_its_client_names() {
     assert_eq!(systemd::property(&sandbox.unit(), "Slice"), slice);
     let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("read its cgroup");
     assert!(cgroup.trim().ends_with(&format!("cri-containerd-{}.scope", sandbox.id)), "{cgroup}");
+}
+
+#[test]
+fn what_the_containers_of_a_pod_have_together_is_no_limit() {
+    needs!(OurShim, Sandboxes);
+    let node = Node::shared();
+    let slice = format!("{}.slice", unique("sums").replace('-', "_"));
+    let resources = Resources { cpu_period: 100_000, cpu_quota: 50_000, cpu_shares: 2, memory: 8 << 20 };
+    let linux =
+        Linux { cgroup_parent: format!("/{slice}"), resources: Some(resources), ..Default::default() };
+    let sandbox =
+        Sandbox::create_with(&node, "sums", pod(|pod| pod.linux = Some(linux)), None).expect("create a pod");
+    sandbox.start();
+    for unit in [&slice, &sandbox.unit()] {
+        assert_eq!(systemd::property(unit, "MemoryMax"), "infinity", "{unit}");
+        assert_eq!(systemd::property(unit, "CPUQuotaPerSecUSec"), "infinity", "{unit}");
+    }
+    let spec =
+        process::succeed("find", &["/run/containerd", "-path", &format!("*/{}/config.json", sandbox.id)]);
+    let spec = std::fs::read_to_string(spec.trim()).expect("read the spec");
+    assert!(spec.contains(r#""io.kubernetes.cri.sandbox-memory":"8388608""#), "{spec}");
 }
