@@ -76,7 +76,7 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::Runtime(oci::runtime::Error::TimedOut { .. } | oci::runtime::Error::Busy { .. }) => {
             Code::DEADLINE_EXCEEDED
         }
-        Error::GivenUp { .. } => Code::CANCELLED,
+        Error::GivenUp { .. } | Error::Interrupted { .. } => Code::CANCELLED,
         Error::Kept(_) | Error::NoThread(_) => Code::RESOURCE_EXHAUSTED,
         Error::Stopping
         | Error::Unit(unit::error::Error::Unreachable { .. } | unit::error::Error::Lost { .. }) => {

@@ -283,14 +283,31 @@ impl Cli<'_> {
     /// # Errors
     /// [`Error::Busy`], or the lock can't be read.
     pub async fn settled(&self, verb: &'static str) -> Result<(), Error> {
+        self.settled_unless(verb, std::future::pending()).await
+    }
+
+    /// As [`Self::settled`]. Kills the command also when `must_end` resolves.
+    ///
+    /// # Errors
+    /// As [`Self::settled`].
+    pub async fn settled_unless(
+        &self,
+        verb: &'static str,
+        must_end: impl Future<Output = ()>,
+    ) -> Result<(), Error> {
         let unreadable = |source| Error::Spawn { verb, binary: self.runtime.binary.clone(), source };
         let Some(holder) = self.holder().map_err(unreadable)? else {
             return Ok(());
         };
-        if timeout(self.runtime.limit(), holder.ended()).await.is_ok() {
-            return Ok(());
+        tokio::select! {
+            ended = timeout(self.runtime.limit(), holder.ended()) => {
+                if ended.is_ok() {
+                    return Ok(());
+                }
+                tracing::warn!(id = %self.id, "container {}: killing an OCI runtime command that takes too long (pid {})", self.id, holder.pid);
+            }
+            () = must_end => {}
         }
-        tracing::warn!(id = %self.id, "container {}: killing an OCI runtime command that takes too long (pid {})", self.id, holder.pid);
         // A command of an earlier version has no cgroup of its own.
         if let Some(cgroup) = cgroup::of_process(holder.pid).ok().filter(|cgroup| is_of_one_command(cgroup)) {
             kill_cgroup(&cgroup);

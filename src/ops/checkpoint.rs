@@ -8,6 +8,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
 
 use crate::cgroup;
 use crate::fault::{self, Point};
@@ -16,6 +19,7 @@ use crate::id::TaskKey;
 use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, CheckpointNote, DUMP_WORK, Kind, dump_work};
 use crate::oci::criu::{self, Checkpoint, Problem};
 use crate::oci::runtime::Cli;
+use crate::services::process::{cancelled, init_is_gone};
 use crate::services::{Delivery, Entry, Error, blocking};
 use crate::task::phase::Phase;
 use crate::task::wiring::Output;
@@ -27,6 +31,9 @@ use super::pause::refused;
 
 /// The copy of criu's log in the bundle, as containerd-shim-runc-v2 names it.
 const LOG_COPY: &str = "criu-dump.log";
+
+/// How long criu may work on a checkpoint after it has ended the container.
+const EXIT_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a container does after its checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +72,8 @@ impl Shim {
         if [&wiring.stdout, &wiring.stderr].contains(&&Output::Journal) {
             return Err(Error::JournalSocket { key: key.clone() });
         }
-        self.check_criu(&task).await?;
+        entry.init.live().interrupted = CancellationToken::new();
+        self.check_criu(&entry, &task).await?;
         let begun = CheckpointNote { request, was_paused: task.init.phase.is_paused(), outcome: None };
         self.write_begun(key, &begun)?;
         fault::point(Point::CheckpointRecorded);
@@ -85,12 +93,15 @@ impl Shim {
             freeze_only_container(&*self.manager, task).await?;
         }
         fault::point(Point::CheckpointThawed);
-        let taken = self.launch_for(entry, task, &dir, Kind::Checkpoint).await;
+        let taken = tokio::select! {
+            taken = self.launch_for(entry, task, &dir, Kind::Checkpoint) => taken,
+            error = init_has_ended(entry, &begun.request) => Err(error),
+        };
         fault::point(Point::CheckpointDone);
         taken
     }
 
-    /// Runs `launch` for a task, with the time limit of a Create. Fails when containerd has given the task up.
+    /// Runs `launch` for a task, with the time limit of a Create. Fails when [`cancelled`].
     pub(super) async fn launch_for(
         &self,
         entry: &Entry,
@@ -99,7 +110,7 @@ impl Shim {
         kind: Kind,
     ) -> Result<(), Error> {
         let command = self.launcher.command(kind, &entry.init.key);
-        let (cli, given_up) = (Cli::of(task, dir), entry.init.live().given_up.clone());
+        let cli = Cli::of(task, dir);
         tokio::select! {
             done = self.oci.launch(&cli, kind.word(), task.runtime.create_limit(), &command) => {
                 done.map_err(|error| match Problem::of_runtime(&error.to_string()) {
@@ -107,7 +118,7 @@ impl Shim {
                     None => error.into(),
                 })
             }
-            () = given_up.cancelled() => Err(Error::GivenUp { process: entry.init.key.clone() }),
+            error = cancelled(entry) => Err(error),
         }
     }
 
@@ -120,7 +131,8 @@ impl Shim {
         taken: Result<(), Error>,
     ) -> Result<(), Error> {
         let task = entry.task().clone();
-        let continues = taken.is_err() || !begun.request.exit;
+        let ended = matches!(taken, Err(Error::Interrupted { .. } | Error::InitGone { .. }));
+        let continues = !ended && (taken.is_err() || !begun.request.exit);
         self.put_back(entry, &begun, if continues { Afterwards::Continues } else { Afterwards::HasEnded })
             .await;
         fault::point(Point::CheckpointFrozen);
@@ -174,7 +186,13 @@ impl Shim {
             }
         };
         let (task, dir) = (entry.task().clone(), self.store.dir(&entry.key));
-        let settled = Cli::of(&task, &dir).settled(Kind::Checkpoint.word()).await;
+        let must_end = async {
+            tokio::select! {
+                error = cancelled(entry) => error,
+                error = init_has_ended(entry, &begun.request) => error,
+            };
+        };
+        let settled = Cli::of(&task, &dir).settled_unless(Kind::Checkpoint.word(), must_end).await;
         let log = dump_work(&begun.request, &dir).join(criu::DUMP_LOG);
         let dumped = self.files.run(&entry.init.key, move || criu::has_dumped(&log)).await;
         let concluded = match (settled, dumped) {
@@ -207,7 +225,7 @@ impl Shim {
     }
 
     /// Checks that criu can be used. A criu that could be used is not checked again.
-    pub(super) async fn check_criu(&self, task: &Task) -> Result<(), Error> {
+    pub(super) async fn check_criu(&self, entry: &Entry, task: &Task) -> Result<(), Error> {
         let path = &task.runtime.path;
         if self.launcher.knows_criu(path) {
             return Ok(());
@@ -215,8 +233,11 @@ impl Shim {
         let command = self.launcher.command(Kind::Criu, &task.key.init());
         self.store.remove_scratch(&task.key, &[CRIU_PROBLEM])?;
         let dir = self.store.dir(&task.key);
-        let checked =
-            self.oci.launch(&Cli::of(task, &dir), Kind::Criu.word(), task.runtime.limit(), &command).await;
+        let cli = Cli::of(task, &dir);
+        let checked = tokio::select! {
+            checked = self.oci.launch(&cli, Kind::Criu.word(), task.runtime.limit(), &command) => checked,
+            error = cancelled(entry) => return Err(error),
+        };
         let Err(error) = checked else {
             self.launcher.remember_criu(path);
             return Ok(());
@@ -224,6 +245,16 @@ impl Shim {
         let problem: Option<Problem> = self.store.read_scratch(&task.key, CRIU_PROBLEM)?;
         Err(problem.map_or_else(|| error.into(), Error::Criu))
     }
+}
+
+/// Resolves when the init process has ended, by whatever cause, and criu has had the time to end by itself: with the option
+/// exit, criu kills the process, and completes the checkpoint afterwards.
+async fn init_has_ended(entry: &Entry, request: &Checkpoint) -> Error {
+    if entry.task().init.is_alive() {
+        init_is_gone(entry).await;
+    }
+    tokio::time::sleep(if request.exit { EXIT_LIMIT } else { Duration::ZERO }).await;
+    Error::InitGone { key: entry.key.clone() }
 }
 
 /// The container's own cgroup is frozen instead of the unit's.

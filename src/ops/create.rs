@@ -14,7 +14,7 @@ use crate::launch::contract::{Kind, LAUNCHED, PID_FILE};
 use crate::launch::{self, command};
 use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::{metadata, options, runtime};
-use crate::services::process::{hold, lives_in, program_of, read_pid};
+use crate::services::process::{cancelled, hold, lives_in, program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Delivery, Entry, Error};
 use crate::session::{OpenStreams, ReopenMode};
@@ -120,7 +120,7 @@ impl Shim {
         self.store.create(&task, environment)?;
         fault::point(Point::CreateRecorded);
         if task.request.checkpoint.is_some() {
-            self.check_criu(&task).await?;
+            self.check_criu(entry, &task).await?;
             self.prepare_restore(entry, &task, &dir).await?;
             return Ok(None);
         }
@@ -265,7 +265,7 @@ impl Shim {
         }
     }
 
-    /// Waits until `job` reports that the unit is up. Fails when containerd has given the task up.
+    /// Waits until `job` reports that the unit is up. Fails when [`cancelled`].
     async fn await_unit(
         &self,
         entry: &Entry,
@@ -273,10 +273,9 @@ impl Shim {
         dir: &Path,
         job: impl Future<Output = Result<(), unit::error::Error>>,
     ) -> Result<(), Error> {
-        let given_up = entry.init.live().given_up.clone();
         let done = tokio::select! {
             done = job => done,
-            () = given_up.cancelled() => return Err(Error::GivenUp { process: entry.init.key.clone() }),
+            error = cancelled(entry) => return Err(error),
         };
         match done {
             Err(unit::error::Error::Job { .. }) if self.manager.has_timed_out(task.unit()).await => {

@@ -1,7 +1,9 @@
 //! Delete: removes a task that has ended, or an exec.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::sync::MutexGuard;
 use tokio_util::sync::CancellationToken;
 
 use crate::config;
@@ -14,6 +16,7 @@ use crate::store::delete_replies::Deleted;
 use crate::sys;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::{Exit, Phase};
+use crate::task::process::Lifecycle;
 
 use super::Shim;
 use super::kill::kill_all;
@@ -45,7 +48,12 @@ impl Shim {
     /// Removes a task. Kills a task that was never started first.
     pub(super) async fn delete_task(self: &Arc<Self>, key: &TaskKey) -> Result<Deleted, Error> {
         let entry = self.tasks.created(key)?;
-        let _verb = entry.init.verb.lock().await;
+        let phase = entry.task().init.phase.clone();
+        if phase.is_alive() && entry.init.live().is_checkpointing {
+            // The checkpoint may hang.
+            return Err(Error::NotDeletable { phase: phase.word() });
+        }
+        let _verb = end_restores(&entry).await;
         // Another Delete may have removed it while this one waited.
         self.tasks.created(key)?;
         let phase = entry.task().init.phase.clone();
@@ -135,6 +143,21 @@ impl Shim {
         self.tasks.registry.remove_exec(entry, id);
         fault::point(Point::ExecDeleteForgotten);
         Ok(deleted)
+    }
+}
+
+/// Waits for what is under way for the init process, and ends restores, which may hang. If one is complete before, the task
+/// runs.
+async fn end_restores(entry: &Arc<Entry>) -> MutexGuard<'_, ()> {
+    /// Another Start, which came before the Delete, may begin another restore.
+    const INTERVAL: Duration = Duration::from_secs(1);
+    loop {
+        if let Phase::Restoring { .. } = entry.task().init.phase {
+            entry.init.live().interrupted.cancel();
+        }
+        if let Ok(verb) = tokio::time::timeout(INTERVAL, entry.init.verb.lock()).await {
+            return verb;
+        }
     }
 }
 

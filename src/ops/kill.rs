@@ -7,9 +7,10 @@ use nix::errno::Errno;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
-use crate::services::{Delivery, Error, Tasks, blocking};
+use crate::services::{Delivery, Error, Process, Tasks, blocking};
 use crate::sys;
 use crate::task::Task;
+use crate::task::phase::Phase;
 
 const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 /// The last signal of the kernel (`_NSIG`).
@@ -46,31 +47,55 @@ impl Tasks {
         let (entry, process) = self.process(key)?;
         let task = entry.task().clone();
         if task.init.phase.container().is_none() {
-            // It waits for its restore.
+            // It waits for its restore, or it is being restored.
+            if matches!(task.init.phase, Phase::Restoring { .. }) && ends_a_restore(signal) {
+                entry.init.live().interrupted.cancel();
+                return Ok(());
+            }
             return Err(Error::UnknownTask { key: key.task.clone() });
         }
+        let ends_task = key.exec.is_none() && signal == SIGKILL && task.init.is_alive();
         if all && key.exec.is_none() {
-            return blocking(move || kill_all(&task, signal)).await?;
+            blocking(move || kill_all(&task, signal)).await??;
+        } else {
+            signal_process(&task, &process, signal)?;
         }
-        let recorded = task.process(process.exec()).ok_or(Error::NotStarted)?;
-        if recorded.exit().is_some() {
-            return Err(Error::Finished);
+        if ends_task {
+            // criu may hang in a checkpoint, which would delay the Delete.
+            entry.init.live().interrupted.cancel();
         }
-        let pid = recorded.pid().ok_or(Error::NotStarted)?;
-        let failed = |source: Errno| Error::Kill { signal, process: key.to_string(), source: source.into() };
-        let held = process.live().process.as_ref().map(|held| held.try_clone()).transpose();
-        let held = held.map_err(|source| Error::Kill { signal, process: key.to_string(), source })?;
-        let sent = match held {
-            // Through the pidfd: the pid may belong to another process by now.
-            Some(held) => sys::pidfd_send_signal(&held, signal),
-            None => held_again(&task, pid, sys::pidfd_open(pid))
-                .and_then(|process| sys::pidfd_send_signal(&process, signal)),
-        };
-        match sent {
-            Err(Errno::ESRCH) => Err(Error::Finished),
-            sent => sent.map_err(failed),
-        }
+        Ok(())
     }
+}
+
+/// Sends a signal to one process.
+fn signal_process(task: &Task, process: &Process, signal: u32) -> Result<(), Error> {
+    let recorded = task.process(process.exec()).ok_or(Error::NotStarted)?;
+    if recorded.exit().is_some() {
+        return Err(Error::Finished);
+    }
+    let pid = recorded.pid().ok_or(Error::NotStarted)?;
+    let key = &process.key;
+    let failed = |source: Errno| Error::Kill { signal, process: key.to_string(), source: source.into() };
+    let held = process.live().process.as_ref().map(|held| held.try_clone()).transpose();
+    let held = held.map_err(|source| Error::Kill { signal, process: key.to_string(), source })?;
+    let sent = match held {
+        // Through the pidfd: the pid may belong to another process by now.
+        Some(held) => sys::pidfd_send_signal(&held, signal),
+        None => held_again(task, pid, sys::pidfd_open(pid))
+            .and_then(|process| sys::pidfd_send_signal(&process, signal)),
+    };
+    match sent {
+        Err(Errno::ESRCH) => Err(Error::Finished),
+        sent => sent.map_err(failed),
+    }
+}
+
+/// True for the signals with which clients end a task. The processes that are being restored get no signal: their handlers may
+/// not be there yet.
+fn ends_a_restore(signal: u32) -> bool {
+    use nix::libc::{SIGINT, SIGKILL, SIGQUIT, SIGTERM};
+    [SIGINT, SIGKILL, SIGQUIT, SIGTERM].iter().any(|ending| u32::try_from(*ending) == Ok(signal))
 }
 
 /// A pidfd that was opened only now, because it could not be opened before, for lack of descriptors for example. Fails with

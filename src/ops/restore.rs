@@ -48,7 +48,7 @@ impl Shim {
     ) -> Result<u32, Error> {
         fault::point(Point::RestoreRecorded);
         let restored = async {
-            self.check_criu(task).await?;
+            self.check_criu(entry, task).await?;
             let dir = self.store.dir(&task.key);
             let plan = Arc::new(self.streams.plan(entry, &entry.init)?);
             let opened = self.streams.open(&plan).await?;
@@ -68,6 +68,10 @@ impl Shim {
         let restored = self.resume_unit(entry, claimed).await;
         if let Err(error) = self.conclude_restore(entry, restored).await {
             tracing::warn!(task = %entry.key, %error, "task {}: a restore that a restart interrupted has failed and was rolled back: {error}", entry.key);
+            if let Error::Interrupted { .. } = error {
+                // The replay of the Start would begin the restore once more.
+                self.tasks.remember_failure(entry.init.key.clone(), error);
+            }
         }
         self.units.query(entry, &entry.init).await;
     }

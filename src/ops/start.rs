@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::cgroup::limits::is_frozen;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
@@ -29,8 +31,12 @@ impl Shim {
         }
         self.tasks.recall_failure(key, delivery)?;
         may_start(&task, &process)?;
+        let restores = process.exec().is_none() && task.request.checkpoint.is_some();
+        if restores {
+            process.live().interrupted = CancellationToken::new();
+        }
         self.tasks.apply(&entry, &process, Event::StartBegun)?;
-        if process.exec().is_none() && task.request.checkpoint.is_some() {
+        if restores {
             return self.restore_init(&entry, &task).await;
         }
         let started = match process.exec() {

@@ -227,6 +227,12 @@ pub enum Error {
         /// The process.
         process: ProcessKey,
     },
+    /// A checkpoint or a restore was ended by another call.
+    #[error("{process}: criu was stopped, because the task was killed or deleted while criu worked on it")]
+    Interrupted {
+        /// The process.
+        process: ProcessKey,
+    },
     /// A Create takes too long.
     #[error(
         "OCI runtime create failed: {unit} was stopped because it did not start in time (option RuntimeTimeoutSec): a hook or a mount may hang; see journalctl -u {unit}"

@@ -70,6 +70,9 @@ pub struct Live {
     pub(crate) attempt_ended: Arc<Notify>,
     /// Cancels a Create or a Start that is under way.
     pub(crate) given_up: CancellationToken,
+    /// Ends a checkpoint or a restore that is under way, and nothing else: a Kill or a Delete has come. The next checkpoint or
+    /// restore has another token.
+    pub(crate) interrupted: CancellationToken,
     /// The unit of an exec that has ended is being removed.
     pub(crate) removal: Option<JoinHandle<Result<(), Error>>>,
     /// The watch of its cgroup.

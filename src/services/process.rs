@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::task::{Placement, Task};
 use crate::{cgroup, config, sys};
 
-use super::{Entry, Process};
+use super::{Entry, Error, Process};
 
 /// Opens a pidfd of a process, so that no other process can get its pid. If the process does not exist any more, it has ended,
 /// and systemd reports how.
@@ -26,6 +26,20 @@ pub(crate) async fn init_is_gone(entry: &Entry) {
         std::future::pending::<()>().await;
     }
     tokio::time::sleep(config::AFTER_INIT_LIMIT).await;
+}
+
+/// Resolves when what is under way for a task must end: containerd has given the task up, or a client interrupts a checkpoint or
+/// a restore. Returns the error for the interrupted call.
+pub(crate) async fn cancelled(entry: &Entry) -> Error {
+    let (given_up, interrupted) = {
+        let live = entry.init.live();
+        (live.given_up.clone(), live.interrupted.clone())
+    };
+    let process = entry.init.key.clone();
+    tokio::select! {
+        () = given_up.cancelled() => Error::GivenUp { process },
+        () = interrupted.cancelled() => Error::Interrupted { process },
+    }
 }
 
 /// True if a process is in the cgroup of the task. Otherwise another process has got the pid.

@@ -1,6 +1,7 @@
 //! Checkpoints of tests: a container whose state shows in its output, and the options of a checkpoint.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use containerd_shim_protos::api::CheckpointTaskRequest;
 use containerd_shim_protos::shim::oci::CheckpointOptions;
@@ -58,4 +59,30 @@ pub fn take(
     })
     .into();
     shim.call(async |client, context| client.checkpoint(context, &request).await).map(drop)
+}
+
+/// Replaces criu with another program, until it is dropped.
+pub struct Criu;
+
+impl Criu {
+    const PATH: &str = "/usr/sbin/criu";
+    const KEPT: &str = "/usr/sbin/criu.kept";
+
+    /// Replaces criu with this script, or with no program.
+    pub fn replaced(script: Option<&str>) -> Self {
+        fs::rename(Self::PATH, Self::KEPT).expect("move criu");
+        let replaced = Self;
+        if let Some(script) = script {
+            fs::write(Self::PATH, script).expect("write a script");
+            fs::set_permissions(Self::PATH, fs::Permissions::from_mode(0o755)).expect("make it executable");
+        }
+        replaced
+    }
+}
+
+impl Drop for Criu {
+    fn drop(&mut self) {
+        // If the removal fails, the next test fails.
+        let _ = fs::rename(Self::KEPT, Self::PATH);
+    }
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 use containerd_client::tonic::Code;
 use containerd_client::types::v1::Status;
 
-use crate::common::checkpoint::{COUNTING, last, options, take};
+use crate::common::checkpoint::{COUNTING, Criu, last, options, take};
 use crate::common::node::{Node, number};
 use crate::common::shim::{self, Shim, WithFaults};
 use crate::common::spec::Spec;
@@ -103,33 +103,6 @@ fn a_checkpoint_that_fails_names_the_log_of_criu_and_the_task_continues() {
     assert!(scratch.join("good/inventory.img").exists());
     let (code, reason) = take(&shim, &container, "images", |_| {}).expect_err("a relative path");
     assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT, "{reason}");
-}
-
-/// Replaces criu with another program, until it is dropped.
-struct Criu;
-
-impl Criu {
-    const PATH: &str = "/usr/sbin/criu";
-    const KEPT: &str = "/usr/sbin/criu.kept";
-
-    /// Replaces criu with this script, or with no program.
-    fn replaced(script: Option<&str>) -> Self {
-        use std::os::unix::fs::PermissionsExt;
-        fs::rename(Self::PATH, Self::KEPT).expect("move criu");
-        let replaced = Self;
-        if let Some(script) = script {
-            fs::write(Self::PATH, script).expect("write a script");
-            fs::set_permissions(Self::PATH, fs::Permissions::from_mode(0o755)).expect("make it executable");
-        }
-        replaced
-    }
-}
-
-impl Drop for Criu {
-    fn drop(&mut self) {
-        // If the removal fails, the next test fails.
-        let _ = fs::rename(Self::KEPT, Self::PATH);
-    }
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod bad_exec;
 mod bad_input;
 mod bus;
 mod checkpoint;
+mod checkpoint_hangs;
 mod checkpoint_options;
 mod checkpoint_streams;
 mod containerds;
