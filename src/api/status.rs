@@ -43,6 +43,8 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::NotDeletable { .. }
         | Error::Leftover { .. }
         | Error::NoExecIn { .. }
+        | Error::FrozenSlice { .. }
+        | Error::StoppedMeanwhile { .. }
         | Error::InitGone { .. }
         | Error::NotStarted
         | Error::Resources(oci::resources::Error::NoController { .. })

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::cgroup;
+use crate::cgroup::limits;
 use crate::cgroup::stats::MemoryEvents;
 use crate::fault::{self, Point};
 use crate::id::{TaskKey, UnitName};
@@ -281,6 +282,17 @@ impl Shim {
             Err(unit::error::Error::Job { .. }) if self.manager.has_timed_out(task.unit()).await => {
                 Err(Error::CreateTimedOut { unit: task.unit().to_string() })
             }
+            Err(unit::error::Error::Job { .. }) if is_in_frozen_slice(task, dir) => {
+                let slice = task.placement.slice().to_string();
+                Err(Error::FrozenSlice { process: entry.init.key.clone(), slice })
+            }
+            // JobRemoved's result (org.freedesktop.systemd1(5)) for a job that another job has replaced.
+            Err(unit::error::Error::Job { result, .. }) if result == "canceled" => {
+                Err(Error::StoppedMeanwhile {
+                    process: entry.init.key.clone(),
+                    unit: task.unit().to_string(),
+                })
+            }
             Err(unit::error::Error::Job { .. }) => Err(Error::Launch(launch_failure(task, dir))),
             other => Ok(other?),
         }
@@ -315,6 +327,12 @@ async fn make_pod_slice(manager: &dyn Systemd, slice: &UnitName, task: &Task) ->
         Ok(()) | Err(unit::error::Error::Exists { .. }) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// True if systemd (from 257 on) has not run `launch` because the slice is frozen.
+fn is_in_frozen_slice(task: &Task, dir: &Path) -> bool {
+    let slice = task.placement.slice().slice_cgroup();
+    !dir.join(LAUNCHED).exists() && matches!(limits::is_frozen(&slice), Ok(Some(true)))
 }
 
 fn launch_failure(task: &Task, dir: &Path) -> String {

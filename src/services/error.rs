@@ -233,6 +233,26 @@ pub enum Error {
         /// The process.
         process: ProcessKey,
     },
+    /// systemd starts no unit in a frozen slice.
+    #[error(
+        "{process} was not started: systemd starts nothing in {slice}, which is frozen; see systemctl thaw"
+    )]
+    FrozenSlice {
+        /// The process.
+        process: ProcessKey,
+        /// The slice. It or one of its parents is frozen.
+        slice: String,
+    },
+    /// Somebody has stopped the unit or its slice during a Create or a restore.
+    #[error(
+        "{process} was not started: somebody has stopped {unit} or its slice meanwhile; see journalctl -u {unit}"
+    )]
+    StoppedMeanwhile {
+        /// The process.
+        process: ProcessKey,
+        /// Its unit.
+        unit: String,
+    },
     /// A Create takes too long.
     #[error(
         "OCI runtime create failed: {unit} was stopped because it did not start in time (option RuntimeTimeoutSec): a hook or a mount may hang; see journalctl -u {unit}"

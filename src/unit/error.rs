@@ -8,6 +8,8 @@ use crate::id::UnitName;
 pub(super) const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
 pub(super) const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
+/// A unit that is needed, such as the slice, is about to be stopped, or the machine shuts down.
+pub(super) const DESTRUCTIVE: &str = "org.freedesktop.systemd1.TransactionIsDestructive";
 
 /// What can go wrong with a unit.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -37,7 +39,7 @@ pub enum Error {
         /// The unit.
         unit: String,
     },
-    /// A unit that the unit needs, such as its slice, can't be started.
+    /// A unit that the unit needs, such as its slice, can't be started, or is being stopped.
     #[error("unit {unit} can't be started: {reason}")]
     Dependency {
         /// The unit.

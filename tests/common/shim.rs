@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use containerd_shim_protos::api::{ConnectRequest, CreateTaskRequest, CreateTaskResponse};
+use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::TaskClient;
 use ttrpc::Code;
 use ttrpc::asynchronous::Client;
@@ -60,6 +61,16 @@ impl<'n> Shim<'n> {
         let mut context = ttrpc::context::with_duration(CALL_LIMIT);
         context.add("containerd-namespace-ttrpc".to_string(), NAMESPACE.to_string());
         self.node.block_on(method(TaskClient::new(self.client.clone()), context)).map_err(refusal)
+    }
+
+    /// One call of the Sandbox service in the tests' namespace.
+    pub fn call_sandbox<T>(
+        &self,
+        method: impl AsyncFnOnce(SandboxClient, Context) -> ttrpc::Result<T>,
+    ) -> Result<T, Refusal> {
+        let mut context = ttrpc::context::with_duration(CALL_LIMIT);
+        context.add("containerd-namespace-ttrpc".to_string(), NAMESPACE.to_string());
+        self.node.block_on(method(SandboxClient::new(self.client.clone()), context)).map_err(refusal)
     }
 
     pub fn create(&self, request: CreateTaskRequest) -> Result<CreateTaskResponse, Refusal> {

@@ -61,6 +61,7 @@ mod reboot;
 mod restart;
 mod rootfs;
 mod sandbox;
+mod sandbox_odd;
 mod service_drop_ins;
 mod sizes;
 mod stats;

@@ -6,7 +6,7 @@ use zbus::{OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
 use crate::unit::annotation::Additions;
-use crate::unit::error::{Error, NO_SUCH_UNIT, UNIT_MASKED, call_error};
+use crate::unit::error::{DESTRUCTIVE, Error, NO_SUCH_UNIT, UNIT_MASKED, call_error};
 use crate::unit::job::{JobWaiter, StartJob};
 use crate::unit::properties::Properties;
 use crate::unit::refs::Refs;
@@ -201,7 +201,7 @@ async fn correct_files(units: Vec<String>) {
 fn start_error(unit: &UnitName, error: zbus::Error) -> Error {
     match error {
         zbus::Error::MethodError(name, Some(reason), _)
-            if [NO_SUCH_UNIT, UNIT_MASKED].contains(&name.as_str()) =>
+            if [NO_SUCH_UNIT, UNIT_MASKED, DESTRUCTIVE].contains(&name.as_str()) =>
         {
             Error::Dependency { unit: unit.to_string(), reason }
         }
