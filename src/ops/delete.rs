@@ -10,7 +10,6 @@ use crate::config;
 use crate::fault::{self, Point};
 use crate::id::{ProcessKey, TaskKey};
 use crate::services::registry::Completion;
-use crate::services::streams::drain;
 use crate::services::{Delivery, Entry, Error, Process, blocking};
 use crate::store::delete_replies::Deleted;
 use crate::sys;
@@ -127,7 +126,7 @@ impl Shim {
             return Err(Error::NotDeletable { phase: "running" });
         }
         fault::point(Point::ExecDeleteBegun);
-        drain(process).await;
+        self.streams.drain(process).await;
         let troubles = self.cleanup.remove_exec(entry, process).await;
         if !troubles.is_empty() {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });

@@ -1,10 +1,14 @@
 //! The sessions of processes: opened before a process runs, started when it has its ends of the streams, recovered
 //! after a restart, and closed when it has ended.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
@@ -22,6 +26,12 @@ use crate::unit::systemd::Systemd;
 use super::files::ClientFiles;
 use super::launcher::Launcher;
 use super::{Entry, Error, Process, waiting};
+
+/// The file of a process in which the first daemon that waited for its output has noted the time.
+const DRAINING: &str = "draining";
+
+/// Output has usually arrived after this time.
+const USUAL: Duration = Duration::from_millis(20);
 
 /// Opens, starts, recovers and closes the sessions of processes, and starts their loggers.
 pub struct Streams {
@@ -196,6 +206,20 @@ impl Streams {
         }
     }
 
+    /// Waits until everything that a process wrote has arrived, for a limited time: in this daemon and in those that waited
+    /// before.
+    pub(crate) async fn drain(&self, process: &Process) {
+        let mut pumps = process.live().session.take_pumps();
+        if pumps.wait(USUAL).await {
+            return;
+        }
+        let waited = since_mark(&self.store.process_dir(&process.key).join(DRAINING));
+        if !pumps.drain(waited).await {
+            let key = &process.key;
+            tracing::info!(process = %key, "{key}: another process still holds its output after its end, or its client does not read it; the daemon closes it now");
+        }
+    }
+
     /// Closes the writing end that keeps the input of a process open.
     pub(crate) fn close_stdin_writer(&self, entry: &Entry, process: &Process) {
         if process.live().session.close_stdin()
@@ -223,20 +247,25 @@ pub(crate) fn stored_number(entry: &Entry, process: &Process) -> Option<u64> {
     entry.task().process(process.exec()).map(|process| process.wiring.store_number)
 }
 
-/// Waits until everything that a process wrote has arrived, for a limited time.
-pub(crate) async fn drain(process: &Process) {
-    let pumps = process.live().session.take_pumps();
-    if !pumps.drain().await {
-        let key = &process.key;
-        tracing::info!(process = %key, "{key}: another process still holds its output after its end, the daemon closes it now");
-    }
-}
-
 /// Ends the session of a process. Output that has not arrived is lost.
 pub(crate) async fn cancel_pumps(process: &Process) {
     // The guard of `live` must not be held while the pumps end.
     let mut session = std::mem::take(&mut process.live().session);
     session.take_pumps().stop_now().await;
+}
+
+/// The time since the first call for the file `mark`, across restarts of the daemon. The clock that is used never jumps.
+fn since_mark(mark: &Path) -> Duration {
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME).unwrap_or_else(|_| TimeSpec::new(0, 0)));
+    let noted = fs::read_to_string(mark).ok().and_then(|text| text.parse().ok());
+    match noted.map(Duration::from_millis) {
+        Some(noted) => now.saturating_sub(noted),
+        None => {
+            // Without the mark, the next daemon waits for the whole time again.
+            let _ = fs::write(mark, now.as_millis().to_string());
+            Duration::ZERO
+        }
+    }
 }
 
 /// Waits for the first byte on a pipe, or for its end; true for a byte.
@@ -245,4 +274,23 @@ pub(crate) async fn cancel_pumps(process: &Process) {
 async fn is_ready(ready: File) -> io::Result<bool> {
     let mut ready = pipe::Receiver::from_file(ready)?;
     Ok(ready.read(&mut [0]).await? > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_since_a_mark_goes_on_in_the_next_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let mark = dir.path().join(DRAINING);
+        assert_eq!(since_mark(&mark), Duration::ZERO);
+        let noted: u64 = fs::read_to_string(&mark).unwrap().parse().unwrap();
+        fs::write(&mark, (noted - 7000).to_string()).unwrap();
+        assert_eq!(since_mark(&mark).as_secs(), 7);
+        // The daemon was killed while it wrote the mark.
+        fs::write(&mark, "").unwrap();
+        assert_eq!(since_mark(&mark), Duration::ZERO);
+        assert_eq!(fs::read_to_string(&mark).unwrap().len(), noted.to_string().len());
+    }
 }

@@ -108,7 +108,7 @@ impl Session {
             session.pumps.spawn(copy.instrument(span.clone()));
         }
         if let (Some(input), Some(terminal)) = (input, terminal) {
-            let (slot, stop) = (session.terminal.clone(), session.pumps.stop());
+            let (slot, stop) = (session.terminal.clone(), session.pumps.stop().now);
             tokio::spawn(feed(key.clone(), input, terminal, slot, ended(), stop));
         }
         Ok(session)

@@ -4,27 +4,35 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
-/// How long output may stay open after the end of its process. As containerd-shim-runc-v2.
+use crate::stdio::pump::Stop;
+
+/// How long a call waits for the end of output that another process holds open, after the end of its process. Output that is
+/// in a FIFO by then is delivered. As containerd-shim-runc-v2 of containerd 1.7: a probe that leaves a process behind waits
+/// for this time.
+const HELD_LIMIT: Duration = Duration::from_secs(2);
+/// How long a call waits for a client that does not read, or for another process that goes on writing. As
+/// containerd-shim-runc-v2 of containerd 2.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// How long a daemon at least tries to deliver output for which earlier daemons have used up the time.
+const LAST_TRY: Duration = Duration::from_millis(200);
 
 /// The tasks that copy a process's output.
 #[derive(Debug, Default)]
 pub struct Pumps {
     running: Vec<JoinHandle<()>>,
     /// Ends these tasks, and no others.
-    stop: CancellationToken,
+    stop: Stop,
 }
 
 impl Pumps {
     /// Resolves when the pumps have to end.
-    pub(super) fn stop(&self) -> CancellationToken {
+    pub(super) fn stop(&self) -> Stop {
         self.stop.clone()
     }
 
     /// True if there are no pumps, or if a call already waits for them.
-    pub(super) fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.running.is_empty()
     }
 
@@ -40,30 +48,45 @@ impl Pumps {
 
     /// Ends all pumps of the session, also those that were taken from it.
     pub(super) fn cancel(&self) {
-        self.stop.cancel();
+        self.stop.now.cancel();
     }
 
-    /// Waits until everything that the process wrote has arrived. Returns false if something that
-    /// outlives the process still held its output after [`DRAIN_LIMIT`]; its output is cut off then.
-    pub async fn drain(self) -> bool {
-        let limit = Instant::now() + DRAIN_LIMIT;
-        let mut complete = true;
-        for mut pump in self.running {
-            if tokio::time::timeout_at(limit, &mut pump).await.is_err() {
-                complete = false;
-                self.stop.cancel();
-                // It ends at once now; that it was cut short is known.
-                let _ = pump.await;
+    /// Waits until everything that the process wrote has arrived, for a short time. True if it has.
+    pub async fn wait(&mut self, limit: Duration) -> bool {
+        self.wait_until(Instant::now() + limit).await
+    }
+
+    async fn wait_until(&mut self, limit: Instant) -> bool {
+        while let Some(pump) = self.running.last_mut() {
+            // A pump that has failed has ended.
+            if tokio::time::timeout_at(limit, pump).await.is_err() {
+                return false;
             }
+            self.running.pop();
         }
-        complete
+        true
+    }
+
+    /// Waits until everything that the process wrote has arrived. Returns false if something that outlives the process
+    /// still held its output, or if the client did not read it in time; the output is cut off then. Calls to earlier
+    /// daemons have waited for `waited` already.
+    pub async fn drain(mut self, waited: Duration) -> bool {
+        let begun = Instant::now();
+        if self.wait_until(begun + HELD_LIMIT.saturating_sub(waited)).await {
+            return true;
+        }
+        self.stop.when_empty.cancel();
+        if !self.wait_until(begun + DRAIN_LIMIT.saturating_sub(waited).max(LAST_TRY)).await {
+            self.stop_now().await;
+        }
+        false
     }
 
     /// Stops copying at once. What has not been copied is lost.
     pub async fn stop_now(self) {
-        self.stop.cancel();
+        self.stop.now.cancel();
         for pump in self.running {
-            // As in `drain`.
+            // It ends at once now; that it was cut short is known.
             let _ = pump.await;
         }
     }
@@ -77,16 +100,16 @@ mod tests {
         let (stop, (said, heard)) = (pumps.stop(), tokio::sync::oneshot::channel());
         pumps.spawn(async move {
             // Nobody listens once the test has failed.
-            let _ = said.send(stop.is_cancelled());
+            let _ = said.send(stop.now.is_cancelled());
         });
-        pumps.take().drain().await;
+        pumps.take().drain(Duration::ZERO).await;
         heard.await.unwrap()
     }
 
     #[tokio::test]
     async fn a_session_that_was_cut_off_stops_no_later_one() {
         let mut first = Pumps::default();
-        let stopped = first.stop();
+        let stopped = first.stop().now;
         first.spawn(async move { stopped.cancelled().await });
         first.take().stop_now().await;
         assert!(is_stopped(&mut first).await, "the same attempt stays cut off");
@@ -94,13 +117,38 @@ mod tests {
         assert!(!is_stopped(&mut second).await, "another attempt is not");
     }
 
+    /// How long the pumps of a process are waited for if another process holds its output open, with or without writing.
+    async fn waits(is_written: bool, waited: Duration) -> Duration {
+        let (mut pumps, begun) = (Pumps::default(), Instant::now());
+        let stop = pumps.stop();
+        pumps.spawn(async move {
+            tokio::select! {
+                () = stop.when_empty.cancelled(), if !is_written => {}
+                () = stop.now.cancelled() => {}
+            }
+        });
+        assert!(!pumps.take().drain(waited).await);
+        begun.elapsed()
+    }
+
     #[tokio::test(start_paused = true)]
     async fn output_that_stays_open_is_cut_off_in_the_end() {
+        assert_eq!(waits(true, Duration::ZERO).await.as_secs(), DRAIN_LIMIT.as_secs());
         let mut pumps = Pumps::default();
-        let stop = pumps.stop();
-        pumps.spawn(async move { stop.cancelled().await });
-        assert!(!pumps.take().drain().await);
         pumps.spawn(async {});
-        assert!(pumps.take().drain().await);
+        assert!(pumps.take().drain(Duration::ZERO).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn output_that_nobody_writes_is_waited_for_only_briefly() {
+        assert_eq!(waits(false, Duration::ZERO).await.as_secs(), HELD_LIMIT.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_next_daemon_waits_only_for_the_rest_of_the_time() {
+        let second = Duration::from_secs(1);
+        assert_eq!(waits(false, second).await.as_secs(), 1);
+        assert_eq!(waits(true, 4 * second).await.as_secs(), 6);
+        assert!(waits(true, 60 * second).await < second);
     }
 }

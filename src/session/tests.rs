@@ -122,7 +122,7 @@ async fn a_dropped_session_ends_its_pumps() {
     let session = Session::default();
     let stop = session.pumps.stop();
     drop(session);
-    assert!(stop.is_cancelled());
+    assert!(stop.now.is_cancelled());
 }
 
 #[tokio::test]
@@ -139,7 +139,7 @@ async fn the_client_gets_all_output_and_its_end() {
     drop(writer);
     process.end();
     assert_eq!(all_of(output).await, "hello");
-    assert!(session.take_pumps().drain().await);
+    assert!(session.take_pumps().drain(Duration::ZERO).await);
     assert!(session.is_silent());
 }
 
@@ -165,7 +165,7 @@ async fn the_next_daemon_delivers_what_the_last_one_left_in_a_pipe() {
     let opened = plan.reopen(&fds, ReopenMode::Ended).unwrap();
     assert!(!fds.has(NUMBER));
     let mut session = start(&plan, opened, &fds, &process);
-    assert!(session.take_pumps().drain().await);
+    assert!(session.take_pumps().drain(Duration::ZERO).await);
     drop(session);
     assert_eq!(all_of(output).await, "left");
 }
@@ -215,7 +215,7 @@ async fn both_streams_are_appended_to_one_file_in_order() {
     writer.write_all(b"one\ntwo\n").unwrap();
     drop(writer);
     process.end();
-    assert!(session.take_pumps().drain().await);
+    assert!(session.take_pumps().drain(Duration::ZERO).await);
     assert_eq!(fs::read_to_string(path).unwrap(), "one\ntwo\n");
 }
 
@@ -254,7 +254,7 @@ async fn a_terminal_passes_output_input_and_its_size() {
     process.end();
     // The terminal echoes what it is given.
     assert_eq!(all_of(from_terminal).await, "line\r\n");
-    assert!(session.take_pumps().drain().await);
+    assert!(session.take_pumps().drain(Duration::ZERO).await);
     session.close_terminal();
     assert!(!session.close_terminal());
 }
@@ -318,7 +318,7 @@ async fn a_client_without_a_copy_sees_only_the_end() {
     drop(writer);
     process.end();
     assert_eq!(all_of(output).await, "");
-    assert!(session.take_pumps().drain().await);
+    assert!(session.take_pumps().drain(Duration::ZERO).await);
 }
 
 #[tokio::test]
@@ -347,4 +347,23 @@ async fn the_next_daemon_completes_the_journals_copy_of_a_process_that_has_ended
 fn the_logger_of_a_container_is_described_by_its_name() {
     let plan = Scratch::new().plan(None, Wiring::default());
     assert_eq!(plan.logger_description(), "Logger of web");
+}
+
+/// Output that a background process holds open arrives before the session ends.
+#[tokio::test]
+async fn what_is_in_a_fifo_that_another_process_holds_open_is_delivered() {
+    let (scratch, process, fds) = (Scratch::new(), Process::new(), store(Vec::new()));
+    let client = scratch.fifo("client");
+    let plan = scratch
+        .plan(Some("probe"), Wiring { stdout: copied(Sink::Fifo(client.clone())), ..Wiring::default() });
+    let output = reader(&client);
+    let opened = plan.open(&fds, LogFiles::new()).unwrap();
+    let mut writer = fs::OpenOptions::new().write(true).open(plan.pipe(pipes::STDOUT)).unwrap();
+    let mut session = start(&plan, opened, &fds, &process);
+    process.end();
+    // Nothing of it can have been read when the time of earlier daemons is over.
+    writer.write_all(b"half a line").unwrap();
+    assert!(!session.take_pumps().drain(Duration::from_secs(60)).await);
+    assert_eq!(all_of(output).await, "half a line");
+    writer.write_all(b"x").unwrap_err();
 }

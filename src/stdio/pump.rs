@@ -96,6 +96,15 @@ impl Sink {
     }
 }
 
+/// Ends pumps whose source does not end.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    /// Delivers what is in the FIFO, and ends once the FIFO is empty.
+    pub when_empty: CancellationToken,
+    /// Ends at once. What was not delivered is lost.
+    pub now: CancellationToken,
+}
+
 /// Copies until the source has ended and is empty, or until `stop`.
 ///
 /// `over` resolves when the process has ended. The pump then stops reading a terminal, even if other processes have it
@@ -112,9 +121,10 @@ pub async fn copy(
     source: Source,
     mut sinks: Sinks,
     over: impl Future<Output = ()>,
-    stop: CancellationToken,
+    stop: Stop,
     delivered: impl FnOnce(),
 ) {
+    let Stop { when_empty, now: stop } = stop;
     let (diverter, mut journal) = match sinks.aside.take().map(Aside::split) {
         Some((diverter, reader, lines)) => {
             let limit = diverter.limit.clone();
@@ -127,7 +137,7 @@ pub async fn copy(
     let ended = CancellationToken::new();
     let deliver = async {
         tokio::select! {
-            copied = deliver(source, &mut sinks, diverter, over) => log_failure(copied),
+            copied = deliver(source, &mut sinks, diverter, over, when_empty.cancelled()) => log_failure(copied),
             () = stop.cancelled() => {}
         }
         finish(&mut sinks).await;
@@ -173,9 +183,10 @@ async fn deliver(
     sinks: &mut Sinks,
     diverter: Option<Diverter>,
     over: impl Future<Output = ()>,
+    complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
     match source {
-        Source::Fifo(from) => deliver_pipe(&from, sinks, diverter, std::future::pending()).await,
+        Source::Fifo(from) => deliver_pipe(&from, sinks, diverter, complete).await,
         Source::Terminal(terminal) => match &sinks.fifo {
             Some(to) => move_terminal(&terminal, to, over).await,
             None => Ok(()),

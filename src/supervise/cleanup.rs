@@ -19,7 +19,7 @@ use crate::oci::{mount, mount_options, pod_files};
 use crate::services::changes::Noted;
 use crate::services::files::ClientFiles;
 use crate::services::process::{lives_in, read_pid};
-use crate::services::streams::{Streams, cancel_pumps, drain, stored_number};
+use crate::services::streams::{Streams, cancel_pumps, stored_number};
 use crate::services::{Entry, Error, Process, Tasks, blocking};
 use crate::session::fds::StreamFds;
 use crate::store::{self, Store};
@@ -226,7 +226,7 @@ impl Cleanup {
         let others = async {
             entry.init.live().watched = None;
             entry.init.live().listening = None;
-            drain(&entry.init).await;
+            self.streams.drain(&entry.init).await;
             for process in entry.execs() {
                 cancel_pumps(&process).await;
                 in_execs.join(self.remove_exec(entry, &process).await);

@@ -1,6 +1,7 @@
 //! Output and input while the daemon is killed over and over: no byte is missing, none comes twice.
 
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::attached::{self, Client, each_kind_on};
 use crate::common::bulk::Bulk;
@@ -265,4 +266,23 @@ fn output_that_is_written_while_there_is_no_daemon_arrives() {
         assert_eq!(client.stdout.text().lines().count(), 1000);
         assert_eq!(exec.exit_status(), 0);
     }
+}
+
+/// The time for which a Delete waits for a child's output counts from the first daemon that waited.
+#[test]
+fn a_delete_waits_no_longer_for_the_output_of_a_child_if_the_daemon_is_killed_meanwhile() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("streams", Spec::sleeping()).started(&Io::default());
+    let (exec, mut client) = attached::exec(&container, Spec::sh("sleep 100000 & echo hi"));
+    assert_eq!(exec.exit_status(), 0);
+    // No daemon lives for as long as a Delete waits.
+    let mut killer = daemon::Killer::begin(daemon::kill_now, Duration::from_millis(500));
+    let started = Instant::now();
+    exec.delete().expect("delete");
+    let (took, kills) = (started.elapsed(), killer.kills.count());
+    killer.end();
+    assert!(took < Duration::from_secs(10), "Delete took {took:?} over {kills} kills");
+    assert!(kills > 0, "Delete took only {took:?}");
+    assert_eq!(client.stdout.text(), "hi\n");
 }

@@ -17,8 +17,8 @@ use crate::common::task::{Io, SIGKILL};
 use crate::common::wait;
 use crate::logger::Logger;
 
-/// The stock shim gives the output of children that stay 10 s before it lets a Delete through.
-const DELETE_LIMIT: Duration = Duration::from_secs(12);
+/// The stock shim of containerd 1.7 waits 2 s for the output of children that stay before it completes a Delete.
+const DELETE_LIMIT: Duration = Duration::from_secs(6);
 
 fn sleeping(node: &Node) -> Container<'_> {
     node.container("streams", Spec::sleeping()).started(&Io::default())

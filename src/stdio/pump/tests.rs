@@ -171,7 +171,7 @@ async fn a_slow_journald_delays_the_end_for_a_limited_time_and_missing_lines_are
     };
     let over = std::future::pending();
     tokio::select! {
-        () = copy(Source::Delivered, sinks, over, CancellationToken::new(), || ()) => {}
+        () = copy(Source::Delivered, sinks, over, Stop::default(), || ()) => {}
         () = reading => {}
     }
     assert!(begun.elapsed() < 4 * LATE_AFTER_RESTART, "{:?}", begun.elapsed());
