@@ -1,6 +1,8 @@
 //! Removal and purge.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
 
 use crate::common::daemon;
 use crate::common::leaks::Traces;
@@ -61,6 +63,48 @@ fn a_purge_leaves_nothing() {
     let leaks = Traces::take().since(&before.2).into_iter().filter(|leak| !leak.ends_with("/purged"));
     assert_eq!(leaks.collect::<Vec<_>>(), Vec::<String>::new());
     assert_eq!(daemon::processes(), Vec::<u32>::new());
+}
+
+/// A drop-in for all services, and the directory for which the shim copies it without `RuntimeMaxSec=`.
+const DROP_IN: &str = "/etc/systemd/system/service.d/90-e2e.conf";
+const COPIES: &str = "/run/systemd/system/containerd-purged-.service.d";
+
+#[test]
+fn a_removal_leaves_no_copy_of_a_drop_in() {
+    let package = Package::installed(NEW);
+    let node = Node::exclusive();
+    let run = |name: &str| {
+        let container = node.container(name, Spec::sh("exit 3")).namespace("purged").started(&Io::default());
+        assert_eq!(container.exit_status(), 3);
+        container.delete().expect("delete");
+    };
+    let dir = Path::new(DROP_IN).parent().expect("a directory");
+    fs::create_dir_all(dir).expect("make the directory");
+    let _removed = Removed(dir);
+    fs::write(DROP_IN, "[Service]\nRuntimeMaxSec=1h\n").expect("write the drop-in");
+    run("one");
+    let own = Path::new(COPIES).join("50-own.conf");
+    assert!(Path::new(COPIES).join("90-e2e.conf").exists());
+    // What an administrator has put there stays.
+    fs::write(&own, "[Service]\n").expect("write another drop-in");
+    assert_eq!(package.remove().code, Some(0));
+    let left: Vec<_> = fs::read_dir(COPIES).expect("list").map(|item| item.expect("read").path()).collect();
+    assert_eq!(left, [own.as_path()]);
+    fs::remove_dir_all(COPIES).expect("remove the directory");
+    let ours = |name: &str| name.starts_with("containerd") && name.ends_with(".service.d");
+    let dirs = fs::read_dir("/run/systemd/system").expect("list").flatten();
+    let names: Vec<_> = dirs.map(|dir| dir.file_name().to_string_lossy().into_owned()).collect();
+    assert!(!names.iter().any(|name| ours(name)), "{names:?}");
+}
+
+/// A directory that is removed at the end, also of a test that fails.
+struct Removed(&'static Path);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(self.0);
+        process::run("systemctl", &["daemon-reload"]);
+    }
 }
 
 /// All units of the shim, including slices.
