@@ -199,3 +199,37 @@ impl Link {
         Ok(self.client.insert(client))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::services::Delivery;
+    use crate::simulation::harness::{Step, World};
+    use crate::task::outbox::TaskEvent;
+    use crate::task::request::Mount;
+
+    #[test]
+    fn an_event_that_fits_into_no_message_is_dropped_and_any_other_waits_for_containerd() {
+        let world = World::new("too-long-event");
+        world.take(&[Step::Create], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let dropped = world.live(move |shim| async move {
+            let (entry, _) = shim.tasks.process(&init).unwrap();
+            // Nobody listens there.
+            let mut link = Link { address: "/nonexistent".to_owned(), client: None };
+            let mut dropped = Vec::new();
+            for bytes in [LARGEST / 2, LARGEST] {
+                // The event of a Create contains the mounts.
+                let options = vec!["x".repeat(usize::try_from(bytes).unwrap())];
+                let mut task = entry.task().clone();
+                task.request.rootfs = vec![Mount { options, ..Mount::default() }];
+                let event = TaskEvent::Created { pid: task.init.pid() };
+                let outgoing = Outgoing { seq: 1, at_usec: 1, event, task };
+                let delivery = tokio::time::timeout(FORWARD_LIMIT, link.deliver(&outgoing));
+                dropped.push(delivery.await.unwrap_or(false));
+            }
+            dropped
+        });
+        assert_eq!(dropped, Some(vec![false, true]));
+    }
+}
