@@ -90,10 +90,11 @@ impl Shim {
         }
     }
 
-    /// Registers the task under its id and the first unit name that is free.
+    /// Registers the task under its id and the first unit name that no other task has, from the one in `task` on.
     fn register(&self, task: Task) -> Result<(Arc<Entry>, Verb), Error> {
         let key = task.key.clone();
-        for unit in name::candidates(&key) {
+        let first = task.init.unit.clone();
+        for unit in name::candidates(&key).skip_while(|unit| *unit != first) {
             let logger = task.init.wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
             let init = Process { unit, logger, ..task.init.clone() };
             match self.tasks.registry.insert(Task { init, ..task.clone() }) {

@@ -19,7 +19,7 @@ use crate::task::process::Process;
 use crate::task::request::Containerd;
 use crate::task::wiring::Wiring;
 use crate::task::{Placement, Task, TaskMetadata};
-use crate::unit::name;
+use crate::unit::{name, search_path};
 
 use super::Shim;
 use super::additions;
@@ -55,7 +55,9 @@ impl Shim {
         let wiring = if request.checkpoint.is_some() { wiring.for_restore() } else { wiring };
         let TaskMetadata { description, fields } = metadata::of(&key, &spec);
         let init = Process {
-            unit: name::candidates(&key).next().ok_or(Error::NoUnitName { key: key.clone() })?,
+            unit: name::candidates(&key)
+                .find(|unit| !search_path::has_file(unit))
+                .ok_or(Error::NoUnitName { key: key.clone() })?,
             logger: None,
             stdio,
             wiring,

@@ -23,6 +23,7 @@ pub mod observations;
 pub mod properties;
 pub mod refs;
 pub mod relay;
+pub mod search_path;
 pub mod service_d;
 pub mod signals;
 pub mod systemd;

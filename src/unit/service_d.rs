@@ -21,28 +21,11 @@ use std::sync::{Mutex, PoisonError};
 
 use zbus::Variant;
 
-use super::{annotation, name};
+use super::{annotation, name, search_path};
 use crate::files;
 
-/// Where drop-ins can be, those that win first (systemd.unit(5), "System Unit Search Path").
-const SEARCH_PATH: [&str; 13] = [
-    "/etc/systemd/system.control",
-    "/run/systemd/system.control",
-    "/run/systemd/transient",
-    "/run/systemd/generator.early",
-    "/etc/systemd/system",
-    "/etc/systemd/system.attached",
-    OWN,
-    "/run/systemd/system.attached",
-    "/run/systemd/generator",
-    "/usr/local/lib/systemd/system",
-    "/usr/lib/systemd/system",
-    "/lib/systemd/system",
-    "/run/systemd/generator.late",
-];
-
 /// Where the copies are.
-const OWN: &str = "/run/systemd/system";
+const OWN: &str = search_path::RUNTIME;
 
 /// How every copy begins. The path of the drop-in follows.
 const MARK: &str =
@@ -86,7 +69,7 @@ pub fn shield(unit: &str) -> io::Result<bool> {
     if !unit.ends_with(SERVICE) {
         return Ok(false);
     }
-    Shield { search_path: SEARCH_PATH.map(Path::new).to_vec(), own: Path::new(OWN) }.renew(unit)
+    Shield { search_path: search_path::ALL.map(Path::new).to_vec(), own: Path::new(OWN) }.renew(unit)
 }
 
 /// Makes the copies for all units that are loaded, and for the daemon. Removes those that nothing needs any more.
@@ -108,7 +91,7 @@ pub(super) fn shield_loaded(transient: &Path) -> io::Result<()> {
 
 /// The drop-ins for namespaces that break the containers there: path, setting, and what happens.
 pub fn harmful_for_namespaces() -> Vec<(PathBuf, String, &'static str)> {
-    let dirs = SEARCH_PATH.iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
+    let dirs = search_path::ALL.iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
     let dirs = dirs.filter(|dir| {
         let name = dir.file_name().to_string_lossy().into_owned();
         name.starts_with(name::PREFIX) && name.ends_with("-.service.d")

@@ -1,5 +1,6 @@
 //! A container is a systemd unit: what `systemctl` and `journalctl` show of it, and what they do to it.
 
+use std::fs;
 use std::thread;
 
 use crate::common::container::Container;
@@ -248,4 +249,42 @@ fn journal_entries_name_their_container() {
     let shown =
         process::succeed("journalctl", &["--no-pager", "--output=cat", "-u", &systemd::unit_of(&container)]);
     assert!(shown.lines().any(|line| line == "hello"), "{shown}");
+}
+
+#[test]
+fn a_unit_file_or_a_mask_of_the_same_name_is_left_alone() {
+    needs!(OurShim);
+    let node = Node::shared();
+    for is_masked in [false, true] {
+        let container = node.container("named", Spec::sh("exit 6")).make();
+        let path = format!("/etc/systemd/system/{}", systemd::unit_of(&container));
+        let _removed = UnitFile::new(&path, is_masked);
+        container.create(&Io::default()).expect("create");
+        container.start().expect("start");
+        assert_eq!(container.exit_status(), 6);
+        container.delete().expect("delete");
+        assert!(fs::symlink_metadata(&path).is_ok());
+    }
+}
+
+/// A file of an administrator.
+struct UnitFile<'p>(&'p str);
+
+impl UnitFile<'_> {
+    fn new(path: &str, is_masked: bool) -> UnitFile<'_> {
+        if is_masked {
+            std::os::unix::fs::symlink("/dev/null", path).expect("mask the unit");
+        } else {
+            fs::write(path, "[Service]\nExecStart=/bin/true\n").expect("write the unit");
+        }
+        process::succeed("systemctl", &["daemon-reload"]);
+        UnitFile(path)
+    }
+}
+
+impl Drop for UnitFile<'_> {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.0);
+        process::run("systemctl", &["daemon-reload"]);
+    }
 }
