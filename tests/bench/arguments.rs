@@ -29,6 +29,7 @@ usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--paralle
   --html PATH         write a page with plots there
   --svg PATH          write one plot there
   --soak N,M          instead: N containers and M execs in a row, after which nothing may have grown
+  --scale N           instead: this runtime alone, with no other container and with N that do nothing
   --runtime NAME      the runtime to measure (default io.containerd.systemd.v1)
   --against NAME      the runtime to measure it against (default io.containerd.runc.v2)";
 
@@ -71,6 +72,8 @@ pub struct Arguments {
     pub svg: Option<String>,
     /// The numbers of containers and execs.
     pub soak: Option<[usize; 2]>,
+    /// The number of containers.
+    pub scale: Option<usize>,
     pub runtimes: [String; 2],
 }
 
@@ -95,6 +98,7 @@ pub fn parse(words: impl Iterator<Item = String>) -> Result<Arguments, ExitCode>
         html: None,
         svg: None,
         soak: None,
+        scale: None,
         runtimes: [OUR_RUNTIME.to_string(), STOCK_RUNTIME.to_string()],
     };
     // cargo adds this argument.
@@ -116,6 +120,7 @@ impl Arguments {
             "--html" => self.html = Some(value.to_string()),
             "--svg" => self.svg = Some(value.to_string()),
             "--soak" => self.soak = Some(pair(value)?),
+            "--scale" => self.scale = Some(count(value)?),
             "--runtime" => self.runtimes[0] = value.to_string(),
             "--against" => self.runtimes[1] = value.to_string(),
             _ => return Err(format!("there is no {word}")),

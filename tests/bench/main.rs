@@ -19,6 +19,7 @@ mod map;
 mod memory;
 mod output;
 mod report;
+mod scale;
 mod soak;
 mod start;
 mod stats;
@@ -41,6 +42,10 @@ fn main() -> ExitCode {
     };
     if let Some([containers, execs]) = arguments.soak {
         return soak(containers, execs);
+    }
+    if let Some(containers) = arguments.scale {
+        scale::run(&Node::exclusive(), containers);
+        return ExitCode::SUCCESS;
     }
     let report = measure(&arguments);
     let results = report.json();
