@@ -213,11 +213,13 @@ impl Plan {
         let (mut opened, number) = (OpenStreams::default(), self.wiring.store_number);
         if let (Input::Fifo(path), ReopenMode::Starting | ReopenMode::Running) = (&self.wiring.stdin, mode) {
             let mut before = claim(StreamKind::Input);
+            let (reader, both) = (before.readers.pop(), before.both.pop());
+            let is_stored = [reader.is_some(), both.is_some()];
             if self.wiring.terminal {
-                opened.input = Some(or_open(before.readers.pop(), || fifo::open_reader(path))?);
+                opened.input = Some(or_open(reader, || fifo::open_reader(path))?);
             }
-            opened.stdin = Some(or_open(before.both.pop(), || fifo::open_both(path))?);
-            fds.store(StreamKind::Input, number, &present([&opened.input, &opened.stdin]));
+            opened.stdin = Some(or_open(both, || fifo::open_both(path))?);
+            fds.store(StreamKind::Input, number, &missing([&opened.input, &opened.stdin], is_stored));
         }
         if self.wiring.logger.is_some() && mode == ReopenMode::Starting {
             opened.ready = Some(fifo::open_reader(&self.pipe(pipes::READY))?);
@@ -250,12 +252,14 @@ impl Plan {
                 }
                 continue;
             }
+            let (reader, both) = (from.and_then(|_| before.readers.pop()), before.both.pop());
+            let is_stored = [reader.is_some(), both.is_some()];
             let source = match from {
-                Some(name) => Some(or_open(before.readers.pop(), || fifo::open_reader(&self.pipe(name)))?),
+                Some(name) => Some(or_open(reader, || fifo::open_reader(&self.pipe(name)))?),
                 None => None,
             };
-            let fifo = self.client_fifo(before.both.pop(), log_pipe, to, &client)?;
-            fds.store(kind, number, &present([&source, &fifo]));
+            let fifo = self.client_fifo(both, log_pipe, to, &client)?;
+            fds.store(kind, number, &missing([&source, &fifo], is_stored));
             let copies = self.copies(log_pipe, to, files.remove(log_pipe));
             let mut sinks = Sinks { copies, aside, ..Sinks::default() };
             match (&to.client, fifo) {
@@ -332,8 +336,10 @@ fn or_open(before: Option<OwnedFd>, open: impl FnOnce() -> Result<File, fifo::Er
     }
 }
 
-fn present<const N: usize>(files: [&Option<File>; N]) -> Vec<BorrowedFd<'_>> {
-    files.into_iter().flatten().map(AsFd::as_fd).collect()
+/// The files that the store does not have. Storing a file again would use one more entry of the store after each restart.
+fn missing<const N: usize>(files: [&Option<File>; N], is_stored: [bool; N]) -> Vec<BorrowedFd<'_>> {
+    let missing = files.into_iter().zip(is_stored).filter(|(_, is_stored)| !is_stored);
+    missing.filter_map(|(file, _)| file.as_ref().map(AsFd::as_fd)).collect()
 }
 
 /// The pipe of an earlier daemon, or a new one, which is passed to `store`.

@@ -15,6 +15,7 @@ use crate::stdio::rate::RateLimit;
 use crate::task::TaskMetadata;
 use crate::task::wiring::{Copied, JournalCopy, Logger, Output, Sink};
 use crate::unit::fd_store::FdStore;
+use crate::unit::fd_store::testing::Systemd;
 
 const NUMBER: u64 = 5;
 
@@ -268,6 +269,45 @@ fn a_terminal_of_an_earlier_daemon_is_claimed_and_used() {
     let mut opened = plan.reopen(&fds, ReopenMode::Running).unwrap();
     assert_eq!(opened.terminal.as_ref().map(AsRawFd::as_raw_fd), Some(number));
     assert!(opened.take_console().is_none());
+}
+
+/// Otherwise each restart uses more entries of the store, until it is full.
+#[tokio::test]
+async fn a_stream_that_a_restart_finds_in_the_store_is_not_stored_again() {
+    for terminal in [false, true] {
+        for journal in [JournalCopy::None, JournalCopy::Aside, JournalCopy::Complete] {
+            let scratch = Scratch::new();
+            let [input, output] = ["client's stdin", "client's stdout"].map(|name| scratch.fifo(name));
+            let _output = reader(&output);
+            let wiring = Wiring {
+                terminal,
+                stdin: Input::Fifo(input.clone()),
+                ..with_journal(Some(Sink::Fifo(output.clone())), journal)
+            };
+            let plan = scratch.plan(None, wiring);
+            let mut stored = Vec::new();
+            let mut counts = Vec::new();
+            for daemon in 0..4 {
+                let (systemd, notifier) = Systemd::new();
+                let passed = std::mem::take(&mut stored);
+                stored = passed
+                    .iter()
+                    .map(|(name, fd): &(String, OwnedFd)| (name.clone(), fd.try_clone().unwrap()))
+                    .collect();
+                let (fd_store, kept) = FdStore::with(notifier, 100, passed);
+                let fd_store = Arc::new(fd_store);
+                let fds = StreamFds::new(fd_store.clone(), kept);
+                let opened = match daemon {
+                    0 => plan.open(&fds, LogFiles::new()),
+                    _ => plan.reopen(&fds, ReopenMode::Running),
+                };
+                assert_eq!(opened.unwrap().copies.len(), 1);
+                counts.push(fd_store.count());
+                systemd.read(&mut stored);
+            }
+            assert!(counts.iter().all(|count| *count == counts[0] && *count > 1), "{counts:?}");
+        }
+    }
 }
 
 #[test]

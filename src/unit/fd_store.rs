@@ -110,7 +110,7 @@ impl FdStore {
         Ok(Self::with(Notifier::new()?, STORE_LIMIT as usize - MAX_IDLE - SPARE, passed))
     }
 
-    fn with(
+    pub(crate) fn with(
         notifier: Notifier,
         limit: usize,
         passed: Vec<(String, OwnedFd)>,
@@ -143,6 +143,12 @@ impl FdStore {
         let store = Self { notifier, limit, state: Mutex::new(state) };
         store.make_spare();
         (store, found)
+    }
+
+    /// The number of entries in systemd's store, without empty holders.
+    #[cfg(test)]
+    pub(crate) fn count(&self) -> usize {
+        self.state(|state| state.count())
     }
 
     /// Sends notifications to the systemd that has this store.
@@ -283,24 +289,27 @@ fn holder_number(name: &str) -> Option<u64> {
     name.strip_prefix(PREFIX)?.parse().ok()
 }
 
+/// For tests of everything that stores descriptors.
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fs::File;
+pub(crate) mod testing {
+    use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixDatagram;
 
+    use crate::unit::notify::Notifier;
+
     /// A systemd that receives the messages of a store.
-    struct Systemd(UnixDatagram);
+    pub struct Systemd(UnixDatagram);
 
     impl Systemd {
-        fn new() -> (Self, Notifier) {
+        /// Returns the store's side too.
+        pub fn new() -> (Self, Notifier) {
             let (here, there) = UnixDatagram::pair().unwrap();
             here.set_nonblocking(true).unwrap();
             (Self(here), Notifier::to(there))
         }
 
         /// Handles messages: adds to `stored`, and removes from it.
-        fn read(&self, stored: &mut Vec<(String, OwnedFd)>) {
+        pub fn read(&self, stored: &mut Vec<(String, OwnedFd)>) {
             while let Ok((text, fds)) = crate::sys::peek_fds(&self.0) {
                 crate::sys::discard_message(&self.0).unwrap();
                 let (head, name) = text.rsplit_once("FDNAME=").unwrap();
@@ -312,6 +321,13 @@ mod tests {
             }
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::Systemd;
+    use super::*;
+    use std::fs::File;
 
     fn names(found: &[(String, OwnedFd)]) -> Vec<&str> {
         let mut names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
