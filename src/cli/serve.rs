@@ -225,7 +225,7 @@ impl Drop for Workers {
 
 impl ConnectionStore for FdStore {
     fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.has_room().and_then(|()| Self::keep(self, name, fds)).map_err(io::Error::other)
+        self.has_room_for_connection().and_then(|()| Self::keep(self, name, fds)).map_err(io::Error::other)
     }
 
     fn forget(&self, name: &str) {

@@ -164,6 +164,12 @@ impl Streams {
         if mode == ReopenMode::Ended && !self.fds.has(plan.wiring.store_number) {
             return;
         }
+        if self.fds.lacks(&plan.wiring) {
+            // To open them again would take the descriptors that the daemon needs to answer calls. The process waits once its
+            // pipes are full.
+            tracing::warn!(process = %process.key, "{}: its streams wait for a daemon that can open more files", process.key);
+            return;
+        }
         let started = match self.reopen(Arc::new(plan), mode).await {
             Ok(opened) => self.start_session(entry, process, opened).await,
             Err(error) => Err(error),

@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use crate::launch::pipes;
+use crate::task::wiring::{Input, Wiring};
 use crate::unit::fd_store::{self, FdStore};
 
 /// What a descriptor in the store belongs to. The letter begins its name there; the number of the process follows.
@@ -146,6 +148,22 @@ impl StreamFds {
     /// There is none.
     pub fn has_room(&self) -> Result<(), fd_store::Error> {
         self.store.has_room()
+    }
+
+    /// Whether a stream of a process may be in an entry of the store that this daemon had no descriptors for.
+    pub fn lacks(&self, wiring: &Wiring) -> bool {
+        if !self.store.has_unread() {
+            return false;
+        }
+        let earlier = self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_missing = |kind| !earlier.contains_key(&(kind, wiring.store_number));
+        let output = |log_pipe: &str| match log_pipe {
+            pipes::LOG_STDOUT => StreamKind::Output,
+            _ => StreamKind::ErrorOutput,
+        };
+        (matches!(wiring.stdin, Input::Fifo(_)) && is_missing(StreamKind::Input))
+            || (wiring.terminal && is_missing(StreamKind::Terminal))
+            || wiring.copies().iter().any(|(_, log_pipe, _)| is_missing(output(log_pipe)))
     }
 
     /// Puts descriptors into the store.

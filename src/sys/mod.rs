@@ -16,12 +16,14 @@ use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::eventfd::EventFd;
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixCredentials, sendmsg};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
 
-pub use receive::{discard_message, peek_fds, receive_from_process};
+pub use receive::{discard_message, peek_fds, peek_text, receive_from_process};
 
 /// Returns memory to the system that this process has freed, with the allocator's own means. After many simultaneous
 /// calls, glibc otherwise keeps what those calls needed: it returns only the end of each heap by itself.
@@ -60,6 +62,17 @@ pub fn take_systemd_fds() -> Result<Vec<(String, OwnedFd)>, libsystemd::errors::
 pub fn is_exhausted(errno: Errno) -> bool {
     use Errno::{EDQUOT, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOSPC};
     matches!(errno, EMFILE | ENFILE | ENOMEM | ENOBUFS | ENOSPC | EDQUOT)
+}
+
+/// How many files this process may have open (`RLIMIT_NOFILE`), and how many more it can open at the least: numbers below
+/// the lowest free one are in use, numbers above it may be.
+pub fn descriptors() -> (u64, u64) {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    let lowest = match EventFd::new() {
+        Ok(file) => u64::try_from(file.as_fd().as_raw_fd()).unwrap_or_default(),
+        Err(_) => limit,
+    };
+    (limit, limit.saturating_sub(lowest))
 }
 
 /// Now, in microseconds since 1970.

@@ -48,6 +48,18 @@ pub fn peek_fds(socket: &impl AsFd) -> Result<(String, Vec<OwnedFd>), Errno> {
     Ok((String::from_utf8_lossy(text).into_owned(), received.fds))
 }
 
+/// Peeks at the text of the next message of a Unix socket without waiting. Makes no copies of its descriptors.
+///
+/// # Errors
+/// `EAGAIN`: there is no message. Other errors: the socket can't be read.
+pub fn peek_text(socket: &impl AsFd) -> Result<String, Errno> {
+    let mut data = [0; 64];
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    let received = receive(socket, &mut data, &mut Control::<0>::new(), flags)?;
+    let text = data.get(..received.length).unwrap_or(&data);
+    Ok(String::from_utf8_lossy(text).into_owned())
+}
+
 /// Removes one message from a Unix socket without waiting, and closes its descriptors.
 ///
 /// # Errors

@@ -11,9 +11,9 @@ use std::sync::{Mutex, PoisonError};
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 
-use crate::fault;
+use crate::{fault, sys};
 
-use super::holder::Holder;
+use super::holder::{Holder, MAX_FDS};
 use super::notify::Notifier;
 
 /// How many descriptors systemd stores for the daemon (`FileDescriptorStoreMax=`). It closes further ones without a
@@ -29,11 +29,22 @@ const STORE_RESERVE: u32 = 500;
 /// The names of holders in the store consist of this letter and a number.
 const PREFIX: char = 'h';
 
+/// The first letters of the names of connections: those of clients, and the daemon's own to the bus. A daemon with too few
+/// descriptors opens connections first: without its connection, a task does not answer.
+const CONNECTIONS: [char; 2] = ['c', 'r'];
+
 /// How many empty holders are made at once. systemd always has at least one of them already: a descriptor in it outlives
 /// the daemon immediately, even if systemd is busy.
 const SPARE: usize = 4;
 /// How many empty holders are kept in the store.
 const MAX_IDLE: usize = 64;
+
+/// How many files the daemon must be able to open in addition: to start again, and to end what runs. From here on, new work
+/// is refused. The daemon has its limit from PID 1, because `LimitNOFILE=` does not apply to a command with `+`
+/// (`exec_invoke()` in systemd). PID 1 has the limit `fs.nr_open`, or less in a container.
+fn headroom(limit: u64) -> u64 {
+    (limit / 8).clamp(128, 1024)
+}
 
 /// Why a descriptor can't be kept.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +58,16 @@ pub enum Error {
         count: usize,
         /// The number of entries that are allowed.
         limit: usize,
+    },
+    /// The daemon can open few more files.
+    #[error(
+        "the runtime's daemon can open {free} more files of {limit}: delete tasks or execs that have ended, or raise the limit of PID 1 (RLIMIT_NOFILE), from which the daemon has it"
+    )]
+    Descriptors {
+        /// The number of files that can be opened.
+        free: u64,
+        /// The number of files that may be open.
+        limit: u64,
     },
     /// A holder can't be made.
     #[error("can't create a socket to hold descriptors: {0}")]
@@ -76,8 +97,12 @@ struct State {
     next: u64,
     /// How many descriptors an earlier version put directly into the store, by name.
     direct: HashMap<String, usize>,
+    /// Entries that this process had no descriptors for. A later daemon may have.
+    unread: usize,
     /// The warning that the store is nearly full was logged.
     is_warned: bool,
+    /// The warning that few more files can be opened was logged.
+    is_warned_of_files: bool,
 }
 
 /// A holder, and its name in the store.
@@ -90,7 +115,18 @@ struct Named {
 impl State {
     /// The number of entries in the store.
     fn count(&self) -> usize {
-        self.used.values().map(Vec::len).sum::<usize>() + self.direct.values().sum::<usize>()
+        self.used.values().map(Vec::len).sum::<usize>() + self.direct.values().sum::<usize>() + self.unread
+    }
+
+    fn warn_of_files(&mut self, limit: u64, free: u64) {
+        let is_low = free < limit / 5;
+        if is_low && !self.is_warned_of_files {
+            tracing::warn!(
+                "this daemon can open {free} more files of {limit} (RLIMIT_NOFILE): from {} on, containers, execs and connections are refused",
+                headroom(limit)
+            );
+        }
+        self.is_warned_of_files = is_low;
     }
 
     fn new_name(&mut self) -> String {
@@ -110,19 +146,25 @@ impl FdStore {
         Ok(Self::with(Notifier::new()?, STORE_LIMIT as usize - MAX_IDLE - SPARE, passed))
     }
 
+    /// As [`Self::adopt`], with room for `limit` entries.
     pub(crate) fn with(
         notifier: Notifier,
         limit: usize,
         passed: Vec<(String, OwnedFd)>,
     ) -> (Self, Vec<(String, OwnedFd)>) {
         let (mut state, mut found) = (State::default(), Vec::new());
-        for (name, fd) in passed {
+        for (name, fd) in in_order(passed) {
             let Some(number) = holder_number(&name) else {
                 *state.direct.entry(name.clone()).or_default() += 1;
                 found.push((name, fd));
                 continue;
             };
             state.next = state.next.max(number + 1);
+            let (limit, free) = sys::descriptors();
+            if free <= headroom(limit) {
+                state.unread += 1;
+                continue;
+            }
             let holder = Holder::adopt(fd);
             let contents = match holder.contents() {
                 Ok(contents) => contents,
@@ -139,6 +181,12 @@ impl FdStore {
                 None => state.idle.push_back(Named { name, holder }),
             }
             found.extend(contents);
+        }
+        if state.unread > 0 {
+            tracing::error!(
+                "can't open what {} entries of systemd's descriptor store hold, so streams and connections do not work: raise the limit of PID 1 (RLIMIT_NOFILE) and restart the daemon",
+                state.unread
+            );
         }
         let store = Self { notifier, limit, state: Mutex::new(state) };
         store.make_spare();
@@ -159,10 +207,44 @@ impl FdStore {
     /// Checks whether new work may begin that keeps descriptors.
     ///
     /// # Errors
-    /// [`Error::Full`]
+    /// [`Error::Full`], [`Error::Descriptors`]
     pub fn has_room(&self) -> Result<(), Error> {
-        let (count, limit) = (self.state(|state| state.count()), self.limit);
-        if count > self.limit_of_new_work() { Err(Error::Full { count, limit }) } else { Ok(()) }
+        self.leaves(1)?;
+        if self.has_unread() {
+            // A process whose descriptors could not be read needs them first.
+            let (limit, free) = sys::descriptors();
+            return Err(Error::Descriptors { free, limit });
+        }
+        Ok(())
+    }
+
+    /// Checks whether a connection may be accepted. There is room for connections longer than for other work: over a
+    /// connection the daemon can answer why it refuses work.
+    ///
+    /// # Errors
+    /// [`Error::Full`], [`Error::Descriptors`]
+    pub fn has_room_for_connection(&self) -> Result<(), Error> {
+        self.leaves(4)
+    }
+
+    /// Checks that this part of what is reserved is free: all of it (1), a quarter (4).
+    fn leaves(&self, part: u32) -> Result<(), Error> {
+        let count = self.state(|state| state.count());
+        if count > self.limit_of_new_work() + (STORE_RESERVE - STORE_RESERVE / part) as usize {
+            return Err(Error::Full { count, limit: self.limit });
+        }
+        let (limit, free) = sys::descriptors();
+        self.state(|state| state.warn_of_files(limit, free));
+        if free <= headroom(limit) / u64::from(part) {
+            Err(Error::Descriptors { free, limit })
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Whether the store has entries that this process had no descriptors for.
+    pub fn has_unread(&self) -> bool {
+        self.state(|state| state.unread > 0)
     }
 
     /// Keeps descriptors under a name, in addition to those that the name already has.
@@ -283,6 +365,21 @@ impl FdStore {
     fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
         with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// Entries in the order in which they are opened: connections first if there may be too few descriptors for all.
+fn in_order(mut passed: Vec<(String, OwnedFd)>) -> Vec<(String, OwnedFd)> {
+    let (limit, free) = sys::descriptors();
+    if free < (passed.len() * MAX_FDS) as u64 + headroom(limit) {
+        passed.sort_by_cached_key(|(name, fd)| {
+            let label = match holder_number(name) {
+                Some(_) => Holder::label_in(fd),
+                None => Ok(name.clone()),
+            };
+            !label.is_ok_and(|label| label.starts_with(CONNECTIONS))
+        });
+    }
+    passed
 }
 
 fn holder_number(name: &str) -> Option<u64> {

@@ -82,6 +82,15 @@ impl Holder {
         }
     }
 
+    /// The label of the first descriptors in a holder that is not adopted yet. Opens none of them.
+    ///
+    /// # Errors
+    /// `EAGAIN`: the holder is empty. Other errors: the holder can't be read.
+    pub fn label_in(socket: &impl AsFd) -> Result<String, Errno> {
+        sys::count_peeked(socket)?;
+        sys::peek_text(socket)
+    }
+
     /// Empties the holder. Descriptors that no process has open are closed.
     ///
     /// # Errors
@@ -127,6 +136,7 @@ mod tests {
             let contents = holder.contents().unwrap();
             let labels: Vec<&str> = contents.iter().map(|(label, _)| label.as_str()).collect();
             assert_eq!(labels, ["o1", "o1", "t1"]);
+            assert_eq!(Holder::label_in(&holder).as_deref(), Ok("o1"));
             nix::unistd::write(&contents[0].1, b"1").unwrap();
             nix::unistd::write(&contents[1].1, b"2").unwrap();
         }

@@ -31,6 +31,7 @@ mod crash_stop;
 mod crash_streams;
 mod ctr;
 mod ctr_terminals;
+mod descriptors;
 mod devices;
 mod events;
 mod exec;
