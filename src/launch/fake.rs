@@ -11,6 +11,7 @@ use crate::cgroup::fake as cgroup;
 use crate::id::{ExecId, UnitName};
 use crate::store::{Found, Store};
 use crate::suspect::Crashes;
+use crate::task::phase::Exit;
 use crate::task::{Placement, Task};
 use crate::unit::fake::{Programs, Sleeper, Started};
 
@@ -27,11 +28,19 @@ pub enum Launches {
     Fail(String),
     /// They fail, and the OCI runtime records the container only when systemd stops the unit.
     RecordLate,
+    /// They succeed, but the process of an exec ends before the handover: `launch`, which systemd knows, exits like it.
+    Brief,
     /// They succeed, but a logger closes its third pipe without a byte.
     SilentLogger,
     /// They succeed, but a logger keeps its third pipe open and writes nothing.
     HangingLogger,
 }
+
+/// Above the kernel's largest pid (`PID_MAX_LIMIT`, 2^22).
+const NO_PROCESS: u32 = (1 << 22) + 7;
+
+/// The exit status of an exec that ends before the handover.
+pub const BRIEF_STATUS: u32 = 3;
 
 /// The `launch` of every unit.
 pub struct FakeLaunch {
@@ -55,7 +64,7 @@ impl FakeLaunch {
     fn launch_container(&self, task: &Task, launches: &Launches) -> Started {
         let dir = self.store.dir(&task.key);
         match launches {
-            Launches::Work | Launches::SilentLogger | Launches::HangingLogger => {}
+            Launches::Work | Launches::Brief | Launches::SilentLogger | Launches::HangingLogger => {}
             Launches::Fail(reason) => {
                 fs::write(dir.join(LAUNCHED), "").unwrap();
                 fs::write(dir.join(LAUNCH_ERROR), reason).unwrap();
@@ -98,17 +107,21 @@ impl FakeLaunch {
         let (started, outcome) = match launches {
             Launches::Fail(reason) => (Started::Failed, Outcome::Failed { reason: reason.clone() }),
             Launches::RecordLate => (Started::Failed, Outcome::Failed { reason: String::new() }),
-            Launches::Work | Launches::SilentLogger | Launches::HangingLogger => {
+            Launches::Work | Launches::Brief | Launches::SilentLogger | Launches::HangingLogger => {
                 let process = Sleeper::spawn();
                 let pid = process.pid();
                 if let Some(place) = task.cgroup() {
                     cgroup::place(place, pid);
                 }
+                let outcome = match launches {
+                    Launches::Brief => Outcome::Ended {
+                        pid: NO_PROCESS,
+                        exit: Exit { status: BRIEF_STATUS, at_usec: crate::sys::now_usec() },
+                    },
+                    _ => Outcome::Started { pid },
+                };
                 fs::write(dir.join(EXEC_PID_FILE), pid.to_string()).unwrap();
-                (
-                    Started::Oneshot { process, cgroup: task.cgroup().map(Path::to_owned) },
-                    Outcome::Started { pid },
-                )
+                (Started::Oneshot { process, cgroup: task.cgroup().map(Path::to_owned) }, outcome)
             }
         };
         // Without the store, because what happens in a unit is not an effect of the daemon.

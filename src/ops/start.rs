@@ -10,6 +10,7 @@ use crate::id::ProcessKey;
 use crate::oci::runtime;
 use crate::services::process::init_is_gone;
 use crate::services::{Delivery, Entry, Error, Process, blocking};
+use crate::sys;
 use crate::task::Task;
 use crate::task::phase::{Event, Exit, ObservedExit, Refusal};
 
@@ -81,14 +82,16 @@ impl Shim {
                 return Err(error);
             }
         };
-        let mut noted = self.tasks.note_event(entry, process, Event::Started { pid })?;
-        if let Some(exit) = exit {
-            noted = self.tasks.note_event(
-                entry,
-                process,
-                Event::Exited(ObservedExit { pid: Some(pid), exit }),
-            )?;
-        }
+        // In one write: systemd does not know this process if it ended before the handover. A daemon that finds only its start
+        // in the record would never learn of its end.
+        let exited = exit.map(|exit| Event::Exited(ObservedExit { pid: Some(pid), exit }));
+        let noted = self.tasks.note(entry, |task| {
+            let mut ended = Vec::new();
+            for event in exited.into_iter().chain([Event::Started { pid }]) {
+                ended.extend(task.apply(process.exec(), event, sys::now_usec())?);
+            }
+            Ok(ended)
+        })?;
         if process.exec().is_some() {
             fault::point(Point::ExecStartNoted);
             // The exec may have ended by now.

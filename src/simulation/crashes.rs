@@ -2,6 +2,7 @@
 //! continues as if nothing had happened, or is as it was before the call, and nothing is left of it at the end.
 
 use crate::effects::{Failure, Plan};
+use crate::launch::fake::Launches;
 use crate::services::{Delivery, Error};
 
 use super::harness::{Step, World};
@@ -33,6 +34,16 @@ const WHOLE: Life = Life {
 
 /// The life of a task that is restored from a checkpoint.
 const RESTORED: Life = Life { world: World::restoring, ..WHOLE };
+
+/// A life in which the exec ends before `launch` hands it over to systemd.
+const BRIEF: Life = Life {
+    world: |name| {
+        let world = World::new(name);
+        world.launch.set(Launches::Brief);
+        world
+    },
+    ..WHOLE
+};
 
 /// The life of a task of which checkpoints are taken.
 const CHECKPOINTS: Life = Life {
@@ -151,6 +162,28 @@ fn fail_at(life: &Life, at: usize, name: &str, effect: usize, failure: Failure) 
 #[test]
 fn a_create_is_resumed_although_systemd_was_slow_to_start_its_unit() {
     stop_everywhere(&WHOLE, 0, "slow", |world| world.systemd.hide_once(world.unit()));
+}
+
+/// systemd does not know the process of such an exec, so the next daemon can't ask for its exit.
+#[test]
+fn the_end_of_a_brief_exec_is_recorded_with_its_start() {
+    for effect in 0..MANY {
+        let world = (BRIEF.world)("brief");
+        undisturbed(&world, &BRIEF.steps[..3]);
+        world.effects.plan(Plan::Stop(effect));
+        let done = world.take(&[Step::StartExec], Delivery::First);
+        let place = format!("stopped before effect {effect} ({:?})", world.effects.log().last());
+        let is_over = done.is_some();
+        world.effects.plan(Plan::Undisturbed);
+        let done = done.or_else(|| world.take(&[Step::StartExec], Delivery::Replayed));
+        succeeded(done.unwrap(), &place);
+        undisturbed_rest(&BRIEF, &world, 3, &place);
+        assert_eq!(world.events(), BRIEF.events, "{place}");
+        if is_over {
+            return;
+        }
+    }
+    unreachable!("the start has no end");
 }
 
 macro_rules! each_step {

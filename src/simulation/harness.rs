@@ -12,7 +12,7 @@ use crate::cgroup;
 use crate::cgroup::watch::Watch;
 use crate::effects::{Effects, Failure};
 use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey, UnitName};
-use crate::launch::fake::FakeLaunch;
+use crate::launch::fake::{BRIEF_STATUS, FakeLaunch};
 use crate::oci::criu::Checkpoint;
 use crate::oci::options;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
@@ -32,7 +32,7 @@ use crate::unit::observations::Observations;
 use crate::unit::relay::Relay;
 
 /// The exit code of the exec.
-pub(crate) const EXEC_STATUS: u32 = 3;
+pub(crate) const EXEC_STATUS: u32 = BRIEF_STATUS;
 
 /// An OCI runtime that keeps a directory for each container, as runc does.
 pub(crate) struct FakeRuntime {
@@ -405,8 +405,9 @@ impl Step {
             Self::StartExec => shim.start(exec, delivery).await.map(drop),
             Self::EndExec => {
                 node.systemd.end(&node.exec_unit, EXEC_STATUS as i32);
-                let exit = shim.wait(exec, delivery).await?;
-                assert_eq!(exit.status, EXEC_STATUS);
+                // Of the paused clock.
+                let waited = tokio::time::timeout(Duration::from_secs(3600), shim.wait(exec, delivery)).await;
+                assert_eq!(waited.expect("the end of the exec")?.status, EXEC_STATUS);
                 Ok(())
             }
             Self::DeleteExec => shim.delete(exec, delivery).await.map(|deleted| {
