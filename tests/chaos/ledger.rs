@@ -60,9 +60,7 @@ impl Ledger {
                 tally.fault(Fault::WrongEvents, &format!("{id}: {what}"));
             }
         }
-        // containerd 2.1 publishes the exit and the delete of a sandbox a second time, by itself: it takes the end of the
-        // connection for the end of a shim (`cleanupAfterDeadShim`).
-        for id in audit.containers().filter(|id| !id.starts_with(pods::NAME)) {
+        for id in audit.containers().filter(|id| !is_sandbox(id)) {
             for what in audit.faults(id) {
                 tally.fault(Fault::WrongEvents, &format!("{id}: {what}"));
             }
@@ -70,13 +68,20 @@ impl Ledger {
     }
 }
 
+/// True for the sandbox of a pod.
+fn is_sandbox(id: &str) -> bool {
+    id.starts_with(pods::NAME)
+}
+
 impl Life {
     fn missing(&self, id: &str, audit: &Audit, containerd: &Containerd) -> Vec<String> {
         let is_due = |begin, end| !containerd.may_hide_events(begin, end);
-        let exits = self
-            .ended
-            .iter()
-            .filter(|ended| audit.exit_of(id, &ended.process).is_none() && is_due(ended.begin, ended.end));
+        // A sandbox may have an exit of containerd's own.
+        let has_exit = |ended: &Ended| match is_sandbox(id) {
+            true => audit.exits_of(id).contains(&ended.status),
+            false => audit.exit_of(id, &ended.process).is_some(),
+        };
+        let exits = self.ended.iter().filter(|ended| !has_exit(ended) && is_due(ended.begin, ended.end));
         let mut missing: Vec<String> =
             exits.map(|ended| format!("no exit of {} ({})", ended.process, ended.status)).collect();
         if let Some((begin, end)) = self.deleted
@@ -88,11 +93,16 @@ impl Life {
         missing
     }
 
-    fn wrong<'a>(&'a self, id: &'a str, audit: &'a Audit) -> impl Iterator<Item = String> + 'a {
-        self.ended.iter().filter_map(move |ended| {
+    fn wrong(&self, id: &str, audit: &Audit) -> Vec<String> {
+        if is_sandbox(id) {
+            let faults = self.ended.iter().map(|ended| audit.faults_of_sandbox(id, ended.status));
+            return faults.flatten().collect();
+        }
+        let wrong = self.ended.iter().filter_map(|ended| {
             let told = audit.exit_of(id, &ended.process)?;
             (told != ended.status)
                 .then(|| format!("{} ended with {}, the event says {told}", ended.process, ended.status))
-        })
+        });
+        wrong.collect()
     }
 }

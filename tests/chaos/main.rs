@@ -32,6 +32,7 @@ use common::disturb::Disturbance;
 use common::leaks::Traces;
 use common::node::{Need, Node, OUR_RUNTIME, number};
 use common::random::Random;
+use common::sandbox::Sandbox;
 use common::spec::Spec;
 use common::systemd::DAEMON_SERVICE;
 use common::task::Io;
@@ -103,6 +104,10 @@ fn run(arguments: &Arguments) -> u64 {
     let has_hangs = arguments.disturbances.contains(&Disturbance::Hang);
     let watchdog = has_hangs.then(|| daemon::DropIn::new(WATCHDOG));
     run_one(&node);
+    if arguments.kinds.contains(&Kind::Pod) {
+        // The daemon keeps a socket for the sandboxes of a containerd.
+        drop(Sandbox::run(&node, "first"));
+    }
     let before = Traces::take();
 
     let shared = Arc::new(Shared {

@@ -1,15 +1,18 @@
 //! Lives of sandboxes of pods, each with a container in its network.
 
+use std::time::Instant;
+
 use containerd_client::services::v1::sandbox::ControllerStatusResponse;
 use containerd_client::tonic::{Code, Status};
 use nix::sys::signal::Signal;
 
 use super::client::{Client, End};
 use super::common::container::Io;
-use super::common::daemon;
+use super::common::pod::{Linux, pod};
 use super::common::sandbox::{READY, Sandbox};
 use super::common::spec::Spec;
 use super::common::task::SIGKILL;
+use super::common::{daemon, process, wait};
 use super::tally::{Count, Fault};
 use super::work::Worker;
 
@@ -17,22 +20,31 @@ use super::work::Worker;
 pub const NAME: &str = "chaos-pod";
 
 impl Worker<'_> {
-    /// A sandbox that is stopped, is killed, or is removed while it runs.
+    /// A sandbox in a slice of its own. It is stopped, is killed, ends with its slice or while there is no daemon, or is removed
+    /// while it runs.
     pub fn pod(&mut self) -> Result<(), End> {
         let client = self.client;
         let sandbox = Sandbox::unmade(client.node, NAME);
+        let begin = Instant::now();
         let lived = self.in_sandbox(&sandbox);
         client.remove_sandbox(&sandbox);
-        lived
+        if let Ok(Some(status)) = lived {
+            self.shared.ledger.ended(&sandbox.id, &sandbox.id, status, begin);
+            self.shared.ledger.deleted(&sandbox.id, begin);
+            self.shared.tally.add(Count::Pods, 1);
+        }
+        lived.map(drop)
     }
 
-    fn in_sandbox(&mut self, sandbox: &Sandbox<'_>) -> Result<(), End> {
+    /// Returns the status with which the sandbox has ended. `None` if its removal ends it.
+    fn in_sandbox(&mut self, sandbox: &Sandbox<'_>) -> Result<Option<u32>, End> {
         let client = self.client;
-        client.create_sandbox(sandbox)?;
+        let slice = format!("{}.slice", sandbox.id.replace('-', "_"));
+        client.create_sandbox(sandbox, &slice)?;
         let pid = client.start_sandbox(sandbox)?;
         let spec = Spec::sh("exit 3").in_namespace_of("network", &format!("/proc/{pid}/ns/net"));
         self.container(spec, &Io::default(), |_, _| Ok(3))?;
-        let status = match self.random.below(3) {
+        let status = match self.random.below(5) {
             0 => {
                 client.call("stop a sandbox", || sandbox.try_stop())?;
                 0
@@ -41,18 +53,30 @@ impl Worker<'_> {
                 daemon::signal(pid, Signal::SIGKILL);
                 128 + SIGKILL
             }
-            // Its removal ends it.
-            _ => return Ok(()),
+            2 => {
+                // systemd may be executing itself again, and refuse it.
+                wait::until_true("the slice is stopped", || {
+                    process::run("systemctl", &["stop", &slice]).code == Some(0)
+                });
+                0
+            }
+            3 => {
+                daemon::kill_now();
+                daemon::signal(pid, Signal::SIGTERM);
+                0
+            }
+            _ => return Ok(None),
         };
         client.expect_sandbox(sandbox, status)?;
-        self.shared.tally.add(Count::Pods, 1);
-        Ok(())
+        Ok(Some(status))
     }
 }
 
 impl Client<'_> {
-    fn create_sandbox(&self, sandbox: &Sandbox<'_>) -> Result<(), End> {
-        if self.once("create a sandbox", || sandbox.try_create(None, None))?.is_some() {
+    fn create_sandbox(&self, sandbox: &Sandbox<'_>, slice: &str) -> Result<(), End> {
+        let linux = Linux { cgroup_parent: format!("/{slice}"), ..Default::default() };
+        let options = pod(|pod| pod.linux = Some(linux));
+        if self.once("create a sandbox", || sandbox.try_create(options.clone(), None))?.is_some() {
             return Ok(());
         }
         // containerd has not acknowledged it: it may know it or not, and so may the shim.

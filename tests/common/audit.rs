@@ -45,32 +45,75 @@ impl Audit {
         })
     }
 
+    /// The statuses of all exits of the container's init process.
+    pub fn exits_of(&self, container: &str) -> Vec<u32> {
+        let exits = self.of(container).iter().filter_map(|event| match event {
+            Event::Exit(exit) if exit.id == container => Some(exit.exit_status),
+            _ => None,
+        });
+        exits.collect()
+    }
+
     /// All faults in the order or the number of a container's events. A missing event is not one of them: only the caller
     /// knows what has happened.
     pub fn faults(&self, container: &str) -> Vec<String> {
-        let events = self.of(container);
-        let mut faults = Vec::new();
-        let mut before: HashSet<(Step, &str)> = HashSet::new();
-        let mut highest: HashMap<&str, Step> = HashMap::new();
-        for event in events {
-            let Some((step, process)) = step(event) else { continue };
-            if !before.insert((step, process)) {
-                faults.push(format!("{} of {process} twice, and not the same", event.name()));
-            }
-            if highest.get(process).is_some_and(|last| *last > step) {
-                faults.push(format!("{} of {process} too late", event.name()));
-            }
-            if process != container && before.contains(&(Step::Exit, container)) {
-                faults.push(format!("{} of {process} after the exit of init", event.name()));
-            }
-            highest.insert(process, step);
-        }
-        if !faults.is_empty() {
-            let names: Vec<&str> = events.iter().map(Event::name).collect();
-            faults.push(format!("the events were {names:?}"));
-        }
+        let events: Vec<&Event> = self.of(container).iter().collect();
+        faults_in(container, &events)
+    }
+
+    /// As [`Self::faults`], for a sandbox that ended with this status. When a sandbox is removed, containerd 2.1 publishes an exit
+    /// and a delete of its own: it takes the end of the connection for the end of a shim (`cleanupAfterDeadShim`). They come
+    /// before or after those of the shim. An exit with another status that is not containerd's is a fault.
+    pub fn faults_of_sandbox(&self, sandbox: &str, status: u32) -> Vec<String> {
+        let all = self.of(sandbox);
+        let is_own = |event: &Event| match event {
+            Event::Exit(exit) => exit.exit_status == status,
+            Event::Delete(delete) => delete.exit_status == status,
+            _ => true,
+        };
+        let deletes = all.iter().filter(|event| matches!(event, Event::Delete(_))).count();
+        let mut seen = HashSet::new();
+        let events: Vec<&Event> = all
+            .iter()
+            .filter(|event| match event {
+                Event::Exit(_) => is_own(event) && seen.insert("exit"),
+                Event::Delete(_) => (is_own(event) || deletes == 1) && seen.insert("delete"),
+                _ => true,
+            })
+            .collect();
+        let mut faults = faults_in(sandbox, &events);
+        let foreign =
+            self.exits_of(sandbox).into_iter().filter(|told| ![status, OF_DEAD_SHIM].contains(told));
+        faults.extend(foreign.map(|told| format!("it ended with {status}, an event says {told}")));
         faults
     }
+}
+
+/// The status of containerd's own event for a task whose shim it believes to be dead.
+const OF_DEAD_SHIM: u32 = 137;
+
+fn faults_in(container: &str, events: &[&Event]) -> Vec<String> {
+    let mut faults = Vec::new();
+    let mut before: HashSet<(Step, &str)> = HashSet::new();
+    let mut highest: HashMap<&str, Step> = HashMap::new();
+    for event in events {
+        let Some((step, process)) = step(event) else { continue };
+        if !before.insert((step, process)) {
+            faults.push(format!("{} of {process} twice, and not the same", event.name()));
+        }
+        if highest.get(process).is_some_and(|last| *last > step) {
+            faults.push(format!("{} of {process} too late", event.name()));
+        }
+        if process != container && before.contains(&(Step::Exit, container)) {
+            faults.push(format!("{} of {process} after the exit of init", event.name()));
+        }
+        highest.insert(process, step);
+    }
+    if !faults.is_empty() {
+        let names: Vec<&str> = events.iter().map(|event| event.name()).collect();
+        faults.push(format!("the events were {names:?}"));
+    }
+    faults
 }
 
 /// The order that containerd requires.
