@@ -7,7 +7,7 @@ use crate::cri_messages::*;
 
 #[test]
 fn a_checkpoint_of_a_container_is_an_archive_and_the_container_continues() {
-    needs!(OurShim, Criu);
+    needs!(OurShim, Criu, Iptables);
     if !is_containerd_2("cri_checkpoint", "this containerd takes no checkpoints over CRI") {
         return;
     }

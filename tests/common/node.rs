@@ -159,6 +159,8 @@ pub enum Need {
     Crun,
     /// criu, in a guest with its own kernel: in a container, criu lacks permissions.
     Criu,
+    /// iptables, with which criu holds back the connections of a container with a network of its own.
+    Iptables,
     /// A script that reboots the guest when the test has ended.
     Reboot,
     /// A test build of our shim, with fault points.
@@ -195,6 +197,8 @@ impl Need {
                     (true, true) => None,
                 }
             }
+            Need::Iptables => (!std::path::Path::new("/usr/sbin/iptables-restore").exists())
+                .then(|| "no iptables here".to_string()),
             Need::Reboot => std::env::var_os("E2E_REBOOT")
                 .is_none()
                 .then(|| "nobody reboots this guest in between".to_string()),
