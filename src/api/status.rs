@@ -42,6 +42,7 @@ fn code_of_kind(error: &Error) -> Code {
         Error::Refused(_)
         | Error::NotDeletable { .. }
         | Error::Leftover { .. }
+        | Error::CgroupInUse { .. }
         | Error::NoExecIn { .. }
         | Error::FrozenSlice { .. }
         | Error::StoppedMeanwhile { .. }

@@ -162,10 +162,27 @@ pub fn until_frozen(cgroup: &Path, frozen: bool, limit: Duration) -> Result<(), 
     }
 }
 
-/// True if the cgroup or one below it has a process.
+/// True if the cgroup exists, and it or one below it has a process.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn is_in_use(cgroup: &Path) -> Result<bool, Error> {
+    let path = dir(cgroup).join("cgroup.events");
+    match fs::read_to_string(&path) {
+        Ok(text) => Ok(is_populated_by(&text)),
+        Err(error) if is_gone(&error) => Ok(false),
+        Err(error) => Err(io_error("read", &path)(error).into()),
+    }
+}
+
+/// True if the cgroup or one below it is known to have a process.
 pub fn is_populated(cgroup: &Path) -> bool {
-    fs::read_to_string(dir(cgroup).join("cgroup.events"))
-        .is_ok_and(|text| text.lines().any(|line| line == "populated 1"))
+    is_in_use(cgroup).unwrap_or(false)
+}
+
+/// True if this text of `cgroup.events` says that there is a process.
+fn is_populated_by(events: &str) -> bool {
+    events.lines().any(|line| line == "populated 1")
 }
 
 /// Moves this process into a cgroup. Creates the cgroup if it does not exist.

@@ -167,6 +167,11 @@ fn placement(key: &TaskKey, spec: &Spec, restores: bool) -> Result<Placement, Er
             if let Some(placement) = own_placement(key, &path)? {
                 return Ok(placement);
             }
+            // The OCI runtime would put the container beside these processes, and its end would kill them all: in /init.scope
+            // systemd itself, in /system.slice every service.
+            if cgroup::is_in_use(&path)? {
+                return Err(Error::CgroupInUse { path });
+            }
             tracing::warn!(
                 task = %key,
                 "task {key}: its client insists on cgroup {}, outside of the unit: \

@@ -75,6 +75,15 @@ pub enum Error {
         /// The task.
         key: TaskKey,
     },
+    /// The requested cgroup has processes that do not belong to the container.
+    #[error(
+        "linux.cgroupsPath {path:?}: this cgroup, or one below it, has processes already, which would end with the container; \
+         request a cgroup that is empty or does not exist"
+    )]
+    CgroupInUse {
+        /// The cgroup.
+        path: std::path::PathBuf,
+    },
     /// The phase does not allow it.
     #[error(transparent)]
     Refused(#[from] Refusal),

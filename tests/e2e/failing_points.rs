@@ -19,7 +19,7 @@ use crate::common::node::{NAMESPACE, Node};
 use crate::common::shim::{self, WithFaults};
 use crate::common::spec::Spec;
 use crate::common::stdio::Gate;
-use crate::common::task::{Io, SIGTERM};
+use crate::common::task::{Exit, Io, SIGTERM, Waiting};
 use crate::common::{daemon, needs, process, wait};
 
 use super::crash_points::{Client, Moment, REQUEST, Streams};
@@ -110,6 +110,18 @@ impl Failing {
             Err(error) if error.code() == Code::NotFound => Ok(()),
             done => done,
         });
+    }
+
+    /// Waits for the exit of a process. The daemon may have got the call when it had no descriptor, and could not see which
+    /// containerd made it: then the call is made again.
+    fn exit<'n>(&self, waiting: Waiting<'n>, again: impl Fn() -> Waiting<'n>) -> Exit {
+        let exit = match waiting.exit() {
+            Err(error) if self.failure == NO_DESCRIPTOR && error.code() == Code::Unavailable => {
+                again().exit()
+            }
+            exit => exit,
+        };
+        exit.unwrap_or_else(|error| panic!("wait for an exit: {error}"))
     }
 }
 
@@ -227,7 +239,7 @@ fn live(node: &Node, failing: &Failing) {
     failing.during(Moment::Update, || container.update(&json!({})));
     let waiting = container.waiting();
     failing.gone(Moment::Kill, || container.kill(SIGTERM));
-    assert_eq!(waiting.exit().expect("wait").status, 17);
+    assert_eq!(failing.exit(waiting, || container.waiting()).status, 17);
     failing.gone(Moment::Delete, || container.delete().map(drop));
     assert_eq!(daemon::serving(), Some(daemon), "the daemon goes on");
 }
@@ -263,8 +275,8 @@ fn exec(container: &Container, failing: &Failing, gate: &Gate) {
     let waiting = exec.waiting();
     failing.ask(Moment::ExecExit);
     gate.open();
-    assert_eq!(waiting.exit().expect("wait for an exec").status, 9);
     failing.end(Moment::ExecExit);
+    assert_eq!(failing.exit(waiting, || exec.waiting()).status, 9);
     // A start that failed has ended the output.
     if let (Some(client), 1) = (&mut client, starts.get()) {
         client.expect("exec");

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
 
@@ -155,6 +156,41 @@ fn a_foreign_path_is_honoured_with_a_warning() {
     for directory in ["e2e-kubepods/burstable/pod1", "e2e-kubepods/burstable", "e2e-kubepods"] {
         fs::remove_dir(Path::new(ROOT).join(directory)).expect("the client's own parents are empty");
     }
+}
+
+/// The end of a container kills all in its cgroup. In `/init.scope`, that is systemd.
+#[test]
+fn a_cgroup_with_processes_of_others_is_refused_and_they_live_on() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let parent = format!("/{}", unique("e2e-taken"));
+    let directory = PathBuf::from(format!("{ROOT}{parent}"));
+    let child = directory.join("child");
+    fs::create_dir_all(&child).expect("make two cgroups");
+    let mut stranger = Command::new("sleep").arg("1000").spawn().expect("start a process");
+    fs::write(child.join("cgroup.procs"), stranger.id().to_string()).expect("move a process");
+    // The process is in the requested cgroup, or in one below it.
+    for taken in ["/init.scope", "/system.slice", &parent, &format!("{parent}/child")] {
+        let container = node.container("intruder", Spec::sleeping().cgroups_path(taken)).make();
+        let refusal = container.create(&Io::default()).expect_err(taken);
+        assert!(refusal.message().contains(taken), "{taken}: {refusal}");
+        drop(container);
+        assert_eq!(stranger.try_wait().expect("look at the process"), None, "{taken}");
+    }
+    stranger.kill().expect("end the process");
+    stranger.wait().expect("wait for its end");
+    let empty = |path: &Path| {
+        let events = fs::read_to_string(path.join("cgroup.events")).expect("read cgroup.events");
+        events.contains("populated 0")
+    };
+    until_true("the cgroup is empty", || empty(&directory));
+    // A cgroup that is empty is no obstacle.
+    let container = node
+        .container("guest", Spec::sleeping().cgroups_path(&format!("{parent}/child")))
+        .started(&Io::default());
+    drop(container);
+    let _ = fs::remove_dir(child);
+    fs::remove_dir(directory).expect("the client's own parent is empty");
 }
 
 /// As kubelet ends a pod: SIGKILL to all in its cgroup, and the slice is stopped.
