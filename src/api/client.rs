@@ -16,7 +16,7 @@ use super::convert::{CLEAN_UP_KEY, NAMESPACE_KEY, OWNER_KEY};
 /// The daemon can't be reached, or can't remove the task.
 pub async fn clean_up(key: &TaskKey) -> ttrpc::Result<DeleteResponse> {
     let client = Client::connect(&format!("unix://{}", config::SOCKET)).await?;
-    // The caller has a shorter limit; the daemon continues after it.
+    // The caller has a shorter limit. The daemon continues after that limit.
     let mut metadata = context::with_timeout(0);
     metadata.add(NAMESPACE_KEY.to_owned(), key.namespace.to_string());
     metadata.add(CLEAN_UP_KEY.to_owned(), "1".to_owned());

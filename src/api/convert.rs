@@ -32,7 +32,7 @@ pub const NAMESPACE_KEY: &str = "containerd-namespace-ttrpc";
 /// Marks a Delete of our own `delete` command in the metadata: the daemon kills first, and publishes nothing.
 pub const CLEAN_UP_KEY: &str = "containerd-shim-systemd-clean-up";
 
-/// Beside it: the containerd that gives the task up.
+/// Names the containerd that gives the task up, in the metadata of such a Delete.
 pub const OWNER_KEY: &str = "containerd-shim-systemd-owner";
 
 /// Why a message can't be converted.
@@ -47,13 +47,13 @@ pub enum Error {
          namespaces can have tasks at once"
     )]
     NoNamespace,
-    /// Options of a type that is not known here.
+    /// The options have an unknown type.
     #[error(
         "runtime options have the unknown type {0:?}: use containerd.runc.v1.Options, \
          runtimeoptions.v1.Options or containerd.systemd.v1.Options"
     )]
     UnknownOptions(String),
-    /// Options of a sandbox of a type that is not known here.
+    /// The options of a sandbox have an unknown type.
     #[error("options of the sandbox have the unknown type {0:?}: use runtime.v1.PodSandboxConfig, or none")]
     UnknownSandbox(String),
     /// A number is not the id of a user or group.
@@ -62,7 +62,7 @@ pub enum Error {
     /// What `start` wrote into the bundle can't be read.
     #[error(transparent)]
     Bundle(#[from] bundle::Error),
-    /// A message inside of the request is broken.
+    /// A message in the request can't be decoded.
     #[error("{what} of type {type_url:?} can't be decoded: {source}")]
     Broken {
         /// The part of the request.
@@ -129,7 +129,7 @@ pub fn namespace(metadata: &HashMap<String, Vec<String>>) -> Result<Option<Names
     Ok(named.map(Namespace::new).transpose()?)
 }
 
-/// The containerd that our own `delete` command speaks for; nothing for any other caller.
+/// The containerd on whose behalf our own `delete` command calls; `None` for any other caller.
 ///
 /// # Errors
 /// The name is not valid.

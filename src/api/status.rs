@@ -12,8 +12,8 @@ use crate::services::Error;
 use crate::sys;
 use crate::{oci, text, unit};
 
-/// The code of an error. RESOURCE_EXHAUSTED for every error of the kernel that there is no room: the same call can succeed
-/// once there is.
+/// The code of an error. RESOURCE_EXHAUSTED if the kernel had too little room: the same call can succeed once there is
+/// more.
 pub fn code(error: &Error) -> Code {
     match code_of_kind(error) {
         Code::UNKNOWN if is_exhausted(error) => Code::RESOURCE_EXHAUSTED,
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_for_which_the_system_has_no_room_may_be_repeated() {
+    fn a_call_that_failed_because_the_system_has_no_room_may_be_repeated() {
         let spawn = |errno: Errno| {
             let binary = "/usr/bin/runc".into();
             Error::Runtime(oci::runtime::Error::Spawn { verb: "start", binary, source: errno.into() })

@@ -15,7 +15,7 @@ const RUNTIME: &str = "io.containerd.systemd.v1";
 const CONFIG: &str = "/etc/containerd/config.toml";
 const DOCKER: &str = "/etc/docker/daemon.json";
 
-/// systemd's own, if containerd's cannot be read.
+/// The `PATH` of systemd's services, which is used if that of containerd can't be read.
 const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The name of the CRI plugin's table in containerd's configuration, by the version of the file.
@@ -38,7 +38,7 @@ pub struct Facts {
     docker: Known<String>,
     /// The contents of files that Docker's configuration names.
     named: BTreeMap<PathBuf, Known<String>>,
-    /// OCI runtimes: what the options name, and what `--version` says.
+    /// The OCI runtimes that the options name, and what `--version` says.
     runtimes: BTreeMap<String, Result<(PathBuf, Known<String>), String>>,
 }
 

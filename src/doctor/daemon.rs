@@ -17,7 +17,7 @@ const MANY_RESTARTS: u64 = 20;
 /// The part of the descriptor store, or of the daemon's own descriptors, that may be in use.
 const MOST_PERCENT: u64 = 90;
 
-/// The longest that a command of the OCI runtime takes before the daemon kills it.
+/// The longest time that a command of the OCI runtime takes before the daemon kills it.
 const OPERATION_SEC: u64 = RUNTIME_LIMIT.as_secs() + 30;
 const CREATE_SEC: u64 = CREATE_LIMIT.as_secs() + 30;
 
@@ -124,7 +124,7 @@ fn state(facts: &Facts, service: &Properties) -> Check {
     match active {
         "active" if facts.is_replaced == Ok(true) => Check::warning(
             NAME,
-            "the daemon runs a program that was replaced since",
+            "the program of the daemon was replaced after the daemon started",
             format!("systemctl restart {DAEMON_SERVICE}: safe with containers running"),
         ),
         "active" if restarts >= MANY_RESTARTS => {

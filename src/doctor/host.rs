@@ -49,7 +49,7 @@ fn systemd(facts: &Facts, bus: &bus::Facts) -> Check {
         let advice = "run containerd on a machine, in a VM or in a container that systemd has booted";
         return Check::error(NAME, "systemd is not the init system here", advice);
     }
-    // The running version counts: the package may have been upgraded since the boot.
+    // The version that runs is the one that matters: the package may have been upgraded after the boot.
     let version = match (&bus.version, &facts.version) {
         (Ok(version), _) => version,
         (Err(_), Ok(text)) => text.split_whitespace().nth(1).unwrap_or_default(),

@@ -18,8 +18,8 @@ const NEEDED: [(&str, &[&str]); 6] = [
     ("RootDirectory", &[""]),
 ];
 
-/// Properties of the daemon's service that drop-ins for all services change to its harm, and their good values. The first
-/// container after such a change makes a copy of the drop-in without them ([`service_d`]).
+/// Properties of the daemon's service that drop-ins for all services can change to a harmful value, and their good values.
+/// When the next container starts, the daemon makes a copy of such a drop-in without them ([`service_d`]).
 const HARMFUL: [(&str, &str); 8] = [
     ("ExitType", "main"),
     ("PAMName", ""),
@@ -177,7 +177,7 @@ fn for_all_services(service: &Properties) -> Vec<Check> {
         return Vec::new();
     }
     let check = |(name, wanted): &(&str, &str)| {
-        // A property that this systemd does not have is as it has to be.
+        // A property that this systemd does not have needs no change.
         let value = service.get(*name).filter(|value| value != wanted)?;
         let found = format!(
             "a drop-in for all services sets {name}={value}, which harms the daemon until the next container starts"

@@ -113,10 +113,7 @@ impl Shim {
         let cli = Cli::of(task, dir);
         tokio::select! {
             done = self.oci.launch(&cli, kind.word(), task.runtime.create_limit(), &command) => {
-                done.map_err(|error| match Problem::of_runtime(&error.to_string()) {
-                    Some(problem) => Error::Criu(problem),
-                    None => error.into(),
-                })
+                done.map_err(|error| Error::from(error).with_criu_problem())
             }
             error = cancelled(entry) => Err(error),
         }

@@ -87,11 +87,7 @@ impl Shim {
                 self.cgroups.note_freezer(entry);
                 return Ok(pid);
             }
-            Err(Error::Launch(reason)) => match criu::Problem::of_runtime(&reason) {
-                Some(problem) => Error::Criu(problem),
-                None => Error::Launch(reason),
-            },
-            Err(error) => error,
+            Err(error) => error.with_criu_problem(),
         };
         let task = entry.task().clone();
         let kept = match &error {

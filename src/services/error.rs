@@ -287,3 +287,30 @@ pub enum Error {
     #[error("the shim is stopping")]
     Stopping,
 }
+
+impl Error {
+    /// An error of the OCI runtime that says that criu can't be used, as [`Self::Criu`]. Every other error is returned
+    /// unchanged.
+    #[must_use]
+    pub fn with_criu_problem(self) -> Self {
+        match &self {
+            Self::Launch(_) | Self::Runtime(_) => {
+                oci::criu::Problem::of_runtime(&self.to_string()).map_or(self, Self::Criu)
+            }
+            _ => self,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_error_of_the_oci_runtime_about_criu_is_one_of_criu() {
+        let launch = |reason: &str| Error::Launch(reason.to_owned()).with_criu_problem();
+        assert!(matches!(launch("could not load `libcriu.so.2`"), Error::Criu(_)));
+        assert!(matches!(launch("no space left on device"), Error::Launch(_)));
+        assert!(matches!(Error::Stopping.with_criu_problem(), Error::Stopping));
+    }
+}

@@ -34,7 +34,7 @@ pub enum StreamKind {
 }
 
 impl Claimed {
-    /// The store had nothing.
+    /// True if the store had no descriptors of the stream.
     pub fn is_empty(&self) -> bool {
         self.readers.is_empty() && self.writers.is_empty() && self.both.is_empty()
     }

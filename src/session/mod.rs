@@ -52,8 +52,8 @@ pub struct Session {
     /// The writing end of the client's stdin FIFO: without it the process would see EOF whenever a
     /// client goes away.
     stdin: Option<File>,
-    /// Reading ends of the logger's pipes. They keep the output of a process that has ended until systemd has started
-    /// a logger again that was killed.
+    /// Reading ends of the logger's pipes. If the logger is killed, they keep the output of a process that has ended
+    /// until systemd has started the logger again.
     _logger_readers: Vec<File>,
     terminal: Slot,
     pumps: Pumps,

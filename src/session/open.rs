@@ -46,8 +46,8 @@ pub struct OpenStreams {
     pub(super) copies: Vec<Copy>,
     /// The terminal, if it has been received.
     pub(super) terminal: Option<OwnedFd>,
-    /// The pipes of the logger. The daemon is a writer too until the process is: the logger must not see end of
-    /// file before.
+    /// The pipes of the logger. The daemon keeps them open for writing until the process has them: the logger must not
+    /// see end of file before.
     logger: Vec<File>,
     /// Reading ends of the logger's pipes.
     pub(super) logger_readers: Vec<File>,
@@ -148,15 +148,15 @@ impl Plan {
         Ok(OpenStreams { console: self.console(fds)?, ..opened })
     }
 
-    /// Claims what an earlier daemon opened, and opens again what systemd did not keep. The client has been there
-    /// before: nobody is waited for.
+    /// Claims what an earlier daemon opened, and opens again what systemd did not keep. Does not wait for the client,
+    /// which has opened its ends already.
     ///
     /// # Errors
     /// A FIFO or a file can't be opened.
     pub fn reopen(&self, fds: &StreamFds, mode: ReopenMode) -> Result<OpenStreams, Error> {
         for name in self.wiring.own_pipes() {
             let path = self.pipe(name);
-            // The earlier daemon ended before it made them all.
+            // The earlier daemon ended before it had made all of them.
             if mode == ReopenMode::Starting && fifo::kind(&path) == Kind::Missing {
                 fifo::make(&path)?;
             }

@@ -1,4 +1,4 @@
-//! A look at all records that changes nothing, for commands that people run beside the daemon.
+//! Reads all records and changes nothing, for commands that people run beside the daemon.
 
 use std::path::PathBuf;
 
@@ -22,7 +22,7 @@ impl Store {
                 let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
                     continue;
                 };
-                // One that has just been deleted is none.
+                // A record that was deleted meanwhile is left out.
                 if let Some(found) = self.load(&key).transpose() {
                     records.push((self.dir(&key).join(RECORD), found));
                 }
@@ -31,7 +31,7 @@ impl Store {
         Ok(records)
     }
 
-    /// The records that have crashed the daemon and were moved out of its way.
+    /// The records that have crashed the daemon and were moved to a directory that recovery does not read.
     ///
     /// # Errors
     /// The directory can't be listed.

@@ -126,12 +126,12 @@ fn a_change_costs_the_same_however_many_execs_there_are() {
 }
 
 #[test]
-fn a_record_of_the_version_before_is_read_and_becomes_a_present_one() {
+fn a_record_of_version_1_is_read_and_is_written_in_the_current_version() {
     let (_scratch, store) = scratch();
     let mut a = task("a");
     store.create(&a, b"").unwrap();
     a = with_exec(&store, &a, "one");
-    // It held everything in one file, and was bounded by the reader alone.
+    // Version 1 had everything in one file, and only the reader limited its length.
     (0..90_000).for_each(|_| a.outbox.push(TaskEvent::Started { pid: 1 }, 7));
     let text = serde_json::json!({ "version": 1, "task": a }).to_string();
     assert!(text.len() > 4 << 20);
@@ -146,7 +146,7 @@ fn a_record_of_the_version_before_is_read_and_becomes_a_present_one() {
 }
 
 #[test]
-fn a_record_of_the_old_form_counts_until_it_is_split_into_files() {
+fn a_record_of_the_old_form_is_valid_until_it_is_split_into_files() {
     let (_scratch, store) = scratch();
     let mut a = task("a");
     store.create(&a, b"").unwrap();
@@ -178,7 +178,7 @@ fn a_change_of_an_exec_that_was_cut_off_is_completed_once_and_in_order() {
         (Some(&id), Event::StartBegun),
         (Some(&id), Event::Started { pid: 8 }),
         (None, ended.clone()),
-        // With this event, the end of the init process is announced as well.
+        // This event also lets the exit of the init process be published.
         (Some(&id), ended),
     ];
     let record = store.dir(&a.key).join(RECORD);
@@ -289,7 +289,7 @@ fn directories_without_a_record_are_removed_and_those_set_aside_are_kept() {
     let all = ["recorded", "half-removed", "set-aside"].map(task);
     all.iter().for_each(|task| store.create(task, b"A=1").unwrap());
     let [recorded, half_removed, set_aside] = all.map(|task| task.key);
-    // As a daemon leaves it that is killed while it removes the directory.
+    // The directory looks as if a daemon had been killed while it removed the directory.
     fs::remove_file(store.dir(&half_removed).join(RECORD)).unwrap();
     store.set_aside(&set_aside).unwrap();
     fs::create_dir(store.root.join("empty")).unwrap();

@@ -12,13 +12,13 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::telemetry;
 
-/// How long what a command has started may take to end after SIGKILL.
+/// How long the processes that a command has started may take to end after SIGKILL.
 const DEATH_LIMIT: Duration = Duration::from_secs(5);
 
 /// How a command ended.
 #[derive(Debug)]
 pub enum CommandEnd {
-    /// By itself.
+    /// It ended by itself.
     Exited(ExitStatus),
     /// It was killed, with all that it had started, because it took too long.
     TimedOut,
@@ -26,7 +26,8 @@ pub enum CommandEnd {
     Terminated,
 }
 
-/// Runs a command to its end. This process must be a subreaper, or what cuts itself off from the command outlives it.
+/// Runs a command to its end. This process must be a subreaper: otherwise a process that detaches itself from the command
+/// outlives the command.
 ///
 /// # Errors
 /// The command can't be run.
@@ -64,14 +65,14 @@ fn kill(end: CommandEnd) -> CommandEnd {
     end
 }
 
-/// Kills all that this process, a subreaper, has started, and what that has started.
+/// Kills all descendants of this process, which is a subreaper.
 pub fn kill_all() {
     if !super::tree::kill_own_descendants(DEATH_LIMIT) {
         telemetry::say("a process of the OCI runtime did not end after SIGKILL: it hangs in the kernel");
     }
 }
 
-/// What comes first.
+/// The first of the events that end a wait.
 enum First {
     Ended,
     Signal,

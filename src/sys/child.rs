@@ -26,13 +26,13 @@ pub fn limit_data(bytes: u64) -> Result<(), Errno> {
     setrlimit(Resource::RLIMIT_DATA, soft.min(bytes), hard)
 }
 
-/// What a spawn fails with if another process holds the child's lock: neither fork(2) nor execve(2) has it.
+/// The error of a spawn if another process holds the child's lock. Neither fork(2) nor execve(2) fails with it.
 pub const LOCK_IS_HELD: Errno = Errno::EDEADLK;
 
-/// Has this child hold a record lock (fcntl(2), `F_SETLK`) on a file, which becomes its stdin.
+/// Makes this child hold a record lock (fcntl(2), `F_SETLK`) on a file, which becomes its stdin.
 ///
-/// The lock belongs to the process itself: execve(2) keeps it, its end releases it, and its children do not have
-/// it. If another process holds the lock, the error is [`LOCK_IS_HELD`].
+/// The lock belongs to the process itself: execve(2) keeps the lock, the end of the process releases it, and children of
+/// the process do not have it. If another process holds the lock, the error is [`LOCK_IS_HELD`].
 ///
 /// # Errors
 /// The file can't be opened or locked.
@@ -59,9 +59,10 @@ pub unsafe fn lock(file: &CStr) -> Result<(), Errno> {
 /// nothing that matters here.
 ///
 /// # Safety
-/// None is needed: plain system calls. It is unsafe to be called between fork and exec only.
+/// The caller has to do nothing: the function only makes system calls. It is marked unsafe because it is meant for the time
+/// between fork and exec.
 pub unsafe fn be_ordinary_to_the_oom_killer() {
-    // SAFETY: constant strings, and a descriptor that nobody else has.
+    // SAFETY: the strings are constant, and no other code has the descriptor.
     unsafe {
         let score = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
         if score >= 0 {
@@ -71,7 +72,7 @@ pub unsafe fn be_ordinary_to_the_oom_killer() {
     }
 }
 
-/// A record lock on all of a file.
+/// A record lock on a whole file.
 pub fn whole_file(kind: libc::c_int) -> libc::flock {
     // SAFETY: all zeroes is a valid flock: plain integers.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
@@ -80,13 +81,13 @@ pub fn whole_file(kind: libc::c_int) -> libc::flock {
     lock
 }
 
-/// Has the child take signals again that this process has blocked, and gives it the earlier limits of this process.
+/// Makes the child unblock the signals that this process has blocked, and gives it the earlier limits of this process.
 pub fn begins_as_usual(command: &mut Command) {
     // SAFETY: the closure makes system calls only; it allocates nothing and takes no lock of this program.
     unsafe { command.pre_exec(|| begin_as_usual().map_err(io::Error::from)) };
 }
 
-/// Has this child take signals that its parent has blocked, and gives it the limits that its parent had at first.
+/// Unblocks the signals that the parent of this child has blocked, and restores the limits that the parent had at first.
 ///
 /// # Errors
 /// None that is known (sigprocmask(2), setrlimit(2)).

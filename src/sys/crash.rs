@@ -1,9 +1,9 @@
-//! Notes, at the moment at which this process crashes, what it was working on.
+//! Writes down what this process was working on, at the moment at which it crashes.
 //!
 //! A panic (the release build aborts), an overflow of the stack and a fault of the processor raise a
-//! signal in the thread that caused them. The handler appends one number to a file, the number that
-//! this thread has given with [`set_subject`], and lets the signal end the process. It does nothing else:
-//! what may run in a signal handler is little (signal-safety(7)).
+//! signal in the thread that caused them. The handler appends to a file the number that this thread has set with
+//! [`set_subject`], and lets the signal end the process. It does nothing else: only few functions may be called in a
+//! signal handler (signal-safety(7)).
 //!
 //! If SIGABRT comes from another process, which is how systemd's watchdog ends a process that hangs, the handler notes
 //! the subject of each step ([`Step`]) that has run for longer than the limit of [`set_hang_limit`].
@@ -31,11 +31,11 @@ const SIGNALS: [Signal; 6] =
     [Signal::SIGABRT, Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGILL, Signal::SIGFPE, Signal::SIGSYS];
 
 thread_local! {
-    /// Without a destructor and constant: reading it never allocates, so a signal handler may.
+    /// Has a constant initial value and no destructor: reading it never allocates, so a signal handler may read it.
     static SUBJECT: Cell<u64> = const { Cell::new(0) };
 }
 
-/// The file, the position of the next number, and who handled the signals before.
+/// The file, and the earlier handlers of the signals. [`NEXT`] is the position of the next number in the file.
 static NOTES: OnceLock<Notes> = OnceLock::new();
 static NEXT: AtomicU64 = AtomicU64::new(0);
 static NOTED: AtomicBool = AtomicBool::new(false);
@@ -43,8 +43,8 @@ static NOTED: AtomicBool = AtomicBool::new(false);
 /// A step that has run for this long, in milliseconds, hangs. Without a limit, no step hangs.
 static HANG_LIMIT: AtomicU64 = AtomicU64::new(u64::MAX);
 
-/// The running steps. One for each thread of the async runtime, and some for blocking work; a step that finds no free
-/// place is not watched.
+/// The places for running steps: one for each thread of the async runtime, and some for blocking work. A step that finds
+/// no free place is not watched.
 static STEPS: [Place; 8] =
     [const { Place { subject: AtomicU64::new(0), since: AtomicU64::new(u64::MAX) } }; 8];
 
@@ -65,7 +65,8 @@ impl Place {
     }
 }
 
-/// Work on a subject that must not occupy its thread for long, until this is dropped: one poll of a future.
+/// Marks work on a subject that must not occupy its thread for long, such as one poll of a future. The work ends when this
+/// is dropped.
 #[derive(Debug)]
 pub struct Step(Option<usize>);
 
@@ -99,7 +100,7 @@ pub fn steps() -> Vec<(u64, u64)> {
     STEPS.iter().filter_map(Place::step).collect()
 }
 
-/// Sets how long a step may run before SIGABRT from another process is its fault.
+/// Sets how long a step may run. A step that has run for longer is noted when SIGABRT arrives from another process.
 pub fn set_hang_limit(limit: Duration) {
     HANG_LIMIT.store(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
 }
@@ -107,7 +108,7 @@ pub fn set_hang_limit(limit: Duration) {
 /// Milliseconds of CLOCK_MONOTONIC. Safe in a signal handler.
 fn now() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the kernel fills in the time, to which the pointer is valid.
+    // SAFETY: the pointer is valid; the kernel writes the time to it.
     let _ = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &raw mut time) };
     time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
 }
@@ -117,18 +118,17 @@ struct Notes {
     earlier: Vec<(Signal, SigAction)>,
 }
 
-/// What this thread works on: a number that is not zero, or zero for nothing in particular. Returns what it
-/// worked on before.
+/// Sets the subject that this thread works on; zero stands for no subject. Returns the earlier subject.
 pub fn set_subject(subject: u64) -> u64 {
     SUBJECT.replace(subject)
 }
 
-/// What this thread works on.
+/// The subject that this thread works on; zero for none.
 pub fn subject() -> u64 {
     SUBJECT.get()
 }
 
-/// Has crashes noted in a file from `next` on. The first call decides for the life of the process.
+/// Installs the handler. Crashes are noted in this file, at the position `next`. Only the first call sets the file.
 ///
 /// # Errors
 /// The signals can't be handled.
@@ -137,7 +137,8 @@ pub fn note_in(file: &File, next: u64) -> std::io::Result<()> {
     let file = file.as_fd().try_clone_to_owned()?;
     let action = SigAction::new(
         SigHandler::SigAction(crashed),
-        // On the stack that the standard library gives every thread: the usual one may be what has overflowed.
+        // The handler runs on the alternate stack that the standard library gives every thread: the usual stack may have
+        // overflowed.
         SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK | SaFlags::SA_NODEFER,
         SigSet::empty(),
     );
@@ -147,12 +148,12 @@ pub fn note_in(file: &File, next: u64) -> std::io::Result<()> {
         // and a thread-local without destructor, and calls pwrite, sigaction and raise.
         earlier.push((signal, unsafe { sigaction(signal, &action) }?));
     }
-    // A signal before this line finds no file, and ends the process as it would have without all this.
+    // If a signal arrives before this line, the handler has no file, and the signal ends the process as usual.
     drop(NOTES.set(Notes { file, earlier }));
     Ok(())
 }
 
-/// The numbers in the file have changed: the next one goes there.
+/// Sets the position of the next number, after the file was changed.
 pub fn continue_at(next: u64) {
     NEXT.store(next, Ordering::Relaxed);
 }
@@ -182,8 +183,8 @@ extern "C" fn crashed(number: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
     let before = notes.and_then(|notes| notes.earlier.iter().find(|(known, _)| *known == signal));
     let before = before.map_or(default, |(_, action)| *action);
-    // SAFETY: gives the signal back to who handled it before. A fault happens again when this returns, and
-    // abort(3) raises its signal again.
+    // SAFETY: restores the earlier handler of the signal. A fault happens again when this handler returns, and abort(3)
+    // raises its signal again.
     let _ = unsafe { sigaction(signal, &before) };
     if is_sent {
         let _ = raise(signal);
@@ -209,7 +210,7 @@ fn note_hanging(notes: &Notes) {
     for (place, index) in STEPS.iter().zip(0..) {
         if let Some((subject, since)) = place.step()
             && now.saturating_sub(since) >= limit
-            // A request may have several threads.
+            // Several threads may work on the same request.
             && !noted.contains(&subject)
         {
             noted[index] = subject;

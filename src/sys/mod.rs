@@ -25,8 +25,8 @@ use tokio::io::unix::AsyncFd;
 
 pub use receive::{discard_message, peek_fds, peek_text, receive_from_process};
 
-/// Returns memory to the system that this process has freed, with the allocator's own means. After many simultaneous
-/// calls, glibc otherwise keeps what those calls needed: it returns only the end of each heap by itself.
+/// Returns to the system the memory that this process has freed. Without this call, glibc keeps the memory that many
+/// simultaneous calls needed: by itself, it returns only the end of each heap.
 ///
 /// Takes less than a millisecond for each few MiB, during which other threads wait if they allocate.
 pub fn return_unused_memory() {
@@ -39,11 +39,11 @@ pub fn return_unused_memory() {
 
 /// The descriptors that systemd passed to this process, each with the name it gave them.
 ///
-/// Takes `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` out of the environment, so that children
-/// don't take them for theirs, and a second call finds none.
+/// Removes `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` from the environment, so that children do not use them, and a
+/// second call finds no descriptors.
 ///
 /// # Errors
-/// Descriptors were announced, and can't be received.
+/// The environment announces descriptors that can't be received.
 pub fn take_systemd_fds() -> Result<Vec<(String, OwnedFd)>, libsystemd::errors::SdError> {
     if std::env::var_os("LISTEN_FDS").is_none() {
         return Ok(Vec::new());

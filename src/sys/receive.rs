@@ -1,7 +1,7 @@
 //! Receiving control messages from Unix sockets (unix(7)), whatever the other side sends.
 //!
-//! nix is not used: where control messages were cut off, it reports an error and leaves the descriptors open that the
-//! kernel had made by then.
+//! nix is not used: if control messages were cut off, nix reports an error, and leaves open the descriptors that the kernel
+//! had made by then.
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 

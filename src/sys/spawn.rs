@@ -1,7 +1,7 @@
-//! Starts a program in another cgroup and in other namespaces than this process's.
+//! Starts a program in another cgroup and in other namespaces than those of this process.
 //!
-//! The standard library can do neither. The child is born in its cgroup (clone3(2), `CLONE_INTO_CGROUP`): it is
-//! never a member of this process's, and no move between cgroups has to wait for an RCU grace period.
+//! The standard library can do neither. The child starts in its cgroup (clone3(2), `CLONE_INTO_CGROUP`): it is never a
+//! member of the cgroup of this process, and no move between cgroups has to wait for an RCU grace period.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
@@ -22,18 +22,18 @@ use super::{child, ended, errno};
 /// `CLONE_INTO_CGROUP` of <linux/sched.h>; the constant of libc does not have the width of the field.
 pub(super) const INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// What a child has that this process has not.
+/// What distinguishes a child from this process.
 #[derive(Debug)]
 pub struct Setup<'a> {
     /// The file that the child locks, see [`child::lock`].
     pub lock: &'a Path,
-    /// The directory of the cgroup in which it starts. Without one, it starts in that of this process.
+    /// The directory of the cgroup in which the child starts. `None`: the cgroup of this process.
     pub cgroup: Option<BorrowedFd<'a>>,
-    /// The namespaces that it enters, after it has the lock and before it runs the program.
+    /// The namespaces that the child enters, after it has the lock and before it runs the program.
     pub namespaces: &'a [OwnedFd],
 }
 
-/// A child of this process. The caller takes its exit with [`Child::wait`]; until then it keeps its number.
+/// A child of this process. Its pid is not used again until the caller has waited for it ([`Child::wait`]).
 #[derive(Debug)]
 pub struct Child {
     pid: u32,
@@ -41,15 +41,15 @@ pub struct Child {
 }
 
 impl Child {
-    /// Its number.
+    /// Its pid.
     pub fn id(&self) -> u32 {
         self.pid
     }
 
-    /// Resolves when the child has ended, and takes its exit. Needs the async runtime.
+    /// Resolves when the child has ended, and reaps it. Needs the async runtime.
     ///
     /// # Errors
-    /// The kernel can't watch it, or its exit was taken already.
+    /// The kernel can't watch the child, or the child was reaped already.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         ended(self.process.try_clone()?).await?;
         self.reap()
@@ -120,15 +120,15 @@ pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
         // SAFETY: this is the child.
         unsafe { be_child(&program, &lock, setup.namespaces, reporter.as_raw_fd()) }
     }
-    // The kernel reports a removed cgroup by one or the other of these (css_tryget_online_from_dir, cgroup_css_set_fork).
+    // For a removed cgroup, the kernel returns ENOENT or ENODEV (css_tryget_online_from_dir, cgroup_css_set_fork).
     let pid =
         Errno::result(pid).map_err(|errno| if errno == Errno::ENOENT { Errno::ENODEV } else { errno })?;
     drop(reporter);
-    // SAFETY: the kernel has opened it for this process, and nobody else has been given its number.
+    // SAFETY: the kernel has just opened the descriptor for this process, and no other code owns it.
     let process = unsafe { OwnedFd::from_raw_fd(process) };
     let child = Child { pid: u32::try_from(pid).map_err(|_| Errno::ESRCH)?, process };
     let mut report = Vec::new();
-    // The pipe is closed when the program runs. Everything before that is quick.
+    // The child's end of the pipe is closed when the program runs. The steps before that take little time.
     File::from(reports).read_to_end(&mut report)?;
     match <[u8; 4]>::try_from(report.as_slice()) {
         Ok(number) => {
@@ -139,7 +139,7 @@ pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
     }
 }
 
-/// Becomes the program, or reports why not and ends.
+/// Becomes the program. If that fails, reports the error and ends.
 ///
 /// # Safety
 /// To be called in a child of clone3(2) only. Everything in here must be async-signal-safe.
@@ -165,7 +165,7 @@ unsafe fn prepare(lock: &CStr, namespaces: &[OwnedFd]) -> Result<(), Errno> {
     // SAFETY: as in `be_child`.
     unsafe {
         child::begin_as_usual()?;
-        // Rust ignores this one, which a program would inherit.
+        // The Rust runtime ignores SIGPIPE, and a program would inherit that.
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         let nothing = Errno::result(libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC))?;
         for standard in [libc::STDOUT_FILENO, libc::STDERR_FILENO] {
@@ -174,7 +174,7 @@ unsafe fn prepare(lock: &CStr, namespaces: &[OwnedFd]) -> Result<(), Errno> {
         child::lock(lock)?;
         child::be_ordinary_to_the_oom_killer();
         for namespace in namespaces {
-            // Whatever its kind is.
+            // 0: a namespace of any kind.
             Errno::result(libc::setns(namespace.as_raw_fd(), 0))?;
         }
     }

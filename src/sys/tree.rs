@@ -69,7 +69,8 @@ fn descendants(root: u32, all: &[Stat]) -> Vec<Stat> {
     let mut found = Vec::new();
     let mut parents = vec![root];
     while let Some(parent) = parents.pop() {
-        // Each process is taken out of the map: what is read while processes come and go may contain a circle.
+        // Each process is removed from the map, so the loop ends even if the parents form a circle. They can: /proc is read
+        // while processes start and end.
         for child in children.remove(&parent).unwrap_or_default() {
             parents.push(child.pid);
             found.push(child);
@@ -84,7 +85,7 @@ fn descendants(root: u32, all: &[Stat]) -> Vec<Stat> {
 pub fn kill(root: u32) {
     let all = all();
     let root_too = all.iter().copied().filter(|process| process.pid == root && !process.is_dead);
-    // The parent first: it could start others.
+    // The parent is killed first, as it could start other processes.
     root_too.chain(descendants(root, &all)).for_each(|process| drop(process.kill()));
 }
 
@@ -128,7 +129,7 @@ pub fn kill_own_descendants(limit: Duration) -> bool {
         for process in &ending {
             let left = end.saturating_duration_since(Instant::now());
             let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            // After an interruption, the loop looks again.
+            // After an interruption, the loop checks again.
             let _ = poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], left);
         }
         if Instant::now() >= end {

@@ -53,7 +53,7 @@ pub fn make(uids: &str, gids: &str) -> io::Result<OwnedFd> {
     };
     drop(is_made);
     let opened = open_of(child, &made, uids, gids);
-    // The child has nothing more to do. How it ends does not matter.
+    // The child is not needed any more. How it ends does not matter.
     let _ = kill(child, Signal::SIGKILL);
     let _ = waitpid(child, None);
     drop(over);

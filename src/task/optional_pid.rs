@@ -1,5 +1,5 @@
-//! A pid that may be absent, as it is in records and in the replies to Delete: 0 for none. Earlier versions wrote a number in
-//! every case, and a version from before this module can read the files of this one.
+//! The form of a pid that may be absent, in records and in the replies to Delete: 0 for none. Earlier versions need a
+//! number in every case, so they can read the files of this version.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 

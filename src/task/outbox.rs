@@ -138,13 +138,13 @@ impl Outbox {
         self.next += 1;
     }
 
-    /// The events that were added since it was as `before`.
+    /// The events that this outbox has and `before`, its earlier state, does not have.
     pub fn since(&self, before: &Self) -> impl Iterator<Item = &Owed> {
         let next = before.next;
         self.owed.iter().filter(move |owed| owed.seq >= next)
     }
 
-    /// Adds those of the events that it never had, by their numbers. Returns whether there are any.
+    /// Adds the events whose numbers this outbox never had. Returns whether there are any.
     pub fn catch_up(&mut self, mut events: Vec<Owed>) -> bool {
         events.retain(|owed| owed.seq >= self.next && owed.seq < u64::MAX / 2);
         events.sort_by_key(|owed| owed.seq);

@@ -62,9 +62,10 @@ pub struct Container {
     pub pid: u32,
     /// Its cgroup, below the cgroup root.
     pub cgroup: PathBuf,
-    /// The limits of its unit's cgroup as they were last compared with its own; None if it is outside of the unit.
+    /// The limits of its unit's cgroup when they were last compared with the container's own. `None` if the container's
+    /// cgroup is outside of the unit.
     pub limits: Option<Limits>,
-    /// How many kills for lack of memory have been announced to containerd.
+    /// How many OOM kills have been announced to containerd.
     pub oom_kills: u64,
 }
 

@@ -148,7 +148,7 @@ impl From<Record> for Task {
     fn from(record: Record) -> Self {
         let Request { bundle, rootfs, stdio, sandbox, checkpoint } = record.request;
         let (oom_kills, limits) = (record.oom_kills, record.limits);
-        // Earlier versions did not know the cgroup of a process that had ended before they asked.
+        // Earlier versions recorded no cgroup for a process that had ended before they read its cgroup.
         let cgroup = record.cgroup.unwrap_or_else(|| record.placement.cgroup(&record.unit));
         let container = |pid| Container { pid, cgroup, limits, oom_kills };
         let phase = record.init.phase(container, record.waiting_program);
@@ -252,7 +252,7 @@ mod tests {
         "is_leftover": true
     }"#;
 
-    /// A daemon of an earlier version reads what this one wrote, after a downgrade too.
+    /// So a daemon of an earlier version reads the record after a downgrade.
     #[test]
     fn a_record_is_written_as_it_was_read() {
         let (seen, exit) =

@@ -1,4 +1,4 @@
-//! What a client asks for at Create, after checking: plain data, as the record keeps it.
+//! What a client requests in a Create, after checking: plain data, as the record stores it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,7 +16,7 @@ pub struct Create {
     pub rootfs: Vec<Mount>,
     /// The directory with the images of a checkpoint, from which Start restores the container.
     pub checkpoint: Option<PathBuf>,
-    /// If the task is the sandbox of a pod whose first process is the shim's own: what the shim provides for it.
+    /// What the shim provides for the task, if the task is a sandbox whose first process is the shim's own.
     pub sandbox: Option<Sandbox>,
 }
 
@@ -66,17 +66,17 @@ pub struct Stdio {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Log {
-    /// It goes to the client if that named streams, and to the journal. The client never waits for the journal. The
+    /// It goes to the client if the client named streams, and to the journal. The client never waits for the journal. The
     /// output of an exec goes to the journal only if its client named no streams.
     #[default]
     Auto,
-    /// It goes to the client if that named streams, else to the journal.
+    /// It goes to the client if the client named streams, else to the journal.
     Client,
     /// It goes to the journal, whatever the client named.
     Journal,
     /// It goes to the client and to the journal. The client waits for the journal for a limited time.
     Tee,
-    /// It goes to the client if that named streams, else nowhere.
+    /// It goes to the client if the client named streams, else nowhere.
     None,
 }
 
@@ -133,25 +133,25 @@ impl Runtime {
     }
 }
 
-/// Who asks for a property of a container's unit.
+/// Who requests a property of a container's unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PropertySource {
-    /// The client, by an annotation of the property's name.
+    /// The client, with an annotation that contains the property's name.
     Annotation,
-    /// The client, by naming the image's stop signal.
+    /// The client, with the annotation for the image's stop signal.
     StopSignal,
     /// The administrator, in the runtime's options.
     Options,
 }
 
-/// A property of a container's unit that somebody asks for.
+/// A requested property of a container's unit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Property {
-    /// Who.
+    /// Who requests it.
     #[serde(rename = "asker")]
     pub source: PropertySource,
-    /// Its name, as asked for.
+    /// Its name, as requested.
     pub name: String,
     /// Its value, in GVariant text.
     pub value: String,
@@ -175,15 +175,14 @@ pub struct Containerd {
     pub grpc_address: String,
     /// Its `PATH`.
     pub path: String,
-    /// Its resource limits (`RLIMIT_…` number, soft, hard), which containers inherit under
-    /// runc.v2: systemd's defaults must not take their place.
+    /// Its resource limits (`RLIMIT_…` number, soft, hard), which containers inherit under containerd-shim-runc-v2:
+    /// systemd's defaults must not take their place.
     pub rlimits: Vec<(u32, u64, u64)>,
     /// The processors that it may use, which containers inherit under containerd-shim-runc-v2: those of PID 1
     /// (`CPUAffinity=`) must not take their place. Empty for a task of an earlier version.
     #[serde(default)]
     pub processors: Vec<usize>,
-    /// Its environment, `NAME=value` each. Only on the way from `start` to Create, which moves it to
-    /// [`Runtime::environment`].
+    /// Its environment, `NAME=value` each. Empty once Create has moved it to [`Runtime::environment`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub environment: Vec<String>,
     /// Its mount and network namespaces, if they are not those of PID 1.

@@ -101,7 +101,7 @@ impl Durable {
         Ok(Self { socket, journal, ready, writing, refused, writer, reader, entry, over: false })
     }
 
-    /// Waits until all responses of earlier daemons are sent. If the connection is broken, its next read fails.
+    /// Waits until all responses of earlier daemons are sent. If the connection is broken, the next read from it fails.
     pub async fn flushed(mut self) -> io::Result<Self> {
         if let Err(error) = self.flush().await {
             tracing::debug!(%error, "a connection ended: {error}");

@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_come_out_whole_however_they_come_in() {
+    fn frames_are_whole_whatever_the_sizes_of_their_pieces() {
         let sent = [frame(1, 1, b"one"), frame(3, 1, b""), frame(5, 3, &[7; 300])];
         let bytes = sent.concat();
         for size in [1, 2, 9, 10, 11, 50, bytes.len()] {

@@ -27,7 +27,7 @@ const OUTAGE_LIMIT: Duration = Duration::from_secs(2);
 /// (max_replies_per_connection).
 const MAX_CALLS: usize = 100;
 
-/// How long a call waits that the bus has refused because too many wait for their replies.
+/// How long a call waits after the bus has refused it because too many calls wait for their replies.
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);
 
 /// Signals waiting to be read. systemd sends at most 100 units' worth at once.
@@ -127,15 +127,15 @@ impl Bus {
         Ok(connection)
     }
 
-    /// The connection has ended: later calls wait for the next one.
+    /// Records that the connection has ended: later calls wait for the next connection.
     pub(super) fn disconnected(&self) {
-        // Called again after each vain try to connect.
+        // Called again after each failed attempt to connect.
         if self.connection.send_replace(None).is_some() {
             *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         }
     }
 
-    /// systemd has got its name on the bus, or has lost it.
+    /// Records whether systemd owns its name on the bus.
     pub(super) fn ownership_changed(&self, owned: bool) {
         self.owned.send_replace(owned);
     }

@@ -72,7 +72,7 @@ impl Drop for Sleeper {
 
 /// What runs in the units.
 pub trait Programs: Send + Sync {
-    /// Runs what a unit is for.
+    /// Starts the process for which a unit exists.
     fn start(&self, unit: &UnitName) -> Started;
 
     /// Does what these programs do when systemd stops their unit.

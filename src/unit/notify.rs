@@ -24,7 +24,7 @@ pub fn watchdog_interval() -> Option<Duration> {
     daemon::watchdog_enabled(false)
 }
 
-/// How often a thread for blocking work is used at least, so that there always is one.
+/// The longest time between two uses of a thread for blocking work. tokio ends a thread that is idle for longer.
 pub const THREAD_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A connection to systemd's notify socket. `None` if systemd did not start this process.
@@ -94,13 +94,14 @@ impl Notifier {
         let mut ticks = tokio::time::interval(interval);
         loop {
             ticks.tick().await;
-            // If tokio could not start a thread, queued blocking work waits for the next call that starts one: this one.
-            // And tokio panics if it can't start the only thread, so this work comes before the last one is idle for too long.
+            // If tokio could not start a thread, queued blocking work waits until another call starts one: this call.
+            // tokio panics if it has no thread and can't start one, so this call keeps the last thread from being idle for
+            // too long.
             drop(tokio::task::spawn_blocking(sys::return_unused_memory));
             if watchdog.is_none() {
                 continue;
             }
-            // Not one of the two threads waits here. systemd's watchdog does not run while systemd reads nothing.
+            // The send blocks neither of the two threads. systemd's watchdog does not run while systemd reads nothing.
             while self.send("WATCHDOG=1", &[], MsgFlags::MSG_DONTWAIT) == Err(Errno::EAGAIN) {
                 tokio::time::sleep(RETRY).await;
             }

@@ -167,6 +167,6 @@ mod tests {
         let names: Vec<String> = refs.earlier.lock().unwrap().iter().map(|(name, _)| name.clone()).collect();
         assert_eq!(names, ["r1", "r248", "r249", "r250"]);
         assert_eq!(refs.next.load(Ordering::Relaxed), 251);
-        assert_eq!(all.len(), 1, "what is no connection to the bus stays");
+        assert_eq!(all.len(), 1, "a descriptor that is no connection to the bus stays");
     }
 }

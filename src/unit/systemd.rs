@@ -189,7 +189,7 @@ pub trait Systemd: Send + Sync {
     /// systemd can't be reached.
     async fn active_slices(&self) -> Result<Vec<UnitName>, Error>;
 
-    /// Stops a slice and nothing else, if `is_free` still says so when no unit is being started.
+    /// Stops a slice and nothing else, if `is_free` still returns true while no unit is being started.
     ///
     /// # Errors
     /// A refusal, or [`Error::Job`].

@@ -120,7 +120,7 @@ async fn forward(
                 manager.bus.ownership_changed(owner.is_some());
                 systemd = owner;
                 if systemd.is_some() {
-                    // Apart: the signals that arrive meanwhile have to be read.
+                    // In a separate task, so that this loop reads the signals that arrive meanwhile.
                     tokio::spawn(subscribe_again(manager.clone(), observations.clone()));
                 }
                 observations.missed();
@@ -132,7 +132,7 @@ async fn forward(
 
 /// Protects the units that run from drop-ins for all services which systemd is about to read.
 fn shield_loaded() {
-    // Apart: the signals that arrive meanwhile have to be read.
+    // On another thread, so that the caller reads the signals that arrive meanwhile.
     tokio::task::spawn_blocking(|| {
         if let Err(error) = service_d::shield_loaded(Path::new(TRANSIENT_DIR)) {
             tracing::warn!(%error, "can't protect running units from drop-ins for all services: {error}");
@@ -140,11 +140,12 @@ fn shield_loaded() {
     });
 }
 
-/// systemd has a new connection to the bus. Units are read again once it sends signals over it.
+/// Subscribes to the signals of a systemd that has a new connection to the bus. Units are queried again once systemd
+/// sends its signals.
 async fn subscribe_again(manager: Arc<Manager>, observations: Arc<Observations>) {
     match manager.subscribe_again().await {
         Ok(()) => observations.missed(),
-        // systemd has gone again: its next name on the bus leads here.
+        // systemd has lost its name again. Once it has a new one, this function is called again.
         Err(error) => tracing::warn!(%error, "can't subscribe to systemd's signals again: {error}"),
     }
 }

@@ -64,7 +64,7 @@ async fn a_connection_is_kept_until_its_client_leaves() {
 }
 
 #[tokio::test]
-async fn a_client_that_only_looks_whether_somebody_listens_is_not_kept() {
+async fn the_connection_of_a_client_that_only_probes_the_socket_is_not_kept() {
     let (dir, store) = (tempfile::tempdir().unwrap(), Arc::<Store>::default());
     let connections = connections(&store, &mut Vec::new());
     let (listener, path) = listen(dir.path());

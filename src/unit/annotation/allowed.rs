@@ -1,31 +1,32 @@
 //! What an annotation may set: properties with which a container can harm nobody but itself (pure).
 //!
-//! The author of a pod is not the administrator, so this is a list of what is allowed: whatever a systemd of next year
-//! brings is not on it. The administrator adds to it with the option `AnnotationProperties`. Not on it, though they look
-//! harmless, are
-//! - what takes from others: MemoryMin, MemoryLow, and weights above the default;
-//! - lists and masks that systemd merges with those of a drop-in or a slice, which would loosen what the administrator has
-//!   set there: IPAddressAllow, RestrictNetworkInterfaces, AllowedCPUs, AllowedMemoryNodes, DeviceAllow, and limits of single
-//!   devices under another of their names;
-//! - Before: a container that never finishes starting would keep the unit that it is before from starting;
-//! - what starts or stops other units, and what changes whose lines the journal shows.
+//! The author of a pod is not the administrator. So this is a list of what is allowed, and a property that a later systemd
+//! adds is not on it. The administrator adds to the list with the option `AnnotationProperties`. These properties look
+//! harmless, but are not on the list:
+//! - properties that take resources from other units: MemoryMin, MemoryLow, and weights above the default;
+//! - lists and masks that systemd merges with those of a drop-in or a slice, which would loosen what the administrator
+//!   has set there: IPAddressAllow, RestrictNetworkInterfaces, AllowedCPUs, AllowedMemoryNodes, DeviceAllow, and limits of
+//!   single devices under another of their names;
+//! - Before: the named unit would not start while the container is starting, which may take forever;
+//! - properties that start or stop other units, and properties that change which unit or program a line in the journal
+//!   appears to come from.
 
 use zbus::{Signature, Variant};
 
-/// What the value of an allowed property has to be. A value of a wrong type is refused elsewhere.
+/// Which values of an allowed property are allowed. [`super::Types`] refuses values of a wrong type.
 #[derive(Clone, Copy)]
 enum Rule {
     /// Any value concerns the container only.
     Any,
     /// At most systemd's default weight.
     Weight,
-    /// A time that is over before a shutdown of the machine is held up.
+    /// A time that does not delay a shutdown of the machine for long.
     StopTime,
     /// A signal that ends a process.
     Signal,
-    /// Names of units, not many.
+    /// A limited number of names of units.
     Units,
-    /// Text that systemd would read with specifiers in it: `%H` is the name of the host.
+    /// Addresses without `%`: systemd replaces specifiers in them, such as `%H` by the name of the host.
     Addresses,
 }
 
@@ -83,23 +84,23 @@ pub(super) fn check(name: &str, value: &Variant<'_>) -> Result<(), &'static str>
     };
     if !is_fit {
         return Err(match rule {
-            Rule::Weight => "a weight above 100, the default, would take from others",
+            Rule::Weight => "a weight above 100, the default, would take resources from other units",
             Rule::StopTime => {
-                "it has to be more than 0 and at most 300 s: the shutdown of the machine waits for it"
+                "the time must be more than 0 and at most 300 s: the shutdown of the machine waits for it"
             }
             Rule::Signal => "this signal does not end a process",
-            Rule::Units => "it has to be names of services, targets, sockets and mounts",
-            Rule::Addresses => "systemd would replace what follows a \"%\"",
+            Rule::Units => "only names of services, targets, sockets and mounts are allowed",
+            Rule::Addresses => "\"%\" is not allowed: systemd would replace it and the letter after it",
             Rule::Any => "this value is not allowed",
         });
     }
     match words(value) {
-        Some(words) if words.len() > MAX_NAMES => Err("it has more than 32 entries"),
+        Some(words) if words.len() > MAX_NAMES => Err("the list has more than 32 entries"),
         _ => Ok(()),
     }
 }
 
-/// The elements of a list of strings; nothing for another type.
+/// The elements of a list of strings; `None` for a value of another type.
 fn words<'v>(value: &'v Variant<'_>) -> Option<Vec<&'v str>> {
     let Variant::Array(array) = value else {
         return None;
@@ -124,8 +125,8 @@ fn is_unit(name: &str) -> bool {
         && UNIT_TYPES.iter().any(|kind| name.ends_with(kind))
 }
 
-/// Signals that end a process which does not catch them, and SIGWINCH, which web servers take for the order to end. After
-/// the others a container would run on until the time for its stop is over.
+/// True for signals that end a process which does not catch them, and for SIGWINCH, on which web servers end. After any
+/// other signal, a container would continue until the time limit of its stop.
 pub(super) fn ends(signal: i32) -> bool {
     use nix::libc::{SIGCHLD, SIGCONT, SIGRTMAX, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG};
     const NOT: [i32; 7] = [SIGCHLD, SIGCONT, SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU, SIGURG];

@@ -256,7 +256,7 @@ fn the_administrator_allows_more_but_not_what_breaks_a_task() {
 }
 
 #[test]
-fn no_text_brings_lines_of_its_own_into_a_units_file() {
+fn no_text_adds_a_line_to_a_units_file() {
     for text in [
         r#""web\n[Service]\nExecStopPost=/bin/false""#,
         r#""a\rb""#,
@@ -277,7 +277,7 @@ fn no_text_brings_lines_of_its_own_into_a_units_file() {
             let error = Additions::new(None, &[property]).unwrap_err();
             assert!(matches!(error, Error::Text { .. }), "{error}");
         }
-        // However deep it is.
+        // At every depth of nesting.
         for (name, value) in [
             ("After", format!("[{text}]")),
             ("Conditions", format!("[('ConditionPathExists', false, false, {text})]")),
@@ -337,12 +337,12 @@ fn the_devices_of_the_spec_come_before_requested_devices() {
     );
 }
 
-/// The properties of a transient service, as three versions of systemd have them: name, type, and whether a new unit
-/// may be given it (`w`) or it is only shown (`r`). From `busctl introspect`, and from what StartTransientUnit does
-/// not know; a `-` stands for the type of one that is not shown.
+/// The properties of a transient service in three versions of systemd: name, type, and whether StartTransientUnit accepts
+/// the property (`w`) or systemd only shows it (`r`). The lists come from `busctl introspect` and from the errors of
+/// StartTransientUnit. `-` stands for the type of a property that systemd does not show.
 const OF_SYSTEMD: [&str; 3] =
     [include_str!("systemd-252.txt"), include_str!("systemd-257.txt"), include_str!("systemd-262.txt")];
-/// Those that are left to the administrator.
+/// The properties that only the administrator may set.
 const ADMINISTRATOR: &str = include_str!("administrator.txt");
 
 #[test]
@@ -361,7 +361,7 @@ fn every_property_of_systemd_is_either_allowed_or_denied() {
             _ => assert!(!lists[0], "{name} can't be set, and annotations may set it"),
         }
     }
-    // A list of which systemd knows nothing protects nobody.
+    // A misspelled name on a list would protect nobody.
     for name in allowed.iter().chain(&administrator) {
         let is_known = |list: &str| list.lines().any(|line| line.split(' ').next() == Some(*name));
         assert!(OF_SYSTEMD.iter().any(|list| is_known(list)), "no systemd has {name}");

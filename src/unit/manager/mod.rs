@@ -51,12 +51,12 @@ impl Manager {
         Self { refs: Some(refs), ..Self::default() }
     }
 
-    /// Has systemd read all its units again.
+    /// Makes systemd read all its units again.
     pub(super) async fn reload(&self) -> zbus::Result<()> {
         self.bus.call(|manager| async move { manager.reload().await }).await
     }
 
-    /// Has systemd read all its units again, over a connection of its own.
+    /// Makes systemd read all its units again, over a connection of its own.
     ///
     /// # Errors
     /// [`Error::Unreachable`], or systemd's refusal.
@@ -99,9 +99,9 @@ impl Manager {
         }
     }
 
-    /// Subscribes again at a systemd that has executed itself (`daemon-reexec`). It restores its subscribers some time
-    /// after it has got its name on the bus (262), and sends its signals to nobody before. Its reply to this call shows
-    /// that it sends them now.
+    /// Subscribes again to a systemd that has executed itself again (`daemon-reexec`). systemd restores its subscribers
+    /// some time after it has got its name on the bus (262), and sends signals to nobody until then. Its reply to this
+    /// call shows that it sends them now.
     ///
     /// # Errors
     /// [`Error::Unreachable`]
@@ -138,7 +138,7 @@ impl Manager {
             return;
         };
         if let Err(error) = self.bus.repeat(|| refs.release(unit)).await.result {
-            // There is none if the bus was restarted, or the unit never came up.
+            // The unit has no reference if the bus was restarted, or if the unit did not start.
             tracing::debug!(%unit, %error, "can't give back the reference to {unit}: {error}");
         }
     }

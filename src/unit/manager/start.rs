@@ -64,8 +64,8 @@ impl Manager {
         self.begin(self.refs.as_deref(), unit, &list, &[]).await
     }
 
-    /// `refs`: whose connection is to have the reference to the unit, at each try. Over another connection nobody would
-    /// ever give it back.
+    /// `refs`: has the connection that gets the reference to the unit, at each attempt. Nobody would ever remove a
+    /// reference that another connection got.
     async fn begin(
         &self,
         refs: Option<&Refs>,
@@ -116,7 +116,7 @@ impl Manager {
         self.ended(START, job.waiter, job.job).await
     }
 
-    /// Waits until a unit is up that an earlier daemon has asked for.
+    /// Waits until a unit has started whose start an earlier daemon requested.
     ///
     /// # Errors
     /// [`Error::Job`] when it did not start.
@@ -145,7 +145,7 @@ impl Manager {
             listening.mark_unchanged();
             let state = self.unit_state(unit).await?;
             match (verb, state.as_ref().map(|state| state.active.as_str())) {
-                // Its job may wait for another unit's.
+                // The unit's job may wait for the job of another unit.
                 _ if state.as_ref().is_some_and(|state| state.job.is_some()) => {}
                 (START, Some("active" | "reloading")) | (STOP, None | Some("inactive" | "failed")) => {
                     return Ok(());
@@ -157,7 +157,7 @@ impl Manager {
                 }
             }
             tokio::select! {
-                // Whatever its result, and whichever job it was: the unit is queried again.
+                // Which job ended, and with which result, does not matter: the unit is queried again.
                 _ = waiter.ended(verb, None) => {}
                 // A job that ended before could not be observed.
                 _ = listening.changed() => {}
@@ -166,8 +166,8 @@ impl Manager {
     }
 }
 
-/// Protects units from drop-ins for all services. A unit that can't be protected is started all the same: most such drop-ins
-/// do it no harm.
+/// Protects units from drop-ins for all services. A unit that can't be protected is started nevertheless: most such
+/// drop-ins are harmless.
 async fn shield(units: impl Iterator<Item = &str>) {
     let units: Vec<String> = units.map(str::to_owned).collect();
     let shield = move || {
@@ -177,7 +177,7 @@ async fn shield(units: impl Iterator<Item = &str>) {
             }
         }
     };
-    // It fails when the daemon ends.
+    // The await fails only while the daemon ends.
     let _ = tokio::task::spawn_blocking(shield).await;
 }
 
@@ -193,7 +193,7 @@ async fn correct_files(units: Vec<String>) {
             }
         }
     };
-    // It fails when the daemon ends.
+    // The await fails only while the daemon ends.
     let _ = tokio::task::spawn_blocking(correct).await;
 }
 

@@ -21,13 +21,13 @@ fn unless_unloaded(done: Result<(), Error>) -> Result<(), Error> {
 }
 
 impl Manager {
-    /// Stops a unit and waits until it is stopped. A unit that is not loaded is.
+    /// Stops a unit and waits until it is stopped. A unit that is not loaded counts as stopped.
     ///
     /// # Errors
     /// A refusal, or [`Error::Job`].
     pub async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
         match self.stop_as(unit, "replace").await {
-            // From systemd 256 on a frozen unit is not stopped, and the job says so.
+            // systemd 256 and later do not stop a frozen unit: the job ends with this result.
             Err(Error::Job { result, .. }) if result == FROZEN => {
                 self.thaw(unit).await?;
                 self.stop_as(unit, "replace").await
@@ -55,8 +55,8 @@ impl Manager {
         unless_unloaded(job.map(drop).map_err(|error| call_error(STOP, unit, error)))
     }
 
-    /// Stops a slice and nothing else, if `is_free` still says so when no unit is being started: systemd removes the
-    /// cgroups below a slice that it stops, also that of a container which is being created.
+    /// Stops a slice and nothing else, if `is_free` still returns true while no unit is being started. systemd removes all
+    /// cgroups below a slice that it stops, including the cgroup of a container that is being created.
     ///
     /// # Errors
     /// A refusal, or [`Error::Job`].
