@@ -173,9 +173,9 @@ impl UnitName {
 /// Which containerd a task belongs to. Several may run on a node (the system's, Docker's, k3s's), and each has
 /// namespaces and ids of its own.
 ///
-/// A containerd is known by the directory in which it keeps its bundles: no two share one, and unlike the
-/// address it is named by Create, by `start` and by `delete`. The text is empty for the usual directory, and
-/// a hash for any other.
+/// A containerd is identified by the directory of its bundles. No two containerds share this directory, and Create, `start`
+/// and `delete` all name it, unlike containerd's address. The text is empty for the usual directory, and a hash for any
+/// other.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Owner(Box<str>);
@@ -198,8 +198,8 @@ impl Owner {
         Ok(Self(text.into()))
     }
 
-    /// The containerd that has this bundle (a path without symlinks). A bundle in no containerd's layout
-    /// belongs to the usual one.
+    /// The containerd to which this bundle (a path without symlinks) belongs: the usual one if the path has not the layout
+    /// of a containerd.
     pub fn of_bundle(bundle: &Path, namespace: &Namespace, id: &TaskId) -> Self {
         let end = Path::new(namespace.as_str()).join(id.as_str());
         let bundles = bundle.ends_with(end).then(|| bundle.ancestors().nth(2)).flatten();
@@ -235,17 +235,17 @@ impl From<Owner> for String {
     }
 }
 
-/// FNV-1a, 64 bits: stable over versions and machines, which std's hasher does not promise.
+/// FNV-1a, 64 bits: the same in all versions and on all machines. The hasher of std does not promise this.
 pub fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
     })
 }
 
-/// What names a task on this node: ids are unique per containerd and namespace only.
+/// Identifies a task on this node: an id is unique only within its containerd and namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct TaskKey {
-    /// The containerd. Records of earlier versions do not say it.
+    /// The containerd. Records of earlier versions do not have it.
     #[serde(default, skip_serializing_if = "Owner::is_usual")]
     pub owner: Owner,
     /// The namespace.
@@ -300,7 +300,7 @@ impl UnitName {
     }
 }
 
-/// What names a process on this node: a task's init, or one of its execs.
+/// Identifies a process on this node: the init process of a task, or one of its execs.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ProcessKey {
     /// The task.

@@ -27,7 +27,7 @@ impl Shim {
     pub async fn recover(self: &Arc<Self>, crashes: &Arc<Crashes>) -> Result<(), Error> {
         let (store, crashes) = (self.store.clone(), crashes.clone());
         let load = move || {
-            // These directories cost some memory and nothing else: tasks are recovered all the same.
+            // These directories only cost some memory, so the tasks are recovered nevertheless.
             if let Err(error) = store.remove_leftovers() {
                 tracing::warn!(%error, "directories that a removal has left behind can't be removed: {error}");
             }
@@ -84,7 +84,7 @@ impl Shim {
                     }
                 }
                 Ok(task) => {
-                    // An earlier version kept more than this one would: all of them are published.
+                    // An earlier version may have kept more of them than this version does. All of them are published.
                     let _ = self.tasks.owings.begin(&task.containerd.ttrpc_address);
                     let entry = Arc::new(Entry::detached(task));
                     entry.init.live().stored = Stored::Owed(owing);

@@ -103,7 +103,7 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     checks.push(match &facts.descriptors {
         Err(unknown) => Check::unknown("daemon-files", unknown),
         Ok((open, most)) if *open > most / 100 * MOST_PERCENT => {
-            let advice = format!("systemctl restart {DAEMON_SERVICE}, and report how it came to this");
+            let advice = format!("systemctl restart {DAEMON_SERVICE}, and report what happened before");
             Check::warning(
                 "daemon-files",
                 format!("the daemon has {open} of {most} descriptors open"),
@@ -124,7 +124,7 @@ fn state(facts: &Facts, service: &Properties) -> Check {
     match active {
         "active" if facts.is_replaced == Ok(true) => Check::warning(
             NAME,
-            "the program of the daemon was replaced after the daemon started",
+            "the program of the daemon was replaced since the daemon started",
             format!("systemctl restart {DAEMON_SERVICE}: safe with containers running"),
         ),
         "active" if restarts >= MANY_RESTARTS => {
@@ -146,7 +146,7 @@ fn crashes(facts: &Facts) -> Check {
     const NAME: &str = "crashes";
     match &facts.has_crashed {
         Ok(true) => {
-            let advice = format!("journalctl -u {DAEMON_SERVICE} names what it worked on: report it");
+            let advice = format!("journalctl -u {DAEMON_SERVICE} names the request or record: report it");
             Check::warning(NAME, "something has crashed the daemon since the machine was booted", advice)
         }
         Err(unknown) if !unknown.is_absent() => Check::unknown(NAME, unknown),

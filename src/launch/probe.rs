@@ -16,7 +16,7 @@ use super::contract::CRIU_PROBLEM;
 use super::error::{Error, system};
 use super::process::Process;
 
-/// How long one of the two commands may take. `criu check` tries out what the kernel can do.
+/// How long one of the two commands may take. `criu check` tries out many features of the kernel.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// How much of the output is read, in bytes.

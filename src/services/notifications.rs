@@ -25,8 +25,8 @@ use crate::unit::systemd::Systemd;
 
 use super::{Entry, Error, blocking};
 
-/// How many messages of a container the daemon forwards without a pause. Then it forwards one more after each pause; the others
-/// wait in the socket.
+/// How many messages of a container the daemon forwards without a pause. After these, it forwards one message after each
+/// pause; the others wait in the socket.
 const BURST: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -41,7 +41,7 @@ pub(crate) struct Listening {
 impl Drop for Listening {
     fn drop(&mut self) {
         self.task.abort();
-        // Missing is fine.
+        // It is no error if the path does not exist.
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -192,7 +192,7 @@ struct Message {
 
 /// Receives the next message. `None` if it is too long or has no sender.
 ///
-/// The kernel closes the descriptors that come with a message. This answers `BARRIER=1` after all messages before it, and
+/// The kernel closes the descriptors that come with a message. So `BARRIER=1` is answered after all messages before it, and
 /// a container can't pass a descriptor to the daemon whose close would hang.
 async fn receive(socket: &AsyncFd<OwnedFd>) -> std::io::Result<Option<Message>> {
     let mut text = vec![0; MESSAGE_MAX + 1];
@@ -213,7 +213,7 @@ fn open(path: &Path) -> std::io::Result<OwnedFd> {
     if let Some(parent) = path.parent() {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
     }
-    // An earlier daemon may have left one.
+    // An earlier daemon may have left a socket at this path.
     let _ = fs::remove_file(path);
     let socket = UnixDatagram::bind(path)?;
     socket.set_nonblocking(true)?;
@@ -222,7 +222,7 @@ fn open(path: &Path) -> std::io::Result<OwnedFd> {
     Ok(socket.into())
 }
 
-/// The process has not ended.
+/// True if the process has not ended.
 fn is_alive(process: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))

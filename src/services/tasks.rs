@@ -64,12 +64,12 @@ impl Tasks {
     }
 
     /// Remembers why a Create or Start failed that this daemon has resumed. Without this, the replay of the call would
-    /// begin the operation once more. If the daemon is killed again and again, that operation never gets to its end.
+    /// begin the operation once more. If the daemon is killed repeatedly, that operation would never end.
     pub(crate) fn remember_failure(&self, process: ProcessKey, error: Error) {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner).insert(process, error);
     }
 
-    /// Forgets why a Create or Start failed that this daemon has resumed. The reason is the response to a replayed call.
+    /// Takes the reason why a Create or Start failed that this daemon has resumed. It is the response to a replayed call.
     ///
     /// # Errors
     /// The reason, if the call is replayed.

@@ -193,17 +193,19 @@ impl Head {
     }
 }
 
+/// The bytes of a frame, for tests.
+#[cfg(test)]
+pub(super) fn frame(stream: u32, kind: u8, rest: &[u8]) -> Vec<u8> {
+    let mut bytes = u32::try_from(rest.len()).unwrap().to_be_bytes().to_vec();
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend([kind, 0]);
+    bytes.extend(rest);
+    bytes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn frame(stream: u32, kind: u8, rest: &[u8]) -> Vec<u8> {
-        let mut bytes = u32::try_from(rest.len()).unwrap().to_be_bytes().to_vec();
-        bytes.extend(stream.to_be_bytes());
-        bytes.extend([kind, 0]);
-        bytes.extend(rest);
-        bytes
-    }
 
     #[test]
     fn frames_are_whole_whatever_the_sizes_of_their_pieces() {

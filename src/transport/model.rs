@@ -16,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST};
 
 use super::durable::Durable;
-use super::frame::{Frame, HEADER};
+use super::frame::{Frame, HEADER, frame};
 use super::journal::Journal;
 use super::{ConnectionStore, Count, StoreEntry};
 use crate::suspect::{Crashes, LIMIT, Suspect};
@@ -46,14 +46,6 @@ impl Random {
     fn one_in(&mut self, chances: usize) -> bool {
         self.below(chances) == 0
     }
-}
-
-fn frame(stream: u32, kind: u8, rest: &[u8]) -> Vec<u8> {
-    let mut bytes = u32::try_from(rest.len()).unwrap().to_be_bytes().to_vec();
-    bytes.extend(stream.to_be_bytes());
-    bytes.extend([kind, 0]);
-    bytes.extend(rest);
-    bytes
 }
 
 fn request(payload: &[u8]) -> ttrpc::Request {

@@ -56,7 +56,7 @@ pub fn text(results: &Value) -> String {
         let (Some(now), Some(before)) = (Ratio::of(line), before) else { continue };
         compared += 1;
         if let Some(change) = now.worse_than(before) {
-            // To a String, this can't fail.
+            // Writing to a String does not fail.
             let _ = writeln!(
                 text,
                 "  {name}: {:.2} ± {:.2}, was {:.2} ± {:.2} (worse by {change:.2})",
