@@ -137,3 +137,25 @@ pub(super) fn call_error(verb: &'static str, unit: &UnitName, error: zbus::Error
         other => unreachable(other),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reported(name: &str) -> Error {
+        let call = zbus::Message::method_call("/", "M").build(&()).unwrap();
+        let reply = zbus::Message::error(&call.header(), name).build(&"why").unwrap();
+        call_error("start", &UnitName::new("a.service").unwrap(), zbus::Error::from(reply))
+    }
+
+    #[test]
+    fn errors_of_systemd_are_distinguished_by_their_names() {
+        assert!(matches!(reported(NO_SUCH_UNIT), Error::NotLoaded { .. }));
+        assert!(matches!(reported(UNIT_EXISTS), Error::Exists { .. }));
+        assert!(matches!(reported(UNIT_MASKED), Error::Masked { .. }));
+        let setting = reported("org.freedesktop.systemd1.BadUnitSetting");
+        assert!(setting.is_about_a_property());
+        assert!(matches!(setting, Error::Refused { reason, .. } if reason == "why"));
+        assert!(!reported("org.freedesktop.DBus.Error.AccessDenied").is_about_a_property());
+    }
+}
