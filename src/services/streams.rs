@@ -18,14 +18,13 @@ use crate::oci::metadata;
 use crate::session::fds::{StreamFds, StreamKind};
 use crate::session::{LogFiles, OpenStreams, Plan, ReopenMode, Session};
 use crate::store::Store;
-use crate::task::wiring::JournalCopy;
 use crate::unit::name;
 use crate::unit::properties::{self, UnitMetadata};
 use crate::unit::systemd::Systemd;
 
 use super::files::ClientFiles;
 use super::launcher::Launcher;
-use super::{Entry, Error, Process, waiting};
+use super::{Entry, Error, Process, blocking, waiting};
 
 /// The file of a process in which the first daemon that waited for its output has noted the time.
 const DRAINING: &str = "draining";
@@ -127,8 +126,15 @@ impl Streams {
         &self,
         entry: &Entry,
         process: &Process,
-        mut opened: OpenStreams,
+        opened: OpenStreams,
     ) -> Result<(), Error> {
+        if opened.has_journal_copy() {
+            self.journal_limit(entry).await;
+        }
+        self.begin(entry, process, opened).await
+    }
+
+    async fn begin(&self, entry: &Entry, process: &Process, mut opened: OpenStreams) -> Result<(), Error> {
         opened.close_logger();
         // CloseIO may have closed the input since the plan was made.
         let wiring = entry.task().process(process.exec()).map(|process| process.wiring.clone());
@@ -139,9 +145,6 @@ impl Streams {
                 console.receive(config::STDIO_LIMIT, |fd| fds.store(StreamKind::Terminal, number, &[fd]))
             };
             opened.set_terminal(waiting(received).await??);
-        }
-        if wiring.copies().iter().any(|(_, _, to)| to.journal != JournalCopy::None) {
-            self.set_journal_limit(entry).await;
         }
         let ended = || {
             let ended = process.ended();
@@ -160,6 +163,9 @@ impl Streams {
         let Ok(plan) = self.plan(entry, process) else {
             return;
         };
+        if !plan.has_streams() {
+            return;
+        }
         let mode = if process.has_ended() { ReopenMode::Ended } else { ReopenMode::Running };
         if mode == ReopenMode::Ended && !self.fds.has(plan.wiring.store_number) {
             return;
@@ -171,7 +177,15 @@ impl Streams {
             return;
         }
         let started = match self.reopen(Arc::new(plan), mode).await {
-            Ok(opened) => self.start_session(entry, process, opened).await,
+            Ok(opened) => {
+                if opened.has_journal_copy() {
+                    // Nothing is dropped while the daemon does not know the limit. A restart with many containers does not
+                    // wait for it.
+                    entry.init.live().journal_limit.set(0, u32::MAX);
+                    tokio::spawn(self.journal_limit(entry));
+                }
+                self.begin(entry, process, opened).await
+            }
             Err(error) => Err(error),
         };
         if let Err(error) = started {
@@ -179,12 +193,17 @@ impl Streams {
         }
     }
 
-    /// The daemon's copy of a container's output has the rate limit of its unit.
-    async fn set_journal_limit(&self, entry: &Entry) {
-        match self.manager.log_rate_limit(&entry.init.unit).await {
-            Ok((interval_usec, burst)) => entry.init.live().journal_limit.set(interval_usec, burst),
-            Err(error) => {
-                tracing::debug!(task = %entry.key, %error, "task {}: can't read the rate limit of its unit, using the default of journald: {error}", entry.key);
+    /// Gives the daemon's copy of a container's output the rate limit of its unit.
+    fn journal_limit(&self, entry: &Entry) -> impl Future<Output = ()> + Send + use<> {
+        let (manager, key, unit) = (self.manager.clone(), entry.key.clone(), entry.init.unit.clone());
+        let limit = entry.init.live().journal_limit.clone();
+        async move {
+            match manager.log_rate_limit(&unit).await {
+                Ok((interval_usec, burst)) => limit.set(interval_usec, burst),
+                Err(error) => {
+                    tracing::debug!(task = %key, %error, "task {key}: can't read the rate limit of its unit, using the default of journald: {error}");
+                    limit.set(0, 0);
+                }
             }
         }
     }
@@ -219,7 +238,8 @@ impl Streams {
         if pumps.wait(USUAL).await {
             return;
         }
-        let waited = since_mark(&self.store.process_dir(&process.key).join(DRAINING));
+        let mark = self.store.process_dir(&process.key).join(DRAINING);
+        let waited = blocking(move || since_mark(&mark)).await.unwrap_or_default();
         if !pumps.drain(waited).await {
             let key = &process.key;
             tracing::info!(process = %key, "{key}: another process still holds its output after its end, or its client does not read it; the daemon closes it now");

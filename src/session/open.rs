@@ -19,7 +19,7 @@ use crate::stdio::pipe::PipePair;
 use crate::stdio::pump::{self, Sinks, Source};
 use crate::stdio::uri::Kind;
 use crate::sys::guard::is_listener;
-use crate::task::wiring::{Copied, Input, JournalCopy, Sink};
+use crate::task::wiring::{Copied, Input, JournalCopy, Sink, Wiring};
 
 use super::Error;
 use super::fds::{Claimed, StreamFds, StreamKind};
@@ -83,6 +83,12 @@ impl OpenStreams {
         input.transpose().map_err(Error::Watch)
     }
 
+    /// Whether the daemon copies output to the journal.
+    pub fn has_journal_copy(&self) -> bool {
+        let is_journal = |sink: &pump::Sink| matches!(sink, pump::Sink::Journal(_));
+        self.copies.iter().any(|copy| copy.sinks.aside.is_some() || copy.sinks.copies.iter().any(is_journal))
+    }
+
     /// The pipe on which the logger says that it is ready, once.
     pub fn take_ready(&mut self) -> Option<File> {
         self.ready.take()
@@ -108,6 +114,12 @@ impl OpenStreams {
 pub type LogFiles = HashMap<&'static str, LogFile>;
 
 impl Plan {
+    /// Whether the daemon has a part in the streams of the process.
+    pub fn has_streams(&self) -> bool {
+        let Wiring { terminal, stdin, logger, .. } = &self.wiring;
+        *terminal || matches!(stdin, Input::Fifo(_)) || logger.is_some() || !self.wiring.copies().is_empty()
+    }
+
     /// Whether the client wants its output in files.
     pub fn has_log_files(&self) -> bool {
         self.wiring.copies().iter().any(|(_, _, to)| matches!(to.client, Some(Sink::File { .. })))

@@ -89,8 +89,8 @@ pub enum Sink {
 impl Sink {
     async fn write(&mut self, bytes: &[u8]) {
         match self {
-            Self::File(file) => file.write(bytes).await,
-            Self::Journal(lines) => lines.write(bytes).await,
+            Self::File(file) => Box::pin(file.write(bytes)).await,
+            Self::Journal(lines) => Box::pin(lines.write(bytes)).await,
             Self::Pipe(pipe) => pipe.write(bytes).await,
         }
     }
@@ -140,7 +140,7 @@ pub async fn copy(
             copied = deliver(source, &mut sinks, diverter, over, when_empty.cancelled()) => log_failure(copied),
             () = stop.cancelled() => {}
         }
-        finish(&mut sinks).await;
+        Box::pin(finish(&mut sinks)).await;
         drop(sinks);
         delivered();
         ended.cancel();
@@ -156,7 +156,7 @@ pub async fn copy(
                 () = stop.cancelled() => {}
                 () = is_late => limit.drop_bytes(length_in(reader)),
             }
-            finish(sinks).await;
+            Box::pin(finish(sinks)).await;
         }
     };
     tokio::join!(deliver, journal);
@@ -192,18 +192,29 @@ async fn deliver(
             None => Ok(()),
         },
         Source::Bridged(terminal, bridge) => {
-            let moved = CancellationToken::new();
-            let second = deliver_pipe(&bridge.reader, sinks, diverter, moved.cancelled());
-            let first = async {
-                let result = move_terminal(&terminal, &bridge.writer, over).await;
-                moved.cancel();
-                result
-            };
-            let (first, second) = tokio::join!(first, second);
-            first.and(second)
+            Box::pin(deliver_bridged(terminal, bridge, sinks, diverter, over)).await
         }
         Source::Delivered => Ok(()),
     }
+}
+
+/// Copies from a terminal by way of a pipe.
+async fn deliver_bridged(
+    terminal: Arc<Terminal>,
+    bridge: PipePair,
+    sinks: &mut Sinks,
+    diverter: Option<Diverter>,
+    over: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let moved = CancellationToken::new();
+    let second = deliver_pipe(&bridge.reader, sinks, diverter, moved.cancelled());
+    let first = async {
+        let result = move_terminal(&terminal, &bridge.writer, over).await;
+        moved.cancel();
+        result
+    };
+    let (first, second) = tokio::join!(first, second);
+    first.and(second)
 }
 
 /// Copies from a pipe until it ends, or, once `complete`, until it is empty.
@@ -217,7 +228,8 @@ async fn deliver_pipe(
         (Some(to), diverter) if sinks.copies.is_empty() => move_all(from, to, diverter, complete).await,
         (_, diverter) => {
             sinks.copies.extend(diverter.map(Sink::Pipe));
-            spread(from, sinks, PIECE, complete).await
+            // Boxed, as all that few processes need: every process has its future for as long as it runs.
+            Box::pin(spread(from, sinks, PIECE, complete)).await
         }
     }
 }
