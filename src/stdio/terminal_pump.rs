@@ -10,7 +10,7 @@ use nix::fcntl::splice;
 use nix::poll::PollFlags;
 use tokio::io::unix::AsyncFd;
 
-use super::pipe::{CHUNK, NO_WAIT, PIECE, data_in, is_ready, room_in};
+use super::pipe::{CHUNK, NO_WAIT, data_in, is_ready, room_in};
 use super::terminal::Terminal;
 
 /// How often the daemon tries to deliver input that waits until a program opens its terminal again.
@@ -35,7 +35,7 @@ pub(super) async fn move_terminal(
     let all = async {
         loop {
             // If no program has the terminal open, one can open it again while the process runs.
-            if !move_output(terminal, to).await? {
+            if !move_output(terminal, to, CHUNK).await? {
                 terminal.output().await?;
             }
             tokio::task::consume_budget().await;
@@ -62,12 +62,9 @@ pub(super) async fn move_terminal(
 }
 
 /// Moves output from a terminal to a pipe. Returns false if no program has the terminal open.
-///
-/// splice(2) allocates memory for everything that it is asked for (copy_splice_read in the kernel), but the line discipline
-/// rarely has more than a piece: to ask for more is slower.
-async fn move_output(terminal: &Terminal, to: &AsyncFd<OwnedFd>) -> io::Result<bool> {
+async fn move_output(terminal: &Terminal, to: &AsyncFd<OwnedFd>, length: usize) -> io::Result<bool> {
     loop {
-        match splice(terminal.master(), None, to, None, PIECE, NO_WAIT) {
+        match splice(terminal.master(), None, to, None, length, NO_WAIT) {
             Ok(0) | Err(Errno::EIO) => return Ok(false),
             Ok(_) => return Ok(true),
             // The kernel does not report which side is not ready. Both may be ready by now.
