@@ -29,7 +29,7 @@ usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--paralle
   --html PATH         write a page with plots there
   --svg PATH          write one plot there
   --soak N,M          instead: N containers and M execs in a row, after which nothing may have grown
-  --scale N           instead: this runtime alone, with no other container and with N that do nothing
+  --scale N           instead: this runtime alone, with one container and with N more, which do nothing
   --runtime NAME      the runtime to measure (default io.containerd.systemd.v1)
   --against NAME      the runtime to measure it against (default io.containerd.runc.v2)";
 

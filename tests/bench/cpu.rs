@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use super::common::container::Container;
 use super::common::node::Node;
 use super::exec::Exec;
-use super::latency::{Process, in_turn, live};
+use super::latency::{in_turn, total};
 use super::memory;
 use super::output::Output;
 
@@ -31,9 +31,7 @@ pub fn measure(node: &Node, runtimes: &[String; 2], containers: [&Container; 2],
         let shims = memory::shims(&runtimes[index]);
         let (shim, machine) = (of_processes(&shims), of_machine());
         for _ in 0..IN_A_ROW {
-            let exec = Exec::new(node, containers[index], &["/bin/true"], Output::new(false));
-            live(&exec);
-            exec.deleted();
+            total(Exec::new(node, containers[index], &["/bin/true"], Output::new(false)));
         }
         cpu[index].shim.push((of_processes(&shims) - shim) / IN_A_ROW);
         cpu[index].machine.push((of_machine() - machine) / IN_A_ROW);

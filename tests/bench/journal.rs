@@ -12,7 +12,7 @@ use super::common::shim::{Shim, WithFaults};
 use super::common::spec::Spec;
 use super::container::Init;
 use super::cpu::{self, Cpu};
-use super::latency::{Process, in_turn, live};
+use super::latency::{in_turn, total};
 
 /// The two sides: the usual daemon, and a daemon without the mechanism.
 pub const SIDES: [&str; 2] = ["nothing is forgotten", "switched off"];
@@ -67,12 +67,12 @@ pub fn measure(node: &Node, rounds: usize) -> [Costs; 2] {
 impl Costs {
     fn add_containers(&mut self, node: &Node) {
         for _ in 0..WARM_UP {
-            total(node);
+            container(node);
         }
         let count = u32::try_from(CONTAINERS).expect("a small number of containers");
         let daemon = [daemon::pid().expect("there is a daemon")];
         let (own, machine) = (cpu::of_processes(&daemon), cpu::of_machine());
-        self.totals.extend((0..CONTAINERS).map(|_| total(node)));
+        self.totals.extend((0..CONTAINERS).map(|_| container(node)));
         self.container_cpu.shim.push((cpu::of_processes(&daemon) - own) / count);
         self.container_cpu.machine.push((cpu::of_machine() - machine) / count);
     }
@@ -99,10 +99,7 @@ impl Costs {
     }
 }
 
-/// From Create to Delete.
-fn total(node: &Node) -> Duration {
-    let init = Init::new(node, OUR_RUNTIME, &["/bin/true"], None);
-    let total = live(&init).total();
-    init.deleted();
-    total
+/// The time from Create to Delete.
+fn container(node: &Node) -> Duration {
+    total(Init::new(node, OUR_RUNTIME, &["/bin/true"], None))
 }

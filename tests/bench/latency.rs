@@ -48,7 +48,7 @@ pub struct Times {
 }
 
 /// The times of one process.
-pub struct Life {
+struct Life {
     create: Duration,
     start: Duration,
     wait: Duration,
@@ -56,7 +56,7 @@ pub struct Life {
 }
 
 impl Life {
-    pub fn total(&self) -> Duration {
+    fn total(&self) -> Duration {
         self.create + self.start + self.wait + self.delete
     }
 }
@@ -121,7 +121,14 @@ fn run<P: Process>(processes: &[P]) -> (Vec<Life>, Duration) {
     })
 }
 
-pub fn live(process: &impl Process) -> Life {
+/// The time of the whole life of a process that runs alone.
+pub fn total(process: impl Process) -> Duration {
+    let total = live(&process).total();
+    process.deleted();
+    total
+}
+
+fn live(process: &impl Process) -> Life {
     let mut laps = Laps(Instant::now());
     process.create();
     let create = laps.next();

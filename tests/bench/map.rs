@@ -18,7 +18,7 @@ use super::common::wait;
 use super::container::Init;
 use super::cpu;
 use super::exec::Exec;
-use super::latency::{Process, in_turn, live};
+use super::latency::{in_turn, total};
 use super::memory;
 use super::output::Output;
 use super::report::{Line, Part, Target};
@@ -50,14 +50,10 @@ pub fn measure(node: &Node, arguments: &Arguments) -> Vec<Part> {
         .each_ref()
         .map(|runtime| node.container("map", Spec::sleeping()).runtime(runtime).started(&Io::default()));
     let exec = |index: usize| {
-        let exec = Exec::new(node, &containers[index], &["/bin/true"], Output::new(false));
-        live(&exec);
-        exec.deleted();
+        total(Exec::new(node, &containers[index], &["/bin/true"], Output::new(false)));
     };
     let container = |index: usize| {
-        let init = Init::new(node, &runtimes[index], &["/bin/true"], Some(Output::new(false)));
-        live(&init);
-        init.deleted();
+        total(Init::new(node, &runtimes[index], &["/bin/true"], Some(Output::new(false))));
     };
     let mut parts = of_operation(node, runtimes, "an exec", Target::AtMost(1.2), &exec);
     parts.extend(of_operation(node, runtimes, "a container", Target::AtMost(0.75), &container));

@@ -105,7 +105,7 @@ impl Target {
 
 /// The median, and the tenth and ninetieth percentiles.
 #[derive(Clone, Copy)]
-struct Spread {
+pub struct Spread {
     p10: f64,
     median: f64,
     p90: f64,
@@ -119,11 +119,11 @@ impl Spread {
         Spread { p10: at(0.1), median: at(0.5), p90: at(0.9) }
     }
 
-    fn of_times(samples: &[Duration]) -> Spread {
+    pub fn of_times(samples: &[Duration]) -> Spread {
         Spread::of(&samples.iter().map(|sample| sample.as_secs_f64() * 1000.0).collect::<Vec<_>>())
     }
 
-    fn text(self) -> String {
+    pub fn text(self) -> String {
         format!("{:.2} ({:.2}–{:.2})", self.median, self.p10, self.p90)
     }
 

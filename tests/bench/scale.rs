@@ -1,4 +1,4 @@
-//! What a node with many containers costs: this runtime alone, first with no container and then with many that do nothing.
+//! What a node with many containers costs: this runtime alone, first with one container and then with many, which do nothing.
 
 use std::time::{Duration, Instant};
 
@@ -11,8 +11,9 @@ use super::common::wait;
 use super::container::Init;
 use super::cpu;
 use super::exec::Exec;
-use super::latency::{Process, live};
+use super::latency::total;
 use super::output::Output;
+use super::report::Spread;
 
 /// Containers and execs of one measurement, one after the other.
 const IN_A_ROW: u32 = 60;
@@ -25,7 +26,7 @@ const POLLED: usize = 500;
 
 const PROGRAMS: [&str; 3] = ["PID 1", "D-Bus", "the daemon"];
 
-/// Prints one column for no container, and one for `containers`.
+/// Prints a column for one container, and a column for that container and `containers` others.
 pub fn run(node: &Node, containers: usize) {
     let kept = node.container("scale", Spec::sleeping()).runtime(OUR_RUNTIME).started(&Io::default());
     let before = measure(node, &[&kept]);
@@ -44,22 +45,18 @@ pub fn run(node: &Node, containers: usize) {
 fn measure(node: &Node, polled: &[&Container]) -> Vec<(String, String)> {
     let mut rows = Vec::new();
     eprintln!("scale: {IN_A_ROW} containers and execs…");
-    let lives: Vec<Duration> = (0..IN_A_ROW)
-        .map(|_| {
-            let init = Init::new(node, OUR_RUNTIME, &["/bin/true"], None);
-            let total = live(&init).total();
-            init.deleted();
-            total
-        })
-        .collect();
-    rows.push(("total per container, ms".to_string(), spread(&lives)));
+    let lives: Vec<Duration> =
+        (0..IN_A_ROW).map(|_| total(Init::new(node, OUR_RUNTIME, &["/bin/true"], None))).collect();
+    rows.push(("total per container, ms".to_string(), Spread::of_times(&lives).text()));
     let used = used();
     let begin = Instant::now();
-    let execs: Vec<Duration> = (0..IN_A_ROW).map(|_| exec(node, polled[0])).collect();
+    let execs: Vec<Duration> = (0..IN_A_ROW)
+        .map(|_| total(Exec::new(node, polled[0], &["/bin/true"], Output::new(false))))
+        .collect();
     let seconds = begin.elapsed().as_secs_f64();
     rows.push((
         "total per exec, ms".to_string(),
-        format!("{}, {:.0}/s", spread(&execs), f64::from(IN_A_ROW) / seconds),
+        format!("{}, {:.0}/s", Spread::of_times(&execs).text(), f64::from(IN_A_ROW) / seconds),
     ));
     let per_exec = |name: &str, time: Duration| (format!("CPU of {name} per exec, ms"), ms(time / IN_A_ROW));
     rows.extend(since(used).map(|(name, time)| per_exec(name, time)));
@@ -80,7 +77,7 @@ fn measure(node: &Node, polled: &[&Container]) -> Vec<(String, String)> {
         wait::elapse(Duration::from_secs(1).saturating_sub(round.elapsed()));
     }
     let span = begin.elapsed();
-    let polls = format!("statistics of {} containers each second", polled.len().min(POLLED));
+    let polls = format!("statistics of {} containers each second", polled.len());
     let row = |(name, time)| (format!("{name}, {polls}, of a core"), share(time, span));
     rows.extend(since(used).filter(|(name, _)| *name == PROGRAMS[2]).map(row));
 
@@ -95,17 +92,13 @@ fn measure(node: &Node, polled: &[&Container]) -> Vec<(String, String)> {
             elapsed
         })
         .collect();
-    rows.push(("from a kill of the daemon to its next answer, ms".to_string(), spread(&restarts)));
+    rows.push((
+        "from a kill of the daemon to its next answer, ms".to_string(),
+        Spread::of_times(&restarts).text(),
+    ));
     let pss = process::pss_kib(pids()[2]).unwrap_or_default();
     rows.push(("memory (Pss) of the daemon after that, KiB".to_string(), pss.to_string()));
     rows
-}
-
-fn exec(node: &Node, container: &Container) -> Duration {
-    let exec = Exec::new(node, container, &["/bin/true"], Output::new(false));
-    let total = live(&exec).total();
-    exec.deleted();
-    total
 }
 
 /// The CPU time of each of [`PROGRAMS`] so far.
@@ -122,14 +115,6 @@ fn since(used: [Duration; 3]) -> impl Iterator<Item = (&'static str, Duration)> 
 fn pids() -> [u32; 3] {
     let bus = ["dbus-daemon", "dbus-broker"].into_iter().flat_map(process::named).next();
     [1, bus.expect("a message bus"), daemon::pid().expect("a daemon")]
-}
-
-/// The median, with the tenth and ninetieth percentiles.
-fn spread(times: &[Duration]) -> String {
-    let mut sorted = times.to_vec();
-    sorted.sort();
-    let at = |share: usize| ms(sorted[(sorted.len() - 1) * share / 10]);
-    format!("{} ({}–{})", at(5), at(1), at(9))
 }
 
 fn ms(time: Duration) -> String {

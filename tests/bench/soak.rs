@@ -1,15 +1,13 @@
 //! Runs many containers and execs in a row, and checks that nothing has grown: memory and descriptors of the daemon, its
 //! descriptor store, units of systemd, match rules of the bus, memory of PID 1.
 
-use std::fs;
-
-use super::common::container::{Container, Io};
+use super::common::container::Io;
 use super::common::node::{Node, OUR_RUNTIME};
 use super::common::spec::Spec;
 use super::common::{daemon, process, systemd};
 use super::container::Init;
 use super::exec::Exec;
-use super::latency::{Process, live};
+use super::latency::total;
 use super::output::Output;
 
 /// The number of measurements. The first one comes after a share of the work, when caches are filled.
@@ -20,10 +18,8 @@ type Gauge = (&'static str, u64, fn() -> u64);
 
 const GAUGES: [Gauge; 6] = [
     ("memory of the daemon (Pss), KiB", 1024, || process::pss_kib(daemon_pid()).unwrap_or_default()),
-    ("descriptors of the daemon", 16, || entries(&format!("/proc/{}/fd", daemon_pid()))),
-    ("descriptors in the store", 16, || {
-        systemd::property(systemd::DAEMON_SERVICE, "NFileDescriptorStore").parse().unwrap_or_default()
-    }),
+    ("descriptors of the daemon", 16, || daemon::open_files(daemon_pid()) as u64),
+    ("descriptors in the store", 16, || daemon::stored() as u64),
     ("units of systemd", 8, || systemd::list_units("*").len() as u64),
     ("match rules of the bus", 8, match_rules),
     ("memory of PID 1 (Pss), KiB", 2048, || process::pss_kib(1).unwrap_or_default()),
@@ -38,8 +34,12 @@ pub fn run(node: &Node, containers: usize, execs: usize) -> Vec<String> {
     GAUGES.iter().for_each(|(name, ..)| print!(" {name:>32}"));
     println!();
     for share in 1..=SHARES {
-        of_share(containers, share).for_each(|_| container(node));
-        of_share(execs, share).for_each(|_| exec(node, &kept));
+        for _ in of_share(containers, share) {
+            total(Init::new(node, OUR_RUNTIME, &["/bin/true"], Some(Output::new(false))));
+        }
+        for _ in of_share(execs, share) {
+            total(Exec::new(node, &kept, &["/bin/true"], Output::new(false)));
+        }
         // Delete is answered before all signals of systemd have arrived.
         let row = GAUGES.map(|(.., read)| read());
         print!("{:>12} {:>8}", containers * share / SHARES, execs * share / SHARES);
@@ -64,24 +64,8 @@ fn of_share(all: usize, share: usize) -> std::ops::Range<usize> {
     all * (share - 1) / SHARES..all * share / SHARES
 }
 
-fn container(node: &Node) {
-    let init = Init::new(node, OUR_RUNTIME, &["/bin/true"], Some(Output::new(false)));
-    live(&init);
-    init.deleted();
-}
-
-fn exec(node: &Node, container: &Container) {
-    let exec = Exec::new(node, container, &["/bin/true"], Output::new(false));
-    live(&exec);
-    exec.deleted();
-}
-
 fn daemon_pid() -> u32 {
     daemon::pid().expect("there is a daemon")
-}
-
-fn entries(directory: &str) -> u64 {
-    fs::read_dir(directory).map(|entries| entries.count() as u64).unwrap_or_default()
 }
 
 /// From the statistics of dbus-daemon; 0 if the bus has none.

@@ -260,6 +260,17 @@ impl Drop for DropIn {
     }
 }
 
+/// The number of entries in the descriptor store of the daemon.
+pub fn stored() -> usize {
+    systemd::property(DAEMON_SERVICE, "NFileDescriptorStore").parse().expect("a number of descriptors")
+}
+
+/// How many files a daemon has open.
+pub fn open_files(pid: u32) -> usize {
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd"));
+    files.unwrap_or_else(|error| panic!("read the descriptors of {pid}: {error}")).count()
+}
+
 /// How often systemd has restarted the daemon.
 pub fn restarts() -> u32 {
     systemd::property(DAEMON_SERVICE, "NRestarts").parse().unwrap_or(0)

@@ -15,7 +15,6 @@ use crate::common::disturb::Disturbance;
 use crate::common::node::{NAMESPACE, Node, number, unique};
 use crate::common::shim::{self, Shim};
 use crate::common::spec::Spec;
-use crate::common::systemd::{DAEMON_SERVICE, property};
 use crate::common::task::Io;
 use crate::common::wait;
 
@@ -39,8 +38,7 @@ fn many_connections_outlive_the_daemon() {
         shim.call(async |client, context| client.state(context, &request).await).expect("state")
     };
     // Two descriptors of a connection are one entry of the store. Some empty entries stay for later use.
-    let kept = || property(DAEMON_SERVICE, "NFileDescriptorStore").parse::<usize>().expect("a number");
-    let before = kept();
+    let before = daemon::stored();
     let count = number("E2E_CONNECTIONS", 200, 100);
     let shims: Vec<Shim> = (0..count).map(|_| Shim::at(&node, &path)).collect();
     shims.iter().for_each(|shim| assert_eq!(ask(shim).pid, pid));
@@ -49,9 +47,9 @@ fn many_connections_outlive_the_daemon() {
         shims.iter().for_each(|shim| assert_eq!(ask(shim).pid, pid, "after a {}", disturbance.name()));
     }
     // They include entries that were empty before.
-    assert!(kept() >= count, "systemd keeps {} descriptors", kept());
+    assert!(daemon::stored() >= count, "systemd keeps {} descriptors", daemon::stored());
     drop(shims);
-    wait::until_true("closed connections are not kept", || kept() <= before + IDLE);
+    wait::until_true("closed connections are not kept", || daemon::stored() <= before + IDLE);
     assert_eq!(container.exec_sh("exit 6").exit_status(), 6);
 }
 

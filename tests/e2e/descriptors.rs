@@ -9,21 +9,15 @@ use crate::common::node::Node;
 use crate::common::shim;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
-use crate::common::systemd::{self, DAEMON_SERVICE};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::wait;
 
 /// More empty entries than this are not made at once.
 const SPARE: usize = 4;
 
-/// The number of entries in the descriptor store of the daemon.
-fn stored() -> usize {
-    systemd::property(DAEMON_SERVICE, "NFileDescriptorStore").parse().expect("a number of descriptors")
-}
-
+/// How many files the serving daemon has open.
 fn open_files() -> usize {
-    let daemon = wait::until("the daemon serves", daemon::serving);
-    std::fs::read_dir(format!("/proc/{daemon}/fd")).expect("read the daemon's descriptors").count()
+    daemon::open_files(wait::until("the daemon serves", daemon::serving))
 }
 
 #[test]
@@ -35,7 +29,7 @@ fn restarts_use_no_more_descriptors() {
         let (container, mut client) = Client::attached(spec.clone(), start);
         let (exec, mut exec_client) = attached::exec(&container, spec);
         daemon::killed();
-        let before = (stored(), open_files());
+        let before = (daemon::stored(), open_files());
         for turn in 0..6 {
             daemon::killed();
             for client in [&mut client, &mut exec_client] {
@@ -43,7 +37,7 @@ fn restarts_use_no_more_descriptors() {
                 client.stdout.until(|bytes| String::from_utf8_lossy(bytes).contains(&format!("turn {turn}")));
             }
         }
-        let after = (stored(), open_files());
+        let after = (daemon::stored(), open_files());
         let most = (before.0 + SPARE, before.1 + SPARE);
         assert!(after.0 <= most.0 && after.1 <= most.1, "first {before:?}, then {after:?}");
         exec.kill(SIGKILL).expect("kill the exec");
