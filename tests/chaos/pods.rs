@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use super::client::{Client, End};
 use super::common::container::Io;
-use super::common::pod::{Linux, pod};
+use super::common::pod::{LinuxPodSandboxConfig, pod};
 use super::common::sandbox::{READY, Sandbox};
 use super::common::spec::Spec;
 use super::common::task::SIGKILL;
@@ -74,7 +74,7 @@ impl Worker<'_> {
 
 impl Client<'_> {
     fn create_sandbox(&self, sandbox: &Sandbox<'_>, slice: &str) -> Result<(), End> {
-        let linux = Linux { cgroup_parent: format!("/{slice}"), ..Default::default() };
+        let linux = LinuxPodSandboxConfig { cgroup_parent: format!("/{slice}"), ..Default::default() };
         let options = pod(|pod| pod.linux = Some(linux));
         if self.once("create a sandbox", || sandbox.try_create(options.clone(), None))?.is_some() {
             return Ok(());

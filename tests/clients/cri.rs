@@ -125,12 +125,12 @@ impl Cri {
             attempt: 0,
         };
         let linux = LinuxPodSandboxConfig {
-            cgroup_parent: String::new(),
             security_context: Some(LinuxSandboxSecurityContext {
                 // A kubelet gives every container a pid namespace of its own.
                 namespace_options: Some(NamespaceOption { pid: OF_CONTAINER, ..Default::default() }),
-                privileged: false,
+                ..Default::default()
             }),
+            ..Default::default()
         };
         let mut config = PodSandboxConfig {
             metadata: Some(metadata),

@@ -5,6 +5,11 @@ use std::collections::HashMap;
 
 use prost::Message;
 
+pub use crate::common::pod::{
+    DnsConfig, IdMapping, LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, UserNamespace,
+};
+
 /// A call of one of the two services: its request names the call and the response.
 pub trait Call: Message + 'static {
     type Response: Message + Default + 'static;
@@ -65,94 +70,6 @@ pub struct ImageStatusResponse {
 pub struct Image {
     #[prost(string, tag = "1")]
     pub id: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct PodSandboxMetadata {
-    #[prost(string, tag = "1")]
-    pub name: String,
-    #[prost(string, tag = "2")]
-    pub uid: String,
-    #[prost(string, tag = "3")]
-    pub namespace: String,
-    #[prost(uint32, tag = "4")]
-    pub attempt: u32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct NamespaceOption {
-    #[prost(int32, tag = "1")]
-    pub network: i32,
-    #[prost(int32, tag = "2")]
-    pub pid: i32,
-    #[prost(int32, tag = "3")]
-    pub ipc: i32,
-    #[prost(string, tag = "4")]
-    pub target_id: String,
-    #[prost(message, optional, tag = "5")]
-    pub userns_options: Option<UserNamespace>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct UserNamespace {
-    #[prost(int32, tag = "1")]
-    pub mode: i32,
-    #[prost(message, repeated, tag = "2")]
-    pub uids: Vec<IdMapping>,
-    #[prost(message, repeated, tag = "3")]
-    pub gids: Vec<IdMapping>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct IdMapping {
-    #[prost(uint32, tag = "1")]
-    pub host_id: u32,
-    #[prost(uint32, tag = "2")]
-    pub container_id: u32,
-    #[prost(uint32, tag = "3")]
-    pub length: u32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct LinuxSandboxSecurityContext {
-    #[prost(message, optional, tag = "1")]
-    pub namespace_options: Option<NamespaceOption>,
-    #[prost(bool, tag = "6")]
-    pub privileged: bool,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct LinuxPodSandboxConfig {
-    #[prost(string, tag = "1")]
-    pub cgroup_parent: String,
-    #[prost(message, optional, tag = "2")]
-    pub security_context: Option<LinuxSandboxSecurityContext>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct DnsConfig {
-    #[prost(string, repeated, tag = "1")]
-    pub servers: Vec<String>,
-    #[prost(string, repeated, tag = "2")]
-    pub searches: Vec<String>,
-    #[prost(string, repeated, tag = "3")]
-    pub options: Vec<String>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct PodSandboxConfig {
-    #[prost(message, optional, tag = "1")]
-    pub metadata: Option<PodSandboxMetadata>,
-    #[prost(string, tag = "2")]
-    pub hostname: String,
-    #[prost(string, tag = "3")]
-    pub log_directory: String,
-    #[prost(message, optional, tag = "4")]
-    pub dns_config: Option<DnsConfig>,
-    #[prost(map = "string, string", tag = "7")]
-    pub annotations: HashMap<String, String>,
-    #[prost(message, optional, tag = "8")]
-    pub linux: Option<LinuxPodSandboxConfig>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -231,22 +148,6 @@ pub struct Mount {
     pub readonly: bool,
     #[prost(int32, tag = "5")]
     pub propagation: i32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct LinuxContainerResources {
-    #[prost(int64, tag = "1")]
-    pub cpu_period: i64,
-    #[prost(int64, tag = "2")]
-    pub cpu_quota: i64,
-    #[prost(int64, tag = "3")]
-    pub cpu_shares: i64,
-    #[prost(int64, tag = "4")]
-    pub memory_limit_in_bytes: i64,
-    #[prost(int64, tag = "5")]
-    pub oom_score_adj: i64,
-    #[prost(map = "string, string", tag = "9")]
-    pub unified: HashMap<String, String>,
 }
 
 #[derive(Clone, PartialEq, Message)]

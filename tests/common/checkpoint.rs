@@ -9,7 +9,7 @@ use prost_types::Any;
 use protobuf::Message;
 
 use super::container::Container;
-use super::shim::{Refusal, Shim};
+use super::shim::{Refusal, Shim, over_ttrpc};
 
 /// Counts on both streams, and exits with 7 on SIGTERM.
 pub const COUNTING: &str =
@@ -48,16 +48,10 @@ pub fn take(
     images: &str,
     change: impl FnOnce(&mut CheckpointOptions),
 ) -> Result<(), Refusal> {
-    let options = options(change);
     let mut request = CheckpointTaskRequest::new();
     request.id.clone_from(&container.id);
     request.path = images.to_string();
-    request.options = Some(protobuf::well_known_types::any::Any {
-        type_url: options.type_url,
-        value: options.value,
-        ..Default::default()
-    })
-    .into();
+    request.options = Some(over_ttrpc(options(change))).into();
     shim.call(async |client, context| client.checkpoint(context, &request).await).map(drop)
 }
 

@@ -1,4 +1,5 @@
-//! The configuration of a pod, as CRI passes it to CreateSandbox (Kubernetes' CRI, runtime/v1): the fields that tests set.
+//! The configuration of a pod in Kubernetes' CRI (`runtime.v1`): the messages and fields that tests set. CRI's clients send it
+//! to containerd, and CreateSandbox gets it as options.
 
 use std::collections::HashMap;
 
@@ -8,49 +9,57 @@ use prost_types::Any;
 use super::node::unique;
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Pod {
+pub struct PodSandboxConfig {
     #[prost(message, optional, tag = "1")]
-    pub metadata: Option<Metadata>,
+    pub metadata: Option<PodSandboxMetadata>,
     #[prost(string, tag = "2")]
     pub hostname: String,
+    #[prost(string, tag = "3")]
+    pub log_directory: String,
     #[prost(message, optional, tag = "4")]
-    pub dns: Option<Dns>,
+    pub dns_config: Option<DnsConfig>,
+    #[prost(map = "string, string", tag = "7")]
+    pub annotations: HashMap<String, String>,
     #[prost(message, optional, tag = "8")]
-    pub linux: Option<Linux>,
+    pub linux: Option<LinuxPodSandboxConfig>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Metadata {
+pub struct PodSandboxMetadata {
     #[prost(string, tag = "1")]
     pub name: String,
     #[prost(string, tag = "2")]
     pub uid: String,
     #[prost(string, tag = "3")]
     pub namespace: String,
+    #[prost(uint32, tag = "4")]
+    pub attempt: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Dns {
+pub struct DnsConfig {
     #[prost(string, repeated, tag = "1")]
     pub servers: Vec<String>,
     #[prost(string, repeated, tag = "2")]
     pub searches: Vec<String>,
+    #[prost(string, repeated, tag = "3")]
+    pub options: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Linux {
+pub struct LinuxPodSandboxConfig {
     #[prost(string, tag = "1")]
     pub cgroup_parent: String,
     #[prost(message, optional, tag = "2")]
-    pub security: Option<Security>,
+    pub security_context: Option<LinuxSandboxSecurityContext>,
     #[prost(map = "string, string", tag = "3")]
     pub sysctls: HashMap<String, String>,
     #[prost(message, optional, tag = "5")]
-    pub resources: Option<Resources>,
+    pub resources: Option<LinuxContainerResources>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Resources {
+pub struct LinuxContainerResources {
     #[prost(int64, tag = "1")]
     pub cpu_period: i64,
     #[prost(int64, tag = "2")]
@@ -58,52 +67,88 @@ pub struct Resources {
     #[prost(int64, tag = "3")]
     pub cpu_shares: i64,
     #[prost(int64, tag = "4")]
-    pub memory: i64,
+    pub memory_limit_in_bytes: i64,
+    #[prost(int64, tag = "5")]
+    pub oom_score_adj: i64,
+    #[prost(map = "string, string", tag = "9")]
+    pub unified: HashMap<String, String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Security {
+pub struct LinuxSandboxSecurityContext {
     #[prost(message, optional, tag = "1")]
-    pub namespaces: Option<Namespaces>,
+    pub namespace_options: Option<NamespaceOption>,
     #[prost(message, optional, tag = "3")]
-    pub run_as_user: Option<Number>,
+    pub run_as_user: Option<Int64Value>,
+    #[prost(bool, tag = "6")]
+    pub privileged: bool,
     #[prost(message, optional, tag = "9")]
-    pub seccomp: Option<Profile>,
+    pub seccomp: Option<SecurityProfile>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Profile {
+pub struct SecurityProfile {
     #[prost(int32, tag = "1")]
-    pub kind: i32,
+    pub profile_type: i32,
     #[prost(string, tag = "2")]
-    pub path: String,
+    pub localhost_ref: String,
 }
 
-/// A profile in a file of the node.
+/// The type of a security profile in a file of the node.
 pub const LOCALHOST: i32 = 2;
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Number {
+pub struct Int64Value {
     #[prost(int64, tag = "1")]
     pub value: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Namespaces {
+pub struct NamespaceOption {
     #[prost(int32, tag = "1")]
     pub network: i32,
     #[prost(int32, tag = "2")]
     pub pid: i32,
     #[prost(int32, tag = "3")]
     pub ipc: i32,
+    #[prost(string, tag = "4")]
+    pub target_id: String,
+    #[prost(message, optional, tag = "5")]
+    pub userns_options: Option<UserNamespace>,
 }
 
+#[derive(Clone, PartialEq, Message)]
+pub struct UserNamespace {
+    #[prost(int32, tag = "1")]
+    pub mode: i32,
+    #[prost(message, repeated, tag = "2")]
+    pub uids: Vec<IdMapping>,
+    #[prost(message, repeated, tag = "3")]
+    pub gids: Vec<IdMapping>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct IdMapping {
+    #[prost(uint32, tag = "1")]
+    pub host_id: u32,
+    #[prost(uint32, tag = "2")]
+    pub container_id: u32,
+    #[prost(uint32, tag = "3")]
+    pub length: u32,
+}
+
+/// The mode of a namespace that is the node's.
 pub const OF_NODE: i32 = 2;
 
 /// The options with which CRI creates the sandbox of a pod.
-pub fn pod(change: impl FnOnce(&mut Pod)) -> Option<Any> {
-    let metadata = Metadata { name: "web-1".to_string(), uid: unique("uid"), namespace: "shop".to_string() };
-    let mut pod = Pod { metadata: Some(metadata), ..Default::default() };
+pub fn pod(change: impl FnOnce(&mut PodSandboxConfig)) -> Option<Any> {
+    let metadata = PodSandboxMetadata {
+        name: "web-1".to_string(),
+        uid: unique("uid"),
+        namespace: "shop".to_string(),
+        ..Default::default()
+    };
+    let mut pod = PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
     change(&mut pod);
     Some(Any { type_url: "runtime.v1.PodSandboxConfig".to_string(), value: pod.encode_to_vec() })
 }

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use containerd_shim_protos::api::{ConnectRequest, CreateTaskRequest, CreateTaskResponse};
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::TaskClient;
 use ttrpc::Code;
@@ -58,9 +59,7 @@ impl<'n> Shim<'n> {
         &self,
         method: impl AsyncFnOnce(TaskClient, Context) -> ttrpc::Result<T>,
     ) -> Result<T, Refusal> {
-        let mut context = ttrpc::context::with_duration(CALL_LIMIT);
-        context.add("containerd-namespace-ttrpc".to_string(), NAMESPACE.to_string());
-        self.node.block_on(method(TaskClient::new(self.client.clone()), context)).map_err(refusal)
+        self.node.block_on(method(TaskClient::new(self.client.clone()), context())).map_err(refusal)
     }
 
     /// One call of the Sandbox service in the tests' namespace.
@@ -68,9 +67,7 @@ impl<'n> Shim<'n> {
         &self,
         method: impl AsyncFnOnce(SandboxClient, Context) -> ttrpc::Result<T>,
     ) -> Result<T, Refusal> {
-        let mut context = ttrpc::context::with_duration(CALL_LIMIT);
-        context.add("containerd-namespace-ttrpc".to_string(), NAMESPACE.to_string());
-        self.node.block_on(method(SandboxClient::new(self.client.clone()), context)).map_err(refusal)
+        self.node.block_on(method(SandboxClient::new(self.client.clone()), context())).map_err(refusal)
     }
 
     pub fn create(&self, request: CreateTaskRequest) -> Result<CreateTaskResponse, Refusal> {
@@ -81,6 +78,18 @@ impl<'n> Shim<'n> {
     pub fn request(&self, request: ttrpc::proto::Request) -> Result<ttrpc::proto::Response, Refusal> {
         self.node.block_on(self.client.request(request)).map_err(refusal)
     }
+}
+
+/// A call in the tests' namespace, with a time limit.
+fn context() -> Context {
+    let mut context = ttrpc::context::with_duration(CALL_LIMIT);
+    context.add("containerd-namespace-ttrpc".to_string(), NAMESPACE.to_string());
+    context
+}
+
+/// The same message for a request over ttrpc.
+pub fn over_ttrpc(any: prost_types::Any) -> Any {
+    Any { type_url: any.type_url, value: any.value, ..Default::default() }
 }
 
 fn refusal(error: ttrpc::Error) -> Refusal {

@@ -4,7 +4,10 @@ use prost_types::Any;
 
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{Node, unique};
-use crate::common::pod::{LOCALHOST, Linux, Namespaces, Number, OF_NODE, Profile, Resources, Security, pod};
+use crate::common::pod::{
+    Int64Value, LOCALHOST, LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    NamespaceOption, OF_NODE, SecurityProfile, pod,
+};
 use crate::common::sandbox::{NOT_READY, READY, Sandbox};
 use crate::common::stdio::Scratch;
 use crate::common::{daemon, process, systemd, wait};
@@ -159,8 +162,11 @@ fn a_pod_has_its_name_its_parameters_and_its_user() {
     let node = Node::shared();
     let options = pod(|pod| {
         pod.hostname = "web-host".to_string();
-        pod.linux = Some(Linux {
-            security: Some(Security { run_as_user: Some(Number { value: 65535 }), ..Default::default() }),
+        pod.linux = Some(LinuxPodSandboxConfig {
+            security_context: Some(LinuxSandboxSecurityContext {
+                run_as_user: Some(Int64Value { value: 65535 }),
+                ..Default::default()
+            }),
             sysctls: [("kernel.shm_rmid_forced".to_string(), "1".to_string())].into(),
             ..Default::default()
         });
@@ -191,18 +197,21 @@ fn a_pod_has_the_seccomp_profile_that_it_names() {
     std::fs::write(scratch.join("profile.json"), profile).expect("write a profile");
     // Its own filter, which it always has, and that of the profile.
     for (path, more) in [(None, 1), (Some(scratch.text("profile.json")), 2)] {
-        let seccomp = path.map(|path| Profile { kind: LOCALHOST, path });
-        let security = Some(Security { seccomp, ..Default::default() });
-        let options = pod(|pod| pod.linux = Some(Linux { security, ..Default::default() }));
+        let seccomp = path.map(|path| SecurityProfile { profile_type: LOCALHOST, localhost_ref: path });
+        let security_context = Some(LinuxSandboxSecurityContext { seccomp, ..Default::default() });
+        let options =
+            pod(|pod| pod.linux = Some(LinuxPodSandboxConfig { security_context, ..Default::default() }));
         let sandbox = Sandbox::create_with(&node, "seccomp", options, None).expect("create a pod");
         let pid = sandbox.start();
         wait::until_true("it has its filters", || filters(pid) == filters(1) + more);
         assert_eq!(process::status(pid, "Seccomp").as_deref(), Some("2"));
     }
     std::fs::write(scratch.join("profile.json"), "{").expect("write no profile");
-    let seccomp = Some(Profile { kind: LOCALHOST, path: scratch.text("profile.json") });
-    let security = Some(Security { seccomp, ..Default::default() });
-    let options = pod(|pod| pod.linux = Some(Linux { security, ..Default::default() }));
+    let seccomp =
+        Some(SecurityProfile { profile_type: LOCALHOST, localhost_ref: scratch.text("profile.json") });
+    let security_context = Some(LinuxSandboxSecurityContext { seccomp, ..Default::default() });
+    let options =
+        pod(|pod| pod.linux = Some(LinuxPodSandboxConfig { security_context, ..Default::default() }));
     let refused = Sandbox::create_with(&node, "seccomp", options, None).err().expect("a refusal");
     assert!(refused.message().contains("profile.json"), "{refused:?}");
 }
@@ -213,9 +222,13 @@ fn a_pod_in_host_namespaces_has_the_namespaces_of_the_node() {
     let node = Node::shared();
     let options = pod(|pod| {
         pod.hostname = "ignored".to_string();
-        let namespaces = Namespaces { network: OF_NODE, pid: OF_NODE, ipc: OF_NODE };
-        pod.linux = Some(Linux {
-            security: Some(Security { namespaces: Some(namespaces), ..Default::default() }),
+        let namespaces =
+            NamespaceOption { network: OF_NODE, pid: OF_NODE, ipc: OF_NODE, ..Default::default() };
+        pod.linux = Some(LinuxPodSandboxConfig {
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(namespaces),
+                ..Default::default()
+            }),
             ..Default::default()
         });
     });
@@ -235,7 +248,7 @@ fn a_pod_is_in_the_slice_that_its_client_names() {
     let node = Node::shared();
     let slice = format!("{}.slice", unique("pods").replace('-', "_"));
     let options = pod(|pod| {
-        pod.linux = Some(Linux { cgroup_parent: format!("/{slice}"), ..Default::default() });
+        pod.linux = Some(LinuxPodSandboxConfig { cgroup_parent: format!("/{slice}"), ..Default::default() });
     });
     let sandbox = Sandbox::create_with(&node, "parent", options, None).expect("create a pod");
     let pid = sandbox.start();
@@ -249,9 +262,18 @@ fn what_the_containers_of_a_pod_have_together_is_no_limit() {
     needs!(OurShim, Sandboxes);
     let node = Node::shared();
     let slice = format!("{}.slice", unique("sums").replace('-', "_"));
-    let resources = Resources { cpu_period: 100_000, cpu_quota: 50_000, cpu_shares: 2, memory: 8 << 20 };
-    let linux =
-        Linux { cgroup_parent: format!("/{slice}"), resources: Some(resources), ..Default::default() };
+    let resources = LinuxContainerResources {
+        cpu_period: 100_000,
+        cpu_quota: 50_000,
+        cpu_shares: 2,
+        memory_limit_in_bytes: 8 << 20,
+        ..Default::default()
+    };
+    let linux = LinuxPodSandboxConfig {
+        cgroup_parent: format!("/{slice}"),
+        resources: Some(resources),
+        ..Default::default()
+    };
     let sandbox =
         Sandbox::create_with(&node, "sums", pod(|pod| pod.linux = Some(linux)), None).expect("create a pod");
     sandbox.start();

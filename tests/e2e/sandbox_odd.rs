@@ -14,8 +14,10 @@ use ttrpc::Code;
 
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{NAMESPACE, Node, unique};
-use crate::common::pod::{Dns, Linux, Metadata, Pod, Security, pod};
-use crate::common::shim::{Bundle, Refusal, Shim};
+use crate::common::pod::{
+    DnsConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, PodSandboxConfig, PodSandboxMetadata, pod,
+};
+use crate::common::shim::{Bundle, Refusal, Shim, over_ttrpc};
 use crate::common::spec::Spec;
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, systemd, wait};
@@ -39,16 +41,11 @@ impl<'s, 'n> Direct<'s, 'n> {
     }
 
     fn create_with(&self, options: Option<Any>, network: &str) -> Result<(), Refusal> {
-        let any = options.map(|any| protobuf::well_known_types::any::Any {
-            type_url: any.type_url,
-            value: any.value,
-            ..Default::default()
-        });
         let request = CreateSandboxRequest {
             sandbox_id: self.id.clone(),
             bundle_path: self.bundle.path().to_string(),
             netns_path: network.to_string(),
-            options: any.into(),
+            options: options.map(over_ttrpc).into(),
             ..Default::default()
         };
         let created =
@@ -209,20 +206,33 @@ fn hostile_configurations_of_pods_leave_nothing() {
     drop(Direct::new(&shim, "warm").create_with(pod(|_| {}), ""));
     let kept = fs::read_to_string("/proc/sys/kernel/panic").expect("a parameter of the node");
     let before = Traces::take();
-    let linux = |linux: Linux| pod(|pod| pod.linux = Some(linux));
+    let linux = |linux: LinuxPodSandboxConfig| pod(|pod| pod.linux = Some(linux));
     let sysctl = |name: &str, value: &str| {
-        linux(Linux { sysctls: [(name.to_string(), value.to_string())].into(), ..Default::default() })
+        linux(LinuxPodSandboxConfig {
+            sysctls: [(name.to_string(), value.to_string())].into(),
+            ..Default::default()
+        })
     };
-    let parent = |parent: &str| linux(Linux { cgroup_parent: parent.to_string(), ..Default::default() });
+    let parent = |parent: &str| {
+        linux(LinuxPodSandboxConfig { cgroup_parent: parent.to_string(), ..Default::default() })
+    };
     let metadata = |text: &str| {
         let text = text.to_string();
-        pod(|pod: &mut Pod| {
-            pod.metadata = Some(Metadata { name: text.clone(), uid: text.clone(), namespace: text })
+        pod(|pod: &mut PodSandboxConfig| {
+            pod.metadata = Some(PodSandboxMetadata {
+                name: text.clone(),
+                uid: text.clone(),
+                namespace: text,
+                ..Default::default()
+            })
         })
     };
     let security = |uid| {
-        let run_as_user = Some(crate::common::pod::Number { value: uid });
-        linux(Linux { security: Some(Security { run_as_user, ..Default::default() }), ..Default::default() })
+        let run_as_user = Some(crate::common::pod::Int64Value { value: uid });
+        linux(LinuxPodSandboxConfig {
+            security_context: Some(LinuxSandboxSecurityContext { run_as_user, ..Default::default() }),
+            ..Default::default()
+        })
     };
     let odd = [
         ("no such network", pod(|_| {}), "/run/netns/no-such-network", true),
@@ -249,7 +259,10 @@ fn hostile_configurations_of_pods_leave_nothing() {
         (
             "name servers with more lines",
             pod(|pod| {
-                pod.dns = Some(Dns { servers: vec!["1.1.1.1\noptions debug".to_string()], searches: vec![] });
+                pod.dns_config = Some(DnsConfig {
+                    servers: vec!["1.1.1.1\noptions debug".to_string()],
+                    ..Default::default()
+                });
             }),
             "",
             false,
@@ -314,8 +327,12 @@ fn a_slice_that_an_administrator_freezes_stops_or_limits_meanwhile_is_no_trap() 
     let node = Node::exclusive();
     let shim = Shim::connect(&node);
     let slice = format!("{}.slice", unique("trap").replace('-', "_"));
-    let options =
-        || pod(|pod| pod.linux = Some(Linux { cgroup_parent: format!("/{slice}"), ..Default::default() }));
+    let options = || {
+        pod(|pod| {
+            pod.linux =
+                Some(LinuxPodSandboxConfig { cgroup_parent: format!("/{slice}"), ..Default::default() })
+        })
+    };
     let sandbox = Direct::new(&shim, "trap");
     sandbox.create_with(options(), "").expect("create");
     sandbox.start().expect("start");
