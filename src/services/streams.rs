@@ -129,11 +129,12 @@ impl Streams {
         opened: OpenStreams,
     ) -> Result<(), Error> {
         if opened.has_journal_copy() {
-            self.journal_limit(entry).await;
+            self.set_journal_limit(entry).await;
         }
         self.begin(entry, process, opened).await
     }
 
+    /// As [`Self::start_session`], without the rate limit of the journal's copy.
     async fn begin(&self, entry: &Entry, process: &Process, mut opened: OpenStreams) -> Result<(), Error> {
         opened.close_logger();
         // CloseIO may have closed the input since the plan was made.
@@ -182,7 +183,7 @@ impl Streams {
                     // Nothing is dropped while the daemon does not know the limit. A restart with many containers does not
                     // wait for it.
                     entry.init.live().journal_limit.set(0, u32::MAX);
-                    tokio::spawn(self.journal_limit(entry));
+                    tokio::spawn(self.set_journal_limit(entry));
                 }
                 self.begin(entry, process, opened).await
             }
@@ -194,7 +195,7 @@ impl Streams {
     }
 
     /// Gives the daemon's copy of a container's output the rate limit of its unit.
-    fn journal_limit(&self, entry: &Entry) -> impl Future<Output = ()> + Send + use<> {
+    fn set_journal_limit(&self, entry: &Entry) -> impl Future<Output = ()> + Send + use<> {
         let (manager, key, unit) = (self.manager.clone(), entry.key.clone(), entry.init.unit.clone());
         let limit = entry.init.live().journal_limit.clone();
         async move {

@@ -51,6 +51,11 @@ impl StreamKind {
         Self::Notify,
     ];
 
+    /// The kind of the output that a logger would get from this FIFO.
+    pub fn of_log_pipe(name: &str) -> Self {
+        if name == pipes::LOG_STDOUT { Self::Output } else { Self::ErrorOutput }
+    }
+
     /// The kind of the journal's copy of a stream.
     pub fn aside(self) -> Self {
         if self == Self::ErrorOutput { Self::ErrorAside } else { Self::OutputAside }
@@ -157,13 +162,9 @@ impl StreamFds {
         }
         let earlier = self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner);
         let is_missing = |kind| !earlier.contains_key(&(kind, wiring.store_number));
-        let output = |log_pipe: &str| match log_pipe {
-            pipes::LOG_STDOUT => StreamKind::Output,
-            _ => StreamKind::ErrorOutput,
-        };
         (matches!(wiring.stdin, Input::Fifo(_)) && is_missing(StreamKind::Input))
             || (wiring.terminal && is_missing(StreamKind::Terminal))
-            || wiring.copies().iter().any(|(_, log_pipe, _)| is_missing(output(log_pipe)))
+            || wiring.copies().iter().any(|(_, log_pipe, _)| is_missing(StreamKind::of_log_pipe(log_pipe)))
     }
 
     /// Puts descriptors into the store.

@@ -249,8 +249,7 @@ impl Plan {
         let begun = Instant::now();
         let client = |path: &Path| client(path, config::STDIO_LIMIT.saturating_sub(begun.elapsed()));
         for (from, log_pipe, to) in self.wiring.copies() {
-            let kind =
-                if log_pipe == pipes::LOG_STDOUT { StreamKind::Output } else { StreamKind::ErrorOutput };
+            let kind = StreamKind::of_log_pipe(log_pipe);
             let mut before = claim(kind);
             let aside = if to.journal == JournalCopy::Aside {
                 self.open_aside(fds, mode, claim(kind.aside()), kind.aside(), log_pipe)?

@@ -228,7 +228,7 @@ async fn deliver_pipe(
         (Some(to), diverter) if sinks.copies.is_empty() => move_all(from, to, diverter, complete).await,
         (_, diverter) => {
             sinks.copies.extend(diverter.map(Sink::Pipe));
-            // Boxed, as all that few processes need: every process has its future for as long as it runs.
+            // Boxed, because few processes need it, and the memory of this future is in use for as long as the process runs.
             Box::pin(spread(from, sinks, PIECE, complete)).await
         }
     }

@@ -44,8 +44,7 @@ pub fn peek_fds(socket: &impl AsFd) -> Result<(String, Vec<OwnedFd>), Errno> {
     if received.is_cut_off {
         return Err(Errno::EMFILE);
     }
-    let text = data.get(..received.length).unwrap_or(&data);
-    Ok((String::from_utf8_lossy(text).into_owned(), received.fds))
+    Ok((received.text(&data), received.fds))
 }
 
 /// Peeks at the text of the next message of a Unix socket without waiting. Makes no copies of its descriptors.
@@ -55,9 +54,7 @@ pub fn peek_fds(socket: &impl AsFd) -> Result<(String, Vec<OwnedFd>), Errno> {
 pub fn peek_text(socket: &impl AsFd) -> Result<String, Errno> {
     let mut data = [0; 64];
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    let received = receive(socket, &mut data, &mut Control::<0>::new(), flags)?;
-    let text = data.get(..received.length).unwrap_or(&data);
-    Ok(String::from_utf8_lossy(text).into_owned())
+    Ok(receive(socket, &mut data, &mut Control::<0>::new(), flags)?.text(&data))
 }
 
 /// Removes one message from a Unix socket without waiting, and closes its descriptors.
@@ -90,6 +87,13 @@ struct Received {
     fds: Vec<OwnedFd>,
     /// There was no room for all control messages, or not for all descriptors in them.
     is_cut_off: bool,
+}
+
+impl Received {
+    /// The text of the message, of which `data` has as much as fits.
+    fn text(&self, data: &[u8]) -> String {
+        String::from_utf8_lossy(data.get(..self.length).unwrap_or(data)).into_owned()
+    }
 }
 
 fn receive<const N: usize>(

@@ -122,7 +122,7 @@ impl State {
         let is_low = free < limit / 5;
         if is_low && !self.is_warned_of_files {
             tracing::warn!(
-                "this daemon can open {free} more files of {limit} (RLIMIT_NOFILE): from {} on, containers, execs and connections are refused",
+                "this daemon can open {free} more files of {limit} (RLIMIT_NOFILE): from {} on, containers and execs are refused, and connections a little later",
                 headroom(limit)
             );
         }
@@ -153,15 +153,16 @@ impl FdStore {
         passed: Vec<(String, OwnedFd)>,
     ) -> (Self, Vec<(String, OwnedFd)>) {
         let (mut state, mut found) = (State::default(), Vec::new());
-        for (name, fd) in in_order(passed) {
+        let may_lack_files = !room_for_all(passed.len());
+        let passed = if may_lack_files { connections_first(passed) } else { passed };
+        for (name, fd) in passed {
             let Some(number) = holder_number(&name) else {
                 *state.direct.entry(name.clone()).or_default() += 1;
                 found.push((name, fd));
                 continue;
             };
             state.next = state.next.max(number + 1);
-            let (limit, free) = sys::descriptors();
-            if free <= headroom(limit) {
+            if may_lack_files && !room_for_all(0) {
                 state.unread += 1;
                 continue;
             }
@@ -350,7 +351,7 @@ impl FdStore {
         if !state.is_warned && count * 5 > self.limit * 4 {
             state.is_warned = true;
             tracing::warn!(
-                "systemd's descriptor store has {count} entries of this daemon, its limit is {}: from {} entries on, containers, execs and connections are refused",
+                "systemd's descriptor store has {count} entries of this daemon, its limit is {}: from {} entries on, containers and execs are refused, and connections a little later",
                 self.limit,
                 self.limit_of_new_work()
             );
@@ -367,18 +368,21 @@ impl FdStore {
     }
 }
 
-/// Entries in the order in which they are opened: connections first if there may be too few descriptors for all.
-fn in_order(mut passed: Vec<(String, OwnedFd)>) -> Vec<(String, OwnedFd)> {
+/// Whether this process can open what so many holders hold, and leave the [`headroom`].
+fn room_for_all(holders: usize) -> bool {
     let (limit, free) = sys::descriptors();
-    if free < (passed.len() * MAX_FDS) as u64 + headroom(limit) {
-        passed.sort_by_cached_key(|(name, fd)| {
-            let label = match holder_number(name) {
-                Some(_) => Holder::label_in(fd),
-                None => Ok(name.clone()),
-            };
-            !label.is_ok_and(|label| label.starts_with(CONNECTIONS))
-        });
-    }
+    free > (holders * MAX_FDS) as u64 + headroom(limit)
+}
+
+/// Entries in the order in which a process opens them that may have too few descriptors for all.
+fn connections_first(mut passed: Vec<(String, OwnedFd)>) -> Vec<(String, OwnedFd)> {
+    passed.sort_by_cached_key(|(name, fd)| {
+        let label = match holder_number(name) {
+            Some(_) => Holder::label_in(fd),
+            None => Ok(name.clone()),
+        };
+        !label.is_ok_and(|label| label.starts_with(CONNECTIONS))
+    });
     passed
 }
 
