@@ -78,7 +78,7 @@ audit: ## known vulnerabilities of the dependencies, with cargo-deny; needs the 
 	cargo deny --locked check advisories
 
 test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; Docker and CRI; the package; a minute of chaos
-	@$(SCRIPTS)/run-all unit nspawn clients/nspawn packages/trixie core/bookworm core/forky pods/forky chaos/nspawn vm
+	@$(SCRIPTS)/run-all unit nspawn clients/nspawn chaos/nspawn --beside core/bookworm core/forky pods/forky packages/trixie vm
 
 test-all: ## every test there is, which takes hours where QEMU emulates: whole suites in VMs, the package on each suite, clients while the daemon is killed
 	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all unit nspawn clients/nspawn \

@@ -5,6 +5,17 @@ repo_dir=$(readlink -f "$testbed_dir/../..")
 target_dir=${CARGO_TARGET_DIR:-$repo_dir/target}
 cd "$repo_dir" || exit
 
+# Runs one function at a time that builds: two suites that run side by side share the target directory, and one would
+# overwrite the programs of the other before it has copied them.
+exclusively() { # FUNCTION
+    local lock
+    mkdir -p "$target_dir/testbed"
+    exec {lock}>"$target_dir/testbed/build.lock"
+    flock "$lock"
+    "$@"
+    exec {lock}>&-
+}
+
 # Builds the daemon as it is installed.
 build_daemon() { make --no-print-directory -C "$repo_dir" build; }
 
@@ -16,8 +27,10 @@ build_faults() { # debug|release
     mkdir -p "${path%/*}"
     cargo rustc --quiet --locked --profile "$profile" --features faults --bin containerd-shim-systemd-v1 -- \
         -C target-feature=+crt-static >&2
-    # The next build without the feature overwrites the program in the target directory.
-    cp -f "$target_dir/$1/containerd-shim-systemd-v1" "$path"
+    # The next build without the feature overwrites the program in the target directory. Another suite may be reading the
+    # earlier copy.
+    cp -f "$target_dir/$1/containerd-shim-systemd-v1" "$path.$$"
+    mv -f "$path.$$" "$path"
     echo "$path"
 }
 
