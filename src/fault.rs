@@ -66,6 +66,10 @@ points! {
     CreateLimited = "create.limits-joined",
     /// The process is in the record.
     CreateAdopted = "create.adopted",
+    /// A Create has failed and is rolled back, and is not answered.
+    CreateUndone = "failed-create.rolled-back",
+    /// A Start has failed and is rolled back, and is not answered.
+    StartUndone = "failed-start.rolled-back",
     /// The record says that init is being started.
     StartRecorded = "start.recorded",
     /// The OCI runtime has started init.

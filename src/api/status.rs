@@ -6,6 +6,7 @@
 use std::io;
 
 use nix::errno::Errno;
+use protobuf::Enum as _;
 use ttrpc::Code;
 
 use crate::services::Error;
@@ -19,6 +20,11 @@ pub fn code(error: &Error) -> Code {
         Code::UNKNOWN if is_exhausted(error) => Code::RESOURCE_EXHAUSTED,
         code => code,
     }
+}
+
+/// The number of that code, for a response that outlives the daemon.
+pub fn number(error: &Error) -> i32 {
+    code(error).value()
 }
 
 /// True if the system lacked descriptors, memory, disk space, processes or threads.
@@ -51,6 +57,7 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::Resources(oci::resources::Error::NoController { .. })
         | Error::Unit(unit::error::Error::Dependency { .. })
         | Error::ResizeStopped => Code::FAILED_PRECONDITION,
+        Error::Earlier { code, .. } => Code::from_i32(*code).unwrap_or(Code::UNKNOWN),
         Error::NotImplemented(_)
         | Error::Criu(oci::criu::Problem::Missing { .. } | oci::criu::Problem::NoSupport { .. }) => {
             Code::UNIMPLEMENTED

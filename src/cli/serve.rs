@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
-use crate::api::{events, task::TaskService};
+use crate::api::{events, status, task::TaskService};
 use crate::cgroup::watch::Watch;
 use crate::fault::{self, Point};
 use crate::guard::{self, Guard};
@@ -30,6 +30,7 @@ use crate::services::files::ClientFiles;
 use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
+use crate::store::failures::Failures;
 use crate::supervise::slices;
 use crate::suspect::{self, Crashes};
 use crate::transport::ConnectionStore;
@@ -274,6 +275,7 @@ async fn serve(
     let program = std::env::current_exe()
         .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
     let delete_replies = DeleteReplies::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
+    let failures = Failures::open(Path::new(config::STATE_DIR)).map_err(Failure::new)?;
     let fds = StreamFds::new(fd_store.clone(), kept);
     consoles.into_iter().for_each(|(path, connection)| fds.add_console(path, connection.into()));
     let keeps = systemd.has_fd_store_preserve();
@@ -285,6 +287,8 @@ async fn serve(
     let (shim, outgoing) = Shim::new(Parts {
         store,
         delete_replies,
+        failures,
+        code: status::number,
         fds,
         cgroups,
         manager: manager.clone(),

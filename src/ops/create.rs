@@ -69,7 +69,7 @@ impl Shim {
             }
         }
         let init = call.key.init();
-        self.tasks.recall_failure(&init, delivery)?;
+        self.check_failure(&init, call.request.bundle.clone(), delivery).await?;
         if let Some(entry) = self.tasks.registry.get(&call.key) {
             if !entry.task().is_leftover {
                 return Err(Error::Exists { key: call.key });
@@ -84,10 +84,18 @@ impl Shim {
         match self.bring_up(&entry, &environment).await {
             Ok(pid) => Ok(pid),
             Err(error) => {
-                self.cleanup.roll_back_create(&entry).await;
+                self.undo_create(&entry, &error).await;
+                fault::point(Point::CreateUndone);
                 Err(error)
             }
         }
+    }
+
+    /// Rolls back a failed Create. `error` is the response, also to a replay of the call.
+    async fn undo_create(&self, entry: &Arc<Entry>, error: &Error) {
+        let bundle = entry.task().request.bundle.clone();
+        self.note_failure(&entry.init.key, bundle, error).await;
+        self.cleanup.roll_back_create(entry).await;
     }
 
     /// Registers the task under its id and the first unit name that no other task has, from the one in `task` on.
@@ -152,10 +160,11 @@ impl Shim {
         if let Err(error) = resumed.await {
             tracing::warn!(task = %task.key, %error, "task {}: a create that a restart interrupted has failed and is rolled back: {error}", task.key);
             if let Error::Launch(_) = error {
-                // Before the task is forgotten: the replay of the call may come at that moment.
-                self.tasks.remember_failure(entry.init.key.clone(), error);
+                self.undo_create(entry, &error).await;
+            } else {
+                // The end of the earlier daemon may be the reason: the replay of the call begins the Create once more.
+                self.cleanup.roll_back_create(entry).await;
             }
-            self.cleanup.roll_back_create(entry).await;
         }
     }
 

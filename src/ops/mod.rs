@@ -8,6 +8,7 @@ mod connect;
 mod create;
 mod delete;
 mod exec;
+mod failed;
 mod kill;
 mod new_task;
 mod pause;

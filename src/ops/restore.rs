@@ -60,18 +60,14 @@ impl Shim {
             self.finish_create(entry, task, &dir, opened).await
         };
         let restored = restored.await;
-        self.conclude_restore(entry, restored).await
+        self.conclude_restore(entry, restored, Daemon::This).await
     }
 
     /// After a restart: completes a restore that was interrupted.
     pub(crate) async fn resume_restore(self: &Arc<Self>, entry: &Arc<Entry>, claimed: oneshot::Sender<()>) {
         let restored = self.resume_unit(entry, claimed).await;
-        if let Err(error) = self.conclude_restore(entry, restored).await {
+        if let Err(error) = self.conclude_restore(entry, restored, Daemon::Earlier).await {
             tracing::warn!(task = %entry.key, %error, "task {}: a restore that a restart interrupted has failed and was rolled back: {error}", entry.key);
-            if let Error::Interrupted { .. } = error {
-                // The replay of the Start would begin the restore once more.
-                self.tasks.remember_failure(entry.init.key.clone(), error);
-            }
         }
         self.units.query(entry, &entry.init).await;
     }
@@ -80,6 +76,7 @@ impl Shim {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         restored: Result<u32, Error>,
+        begun_by: Daemon,
     ) -> Result<u32, Error> {
         let error = match restored {
             Ok(pid) => {
@@ -98,8 +95,12 @@ impl Shim {
             }
             _ => None,
         };
+        let error = with_log(error, kept);
+        if begun_by == Daemon::This || matches!(error, Error::Interrupted { .. }) {
+            self.note_failure(&entry.init.key, self.store.dir(&entry.key), &error).await;
+        }
         self.cleanup.roll_back_restore(entry).await;
         self.tasks.note_event(entry, &entry.init, Event::StartFailed)?;
-        Err(with_log(error, kept))
+        Err(error)
     }
 }

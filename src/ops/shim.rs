@@ -12,10 +12,11 @@ use crate::services::files::ClientFiles;
 use crate::services::launcher::Launcher;
 use crate::services::notifications::Notifications;
 use crate::services::streams::Streams;
-use crate::services::{Entry, Tasks};
+use crate::services::{Entry, Error, Tasks};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
+use crate::store::failures::Failures;
 use crate::supervise::{Cgroups, Cleanup, Units};
 use crate::unit::relay::Relay;
 use crate::unit::systemd::Systemd;
@@ -26,6 +27,10 @@ pub struct Parts {
     pub store: Store,
     /// The last responses to Delete.
     pub delete_replies: DeleteReplies,
+    /// Why operations have failed.
+    pub failures: Failures,
+    /// The status code of an error.
+    pub code: fn(&Error) -> i32,
     /// The streams in the descriptor store.
     pub fds: StreamFds,
     /// Watches the cgroups of containers.
@@ -63,6 +68,10 @@ pub struct Shim {
     pub(crate) notifications: Notifications,
     /// The last responses to Delete.
     pub(super) delete_replies: DeleteReplies,
+    /// Why operations have failed.
+    pub(super) failures: Failures,
+    /// The status code of an error.
+    pub(super) code: fn(&Error) -> i32,
     /// Runs work on files that clients have named.
     pub(crate) files: ClientFiles,
     /// systemd.
@@ -77,7 +86,8 @@ impl Shim {
     /// Puts the services together. Tasks that owe events come out of the returned receiver. It holds each task
     /// once at most; the events are in the outboxes.
     pub fn new(parts: Parts) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
-        let Parts { store, delete_replies, fds, cgroups, manager, oci, program, files, relay } = parts;
+        let Parts { store, delete_replies, failures, code, fds, .. } = parts;
+        let Parts { cgroups, manager, oci, program, files, relay, .. } = parts;
         let (tasks, receiver) = Tasks::new(store.clone());
         let (tasks, fds, launcher) = (Arc::new(tasks), Arc::new(fds), Arc::new(Launcher::new(program)));
         let streams = Arc::new(Streams::new(
@@ -110,6 +120,8 @@ impl Shim {
             streams,
             notifications,
             delete_replies,
+            failures,
+            code,
             files,
             manager,
             oci,

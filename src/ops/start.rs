@@ -30,7 +30,7 @@ impl Shim {
         if let (Delivery::Replayed, Some((true, Some(pid)))) = (delivery, recorded) {
             return Ok(pid);
         }
-        self.tasks.recall_failure(key, delivery)?;
+        self.check_failure(key, self.store.process_dir(key), delivery).await?;
         may_start(&task, &process)?;
         let restores = process.exec().is_none() && task.request.checkpoint.is_some();
         if restores {
@@ -44,7 +44,14 @@ impl Shim {
             None => self.release_init(&entry, &task).await.map(|pid| (pid, None)),
             Some(id) => self.launch_exec(&entry, &process, id).await,
         };
-        self.conclude_start(&entry, &process, started).await
+        if let Err(error) = &started {
+            self.note_failure(key, self.store.process_dir(key), error).await;
+        }
+        let concluded = self.conclude_start(&entry, &process, started).await;
+        if concluded.is_err() {
+            fault::point(Point::StartUndone);
+        }
+        concluded
     }
 
     /// Asks the OCI runtime to release the waiting init process.

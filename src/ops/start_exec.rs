@@ -216,11 +216,11 @@ impl Shim {
         let resumed = resumed.await;
         // The rollback removes the report.
         let report = report::read(&self.store.process_dir(&process.key));
+        if let (Err(error), Ok(Some(Outcome::Failed { .. }))) = (&resumed, &report) {
+            self.note_failure(&process.key, self.store.process_dir(&process.key), error).await;
+        }
         if let Err(error) = self.conclude_start(entry, process, resumed).await {
             tracing::warn!(process = %process.key, %error, "{}: a start that a restart interrupted has failed and was rolled back: {error}", process.key);
-            if let Ok(Some(Outcome::Failed { .. })) = report {
-                self.tasks.remember_failure(process.key.clone(), error);
-            }
         }
         self.units.query(entry, process).await;
     }

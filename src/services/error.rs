@@ -283,6 +283,14 @@ pub enum Error {
         "no thread can be made to wait for a client: {0}; the limit of tasks of the daemon or of the machine is reached"
     )]
     NoThread(#[source] std::io::Error),
+    /// The operation has failed in an earlier daemon, and this is the replay of its call.
+    #[error("{text}")]
+    Earlier {
+        /// The status code of its error.
+        code: i32,
+        /// The text of its error.
+        text: String,
+    },
     /// The daemon is about to end.
     #[error("the shim is stopping")]
     Stopping,

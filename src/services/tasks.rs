@@ -1,7 +1,6 @@
 //! The live tasks of this node, with their records and outboxes.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use tokio::sync::{Notify, mpsc};
 
@@ -13,7 +12,7 @@ use crate::task::outbox::TaskEvent;
 
 use super::changes::{Owings, Unwritten};
 use super::registry::Registry;
-use super::{Delivery, Entry, Error, Live, Process};
+use super::{Entry, Error, Live, Process};
 
 /// The live tasks of this node. `changes` is how they change.
 pub struct Tasks {
@@ -29,9 +28,6 @@ pub struct Tasks {
     pub(crate) removed: Arc<Notify>,
     /// Deleted tasks that owe events.
     pub(crate) owings: Owings,
-    /// Why the OCI runtime failed in a Create or Start that this daemon has resumed: the response to the replay of that
-    /// call. At most one for each process that recovery found.
-    failures: Mutex<HashMap<ProcessKey, Error>>,
 }
 
 /// An event in containerd's order, with what the publisher has to know.
@@ -58,24 +54,8 @@ impl Tasks {
             unwritten: Unwritten::default(),
             removed: Arc::default(),
             owings: Owings::default(),
-            failures: Mutex::default(),
         };
         (tasks, receiver)
-    }
-
-    /// Remembers why a Create or Start failed that this daemon has resumed. Without this, the replay of the call would
-    /// begin the operation once more. If the daemon is killed repeatedly, that operation would never end.
-    pub(crate) fn remember_failure(&self, process: ProcessKey, error: Error) {
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner).insert(process, error);
-    }
-
-    /// Takes the reason why a Create or Start failed that this daemon has resumed. It is the response to a replayed call.
-    ///
-    /// # Errors
-    /// The reason, if the call is replayed.
-    pub(crate) fn recall_failure(&self, process: &ProcessKey, delivery: Delivery) -> Result<(), Error> {
-        let known = self.failures.lock().unwrap_or_else(PoisonError::into_inner).remove(process);
-        known.filter(|_| delivery == Delivery::Replayed).map_or(Ok(()), Err)
     }
 
     /// How many tasks there are.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use crate::api::status;
 use crate::cgroup;
 use crate::cgroup::watch::Watch;
 use crate::effects::{Effects, Failure};
@@ -23,6 +24,7 @@ use crate::services::{Delivery, Error};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::{DeleteReplies, Deleted};
+use crate::store::failures::Failures;
 use crate::task::outbox::TaskEvent;
 use crate::task::request::{Create, Stdio};
 use crate::unit::fake::FakeSystemd;
@@ -229,6 +231,8 @@ impl World {
         let (shim, mut outgoing) = Shim::new(Parts {
             store: Store::new(self.root.join("state")),
             delete_replies: DeleteReplies::open(&self.root.join("answers")).unwrap(),
+            failures: Failures::open(&self.root.join("answers")).unwrap(),
+            code: status::number,
             fds: StreamFds::new(fd_store, Vec::new()),
             cgroups: Watch::new(),
             manager: self.systemd.clone(),
@@ -269,6 +273,14 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         });
+    }
+
+    /// Makes the bundle anew, as containerd does for each Create.
+    pub(crate) fn new_bundle(&self) {
+        let (bundle, old) = (self.root.join("bundle"), self.root.join("old-bundle"));
+        fs::rename(&bundle, &old).unwrap();
+        fs::create_dir(&bundle).unwrap();
+        fs::copy(old.join("config.json"), bundle.join("config.json")).unwrap();
     }
 
     /// The events that containerd has accepted, as words.

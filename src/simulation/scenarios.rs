@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::api::status;
 use crate::cgroup;
 use crate::effects::{Failure, Plan};
 use crate::id::UnitName;
@@ -139,13 +140,49 @@ fn answers_without_launch(name: &str, before: &[Step], step: Step, unit: fn(&Wor
         let is_launched = starts(&world) > 0;
         world.effects.plan(Plan::Undisturbed);
         let failed = world.take(&[step], Delivery::Replayed).unwrap();
-        assert!(
-            matches!(failed, Err(Error::Launch(reason)) if reason == "no such program"),
-            "effect {effect}"
-        );
+        assert_eq!(failed.unwrap_err().to_string(), "no such program", "effect {effect}");
         known += usize::from(is_launched && starts(&world) == 0);
     }
     unreachable!("{step:?} has no end");
+}
+
+/// Takes a step whose launch fails, and replays it in the next daemon, as if the first one had ended before it answered.
+/// Returns both errors.
+fn failed_and_replayed(name: &str, before: &[Step], step: Step) -> [Error; 2] {
+    let world = up(name, before);
+    world.launch.set(Launches::Fail("no such program".to_owned()));
+    let first = world.take(&[step], Delivery::First).unwrap().unwrap_err();
+    world.launch.set(Launches::Work);
+    let launched = world.effects.log().len();
+    let replayed = world.take(&[step], Delivery::Replayed).unwrap().unwrap_err();
+    assert!(!world.effects.log()[launched..].iter().any(|done| done.starts_with("start ")), "{step:?}");
+    // The client may try again.
+    world.take(&[step], Delivery::First).unwrap().unwrap();
+    // The last attempt has not failed.
+    world.take(&[step], Delivery::Replayed).unwrap().unwrap();
+    [first, replayed]
+}
+
+#[test]
+fn the_replay_of_a_failed_call_gets_the_same_error_and_begins_nothing() {
+    let calls =
+        [("create-replayed", &[][..], Step::Create), ("start-replayed", &WITH_EXEC[..3], Step::StartExec)];
+    for (name, before, step) in calls {
+        let [first, replayed] = failed_and_replayed(name, before, step);
+        assert_eq!(replayed.to_string(), first.to_string());
+        assert_eq!(status::code(&replayed), status::code(&first));
+    }
+}
+
+#[test]
+fn a_create_from_another_bundle_does_not_get_the_error_of_an_earlier_one() {
+    let world = World::new("another-bundle");
+    world.launch.set(Launches::Fail("no such program".to_owned()));
+    world.take(&[Step::Create], Delivery::First).unwrap().unwrap_err();
+    world.launch.set(Launches::Work);
+    world.new_bundle();
+    // An earlier daemon had read this Create, and ended before it began.
+    world.take(&[Step::Create], Delivery::Replayed).unwrap().unwrap();
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! All paths are on a tmpfs (`/run`). Calls only use memory, and are short enough for the async runtime.
 
 pub mod delete_replies;
+pub mod failures;
 pub mod files;
 mod look;
 mod owed;

@@ -19,6 +19,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Gate, Reader};
 use crate::common::task::{Io, SIGTERM};
 use crate::common::{daemon, wait};
+use crate::options::{Noting, runc_options};
 
 /// Names the point at which the daemon shall end; it removes the file first.
 pub const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
@@ -62,6 +63,12 @@ pub fn moments(point: &str) -> &'static [Moment] {
         // The test fails and names the point: this list does not say yet which call passes the point.
         _ => &[],
     }
+}
+
+/// True for a point that the daemon passes in the life of every container. The points of a checkpoint are in `checkpoint`, and
+/// those of a call that fails below.
+pub fn is_of_every_life(point: &str) -> bool {
+    !checkpoint::is_point(point) && !point.starts_with("failed-")
 }
 
 /// What stdio the processes have.
@@ -140,8 +147,7 @@ fn the_daemon_may_end_at_every_point() {
     let _build = WithFaults::install();
     let points = shim::points();
     assert!(points.len() > 20, "{points:?}");
-    // The points of a checkpoint are in `checkpoint`.
-    let points: Vec<_> = points.into_iter().filter(|point| !checkpoint::is_point(point)).collect();
+    let points: Vec<_> = points.into_iter().filter(|point| is_of_every_life(point)).collect();
     for streams in [Streams::Fifos, Streams::None, Streams::Terminal] {
         live(&node, &Armed { point: "none", at: Moment::Create }, streams);
     }
@@ -274,4 +280,64 @@ fn live_exec(container: &Container, armed: &Armed, streams: Streams, gate: &Gate
     armed.at(Moment::ExecDelete);
     assert_eq!(exec.delete().expect("delete an exec").exit_status, 9);
     9
+}
+
+/// The daemon ends after it has rolled back a call that failed, and before it answers: the client gets the same error as from a
+/// daemon that lives, and the OCI runtime runs once.
+#[test]
+fn a_call_that_failed_before_the_daemon_ended_is_not_made_again() {
+    needs!(OurShim, Faults);
+    let node = Node::exclusive();
+    let _build = WithFaults::install();
+    let fails = |command: &str| {
+        let script = "echo '{\"level\":\"error\",\"msg\":\"as the test wants\"}' >>\"$4\"; exit 1";
+        Noting::new("runc", &format!("case \" $* \" in *' {command} '*) {script};; esac"))
+    };
+    let with = |runtime: &Noting| {
+        let path = runtime.path();
+        let options = runc_options(|options| options.binary_name = path);
+        node.container("fails", Spec::sleeping()).options(options)
+    };
+    let end_at = |point: &str| fs::write(REQUEST, point).expect("ask for a fault");
+    let hit = |pid: u32| {
+        assert!(!Path::new(REQUEST).exists(), "the call passes the point");
+        daemon::wait_for_another(pid);
+    };
+
+    let runtime = fails("create");
+    let create = || with(&runtime).make().create(&Io::default()).expect_err("a create that fails");
+    let expected = create();
+    let before = Traces::take();
+    let pid = wait::until("the daemon serves", daemon::serving);
+    end_at("failed-create.rolled-back");
+    let error = create();
+    hit(pid);
+    assert_eq!((error.code(), error.message()), (expected.code(), expected.message()));
+    assert!(error.message().contains("as the test wants"), "{error}");
+    assert_eq!(runtime.calls_of("create"), 2);
+    leaks::assert_none("a create that failed before the daemon ended", &before);
+
+    for command in ["start", "exec"] {
+        let runtime = fails(command);
+        let container = with(&runtime).created(&Io::default());
+        let start = || {
+            if command == "start" {
+                return container.start().expect_err("a start that fails");
+            }
+            let exec = container.exec(Spec::sleeping()).added(&Io::default());
+            let error = exec.start().expect_err("an exec that fails");
+            exec.delete().expect("delete an exec");
+            error
+        };
+        if command == "exec" {
+            container.start().expect("start");
+        }
+        let expected = start();
+        let pid = wait::until("the daemon serves", daemon::serving);
+        end_at("failed-start.rolled-back");
+        let error = start();
+        hit(pid);
+        assert_eq!((error.code(), error.message()), (expected.code(), expected.message()), "{command}");
+        assert_eq!(runtime.calls_of(command), 2, "{command}");
+    }
 }

@@ -12,7 +12,6 @@ use std::path::Path;
 use containerd_client::tonic::{Code, Status};
 use serde_json::json;
 
-use crate::checkpoint;
 use crate::common::container::Container;
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{NAMESPACE, Node};
@@ -22,7 +21,7 @@ use crate::common::stdio::Gate;
 use crate::common::task::{Exit, Io, SIGTERM, Waiting};
 use crate::common::{daemon, needs, process, wait};
 
-use super::crash_points::{Client, Moment, REQUEST, Streams};
+use super::crash_points::{Client, Moment, REQUEST, Streams, is_of_every_life};
 
 /// The failure that is due, once the daemon has passed its point.
 const DUE: &str = "/run/containerd-shim-systemd-v1.fault.due";
@@ -178,8 +177,7 @@ fn every_step_may_fail() {
     let _build = WithFaults::install();
     let neighbour = node.container("neighbour", Spec::sleeping()).started(&Io::default());
     let neighbour_pid = neighbour.pid();
-    // Those of criu are in `checkpoint`.
-    let points: Vec<_> = shim::points().into_iter().filter(|point| !checkpoint::is_point(point)).collect();
+    let points: Vec<_> = shim::points().into_iter().filter(|point| is_of_every_life(point)).collect();
     let without: BTreeSet<_> = points.iter().filter(|point| moments(point).is_empty()).collect();
     assert!(without.is_empty(), "nobody says when the daemon passes {without:?}");
     // What a daemon makes for its first container, and keeps, is no leak.

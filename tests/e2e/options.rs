@@ -60,6 +60,12 @@ impl Noting {
         self.scratch.text("runtime.sh")
     }
 
+    /// How often its command of this name was called.
+    pub fn calls_of(&self, command: &str) -> usize {
+        let calls = self.scratch.read("calls");
+        calls.lines().filter(|call| call.split(' ').any(|word| word == command)).count()
+    }
+
     /// How its `create` was called.
     fn create_call(&self) -> String {
         let calls = self.scratch.read("calls");

@@ -1,0 +1,49 @@
+//! What a replayed Create or Start gets that has failed before: the same error, and not another attempt. If the daemon were
+//! killed repeatedly, the attempts would never end; and the client would get another error than the one that says what is wrong.
+
+use std::path::PathBuf;
+
+use crate::id::ProcessKey;
+use crate::services::{Delivery, Error};
+use crate::store::failures::{Attempt, Failure};
+
+use super::Shim;
+
+impl Shim {
+    /// Notes why a Create or a Start has failed, before the task loses what shows that the operation was begun. `dir` is made anew
+    /// for each attempt: the bundle for a Create, the directory of the process for a Start.
+    pub(super) async fn note_failure(&self, process: &ProcessKey, dir: PathBuf, error: &Error) {
+        if let Error::Stopping = error {
+            // The next daemon carries the operation out.
+            return;
+        }
+        let Some(attempt) = self.attempt(process, dir).await else {
+            return;
+        };
+        let failure = Failure { code: (self.code)(error), text: error.to_string() };
+        if let Err(error) = self.failures.note(process, attempt, failure) {
+            tracing::warn!(%process, %error, "{process}: if the daemon ends now, the failed operation is begun once more: {error}");
+        }
+    }
+
+    /// Fails if this is the replay of an operation that has failed. `dir`: as for [`Self::note_failure`].
+    pub(super) async fn check_failure(
+        &self,
+        process: &ProcessKey,
+        dir: PathBuf,
+        delivery: Delivery,
+    ) -> Result<(), Error> {
+        if delivery == Delivery::First {
+            self.failures.forget(process);
+            return Ok(());
+        }
+        let attempt = self.attempt(process, dir).await;
+        let failed = attempt.and_then(|attempt| self.failures.find(process, attempt));
+        failed.map_or(Ok(()), |Failure { code, text }| Err(Error::Earlier { code, text }))
+    }
+
+    async fn attempt(&self, process: &ProcessKey, dir: PathBuf) -> Option<Attempt> {
+        // The bundle may be on a disk that does not answer.
+        self.files.run(process, move || Attempt::of(&dir)).await.ok().flatten()
+    }
+}
