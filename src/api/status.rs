@@ -51,6 +51,7 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::CgroupInUse { .. }
         | Error::NoExecIn { .. }
         | Error::FrozenSlice { .. }
+        | Error::NotRun { .. }
         | Error::StoppedMeanwhile { .. }
         | Error::InitGone { .. }
         | Error::NotStarted

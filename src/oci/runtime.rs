@@ -235,9 +235,14 @@ impl Cli<'_> {
         self.runtime.root.join(self.id.as_str())
     }
 
+    /// The last error in the log of a command.
+    pub fn logged(&self, verb: &str) -> Option<String> {
+        last_error(&self.log(verb))
+    }
+
     /// Why a command failed, according to its log.
     pub fn reason(&self, verb: &str, status: Option<ExitStatus>) -> String {
-        last_error(&self.log(verb)).unwrap_or_else(|| match status {
+        self.logged(verb).unwrap_or_else(|| match status {
             Some(status) => match (status.code(), status.signal()) {
                 (Some(code), _) => format!("{} ended with code {code} and no message", self.binary_name()),
                 (None, Some(signal)) => format!("{} was killed by signal {signal}", self.binary_name()),

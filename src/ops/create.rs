@@ -159,7 +159,7 @@ impl Shim {
         };
         if let Err(error) = resumed.await {
             tracing::warn!(task = %task.key, %error, "task {}: a create that a restart interrupted has failed and is rolled back: {error}", task.key);
-            if let Error::Launch(_) = error {
+            if let Error::Launch(_) | Error::NotRun { .. } = error {
                 self.undo_create(entry, &error).await;
             } else {
                 // The end of the earlier daemon may be the reason: the replay of the call begins the Create once more.
@@ -203,7 +203,10 @@ impl Shim {
         fault::point(Point::CreateUp);
         // Not removed if a hook has left processes in it.
         launch::cgroup::remove(task.unit());
-        let pid = read_pid(&dir.join(PID_FILE)).ok_or_else(|| Error::Launch(launch_failure(task, dir)))?;
+        let Some(pid) = read_pid(&dir.join(PID_FILE)) else {
+            // systemd calls a start that a condition prevents a success.
+            return Err(self.launch_failure(entry, task, dir).await);
+        };
         if task.request.checkpoint.is_some()
             && let Ok(place) = cgroup::of_process(pid)
             && !lives_in(task, pid)
@@ -303,8 +306,29 @@ impl Shim {
                     unit: task.unit().to_string(),
                 })
             }
-            Err(unit::error::Error::Job { .. }) => Err(Error::Launch(launch_failure(task, dir))),
+            Err(unit::error::Error::Job { .. }) => Err(self.launch_failure(entry, task, dir).await),
             other => Ok(other?),
+        }
+    }
+
+    /// Why there is no init process, according to `launch`, the OCI runtime, or systemd if neither ran.
+    async fn launch_failure(&self, entry: &Entry, task: &Task, dir: &Path) -> Error {
+        if let Some(reason) = command::failure(dir) {
+            return Error::Launch(reason);
+        }
+        let cli = runtime::Cli::of(task, dir);
+        let verb = if task.request.checkpoint.is_some() { runtime::RESTORE } else { "create" };
+        let failed = |reason: String| Error::Launch(format!("OCI runtime {verb} failed: {reason}"));
+        if let Some(reason) = cli.logged(verb) {
+            return failed(reason);
+        }
+        match self.manager.obstacle(task.unit()).await {
+            Some(reason) if !dir.join(LAUNCHED).exists() => {
+                Error::NotRun { process: entry.init.key.clone(), reason }
+            }
+            // `launch` or the OCI runtime was killed, or crashed.
+            Some(reason) => failed(format!("{}; {reason}", cli.reason(verb, None))),
+            None => failed(cli.reason(verb, None)),
         }
     }
 
@@ -343,15 +367,6 @@ async fn make_pod_slice(manager: &dyn Systemd, slice: &UnitName, task: &Task) ->
 fn is_in_frozen_slice(task: &Task, dir: &Path) -> bool {
     let slice = task.placement.slice().slice_cgroup();
     !dir.join(LAUNCHED).exists() && matches!(limits::is_frozen(&slice), Ok(Some(true)))
-}
-
-fn launch_failure(task: &Task, dir: &Path) -> String {
-    if let Some(reason) = command::failure(dir) {
-        return reason;
-    }
-    let cli = runtime::Cli::of(task, dir);
-    let verb = if task.request.checkpoint.is_some() { runtime::RESTORE } else { "create" };
-    format!("OCI runtime {verb} failed: {}", cli.reason(verb, None))
 }
 
 /// The OCI runtime knows containers by their ids alone: where two containerds have the same one, the later task

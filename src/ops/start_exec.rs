@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::config;
 use crate::fault::{self, Point};
 use crate::id::ExecId;
-use crate::launch::contract::{Kind, Outcome, PROCESS_SPEC};
+use crate::launch::contract::{Kind, LAUNCHED, Outcome, PROCESS_SPEC};
 use crate::launch::{command, pipes, report};
 use crate::services::process::{hold, init_is_gone};
 use crate::services::{Entry, Error, Process};
@@ -25,6 +25,7 @@ use crate::supervise::cleanup::{Stop, remove_unit};
 use crate::task::Task;
 use crate::task::exec::Exec;
 use crate::task::phase::Exit;
+use crate::unit::job::StartJob;
 use crate::unit::manager::query::Starting;
 use crate::unit::properties;
 
@@ -38,6 +39,14 @@ const LONG_EXEC: Duration = Duration::from_secs(2);
 /// the process as main process of the unit.
 const HANDOVER_LIMIT: Duration =
     config::STDIO_LIMIT.saturating_mul(2).saturating_add(config::BARRIER_LIMIT.saturating_mul(2));
+
+/// A start that systemd was asked for.
+struct Attempted {
+    /// `launch` rings it when it has written its report.
+    doorbell: Receiver,
+    /// The start job of the unit, if this daemon has asked for it.
+    job: Option<StartJob>,
+}
 
 impl Shim {
     /// Starts the unit of an exec. Returns the pid, and the exit status if the process ended before systemd took it over.
@@ -62,18 +71,18 @@ impl Shim {
         let dir = self.store.process_dir(&process.key);
         let doorbell = open_doorbell(&dir)?;
         process.live().attempt_ended = Arc::default();
-        self.start_exec_unit(&task, exec, process, Daemon::This).await?;
-        self.await_outcome(entry, process, &dir, doorbell, opened).await
+        let job = self.start_exec_unit(&task, exec, process, Daemon::This).await?;
+        self.await_outcome(entry, process, &dir, Attempted { doorbell, job }, opened).await
     }
 
-    /// Asks systemd to start the unit, unless systemd has already handled the request of an earlier daemon.
+    /// Asks systemd to start the unit. Returns the job, or `None` if systemd already had the request of an earlier daemon.
     async fn start_exec_unit(
         &self,
         task: &Task,
         exec: &Exec,
         process: &Process,
         begun_by: Daemon,
-    ) -> Result<(), Error> {
+    ) -> Result<Option<StartJob>, Error> {
         let command = self.launcher.command(Kind::Exec, &process.key);
         let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
         let properties = properties::exec(&exec.description, task.unit(), &command, &environment);
@@ -93,14 +102,11 @@ impl Shim {
             },
         };
         let requested = request_unit(&*self.manager, &exec.unit, begun_by, begin, taken).await?;
-        if requested.is_none() {
-            return Ok(());
+        if requested.is_some() {
+            fault::point(Point::ExecStartBegun);
+            self.launcher.warm_up();
         }
-        // The start job lasts as long as the process: it is not awaited.
-        drop(requested);
-        fault::point(Point::ExecStartBegun);
-        self.launcher.warm_up();
-        Ok(())
+        Ok(requested)
     }
 
     /// Waits for the outcome of a start, and starts the session of the process.
@@ -109,10 +115,10 @@ impl Shim {
         entry: &Arc<Entry>,
         process: &Arc<Process>,
         dir: &Path,
-        doorbell: Receiver,
+        attempted: Attempted,
         opened: OpenStreams,
     ) -> Result<(u32, Option<Exit>), Error> {
-        let (pid, exit) = match self.outcome(entry, process, dir, doorbell).await? {
+        let (pid, exit) = match self.outcome(entry, process, dir, attempted).await? {
             Outcome::Started { pid } => (pid, None),
             Outcome::Ended { pid, exit } => (pid, Some(exit)),
             Outcome::Failed { reason } => return Err(Error::Launch(reason)),
@@ -127,15 +133,16 @@ impl Shim {
         Ok((pid, exit))
     }
 
-    /// Waits until `launch` rings the doorbell or the unit ends. Fails if the start is cancelled or takes too long.
+    /// Waits until `launch` rings the doorbell, or the unit or its start job ends. Fails if the start is cancelled or takes too long.
     async fn outcome(
         &self,
         entry: &Entry,
         process: &Process,
         dir: &Path,
-        mut doorbell: Receiver,
+        attempted: Attempted,
     ) -> Result<Outcome, Error> {
         let (unit, mut nothing) = (&process.unit, [0]);
+        let Attempted { mut doorbell, job } = attempted;
         let (ended, given_up) = {
             let live = process.live();
             (live.attempt_ended.clone(), live.given_up.clone())
@@ -144,25 +151,52 @@ impl Shim {
         let limit = entry.task().runtime.limit() + HANDOVER_LIMIT;
         let too_long = tokio::time::sleep(limit);
         let gone = init_is_gone(entry);
-        tokio::pin!(too_long, gone);
+        // The job lasts as long as the process. If systemd does not run `launch`, only the end of the job shows it.
+        let mut is_begun = job.is_some();
+        let begun = async {
+            match job {
+                Some(job) => self.manager.wait_for_start(job).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::pin!(too_long, gone, begun);
         loop {
             if let Some(outcome) = report::read(dir)? {
                 return Ok(outcome);
             }
             tokio::select! {
                 rung = doorbell.read(&mut nothing) => drop(rung.map_err(Error::Watch)?),
-                () = ended.notified() => {
-                    // This may be a late report about an earlier unit of this name.
-                    let under_way = self.manager.starting(unit).await? == Starting::UnderWay;
-                    if !under_way && report::read(dir)?.is_none() {
-                        return Err(Error::Launch(format!("OCI runtime exec failed: see systemctl status {unit}")));
-                    }
+                // This may be a late report about an earlier unit of this name.
+                () = ended.notified() => self.check_exec_unit(process, dir).await?,
+                _ = &mut begun, if is_begun => {
+                    is_begun = false;
+                    self.check_exec_unit(process, dir).await?;
                 }
                 () = given_up.cancelled() => return Err(Error::GivenUp { process: process.key.clone() }),
                 () = &mut gone => return Err(Error::InitGone { key: entry.key.clone() }),
                 () = &mut too_long => return Err(Error::StartTimedOut { unit: unit.to_string(), limit }),
             }
         }
+    }
+
+    /// Fails if the unit of an exec has ended and `launch` has reported nothing.
+    async fn check_exec_unit(&self, process: &Process, dir: &Path) -> Result<(), Error> {
+        let unit = &process.unit;
+        if self.manager.starting(unit).await? == Starting::UnderWay || report::read(dir)?.is_some() {
+            return Ok(());
+        }
+        Err(self.exec_failure(process, dir).await)
+    }
+
+    /// Why there is no process, according to systemd if `launch` did not run.
+    async fn exec_failure(&self, process: &Process, dir: &Path) -> Error {
+        let unit = &process.unit;
+        if !dir.join(LAUNCHED).exists()
+            && let Some(reason) = self.manager.obstacle(unit).await
+        {
+            return Error::NotRun { process: process.key.clone(), reason };
+        }
+        Error::Launch(format!("OCI runtime exec failed: see systemctl status {unit}"))
     }
 
     /// Cancels the start job of the unit if the exec runs for long. The job lasts as long as the process, and systemd does
@@ -198,20 +232,18 @@ impl Shim {
             let mut opened = self.streams.reopen(plan.clone(), ReopenMode::Starting).await?;
             // The receiver was dropped if the daemon stops.
             let _ = claimed.send(());
-            match starting {
-                _ if known => {}
-                Starting::UnderWay => {}
+            let job = match starting {
+                _ if known => None,
+                Starting::UnderWay => None,
                 // The client has its ends of the streams open, and must not get EOF now.
                 Starting::NotBegun => {
                     let exec = process.exec().and_then(|id| task.execs.get(id)).ok_or_else(gone)?;
                     self.streams.resume_logger(&plan, &mut opened).await?;
-                    self.start_exec_unit(&task, exec, process, Daemon::Earlier).await?;
+                    self.start_exec_unit(&task, exec, process, Daemon::Earlier).await?
                 }
-                Starting::Over => {
-                    return Err(Error::Launch(format!("see systemctl status {}", process.unit)));
-                }
-            }
-            self.await_outcome(entry, process, &dir, doorbell, opened).await
+                Starting::Over => return Err(self.exec_failure(process, &dir).await),
+            };
+            self.await_outcome(entry, process, &dir, Attempted { doorbell, job }, opened).await
         };
         let resumed = resumed.await;
         // The rollback removes the report.

@@ -283,6 +283,14 @@ pub enum Error {
         "no thread can be made to wait for a client: {0}; the limit of tasks of the daemon or of the machine is reached"
     )]
     NoThread(#[source] std::io::Error),
+    /// systemd did not run the command of a unit.
+    #[error("{process} was not started: {reason}")]
+    NotRun {
+        /// The process.
+        process: ProcessKey,
+        /// Why, with the unit.
+        reason: String,
+    },
     /// The operation has failed in an earlier daemon, and this is the replay of its call.
     #[error("{text}")]
     Earlier {

@@ -8,6 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -381,6 +382,10 @@ impl Systemd for FakeSystemd {
 
     async fn wait_for_start(&self, job: StartJob) -> Result<(), Error> {
         let unit = job.waiter.unit().clone();
+        // The start of a oneshot service lasts as long as its process.
+        while self.with(&unit, |unit| unit.active) == Some("activating") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         self.wait_until_started(&unit).await
     }
 
@@ -481,6 +486,10 @@ impl Systemd for FakeSystemd {
 
     async fn has_timed_out(&self, _: &UnitName) -> bool {
         false
+    }
+
+    async fn obstacle(&self, _: &UnitName) -> Option<String> {
+        None
     }
 
     async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {

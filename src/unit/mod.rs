@@ -20,6 +20,7 @@ pub mod manager;
 pub mod name;
 pub mod notify;
 pub mod observations;
+mod obstacle;
 pub mod properties;
 pub mod refs;
 pub mod relay;

@@ -105,6 +105,21 @@ pub fn harmful_for_namespaces() -> Vec<(PathBuf, String, &'static str)> {
     found.collect()
 }
 
+/// The conditions and assertions in the drop-ins of a container's or an exec's unit, each with its file.
+pub(super) fn conditions_of(unit: &str) -> Vec<String> {
+    let scope = scope(unit);
+    let shield = Shield { search_path: search_path::ALL.map(Path::new).to_vec(), own: Path::new(OWN) };
+    let files = shield.specific(scope).into_iter().filter(|file| !is_copy(file));
+    let found = files.flat_map(|file| {
+        let text = files::read_regular(&file, MAX_BYTES).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let is_meant = |line: &&str| line.starts_with("Condition") || line.starts_with("Assert");
+        let lines: Vec<_> = text.lines().map(str::trim).filter(is_meant).map(str::to_owned).collect();
+        lines.into_iter().map(move |line| format!("{line} in {}", file.display()))
+    });
+    found.collect()
+}
+
 /// The setting of a line with which no container can be created or deleted, and what happens.
 fn fatal(line: &str) -> Option<(String, &'static str)> {
     let (name, value) = line.split_once('=').map(|(name, value)| (name.trim(), value.trim()))?;
@@ -189,10 +204,7 @@ impl Shield<'_> {
             return BTreeMap::new();
         }
         // What the administrator has put into a directory that is more specific takes the place of the drop-in already.
-        let prefixes = scope.match_indices('-').filter_map(|(dash, _)| scope.get(..=dash));
-        let levels: BTreeSet<&str> = prefixes.chain([scope]).collect();
-        let specific = levels.iter().flat_map(|level| self.drop_ins_for(&format!("{level}{SERVICE}")));
-        for path in specific.filter(|path| !is_copy(path)) {
+        for path in self.specific(scope).into_iter().filter(|path| !is_copy(path)) {
             path.file_name().map(|name| general.remove(name));
         }
         let copy = |(name, path): (OsString, PathBuf)| {
@@ -201,6 +213,13 @@ impl Shield<'_> {
             Some((name, [MARK.as_bytes(), path.as_os_str().as_bytes(), b"\n", &text].concat()))
         };
         general.into_iter().filter_map(copy).collect()
+    }
+
+    /// The drop-ins in all directories for the units of a scope, and for the scopes around it.
+    fn specific(&self, scope: &str) -> Vec<PathBuf> {
+        let prefixes = scope.match_indices('-').filter_map(|(dash, _)| scope.get(..=dash));
+        let levels: BTreeSet<&str> = prefixes.chain([scope]).collect();
+        levels.iter().flat_map(|level| self.drop_ins_for(&format!("{level}{SERVICE}"))).collect()
     }
 
     /// The drop-ins in the directories `….d`, those that win first.

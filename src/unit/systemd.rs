@@ -141,6 +141,9 @@ pub trait Systemd: Send + Sync {
     /// True if a service did not start within `TimeoutStartSec=`. False if systemd can't be reached.
     async fn has_timed_out(&self, unit: &UnitName) -> bool;
 
+    /// Why systemd has not run the command of a service, in a sentence. `None` if that is not known.
+    async fn obstacle(&self, unit: &UnitName) -> Option<String>;
+
     /// How far the start of a unit is.
     ///
     /// # Errors
@@ -288,6 +291,10 @@ impl Systemd for Manager {
 
     async fn has_timed_out(&self, unit: &UnitName) -> bool {
         Self::has_timed_out(self, unit).await
+    }
+
+    async fn obstacle(&self, unit: &UnitName) -> Option<String> {
+        Self::obstacle(self, unit).await
     }
 
     async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {

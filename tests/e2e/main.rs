@@ -52,6 +52,7 @@ mod limits_input;
 mod log_modes;
 mod logger;
 mod newcomer;
+mod not_started;
 mod notify;
 mod oom;
 mod options;

@@ -1,6 +1,7 @@
 //! systemd's manager, as the daemon uses it: units are started, changed, queried and stopped.
 
 mod change;
+mod obstacle;
 mod oom;
 mod property_types;
 pub mod query;

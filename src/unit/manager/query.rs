@@ -209,6 +209,6 @@ async fn properties_at<'p>(
         .await
 }
 
-fn text(values: &HashMap<String, OwnedVariant>, name: &str) -> Option<String> {
+pub(super) fn text(values: &HashMap<String, OwnedVariant>, name: &str) -> Option<String> {
     values.get(name).and_then(|value| String::try_from(&**value).ok())
 }
