@@ -132,13 +132,15 @@ pub fn container(
 
 /// The properties that a container's unit and an exec's unit share. Most of them replace defaults of systemd that would change
 /// what the processes of a container find under containerd-shim-runc-v2.
-fn for_containers_processes() -> [(&'static str, Variant<'static>); 9] {
+fn for_containers_processes() -> [(&'static str, Variant<'static>); 10] {
     [
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
         ("KillMode", "mixed".into()),
         ("TimeoutStopUSec", usec(config::STOP_LIMIT).into()),
         ("OOMPolicy", "continue".into()),
+        // `DefaultOOMScoreAdjust=` of system.conf is made for services. The spec of a container says another value.
+        ("OOMScoreAdjust", 0_i32.into()),
         ("TasksMax", INFINITY.into()),
         ("IgnoreSIGPIPE", false.into()),
         ("KeyringMode", "inherit".into()),

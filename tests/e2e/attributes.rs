@@ -75,7 +75,7 @@ fn attributes(text: &str) -> BTreeMap<String, String> {
 }
 
 /// What an init process and an exec of a runtime inherit.
-fn inherited(node: &Node, runtime: &str, terminal: bool) -> [BTreeMap<String, String>; 2] {
+pub fn inherited(node: &Node, runtime: &str, terminal: bool) -> [BTreeMap<String, String>; 2] {
     let args = script();
     let args: Vec<_> = args.iter().map(String::as_str).collect();
     let spec = |args: &[&str]| if terminal { Spec::new(args).terminal() } else { Spec::new(args) };
@@ -110,7 +110,7 @@ fn inherited(node: &Node, runtime: &str, terminal: bool) -> [BTreeMap<String, St
 }
 
 /// Fields that differ: name, ours, the stock shim's.
-fn differences(ours: &BTreeMap<String, String>, stock: &BTreeMap<String, String>) -> Vec<String> {
+pub fn differences(ours: &BTreeMap<String, String>, stock: &BTreeMap<String, String>) -> Vec<String> {
     let names: std::collections::BTreeSet<_> = ours.keys().chain(stock.keys()).collect();
     let value = |of: &BTreeMap<String, String>, name: &str| of.get(name).cloned().unwrap_or_default();
     let differ = names.into_iter().filter(|name| ours.get(*name) != stock.get(*name));

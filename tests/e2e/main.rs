@@ -71,5 +71,6 @@ mod stdin;
 mod stdio;
 mod stuck;
 mod surroundings;
+mod system_conf;
 mod terminals;
 mod units;
