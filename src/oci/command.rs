@@ -146,16 +146,24 @@ impl CommandLine {
         let failed = |source| Error::Spawn { verb, binary: cli.runtime.binary.clone(), source };
         let cgroup = self.new_cgroup(cli);
         let mut tries = 0;
-        let child = loop {
+        let late = |_| Error::TimedOut { verb, limit };
+        let mut running = loop {
             cli.settled(verb).await?;
             tries += 1;
-            match spawn(cli, command, cgroup.as_deref()) {
+            let started = match spawn(cli, command, cgroup.as_deref()) {
+                Ok(child) => {
+                    let mut running = Running { child: Some(child), cgroup: cgroup.clone() };
+                    // The program may be on a disk that does not answer.
+                    timeout(limit, running.started()).await.map_err(late)?.map(|()| running)
+                }
+                Err(error) => Err(error),
+            };
+            match started {
                 Err(error) if tries < TRIES && is_passing(&error) => {}
-                spawned => break spawned.map_err(failed)?,
+                started => break started.map_err(failed)?,
             }
         };
-        let pid = child.id();
-        let mut running = Running { child: Some(child), cgroup: cgroup.clone() };
+        let pid = running.id();
         let ended = tokio::select! {
             ended = timeout(limit, running.ended()) => ended,
             () = waits_for_orphan(pid, cgroup.as_deref()), if verb == "delete" => {
@@ -164,10 +172,7 @@ impl CommandLine {
                 return Err(Error::Orphan { verb });
             }
         };
-        let Ok(ended) = ended else {
-            return Err(Error::TimedOut { verb, limit });
-        };
-        let status = ended.map_err(failed)?;
+        let status = ended.map_err(late)?.map_err(failed)?;
         // Somebody else has killed the command.
         if status.signal().is_some()
             && let Some(cgroup) = &cgroup
@@ -378,6 +383,21 @@ struct Running {
 }
 
 impl Running {
+    /// Its pid; 0 if it has ended.
+    fn id(&self) -> u32 {
+        self.child.as_ref().map_or(0, spawn::Child::id)
+    }
+
+    async fn started(&mut self) -> io::Result<()> {
+        let child = self.child.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        let started = child.started().await;
+        if started.is_err() {
+            // It was reaped.
+            self.child = None;
+        }
+        started
+    }
+
     async fn ended(&mut self) -> io::Result<std::process::ExitStatus> {
         let child = self.child.as_mut().ok_or(io::ErrorKind::NotFound)?;
         let status = child.wait().await?;

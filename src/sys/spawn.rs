@@ -4,8 +4,7 @@
 //! member of the cgroup of this process, and no move between cgroups has to wait for an RCU grace period.
 
 use std::ffi::{CStr, CString, OsStr};
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
@@ -16,6 +15,8 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::libc;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
 
 use super::{child, ended, errno};
 
@@ -38,12 +39,35 @@ pub struct Setup<'a> {
 pub struct Child {
     pid: u32,
     process: OwnedFd,
+    /// Where the child reports why it can't run the program. Closed without a report when the program runs.
+    reports: Option<OwnedFd>,
 }
 
 impl Child {
     /// Its pid.
     pub fn id(&self) -> u32 {
         self.pid
+    }
+
+    /// Resolves when the child runs the program. That takes long if the program is on a disk that does not answer, so
+    /// no thread waits for it. Needs the async runtime.
+    ///
+    /// # Errors
+    /// The program can't be run, or a part of the [`Setup`] failed; [`child::LOCK_IS_HELD`] if another process holds the
+    /// lock. The child is reaped.
+    pub async fn started(&mut self) -> io::Result<()> {
+        let Some(reports) = self.reports.take() else {
+            return Ok(());
+        };
+        let mut report = Vec::new();
+        pipe::Receiver::from_owned_fd(reports)?.read_to_end(&mut report).await?;
+        match <[u8; 4]>::try_from(report.as_slice()) {
+            Ok(number) => {
+                self.wait().await?;
+                Err(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
+            }
+            Err(_) => Ok(()),
+        }
     }
 
     /// Resolves when the child has ended, and reaps it. Needs the async runtime.
@@ -92,13 +116,12 @@ impl Program {
     }
 }
 
-/// Starts a program: path, arguments and environment are those of `command`, whose environment must be complete
-/// (`env_clear`). Its standard output is /dev/null, and its standard input the lock file. The child takes all signals,
-/// and the OOM killer regards it as an ordinary process.
+/// Starts a child that becomes a program: path, arguments and environment are those of `command`, whose environment must
+/// be complete (`env_clear`). Its standard output is /dev/null, and its standard input the lock file. The child takes all
+/// signals, and the OOM killer regards it as an ordinary process. [`Child::started`] tells whether the program runs.
 ///
 /// # Errors
-/// The program can't be run, or a part of `setup` failed; [`child::LOCK_IS_HELD`] if another process holds the lock.
-/// `ENODEV`: the cgroup has been removed meanwhile.
+/// The kernel makes no child. `ENODEV`: the cgroup has been removed meanwhile.
 pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
     let program = Program::of(command)?;
     let lock = CString::new(setup.lock.as_os_str().as_bytes())?;
@@ -126,17 +149,7 @@ pub fn spawn(command: &Command, setup: &Setup<'_>) -> io::Result<Child> {
     drop(reporter);
     // SAFETY: the kernel has just opened the descriptor for this process, and no other code owns it.
     let process = unsafe { OwnedFd::from_raw_fd(process) };
-    let child = Child { pid: u32::try_from(pid).map_err(|_| Errno::ESRCH)?, process };
-    let mut report = Vec::new();
-    // The child's end of the pipe is closed when the program runs. The steps before that take little time.
-    File::from(reports).read_to_end(&mut report)?;
-    match <[u8; 4]>::try_from(report.as_slice()) {
-        Ok(number) => {
-            child.reap()?;
-            Err(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
-        }
-        Err(_) => Ok(child),
-    }
+    Ok(Child { pid: u32::try_from(pid).map_err(|_| Errno::ESRCH)?, process, reports: Some(reports) })
 }
 
 /// Becomes the program. If that fails, reports the error and ends.
@@ -148,6 +161,7 @@ unsafe fn be_child(program: &Program, lock: &CStr, namespaces: &[OwnedFd], repor
     unsafe {
         let failed = match prepare(lock, namespaces) {
             Ok(()) => {
+                close_all_but(reporter);
                 libc::execve(program.path.as_ptr(), program.argv.as_ptr(), program.envp.as_ptr());
                 Errno::last()
             }
@@ -179,6 +193,22 @@ unsafe fn prepare(lock: &CStr, namespaces: &[OwnedFd]) -> Result<(), Errno> {
         }
     }
     Ok(())
+}
+
+/// Closes what this child has of the descriptors of its parent. execve(2) would close them, too, but only once it has read
+/// the program: until then, the clients of other containers would get no end of their streams.
+///
+/// # Safety
+/// As [`be_child`]: no other code has these descriptors.
+unsafe fn close_all_but(reporter: RawFd) {
+    let reporter = reporter.unsigned_abs();
+    let standard = libc::STDERR_FILENO.unsigned_abs();
+    for (first, last) in [(standard + 1, reporter.saturating_sub(1)), (reporter + 1, libc::c_uint::MAX)] {
+        if first <= last {
+            // SAFETY: a plain system call. Linux 5.8 and earlier do not have it, and execve(2) closes the descriptors then.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+    }
 }
 
 #[cfg(test)]
@@ -224,13 +254,30 @@ mod tests {
         assert_eq!(getrlimit(Resource::RLIMIT_DATA).unwrap().0, 1 << 40);
     }
 
-    #[test]
-    fn a_program_that_is_not_there_is_an_error_and_leaves_no_child() {
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_an_error_and_leaves_no_child() {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new("/no/such/program");
         command.env_clear();
-        let error = spawn(&command, &setup(&dir.path().join("lock"))).unwrap_err();
+        let mut child = spawn(&command, &setup(&dir.path().join("lock"))).unwrap();
+        let error = child.started().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(child.wait().await.is_err(), "it was reaped");
+    }
+
+    #[tokio::test]
+    async fn a_program_gets_no_descriptor_of_this_process() {
+        use std::os::fd::AsFd;
+        let dir = tempfile::tempdir().unwrap();
+        let (out, lock) = (dir.path().join("out"), dir.path().join("lock"));
+        let inherited = nix::unistd::dup(fs::File::open("/dev/null").unwrap().as_fd()).unwrap();
+        let number = inherited.as_raw_fd();
+        let script =
+            format!("test -e /proc/self/fd/{number} && echo open >{0} || echo closed >{0}", out.display());
+        let mut child = spawn(&shell(&script), &setup(&lock)).unwrap();
+        child.started().await.unwrap();
+        child.wait().await.unwrap();
+        assert_eq!(fs::read_to_string(&out).unwrap(), "closed\n");
     }
 
     #[tokio::test]
@@ -238,7 +285,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let lock = dir.path().join("lock");
         let mut first = spawn(&shell("sleep 1000"), &setup(&lock)).unwrap();
-        let error = spawn(&shell("exit 0"), &setup(&lock)).unwrap_err();
+        first.started().await.unwrap();
+        let error = spawn(&shell("exit 0"), &setup(&lock)).unwrap().started().await.unwrap_err();
         assert_eq!(error.raw_os_error(), Some(child::LOCK_IS_HELD as i32));
         super::super::tree::kill(first.id());
         first.wait().await.unwrap();
