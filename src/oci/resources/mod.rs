@@ -193,6 +193,9 @@ pub fn canonical(text: &[u8]) -> Result<String, Error> {
     Ok(canonical::canonical(text, &SHAPE, Others::Kept)?)
 }
 
+/// The files of a cgroup to which one writes a process, which the kernel moves into the cgroup.
+const MOVES: [&str; 2] = ["cgroup.procs", "cgroup.threads"];
+
 impl Resources {
     /// Reads resources from JSON as Go's decoder does.
     ///
@@ -261,6 +264,15 @@ impl Resources {
                 return Err(invalid(
                     "unified",
                     "must have names of cgroup files as keys, like \"memory.high\"",
+                    &quoted(key),
+                ));
+            }
+            // The pids are those of the host. PID 1 in a container's cgroup is killed or frozen with it, and systemd loses its
+            // own unit.
+            if MOVES.contains(&key.as_str()) {
+                return Err(invalid(
+                    "unified",
+                    "must not have keys that move processes of the host into the container",
                     &quoted(key),
                 ));
             }

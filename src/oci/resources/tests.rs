@@ -204,7 +204,7 @@ fn unified_keys_are_names_of_files() {
     for key in ["memory.high", "cgroup.max.descendants", "hugetlb.2MB.max", "misc.max", "cpu.pressure"] {
         assert_accepted(&[json!({"unified": {key: "1"}})]);
     }
-    for key in ["", "memory", "a/memory.high", "..", "memory.", ".high"] {
+    for key in ["cgroup.procs", "cgroup.threads", "", "memory", "a/memory.high", "..", "memory.", ".high"] {
         assert_refused(&[(json!({"unified": {key: "1"}}), "unified", &format!("{key:?}"))]);
     }
 }
