@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
@@ -130,7 +131,13 @@ impl Plan {
     /// # Errors
     /// A file can't be opened.
     pub fn open_log_files(&self) -> Result<LogFiles, Error> {
-        self.log_files(LogFile::open)
+        let owner = self.owner();
+        self.log_files(|path, create| LogFile::open(path, create, &owner))
+    }
+
+    /// The container, for [`LogFile`].
+    fn owner(&self) -> Arc<str> {
+        self.key.task.to_string().into()
     }
 
     fn log_files(
@@ -180,7 +187,8 @@ impl Plan {
             .partition(|fd| nix::unistd::isatty(fd).unwrap_or(false));
         let terminal = terminals.pop();
         let (mut consoles, mut accepted): (Vec<_>, Vec<_>) = sockets.into_iter().partition(is_listener);
-        let files = self.log_files(|path, create| Ok(LogFile::later(path, create)))?;
+        let owner = self.owner();
+        let files = self.log_files(|path, create| Ok(LogFile::later(path, create, &owner)))?;
         let client = |path: &Path, _| fifo::open_both_nonblocking(path);
         let opened = self.open_all(fds, mode, &mut claim, files, client)?;
         // Where it has not come yet, it may.

@@ -1,11 +1,11 @@
 //! A client's log file (`file://`). A thread of its own writes it: a disk that hangs only blocks the output of this process.
 
+use std::collections::HashMap;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::Duration;
 
 use nix::fcntl::OFlag;
@@ -27,8 +27,21 @@ const STACK: usize = 128 << 10;
 /// this many.
 const MOST_LEFT_BEHIND: usize = 256;
 
-/// The number of threads that wait for a disk after their process has ended.
-static LEFT_BEHIND: AtomicUsize = AtomicUsize::new(0);
+/// The largest number of such threads of one container. No log file of this container is opened while there are this many.
+const MOST_OF_OWNER: usize = 32;
+
+/// The threads that wait for a disk after their process has ended, by the container of the process.
+static LEFT_BEHIND: LazyLock<Mutex<HashMap<Arc<str>, usize>>> = LazyLock::new(Mutex::default);
+
+fn left_behind() -> MutexGuard<'static, HashMap<Arc<str>, usize>> {
+    LEFT_BEHIND.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// True if a container may open a log file.
+fn has_room(owner: &str) -> bool {
+    let all = left_behind();
+    all.get(owner).is_none_or(|own| *own < MOST_OF_OWNER) && all.values().sum::<usize>() < MOST_LEFT_BEHIND
+}
 
 /// A client's log file. Bytes that can't be written (full disk) are dropped and counted. Later output is written once the
 /// file accepts it.
@@ -40,6 +53,8 @@ pub struct LogFile {
     /// The piece that the thread is writing. It records whether this value was dropped meanwhile.
     pending: Option<Arc<Pending>>,
     missing: usize,
+    /// The container of the process.
+    owner: Arc<str>,
 }
 
 /// The file, opened once.
@@ -62,25 +77,25 @@ struct Piece {
 type Written = (usize, Option<io::Error>);
 
 impl LogFile {
-    /// Opens a file for appending. With `create`, creates it and its directories. Waits for the disk.
+    /// Opens a file of a container for appending. With `create`, creates it and its directories. Waits for the disk.
     ///
     /// # Errors
     /// [`Error::Io`], also if too many threads wait for a disk.
-    pub fn open(path: &Path, create: bool) -> Result<Self, Error> {
-        if LEFT_BEHIND.load(Ordering::Relaxed) >= MOST_LEFT_BEHIND {
+    pub fn open(path: &Path, create: bool, owner: &Arc<str>) -> Result<Self, Error> {
+        if !has_room(owner) {
             let many =
                 "too many log files of ended processes are still being written: a disk does not answer";
             return Err(io_error("open", path)(io::Error::new(io::ErrorKind::ResourceBusy, many)).into());
         }
-        let file = Self::later(path, create);
+        let file = Self::later(path, create, owner);
         file.target.file()?;
         Ok(file)
     }
 
     /// As [`Self::open`], but opens the file with the first write, so that this call does not wait for the disk.
-    pub fn later(path: &Path, create: bool) -> Self {
+    pub fn later(path: &Path, create: bool, owner: &Arc<str>) -> Self {
         let target = Target { path: path.to_owned(), create, file: OnceLock::new() };
-        Self { target: Arc::new(target), writer: None, pending: None, missing: 0 }
+        Self { target: Arc::new(target), writer: None, pending: None, missing: 0, owner: owner.clone() }
     }
 
     /// Writes at the end of the file. Returns when the bytes are written, or can't be.
@@ -151,7 +166,7 @@ impl Drop for LogFile {
     fn drop(&mut self) {
         // The thread holds the other reference.
         if let Some(pending) = self.pending.take() {
-            pending.leave_behind();
+            pending.leave_behind(&self.owner);
         }
     }
 }
@@ -164,25 +179,29 @@ struct Pending {
 
 impl Pending {
     /// Counts the thread in [`LEFT_BEHIND`] as long as it holds this.
-    fn leave_behind(self: Arc<Self>) {
-        self.is_left_behind.get_or_init(LeftBehind::new);
+    fn leave_behind(self: Arc<Self>, owner: &Arc<str>) {
+        self.is_left_behind.get_or_init(|| LeftBehind::new(owner));
     }
 }
 
 /// One of [`LEFT_BEHIND`].
 #[derive(Debug)]
-struct LeftBehind;
+struct LeftBehind(Arc<str>);
 
 impl LeftBehind {
-    fn new() -> Self {
-        LEFT_BEHIND.fetch_add(1, Ordering::Relaxed);
-        Self
+    fn new(owner: &Arc<str>) -> Self {
+        *left_behind().entry(owner.clone()).or_default() += 1;
+        Self(owner.clone())
     }
 }
 
 impl Drop for LeftBehind {
     fn drop(&mut self) {
-        LEFT_BEHIND.fetch_sub(1, Ordering::Relaxed);
+        let mut all = left_behind();
+        if let Some(own) = all.get_mut(&self.0) {
+            *own -= 1;
+            all.retain(|_, own| *own > 0);
+        }
     }
 }
 
@@ -227,11 +246,15 @@ mod tests {
     use crate::stdio::fifo;
     use std::io::Read;
 
+    fn owner(name: &str) -> Arc<str> {
+        Arc::from(name)
+    }
+
     #[tokio::test]
     async fn pieces_are_written_in_order_also_by_a_second_thread() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b/log");
-        let mut file = LogFile::open(&path, true).unwrap();
+        let mut file = LogFile::open(&path, true, &owner("web")).unwrap();
         file.write(b"one ").await;
         // As if the thread had ended after its idle time.
         file.writer = Some(mpsc::channel().0);
@@ -244,7 +267,7 @@ mod tests {
     async fn a_file_that_cant_be_opened_yet_is_opened_later() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
-        let mut file = LogFile::later(&path, false);
+        let mut file = LogFile::later(&path, false, &owner("web"));
         file.write(b"lost").await;
         assert_eq!(file.missing, 4);
         std::fs::write(&path, b"").unwrap();
@@ -253,10 +276,10 @@ mod tests {
     }
 
     /// A file whose writes never return, as on a dead disk: a full FIFO.
-    fn dead(path: &Path) -> (LogFile, File) {
+    fn dead(path: &Path, of: &str) -> (LogFile, File) {
         fifo::make(path).unwrap();
         let both = fifo::open_both(path).unwrap();
-        let file = LogFile::later(path, false);
+        let file = LogFile::later(path, false, &owner(of));
         file.target.file.set(both.try_clone().unwrap()).unwrap();
         (file, both)
     }
@@ -272,15 +295,15 @@ mod tests {
             .unwrap();
         let alive = dir.path().join("alive");
         runtime.block_on(async {
-            let before = LEFT_BEHIND.load(Ordering::Relaxed);
             let mut ends = Vec::new();
             let mut writes = Vec::new();
             for number in 0..70 {
-                let (mut file, end) = dead(&dir.path().join(format!("dead{number}")));
+                let (mut file, end) =
+                    dead(&dir.path().join(format!("dead{number}")), &format!("dead{}", number % 2));
                 ends.push(end);
                 writes.push(tokio::spawn(async move { file.write(&[0; 1 << 17]).await }));
             }
-            let mut file = LogFile::open(&alive, true).unwrap();
+            let mut file = LogFile::open(&alive, true, &owner("alive")).unwrap();
             file.write(b"alive").await;
             assert_eq!(tokio::task::spawn_blocking(|| 7).await.unwrap(), 7);
             // Their processes are deleted: the threads are counted until the disk answers.
@@ -288,11 +311,15 @@ mod tests {
                 write.abort();
                 assert!(write.await.unwrap_err().is_cancelled());
             }
-            assert_eq!(LEFT_BEHIND.load(Ordering::Relaxed) - before, 70);
+            assert_eq!(["dead0", "dead1"].map(|name| left_behind()[name]), [35, 35]);
+            // Each container has more than it may have, and that is its own affair.
+            let refused = LogFile::open(&alive, true, &owner("dead0")).unwrap_err().to_string();
+            assert!(refused.contains("a disk does not answer"), "{refused}");
+            LogFile::open(&alive, true, &owner("alive")).unwrap();
             for end in &mut ends {
                 end.read_exact(&mut [0; 1 << 17]).unwrap();
             }
-            while LEFT_BEHIND.load(Ordering::Relaxed) > before {
+            while left_behind().keys().any(|name| name.starts_with("dead")) {
                 tokio::task::yield_now().await;
             }
         });
