@@ -17,6 +17,7 @@ use protobuf::MessageField;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::ops::{CreateSandbox, SandboxState, Status};
+use crate::services::WaitsFor;
 
 use super::task::{RpcResult, TaskService, delivery, refuse};
 use super::{convert, metrics, pod, status};
@@ -32,7 +33,11 @@ impl Sandbox for TaskService {
         let named = convert::key(self.namespace(ctx)?, &request.sandbox_id).map_err(status::invalid)?;
         let key = self.created_by("create-sandbox", &named, &bundle).await?;
         let of_start = bundle.clone();
-        let options = self.shim.files.run(&key.init(), move || convert::options_of_start(&of_start)).await;
+        let options = self
+            .shim
+            .files
+            .run(WaitsFor::Bundle, &key.init(), move || convert::options_of_start(&of_start))
+            .await;
         let options = options.map_err(|error| refuse("create-sandbox", &key.init(), &error))?;
         let call = CreateSandbox {
             key: key.clone(),

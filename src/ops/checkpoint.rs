@@ -20,7 +20,7 @@ use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, CheckpointNote, DUMP_WOR
 use crate::oci::criu::{self, Checkpoint, Problem};
 use crate::oci::runtime::Cli;
 use crate::services::process::{cancelled, init_is_gone};
-use crate::services::{Delivery, Entry, Error, blocking};
+use crate::services::{Delivery, Entry, Error, WaitsFor, blocking};
 use crate::task::phase::Phase;
 use crate::task::wiring::Output;
 use crate::task::{Placement, Task};
@@ -139,7 +139,7 @@ impl Shim {
             Err(error @ Error::Runtime(_)) => {
                 let kept = self
                     .files
-                    .run(&entry.init.key, move || copy_log(&log, &bundle.join(LOG_COPY)))
+                    .run(WaitsFor::Bundle, &entry.init.key, move || copy_log(&log, &bundle.join(LOG_COPY)))
                     .await
                     .unwrap_or(None);
                 Err(with_log(error, kept))
@@ -191,7 +191,7 @@ impl Shim {
         };
         let settled = Cli::of(&task, &dir).settled_unless(Kind::Checkpoint.word(), must_end).await;
         let log = dump_work(&begun.request, &dir).join(criu::DUMP_LOG);
-        let dumped = self.files.run(&entry.init.key, move || criu::has_dumped(&log)).await;
+        let dumped = self.files.run(WaitsFor::Bundle, &entry.init.key, move || criu::has_dumped(&log)).await;
         let concluded = match (settled, dumped) {
             (Ok(()), Ok(true)) => self.conclude_checkpoint(entry, begun, Ok(())).await,
             // The client, if it still waits, gets the checkpoint by the replay of its call.

@@ -17,7 +17,7 @@ use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::{metadata, options, runtime};
 use crate::services::process::{cancelled, hold, lives_in, program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
-use crate::services::{Delivery, Entry, Error};
+use crate::services::{Delivery, Entry, Error, WaitsFor};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::task::Task;
 use crate::task::phase::{Container, Event};
@@ -78,7 +78,8 @@ impl Shim {
         }
         self.fds.has_room()?;
         let shim = self.clone();
-        let (task, environment) = self.files.run(&init, move || shim.prepare(call)).await??;
+        let (task, environment) =
+            self.files.run(WaitsFor::Bundle, &init, move || shim.prepare(call)).await??;
         additions::check_types(&*self.manager, &task.properties).await?;
         let (entry, _verb) = self.register(task)?;
         match self.bring_up(&entry, &environment).await {
@@ -246,7 +247,7 @@ impl Shim {
             slice: task.placement.slice(),
             sandbox: sandbox.as_ref(),
         };
-        let copy = self.launcher.sealed_runtime(task).await?;
+        let copy = self.launcher.sealed_runtime(&self.files, task).await?;
         let own = task.runtime.cgroup.is_none().then(|| launch::cgroup::of(task.unit())).transpose()?;
         let environment = command::environment(copy.as_ref(), own.as_deref());
         let pid_file = dir.join(PID_FILE);

@@ -7,7 +7,7 @@ use crate::id::{ExecId, ProcessKey, TaskKey, UnitName};
 use crate::launch::contract::PROCESS_SPEC;
 use crate::oci::{metadata, process};
 use crate::services::registry::{Conflict, Verb};
-use crate::services::{Delivery, Entry, Error, Process};
+use crate::services::{Delivery, Entry, Error, Process, WaitsFor};
 use crate::stdio::{fifo, uri};
 use crate::sys;
 use crate::task::exec::{Exec, ExecPhase};
@@ -59,7 +59,7 @@ impl Shim {
             let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind);
             wiring.map(|wiring| (stdio, Wiring { store_number, ..wiring }))
         };
-        let (stdio, wiring) = self.files.run(&process_key, read_wiring).await??;
+        let (stdio, wiring) = self.files.run(WaitsFor::LogFile, &process_key, read_wiring).await??;
         let description = metadata::of_exec(&task.init.description, &id, &spec.args);
         let (process, _verb) = self.register_exec(&entry, &id)?;
         let exec = |unit: UnitName| {

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::id::ProcessKey;
-use crate::services::{Delivery, Error};
+use crate::services::{Delivery, Error, WaitsFor};
 use crate::store::failures::{Attempt, Failure};
 
 use super::Shim;
@@ -44,6 +44,6 @@ impl Shim {
 
     async fn attempt(&self, process: &ProcessKey, dir: PathBuf) -> Option<Attempt> {
         // The bundle may be on a disk that does not answer.
-        self.files.run(process, move || Attempt::of(&dir)).await.ok().flatten()
+        self.files.run(WaitsFor::Bundle, process, move || Attempt::of(&dir)).await.ok().flatten()
     }
 }

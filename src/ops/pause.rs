@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::TaskKey;
-use crate::services::{Delivery, Error, blocking, waiting};
+use crate::services::{Delivery, Error, WaitsFor, blocking, waiting};
 use crate::task::phase::{Event, Phase, Refusal};
 use crate::task::process::Lifecycle;
 use crate::task::{Placement, Task};
@@ -77,7 +77,7 @@ async fn set_frozen(
         return Ok(by_systemd.await?);
     };
     let is_foreign = matches!(task.placement, Placement::Foreign { .. });
-    let seen = waiting(move || {
+    let seen = waiting(WaitsFor::Client, &task.key, move || {
         if is_foreign {
             cgroup::freeze(&cgroup, frozen)?;
         }
@@ -91,7 +91,7 @@ async fn set_frozen(
         answered = &mut by_systemd => return Ok(answered?),
         seen = seen => match seen {
             // systemd alone says when the unit is frozen.
-            Err(Error::NoThread(_)) => {
+            Err(Error::NoThread(_) | Error::ManyWait { .. }) => {
                 let late = |_| Error::NotFreezing { key: task.key.clone() };
                 return Ok(tokio::time::timeout(FREEZE_LIMIT, by_systemd).await.map_err(late)??);
             }

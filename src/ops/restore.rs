@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use crate::fault::{self, Point};
 use crate::launch::contract::{Kind, restore_work};
 use crate::oci::criu;
-use crate::services::{Entry, Error};
+use crate::services::{Entry, Error, WaitsFor};
 use crate::task::Task;
 use crate::task::phase::Event;
 
@@ -91,7 +91,10 @@ impl Shim {
             Error::Launch(_) => {
                 let work = restore_work(&task.runtime, &self.store.dir(&task.key));
                 let (log, copy) = (work.join(criu::RESTORE_LOG), task.request.bundle.join(LOG_COPY));
-                self.files.run(&entry.init.key, move || copy_log(&log, &copy)).await.unwrap_or(None)
+                self.files
+                    .run(WaitsFor::Bundle, &entry.init.key, move || copy_log(&log, &copy))
+                    .await
+                    .unwrap_or(None)
             }
             _ => None,
         };

@@ -16,7 +16,7 @@ use crate::launch::contract::LAUNCHED;
 use crate::oci::options;
 use crate::oci::pod::{self, Pod, Seccomp};
 use crate::oci::{bundle, pod_files};
-use crate::services::{Delivery, Error, blocking};
+use crate::services::{Delivery, Error, WaitsFor, blocking};
 use crate::task::phase::Exit;
 use crate::task::request::{Create, Mount, Places, Sandbox, Stdio};
 
@@ -80,7 +80,7 @@ impl Shim {
         let is_new = self.tasks.registry.get(&call.key).is_none_or(|entry| entry.task().is_leftover);
         let sandbox = if is_new {
             let call = call.clone();
-            self.files.run(&init, move || prepare(&call)).await??
+            self.files.run(WaitsFor::Bundle, &init, move || prepare(&call)).await??
         } else {
             None
         };

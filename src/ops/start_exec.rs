@@ -84,7 +84,8 @@ impl Shim {
         begun_by: Daemon,
     ) -> Result<Option<StartJob>, Error> {
         let command = self.launcher.command(Kind::Exec, &process.key);
-        let environment = command::environment(self.launcher.sealed_runtime(task).await?.as_ref(), None);
+        let environment =
+            command::environment(self.launcher.sealed_runtime(&self.files, task).await?.as_ref(), None);
         let properties = properties::exec(&exec.description, task.unit(), &command, &environment);
         let begin = || self.manager.begin_transient(&exec.unit, &properties);
         let taken = NameTaken {

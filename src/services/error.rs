@@ -57,7 +57,7 @@ pub enum Error {
     Watch(#[source] std::io::Error),
     /// A disk does not answer.
     #[error(
-        "{process}: the files of its bundle or its log file do not answer; check the disks that they are on"
+        "{process}: the files of its bundle, its log file or its OCI runtime do not answer; check the disks that they are on"
     )]
     FilesDoNotAnswer {
         /// The process whose files they are.
@@ -277,6 +277,16 @@ pub enum Error {
         unit: String,
         /// The time limit.
         limit: std::time::Duration,
+    },
+    /// Too many threads wait.
+    #[error(
+        "task {task}: too many threads wait for {waits_for}, for this container or in total; try again once they answer"
+    )]
+    ManyWait {
+        /// The task whose call was refused.
+        task: TaskKey,
+        /// What the threads wait for.
+        waits_for: &'static str,
     },
     /// No thread could be made for work that waits.
     #[error(

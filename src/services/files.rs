@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::id::ProcessKey;
 
-use super::{Error, waiting};
+use super::{Error, WaitsFor, waiting};
 
 /// Runs work on files that clients have named. Each process has at most one thread for such work: the thread exists as long as
 /// the disk does not answer.
@@ -60,14 +60,15 @@ impl ClientFiles {
     /// has to be undone: it may end long after the call has failed.
     ///
     /// # Errors
-    /// [`Error::FilesDoNotAnswer`], or another thread works on these files.
+    /// [`Error::FilesDoNotAnswer`], or another thread works on these files, or too many threads wait for such a disk.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
+        waits_for: WaitsFor,
         process: &ProcessKey,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Error> {
         let turn = self.begin(process)?;
-        let done = waiting(move || {
+        let done = waiting(waits_for, &process.task, move || {
             let _turn = turn;
             work()
         });

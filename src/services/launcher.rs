@@ -15,7 +15,8 @@ use crate::oci::options;
 use crate::oci::sealed::{self, Copies};
 use crate::task::Task;
 
-use super::{Error, blocking};
+use super::files::ClientFiles;
+use super::{Error, WaitsFor, waiting};
 
 /// How units run this program.
 pub struct Launcher {
@@ -48,10 +49,21 @@ impl Launcher {
         command::command_line(&self.program, kind, key)
     }
 
-    /// A copy of the task's OCI runtime, if there can be one.
-    pub(crate) async fn sealed_runtime(&self, task: &Task) -> Result<Option<sealed::SealedRef>, Error> {
+    /// A copy of the task's OCI runtime, if there can be one. The runtime may be on a disk that does not answer.
+    ///
+    /// # Errors
+    /// The disk does not answer.
+    pub(crate) async fn sealed_runtime(
+        &self,
+        files: &ClientFiles,
+        task: &Task,
+    ) -> Result<Option<sealed::SealedRef>, Error> {
+        if !sealed::is_wanted(&task.runtime.binary) {
+            return Ok(None);
+        }
         let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
-        blocking(move || copies.copy_of(&binary)).await
+        let copied = waiting(WaitsFor::Bundle, &task.key, move || copies.copy_of(&binary));
+        files.in_time(&task.key.init(), copied).await
     }
 
     /// True if the criu in this search path is known to be usable.

@@ -11,6 +11,7 @@ pub mod process;
 pub mod registry;
 pub mod streams;
 mod tasks;
+pub mod waiting;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ use notifications::Listening;
 
 pub use error::Error;
 pub use tasks::{Outgoing, Tasks};
+pub(crate) use waiting::{WaitsFor, waiting};
 
 /// A live task, with what the running daemon attaches to it.
 pub type Entry = registry::Entry<Live>;
@@ -120,24 +122,4 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
     tokio::task::spawn_blocking(suspect::inherit_fn(work)).await.map_err(|_| Error::Stopping)
-}
-
-/// Runs work that may wait for a client, a runtime or the kernel, in a thread of its own. So slow clients, however many there
-/// are, use no thread of [`blocking`], which the other tasks need. The work must have a time limit.
-pub(crate) async fn waiting<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Error> {
-    /// Enough for opening and polling a few descriptors.
-    const STACK: usize = 256 << 10;
-    let (done, result) = oneshot::channel();
-    let runtime = tokio::runtime::Handle::current();
-    let work = suspect::inherit_fn(work);
-    let run = move || {
-        let _context = runtime.enter();
-        // The receiver was dropped if the call was cancelled.
-        let _ = done.send(work());
-    };
-    let thread = std::thread::Builder::new().name("waiting".to_owned()).stack_size(STACK).spawn(run);
-    thread.map_err(Error::NoThread)?;
-    result.await.map_err(|_| Error::Stopping)
 }

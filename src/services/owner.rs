@@ -12,7 +12,7 @@ use crate::oci::containerd;
 
 use super::files::ClientFiles;
 use super::tasks::Tasks;
-use super::{Entry, Error};
+use super::{Entry, Error, WaitsFor};
 
 /// How long a daemon that starts waits for the disks of bundles.
 const OWNERS_LIMIT: Duration = Duration::from_secs(2);
@@ -91,5 +91,5 @@ async fn owner_by_bundle(files: &ClientFiles, named: &TaskKey, bundle: &Path) ->
     }
     let bundle = bundle.to_owned();
     let process = named.of(by_name).init();
-    files.run(&process, move || containerd::owner(&bundle, &namespace, &id)).await
+    files.run(WaitsFor::Bundle, &process, move || containerd::owner(&bundle, &namespace, &id)).await
 }

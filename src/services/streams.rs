@@ -24,7 +24,7 @@ use crate::unit::systemd::Systemd;
 
 use super::files::ClientFiles;
 use super::launcher::Launcher;
-use super::{Entry, Error, Process, blocking, waiting};
+use super::{Entry, Error, Process, WaitsFor, blocking, waiting};
 
 /// The file of a process in which the first daemon that waited for its output has noted the time.
 const DRAINING: &str = "draining";
@@ -87,10 +87,13 @@ impl Streams {
         let mut files = LogFiles::new();
         if plan.has_log_files() {
             let this = plan.clone();
-            files = self.files.run(&plan.key, move || this.open_log_files()).await??;
+            files = self.files.run(WaitsFor::LogFile, &plan.key, move || this.open_log_files()).await??;
         }
         let (this, fds) = (plan.clone(), self.fds.clone());
-        let mut opened = self.files.in_time(&plan.key, waiting(move || this.open(&fds, files))).await??;
+        let mut opened = self
+            .files
+            .in_time(&plan.key, waiting(WaitsFor::Client, &plan.key.task, move || this.open(&fds, files)))
+            .await??;
         self.start_logger(plan, opened.take_ready()).await?;
         Ok(opened)
     }
@@ -115,7 +118,12 @@ impl Streams {
     /// A FIFO or a file can't be opened.
     pub(crate) async fn reopen(&self, plan: Arc<Plan>, mode: ReopenMode) -> Result<OpenStreams, Error> {
         let (fds, key) = (self.fds.clone(), plan.key.clone());
-        Ok(self.files.in_time(&key, waiting(move || plan.reopen(&fds, mode))).await??)
+        let work = move || plan.reopen(&fds, mode);
+        match self.files.in_time(&key, waiting(WaitsFor::Client, &key.task, work.clone())).await {
+            // Recovery drops the descriptors of streams that are not claimed: the process would get an end of its streams.
+            Err(Error::NoThread(_)) => Ok(self.files.in_time(&key, blocking(work)).await??),
+            reopened => Ok(reopened??),
+        }
     }
 
     /// Receives the terminal, if there is one, and starts copying. The process has its ends of the streams.
@@ -145,7 +153,7 @@ impl Streams {
             let received = move || {
                 console.receive(config::STDIO_LIMIT, |fd| fds.store(StreamKind::Terminal, number, &[fd]))
             };
-            opened.set_terminal(waiting(received).await??);
+            opened.set_terminal(waiting(WaitsFor::Client, &process.key.task, received).await??);
         }
         let ended = || {
             let ended = process.ended();

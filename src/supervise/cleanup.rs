@@ -20,7 +20,7 @@ use crate::services::changes::Noted;
 use crate::services::files::ClientFiles;
 use crate::services::process::{lives_in, read_pid};
 use crate::services::streams::{Streams, cancel_pumps, stored_number};
-use crate::services::{Entry, Error, Process, Tasks, blocking};
+use crate::services::{Entry, Error, Process, Tasks, WaitsFor, blocking};
 use crate::session::fds::StreamFds;
 use crate::store::{self, Store};
 use crate::task::Task;
@@ -107,7 +107,9 @@ impl Removal<'_> {
         if task.rootfs_on_host {
             let rootfs = task.request.bundle.join("rootfs");
             // The bundle may be on a disk that does not answer.
-            troubles.add_run(self.files.run(&task.key.init(), move || mount::unmount_all(&rootfs)).await);
+            troubles.add_run(
+                self.files.run(WaitsFor::Bundle, &task.key.init(), move || mount::unmount_all(&rootfs)).await,
+            );
         }
         troubles
     }

@@ -261,6 +261,47 @@ fn a_daemon_that_may_start_no_thread_refuses_calls_and_works_again_when_it_may()
     leaks::assert_none("a daemon that could start no thread", &before);
 }
 
+/// The tasks of a daemon that has just started: those of an idle one but for a thread, and its guard.
+const FIRST_TASKS: usize = 5;
+
+#[test]
+fn a_daemon_that_may_start_no_thread_while_it_recovers_loses_no_output() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let (gate, fifos) = (Gate::new(), Fifos::new("few"));
+    let container = node.container("few", gate.bind(Spec::sleeping())).started(&Io::default());
+    let daemon = wait::until("the daemon serves", daemon::serving);
+    let Some(limit) = TaskLimit::of(daemon) else {
+        return needs::skip(needs::name_of(|| ()), "no pids controller here");
+    };
+    let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+    // The daemon copies the output of an exec.
+    let script = format!("echo first; {}; echo second", Gate::WAIT);
+    let exec = container.exec(gate.bind(Spec::sh(&script))).started(&fifos.output());
+    assert_eq!(stdout.until(|bytes| bytes.ends_with(b"\n")), b"first\n");
+    let command = match &limit.hierarchy {
+        None => format!("[Service]\nTasksMax={FIRST_TASKS}\n"),
+        Some(_) => {
+            fs::write(limit.cgroup.join("pids.max"), FIRST_TASKS.to_string()).expect("set a limit");
+            let enter =
+                format!("echo 0 >{}/cgroup.procs; exec {} serve", limit.cgroup.display(), shim::BINARY);
+            format!("[Service]\nExecStart=\nExecStart=+/bin/sh -c \"{enter}\"\n")
+        }
+    };
+    let drop_in = daemon::DropIn::new(&command);
+    let limited = wait::until("the next daemon serves", daemon::serving);
+    assert_ne!(limited, daemon);
+    gate.open();
+    assert_eq!(stdout.until(|bytes| bytes.ends_with(b"\n")), b"second\n");
+    assert_eq!(exec.exit_status(), 0);
+    exec.delete().expect("delete");
+    limit.give_room();
+    drop(drop_in);
+    wait::until("a daemon without a limit serves", daemon::serving);
+    assert_eq!(container.exec_sh("exit 6").exit_status(), 6);
+    container.end();
+}
+
 /// A daemon for which these system calls fail, as if there were no more of the descriptors that they make.
 fn without_descriptors_of(calls: &str) -> daemon::DropIn {
     // The unit's own command has the flag that lifts such a filter.

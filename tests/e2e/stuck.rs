@@ -311,6 +311,68 @@ fn a_task_whose_bundle_is_on_a_disk_that_no_longer_answers_can_be_killed_and_del
     assert_untouched(&node, &other);
 }
 
+/// More than the daemon has threads for blocking work.
+const MANY: usize = 70;
+
+#[test]
+fn a_runtime_on_a_disk_that_no_longer_answers_holds_up_only_its_own_containers() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let other = node.container("other", Spec::sleeping()).started(&Io::default());
+    other.exec_sh("exit 0").end();
+    let daemon = wait::until("the daemon serves", daemon::serving);
+    let runtimes = Scratch::new("runtimes");
+    // The daemon makes a copy of each runtime of this name.
+    fs::copy("/usr/sbin/runc", runtimes.join("runc")).expect("copy the runtime");
+    let body = format!("BinaryName = {:?}\nRuntimeTimeoutSec = 2", runtimes.text("runc"));
+    let container = |name: &str| {
+        let options = GenericOptions { config_body: body.clone(), ..Default::default() }.to_any();
+        node.container(name, Spec::sleeping()).options(options).created(&Io::default())
+    };
+    // The daemon keeps the copy for a while.
+    container("first").end();
+    let before = Traces::take();
+    // More than the daemon has threads for requests.
+    let created: Vec<_> = (0..4).map(|_| container("created")).collect();
+    let running = container("running");
+    running.start().expect("start");
+    let execs: Vec<_> = (0..MANY).map(|_| running.exec(Spec::sleeping()).added(&Io::default())).collect();
+    let Some(disk) = DeadDisk::mount() else {
+        return needs::skip(needs::name_of(|| ()), "no FUSE here");
+    };
+    let covered = runtimes.as_str().to_string();
+    mount(Some(&disk.scratch.join("mnt")), covered.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .expect("cover the runtime");
+    thread::scope(|scope| {
+        let starting: Vec<_> = execs.iter().map(|exec| scope.spawn(|| exec.start())).collect();
+        let starts: Vec<_> = created.iter().map(|container| scope.spawn(|| container.start())).collect();
+        wait::until_true("the disk is waited for", || is_stuck(daemon));
+        assert_untouched(&node, &other);
+        for start in starts {
+            let refusal = start.join().expect("start does not panic").expect_err("a start that is stuck");
+            assert_eq!(refusal.code(), Code::DeadlineExceeded, "{refusal}");
+        }
+        for container in &created {
+            container.kill(SIGKILL).expect("kill");
+            assert_eq!(container.exit_status(), 137);
+            container.delete().expect("delete without the runtime");
+        }
+        assert_untouched(&node, &other);
+        assert_eq!(daemon::serving(), Some(daemon));
+        let _ = umount2(covered.as_str(), MntFlags::MNT_DETACH);
+        drop(disk);
+        for start in starting {
+            // Its disk is gone, or the runtime below it was found.
+            let _ = start.join().expect("start does not panic");
+        }
+    });
+    assert_untouched(&node, &other);
+    assert_eq!((daemon::serving(), running.exec_sh("exit 6").exit_status()), (Some(daemon), 6));
+    running.end();
+    drop((execs, created, running, runtimes));
+    leaks::assert_none("a runtime on a dead disk", &before);
+}
+
 /// A mount of containerd's API in that of a shim.
 fn mount_of(from: &containerd_client::types::Mount) -> containerd_shim_protos::types::mount::Mount {
     let mut mount = containerd_shim_protos::types::mount::Mount::new();

@@ -1,0 +1,179 @@
+//! Threads for work that waits: for a client, a disk or the kernel. Each kind of work has a limit for one container, and a
+//! larger one in total. Work beyond that waits for its turn, without a thread, and is refused after a while.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use crate::id::TaskKey;
+use crate::suspect;
+
+use super::Error;
+
+/// How long work waits for its turn. As long as a client may take to open its end of a FIFO.
+const TURN_LIMIT: Duration = crate::config::STDIO_LIMIT;
+
+/// What work waits for. A disk that does not answer keeps its threads until it does, so each kind of file has threads of its
+/// own: dead log files delay no Create.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WaitsFor {
+    /// A client that opens its end of a stream, `launch` that sends a terminal, or the kernel that freezes processes. Such work
+    /// has a time limit.
+    Client,
+    /// The disk of a bundle or of an OCI runtime.
+    Bundle,
+    /// The disk of a client's log file.
+    LogFile,
+}
+
+impl WaitsFor {
+    fn threads(self) -> &'static Threads {
+        static CLIENT: LazyLock<Threads> = LazyLock::new(|| Threads::new(1024, 64));
+        static BUNDLE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
+        static LOG_FILE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
+        match self {
+            Self::Client => &CLIENT,
+            Self::Bundle => &BUNDLE,
+            Self::LogFile => &LOG_FILE,
+        }
+    }
+
+    /// For an error: "too many threads wait for …".
+    pub(crate) fn what(self) -> &'static str {
+        match self {
+            Self::Client => "clients that do not open their streams",
+            Self::Bundle => "the disks of bundles or of OCI runtimes",
+            Self::LogFile => "the disks of log files",
+        }
+    }
+}
+
+/// Runs work that may wait in a thread of its own. So slow clients, however many there are, use no thread of
+/// [`blocking`](super::blocking), which the other tasks need.
+///
+/// # Errors
+/// [`Error::ManyWait`] if too many threads wait already; no thread can be started.
+pub(crate) async fn waiting<T: Send + 'static>(
+    waits_for: WaitsFor,
+    task: &TaskKey,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    /// Enough for opening and polling a few descriptors.
+    const STACK: usize = 256 << 10;
+    let turn = tokio::time::timeout(TURN_LIMIT, waits_for.threads().turn(task));
+    let turn = turn.await.map_err(|_| Error::ManyWait { task: task.clone(), waits_for: waits_for.what() })?;
+    let (done, result) = oneshot::channel();
+    let runtime = tokio::runtime::Handle::current();
+    let work = suspect::inherit_fn(work);
+    let run = move || {
+        let _context = runtime.enter();
+        let result = work();
+        // The next one may begin before this thread has ended.
+        drop(turn);
+        // The receiver was dropped if the call was cancelled.
+        let _ = done.send(result);
+    };
+    let thread = std::thread::Builder::new().name("waiting".to_owned()).stack_size(STACK).spawn(run);
+    thread.map_err(Error::NoThread)?;
+    result.await.map_err(|_| Error::Stopping)
+}
+
+/// How many threads there may be for one kind of work.
+struct Threads {
+    all: Arc<Semaphore>,
+    most_of_one: usize,
+    /// The tasks that have a thread or wait for one.
+    tasks: Mutex<HashMap<TaskKey, Arc<Semaphore>>>,
+}
+
+impl Threads {
+    fn new(most: usize, most_of_one: usize) -> Self {
+        Self { all: Arc::new(Semaphore::new(most)), most_of_one, tasks: Mutex::default() }
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, HashMap<TaskKey, Arc<Semaphore>>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until this task may have one more thread.
+    async fn turn(&'static self, task: &TaskKey) -> Turn {
+        let own = {
+            let mut tasks = self.tasks();
+            let new = || Arc::new(Semaphore::new(self.most_of_one));
+            tasks.entry(task.clone()).or_insert_with(new).clone()
+        };
+        let mut turn = Turn { threads: self, task: task.clone(), _own: None, _one: None };
+        // Neither semaphore is ever closed.
+        turn._own = own.acquire_owned().await.ok();
+        turn._one = self.all.clone().acquire_owned().await.ok();
+        turn
+    }
+}
+
+/// While this exists, the thread of a task counts.
+struct Turn {
+    threads: &'static Threads,
+    task: TaskKey,
+    _own: Option<OwnedSemaphorePermit>,
+    _one: Option<OwnedSemaphorePermit>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        (self._own, self._one) = (None, None);
+        if let Entry::Occupied(found) = self.threads.tasks().entry(self.task.clone())
+            && Arc::strong_count(found.get()) == 1
+        {
+            found.remove();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Namespace;
+
+    fn task(id: &str) -> TaskKey {
+        TaskKey::from_word(Namespace::new("default").unwrap(), id).unwrap()
+    }
+
+    /// A turn that is there at once.
+    fn at_once(threads: &'static Threads, id: &str) -> Option<Turn> {
+        use futures_util::FutureExt;
+        threads.turn(&task(id)).now_or_never()
+    }
+
+    #[tokio::test]
+    async fn one_task_does_not_get_the_threads_that_others_need() {
+        let threads: &'static Threads = Box::leak(Box::new(Threads::new(4, 2)));
+        let mut hanging: Vec<_> = (0..2).map(|_| at_once(threads, "dead").unwrap()).collect();
+        assert!(at_once(threads, "dead").is_none(), "its third");
+        hanging.extend(["a", "b"].map(|id| at_once(threads, id).unwrap()));
+        assert!(at_once(threads, "c").is_none(), "the fifth of all");
+        let waiting = tokio::spawn(threads.turn(Box::leak(Box::new(task("c")))));
+        tokio::task::yield_now().await;
+        hanging.remove(0);
+        let turn = waiting.await.unwrap();
+        drop((turn, hanging));
+        assert!(threads.tasks().is_empty(), "nothing is kept of tasks that have no thread");
+        assert_eq!(threads.all.available_permits(), 4);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn work_that_gets_no_turn_is_refused() {
+        let (key, (begin, begun)) = (task("full"), std::sync::mpsc::channel::<()>());
+        let threads = WaitsFor::LogFile.threads();
+        let mut turns = Vec::new();
+        for _ in 0..threads.most_of_one {
+            turns.push(threads.turn(&key).await);
+        }
+        let refused = waiting(WaitsFor::LogFile, &key, move || begin.send(())).await.unwrap_err();
+        assert!(refused.to_string().contains("the disks of log files"), "{refused}");
+        assert_eq!(crate::api::status::code(&refused), ttrpc::Code::RESOURCE_EXHAUSTED);
+        assert!(begun.recv().is_err(), "the work was not begun");
+    }
+}
