@@ -8,6 +8,7 @@
 pub mod audit;
 pub mod bpf;
 pub mod bulk;
+pub mod bystander;
 pub mod cgroup;
 pub mod checkpoint;
 pub mod command_line;

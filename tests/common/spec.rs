@@ -173,6 +173,16 @@ impl Spec {
         self
     }
 
+    /// Sets a value at a JSON pointer. Objects on the way to it are created.
+    pub fn with(mut self, pointer: &str, value: Value) -> Spec {
+        let mut at = &mut self.0;
+        for key in pointer.split('/').skip(1) {
+            at = &mut at[key];
+        }
+        *at = value;
+        self
+    }
+
     /// Replaces a part of the JSON text, for JSON that no library writes.
     pub fn written(mut self, part: &str, by: &str) -> Spec {
         self.1.push((part.to_string(), by.to_string()));

@@ -11,7 +11,7 @@ use crate::common::task::Io;
 use crate::common::{daemon, process, systemd, wait};
 
 /// The daemon's names on the bus. Every user can see them.
-fn names() -> Vec<String> {
+pub fn names() -> Vec<String> {
     let pid = wait::until("the daemon serves", daemon::serving).to_string();
     let list = process::succeed("busctl", &["--system", "--no-pager", "--no-legend", "list"]);
     let columns = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
@@ -36,7 +36,7 @@ fn forge(signal: &[&str]) {
 }
 
 /// As systemd spells it in an object path.
-fn object(unit: &str) -> String {
+pub fn object(unit: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric();
     let escaped = unit
         .bytes()
