@@ -23,6 +23,13 @@ pub enum Requested {
     Literal(PathBuf),
 }
 
+/// The longest path that a client may request, in bytes. The units and the cgroups below it still fit into a path of the
+/// kernel (`PATH_MAX`). systemd can't remove a longer one, and keeps its unit until the reboot.
+const LONGEST: usize = 3072;
+
+/// The longest name of a directory, in bytes.
+const LONGEST_NAME: usize = 255;
+
 /// The parents of the cgroups that clients choose by default. The namespace is another one.
 const DEFAULT_PARENTS: [&str; 2] = ["k8s.io", "docker"];
 
@@ -70,6 +77,9 @@ pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested
     if path.components().any(|part| !matches!(part, Component::Normal(_))) {
         return Err(malformed("the path must not contain \"..\" or \".\""));
     }
+    if path.as_os_str().len() > LONGEST || path.iter().any(|part| part.len() > LONGEST_NAME) {
+        return Err(malformed("the path must not be longer than 3072 bytes, and no part longer than 255"));
+    }
     let path = Path::new("/").join(path);
     let mut defaults = std::iter::once(namespace.as_str()).chain(DEFAULT_PARENTS);
     if path == Path::new("/") || defaults.any(|parent| path == Path::new("/").join(parent).join(id.as_str()))
@@ -102,6 +112,11 @@ fn systemd_form(
                     "the name of the slice must not contain \"/\" or \"--\", and must not begin or end with \"-\"",
                 ));
             }
+            if nested_length(stem) > LONGEST {
+                return Err(malformed(
+                    "the slice is in too many others: the path of its cgroup must not be longer than 3072 bytes",
+                ));
+            }
             slice.to_owned()
         }
     };
@@ -112,6 +127,12 @@ fn systemd_form(
         (prefix, name) => format!("{prefix}-{name}.scope"),
     };
     Ok(Requested::Slice { slice, child: escape(&child) })
+}
+
+/// The length of the path of a slice: `a-b.slice` is in `a.slice`.
+fn nested_length(stem: &str) -> usize {
+    let ends = stem.match_indices('-').map(|(end, _)| end).chain([stem.len()]);
+    ends.map(|end| end + "/.slice".len()).sum()
 }
 
 /// A name for a directory in a cgroup. A name that the kernel could use for a file of its own gets a leading
@@ -128,6 +149,19 @@ mod tests {
     use super::*;
 
     const ID: &str = "web";
+
+    #[test]
+    fn a_path_that_is_too_long_for_the_kernel_is_refused() {
+        assert_eq!(nested_length("a-bc"), "/a.slice/a-bc.slice".len());
+        let nested = |depth: usize| format!("{}a.slice:x:y", "a-".repeat(depth));
+        assert!(read(&nested(50)).is_ok());
+        let parts = |count: usize| "/x".repeat(count);
+        assert!(read(&parts(1500)).is_ok());
+        for text in [nested(60), nested(120), parts(1600), "x".repeat(256)] {
+            let refused = read(&text).unwrap_err().to_string();
+            assert!(refused.contains("3072"), "{refused}");
+        }
+    }
 
     #[test]
     fn the_default_path_of_another_container_is_known() {
