@@ -127,7 +127,7 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let execs = std::future::ready(execs.cloned().collect());
     block_on(async {
         let (manager, oci) = (&unit::manager::Manager::default(), &CommandLine::default());
-        let files = &ClientFiles::new(Some(config::FILES_LIMIT));
+        let files = &ClientFiles::new(config::FILES_LIMIT);
         let removal = Removal { manager, oci, files, task, dir: &dir, stop: Stop::Killed };
         troubles.join(removal.of_task(execs).await);
     })?;

@@ -294,7 +294,7 @@ async fn serve(
         manager: manager.clone(),
         oci: commands,
         program,
-        files: ClientFiles::new(Some(config::FILES_LIMIT)),
+        files: ClientFiles::new(config::FILES_LIMIT),
         relay: Relay::new(),
     });
     fault::point(Point::RecoverTaken);

@@ -14,13 +14,13 @@ use super::{Error, WaitsFor, waiting};
 pub struct ClientFiles {
     /// The processes that have a thread now, and since when.
     begun: Arc<Mutex<HashMap<ProcessKey, Instant>>>,
-    limit: Option<Duration>,
+    /// How long a call waits for the disk.
+    limit: Duration,
 }
 
 impl ClientFiles {
-    /// `limit` is how long a call waits for the disk. `None` is for a simulated clock, which jumps over any limit while a thread
-    /// works.
-    pub fn new(limit: Option<Duration>) -> Self {
+    /// `limit` is how long a call waits for the disk.
+    pub fn new(limit: Duration) -> Self {
         Self { begun: Arc::default(), limit }
     }
 
@@ -28,21 +28,12 @@ impl ClientFiles {
         self.begun.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for work on files, at most for `limit` unless the clock is simulated.
-    pub(crate) async fn within(&self, limit: Duration, work: impl Future<Output = ()>) {
-        match self.limit {
-            // The work continues, although this call no longer waits for it.
-            Some(_) => _ = tokio::time::timeout(limit, work).await,
-            None => work.await,
-        }
-    }
-
     /// # Errors
     /// Another thread works on the files of this process.
     fn begin(&self, process: &ProcessKey) -> Result<Turn, Error> {
         let mut all = self.all();
         match all.get(process) {
-            Some(since) if self.limit.is_some_and(|limit| since.elapsed() >= limit) => {
+            Some(since) if since.elapsed() >= self.limit => {
                 Err(Error::FilesDoNotAnswer { process: process.clone() })
             }
             Some(_) => Err(match process.exec.clone() {
@@ -84,11 +75,8 @@ impl ClientFiles {
         process: &ProcessKey,
         done: impl Future<Output = Result<T, Error>>,
     ) -> Result<T, Error> {
-        let Some(limit) = self.limit else {
-            return done.await;
-        };
         let late = |_| Error::FilesDoNotAnswer { process: process.clone() };
-        tokio::time::timeout(limit, done).await.map_err(late)?
+        tokio::time::timeout(self.limit, done).await.map_err(late)?
     }
 }
 
@@ -113,7 +101,7 @@ mod tests {
     #[test]
     fn one_thread_looks_at_the_files_of_a_process() {
         let process = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap().init();
-        let files = ClientFiles::new(Some(config::FILES_LIMIT));
+        let files = ClientFiles::new(config::FILES_LIMIT);
         let turn = files.begin(&process).unwrap();
         assert!(matches!(files.begin(&process), Err(Error::Exists { .. })));
         let long_ago = Instant::now().checked_sub(config::FILES_LIMIT).unwrap();

@@ -68,7 +68,11 @@ pub(crate) async fn waiting<T: Send + 'static>(
     let (done, result) = oneshot::channel();
     let runtime = tokio::runtime::Handle::current();
     let work = suspect::inherit_fn(work);
+    #[cfg(test)]
+    let stopped = StoppedClock::new();
     let run = move || {
+        #[cfg(test)]
+        let _stopped = stopped;
         let _context = runtime.enter();
         let result = work();
         // The next one may begin before this thread has ended.
@@ -79,6 +83,24 @@ pub(crate) async fn waiting<T: Send + 'static>(
     let thread = std::thread::Builder::new().name("waiting".to_owned()).stack_size(STACK).spawn(run);
     thread.map_err(Error::NoThread)?;
     result.await.map_err(|_| Error::Stopping)
+}
+
+/// While this exists, the paused clock of a test does not advance by itself. tokio lets such a clock jump to the next timer
+/// whenever nothing runs on its own threads, and does not see the threads of [`waiting`]: on a busy machine, time limits of
+/// minutes would pass during a moment of work.
+#[cfg(test)]
+struct StoppedClock {
+    _end: std::sync::mpsc::Sender<()>,
+}
+
+#[cfg(test)]
+impl StoppedClock {
+    fn new() -> Self {
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        // tokio's clock stands still while its blocking threads work.
+        drop(tokio::task::spawn_blocking(move || ended.recv()));
+        Self { _end: end }
+    }
 }
 
 /// How many threads there may be for one kind of work.
@@ -175,5 +197,19 @@ mod tests {
         assert!(refused.to_string().contains("the disks of log files"), "{refused}");
         assert_eq!(crate::api::status::code(&refused), ttrpc::Code::RESOURCE_EXHAUSTED);
         assert!(begun.recv().is_err(), "the work was not begun");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_simulated_clock_stands_still_while_a_thread_works() {
+        let begun = tokio::time::Instant::now();
+        tokio::spawn(async {
+            loop {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
+        let (_quiet, silence) = std::sync::mpsc::channel::<()>();
+        let work = move || silence.recv_timeout(Duration::from_millis(100));
+        waiting(WaitsFor::Client, &task("clock"), work).await.unwrap().unwrap_err();
+        assert_eq!(begun.elapsed(), Duration::ZERO);
     }
 }

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use crate::api::status;
 use crate::cgroup;
 use crate::cgroup::watch::Watch;
+use crate::config;
 use crate::effects::{Effects, Failure};
 use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::launch::fake::{BRIEF_STATUS, FakeLaunch};
@@ -238,7 +239,7 @@ impl World {
             manager: self.systemd.clone(),
             oci: Arc::new(self.runtime()),
             program: PathBuf::from("/shim"),
-            files: ClientFiles::new(None),
+            files: ClientFiles::new(config::FILES_LIMIT),
             relay: if notify.exists() { Relay::to(&notify) } else { Relay::new() },
         });
         let (publisher, accepted) = (shim.clone(), self.accepted.clone());

@@ -8,6 +8,7 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::cgroup;
+use crate::config;
 use crate::effects::{Failure, Plan};
 use crate::oci::options;
 use crate::services::files::ClientFiles;
@@ -201,7 +202,7 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     let (runtime, dir) = (world.runtime(), store.dir(&task.key));
     let execs = vec![world.exec_unit()];
     let removed = async {
-        let (manager, oci, files) = (&*world.systemd, &runtime, &ClientFiles::new(None));
+        let (manager, oci, files) = (&*world.systemd, &runtime, &ClientFiles::new(config::FILES_LIMIT));
         let removal = Removal { manager, oci, files, task: &task, dir: &dir, stop: Stop::Killed };
         removal.of_task(async { execs }).await
     };
