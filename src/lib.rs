@@ -1,17 +1,15 @@
 //! `containerd-shim-systemd-v1`: a containerd runtime in which every container is a systemd unit.
 //!
-//! One daemon per node serves containerd's Task API. Every container is a transient service with the
-//! OCI runtime run by systemd inside of it; systemd is the parent, the supervisor and the keeper of
-//! exit codes, and the daemon only translates.
+//! One daemon per node serves containerd's Task API. Every container is a transient service, in which systemd runs the OCI
+//! runtime. systemd is the parent and the supervisor of the container, and keeps its exit code. The daemon only translates
+//! between containerd and systemd.
 //!
-//! Where things are: what an RPC does in `ops/`, why a call was refused in `task::phase`, what systemd
-//! gets is in `unit::properties`, how an exit is noticed in `unit::watch`, what survives a restart in
-//! `store` and `recovery`, which code containerd sees in `api::status`.
+//! `ops/` has a file for each RPC, `task::phase` decides which calls a phase allows, `unit::properties` has the properties of
+//! units, `unit::watch` receives systemd's signals, `store` and `recovery` let tasks survive a restart, and `api::status`
+//! chooses the error codes that containerd sees.
 
 // A panic would end the daemon of a whole node, and containerd reads all that `start` prints.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::print_stderr)]
-// All that other modules can see has a doc comment; rustc's own `missing_docs` sees only what the library exports.
-#![warn(clippy::missing_docs_in_private_items)]
 
 mod api;
 mod cgroup;
