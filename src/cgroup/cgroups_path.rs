@@ -34,8 +34,8 @@ const LONGEST_NAME: usize = 255;
 const DEFAULT_PARENTS: [&str; 2] = ["k8s.io", "docker"];
 
 impl Requested {
-    /// True for the default path of a client for a container with another id: `/PARENT/ID`. `namespace` is the one that
-    /// the container is in.
+    /// True for the default path of a client for a container with another id: `/PARENT/ID`. `namespace` is the
+    /// namespace of the container.
     pub fn is_default_of_another(&self, namespace: &Namespace) -> bool {
         let Self::Literal(path) = self else {
             return false;
@@ -61,7 +61,7 @@ pub struct InvalidPath {
 /// Reads `linux.cgroupsPath`.
 ///
 /// # Errors
-/// Neither an absolute path without `..` nor `slice:prefix:name`.
+/// The text is neither an absolute path without `..` nor `slice:prefix:name`.
 pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested, InvalidPath> {
     let malformed = |rule| InvalidPath { text: text.chars().take(200).collect(), rule };
     if text.is_empty() {

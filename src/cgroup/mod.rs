@@ -165,7 +165,7 @@ pub fn until_frozen(cgroup: &Path, frozen: bool, limit: Duration) -> Result<(), 
 /// True if the cgroup exists, and it or one below it has a process.
 ///
 /// # Errors
-/// The kernel does not tell.
+/// The file can't be read.
 pub fn is_in_use(cgroup: &Path) -> Result<bool, Error> {
     let path = dir(cgroup).join("cgroup.events");
     match fs::read_to_string(&path) {

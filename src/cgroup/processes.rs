@@ -26,7 +26,7 @@ const MAX_CGROUPS: usize = 100_000;
 /// the async runtime.
 ///
 /// # Errors
-/// A cgroup can't be read, or there are more cgroups than that.
+/// A cgroup can't be read, or there are more than [`MAX_CGROUPS`] cgroups.
 pub fn processes(cgroup: &Path) -> Result<Vec<u32>, Error> {
     let top = dir(cgroup);
     Ok(walk(&top, MAX_CGROUPS).map_err(io_error("list the processes of", &top))?)

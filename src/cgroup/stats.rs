@@ -1,7 +1,7 @@
 //! Reads the statistics of a cgroup, and its limits as Stats reports them.
 //!
-//! A missing file gives zeros or `None`: its controller is off, the kernel is too old, or the cgroup does not exist any more. A
-//! key that is missing in a file gives the same. runc.v2 reports the same.
+//! A missing file gives zeros or `None`: its controller is off, the kernel is too old, or the cgroup does not exist
+//! any more. A missing key in a file has the same effect. runc.v2 reports the same values.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -23,7 +23,6 @@ macro_rules! flat_keyed {
     ($(#[$doc:meta])* $name:ident: $($key:ident),+ $(,)?) => {
         $(#[$doc])*
         #[derive(Clone, Debug, Default, PartialEq)]
-        #[allow(clippy::missing_docs_in_private_items)] // the kernel's words
         pub struct $name { $(pub $key: u64),+ }
 
         impl $name {

@@ -73,7 +73,7 @@ const RETRY: Duration = Duration::from_secs(10);
 /// Watches a cgroup until it is dropped.
 pub struct Watched<K> {
     watch: Arc<Watch<K>>,
-    /// The kernel has one descriptor per file, so a file must not be watched twice.
+    /// inotify has one watch descriptor for each file, so a file must not be watched twice.
     descriptors: Vec<WatchDescriptor>,
 }
 

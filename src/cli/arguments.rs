@@ -28,17 +28,15 @@ pub enum Command {
     Tool(&'static Tool, Given),
     /// Start a process inside of its unit.
     Launch {
-        /// The kind of process.
+        /// What the process is: container, exec or logger.
         kind: Kind,
-        /// The process.
         key: ProcessKey,
     },
 }
 
-/// The flags that containerd passes.
+/// The flags that containerd passes to every command.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
-    /// The namespace.
     pub namespace: String,
     /// The task.
     pub id: String,
@@ -72,7 +70,7 @@ pub enum Error {
     Tool {
         /// The command.
         tool: &'static str,
-        /// What is wrong.
+        /// The mistake.
         problem: String,
     },
     /// The arguments of `launch` are wrong.

@@ -1,7 +1,8 @@
 //! `delete`: removes what is left of a task, with or without the daemon, within containerd's limit of 5 s.
 //!
-//! containerd calls it after every Delete, when nothing is left to do, and when the connection of a task has ended: then
-//! containerd has given up the task, and publishes the exit that is printed here.
+//! containerd calls `delete` in two cases: after every Delete, when nothing is left to do, and after the connection
+//! of a task has ended. In the second case containerd has given up the task, and publishes the exit that this command
+//! prints.
 
 use std::path::{Path, PathBuf};
 
@@ -66,7 +67,8 @@ enum Answer {
     Done(DeleteResponse),
     /// The task does not exist, or its record can't be read and is left for the administrator.
     Nothing,
-    /// The daemon continues without the bundle, which containerd may remove. Doing the same work here would only interfere.
+    /// The daemon cleans up later. It does not need the bundle, which containerd may remove. The same work in this
+    /// process would only interfere.
     Later(String),
     /// The daemon does not clean up.
     Refused(String),
@@ -137,7 +139,7 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     store.remove(&task.key).map_err(Failure::new)
 }
 
-/// Unmounts a rootfs in the host's mount namespace, without which containerd can't remove the bundle.
+/// Unmounts a rootfs in the host's mount namespace. While the rootfs is mounted, containerd can't remove the bundle.
 fn unmount(bundle: &Path) {
     if let Err(error) = mount::unmount_all(&bundle.join("rootfs")) {
         say(&error.to_string());
@@ -153,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_of_the_daemon_is_not_taken_for_a_clean_up_that_goes_on() {
+    fn an_error_of_the_daemon_is_not_reported_as_an_unfinished_cleanup() {
         let refused = |code| Some(Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "the reason"))));
         assert_eq!(Answer::of(refused(Code::NOT_FOUND)), Answer::Nothing);
         assert_eq!(Answer::of(refused(Code::FAILED_PRECONDITION)), Answer::Later("the reason".to_owned()));

@@ -41,7 +41,7 @@ pub fn run(words: Vec<String>) -> ExitCode {
         Ok(command) => command,
         Err(error) => {
             say(&match error {
-                // The text of all commands would hide the mistake.
+                // The usage of all commands would hide the mistake.
                 arguments::Error::Tool { tool, .. } => format!("{error}\ntry '{NAME} {tool} --help'"),
                 _ => format!("{error}\n\n{USAGE}"),
             });
@@ -135,13 +135,13 @@ fn read_stdin() -> Result<Vec<u8>, Failure> {
     Ok(input)
 }
 
-/// Runs a future on an async runtime with one thread, for commands that need one.
+/// Runs a future on an async runtime with one thread, for commands that need a runtime.
 fn block_on<T>(errand: impl Future<Output = T>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     Ok(runtime.map_err(|error| Failure(format!("can't set up the async runtime: {error}")))?.block_on(errand))
 }
 
-/// Checks what containerd said about the task that has this bundle.
+/// Checks the flags with which containerd names the task of this bundle.
 fn key_of(flags: &Flags, bundle: &Path) -> Result<crate::id::TaskKey, Failure> {
     use crate::id::{Namespace, TaskId, TaskKey};
     let namespace =

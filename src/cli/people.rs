@@ -10,7 +10,7 @@ use crate::view::{self, Row, Survey};
 
 use super::{Failure, block_on, print};
 
-/// Runs a command; returns whether it found what it must not find.
+/// Runs a command. Returns false if `doctor` found an error.
 pub(super) fn run(tool: &Tool, given: &Given) -> Result<bool, Failure> {
     if given.has("help") {
         return print(tool.help().as_bytes()).map(|()| true);
@@ -46,7 +46,7 @@ fn ps(given: &Given) -> Result<(), Failure> {
     print(report.as_bytes())
 }
 
-/// One source is enough: systemd may not answer, and only root may read records.
+/// One of the two sources is enough: systemd may not answer, and only root may read records.
 fn rows(survey: &Survey) -> Result<Vec<Row>, Failure> {
     match (&survey.units, &survey.records) {
         (Err(units), Err(records)) => Err(Failure(format!("can't list tasks: {units}; {records}"))),
@@ -71,7 +71,7 @@ fn inspect(given: &Given) -> Result<(), Failure> {
             let some: Vec<String> =
                 found.iter().take(10).map(|row| format!("{}/{}", row.namespace, row.id)).collect();
             let word = text::line(word, 80);
-            return Err(Failure(format!("{} tasks fit {word:?}: {}", found.len(), some.join(", "))));
+            return Err(Failure(format!("{word:?} matches {} tasks: {}", found.len(), some.join(", "))));
         }
     };
     let unit =

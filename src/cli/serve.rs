@@ -55,8 +55,9 @@ const WORKERS: usize = 2;
 /// continues, although slowly.
 const IDLE_THREAD: Duration = THREAD_INTERVAL.saturating_mul(2).saturating_add(Duration::from_secs(2));
 const MAX_BLOCKING_THREADS: usize = 64;
-/// The private memory of the daemon, in bytes. With 1,000 containers it has 15 MB. A request that needs more because of a
-/// bug crashes the daemon, which is recorded, before the kernel's OOM killer ends containers: it ends the daemon last.
+/// The private memory of the daemon, in bytes. With 1,000 containers it has 15 MB. A request that needs more because
+/// of a bug crashes the daemon, and the crash is recorded. Without this limit, the kernel's OOM killer would end
+/// containers first, and the daemon last.
 const MAX_DATA: u64 = 2 << 30;
 /// The threads without which the daemon can't begin: the workers, and one for blocking work.
 const FIRST_THREADS: usize = WORKERS + 1;
@@ -70,7 +71,7 @@ pub(super) fn run() -> Result<(), Failure> {
     // A drop-in for all services can give the daemon its own mount namespace with read-only directories. But the daemon
     // mounts and unmounts for containers, and writes below /run.
     if let Err(error) = namespaces::enter_mounts_of_init() {
-        tracing::warn!(%error, "can't enter the host's mount namespace, the daemon stays in its own: {error}");
+        tracing::warn!(%error, "can't enter the host's mount namespace, so the daemon stays in its own: {error}");
     }
     if let Err(error) = sys::child::limit_data(MAX_DATA) {
         tracing::warn!(%error, "can't limit the memory of the daemon: {error}");
@@ -82,7 +83,7 @@ pub(super) fn run() -> Result<(), Failure> {
     let passed = take_passed()?;
     check_threads().map_err(|error| {
         Failure(format!(
-            "the system allows the daemon no {FIRST_THREADS} threads: {error}; see TasksMax= of its service, and kernel.threads-max"
+            "the system does not allow the daemon {FIRST_THREADS} threads: {error}; see TasksMax= of its service, and kernel.threads-max"
         ))
     })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -99,7 +100,8 @@ pub(super) fn run() -> Result<(), Failure> {
     served
 }
 
-/// Starts and ends as many threads as the daemon starts with: tokio panics if it can't start one of them.
+/// Checks that the daemon can start its first threads, as tokio panics if it can't: starts as many threads and ends
+/// them.
 fn check_threads() -> io::Result<()> {
     let all_started = Mutex::new(());
     thread::scope(|scope| {
@@ -205,7 +207,7 @@ impl Workers {
         });
     }
 
-    /// Waits until one has ended.
+    /// Waits until one of the workers has ended.
     async fn ended(&mut self) -> Failure {
         match self.0.join_next().await {
             Some(Ok(name)) => Failure(format!("{name} ended, so the daemon ends and systemd restarts it")),
@@ -219,7 +221,7 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        // They end with the process.
+        // The workers end with the process.
         self.0.detach_all();
     }
 }

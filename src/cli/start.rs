@@ -42,7 +42,7 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     print(&caller.answer(address)?)
 }
 
-/// What kind of containerd calls; see the table of answers at [`Caller::answer`].
+/// How the calling containerd talks to a shim; see the table of answers at [`Caller::answer`].
 enum Caller {
     /// 2.3 and later: a bootstrap message on standard input.
     Bootstrap(Box<BootstrapParams>),
@@ -53,8 +53,8 @@ enum Caller {
 }
 
 impl Caller {
-    /// The bootstrap message and the older runtime options can be legal readings of the same bytes:
-    /// it is the message only if it repeats what the flags say.
+    /// The same bytes can be both a valid bootstrap message and valid runtime options of an older containerd. They
+    /// are a bootstrap message only if they repeat the values of the flags.
     fn from(flags: &Flags, input: &[u8]) -> Self {
         match BootstrapParams::parse_from_bytes(input) {
             Ok(message) if message.instance_id == flags.id && message.namespace == flags.namespace => {
@@ -65,8 +65,8 @@ impl Caller {
         }
     }
 
-    /// The runtime's options, as a serialized `google.protobuf.Any`; `None` if there are none. They come to Create again, but
-    /// not to CreateSandbox.
+    /// The runtime's options, as a serialized `google.protobuf.Any`; `None` if there are none. containerd also passes
+    /// them to Create, but not to CreateSandbox.
     fn options(&self, input: &[u8]) -> Result<Option<Vec<u8>>, Failure> {
         let options = match self {
             Self::Bootstrap(message) => {
@@ -114,7 +114,7 @@ impl Caller {
     }
 }
 
-/// Whether what containerd writes to `start` is a bootstrap message for this task.
+/// Whether the message that containerd writes to `start` is a bootstrap message for this task.
 #[cfg(any(test, fuzzing))]
 pub fn is_bootstrap(namespace: &str, id: &str, input: Vec<u8>) -> bool {
     let flags = Flags { namespace: namespace.to_owned(), id: id.to_owned(), ..Flags::default() };
@@ -186,8 +186,8 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     if listens() {
         return Ok(());
     }
-    // Without the lock after a time limit: two processes that start the units at the same time do no harm, but one that waits
-    // for ever starts no container.
+    // After a time limit, this continues without the lock: two processes that start the units at the same time do no
+    // harm, but a process that waits for ever starts no container.
     let _lock = files::lock(Path::new(config::START_LOCK), config::START_LIMIT)
         .map_err(|error| Failure(format!("can't lock {}: {error}", config::START_LOCK)))?;
     if listens() {
@@ -205,8 +205,8 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     }
 }
 
-/// Protects the daemon from drop-ins for all services with which it could not start. An error is not reported: the daemon may
-/// run, and containerd takes whatever is printed for the answer.
+/// Protects the daemon from drop-ins for all services with which the daemon could not start. An error is not printed:
+/// the daemon may run in spite of it, and containerd would read the printed text as the answer.
 fn shield_daemon() {
     if service_d::shield(name::DAEMON_SERVICE).unwrap_or(false) {
         let _ = block_on(async {
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn options_that_read_as_a_bootstrap_message_are_none() {
+    fn options_that_also_parse_as_a_bootstrap_message_stay_options() {
         let options = GenericOptions {
             type_url: "x".to_owned(),
             config_path: "/etc/x.toml".to_owned(),

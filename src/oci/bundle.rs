@@ -73,7 +73,7 @@ struct MountOptions {
     options: Option<Vec<String>>,
 }
 
-/// The hooks that run before the container does, or when it starts. `prestart` is deprecated, and still in use.
+/// The hooks that run before the container starts, or while it starts. `prestart` is deprecated, but still in use.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Hooks {
@@ -188,7 +188,7 @@ impl Spec {
         found
     }
 
-    /// Whether the client's hooks run before the container does, or when it starts.
+    /// Whether the client's hooks run before the container starts, or while it starts.
     pub fn has_hooks(&self) -> bool {
         self.hooks.as_ref().is_some_and(|hooks| {
             let Hooks { prestart, create_runtime, create_container, start_container, poststart } = hooks;
@@ -269,8 +269,8 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
     Ok(files::replace(&path, &new, mode.mode() & MODE, &text).map_err(io_error("replace", &path))?)
 }
 
-/// The bundle's spec with all of its fields, or `None` if the bundle has none: for a sandbox whose client gives it none,
-/// containerd writes no file or an empty one.
+/// The bundle's spec with all of its fields, or `None` if the bundle has no spec: for a sandbox without a spec from
+/// its client, containerd writes no file or an empty file.
 ///
 /// # Errors
 /// As [`Spec::read`].

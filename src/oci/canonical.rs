@@ -29,12 +29,12 @@ pub enum Shape {
     List(&'static Shape),
 }
 
-/// How fields of a struct are treated that its shape does not name.
+/// What happens to the fields that the shape of a struct does not name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Others {
-    /// They are kept unchanged, in their order.
+    /// The fields are kept unchanged, in their order.
     Kept,
-    /// They are left out.
+    /// The fields are left out.
     LeftOut,
 }
 

@@ -45,7 +45,7 @@ pub struct CommandLine {
 /// How long a command waits for a process that one of its hooks has left behind. A daemon that a hook starts closes its
 /// standard streams within this time.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
-/// How often it is checked whether a command waits for such a process.
+/// How often the daemon checks whether a command waits for such a process.
 const ORPHAN_INTERVAL: Duration = Duration::from_secs(1);
 
 #[async_trait]
@@ -62,8 +62,9 @@ impl OciRuntime for CommandLine {
         self.run(cli, "update", &command).await
     }
 
-    /// If the runtime does not end, is killed twice, waits for what a hook has left behind, or can't read the container's
-    /// state, the daemon removes the state directory itself, which frees the id. systemd ends the container's processes with the unit.
+    /// If the runtime does not end, is killed twice, waits for a process that a hook has left behind, or can't read
+    /// the container's state, the daemon removes the state directory itself, which frees the id. systemd ends the
+    /// container's processes with the unit.
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
         let mut command = cli.command("delete");
         command.arg("--force").arg(cli.id.as_str());
@@ -232,7 +233,7 @@ async fn waits_for_orphan(pid: u32, cgroup: Option<&Path>) {
 
 fn kill_cgroup(cgroup: &Path) {
     if let Err(error) = cgroup::kill(cgroup) {
-        tracing::warn!(%error, "can't kill what a command of the OCI runtime has left behind: {error}");
+        tracing::warn!(%error, "can't kill the processes that a command of the OCI runtime has left behind: {error}");
     }
 }
 
@@ -243,7 +244,7 @@ fn remove_cgroup(cgroup: PathBuf) {
     }
 }
 
-/// A command that is killed, which a test asks for.
+/// A command that kills itself. A test can request that the daemon runs this command instead.
 fn killed() -> Command {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", "kill -9 $$"]);
@@ -260,11 +261,11 @@ fn is_of_one_command(cgroup: &Path) -> bool {
     cgroup.parent().is_some_and(|parent| parent.ends_with("containerd-shim-runtime/commands"))
 }
 
-/// Whether a runtime can read what it keeps of a container. A file that is not JSON was cut off: the disk was full, or
+/// Whether a runtime can read its own state of a container. A file that is not JSON was cut off: the disk was full, or
 /// the runtime was killed.
 fn has_state(dir: &Path) -> bool {
     const MAX_BYTES: u64 = 16 << 20;
-    // Of runc and its relatives, and of crun.
+    // The state files of runc and its relatives, and of crun.
     ["state.json", "status"].iter().any(|name| {
         files::read_regular(&dir.join(name), MAX_BYTES)
             .is_ok_and(|text| serde_json::from_slice::<serde::de::IgnoredAny>(&text).is_ok())

@@ -53,21 +53,21 @@ pub enum Invalid {
         "checkpoint: {what} {path:?} must be an absolute path without \"..\" of at most {MAX_PATH} bytes"
     )]
     Path {
-        /// What the path is for.
+        /// The purpose of the path.
         what: &'static str,
         /// The beginning of the path.
         path: String,
     },
     /// The mode for cgroups does not exist.
-    #[error("checkpoint: cgroups mode {mode:?} is none of soft, full, strict and ignore")]
+    #[error("checkpoint: cgroups mode {mode:?} must be soft, full, strict or ignore")]
     CgroupsMode {
-        /// As the client has requested it.
+        /// The text of the client.
         mode: String,
     },
-    /// A kind of namespace can't be left empty.
+    /// A namespace of this kind can't be restored empty.
     #[error("checkpoint: namespace {namespace:?} can't be empty, only \"network\" can")]
     Namespace {
-        /// As the client has requested it.
+        /// The text of the client.
         namespace: String,
     },
 }
@@ -176,12 +176,9 @@ pub enum Problem {
     },
     /// criu is too old.
     #[error("criu {version} is too old: {oldest} is the oldest that can be used", oldest = oldest())]
-    Old {
-        /// Its version.
-        version: String,
-    },
+    Old { version: String },
     /// The OCI runtime has no support for criu.
-    #[error("the OCI runtime takes no checkpoints: {reason}")]
+    #[error("the OCI runtime can't make checkpoints: {reason}")]
     NoSupport {
         /// The error of the OCI runtime.
         reason: String,
@@ -238,7 +235,6 @@ pub fn check_version(output: &str) -> Result<(), Problem> {
 pub struct Notes {
     /// The streams of the container that were FIFOs: number, and criu's name for the file.
     pub streams: Vec<(u8, String)>,
-    /// The request.
     #[serde(default)]
     pub request: Checkpoint,
 }
@@ -258,7 +254,7 @@ impl Notes {
             && notes.streams.iter().all(|(number, name)| *number <= 2 && is_file_name(name));
         let request = Checkpoint { image: "/".into(), work: None, ..notes.request.clone() };
         if !is_valid || request.check().is_err() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is not what the shim has written"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the shim has not written these notes"));
         }
         Ok(notes)
     }

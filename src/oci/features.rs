@@ -26,7 +26,6 @@ pub enum Error {
     Spawn {
         /// The runtime.
         binary: PathBuf,
-        /// The error.
         #[source]
         source: io::Error,
     },
@@ -41,7 +40,7 @@ pub enum Error {
     Failed {
         /// The runtime.
         binary: PathBuf,
-        /// How it ended.
+        /// The exit status of the process.
         status: String,
     },
     /// What the runtime printed is not JSON.

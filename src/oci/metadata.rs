@@ -101,21 +101,21 @@ mod tests {
     }
 
     #[test]
-    fn an_exec_is_called_by_what_it_runs() {
+    fn an_exec_is_named_after_its_program() {
         let args = ["s\nh".to_owned(), "-c".to_owned(), "login --password=hunter2".to_owned()];
         let shown = of_exec(&metadata_of("web", "{}").description, &ExecId::new("e1").unwrap(), &args);
         assert_eq!(shown, "sh (exec e1 in web, container n/web)");
     }
 
     #[test]
-    fn a_docker_container_is_called_by_its_host_name() {
+    fn a_docker_container_is_named_after_its_host_name() {
         let id = "cd".repeat(32);
         assert!(metadata_of(&id, r#"{"hostname":"db"}"#).description.starts_with("db, "));
         assert!(metadata_of(&id, r#"{"hostname":"cdcdcdcdcdcd"}"#).description.starts_with("cdcdcdcdcdcd, "));
     }
 
     #[test]
-    fn a_name_can_not_bring_lines_or_fields_of_its_own() {
+    fn a_name_can_not_add_lines_or_fields() {
         let spec = r#"{"annotations":{"nerdctl/name":"x OBJECT_SYSTEMD_UNIT=ssh.service\\"}}"#;
         let metadata = metadata_of("a", spec);
         assert_eq!(identifier(&metadata.fields), "x_OBJECT_SYSTEMD_UNIT=ssh.service");

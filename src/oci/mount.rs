@@ -35,13 +35,11 @@ pub enum Error {
         source_name: String,
         /// The mountpoint.
         target: PathBuf,
-        /// The error.
         errno: io::Error,
     },
     /// An option is not supported.
     #[error("failed to mount rootfs component: option {option:?} of {kind} is not supported")]
     Option {
-        /// The option.
         option: String,
         /// File system type.
         kind: String,
@@ -49,17 +47,15 @@ pub enum Error {
     /// `target` is outside of the rootfs.
     #[error("failed to mount rootfs component: target {target:?} is not a path below the rootfs")]
     Target {
-        /// As the client has named it.
+        /// The text of the client.
         target: String,
     },
     /// `target` does not exist.
     #[error("failed to mount rootfs component: target {target:?} in {rootfs}: {errno}")]
     NoTarget {
-        /// As the client has named it.
+        /// The text of the client.
         target: String,
-        /// The rootfs.
         rootfs: PathBuf,
-        /// The error.
         errno: io::Error,
     },
     /// The options do not fit into a page, even with short names.

@@ -27,7 +27,6 @@ pub enum Error {
     /// The namespaces exist, but this process may not enter them.
     #[error("can't enter the namespaces of containerd: {source}")]
     Refused {
-        /// The error.
         #[source]
         source: io::Error,
     },

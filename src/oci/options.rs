@@ -22,7 +22,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// The largest options file, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// What is wrong with the options.
+/// Why the options are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A path for criu is not usable.
@@ -31,7 +31,7 @@ pub enum Error {
     /// A file that the options name can't be read.
     #[error("runtime options: {0}")]
     File(#[from] PathError),
-    /// Not TOML, a value of the wrong type, or a key that does not exist.
+    /// The options are not TOML, a value has the wrong type, or a key does not exist.
     #[error("runtime options in {place}: {reason}")]
     Malformed {
         /// The source of the options.
@@ -42,7 +42,7 @@ pub enum Error {
     /// The runtime's binary does not exist.
     #[error("the OCI runtime {name:?} (option BinaryName) is not an executable file in {path}")]
     NoBinary {
-        /// As the client has named it.
+        /// The text of the client.
         name: String,
         /// The directories that were searched.
         path: String,
@@ -50,7 +50,7 @@ pub enum Error {
     /// A directory is not absolute.
     #[error("runtime options: Root {root:?} must be an absolute path without \"..\"")]
     Root {
-        /// As the client has named it.
+        /// The text of the client.
         root: String,
     },
     /// A path is not a cgroup.
@@ -58,7 +58,7 @@ pub enum Error {
         "runtime options: ShimCgroup {cgroup:?} must be an absolute path below /sys/fs/cgroup without \"..\""
     )]
     ShimCgroup {
-        /// As the client has named it.
+        /// The text of the client.
         cgroup: String,
     },
     /// The log mode does not exist.
@@ -66,7 +66,7 @@ pub enum Error {
         "runtime options: Log {log:?} is not one of \"auto\", \"client\", \"journal\", \"tee\" and \"none\""
     )]
     Log {
-        /// As the client has named it.
+        /// The text of the client.
         log: String,
     },
 }
@@ -185,7 +185,7 @@ impl OptionsSource {
 }
 
 impl Options {
-    /// From TOML. containerd sends options in this form if it does not know the options of the runtime.
+    /// Parses TOML. containerd sends options in this form if it does not know the options of the runtime.
     ///
     /// # Errors
     /// [`Error::Malformed`], which names the key.
@@ -210,8 +210,8 @@ impl Options {
         named.try_into().ok()
     }
 
-    /// From a TOML file (`ConfigPath`). An error shows no text of the file but a key: the file may be another one than the
-    /// client meant, with secrets.
+    /// Parses a TOML file (`ConfigPath`). An error shows no text of the file but a key: the file may be another one
+    /// than the client meant, with secrets.
     ///
     /// # Errors
     /// As [`Self::from_toml`], or the file can't be read.

@@ -11,13 +11,12 @@ use crate::config;
 /// The path of the first process in the sandbox.
 pub const INIT: &str = "/sandbox";
 
-/// To whom a namespace belongs.
+/// The owner of a namespace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Namespace {
     /// The pod. CRI's mode `CONTAINER` (for pids: one namespace for each container) concerns the containers only.
     #[default]
     Pod,
-    /// The node.
     Node,
 }
 
@@ -38,7 +37,7 @@ pub struct IdRange {
     pub container: u32,
     /// The first id on the node.
     pub host: u32,
-    /// How many.
+    /// The number of ids.
     pub size: u32,
 }
 
@@ -65,20 +64,16 @@ pub struct Dns {
 /// An SELinux context; empty parts are the usual ones of containers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Context {
-    /// The user.
     pub user: String,
-    /// The role.
     pub role: String,
     /// The type.
     pub kind: String,
-    /// The level.
     pub level: String,
 }
 
 /// A pod as CRI configures it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pod {
-    /// Its name.
     pub name: String,
     /// Its namespace in Kubernetes.
     pub namespace: String,
@@ -92,11 +87,11 @@ pub struct Pod {
     pub dns: Option<Dns>,
     /// The parent of its cgroups, empty if kubelet names none.
     pub cgroup_parent: String,
-    /// To whom the network namespace belongs.
+    /// Whether the network namespace is the pod's or the node's.
     pub network: Namespace,
-    /// To whom the pid namespace belongs.
+    /// Whether the pid namespace is the pod's or the node's.
     pub pid: Namespace,
-    /// To whom the IPC namespace belongs.
+    /// Whether the IPC namespace is the pod's or the node's.
     pub ipc: Namespace,
     /// The pod's user namespace, `None` for the node's.
     pub user: Option<UserNamespace>,
@@ -112,7 +107,7 @@ pub struct Pod {
     pub apparmor: Option<String>,
     /// Its seccomp profile.
     pub seccomp: Seccomp,
-    /// What its containers have together, if the client says so.
+    /// The sum of the resources of its containers, if the client sends it.
     pub resources: Option<Resources>,
 }
 
@@ -361,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn the_slice_of_a_pod_is_that_of_its_containers() {
+    fn a_pod_and_its_containers_are_in_the_same_slice() {
         let path = |parent: &str| cgroups_path(parent, "id");
         assert_eq!(path(""), None);
         assert_eq!(

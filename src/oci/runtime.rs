@@ -29,7 +29,6 @@ pub enum Error {
     Spawn {
         /// The command.
         verb: &'static str,
-        /// The binary.
         binary: PathBuf,
         /// The error of the system call.
         #[source]
@@ -120,8 +119,8 @@ pub trait OciRuntime: Send + Sync {
     /// [`Error`]
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error>;
 
-    /// Removes what a command of an ended daemon has left, for a container that the runtime does not know any more. Such a
-    /// command may still run: it has removed the state, and nothing else depends on it.
+    /// Removes the cgroups of commands of an ended daemon, for a container that the runtime does not know any more.
+    /// Such a command may still run: it has removed the state, and nothing else depends on it.
     async fn settle(&self, _cli: &Cli<'_>) {}
 
     /// Runs `launch`, which becomes the OCI runtime or does something in its place. `verb` names it and its log, and
@@ -198,7 +197,6 @@ impl Cli<'_> {
         command
     }
 
-    /// The command `checkpoint`.
     pub fn checkpoint(&self, options: &[OsString]) -> Command {
         let mut command = self.command("checkpoint");
         command.args(options).arg(self.id.as_str());

@@ -103,7 +103,7 @@ impl FileIdentity {
     }
 }
 
-/// The copy of a binary, or the fact that there can be none.
+/// The copy of a binary, or the knowledge that a copy can't be made.
 struct Kept {
     of: FileIdentity,
     /// Made at its first use.
@@ -157,7 +157,7 @@ impl Copies {
     pub fn copy_of(&self, binary: &Path) -> Option<SealedRef> {
         let kept = self.kept_of(binary)?;
         *kept.used() = Instant::now();
-        // Not under the map's lock: this copies megabytes.
+        // The map is not locked meanwhile, because this copies megabytes.
         let copy = kept.copy.get_or_init(|| {
             let made = make(binary).inspect_err(|error| {
                 tracing::info!(%error, "can't make a safe copy of {}, so it is run directly: {error}", binary.display());

@@ -355,7 +355,7 @@ mod tests {
         assert_eq!(next.partial, lines.partial);
     }
 
-    /// As when its file system was full.
+    /// As if its file system had been full.
     #[tokio::test]
     async fn a_line_that_could_not_be_saved_is_saved_whole_with_its_next_part() {
         let dir = tempfile::tempdir().unwrap();

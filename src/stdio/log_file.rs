@@ -184,7 +184,6 @@ impl Pending {
     }
 }
 
-/// One of [`LEFT_BEHIND`].
 #[derive(Debug)]
 struct LeftBehind(Arc<str>);
 
@@ -264,7 +263,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_that_cant_be_opened_yet_is_opened_later() {
+    async fn a_file_that_can_not_be_opened_at_first_is_opened_later() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let mut file = LogFile::later(&path, false, &owner("web"));

@@ -46,7 +46,7 @@ pub(super) struct Scratch {
     pub(super) buffer: Vec<u8>,
 }
 
-/// The pause before the next try to open a descriptor, after there was none.
+/// The pause before the next attempt to open something, after no descriptor was free.
 const ROOM_PAUSE: Duration = Duration::from_millis(100);
 
 /// Opens something as soon as a descriptor is free. Output waits in its pipe meanwhile.

@@ -33,8 +33,8 @@ const PROMPT_WAIT: Duration = Duration::from_millis(10);
 /// How long the journal's copy may take after everything has reached the client. Delete waits for it, and journald may be
 /// slow. What is left then is counted as missing.
 const LATE: Duration = Duration::from_secs(3);
-/// The same in a daemon that finds only the journal's copy. Short, so that a daemon that is killed again and again does not
-/// begin to wait again and again.
+/// The same limit in a daemon that finds only the journal's copy left to deliver. It is short, because a daemon that
+/// is killed again and again would wait each time.
 const LATE_AFTER_RESTART: Duration = Duration::from_millis(200);
 
 /// The source of a process's output.
@@ -43,7 +43,6 @@ pub enum Source {
     /// A FIFO of the daemon, in non-blocking mode. The process must have opened it before copying begins: a FIFO without a
     /// writer looks as if it had ended.
     Fifo(AsyncFd<OwnedFd>),
-    /// A terminal.
     Terminal(Arc<Terminal>),
     /// A terminal and a pipe, which holds what was read and not delivered.
     Bridged(Arc<Terminal>, PipePair),
@@ -78,9 +77,7 @@ pub struct Sinks {
 /// A destination for which the daemon must read the output.
 #[derive(Debug)]
 pub enum Sink {
-    /// A file.
     File(LogFile),
-    /// The journal.
     Journal(Lines),
     /// The pipe of an [`Aside`].
     Pipe(Diverter),

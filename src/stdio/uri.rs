@@ -1,6 +1,6 @@
 //! Parses the client's stdio strings: an absolute path, `fifo://`, `file://`, `binary://`, `binary-v2://`, or an empty string.
 //!
-//! As in containerd-shim-runc-v2 the scheme is taken from stdout, and stderr follows it.
+//! As in containerd-shim-runc-v2, the scheme of stdout also holds for stderr.
 
 use std::path::{Path, PathBuf};
 
@@ -81,8 +81,8 @@ pub fn wiring(
     })
 }
 
-/// The way to a client's sink, or to where it goes without one. `given`: the client named at least
-/// one of the two streams.
+/// How output reaches the client's sink or, if the client named none, its default destination. `given`: the client
+/// named at least one of the two streams.
 fn way(sink: Option<Sink>, given: bool, log: Log, role: Role, terminal: bool) -> Output {
     let copied = |client, journal| Output::Copied(Copied { client, journal });
     // The daemon must read a terminal, or its processes would block.

@@ -73,7 +73,7 @@ fn of_record(page: &mut Page, task: &Task) {
     for (flag, meaning) in [
         (task.notify, "may notify systemd"),
         (task.muted, "containerd has given the task up"),
-        (task.is_leftover, "its Create has failed, and something is still to be removed"),
+        (task.is_leftover, "Create has failed, and its cleanup is not complete"),
         (task.rootfs_on_host, "its rootfs is mounted on the host"),
     ] {
         page.optional("Note", flag.then_some(meaning));

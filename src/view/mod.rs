@@ -47,7 +47,6 @@ pub type Recorded = (PathBuf, Result<Task, String>);
 pub struct Survey {
     /// The units of containers.
     pub units: Known<Vec<Properties>>,
-    /// The records.
     pub records: Known<Vec<Recorded>>,
     /// The clock of systemd's time stamps, in microseconds.
     pub now_usec: u64,
@@ -65,7 +64,6 @@ impl Survey {
     }
 }
 
-/// The records of a store.
 pub fn records(store: &Store) -> Known<Vec<Recorded>> {
     let found = store.look().map_err(unknown)?;
     let read = |(path, found): (PathBuf, Result<crate::store::Found, Error>)| {
@@ -91,13 +89,14 @@ fn now_usec() -> u64 {
     })
 }
 
-/// True for the unit of a container, but not of an exec or a logger, that this program has made.
+/// True for the unit of a container that this program has made. False for the unit of an exec or a logger.
 fn is_container(unit: &Properties) -> bool {
     field(unit, "CONTAINER_ID").is_some()
         && !property(unit, "Id").is_some_and(|name| name.contains(':') && is_of_process(name))
 }
 
-/// `containerd-default-web:EXEC.service`, `containerd-default-web::log.service`; but not a name with a hash.
+/// True for `containerd-default-web:EXEC.service` and `containerd-default-web::log.service`, but not for a name that
+/// ends in a hash.
 fn is_of_process(name: &str) -> bool {
     let last = name.trim_end_matches(".service").rsplit(':').next().unwrap_or_default();
     !(last.len() == 16 && last.bytes().all(|byte| byte.is_ascii_hexdigit()))
@@ -109,16 +108,14 @@ fn field<'a>(unit: &'a Properties, name: &str) -> Option<&'a str> {
     words.filter_map(|word| word.split_once('=')).find(|(field, _)| *field == name).map(|(_, value)| value)
 }
 
-/// What this user may know about a task.
+/// The facts about a task that this user may read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Row {
     /// containerd's namespace.
     pub namespace: String,
-    /// Its id.
     pub id: String,
-    /// A person's name for it.
+    /// The name that people gave the container.
     pub name: String,
-    /// Its unit.
     pub unit: String,
     /// `namespace/name` of its pod.
     pub pod: Option<String>,
@@ -126,7 +123,7 @@ pub struct Row {
     pub image: Option<String>,
     /// The word for its phase.
     pub state: String,
-    /// How it ended.
+    /// The exit status of its init process.
     pub exit_status: Option<u32>,
     /// Its init process.
     pub pid: Option<u32>,
@@ -218,14 +215,15 @@ fn pod(namespace: Option<String>, name: Option<String>) -> Option<String> {
     Some(format!("{}/{}", namespace.unwrap_or_default(), name?))
 }
 
-/// The record knows the phase; the unit may be unloaded.
+/// The phase comes from the record, because the unit may be unloaded.
 fn phase(row: &mut Row, task: &Task) {
     row.state = task.init.word().to_owned();
     row.exit_status = task.init.exit().map(|exit| exit.status);
     row.pid = task.init.pid().filter(|_| task.init.is_alive());
 }
 
-/// The tasks whose id, name or unit begins with a word; those with exactly this word, if there are any.
+/// The tasks whose id, name or unit begins with `word`. If the id, name or unit of some tasks is exactly `word`, only
+/// those.
 pub fn find<'a>(rows: &'a [Row], namespace: Option<&str>, word: &str) -> Vec<&'a Row> {
     let rows: Vec<&Row> =
         rows.iter().filter(|row| namespace.is_none_or(|name| row.namespace == name)).collect();
@@ -271,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn execs_loggers_and_other_peoples_units_are_no_tasks() {
+    fn units_of_execs_loggers_and_other_programs_are_not_listed() {
         for (name, is) in [
             ("containerd-default-web.service", true),
             ("containerd-default-web:0123456789abcdef.service", true),

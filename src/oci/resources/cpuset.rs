@@ -26,7 +26,7 @@ fn is_between(c: char) -> bool {
     c.is_ascii_whitespace() || c == '\x0b' || c == ','
 }
 
-/// Reads one region: `3`, `0-7`, `0-7:1/4`, `all`, `all:1/4`. Returns what is to be read after it, which may follow a
+/// Reads one region: `3`, `0-7`, `0-7:1/4`, `all`, `all:1/4`. Returns the text after the region, which may follow a
 /// pattern immediately.
 fn region(text: &str) -> Option<&str> {
     let is_all = text.get(..3).is_some_and(|word| word.eq_ignore_ascii_case("all"));
@@ -49,7 +49,7 @@ fn region(text: &str) -> Option<&str> {
     (in_order(used, of) && of != Number::Is(0)).then_some(rest)
 }
 
-/// What is to be read after a region that ends here; a line break ends the whole list.
+/// The text after a region that ends here. A line break ends the whole list.
 fn end_of_region(rest: &str) -> Option<&str> {
     match rest.chars().next() {
         None | Some('\n') => Some(""),

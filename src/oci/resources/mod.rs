@@ -15,7 +15,7 @@ use json::Field;
 
 use super::canonical::{self, Others, Shape};
 
-/// What is wrong with the resources.
+/// Why the resources are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The text is not JSON.
@@ -26,9 +26,8 @@ pub enum Error {
     Invalid {
         /// The field, in the spec's notation.
         field: String,
-        /// What must hold.
+        /// The rule that the value breaks.
         rule: String,
-        /// The value.
         value: String,
     },
     /// A limit needs a cgroup controller that the kernel does not have, or does not offer in this cgroup.
@@ -36,7 +35,6 @@ pub enum Error {
     NoController {
         /// The field, in the spec's notation.
         field: String,
-        /// The controller.
         controller: String,
     },
 }
@@ -44,9 +42,7 @@ pub enum Error {
 /// The fields of `linux.resources` that have an effect on cgroup v2, as the client gave them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resources {
-    /// `memory`
     pub memory: Memory,
-    /// `cpu`
     pub cpu: Cpu,
     /// `pids.limit`: below 0 means no limit; 0 and absent leave the limit unchanged.
     pub pids_limit: Option<i64>,
@@ -65,9 +61,7 @@ pub struct Resources {
 /// `memory`, in bytes. -1 means no limit; 0 and absent leave a limit unchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
-    /// `limit`
     pub limit: Option<i64>,
-    /// `reservation`
     pub reservation: Option<i64>,
     /// `swap`: memory and swap together.
     pub swap: Option<i64>,
@@ -76,15 +70,12 @@ pub struct Memory {
 /// `cpu`; times in microseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cpu {
-    /// `shares`
     pub shares: Option<u64>,
     /// `quota`: below 0 means no limit.
     pub quota: Option<i64>,
     /// `period`; 0 is the kernel's default of 100000.
     pub period: Option<u64>,
-    /// `burst`
     pub burst: Option<u64>,
-    /// `idle`
     pub idle: Option<i64>,
     /// `cpus`; empty leaves them unchanged.
     pub cpus: String,
