@@ -39,8 +39,8 @@ pub fn of_guards() -> Result<PathBuf, cgroup::Error> {
     Ok(all()?.join("guards"))
 }
 
-/// The parent of these cgroups, in the daemon's slice. `systemctl kill` of the daemon's service kills all processes in the
-/// cgroup of the service, but none below this parent.
+/// The parent of the cgroups in which OCI runtimes work, in the daemon's slice. `systemctl kill` of the daemon's
+/// service kills all processes in the cgroup of the service, but none below this parent.
 fn all() -> Result<PathBuf, cgroup::Error> {
     Ok(beside(&cgroup::of_self()?))
 }

@@ -79,7 +79,7 @@ fn become_runtime(process: &Process<'_>) -> Result<Infallible, Error> {
     process.with_runtime(|program| {
         let mut command = cli.create(program, bundle, &pid_file, console);
         streams.equip(&mut command)?;
-        // exec also gives SIGPIPE its default back, which Rust had ignored.
+        // `exec` also restores the default action of SIGPIPE, which Rust programs ignore.
         Err(Error::Exec { verb: "create", binary: program.to_owned(), source: command.exec() })
     })
 }

@@ -64,7 +64,6 @@ pub const CRIU_OVERRIDES: &str = "criu-overrides.conf";
 /// A checkpoint that the daemon has begun. If the daemon ends meanwhile, the next one completes it.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CheckpointNote {
-    /// The checkpoint.
     pub request: Checkpoint,
     /// True if the unit was frozen before.
     pub was_paused: bool,
@@ -78,7 +77,6 @@ pub struct CheckpointNote {
 pub enum Kind {
     /// A container, up to its init process, which waits for Start.
     Container,
-    /// An exec.
     Exec,
     /// A `binary://` logger.
     Logger,
@@ -128,7 +126,6 @@ pub enum Outcome {
     Ended {
         /// The pid of the process.
         pid: u32,
-        /// Its exit.
         exit: Exit,
     },
     /// The process was not started.

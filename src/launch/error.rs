@@ -83,7 +83,6 @@ pub enum Error {
         action: &'static str,
         /// The file or directory.
         path: PathBuf,
-        /// The error.
         #[source]
         source: io::Error,
     },

@@ -28,7 +28,7 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
         Ok(None) => Ok(()),
         Ok(Some(ended)) => handoff::end_as(ended),
         Err(error) => {
-            // The OCI runtime may have left processes, which nothing would ever kill.
+            // The OCI runtime may have left processes behind, which nothing else would ever kill.
             bounded::kill_all();
             report::write(&process.dir, &Outcome::Failed { reason: error.to_string() })?;
             Err(error)

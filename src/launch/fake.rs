@@ -18,21 +18,22 @@ use crate::unit::fake::{Programs, Sleeper, Started};
 use super::contract::{EXEC_PID_FILE, LAUNCH_ERROR, LAUNCHED, OUTCOME, Outcome, PID_FILE};
 use super::pipes::{DOORBELL, READY};
 
-/// What the next launches do.
+/// How the next launches end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Launches {
-    /// They succeed.
+    /// The launches succeed.
     #[default]
     Work,
-    /// They fail for this reason.
+    /// The launches fail for this reason.
     Fail(String),
-    /// They fail, and the OCI runtime records the container only when systemd stops the unit.
+    /// The launches fail, and the OCI runtime records the container only when systemd stops the unit.
     RecordLate,
-    /// They succeed, but the process of an exec ends before the handover: `launch`, which systemd knows, exits like it.
+    /// The launches succeed, but the process of an exec ends before the handover: `launch`, which systemd knows,
+    /// exits in the same way.
     Brief,
-    /// They succeed, but a logger closes its third pipe without a byte.
+    /// The launches succeed, but a logger closes its third pipe without a byte.
     SilentLogger,
-    /// They succeed, but a logger keeps its third pipe open and writes nothing.
+    /// The launches succeed, but a logger keeps its third pipe open and writes nothing.
     HangingLogger,
 }
 
@@ -51,7 +52,7 @@ pub struct FakeLaunch {
 }
 
 impl FakeLaunch {
-    /// One that reads records from `store`.
+    /// A fake that reads records from `store`.
     pub fn new(store: Store) -> Arc<Self> {
         Arc::new(Self { store, launches: Mutex::default(), hanging: Mutex::default() })
     }

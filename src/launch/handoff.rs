@@ -43,7 +43,7 @@ pub enum Error {
     Silent,
 }
 
-/// Hands the process over. If it has ended already, returns how; the caller must then call [`end_as`].
+/// Hands the process over. If the process has ended already, returns its exit; the caller must then call [`end_as`].
 pub(super) fn hand_over(pid: u32) -> Result<Option<WaitStatus>, Error> {
     if let Some(ended) = peek(pid)? {
         return Ok(Some(ended));

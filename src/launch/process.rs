@@ -66,7 +66,8 @@ impl<'a> Process<'a> {
     }
 }
 
-/// Runs the copy, and the binary only if the copy can't be executed: any other error would come again, after the same wait.
+/// Runs the copy, and the binary only if the copy can't be executed: any other error would happen again, after the
+/// same wait.
 fn copy_or_binary<T>(
     copy: Option<&File>,
     binary: &Path,

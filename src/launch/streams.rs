@@ -19,7 +19,6 @@ use super::error::{Error, system};
 use super::pipes;
 use super::process::Process;
 
-/// One stream.
 enum Stream {
     Null,
     /// The unit's own stream to the journal.

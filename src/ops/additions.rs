@@ -1,5 +1,5 @@
-//! The properties of a container's unit that not every container has: those that its client (annotations) or the
-//! administrator (runtime options) requests, and the devices that it may use.
+//! The properties that only the units of some containers have: those that the client (annotations) or the
+//! administrator (runtime options) requests, and the devices that the container may use.
 
 use std::collections::BTreeMap;
 
@@ -65,7 +65,7 @@ pub(crate) fn allowed_devices(
 /// Selects a handler of crun, such as one that runs the container in a virtual machine.
 const CRUN_HANDLER: &str = "run.oci.handler";
 
-/// Whether the container may use sd_notify(3). The annotation can only give up what the option allows.
+/// Whether the container may use sd_notify(3). The annotation can only forbid what the option allows.
 pub(crate) fn notifies(task: &str, spec: &Spec, option: bool) -> Result<bool, Error> {
     match spec.annotation(NOTIFY) {
         None => Ok(option),
@@ -79,10 +79,10 @@ pub(crate) fn notifies(task: &str, spec: &Spec, option: bool) -> Result<bool, Er
     }
 }
 
-/// The annotation for it, `true` or `false`.
+/// The annotation that allows or forbids notifications: `true` or `false`.
 const NOTIFY: &str = "io.containerd.systemd.notify";
 
-/// As systemd gets them.
+/// The properties, as systemd gets them.
 pub(crate) fn of(task: &Task) -> Result<Additions, Error> {
     let devices = task.devices.as_deref().map(devices::with_defaults);
     Ok(Additions::new(devices.as_deref(), &task.properties)?)
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn annotations_override_the_stop_signal_and_neither_the_options() {
+    fn annotations_override_the_stop_signal_but_not_the_options() {
         let options = [("KillSignal", "10"), ("TimeoutStopSec", "5")];
         let stop = r#""io.containerd.image.config.stop-signal":"SIGQUIT""#;
         let own = r#""org.systemd.property.KillSignal":"1","org.systemd.property.TimeoutStopUSec":"@t 7""#;
@@ -149,13 +149,13 @@ mod tests {
     }
 
     #[test]
-    fn an_image_whose_stop_signal_ends_nothing_runs_without_it() {
+    fn a_stop_signal_that_ends_no_process_is_ignored() {
         let text = r#"{"annotations":{"io.containerd.image.config.stop-signal":"SIGCONT"}}"#;
         assert_eq!(asked(text, &[]).unwrap(), Vec::<String>::new());
     }
 
     #[test]
-    fn an_annotation_does_not_allow_what_the_option_does_not() {
+    fn an_annotation_can_not_allow_what_the_option_forbids() {
         let notifies = |value: &str, option| {
             let text = format!(r#"{{"annotations":{{"{NOTIFY}":"{value}"}}}}"#);
             notifies("default/web", &spec(&text), option)
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_signal_that_is_none_is_named() {
+    fn an_invalid_stop_signal_is_named_in_the_error() {
         let error =
             asked(r#"{"annotations":{"io.containerd.image.config.stop-signal":"9x"}}"#, &[]).unwrap_err();
         assert!(error.to_string().starts_with("annotation io.containerd.image.config.stop-signal: \"9x\""));

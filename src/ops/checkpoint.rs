@@ -1,8 +1,8 @@
 //! Checkpoint: dumps the processes of a container with criu. They continue to run, or end with the checkpoint.
 //!
 //! Clients pause a task around a checkpoint. systemd freezes the unit's cgroup, and criu thaws and freezes the
-//! container's cgroup below it: in a frozen unit criu would wait without end. So the freeze moves from the unit to the
-//! container's cgroup before, and back afterwards.
+//! container's cgroup below it: in a frozen unit criu would wait without end. So the daemon thaws the unit and
+//! freezes only the container's cgroup before the checkpoint, and freezes the unit again afterwards.
 
 use std::fs;
 use std::io;
@@ -38,9 +38,7 @@ const EXIT_LIMIT: Duration = Duration::from_secs(60);
 /// What a container does after its checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Afterwards {
-    /// It continues.
     Continues,
-    /// It has ended.
     HasEnded,
 }
 
@@ -48,7 +46,7 @@ impl Shim {
     /// Takes a checkpoint of a container.
     ///
     /// # Errors
-    /// The container does not run, criu can't be used, or it fails. The container continues as before.
+    /// The container does not run, criu can't be used, or criu fails. The container continues as before.
     pub async fn checkpoint(
         self: &Arc<Self>,
         key: &TaskKey,
@@ -160,7 +158,7 @@ impl Shim {
         taken
     }
 
-    /// The unit of a container that was paused is frozen again, and changes of the freezer are reported again.
+    /// Freezes the unit again if the container was paused, and lets the daemon report changes of the freezer again.
     async fn put_back(self: &Arc<Self>, entry: &Arc<Entry>, begun: &CheckpointNote, container: Afterwards) {
         let task = entry.task().clone();
         let is_frozen = begun.was_paused && container == Afterwards::Continues;
@@ -168,7 +166,7 @@ impl Shim {
         entry.init.live().is_checkpointing = false;
         self.cgroups.note_freezer(entry);
         if let Err(error) = frozen {
-            tracing::warn!(task = %entry.key, %error, "task {}: it is frozen, but systemd does not show it: {error}", entry.key);
+            tracing::warn!(task = %entry.key, %error, "task {}: can't freeze its unit again, so systemctl shows the frozen container as running: {error}", entry.key);
         }
     }
 
@@ -194,7 +192,7 @@ impl Shim {
         let dumped = self.files.run(WaitsFor::Bundle, &entry.init.key, move || criu::has_dumped(&log)).await;
         let concluded = match (settled, dumped) {
             (Ok(()), Ok(true)) => self.conclude_checkpoint(entry, begun, Ok(())).await,
-            // The client, if it still waits, gets the checkpoint by the replay of its call.
+            // If the client still waits, the replay of its call returns the checkpoint.
             (settled, _) => {
                 self.put_back(entry, &begun, Afterwards::Continues).await;
                 let removed = self.store.remove_scratch(&entry.key, &[CHECKPOINT]);
@@ -244,8 +242,8 @@ impl Shim {
     }
 }
 
-/// Resolves when the init process has ended, by whatever cause, and criu has had the time to end by itself: with the option
-/// exit, criu kills the process, and completes the checkpoint afterwards.
+/// Resolves when the init process has ended, for whatever reason, and criu has had the time to end by itself: with
+/// the option exit, criu kills the process, and completes the checkpoint afterwards.
 async fn init_has_ended(entry: &Entry, request: &Checkpoint) -> Error {
     if entry.task().init.is_alive() {
         init_is_gone(entry).await;
@@ -254,7 +252,7 @@ async fn init_has_ended(entry: &Entry, request: &Checkpoint) -> Error {
     Error::InitGone { key: entry.key.clone() }
 }
 
-/// The container's own cgroup is frozen instead of the unit's.
+/// Freezes the container's own cgroup instead of the unit's.
 async fn freeze_only_container(manager: &dyn Systemd, task: &Task) -> Result<(), Error> {
     let Some(cgroup) = own_cgroup(task) else {
         return Ok(());
@@ -272,7 +270,8 @@ async fn freeze_unit_again(manager: &dyn Systemd, task: &Task) -> Result<(), Err
     Ok(blocking(move || cgroup::freeze(&cgroup, false)).await??)
 }
 
-/// The cgroup of a container below that of its unit. `None` if it is elsewhere: then it is frozen itself.
+/// The cgroup of a container below that of its unit. `None` if the container's cgroup is elsewhere: then Pause has
+/// frozen that cgroup itself.
 fn own_cgroup(task: &Task) -> Option<PathBuf> {
     task.cgroup().filter(|_| matches!(task.placement, Placement::Unit { .. })).map(Path::to_owned)
 }

@@ -13,7 +13,7 @@ impl Shim {
     /// Removes a task that containerd has given up, and kills its processes first.
     ///
     /// # Errors
-    /// As [`Self::delete`]. The task of another containerd than `owner` is unknown to it.
+    /// As [`Self::delete`]. A task that belongs to another containerd than `owner` is not found.
     pub async fn clean_up(self: &Arc<Self>, key: &TaskKey, owner: &Owner) -> Result<Deleted, Error> {
         let entry = self.tasks.entry(key)?;
         if !Tasks::is_own(&entry, owner) {
@@ -38,7 +38,7 @@ impl Shim {
         self.tasks.created(&entry.key)
     }
 
-    /// containerd has given the task up and publishes its end itself.
+    /// Drops the events of a task that containerd has given up: containerd publishes the end of the task itself.
     ///
     /// # Errors
     /// None: no phase refuses this change.

@@ -202,7 +202,7 @@ impl Shim {
         opened: OpenStreams,
     ) -> Result<u32, Error> {
         fault::point(Point::CreateUp);
-        // Not removed if a hook has left processes in it.
+        // The cgroup stays if a hook has left processes in it.
         launch::cgroup::remove(task.unit());
         let Some(pid) = read_pid(&dir.join(PID_FILE)) else {
             // systemd calls a start that a condition prevents a success.

@@ -59,7 +59,7 @@ impl Shim {
         let exit = match phase {
             Phase::Stopped { exit, .. } => exit,
             Phase::Created { .. } => kill_and_wait(&entry).await?,
-            // There has been no process: containerd gets status 0, as for every container that never ran.
+            // No process has run, and containerd expects status 0 for such a container.
             Phase::Prepared => Exit { status: 0, at_usec: sys::now_usec() },
             Phase::Creating { .. }
             | Phase::Restoring { .. }
@@ -145,10 +145,10 @@ impl Shim {
     }
 }
 
-/// Waits for what is under way for the init process, and ends restores, which may hang. If one is complete before, the task
-/// runs.
+/// Waits for the current operation on the init process, and ends restores, because a restore may hang. If a restore
+/// completes before it is ended, the task runs.
 async fn end_restores(entry: &Arc<Entry>) -> MutexGuard<'_, ()> {
-    /// Another Start, which came before the Delete, may begin another restore.
+    /// A Start that waits for the lock, too, may get it first and begin another restore: so this looks again.
     const INTERVAL: Duration = Duration::from_secs(1);
     loop {
         if let Phase::Restoring { .. } = entry.task().init.phase {

@@ -21,7 +21,6 @@ use super::Shim;
 /// An Exec call.
 #[derive(Debug)]
 pub struct AddExec {
-    /// The task.
     pub task: TaskKey,
     /// The id of the new exec.
     pub exec: ExecId,

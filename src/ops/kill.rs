@@ -47,7 +47,7 @@ impl Tasks {
         let (entry, process) = self.process(key)?;
         let task = entry.task().clone();
         if task.init.phase.container().is_none() {
-            // It waits for its restore, or it is being restored.
+            // The process waits for its restore, or is being restored.
             if matches!(task.init.phase, Phase::Restoring { .. }) && ends_a_restore(signal) {
                 entry.init.live().interrupted.cancel();
                 return Ok(());
@@ -91,8 +91,8 @@ fn signal_process(task: &Task, process: &Process, signal: u32) -> Result<(), Err
     }
 }
 
-/// True for the signals with which clients end a task. The processes that are being restored get no signal: their handlers may
-/// not be there yet.
+/// True for the signals with which clients end a task. Processes that are being restored get no signal: they may not
+/// have their signal handlers yet.
 fn ends_a_restore(signal: u32) -> bool {
     use nix::libc::{SIGINT, SIGKILL, SIGQUIT, SIGTERM};
     [SIGINT, SIGKILL, SIGQUIT, SIGTERM].iter().any(|ending| u32::try_from(*ending) == Ok(signal))
@@ -143,7 +143,8 @@ mod tests {
             let (entry, _) = shim.tasks.process(&init).unwrap();
             let task = entry.task().clone();
             let pid = task.init.pid().unwrap();
-            // This process lives in another cgroup: with the number of init it is a stranger.
+            // This test's own process is in another cgroup, so it is not init, although the record gives its pid to
+            // init.
             let stranger = std::process::id();
             [
                 held_again(&task, pid, sys::pidfd_open(pid)),

@@ -1,4 +1,4 @@
-//! What the calls of the Task API do: one RPC, one file.
+//! The calls of the Task API: one RPC, one file.
 
 mod additions;
 mod checkpoint;

@@ -127,7 +127,6 @@ impl Shim {
     }
 }
 
-/// Checks the path of a bundle.
 pub(super) fn check_bundle_path(bundle: &Path) -> Result<(), Error> {
     if files::is_plain(bundle) { Ok(()) } else { Err(Error::BundlePath(bundle.to_owned())) }
 }
@@ -167,8 +166,8 @@ fn placement(key: &TaskKey, spec: &Spec, restores: bool) -> Result<Placement, Er
             if let Some(placement) = own_placement(key, &path)? {
                 return Ok(placement);
             }
-            // The OCI runtime would put the container beside these processes, and its end would kill them all: in /init.scope
-            // systemd itself, in /system.slice every service.
+            // The OCI runtime would put the container beside these processes, and the end of the container would kill
+            // them all: in /init.scope systemd itself, in /system.slice every service.
             if cgroup::is_in_use(&path)? {
                 return Err(Error::CgroupInUse { path });
             }

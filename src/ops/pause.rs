@@ -60,7 +60,7 @@ async fn freeze(manager: &dyn Systemd, task: &Task) -> Result<(), Error> {
 
 pub(super) async fn thaw(manager: &dyn Systemd, task: &Task) -> Result<(), Error> {
     if let Some(cgroup) = task.cgroup().map(Path::to_owned) {
-        // Frozen itself if a checkpoint could not give the freeze back to the unit.
+        // The container's own cgroup is still frozen if the daemon could not freeze the unit again after a checkpoint.
         blocking(move || cgroup::freeze(&cgroup, false)).await??;
     }
     set_frozen(task, false, manager.thaw(task.unit())).await

@@ -9,15 +9,15 @@ use crate::unit::systemd::Systemd;
 /// The daemon that began a Create or a Start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Daemon {
-    /// This one.
+    /// This daemon.
     This,
-    /// An earlier one. It may already have asked systemd to start the unit.
+    /// An earlier daemon. It may already have asked systemd to start the unit.
     Earlier,
 }
 
 /// What to do about a unit that already has the name.
 pub(super) struct NameTaken<Own, Remove> {
-    /// Resolves to true if an earlier daemon asked for the unit. It is not asked for again.
+    /// Resolves to true if an earlier daemon asked for the unit. This daemon then does not ask again.
     pub(super) is_own: Own,
     /// Removes a unit that a failed process left behind.
     pub(super) remove: Remove,

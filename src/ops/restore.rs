@@ -21,7 +21,7 @@ use super::request_unit::Daemon;
 const LOG_COPY: &str = "criu-restore.log";
 
 impl Shim {
-    /// The rest of a Create with a checkpoint. Makes no process. Can be repeated.
+    /// The rest of a Create with a checkpoint. Starts no process. Can be repeated.
     pub(super) async fn prepare_restore(
         self: &Arc<Self>,
         entry: &Arc<Entry>,

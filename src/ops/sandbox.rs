@@ -1,5 +1,5 @@
-//! The Sandbox API: a sandbox is a task whose spec, rootfs and first process are the shim's. Everything that a task
-//! survives, a sandbox survives too.
+//! The Sandbox API: a sandbox is a task whose spec, rootfs and first process come from the shim. A sandbox survives
+//! everything that a task survives.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,6 @@ const SIGTERM: u32 = nix::libc::SIGTERM as u32;
 pub struct CreateSandbox {
     /// The new sandbox.
     pub key: TaskKey,
-    /// Its bundle.
     pub bundle: PathBuf,
     /// The mounts of the rootfs that its client requests. If there are any, the client's spec decides what runs in the sandbox.
     pub rootfs: Vec<Mount>,
@@ -44,18 +43,16 @@ pub struct CreateSandbox {
     pub options: options::OptionsSource,
 }
 
-/// The state of a sandbox.
 #[derive(Clone, Debug)]
 pub struct SandboxState {
     /// The status of its first process.
     pub status: Status,
     /// The pid of that process. `None` if there has been none.
     pub pid: Option<u32>,
-    /// When it was created.
+    /// The time of its creation.
     pub created: SystemTime,
-    /// How it ended.
+    /// The exit of that process, if it has ended.
     pub exit: Option<Exit>,
-    /// Its unit.
     pub unit: UnitName,
     /// The slice of the unit: that of the pod, for a pod.
     pub slice: UnitName,
@@ -112,7 +109,7 @@ impl Shim {
         init: &ProcessKey,
         delivery: Delivery,
     ) -> Result<(u32, SandboxState), Error> {
-        /// The process needs some 100 µs; a machine that needs longer than the limit is busy with something else.
+        /// The process needs some 100 µs. A machine on which it takes longer than this limit is busy with other work.
         const PAUSE: Duration = Duration::from_millis(2);
         const LIMIT: Duration = Duration::from_secs(2);
         let pid = self.start(init, delivery).await?;

@@ -21,7 +21,7 @@ use crate::supervise::{Cgroups, Cleanup, Units};
 use crate::unit::relay::Relay;
 use crate::unit::systemd::Systemd;
 
-/// What the services are made of.
+/// The parts from which the services are made.
 pub struct Parts {
     /// The directories of tasks.
     pub store: Store,
@@ -35,9 +35,7 @@ pub struct Parts {
     pub fds: StreamFds,
     /// Watches the cgroups of containers.
     pub cgroups: Arc<Watch<TaskKey>>,
-    /// systemd.
     pub manager: Arc<dyn Systemd>,
-    /// The OCI runtime.
     pub oci: Arc<dyn OciRuntime>,
     /// This program, which units run.
     pub program: PathBuf,
@@ -74,9 +72,7 @@ pub struct Shim {
     pub(super) code: fn(&Error) -> i32,
     /// Runs work on files that clients have named.
     pub(crate) files: ClientFiles,
-    /// systemd.
     pub(super) manager: Arc<dyn Systemd>,
-    /// The OCI runtime.
     pub(super) oci: Arc<dyn OciRuntime>,
     /// How units run this program.
     pub(super) launcher: Arc<Launcher>,

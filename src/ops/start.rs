@@ -89,8 +89,8 @@ impl Shim {
                 return Err(error);
             }
         };
-        // In one write: systemd does not know this process if it ended before the handover. A daemon that finds only its start
-        // in the record would never learn of its end.
+        // The start and the end are recorded in one write: systemd does not know this process if it ended before the
+        // handover. A daemon that finds only its start in the record would never learn of its end.
         let exited = exit.map(|exit| Event::Exited(ObservedExit { pid: Some(pid), exit }));
         let noted = self.tasks.note(entry, |task| {
             let mut ended = Vec::new();
@@ -112,7 +112,7 @@ impl Shim {
     }
 }
 
-/// Checks that nothing but the phase of the process itself prevents a start.
+/// Checks everything that can prevent a start, except the phase of the process itself.
 fn may_start(task: &Task, process: &Process) -> Result<(), Error> {
     if process.exec().is_none() {
         // The OCI runtime would wait in a frozen cgroup until somebody thaws it.

@@ -1,8 +1,8 @@
 //! The start of an exec.
 //!
-//! An exec's unit runs `launch`. It has the OCI runtime put the process into the container, makes the process the unit's
-//! main process, reports to the daemon and exits. systemd reports how the process ended; for a process that ended before
-//! systemd took it over, `launch` does.
+//! An exec's unit runs `launch`. `launch` lets the OCI runtime put the process into the container, makes the process
+//! the unit's main process, reports to the daemon and exits. systemd reports the end of the process. If the process
+//! ended before systemd took it over, `launch` reports the end.
 
 use std::path::Path;
 use std::sync::Arc;

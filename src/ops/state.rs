@@ -23,11 +23,10 @@ pub enum Status {
 /// The answer to State.
 #[derive(Clone, Debug)]
 pub struct State {
-    /// The status.
     pub status: Status,
     /// The process, also after its end. `None` if there has been none.
     pub pid: Option<u32>,
-    /// How it ended.
+    /// The exit of the process, if it has ended.
     pub exit: Option<Exit>,
     /// The task's bundle.
     pub bundle: PathBuf,

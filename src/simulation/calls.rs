@@ -1,4 +1,4 @@
-//! What the calls answer in each phase of a process, and what they leave.
+//! Tests the answers of the calls in each phase of a process, and what the calls leave behind.
 
 use crate::id::{ExecId, Namespace, Owner, ProcessKey, TaskId, TaskKey};
 use crate::ops::Status;
@@ -39,7 +39,7 @@ fn a_signal_needs_a_process_that_runs() {
 }
 
 #[test]
-fn a_replayed_kill_of_a_process_that_is_gone_has_done_its_work() {
+fn a_replayed_kill_of_a_process_that_has_ended_succeeds() {
     let world = after("kill-replayed", EXEC_ENDED);
     let exec = world.exec();
     let killed = world

@@ -1,5 +1,5 @@
-//! Ends the daemon before each effect of each operation, and lets each effect fail in each way. In all cases, the task
-//! continues as if nothing had happened, or is as it was before the call, and nothing is left of it at the end.
+//! Ends the daemon before each effect of each operation, and lets each effect fail in each way. In all cases, the
+//! task continues as if nothing had happened, or is as it was before the call, and leaves nothing behind at the end.
 
 use crate::effects::{Failure, Plan};
 use crate::launch::fake::Launches;
@@ -7,15 +7,14 @@ use crate::services::{Delivery, Error};
 
 use super::harness::{Step, World};
 
-/// The life of a task, step by step.
+/// The steps in the life of a task, and what they must show.
 struct Life {
     steps: &'static [Step],
     world: fn(&str) -> World,
-    /// The events that containerd gets.
+    /// The events that containerd must get.
     events: &'static [&'static str],
 }
 
-/// A whole life.
 const WHOLE: Life = Life {
     steps: &Step::ALL,
     world: World::new,
@@ -132,7 +131,7 @@ fn fail_everywhere(life: &'static Life, at: usize, name: &'static str) {
     });
 }
 
-/// False if the step has no such effect.
+/// Returns false if the step has no such effect.
 fn fail_at(life: &Life, at: usize, name: &str, effect: usize, failure: Failure) -> bool {
     let step = life.steps[at];
     let world = (life.world)(&format!("{name}-{failure:?}"));

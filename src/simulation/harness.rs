@@ -106,25 +106,24 @@ impl OciRuntime for FakeRuntime {
     }
 }
 
-/// A node with one task and one exec, both by fixed names.
+/// A node with one task and one exec, both with fixed names.
 pub(crate) struct World {
     root: PathBuf,
-    /// What happens to the effects of the daemon.
+    /// Counts the effects of the daemon, and lets one of them fail or end the daemon.
     pub(crate) effects: Arc<Effects>,
     /// The node's systemd.
     pub(crate) systemd: Arc<FakeSystemd>,
-    /// What runs in its units.
+    /// The `launch` of its units.
     pub(crate) launch: Arc<FakeLaunch>,
-    /// The task.
     pub(crate) task: TaskKey,
-    /// What containerd has accepted: when it happened, its place in the task's order, and what.
+    /// The events that containerd has accepted: the time, the position in the task's order, and the event.
     accepted: Arc<Mutex<Vec<(u64, u64, TaskEvent)>>>,
-    /// The task is restored from a checkpoint.
+    /// True if the task is restored from a checkpoint.
     restores: bool,
 }
 
 impl World {
-    /// A node on which nothing runs. `name` is that of the test and of the task's namespace.
+    /// A node on which nothing runs. `name` identifies the test, and is the task's namespace.
     pub(crate) fn new(name: &str) -> Self {
         let root = std::env::temp_dir().join(format!("shim-test-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&root);
@@ -149,7 +148,6 @@ impl World {
         self.task.init()
     }
 
-    /// The exec.
     pub(crate) fn exec(&self) -> ProcessKey {
         ProcessKey { task: self.task.clone(), exec: Some(ExecId::new("probe").unwrap()) }
     }
@@ -159,12 +157,10 @@ impl World {
         name::candidates(&self.task).next().unwrap()
     }
 
-    /// The unit of the exec.
     pub(crate) fn exec_unit(&self) -> UnitName {
         name::exec_candidates(&self.unit(), &ExecId::new("probe").unwrap()).next().unwrap()
     }
 
-    /// The Create call.
     pub(crate) fn create_call(&self) -> CreateTask {
         let options = options::Options {
             binary_name: "/bin/true".to_owned(),
@@ -184,7 +180,6 @@ impl World {
         }
     }
 
-    /// The Exec call.
     pub(crate) fn exec_call(&self) -> AddExec {
         let spec = br#"{"args":["true"],"cwd":"/"}"#.to_vec();
         AddExec {
@@ -195,8 +190,8 @@ impl World {
         }
     }
 
-    /// Runs a daemon, which recovers and then does `work`, until both are done and nothing is left to do. Nothing if
-    /// the daemon ended before.
+    /// Runs a daemon, which recovers and then does `work`, until both are done and nothing is left to do. Returns
+    /// `None` if the daemon ended before.
     pub(crate) fn live<T, W>(&self, work: impl FnOnce(Arc<Shim>) -> W + Send + 'static) -> Option<T>
     where
         T: Send + 'static,
@@ -324,7 +319,7 @@ impl World {
         Store::new(self.root.join("state")).notify_socket(&name::short_name(&self.unit()))
     }
 
-    /// Where the OCI runtime keeps what it knows of the containers.
+    /// The directory in which the OCI runtime keeps the state of the containers.
     pub(crate) fn runtime_root(&self) -> PathBuf {
         self.root.join("runtime").join(self.task.namespace.as_str())
     }
@@ -418,7 +413,7 @@ impl Step {
             Self::StartExec => shim.start(exec, delivery).await.map(drop),
             Self::EndExec => {
                 node.systemd.end(&node.exec_unit, EXEC_STATUS as i32);
-                // Of the paused clock.
+                // This is a time of the paused clock.
                 let waited = tokio::time::timeout(Duration::from_secs(3600), shim.wait(exec, delivery)).await;
                 assert_eq!(waited.expect("the end of the exec")?.status, EXEC_STATUS);
                 Ok(())
@@ -457,7 +452,7 @@ fn status(deleted: Deleted) -> Option<u32> {
     deleted.exit.map(|exit| exit.status)
 }
 
-/// What a step needs of a [`World`], for a future of its own.
+/// The parts of a [`World`] that a step needs, as a step runs in a future of its own.
 pub(crate) struct Node {
     pub(crate) shim: Arc<Shim>,
     pub(crate) systemd: Arc<FakeSystemd>,
@@ -469,7 +464,7 @@ pub(crate) struct Node {
 }
 
 impl World {
-    /// Takes steps one after the other, in one daemon; nothing if it ended. Returns what became of the last one.
+    /// Takes steps one after the other, in one daemon, until one fails. Returns `None` if the daemon ended.
     pub(crate) fn take(&self, steps: &[Step], delivery: Delivery) -> Option<Result<(), Error>> {
         let steps: Vec<_> = steps.iter().map(|step| (*step, self.parts())).collect();
         self.live(move |shim| async move {

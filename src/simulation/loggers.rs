@@ -1,4 +1,4 @@
-//! Processes whose output goes to the logger of a `binary://` URI.
+//! Tests of processes whose output goes to the logger of a `binary://` URI.
 
 use crate::launch::fake::Launches;
 use crate::ops::{AddExec, CreateTask, Status};
@@ -17,7 +17,7 @@ fn create(world: &World, scheme: &str) -> CreateTask {
     CreateTask { stdio: stdio(scheme), ..world.create_call() }
 }
 
-/// The units and their states, but for those of the task and of the exec.
+/// All units except those of the task and of the exec.
 fn loggers(world: &World) -> Vec<String> {
     let own = [world.unit().to_string(), world.exec_unit().to_string()];
     let units = world.systemd.units().into_iter().map(|(unit, _)| unit);

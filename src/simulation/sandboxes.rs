@@ -1,4 +1,4 @@
-//! Sandboxes from Create to Shutdown, on a node that is a model.
+//! Tests of sandboxes from Create to Shutdown, on a simulated node.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -165,7 +165,7 @@ impl Call {
     }
 }
 
-/// Makes calls one after the other, in one daemon; nothing if it ended.
+/// Makes calls one after the other, in one daemon. Returns `None` if the daemon ended.
 fn make(world: &World, calls: &'static [Call], delivery: Delivery) -> Option<Result<(), Error>> {
     let (create, init) = (world.create_sandbox_call(), world.init());
     world.live(move |shim| async move {
@@ -179,7 +179,7 @@ fn make(world: &World, calls: &'static [Call], delivery: Delivery) -> Option<Res
 /// More effects than any call has.
 const MANY: usize = 200;
 
-/// Has an effect of a call fail; a call that fails is made again. False if the call has no such effect.
+/// Lets an effect of a call fail, and repeats a call that fails. Returns false if the call has no such effect.
 fn fail_at(at: usize, effect: usize, failure: Failure) -> bool {
     let world = World::new(&format!("sandbox-fail-{at}-{failure:?}"));
     make(&world, &LIFE[..at], Delivery::First).unwrap().unwrap();
@@ -208,7 +208,7 @@ fn fail_at(at: usize, effect: usize, failure: Failure) -> bool {
 
 #[test]
 fn any_effect_in_the_life_of_a_sandbox_may_fail() {
-    // Side by side: most of the time is spent waiting for threads.
+    // The tests run in parallel, because most of their time is spent waiting for threads.
     std::thread::scope(|scope| {
         for failure in Failure::ALL {
             scope.spawn(move || {

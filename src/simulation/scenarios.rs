@@ -1,5 +1,5 @@
-//! What happens to tasks without a call: exits that systemd reports late, twice or not at all, units that somebody else
-//! unloads, launches that fail.
+//! Tests of what happens to tasks without a call: exits that systemd reports late, twice or not at all, units that
+//! somebody else unloads, launches that fail.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub(super) fn up(name: &str, steps: &[Step]) -> World {
     world
 }
 
-/// How init has ended, as a daemon knows after `happens` and a while.
+/// The exit of init that a daemon knows a while after `happens`.
 pub(super) fn exit_after(world: &World, happens: impl FnOnce() + Send + 'static) -> Option<Exit> {
     let init = world.init();
     let exit = world.live(move |shim| async move {
@@ -94,7 +94,7 @@ fn an_exit_while_there_is_no_daemon_is_found_by_the_next_one() {
 }
 
 #[test]
-fn a_unit_that_somebody_unloads_takes_the_exit_code_along() {
+fn the_exit_code_is_lost_if_somebody_unloads_the_unit() {
     let world = up("unloaded", &UP);
     world.systemd.unload(&world.unit());
     let exit = exit_after(&world, || {});

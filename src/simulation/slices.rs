@@ -1,4 +1,4 @@
-//! When the slices of namespaces and pods are stopped.
+//! Tests when the daemon stops the slices of namespaces and pods.
 
 use std::sync::Arc;
 use std::time::Duration;

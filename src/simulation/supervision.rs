@@ -1,4 +1,4 @@
-//! What supervision does with what the kernel, systemd and containers report, and when queries fail.
+//! Tests how supervision handles reports of the kernel, of systemd and of containers, and queries that fail.
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -61,11 +61,11 @@ fn allowed_notifications_reach_systemd_in_the_name_of_the_init_process() {
             tokio::time::sleep(A_PAUSE).await;
             heard.extend(received(&systemd));
         }
-        // A process outside of the container that got the socket.
+        // A process outside of the container has got the socket.
         container.send(b"STOPPING=1").unwrap();
         tokio::time::sleep(A_PAUSE).await;
         heard.extend(received(&systemd));
-        // More than are passed on without a pause.
+        // This sends more notifications than the daemon forwards without a pause.
         let mut pings = 0;
         for _ in 0..60 {
             sys::send_as(&container, "WATCHDOG=1", pid).unwrap();
@@ -126,9 +126,9 @@ fn an_exit_is_reported_whatever_query_or_record_fails() {
     }
 }
 
-/// While there is no daemon, init ends and the kernel gives its number to another process.
+/// While there is no daemon, init ends and the kernel gives its pid to another process.
 #[test]
-fn a_stranger_with_the_number_of_a_process_that_has_ended_gets_no_signal() {
+fn another_process_with_the_pid_of_an_ended_process_gets_no_signal() {
     let world = up("reused", &UP);
     let (init, stranger) = (world.init(), Sleeper::spawn());
     let pid = stranger.pid();
@@ -293,7 +293,7 @@ fn limits_that_systemd_refuses_stay_on_the_container() {
     assert_eq!(fs::read_to_string(cgroup::dir(&container).join("pids.max")).unwrap(), "5\n");
 }
 
-/// A container whose client insists on a cgroup outside of the unit.
+/// A container whose client requests a cgroup outside of the unit.
 fn elsewhere(name: &str) -> (World, PathBuf) {
     let world = World::new(name);
     let path = PathBuf::from(format!("/{name}-elsewhere/web"));

@@ -71,13 +71,10 @@ pub enum Stop {
 
 /// The removal of what a task has outside of the daemon.
 pub struct Removal<'a> {
-    /// systemd.
     pub manager: &'a dyn Systemd,
-    /// The OCI runtime.
     pub oci: &'a dyn OciRuntime,
     /// Runs what touches the bundle.
     pub files: &'a ClientFiles,
-    /// The task.
     pub task: &'a Task,
     /// The directory of the task.
     pub dir: &'a Path,
@@ -91,7 +88,7 @@ impl Removal<'_> {
     pub async fn of_task(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
         let (mut troubles, task) = (Troubles::default(), self.task);
         if self.stop == Stop::Killed {
-            // The OCI runtime removes what has ended.
+            // The OCI runtime only removes a container whose processes have ended.
             troubles.add(self.manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
         }
         let others = async {
@@ -114,8 +111,8 @@ impl Removal<'_> {
         troubles
     }
 
-    /// Removes the state of the OCI runtime and the unit of the init process. In between, `others` resolves to more units
-    /// that are removed.
+    /// Removes the state of the OCI runtime and the unit of the init process. `others` is awaited in between, and
+    /// resolves to more units to remove.
     async fn of_init(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
         let (mut troubles, unit) = (Troubles::default(), self.task.unit());
         let cli = runtime::Cli::of(self.task, self.dir);
@@ -125,7 +122,7 @@ impl Removal<'_> {
         }
         let removed = remove_unit(self.manager, unit, self.stop).await;
         if removed.is_empty() {
-            // Last: systemd unloads the unit with its last reference.
+            // This is the last step: systemd unloads the unit when its last reference is gone.
             self.manager.release(unit).await;
         }
         troubles.join(removed);
@@ -180,7 +177,7 @@ fn logger_of(entry: &Entry, process: &Process) -> Option<UnitName> {
 /// get the fields in it.
 fn remove_log_fields(unit: &UnitName) {
     let path = Path::new("/run/systemd/units").join(format!("log-extra-fields:{unit}"));
-    // Not there is what we want.
+    // The goal is that the file does not exist.
     let _ = std::fs::remove_file(path);
 }
 
@@ -194,9 +191,7 @@ pub struct Cleanup {
     fds: Arc<StreamFds>,
     /// The sessions of processes.
     streams: Arc<Streams>,
-    /// systemd.
     manager: Arc<dyn Systemd>,
-    /// The OCI runtime.
     oci: Arc<dyn OciRuntime>,
     /// Runs work on files that clients have named.
     files: ClientFiles,
@@ -303,7 +298,7 @@ impl Cleanup {
             return;
         }
         let text = troubles.text();
-        tracing::error!(task = %task.key, "task {}: its failed create could not be rolled back completely, the daemon will try again: {text}", task.key);
+        tracing::error!(task = %task.key, "task {}: its failed create could not be rolled back completely, so the daemon will try again: {text}", task.key);
         // No phase refuses this change.
         let _ = self.tasks.note(entry, |task| {
             task.is_leftover = true;

@@ -14,7 +14,7 @@ use super::oom::memory_events_of;
 pub struct Cgroups {
     /// The live tasks and their records.
     pub(super) tasks: Arc<Tasks>,
-    /// Gets limits, and knows the kills in a cgroup that does not exist any more.
+    /// systemd, which gets new limits, and which counts the kills in a cgroup that does not exist any more.
     pub(super) manager: Arc<dyn Systemd>,
     /// Reports changes in the cgroups.
     pub(super) watch: Arc<Watch<TaskKey>>,
@@ -39,7 +39,7 @@ impl Cgroups {
             match changes {
                 Ok(changes) => self.apply_changes(changes),
                 Err(error) => {
-                    tracing::error!(%error, "can't watch cgroups any more, pauses and kills for lack of memory are not reported: {error}");
+                    tracing::error!(%error, "can't watch cgroups any more, so pauses and kills for lack of memory are not reported: {error}");
                     return;
                 }
             }

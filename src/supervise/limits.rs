@@ -51,7 +51,7 @@ impl Cgroups {
         let shown = self.show_new_limits(&task, &unshown).await;
         let shown = shown.and_then(|limits| self.note_limits(&entry, limits));
         if let Err(error) = shown {
-            tracing::warn!(task = %entry.key, %error, "task {}: can't set its limits on its unit, systemctl shows old ones: {error}", entry.key);
+            tracing::warn!(task = %entry.key, %error, "task {}: can't set its limits on its unit, so systemctl shows the old limits: {error}", entry.key);
         }
     }
 
@@ -82,7 +82,7 @@ impl Cgroups {
         match self.manager.set_properties(task.unit(), &properties).await {
             Ok(()) => read(unit).await,
             Err(error) => {
-                tracing::warn!(task = %task.key, %error, "task {}: can't set its limits on its unit, systemctl shows old ones: {error}", task.key);
+                tracing::warn!(task = %task.key, %error, "task {}: can't set its limits on its unit, so systemctl shows the old limits: {error}", task.key);
                 Ok(outer)
             }
         }

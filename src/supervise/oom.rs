@@ -1,4 +1,4 @@
-//! Reports kills for lack of memory to containerd: each of them, and before the end of the container.
+//! Reports each kill for lack of memory to containerd, before the end of the container.
 //!
 //! When the main process of a container ends, systemd removes the cgroup at once, and with it the count of the kernel.
 //! If the last kill may be missing, the daemon asks systemd, which reads the count before it removes the cgroup.

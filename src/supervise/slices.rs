@@ -38,7 +38,7 @@ async fn stop_empty(
     is_used: &(impl Fn(&UnitName) -> bool + Send + Sync),
 ) -> Result<(), crate::unit::error::Error> {
     let mut slices = manager.active_slices().await?;
-    // Inner slices first: the outer one is empty after them.
+    // Inner slices are stopped first: an outer slice is empty only after that.
     slices.sort_unstable_by_key(|slice| std::cmp::Reverse(slice.as_str().len()));
     for slice in slices {
         manager.stop_alone_if(&slice, &|| !is_used(&slice) && is_empty(&slice)).await?;

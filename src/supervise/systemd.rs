@@ -36,7 +36,7 @@ const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
 struct References {
     /// Held for the length of a round.
     turn: tokio::sync::Mutex<()>,
-    /// Another round is wanted.
+    /// True if another round is requested.
     again: AtomicBool,
 }
 
@@ -55,7 +55,6 @@ impl References {
 pub struct Units {
     /// The live tasks and their records.
     tasks: Arc<Tasks>,
-    /// systemd.
     manager: Arc<dyn Systemd>,
     /// The sessions of processes.
     streams: Arc<Streams>,
@@ -168,7 +167,7 @@ impl Units {
             }
             (Some(MainProcess { pid: Some(_), .. }), _) | (Some(_), None) => return,
             (None, None) => Exit { status: UNKNOWN_STATUS, at_usec: sys::now_usec() },
-            // Stopped from outside: systemd sends SIGTERM and SIGKILL, and does not wait for what is not
+            // Stopped from outside: systemd sends SIGTERM and SIGKILL, and does not wait for a process that is not
             // its child.
             (_, Some(_)) => exit_of(WaitStatus::killed_at(sys::now_usec())),
         };
