@@ -152,7 +152,7 @@ points! {
     PublishNoted = "publish.noted",
     /// A new daemon has taken over what is kept, and looked at nothing.
     RecoverTaken = "recover.fds-taken",
-    /// A new daemon is about to take in a task.
+    /// A new daemon is about to recover a task.
     RecoverTask = "recover.task-begun",
     /// A new daemon has taken in the tasks, and serves nobody.
     RecoverTasks = "recover.tasks-taken-in",

@@ -55,8 +55,8 @@ pub fn replace(path: &Path, new: &Path, mode: u32, bytes: &[u8]) -> io::Result<(
 /// Only the owner may open it.
 const PRIVATE: u32 = 0o600;
 
-/// Takes the lock of a file that only its owner can open, and makes the file if it does not exist. `None` if another process
-/// holds the lock for all of `limit`; a thread goes on waiting then, and gives the lock back.
+/// Takes the lock of a file that only its owner can open, and makes the file if it does not exist. `None` if another
+/// process holds the lock for all of `limit`; then a thread continues to wait for the lock, and releases it.
 ///
 /// # Errors
 /// The file can't be opened or locked.

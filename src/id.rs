@@ -248,7 +248,6 @@ pub struct TaskKey {
     /// The containerd. Records of earlier versions do not have it.
     #[serde(default, skip_serializing_if = "Owner::is_usual")]
     pub owner: Owner,
-    /// The namespace.
     pub namespace: Namespace,
     /// The container's id.
     pub id: TaskId,
@@ -303,7 +302,6 @@ impl UnitName {
 /// Identifies a process on this node: the init process of a task, or one of its execs.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ProcessKey {
-    /// The task.
     pub task: TaskKey,
     /// The exec; `None` for the init process.
     pub exec: Option<ExecId>,

@@ -136,7 +136,6 @@ pub fn show(pattern: &str, properties: &[&str]) -> Known<Vec<Properties>> {
     output("systemctl", &["show", "--all", &wanted, "--", pattern]).map(|text| parse_show(&text))
 }
 
-/// All properties of one unit.
 pub fn show_one(unit: &str) -> Known<Properties> {
     let text = output("systemctl", &["show", "--all", "--", unit])?;
     Ok(parse_show(&text).into_iter().next().unwrap_or_default())

@@ -67,9 +67,8 @@ pub enum Error {
     Broken {
         /// The part of the request.
         what: &'static str,
-        /// Its type.
         type_url: String,
-        /// What is wrong.
+        /// The mistake.
         source: Box<protobuf::Error>,
     },
     /// The request for a checkpoint is not valid.
@@ -337,7 +336,6 @@ pub fn state(id: &str, state: State) -> StateResponse {
     }
 }
 
-/// A Wait response.
 pub fn wait(exit: Exit) -> WaitResponse {
     WaitResponse {
         exit_status: exit.status,

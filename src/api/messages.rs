@@ -1,6 +1,6 @@
 //! Messages generated from `proto/`.
 
-#[allow(clippy::all, clippy::missing_docs_in_private_items, clippy::unwrap_used)]
+#[allow(clippy::all, clippy::unwrap_used)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
 }

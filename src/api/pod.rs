@@ -99,7 +99,7 @@ fn ranges(mappings: Vec<IDMapping>) -> Vec<IdRange> {
     mappings.into_iter().map(range).collect()
 }
 
-/// Only a profile of the node: CRI names no default for a sandbox.
+/// Accepts only a profile of the node: CRI names no default profile for a sandbox.
 fn apparmor(security: &LinuxSandboxSecurityContext) -> Option<String> {
     let profile = security.apparmor.as_ref()?;
     let is_local = profile.profile_type == EnumOrUnknown::new(ProfileType::Localhost);

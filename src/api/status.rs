@@ -144,7 +144,6 @@ pub fn unavailable(reason: impl ToString) -> ttrpc::Error {
 /// response that is longer than ttrpc allows would end the connection.
 const MAX_TEXT: usize = 8192;
 
-/// The text of an error.
 pub(super) fn text(error: &impl ToString) -> String {
     text::shortened(error.to_string(), MAX_TEXT)
 }

@@ -15,7 +15,6 @@ pub enum Block {
     Row(Vec<String>),
 }
 
-/// The blocks of a text.
 pub fn blocks(text: &str) -> Vec<Block> {
     let mut blocks = Vec::new();
     let mut lines = text.lines().peekable();

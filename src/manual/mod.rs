@@ -19,7 +19,6 @@ use crate::config::NAME;
 /// A command for people.
 #[derive(Debug)]
 pub struct Tool {
-    /// Its name.
     pub name: &'static str,
     /// Its positional arguments, as in a synopsis.
     pub words: &'static str,
@@ -60,7 +59,6 @@ const HELP: Opt = Opt { short: Some('h'), long: "help", value: None, text: "show
 const FAILED: (u8, &str) = (1, "it failed, and standard error says why");
 const MISUSED: (u8, &str) = (2, "wrong arguments");
 
-/// `doctor`
 pub const DOCTOR: Tool = Tool {
     name: "doctor",
     words: "",
@@ -81,7 +79,6 @@ pub const DOCTOR: Tool = Tool {
     ],
 };
 
-/// `ps`
 pub const PS: Tool = Tool {
     name: "ps",
     words: "",
@@ -102,7 +99,6 @@ pub const PS: Tool = Tool {
     exits: &[(0, "the list is complete, as far as this user may look"), FAILED, MISUSED],
 };
 
-/// `inspect`
 pub const INSPECT: Tool = Tool {
     name: "inspect",
     words: "ID",
@@ -239,7 +235,6 @@ impl Opt {
     }
 }
 
-/// A summary as a sentence.
 fn sentence(summary: &str) -> String {
     let mut letters = summary.chars();
     let first = letters.next().map(|letter| letter.to_uppercase().collect::<String>()).unwrap_or_default();

@@ -58,7 +58,6 @@ impl Owings {
 /// The place of a task on disk.
 #[derive(Clone, Debug, Default)]
 pub(crate) enum Stored {
-    /// In its record.
     #[default]
     Record,
     /// It is deleted, and still owes events.

@@ -33,10 +33,7 @@ pub enum Error {
     },
     /// The task's init has ended, and the exec with it.
     #[error("container {key} init process is not running: failed precondition")]
-    InitGone {
-        /// The task.
-        key: TaskKey,
-    },
+    InitGone { key: TaskKey },
     /// The exec does not run: no signal can be sent to it.
     #[error("exec kill error: process not created: failed precondition")]
     NotStarted,
@@ -71,10 +68,7 @@ pub enum Error {
     },
     /// A unit of the task's name is in use by something else.
     #[error("task {key}: all names for its unit are in use by others")]
-    NoUnitName {
-        /// The task.
-        key: TaskKey,
-    },
+    NoUnitName { key: TaskKey },
     /// The requested cgroup has processes that do not belong to the container.
     #[error(
         "linux.cgroupsPath {path:?}: this cgroup, or one below it, has processes already, which would end with the container; \
@@ -95,50 +89,28 @@ pub enum Error {
     Signal(u32),
     /// The kernel refused a signal.
     #[error("signal {signal} to process {process}: {source}")]
-    Kill {
-        /// The signal.
-        signal: u32,
-        /// The process.
-        process: String,
-        /// The error.
-        source: std::io::Error,
-    },
+    Kill { signal: u32, process: String, source: std::io::Error },
     /// A killed process was not reported as ended.
     #[error(
         "task {key} was killed, but systemd has not reported its end in time; see systemctl status {unit}"
     )]
-    NotEnding {
-        /// The task.
-        key: TaskKey,
-        /// Its unit.
-        unit: String,
-    },
+    NotEnding { key: TaskKey, unit: String },
     /// An annotation is neither yes nor no.
     #[error("annotation io.containerd.systemd.notify is {value:?}: it must be \"true\" or \"false\"")]
-    Notify {
-        /// What it is.
-        value: String,
-    },
+    Notify { value: String },
     /// Some of its processes can't be frozen.
     #[error("task {key} can't be paused: its processes did not freeze in time and continue to run")]
-    NotFreezing {
-        /// The task.
-        key: TaskKey,
-    },
+    NotFreezing { key: TaskKey },
     /// Something that belongs to a process could not be removed.
     #[error("{process}: not everything could be removed, try again: {reason}")]
     NotRemoved {
-        /// The process.
         process: String,
-        /// What could not be removed, and why.
+        /// The names of the parts that could not be removed, with the reasons.
         reason: String,
     },
     /// An earlier Create with this id has failed, and something of it could not be removed.
     #[error("task {key}: what a failed create left behind can't be removed yet; see the log of the daemon")]
-    Leftover {
-        /// The task.
-        key: TaskKey,
-    },
+    Leftover { key: TaskKey },
     /// The init process is in no state to be deleted.
     #[error("cannot delete a {phase} process")]
     NotDeletable {
@@ -153,21 +125,13 @@ pub enum Error {
         "task {key} can't be checkpointed: its output goes to the journal through a socket, which criu can't dump; create \
          the container with streams, or with the runtime option Log = \"journal\""
     )]
-    JournalSocket {
-        /// The task.
-        key: TaskKey,
-    },
+    JournalSocket { key: TaskKey },
     /// criu can't be used.
     #[error(transparent)]
     Criu(oci::criu::Problem),
     /// A checkpoint or a restore failed, and criu has written a log.
     #[error("{reason}; the log of criu is {log}")]
-    WithLog {
-        /// The reason.
-        reason: String,
-        /// The log.
-        log: std::path::PathBuf,
-    },
+    WithLog { reason: String, log: std::path::PathBuf },
     /// The request for a checkpoint or a restore is not valid.
     #[error(transparent)]
     Checkpoint(#[from] oci::criu::Invalid),
@@ -224,30 +188,18 @@ pub enum Error {
     Store(#[from] store::Error),
     /// The logger did not become ready.
     #[error("logging binary {program} did not call ready: {reason}")]
-    Logger {
-        /// The program.
-        program: String,
-        /// The reason.
-        reason: String,
-    },
+    Logger { program: String, reason: String },
     /// A Create or a Start was cancelled.
     #[error("{process} was deleted before it had started")]
-    GivenUp {
-        /// The process.
-        process: ProcessKey,
-    },
+    GivenUp { process: ProcessKey },
     /// A checkpoint or a restore was ended by another call.
     #[error("{process}: criu was stopped, because the task was killed or deleted while criu worked on it")]
-    Interrupted {
-        /// The process.
-        process: ProcessKey,
-    },
+    Interrupted { process: ProcessKey },
     /// systemd starts no unit in a frozen slice.
     #[error(
         "{process} was not started: systemd starts nothing in {slice}, which is frozen; see systemctl thaw"
     )]
     FrozenSlice {
-        /// The process.
         process: ProcessKey,
         /// The slice. It or one of its parents is frozen.
         slice: String,
@@ -256,20 +208,12 @@ pub enum Error {
     #[error(
         "{process} was not started: somebody has stopped {unit} or its slice meanwhile; see journalctl -u {unit}"
     )]
-    StoppedMeanwhile {
-        /// The process.
-        process: ProcessKey,
-        /// Its unit.
-        unit: String,
-    },
+    StoppedMeanwhile { process: ProcessKey, unit: String },
     /// A Create takes too long.
     #[error(
         "OCI runtime create failed: {unit} was stopped because it did not start in time (option RuntimeTimeoutSec): a hook or a mount may hang; see journalctl -u {unit}"
     )]
-    CreateTimedOut {
-        /// Its unit.
-        unit: String,
-    },
+    CreateTimedOut { unit: String },
     /// A start takes too long.
     #[error("OCI runtime exec failed: {unit} has not started a process within {} s; see systemctl status {unit}", .limit.as_secs())]
     StartTimedOut {

@@ -20,7 +20,6 @@ use super::{Error, WaitsFor, waiting};
 
 /// How units run this program.
 pub struct Launcher {
-    /// This program.
     program: PathBuf,
     copies: Arc<Copies>,
     /// The kernel is getting ready for moves between cgroups.

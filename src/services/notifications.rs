@@ -49,9 +49,9 @@ impl Drop for Listening {
 /// Forwards the notifications of containers to systemd.
 #[derive(Clone)]
 pub(crate) struct Notifications {
-    /// Where the sockets are kept for the next daemon.
+    /// Keeps the sockets for the next daemon.
     fds: Arc<StreamFds>,
-    /// Where the paths of the sockets are.
+    /// The directory with the sockets.
     store: Store,
     /// Knows how long a unit may take to stop.
     manager: Arc<dyn Systemd>,

@@ -21,7 +21,6 @@ use crate::task::phase::Exit;
 pub struct Process<L> {
     /// Its name.
     pub key: ProcessKey,
-    /// Its unit.
     pub unit: UnitName,
     /// Held by the operation that changes the process. There is one at a time.
     pub verb: Arc<tokio::sync::Mutex<()>>,
@@ -249,7 +248,6 @@ impl<L> Registry<L> {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The task with that key.
     pub fn get(&self, key: &TaskKey) -> Option<Arc<Entry<L>>> {
         self.maps().tasks.get(key).cloned()
     }

@@ -180,7 +180,7 @@ impl Streams {
             return;
         }
         if self.fds.lacks(&plan.wiring) {
-            // To open them again would take the descriptors that the daemon needs to answer calls. The process waits once its
+            // If this opened them again, the daemon would lack descriptors to answer calls. The process waits once its
             // pipes are full.
             tracing::warn!(process = %process.key, "{}: its streams wait for a daemon that can open more files", process.key);
             return;

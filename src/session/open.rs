@@ -191,7 +191,7 @@ impl Plan {
         let files = self.log_files(|path, create| Ok(LogFile::later(path, create, &owner)))?;
         let client = |path: &Path, _| fifo::open_both_nonblocking(path);
         let opened = self.open_all(fds, mode, &mut claim, files, client)?;
-        // Where it has not come yet, it may.
+        // If the terminal has not arrived yet, it may still arrive.
         let may_come = terminal.is_none() && mode == ReopenMode::Starting;
         let console = match consoles.pop() {
             Some(listener) if may_come => {

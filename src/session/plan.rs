@@ -13,7 +13,6 @@ use crate::task::wiring::Wiring;
 /// What the streams of a process depend on.
 #[derive(Debug)]
 pub struct Plan {
-    /// The process.
     pub key: ProcessKey,
     /// Where its FIFOs are.
     pub dir: PathBuf,
@@ -25,7 +24,6 @@ pub struct Plan {
     pub logger: Option<UnitName>,
     /// The unit of the container, to which all output belongs.
     pub container: UnitName,
-    /// The slice of that unit.
     pub slice: UnitName,
     /// How journal lines name the container.
     pub metadata: TaskMetadata,

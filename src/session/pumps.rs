@@ -11,7 +11,7 @@ use crate::stdio::pump::Stop;
 /// in a FIFO by then is delivered. As containerd-shim-runc-v2 of containerd 1.7: a probe that leaves a process behind waits
 /// for this time.
 const HELD_LIMIT: Duration = Duration::from_secs(2);
-/// How long a call waits for a client that does not read, or for another process that goes on writing. As
+/// How long a call waits for a client that does not read, or for another process that continues to write. As
 /// containerd-shim-runc-v2 of containerd 2.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// How long a daemon at least tries to deliver output for which earlier daemons have used up the time.

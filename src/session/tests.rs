@@ -401,7 +401,7 @@ async fn what_is_in_a_fifo_that_another_process_holds_open_is_delivered() {
     let mut writer = fs::OpenOptions::new().write(true).open(plan.pipe(pipes::STDOUT)).unwrap();
     let mut session = start(&plan, opened, &fds, &process);
     process.end();
-    // Nothing of it can have been read when the time of earlier daemons is over.
+    // The time limit includes the time of earlier daemons: when it is over, nobody can have read the output.
     writer.write_all(b"half a line").unwrap();
     assert!(!session.take_pumps().drain(Duration::from_secs(60)).await);
     assert_eq!(all_of(output).await, "half a line");

@@ -64,7 +64,6 @@ pub enum Error {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// The error.
         #[source]
         source: serde_json::Error,
     },

@@ -86,7 +86,6 @@ impl Cause {
 /// A record that was read.
 #[derive(Debug)]
 pub struct Found {
-    /// The task.
     pub task: Task,
     /// True if [`Store::save`] can write changes. Otherwise [`Store::save_whole`] must write the record first.
     pub is_current: bool,

@@ -97,8 +97,8 @@ pub fn map_ids(mount: &impl AsFd, user_namespace: &impl AsFd) -> Result<(), Errn
         propagation: 0,
         user_namespace: u64::try_from(namespace).map_err(|_| Errno::EBADF)?,
     };
-    // SAFETY: both descriptors are open for as long as they are borrowed; the kernel reads an empty path and as many bytes of
-    // the attributes as it is told.
+    // SAFETY: both descriptors are open for as long as they are borrowed; the kernel reads an empty path and as many
+    // bytes of the attributes as requested.
     let set = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

@@ -16,7 +16,6 @@ use super::process::{Lifecycle, Process};
 /// An exec. Its process spec is a file of its own.
 pub type Exec = Process<ExecPhase>;
 
-/// The phase of an exec.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case")]
 pub enum ExecPhase {
@@ -36,7 +35,6 @@ pub enum ExecPhase {
     Stopped {
         /// The pid of the process.
         pid: u32,
-        /// Its exit.
         exit: Exit,
     },
 }

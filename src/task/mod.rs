@@ -34,9 +34,7 @@ use request::{Containerd, Create, DeviceAllow, Property, Runtime};
 pub struct Task {
     /// Its namespace and id, and the containerd that owns it.
     pub key: TaskKey,
-    /// Its init process.
     pub init: Process<Phase>,
-    /// The Create request.
     pub request: Create,
     /// The OCI runtime that created it.
     pub runtime: Runtime,
@@ -54,7 +52,6 @@ pub struct Task {
     pub devices: Option<Vec<DeviceAllow>>,
     /// True if it may notify systemd (sd_notify(3)).
     pub notify: bool,
-    /// Its execs.
     pub execs: BTreeMap<ExecId, Arc<Exec>>,
     /// Events that containerd has not accepted yet.
     pub outbox: Outbox,
@@ -94,7 +91,6 @@ pub enum Placement {
 }
 
 impl Placement {
-    /// The slice of the unit.
     pub fn slice(&self) -> &UnitName {
         match self {
             Self::Unit { slice, .. } | Self::Foreign { slice, .. } => slice,
@@ -115,7 +111,6 @@ impl Placement {
 pub struct ExitNotice {
     /// The exec, or `None` for the init process.
     pub exec: Option<ExecId>,
-    /// Its exit.
     pub exit: Exit,
 }
 

@@ -38,20 +38,15 @@ pub enum TaskEvent {
         exit: Exit,
     },
     /// `/tasks/exec-added`
-    ExecAdded {
-        /// The exec.
-        exec: ExecId,
-    },
+    ExecAdded { exec: ExecId },
     /// `/tasks/exec-started`
     ExecStarted {
-        /// The exec.
         exec: ExecId,
         /// Its process.
         pid: u32,
     },
     /// `/tasks/exit` of an exec
     ExecExited {
-        /// The exec.
         exec: ExecId,
         /// The process that it was.
         pid: u32,

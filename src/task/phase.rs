@@ -41,7 +41,6 @@ pub struct Exit {
 pub struct ObservedExit {
     /// The pid of the process, if it is known.
     pub pid: Option<u32>,
-    /// The exit.
     pub exit: Exit,
 }
 
@@ -86,14 +85,12 @@ pub enum Phase {
     },
     /// The init process of the OCI runtime waits for Start.
     Created {
-        /// The container.
         container: Container,
         /// The program that init runs while it waits. It runs another one from the start on.
         program: Option<Program>,
     },
     /// The command `start` of the OCI runtime was begun.
     Starting {
-        /// The container.
         container: Container,
         /// As in [`Self::Created`].
         program: Option<Program>,
@@ -101,15 +98,9 @@ pub enum Phase {
         exit: Option<Exit>,
     },
     /// The process runs.
-    Running {
-        /// The container.
-        container: Container,
-    },
+    Running { container: Container },
     /// The process is frozen.
-    Paused {
-        /// The container.
-        container: Container,
-    },
+    Paused { container: Container },
     /// The process has ended. The exit is published after those of all execs.
     Ending {
         /// The container that it was.
@@ -245,14 +236,13 @@ impl Lifecycle for Phase {
     }
 }
 
-/// What happens to a process.
+/// An event in the life of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The rootfs of a container with a checkpoint is mounted.
     Prepared,
     /// The unit of an init process is up, and the OCI runtime has made the container, or restored it.
     Created {
-        /// The container.
         container: Container,
         /// The program that init runs while it waits.
         program: Option<Program>,

@@ -21,7 +21,6 @@ pub struct Process<P: ?Sized> {
     pub wiring: Wiring,
     /// The unit's Description.
     pub description: String,
-    /// Its phase.
     pub phase: P,
 }
 

@@ -173,7 +173,6 @@ pub struct Containerd {
     pub ttrpc_address: String,
     /// The address of its gRPC API, for programs that start a client.
     pub grpc_address: String,
-    /// Its `PATH`.
     pub path: String,
     /// Its resource limits (`RLIMIT_…` number, soft, hard), which containers inherit under containerd-shim-runc-v2:
     /// systemd's defaults must not take their place.

@@ -84,7 +84,6 @@ impl From<Copied> for CopiedForm {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sink {
-    /// Its FIFO.
     Fifo(PathBuf),
     /// Its FIFO, which only gets EOF: the output goes to the journal.
     EndOnly(PathBuf),
@@ -96,7 +95,6 @@ pub enum Sink {
         /// True if the file and its directories are created if they do not exist.
         create: bool,
     },
-    /// Its logger.
     Logger,
 }
 

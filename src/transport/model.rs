@@ -121,7 +121,7 @@ impl Server {
         while !rest.is_empty() {
             let length = rest.len().min(1 + random.below(20_000));
             let Poll::Ready(written) = durable.as_mut().poll_write(&mut context, &rest[..length]) else {
-                // As after a crash in the middle of a write: none of the response is sent.
+                // This is the state after a crash in the middle of a write: no byte of the response is sent.
                 return;
             };
             rest = &rest[written.unwrap()..];

@@ -22,30 +22,29 @@ pub enum Error {
     /// The name is not a valid property name.
     #[error("{setting}: not a valid property name (letters only, at least three)")]
     Name {
-        /// Where it was asked for.
+        /// The annotation or option that requests the property.
         setting: String,
     },
     /// The text is not a value.
     #[error("{setting}: {source}")]
     Value {
-        /// Where it was asked for.
+        /// The annotation or option that requests the property.
         setting: String,
-        /// What is wrong with it.
+        /// The mistake.
         #[source]
         source: gvariant::InvalidText,
     },
     /// A time in seconds is not a number, is negative, or is too large.
     #[error("{setting}: {value} is not a number of seconds")]
     Seconds {
-        /// Where it was asked for.
+        /// The annotation or option that requests the property.
         setting: String,
-        /// The value.
         value: String,
     },
     /// The client may not set the property.
     #[error("{setting}: {name} can't be set: {reason}")]
     Denied {
-        /// Where it was asked for.
+        /// The annotation or option that requests the property.
         setting: String,
         /// The property.
         name: String,
@@ -55,15 +54,15 @@ pub enum Error {
     /// A string in the value can't be written to a unit's file.
     #[error("{setting}: {flaw}")]
     Text {
-        /// Where it was asked for.
+        /// The annotation or option that requests the property.
         setting: String,
-        /// What is wrong with it.
+        /// The mistake.
         flaw: String,
     },
     /// This systemd has no such property.
     #[error("{setting}: this systemd has no property {name}")]
     Unknown {
-        /// Where it was asked for.
+        /// The annotation or option that requests the property.
         setting: String,
         /// The property.
         name: String,
@@ -71,7 +70,7 @@ pub enum Error {
     /// The value has another type than the property.
     #[error("{setting}: {mismatch}")]
     Type {
-        /// Where it was asked for.
+        /// The annotation or option that requests the property.
         setting: String,
         /// Both types, and the correct notation.
         mismatch: String,
@@ -79,7 +78,7 @@ pub enum Error {
     /// systemd refused the property or its value.
     #[error("systemd refused one of the properties {}: {reason}", .origins.join(", "))]
     Refused {
-        /// Where they were asked for.
+        /// The annotations or options that request the properties.
         origins: Vec<String>,
         /// systemd's message.
         reason: String,

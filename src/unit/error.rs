@@ -23,26 +23,16 @@ pub enum Error {
     },
     /// The unit is not loaded.
     #[error("unit {unit} is not loaded")]
-    NotLoaded {
-        /// The unit.
-        unit: String,
-    },
+    NotLoaded { unit: String },
     /// A unit of that name is loaded already.
     #[error("unit {unit} already exists")]
-    Exists {
-        /// The unit.
-        unit: String,
-    },
+    Exists { unit: String },
     /// An administrator has forbidden the unit.
     #[error("unit {unit} is masked: run systemctl unmask {unit}")]
-    Masked {
-        /// The unit.
-        unit: String,
-    },
+    Masked { unit: String },
     /// A unit that the unit needs, such as its slice, can't be started, or is being stopped.
     #[error("unit {unit} can't be started: {reason}")]
     Dependency {
-        /// The unit.
         unit: String,
         /// systemd's message, which names the other unit.
         reason: String,
@@ -50,9 +40,9 @@ pub enum Error {
     /// systemd refused the call.
     #[error("systemd refused to {verb} {unit}: {reason} ({name})")]
     Refused {
-        /// What was asked.
+        /// The request, as a verb.
         verb: &'static str,
-        /// Of which unit.
+        /// The unit.
         unit: String,
         /// The D-Bus error's name.
         name: String,
@@ -62,9 +52,9 @@ pub enum Error {
     /// The job failed.
     #[error("systemd's job to {verb} {unit} ended with result {result:?}; see systemctl status {unit}")]
     Job {
-        /// What was asked.
+        /// The request, as a verb.
         verb: &'static str,
-        /// Of which unit.
+        /// The unit.
         unit: String,
         /// JobRemoved's result.
         result: String,
@@ -72,9 +62,9 @@ pub enum Error {
     /// The end of a job may have been missed: the connection to the bus was lost, or systemd executed itself again.
     #[error("the connection to D-Bus was lost during systemd's job to {verb} {unit}")]
     Lost {
-        /// What was asked.
+        /// The request, as a verb.
         verb: &'static str,
-        /// Of which unit.
+        /// The unit.
         unit: String,
     },
     /// The journal can't be read.

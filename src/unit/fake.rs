@@ -54,7 +54,6 @@ impl Sleeper {
         Self(command.spawn().unwrap())
     }
 
-    /// Its pid.
     pub fn pid(&self) -> u32 {
         self.0.id()
     }
@@ -135,7 +134,6 @@ impl State {
     }
 }
 
-/// A systemd.
 pub struct FakeSystemd {
     effects: Arc<Effects>,
     programs: Arc<dyn Programs>,

@@ -134,7 +134,7 @@ mod tests {
                 shown(&[(Attribute::CpuMax, file)])[0],
                 format!("CPUQuotaPerSecUSec=uint64 {per_second}")
             );
-            // As systemd computes it (cgroup.c).
+            // systemd computes the limit in this way (cgroup.c).
             assert_eq!(per_second * period / 1_000_000, quota, "{file}");
         }
         assert_eq!(

@@ -80,7 +80,7 @@ fn stem(service: &UnitName) -> &str {
 /// which no exec can have.
 ///
 /// # Errors
-/// Only for names that no checked namespace and id can produce.
+/// This happens only for names that no checked namespace and id can produce.
 pub fn logger(process: &UnitName) -> Result<UnitName, InvalidName> {
     named(&format!("{}::log", stem(process)), SERVICE)
 }

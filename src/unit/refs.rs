@@ -4,8 +4,8 @@
 //! to the unit. A reference lasts until its connection is closed. The connection with the references is therefore in the
 //! descriptor store: a unit that is stopped while the daemon is down keeps its exit code.
 //!
-//! Only replies are sent to this connection, so nothing piles up in it while no daemon reads. Anything else that arrives
-//! is not read.
+//! Only replies are sent to this connection, so it collects no messages while no daemon reads. Anything else that
+//! arrives is not read.
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};

@@ -24,7 +24,7 @@ const STATUS_MAX: usize = 256;
 pub struct Notification {
     /// Lines that are relayed unchanged.
     lines: Vec<String>,
-    /// By how many microseconds the container asks to extend its time.
+    /// The extension of its time limit that the container requests, in microseconds.
     pub extend_usec: Option<u64>,
 }
 

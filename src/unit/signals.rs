@@ -36,12 +36,10 @@ pub enum Signal {
     Service {
         /// The service.
         unit: UnitName,
-        /// Its main process.
         main: MainProcess,
     },
     /// A job of a unit has ended.
     Job {
-        /// The unit.
         unit: UnitName,
         /// The job's object.
         job: OwnedObjectPath,

@@ -121,7 +121,7 @@ impl Manager {
     /// # Errors
     /// A refusal.
     pub async fn kill_all(&self, unit: &UnitName, signal: i32) -> Result<(), Error> {
-        // Not repeated: systemd may have sent the signal.
+        // The call is not repeated, because systemd may have sent the signal already.
         let killed = async { self.bus.manager().await?.kill_unit(unit.as_str(), "all", signal).await };
         unless_unloaded(killed.await.map_err(|error| call_error("kill", unit, error)))
     }
