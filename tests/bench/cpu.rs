@@ -39,7 +39,7 @@ pub fn measure(node: &Node, runtimes: &[String; 2], containers: [&Container; 2],
     cpu
 }
 
-/// The CPU time of the processes that live, without that of their children.
+/// The CPU time of the running processes, without that of their children.
 pub fn of_processes(pids: &[u32]) -> Duration {
     pids.iter().map(|pid| of_process(*pid).unwrap_or_else(|error| panic!("CPU of {pid}: {error}"))).sum()
 }

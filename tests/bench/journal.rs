@@ -51,7 +51,7 @@ pub fn measure(node: &Node, rounds: usize) -> [Costs; 2] {
     let _build = WithFaults::install();
     let mut costs = [Costs::default(), Costs::default()];
     in_turn(rounds, |_, index| {
-        // No container runs here. It would be lost.
+        // No container may run here, because it would be lost.
         let _forgetful = if index == 1 {
             Some(DropIn::new(FORGETFUL))
         } else {

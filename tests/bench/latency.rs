@@ -17,7 +17,7 @@ pub trait Process: Sync {
     fn waiting(&self) -> impl FnOnce() -> u32;
     fn start(&self);
     fn delete(&self);
-    /// What remains to be done after the clock has stopped.
+    /// Cleans up after the clock has stopped.
     fn deleted(self);
 }
 
@@ -67,7 +67,7 @@ pub fn measure<P: Process>(rounds: Rounds, prepare: impl Fn(usize) -> Vec<P>) ->
     let mut times = [Times::default(), Times::default()];
     in_turn(WARM_UP + rounds.count, |round, index| {
         let processes = prepare(index);
-        // The pause is a part of the measurement: no event is awaited.
+        // The pause itself is a part of the measurement.
         wait::elapse(rounds.quiet);
         let (lives, elapsed) = run(&processes);
         processes.into_iter().for_each(Process::deleted);
@@ -132,7 +132,7 @@ fn live(process: &impl Process) -> Life {
     let mut laps = Laps(Instant::now());
     process.create();
     let create = laps.next();
-    // As clients do: Wait is called before the process can end.
+    // Clients call Wait before the process can end, too.
     let exit_status = process.waiting();
     process.start();
     let start = laps.next();

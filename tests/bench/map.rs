@@ -1,6 +1,6 @@
-//! Where the CPU time of a container and of an exec goes, and what the machine does for them: messages on the bus, programs,
-//! files, moves between cgroups, context switches. For comparison, the least that each shim has to spend: a unit that runs
-//! `true`, and the OCI runtime alone.
+//! The CPU time of a container and of an exec, by process, and the work of the machine for them: messages on the bus,
+//! programs, files, moves between cgroups, context switches. For comparison, the least that each shim has to spend: a
+//! unit that runs `true`, and the OCI runtime alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -29,7 +29,7 @@ const IN_A_ROW: u32 = 10;
 const ROWS: usize = 8;
 /// Operations of each runtime whose messages and files are counted.
 const COUNTED: usize = 9;
-/// Long enough for a unit that runs `true`.
+/// A unit that runs `true` has ended after this time.
 const UNIT_TIME: Duration = Duration::from_millis(100);
 
 const WHOLE: &str = "all processes";
@@ -191,7 +191,7 @@ fn unit_alone(node: &Node) -> Line {
         let body = (unit.as_str(), "fail", properties, nothing);
         let started = bus.call_method(Some(name), path, manager, "StartTransientUnit", &body);
         node.block_on(started).expect("start a unit");
-        // No event is awaited: a subscription would be measured, too.
+        // This does not wait for an event, because the subscription would be measured, too.
         wait::elapse(UNIT_TIME);
     };
     run();

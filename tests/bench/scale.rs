@@ -1,4 +1,4 @@
-//! What a node with many containers costs: this runtime alone, first with one container and then with many, which do nothing.
+//! The cost of many idle containers on a node, under this runtime alone: first with one container, then with many.
 
 use std::time::{Duration, Instant};
 

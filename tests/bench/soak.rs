@@ -1,5 +1,6 @@
-//! Runs many containers and execs in a row, and checks that nothing has grown: memory and descriptors of the daemon, its
-//! descriptor store, units of systemd, match rules of the bus, memory of PID 1.
+//! Runs many containers and execs in a row, and checks that nothing has grown: neither the memory and the descriptors
+//! of the daemon, its descriptor store and the units of systemd, nor the match rules of the bus and the memory of PID
+//! 1.
 
 use super::common::container::Io;
 use super::common::node::{Node, OUR_RUNTIME};

@@ -8,7 +8,7 @@ use super::exec::Exec;
 use super::latency::{Process, in_turn};
 use super::output::{Drained, Output};
 
-/// The number of measurements of each way for each runtime.
+/// The number of measurements of each kind of output for each runtime.
 pub const ROUNDS: usize = 10;
 
 /// A terminal is slower, so it gets less output by this factor.
@@ -16,7 +16,7 @@ const TERMINAL_SHARE: u64 = 10;
 
 const BLOCK: u64 = 64 * 1024;
 
-/// The way of the output.
+/// The kind of output: through a FIFO or a terminal.
 #[derive(Clone, Copy, Debug)]
 pub enum Way {
     Init,

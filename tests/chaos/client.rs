@@ -20,7 +20,7 @@ pub enum End {
     Unknown,
 }
 
-/// Each worker's.
+/// Each worker has its own numbers.
 #[derive(Clone, Copy)]
 pub struct Client<'a> {
     pub node: &'a Node,
@@ -87,7 +87,7 @@ impl<'a> Client<'a> {
     fn phase(&self, process: &Process) -> Result<Option<Phase>, End> {
         let what = format!("state of {}", process.name());
         loop {
-            // containerd waits two seconds for a State, and then says that it does not know.
+            // containerd waits two seconds for a State, and then reports the status UNKNOWN.
             match self.look(&what, || process.state())?.map(|state| state.status()) {
                 Some(Phase::Unknown) => {}
                 phase => return Ok(phase),
@@ -110,7 +110,7 @@ impl<'a> Client<'a> {
 
     pub fn create(&self, container: &Container, io: &Io) -> Result<(), End> {
         let answer = self.once(&format!("create {}", container.id), || container.create(io))?;
-        // containerd has not acknowledged it: it may know it or not.
+        // containerd has not acknowledged the container: it may know the container or not.
         match answer {
             Some(_) => Ok(()),
             None => self.phase(container)?.map(drop).ok_or(End::Unknown),
@@ -185,7 +185,7 @@ impl<'a> Client<'a> {
 
     pub fn kill(&self, process: &Process, signal: u32) -> Result<(), End> {
         self.persist(&format!("kill {}", process.name()), || match process.kill(signal) {
-            // The first try, whose result containerd did not report, has deleted it.
+            // The first try, whose result containerd did not report, has deleted the process.
             Err(status) if is_gone(&status) => Ok(()),
             answer => answer,
         })
@@ -208,7 +208,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// Makes a call after which the task is in this phase.
+    /// Makes a call, and checks that the task is in this phase afterwards.
     pub fn change(
         &self,
         process: &Process,

@@ -13,7 +13,7 @@ const LATE: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
 pub struct Containerd {
-    /// Odd while it is down.
+    /// The number of ends and starts of containerd: odd while containerd is down.
     generation: AtomicU64,
     /// From the end of containerd until the events are subscribed to again.
     outages: Mutex<Vec<(Instant, Option<Instant>)>>,

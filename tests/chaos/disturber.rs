@@ -64,7 +64,8 @@ fn disturb(next: Disturbance, node: &Node, shared: &Shared) {
         Disturbance::Containerd => shared.containerd.disturb(node),
         _ => {
             if let Err(error) = next.happen() {
-                // systemd has its own limits. The test checks what happens to the containers.
+                // systemd may refuse a disturbance because of its own limits. The test only checks what happens to
+                // the containers.
                 println!("systemd did not {}: {}", next.name(), error.trim());
             }
         }

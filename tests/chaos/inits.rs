@@ -11,7 +11,7 @@ use super::tally::{Count, Fault};
 use super::work::Worker;
 
 impl Worker<'_> {
-    /// Exits with any status, after a random time, with output or without.
+    /// A container that exits with any status, after a random time, with output or without.
     pub fn run(&mut self) -> Result<(), End> {
         let (status, delay) = (self.random.below(256) as u32, self.random.below(3));
         let script = format!("sleep 0.{delay}; echo word; exit {status}");

@@ -129,7 +129,7 @@ fn run(arguments: &Arguments) -> u64 {
 
     watch(&shared.tally, arguments.duration);
     drop(work);
-    // Let the workers finish what they have begun.
+    // The workers finish the lives that they have begun.
     let is_over = join(workers, &shared.tally);
     drop(disturb);
     disturber.join().unwrap_or_else(|_| shared.tally.fault(Fault::Other, "the disturber panicked"));

@@ -54,7 +54,7 @@ impl Worker<'_> {
                 128 + SIGKILL
             }
             2 => {
-                // systemd may be executing itself again, and refuse it.
+                // systemd may refuse the call while it re-executes itself.
                 wait::until_true("the slice is stopped", || {
                     process::run("systemctl", &["stop", &slice]).code == Some(0)
                 });
@@ -79,7 +79,7 @@ impl Client<'_> {
         if self.once("create a sandbox", || sandbox.try_create(options.clone(), None))?.is_some() {
             return Ok(());
         }
-        // containerd has not acknowledged it: it may know it or not, and so may the shim.
+        // containerd has not acknowledged the sandbox: containerd and the shim may know the sandbox or not.
         let status = self.persist("status of a sandbox", || match sandbox.try_status() {
             Err(status) if status.code() == Code::NotFound => Ok(ControllerStatusResponse::default()),
             status => status,

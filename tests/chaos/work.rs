@@ -139,7 +139,7 @@ impl<'a> Worker<'a> {
         lived
     }
 
-    /// An exec from Exec to Delete, in the same way.
+    /// As the function above, for an exec from Exec to Delete.
     pub fn exec(
         &mut self,
         container: &Container<'a>,

@@ -26,14 +26,14 @@ const LONGEST: usize = 125;
 pub struct Channels {
     write: File,
     read: Reader,
-    /// Bytes that have arrived and are no whole frame yet.
+    /// Bytes that have arrived, and that do not form a whole frame yet.
     pending: Vec<u8>,
     stdout: Vec<u8>,
     stderr: Vec<u8>,
     status: Option<Value>,
 }
 
-/// What a process has written, and its exit code.
+/// The output of a process, and its exit code.
 #[derive(Debug, PartialEq)]
 pub struct Ended {
     pub stdout: String,

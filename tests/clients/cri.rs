@@ -37,10 +37,10 @@ pub const EXITED: i32 = 2;
 pub const OF_CONTAINER: i32 = 1;
 pub const OF_NODE: i32 = 2;
 
-/// The first pod makes what stays, such as the bridge.
+/// The first pod makes objects that stay, such as the bridge.
 static WARM: Warm = Warm::new();
 
-/// containerd with its CRI plugin. On drop, every pod is removed, and none may leave anything.
+/// containerd with its CRI plugin. On drop, every pod is removed, and nothing may be left behind.
 pub struct Cri {
     pub node: Node,
     disturbance: Disturbance,
@@ -114,7 +114,7 @@ impl Cri {
         self.pod_by(HANDLER, name, change)
     }
 
-    /// The same by another runtime.
+    /// As the function above, with another runtime.
     pub fn pod_by(&self, handler: &str, name: &str, change: impl FnOnce(&mut PodSandboxConfig)) -> Pod {
         let scratch = Scratch::new("pod-logs");
         let name = unique(name);
@@ -182,7 +182,6 @@ impl Cri {
         self.call(StartContainerRequest { container_id: container.id.clone() });
     }
 
-    /// A container that runs.
     pub fn run(&self, pod: &Pod, name: &str, command: &[&str]) -> Container {
         let container = self.create(pod, name, command, |_| ());
         self.start(&container);
@@ -242,7 +241,7 @@ impl Cri {
         })
     }
 
-    /// What a command in a container prints; it has to succeed.
+    /// The output of a command in a container. The command has to succeed.
     pub fn ask(&self, container: &Container, command: &[&str]) -> String {
         let ran = self.exec_sync(container, command);
         let (stdout, stderr) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
@@ -321,7 +320,7 @@ impl Container {
     /// The lines of the container's log: stream and text.
     pub fn log(&self) -> Vec<String> {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
-        // A line is: time, stream, whether it is whole, text.
+        // A line has the time, the stream, a mark for whole or partial lines, and the text.
         text.lines()
             .map(|line| {
                 let mut words = line.splitn(4, ' ').skip(1);
@@ -373,8 +372,8 @@ pub fn has_shim_sandboxes() -> bool {
     has
 }
 
-/// containerd 2.1 makes no bundle for a sandbox that the shim makes in the node's network: it ends with a nil pointer. Newer
-/// versions have a spec there.
+/// containerd 2.1 crashes (nil pointer) instead of making the bundle of a sandbox that the shim makes in the node's
+/// network. Newer versions make a spec for this case.
 pub fn may_crash_containerd() -> bool {
     let crashes = sandboxer().is_some();
     if crashes {
@@ -400,7 +399,8 @@ pub fn is_containerd_2(test: &str, reason: &str) -> bool {
     is_2
 }
 
-/// A plugin that makes no network, for suites without CNI's. A pod has an address, at which nobody answers.
+/// A CNI plugin that makes no network, for suites that have no CNI plugins. A pod gets an address, but nobody answers
+/// there.
 const NO_NETWORK: &str = r#"#!/bin/sh
 cat >/dev/null
 case $CNI_COMMAND in
@@ -410,7 +410,7 @@ VERSION) echo '{"cniVersion":"0.4.0","supportedVersions":["0.3.1","0.4.0"]}' ;;
 esac
 "#;
 
-/// Whether pods reach each other. Not where [`NO_NETWORK`] has the place of a plugin.
+/// Whether pods reach each other. They do not if [`NO_NETWORK`] is the plugin.
 pub fn has_network() -> bool {
     let plugin = fs::read(format!("{CNI_PLUGINS}/bridge"));
     let has = plugin.is_ok_and(|bytes| bytes != NO_NETWORK.as_bytes());

@@ -1,5 +1,5 @@
-//! What a pod with two containers costs, with a sandbox of the shim and with runc.v2 and its pause container, in strict
-//! alternation on one containerd. `make bench-pods` runs it.
+//! The costs of a pod with two containers, with a sandbox of the shim and with runc.v2 and its pause container, in
+//! strict alternation on one containerd. `make bench-pods` runs it.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -21,7 +21,8 @@ struct Cost {
 fn measure(cri: &Cri, handler: &str, shim: &str) -> Cost {
     let begin = Instant::now();
     let pod = cri.pod_by(handler, "cost", |config| {
-        // As a kubelet does: runc asks systemd for a scope in a slice, and needs its name.
+        // The path has the form that kubelet uses: runc asks systemd for a scope in a slice, and needs the name of
+        // the slice.
         config.linux.as_mut().expect("a Linux pod").cgroup_parent = format!("/{SLICE}");
     });
     for name in ["one", "two"] {
@@ -60,7 +61,7 @@ fn a_pod_costs_no_more_than_with_a_pause_container() {
     for round in 0..=rounds {
         for (all, (handler, shim)) in costs.iter_mut().zip(kinds) {
             let cost = measure(&cri, handler, shim);
-            // The first round makes what stays.
+            // The first round makes objects that stay.
             if round > 0 {
                 all.push(cost);
             }

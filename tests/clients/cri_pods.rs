@@ -136,7 +136,7 @@ fn a_pod_with_a_user_namespace_maps_its_users() {
     assert_eq!(cri.ask(&one, &["sh", "-c", owners]).lines().collect::<Vec<_>>(), ["0:0"; 5]);
     cri.ask(&one, &["sh", "-c", "echo shared >/dev/shm/file"]);
     assert_eq!(cri.ask(&other, &["cat", "/dev/shm/file"]), "shared");
-    // The container's root may configure what belongs to the pod, such as its network, and nothing else.
+    // The container's root may configure the pod's own objects, such as its network, but nothing else.
     assert_eq!(cri.ask(&one, &["cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start"]), "0");
     if cri.is_ours() {
         daemon::killed();
@@ -145,7 +145,7 @@ fn a_pod_with_a_user_namespace_maps_its_users() {
 }
 
 #[test]
-fn with_one_pid_namespace_a_container_takes_its_processes_with_it() {
+fn processes_end_with_their_container_in_a_shared_pid_namespace() {
     let cri = Cri::new();
     let pod = cri.pod_with("shared-pids", |config| {
         let context = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());

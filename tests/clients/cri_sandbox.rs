@@ -68,7 +68,7 @@ fn containers_share_the_files_of_their_pod() {
 }
 
 #[test]
-fn the_first_process_reaps_what_containers_leave_to_it() {
+fn the_first_process_reaps_orphans_of_the_containers() {
     if !has_shim_sandboxes() {
         return;
     }
@@ -116,7 +116,7 @@ fn a_stop_of_the_pods_slice_ends_its_containers_before_its_sandbox() {
     wait::until_true("the pod is not ready", || !cri.is_ready(&pod));
 }
 
-/// The tasks of a namespace of which an event of this name arrives, until it has arrived of all of them.
+/// Waits until an event of this name has arrived for each of these tasks of the namespace.
 fn await_events(events: &Events, name: &str, tasks: &[&str]) {
     let mut missing = tasks.to_vec();
     while !missing.is_empty() {
@@ -141,7 +141,7 @@ fn a_freeze_of_the_pods_slice_pauses_the_whole_pod() {
     let events = cri.node.subscribe();
     process::succeed("systemctl", &["freeze", &slice]);
     await_events(&events, "paused", &tasks);
-    // Frozen processes are not ended ones.
+    // Frozen processes have not ended.
     assert!(cri.is_ready(&pod));
     assert_eq!(cri.status(&one).state, RUNNING);
     daemon::killed();

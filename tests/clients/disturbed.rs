@@ -1,4 +1,4 @@
-//! What happens to our daemon while a test runs. It must make no difference to any client.
+//! Disturbances of our daemon while a test runs. No client may notice them.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -17,7 +17,7 @@ pub enum Disturbance {
 }
 
 impl Disturbance {
-    /// Begins what `CLIENTS_DISTURB` asks for. There is a daemon.
+    /// Begins the disturbance that `CLIENTS_DISTURB` names. The daemon runs already.
     pub fn begin() -> Disturbance {
         let wanted = std::env::var("CLIENTS_DISTURB").unwrap_or_default();
         if wanted.is_empty() || Need::OurShim.missing().is_some() {
@@ -26,9 +26,9 @@ impl Disturbance {
         // The test has warmed it up.
         wait::until("the daemon serves", daemon::serving);
         match wanted.as_str() {
-            // Several times a second.
+            // This kills the daemon several times a second.
             "kill" => Disturbance::Kills(Killer::begin(daemon::kill_now, Duration::ZERO)),
-            // All processes in the daemon's cgroup, about once a second.
+            // This kills all processes in the daemon's cgroup, about once a second.
             "kill-cgroup" => Disturbance::Kills(Killer::begin(daemon::kill_cgroup_now, PAUSE)),
             other => panic!("CLIENTS_DISTURB is {other:?}, not kill or kill-cgroup"),
         }
@@ -42,8 +42,8 @@ impl Disturbance {
     }
 }
 
-/// The daemon that has run a container of a client, by its pid. The first container of each daemon makes what stays, such
-/// as a connection to the bus.
+/// The daemon that has run a container of a client, by its pid. The first container of each daemon makes objects that
+/// stay, such as a connection to the bus.
 pub struct Warm(AtomicU32);
 
 const NOBODY: u32 = u32::MAX;
@@ -53,12 +53,12 @@ impl Warm {
         Warm(AtomicU32::new(NOBODY))
     }
 
-    /// The client has restarted: its first container makes what stays, too.
+    /// The client has restarted: its first container makes objects that stay, too.
     pub fn forget(&self) {
         self.0.store(NOBODY, Ordering::Relaxed);
     }
 
-    /// Has the client run a container, unless this daemon has run one.
+    /// Lets the client run a container, unless this daemon has run one already.
     pub fn up(&self, run: impl FnOnce()) {
         let daemon = || daemon::serving().unwrap_or_default();
         if self.0.load(Ordering::Relaxed) != daemon() {

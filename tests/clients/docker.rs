@@ -25,7 +25,7 @@ const CONFIGURATION: &str = "/etc/docker/daemon.json";
 /// Seconds after which a command of Docker counts as hanging.
 const LIMIT: &str = "120";
 
-/// What a test wants of Docker's daemon.
+/// The configuration of Docker's daemon that a test needs.
 #[derive(Clone, Copy, Default)]
 pub struct Settings {
     /// The runtime under test is also the default one.
@@ -34,7 +34,7 @@ pub struct Settings {
     pub live_restore: bool,
 }
 
-/// Docker with a daemon that runs. On drop, every container is removed, and none may leave anything.
+/// Docker with a daemon that runs. On drop, every container is removed, and nothing may be left behind.
 pub struct Docker {
     runtime: String,
     disturbance: Disturbance,
@@ -164,7 +164,7 @@ impl Docker {
         process::succeed("systemctl", &["restart", SERVICE]);
     }
 
-    /// SIGKILL to Docker's daemon; `meanwhile` happens before the next one starts.
+    /// Sends SIGKILL to Docker's daemon, and calls `meanwhile` before the next daemon starts.
     pub fn killed(&self, meanwhile: impl FnOnce()) {
         process::succeed("systemctl", &["kill", "--signal=KILL", "--kill-whom=main", SERVICE]);
         wait::until_true("the killed dockerd is gone", || systemd::property(SERVICE, "MainPID") == "0");
@@ -251,7 +251,7 @@ fn configure(settings: Settings) -> bool {
     true
 }
 
-/// Brings the test image to Docker, whose archives have another form than containerd's.
+/// Loads the test image into Docker, whose archives have another format than containerd's.
 fn load_image() {
     if docker(&["image", "inspect", IMAGE]).code == Some(0) {
         return;
@@ -262,7 +262,7 @@ fn load_image() {
     let _ = fs::remove_file(archive);
 }
 
-/// The first container of a dockerd makes what stays, such as our daemon and the mount of a directory.
+/// The first container of a dockerd makes objects that stay, such as our daemon and the mount of a directory.
 static WARM: Warm = Warm::new();
 
 fn warm_up() {

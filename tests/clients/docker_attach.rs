@@ -29,7 +29,7 @@ fn attach_is_a_dialogue_and_several_clients_can_attach() {
     let mut third = docker.in_terminal(&["attach", &container]);
     third.enter("four\n");
     third.until("said four");
-    // Not before: a client that does not have its terminal in raw mode yet would lose it.
+    // The test waits for this, because a client whose terminal is not in raw mode yet would lose the keys.
     third.enter("\u{4}");
     assert_eq!(third.code(), Some(13));
     let logs = docker.ok(&["logs", &container]);
@@ -39,7 +39,7 @@ fn attach_is_a_dialogue_and_several_clients_can_attach() {
 }
 
 #[test]
-fn a_client_that_is_killed_takes_nothing_with_it() {
+fn a_container_survives_a_kill_of_its_client() {
     let docker = Docker::new();
     let container =
         docker.background(&["--interactive"], &["sh", "-c", "while :; do echo tick; usleep 20000; done"]);

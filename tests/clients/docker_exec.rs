@@ -41,7 +41,7 @@ fn exec_reports_why_a_program_cannot_start() {
     let container = docker.sleeping(&[]);
     let version = docker.ok(&["version", "--format", "{{.Server.Version}}"]);
     let major: u32 = version.split('.').next().unwrap_or_default().parse().expect("a version");
-    // Docker 26 makes no difference between these.
+    // Docker 26 returns the same code in both cases.
     let missing = if major < 28 { 126 } else { 127 };
     for (program, code, words) in [
         ("/there/is/no/such/program", missing, "no such file or directory"),

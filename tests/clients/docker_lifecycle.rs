@@ -65,7 +65,7 @@ fn pause_freezes_every_process_and_unpause_thaws_them() {
     docker.ok(&["pause", &container]);
     assert_eq!(docker.inspect(&container, "{{.State.Status}} {{.State.Paused}}"), "paused true");
     let ticks = || docker.ok(&["logs", &container]).lines().count();
-    // What was on its way when the processes stopped may still arrive.
+    // Output that was in transit when the processes stopped may still arrive.
     wait::until_true("no tick arrives while the container is paused", || {
         let before = ticks();
         wait::elapse(std::time::Duration::from_millis(200));

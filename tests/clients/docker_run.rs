@@ -140,7 +140,7 @@ fn privileges_and_namespaces_are_as_requested() {
 }
 
 #[test]
-fn containers_talk_over_dockers_bridge() {
+fn containers_communicate_over_dockers_bridge() {
     let docker = Docker::new();
     let server =
         docker.background(&["--init"], &["sh", "-c", "while :; do echo hello | nc -l -p 4000; done"]);

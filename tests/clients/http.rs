@@ -1,4 +1,4 @@
-//! The least of HTTP: one request per connection, and connections that become streams of bytes.
+//! A minimal HTTP client: one request per connection, and connections that become streams of bytes.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -88,7 +88,7 @@ impl Connection {
         request += "\r\n";
         request += &body;
         self.0.write_all(request.as_bytes()).unwrap_or_else(|error| panic!("{line}: {error}"));
-        // Byte by byte: what follows belongs to the body.
+        // This reads byte by byte, because the bytes after the head belong to the body.
         let mut head = Vec::new();
         let mut byte = [0];
         while !head.ends_with(b"\r\n\r\n") {

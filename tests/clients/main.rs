@@ -1,8 +1,8 @@
 //! Real clients: Docker's daemon through its command line and its API, and containerd's CRI plugin as a kubelet uses it.
 //!
 //! Runs as root in the testbed. `E2E_RUNTIME` names the runtime under test, as for the end-to-end tests; with
-//! `io.containerd.runc.v2` every test is a check of itself. `CLIENTS_DISTURB` says what happens to our daemon while the
-//! tests run (`disturbed.rs`).
+//! `io.containerd.runc.v2` every test is a check of itself. `CLIENTS_DISTURB` names a disturbance of our daemon
+//! during the tests (`disturbed.rs`).
 
 #[macro_use]
 #[path = "../common/mod.rs"]

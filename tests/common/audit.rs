@@ -54,16 +54,17 @@ impl Audit {
         exits.collect()
     }
 
-    /// All faults in the order or the number of a container's events. A missing event is not one of them: only the caller
-    /// knows what has happened.
+    /// All faults in the order or the number of a container's events. Does not find missing events: only the caller
+    /// knows which events must exist.
     pub fn faults(&self, container: &str) -> Vec<String> {
         let events: Vec<&Event> = self.of(container).iter().collect();
         faults_in(container, &events)
     }
 
-    /// As [`Self::faults`], for a sandbox that ended with this status. When a sandbox is removed, containerd 2.1 publishes an exit
-    /// and a delete of its own: it takes the end of the connection for the end of a shim (`cleanupAfterDeadShim`). They come
-    /// before or after those of the shim. An exit with another status that is not containerd's is a fault.
+    /// As [`Self::faults`], for a sandbox that ended with this status. When a sandbox is removed, containerd 2.1
+    /// publishes an exit and a delete of its own: it takes the end of the connection for the end of a shim
+    /// (`cleanupAfterDeadShim`). These events come before or after those of the shim. An exit with a third status is
+    /// a fault.
     pub fn faults_of_sandbox(&self, sandbox: &str, status: u32) -> Vec<String> {
         let all = self.of(sandbox);
         let is_own = |event: &Event| match event {
@@ -84,7 +85,7 @@ impl Audit {
         let mut faults = faults_in(sandbox, &events);
         let foreign =
             self.exits_of(sandbox).into_iter().filter(|told| ![status, OF_DEAD_SHIM].contains(told));
-        faults.extend(foreign.map(|told| format!("it ended with {status}, an event says {told}")));
+        faults.extend(foreign.map(|told| format!("it ended with {status}, but an event says {told}")));
         faults
     }
 }
@@ -99,7 +100,7 @@ fn faults_in(container: &str, events: &[&Event]) -> Vec<String> {
     for event in events {
         let Some((step, process)) = step(event) else { continue };
         if !before.insert((step, process)) {
-            faults.push(format!("{} of {process} twice, and not the same", event.name()));
+            faults.push(format!("{} of {process} twice with different content", event.name()));
         }
         if highest.get(process).is_some_and(|last| *last > step) {
             faults.push(format!("{} of {process} too late", event.name()));

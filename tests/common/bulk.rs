@@ -25,7 +25,7 @@ impl Bulk {
         Bulk { scratch, block, blocks: bytes.div_ceil(BLOCK) }
     }
 
-    /// Mounts into a container what [`Bulk::script`] needs.
+    /// Mounts the file that [`Bulk::script`] needs into a container.
     pub fn bind(&self, spec: Spec) -> Spec {
         spec.bind(self.scratch.as_str(), "/bulk", &["ro"])
     }
@@ -90,7 +90,7 @@ impl Bulk {
         });
         let expected = self.bytes();
         match (other, ended) {
-            (true, _) => Err(format!("other bytes within the last piece up to byte {count} of {expected}")),
+            (true, _) => Err(format!("wrong bytes in the piece that ends at byte {count} of {expected}")),
             (_, false) => Err(format!("no EOF after {count} of {expected} bytes")),
             _ if count != expected => Err(format!("EOF after {count} of {expected} bytes")),
             _ => Ok(()),

@@ -13,7 +13,7 @@ pub fn of(pid: u32) -> PathBuf {
     Path::new("/sys/fs/cgroup").join(path)
 }
 
-/// A file's text, trimmed; empty if it is not there.
+/// A file's text, trimmed; empty if the file does not exist.
 pub fn read(cgroup: &Path, file: &str) -> String {
     fs::read_to_string(cgroup.join(file)).unwrap_or_default().trim_end().to_string()
 }

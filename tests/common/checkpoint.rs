@@ -1,4 +1,4 @@
-//! Checkpoints of tests: a container whose state shows in its output, and the options of a checkpoint.
+//! Checkpoints in tests: a container that prints its state, and the options of a checkpoint.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -32,7 +32,7 @@ pub fn last(output: &[u8]) -> u32 {
     number.parse().unwrap_or_else(|_| panic!("{text:?} ends in a number"))
 }
 
-/// containerd unpacks the images of a checkpoint for a restore, and leaves them.
+/// Removes the images that containerd unpacks for a restore and does not remove itself.
 pub fn remove_unpacked() {
     for entry in fs::read_dir("/tmp").expect("/tmp").flatten() {
         if entry.file_name().to_string_lossy().starts_with("ctrd-checkpoint") {
@@ -41,7 +41,7 @@ pub fn remove_unpacked() {
     }
 }
 
-/// A checkpoint by the shim itself: containerd keeps the images to itself, and has no image path for this runtime.
+/// Calls the shim itself for a checkpoint: containerd does not pass an image path on to this runtime.
 pub fn take(
     shim: &Shim<'_>,
     container: &Container,

@@ -1,5 +1,5 @@
-//! Counts of what the machine does for an operation. They do not depend on how busy the machine is: messages on the bus,
-//! programs that are executed, files that are written, processes that are moved to another cgroup.
+//! Counts the work of the machine for an operation: messages on the bus, executed programs, written files, and
+//! processes that are moved to another cgroup. The counts do not depend on how busy the machine is.
 //!
 //! The kernel merges equal events of a file that nobody has read yet, so a count of files can be too small, never too
 //! large.
@@ -44,7 +44,7 @@ pub struct Sent {
     pub bytes: usize,
 }
 
-/// What was done between [`Watch::begin`] and [`Watch::end`].
+/// The work between [`Watch::begin`] and [`Watch::end`].
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
     pub messages: Vec<Sent>,
@@ -144,7 +144,7 @@ fn last_task() -> u64 {
 /// Receives all messages on the system bus.
 struct BusWatch {
     messages: Arc<Mutex<Vec<Message>>>,
-    /// Its messages mark a place in the stream of all messages.
+    /// Messages of this connection mark a place in the stream of all messages.
     marker: Connection,
 }
 
@@ -300,7 +300,7 @@ impl Drop for FileWatch {
     fn drop(&mut self) {
         self.ends.store(true, Ordering::Relaxed);
         if let Some(reader) = self.reader.take() {
-            // Its panic has been printed.
+            // The panic of the thread has been printed.
             let _ = reader.join();
         }
     }

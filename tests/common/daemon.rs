@@ -47,7 +47,7 @@ pub fn kill_now() -> u32 {
     pid
 }
 
-/// Waits until another daemon than `pid` serves.
+/// Waits until a daemon other than `pid` serves.
 pub fn wait_for_another(than: u32) -> u32 {
     wait::until("another daemon serves", || serving().filter(|pid| *pid != than))
 }

@@ -29,7 +29,7 @@ pub enum Event {
     Paused(TaskPaused),
     Resumed(TaskResumed),
     Oom(TaskOom),
-    /// An event of another topic.
+    /// An event of a topic that the tests do not use.
     Other(String),
 }
 
@@ -120,7 +120,7 @@ impl Node {
                 Ok(()) => match envelopes.recv_timeout(Duration::from_millis(50)) {
                     Ok(_) => Some(Ok(())),
                     Err(RecvTimeoutError::Timeout) => None,
-                    // containerd has ended, and the next one knows nothing of this subscription.
+                    // containerd has ended, and the next containerd does not have this subscription.
                     Err(RecvTimeoutError::Disconnected) => {
                         Some(Err(Status::unavailable("the subscription has ended")))
                     }

@@ -121,7 +121,7 @@ fn descriptors() -> BTreeSet<String> {
     counts.into_iter().flat_map(|(kind, count)| (1..=count).map(move |n| format!("{kind} #{n}"))).collect()
 }
 
-/// What the daemon has open, as the kernel names it.
+/// The daemon's open files, with the kernel's names.
 fn open_by_daemon() -> Vec<String> {
     let daemon = systemd::main_pid(systemd::DAEMON_SERVICE);
     let entries = fs::read_dir(format!("/proc/{daemon}/fd")).into_iter().flatten().flatten();
@@ -139,7 +139,7 @@ fn stored_descriptors() -> BTreeSet<String> {
 }
 
 /// The sockets in which daemons keep descriptors, as the kernel names them, and whether each of them is empty. Empty
-/// ones stay for later use. Guests that share a network see each other's.
+/// ones stay for later use. Guests that share a network also see the sockets of other guests.
 fn holders() -> BTreeMap<String, bool> {
     let sockets = process::run("ss", &["-xanH"]).text();
     // Columns: type, state, bytes in its queue, bytes sent, address, inode.

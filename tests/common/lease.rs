@@ -1,4 +1,4 @@
-//! What containerd keeps for a test: without a lease, containerd removes content that no image uses.
+//! Content that containerd keeps for a test: without a lease, containerd removes content that no image uses.
 
 use std::ops::Deref;
 

@@ -151,7 +151,7 @@ pub fn number(variable: &str, natively: usize, emulated: usize) -> usize {
 /// Something that a test needs and not every run has.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Need {
-    /// Our shim: the test is not about what every shim does.
+    /// Our shim: the test checks something that other shims do not do.
     OurShim,
     /// cgroup v2 controllers.
     Controllers,

@@ -18,7 +18,7 @@ const CURVES_HEIGHT: f64 = 320.0;
 const STYLE: &str = "body{font:15px/1.5 sans-serif;max-width:900px;margin:2em auto;padding:0 1em;color:#222}\
     table{border-collapse:collapse}td{padding:.1em 1em .1em 0}svg{width:100%;height:auto;margin:1em 0}";
 
-/// The middle of the samples, and the tenth from either end. All the same for a single number.
+/// The median, the 10th and the 90th percentile. All three are the same for a single number.
 #[derive(Clone, Copy)]
 struct Range {
     low: f64,

@@ -137,7 +137,7 @@ pub struct IdMapping {
     pub length: u32,
 }
 
-/// The mode of a namespace that is the node's.
+/// The mode in which a pod uses a namespace of the node.
 pub const OF_NODE: i32 = 2;
 
 /// The options with which CRI creates the sandbox of a pod.

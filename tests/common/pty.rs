@@ -1,4 +1,4 @@
-//! A pseudo-terminal that runs a program as a person's terminal does.
+//! Runs a program in a pseudo-terminal, as a person's terminal does.
 
 use std::fs::{self, File};
 use std::io::Write;

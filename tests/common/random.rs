@@ -30,7 +30,7 @@ impl Random {
         from[index]
     }
 
-    /// Another one, for another thread.
+    /// Another generator, for another thread.
     pub fn fork(&mut self) -> Random {
         Random(self.number())
     }

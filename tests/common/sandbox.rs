@@ -22,7 +22,7 @@ const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 
 const CONTROLLER: &str = "shim";
 
-/// What CRI calls the states of a sandbox.
+/// CRI's names of the states of a sandbox.
 pub const READY: &str = "SANDBOX_READY";
 pub const NOT_READY: &str = "SANDBOX_NOTREADY";
 
@@ -54,7 +54,7 @@ impl<'n> Sandbox<'n> {
         Ok(sandbox)
     }
 
-    /// Makes a name only: containerd does not know the sandbox yet.
+    /// Only makes a name: containerd does not know the sandbox yet.
     pub fn unmade(node: &'n Node, name: &str) -> Sandbox<'n> {
         Sandbox { node, id: unique(name) }
     }
@@ -190,7 +190,7 @@ pub fn metrics_of(node: &Node, namespace: &str, id: &str) -> Metric {
 
 impl Drop for Sandbox<'_> {
     fn drop(&mut self) {
-        // The test may have removed it.
+        // The test may have removed the sandbox already.
         let _ = self.try_shut_down();
         let _ = self.try_forget();
     }

@@ -149,8 +149,8 @@ fn make_fifo(path: &Path) {
     nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 }
 
-/// Opens a FIFO in the background, where the open waits for a reader. Returns once the open waits: then it can't miss a reader
-/// that closes the FIFO at once.
+/// Opens a FIFO in the background, where the open waits for a reader. Returns once the open waits, so that it can't
+/// miss a reader that closes the FIFO at once.
 fn open_to_write(path: PathBuf) -> Opening {
     let ((sender, file), (named, thread)) = (channel(), channel());
     thread::spawn(move || {

@@ -17,7 +17,6 @@ pub fn unit_of(container: &Container) -> String {
     format!("containerd-{}-{}.service", escaped(&container.namespace), short(&container.id))
 }
 
-/// The unit of an exec.
 pub fn unit_of_exec(container: &Container, exec: &Exec) -> String {
     unit_of(container).replace(".service", &format!(":{}.service", short(&exec.id)))
 }
@@ -28,7 +27,6 @@ pub fn exec_units_of(container: &Container) -> String {
     unit_of(container).replace('\\', "\\\\").replace(".service", ":*.service")
 }
 
-/// The slice of a namespace.
 pub fn slice_of(namespace: &str) -> String {
     format!("containerd-{}.slice", escaped(namespace))
 }
@@ -61,7 +59,6 @@ pub fn cgroup(unit: &str) -> Option<PathBuf> {
     (!path.is_empty()).then(|| Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/')))
 }
 
-/// The processes in a cgroup and all cgroups below it.
 pub fn processes_below(cgroup: &Path) -> Vec<u32> {
     let procs = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
     let mut pids: Vec<u32> = procs.lines().filter_map(|pid| pid.parse().ok()).collect();

@@ -1,5 +1,5 @@
-//! Properties of a container's unit that a client or an administrator asks for, and the devices that the spec
-//! allows: what `systemctl show` shows of them, and how impossible ones are refused.
+//! Properties of a container's unit that a client or an administrator requests, and the devices that the spec allows:
+//! `systemctl show` shows them, and impossible ones are refused.
 
 use std::collections::HashMap;
 use std::fs;
@@ -37,14 +37,14 @@ fn words(container: &Container, name: &str) -> Vec<String> {
     shown(container, name).split_whitespace().map(str::to_string).collect()
 }
 
-/// Our own options message.
+/// The message with this runtime's own options.
 #[derive(Clone, PartialEq, prost::Message)]
 struct OurOptions {
     #[prost(map = "string, string", tag = "8")]
     properties: HashMap<String, String>,
 }
 
-/// Runtime options as a person writes them.
+/// Runtime options in TOML, as people write them.
 fn options(body: &str) -> Any {
     GenericOptions { config_body: body.to_string(), ..Default::default() }.to_any()
 }
@@ -155,7 +155,7 @@ fn a_property_that_cant_be_set_is_an_invalid_argument_that_names_it() {
     needs!(OurShim);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);
-    // After it, the daemon has everything that it makes for its first container.
+    // After this container, the daemon has everything that it makes for its first container.
     node.container("first", Spec::sleeping()).created(&Io::default()).delete().expect("delete");
     let before = Traces::take();
     let cases = [
@@ -210,7 +210,7 @@ fn a_unit_that_is_needed_and_missing_is_named() {
 }
 
 #[test]
-fn options_set_properties_and_annotations_override_them_where_they_may() {
+fn options_set_properties_and_annotations_override_the_ones_they_may() {
     needs!(OurShim);
     let node = Node::shared();
     let body = "[Properties]\nTimeoutStopSec = \"5\"\nAfter = \"['e2e-option.service']\"\n\

@@ -38,7 +38,7 @@ impl Client {
         feed(&self.stdin, text.as_bytes());
     }
 
-    /// Reads until the output ends in this.
+    /// Reads until the output ends in this text.
     pub fn until(&mut self, end: &str) {
         self.stdout.until(|bytes| bytes.ends_with(end.as_bytes()));
     }

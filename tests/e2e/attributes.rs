@@ -21,7 +21,7 @@ const FILES: [&str; 9] = [
     "autogroup",
 ];
 
-/// Lines of these files that name a moment or a number of this very process.
+/// Lines of these files whose values are different for each process: times and ids.
 const OWN: [&str; 24] = [
     "SigQ",
     "Pid",
@@ -114,7 +114,7 @@ pub fn differences(ours: &BTreeMap<String, String>, stock: &BTreeMap<String, Str
     let names: std::collections::BTreeSet<_> = ours.keys().chain(stock.keys()).collect();
     let value = |of: &BTreeMap<String, String>, name: &str| of.get(name).cloned().unwrap_or_default();
     let differ = names.into_iter().filter(|name| ours.get(*name) != stock.get(*name));
-    // With the stock shim it is containerd's plus 1, so that a container inherits the protection of containerd
+    // With the stock shim this is the score of containerd plus 1, so a container inherits the protection of containerd
     // (usually -999) unless its client sets a value, as Docker and CRI do.
     let differ = differ.filter(|name| name.as_str() != "oom_score_adj ");
     differ

@@ -28,7 +28,7 @@ use crate::common::task::Io;
 use crate::common::{daemon, process};
 use crate::options::GenericOptions;
 
-/// The daemon answers, and knows no such task.
+/// Asserts that the daemon answers, and that it has no such task.
 fn assert_serves(shim: &Shim) {
     let (code, text) = state(shim, "nobody").expect_err("state of nobody");
     assert_eq!(code, Code::NOT_FOUND, "{text}");
@@ -342,7 +342,7 @@ impl<'p> Opened<'p> {
 
 impl Drop for Opened<'_> {
     fn drop(&mut self) {
-        let _ = fs::set_permissions(self.path, fs::Permissions::from_mode(self.mode)); // it was there before
+        let _ = fs::set_permissions(self.path, fs::Permissions::from_mode(self.mode)); // the mode was there before
     }
 }
 
@@ -381,8 +381,8 @@ pub fn frame(stream: u32, kind: u8, length: u32, body: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Cgroups in one another, made as a container with a writable cgroup makes them, and gone on drop: each relative
-/// to the one above, since the path of the innermost is longer than paths can be.
+/// Nested cgroups, as a container with a writable cgroup can make them. They are removed on drop. Each is opened
+/// relative to its parent, because the path of the innermost one is longer than the kernel allows.
 struct Nested {
     innermost: OwnedFd,
     depth: usize,
@@ -417,7 +417,7 @@ impl Drop for Nested {
 }
 
 #[test]
-fn deeply_nested_cgroups_of_a_container_are_no_trouble() {
+fn deeply_nested_cgroups_of_a_container_do_no_harm() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = node.container("nested", Spec::sleeping()).started(&Io::default());

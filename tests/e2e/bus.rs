@@ -81,7 +81,7 @@ fn nobody_can_end_a_task_or_forge_its_exit_code() {
     let events = node.subscribe();
     forge_exit(&systemd::unit_of_exec(&container, &exec), exec.pid());
     forge_exit(&systemd::unit_of(&container), container.pid());
-    // What came before this has been read by then.
+    // When this exec has ended, the daemon has read all earlier signals.
     assert_eq!(container.exec_sh("exit 7").exit_status(), 7);
     assert!(process::exists(exec.pid()) && process::exists(container.pid()));
 

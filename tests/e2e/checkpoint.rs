@@ -202,6 +202,6 @@ fn the_daemon_may_end_in_the_middle_of_a_checkpoint_and_of_a_restore() {
             assert_eq!(container.exit_status(), 7);
         }
     }
-    // A frozen task or a criu that was forgotten would still be there.
+    // A leftover frozen task would still have its criu.
     assert!(process::named("criu").is_empty());
 }

@@ -1,4 +1,4 @@
-//! A criu that hangs: Kill and Delete end it, and nothing of it stays.
+//! A criu that hangs: Kill and Delete end it, and none of its processes stay.
 
 use std::fs;
 use std::thread;
@@ -19,7 +19,7 @@ use crate::common::{daemon, process, systemd, wait};
 /// Much less than any limit of the daemon, also where QEMU emulates.
 const SOON: Duration = Duration::from_secs(60);
 
-/// A criu that passes all checks, and hangs when it is to work.
+/// A criu that passes all checks, and hangs when it has to dump or restore.
 struct Hanging {
     scratch: Scratch,
     _criu: Criu,
@@ -38,12 +38,12 @@ impl Hanging {
         Self { scratch, _criu: Criu::replaced(Some(&script)) }
     }
 
-    /// Waits until criu hangs, for the first time or again.
+    /// Waits until the criu that was started last hangs.
     fn until_it_hangs(&self) {
         wait::until_true("criu hangs", || fs::remove_file(self.scratch.join("hung")).is_ok());
     }
 
-    /// Nothing runs any more of what hung.
+    /// Asserts that no process of the hung criu runs any more.
     fn assert_gone(&self) {
         let mark = self.scratch.text("mark");
         wait::until_true("all of criu is gone", || process::with_command_line(&mark).is_empty());

@@ -13,7 +13,7 @@ use crate::common::task::{Io, SIGTERM};
 use crate::common::{systemd, wait};
 use crate::options::runc_options;
 
-/// Holds a lock, a connection over TCP in which something flows, and a Unix socket whose other end is on the host.
+/// Holds a lock, a TCP connection with traffic, and a Unix socket whose other end is on the host.
 const HOLDING: &str = r#"
     exec 9>lock; flock 9
     nc -l -p 20123 -e cat &
@@ -25,7 +25,7 @@ const HOLDING: &str = r#"
     until [ -s echoed ]; do sleep 0.1; done
 "#;
 
-/// A spec in which programs of the host run, and a directory of the host by its own path.
+/// A spec whose container has programs of the host, and a directory of the host at the same path.
 fn holding(shared: &Scratch) -> Spec {
     // criu sees the other end of a Unix socket only if it is in the same network namespace.
     Spec::sh(&format!("cd {}; {HOLDING}{COUNTING}", shared.as_str()))
@@ -33,11 +33,11 @@ fn holding(shared: &Scratch) -> Spec {
         .bind("/usr", "/usr", &["ro"])
         .bind("/usr/lib", "/lib", &["ro"])
         .bind("/usr/lib64", "/lib64", &["ro"])
-        // criu connects it again by its path on the host.
+        // criu connects the Unix socket again by its path on the host.
         .bind(shared.as_str(), shared.as_str(), &["rw"])
 }
 
-/// Waits until something arrives at the socket that was not there before.
+/// Waits until a new datagram arrives at the socket.
 fn receives(socket: &UnixDatagram) {
     let drain = || while socket.recv(&mut [0; 8]).is_ok() {};
     drain();
@@ -45,7 +45,7 @@ fn receives(socket: &UnixDatagram) {
 }
 
 #[test]
-fn what_a_container_holds_is_restored_if_the_options_say_so_and_nothing_is_left() {
+fn locks_connections_and_sockets_are_restored_if_the_options_say_so() {
     needs!(OurShim, Criu);
     let node = Node::exclusive();
     let events = node.subscribe();
@@ -93,14 +93,14 @@ fn what_a_container_holds_is_restored_if_the_options_say_so_and_nothing_is_left(
     leaks::assert_none("a checkpoint and its restore", &before);
 }
 
-/// Without this library, crun takes no checkpoints.
+/// Without this library, crun can't make checkpoints.
 fn has_libcriu() -> bool {
     let dirs = std::fs::read_dir("/usr/lib").expect("/usr/lib").flatten().map(|entry| entry.path());
     dirs.chain(["/usr/lib".into()]).any(|dir| dir.join("libcriu.so.2").exists())
 }
 
 #[test]
-fn crun_takes_checkpoints_where_it_can_and_says_so_where_it_cannot() {
+fn crun_makes_checkpoints_or_says_that_it_can_not() {
     needs!(OurShim, Criu, Crun);
     let node = Node::exclusive();
     let crun = || runc_options(|options| options.binary_name = "crun".to_string());

@@ -1,4 +1,4 @@
-//! Checkpoint and restore with each kind of streams: those of the original and those of its copies are chosen apart.
+//! Checkpoint and restore with each kind of streams: the original and each of its copies may have another kind.
 
 use crate::common::checkpoint::{self, COUNTING, last, options};
 use crate::common::container::Container;

@@ -22,7 +22,7 @@ const SOCKET: &str = "/run/e2e-containerd/containerd.sock";
 /// On the file system of the first containerd, because some file systems do not support overlays.
 const ROOT: &str = "/var/lib/containerd/e2e-second";
 
-/// A second containerd, which is removed with all that it has on drop.
+/// A second containerd. On drop, it is removed with everything that it has made.
 struct Second {
     process: Child,
 }
@@ -154,7 +154,7 @@ fn two_containerds_have_tasks_of_the_same_name() {
         second.ctr(&["container", "rm", &first.id]);
     };
 
-    // A Create that fails in one of them is rolled back there.
+    // A Create that fails in one containerd is rolled back in that containerd only.
     let failed = run(&["/there/is/no/such/program"]);
     assert_ne!(failed.code, Some(0), "{failed:?}");
     remove(false);

@@ -24,7 +24,7 @@ use crate::common::{process, systemd, wait};
 const SINCE_1_7: [(&str, &str); 3] =
     [("GRPC_ADDRESS", CONTAINERD_SOCKET), ("NAMESPACE", NAMESPACE), ("MAX_SHIM_VERSION", "2")];
 
-/// A process listens at the address.
+/// Asserts that a process listens at the address.
 fn assert_answers(address: &str) {
     let path =
         address.strip_prefix("unix://").unwrap_or_else(|| panic!("not an address to dial: {address:?}"));
@@ -141,7 +141,7 @@ fn a_container_runs_where_the_daemon_was_stopped_and_units_refer_to_it() {
 }
 
 #[test]
-fn delete_of_an_unknown_task_answers_all_the_same() {
+fn delete_of_an_unknown_task_succeeds() {
     needs!(OurShim);
     let _node = Node::shared();
     let outcome = shim::delete(&Bundle::new("delete"), &unique("unknown"));

@@ -1,8 +1,8 @@
 //! What the machine does for an exec and for a container, in numbers that do not depend on how busy it is. A change that
 //! makes systemd, the bus or the kernel work more fails here. `docs/benchmarks.md` says what each message is for.
 //!
-//! Each number is the least of several: signals are repeated now and then, and each repetition is read. A change that always
-//! does more raises the least, too.
+//! Each number is the least of several: signals are repeated now and then, and each repetition is read. A change that
+//! always causes more work raises the least number, too.
 
 use crate::common::container::Container;
 use crate::common::counts::{Counts, Sender, Watch};
@@ -15,7 +15,7 @@ use crate::common::task::{Io, SIGKILL};
 const WARM_UP: usize = 2;
 const COUNTED: usize = 7;
 
-/// A limit for a number that is counted: for what, at most how many, and how they are counted.
+/// A limit for a count: the name, the largest number, and the function that counts.
 type Limit = (&'static str, usize, fn(&Counts) -> usize);
 
 fn calls(counts: &Counts) -> usize {
@@ -51,7 +51,7 @@ fn more_moves() -> usize {
     usize::from(daemon::systemd_version() < 255)
 }
 
-/// Counts what `operation` costs, and compares the least of all rounds with the limits.
+/// Counts the cost of `operation`, and compares the least number of all rounds with each limit.
 fn assert_cost(node: &Node, operation: impl Fn(), limits: &[Limit]) {
     let mut watch = Watch::new(node);
     let rounds: Vec<Counts> = (0..WARM_UP + COUNTED)
@@ -79,7 +79,7 @@ fn assert_cost(node: &Node, operation: impl Fn(), limits: &[Limit]) {
         example.executed, example.written, example.moves
     );
     assert_eq!(exceeded, [""; 0]);
-    // A watch that counts nothing would find no limit exceeded.
+    // This checks the watch itself: if it counted nothing, no limit would be exceeded.
     assert!(calls(example) > 0 && own_programs(example) > 0 && records(example) > 0 && moves(example) > 0);
 }
 

@@ -10,7 +10,7 @@ use crate::common::spec::Spec;
 use crate::common::task::{Io, SIGKILL, SIGTERM, Waiting};
 use crate::common::{daemon, systemd};
 
-/// How often each thing happens to the same tasks.
+/// How often each disturbance happens to the same tasks.
 const TIMES: usize = 3;
 
 #[test]
@@ -92,8 +92,8 @@ fn tasks_survive_a_kill_of_the_daemon_while_the_bus_is_down() {
     );
 }
 
-/// Tasks and execs in each phase survive it, with calls under way. `waits_go_on` is false if containerd, through which the
-/// client calls, ends too.
+/// Asserts that tasks and execs in each phase survive a disturbance, with calls under way. `waits_go_on` is false if
+/// containerd, through which the client calls, ends too.
 fn check(happen: impl Fn(&Node), waits_go_on: bool) {
     let node = Node::exclusive();
     run_one(&node);
@@ -150,7 +150,7 @@ fn run_one(node: &Node) {
 }
 
 #[test]
-fn calls_are_answered_while_the_daemon_is_killed_at_once_and_again() {
+fn calls_are_answered_while_the_daemon_is_killed_again_and_again() {
     needs!(OurShim);
     let node = Node::exclusive();
     run_one(&node);

@@ -17,12 +17,12 @@ use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
 use crate::options::runc_options;
 
-/// An OCI runtime that waits at one moment of one of its commands as long as a file exists.
+/// An OCI runtime that, in one of its commands, waits as long as a file exists.
 struct Held {
     scratch: Scratch,
 }
 
-/// Before or after the work of the real runtime.
+/// Where the runtime waits: before or after the work of the real runtime.
 const MOMENTS: [&str; 2] = ["before", "after"];
 
 impl Held {
@@ -59,7 +59,7 @@ impl Held {
     }
 }
 
-/// Afterwards the daemon has everything that it makes for its first container.
+/// After this container, the daemon has everything that it makes for its first container.
 fn warm_up(node: &Node) {
     let first = node.container("first", Spec::sleeping()).started(&Io::default());
     first.kill(SIGKILL).expect("kill");

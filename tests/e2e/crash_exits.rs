@@ -23,7 +23,7 @@ const ZERO: &str = "trap 'exit 0' TERM; echo ready; sleep 100000 >/dev/null 2>&1
 /// Has the default action for signals. PID 1 of a pid namespace would ignore SIGTERM.
 const NONE: &str = "echo ready; exec sleep 100000";
 
-/// How the process is ended.
+/// The way in which the process ends.
 #[derive(Clone, Copy, Debug)]
 enum By {
     Signal(Signal),
@@ -86,7 +86,7 @@ impl<'n> Doomed<'n> {
         }
     }
 
-    /// Ends it, and waits until systemd knows.
+    /// Ends the process, and waits until systemd knows its exit.
     fn end(&mut self) {
         let before = SystemTime::now();
         match self.by {
@@ -176,7 +176,8 @@ fn exits_while_there_is_no_daemon_are_known_to_the_next() {
     check(|end_all| {
         process::succeed("systemctl", &["stop", DAEMON_SOCKET, DAEMON_SERVICE]);
         end_all();
-        // As containerd does for the next container. If the units are not installed, nothing else starts the daemon.
+        // This calls `start`, as containerd does for the next container. If the units are not installed, nothing else
+        // starts the daemon.
         shim::socket();
     });
 }

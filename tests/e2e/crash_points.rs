@@ -1,5 +1,5 @@
-//! The daemon is killed at every point that its test build has a name for, in the middle of every call: each
-//! call is answered as if nothing had happened, and what comes after it is right.
+//! The daemon is killed at every fault point of its test build, in the middle of every call. Each call is answered as
+//! if nothing had happened, and later calls work.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,7 +21,7 @@ use crate::common::task::{Io, SIGTERM};
 use crate::common::{daemon, wait};
 use crate::options::{Noting, runc_options};
 
-/// Names the point at which the daemon shall end; it removes the file first.
+/// The file that names the point at which the daemon has to end. The daemon removes the file before it ends.
 pub const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";
 
 /// A moment in the life of a container, just before one call or one end.
@@ -41,7 +41,7 @@ pub enum Moment {
     Delete,
 }
 
-/// When the daemon has to pass a point, by what its name begins with. It is enough that one of them does.
+/// The moments at which the daemon may pass a point, by the beginning of the point's name. One of them has to pass it.
 pub fn moments(point: &str) -> &'static [Moment] {
     match point.split('.').next().unwrap_or_default() {
         "create" => &[Moment::Create],
@@ -115,7 +115,7 @@ impl Streams {
     }
 }
 
-/// The daemon is to end at the point.
+/// The request that the daemon ends at a point.
 struct Armed<'p> {
     point: &'p str,
     at: Moment,
@@ -135,7 +135,7 @@ impl Armed<'_> {
 
 impl Drop for Armed<'_> {
     fn drop(&mut self) {
-        // Gone, if the point was hit.
+        // The file does not exist any more if the daemon has reached the point.
         let _ = fs::remove_file(REQUEST);
     }
 }
@@ -179,11 +179,11 @@ fn the_daemon_may_end_at_every_point() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// Lives with a kill at the point. Says if there was one.
+/// Runs the life of a container, with a kill of the daemon at the point. Returns true if the daemon reached the point.
 fn end_at(node: &Node, point: &str, moment: Moment, streams: Streams) -> bool {
-    // For a failure that is none of an assertion's here.
+    // This line explains a failure whose message does not name the point.
     println!("{point} at {moment:?} with {streams:?}");
-    // What a daemon makes for its first container, and keeps, is none of this one's leaks.
+    // A daemon keeps some objects that it makes for its first container. They are not leaks of the container below.
     drop(node.container("warm", Spec::sleeping()).started(&Io::default()));
     let pid = wait::until("the daemon serves", daemon::serving);
     let armed = Armed { point, at: moment };
@@ -197,7 +197,7 @@ fn end_at(node: &Node, point: &str, moment: Moment, streams: Streams) -> bool {
     hit
 }
 
-/// One container with one exec, from create to delete, with everything that can be asked on the way.
+/// One container with one exec, from create to delete, with every call on the way.
 fn live(node: &Node, armed: &Armed, streams: Streams) {
     let events = node.subscribe();
     let script = "trap 'exit 17' TERM; echo init; sleep 100000 & wait";
@@ -213,7 +213,7 @@ fn live(node: &Node, armed: &Armed, streams: Streams) {
     assert_eq!(container.pid(), pid);
     match &mut client {
         Some(client) => client.expect("init"),
-        // It has its trap when it waits for its child.
+        // The script has set its trap when its child exists.
         None => wait::until_true("a child", || container.pids().is_ok_and(|pids| pids.len() == 2)),
     }
 

@@ -97,7 +97,7 @@ fn records_of_the_previous_version_are_read_however_large_they_are() {
 }
 
 #[test]
-fn execs_that_nobody_deletes_leave_the_record_small_and_are_all_known_after_a_restart() {
+fn execs_that_nobody_deletes_keep_the_record_small_and_survive_a_restart() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = node.container("heap", Spec::sleeping()).started(&Io::default());

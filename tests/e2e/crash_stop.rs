@@ -1,4 +1,4 @@
-//! A daemon that was stopped, and one that hangs: it is started again, and nothing is lost.
+//! A daemon that was stopped, or that hangs, is started again, and nothing is lost.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
 
-/// Stops the daemon: nothing of it runs when this returns, and systemd knows what starts it again.
+/// Stops the daemon. When this returns, none of its processes run, and the unit that starts the daemon again is active.
 fn stop() {
     let pid = wait::until("there is a daemon", daemon::pid);
     daemon::systemctl("stop");
@@ -77,14 +77,15 @@ fn an_exit_while_the_daemon_is_stopped_is_known_to_the_next() {
 }
 
 #[test]
-fn daemon_and_socket_may_be_stopped_and_brought_up_again() {
+fn daemon_and_socket_may_be_stopped_and_started_again() {
     needs!(OurShim, PreservedStore);
     let node = Node::exclusive();
     let container = sleeping(&node);
     let (pid, waiting) = (container.pid(), container.waiting());
     process::succeed("systemctl", &["stop", DAEMON_SOCKET, DAEMON_SERVICE]);
     wait::until_true("there is no daemon", || daemon::pid().is_none());
-    // As containerd does for the next container: where the units are not installed nobody else can.
+    // This calls `start`, as containerd does for the next container. If the units are not installed, nothing else
+    // starts the daemon.
     shim::socket();
     assert_eq!((container.pid(), container.phase()), (pid, Status::Running));
     container.kill(SIGKILL).expect("kill");

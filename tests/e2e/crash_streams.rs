@@ -1,4 +1,4 @@
-//! Output and input while the daemon is killed over and over: no byte is missing, none comes twice.
+//! Output and input while the daemon is killed again and again: no byte is missing, and no byte comes twice.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ fn bulk() -> Bulk {
     Bulk::new(number("E2E_BYTES", 16 << 20, 6 << 20))
 }
 
-/// What such a process writes, as init and as exec, arrives over the lives of many daemons.
+/// Asserts that the output of such a process, as init and as exec, arrives although the daemon is killed many times.
 fn check_output(bulk: &Bulk, spec: Spec) {
     let node = Node::exclusive();
     each_kind_on(&node, bulk.bind(spec), |process, mut client| {
@@ -52,7 +52,7 @@ fn output_of_terminals_is_complete() {
     check_output(&bulk, Spec::sh(&format!("stty -opost; {}", bulk.script())).terminal());
 }
 
-/// What is fed to such a process comes back.
+/// Asserts that such a process, as init and as exec, returns all of its input.
 fn check_both_ways(bulk: &Bulk, spec: Spec, ready: &str) {
     let node = Node::exclusive();
     let is_terminal = spec.has_terminal();
@@ -62,7 +62,7 @@ fn check_both_ways(bulk: &Bulk, spec: Spec, ready: &str) {
         thread::scope(|scope| {
             scope.spawn(move || {
                 bulk.feed(&stdin);
-                // A terminal would hang up at once, with bytes on their way.
+                // A terminal would hang up at once, and lose the bytes that have not arrived.
                 if !is_terminal {
                     process.close_stdin().expect("close stdin");
                 }
@@ -145,7 +145,7 @@ fn check_journal(mode: &str, has_client: bool) {
             assert_counts(&format!("{what} at the client"), seen.lines(), written);
         }
         let mut messages = Vec::new();
-        // journald reads what it is sent when it likes.
+        // journald may read its messages late.
         let written = wait::within(wait::LIMIT, || {
             messages = systemd::messages(&["--unit", &unit]);
             count(messages.iter().map(String::as_str))
@@ -172,9 +172,8 @@ fn assert_counts<'a>(what: &str, lines: impl Iterator<Item = &'a str>, last: u32
     assert_eq!(numbers.len(), last as usize, "{what}");
 }
 
-/// The same, but for pieces that come once more from somewhere in the last one: a daemon that was killed
-/// had sent them, and not said so yet. So many lines may be in two parts, or have a part twice; nothing
-/// is missing.
+/// As `assert_counts`, except that up to 4096 bytes may come twice after each kill: the killed daemon had sent
+/// them, but had not recorded that yet. `torn` lines may be split or have a part twice. No line is missing.
 fn assert_counts_again<'a>(what: &str, lines: impl Iterator<Item = &'a str>, last: u32, mut torn: u64) {
     const PIECE: u32 = 4096;
     let mut next = 1;
@@ -203,7 +202,7 @@ fn stdin_stays_open_until_close_io() {
         daemon::killed();
         client.enter("two\n");
         client.until("two\n");
-        // Nobody has it open but the shim, and that goes away, too.
+        // After this, only the shim has the FIFO open, and the shim ends, too.
         drop(client.stdin);
         daemon::killed();
         client.stdin = client.fifos.stdin();
@@ -259,7 +258,7 @@ fn output_that_is_written_while_there_is_no_daemon_arrives() {
         if is_terminal {
             client.until("ready\n");
         }
-        // The line is on its way when the daemon goes, or not: either way it arrives.
+        // The daemon may or may not have passed the line on when it ends. The line arrives in both cases.
         feed(&client.stdin, b"go\n");
         let down = daemon::Down::begin();
         down.end();
@@ -276,7 +275,7 @@ fn a_delete_waits_no_longer_for_the_output_of_a_child_if_the_daemon_is_killed_me
     let container = node.container("streams", Spec::sleeping()).started(&Io::default());
     let (exec, mut client) = attached::exec(&container, Spec::sh("sleep 100000 & echo hi"));
     assert_eq!(exec.exit_status(), 0);
-    // No daemon lives for as long as a Delete waits.
+    // Each daemon is killed before the wait of the Delete is over.
     let mut killer = daemon::Killer::begin(daemon::kill_now, Duration::from_millis(500));
     let started = Instant::now();
     exec.delete().expect("delete");

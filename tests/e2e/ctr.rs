@@ -1,4 +1,4 @@
-//! As a person does it: `ctr run` with the runtime's name.
+//! `ctr run` with the runtime's name, as people use it.
 
 use crate::common::image::IMAGE;
 use crate::common::node::{NAMESPACE, Need, Node, unique};
@@ -8,7 +8,7 @@ use crate::common::wait;
 
 /// `ctr run` with these flags before the image, and the container's id and command after it.
 fn run(node: &Node, flags: &[&str], id: &str, command: &[&str]) -> Outcome {
-    // ctr asks for CPU shares by default, which runc can't set where there is no controller.
+    // ctr requests CPU shares by default, and runc can't set them without the controller.
     let shares = if Need::Controllers.missing().is_some() { &["--cpu-shares", "0"][..] } else { &[] };
     let head = ["--namespace", NAMESPACE, "run", "--runtime", &node.runtime];
     process::run("ctr", &[&head, shares, flags, &[IMAGE, id], command].concat())
@@ -31,7 +31,7 @@ impl Drop for Made {
 }
 
 #[test]
-fn ctr_run_shows_the_output_and_passes_the_exit_code_on() {
+fn ctr_run_prints_the_output_and_exits_with_the_exit_code() {
     let node = Node::shared();
     let made = Made(unique("ctr"));
     let outcome = run(&node, &["--rm"], &made.0, &["sh", "-c", "echo hello; echo trouble >&2; exit 7"]);
@@ -56,6 +56,6 @@ fn ctr_run_detached_is_listed_killed_and_deleted() {
     let deleted = process::run("ctr", &["--namespace", NAMESPACE, "task", "delete", &made.0]);
     assert!(
         deleted.code == Some(0) && deleted.stderr.contains("137"),
-        "ctr tells the exit code: {deleted:?}"
+        "ctr prints the exit code: {deleted:?}"
     );
 }

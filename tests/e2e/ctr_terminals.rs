@@ -11,7 +11,8 @@ use crate::ctr::Made;
 
 const CTR: [&str; 3] = ["ctr", "--namespace", NAMESPACE];
 
-/// Uses a shell: it calculates, prints the size of the terminal before and after a change, and ends with 7.
+/// Types commands into a shell: the shell calculates, prints the size of the terminal before and after a change, and
+/// exits with 7.
 fn use_shell(terminal: &mut Pty) {
     terminal.until("# ");
     terminal.enter("echo $((6 * 7))\n");
@@ -23,7 +24,7 @@ fn use_shell(terminal: &mut Pty) {
         terminal.enter("stty size\n");
         terminal.until("# ").contains("44 122")
     });
-    // What is interrupted is the command, not the shell and not ctr.
+    // The interrupt ends the command, but neither the shell nor ctr.
     terminal.enter("sh -c 'echo begun; exec cat'\n");
     terminal.until("begun\r");
     terminal.enter("\x03");
@@ -73,7 +74,7 @@ fn ctr_attach_comes_back_to_a_shell() {
     first.until("# ");
     first.enter("kept=yes\n");
     first.until("# ");
-    // The terminal is closed with a person's window.
+    // The terminal closes, as when a person closes the window.
     drop(first);
     let mut second = Pty::run(&[&CTR[..], &["task", "attach", &made.0]].concat(), 111, 33);
     second.enter("echo kept: $kept\n");

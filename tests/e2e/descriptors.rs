@@ -12,7 +12,7 @@ use crate::common::stdio::Fifos;
 use crate::common::task::{Io, SIGKILL};
 use crate::common::wait;
 
-/// More empty entries than this are not made at once.
+/// The daemon makes at most this number of empty entries at once.
 const SPARE: usize = 4;
 
 /// How many files the serving daemon has open.
@@ -73,7 +73,7 @@ fn a_daemon_that_may_open_too_few_files_serves_and_refuses_new_work() {
     let refused = node.container("refused", Spec::sleeping()).make();
     let error = refused.create(&fifos.output()).expect_err("there is no room for descriptors");
     assert!(error.message().contains("more files of"), "{error}");
-    // What runs can end.
+    // Running processes can still end.
     let (killed, _client) = running.pop().expect("a container");
     killed.kill(SIGKILL).expect("kill");
     assert_eq!(killed.exit_status(), 137);

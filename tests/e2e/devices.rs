@@ -9,7 +9,7 @@ use crate::common::task::Io;
 use crate::common::{bpf, cgroup, process, systemd};
 use crate::options::GenericOptions;
 
-/// A container that may use the usual devices only; the runtime has these options.
+/// A container that may use only the usual devices, with these options of the runtime.
 fn container<'n>(node: &'n Node, options: &str) -> Container<'n> {
     let rules = json!({"devices": [{"allow": false, "access": "rwm"}]});
     let spec = Spec::sleeping().resources(rules);
@@ -30,7 +30,7 @@ fn an_agents_device_rules_take_effect_where_the_unit_has_none() {
     assert!(!opens_device(&open));
     assert_ne!(bpf::allow_all_devices(&cgroup::of(open.pid())), 0);
     assert!(opens_device(&open));
-    // systemd applies the rules of units once more.
+    // A reload lets systemd apply the rules of units once more.
     process::succeed("systemctl", &["daemon-reload"]);
     assert!(opens_device(&open));
 }

@@ -1,4 +1,4 @@
-//! The events of a task: each of them once, in order, with the right fields.
+//! The events of a task: each comes once, in order and with the right fields.
 
 use crate::common::container::Container;
 use crate::common::events::{Event, Events};

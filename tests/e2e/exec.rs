@@ -1,4 +1,4 @@
-//! An exec from Exec to Delete: phases, exits, refusals, and what of its process's spec arrives.
+//! An exec from Exec to Delete: phases, exits, refusals, and the effects of its process spec.
 
 use containerd_client::tonic::Code;
 use containerd_client::types::v1::Status;
@@ -17,7 +17,7 @@ fn sleeping(node: &Node) -> Container<'_> {
     node.container("exec", Spec::sleeping()).started(&Io::default())
 }
 
-/// What an exec of this process prints; it has to end with 0.
+/// The output of an exec of this process, which has to exit with 0.
 fn output(container: &Container, spec: Spec) -> String {
     let fifos = Fifos::new("output");
     let (mut stdout, mut stderr) = (fifos.stdout(), fifos.stderr());
@@ -128,7 +128,7 @@ fn an_exec_that_was_never_started_can_only_be_deleted() {
 }
 
 #[test]
-fn an_exec_id_is_taken_until_delete() {
+fn an_exec_id_is_in_use_until_delete() {
     let node = Node::shared();
     let container = sleeping(&node);
     let other = sleeping(&node);
@@ -148,7 +148,7 @@ fn an_exec_id_is_taken_until_delete() {
 
 #[test]
 fn an_exec_with_the_containers_id_is_refused() {
-    needs!(OurShim); // the stock shim takes it; its exit then looks like the container's
+    needs!(OurShim); // the stock shim accepts the id, and the exit then looks like the container's
     let node = Node::shared();
     let container = sleeping(&node);
     let refusal =
@@ -275,7 +275,7 @@ fn capabilities_are_those_of_the_execs_own_spec() {
 }
 
 #[test]
-fn pids_says_which_process_is_which_exec() {
+fn pids_names_the_exec_of_each_process() {
     let node = Node::shared();
     let container = sleeping(&node);
     let exec = container.exec_sh("exec >/dev/null 2>&1; sleep 100000 & sleep 100000 & wait");

@@ -1,5 +1,4 @@
-//! Exit codes of execs, many and fast: each is right and nothing stays. And what happens to execs whose
-//! init dies.
+//! Exit codes of many short execs: each is right, and nothing stays. And what happens to execs whose init process dies.
 
 use std::thread;
 
@@ -150,7 +149,7 @@ fn execs_end_before_their_init() {
             assert_eq!((exec.phase(), exec.exit_status()), (Status::Stopped, 137), "{kind}");
         }
         assert_eq!(execs[0].delete().expect("delete one exec").exit_status, 137, "{kind}");
-        // The others and the one that was never started go with the task.
+        // Delete of the task removes the other execs, and the one that was never started.
         container.delete().expect("delete");
         for exec in execs.iter().chain([&unstarted]) {
             assert_eq!(exec.state().expect_err("after delete").code(), Code::NotFound, "{kind}");

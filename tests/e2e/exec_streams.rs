@@ -1,4 +1,4 @@
-//! Output of execs where something is odd: children that stay, readers that are slow or gone, files, loggers.
+//! Output of execs in unusual cases: children that stay, slow or missing readers, files, loggers.
 
 use std::fs::{File, remove_file};
 use std::io::Write;
@@ -67,7 +67,7 @@ fn a_reader_that_stops_delays_only_its_own_stream() {
             "five execs took {flooded:?}, {quiet:?} before"
         );
     }
-    // It continues when the reader does, and can be killed when the reader does not.
+    // Init continues when its reader continues. It can be killed while the reader does not read.
     let mut count = 0;
     client.stdout.each(|piece| {
         count += piece.len();
@@ -165,7 +165,7 @@ fn an_exec_whose_start_failed_starts_again_for_the_same_client() {
         exec.start().expect("start it now");
         feed(&stdin, b"late\n");
         if terminal {
-            // Without input the terminal would hang up at once, with output on its way.
+            // Without input the terminal would hang up at once, and lose output.
             // The terminal echoes each line, and cat repeats it, in any order of the two lines.
             let text = stdout.until(|bytes| bytes.len() >= 2 * "early\r\nlate\r\n".len());
             let text = String::from_utf8_lossy(&text).into_owned();
@@ -185,7 +185,7 @@ fn an_exec_whose_start_failed_starts_again_for_the_same_client() {
     }
 }
 
-/// containerd's client library waits for it before it returns the error of the start.
+/// containerd's client library waits for the end of the output before it returns the error of the start.
 #[test]
 fn the_client_of_an_exec_whose_start_failed_sees_the_end_of_its_output() {
     needs!(OurShim); // the stock shim has not opened the FIFOs then
@@ -246,7 +246,7 @@ fn a_missing_logger_program_fails_the_start_of_an_exec() {
     let container = sleeping(&node);
     let uri = "binary:///no/such/logger".to_string();
     let io = Io { stdout: uri.clone(), stderr: uri, ..Io::default() };
-    // Whether Exec or Start says so is a matter of taste.
+    // Exec or Start may report the error.
     let refused = container.exec(Spec::sleeping()).add(&io).and_then(|exec| exec.start().map(drop));
     let refusal = refused.expect_err("no logger");
     assert!(refusal.message().contains("/no/such/logger"), "{refusal}");
@@ -295,7 +295,7 @@ fn clients_that_never_open_their_fifos_delay_no_other_client() {
         assert_eq!(other.exec_sh("exit 3").exit_status(), 3);
         let new = node.container("new", Spec::sh("exit 4")).started(&Io::default());
         assert_eq!(new.exit_status(), 4);
-        // The starts wait for 30 s: less than that means that nobody waited for them.
+        // The starts wait for 30 s. If this took less, nobody has waited for them.
         assert!(unloaded.elapsed() < std::time::Duration::from_secs(20), "{:?}", unloaded.elapsed());
     });
 }

@@ -1,5 +1,5 @@
-//! A full disk, or one that can't be written: what has happened is reported at once, and is in the record as soon as that
-//! is possible. No room for threads: calls succeed or are refused, and succeed again once there is room.
+//! A full or read-only disk: exits are reported at once, and are recorded as soon as that is possible. No room for
+//! threads: calls succeed or are refused, and succeed again once there is room.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -33,7 +33,7 @@ impl Small {
         Path::new(STATE_DIRECTORY).join(".fill")
     }
 
-    /// Takes all the room that is left.
+    /// Fills the file system.
     fn fill(&self) {
         let mut file = File::create(Small::filling()).expect("make a file beside the records");
         while file.write_all(&[0; 512]).is_ok() {}
@@ -57,7 +57,7 @@ struct Unwritable(PathBuf);
 impl Unwritable {
     fn of(directory: &Path) -> Unwritable {
         let new = directory.join("record.json.new");
-        // What is written goes to a file of this name first.
+        // The daemon writes each new record to a file of this name first.
         let _ = fs::remove_file(&new);
         fs::create_dir(&new).expect("put something in the way of a record");
         Unwritable(new)
@@ -123,7 +123,7 @@ fn an_exit_that_cant_be_recorded_is_reported_at_once_and_recorded_later() {
     container.kill(SIGKILL).expect("kill the init process");
     assert_eq!(container.exit_status(), 137);
     assert!(!record(&container, &exec).contains(r#""name":"stopped""#), "the record can't have been written");
-    // The next daemon finds both ends at their units.
+    // The next daemon reads both exits from the units.
     daemon::killed();
     assert_eq!(container.exit_status(), 137);
     assert_eq!(exec.exit_status(), 137);
@@ -325,7 +325,7 @@ fn a_daemon_without_an_inotify_instance_serves() {
     let open = fs::read_dir(format!("/proc/{daemon}/fd")).expect("read the daemon's descriptors");
     assert_eq!(open.flatten().filter(is_inotify).count(), 0);
     assert_eq!(container.exec_sh("exit 3").exit_status(), 3);
-    // There is no client yet: its FIFO is watched without inotify, too.
+    // The client has not opened its FIFO yet. The daemon watches the FIFO without inotify, too.
     let fifos = Fifos::new("unwatched");
     let io = fifos.output();
     let created = std::thread::scope(|scope| {
@@ -356,7 +356,7 @@ fn a_signal_that_can_not_be_sent_now_is_not_reported_as_sent() {
     wait::until("the daemon serves", daemon::serving);
     for (what, refused) in [("init", container.kill(SIGKILL)), ("exec", exec.kill(SIGKILL))] {
         let refused = refused.expect_err(what);
-        // For NotFound, a client takes the process for one that has ended.
+        // NotFound would tell a client that the process has ended.
         assert_ne!(refused.code(), Code::NotFound, "{what}: {refused}");
         assert!(refused.message().contains("Too many open files"), "{what}: {refused}");
     }

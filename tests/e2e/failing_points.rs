@@ -26,14 +26,14 @@ use super::crash_points::{Client, Moment, REQUEST, Streams, is_of_every_life};
 /// The failure that is due, once the daemon has passed its point.
 const DUE: &str = "/run/containerd-shim-systemd-v1.fault.due";
 
-/// No descriptor can be opened until the test ends the failure.
+/// The daemon can't open any descriptor until the test ends the failure.
 const NO_DESCRIPTOR: &str = "no-descriptor";
 
 /// Asks for all of [`FAILURES`] in one run (`E2E_FAILURE=all`).
 const ALL: &str = "all";
 
-/// What can fail (`src/fault.rs`). [`NO_DESCRIPTOR`] is left to a run of its own (`E2E_FAILURE=no-descriptor`): its lives
-/// wait for the daemon's second tries, of which each takes 10 s.
+/// The failures (`src/fault.rs`). [`NO_DESCRIPTOR`] is left to a run of its own (`E2E_FAILURE=no-descriptor`): its
+/// lives wait for the daemon's second tries, of which each takes 10 s.
 const FAILURES: [&str; 7] =
     ["no-space", "io", "limits-exceeded", "timed-out", "reply-lost", "denied", "runtime-killed"];
 
@@ -83,11 +83,11 @@ impl Failing {
         if self.failure == NO_DESCRIPTOR {
             give_descriptors();
         }
-        // It is there if no step of this kind has followed.
+        // The file is still there if no step of this kind has followed.
         fs::remove_file(DUE).is_err()
     }
 
-    /// Makes a call. If it fails, it succeeds the second time.
+    /// Makes a call. If the call fails, it has to succeed the second time.
     fn during<T>(&self, moment: Moment, call: impl Fn() -> Result<T, Status>) -> T {
         self.ask(moment);
         let first = call();
@@ -135,13 +135,13 @@ fn give_descriptors() {
 
 impl Drop for Failing {
     fn drop(&mut self) {
-        // They are there only if the life has ended too early.
+        // These files exist only if the life has ended too early.
         let _ = fs::remove_file(REQUEST);
         let _ = fs::remove_file(DUE);
     }
 }
 
-/// The lives in which every point has this failure.
+/// Lives that together have this failure after every point.
 fn lives(failure: &'static str, points: &[String]) -> Vec<Failing> {
     const STREAMS: [Streams; 3] = [Streams::Fifos, Streams::None, Streams::Terminal];
     let mut lives: Vec<Failing> = Vec::new();
@@ -180,7 +180,7 @@ fn every_step_may_fail() {
     let points: Vec<_> = shim::points().into_iter().filter(|point| is_of_every_life(point)).collect();
     let without: BTreeSet<_> = points.iter().filter(|point| moments(point).is_empty()).collect();
     assert!(without.is_empty(), "nobody says when the daemon passes {without:?}");
-    // What a daemon makes for its first container, and keeps, is no leak.
+    // The objects that a daemon makes for its first container, and keeps, are no leaks.
     live(&node, &Failing { failure: "none", streams: Streams::Terminal, points: BTreeMap::new() });
     let all = FAILURES.into_iter().filter(|_| only == ALL);
     let chosen = FAILURES.into_iter().chain([NO_DESCRIPTOR]).filter(|failure| *failure == only);
@@ -197,7 +197,7 @@ fn every_step_may_fail() {
             if lived.is_err() || catch_unwind(|| leaks::assert_none(&name, &before)).is_err() {
                 failures.push(name.clone());
             }
-            assert_eq!(neighbour.pid(), neighbour_pid, "{name}: another container goes on");
+            assert_eq!(neighbour.pid(), neighbour_pid, "{name}: another container continues");
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");
@@ -213,7 +213,8 @@ fn live(node: &Node, failing: &Failing) {
     let has_failed = Cell::new(false);
     failing.during(Moment::Create, || {
         if has_failed.get() && failing.failure == NO_DESCRIPTOR {
-            // Nothing could be removed, which the next Create does. containerd has given this one up by then.
+            // The failed Create could remove nothing, so the next Create does that. By then containerd has given the
+            // task up.
             let bundle =
                 format!("/run/containerd/io.containerd.runtime.v2.task/{NAMESPACE}/{}", container.id);
             wait::until_true("containerd has removed the bundle", || !Path::new(&bundle).exists());
@@ -227,7 +228,7 @@ fn live(node: &Node, failing: &Failing) {
     failing.during(Moment::Start, || container.start());
     match client.borrow_mut().as_mut() {
         Some(client) => client.expect("init"),
-        // It has set its trap when it waits for its child.
+        // The script has set its trap when its child exists.
         None => wait::until_true("a child", || container.pids().is_ok_and(|pids| pids.len() == 2)),
     }
     exec(&container, failing, &gate);
@@ -239,7 +240,7 @@ fn live(node: &Node, failing: &Failing) {
     failing.gone(Moment::Kill, || container.kill(SIGTERM));
     assert_eq!(failing.exit(waiting, || container.waiting()).status, 17);
     failing.gone(Moment::Delete, || container.delete().map(drop));
-    assert_eq!(daemon::serving(), Some(daemon), "the daemon goes on");
+    assert_eq!(daemon::serving(), Some(daemon), "the daemon continues");
 }
 
 fn exec(container: &Container, failing: &Failing, gate: &Gate) {
@@ -267,7 +268,7 @@ fn exec(container: &Container, failing: &Failing, gate: &Gate) {
     failing.end(Moment::Recover);
     wait::until("the daemon serves", daemon::serving);
     if recovers && failing.failure == NO_DESCRIPTOR {
-        // That daemon has not opened all that it should have.
+        // That daemon could not open all that it needs, so the next one takes over.
         daemon::killed();
     }
     let waiting = exec.waiting();
@@ -275,7 +276,7 @@ fn exec(container: &Container, failing: &Failing, gate: &Gate) {
     gate.open();
     failing.end(Moment::ExecExit);
     assert_eq!(failing.exit(waiting, || exec.waiting()).status, 9);
-    // A start that failed has ended the output.
+    // After a failed start the client has seen the end of the output.
     if let (Some(client), 1) = (&mut client, starts.get()) {
         client.expect("exec");
     }

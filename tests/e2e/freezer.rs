@@ -124,7 +124,7 @@ fn another_signal_waits_for_the_resume() {
     let node = Node::shared();
     let script = "trap 'exit 5' TERM; sleep 100000 & wait";
     let container = node.container("term", Spec::sh(script)).started(&Io::default());
-    // It has its trap when it waits for its child.
+    // The script has set its trap when its child exists.
     wait::until_true("a child", || container.pids().is_ok_and(|pids| pids.len() == 2));
     container.pause().expect("pause");
     container.kill(SIGTERM).expect("kill");
@@ -134,7 +134,7 @@ fn another_signal_waits_for_the_resume() {
 }
 
 #[test]
-fn systemctl_stop_of_a_frozen_unit_ends_as_systemd_ends_it() {
+fn systemctl_stop_of_a_frozen_unit_does_what_systemd_does_for_any_unit() {
     needs!(OurShim);
     let node = Node::shared();
     let container = node.container("stop", Spec::sleeping()).started(&Io::default());
@@ -186,7 +186,7 @@ fn a_container_in_a_foreign_cgroup_is_paused_too() {
     container.kill(SIGKILL).expect("kill");
     assert_eq!(container.exit_status(), 137);
     container.delete().expect("delete");
-    // The parent is the client's.
+    // The client has to remove the parent.
     let _ = std::fs::remove_dir("/sys/fs/cgroup/e2e-foreign");
 }
 

@@ -1,5 +1,5 @@
-//! OCI runtimes that hang, by themselves or by a trick of the container: each command has a limit, what is hung can be
-//! given up before, and nothing of it stays.
+//! OCI runtimes that hang, by themselves or because of the container. Each command has a limit, a hung command can be
+//! cancelled earlier, and none of its processes stay.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -67,7 +67,7 @@ impl Hanging {
         fs::remove_file(self.scratch.join("trap")).expect("remove the trap");
     }
 
-    /// Nothing runs any more of what hung.
+    /// Asserts that no process of the hung command runs any more.
     fn assert_gone(&self) {
         assert!(self.hung().exists(), "it did hang");
         let mark = self.scratch.text("mark");
@@ -82,7 +82,7 @@ fn options(body: &str) -> Any {
 fn trapped<'n>(node: &'n Node, seconds: u32) -> Container<'n> {
     let options = options(&format!("RuntimeTimeoutSec = {seconds}"));
     let container = node.container("trap", Spec::sh(TRAP)).options(options).started(&Io::default());
-    // What is made for the first exec, and stays.
+    // The first exec makes objects that stay.
     container.exec(Spec::sleeping()).id("first").added(&Io::default()).delete().expect("delete");
     wait::until_true("the trap is set", || {
         fs::metadata(format!("/proc/{}/root/etc/passwd", container.pid()))
@@ -93,7 +93,7 @@ fn trapped<'n>(node: &'n Node, seconds: u32) -> Container<'n> {
     container
 }
 
-/// Runs `act` while the exec's start hangs in the container; returns what became of the start.
+/// Runs `act` while the exec's start hangs in the container. Returns the result of the start.
 fn while_it_hangs(container: &Container, exec: &Exec, act: impl FnOnce()) -> Result<u32, Status> {
     thread::scope(|scope| {
         let started = scope.spawn(|| exec.start());
@@ -105,7 +105,7 @@ fn while_it_hangs(container: &Container, exec: &Exec, act: impl FnOnce()) -> Res
     })
 }
 
-/// It is in the kernel's `open` of a FIFO.
+/// True if the process waits in the kernel's `open` of a FIFO.
 fn waits_for_a_writer(pid: u32) -> bool {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     threads
@@ -113,7 +113,7 @@ fn waits_for_a_writer(pid: u32) -> bool {
         .any(|at| at == "wait_for_partner")
 }
 
-/// After it the daemon has everything that it makes for its first container.
+/// After this container, the daemon has everything that it makes for its first container.
 fn warm_up(node: &Node) {
     node.container("first", Spec::sleeping()).created(&Io::default()).delete().expect("delete");
 }
@@ -166,10 +166,10 @@ fn the_end_of_init_ends_an_exec_that_hangs() {
     let runtime = Hanging::at("exec");
     warm_up(&node);
     let before = Traces::take();
-    // In the container, where it dies with init; and outside.
+    // `runc exec` may hang inside of the container, where it dies with init, or outside.
     let inside = trapped(&node, 0);
     let exec = inside.exec(Spec::sleeping()).added(&Io::default());
-    // runc takes a process that is killed before it is what it should be for one that has run.
+    // The result does not matter: runc reports success for a process that is killed before it runs its program.
     let _ = while_it_hangs(&inside, &exec, || inside.kill(SIGKILL).expect("kill"));
     assert_eq!(inside.exit_status(), 137);
     inside.delete().expect("delete");
@@ -208,7 +208,7 @@ fn an_exec_that_hangs_while_the_daemon_is_killed_can_be_deleted() {
 }
 
 #[test]
-fn stopping_the_unit_of_an_exec_that_hangs_ends_all_of_it() {
+fn stopping_the_unit_of_an_exec_that_hangs_ends_all_its_processes() {
     needs!(OurShim);
     let node = Node::exclusive();
     let container = trapped(&node, 0);

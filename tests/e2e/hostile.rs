@@ -1,5 +1,6 @@
-//! What a user of the machine, or the author of a container, could try with text: nothing becomes a directive of a unit, a
-//! field of somebody else's journal lines, or a path outside; and nothing that is secret can be read by others.
+//! Attacks with text by a user of the machine or by the author of a container. No text becomes a directive of a unit,
+//! a field of another program's journal lines, or a path outside of the container, and other users can read no
+//! secrets.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -28,7 +29,7 @@ fn no_other_user_can_hold_up_the_start_of_a_container() {
     needs!(OurShim);
     let node = Node::exclusive();
     let lock = "/run/containerd-shim-systemd-v1.lock";
-    // As an earlier version left it.
+    // An earlier version made the lock readable for every user.
     fs::write(lock, "").expect("write the lock");
     process::succeed("chmod", &["0644", lock]);
     assert_eq!(as_nobody(&["flock", "--exclusive", "--nonblock", lock, "true"]).code, Some(0));
@@ -41,7 +42,7 @@ fn no_other_user_can_hold_up_the_start_of_a_container() {
 }
 
 #[test]
-fn what_an_exec_is_called_with_is_visible_in_no_unit_no_record_and_no_log() {
+fn the_arguments_of_an_exec_are_visible_in_no_unit_no_record_and_no_log() {
     needs!(OurShim);
     let node = Node::exclusive();
     let since = Cursor::now();
@@ -77,7 +78,7 @@ fn what_an_exec_is_called_with_is_visible_in_no_unit_no_record_and_no_log() {
     assert_eq!(records.text(), "", "{records:?}");
 }
 
-/// Text that means something to systemd, to a shell, to journald, to a terminal, or to a path.
+/// Text with a special meaning for systemd, a shell, journald, a terminal, or a path.
 fn hostile() -> Vec<String> {
     let texts = [
         format!("a\n[Service]\nExecStopPost=/bin/touch {PWNED}\nb"),
@@ -177,7 +178,7 @@ fn no_text_of_a_container_becomes_a_directive_a_field_or_a_path() {
 }
 
 #[test]
-fn text_that_is_no_name_no_path_and_no_option_is_refused_without_a_trace() {
+fn invalid_names_paths_and_options_are_refused_without_a_trace() {
     needs!(OurShim);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);

@@ -55,7 +55,7 @@ fn a_unit_is_named_by_namespace_and_id() {
 }
 
 #[test]
-fn ids_that_are_short_alike_get_units_of_their_own() {
+fn ids_with_the_same_first_digits_get_different_units() {
     needs!(OurShim);
     let node = Node::shared();
     let [first, second] =

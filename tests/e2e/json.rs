@@ -1,33 +1,34 @@
-//! JSON that runc's decoder takes and others don't: what works with the stock shim works with ours, and means the same.
+//! JSON that runc's decoder accepts, but other decoders do not. JSON that works with the stock shim works with ours,
+//! and means the same.
 
 use crate::common::node::{Node, STOCK_RUNTIME, runtime_under_test};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::Io;
 
-/// Parts of a spec, and what is written instead.
+/// Parts of a spec, and the text that replaces them.
 const WRITTEN: [(&str, &str); 13] = [
-    // As it is.
+    // The spec without a change.
     ("\"hostname\"", "\"hostname\""),
-    // The case of names does not matter, nor how they are written; the long s is another case of s.
+    // Neither the case of names matters, nor escapes in them. The long s is another case of s.
     ("\"hostname\"", "\"HostName\""),
     ("\"linux\"", "\"LINUX\""),
     ("\"cgroupsPath\"", "\"cgroup\u{17f}path\""),
     ("\"process\"", "\"Process\""),
     ("\"args\"", "\"A\\u0072gs\""),
     ("\"mounts\"", "\"MOUNTS\""),
-    // Of two the last one counts.
+    // The last of two values counts.
     ("\"hostname\":", "\"hostname\":\"first\",\"Hostname\":"),
     ("\"hostname\":\"e2e\"", "\"hostname\":\"e2e\",\"hostname\":null"),
     ("\"args\":", "\"args\":[\"/no/such/program\"],\"ARGS\":"),
     ("\"root\":", "\"root\":{\"path\":\"/no/such/rootfs\"},\"ROOT\":"),
-    // Half a character.
+    // One half of a surrogate pair.
     ("e2e\"", "\\ud800\""),
     // A value of another type is an error.
     ("\"hostname\":\"e2e\"", "\"hostname\":7"),
 ];
 
-/// What the process of a spec writes; nothing if it can't be created.
+/// The output of the process of a spec; `None` if the container can't be created.
 fn said(node: &Node, runtime: &str, (part, by): (&str, &str)) -> Option<String> {
     let scratch = Scratch::new("json");
     let spec =
@@ -50,7 +51,7 @@ fn a_spec_means_what_it_means_to_runc() {
         let host_name =
             |said: &Option<String>| said.as_ref().and_then(|said| said.lines().next().map(str::to_owned));
         assert_eq!(host_name(&ours), host_name(&stock), "{written:?}");
-        // Whatever the client calls cgroupsPath, the container is in its unit.
+        // The container is in its unit, whatever the spelling of cgroupsPath.
         let is_in_unit = |said: String| {
             said.lines().any(|line| line.contains("/containerd-") && line.contains(".service/"))
         };

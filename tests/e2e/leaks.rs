@@ -1,4 +1,4 @@
-//! After Delete nothing is left, after a failure neither, and the daemon does not grow.
+//! Nothing is left after Delete or after a failure, and the daemon does not grow.
 
 use std::fs;
 use std::path::Path;
@@ -20,10 +20,10 @@ use crate::options::{Noting, runc_options};
 const WARM_UP: u32 = 20;
 const MAX_GROWTH_KIB: u64 = 1024;
 
-/// Something that fails, and ends with nothing to keep.
+/// A failing operation, after which nothing may be left.
 type Step = fn(&Node);
 
-/// Something that an exec does, to its delete.
+/// The life of an exec, up to its delete.
 type ExecStep = fn(&Container);
 
 /// How often a container is created, started, ended and deleted.
@@ -64,7 +64,7 @@ fn run_rest(node: &Node) {
 
 #[test]
 fn a_live_container_leaves_traces() {
-    // What these tests look for has to be found where it is.
+    // This checks the search itself: it has to find the traces of a container that runs.
     let node = Node::exclusive();
     run_rest(&node);
     let before = Traces::take();
@@ -196,7 +196,7 @@ fn stdout_broken(node: &Node) {
 }
 
 fn create_failing(node: &Node) {
-    // It fails after runc has made its container, so that there is something to clean up.
+    // The Create fails after runc has made its container, so that there is something to clean up.
     let runtime = Noting::new("runc", "case \" $* \" in *' create '*) runc \"$@\"; exit 1;; esac");
     let options = runc_options(|options| options.binary_name = runtime.path());
     let container = node.container("no-create", Spec::sleeping()).options(options).make();
@@ -281,7 +281,7 @@ fn exec_client_gone(container: &Container) {
 fn leftovers_of_a_failed_create_are_removed_later() {
     needs!(OurShim);
     let node = Node::exclusive();
-    // The first use makes what stays until a reboot.
+    // The first use of the runtime makes objects that stay until a reboot.
     node.container("warm", Spec::sleeping()).started(&Io::default()).end();
     let before = Traces::take();
     for again in [false, true] {

@@ -1,5 +1,5 @@
-//! Limits: what a client asks for is in the container's cgroup as under containerd-shim-runc-v2, and on the unit;
-//! what an administrator sets on the unit is in the container's cgroup.
+//! Limits: those of the client are in the container's cgroup, as under containerd-shim-runc-v2, and on the unit.
+//! Those that an administrator sets on the unit are also in the container's cgroup.
 
 use std::path::{Path, PathBuf};
 
@@ -165,7 +165,7 @@ fn a_property_is_visible_inside_the_container() {
     cgroup::wait_for(&cgroup, "memory.max", &(72 * MIB).to_string());
     let fifos = Fifos::new("inside");
     let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
-    // Without a cgroup namespace of its own it sees the whole tree.
+    // Without a cgroup namespace of its own the container sees the whole tree.
     let path = cgroup.strip_prefix("/sys/fs/cgroup").expect("in the tree").display().to_string();
     let script = format!("cat '/sys/fs/cgroup/{path}/memory.max'");
     let exec = container.exec(Spec::sh(&script)).started(&fifos.output());
@@ -242,12 +242,12 @@ fn a_drop_in_limits_what_the_client_does_not() {
     assert_eq!(
         cgroup::read(&outer(&cgroup), "pids.max"),
         "55",
-        "the drop-in counts, for what is beside it too"
+        "the limit of the drop-in also holds for processes beside the container"
     );
 }
 
-/// Create, start, exec and delete work as under the stock shim: what the OCI runtime uses itself is not
-/// charged to the container, nor to its pod.
+/// Create, start, exec and delete work as under the stock shim: the resources that the OCI runtime itself uses are
+/// charged neither to the container nor to its pod.
 #[test]
 fn limits_too_small_for_launch_apply_to_the_container_alone() {
     needs!(OurShim, Controllers);
@@ -273,7 +273,7 @@ fn limits_too_small_for_launch_apply_to_the_container_alone() {
         let ours = live(&node.runtime, &spec);
         assert_eq!(ours, Ok((7, 137)), "{resources}, under the stock shim {stock:?}");
     }
-    // An exec is one process more than it may have.
+    // An exec would be one process more than the container may have.
     let one = Spec::sleeping().resources(json!({"pids": {"limit": 1}}));
     let container = node.container("one", one).created(&Io::default());
     container.start().expect("start");

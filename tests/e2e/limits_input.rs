@@ -1,5 +1,5 @@
-//! Impossible limits and slices: each gets the right code and a text that names what is wrong, and
-//! leaves nothing behind. What runc takes is taken.
+//! Impossible limits and slices: each gets the right code and a text that names the mistake, and leaves nothing
+//! behind. Values that runc accepts are accepted.
 
 use serde_json::{Value, json};
 use ttrpc::Code;
@@ -19,7 +19,7 @@ fn refusal(shim: &Shim, spec: &Spec) -> (Code, String) {
     shim.create(bundle.request(&unique("limits"))).expect_err("an invalid spec")
 }
 
-/// Each is refused with this code, by a text that begins with the field, and leaves nothing.
+/// Asserts that each is refused with this code and a text that begins with the field, and leaves nothing behind.
 fn assert_refused(code: Code, cases: &[(Value, &str)]) {
     let node = Node::exclusive();
     let shim = Shim::connect(&node);
@@ -32,7 +32,7 @@ fn assert_refused(code: Code, cases: &[(Value, &str)]) {
     leaks::assert_none("invalid limits", &before);
 }
 
-/// What no kernel and no runc takes, and the field that is to blame.
+/// Values that no kernel and no runc accepts, each with the field that the error has to name.
 fn impossible() -> Vec<(Value, &'static str)> {
     vec![
         (json!({"memory": {"limit": -2}}), "memory.limit"),
@@ -75,9 +75,9 @@ fn a_limit_that_the_kernel_refuses_is_named() {
     assert_refused(Code::INVALID_ARGUMENT, &cases);
 }
 
-/// Nothing is refused here that works with the stock shim.
+/// Values that work with the stock shim must not be refused.
 #[test]
-fn such_a_limit_fails_under_every_shim() {
+fn a_limit_that_we_refuse_fails_under_every_shim() {
     needs!(Controllers);
     let node = Node::shared();
     for (resources, _) in impossible() {

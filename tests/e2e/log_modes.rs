@@ -1,4 +1,4 @@
-//! The option `Log`: whether output goes to the client, to the journal, to both or nowhere.
+//! The option `Log` sends output to the client, to the journal, to both, or nowhere.
 
 use std::thread;
 
@@ -21,14 +21,14 @@ use crate::common::task::{Io, Process, SIGTERM};
 use crate::common::wait;
 use crate::options::GenericOptions;
 
-/// `containerd.systemd.v1.Options`, as far as this is about it.
+/// The fields of `containerd.systemd.v1.Options` that these tests use.
 #[derive(Clone, PartialEq, prost::Message)]
 struct OwnOptions {
     #[prost(string, tag = "7")]
     log: String,
 }
 
-/// As CRI's configuration has it.
+/// The options as a table in CRI's configuration.
 pub fn log(mode: &str) -> Any {
     GenericOptions { config_body: format!("Log = \"{mode}\"\n"), ..Default::default() }.to_any()
 }
@@ -45,7 +45,7 @@ fn message(entry: &Value) -> String {
 struct Ran<'n> {
     container: Container<'n>,
     exec: Option<Exec<'n>>,
-    /// What came to the client, of both streams.
+    /// The bytes of both streams that the client got.
     seen: String,
 }
 
@@ -75,7 +75,7 @@ impl<'n> Ran<'n> {
             }
         };
         let process: &Process = exec.as_deref().unwrap_or(&container);
-        // The client reads while it runs: how much a FIFO takes depends on how it is filled.
+        // The client reads while the process runs: the room in a FIFO depends on the size of the writes.
         let seen = thread::scope(|scope| {
             let seen = scope.spawn(|| match (has_client, terminal) {
                 (false, _) => String::new(),
@@ -101,7 +101,7 @@ impl<'n> Ran<'n> {
     }
 }
 
-/// Asserts who gets the lines of a process, of every kind.
+/// For processes of every kind, asserts who gets their lines.
 fn check(mode: &str, has_client: bool, client_gets: bool, journal_gets: bool) {
     check_kinds(mode, &[Kind::Init, Kind::Exec], has_client, client_gets, journal_gets);
 }
@@ -109,7 +109,7 @@ fn check(mode: &str, has_client: bool, client_gets: bool, journal_gets: bool) {
 fn check_kinds(mode: &str, kinds: &[Kind], has_client: bool, client_gets: bool, journal_gets: bool) {
     let node = Node::shared();
     for kind in kinds.iter().copied() {
-        // A terminal without a client has nobody to type in it.
+        // A terminal without a client gets no input.
         for terminal in if has_client { &[false, true][..] } else { &[false] } {
             let what = format!("{mode}, {kind:?}, terminal: {terminal}, client: {has_client}");
             let word = unique("word");

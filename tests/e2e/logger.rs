@@ -1,4 +1,5 @@
-//! `binary://` loggers: a program of the user's, with stdout on fd 3, stderr on fd 4, readiness on fd 5.
+//! `binary://` loggers: programs of the user that read stdout from fd 3 and stderr from fd 4, and report their
+//! readiness on fd 5.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,13 +12,13 @@ use crate::common::stdio::{Gate, Scratch};
 use crate::common::task::Io;
 use crate::common::{daemon, systemd, wait};
 
-/// A logger that writes what it gets into its own directory.
+/// A logger that writes its input to files in its own directory.
 pub struct Logger {
     pub scratch: Scratch,
 }
 
 impl Logger {
-    /// `ready` is the command by which it reports that it is ready.
+    /// With the command `ready`, the logger reports that it is ready.
     pub fn new(ready: &str) -> Logger {
         let scratch = Scratch::new("logger");
         let directory = scratch.as_str();
@@ -41,7 +42,7 @@ impl Logger {
         Io { stdout: uri.clone(), stderr: uri, ..Io::default() }
     }
 
-    /// Waits until it has seen both streams end.
+    /// Waits until the logger has seen the end of both streams.
     pub fn ended(&self) {
         wait::until_true("the logger sees EOF", || self.scratch.read("end") == "ended\n");
     }
@@ -122,7 +123,7 @@ fn a_logger_has_a_unit_of_its_own_and_only_its_descriptors() {
         [container.pid()],
         "the logger is not in the container's unit"
     );
-    // 0 to 5, and the one with which ls reads the list.
+    // These are 0 to 5, and the one with which ls reads the list.
     let fds = logger.scratch.read("fds");
     assert_eq!(fds.lines().collect::<Vec<_>>(), ["0", "1", "2", "3", "4", "5", "6"]);
     container.kill(9).expect("kill");
@@ -191,11 +192,11 @@ fn a_logger_and_the_daemon_that_are_killed_together_lose_no_output() {
 }
 
 #[test]
-fn a_create_goes_on_when_the_daemon_and_a_logger_that_is_not_ready_are_killed() {
+fn a_create_completes_although_the_daemon_and_a_logger_that_is_not_ready_are_killed() {
     needs!(OurShim);
     let node = Node::exclusive();
     let gate = Gate::new();
-    // The first logger never gets ready.
+    // The first logger never becomes ready.
     let ready = "echo start >> starts; [ \"$(wc -l <starts)\" != 1 ] || exec sleep 100000; exec 5>&-; exec cat <&3 >> all";
     let logger = Logger::new(ready);
     let container = node.container("logger", gate.bind(Spec::sh(&writer()))).make();

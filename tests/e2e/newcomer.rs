@@ -1,5 +1,5 @@
-//! What goes wrong on somebody's first day: the error of `ctr run` says what failed, on what, and what to do, and
-//! `doctor` finds it too.
+//! Common problems on somebody's first day: the error of `ctr run` says what failed, on what, and what to do, and
+//! `doctor` reports the same problem.
 
 use serde_json::Value;
 use std::fs;
@@ -19,7 +19,7 @@ use crate::ctr::Made;
 
 const PROGRAM: &str = "containerd-shim-systemd-v1";
 
-/// What `ctr run` says on a machine where it has to fail. The container is removed.
+/// The error of `ctr run` on a machine where it has to fail. The container is removed.
 fn refused(node: &Node, flags: &[&str]) -> String {
     let made = Made(unique("newcomer"));
     let shares = if Need::Controllers.missing().is_some() { &["--cpu-shares", "0"][..] } else { &[] };
@@ -50,7 +50,7 @@ fn doctor() -> Outcome {
     process::run(PROGRAM, &["doctor", "--json"])
 }
 
-/// `doctor` finds one error, of this name and with these words, and nothing else.
+/// Asserts that `doctor` finds exactly one error, with this name and these words.
 #[track_caller]
 fn finds(outcome: &Outcome, name: &str, words: &[&str]) {
     let faults = faults(outcome);
@@ -69,7 +69,7 @@ fn says(error: &str, words: &[&str]) {
     }
 }
 
-/// A file as it was, again on drop.
+/// The content of a file, which is restored on drop.
 struct Kept(&'static str, Vec<u8>);
 
 impl Kept {
@@ -102,7 +102,7 @@ fn a_healthy_machine_has_nothing_to_do() {
     let container = node.container("healthy", Spec::sleeping()).started(&Io::default());
     let outcome = doctor();
     assert_eq!((outcome.code, faults(&outcome)), (Some(0), Vec::new()));
-    // Other users may look, too, and get a message about what they may not see.
+    // Other users may run doctor, too. It names the checks for which they lack permission.
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", PROGRAM, "doctor", "--json"];
     let outcome = process::run("setpriv", &nobody);
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
@@ -169,7 +169,7 @@ fn a_full_disk_is_named() {
         &["systemctl", "stop", "containerd-shim-systemd-v1.socket", "containerd-shim-systemd-v1.service"],
         &["umount", STATE_DIRECTORY],
     ]);
-    // It ends when there is no more room.
+    // dd ends when there is no more room.
     process::run("dd", &["if=/dev/zero", &format!("of={STATE_DIRECTORY}/.fill"), "bs=512"]);
     says(&refused(&node, &[]), &[STATE_DIRECTORY, "No space left", "doctor"]);
     finds(&doctor(), "space", &[STATE_DIRECTORY, "make it larger"]);
@@ -187,7 +187,7 @@ fn a_missing_runc_is_reported() {
     drop(undo);
 }
 
-/// A drop-in for containerd's service, which is restarted with it and, on drop, without it.
+/// A drop-in for containerd's service. The service is restarted with the drop-in, and without it on drop.
 struct ForContainerd<'n>(&'n Node);
 
 impl<'n> ForContainerd<'n> {
@@ -226,7 +226,7 @@ fn cgroup_v1_is_reported() {
 fn a_bus_that_does_not_run_is_reported() {
     needs!(OurShim);
     let node = Node::exclusive();
-    // The daemon runs already: it loses its connection.
+    // The daemon runs already, so it loses its connection.
     node.container("before", Spec::sleeping()).started(&Io::default()).end();
     stop_bus();
     let (error, outcome) = (refused(&node, &[]), doctor());

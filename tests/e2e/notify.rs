@@ -13,14 +13,14 @@ use crate::common::{daemon, process, systemd, wait};
 use crate::options::GenericOptions;
 
 const NOTIFY: &str = "io.containerd.systemd.notify";
-/// The image has no program that could; the host's sees the container's socket at the same path.
+/// The image has no program that can notify. The program of the host finds the container's socket at the same path.
 const HOST: &str = "chroot /host systemd-notify";
 
 fn spec(script: &str) -> Spec {
     Spec::sh(script).bind("/", "/host", &["rslave"]).annotation(NOTIFY, "true")
 }
 
-/// The administrator's leave.
+/// The option with which the administrator allows notifications.
 const ALLOWED: &str = "Notify = true\n";
 
 fn options(body: &str) -> Any {
@@ -65,7 +65,7 @@ fn a_container_without_the_annotation_has_no_notify_socket() {
 fn the_watchdog_ends_a_container_that_stops_notifying() {
     needs!(OurShim);
     let node = Node::shared();
-    // Three signs of life, each well within the time, and then none.
+    // The container sends three signs of life in time, and then none.
     let pings =
         "echo $WATCHDOG_USEC; for i in 1 2 3; do chroot /host systemd-notify WATCHDOG=1; sleep 1; done";
     let spec = spec(&format!("{pings}; exec sleep 100000")).in_host_namespace("pid");
@@ -118,7 +118,7 @@ fn a_container_can_notify_only_for_its_own_unit() {
     let node = Node::shared();
     let victim = Victim::start();
     let pid = systemd::main_pid(&victim.0);
-    // Each of them waits until it has been read (BARRIER=1).
+    // Each notification waits until the daemon has read it (BARRIER=1).
     let script = format!(
         "cd /usr/bin; ./systemd-notify MAINPID={pid}; ./systemd-notify WATCHDOG=trigger STATUS=attacked; \
          ./systemd-notify --status='still here'; sleep 100000"

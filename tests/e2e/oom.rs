@@ -9,7 +9,7 @@ use crate::common::task::{Io, SIGKILL};
 use crate::common::{systemd, wait};
 
 const MIB: u64 = 1 << 20;
-/// Takes more memory than it may have.
+/// Uses more memory than its limit.
 const EAT: &str = "dd if=/dev/zero of=/dev/null bs=40M";
 
 fn small(script: &str) -> Spec {
@@ -17,7 +17,7 @@ fn small(script: &str) -> Spec {
 }
 
 #[test]
-fn a_container_that_is_killed_for_memory_says_so_before_it_ends() {
+fn a_kill_for_lack_of_memory_is_published_before_the_exit() {
     needs!(Controllers);
     let node = Node::shared();
     let events = node.subscribe();

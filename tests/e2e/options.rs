@@ -39,7 +39,7 @@ pub fn runc_options(change: impl FnOnce(&mut Options)) -> Any {
     Any { type_url: "containerd.runc.v1.Options".to_string(), value }
 }
 
-/// An OCI runtime that notes how it is called.
+/// An OCI runtime that records its command lines.
 pub struct Noting {
     scratch: Scratch,
 }
@@ -179,12 +179,12 @@ fn task_options_of_older_clients_are_understood() {
     };
     let type_url = "containerd.linux.runc.CreateOptions".to_string();
     run(&node, Any { type_url, value: options.encode_to_vec() });
-    // The OCI runtime was in it, and has left it.
+    // The OCI runtime was in the cgroup, and has left it.
     fs::remove_dir(format!("/sys/fs/cgroup{cgroup}")).expect("remove the cgroup");
 }
 
 #[test]
-fn a_shim_cgroup_that_is_no_cgroup_is_refused_by_name() {
+fn an_invalid_shim_cgroup_is_refused_with_an_error_that_names_it() {
     needs!(OurShim);
     let node = Node::shared();
     for path in ["relative", "/", "/a/../../b", "/a/\0b"] {
@@ -256,7 +256,7 @@ fn cris_generic_options_are_understood() {
 }
 
 #[test]
-fn options_that_cant_be_read_are_refused_by_name() {
+fn options_that_cant_be_read_are_named_in_the_error() {
     needs!(OurShim);
     let node = Node::shared();
     let shim = Shim::connect(&node);

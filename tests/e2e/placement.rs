@@ -1,4 +1,4 @@
-//! Where containers land in the tree of cgroups, by what the client says, and how agents find them there.
+//! The place of containers in the cgroup tree, as the client requests it, and how agents find containers there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -111,8 +111,8 @@ fn many_pods_one_after_the_other_get_slices() {
     until_true("the slices of pods are gone", || systemd::list_units("containerd-k8s.io-*.slice").is_empty());
 }
 
-/// cAdvisor takes every cgroup for a container whose last element has 64 letters or digits in a row and is no
-/// mount unit; kubelet's summary takes what is behind the last dash of a `.scope`.
+/// cAdvisor treats a cgroup as a container if its last element has 64 letters or digits in a row and is no mount
+/// unit. kubelet's summary uses the text after the last dash of a `.scope`.
 #[test]
 fn monitoring_agents_find_each_container_once_in_the_cgroup_of_its_processes() {
     needs!(OurShim);
@@ -184,7 +184,7 @@ fn a_cgroup_with_processes_of_others_is_refused_and_they_live_on() {
         events.contains("populated 0")
     };
     until_true("the cgroup is empty", || empty(&directory));
-    // A cgroup that is empty is no obstacle.
+    // An empty cgroup is accepted.
     let container = node
         .container("guest", Spec::sleeping().cgroups_path(&format!("{parent}/child")))
         .started(&Io::default());
@@ -193,7 +193,7 @@ fn a_cgroup_with_processes_of_others_is_refused_and_they_live_on() {
     fs::remove_dir(directory).expect("the client's own parent is empty");
 }
 
-/// As kubelet ends a pod: SIGKILL to all in its cgroup, and the slice is stopped.
+/// kubelet ends a pod in this way: it sends SIGKILL to all processes in the pod's cgroup, and stops the slice.
 #[test]
 fn a_pods_slice_can_be_stopped_with_its_containers() {
     needs!(OurShim);

@@ -1,5 +1,5 @@
-//! What crashes the daemon or hangs in it is tried twice, and not a third time: a request is answered with an error, a record
-//! is moved aside. Everything else continues.
+//! A request or record that crashes the daemon, or hangs in it, is tried twice, but not a third time. The request
+//! gets an error, the record is moved aside, and everything else continues.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use crate::common::systemd::{Cursor, DAEMON_SERVICE};
 use crate::common::task::{Io, SIGKILL, SIGTERM};
 use crate::common::{daemon, wait};
 
-/// Names the point at which the daemon crashes or hangs, each time, until this is dropped.
+/// Lets the daemon crash or hang at a point, each time, until this is dropped.
 struct Fault;
 
 impl Fault {
@@ -29,12 +29,12 @@ impl Fault {
 
 impl Drop for Fault {
     fn drop(&mut self) {
-        // The next test would say what is wrong.
+        // If the removal fails, the next test fails.
         let _ = fs::remove_file(Self::REQUEST);
     }
 }
 
-/// What the daemon has logged since then.
+/// The log lines of the daemon since that time.
 fn logged(since: &Cursor) -> Vec<String> {
     let entries = since.entries_since(&[&format!("_SYSTEMD_UNIT={DAEMON_SERVICE}")]);
     entries.iter().filter_map(|entry| entry["MESSAGE"].as_str().map(str::to_string)).collect()
@@ -51,16 +51,16 @@ fn a_request_that_crashes_the_daemon_twice_gets_an_error_and_nothing_else_does()
     let (before, restarts) = (Cursor::now(), daemon::restarts());
     for (kind, round) in [("crash", 1), ("exhaust", 2)] {
         let crashing = Fault::at(kind, "kill.sent");
-        // A signal that does nothing: it is the call that is at fault.
+        // The signal does nothing, because only the call matters here.
         let error = container.kill(nix::libc::SIGWINCH as u32).expect_err("a call that crashes the daemon");
         drop(crashing);
         assert!(error.message().contains("Kill of task"), "{error:?}");
         assert!(error.message().contains(&container.id), "{error:?}");
         wait::until("the daemon serves", daemon::serving);
-        // The second call is another one than the first, and has its own two tries.
+        // The second call is a different one, and gets two tries of its own.
         assert_eq!(daemon::restarts() - restarts, 2 * round);
     }
-    // An older containerd does not say the namespace.
+    // An older containerd does not send the namespace.
     let named = |line: &&String| line.contains("Kill of task") && line.contains(&container.id);
     wait::until_true("both are named in the log", || {
         logged(&before).iter().filter(named).filter(|line| line.contains("2 times")).count() == 2

@@ -1,4 +1,4 @@
-//! Containers at a shutdown, and after it: two halves of one test. The guest reboots between them.
+//! Containers during and after a reboot. Each test has two halves, and the guest reboots in between.
 //! `tests/testbed/run-e2e` runs them apart, in the lane that can reboot.
 
 use std::fs;
@@ -13,7 +13,7 @@ use crate::common::systemd;
 use crate::common::task::{Io, Process, SIGTERM};
 use crate::common::{process, wait};
 
-/// Outlives the reboot.
+/// This directory survives the reboot.
 const NOTES: &str = "/var/lib/containerd-shim-e2e-reboot";
 const IDS: [&str; 3] = ["reboot-1", "reboot-2", "reboot-3"];
 
@@ -32,7 +32,7 @@ fn before_the_reboot_containers_are_left_running() {
         wait::until_true("it is up", || {
             fs::read_to_string(format!("{NOTES}/{id}")).is_ok_and(|text| text == "up\n")
         });
-        // It is not to be ended by this test.
+        // This test must not end the container.
         std::mem::forget(container);
     }
     process::succeed("journalctl", &["--flush"]);
@@ -46,7 +46,7 @@ fn after_the_reboot_containers_were_stopped_cleanly_and_left_nothing() {
         assert_eq!(
             fs::read_to_string(format!("{NOTES}/{id}")).expect("a note"),
             "done\n",
-            "{id} had its time"
+            "{id} had time for its shutdown"
         );
     }
     let last = process::succeed("journalctl", &["--boot=-1", "--no-pager", "--output=short-monotonic"]);
@@ -74,7 +74,7 @@ fn after_the_reboot_containers_were_stopped_cleanly_and_left_nothing() {
     fs::remove_dir_all(NOTES).expect("remove the notes");
 }
 
-/// A checkpoint that outlives the reboot as an image of containerd.
+/// A checkpoint that survives the reboot as an image of containerd.
 const CHECKPOINT: &str = "docker.io/testbed/reboot-checkpoint:latest";
 
 #[test]

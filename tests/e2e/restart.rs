@@ -1,4 +1,4 @@
-//! containerd goes away and comes back: it finds every task again as it is.
+//! containerd is restarted, and finds the current state of every task.
 
 use containerd_client::types::v1::Status;
 

@@ -1,4 +1,4 @@
-//! Where the rootfs is mounted, and that nothing stays mounted.
+//! The rootfs is mounted in the right namespace, and nothing stays mounted.
 
 use std::fs;
 

@@ -12,14 +12,14 @@ use crate::common::sandbox::{NOT_READY, READY, Sandbox};
 use crate::common::stdio::Scratch;
 use crate::common::{daemon, process, systemd, wait};
 
-/// The most that the first process of a sandbox may have in memory, in KiB.
+/// The largest memory of the first process of a sandbox, in KiB.
 const MAX_RESIDENT: u64 = 300;
 
 #[test]
 fn a_sandbox_needs_no_image_and_leaves_nothing() {
     needs!(OurShim, Sandboxes);
     let node = Node::exclusive();
-    // What the first one makes, and what stays, such as the mountpoint.
+    // The first sandbox makes objects that stay, such as the mountpoint.
     drop(Sandbox::run(&node, "warm-up"));
     let before = Traces::take();
     let sandbox = Sandbox::create(&node, "whole");
@@ -93,7 +93,7 @@ fn a_sandbox_survives_the_daemon_at_every_step() {
     let waiter = sandbox.wait();
     daemon::killed();
     assert_eq!((sandbox.status().state.as_str(), sandbox.status().pid), (READY, pid));
-    // It ends while there is no daemon.
+    // The sandbox ends while there is no daemon.
     let killed = daemon::kill_now();
     daemon::signal(pid, nix::sys::signal::Signal::SIGTERM);
     daemon::wait_for_another(killed);
@@ -195,7 +195,7 @@ fn a_pod_has_the_seccomp_profile_that_it_names() {
     let profile = r#"{"defaultAction": "SCMP_ACT_ALLOW",
         "syscalls": [{"names": ["swapon"], "action": "SCMP_ACT_ERRNO"}]}"#;
     std::fs::write(scratch.join("profile.json"), profile).expect("write a profile");
-    // Its own filter, which it always has, and that of the profile.
+    // The number of filters: the process always has its own, and may have that of the profile.
     for (path, more) in [(None, 1), (Some(scratch.text("profile.json")), 2)] {
         let seccomp = path.map(|path| SecurityProfile { profile_type: LOCALHOST, localhost_ref: path });
         let security_context = Some(LinuxSandboxSecurityContext { seccomp, ..Default::default() });
@@ -258,7 +258,7 @@ fn a_pod_is_in_the_slice_that_its_client_names() {
 }
 
 #[test]
-fn what_the_containers_of_a_pod_have_together_is_no_limit() {
+fn the_sum_of_the_resources_of_a_pods_containers_is_no_limit() {
     needs!(OurShim, Sandboxes);
     let node = Node::shared();
     let slice = format!("{}.slice", unique("sums").replace('-', "_"));

@@ -1,4 +1,4 @@
-//! The Sandbox API as no good client uses it: calls in the wrong order, twice and at the same time, and hostile configurations
+//! Unusual uses of the Sandbox API: calls in the wrong order, twice and at the same time, and hostile configurations
 //! of pods. The tests call the shim directly, because containerd refuses some of this before it asks the shim.
 
 use std::fs;
@@ -22,7 +22,7 @@ use crate::common::spec::Spec;
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, systemd, wait};
 
-/// A name of a sandbox, and calls for it.
+/// The name of a sandbox, and direct calls for it.
 struct Direct<'s, 'n> {
     shim: &'s Shim<'n>,
     id: String,
@@ -113,7 +113,7 @@ impl<'s, 'n> Direct<'s, 'n> {
 
 impl Drop for Direct<'_, '_> {
     fn drop(&mut self) {
-        // Most tests have removed it.
+        // Most tests have removed the sandbox already.
         let _ = self.shut_down();
     }
 }
@@ -163,7 +163,7 @@ fn calls_in_the_wrong_order_are_refused_and_change_nothing() {
 }
 
 #[test]
-fn every_limit_of_a_stop_ends_the_sandbox_and_every_waiter_learns_of_it() {
+fn a_stop_with_any_time_limit_ends_the_sandbox_and_every_wait() {
     needs!(OurShim);
     let node = Node::exclusive();
     for seconds in [0, 1, u32::MAX] {
@@ -305,7 +305,7 @@ fn hostile_configurations_of_pods_leave_nothing() {
 }
 
 #[test]
-fn a_container_that_names_a_dead_sandbox_is_refused_by_name() {
+fn a_container_of_a_dead_sandbox_is_refused_with_an_error_that_names_it() {
     needs!(OurShim);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);
@@ -322,7 +322,7 @@ fn a_container_that_names_a_dead_sandbox_is_refused_by_name() {
 }
 
 #[test]
-fn a_slice_that_an_administrator_freezes_stops_or_limits_meanwhile_is_no_trap() {
+fn an_administrator_may_freeze_stop_and_limit_the_slice_of_a_pod() {
     needs!(OurShim);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);
@@ -336,7 +336,7 @@ fn a_slice_that_an_administrator_freezes_stops_or_limits_meanwhile_is_no_trap() 
     let sandbox = Direct::new(&shim, "trap");
     sandbox.create_with(options(), "").expect("create");
     sandbox.start().expect("start");
-    // Frozen: other tasks are not delayed. An old systemd starts the unit, which waits for the thaw.
+    // While the slice is frozen, other tasks are not delayed. An old systemd starts the unit, which waits for the thaw.
     process::succeed("systemctl", &["freeze", &slice]);
     let path = |name: &str| format!("{slice}:cri-containerd:{}", unique(name));
     let inside = node
@@ -362,12 +362,12 @@ fn a_slice_that_an_administrator_freezes_stops_or_limits_meanwhile_is_no_trap() 
         }
     });
     inside.start().expect("start");
-    // Stopped, with a Create under way in it.
+    // The slice is stopped while a Create in it is under way.
     let late = node.container("late", Spec::sleeping().cgroups_path(&path("late"))).make();
     thread::scope(|scope| {
         let created = scope.spawn(|| late.create(&Io::default()));
         process::succeed("systemctl", &["stop", &slice]);
-        // Either systemd has stopped it with the others, or it has come later and runs.
+        // Either systemd has stopped the new container with the others, or the container started after that and runs.
         let created = created.join().expect("the call");
         match created {
             Err(error) => {
@@ -375,7 +375,7 @@ fn a_slice_that_an_administrator_freezes_stops_or_limits_meanwhile_is_no_trap() 
                 assert!(error.message().contains("stop"), "{error}");
             }
             Ok(_) => {
-                // It may have ended by now.
+                // The container may have ended by now.
                 let _ = late.kill(SIGKILL);
                 late.exit_status();
             }
@@ -383,7 +383,7 @@ fn a_slice_that_an_administrator_freezes_stops_or_limits_meanwhile_is_no_trap() 
     });
     assert_eq!(inside.exit_status(), 7);
     assert_eq!(sandbox.wait().expect("the sandbox has ended with its slice"), 0);
-    // The pod can be made again in the slice.
+    // The pod can be created again in the slice.
     let again = Direct::new(&shim, "again");
     again.create_with(options(), "").expect("create");
     again.start().expect("start");

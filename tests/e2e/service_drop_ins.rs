@@ -101,7 +101,7 @@ fn drop_ins_that_restrict_all_services_bind_neither_the_daemon_nor_containers() 
     container.end();
 }
 
-/// Settings that suit some service, and with which no container could run.
+/// Settings that make sense for some service, but with which no container could run.
 const HARMFUL: [&str; 11] = [
     "[Service]\nPrivatePIDs=yes\n",
     "[Service]\nExitType=cgroup\n",
@@ -117,7 +117,7 @@ const HARMFUL: [&str; 11] = [
 ];
 
 #[test]
-fn drop_ins_that_suit_no_container_break_neither_the_daemon_nor_containers() {
+fn drop_ins_with_which_no_container_could_run_break_nothing() {
     needs!(OurShim);
     let node = Node::exclusive();
     for text in HARMFUL {
@@ -164,7 +164,7 @@ fn a_drop_in_with_a_time_limit_for_starts_ends_no_exec() {
 }
 
 #[test]
-fn a_drop_in_for_a_namespace_restricts_its_containers_whatever_holds_for_all_services() {
+fn a_drop_in_for_a_namespace_overrides_a_drop_in_for_all_services() {
     needs!(OurShim);
     let node = Node::exclusive();
     let namespace = unique("policy");
@@ -195,9 +195,9 @@ fn a_drop_in_with_limits_for_all_services_refuses_no_container() {
     container.end();
 }
 
-/// The place that administrators find first for "all containers".
+/// The directory that an administrator would try first for all containers.
 #[test]
-fn a_drop_in_for_all_names_that_begin_like_containers_does_not_break_the_daemon() {
+fn a_drop_in_for_all_units_whose_names_begin_with_containerd_does_not_break_the_daemon() {
     needs!(OurShim);
     let node = Node::exclusive();
     let text = "[Service]\nNoNewPrivileges=yes\nProtectSystem=strict\nPrivateTmp=yes\nTasksMax=500\nLimitNOFILE=512\n\

@@ -33,7 +33,7 @@ const METHODS: [&str; 17] = [
     "Shutdown",
 ];
 
-/// A request about a task, followed by a field that nobody knows, so that the frame's body has the size.
+/// A request about a task, with an unknown field as padding, so that the frame's body has this size.
 fn of_size(stream: u32, method: &str, id: &str, size: usize) -> Vec<u8> {
     let message = StateRequest { id: id.to_string(), ..Default::default() }.write_to_bytes().expect("encode");
     let body = |padding: usize| {

@@ -1,5 +1,5 @@
-//! Statistics: field by field as the kernel has them in the container's cgroup, and as the stock shim tells
-//! them.
+//! Statistics: each field has the value of the kernel's file in the container's cgroup, and is a field that the stock
+//! shim reports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -27,8 +27,8 @@ const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 /// The limits: the same under every runtime.
 const LIMITS: [&str; 4] = ["pids.limit", "memory.usage_limit", "memory.swap_limit", "rdma.limit["];
 
-/// What depends on who came first, on the moment or on the machine: in the stock shim's answer it may be
-/// there while it is not in ours. Every other number is not zero in ours where it is not in the stock shim's.
+/// Fields that depend on the order of the tests, on the moment or on the machine: the stock shim may report one that
+/// ours does not. Every other number that is not zero in the answer of the stock shim is not zero in ours.
 const ACCIDENTAL: [&str; 21] = [
     ".psi.",
     "io.usage[",
@@ -112,10 +112,10 @@ const FILES: [(&str, &str); 8] = [
     ("memory.swap_max_usage", "memory.swap.peak"),
 ];
 
-/// A message as the paths of its fields, and what is to be in it in the same form.
+/// A message as a map from the paths of its fields to their values. The expected message has the same form.
 #[derive(Debug, Default)]
 struct Flat {
-    /// The messages in it.
+    /// The messages in this message.
     parts: BTreeSet<String>,
     /// Averages in hundredths.
     numbers: BTreeMap<String, u64>,
@@ -155,7 +155,7 @@ impl Flat {
         }
     }
 
-    /// What is to be in the message, from the cgroup's files.
+    /// The expected message, from the cgroup's files.
     fn of_cgroup(dir: &Path) -> Flat {
         let files = Files(dir);
         let mut flat = Flat::default();
@@ -165,7 +165,7 @@ impl Flat {
         }
         flat.keyed("cpu", &CPU_STAT, &files.text("cpu.stat"));
         flat.keyed("memory", &MEMORY_STAT, &files.text("memory.stat"));
-        // A container's unit has the same limit, and meets it first.
+        // A container's unit has the same limit, and reaches it first.
         let is_in_unit =
             dir.parent().is_some_and(|parent| parent.extension().is_some_and(|end| end == "service"));
         let events = files.text(if is_in_unit { "../memory.events" } else { "memory.events" });
@@ -234,7 +234,7 @@ impl Flat {
         self.numbers.keys().collect()
     }
 
-    /// What is not as it was before or after, or between the two.
+    /// The fields whose values are not between those before and those after.
     fn faults(&self, before: &Flat, after: &Flat) -> Vec<String> {
         if (&self.parts, self.paths()) != (&before.parts, before.paths()) {
             return vec![format!("fields differ: {:?}, {:?}", self.parts, before.parts)];
@@ -252,7 +252,7 @@ impl Flat {
     }
 }
 
-/// What an item of a list is about: device or page size.
+/// The key of an item in a list: a device or a page size.
 fn name_of(item: &dyn MessageDyn) -> String {
     let fields = item.descriptor_dyn();
     let text = |name| Some(fields.field_by_name(name)?.get_singular_field_or_default(item).to_string());
@@ -293,7 +293,7 @@ fn hundredths(average: f64) -> u64 {
     (average * 100.0).round() as u64
 }
 
-/// The sizes of huge pages that the kernel has, as in the names of a cgroup's files.
+/// The sizes of huge pages of the kernel, as they are in the names of a cgroup's files.
 fn page_sizes() -> Vec<String> {
     let Ok(entries) = fs::read_dir("/sys/kernel/mm/hugepages") else { return Vec::new() };
     let names = entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"));
@@ -325,7 +325,7 @@ fn flat(container: &Container) -> Flat {
     Flat::of_message(&metrics(container))
 }
 
-/// A container that has used some of everything and sleeps now.
+/// A container that has used some of each resource, and sleeps now.
 fn worked<'n>(node: &'n Node, runtime: &str) -> Container<'n> {
     let script = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done
         dd if=/dev/zero of=/dev/shm/a bs=64k count=16; dd if=/dev/zero of=/b bs=64k count=16
@@ -347,7 +347,7 @@ fn every_field_is_as_in_the_cgroups_files() {
         let dir = cgroup_of(&container);
         assert!(dir.join("cpu.stat").exists(), "{dir:?} is a cgroup");
         let mut faults = Vec::new();
-        // The kernel adds up late what its processors have counted.
+        // The kernel adds up the counts of its processors late.
         let fits = wait::within(wait::LIMIT, || {
             let before = Flat::of_cgroup(&dir);
             let found = flat(&container);
@@ -363,7 +363,7 @@ fn statistics_have_every_field_of_the_stock_shim() {
     needs!(OurShim);
     let node = Node::shared();
     let [ours, stock] = [OUR_RUNTIME, STOCK_RUNTIME].map(|runtime| flat(&worked(&node, runtime)));
-    // An older stock shim knows nothing of pressure.
+    // An older stock shim does not report pressure.
     let newer = |part: &&String| !part.contains("psi");
     let (our_parts, stock_parts) = (ours.parts.iter().filter(newer), stock.parts.iter().filter(newer));
     assert_eq!(our_parts.collect::<Vec<_>>(), stock_parts.collect::<Vec<_>>());
@@ -420,7 +420,7 @@ fn processes_killed_for_lack_of_memory_are_counted() {
     let container = node.container("oom", spec).started(&Io::default());
     wait::until_true("a process is killed", || flat(&container).number("memory_events.oom_kill") == 1);
     assert!(flat(&container).number("memory_events.oom") >= 1);
-    // Kubernetes asks after the end.
+    // Kubernetes reads statistics after the end, too.
     container.kill(SIGKILL).expect("kill");
     assert_eq!(container.exit_status(), 137);
     let last = flat(&container);

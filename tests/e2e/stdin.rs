@@ -1,5 +1,5 @@
-//! Input of init and of execs: every byte, an end when the client says so and not before, and no harm when
-//! the client does not care.
+//! Input of init and of execs: every byte arrives, the input ends when the client ends it and not before, and a
+//! client that ignores its input does no harm.
 
 use std::thread;
 
@@ -51,7 +51,7 @@ fn input_that_was_written_before_the_process_reads_is_not_lost() {
 }
 
 #[test]
-fn a_client_that_goes_away_is_no_end_of_stdin() {
+fn stdin_stays_open_when_the_client_goes_away() {
     each_kind(Spec::sh("cat; echo end"), |process, mut client| {
         for line in ["one\n", "two\n", "three\n"] {
             client.enter(line);
@@ -112,7 +112,7 @@ fn unread_stdin_does_not_delay_the_exit() {
     let node = Node::shared();
     let container = node.container("unread", Spec::sleeping()).started(&Io::default());
     let (exec, client) = attached::exec(&container, Spec::sh("echo here; exec sleep 100000"));
-    // It fills all there is between the client and the process.
+    // The input fills every buffer between the client and the process.
     let writer = thread::spawn(move || {
         use std::io::Write;
         let mut stdin = &client.stdin;

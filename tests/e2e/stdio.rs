@@ -1,4 +1,4 @@
-//! Output and input through FIFOs and files: complete, separate, ended in time, and there again after a break.
+//! Output and input through FIFOs and files: they are complete and separate, end in time, and continue after a break.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -80,7 +80,7 @@ fn stdin_arrives_and_ends_with_close_io() {
 }
 
 #[test]
-fn a_client_that_goes_away_is_no_end_of_stdin() {
+fn stdin_stays_open_when_the_client_goes_away() {
     let node = Node::shared();
     let fifos = Fifos::new("stdin-again");
     let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
@@ -101,8 +101,8 @@ fn a_client_may_leave_and_come_back_without_losing_a_byte() {
     let (gate, notes) = (Gate::new(), Scratch::new("detach"));
     let mut stdout = fifos.stdout();
     let _stderr = fifos.stderr();
-    // It writes while nobody reads, and reports there what its own writes said. All of it is more than the FIFO (1 MiB)
-    // and the pipes hold: it can't end before somebody reads again.
+    // The container writes while nobody reads, and reports failed writes in this directory. It writes more than the
+    // FIFO (1 MiB) and the pipes hold, so it can't end before somebody reads again.
     let wait = Gate::WAIT;
     let script = format!(
         "trap 'echo SIGPIPE >> /notes/trouble' PIPE; echo here; {wait}; \
@@ -185,7 +185,7 @@ fn one_stream_alone_is_enough() {
 }
 
 /// The stock shim now and then loses the last line of one stream when both go to one file and end
-/// together (seen on 1.7.24). Ours has to do without the help.
+/// together (seen on 1.7.24). Ours has to pass without this exception.
 fn pause_at_the_end(node: &Node) -> &'static str {
     if node.runtime == OUR_RUNTIME { "true" } else { "sleep 0.3" }
 }
@@ -275,7 +275,7 @@ fn has_room(fifo: &File) -> bool {
 
 #[test]
 fn a_log_file_continues_once_its_full_disk_has_room() {
-    needs!(OurShim); // the stock shim gives the file up
+    needs!(OurShim); // the stock shim stops writing to the file
     let node = Node::shared();
     let disk = Scratch::new("disk");
     process::succeed("mount", &["-t", "tmpfs", "-o", "size=64k", "none", disk.as_str()]);
@@ -291,7 +291,7 @@ fn a_log_file_continues_once_its_full_disk_has_room() {
     let container = node.container("full", spec).started(&io);
     let (before, text) = (Cursor::now(), || fs::read_to_string(&log).unwrap_or_default());
     wait::until_true("the first line is in the file", || text() == "first\n");
-    // Page by page: a tmpfs refuses a larger piece if it has room for a part of it only.
+    // This fills the disk page by page: a tmpfs refuses a larger piece if it has room for only a part of it.
     let mut file = File::create(&filler).expect("make a file");
     let full = std::iter::repeat_with(|| file.write_all(&[0; 4096])).find_map(Result::err);
     drop(file);

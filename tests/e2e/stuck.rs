@@ -30,13 +30,13 @@ use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, needs, process, shim, wait};
 use crate::options::GenericOptions;
 
-/// Less than any limit of the daemon's.
+/// This is shorter than any limit of the daemon.
 const SOON: Duration = Duration::from_secs(25);
 
-/// A file system that answers its first request, and no other.
+/// A file system that answers its first request, but no other request.
 struct DeadDisk {
     scratch: Scratch,
-    /// Kept open: a file system without a server fails its requests.
+    /// This stays open, because the requests of a file system without a server fail.
     device: File,
 }
 
@@ -56,7 +56,7 @@ impl DeadDisk {
         mount(Some("e2e"), &target, Some("fuse"), MsFlags::empty(), Some(options.as_str())).ok()?;
         let mut reader = device.try_clone().expect("a second descriptor");
         answer_init(&mut device);
-        // It ends with the file system.
+        // The thread ends with the file system.
         thread::spawn(move || {
             let mut request = vec![0; 1 << 18];
             while reader.read(&mut request).is_ok_and(|length| length > 0) {}
@@ -64,12 +64,12 @@ impl DeadDisk {
         Some(DeadDisk { scratch, device })
     }
 
-    /// The command that waits for it.
+    /// The command that waits for the file system.
     fn command(&self) -> String {
         format!("cat {}", self.scratch.text("mnt/file"))
     }
 
-    /// The processes that wait for it and that no signal ends.
+    /// The processes that wait for the file system, and that no signal ends.
     fn in_state_d(&self) -> Vec<u32> {
         let is_stuck = |pid: &u32| process::status(*pid, "State").is_some_and(|state| state.starts_with('D'));
         process::with_command_line(&self.command()).into_iter().filter(is_stuck).collect()
@@ -101,7 +101,7 @@ impl Drop for DeadDisk {
     }
 }
 
-/// A runtime of which one command waits for a disk.
+/// An OCI runtime in which one command waits for a disk.
 struct Stuck {
     scratch: Scratch,
 }
@@ -125,7 +125,7 @@ impl Stuck {
     }
 }
 
-/// What does not depend on the disk works at once.
+/// Operations that do not need the disk work at once.
 fn assert_untouched(node: &Node, other: &Container) {
     let begun = Instant::now();
     assert_eq!(other.exec_sh("exit 4").exit_status(), 4);
@@ -133,7 +133,7 @@ fn assert_untouched(node: &Node, other: &Container) {
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
 }
 
-/// A life in which one command is stuck.
+/// The life of a container in which one command is stuck.
 fn live(node: &Node, verb: &str, runtime: &Stuck) {
     let container = node.container("stuck", Spec::sleeping()).options(runtime.options()).make();
     let created = container.create(&Io::default());
@@ -186,7 +186,7 @@ fn commands_that_no_signal_ends_fail_their_calls_and_nothing_else() {
         }
         assert_untouched(&node, &other);
     });
-    // All calls have their answers, and SIGKILL has ended nothing of this.
+    // All calls have their answers, and SIGKILL has ended none of these processes.
     for (verb, _, disk) in &stuck {
         assert!(!disk.in_state_d().is_empty(), "{verb}: it is in state D");
     }
@@ -203,14 +203,14 @@ fn commands_that_no_signal_ends_fail_their_calls_and_nothing_else() {
 
 const SHARED_SOCKET: &str = "/run/containerd-shim-systemd-v1.sock";
 
-/// A Create by its bytes, for a call whose answer is not waited for.
+/// The bytes of a Create call, for a test that does not wait for the answer.
 fn send_create(bundle: &str, id: &str) -> UnixStream {
     let create = CreateTaskRequest { id: id.to_string(), bundle: bundle.to_string(), ..Default::default() };
     let mut request =
         bad_input::rpc("v3", "Create", NAMESPACE, create.write_to_bytes().expect("encode a Create"));
     request.timeout_nano = 0;
     let body = request.write_to_bytes().expect("encode a request");
-    // The socket of a containerd that names itself by its bundles alone.
+    // The socket of a containerd that identifies itself only by its bundles.
     let mut stream = UnixStream::connect(SHARED_SOCKET).expect("connect");
     stream.write_all(&bad_input::frame(1, 1, body.len() as u32, &body)).expect("send a Create");
     stream.set_read_timeout(Some(SOON)).expect("limit reads");
@@ -235,7 +235,8 @@ fn bundles_on_a_disk_that_does_not_answer_delay_only_their_own_creates() {
     let Some(disk) = DeadDisk::mount() else {
         return needs::skip(needs::name_of(|| ()), "no FUSE here");
     };
-    // More than the daemon has threads for requests, by paths as containerd's and by others.
+    // These are more calls than the daemon has threads for requests, with bundles in containerd's directory and
+    // elsewhere.
     let ids: Vec<_> = (0..6).map(|_| unique("dead")).collect();
     let calls: Vec<_> = ids
         .iter()

@@ -189,7 +189,7 @@ fn noting_namespaces(place: &Scratch) -> String {
     hook
 }
 
-/// What such a hook notes in the namespaces of a process.
+/// The lines that such a hook writes in the namespaces of a process.
 fn namespaces_of(pid: u32) -> String {
     format!("{}\n{}\n", process::namespace(pid, "mnt"), process::namespace(pid, "net"))
 }

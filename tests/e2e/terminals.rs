@@ -63,7 +63,7 @@ fn a_terminal_has_its_size_from_the_start_and_can_be_resized() {
         client.until("60 200\r\n");
         process.kill(SIGKILL).expect("kill");
         process.wait().expect("wait");
-        // What the stock shim says of a stopped init depends on how far its own end is.
+        // The answer of the stock shim for a stopped init depends on whether the shim itself is ending.
         if !process.exec.is_empty() {
             assert_refused(process.resize(80, 25));
         }
@@ -129,7 +129,7 @@ fn much_output_of_a_terminal_is_complete() {
 
 #[test]
 fn a_terminal_hangs_up_when_stdin_is_closed_and_the_client_gone() {
-    // PID 1 of a pid namespace gets only signals that it has a trap for.
+    // PID 1 of a pid namespace only gets signals for which it has a trap.
     let script = "trap 'exit 9' HUP; echo ready; while :; do read line && echo got $line; done";
     each_kind(shell(script), |process, mut client| {
         client.until("ready\r\n");

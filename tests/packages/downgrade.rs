@@ -22,7 +22,7 @@ fn a_downgrade_to_a_version_that_reads_the_records_keeps_containers() {
 }
 
 #[test]
-fn a_downgrade_to_a_version_that_cannot_read_a_record_is_refused_and_says_so() {
+fn a_downgrade_to_a_version_that_can_not_read_a_record_is_refused() {
     let package = Package::installed(NEW);
     let node = Node::exclusive();
     let container = node.container("newer", Spec::sleeping()).started(&Io::default());

@@ -13,10 +13,10 @@ pub const NAME: &str = "containerd-shim-systemd-v1";
 pub const NEW: &str = "/usr/local/lib/testbed/packages/new.deb";
 /// The same program under a lower version number.
 pub const LOWER: &str = "/usr/local/lib/testbed/packages/lower.deb";
-/// A version that knows version 1 of the records only (`tests/upgrade/README.md`).
+/// A version that can only read version 1 of the records (`tests/upgrade/README.md`).
 pub const PREVIOUS: &str = "/usr/local/lib/testbed/packages/previous.deb";
 
-/// The configuration of dpkg in the guest, by mmdebstrap: to leave out documentation.
+/// The configuration with which mmdebstrap lets dpkg leave out documentation in the guest.
 const EXCLUDES: &str = "/etc/dpkg/dpkg.cfg.d/99mmdebstrap";
 
 /// The package, which is not installed at the beginning and at the end of a test.
@@ -74,7 +74,7 @@ pub fn version_of(file: &str) -> String {
     process::succeed("dpkg-deb", &["--field", file, "Version"]).trim().to_string()
 }
 
-/// What `is-enabled` and `is-active` say about a unit.
+/// The output of `is-enabled` and `is-active` for a unit.
 pub fn state(unit: &str) -> (String, String) {
     let ask = |what| process::run("systemctl", &[what, unit]).text().trim().to_string();
     (ask("is-enabled"), ask("is-active"))

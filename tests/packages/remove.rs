@@ -85,7 +85,7 @@ fn a_removal_leaves_no_copy_of_a_drop_in() {
     run("one");
     let own = Path::new(COPIES).join("50-own.conf");
     assert!(Path::new(COPIES).join("90-e2e.conf").exists());
-    // What an administrator has put there stays.
+    // The files of an administrator stay.
     fs::write(&own, "[Service]\n").expect("write another drop-in");
     assert_eq!(package.remove().code, Some(0));
     let left: Vec<_> = fs::read_dir(COPIES).expect("list").map(|item| item.expect("read").path()).collect();

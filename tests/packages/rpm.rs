@@ -21,7 +21,7 @@ const LOWER: &str = "lower.rpm";
 /// Where rpm looks for its configuration.
 const CONFIG: &str = "/usr/lib/rpm";
 
-/// What the scripts of an RPM call. Distributions with RPM have it from systemd.
+/// The program that the scripts of an RPM call. On distributions with RPM it belongs to systemd.
 const HELPER: &str = "/usr/lib/systemd/systemd-update-helper";
 const HELPER_TEXT: &str = "#!/bin/sh
 command=$1
@@ -57,9 +57,10 @@ impl Rpm {
         process::outcome(command.args(arguments).current_dir(PACKAGES))
     }
 
-    /// Then does what systemd's file triggers do: other packages of the distribution have them.
+    /// Runs rpm, and then the actions of systemd's file triggers, which belong to other packages of an RPM
+    /// distribution.
     fn install(&self, options: &[&str], file: &str) {
-        // The packages that this one requires are Debian's.
+        // The packages that this package requires are installed as Debian packages.
         let arguments = [&["--upgrade", "--nodeps"], options, &[file]].concat();
         let outcome = self.run(&arguments);
         assert_eq!(outcome.code, Some(0), "install {file}: {}{}", outcome.text(), outcome.stderr);

@@ -17,8 +17,8 @@ use crate::package::{NAME, NEW, PREVIOUS, Package};
 
 const CHAOS: &str = "/usr/local/lib/testbed/chaos";
 
-/// Clients of the chaos, which disturb nothing. They fail on the first call without a response, on a wrong exit code, on
-/// a byte that is missing or comes twice, on an event out of order.
+/// The clients of the chaos test, without its disturbances. They fail if a call gets no response, an exit code is
+/// wrong, a byte is missing or comes twice, or an event is out of order.
 struct Clients(Child);
 
 impl Clients {
@@ -28,7 +28,7 @@ impl Clients {
         Clients(command.stdout(Stdio::piped()).spawn().expect("start the clients"))
     }
 
-    /// Waits until they are done; returns what they printed if something was lost.
+    /// Waits until the clients are done. Returns their output if something was lost.
     fn end(mut self) -> Result<(), String> {
         let output = BufReader::new(self.0.stdout.take().expect("a pipe"));
         let text: Vec<String> = output.lines().map_while(Result::ok).collect();

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# Where cargo puts things.
+# The paths of cargo's programs.
 
 repo_dir=$(readlink -f "$testbed_dir/../..")
 target_dir=${CARGO_TARGET_DIR:-$repo_dir/target}

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# What every script of the testbed needs: messages, paths, the name of a guest.
+# Functions for every script of the testbed: messages, paths, the name of a guest.
 
 export LC_ALL=C.UTF-8
 readonly DEFAULT_SUITE=trixie
@@ -13,7 +13,8 @@ run_root=${TESTBED_RUN:-/run/containerd-shim-testbed}
 say() { printf 'testbed: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# Runs a function; what it prints also goes to a file, for the summary. A command that fails and ends it is named there.
+# Runs a function, and writes its output to a file, too, for the summary. If a command fails and ends the function,
+# the file names that command.
 logged() { # FILE FUNCTION ARGUMENT…
     local log=$1
     shift
@@ -66,7 +67,7 @@ find_run() { # lane
     esac
 }
 
-# Where this machine has its cgroup v2 tree, alone or beside v1.
+# The path of this machine's cgroup v2 tree, which may exist beside v1.
 cgroup2_root() {
     local root
     for root in /sys/fs/cgroup /sys/fs/cgroup/unified; do
@@ -75,5 +76,5 @@ cgroup2_root() {
     return 1
 }
 
-# A clean environment for what runs in a guest.
+# A clean environment for the programs in a guest.
 guest_env=(env -i "PATH=$GUEST_PATH" HOME=/root LANG=C.UTF-8)

@@ -8,7 +8,7 @@ lane_run() { # image
     local fs=$run/fs cgroup directory binds=()
     cgroup=$(cgroup2_root)/testbed-${run##*/} || die "no cgroup v2 tree on this machine"
 
-    # All that the guest writes is in memory; the image below stays as it is.
+    # Everything that the guest writes is in memory. The image below does not change.
     mkdir "$fs"
     mount -t tmpfs -o mode=755,size=75% testbed "$fs"
     mkdir "$fs"/{upper,work,root}
@@ -21,7 +21,7 @@ lane_run() { # image
 
     mkdir "$cgroup"
     echo +cpu +memory +pids +io +cpuset >"$cgroup/../cgroup.subtree_control" 2>/dev/null || true
-    # 133 is nspawn's way to say that the guest wants to be rebooted.
+    # With exit code 133, nspawn says that the guest wants to be rebooted.
     local status=133
     while [ "$status" = 133 ]; do
         (

@@ -58,8 +58,8 @@ set_ssh() {
         root@127.0.0.1)
 }
 
-# One connection carries all commands: a handshake takes long in an emulated machine. The connection to the boot before
-# would carry nothing. A guest that has just said that it is ready may not take a connection yet.
+# One connection carries all commands: a handshake takes long in an emulated machine. A connection from before a
+# reboot would carry nothing. A guest that has just reported that it is ready may not accept a connection yet.
 lane_ready() {
     local ssh start=$SECONDS
     lane_clean
