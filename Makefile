@@ -106,7 +106,7 @@ test-packages: ## install, upgrade under load, downgrade, remove and purge the D
 test-matrix: ## the end-to-end tests in a VM of each suite: systemd 252, 257, 262; containerd 1.6, 1.7, 2.1
 	@$(SCRIPTS)/run-all vm/bookworm vm/trixie vm/forky
 
-shell: ## a shell in a throw-away guest that has the binary (LANE=vm|nspawn, SUITE)
+shell: ## a shell in a throw-away guest with the binary (LANE=vm|nspawn, SUITE)
 	@$(SCRIPTS)/run-shell $(LANE) $(SUITE)
 
 demo: ## show containers as systemd units, in a guest, in less than a minute (LANE)
