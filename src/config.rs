@@ -1,4 +1,4 @@
-//! Paths and times that the parts agree on.
+//! Paths and time limits that several modules use.
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ pub const SOCKET: &str = "/run/containerd-shim-systemd-v1.sock";
 /// The lock of the `start` that starts the daemon's units. Others wait for it.
 pub const START_LOCK: &str = "/run/containerd-shim-systemd-v1.lock";
 
-/// What has ended the daemon, see [`crate::suspect`].
+/// The file with the requests and records that have ended the daemon, see [`crate::suspect`].
 pub const CRASHES: &str = "/run/containerd-shim-systemd-v1.crashes";
 
-/// Where the rootfs of a sandbox is while the OCI runtime creates the sandbox: a mountpoint in the mount namespace of the
+/// The path of a sandbox's rootfs while the OCI runtime creates the sandbox: a mountpoint in the mount namespace of the
 /// sandbox's unit, empty everywhere else.
 pub const SANDBOX_ROOT: &str = "/run/containerd-shim-systemd-v1.sandbox";
 
@@ -27,7 +27,7 @@ pub const SANDBOX_STOP_LIMIT: Duration = Duration::from_secs(2);
 /// The oldest systemd that is supported.
 pub const OLDEST_SYSTEMD: u32 = 252;
 
-/// How long a client may take to open its end of a FIFO. As in containerd-shim-runc-v2.
+/// How long a client may take to open its end of a FIFO. containerd-shim-runc-v2 has the same limit.
 pub const STDIO_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a command of the OCI runtime other than `create` may take. After this time it is killed, and the call fails.
@@ -45,7 +45,7 @@ pub const AFTER_INIT_LIMIT: Duration = Duration::from_secs(5);
 /// How long a `systemctl stop` lets a container end by itself.
 pub const STOP_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long a logger may take to end after SIGTERM. As in containerd-shim-runc-v2.
+/// How long a logger may take to end after SIGTERM. containerd-shim-runc-v2 has the same limit.
 pub const LOGGER_STOP_LIMIT: Duration = Duration::from_secs(12);
 
 /// The pause before a logger that has ended is started again.

@@ -1,7 +1,7 @@
 //! `wake`: waits for a call while the daemon is stopped, and starts it.
 //!
-//! systemd watches the daemon's listening sockets, but not the kept connections: containerd's next call on one of them would
-//! wait without end.
+//! systemd watches the daemon's listening sockets, but not the kept connections: containerd's next call on one of
+//! them would wait for ever.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;

@@ -11,8 +11,8 @@ use crate::probe;
 /// How long systemd may take to answer over the bus.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Limits of the system bus, and the least that the daemon needs: it has up to 100 calls under way, some match rules,
-/// and up to 16 descriptors in a message.
+/// Limits of the system bus, and the smallest values with which the daemon works: the daemon has up to 100 calls
+/// under way, some match rules, and up to 16 descriptors in a message.
 const NEEDED: [(&str, u64); 4] = [
     ("max_replies_per_connection", 128),
     ("max_match_rules_per_connection", 64),
@@ -32,7 +32,7 @@ pub struct Facts {
 pub(super) async fn collect() -> Facts {
     let manager = Manager::default();
     let asking = async {
-        // Kept until systemd has answered.
+        // The connection is kept until systemd has answered.
         let _connection = manager.connect().await?;
         manager.version().await
     };

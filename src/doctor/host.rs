@@ -59,7 +59,7 @@ fn systemd(facts: &Facts, bus: &bus::Facts) -> Check {
     match digits.parse::<u32>() {
         Err(_) => Check::warning(
             NAME,
-            format!("systemd has the version {version:?}"),
+            format!("the version of systemd is {version:?}"),
             "check that it is 252 or newer",
         ),
         Ok(number) if number < OLDEST_SYSTEMD => Check::error(
@@ -113,7 +113,7 @@ fn controllers(facts: &Facts) -> Check {
         Check::ok(NAME, CONTROLLERS.join(", "))
     } else {
         let found = format!(
-            "cgroup v2 lacks {}: such limits of containers fail or have no effect",
+            "cgroup v2 lacks {}: limits of containers that need them fail or have no effect",
             missing.join(", ")
         );
         let advice =
