@@ -296,15 +296,12 @@ fn push_field(datagram: &mut Vec<u8>, name: &str, value: &[u8]) {
 mod tests {
     use super::*;
 
-    /// A stream and its other end.
-    fn lines() -> (Lines, UnixDatagram) {
+    /// A stream, its other end, and the directory of its incomplete line.
+    fn lines() -> (Lines, UnixDatagram, tempfile::TempDir) {
         let (here, there) = UnixDatagram::pair().unwrap();
-        let kept = std::env::temp_dir().join(format!("journal-test-{}", std::process::id()));
-        let mut lines = Lines::connected(here, kept.join("partial"), Arc::default());
-        // Each test has a file of its own: an incomplete line of one test must not become the beginning of another test's line.
-        lines.partial.clear();
-        std::fs::create_dir_all(kept).unwrap();
-        (lines, there)
+        let dir = tempfile::tempdir().unwrap();
+        let lines = Lines::connected(here, dir.path().join("partial"), Arc::default());
+        (lines, there, dir)
     }
 
     async fn received(journald: &UnixDatagram) -> Vec<u8> {
@@ -317,7 +314,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_line_is_sent_when_it_ends() {
-        let (mut lines, journald) = lines();
+        let (mut lines, journald, _dir) = lines();
         lines.write(b"one\ntw").await;
         lines.write(b"o\r\n\nthree").await;
         lines.finish().await;
@@ -328,7 +325,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_long_line_is_split_and_nothing_is_lost() {
-        let (mut lines, journald) = lines();
+        let (mut lines, journald, _dir) = lines();
         let long: Vec<u8> =
             (0..LINE_MAX * 2 + 7).map(|i| if i % 251 == 10 { 0 } else { (i % 251) as u8 }).collect();
         lines.write(&long).await;
@@ -387,7 +384,7 @@ mod tests {
 
     #[tokio::test]
     async fn lines_that_the_rate_limit_drops_are_counted_in_the_journal() {
-        let (mut lines, journald) = lines();
+        let (mut lines, journald, _dir) = lines();
         lines.limit.set(3_600_000_000, 2);
         lines.write(b"one\ntwo\nthree\nfour\n").await;
         lines.finish().await;
@@ -400,7 +397,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_full_journal_delays_once_and_later_gets_the_number_of_missing_lines() {
-        let (mut lines, journald) = lines();
+        let (mut lines, journald, _dir) = lines();
         while lines.socket.as_ref().unwrap().try_send(b"MESSAGE\n").is_ok() {}
         let begun = tokio::time::Instant::now();
         for _ in 0..50 {
