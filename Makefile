@@ -59,7 +59,7 @@ coverage: ## which part of the lines the unit tests run, by module; needs cargo-
 	@cargo llvm-cov --version >/dev/null 2>&1 || { echo "coverage: install it by" \
 		"'rustup component add llvm-tools' and 'cargo install --locked cargo-llvm-cov'" >&2; exit 1; }
 	@cargo llvm-cov --locked --lib --bins --summary-only \
-		--ignore-filename-regex '(simulation/.*|fake|tests|model|layers|effects)\.rs$$' | awk ' \
+		--ignore-filename-regex '(simulation/.*|fuzzing/.*|fake|fake/calls|tests|model|layers|effects)\.rs$$' | awk ' \
 		$$1 ~ /\.rs$$/ || $$1 == "TOTAL" { split($$1, path, "/"); of = path[1]; lines[of] += $$8; missed[of] += $$9 } \
 		END { for (of in lines) printf "%-14s %6d lines %6.1f %%\n", of, lines[of], \
 			100 - 100 * missed[of] / lines[of] | "sort" }'

@@ -9,14 +9,15 @@ use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::oci::runtime;
 use crate::ops::Shim;
-use crate::services::changes::Stored;
+use crate::services::pending::Stored;
 use crate::services::process::{hold, program_of};
 use crate::services::{Entry, Error, Process, blocking, resume_in_background};
 
 use crate::store::{self, Found, OwedTask};
 use crate::suspect::{Crashes, Suspect};
 use crate::task::Task;
-use crate::task::phase::{Event, Phase};
+use crate::task::lifecycle::Event;
+use crate::task::phase::Phase;
 
 impl Shim {
     /// Recovers the tasks of an earlier daemon: reads their records and compares each task with its unit. A record that has
@@ -87,7 +88,7 @@ impl Shim {
                     // An earlier version may have kept more of them than this version does. All of them are published.
                     let _ = self.tasks.owings.begin(&task.containerd.ttrpc_address);
                     let entry = Arc::new(Entry::detached(task));
-                    entry.init.live().stored = Stored::Owed(owing);
+                    entry.init.live().disk.stored = Stored::Owed(owing);
                     self.tasks.announce(&entry);
                 }
                 Err(error) => tracing::error!(%error, "events of a deleted task are not published: {error}"),

@@ -18,7 +18,7 @@ use crate::oci::criu::{self, Checkpoint};
 use crate::oci::options::{Options, OptionsSource};
 use crate::oci::{bundle, containerd};
 use crate::ops::{AddExec, CreateTask, State, Status};
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 use crate::task::request::{Create, Mount, Stdio};
 use crate::transport::sockets::COUNT;
 

@@ -11,8 +11,8 @@ use containerd_shim_protos::topics;
 use protobuf::MessageField;
 
 use crate::services::Outgoing;
+use crate::task::lifecycle::Exit;
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::Exit;
 
 use super::convert::{self, Error, any, time};
 

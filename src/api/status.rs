@@ -156,7 +156,8 @@ fn rpc(code: Code, error: &impl ToString) -> ttrpc::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::phase::{Event, Phase, transition};
+    use crate::task::lifecycle::Event;
+    use crate::task::phase::{Phase, transition};
 
     #[test]
     fn an_illegal_transition_is_a_failed_precondition() {

@@ -19,7 +19,7 @@ use crate::store::{Found, Store};
 use crate::supervise::cleanup::{Removal, Stop, Troubles};
 use crate::sys;
 use crate::task::Task;
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 use crate::{cgroup, config, unit};
 
 use super::arguments::Flags;

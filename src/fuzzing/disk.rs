@@ -14,9 +14,9 @@ use crate::store::Store;
 use crate::store::delete_replies::{DeleteReplies, Deleted};
 use crate::suspect::Crashes;
 use crate::task::Task;
+use crate::task::lifecycle::Exit;
 use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::Exit;
 use crate::transport::sockets::Leases;
 
 use super::{first_line, go};

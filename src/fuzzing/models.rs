@@ -12,9 +12,9 @@ use crate::id::{Namespace, Owner, TaskId, TaskKey};
 use crate::oci::resources::DeviceRule;
 use crate::oci::{bundle, process, resources};
 use crate::task::Task;
+use crate::task::lifecycle::Exit;
 use crate::task::limits::{Attribute, Limits};
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::Exit;
 
 use super::{bus, client, disk, go, mounts, rules, streams};
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
 use crate::oci::criu::Checkpoint;
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 use crate::task::request::Runtime;
 
 /// The variable with the reference to the copy of the OCI runtime.

@@ -4,7 +4,7 @@
 use nix::sys::prctl::set_child_subreaper;
 
 use crate::oci::{namespaces, runtime};
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 use crate::unit::main_process::WaitStatus;
 
 use super::contract::{EXEC_PID_FILE, Outcome, PROCESS_SPEC};

@@ -11,7 +11,7 @@ use crate::cgroup::fake as cgroup;
 use crate::id::{ExecId, UnitName};
 use crate::store::{Found, Store};
 use crate::suspect::Crashes;
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 use crate::task::{Placement, Task};
 use crate::unit::fake::{Programs, Sleeper, Started};
 

@@ -10,6 +10,7 @@ pub mod features;
 pub mod idmap;
 pub mod metadata;
 pub mod mount;
+mod mount_error;
 pub mod mount_options;
 pub mod namespaces;
 pub mod options;

@@ -7,7 +7,7 @@ use nix::mount::MsFlags;
 use crate::task::request::Mount;
 
 use super::idmap::{self, Maps};
-use super::mount::Error;
+use super::mount_error::Error;
 
 /// True for a file system in user space. Its daemon runs in the cgroup of the process that mounts it, and does not end
 /// when the mount is removed together with a mount namespace.

@@ -70,7 +70,7 @@ impl Shim {
         if [&wiring.stdout, &wiring.stderr].contains(&&Output::Journal) {
             return Err(Error::JournalSocket { key: key.clone() });
         }
-        entry.init.live().interrupted = CancellationToken::new();
+        entry.init.live().attempt.interrupted = CancellationToken::new();
         self.check_criu(&entry, &task).await?;
         let begun = CheckpointNote { request, was_paused: task.init.phase.is_paused(), outcome: None };
         self.write_begun(key, &begun)?;

@@ -31,7 +31,7 @@ impl Shim {
     pub(super) async fn end_create(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Arc<Entry>, Error> {
         let is_busy = entry.task().init.pid().is_none() || entry.init.live().is_checkpointing;
         if is_busy {
-            entry.init.live().given_up.cancel();
+            entry.init.live().attempt.given_up.cancel();
         }
         drop(entry.init.verb.lock().await);
         self.cleanup.remove_leftover(entry).await?;

@@ -13,9 +13,9 @@ use crate::services::registry::Completion;
 use crate::services::{Delivery, Entry, Error, Process, blocking};
 use crate::store::delete_replies::Deleted;
 use crate::sys;
+use crate::task::lifecycle::{Exit, Lifecycle};
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::{Exit, Phase};
-use crate::task::process::Lifecycle;
+use crate::task::phase::Phase;
 
 use super::Shim;
 use super::kill::kill_all;
@@ -101,11 +101,11 @@ impl Shim {
         let (entry, process) = self.tasks.process(key)?;
         let has_run = entry.task().process(process.exec()).is_none_or(|exec| exec.has_run());
         if !has_run {
-            process.live().given_up.cancel();
+            process.live().attempt.given_up.cancel();
         }
         let deleted = self.delete_idle_exec(&entry, &process).await;
         if deleted.is_err() {
-            process.live().given_up = CancellationToken::new();
+            process.live().attempt.given_up = CancellationToken::new();
         }
         deleted
     }
@@ -152,7 +152,7 @@ async fn end_restores(entry: &Arc<Entry>) -> MutexGuard<'_, ()> {
     const INTERVAL: Duration = Duration::from_secs(1);
     loop {
         if let Phase::Restoring { .. } = entry.task().init.phase {
-            entry.init.live().interrupted.cancel();
+            entry.init.live().attempt.interrupted.cancel();
         }
         if let Ok(verb) = tokio::time::timeout(INTERVAL, entry.init.verb.lock()).await {
             return verb;

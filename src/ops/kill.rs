@@ -49,7 +49,7 @@ impl Tasks {
         if task.init.phase.container().is_none() {
             // The process waits for its restore, or is being restored.
             if matches!(task.init.phase, Phase::Restoring { .. }) && ends_a_restore(signal) {
-                entry.init.live().interrupted.cancel();
+                entry.init.live().attempt.interrupted.cancel();
                 return Ok(());
             }
             return Err(Error::UnknownTask { key: key.task.clone() });
@@ -62,7 +62,7 @@ impl Tasks {
         }
         if ends_task {
             // criu may hang in a checkpoint, which would delay the Delete.
-            entry.init.live().interrupted.cancel();
+            entry.init.live().attempt.interrupted.cancel();
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use crate::launch::contract::{Kind, restore_work};
 use crate::oci::criu;
 use crate::services::{Entry, Error, WaitsFor};
 use crate::task::Task;
-use crate::task::phase::Event;
+use crate::task::lifecycle::Event;
 
 use super::Shim;
 use super::checkpoint::{copy_log, with_log};

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use crate::fault::{self, Point};
 use crate::id::TaskKey;
 use crate::services::{Delivery, Error};
-use crate::task::phase::{Event, Phase};
+use crate::task::lifecycle::Event;
+use crate::task::phase::Phase;
 
 use super::Shim;
 use super::pause::{refused, thaw};

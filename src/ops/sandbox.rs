@@ -17,7 +17,7 @@ use crate::oci::options;
 use crate::oci::pod::{self, Pod, Seccomp};
 use crate::oci::{bundle, pod_files};
 use crate::services::{Delivery, Error, WaitsFor, blocking};
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 use crate::task::request::{Create, Mount, Places, Sandbox, Stdio};
 
 use super::Shim;

@@ -94,15 +94,15 @@ impl Shim {
             launcher.clone(),
         ));
         let notifications = Notifications::new(fds.clone(), store.clone(), manager.clone(), relay);
-        let cleanup = Arc::new(Cleanup::new(
-            tasks.clone(),
-            store.clone(),
-            fds.clone(),
-            streams.clone(),
-            manager.clone(),
-            oci.clone(),
-            files.clone(),
-        ));
+        let cleanup = Arc::new(Cleanup {
+            tasks: tasks.clone(),
+            store: store.clone(),
+            fds: fds.clone(),
+            streams: streams.clone(),
+            manager: manager.clone(),
+            oci: oci.clone(),
+            files: files.clone(),
+        });
         let cgroups = Arc::new(Cgroups::new(tasks.clone(), manager.clone(), cgroups));
         let units =
             Units::new(tasks.clone(), manager.clone(), streams.clone(), cgroups.clone(), cleanup.clone());

@@ -12,7 +12,7 @@ use crate::services::process::init_is_gone;
 use crate::services::{Delivery, Entry, Error, Process, blocking};
 use crate::sys;
 use crate::task::Task;
-use crate::task::phase::{Event, Exit, ObservedExit, Refusal};
+use crate::task::lifecycle::{Event, Exit, ObservedExit, Refusal};
 
 use super::Shim;
 use super::kill::kill_all;
@@ -34,7 +34,7 @@ impl Shim {
         may_start(&task, &process)?;
         let restores = process.exec().is_none() && task.request.checkpoint.is_some();
         if restores {
-            process.live().interrupted = CancellationToken::new();
+            process.live().attempt.interrupted = CancellationToken::new();
         }
         self.tasks.apply(&entry, &process, Event::StartBegun)?;
         if restores {
@@ -126,7 +126,7 @@ fn may_start(task: &Task, process: &Process) -> Result<(), Error> {
     if task.init.phase.is_paused() {
         return Err(Error::NoExecIn { phase: task.init.word() });
     }
-    if process.live().given_up.is_cancelled() {
+    if process.live().attempt.given_up.is_cancelled() {
         // A Delete waits for the lock. A replay of this Start may get the lock before the Delete does.
         return Err(Error::GivenUp { process: process.key.clone() });
     }

@@ -24,7 +24,7 @@ use crate::stdio::{fifo, uri};
 use crate::supervise::cleanup::{Stop, remove_unit};
 use crate::task::Task;
 use crate::task::exec::Exec;
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 use crate::unit::job::StartJob;
 use crate::unit::manager::query::Starting;
 use crate::unit::properties;
@@ -70,7 +70,7 @@ impl Shim {
         fault::point(Point::ExecStartOpened);
         let dir = self.store.process_dir(&process.key);
         let doorbell = open_doorbell(&dir)?;
-        process.live().attempt_ended = Arc::default();
+        process.live().attempt.unit_ended = Arc::default();
         let job = self.start_exec_unit(&task, exec, process, Daemon::This).await?;
         self.await_outcome(entry, process, &dir, Attempted { doorbell, job }, opened).await
     }
@@ -146,7 +146,7 @@ impl Shim {
         let Attempted { mut doorbell, job } = attempted;
         let (ended, given_up) = {
             let live = process.live();
-            (live.attempt_ended.clone(), live.given_up.clone())
+            (live.attempt.unit_ended.clone(), live.attempt.given_up.clone())
         };
         // `launch` enforces the limit of the OCI runtime itself.
         let limit = entry.task().runtime.limit() + HANDOVER_LIMIT;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::id::ProcessKey;
 use crate::services::{Error, Tasks};
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 use crate::task::request::Stdio;
 
 /// A process's state in containerd's words.

@@ -21,7 +21,7 @@ impl Shim {
         let entry = self.tasks.created(key)?;
         let task = entry.task().clone();
         if task.init.exit().is_some() {
-            let events = entry.init.live().memory_events.clone();
+            let events = entry.init.live().cgroup.memory_events.clone();
             return last_stats(&*self.manager, &task, events).await;
         }
         let (Some(cgroup), Some(memory)) =

@@ -13,8 +13,8 @@ use crate::oci::{self, runtime};
 use crate::services::process::init_is_gone;
 use crate::services::{Delivery, Error, blocking};
 use crate::supervise::limits::read;
+use crate::task::lifecycle::Refusal;
 use crate::task::limits::{Attribute, Limits};
-use crate::task::phase::Refusal;
 
 use super::Shim;
 use super::new_task::check_resources;
@@ -65,7 +65,7 @@ impl Shim {
         let limits = self.cgroups.show_new_limits(&task, &new).await?;
         if task.init.phase.is_paused() {
             let mut live = entry.init.live();
-            live.unshown = new.over(&live.unshown);
+            live.cgroup.unshown = new.over(&live.cgroup.unshown);
         }
         fault::point(Point::UpdateShown);
         self.cgroups.note_limits(&entry, limits)?;

@@ -3,7 +3,7 @@
 use crate::id::ProcessKey;
 use crate::services::registry::Completion;
 use crate::services::{Delivery, Error};
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 
 use super::Shim;
 

@@ -5,18 +5,16 @@
 //! be written now (`/run` is full, there is no descriptor left), the daemon writes it as soon as it can. If the daemon ends
 //! before that, the next one reads the same from the unit; therefore a unit is removed only after the record is written.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Notify;
-
-use crate::store::{self, Cause, OwedFile};
+use crate::store::{self, Cause};
 use crate::sys;
+use crate::task::lifecycle::{Event, Refusal};
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::{Event, Refusal};
 use crate::task::{ExitNotice, Task};
 
+use super::pending::{MOST_OWING, Stored};
 use super::registry;
 use super::tasks::Tasks;
 use super::{Entry, Error, Process};
@@ -27,47 +25,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A round ends after this many failures: the remaining records would fail as well.
 const FAILURES_PER_ROUND: usize = 8;
 
-/// How many deleted tasks of one containerd may owe it events. A containerd that was uninstalled never accepts them.
-const MOST_OWING: usize = 1024;
-
-/// How many deleted tasks owe events, by the address of their containerd.
-#[derive(Default)]
-pub(crate) struct Owings(Mutex<HashMap<String, usize>>);
-
-impl Owings {
-    /// Counts one more task. False if there are too many.
-    pub(crate) fn begin(&self, address: &str) -> bool {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(address.to_owned()).or_default();
-        let fits = *count < MOST_OWING;
-        *count += usize::from(fits);
-        fits
-    }
-
-    fn end(&self, address: &str) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(address) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                counts.remove(address);
-            }
-        }
-    }
-}
-
-/// The place of a task on disk.
-#[derive(Clone, Debug, Default)]
-pub(crate) enum Stored {
-    #[default]
-    Record,
-    /// It is deleted, and still owes events.
-    Owed(OwedFile),
-    /// As [`Self::Owed`], but the events could not be written to disk.
-    OwedInMemory,
-    /// It is deleted, and owes nothing.
-    Nowhere,
-}
-
 /// The result of a note.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Noted {
@@ -75,28 +32,6 @@ pub(crate) enum Noted {
     Written,
     /// It is in memory, and will be in the record.
     Pending,
-}
-
-/// Tasks whose records could not be written; each is in it once.
-#[derive(Default)]
-pub(crate) struct Unwritten {
-    entries: Mutex<VecDeque<Arc<Entry>>>,
-    added: Notify,
-}
-
-impl Unwritten {
-    fn push(&self, entry: Arc<Entry>) {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).push_back(entry);
-        self.added.notify_one();
-    }
-
-    fn pop(&self) -> Option<Arc<Entry>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
-    }
-
-    fn count(&self) -> usize {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).len()
-    }
 }
 
 impl Tasks {
@@ -163,7 +98,7 @@ impl Tasks {
             let mut next = task.clone();
             let ended = change(&mut next)?;
             if next == *task {
-                let is_unwritten = entry.init.live().is_unwritten;
+                let is_unwritten = entry.init.live().disk.is_unwritten;
                 return Ok(if is_unwritten { Noted::Pending } else { Noted::Written });
             }
             let before = std::mem::replace(&mut *task, next);
@@ -179,7 +114,7 @@ impl Tasks {
         let before = task.clone();
         task.outbox.accepted(seq);
         self.write_now_or_later(entry, &before, &task);
-        let is_deleted = !matches!(entry.init.live().stored, Stored::Record);
+        let is_deleted = !matches!(entry.init.live().disk.stored, Stored::Record);
         if is_deleted && task.outbox.is_empty() && !before.outbox.is_empty() {
             self.owings.end(&task.containerd.ttrpc_address);
         }
@@ -209,7 +144,7 @@ impl Tasks {
             return Err(error.into());
         }
         *task = last;
-        entry.init.live().stored = match owed {
+        entry.init.live().disk.stored = match owed {
             Ok(None) => Stored::Nowhere,
             Ok(Some(owing)) => Stored::Owed(owing),
             Err(error) => {
@@ -218,7 +153,7 @@ impl Tasks {
                 Stored::OwedInMemory
             }
         };
-        if matches!(entry.init.live().stored, Stored::OwedInMemory) {
+        if matches!(entry.init.live().disk.stored, Stored::OwedInMemory) {
             self.write_now_or_later(entry, &task, &task);
         }
         Ok(())
@@ -239,7 +174,7 @@ impl Tasks {
     fn write(&self, entry: &Entry, before: &Task, task: &Task, cause: Cause) -> Result<(), store::Error> {
         let (stored, is_unwritten) = {
             let live = entry.init.live();
-            (live.stored.clone(), live.is_unwritten)
+            (live.disk.stored.clone(), live.disk.is_unwritten)
         };
         match stored {
             Stored::Record if is_unwritten => self.store.save_whole(task),
@@ -247,7 +182,7 @@ impl Tasks {
             Stored::Owed(owing) => owing.update(task),
             Stored::OwedInMemory if task.outbox.is_empty() => Ok(()),
             Stored::OwedInMemory => {
-                entry.init.live().stored = Stored::Owed(self.store.retain_owed(task)?);
+                entry.init.live().disk.stored = Stored::Owed(self.store.retain_owed(task)?);
                 Ok(())
             }
             Stored::Nowhere => Ok(()),
@@ -266,7 +201,7 @@ impl Tasks {
 
     /// Schedules a write of the whole record. False if it was scheduled already.
     pub(crate) fn write_later(&self, entry: &Arc<Entry>) -> bool {
-        let waits = std::mem::replace(&mut entry.init.live().is_unwritten, true);
+        let waits = std::mem::replace(&mut entry.init.live().disk.is_unwritten, true);
         if !waits {
             self.unwritten.push(entry.clone());
         }
@@ -314,31 +249,14 @@ impl Tasks {
         {
             let task = entry.task();
             let is_known = self.is_live(entry);
-            let is_record = matches!(entry.init.live().stored, Stored::Record);
+            let is_record = matches!(entry.init.live().disk.stored, Stored::Record);
             // The record of a task whose Create was rolled back is not written.
             if (is_known || !is_record) && self.write(entry, &task, &task, Cause::Observation).is_err() {
                 return false;
             }
-            entry.init.live().is_unwritten = false;
+            entry.init.live().disk.is_unwritten = false;
         }
         tracing::info!(task = %entry.key, "task {}: its record could be written", entry.key);
         true
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_containerd_that_is_gone_leaves_room_for_the_others() {
-        let owings = Owings::default();
-        assert!((0..MOST_OWING).all(|_| owings.begin("/run/gone.sock")));
-        assert!(!owings.begin("/run/gone.sock"));
-        assert!(owings.begin("/run/containerd.sock"));
-        owings.end("/run/gone.sock");
-        assert!(owings.begin("/run/gone.sock"));
-        owings.end("/run/containerd.sock");
-        assert_eq!(owings.0.into_inner().unwrap().len(), 1);
     }
 }

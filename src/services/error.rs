@@ -1,7 +1,7 @@
 //! Why an operation failed. `api/status.rs` has the status code of each error.
 
 use crate::id::{ProcessKey, TaskKey};
-use crate::task::phase::Refusal;
+use crate::task::lifecycle::Refusal;
 use crate::{cgroup, oci, session, stdio, store, unit};
 
 /// Why an operation failed.

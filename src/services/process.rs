@@ -33,7 +33,7 @@ pub(crate) async fn init_is_gone(entry: &Entry) {
 pub(crate) async fn cancelled(entry: &Entry) -> Error {
     let (given_up, interrupted) = {
         let live = entry.init.live();
-        (live.given_up.clone(), live.interrupted.clone())
+        (live.attempt.given_up.clone(), live.attempt.interrupted.clone())
     };
     let process = entry.init.key.clone();
     tokio::select! {

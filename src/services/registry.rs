@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use crate::id::{ExecId, ProcessKey, TaskKey, UnitName};
 
 use crate::task::Task;
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 
 /// A process in memory: init, or an exec. `L` is what the adapters attach to it.
 pub struct Process<L> {

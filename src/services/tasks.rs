@@ -10,7 +10,7 @@ use crate::store::Store;
 use crate::task::Task;
 use crate::task::outbox::TaskEvent;
 
-use super::changes::{Owings, Unwritten};
+use super::pending::{Owings, Unwritten};
 use super::registry::Registry;
 use super::{Entry, Error, Live, Process};
 
@@ -23,7 +23,7 @@ pub struct Tasks {
     /// Tasks that owe events, for the publisher.
     outgoing: mpsc::UnboundedSender<Arc<Entry>>,
     /// Tasks whose records could not be written.
-    pub(super) unwritten: Unwritten,
+    pub(super) unwritten: Unwritten<Arc<Entry>>,
     /// Notified of each task that is removed.
     pub(crate) removed: Arc<Notify>,
     /// Deleted tasks that owe events.
@@ -127,7 +127,7 @@ impl Tasks {
         if entry.task().outbox.is_empty() {
             return;
         }
-        if !std::mem::replace(&mut entry.init.live().is_announced, true) {
+        if !std::mem::replace(&mut entry.init.live().disk.is_announced, true) {
             // The publisher runs as long as the daemon.
             let _ = self.outgoing.send(entry.clone());
         }
@@ -135,7 +135,7 @@ impl Tasks {
 
     /// The publisher calls this before it reads the outbox of a task. Later events announce the task again.
     pub fn begin_publishing(&self, entry: &Entry) {
-        entry.init.live().is_announced = false;
+        entry.init.live().disk.is_announced = false;
     }
 
     /// The event that a task has to publish before any other.

@@ -11,7 +11,7 @@ use crate::id::UnitName;
 use crate::launch::fake::Launches;
 use crate::ops::Status;
 use crate::services::{Delivery, Error};
-use crate::task::phase::Exit;
+use crate::task::lifecycle::Exit;
 use crate::unit::name;
 
 use super::harness::{Step, World};

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{Owner, ProcessKey};
 use crate::path_error::io_error;
+use crate::task::lifecycle::Exit;
 use crate::task::optional_pid;
-use crate::task::phase::Exit;
 
 use super::Error;
 

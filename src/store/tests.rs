@@ -2,9 +2,10 @@ use super::*;
 use crate::id::{TaskId, UnitName};
 use crate::task::Placement;
 use crate::task::exec::{Exec, ExecPhase};
+use crate::task::lifecycle::{Container, Event, Exit, ObservedExit};
 use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
-use crate::task::phase::{Container, Event, Exit, ObservedExit, Phase};
+use crate::task::phase::Phase;
 use crate::task::process::Process;
 use std::sync::Arc;
 

@@ -184,33 +184,20 @@ fn remove_log_fields(unit: &UnitName) {
 /// Removes tasks, execs, and what failed operations have left.
 pub struct Cleanup {
     /// The live tasks and their records.
-    tasks: Arc<Tasks>,
+    pub(crate) tasks: Arc<Tasks>,
     /// The directories of tasks.
-    store: Store,
+    pub(crate) store: Store,
     /// The streams in the descriptor store.
-    fds: Arc<StreamFds>,
+    pub(crate) fds: Arc<StreamFds>,
     /// The sessions of processes.
-    streams: Arc<Streams>,
-    manager: Arc<dyn Systemd>,
-    oci: Arc<dyn OciRuntime>,
+    pub(crate) streams: Arc<Streams>,
+    pub(crate) manager: Arc<dyn Systemd>,
+    pub(crate) oci: Arc<dyn OciRuntime>,
     /// Runs work on files that clients have named.
-    files: ClientFiles,
+    pub(crate) files: ClientFiles,
 }
 
 impl Cleanup {
-    /// Puts the parts together.
-    pub(crate) fn new(
-        tasks: Arc<Tasks>,
-        store: Store,
-        fds: Arc<StreamFds>,
-        streams: Arc<Streams>,
-        manager: Arc<dyn Systemd>,
-        oci: Arc<dyn OciRuntime>,
-        files: ClientFiles,
-    ) -> Self {
-        Self { tasks, store, fds, streams, manager, oci, files }
-    }
-
     fn removal<'a>(&'a self, task: &'a Task, dir: &'a Path) -> Removal<'a> {
         let (manager, oci, files) = (&*self.manager, &*self.oci, &self.files);
         Removal { manager, oci, files, task, dir, stop: Stop::Awaited }
@@ -221,7 +208,7 @@ impl Cleanup {
     pub(crate) async fn remove_container(&self, task: &Task, entry: &Arc<Entry>) -> Troubles {
         let mut in_execs = Troubles::default();
         let others = async {
-            entry.init.live().watched = None;
+            entry.init.live().cgroup.watched = None;
             entry.init.live().listening = None;
             self.streams.drain(&entry.init).await;
             for process in entry.execs() {
@@ -399,7 +386,7 @@ impl Cleanup {
         launch::cgroup::remove(task.unit());
         {
             let mut live = entry.init.live();
-            (live.watched, live.listening, live.process) = (None, None, None);
+            (live.cgroup.watched, live.listening, live.process) = (None, None, None);
         }
         cancel_pumps(&entry.init).await;
         self.fds.forget_all(task.init.wiring.store_number);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::cgroup::limits::is_frozen;
 use crate::services::{Entry, Error};
-use crate::task::phase::Event;
+use crate::task::lifecycle::Event;
 
 use super::Cgroups;
 
@@ -21,7 +21,7 @@ impl Cgroups {
                 self.tasks.note_event(entry, &entry.init, Event::Frozen).map(drop).map_err(Error::from)
             }
             Some(Ok(Some(false))) => {
-                if !entry.init.live().unshown.is_empty() {
+                if !entry.init.live().cgroup.unshown.is_empty() {
                     tokio::spawn(self.clone().show_unshown(entry.clone()));
                 }
                 self.tasks.note_event(entry, &entry.init, Event::Thawed).map(drop).map_err(Error::from)

@@ -73,7 +73,7 @@ impl Cgroups {
     /// Watches the cgroups that could not be watched before.
     fn watch_missed_cgroups(self: &Arc<Self>) {
         for entry in self.tasks.registry.all() {
-            let is_missed = entry.init.live().watched.is_none() && entry.task().init.is_alive();
+            let is_missed = entry.init.live().cgroup.watched.is_none() && entry.task().init.is_alive();
             if is_missed && entry.task().init.pid().is_some() {
                 self.watch(&entry);
             }
@@ -89,7 +89,7 @@ impl Cgroups {
         let limits = nested(&task).map(|(unit, _)| unit);
         let memory = memory_events_of(&task).unwrap_or(container);
         match self.watch.add(&entry.key, container, memory, limits.as_deref()) {
-            Ok(watched) => entry.init.live().watched = Some(watched),
+            Ok(watched) => entry.init.live().cgroup.watched = Some(watched),
             // The container has ended, and systemd has removed the cgroup.
             Err(error) if error.is_gone() => {}
             // Logged once: other cgroups fail for the same reason at the same time.

@@ -43,7 +43,7 @@ impl Cgroups {
     /// Sets limits again after a thaw: systemd 256 and 257 do not apply limits to a frozen unit.
     pub(crate) async fn show_unshown(self: Arc<Self>, entry: Arc<Entry>) {
         let _limits = entry.limits.lock().await;
-        let unshown = std::mem::take(&mut entry.init.live().unshown);
+        let unshown = std::mem::take(&mut entry.init.live().cgroup.unshown);
         if unshown.is_empty() {
             return;
         }

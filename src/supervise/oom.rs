@@ -11,7 +11,7 @@ use crate::cgroup;
 use crate::cgroup::stats::MemoryEvents;
 use crate::services::{Entry, Error};
 use crate::sys;
-use crate::task::phase::ObservedExit;
+use crate::task::lifecycle::ObservedExit;
 use crate::task::{Placement, Task};
 
 use super::Cgroups;
@@ -26,7 +26,7 @@ const ASK_LIMIT: Duration = Duration::from_secs(2);
 impl Cgroups {
     /// Handles a report of the kernel that `memory.events` may have changed.
     pub(crate) fn memory_changed(&self, entry: &Arc<Entry>) {
-        entry.init.live().memory_changed = Some(Instant::now());
+        entry.init.live().cgroup.memory_changed = Some(Instant::now());
         self.note_oom_kills(entry);
     }
 
@@ -36,7 +36,7 @@ impl Cgroups {
         let noted = match cgroup.map(|cgroup| MemoryEvents::read(&cgroup)) {
             Some(Ok(Some(events))) => {
                 let kills = events.oom_kill;
-                entry.init.live().memory_events = events;
+                entry.init.live().cgroup.memory_events = events;
                 self.add_oom_kills(entry, kills).map(|()| true)
             }
             Some(Ok(None)) => Ok(false),
@@ -65,7 +65,7 @@ impl Cgroups {
         }
         let (is_watched, changed) = {
             let live = entry.init.live();
-            (live.watched.is_some(), live.memory_changed)
+            (live.cgroup.watched.is_some(), live.cgroup.memory_changed)
         };
         let is_quiet = if is_watched {
             changed.is_none_or(|at| at.elapsed() > UNTOLD)

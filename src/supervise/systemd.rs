@@ -14,7 +14,8 @@ use crate::id::UnitName;
 use crate::services::streams::Streams;
 use crate::services::{Entry, Process, Tasks, blocking};
 use crate::sys;
-use crate::task::phase::{Event, Exit, ObservedExit, Phase};
+use crate::task::lifecycle::{Event, Exit, ObservedExit};
+use crate::task::phase::Phase;
 use crate::unit;
 use crate::unit::main_process::{MainProcess, WaitStatus};
 use crate::unit::observations::Observations;
@@ -222,7 +223,7 @@ impl Units {
         if process.exec().is_none() {
             return self.streams.close_input(entry, process);
         }
-        process.live().attempt_ended.notify_one();
+        process.live().attempt.unit_ended.notify_one();
         self.cleanup.after_exec(entry, process, noted);
     }
 

@@ -10,8 +10,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::phase::{Announce, Event, Exit, ObservedExit, Refusal, Step, stay};
-use super::process::{Lifecycle, Process};
+use super::lifecycle::{Announce, Event, Exit, Lifecycle, ObservedExit, Refusal, Step, stay};
+use super::process::Process;
 
 /// An exec. Its process spec is a file of its own.
 pub type Exec = Process<ExecPhase>;

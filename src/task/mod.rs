@@ -4,6 +4,7 @@
 //! `record`.
 
 pub mod exec;
+pub mod lifecycle;
 pub mod limits;
 pub mod optional_pid;
 pub mod outbox;
@@ -22,9 +23,10 @@ use serde::{Deserialize, Serialize};
 use crate::id::{ExecId, TaskKey, UnitName};
 
 use exec::Exec;
+use lifecycle::{Announce, Event, Exit, Lifecycle, Refusal};
 use outbox::{Outbox, Owed, TaskEvent};
-use phase::{Announce, Event, Exit, Phase, Refusal};
-use process::{Lifecycle, Process};
+use phase::Phase;
+use process::Process;
 use record::Record;
 use request::{Containerd, Create, DeviceAllow, Property, Runtime};
 

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::ExecId;
 
+use super::lifecycle::Exit;
 use super::optional_pid;
-use super::phase::Exit;
 
 /// An event of a task, in containerd's terms.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

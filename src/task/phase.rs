@@ -20,53 +20,9 @@
 //! start, exit, so such an exit is kept in the phase and takes effect when the call ends. containerd also requires the
 //! exits of all execs before that of the init process: until then, the phase is Ending.
 
-use std::path::PathBuf;
-
-use serde::{Deserialize, Serialize};
-
-use super::limits::Limits;
-use super::process::Lifecycle;
-
-/// The exit of a process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Exit {
-    /// containerd's exit status: 0 to 255, or 128 + the signal.
-    pub status: u32,
-    /// The time of the exit, in microseconds since 1970.
-    pub at_usec: u64,
-}
-
-/// An exit that was observed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ObservedExit {
-    /// The pid of the process, if it is known.
-    pub pid: Option<u32>,
-    pub exit: Exit,
-}
-
-impl ObservedExit {
-    /// False if this exit belongs to another process, e.g. a late report about an earlier unit with the same name.
-    pub(super) fn is_of(self, pid: u32) -> bool {
-        self.pid.is_none_or(|seen| seen == pid)
-    }
-}
-
-/// The file of a program: device and inode.
-pub type Program = (u64, u64);
-
-/// A container that the OCI runtime has made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Container {
-    /// Its init process.
-    pub pid: u32,
-    /// Its cgroup, below the cgroup root.
-    pub cgroup: PathBuf,
-    /// The limits of its unit's cgroup when they were last compared with the container's own. `None` if the container's
-    /// cgroup is outside of the unit.
-    pub limits: Option<Limits>,
-    /// How many OOM kills have been announced to containerd.
-    pub oom_kills: u64,
-}
+use super::lifecycle::{
+    Announce, Container, Event, Exit, Lifecycle, ObservedExit, Program, Refusal, Step, stay,
+};
 
 /// The phase of an init process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -234,99 +190,6 @@ impl Lifecycle for Phase {
         *self = step.next;
         Ok(step.announce)
     }
-}
-
-/// An event in the life of a process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// The rootfs of a container with a checkpoint is mounted.
-    Prepared,
-    /// The unit of an init process is up, and the OCI runtime has made the container, or restored it.
-    Created {
-        container: Container,
-        /// The program that init runs while it waits.
-        program: Option<Program>,
-    },
-    /// The OCI runtime is about to be asked to start it; for an exec, its unit is about to be started.
-    StartBegun,
-    /// The OCI runtime has started it.
-    Started {
-        /// The pid. The pid of an exec is not known before.
-        pid: u32,
-    },
-    /// It could not be started.
-    StartFailed,
-    /// Its cgroup is frozen.
-    Frozen,
-    /// Its cgroup is thawed.
-    Thawed,
-    /// The main process has ended.
-    Exited(ObservedExit),
-    /// No exec runs any more.
-    ExecsGone,
-}
-
-impl Event {
-    pub(super) fn verb(&self) -> &'static str {
-        match self {
-            Self::Prepared | Self::Created { .. } => "create",
-            Self::StartBegun => "start",
-            Self::Started { .. } | Self::StartFailed => "finish starting",
-            Self::Frozen => "pause",
-            Self::Thawed => "resume",
-            Self::Exited(_) | Self::ExecsGone => "end",
-        }
-    }
-}
-
-/// An event to publish because of a change of the phase.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Announce {
-    /// The task exists.
-    Created {
-        /// Its process. `None` if Start restores it.
-        pid: Option<u32>,
-    },
-    /// The task runs.
-    Started {
-        /// Its process.
-        pid: u32,
-    },
-    /// The task is paused.
-    Paused,
-    /// The task runs again.
-    Resumed,
-    /// The process has ended. Calls of Wait return as well.
-    Exited {
-        /// The process that it was.
-        pid: u32,
-        /// How it ended.
-        exit: Exit,
-    },
-}
-
-/// The phase does not allow an event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("cannot {verb} a {phase} process")]
-pub struct Refusal {
-    /// The requested action.
-    pub verb: &'static str,
-    /// The phase that refused it.
-    pub phase: &'static str,
-}
-
-/// The result of a transition.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step<P> {
-    /// The new phase.
-    pub next: P,
-    /// The events to publish, in order.
-    pub announce: Vec<Announce>,
-}
-
-/// A transition without events.
-pub(super) fn stay<P>(phase: P) -> Step<P> {
-    Step { next: phase, announce: Vec::new() }
 }
 
 fn end(container: Container, exit: Exit, announce: Vec<Announce>) -> Step<Phase> {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::UnitName;
 
-use super::phase::{Announce, Event, Exit, Refusal};
+use super::lifecycle::{Exit, Lifecycle};
 use super::request::Stdio;
 use super::wiring::Wiring;
 
@@ -22,27 +22,6 @@ pub struct Process<P: ?Sized> {
     /// The unit's Description.
     pub description: String,
     pub phase: P,
-}
-
-/// What the phases of an init process and of an exec have in common.
-pub trait Lifecycle {
-    /// The pid, once it is known. It stays known after the exit.
-    fn pid(&self) -> Option<u32>;
-    /// The exit, once it may be published.
-    fn exit(&self) -> Option<Exit>;
-    /// True if the process exists and no exit was observed.
-    fn is_alive(&self) -> bool;
-    /// True if the process runs or has run.
-    fn has_run(&self) -> bool;
-    /// True while the process is being started.
-    fn is_starting(&self) -> bool;
-    /// The phase in containerd's terms, for messages.
-    fn word(&self) -> &'static str;
-    /// Changes the phase. Returns the events to publish, in order.
-    ///
-    /// # Errors
-    /// The phase does not allow the event. The phase stays as it is then.
-    fn apply(&mut self, event: Event) -> Result<Vec<Announce>, Refusal>;
 }
 
 impl<P: Lifecycle + ?Sized> Process<P> {

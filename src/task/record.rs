@@ -9,10 +9,11 @@ use serde::{Deserialize, Serialize};
 use crate::id::{ExecId, TaskKey, UnitName};
 
 use super::exec::Exec;
+use super::lifecycle::{Container, Exit, Lifecycle, ObservedExit, Program};
 use super::limits::Limits;
 use super::outbox::Outbox;
-use super::phase::{Container, Exit, ObservedExit, Phase, Program};
-use super::process::{Lifecycle, Process};
+use super::phase::Phase;
+use super::process::Process;
 use super::request::{Containerd, Create, DeviceAllow, Mount, Property, Runtime, Sandbox, Stdio};
 use super::wiring::Wiring;
 use super::{Placement, Task, TaskMetadata};

@@ -3,28 +3,22 @@
 //! Processes are real and sleep: they can be signalled, and their pids are unique. Every call is an effect (`effects`): a
 //! test can end the daemon before it, or let it fail.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-
-use async_trait::async_trait;
 
 use crate::cgroup::fake as cgroup;
 use crate::effects::{Effects, Failure};
 use crate::id::UnitName;
 
-use super::annotation::{Additions, Types};
 use super::error::Error;
 use super::job::{Jobs, StartJob};
 use super::main_process::{MainProcess, WaitStatus};
-use super::manager::query::Starting;
-use super::manager::usage::Usage;
 use super::observations::Observations;
-use super::properties::Properties;
-use super::systemd::Systemd;
+
+mod calls;
 
 /// A unit that is loaded.
 #[derive(Debug, Default)]
@@ -349,214 +343,5 @@ fn error(verb: &'static str, unit: &str, failure: Failure) -> Error {
         Failure::LimitsExceeded => refused("org.freedesktop.DBus.Error.LimitsExceeded"),
         Failure::Refused => refused("org.freedesktop.DBus.Error.AccessDenied"),
         Failure::Timeout | Failure::NoReply => Error::no_answer(),
-    }
-}
-
-#[async_trait]
-impl Systemd for FakeSystemd {
-    async fn property_types(&self) -> Result<Arc<Types>, Error> {
-        Ok(Arc::new(Types(Default::default())))
-    }
-
-    async fn start_transient(&self, unit: &UnitName, _: &Properties) -> Result<(), Error> {
-        self.call("start", unit).await?;
-        self.begin(unit, false).map(drop)
-    }
-
-    async fn begin_transient(&self, unit: &UnitName, _: &Properties) -> Result<StartJob, Error> {
-        self.call("start", unit).await?;
-        self.begin(unit, false)
-    }
-
-    async fn begin_referenced(
-        &self,
-        unit: &UnitName,
-        _: &Properties,
-        _: &Additions,
-    ) -> Result<StartJob, Error> {
-        self.call("start", unit).await?;
-        self.begin(unit, true)
-    }
-
-    async fn wait_for_start(&self, job: StartJob) -> Result<(), Error> {
-        let unit = job.waiter.unit().clone();
-        // The start of a oneshot service lasts as long as its process.
-        while self.with(&unit, |unit| unit.active) == Some("activating") {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        self.wait_until_started(&unit).await
-    }
-
-    async fn wait_until_started(&self, unit: &UnitName) -> Result<(), Error> {
-        self.call("wait for", unit).await?;
-        match self.with(unit, |unit| unit.active) {
-            Some("active") => Ok(()),
-            state => {
-                let result = state.unwrap_or("not loaded").to_owned();
-                Err(Error::Job { verb: "start", unit: unit.to_string(), result })
-            }
-        }
-    }
-
-    async fn reference(&self, unit: &UnitName) {
-        self.with(unit, |unit| unit.is_referenced = true);
-    }
-
-    async fn release(&self, unit: &UnitName) {
-        let _ = self.call("release", unit).await;
-        self.with(unit, |unit| unit.is_referenced = false);
-        self.state().units.retain(|_, unit| !unit.is_collected());
-    }
-
-    async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
-        self.call("stop", unit).await?;
-        self.programs.stop(unit);
-        self.stop_now(unit);
-        Ok(())
-    }
-
-    async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
-        self.call("stop", unit).await?;
-        self.programs.stop(unit);
-        self.stop_now(unit);
-        Ok(())
-    }
-
-    async fn reset_failed(&self, unit: &UnitName) -> Result<(), Error> {
-        self.call("reset", unit).await?;
-        self.with(unit, |unit| {
-            if unit.active == "failed" {
-                unit.active = "inactive";
-            }
-        });
-        self.state().units.retain(|_, unit| !unit.is_collected());
-        Ok(())
-    }
-
-    async fn free_name(&self, unit: &UnitName) -> Result<bool, Error> {
-        self.call("free the name of", unit).await?;
-        Ok(false)
-    }
-
-    async fn cancel_job_of(&self, unit: &UnitName) -> Result<(), Error> {
-        self.call("cancel the job of", unit).await
-    }
-
-    async fn kill_all(&self, unit: &UnitName, _: i32) -> Result<(), Error> {
-        self.call("kill", unit).await?;
-        self.with(unit, |unit| unit.child.as_mut().map(Sleeper::kill));
-        Ok(())
-    }
-
-    async fn freeze(&self, unit: &UnitName) -> Result<(), Error> {
-        self.call("freeze", unit).await?;
-        self.with(unit, |unit| set_frozen(unit, true));
-        Ok(())
-    }
-
-    async fn thaw(&self, unit: &UnitName) -> Result<(), Error> {
-        self.call("thaw", unit).await?;
-        self.with(unit, |unit| set_frozen(unit, false));
-        Ok(())
-    }
-
-    async fn set_properties(&self, unit: &UnitName, _: &Properties) -> Result<(), Error> {
-        self.call("set properties of", unit).await?;
-        self.state().limited.push(unit.to_string());
-        Ok(())
-    }
-
-    async fn running_units(&self) -> Result<HashSet<UnitName>, Error> {
-        let reached = self.effects.reach("list units".to_owned()).await;
-        reached.map_err(|failure| error("list", "units", failure))?;
-        let state = self.state();
-        let living = state.units.iter().filter(|(_, unit)| unit.child.is_some());
-        Ok(living.map(|(name, _)| name.clone()).collect())
-    }
-
-    async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
-        self.call("read", unit).await?;
-        if self.state().hidden.take_if(|hidden| hidden == unit).is_some() {
-            return Ok(None);
-        }
-        Ok(self.with(unit, |unit| unit.active.to_owned()))
-    }
-
-    async fn has_timed_out(&self, _: &UnitName) -> bool {
-        false
-    }
-
-    async fn obstacle(&self, _: &UnitName) -> Option<String> {
-        None
-    }
-
-    async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
-        self.call("read", unit).await?;
-        Ok(match self.with(unit, |unit| unit.active) {
-            None => Starting::NotBegun,
-            Some("activating") => Starting::UnderWay,
-            Some(_) => Starting::Over,
-        })
-    }
-
-    async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
-        self.call("read", unit).await?;
-        Ok(self.with(unit, |unit| unit.main))
-    }
-
-    async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
-        self.main_process(unit).await
-    }
-
-    async fn usage(&self, unit: &UnitName) -> Result<Usage, Error> {
-        self.call("read", unit).await?;
-        Ok(Usage::default())
-    }
-
-    async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {
-        self.call("read", unit).await?;
-        let kills = self.state().oom_kills;
-        match kills {
-            Some(kills) => Ok(kills),
-            None => std::future::pending().await,
-        }
-    }
-
-    async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error> {
-        self.call("read", unit).await?;
-        Ok(10_000_000)
-    }
-
-    async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {
-        self.call("read", unit).await?;
-        Ok((0, 0))
-    }
-
-    async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {
-        let reached = self.effects.reach("list slices".to_owned()).await;
-        reached.map_err(|failure| error("list", "slices", failure))?;
-        Ok(self.state().slices.iter().cloned().collect())
-    }
-
-    async fn stop_alone_if(
-        &self,
-        slice: &UnitName,
-        is_free: &(dyn Fn() -> bool + Send + Sync),
-    ) -> Result<(), Error> {
-        if is_free() {
-            self.call("stop", slice).await?;
-            let mut state = self.state();
-            state.slices.remove(slice);
-            state.stopped_slices.push(slice.to_string());
-        }
-        Ok(())
-    }
-
-    fn forget_earlier_references(&self) {}
-}
-
-fn set_frozen(unit: &Unit, frozen: bool) {
-    if let Some(place) = &unit.cgroup {
-        cgroup::set_frozen(place, frozen);
     }
 }

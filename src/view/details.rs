@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 use crate::probe::{Properties, property};
 use crate::task::Task;
-use crate::task::process::{Lifecycle, Process};
+use crate::task::lifecycle::Lifecycle;
+use crate::task::process::Process;
 use crate::text;
 
 use super::Row;

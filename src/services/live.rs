@@ -1,0 +1,79 @@
+//! What the running daemon attaches to a process. It is not in the record: recovery builds it again.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::cgroup::stats::MemoryEvents;
+use crate::cgroup::watch::Watched;
+use crate::id::{Owner, TaskKey};
+use crate::session::Session;
+use crate::stdio::rate::RateLimit;
+use crate::task::limits::Limits;
+
+use super::Error;
+use super::notifications::Listening;
+use super::pending::OnDisk;
+
+/// The live side of a process.
+#[derive(Default)]
+pub struct Live {
+    /// A descriptor of the process. While it is open, no other process gets the same pid.
+    pub(crate) process: Option<OwnedFd>,
+    /// Its streams, once it has them.
+    pub(crate) session: Session,
+    /// The size of its terminal's window that was requested last: columns and rows.
+    pub(crate) window: Option<(u16, u16)>,
+    /// The client's FIFO for input, while a start is under way or after a start has failed. It keeps the input for
+    /// another start, until Delete.
+    pub(crate) client_input: Option<OwnedFd>,
+    /// The limit of the output that the daemon copies to the journal. The init process has the limit of the whole
+    /// container, for all execs.
+    pub(crate) journal_limit: Arc<RateLimit>,
+    /// The socket to which the container sends its notifications.
+    pub(crate) listening: Option<Listening>,
+    /// The operation that is under way.
+    pub(crate) attempt: Attempt,
+    /// The container's cgroup, for an init process.
+    pub(crate) cgroup: LiveCgroup,
+    /// The task on disk, for an init process.
+    pub(crate) disk: OnDisk,
+    /// The unit of an exec that has ended is being removed.
+    pub(crate) removal: Option<JoinHandle<Result<(), Error>>>,
+    /// True while criu dumps its processes: criu thaws and freezes them.
+    pub(crate) is_checkpointing: bool,
+    /// True while the daemon queries systemd for the exit of the process.
+    pub(crate) is_ending: bool,
+    /// The containerd that its bundle belongs to, once that is known. Only the init process of a task has it, and only if
+    /// the record does not say it.
+    pub(crate) bundle_owner: Option<Owner>,
+}
+
+/// Signals to an operation that is under way.
+#[derive(Default)]
+pub(crate) struct Attempt {
+    /// Notified when the unit ends while it is being started.
+    pub(crate) unit_ended: Arc<Notify>,
+    /// Cancels a Create or a Start.
+    pub(crate) given_up: CancellationToken,
+    /// Ends a checkpoint or a restore, and nothing else: a Kill or a Delete has come. The next checkpoint or restore has
+    /// another token.
+    pub(crate) interrupted: CancellationToken,
+}
+
+/// What the daemon has read from the cgroup of a container.
+#[derive(Default)]
+pub(crate) struct LiveCgroup {
+    /// The watch of the cgroup.
+    pub(crate) watched: Option<Watched<TaskKey>>,
+    /// Limits that were set while the container was frozen, and that its unit does not have yet.
+    pub(crate) unshown: Limits,
+    /// The last known content of `memory.events`.
+    pub(crate) memory_events: MemoryEvents,
+    /// When `memory.events` changed last.
+    pub(crate) memory_changed: Option<Instant>,
+}

@@ -1,0 +1,83 @@
+use super::testing::Systemd;
+use super::*;
+use std::fs::File;
+
+fn names(found: &[(String, OwnedFd)]) -> Vec<&str> {
+    let mut names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    names
+}
+
+#[test]
+fn kept_descriptors_reach_the_next_daemon_until_they_are_removed() {
+    let file = File::open("/dev/null").unwrap();
+    let (mut stored, mut kept) = (Vec::new(), Vec::new());
+    for daemon in 0..5 {
+        let (systemd, notifier) = Systemd::new();
+        let passed = std::mem::take(&mut stored);
+        let passed: Vec<(String, OwnedFd)> = passed.into_iter().collect();
+        stored = passed
+            .iter()
+            .map(|(name, fd): &(String, OwnedFd)| (name.clone(), fd.try_clone().unwrap()))
+            .collect();
+        let (store, found) = FdStore::with(notifier, 100, passed);
+        assert_eq!(names(&found), kept, "daemon {daemon}");
+        store.keep(&format!("c{daemon}"), &[file.as_fd(), file.as_fd()]).unwrap();
+        store.keep(&format!("o{daemon}"), &[file.as_fd()]).unwrap();
+        store.keep("t9", &[file.as_fd()]).unwrap();
+        if daemon > 0 {
+            store.forget(&format!("c{}", daemon - 1));
+            store.forget("t9");
+        }
+        systemd.read(&mut stored);
+        kept = vec![format!("c{daemon}"), format!("c{daemon}")];
+        kept.extend((0..=daemon).map(|number| format!("o{number}")));
+        kept.extend((daemon == 0).then(|| "t9".to_owned()));
+    }
+    assert!(stored.len() <= 6 + 2 * SPARE, "{} entries", stored.len());
+}
+
+#[test]
+fn descriptors_that_an_earlier_version_stored_are_found_and_removed() {
+    let (systemd, notifier) = Systemd::new();
+    let direct = |name: &str| (name.to_owned(), OwnedFd::from(File::open("/dev/null").unwrap()));
+    let passed = vec![direct("c1"), direct("c1"), direct("o2")];
+    let mut stored = vec![direct("c1"), direct("c1"), direct("o2")];
+    let (store, found) = FdStore::with(notifier, 100, passed);
+    assert_eq!(names(&found), ["c1", "c1", "o2"]);
+    store.forget("c1");
+    store.forget("c1");
+    systemd.read(&mut stored);
+    stored.retain(|(name, _)| !name.starts_with(PREFIX));
+    assert_eq!(names(&stored), ["o2"]);
+}
+
+#[test]
+fn a_full_store_refuses_descriptors_until_others_are_removed() {
+    let (systemd, notifier) = Systemd::new();
+    let limit = STORE_RESERVE as usize + 100;
+    let (store, _) = FdStore::with(notifier, limit, Vec::new());
+    let (file, mut stored) = (File::open("/dev/null").unwrap(), Vec::new());
+    for number in 0..limit {
+        assert_eq!(store.has_room().is_ok(), number <= 100, "{number}");
+        store.keep(&format!("c{number}"), &[file.as_fd()]).unwrap();
+        systemd.read(&mut stored);
+    }
+    assert!(matches!(store.keep("o1", &[file.as_fd()]), Err(Error::Full { count: 600, limit: 600 })));
+    store.forget("c7");
+    store.forget("c7");
+    store.keep("o1", &[file.as_fd()]).unwrap();
+    assert!(store.keep("o2", &[file.as_fd()]).is_err());
+    for number in 0..limit {
+        store.forget(&format!("c{number}"));
+        systemd.read(&mut stored);
+    }
+    assert_eq!(stored.len(), MAX_IDLE + 1, "empty holders do not stay in any number");
+}
+
+#[test]
+fn the_names_of_a_full_store_fit_into_one_variable_of_the_environment() {
+    const MAX_ARG_STRLEN: u32 = 128 << 10;
+    let name = "h12345678:";
+    assert!(STORE_LIMIT * name.len() as u32 + ("LISTEN_FDNAMES=".len() as u32) < MAX_ARG_STRLEN);
+}
