@@ -99,7 +99,8 @@ impl Shim {
         self.cleanup.roll_back_create(entry).await;
     }
 
-    /// Registers the task under its id and the first unit name that no other task has, from the one in `task` on.
+    /// Registers the task under its id and the first unit name that no other task has, starting with the name in
+    /// `task`.
     fn register(&self, task: Task) -> Result<(Arc<Entry>, Verb), Error> {
         let key = task.key.clone();
         let first = task.init.unit.clone();
@@ -370,8 +371,8 @@ fn is_in_frozen_slice(task: &Task, dir: &Path) -> bool {
     !dir.join(LAUNCHED).exists() && matches!(limits::is_frozen(&slice), Ok(Some(true)))
 }
 
-/// The OCI runtime knows containers by their ids alone: where two containerds have the same one, the later task
-/// gets a state directory of its own.
+/// The OCI runtime identifies a container by its id alone. If two containerds have a container with the same id, the
+/// later task gets a state directory of its own.
 fn keep_apart(task: &mut Task) {
     let owner = if task.key.owner.is_usual() { "containerd" } else { task.key.owner.as_str() };
     let mut root = task.runtime.root.clone().into_os_string();

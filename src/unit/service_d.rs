@@ -203,7 +203,7 @@ impl Shield<'_> {
         if general.is_empty() {
             return BTreeMap::new();
         }
-        // What the administrator has put into a directory that is more specific takes the place of the drop-in already.
+        // A file of the administrator in a more specific directory already replaces the drop-in.
         for path in self.specific(scope).into_iter().filter(|path| !is_copy(path)) {
             path.file_name().map(|name| general.remove(name));
         }

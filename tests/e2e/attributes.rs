@@ -109,7 +109,7 @@ pub fn inherited(node: &Node, runtime: &str, terminal: bool) -> [BTreeMap<String
     [init, exec]
 }
 
-/// Fields that differ: name, ours, the stock shim's.
+/// Fields that differ: the name, the value under our shim, and the value under the stock shim.
 pub fn differences(ours: &BTreeMap<String, String>, stock: &BTreeMap<String, String>) -> Vec<String> {
     let names: std::collections::BTreeSet<_> = ours.keys().chain(stock.keys()).collect();
     let value = |of: &BTreeMap<String, String>, name: &str| of.get(name).cloned().unwrap_or_default();

@@ -71,7 +71,7 @@ pub fn is_of_every_life(point: &str) -> bool {
     !checkpoint::is_point(point) && !point.starts_with("failed-")
 }
 
-/// What stdio the processes have.
+/// The kind of stdio that the processes have.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Streams {
     Fifos,

@@ -1,4 +1,4 @@
-//! Each exec has a unit: what systemd shows of it, and what systemctl does to it.
+//! Each exec has a unit: tests of what systemd shows of the unit, and of what systemctl does to it.
 
 use std::thread;
 
@@ -10,10 +10,11 @@ use crate::common::systemd::{self, unit_of_exec};
 use crate::common::task::{Io, SIGKILL, SIGTERM};
 use crate::common::{process, wait};
 
-/// The daemon's slice, not the container's: what an exec costs in itself is no pod's.
+/// The daemon's slice, not the container's: the cost of an exec itself is not charged to the pod.
 const SLICE: &str = "containerd_shim.slice";
 
-/// Ends with 9 on SIGTERM, once it has said that it is ready. What stays behind does not hold the output.
+/// Ends with 9 on SIGTERM, after it has printed that it is ready. A process that stays behind does not keep the
+/// output open.
 const TRAPPED: &str = "trap 'exit 9' TERM; echo ready; sleep 100000 >/dev/null 2>&1 & wait";
 
 fn sleeping(node: &Node) -> Container<'_> {

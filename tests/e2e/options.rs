@@ -66,7 +66,7 @@ impl Noting {
         calls.lines().filter(|call| call.split(' ').any(|word| word == command)).count()
     }
 
-    /// How its `create` was called.
+    /// The command line of its `create`.
     fn create_call(&self) -> String {
         let calls = self.scratch.read("calls");
         let create = calls.lines().find(|call| call.split(' ').any(|word| word == "create"));

@@ -1,4 +1,5 @@
-//! A container is a systemd unit: what `systemctl` and `journalctl` show of it, and what they do to it.
+//! A container is a systemd unit: tests of what `systemctl` and `journalctl` show of it, and of what `systemctl` does
+//! to it.
 
 use std::fs;
 use std::thread;
@@ -108,7 +109,7 @@ fn systemctl_stop_ends_a_created_task() {
     let container = node.container("stop-created", Spec::sleeping()).created(&Io::default());
     process::succeed("systemctl", &["stop", &systemd::unit_of(&container)]);
     let status = container.exit_status();
-    // What waits for start is the runtime's init: runc's, a Go program, ends itself with 2.
+    // The process that waits for Start is the OCI runtime's init. That of runc, a Go program, exits with 2.
     assert!([2, 137, 143].contains(&status), "{status}");
     container.start().expect_err("start a stopped task");
     container.delete().expect("delete");
