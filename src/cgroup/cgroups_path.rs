@@ -30,7 +30,7 @@ const LONGEST: usize = 3072;
 /// The longest name of a directory, in bytes.
 const LONGEST_NAME: usize = 255;
 
-/// The parents of the cgroups that clients choose by default. The namespace is another one.
+/// The parents of the cgroups that clients choose by default. The containerd namespace is another such parent.
 const DEFAULT_PARENTS: [&str; 2] = ["k8s.io", "docker"];
 
 impl Requested {
