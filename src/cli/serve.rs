@@ -414,8 +414,7 @@ fn listen(
     if fault::is_forgetful() {
         return Listener::try_from(listener);
     }
-    // Unsent responses of earlier daemons are sent first.
-    let earlier = stream::iter(earlier).map(Durable::flushed).buffer_unordered(usize::MAX);
+    let earlier = stream::iter(earlier).map(Durable::until_needed).buffer_unordered(usize::MAX);
     Ok(Listener::new(stream::select(earlier, connections.accept(listener)?)))
 }
 

@@ -109,6 +109,20 @@ impl Durable {
         Ok(self)
     }
 
+    /// Waits until a connection of an earlier daemon is needed: all responses of earlier daemons are sent, and there are
+    /// requests to serve, or the client has sent something, or the client has closed it. Until then, ttrpc needs no tasks
+    /// and no buffers for it: most connections of a node with many containers are idle.
+    ///
+    /// # Errors
+    /// The socket can't be watched.
+    pub async fn until_needed(self) -> io::Result<Self> {
+        let this = self.flushed().await?;
+        if this.ready.is_empty() {
+            drop(this.socket.readable().await?);
+        }
+        Ok(this)
+    }
+
     fn respond(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let frames = self.writing.push(bytes);
         // ttrpc checks the length itself.

@@ -338,3 +338,38 @@ async fn a_client_that_reads_no_answer_is_not_read_from_once_many_wait_for_it() 
     }
     assert_eq!((unsent.len(), received + served), (0, SENT as usize));
 }
+
+#[tokio::test]
+async fn an_adopted_connection_is_needed_once_its_client_sends_or_leaves() {
+    for is_sending in [true, false] {
+        let (mut near, far) = UnixStream::pair().unwrap();
+        let mut server = Server::new(far);
+        server.die(&Crashes::default());
+        let mut needed = std::pin::pin!(server.durable.take().unwrap().until_needed());
+        for _ in 0..3 {
+            // Lets tokio's driver poll the socket.
+            tokio::task::yield_now().await;
+            let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
+            assert!(poll.is_pending(), "an idle connection is needed by nobody");
+        }
+        if is_sending {
+            near.write_all(b"x").unwrap();
+        } else {
+            drop(near);
+        }
+        needed.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_adopted_connection_with_an_unanswered_request_is_needed() {
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let random = &mut Random(1);
+    let mut server = Server::new(far);
+    near.write_all(&frame(1, MESSAGE_TYPE_REQUEST, b"")).unwrap();
+    while server.read(random).is_empty() {
+        tokio::task::yield_now().await;
+    }
+    server.die(&Crashes::default());
+    server.durable.take().unwrap().until_needed().await.unwrap();
+}
