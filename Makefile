@@ -78,10 +78,10 @@ audit: ## known vulnerabilities of the dependencies, with cargo-deny; needs the 
 	cargo deny --locked check advisories
 
 test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; Docker and CRI; the package; a minute of chaos
-	@$(SCRIPTS)/run-all unit nspawn clients/nspawn chaos/nspawn --beside core/bookworm core/forky pods/forky packages/trixie vm
+	@$(SCRIPTS)/run-all unit nspawn clients/nspawn chaos/nspawn --beside page core/bookworm core/forky pods/forky packages/trixie vm
 
 test-all: ## every test there is, which takes hours where QEMU emulates: whole suites in VMs, the package on each suite, clients while the daemon is killed
-	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all unit nspawn clients/nspawn \
+	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all unit page nspawn clients/nspawn \
 		packages/bookworm packages/trixie packages/forky pods/forky chaos/nspawn clients/vm checkpoints/forky vm/bookworm vm/trixie vm/forky
 
 test-failing: ## in a test build, the step after each fault point fails, in each way in which it can: minutes

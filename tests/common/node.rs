@@ -169,6 +169,8 @@ pub enum Need {
     PreservedStore,
     /// A containerd whose clients can have sandboxes: 1.7 creates them, and then fails to publish the event.
     Sandboxes,
+    /// Chromium.
+    Browser,
 }
 
 impl Need {
@@ -202,6 +204,8 @@ impl Need {
             Need::Reboot => std::env::var_os("E2E_REBOOT")
                 .is_none()
                 .then(|| "nobody reboots this guest in between".to_string()),
+            Need::Browser => (!std::path::Path::new("/usr/bin/chromium").exists())
+                .then(|| "no Chromium here (run-page has it)".to_string()),
             Need::Faults => shim::points().is_empty().then(|| "no build with faults here".to_string()),
             Need::Sandboxes => {
                 let outcome = super::process::run("containerd", &["--version"]);

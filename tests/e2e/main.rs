@@ -12,6 +12,7 @@ mod attached;
 mod attributes;
 mod bad_exec;
 mod bad_input;
+mod browser;
 mod bus;
 mod checkpoint;
 mod checkpoint_hangs;
