@@ -24,6 +24,7 @@ use crate::services::{Entry, Error, Process, Tasks, WaitsFor, blocking};
 use crate::session::fds::StreamFds;
 use crate::store::{self, Store};
 use crate::task::Task;
+use crate::unit::search_path;
 use crate::unit::systemd::Systemd;
 
 /// Why some things could not be removed.
@@ -236,7 +237,9 @@ impl Cleanup {
             Some(removal) => removal.await.is_ok_and(|removed| removed.is_ok()),
             None => false,
         };
-        if !removed {
+        // A unit that has failed while it was stopped (`ExecStopPost=` of a drop-in, a process that did not end) is still loaded,
+        // and keeps that of its container loaded.
+        if !removed || search_path::has_transient_file(&process.unit) {
             troubles.join(remove_unit(&*self.manager, &process.unit, Stop::Awaited).await);
         }
         let logger = logger_of(entry, process);

@@ -32,6 +32,11 @@ pub fn has_file(unit: &UnitName) -> bool {
     has_file_in(&ALL, unit)
 }
 
+/// Whether systemd has the file of a transient unit: it removes the file when it unloads the unit.
+pub fn has_transient_file(unit: &UnitName) -> bool {
+    Path::new(TRANSIENT).join(unit.as_str()).exists()
+}
+
 fn has_file_in(dirs: &[&str], unit: &UnitName) -> bool {
     let mut dirs = dirs.iter().filter(|dir| **dir != TRANSIENT);
     // A mask is a link to /dev/null.

@@ -155,6 +155,31 @@ fn a_unit_that_cant_start_leaves_nothing() {
 }
 
 #[test]
+fn units_that_fail_while_they_are_stopped_leave_nothing() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let namespace = unique("e2e-stop-fails");
+    let live = || {
+        let container =
+            node.container("stopped", Spec::sleeping()).namespace(&namespace).started(&Io::default());
+        let exec = container.exec_sh("exit 4");
+        assert_eq!(exec.exit_status(), 4);
+        exec.delete().expect("delete an exec");
+        let undeleted = container.exec_sh("exit 5");
+        assert_eq!(undeleted.exit_status(), 5);
+        container.kill(SIGKILL).expect("kill");
+        assert_eq!(container.exit_status(), 137);
+        container.delete().expect("delete");
+        drop(undeleted);
+    };
+    let _drop_in = DropIn::for_namespace(&namespace, "[Service]\nExecStopPost=/bin/false\n");
+    live();
+    let before = Traces::take();
+    (0..repeats()).for_each(|_| live());
+    leaks::assert_none("units that fail while they are stopped", &before);
+}
+
+#[test]
 fn containers_that_run_side_by_side_leave_nothing() {
     let node = Node::exclusive();
     run_rest(&node);
