@@ -125,7 +125,9 @@ fn fatal(line: &str) -> Option<(String, &'static str)> {
     let (name, value) = line.split_once('=').map(|(name, value)| (name.trim(), value.trim()))?;
     let is_off = ["", "no", "n", "false", "f", "off", "0"].contains(&value.to_ascii_lowercase().as_str());
     let effect = match name {
-        "Type" | "PAMName" | "RefuseManualStart" | "PrivatePIDs" if !is_off => NOT_CREATED,
+        "Type" | "PAMName" | "PIDFile" | "RefuseManualStart" | "PrivatePIDs" if !is_off => NOT_CREATED,
+        // systemd loads no service of Type=oneshot, which execs are, with these values.
+        "Restart" if ["always", "on-success"].contains(&value) => "no exec can be started",
         "ExitType" if value != "main" => NOT_CREATED,
         "UnsetEnvironment" if value.split_whitespace().any(|word| word == "NOTIFY_SOCKET") => {
             "no exec can be started"
@@ -380,6 +382,8 @@ mod tests {
             " PrivatePIDs = yes",
             "ExitType=cgroup",
             "RefuseManualStop=1",
+            "PIDFile=/run/web.pid",
+            "Restart=always",
             "UnsetEnvironment=A NOTIFY_SOCKET",
         ] {
             let (setting, _) = fatal(line).unwrap();
@@ -392,6 +396,7 @@ mod tests {
             "ExitType=main",
             "NoNewPrivileges=yes",
             "RuntimeMaxSec=5",
+            "Restart=on-failure",
         ] {
             assert_eq!(fatal(line), None, "{line}");
         }

@@ -64,6 +64,7 @@ fn a_setting_that_keeps_a_container_from_starting_is_named() {
         ("[Unit]\nAssertPathExists=!/etc\n", &["AssertPathExists=!/etc in ", "50-e2e.conf is not met"]),
         ("[Service]\nExecStartPre=/bin/false\n", &["/bin/false of ExecStartPre=", "ended with code 1"]),
         ("[Service]\nExecCondition=/bin/false\n", &["/bin/false of ExecCondition=", "ended with code 1"]),
+        ("[Service]\nExecStartPost=/bin/false\n", &["/bin/false of ExecStartPost=", "ended with code 1"]),
         ("[Service]\nUser=no-such-user\n", &["step USER failed (exit code 217)", "50-e2e.conf"]),
         ("[Service]\nBindPaths=/no/such\n", &["step NAMESPACE failed (exit code 226)", "50-e2e.conf"]),
     ];

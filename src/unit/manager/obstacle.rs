@@ -70,7 +70,7 @@ impl Manager {
         let needs = needs.flat_map(|name| get::<Vec<String>>(&all, name).unwrap_or_default());
         let files = text(&all, "FragmentPath").into_iter();
         let files = files.chain(get::<Vec<String>>(&all, "DropInPaths").unwrap_or_default());
-        let commands = ["ExecCondition", "ExecStartPre", "ExecStart"].into_iter();
+        let commands = ["ExecCondition", "ExecStartPre", "ExecStart", "ExecStartPost"].into_iter();
         let commands = commands.map(|name| (name, get::<Vec<Command>>(&service, name).unwrap_or_default()));
         Ok(Facts {
             unit: unit.to_string(),
