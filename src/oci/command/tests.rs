@@ -57,7 +57,7 @@ async fn a_command_that_nobody_waits_for_is_killed() {
 
 #[tokio::test]
 async fn commands_for_a_container_run_one_after_the_other_and_leftover_children_delay_nothing() {
-    let script = "mkdir running || exit 9; sleep 1000 & sleep 0.05; rmdir running";
+    let script = "mkdir running || exit 9; sleep 1000 & echo $! >> children; sleep 0.05; rmdir running";
     let (dir, runtime) = scratch(script);
     let runtime = Runtime { limit_sec: 60, ..runtime };
     let id = TaskId::new("web").unwrap();
@@ -67,6 +67,12 @@ async fn commands_for_a_container_run_one_after_the_other_and_leftover_children_
     let ran = futures_util::future::join_all((0..4).map(|_| commands.start(&cli))).await;
     assert!(ran.iter().all(Result::is_ok), "{ran:?}");
     assert!(cli.holder().unwrap().is_none());
+    // Otherwise they outlive the test, with every descriptor that it has inherited.
+    let children = fs::read_to_string(dir.path().join("children")).unwrap();
+    for child in children.lines().map(|pid| pid.parse().unwrap()) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+    assert_eq!(children.lines().count(), 4);
 }
 
 #[tokio::test]
