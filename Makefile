@@ -82,7 +82,7 @@ test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), 
 
 test-all: ## every test there is, which takes hours where QEMU emulates: whole suites in VMs, the package on each suite, clients while the daemon is killed
 	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all unit page nspawn clients/nspawn \
-		packages/bookworm packages/trixie packages/forky pods/forky chaos/nspawn clients/vm checkpoints/forky vm/bookworm vm/trixie vm/forky
+		packages/bookworm packages/trixie packages/forky pods/forky chaos/nspawn chaos/nspawn/forky clients/vm checkpoints/forky vm/bookworm vm/trixie vm/forky
 
 test-failing: ## in a test build, the step after each fault point fails, in each way in which it can: minutes
 	@E2E_FAILURE=all $(SCRIPTS)/run-e2e nspawn trixie failing_points::
