@@ -7,6 +7,8 @@ use tokio::sync::oneshot;
 
 use crate::fault::{self, Point};
 use crate::id::UnitName;
+use crate::launch::contract::Outcome;
+use crate::launch::report;
 use crate::oci::runtime;
 use crate::ops::Shim;
 use crate::services::pending::Stored;
@@ -17,7 +19,7 @@ use crate::store::{self, Found, OwedTask};
 use crate::suspect::{Crashes, Suspect};
 use crate::task::Task;
 use crate::task::lifecycle::Event;
-use crate::task::phase::Phase;
+use crate::task::phase::{ObservedExit, Phase};
 
 impl Shim {
     /// Recovers the tasks of an earlier daemon: reads their records and compares each task with its unit. A record that has
@@ -144,6 +146,7 @@ impl Shim {
         process: &Arc<Process>,
         running: &HashSet<UnitName>,
     ) {
+        self.note_end_of_brief_exec(entry, process);
         let exec = process.exec();
         let (is_starting, pid, has_run, has_ended) = match entry.task().process(exec) {
             Some(recorded) => (
@@ -191,6 +194,28 @@ impl Shim {
         // An earlier daemon may have ended before it removed the unit.
         if exec.is_some() && has_ended {
             self.cleanup.remove_ended_exec(entry, process);
+        }
+    }
+
+    /// Records the end of an exec that ended before `launch` handed it over: systemd does not know it. An earlier version wrote
+    /// the start and the end of such an exec one after the other, so its record may contain only the start.
+    fn note_end_of_brief_exec(&self, entry: &Arc<Entry>, process: &Process) {
+        let recorded =
+            entry.task().process(process.exec()).filter(|exec| exec.is_alive()).and_then(|exec| exec.pid());
+        let (Some(pid), Some(_)) = (recorded, process.exec()) else {
+            return;
+        };
+        // If the report can't be read, the unit shows how the exec ended.
+        let Ok(Some(Outcome::Ended { pid: ended, exit })) =
+            report::read(&self.store.process_dir(&process.key))
+        else {
+            return;
+        };
+        let seen = ObservedExit { pid: Some(ended), exit };
+        if ended == pid
+            && let Err(error) = self.tasks.note_event(entry, process, Event::Exited(seen))
+        {
+            tracing::error!(process = %process.key, %error, "{}: can't record its end: {error}", process.key);
         }
     }
 

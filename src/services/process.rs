@@ -44,9 +44,20 @@ pub(crate) async fn cancelled(entry: &Entry) -> Error {
 
 /// True if a process is in the cgroup of the task. Otherwise another process has got the pid.
 pub(crate) fn lives_in(task: &Task, pid: u32) -> bool {
-    let Ok(found) = cgroup::of_process(pid) else {
-        return false;
-    };
+    cgroup::of_process(pid).is_ok_and(|found| is_place_of(task, &found))
+}
+
+/// True if a process of the task has ended: no process has its pid any more, or one outside of the task. False if that can't be
+/// found out.
+pub(crate) fn has_ended(task: &Task, pid: u32) -> bool {
+    match cgroup::of_process(pid) {
+        Ok(found) => !is_place_of(task, &found),
+        Err(error) => error.is_gone(),
+    }
+}
+
+/// True if processes of the task are in this cgroup.
+fn is_place_of(task: &Task, found: &Path) -> bool {
     match (task.cgroup(), &task.placement) {
         (Some(container), _) => found.starts_with(container),
         // Create has not noted it yet.

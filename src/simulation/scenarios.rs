@@ -1,6 +1,7 @@
 //! Tests of what happens to tasks without a call: exits that systemd reports late, twice or not at all, units that
 //! somebody else unloads, launches that fail.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use crate::api::status;
 use crate::cgroup;
 use crate::effects::{Failure, Plan};
 use crate::id::UnitName;
-use crate::launch::fake::Launches;
+use crate::launch::fake::{BRIEF_STATUS, Launches};
 use crate::ops::Status;
 use crate::services::{Delivery, Error};
 use crate::task::lifecycle::Exit;
@@ -108,6 +109,51 @@ fn an_exec_whose_unit_is_unloaded_counts_as_killed() {
     let exec = world.exec();
     let exit = world.live(move |shim| async move { shim.wait(&exec, Delivery::First).await });
     assert_eq!(exit.unwrap().unwrap().status, 137);
+}
+
+/// An earlier version could leave records of processes that systemd never had as main processes.
+#[test]
+fn a_process_that_systemd_never_knew_has_ended_if_it_does_not_exist() {
+    for (own, expected) in [(Some(3), 3), (None, 137)] {
+        let world = up("exec-unknown", &WITH_EXEC);
+        world.systemd.end_unknown(&world.exec_unit(), own);
+        let exec = world.exec();
+        let exit = world.live(move |shim| async move {
+            tokio::time::sleep(A_WHILE).await;
+            shim.tasks.state(&exec).unwrap().exit
+        });
+        assert_eq!(exit.unwrap().map(|exit| exit.status), Some(expected));
+        world.take(&[Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
+        assert_eq!(world.remains(), Vec::<String>::new());
+    }
+    for own in [Some(3), None] {
+        let world = up("init-unknown", &UP);
+        world.systemd.end_unknown(&world.unit(), own);
+        assert_eq!(exit_after(&world, || {}).map(|exit| exit.status), Some(255));
+        let init = world.init();
+        let deleted = world.live(move |shim| async move { shim.delete(&init, Delivery::First).await });
+        assert_eq!(deleted.unwrap().unwrap().exit.map(|exit| exit.status), Some(255));
+        assert_eq!(world.remains(), Vec::<String>::new());
+    }
+}
+
+/// An earlier version recorded the start of an exec and its end, which `launch` had reported, one after the other.
+#[test]
+fn a_record_with_the_start_of_a_brief_exec_alone_is_completed_with_its_end() {
+    let world = World::new("brief-half");
+    world.launch.set(Launches::Brief);
+    world.take(&WITH_EXEC, Delivery::First).unwrap().unwrap();
+    let record = world.state_dir().join(world.task.namespace.as_str()).join("web/execs/probe/record.json");
+    let mut written: serde_json::Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    let phase = &mut written["exec"]["phase"];
+    assert_eq!(phase["name"], "stopped");
+    *phase = serde_json::json!({"name": "running", "pid": phase["pid"]});
+    fs::write(&record, written.to_string()).unwrap();
+    let exec = world.exec();
+    let exit = world.live(move |shim| async move { shim.wait(&exec, Delivery::First).await });
+    assert_eq!(exit.unwrap().unwrap().status, BRIEF_STATUS);
+    world.take(&[Step::DeleteExec, Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
+    assert_eq!(world.remains(), Vec::<String>::new());
 }
 
 #[test]

@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
+use crate::services::process::has_ended;
 use crate::services::streams::Streams;
 use crate::services::{Entry, Process, Tasks, blocking};
 use crate::sys;
@@ -162,18 +163,37 @@ impl Units {
             Ok(main) => main,
             Err(error) => return log_query_error(process, &error),
         };
+        let (pid, has_ended) = {
+            let task = entry.task();
+            let pid = task.process(process.exec()).and_then(|process| process.pid());
+            (pid, pid.is_some_and(|pid| has_ended(&task, pid)))
+        };
+        let unknown = || Exit { status: UNKNOWN_STATUS, at_usec: sys::now_usec() };
+        let killed = || exit_of(WaitStatus::killed_at(sys::now_usec()));
         let exit = match (main, process.exec()) {
-            (Some(main @ MainProcess { ended: Some(ended), .. }), _) => {
+            (Some(main @ MainProcess { ended: Some(ended), last_pid, .. }), _)
+                if last_pid.is_none() || last_pid == pid =>
+            {
                 return self.ended(entry, process, seen(main, ended));
             }
-            (Some(MainProcess { pid: Some(_), .. }), _) | (Some(_), None) => return,
-            (None, None) => Exit { status: UNKNOWN_STATUS, at_usec: sys::now_usec() },
+            // systemd never had this process as the main process of the unit, and will report no end.
+            (Some(main), exec) if has_ended && main.pid != pid && main.last_pid != pid => {
+                match (exec, main.ended) {
+                    // `launch` had to hand the exec over, and has exited like it.
+                    (Some(_), Some(ended)) => exit_of(ended),
+                    (Some(_), None) => killed(),
+                    (None, _) => unknown(),
+                }
+            }
+            (Some(MainProcess { pid: Some(_), .. } | MainProcess { ended: Some(_), .. }), _)
+            | (Some(_), None) => return,
+            (None, None) => unknown(),
             // Stopped from outside: systemd sends SIGTERM and SIGKILL, and does not wait for a process that is not
             // its child.
-            (_, Some(_)) => exit_of(WaitStatus::killed_at(sys::now_usec())),
+            (_, Some(_)) => killed(),
         };
         let (key, status) = (&process.key, exit.status);
-        tracing::warn!(process = %key, "{key}: its unit disappeared or was stopped by somebody else; exit code unknown, reporting {status}");
+        tracing::warn!(process = %key, "{key}: systemd does not know how it ended: its unit disappeared, was stopped by somebody else, or never had this process; reporting {status}");
         self.ended(entry, process, ObservedExit { pid: None, exit });
     }
 

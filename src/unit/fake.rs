@@ -194,6 +194,19 @@ impl FakeSystemd {
         }
     }
 
+    /// Ends the process of a unit, without a signal on the bus. systemd never had this process as the main process: its own one,
+    /// if there was any, ended as stated.
+    pub fn end_unknown(&self, unit: &UnitName, own: Option<i32>) {
+        let mut state = self.state();
+        if let Some(unit) = state.units.get_mut(unit) {
+            end(unit, WaitStatus { code: 1, status: own.unwrap_or_default(), at_usec: Some(7) });
+            unit.main = match own {
+                Some(_) => MainProcess { last_pid: Some(1), ..unit.main },
+                None => MainProcess::default(),
+            };
+        }
+    }
+
     /// Ends the main process of a unit with this exit code.
     pub fn end(&self, unit: &UnitName, code: i32) {
         self.end_unheard(unit, code);
