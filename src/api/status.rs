@@ -56,6 +56,7 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::InitGone { .. }
         | Error::NotStarted
         | Error::Resources(oci::resources::Error::NoController { .. })
+        | Error::Profile(oci::profiles::Error::NotLoaded { .. })
         | Error::Unit(unit::error::Error::Dependency { .. })
         | Error::ResizeStopped => Code::FAILED_PRECONDITION,
         Error::Earlier { code, .. } => Code::from_i32(*code).unwrap_or(Code::UNKNOWN),
@@ -78,6 +79,7 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::Stdio(_)
         | Error::Process(oci::process::Error::Malformed(_) | oci::process::Error::NoArgs)
         | Error::CgroupsPath(_)
+        | Error::Profile(_)
         | Error::Name(_) => Code::INVALID_ARGUMENT,
         Error::NotEnding { .. }
         | Error::NotFreezing { .. }

@@ -56,7 +56,8 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
     if task.request.checkpoint.is_some() {
         edits.annotation = Some((CONFIG_ANNOTATION, restore::write_overrides(process)?));
     }
-    bundle::edit(bundle, &edits)?;
+    let namespaces = bundle::edit(bundle, &edits)?;
+    namespaces.iter().try_for_each(|one| namespaces::check(&one.kind, &one.path))?;
     launch_cgroup::enter(task, false)?;
     // Create has already mounted the rootfs of a container that is restored.
     if !task.request.rootfs.is_empty() && task.request.checkpoint.is_none() {

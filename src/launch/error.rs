@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::id::ProcessKey;
 use crate::oci::{bundle, criu, mount, namespaces, runtime};
+use crate::path_error::PathError;
 use crate::stdio::fifo;
 use crate::{cgroup, store};
 
@@ -31,6 +32,9 @@ pub enum Error {
     /// containerd's namespaces can't be entered.
     #[error(transparent)]
     Namespaces(#[from] namespaces::Error),
+    /// A namespace of the spec can't be joined.
+    #[error(transparent)]
+    NotJoinable(#[from] namespaces::NotJoinable),
     /// A cgroup can't be entered.
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
@@ -86,6 +90,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// There are no images of a checkpoint.
+    #[error("this is no checkpoint of a container: {0}")]
+    NoCheckpoint(#[source] PathError),
     /// The OCI runtime can't be run.
     #[error("OCI runtime {verb} failed: can't run {binary}: {source}")]
     Exec {

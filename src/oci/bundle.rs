@@ -94,17 +94,22 @@ struct Linux {
     #[serde(default)]
     resources: Option<Box<RawValue>>,
     #[serde(default)]
-    namespaces: Option<Vec<NamespaceOfKind>>,
+    namespaces: Option<Vec<Namespace>>,
     #[serde(default)]
     uid_mappings: Option<Vec<IdMapping>>,
     #[serde(default)]
     gid_mappings: Option<Vec<IdMapping>>,
 }
 
-#[derive(Debug, Deserialize)]
-struct NamespaceOfKind {
+/// A namespace of the container.
+#[derive(Debug, Deserialize, PartialEq, Eq)]
+pub struct Namespace {
+    /// Its kind, such as `network`.
     #[serde(rename = "type", default)]
-    kind: String,
+    pub kind: String,
+    /// The file of an existing namespace, which the container joins; empty for a new one.
+    #[serde(default)]
+    pub path: PathBuf,
 }
 
 /// A range of ids of a user namespace. (Runtime spec, config-linux.md, "User namespace mappings".)
@@ -141,7 +146,7 @@ const HOOKS: Shape = Shape::Struct(&[
 const LINUX: Shape = Shape::Struct(&[
     ("cgroupsPath", Shape::Text),
     ("gidMappings", ID_MAPPINGS),
-    ("namespaces", Shape::List(&Shape::Struct(&[("type", Shape::Text)]))),
+    ("namespaces", Shape::List(&Shape::Struct(&[("type", Shape::Text), ("path", Shape::Text)]))),
     ("resources", resources::SHAPE),
     ("rootfsPropagation", Shape::Text),
     ("uidMappings", ID_MAPPINGS),
@@ -253,20 +258,20 @@ pub struct Edits {
     pub binds: Vec<(PathBuf, String)>,
 }
 
-/// Edits a bundle's spec, replacing the file in one step.
+/// Edits a bundle's spec, replacing the file in one step. Returns the namespaces in it.
 ///
 /// # Errors
 /// As [`Spec::read`]; or the file can't be written, and the old file stays.
-pub fn edit(bundle: &Path, edits: &Edits) -> Result<(), Error> {
-    if *edits == Edits::default() {
-        return Ok(());
-    }
+pub fn edit(bundle: &Path, edits: &Edits) -> Result<Vec<Namespace>, Error> {
     let path = bundle.join(CONFIG);
-    let text = edited(&read_config(&path)?, edits)
+    let (text, namespaces) = edited_with(&read_config(&path)?, edits)
         .map_err(|source| Error::Malformed { path: path.clone(), source })?;
-    let new = bundle.join(".config.json.new");
-    let mode = fs::metadata(&path).map_err(io_error("read the mode of", &path))?.permissions();
-    Ok(files::replace(&path, &new, mode.mode() & MODE, &text).map_err(io_error("replace", &path))?)
+    if *edits != Edits::default() {
+        let new = bundle.join(".config.json.new");
+        let mode = fs::metadata(&path).map_err(io_error("read the mode of", &path))?.permissions();
+        files::replace(&path, &new, mode.mode() & MODE, &text).map_err(io_error("replace", &path))?;
+    }
+    Ok(namespaces)
 }
 
 /// The bundle's spec with all of its fields, or `None` if the bundle has no spec: for a sandbox without a spec from
@@ -296,23 +301,20 @@ pub fn write_whole(bundle: &Path, spec: &Value) -> Result<(), Error> {
     Ok(files::replace(&path, &new, 0o600, spec.to_string().as_bytes()).map_err(io_error("replace", &path))?)
 }
 
-/// A JSON file of the node that a client names, such as a seccomp profile.
-///
-/// # Errors
-/// As [`Spec::read`].
-pub fn read_json(path: &Path) -> Result<Value, Error> {
-    let text = read_config(path)?;
-    serde_json::from_slice(&text).map_err(|source| Error::Malformed { path: path.to_owned(), source })
-}
-
 /// The fields of a JSON object in their order, each as its original text.
 type Fields = Members<Box<RawValue>>;
 
 fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
+    edited_with(text, edits).map(|(text, _)| text)
+}
+
+/// The edited text, and the namespaces in it.
+fn edited_with(text: &[u8], edits: &Edits) -> Result<(Vec<u8>, Vec<Namespace>), serde_json::Error> {
     let text = canonical(text, &SHAPE, Others::Kept)?;
     let mut spec: Fields = serde_json::from_str(&text)?;
     // Parses all fields that an edit may need, so that a spec that was accepted once can be edited later.
     let mut linux: Fields = member(&spec, "linux")?;
+    let namespaces: Vec<Namespace> = member(&linux, "namespaces")?;
     let mut process: Fields = member(&spec, "process")?;
     let mut env: Vec<Box<RawValue>> = member(&process, "env")?;
     let mut mounts: Vec<Box<RawValue>> = member(&spec, "mounts")?;
@@ -342,7 +344,7 @@ fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
         mounts.extend(edits.binds.iter().map(bind).collect::<Result<Vec<_>, _>>()?);
         spec.insert("mounts", to_raw_value(&mounts)?);
     }
-    serde_json::to_vec(&spec)
+    Ok((serde_json::to_vec(&spec)?, namespaces))
 }
 
 /// A member of an object; the default if the member is absent.

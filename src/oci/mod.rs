@@ -17,6 +17,7 @@ pub mod options;
 pub mod pod;
 pub mod pod_files;
 pub mod process;
+pub mod profiles;
 pub mod resources;
 pub mod runtime;
 pub mod sealed;

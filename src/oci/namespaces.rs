@@ -10,9 +10,12 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{OFlag, open as open_file};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket};
+use nix::sys::stat::Mode;
+use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::path_error::{PathError, io_error};
 use crate::task::request::{Containerd, Namespaces};
@@ -40,6 +43,65 @@ pub enum Error {
         address: String,
     },
 }
+
+/// A namespace that a container or a pod is to join can't be joined.
+#[derive(Debug, thiserror::Error)]
+pub enum NotJoinable {
+    /// Its file can't be opened.
+    #[error("{kind} namespace: {source}")]
+    Io {
+        /// The kind of namespace, as the spec names it.
+        kind: String,
+        /// Why.
+        source: PathError,
+    },
+    /// The file is something else.
+    #[error("{kind} namespace: {path} is {what}")]
+    Other {
+        /// The kind of namespace, as the spec names it.
+        kind: String,
+        /// The file.
+        path: PathBuf,
+        /// What the file is.
+        what: String,
+    },
+}
+
+/// Checks that a file is a namespace of a kind, given by its name in a spec: OCI runtimes report only that they can't join it.
+/// Accepts a relative path and a kind that is not known, which the OCI runtime checks.
+///
+/// # Errors
+/// [`NotJoinable`]
+pub fn check(kind: &str, path: &Path) -> Result<(), NotJoinable> {
+    let expected = match kind {
+        "network" => "net",
+        "mount" => "mnt",
+        "pid" | "ipc" | "uts" | "user" | "cgroup" | "time" => kind,
+        _ => return Ok(()),
+    };
+    if !path.is_absolute() {
+        return Ok(());
+    }
+    let failed = |source| NotJoinable::Io { kind: kind.to_owned(), source };
+    // With O_PATH, whatever the file is, this does not wait for it and has no effect on it.
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let opened = open_file(path, flags, Mode::empty()).map_err(io_error("open", path)).map_err(failed)?;
+    let is_namespace = fstatfs(&opened).is_ok_and(|found| found.filesystem_type() == NSFS);
+    // The kernel's name for it: net:[4026531840]
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd()));
+    let name = name.map_err(io_error("look at", path)).map_err(failed)?;
+    let found = name.to_string_lossy();
+    let found = found.split(':').next().unwrap_or_default();
+    let what = match (is_namespace, found == expected) {
+        (true, true) => return Ok(()),
+        (true, false) => format!("a namespace of another kind ({found})"),
+        (false, _) => "no namespace".to_owned(),
+    };
+    Err(NotJoinable::Other { kind: kind.to_owned(), path: path.to_owned(), what })
+}
+
+/// The file system of namespaces (linux/magic.h, `NSFS_MAGIC`).
+const NSFS: FsType = FsType(0x6e73_6673);
 
 /// PID 1, whose namespaces are the host's.
 const HOST: &str = "1";
@@ -196,6 +258,29 @@ mod tests {
         assert_eq!(find(&recorded, "/nowhere").unwrap(), std::process::id().to_string());
         let other = Namespaces { mount: own[0] + 1, ..recorded };
         assert!(matches!(find(&other, "/nowhere"), Err(Error::Gone { .. })));
+    }
+
+    #[test]
+    fn a_namespace_that_can_not_be_joined_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = dir.path().join("missing");
+        let reason = |kind, path: &Path| check(kind, path).err().map(|error| error.to_string());
+        assert_eq!(reason("network", Path::new("/proc/self/ns/net")), None);
+        assert_eq!(reason("mount", Path::new("/proc/self/ns/mnt")), None);
+        for other in [Path::new("relative"), Path::new("")] {
+            assert_eq!(reason("network", other), None);
+        }
+        assert_eq!(reason("of the future", &missing), None);
+        let cases = [
+            (missing.clone(), format!("network namespace: can't open {}: No such file", missing.display())),
+            (dir.path().to_owned(), format!("network namespace: {} is no namespace", dir.path().display())),
+            ("/proc/self/ns/uts".into(), "/proc/self/ns/uts is a namespace of another kind (uts)".to_owned()),
+            ("/dev/null".into(), "/dev/null is no namespace".to_owned()),
+        ];
+        for (path, expected) in cases {
+            let found = reason("network", &path).unwrap();
+            assert!(found.contains(&expected), "{found}");
+        }
     }
 
     #[test]

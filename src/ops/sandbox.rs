@@ -15,7 +15,7 @@ use crate::launch;
 use crate::launch::contract::LAUNCHED;
 use crate::oci::options;
 use crate::oci::pod::{self, Pod, Seccomp};
-use crate::oci::{bundle, pod_files};
+use crate::oci::{bundle, pod_files, profiles};
 use crate::services::{Delivery, Error, WaitsFor, blocking};
 use crate::task::lifecycle::Exit;
 use crate::task::request::{Create, Mount, Places, Sandbox, Stdio};
@@ -216,7 +216,7 @@ fn prepare(call: &CreateSandbox) -> Result<Option<Sandbox>, Error> {
         return Ok(None);
     }
     let seccomp = match call.pod.as_ref().map(|pod| &pod.seccomp) {
-        Some(Seccomp::File(path)) => Some(bundle::read_json(path)?),
+        Some(Seccomp::File(path)) => Some(profiles::seccomp(path)?),
         Some(Seccomp::Own) | None => None,
     };
     let Some(pod) = &call.pod else {
@@ -228,8 +228,12 @@ fn prepare(call: &CreateSandbox) -> Result<Option<Sandbox>, Error> {
         bundle::write_whole(&call.bundle, &spec)?;
         return Ok(Some(Sandbox { places: None }));
     };
+    let node = node(seccomp);
+    if let Some(profile) = pod.apparmor.as_ref().filter(|_| node.apparmor) {
+        profiles::check_apparmor(profile)?;
+    }
     let places = pod_files::places(&call.bundle, call.key.id.as_str());
-    let prepared = prepare_pod(call, pod, places.as_ref(), node(seccomp));
+    let prepared = prepare_pod(call, pod, places.as_ref(), node);
     if let (Err(_), Some(places)) = (&prepared, &places) {
         // The first error is the one to report.
         let _ = pod_files::remove(places);

@@ -144,6 +144,9 @@ pub enum Error {
     /// The files of a pod can't be made.
     #[error(transparent)]
     PodFiles(#[from] oci::pod_files::Error),
+    /// A security profile that a pod names can't be used.
+    #[error(transparent)]
+    Profile(#[from] oci::profiles::Error),
     /// The limits are not usable.
     #[error(transparent)]
     Resources(#[from] oci::resources::Error),

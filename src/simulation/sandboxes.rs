@@ -119,7 +119,7 @@ fn unsupported_settings_of_a_pod_are_refused_before_anything_is_changed() {
             <[Error; 2]>::try_from(refused).unwrap()
         })
         .unwrap();
-    assert!(matches!(profile, Error::Bundle(_)), "{profile}");
+    assert!(matches!(profile, Error::Profile(_)), "{profile}");
     assert!(matches!(climbs, Error::BundlePath(_)), "{climbs}");
     assert_eq!(world.spec(&call), serde_json::json!({}));
 }

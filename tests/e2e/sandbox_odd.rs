@@ -23,24 +23,24 @@ use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, systemd, wait};
 
 /// The name of a sandbox, and direct calls for it.
-struct Direct<'s, 'n> {
+pub struct Direct<'s, 'n> {
     shim: &'s Shim<'n>,
-    id: String,
+    pub id: String,
     bundle: Bundle,
 }
 
 impl<'s, 'n> Direct<'s, 'n> {
-    fn new(shim: &'s Shim<'n>, name: &str) -> Self {
+    pub fn new(shim: &'s Shim<'n>, name: &str) -> Self {
         let bundle = Bundle::new("sandbox");
         bundle.remove_config();
         Self { shim, id: unique(name), bundle }
     }
 
-    fn create(&self) -> Result<(), Refusal> {
+    pub fn create(&self) -> Result<(), Refusal> {
         self.create_with(None, "")
     }
 
-    fn create_with(&self, options: Option<Any>, network: &str) -> Result<(), Refusal> {
+    pub fn create_with(&self, options: Option<Any>, network: &str) -> Result<(), Refusal> {
         let request = CreateSandboxRequest {
             sandbox_id: self.id.clone(),
             bundle_path: self.bundle.path().to_string(),
@@ -53,7 +53,7 @@ impl<'s, 'n> Direct<'s, 'n> {
         created.map(drop)
     }
 
-    fn start(&self) -> Result<u32, Refusal> {
+    pub fn start(&self) -> Result<u32, Refusal> {
         let request = StartSandboxRequest { sandbox_id: self.id.clone(), ..Default::default() };
         let started =
             self.shim.call_sandbox(async |client, context| client.start_sandbox(context, &request).await);
@@ -75,7 +75,7 @@ impl<'s, 'n> Direct<'s, 'n> {
         waited.map(|waited| waited.exit_status)
     }
 
-    fn state(&self) -> Result<String, Refusal> {
+    pub fn state(&self) -> Result<String, Refusal> {
         let request = SandboxStatusRequest { sandbox_id: self.id.clone(), ..Default::default() };
         let status =
             self.shim.call_sandbox(async |client, context| client.sandbox_status(context, &request).await);
@@ -99,14 +99,14 @@ impl<'s, 'n> Direct<'s, 'n> {
             .map(drop)
     }
 
-    fn shut_down(&self) -> Result<(), Refusal> {
+    pub fn shut_down(&self) -> Result<(), Refusal> {
         let request = ShutdownSandboxRequest { sandbox_id: self.id.clone(), ..Default::default() };
         self.shim
             .call_sandbox(async |client, context| client.shutdown_sandbox(context, &request).await)
             .map(drop)
     }
 
-    fn unit(&self) -> String {
+    pub fn unit(&self) -> String {
         format!("containerd-{NAMESPACE}-{}.service", self.id)
     }
 }
@@ -289,6 +289,7 @@ fn hostile_configurations_of_pods_leave_nothing() {
                 println!("{what}: {code:?}: {}", reason.chars().take(300).collect::<String>());
                 assert!(is_refused, "{what}: {code:?}: {reason}");
                 assert!(!reason.contains(|c: char| c.is_control()), "{what}: {reason:?}");
+                assert!(reason.contains(network), "{what}: {reason}");
                 assert!(reason.len() <= 9 << 10, "{what}: {} bytes", reason.len());
                 assert_eq!(self::code(sandbox.state()), Code::NOT_FOUND, "{what}");
             }

@@ -24,6 +24,16 @@ fn an_edited_field_is_there_once() {
 }
 
 #[test]
+fn an_edit_returns_the_namespaces() {
+    let text = br#"{"linux":{"Namespaces":[{"type":"pid"},{"Type":"network","PATH":"/run/netns/a"},{"path":null}]}}"#;
+    let (_, found) = edited_with(text, &Edits::default()).unwrap();
+    let expected = [("pid", ""), ("network", "/run/netns/a"), ("", "")];
+    let expected = expected.map(|(kind, path)| Namespace { kind: kind.to_owned(), path: path.into() });
+    assert_eq!(found, expected);
+    assert_eq!(edited_with(br#"{"linux":{"namespaces":null}}"#, &Edits::default()).unwrap().1, []);
+}
+
+#[test]
 fn an_annotation_of_the_client_stays() {
     let edits = Edits { annotation: Some(("org.criu.config", "/ours".into())), ..Edits::default() };
     for (text, expected) in [
