@@ -13,10 +13,12 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::files;
+use crate::path_error::{PathError, io_error};
 
 /// The variable with the path of a configuration file (criu(8)).
 pub const CONFIG_VARIABLE: &str = "CRIU_CONFIG_FILE";
@@ -29,6 +31,9 @@ pub const RESTORE_LOG: &str = "restore.log";
 
 /// The oldest usable version, major and minor: the first with `--skip-file-rwx-check`.
 const OLDEST: (u32, u32) = (3, 17);
+
+/// The image that every checkpoint has.
+const INVENTORY: &str = "inventory.img";
 
 /// The file with the [`Notes`] among the images. containerd packs and unpacks it with them.
 const NOTES: &str = "containerd-shim-systemd-v1.json";
@@ -296,11 +301,36 @@ impl Notes {
 /// Makes a directory of criu, for root only, if it does not exist. runc makes it itself, crun does not.
 ///
 /// # Errors
-/// The directory can't be made, for example because its parent does not exist.
+/// The directory can't be made, for example because its parent does not exist, or because a file has its name.
 pub fn make_dir(dir: &Path) -> io::Result<()> {
     match fs::DirBuilder::new().mode(0o700).create(dir) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => match fs::metadata(dir)?.is_dir() {
+            true => Ok(()),
+            false => Err(Errno::ENOTDIR.into()),
+        },
         made => made,
+    }
+}
+
+/// Checks that a directory has the images of a checkpoint. OCI runtimes report only which of their own files is missing.
+///
+/// # Errors
+/// The file with which every checkpoint begins can't be looked at.
+pub fn check_images(images: &Path) -> Result<(), PathError> {
+    let inventory = images.join(INVENTORY);
+    fs::metadata(&inventory).map(drop).map_err(io_error("find", &inventory))
+}
+
+/// Removes the log of an earlier command of criu, which must not be mistaken for the log of the next one.
+///
+/// # Errors
+/// The log can't be removed.
+pub fn remove_log(log: &Path) -> Result<(), PathError> {
+    match fs::remove_file(log) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(())
+        }
+        removed => removed.map_err(io_error("remove", log)),
     }
 }
 

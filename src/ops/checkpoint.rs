@@ -72,6 +72,7 @@ impl Shim {
         }
         entry.init.live().attempt.interrupted = CancellationToken::new();
         self.check_criu(&entry, &task).await?;
+        self.remove_log(&entry, dump_work(&request, &self.store.dir(key)).join(criu::DUMP_LOG)).await?;
         let begun = CheckpointNote { request, was_paused: task.init.phase.is_paused(), outcome: None };
         self.write_begun(key, &begun)?;
         fault::point(Point::CheckpointRecorded);
@@ -97,6 +98,13 @@ impl Shim {
         };
         fault::point(Point::CheckpointDone);
         taken
+    }
+
+    /// Removes the log of an earlier command of criu. A client may have named its directory, and kept it.
+    pub(super) async fn remove_log(&self, entry: &Entry, log: PathBuf) -> Result<(), Error> {
+        let removed =
+            self.files.run(WaitsFor::Bundle, &entry.init.key, move || criu::remove_log(&log)).await?;
+        Ok(removed.map_err(crate::store::Error::from)?)
     }
 
     /// Runs `launch` for a task, with the time limit of a Create. Fails when [`cancelled`].

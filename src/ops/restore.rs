@@ -50,6 +50,7 @@ impl Shim {
         let restored = async {
             self.check_criu(entry, task).await?;
             let dir = self.store.dir(&task.key);
+            self.remove_log(entry, restore_work(&task.runtime, &dir).join(criu::RESTORE_LOG)).await?;
             let plan = Arc::new(self.streams.plan(entry, &entry.init)?);
             let opened = self.streams.open(&plan).await?;
             // A restore that fails can be tried again, with the same input.

@@ -1,8 +1,11 @@
 //! Ends the daemon before each effect of each operation, and lets each effect fail in each way. In all cases, the
 //! task continues as if nothing had happened, or is as it was before the call, and leaves nothing behind at the end.
 
+use std::fs;
+
 use crate::effects::{Failure, Plan};
 use crate::launch::fake::Launches;
+use crate::oci::criu::Checkpoint;
 use crate::services::{Delivery, Error};
 
 use super::harness::{Step, World};
@@ -183,6 +186,41 @@ fn the_end_of_a_brief_exec_is_recorded_with_its_start() {
         }
     }
     unreachable!("the start has no end");
+}
+
+/// A client may name the work path of an earlier checkpoint, in which criu's log says that it has succeeded.
+#[test]
+fn the_log_of_an_earlier_checkpoint_is_no_success_of_the_next_one() {
+    let is_taken = |done: &[String]| done.iter().any(|effect| effect == "runtime checkpoint");
+    for effect in 0..MANY {
+        let world = World::new("old-log");
+        undisturbed(&world, &[Step::Create, Step::Start]);
+        let work = world.state_dir().with_file_name("work");
+        fs::create_dir_all(&work).unwrap();
+        fs::write(work.join("dump.log"), "Dumping finished successfully").unwrap();
+        let request = Checkpoint { image: "/image".into(), work: Some(work), ..Checkpoint::default() };
+        world.effects.plan(Plan::Stop(effect));
+        let (task, first) = (world.task.clone(), request.clone());
+        let done =
+            world.live(move |shim| async move { shim.checkpoint(&task, first, Delivery::First).await });
+        let log = world.effects.log();
+        if let Some(done) = done {
+            return done.unwrap();
+        }
+        // The last one is the effect before which the daemon ended.
+        let was_taken = is_taken(&log[..log.len() - 1]);
+        world.effects.plan(Plan::Undisturbed);
+        let task = world.task.clone();
+        let again =
+            world.live(move |shim| async move { shim.checkpoint(&task, request, Delivery::Replayed).await });
+        again.unwrap().unwrap();
+        assert!(
+            was_taken || is_taken(&world.effects.log()),
+            "stopped before effect {effect}: {:?}",
+            log.last()
+        );
+    }
+    unreachable!("the checkpoint has no end");
 }
 
 macro_rules! each_step {
