@@ -30,6 +30,7 @@ pub struct Builder<'n> {
     id: String,
     runtime: String,
     options: Option<Any>,
+    sandbox: String,
     spec: Spec,
 }
 
@@ -42,6 +43,7 @@ impl Node {
             id: unique(name),
             runtime: self.runtime.clone(),
             options: None,
+            sandbox: String::new(),
             spec,
         }
     }
@@ -69,6 +71,12 @@ impl<'n> Builder<'n> {
         self
     }
 
+    /// Puts the container into a sandbox of containerd.
+    pub fn sandbox(mut self, id: &str) -> Self {
+        self.sandbox = id.to_string();
+        self
+    }
+
     /// Creates the snapshot and the metadata, but no task.
     pub fn make(self) -> Container<'n> {
         let id = self.id.clone();
@@ -77,7 +85,7 @@ impl<'n> Builder<'n> {
 
     /// As [`Self::make`], but returns the error.
     pub fn try_make(self) -> Result<Container<'n>, Status> {
-        let Builder { node, namespace, id, runtime, options, spec } = self;
+        let Builder { node, namespace, id, runtime, options, sandbox, spec } = self;
         let parent = image::chain_id(node, &namespace);
         let init = Process { node, namespace, container: id.clone(), exec: String::new() };
         let mut container = Container { init, id, terminal: spec.has_terminal(), mounts: Vec::new() };
@@ -94,6 +102,7 @@ impl<'n> Builder<'n> {
             id: container.id.clone(),
             image: image::IMAGE.to_string(),
             runtime: Some(Runtime { name: runtime, options }),
+            sandbox,
             spec: Some(spec.to_any()),
             snapshotter: SNAPSHOTTER.to_string(),
             snapshot_key: container.id.clone(),

@@ -5,6 +5,7 @@
 
 #![allow(dead_code, unused_macros)] // each of them uses a part
 
+pub mod apparmor;
 pub mod audit;
 pub mod bpf;
 pub mod bulk;

@@ -151,6 +151,8 @@ pub fn number(variable: &str, natively: usize, emulated: usize) -> usize {
 /// Something that a test needs and not every run has.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Need {
+    /// A kernel in which AppArmor is enabled.
+    AppArmor,
     /// Our shim: the test checks something that other shims do not do.
     OurShim,
     /// cgroup v2 controllers.
@@ -177,6 +179,12 @@ impl Need {
     /// Why this run does not have it; `None` if it has.
     pub fn missing(self) -> Option<String> {
         match self {
+            Need::AppArmor => {
+                let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled");
+                let can_load = std::path::Path::new("/sys/kernel/security/apparmor/.load").exists();
+                let is_enabled = enabled.is_ok_and(|enabled| enabled.trim() == "Y") && can_load;
+                (!is_enabled).then(|| "AppArmor is not enabled in this kernel".to_string())
+            }
             Need::OurShim => {
                 let runtime = runtime_under_test();
                 (runtime != OUR_RUNTIME).then(|| format!("is about {OUR_RUNTIME}, this run tests {runtime}"))

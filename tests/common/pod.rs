@@ -84,6 +84,8 @@ pub struct LinuxSandboxSecurityContext {
     pub privileged: bool,
     #[prost(message, optional, tag = "9")]
     pub seccomp: Option<SecurityProfile>,
+    #[prost(message, optional, tag = "10")]
+    pub apparmor: Option<SecurityProfile>,
 }
 
 #[derive(Clone, PartialEq, Message)]

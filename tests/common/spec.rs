@@ -118,6 +118,24 @@ impl Spec {
         self
     }
 
+    /// For a container in the UTS namespace of another process, whose name it must not change.
+    pub fn without_hostname(mut self) -> Spec {
+        self.0["hostname"] = Value::Null;
+        self
+    }
+
+    /// Sets the AppArmor profile of the process.
+    pub fn apparmor(mut self, profile: &str) -> Spec {
+        self.0["process"]["apparmorProfile"] = json!(profile);
+        self
+    }
+
+    /// Removes the mount at `destination`.
+    pub fn without_mount(mut self, destination: &str) -> Spec {
+        self.list("/mounts").retain(|mount| mount["destination"] != destination);
+        self
+    }
+
     pub fn rootfs_propagation(mut self, propagation: &str) -> Spec {
         self.0["linux"]["rootfsPropagation"] = json!(propagation);
         self

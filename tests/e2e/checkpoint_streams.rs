@@ -75,3 +75,37 @@ fn a_task_of_runc_v2_moves_through_all_kinds_of_streams() {
     drop((stock, logged, silent, file, stdout, fifos));
     leaks::assert_none("a chain of checkpoints", &before);
 }
+
+#[test]
+fn runc_v2_restores_a_terminal_of_ours_and_refuses_other_streams() {
+    needs!(OurShim, Criu);
+    let node = Node::exclusive();
+    for is_terminal in [true, false] {
+        let spec = || if is_terminal { Spec::sh(COUNTING).terminal() } else { Spec::sh(COUNTING) };
+        let io = |fifos: &Fifos| if is_terminal { fifos.terminal() } else { fifos.io() };
+        let fifos = Fifos::new("ours");
+        let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+        let ours = node.container("ours", spec()).started(&io(&fifos));
+        let count = last(&stdout.until(|bytes| bytes.ends_with(b"3\n") || bytes.ends_with(b"3\r\n")));
+        let images = ours.checkpoint(options(|options| {
+            options.exit = true;
+            options.terminal = is_terminal;
+        }));
+        let images = images.expect("checkpoint");
+        assert_eq!(ours.exit_status(), 137);
+        let fifos = Fifos::new("stock");
+        let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+        let stock = node.container("stock", spec()).runtime(STOCK_RUNTIME).make();
+        stock.create_from(&images, &io(&fifos)).expect("create");
+        if is_terminal {
+            stock.start().expect("restore");
+            assert!(last(&stdout.until(|bytes| bytes.ends_with(b"\n"))) >= count);
+            stock.kill(SIGTERM).expect("kill");
+            assert_eq!(stock.exit_status(), 7);
+        } else {
+            let error = stock.start().expect_err("runc.v2 does not know the streams");
+            assert!(error.message().contains("criu"), "{error}");
+        }
+    }
+    checkpoint::remove_unpacked();
+}
