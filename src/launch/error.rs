@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use crate::id::ProcessKey;
 use crate::oci::{bundle, criu, mount, namespaces, runtime};
-use crate::path_error::PathError;
 use crate::stdio::fifo;
 use crate::{cgroup, store};
 
@@ -90,9 +89,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// There are no images of a checkpoint.
-    #[error("this is no checkpoint of a container: {0}")]
-    NoCheckpoint(#[source] PathError),
+    /// The images of a checkpoint can't be restored.
+    #[error(transparent)]
+    Images(#[from] criu::images::Error),
     /// The OCI runtime can't be run.
     #[error("OCI runtime {verb} failed: can't run {binary}: {source}")]
     Exec {

@@ -26,7 +26,7 @@ pub(super) fn write_overrides(process: &Process<'_>) -> Result<PathBuf, Error> {
 /// Returns only if it fails.
 pub(super) fn run(process: &Process<'_>, images: &Path) -> Result<Infallible, Error> {
     let failed = |action, path: PathBuf| move |source| Error::Checkpoint { action, path, source };
-    criu::check_images(images).map_err(Error::NoCheckpoint)?;
+    criu::images::check(images)?;
     let notes = Notes::read(images).map_err(failed("read the notes of the shim in", images.to_owned()))?;
     let config = process.dir.join(CRIU_CONFIG);
     fs::write(&config, notes.restore_config()).map_err(failed("write", config.clone()))?;

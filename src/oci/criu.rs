@@ -6,6 +6,8 @@
 //! runtime declares only anonymous pipes. So `launch` declares the FIFOs in a configuration file of criu
 //! (`CRIU_CONFIG_FILE`, criu(8)), and notes their names beside the images for the restore.
 
+pub mod images;
+
 use std::ffi::OsString;
 use std::fmt::Write;
 use std::fs;
@@ -31,9 +33,6 @@ pub const RESTORE_LOG: &str = "restore.log";
 
 /// The oldest usable version, major and minor: the first with `--skip-file-rwx-check`.
 const OLDEST: (u32, u32) = (3, 17);
-
-/// The image that every checkpoint has.
-const INVENTORY: &str = "inventory.img";
 
 /// The file with the [`Notes`] among the images. containerd packs and unpacks it with them.
 const NOTES: &str = "containerd-shim-systemd-v1.json";
@@ -310,15 +309,6 @@ pub fn make_dir(dir: &Path) -> io::Result<()> {
         },
         made => made,
     }
-}
-
-/// Checks that a directory has the images of a checkpoint. OCI runtimes report only which of their own files is missing.
-///
-/// # Errors
-/// The file with which every checkpoint begins can't be looked at.
-pub fn check_images(images: &Path) -> Result<(), PathError> {
-    let inventory = images.join(INVENTORY);
-    fs::metadata(&inventory).map(drop).map_err(io_error("find", &inventory))
 }
 
 /// Removes the log of an earlier command of criu, which must not be mistaken for the log of the next one.

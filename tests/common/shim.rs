@@ -23,7 +23,8 @@ use super::{daemon, wait};
 
 pub const BINARY: &str = "/usr/local/bin/containerd-shim-systemd-v1";
 
-const CALL_LIMIT: Duration = Duration::from_secs(30);
+/// A restore in an emulated guest on a busy machine takes half a minute.
+const CALL_LIMIT: Duration = Duration::from_secs(120);
 
 /// The code and the text of an error.
 pub type Refusal = (Code, String);

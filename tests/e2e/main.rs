@@ -16,6 +16,7 @@ mod browser;
 mod bus;
 mod checkpoint;
 mod checkpoint_hangs;
+mod checkpoint_odd;
 mod checkpoint_options;
 mod checkpoint_streams;
 mod containerds;
