@@ -18,8 +18,8 @@ use crate::services::{Entry, Error, Process, blocking, resume_in_background};
 use crate::store::{self, Found, OwedTask};
 use crate::suspect::{Crashes, Suspect};
 use crate::task::Task;
-use crate::task::lifecycle::Event;
-use crate::task::phase::{ObservedExit, Phase};
+use crate::task::lifecycle::{Event, ObservedExit};
+use crate::task::phase::Phase;
 
 impl Shim {
     /// Recovers the tasks of an earlier daemon: reads their records and compares each task with its unit. A record that has

@@ -19,7 +19,14 @@ fn open(dir: &Path, page: &str, arguments: &[&str]) -> Output {
     let file = dir.join("page.html");
     fs::write(&file, page).unwrap();
     Command::new("timeout")
-        .args(["120", "chromium", "--headless", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1000,3000"])
+        .args([
+            "120",
+            "chromium",
+            "--headless",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--window-size=1000,3000",
+        ])
         // The tests run as root. Chromium's sandbox does not.
         .arg("--no-sandbox")
         .arg(format!("--user-data-dir={}", dir.join("profile").display()))
