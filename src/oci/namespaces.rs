@@ -18,6 +18,7 @@ use nix::sys::stat::Mode;
 use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::path_error::{PathError, io_error};
+use crate::sys;
 use crate::task::request::{Containerd, Namespaces};
 use crate::telemetry;
 
@@ -74,30 +75,38 @@ pub enum NotJoinable {
 /// [`NotJoinable`]
 pub fn check(kind: &str, path: &Path) -> Result<(), NotJoinable> {
     let expected = match kind {
-        "network" => "net",
-        "mount" => "mnt",
-        "pid" | "ipc" | "uts" | "user" | "cgroup" | "time" => kind,
+        "network" => CloneFlags::CLONE_NEWNET,
+        "mount" => CloneFlags::CLONE_NEWNS,
+        "pid" => CloneFlags::CLONE_NEWPID,
+        "ipc" => CloneFlags::CLONE_NEWIPC,
+        "uts" => CloneFlags::CLONE_NEWUTS,
+        "user" => CloneFlags::CLONE_NEWUSER,
+        "cgroup" => CloneFlags::CLONE_NEWCGROUP,
         _ => return Ok(()),
     };
     if !path.is_absolute() {
         return Ok(());
     }
     let failed = |source| NotJoinable::Io { kind: kind.to_owned(), source };
+    let other = |what: &str| NotJoinable::Other {
+        kind: kind.to_owned(),
+        path: path.to_owned(),
+        what: what.to_owned(),
+    };
     // With O_PATH, whatever the file is, this does not wait for it and has no effect on it.
     let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-    let opened = open_file(path, flags, Mode::empty()).map_err(io_error("open", path)).map_err(failed)?;
-    let is_namespace = fstatfs(&opened).is_ok_and(|found| found.filesystem_type() == NSFS);
-    // The kernel's name for it: net:[4026531840]
-    let name = std::fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd()));
-    let name = name.map_err(io_error("look at", path)).map_err(failed)?;
-    let found = name.to_string_lossy();
-    let found = found.split(':').next().unwrap_or_default();
-    let what = match (is_namespace, found == expected) {
-        (true, true) => return Ok(()),
-        (true, false) => format!("a namespace of another kind ({found})"),
-        (false, _) => "no namespace".to_owned(),
-    };
-    Err(NotJoinable::Other { kind: kind.to_owned(), path: path.to_owned(), what })
+    let found = open_file(path, flags, Mode::empty()).map_err(io_error("open", path)).map_err(failed)?;
+    if !fstatfs(&found).is_ok_and(|found| found.filesystem_type() == NSFS) {
+        return Err(other("no namespace"));
+    }
+    // The file is a namespace, so a real open does not wait either.
+    let opened = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()));
+    let opened = opened.map_err(io_error("open", path)).map_err(failed)?;
+    match sys::namespace_kind(&opened) {
+        Ok(found) if found != expected => Err(other("a namespace of another kind")),
+        // Without an answer of the kernel, the OCI runtime checks it.
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// The file system of namespaces (linux/magic.h, `NSFS_MAGIC`).
@@ -266,7 +275,16 @@ mod tests {
         let missing = dir.path().join("missing");
         let reason = |kind, path: &Path| check(kind, path).err().map(|error| error.to_string());
         assert_eq!(reason("network", Path::new("/proc/self/ns/net")), None);
-        assert_eq!(reason("mount", Path::new("/proc/self/ns/mnt")), None);
+        for (kind, file) in [
+            ("mount", "mnt"),
+            ("pid", "pid"),
+            ("ipc", "ipc"),
+            ("uts", "uts"),
+            ("user", "user"),
+            ("cgroup", "cgroup"),
+        ] {
+            assert_eq!(reason(kind, &Path::new("/proc/self/ns").join(file)), None);
+        }
         for other in [Path::new("relative"), Path::new("")] {
             assert_eq!(reason("network", other), None);
         }
@@ -274,7 +292,7 @@ mod tests {
         let cases = [
             (missing.clone(), format!("network namespace: can't open {}: No such file", missing.display())),
             (dir.path().to_owned(), format!("network namespace: {} is no namespace", dir.path().display())),
-            ("/proc/self/ns/uts".into(), "/proc/self/ns/uts is a namespace of another kind (uts)".to_owned()),
+            ("/proc/self/ns/uts".into(), "/proc/self/ns/uts is a namespace of another kind".to_owned()),
             ("/dev/null".into(), "/dev/null is no namespace".to_owned()),
         ];
         for (path, expected) in cases {

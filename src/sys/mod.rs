@@ -16,6 +16,7 @@ use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::sched::CloneFlags;
 use nix::sys::eventfd::EventFd;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixCredentials, sendmsg};
@@ -276,6 +277,19 @@ pub fn unread_by_peer(socket: &impl AsFd) -> Result<usize, Errno> {
     // SAFETY: the descriptor is open for as long as it is borrowed, and the kernel writes one int.
     Errno::result(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &mut bytes) })?;
     usize::try_from(bytes).map_err(|_| Errno::EINVAL)
+}
+
+/// The kind of a namespace (ioctl_nsfs(2), `NS_GET_NSTYPE`, Linux 4.11). The name that `/proc/self/fd` shows is not enough: for
+/// a namespace that is mounted at a path, as CNI does it, that is the path.
+///
+/// # Errors
+/// It is no namespace, or it was opened with `O_PATH`.
+pub fn namespace_kind(namespace: &impl AsFd) -> Result<CloneFlags, Errno> {
+    /// `_IO(0xb7, 3)`
+    const GET_KIND: libc::c_ulong = 0xb703;
+    // SAFETY: the descriptor is open for as long as it is borrowed, and the call has no argument.
+    let found = Errno::result(unsafe { libc::ioctl(namespace.as_fd().as_raw_fd(), GET_KIND as _) })?;
+    Ok(CloneFlags::from_bits_retain(found))
 }
 
 /// The peek offset of a socket: the number of bytes that were peeked at and not removed. `None` if the socket does not
