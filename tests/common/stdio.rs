@@ -113,8 +113,9 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// The command of a script that waits for [`Gate::open`].
-    pub const WAIT: &str = "read go </gate/fifo";
+    /// The command of a script that waits for [`Gate::open`]. It reads to the end of the file: otherwise a quick script could
+    /// come to its next gate while the test has not closed this one yet, and would pass both.
+    pub const WAIT: &str = "while read go; do :; done </gate/fifo";
 
     pub fn new() -> Gate {
         let scratch = Scratch::new("gate");
