@@ -29,7 +29,9 @@ fn diverter(pipe: AsyncFd<OwnedFd>) -> Diverter {
     Diverter::new(pipe, Arc::default())
 }
 
+/// Reads to the end. Waits for it: a program that another test starts has a copy of the writing end until it executes.
 fn text(mut from: File) -> String {
+    fcntl(&from, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
     let mut text = String::new();
     from.read_to_string(&mut text).unwrap();
     text
