@@ -29,8 +29,8 @@ fn exec_in_a_terminal_is_a_dialogue() {
     let container = docker.sleeping(&[]);
     let mut terminal = docker.in_terminal(&["exec", "-it", &container, "sh"]);
     terminal.until("# ");
-    terminal.enter("stty size; echo do''ne\n");
-    assert!(terminal.until("done").contains("30 90"));
+    terminal.enter("while [ \"$(stty size)\" != '30 90' ]; do usleep 20000; done; echo si''zed\n");
+    terminal.until("sized");
     terminal.enter("exit 12\n");
     assert_eq!(terminal.code(), Some(12));
 }

@@ -57,8 +57,8 @@ fn run_in_a_terminal_is_a_dialogue() {
     let docker = Docker::new();
     let mut terminal = docker.in_terminal(&docker.run_arguments(&["--rm", "-it"], &["sh"]));
     terminal.until("# ");
-    terminal.enter("tty; stty size\n");
-    assert!(terminal.until("30 90").contains("/dev/"), "a terminal has a name");
+    terminal.enter("while [ \"$(stty size)\" != '30 90' ]; do usleep 20000; done; tty; echo si''zed\n");
+    assert!(terminal.until("sized").contains("/dev/"), "a terminal has a name");
     terminal.resize(101, 41);
     // The client passes the new size on when it gets SIGWINCH.
     terminal.enter("while [ \"$(stty size)\" != '41 101' ]; do usleep 20000; done; echo resi''zed\n");
