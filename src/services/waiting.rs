@@ -69,10 +69,8 @@ pub(crate) async fn waiting<T: Send + 'static>(
     let runtime = tokio::runtime::Handle::current();
     let work = suspect::inherit_fn(work);
     #[cfg(test)]
-    let stopped = StoppedClock::new();
+    let _stopped = StoppedClock::new();
     let run = move || {
-        #[cfg(test)]
-        let _stopped = stopped;
         let _context = runtime.enter();
         let result = work();
         // The next one may begin before this thread has ended.
@@ -85,7 +83,8 @@ pub(crate) async fn waiting<T: Send + 'static>(
     result.await.map_err(|_| Error::Stopping)
 }
 
-/// While this exists, the paused clock of a test does not advance by itself. tokio lets such a clock jump to the next timer
+/// While this exists, the paused clock of a test does not advance by itself. It exists as long as somebody awaits the work:
+/// a daemon of a test that has ended does not wait for its threads, as a process that is killed. tokio lets such a clock jump to the next timer
 /// whenever nothing runs on its own threads, and does not see the threads of [`waiting`]: on a busy machine, time limits of
 /// minutes would pass during a moment of work.
 #[cfg(test)]

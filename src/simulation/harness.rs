@@ -216,8 +216,8 @@ impl World {
                 done = working => Some(done.unwrap()),
             }
         });
-        // Drops the futures of the daemon that has ended, and waits for its blocking work.
-        runtime.shutdown_timeout(Duration::from_secs(5));
+        // Drops the futures of the daemon that has ended, and then waits for its blocking work.
+        drop(runtime);
         done
     }
 
