@@ -2,12 +2,13 @@
 //!
 //! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`], [`main_process`] and `signals` are pure. [`bus`] has the
 //! connection, [`manager`] makes calls over it, [`watch`] turns signals into [`observations`], [`refs`] keeps units loaded,
-//! [`service_d`] protects units from drop-ins for all services, [`notify`] speaks to systemd as a service does, [`fd_store`]
+//! [`service_d`] and `exec_flags` protect units from drop-ins for all services, [`notify`] speaks to systemd as a service does, [`fd_store`]
 //! has systemd keep descriptors, [`error`] has what can go wrong. [`systemd`] is the trait that operations use.
 
 pub mod annotation;
 pub mod bus;
 pub mod error;
+mod exec_flags;
 #[cfg(test)]
 pub mod fake;
 pub mod fd_store;

@@ -14,7 +14,7 @@ use crate::config;
 use crate::id::UnitName;
 
 use super::annotation::Additions;
-use super::{fd_store, name, service_d};
+use super::{exec_flags, fd_store, name};
 
 /// The properties of a transient unit, as `StartTransientUnit` takes them.
 #[derive(Debug)]
@@ -309,7 +309,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         list.push(("FileDescriptorStorePreserve", "yes".into()));
     }
     // As the packaged service (`ExecStart=+`), which may meet drop-ins for all services later.
-    Properties(service_d::unrestricted(&list))
+    Properties(exec_flags::unrestricted(&list))
 }
 
 fn shown_as(shown: &UnitMetadata<'_>) -> Vec<(&'static str, Variant<'static>)> {
@@ -356,7 +356,7 @@ enum ExitCode {
 
 /// A command. systemd expands `$VAR` in it, but its arguments are only names and ids, which contain no `$`.
 ///
-/// `ExecStartEx` could turn the expansion off, but not every version of systemd can read it again ([`service_d`]).
+/// `ExecStartEx` could turn the expansion off, but not every version of systemd can read it again ([`exec_flags`]).
 fn exec_start(command: &[String], exit_code: ExitCode) -> Variant<'static> {
     let binary = command.first().cloned().unwrap_or_default();
     vec![(binary, command.to_vec(), exit_code == ExitCode::Ignored)].into()

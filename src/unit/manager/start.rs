@@ -7,6 +7,7 @@ use zbus::{OwnedObjectPath, Variant};
 use crate::id::UnitName;
 use crate::unit::annotation::Additions;
 use crate::unit::error::{DESTRUCTIVE, Error, NO_SUCH_UNIT, UNIT_MASKED, call_error};
+use crate::unit::exec_flags;
 use crate::unit::job::{JobWaiter, StartJob};
 use crate::unit::properties::Properties;
 use crate::unit::refs::Refs;
@@ -87,7 +88,7 @@ impl Manager {
         };
         let reply = self.bus.repeat(attempt).await;
         let all = aux.iter().copied().chain([(unit.as_str(), properties)]);
-        let flagged = all.filter(|(_, list)| list.iter().any(|(name, _)| *name == service_d::WITH_FLAGS));
+        let flagged = all.filter(|(_, list)| list.iter().any(|(name, _)| *name == exec_flags::WITH_FLAGS));
         correct_files(flagged.map(|(name, _)| name.to_owned()).collect()).await;
         match reply.result.map_err(|error| start_error(unit, error)) {
             Ok(job) => Ok(StartJob { waiter, job: Some(job) }),
@@ -188,7 +189,7 @@ async fn correct_files(units: Vec<String>) {
     }
     let correct = move || {
         for unit in units {
-            if let Err(error) = service_d::correct_file(Path::new(TRANSIENT_DIR), &unit) {
+            if let Err(error) = exec_flags::correct_file(Path::new(TRANSIENT_DIR), &unit) {
                 tracing::warn!(%unit, %error, "can't correct the file of {unit}, so systemd may not read it when it reloads: {error}");
             }
         }
