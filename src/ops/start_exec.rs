@@ -201,12 +201,13 @@ impl Shim {
     }
 
     /// Cancels the start job of the unit if the exec runs for long. The job lasts as long as the process, and systemd does
-    /// not finish a boot while there are jobs (manager.c, `manager_check_finished`).
+    /// not finish a boot while there are jobs (manager.c, `manager_check_finished`). For an exec that ends before, nothing
+    /// stays behind to wait.
     pub(crate) fn cancel_long_start_job(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
         let (shim, entry, process) = (self.clone(), Arc::downgrade(entry), process.clone());
         tokio::spawn(async move {
-            tokio::time::sleep(LONG_EXEC).await;
-            let runs = entry.upgrade().is_some_and(|entry| entry.still_runs(&process));
+            let is_long = tokio::time::timeout(LONG_EXEC, process.ended()).await.is_err();
+            let runs = is_long && entry.upgrade().is_some_and(|entry| entry.still_runs(&process));
             if runs && let Err(error) = shim.manager.cancel_job_of(&process.unit).await {
                 tracing::warn!(process = %process.key, %error, "{}: can't cancel the start job of its unit: {error}", process.key);
             }

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::api::status;
@@ -109,6 +110,26 @@ fn an_exec_whose_unit_is_unloaded_counts_as_killed() {
     let exec = world.exec();
     let exit = world.live(move |shim| async move { shim.wait(&exec, Delivery::First).await });
     assert_eq!(exit.unwrap().unwrap().status, 137);
+}
+
+#[test]
+fn the_start_job_of_a_long_exec_is_cancelled_and_nothing_waits_for_an_exec_that_has_ended() {
+    // The exec runs for as long as a daemon of a test needs to settle.
+    let world = up("start-job", &WITH_EXEC);
+    let is_cancelled = || world.effects.log().iter().any(|effect| effect.starts_with("cancel the job of"));
+    assert!(is_cancelled());
+    world.effects.plan(Plan::Undisturbed);
+    let (key, nodes) = (world.exec(), [world.parts(), world.parts()]);
+    let users = world.live(move |shim| async move {
+        let exec = Arc::downgrade(&shim.tasks.process(&key).unwrap().1);
+        let [end, delete] = nodes.map(|node| node(shim.clone()));
+        Step::EndExec.take(end, Delivery::First).await.unwrap();
+        Step::DeleteExec.take(delete, Delivery::First).await.unwrap();
+        tokio::time::sleep(A_WHILE).await;
+        exec.strong_count()
+    });
+    assert_eq!(users, Some(0));
+    assert!(!is_cancelled());
 }
 
 /// An earlier version could leave records of processes that systemd never had as main processes.
