@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn every_field_but_network_has_a_number_of_its_own() {
-        let fields = fields(&metrics(everything("metrics")));
+        let fields = fields(&metrics(everything()));
         let empty: Vec<_> = fields.iter().filter(|(_, value)| value == "0").map(|(path, _)| path).collect();
         assert_eq!(empty, ["network"]);
         for (index, (path, value)) in fields.iter().enumerate() {
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn each_number_is_where_clients_look_for_it() {
-        let metrics = metrics(everything("places"));
+        let metrics = metrics(everything());
         assert_eq!((metrics.pids.current, metrics.pids.limit), (101, 102));
         assert_eq!(
             (metrics.memory.usage, metrics.memory.usage_limit, metrics.memory.max_usage),
@@ -184,8 +184,8 @@ mod tests {
 
     #[test]
     fn the_response_names_the_message_as_clients_do() {
-        let any = stats(everything("response")).unwrap().stats.unwrap();
+        let any = stats(everything()).unwrap().stats.unwrap();
         assert_eq!(any.type_url, Metrics::descriptor().full_name());
-        assert_eq!(Metrics::parse_from_bytes(&any.value).unwrap(), metrics(everything("response")));
+        assert_eq!(Metrics::parse_from_bytes(&any.value).unwrap(), metrics(everything()));
     }
 }

@@ -5,12 +5,21 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use crate::sys;
+
+/// All tests use it, so it is removed when the test process ends.
 static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
-    let root = std::env::temp_dir().join(format!("shim-test-cgroups-{}", std::process::id()));
-    fs::create_dir_all(root.join(".processes")).unwrap();
+    let root = tempfile::Builder::new().prefix("shim-test-cgroups-").tempdir().unwrap().keep();
+    fs::create_dir(root.join(".processes")).unwrap();
     fs::write(root.join("cgroup.controllers"), "cpu io memory pids\n").unwrap();
+    assert!(sys::at_exit(remove_root));
     root
 });
+
+extern "C" fn remove_root() {
+    // A thread that has not ended may still write there.
+    let _ = fs::remove_dir_all(root());
+}
 
 pub(super) fn root() -> &'static Path {
     &ROOT

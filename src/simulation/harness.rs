@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tempfile::TempDir;
 
 use crate::api::status;
 use crate::cgroup;
@@ -108,7 +109,7 @@ impl OciRuntime for FakeRuntime {
 
 /// A node with one task and one exec, both with fixed names.
 pub(crate) struct World {
-    root: PathBuf,
+    root: TempDir,
     /// Counts the effects of the daemon, and lets one of them fail or end the daemon.
     pub(crate) effects: Arc<Effects>,
     /// The node's systemd.
@@ -125,12 +126,11 @@ pub(crate) struct World {
 impl World {
     /// A node on which nothing runs. `name` identifies the test, and is the task's namespace.
     pub(crate) fn new(name: &str) -> Self {
-        let root = std::env::temp_dir().join(format!("shim-test-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&root);
-        fs::create_dir_all(root.join("bundle")).unwrap();
-        fs::write(root.join("bundle/config.json"), "{}").unwrap();
-        let effects = Effects::of(&root.join("state"));
-        let launch = FakeLaunch::new(Store::new(root.join("state")));
+        let root = tempfile::Builder::new().prefix(&format!("shim-test-{name}-")).tempdir().unwrap();
+        fs::create_dir(root.path().join("bundle")).unwrap();
+        fs::write(root.path().join("bundle/config.json"), "{}").unwrap();
+        let effects = Effects::of(&root.path().join("state"));
+        let launch = FakeLaunch::new(Store::new(root.path().join("state")));
         let systemd = FakeSystemd::new(effects.clone(), launch.clone());
         let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
         Self { root, effects, systemd, launch, task, accepted: Arc::default(), restores: false }
@@ -164,14 +164,14 @@ impl World {
     pub(crate) fn create_call(&self) -> CreateTask {
         let options = options::Options {
             binary_name: "/bin/true".to_owned(),
-            root: self.root.join("runtime").display().to_string(),
+            root: self.root.path().join("runtime").display().to_string(),
             log: "none".to_owned(),
             ..options::Options::default()
         };
         CreateTask {
             key: self.task.clone(),
             request: Create {
-                bundle: self.root.join("bundle"),
+                bundle: self.root.path().join("bundle"),
                 checkpoint: self.restores.then(|| "/checkpoint".into()),
                 ..Create::default()
             },
@@ -225,9 +225,9 @@ impl World {
         let fd_store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
         let notify = self.notify_socket();
         let (shim, mut outgoing) = Shim::new(Parts {
-            store: Store::new(self.root.join("state")),
-            delete_replies: DeleteReplies::open(&self.root.join("answers")).unwrap(),
-            failures: Failures::open(&self.root.join("answers")).unwrap(),
+            store: Store::new(self.root.path().join("state")),
+            delete_replies: DeleteReplies::open(&self.root.path().join("answers")).unwrap(),
+            failures: Failures::open(&self.root.path().join("answers")).unwrap(),
             code: status::number,
             fds: StreamFds::new(fd_store, Vec::new()),
             cgroups: Watch::new(),
@@ -273,7 +273,7 @@ impl World {
 
     /// Makes the bundle anew, as containerd does for each Create.
     pub(crate) fn new_bundle(&self) {
-        let (bundle, old) = (self.root.join("bundle"), self.root.join("old-bundle"));
+        let (bundle, old) = (self.root.path().join("bundle"), self.root.path().join("old-bundle"));
         fs::rename(&bundle, &old).unwrap();
         fs::create_dir(&bundle).unwrap();
         fs::copy(old.join("config.json"), bundle.join("config.json")).unwrap();
@@ -288,7 +288,7 @@ impl World {
     /// What is left of the task outside of the daemon: units, files, the OCI runtime's state.
     pub(crate) fn remains(&self) -> Vec<String> {
         let mut remains: Vec<String> = self.systemd.units().into_iter().map(|(unit, _)| unit).collect();
-        for dir in [self.root.join("state").join(self.task.namespace.as_str()), self.runtime_root()] {
+        for dir in [self.root.path().join("state").join(self.task.namespace.as_str()), self.runtime_root()] {
             let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
             remains.extend(entries.map(|entry| entry.path().display().to_string()));
         }
@@ -306,32 +306,31 @@ impl World {
 
     /// Where the records are.
     pub(crate) fn state_dir(&self) -> PathBuf {
-        self.root.join("state")
+        self.root.path().join("state")
     }
 
     /// Where systemd's notify socket is, if a test makes one.
     pub(crate) fn notify_socket(&self) -> PathBuf {
-        self.root.join("notify")
+        self.root.path().join("notify")
     }
 
     /// The notify socket of the container.
     pub(crate) fn container_socket(&self) -> PathBuf {
-        Store::new(self.root.join("state")).notify_socket(&name::short_name(&self.unit()))
+        Store::new(self.root.path().join("state")).notify_socket(&name::short_name(&self.unit()))
     }
 
     /// The directory in which the OCI runtime keeps the state of the containers.
     pub(crate) fn runtime_root(&self) -> PathBuf {
-        self.root.join("runtime").join(self.task.namespace.as_str())
+        self.root.path().join("runtime").join(self.task.namespace.as_str())
     }
 }
 
 impl Drop for World {
     fn drop(&mut self) {
-        Effects::forget(&self.root.join("state"));
+        Effects::forget(&self.root.path().join("state"));
         cgroup::fake::remove(
             &Path::new("/").join(name::namespace_slice(&self.task.namespace).unwrap().as_str()),
         );
-        let _ = fs::remove_dir_all(&self.root);
     }
 }
 

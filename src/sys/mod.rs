@@ -140,6 +140,13 @@ pub fn die_by(signal: i32) {
     }
 }
 
+/// Has a function run when this process ends (atexit(3)). False if the C library could not note it.
+#[cfg(test)]
+pub fn at_exit(run: extern "C" fn()) -> bool {
+    // SAFETY: the function is safe to call at any time, and is part of the program, which is never unloaded.
+    unsafe { libc::atexit(run) == 0 }
+}
+
 /// Resolves when a process has ended.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! Tests with the files of a cgroup in a temporary directory.
 
-use std::path::PathBuf;
+use tempfile::TempDir;
 
 use super::*;
 
@@ -49,32 +49,24 @@ const PRESSURES: [&str; 3] = [
     "some avg10=1.75 avg60=2.75 avg300=3.75 total=905\nfull avg10=4.75 avg60=5.75 avg300=6.75 total=906\n",
 ];
 
-/// A directory that is removed after its test.
-struct Dir(PathBuf);
+/// The directory of a cgroup.
+struct Dir(TempDir);
 
 impl Dir {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("stats-test-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
     }
 
-    fn with(name: &str, files: &[(&str, &str)]) -> Self {
-        let dir = Self::new(name);
+    fn with(files: &[(&str, &str)]) -> Self {
+        let dir = Self::new();
         for (file, text) in files {
-            fs::write(dir.0.join(file), text).unwrap();
+            fs::write(dir.0.path().join(file), text).unwrap();
         }
         dir
     }
 
     fn stats(&self) -> Stats {
-        Stats::of_dir(&self.0, &sizes()).unwrap()
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
+        Stats::of_dir(self.0.path(), &sizes()).unwrap()
     }
 }
 
@@ -83,8 +75,8 @@ fn sizes() -> Vec<PageSize> {
 }
 
 /// The statistics of a cgroup with all files.
-pub fn everything(test: &str) -> Stats {
-    Dir::with(test, &EVERYTHING).stats()
+pub fn everything() -> Stats {
+    Dir::with(&EVERYTHING).stats()
 }
 
 fn stall(averages: [f64; 3], total: u64) -> Option<Stall> {
@@ -94,7 +86,7 @@ fn stall(averages: [f64; 3], total: u64) -> Option<Stall> {
 
 #[test]
 fn every_file_is_read() {
-    let stats = everything("every");
+    let stats = everything();
     assert_eq!(stats.pids, Pids { current: 101, max: 102 });
     assert_eq!(stats.cpu.stat.usage_usec, 201);
     assert_eq!(stats.cpu.stat.burst_usec, 208);
@@ -120,7 +112,7 @@ fn every_file_is_read() {
 #[test]
 fn a_cgroup_that_is_gone_has_zeros_and_its_page_sizes() {
     let stats = Stats::of_dir(Path::new("/no/such/cgroup"), &sizes()).unwrap();
-    assert_eq!(stats, Dir::new("empty").stats());
+    assert_eq!(stats, Dir::new().stats());
     assert_eq!(
         stats.hugetlb.iter().map(|pages| pages.page_size.as_str()).collect::<Vec<_>>(),
         ["2MB", "1GB"]
@@ -131,29 +123,26 @@ fn a_cgroup_that_is_gone_has_zeros_and_its_page_sizes() {
 #[test]
 fn limits_that_are_not_set_are_the_largest_numbers() {
     let files = ["pids.max", "memory.max", "memory.swap.max", "hugetlb.2MB.max"].map(|file| (file, "max\n"));
-    let stats = Dir::with("max", &files).stats();
+    let stats = Dir::with(&files).stats();
     assert_eq!(
         [stats.pids.max, stats.memory.max, stats.memory.swap_max, stats.hugetlb[0].max],
         [u64::MAX; 4]
     );
-    let stats = Dir::with("rdma", &[("rdma.max", "mlx4_0 hca_handle=max hca_object=2000\n")]).stats();
+    let stats = Dir::with(&[("rdma.max", "mlx4_0 hca_handle=max hca_object=2000\n")]).stats();
     assert_eq!((stats.rdma.max[0].hca_handle, stats.rdma.max[0].hca_object), (u32::MAX, 2000));
 }
 
 #[test]
 fn a_line_that_is_not_understood_is_zero_and_hides_no_other_value() {
-    let stats = Dir::with(
-        "bad",
-        &[
-            ("pids.current", "many\n"),
-            ("pids.max", ""),
-            ("cpu.stat", "usage_usec 1 2\nuser_usec -3\nsystem_usec 4\n"),
-            ("cpu.pressure", "some avg10=x avg60=0.50 total=y\nmost avg10=1.00\n"),
-            ("io.stat", "8:0 rbytes=x wbytes=7\nnonsense rbytes=1\n8:x rbytes=1\n"),
-            ("hugetlb.2MB.events", "none 3\n"),
-            ("memory.current", "5\n"),
-        ],
-    )
+    let stats = Dir::with(&[
+        ("pids.current", "many\n"),
+        ("pids.max", ""),
+        ("cpu.stat", "usage_usec 1 2\nuser_usec -3\nsystem_usec 4\n"),
+        ("cpu.pressure", "some avg10=x avg60=0.50 total=y\nmost avg10=1.00\n"),
+        ("io.stat", "8:0 rbytes=x wbytes=7\nnonsense rbytes=1\n8:x rbytes=1\n"),
+        ("hugetlb.2MB.events", "none 3\n"),
+        ("memory.current", "5\n"),
+    ])
     .stats();
     assert_eq!(stats.pids, Pids::default());
     assert_eq!(stats.cpu.stat, CpuStat { system_usec: 4, ..CpuStat::default() });
@@ -165,16 +154,16 @@ fn a_line_that_is_not_understood_is_zero_and_hides_no_other_value() {
 
 #[test]
 fn events_of_memory_are_absent_where_their_file_is_empty() {
-    assert_eq!(Dir::with("no-events", &[("memory.events", "")]).stats().memory_events, None);
-    let some = Dir::with("events", &[("memory.events", "low 0\n")]).stats();
+    assert_eq!(Dir::with(&[("memory.events", "")]).stats().memory_events, None);
+    let some = Dir::with(&[("memory.events", "low 0\n")]).stats();
     assert_eq!(some.memory_events, Some(MemoryEvents::default()));
 }
 
 #[test]
 fn a_file_that_is_there_and_cannot_be_read_is_an_error_that_names_it() {
-    let dir = Dir::new("unreadable");
-    fs::create_dir(dir.0.join("memory.current")).unwrap();
-    let error = Stats::of_dir(&dir.0, &[]).unwrap_err();
+    let dir = Dir::new();
+    fs::create_dir(dir.0.path().join("memory.current")).unwrap();
+    let error = Stats::of_dir(dir.0.path(), &[]).unwrap_err();
     assert!(error.to_string().contains("memory.current"), "{error}");
 }
 
@@ -182,18 +171,18 @@ fn a_file_that_is_there_and_cannot_be_read_is_an_error_that_names_it() {
 fn a_file_may_be_larger_than_usual() {
     let lines: String =
         (0..1000).map(|minor| format!("8:{minor} rbytes=1 wbytes=2 rios=3 wios=4\n")).collect();
-    let stats = Dir::with("large", &[("io.stat", &lines)]).stats();
+    let stats = Dir::with(&[("io.stat", &lines)]).stats();
     assert_eq!(stats.io.devices.len(), 1000);
     assert_eq!(stats.io.devices[999].minor, 999);
 }
 
 #[test]
 fn page_sizes_are_named_as_in_the_files_of_cgroups() {
-    let dir = Dir::new("sizes");
+    let dir = Dir::new();
     for entry in ["hugepages-1048576kB", "hugepages-64kB", "hugepages-2048kB", "hugepages-x", "other"] {
-        fs::create_dir(dir.0.join(entry)).unwrap();
+        fs::create_dir(dir.0.path().join(entry)).unwrap();
     }
-    let names: Vec<String> = PageSize::all(&dir.0).into_iter().map(|size| size.name).collect();
+    let names: Vec<String> = PageSize::all(dir.0.path()).into_iter().map(|size| size.name).collect();
     assert_eq!(names, ["64KB", "2MB", "1GB"]);
     assert!(PageSize::all(Path::new("/no/such/directory")).is_empty());
 }
