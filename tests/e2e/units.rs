@@ -5,6 +5,7 @@ use std::fs;
 use std::thread;
 
 use crate::common::container::Container;
+use crate::common::leaks::{self, Traces};
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
@@ -135,19 +136,24 @@ fn exits_are_noticed_during_reloads_and_reexecutions_of_systemd() {
 }
 
 #[test]
-fn containers_run_during_reloads_and_reexecutions_of_systemd() {
+fn containers_run_during_reloads_and_reexecutions_of_systemd_and_leave_nothing() {
     needs!(OurShim);
     let node = Node::exclusive();
+    // The daemon creates what it keeps for the first container.
+    node.container("first", Spec::sh("exit 0")).started(&Io::default()).wait().expect("wait");
     for verb in ["daemon-reload", "daemon-reexec"] {
+        // A reference to a unit over a wrong connection would keep the unit loaded after its Delete.
+        let before = Traces::take();
         thread::scope(|scope| {
             scope.spawn(|| (0..3).for_each(|_| drop(process::succeed("systemctl", &[verb]))));
             for status in 0..10 {
                 let container =
-                    node.container("anew", Spec::sh(&format!("exit {status}"))).started(&Io::default());
+                    node.container("reload", Spec::sh(&format!("exit {status}"))).started(&Io::default());
                 assert_eq!(container.exit_status(), status, "{verb}");
                 container.delete().expect("delete");
             }
         });
+        leaks::assert_none(verb, &before);
     }
 }
 
