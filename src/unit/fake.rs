@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+
 use crate::cgroup::fake as cgroup;
 use crate::effects::{Effects, Failure};
 use crate::id::UnitName;
@@ -41,11 +43,16 @@ impl Unit {
 pub struct Sleeper(Child);
 
 impl Sleeper {
-    /// Starts the process.
+    /// Starts the process. It blocks SIGHUP, as the first process of a sandbox does: the start of a sandbox waits for that.
     pub fn spawn() -> Self {
         let mut command = Command::new("sleep");
         command.arg("1000").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Self(command.spawn().unwrap())
+        let hangup = SigSet::from_iter([Signal::SIGHUP]);
+        // A child inherits the mask of the thread that makes it.
+        let earlier = hangup.thread_swap_mask(SigmaskHow::SIG_BLOCK).unwrap();
+        let child = command.spawn();
+        earlier.thread_set_mask().unwrap();
+        Self(child.unwrap())
     }
 
     pub fn pid(&self) -> u32 {
