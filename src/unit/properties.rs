@@ -410,9 +410,17 @@ mod tests {
     #[test]
     fn no_default_of_systemd_reaches_a_container() {
         let properties = of();
-        for name in ["TasksMax", "OOMPolicy", "IgnoreSIGPIPE", "KeyringMode", "TimeoutStartUSec", "KillMode"]
-        {
-            assert!(properties.contains_key(name), "{name}");
+        for (name, value) in [
+            ("TasksMax", INFINITY.into()),
+            ("OOMPolicy", "continue".into()),
+            ("OOMScoreAdjust", 0_i32.into()),
+            ("IgnoreSIGPIPE", false.into()),
+            ("KeyringMode", "inherit".into()),
+            ("TimeoutStartUSec", 600_000_000_u64.into()),
+            ("KillMode", "mixed".into()),
+        ] {
+            let value: Variant<'_> = value;
+            assert_eq!(properties.get(name), Some(&value.to_string()), "{name}");
         }
     }
 
