@@ -198,3 +198,67 @@ fn own_placement(key: &TaskKey, path: &Path) -> Result<Option<Placement>, Error>
 fn sandbox_of(spec: &Spec) -> Option<TaskId> {
     spec.annotation("io.kubernetes.cri.sandbox-id").and_then(|id| TaskId::new(id).ok())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Namespace;
+
+    fn key(namespace: &str) -> TaskKey {
+        TaskKey::usual(Namespace::new(namespace).unwrap(), TaskId::new("web").unwrap())
+    }
+
+    /// The placement of a container with this path and with this annotation of CRI.
+    fn placed(namespace: &str, path: &str, sandbox: Option<&str>, restores: bool) -> Placement {
+        let annotations = sandbox.map(|id| serde_json::json!({"io.kubernetes.cri.sandbox-id": id}));
+        let spec = serde_json::json!({"linux": {"cgroupsPath": path}, "annotations": annotations});
+        let spec = Spec::parse(spec.to_string().as_bytes()).unwrap();
+        placement(&key(namespace), &spec, restores).unwrap()
+    }
+
+    fn unit(slice: &str, child: &str) -> Placement {
+        Placement::Unit { slice: UnitName::new(slice).unwrap(), child: child.to_owned() }
+    }
+
+    #[test]
+    fn a_default_path_means_the_slice_of_the_namespace_or_of_the_pod() {
+        let ours = unit("containerd-default.slice", "web");
+        assert_eq!(placed("default", "", None, false), ours);
+        assert_eq!(placed("default", "/default/web", None, false), ours);
+        assert_eq!(
+            placed("default", "", Some("pod"), false),
+            ours,
+            "a pod of another namespace than Kubernetes'"
+        );
+        assert_eq!(placed("k8s.io", "", Some("pod"), false), unit("containerd-k8s.io-pod.slice", "web"));
+        assert_eq!(placed("k8s.io", "", None, false), unit("containerd-k8s.io.slice", "web"));
+    }
+
+    #[test]
+    fn a_client_chooses_a_slice_or_a_cgroup_outside_of_the_unit() {
+        let chosen = unit("kubepods-a.slice", "cri-containerd-abc.scope");
+        assert_eq!(placed("k8s.io", "kubepods-a.slice:cri-containerd:abc", Some("pod"), false), chosen);
+        let foreign = Placement::Foreign {
+            slice: UnitName::new("containerd-default.slice").unwrap(),
+            path: "/elsewhere/web".into(),
+        };
+        assert_eq!(placed("default", "/elsewhere/web", None, false), foreign);
+    }
+
+    #[test]
+    fn the_default_path_of_the_original_is_none_of_a_restored_container() {
+        assert!(matches!(placed("default", "/default/original", None, false), Placement::Foreign { .. }));
+        let ours = unit("containerd-default.slice", "web");
+        assert_eq!(placed("default", "/default/original", None, true), ours);
+    }
+
+    #[test]
+    fn a_path_that_an_earlier_attempt_has_written_gives_the_same_placement() {
+        let own = "/containerd.slice/containerd-default.slice/containerd-default-web.service/web";
+        assert_eq!(placed("default", own, None, false), unit("containerd-default.slice", "web"));
+        let own = "/kubepods.slice/kubepods-a.slice/containerd-default-web.service/docker-abc.scope";
+        assert_eq!(placed("default", own, None, false), unit("kubepods-a.slice", "docker-abc.scope"));
+        let other = "/containerd.slice/containerd-default.slice/containerd-default-other.service/web";
+        assert!(matches!(placed("default", other, None, false), Placement::Foreign { .. }));
+    }
+}

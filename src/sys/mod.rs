@@ -359,4 +359,34 @@ mod tests {
             assert_eq!(pidfd_open(pid).map(drop), Err(Errno::ESRCH));
         }
     }
+
+    #[test]
+    fn descriptors_get_the_numbers_from_three_in_their_order() {
+        let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+        let files = ["a", "b", "c"].map(|name| nix::sys::memfd::memfd_create(name, flags).unwrap());
+        let raw = files.each_ref().map(|file| file.as_raw_fd());
+        let placing = move || {
+            // Other threads keep what has these numbers.
+            nix::sched::unshare(CloneFlags::CLONE_FILES).unwrap();
+            // SAFETY: this thread has a table of descriptors of its own, and nothing in the thread uses what had these numbers.
+            unsafe {
+                let above = raw.map(|fd| libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 10));
+                // Each has the number that another one is to get.
+                let numbers = [4, 5, 3];
+                above
+                    .iter()
+                    .zip(numbers)
+                    .for_each(|(from, number)| assert_eq!(libc::dup2(*from, number), number));
+                place_from_three(numbers.map(|number| OwnedFd::from_raw_fd(number)).into()).unwrap();
+                for (number, text) in (3..6).zip(["first", "second", "third"]) {
+                    assert_eq!(libc::fcntl(number, libc::F_GETFD), 0, "the next program gets it");
+                    libc::write(number, text.as_ptr().cast(), text.len());
+                }
+            }
+        };
+        std::thread::spawn(placing).join().unwrap();
+        let texts =
+            files.map(|file| std::fs::read_to_string(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap());
+        assert_eq!(texts, ["first", "second", "third"]);
+    }
 }

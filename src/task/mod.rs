@@ -12,6 +12,8 @@ pub mod phase;
 pub mod process;
 mod record;
 pub mod request;
+#[cfg(test)]
+mod tests;
 pub mod wiring;
 
 use std::collections::BTreeMap;
