@@ -7,6 +7,7 @@ pub mod files;
 pub mod launcher;
 mod live;
 pub mod notifications;
+mod ordered;
 mod owner;
 pub(crate) mod pending;
 pub mod process;

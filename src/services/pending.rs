@@ -13,11 +13,11 @@ use crate::store::OwedFile;
 pub(crate) enum Stored {
     #[default]
     Record,
-    /// It is deleted, and still owes events.
+    /// The task is deleted, and its last events are in this file.
     Owed(OwedFile),
     /// As [`Self::Owed`], but the events could not be written to disk.
     OwedInMemory,
-    /// It is deleted, and owes nothing.
+    /// The task is deleted, and owes nothing.
     Nowhere,
 }
 

@@ -2,13 +2,14 @@
 //!
 //! The map has a lock, each task has a lock for its execs and a lock for its state, and each process has a lock for its live
 //! side. These locks are held for a short time, never over an await, and are taken in this order: map, execs, state
-//! ([`Entry::task`]), live side ([`Process::live`]). No code holds the locks of two live sides.
+//! ([`Entry::task`]), live side ([`Process::live`]). No code holds the locks of two live sides. In tests, the locks check
+//! their order (`ordered`).
 //!
 //! In addition, an operation with several steps holds `verb` of its process from its first step to its last. State, Wait
 //! and Kill do not: they must answer while the OCI runtime hangs.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use tokio::sync::watch;
 
@@ -16,6 +17,14 @@ use crate::id::{ExecId, ProcessKey, TaskKey, UnitName};
 
 use crate::task::Task;
 use crate::task::lifecycle::Exit;
+
+use super::ordered::{Guard, Ordered};
+
+/// The ranks of the locks, which are taken in this order. A thread holds one lock of each rank at most.
+const MAP: u8 = 0;
+const EXECS: u8 = 1;
+const STATE: u8 = 2;
+const LIVE: u8 = 3;
 
 /// A process in memory: init, or an exec. `L` is what the adapters attach to it.
 pub struct Process<L> {
@@ -25,7 +34,7 @@ pub struct Process<L> {
     /// Held by the operation that changes the process. There is one at a time.
     pub verb: Arc<tokio::sync::Mutex<()>>,
     /// What belongs to the running daemon only: descriptors, pumps.
-    live: Mutex<L>,
+    live: Ordered<L, LIVE>,
     end: watch::Sender<Option<Completion>>,
 }
 
@@ -44,7 +53,7 @@ impl<L: Default> Process<L> {
             key,
             unit,
             verb: Arc::default(),
-            live: Mutex::default(),
+            live: Ordered::default(),
             end: watch::Sender::new(exit.map(Completion::Exited)),
         })
     }
@@ -52,9 +61,8 @@ impl<L: Default> Process<L> {
 
 impl<L> Process<L> {
     /// What belongs to the running daemon only, locked for a moment. Not to be held over an await.
-    pub fn live(&self) -> MutexGuard<'_, L> {
-        // A panic ends the process, so there is no poison to respect.
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn live(&self) -> Guard<'_, L> {
+        self.live.lock()
     }
 
     /// The id of the exec. `None` for an init process.
@@ -97,8 +105,8 @@ pub struct Entry<L> {
     pub init: Arc<Process<L>>,
     /// Locked while the limits of the container change.
     pub limits: tokio::sync::Mutex<()>,
-    execs: Mutex<HashMap<ExecId, Arc<Process<L>>>>,
-    task: Mutex<Task>,
+    execs: Ordered<HashMap<ExecId, Arc<Process<L>>>, EXECS>,
+    task: Ordered<Task, STATE>,
 }
 
 impl<L: Default> Entry<L> {
@@ -113,16 +121,16 @@ impl<L: Default> Entry<L> {
             key: task.key.clone(),
             init: Process::new(key, task.init.unit.clone(), task.init.exit()),
             limits: tokio::sync::Mutex::default(),
-            execs: Mutex::default(),
-            task: Mutex::new(task),
+            execs: Ordered::default(),
+            task: Ordered::new(task),
         }
     }
 }
 
 impl<L> Entry<L> {
     /// The state, locked for a moment. Not to be held over an await.
-    pub fn task(&self) -> MutexGuard<'_, Task> {
-        self.task.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn task(&self) -> Guard<'_, Task> {
+        self.task.lock()
     }
 
     /// True if the record has the end of a process.
@@ -137,8 +145,8 @@ impl<L> Entry<L> {
         is_there && !self.has_recorded_end(process)
     }
 
-    fn execs_map(&self) -> MutexGuard<'_, HashMap<ExecId, Arc<Process<L>>>> {
-        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    fn execs_map(&self) -> Guard<'_, HashMap<ExecId, Arc<Process<L>>>> {
+        self.execs.lock()
     }
 
     /// A process: the exec with that id, or the init process.
@@ -184,12 +192,12 @@ struct Maps<L> {
 
 /// The live tasks of this node.
 pub struct Registry<L> {
-    maps: Mutex<Maps<L>>,
+    maps: Ordered<Maps<L>, MAP>,
 }
 
 impl<L> Default for Registry<L> {
     fn default() -> Self {
-        Self { maps: Mutex::new(Maps { tasks: HashMap::new(), units: HashMap::new() }) }
+        Self { maps: Ordered::new(Maps { tasks: HashMap::new(), units: HashMap::new() }) }
     }
 }
 
@@ -244,8 +252,8 @@ impl<L: Default> Registry<L> {
 }
 
 impl<L> Registry<L> {
-    fn maps(&self) -> MutexGuard<'_, Maps<L>> {
-        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+    fn maps(&self) -> Guard<'_, Maps<L>> {
+        self.maps.lock()
     }
 
     pub fn get(&self, key: &TaskKey) -> Option<Arc<Entry<L>>> {
