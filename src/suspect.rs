@@ -37,8 +37,8 @@ use crate::sys::crash::{self, Step};
 /// The number of crashes after which a suspect is not tried any more.
 pub const LIMIT: usize = 2;
 
-/// The number of crashes in the file, of which the oldest are overwritten. The file always has its full size, so that it
-/// can be written when `/run` is full.
+/// The number of crashes that the file has room for. A daemon that starts keeps the newest half of them. The file always
+/// has its full size, so that it can be written when `/run` is full.
 const MAX_CRASHES: usize = 512;
 
 /// Set in the numbers of records, so that they differ from those of requests.
@@ -138,7 +138,7 @@ pub async fn end_if_hanging(limit: Duration) {
     }
 }
 
-/// A step that ran at each of the earlier looks.
+/// A running step that also ran at each of the earlier checks.
 fn hanging<S: PartialEq + Copy>(running: &[S], earlier: &[Vec<S>]) -> Option<S> {
     running.iter().copied().find(|step| earlier.iter().all(|look| look.contains(step)))
 }
@@ -185,7 +185,7 @@ impl Crashes {
         Ok(crashes)
     }
 
-    /// As the signal handler notes a crash.
+    /// Notes a crash as the signal handler does.
     #[cfg(test)]
     pub fn note_for_tests(path: &Path, suspect: Suspect) {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
@@ -193,7 +193,7 @@ impl Crashes {
         file.write_all_at(&suspect.0.to_le_bytes(), at).unwrap();
     }
 
-    /// Reads the file, and has nothing noted in it.
+    /// Reads the file. The crash of this process will not be noted in it.
     pub fn read(path: &Path) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::oci::{mount, mount_options};
 use crate::task::request::Mount;
 
-/// Target: a mount. The lines are its type and its options.
+/// Target: a mount. The first line is its type, and each other line is an option.
 pub(super) fn options(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let mut lines = text.split('\n').map(str::to_owned);

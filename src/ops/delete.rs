@@ -21,7 +21,7 @@ use super::Shim;
 use super::kill::kill_all;
 
 impl Shim {
-    /// The response to an earlier attempt of the same Delete.
+    /// The response of an earlier daemon to the same Delete, if this call is a replay.
     pub(super) fn answered(&self, key: &ProcessKey, delivery: Delivery) -> Option<Deleted> {
         if delivery == Delivery::First { None } else { self.delete_replies.find(key) }
     }
@@ -44,7 +44,7 @@ impl Shim {
         }
     }
 
-    /// Removes a task. Kills a task that was never started first.
+    /// Removes a task. If the task was created and never started, kills its process before.
     pub(super) async fn delete_task(self: &Arc<Self>, key: &TaskKey) -> Result<Deleted, Error> {
         let entry = self.tasks.created(key)?;
         let phase = entry.task().init.phase.clone();
@@ -148,7 +148,7 @@ impl Shim {
 /// Waits for the current operation on the init process, and ends restores, because a restore may hang. If a restore
 /// completes before it is ended, the task runs.
 async fn end_restores(entry: &Arc<Entry>) -> MutexGuard<'_, ()> {
-    /// A Start that waits for the lock, too, may get it first and begin another restore: so this looks again.
+    /// Another Start may get the lock first and begin another restore. So the phase is checked again after this time.
     const INTERVAL: Duration = Duration::from_secs(1);
     loop {
         if let Phase::Restoring { .. } = entry.task().init.phase {

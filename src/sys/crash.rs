@@ -1,4 +1,4 @@
-//! Writes down what this process was working on, at the moment at which it crashes.
+//! Records what this process works on when it crashes.
 //!
 //! A panic (the release build aborts), an overflow of the stack and a fault of the processor raise a
 //! signal in the thread that caused them. The handler appends to a file the number that this thread has set with
@@ -59,7 +59,7 @@ impl Place {
     fn step(&self) -> Option<(u64, u64)> {
         let since = self.since.load(Ordering::Acquire);
         let subject = self.subject.load(Ordering::Acquire);
-        // Both belong together only if the step has not changed meanwhile.
+        // The two numbers belong together only if no other step has taken the place meanwhile.
         let is_same = self.since.load(Ordering::Acquire) == since;
         (is_same && subject != 0 && since != u64::MAX).then_some((subject, since))
     }
@@ -198,8 +198,8 @@ fn note(notes: &Notes, subject: u64) {
     }
     let at = libc::off_t::try_from(NEXT.fetch_add(ENTRY, Ordering::Relaxed)).unwrap_or(0);
     let bytes = subject.to_le_bytes();
-    // SAFETY: the descriptor is never closed, and the buffer lives on this stack. What can't be written
-    // is not recorded: there is no one to report it to.
+    // SAFETY: the descriptor is never closed, and the buffer lives on this stack. An error is ignored: a
+    // signal handler can report it to nobody.
     let _ = unsafe { libc::pwrite(notes.file.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), at) };
 }
 

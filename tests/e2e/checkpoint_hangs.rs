@@ -16,7 +16,7 @@ use crate::common::stdio::{Fifos, Scratch};
 use crate::common::task::{Io, SIGKILL, SIGTERM};
 use crate::common::{daemon, process, systemd, wait};
 
-/// Much less than any limit of the daemon, also where QEMU emulates.
+/// Much shorter than any limit of the daemon, and long enough for a machine that QEMU emulates.
 const SOON: Duration = Duration::from_secs(60);
 
 /// A criu that passes all checks, and hangs when it has to dump or restore.

@@ -1,7 +1,8 @@
-//! End to end: the guest's real containerd, systemd and runc, driven as clients drive them.
+//! End-to-end tests. They drive the real containerd, systemd and runc of a guest as clients do.
 //!
-//! Runs as root in the testbed. `E2E_RUNTIME` names the runtime under test; with `io.containerd.runc.v2` the
-//! tests that hold for every shim are checked themselves (tests of our shim alone are skipped).
+//! They run as root in the testbed. `E2E_RUNTIME` names the runtime under test. With `io.containerd.runc.v2`, the stock shim
+//! has to pass the tests that hold for every shim, which shows that these tests are right; the tests of this shim alone are
+//! skipped.
 
 #[macro_use]
 #[path = "../common/mod.rs"]
