@@ -114,8 +114,8 @@ impl Tasks {
         let before = task.clone();
         task.outbox.accepted(seq);
         self.write_now_or_later(entry, &before, &task);
-        let is_deleted = !matches!(entry.init.live().disk.stored, Stored::Record);
-        if is_deleted && task.outbox.is_empty() && !before.outbox.is_empty() {
+        let is_owed = matches!(entry.init.live().disk.stored, Stored::Owed(_) | Stored::OwedInMemory);
+        if is_owed && task.outbox.is_empty() && !before.outbox.is_empty() {
             self.owings.end(&task.containerd.ttrpc_address);
         }
     }
@@ -156,6 +156,18 @@ impl Tasks {
         if matches!(entry.init.live().disk.stored, Stored::OwedInMemory) {
             self.write_now_or_later(entry, &task, &task);
         }
+        Ok(())
+    }
+
+    /// Removes the record of a task whose Create is rolled back. Later changes of the task are not written: another task may
+    /// have its id then.
+    ///
+    /// # Errors
+    /// The record can't be removed; then the task stays.
+    pub(crate) fn note_rolled_back(&self, entry: &Entry) -> Result<(), store::Error> {
+        let task = entry.task();
+        self.store.remove(&task.key)?;
+        entry.init.live().disk.stored = Stored::Nowhere;
         Ok(())
     }
 
@@ -248,10 +260,7 @@ impl Tasks {
     fn write_again(&self, entry: &Arc<Entry>) -> bool {
         {
             let task = entry.task();
-            let is_known = self.is_live(entry);
-            let is_record = matches!(entry.init.live().disk.stored, Stored::Record);
-            // The record of a task whose Create was rolled back is not written.
-            if (is_known || !is_record) && self.write(entry, &task, &task, Cause::Observation).is_err() {
+            if self.write(entry, &task, &task, Cause::Observation).is_err() {
                 return false;
             }
             entry.init.live().disk.is_unwritten = false;

@@ -17,7 +17,7 @@ pub(crate) enum Stored {
     Owed(OwedFile),
     /// As [`Self::Owed`], but the events could not be written to disk.
     OwedInMemory,
-    /// The task is deleted, and owes nothing.
+    /// The task is deleted, and owes nothing; or its Create was rolled back.
     Nowhere,
 }
 

@@ -280,7 +280,7 @@ impl Cleanup {
         // `launch` may have moved there in the meantime.
         launch::cgroup::kill(task.unit());
         if troubles.is_empty() {
-            troubles.add(self.store.remove(&task.key));
+            troubles.add(self.tasks.note_rolled_back(entry));
         }
         if troubles.is_empty() {
             self.fds.forget_all(task.init.wiring.store_number);
