@@ -6,19 +6,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use tempfile::TempDir;
 
 use crate::api::status;
 use crate::cgroup;
 use crate::cgroup::watch::Watch;
 use crate::config;
-use crate::effects::{Effects, Failure};
+use crate::effects::Effects;
 use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::launch::fake::{BRIEF_STATUS, FakeLaunch};
 use crate::oci::criu::Checkpoint;
 use crate::oci::options;
-use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::ops::{AddExec, CreateTask};
 use crate::ops::{Parts, Shim};
 use crate::services::files::ClientFiles;
@@ -35,77 +33,11 @@ use crate::unit::name;
 use crate::unit::observations::Observations;
 use crate::unit::relay::Relay;
 
+use super::panics::Panics;
+use super::runtime::FakeRuntime;
+
 /// The exit code of the exec.
 pub(crate) const EXEC_STATUS: u32 = BRIEF_STATUS;
-
-/// An OCI runtime that keeps a directory for each container, as runc does.
-pub(crate) struct FakeRuntime {
-    effects: Arc<Effects>,
-    systemd: Arc<FakeSystemd>,
-    store: Store,
-}
-
-impl FakeRuntime {
-    async fn call(&self, verb: &'static str, cli: &Cli<'_>) -> Result<PathBuf, RuntimeError> {
-        let kept = cli.runtime.root.join(cli.id.as_str());
-        match self.effects.reach(format!("runtime {verb}")).await {
-            Ok(()) => Ok(kept),
-            Err(Failure::Timeout | Failure::NoReply) => {
-                Err(RuntimeError::TimedOut { verb, limit: Duration::from_secs(120) })
-            }
-            Err(failure @ Failure::TooManyFiles) => {
-                Err(RuntimeError::Spawn { verb, binary: cli.runtime.binary.clone(), source: failure.io() })
-            }
-            Err(failure) => Err(RuntimeError::Failed { verb, reason: failure.io().to_string() }),
-        }
-    }
-}
-
-#[async_trait]
-impl OciRuntime for FakeRuntime {
-    async fn start(&self, cli: &Cli<'_>) -> Result<(), RuntimeError> {
-        let kept = self.call("start", cli).await?;
-        fs::remove_file(kept.join("exec.fifo")).map_err(|_| RuntimeError::Failed {
-            verb: "start",
-            reason: "cannot start a container that is running".to_owned(),
-        })
-    }
-
-    async fn update(&self, cli: &Cli<'_>, _: &Path) -> Result<(), RuntimeError> {
-        self.call("update", cli).await.map(drop)
-    }
-
-    async fn delete(&self, cli: &Cli<'_>) -> Result<(), RuntimeError> {
-        let kept = self.call("delete", cli).await?;
-        let _ = fs::remove_dir_all(kept);
-        Ok(())
-    }
-
-    async fn launch(
-        &self,
-        cli: &Cli<'_>,
-        verb: &'static str,
-        _: Duration,
-        command: &[String],
-    ) -> Result<(), RuntimeError> {
-        assert_eq!(command[1..3], ["launch", verb]);
-        let kept = self.call(verb, cli).await?;
-        if verb != "checkpoint" {
-            return Ok(());
-        }
-        let begun: serde_json::Value =
-            serde_json::from_slice(&fs::read(cli.dir.join("checkpoint.json")).unwrap()).unwrap();
-        fs::create_dir_all(cli.dir.join("criu-dump")).unwrap();
-        fs::write(cli.dir.join("criu-dump/dump.log"), "Dumping finished successfully").unwrap();
-        if begun["request"]["exit"] == true {
-            let _ = fs::remove_dir_all(kept);
-            let tasks = self.store.load_all(&Arc::default()).unwrap();
-            let task = tasks.into_iter().flatten().find(|found| found.task.key.id == *cli.id).unwrap().task;
-            self.systemd.end_by_signal(task.unit(), nix::libc::SIGKILL);
-        }
-        Ok(())
-    }
-}
 
 /// A node with one task and one exec, both with fixed names.
 pub(crate) struct World {
@@ -197,6 +129,7 @@ impl World {
         T: Send + 'static,
         W: Future<Output = T> + Send + 'static,
     {
+        let panics = Panics::watch();
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         let done = runtime.block_on(async {
@@ -218,6 +151,7 @@ impl World {
         });
         // Drops the futures of the daemon that has ended, and then waits for its blocking work.
         drop(runtime);
+        panics.assert_none();
         done
     }
 

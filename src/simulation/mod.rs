@@ -5,6 +5,8 @@ mod calls;
 mod crashes;
 pub(crate) mod harness;
 mod loggers;
+mod panics;
+mod runtime;
 mod sandboxes;
 mod scenarios;
 mod slices;

@@ -1,0 +1,82 @@
+//! An OCI runtime for tests.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::effects::{Effects, Failure};
+use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
+use crate::store::Store;
+use crate::unit::fake::FakeSystemd;
+
+/// An OCI runtime that keeps a directory for each container, as runc does.
+pub(crate) struct FakeRuntime {
+    pub(super) effects: Arc<Effects>,
+    pub(super) systemd: Arc<FakeSystemd>,
+    pub(super) store: Store,
+}
+
+impl FakeRuntime {
+    async fn call(&self, verb: &'static str, cli: &Cli<'_>) -> Result<PathBuf, RuntimeError> {
+        let kept = cli.runtime.root.join(cli.id.as_str());
+        match self.effects.reach(format!("runtime {verb}")).await {
+            Ok(()) => Ok(kept),
+            Err(Failure::Timeout | Failure::NoReply) => {
+                Err(RuntimeError::TimedOut { verb, limit: Duration::from_secs(120) })
+            }
+            Err(failure @ Failure::TooManyFiles) => {
+                Err(RuntimeError::Spawn { verb, binary: cli.runtime.binary.clone(), source: failure.io() })
+            }
+            Err(failure) => Err(RuntimeError::Failed { verb, reason: failure.io().to_string() }),
+        }
+    }
+}
+
+#[async_trait]
+impl OciRuntime for FakeRuntime {
+    async fn start(&self, cli: &Cli<'_>) -> Result<(), RuntimeError> {
+        let kept = self.call("start", cli).await?;
+        fs::remove_file(kept.join("exec.fifo")).map_err(|_| RuntimeError::Failed {
+            verb: "start",
+            reason: "cannot start a container that is running".to_owned(),
+        })
+    }
+
+    async fn update(&self, cli: &Cli<'_>, _: &Path) -> Result<(), RuntimeError> {
+        self.call("update", cli).await.map(drop)
+    }
+
+    async fn delete(&self, cli: &Cli<'_>) -> Result<(), RuntimeError> {
+        let kept = self.call("delete", cli).await?;
+        let _ = fs::remove_dir_all(kept);
+        Ok(())
+    }
+
+    async fn launch(
+        &self,
+        cli: &Cli<'_>,
+        verb: &'static str,
+        _: Duration,
+        command: &[String],
+    ) -> Result<(), RuntimeError> {
+        assert_eq!(command[1..3], ["launch", verb]);
+        let kept = self.call(verb, cli).await?;
+        if verb != "checkpoint" {
+            return Ok(());
+        }
+        let begun: serde_json::Value =
+            serde_json::from_slice(&fs::read(cli.dir.join("checkpoint.json")).unwrap()).unwrap();
+        fs::create_dir_all(cli.dir.join("criu-dump")).unwrap();
+        fs::write(cli.dir.join("criu-dump/dump.log"), "Dumping finished successfully").unwrap();
+        if begun["request"]["exit"] == true {
+            let _ = fs::remove_dir_all(kept);
+            let tasks = self.store.load_all(&Arc::default()).unwrap();
+            let task = tasks.into_iter().flatten().find(|found| found.task.key.id == *cli.id).unwrap().task;
+            self.systemd.end_by_signal(task.unit(), nix::libc::SIGKILL);
+        }
+        Ok(())
+    }
+}
