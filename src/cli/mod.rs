@@ -36,8 +36,8 @@ impl Failure {
 }
 
 /// Runs the command that the arguments name.
-pub fn run(words: Vec<String>) -> ExitCode {
-    let command = match arguments::parse(&words) {
+pub fn run(args: Vec<String>) -> ExitCode {
+    let command = match arguments::parse(&args) {
         Ok(command) => command,
         Err(error) => {
             say(&match error {

@@ -104,7 +104,7 @@ impl FileIdentity {
 }
 
 /// The copy of a binary, or the knowledge that a copy can't be made.
-struct Kept {
+struct CachedCopy {
     of: FileIdentity,
     /// Made at its first use.
     copy: OnceLock<Option<Copy>>,
@@ -126,7 +126,7 @@ impl Copy {
     }
 }
 
-impl Kept {
+impl CachedCopy {
     fn new(of: FileIdentity) -> Self {
         Self { of, copy: OnceLock::new(), used: Mutex::new(Instant::now()) }
     }
@@ -143,19 +143,19 @@ impl Kept {
 /// The copies that the daemon holds.
 #[derive(Default)]
 pub struct Copies {
-    kept: Mutex<HashMap<PathBuf, Arc<Kept>>>,
+    cached: Mutex<HashMap<PathBuf, Arc<CachedCopy>>>,
 }
 
 impl Copies {
-    fn kept(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<Kept>>> {
+    fn cached(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<CachedCopy>>> {
         // A panic ends the process, so no other thread can see a poisoned lock.
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        self.cached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The copy of a binary that needs one ([`is_wanted`]). Makes one if there is none of the current content. `None` if there
     /// can be none. Blocks.
     pub fn copy_of(&self, binary: &Path) -> Option<SealedRef> {
-        let kept = self.kept_of(binary)?;
+        let kept = self.cached_copy_of(binary)?;
         *kept.used() = Instant::now();
         // The map is not locked meanwhile, because this copies megabytes.
         let copy = kept.copy.get_or_init(|| {
@@ -167,23 +167,23 @@ impl Copies {
         copy.as_ref().map(|copy| copy.reference.clone())
     }
 
-    fn kept_of(&self, binary: &Path) -> Option<Arc<Kept>> {
+    fn cached_copy_of(&self, binary: &Path) -> Option<Arc<CachedCopy>> {
         let of = FileIdentity::of(binary).ok()?;
-        let mut kept = self.kept();
+        let mut kept = self.cached();
         if let Some(found) = kept.get(binary).filter(|found| found.of == of) {
             if !found.is_spoiled() {
                 return Some(found.clone());
             }
             tracing::warn!("the shared copy of {} was modified: making a new one", binary.display());
         }
-        let fresh = Arc::new(Kept::new(of));
+        let fresh = Arc::new(CachedCopy::new(of));
         kept.insert(binary.to_owned(), fresh.clone());
         Some(fresh)
     }
 
     /// Drops the copies that were not used for [`IDLE_LIMIT`].
     pub fn sweep(&self) {
-        self.kept().retain(|_, kept| kept.used().elapsed() < IDLE_LIMIT);
+        self.cached().retain(|_, kept| kept.used().elapsed() < IDLE_LIMIT);
     }
 }
 
@@ -275,16 +275,16 @@ mod tests {
     fn a_copy_that_was_changed_is_made_again() {
         let Some(copy) = made() else { return };
         let (copies, binary) = (Copies::default(), Path::new("/bin/true"));
-        let kept = Kept::new(FileIdentity::of(binary).unwrap());
+        let kept = CachedCopy::new(FileIdentity::of(binary).unwrap());
         let spoiled = copy.reference.clone();
         kept.copy.set(Some(copy)).ok().unwrap();
-        copies.kept().insert(binary.to_owned(), Arc::new(kept));
-        let held = copies.kept_of(binary).unwrap();
+        copies.cached().insert(binary.to_owned(), Arc::new(kept));
+        let held = copies.cached_copy_of(binary).unwrap();
         assert!(held.copy.get().is_some(), "an intact one is used");
         // A container with CAP_LINUX_IMMUTABLE on the host can do this.
         sys::set_flags(&held.copy.get().unwrap().as_ref().unwrap().file, 0).unwrap();
         assert!(spoiled.open().is_none(), "launch does not run it");
-        assert!(copies.kept_of(binary).unwrap().copy.get().is_none(), "it is to be made again");
+        assert!(copies.cached_copy_of(binary).unwrap().copy.get().is_none(), "it is to be made again");
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub enum Error {
     Process(#[from] oci::process::Error),
     /// systemd can keep no more descriptors for the daemon.
     #[error(transparent)]
-    Kept(#[from] unit::fd_store::Error),
+    FdStore(#[from] unit::fd_store::Error),
     /// The streams of a process can't be used.
     #[error(transparent)]
     Session(#[from] session::Error),
