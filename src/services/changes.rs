@@ -4,6 +4,10 @@
 //! A *note* records something that has already happened, such as an exit. It changes memory at once. If the record can't
 //! be written now (`/run` is full, there is no descriptor left), the daemon writes it as soon as it can. If the daemon ends
 //! before that, the next one reads the same from the unit; therefore a unit is removed only after the record is written.
+//!
+//! The record is written under the lock of the task, by the thread that serves the call. The records are on a tmpfs, so no
+//! write waits for a disk, and a change writes only the files that it concerns: some 100 µs. Copying the task for a change is
+//! a small part of that, because the task and its copy share the execs.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -13,6 +13,7 @@ use crate::id::UnitName;
 use crate::launch::fake::{BRIEF_STATUS, Launches};
 use crate::ops::Status;
 use crate::services::{Delivery, Error};
+use crate::store::Store;
 use crate::task::lifecycle::Exit;
 use crate::unit::name;
 
@@ -130,6 +131,27 @@ fn the_start_job_of_a_long_exec_is_cancelled_and_nothing_waits_for_an_exec_that_
     });
     assert_eq!(users, Some(0));
     assert!(!is_cancelled());
+}
+
+#[test]
+fn a_late_record_of_a_create_that_was_rolled_back_does_not_replace_that_of_another_task() {
+    let world = World::new("rolled-back");
+    let (init, nodes) = (world.init(), [world.parts(), world.parts()]);
+    let new = world.live(move |shim| async move {
+        let [first, second] = nodes.map(|node| node(shim.clone()));
+        Step::Create.take(first, Delivery::First).await.unwrap();
+        let (old, _) = shim.tasks.process(&init).unwrap();
+        shim.cleanup.roll_back_create(&old).await;
+        Step::Create.take(second, Delivery::First).await.unwrap();
+        old.task().init.description = "the old task".to_owned();
+        shim.tasks.write_later(&old);
+        tokio::time::sleep(A_WHILE).await;
+        let (new, _) = shim.tasks.process(&init).unwrap();
+        new.task().clone()
+    });
+    let recorded = Store::new(world.state_dir()).load_all(&Arc::default()).unwrap();
+    let recorded: Vec<_> = recorded.into_iter().map(|found| found.unwrap().task).collect();
+    assert_eq!(recorded, [new.unwrap()]);
 }
 
 /// An earlier version could leave records of processes that systemd never had as main processes.
