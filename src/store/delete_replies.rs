@@ -4,8 +4,8 @@
 //! the request journal, and the reply in this file. The file has a fixed number of places, each within a page of a tmpfs:
 //! a place is written whole or not at all.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -18,6 +18,7 @@ use crate::task::lifecycle::Exit;
 use crate::task::optional_pid;
 
 use super::Error;
+use super::files::open_in_root;
 
 const FILE: &str = ".answers";
 /// The number of places. Fewer deletes can be between the removal of a record and the reply.
@@ -59,14 +60,10 @@ impl DeleteReplies {
     /// # Errors
     /// [`Error::Io`]
     pub fn open(root: &Path) -> Result<Self, Error> {
-        DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(io_error("create", root))?;
-        let path = root.join(FILE);
-        let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.map_err(io_error("open", &path))?;
+        let file = open_in_root(root, FILE)?;
         // Reserves space now, so that a later Delete does not fail because the file system is full.
         if let Err(errno) = fallocate(&file, FallocateFlags::empty(), 0, PLACES as i64 * PLACE as i64) {
-            tracing::warn!(%errno, "can't reserve space for {}: {errno}", path.display());
+            tracing::warn!(%errno, "can't reserve space for {}: {errno}", root.join(FILE).display());
         }
         let mut replies = Self { file, next: Mutex::default() };
         replies.next = Mutex::new(replies.lines().map(|line| line.seq + 1).max().unwrap_or(0));

@@ -6,8 +6,8 @@
 //! whole or not at all.
 
 use std::collections::HashMap;
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -18,6 +18,7 @@ use crate::path_error::io_error;
 use crate::text;
 
 use super::Error;
+use super::files::open_in_root;
 
 const FILE: &str = ".failures";
 /// The number of places. Fewer operations can be between their failure and the reply.
@@ -88,11 +89,7 @@ impl Failures {
     /// # Errors
     /// [`Error::Io`]
     pub fn open(root: &Path) -> Result<Self, Error> {
-        DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(io_error("create", root))?;
-        let path = root.join(FILE);
-        let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.map_err(io_error("open", &path))?;
+        let file = open_in_root(root, FILE)?;
         let mut state = State::default();
         let mut lines: Vec<Line> = (0..PLACES).filter_map(|place| read(&file, place)).collect();
         lines.sort_by_key(|line| line.seq);

@@ -41,6 +41,15 @@ pub(super) fn make_dir(dir: &Path) -> io::Result<()> {
     }
 }
 
+/// Opens a file in the directory of all records, for reading and writing. Creates both if they do not exist.
+pub(super) fn open_in_root(root: &Path, name: &str) -> Result<File, Error> {
+    DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(io_error("create", root))?;
+    let path = root.join(name);
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+    Ok(file.map_err(io_error("open", &path))?)
+}
+
 /// The names in a directory, none if it does not exist.
 pub(super) fn entries(dir: &Path) -> Result<Vec<String>, Error> {
     let listing = match fs::read_dir(dir) {
