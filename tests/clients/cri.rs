@@ -116,6 +116,16 @@ impl Cri {
 
     /// As the function above, with another runtime.
     pub fn pod_by(&self, handler: &str, name: &str, change: impl FnOnce(&mut PodSandboxConfig)) -> Pod {
+        self.try_pod(handler, name, change).unwrap_or_else(|error| panic!("pod {name}: {error:?}"))
+    }
+
+    /// As the function above, for a pod that may be refused.
+    pub fn try_pod(
+        &self,
+        handler: &str,
+        name: &str,
+        change: impl FnOnce(&mut PodSandboxConfig),
+    ) -> Result<Pod, Status> {
         let scratch = Scratch::new("pod-logs");
         let name = unique(name);
         let metadata = PodSandboxMetadata {
@@ -142,9 +152,9 @@ impl Cri {
         change(&mut config);
         let request =
             RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_string() };
-        let id = self.call(request).pod_sandbox_id;
+        let id = self.try_call(request)?.pod_sandbox_id;
         self.pods.borrow_mut().push(id.clone());
-        Pod { id, config, scratch }
+        Ok(Pod { id, config, scratch })
     }
 
     /// Creates a container; the test may change its configuration.
@@ -155,6 +165,18 @@ impl Cri {
         command: &[&str],
         change: impl FnOnce(&mut ContainerConfig),
     ) -> Container {
+        self.try_create(pod, name, command, change)
+            .unwrap_or_else(|error| panic!("container {name}: {error:?}"))
+    }
+
+    /// As the function above, for a container that may be refused.
+    pub fn try_create(
+        &self,
+        pod: &Pod,
+        name: &str,
+        command: &[&str],
+        change: impl FnOnce(&mut ContainerConfig),
+    ) -> Result<Container, Status> {
         let log = format!("{name}.log");
         let sandbox = pod.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
         let security = LinuxContainerSecurityContext {
@@ -175,7 +197,7 @@ impl Cri {
             config: Some(config),
             sandbox_config: Some(pod.config.clone()),
         };
-        Container { id: self.call(request).container_id, log: pod.scratch.join(&log) }
+        Ok(Container { id: self.try_call(request)?.container_id, log: pod.scratch.join(&log) })
     }
 
     pub fn start(&self, container: &Container) {
@@ -453,7 +475,8 @@ fn configure(node: &Node) -> bool {
          restrict_oom_score_adj = {without_cgroups}\n\
          [{plugin}.containerd]\ndefault_runtime_name = \"{HANDLER}\"\n\
          [{plugin}.cni]\nbin_dir = \"{CNI_PLUGINS}\"\nconf_dir = \"{CNI_DIRECTORY}\"\n\
-         [{plugin}.containerd.runtimes.{HANDLER}]\nruntime_type = \"{runtime}\"\n{sandboxer}{options}{stock}"
+         [{plugin}.containerd.runtimes.{HANDLER}]\nruntime_type = \"{runtime}\"\n\
+         pod_annotations = [\"*\"]\ncontainer_annotations = [\"*\"]\n{sandboxer}{options}{stock}"
     );
     if fs::read_to_string(CONFIGURATION).is_ok_and(|now| now == text)
         && systemd::is_active("containerd.service")

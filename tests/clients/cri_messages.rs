@@ -186,6 +186,8 @@ pub struct ContainerConfig {
     pub envs: Vec<KeyValue>,
     #[prost(message, repeated, tag = "7")]
     pub mounts: Vec<Mount>,
+    #[prost(map = "string, string", tag = "10")]
+    pub annotations: HashMap<String, String>,
     #[prost(string, tag = "11")]
     pub log_path: String,
     #[prost(bool, tag = "12")]

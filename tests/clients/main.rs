@@ -13,6 +13,7 @@ mod cri;
 mod cri_checkpoint;
 mod cri_cost;
 mod cri_exec;
+mod cri_hostile;
 mod cri_killed;
 mod cri_limits;
 mod cri_messages;
