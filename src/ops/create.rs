@@ -15,7 +15,7 @@ use crate::launch::contract::{Kind, LAUNCHED, PID_FILE};
 use crate::launch::{self, command};
 use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::{metadata, options, runtime};
-use crate::services::process::{cancelled, hold, lives_in, program_of, read_pid};
+use crate::services::process::{cancelled, hold, is_place_of, lives_in, program_of, read_pid};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Delivery, Entry, Error, WaitsFor};
 use crate::session::{OpenStreams, ReopenMode};
@@ -157,7 +157,10 @@ impl Shim {
             if task.request.checkpoint.is_some() {
                 return self.prepare_restore(entry, &task, &dir).await;
             }
-            self.resume_unit(entry, claimed).await.map(drop)
+            self.resume_unit(entry, claimed).await?;
+            // The process may have ended while no daemon received systemd's signals.
+            self.units.query(entry, &entry.init).await;
+            Ok(())
         };
         if let Err(error) = resumed.await {
             tracing::warn!(task = %task.key, %error, "task {}: a create that a restart interrupted has failed and is rolled back: {error}", task.key);
@@ -337,14 +340,15 @@ impl Shim {
     /// Records the container: its init process, its cgroup and its limits.
     async fn record_container(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
         let task = entry.task().clone();
-        let (program, found) = (program_of(pid), cgroup::of_process(pid).ok());
+        // The process may have ended, and another one of the node may have its pid and be elsewhere.
+        let found = cgroup::of_process(pid).ok().filter(|found| is_place_of(&task, found));
+        let program = program_of(pid);
         let (mut limits, mut oom_kills) = (None, 0);
         if let Some(cgroup) = &found {
             limits = self.cgroups.join_limits(&task, cgroup).await?;
             // A cgroup that the client has created may already have counted kills.
             oom_kills = MemoryEvents::read(cgroup)?.unwrap_or_default().oom_kill;
         }
-        // If the process has ended in the meantime, its cgroup can't be read any more.
         let cgroup = found.unwrap_or_else(|| task.placement.cgroup(task.unit()));
         let container = Container { pid, cgroup, limits, oom_kills };
         fault::point(Point::CreateLimited);

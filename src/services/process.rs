@@ -1,4 +1,4 @@
-//! The process behind a pid. A pidfd keeps the kernel from giving the pid to another process.
+//! The process behind a pid. A pidfd shows whether its process has ended. After that, another process may get the pid.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +9,7 @@ use crate::{cgroup, config, sys};
 
 use super::{Entry, Error, Process};
 
-/// Opens a pidfd of a process, so that no other process can get its pid. If the process does not exist any more, it has ended,
+/// Opens a pidfd of a process. If the process does not exist any more, it has ended,
 /// and systemd reports how.
 pub(crate) fn hold(entry: &Entry, process: &Process, pid: u32) {
     let held = sys::pidfd_open(pid).ok();
@@ -57,7 +57,7 @@ pub(crate) fn has_ended(task: &Task, pid: u32) -> bool {
 }
 
 /// True if processes of the task are in this cgroup.
-fn is_place_of(task: &Task, found: &Path) -> bool {
+pub(crate) fn is_place_of(task: &Task, found: &Path) -> bool {
     match (task.cgroup(), &task.placement) {
         (Some(container), _) => found.starts_with(container),
         // Create has not noted it yet.

@@ -2,11 +2,17 @@
 //! task continues as if nothing had happened, or is as it was before the call, and leaves nothing behind at the end.
 
 use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
+use crate::cgroup;
 use crate::effects::{Failure, Plan};
+use crate::launch::contract::PID_FILE;
 use crate::launch::fake::Launches;
 use crate::oci::criu::Checkpoint;
+use crate::services::process::read_pid;
 use crate::services::{Delivery, Error};
+use crate::store::Store;
 
 use super::harness::{Step, World};
 
@@ -164,6 +170,49 @@ fn fail_at(life: &Life, at: usize, name: &str, effect: usize, failure: Failure) 
 #[test]
 fn a_create_is_resumed_although_systemd_was_slow_to_start_its_unit() {
     stop_everywhere(&WHOLE, 0, "slow", |world| world.systemd.hide_once(world.unit()));
+}
+
+/// The init process ends while no daemon runs that could complete its Create. Another process of the node gets its pid.
+#[test]
+fn an_init_process_that_ends_before_its_create_is_completed_has_an_exit() {
+    let stranger = Path::new("/stranger.service");
+    cgroup::fake::make(stranger);
+    fs::write(cgroup::dir(stranger).join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
+    let mut answered = 0;
+    for effect in 0..MANY {
+        let world = World::new("early-end");
+        world.effects.plan(Plan::Stop(effect));
+        let done = world.take(&[Step::Create], Delivery::First);
+        let place = format!("stopped before effect {effect} ({:?})", world.effects.log().last());
+        if done.is_some() {
+            assert!(answered > 0, "no daemon has completed a Create of an earlier one");
+            return;
+        }
+        world.effects.plan(Plan::Undisturbed);
+        let pid = read_pid(&Store::new(world.state_dir()).dir(&world.task).join(PID_FILE));
+        world.systemd.end_unheard(&world.unit(), 0);
+        if let Some(pid) = pid {
+            cgroup::fake::place(stranger, pid);
+        }
+        let (parts, init) = (world.parts(), world.init());
+        let status = world.live(move |shim| async move {
+            Step::Create.take(parts(shim.clone()), Delivery::Replayed).await.ok()?;
+            // The process has ended, unless this daemon has begun the Create once more.
+            let _ = shim.tasks.kill(&init, nix::libc::SIGKILL as u32, false, Delivery::First).await;
+            let waited = tokio::time::timeout(Duration::from_secs(3600), shim.wait(&init, Delivery::First));
+            let exit = waited.await.expect("the end of the init process").unwrap();
+            shim.delete(&init, Delivery::First).await.unwrap();
+            Some(exit.status)
+        });
+        let status = status.unwrap();
+        assert!(status.is_none_or(|status| [0, 137].contains(&status)), "{place}: {status:?}");
+        answered += usize::from(status == Some(0));
+        if let Some(pid) = pid {
+            cgroup::fake::forget_process(pid);
+        }
+        assert!(!cgroup::fake::is_to_be_killed(stranger), "{place}");
+    }
+    unreachable!("the create has no end");
 }
 
 /// systemd does not know the process of such an exec, so the next daemon can't ask for its exit.
