@@ -158,8 +158,8 @@ impl Waking {
         let start = async {
             let wake =
                 properties::wake(&command, self.connections.wake_fd()).map_err(|error| error.to_string())?;
-            let begun = self.manager.begin_transient(&name::wake_service(), &wake).await;
-            begun.map(drop).map_err(|error| error.to_string())
+            let begun = self.manager.begin_with_descriptor(&name::wake_service(), &wake).await;
+            begun.map_err(|error| error.to_string())
         };
         let started = tokio::time::timeout(SHUTDOWN_CALL_LIMIT, start).await;
         if let Err(reason) = started.map_err(|_| "systemd does not answer".to_owned()).flatten() {

@@ -22,7 +22,7 @@ use super::pending::OnDisk;
 /// The live side of a process.
 #[derive(Default)]
 pub struct Live {
-    /// A descriptor of the process. While it is open, no other process gets the same pid.
+    /// A descriptor of the process, which shows whether the process has ended.
     pub(crate) process: Option<OwnedFd>,
     /// Its streams, once it has them.
     pub(crate) session: Session,

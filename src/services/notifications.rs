@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::unix::AsyncFd;
@@ -15,6 +16,7 @@ use tokio::task::JoinHandle;
 
 use crate::cgroup;
 use crate::config;
+use crate::id::TaskKey;
 use crate::path_error::io_error;
 use crate::session::fds::{StreamFds, StreamKind};
 use crate::stdio::fifo;
@@ -23,6 +25,7 @@ use crate::unit::name;
 use crate::unit::relay::{MESSAGE_MAX, Notification, Relay, TimeExtension};
 use crate::unit::systemd::Systemd;
 
+use super::waiting::{WaitsFor, waiting};
 use super::{Entry, Error, blocking};
 
 /// How many messages of a container the daemon forwards without a pause. After these, it forwards one message after each
@@ -105,7 +108,7 @@ impl Notifications {
     }
 
     fn read(&self, entry: &Arc<Entry>, socket: OwnedFd, path: PathBuf) -> Result<(), Error> {
-        let socket = crate::sys::watch(socket).map_err(Error::Watch)?;
+        let socket = Arc::new(crate::sys::watch(socket).map_err(Error::Watch)?);
         let (this, of) = (self.clone(), Arc::downgrade(entry));
         let init = entry.init.clone();
         let task = tokio::spawn(async move {
@@ -113,7 +116,7 @@ impl Notifications {
                 let (mut budget, mut refilled) = (BURST, Instant::now());
                 let mut extension = TimeExtension::default();
                 loop {
-                    let message = receive(&socket).await?;
+                    let message = receive(&socket, &init.key.task).await?;
                     let Some(entry) = of.upgrade() else {
                         return Ok(());
                     };
@@ -173,12 +176,8 @@ impl Notifications {
         let Some(text) = said.text(extended) else {
             return;
         };
-        // While the pidfd is open, no other process gets the pid.
-        let lives = entry.init.live().process.as_ref().is_some_and(is_alive);
-        if !lives {
-            return;
-        }
-        if let Err(error) = self.relay.tell(&text, main).await {
+        let lives = || entry.init.live().process.as_ref().is_some_and(is_alive);
+        if let Err(error) = self.relay.tell(&text, main, lives).await {
             tracing::warn!(task = %entry.key, %error, "task {}: can't pass its notification on to systemd: {error}", entry.key);
         }
     }
@@ -192,18 +191,24 @@ struct Message {
 
 /// Receives the next message. `None` if it is too long or has no sender.
 ///
-/// The kernel closes the descriptors that come with a message. So `BARRIER=1` is answered after all messages before it, and
-/// a container can't pass a descriptor to the daemon whose close would hang.
-async fn receive(socket: &AsyncFd<OwnedFd>) -> std::io::Result<Option<Message>> {
-    let mut text = vec![0; MESSAGE_MAX + 1];
-    let received = loop {
+/// The kernel closes the descriptors that come with a message, so `BARRIER=1` is answered after all messages before it. The
+/// thread that receives the message waits for that: at a TCP connection with `SO_LINGER`, as long as the sender likes.
+async fn receive(socket: &Arc<AsyncFd<OwnedFd>>, task: &TaskKey) -> std::io::Result<Option<Message>> {
+    loop {
         let mut ready = socket.readable().await?;
-        match ready.try_io(|socket| Ok(crate::sys::receive_from_process(socket.get_ref(), &mut text)?)) {
-            Ok(received) => break received?,
-            Err(_would_block) => {}
+        let shared = socket.clone();
+        match waiting(WaitsFor::Notification, task, move || receive_now(shared.get_ref())).await {
+            Ok(Err(Errno::EAGAIN)) => ready.clear_ready(),
+            Ok(received) => return Ok(received?),
+            // There is no thread at the moment. The message stays in the socket.
+            Err(_) => tokio::time::sleep(PAUSE).await,
         }
-    };
-    let (length, sender) = received;
+    }
+}
+
+fn receive_now(socket: &OwnedFd) -> Result<Option<Message>, Errno> {
+    let mut text = vec![0; MESSAGE_MAX + 1];
+    let (length, sender) = crate::sys::receive_from_process(socket, &mut text)?;
     text.truncate(length);
     Ok(sender.filter(|_| length <= MESSAGE_MAX).map(|sender| Message { text, sender }))
 }

@@ -27,6 +27,8 @@ pub(crate) enum WaitsFor {
     Bundle,
     /// The disk of a client's log file.
     LogFile,
+    /// The close of a descriptor that a process of the container has sent.
+    Notification,
 }
 
 impl WaitsFor {
@@ -34,10 +36,12 @@ impl WaitsFor {
         static CLIENT: LazyLock<Threads> = LazyLock::new(|| Threads::new(1024, 64));
         static BUNDLE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
         static LOG_FILE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
+        static NOTIFICATION: LazyLock<Threads> = LazyLock::new(|| Threads::new(1024, 1));
         match self {
             Self::Client => &CLIENT,
             Self::Bundle => &BUNDLE,
             Self::LogFile => &LOG_FILE,
+            Self::Notification => &NOTIFICATION,
         }
     }
 
@@ -47,6 +51,7 @@ impl WaitsFor {
             Self::Client => "clients that do not open their streams",
             Self::Bundle => "the disks of bundles or of OCI runtimes",
             Self::LogFile => "the disks of log files",
+            Self::Notification => "the close of descriptors that containers have sent",
         }
     }
 }

@@ -15,6 +15,7 @@ use zbus::{Connection, OwnedObjectPath, Variant};
 use crate::fault::{self, Failure};
 
 use super::error::{Error, unreachable};
+use super::socket;
 
 /// How long a call waits for a connection, and how long for its reply.
 pub(super) const CALL_LIMIT: Duration = Duration::from_secs(25);
@@ -121,7 +122,7 @@ impl Bus {
     /// # Errors
     /// [`Error::Unreachable`]
     pub(super) async fn connect(&self) -> Result<Connection, Error> {
-        let builder = zbus::connection::Builder::system().method_timeout(CALL_LIMIT).max_queued(MAX_QUEUED);
+        let builder = socket::client(socket::connect().await.map_err(unreachable)?).max_queued(MAX_QUEUED);
         let connection = builder.build().await.map_err(unreachable)?;
         self.connection.send_replace(Some(connection.clone()));
         Ok(connection)

@@ -1,8 +1,9 @@
 //! The systemd adapter: the only place that names zbus types.
 //!
 //! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`], [`main_process`] and `signals` are pure. [`bus`] has the
-//! connection, [`manager`] makes calls over it, [`watch`] turns signals into [`observations`], [`refs`] keeps units loaded,
-//! [`service_d`] and `exec_flags` protect units from drop-ins for all services, [`notify`] speaks to systemd as a service does, [`fd_store`]
+//! connection, which `socket` opens, [`manager`] makes calls over it, [`watch`] turns signals into [`observations`], [`refs`]
+//! keeps units loaded, [`service_d`] and `exec_flags` protect units from drop-ins for all services, [`notify`] speaks to systemd
+//! as a service does, [`fd_store`]
 //! has systemd keep descriptors, [`error`] has what can go wrong. [`systemd`] is the trait that operations use.
 
 pub mod annotation;
@@ -28,5 +29,6 @@ pub mod relay;
 pub mod search_path;
 pub mod service_d;
 pub mod signals;
+mod socket;
 pub mod systemd;
 pub mod watch;

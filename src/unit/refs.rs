@@ -9,7 +9,6 @@
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -18,11 +17,11 @@ use zbus::Connection;
 
 use crate::id::UnitName;
 
-use super::bus::{CALL_LIMIT, SystemdManagerProxy, is_gone, manager_over};
+use super::bus::{SystemdManagerProxy, is_gone, manager_over};
 use super::fd_store::FdStore;
+use super::socket;
 
 const NOT_REFERENCED: &str = "org.freedesktop.systemd1.NotReferenced";
-const BUS: &str = "/run/dbus/system_bus_socket";
 /// The prefix of the connections' names in the descriptor store. A number follows.
 const PREFIX: &str = "r";
 /// How many connections of earlier daemons are kept. A daemon that crashes again and again leaves one each time, and
@@ -83,13 +82,12 @@ impl Refs {
     }
 
     async fn connect(&self) -> zbus::Result<Open> {
-        let stream = UnixStream::connect(BUS).map_err(|error| zbus::Error::InputOutput(Arc::new(error)))?;
+        let stream = socket::connect().await?;
         let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
         if let Err(error) = self.store.keep(&name, &[stream.as_fd()]) {
             tracing::warn!(%error, "can't store the connection that references units, so a unit that is stopped while the daemon is down may lose its exit code: {error}");
         }
-        let builder = zbus::connection::Builder::unix_stream(stream).method_timeout(CALL_LIMIT);
-        match builder.build().await {
+        match socket::client(stream).build().await {
             Ok(connection) => Ok(Open { connection, name, units: HashSet::new() }),
             Err(error) => {
                 self.store.forget(&name);
@@ -156,6 +154,7 @@ impl Refs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn daemons_that_end_soon_do_not_use_up_the_connections_of_root() {

@@ -129,15 +129,17 @@ impl Relay {
         UnixDatagram::from_std(socket).map(Some)
     }
 
-    /// Sends a message to systemd in the name of a process of its unit. Waits while systemd is busy.
+    /// Sends a message to systemd in the name of a process of its unit. Waits while systemd is busy, and sends nothing
+    /// if the process has ended meanwhile (`lives`): another process may get its pid.
     ///
     /// # Errors
     /// The process does not exist, or systemd can't be reached.
-    pub async fn tell(&self, text: &str, process: u32) -> io::Result<()> {
+    pub async fn tell(&self, text: &str, process: u32, lives: impl Fn() -> bool) -> io::Result<()> {
         let Some(socket) = &self.socket else {
             return Ok(());
         };
-        socket.async_io(tokio::io::Interest::WRITABLE, || crate::sys::send_as(socket, text, process)).await
+        let send = || if lives() { crate::sys::send_as(socket, text, process) } else { Ok(()) };
+        socket.async_io(tokio::io::Interest::WRITABLE, send).await
     }
 }
 

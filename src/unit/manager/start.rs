@@ -6,7 +6,8 @@ use zbus::{OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
 use crate::unit::annotation::Additions;
-use crate::unit::error::{DESTRUCTIVE, Error, NO_SUCH_UNIT, UNIT_MASKED, call_error};
+use crate::unit::bus::{CALL_LIMIT, manager_over};
+use crate::unit::error::{DESTRUCTIVE, Error, NO_SUCH_UNIT, UNIT_MASKED, call_error, unreachable};
 use crate::unit::exec_flags;
 use crate::unit::job::{JobWaiter, StartJob};
 use crate::unit::properties::Properties;
@@ -45,6 +46,20 @@ impl Manager {
     /// [`Error::Exists`], or a refusal.
     pub async fn begin_transient(&self, unit: &UnitName, properties: &Properties) -> Result<StartJob, Error> {
         self.begin(None, unit, &properties.0, &[]).await
+    }
+
+    /// As [`Self::begin_transient`], for properties that have a descriptor. The daemon's connections carry no descriptors, so
+    /// this call has a connection of its own.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`], [`Error::Exists`], or a refusal.
+    pub async fn begin_with_descriptor(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error> {
+        shield([unit.as_str()].into_iter()).await;
+        let builder = zbus::connection::Builder::system().method_timeout(CALL_LIMIT);
+        let connection = builder.build().await.map_err(unreachable)?;
+        let manager = manager_over(&connection).await.map_err(unreachable)?;
+        let begun = manager.start_transient_unit(unit.as_str(), "fail", &properties.0, &[]).await;
+        begun.map(drop).map_err(|error| start_error(unit, error))
     }
 
     /// As [`Self::begin_transient`], with more properties, which come last, and with a reference to the unit: systemd
