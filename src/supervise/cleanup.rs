@@ -225,6 +225,7 @@ impl Cleanup {
             launch::cgroup::kill(task.unit());
         }
         launch::cgroup::remove(task.unit());
+        self.fds.forget_all(task.init.wiring.store_number);
         troubles
     }
 
@@ -246,6 +247,7 @@ impl Cleanup {
         if let Some(logger) = logger {
             troubles.join(remove_unit(&*self.manager, &logger, Stop::Awaited).await);
         }
+        stored_number(entry, process).into_iter().for_each(|number| self.fds.forget_all(number));
         if troubles.is_empty() {
             // The record stays until the Delete is answered.
             troubles.add(self.clear_exec_dir(process, None));
@@ -283,7 +285,6 @@ impl Cleanup {
             troubles.add(self.tasks.note_rolled_back(entry));
         }
         if troubles.is_empty() {
-            self.fds.forget_all(task.init.wiring.store_number);
             self.tasks.remove(&task.key);
             return;
         }

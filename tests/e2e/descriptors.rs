@@ -4,6 +4,7 @@
 use containerd_client::types::v1::Status;
 
 use crate::attached::{self, Client};
+use crate::common::bystander::Bystander;
 use crate::common::daemon::{self, DropIn};
 use crate::common::node::Node;
 use crate::common::shim;
@@ -88,4 +89,43 @@ fn a_daemon_that_may_open_too_few_files_serves_and_refuses_new_work() {
         assert_eq!(container.phase(), Status::Running);
     }
     refused.create(&fifos.output()).expect("create");
+}
+
+/// The input is closed before there is a process that could read it.
+#[test]
+fn processes_whose_input_was_closed_early_leave_nothing_in_the_store() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let bystander = Bystander::new(&node);
+    for spec in [Spec::new(&["/bin/cat"]), Spec::new(&["/bin/cat"]).terminal()] {
+        let (container, client) = Client::attached(spec.clone(), |spec, io| {
+            let container = node.container("closed", spec).created(io);
+            container.close_stdin().expect("close stdin");
+            container.start().expect("start");
+            container
+        });
+        let ended = |client: Client, process: &crate::common::task::Process| {
+            if spec.has_terminal() {
+                process.kill(SIGKILL).expect("kill");
+            } else {
+                // A FIFO ends when all its writers have closed it.
+                drop(client.stdin);
+            }
+            assert_eq!(process.exit_status(), if spec.has_terminal() { 137 } else { 0 });
+            process.delete().expect("delete");
+        };
+        ended(client, &container);
+        drop(container);
+        let container = node.container("closed", spec.sleeping_instead()).started(&Io::default());
+        let (exec, client) = Client::attached(spec.clone(), |spec, io| {
+            let exec = container.exec(spec).added(io);
+            exec.close_stdin().expect("close stdin");
+            exec.start().expect("start");
+            exec
+        });
+        ended(client, &exec);
+        drop(exec);
+        container.end();
+    }
+    bystander.assert_all_untouched("input that was closed early");
 }

@@ -2,8 +2,11 @@
 //! serves meanwhile.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use zbus::Message;
 use zbus::Variant as Value;
 
@@ -13,7 +16,7 @@ use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::{Io, SIGKILL};
-use crate::common::{systemd, wait};
+use crate::common::{daemon, systemd, wait};
 
 /// Connects as its own user, and writes the file in its second argument as often as the third says. Reads all answers.
 const CLIENT: &str = r"
@@ -123,9 +126,39 @@ fn a_flood_of_messages_over_the_bus_is_not_believed_and_delays_nothing() {
     assert_eq!(exec.exit_status(), 137);
     container.kill(SIGKILL).expect("the container runs still");
     assert_eq!(container.exit_status(), 137);
-    wait::until("the daemon serves", crate::common::daemon::serving);
+    wait::until("the daemon serves", daemon::serving);
     exec.delete().expect("delete");
     container.delete().expect("delete");
     drop((exec, container, scratch));
     bystander.assert_all_untouched("a flood of messages");
+}
+
+/// Whoever closes the last copy of a descriptor may have to wait for its sender. The bus drops what a client does not accept;
+/// otherwise, the descriptor would wait for the daemon, which is stopped meanwhile.
+#[test]
+fn the_daemon_accepts_no_descriptors_from_the_bus() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let bystander = Bystander::new(&node);
+    let names = names();
+    let serving = wait::until("the daemon serves", daemon::serving);
+    daemon::signal(serving, Signal::SIGSTOP);
+    let mut readers = Vec::new();
+    for name in &names {
+        let (reader, writer) = nix::unistd::pipe().expect("make a pipe");
+        let body = (zbus::Fd::from(writer),);
+        let sent = node.block_on(async {
+            let connection = zbus::Connection::system().await.expect("connect to the bus");
+            connection.emit_signal(Some(name.as_str()), "/", "a.b", "C", &body).await
+        });
+        sent.expect("send a signal");
+        readers.push((name, reader));
+    }
+    for (name, reader) in readers {
+        let mut fds = [PollFd::new(reader.as_fd(), PollFlags::empty())];
+        let ready = poll(&mut fds, PollTimeout::from(5000_u16)).expect("poll a pipe");
+        assert_eq!(ready, 1, "the bus keeps a descriptor for {name}");
+    }
+    daemon::signal(serving, Signal::SIGCONT);
+    bystander.assert_all_untouched("descriptors");
 }

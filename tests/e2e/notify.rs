@@ -1,15 +1,24 @@
 //! A container that may notify systemd: its status is in `systemctl status`.
 
+use std::fs;
+use std::io::{IoSlice, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
 use prost_types::Any;
 
+use crate::common::bystander::Bystander;
 use crate::common::container::Container;
 use crate::common::node::{Node, unique};
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, feed};
 use crate::common::task::Io;
-use crate::common::{daemon, process, systemd, wait};
+use crate::common::{daemon, leaks, process, systemd, wait};
 use crate::options::GenericOptions;
 
 const NOTIFY: &str = "io.containerd.systemd.notify";
@@ -174,4 +183,71 @@ fn a_stop_is_extended_no_further_than_the_administrator_allows() {
     process::succeed("systemctl", &["stop", &systemd::unit_of(&container)]);
     assert!(begun.elapsed() < Duration::from_secs(8), "the stop took {:?}", begun.elapsed());
     assert_eq!(container.exit_status(), 128 + 9, "SIGKILL");
+}
+
+/// A TCP socket whose close waits for an hour, or until the second value is dropped: it has sent more than the other side reads.
+fn lingering() -> (OwnedFd, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let mut socket = TcpStream::connect(listener.local_addr().expect("an address")).expect("connect");
+    let (other, _) = listener.accept().expect("accept");
+    let hour = nix::libc::linger { l_onoff: 1, l_linger: 3600 };
+    setsockopt(&socket, sockopt::Linger, &hour).expect("set SO_LINGER");
+    socket.set_nonblocking(true).expect("write without waiting");
+    while socket.write(&[0; 65536]).is_ok() {}
+    socket.set_nonblocking(false).expect("close with waiting");
+    (socket.into(), other)
+}
+
+/// Sends such a socket to the notify socket of a container. Returns the other side of its connection.
+fn send_lingering(path: &Path) -> TcpStream {
+    let sender = UnixDatagram::unbound().expect("a socket");
+    sender.connect(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let (socket, other) = lingering();
+    let fds = [socket.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let text = [IoSlice::new(b"STATUS=x")];
+    sendmsg::<()>(sender.as_raw_fd(), &text, &rights, MsgFlags::empty(), None).expect("send");
+    other
+}
+
+#[test]
+fn a_descriptor_whose_close_waits_delays_no_other_container() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    // The first socket makes a directory that stays.
+    node.container("first", Spec::sleeping()).options(options(ALLOWED)).started(&Io::default()).end();
+    let bystander = Bystander::new(&node);
+    let start =
+        || node.container("linger", Spec::sleeping()).options(options(ALLOWED)).started(&Io::default());
+    let containers: Vec<_> = (0..4).map(|_| start()).collect();
+    let serving = wait::until("the daemon serves", daemon::serving);
+    // Meanwhile, the copies of this process are closed: the daemon gets the last ones.
+    daemon::signal(serving, Signal::SIGSTOP);
+    let sockets = fs::read_dir(format!("{}/.notify", leaks::STATE_DIRECTORY)).expect("the notify sockets");
+    let others: Vec<_> = sockets.map(|socket| send_lingering(&socket.expect("a socket").path())).collect();
+    daemon::signal(serving, Signal::SIGCONT);
+    assert_eq!(others.len(), containers.len());
+    bystander.assert_untouched("while four threads wait");
+    let script = "/usr/bin/systemd-notify --status=heard; sleep 100000";
+    let container =
+        node.container("calm", with_programs(script)).options(options(ALLOWED)).started(&Io::default());
+    wait::until_true("its status", || property(&container, "StatusText") == "heard");
+    container.end();
+    drop(container);
+    containers.iter().for_each(|container| container.end());
+    drop((containers, others));
+    bystander.assert_all_untouched("sockets that linger");
+}
+
+#[test]
+fn a_deleted_container_leaves_no_socket_in_the_descriptor_store() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    // The first socket makes a directory that stays.
+    node.container("first", Spec::sleeping()).options(options(ALLOWED)).started(&Io::default()).end();
+    let bystander = Bystander::new(&node);
+    for _ in 0..3 {
+        node.container("gone", Spec::sleeping()).options(options(ALLOWED)).started(&Io::default()).end();
+    }
+    bystander.assert_all_untouched("containers that could notify");
 }
