@@ -122,7 +122,8 @@ impl Bus {
     /// # Errors
     /// [`Error::Unreachable`]
     pub(super) async fn connect(&self) -> Result<Connection, Error> {
-        let builder = socket::client(socket::connect().await.map_err(unreachable)?).max_queued(MAX_QUEUED);
+        let client = socket::client(socket::connect().await.map_err(unreachable)?);
+        let builder = client.method_timeout(CALL_LIMIT).max_queued(MAX_QUEUED);
         let connection = builder.build().await.map_err(unreachable)?;
         self.connection.send_replace(Some(connection.clone()));
         Ok(connection)

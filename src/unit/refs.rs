@@ -17,7 +17,7 @@ use zbus::Connection;
 
 use crate::id::UnitName;
 
-use super::bus::{SystemdManagerProxy, is_gone, manager_over};
+use super::bus::{CALL_LIMIT, SystemdManagerProxy, is_gone, manager_over};
 use super::fd_store::FdStore;
 use super::socket;
 
@@ -87,7 +87,7 @@ impl Refs {
         if let Err(error) = self.store.keep(&name, &[stream.as_fd()]) {
             tracing::warn!(%error, "can't store the connection that references units, so a unit that is stopped while the daemon is down may lose its exit code: {error}");
         }
-        match socket::client(stream).build().await {
+        match socket::client(stream).method_timeout(CALL_LIMIT).build().await {
             Ok(connection) => Ok(Open { connection, name, units: HashSet::new() }),
             Err(error) => {
                 self.store.forget(&name);

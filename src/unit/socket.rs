@@ -15,8 +15,6 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use zbus::connection::Builder;
 use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
 
-use super::bus::CALL_LIMIT;
-
 /// Where the system bus listens.
 const BUS: &str = "/run/dbus/system_bus_socket";
 
@@ -30,7 +28,7 @@ pub(super) async fn connect() -> zbus::Result<UnixStream> {
 
 /// A client of the bus over `stream`.
 pub(super) fn client(stream: UnixStream) -> Builder<'static> {
-    Builder::socket(WithoutDescriptors(stream)).method_timeout(CALL_LIMIT)
+    Builder::socket(WithoutDescriptors(stream))
 }
 
 struct WithoutDescriptors(UnixStream);
