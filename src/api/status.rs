@@ -57,7 +57,7 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::NotStarted
         | Error::Resources(oci::resources::Error::NoController { .. })
         | Error::Profile(oci::profiles::Error::NotLoaded { .. })
-        | Error::Unit(unit::error::Error::Dependency { .. })
+        | Error::Unit(unit::error::Error::Dependency { .. } | unit::error::Error::Setting { .. })
         | Error::ResizeStopped => Code::FAILED_PRECONDITION,
         Error::Earlier { code, .. } => Code::from_i32(*code).unwrap_or(Code::UNKNOWN),
         Error::NotImplemented(_)

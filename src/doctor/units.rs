@@ -6,7 +6,7 @@ use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET};
 
 use super::Check;
 use crate::probe::{self, Known, Properties, property};
-use crate::unit::service_d;
+use crate::unit::policy;
 
 /// The properties of the daemon's service on which its promises depend, and their good values.
 const NEEDED: [(&str, &[&str]); 6] = [
@@ -19,7 +19,7 @@ const NEEDED: [(&str, &[&str]); 6] = [
 ];
 
 /// Properties of the daemon's service that drop-ins for all services can change to a harmful value, and their good values.
-/// When the next container starts, the daemon makes a copy of such a drop-in without them ([`service_d`]).
+/// When the next container starts, the daemon makes a copy of such a drop-in without them (unit::service_d).
 const HARMFUL: [(&str, &str); 8] = [
     ("ExitType", "main"),
     ("PAMName", ""),
@@ -49,7 +49,7 @@ pub struct Facts {
 pub(super) fn collect() -> Facts {
     let [service, socket, slice] = [DAEMON_SERVICE, DAEMON_SOCKET, DAEMON_SLICE].map(probe::show_one);
     let missing = service.iter().filter_map(program).filter(|path| !path.exists()).collect();
-    Facts { service, socket, slice, missing, harmful: service_d::harmful_for_namespaces() }
+    Facts { service, socket, slice, missing, harmful: policy::harmful_for_namespaces() }
 }
 
 /// The program in `ExecStart={ path=… ; argv[]=… }`.

@@ -6,6 +6,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use crate::cgroup;
 use crate::cgroup::limits;
 use crate::cgroup::stats::MemoryEvents;
@@ -298,7 +300,9 @@ impl Shim {
         };
         match done {
             Err(unit::error::Error::Job { .. }) if self.manager.has_timed_out(task.unit()).await => {
-                Err(Error::CreateTimedOut { unit: task.unit().to_string() })
+                let settings = self.manager.restrictions(task.unit()).await;
+                let hint = settings.map(|all| format!(", or it is because of {all}")).unwrap_or_default();
+                Err(Error::CreateTimedOut { unit: task.unit().to_string(), hint })
             }
             Err(unit::error::Error::Job { .. }) if is_in_frozen_slice(task, dir) => {
                 let slice = task.placement.slice().to_string();
@@ -311,7 +315,10 @@ impl Shim {
                     unit: task.unit().to_string(),
                 })
             }
-            Err(unit::error::Error::Job { .. }) => Err(self.launch_failure(entry, task, dir).await),
+            Err(unit::error::Error::Job { .. }) => {
+                let failure = self.launch_failure(entry, task, dir).await;
+                Err(self.with_settings(task.unit(), failure).await)
+            }
             other => Ok(other?),
         }
     }
@@ -334,6 +341,15 @@ impl Shim {
             // `launch` or the OCI runtime was killed, or crashed.
             Some(reason) => failed(format!("{}; {reason}", cli.reason(verb, None))),
             None => failed(cli.reason(verb, None)),
+        }
+    }
+
+    /// Adds to the reason for a failure the settings in the drop-ins of the unit that may have caused it.
+    pub(super) async fn with_settings(&self, unit: &UnitName, failure: Error) -> Error {
+        let Error::Launch(reason) = failure else { return failure };
+        match self.manager.restrictions(unit).await.filter(|_| is_of_restrictions(&reason)) {
+            Some(settings) => Error::Launch(format!("{reason}; it may be because of {settings}")),
+            None => Error::Launch(reason),
         }
     }
 
@@ -367,6 +383,16 @@ async fn make_pod_slice(manager: &dyn Systemd, slice: &UnitName, task: &Task) ->
         Ok(()) | Err(unit::error::Error::Exists { .. }) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether a process that settings of its unit restrict can fail for this reason. Everything can restrict `launch`. The OCI
+/// runtime reports the kernel's error.
+fn is_of_restrictions(reason: &str) -> bool {
+    let reason = reason.to_ascii_lowercase();
+    !reason.starts_with("oci runtime")
+        || [Errno::EPERM, Errno::EROFS]
+            .iter()
+            .any(|error| reason.contains(&error.desc().to_ascii_lowercase()))
 }
 
 /// True if systemd (from 257 on) has not run `launch` because the slice is frozen.

@@ -122,7 +122,9 @@ impl Shim {
         let (pid, exit) = match self.outcome(entry, process, dir, attempted).await? {
             Outcome::Started { pid } => (pid, None),
             Outcome::Ended { pid, exit } => (pid, Some(exit)),
-            Outcome::Failed { reason } => return Err(Error::Launch(reason)),
+            Outcome::Failed { reason } => {
+                return Err(self.with_settings(&process.unit, Error::Launch(reason)).await);
+            }
         };
         fault::point(Point::ExecStartOutcome);
         if exit.is_none() {
@@ -189,15 +191,22 @@ impl Shim {
         Err(self.exec_failure(process, dir).await)
     }
 
-    /// Why there is no process, according to systemd if `launch` did not run.
+    /// Why there is no process, according to systemd.
     async fn exec_failure(&self, process: &Process, dir: &Path) -> Error {
         let unit = &process.unit;
-        if !dir.join(LAUNCHED).exists()
-            && let Some(reason) = self.manager.obstacle(unit).await
-        {
-            return Error::NotRun { process: process.key.clone(), reason };
+        match self.manager.obstacle(unit).await {
+            Some(reason) if !dir.join(LAUNCHED).exists() => {
+                Error::NotRun { process: process.key.clone(), reason }
+            }
+            // `launch` or the OCI runtime was killed, or crashed.
+            Some(reason) => Error::Launch(format!("OCI runtime exec failed: {reason}")),
+            // systemd has unloaded the unit.
+            None => {
+                let settings = self.manager.restrictions(unit).await;
+                let hint = settings.map(|all| format!(", and the settings {all}")).unwrap_or_default();
+                Error::Launch(format!("OCI runtime exec failed: see journalctl -u {unit}{hint}"))
+            }
         }
-        Error::Launch(format!("OCI runtime exec failed: see systemctl status {unit}"))
     }
 
     /// Cancels the start job of the unit if the exec runs for long. The job lasts as long as the process, and systemd does

@@ -214,9 +214,13 @@ pub enum Error {
     StoppedMeanwhile { process: ProcessKey, unit: String },
     /// A Create takes too long.
     #[error(
-        "OCI runtime create failed: {unit} was stopped because it did not start in time (option RuntimeTimeoutSec): a hook or a mount may hang; see journalctl -u {unit}"
+        "OCI runtime create failed: {unit} was stopped because it did not start in time (option RuntimeTimeoutSec): a hook or a mount may hang{hint}; see journalctl -u {unit}"
     )]
-    CreateTimedOut { unit: String },
+    CreateTimedOut {
+        unit: String,
+        /// The settings of the administrator that may be the reason, or nothing.
+        hint: String,
+    },
     /// A start takes too long.
     #[error("OCI runtime exec failed: {unit} has not started a process within {} s; see systemctl status {unit}", .limit.as_secs())]
     StartTimedOut {

@@ -37,6 +37,15 @@ pub enum Error {
         /// systemd's message, which names the other unit.
         reason: String,
     },
+    /// With a setting of an administrator, the unit can't work.
+    #[error(
+        "{unit} was not started, because of {setting}; remove this setting, then run systemctl daemon-reload"
+    )]
+    Setting {
+        unit: String,
+        /// The setting, with its file, and what it breaks.
+        setting: String,
+    },
     /// systemd refused the call.
     #[error("systemd refused to {verb} {unit}: {reason} ({name})")]
     Refused {

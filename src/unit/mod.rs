@@ -2,9 +2,9 @@
 //!
 //! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`], [`main_process`] and `signals` are pure. [`bus`] has the
 //! connection, which `socket` opens, [`manager`] makes calls over it, [`watch`] turns signals into [`observations`], [`refs`]
-//! keeps units loaded, [`service_d`] and `exec_flags` protect units from drop-ins for all services, [`notify`] speaks to systemd
-//! as a service does, [`fd_store`]
-//! has systemd keep descriptors, [`error`] has what can go wrong. [`systemd`] is the trait that operations use.
+//! keeps units loaded, [`policy`] finds settings of administrators that break units, [`service_d`] and `exec_flags` protect
+//! units from drop-ins for all services, [`notify`] speaks to systemd as a service does, [`fd_store`] has systemd keep
+//! descriptors, [`error`] has what can go wrong. [`systemd`] is the trait that operations use.
 
 pub mod annotation;
 pub mod bus;
@@ -23,6 +23,7 @@ pub mod name;
 pub mod notify;
 pub mod observations;
 mod obstacle;
+pub mod policy;
 pub mod properties;
 pub mod refs;
 pub mod relay;

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use super::main_process::Command;
+use super::policy;
 use crate::files;
 
 /// No drop-in is larger.
@@ -52,10 +53,8 @@ impl Facts {
                     "start-limit-hit" => "it was started too often (StartLimitBurst=)",
                     _ => return None,
                 };
-                Some(format!(
-                    "systemd has not started {unit}: {reason}; see journalctl -u {unit}",
-                    unit = self.unit
-                ))
+                let (unit, settings) = (&self.unit, self.settings());
+                Some(format!("systemd has not started {unit}: {reason}; see journalctl -u {unit}{settings}"))
             })
     }
 
@@ -121,18 +120,15 @@ impl Facts {
         };
         let place =
             self.file_with(setting, "").map(|file| format!(" in {}", file.display())).unwrap_or_default();
-        Some(format!("systemd has not started {unit}: the command {path} of {setting}={place} {how}"))
+        // The command is this program's, and settings may restrict it.
+        let hint = if *setting == "ExecStart" { self.settings() } else { String::new() };
+        Some(format!("systemd has not started {unit}: the command {path} of {setting}={place} {how}{hint}"))
     }
 
-    /// The drop-ins, as a hint.
+    /// The settings of the drop-ins, as a hint.
     fn settings(&self) -> String {
         let drop_ins = self.files.iter().filter(|file| file.extension().is_some_and(|end| end == "conf"));
-        let drop_ins: Vec<_> = drop_ins.map(|file| file.display().to_string()).collect();
-        if drop_ins.is_empty() {
-            String::new()
-        } else {
-            format!(", and the settings in {}", drop_ins.join(", "))
-        }
+        policy::settings_of_all(drop_ins).map(|all| format!(", and the settings {all}")).unwrap_or_default()
     }
 }
 
@@ -275,10 +271,14 @@ mod tests {
     #[test]
     fn a_step_that_systemd_could_not_carry_out_has_a_name() {
         let commands = vec![("ExecStart", vec![command("/bin/shim", 1, 226)])];
-        let files = vec!["/run/x.service".into(), "/etc/y.conf".into()];
+        let dir = tempfile::tempdir().unwrap();
+        let drop_in = dir.path().join("y.conf");
+        fs::write(&drop_in, "[Service]\nBindPaths=/no/such\n").unwrap();
+        let files = vec!["/run/x.service".into(), drop_in.clone()];
         let text = Facts { commands, files, ..facts() }.obstacle().unwrap();
         assert!(text.contains("step NAMESPACE failed (exit code 226)"), "{text}");
-        assert!(text.ends_with("journalctl -u a.service, and the settings in /etc/y.conf"), "{text}");
+        let setting = format!("and the settings BindPaths=/no/such in {}", drop_in.display());
+        assert!(text.ends_with(&setting), "{text}");
         assert_eq!(name_of_step(217), Some("USER"));
         assert_eq!(name_of_step(245), Some("BPF"));
         assert_eq!([199, 223, 246, i32::MIN].map(name_of_step), [None; 4]);

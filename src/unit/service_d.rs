@@ -29,10 +29,13 @@ const MARK: &str =
 
 /// Settings of services that copies don't have, beside those that nobody may set for a container ([`annotation::denied`]).
 /// A `*` stands for any end of the name.
-const LEFT_OUT: [&str; 18] = [
+const LEFT_OUT: [&str; 26] = [
     "Assert*",
+    "BindTo",
+    "BindsTo",
     "CollectMode",
     "Condition*",
+    "Conflicts",
     "FailureAction",
     "IgnoreOnIsolate",
     "IgnoreSIGPIPE",
@@ -41,17 +44,42 @@ const LEFT_OUT: [&str; 18] = [
     "KeyringMode",
     "Limit*",
     "OOMPolicy",
+    "PartOf",
+    "PropagatesStopTo",
     "RemoveIPC",
+    "Requires*",
+    "Requisite*",
     "RuntimeMaxSec",
     "RuntimeRandomizedExtraSec",
+    "StopPropagatedFrom",
     "SuccessAction",
     "TimeoutSec",
     "TimeoutStartSec",
     "WatchdogSec",
 ];
 
+/// Settings that the copies for the daemon don't have either: systemd can't apply some of their values, or they would take from
+/// the daemon the precedence that its unit gives it.
+const LEFT_OUT_FOR_DAEMON: [&str; 15] = [
+    "BPFProgram",
+    "CPUAffinity",
+    "CPUScheduling*",
+    "CacheDirectory*",
+    "ConfigurationDirectory*",
+    "IOScheduling*",
+    "IPEgressFilterPath",
+    "IPIngressFilterPath",
+    "LogsDirectory*",
+    "NUMA*",
+    "Nice",
+    "OOMScoreAdjust",
+    "RuntimeDirectory*",
+    "StateDirectory*",
+    "TimerSlackNSec",
+];
+
 /// No drop-in is larger.
-const MAX_BYTES: u64 = 1 << 20;
+pub(super) const MAX_BYTES: u64 = 1 << 20;
 
 /// Makes the copies for a unit that is about to be started, and removes those that nothing needs any more. True if this
 /// changed a file: a unit that is loaded gets the change with the next reload of systemd.
@@ -82,59 +110,7 @@ pub(super) fn shield_loaded(transient: &Path) -> io::Result<()> {
     scopes.into_iter().try_for_each(|scope| shield(&format!("{scope}{SERVICE}")).map(drop))
 }
 
-/// The drop-ins for namespaces that break the containers there: path, setting, and what happens.
-pub fn harmful_for_namespaces() -> Vec<(PathBuf, String, &'static str)> {
-    let dirs = search_path::ALL.iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
-    let dirs = dirs.filter(|dir| {
-        let name = dir.file_name().to_string_lossy().into_owned();
-        name.starts_with(name::PREFIX) && name.ends_with("-.service.d")
-    });
-    let files: BTreeSet<PathBuf> = dirs.flat_map(|dir| drop_ins(&dir.path())).collect();
-    let found = files.into_iter().filter(|file| !is_copy(file)).flat_map(|file| {
-        let text = files::read_regular(&file, MAX_BYTES).unwrap_or_default();
-        let settings: Vec<_> = String::from_utf8_lossy(&text).lines().filter_map(fatal).collect();
-        settings.into_iter().map(move |(setting, effect)| (file.clone(), setting, effect))
-    });
-    found.collect()
-}
-
-/// The conditions and assertions in the drop-ins of a container's or an exec's unit, each with its file.
-pub(super) fn conditions_of(unit: &str) -> Vec<String> {
-    let scope = scope(unit);
-    let shield = Shield { search_path: search_path::ALL.map(Path::new).to_vec(), own: Path::new(OWN) };
-    let files = shield.specific(scope).into_iter().filter(|file| !is_copy(file));
-    let found = files.flat_map(|file| {
-        let text = files::read_regular(&file, MAX_BYTES).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text).into_owned();
-        let is_meant = |line: &&str| line.starts_with("Condition") || line.starts_with("Assert");
-        let lines: Vec<_> = text.lines().map(str::trim).filter(is_meant).map(str::to_owned).collect();
-        lines.into_iter().map(move |line| format!("{line} in {}", file.display()))
-    });
-    found.collect()
-}
-
-/// The setting of a line with which no container can be created or deleted, and what happens.
-fn fatal(line: &str) -> Option<(String, &'static str)> {
-    let (name, value) = line.split_once('=').map(|(name, value)| (name.trim(), value.trim()))?;
-    let is_off = ["", "no", "n", "false", "f", "off", "0"].contains(&value.to_ascii_lowercase().as_str());
-    let effect = match name {
-        "Type" | "PAMName" | "PIDFile" | "RefuseManualStart" | "PrivatePIDs" if !is_off => NOT_CREATED,
-        // systemd loads no service of Type=oneshot, which execs are, with these values.
-        "Restart" if ["always", "on-success"].contains(&value) => "no exec can be started",
-        "ExitType" if value != "main" => NOT_CREATED,
-        "UnsetEnvironment" if value.split_whitespace().any(|word| word == "NOTIFY_SOCKET") => {
-            "no exec can be started"
-        }
-        "RefuseManualStop" if !is_off => "no container can be deleted",
-        "StopWhenUnneeded" if !is_off => "systemd stops every container at once",
-        _ => return None,
-    };
-    Some((format!("{name}={value}"), effect))
-}
-
-const NOT_CREATED: &str = "no container can be created";
-
-const SERVICE: &str = ".service";
+pub(super) const SERVICE: &str = ".service";
 
 /// The part of a unit's name that all containers of its namespace, and their execs, have in common. All of the name for the
 /// daemon's own units.
@@ -204,7 +180,7 @@ impl Shield<'_> {
         }
         let copy = |(name, path): (OsString, PathBuf)| {
             // A masked file is a link to /dev/null, which is no regular file.
-            let text = without_harm(&files::read_regular(&path, MAX_BYTES).ok()?)?;
+            let text = without_harm(&files::read_regular(&path, MAX_BYTES).ok()?, scope == name::DAEMON)?;
             Some((name, [MARK.as_bytes(), path.as_os_str().as_bytes(), b"\n", &text].concat()))
         };
         general.into_iter().filter_map(copy).collect()
@@ -224,12 +200,12 @@ impl Shield<'_> {
     }
 }
 
-fn drop_ins(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+pub(super) fn drop_ins(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let items = fs::read_dir(dir).into_iter().flatten().flatten().map(|item| item.path());
     items.filter(|path| path.extension().is_some_and(|end| end == "conf"))
 }
 
-fn is_copy(path: &Path) -> bool {
+pub(super) fn is_copy(path: &Path) -> bool {
     files::read_regular(path, 2 * MAX_BYTES).is_ok_and(|text| text.starts_with(MARK.as_bytes()))
 }
 
@@ -240,8 +216,8 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The text of a drop-in without the settings that break containers. `None` if it has none of them.
-fn without_harm(text: &[u8]) -> Option<Vec<u8>> {
+/// The text of a drop-in without the settings that break containers, or the daemon. `None` if it has none of them.
+fn without_harm(text: &[u8], is_for_daemon: bool) -> Option<Vec<u8>> {
     let mut kept = Vec::with_capacity(text.len());
     let (mut continues, mut drops) = (false, false);
     for line in text.split_inclusive(|byte| *byte == b'\n') {
@@ -249,7 +225,7 @@ fn without_harm(text: &[u8]) -> Option<Vec<u8>> {
         // A comment does not end a line that continues (systemd.syntax(7)).
         let is_comment = content.starts_with(b"#") || content.starts_with(b";");
         if !is_comment {
-            drops = if continues { drops } else { is_harmful(content) };
+            drops = if continues { drops } else { is_harmful(content, is_for_daemon) };
             continues = content.iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1;
         }
         if is_comment || !drops {
@@ -259,11 +235,17 @@ fn without_harm(text: &[u8]) -> Option<Vec<u8>> {
     (kept.len() < text.len()).then_some(kept)
 }
 
-fn is_harmful(line: &[u8]) -> bool {
+fn is_harmful(line: &[u8], is_for_daemon: bool) -> bool {
     let mut parts = line.split(|byte| *byte == b'=');
     let (Some(name), Some(_)) = (parts.next(), parts.next()) else { return false };
     let name = String::from_utf8_lossy(name.trim_ascii());
-    annotation::denied(&name).is_some() || LEFT_OUT.iter().any(|pattern| annotation::matches(pattern, &name))
+    breaks_containers(&name)
+        || (is_for_daemon && LEFT_OUT_FOR_DAEMON.iter().any(|pattern| annotation::matches(pattern, &name)))
+}
+
+/// Whether copies don't have a setting of this name.
+pub(super) fn breaks_containers(name: &str) -> bool {
+    annotation::denied(name).is_some() || LEFT_OUT.iter().any(|pattern| annotation::matches(pattern, name))
 }
 
 #[cfg(test)]
@@ -271,7 +253,7 @@ mod tests {
     use super::*;
 
     fn harmless(text: &str) -> Option<String> {
-        without_harm(text.as_bytes()).map(|text| String::from_utf8(text).unwrap())
+        without_harm(text.as_bytes(), false).map(|text| String::from_utf8(text).unwrap())
     }
 
     #[test]
@@ -279,12 +261,22 @@ mod tests {
         let settings = "ExitType=cgroup PrivatePIDs=yes Type=simple PAMName=login UnsetEnvironment=NOTIFY_SOCKET RuntimeMaxSec=1 \
             StopWhenUnneeded=yes RefuseManualStart=yes RefuseManualStop=yes CollectMode=inactive-or-failed User=nobody \
             NoNewPrivileges=yes PrivateDevices=yes LimitNOFILE=100 ReadOnlyPaths=/ RestrictNamespaces=yes ExecStartPre=false \
-            WatchdogSec=1 FailureAction=reboot ConditionPathExists=/no RootDirectory=/x TimeoutStartSec=1 Restart=always";
+            WatchdogSec=1 FailureAction=reboot ConditionPathExists=/no RootDirectory=/x TimeoutStartSec=1 Restart=always \
+            Requires=x.service RequiresMountsFor=/x Requisite=x.service BindsTo=x.service PartOf=x.service Conflicts=x.service \
+            StopPropagatedFrom=x.service DynamicUser=yes TemporaryFileSystem=/run";
         for setting in settings.split_whitespace() {
             let spaced = format!("  {} \n", setting.replace('=', " = "));
             assert_eq!(harmless(setting).as_deref(), Some(""), "{setting}");
             assert_eq!(harmless(&format!("[Service]\n{spaced}Nice=1")).as_deref(), Some("[Service]\nNice=1"));
         }
+    }
+
+    #[test]
+    fn settings_that_keep_the_daemon_from_starting_or_slow_it_down_are_left_out_for_it_alone() {
+        let text = "NUMAPolicy=bind\nNUMAMask=7\nNice=19\nCPUSchedulingPolicy=idle\nOOMScoreAdjust=500\nRuntimeDirectory=foo\n\
+            BPFProgram=egress:/no\nIPIngressFilterPath=/no\nUMask=0";
+        assert_eq!(harmless(text), None);
+        assert_eq!(without_harm(text.as_bytes(), true).as_deref(), Some(&b"UMask=0"[..]));
     }
 
     #[test]
@@ -305,33 +297,6 @@ mod tests {
         let text =
             "SystemCallFilter=a \\\n# comment\n ; other\n  b=c \\\nd\nNice=5\nType=oneshot\\\\\nUMask=0";
         assert_eq!(harmless(text).as_deref(), Some("# comment\n ; other\nNice=5\nUMask=0"));
-    }
-
-    #[test]
-    fn settings_with_which_no_container_works_are_found() {
-        for line in [
-            "Type=simple",
-            " PrivatePIDs = yes",
-            "ExitType=cgroup",
-            "RefuseManualStop=1",
-            "PIDFile=/run/web.pid",
-            "Restart=always",
-            "UnsetEnvironment=A NOTIFY_SOCKET",
-        ] {
-            let (setting, _) = fatal(line).unwrap();
-            assert_eq!(setting, line.trim().replace(" = ", "="));
-        }
-        for line in [
-            "#Type=simple",
-            "PAMName=",
-            "StopWhenUnneeded=no",
-            "ExitType=main",
-            "NoNewPrivileges=yes",
-            "RuntimeMaxSec=5",
-            "Restart=on-failure",
-        ] {
-            assert_eq!(fatal(line), None, "{line}");
-        }
     }
 
     #[test]

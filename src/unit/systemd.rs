@@ -144,6 +144,10 @@ pub trait Systemd: Send + Sync {
     /// Why systemd has not run the command of a service, in a sentence. `None` if that is not known.
     async fn obstacle(&self, unit: &UnitName) -> Option<String>;
 
+    /// The settings in the drop-ins of a unit that restrict the OCI runtime, or end it, each with its file. `None` if there
+    /// are none.
+    async fn restrictions(&self, unit: &UnitName) -> Option<String>;
+
     /// How far the start of a unit is.
     ///
     /// # Errors
@@ -295,6 +299,10 @@ impl Systemd for Manager {
 
     async fn obstacle(&self, unit: &UnitName) -> Option<String> {
         Self::obstacle(self, unit).await
+    }
+
+    async fn restrictions(&self, unit: &UnitName) -> Option<String> {
+        Self::restrictions(self, unit).await
     }
 
     async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {

@@ -67,6 +67,17 @@ fn a_setting_that_keeps_a_container_from_starting_is_named() {
         ("[Service]\nExecStartPost=/bin/false\n", &["/bin/false of ExecStartPost=", "ended with code 1"]),
         ("[Service]\nUser=no-such-user\n", &["step USER failed (exit code 217)", "50-e2e.conf"]),
         ("[Service]\nBindPaths=/no/such\n", &["step NAMESPACE failed (exit code 226)", "50-e2e.conf"]),
+        // The program of the daemon, or the OCI runtime, runs and fails.
+        ("[Service]\nDynamicUser=yes\n", &["DynamicUser=yes in ", "50-e2e.conf"]),
+        ("[Service]\nTemporaryFileSystem=/run\n", &["TemporaryFileSystem=/run in ", "50-e2e.conf"]),
+        ("[Service]\nCapabilityBoundingSet=\n", &["CapabilityBoundingSet= in ", "50-e2e.conf"]),
+        ("[Service]\nSystemCallFilter=~@mount\n", &["SystemCallFilter=~@mount in ", "50-e2e.conf"]),
+        ("[Service]\nLimitAS=1M\n", &["LimitAS=1M in ", "50-e2e.conf"]),
+        ("[Service]\nTimeoutStartSec=1ms\n", &["TimeoutStartSec=1ms in ", "50-e2e.conf"]),
+        // systemd is not asked to start the unit, or refuses to.
+        ("[Service]\nType=oneshot\n", &["Type=oneshot in ", "50-e2e.conf: no container can be created"]),
+        ("[Unit]\nRefuseManualStop=yes\n", &["RefuseManualStop=yes in ", "no container can be deleted"]),
+        ("[Unit]\nRequires=no-such.service\n", &["not found", "Requires=no-such.service in "]),
     ];
     for (setting, words) in settings {
         let _drop_in = DropIn::for_namespace(&namespace, setting);
@@ -125,6 +136,9 @@ fn a_setting_that_keeps_an_exec_from_starting_is_named_at_once() {
         ("[Unit]\nAssertPathExists=/no/such\n", "AssertPathExists=/no/such in "),
         ("[Service]\nExecStartPre=/bin/false\n", "/bin/false of ExecStartPre="),
         ("[Service]\nUser=no-such-user\n", "step USER failed"),
+        ("[Service]\nDynamicUser=yes\n", "DynamicUser=yes in "),
+        ("[Service]\nLimitAS=1M\n", "LimitAS=1M in "),
+        ("[Service]\nRestart=always\n", "Restart=always in "),
     ] {
         let drop_in = DropIn::for_namespace(&namespace, setting);
         let (took, text) = failed_exec(&container);

@@ -157,6 +157,10 @@ impl Systemd for FakeSystemd {
         None
     }
 
+    async fn restrictions(&self, _: &UnitName) -> Option<String> {
+        None
+    }
+
     async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
         self.call("read", unit).await?;
         Ok(match self.with(unit, |unit| unit.active) {

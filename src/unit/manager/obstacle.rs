@@ -10,10 +10,11 @@ use crate::unit::bus::{SERVICE_INTERFACE, UNIT_INTERFACE};
 use crate::unit::error::Error;
 use crate::unit::main_process::Command;
 use crate::unit::obstacle::{Condition, Facts};
-use crate::unit::service_d;
+use crate::unit::policy;
 
 use super::Manager;
 use super::query::text;
+use super::start::of_files;
 
 /// How many units that a unit needs are looked at.
 const MOST_UNITS: usize = 32;
@@ -24,8 +25,7 @@ impl Manager {
         let facts = self.facts(unit).await.ok()?;
         if facts.load_state == "not-found" {
             // systemd has unloaded the unit, with the results of its conditions.
-            let unit = unit.clone();
-            return tokio::task::spawn_blocking(move || unloaded(&unit)).await.ok()?;
+            return of_files(unit, unloaded).await;
         }
         let own = move || (facts.obstacle(), facts.needs);
         let (obstacle, needs) = tokio::task::spawn_blocking(own).await.ok()?;
@@ -33,6 +33,12 @@ impl Manager {
             Some(obstacle) => Some(obstacle),
             None => self.obstacle_in(needs).await,
         }
+    }
+
+    /// The settings in the drop-ins of a unit that restrict the OCI runtime, or end it, each with its file. `None` if there
+    /// are none.
+    pub async fn restrictions(&self, unit: &UnitName) -> Option<String> {
+        of_files(unit, policy::restrictions).await
     }
 
     /// As [`Self::obstacle`], in the units that a unit needs.
@@ -87,10 +93,9 @@ impl Manager {
 }
 
 /// As [`Manager::obstacle`], for a unit that systemd has unloaded: the settings that may have kept it from starting.
-fn unloaded(unit: &UnitName) -> Option<String> {
-    let settings = service_d::conditions_of(unit.as_str());
-    (!settings.is_empty())
-        .then(|| format!("systemd has not started {unit}: one of these is not met: {}", settings.join(", ")))
+fn unloaded(unit: &str) -> Option<String> {
+    let settings = policy::conditions_of(unit)?;
+    Some(format!("systemd has not started {unit}: one of these is not met: {settings}"))
 }
 
 fn get<T: TryFrom<OwnedVariant>>(values: &HashMap<String, OwnedVariant>, name: &str) -> Option<T> {

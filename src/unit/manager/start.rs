@@ -12,7 +12,7 @@ use crate::unit::exec_flags;
 use crate::unit::job::{JobWaiter, StartJob};
 use crate::unit::properties::Properties;
 use crate::unit::refs::Refs;
-use crate::unit::service_d;
+use crate::unit::{policy, service_d};
 
 use super::{Manager, START, STOP, TRANSIENT_DIR};
 
@@ -91,6 +91,9 @@ impl Manager {
     ) -> Result<StartJob, Error> {
         let waiter = self.jobs.wait_for(unit);
         shield(aux.iter().map(|(name, _)| *name).chain([unit.as_str()])).await;
+        if let Some(setting) = of_files(unit, policy::conflict).await {
+            return Err(Error::Setting { unit: unit.to_string(), setting });
+        }
         let attempt = || async {
             let manager = match refs {
                 Some(refs) => refs.manager_for(unit).await?,
@@ -109,6 +112,13 @@ impl Manager {
             Ok(job) => Ok(StartJob { waiter, job: Some(job) }),
             // An earlier try was carried out: its job is the unit's only one.
             Err(Error::Exists { .. }) if reply.is_repeated => Ok(StartJob { waiter, job: None }),
+            Err(Error::Dependency { unit: name, reason }) => {
+                let message = reason.clone();
+                let cause = of_files(unit, move |unit| policy::naming_a_unit_of(unit, &message)).await;
+                let reason =
+                    cause.map_or(reason.clone(), |cause| format!("{reason} It is needed because of {cause}"));
+                Err(Error::Dependency { unit: name, reason })
+            }
             Err(error) => Err(error),
         }
     }
@@ -180,6 +190,16 @@ impl Manager {
             }
         }
     }
+}
+
+/// What the drop-ins of a unit say.
+pub(super) async fn of_files(
+    unit: &UnitName,
+    look: impl FnOnce(&str) -> Option<String> + Send + 'static,
+) -> Option<String> {
+    let unit = unit.clone();
+    // The await fails only while the daemon ends.
+    tokio::task::spawn_blocking(move || look(unit.as_str())).await.ok()?
 }
 
 /// Protects units from drop-ins for all services. A unit that can't be protected is started nevertheless: most such

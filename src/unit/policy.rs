@@ -1,0 +1,305 @@
+//! What the drop-ins of an administrator ask of the units of containers and execs (pure, but for the files that it reads).
+//!
+//! The drop-ins for a namespace hold without exception, unlike those for all services ([`service_d`]). Some settings break
+//! what they hold for: this module finds them, so that an error can name the setting and its file.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{name, search_path, service_d};
+use crate::files;
+
+/// How many settings an error names.
+const MOST_NAMED: usize = 8;
+
+/// A setting of a drop-in.
+#[derive(Clone, Debug, PartialEq)]
+struct Setting {
+    name: String,
+    value: String,
+    file: PathBuf,
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={} in {}", self.name, self.value, self.file.display())
+    }
+}
+
+/// What a setting breaks.
+#[derive(Clone, Copy, PartialEq)]
+enum Effect {
+    NotCreated,
+    NotDeleted,
+    Stopped,
+    NoExec,
+}
+
+impl Effect {
+    fn text(self) -> &'static str {
+        match self {
+            Self::NotCreated => "no container can be created",
+            Self::NotDeleted => "no container can be deleted",
+            Self::Stopped => "systemd stops every container at once",
+            Self::NoExec => "no exec can be started",
+        }
+    }
+
+    /// Whether the unit, of a container or of an exec, should not be started.
+    fn concerns(self, unit: &str) -> bool {
+        // Only the name of an exec's unit has a colon.
+        match self {
+            Self::NotCreated => true,
+            Self::NotDeleted | Self::Stopped => !unit.contains(':'),
+            Self::NoExec => unit.contains(':'),
+        }
+    }
+}
+
+/// The setting with which a unit of a container or of an exec can't work, with its file, and what happens.
+pub(super) fn conflict(unit: &str) -> Option<String> {
+    conflict_in(&search_path::ALL.map(Path::new), unit)
+}
+
+fn conflict_in(search_path: &[&Path], unit: &str) -> Option<String> {
+    let is_meant = unit.starts_with(name::PREFIX) && unit != name::DAEMON_SERVICE && !unit.contains("::");
+    if !is_meant || !unit.ends_with(service_d::SERVICE) {
+        return None;
+    }
+    // The last of several values counts.
+    let mut last = BTreeMap::new();
+    for setting in settings_in(search_path, unit) {
+        last.insert(setting.name.clone(), setting);
+    }
+    last.values().find_map(|setting| {
+        let effect = effect(&setting.name, &setting.value).filter(|effect| effect.concerns(unit))?;
+        Some(format!("{setting}: {}", effect.text()))
+    })
+}
+
+/// The settings in the drop-ins of a unit that restrict the OCI runtime, or end it, each with its file. `None` if there are
+/// none.
+pub(super) fn restrictions(unit: &str) -> Option<String> {
+    let settings = settings_in(&search_path::ALL.map(Path::new), unit);
+    named(settings.iter().filter(|setting| service_d::breaks_containers(&setting.name)))
+}
+
+/// The settings of drop-ins, each with its file. `None` if there are none.
+pub(super) fn settings_of_all<'f>(files: impl Iterator<Item = &'f PathBuf>) -> Option<String> {
+    let settings: Vec<_> = files.flat_map(|file| settings_of(file)).collect();
+    named(settings.iter())
+}
+
+/// The settings in the drop-ins of a unit that name one of the units in a message of systemd.
+pub(super) fn naming_a_unit_of(unit: &str, message: &str) -> Option<String> {
+    let units: BTreeSet<&str> = message.split_whitespace().map(|word| word.trim_end_matches('.')).collect();
+    let settings = settings_in(&search_path::ALL.map(Path::new), unit);
+    named(settings.iter().filter(|setting| setting.value.split_whitespace().any(|word| units.contains(word))))
+}
+
+fn named<'s>(settings: impl Iterator<Item = &'s Setting>) -> Option<String> {
+    let all: Vec<_> = settings.map(Setting::to_string).take(MOST_NAMED).collect();
+    (!all.is_empty()).then(|| all.join(", "))
+}
+
+/// The conditions and assertions in the drop-ins of a unit, each with its file.
+pub(super) fn conditions_of(unit: &str) -> Option<String> {
+    let settings = settings_in(&search_path::ALL.map(Path::new), unit);
+    named(
+        settings.iter().filter(|setting| ["Condition", "Assert"].iter().any(|b| setting.name.starts_with(b))),
+    )
+}
+
+/// The drop-ins for namespaces that break the containers there: path, setting, and what happens.
+pub fn harmful_for_namespaces() -> Vec<(PathBuf, String, &'static str)> {
+    let dirs = search_path::ALL.iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
+    let dirs = dirs.filter(|dir| {
+        let name = dir.file_name().to_string_lossy().into_owned();
+        name.starts_with(name::PREFIX) && name.ends_with("-.service.d")
+    });
+    let files: BTreeSet<PathBuf> = dirs.flat_map(|dir| service_d::drop_ins(&dir.path())).collect();
+    let settings = files.iter().flat_map(|file| settings_of(file));
+    let found = settings.filter_map(|setting| {
+        let effect = effect(&setting.name, &setting.value)?;
+        Some((setting.file, format!("{}={}", setting.name, setting.value), effect.text()))
+    });
+    found.collect()
+}
+
+/// What a setting breaks for the units of containers or of execs.
+fn effect(name: &str, value: &str) -> Option<Effect> {
+    let is_off = ["", "no", "n", "false", "f", "off", "0"].contains(&value.to_ascii_lowercase().as_str());
+    match name {
+        "Type" | "PAMName" | "PIDFile" | "RefuseManualStart" | "PrivatePIDs" if !is_off => {
+            Some(Effect::NotCreated)
+        }
+        "ExitType" if value != "main" => Some(Effect::NotCreated),
+        // systemd loads no service of Type=oneshot, which execs are, with these values.
+        "Restart" if ["always", "on-success"].contains(&value) => Some(Effect::NoExec),
+        "UnsetEnvironment" if value.split_whitespace().any(|word| word == "NOTIFY_SOCKET") => {
+            Some(Effect::NoExec)
+        }
+        "RefuseManualStop" if !is_off => Some(Effect::NotDeleted),
+        "StopWhenUnneeded" if !is_off => Some(Effect::Stopped),
+        _ => None,
+    }
+}
+
+/// The settings of all drop-ins that hold for a unit, in the order in which systemd applies them. Copies are left out.
+fn settings_in(search_path: &[&Path], unit: &str) -> Vec<Setting> {
+    let stem = unit.strip_suffix(service_d::SERVICE).unwrap_or(unit);
+    let prefixes = stem.match_indices('-').rev().filter_map(|(dash, _)| stem.get(..=dash));
+    let mut in_force = BTreeMap::new();
+    // systemd reads only one of several drop-ins of the same name: the one that is most specific to the unit.
+    for level in [stem].into_iter().chain(prefixes) {
+        for dir in search_path {
+            for file in service_d::drop_ins(&dir.join(format!("{level}{}.d", service_d::SERVICE))) {
+                file.file_name().map(ToOwned::to_owned).map(|name| in_force.entry(name).or_insert(file));
+            }
+        }
+    }
+    in_force.values().flat_map(|file| settings_of(file)).collect()
+}
+
+/// The settings of a drop-in. None if it is a copy or can't be read.
+fn settings_of(file: &Path) -> Vec<Setting> {
+    if service_d::is_copy(file) {
+        return Vec::new();
+    }
+    let text = files::read_regular(file, service_d::MAX_BYTES).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let parsed = parse(&text).into_iter();
+    parsed.map(|(name, value)| Setting { name, value, file: file.to_owned() }).collect()
+}
+
+/// The settings of a text, in their order (systemd.syntax(7)).
+fn parse(text: &str) -> Vec<(String, String)> {
+    let (mut settings, mut begun) = (Vec::new(), String::new());
+    for line in text.lines().map(str::trim) {
+        // A comment does not end a line that continues.
+        if line.starts_with('#') || line.starts_with(';') {
+            continue;
+        }
+        begun.push_str(line);
+        if begun.ends_with('\\') {
+            begun.pop();
+            begun.push(' ');
+            continue;
+        }
+        if let Some((name, value)) = begun.split_once('=') {
+            settings.push((name.trim().to_owned(), value.trim().to_owned()));
+        }
+        begun.clear();
+    }
+    settings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Directories of units, those that win first.
+    struct Units(tempfile::TempDir);
+
+    impl Units {
+        fn write(&self, path: &str, text: &str) {
+            let path = self.0.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+
+        fn with<T>(&self, look: impl Fn(&[&Path]) -> T) -> T {
+            let dirs = ["etc", "run", "usr"].map(|dir| self.0.path().join(dir));
+            let dirs: Vec<_> = dirs.iter().map(PathBuf::as_path).collect();
+            look(&dirs)
+        }
+
+        fn conflict(&self, unit: &str) -> Option<String> {
+            let root = format!("{}/", self.0.path().display());
+            self.with(|dirs| conflict_in(dirs, unit)).map(|text| text.replace(&root, ""))
+        }
+    }
+
+    const CONTAINER: &str = "containerd-default-my-web.service";
+    const EXEC: &str = "containerd-default-my-web:probe.service";
+
+    fn units() -> Units {
+        Units(tempfile::tempdir().unwrap())
+    }
+
+    #[test]
+    fn a_setting_with_which_no_container_works_is_named_with_its_file() {
+        for level in
+            ["containerd-", "containerd-default-", "containerd-default-my-", "containerd-default-my-web"]
+        {
+            let units = units();
+            units.write(&format!("run/{level}.service.d/x.conf"), "[Service]\nNice=1\nType = simple\n");
+            let expected =
+                format!("Type=simple in run/{level}.service.d/x.conf: no container can be created");
+            assert_eq!(units.conflict(CONTAINER), Some(expected));
+        }
+    }
+
+    #[test]
+    fn other_units_have_no_conflict() {
+        let units = units();
+        units.write("run/containerd-.service.d/x.conf", "[Service]\nType=simple\n");
+        units.write("run/containerd-other-.service.d/x.conf", "[Unit]\nRefuseManualStart=yes\n");
+        for unit in
+            [name::DAEMON_SERVICE, "containerd-default-my-web::log.service", "containerd-default.slice"]
+        {
+            assert_eq!(units.conflict(unit), None, "{unit}");
+        }
+        let found = units.conflict("containerd-other-web.service").unwrap();
+        assert!(found.starts_with("RefuseManualStart=yes in "), "{found}");
+    }
+
+    #[test]
+    fn a_setting_concerns_containers_or_execs() {
+        for (setting, container, exec) in [
+            ("Restart=always", false, true),
+            ("Restart=on-failure", false, false),
+            ("UnsetEnvironment=A NOTIFY_SOCKET", false, true),
+            ("RefuseManualStop=1", true, false),
+            ("StopWhenUnneeded=yes", true, false),
+            ("StopWhenUnneeded=no", false, false),
+            ("ExitType=cgroup", true, true),
+            ("ExitType=main", false, false),
+            ("PIDFile=/run/web.pid", true, true),
+            ("PAMName=", false, false),
+            ("PrivatePIDs=yes", true, true),
+            ("NoNewPrivileges=yes", false, false),
+            ("#Type=simple", false, false),
+        ] {
+            let units = units();
+            units.write("etc/containerd-default-.service.d/x.conf", setting);
+            assert_eq!(units.conflict(CONTAINER).is_some(), container, "{setting}");
+            assert_eq!(units.conflict(EXEC).is_some(), exec, "{setting}");
+        }
+    }
+
+    #[test]
+    fn only_the_drop_ins_that_systemd_reads_count_and_the_last_value() {
+        let units = units();
+        units.write("usr/containerd-default-.service.d/x.conf", "Type=simple");
+        units.write("etc/containerd-default-.service.d/x.conf", "Nice=1");
+        assert_eq!(units.conflict(CONTAINER), None);
+        units.write("etc/containerd-.service.d/y.conf", "Type=simple");
+        assert!(units.conflict(CONTAINER).is_some());
+        units.write("usr/containerd-default-my-.service.d/y.conf", "Nice=1");
+        assert_eq!(units.conflict(CONTAINER), None);
+        units.write("run/containerd-default-.service.d/a.conf", "RefuseManualStop=yes");
+        assert!(units.conflict(CONTAINER).is_some());
+        units.write("run/containerd-.service.d/b.conf", "RefuseManualStop=no");
+        assert_eq!(units.conflict(CONTAINER), None);
+    }
+
+    #[test]
+    fn settings_are_read_as_systemd_reads_them() {
+        let text = "[Service]\n Type = simple \n#Nice=1\n; Nice=2\nSystemCallFilter=a \\\n# comment\n  b=c\nUMask=0\n";
+        let expected = [("Type", "simple"), ("SystemCallFilter", "a  b=c"), ("UMask", "0")];
+        assert_eq!(parse(text), expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+}
