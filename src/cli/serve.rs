@@ -169,6 +169,31 @@ impl Waking {
         }
     }
 
+    /// While the machine shuts down, systemd stops the daemon as soon as the containers have ended, and at the same time as
+    /// containerd and its clients. Those still have to learn how their containers ended, and to delete them: Docker would
+    /// wait for that, and then record an unknown exit code. So the daemon serves until they have closed their connections.
+    /// Returns whether the machine shuts down.
+    async fn serve_last_calls(&self) -> bool {
+        let is_shutting_down =
+            tokio::time::timeout(SHUTDOWN_CALL_LIMIT, self.manager.is_shutting_down()).await;
+        if !matches!(is_shutting_down, Ok(Ok(true))) {
+            return false;
+        }
+        let unused = async {
+            while self.connections.count() > 0 {
+                tokio::time::sleep(LAST_CALLS_PAUSE).await;
+            }
+        };
+        if tokio::time::timeout(LAST_CALLS_LIMIT, unused).await.is_err() {
+            let count = self.connections.count();
+            tracing::warn!(
+                count,
+                "the machine shuts down, and {count} connections of clients are still open"
+            );
+        }
+        true
+    }
+
     /// Prepares the end of the daemon. If the daemon is stopped and `keeps` says that systemd then keeps the descriptor store,
     /// the next call on a kept connection starts the daemon.
     async fn prepare(&self, keeps: bool) {
@@ -333,7 +358,9 @@ async fn serve(
     // Running work is left as it is, and the next daemon continues it, as after a crash.
     fd_store.notifier().stopping();
     tracing::info!("stopping");
-    waking.prepare(keeps).await;
+    // systemd starts no unit while the machine shuts down.
+    let is_last = waking.serve_last_calls().await;
+    waking.prepare(keeps && !is_last).await;
     launch::cgroup::sweep();
     Ok(())
 }
@@ -417,6 +444,12 @@ fn listen(
     let earlier = stream::iter(earlier).map(Durable::until_needed).buffer_unordered(usize::MAX);
     Ok(Listener::new(stream::select(earlier, connections.accept(listener)?)))
 }
+
+/// How long the daemon serves while the machine shuts down. systemd kills the daemon 10 s after it has begun to stop it.
+const LAST_CALLS_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often the daemon looks whether it still has clients.
+const LAST_CALLS_PAUSE: Duration = Duration::from_millis(50);
 
 /// The time limit for the calls to systemd at the end.
 const SHUTDOWN_CALL_LIMIT: Duration = Duration::from_secs(5);

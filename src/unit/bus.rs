@@ -75,6 +75,8 @@ pub(super) trait SystemdManager {
     ) -> zbus::Result<()>;
     #[zbus(property)]
     fn version(&self) -> zbus::Result<String>;
+    #[zbus(property)]
+    fn system_state(&self) -> zbus::Result<String>;
 }
 
 /// A unit in a list: name, description, load, active and sub state, which unit it follows, its object, and id, type and

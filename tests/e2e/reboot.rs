@@ -6,7 +6,8 @@ use std::fs;
 use containerd_client::types::v1::Status;
 
 use crate::common::checkpoint::{self, COUNTING};
-use crate::common::node::{NAMESPACE, Node};
+use crate::common::image;
+use crate::common::node::{NAMESPACE, Node, OUR_RUNTIME};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::systemd;
@@ -72,6 +73,41 @@ fn after_the_reboot_containers_were_stopped_cleanly_and_left_nothing() {
         assert_eq!(container.exit_status(), 6);
     }
     fs::remove_dir_all(NOTES).expect("remove the notes");
+}
+
+/// A service that is a client of containerd, as Docker is: at shutdown, it waits for its container to end, and deletes it.
+const CLIENT: &str = "containerd-shim-e2e-client.service";
+
+/// The exit code of the client. The file survives the reboot.
+const CLIENT_NOTE: &str = "/var/lib/containerd-shim-e2e-client";
+
+#[test]
+fn before_the_reboot_a_service_runs_a_container() {
+    needs!(OurShim, Reboot);
+    let _node = Node::exclusive();
+    // systemd stops the container at the same time, and the daemon once the container has ended.
+    let waits = "ExecStop=/bin/sh -c 'while kill -0 $MAINPID; do sleep 0.05; done'";
+    let notes = format!("ExecStopPost=/bin/sh -c 'echo $EXIT_STATUS >{CLIENT_NOTE}; sync'");
+    let script = "trap 'exit 9' TERM; while :; do usleep 10000; done";
+    let unit = format!("--unit={CLIENT}");
+    let service = [&unit, "--property=After=containerd.service", "--property", waits, "--property", &notes];
+    let run = ["ctr", "run", "--rm", "--null-io", "--cpu-shares", "0", "--runtime", OUR_RUNTIME];
+    let container = [image::IMAGE, "reboot-client", "sh", "-c", script];
+    process::succeed("systemd-run", &[&service[..], &run, &container].concat());
+    wait::until_true("the container runs", || {
+        process::run("ctr", &["task", "ls"]).text().contains("reboot-client")
+    });
+}
+
+#[test]
+fn after_the_reboot_the_service_knows_how_its_container_ended() {
+    needs!(OurShim, Reboot);
+    let _node = Node::exclusive();
+    let note = fs::read_to_string(CLIENT_NOTE).expect("a note of the service");
+    fs::remove_file(CLIENT_NOTE).expect("remove the note");
+    assert_eq!(note, "9\n", "the exit code of the container is the one of the client");
+    let containers = process::succeed("ctr", &["containers", "ls", "--quiet"]);
+    assert!(!containers.contains("reboot-client"), "the client has removed its container");
 }
 
 /// A checkpoint that survives the reboot as an image of containerd.

@@ -74,6 +74,15 @@ impl Manager {
         Ok(listed.into_iter().filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
     }
 
+    /// True if the machine shuts down.
+    ///
+    /// # Errors
+    /// systemd can't be reached.
+    pub async fn is_shutting_down(&self) -> Result<bool, Error> {
+        let state = self.bus.call(|manager| async move { manager.system_state().await }).await;
+        Ok(state.map_err(unreachable)? == "stopping")
+    }
+
     /// The type of a unit's job: `start`, `stop`, `restart`, …, or `None` if it has no job.
     ///
     /// # Errors
