@@ -62,13 +62,26 @@ fn without_live_restore_dockerd_ends_its_containers() {
     let docker = Docker::new();
     for (name, happen) in EVENTS {
         let container = docker.sleeping(&[]);
-        let always = docker.sleeping(&["--restart", "always"]);
-        let pids = [docker.pid(&container), docker.pid(&always)];
+        // A dockerd that was killed stops what it finds, after which `unless-stopped` leaves it stopped.
+        let policies: &[&str] = if name == "kill" { &["always"] } else { &["always", "unless-stopped"] };
+        let with_policy = |policy: &&str| docker.sleeping(&["--restart", policy]);
+        let restarted: Vec<String> = policies.iter().map(with_policy).collect();
+        let stopped = ["always", "unless-stopped"].map(|policy| with_policy(&policy));
+        for container in &stopped {
+            docker.ok(&["stop", container]);
+        }
+        let running = std::iter::once(&container).chain(&restarted);
+        let pids: Vec<u32> = running.map(|container| docker.pid(container)).collect();
         happen(&docker);
         docker.until(&container, "{{.State.Status}}", "exited");
-        docker.until(&always, "{{.State.Running}}", "true");
-        assert_ne!(docker.pid(&always), pids[1], "after {name}");
+        for (container, pid) in restarted.iter().zip(&pids[1..]) {
+            docker.until(container, "{{.State.Running}}", "true");
+            assert_ne!(docker.pid(container), *pid, "after {name}");
+        }
         assert!(pids.iter().all(|pid| !process::exists(*pid)), "after {name}");
+        // Docker starts a stopped container with the policy `always` again, and leaves the other one stopped.
+        docker.until(&stopped[0], "{{.State.Running}}", "true");
+        assert_eq!(docker.inspect(&stopped[1], "{{.State.Status}}"), "exited", "after {name}");
         docker.ok(&["start", &container]);
         assert_eq!(docker.ok(&["exec", &container, "echo", "on"]), "on");
     }
