@@ -1,7 +1,8 @@
 //! Publishes the events in the outboxes: in order, at least once, until containerd has accepted them.
 //!
 //! Each containerd has one worker. A containerd that is down delays the events of its own tasks only; they wait in the
-//! records. An event that containerd does not accept delays the events of its own task only.
+//! records. An event that containerd does not accept delays the events of its own task only. Tasks take turns, so a task with
+//! many events does not delay those of the others either.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -60,12 +61,16 @@ async fn serve(tasks: Arc<Tasks>, address: String, mut owing: mpsc::UnboundedRec
             held = held_up.next(), if !held_up.is_empty() => held,
         };
         tasks.begin_publishing(&entry);
-        while let Some(outgoing) = tasks.first_owed(&entry) {
-            if !link.deliver(&outgoing).await {
-                held_up.add(entry, pause);
-                break;
-            }
+        // One event, and then the other tasks have their turn: a container whose processes are killed all the time, for lack of
+        // memory, owes new events as fast as containerd accepts them.
+        let Some(outgoing) = tasks.first_owed(&entry) else {
+            continue;
+        };
+        if link.deliver(&outgoing).await {
             tasks.accepted(&entry, outgoing.seq);
+            tasks.announce(&entry);
+        } else {
+            held_up.add(entry, pause);
         }
     }
 }
@@ -202,11 +207,98 @@ impl Link {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicIsize, Ordering};
+
+    use async_trait::async_trait;
+    use containerd_shim_protos::api::Empty;
+    use containerd_shim_protos::shim_async::{Events, create_events};
+    use tokio::sync::Notify;
+    use ttrpc::asynchronous::{Server, TtrpcContext};
+
     use super::*;
+    use crate::id::TaskId;
     use crate::services::Delivery;
+    use crate::services::pending::Stored;
     use crate::simulation::harness::{Step, World};
+    use crate::store::Store;
+    use crate::task::lifecycle::Exit;
     use crate::task::outbox::TaskEvent;
     use crate::task::request::Mount;
+
+    /// A containerd. While it takes an event of a task that runs out of memory, another of its processes is killed.
+    struct Containerd {
+        tasks: Arc<Tasks>,
+        noisy: Arc<Entry>,
+        /// How many more processes will be killed.
+        left: AtomicIsize,
+        topics: Mutex<Vec<String>>,
+        /// Notified once it has the exit of a task.
+        exit: Arc<Notify>,
+    }
+
+    #[async_trait]
+    impl Events for Containerd {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            let topic = request.envelope.topic.clone();
+            if topic == "/tasks/exit" {
+                self.exit.notify_one();
+            } else if self.left.fetch_sub(1, Ordering::Relaxed) > 0 {
+                self.noisy.task().owe(TaskEvent::OutOfMemory, 1);
+                self.tasks.announce(&self.noisy);
+            }
+            self.topics.lock().unwrap().push(topic);
+            Ok(Empty::default())
+        }
+    }
+
+    #[test]
+    fn a_task_that_always_owes_events_does_not_delay_those_of_others() {
+        const KILLS: isize = 300;
+        let world = World::new("taking-turns");
+        world.take(&[Step::Create], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let task = world
+            .live(move |shim| async move { shim.tasks.process(&init).unwrap().0.task().clone() })
+            .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let address = dir.path().join("containerd.ttrpc").display().to_string();
+        let deleted = |id: &str, events: Vec<TaskEvent>| {
+            let mut task = task.clone();
+            task.key.id = TaskId::new(id).unwrap();
+            task.containerd.ttrpc_address = address.clone();
+            task.outbox.clear();
+            events.into_iter().for_each(|event| task.owe(event, 1));
+            let entry = Arc::new(Entry::detached(task));
+            entry.init.live().disk.stored = Stored::Nowhere;
+            entry
+        };
+        let exit = TaskEvent::Exited { pid: 1, exit: Exit { status: 0, at_usec: 1 } };
+        let noisy = deleted("noisy", vec![TaskEvent::OutOfMemory; 3]);
+        let quiet = deleted("quiet", vec![exit]);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let topics = runtime.block_on(async {
+            let (tasks, outgoing) = Tasks::new(Store::new(dir.path().join("state")));
+            let tasks = Arc::new(tasks);
+            let containerd = Arc::new(Containerd {
+                tasks: tasks.clone(),
+                noisy: noisy.clone(),
+                left: AtomicIsize::new(KILLS),
+                topics: Mutex::default(),
+                exit: Arc::default(),
+            });
+            let server = Server::new().bind(&format!("unix://{address}")).unwrap();
+            let mut server = server.register_service(create_events(containerd.clone()));
+            server.start().await.unwrap();
+            tasks.announce(&noisy);
+            tasks.announce(&quiet);
+            tokio::spawn(publish(tasks, outgoing));
+            containerd.exit.notified().await;
+            containerd.topics.lock().unwrap().clone()
+        });
+        let before = topics.iter().take_while(|topic| *topic == "/tasks/oom").count();
+        assert!(before <= 2, "{before} events of the other task came first");
+    }
 
     #[test]
     fn an_event_that_fits_into_no_message_is_dropped_and_any_other_waits_for_containerd() {
