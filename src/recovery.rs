@@ -13,7 +13,7 @@ use crate::oci::runtime;
 use crate::ops::Shim;
 use crate::services::pending::Stored;
 use crate::services::process::{hold, program_of};
-use crate::services::{Entry, Error, Process, blocking, resume_in_background};
+use crate::services::{Entry, Error, Process, blocking, exec_share, resume_in_background};
 
 use crate::store::{self, Found, OwedTask};
 use crate::suspect::{Crashes, Suspect};
@@ -148,6 +148,10 @@ impl Shim {
     ) {
         self.note_end_of_brief_exec(entry, process);
         let exec = process.exec();
+        if exec.is_some() {
+            exec_share::note_spec(&self.store, process);
+            exec_share::remove_spec(&self.store, entry, process);
+        }
         let (is_starting, pid, has_run, has_ended) = match entry.task().process(exec) {
             Some(recorded) => (
                 recorded.is_starting(),

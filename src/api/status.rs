@@ -90,7 +90,9 @@ fn code_of_kind(error: &Error) -> Code {
             Code::DEADLINE_EXCEEDED
         }
         Error::GivenUp { .. } | Error::Interrupted { .. } => Code::CANCELLED,
-        Error::FdStore(_) | Error::NoThread(_) | Error::ManyWait { .. } => Code::RESOURCE_EXHAUSTED,
+        Error::FdStore(_) | Error::ExecShare(_) | Error::NoThread(_) | Error::ManyWait { .. } => {
+            Code::RESOURCE_EXHAUSTED
+        }
         Error::Stopping
         | Error::Unit(unit::error::Error::Unreachable { .. } | unit::error::Error::Lost { .. }) => {
             Code::UNAVAILABLE

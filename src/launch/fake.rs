@@ -15,7 +15,7 @@ use crate::task::lifecycle::Exit;
 use crate::task::{Placement, Task};
 use crate::unit::fake::{Programs, Sleeper, Started};
 
-use super::contract::{EXEC_PID_FILE, LAUNCH_ERROR, LAUNCHED, OUTCOME, Outcome, PID_FILE};
+use super::contract::{EXEC_PID_FILE, LAUNCH_ERROR, LAUNCHED, OUTCOME, Outcome, PID_FILE, PROCESS_SPEC};
 use super::pipes::{DOORBELL, READY};
 
 /// How the next launches end.
@@ -105,6 +105,7 @@ impl FakeLaunch {
 
     fn launch_exec(&self, task: &Task, id: &ExecId, launches: &Launches) -> Started {
         let dir = self.store.exec_dir(&task.key, id);
+        assert!(dir.join(PROCESS_SPEC).exists(), "the OCI runtime needs the process spec");
         let (started, outcome) = match launches {
             Launches::Fail(reason) => (Started::Failed, Outcome::Failed { reason: reason.clone() }),
             Launches::RecordLate => (Started::Failed, Outcome::Failed { reason: String::new() }),

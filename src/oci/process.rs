@@ -57,6 +57,11 @@ impl ProcessSpec {
         Ok(Self { text: serde_json::to_vec(&fields)?, args })
     }
 
+    /// The size of the file that [`Self::write`] writes, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.text.len() as u64
+    }
+
     /// Writes the spec for the OCI runtime with mode 0600, because its environment may hold secrets.
     ///
     /// # Errors

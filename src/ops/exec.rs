@@ -7,7 +7,7 @@ use crate::id::{ExecId, ProcessKey, TaskKey, UnitName};
 use crate::launch::contract::PROCESS_SPEC;
 use crate::oci::{metadata, process};
 use crate::services::registry::{Conflict, Verb};
-use crate::services::{Delivery, Entry, Error, Process, WaitsFor};
+use crate::services::{Delivery, Entry, Error, Process, WaitsFor, exec_share};
 use crate::stdio::{fifo, uri};
 use crate::sys;
 use crate::task::exec::{Exec, ExecPhase};
@@ -34,7 +34,7 @@ impl Shim {
     /// Records a new exec. Nothing runs before Start.
     ///
     /// # Errors
-    /// The id is in use, the spec or the stdio strings are invalid, or the task has ended.
+    /// The id is in use, the spec or the stdio strings are invalid, the task has ended, or it has too many execs.
     pub async fn add_exec(self: &Arc<Self>, call: AddExec, delivery: Delivery) -> Result<(), Error> {
         let AddExec { task: key, exec: id, stdio, spec } = call;
         let entry = self.tasks.created(&key)?;
@@ -59,13 +59,18 @@ impl Shim {
             wiring.map(|wiring| (stdio, Wiring { store_number, ..wiring }))
         };
         let (stdio, wiring) = self.files.run(WaitsFor::LogFile, &process_key, read_wiring).await??;
+        exec_share::check_streams(&entry.task(), &id, &wiring, &self.fds)?;
         let description = metadata::of_exec(&task.init.description, &id, &spec.args);
         let (process, _verb) = self.register_exec(&entry, &id)?;
+        process.live().spec_bytes = spec.bytes();
         let exec = |unit: UnitName| {
             let logger = wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
             Ok(Exec { unit, logger, stdio, wiring, description, phase: ExecPhase::Added })
         };
-        let noted = exec(process.unit.clone()).and_then(|exec| self.note_exec(&entry, &id, exec, &spec));
+        let noted = exec_share::check_added(&entry)
+            .map_err(Error::from)
+            .and_then(|()| exec(process.unit.clone()))
+            .and_then(|exec| self.note_exec(&entry, &id, exec, &spec));
         if noted.is_err() {
             self.tasks.registry.remove_exec(&entry, &id);
             // The caller gets the first error.

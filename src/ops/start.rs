@@ -9,7 +9,7 @@ use crate::fault::{self, Point};
 use crate::id::ProcessKey;
 use crate::oci::runtime;
 use crate::services::process::init_is_gone;
-use crate::services::{Delivery, Entry, Error, Process, blocking};
+use crate::services::{Delivery, Entry, Error, Process, blocking, exec_share};
 use crate::sys;
 use crate::task::Task;
 use crate::task::lifecycle::{Event, Exit, ObservedExit, Refusal};
@@ -36,7 +36,11 @@ impl Shim {
         if restores {
             process.live().attempt.interrupted = CancellationToken::new();
         }
-        self.tasks.apply(&entry, &process, Event::StartBegun)?;
+        self.tasks.change(&entry, |task| {
+            let ended = task.apply(process.exec(), Event::StartBegun, sys::now_usec())?;
+            self.has_room_for(task, &process)?;
+            Ok(ended)
+        })?;
         if restores {
             return self.restore_init(&entry, &task).await;
         }
@@ -52,6 +56,15 @@ impl Shim {
             fault::point(Point::StartUndone);
         }
         concluded
+    }
+
+    /// Checks whether the streams of an exec have room. Those of a container were opened by its Create.
+    fn has_room_for(&self, task: &Task, process: &Process) -> Result<(), Error> {
+        let Some((id, exec)) = process.exec().and_then(|id| task.execs.get_key_value(id)) else {
+            return Ok(());
+        };
+        self.fds.has_room()?;
+        Ok(exec_share::check_streams(task, id, &exec.wiring, &self.fds)?)
     }
 
     /// Asks the OCI runtime to release the waiting init process.

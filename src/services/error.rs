@@ -46,6 +46,9 @@ pub enum Error {
     /// systemd can keep no more descriptors for the daemon.
     #[error(transparent)]
     FdStore(#[from] unit::fd_store::Error),
+    /// The container has as many execs as one container may have.
+    #[error(transparent)]
+    ExecShare(#[from] super::exec_share::Error),
     /// The streams of a process can't be used.
     #[error(transparent)]
     Session(#[from] session::Error),

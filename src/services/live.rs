@@ -34,6 +34,8 @@ pub struct Live {
     /// The limit of the output that the daemon copies to the journal. The init process has the limit of the whole
     /// container, for all execs.
     pub(crate) journal_limit: Arc<RateLimit>,
+    /// The size of the file with the process spec of an exec, in bytes. 0 once the file is removed.
+    pub(crate) spec_bytes: u64,
     /// The socket to which the container sends its notifications.
     pub(crate) listening: Option<Listening>,
     /// The operation that is under way.

@@ -3,6 +3,7 @@
 
 pub mod changes;
 mod error;
+pub(crate) mod exec_share;
 pub mod files;
 pub mod launcher;
 mod live;

@@ -155,6 +155,16 @@ impl StreamFds {
         self.store.has_room()
     }
 
+    /// The number of entries of the store, without empty ones.
+    pub fn count(&self) -> usize {
+        self.store.count()
+    }
+
+    /// The number of entries that the streams of a process have.
+    pub fn count_of(&self, number: u64) -> usize {
+        StreamKind::ALL.into_iter().map(|kind| self.store.count_of(&kind.name(number))).sum()
+    }
+
     /// Whether a stream of a process may be in an entry of the store that this daemon had no descriptors for.
     pub fn lacks(&self, wiring: &Wiring) -> bool {
         if !self.store.has_unread() {
@@ -218,6 +228,26 @@ fn access(fd: &impl AsFd) -> OFlag {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_entries_of_a_process_are_counted() {
+        use crate::unit::fd_store::testing::Systemd;
+        let (_systemd, notifier) = Systemd::new();
+        let (store, _) = FdStore::with(notifier, 1000, Vec::new());
+        let fds = StreamFds::new(Arc::new(store), Vec::new());
+        let file = std::fs::File::open("/dev/null").unwrap();
+        for (kind, number) in [
+            (StreamKind::Terminal, 4),
+            (StreamKind::Terminal, 4),
+            (StreamKind::Input, 4),
+            (StreamKind::Input, 44),
+        ] {
+            fds.store(kind, number, &[file.as_fd(), file.as_fd()]);
+        }
+        assert_eq!((fds.count_of(4), fds.count_of(44), fds.count()), (3, 1, 4));
+        fds.forget(StreamKind::Terminal, 4);
+        assert_eq!((fds.count_of(4), fds.count_of(44), fds.count()), (1, 1, 2));
+    }
 
     #[test]
     fn names_are_read_back_and_no_connection_is_taken_for_a_stream() {

@@ -20,7 +20,7 @@ use crate::services::changes::Noted;
 use crate::services::files::ClientFiles;
 use crate::services::process::{lives_in, read_pid};
 use crate::services::streams::{Streams, cancel_pumps, stored_number};
-use crate::services::{Entry, Error, Process, Tasks, WaitsFor, blocking};
+use crate::services::{Entry, Error, Process, Tasks, WaitsFor, blocking, exec_share};
 use crate::session::fds::StreamFds;
 use crate::store::{self, Store};
 use crate::task::Task;
@@ -321,11 +321,12 @@ impl Cleanup {
         }
     }
 
-    /// As [`Self::close_ended_exec`], and removes the unit, which keeps the exit status until the record has it.
-    /// `noted`: whether the last change of the exec is in the record.
+    /// As [`Self::close_ended_exec`], and removes the process spec of an exec that has run, and the unit of an exec that has
+    /// ended, which keeps the exit status until the record has it. `noted`: whether the last change of the exec is in the record.
     pub(crate) fn after_exec(self: &Arc<Self>, entry: &Entry, process: &Arc<Process>, noted: Noted) {
         self.close_ended_exec(entry, process);
         if noted == Noted::Written {
+            exec_share::remove_spec(&self.store, entry, process);
             self.remove_ended_exec(entry, process);
         }
     }
@@ -347,7 +348,10 @@ impl Cleanup {
     /// Background task: writes the records that could not be written, as soon as they can be. Never returns.
     pub async fn write_pending(self: Arc<Self>) {
         let written = |entry: &Arc<Entry>| {
-            entry.execs().iter().for_each(|process| self.remove_ended_exec(entry, process));
+            for process in entry.execs() {
+                exec_share::remove_spec(&self.store, entry, &process);
+                self.remove_ended_exec(entry, &process);
+            }
         };
         self.tasks.write_pending(written).await;
     }

@@ -195,9 +195,15 @@ impl FdStore {
     }
 
     /// The number of entries in systemd's store, without empty holders.
-    #[cfg(test)]
-    pub(crate) fn count(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.state(|state| state.count())
+    }
+
+    /// The number of entries with this name.
+    pub fn count_of(&self, name: &str) -> usize {
+        self.state(|state| {
+            state.used.get(name).map_or(0, Vec::len) + state.direct.get(name).copied().unwrap_or(0)
+        })
     }
 
     /// Sends notifications to the systemd that has this store.
