@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::path_error::{PathError, io_error};
@@ -33,6 +34,12 @@ impl Error {
     /// True if the cgroup does not exist.
     pub fn is_gone(&self) -> bool {
         is_gone(self.0.io())
+    }
+
+    /// The error number. `ESRCH` if a process, or the file of one, does not exist.
+    pub fn errno(&self) -> Option<Errno> {
+        let errno = Errno::from_raw(self.0.io().raw_os_error()?);
+        Some(if errno == Errno::ENOENT { Errno::ESRCH } else { errno })
     }
 
     /// True if a wait reached its time limit.

@@ -98,13 +98,13 @@ fn ends_a_restore(signal: u32) -> bool {
     [SIGINT, SIGKILL, SIGQUIT, SIGTERM].iter().any(|ending| u32::try_from(*ending) == Ok(signal))
 }
 
-/// A pidfd that was opened only now, because it could not be opened before, for lack of descriptors for example. Fails with
-/// `ESRCH` only if the process has ended; a process with this pid in another cgroup is another process.
+/// A pidfd that was opened only now: it could not be opened before, for lack of descriptors for example, or nobody tried. Fails
+/// with `ESRCH` only if the process has ended; a process with this pid in another cgroup is another process.
 fn held_again(task: &Task, pid: u32, opened: Result<OwnedFd, Errno>) -> Result<OwnedFd, Errno> {
     let process = opened?;
-    let lives_in = cgroup::of_process(pid).ok();
-    match (task.cgroup(), lives_in) {
-        (Some(container), Some(lives_in)) if lives_in.starts_with(container) => Ok(process),
+    match (task.cgroup(), cgroup::of_process(pid)) {
+        (Some(container), Ok(lives_in)) if lives_in.starts_with(container) => Ok(process),
+        (Some(_), Err(error)) => Err(error.errno().unwrap_or(Errno::ESRCH)),
         _ => Err(Errno::ESRCH),
     }
 }
@@ -119,7 +119,10 @@ pub(crate) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
         return Ok(cgroup::kill(cgroup)?);
     }
     for pid in cgroup::processes(cgroup)? {
-        match sys::pidfd_open(pid).and_then(|process| sys::pidfd_send_signal(&process, signal)) {
+        // The list may be old by now: reading 100,000 cgroups takes seconds. A process that has left the container gets no signal.
+        let sent = held_again(task, pid, sys::pidfd_open(pid))
+            .and_then(|process| sys::pidfd_send_signal(&process, signal));
+        match sent {
             Ok(()) | Err(Errno::ESRCH) => {}
             Err(errno) => {
                 return Err(Error::Kill { signal, process: pid.to_string(), source: errno.into() });

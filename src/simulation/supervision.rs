@@ -152,6 +152,25 @@ fn another_process_with_the_pid_of_an_ended_process_gets_no_signal() {
     assert_eq!(sys::peek_exit(pid), Ok(None), "the other process lives");
 }
 
+/// The list of processes was read before one of them left the container, or ended and its pid was given away.
+#[test]
+fn a_signal_for_all_processes_reaches_none_outside_of_the_container() {
+    let world = up("strangers", &UP);
+    let (init, stranger, (_, container)) = (world.init(), Sleeper::spawn(), cgroups(&world));
+    let listed = stranger.pid();
+    let exit = world
+        .live(move |shim| async move {
+            let pid = shim.tasks.state(&init).unwrap().pid.unwrap();
+            fs::write(cgroup::dir(&container).join("cgroup.procs"), format!("{listed}\n{pid}\n")).unwrap();
+            shim.tasks.kill(&init, nix::libc::SIGTERM as u32, true, Delivery::First).await.unwrap();
+            shim.wait(&init, Delivery::First).await.unwrap()
+        })
+        .unwrap();
+    // It is behind the stranger in the list.
+    assert_eq!(exit.status, 143);
+    assert_eq!(sys::peek_exit(listed), Ok(None), "the other process lives");
+}
+
 #[test]
 fn an_exit_that_systemd_does_not_confirm_changes_nothing() {
     let world = up("unconfirmed", &UP);
