@@ -1,12 +1,14 @@
 //! The cgroups in which the OCI runtime works.
 //!
-//! `create` works in the cgroup that the client names (ShimCgroup), or in a cgroup of its own in the daemon's slice. So the
+//! `create` works in a cgroup of its own, in the daemon's slice or in the cgroup that the client names (ShimCgroup). So the
 //! kernel does not charge the resources of the runtime to the container or the pod, and their limits do not delay it. The
 //! runtime outlives the daemon, and the daemon can kill all its processes. The unit's own cgroup stays empty, because
 //! controllers can be enabled only in an empty cgroup.
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use crate::cgroup;
 use crate::id::UnitName;
@@ -14,13 +16,23 @@ use crate::task::Task;
 
 use super::contract::LAUNCH_CGROUP;
 use super::error::Error;
+use super::process::Process;
 
-/// The cgroup in which the OCI runtime creates the container of a unit.
+/// The cgroup in which the OCI runtime works for a unit whose task has no ShimCgroup: it creates the container there.
 ///
 /// # Errors
 /// The daemon's own cgroup can't be read.
 pub fn of(unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
     Ok(all()?.join(unit.as_str()))
+}
+
+/// The cgroup in which the OCI runtime works for a unit of a task: that of the container, or of an exec. It has one of its own in
+/// the ShimCgroup, too: the client may have processes there, and other tasks may have the same ShimCgroup.
+fn of_task(task: &Task, unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
+    match &task.runtime.cgroup {
+        Some(shim_cgroup) => Ok(shim_cgroup.join(unit.as_str())),
+        None => of(unit),
+    }
 }
 
 /// The parent of the cgroups of the OCI runtime's commands that the daemon runs.
@@ -51,28 +63,50 @@ pub fn beside(daemon: &Path) -> PathBuf {
     daemon.parent().unwrap_or(daemon).join("containerd-shim-runtime")
 }
 
-/// Kills all processes that create a container: `launch`, the OCI runtime and their children, but not the container.
-pub fn kill(unit: &UnitName) {
-    if let Err(error) = of(unit).and_then(|cgroup| cgroup::kill(&cgroup)) {
-        tracing::warn!(%unit, %error, "{unit}: can't kill the processes that create its container: {error}");
+/// Kills all processes that start the process of a unit: `launch`, the OCI runtime and their children, but not the process.
+pub fn kill(task: &Task, unit: &UnitName) {
+    if let Err(error) = of_task(task, unit).and_then(|cgroup| cgroup::kill(&cgroup)) {
+        tracing::warn!(%unit, %error, "{unit}: can't kill the processes that start its process: {error}");
     }
 }
 
-/// Removes the cgroup in which a container was created, unless a process that a hook started still runs in it.
-pub fn remove(unit: &UnitName) {
-    match of(unit).and_then(|cgroup| cgroup::remove(&cgroup)) {
+/// Removes the cgroup in which the process of a unit was started, unless a process that a hook started still runs in it.
+pub fn remove(task: &Task, unit: &UnitName) {
+    match of_task(task, unit).and_then(|cgroup| cgroup::remove(&cgroup)) {
         Ok(true) => {}
         Ok(false) => {
+            if let Some(shim_cgroup) = &task.runtime.cgroup {
+                remove_later(shim_cgroup.join(unit.as_str()));
+            }
             tracing::debug!(%unit, "{unit}: a process that a hook or a mount helper started still runs");
         }
         Err(error) => {
-            tracing::warn!(%unit, %error, "{unit}: can't remove the cgroup in which its container was created: {error}");
+            tracing::warn!(%unit, %error, "{unit}: can't remove the cgroup in which its process was started: {error}");
         }
     }
+}
+
+/// Cgroups in ShimCgroups that had processes when they were to be removed.
+static LEFT: Mutex<VecDeque<PathBuf>> = Mutex::new(VecDeque::new());
+
+/// The largest number of cgroups in [`LEFT`]. If there are more, the oldest are left to their owner.
+const MOST_LEFT: usize = 1024;
+
+/// Lets [`sweep`] remove a cgroup, once it has no processes.
+fn remove_later(cgroup: PathBuf) {
+    let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    if left.len() == MOST_LEFT {
+        left.pop_front();
+    }
+    left.push_back(cgroup);
 }
 
 /// Removes the cgroups without processes. They are created again when they are needed.
 pub fn sweep() {
+    // A cgroup that can't be removed for another reason is left to its owner.
+    let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    left.retain(|cgroup| matches!(cgroup::remove(cgroup), Ok(false)));
+    drop(left);
     let Ok(all) = all() else {
         return;
     };
@@ -85,14 +119,87 @@ pub fn sweep() {
 
 /// In the unit: moves this process to the cgroup in which the OCI runtime works. For an exec, that is the unit's own cgroup
 /// if the client names none.
-pub(super) fn enter(task: &Task, is_exec: bool) -> Result<(), Error> {
-    let from_daemon = || std::env::var_os(LAUNCH_CGROUP).map(PathBuf::from);
-    match task.runtime.cgroup.clone().or_else(from_daemon) {
-        Some(cgroup) => Ok(cgroup::enter(Path::new(&cgroup))?),
-        None if is_exec => Ok(()),
+pub(super) fn enter(process: &Process<'_>) -> Result<(), Error> {
+    let task = process.task;
+    let own =
+        task.process(process.exec).map(|recorded| &recorded.unit).filter(|_| task.runtime.cgroup.is_some());
+    let cgroup = match own {
+        Some(unit) => Some(of_task(task, unit)?),
+        None => std::env::var_os(LAUNCH_CGROUP).map(PathBuf::from),
+    };
+    match cgroup {
+        Some(cgroup) => Ok(cgroup::enter(&cgroup)?),
+        None if process.exec.is_some() => Ok(()),
         None => Err(Error::System {
             action: "find the cgroup for the OCI runtime",
             source: io::ErrorKind::NotFound.into(),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cgroup::fake;
+    use crate::launch::fake::Launches;
+    use crate::oci::options::OptionsSource;
+    use crate::ops::CreateTask;
+    use crate::services::Delivery;
+    use crate::simulation::harness::World;
+    use crate::store::Store;
+
+    fn create_call(world: &World, shim_cgroup: &Path) -> CreateTask {
+        let mut call = world.create_call();
+        if let OptionsSource::Given(options) = &mut call.options {
+            options.shim_cgroup = shim_cgroup.display().to_string();
+        }
+        call
+    }
+
+    #[test]
+    fn each_unit_has_a_cgroup_of_its_own_in_the_shim_cgroup_and_only_this_one_is_killed() {
+        let (world, shim_cgroup) = (World::new("shim-cgroup"), Path::new("/of-the-client"));
+        let [of_container, of_exec] =
+            [world.unit(), world.exec_unit()].map(|unit| shim_cgroup.join(unit.as_str()));
+        let (call, exec_call) = (create_call(&world, shim_cgroup), world.exec_call());
+        let (init, exec) = (world.init(), world.exec());
+        let task = world
+            .live(move |shim| async move {
+                shim.create(call, Delivery::First).await.unwrap();
+                shim.start(&init, Delivery::First).await.unwrap();
+                shim.add_exec(exec_call, Delivery::First).await.unwrap();
+                shim.tasks.process(&init).unwrap().0.task().clone()
+            })
+            .unwrap();
+        let store = Store::new(world.state_dir());
+        for id in [None, exec.exec.as_ref()] {
+            enter(&Process::of(&store, &task, id).unwrap()).unwrap();
+        }
+        for cgroup in [&of_container, &of_exec] {
+            assert!(cgroup::dir(cgroup).join("cgroup.procs").exists(), "{cgroup:?}");
+        }
+        assert!(!cgroup::dir(shim_cgroup).join("cgroup.procs").exists());
+        world.launch.set(Launches::Fail("the OCI runtime fails".to_owned()));
+        let started =
+            world.live(move |shim| async move { shim.start(&exec, Delivery::First).await }).unwrap();
+        started.unwrap_err();
+        let killed = [shim_cgroup, &of_container, &of_exec].map(fake::is_to_be_killed);
+        assert_eq!(killed, [false, false, true]);
+        fake::remove(shim_cgroup);
+    }
+
+    #[test]
+    fn what_a_failed_create_left_in_a_shim_cgroup_is_killed() {
+        let (world, shim_cgroup) = (World::new("shim-cgroup-create"), Path::new("/of-another-client"));
+        let of_container = shim_cgroup.join(world.unit().as_str());
+        // The OCI runtime or a hook hangs there.
+        fake::make(&of_container);
+        world.launch.set(Launches::Fail("the OCI runtime fails".to_owned()));
+        let call = create_call(&world, shim_cgroup);
+        let created =
+            world.live(move |shim| async move { shim.create(call, Delivery::First).await }).unwrap();
+        created.unwrap_err();
+        assert!(fake::is_to_be_killed(&of_container) && !fake::is_to_be_killed(shim_cgroup));
+        fake::remove(shim_cgroup);
     }
 }

@@ -58,7 +58,7 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
     }
     let namespaces = bundle::edit(bundle, &edits)?;
     namespaces.iter().try_for_each(|one| namespaces::check(&one.kind, &one.path))?;
-    launch_cgroup::enter(task, false)?;
+    launch_cgroup::enter(process)?;
     // Create has already mounted the rootfs of a container that is restored.
     if !task.request.rootfs.is_empty() && task.request.checkpoint.is_none() {
         if !task.rootfs_on_host {

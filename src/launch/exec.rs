@@ -54,7 +54,7 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     set_child_subreaper(true).map_err(system("become a subreaper"))?;
     let (spec, pid_file) = (process.dir.join(PROCESS_SPEC), process.dir.join(EXEC_PID_FILE));
     let (cli, console) = (process.cli(), process.console.as_deref());
-    cgroup::enter(process.task, true)?;
+    cgroup::enter(process)?;
     inherited::set(&process.task.containerd)?;
     let limit = process.task.runtime.limit();
     let streams = Streams::open(process)?;

@@ -13,7 +13,7 @@ use prost_types::Any;
 use crate::common::container::Container;
 use crate::common::exec::Exec;
 use crate::common::leaks::{self, Traces};
-use crate::common::node::Node;
+use crate::common::node::{Node, unique};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::systemd::{self, unit_of, unit_of_exec};
@@ -253,11 +253,16 @@ fn a_hook_that_hangs_fails_the_create_after_its_limit() {
     warm_up(&node);
     let before = Traces::take();
     let spec = Spec::sleeping().hook("createRuntime", &scratch.text("hook.sh"));
-    let container = node.container("hook", spec).options(options("RuntimeTimeoutSec = 2")).make();
-    container.create(&Io::default()).expect_err("a hook that hangs");
-    let mark = scratch.text("hook.sh");
-    wait::until_true("the hook is gone", || process::with_command_line(&mark).is_empty());
-    drop(container);
+    let shim_cgroup = format!("/{}", unique("shim-cgroup"));
+    for more in [String::new(), format!("ShimCgroup = {shim_cgroup:?}")] {
+        let options = options(&format!("RuntimeTimeoutSec = 2\n{more}"));
+        let container = node.container("hook", spec.clone()).options(options).make();
+        container.create(&Io::default()).expect_err("a hook that hangs");
+        let mark = scratch.text("hook.sh");
+        wait::until_true("the hook is gone", || process::with_command_line(&mark).is_empty());
+    }
+    let shim_cgroup = format!("/sys/fs/cgroup{shim_cgroup}");
+    wait::until_true("the client can remove its cgroup", || fs::remove_dir(&shim_cgroup).is_ok());
     leaks::assert_none("a hook that hung", &before);
 }
 

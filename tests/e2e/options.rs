@@ -13,6 +13,7 @@ use crate::common::shim::{Bundle, Shim};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::Io;
+use crate::common::wait;
 
 /// `runtimeoptions.v1.Options`, which CRI sends to every runtime but runc's.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -181,6 +182,21 @@ fn task_options_of_older_clients_are_understood() {
     run(&node, Any { type_url, value: options.encode_to_vec() });
     // The OCI runtime was in the cgroup, and has left it.
     fs::remove_dir(format!("/sys/fs/cgroup{cgroup}")).expect("remove the cgroup");
+}
+
+#[test]
+fn nothing_is_left_in_a_shim_cgroup() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let cgroup = format!("/{}", unique("shim-cgroup"));
+    let options = runc_options(|options| options.shim_cgroup = cgroup.clone());
+    let container = node.container("in-cgroup", Spec::sleeping()).options(options).started(&Io::default());
+    let (deleted, kept) = (container.exec_sh("exit 3"), container.exec_sh("exit 4"));
+    assert_eq!((deleted.exit_status(), kept.exit_status()), (3, 4));
+    deleted.delete().expect("delete an exec");
+    container.end();
+    let cgroup = format!("/sys/fs/cgroup{cgroup}");
+    wait::until_true("the client can remove its cgroup", || fs::remove_dir(&cgroup).is_ok());
 }
 
 #[test]
