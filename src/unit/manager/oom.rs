@@ -1,7 +1,9 @@
 //! How many processes of a unit the kernel has killed because memory ran out, even after the unit's cgroup was removed.
 
+use std::io;
 use std::process::Stdio;
 
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 
 use crate::id::UnitName;
@@ -15,9 +17,20 @@ use super::Manager;
 /// end (manager.c, 252 to 262).
 const MESSAGE_ID: &str = "fe6faa94e7774663a0da52717891d8ef";
 
+/// Only messages that PID 1 itself has sent: any user can send a message with any `MESSAGE_ID` and `INVOCATION_ID`.
+/// journald has the pid from the kernel.
+const OF_SYSTEMD: &str = "_PID=1";
+
+/// The query shows the last 1,000 messages at most, each as one line of 33 bytes.
+const MOST_MESSAGES: &str = "--lines=1000";
+const ONE_LINE_EACH: &str = "--output-fields=MESSAGE_ID";
+
+/// The most that is read of what a program prints.
+const MOST_BYTES: u64 = 64 << 10;
+
 impl Manager {
     /// How many processes the kernel has killed since the unit's start because memory ran out. Before version 259, systemd
-    /// counts several that are killed at once as one.
+    /// counts several that are killed at once as one, and this function counts no more than 1,000.
     ///
     /// # Errors
     /// systemd or the journal can't be read.
@@ -29,20 +42,63 @@ impl Manager {
             self.property::<Vec<u8>>(unit, UNIT_INTERFACE, "InvocationID").await?.unwrap_or_default();
         let invocation: String = invocation.iter().map(|byte| format!("{byte:02x}")).collect();
         // After this, the journal contains what systemd has sent to it.
-        journalctl(&["--sync"]).await?;
-        let matches = [format!("MESSAGE_ID={MESSAGE_ID}"), format!("INVOCATION_ID={invocation}")];
-        let found = journalctl(&["--quiet", "--no-pager", "--output=cat", &matches[0], &matches[1]]).await?;
-        Ok(found.lines().count() as u64)
+        output_of("journalctl", &["--sync"]).await?;
+        let (message, invocation) =
+            (format!("MESSAGE_ID={MESSAGE_ID}"), format!("INVOCATION_ID={invocation}"));
+        let form = ["--quiet", "--no-pager", "--output=cat", ONE_LINE_EACH, MOST_MESSAGES];
+        let query = [&form[..], &[OF_SYSTEMD, &message, &invocation]].concat();
+        Ok(output_of("journalctl", &query).await?.lines().count() as u64)
     }
 }
 
-async fn journalctl(args: &[&str]) -> Result<String, Error> {
+/// Runs a program to its end, and returns what it prints.
+async fn output_of(program: &str, args: &[&str]) -> Result<String, Error> {
     let failed = |reason: String| Error::Journal { reason };
-    let mut command = Command::new("journalctl");
-    let output = command.args(args).stdin(Stdio::null()).kill_on_drop(true).output().await;
-    let output = output.map_err(|error| failed(error.to_string()))?;
-    if !output.status.success() {
-        return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    let unread = |error: io::Error| failed(error.to_string());
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.kill_on_drop(true).spawn().map_err(unread)?;
+    let (printed, said) = (read(child.stdout.take()), read(child.stderr.take()));
+    let (printed, said) = tokio::try_join!(printed, said).map_err(unread)?;
+    if printed.len() as u64 > MOST_BYTES {
+        return Err(failed(format!("it prints more than {MOST_BYTES} bytes")));
     }
-    String::from_utf8(output.stdout).map_err(|error| failed(error.to_string()))
+    // A program that says more than what was read ends when it says the rest: its pipe is closed.
+    if !child.wait().await.map_err(unread)?.success() {
+        return Err(failed(String::from_utf8_lossy(&said).trim().to_owned()));
+    }
+    String::from_utf8(printed).map_err(|error| failed(error.to_string()))
+}
+
+/// Reads a stream to its end, or one byte more than [`MOST_BYTES`].
+async fn read(stream: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(stream) = stream {
+        stream.take(MOST_BYTES + 1).read_to_end(&mut bytes).await?;
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    async fn shell(script: &str) -> Result<String, Error> {
+        tokio::time::timeout(Duration::from_secs(60), output_of("sh", &["-c", script])).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_program_that_prints_for_ever_is_an_error() {
+        let error = shell("exec yes").await.unwrap_err();
+        assert!(error.to_string().contains("more than 65536 bytes"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_fails_says_why_for_a_limited_time() {
+        assert_eq!(shell("echo out; echo all is well >&2").await.unwrap(), "out\n");
+        assert_eq!(shell("echo why >&2; exit 3").await.unwrap_err().to_string(), "journalctl: why");
+        let error = shell("exec >&-; exec yes why >&2").await.unwrap_err().to_string();
+        assert!(error.starts_with("journalctl: why") && error.len() < 70_000, "{} bytes", error.len());
+    }
 }
