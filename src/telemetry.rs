@@ -1,13 +1,19 @@
-//! Logs go to the journal with structured fields, or to stderr outside of systemd.
+//! Logs go to the journal with structured fields, or to stderr outside of systemd. No thread waits for the journal.
 //!
 //! `CONTAINERD_SHIM_SYSTEMD_LOG` sets what is logged: a level, or a list `target=level,…`. The default is `info`.
 
+pub mod journal;
+mod sender;
+
 use std::io::Write;
+use std::path::Path;
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+
+use journal::Journal;
 
 const VARIABLE: &str = "CONTAINERD_SHIM_SYSTEMD_LOG";
 
@@ -29,10 +35,10 @@ pub fn init() {
     let filter = filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     let registry = tracing_subscriber::registry().with(filter);
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
-    match tracing_journald::layer() {
-        // A prefix for the names of journal fields: NAMESPACE alone would be too general.
-        Ok(journal) if under_systemd => registry.with(journal.with_field_prefix(Some("SHIM".into()))).init(),
-        Ok(_) | Err(_) => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr)).init(),
+    let journal = Journal::new(Path::new(journal::SOCKET), env!("CARGO_PKG_NAME"));
+    match journal.ok().filter(|_| under_systemd) {
+        Some(journal) => registry.with(journal).init(),
+        None => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr)).init(),
     }
     if let Some(error) = error {
         let value = wanted.unwrap_or_default();

@@ -17,9 +17,9 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::UnixDatagram;
 
-use super::rate::{Admission, Missing, RateLimit};
+use crate::telemetry::journal::{MESSAGE_DROPPED, SOCKET, push_field};
 
-const SOCKET: &str = "/run/systemd/journal/socket";
+use super::rate::{Admission, Missing, RateLimit};
 
 /// The longest line. Longer ones are split, as journald does with its own streams (`LineMax=`).
 const LINE_MAX: usize = 48 << 10;
@@ -33,8 +33,6 @@ const SEND_BUFFER: usize = 8 << 20;
 const PRIORITY_OUTPUT: &str = "6";
 /// `LOG_WARNING`
 const PRIORITY_MISSING: &str = "4";
-/// journald's message about lines that it suppresses (sd-messages.h, `SD_MESSAGE_JOURNAL_DROPPED`).
-const MESSAGE_DROPPED: &str = "a596d6fe7bfa4994828e72309e95d61e";
 
 /// How long a write waits for a journald that is busy or restarts. After that, no write waits until journald has accepted
 /// a line again.
@@ -282,14 +280,6 @@ pub fn datagram(head: &[u8], priority: &str, fields: &[(&str, &str)], message: &
     }
     push_field(&mut datagram, "MESSAGE", message);
     datagram
-}
-
-fn push_field(datagram: &mut Vec<u8>, name: &str, value: &[u8]) {
-    datagram.extend_from_slice(name.as_bytes());
-    datagram.push(b'\n');
-    datagram.extend_from_slice(&(value.len() as u64).to_le_bytes());
-    datagram.extend_from_slice(value);
-    datagram.push(b'\n');
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! The option `Log` sends output to the client, to the journal, to both, or nowhere.
 
+use std::os::unix::net::UnixDatagram;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any as ShimAny;
 use nix::sys::signal::Signal;
@@ -13,11 +15,11 @@ use crate::common::container::Container;
 use crate::common::daemon;
 use crate::common::exec::Exec;
 use crate::common::node::{Node, unique};
-use crate::common::shim::{Bundle, Shim};
+use crate::common::shim::{Bundle, Shim, over_ttrpc};
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
-use crate::common::systemd;
-use crate::common::task::{Io, Process, SIGTERM};
+use crate::common::systemd::{self, DAEMON_SERVICE};
+use crate::common::task::{Io, Process, SIGKILL, SIGTERM};
 use crate::common::wait;
 use crate::options::GenericOptions;
 
@@ -371,6 +373,53 @@ fn a_journald_that_hangs_delays_neither_a_container_nor_its_client() {
             messages.iter().any(|message| message.contains("are missing here"))
         });
     }
+}
+
+/// Sends messages to journald until its socket takes no more.
+fn fill_queue_of_journald() {
+    // The buffer of one socket holds fewer messages than journald's queue.
+    let is_taken = || {
+        let socket = UnixDatagram::unbound().expect("make a socket");
+        socket.set_nonblocking(true).expect("wait for nothing");
+        let send = || socket.send_to(b"MESSAGE=filler\n", "/run/systemd/journal/socket");
+        std::iter::from_fn(|| send().ok()).count() > 0
+    };
+    while is_taken() {}
+}
+
+#[test]
+fn a_journald_that_hangs_delays_neither_failing_calls_nor_an_exit_nor_the_next_daemon() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let limit = Duration::from_secs(10);
+    let container = node.container("hang", Spec::sleeping()).started(&Io::default());
+    let (shim, bundle, word) = (Shim::connect(&node), Bundle::new("hang"), unique("jurnal"));
+    let fail = || {
+        let mut request = bundle.request(&unique("hang"));
+        request.options = Some(over_ttrpc(log(&word))).into();
+        let begun = Instant::now();
+        let (_, text) = shim.create(request).expect_err("no such mode");
+        assert!(text.contains(&word) && begun.elapsed() < limit, "{text} after {:?}", begun.elapsed());
+    };
+    let frozen = Frozen::new();
+    fill_queue_of_journald();
+    // The daemon has two threads for calls. It logs each call that fails.
+    (0..5).for_each(|_| fail());
+    let begun = Instant::now();
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    assert!(begun.elapsed() < limit, "an exit after {:?}", begun.elapsed());
+    let told = || systemd::messages(&["--unit", DAEMON_SERVICE, "PRIORITY=4"]).into_iter();
+    let count = |word: &str| told().filter(|message| message.contains(word)).count();
+    let begun = Instant::now();
+    let earlier = daemon::kill_now();
+    daemon::wait_for_another(earlier);
+    (0..5).for_each(|_| fail());
+    assert!(begun.elapsed() < limit * 2, "the next daemon after {:?}", begun.elapsed());
+    container.delete().expect("delete");
+    drop(frozen);
+    // What the first daemon could not send is lost with it.
+    wait::until_true("the journal gets what the daemon has logged meanwhile", || count(&word) == 5);
 }
 
 #[test]
