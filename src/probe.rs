@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 
 use crate::files;
 use crate::sys;
@@ -123,8 +123,7 @@ fn ends(pid: u32) -> bool {
     let Ok(process) = sys::pidfd_open(pid) else {
         return false;
     };
-    let timeout = PollTimeout::try_from(LIMIT).unwrap_or(PollTimeout::MAX);
-    matches!(poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], timeout), Ok(1))
+    matches!(sys::poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], LIMIT), Ok(true))
 }
 
 /// Properties of a unit, by name.

@@ -16,9 +16,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 
 use crate::path_error::{PathError, io_error};
+use crate::sys::poll;
 
 pub use processes::processes;
 
@@ -154,8 +155,7 @@ pub fn until_frozen(cgroup: &Path, frozen: bool, limit: Duration) -> Result<(), 
                 return Ok(());
             }
             let left = end.saturating_duration_since(Instant::now());
-            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            if poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)], left)? == 0 {
+            if !poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)], left)? {
                 return Err(io::ErrorKind::TimedOut.into());
             }
         }

@@ -11,11 +11,9 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::Instant;
 
 use libsystemd::daemon::{NotifyState, notify, notify_with_fds};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 
 use crate::config::BARRIER_LIMIT;
 use crate::sys;
@@ -75,17 +73,10 @@ fn barrier() -> Result<(), Error> {
     notify_with_fds(false, &state, &[std::os::fd::AsRawFd::as_raw_fd(&there)])
         .map_err(|error| Error::Notify(error.to_string()))?;
     drop(there);
-    let end = Instant::now() + BARRIER_LIMIT;
-    loop {
-        let mut fds = [PollFd::new(here.as_fd(), PollFlags::empty())];
-        let left =
-            PollTimeout::try_from(end.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
-        match poll(&mut fds, left) {
-            Ok(0) => return Err(Error::Silent),
-            Ok(_) => return Ok(()),
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(Error::Notify(errno.to_string())),
-        }
+    match sys::poll(&mut [PollFd::new(here.as_fd(), PollFlags::empty())], BARRIER_LIMIT) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::Silent),
+        Err(errno) => Err(Error::Notify(errno.to_string())),
     }
 }
 

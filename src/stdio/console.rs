@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 
 use crate::fault::{self, Point};
 use crate::path_error::io_error;
@@ -108,11 +108,7 @@ fn terminal(mut received: Vec<OwnedFd>) -> io::Result<OwnedFd> {
 
 fn wait(fd: &impl AsFd, limit: Duration) -> io::Result<()> {
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
-    match poll(&mut fds, limit)? {
-        0 => Err(io::ErrorKind::TimedOut.into()),
-        _ => Ok(()),
-    }
+    if sys::poll(&mut fds, limit)? { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
 }
 
 #[cfg(test)]

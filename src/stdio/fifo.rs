@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::stat::Mode;
 
 use crate::fault::{self, Point};
 use crate::path_error::{PathError, io_error};
+use crate::sys::poll;
 
 use super::uri::Kind;
 
@@ -154,11 +155,9 @@ fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
             opens.iter().map(|opens| PollFd::new(opens.as_fd(), PollFlags::POLLIN)).collect();
         // Without an inotify instance, the FIFO is polled.
         let pause = if fds.is_empty() { left.min(WITHOUT_INOTIFY) } else { left };
-        match poll(&mut fds, PollTimeout::try_from(pause).unwrap_or(PollTimeout::MAX)) {
+        if poll(&mut fds, pause).map_err(io_error("wait for a reader of", path))? {
             // A reader has opened the FIFO, and may have closed it again.
-            Ok(1..) => break,
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(io_error("wait for a reader of", path)(errno).into()),
+            break;
         }
     }
     Ok(writer)
@@ -176,7 +175,7 @@ fn opens_of(path: &Path) -> Option<Inotify> {
 
 fn has_reader(writer: &File) -> io::Result<bool> {
     let mut fds = [PollFd::new(writer.as_fd(), PollFlags::empty())];
-    poll(&mut fds, PollTimeout::ZERO)?;
+    poll(&mut fds, Duration::ZERO)?;
     Ok(!fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLERR)))
 }
 

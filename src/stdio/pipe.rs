@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice, tee};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 
-use crate::sys::{self, watch};
+use crate::sys::{self, poll, watch};
 
 pub(super) const NO_WAIT: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK;
 
@@ -90,19 +90,19 @@ impl Scratch {
 /// True if poll(2) reports this event, and not only that the other side is closed.
 pub(super) fn found(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
     let mut fds = [PollFd::new(fd.as_fd(), event)];
-    poll(&mut fds, PollTimeout::ZERO)?;
+    poll(&mut fds, Duration::ZERO)?;
     Ok(fds[0].revents().is_some_and(|found| found.contains(event)))
 }
 
 pub(super) fn is_ready(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
     let mut fds = [PollFd::new(fd.as_fd(), event)];
-    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
+    Ok(poll(&mut fds, Duration::ZERO)?)
 }
 
 /// True if a pipe has a writer.
 pub(super) fn has_writer(pipe: &impl AsFd) -> io::Result<bool> {
     let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
-    poll(&mut fds, PollTimeout::ZERO)?;
+    poll(&mut fds, Duration::ZERO)?;
     Ok(!fds[0].revents().is_some_and(|found| found.contains(PollFlags::POLLHUP)))
 }
 

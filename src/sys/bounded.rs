@@ -3,10 +3,10 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, ExitStatus};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -81,23 +81,13 @@ enum First {
 
 fn first_of(process: &OwnedFd, signals: &SigSet, limit: Duration) -> Result<First, Errno> {
     let told = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let end = Instant::now() + limit;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        let mut fds =
-            [PollFd::new(process.as_fd(), PollFlags::POLLIN), PollFd::new(told.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, timeout) {
-            Err(Errno::EINTR) => continue,
-            polled => polled?,
-        };
-        match fds.map(|fd| fd.any().unwrap_or(false)) {
-            [true, _] => return Ok(First::Ended),
-            [_, true] => return Ok(First::Signal),
-            _ if Instant::now() >= end => return Ok(First::Limit),
-            _ => {}
-        }
+    let mut fds =
+        [PollFd::new(process.as_fd(), PollFlags::POLLIN), PollFd::new(told.as_fd(), PollFlags::POLLIN)];
+    if !super::poll(&mut fds, limit)? {
+        return Ok(First::Limit);
     }
+    let is_ended = fds[0].any().unwrap_or(false);
+    Ok(if is_ended { First::Ended } else { First::Signal })
 }
 
 #[cfg(test)]

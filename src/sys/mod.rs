@@ -5,6 +5,7 @@ pub mod bounded;
 pub mod child;
 pub mod crash;
 pub mod guard;
+mod poll;
 mod receive;
 pub mod spawn;
 pub mod tree;
@@ -24,6 +25,7 @@ use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
 
+pub use poll::poll;
 pub use receive::{discard_message, peek_fds, peek_text, receive_from_process};
 
 /// Returns to the system the memory that this process has freed. Without this call, glibc keeps the memory that many
