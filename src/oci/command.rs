@@ -318,7 +318,10 @@ impl Cli<'_> {
         if let Some(cgroup) = cgroup::of_process(holder.pid).ok().filter(|cgroup| is_of_one_command(cgroup)) {
             kill_cgroup(&cgroup);
         }
-        sys::tree::kill(holder.pid);
+        // The search takes as long as the machine has processes. The pid is not reused meanwhile: the command holds the lock
+        // until it ends, and its parent reaps it.
+        let pid = holder.pid;
+        let _ = tokio::task::spawn_blocking(move || sys::tree::kill(pid)).await;
         timeout(DEATH_LIMIT, holder.ended()).await.map_err(|_| Error::Busy { verb, pid: holder.pid })
     }
 
@@ -416,14 +419,18 @@ impl Drop for Running {
         if let Some(cgroup) = &cgroup {
             kill_cgroup(cgroup);
         }
-        // The pid can't be reused before the process is reaped.
-        sys::tree::kill(child.id());
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                drop(child.wait().await);
-                cgroup.into_iter().for_each(remove_cgroup);
-            });
-        }
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return sys::tree::kill(child.id());
+        };
+        // The search takes as long as the machine has processes. The pid can't be reused before the process is reaped.
+        let pid = child.id();
+        let killed = runtime.spawn_blocking(move || sys::tree::kill(pid));
+        runtime.spawn(async move {
+            // Fails only while the runtime ends.
+            let _ = killed.await;
+            drop(child.wait().await);
+            cgroup.into_iter().for_each(remove_cgroup);
+        });
     }
 }
 

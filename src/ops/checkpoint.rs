@@ -230,7 +230,7 @@ impl Shim {
     /// Checks that criu can be used. A criu that could be used is not checked again.
     pub(super) async fn check_criu(&self, entry: &Entry, task: &Task) -> Result<(), Error> {
         let path = &task.runtime.path;
-        if self.launcher.knows_criu(path) {
+        if self.launcher.knows_criu(&self.files, &entry.init.key, path).await? {
             return Ok(());
         }
         let command = self.launcher.command(Kind::Criu, &task.key.init());
@@ -242,8 +242,7 @@ impl Shim {
             error = cancelled(entry) => return Err(error),
         };
         let Err(error) = checked else {
-            self.launcher.remember_criu(path);
-            return Ok(());
+            return self.launcher.remember_criu(&self.files, &entry.init.key, path).await;
         };
         let problem: Option<Problem> = self.store.read_scratch(&task.key, CRIU_PROBLEM)?;
         Err(problem.map_or_else(|| error.into(), Error::Criu))

@@ -65,22 +65,39 @@ impl Launcher {
         files.in_time(&task.key.init(), copied).await
     }
 
-    /// True if the criu in this search path is known to be usable.
-    pub(crate) fn knows_criu(&self, path: &str) -> bool {
-        let found = version_of_criu(path);
-        found.is_some() && self.criu().get(path).copied() == found
+    /// True if the criu in this search path, which is that of the process's task, is known to be usable.
+    ///
+    /// # Errors
+    /// A disk of the search path does not answer.
+    pub(crate) async fn knows_criu(
+        &self,
+        files: &ClientFiles,
+        process: &ProcessKey,
+        path: &str,
+    ) -> Result<bool, Error> {
+        let found = version_of_criu(files, process, path).await?;
+        Ok(found.is_some() && self.criu().get(path).copied() == found)
     }
 
     /// The criu in this search path can be used.
-    pub(crate) fn remember_criu(&self, path: &str) {
-        let Some(found) = version_of_criu(path) else {
-            return;
+    ///
+    /// # Errors
+    /// As [`Self::knows_criu`].
+    pub(crate) async fn remember_criu(
+        &self,
+        files: &ClientFiles,
+        process: &ProcessKey,
+        path: &str,
+    ) -> Result<(), Error> {
+        let Some(found) = version_of_criu(files, process, path).await? else {
+            return Ok(());
         };
         let mut criu = self.criu();
         if criu.len() >= MOST_PATHS {
             criu.clear();
         }
         criu.insert(path.to_owned(), found);
+        Ok(())
     }
 
     fn criu(&self) -> MutexGuard<'_, HashMap<String, Version>> {
@@ -113,8 +130,68 @@ impl Launcher {
     }
 }
 
-/// The criu in a search path.
-fn version_of_criu(path: &str) -> Option<Version> {
-    let file = options::find("criu", path)?.metadata().ok()?;
-    Some((file.dev(), file.ino(), file.ctime()))
+/// The criu in a search path, which may lead to a disk that does not answer.
+async fn version_of_criu(
+    files: &ClientFiles,
+    process: &ProcessKey,
+    path: &str,
+) -> Result<Option<Version>, Error> {
+    let path = path.to_owned();
+    let find = move || {
+        let file = options::find("criu", &path)?.metadata().ok()?;
+        Some((file.dev(), file.ino(), file.ctime()))
+    };
+    files.run(WaitsFor::Bundle, process, find).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::FILES_LIMIT;
+    use crate::id::{Namespace, TaskKey};
+    use futures_util::FutureExt;
+
+    #[tokio::test]
+    async fn a_criu_is_known_until_its_file_changes() {
+        let process = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap().init();
+        let (launcher, files) = (Launcher::new(PathBuf::new()), ClientFiles::new(FILES_LIMIT));
+        let dir = tempfile::tempdir().unwrap();
+        let path = format!("/no/such/dir:{}", dir.path().display());
+        let knows = async || launcher.knows_criu(&files, &process, &path).await.unwrap();
+        launcher.remember_criu(&files, &process, &path).await.unwrap();
+        assert!(!knows().await, "there is none");
+        crate::oci::write_script(&dir.path().join("criu"), "exit 0");
+        assert!(!knows().await);
+        launcher.remember_criu(&files, &process, &path).await.unwrap();
+        assert!(knows().await);
+        std::fs::remove_file(dir.path().join("criu")).unwrap();
+        assert!(!knows().await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_search_path_with_a_dead_disk_holds_up_only_the_threads_for_such_disks() {
+        let process = TaskKey::from_word(Namespace::new("default").unwrap(), "dead").unwrap().init();
+        let files = ClientFiles::new(FILES_LIMIT);
+        let (answer, disk) = std::sync::mpsc::channel::<()>();
+        let waits = Arc::new(Mutex::new(disk));
+        // All threads of this task wait for the disk.
+        let hanging: Vec<_> = (0..8)
+            .map(|_| {
+                let (waits, task) = (waits.clone(), process.task.clone());
+                tokio::spawn(async move {
+                    waiting(WaitsFor::Bundle, &task, move || waits.lock().unwrap().recv().is_err()).await
+                })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        let launcher = Launcher::new(PathBuf::new());
+        let looked = launcher.knows_criu(&files, &process, "/usr/bin");
+        tokio::pin!(looked);
+        assert!(looked.as_mut().now_or_never().is_none());
+        drop(answer);
+        assert!(!looked.await.unwrap());
+        for thread in hanging {
+            assert!(thread.await.unwrap().unwrap());
+        }
+    }
 }

@@ -9,7 +9,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
-use nix::sys::socket::MsgFlags;
 
 use crate::{fault, sys};
 
@@ -338,13 +337,13 @@ impl FdStore {
         let name = self.state(State::new_name);
         // FDPOLL=0: systemd must not remove a holder when it becomes readable.
         let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}");
-        self.notifier.send(&message, &[holder.as_fd()], MsgFlags::empty()).map_err(Error::Send)?;
+        self.notifier.send_one_of_many(&message, &[holder.as_fd()]).map_err(Error::Send)?;
         Ok(Named { name, holder })
     }
 
     /// Removes the descriptors with this name from systemd's store.
     fn remove(&self, name: &str) -> bool {
-        let sent = self.notifier.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[], MsgFlags::empty());
+        let sent = self.notifier.send_one_of_many(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[]);
         if let Err(error) = sent {
             // The next daemon gets the descriptor, and removes it.
             tracing::warn!(%error, "can't remove {name} from systemd's descriptor store: {error}");

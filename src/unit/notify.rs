@@ -4,6 +4,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use libsystemd::daemon;
@@ -49,6 +50,8 @@ pub(super) fn connect() -> io::Result<Option<UnixDatagram>> {
 pub struct Notifier {
     /// `None` if systemd did not start this process.
     socket: Option<UnixDatagram>,
+    /// systemd has not read the last message in time.
+    is_late: AtomicBool,
 }
 
 impl Notifier {
@@ -57,18 +60,21 @@ impl Notifier {
     /// # Errors
     /// The socket can't be reached.
     pub fn new() -> io::Result<Self> {
-        connect()?.map_or(Ok(Self { socket: None }), |socket| Self::over(socket, SEND_LIMIT))
+        match connect()? {
+            Some(socket) => Self::over(socket, SEND_LIMIT),
+            None => Ok(Self { socket: None, is_late: AtomicBool::default() }),
+        }
     }
 
     fn over(socket: UnixDatagram, limit: Duration) -> io::Result<Self> {
         socket.set_write_timeout(Some(limit))?;
-        Ok(Self { socket: Some(socket) })
+        Ok(Self { socket: Some(socket), is_late: AtomicBool::default() })
     }
 
     /// Sends its messages to this socket.
     #[cfg(test)]
     pub(super) fn to(socket: UnixDatagram) -> Self {
-        Self { socket: Some(socket) }
+        Self { socket: Some(socket), is_late: AtomicBool::default() }
     }
 
     /// Whether systemd started this process.
@@ -123,7 +129,23 @@ impl Notifier {
         let rights = [ControlMessage::ScmRights(&fds)];
         let rights = if fds.is_empty() { &[] } else { rights.as_slice() };
         let parts = [IoSlice::new(message.as_bytes())];
-        sendmsg::<()>(socket.as_raw_fd(), &parts, rights, flags | MsgFlags::MSG_NOSIGNAL, None).map(drop)
+        let flags = flags | MsgFlags::MSG_NOSIGNAL;
+        loop {
+            // A send with a time limit is interrupted by every signal that its thread handles.
+            match sendmsg::<()>(socket.as_raw_fd(), &parts, rights, flags, None) {
+                Err(Errno::EINTR) => {}
+                sent => return sent.map(drop),
+            }
+        }
+    }
+
+    /// As [`Self::send`], for messages of which a call sends several: only the first one that systemd does not read in time
+    /// waits for it. The next ones fail at once, until systemd reads again.
+    pub(super) fn send_one_of_many(&self, message: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let is_late = self.is_late.load(Ordering::Relaxed);
+        let sent = self.send(message, fds, if is_late { MsgFlags::MSG_DONTWAIT } else { MsgFlags::empty() });
+        self.is_late.store(sent == Err(Errno::EAGAIN), Ordering::Relaxed);
+        sent
     }
 }
 
@@ -152,5 +174,23 @@ mod tests {
         assert_eq!(notifier.send("WATCHDOG=1", &[], MsgFlags::MSG_DONTWAIT), Err(Errno::EAGAIN));
         drop(systemd);
         assert!(notifier.send("STATUS=busy", &[], MsgFlags::empty()).is_err());
+    }
+
+    #[test]
+    fn of_many_messages_only_one_waits_until_systemd_reads_again() {
+        let (socket, systemd) = UnixDatagram::pair().unwrap();
+        let limit = Duration::from_millis(500);
+        let notifier = Notifier::over(socket, limit).unwrap();
+        for _ in 0..2 {
+            while notifier.send("STATUS=busy", &[], MsgFlags::MSG_DONTWAIT).is_ok() {}
+            let begun = Instant::now();
+            for _ in 0..20 {
+                assert_eq!(notifier.send_one_of_many("FDSTOREREMOVE=1", &[]), Err(Errno::EAGAIN));
+            }
+            assert!((limit..limit * 10).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+            systemd.set_nonblocking(true).unwrap();
+            while systemd.recv(&mut [0; 64]).is_ok() {}
+            assert_eq!(notifier.send_one_of_many("FDSTOREREMOVE=1", &[]), Ok(()));
+        }
     }
 }

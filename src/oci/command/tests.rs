@@ -1,6 +1,7 @@
 use super::*;
 use crate::id::TaskId;
 use crate::task::request::{Containerd, Runtime};
+use futures_util::FutureExt;
 use tempfile::TempDir;
 
 /// A directory for a test, with an OCI runtime that is this shell script.
@@ -17,12 +18,9 @@ fn scratch(script: &str) -> (TempDir, Runtime) {
 
 /// True if the process whose pid is in this file ends within the time limit.
 fn ends(file: &Path) -> bool {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::AsFd;
     let pid = fs::read_to_string(file).unwrap().trim().parse().unwrap();
     let Ok(process) = sys::pidfd_open(pid) else { return true };
-    let limit = PollTimeout::try_from(Duration::from_secs(10)).unwrap();
-    poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit) == Ok(1)
+    ends_within(&process, Duration::from_secs(10))
 }
 
 #[tokio::test]
@@ -53,6 +51,54 @@ async fn a_command_that_nobody_waits_for_is_killed() {
         _ = begun.recv() => {}
     }
     assert!(ends(&dir.path().join("self")));
+}
+
+/// A runtime whose only thread for blocking work is busy until the sender is dropped.
+fn busy_runtime() -> (tokio::runtime::Runtime, std::sync::mpsc::Sender<()>) {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    drop(runtime.spawn_blocking(move || ended.recv()));
+    (runtime, end)
+}
+
+/// True if the process ends within this time.
+fn ends_within(process: &OwnedFd, limit: Duration) -> bool {
+    use nix::poll::{PollFd, PollFlags};
+    sys::poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit).unwrap()
+}
+
+/// The search reads all of /proc.
+#[test]
+fn no_thread_of_the_runtime_searches_for_the_processes_of_a_command() {
+    let (runtime, end) = busy_runtime();
+    let (dir, of_web) = scratch("echo $$ > self.new; mv self.new self; sleep 1000");
+    let of_web = Runtime { limit_sec: 1000, ..of_web };
+    let (id, containerd) = (TaskId::new("web").unwrap(), Containerd::default());
+    let cli = Cli { runtime: &of_web, id: &id, containerd: &containerd, dir: dir.path() };
+    let commands = CommandLine::default();
+    let file = dir.path().join("self");
+    runtime.block_on(async {
+        let begun = async {
+            while !file.exists() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        // One that was dropped, and one of an earlier daemon.
+        tokio::select! {
+            ended = commands.start(&cli) => panic!("{ended:?}"),
+            () = begun => {}
+        }
+        let process = sys::pidfd_open(fs::read_to_string(&file).unwrap().trim().parse().unwrap()).unwrap();
+        assert!(!ends_within(&process, Duration::from_millis(200)), "dropped");
+        let settled = cli.settled_unless("start", std::future::ready(()));
+        tokio::pin!(settled);
+        assert!(settled.as_mut().now_or_never().is_none());
+        assert!(!ends_within(&process, Duration::from_millis(200)), "settled");
+        drop(end);
+        settled.await.unwrap();
+        assert!(ends_within(&process, Duration::ZERO));
+    });
 }
 
 #[tokio::test]
