@@ -349,10 +349,13 @@ async fn serve(
         tasks,
         "serving: version {version} on systemd {systemd}, {tasks} tasks recovered"
     );
-    fd_store.notifier().ready(&format!("serving, {tasks} tasks recovered"));
-
+    let ready = async {
+        fd_store.notifier().ready(&format!("serving, {tasks} tasks recovered")).await;
+        std::future::pending::<()>().await;
+    };
     tokio::select! {
         _ = terminate.recv() => {}
+        () = ready => {}
         failure = workers.ended() => return Err(failure),
     }
     // Running work is left as it is, and the next daemon continues it, as after a crash.

@@ -17,7 +17,7 @@ use crate::sys;
 /// again. Two threads serve all calls, and systemd's watchdog ends a daemon that sends nothing for 10 s.
 const SEND_LIMIT: Duration = Duration::from_secs(4);
 
-/// The pause before a watchdog message is sent again that did not fit into systemd's socket.
+/// The pause before a message is sent again that did not fit into systemd's socket.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// The interval of systemd's watchdog. `None` if it does not watch this process.
@@ -82,9 +82,11 @@ impl Notifier {
         self.socket.is_some()
     }
 
-    /// Tells systemd that calls are served from now on.
-    pub fn ready(&self, status: &str) {
-        self.tell(&format!("READY=1\nSTATUS={status}"));
+    /// Tells systemd that calls are served from now on. Returns once systemd has room for the message: the job that starts the
+    /// daemon waits for it without a limit.
+    pub async fn ready(&self, status: &str) {
+        let message = format!("READY=1\nSTATUS={status}");
+        self.tell_once_there_is_room(&message).await;
     }
 
     /// Tells systemd that the daemon is about to end.
@@ -108,8 +110,20 @@ impl Notifier {
                 continue;
             }
             // The send blocks neither of the two threads. systemd's watchdog does not run while systemd reads nothing.
-            while self.send("WATCHDOG=1", &[], MsgFlags::MSG_DONTWAIT) == Err(Errno::EAGAIN) {
-                tokio::time::sleep(RETRY).await;
+            self.tell_once_there_is_room("WATCHDOG=1").await;
+        }
+    }
+
+    /// Sends a message without blocking a thread.
+    async fn tell_once_there_is_room(&self, message: &str) {
+        loop {
+            match self.send(message, &[], MsgFlags::MSG_DONTWAIT) {
+                Ok(()) => return,
+                Err(Errno::EAGAIN) => tokio::time::sleep(RETRY).await,
+                Err(error) => {
+                    tracing::warn!(%error, "can't notify systemd: {error}");
+                    return;
+                }
             }
         }
     }
@@ -174,6 +188,22 @@ mod tests {
         assert_eq!(notifier.send("WATCHDOG=1", &[], MsgFlags::MSG_DONTWAIT), Err(Errno::EAGAIN));
         drop(systemd);
         assert!(notifier.send("STATUS=busy", &[], MsgFlags::empty()).is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_systemd_that_reads_late_learns_that_the_daemon_is_ready() {
+        let (socket, systemd) = UnixDatagram::pair().unwrap();
+        let notifier = Notifier::to(socket);
+        while notifier.send("STATUS=busy", &[], MsgFlags::MSG_DONTWAIT).is_ok() {}
+        let read = async {
+            tokio::time::sleep(SEND_LIMIT * 10).await;
+            systemd.set_nonblocking(true).unwrap();
+            while systemd.recv(&mut [0; 64]).is_ok() {}
+        };
+        tokio::join!(notifier.ready("serving"), read);
+        let mut message = [0; 64];
+        let length = systemd.recv(&mut message).unwrap();
+        assert_eq!(&message[..length], b"READY=1\nSTATUS=serving");
     }
 
     #[test]
