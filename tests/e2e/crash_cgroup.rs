@@ -118,9 +118,11 @@ fn containers_and_execs_work_while_the_daemons_cgroup_is_killed_again_and_again(
             let status = turn % 200;
             let fifos = Fifos::new("amid");
             let (mut stdout, _stderr) = (fifos.stdout(), fifos.stderr());
-            let spec = Spec::sh(&format!("echo {status}; exec sleep 100000"));
+            // On a busy machine, the exec could end before the container's shell has begun.
+            let spec = Spec::sh(&format!("echo {status}; touch /dev/said; exec sleep 100000"));
             let container = node.container("amid", spec).started(&fifos.output());
-            let exec = container.exec_sh(&format!("exit {status}"));
+            let exec =
+                container.exec_sh(&format!("until [ -e /dev/said ]; do usleep 1000; done; exit {status}"));
             assert_eq!(exec.exit_status(), status);
             exec.delete().expect("delete the exec");
             container.kill(SIGKILL).expect("kill");
