@@ -1,6 +1,7 @@
 //! `serve`: the daemon. Connects its parts in this order: receive systemd's signals, recover, publish events, serve calls,
 //! notify systemd.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -351,11 +352,11 @@ async fn serve(
     );
     let ready = async {
         fd_store.notifier().ready(&format!("serving, {tasks} tasks recovered")).await;
-        std::future::pending::<()>().await;
+        std::future::pending::<Infallible>().await
     };
     tokio::select! {
         _ = terminate.recv() => {}
-        () = ready => {}
+        never = ready => match never {},
         failure = workers.ended() => return Err(failure),
     }
     // Running work is left as it is, and the next daemon continues it, as after a crash.

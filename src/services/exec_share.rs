@@ -124,8 +124,10 @@ pub(crate) fn note_spec(store: &Store, process: &Process) {
 
 /// Removes the process spec of an exec whose record says that it runs or has run: nobody starts it again.
 pub(crate) fn remove_spec(store: &Store, entry: &Entry, process: &Process) {
-    let has_run = entry.task().process(process.exec()).is_some_and(|exec| exec.has_run());
-    if process.exec().is_none() || !has_run || process.live().spec_bytes == 0 {
+    if process.exec().is_none() || process.live().spec_bytes == 0 {
+        return;
+    }
+    if !entry.task().process(process.exec()).is_some_and(|exec| exec.has_run()) {
         return;
     }
     match fs::remove_file(store.process_dir(&process.key).join(PROCESS_SPEC)) {

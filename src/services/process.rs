@@ -9,8 +9,7 @@ use crate::{cgroup, config, sys};
 
 use super::{Entry, Error, Process};
 
-/// Opens a pidfd of a process. If the process does not exist any more, it has ended,
-/// and systemd reports how.
+/// Opens a pidfd of a process. If the process does not exist any more, it has ended, and systemd reports how.
 pub(crate) fn hold(entry: &Entry, process: &Process, pid: u32) {
     let held = sys::pidfd_open(pid).ok();
     // Checked after pidfd_open: if another process has the pid by now, the pidfd is dropped.

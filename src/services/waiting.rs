@@ -88,10 +88,10 @@ pub(crate) async fn waiting<T: Send + 'static>(
     result.await.map_err(|_| Error::Stopping)
 }
 
-/// While this exists, the paused clock of a test does not advance by itself. It exists as long as somebody awaits the work:
-/// a daemon of a test that has ended does not wait for its threads, as a process that is killed. tokio lets such a clock jump to the next timer
+/// While this exists, the paused clock of a test does not advance by itself. tokio lets such a clock jump to the next timer
 /// whenever nothing runs on its own threads, and does not see the threads of [`waiting`]: on a busy machine, time limits of
-/// minutes would pass during a moment of work.
+/// minutes would pass during a moment of work. The future that awaits the work has this value, and not the thread: the end of
+/// a simulated daemon drops its futures, and does not wait for its threads.
 #[cfg(test)]
 struct StoppedClock {
     _end: std::sync::mpsc::Sender<()>,

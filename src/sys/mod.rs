@@ -142,7 +142,7 @@ pub fn die_by(signal: i32) {
     }
 }
 
-/// Has a function run when this process ends (atexit(3)). False if the C library could not note it.
+/// Registers a function that runs when this process ends (atexit(3)). False if the C library has refused it.
 #[cfg(test)]
 pub fn at_exit(run: extern "C" fn()) -> bool {
     // SAFETY: the function is safe to call at any time, and is part of the program, which is never unloaded.

@@ -46,7 +46,7 @@ pub(super) fn connect() -> io::Result<Option<UnixDatagram>> {
 }
 
 /// Sends messages to the systemd that started this process.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Notifier {
     /// `None` if systemd did not start this process.
     socket: Option<UnixDatagram>,
@@ -60,21 +60,18 @@ impl Notifier {
     /// # Errors
     /// The socket can't be reached.
     pub fn new() -> io::Result<Self> {
-        match connect()? {
-            Some(socket) => Self::over(socket, SEND_LIMIT),
-            None => Ok(Self { socket: None, is_late: AtomicBool::default() }),
-        }
+        connect()?.map_or(Ok(Self::default()), |socket| Self::over(socket, SEND_LIMIT))
     }
 
     fn over(socket: UnixDatagram, limit: Duration) -> io::Result<Self> {
         socket.set_write_timeout(Some(limit))?;
-        Ok(Self { socket: Some(socket), is_late: AtomicBool::default() })
+        Ok(Self { socket: Some(socket), ..Self::default() })
     }
 
     /// Sends its messages to this socket.
     #[cfg(test)]
     pub(super) fn to(socket: UnixDatagram) -> Self {
-        Self { socket: Some(socket), is_late: AtomicBool::default() }
+        Self { socket: Some(socket), ..Self::default() }
     }
 
     /// Whether systemd started this process.

@@ -185,6 +185,12 @@ fn a_stop_is_extended_no_further_than_the_administrator_allows() {
     assert_eq!(container.exit_status(), 128 + 9, "SIGKILL");
 }
 
+/// A bystander on a node on which a container could notify before: the first notify socket makes a directory that stays.
+fn bystander(node: &Node) -> Bystander<'_> {
+    node.container("first", Spec::sleeping()).options(options(ALLOWED)).started(&Io::default()).end();
+    Bystander::new(node)
+}
+
 /// A TCP socket whose close waits for an hour, or until the second value is dropped: it has sent more than the other side reads.
 fn lingering() -> (OwnedFd, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
@@ -214,9 +220,7 @@ fn send_lingering(path: &Path) -> TcpStream {
 fn a_descriptor_whose_close_waits_delays_no_other_container() {
     needs!(OurShim);
     let node = Node::exclusive();
-    // The first socket makes a directory that stays.
-    node.container("first", Spec::sleeping()).options(options(ALLOWED)).started(&Io::default()).end();
-    let bystander = Bystander::new(&node);
+    let bystander = bystander(&node);
     let start =
         || node.container("linger", Spec::sleeping()).options(options(ALLOWED)).started(&Io::default());
     let containers: Vec<_> = (0..4).map(|_| start()).collect();
@@ -243,9 +247,7 @@ fn a_descriptor_whose_close_waits_delays_no_other_container() {
 fn a_deleted_container_leaves_no_socket_in_the_descriptor_store() {
     needs!(OurShim);
     let node = Node::exclusive();
-    // The first socket makes a directory that stays.
-    node.container("first", Spec::sleeping()).options(options(ALLOWED)).started(&Io::default()).end();
-    let bystander = Bystander::new(&node);
+    let bystander = bystander(&node);
     for _ in 0..3 {
         node.container("gone", Spec::sleeping()).options(options(ALLOWED)).started(&Io::default()).end();
     }

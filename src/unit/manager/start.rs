@@ -54,7 +54,7 @@ impl Manager {
     /// # Errors
     /// [`Error::Unreachable`], [`Error::Exists`], or a refusal.
     pub async fn begin_with_descriptor(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error> {
-        shield([unit.as_str()].into_iter()).await;
+        shield([unit.to_string()].into(), |_| None).await;
         let builder = zbus::connection::Builder::system().method_timeout(CALL_LIMIT);
         let connection = builder.build().await.map_err(unreachable)?;
         let manager = manager_over(&connection).await.map_err(unreachable)?;
@@ -90,8 +90,8 @@ impl Manager {
         aux: &[(&str, &[(&str, Variant<'_>)])],
     ) -> Result<StartJob, Error> {
         let waiter = self.jobs.wait_for(unit);
-        shield(aux.iter().map(|(name, _)| *name).chain([unit.as_str()])).await;
-        if let Some(setting) = of_files(unit, policy::conflict).await {
+        let units = aux.iter().map(|(name, _)| *name).chain([unit.as_str()]).map(str::to_owned).collect();
+        if let Some(setting) = shield(units, policy::conflict).await {
             return Err(Error::Setting { unit: unit.to_string(), setting });
         }
         let attempt = || async {
@@ -202,19 +202,22 @@ pub(super) async fn of_files(
     tokio::task::spawn_blocking(move || look(unit.as_str())).await.ok()?
 }
 
-/// Protects units from drop-ins for all services. A unit that can't be protected is started nevertheless: most such
-/// drop-ins are harmless.
-async fn shield(units: impl Iterator<Item = &str>) {
-    let units: Vec<String> = units.map(str::to_owned).collect();
+/// Protects units from drop-ins for all services, and then returns what the drop-ins of the last unit say. A unit that can't be
+/// protected is started nevertheless: most such drop-ins are harmless.
+async fn shield(
+    units: Vec<String>,
+    look: impl FnOnce(&str) -> Option<String> + Send + 'static,
+) -> Option<String> {
     let shield = move || {
-        for unit in units {
-            if let Err(error) = service_d::shield(&unit) {
+        for unit in &units {
+            if let Err(error) = service_d::shield(unit) {
                 tracing::warn!(%unit, %error, "can't protect {unit} from drop-ins for all services: {error}");
             }
         }
+        look(units.last()?)
     };
     // The await fails only while the daemon ends.
-    let _ = tokio::task::spawn_blocking(shield).await;
+    tokio::task::spawn_blocking(shield).await.ok()?
 }
 
 /// Corrects the files of transient units whose commands have flags.
