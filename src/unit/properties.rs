@@ -68,6 +68,10 @@ const LOG_ERR: i32 = 3;
 /// remove the prefix from the text.
 const NO_LEVEL_PREFIX: (&str, Variant<'static>) = ("SyslogLevelPrefix", Variant::Bool(false));
 
+/// By default, systemd refuses the sixth start of a unit within 10 seconds. A container can be started as often as its client
+/// likes, and no container starts without the daemon and its socket.
+const NO_START_LIMIT: (&str, Variant<'static>) = ("StartLimitIntervalUSec", Variant::U64(0));
+
 /// "No limit", for every 64-bit limit of systemd.
 const INFINITY: u64 = u64::MAX;
 
@@ -132,10 +136,11 @@ pub fn container(
 
 /// The properties that a container's unit and an exec's unit share. Most of them replace defaults of systemd that would change
 /// what the processes of a container find under containerd-shim-runc-v2.
-fn for_containers_processes() -> [(&'static str, Variant<'static>); 10] {
+fn for_containers_processes() -> [(&'static str, Variant<'static>); 11] {
     [
         ("RemainAfterExit", true.into()),
         ("CollectMode", "inactive".into()),
+        NO_START_LIMIT,
         ("KillMode", "mixed".into()),
         ("TimeoutStopUSec", usec(config::STOP_LIMIT).into()),
         ("OOMPolicy", "continue".into()),
@@ -214,7 +219,7 @@ pub fn logger(shown: &UnitMetadata<'_>, command: &[String]) -> Properties {
         ("CollectMode", "inactive-or-failed".into()),
         ("Restart", "always".into()),
         ("RestartUSec", usec(config::LOGGER_PAUSE).into()),
-        ("StartLimitIntervalUSec", 0_u64.into()),
+        NO_START_LIMIT,
         ("RestartPreventExitStatus", nothing_to_log.clone()),
         ("SuccessExitStatus", nothing_to_log),
         ("TimeoutStopUSec", usec(config::LOGGER_STOP_LIMIT).into()),
@@ -235,6 +240,7 @@ pub fn wake(command: &[String], wake_fd: BorrowedFd<'_>) -> Result<Properties, s
         ("Type", "exec".into()),
         ("ExecStart", exec_start(command, ExitCode::Counts)),
         ("CollectMode", "inactive-or-failed".into()),
+        NO_START_LIMIT,
         ("StandardInputFileDescriptor", Variant::from(zbus::Fd::from(wake_fd.try_clone_to_owned()?))),
     ];
     list.extend(bound_to_system(&HOST_SERVICES));
@@ -258,6 +264,7 @@ pub fn daemon_socket(paths: impl Iterator<Item = PathBuf>) -> Properties {
         ("SocketMode", 0o600_u32.into()),
         ("RemoveOnStop", true.into()),
         ("Backlog", 4096_u32.into()),
+        NO_START_LIMIT,
         ("DefaultDependencies", false.into()),
         ("IgnoreOnIsolate", true.into()),
         ("Conflicts", vec!["shutdown.target"].into()),
@@ -275,10 +282,9 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("ExecStart", exec_start(command, ExitCode::Counts)),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Restart", "always".into()),
-        // The pause keeps a daemon that crashes at every start from using a whole processor. The number of starts has
-        // no limit: the containers of the node depend on the daemon.
+        // The pause keeps a daemon that crashes at every start from using a whole processor.
         ("RestartUSec", usec(Duration::from_millis(100)).into()),
-        ("StartLimitIntervalUSec", 0_u64.into()),
+        NO_START_LIMIT,
         // The exit code of a daemon that was started without its socket: another start would not help.
         ("RestartPreventExitStatus", (vec![2_i32], Vec::<i32>::new()).into()),
         ("WatchdogUSec", usec(Duration::from_secs(10)).into()),
@@ -418,6 +424,7 @@ mod tests {
             ("KeyringMode", "inherit".into()),
             ("TimeoutStartUSec", 600_000_000_u64.into()),
             ("KillMode", "mixed".into()),
+            ("StartLimitIntervalUSec", 0_u64.into()),
         ] {
             let value: Variant<'_> = value;
             assert_eq!(properties.get(name), Some(&value.to_string()), "{name}");
@@ -435,13 +442,30 @@ mod tests {
     }
 
     #[test]
-    fn the_installed_socket_listens_where_the_transient_one_does() {
-        let installed = settings(include_str!("../../units/containerd-shim-systemd-v1.socket"));
-        let installed: Vec<&str> =
-            installed.into_iter().filter(|(key, _)| *key == "ListenStream").map(|(_, path)| path).collect();
-        let transient: Vec<PathBuf> =
-            crate::transport::sockets::Socket::all().map(crate::transport::sockets::Socket::path).collect();
-        assert_eq!(installed.into_iter().map(PathBuf::from).collect::<Vec<_>>(), transient);
+    fn the_installed_socket_says_what_the_transient_one_does() {
+        use crate::transport::sockets::Socket;
+        let (installed, others): (Vec<_>, Vec<_>) =
+            settings(include_str!("../../units/containerd-shim-systemd-v1.socket"))
+                .into_iter()
+                .partition(|(key, _)| *key == "ListenStream");
+        let paths: Vec<PathBuf> = Socket::all().map(Socket::path).collect();
+        assert_eq!(installed.iter().map(|(_, path)| PathBuf::from(path)).collect::<Vec<_>>(), paths);
+        let transient = daemon_socket(paths.into_iter()).as_text();
+        for (key, text, property, value) in [
+            ("SocketMode", "0600", "SocketMode", Variant::from(0o600_u32)),
+            ("RemoveOnStop", "yes", "RemoveOnStop", true.into()),
+            ("Backlog", "4096", "Backlog", 4096_u32.into()),
+            ("DefaultDependencies", "no", "DefaultDependencies", false.into()),
+            ("IgnoreOnIsolate", "yes", "IgnoreOnIsolate", true.into()),
+            ("Conflicts", "shutdown.target", "Conflicts", vec!["shutdown.target"].into()),
+            ("Before", "shutdown.target", "Before", vec!["shutdown.target"].into()),
+            ("StartLimitIntervalSec", "0", "StartLimitIntervalUSec", 0_u64.into()),
+        ] {
+            assert!(others.contains(&(key, text)), "{key}");
+            assert_eq!(transient[property], value.to_string(), "{property}");
+        }
+        // Documentation and WantedBy exist only for a file, Description and Listen are checked apart.
+        assert_eq!((others.len(), transient.len()), (8 + 3, 8 + 2));
     }
 
     #[test]

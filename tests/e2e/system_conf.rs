@@ -6,7 +6,7 @@ use std::fs;
 use crate::attributes::{differences, inherited};
 use crate::common::node::{Node, STOCK_RUNTIME, runtime_under_test};
 use crate::common::process;
-use crate::common::shim::stop_daemon;
+use crate::common::shim::{socket, stop_daemon};
 use crate::common::spec::Spec;
 use crate::common::systemd;
 use crate::common::task::Io;
@@ -94,4 +94,21 @@ fn defaults_for_all_units_change_no_container() {
     container.kill(9).expect("kill");
     assert_eq!(container.exit_status(), 137);
     container.delete().expect("delete");
+}
+
+/// systemd's own limit is five starts of a unit within ten seconds.
+#[test]
+fn the_daemon_can_be_stopped_and_started_more_often_than_other_units() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let often = || {
+        for _ in 0..8 {
+            stop_daemon();
+            socket();
+        }
+    };
+    often();
+    let _defaults = Defaults::set("DefaultStartLimitIntervalSec=1h\nDefaultStartLimitBurst=1\n");
+    often();
+    node.container("often", Spec::sleeping()).started(&Io::default()).end();
 }
