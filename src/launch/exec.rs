@@ -5,28 +5,29 @@ use nix::sys::prctl::set_child_subreaper;
 
 use crate::oci::{namespaces, runtime};
 use crate::task::lifecycle::Exit;
-use crate::unit::main_process::WaitStatus;
 
 use super::contract::{EXEC_PID_FILE, Outcome, PROCESS_SPEC};
 use super::error::{Error, system};
+use super::handoff::Handover;
 use super::process::Process;
 use super::streams::Streams;
 use super::{cgroup, handoff, inherited, report};
 use crate::sys::bounded::{self, CommandEnd};
 
-/// If the process ended before systemd took it over, this process ends in the same way instead of returning.
+/// If systemd does not take the process over, this process ends in the same way as the process instead of returning.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
     namespaces::enter_or_stay(&process.task.containerd);
     process.mark()?;
     let added = add_process(process).and_then(|pid| Ok((pid, handoff::hand_over(pid)?)));
     // Without this report, the daemon would not follow the process.
-    let reported = added.and_then(|(pid, ended)| {
-        report::write(&process.dir, &outcome(pid, ended))?;
-        Ok(ended)
+    let reported = added.and_then(|(pid, handover)| {
+        report::write(&process.dir, &outcome(pid, handover))?;
+        Ok((pid, handover))
     });
     match reported {
-        Ok(None) => Ok(()),
-        Ok(Some(ended)) => handoff::end_as(ended),
+        Ok((_, Handover::Taken)) => Ok(()),
+        Ok((_, Handover::Ended(ended))) => handoff::end_as(ended),
+        Ok((pid, Handover::Unclear)) => Ok(handoff::end_with(pid)?),
         Err(error) => {
             // The OCI runtime may have left processes behind, which nothing else would ever kill.
             bounded::kill_all();
@@ -36,10 +37,10 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
     }
 }
 
-fn outcome(pid: u32, ended: Option<WaitStatus>) -> Outcome {
-    match ended {
-        None => Outcome::Started { pid },
-        Some(ended) => Outcome::Ended {
+fn outcome(pid: u32, handover: Handover) -> Outcome {
+    match handover {
+        Handover::Taken | Handover::Unclear => Outcome::Started { pid },
+        Handover::Ended(ended) => Outcome::Ended {
             pid,
             exit: Exit {
                 status: ended.exit_status(),

@@ -8,19 +8,40 @@
 //! - If systemd took it over while it ran, the zombie becomes a child of PID 1 when `launch` exits.
 //!
 //! A process that ends while `launch` exits becomes a zombie of PID 1 as well, which then reaps it as the main process.
+//!
+//! A process with several threads has two ends. Once its first thread has ended, /proc shows a zombie, and systemd refuses it
+//! (`pid_is_alive()`, 252 to 262). But it can be reaped, and has an exit, only when its last thread has ended. Between
+//! the two, nobody can say whether systemd took it over, so `launch` waits for the exit. Usually the threads end at about
+//! the same time. A program can also end its first thread alone (pthread_exit(3)), and run for ever: `launch` then
+//! stays for as long.
 
 use std::io;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use libsystemd::daemon::{NotifyState, notify, notify_with_fds};
 use nix::poll::{PollFd, PollFlags};
 
 use crate::config::BARRIER_LIMIT;
-use crate::sys;
+use crate::sys::{self, tree};
 use crate::unit::main_process::WaitStatus;
 
 /// A hundred years. systemd takes "infinity" for no extension.
 const LONG_USEC: u64 = 100 * 365 * 24 * 3600 * 1_000_000;
+
+/// How long the report of a process waits whose first thread has ended: usually, its other threads are ending too.
+const THREADS_LIMIT: Duration = Duration::from_secs(1);
+
+/// What became of a process that was handed over.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Handover {
+    /// systemd reaps it.
+    Taken,
+    /// It has ended. The caller must call [`end_as`].
+    Ended(WaitStatus),
+    /// It runs, and systemd may have refused it. The caller must call [`end_with`].
+    Unclear,
+}
 
 /// Why a process can't be handed over.
 #[derive(Debug, thiserror::Error)]
@@ -41,16 +62,35 @@ pub enum Error {
     Silent,
 }
 
-/// Hands the process over. If the process has ended already, returns its exit; the caller must then call [`end_as`].
-pub(super) fn hand_over(pid: u32) -> Result<Option<WaitStatus>, Error> {
+/// Hands the process over.
+pub(super) fn hand_over(pid: u32) -> Result<Handover, Error> {
     if let Some(ended) = peek(pid)? {
-        return Ok(Some(ended));
+        return Ok(Handover::Ended(ended));
     }
     // A drop-in for all services may set `TimeoutStartSec=`. The process runs as long as it wants.
     let no_limit = NotifyState::Other(format!("EXTEND_TIMEOUT_USEC={LONG_USEC}"));
     tell(&[NotifyState::Other(format!("MAINPID={pid}")), no_limit])?;
     barrier()?;
-    peek(pid)
+    outcome(pid, THREADS_LIMIT)
+}
+
+/// What became of a process that systemd was told of.
+fn outcome(pid: u32, limit: Duration) -> Result<Handover, Error> {
+    // In this order: if the first thread lives now, it lived when systemd looked.
+    if let Some(ended) = peek(pid)? {
+        return Ok(Handover::Ended(ended));
+    }
+    if !tree::first_thread_has_ended(pid) {
+        return Ok(Handover::Taken);
+    }
+    wait(pid, limit)?;
+    Ok(peek(pid)?.map_or(Handover::Unclear, Handover::Ended))
+}
+
+/// Waits for the end of a child that nobody else reaps.
+fn wait(pid: u32, limit: Duration) -> Result<(), Error> {
+    let ended = sys::pidfd_open(pid).and_then(|process| sys::ends_within(&process, limit));
+    ended.map(drop).map_err(|errno| Error::Lost { pid, source: errno.into() })
 }
 
 fn peek(pid: u32) -> Result<Option<WaitStatus>, Error> {
@@ -80,6 +120,19 @@ fn barrier() -> Result<(), Error> {
     }
 }
 
+/// Waits for the end of a process, and exits in the same way.
+///
+/// # Errors
+/// Its exit can't be read.
+pub(super) fn end_with(pid: u32) -> Result<(), Error> {
+    loop {
+        if let Some(ended) = peek(pid)? {
+            end_as(ended);
+        }
+        wait(pid, Duration::MAX)?;
+    }
+}
+
 /// Exits in the same way as another process.
 #[expect(clippy::disallowed_methods, reason = "the exit code is another process's, of all values")]
 pub(super) fn end_as(ended: WaitStatus) -> ! {
@@ -87,4 +140,51 @@ pub(super) fn end_as(ended: WaitStatus) -> ! {
         sys::die_by(signal);
     }
     std::process::exit(i32::try_from(ended.exit_status()).unwrap_or(255))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(handover: Handover) -> Option<u32> {
+        match handover {
+            Handover::Ended(ended) => Some(ended.exit_status()),
+            Handover::Taken | Handover::Unclear => None,
+        }
+    }
+
+    #[test]
+    fn a_process_whose_first_thread_has_ended_is_watched_to_its_end() {
+        let (pid, end) = tree::child_without_first_thread(7);
+        while !tree::first_thread_has_ended(pid) {
+            std::thread::yield_now();
+        }
+        assert_eq!(outcome(pid, Duration::from_millis(20)).unwrap(), Handover::Unclear);
+        drop(end);
+        assert_eq!(ended(outcome(pid, Duration::from_secs(60)).unwrap()), Some(7));
+    }
+
+    #[test]
+    fn a_process_whose_threads_are_ending_has_an_exit() {
+        let (pid, end) = tree::child_without_first_thread(9);
+        while !tree::first_thread_has_ended(pid) {
+            std::thread::yield_now();
+        }
+        let waiting = std::thread::spawn(move || outcome(pid, Duration::from_secs(60)));
+        drop(end);
+        assert_eq!(ended(waiting.join().unwrap().unwrap()), Some(9));
+    }
+
+    #[test]
+    fn a_process_that_runs_is_taken() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        assert_eq!(outcome(child.id(), Duration::ZERO).unwrap(), Handover::Taken);
+        child.kill().unwrap();
+        wait(child.id(), Duration::MAX).unwrap();
+        // The exit can be read again and again.
+        for _ in 0..2 {
+            assert_eq!(ended(outcome(child.id(), Duration::ZERO).unwrap()), Some(137));
+        }
+        child.wait().unwrap();
+    }
 }

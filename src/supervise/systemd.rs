@@ -1,6 +1,7 @@
 //! What systemd reports, applied to the tasks.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -132,6 +133,8 @@ impl Units {
         });
         let main = trusted_report(told, read);
         match main.ended {
+            // systemd has refused the process of the exec, and `launch` has ended in its place.
+            Some(_) if is_of_another(entry, process, main) => self.query(entry, process).await,
             Some(ended) => self.ended(entry, process, seen(main, ended)),
             None => {
                 let key = &process.key;
@@ -163,10 +166,12 @@ impl Units {
             Ok(main) => main,
             Err(error) => return log_query_error(process, &error),
         };
+        // A process that nobody has reaped yet has ended, too.
+        let is_over = process.live().process.as_ref().is_some_and(is_over);
         let (pid, has_ended) = {
             let task = entry.task();
             let pid = task.process(process.exec()).and_then(|process| process.pid());
-            (pid, pid.is_some_and(|pid| has_ended(&task, pid)))
+            (pid, is_over || pid.is_some_and(|pid| has_ended(&task, pid)))
         };
         let unknown = || Exit { status: UNKNOWN_STATUS, at_usec: sys::now_usec() };
         let killed = || exit_of(WaitStatus::killed_at(sys::now_usec()));
@@ -298,6 +303,17 @@ async fn kill_left_behind(entry: &Entry, cgroup: PathBuf) {
 fn trusted_report(told: MainProcess, read: Option<MainProcess>) -> MainProcess {
     let is_same = |read: &MainProcess| told.last_pid.is_none() || read.last_pid == told.last_pid;
     read.filter(is_same).unwrap_or(told)
+}
+
+/// True if a report is about another process than the one of the exec.
+fn is_of_another(entry: &Entry, process: &Process, main: MainProcess) -> bool {
+    let pid = entry.task().process(process.exec()).and_then(|process| process.pid());
+    process.exec().is_some() && pid.is_some() && main.last_pid.is_some() && main.last_pid != pid
+}
+
+/// True if the process of a pidfd has ended.
+fn is_over(process: &OwnedFd) -> bool {
+    sys::ends_within(process, Duration::ZERO) == Ok(true)
 }
 
 fn log_query_error(process: &Process, error: &unit::error::Error) {

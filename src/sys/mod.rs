@@ -13,10 +13,11 @@ pub mod user_namespace;
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::poll::{PollFd, PollFlags};
 use nix::sched::CloneFlags;
 use nix::sys::eventfd::EventFd;
 use nix::sys::resource::{Resource, getrlimit};
@@ -90,6 +91,14 @@ pub fn now_usec() -> u64 {
 /// `ESRCH`: there is no such process.
 pub fn pidfd_open(pid: u32) -> Result<OwnedFd, Errno> {
     rustix::process::pidfd_open(process(pid)?, PidfdFlags::empty()).map_err(errno)
+}
+
+/// True if the process of a pidfd ends within this time. Blocks.
+///
+/// # Errors
+/// Those of poll(2), which only lacks memory or descriptors.
+pub fn ends_within(process: &OwnedFd, limit: Duration) -> Result<bool, Errno> {
+    poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit)
 }
 
 /// Converts a process id for rustix. `ESRCH` for a number that can't be a process id.

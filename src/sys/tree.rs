@@ -54,6 +54,12 @@ pub fn started(pid: u32) -> Option<u64> {
     Stat::read(pid).map(|process| process.started)
 }
 
+/// True if the first thread of a process has ended. Other threads may still run (proc_pid_stat(5) shows the state of
+/// the first one). Also true if there is no such process.
+pub fn first_thread_has_ended(pid: u32) -> bool {
+    Stat::read(pid).is_none_or(|process| process.is_dead)
+}
+
 fn all() -> Vec<Stat> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -135,6 +141,40 @@ pub fn kill_own_descendants(limit: Duration) -> bool {
             return false;
         }
     }
+}
+
+/// A child whose first thread ends at once. Another thread stays, and ends the process with this code when the returned
+/// pipe is closed.
+#[cfg(test)]
+pub fn child_without_first_thread(code: i32) -> (u32, OwnedFd) {
+    use nix::libc;
+    use std::os::fd::AsRawFd;
+
+    extern "C" fn wait_and_exit(argument: *mut libc::c_void) -> *mut libc::c_void {
+        let (pipe, code) = (argument as usize as i32 & 0xffff, argument as usize as i32 >> 16);
+        // SAFETY: plain system calls. The buffer outlives the call.
+        unsafe {
+            libc::read(pipe, [0_u8].as_mut_ptr().cast(), 1);
+            libc::_exit(code);
+        }
+    }
+
+    let (reading, writing) = nix::unistd::pipe().unwrap();
+    let argument = (code << 16 | reading.as_raw_fd()) as usize as *mut libc::c_void;
+    // SAFETY: the child only makes a thread, which needs no lock that a thread of the parent could have held: glibc and musl
+    // prepare their own locks for a fork. Both threads only make system calls.
+    let pid = unsafe {
+        let pid = libc::fork();
+        if pid == 0 {
+            libc::close(writing.as_raw_fd());
+            let mut thread = std::mem::zeroed();
+            let made = libc::pthread_create(&raw mut thread, std::ptr::null(), wait_and_exit, argument);
+            assert_eq!(made, 0);
+            libc::syscall(libc::SYS_exit, 0);
+        }
+        pid
+    };
+    (u32::try_from(pid).unwrap(), writing)
 }
 
 #[cfg(test)]
