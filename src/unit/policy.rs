@@ -8,8 +8,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{name, search_path, service_d};
-use crate::files;
+use super::{drop_ins, name, search_path, service_d};
 
 /// How many settings an error names.
 const MOST_NAMED: usize = 8;
@@ -119,7 +118,7 @@ pub fn harmful_for_namespaces() -> Vec<(PathBuf, String, &'static str)> {
         let name = dir.file_name().to_string_lossy().into_owned();
         name.starts_with(name::PREFIX) && name.ends_with("-.service.d")
     });
-    let files: BTreeSet<PathBuf> = dirs.flat_map(|dir| service_d::drop_ins(&dir.path())).collect();
+    let files: BTreeSet<PathBuf> = dirs.flat_map(|dir| drop_ins::in_dir(&dir.path())).collect();
     let settings = files.iter().flat_map(|file| settings_of(file));
     let found = settings.filter_map(|setting| {
         let effect = effect(&setting.name, &setting.value)?;
@@ -155,7 +154,7 @@ fn settings_in(search_path: &[&Path], unit: &str) -> Vec<Setting> {
     // systemd reads only one of several drop-ins of the same name: the one that is most specific to the unit.
     for level in [stem].into_iter().chain(prefixes) {
         for dir in search_path {
-            for file in service_d::drop_ins(&dir.join(format!("{level}{}.d", service_d::SERVICE))) {
+            for file in drop_ins::in_dir(&dir.join(format!("{level}{}.d", service_d::SERVICE))) {
                 file.file_name().map(ToOwned::to_owned).map(|name| in_force.entry(name).or_insert(file));
             }
         }
@@ -168,32 +167,8 @@ fn settings_of(file: &Path) -> Vec<Setting> {
     if service_d::is_copy(file) {
         return Vec::new();
     }
-    let text = files::read_regular(file, service_d::MAX_BYTES).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text).into_owned();
-    let parsed = parse(&text).into_iter();
-    parsed.map(|(name, value)| Setting { name, value, file: file.to_owned() }).collect()
-}
-
-/// The settings of a text, in their order (systemd.syntax(7)).
-fn parse(text: &str) -> Vec<(String, String)> {
-    let (mut settings, mut begun) = (Vec::new(), String::new());
-    for line in text.lines().map(str::trim) {
-        // A comment does not end a line that continues.
-        if line.starts_with('#') || line.starts_with(';') {
-            continue;
-        }
-        begun.push_str(line);
-        if begun.ends_with('\\') {
-            begun.pop();
-            begun.push(' ');
-            continue;
-        }
-        if let Some((name, value)) = begun.split_once('=') {
-            settings.push((name.trim().to_owned(), value.trim().to_owned()));
-        }
-        begun.clear();
-    }
-    settings
+    let settings = drop_ins::settings(&drop_ins::read(file).unwrap_or_default()).into_iter();
+    settings.map(|(name, value)| Setting { name, value, file: file.to_owned() }).collect()
 }
 
 #[cfg(test)]
@@ -294,12 +269,5 @@ mod tests {
         assert!(units.conflict(CONTAINER).is_some());
         units.write("run/containerd-.service.d/b.conf", "RefuseManualStop=no");
         assert_eq!(units.conflict(CONTAINER), None);
-    }
-
-    #[test]
-    fn settings_are_read_as_systemd_reads_them() {
-        let text = "[Service]\n Type = simple \n#Nice=1\n; Nice=2\nSystemCallFilter=a \\\n# comment\n  b=c\nUMask=0\n";
-        let expected = [("Type", "simple"), ("SystemCallFilter", "a  b=c"), ("UMask", "0")];
-        assert_eq!(parse(text), expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
     }
 }

@@ -17,7 +17,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use super::{annotation, name, search_path};
+use super::{annotation, drop_ins, name, search_path};
 use crate::files;
 
 /// Where the copies are.
@@ -29,7 +29,7 @@ const MARK: &str =
 
 /// Settings of services that copies don't have, beside those that nobody may set for a container ([`annotation::denied`]).
 /// A `*` stands for any end of the name.
-const LEFT_OUT: [&str; 26] = [
+const LEFT_OUT: [&str; 28] = [
     "Assert*",
     "BindTo",
     "BindsTo",
@@ -53,8 +53,10 @@ const LEFT_OUT: [&str; 26] = [
     "RuntimeRandomizedExtraSec",
     "StopPropagatedFrom",
     "SuccessAction",
+    "TimeoutAbortSec",
     "TimeoutSec",
     "TimeoutStartSec",
+    "TimeoutStopFailureMode",
     "WatchdogSec",
 ];
 
@@ -77,9 +79,6 @@ const LEFT_OUT_FOR_DAEMON: [&str; 15] = [
     "StateDirectory*",
     "TimerSlackNSec",
 ];
-
-/// No drop-in is larger.
-pub(super) const MAX_BYTES: u64 = 1 << 20;
 
 /// Makes the copies for a unit that is about to be started, and removes those that nothing needs any more. True if this
 /// changed a file: a unit that is loaded gets the change with the next reload of systemd.
@@ -138,7 +137,7 @@ impl Shield<'_> {
         let copies = self.copies(scope);
         let is_old =
             |path: &PathBuf| is_copy(path) && !path.file_name().is_some_and(|name| copies.contains_key(name));
-        let old: Vec<_> = drop_ins(&dir).filter(is_old).collect();
+        let old: Vec<_> = drop_ins::in_dir(&dir).filter(is_old).collect();
         for path in &old {
             remove(path)?;
         }
@@ -152,7 +151,7 @@ impl Shield<'_> {
         let mut has_changed = !old.is_empty();
         for (name, text) in copies {
             let path = dir.join(&name);
-            if files::read_regular(&path, 2 * MAX_BYTES).is_ok_and(|there| there == text) {
+            if files::read_regular(&path, 2 * drop_ins::MAX_BYTES).is_ok_and(|there| there == text) {
                 continue;
             }
             // `start` may do the same at this moment.
@@ -179,8 +178,7 @@ impl Shield<'_> {
             path.file_name().map(|name| general.remove(name));
         }
         let copy = |(name, path): (OsString, PathBuf)| {
-            // A masked file is a link to /dev/null, which is no regular file.
-            let text = without_harm(&files::read_regular(&path, MAX_BYTES).ok()?, scope == name::DAEMON)?;
+            let text = without_harm(&drop_ins::read(&path).ok()?, scope == name::DAEMON)?;
             Some((name, [MARK.as_bytes(), path.as_os_str().as_bytes(), b"\n", &text].concat()))
         };
         general.into_iter().filter_map(copy).collect()
@@ -196,17 +194,12 @@ impl Shield<'_> {
     /// The drop-ins in the directories `….d`, those that win first.
     fn drop_ins_for(&self, name: &str) -> impl Iterator<Item = PathBuf> + use<'_> {
         let name = format!("{}.d", name.trim_start_matches('.'));
-        self.search_path.iter().flat_map(move |dir| drop_ins(&dir.join(&name)))
+        self.search_path.iter().flat_map(move |dir| drop_ins::in_dir(&dir.join(&name)))
     }
 }
 
-pub(super) fn drop_ins(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
-    let items = fs::read_dir(dir).into_iter().flatten().flatten().map(|item| item.path());
-    items.filter(|path| path.extension().is_some_and(|end| end == "conf"))
-}
-
 pub(super) fn is_copy(path: &Path) -> bool {
-    files::read_regular(path, 2 * MAX_BYTES).is_ok_and(|text| text.starts_with(MARK.as_bytes()))
+    files::read_regular(path, 2 * drop_ins::MAX_BYTES).is_ok_and(|text| text.starts_with(MARK.as_bytes()))
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -219,16 +212,12 @@ fn remove(path: &Path) -> io::Result<()> {
 /// The text of a drop-in without the settings that break containers, or the daemon. `None` if it has none of them.
 fn without_harm(text: &[u8], is_for_daemon: bool) -> Option<Vec<u8>> {
     let mut kept = Vec::with_capacity(text.len());
-    let (mut continues, mut drops) = (false, false);
-    for line in text.split_inclusive(|byte| *byte == b'\n') {
-        let content = line.trim_ascii();
-        // A comment does not end a line that continues (systemd.syntax(7)).
-        let is_comment = content.starts_with(b"#") || content.starts_with(b";");
-        if !is_comment {
-            drops = if continues { drops } else { is_harmful(content, is_for_daemon) };
-            continues = content.iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1;
+    let mut drops = false;
+    for (kind, line) in drop_ins::lines(text) {
+        if kind == drop_ins::Kind::First {
+            drops = is_harmful(line, is_for_daemon);
         }
-        if is_comment || !drops {
+        if kind == drop_ins::Kind::Comment || !drops {
             kept.extend_from_slice(line);
         }
     }
@@ -236,9 +225,7 @@ fn without_harm(text: &[u8], is_for_daemon: bool) -> Option<Vec<u8>> {
 }
 
 fn is_harmful(line: &[u8], is_for_daemon: bool) -> bool {
-    let mut parts = line.split(|byte| *byte == b'=');
-    let (Some(name), Some(_)) = (parts.next(), parts.next()) else { return false };
-    let name = String::from_utf8_lossy(name.trim_ascii());
+    let Some((name, _)) = drop_ins::setting(line) else { return false };
     breaks_containers(&name)
         || (is_for_daemon && LEFT_OUT_FOR_DAEMON.iter().any(|pattern| annotation::matches(pattern, &name)))
 }
@@ -263,7 +250,7 @@ mod tests {
             NoNewPrivileges=yes PrivateDevices=yes LimitNOFILE=100 ReadOnlyPaths=/ RestrictNamespaces=yes ExecStartPre=false \
             WatchdogSec=1 FailureAction=reboot ConditionPathExists=/no RootDirectory=/x TimeoutStartSec=1 Restart=always \
             Requires=x.service RequiresMountsFor=/x Requisite=x.service BindsTo=x.service PartOf=x.service Conflicts=x.service \
-            StopPropagatedFrom=x.service DynamicUser=yes TemporaryFileSystem=/run";
+            StopPropagatedFrom=x.service DynamicUser=yes TemporaryFileSystem=/run TimeoutStopFailureMode=abort TimeoutAbortSec=9";
         for setting in settings.split_whitespace() {
             let spaced = format!("  {} \n", setting.replace('=', " = "));
             assert_eq!(harmless(setting).as_deref(), Some(""), "{setting}");
@@ -283,7 +270,6 @@ mod tests {
     fn other_settings_need_no_copy() {
         for text in [
             "",
-            "[Service]\nTimeoutStopFailureMode=abort\n",
             "[Service]\n#PrivateDevices=yes\n; User=nobody\n",
             "[Unit]\nOnFailure=alert@%n.service\n[Service]\nMemoryMax=1G\nUMask=0077\nTimeoutStopSec=9\n",
             "[Unit]\nDescription=a \\\nType=simple\n",
