@@ -3,21 +3,26 @@
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::{Gid, Uid, fchown};
+use rustix::fs::CWD;
+use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::config;
 use crate::stdio::fifo;
 use crate::stdio::uri::Kind;
+use crate::sys;
 use crate::task::wiring::{Input, Output};
 
 use super::contract::{LAUNCH_CGROUP, NOTIFY_SOCKET, SEALED_RUNTIME, WATCHDOG_USEC};
 use super::error::{Error, system};
 use super::pipes;
 use super::process::Process;
+
+const NULL_DEVICE: &str = "/dev/null";
 
 enum Stream {
     Null,
@@ -40,7 +45,7 @@ impl Streams {
             Input::Null if process.task.request.checkpoint.is_some() && process.exec.is_none() => {
                 Stream::File(owned(process, empty_fifo(process)?)?)
             }
-            Input::Null => Stream::Null,
+            Input::Null => Stream::File(null_device()?),
             // Does not wait, as the daemon has the other end open.
             Input::Fifo(path) => Stream::File(owned(process, fifo::open_blocking_reader(path)?)?),
         };
@@ -95,7 +100,7 @@ fn open_output(process: &Process<'_>, output: &Output, own_pipe: Option<&str>) -
         // Opened for both, so that it has a reader while the daemon is down.
         (Output::Copied(_) | Output::Logger, Some(name)) => fifo::open_both(&process.dir.join(name))?,
         // Writable, unlike under containerd-shim-runc-v2: programs do not expect EBADF.
-        (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(Stream::File(dev_null()?)),
+        (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(Stream::File(null_device()?)),
     };
     Ok(Stream::File(owned(process, file)?))
 }
@@ -120,7 +125,41 @@ fn empty_fifo(process: &Process<'_>) -> Result<File, Error> {
     Ok(fifo::open_blocking_reader(&path)?)
 }
 
-fn dev_null() -> Result<File, Error> {
-    let opened = OpenOptions::new().read(true).write(true).open("/dev/null");
+/// The null device of the host. A process in the container whose user id is that of root on the host owns the device, and could
+/// change its mode or owner for the whole host through its own stream. So the device is opened over a read-only mount
+/// that nobody else has. Before Linux 5.12, it is opened as containerd-shim-runc-v2 does.
+fn null_device() -> Result<File, Error> {
+    let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+    let guarded = || {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let mount = open_tree(CWD, NULL_DEVICE, flags)?;
+        sys::mount_attributes::make_read_only(&mount)?;
+        open(&PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd())))
+    };
+    let opened = guarded().or_else(|_| open(Path::new(NULL_DEVICE)));
     opened.map_err(|source| Error::System { action: "open /dev/null", source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    #[test]
+    fn nobody_can_change_the_null_device_through_a_stream() {
+        let mut null = null_device().unwrap();
+        assert_eq!((null.read(&mut [0]).unwrap(), null.write(b"gone").unwrap()), (0, 4));
+        assert_eq!(null.metadata().unwrap().rdev(), std::fs::metadata(NULL_DEVICE).unwrap().rdev());
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let mode = std::fs::metadata(NULL_DEVICE).unwrap().permissions();
+        for path in [format!("/proc/self/fd/{}", null.as_raw_fd()), format!("/dev/fd/{}", null.as_raw_fd())] {
+            let changed = std::fs::set_permissions(path, PermissionsExt::from_mode(mode.mode()));
+            assert_eq!(changed.unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+        }
+        let changed = null.set_permissions(mode);
+        assert_eq!(changed.unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    }
 }

@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
-use crate::sys::user_namespace;
+use crate::sys::{mount_attributes, user_namespace};
 
 /// The maps of a mount, as in `/proc/PID/uid_map` (user_namespaces(7)).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,7 +115,7 @@ fn mapped(directory: &Path, namespace: &OwnedFd, recursive: bool) -> io::Result<
     let below = if recursive { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | below;
     let tree = open_tree(CWD, directory, flags)?;
-    user_namespace::map_ids(&tree, namespace)?;
+    mount_attributes::map_ids(&tree, namespace)?;
     Ok(tree)
 }
 

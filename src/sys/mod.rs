@@ -5,6 +5,7 @@ pub mod bounded;
 pub mod child;
 pub mod crash;
 pub mod guard;
+pub mod mount_attributes;
 mod poll;
 mod receive;
 pub mod spawn;

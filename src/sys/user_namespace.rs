@@ -1,4 +1,4 @@
-//! User namespaces: makes one for its mapping of ids, finds the one that owns another namespace, and maps the ids of a mount.
+//! User namespaces: makes one for its mapping of ids, and finds the one that owns another namespace.
 
 use std::fs::{self, File};
 use std::io;
@@ -13,18 +13,6 @@ use nix::unistd::{ForkResult, Pid, fork, pipe2, read};
 
 /// `NS_GET_USERNS` of ioctl_nsfs(2), `_IO(0xb7, 1)`.
 const GET_OWNER: libc::c_ulong = 0xb701;
-
-/// `MOUNT_ATTR_IDMAP` of mount_setattr(2).
-const IDMAP: u64 = 0x0010_0000;
-
-/// `struct mount_attr` of mount_setattr(2).
-#[repr(C)]
-struct Attributes {
-    set: u64,
-    clear: u64,
-    propagation: u64,
-    user_namespace: u64,
-}
 
 /// Makes a user namespace without processes. The maps are as in `/proc/PID/uid_map` (user_namespaces(7)).
 ///
@@ -83,33 +71,6 @@ pub fn owner(namespace: &impl AsFd) -> Result<OwnedFd, Errno> {
     let found = Errno::result(unsafe { libc::ioctl(namespace.as_fd().as_raw_fd(), GET_OWNER as _) })?;
     // SAFETY: the kernel has opened it for this call.
     Ok(unsafe { OwnedFd::from_raw_fd(found) })
-}
-
-/// Maps the ids of a detached mount, and of everything below it, as the user namespace does (mount_setattr(2)).
-///
-/// # Errors
-/// `EINVAL`: the file system has no such mounts. `ENOSYS`: the kernel is older than 5.12.
-pub fn map_ids(mount: &impl AsFd, user_namespace: &impl AsFd) -> Result<(), Errno> {
-    let namespace = user_namespace.as_fd().as_raw_fd();
-    let attributes = Attributes {
-        set: IDMAP,
-        clear: 0,
-        propagation: 0,
-        user_namespace: u64::try_from(namespace).map_err(|_| Errno::EBADF)?,
-    };
-    // SAFETY: both descriptors are open for as long as they are borrowed; the kernel reads an empty path and as many
-    // bytes of the attributes as requested.
-    let set = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_fd().as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-            &raw const attributes,
-            size_of::<Attributes>(),
-        )
-    };
-    Errno::result(set).map(drop)
 }
 
 #[cfg(test)]
