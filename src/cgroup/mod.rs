@@ -9,13 +9,14 @@ pub mod processes;
 pub mod stats;
 pub mod watch;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
 use crate::path_error::{PathError, io_error};
@@ -35,12 +36,6 @@ impl Error {
     /// True if the cgroup does not exist.
     pub fn is_gone(&self) -> bool {
         is_gone(self.0.io())
-    }
-
-    /// The error number. `ESRCH` if a process, or the file of one, does not exist.
-    pub fn errno(&self) -> Option<Errno> {
-        let errno = Errno::from_raw(self.0.io().raw_os_error()?);
-        Some(if errno == Errno::ENOENT { Errno::ESRCH } else { errno })
     }
 
     /// True if a wait reached its time limit.
@@ -101,10 +96,11 @@ pub fn of_self() -> Result<PathBuf, Error> {
 }
 
 fn of_proc_file(path: &Path) -> Result<PathBuf, Error> {
-    let text = fs::read_to_string(path).map_err(io_error("read", path))?;
-    let unified = text.lines().find_map(|line| line.strip_prefix("0::"));
+    // The name of a cgroup can have any byte, also a line break, which the kernel shows as "\\012".
+    let text = fs::read(path).map_err(io_error("read", path))?;
+    let unified = text.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"0::"));
     unified
-        .map(PathBuf::from)
+        .map(|path| PathBuf::from(OsStr::from_bytes(path)))
         .ok_or_else(|| io_error("find a cgroup v2 in", path)(io::ErrorKind::NotFound).into())
 }
 

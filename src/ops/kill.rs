@@ -104,7 +104,9 @@ fn held_again(task: &Task, pid: u32, opened: Result<OwnedFd, Errno>) -> Result<O
     let process = opened?;
     match (task.cgroup(), cgroup::of_process(pid)) {
         (Some(container), Ok(lives_in)) if lives_in.starts_with(container) => Ok(process),
-        (Some(_), Err(error)) => Err(error.errno().unwrap_or(Errno::ESRCH)),
+        (Some(_), Err(error)) if error.is_gone() => Err(Errno::ESRCH),
+        // A process may hide its cgroup behind a path that is too long to be read, but not keep itself from being killed.
+        (Some(_), Err(_)) => Ok(process),
         _ => Err(Errno::ESRCH),
     }
 }

@@ -12,8 +12,9 @@ use super::{Entry, Error, Process};
 /// Opens a pidfd of a process. If the process does not exist any more, it has ended, and systemd reports how.
 pub(crate) fn hold(entry: &Entry, process: &Process, pid: u32) {
     let held = sys::pidfd_open(pid).ok();
-    // Checked after pidfd_open: if another process has the pid by now, the pidfd is dropped.
-    process.live().process = held.filter(|_| lives_in(&entry.task(), pid));
+    // Checked after pidfd_open: if another process has the pid by now, the pidfd is dropped. A process whose cgroup can't be read
+    // (its path may be too long) is not another one.
+    process.live().process = held.filter(|_| !has_ended(&entry.task(), pid));
 }
 
 /// Resolves when a task's init process has ended, and the command of the OCI runtime has had time to end as well. Never
