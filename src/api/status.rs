@@ -145,11 +145,13 @@ pub fn unavailable(reason: impl ToString) -> ttrpc::Error {
 }
 
 /// The longest text of an error, in bytes. An error names what a client has sent, which can be as long as a request, and a
-/// response that is longer than ttrpc allows would end the connection.
+/// response that is longer than ttrpc allows would end the connection. It also names what a container or a checkpoint has:
+/// clients print the text to a terminal, which must not obey it.
 const MAX_TEXT: usize = 8192;
 
 pub(super) fn text(error: &impl ToString) -> String {
-    text::shortened(error.to_string(), MAX_TEXT)
+    let text = error.to_string().replace(|c| c != '\n' && text::is_unfit(c), "\u{fffd}");
+    text::shortened(text, MAX_TEXT)
 }
 
 /// An error of ttrpc with a status. ttrpc would send any other kind of error as UNKNOWN with its debug text.
