@@ -88,8 +88,7 @@ fn pages(map: &[u8]) -> Option<(u64, u64)> {
         let (message, after) = after.split_at_checked(usize::try_from(u32::from_le_bytes(*length)).ok()?)?;
         rest = after;
         let fields = numbers(message)?;
-        let field =
-            |number: u32| fields.iter().rev().find(|(found, _)| *found == number).map(|(_, value)| *value);
+        let field = |number: usize| fields.get(number).copied().flatten();
         if id.is_none() {
             // `pagemap_head`
             id = Some(field(1)?);
@@ -103,16 +102,19 @@ fn pages(map: &[u8]) -> Option<(u64, u64)> {
     Some((id?, pages))
 }
 
-/// The fields of a message that has only numbers.
-fn numbers(message: &[u8]) -> Option<Vec<(u32, u64)>> {
+/// The fields 0 to 5 of a message that has only numbers. The last of several values counts.
+fn numbers(message: &[u8]) -> Option<[Option<u64>; 6]> {
     const VARINT: u32 = 0;
     let mut input = CodedInputStream::from_bytes(message);
-    let mut fields = Vec::new();
+    let mut fields = [None; 6];
     while let Some(tag) = input.read_raw_tag_or_eof().ok()? {
         if tag & 7 != VARINT {
             return None;
         }
-        fields.push((tag >> 3, input.read_uint64().ok()?));
+        let value = input.read_uint64().ok()?;
+        if let Some(field) = usize::try_from(tag >> 3).ok().and_then(|number| fields.get_mut(number)) {
+            *field = Some(value);
+        }
     }
     Some(fields)
 }
