@@ -30,6 +30,8 @@ pub struct Facts {
     files: Known<(u64, u64)>,
     /// `fs.inotify.max_user_instances`
     inotify: Known<u64>,
+    /// `fs.inotify.max_user_watches`
+    watches: Known<u64>,
     /// `kernel.pid_max` or `kernel.threads-max`, and how many threads there are.
     threads: Known<(u64, u64)>,
     /// `kernel.keys.root_maxkeys`
@@ -56,6 +58,7 @@ pub(super) fn collect() -> Facts {
         most_descriptors: probe::number("/proc/sys/fs/nr_open"),
         files: files(),
         inotify: probe::number("/proc/sys/fs/inotify/max_user_instances"),
+        watches: probe::number("/proc/sys/fs/inotify/max_user_watches"),
         threads: threads(),
         keys: probe::number("/proc/sys/kernel/keys/root_maxkeys"),
     }
@@ -97,6 +100,8 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     checks.push(at_least("descriptors", "fs.nr_open", &facts.most_descriptors, DESCRIPTORS));
     checks.push(left("files", "fs.file-max", &facts.files));
     checks.push(at_least("inotify", "fs.inotify.max_user_instances", &facts.inotify, 128));
+    // The daemon has three for each container. Those of other programs of root count, too.
+    checks.push(at_least("inotify", "fs.inotify.max_user_watches", &facts.watches, 16_384));
     checks.push(left("threads", "kernel.pid_max and kernel.threads-max", &facts.threads));
     // runc makes a keyring for each container.
     checks.push(at_least("keys", "kernel.keys.root_maxkeys", &facts.keys, 10_000));
@@ -172,6 +177,7 @@ mod tests {
             most_descriptors: Ok(1 << 30),
             files: Ok((u64::MAX / 2, 3000)),
             inotify: Ok(128),
+            watches: Ok(16_384),
             threads: Ok((32_768, 300)),
             keys: Ok(1_000_000),
         }
@@ -216,6 +222,8 @@ mod tests {
         let check = fault(&Facts { most_descriptors: Ok(4096), ..healthy() });
         assert!(check.advice.contains("fs.nr_open = 1048576"), "{check:?}");
         assert_eq!(fault(&Facts { inotify: Ok(8), ..healthy() }).name, "inotify");
+        let found = fault(&Facts { watches: Ok(8192), ..healthy() });
+        assert!(found.found.contains("max_user_watches"), "{}", found.found);
         assert_eq!(fault(&Facts { threads: Ok((1000, 950)), ..healthy() }).name, "threads");
         assert_eq!(fault(&Facts { files: Ok((1000, 999)), ..healthy() }).name, "files");
     }
