@@ -2,12 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-
-use nix::poll::{PollFd, PollFlags};
 
 use crate::files;
 use crate::sys;
@@ -123,7 +120,7 @@ fn ends(pid: u32) -> bool {
     let Ok(process) = sys::pidfd_open(pid) else {
         return false;
     };
-    matches!(sys::poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], LIMIT), Ok(true))
+    sys::ends_within(&process, LIMIT) == Ok(true)
 }
 
 /// Properties of a unit, by name.

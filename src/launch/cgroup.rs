@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::cgroup;
 use crate::id::UnitName;
-use crate::task::Task;
+use crate::task::request::Runtime;
 
 use super::contract::LAUNCH_CGROUP;
 use super::error::Error;
@@ -28,8 +28,8 @@ pub fn of(unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
 
 /// The cgroup in which the OCI runtime works for a unit of a task: that of the container, or of an exec. It has one of its own in
 /// the ShimCgroup, too: the client may have processes there, and other tasks may have the same ShimCgroup.
-fn of_task(task: &Task, unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
-    match &task.runtime.cgroup {
+fn of_task(runtime: &Runtime, unit: &UnitName) -> Result<PathBuf, cgroup::Error> {
+    match &runtime.cgroup {
         Some(shim_cgroup) => Ok(shim_cgroup.join(unit.as_str())),
         None => of(unit),
     }
@@ -64,18 +64,18 @@ pub fn beside(daemon: &Path) -> PathBuf {
 }
 
 /// Kills all processes that start the process of a unit: `launch`, the OCI runtime and their children, but not the process.
-pub fn kill(task: &Task, unit: &UnitName) {
-    if let Err(error) = of_task(task, unit).and_then(|cgroup| cgroup::kill(&cgroup)) {
+pub fn kill(runtime: &Runtime, unit: &UnitName) {
+    if let Err(error) = of_task(runtime, unit).and_then(|cgroup| cgroup::kill(&cgroup)) {
         tracing::warn!(%unit, %error, "{unit}: can't kill the processes that start its process: {error}");
     }
 }
 
 /// Removes the cgroup in which the process of a unit was started, unless a process that a hook started still runs in it.
-pub fn remove(task: &Task, unit: &UnitName) {
-    match of_task(task, unit).and_then(|cgroup| cgroup::remove(&cgroup)) {
+pub fn remove(runtime: &Runtime, unit: &UnitName) {
+    match of_task(runtime, unit).and_then(|cgroup| cgroup::remove(&cgroup)) {
         Ok(true) => {}
         Ok(false) => {
-            if let Some(shim_cgroup) = &task.runtime.cgroup {
+            if let Some(shim_cgroup) = &runtime.cgroup {
                 remove_later(shim_cgroup.join(unit.as_str()));
             }
             tracing::debug!(%unit, "{unit}: a process that a hook or a mount helper started still runs");
@@ -124,7 +124,7 @@ pub(super) fn enter(process: &Process<'_>) -> Result<(), Error> {
     let own =
         task.process(process.exec).map(|recorded| &recorded.unit).filter(|_| task.runtime.cgroup.is_some());
     let cgroup = match own {
-        Some(unit) => Some(of_task(task, unit)?),
+        Some(unit) => Some(of_task(&task.runtime, unit)?),
         None => std::env::var_os(LAUNCH_CGROUP).map(PathBuf::from),
     };
     match cgroup {

@@ -155,10 +155,10 @@ impl Copies {
     /// The copy of a binary that needs one ([`is_wanted`]). Makes one if there is none of the current content. `None` if there
     /// can be none. Blocks.
     pub fn copy_of(&self, binary: &Path) -> Option<SealedRef> {
-        let kept = self.cached_copy_of(binary)?;
-        *kept.used() = Instant::now();
+        let cached = self.cached_copy_of(binary)?;
+        *cached.used() = Instant::now();
         // The map is not locked meanwhile, because this copies megabytes.
-        let copy = kept.copy.get_or_init(|| {
+        let copy = cached.copy.get_or_init(|| {
             let made = make(binary).inspect_err(|error| {
                 tracing::info!(%error, "can't make a safe copy of {}, so it is run directly: {error}", binary.display());
             });
@@ -169,21 +169,21 @@ impl Copies {
 
     fn cached_copy_of(&self, binary: &Path) -> Option<Arc<CachedCopy>> {
         let of = FileIdentity::of(binary).ok()?;
-        let mut kept = self.cached();
-        if let Some(found) = kept.get(binary).filter(|found| found.of == of) {
+        let mut cached = self.cached();
+        if let Some(found) = cached.get(binary).filter(|found| found.of == of) {
             if !found.is_spoiled() {
                 return Some(found.clone());
             }
             tracing::warn!("the shared copy of {} was modified: making a new one", binary.display());
         }
         let fresh = Arc::new(CachedCopy::new(of));
-        kept.insert(binary.to_owned(), fresh.clone());
+        cached.insert(binary.to_owned(), fresh.clone());
         Some(fresh)
     }
 
     /// Drops the copies that were not used for [`IDLE_LIMIT`].
     pub fn sweep(&self) {
-        self.cached().retain(|_, kept| kept.used().elapsed() < IDLE_LIMIT);
+        self.cached().retain(|_, cached| cached.used().elapsed() < IDLE_LIMIT);
     }
 }
 
@@ -275,10 +275,10 @@ mod tests {
     fn a_copy_that_was_changed_is_made_again() {
         let Some(copy) = made() else { return };
         let (copies, binary) = (Copies::default(), Path::new("/bin/true"));
-        let kept = CachedCopy::new(FileIdentity::of(binary).unwrap());
+        let cached = CachedCopy::new(FileIdentity::of(binary).unwrap());
         let spoiled = copy.reference.clone();
-        kept.copy.set(Some(copy)).ok().unwrap();
-        copies.cached().insert(binary.to_owned(), Arc::new(kept));
+        cached.copy.set(Some(copy)).ok().unwrap();
+        copies.cached().insert(binary.to_owned(), Arc::new(cached));
         let held = copies.cached_copy_of(binary).unwrap();
         assert!(held.copy.get().is_some(), "an intact one is used");
         // A container with CAP_LINUX_IMMUTABLE on the host can do this.

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
@@ -21,7 +20,7 @@ use crate::path_error::io_error;
 use crate::session::fds::{StreamFds, StreamKind};
 use crate::stdio::fifo;
 use crate::store::Store;
-use crate::sys::poll;
+use crate::sys;
 use crate::unit::name;
 use crate::unit::relay::{MESSAGE_MAX, Notification, Relay, TimeExtension};
 use crate::unit::systemd::Systemd;
@@ -230,6 +229,5 @@ fn open(path: &Path) -> std::io::Result<OwnedFd> {
 
 /// True if the process has not ended.
 fn is_alive(process: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, Duration::ZERO) == Ok(false)
+    sys::ends_within(process, Duration::ZERO) == Ok(false)
 }

@@ -222,9 +222,9 @@ impl Cleanup {
         let mut troubles = self.removal(task, &dir).of_task(others).await;
         troubles.join(in_execs);
         if task.request.rootfs.iter().any(mount_options::leaves_a_daemon) {
-            launch::cgroup::kill(task, task.unit());
+            launch::cgroup::kill(&task.runtime, task.unit());
         }
-        launch::cgroup::remove(task, task.unit());
+        launch::cgroup::remove(&task.runtime, task.unit());
         self.fds.forget_all(task.init.wiring.store_number);
         troubles
     }
@@ -278,10 +278,10 @@ impl Cleanup {
     pub(crate) async fn roll_back_create(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         // The OCI runtime, its hooks and its mounts may hang. None of them is in the cgroup of the unit.
-        launch::cgroup::kill(&task, task.unit());
+        launch::cgroup::kill(&task.runtime, task.unit());
         let mut troubles = self.remove_container(&task, entry).await;
         // `launch` may have moved there in the meantime.
-        launch::cgroup::kill(&task, task.unit());
+        launch::cgroup::kill(&task.runtime, task.unit());
         if troubles.is_empty() {
             troubles.add(self.tasks.note_rolled_back(entry));
         }
@@ -387,13 +387,13 @@ impl Cleanup {
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         // The OCI runtime and criu may hang. Neither is in the cgroup of the unit.
-        launch::cgroup::kill(&task, task.unit());
+        launch::cgroup::kill(&task.runtime, task.unit());
         let removal = self.removal(&task, &dir);
         let mut troubles = removal.of_init(std::future::ready(Vec::new())).await;
         troubles.join(removal.of_logger().await);
         // `launch` may have moved there in the meantime.
-        launch::cgroup::kill(&task, task.unit());
-        launch::cgroup::remove(&task, task.unit());
+        launch::cgroup::kill(&task.runtime, task.unit());
+        launch::cgroup::remove(&task.runtime, task.unit());
         {
             let mut live = entry.init.live();
             (live.cgroup.watched, live.listening, live.process) = (None, None, None);
@@ -422,17 +422,14 @@ impl Cleanup {
 /// Removes the cgroup in the ShimCgroup in which the OCI runtime started an exec. Without a ShimCgroup, the runtime works in the
 /// cgroup of the unit. `kills`: the runtime may hang.
 fn remove_runtime_of_exec(entry: &Entry, process: &Process, kills: bool) {
-    let task = {
-        let task = entry.task();
-        if task.runtime.cgroup.is_none() {
-            return;
-        }
-        task.clone()
+    let runtime = Some(&entry.task().runtime).filter(|runtime| runtime.cgroup.is_some()).cloned();
+    let Some(runtime) = runtime else {
+        return;
     };
     if kills {
-        launch::cgroup::kill(&task, &process.unit);
+        launch::cgroup::kill(&runtime, &process.unit);
     }
-    launch::cgroup::remove(&task, &process.unit);
+    launch::cgroup::remove(&runtime, &process.unit);
 }
 
 /// Kills the process that the OCI runtime created before the start failed.

@@ -2,12 +2,10 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags};
-
-use super::{pidfd_open, pidfd_send_signal, poll};
+use super::{ends_within, pidfd_open, pidfd_send_signal};
 
 const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 
@@ -135,7 +133,7 @@ pub fn kill_own_descendants(limit: Duration) -> bool {
         for process in &ending {
             let left = end.saturating_duration_since(Instant::now());
             // After an error, the loop checks again.
-            let _ = poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], left);
+            let _ = ends_within(process, left);
         }
         if Instant::now() >= end {
             return false;
@@ -215,7 +213,7 @@ mod tests {
         assert!(!root.wait().unwrap().success());
         for process in watched {
             let limit = Duration::from_secs(10);
-            assert_eq!(poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit), Ok(true));
+            assert_eq!(ends_within(&process, limit), Ok(true));
         }
     }
 }

@@ -20,7 +20,7 @@ fn scratch(script: &str) -> (TempDir, Runtime) {
 fn ends(file: &Path) -> bool {
     let pid = fs::read_to_string(file).unwrap().trim().parse().unwrap();
     let Ok(process) = sys::pidfd_open(pid) else { return true };
-    ends_within(&process, Duration::from_secs(10))
+    sys::ends_within(&process, Duration::from_secs(10)).unwrap()
 }
 
 #[tokio::test]
@@ -62,12 +62,6 @@ fn busy_runtime() -> (tokio::runtime::Runtime, std::sync::mpsc::Sender<()>) {
     (runtime, end)
 }
 
-/// True if the process ends within this time.
-fn ends_within(process: &OwnedFd, limit: Duration) -> bool {
-    use nix::poll::{PollFd, PollFlags};
-    sys::poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit).unwrap()
-}
-
 /// The search reads all of /proc.
 #[test]
 fn no_thread_of_the_runtime_searches_for_the_processes_of_a_command() {
@@ -90,14 +84,14 @@ fn no_thread_of_the_runtime_searches_for_the_processes_of_a_command() {
             () = begun => {}
         }
         let process = sys::pidfd_open(fs::read_to_string(&file).unwrap().trim().parse().unwrap()).unwrap();
-        assert!(!ends_within(&process, Duration::from_millis(200)), "dropped");
+        assert!(!sys::ends_within(&process, Duration::from_millis(200)).unwrap(), "dropped");
         let settled = cli.settled_unless("start", std::future::ready(()));
         tokio::pin!(settled);
         assert!(settled.as_mut().now_or_never().is_none());
-        assert!(!ends_within(&process, Duration::from_millis(200)), "settled");
+        assert!(!sys::ends_within(&process, Duration::from_millis(200)).unwrap(), "settled");
         drop(end);
         settled.await.unwrap();
-        assert!(ends_within(&process, Duration::ZERO));
+        assert!(sys::ends_within(&process, Duration::ZERO).unwrap());
     });
 }
 
