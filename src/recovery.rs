@@ -152,11 +152,11 @@ impl Shim {
             exec_share::note_spec(&self.store, process);
             exec_share::remove_spec(&self.store, entry, process);
         }
-        let (is_starting, pid, has_run, has_ended) = match entry.task().process(exec) {
+        let (is_starting, pid, was_there, has_ended) = match entry.task().process(exec) {
             Some(recorded) => (
                 recorded.is_starting(),
                 recorded.pid().filter(|_| recorded.is_alive()),
-                recorded.has_run(),
+                recorded.pid().is_some(),
                 recorded.exit().is_some(),
             ),
             None => return,
@@ -186,8 +186,7 @@ impl Shim {
             }
         }
         self.cleanup.close_ended_exec(entry, process);
-        let was_never_there = pid.is_none() && !has_ended;
-        if (exec.is_some() || was_never_there) && !has_run {
+        if !was_there {
             return;
         }
         self.streams.recover(entry, process).await;
@@ -240,8 +239,10 @@ impl Shim {
         if !waits {
             cli.mark_started();
         }
+        // The replay of the call gets the failure that the earlier daemon has noted. That daemon has killed init.
+        let has_failed = self.noted_failure(&entry.init.key, dir.clone()).await.is_some();
         let pid = task.init.pid().unwrap_or_default();
-        let event = if waits { Event::StartFailed } else { Event::Started { pid } };
+        let event = if waits || has_failed { Event::StartFailed } else { Event::Started { pid } };
         if let Err(error) = self.tasks.note_event(entry, &entry.init, event) {
             tracing::error!(task = %task.key, %error, "task {}: can't record the end of its start: {error}", task.key);
         }

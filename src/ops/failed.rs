@@ -37,9 +37,15 @@ impl Shim {
             self.failures.forget(process);
             return Ok(());
         }
-        let attempt = self.attempt(process, dir).await;
-        let failed = attempt.and_then(|attempt| self.failures.find(process, attempt));
+        let failed = self.noted_failure(process, dir).await;
         failed.map_or(Ok(()), |Failure { code, text }| Err(Error::Earlier { code, text }))
+    }
+
+    /// Why this attempt to create or to start a process has failed, if an earlier daemon has noted it. `dir`: as for
+    /// [`Self::note_failure`].
+    pub(crate) async fn noted_failure(&self, process: &ProcessKey, dir: PathBuf) -> Option<Failure> {
+        let attempt = self.attempt(process, dir).await?;
+        self.failures.find(process, attempt)
     }
 
     async fn attempt(&self, process: &ProcessKey, dir: PathBuf) -> Option<Attempt> {

@@ -34,7 +34,7 @@ use crate::unit::observations::Observations;
 use crate::unit::relay::Relay;
 
 use super::panics::Panics;
-use super::runtime::FakeRuntime;
+use super::runtime::{FakeRuntime, Starts};
 
 /// The exit code of the exec.
 pub(crate) const EXEC_STATUS: u32 = BRIEF_STATUS;
@@ -53,6 +53,8 @@ pub(crate) struct World {
     accepted: Arc<Mutex<Vec<(u64, u64, TaskEvent)>>>,
     /// True if the task is restored from a checkpoint.
     restores: bool,
+    /// What the commands `start` of the OCI runtimes of the next daemons do.
+    pub(crate) starts: Starts,
 }
 
 impl World {
@@ -65,7 +67,8 @@ impl World {
         let launch = FakeLaunch::new(Store::new(root.path().join("state")));
         let systemd = FakeSystemd::new(effects.clone(), launch.clone());
         let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
-        Self { root, effects, systemd, launch, task, accepted: Arc::default(), restores: false }
+        let (accepted, starts) = (Arc::default(), Starts::Work);
+        Self { root, effects, systemd, launch, task, accepted, restores: false, starts }
     }
 
     /// As [`World::new`], for a task that is restored from a checkpoint.
@@ -235,6 +238,7 @@ impl World {
             effects: self.effects.clone(),
             systemd: self.systemd.clone(),
             store: Store::new(self.state_dir()),
+            starts: self.starts,
         }
     }
 

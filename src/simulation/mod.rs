@@ -6,6 +6,7 @@ mod crashes;
 pub(crate) mod harness;
 mod loggers;
 mod panics;
+mod replays;
 mod runtime;
 mod sandboxes;
 mod scenarios;

@@ -12,11 +12,21 @@ use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::store::Store;
 use crate::unit::fake::FakeSystemd;
 
+/// How the next commands `start` end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Starts {
+    #[default]
+    Work,
+    /// They release init, and fail afterwards: a poststart hook has failed.
+    FailAfterwards,
+}
+
 /// An OCI runtime that keeps a directory for each container, as runc does.
 pub(crate) struct FakeRuntime {
     pub(super) effects: Arc<Effects>,
     pub(super) systemd: Arc<FakeSystemd>,
     pub(super) store: Store,
+    pub(super) starts: Starts,
 }
 
 impl FakeRuntime {
@@ -38,11 +48,11 @@ impl FakeRuntime {
 #[async_trait]
 impl OciRuntime for FakeRuntime {
     async fn start(&self, cli: &Cli<'_>) -> Result<(), RuntimeError> {
+        let failed = |reason: &str| RuntimeError::Failed { verb: "start", reason: reason.to_owned() };
         let kept = self.call("start", cli).await?;
-        fs::remove_file(kept.join("exec.fifo")).map_err(|_| RuntimeError::Failed {
-            verb: "start",
-            reason: "cannot start a container that is running".to_owned(),
-        })
+        fs::remove_file(kept.join("exec.fifo"))
+            .map_err(|_| failed("cannot start a container that is running"))?;
+        if self.starts == Starts::FailAfterwards { Err(failed("a hook has failed")) } else { Ok(()) }
     }
 
     async fn update(&self, cli: &Cli<'_>, _: &Path) -> Result<(), RuntimeError> {

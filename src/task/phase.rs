@@ -63,6 +63,8 @@ pub enum Phase {
         container: Container,
         /// How it ended.
         exit: Exit,
+        /// True if it ended before a Start succeeded. False in a record of an earlier version.
+        never_started: bool,
     },
     /// The process has ended. Delete removes the task.
     Stopped {
@@ -70,6 +72,8 @@ pub enum Phase {
         container: Container,
         /// How it ended.
         exit: Exit,
+        /// As in [`Self::Ending`].
+        never_started: bool,
     },
 }
 
@@ -166,7 +170,8 @@ impl Lifecycle for Phase {
             | Self::Restoring { .. }
             | Self::Created { .. }
             | Self::Starting { .. } => false,
-            Self::Running { .. } | Self::Paused { .. } | Self::Ending { .. } | Self::Stopped { .. } => true,
+            Self::Running { .. } | Self::Paused { .. } => true,
+            Self::Ending { never_started, .. } | Self::Stopped { never_started, .. } => !never_started,
         }
     }
 
@@ -193,7 +198,12 @@ impl Lifecycle for Phase {
 }
 
 fn end(container: Container, exit: Exit, announce: Vec<Announce>) -> Step<Phase> {
-    Step { next: Phase::Ending { container, exit }, announce }
+    Step { next: Phase::Ending { container, exit, never_started: false }, announce }
+}
+
+/// The end of a process that no Start has released.
+fn end_unstarted(container: Container, exit: Exit, announce: Vec<Announce>) -> Step<Phase> {
+    Step { next: Phase::Ending { container, exit, never_started: true }, announce }
 }
 
 /// The only function that changes a phase.
@@ -216,7 +226,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
             let announce = vec![Announce::Created { pid: Some(container.pid) }];
             Ok(match exit.filter(|seen| seen.is_of(container.pid)) {
                 None => Step { next: Phase::Created { container, program }, announce },
-                Some(seen) => end(container, seen.exit, announce),
+                Some(seen) => end_unstarted(container, seen.exit, announce),
             })
         }
         (Phase::Creating { .. }, Exited(seen)) => Ok(stay(Phase::Creating { exit: Some(seen) })),
@@ -244,10 +254,12 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         (Phase::Created { container, program }, StartBegun) => {
             Ok(stay(Phase::Starting { container, program, exit: None }))
         }
-        (
-            Phase::Created { container, .. } | Phase::Running { container } | Phase::Paused { container },
-            Exited(seen),
-        ) => Ok(end(container, seen.exit, Vec::new())),
+        (Phase::Created { container, .. }, Exited(seen)) => {
+            Ok(end_unstarted(container, seen.exit, Vec::new()))
+        }
+        (Phase::Running { container } | Phase::Paused { container }, Exited(seen)) => {
+            Ok(end(container, seen.exit, Vec::new()))
+        }
         (Phase::Created { .. }, Prepared | Created { .. } | Started { .. } | StartFailed) => Err(refused),
 
         (Phase::Starting { container, exit, .. }, Started { .. }) => {
@@ -259,7 +271,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         }
         (Phase::Starting { container, program, exit }, StartFailed) => Ok(match exit {
             None => stay(Phase::Created { container, program }),
-            Some(exit) => end(container, exit, Vec::new()),
+            Some(exit) => end_unstarted(container, exit, Vec::new()),
         }),
         (Phase::Starting { container, program, exit }, Exited(seen)) => {
             Ok(stay(Phase::Starting { container, program, exit: exit.or(Some(seen.exit)) }))
@@ -277,9 +289,9 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
             Ok(Step { next: Phase::Running { container }, announce: vec![Announce::Resumed] })
         }
 
-        (Phase::Ending { container, exit }, ExecsGone) => {
+        (Phase::Ending { container, exit, never_started }, ExecsGone) => {
             let announce = vec![Announce::Exited { pid: container.pid, exit }];
-            Ok(Step { next: Phase::Stopped { container, exit }, announce })
+            Ok(Step { next: Phase::Stopped { container, exit, never_started }, announce })
         }
 
         (ended @ (Phase::Ending { .. } | Phase::Stopped { .. }), Exited(_)) => Ok(stay(ended)),

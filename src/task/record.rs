@@ -70,15 +70,42 @@ struct Request {
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case")]
 enum Name {
-    Creating { exit: Option<ObservedExit> },
+    Creating {
+        exit: Option<ObservedExit>,
+    },
     Prepared {},
-    Restoring { exit: Option<ObservedExit> },
-    Created { pid: u32 },
-    Starting { pid: u32, exit: Option<Exit> },
-    Running { pid: u32 },
-    Paused { pid: u32 },
-    Ending { pid: u32, exit: Exit },
-    Stopped { pid: u32, exit: Exit },
+    Restoring {
+        exit: Option<ObservedExit>,
+    },
+    Created {
+        pid: u32,
+    },
+    Starting {
+        pid: u32,
+        exit: Option<Exit>,
+    },
+    Running {
+        pid: u32,
+    },
+    Paused {
+        pid: u32,
+    },
+    Ending {
+        pid: u32,
+        exit: Exit,
+        #[serde(default, skip_serializing_if = "is_false")]
+        never_started: bool,
+    },
+    Stopped {
+        pid: u32,
+        exit: Exit,
+        #[serde(default, skip_serializing_if = "is_false")]
+        never_started: bool,
+    },
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 impl Name {
@@ -92,8 +119,8 @@ impl Name {
             Phase::Starting { exit, .. } => Self::Starting { pid, exit },
             Phase::Running { .. } => Self::Running { pid },
             Phase::Paused { .. } => Self::Paused { pid },
-            Phase::Ending { exit, .. } => Self::Ending { pid, exit },
-            Phase::Stopped { exit, .. } => Self::Stopped { pid, exit },
+            Phase::Ending { exit, never_started, .. } => Self::Ending { pid, exit, never_started },
+            Phase::Stopped { exit, never_started, .. } => Self::Stopped { pid, exit, never_started },
         }
     }
 
@@ -106,8 +133,12 @@ impl Name {
             Self::Starting { pid, exit } => Phase::Starting { container: container(pid), program, exit },
             Self::Running { pid } => Phase::Running { container: container(pid) },
             Self::Paused { pid } => Phase::Paused { container: container(pid) },
-            Self::Ending { pid, exit } => Phase::Ending { container: container(pid), exit },
-            Self::Stopped { pid, exit } => Phase::Stopped { container: container(pid), exit },
+            Self::Ending { pid, exit, never_started } => {
+                Phase::Ending { container: container(pid), exit, never_started }
+            }
+            Self::Stopped { pid, exit, never_started } => {
+                Phase::Stopped { container: container(pid), exit, never_started }
+            }
         }
     }
 }
@@ -270,7 +301,9 @@ mod tests {
             r#"{"name": "running", "pid": 7}"#.to_owned(),
             r#"{"name": "paused", "pid": 7}"#.to_owned(),
             format!(r#"{{"name": "ending", "pid": 7, "exit": {exit}}}"#),
+            format!(r#"{{"name": "ending", "pid": 7, "exit": {exit}, "never_started": true}}"#),
             format!(r#"{{"name": "stopped", "pid": 7, "exit": {exit}}}"#),
+            format!(r#"{{"name": "stopped", "pid": 7, "exit": {exit}, "never_started": true}}"#),
         ];
         for phase in phases {
             let mut record: serde_json::Value = serde_json::from_str(PRESENT).unwrap();

@@ -15,8 +15,8 @@ fn created() -> Event {
     Event::Created { container: container(), program: PROGRAM }
 }
 
-/// Each phase, with and without an exit that was noticed early.
-pub(in crate::task) fn phases() -> [Phase; 12] {
+/// Each phase, with and without an exit that was noticed early or came before the start.
+pub(in crate::task) fn phases() -> [Phase; 14] {
     let (container, program) = (container(), PROGRAM);
     [
         Phase::Creating { exit: None },
@@ -29,12 +29,14 @@ pub(in crate::task) fn phases() -> [Phase; 12] {
         Phase::Starting { container: container.clone(), program, exit: Some(EXIT) },
         Phase::Running { container: container.clone() },
         Phase::Paused { container: container.clone() },
-        Phase::Ending { container: container.clone(), exit: EXIT },
-        Phase::Stopped { container, exit: EXIT },
+        Phase::Ending { container: container.clone(), exit: EXIT, never_started: false },
+        Phase::Ending { container: container.clone(), exit: EXIT, never_started: true },
+        Phase::Stopped { container: container.clone(), exit: EXIT, never_started: false },
+        Phase::Stopped { container, exit: EXIT, never_started: true },
     ]
 }
 
-/// A phase in one word; one that has an early exit is in lower case.
+/// A phase in one word; one that has an early exit, or one before the start, is in lower case.
 fn short(phase: &Phase) -> &'static str {
     match phase {
         Phase::Creating { exit: None } => "Creating",
@@ -47,8 +49,10 @@ fn short(phase: &Phase) -> &'static str {
         Phase::Starting { exit: Some(_), .. } => "starting",
         Phase::Running { .. } => "Running",
         Phase::Paused { .. } => "Paused",
-        Phase::Ending { .. } => "Ending",
-        Phase::Stopped { .. } => "Stopped",
+        Phase::Ending { never_started: false, .. } => "Ending",
+        Phase::Ending { never_started: true, .. } => "ending",
+        Phase::Stopped { never_started: false, .. } => "Stopped",
+        Phase::Stopped { never_started: true, .. } => "stopped",
     }
 }
 
@@ -85,17 +89,19 @@ fn every_event_in_every_phase_does_what_the_table_says() {
     let table = [
         // phase, Prepared, Created, StartBegun, Started, StartFailed, Frozen, Thawed, Exited, ExecsGone
         ("Creating", ["Prepared+C", "Created+C", "-", "-", "-", "Creating", "Creating", "creating", "Creating"]),
-        ("creating", ["Prepared+C", "Ending+C", "-", "-", "-", "creating", "creating", "creating", "creating"]),
+        ("creating", ["Prepared+C", "ending+C", "-", "-", "-", "creating", "creating", "creating", "creating"]),
         ("Prepared", ["-", "-", "Restoring", "-", "-", "Prepared", "Prepared", "Prepared", "Prepared"]),
         ("Restoring", ["-", "Running+S", "-", "-", "Prepared", "Restoring", "Restoring", "restoring", "Restoring"]),
         ("restoring", ["-", "Ending+S", "-", "-", "Prepared", "restoring", "restoring", "restoring", "restoring"]),
-        ("Created", ["-", "-", "Starting", "-", "-", "Created", "Created", "Ending", "Created"]),
+        ("Created", ["-", "-", "Starting", "-", "-", "Created", "Created", "ending", "Created"]),
         ("Starting", ["-", "-", "-", "Running+S", "Created", "Starting", "Starting", "starting", "Starting"]),
-        ("starting", ["-", "-", "-", "Ending+S", "Ending", "starting", "starting", "starting", "starting"]),
+        ("starting", ["-", "-", "-", "Ending+S", "ending", "starting", "starting", "starting", "starting"]),
         ("Running", ["-", "-", "-", "-", "-", "Paused+P", "Running", "Ending", "Running"]),
         ("Paused", ["-", "-", "-", "-", "-", "Paused", "Running+R", "Ending", "Paused"]),
         ("Ending", ["-", "-", "-", "-", "-", "Ending", "Ending", "Ending", "Stopped+E"]),
+        ("ending", ["-", "-", "-", "-", "-", "ending", "ending", "ending", "stopped+E"]),
         ("Stopped", ["-", "-", "-", "-", "-", "Stopped", "Stopped", "Stopped", "Stopped"]),
+        ("stopped", ["-", "-", "-", "-", "-", "stopped", "stopped", "stopped", "stopped"]),
     ];
     for (phase, (name, row)) in phases().iter().zip(table) {
         assert_eq!(short(phase), name);
@@ -121,6 +127,10 @@ fn only_the_first_exit_counts_and_the_container_stays_the_same() {
             }
         }
     }
+}
+
+fn stopped(never_started: bool) -> Phase {
+    Phase::Stopped { container: container(), exit: EXIT, never_started }
 }
 
 fn run(events: &[Event]) -> (Phase, Vec<Announce>) {
@@ -159,7 +169,7 @@ fn an_exit_inside_start_is_announced_after_the_start() {
         Event::Started { pid: PID },
         Event::ExecsGone,
     ]);
-    assert_eq!(phase, Phase::Stopped { container: container(), exit: EXIT });
+    assert_eq!(phase, stopped(false));
     assert_eq!(
         announce,
         [
@@ -173,7 +183,7 @@ fn an_exit_inside_start_is_announced_after_the_start() {
 #[test]
 fn an_exit_inside_create_is_announced_after_the_create() {
     let (phase, announce) = run(&[Event::Exited(SEEN), created(), Event::ExecsGone]);
-    assert_eq!(phase, Phase::Stopped { container: container(), exit: EXIT });
+    assert_eq!(phase, stopped(true));
     assert_eq!(announce[0], Announce::Created { pid: Some(PID) });
 }
 
@@ -203,7 +213,7 @@ fn a_freeze_is_announced_once_and_only_of_a_running_task() {
         Event::Thawed,
         Event::ExecsGone,
     ]);
-    assert_eq!(phase, Phase::Stopped { container: container(), exit: EXIT });
+    assert_eq!(phase, stopped(false));
     let told = announce.iter().filter(|told| matches!(told, Announce::Paused | Announce::Resumed));
     assert_eq!(told.collect::<Vec<_>>(), [&Announce::Paused, &Announce::Resumed, &Announce::Paused]);
 }
@@ -212,6 +222,24 @@ fn a_freeze_is_announced_once_and_only_of_a_running_task() {
 fn a_failed_start_leaves_a_created_process() {
     let (phase, _) = run(&[created(), Event::StartBegun, Event::StartFailed]);
     assert_eq!(phase, Phase::Created { container: container(), program: PROGRAM });
+}
+
+#[test]
+fn a_process_that_ended_before_its_start_has_not_run() {
+    let before = [
+        vec![Event::Exited(SEEN), created()],
+        vec![created(), Event::Exited(SEEN)],
+        vec![created(), Event::StartBegun, Event::Exited(SEEN), Event::StartFailed],
+        vec![created(), Event::StartBegun, Event::StartFailed, Event::Exited(SEEN)],
+    ];
+    for mut events in before {
+        assert!(!run(&events).0.has_run(), "{events:?}");
+        events.push(Event::ExecsGone);
+        assert_eq!(run(&events).0, stopped(true), "{events:?}");
+        assert!(!stopped(true).has_run());
+    }
+    let (ended, _) = run(&[created(), Event::StartBegun, Event::Started { pid: PID }, Event::Exited(SEEN)]);
+    assert!(ended.has_run());
 }
 
 #[test]
