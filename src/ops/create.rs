@@ -117,7 +117,8 @@ impl Shim {
                     }
                     return Ok((entry, verb));
                 }
-                Err(Conflict::Key) => return Err(Error::Exists { key }),
+                // Only the task of an exec can be deleted.
+                Err(Conflict::Key | Conflict::Deleted) => return Err(Error::Exists { key }),
                 Err(Conflict::Unit) => {}
             }
         }

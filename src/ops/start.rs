@@ -31,12 +31,12 @@ impl Shim {
             return Ok(pid);
         }
         self.check_failure(key, self.store.process_dir(key), delivery).await?;
-        may_start(&task, &process)?;
         let restores = process.exec().is_none() && task.request.checkpoint.is_some();
         if restores {
             process.live().attempt.interrupted = CancellationToken::new();
         }
         self.tasks.change(&entry, |task| {
+            may_start(task, &process)?;
             let ended = task.apply(process.exec(), Event::StartBegun, sys::now_usec())?;
             self.has_room_for(task, &process)?;
             Ok(ended)

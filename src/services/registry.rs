@@ -180,6 +180,8 @@ pub enum Conflict {
     Key,
     /// Another live task or exec has the unit.
     Unit,
+    /// The task of the exec was deleted.
+    Deleted,
 }
 
 /// A process and its task.
@@ -226,7 +228,7 @@ impl<L: Default> Registry<L> {
     /// Adds an exec to a task, as [`Self::insert`] adds a task.
     ///
     /// # Errors
-    /// Its id or its unit is taken; nothing has changed.
+    /// Its id or its unit is taken, or the task was deleted; nothing has changed.
     pub fn insert_exec(
         &self,
         entry: &Entry<L>,
@@ -235,6 +237,10 @@ impl<L: Default> Registry<L> {
         exit: Option<Exit>,
     ) -> Result<(Arc<Process<L>>, Verb), Conflict> {
         let mut maps = self.maps();
+        // Nothing would ever remove the unit of the exec from the map.
+        if !maps.tasks.get(&entry.key).is_some_and(|found| std::ptr::eq(&**found, entry)) {
+            return Err(Conflict::Deleted);
+        }
         let mut execs = entry.execs_map();
         if execs.contains_key(id) {
             return Err(Conflict::Key);

@@ -45,6 +45,16 @@ impl WaitsFor {
         }
     }
 
+    /// All turns of a task: while they exist, other work of this kind waits for its turn.
+    #[cfg(test)]
+    pub(crate) async fn all_turns(self, task: &TaskKey) -> impl Sized + use<> {
+        let mut turns = Vec::new();
+        for _ in 0..self.threads().most_of_one {
+            turns.push(self.threads().turn(task).await);
+        }
+        turns
+    }
+
     /// For an error: "too many threads wait for …".
     pub(crate) fn what(self) -> &'static str {
         match self {
@@ -192,11 +202,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn work_that_gets_no_turn_is_refused() {
         let (key, (begin, begun)) = (task("full"), std::sync::mpsc::channel::<()>());
-        let threads = WaitsFor::LogFile.threads();
-        let mut turns = Vec::new();
-        for _ in 0..threads.most_of_one {
-            turns.push(threads.turn(&key).await);
-        }
+        let _turns = WaitsFor::LogFile.all_turns(&key).await;
         let refused = waiting(WaitsFor::LogFile, &key, move || begin.send(())).await.unwrap_err();
         assert!(refused.to_string().contains("the disks of log files"), "{refused}");
         assert_eq!(crate::api::status::code(&refused), ttrpc::Code::RESOURCE_EXHAUSTED);

@@ -403,13 +403,21 @@ pub(crate) struct Node {
 impl World {
     /// Takes steps one after the other, in one daemon, until one fails. Returns `None` if the daemon ended.
     pub(crate) fn take(&self, steps: &[Step], delivery: Delivery) -> Option<Result<(), Error>> {
-        let steps: Vec<_> = steps.iter().map(|step| (*step, self.parts())).collect();
+        let steps = self.nodes(steps);
         self.live(move |shim| async move {
             for (step, node) in steps {
                 step.take(node(shim.clone()), delivery).await?;
             }
             Ok(())
         })
+    }
+
+    /// The steps, each with what makes its [`Node`].
+    pub(crate) fn nodes(
+        &self,
+        steps: &[Step],
+    ) -> Vec<(Step, impl FnOnce(Arc<Shim>) -> Node + Send + 'static)> {
+        steps.iter().map(|step| (*step, self.parts())).collect()
     }
 
     /// Makes a [`Node`] of a daemon.
