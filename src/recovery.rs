@@ -101,15 +101,16 @@ impl Shim {
     async fn recover_task(self: &Arc<Self>, entry: &Arc<Entry>, running: &HashSet<UnitName>) {
         fault::point(Point::RecoverTask);
         let task = entry.task().clone();
-        if task.is_leftover {
-            let (shim, leftover) = (self.clone(), entry.clone());
-            // It logs its errors.
-            tokio::spawn(async move { shim.cleanup.remove_leftover(&leftover).await });
-            return;
-        }
         if task.muted {
-            let (shim, given_up) = (self.clone(), entry.clone());
-            tokio::spawn(async move { shim.remove_given_up(&given_up).await });
+            // What an earlier daemon has begun is not completed.
+            entry.init.live().attempt.given_up.cancel();
+        }
+        let remove_left = || {
+            let (shim, left) = (self.clone(), entry.clone());
+            tokio::spawn(async move { shim.try_to_remove_left(&left).await });
+        };
+        if task.is_to_be_rolled_back() {
+            return remove_left();
         }
         entry.init.live().is_checkpointing = self.is_checkpointing(&entry.key);
         if let Phase::Creating { .. } = task.init.phase {
@@ -136,6 +137,10 @@ impl Shim {
             self.recover_process(entry, &process, running).await;
         }
         self.tasks.announce(entry);
+        if task.muted {
+            // Waits for what was resumed above.
+            remove_left();
+        }
     }
 
     /// Resumes a start that was interrupted. Opens a pidfd for a process that lives, reopens its streams, and queries its
@@ -229,7 +234,8 @@ impl Shim {
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         let cli = runtime::Cli::of(&task, &dir);
-        if let Err(error) = cli.settled("start").await {
+        let given_up = entry.init.live().attempt.given_up.clone();
+        if let Err(error) = cli.settled_unless("start", given_up.cancelled()).await {
             tracing::error!(task = %task.key, %error, "task {}: the OCI runtime still works on a start that a restart interrupted: {error}", task.key);
         }
         // A `runc start` that was interrupted may have released init without reporting it. A second `runc start` would

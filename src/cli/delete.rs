@@ -15,11 +15,12 @@ use crate::id::{Owner, TaskKey};
 use crate::oci::command::CommandLine;
 use crate::oci::{containerd, mount};
 use crate::services::files::ClientFiles;
-use crate::store::{Found, Store};
+use crate::store::{self, Found, Store};
 use crate::supervise::cleanup::{Removal, Stop, Troubles};
 use crate::sys;
 use crate::task::Task;
 use crate::task::lifecycle::Exit;
+use crate::task::outbox::Outbox;
 use crate::{cgroup, config, unit};
 
 use super::arguments::Flags;
@@ -67,8 +68,8 @@ enum Answer {
     Done(DeleteResponse),
     /// The task does not exist, or its record can't be read and is left for the administrator.
     Nothing,
-    /// The daemon cleans up later. It does not need the bundle, which containerd may remove. The same work in this
-    /// process would only interfere.
+    /// The daemon cleans up later, also if it ends meanwhile: the record says that the task is given up. The daemon does not
+    /// need the bundle, which containerd may remove. The same work in this process would only interfere.
     Later(String),
     /// The daemon does not clean up.
     Refused(String),
@@ -77,10 +78,12 @@ enum Answer {
 }
 
 impl Answer {
-    /// `None`: the daemon has not answered in time.
-    fn of(answer: Option<ttrpc::Result<DeleteResponse>>) -> Self {
+    /// `None`: the daemon has not answered in time. `is_given_up`: whether the record says that the task is given up.
+    fn of(answer: Option<ttrpc::Result<DeleteResponse>>, is_given_up: impl FnOnce() -> bool) -> Self {
         match answer {
-            None => Self::Later("the daemon is still cleaning up".to_owned()),
+            None if is_given_up() => Self::Later("the daemon is still cleaning up".to_owned()),
+            // containerd keeps the bundle, and runs this command again when it starts.
+            None => Self::Refused("it does not answer".to_owned()),
             Some(Ok(response)) => Self::Done(response),
             Some(Err(ttrpc::Error::RpcStatus(status))) => match status.code() {
                 Code::NOT_FOUND => Self::Nothing,
@@ -96,7 +99,7 @@ impl Answer {
 fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<u8>>, Failure> {
     let asked =
         block_on(async { tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(named)).await })?;
-    let reason = match Answer::of(asked.ok()) {
+    let reason = match Answer::of(asked.ok(), || is_given_up(store, key)) {
         Answer::Done(response) => return response.write_to_bytes().map(Some).map_err(Failure::new),
         Answer::Nothing => return Ok(None),
         Answer::Later(reason) => {
@@ -111,10 +114,24 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
         store.remove(key).map_err(Failure::new)?;
         return Ok(None);
     };
+    // The next daemon removes what can't be removed now.
+    if let Err(error) = give_up(store, &task) {
+        say(&error.to_string());
+    }
     without_daemon(store, &task)?;
     let pid = task.init.pid();
     let exit = task.init.exit().unwrap_or_else(killed_now);
     convert::delete(pid, Some(exit)).write_to_bytes().map(Some).map_err(Failure::new)
+}
+
+/// True if the record says that the task is given up, or there is no record any more.
+fn is_given_up(store: &Store, key: &TaskKey) -> bool {
+    matches!(store.load(key), Ok(None | Some(Found { task: Task { muted: true, .. }, .. })))
+}
+
+/// Records that the task is given up, as the daemon does.
+fn give_up(store: &Store, task: &Task) -> Result<(), store::Error> {
+    store.save_whole(&Task { muted: true, outbox: Outbox::default(), ..task.clone() })
 }
 
 /// The same steps as in the daemon, but without waiting for the end of units, which would need a subscription. If a step
@@ -153,17 +170,34 @@ fn killed_now() -> Exit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::services::Delivery;
+    use crate::simulation::harness::{Step, World};
 
     #[test]
     fn an_error_of_the_daemon_is_not_reported_as_an_unfinished_cleanup() {
+        let of = |answer| Answer::of(answer, || true);
         let refused = |code| Some(Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "the reason"))));
-        assert_eq!(Answer::of(refused(Code::NOT_FOUND)), Answer::Nothing);
-        assert_eq!(Answer::of(refused(Code::FAILED_PRECONDITION)), Answer::Later("the reason".to_owned()));
+        assert_eq!(of(refused(Code::NOT_FOUND)), Answer::Nothing);
+        assert_eq!(of(refused(Code::FAILED_PRECONDITION)), Answer::Later("the reason".to_owned()));
         for code in [Code::INTERNAL, Code::UNKNOWN, Code::INVALID_ARGUMENT, Code::UNAVAILABLE] {
-            assert_eq!(Answer::of(refused(code)), Answer::Refused("the reason".to_owned()));
+            assert_eq!(of(refused(code)), Answer::Refused("the reason".to_owned()));
         }
-        assert!(matches!(Answer::of(None), Answer::Later(reason) if reason.contains("still")));
-        let no_daemon = Answer::of(Some(Err(ttrpc::Error::Socket("refused".to_owned()))));
+        let no_daemon = of(Some(Err(ttrpc::Error::Socket("refused".to_owned()))));
         assert!(matches!(no_daemon, Answer::NoDaemon(_)), "{no_daemon:?}");
+    }
+    #[test]
+    fn an_unfinished_cleanup_is_a_success_only_if_the_next_daemon_completes_it() {
+        let world = World::new("delete-later");
+        world.take(&[Step::Create, Step::Start, Step::AddExec], Delivery::First).unwrap().unwrap();
+        let (store, key) = (Store::new(world.state_dir()), world.task.clone());
+        let answer = || Answer::of(None, || is_given_up(&store, &key));
+        assert!(matches!(answer(), Answer::Refused(_)));
+        let task = store.load(&key).unwrap().unwrap().task;
+        give_up(&store, &task).unwrap();
+        assert!(matches!(answer(), Answer::Later(reason) if reason.contains("still")));
+        world.live(|_| async {}).unwrap();
+        assert_eq!(world.remains(), Vec::<String>::new());
+        assert!(matches!(answer(), Answer::Later(_)));
+        assert_eq!(world.events(), ["create", "start", "exec-added"]);
     }
 }

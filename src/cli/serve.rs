@@ -403,7 +403,7 @@ fn spawn_workers(
     let tasks = shim.tasks.clone();
     workers.spawn("publishing events", events::publish(tasks.clone(), outgoing));
     workers.spawn("retrying failed writes of records", shim.cleanup.clone().write_pending());
-    workers.spawn("removing what failed creates left", shim.cleanup.clone().remove_leftovers());
+    workers.spawn("removing what failed creates and given-up tasks left", shim.clone().remove_leftovers());
     workers.spawn("dropping unused copies of OCI runtimes", shim.clone().forget_idle_runtimes());
     let removed = tasks.removed.clone();
     let is_used = move |slice: &UnitName| tasks.uses_slice(slice);

@@ -1,16 +1,21 @@
-//! The `delete` command: removes a task that containerd has given up.
+//! The `delete` command: removes a task that containerd has given up. What can't be removed at once is removed later.
+//!
+//! containerd does not ask again, so the record says first that the task is given up.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::id::{Owner, TaskKey};
-use crate::services::{Entry, Error, Tasks};
+use crate::services::{Entry, Error, Tasks, blocking};
 use crate::store::delete_replies::Deleted;
 
 use super::Shim;
 use super::delete::kill_and_wait;
+use super::kill::kill_all;
 
 impl Shim {
-    /// Removes a task that containerd has given up, and kills its processes first.
+    /// Removes a task that containerd has given up, and kills its processes first. If this fails, or the daemon ends meanwhile,
+    /// the task is removed later.
     ///
     /// # Errors
     /// As [`Self::delete`]. A task that belongs to another containerd than `owner` is not found.
@@ -19,56 +24,123 @@ impl Shim {
         if !Tasks::is_own(&entry, owner) {
             return Err(Error::UnknownTask { key: key.clone() });
         }
-        let entry = self.end_create(&entry).await?;
-        self.mute(&entry)?;
-        self.kill_and_delete(&entry).await
+        self.give_up(&entry)?;
+        self.remove_given_up(&entry).await
     }
 
-    /// Cancels and rolls back a Create that is still under way, and removes what a failed one has left.
-    ///
-    /// # Errors
-    /// No task is left, or something can't be removed.
-    pub(super) async fn end_create(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Arc<Entry>, Error> {
-        let is_busy = entry.task().init.pid().is_none() || entry.init.live().is_checkpointing;
-        if is_busy {
-            entry.init.live().attempt.given_up.cancel();
-        }
-        drop(entry.init.verb.lock().await);
-        self.cleanup.remove_leftover(entry).await?;
-        self.tasks.created(&entry.key)
-    }
-
-    /// Drops the events of a task that containerd has given up: containerd publishes the end of the task itself.
+    /// Records that containerd has given a task up, and cancels what is under way for the task. Drops its events: containerd
+    /// publishes the end of the task itself.
     ///
     /// # Errors
     /// None: no phase refuses this change.
-    fn mute(&self, entry: &Arc<Entry>) -> Result<(), Error> {
+    pub(super) fn give_up(&self, entry: &Arc<Entry>) -> Result<(), Error> {
         self.tasks.note(entry, |task| {
             task.muted = true;
             task.outbox.clear();
             Ok(Vec::new())
         })?;
+        entry.init.live().attempt.given_up.cancel();
         Ok(())
     }
 
-    pub(super) async fn kill_and_delete(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
-        let alive = {
-            let task = entry.task();
-            task.init.exit().is_none() && task.init.pid().is_some()
-        };
-        if alive {
-            kill_and_wait(entry).await?;
+    /// Removes a task that is recorded as given up.
+    pub(crate) async fn remove_given_up(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
+        if is_alive(entry) {
+            // The operation that is under way may wait for these processes. They are killed again below, where an error counts.
+            let task = entry.task().clone();
+            let _ = blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await?;
         }
-        self.delete_task(&entry.key).await
+        self.cleanup.remove_leftover(entry).await?;
+        self.kill_and_delete(entry).await
     }
 
-    /// After a restart: removes a task that containerd has given up and that an earlier daemon could not remove.
-    pub(crate) async fn remove_given_up(self: &Arc<Self>, entry: &Arc<Entry>) {
-        match self.kill_and_delete(entry).await {
-            Ok(_) | Err(Error::UnknownTask { .. }) => {}
-            Err(error) => {
-                tracing::error!(task = %entry.key, %error, "task {}: containerd has given it up, but it can't be removed: {error}", entry.key);
-            }
+    /// Cancels and rolls back a Create that is still under way, and removes what a failed one has left.
+    ///
+    /// # Errors
+    /// Something can't be removed.
+    pub(super) async fn end_create(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
+        let is_busy = entry.task().init.pid().is_none() || entry.init.live().is_checkpointing;
+        if is_busy {
+            entry.init.live().attempt.given_up.cancel();
+        }
+        self.cleanup.remove_leftover(entry).await
+    }
+
+    pub(super) async fn kill_and_delete(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
+        // Its Create may be rolled back. Another task may have its cgroup by now.
+        if self.tasks.is_live(entry) && is_alive(entry) {
+            kill_and_wait(entry).await?;
+        }
+        self.delete_task(entry).await
+    }
+
+    /// Makes sure that an id is free for a Create: removes what is left of a task that has it.
+    ///
+    /// # Errors
+    /// A task has the id, or something can't be removed.
+    pub(super) async fn free_id(self: &Arc<Self>, key: &TaskKey) -> Result<(), Error> {
+        let Some(entry) = self.tasks.registry.get(key) else {
+            return Ok(());
+        };
+        if !is_left(&entry) {
+            return Err(Error::Exists { key: key.clone() });
+        }
+        self.remove_left(&entry).await
+    }
+
+    /// Removes what is left of a task whose Create has failed, or which containerd has given up.
+    ///
+    /// # Errors
+    /// Something can't be removed.
+    async fn remove_left(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
+        let is_given_up = entry.task().muted;
+        if !is_given_up {
+            return self.cleanup.remove_leftover(entry).await;
+        }
+        match self.remove_given_up(entry).await {
+            Ok(_) | Err(Error::UnknownTask { .. }) => Ok(()),
+            Err(error) => Err(error),
         }
     }
+
+    /// As [`Self::remove_left`], in the background. Errors are logged. Returns false if something is still there.
+    pub(crate) async fn try_to_remove_left(self: &Arc<Self>, entry: &Arc<Entry>) -> bool {
+        let removed = self.remove_left(entry).await;
+        match &removed {
+            // The rollback logs its errors.
+            Ok(()) | Err(Error::Leftover { .. }) => {}
+            Err(error) => {
+                tracing::error!(task = %entry.key, %error, "task {}: containerd has given it up, but it can't be removed, so the daemon will try again: {error}", entry.key);
+            }
+        }
+        removed.is_ok()
+    }
+
+    /// Background task: removes what failed Creates and tasks that containerd has given up have left, less and less often. Never
+    /// returns.
+    pub async fn remove_leftovers(self: Arc<Self>) {
+        const SHORTEST: Duration = Duration::from_secs(10);
+        const LONGEST: Duration = Duration::from_secs(300);
+        let mut pause = SHORTEST;
+        loop {
+            tokio::time::sleep(pause).await;
+            let all = self.tasks.registry.all();
+            // One that hangs does not delay the others.
+            let tried = all.iter().filter(|entry| is_left(entry)).map(|entry| self.try_to_remove_left(entry));
+            let removed = futures_util::future::join_all(tried).await;
+            pause = if removed.contains(&false) { LONGEST.min(pause * 2) } else { SHORTEST };
+        }
+    }
+}
+
+/// True if a task is only to be removed.
+fn is_left(entry: &Entry) -> bool {
+    let task = entry.task();
+    task.is_leftover || task.muted
+}
+
+/// True if a task has processes, as far as the daemon knows.
+fn is_alive(entry: &Entry) -> bool {
+    let task = entry.task();
+    task.init.exit().is_none() && task.init.pid().is_some()
 }

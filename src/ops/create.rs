@@ -72,12 +72,7 @@ impl Shim {
         }
         let init = call.key.init();
         self.check_failure(&init, call.request.bundle.clone(), delivery).await?;
-        if let Some(entry) = self.tasks.registry.get(&call.key) {
-            if !entry.task().is_leftover {
-                return Err(Error::Exists { key: call.key });
-            }
-            self.cleanup.remove_leftover(&entry).await?;
-        }
+        self.free_id(&call.key).await?;
         self.fds.has_room()?;
         let shim = self.clone();
         let (task, environment) =
@@ -130,9 +125,13 @@ impl Shim {
         entry: &Arc<Entry>,
         environment: &[u8],
     ) -> Result<Option<u32>, Error> {
-        let task = entry.task().clone();
+        let task = {
+            let task = entry.task();
+            // Under the lock: the task may be given up at the same time, and the record has to say so.
+            self.store.create(&task, environment)?;
+            task.clone()
+        };
         let dir = self.store.dir(&task.key);
-        self.store.create(&task, environment)?;
         fault::point(Point::CreateRecorded);
         if task.request.checkpoint.is_some() {
             self.check_criu(entry, &task).await?;

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::fault::{self, Point};
-use crate::id::{ProcessKey, TaskKey};
+use crate::id::ProcessKey;
 use crate::services::registry::Completion;
 use crate::services::{Delivery, Entry, Error, Process, blocking};
 use crate::store::delete_replies::Deleted;
@@ -33,7 +33,10 @@ impl Shim {
     /// The process runs, or something can't be removed. The call can be repeated.
     pub async fn delete(self: &Arc<Self>, key: &ProcessKey, delivery: Delivery) -> Result<Deleted, Error> {
         let deleted = match &key.exec {
-            None => self.delete_task(&key.task).await,
+            None => match self.tasks.created(&key.task) {
+                Ok(entry) => self.delete_task(&entry).await,
+                Err(error) => Err(error),
+            },
             Some(_) => self.delete_exec(key).await,
         };
         match deleted {
@@ -45,20 +48,21 @@ impl Shim {
     }
 
     /// Removes a task. If the task was created and never started, kills its process before.
-    pub(super) async fn delete_task(self: &Arc<Self>, key: &TaskKey) -> Result<Deleted, Error> {
-        let entry = self.tasks.created(key)?;
+    pub(super) async fn delete_task(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
         let phase = entry.task().init.phase.clone();
         if phase.is_alive() && entry.init.live().is_checkpointing {
             // The checkpoint may hang.
             return Err(Error::NotDeletable { phase: phase.word() });
         }
-        let _verb = end_restores(&entry).await;
-        // Another Delete may have removed it while this one waited.
-        self.tasks.created(key)?;
+        let _verb = end_restores(entry).await;
+        // Another Delete may have removed it while this one waited, and another task may have its id by now.
+        if !self.tasks.is_live(entry) {
+            return Err(Error::UnknownTask { key: entry.key.clone() });
+        }
         let phase = entry.task().init.phase.clone();
         let exit = match phase {
             Phase::Stopped { exit, .. } => exit,
-            Phase::Created { .. } => kill_and_wait(&entry).await?,
+            Phase::Created { .. } => kill_and_wait(entry).await?,
             // No process has run, and containerd expects status 0 for such a container.
             Phase::Prepared => Exit { status: 0, at_usec: sys::now_usec() },
             Phase::Creating { .. }
@@ -73,13 +77,13 @@ impl Shim {
         fault::point(Point::DeleteBegun);
         let task = entry.task().clone();
         let pid = task.init.pid();
-        let troubles = self.cleanup.remove_container(&task, &entry).await;
+        let troubles = self.cleanup.remove_container(&task, entry).await;
         if !troubles.is_empty() {
-            return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
+            return Err(Error::NotRemoved { process: entry.key.to_string(), reason: troubles.text() });
         }
         let deleted = Deleted { pid, exit: Some(exit) };
         self.delete_replies.record(&entry.init.key, deleted)?;
-        self.forget(&entry, TaskEvent::Deleted { pid, exit })?;
+        self.forget(entry, TaskEvent::Deleted { pid, exit })?;
         fault::point(Point::DeleteForgotten);
         Ok(deleted)
     }
@@ -117,9 +121,11 @@ impl Shim {
     ) -> Result<Deleted, Error> {
         let _verb = process.verb.lock().await;
         let key = &process.key;
-        // Another Delete may have removed it while this one waited.
-        self.tasks.process(key)?;
         let unknown = || Error::UnknownExec { key: key.clone() };
+        // Another Delete may have removed it while this one waited, and another exec may have its id by now.
+        if !self.tasks.is_live_process(entry, process) {
+            return Err(unknown());
+        }
         let id = process.exec().ok_or_else(unknown)?;
         let exec = entry.task().execs.get(id).cloned().ok_or_else(unknown)?;
         if exec.phase.is_live() {

@@ -73,8 +73,13 @@ impl Shim {
         }
         check_bundle_path(&call.bundle)?;
         let init = call.key.init();
-        // A task that exists has its files already. The record decides how the call is handled.
-        let is_new = self.tasks.registry.get(&call.key).is_none_or(|entry| entry.task().is_leftover);
+        // What is left of an earlier sandbox has the same files. A task that exists has its files already: its record decides how
+        // the call is handled.
+        let is_new = match self.free_id(&call.key).await {
+            Ok(()) => true,
+            Err(Error::Exists { .. }) => false,
+            Err(error) => return Err(error),
+        };
         let sandbox = if is_new {
             let call = call.clone();
             self.files.run(WaitsFor::Bundle, &init, move || prepare(&call)).await??
@@ -158,7 +163,7 @@ impl Shim {
     pub async fn shut_down_sandbox(self: &Arc<Self>, key: &TaskKey) -> Result<(), Error> {
         let removed = async {
             let entry = self.tasks.entry(key)?;
-            let entry = self.end_create(&entry).await?;
+            self.end_create(&entry).await?;
             self.kill_and_delete(&entry).await
         };
         match removed.await {

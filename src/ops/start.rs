@@ -72,9 +72,11 @@ impl Shim {
         fault::point(Point::StartRecorded);
         let dir = self.store.dir(&task.key);
         let cli = runtime::Cli::of(task, &dir);
+        let given_up = entry.init.live().attempt.given_up.clone();
         let started = tokio::select! {
             started = self.oci.start(&cli) => started.map_err(Error::from),
             () = init_is_gone(entry) => Err(Error::InitGone { key: task.key.clone() }),
+            () = given_up.cancelled() => Err(Error::GivenUp { process: entry.init.key.clone() }),
         };
         if started.is_err() && !cli.waits_for_start() {
             // The runtime has released init and failed afterwards: kill it, as runc does when a poststart hook fails.

@@ -116,6 +116,12 @@ impl Tasks {
         self.registry.get(&entry.key).is_some_and(|found| Arc::ptr_eq(&found, entry))
     }
 
+    /// Whether this is still the registered process of its key.
+    pub(crate) fn is_live_process(&self, entry: &Arc<Entry>, process: &Arc<Process>) -> bool {
+        let found = entry.process(process.exec());
+        self.is_live(entry) && found.is_some_and(|found| Arc::ptr_eq(&found, process))
+    }
+
     /// Removes a task from memory, and wakes those who wait for its processes.
     pub(crate) fn remove(&self, key: &TaskKey) {
         self.registry.remove(key);

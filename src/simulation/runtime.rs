@@ -19,6 +19,8 @@ pub(crate) enum Starts {
     Work,
     /// They release init, and fail afterwards: a poststart hook has failed.
     FailAfterwards,
+    /// They do not end.
+    Hang,
 }
 
 /// An OCI runtime that keeps a directory for each container, as runc does.
@@ -50,6 +52,9 @@ impl OciRuntime for FakeRuntime {
     async fn start(&self, cli: &Cli<'_>) -> Result<(), RuntimeError> {
         let failed = |reason: &str| RuntimeError::Failed { verb: "start", reason: reason.to_owned() };
         let kept = self.call("start", cli).await?;
+        if self.starts == Starts::Hang {
+            std::future::pending::<()>().await;
+        }
         fs::remove_file(kept.join("exec.fifo"))
             .map_err(|_| failed("cannot start a container that is running"))?;
         if self.starts == Starts::FailAfterwards { Err(failed("a hook has failed")) } else { Ok(()) }

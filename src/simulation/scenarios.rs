@@ -317,7 +317,7 @@ fn leftovers_of_a_failed_create_are_removed_after_a_while() {
             effects.plan(Plan::Fail(effect, Failure::TooManyFiles));
             shim.create(call, Delivery::First).await.unwrap_err();
             let left = shim.tasks.count();
-            tokio::spawn(shim.cleanup.clone().remove_leftovers());
+            tokio::spawn(shim.clone().remove_leftovers());
             tokio::time::sleep(Duration::from_secs(15)).await;
             left
         });

@@ -7,7 +7,6 @@
 use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::fault::{self, Point};
 use crate::id::UnitName;
@@ -256,23 +255,6 @@ impl Cleanup {
         troubles
     }
 
-    /// Background task: retries the rollbacks of failed Creates that left something, less and less often.
-    /// Never returns.
-    pub async fn remove_leftovers(self: Arc<Self>) {
-        const SHORTEST: Duration = Duration::from_secs(10);
-        const LONGEST: Duration = Duration::from_secs(300);
-        let mut pause = SHORTEST;
-        loop {
-            tokio::time::sleep(pause).await;
-            let all = self.tasks.registry.all();
-            let mut is_left = false;
-            for entry in all.iter().filter(|entry| entry.task().is_leftover) {
-                is_left |= self.remove_leftover(entry).await.is_err();
-            }
-            pause = if is_left { LONGEST.min(pause * 2) } else { SHORTEST };
-        }
-    }
-
     /// Rolls back a Create, however far it got. If something can't be removed, the record stays and is marked: the daemon
     /// tries again after a while, when the id is used again, when containerd gives the task up, and when it starts.
     pub(crate) async fn roll_back_create(self: &Arc<Self>, entry: &Arc<Entry>) {
@@ -298,14 +280,14 @@ impl Cleanup {
         });
     }
 
-    /// Tries again to roll back a failed Create.
+    /// Waits for the current operation on the init process, and rolls back a Create that has failed or was given up.
     ///
     /// # Errors
     /// Something could still not be removed.
     pub(crate) async fn remove_leftover(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
         let _verb = entry.init.verb.lock().await;
         let is_there = || self.tasks.is_live(entry);
-        if is_there() && entry.task().is_leftover {
+        if is_there() && entry.task().is_to_be_rolled_back() {
             self.roll_back_create(entry).await;
             if is_there() {
                 return Err(Error::Leftover { key: entry.key.clone() });

@@ -238,6 +238,12 @@ impl Task {
         (0..new).for_each(|_| self.owe(TaskEvent::OutOfMemory, now_usec));
     }
 
+    /// True if the task never got past its Create and is only to be removed: the Create has failed, or containerd has given the
+    /// task up meanwhile.
+    pub fn is_to_be_rolled_back(&self) -> bool {
+        self.is_leftover || (self.muted && self.init.phase.is_creating())
+    }
+
     /// Puts an event into the outbox, unless containerd publishes for this task itself.
     pub fn owe(&mut self, event: TaskEvent, now_usec: u64) {
         if !self.muted {

@@ -1,0 +1,145 @@
+//! Tests of tasks that containerd has given up (`delete`). containerd does not ask again: the daemon removes them, whatever
+//! fails, and whenever the daemon ends.
+
+use std::time::Duration;
+
+use crate::effects::{Failure, Plan};
+use crate::id::Owner;
+use crate::services::{Delivery, Error};
+use crate::store::Store;
+
+use super::harness::{Step, World};
+use super::runtime::Starts;
+use super::scenarios::{UP, WITH_EXEC, up};
+
+/// Long enough for an operation to begin, and to hang.
+const A_WHILE: Duration = Duration::from_millis(500);
+
+/// Longer than everything in the daemon has to wait. The clock is paused.
+const ANY_LIMIT: Duration = Duration::from_secs(3600);
+
+/// Whether the record says that the task is given up. `None` if there is no record.
+fn recorded(world: &World) -> Option<bool> {
+    let found = Store::new(world.state_dir()).load(&world.task).unwrap();
+    found.map(|found| found.task.muted)
+}
+
+/// Takes steps, and then another step. Meanwhile containerd gives the task up, and the daemon ends before one effect after the
+/// other. Checks that the next daemon, which gets no call, leaves nothing of a task whose record says that it is given up.
+fn give_up_everywhere(name: &str, steps: &[Step], step: Step, starts: Starts) {
+    let mut given_up = 0;
+    for effect in 0..100 {
+        let mut world = up(name, steps);
+        world.starts = starts;
+        let (effects, node, task) = (world.effects.clone(), world.parts(), world.task.clone());
+        let done = world.live(move |shim| async move {
+            if step == Step::Create {
+                effects.plan(Plan::Stop(effect));
+            }
+            let under_way = tokio::spawn(step.take(node(shim.clone()), Delivery::First));
+            if step == Step::Create {
+                while shim.tasks.entry(&task).is_err() {
+                    tokio::task::yield_now().await;
+                }
+            } else {
+                tokio::time::sleep(A_WHILE).await;
+                effects.plan(Plan::Stop(effect));
+            }
+            let deleted = tokio::time::timeout(ANY_LIMIT, shim.clean_up(&task, &Owner::default())).await;
+            let deleted = deleted.expect("the end of the operation that is under way");
+            assert!(matches!(deleted, Ok(_) | Err(Error::UnknownTask { .. })), "{deleted:?}");
+            assert!(under_way.await.unwrap().is_err());
+        });
+        let place = format!("stopped before effect {effect} ({:?})", world.effects.log().last());
+        let is_recorded = recorded(&world);
+        world.effects.plan(Plan::Undisturbed);
+        world.live(|_| async {}).unwrap();
+        if is_recorded != Some(false) {
+            assert_eq!(world.remains(), Vec::<String>::new(), "{place}");
+        }
+        assert!(!world.events().contains(&"exit"), "{place}");
+        given_up += usize::from(is_recorded == Some(true));
+        if done.is_some() {
+            assert!(given_up > 2, "no daemon has ended meanwhile");
+            return;
+        }
+    }
+    unreachable!("the cleanup has no end");
+}
+
+#[test]
+fn a_task_that_is_given_up_during_a_start_that_hangs_is_removed_by_whatever_daemon() {
+    give_up_everywhere("given-up-start", &UP[..1], Step::Start, Starts::Hang);
+}
+
+#[test]
+fn a_task_that_is_given_up_during_its_create_is_removed_by_whatever_daemon() {
+    give_up_everywhere("given-up-create", &[], Step::Create, Starts::Work);
+}
+
+#[test]
+fn a_task_that_is_given_up_is_removed_later_if_it_can_not_be_removed_at_once() {
+    let mut failures = 0;
+    for effect in 0..100 {
+        let world = up("given-up-fails", &WITH_EXEC);
+        let (effects, task) = (world.effects.clone(), world.task.clone());
+        let failed = world.live(move |shim| async move {
+            effects.plan(Plan::Fail(effect, Failure::Timeout));
+            let failed = shim.clean_up(&task, &Owner::default()).await.is_err();
+            tokio::spawn(shim.remove_leftovers());
+            tokio::time::sleep(Duration::from_secs(15)).await;
+            failed
+        });
+        failures += usize::from(failed.unwrap());
+        assert_eq!(world.remains(), Vec::<String>::new(), "effect {effect}");
+        if !world.effects.was_reached() {
+            break;
+        }
+    }
+    assert!(failures > 0, "a removal was cut off");
+}
+
+#[test]
+fn the_id_of_a_task_that_is_given_up_is_free_for_a_create() {
+    let world = up("given-up-again", &UP);
+    let (effects, node, task) = (world.effects.clone(), world.parts(), world.task.clone());
+    let deleted = world.live(move |shim| async move {
+        effects.plan(Plan::Refuse("stop "));
+        let deleted = shim.clean_up(&task, &Owner::default()).await;
+        Step::Create.take(node(shim), Delivery::First).await.unwrap();
+        deleted
+    });
+    assert!(matches!(deleted, Some(Err(Error::NotRemoved { .. }))), "{deleted:?}");
+    world.take(&[Step::Start, Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
+    assert_eq!(world.events(), ["create", "start", "create", "start", "exit", "delete"]);
+}
+
+/// Two callers remove the task, and a new task has its id before the second one gets its turn.
+#[test]
+fn a_task_is_not_removed_in_place_of_an_earlier_one_with_its_id() {
+    let world = up("namesake", &UP[..1]);
+    let (init, nodes) = (world.init(), [world.parts(), world.parts(), world.parts()]);
+    let removed = world.live(move |shim| async move {
+        let [create, start, update] = nodes.map(|node| node(shim.clone()));
+        let (old, _) = shim.tasks.process(&init).unwrap();
+        let verb = old.init.verb.clone().lock_owned().await;
+        let (owner, task) = (Owner::default(), init.task.clone());
+        let removing =
+            async { tokio::join!(shim.delete(&init, Delivery::First), shim.clean_up(&task, &owner)) };
+        let meanwhile = async {
+            tokio::time::sleep(A_WHILE).await;
+            shim.cleanup.roll_back_create(&old).await;
+            Step::Create.take(create, Delivery::First).await.unwrap();
+            Step::Start.take(start, Delivery::First).await.unwrap();
+            drop(verb);
+        };
+        let (removed, ()) = tokio::join!(removing, meanwhile);
+        Step::Update.take(update, Delivery::First).await.unwrap();
+        removed
+    });
+    let (deleted, cleaned_up) = removed.unwrap();
+    assert!(matches!(deleted, Err(Error::UnknownTask { .. })), "{deleted:?}");
+    assert!(matches!(cleaned_up, Err(Error::UnknownTask { .. })), "{cleaned_up:?}");
+    world.take(&[Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
+    assert_eq!(world.remains(), Vec::<String>::new());
+}
