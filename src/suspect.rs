@@ -77,6 +77,13 @@ impl Suspect {
     }
 }
 
+/// The number of the request that is being served, for notes about its outcome: a replay of the request has the same number,
+/// the same call at another time has another one. `None` if no request is being served.
+pub fn request() -> Option<u64> {
+    let subject = crash::subject();
+    (subject != 0 && subject & RECORD == 0).then_some(subject)
+}
+
 /// The suspect that is set in this thread.
 #[cfg(test)]
 fn current() -> Option<Suspect> {

@@ -70,6 +70,9 @@ pub struct CheckpointNote {
     /// The reason of a failure, or an empty text after success. `None` while the checkpoint is under way.
     #[serde(default)]
     pub outcome: Option<String>,
+    /// The number of the call. `None` in a note of an earlier version.
+    #[serde(default)]
+    pub call: Option<u64>,
 }
 
 /// The kind of process that `launch` starts.

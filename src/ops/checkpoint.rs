@@ -21,6 +21,7 @@ use crate::oci::criu::{self, Checkpoint, Problem};
 use crate::oci::runtime::Cli;
 use crate::services::process::{cancelled, init_is_gone};
 use crate::services::{Delivery, Entry, Error, WaitsFor, blocking};
+use crate::suspect;
 use crate::task::phase::Phase;
 use crate::task::wiring::Output;
 use crate::task::{Placement, Task};
@@ -57,8 +58,10 @@ impl Shim {
         let _verb = entry.init.verb.lock().await;
         let task = entry.task().clone();
         if delivery == Delivery::Replayed
-            && let Some(CheckpointNote { request: earlier, outcome: Some(outcome), .. }) = self.begun(key)?
+            && let Some(CheckpointNote { request: earlier, outcome: Some(outcome), call, .. }) = self.begun(key)?
             && earlier == request
+            // The client may have requested the same before, and got the outcome.
+            && call.is_none_or(|call| Some(call) == suspect::request())
         {
             return concluded(outcome);
         }
@@ -73,7 +76,8 @@ impl Shim {
         entry.init.live().attempt.interrupted = CancellationToken::new();
         self.check_criu(&entry, &task).await?;
         self.remove_log(&entry, dump_work(&request, &self.store.dir(key)).join(criu::DUMP_LOG)).await?;
-        let begun = CheckpointNote { request, was_paused: task.init.phase.is_paused(), outcome: None };
+        let (was_paused, call) = (task.init.phase.is_paused(), suspect::request());
+        let begun = CheckpointNote { request, was_paused, outcome: None, call };
         self.write_begun(key, &begun)?;
         fault::point(Point::CheckpointRecorded);
         let taken = self.take_checkpoint(&entry, &task, &begun).await;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::id::ProcessKey;
 use crate::services::{Delivery, Error, WaitsFor};
 use crate::store::failures::{Attempt, Failure};
+use crate::suspect;
 
 use super::Shim;
 
@@ -33,12 +34,14 @@ impl Shim {
         dir: PathBuf,
         delivery: Delivery,
     ) -> Result<(), Error> {
-        if delivery == Delivery::First {
-            self.failures.forget(process);
-            return Ok(());
+        if delivery == Delivery::Replayed
+            && let Some(Failure { code, text }) = self.noted_failure(process, dir).await
+        {
+            return Err(Error::Earlier { code, text });
         }
-        let failed = self.noted_failure(process, dir).await;
-        failed.map_or(Ok(()), |Failure { code, text }| Err(Error::Earlier { code, text }))
+        // An earlier call has failed. This one is about to begin.
+        self.failures.forget(process);
+        Ok(())
     }
 
     /// Why this attempt to create or to start a process has failed, if an earlier daemon has noted it. `dir`: as for
@@ -50,6 +53,7 @@ impl Shim {
 
     async fn attempt(&self, process: &ProcessKey, dir: PathBuf) -> Option<Attempt> {
         // The bundle may be on a disk that does not answer.
-        self.files.run(WaitsFor::Bundle, process, move || Attempt::of(&dir)).await.ok().flatten()
+        let call = suspect::request();
+        self.files.run(WaitsFor::Bundle, process, move || Attempt::of(&dir, call)).await.ok().flatten()
     }
 }

@@ -31,18 +31,27 @@ const ESCAPED_TEXT: usize = 400;
 const MOST: u64 = u64::MAX / 2;
 
 /// What distinguishes the attempts to create or start a process with the same name: the file system and the inode of a
-/// directory that is made anew for each.
+/// directory that is made anew for each process, and the number of the call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attempt {
     device: u64,
     inode: u64,
+    /// `None` if there was no call, or an earlier version has noted the attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    call: Option<u64>,
 }
 
 impl Attempt {
-    /// The attempt to which this directory belongs. `None` if there is no such directory.
-    pub fn of(dir: &Path) -> Option<Self> {
+    /// The attempt of a call, to which this directory belongs. `None` if there is no such directory.
+    pub fn of(dir: &Path, call: Option<u64>) -> Option<Self> {
         let found = std::fs::metadata(dir).ok()?;
-        Some(Self { device: found.dev(), inode: found.ino() })
+        Some(Self { device: found.dev(), inode: found.ino(), call })
+    }
+
+    /// True if this may be the same attempt, as far as its call is known.
+    fn is_same(self, other: Self) -> bool {
+        let is_same_call = self.call.is_none() || other.call.is_none() || self.call == other.call;
+        (self.device, self.inode) == (other.device, other.inode) && is_same_call
     }
 }
 
@@ -139,7 +148,8 @@ impl Failures {
     /// The reply to the last failed operation on a process, if it belongs to this attempt.
     pub fn find(&self, process: &ProcessKey, attempt: Attempt) -> Option<Failure> {
         let state = self.state();
-        state.lines.get(&key(process)).filter(|line| line.attempt == attempt).map(|line| line.failure.clone())
+        let line = state.lines.get(&key(process)).filter(|line| line.attempt.is_same(attempt));
+        line.map(|line| line.failure.clone())
     }
 
     fn write(&self, seq: u64, mut text: Vec<u8>) -> Result<(), Error> {
@@ -169,7 +179,11 @@ mod tests {
     }
 
     fn attempt(inode: u64) -> Attempt {
-        Attempt { device: u64::MAX, inode }
+        Attempt { device: u64::MAX, inode, call: None }
+    }
+
+    fn called(call: u64) -> Attempt {
+        Attempt { call: Some(call), ..attempt(u64::MAX) }
     }
 
     fn failure(text: &str) -> Failure {
@@ -187,6 +201,23 @@ mod tests {
             assert_eq!(failures.find(&process("a"), attempt(1)), Some(failure("second")));
             assert_eq!(failures.find(&process("a"), attempt(2)), None);
             assert_eq!(failures.find(&process("c"), attempt(1)), None);
+        }
+    }
+
+    #[test]
+    fn a_call_does_not_get_the_failure_of_another_call() {
+        let root = tempfile::tempdir().unwrap();
+        let failures = Failures::open(root.path()).unwrap();
+        failures.note(&process("a"), called(7), failure("why")).unwrap();
+        failures.note(&process("b"), attempt(u64::MAX), failure("why")).unwrap();
+        for failures in [failures, Failures::open(root.path()).unwrap()] {
+            let is_found = |id, attempt| failures.find(&process(id), attempt).is_some();
+            assert_eq!(
+                [called(7), called(8), attempt(u64::MAX)].map(|by| is_found("a", by)),
+                [true, false, true]
+            );
+            // An earlier version has noted it, or there was no call.
+            assert!(is_found("b", called(7)));
         }
     }
 
@@ -226,8 +257,8 @@ mod tests {
         };
         let process = ProcessKey { task, exec: Some(ExecId::new(long(MAX_IDENTIFIER)).unwrap()) };
         for (text, kept) in [("x".repeat(9000), TEXT), ("\u{1}".repeat(9000), ESCAPED_TEXT)] {
-            failures.note(&process, attempt(u64::MAX), failure(&text)).unwrap();
-            let found = Failures::open(root.path()).unwrap().find(&process, attempt(u64::MAX)).unwrap();
+            failures.note(&process, called(u64::MAX), failure(&text)).unwrap();
+            let found = Failures::open(root.path()).unwrap().find(&process, called(u64::MAX)).unwrap();
             assert_eq!(found.text, text::shortened(text, kept));
         }
     }
