@@ -160,10 +160,18 @@ impl Streams {
             async move { _ = ended.await }
         };
         let session = Session::start(&process.key, opened, &wiring, &self.fds, ended)?;
-        let mut live = process.live();
-        live.window.map_or(Ok(()), |window| session.resize(window))?;
-        live.session = session;
-        live.client_input = None;
+        {
+            let mut live = process.live();
+            live.window.map_or(Ok(()), |window| session.resize(window))?;
+            live.session = session;
+            live.client_input = None;
+        }
+        // CloseIO may have come while the terminal was awaited. It found no session whose input it could close.
+        let is_closed =
+            entry.task().process(process.exec()).is_some_and(|process| process.wiring.stdin_closed);
+        if is_closed {
+            self.close_stdin_writer(entry, process);
+        }
         Ok(())
     }
 

@@ -13,3 +13,4 @@ mod sandboxes;
 mod scenarios;
 mod slices;
 mod supervision;
+mod terminals;
