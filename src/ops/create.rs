@@ -230,6 +230,7 @@ impl Shim {
         self.record_container(entry, pid).await?;
         fault::point(Point::CreateAdopted);
         self.cgroups.watch(entry);
+        self.units.query_if_due(entry, &entry.init);
         Ok(pid)
     }
 

@@ -123,6 +123,7 @@ impl Shim {
             // The container may have been frozen meanwhile.
             self.cgroups.note_freezer(entry);
         }
+        self.units.query_if_due(entry, process);
         Ok(pid)
     }
 }

@@ -65,6 +65,8 @@ pub(crate) struct Attempt {
     /// Ends a checkpoint or a restore, and nothing else: a Kill or a Delete has come. The next checkpoint or restore has
     /// another token.
     pub(crate) interrupted: CancellationToken,
+    /// True if the unit was to be queried before the process was in the record: the query is due once it is.
+    pub(crate) is_query_due: bool,
 }
 
 /// What the daemon has read from the cgroup of a container.

@@ -16,13 +16,15 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
 use crate::id::{ProcessKey, UnitName};
-use crate::ops::{AddExec, Shim};
+use crate::ops::{AddExec, CreateTask, Shim};
 use crate::services::{Delivery, Error};
 use crate::store::Store;
 use crate::sys;
 use crate::task::request::Stdio;
+use crate::unit::fake::FakeSystemd;
 use crate::unit::name;
 
+use super::harness::World;
 use super::scenarios::{UP, up};
 
 /// How long the fake runtime or the kernel may take.
@@ -98,4 +100,64 @@ fn an_input_that_is_closed_before_the_terminal_has_come_ends() {
         Ok::<_, Error>(hangs_up(slave).await)
     });
     assert!(hung_up.unwrap().unwrap());
+}
+
+/// How a process ends without a report of systemd that the daemon can use, and the exit status that it gets.
+type End = (&'static str, fn(&FakeSystemd, &UnitName), u32);
+
+const ENDS: [End; 2] = [
+    ("signals-lost", |systemd, unit| systemd.end_unheard(unit, 7), 7),
+    // A unit that is stopped from outside is unloaded, and systemd forgets a process that is not its child.
+    ("unloaded", |systemd, unit| systemd.unload(unit), 137),
+];
+
+#[test]
+fn the_end_of_an_exec_that_only_a_query_shows_is_noticed_during_its_start() {
+    for (name, end, status) in ENDS {
+        let world = up(name, &UP);
+        let call = AddExec { stdio: with_terminal(""), ..world.exec_call() };
+        let (exec, init, unit) = (world.exec(), world.init(), world.exec_unit());
+        let (systemd, store) = (world.systemd.clone(), Store::new(world.state_dir()));
+        let exit = world.live(move |shim| async move {
+            shim.add_exec(call, Delivery::First).await?;
+            let happens = async {
+                waits_for_terminal(&shim, &exec).await;
+                end(&systemd, &unit);
+                shim.units.resync().await;
+                send(open_terminal().0, &store, &unit);
+                Ok(())
+            };
+            tokio::try_join!(shim.start(&exec, Delivery::First), happens)?;
+            let exit = tokio::time::timeout(Duration::from_secs(3600), shim.wait(&exec, Delivery::First));
+            let exit = exit.await.expect("the end of the exec")?;
+            shim.tasks.kill(&init, nix::libc::SIGKILL as u32, false, Delivery::First).await?;
+            shim.wait(&init, Delivery::First).await?;
+            Ok::<_, Error>(exit.status)
+        });
+        assert_eq!(exit.unwrap().unwrap(), status, "{name}");
+        let events = ["create", "start", "exec-added", "exec-started", "exec-exit", "exit"];
+        assert_eq!(world.events(), events, "{name}");
+    }
+}
+
+#[test]
+fn the_end_of_init_that_only_a_query_shows_is_noticed_during_its_create() {
+    let world = World::new("init-unheard");
+    let call = CreateTask { stdio: with_terminal(""), ..world.create_call() };
+    let (init, unit, systemd) = (world.init(), world.unit(), world.systemd.clone());
+    let store = Store::new(world.state_dir());
+    let exit = world.live(move |shim| async move {
+        let happens = async {
+            waits_for_terminal(&shim, &init).await;
+            systemd.end_unheard(&unit, 7);
+            shim.units.resync().await;
+            send(open_terminal().0, &store, &unit);
+            Ok(())
+        };
+        tokio::try_join!(shim.create(call, Delivery::First), happens)?;
+        let exit = tokio::time::timeout(Duration::from_secs(3600), shim.wait(&init, Delivery::First));
+        exit.await.expect("the end of init")
+    });
+    assert_eq!(exit.unwrap().unwrap().status, 7);
+    assert_eq!(world.events(), ["create", "exit"]);
 }

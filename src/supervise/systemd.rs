@@ -156,12 +156,15 @@ impl Units {
         }
     }
 
-    /// Asks systemd whether a process that the record says is alive has ended. Does nothing during Create and Start, which
-    /// find out by themselves.
+    /// Asks systemd whether a process that the record says is alive has ended. During Create and Start, the query waits for
+    /// their end: see [`Self::query_if_due`].
     pub(crate) async fn query(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
+        // Set before the record is read: a Start that ends after that finds it.
+        process.live().attempt.is_query_due = true;
         if !entry.task().process(process.exec()).is_some_and(|process| process.is_alive()) {
             return;
         }
+        process.live().attempt.is_query_due = false;
         let main = match self.manager.main_process(&process.unit).await {
             Ok(main) => main,
             Err(error) => return log_query_error(process, &error),
@@ -200,6 +203,18 @@ impl Units {
         let (key, status) = (&process.key, exit.status);
         tracing::warn!(process = %key, "{key}: systemd does not know how it ended: its unit disappeared, was stopped by somebody else, or never had this process; reporting {status}");
         self.ended(entry, process, ObservedExit { pid: None, exit });
+    }
+
+    /// Create or Start has put a process into the record: makes the query that came too early, if there was any, in the
+    /// background. The process may have ended since then, and nobody will report its end once more.
+    pub(crate) fn query_if_due(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
+        if !std::mem::take(&mut process.live().attempt.is_query_due) {
+            return;
+        }
+        let key = &process.key;
+        tracing::debug!(process = %key, "{key}: querying its unit, as a query came too early during its start");
+        let (this, entry, process) = (self.clone(), entry.clone(), process.clone());
+        tokio::spawn(async move { this.query(&entry, &process).await });
     }
 
     fn ended(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, seen: ObservedExit) {
