@@ -2,11 +2,12 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::effects;
 use crate::path_error::io_error;
@@ -15,6 +16,9 @@ use super::Error;
 
 /// The largest file that is read or written.
 pub(super) const MAX_BYTES: usize = 64 << 20;
+
+/// How often a reader opens a file again that was replaced before the reader had locked it.
+const MAX_OPENS: u32 = 100;
 
 /// A tmpfs allocates space in pages of this size, in bytes.
 const PAGE: usize = 4096;
@@ -60,16 +64,55 @@ pub(super) fn entries(dir: &Path) -> Result<Vec<String>, Error> {
     Ok(listing.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
 }
 
-/// Reads a file of the store. `None` if it does not exist.
+/// Reads a file of the store that [`replace`] writes. `None` if it does not exist.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::TooLarge`]
 pub fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(io_error("open", path)(e).into()),
-    };
+    open(path)?.map(|file| content(file, path)).transpose()
+}
+
+/// Reads a file that [`replace_by_turns`] writes, possibly another process at the same time. `None` if it does not exist.
+///
+/// # Errors
+/// As [`read`].
+pub(super) fn read_by_turns(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    for _ in 0..MAX_OPENS {
+        let Some(file) = open(path)? else {
+            return Ok(None);
+        };
+        if is_kept(&file, path).map_err(io_error("lock", path))? {
+            return content(file, path).map(Some);
+        }
+    }
+    let reason = io::Error::new(io::ErrorKind::WouldBlock, "it is replaced all the time");
+    Err(io_error("read", path)(reason).into())
+}
+
+/// Locks a file, so that nobody overwrites it. False if another file has its path by now: then it may have been overwritten
+/// before. Waits for a writer that is about to put the file at this path: some 100 µs.
+fn is_kept(file: &File, path: &Path) -> io::Result<bool> {
+    match flock(file, FlockOperation::LockShared) {
+        Err(rustix::io::Errno::INTR) => return Ok(false),
+        locked => locked?,
+    }
+    let own = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(found) => Ok((found.dev(), found.ino()) == (own.dev(), own.ino())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+fn open(path: &Path) -> Result<Option<File>, Error> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(io_error("open", path)(e).into()),
+    }
+}
+
+fn content(file: File, path: &Path) -> Result<Vec<u8>, Error> {
     // The last page is padded.
     let limit = MAX_BYTES + PAGE;
     let mut text = Vec::new();
@@ -77,16 +120,23 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     if text.len() > limit {
         return Err(Error::TooLarge { path: path.to_owned(), limit: MAX_BYTES });
     }
-    Ok(Some(text))
+    Ok(text)
 }
 
 /// Replaces a file in one step by a second file, and keeps the old file to be overwritten the next time. A record that
 /// needs no more pages than before therefore needs no new space: an exit can be recorded when `/run` is full.
+///
+/// A reader locks the file that it reads. If the old file still has a reader, the new version goes to a new file.
 pub(super) fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), Error> {
     let mut options = OpenOptions::new();
     let options = options.write(true).create(true).truncate(false).mode(0o600);
     let opened = effects::disk(other).and_then(|()| options.open(other));
     let mut file = opened.map_err(io_error("create", other))?;
+    // The lock ends with `file`, after the exchange.
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        fs::remove_file(other).map_err(io_error("remove", other))?;
+        file = options.open(other).map_err(io_error("create", other))?;
+    }
     let length = file.metadata().map_err(io_error("look at", other))?.len();
     // Padding after a record is ignored. The rest of an older, longer record would not be.
     text.resize(text.len().next_multiple_of(PAGE), b'\n');

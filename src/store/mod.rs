@@ -1,7 +1,7 @@
 //! The record of each task on disk.
 //!
 //! A record is in `<state>/<namespace>/<id>/record.json` (`<id>+<owner>` for a containerd other than the usual one). It is
-//! written before the effect that it announces, and replaced by rename, so a reader finds the old or the new record. The
+//! written before the effect that it announces, and replaced in one step, so a reader finds the old or the new record. The
 //! record of a deleted task whose last events containerd has not accepted is moved to `<state>/.owed/`.
 //!
 //! All paths are on a tmpfs (`/run`). Calls only use memory, and are short enough for the async runtime.

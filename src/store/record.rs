@@ -248,7 +248,7 @@ fn parse<T: for<'d> Deserialize<'d>>(path: &Path, text: &[u8]) -> Result<T, Erro
 }
 
 fn read_versioned(path: &Path) -> Result<Option<(Vec<u8>, u32)>, Error> {
-    let Some(text) = files::read(path)? else {
+    let Some(text) = files::read_by_turns(path)? else {
         return Ok(None);
     };
     let VersionOnly { version } = parse(path, &text)?;

@@ -7,7 +7,9 @@ use crate::task::limits::Limits;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::Phase;
 use crate::task::process::Process;
+use std::io::Read;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tempfile::TempDir;
 
@@ -239,6 +241,52 @@ fn a_record_that_changes_takes_no_new_room() {
     describe(&mut a, String::new());
     store.save(&old, &a, Cause::Observation).unwrap();
     assert_eq!(load(&store), a, "nothing is left of a longer one");
+}
+
+#[test]
+fn a_reader_gets_one_version_of_a_file_however_fast_it_is_written() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (path, other) = (scratch.path().join(RECORD), scratch.path().join(RECORD_NEW));
+    let write = |letter: u8| files::replace_by_turns(&path, &other, vec![letter; 256 << 10]).unwrap();
+    write(b'a');
+    let is_over = AtomicBool::new(false);
+    let torn = std::thread::scope(|threads| {
+        threads.spawn(|| {
+            let letters = (b'a'..=b'z').cycle();
+            letters.take_while(|_| !is_over.load(Ordering::Relaxed)).for_each(write);
+        });
+        let read = || files::read_by_turns(&path).unwrap().unwrap();
+        let is_torn = |text: Vec<u8>| text != vec![text[0]; 256 << 10];
+        let torn = (0..2000).filter(|_| is_torn(read())).count();
+        is_over.store(true, Ordering::Relaxed);
+        torn
+    });
+    assert_eq!(torn, 0);
+}
+
+#[test]
+fn a_file_that_is_being_read_is_not_overwritten_and_the_next_one_is() {
+    use std::os::unix::fs::MetadataExt;
+    let (_scratch, store) = scratch();
+    let (mut a, one) = (task("a"), "1".repeat(4096));
+    describe(&mut a, one.clone());
+    store.create(&a, b"").unwrap();
+    let record = store.dir(&a.key).join(RECORD);
+    let mut reader = fs::File::open(&record).unwrap();
+    rustix::fs::flock(&reader, rustix::fs::FlockOperation::LockShared).unwrap();
+    let mut inodes = Vec::new();
+    for text in ["2", "3", "4", "5"] {
+        let old = a.clone();
+        describe(&mut a, text.repeat(4096));
+        store.save(&old, &a, Cause::Observation).unwrap();
+        assert_eq!(load(&store), a);
+        inodes.push(fs::metadata(&record).unwrap().ino());
+    }
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert!(text.contains(&one));
+    assert!(!inodes.contains(&reader.metadata().unwrap().ino()));
+    assert_eq!(inodes[..2], inodes[2..], "two files take turns");
 }
 
 #[test]
