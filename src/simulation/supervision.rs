@@ -172,6 +172,24 @@ fn a_signal_for_all_processes_reaches_none_outside_of_the_container() {
 }
 
 #[test]
+fn the_references_of_earlier_daemons_last_until_the_next_one_has_its_own() {
+    let world = up("references", &UP);
+    let systemd = world.systemd.clone();
+    let forgotten = systemd.forgotten();
+    systemd.answer_references(false);
+    let times = world.live(move |_| async move {
+        tokio::time::sleep(A_WHILE).await;
+        systemd.lose_signals();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let while_refused = systemd.forgotten();
+        systemd.answer_references(true);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        (while_refused - forgotten, systemd.forgotten() > forgotten)
+    });
+    assert_eq!(times, Some((0, true)));
+}
+
+#[test]
 fn an_exit_that_systemd_does_not_confirm_changes_nothing() {
     let world = up("unconfirmed", &UP);
     let (systemd, unit, init) = (world.systemd.clone(), world.unit(), world.init());

@@ -34,6 +34,9 @@ const UNKNOWN_STATUS: u32 = 255;
 /// How long the report of an end is delayed while the processes that init left behind are killed.
 const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
 
+/// How long the daemon waits before it references units again that it could not reference.
+const REFERENCE_PAUSE: Duration = Duration::from_secs(10);
+
 /// Serialises the rounds in which the daemon references units.
 #[derive(Default)]
 struct References {
@@ -44,13 +47,12 @@ struct References {
 }
 
 impl References {
-    /// Runs a round, once no other one runs. One round serves all calls that arrive while it waits for its turn.
-    async fn round(&self, round: impl Future<Output = ()>) {
+    /// Runs a round, once no other one runs. One round serves all calls that arrive while it waits for its turn. Returns
+    /// false if the round has failed, to the call that has run it.
+    async fn round(&self, round: impl Future<Output = bool>) -> bool {
         self.again.store(true, Ordering::SeqCst);
         let _turn = self.turn.lock().await;
-        if self.again.swap(false, Ordering::SeqCst) {
-            round.await;
-        }
+        !self.again.swap(false, Ordering::SeqCst) || round.await
     }
 }
 
@@ -275,25 +277,39 @@ impl Units {
         })
     }
 
-    /// References the unit of every task over the current connection to the bus, and drops the references over earlier
-    /// connections. Skips a task that is being deleted: nobody would release its reference.
+    /// References the unit of every task over the current connection to the bus, and then drops the references over earlier
+    /// connections. Tries again until every unit has a reference.
+    pub(crate) async fn reference_all(self: Arc<Self>) {
+        while !self.references.round(self.reference_each()).await {
+            tokio::time::sleep(REFERENCE_PAUSE).await;
+        }
+    }
+
+    /// One try of [`Self::reference_all`]. Returns false if a unit has no reference: then those of earlier daemons stay.
+    /// Skips a task that is being deleted: nobody would release its reference.
     ///
     /// A task whose operation hangs delays no other task.
-    pub(crate) async fn reference_all(self: Arc<Self>) {
-        let round = async {
-            let referred = self.tasks.registry.all().into_iter().map(|entry| {
-                let this = self.clone();
-                async move {
-                    let _verb = entry.init.verb.lock().await;
-                    if this.tasks.is_live(&entry) {
-                        this.manager.reference(&entry.init.unit).await;
-                    }
+    async fn reference_each(self: &Arc<Self>) -> bool {
+        let referred = self.tasks.registry.all().into_iter().map(|entry| {
+            let this = self.clone();
+            async move {
+                let _verb = entry.init.verb.lock().await;
+                if this.tasks.is_live(&entry) {
+                    this.manager.reference(&entry.init.unit).await
+                } else {
+                    Ok(())
                 }
-            });
-            futures_util::future::join_all(referred).await;
+            }
+        });
+        let referred = futures_util::future::join_all(referred).await;
+        let mut failed = referred.into_iter().filter_map(Result::err);
+        let Some(error) = failed.next() else {
             self.manager.forget_earlier_references();
+            return true;
         };
-        self.references.round(round).await;
+        let others = failed.count();
+        tracing::warn!(%error, "can't reference a unit (and {others} others), so its exit code is lost if somebody stops it while the daemon is down; trying again: {error}");
+        false
     }
 }
 

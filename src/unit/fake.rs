@@ -118,6 +118,10 @@ struct State {
     stopped_slices: Vec<String>,
     /// The units whose properties were set, in this order.
     limited: Vec<String>,
+    /// True if calls that add references get no answer.
+    answers_no_references: bool,
+    /// How often the references of earlier daemons were dropped.
+    forgotten: usize,
 }
 
 impl State {
@@ -131,6 +135,8 @@ impl State {
             slices: BTreeSet::new(),
             stopped_slices: Vec::new(),
             limited: Vec::new(),
+            answers_no_references: false,
+            forgotten: 0,
         }
     }
 }
@@ -170,6 +176,16 @@ impl FakeSystemd {
     /// Determines how many processes were killed in each unit because memory ran out. `None`: nobody answers.
     pub fn set_oom_kills(&self, kills: Option<u64>) {
         self.state().oom_kills = kills;
+    }
+
+    /// Determines whether calls that add references get an answer.
+    pub fn answer_references(&self, does: bool) {
+        self.state().answers_no_references = !does;
+    }
+
+    /// How often a daemon has dropped the references of earlier ones.
+    pub fn forgotten(&self) -> usize {
+        self.state().forgotten
     }
 
     /// The units whose properties were set, in this order.

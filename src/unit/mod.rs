@@ -13,6 +13,8 @@ pub mod error;
 mod exec_flags;
 #[cfg(test)]
 pub mod fake;
+#[cfg(test)]
+mod fake_bus;
 pub mod fd_store;
 pub mod gvariant;
 mod holder;

@@ -7,7 +7,7 @@
 //! Only replies are sent to this connection, so it collects no messages while no daemon reads. Anything else that
 //! arrives is not read.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,6 +18,7 @@ use zbus::Connection;
 use crate::id::UnitName;
 
 use super::bus::{CALL_LIMIT, SystemdManagerProxy, is_gone, manager_over};
+use super::error::NO_SUCH_UNIT;
 use super::fd_store::FdStore;
 use super::socket;
 
@@ -41,8 +42,18 @@ struct Open {
     connection: Connection,
     /// The connection's name in the descriptor store.
     name: String,
-    /// The referenced units. systemd counts references, and one release must be enough: so each unit has only one.
-    units: HashSet<UnitName>,
+    /// The units for which systemd was asked for a reference.
+    units: HashMap<UnitName, Reference>,
+}
+
+/// The reference to a unit.
+#[derive(Default)]
+struct Reference {
+    /// systemd has it.
+    is_certain: bool,
+    /// How many there may be, as systemd counts references: a call without an answer may have added one. A release removes
+    /// all of them.
+    most: u32,
 }
 
 impl Refs {
@@ -62,10 +73,19 @@ impl Refs {
         Self { store, open: Mutex::default(), next, earlier }
     }
 
-    /// systemd's manager object for a call that adds a reference to a unit.
+    /// systemd's manager object for a call that starts a unit with a reference to it.
     pub(super) async fn manager_for(&self, unit: &UnitName) -> zbus::Result<SystemdManagerProxy<'static>> {
-        let (connection, _) = self.with_open(|open| open.units.insert(unit.clone())).await?;
+        let new = Reference { is_certain: true, most: 1 };
+        let (connection, _) = self.with_open(|open| open.units.insert(unit.clone(), new)).await?;
         manager_over(&connection).await
+    }
+
+    /// The start of a unit was repeated, and the unit existed already. Its reference was lost if the first call was made over
+    /// a connection that has ended.
+    pub(super) async fn doubt(&self, unit: &UnitName) {
+        if let Some(open) = self.open.lock().await.as_mut() {
+            open.units.entry(unit.clone()).or_default().is_certain = false;
+        }
     }
 
     /// Changes the open connection, which is opened if there is none. Returns it with the result of the change.
@@ -88,7 +108,7 @@ impl Refs {
             tracing::warn!(%error, "can't store the connection that references units, so a unit that is stopped while the daemon is down may lose its exit code: {error}");
         }
         match socket::client(stream).method_timeout(CALL_LIMIT).build().await {
-            Ok(connection) => Ok(Open { connection, name, units: HashSet::new() }),
+            Ok(connection) => Ok(Open { connection, name, units: HashMap::new() }),
             Err(error) => {
                 self.store.forget(&name);
                 Err(error)
@@ -103,15 +123,35 @@ impl Refs {
         }
     }
 
-    /// Adds a reference to a unit that has none. A unit that is not loaded has no exit code to keep.
-    pub(super) async fn reference(&self, unit: &UnitName) {
-        if self.open.lock().await.as_ref().is_some_and(|open| open.units.contains(unit)) {
-            return;
+    /// Adds a reference to a unit that has none. A unit that is not loaded has no exit code to keep. The caller tries again
+    /// if systemd did not answer.
+    pub(super) async fn reference(&self, unit: &UnitName) -> zbus::Result<()> {
+        let asked = self.with_open(|open| {
+            let known = open.units.entry(unit.clone()).or_default();
+            known.most += u32::from(!known.is_certain);
+            (open.name.clone(), known.is_certain)
+        });
+        let (connection, (name, is_certain)) = asked.await?;
+        if is_certain {
+            return Ok(());
         }
-        let referred = async { self.manager_for(unit).await?.ref_unit(unit.as_str()).await };
-        if let Err(error) = referred.await {
-            // The daemon references all units again once the bus is back.
-            tracing::debug!(%unit, %error, "can't reference {unit}: {error}");
+        let referred = manager_over(&connection).await?.ref_unit(unit.as_str()).await;
+        if referred.as_ref().is_err_and(is_gone) {
+            return referred;
+        }
+        // The connection, and the reference with it, may have ended meanwhile.
+        if let Some(open) = self.open.lock().await.as_mut().filter(|open| open.name == name)
+            && let Some(known) = open.units.get_mut(unit)
+        {
+            known.is_certain = referred.is_ok();
+            known.most -= u32::from(referred.is_err());
+            if known.most == 0 {
+                open.units.remove(unit);
+            }
+        }
+        match referred {
+            Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NO_SUCH_UNIT => Ok(()),
+            referred => referred,
         }
     }
 
@@ -127,34 +167,105 @@ impl Refs {
     /// Removes the reference to a unit: systemd unloads the unit once it is stopped. The caller tries again if systemd did
     /// not answer.
     pub(super) async fn release(&self, unit: &UnitName) -> zbus::Result<()> {
-        let (connection, referred) = self.with_open(|open| open.units.remove(unit)).await?;
+        let (connection, known) = self.with_open(|open| open.units.remove(unit)).await?;
         let proxy = manager_over(&connection).await?;
-        let released = if referred { proxy.unref_unit(unit.as_str()).await } else { Ok(()) };
-        let is_lost =
-            matches!(&released, Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NOT_REFERENCED);
-        if is_lost || !referred {
-            // The reference was lost with the bus, or when systemd executed itself again. Since then systemd has not
-            // checked whether the unit can be unloaded. It does so when a reference is removed: a new one is added and
-            // removed. The unit may not exist any more.
-            return match proxy.ref_unit(unit.as_str()).await {
-                Err(error) if is_gone(&error) => Err(error),
-                Err(_) => Ok(()),
-                Ok(()) => proxy.unref_unit(unit.as_str()).await,
-            };
+        let Reference { is_certain, mut most } = known.unwrap_or_default();
+        let mut was_there = false;
+        while most > 0 {
+            match proxy.unref_unit(unit.as_str()).await {
+                Ok(()) => (was_there, most) = (true, most - 1),
+                Err(error) if is_gone(&error) => {
+                    if let Some(open) = self.open.lock().await.as_mut() {
+                        open.units.insert(unit.clone(), Reference { is_certain, most });
+                    }
+                    return Err(error);
+                }
+                // There were not as many as there could be.
+                Err(_) if was_there => break,
+                Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NOT_REFERENCED => break,
+                Err(error) => return Err(error),
+            }
         }
-        if released.as_ref().is_err_and(is_gone)
-            && let Some(open) = self.open.lock().await.as_mut()
-        {
-            open.units.insert(unit.clone());
+        if was_there {
+            return Ok(());
         }
-        released
+        // The reference was lost with the bus, or when systemd executed itself again. Since then systemd has not checked
+        // whether the unit can be unloaded. It does so when a reference is removed: a new one is added and removed. The
+        // unit may not exist any more.
+        match proxy.ref_unit(unit.as_str()).await {
+            Err(error) if is_gone(&error) => Err(error),
+            Err(_) => Ok(()),
+            Ok(()) => proxy.unref_unit(unit.as_str()).await,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::unit::fake_bus::{DENIED, FakeBus, NO_REPLY};
+    use crate::unit::manager::Manager;
     use std::os::unix::net::UnixStream;
+
+    /// A manager with references whose connection goes to a bus with these errors.
+    async fn manager<const N: usize>(
+        errors: [(&'static str, &'static str); N],
+    ) -> (Arc<FakeBus>, Manager, Arc<Refs>) {
+        let (bus, connection) = FakeBus::start(errors).await;
+        let refs = Refs::new(Arc::new(FdStore::adopt(Vec::new()).unwrap().0), &mut Vec::new());
+        *refs.open.lock().await = Some(Open { connection, name: "r0".to_owned(), units: HashMap::new() });
+        let refs = Arc::new(refs);
+        (bus, Manager::with_refs(refs.clone()), refs)
+    }
+
+    fn web() -> UnitName {
+        UnitName::new("containerd-default-web.service").unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_call_for_a_reference_is_repeated_until_systemd_answers_and_one_release_is_enough() {
+        let (bus, manager, _) = manager([("RefUnit", NO_REPLY)]).await;
+        for _ in 0..2 {
+            manager.reference(&web()).await.unwrap();
+            assert_eq!(bus.calls("RefUnit"), 2);
+        }
+        manager.release(&web()).await;
+        // The call without an answer may have added a reference as well.
+        assert_eq!(bus.calls("UnrefUnit"), 2);
+    }
+
+    #[tokio::test]
+    async fn there_may_be_fewer_references_than_calls() {
+        let lost = [("RefUnit", NO_REPLY), ("UnrefUnit", NO_REPLY), ("UnrefUnit", NOT_REFERENCED)];
+        let (bus, manager, _) = manager(lost).await;
+        manager.reference(&web()).await.unwrap();
+        manager.release(&web()).await;
+        // Without an answer, not referenced, and once more for the reference that makes systemd check the unit.
+        assert_eq!((bus.calls("RefUnit"), bus.calls("UnrefUnit")), (3, 3));
+    }
+
+    #[tokio::test]
+    async fn a_unit_whose_reference_systemd_refuses_has_none() {
+        let (bus, manager, _) = manager([("RefUnit", DENIED), ("RefUnit", NO_SUCH_UNIT)]).await;
+        manager.reference(&web()).await.unwrap_err();
+        // The unit was unloaded, and is loaded again.
+        manager.reference(&web()).await.unwrap();
+        manager.reference(&web()).await.unwrap();
+        assert_eq!(bus.calls("RefUnit"), 3);
+        manager.release(&web()).await;
+        assert_eq!(bus.calls("UnrefUnit"), 1);
+    }
+
+    #[tokio::test]
+    async fn a_unit_whose_start_was_repeated_is_referenced_again() {
+        let (bus, manager, refs) = manager([]).await;
+        refs.manager_for(&web()).await.unwrap();
+        manager.reference(&web()).await.unwrap();
+        assert_eq!(bus.calls("RefUnit"), 0, "the start has added one");
+        refs.doubt(&web()).await;
+        manager.reference(&web()).await.unwrap();
+        assert_eq!(bus.calls("RefUnit"), 1);
+    }
 
     #[test]
     fn daemons_that_end_soon_do_not_use_up_the_connections_of_root() {

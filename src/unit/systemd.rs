@@ -64,8 +64,12 @@ pub trait Systemd: Send + Sync {
     /// [`Error::Job`] if the unit did not start.
     async fn wait_until_started(&self, unit: &UnitName) -> Result<(), Error>;
 
-    /// Adds a reference to a unit that an earlier daemon started, or whose reference was lost with the bus.
-    async fn reference(&self, unit: &UnitName);
+    /// Adds a reference to a unit that an earlier daemon started, or whose reference was lost with the bus. A unit that is
+    /// not loaded needs none.
+    ///
+    /// # Errors
+    /// systemd can't be reached, or refuses it.
+    async fn reference(&self, unit: &UnitName) -> Result<(), Error>;
 
     /// Removes the reference to a unit: systemd unloads the unit once it is stopped.
     async fn release(&self, unit: &UnitName);
@@ -241,7 +245,7 @@ impl Systemd for Manager {
         Self::wait_until_started(self, unit).await
     }
 
-    async fn reference(&self, unit: &UnitName) {
+    async fn reference(&self, unit: &UnitName) -> Result<(), Error> {
         Self::reference(self, unit).await
     }
 

@@ -65,8 +65,12 @@ impl Systemd for FakeSystemd {
         }
     }
 
-    async fn reference(&self, unit: &UnitName) {
+    async fn reference(&self, unit: &UnitName) -> Result<(), Error> {
+        if self.state().answers_no_references {
+            return Err(Error::no_answer());
+        }
         self.with(unit, |unit| unit.is_referenced = true);
+        Ok(())
     }
 
     async fn release(&self, unit: &UnitName) {
@@ -223,7 +227,9 @@ impl Systemd for FakeSystemd {
         Ok(())
     }
 
-    fn forget_earlier_references(&self) {}
+    fn forget_earlier_references(&self) {
+        self.state().forgotten += 1;
+    }
 }
 
 fn set_frozen(unit: &Unit, frozen: bool) {

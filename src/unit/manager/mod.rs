@@ -18,7 +18,7 @@ use crate::id::UnitName;
 
 use super::annotation::Types;
 use super::bus::Bus;
-use super::error::{Error, unreachable};
+use super::error::{Error, call_error, unreachable};
 use super::job::Jobs;
 use super::properties::Systemd;
 use super::refs::Refs;
@@ -145,11 +145,18 @@ impl Manager {
     }
 
     /// Refers to a unit that an earlier daemon has started, or whose reference was lost with the bus.
-    pub async fn reference(&self, unit: &UnitName) {
-        if let Some(refs) = &self.refs {
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`], or systemd's refusal.
+    pub async fn reference(&self, unit: &UnitName) -> Result<(), Error> {
+        let Some(refs) = &self.refs else {
+            return Ok(());
+        };
+        let attempt = || async {
             let _turn = self.bus.turn().await;
-            refs.reference(unit).await;
-        }
+            refs.reference(unit).await
+        };
+        self.bus.repeat(attempt).await.result.map_err(|error| call_error("reference", unit, error))
     }
 
     /// Gives back the references of earlier daemons.

@@ -111,7 +111,12 @@ impl Manager {
         match reply.result.map_err(|error| start_error(unit, error)) {
             Ok(job) => Ok(StartJob { waiter, job: Some(job) }),
             // An earlier try was carried out: its job is the unit's only one.
-            Err(Error::Exists { .. }) if reply.is_repeated => Ok(StartJob { waiter, job: None }),
+            Err(Error::Exists { .. }) if reply.is_repeated => {
+                if let Some(refs) = refs {
+                    refs.doubt(unit).await;
+                }
+                Ok(StartJob { waiter, job: None })
+            }
             Err(Error::Dependency { unit: name, reason }) => {
                 let message = reason.clone();
                 let cause = of_files(unit, move |unit| policy::naming_a_unit_of(unit, &message)).await;
