@@ -48,7 +48,15 @@ pub struct Watch<K> {
     /// True if a cgroup could not be watched.
     is_missing: AtomicBool,
     missed: Notify,
-    watched: Mutex<HashMap<WatchDescriptor, (K, Change)>>,
+    watched: Mutex<HashMap<WatchDescriptor, File<K>>>,
+}
+
+/// A file that is watched. inotify has one descriptor for it, however often it is watched.
+struct File<K> {
+    key: K,
+    change: Change,
+    /// How many [`Watched`] have its descriptor.
+    users: usize,
 }
 
 type Open = fn() -> Result<Inotify, Errno>;
@@ -73,7 +81,6 @@ const RETRY: Duration = Duration::from_secs(10);
 /// Watches a cgroup until it is dropped.
 pub struct Watched<K> {
     watch: Arc<Watch<K>>,
-    /// inotify has one watch descriptor for each file, so a file must not be watched twice.
     descriptors: Vec<WatchDescriptor>,
 }
 
@@ -144,7 +151,8 @@ impl<K: Clone> Watch<K> {
             let mut all = self.watched();
             match source.inotify.add_watch(&path, AddWatchFlags::IN_MODIFY) {
                 Ok(descriptor) => {
-                    all.insert(descriptor, (key.clone(), change));
+                    let new = || File { key: key.clone(), change, users: 0 };
+                    all.entry(descriptor).or_insert_with(new).users += 1;
                     watched.descriptors.push(descriptor);
                 }
                 // The cgroup has no memory controller.
@@ -155,7 +163,7 @@ impl<K: Clone> Watch<K> {
         Ok(watched)
     }
 
-    fn watched(&self) -> MutexGuard<'_, HashMap<WatchDescriptor, (K, Change)>> {
+    fn watched(&self) -> MutexGuard<'_, HashMap<WatchDescriptor, File<K>>> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -198,7 +206,7 @@ impl<K: Clone> Watch<K> {
             if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
                 return Some((None, Change::Any));
             }
-            let (key, change) = watched.get(&event.wd)?;
+            let File { key, change, .. } = watched.get(&event.wd)?;
             let counts = *change != Change::Limits || event.name.as_ref().is_some_and(is_limit);
             counts.then(|| (Some(key.clone()), *change))
         };
@@ -210,6 +218,13 @@ impl<K> Drop for Watched<K> {
     fn drop(&mut self) {
         let mut all = self.watch.watched.lock().unwrap_or_else(PoisonError::into_inner);
         for descriptor in &self.descriptors {
+            let Some(file) = all.get_mut(descriptor) else {
+                continue;
+            };
+            file.users -= 1;
+            if file.users > 0 {
+                continue;
+            }
             all.remove(descriptor);
             // Fails if the kernel removed the watch with its file.
             let _ = self.watch.source.get().map(|source| source.inotify.rm_watch(*descriptor));
@@ -246,5 +261,20 @@ mod tests {
         let changes = waiting.await.unwrap().unwrap();
         fake::remove(cgroup);
         assert!(changes.contains(&(Some("web"), Change::State)), "{changes:?}");
+    }
+
+    #[tokio::test]
+    async fn a_cgroup_that_is_watched_twice_is_watched_until_both_watches_have_ended() {
+        let (watch, cgroup) = (Watch::new(), Path::new("/watched-twice.slice"));
+        fake::make(cgroup);
+        let both = [(); 2].map(|()| watch.add(&"web", cgroup, cgroup, None).unwrap());
+        let [first, second] = both;
+        drop(first);
+        fake::set_frozen(cgroup, true);
+        assert!(watch.pending().unwrap().contains(&(Some("web"), Change::State)));
+        drop(second);
+        fake::set_frozen(cgroup, false);
+        assert_eq!(watch.pending().unwrap(), []);
+        fake::remove(cgroup);
     }
 }
