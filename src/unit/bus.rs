@@ -131,6 +131,12 @@ impl Bus {
         Ok(connection)
     }
 
+    /// Makes calls over this connection.
+    #[cfg(test)]
+    pub(super) fn connected(&self, connection: Connection) {
+        self.connection.send_replace(Some(connection));
+    }
+
     /// Records that the connection has ended: later calls wait for the next connection.
     pub(super) fn disconnected(&self) {
         // Called again after each failed attempt to connect.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use tokio::task::JoinSet;
 use zbus::names::{BusName, OwnedUniqueName};
 use zbus::{MatchRule, MessageStream};
 
@@ -110,6 +111,8 @@ async fn forward(
     manager: &Arc<Manager>,
     observations: &Arc<Observations>,
 ) {
+    // Ended by the next change of the owner, and with the connection.
+    let mut subscribing = JoinSet::new();
     while let Some(Ok(message)) = stream.next().await {
         match signals::read(&message, systemd.as_ref()) {
             Some(Signal::Service { unit, main }) => observations.reported(unit, main),
@@ -119,9 +122,10 @@ async fn forward(
             Some(Signal::Owner(owner)) => {
                 manager.bus.ownership_changed(owner.is_some());
                 systemd = owner;
+                drop(std::mem::take(&mut subscribing));
                 if systemd.is_some() {
                     // In a separate task, so that this loop reads the signals that arrive meanwhile.
-                    tokio::spawn(subscribe_again(manager.clone(), observations.clone()));
+                    subscribing.spawn(subscribe_again(manager.clone(), observations.clone()));
                 }
                 observations.missed();
             }
@@ -141,11 +145,35 @@ fn shield_loaded() {
 }
 
 /// Subscribes to the signals of a systemd that has a new connection to the bus. Units are queried again once systemd
-/// sends its signals.
+/// sends its signals: until then, ends of jobs and of processes can be missed.
 async fn subscribe_again(manager: Arc<Manager>, observations: Arc<Observations>) {
-    match manager.subscribe_again().await {
-        Ok(()) => observations.missed(),
-        // systemd has lost its name again. Once it has a new one, this function is called again.
-        Err(error) => tracing::warn!(%error, "can't subscribe to systemd's signals again: {error}"),
+    let mut pause = FIRST_PAUSE;
+    while let Err(error) = manager.subscribe_again().await {
+        if pause == FIRST_PAUSE {
+            tracing::warn!(%error, "can't subscribe to systemd's signals again, trying once more: {error}");
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+    observations.missed();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::unit::fake_bus::{DENIED, FakeBus};
+
+    #[tokio::test]
+    async fn the_daemon_subscribes_again_until_systemd_accepts_it() {
+        let (bus, connection) = FakeBus::start([("Subscribe", DENIED), ("Subscribe", DENIED)]).await;
+        let manager = Arc::new(Manager::default());
+        manager.bus.connected(connection);
+        let observations = Arc::<Observations>::default();
+        let waiter = manager.jobs.wait_for(&crate::id::UnitName::new("a.service").unwrap());
+        subscribe_again(manager, observations.clone()).await;
+        tokio::time::timeout(Duration::from_secs(30), observations.receive_missed()).await.unwrap();
+        let waited = waiter.ended("start", None).await;
+        assert!(matches!(waited, Err(Error::Lost { .. })), "{waited:?}");
+        assert_eq!(bus.calls("Subscribe"), 3);
     }
 }
