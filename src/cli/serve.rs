@@ -60,8 +60,9 @@ const MAX_BLOCKING_THREADS: usize = 64;
 /// of a bug crashes the daemon, and the crash is recorded. Without this limit, the kernel's OOM killer would end
 /// containers first, and the daemon last.
 const MAX_DATA: u64 = 2 << 30;
-/// The threads without which the daemon can't begin: the workers, and one for blocking work.
-const FIRST_THREADS: usize = WORKERS + 1;
+/// The threads without which the daemon can't begin: the workers, one for blocking work, and that of [`sys::quota`], which would
+/// take the place of the one before.
+const FIRST_THREADS: usize = WORKERS + 2;
 /// The stack size of a thread that only waits, in bytes.
 const CHECK_STACK: usize = 64 << 10;
 /// After this time, everything that recovery began is done. A later crash is not attributed to a record.

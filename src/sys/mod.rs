@@ -7,6 +7,7 @@ pub mod crash;
 pub mod guard;
 pub mod mount_attributes;
 mod poll;
+pub mod quota;
 mod receive;
 pub mod spawn;
 pub mod tree;

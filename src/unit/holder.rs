@@ -17,7 +17,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use crate::sys;
+use crate::sys::{self, quota};
 
 /// The prefix of all holders' abstract addresses. In `ss -xa`, a holder with a non-empty queue has descriptors.
 const ADDRESS: &str = "containerd-shim-systemd-v1";
@@ -50,7 +50,7 @@ impl Holder {
         Self(socket.into())
     }
 
-    /// Puts descriptors into the holder, with a label that is not empty.
+    /// Puts descriptors into the holder, with a label that is not empty. They do not count for root: see [`quota`].
     ///
     /// # Errors
     /// `EAGAIN`: the holder is full. `EINVAL`: more than [`MAX_FDS`] descriptors. The holder is unchanged then.
@@ -59,10 +59,14 @@ impl Holder {
             return Err(Errno::EINVAL);
         }
         let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let parts = [IoSlice::new(label.as_bytes())];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        sendmsg::<()>(self.0.as_raw_fd(), &parts, &rights, flags, None).map(drop)
+        // The caller waits for the result, so these numbers are valid all the time.
+        let (holder, label) = (self.0.as_raw_fd(), label.to_owned());
+        quota::apart(move || {
+            let rights = [ControlMessage::ScmRights(&fds)];
+            let parts = [IoSlice::new(label.as_bytes())];
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            sendmsg::<()>(holder, &parts, &rights, flags, None).map(drop)
+        })
     }
 
     /// Copies of the descriptors in the holder, each with its label. The originals stay in the holder.

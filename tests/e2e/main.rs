@@ -68,6 +68,7 @@ mod options;
 mod placement;
 mod plots;
 mod poison;
+mod quotas;
 mod reboot;
 mod restart;
 mod rootfs;

@@ -1,0 +1,111 @@
+//! Quotas that the kernel has for each user.
+//!
+//! Some things count for the real user of the thread that makes them, for as long as they exist:
+//!
+//! - descriptors in the queues of Unix sockets. A process may send descriptors until its user has more than the process's
+//!   `RLIMIT_NOFILE` in queues (unix(7), `ETOOMANYREFS`).
+//! - the memory of pipes: once a user has `fs.pipe-user-pages-soft`, its new pipes are small (pipe(7)).
+//!
+//! A process with `CAP_SYS_RESOURCE` or `CAP_SYS_ADMIN` may use more, so the daemon always gets what it needs. But root in a
+//! container without a user namespace is the same user as the daemon, usually has neither of these capabilities, and would
+//! get less. So the daemon makes what it keeps for a long time [`apart`]: in a thread with another real user.
+
+use std::io;
+use std::sync::mpsc::{SendError, SyncSender, sync_channel};
+use std::sync::{Mutex, PoisonError};
+
+use nix::errno::Errno;
+use rustix::process::Uid;
+use rustix::thread::set_thread_res_uid;
+
+/// The user whose quotas are used. Nobody else has this number: systemd gives no user a number above 2,147,483,647
+/// (`docs/UIDS-GIDS.md` of systemd), and neither a pod nor a container can ask for one (runc and Kubernetes refuse it). That
+/// matters, because a process of this user may send signals to the thread. Only a container whose root sets the number itself
+/// (`CAP_SETUID`) has the same quotas, which are no limit for the daemon.
+const USER: Uid = Uid::from_raw_unchecked(4_000_000_000);
+
+/// How much work may wait for the thread.
+const QUEUE: usize = 64;
+
+/// The stack size of the thread, in bytes.
+const STACK: usize = 128 << 10;
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// Runs work in a thread whose real user nobody else has, and waits for the result. The effective user, with which the
+/// kernel decides on access, is that of the daemon.
+///
+/// The work must not wait, start a process or change the thread. Without a thread, and in a user namespace that does not have
+/// the user's number, the work uses the quotas of the daemon's own user.
+///
+/// # Errors
+/// Those of the work.
+pub fn apart<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Errno> + Send + 'static,
+) -> Result<T, Errno> {
+    let (done, result) = sync_channel(1);
+    let work: Work = Box::new(move || {
+        // Can't fail: the receiver waits.
+        let _ = done.send(work());
+    });
+    let rejected = match thread() {
+        Ok(thread) => thread.send(work).err().map(|SendError(work)| work),
+        Err(error) => {
+            tracing::debug!(%error, "no thread for the quotas of another user: {error}");
+            Some(work)
+        }
+    };
+    if let Some(work) = rejected {
+        work();
+    }
+    // Without a result, the work has panicked.
+    result.recv().unwrap_or(Err(Errno::EIO))
+}
+
+/// The queue of the thread, which is started if necessary.
+fn thread() -> io::Result<SyncSender<Work>> {
+    static THREAD: Mutex<Option<SyncSender<Work>>> = Mutex::new(None);
+    let mut thread = THREAD.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*thread {
+        Some(thread) => Ok(thread.clone()),
+        None => start().inspect(|started| *thread = Some(started.clone())),
+    }
+}
+
+fn start() -> io::Result<SyncSender<Work>> {
+    let (thread, queue) = sync_channel::<Work>(QUEUE);
+    let run = move || {
+        // Changes this thread only, unlike setresuid(3) of the C library.
+        if let Err(error) = set_thread_res_uid(USER, None, None) {
+            tracing::debug!(%error, "the daemon uses the quotas of its own user: {error}");
+        }
+        queue.into_iter().for_each(|work| work());
+    };
+    std::thread::Builder::new().name("quota".to_owned()).stack_size(STACK).spawn(run)?;
+    Ok(thread)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::{geteuid, getuid};
+
+    #[test]
+    fn work_uses_the_quotas_of_another_user_and_has_the_rights_of_this_one() {
+        let is_root = geteuid().is_root();
+        let before = (getuid(), geteuid());
+        let inside = apart(|| Ok((getuid(), geteuid()))).unwrap();
+        assert_eq!(inside, (if is_root { USER } else { before.0 }, before.1));
+        assert_eq!((getuid(), geteuid()), before, "no other thread changes");
+        assert_eq!(apart(|| Err::<(), _>(Errno::EAGAIN)), Err(Errno::EAGAIN));
+    }
+
+    #[test]
+    fn many_threads_use_it_at_once() {
+        let work = |number| std::thread::spawn(move || apart(move || Ok(number)));
+        let all: Vec<_> = (0..4 * QUEUE).map(work).collect();
+        for (number, thread) in all.into_iter().enumerate() {
+            assert_eq!(thread.join().unwrap(), Ok(number));
+        }
+    }
+}
