@@ -20,6 +20,7 @@ use crate::stdio::pipe::PipePair;
 use crate::stdio::pump::{self, Sinks, Source};
 use crate::stdio::uri::Kind;
 use crate::sys::guard::is_listener;
+use crate::sys::quota;
 use crate::task::wiring::{Copied, Input, JournalCopy, Sink, Wiring};
 
 use super::Error;
@@ -284,7 +285,6 @@ impl Plan {
             match (&to.client, fifo) {
                 (Some(Sink::EndOnly(_)), fifo) => sinks.keep_open = fifo,
                 (_, Some(fifo)) => {
-                    fifo::enlarge(&fifo);
                     sinks.fifo = Some(crate::sys::watch(fifo).map_err(Error::Watch)?);
                 }
                 (_, None) => {}
@@ -371,7 +371,9 @@ fn bridge(
         (Some(reader), Some(writer)) => (reader, writer),
         _ => {
             let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-            let (reader, writer) = nix::unistd::pipe2(flags).map_err(|errno| Error::Watch(errno.into()))?;
+            // It exists as long as the process, and may grow.
+            let made = quota::apart(move || nix::unistd::pipe2(flags));
+            let (reader, writer) = made.map_err(|errno| Error::Watch(errno.into()))?;
             store(&[reader.as_fd(), writer.as_fd()]);
             (reader, writer)
         }

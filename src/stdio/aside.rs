@@ -14,7 +14,7 @@ use super::pipe::{CHUNK, PipePair, Scratch};
 use super::rate::RateLimit;
 
 /// The largest size of the pipe of an [`Aside`]: as much as the default rate limit allows in lines of 100 bytes. The pipe
-/// has the default 64 KiB until it is full for the first time.
+/// has the default 64 KiB until it is full for the first time. It counts for no user that others need ([`sys::quota`]).
 pub(super) const CAPACITY: i32 = 1 << 20;
 
 /// The journal's copy of output, which goes through a pipe. Output that does not fit into the pipe is dropped and counted.

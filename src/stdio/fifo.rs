@@ -103,17 +103,6 @@ fn set_nonblocking(file: File, path: &Path) -> Result<File, Error> {
     Ok(file)
 }
 
-/// The size of a FIFO into which the daemon moves output: 256 buffers of up to 4 KiB. With splice(2), each write of a
-/// process takes a whole buffer, so the default of 16 buffers is full after 16 short lines.
-const ROOM: nix::libc::c_int = 1 << 20;
-
-/// Enlarges a FIFO if the kernel allows it. Its content is kept.
-pub fn enlarge(fifo: &impl AsFd) {
-    if let Err(errno) = fcntl(fifo, FcntlArg::F_SETPIPE_SZ(ROOM)) {
-        tracing::debug!("can't enlarge the buffer of a FIFO: {errno}");
-    }
-}
-
 /// Opens a FIFO for reading, without waiting for a writer.
 ///
 /// # Errors

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice, tee};
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, tee};
 use nix::poll::{PollFd, PollFlags};
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
@@ -137,42 +137,20 @@ pub(super) async fn room_in(to: &AsyncFd<OwnedFd>) -> io::Result<()> {
     }
 }
 
-/// Moves bytes between two pipes. Returns their number, 0 at the end.
-pub(super) async fn move_some(
-    from: &AsyncFd<OwnedFd>,
-    to: &AsyncFd<OwnedFd>,
-    length: usize,
-) -> io::Result<usize> {
-    loop {
-        // Tries before it waits: a FIFO that is opened again after its writer has closed it never becomes ready.
-        match splice(from, None, to, None, length, NO_WAIT) {
-            Ok(moved) => return Ok(moved),
-            // The kernel does not report which of the two sides is not ready.
-            Err(Errno::EAGAIN) => {
-                data_in(from).await?;
-                let mut writable = to.writable().await?;
-                if !is_ready(to, PollFlags::POLLOUT)? {
-                    writable.clear_ready();
-                }
-            }
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-}
+/// The most that a pipe grows to: four times its usual size (pipe(7)).
+const LARGEST: i32 = 256 << 10;
 
-pub(super) async fn move_exactly(
-    from: &AsyncFd<OwnedFd>,
-    to: &AsyncFd<OwnedFd>,
-    mut length: usize,
-) -> io::Result<()> {
-    while length > 0 {
-        match move_some(from, to, length).await? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            moved => length -= moved,
-        }
+/// Doubles a pipe that is full, unless it is large already. Returns whether it has room now.
+///
+/// With splice(2), each write of a process takes a whole buffer of a pipe, so the usual 16 buffers are full after 16 short
+/// lines. While a process runs, it waits then, as every process whose reader is slow. What it has left behind at its end
+/// needs up to as many buffers again. Pipes do not grow before: the user who has made a FIFO may have only so much memory in
+/// pipes, and a client's FIFO is root's.
+pub(super) fn grow(pipe: &impl AsFd) -> bool {
+    match fcntl(pipe, FcntlArg::F_GETPIPE_SZ) {
+        Ok(size) if size < LARGEST => fcntl(pipe, FcntlArg::F_SETPIPE_SZ(2 * size)).is_ok(),
+        Ok(_) | Err(_) => false,
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,8 +19,8 @@ use super::aside::{Aside, Diverted, Diverter};
 use super::journal::Lines;
 use super::log_file::LogFile;
 use super::pipe::{
-    CHUNK, NO_WAIT, PIECE, PipePair, Scratch, data_in, found, free_in, has_writer, is_ready, length_in,
-    move_exactly, move_some, once_there_is_room, room_in,
+    CHUNK, NO_WAIT, PIECE, PipePair, Scratch, data_in, found, free_in, grow, has_writer, is_ready, length_in,
+    once_there_is_room, room_in,
 };
 use super::terminal::Terminal;
 use super::terminal_pump::move_terminal;
@@ -149,7 +149,7 @@ pub async fn copy(
                 tokio::time::sleep(late).await;
             };
             tokio::select! {
-                copied = spread(reader, sinks, CHUNK, ended.cancelled()) => log_failure(copied),
+                copied = spread(reader, sinks, CHUNK, ended.cancelled(), ended.cancelled()) => log_failure(copied),
                 () = stop.cancelled() => {}
                 () = is_late => limit.drop_bytes(length_in(reader)),
             }
@@ -183,7 +183,7 @@ async fn deliver(
     complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
     match source {
-        Source::Fifo(from) => deliver_pipe(&from, sinks, diverter, complete).await,
+        Source::Fifo(from) => deliver_pipe(&from, sinks, diverter, over, complete).await,
         Source::Terminal(terminal) => match &sinks.fifo {
             Some(to) => move_terminal(&terminal, to, over).await,
             None => Ok(()),
@@ -204,7 +204,7 @@ async fn deliver_bridged(
     over: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let moved = CancellationToken::new();
-    let second = deliver_pipe(&bridge.reader, sinks, diverter, moved.cancelled());
+    let second = deliver_pipe(&bridge.reader, sinks, diverter, moved.cancelled(), moved.cancelled());
     let first = async {
         let result = move_terminal(&terminal, &bridge.writer, over).await;
         moved.cancel();
@@ -214,19 +214,61 @@ async fn deliver_bridged(
     first.and(second)
 }
 
+/// What is known of the end of an output. First the process ends, and then the output is complete.
+struct End<'a, O, C> {
+    over: Pin<&'a mut O>,
+    complete: Pin<&'a mut C>,
+    is_over: bool,
+    is_complete: bool,
+}
+
+impl<'a, O: Future<Output = ()>, C: Future<Output = ()>> End<'a, O, C> {
+    fn new(over: Pin<&'a mut O>, complete: Pin<&'a mut C>) -> Self {
+        Self { over, complete, is_over: false, is_complete: false }
+    }
+
+    /// Waits for something in a pipe, or until the output is complete.
+    async fn or_complete(&mut self, wait: impl Future<Output = io::Result<()>>) -> io::Result<()> {
+        if self.is_complete {
+            return wait.await;
+        }
+        tokio::select! {
+            found = wait => found?,
+            () = &mut self.complete => self.is_complete = true,
+        }
+        Ok(())
+    }
+
+    /// Waits until a pipe has room, or the output is complete. The pipe grows once the process has ended: a client that reads
+    /// late gets the rest of the output, and Delete does not wait for the client.
+    async fn room_in(&mut self, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+        if !self.is_over {
+            tokio::select! {
+                found = room_in(to) => return found,
+                () = &mut self.over => self.is_over = true,
+            }
+        }
+        if is_ready(to, PollFlags::POLLOUT)? || grow(to) {
+            return Ok(());
+        }
+        self.or_complete(room_in(to)).await
+    }
+}
+
 /// Copies from a pipe until it ends, or, once `complete`, until it is empty.
 async fn deliver_pipe(
     from: &AsyncFd<OwnedFd>,
     sinks: &mut Sinks,
     diverter: Option<Diverter>,
+    over: impl Future<Output = ()>,
     complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
     match (&sinks.fifo, diverter) {
-        (Some(to), diverter) if sinks.copies.is_empty() => move_all(from, to, diverter, complete).await,
+        (Some(to), diverter) if sinks.copies.is_empty() => move_all(from, to, diverter, over, complete).await,
         (_, diverter) => {
             sinks.copies.extend(diverter.map(Sink::Pipe));
             // Boxed, because few processes need it, and the memory of this future is in use for as long as the process runs.
-            Box::pin(spread(from, sinks, PIECE, complete)).await
+            Box::pin(spread(from, sinks, PIECE, over, complete)).await
         }
     }
 }
@@ -236,14 +278,16 @@ async fn move_all(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
     mut diverter: Option<Diverter>,
+    over: impl Future<Output = ()>,
     complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let (mut complete, mut is_complete) = (pin!(complete), false);
+    let (over, complete) = (pin!(over), pin!(complete));
+    let mut end = End::new(over, complete);
     loop {
         // Waits for room before duplicating: if the daemon ended while it waits, the duplicate would be made twice.
         let duplicates = diverter.as_ref().is_some_and(|diverter| !diverter.limit.is_exhausted());
         if duplicates && found(from, PollFlags::POLLIN)? {
-            room_in(to).await?;
+            end.room_in(to).await?;
         }
         // Tries before it waits: a FIFO that is opened again after its writer has closed it never becomes ready.
         let moved = match &mut diverter {
@@ -252,7 +296,7 @@ async fn move_all(
             // of the daemon would cause a second duplicate.
             Some(diverter) => match diverter.divert(from, free_in(to).max(PIECE)).await {
                 Ok(Diverted::Copied(length)) => {
-                    move_exactly(from, to, length).await?;
+                    move_copied(from, to, length, &mut end).await?;
                     Ok(length)
                 }
                 Ok(Diverted::Skipped) => splice(from, None, to, None, CHUNK, NO_WAIT)
@@ -266,20 +310,44 @@ async fn move_all(
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
         };
-        match moved {
-            Some(0) => return Ok(()),
-            Some(_) => tokio::task::consume_budget().await,
-            // The kernel does not report which of the two sides is not ready.
-            None if is_ready(from, PollFlags::POLLIN)? => room_in(to).await?,
-            None if is_complete => return Ok(()),
-            None => {
-                tokio::select! {
-                    found = data_in(from) => found?,
-                    () = &mut complete => is_complete = true,
-                }
+        if let Some(moved) = moved {
+            if moved == 0 {
+                return Ok(());
             }
+            tokio::task::consume_budget().await;
+            continue;
+        }
+        // The kernel does not report which of the two sides is not ready, and no end if `to` is full. Without a writer, no data
+        // comes any more.
+        let is_ended = end.is_complete || !has_writer(from)?;
+        if found(from, PollFlags::POLLIN)? {
+            end.room_in(to).await?;
+        } else if is_ended {
+            return Ok(());
+        } else {
+            end.or_complete(data_in(from)).await?;
         }
     }
+}
+
+/// Moves bytes from pipe to pipe that were copied before.
+async fn move_copied<O: Future<Output = ()>, C: Future<Output = ()>>(
+    from: &AsyncFd<OwnedFd>,
+    to: &AsyncFd<OwnedFd>,
+    mut length: usize,
+    end: &mut End<'_, O, C>,
+) -> io::Result<()> {
+    while length > 0 {
+        match splice(from, None, to, None, length, NO_WAIT) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(moved) => length -= moved,
+            Err(Errno::EAGAIN) if !is_ready(from, PollFlags::POLLIN)? => data_in(from).await?,
+            Err(Errno::EAGAIN) => end.room_in(to).await?,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Copies from a pipe to every sink until the pipe ends, or, once `complete`, until it is empty. Moves up to `most` bytes
@@ -288,13 +356,15 @@ async fn spread(
     from: &AsyncFd<OwnedFd>,
     sinks: &mut Sinks,
     most: usize,
+    over: impl Future<Output = ()>,
     complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
     // Allocated only while there is output: most processes write nothing most of the time.
     let mut looking = None;
-    let mut complete = pin!(complete);
+    let (over, complete) = (pin!(over), pin!(complete));
+    let mut end = End::new(over, complete);
     let wait = if sinks.fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
-    let (mut is_complete, mut take_part) = (false, false);
+    let mut take_part = false;
     loop {
         let (scratch, nowhere) = match &mut looking {
             Some(found) => found,
@@ -306,21 +376,18 @@ async fn spread(
         let mut length = match scratch.look(from, most) {
             Ok(0) => return Ok(()),
             Ok(length) => length,
-            Err(Errno::EAGAIN) if is_complete => return Ok(()),
+            Err(Errno::EAGAIN) if end.is_complete => return Ok(()),
             Err(Errno::EAGAIN) => {
                 looking = None;
-                tokio::select! {
-                    found = data_in(from) => found?,
-                    () = &mut complete => is_complete = true,
-                }
+                end.or_complete(data_in(from)).await?;
                 continue;
             }
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
         };
         match memchr::memrchr(b'\n', &scratch.buffer[..length]) {
-            Some(end) => length = end + 1,
-            None if take_part || is_complete || length >= PIECE || !has_writer(from)? => {}
+            Some(last) => length = last + 1,
+            None if take_part || end.is_complete || length >= PIECE || !has_writer(from)? => {}
             None => {
                 // An incomplete line waits in the pipe, where it outlives the daemon.
                 let more = async {
@@ -329,26 +396,30 @@ async fn spread(
                 };
                 tokio::select! {
                     found = tokio::time::timeout(wait, more) => take_part = found.is_err(),
-                    () = &mut complete => is_complete = true,
+                    () = &mut end.complete => end.is_complete = true,
                 }
                 continue;
             }
         }
         take_part = false;
         write_to(&mut sinks.copies, &scratch.buffer[..length]).await;
-        let mut left = length;
-        while left > 0 {
-            let moved = match &sinks.fifo {
-                Some(fifo) => move_some(from, fifo, left).await?,
-                None => splice(from, None, &nowhere, None, left, NO_WAIT)?,
-            };
-            if moved == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            left -= moved;
+        match &sinks.fifo {
+            Some(fifo) => move_copied(from, fifo, length, &mut end).await?,
+            None => drop_copied(from, nowhere, length)?,
         }
         tokio::task::consume_budget().await;
     }
+}
+
+/// Removes bytes from a pipe that were copied before.
+fn drop_copied(from: &AsyncFd<OwnedFd>, nowhere: &File, mut length: usize) -> io::Result<()> {
+    while length > 0 {
+        match splice(from, None, nowhere, None, length, NO_WAIT)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            moved => length -= moved,
+        }
+    }
+    Ok(())
 }
 
 async fn write_to(sinks: &mut [Sink], bytes: &[u8]) {

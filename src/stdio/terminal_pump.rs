@@ -10,7 +10,7 @@ use nix::fcntl::splice;
 use nix::poll::PollFlags;
 use tokio::io::unix::AsyncFd;
 
-use super::pipe::{CHUNK, NO_WAIT, data_in, is_ready, room_in};
+use super::pipe::{CHUNK, NO_WAIT, data_in, grow, is_ready, room_in};
 use super::terminal::Terminal;
 
 /// How often the daemon tries to deliver input that waits until a program opens its terminal again.
@@ -52,8 +52,8 @@ pub(super) async fn move_terminal(
         match splice(terminal.master(), None, to, None, left, NO_WAIT) {
             Ok(0) | Err(Errno::EIO) => break,
             Ok(moved) => left = left.saturating_sub(moved),
-            Err(Errno::EAGAIN) => room_in(to).await?,
-            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) if !is_ready(to, PollFlags::POLLOUT)? && !grow(to) => room_in(to).await?,
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
         tokio::task::consume_budget().await;

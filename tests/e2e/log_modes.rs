@@ -330,10 +330,10 @@ fn lines_that_are_written_one_at_a_time_are_all_in_the_copy() {
 }
 
 /// journald is stopped by a signal until this is dropped.
-struct Frozen(u32);
+pub struct Frozen(u32);
 
 impl Frozen {
-    fn new() -> Frozen {
+    pub fn new() -> Frozen {
         let pid = systemd::main_pid("systemd-journald.service");
         daemon::signal(pid, Signal::SIGSTOP);
         wait::until_true("journald is stopped", || daemon::is_stopped(pid));
@@ -376,7 +376,7 @@ fn a_journald_that_hangs_delays_neither_a_container_nor_its_client() {
 }
 
 /// Sends messages to journald until its socket takes no more.
-fn fill_queue_of_journald() {
+pub fn fill_queue_of_journald() {
     // The buffer of one socket holds fewer messages than journald's queue.
     let is_taken = || {
         let socket = UnixDatagram::unbound().expect("make a socket");

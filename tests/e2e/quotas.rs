@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::json;
@@ -17,8 +18,13 @@ use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::task::Io;
+use crate::log_modes::{Frozen, fill_queue_of_journald};
 
-/// How many processes with streams run.
+/// The size of a new pipe (pipe(7)).
+const PIPE_SIZE: i32 = 64 << 10;
+
+/// How many processes with streams are enough to use up what root may have: the memory of 64 pipes of 1 MiB
+/// (`fs.pipe-user-pages-soft`), 1,024 descriptors in sockets.
 const MANY: usize = 70;
 
 /// What root in an ordinary container finds.
@@ -26,6 +32,8 @@ const MANY: usize = 70;
 struct Found {
     /// The number of root's descriptors that are in the queues of sockets.
     queued: u64,
+    /// The size of a new pipe.
+    pipe_size: i32,
 }
 
 impl Found {
@@ -45,8 +53,9 @@ impl Found {
         let (text, errors) = (stdout.text(), stderr.text());
         assert_eq!(container.exit_status(), 0, "{text}{errors}");
         container.delete().expect("delete");
-        let number = text.lines().find_map(|line| line.strip_prefix(FOUND)).expect(&text);
-        Found { queued: number.parse().expect("a number") }
+        let mut numbers = text.lines().find_map(|line| line.strip_prefix(FOUND)).expect(&text).split(' ');
+        let mut next = || numbers.next().expect("two numbers").parse().expect("a number");
+        Found { queued: next(), pipe_size: i32::try_from(next()).expect("a size") }
     }
 }
 
@@ -76,7 +85,9 @@ fn as_root_in_a_container() {
         if is_sent(middle) { most = middle } else { least = middle + 1 }
     }
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("set a limit");
-    println!("{FOUND}{least}");
+    let (_reader, writer) = nix::unistd::pipe().expect("make a pipe");
+    let size = fcntl(&writer, FcntlArg::F_GETPIPE_SZ).expect("the size of a pipe");
+    println!("{FOUND}{least} {size}");
 }
 
 fn send(socket: &UnixDatagram, fd: RawFd) -> Result<usize, Errno> {
@@ -98,4 +109,35 @@ fn descriptors_that_are_kept_do_not_count_as_descriptors_that_root_sends() {
     let _execs = execs(&container, "sleep 100000");
     let after = Found::now(&node);
     assert!(after.queued < before.queued + MANY as u64, "{before:?}, then {after:?}");
+}
+
+#[test]
+fn the_streams_of_many_processes_leave_memory_for_the_pipes_of_root() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("many", Spec::sleeping()).started(&Io::default());
+    let _execs = execs(&container, "sleep 100000");
+    assert_eq!(Found::now(&node).pipe_size, PIPE_SIZE);
+}
+
+/// The journal's copy of their output has large pipes.
+#[test]
+fn output_that_waits_for_journald_leaves_memory_for_the_pipes_of_root() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let frozen = Frozen::new();
+    fill_queue_of_journald();
+    // Long lines, of which there are fewer than the journal's copy may have.
+    let script = "head -c 300000 /dev/zero | tr '\\0' x | fold -w 4000; echo; echo over; sleep 100000";
+    let start = |spec, io: &Io| node.container("many", spec).started(io);
+    let _containers: Vec<_> = (0..MANY)
+        .map(|_| {
+            let (container, mut client) = Client::attached(Spec::sh(script), start);
+            client.until("over\n");
+            (container, client)
+        })
+        .collect();
+    let found = Found::now(&node);
+    drop(frozen);
+    assert_eq!(found.pipe_size, PIPE_SIZE);
 }

@@ -2,6 +2,7 @@ use super::*;
 use crate::stdio::aside::CAPACITY;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
+use std::future::pending;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::thread;
@@ -69,13 +70,47 @@ async fn short_writes_fill_the_pipe_and_the_copy_is_complete() {
         }
     };
     tokio::select! {
-        moved = move_all(&source, &to, Some(diverter), std::future::pending()) => moved.unwrap(),
+        moved = move_all(&source, &to, Some(diverter), pending(), pending()) => moved.unwrap(),
         () = emptied => {}
     }
     drop(to);
     journal.push_str(&text(copy.into()));
     assert_eq!((client.join().unwrap(), journal), (expected.clone(), expected));
     assert!(limit.take_dropped().is_nothing());
+}
+
+/// Each short write has a buffer of its own, in a pipe that is full of such writes already.
+#[tokio::test]
+async fn what_an_ended_process_has_left_reaches_a_client_that_reads_later() {
+    for has_copies in [false, true] {
+        let ((source, writer), (client, to)) = (pipe(), sink());
+        let mut expected = String::new();
+        for (pipe, numbers) in [(to.as_fd(), 0..16), (writer.as_fd(), 16..32)] {
+            for line in numbers.map(|number| format!("{number}\n")) {
+                write_apart(&pipe, &line);
+                expected.push_str(&line);
+            }
+        }
+        assert!(!is_ready(&to, PollFlags::POLLOUT).unwrap(), "the client's pipe is full");
+        let over = CancellationToken::new();
+        let size = || fcntl(&client, FcntlArg::F_GETPIPE_SZ).unwrap();
+        let end = async {
+            tokio::task::yield_now().await;
+            assert_eq!(size(), 64 << 10, "while the process runs");
+            drop(writer);
+            over.cancel();
+        };
+        let mut sinks = Sinks { fifo: Some(to), ..Sinks::default() };
+        if has_copies {
+            sinks.copies.push(Sink::Pipe(diverter(pipe_to_journal().1)));
+        }
+        let (moved, ()) =
+            tokio::join!(deliver_pipe(&source, &mut sinks, None, over.cancelled(), pending()), end);
+        moved.unwrap();
+        assert_eq!(size(), 128 << 10);
+        drop(sinks);
+        assert_eq!(text(client), expected, "has copies: {has_copies}");
+    }
 }
 
 #[tokio::test]
@@ -94,7 +129,7 @@ async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
     let reading = thread::spawn(move || text(client).len());
     let diverter = diverter(aside);
     let limit = diverter.limit.clone();
-    move_all(&source, &to, Some(diverter), std::future::pending()).await.unwrap();
+    move_all(&source, &to, Some(diverter), pending(), pending()).await.unwrap();
     writing.join().unwrap();
     drop(to);
     assert_eq!(reading.join().unwrap(), total);
@@ -115,7 +150,7 @@ async fn output_after_a_gap_begins_with_a_new_line() {
     diverter.has_gap = true;
     writer.write_all(b"rest of a line\n").unwrap();
     drop(writer);
-    move_all(&source, &to, Some(diverter), std::future::pending()).await.unwrap();
+    move_all(&source, &to, Some(diverter), pending(), pending()).await.unwrap();
     drop(to);
     assert_eq!((text(client), text(copy)), ("rest of a line\n".into(), "\nrest of a line\n".into()));
 }
@@ -124,7 +159,7 @@ async fn output_after_a_gap_begins_with_a_new_line() {
 async fn copying_from_a_source_that_never_ends_stops_once_it_is_empty() {
     let ((source, mut writer), (client, to)) = (pipe(), sink());
     writer.write_all(b"all").unwrap();
-    move_all(&source, &to, None, std::future::ready(())).await.unwrap();
+    move_all(&source, &to, None, pending(), std::future::ready(())).await.unwrap();
     drop((to, writer));
     assert_eq!(text(client), "all");
 }
@@ -138,7 +173,7 @@ async fn the_end_of_the_last_line_is_not_waited_for_once_the_output_is_complete(
         tokio::time::sleep(LINE_WAIT / 10).await;
         complete.cancel();
     };
-    let (copied, ()) = tokio::join!(spread(&source, &mut sinks, PIECE, complete.cancelled()), end);
+    let (copied, ()) = tokio::join!(spread(&source, &mut sinks, PIECE, pending(), complete.cancelled()), end);
     copied.unwrap();
     assert!(begun.elapsed() < LINE_WAIT / 2, "{:?}", begun.elapsed());
     assert!(!is_ready(&source, PollFlags::POLLIN).unwrap());
@@ -171,7 +206,7 @@ async fn a_slow_journald_delays_the_end_for_a_limited_time_and_missing_lines_are
             tokio::time::sleep(LATE_AFTER_RESTART / 100).await;
         }
     };
-    let over = std::future::pending();
+    let over = pending();
     tokio::select! {
         () = copy(Source::Delivered, sinks, over, Stop::default(), || ()) => {}
         () = reading => {}
