@@ -35,7 +35,7 @@ use crate::store::failures::Failures;
 use crate::supervise::slices;
 use crate::suspect::{self, Crashes};
 use crate::transport::ConnectionStore;
-use crate::transport::durable::Durable;
+use crate::transport::durable::Unwatched;
 use crate::transport::listener::{self, Adopted, Connections};
 use crate::transport::sockets::{Leases, Socket};
 use crate::unit::fd_store::FdStore;
@@ -440,13 +440,15 @@ async fn serve_sockets(
 /// The connections of one socket: those of earlier daemons, and new ones.
 fn listen(
     connections: Arc<Connections>,
-    earlier: Vec<Durable>,
+    earlier: Vec<Unwatched>,
     listener: UnixListener,
 ) -> io::Result<Listener> {
     if fault::is_forgetful() {
         return Listener::try_from(listener);
     }
-    let earlier = stream::iter(earlier).map(Durable::until_needed).buffer_unordered(usize::MAX);
+    let needed =
+        |connection: Unwatched| async { connection.watch_once_possible().await?.until_needed().await };
+    let earlier = stream::iter(earlier).map(needed).buffer_unordered(usize::MAX);
     Ok(Listener::new(stream::select(earlier, connections.accept(listener)?)))
 }
 

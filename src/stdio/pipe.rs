@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags};
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 
-use crate::sys::{self, poll, watch};
+use crate::sys::{poll, watch};
 
 pub(super) const NO_WAIT: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK;
 
@@ -44,29 +44,6 @@ pub(super) struct Scratch {
     copy: OwnedFd,
     copied: OwnedFd,
     pub(super) buffer: Vec<u8>,
-}
-
-/// The pause before the next attempt to open something, after no descriptor was free.
-const ROOM_PAUSE: Duration = Duration::from_millis(100);
-
-/// Opens something as soon as a descriptor is free. Output waits in its pipe meanwhile.
-///
-/// # Errors
-/// It can't be opened for another reason.
-pub(super) async fn once_there_is_room<T>(open: impl Fn() -> io::Result<T>) -> io::Result<T> {
-    let mut is_logged = false;
-    loop {
-        match open() {
-            Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(sys::is_exhausted) => {
-                if !is_logged {
-                    tracing::warn!(%error, "output waits for a free descriptor: {error}");
-                    is_logged = true;
-                }
-                tokio::time::sleep(ROOM_PAUSE).await;
-            }
-            opened => return opened,
-        }
-    }
 }
 
 impl Scratch {
@@ -150,26 +127,5 @@ pub(super) fn grow(pipe: &impl AsFd) -> bool {
     match fcntl(pipe, FcntlArg::F_GETPIPE_SZ) {
         Ok(size) if size < LARGEST => fcntl(pipe, FcntlArg::F_SETPIPE_SZ(2 * size)).is_ok(),
         Ok(_) | Err(_) => false,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::cell::Cell;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_pipe_that_finds_no_free_descriptor_is_opened_once_there_is_one() {
-        let missing = Cell::new(3);
-        let open = || match missing.get() {
-            0 => Ok(7),
-            left => {
-                missing.set(left - 1);
-                Err(if left == 2 { Errno::ENFILE } else { Errno::EMFILE }.into())
-            }
-        };
-        assert_eq!(once_there_is_room(open).await.unwrap(), 7);
-        let denied = once_there_is_room(|| Err::<(), _>(Errno::EACCES.into())).await;
-        assert_eq!(denied.unwrap_err().raw_os_error(), Some(Errno::EACCES as i32));
     }
 }

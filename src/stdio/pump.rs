@@ -13,14 +13,14 @@ use nix::poll::PollFlags;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::CancellationToken;
 
-use crate::sys::watch;
+use crate::sys::{once_there_is_room, watch};
 
 use super::aside::{Aside, Diverted, Diverter};
 use super::journal::Lines;
 use super::log_file::LogFile;
 use super::pipe::{
     CHUNK, NO_WAIT, PIECE, PipePair, Scratch, data_in, found, free_in, grow, has_writer, is_ready, length_in,
-    once_there_is_room, room_in,
+    room_in,
 };
 use super::terminal::Terminal;
 use super::terminal_pump::move_terminal;
@@ -370,7 +370,7 @@ async fn spread(
             Some(found) => found,
             None => {
                 let open = || Ok((Scratch::new(most)?, OpenOptions::new().write(true).open("/dev/null")?));
-                looking.insert(once_there_is_room(open).await?)
+                looking.insert(once_there_is_room("output", open).await?)
             }
         };
         let mut length = match scratch.look(from, most) {

@@ -9,6 +9,7 @@ pub mod mount_attributes;
 mod poll;
 pub mod quota;
 mod receive;
+mod room;
 pub mod spawn;
 pub mod tree;
 pub mod user_namespace;
@@ -30,6 +31,7 @@ use tokio::io::unix::AsyncFd;
 
 pub use poll::poll;
 pub use receive::{discard_message, peek_fds, peek_text, receive_from_process};
+pub use room::once_there_is_room;
 
 /// Returns to the system the memory that this process has freed. Without this call, glibc keeps the memory that many
 /// simultaneous calls needed: by itself, it returns only the end of each heap.

@@ -49,21 +49,29 @@ pub struct Durable {
     over: bool,
 }
 
-impl Durable {
+/// A connection that the async runtime does not watch yet.
+pub struct Unwatched {
+    socket: OwnedFd,
+    journal: Journal,
+    ready: VecDeque<u8>,
+    entry: StoreEntry,
+}
+
+impl Unwatched {
     /// Makes a connection of a new socket that is kept already.
     ///
     /// # Errors
-    /// The descriptor is not a socket. Needs the async runtime.
+    /// The descriptor is not a socket.
     pub fn new(socket: OwnedFd, journal: Journal, entry: StoreEntry) -> Result<Self, Error> {
         sys::count_peeked(&socket)?;
-        Self::over(socket, journal, VecDeque::new(), entry)
+        Ok(Self { socket, journal, ready: VecDeque::new(), entry })
     }
 
     /// Adopts a connection that an earlier daemon accepted. Requests without a response are read from it once more, marked
     /// as replayed. Requests that crashed earlier daemons are answered with an error instead.
     ///
     /// # Errors
-    /// The journal can't be read. Needs the async runtime.
+    /// The journal can't be read.
     pub fn adopt(
         socket: OwnedFd,
         kept: OwnedFd,
@@ -87,18 +95,41 @@ impl Durable {
                 None => ready.extend(frame.replayed().bytes),
             }
         }
-        Self::over(socket, journal, ready, entry)
+        Ok(Self { socket, journal, ready, entry })
     }
 
-    fn over(
-        socket: OwnedFd,
-        journal: Journal,
-        ready: VecDeque<u8>,
-        entry: StoreEntry,
-    ) -> Result<Self, Error> {
-        let (socket, writing) = (sys::watch(socket)?, Assembler::default());
+    /// Lets the async runtime watch the connection.
+    ///
+    /// # Errors
+    /// The kernel can't watch it. Needs the async runtime.
+    pub fn watch(self) -> io::Result<Durable> {
+        let Self { socket, journal, ready, entry } = self;
+        Ok(Durable::over(sys::watch(socket)?, journal, ready, entry))
+    }
+
+    /// As [`Self::watch`], as soon as the kernel can watch one more descriptor (epoll(7), `max_user_watches`): containerd takes a
+    /// task whose connection is closed for dead.
+    ///
+    /// # Errors
+    /// The kernel can't watch it for another reason. The connection is not kept any longer.
+    pub async fn watch_once_possible(self) -> io::Result<Durable> {
+        let Self { socket, journal, ready, entry } = self;
+        let watch = || sys::watch(socket.try_clone()?);
+        match sys::once_there_is_room("a connection of an earlier daemon", watch).await {
+            Ok(socket) => Ok(Durable::over(socket, journal, ready, entry)),
+            Err(error) => {
+                entry.forget();
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Durable {
+    fn over(socket: AsyncFd<OwnedFd>, journal: Journal, ready: VecDeque<u8>, entry: StoreEntry) -> Self {
+        let writing = Assembler::default();
         let (refused, writer, reader) = (false, None, None);
-        Ok(Self { socket, journal, ready, writing, refused, writer, reader, entry, over: false })
+        Self { socket, journal, ready, writing, refused, writer, reader, entry, over: false }
     }
 
     /// Waits until all responses of earlier daemons are sent. If the connection is broken, the next read from it fails.
@@ -245,7 +276,7 @@ fn discard(socket: &OwnedFd, mut length: usize) -> Result<(), Errno> {
     Ok(())
 }
 
-fn failed(error: Error) -> io::Error {
+pub(super) fn failed(error: Error) -> io::Error {
     match error {
         Error::Io(error) => error,
         other => io::Error::other(other),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::{Stream, StreamExt, stream};
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{MsgFlags, getsockopt, recv};
@@ -17,7 +18,7 @@ use crate::fault::{self, Point};
 use crate::suspect::Crashes;
 use crate::sys;
 
-use super::durable::Durable;
+use super::durable::{Durable, Unwatched, failed};
 use super::journal::{self, Journal};
 use super::sockets::Socket;
 use super::{ConnectionStore, Count, StoreEntry};
@@ -37,13 +38,13 @@ pub struct Connections {
 }
 
 /// A connection that an earlier daemon accepted, and the listening socket that it came from.
-pub type Adopted = (Socket, Durable);
+pub type Adopted = (Socket, Unwatched);
 
 impl Connections {
-    /// Adopts the connections of earlier daemons: takes them out of `kept`. Needs the async runtime.
+    /// Adopts the connections of earlier daemons: takes them out of `kept`.
     ///
     /// # Errors
-    /// Connections can't be watched.
+    /// The system or this process lacks something that the next daemon may have. All connections stay kept.
     pub fn adopt(
         store: Arc<dyn ConnectionStore>,
         kept: &mut Vec<(String, OwnedFd)>,
@@ -63,8 +64,9 @@ impl Connections {
             let name = format!("{PREFIX}{number}");
             match adopt(fds, crashes, &store, &name, &wake, &count) {
                 Ok(connection) => adopted.push(connection),
-                Err(reason) => {
-                    tracing::error!("can't adopt a connection of an earlier daemon: {reason}");
+                Err(error) if may_pass(&error) => return Err(error),
+                Err(error) => {
+                    tracing::error!(%error, "can't adopt a connection of an earlier daemon: {error}");
                     store.forget(&name);
                 }
             }
@@ -127,13 +129,19 @@ impl Connections {
     /// is refused.
     ///
     /// # Errors
-    /// The connection can't be kept or watched. Needs the async runtime.
+    /// The connection can't be kept.
     pub fn rescue(&self, from: Socket, stream: UnixStream) -> io::Result<Option<Adopted>> {
         let journal = Journal::new().map_err(io::Error::other)?;
         let Some(name) = self.keep(&stream, &journal)? else {
             return Ok(None);
         };
-        Ok(Some((from, self.connection(stream, journal, name)?)))
+        let connection = self.forgotten_after_error(&name, || {
+            stream.set_nonblocking(true)?;
+            wake_for(&self.wake, &stream);
+            let entry = StoreEntry::new(self.store.clone(), name.clone(), &self.count);
+            Unwatched::new(stream.into(), journal, entry).map_err(failed)
+        })?;
+        Ok(Some((from, connection)))
     }
 
     /// Keeps a new connection. Returns the name under which it is kept. `None` if the peer has closed it, or if it is
@@ -159,10 +167,30 @@ impl Connections {
     }
 
     fn connection(&self, stream: UnixStream, journal: Journal, name: String) -> io::Result<Durable> {
-        stream.set_nonblocking(true)?;
-        self.wake.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
-        let entry = StoreEntry::new(self.store.clone(), name, &self.count);
-        Durable::new(stream.into(), journal, entry).map_err(io::Error::other)
+        self.forgotten_after_error(&name, || {
+            stream.set_nonblocking(true)?;
+            self.wake.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+            let entry = StoreEntry::new(self.store.clone(), name.clone(), &self.count);
+            Unwatched::new(stream.into(), journal, entry).map_err(failed)?.watch()
+        })
+    }
+
+    /// Makes something of a connection that is kept. If that fails, the connection is not kept any longer: its client would
+    /// wait for an answer forever.
+    fn forgotten_after_error<T>(&self, name: &str, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        make().inspect_err(|_| self.store.forget(name))
+    }
+}
+
+/// True for an error for lack of something that may be free later.
+fn may_pass(error: &io::Error) -> bool {
+    error.raw_os_error().map(Errno::from_raw).is_some_and(sys::is_exhausted)
+}
+
+/// Watches a connection of an earlier daemon for the time when no daemon reads it. It is served even without that.
+fn wake_for(wake: &Epoll, socket: &UnixStream) {
+    if let Err(error) = wake.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)) {
+        tracing::warn!(%error, "can't watch a connection, so its next call does not start a daemon that is stopped: {error}");
     }
 }
 
@@ -184,18 +212,19 @@ fn adopt(
     name: &str,
     wake: &Epoll,
     count: &Count,
-) -> Result<Adopted, String> {
+) -> io::Result<Adopted> {
     let (mut journals, mut sockets): (Vec<_>, Vec<_>) = fds.into_iter().partition(journal::is_journal);
     let (Some(journal), Some(socket)) = (journals.pop(), sockets.pop()) else {
-        return Err(format!("the descriptor store does not have both descriptors of {name}"));
+        let reason = format!("the descriptor store does not have both descriptors of {name}");
+        return Err(io::Error::other(reason));
     };
     let socket = UnixStream::from(socket);
-    let address = socket.local_addr().map_err(|error| error.to_string())?;
-    let from = address.as_pathname().and_then(Socket::at).ok_or("it came from an unknown socket")?;
-    wake.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(|error| error.to_string())?;
+    let address = socket.local_addr()?;
+    let from = address.as_pathname().and_then(Socket::at);
+    let from = from.ok_or_else(|| io::Error::other("it came from an unknown socket"))?;
+    wake_for(wake, &socket);
     let entry = StoreEntry::new(store.clone(), name.to_owned(), count);
-    let connection = Durable::adopt(socket.into(), journal, crashes, entry);
-    Ok((from, connection.map_err(|error| error.to_string())?))
+    Ok((from, Unwatched::adopt(socket.into(), journal, crashes, entry).map_err(failed)?))
 }
 
 /// Identifies a listening socket that systemd passed to the daemon.

@@ -15,7 +15,7 @@ use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST};
 
-use super::durable::Durable;
+use super::durable::{Durable, Unwatched};
 use super::frame::{Frame, HEADER, frame};
 use super::journal::Journal;
 use super::{ConnectionStore, Count, StoreEntry};
@@ -85,7 +85,7 @@ impl Server {
         socket.set_nonblocking(true).unwrap();
         let journal = Journal::new().unwrap();
         let (socket, kept): (OwnedFd, _) = (socket.into(), journal.fd().try_clone_to_owned().unwrap());
-        let durable = Durable::new(socket.try_clone().unwrap(), journal, entry()).unwrap();
+        let durable = Unwatched::new(socket.try_clone().unwrap(), journal, entry()).unwrap().watch().unwrap();
         Self { socket, journal: kept, durable: Some(durable), read: Vec::new(), serving: BTreeMap::new() }
     }
 
@@ -95,8 +95,8 @@ impl Server {
         self.read.clear();
         self.serving.clear();
         let (socket, journal) = (self.socket.try_clone().unwrap(), self.journal.try_clone().unwrap());
-        let adopted = Durable::adopt(socket, journal, crashes, entry());
-        self.durable = Some(adopted.unwrap());
+        let adopted = Unwatched::adopt(socket, journal, crashes, entry());
+        self.durable = Some(adopted.unwrap().watch().unwrap());
     }
 
     /// Reads until nothing is left, and returns the whole frames.

@@ -160,3 +160,43 @@ async fn a_broken_connection_is_forgotten_and_its_last_responses_with_it() {
     drop(connection);
     assert_eq!(store.names(), Vec::<String>::new());
 }
+
+/// An epoll instance that can't watch any more descriptors: it is another file.
+fn exhausted() -> Epoll {
+    Epoll(std::fs::File::open("/dev/null").unwrap().into())
+}
+
+#[tokio::test]
+async fn a_connection_that_can_not_be_watched_is_closed_and_not_kept() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), Arc::<Store>::default());
+    let (next, count) = (AtomicU64::new(0), Count::default());
+    let connections = Arc::new(Connections { store: store.clone(), next, wake: exhausted(), count });
+    let (listener, path) = listen(dir.path());
+    let mut client = UnixStream::connect(&path).unwrap();
+    let mut accepted = connections.clone().accept(listener).unwrap();
+    accepted.next().await.unwrap().map(drop).unwrap_err();
+    assert_eq!(store.names(), Vec::<String>::new());
+    assert_eq!(io::Read::read(&mut client, &mut [0]).unwrap(), 0, "the client sees that it is closed");
+    assert_eq!(connections.count(), 0);
+}
+
+#[tokio::test]
+async fn a_connection_of_an_earlier_daemon_is_served_even_if_its_calls_can_start_no_daemon() {
+    let store = Arc::<Store>::default();
+    let (next, count) = (AtomicU64::new(0), Count::default());
+    let connections = Connections { store: store.clone(), next, wake: exhausted(), count };
+    let (mut client, rescued) = UnixStream::pair().unwrap();
+    let (_, connection) = connections.rescue(Socket::Any, rescued).unwrap().unwrap();
+    let mut connection = connection.watch_once_possible().await.unwrap();
+    assert_eq!((connections.count(), store.names()), (1, vec!["c0".to_owned()]));
+    drop(client.write_all(b"x"));
+    drop(client);
+    assert_eq!(connection.read(&mut [0; 16]).await.unwrap(), 0);
+}
+
+#[test]
+fn only_what_may_be_there_later_is_waited_for() {
+    let passing = [Errno::ENOSPC, Errno::ENOMEM, Errno::EMFILE];
+    assert!(passing.into_iter().all(|errno| may_pass(&errno.into())));
+    assert!(!may_pass(&Errno::EPERM.into()) && !may_pass(&io::Error::other("no journal")));
+}
