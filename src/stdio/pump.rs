@@ -330,7 +330,8 @@ async fn move_all(
     }
 }
 
-/// Moves bytes from pipe to pipe that were copied before.
+/// Moves bytes from pipe to pipe that were copied before. Fewer if another process has read some of them: the processes of a
+/// container can open their own output for reading.
 async fn move_copied<O: Future<Output = ()>, C: Future<Output = ()>>(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
@@ -339,9 +340,9 @@ async fn move_copied<O: Future<Output = ()>, C: Future<Output = ()>>(
 ) -> io::Result<()> {
     while length > 0 {
         match splice(from, None, to, None, length, NO_WAIT) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(0) => return Ok(()),
             Ok(moved) => length -= moved,
-            Err(Errno::EAGAIN) if !is_ready(from, PollFlags::POLLIN)? => data_in(from).await?,
+            Err(Errno::EAGAIN) if !found(from, PollFlags::POLLIN)? => return Ok(()),
             Err(Errno::EAGAIN) => end.room_in(to).await?,
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
@@ -411,12 +412,14 @@ async fn spread(
     }
 }
 
-/// Removes bytes from a pipe that were copied before.
+/// Removes bytes from a pipe that were copied before, as [`move_copied`].
 fn drop_copied(from: &AsyncFd<OwnedFd>, nowhere: &File, mut length: usize) -> io::Result<()> {
     while length > 0 {
-        match splice(from, None, nowhere, None, length, NO_WAIT)? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            moved => length -= moved,
+        match splice(from, None, nowhere, None, length, NO_WAIT) {
+            Ok(0) | Err(Errno::EAGAIN) => return Ok(()),
+            Ok(moved) => length -= moved,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
         }
     }
     Ok(())

@@ -113,6 +113,39 @@ async fn what_an_ended_process_has_left_reaches_a_client_that_reads_later() {
     }
 }
 
+/// A process of the container can open the output of another one for reading.
+#[tokio::test(start_paused = true)]
+async fn bytes_that_another_process_takes_delay_no_end() {
+    for has_copies in [false, true] {
+        let ((source, writer), (_client, to), (_copy, aside)) = (pipe(), sink(), pipe_to_journal());
+        (0..15).for_each(|_| write_apart(&to, "x"));
+        ["a\n", "b\n"].into_iter().for_each(|line| write_apart(&writer, line));
+        let (over, complete) = (CancellationToken::new(), CancellationToken::new());
+        let steal = async {
+            // Both lines are copied then, and there was room for the first one only.
+            while length_in(&source) > 2 {
+                tokio::task::yield_now().await;
+            }
+            let mut stolen = [0; 16];
+            assert_eq!(nix::unistd::read(&source, &mut stolen), Ok(2));
+            over.cancel();
+            complete.cancel();
+        };
+        let mut sinks = Sinks { fifo: Some(to), ..Sinks::default() };
+        let diverter = diverter(aside);
+        let diverter = if has_copies {
+            sinks.copies.push(Sink::Pipe(diverter));
+            None
+        } else {
+            Some(diverter)
+        };
+        let moving = deliver_pipe(&source, &mut sinks, diverter, over.cancelled(), complete.cancelled());
+        let (moved, ()) = tokio::join!(tokio::time::timeout(Duration::from_secs(1), moving), steal);
+        moved.unwrap_or_else(|_| panic!("has copies: {has_copies}")).unwrap();
+        drop(writer);
+    }
+}
+
 #[tokio::test]
 async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
     let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
