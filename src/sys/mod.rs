@@ -5,6 +5,7 @@ pub mod bounded;
 pub mod child;
 pub mod crash;
 pub mod guard;
+mod huge;
 pub mod mount_attributes;
 mod poll;
 pub mod quota;
@@ -29,6 +30,7 @@ use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
 
+pub use huge::use_huge_pages;
 pub use poll::poll;
 pub use receive::{discard_message, peek_fds, peek_text, receive_from_process};
 pub use room::once_there_is_room;
