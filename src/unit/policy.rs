@@ -8,7 +8,8 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{drop_ins, name, search_path, service_d};
+use super::search_path::{self, Directories};
+use super::{drop_ins, name, service_d};
 
 /// How many settings an error names.
 const MOST_NAMED: usize = 8;
@@ -58,11 +59,7 @@ impl Effect {
 }
 
 /// The setting with which a unit of a container or of an exec can't work, with its file, and what happens.
-pub(super) fn conflict(unit: &str) -> Option<String> {
-    conflict_in(&search_path::ALL.map(Path::new), unit)
-}
-
-fn conflict_in(search_path: &[&Path], unit: &str) -> Option<String> {
+pub(super) fn conflict(search_path: &Directories, unit: &str) -> Option<String> {
     let is_meant = unit.starts_with(name::PREFIX) && unit != name::DAEMON_SERVICE && !unit.contains("::");
     if !is_meant || !unit.ends_with(service_d::SERVICE) {
         return None;
@@ -81,7 +78,7 @@ fn conflict_in(search_path: &[&Path], unit: &str) -> Option<String> {
 /// The settings in the drop-ins of a unit that restrict the OCI runtime, or end it, each with its file. `None` if there are
 /// none.
 pub(super) fn restrictions(unit: &str) -> Option<String> {
-    let settings = settings_in(&search_path::ALL.map(Path::new), unit);
+    let settings = settings_in(&Directories::open_all(), unit);
     named(settings.iter().filter(|setting| service_d::breaks_containers(&setting.name)))
 }
 
@@ -94,7 +91,7 @@ pub(super) fn settings_of_all<'f>(files: impl Iterator<Item = &'f PathBuf>) -> O
 /// The settings in the drop-ins of a unit that name one of the units in a message of systemd.
 pub(super) fn naming_a_unit_of(unit: &str, message: &str) -> Option<String> {
     let units: BTreeSet<&str> = message.split_whitespace().map(|word| word.trim_end_matches('.')).collect();
-    let settings = settings_in(&search_path::ALL.map(Path::new), unit);
+    let settings = settings_in(&Directories::open_all(), unit);
     named(settings.iter().filter(|setting| setting.value.split_whitespace().any(|word| units.contains(word))))
 }
 
@@ -105,7 +102,7 @@ fn named<'s>(settings: impl Iterator<Item = &'s Setting>) -> Option<String> {
 
 /// The conditions and assertions in the drop-ins of a unit, each with its file.
 pub(super) fn conditions_of(unit: &str) -> Option<String> {
-    let settings = settings_in(&search_path::ALL.map(Path::new), unit);
+    let settings = settings_in(&Directories::open_all(), unit);
     named(
         settings.iter().filter(|setting| ["Condition", "Assert"].iter().any(|b| setting.name.starts_with(b))),
     )
@@ -147,16 +144,14 @@ fn effect(name: &str, value: &str) -> Option<Effect> {
 }
 
 /// The settings of all drop-ins that hold for a unit, in the order in which systemd applies them. Copies are left out.
-fn settings_in(search_path: &[&Path], unit: &str) -> Vec<Setting> {
+fn settings_in(search_path: &Directories, unit: &str) -> Vec<Setting> {
     let stem = unit.strip_suffix(service_d::SERVICE).unwrap_or(unit);
     let prefixes = stem.match_indices('-').rev().filter_map(|(dash, _)| stem.get(..=dash));
     let mut in_force = BTreeMap::new();
     // systemd reads only one of several drop-ins of the same name: the one that is most specific to the unit.
     for level in [stem].into_iter().chain(prefixes) {
-        for dir in search_path {
-            for file in drop_ins::in_dir(&dir.join(format!("{level}{}.d", service_d::SERVICE))) {
-                file.file_name().map(ToOwned::to_owned).map(|name| in_force.entry(name).or_insert(file));
-            }
+        for file in search_path.drop_ins_for(&format!("{level}{}", service_d::SERVICE)) {
+            file.file_name().map(ToOwned::to_owned).map(|name| in_force.entry(name).or_insert(file));
         }
     }
     in_force.values().flat_map(|file| settings_of(file)).collect()
@@ -185,15 +180,10 @@ mod tests {
             fs::write(path, text).unwrap();
         }
 
-        fn with<T>(&self, look: impl Fn(&[&Path]) -> T) -> T {
-            let dirs = ["etc", "run", "usr"].map(|dir| self.0.path().join(dir));
-            let dirs: Vec<_> = dirs.iter().map(PathBuf::as_path).collect();
-            look(&dirs)
-        }
-
         fn conflict(&self, unit: &str) -> Option<String> {
             let root = format!("{}/", self.0.path().display());
-            self.with(|dirs| conflict_in(dirs, unit)).map(|text| text.replace(&root, ""))
+            let dirs = Directories::open(["etc", "run", "usr"].map(|dir| self.0.path().join(dir)));
+            conflict(&dirs, unit).map(|text| text.replace(&root, ""))
         }
     }
 

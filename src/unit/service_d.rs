@@ -17,7 +17,8 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use super::{annotation, drop_ins, name, search_path};
+use super::search_path::{self, Directories};
+use super::{annotation, drop_ins, name};
 use crate::files;
 
 /// Where the copies are.
@@ -86,10 +87,18 @@ const LEFT_OUT_FOR_DAEMON: [&str; 15] = [
 /// # Errors
 /// A copy can't be written or removed.
 pub fn shield(unit: &str) -> io::Result<bool> {
+    shield_in(&Directories::open_all(), unit)
+}
+
+/// As [`shield`], with the directories of units.
+///
+/// # Errors
+/// As [`shield`].
+pub(super) fn shield_in(search_path: &Directories, unit: &str) -> io::Result<bool> {
     if !unit.ends_with(SERVICE) {
         return Ok(false);
     }
-    Shield { search_path: search_path::ALL.map(Path::new).to_vec(), own: Path::new(OWN) }.renew(unit)
+    Shield { search_path, own: Path::new(OWN) }.renew(unit)
 }
 
 /// Makes the copies for all units that are loaded, and for the daemon. Removes those that nothing needs any more.
@@ -125,7 +134,7 @@ static WRITER: Mutex<()> = Mutex::new(());
 
 struct Shield<'p> {
     /// All directories with units.
-    search_path: Vec<&'p Path>,
+    search_path: &'p Directories,
     /// The one of them where the copies are.
     own: &'p Path,
 }
@@ -165,7 +174,8 @@ impl Shield<'_> {
     /// The copies that the units of the scope need: name and text.
     fn copies(&self, scope: &str) -> BTreeMap<OsString, Vec<u8>> {
         let mut general = BTreeMap::new();
-        for path in self.drop_ins_for(SERVICE) {
+        // systemd's name for the drop-ins for all services.
+        for path in self.search_path.drop_ins_for(SERVICE.trim_start_matches('.')) {
             if let Some(name) = path.file_name() {
                 general.entry(name.to_owned()).or_insert(path);
             }
@@ -188,13 +198,7 @@ impl Shield<'_> {
     fn specific(&self, scope: &str) -> Vec<PathBuf> {
         let prefixes = scope.match_indices('-').filter_map(|(dash, _)| scope.get(..=dash));
         let levels: BTreeSet<&str> = prefixes.chain([scope]).collect();
-        levels.iter().flat_map(|level| self.drop_ins_for(&format!("{level}{SERVICE}"))).collect()
-    }
-
-    /// The drop-ins in the directories `….d`, those that win first.
-    fn drop_ins_for(&self, name: &str) -> impl Iterator<Item = PathBuf> + use<'_> {
-        let name = format!("{}.d", name.trim_start_matches('.'));
-        self.search_path.iter().flat_map(move |dir| drop_ins::in_dir(&dir.join(&name)))
+        levels.iter().flat_map(|level| self.search_path.drop_ins_for(&format!("{level}{SERVICE}"))).collect()
     }
 }
 
@@ -315,8 +319,9 @@ mod tests {
 
         fn renew(&self) -> bool {
             let dirs = ["etc", "run", "usr"].map(|dir| self.path(dir));
-            let search_path = dirs.iter().map(PathBuf::as_path).collect();
-            Shield { search_path, own: &self.path("run") }.renew("containerd-default-web.service").unwrap()
+            Shield { search_path: &Directories::open(dirs), own: &self.path("run") }
+                .renew("containerd-default-web.service")
+                .unwrap()
         }
 
         /// The copy of a drop-in, without its first line.

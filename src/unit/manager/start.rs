@@ -12,6 +12,7 @@ use crate::unit::exec_flags;
 use crate::unit::job::{JobWaiter, StartJob};
 use crate::unit::properties::Properties;
 use crate::unit::refs::Refs;
+use crate::unit::search_path::Directories;
 use crate::unit::{policy, service_d};
 
 use super::{Manager, START, STOP, TRANSIENT_DIR};
@@ -54,7 +55,7 @@ impl Manager {
     /// # Errors
     /// [`Error::Unreachable`], [`Error::Exists`], or a refusal.
     pub async fn begin_with_descriptor(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error> {
-        shield([unit.to_string()].into(), |_| None).await;
+        shield([unit.to_string()].into(), |_, _| None).await;
         let builder = zbus::connection::Builder::system().method_timeout(CALL_LIMIT);
         let connection = builder.build().await.map_err(unreachable)?;
         let manager = manager_over(&connection).await.map_err(unreachable)?;
@@ -211,15 +212,16 @@ pub(super) async fn of_files(
 /// protected is started nevertheless: most such drop-ins are harmless.
 async fn shield(
     units: Vec<String>,
-    look: impl FnOnce(&str) -> Option<String> + Send + 'static,
+    look: impl FnOnce(&Directories, &str) -> Option<String> + Send + 'static,
 ) -> Option<String> {
     let shield = move || {
+        let search_path = Directories::open_all();
         for unit in &units {
-            if let Err(error) = service_d::shield(unit) {
+            if let Err(error) = service_d::shield_in(&search_path, unit) {
                 tracing::warn!(%unit, %error, "can't protect {unit} from drop-ins for all services: {error}");
             }
         }
-        look(units.last()?)
+        look(&search_path, units.last()?)
     };
     // The await fails only while the daemon ends.
     tokio::task::spawn_blocking(shield).await.ok()?
