@@ -115,7 +115,8 @@ fn open(path: &Path) -> Result<Option<File>, Error> {
 fn content(file: File, path: &Path) -> Result<Vec<u8>, Error> {
     // The last page is padded.
     let limit = MAX_BYTES + PAGE;
-    let mut text = Vec::new();
+    let length = file.metadata().map_or(0, |found| found.len()).min(limit as u64);
+    let mut text = Vec::with_capacity(length as usize + 1);
     file.take(limit as u64 + 1).read_to_end(&mut text).map_err(io_error("read", path))?;
     if text.len() > limit {
         return Err(Error::TooLarge { path: path.to_owned(), limit: MAX_BYTES });
