@@ -207,16 +207,28 @@ fn make(binary: &Path) -> io::Result<Copy> {
         .or_else(|_| memfd_create("runc", flags))?;
     let mut copy = File::from(memfd);
     io::copy(&mut source, &mut copy)?;
-    if let Err(error) = sys::use_huge_pages(&copy) {
-        tracing::debug!(%error, "the copy of {} is not in huge pages, so execs cost more: {error}", binary.display());
-    }
     copy.set_permissions(std::fs::Permissions::from_mode(0o755))?;
     fcntl(&copy, FcntlArg::F_ADD_SEALS(seals()))?;
     sys::set_immutable(&copy)?;
+    use_huge_pages(copy.try_clone()?);
     let found = copy.metadata()?;
     let reference =
         SealedRef { pid: std::process::id(), fd: copy.as_raw_fd(), device: found.dev(), inode: found.ino() };
     Ok(Copy { file: copy, reference, mode: found.mode() })
+}
+
+/// Moves a copy to huge pages. No call waits for it: on a machine whose free memory is in small pieces, the kernel makes room
+/// first. A copy that stays where it is works, too.
+fn use_huge_pages(copy: File) {
+    let moving = move || {
+        if let Err(error) = sys::use_huge_pages(&copy) {
+            tracing::debug!(%error, "a copy of the OCI runtime is not in huge pages, so execs cost more: {error}");
+        }
+    };
+    let thread = std::thread::Builder::new().name("huge pages".to_owned()).stack_size(128 << 10);
+    if let Err(error) = thread.spawn(moving) {
+        tracing::debug!(%error, "can't move a copy of the OCI runtime to huge pages: {error}");
+    }
 }
 
 /// The seals that runc checks for.
