@@ -42,9 +42,9 @@ use crate::unit::fd_store::FdStore;
 use crate::unit::manager::Manager;
 use crate::unit::notify::THREAD_INTERVAL;
 use crate::unit::observations::Observations;
-use crate::unit::refs::Refs;
+use crate::unit::refs::{self, Refs};
 use crate::unit::relay::Relay;
-use crate::unit::{name, notify, properties, watch};
+use crate::unit::{bus_config, name, notify, properties, watch};
 use crate::{config, sys, telemetry};
 
 use super::Failure;
@@ -291,7 +291,7 @@ async fn serve(
         workers.spawn("watching for requests that hang", suspect::end_if_hanging(interval / 2));
     }
     let (connections, mut adopted, consoles) = adopt_connections(&fd_store, &mut kept, rescued, &crashes)?;
-    let refs = Refs::new(fd_store.clone(), &mut kept);
+    let refs = Refs::new(fd_store.clone(), &mut kept, refs::limit(bus_config::match_rules()));
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let observations = Arc::<Observations>::default();
     let (listening, first) = oneshot::channel();

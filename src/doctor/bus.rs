@@ -1,12 +1,12 @@
 //! D-Bus, and the limits in its configuration.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::unit::bus_config;
 use crate::unit::manager::Manager;
 
 use super::Check;
-use crate::probe;
 
 /// How long systemd may take to answer over the bus.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -40,39 +40,7 @@ pub(super) async fn collect() -> Facts {
         Ok(version) => version.map_err(|error| error.to_string()),
         Err(_) => Err(format!("systemd does not answer over D-Bus within {} s", LIMIT.as_secs())),
     };
-    Facts { version, limits: limits() }
-}
-
-fn limits() -> Vec<(PathBuf, String, u64)> {
-    let mut files = Vec::new();
-    for place in ["/usr/share/dbus-1", "/etc/dbus-1"] {
-        files.push(Path::new(place).join("system.conf"));
-        let fragments = Path::new(place).join("system.d");
-        let names = probe::names(&fragments).unwrap_or_default();
-        files.extend(
-            names.into_iter().filter(|name| name.ends_with(".conf")).map(|name| fragments.join(name)),
-        );
-    }
-    files.push(PathBuf::from("/etc/dbus-1/system-local.conf"));
-    let parse = |path: PathBuf| {
-        let limits = limits_in(&probe::file(&path).unwrap_or_default());
-        limits.into_iter().map(move |(name, value)| (path.clone(), name, value))
-    };
-    files.into_iter().flat_map(parse).collect()
-}
-
-/// The `<limit name="…">…</limit>` elements of a file of dbus-daemon's configuration, without those in comments.
-fn limits_in(text: &str) -> Vec<(String, u64)> {
-    let mut plain = String::new();
-    for (index, part) in text.split("<!--").enumerate() {
-        plain += if index == 0 { part } else { part.split_once("-->").map_or("", |(_, rest)| rest) };
-    }
-    let limit = |element: &str| {
-        let (attributes, rest) = element.split_once('>')?;
-        let name = attributes.split(['"', '\'']).nth(1)?;
-        Some((name.to_owned(), rest.split_once('<')?.0.trim().parse().ok()?))
-    };
-    plain.split("<limit").skip(1).filter_map(limit).collect()
+    Facts { version, limits: bus_config::limits() }
 }
 
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
@@ -128,7 +96,7 @@ mod tests {
     fn limits_that_are_too_low_are_named_with_their_file() {
         let text = "<busconfig><!-- <limit name=\"max_replies_per_connection\">1</limit> -->\n\
                     <limit name='max_replies_per_connection'> 20 </limit><limit name=\"auth_timeout\">5</limit>";
-        let limits = limits_in(text);
+        let limits = bus_config::limits_in(text);
         assert_eq!(limits, [("max_replies_per_connection".to_owned(), 20), ("auth_timeout".to_owned(), 5)]);
         let limits =
             limits.into_iter().map(|(name, value)| (PathBuf::from("/etc/x.conf"), name, value)).collect();

@@ -290,7 +290,11 @@ impl Units {
     ///
     /// A task whose operation hangs delays no other task.
     async fn reference_each(self: &Arc<Self>) -> bool {
-        let referred = self.tasks.registry.all().into_iter().map(|entry| {
+        let all = self.tasks.registry.all();
+        // The exits of units that have ended by now are known, so a moment without references loses nothing unless the daemon
+        // ends, too.
+        self.manager.make_room_for_references(all.len());
+        let referred = all.into_iter().map(|entry| {
             let this = self.clone();
             async move {
                 let _verb = entry.init.verb.lock().await;

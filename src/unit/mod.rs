@@ -8,6 +8,7 @@
 
 pub mod annotation;
 pub mod bus;
+pub mod bus_config;
 mod drop_ins;
 pub mod error;
 mod exec_flags;

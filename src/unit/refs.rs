@@ -4,13 +4,17 @@
 //! to the unit. A reference lasts until its connection is closed. The connection with the references is therefore in the
 //! descriptor store: a unit that is stopped while the daemon is down keeps its exit code.
 //!
+//! For each reference, systemd has a match rule on the bus, and dbus-daemon allows a connection 512 of them
+//! (`max_match_rules_per_connection`), also that of systemd. Beyond that, systemd before 258 closes its connection, and nobody
+//! can reach it any more; later versions lose the reference. So the number of references is limited.
+//!
 //! Only replies are sent to this connection, so it collects no messages while no daemon reads. Anything else that
 //! arrives is not read.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::sync::Mutex;
 use zbus::Connection;
@@ -29,11 +33,26 @@ const PREFIX: &str = "r";
 /// the bus allows 256 per user.
 const MAX_EARLIER: usize = 4;
 
+/// How many match rules dbus-daemon allows systemd if its configuration says nothing (config-parser.c).
+const MATCH_RULES: u64 = 512;
+
+/// The match rules of systemd that are for other things than references of ours.
+const OTHER_RULES: u64 = 112;
+
+/// How many units may have a reference with the bus's configuration.
+pub fn limit(match_rules: Option<u64>) -> usize {
+    usize::try_from(match_rules.unwrap_or(MATCH_RULES).saturating_sub(OTHER_RULES)).unwrap_or(usize::MAX)
+}
+
 /// The connection that holds the references.
 pub struct Refs {
     store: Arc<FdStore>,
     open: Mutex<Option<Open>>,
     next: AtomicU64,
+    /// How many references there may be.
+    limit: usize,
+    /// True once the log says that there are too many units.
+    is_full: AtomicBool,
     /// The connections of earlier daemons, with their own references.
     earlier: std::sync::Mutex<Vec<(String, OwnedFd)>>,
 }
@@ -58,7 +77,8 @@ struct Reference {
 
 impl Refs {
     /// Takes the connections of earlier daemons out of `kept`, which holds what the descriptor store had.
-    pub fn new(store: Arc<FdStore>, kept: &mut Vec<(String, OwnedFd)>) -> Self {
+    /// `limit`: how many references there may be ([`limit`]).
+    pub fn new(store: Arc<FdStore>, kept: &mut Vec<(String, OwnedFd)>, limit: usize) -> Self {
         let number = |name: &str| name.strip_prefix(PREFIX).and_then(|rest| rest.parse::<u64>().ok());
         let mut earlier: Vec<_> = kept.extract_if(.., |(name, _)| number(name).is_some()).collect();
         earlier.sort_by_key(|(name, _)| number(name));
@@ -70,7 +90,27 @@ impl Refs {
             store.forget(&name);
         }
         let (next, earlier) = (AtomicU64::new(next), std::sync::Mutex::new(earlier));
-        Self { store, open: Mutex::default(), next, earlier }
+        Self { store, open: Mutex::default(), next, limit, is_full: AtomicBool::default(), earlier }
+    }
+
+    /// Whether a unit that has no reference may get one.
+    pub(super) async fn has_room(&self) -> bool {
+        let has_room = self.open.lock().await.as_ref().is_none_or(|open| open.units.len() < self.limit);
+        if !has_room && !self.is_full.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "more than {} containers: the exit codes of further ones are lost if somebody stops their units while the daemon is down. A larger max_match_rules_per_connection in the configuration of dbus allows more",
+                self.limit
+            );
+        }
+        has_room
+    }
+
+    /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones.
+    pub(super) fn make_room(&self, units: usize) {
+        let earlier = self.earlier.lock().unwrap_or_else(std::sync::PoisonError::into_inner).len();
+        if units.saturating_mul(earlier + 1) > self.limit {
+            self.forget_earlier();
+        }
     }
 
     /// systemd's manager object for a call that starts a unit with a reference to it.
@@ -126,6 +166,10 @@ impl Refs {
     /// Adds a reference to a unit that has none. A unit that is not loaded has no exit code to keep. The caller tries again
     /// if systemd did not answer.
     pub(super) async fn reference(&self, unit: &UnitName) -> zbus::Result<()> {
+        let is_known = self.open.lock().await.as_ref().is_some_and(|open| open.units.contains_key(unit));
+        if !is_known && !self.has_room().await {
+            return Ok(());
+        }
         let asked = self.with_open(|open| {
             let known = open.units.entry(unit.clone()).or_default();
             known.most += u32::from(!known.is_certain);
@@ -212,11 +256,13 @@ mod tests {
         errors: [(&'static str, &'static str); N],
     ) -> (Arc<FakeBus>, Manager, Arc<Refs>) {
         let (bus, connection) = FakeBus::start(errors).await;
-        let refs = Refs::new(Arc::new(FdStore::adopt(Vec::new()).unwrap().0), &mut Vec::new());
+        let refs = Refs::new(Arc::new(FdStore::adopt(Vec::new()).unwrap().0), &mut Vec::new(), LIMIT);
         *refs.open.lock().await = Some(Open { connection, name: "r0".to_owned(), units: HashMap::new() });
         let refs = Arc::new(refs);
         (bus, Manager::with_refs(refs.clone()), refs)
     }
+
+    const LIMIT: usize = 2;
 
     fn web() -> UnitName {
         UnitName::new("containerd-default-web.service").unwrap()
@@ -267,13 +313,44 @@ mod tests {
         assert_eq!(bus.calls("RefUnit"), 1);
     }
 
+    #[tokio::test]
+    async fn there_are_never_more_references_than_the_bus_allows() {
+        let (bus, manager, refs) = manager([]).await;
+        let units =
+            ["a", "b", "c"].map(|id| UnitName::new(format!("containerd-default-{id}.service")).unwrap());
+        for unit in &units {
+            manager.reference(unit).await.unwrap();
+        }
+        assert_eq!(bus.calls("RefUnit"), 2);
+        assert!(!refs.has_room().await);
+        manager.release(&units[0]).await;
+        manager.reference(&units[2]).await.unwrap();
+        assert_eq!(bus.calls("RefUnit"), 3);
+    }
+
+    #[test]
+    fn references_of_earlier_daemons_go_first_if_there_is_no_room_for_all() {
+        let store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
+        let mut kept = vec![("r1".to_owned(), OwnedFd::from(UnixStream::pair().unwrap().0))];
+        let refs = Refs::new(store, &mut kept, 512);
+        refs.make_room(256);
+        assert_eq!(refs.earlier.lock().unwrap().len(), 1);
+        refs.make_room(257);
+        assert_eq!(refs.earlier.lock().unwrap().len(), 0);
+    }
+
+    #[test]
+    fn the_limit_is_that_of_the_bus_without_what_others_need() {
+        assert_eq!([None, Some(64), Some(65_536)].map(limit), [400, 0, 65_424]);
+    }
+
     #[test]
     fn daemons_that_end_soon_do_not_use_up_the_connections_of_root() {
         let store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
         let kept = |name: &str| (name.to_owned(), OwnedFd::from(UnixStream::pair().unwrap().0));
         let mut all: Vec<_> = (1..=250).rev().map(|number| kept(&format!("r{number}"))).collect();
         all.push(kept("c7"));
-        let refs = Refs::new(store, &mut all);
+        let refs = Refs::new(store, &mut all, LIMIT);
         let names: Vec<String> = refs.earlier.lock().unwrap().iter().map(|(name, _)| name.clone()).collect();
         assert_eq!(names, ["r1", "r248", "r249", "r250"]);
         assert_eq!(refs.next.load(Ordering::Relaxed), 251);

@@ -1,6 +1,6 @@
 //! The directories with unit files and drop-ins (systemd.unit(5), "System Unit Search Path").
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -88,6 +88,7 @@ fn has_file_in(dirs: &[&str], unit: &UnitName) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn files_and_masks_take_a_name() {

@@ -210,6 +210,9 @@ pub trait Systemd: Send + Sync {
         is_free: &(dyn Fn() -> bool + Send + Sync),
     ) -> Result<(), Error>;
 
+    /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones.
+    fn make_room_for_references(&self, units: usize);
+
     /// Removes the references of earlier daemons, once this one has its own.
     fn forget_earlier_references(&self);
 }
@@ -347,6 +350,10 @@ impl Systemd for Manager {
         is_free: &(dyn Fn() -> bool + Send + Sync),
     ) -> Result<(), Error> {
         Self::stop_alone_if(self, slice, is_free).await
+    }
+
+    fn make_room_for_references(&self, units: usize) {
+        Self::make_room_for_references(self, units);
     }
 
     fn forget_earlier_references(&self) {

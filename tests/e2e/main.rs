@@ -70,6 +70,7 @@ mod plots;
 mod poison;
 mod quotas;
 mod reboot;
+mod references;
 mod restart;
 mod rootfs;
 mod sandbox;

@@ -227,6 +227,8 @@ impl Systemd for FakeSystemd {
         Ok(())
     }
 
+    fn make_room_for_references(&self, _units: usize) {}
+
     fn forget_earlier_references(&self) {
         self.state().forgotten += 1;
     }

@@ -159,6 +159,13 @@ impl Manager {
         self.bus.repeat(attempt).await.result.map_err(|error| call_error("reference", unit, error))
     }
 
+    /// Gives back the references of earlier daemons if there is not enough room for theirs and for as many new ones.
+    pub fn make_room_for_references(&self, units: usize) {
+        if let Some(refs) = &self.refs {
+            refs.make_room(units);
+        }
+    }
+
     /// Gives back the references of earlier daemons.
     pub fn forget_earlier_references(&self) {
         if let Some(refs) = &self.refs {

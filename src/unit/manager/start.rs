@@ -75,10 +75,14 @@ impl Manager {
         additions: &Additions,
     ) -> Result<StartJob, Error> {
         let mut list = properties.with(additions);
-        if self.refs.is_some() {
+        let refs = match self.refs.as_deref() {
+            Some(refs) if refs.has_room().await => Some(refs),
+            _ => None,
+        };
+        if refs.is_some() {
             list.push(("AddRef", true.into()));
         }
-        self.begin(self.refs.as_deref(), unit, &list, &[]).await
+        self.begin(refs, unit, &list, &[]).await
     }
 
     /// `refs`: has the connection that gets the reference to the unit, at each attempt. Nobody would ever remove a
