@@ -265,7 +265,8 @@ fn limits_too_small_for_launch_apply_to_the_container_alone() {
     };
     for resources in [
         json!({"memory": {"limit": 6 * MIB, "swap": 6 * MIB}}),
-        json!({"cpu": {"quota": 1000, "period": 100_000}}),
+        // In an emulated guest, this is less than a hundredth of the machine.
+        json!({"cpu": {"quota": 5000, "period": 100_000}}),
     ] {
         let spec = Spec::sleeping().resources(resources.clone());
         let stock = live(STOCK_RUNTIME, &spec);
