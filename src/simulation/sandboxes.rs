@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::effects::{Failure, Plan};
-use crate::id::ProcessKey;
-use crate::oci::pod::{Pod, Seccomp};
+use crate::id::{Owner, ProcessKey};
+use crate::oci::pod::{Namespace, Pod, Seccomp};
 use crate::ops::Shim;
 use crate::services::{Delivery, Error};
 
@@ -88,6 +88,38 @@ fn a_sandbox_that_runs_is_killed_by_a_shutdown() {
         shim.shut_down_sandbox(&init.task).await
     });
     assert!(shut_down.unwrap().is_ok());
+    assert_eq!(world.remains(), Vec::<String>::new());
+}
+
+/// The files of both are in the same place.
+#[test]
+fn what_is_left_of_an_earlier_sandbox_is_removed_before_the_files_of_the_next_one_are_made() {
+    let world = World::new("sandbox-again");
+    let root = world.state_dir().with_file_name("containerd");
+    let of_task = "io.containerd.sandbox.controller.v1.shim/sandbox-again/web";
+    let [bundle, work] = ["state", "root"].map(|dir| root.join(dir).join(of_task));
+    let plugin = root.join("root/io.containerd.grpc.v1.cri");
+    [&bundle, &plugin].into_iter().for_each(|dir| std::fs::create_dir_all(dir).unwrap());
+    std::os::unix::fs::symlink(work, bundle.join("work")).unwrap();
+    // A pod with the IPC namespace of the node needs no mount.
+    let pod = Pod { name: "web".to_owned(), ipc: Namespace::Node, ..Pod::default() };
+    let call = CreateSandbox { bundle, pod: Some(pod), ..world.create_sandbox_call() };
+    let (first, second, init) = (call.clone(), call, world.init());
+    let (effects, hosts) = (world.effects.clone(), plugin.join("sandboxes/web/hosts"));
+    let there = hosts.clone();
+    let (given_up, has_files) = world
+        .live(move |shim| async move {
+            shim.create_sandbox(first, Delivery::First).await.unwrap();
+            effects.plan(Plan::Refuse("stop "));
+            let given_up = shim.clean_up(&init.task, &Owner::default()).await;
+            shim.create_sandbox(second, Delivery::First).await.unwrap();
+            let has_files = there.exists();
+            shim.shut_down_sandbox(&init.task).await.unwrap();
+            (given_up, has_files)
+        })
+        .unwrap();
+    assert!(matches!(given_up, Err(Error::NotRemoved { .. })), "{given_up:?}");
+    assert!(has_files && !hosts.exists());
     assert_eq!(world.remains(), Vec::<String>::new());
 }
 
