@@ -17,17 +17,22 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
 
-use libsystemd::daemon::{NotifyState, notify, notify_with_fds};
 use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
 use crate::config::BARRIER_LIMIT;
 use crate::sys::{self, tree};
 use crate::unit::main_process::WaitStatus;
+use crate::unit::notify;
 
 /// A hundred years. systemd takes "infinity" for no extension.
 const LONG_USEC: u64 = 100 * 365 * 24 * 3600 * 1_000_000;
+
+/// The pid of systemd.
+const SYSTEMD: u32 = 1;
 
 /// How long the report of a process waits whose first thread has ended: usually, its other threads are ending too.
 const THREADS_LIMIT: Duration = Duration::from_secs(1);
@@ -67,10 +72,10 @@ pub(super) fn hand_over(pid: u32) -> Result<Handover, Error> {
     if let Some(ended) = peek(pid)? {
         return Ok(Handover::Ended(ended));
     }
+    let socket = notify::connect().map_err(|error| Error::Notify(error.to_string()))?;
+    let socket = socket.ok_or_else(|| Error::Notify("NOTIFY_SOCKET is not set".to_owned()))?;
     // A drop-in for all services may set `TimeoutStartSec=`. The process runs as long as it wants.
-    let no_limit = NotifyState::Other(format!("EXTEND_TIMEOUT_USEC={LONG_USEC}"));
-    tell(&[NotifyState::Other(format!("MAINPID={pid}")), no_limit])?;
-    barrier()?;
+    tell(&format!("MAINPID={pid}\nEXTEND_TIMEOUT_USEC={LONG_USEC}"), &socket, SYSTEMD, BARRIER_LIMIT)?;
     outcome(pid, THREADS_LIMIT)
 }
 
@@ -98,26 +103,34 @@ fn peek(pid: u32) -> Result<Option<WaitStatus>, Error> {
     Ok(ended.map(|(code, status)| WaitStatus { code, status, at_usec: Some(sys::now_usec()) }))
 }
 
-fn tell(states: &[NotifyState]) -> Result<(), Error> {
-    match notify(false, states) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Error::Notify("NOTIFY_SOCKET is not set".to_owned())),
-        Err(error) => Err(Error::Notify(error.to_string())),
+/// Tells systemd something, and waits until systemd has dealt with it.
+///
+/// systemd deals with one notification after the other. So it has dealt with the first once it has read the second, which
+/// says nothing. `BARRIER=1` with a descriptor (sd_notify_barrier(3)) would do the same, but to close a descriptor, systemd (257)
+/// makes a copy of PID 1 by fork(2), which costs more than all that `launch` does.
+///
+/// `speaker`: the process that says nothing. PID 1, because its unit is a scope, and scopes ignore notifications.
+fn tell(text: &str, socket: &UnixDatagram, speaker: u32, limit: Duration) -> Result<(), Error> {
+    let failed = |error: io::Error| Error::Notify(error.to_string());
+    // The least that the kernel allows.
+    setsockopt(socket, sockopt::SndBuf, &0).map_err(|errno| failed(errno.into()))?;
+    let room = getsockopt(socket, sockopt::SndBuf).map_err(|errno| failed(errno.into()))?;
+    socket.set_write_timeout(Some(limit)).map_err(failed)?;
+    socket.send(text.as_bytes()).map_err(failed)?;
+    // The kernel announces that a socket is writable once a quarter of its room is in use (af_unix.c, `unix_writable`). This
+    // message uses more, so the socket is writable when systemd has read it.
+    let nothing = format!("X_NOTHING={}", "-".repeat(room / 4));
+    sys::send_as(socket, &nothing, speaker).map_err(failed)?;
+    let begun = Instant::now();
+    while sys::unread_by_peer(socket).map_err(|errno| failed(errno.into()))? > 0 {
+        let left = limit.saturating_sub(begun.elapsed());
+        match sys::poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], left) {
+            Ok(true) => {}
+            Ok(false) => return Err(Error::Silent),
+            Err(errno) => return Err(failed(errno.into())),
+        }
     }
-}
-
-/// Waits until systemd has read all earlier notifications (sd_notify_barrier(3)).
-fn barrier() -> Result<(), Error> {
-    let (here, there) = nix::unistd::pipe().map_err(|errno| Error::Notify(errno.to_string()))?;
-    let state = [NotifyState::Other("BARRIER=1".to_owned())];
-    notify_with_fds(false, &state, &[std::os::fd::AsRawFd::as_raw_fd(&there)])
-        .map_err(|error| Error::Notify(error.to_string()))?;
-    drop(there);
-    match sys::poll(&mut [PollFd::new(here.as_fd(), PollFlags::empty())], BARRIER_LIMIT) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Error::Silent),
-        Err(errno) => Err(Error::Notify(errno.to_string())),
-    }
+    Ok(())
 }
 
 /// Waits for the end of a process, and exits in the same way.
@@ -145,6 +158,7 @@ pub(super) fn end_as(ended: WaitStatus) -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::thread::{JoinHandle, spawn};
 
     fn ended(handover: Handover) -> Option<u32> {
         match handover {
@@ -186,5 +200,44 @@ mod tests {
             assert_eq!(ended(outcome(child.id(), Duration::ZERO).unwrap()), Some(137));
         }
         child.wait().unwrap();
+    }
+
+    /// systemd's socket, and a thread that tells this process something over it.
+    fn told(limit: Duration) -> (UnixDatagram, JoinHandle<Result<(), Error>>) {
+        let (systemd, socket) = UnixDatagram::pair().unwrap();
+        systemd.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        (systemd, spawn(move || tell("MAINPID=7", &socket, std::process::id(), limit)))
+    }
+
+    fn read(systemd: &UnixDatagram) -> String {
+        // systemd's NOTIFY_BUFFER_MAX
+        let mut text = [0; 4096];
+        let length = systemd.recv(&mut text).unwrap();
+        String::from_utf8(text[..length].to_vec()).unwrap()
+    }
+
+    #[test]
+    fn systemd_has_dealt_with_a_message_once_it_reads_the_next_one() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let (systemd, telling) = told(Duration::from_secs(60));
+        assert_eq!(read(&systemd), "MAINPID=7");
+        // systemd deals with the message. The second one is in the socket, or about to be.
+        let mut fds = [PollFd::new(systemd.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(sys::poll(&mut fds, Duration::from_secs(60)), Ok(true));
+        assert!(!telling.is_finished());
+        assert!(read(&systemd).starts_with("X_NOTHING=-"));
+        telling.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn systemd_is_not_waited_for_without_a_limit() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let (systemd, telling) = told(Duration::from_millis(20));
+        assert!(matches!(telling.join().unwrap(), Err(Error::Silent)));
+        assert_eq!(read(&systemd), "MAINPID=7");
     }
 }

@@ -32,7 +32,7 @@ pub const THREAD_INTERVAL: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// The socket can't be reached.
-pub(super) fn connect() -> io::Result<Option<UnixDatagram>> {
+pub fn connect() -> io::Result<Option<UnixDatagram>> {
     let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
         return Ok(None);
     };
