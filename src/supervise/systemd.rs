@@ -189,6 +189,8 @@ impl Units {
             // systemd never had this process as the main process of the unit, and will report no end.
             (Some(main), exec) if has_ended && main.pid != pid && main.last_pid != pid => {
                 match (exec, main.ended) {
+                    // `launch` is about to end like the exec, and systemd will report that.
+                    (Some(_), None) if main.pid.is_some() => return,
                     // `launch` had to hand the exec over, and has exited like it.
                     (Some(_), Some(ended)) => exit_of(ended),
                     (Some(_), None) => killed(),
