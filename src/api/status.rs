@@ -211,6 +211,14 @@ mod tests {
     }
 
     #[test]
+    fn an_error_says_nothing_that_a_terminal_obeys() {
+        let ttrpc::Error::RpcStatus(status) = invalid("criu: \u{1b}]0;x\u{7}\u{202e}y\nsecond line") else {
+            unreachable!()
+        };
+        assert_eq!(status.message, "criu: \u{fffd}]0;x\u{fffd}\u{fffd}y\nsecond line");
+    }
+
+    #[test]
     fn a_finished_process_is_not_found_for_kill() {
         assert_eq!(code(&Error::Finished), Code::NOT_FOUND);
         assert_eq!(Error::Finished.to_string(), "process already finished: not found");

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -43,10 +44,17 @@ pub fn make(cgroup: &Path) {
 
 /// Puts a process into a cgroup.
 pub fn place(cgroup: &Path, pid: u32) {
-    fs::write(process(pid), format!("0::{}\n", cgroup.display())).unwrap();
+    fs::write(process(pid), [b"0::", cgroup.as_os_str().as_bytes(), b"\n"].concat()).unwrap();
     let file = super::dir(cgroup).join("cgroup.procs");
     let there = fs::read_to_string(&file).unwrap_or_default();
     fs::write(file, format!("{there}{pid}\n")).unwrap();
+}
+
+/// Makes the cgroup of a process unreadable, as one whose path is too long.
+pub fn hide(pid: u32) {
+    // Only a file can be read.
+    let _ = fs::remove_file(process(pid));
+    fs::create_dir(process(pid)).unwrap();
 }
 
 /// Marks a cgroup as frozen or thawed. Does nothing if it does not exist.

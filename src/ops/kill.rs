@@ -137,7 +137,9 @@ pub(crate) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::services::process::hold;
     use crate::simulation::harness::{Step, World};
+    use std::os::unix::ffi::OsStrExt;
 
     #[test]
     fn a_process_that_can_not_be_opened_has_not_ended() {
@@ -160,5 +162,36 @@ mod tests {
             .map(|held| held.map(drop))
         });
         assert_eq!(found.unwrap(), [Ok(()), Err(Errno::EMFILE), Err(Errno::ESRCH), Err(Errno::ESRCH)]);
+    }
+
+    #[test]
+    fn a_process_that_hides_its_cgroup_can_be_killed() {
+        let world = World::new("kill-hidden");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let killed = world.live(move |shim| async move {
+            let (entry, process) = shim.tasks.process(&init).unwrap();
+            let task = entry.task().clone();
+            let pid = task.init.pid().unwrap();
+            // A name that is no UTF-8, and one that can't be read.
+            let nested = task.cgroup().unwrap().join(std::ffi::OsStr::from_bytes(b"\xff"));
+            crate::cgroup::fake::make(&nested);
+            crate::cgroup::fake::place(&nested, pid);
+            let mut held = Vec::new();
+            let mut hold_again = || {
+                hold(&entry, &process, pid);
+                held.push((
+                    process.live().process.is_some(),
+                    held_again(&task, pid, sys::pidfd_open(pid)).is_ok(),
+                ));
+            };
+            hold_again();
+            crate::cgroup::fake::hide(pid);
+            hold_again();
+            (held, signal_process(&task, &process, SIGKILL))
+        });
+        let (held, killed) = killed.unwrap();
+        assert_eq!(held, [(true, true), (true, true)]);
+        killed.unwrap();
     }
 }

@@ -142,6 +142,11 @@ mod tests {
         assert_eq!(pages(&with(&[0x08, 0, 0x10, 3, 0x18, 1])), Some((1, 0)), "pages of a parent, long ago");
         assert_eq!(pages(&with(&[0x08, 0, 0x10, 3])), Some((1, 3)), "long ago");
         assert_eq!(pages(&with(&[0x08, 0, 0x20, 4, 0x28, 7])), Some((1, 7)), "a newer criu");
+        assert_eq!(
+            pages(&with(&[0x30, 5, 0x08, 0, 0x10, 9, 0x10, 3])),
+            Some((1, 3)),
+            "the last value counts"
+        );
         let two = [
             with(&[0x08, 0, 0x10, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01]),
             MAP[14..].to_vec(),
