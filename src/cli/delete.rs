@@ -20,7 +20,6 @@ use crate::supervise::cleanup::{Removal, Stop, Troubles};
 use crate::sys;
 use crate::task::Task;
 use crate::task::lifecycle::Exit;
-use crate::task::outbox::Outbox;
 use crate::{cgroup, config, unit};
 
 use super::arguments::Flags;
@@ -131,7 +130,9 @@ fn is_given_up(store: &Store, key: &TaskKey) -> bool {
 
 /// Records that the task is given up, as the daemon does.
 fn give_up(store: &Store, task: &Task) -> Result<(), store::Error> {
-    store.save_whole(&Task { muted: true, outbox: Outbox::default(), ..task.clone() })
+    let mut task = task.clone();
+    task.give_up();
+    store.save_whole(&task)
 }
 
 /// The same steps as in the daemon, but without waiting for the end of units, which would need a subscription. If a step
@@ -185,6 +186,7 @@ mod tests {
         let no_daemon = of(Some(Err(ttrpc::Error::Socket("refused".to_owned()))));
         assert!(matches!(no_daemon, Answer::NoDaemon(_)), "{no_daemon:?}");
     }
+
     #[test]
     fn an_unfinished_cleanup_is_a_success_only_if_the_next_daemon_completes_it() {
         let world = World::new("delete-later");

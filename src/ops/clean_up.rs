@@ -28,15 +28,13 @@ impl Shim {
         self.remove_given_up(&entry).await
     }
 
-    /// Records that containerd has given a task up, and cancels what is under way for the task. Drops its events: containerd
-    /// publishes the end of the task itself.
+    /// Records that containerd has given a task up, and cancels what is under way for the task.
     ///
     /// # Errors
     /// None: no phase refuses this change.
     pub(super) fn give_up(&self, entry: &Arc<Entry>) -> Result<(), Error> {
         self.tasks.note(entry, |task| {
-            task.muted = true;
-            task.outbox.clear();
+            task.give_up();
             Ok(Vec::new())
         })?;
         entry.init.live().attempt.given_up.cancel();

@@ -238,6 +238,12 @@ impl Task {
         (0..new).for_each(|_| self.owe(TaskEvent::OutOfMemory, now_usec));
     }
 
+    /// Notes that containerd has given the task up. Drops its events: containerd publishes the end of the task itself.
+    pub fn give_up(&mut self) {
+        self.muted = true;
+        self.outbox.clear();
+    }
+
     /// True if the task never got past its Create and is only to be removed: the Create has failed, or containerd has given the
     /// task up meanwhile.
     pub fn is_to_be_rolled_back(&self) -> bool {
