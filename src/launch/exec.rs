@@ -27,7 +27,7 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
     match reported {
         Ok((_, Handover::Taken)) => Ok(()),
         Ok((_, Handover::Ended(ended))) => handoff::end_as(ended),
-        Ok((pid, Handover::Unclear)) => Ok(handoff::end_with(pid)?),
+        Ok((pid, Handover::Unclear)) => match handoff::end_with(pid)? {},
         Err(error) => {
             // The OCI runtime may have left processes behind, which nothing else would ever kill.
             bounded::kill_all();

@@ -11,10 +11,11 @@
 //!
 //! A process with several threads has two ends. Once its first thread has ended, /proc shows a zombie, and systemd refuses it
 //! (`pid_is_alive()`, 252 to 262). But it can be reaped, and has an exit, only when its last thread has ended. Between
-//! the two, nobody can say whether systemd took it over, so `launch` waits for the exit. Usually the threads end at about
-//! the same time. A program can also end its first thread alone (pthread_exit(3)), and run for ever: `launch` then
-//! stays for as long.
+//! the two, `launch` can't find out whether systemd took the process over, so `launch` waits for the exit. Usually all threads
+//! end at about the same time. A program can also end its first thread alone (pthread_exit(3)) and continue: then `launch`
+//! stays until the program ends.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
@@ -34,7 +35,8 @@ const LONG_USEC: u64 = 100 * 365 * 24 * 3600 * 1_000_000;
 /// The pid of systemd.
 const SYSTEMD: u32 = 1;
 
-/// How long the report of a process waits whose first thread has ended: usually, its other threads are ending too.
+/// If the first thread of a process has ended, how long `launch` waits for the other threads before it reports the process:
+/// usually, they are ending too.
 const THREADS_LIMIT: Duration = Duration::from_secs(1);
 
 /// What became of a process that was handed over.
@@ -117,7 +119,7 @@ fn tell(text: &str, socket: &UnixDatagram, speaker: u32, limit: Duration) -> Res
     let room = getsockopt(socket, sockopt::SndBuf).map_err(|errno| failed(errno.into()))?;
     socket.set_write_timeout(Some(limit)).map_err(failed)?;
     socket.send(text.as_bytes()).map_err(failed)?;
-    // The kernel announces that a socket is writable once a quarter of its room is in use (af_unix.c, `unix_writable`). This
+    // The kernel announces that a socket is writable once at most a quarter of its room is in use (af_unix.c, `unix_writable`). This
     // message uses more, so the socket is writable when systemd has read it.
     let nothing = format!("X_NOTHING={}", "-".repeat(room / 4));
     sys::send_as(socket, &nothing, speaker).map_err(failed)?;
@@ -137,7 +139,7 @@ fn tell(text: &str, socket: &UnixDatagram, speaker: u32, limit: Duration) -> Res
 ///
 /// # Errors
 /// Its exit can't be read.
-pub(super) fn end_with(pid: u32) -> Result<(), Error> {
+pub(super) fn end_with(pid: u32) -> Result<Infallible, Error> {
     loop {
         if let Some(ended) = peek(pid)? {
             end_as(ended);
@@ -170,9 +172,6 @@ mod tests {
     #[test]
     fn a_process_whose_first_thread_has_ended_is_watched_to_its_end() {
         let (pid, end) = tree::child_without_first_thread(7);
-        while !tree::first_thread_has_ended(pid) {
-            std::thread::yield_now();
-        }
         assert_eq!(outcome(pid, Duration::from_millis(20)).unwrap(), Handover::Unclear);
         drop(end);
         assert_eq!(ended(outcome(pid, Duration::from_secs(60)).unwrap()), Some(7));
@@ -181,10 +180,7 @@ mod tests {
     #[test]
     fn a_process_whose_threads_are_ending_has_an_exit() {
         let (pid, end) = tree::child_without_first_thread(9);
-        while !tree::first_thread_has_ended(pid) {
-            std::thread::yield_now();
-        }
-        let waiting = std::thread::spawn(move || outcome(pid, Duration::from_secs(60)));
+        let waiting = spawn(move || outcome(pid, Duration::from_secs(60)));
         drop(end);
         assert_eq!(ended(waiting.join().unwrap().unwrap()), Some(9));
     }

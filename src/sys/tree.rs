@@ -141,8 +141,8 @@ pub fn kill_own_descendants(limit: Duration) -> bool {
     }
 }
 
-/// A child whose first thread ends at once. Another thread stays, and ends the process with this code when the returned
-/// pipe is closed.
+/// A child whose first thread has ended. Another thread stays, and ends the process with this code when the returned pipe is
+/// closed.
 #[cfg(test)]
 pub fn child_without_first_thread(code: i32) -> (u32, OwnedFd) {
     use nix::libc;
@@ -172,7 +172,11 @@ pub fn child_without_first_thread(code: i32) -> (u32, OwnedFd) {
         }
         pid
     };
-    (u32::try_from(pid).unwrap(), writing)
+    let pid = u32::try_from(pid).unwrap();
+    while !first_thread_has_ended(pid) {
+        std::thread::yield_now();
+    }
+    (pid, writing)
 }
 
 #[cfg(test)]
