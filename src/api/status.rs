@@ -145,10 +145,11 @@ pub fn unavailable(reason: impl ToString) -> ttrpc::Error {
 }
 
 /// The longest text of an error, in bytes. An error names what a client has sent, which can be as long as a request, and a
-/// response that is longer than ttrpc allows would end the connection. It also names what a container or a checkpoint has:
-/// clients print the text to a terminal, which must not obey it.
+/// response that is longer than ttrpc allows would end the connection.
 const MAX_TEXT: usize = 8192;
 
+/// The text of an error, for a client that prints the text to a terminal: an error names what a container or a checkpoint
+/// contains, and the terminal must not obey that.
 pub(super) fn text(error: &impl ToString) -> String {
     let text = error.to_string().replace(|c| c != '\n' && text::is_unfit(c), "\u{fffd}");
     text::shortened(text, MAX_TEXT)

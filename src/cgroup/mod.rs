@@ -96,7 +96,7 @@ pub fn of_self() -> Result<PathBuf, Error> {
 }
 
 fn of_proc_file(path: &Path) -> Result<PathBuf, Error> {
-    // The name of a cgroup can have any byte, also a line break, which the kernel shows as "\\012".
+    // The name of a cgroup can have any byte, also a line break, which the kernel shows as `\012`.
     let text = fs::read(path).map_err(io_error("read", path))?;
     let unified = text.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"0::"));
     unified

@@ -4,12 +4,13 @@
 //! to the unit. A reference lasts until its connection is closed. The connection with the references is therefore in the
 //! descriptor store: a unit that is stopped while the daemon is down keeps its exit code.
 //!
-//! For each reference, systemd has a match rule on the bus, and dbus-daemon allows a connection 512 of them
-//! (`max_match_rules_per_connection`), also that of systemd. Beyond that, systemd before 258 closes its connection, and nobody
-//! can reach it any more; later versions lose the reference. So the number of references is limited.
-//!
 //! Only replies are sent to this connection, so it collects no messages while no daemon reads. Anything else that
 //! arrives is not read.
+//!
+//! For each reference, systemd has a match rule on the bus, and dbus-daemon allows a connection 512 match rules
+//! (`max_match_rules_per_connection`), also that of systemd. If dbus-daemon refuses one, systemd closes its connection, and nobody
+//! can reach systemd over the bus any more (seen with 252.39), or systemd loses the reference (257.13 and 262). So the number of
+//! references is limited.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -93,7 +94,11 @@ impl Refs {
         Self { store, open: Mutex::default(), next, limit, is_full: AtomicBool::default(), earlier }
     }
 
-    /// Whether a unit that has no reference may get one.
+    fn earlier(&self) -> std::sync::MutexGuard<'_, Vec<(String, OwnedFd)>> {
+        self.earlier.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Whether a unit that has no reference may get one. The first refusal is logged.
     pub(super) async fn has_room(&self) -> bool {
         let has_room = self.open.lock().await.as_ref().is_none_or(|open| open.units.len() < self.limit);
         if !has_room && !self.is_full.swap(true, Ordering::Relaxed) {
@@ -107,7 +112,7 @@ impl Refs {
 
     /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones.
     pub(super) fn make_room(&self, units: usize) {
-        let earlier = self.earlier.lock().unwrap_or_else(std::sync::PoisonError::into_inner).len();
+        let earlier = self.earlier().len();
         if units.saturating_mul(earlier + 1) > self.limit {
             self.forget_earlier();
         }
@@ -201,8 +206,7 @@ impl Refs {
 
     /// Closes the connections of earlier daemons, which ends their references.
     pub(super) fn forget_earlier(&self) {
-        let earlier =
-            std::mem::take(&mut *self.earlier.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        let earlier = std::mem::take(&mut *self.earlier());
         for (name, _) in earlier {
             self.store.forget(&name);
         }

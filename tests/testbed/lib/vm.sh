@@ -40,9 +40,9 @@ pick_accelerator() { # image
             -kernel "$1/vmlinuz" -append 'console=ttyS0 panic=-1' </dev/null 2>&1 | grep -q 'Unable to mount root'; then
             echo kvm >"$known"
         else
-            # Not one thread for each processor: the kernel patches its own code, for example while criu sets breakpoints, and
-            # another processor of the guest could run into the half of a patch (an int3 oops in __schedule). An emulated guest
-            # uses half a processor on average.
+            # The guest's kernel patches its own code, for example while criu sets breakpoints. With one thread for each
+            # processor of the guest, another processor sometimes executes half of a patch, and the kernel crashes (int3 in
+            # __schedule). One thread is enough: an emulated guest uses half a processor on average.
             echo tcg,thread=single >"$known"
         fi
     fi
