@@ -51,6 +51,8 @@ use super::Failure;
 
 /// The number of threads for D-Bus signals, requests and pumps, which all do short work.
 const WORKERS: usize = 2;
+/// There are as many heaps as worker threads.
+const HEAPS: i32 = 2;
 /// Idle threads for blocking work end after this time, which frees their stacks. At least one always exists
 /// ([`keep_alive`](crate::unit::notify::Notifier::keep_alive)): if the system allows no new thread, blocking work
 /// continues, although slowly.
@@ -70,6 +72,7 @@ const RECOVERED: Duration = Duration::from_secs(60);
 
 pub(super) fn run() -> Result<(), Failure> {
     telemetry::init();
+    sys::limit_unused_memory(HEAPS);
     // A drop-in for all services can give the daemon its own mount namespace with read-only directories. But the daemon
     // mounts and unmounts for containers, and writes below /run.
     if let Err(error) = namespaces::enter_mounts_of_init() {

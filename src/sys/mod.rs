@@ -5,6 +5,7 @@ pub mod bounded;
 pub mod child;
 pub mod crash;
 pub mod guard;
+mod heap;
 mod huge;
 pub mod mount_attributes;
 mod poll;
@@ -30,22 +31,11 @@ use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
 
+pub use heap::{limit_unused_memory, return_unused_memory};
 pub use huge::use_huge_pages;
 pub use poll::poll;
 pub use receive::{discard_message, peek_fds, peek_text, receive_from_process};
 pub use room::once_there_is_room;
-
-/// Returns to the system the memory that this process has freed. Without this call, glibc keeps the memory that many
-/// simultaneous calls needed: by itself, it returns only the end of each heap.
-///
-/// Takes less than a millisecond for each few MiB, during which other threads wait if they allocate.
-pub fn return_unused_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: the function is thread-safe (malloc_trim(3)), and frees no memory that is in use.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
 
 /// The descriptors that systemd passed to this process, each with the name it gave them.
 ///

@@ -301,8 +301,6 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("OOMPolicy", "continue".into()),
         ("TasksMax", INFINITY.into()),
         ("LimitNOFILE", 1_048_576_u64.into()),
-        // There are as many arenas as worker threads, because each further arena costs memory.
-        ("Environment", vec!["MALLOC_ARENA_MAX=2"].into()),
         ("DefaultDependencies", false.into()),
         ("IgnoreOnIsolate", true.into()),
         ("Conflicts", vec!["shutdown.target"].into()),
