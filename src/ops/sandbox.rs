@@ -82,7 +82,13 @@ impl Shim {
         };
         let sandbox = if is_new {
             let call = call.clone();
-            self.files.run(WaitsFor::Bundle, &init, move || prepare(&call)).await??
+            let undo = |late: Result<Option<Sandbox>, Error>| {
+                let places = late.ok().flatten().and_then(|sandbox| sandbox.places);
+                let removed = places.map_or(Ok(()), |places| pod_files::remove(&places));
+                removed
+                    .unwrap_or_else(|error| tracing::warn!(%error, "a sandbox that took too long: {error}"));
+            };
+            self.files.run_or_undo(WaitsFor::Bundle, &init, move || prepare(&call), undo).await??
         } else {
             None
         };
@@ -96,9 +102,11 @@ impl Shim {
         let created = self.create(create, delivery).await;
         if let (Err(_), true, Some(places)) = (&created, self.tasks.entry(&init.task).is_err(), places) {
             // If the task was registered, its rollback has removed the files.
-            let removed = blocking(move || pod_files::remove(&places)).await?;
+            // containerd calls Shutdown, which finds no task.
+            let removed = self.files.run(WaitsFor::Bundle, &init, move || pod_files::remove(&places)).await;
+            let removed = removed.and_then(|removed| Ok(removed?));
             removed.unwrap_or_else(|error| {
-                tracing::warn!(%error, "sandbox {}: {error}", init.task);
+                tracing::warn!(%error, "sandbox {}: its files stay: {error}", init.task);
             });
         }
         created.map(drop)
@@ -192,7 +200,7 @@ impl Shim {
         })
     }
 
-    /// The statistics of a sandbox: for a pod, those of its slice, with all of its containers.
+    /// The statistics of a sandbox: for a pod, those of its parent cgroup, with all of its containers.
     ///
     /// # Errors
     /// There is no such sandbox, or its numbers can't be read.
@@ -202,8 +210,8 @@ impl Shim {
         if !is_pod || task.init.exit().is_some() {
             return self.stats(key).await;
         }
-        let slice = task.placement.slice().slice_cgroup();
-        blocking(move || Ok(Stats::read(&slice)?)).await?
+        let pod = task.placement.parent();
+        blocking(move || Ok(Stats::read(&pod)?)).await?
     }
 }
 

@@ -1,6 +1,6 @@
 //! Tests of sandboxes from Create to Shutdown, on a simulated node.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::effects::{Failure, Plan};
@@ -23,6 +23,20 @@ impl World {
             network: String::new(),
             options: call.options,
         }
+    }
+
+    /// A call for a pod with files in a directory of containerd. Returns the path of one of them.
+    fn call_with_files(&self, namespace: &str) -> (CreateSandbox, PathBuf) {
+        let root = self.state_dir().with_file_name("containerd");
+        let of_task = format!("io.containerd.sandbox.controller.v1.shim/{namespace}/web");
+        let [bundle, work] = ["state", "root"].map(|dir| root.join(dir).join(&of_task));
+        let plugin = root.join("root/io.containerd.grpc.v1.cri");
+        [&bundle, &plugin].into_iter().for_each(|dir| std::fs::create_dir_all(dir).unwrap());
+        std::os::unix::fs::symlink(work, bundle.join("work")).unwrap();
+        // A pod with the IPC namespace of the node needs no mount.
+        let pod = Pod { name: "web".to_owned(), ipc: Namespace::Node, ..Pod::default() };
+        let call = CreateSandbox { bundle, pod: Some(pod), ..self.create_sandbox_call() };
+        (call, plugin.join("sandboxes/web/hosts"))
     }
 
     fn spec(&self, call: &CreateSandbox) -> serde_json::Value {
@@ -95,18 +109,9 @@ fn a_sandbox_that_runs_is_killed_by_a_shutdown() {
 #[test]
 fn what_is_left_of_an_earlier_sandbox_is_removed_before_the_files_of_the_next_one_are_made() {
     let world = World::new("sandbox-again");
-    let root = world.state_dir().with_file_name("containerd");
-    let of_task = "io.containerd.sandbox.controller.v1.shim/sandbox-again/web";
-    let [bundle, work] = ["state", "root"].map(|dir| root.join(dir).join(of_task));
-    let plugin = root.join("root/io.containerd.grpc.v1.cri");
-    [&bundle, &plugin].into_iter().for_each(|dir| std::fs::create_dir_all(dir).unwrap());
-    std::os::unix::fs::symlink(work, bundle.join("work")).unwrap();
-    // A pod with the IPC namespace of the node needs no mount.
-    let pod = Pod { name: "web".to_owned(), ipc: Namespace::Node, ..Pod::default() };
-    let call = CreateSandbox { bundle, pod: Some(pod), ..world.create_sandbox_call() };
+    let (call, hosts) = world.call_with_files("sandbox-again");
     let (first, second, init) = (call.clone(), call, world.init());
-    let (effects, hosts) = (world.effects.clone(), plugin.join("sandboxes/web/hosts"));
-    let there = hosts.clone();
+    let (effects, there) = (world.effects.clone(), hosts.clone());
     let (given_up, has_files) = world
         .live(move |shim| async move {
             shim.create_sandbox(first, Delivery::First).await.unwrap();
@@ -120,6 +125,29 @@ fn what_is_left_of_an_earlier_sandbox_is_removed_before_the_files_of_the_next_on
         .unwrap();
     assert!(matches!(given_up, Err(Error::NotRemoved { .. })), "{given_up:?}");
     assert!(has_files && !hosts.exists());
+    assert_eq!(world.remains(), Vec::<String>::new());
+}
+
+/// The files of a pod are in a directory of containerd.
+#[test]
+fn a_sandbox_whose_disk_does_not_answer_is_removed_once_it_answers() {
+    let world = World::new("sandbox-disk");
+    let (call, hosts) = world.call_with_files("sandbox-disk");
+    let init = world.init();
+    let there = hosts.clone();
+    let (refused, had_files) = world
+        .live(move |shim| async move {
+            shim.create_sandbox(call, Delivery::First).await.unwrap();
+            let disk = shim.files.occupy(&init);
+            let refused = shim.shut_down_sandbox(&init.task).await;
+            let had_files = there.exists();
+            drop(disk);
+            shim.shut_down_sandbox(&init.task).await.unwrap();
+            (refused, had_files)
+        })
+        .unwrap();
+    assert!(matches!(refused, Err(Error::NotRemoved { .. })), "{refused:?}");
+    assert!(had_files && !hosts.exists());
     assert_eq!(world.remains(), Vec::<String>::new());
 }
 

@@ -19,7 +19,7 @@ use crate::services::changes::Noted;
 use crate::services::files::ClientFiles;
 use crate::services::process::{lives_in, read_pid};
 use crate::services::streams::{Streams, cancel_pumps, stored_number};
-use crate::services::{Entry, Error, Process, Tasks, WaitsFor, blocking, exec_share};
+use crate::services::{Entry, Error, Process, Tasks, WaitsFor, exec_share};
 use crate::session::fds::StreamFds;
 use crate::store::{self, Store};
 use crate::task::Task;
@@ -99,7 +99,10 @@ impl Removal<'_> {
         fault::point(Point::DeleteUnit);
         troubles.join(self.of_logger().await);
         if let Some(places) = task.request.sandbox.as_ref().and_then(|sandbox| sandbox.places.clone()) {
-            troubles.add_run(blocking(move || pod_files::remove(&places)).await);
+            // containerd's directory may be on a disk that does not answer.
+            let init = task.key.init();
+            let removed = self.files.run(WaitsFor::Bundle, &init, move || pod_files::remove(&places));
+            troubles.add_run(removed.await);
         }
         if task.rootfs_on_host {
             let rootfs = task.request.bundle.join("rootfs");

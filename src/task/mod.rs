@@ -101,6 +101,14 @@ impl Placement {
         }
     }
 
+    /// The parent cgroup that the client has named, below the cgroup root: that of a pod, if the task is in one.
+    pub fn parent(&self) -> PathBuf {
+        match self {
+            Self::Unit { slice, .. } => slice.slice_cgroup(),
+            Self::Foreign { path, .. } => path.parent().unwrap_or(path).to_owned(),
+        }
+    }
+
     /// The container's cgroup in the unit, below the cgroup root, by the rules that systemd and the OCI runtime follow.
     pub fn cgroup(&self, unit: &UnitName) -> PathBuf {
         match self {

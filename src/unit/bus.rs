@@ -249,9 +249,11 @@ fn is_over_limit(error: &zbus::Error) -> bool {
 }
 
 /// True if nobody has answered a call because nobody was there: when systemd executes itself again, the bus answers
-/// `NoReply`, or that nobody has the name.
+/// `NoReply`, or that nobody has the name. dbus-daemon asks systemd to start the owner of a name that nobody has, and answers
+/// `TimedOut` if the owner does not come: systemd itself, which was not there.
 pub(super) fn is_gone(error: &zbus::Error) -> bool {
-    const GONE: [&str; 3] = [
+    const GONE: [&str; 4] = [
+        "org.freedesktop.DBus.Error.TimedOut",
         "org.freedesktop.DBus.Error.NoReply",
         "org.freedesktop.DBus.Error.ServiceUnknown",
         "org.freedesktop.DBus.Error.NameHasNoOwner",
@@ -263,9 +265,30 @@ pub(super) fn is_gone(error: &zbus::Error) -> bool {
         zbus::Error::FDO(error) => matches!(
             **error,
             zbus::fdo::Error::NoReply(_)
+                | zbus::fdo::Error::TimedOut(_)
                 | zbus::fdo::Error::ServiceUnknown(_)
                 | zbus::fdo::Error::NameHasNoOwner(_)
         ),
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answered(name: &str) -> zbus::Error {
+        let call = zbus::Message::method_call("/", "Asked").build(&()).unwrap();
+        zbus::Message::error(&call.header(), name).build(&"a text").unwrap().into()
+    }
+
+    #[test]
+    fn answers_that_nobody_was_there_are_told_from_answers_of_systemd() {
+        for name in ["NoReply", "TimedOut", "ServiceUnknown", "NameHasNoOwner"] {
+            assert!(is_gone(&answered(&format!("org.freedesktop.DBus.Error.{name}"))), "{name}");
+        }
+        for name in ["org.freedesktop.DBus.Error.AccessDenied", "org.freedesktop.systemd1.NoSuchUnit"] {
+            assert!(!is_gone(&answered(name)), "{name}");
+        }
     }
 }
