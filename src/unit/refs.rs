@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 use zbus::Connection;
 
 use crate::id::UnitName;
@@ -54,6 +54,8 @@ pub struct Refs {
     limit: usize,
     /// True once the log says that there are too many units.
     is_full: AtomicBool,
+    /// The connection has ended, and all references with it, which nobody has noticed yet.
+    lost: Notify,
     /// The connections of earlier daemons, with their own references.
     earlier: std::sync::Mutex<Vec<(String, OwnedFd)>>,
 }
@@ -91,7 +93,8 @@ impl Refs {
             store.forget(&name);
         }
         let (next, earlier) = (AtomicU64::new(next), std::sync::Mutex::new(earlier));
-        Self { store, open: Mutex::default(), next, limit, is_full: AtomicBool::default(), earlier }
+        let (is_full, lost) = (AtomicBool::default(), Notify::new());
+        Self { store, open: Mutex::default(), next, limit, is_full, lost, earlier }
     }
 
     fn earlier(&self) -> std::sync::MutexGuard<'_, Vec<(String, OwnedFd)>> {
@@ -136,7 +139,16 @@ impl Refs {
     /// Changes the open connection, which is opened if there is none. Returns it with the result of the change.
     async fn with_open<T>(&self, change: impl FnOnce(&mut Open) -> T) -> zbus::Result<(Connection, T)> {
         let mut open = self.open.lock().await;
-        let mut found = match open.take() {
+        let found = match open.take() {
+            Some(ended) if ended.connection.is_closed() => {
+                tracing::warn!("the connection that references units has ended; they are referenced again");
+                self.store.forget(&ended.name);
+                self.lost.notify_one();
+                None
+            }
+            found => found,
+        };
+        let mut found = match found {
             Some(found) => found,
             None => self.connect().await?,
         };
@@ -159,6 +171,11 @@ impl Refs {
                 Err(error)
             }
         }
+    }
+
+    /// Resolves after the connection has ended alone: every unit needs a reference again.
+    pub(super) async fn lost(&self) {
+        self.lost.notified().await;
     }
 
     /// The bus has ended, and all references with it.
@@ -282,6 +299,18 @@ mod tests {
         manager.release(&web()).await;
         // The call without an answer may have added a reference as well.
         assert_eq!(bus.calls("UnrefUnit"), 2);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_has_ended_is_not_used_again() {
+        let (_bus, _manager, refs) = manager([]).await;
+        refs.reference(&web()).await.unwrap();
+        let connection = refs.open.lock().await.as_ref().unwrap().connection.clone();
+        connection.close().await.unwrap();
+        // There is no bus to connect to.
+        let _ = refs.reference(&web()).await;
+        assert!(refs.open.lock().await.as_ref().is_none_or(|open| !open.units.contains_key(&web())));
+        refs.lost().await;
     }
 
     #[tokio::test]

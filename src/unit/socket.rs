@@ -1,4 +1,4 @@
-//! A connection to the bus that carries no descriptors.
+//! A connection to the bus that carries no descriptors, and no signals that are for the daemon alone (see `wire`).
 //!
 //! Every user of the machine can send a signal with descriptors to a client of the bus that accepts them. Whoever closes the
 //! last copy of a descriptor may have to wait: for the peer of a TCP connection with `SO_LINGER`, as long as its owner
@@ -14,6 +14,8 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use zbus::connection::Builder;
 use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
+
+use super::wire::Filter;
 
 /// Where the system bus listens.
 const BUS: &str = "/run/dbus/system_bus_socket";
@@ -39,17 +41,28 @@ impl Socket for WithoutDescriptors {
 
     fn split(self) -> Split<Reader, Writer> {
         let (reader, writer) = self.0.into_split();
-        Split::new(Reader(reader), Writer(writer))
+        Split::new(Reader { socket: reader, filter: Filter::default() }, Writer(writer))
     }
 }
 
 #[derive(Debug)]
-struct Reader(OwnedReadHalf);
+struct Reader {
+    socket: OwnedReadHalf,
+    filter: Filter,
+}
 
 #[async_trait]
 impl ReadHalf for Reader {
     async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-        Ok((self.0.read(buffer).await?, Vec::new()))
+        loop {
+            let taken = self.filter.take(buffer);
+            if taken > 0 || buffer.is_empty() {
+                return Ok((taken, Vec::new()));
+            }
+            if self.socket.read_buf(self.filter.arrived()).await? == 0 {
+                return Ok((0, Vec::new()));
+            }
+        }
     }
 }
 

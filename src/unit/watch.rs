@@ -113,7 +113,15 @@ async fn forward(
 ) {
     // Ended by the next change of the owner, and with the connection.
     let mut subscribing = JoinSet::new();
-    while let Some(Ok(message)) = stream.next().await {
+    loop {
+        let message = tokio::select! {
+            Some(Ok(message)) = stream.next() => message,
+            () = manager.references_lost() => {
+                observations.missed();
+                continue;
+            }
+            else => return,
+        };
         match signals::read(&message, systemd.as_ref()) {
             Some(Signal::Service { unit, main }) => observations.reported(unit, main),
             Some(Signal::Job { unit, job, result }) => manager.jobs.ended(&unit, &job, &result),

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -131,6 +132,57 @@ fn a_flood_of_messages_over_the_bus_is_not_believed_and_delays_nothing() {
     container.delete().expect("delete");
     drop((exec, container, scratch));
     bystander.assert_all_untouched("a flood of messages");
+}
+
+/// A signal for one client that dbus-daemon passes on, and that zbus can't read: its body has arrays and structures whose depth
+/// the two count in different ways. zbus ends a connection with such a message.
+fn too_deep(to: &str) -> Vec<u8> {
+    let signature = format!("{}y{}", "aa(".repeat(17), ")".repeat(17));
+    let mut fields = Vec::new();
+    for (code, kind, value) in [(1, b'o', "/a"), (2, b's', "b.c"), (3, b's', "D"), (6, b's', to)] {
+        fields.resize(fields.len().next_multiple_of(8), 0);
+        fields.extend([code, 1, kind, 0]);
+        fields.extend(u32::try_from(value.len()).expect("a short value").to_le_bytes());
+        fields.extend(value.bytes().chain([0]));
+    }
+    fields.resize(fields.len().next_multiple_of(8), 0);
+    fields.extend([8, 1, b'g', 0, u8::try_from(signature.len()).expect("a short signature")]);
+    fields.extend(signature.bytes().chain([0]));
+    let length = u32::try_from(fields.len()).expect("a short header");
+    fields.resize(fields.len().next_multiple_of(8), 0);
+    // Little-endian, a signal, no flags, version 1; the lengths of the body and of the fields; the body is an empty array.
+    let mut message = vec![b'l', 4, 0, 1];
+    for number in [4, 2, length] {
+        message.extend(number.to_le_bytes());
+    }
+    [message, fields, vec![0; 4]].concat()
+}
+
+#[test]
+fn no_message_of_a_user_ends_a_connection_of_the_daemon_to_the_bus() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let bystander = Bystander::new(&node);
+    let scratch = Scratch::new("deep");
+    let readable = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(scratch.join("."), readable).expect("let others read");
+    fs::write(scratch.join("hello"), hello()).expect("write a message");
+    let before = names();
+    for (number, name) in before.iter().enumerate() {
+        let file = scratch.text(&format!("deep-{number}"));
+        fs::write(&file, too_deep(name)).expect("write a message");
+        let mut command = std::process::Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-e", CLIENT]);
+        let sent = command.args([&scratch.text("hello"), &file, "1"]).output().expect("run a client");
+        assert_eq!(String::from_utf8_lossy(&sent.stdout), "sent", "{sent:?}");
+    }
+    // A new unit is referenced over a connection of its own.
+    let container = node.container("after-deep", Spec::sleeping()).started(&Io::default());
+    assert_eq!(container.exec_sh("exit 5").exit_status(), 5);
+    container.end();
+    drop((container, scratch));
+    assert_eq!(names(), before, "the daemon has the same connections");
+    bystander.assert_all_untouched("messages that zbus can't read");
 }
 
 /// Whoever closes the last copy of a descriptor may have to wait for its sender. The bus drops what a client does not accept;

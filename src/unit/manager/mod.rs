@@ -159,6 +159,14 @@ impl Manager {
         self.bus.repeat(attempt).await.result.map_err(|error| call_error("reference", unit, error))
     }
 
+    /// Resolves when all references are lost, but not the connection to the bus.
+    pub(super) async fn references_lost(&self) {
+        match &self.refs {
+            Some(refs) => refs.lost().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Gives back the references of earlier daemons if there is not enough room for theirs and for as many new ones.
     pub fn make_room_for_references(&self, units: usize) {
         if let Some(refs) = &self.refs {
