@@ -73,7 +73,6 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::Bundle(oci::bundle::Error::TooLarge { .. })
         | Error::Bundle(oci::bundle::Error::Malformed { .. })
         | Error::Resources(oci::resources::Error::Malformed(_) | oci::resources::Error::Invalid { .. })
-        | Error::StopSignal(_)
         | Error::Property(_)
         | Error::Options(_)
         | Error::Stdio(_)

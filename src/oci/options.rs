@@ -39,8 +39,10 @@ pub enum Error {
         /// The error, on one line.
         reason: String,
     },
-    /// The runtime's binary does not exist.
-    #[error("the OCI runtime {name:?} (option BinaryName) is not an executable file in {path}")]
+    /// The runtime's binary does not exist. Docker looks for the last words of the message, which are those of Go.
+    #[error(
+        "the OCI runtime {name:?} (option BinaryName) is not in {path}: executable file not found in $PATH"
+    )]
     NoBinary {
         /// The text of the client.
         name: String,

@@ -28,9 +28,17 @@ pub(crate) fn properties(
         .map(|(name, value)| Property { source: PropertySource::Options, name, value })
         .collect();
     if let Some(text) = spec.annotation(annotation::STOP_SIGNAL) {
-        let number = signal::parse(text).map_err(Error::StopSignal)?;
-        let name = "KillSignal".to_owned();
-        asked.push(Property { source: PropertySource::StopSignal, name, value: number.to_string() });
+        match signal::parse(text) {
+            Ok(number) => asked.push(Property {
+                source: PropertySource::StopSignal,
+                name: "KillSignal".to_owned(),
+                value: number.to_string(),
+            }),
+            // The image's author wrote it. containerd-shim-runc-v2 runs the container, too.
+            Err(error) => {
+                tracing::warn!(%task, %error, "task {task}: systemd stops it with SIGTERM: {error}")
+            }
+        }
     }
     asked.extend(spec.annotations(annotation::PREFIX).into_iter().map(|(name, value)| Property {
         source: PropertySource::Annotation,
@@ -166,10 +174,9 @@ mod tests {
     }
 
     #[test]
-    fn an_invalid_stop_signal_is_named_in_the_error() {
-        let error =
-            asked(r#"{"annotations":{"io.containerd.image.config.stop-signal":"9x"}}"#, &[]).unwrap_err();
-        assert!(error.to_string().starts_with("annotation io.containerd.image.config.stop-signal: \"9x\""));
+    fn a_stop_signal_that_is_no_signal_changes_nothing() {
+        let asked = asked(r#"{"annotations":{"io.containerd.image.config.stop-signal":"9x"}}"#, &[]);
+        assert_eq!(asked.unwrap(), Vec::<String>::new());
     }
 
     fn devices(text: &str, binary: &str) -> Option<Vec<DeviceAllow>> {

@@ -17,7 +17,8 @@ const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 const LAST_SIGNAL: u32 = 64;
 
 impl Tasks {
-    /// Sends a signal. Takes no lock that a slow operation could hold. `all` has an effect for init only.
+    /// Sends a signal. Takes no lock that a slow operation could hold. `all` has an effect for init only. Signal 0 only asks
+    /// whether the process exists (kill(2)).
     ///
     /// # Errors
     /// The process has ended or was never started, or there is no such signal.
@@ -41,7 +42,7 @@ impl Tasks {
     }
 
     async fn send(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Error> {
-        if !(1..=LAST_SIGNAL).contains(&signal) {
+        if signal > LAST_SIGNAL {
             return Err(Error::Signal(signal));
         }
         let (entry, process) = self.process(key)?;

@@ -153,9 +153,6 @@ pub enum Error {
     /// The limits are not usable.
     #[error(transparent)]
     Resources(#[from] oci::resources::Error),
-    /// The image's stop signal is not a signal.
-    #[error("annotation {annotation}: {0}", annotation = unit::annotation::STOP_SIGNAL)]
-    StopSignal(#[source] oci::signal::Unknown),
     /// A requested property of the unit can't be set.
     #[error(transparent)]
     Property(#[from] unit::annotation::Error),

@@ -50,12 +50,27 @@ fn a_replayed_kill_of_a_process_that_has_ended_succeeds() {
 #[test]
 fn a_number_that_is_no_signal_is_refused() {
     let world = after("kill-number", UP);
-    for signal in [0, 65, u32::MAX] {
+    for signal in [65, u32::MAX] {
         let init = world.init();
         let killed = world
             .live(move |shim| async move { shim.tasks.kill(&init, signal, true, Delivery::First).await });
         assert!(matches!(killed.unwrap(), Err(Error::Signal(refused)) if refused == signal));
     }
+}
+
+#[test]
+fn signal_0_asks_whether_a_process_exists() {
+    let world = after("kill-0", EXEC_RUNS);
+    let (init, exec) = (world.init(), world.exec());
+    let (alive, gone) = world
+        .live(move |shim| async move {
+            let alive = shim.tasks.kill(&init, 0, false, Delivery::First).await;
+            shim.tasks.kill(&exec, nix::libc::SIGKILL as u32, false, Delivery::First).await.unwrap();
+            shim.tasks.process(&exec).unwrap().1.ended().await;
+            (alive, shim.tasks.kill(&exec, 0, false, Delivery::First).await)
+        })
+        .unwrap();
+    assert!(alive.is_ok() && matches!(gone, Err(Error::Finished)), "{alive:?} {gone:?}");
 }
 
 #[test]
