@@ -18,7 +18,7 @@ mod streams;
 type Target = fn(&[u8]);
 
 /// The functions by name. `fuzz/Cargo.toml` has a target with each of these names.
-pub const TARGETS: [(&str, Target); 27] = [
+pub const TARGETS: [(&str, Target); 28] = [
     ("annotation", properties::annotation),
     ("arguments", client::arguments),
     ("bootstrap", streams::bootstrap),
@@ -46,6 +46,7 @@ pub const TARGETS: [(&str, Target); 27] = [
     ("resources", client::resources),
     ("signal", client::signal),
     ("stdio", client::stdio),
+    ("wire", bus::wire),
 ];
 
 /// Runs the function with that name. Returns false if no function has that name.

@@ -37,4 +37,4 @@ pub mod signals;
 mod socket;
 pub mod systemd;
 pub mod watch;
-mod wire;
+pub mod wire;

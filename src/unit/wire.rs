@@ -22,7 +22,7 @@ const DESTINATION: u8 = 6;
 
 /// Divides the bytes from the bus into messages, and skips those that are not for zbus.
 #[derive(Debug, Default)]
-pub(super) struct Filter {
+pub struct Filter {
     /// What has arrived and is neither passed on nor skipped.
     arrived: Vec<u8>,
     /// How much of what follows is passed on.
@@ -44,13 +44,13 @@ enum Next {
 
 impl Filter {
     /// Where to add what arrives. There is room for [`CHUNK`] bytes.
-    pub(super) fn arrived(&mut self) -> &mut Vec<u8> {
+    pub fn arrived(&mut self) -> &mut Vec<u8> {
         self.arrived.reserve(CHUNK);
         &mut self.arrived
     }
 
     /// Moves bytes for zbus into `buffer`. Returns how many, 0 if more have to arrive first.
-    pub(super) fn take(&mut self, buffer: &mut [u8]) -> usize {
+    pub fn take(&mut self, buffer: &mut [u8]) -> usize {
         let (mut at, mut taken) = (0, 0);
         loop {
             let rest = &self.arrived[at..];
