@@ -1,10 +1,12 @@
 //! D-Bus, and the limits in its configuration.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::unit::bus_config;
+use crate::unit::annotation::Types;
 use crate::unit::manager::Manager;
+use crate::unit::{self, bus_config};
 
 use super::Check;
 
@@ -27,6 +29,8 @@ pub struct Facts {
     pub version: Result<String, String>,
     /// Limits that files of the bus's configuration set.
     pub limits: Vec<(PathBuf, String, u64)>,
+    /// The types of the properties of a service, if systemd shows them.
+    pub types: Option<Arc<Types>>,
 }
 
 pub(super) async fn collect() -> Facts {
@@ -34,13 +38,15 @@ pub(super) async fn collect() -> Facts {
     let asking = async {
         // The connection is kept until systemd has answered.
         let _connection = manager.connect().await?;
-        manager.version().await
+        let version = manager.version().await?;
+        Ok::<_, unit::error::Error>((version, manager.property_types().await.ok()))
     };
-    let version = match tokio::time::timeout(LIMIT, asking).await {
-        Ok(version) => version.map_err(|error| error.to_string()),
-        Err(_) => Err(format!("systemd does not answer over D-Bus within {} s", LIMIT.as_secs())),
+    let (version, types) = match tokio::time::timeout(LIMIT, asking).await {
+        Ok(Ok((version, types))) => (Ok(version), types),
+        Ok(Err(error)) => (Err(error.to_string()), None),
+        Err(_) => (Err(format!("systemd does not answer over D-Bus within {} s", LIMIT.as_secs())), None),
     };
-    Facts { version, limits: bus_config::limits() }
+    Facts { version, limits: bus_config::limits(), types }
 }
 
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
@@ -73,7 +79,7 @@ mod tests {
     use super::*;
 
     fn healthy() -> Facts {
-        Facts { version: Ok("257".to_owned()), limits: vec![] }
+        Facts { version: Ok("257".to_owned()), limits: vec![], types: None }
     }
 
     #[test]

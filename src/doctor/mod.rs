@@ -5,12 +5,14 @@
 //! read is [`Unknown`], and its check says so. `doctor` does not need the daemon, changes nothing and starts no unit.
 
 mod bus;
+mod configuration;
 mod containerd;
 mod daemon;
 mod host;
 mod limits;
 mod records;
 mod report;
+mod running;
 mod units;
 
 pub use report::{json, text};
@@ -108,7 +110,7 @@ pub fn examine(facts: &Facts) -> Vec<Check> {
     [
         host::checks(&facts.host, &facts.bus),
         bus::checks(&facts.bus),
-        containerd::checks(&facts.containerd),
+        containerd::checks(&facts.containerd, &facts.bus),
         limits::checks(&facts.limits),
         units::checks(&facts.units),
         daemon::checks(&facts.daemon),

@@ -201,15 +201,24 @@ impl Options {
 
     /// Reads the options with names in any case, as containerd does for runc's options.
     fn in_any_case(text: &str) -> Option<Self> {
+        Self::from_table(text.parse().ok()?).ok()
+    }
+
+    /// Reads the options of a table, with names in any case.
+    ///
+    /// # Errors
+    /// It names the key.
+    pub(crate) fn from_table(table: toml::Table) -> Result<Self, toml::de::Error> {
         let mut named = toml::Table::new();
-        for (key, value) in text.parse::<toml::Table>().ok()? {
+        for (key, value) in table {
             let known = NAMES.iter().find(|name| name.eq_ignore_ascii_case(&key));
             let name = known.map_or(key, |name| (*name).to_owned());
-            if named.insert(name, value).is_some() {
-                return None;
+            if named.contains_key(&name) {
+                return Err(serde::de::Error::custom(format!("duplicate field `{name}`")));
             }
+            named.insert(name, value);
         }
-        named.try_into().ok()
+        named.try_into()
     }
 
     /// Parses a TOML file (`ConfigPath`). An error shows no text of the file but a key: the file may be another one

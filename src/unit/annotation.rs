@@ -433,7 +433,7 @@ fn to_owned_pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
 
 /// The types of a service's properties in this version of systemd.
 #[derive(Debug, Default)]
-pub struct Types(pub(super) HashMap<String, String>);
+pub struct Types(pub(crate) HashMap<String, String>);
 
 impl Types {
     /// Compares values with the types of their properties: systemd does not name the property if a type is wrong.

@@ -2,8 +2,11 @@
 //! `doctor` reports the same problem.
 
 use serde_json::Value;
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::process::Command;
 
 use crate::common::disturb::{start_bus, stop_bus};
 use crate::common::image::IMAGE;
@@ -270,4 +273,51 @@ fn tasks_are_listed_and_inspected_by_every_user() {
     let missing = process::run(PROGRAM, &["inspect", "no-such-task"]);
     assert!(missing.code == Some(1) && missing.stderr.contains("no-such-task"), "{missing:?}");
     container.delete().expect("delete");
+}
+
+#[test]
+fn a_reader_that_has_read_enough_is_no_failure() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("piped", Spec::sleeping()).started(&Io::default());
+    for args in [&["ps"][..], &["inspect", &container.id], &["doctor"], &["ps", "--help"], &["-h"]] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let outcome = process::outcome(Command::new(PROGRAM).args(args).stdout(writer));
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(0), ""), "{args:?}");
+    }
+    container.end();
+}
+
+#[test]
+fn an_argument_that_is_not_text_is_a_mistake() {
+    needs!(OurShim);
+    let broken = OsStr::from_bytes(b"web\xff");
+    for args in [&["ps"][..], &["inspect"], &["doctor"], &["-id"], &["launch", "container", "default"], &[]] {
+        let outcome = process::outcome(Command::new(PROGRAM).args(args).arg(broken));
+        assert_eq!(outcome.code, Some(2), "{args:?}: {outcome:?}");
+        assert!(outcome.stderr.contains("not UTF-8 text"), "{args:?}: {outcome:?}");
+    }
+}
+
+#[test]
+fn the_tables_of_every_version_of_containerds_configuration_are_known() {
+    needs!(OurShim);
+    let _node = Node::exclusive();
+    let kept = Kept::new("/etc/containerd/config.toml");
+    // containerd is not restarted: doctor reads the file that the next start of containerd would read.
+    for version in [3, 4] {
+        let text = format!(
+            "version = {version}\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.systemd]\n\
+             runtime_type = \"io.containerd.systemd.v1\"\noptions.log = \"tee\"\n"
+        );
+        fs::write(kept.0, text).expect("write containerd's configuration");
+        let outcome = doctor();
+        assert_eq!((outcome.code, faults(&outcome)), (Some(0), Vec::new()), "{version}");
+    }
+    let text = "version = 3\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.systemd]\n\
+                runtime_type = \"io.containerd.systemd.v1\"\n\
+                options.Properties = { TimeoutSpotSec = \"5\" }\n";
+    fs::write(kept.0, text).expect("write containerd's configuration");
+    finds(&doctor(), "configuration", &["runtime systemd", "no property TimeoutSpotUSec"]);
 }
