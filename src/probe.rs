@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::files;
@@ -24,6 +25,12 @@ pub enum Unknown {
     /// This user may not read it.
     #[error("{0} can't be read by this user")]
     Forbidden(String),
+    /// A program does not answer in time.
+    #[error("{0} does not answer within {sec} s", sec = .1.as_secs())]
+    Late(String, Duration),
+    /// systemctl was not asked, because it has not answered before.
+    #[error("systemd does not answer")]
+    Silent,
     /// Another error.
     #[error("{0}")]
     Failed(String),
@@ -34,7 +41,7 @@ impl Unknown {
     pub fn advice(&self) -> &'static str {
         match self {
             Self::Forbidden(_) => "run doctor as root",
-            Self::Absent(_) | Self::Failed(_) => "",
+            Self::Absent(_) | Self::Late(..) | Self::Silent | Self::Failed(_) => "",
         }
     }
 
@@ -79,21 +86,25 @@ pub fn names(path: impl AsRef<Path>) -> Known<Vec<String>> {
 
 /// What a program writes to standard output.
 pub fn output(program: &str, arguments: &[&str]) -> Known<String> {
+    output_within(LIMIT, program, arguments)
+}
+
+fn output_within(limit: Duration, program: &str, arguments: &[&str]) -> Known<String> {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.env("LC_ALL", "C").env("SYSTEMD_COLORS", "0").env("SYSTEMD_PAGER", "");
     let mut child = command.spawn().map_err(|error| Unknown::of(program, &error))?;
     let stdout = child.stdout.take().map(reader);
     let stderr = child.stderr.take().map(reader);
-    if !ends(child.id()) {
+    if !ends(child.id(), limit) {
         // It may have ended in the meantime.
         let _ = child.kill();
         let _ = child.wait();
-        return Err(Unknown::Failed(format!("{program} does not answer within {} s", LIMIT.as_secs())));
+        return Err(Unknown::Late(program.to_owned(), limit));
     }
     let status = child.wait().map_err(|error| Unknown::of(program, &error))?;
     let [stdout, stderr] =
-        [stdout, stderr].map(|reader| reader.and_then(|reader| reader.recv_timeout(LIMIT).ok()));
+        [stdout, stderr].map(|reader| reader.and_then(|reader| reader.recv_timeout(limit).ok()));
     if status.success() {
         return Ok(stdout.unwrap_or_default());
     }
@@ -116,11 +127,39 @@ fn reader(from: impl Read + Send + 'static) -> std::sync::mpsc::Receiver<String>
     receiver
 }
 
-fn ends(pid: u32) -> bool {
+fn ends(pid: u32, limit: Duration) -> bool {
     let Ok(process) = sys::pidfd_open(pid) else {
         return false;
     };
-    sys::ends_within(&process, LIMIT) == Ok(true)
+    sys::ends_within(&process, limit) == Ok(true)
+}
+
+/// What is asked through a program that waits for it. If it does not answer once, it is not asked again: each question would
+/// take as long.
+struct Asked(AtomicBool);
+
+impl Asked {
+    const fn new() -> Self {
+        Self(AtomicBool::new(false))
+    }
+
+    fn ask(&self, limit: Duration, program: &str, arguments: &[&str]) -> Known<String> {
+        if self.0.load(Ordering::Relaxed) {
+            return Err(Unknown::Silent);
+        }
+        let answer = output_within(limit, program, arguments);
+        if matches!(answer, Err(Unknown::Late(..))) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+        answer
+    }
+}
+
+static SYSTEMD: Asked = Asked::new();
+
+/// What systemctl writes. After systemd has not answered in time, this is [`Unknown::Silent`] at once.
+pub fn systemctl(arguments: &[&str]) -> Known<String> {
+    SYSTEMD.ask(LIMIT, "systemctl", arguments)
 }
 
 /// Properties of a unit, by name.
@@ -129,11 +168,11 @@ pub type Properties = BTreeMap<String, String>;
 /// Properties of all units that a pattern matches. A pattern with a wildcard only matches loaded units.
 pub fn show(pattern: &str, properties: &[&str]) -> Known<Vec<Properties>> {
     let wanted = format!("--property={}", properties.join(","));
-    output("systemctl", &["show", "--all", &wanted, "--", pattern]).map(|text| parse_show(&text))
+    systemctl(&["show", "--all", &wanted, "--", pattern]).map(|text| parse_show(&text))
 }
 
 pub fn show_one(unit: &str) -> Known<Properties> {
-    let text = output("systemctl", &["show", "--all", "--", unit])?;
+    let text = systemctl(&["show", "--all", "--", unit])?;
     Ok(parse_show(&text).into_iter().next().unwrap_or_default())
 }
 
@@ -185,6 +224,19 @@ mod tests {
         let failed = output("sh", &["-c", "echo why >&2; exit 3"]);
         assert_eq!(failed, Err(Unknown::Failed("sh: why".to_owned())));
         assert_eq!(output("/no/such/program", &[]), Err(Unknown::Absent("/no/such/program".to_owned())));
+    }
+
+    #[test]
+    fn what_does_not_answer_is_asked_once() {
+        let (asked, limit) = (Asked::new(), Duration::from_millis(20));
+        assert_eq!(
+            asked.ask(LIMIT, "sh", &["-c", "exit 3"]).unwrap_err().to_string(),
+            "sh failed with exit status: 3"
+        );
+        assert_eq!(asked.ask(LIMIT, "echo", &["out"]), Ok("out\n".to_owned()));
+        assert_eq!(asked.ask(limit, "sleep", &["1000"]), Err(Unknown::Late("sleep".to_owned(), limit)));
+        let silent = asked.ask(LIMIT, "echo", &["out"]).unwrap_err();
+        assert_eq!((silent.to_string().as_str(), silent.advice()), ("systemd does not answer", ""));
     }
 
     #[test]

@@ -46,8 +46,7 @@ pub(super) fn collect() -> Facts {
         descriptors: pid.map_or(Ok((0, u64::MAX)), descriptors),
         is_replaced: pid.map_or(Ok(false), is_replaced),
         commands,
-        jobs: probe::output("systemctl", &["list-jobs", "--no-legend", "--plain", "--full"])
-            .map(|text| jobs(&text)),
+        jobs: probe::systemctl(&["list-jobs", "--no-legend", "--plain", "--full"]).map(|text| jobs(&text)),
         has_crashed: probe::file(CRASHES).map(|text| text.bytes().any(|byte| byte != 0)),
         service,
     }
