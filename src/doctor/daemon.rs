@@ -10,6 +10,7 @@ use crate::unit::name::{DAEMON_SERVICE, PREFIX};
 
 use super::Check;
 use crate::probe::{self, Known, Properties, property, property_number};
+use crate::view;
 
 /// From this number of restarts on, `doctor` warns: administrators do not restart the daemon this often.
 const MANY_RESTARTS: u64 = 20;
@@ -185,7 +186,7 @@ fn operations(facts: &Facts) -> Vec<Check> {
                 Check::warning(
                     NAME,
                     found,
-                    format!("systemctl list-jobs --after, systemctl show -p After {unit}"),
+                    format!("systemctl list-jobs --after, systemctl show -p After {}", view::in_shell(unit)),
                 )
             }))
         }
@@ -257,6 +258,9 @@ mod tests {
         let text = "12 containerd-default-web.service start waiting\n13 other.service start waiting\n";
         let check = fault(&Facts { jobs: Ok(jobs(text)), ..facts(&[]) });
         assert!(check.found.contains("containerd-default-web.service"), "{check:?}");
+        let text = "12 containerd-a\\x2db-web.service start waiting\n";
+        let check = fault(&Facts { jobs: Ok(jobs(text)), ..facts(&[]) });
+        assert!(check.advice.ends_with(r"After containerd-a\\x2db-web.service"), "{check:?}");
     }
 
     #[test]

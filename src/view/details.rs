@@ -10,8 +10,8 @@ use crate::task::lifecycle::Lifecycle;
 use crate::task::process::Process;
 use crate::text;
 
-use super::Row;
 use super::table::{age, bytes, row_json};
+use super::{Row, in_shell};
 
 /// The longest value, in characters.
 const MOST_CHARACTERS: usize = 400;
@@ -51,9 +51,9 @@ pub fn details(row: &Row, unit: Option<&Properties>, record: Result<&Task, &str>
         }
     }
     page.section("More");
-    let stem = row.unit.replace('\\', "\\\\");
+    let unit = in_shell(&row.unit);
     for command in ["systemctl status", "journalctl -u", "systemctl show"] {
-        page.line("Command", &format!("{command} {stem}"));
+        page.line("Command", &format!("{command} {unit}"));
     }
     page.0
 }

@@ -108,6 +108,11 @@ fn field<'a>(unit: &'a Properties, name: &str) -> Option<&'a str> {
     words.filter_map(|word| word.split_once('=')).find(|(field, _)| *field == name).map(|(_, value)| value)
 }
 
+/// A unit's name as people type it in a shell: systemd writes a dash in a namespace or an id as `\x2d`.
+pub fn in_shell(unit: &str) -> String {
+    unit.replace('\\', "\\\\")
+}
+
 /// The facts about a task that this user may read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Row {
