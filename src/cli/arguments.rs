@@ -1,5 +1,7 @@
 //! Parses arguments in the style of Go's flag package: `-x v`, `-x=v`, `--x v` (pure).
 
+use std::ffi::OsString;
+
 use crate::id::ProcessKey;
 use crate::launch::contract::{self, Kind};
 use crate::manual::{Given, TOOLS, Tool};
@@ -53,6 +55,9 @@ pub struct Flags {
 /// Why the arguments can't be parsed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
+    /// An argument is not text. Names, addresses and paths of containerd are.
+    #[error("argument {0:?} is not UTF-8 text")]
+    NotText(OsString),
     /// There is no command.
     #[error("no command given")]
     NoCommand,
@@ -76,6 +81,14 @@ pub enum Error {
     /// The arguments of `launch` are wrong.
     #[error("only systemd calls launch, as: launch container|exec|logger NAMESPACE ID [EXEC]")]
     Launch,
+}
+
+/// The arguments as text.
+///
+/// # Errors
+/// The first one that is not text.
+pub fn texts(args: impl IntoIterator<Item = OsString>) -> Result<Vec<String>, Error> {
+    args.into_iter().map(|arg| arg.into_string().map_err(Error::NotText)).collect()
 }
 
 /// Parses the arguments, without the name of the program.
@@ -171,6 +184,15 @@ mod tests {
             assert_eq!(error(line), Error::Launch, "{line}");
         }
         assert_eq!(error("ps --jsno").to_string(), "ps: unknown option --jsno");
+    }
+
+    #[test]
+    fn an_argument_that_is_not_text_is_a_mistake() {
+        use std::os::unix::ffi::OsStringExt;
+        let args = |last: &[u8]| [OsString::from("inspect"), OsString::from_vec(last.to_vec())];
+        assert_eq!(texts(args(b"web")), Ok(vec!["inspect".to_owned(), "web".to_owned()]));
+        let error = texts(args(b"web\xff")).expect_err("not text");
+        assert_eq!(error.to_string(), r#"argument "web\xFF" is not UTF-8 text"#);
     }
 
     #[test]

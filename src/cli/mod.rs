@@ -8,7 +8,8 @@ mod serve;
 mod start;
 mod wake;
 
-use std::io::{Read, Write};
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -36,21 +37,22 @@ impl Failure {
 }
 
 /// Runs the command that the arguments name.
-pub fn run(args: Vec<String>) -> ExitCode {
-    let command = match arguments::parse(&args) {
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let command = match arguments::texts(args).and_then(|args| arguments::parse(&args)) {
         Ok(command) => command,
         Err(error) => {
             say(&match error {
                 // The usage of all commands would hide the mistake.
                 arguments::Error::Tool { tool, .. } => format!("{error}\ntry '{NAME} {tool} --help'"),
+                arguments::Error::NotText(_) => format!("{error}\ntry '{NAME} -h'"),
                 _ => format!("{error}\n\n{USAGE}"),
             });
             return ExitCode::from(MISUSED);
         }
     };
     let result = match command {
-        Command::Help => print(USAGE.as_bytes()),
-        Command::Version => print(version().as_bytes()),
+        Command::Help => show(USAGE),
+        Command::Version => show(&version()),
         Command::Info(flags) => info::run(&flags),
         Command::Start(flags) => start::run(&flags),
         Command::Delete(flags) => delete::run(&flags),
@@ -117,17 +119,34 @@ fn version() -> String {
 
 /// Writes a response to standard output. containerd reads all of standard output, so nothing else may be written there.
 fn print(answer: &[u8]) -> Result<(), Failure> {
-    let mut stdout = std::io::stdout().lock();
-    stdout
-        .write_all(answer)
-        .and_then(|()| stdout.flush())
-        .map_err(|error| Failure(format!("can't write to standard output: {error}")))
+    write(io::stdout().lock(), answer).map_err(unwritten)
+}
+
+/// Writes a text for a person to standard output. A reader that has closed it has read enough, such as `head -1`.
+fn show(text: &str) -> Result<(), Failure> {
+    unless_closed(write(io::stdout().lock(), text.as_bytes())).map_err(unwritten)
+}
+
+fn write(mut out: impl Write, answer: &[u8]) -> io::Result<()> {
+    out.write_all(answer)?;
+    out.flush()
+}
+
+fn unless_closed(written: io::Result<()>) -> io::Result<()> {
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
+}
+
+fn unwritten(error: io::Error) -> Failure {
+    Failure(format!("can't write to standard output: {error}"))
 }
 
 /// All of standard input.
 fn read_stdin() -> Result<Vec<u8>, Failure> {
     let mut input = Vec::new();
-    let read = std::io::stdin().lock().take(MAX_STDIN_BYTES + 1).read_to_end(&mut input);
+    let read = io::stdin().lock().take(MAX_STDIN_BYTES + 1).read_to_end(&mut input);
     read.map_err(|error| Failure(format!("can't read standard input: {error}")))?;
     if input.len() as u64 > MAX_STDIN_BYTES {
         return Err(Failure(format!("standard input is larger than {MAX_STDIN_BYTES} bytes")));
@@ -149,4 +168,20 @@ fn key_of(flags: &Flags, bundle: &Path) -> Result<crate::id::TaskKey, Failure> {
     let id = TaskId::new(&flags.id).map_err(|error| Failure(format!("-id: {error}")))?;
     let owner = containerd::owner(bundle, &namespace, &id);
     Ok(TaskKey { owner, namespace, id })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_that_has_read_enough_is_no_failure_but_a_full_disk_is() {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let written = write(writer, b"text");
+        assert_eq!(written.as_ref().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        unless_closed(written).unwrap();
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        unless_closed(write(full, b"text")).unwrap_err();
+    }
 }

@@ -8,12 +8,12 @@ use crate::text;
 use crate::unit::name::PREFIX;
 use crate::view::{self, Row, Survey};
 
-use super::{Failure, block_on, print};
+use super::{Failure, block_on, show};
 
 /// Runs a command. Returns false if `doctor` found an error.
 pub(super) fn run(tool: &Tool, given: &Given) -> Result<bool, Failure> {
     if given.has("help") {
-        return print(tool.help().as_bytes()).map(|()| true);
+        return show(&tool.help()).map(|()| true);
     }
     match tool.name {
         "doctor" => doctor(given),
@@ -26,7 +26,7 @@ fn doctor(given: &Given) -> Result<bool, Failure> {
     let facts = block_on(Facts::collect())?;
     let checks = doctor::examine(&facts);
     let report = if given.has("json") { pretty(&doctor::json(&checks)) } else { doctor::text(&checks) };
-    print(report.as_bytes())?;
+    show(&report)?;
     Ok(checks.iter().all(|check| check.status != Status::Error))
 }
 
@@ -43,7 +43,7 @@ fn ps(given: &Given) -> Result<(), Failure> {
     } else {
         view::table(&rows)
     };
-    print(report.as_bytes())
+    show(&report)
 }
 
 /// One of the two sources is enough: systemd may not answer, and only root may read records.
@@ -84,7 +84,7 @@ fn inspect(given: &Given) -> Result<(), Failure> {
         true => pretty(&view::details_json(row, unit, record)),
         false => view::details(row, unit, record),
     };
-    print(report.as_bytes())
+    show(&report)
 }
 
 fn record<'a>(survey: &'a Survey, row: &Row) -> Result<&'a Task, String> {
