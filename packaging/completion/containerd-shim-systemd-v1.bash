@@ -7,7 +7,7 @@ _containerd_shim_systemd_v1() {
     fi
     case ${COMP_WORDS[1]} in
         doctor) words='--json -h --help' ;;
-        ps) words='-n --namespace -q --quiet --json -h --help' ;;
+        ps) words='-n --namespace --in-use -q --quiet --json -h --help' ;;
         inspect) words='-n --namespace --json -h --help' ;;
         *) return ;;
     esac

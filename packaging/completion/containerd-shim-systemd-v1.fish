@@ -5,6 +5,7 @@ complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from doctor' -
 complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from doctor' -s h -l help -d 'show this text'
 complete -c containerd-shim-systemd-v1 -n __fish_use_subcommand -a ps -d 'list the tasks of this runtime with their units'
 complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from ps' -s n -l namespace -x -d 'only tasks of this namespace of containerd'
+complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from ps' -l in-use -d 'only tasks that a client has'
 complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from ps' -s q -l quiet -d 'write only ids, in full'
 complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from ps' -l json -d 'write JSON'
 complete -c containerd-shim-systemd-v1 -n '__fish_seen_subcommand_from ps' -s h -l help -d 'show this text'

@@ -25,6 +25,7 @@ case ${words[2]} in
         _arguments -s \
             '-n+[only tasks of this namespace of containerd]:NAMESPACE:' \
             '--namespace=[only tasks of this namespace of containerd]:NAMESPACE:' \
+            '--in-use[only tasks that a client has]' \
             '-q[write only ids, in full]' \
             '--quiet[write only ids, in full]' \
             '--json[write JSON]' \

@@ -36,6 +36,10 @@ fn ps(given: &Given) -> Result<(), Failure> {
     if let Some(namespace) = given.value("namespace") {
         rows.retain(|row| row.namespace == namespace);
     }
+    if given.has("in-use") {
+        all_are_readable(&survey)?;
+        rows.retain(|row| !row.is_given_up);
+    }
     let report = if given.has("json") {
         pretty(&view::table_json(&rows))
     } else if given.has("quiet") {
@@ -51,6 +55,16 @@ fn rows(survey: &Survey) -> Result<Vec<Row>, Failure> {
     match (&survey.units, &survey.records) {
         (Err(units), Err(records)) => Err(Failure(format!("can't list tasks: {units}; {records}"))),
         _ => Ok(view::rows(survey)),
+    }
+}
+
+/// Fails if a task may be missing in the list: a task without a loaded unit only has a record.
+fn all_are_readable(survey: &Survey) -> Result<(), Failure> {
+    let records =
+        survey.records.as_ref().map_err(|unknown| Failure(format!("can't list tasks: {unknown}")))?;
+    match records.iter().find_map(|(_, task)| task.as_ref().err()) {
+        None => Ok(()),
+        Some(reason) => Err(Failure(format!("can't list all tasks: {reason}"))),
     }
 }
 
@@ -111,6 +125,16 @@ fn pretty(value: &serde_json::Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tasks_in_use_are_only_listed_if_all_records_can_be_read() {
+        use crate::probe::Unknown;
+        let with = |records| all_are_readable(&Survey { units: Ok(vec![]), records, now_usec: 0 });
+        with(Ok(vec![])).unwrap();
+        let broken = with(Ok(vec![("/run/x".into(), Err("record /run/x has version 9".to_owned()))]));
+        assert!(broken.unwrap_err().to_string().contains("version 9"));
+        with(Err(Unknown::Forbidden("/run/x".to_owned()))).unwrap_err();
+    }
 
     #[test]
     fn json_has_no_character_that_changes_a_terminal() {

@@ -90,9 +90,13 @@ pub const PS: Tool = Tool {
         "The list comes from systemd and from the records of the daemon, which does not have to run. Only root can read \
          the records: other users see no tasks without a unit, and a task that was created and not started counts as \
          running.",
+        "--in-use leaves out tasks that containerd has given up and what a failed Create has left: no client has them any \
+         more, and the daemon removes them. It fails if a record can't be read. The packages ask this way whether they may \
+         be removed.",
     ],
     options: &[
         NAMESPACE,
+        Opt { short: None, long: "in-use", value: None, text: "only tasks that a client has" },
         Opt { short: Some('q'), long: "quiet", value: None, text: "write only ids, in full" },
         JSON,
     ],

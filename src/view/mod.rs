@@ -136,6 +136,8 @@ pub struct Row {
     pub memory: Option<u64>,
     /// The time since the start of its unit, in seconds.
     pub age_sec: Option<u64>,
+    /// No client has it any more: containerd has given it up, or its Create has failed. The daemon removes it.
+    pub is_given_up: bool,
 }
 
 impl Row {
@@ -199,6 +201,7 @@ fn of_unit(unit: &Properties, now_usec: u64) -> Row {
         pid: number("MainPID").and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0),
         memory: number("MemoryCurrent"),
         age_sec: start.map(|start| now_usec.saturating_sub(start) / 1_000_000),
+        is_given_up: false,
     }
 }
 
@@ -225,6 +228,7 @@ fn phase(row: &mut Row, task: &Task) {
     row.state = task.init.word().to_owned();
     row.exit_status = task.init.exit().map(|exit| exit.status);
     row.pid = task.init.pid().filter(|_| task.init.is_alive());
+    row.is_given_up = task.muted || task.is_leftover;
 }
 
 /// The tasks whose id, name or unit begins with `word`. If the id, name or unit of some tasks is exactly `word`, only
@@ -271,6 +275,18 @@ mod tests {
         assert_eq!((row.state.as_str(), row.exit_status, row.pid), ("stopped", Some(3), None));
         let killed = [("ActiveState", "failed"), ("ExecMainCode", "2"), ("ExecMainStatus", "9")];
         assert_eq!(of_unit(&unit(&killed), 0).exit_status, Some(137));
+    }
+
+    #[test]
+    fn a_task_that_no_client_has_is_marked() {
+        let task: Task = serde_json::from_slice(include_bytes!("../../fuzz/corpus/record/task")).unwrap();
+        let with = |change: fn(&mut Task)| {
+            let mut task = task.clone();
+            change(&mut task);
+            let records = Ok(vec![(PathBuf::from("/run/x"), Ok(task))]);
+            rows(&Survey { units: Ok(vec![]), records, now_usec: 0 })[0].is_given_up
+        };
+        assert!(!with(|_| {}) && with(Task::give_up) && with(|task| task.is_leftover = true));
     }
 
     #[test]

@@ -92,6 +92,7 @@ pub(super) fn row_json(row: &Row) -> Value {
         "pid": row.pid,
         "memoryBytes": row.memory,
         "ageSeconds": row.age_sec,
+        "givenUp": row.is_given_up,
     })
 }
 

@@ -5,13 +5,13 @@ use std::fs;
 use std::path::Path;
 
 use crate::common::daemon;
-use crate::common::leaks::Traces;
-use crate::common::node::Node;
+use crate::common::leaks::{STATE_DIRECTORY, Traces};
+use crate::common::node::{NAMESPACE, Node};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::systemd;
 use crate::common::task::{Io, SIGKILL};
-use crate::package::{NEW, Package, is_at_work, version_of};
+use crate::package::{NAME, NEW, Package, is_at_work, version_of};
 
 #[test]
 fn a_removal_is_refused_while_a_container_runs_and_the_container_continues() {
@@ -41,6 +41,59 @@ fn a_removal_is_refused_while_a_container_runs_and_the_container_continues() {
     assert_eq!(package.remove().code, Some(100));
     container.delete().expect("delete");
     assert_eq!(package.remove().code, Some(0));
+}
+
+#[test]
+fn a_container_that_no_client_can_delete_is_removed_as_the_refusal_says() {
+    let package = Package::installed(NEW);
+    let node = Node::exclusive();
+    let container = node.container("orphan", Spec::sleeping()).started(&Io::default());
+    let pid = container.pid();
+    let refused = package.remove();
+    let text = format!("{}{}", refused.text(), refused.stderr);
+    assert!(text.contains("-namespace NAMESPACE -id ID -bundle BUNDLE delete"), "{text}");
+    let page = process::succeed(NAME, &["inspect", &container.id]);
+    let bundle = page.lines().find_map(|line| line.trim().strip_prefix("Bundle: ")).expect("a bundle");
+    process::succeed(NAME, &["-namespace", NAMESPACE, "-id", &container.id, "-bundle", bundle, "delete"]);
+    assert!(!process::exists(pid));
+    assert_eq!(process::succeed(NAME, &["ps", "--in-use", "--quiet"]), "");
+    // The containerd of this test is not gone, and has a task that the shim does not have any more.
+    let _ = container.delete();
+    assert_eq!(package.remove().code, Some(0));
+}
+
+#[test]
+fn a_removal_is_refused_if_the_program_can_not_say_what_is_in_use() {
+    let package = Package::installed(NEW);
+    let node = Node::exclusive();
+    let container = node.container("hidden", Spec::sleeping()).started(&Io::default());
+    let broken = Broken::new();
+    let refused = package.remove();
+    assert_eq!(refused.code, Some(100), "{refused:?}");
+    let text = format!("{}{}", refused.text(), refused.stderr);
+    let record = format!("{STATE_DIRECTORY}/{NAMESPACE}/{}/record.json", container.id);
+    assert!(text.contains(&record), "{text}");
+    drop(broken);
+    container.end();
+    assert_eq!(package.remove().code, Some(0));
+}
+
+/// While this exists, the installed program only fails.
+struct Broken;
+
+impl Broken {
+    const PROGRAM: &'static str = "/usr/bin/containerd-shim-systemd-v1";
+
+    fn new() -> Broken {
+        process::succeed("mount", &["--bind", "/bin/false", Broken::PROGRAM]);
+        Broken
+    }
+}
+
+impl Drop for Broken {
+    fn drop(&mut self) {
+        process::run("umount", &[Broken::PROGRAM]);
+    }
 }
 
 #[test]

@@ -107,9 +107,12 @@ fn an_rpm_is_installed_upgraded_and_removed_and_keeps_containers() {
 
     let refused = rpm.erase();
     assert_eq!(refused.code, Some(1), "{refused:?}");
-    for words in
-        ["not removed: these containers use it", container.id.as_str(), "delete them with the client"]
-    {
+    for words in [
+        "not removed: these containers use it",
+        container.id.as_str(),
+        "delete them with the client",
+        "-bundle BUNDLE delete",
+    ] {
         assert!(refused.stderr.contains(words) || refused.text().contains(words), "{words:?}: {refused:?}");
     }
     assert!(rpm.version().is_some());
