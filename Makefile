@@ -2,6 +2,7 @@
 # missing Debian packages with apt-get; no other target changes the machine.
 
 PREFIX ?= /usr/local
+CARGO ?= cargo
 LANE ?= nspawn
 SUITE ?= trixie
 # For `chaos`: minutes in each lane, and more arguments (CHAOS='--seed 7 --disturb kill'). Without LANE it runs
@@ -21,7 +22,8 @@ CARGO_TARGET_DIR ?= target
 export CARGO_TARGET_DIR := $(abspath $(CARGO_TARGET_DIR))
 
 NAME := containerd-shim-systemd-v1
-BINARY := $(CARGO_TARGET_DIR)/release/$(NAME)
+BUILT := $(CARGO_TARGET_DIR)/release/$(NAME)
+BINARY := $(BUILT)
 SCRIPTS := tests/testbed
 UNITS := $(wildcard units/*.socket units/*.service units/*.slice)
 UNITDIR := $(DESTDIR)$(PREFIX)/lib/systemd/system
@@ -48,8 +50,15 @@ help: ## this list
 deps: ## install what building and checking need (apt-get, rustup); run it as root
 	@$(SCRIPTS)/deps build lint
 
+# The compiler links libc.a, which Fedora does not install with the C compiler. cargo leaves the binary as it is if no change of
+# its sources matters: touch marks that it is up to date with them.
 build: ## the release binary
-	cargo rustc --release --locked --bin $(NAME) -- $(STATIC)
+	@command -v $(CC) >/dev/null || { echo "build: there is no C compiler ($(CC)): apt install gcc libc6-dev," \
+		"or dnf install gcc glibc-static" >&2; exit 1; }
+	@case $$($(CC) -print-file-name=libc.a) in */*) ;; *) echo "build: $(CC) does not find libc.a, which a static binary" \
+		"needs: apt install libc6-dev, or dnf install glibc-static" >&2; exit 1 ;; esac
+	$(CARGO) rustc --release --locked --bin $(NAME) -- $(STATIC)
+	@touch $(BUILT)
 
 unit: test-unit ## the same as test-unit
 
@@ -130,23 +139,31 @@ soak: ## many containers and execs in a row (CONTAINERS=10000, EXECS=50000): not
 doc: ## the documentation of the code, private items too
 	cargo doc --locked --no-deps --document-private-items
 
-# Root often has no cargo (`sudo make install`): then the binary must be there and newer than its sources.
+# Root often has no cargo, or one that is too old (`sudo make install`). It is not needed for a binary that is newer than its
+# sources.
 fresh:
-	@if command -v cargo >/dev/null; then \
+	@if [ -e $(BINARY) ] && [ -z "$$(find $(SOURCES) -newer $(BINARY) -print -quit)" ]; then \
+		:; \
+	elif [ $(BINARY) = $(BUILT) ] && command -v $(CARGO) >/dev/null; then \
 		$(MAKE) --no-print-directory build; \
-	elif [ ! -e $(BINARY) ] || [ -n "$$(find $(SOURCES) -newer $(BINARY) -print -quit)" ]; then \
+	else \
 		echo "install: $(BINARY) is missing or older than its sources: run 'make build' first" >&2; exit 1; \
 	fi
 
-install: fresh install-files ## the binary, units, manual and completion (DESTDIR, PREFIX=/usr/local); builds what is out of date
+# Two prerequisites would run at the same time with `make -j`.
+install: fresh ## the binary, units, manual and completion (DESTDIR, PREFIX=/usr/local); builds what is out of date
+	@$(MAKE) --no-print-directory install-files
 
+# Files are replaced by rename: containerd and systemd may use them at any moment.
 install-files:
-	install -D -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/$(NAME)
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(BINARY) $(DESTDIR)$(PREFIX)/bin/.$(NAME).new
+	mv -f $(DESTDIR)$(PREFIX)/bin/.$(NAME).new $(DESTDIR)$(PREFIX)/bin/$(NAME)
 	install -d $(UNITDIR)
 	@set -e; for unit in $(UNITS); do \
 		target=$(UNITDIR)/$$(basename $$unit); \
 		echo "$$unit -> $$target"; \
-		sed 's|@BINDIR@|$(PREFIX)/bin|g' $$unit >$$target; chmod 644 $$target; \
+		sed 's|@BINDIR@|$(PREFIX)/bin|g' $$unit >$$target.new; chmod 644 $$target.new; mv -f $$target.new $$target; \
 	done
 	@set -e; for page in $(PAGES); do \
 		directory=$(SHARE)/man/man$${page##*.}; install -d $$directory; \

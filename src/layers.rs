@@ -9,6 +9,7 @@ const ORDER: &[&str] = &[
     "fuzzing",
     "simulation",
     "layers",
+    "makefile",
     "lib",
     "main",
     "sandbox_init",
@@ -45,7 +46,7 @@ const ORDER: &[&str] = &[
 ];
 
 /// Files in which only tests are, by the ends of their names. They may use everything.
-const OF_TESTS: [&str; 4] = ["tests.rs", "fake.rs", "fake/calls.rs", "layers.rs"];
+const OF_TESTS: [&str; 5] = ["tests.rs", "fake.rs", "fake/calls.rs", "layers.rs", "makefile.rs"];
 
 /// The sources of each top-level module, without unit tests.
 fn sources() -> BTreeMap<String, Vec<(String, String)>> {

@@ -27,6 +27,8 @@ mod id;
 mod launch;
 #[cfg(test)]
 mod layers;
+#[cfg(test)]
+mod makefile;
 mod manual;
 mod oci;
 mod ops;
