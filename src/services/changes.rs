@@ -38,6 +38,12 @@ pub(crate) enum Noted {
     Pending,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// How many notes the daemons of this thread have made: each copies its task.
+    pub(crate) static NOTES: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
 impl Tasks {
     /// Applies a decision of the daemon to a process.
     ///
@@ -97,6 +103,8 @@ impl Tasks {
         entry: &Arc<Entry>,
         change: impl FnOnce(&mut Task) -> Result<Vec<ExitNotice>, Refusal>,
     ) -> Result<Noted, Refusal> {
+        #[cfg(test)]
+        NOTES.with(|notes| notes.set(notes.get() + 1));
         let (noted, ended) = {
             let mut task = entry.task();
             let mut next = task.clone();

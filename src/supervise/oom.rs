@@ -49,7 +49,12 @@ impl Cgroups {
         })
     }
 
+    /// The kernel reports every change of `memory.events`, up to 100 times a second for a container at its limit. Almost none is
+    /// a kill, and a note copies the task.
     fn add_oom_kills(&self, entry: &Arc<Entry>, kills: u64) -> Result<(), Error> {
+        if entry.task().init.phase.container().is_none_or(|container| kills <= container.oom_kills) {
+            return Ok(());
+        }
         self.tasks.note(entry, |task| {
             task.note_oom_kills(kills, sys::now_usec());
             Ok(Vec::new())
@@ -102,5 +107,36 @@ pub(crate) fn memory_events_of(task: &Task) -> Option<&Path> {
     match &task.placement {
         Placement::Unit { .. } => container.parent(),
         Placement::Foreign { .. } => Some(container),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::services::Delivery;
+    use crate::services::changes::NOTES;
+    use crate::simulation::harness::{Step, World};
+
+    #[test]
+    fn a_change_of_memory_events_without_a_kill_copies_no_task() {
+        let world = World::new("no-kills");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let notes = world.live(move |shim| async move {
+            let entry = shim.tasks.process(&init).unwrap().0;
+            let events = cgroup::dir(memory_events_of(&entry.task()).unwrap()).join("memory.events");
+            let notes_of = |text: &str| {
+                fs::write(&events, text).unwrap();
+                let before = NOTES.get();
+                shim.cgroups.memory_changed(&entry);
+                NOTES.get() - before
+            };
+            let counts = ["max 7\noom_kill 0\n", "max 8\noom_kill 1\n", "max 9\noom_kill 1\n"].map(notes_of);
+            (counts, entry.init.live().cgroup.memory_events.max)
+        });
+        assert_eq!(notes, Some(([0, 1, 0], 9)));
+        assert_eq!(world.events(), ["create", "start", "oom"]);
     }
 }
