@@ -10,9 +10,10 @@ use crate::id::UnitName;
 use crate::launch::contract::Outcome;
 use crate::launch::report;
 use crate::oci::runtime;
+use crate::oci::state::State;
 use crate::ops::Shim;
 use crate::services::pending::Stored;
-use crate::services::process::{hold, program_of};
+use crate::services::process::hold;
 use crate::services::{Entry, Error, Process, blocking, exec_share, resume_in_background};
 
 use crate::store::{self, Found, OwedTask};
@@ -227,6 +228,28 @@ impl Shim {
         }
     }
 
+    /// True if the container of a Start that was interrupted still waits. If the disk with the runtime's state does not answer, the
+    /// container counts as waiting unless its process is another program by now.
+    async fn waits_for_start(&self, task: &Task) -> bool {
+        let program = match task.init.pid() {
+            Some(pid) => self.runtime_files.program_of(&task.key, pid).await,
+            None => Ok(None),
+        };
+        // If the disk with the program does not answer, the FIFO decides.
+        let may_wait = program.map_or(true, |program| program == task.init.phase.program());
+        let look = move |state: &State| {
+            let waits = may_wait && state.waits_for_start();
+            if !waits {
+                state.mark_started();
+            }
+            waits
+        };
+        self.runtime_files.state(task, look).await.unwrap_or_else(|error| {
+            tracing::error!(task = %task.key, %error, "task {}: can't find out whether its interrupted start has released it: {error}", task.key);
+            may_wait
+        })
+    }
+
     /// After a restart: completes a Start that was interrupted.
     async fn finish_start(self: &Arc<Self>, entry: &Arc<Entry>, claimed: oneshot::Sender<()>) {
         // The receiver was dropped if the daemon stops. The streams are reopened as those of a process that runs.
@@ -240,11 +263,7 @@ impl Shim {
         }
         // A `runc start` that was interrupted may have released init without reporting it. A second `runc start` would
         // then wait until init ends.
-        let program = task.init.pid().and_then(program_of);
-        let waits = cli.waits_for_start() && program == task.init.phase.program();
-        if !waits {
-            cli.mark_started();
-        }
+        let waits = self.waits_for_start(&task).await;
         // The replay of the call gets the failure that the earlier daemon has noted. That daemon has killed init.
         let has_failed = self.noted_failure(&entry.init.key, dir.clone()).await.is_some();
         let pid = task.init.pid().unwrap_or_default();

@@ -15,6 +15,7 @@ use crate::id::{Owner, TaskKey};
 use crate::oci::command::CommandLine;
 use crate::oci::{containerd, mount};
 use crate::services::files::ClientFiles;
+use crate::services::runtime_files::RuntimeFiles;
 use crate::store::{self, Found, Store};
 use crate::supervise::cleanup::{Removal, Stop, Troubles};
 use crate::sys;
@@ -148,7 +149,8 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     block_on(async {
         let (manager, oci) = (&unit::manager::Manager::default(), &CommandLine::default());
         let files = &ClientFiles::new(config::FILES_LIMIT);
-        let removal = Removal { manager, oci, files, task, dir: &dir, stop: Stop::Killed };
+        let runtime_files = &RuntimeFiles::new(config::FILES_LIMIT);
+        let removal = Removal { manager, oci, files, runtime_files, task, dir: &dir, stop: Stop::Killed };
         troubles.join(removal.of_task(execs).await);
     })?;
     if !troubles.is_empty() {

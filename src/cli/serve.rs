@@ -28,6 +28,7 @@ use crate::oci::namespaces;
 use crate::ops::{Parts, Shim};
 use crate::services::Entry;
 use crate::services::files::ClientFiles;
+use crate::services::runtime_files::RuntimeFiles;
 use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
@@ -327,6 +328,7 @@ async fn serve(
         oci: commands,
         program,
         files: ClientFiles::new(config::FILES_LIMIT),
+        runtime_files: RuntimeFiles::new(config::FILES_LIMIT),
         relay: Relay::new(),
     });
     fault::point(Point::RecoverTaken);
@@ -414,6 +416,10 @@ fn spawn_workers(
     workers.spawn("removing unused slices", slices::run(manager, removed, is_used));
     workers.spawn("watching cgroups", shim.cgroups.clone().observe());
     workers.spawn("observing units", shim.units.clone().observe(observations));
+    workers.spawn(
+        "looking for ends that systemd's signals did not report",
+        shim.units.clone().find_missed_ends(),
+    );
 }
 
 /// Serves calls on the sockets, and on the connections of earlier daemons that came from these sockets.

@@ -10,7 +10,7 @@
 //! They run in the mount and network namespaces of the task's containerd, so that hooks see what they see under
 //! containerd-shim-runc-v2.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -28,7 +28,6 @@ use tokio::time::timeout;
 use crate::cgroup::{self, cgroups_path};
 use crate::config;
 use crate::fault::{self, Failure};
-use crate::files;
 use crate::sys;
 use crate::sys::spawn::{self, Setup};
 
@@ -62,9 +61,7 @@ impl OciRuntime for CommandLine {
         self.run(cli, "update", &command).await
     }
 
-    /// If the runtime does not end, is killed twice, waits for a process that a hook has left behind, or can't read
-    /// the container's state, the daemon removes the state directory itself, which frees the id. systemd ends the
-    /// container's processes with the unit.
+    /// A runtime that was killed gets a second chance.
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
         let mut command = cli.command("delete");
         command.arg("--force").arg(cli.id.as_str());
@@ -73,13 +70,7 @@ impl OciRuntime for CommandLine {
             deleted = self.run(cli, "delete", &command).await;
         }
         self.remove_cgroups(cli);
-        let error = match deleted {
-            Err(Error::Failed { .. }) if has_state(&cli.state()) => return deleted,
-            Ok(()) | Err(Error::Spawn { .. }) => return deleted,
-            Err(error) => error,
-        };
-        tracing::warn!(id = %cli.id, %error, "container {}: removing its state without the OCI runtime: {error}", cli.id);
-        remove_state(cli)
+        deleted
     }
 
     async fn settle(&self, cli: &Cli<'_>) {
@@ -259,27 +250,6 @@ fn is_passing(error: &io::Error) -> bool {
 /// True for the cgroup of one command (`launch::cgroup::of_commands`).
 fn is_of_one_command(cgroup: &Path) -> bool {
     cgroup.parent().is_some_and(|parent| parent.ends_with("containerd-shim-runtime/commands"))
-}
-
-/// Whether a runtime can read its own state of a container. A file that is not JSON was cut off: the disk was full, or
-/// the runtime was killed.
-fn has_state(dir: &Path) -> bool {
-    const MAX_BYTES: u64 = 16 << 20;
-    // The state files of runc and its relatives, and of crun.
-    ["state.json", "status"].iter().any(|name| {
-        files::read_regular(&dir.join(name), MAX_BYTES)
-            .is_ok_and(|text| serde_json::from_slice::<serde::de::IgnoredAny>(&text).is_ok())
-    })
-}
-
-fn remove_state(cli: &Cli<'_>) -> Result<(), Error> {
-    match fs::remove_dir_all(cli.state()) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            let reason = format!("remove {}: {error}", cli.state().display());
-            Err(Error::Failed { verb: "delete", reason })
-        }
-        _ => Ok(()),
-    }
 }
 
 impl Cli<'_> {

@@ -22,6 +22,7 @@ pub mod resources;
 pub mod runtime;
 pub mod sealed;
 pub mod signal;
+pub mod state;
 
 /// Writes an executable script for a test.
 ///

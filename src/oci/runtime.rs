@@ -16,6 +16,8 @@ use crate::id::TaskId;
 use crate::task::Task;
 use crate::task::request::{Containerd, Runtime};
 
+use super::state::Leftover;
+
 /// How many bytes of the log's end are searched for the reason of a failure.
 const LOG_TAIL_BYTES: u64 = 64 << 10;
 /// How many log entries are searched.
@@ -78,6 +80,21 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// What the daemon does with the state of a container whose `delete` has failed with this error. If the runtime does not end,
+    /// is killed twice, waits for a process that a hook has left behind, or can't read the state, the daemon removes the state
+    /// itself. systemd ends the container's processes with the unit.
+    pub fn leftover(&self) -> Leftover {
+        match self {
+            Self::Spawn { .. } => Leftover::Keep,
+            Self::Failed { .. } => Leftover::KeepReadable,
+            Self::Killed { .. } | Self::TimedOut { .. } | Self::Orphan { .. } | Self::Busy { .. } => {
+                Leftover::Remove
+            }
+        }
+    }
+}
+
 /// The name of the command [`Cli::exec`], and of its log.
 pub const EXEC: &str = "exec";
 
@@ -116,7 +133,7 @@ pub trait OciRuntime: Send + Sync {
     /// Removes the runtime's state of a container. It is no error if there is none.
     ///
     /// # Errors
-    /// [`Error`]
+    /// [`Error`]. [`Error::leftover`] says what is to be done with the state then.
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error>;
 
     /// Removes the cgroups of commands of an ended daemon, for a container that the runtime does not know any more.
@@ -203,34 +220,9 @@ impl Cli<'_> {
         command
     }
 
-    /// True if the runtime has state of this container.
-    pub fn knows(&self) -> bool {
-        self.state().exists()
-    }
-
-    /// True if the container was created and waits for `start`: the FIFO that the init of runc and crun waits on exists.
-    pub fn waits_for_start(&self) -> bool {
-        self.start_fifo().exists()
-    }
-
-    /// Removes the FIFO that the container waited on, if a killed `runc start` could not.
-    pub fn mark_started(&self) {
-        // It is no error if it does not exist.
-        let _ = std::fs::remove_file(self.start_fifo());
-    }
-
-    fn start_fifo(&self) -> PathBuf {
-        self.state().join("exec.fifo")
-    }
-
     /// The file that a command locks while it runs.
     pub(super) fn lock(&self) -> PathBuf {
         self.dir.join("runtime.lock")
-    }
-
-    /// The directory with the runtime's state of this container. An id has no slash and is not `..`.
-    pub(super) fn state(&self) -> PathBuf {
-        self.runtime.root.join(self.id.as_str())
     }
 
     /// The last error in the log of a command.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::id::{Owner, TaskKey};
-use crate::services::{Entry, Error, Tasks, blocking};
+use crate::services::{Entry, Error, Tasks};
 use crate::store::delete_replies::Deleted;
 
 use super::Shim;
@@ -46,7 +46,7 @@ impl Shim {
         if is_alive(entry) {
             // The operation that is under way may wait for these processes. They are killed again below, where an error counts.
             let task = entry.task().clone();
-            let _ = blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await?;
+            let _ = kill_all(&task, nix::libc::SIGKILL as u32).await;
         }
         self.cleanup.remove_leftover(entry).await?;
         self.kill_and_delete(entry).await

@@ -10,7 +10,7 @@ use crate::config;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
 use crate::services::registry::Completion;
-use crate::services::{Delivery, Entry, Error, Process, blocking};
+use crate::services::{Delivery, Entry, Error, Process};
 use crate::store::delete_replies::Deleted;
 use crate::sys;
 use crate::task::lifecycle::{Exit, Lifecycle};
@@ -169,7 +169,7 @@ async fn end_restores(entry: &Arc<Entry>) -> MutexGuard<'_, ()> {
 /// Kills all processes of a task, and waits until systemd reports the end of init.
 pub(super) async fn kill_and_wait(entry: &Arc<Entry>) -> Result<Exit, Error> {
     let task = entry.task().clone();
-    blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await??;
+    kill_all(&task, nix::libc::SIGKILL as u32).await?;
     let unknown = || Error::UnknownTask { key: entry.key.clone() };
     match tokio::time::timeout(config::KILL_LIMIT, entry.init.ended()).await {
         Ok(Completion::Exited(exit)) => Ok(exit),

@@ -1,13 +1,14 @@
 //! Kill: sends a signal to a process, or to all processes of a container.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use nix::errno::Errno;
 
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
-use crate::services::{Delivery, Error, Process, Tasks, blocking};
+use crate::services::{Delivery, Error, Process, Tasks, WaitsFor, blocking, waiting_in_any_thread};
 use crate::sys;
 use crate::task::Task;
 use crate::task::phase::Phase;
@@ -57,7 +58,7 @@ impl Tasks {
         }
         let ends_task = key.exec.is_none() && signal == SIGKILL && task.init.is_alive();
         if all && key.exec.is_none() {
-            blocking(move || kill_all(&task, signal)).await??;
+            kill_all(&task, signal).await?;
         } else {
             signal_process(&task, &process, signal)?;
         }
@@ -112,15 +113,21 @@ fn held_again(task: &Task, pid: u32, opened: Result<OwnedFd, Errno>) -> Result<O
     }
 }
 
-/// Sends a signal to every process of the container. Blocks. It is no error if processes end meanwhile, or if there are
-/// none.
-pub(crate) fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
-    let Some(cgroup) = task.cgroup() else {
+/// Sends a signal to every process of the container. It is no error if processes end meanwhile, or if there are none.
+pub(crate) async fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
+    let Some(cgroup) = task.cgroup().map(Path::to_owned) else {
         return Ok(());
     };
     if signal == SIGKILL {
-        return Ok(cgroup::kill(cgroup)?);
+        return Ok(blocking(move || cgroup::kill(&cgroup)).await??);
     }
+    let walked = task.clone();
+    let walk = move || signal_each(&walked, &cgroup, signal);
+    waiting_in_any_thread(WaitsFor::Processes, &task.key, walk).await?
+}
+
+/// Sends a signal to one process of a container after the other. Blocks.
+fn signal_each(task: &Task, cgroup: &Path, signal: u32) -> Result<(), Error> {
     for pid in cgroup::processes(cgroup)? {
         // The list may be old by now: reading 100,000 cgroups takes seconds. A process that has left the container gets no signal.
         let sent = held_again(task, pid, sys::pidfd_open(pid))

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::cgroup;
 use crate::id::{ExecId, TaskKey};
-use crate::services::{Error, Tasks, blocking};
+use crate::services::{Error, Tasks, WaitsFor, waiting_in_any_thread};
 
 impl Tasks {
     /// The processes of a container, and which of them are execs.
@@ -22,7 +22,10 @@ impl Tasks {
             return Ok(vec![(init, None)]);
         }
         let mut pids = match task.cgroup().map(Path::to_owned) {
-            Some(cgroup) => blocking(move || cgroup::processes(&cgroup)).await??,
+            Some(cgroup) => {
+                let list = move || cgroup::processes(&cgroup);
+                waiting_in_any_thread(WaitsFor::Processes, key, list).await??
+            }
             None => Vec::new(),
         };
         if !pids.contains(&init) {
@@ -35,5 +38,37 @@ impl Tasks {
             .filter_map(|(id, exec)| exec.pid().map(|pid| (pid, id)))
             .collect();
         Ok(pids.into_iter().map(|pid| (pid, execs.get(&pid).map(|id| (*id).clone()))).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crate::services::{Delivery, WaitsFor};
+    use crate::simulation::harness::{Step, World};
+
+    const SIGTERM: u32 = nix::libc::SIGTERM as u32;
+    const SIGKILL: u32 = nix::libc::SIGKILL as u32;
+
+    #[test]
+    fn walks_through_the_cgroups_of_one_container_wait_for_each_other_and_delay_nothing_else() {
+        let world = World::new("walks");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let exit = world.live(move |shim| async move {
+            let soon = Duration::from_secs(1);
+            let tasks = &shim.tasks;
+            let walks = WaitsFor::Processes.all_turns(&init.task).await;
+            let term = tasks.kill(&init, SIGTERM, true, Delivery::First);
+            assert!(tokio::time::timeout(soon, term).await.is_err(), "a signal for all waits");
+            assert!(tokio::time::timeout(soon, tasks.pids(&init.task)).await.is_err(), "a list waits");
+            drop(walks);
+            assert_eq!(tasks.pids(&init.task).await.unwrap().len(), 1);
+            let _walks = WaitsFor::Processes.all_turns(&init.task).await;
+            tasks.kill(&init, SIGKILL, true, Delivery::First).await.unwrap();
+            tokio::time::timeout(soon, shim.wait(&init, Delivery::First)).await.unwrap().unwrap().status
+        });
+        assert_eq!(exit, Some(137));
     }
 }

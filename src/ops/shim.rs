@@ -11,6 +11,7 @@ use crate::oci::runtime::OciRuntime;
 use crate::services::files::ClientFiles;
 use crate::services::launcher::Launcher;
 use crate::services::notifications::Notifications;
+use crate::services::runtime_files::RuntimeFiles;
 use crate::services::streams::Streams;
 use crate::services::{Entry, Error, Tasks};
 use crate::session::fds::StreamFds;
@@ -41,6 +42,8 @@ pub struct Parts {
     pub program: PathBuf,
     /// Runs work on files that clients have named.
     pub files: ClientFiles,
+    /// Runs work on the files of OCI runtimes.
+    pub runtime_files: RuntimeFiles,
     /// Forwards the notifications of containers to systemd.
     pub relay: Relay,
 }
@@ -72,6 +75,8 @@ pub struct Shim {
     pub(super) code: fn(&Error) -> i32,
     /// Runs work on files that clients have named.
     pub(crate) files: ClientFiles,
+    /// Runs work on the files of OCI runtimes.
+    pub(crate) runtime_files: RuntimeFiles,
     pub(super) manager: Arc<dyn Systemd>,
     pub(super) oci: Arc<dyn OciRuntime>,
     /// How units run this program.
@@ -83,7 +88,7 @@ impl Shim {
     /// once at most; the events are in the outboxes.
     pub fn new(parts: Parts) -> (Arc<Self>, mpsc::UnboundedReceiver<Arc<Entry>>) {
         let Parts { store, delete_replies, failures, code, fds, .. } = parts;
-        let Parts { cgroups, manager, oci, program, files, relay, .. } = parts;
+        let Parts { cgroups, manager, oci, program, files, runtime_files, relay, .. } = parts;
         let (tasks, receiver) = Tasks::new(store.clone());
         let (tasks, fds, launcher) = (Arc::new(tasks), Arc::new(fds), Arc::new(Launcher::new(program)));
         let streams = Arc::new(Streams::new(
@@ -102,6 +107,7 @@ impl Shim {
             manager: manager.clone(),
             oci: oci.clone(),
             files: files.clone(),
+            runtime_files: runtime_files.clone(),
         });
         let cgroups = Arc::new(Cgroups::new(tasks.clone(), manager.clone(), cgroups));
         let units =
@@ -119,6 +125,7 @@ impl Shim {
             failures,
             code,
             files,
+            runtime_files,
             manager,
             oci,
             launcher,

@@ -8,8 +8,9 @@ use crate::cgroup::limits::is_frozen;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
 use crate::oci::runtime;
+use crate::oci::state::State;
 use crate::services::process::init_is_gone;
-use crate::services::{Delivery, Entry, Error, Process, blocking, exec_share};
+use crate::services::{Delivery, Entry, Error, Process, exec_share};
 use crate::sys;
 use crate::task::Task;
 use crate::task::lifecycle::{Event, Exit, ObservedExit, Refusal};
@@ -78,10 +79,12 @@ impl Shim {
             () = init_is_gone(entry) => Err(Error::InitGone { key: task.key.clone() }),
             () = given_up.cancelled() => Err(Error::GivenUp { process: entry.init.key.clone() }),
         };
-        if started.is_err() && !cli.waits_for_start() {
+        // If the disk with the runtime's state does not answer, init stays: another Start finds out whether it was released.
+        if started.is_err()
+            && let Ok(false) = self.runtime_files.state(task, State::waits_for_start).await
+        {
             // The runtime has released init and failed afterwards: kill it, as runc does when a poststart hook fails.
-            let task = task.clone();
-            blocking(move || kill_all(&task, nix::libc::SIGKILL as u32)).await??;
+            kill_all(task, nix::libc::SIGKILL as u32).await?;
         }
         fault::point(Point::StartDone);
         started.map(|()| task.init.pid().unwrap_or_default())

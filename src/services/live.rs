@@ -23,7 +23,7 @@ use super::pending::OnDisk;
 #[derive(Default)]
 pub struct Live {
     /// A descriptor of the process, which shows whether the process has ended.
-    pub(crate) process: Option<OwnedFd>,
+    pub(crate) process: Option<Arc<OwnedFd>>,
     /// Its streams, once it has them.
     pub(crate) session: Session,
     /// The size of its terminal's window that was requested last: columns and rows.

@@ -13,6 +13,7 @@ mod owner;
 pub(crate) mod pending;
 pub mod process;
 pub mod registry;
+pub mod runtime_files;
 pub mod streams;
 mod tasks;
 pub mod waiting;
@@ -26,7 +27,7 @@ use crate::suspect;
 pub use error::Error;
 pub use live::Live;
 pub use tasks::{Outgoing, Tasks};
-pub(crate) use waiting::{WaitsFor, waiting};
+pub(crate) use waiting::{WaitsFor, waiting, waiting_in_any_thread};
 
 /// A live task, with what the running daemon attaches to it.
 pub type Entry = registry::Entry<Live>;

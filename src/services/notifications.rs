@@ -176,7 +176,7 @@ impl Notifications {
         let Some(text) = said.text(extended) else {
             return;
         };
-        let lives = || entry.init.live().process.as_ref().is_some_and(is_alive);
+        let lives = || entry.init.live().process.as_ref().is_some_and(|process| is_alive(process));
         if let Err(error) = self.relay.tell(&text, main, lives).await {
             tracing::warn!(task = %entry.key, %error, "task {}: can't pass its notification on to systemd: {error}", entry.key);
         }

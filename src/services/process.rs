@@ -1,8 +1,8 @@
 //! The process behind a pid. A pidfd shows whether its process has ended. After that, another process may get the pid.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::task::{Placement, Task};
 use crate::{cgroup, config, sys};
@@ -14,7 +14,8 @@ pub(crate) fn hold(entry: &Entry, process: &Process, pid: u32) {
     let held = sys::pidfd_open(pid).ok();
     // Checked after pidfd_open: if another process has the pid by now, the pidfd is dropped. A process whose cgroup can't be read
     // (its path may be too long) is not another one.
-    process.live().process = held.filter(|_| !has_ended(&entry.task(), pid));
+    let held = held.filter(|_| !has_ended(&entry.task(), pid));
+    process.live().process = held.map(Arc::new);
 }
 
 /// Resolves when a task's init process has ended, and the command of the OCI runtime has had time to end as well. Never
@@ -72,10 +73,4 @@ pub(crate) fn is_place_of(task: &Task, found: &Path) -> bool {
 /// Reads a PID file.
 pub(crate) fn read_pid(path: &Path) -> Option<u32> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
-}
-
-/// The program file that a process runs: device and inode.
-pub(crate) fn program_of(pid: u32) -> Option<(u64, u64)> {
-    let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
-    Some((file.dev(), file.ino()))
 }

@@ -11,7 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use crate::id::TaskKey;
 use crate::suspect;
 
-use super::Error;
+use super::{Error, blocking};
 
 /// How long work waits for its turn. As long as a client may take to open its end of a FIFO.
 const TURN_LIMIT: Duration = crate::config::STDIO_LIMIT;
@@ -29,6 +29,8 @@ pub(crate) enum WaitsFor {
     LogFile,
     /// The close of a descriptor that a process of the container has sent.
     Notification,
+    /// The kernel, which lists the processes of a container. A container can have so many cgroups that this takes seconds.
+    Processes,
 }
 
 impl WaitsFor {
@@ -37,11 +39,13 @@ impl WaitsFor {
         static BUNDLE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
         static LOG_FILE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
         static NOTIFICATION: LazyLock<Threads> = LazyLock::new(|| Threads::new(1024, 1));
+        static PROCESSES: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 2));
         match self {
             Self::Client => &CLIENT,
             Self::Bundle => &BUNDLE,
             Self::LogFile => &LOG_FILE,
             Self::Notification => &NOTIFICATION,
+            Self::Processes => &PROCESSES,
         }
     }
 
@@ -62,6 +66,7 @@ impl WaitsFor {
             Self::Bundle => "the disks of bundles or of OCI runtimes",
             Self::LogFile => "the disks of log files",
             Self::Notification => "the close of descriptors that containers have sent",
+            Self::Processes => "the lists of the processes of containers",
         }
     }
 }
@@ -96,6 +101,21 @@ pub(crate) async fn waiting<T: Send + 'static>(
     let thread = std::thread::Builder::new().name("waiting".to_owned()).stack_size(STACK).spawn(run);
     thread.map_err(Error::NoThread)?;
     result.await.map_err(|_| Error::Stopping)
+}
+
+/// As [`waiting`]. If no thread can be started, a thread of [`blocking`] does the work: a signal for all processes must work also then.
+///
+/// # Errors
+/// [`Error::ManyWait`] if too many threads wait already.
+pub(crate) async fn waiting_in_any_thread<T: Send + 'static>(
+    waits_for: WaitsFor,
+    task: &TaskKey,
+    work: impl FnOnce() -> T + Clone + Send + 'static,
+) -> Result<T, Error> {
+    match waiting(waits_for, task, work.clone()).await {
+        Err(Error::NoThread(_)) => blocking(work).await,
+        done => done,
+    }
 }
 
 /// While this exists, the paused clock of a test does not advance by itself. tokio lets such a clock jump to the next timer

@@ -20,6 +20,7 @@ use crate::oci::options;
 use crate::ops::{AddExec, CreateTask};
 use crate::ops::{Parts, Shim};
 use crate::services::files::ClientFiles;
+use crate::services::runtime_files::RuntimeFiles;
 use crate::services::{Delivery, Error};
 use crate::session::fds::StreamFds;
 use crate::store::Store;
@@ -55,6 +56,8 @@ pub(crate) struct World {
     restores: bool,
     /// What the commands `start` of the OCI runtimes of the next daemons do.
     pub(crate) starts: Starts,
+    /// The disks of the OCI runtime, for all daemons.
+    pub(crate) runtime_files: RuntimeFiles,
 }
 
 impl World {
@@ -68,7 +71,8 @@ impl World {
         let systemd = FakeSystemd::new(effects.clone(), launch.clone());
         let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
         let (accepted, starts) = (Arc::default(), Starts::Work);
-        Self { root, effects, systemd, launch, task, accepted, restores: false, starts }
+        let runtime_files = RuntimeFiles::new(config::FILES_LIMIT);
+        Self { root, effects, systemd, launch, task, accepted, restores: false, starts, runtime_files }
     }
 
     /// As [`World::new`], for a task that is restored from a checkpoint.
@@ -172,6 +176,7 @@ impl World {
             oci: Arc::new(self.runtime()),
             program: PathBuf::from("/shim"),
             files: ClientFiles::new(config::FILES_LIMIT),
+            runtime_files: self.runtime_files.clone(),
             relay: if notify.exists() { Relay::to(&notify) } else { Relay::new() },
         });
         let (publisher, accepted) = (shim.clone(), self.accepted.clone());
@@ -197,6 +202,7 @@ impl World {
         let observations = Arc::<Observations>::default();
         self.systemd.observed_by(observations.clone());
         tokio::spawn(shim.units.clone().observe(observations));
+        tokio::spawn(shim.units.clone().find_missed_ends());
         tokio::spawn(shim.cgroups.clone().observe());
         tokio::spawn(shim.cleanup.clone().write_pending());
         let systemd = self.systemd.clone();

@@ -11,6 +11,7 @@ use crate::cgroup;
 use crate::config;
 use crate::effects::{Failure, Plan};
 use crate::oci::options;
+use crate::ops::Status;
 use crate::services::files::ClientFiles;
 use crate::services::{Delivery, Error};
 use crate::store::Store;
@@ -20,6 +21,7 @@ use crate::sys;
 use crate::unit::fake::Sleeper;
 
 use super::harness::{Step, World};
+use super::runtime::Starts;
 use super::scenarios::{UP, WITH_EXEC, cgroups, exit_after, up};
 
 /// Longer than a container that notifies often has to wait.
@@ -171,6 +173,44 @@ fn a_signal_for_all_processes_reaches_none_outside_of_the_container() {
     assert_eq!(sys::peek_exit(listed), Ok(None), "the other process lives");
 }
 
+/// dbus-daemon has dropped the signals, without notice.
+#[test]
+fn an_exit_whose_signal_is_lost_is_recorded_nevertheless() {
+    for has_pidfds in [true, false] {
+        let world = up("lost-signals", &WITH_EXEC);
+        let (systemd, unit, exec_unit) = (world.systemd.clone(), world.unit(), world.exec_unit());
+        let (init, exec) = (world.init(), world.exec());
+        let exits = world.live(move |shim| async move {
+            if !has_pidfds {
+                for key in [&init, &exec] {
+                    shim.tasks.process(key).unwrap().1.live().process = None;
+                }
+            }
+            systemd.end_unheard(&exec_unit, 3);
+            systemd.end_unheard(&unit, 5);
+            let limit = Duration::from_secs(30);
+            let exit = async |key| tokio::time::timeout(limit, shim.wait(key, Delivery::First)).await;
+            [exit(&exec).await, exit(&init).await].map(|exit| exit.unwrap().unwrap().status)
+        });
+        assert_eq!(exits, Some([3, 5]), "{has_pidfds}");
+        assert_eq!(world.events()[4..], ["exec-exit", "exit"], "{has_pidfds}");
+    }
+}
+
+#[test]
+fn the_units_of_processes_that_run_are_not_queried() {
+    let world = up("no-queries", &WITH_EXEC);
+    let effects = world.effects.clone();
+    world.live(move |_| async move {
+        tokio::time::sleep(A_WHILE).await;
+        effects.plan(Plan::Undisturbed);
+        tokio::time::sleep(Duration::from_secs(600)).await;
+    });
+    let queries: Vec<_> =
+        world.effects.log().into_iter().filter(|effect| effect.starts_with("read")).collect();
+    assert_eq!(queries, Vec::<String>::new());
+}
+
 #[test]
 fn the_references_of_earlier_daemons_last_until_the_next_one_has_its_own() {
     let world = up("references", &UP);
@@ -240,7 +280,9 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     let execs = vec![world.exec_unit()];
     let removed = async {
         let (manager, oci, files) = (&*world.systemd, &runtime, &ClientFiles::new(config::FILES_LIMIT));
-        let removal = Removal { manager, oci, files, task: &task, dir: &dir, stop: Stop::Killed };
+        let runtime_files = &world.runtime_files;
+        let removal =
+            Removal { manager, oci, files, runtime_files, task: &task, dir: &dir, stop: Stop::Killed };
         removal.of_task(async { execs }).await
     };
     let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -248,6 +290,60 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     assert_eq!(troubles.text(), "");
     assert_eq!(world.systemd.units(), []);
     assert!(!task.runtime.root.join(task.key.id.as_str()).exists());
+}
+
+#[test]
+fn a_delete_can_be_repeated_once_the_disk_of_the_runtime_answers() {
+    let world = up("dead-root", &[Step::Create, Step::Start, Step::Kill]);
+    let disk = world.runtime_files.occupy(&world.task);
+    let refused = world.take(&[Step::Delete], Delivery::First).unwrap().unwrap_err();
+    assert!(
+        matches!(&refused, Error::NotRemoved { reason, .. } if reason.contains("do not answer")),
+        "{refused}"
+    );
+    assert!(world.remains().contains(&world.runtime_root().join("web").display().to_string()));
+    drop(disk);
+    world.take(&[Step::Delete], Delivery::First).unwrap().unwrap();
+    assert_eq!(world.remains(), Vec::<String>::new());
+}
+
+#[test]
+fn a_failed_start_kills_nobody_while_the_disk_of_the_runtime_does_not_answer() {
+    let mut world = up("dead-root-start", &[Step::Create]);
+    let status = |world: &World| {
+        let init = world.init();
+        world.live(move |shim| async move { shim.tasks.state(&init).unwrap().status }).unwrap()
+    };
+    world.starts = Starts::FailAfterwards;
+    let disk = world.runtime_files.occupy(&world.task);
+    world.take(&[Step::Start], Delivery::First).unwrap().unwrap_err();
+    assert_eq!(status(&world), Status::Created);
+    drop(disk);
+    // The runtime refuses to start a container that runs.
+    world.take(&[Step::Start], Delivery::First).unwrap().unwrap_err();
+    assert_eq!(status(&world), Status::Stopped);
+}
+
+#[test]
+fn a_recovery_is_not_held_up_by_the_disk_of_the_runtime() {
+    let mut world = up("dead-root-recovery", &[Step::Create]);
+    world.starts = Starts::Hang;
+    let init = world.init();
+    world.live(move |shim| async move {
+        tokio::spawn(async move { shim.start(&init, Delivery::First).await });
+    });
+    world.starts = Starts::Work;
+    let disk = world.runtime_files.occupy(&world.task);
+    let init = world.init();
+    let status = world.live(move |shim| async move {
+        tokio::time::sleep(A_WHILE).await;
+        shim.tasks.state(&init).unwrap().status
+    });
+    // It still waits for its start, as far as the daemon can find out.
+    assert_eq!(status, Some(Status::Created));
+    drop(disk);
+    world.take(&[Step::Start, Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
+    assert_eq!(world.remains(), Vec::<String>::new());
 }
 
 #[test]

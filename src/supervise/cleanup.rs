@@ -14,10 +14,12 @@ use crate::launch;
 use crate::launch::contract::{EXEC_PID_FILE, LAUNCH_ERROR, LAUNCHED, PID_FILE, PROCESS_SPEC};
 use crate::launch::pipes::NO_INPUT;
 use crate::oci::runtime::{self, OciRuntime};
+use crate::oci::state::State;
 use crate::oci::{mount, mount_options, pod_files};
 use crate::services::changes::Noted;
 use crate::services::files::ClientFiles;
 use crate::services::process::{lives_in, read_pid};
+use crate::services::runtime_files::RuntimeFiles;
 use crate::services::streams::{Streams, cancel_pumps, stored_number};
 use crate::services::{Entry, Error, Process, Tasks, WaitsFor, exec_share};
 use crate::session::fds::StreamFds;
@@ -75,6 +77,8 @@ pub struct Removal<'a> {
     pub oci: &'a dyn OciRuntime,
     /// Runs what touches the bundle.
     pub files: &'a ClientFiles,
+    /// Runs what touches the state of the OCI runtime.
+    pub runtime_files: &'a RuntimeFiles,
     pub task: &'a Task,
     /// The directory of the task.
     pub dir: &'a Path,
@@ -119,7 +123,7 @@ impl Removal<'_> {
     async fn of_init(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
         let (mut troubles, unit) = (Troubles::default(), self.task.unit());
         let cli = runtime::Cli::of(self.task, self.dir);
-        let mut deleted = delete_in_runtime(self.oci, &cli).await;
+        let mut deleted = self.delete_in_runtime(&cli).await;
         for unit in others.await {
             troubles.join(remove_unit(self.manager, &unit, self.stop).await);
         }
@@ -129,13 +133,46 @@ impl Removal<'_> {
             self.manager.release(unit).await;
         }
         troubles.join(removed);
-        if cli.knows() {
-            // The runtime has recorded the container before `create` or `restore` ended with the unit, or it could not
-            // delete a container that runs.
-            deleted = delete_in_runtime(self.oci, &cli).await;
+        // The runtime has recorded the container before `create` or `restore` ended with the unit, or it could not delete a
+        // container that runs.
+        match self.is_in_runtime().await {
+            Ok(true) => deleted = self.delete_in_runtime(&cli).await,
+            Ok(false) => {}
+            // The same disk may have kept the runtime from deleting the container.
+            Err(error) => deleted = deleted.and(Err(error)),
         }
         troubles.add(deleted);
         troubles
+    }
+
+    /// True if the OCI runtime has state of this container.
+    ///
+    /// # Errors
+    /// The disk with the state does not answer.
+    async fn is_in_runtime(&self) -> Result<bool, Error> {
+        self.runtime_files.state(self.task, State::exists).await
+    }
+
+    /// Removes the state of the OCI runtime, if it has one of this container.
+    ///
+    /// # Errors
+    /// The runtime refuses it, or the disk with the state does not answer. The call can be repeated.
+    async fn delete_in_runtime(&self, cli: &runtime::Cli<'_>) -> Result<(), Error> {
+        if !self.is_in_runtime().await? {
+            self.oci.settle(cli).await;
+            return Ok(());
+        }
+        let Err(error) = self.oci.delete(cli).await else { return Ok(()) };
+        let leftover = error.leftover();
+        match self.runtime_files.state(self.task, move |state| state.clear(leftover)).await? {
+            Ok(true) => {
+                let key = &self.task.key;
+                tracing::warn!(task = %key, %error, "task {key}: the state of its container was removed without the OCI runtime: {error}");
+                Ok(())
+            }
+            Ok(false) => Err(error.into()),
+            Err(error) => Err(runtime::Error::Failed { verb: "delete", reason: error.to_string() }.into()),
+        }
     }
 
     /// Removes the unit of the logger of the init process.
@@ -145,15 +182,6 @@ impl Removal<'_> {
             None => Troubles::default(),
         }
     }
-}
-
-/// Removes the state of the OCI runtime, if it has one of this container.
-async fn delete_in_runtime(oci: &dyn OciRuntime, cli: &runtime::Cli<'_>) -> Result<(), runtime::Error> {
-    if cli.knows() {
-        return oci.delete(cli).await;
-    }
-    oci.settle(cli).await;
-    Ok(())
 }
 
 /// Unloads a unit. One that ended cleanly is still active (RemainAfterExit), any other has failed.
@@ -198,12 +226,15 @@ pub struct Cleanup {
     pub(crate) oci: Arc<dyn OciRuntime>,
     /// Runs work on files that clients have named.
     pub(crate) files: ClientFiles,
+    /// Runs work on the files of OCI runtimes.
+    pub(crate) runtime_files: RuntimeFiles,
 }
 
 impl Cleanup {
     fn removal<'a>(&'a self, task: &'a Task, dir: &'a Path) -> Removal<'a> {
-        let (manager, oci, files) = (&*self.manager, &*self.oci, &self.files);
-        Removal { manager, oci, files, task, dir, stop: Stop::Awaited }
+        let (manager, oci) = (&*self.manager, &*self.oci);
+        let (files, runtime_files) = (&self.files, &self.runtime_files);
+        Removal { manager, oci, files, runtime_files, task, dir, stop: Stop::Awaited }
     }
 
     /// Removes what a task has outside of the daemon. Output of execs that the client has not read by now is lost, as with

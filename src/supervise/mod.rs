@@ -4,6 +4,7 @@ pub mod cleanup;
 mod freezer;
 mod kernel;
 pub mod limits;
+mod missed_ends;
 pub mod oom;
 pub mod slices;
 pub mod systemd;

@@ -26,7 +26,7 @@ use crate::unit::systemd::Systemd;
 use super::{Cgroups, Cleanup};
 
 /// How many units are queried at the same time after signals. systemd answers one call after the other.
-const MAX_QUERIES: usize = 16;
+pub(super) const MAX_QUERIES: usize = 16;
 
 /// The exit status that means "unknown" to containerd.
 const UNKNOWN_STATUS: u32 = 255;
@@ -59,7 +59,7 @@ impl References {
 /// Applies what systemd reports about units to the tasks.
 pub struct Units {
     /// The live tasks and their records.
-    tasks: Arc<Tasks>,
+    pub(super) tasks: Arc<Tasks>,
     manager: Arc<dyn Systemd>,
     /// The sessions of processes.
     streams: Arc<Streams>,
@@ -172,7 +172,7 @@ impl Units {
             Err(error) => return log_query_error(process, &error),
         };
         // A process that nobody has reaped yet has ended, too.
-        let is_over = process.live().process.as_ref().is_some_and(is_over);
+        let is_over = process.live().process.as_ref().is_some_and(|process| is_over(process));
         let (pid, has_ended) = {
             let task = entry.task();
             let pid = task.process(process.exec()).and_then(|process| process.pid());

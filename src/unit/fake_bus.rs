@@ -1,4 +1,4 @@
-//! A bus for tests. It answers every call: with an error that the test has chosen, or with a reply without content.
+//! A bus for tests. It answers every call: with an error or a content that the test has chosen, or with a reply without content.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,9 +23,14 @@ pub struct FakeBus(Mutex<State>);
 struct State {
     /// The methods whose next call fails, and the names of their errors.
     errors: VecDeque<(&'static str, &'static str)>,
+    /// The contents of the next replies to a method.
+    answers: VecDeque<(&'static str, Content)>,
     /// The methods that were called, in this order.
     calls: Vec<String>,
 }
+
+/// The content of a reply: its signature, and its bytes.
+type Content = (String, Vec<u8>);
 
 /// A message as the D-Bus specification describes it.
 struct Call {
@@ -37,9 +42,21 @@ impl FakeBus {
     /// A bus with one client, whose calls fail as stated: each entry is for one call of a method.
     pub async fn start<const N: usize>(errors: [(&'static str, &'static str); N]) -> (Arc<Self>, Connection) {
         let (client, server) = UnixStream::pair().unwrap();
-        let bus = Arc::new(Self(Mutex::new(State { errors: errors.into(), calls: Vec::new() })));
+        let bus = Arc::new(Self(Mutex::new(State {
+            errors: errors.into(),
+            answers: VecDeque::new(),
+            calls: Vec::new(),
+        })));
         tokio::spawn(bus.clone().serve(server));
         (bus, socket::client(client).build().await.unwrap())
+    }
+
+    /// Determines the content of a reply to a method: the first one that was not given yet. The last one is given again and
+    /// again.
+    pub fn answer<B: serde::Serialize + zbus::Type>(&self, member: &'static str, content: &B) {
+        let message = zbus::Message::method_call("/", "Answer").build(content).unwrap();
+        let body = message.body();
+        self.state().answers.push_back((member, (body.signature().to_string(), body.data().to_vec())));
     }
 
     /// How often a method was called.
@@ -58,15 +75,27 @@ impl FakeBus {
             handshake.push(client.read_u8().await.unwrap());
         }
         while let Some(call) = Call::read(&mut client).await {
-            let error = {
+            let reply = {
                 let mut state = self.state();
                 let at = state.errors.iter().position(|(member, _)| *member == call.member);
                 state.calls.push(call.member.clone());
-                at.and_then(|at| state.errors.remove(at)).map(|(_, error)| error)
+                let error = at.and_then(|at| state.errors.remove(at)).map(|(_, error)| error);
+                call.reply(error, state.content(&call.member))
             };
-            if client.write_all(&call.reply(error)).await.is_err() {
+            if client.write_all(&reply).await.is_err() {
                 return;
             }
+        }
+    }
+}
+
+impl State {
+    fn content(&mut self, member: &str) -> Option<Content> {
+        let mut all = (0..self.answers.len()).filter(|at| self.answers[*at].0 == member);
+        match (all.next(), all.next()) {
+            (Some(last), None) => Some(self.answers[last].1.clone()),
+            (Some(next), Some(_)) => self.answers.remove(next).map(|(_, content)| content),
+            (None, _) => None,
         }
     }
 }
@@ -101,17 +130,21 @@ impl Call {
     }
 
     /// The answer to this call: a method return, or an error.
-    fn reply(&self, error: Option<&str>) -> Vec<u8> {
+    fn reply(&self, error: Option<&str>, content: Option<Content>) -> Vec<u8> {
         let mut fields = vec![5, 1, b'u', 0];
         fields.extend(self.serial.to_le_bytes());
         if let Some(name) = error {
             fields.extend([4, 1, b's', 0]);
             fields.extend(text(name));
         }
-        let mut body = Vec::new();
-        if self.member == "Hello" {
-            fields.extend([8, 1, b'g', 0, 1, b's', 0]);
-            body = text(":1.1");
+        let content = content.filter(|_| error.is_none());
+        let hello = || (self.member == "Hello").then(|| ("s".to_owned(), text(":1.1")));
+        let (signature, body) = content.or_else(hello).unwrap_or_default();
+        if !signature.is_empty() {
+            fields.resize(fields.len().next_multiple_of(8), 0);
+            fields.extend([8, 1, b'g', 0, signature.len() as u8]);
+            fields.extend(signature.as_bytes());
+            fields.push(0);
         }
         let mut message = vec![b'l', if error.is_some() { 3 } else { 2 }, 1, 1];
         for number in [body.len() as u32, 1, fields.len() as u32] {

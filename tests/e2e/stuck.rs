@@ -374,6 +374,59 @@ fn a_runtime_on_a_disk_that_no_longer_answers_holds_up_only_its_own_containers()
     leaks::assert_none("a runtime on a dead disk", &before);
 }
 
+#[test]
+fn a_runtime_root_on_a_disk_that_no_longer_answers_holds_up_only_its_own_containers() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let other = node.container("other", Spec::sleeping()).started(&Io::default());
+    other.exec_sh("exit 0").end();
+    let daemon = wait::until("the daemon serves", daemon::serving);
+    let before = Traces::take();
+    let roots = Scratch::new("roots");
+    let body = format!("Root = {:?}\nRuntimeTimeoutSec = 2", roots.as_str());
+    // More than the daemon has threads for requests.
+    let ended: Vec<_> = (0..3)
+        .map(|_| {
+            let options = GenericOptions { config_body: body.clone(), ..Default::default() }.to_any();
+            let container =
+                node.container("ended", Spec::sleeping()).options(options).started(&Io::default());
+            container.kill(SIGKILL).expect("kill");
+            assert_eq!(container.exit_status(), 137);
+            container
+        })
+        .collect();
+    let Some(disk) = DeadDisk::mount() else {
+        return needs::skip(needs::name_of(|| ()), "no FUSE here");
+    };
+    let covered = roots.as_str().to_string();
+    mount(Some(&disk.scratch.join("mnt")), covered.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .expect("cover the state of the runtime");
+    thread::scope(|scope| {
+        let deletes: Vec<_> = ended.iter().map(|container| scope.spawn(|| container.delete())).collect();
+        wait::until_true("the disk is waited for", || is_stuck(daemon));
+        // Longer than systemd's watchdog waits.
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(12) {
+            assert_untouched(&node, &other);
+            wait::elapse(Duration::from_millis(500));
+        }
+        for delete in deletes {
+            let refusal = delete.join().expect("delete does not panic").expect_err("a delete that is stuck");
+            assert!(refusal.message().contains("do not answer"), "{refusal}");
+        }
+    });
+    assert_eq!(daemon::serving(), Some(daemon));
+    let _ = umount2(covered.as_str(), MntFlags::MNT_DETACH);
+    drop(disk);
+    wait::until_true("nothing waits for the disk", || !is_stuck(daemon));
+    for container in &ended {
+        container.delete().expect("delete once the disk answers");
+    }
+    assert_untouched(&node, &other);
+    drop((ended, roots));
+    leaks::assert_none("the state of a runtime on a dead disk", &before);
+}
+
 /// A mount of containerd's API in that of a shim.
 fn mount_of(from: &containerd_client::types::Mount) -> containerd_shim_protos::types::mount::Mount {
     let mut mount = containerd_shim_protos::types::mount::Mount::new();

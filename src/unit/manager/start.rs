@@ -1,7 +1,10 @@
 //! Starting units, and waiting for their jobs.
 
 use std::path::Path;
+use std::pin::pin;
+use std::time::Duration;
 
+use tokio::time::{sleep, timeout};
 use zbus::{OwnedObjectPath, Variant};
 
 use crate::id::UnitName;
@@ -16,6 +19,14 @@ use crate::unit::search_path::Directories;
 use crate::unit::{policy, service_d};
 
 use super::{Manager, START, STOP, TRANSIENT_DIR};
+
+/// How often the daemon looks whether a job that it waits for still exists. dbus-daemon drops the signal of its end without notice
+/// if the daemon's queue is too long, and any user of the machine can make it long.
+const JOB_INTERVAL: Duration = Duration::from_secs(30);
+
+/// How long the signal of the end of a job may take to be read after systemd has answered that the job does not exist any more.
+/// systemd has sent the signal before the answer.
+const SIGNAL_LIMIT: Duration = Duration::from_secs(5);
 
 impl Manager {
     /// Starts a transient unit and waits until its job has ended.
@@ -167,15 +178,42 @@ impl Manager {
         job: Option<OwnedObjectPath>,
     ) -> Result<(), Error> {
         let unit = waiter.unit().clone();
-        match waiter.ended(verb, job).await {
-            Err(Error::Lost { .. }) => self.wait_for_state(verb, &unit).await,
-            ended => ended,
+        let mut ended = pin!(waiter.ended(verb, job.clone()));
+        let mut limit = JOB_INTERVAL;
+        loop {
+            match timeout(limit, &mut ended).await {
+                Ok(Err(Error::Lost { .. })) => break,
+                Ok(ended) => return ended,
+                Err(_) if limit == SIGNAL_LIMIT => {
+                    tracing::debug!(%unit, "a job of {unit} has ended without a signal from systemd");
+                    break;
+                }
+                Err(_) => {
+                    let is_under_way = self.has_job(&unit, job.as_ref()).await;
+                    limit = if is_under_way { JOB_INTERVAL } else { SIGNAL_LIMIT };
+                }
+            }
         }
+        self.wait_for_state(verb, &unit).await
+    }
+
+    /// False if a unit does not have this job any more, or if it has none and `job` is `None`. True if systemd can't be reached.
+    async fn has_job(&self, unit: &UnitName, job: Option<&OwnedObjectPath>) -> bool {
+        let state = match self.unit_state(unit).await {
+            Ok(state) => state,
+            Err(error) => {
+                tracing::debug!(%unit, %error, "can't look whether {unit} still has its job: {error}");
+                return true;
+            }
+        };
+        let current = state.and_then(|state| state.job);
+        current.is_some_and(|(_, current)| job.is_none_or(|job| *job == current))
     }
 
     /// Waits for a job whose `JobRemoved` signal may have been missed, by watching the unit's state.
     async fn wait_for_state(&self, verb: &'static str, unit: &UnitName) -> Result<(), Error> {
         let mut listening = self.listening.subscribe();
+        let mut is_overdue = false;
         loop {
             let waiter = self.jobs.wait_for(unit);
             listening.mark_unchanged();
@@ -186,18 +224,21 @@ impl Manager {
                 (START, Some("active" | "reloading")) | (STOP, None | Some("inactive" | "failed")) => {
                     return Ok(());
                 }
-                (_, Some("activating" | "deactivating")) | (STOP, _) => {}
+                (_, Some("activating" | "deactivating")) => {}
+                (STOP, _) if !is_overdue => {}
                 (_, state) => {
                     let result = state.unwrap_or("not loaded").to_owned();
                     return Err(Error::Job { verb, unit: unit.to_string(), result });
                 }
             }
-            tokio::select! {
+            is_overdue = tokio::select! {
                 // Which job ended, and with which result, does not matter: the unit is queried again.
-                _ = waiter.ended(verb, None) => {}
+                _ = waiter.ended(verb, None) => false,
                 // A job that ended before could not be observed.
-                _ = listening.changed() => {}
-            }
+                _ = listening.changed() => false,
+                // The signal may be lost.
+                () = sleep(JOB_INTERVAL) => true,
+            };
         }
     }
 }
@@ -256,5 +297,81 @@ fn start_error(unit: &UnitName, error: zbus::Error) -> Error {
             Error::Dependency { unit: unit.to_string(), reason }
         }
         error => call_error(START, unit, error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::unit::fake_bus::FakeBus;
+
+    /// Longer than the daemon takes to notice the end of a job without its signal.
+    const A_WHILE: Duration = Duration::from_secs(600);
+
+    fn job() -> OwnedObjectPath {
+        OwnedObjectPath::try_from("/org/freedesktop/systemd1/job/3").unwrap()
+    }
+
+    fn web() -> UnitName {
+        UnitName::new("containerd-default-web.service").unwrap()
+    }
+
+    /// A manager, and a systemd that answers with these states of the unit, and in the end with the last one only. The job exists
+    /// in states with `true`.
+    async fn manager(states: &[(&'static str, bool)]) -> (Arc<FakeBus>, Manager) {
+        let (bus, connection) = FakeBus::start([]).await;
+        for (active, has_job) in states {
+            let none = OwnedObjectPath::try_from("/").unwrap();
+            let job = if *has_job { (3_u32, job()) } else { (0, none) };
+            let properties: HashMap<_, Variant<'_>> =
+                [("LoadState", "loaded".into()), ("ActiveState", (*active).into()), ("Job", job.into())]
+                    .into();
+            bus.answer("GetAll", &properties);
+        }
+        let manager = Manager::default();
+        manager.bus.connected(connection);
+        (bus, manager)
+    }
+
+    /// How the wait for a job ends that has begun, and whose signal never comes.
+    async fn ended(manager: &Manager, verb: &'static str) -> Result<(), Error> {
+        let waiter = manager.jobs.wait_for(&web());
+        let ended = timeout(A_WHILE, manager.ended(verb, waiter, Some(job()))).await;
+        ended.expect("the end of the job is noticed")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_job_whose_signal_is_lost_ends_nevertheless() {
+        for (verb, last) in [(START, "active"), (STOP, "inactive")] {
+            let (bus, manager) = manager(&[("activating", true), ("activating", true), (last, false)]).await;
+            ended(&manager, verb).await.unwrap();
+            assert!(bus.calls("GetAll") > 3, "the job was waited for while it existed");
+        }
+        // The signals of both jobs are lost: of the one that was waited for, and of the one that follows.
+        let (_bus, manager) = manager(&[("inactive", false), ("activating", true), ("active", false)]).await;
+        ended(&manager, START).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_job_that_did_not_stop_its_unit_has_failed() {
+        let (_bus, manager) = manager(&[("active", false)]).await;
+        let error = ended(&manager, STOP).await.unwrap_err();
+        assert!(matches!(&error, Error::Job { result, .. } if result == "active"), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_signal_that_is_read_after_the_look_counts() {
+        let (bus, manager) = manager(&[("active", false)]).await;
+        let signal = async {
+            while bus.calls("GetAll") == 0 {
+                sleep(Duration::from_millis(10)).await;
+            }
+            manager.jobs.ended(&web(), &job(), "timeout");
+        };
+        let (error, ()) = tokio::join!(ended(&manager, START), signal);
+        assert!(matches!(error, Err(Error::Job { result, .. }) if result == "timeout"));
     }
 }
