@@ -65,6 +65,9 @@ fn code_of_kind(error: &Error) -> Code {
             Code::UNIMPLEMENTED
         }
         Error::JournalSocket { .. } | Error::Criu(_) => Code::FAILED_PRECONDITION,
+        Error::Bundle(oci::bundle::Error::Busy(_)) | Error::Options(oci::options::Error::Busy(_)) => {
+            Code::RESOURCE_EXHAUSTED
+        }
         Error::Signal(_)
         | Error::Checkpoint(_)
         | Error::BundlePath(_)

@@ -19,6 +19,7 @@ use crate::path_error::{PathError, io_error};
 
 use super::canonical::{Members, Others, Shape, canonical};
 use super::resources::{self, Resources};
+use super::turns::{self, Busy, Turn};
 
 /// A larger spec is refused. For comparison, the kernel limits arguments and environment of a process to 2 MiB.
 pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
@@ -34,6 +35,9 @@ pub enum Error {
     /// The directory or the file can't be read or written.
     #[error("bundle: {0}")]
     Io(#[from] PathError),
+    /// Too many bytes are being parsed.
+    #[error("bundle: {0}")]
+    Busy(#[from] Busy),
     /// The file is larger than [`MAX_CONFIG_BYTES`].
     #[error("bundle: {path} is larger than {MAX_CONFIG_BYTES} bytes")]
     TooLarge {
@@ -65,6 +69,9 @@ pub struct Spec {
     linux: Option<Linux>,
     #[serde(default)]
     hooks: Option<Hooks>,
+    /// The memory for this value.
+    #[serde(skip)]
+    _turn: Option<Turn<'static>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -159,14 +166,15 @@ const ID_MAPPINGS: Shape = Shape::List(&Shape::Struct(&[
 ]));
 
 impl Spec {
-    /// Reads the spec of a bundle.
+    /// Reads the spec of a bundle. Blocks the thread while there are other large specs.
     ///
     /// # Errors
     /// The file is missing, too large, or not a spec.
     pub fn read(bundle: &Path) -> Result<Self, Error> {
         let path = bundle.join(CONFIG);
-        let text = read_config(&path)?;
-        Self::parse(&text).map_err(|source| Error::Malformed { path, source })
+        let (text, turn) = read_in_turn(&path)?;
+        let spec = Self::parse(&text).map_err(|source| Error::Malformed { path, source })?;
+        Ok(Self { _turn: Some(turn), ..spec })
     }
 
     /// Reads a spec as Go's decoder does.
@@ -175,7 +183,7 @@ impl Spec {
     /// The text is not a spec.
     pub fn parse(text: &[u8]) -> Result<Self, serde_json::Error> {
         // Refuse a spec here that `edit` could not edit later.
-        edited(text, &Edits::default())?;
+        Parts::of(&canonical(text, &SHAPE, Others::Kept)?)?;
         serde_json::from_str(&canonical(text, &SHAPE, Others::LeftOut)?)
     }
 
@@ -274,21 +282,24 @@ pub fn edit(bundle: &Path, edits: &Edits) -> Result<Vec<Namespace>, Error> {
     Ok(namespaces)
 }
 
-/// The bundle's spec with all of its fields, or `None` if the bundle has no spec: for a sandbox without a spec from
-/// its client, containerd writes no file or an empty file.
+/// Makes a new spec of the bundle's spec with all of its fields, or of `None` if the bundle has no spec: for a sandbox
+/// without a spec from its client, containerd writes no file or an empty file. Blocks the thread while there are other
+/// large specs.
 ///
 /// # Errors
-/// As [`Spec::read`].
-pub fn read_whole(bundle: &Path) -> Result<Option<Value>, Error> {
+/// As [`Spec::read`]; or the file can't be written.
+pub fn rewrite_whole(bundle: &Path, new: impl FnOnce(Option<Value>) -> Value) -> Result<(), Error> {
     let path = bundle.join(CONFIG);
-    match read_config(&path) {
-        Ok(text) if text.is_empty() || text == b"{}" => Ok(None),
-        Ok(text) => {
-            serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
+    let (old, _turn) = match read_in_turn(&path) {
+        Ok((text, turn)) if text.is_empty() || text == b"{}" => (None, Some(turn)),
+        Ok((text, turn)) => {
+            let old = serde_json::from_slice(&text).map_err(|source| Error::Malformed { path, source })?;
+            (Some(old), Some(turn))
         }
-        Err(Error::Io(error)) if error.io().kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+        Err(Error::Io(error)) if error.io().kind() == io::ErrorKind::NotFound => (None, None),
+        Err(error) => return Err(error),
+    };
+    write_whole(bundle, &new(old))
 }
 
 /// Writes the bundle's spec, and replaces an existing one.
@@ -302,8 +313,30 @@ pub fn write_whole(bundle: &Path, spec: &Value) -> Result<(), Error> {
 }
 
 /// The fields of a JSON object in their order, each as its original text.
-type Fields = Members<Box<RawValue>>;
+type Fields<'t> = Members<&'t RawValue>;
 
+/// The parts of a spec that an edit may need. The elements of the lists are not looked at, as there may be millions.
+struct Parts<'t> {
+    spec: Fields<'t>,
+    linux: Fields<'t>,
+    namespaces: Vec<Namespace>,
+    process: Fields<'t>,
+    annotations: Fields<'t>,
+}
+
+impl<'t> Parts<'t> {
+    /// Parses all fields that an edit may need, so that a spec that was accepted once can be edited later.
+    fn of(text: &'t str) -> Result<Self, serde_json::Error> {
+        let spec: Fields<'_> = serde_json::from_str(text)?;
+        let (linux, process): (Fields<'_>, Fields<'_>) = (member(&spec, "linux")?, member(&spec, "process")?);
+        let _: Vec<IgnoredAny> = member(&process, "env")?;
+        let _: Vec<IgnoredAny> = member(&spec, "mounts")?;
+        let (namespaces, annotations) = (member(&linux, "namespaces")?, member(&spec, "annotations")?);
+        Ok(Self { spec, linux, namespaces, process, annotations })
+    }
+}
+
+#[cfg(test)]
 fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
     edited_with(text, edits).map(|(text, _)| text)
 }
@@ -311,44 +344,55 @@ fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
 /// The edited text, and the namespaces in it.
 fn edited_with(text: &[u8], edits: &Edits) -> Result<(Vec<u8>, Vec<Namespace>), serde_json::Error> {
     let text = canonical(text, &SHAPE, Others::Kept)?;
-    let mut spec: Fields = serde_json::from_str(&text)?;
-    // Parses all fields that an edit may need, so that a spec that was accepted once can be edited later.
-    let mut linux: Fields = member(&spec, "linux")?;
-    let namespaces: Vec<Namespace> = member(&linux, "namespaces")?;
-    let mut process: Fields = member(&spec, "process")?;
-    let mut env: Vec<Box<RawValue>> = member(&process, "env")?;
-    let mut mounts: Vec<Box<RawValue>> = member(&spec, "mounts")?;
-    let mut annotations: Fields = member(&spec, "annotations")?;
+    let Parts { mut spec, mut linux, namespaces, mut process, mut annotations } = Parts::of(&text)?;
+    let (annotation, new_annotations, cgroups_path, new_linux, env, new_process, mounts);
     if let Some((name, value)) = &edits.annotation
         && annotations.get(name).is_none()
     {
-        annotations.insert(name, to_raw_value(&value.to_string_lossy())?);
-        spec.insert("annotations", to_raw_value(&annotations)?);
+        annotation = to_raw_value(&value.to_string_lossy())?;
+        annotations.insert(name, &annotation);
+        new_annotations = to_raw_value(&annotations)?;
+        spec.insert("annotations", &new_annotations);
     }
     if let Some(path) = &edits.cgroups_path {
-        linux.insert("cgroupsPath", to_raw_value(&path.to_string_lossy())?);
-        spec.insert("linux", to_raw_value(&linux)?);
+        cgroups_path = to_raw_value(&path.to_string_lossy())?;
+        linux.insert("cgroupsPath", &cgroups_path);
+        new_linux = to_raw_value(&linux)?;
+        spec.insert("linux", &new_linux);
     }
     if !edits.env.is_empty() {
-        env.extend(edits.env.iter().map(to_raw_value).collect::<Result<Vec<_>, _>>()?);
-        process.insert("env", to_raw_value(&env)?);
-        spec.insert("process", to_raw_value(&process)?);
+        env = extended(process.get("env"), &edits.env)?;
+        process.insert("env", &env);
+        new_process = to_raw_value(&process)?;
+        spec.insert("process", &new_process);
     }
     if !edits.binds.is_empty() {
         let bind = |(source, destination): &(PathBuf, String)| {
             let mut mount = Mount::default();
             mount.set_destination(destination.into()).set_source(Some(source.into()));
             mount.set_typ(Some("bind".to_owned())).set_options(Some(vec!["bind".to_owned()]));
-            to_raw_value(&mount)
+            mount
         };
-        mounts.extend(edits.binds.iter().map(bind).collect::<Result<Vec<_>, _>>()?);
-        spec.insert("mounts", to_raw_value(&mounts)?);
+        mounts = extended(spec.get("mounts"), &edits.binds.iter().map(bind).collect::<Vec<_>>())?;
+        spec.insert("mounts", &mounts);
     }
     Ok((serde_json::to_vec(&spec)?, namespaces))
 }
 
+/// A list of canonical JSON with more elements.
+fn extended(
+    list: Option<&&RawValue>,
+    more: &[impl serde::Serialize],
+) -> Result<Box<RawValue>, serde_json::Error> {
+    let more = serde_json::to_string(more)?;
+    let Some(list) = list.and_then(|list| list.get().strip_suffix(']')).filter(|list| *list != "[") else {
+        return RawValue::from_string(more);
+    };
+    RawValue::from_string(format!("{list},{}", more.strip_prefix('[').unwrap_or_default()))
+}
+
 /// A member of an object; the default if the member is absent.
-fn member<T: Default + for<'d> Deserialize<'d>>(object: &Fields, name: &str) -> Result<T, serde_json::Error> {
+fn member<'t, T: Default + Deserialize<'t>>(object: &Fields<'t>, name: &str) -> Result<T, serde_json::Error> {
     object.get(name).map_or_else(|| Ok(T::default()), |value| serde_json::from_str(value.get()))
 }
 
@@ -357,6 +401,19 @@ pub(super) fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
         io::ErrorKind::FileTooLarge => Error::TooLarge { path: path.to_owned() },
         _ => io_error("read", path)(source).into(),
     })
+}
+
+/// As [`read_config`], once there is memory to parse the file. What is parsed from it must be dropped before the turn.
+pub(super) fn read_in_turn(path: &Path) -> Result<(Vec<u8>, Turn<'static>), Error> {
+    let size = fs::metadata(path).map_err(io_error("read", path))?.len().min(MAX_CONFIG_BYTES);
+    let turn = turns::turn(size)?;
+    match files::read_regular(path, size) {
+        // The file has grown meanwhile, or it is larger than any spec.
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => drop(turn),
+        read => return Ok((read.map_err(io_error("read", path))?, turn)),
+    }
+    let turn = turns::turn(MAX_CONFIG_BYTES)?;
+    Ok((read_config(path)?, turn))
 }
 
 #[cfg(test)]

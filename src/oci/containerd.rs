@@ -9,7 +9,7 @@ use crate::id::{Namespace, Owner, TaskId};
 use crate::path_error::io_error;
 use crate::task::request::Containerd;
 
-use super::bundle::{Error, read_config};
+use super::bundle::{Error, read_config, read_in_turn};
 
 /// The containerd that a bundle belongs to, whatever path leads to the bundle.
 pub fn owner(bundle: &Path, namespace: &Namespace, id: &TaskId) -> Owner {
@@ -83,8 +83,8 @@ pub fn write_address(bundle: &Path, address: &str) -> Result<(), Error> {
 /// The file can't be read.
 pub fn read_containerd(bundle: &Path) -> Result<Option<Containerd>, Error> {
     let path = bundle.join(START);
-    match read_config(&path) {
-        Ok(text) => {
+    match read_in_turn(&path) {
+        Ok((text, _turn)) => {
             serde_json::from_slice(&text).map(Some).map_err(|source| Error::Malformed { path, source })
         }
         Err(Error::Io(error)) if error.io().kind() == io::ErrorKind::NotFound => Ok(None),

@@ -23,6 +23,7 @@ pub mod runtime;
 pub mod sealed;
 pub mod signal;
 pub mod state;
+pub mod turns;
 
 /// Writes an executable script for a test.
 ///

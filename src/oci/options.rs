@@ -2,6 +2,7 @@
 //! reading a file that the configuration names).
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -13,11 +14,15 @@ use crate::path_error::{PathError, io_error};
 use crate::task::request::{Log, Runtime};
 
 use super::criu;
+use super::turns::{self, Busy};
 
 /// The state directory that containerd-shim-runc-v2 uses, so that `runc --root` works as usual.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";
 const DEFAULT_BINARY: &str = "runc";
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// TOML of many short texts needs this much more memory than JSON while it is parsed.
+const TOML_WEIGHT: u64 = 4;
 
 /// The largest options file, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -25,6 +30,9 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Why the options are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// Too many bytes are being parsed.
+    #[error("runtime options: {0}")]
+    Busy(#[from] Busy),
     /// A path for criu is not usable.
     #[error("runtime options: {0}")]
     Criu(#[from] criu::Invalid),
@@ -173,11 +181,17 @@ impl OptionsSource {
         matches!(self, Self::File(_))
     }
 
-    /// The options.
+    /// The options. Blocks the thread while many bytes of other options or specs are parsed.
     ///
     /// # Errors
     /// The file can't be read, or the TOML has other keys or types.
     pub fn read(self) -> Result<Options, Error> {
+        let length = match &self {
+            Self::Given(_) => 0,
+            Self::Toml(text) => text.len() as u64,
+            Self::File(path) => fs::metadata(path).map_or(0, |file| file.len().min(MAX_FILE_BYTES)),
+        };
+        let _turn = turns::turn(length * TOML_WEIGHT)?;
         match self {
             Self::Given(options) => Ok(*options),
             Self::Toml(text) => Options::from_toml(&text, "ConfigBody"),

@@ -38,11 +38,12 @@ impl Shim {
         if let Some(images) = &request.checkpoint {
             criu::client_path("image path", images)?;
         }
+        // Before the spec: whoever has a large one must not wait for a turn (`oci::turns`).
+        let (options, recorded) = (options.read()?, containerd::read_containerd(&request.bundle)?);
         let spec = Spec::read(&request.bundle)?;
         let resources = spec.resources()?;
         check_resources(&resources)?;
-        let (containerd, environment) = self.containerd_of(&key, &request.bundle, &spec)?;
-        let options = options.read()?;
+        let (containerd, environment) = self.containerd_of(&key, recorded, &spec);
         let mut runtime = options.resolve(&key.namespace, &containerd.path)?;
         if runtime.io_owner == (0, 0) {
             // Otherwise the container's root could not open its own /dev/stdout: the owner of the inode would have no id in the
@@ -95,24 +96,24 @@ impl Shim {
         Ok((task, environment))
     }
 
-    /// The containerd that calls, and its environment: `start` wrote both into the bundle. containerd 2.x does
+    /// The containerd that calls, and its environment: `start` wrote both into the bundle (`recorded`). containerd 2.x does
     /// not call `start` for the later containers of a pod; they belong to the containerd of their sandbox.
     fn containerd_of(
         &self,
         key: &TaskKey,
-        bundle: &Path,
+        recorded: Option<Containerd>,
         spec: &Spec,
-    ) -> Result<(Containerd, Vec<u8>), Error> {
-        if let Some(mut found) = containerd::read_containerd(bundle)? {
+    ) -> (Containerd, Vec<u8>) {
+        if let Some(mut found) = recorded {
             let environment = std::mem::take(&mut found.environment).join("\0").into_bytes();
-            return Ok((found, environment));
+            return (found, environment);
         }
         let sandbox = sandbox_of(spec)
             .and_then(|id| {
                 self.tasks.registry.get(&self.tasks.own(&TaskKey { id, ..key.clone() }, &key.owner))
             })
             .map(|entry| entry.task().clone());
-        Ok(match sandbox {
+        match sandbox {
             // The file is missing if an earlier version made the sandbox.
             Some(sandbox) => (sandbox.containerd, fs::read(sandbox.runtime.environment).unwrap_or_default()),
             None => {
@@ -123,7 +124,7 @@ impl Shim {
                 };
                 (containerd, Vec::new())
             }
-        })
+        }
     }
 }
 

@@ -234,11 +234,10 @@ fn prepare(call: &CreateSandbox) -> Result<Option<Sandbox>, Error> {
     };
     let Some(pod) = &call.pod else {
         let node = node(seccomp);
-        let spec = match bundle::read_whole(&call.bundle)? {
+        bundle::rewrite_whole(&call.bundle, |given| match given {
             Some(given) => pod::with_init(given, &node),
             None => pod::spec(call.key.id.as_str(), None, &call.network, &node),
-        };
-        bundle::write_whole(&call.bundle, &spec)?;
+        })?;
         return Ok(Some(Sandbox { places: None }));
     };
     let node = node(seccomp);

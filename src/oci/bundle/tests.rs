@@ -154,3 +154,57 @@ fn resources_come_from_the_spec_and_have_their_place_in_it() {
     assert!(error.to_string().starts_with("linux.resources.pids.limit "), "{error}");
     assert_eq!(spec(r#"{"linux":{"resources":null}}"#).resources().unwrap(), Resources::default());
 }
+
+#[test]
+fn a_large_spec_is_parsed_once_others_are_and_a_small_one_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let with = |entries: usize| {
+        let bundle = dir.path().join(entries.to_string());
+        std::fs::create_dir(&bundle).unwrap();
+        let text = serde_json::json!({"process": {"env": vec!["a=b"; entries]}, "hostname": "h"});
+        std::fs::write(bundle.join(CONFIG), text.to_string()).unwrap();
+        bundle
+    };
+    let (large, small) = (with(20_000), with(1000));
+    let all = turns::turn(u64::MAX).unwrap();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let hostname = Spec::read(&large).unwrap().hostname.clone();
+            rewrite_whole(&large, Option::unwrap).unwrap();
+            hostname
+        });
+        while turns::waiting() == 0 {
+            assert!(!reader.is_finished(), "the large spec was parsed");
+            std::thread::yield_now();
+        }
+        assert_eq!(Spec::read(&small).unwrap().hostname, "h");
+        drop(all);
+        assert_eq!(reader.join().unwrap(), "h");
+    });
+}
+
+#[test]
+fn lists_are_extended_at_their_ends() {
+    let edits = Edits {
+        env: vec!["C=\"3\"".to_owned()],
+        binds: vec![("/host".into(), "/inside".to_owned())],
+        ..Edits::default()
+    };
+    let mount = r#"{"destination":"/inside","type":"bind","source":"/host","options":["bind"]}"#;
+    for (text, env, mounts) in [
+        (r#"{}"#, "", ""),
+        (r#"{"process":{"env":[ ]},"mounts":null}"#, "", ""),
+        (
+            r#"{"process":{"env":[ "A=]" , "B=" ]},"mounts":[{"source" : "a"} ]}"#,
+            r#""A=]","B=","#,
+            r#"{"source" : "a"},"#,
+        ),
+    ] {
+        let new: Value = serde_json::from_slice(&edited(text.as_bytes(), &edits).unwrap()).unwrap();
+        let expected = format!(r#"{{"process":{{"env":[{env}"C=\"3\""]}},"mounts":[{mounts}{mount}]}}"#);
+        assert_eq!(new, serde_json::from_str::<Value>(&expected).unwrap(), "{text}");
+    }
+    for broken in [r#"{"process":{"env":{}}}"#, r#"{"mounts":"a"}"#, r#"{"process":[]}"#] {
+        assert!(Spec::parse(broken.as_bytes()).is_err(), "{broken}");
+    }
+}
