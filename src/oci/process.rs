@@ -30,8 +30,9 @@ pub enum Error {
 #[derive(Debug)]
 pub struct ProcessSpec {
     text: Vec<u8>,
-    /// The command and its arguments.
-    pub args: Vec<String>,
+    /// The command without its arguments, which are only in the text: there may be a million, and each needs much more memory
+    /// here.
+    pub program: String,
 }
 
 /// The fields of a process that are read or edited here.
@@ -52,9 +53,9 @@ impl ProcessSpec {
         let spec = canonical(spec, &SHAPE, Others::Kept)?;
         let mut fields: Members<Box<RawValue>> = serde_json::from_str(&spec)?;
         let Args { args } = serde_json::from_str(&spec)?;
-        let args = args.filter(|args| !args.is_empty()).ok_or(Error::NoArgs)?;
+        let program = args.and_then(|args| args.into_iter().next()).ok_or(Error::NoArgs)?;
         fields.insert("terminal", serde_json::value::to_raw_value(&terminal)?);
-        Ok(Self { text: serde_json::to_vec(&fields)?, args })
+        Ok(Self { text: serde_json::to_vec(&fields)?, program })
     }
 
     /// The size of the file that [`Self::write`] writes, in bytes.
@@ -86,11 +87,11 @@ mod tests {
 
     #[test]
     fn a_process_is_read_as_runc_reads_it() {
-        let spec = br#"{"Args":["a"],"ARGS":["sh"],"Terminal":true,"Cwd":"/"}"#;
+        let spec = br#"{"Args":["a"],"ARGS":["sh","-c"],"Terminal":true,"Cwd":"/"}"#;
         let process = ProcessSpec::read(spec, false).unwrap();
-        assert_eq!(process.args, ["sh"]);
+        assert_eq!(process.program, "sh");
         let text = String::from_utf8(process.text).unwrap();
-        assert_eq!(text, r#"{"args":["sh"],"terminal":false,"Cwd":"/"}"#);
+        assert_eq!(text, r#"{"args":["sh","-c"],"terminal":false,"Cwd":"/"}"#);
     }
 
     #[test]

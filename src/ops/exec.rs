@@ -60,7 +60,7 @@ impl Shim {
         };
         let (stdio, wiring) = self.files.run(WaitsFor::LogFile, &process_key, read_wiring).await??;
         exec_share::check_streams(&entry.task(), &id, &wiring, &self.fds)?;
-        let description = metadata::of_exec(&task.init.description, &id, &spec.args);
+        let description = metadata::of_exec(&task.init.description, &id, &spec.program);
         let (process, _verb) = self.register_exec(&entry, &id)?;
         process.live().spec_bytes = spec.bytes();
         let exec = |unit: UnitName| {
