@@ -17,6 +17,7 @@ use crate::oci::{pod, process, signal};
 use crate::stdio::uri::{self, Kind, Role};
 use crate::task::request::{Log, Stdio};
 use crate::transport::frame::{Assembler, Frame};
+use crate::transport::weight;
 use crate::unit::name;
 
 use super::properties::metadata;
@@ -95,7 +96,13 @@ pub(super) fn frame(data: &[u8]) {
     assert_eq!(refused(&mut assembler), refused(&mut whole));
     assert_eq!(assembler.pending(), whole.pending());
     for frame in found {
-        let _ = (frame.stream(), frame.request(), frame.replayed());
+        if let Ok(weight) = weight::weigh(&frame) {
+            // Every entry has been counted.
+            let entries = frame.request().unwrap_or_default().metadata.len();
+            assert!(entries <= weight::MOST_METADATA);
+            assert!(weight >= frame.bytes.len() as u64 + entries as u64 * weight::FIELD_WEIGHT);
+        }
+        let _ = (frame.stream(), frame.replayed());
     }
 }
 

@@ -19,6 +19,7 @@ use crate::suspect::{self, Crashes, Suspect};
 use crate::sys;
 
 use super::StoreEntry;
+use super::budget::Budget;
 use super::frame::{Assembler, Frame};
 use super::journal::{Error, Found, Journal};
 
@@ -68,7 +69,7 @@ impl Unwatched {
     }
 
     /// Adopts a connection that an earlier daemon accepted. Requests without a response are read from it once more, marked
-    /// as replayed. Requests that crashed earlier daemons are answered with an error instead.
+    /// as replayed. Requests that crashed earlier daemons, or for which there is no room, are answered with an error instead.
     ///
     /// # Errors
     /// The journal can't be read.
@@ -76,9 +77,10 @@ impl Unwatched {
         socket: OwnedFd,
         kept: OwnedFd,
         crashes: &Crashes,
+        budget: &Budget,
         entry: StoreEntry,
     ) -> Result<Self, Error> {
-        let Found { mut journal, unanswered, in_socket } = Journal::adopt(kept)?;
+        let Found { mut journal, unanswered, in_socket } = Journal::adopt(kept, budget)?;
         let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
         fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         match sys::peek_offset(&socket)? {
@@ -88,7 +90,8 @@ impl Unwatched {
         }
         journal.settle()?;
         journal.refuse(socket.as_fd())?;
-        let mut ready = VecDeque::new();
+        let length = unanswered.iter().map(|frame| frame.bytes.len()).sum();
+        let mut ready = VecDeque::with_capacity(length);
         for frame in unanswered {
             match poison(&frame, crashes) {
                 Some(refusal) => journal.respond(socket.as_fd(), &refusal)?,
@@ -291,7 +294,8 @@ impl AsyncRead for Durable {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         while this.ready.is_empty() {
-            if this.refused {
+            // Every further frame could cause another answer.
+            if this.refused || this.journal.unsent() > BACKLOG {
                 ready!(this.poll_refuse(context))?;
             }
             let mut readable = ready!(this.socket.poll_read_ready(context))?;

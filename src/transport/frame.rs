@@ -166,6 +166,21 @@ impl Assembler {
         Some(header)
     }
 
+    /// The stream of the frame that is incomplete, and how many bytes of it are kept. `None` if its header is incomplete, or if
+    /// it is skipped.
+    pub fn incomplete(&self) -> Option<(u32, u64)> {
+        Some((Head::of(&self.partial)?.stream, self.partial.len() as u64))
+    }
+
+    /// Skips the frame that is incomplete. Has no effect if [`Self::incomplete`] returns none.
+    pub fn give_up(&mut self) {
+        if let Some(head) = Head::of(&self.partial) {
+            self.skipped = self.partial.len() as u64;
+            self.left = HEADER as u64 + u64::from(head.length) - self.skipped;
+            self.partial = Vec::new();
+        }
+    }
+
     /// The frames that were too long since the last call, with their positions as in [`Self::push`].
     pub fn take_refused(&mut self) -> Vec<(u64, TooLong)> {
         std::mem::take(&mut self.refused)

@@ -29,7 +29,9 @@ use ttrpc::Code;
 use crate::fault::{self, Point};
 use crate::sys;
 
+use super::budget::{Budget, Share};
 use super::frame::{Assembler, Frame, HEADER, SKIPPED, TYPE, TooLong};
+use super::weight::weigh;
 
 use head::{Head, VERSION};
 
@@ -47,10 +49,15 @@ const IN_LIMIT: u64 = 256 << 20;
 /// [`IN_LIMIT`], so that everything fits at the front.
 const OPEN_BYTES: u64 = 64 << 20;
 const OPEN_COUNT: usize = 8192;
+/// How many bytes of the log are read at once.
+const PIECE: u64 = 1 << 20;
 /// The position of the outgoing bytes.
 const OUT_BASE: u64 = 1 << 30;
 /// How many bytes that are not needed any more are kept before their memory is freed.
 const SLACK: u64 = 64 << 10;
+
+const NO_ROOM: &str =
+    "the unanswered requests on all connections of the runtime's daemon need too much memory";
 
 /// What can go wrong with a journal.
 #[derive(Debug, thiserror::Error)]
@@ -84,10 +91,12 @@ pub struct Journal {
     file: File,
     head: Head,
     assembler: Assembler,
-    /// The position and length of each unanswered request in the log, by stream.
-    open: BTreeMap<u32, (u64, u64)>,
+    /// The unanswered requests, by stream.
+    open: BTreeMap<u32, Open>,
     /// The total length of the unanswered requests.
     open_bytes: u64,
+    /// What this connection uses of the budget of all connections.
+    share: Share,
     /// The warning about many unanswered requests was logged.
     is_warned: bool,
     /// Error responses to requests that are refused.
@@ -96,6 +105,15 @@ pub struct Journal {
     out_sent: u64,
     /// The pages of sent responses are freed up to this position.
     out_freed: u64,
+}
+
+/// An unanswered request.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    /// Its position in the log.
+    at: u64,
+    length: u64,
+    weight: u64,
 }
 
 /// The error response to a request that is refused.
@@ -112,6 +130,12 @@ impl Refusal {
     /// The response of containerd's own ttrpc to a frame that is too long.
     fn too_long(at: u64, refused: TooLong) -> Self {
         let answer = Frame::refusal(refused.stream, Code::RESOURCE_EXHAUSTED, refused.to_string());
+        Self { answer, at, mark: SKIPPED }
+    }
+
+    /// The response to a frame that is skipped because there is no room for all of it.
+    fn no_room(at: u64, stream: u32) -> Self {
+        let answer = Frame::refusal(stream, Code::RESOURCE_EXHAUSTED, NO_ROOM.to_owned());
         Self { answer, at, mark: SKIPPED }
     }
 }
@@ -132,20 +156,9 @@ impl Journal {
     ///
     /// # Errors
     /// [`Error::Io`]
-    pub fn new() -> Result<Self, Error> {
+    pub fn new(budget: &Budget) -> Result<Self, Error> {
         let file = File::from(memfd_create("shim-connection", MFdFlags::MFD_CLOEXEC)?);
-        let journal = Self {
-            file,
-            head: Head::default(),
-            assembler: Assembler::default(),
-            open: BTreeMap::new(),
-            open_bytes: 0,
-            is_warned: false,
-            refusals: Vec::new(),
-            out_end: 0,
-            out_sent: 0,
-            out_freed: 0,
-        };
+        let journal = Self::over(file, budget);
         // Skipped bytes are not written, but must be readable.
         journal.file.set_len(OUT_BASE)?;
         journal.head.write(&journal.file)?;
@@ -154,65 +167,50 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Reads the journal of an earlier daemon.
+    fn over(file: File, budget: &Budget) -> Self {
+        Self {
+            file,
+            head: Head::default(),
+            assembler: Assembler::default(),
+            open: BTreeMap::new(),
+            open_bytes: 0,
+            share: budget.share(),
+            is_warned: false,
+            refusals: Vec::new(),
+            out_end: 0,
+            out_sent: 0,
+            out_freed: 0,
+        }
+    }
+
+    /// Reads the journal of an earlier daemon. Requests for which there is no room are refused.
     ///
     /// # Errors
     /// The descriptor is not a journal, or has a newer version.
-    pub fn adopt(kept: OwnedFd) -> Result<Found, Error> {
-        let file = File::from(kept);
-        let (head, out_end, last) = head::read(&file)?;
-        if file.metadata()?.len() < OUT_BASE {
-            file.set_len(OUT_BASE)?;
+    pub fn adopt(kept: OwnedFd, budget: &Budget) -> Result<Found, Error> {
+        let mut journal = Self::over(File::from(kept), budget);
+        let (head, out_end, last) = head::read(&journal.file)?;
+        if journal.file.metadata()?.len() < OUT_BASE {
+            journal.file.set_len(OUT_BASE)?;
         }
-        let mut noted = vec![0; usize::try_from(head.end - head.start).map_err(|_| Error::Malformed)?];
-        file.read_exact_at(&mut noted, IN_BASE + head.start)?;
-        let mut assembler = Assembler::default();
-        let (mut open, mut open_bytes, mut unanswered) = (BTreeMap::new(), 0, Vec::new());
-        // The daemon may have journaled a response and ended before it marked the request. The request is marked now: the
-        // next response takes the place of the last one.
-        let mark = |at: u64, mark: u8| file.write_all_at(&[mark], IN_BASE + head.start + at + TYPE);
-        for (at, frame) in assembler.push(&noted) {
-            if !frame.is_request() {
-                continue;
-            }
-            if Some(frame.stream()) == last {
-                mark(at, ANSWERED)?;
-                continue;
-            }
-            let length = frame.bytes.len() as u64;
-            open.insert(frame.stream(), (head.start + at, length));
-            open_bytes += length;
-            unanswered.push(frame);
+        (journal.head, journal.out_end) = (head, out_end);
+        let (mut unanswered, mut end) = (Vec::new(), head.start);
+        while end < head.end {
+            let mut piece = vec![0; usize::try_from(PIECE.min(head.end - end)).unwrap_or_default()];
+            journal.file.read_exact_at(&mut piece, IN_BASE + end)?;
+            let requests = journal.assemble(end, &piece, last)?.into_iter();
+            unanswered.extend(requests.filter(Frame::is_request));
+            end += piece.len() as u64;
         }
-        let mut refusals = Vec::new();
-        for (at, refused) in assembler.take_refused() {
-            if Some(refused.stream) == last {
-                mark(at, SKIPPED)?;
-            } else {
-                refusals.push(Refusal::too_long(head.start + at, refused));
-            }
-        }
-        let position = (&file).stream_position()?;
-        let out_sent = match position.checked_sub(OUT_BASE) {
+        journal.limit_incomplete(last)?;
+        let position = (&journal.file).stream_position()?;
+        journal.out_sent = match position.checked_sub(OUT_BASE) {
             Some(sent) if sent <= out_end => sent,
             // The daemon ended while it emptied the outgoing side, after it had sent everything.
-            Some(_) => (&file).seek(SeekFrom::Start(OUT_BASE + out_end))? - OUT_BASE,
+            Some(_) => (&journal.file).seek(SeekFrom::Start(OUT_BASE + out_end))? - OUT_BASE,
             None => return Err(Error::Malformed),
         };
         let in_socket = head.end > head.settled;
-        let (is_warned, out_freed) = (false, 0);
-        let journal = Self {
-            file,
-            head,
-            assembler,
-            open,
-            open_bytes,
-            is_warned,
-            refusals,
-            out_end,
-            out_sent,
-            out_freed,
-        };
         Ok(Found { journal, unanswered, in_socket })
     }
 
@@ -233,30 +231,90 @@ impl Journal {
     /// # Errors
     /// The journal can't be written.
     pub fn note(&mut self, bytes: &[u8]) -> Result<Vec<Frame>, Error> {
-        let begun = self.head.end - self.assembler.pending();
+        let end = self.head.end;
         if !self.assembler.skips(bytes.len()) {
-            self.file.write_all_at(bytes, IN_BASE + self.head.end)?;
+            self.file.write_all_at(bytes, IN_BASE + end)?;
         }
         self.head.end += bytes.len() as u64;
         self.head.write(&self.file)?;
-        let mut frames = Vec::new();
-        for (at, frame) in self.assembler.push(bytes) {
-            if frame.is_request() && !self.has_room_for(&frame) {
-                let reason = format!("there are {} unanswered requests on this connection", self.open.len());
+        let served = self.assemble(end, bytes, None)?;
+        self.limit_incomplete(None)?;
+        Ok(served)
+    }
+
+    /// Assembles frames from a piece of the log that begins at `end`, up to which the log is assembled already. Returns the
+    /// frames that are complete now and must be served. `last` is the stream of the last response of an earlier daemon: it may
+    /// have ended between the response and the mark of the request, which is marked now, as the next response takes the place of
+    /// the last one.
+    fn assemble(&mut self, end: u64, piece: &[u8], last: Option<u32>) -> Result<Vec<Frame>, Error> {
+        let begun = end - self.assembler.pending();
+        let mut served = Vec::new();
+        let frames = self.assembler.push(piece);
+        self.share.set_incomplete(0);
+        for (at, frame) in frames {
+            let at = begun + at;
+            if !frame.is_request() {
+                served.push(frame);
+            } else if Some(frame.stream()) == last {
+                self.mark(at, ANSWERED)?;
+            } else if let Err(reason) = self.open(at, &frame) {
                 let answer = Frame::refusal(frame.stream(), Code::RESOURCE_EXHAUSTED, reason);
-                self.refusals.push(Refusal { answer, at: begun + at, mark: ANSWERED });
-                continue;
+                self.refusals.push(Refusal { answer, at, mark: ANSWERED });
+            } else {
+                served.push(frame);
             }
-            if frame.is_request() {
-                let length = frame.bytes.len() as u64;
-                let earlier = self.open.insert(frame.stream(), (begun + at, length));
-                self.open_bytes += length - earlier.map_or(0, |(_, length)| length);
-            }
-            frames.push(frame);
         }
-        let refused = self.assembler.take_refused().into_iter();
-        self.refusals.extend(refused.map(|(at, refused)| Refusal::too_long(begun + at, refused)));
-        Ok(frames)
+        for (at, refused) in self.assembler.take_refused() {
+            self.refuse_later(Refusal::too_long(begun + at, refused), last)?;
+        }
+        Ok(served)
+    }
+
+    /// Refuses the request that is incomplete at the end of the log, if there is no room for it or if an earlier daemon
+    /// refused it: the rest of it is skipped.
+    fn limit_incomplete(&mut self, last: Option<u32>) -> Result<(), Error> {
+        let Some((stream, kept)) = self.assembler.incomplete() else {
+            return Ok(());
+        };
+        if Some(stream) == last || !self.share.set_incomplete(kept) {
+            self.assembler.give_up();
+            self.refuse_later(Refusal::no_room(self.head.end - kept, stream), last)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a request once [`Self::refuse`] is called, unless an earlier daemon has answered it.
+    fn refuse_later(&mut self, refusal: Refusal, last: Option<u32>) -> Result<(), Error> {
+        if Some(refusal.answer.stream()) == last {
+            return self.mark(refusal.at, refusal.mark);
+        }
+        self.refusals.push(refusal);
+        Ok(())
+    }
+
+    /// Overwrites the type of a frame in the log.
+    fn mark(&self, at: u64, mark: u8) -> Result<(), Error> {
+        Ok(self.file.write_all_at(&[mark], IN_BASE + at + TYPE)?)
+    }
+
+    /// Adds a request to the unanswered ones. Otherwise the reason why it is refused.
+    fn open(&mut self, at: u64, frame: &Frame) -> Result<(), String> {
+        let weight = weigh(frame).map_err(|error| error.to_string())?;
+        let stream = frame.stream();
+        if self.open.contains_key(&stream) {
+            // The earlier request would not count any longer.
+            return Err(format!("the request on stream {stream} is not answered yet"));
+        }
+        if !self.has_room_for(frame) {
+            return Err(format!("there are {} unanswered requests on this connection", self.open.len()));
+        }
+        if !self.share.add(weight) {
+            return Err(NO_ROOM.to_owned());
+        }
+        let length = frame.bytes.len() as u64;
+        self.open.insert(stream, Open { at, length, weight });
+        self.open_bytes += length;
+        Ok(())
     }
 
     fn has_room_for(&mut self, frame: &Frame) -> bool {
@@ -280,7 +338,7 @@ impl Journal {
         for Refusal { answer, at, mark } in std::mem::take(&mut self.refusals) {
             tracing::warn!("refused a request: {}", answer.reason());
             self.note_response(socket, &answer)?;
-            self.file.write_all_at(&[mark], IN_BASE + at + TYPE)?;
+            self.mark(at, mark)?;
         }
         self.compact_if_worthwhile()
     }
@@ -331,10 +389,11 @@ impl Journal {
     }
 
     fn answered(&mut self, stream: u32) -> Result<(), Error> {
-        let Some((at, length)) = self.open.remove(&stream) else {
+        let Some(Open { at, length, weight }) = self.open.remove(&stream) else {
             return Ok(());
         };
         self.open_bytes -= length;
+        self.share.remove(weight);
         self.is_warned &= !self.open.is_empty();
         if self.open.is_empty() && self.assembler.pending() == 0 {
             let old = std::mem::take(&mut self.head);
@@ -342,7 +401,7 @@ impl Journal {
             return self.release(IN_BASE, old.start, old.end);
         }
         debug_assert!(length > TYPE);
-        self.file.write_all_at(&[ANSWERED], IN_BASE + at + TYPE)?;
+        self.mark(at, ANSWERED)?;
         self.compact_if_worthwhile()
     }
 
@@ -364,10 +423,10 @@ impl Journal {
         let start = if front { 0 } else { old.end.next_multiple_of(PAGE) };
         let mut places = BTreeMap::new();
         let mut end = start;
-        for (stream, (at, length)) in &self.open {
-            self.copy(*at, *length, end)?;
-            places.insert(*stream, (end, *length));
-            end += length;
+        for (stream, open) in &self.open {
+            self.copy(open.at, open.length, end)?;
+            places.insert(*stream, Open { at: end, ..*open });
+            end += open.length;
         }
         let pending = self.assembler.pending();
         match self.assembler.shorten() {

@@ -18,6 +18,7 @@ use crate::fault::{self, Point};
 use crate::suspect::Crashes;
 use crate::sys;
 
+use super::budget::Budget;
 use super::durable::{Durable, Unwatched, failed};
 use super::journal::{self, Journal};
 use super::sockets::Socket;
@@ -35,6 +36,8 @@ pub struct Connections {
     wake: Epoll,
     /// The number of connections.
     count: Count,
+    /// For the unanswered requests on all connections together.
+    budget: Budget,
 }
 
 /// A connection that an earlier daemon accepted, and the listening socket that it came from.
@@ -51,6 +54,7 @@ impl Connections {
         crashes: &Crashes,
     ) -> io::Result<(Arc<Self>, Vec<Adopted>)> {
         let (wake, count) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Count::default());
+        let budget = Budget::default();
         let mut pairs: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
         for (name, fd) in std::mem::take(kept) {
             match number(&name) {
@@ -62,7 +66,7 @@ impl Connections {
         let mut adopted = Vec::new();
         for (number, fds) in pairs {
             let name = format!("{PREFIX}{number}");
-            match adopt(fds, crashes, &store, &name, &wake, &count) {
+            match adopt(fds, crashes, &store, &name, &wake, &count, &budget) {
                 Ok(connection) => adopted.push(connection),
                 Err(error) if may_pass(&error) => return Err(error),
                 Err(error) => {
@@ -71,7 +75,7 @@ impl Connections {
                 }
             }
         }
-        Ok((Arc::new(Self { store, next: AtomicU64::new(next), wake, count }), adopted))
+        Ok((Arc::new(Self { store, next: AtomicU64::new(next), wake, count, budget }), adopted))
     }
 
     /// The number of connections.
@@ -98,7 +102,7 @@ impl Connections {
         Ok(stream::unfold((self, listener), |(this, listener)| async move {
             // The journal is made first, so that little happens between accept and keep: if the process ends there, the
             // connection is lost.
-            let accepted = match Journal::new() {
+            let accepted = match Journal::new(&this.budget) {
                 Ok(journal) => this.next(&listener, journal).await,
                 Err(error) => Err(io::Error::other(error)),
             };
@@ -131,7 +135,7 @@ impl Connections {
     /// # Errors
     /// The connection can't be kept.
     pub fn rescue(&self, from: Socket, stream: UnixStream) -> io::Result<Option<Adopted>> {
-        let journal = Journal::new().map_err(io::Error::other)?;
+        let journal = Journal::new(&self.budget).map_err(io::Error::other)?;
         let Some(name) = self.keep(&stream, &journal)? else {
             return Ok(None);
         };
@@ -212,6 +216,7 @@ fn adopt(
     name: &str,
     wake: &Epoll,
     count: &Count,
+    budget: &Budget,
 ) -> io::Result<Adopted> {
     let (mut journals, mut sockets): (Vec<_>, Vec<_>) = fds.into_iter().partition(journal::is_journal);
     let (Some(journal), Some(socket)) = (journals.pop(), sockets.pop()) else {
@@ -224,7 +229,7 @@ fn adopt(
     let from = from.ok_or_else(|| io::Error::other("it came from an unknown socket"))?;
     wake_for(wake, &socket);
     let entry = StoreEntry::new(store.clone(), name.to_owned(), count);
-    Ok((from, Unwatched::adopt(socket.into(), journal, crashes, entry).map_err(failed)?))
+    Ok((from, Unwatched::adopt(socket.into(), journal, crashes, budget, entry).map_err(failed)?))
 }
 
 /// Identifies a listening socket that systemd passed to the daemon.

@@ -3,6 +3,7 @@
 //! containerd treats a closed connection as a dead shim. So the descriptor store keeps the connections ([`ConnectionStore`]), and the
 //! next daemon continues them where the last one ended ([`durable`]).
 
+mod budget;
 pub mod durable;
 pub mod frame;
 pub mod journal;
@@ -10,6 +11,7 @@ pub mod listener;
 #[cfg(test)]
 mod model;
 pub mod sockets;
+pub mod weight;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;

@@ -15,9 +15,11 @@ use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST};
 
+use super::budget::{Amount, Budget};
 use super::durable::{Durable, Unwatched};
 use super::frame::{Frame, HEADER, frame};
 use super::journal::Journal;
+use super::weight::MOST_METADATA;
 use super::{ConnectionStore, Count, StoreEntry};
 use crate::suspect::{Crashes, LIMIT, Suspect};
 
@@ -74,6 +76,13 @@ struct Server {
     /// The part of a frame that ttrpc has read.
     read: Vec<u8>,
     serving: BTreeMap<u32, Vec<u8>>,
+    budget: Budget,
+}
+
+/// A request with more metadata than is allowed.
+fn complex_request() -> ttrpc::Request {
+    let metadata = vec![ttrpc::proto::KeyValue::default(); MOST_METADATA + 1];
+    ttrpc::Request { metadata, ..request(b"complex") }
 }
 
 fn entry() -> StoreEntry {
@@ -82,11 +91,16 @@ fn entry() -> StoreEntry {
 
 impl Server {
     fn new(socket: UnixStream) -> Self {
+        Self::with(socket, Budget::default())
+    }
+
+    fn with(socket: UnixStream, budget: Budget) -> Self {
         socket.set_nonblocking(true).unwrap();
-        let journal = Journal::new().unwrap();
+        let journal = Journal::new(&budget).unwrap();
         let (socket, kept): (OwnedFd, _) = (socket.into(), journal.fd().try_clone_to_owned().unwrap());
         let durable = Unwatched::new(socket.try_clone().unwrap(), journal, entry()).unwrap().watch().unwrap();
-        Self { socket, journal: kept, durable: Some(durable), read: Vec::new(), serving: BTreeMap::new() }
+        let (durable, read, serving) = (Some(durable), Vec::new(), BTreeMap::new());
+        Self { socket, journal: kept, durable, read, serving, budget }
     }
 
     /// Ends the daemon, and lets the next one adopt the connection.
@@ -95,7 +109,7 @@ impl Server {
         self.read.clear();
         self.serving.clear();
         let (socket, journal) = (self.socket.try_clone().unwrap(), self.journal.try_clone().unwrap());
-        let adopted = Unwatched::adopt(socket, journal, crashes, entry());
+        let adopted = Unwatched::adopt(socket, journal, crashes, &self.budget, entry());
         self.durable = Some(adopted.unwrap().watch().unwrap());
     }
 
@@ -143,8 +157,12 @@ struct Client {
     next: u32,
     unsent: Vec<u8>,
     read: Vec<u8>,
-    /// The payload of each unanswered request. `None` for a request that is too long.
+    /// The payload of each unanswered request. `None` for a request that is too long or too complex.
     asked: BTreeMap<u32, Option<Vec<u8>>>,
+    /// The daemon may have no room for a request.
+    may_be_refused: bool,
+    /// How many requests were refused for that reason.
+    refused: usize,
     data: BTreeSet<u32>,
 }
 
@@ -156,12 +174,18 @@ impl Client {
             let rest = vec![7; MESSAGE_LENGTH_MAX + 1 + random.below(100_000)];
             self.unsent.extend(frame(stream, MESSAGE_TYPE_REQUEST, &rest));
             self.asked.insert(stream, None);
+        } else if random.one_in(40) {
+            let rest = complex_request().write_to_bytes().unwrap();
+            self.unsent.extend(frame(stream, MESSAGE_TYPE_REQUEST, &rest));
+            self.asked.insert(stream, None);
         } else if random.one_in(20) {
             self.unsent.extend(frame(stream, MESSAGE_TYPE_DATA, &vec![1; random.below(500)]));
             self.data.insert(stream);
         } else {
             let length = if random.one_in(8) { random.below(200_000) } else { random.below(300) };
-            let payload = vec![stream as u8; length];
+            let mut payload = vec![stream as u8; length];
+            // No field begins with this byte.
+            payload.first_mut().into_iter().for_each(|first| *first = 7);
             let rest = request(&payload).write_to_bytes().unwrap();
             self.unsent.extend(frame(stream, MESSAGE_TYPE_REQUEST, &rest));
             self.asked.insert(stream, Some(payload));
@@ -185,21 +209,25 @@ impl Client {
             let asked = self.asked.remove(&stream);
             assert!(asked.is_some(), "{stream} is answered twice");
             let response = ttrpc::Response::parse_from_bytes(&answer.bytes[HEADER..]).unwrap();
+            let is_refused = response.status().code == ttrpc::Code::RESOURCE_EXHAUSTED.into();
             match asked.flatten() {
+                Some(_) if is_refused && self.may_be_refused => self.refused += 1,
                 Some(payload) => {
                     assert!(response.payload == payload, "the answer to {stream} is another one")
                 }
-                None => assert_eq!(response.status().code, ttrpc::Code::RESOURCE_EXHAUSTED.into()),
+                None => assert!(is_refused, "{stream} is served"),
             }
         }
     }
 }
 
-async fn lives(seed: u64, deaths: usize) {
+/// Returns how many requests were refused because there was no room for them. `tight`: there is little room.
+async fn lives(seed: u64, deaths: usize, tight: bool) -> usize {
+    let budget = if tight { Budget::of(Amount { count: 4, weight: 100_000 }) } else { Budget::default() };
     let random = &mut Random(seed);
     let (near, far) = UnixStream::pair().unwrap();
     near.set_nonblocking(true).unwrap();
-    let mut server = Server::new(far);
+    let mut server = Server::with(far, budget);
     let mut client = Client {
         socket: near,
         next: 1,
@@ -207,6 +235,8 @@ async fn lives(seed: u64, deaths: usize) {
         read: Vec::new(),
         asked: BTreeMap::new(),
         data: BTreeSet::new(),
+        may_be_refused: tight,
+        refused: 0,
     };
     let mut steps = 0;
     while client.next < 400 || !client.asked.is_empty() {
@@ -249,15 +279,27 @@ async fn lives(seed: u64, deaths: usize) {
         }
     }
     assert!(server.memory() < 1 << 20, "seed {seed}: {} bytes are kept for nothing", server.memory());
+    client.refused
 }
 
 #[tokio::test]
 async fn every_request_is_answered_once_wherever_the_daemon_ends() {
     for seed in 1..=6 {
-        lives(seed, 0).await;
-        lives(seed, 1).await;
-        lives(seed, 10).await;
+        for deaths in [0, 1, 10] {
+            lives(seed, deaths, false).await;
+        }
     }
+}
+
+#[tokio::test]
+async fn every_request_is_answered_once_with_little_room_for_requests() {
+    let mut refused = 0;
+    for seed in 1..=6 {
+        for deaths in [0, 1, 10] {
+            refused += lives(seed, deaths, true).await;
+        }
+    }
+    assert!(refused > 100, "{refused}");
 }
 
 #[tokio::test]
@@ -337,6 +379,33 @@ async fn a_client_that_reads_no_answer_is_not_read_from_once_many_wait_for_it() 
         tokio::task::yield_now().await;
     }
     assert_eq!((unsent.len(), received + served), (0, SENT as usize));
+}
+
+#[tokio::test]
+async fn nothing_is_read_from_a_client_that_does_not_read_its_answers() {
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let random = &mut Random(1);
+    let mut server = Server::new(far);
+    for stream in (1..).step_by(2).take(20) {
+        // This has no effect once there are too many.
+        server.serving.insert(stream, vec![7; 1 << 20]);
+        server.respond(stream, random);
+        tokio::task::yield_now().await;
+    }
+    let stream = 101;
+    near.write_all(&frame(stream, MESSAGE_TYPE_DATA, b"more")).unwrap();
+    for _ in 0..10 {
+        assert!(server.read(random).is_empty());
+        tokio::task::yield_now().await;
+    }
+    near.set_nonblocking(true).unwrap();
+    let (mut found, mut space) = (Vec::new(), vec![0; 1 << 20]);
+    while found.is_empty() {
+        let _ = near.read(&mut space);
+        found = server.read(random);
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(found[0].stream(), stream);
 }
 
 #[tokio::test]

@@ -111,3 +111,29 @@ fn a_request_of_the_largest_size_outlives_the_daemon() {
         assert_eq!(response.status().code, ttrpc::Code::OK.into(), "stream {stream}: {response}");
     }
 }
+
+#[test]
+fn a_request_of_millions_of_parts_is_refused_and_crashes_no_daemon() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("parts", Spec::sleeping()).started(&Io::default());
+    let wait = rpc(
+        "v2",
+        "Wait",
+        NAMESPACE,
+        StateRequest { id: container.id.clone(), ..Default::default() }.write_to_bytes().expect("encode"),
+    );
+    let mut body = wait.write_to_bytes().expect("encode a request");
+    // Entries of metadata without content: ttrpc would need some 180 MB for each request until the container ends.
+    let entries = (LARGEST - body.len()) / 2;
+    body.extend([0x2a, 0].repeat(entries));
+    let mut raw = Raw::new();
+    for stream in (1..).step_by(2).take(20) {
+        raw.send(&frame(stream, REQUEST, body.len() as u32, &body));
+        let (answered, response) = raw.answer();
+        assert_eq!((answered, response.status().code), (stream, ttrpc::Code::RESOURCE_EXHAUSTED.into()));
+    }
+    raw.send(&of_size(101, "State", &container.id, 2000));
+    let (_, response) = raw.answer();
+    assert_eq!(response.status().code, ttrpc::Code::OK.into(), "{response}");
+}

@@ -83,7 +83,7 @@ async fn an_incomplete_connection_is_removed_and_its_number_is_not_used_again() 
     let mut kept = vec![
         ("c3".to_owned(), OwnedFd::from(half.0)),
         ("c7".to_owned(), foreign.0.into()),
-        ("c7".to_owned(), Journal::new().unwrap().fd().try_clone_to_owned().unwrap()),
+        ("c7".to_owned(), Journal::new(&Budget::default()).unwrap().fd().try_clone_to_owned().unwrap()),
         ("o1".to_owned(), other.0.into()),
     ];
     for name in ["c3", "c7", "o1"] {
@@ -170,7 +170,13 @@ fn exhausted() -> Epoll {
 async fn a_connection_that_can_not_be_watched_is_closed_and_not_kept() {
     let (dir, store) = (tempfile::tempdir().unwrap(), Arc::<Store>::default());
     let (next, count) = (AtomicU64::new(0), Count::default());
-    let connections = Arc::new(Connections { store: store.clone(), next, wake: exhausted(), count });
+    let connections = Arc::new(Connections {
+        store: store.clone(),
+        next,
+        wake: exhausted(),
+        count,
+        budget: Budget::default(),
+    });
     let (listener, path) = listen(dir.path());
     let mut client = UnixStream::connect(&path).unwrap();
     let mut accepted = connections.clone().accept(listener).unwrap();
@@ -184,7 +190,8 @@ async fn a_connection_that_can_not_be_watched_is_closed_and_not_kept() {
 async fn a_connection_of_an_earlier_daemon_is_served_even_if_its_calls_can_start_no_daemon() {
     let store = Arc::<Store>::default();
     let (next, count) = (AtomicU64::new(0), Count::default());
-    let connections = Connections { store: store.clone(), next, wake: exhausted(), count };
+    let connections =
+        Connections { store: store.clone(), next, wake: exhausted(), count, budget: Budget::default() };
     let (mut client, rescued) = UnixStream::pair().unwrap();
     let (_, connection) = connections.rescue(Socket::Any, rescued).unwrap().unwrap();
     let mut connection = connection.watch_once_possible().await.unwrap();
