@@ -46,9 +46,12 @@ pub struct Facts {
     pub(super) docker: Known<String>,
     /// The options in the files that `ConfigPath` names.
     pub(super) named: BTreeMap<PathBuf, Known<Result<Options, String>>>,
-    /// The OCI runtime of each place with options, and what `--version` says. Clients that name no options have no place.
-    pub(super) runtimes: Vec<(Option<String>, Result<(PathBuf, Known<String>), Error>)>,
+    /// The OCI runtime of each place with options. Clients that name no options have no place.
+    pub(super) runtimes: Vec<(Option<String>, Resolved)>,
 }
+
+/// What options lead to: the OCI runtime, and what its `--version` says.
+type Resolved = Result<(PathBuf, Known<String>), Error>;
 
 /// `mains`: the files that containerds begin with.
 pub(super) fn collect(mains: Vec<PathBuf>, path: &str) -> Facts {
@@ -115,7 +118,7 @@ fn from_file(path: &Path) -> Known<Result<Options, String>> {
     }
 }
 
-fn resolve(options: &Options, path: &str) -> Result<(PathBuf, Known<String>), Error> {
+fn resolve(options: &Options, path: &str) -> Resolved {
     let namespace =
         Namespace::new("default").map_err(|error| Error::malformed("default", error.to_string()))?;
     let runtime = options.resolve(&namespace, path)?;

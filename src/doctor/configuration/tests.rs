@@ -45,7 +45,7 @@ fn is_ok(facts: &Facts) {
 }
 
 /// What `collect` does for options of this place.
-fn resolved(options: Options) -> (Option<String>, Result<(PathBuf, Known<String>), Error>) {
+fn resolved(options: Options) -> (Option<String>, Resolved) {
     let found = options.resolve(&Namespace::new("default").unwrap(), "/bin");
     (Some("a place".to_owned()), found.map(|_| runc()))
 }
