@@ -80,7 +80,7 @@ struct MountOptions {
     options: Option<Vec<String>>,
 }
 
-/// The hooks that run before the container starts, or while it starts. `prestart` is deprecated, but still in use.
+/// The client's hooks. `prestart` is deprecated, but still in use.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Hooks {
@@ -89,6 +89,7 @@ struct Hooks {
     create_container: Option<Vec<IgnoredAny>>,
     start_container: Option<Vec<IgnoredAny>>,
     poststart: Option<Vec<IgnoredAny>>,
+    poststop: Option<Vec<IgnoredAny>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -201,11 +202,13 @@ impl Spec {
         found
     }
 
-    /// Whether the client's hooks run before the container starts, or while it starts.
+    /// Whether the client has hooks. All of them find the rootfs mounted under containerd-shim-runc-v2, also those that run after
+    /// the container.
     pub fn has_hooks(&self) -> bool {
         self.hooks.as_ref().is_some_and(|hooks| {
-            let Hooks { prestart, create_runtime, create_container, start_container, poststart } = hooks;
-            let all = [prestart, create_runtime, create_container, start_container, poststart];
+            let Hooks { prestart, create_runtime, create_container, start_container, poststart, poststop } =
+                hooks;
+            let all = [prestart, create_runtime, create_container, start_container, poststart, poststop];
             all.into_iter().flatten().any(|hooks| !hooks.is_empty())
         })
     }

@@ -204,6 +204,9 @@ fn sandbox_of(spec: &Spec) -> Option<TaskId> {
 mod tests {
     use super::*;
     use crate::id::Namespace;
+    use crate::oci::options::{Options, OptionsSource};
+    use crate::simulation::harness::World;
+    use crate::task::request::Mount;
 
     fn key(namespace: &str) -> TaskKey {
         TaskKey::usual(Namespace::new(namespace).unwrap(), TaskId::new("web").unwrap())
@@ -261,5 +264,23 @@ mod tests {
         assert_eq!(placed("default", own, None, false), unit("kubepods-a.slice", "docker-abc.scope"));
         let other = "/containerd.slice/containerd-default.slice/containerd-default-other.service/web";
         assert!(matches!(placed("default", other, None, false), Placement::Foreign { .. }));
+    }
+
+    #[test]
+    fn hooks_of_every_moment_find_the_rootfs_on_the_host() {
+        let world = World::new("hooks");
+        // Any other OCI runtime may be a wrapper that mounts something.
+        let runc = world.state_dir().with_file_name("runc");
+        fs::copy("/bin/true", &runc).unwrap();
+        for (hooks, expected) in [("{}", false), (r#"{"poststop":[{"path":"/bin/true"}]}"#, true)] {
+            let mut call = world.create_call();
+            let spec = format!(r#"{{"hooks":{hooks}}}"#);
+            fs::write(call.request.bundle.join("config.json"), spec).unwrap();
+            call.request.rootfs.push(Mount::default());
+            let options = Options { binary_name: runc.display().to_string(), ..Options::default() };
+            call.options = OptionsSource::Given(Box::new(options));
+            let on_host = world.live(|shim| async move { shim.prepare(call).unwrap().0.rootfs_on_host });
+            assert_eq!(on_host, Some(expected), "{hooks}");
+        }
     }
 }

@@ -235,6 +235,24 @@ fn hooks_of_start_and_delete_run_in_containerds_own_namespaces() {
 }
 
 #[test]
+fn every_hook_finds_the_rootfs() {
+    let node = Node::exclusive();
+    let place = Scratch::new("rootfs");
+    let hook = place.text("hook");
+    let seen = place.text("seen");
+    // A hook gets the state of the container, with the path of the bundle.
+    let bundle = r#"bundle=$(sed 's/.*"bundle":"\([^"]*\)".*/\1/')"#;
+    write_program(&hook, &format!("#!/bin/sh\n{bundle}\ntest -e $bundle/rootfs/bin && echo yes >>{seen}\n"));
+    let wrong = ["poststop", "createRuntime"].into_iter().filter(|moment| {
+        let spec = Spec::sleeping().hook(moment, &hook);
+        node.container("rootfs", spec).started(&Io::default()).end();
+        let lines = fs::read_to_string(&seen).unwrap_or_default();
+        fs::remove_file(&seen).is_err() || lines != "yes\n"
+    });
+    assert_eq!(wrong.collect::<Vec<_>>(), [""; 0]);
+}
+
+#[test]
 fn a_task_outlives_the_namespaces_in_which_it_was_created() {
     needs!(OurShim);
     let node = Node::exclusive();
