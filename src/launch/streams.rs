@@ -32,26 +32,35 @@ enum Stream {
 }
 
 /// The three streams. They are opened once, so that `launch` waits only once for a client that does not open its end.
-pub(super) struct Streams([Stream; 3]);
+pub(super) struct Streams {
+    streams: [Stream; 3],
+    /// The null device, if the process gets it. Each time it is opened, it needs a mount of its own.
+    null: Option<File>,
+}
 
 impl Streams {
     pub(super) fn open(process: &Process<'_>) -> Result<Self, Error> {
         let wiring = process.wiring;
         if wiring.terminal {
-            return Ok(Self([Stream::Null, Stream::Null, Stream::Null]));
+            return Ok(Self { streams: [Stream::Null, Stream::Null, Stream::Null], null: None });
         }
         let stdin = match &wiring.stdin {
             // criu replaces a FIFO only with a FIFO.
             Input::Null if process.task.request.checkpoint.is_some() && process.exec.is_none() => {
                 Stream::File(owned(process, empty_fifo(process)?)?)
             }
-            Input::Null => Stream::File(null_device()?),
+            Input::Null => Stream::Null,
             // Does not wait, as the daemon has the other end open.
             Input::Fifo(path) => Stream::File(owned(process, fifo::open_blocking_reader(path)?)?),
         };
         let stdout = open_output(process, &wiring.stdout, wiring.stdout_pipe())?;
         let stderr = open_output(process, &wiring.stderr, wiring.stderr_pipe())?;
-        Ok(Self([stdin, stdout, stderr]))
+        Self::of([stdin, stdout, stderr])
+    }
+
+    fn of(streams: [Stream; 3]) -> Result<Self, Error> {
+        let needs_null = streams.iter().any(|stream| matches!(stream, Stream::Null));
+        Ok(Self { streams, null: needs_null.then(null_device).transpose()? })
     }
 
     /// Sets the streams of a command of the OCI runtime, and removes the variables for `launch` from its environment.
@@ -71,7 +80,7 @@ impl Streams {
     /// container of containerd-shim-runc-v2 a second time, and waits in open(2) for a writer: for ever if there is no input,
     /// or if the client has closed it. `None` if the input is no FIFO.
     pub(super) fn input_writer(&self) -> Result<Option<File>, Error> {
-        let [Stream::File(input), ..] = &self.0 else { return Ok(None) };
+        let [Stream::File(input), ..] = &self.streams else { return Ok(None) };
         let path = PathBuf::from(format!("/proc/self/fd/{}", input.as_raw_fd()));
         if fifo::kind(&path) != Kind::Fifo {
             return Ok(None);
@@ -83,11 +92,14 @@ impl Streams {
 
     fn to_stdio(&self) -> Result<[Stdio; 3], Error> {
         let stdio = |stream: &Stream| match stream {
-            Stream::Null => Ok(Stdio::null()),
+            Stream::Null => match &self.null {
+                Some(device) => device.try_clone().map(Stdio::from),
+                None => Ok(Stdio::null()),
+            },
             Stream::Inherited => Ok(Stdio::inherit()),
             Stream::File(file) => file.try_clone().map(Stdio::from),
         };
-        let [stdin, stdout, stderr] = self.0.each_ref().map(stdio);
+        let [stdin, stdout, stderr] = self.streams.each_ref().map(stdio);
         let failed = |source| Error::System { action: "duplicate a stream", source };
         Ok([stdin.map_err(failed)?, stdout.map_err(failed)?, stderr.map_err(failed)?])
     }
@@ -100,7 +112,7 @@ fn open_output(process: &Process<'_>, output: &Output, own_pipe: Option<&str>) -
         // Opened for both, so that it has a reader while the daemon is down.
         (Output::Copied(_) | Output::Logger, Some(name)) => fifo::open_both(&process.dir.join(name))?,
         // Writable, unlike under containerd-shim-runc-v2: programs do not expect EBADF.
-        (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(Stream::File(null_device()?)),
+        (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(Stream::Null),
     };
     Ok(Stream::File(owned(process, file)?))
 }
@@ -145,6 +157,23 @@ mod tests {
     use super::*;
     use std::io::{Read, Write};
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    #[test]
+    fn the_null_device_is_opened_once_for_all_streams() {
+        let dir = tempfile::tempdir().unwrap();
+        let streams = Streams::of([Stream::Null, Stream::Null, Stream::Null]).unwrap();
+        let [stdin, stdout, stderr] = streams.to_stdio().unwrap();
+        let script = "cp /proc/$$/fdinfo/0 /proc/$$/fdinfo/1 /proc/$$/fdinfo/2 \"$0\"";
+        let mut shell = Command::new("sh");
+        let shell = shell.arg("-c").arg(script).arg(dir.path()).stdin(stdin).stdout(stdout).stderr(stderr);
+        assert!(shell.status().unwrap().success());
+        // The kernel shows over which mount a file was opened.
+        let mounts = ["0", "1", "2"].map(|fd| {
+            let text = std::fs::read_to_string(dir.path().join(fd)).unwrap();
+            text.lines().find(|line| line.starts_with("mnt_id:")).unwrap().to_owned()
+        });
+        assert!(mounts.iter().all(|mount| *mount == mounts[0]), "{mounts:?}");
+    }
 
     #[test]
     fn nobody_can_change_the_null_device_through_a_stream() {
