@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,10 +13,13 @@ use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::config;
+use crate::oci::bundle::{self, Spec};
+use crate::oci::profiles;
 use crate::stdio::fifo;
 use crate::stdio::uri::Kind;
 use crate::sys;
 use crate::task::wiring::{Input, Output};
+use crate::telemetry;
 
 use super::contract::{LAUNCH_CGROUP, NOTIFY_SOCKET, SEALED_RUNTIME, WATCHDOG_USEC};
 use super::error::{Error, system};
@@ -44,17 +48,18 @@ impl Streams {
         if wiring.terminal {
             return Ok(Self { streams: [Stream::Null, Stream::Null, Stream::Null], null: None });
         }
+        let access = Access::of(process);
         let stdin = match &wiring.stdin {
             // criu replaces a FIFO only with a FIFO.
             Input::Null if process.task.request.checkpoint.is_some() && process.exec.is_none() => {
-                Stream::File(owned(process, empty_fifo(process)?)?)
+                Stream::File(access.give(empty_fifo(process)?)?)
             }
             Input::Null => Stream::Null,
             // Does not wait, as the daemon has the other end open.
-            Input::Fifo(path) => Stream::File(owned(process, fifo::open_blocking_reader(path)?)?),
+            Input::Fifo(path) => Stream::File(access.give(fifo::open_blocking_reader(path)?)?),
         };
-        let stdout = open_output(process, &wiring.stdout, wiring.stdout_pipe())?;
-        let stderr = open_output(process, &wiring.stderr, wiring.stderr_pipe())?;
+        let stdout = open_output(process, &access, &wiring.stdout, wiring.stdout_pipe())?;
+        let stderr = open_output(process, &access, &wiring.stderr, wiring.stderr_pipe())?;
         Self::of([stdin, stdout, stderr])
     }
 
@@ -105,7 +110,12 @@ impl Streams {
     }
 }
 
-fn open_output(process: &Process<'_>, output: &Output, own_pipe: Option<&str>) -> Result<Stream, Error> {
+fn open_output(
+    process: &Process<'_>,
+    access: &Access,
+    output: &Output,
+    own_pipe: Option<&str>,
+) -> Result<Stream, Error> {
     let file = match (output, own_pipe) {
         (Output::Journal, _) => return Ok(Stream::Inherited),
         (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT)?,
@@ -114,18 +124,55 @@ fn open_output(process: &Process<'_>, output: &Output, own_pipe: Option<&str>) -
         // Writable, unlike under containerd-shim-runc-v2: programs do not expect EBADF.
         (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(Stream::Null),
     };
-    Ok(Stream::File(owned(process, file)?))
+    Ok(Stream::File(access.give(file)?))
 }
 
-/// Changes the owner of a stream to the user that the options name, or that the container's root is mapped to, so that a
-/// program in the container can open its own stream again.
-fn owned(process: &Process<'_>, stream: File) -> Result<File, Error> {
-    let (uid, gid) = process.task.runtime.io_owner;
-    if (uid, gid) != (0, 0) {
-        fchown(&stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
-            .map_err(system("change the owner of a stream"))?;
+/// What a process in the container needs to use its streams, and to open them again.
+struct Access {
+    /// The user and group that the options name, or that the container's root is mapped to.
+    owner: (u32, u32),
+    /// The SELinux label of the container's files. `None` if SELinux is not active, or if the container has no label.
+    label: Option<String>,
+}
+
+impl Access {
+    fn of(process: &Process<'_>) -> Self {
+        let spec = || Spec::read(&process.task.request.bundle);
+        Self { owner: process.task.runtime.io_owner, label: label(profiles::selinux_is_active(), spec) }
     }
-    Ok(stream)
+
+    fn give(&self, stream: File) -> Result<File, Error> {
+        let (uid, gid) = self.owner;
+        if (uid, gid) != (0, 0) {
+            fchown(&stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+                .map_err(system("change the owner of a stream"))?;
+        }
+        // The label of a device of the client would be that of the device for the whole host.
+        let is_fifo = stream.metadata().is_ok_and(|found| found.file_type().is_fifo());
+        if let Some(label) = self.label.as_ref().filter(|_| is_fifo)
+            && let Err(error) = profiles::set_selinux_label(&stream, label)
+        {
+            // The policy may let the container use the stream nevertheless.
+            telemetry::say(&format!("can't give a stream the SELinux label {label:?}: {error}"));
+        }
+        Ok(stream)
+    }
+}
+
+/// The label for streams. An SELinux policy lets a container use the pipes of containerd-shim-runc-v2, which have no name and
+/// the label of that shim's process. FIFOs have the label of the directory in which they were made, usually one that
+/// containers may not use: the kernel would replace such a stream with a null file when the container starts.
+fn label(selinux_is_active: bool, spec: impl FnOnce() -> Result<Spec, bundle::Error>) -> Option<String> {
+    if !selinux_is_active {
+        return None;
+    }
+    match spec() {
+        Ok(spec) => spec.mount_label().map(str::to_owned),
+        Err(error) => {
+            telemetry::say(&format!("can't find the SELinux label for streams: {error}"));
+            None
+        }
+    }
 }
 
 /// A FIFO without a writer: every read gets end of file.
@@ -157,6 +204,63 @@ mod tests {
     use super::*;
     use std::io::{Read, Write};
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use rustix::fs::fgetxattr;
+
+    const LABEL: &str = "system_u:object_r:container_file_t:s0:c1,c2";
+
+    fn spec(text: &str) -> Result<Spec, bundle::Error> {
+        Spec::parse(text.as_bytes())
+            .map_err(|source| bundle::Error::Malformed { path: PathBuf::new(), source })
+    }
+
+    #[test]
+    fn streams_get_the_label_of_the_containers_files_where_selinux_is_active() {
+        let labelled = || spec(&format!(r#"{{"linux":{{"mountLabel":"{LABEL}"}}}}"#));
+        assert_eq!(label(true, labelled).as_deref(), Some(LABEL));
+        assert_eq!(label(false, || unreachable!("the spec is not read")), None);
+        assert_eq!(label(true, || spec("{}")), None);
+        assert_eq!(label(true, || spec("x")), None);
+    }
+
+    fn label_of(file: &File) -> Option<Vec<u8>> {
+        let mut value = Vec::with_capacity(256);
+        let read = fgetxattr(file, profiles::SELINUX_ATTRIBUTE, rustix::buffer::spare_capacity(&mut value));
+        read.ok().map(|_| value)
+    }
+
+    /// A tmpfs is what /run is. Its labels are ordinary attributes if no SELinux is active.
+    #[test]
+    fn a_fifo_has_the_label_and_nothing_else_gets_it() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        if !nix::unistd::geteuid().is_root() || profiles::selinux_is_active() {
+            return;
+        }
+        let (pipe, file) = (dir.path().join("pipe"), dir.path().join("file"));
+        fifo::make(&pipe).unwrap();
+        let access = Access { owner: (7, 8), label: Some(LABEL.to_owned()) };
+        for stream in [fifo::open_blocking_reader(&pipe).unwrap(), fifo::open_both(&pipe).unwrap()] {
+            let given = access.give(stream).unwrap();
+            let found = given.metadata().unwrap();
+            assert_eq!((found.uid(), found.gid()), (7, 8));
+            assert_eq!(label_of(&given), Some(format!("{LABEL}\0").into_bytes()));
+        }
+        let file = access.give(File::create(&file).unwrap()).unwrap();
+        assert_eq!(label_of(&file), None);
+        let null = Access { owner: (0, 0), ..access }.give(File::open(NULL_DEVICE).unwrap()).unwrap();
+        assert_eq!(label_of(&null), None);
+    }
+
+    #[test]
+    fn a_stream_without_a_label_stays_usable() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        fifo::make(&pipe).unwrap();
+        for label in [None, Some("no\0label".to_owned())] {
+            let stream = fifo::open_both(&pipe).unwrap();
+            assert!(Access { owner: (0, 0), label }.give(stream).is_ok());
+        }
+    }
 
     #[test]
     fn the_null_device_is_opened_once_for_all_streams() {

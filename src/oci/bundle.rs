@@ -107,6 +107,8 @@ struct Linux {
     uid_mappings: Option<Vec<IdMapping>>,
     #[serde(default)]
     gid_mappings: Option<Vec<IdMapping>>,
+    #[serde(default)]
+    mount_label: Option<String>,
 }
 
 /// A namespace of the container.
@@ -154,6 +156,7 @@ const HOOKS: Shape = Shape::Struct(&[
 const LINUX: Shape = Shape::Struct(&[
     ("cgroupsPath", Shape::Text),
     ("gidMappings", ID_MAPPINGS),
+    ("mountLabel", Shape::Text),
     ("namespaces", Shape::List(&Shape::Struct(&[("type", Shape::Text), ("path", Shape::Text)]))),
     ("resources", resources::SHAPE),
     ("rootfsPropagation", Shape::Text),
@@ -216,6 +219,11 @@ impl Spec {
     /// `linux.cgroupsPath`, empty if unset.
     pub fn cgroups_path(&self) -> &str {
         self.linux.as_ref().and_then(|linux| linux.cgroups_path.as_deref()).unwrap_or_default()
+    }
+
+    /// `linux.mountLabel`, the SELinux label of the files of the container; `None` if unset or empty.
+    pub fn mount_label(&self) -> Option<&str> {
+        self.linux.as_ref()?.mount_label.as_deref().filter(|label| !label.is_empty())
     }
 
     /// The user and group on the host that the container's root is mapped to, if the container has a user

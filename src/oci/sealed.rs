@@ -28,6 +28,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::sys;
 
+use super::profiles;
 use super::runtime::is_elf;
 
 /// A copy that was not used for this time is dropped, to free its memory.
@@ -190,7 +191,7 @@ impl Copies {
 /// True for runc, which is the only runtime that uses a copy, unless SELinux is active: the copy would not have the
 /// binary's label, and containers would not get their domain.
 pub fn is_wanted(binary: &Path) -> bool {
-    binary.file_name().is_some_and(|name| name == "runc") && !Path::new("/sys/fs/selinux/enforce").exists()
+    binary.file_name().is_some_and(|name| name == "runc") && !profiles::selinux_is_active()
 }
 
 fn make(binary: &Path) -> io::Result<Copy> {

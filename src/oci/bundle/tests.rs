@@ -203,3 +203,14 @@ fn lists_are_extended_at_their_ends() {
         assert!(Spec::parse(broken.as_bytes()).is_err(), "{broken}");
     }
 }
+
+#[test]
+fn the_label_of_the_files_is_read() {
+    let labelled = spec(r#"{"linux":{"MountLabel":"system_u:object_r:container_file_t:s0:c1,c2"}}"#);
+    assert_eq!(labelled.mount_label(), Some("system_u:object_r:container_file_t:s0:c1,c2"));
+    for text in
+        ["{}", r#"{"linux":{}}"#, r#"{"linux":{"mountLabel":null}}"#, r#"{"linux":{"mountLabel":""}}"#]
+    {
+        assert_eq!(spec(text).mount_label(), None, "{text}");
+    }
+}
