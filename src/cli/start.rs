@@ -141,6 +141,7 @@ fn containerd(flags: &Flags, caller: &Caller) -> Containerd {
         path: variable("PATH"),
         rlimits: inherited::limits(),
         processors: inherited::processors(),
+        scheduling: inherited::scheduling(),
         environment: environment(),
         namespaces: None,
     }

@@ -12,6 +12,7 @@ mod poll;
 pub mod quota;
 mod receive;
 mod room;
+pub mod scheduling;
 pub mod spawn;
 pub mod tree;
 pub mod user_namespace;

@@ -181,12 +181,35 @@ pub struct Containerd {
     /// (`CPUAffinity=`) must not take their place. Empty for a task of an earlier version.
     #[serde(default)]
     pub processors: Vec<usize>,
+    /// How the kernel schedules it, which containers inherit under containerd-shim-runc-v2. Empty for a task of an earlier
+    /// version.
+    #[serde(default, skip_serializing_if = "Scheduling::is_empty")]
+    pub scheduling: Scheduling,
     /// Its environment, `NAME=value` each. Empty once Create has moved it to [`Runtime::environment`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub environment: Vec<String>,
     /// Its mount and network namespaces, if they are not those of PID 1.
     #[serde(default)]
     pub namespaces: Option<Namespaces>,
+}
+
+/// How the kernel schedules a process. Each value is `None` if it could not be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Scheduling {
+    pub nice: Option<i32>,
+    /// The policy (`SCHED_…`), and the real-time priority.
+    pub policy: Option<(i32, i32)>,
+    /// As in ioprio_get(2).
+    pub io_priority: Option<i32>,
+    /// The policy for memory (`MPOL_…`, with flags), and the set of NUMA nodes.
+    pub memory: Option<(i32, Vec<u64>)>,
+}
+
+impl Scheduling {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Namespaces of a containerd, by the inode numbers of their files in /proc.

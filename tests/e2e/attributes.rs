@@ -2,11 +2,15 @@
 //! init process and for an exec.
 
 use std::collections::BTreeMap;
+use std::fs;
 
-use crate::common::node::{Node, STOCK_RUNTIME, runtime_under_test};
+use crate::common::node::{NAMESPACE, Node, OUR_RUNTIME, STOCK_RUNTIME, runtime_under_test};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
+use crate::common::systemd::DropIn;
+use crate::common::task::Io;
+use crate::newcomer::ForContainerd;
 
 /// Files of /proc/self that show what a process inherits.
 const FILES: [&str; 9] = [
@@ -98,7 +102,7 @@ pub fn inherited(node: &Node, runtime: &str, terminal: bool) -> [BTreeMap<String
         status
     });
     let sleeping = node.container("attributes", Spec::sleeping()).runtime(runtime);
-    let sleeping = sleeping.started(&crate::common::task::Io::default());
+    let sleeping = sleeping.started(&Io::default());
     let fifos = Fifos::new("attributes");
     let exec = read(&fifos, &|| {
         let exec = sleeping.exec(spec(&args)).started(&io(&fifos));
@@ -151,4 +155,63 @@ fn the_cpus_of_pid_1_do_not_bind_containers() {
     process::succeed("taskset", &["-cp", &before, "1"]);
     let [init, exec] = found.expect("run with PID 1 on one CPU");
     assert_eq!((init, exec), (Some(before.clone()), Some(before)));
+}
+
+/// How the kernel schedules a process, and where it takes the memory of the process from.
+fn scheduling(pid: u32) -> BTreeMap<&'static str, String> {
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let stat = read("stat");
+    // The fields after the name, which are the third one of proc_pid_stat(5) and those after it.
+    let fields: Vec<_> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3).map(ToString::to_string).unwrap_or_default();
+    let limits = read("limits");
+    let timeout = limits.lines().find_map(|line| line.strip_prefix("Max realtime timeout"));
+    BTreeMap::from([
+        ("nice", field(19)),
+        ("priority", field(40)),
+        ("policy", field(41)),
+        ("io", process::succeed("ionice", &["-p", &pid.to_string()]).trim().to_string()),
+        ("memory", read("numa_maps").split_whitespace().nth(1).unwrap_or_default().to_string()),
+        (
+            "rttime",
+            timeout.map(|limit| limit.split_whitespace().collect::<Vec<_>>().join(" ")).unwrap_or_default(),
+        ),
+    ])
+}
+
+/// The same for an init process and for an exec of a runtime.
+fn scheduling_under(node: &Node, runtime: &str) -> [BTreeMap<&'static str, String>; 2] {
+    let container = node.container("scheduled", Spec::sleeping()).runtime(runtime).started(&Io::default());
+    let exec = container.exec(Spec::sleeping()).added(&Io::default());
+    let found = [container.pid(), exec.start().expect("start an exec")].map(scheduling);
+    exec.end();
+    container.end();
+    found
+}
+
+#[test]
+fn a_process_is_scheduled_as_containerd_is() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let usual = scheduling_under(&node, OUR_RUNTIME);
+    assert_eq!(usual, scheduling_under(&node, STOCK_RUNTIME));
+    let containerd = ForContainerd::new(
+        &node,
+        "[Service]\nNice=5\nCPUSchedulingPolicy=batch\nIOSchedulingClass=best-effort\nIOSchedulingPriority=7\n\
+         NUMAPolicy=bind\nNUMAMask=0\nLimitRTTIME=7s\n",
+    );
+    let ours = scheduling_under(&node, OUR_RUNTIME);
+    assert_eq!(ours, scheduling_under(&node, STOCK_RUNTIME));
+    for (found, usual) in ours.iter().zip(&usual) {
+        let value = |name: &str| found.get(name).map(String::as_str);
+        assert_eq!((value("nice"), value("policy"), value("memory")), (Some("5"), Some("3"), Some("bind:0")));
+        assert_ne!(value("io"), usual.get("io").map(String::as_str));
+        assert_eq!(value("rttime"), Some("7000000 7000000 us"));
+    }
+    // What the administrator sets for the units of a namespace holds.
+    let drop_in = DropIn::for_namespace(NAMESPACE, "[Service]\nNice=9\nCPUSchedulingPolicy=idle\n");
+    let [init, _exec] = scheduling_under(&node, OUR_RUNTIME);
+    drop((drop_in, containerd));
+    assert_eq!((init["nice"].as_str(), init["policy"].as_str()), ("9", "5"));
+    assert_eq!((&init["io"], &init["memory"]), (&ours[0]["io"], &ours[0]["memory"]));
 }

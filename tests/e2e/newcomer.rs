@@ -191,12 +191,12 @@ fn a_missing_runc_is_reported() {
 }
 
 /// A drop-in for containerd's service. The service is restarted with the drop-in, and without it on drop.
-struct ForContainerd<'n>(&'n Node);
+pub struct ForContainerd<'n>(&'n Node);
 
 impl<'n> ForContainerd<'n> {
     const DIRECTORY: &'static str = "/run/systemd/system/containerd.service.d";
 
-    fn new(node: &'n Node, text: &str) -> ForContainerd<'n> {
+    pub fn new(node: &'n Node, text: &str) -> ForContainerd<'n> {
         fs::create_dir_all(Self::DIRECTORY).expect("make the directory of drop-ins");
         fs::write(Path::new(Self::DIRECTORY).join("newcomer.conf"), text).expect("write a drop-in");
         process::succeed("systemctl", &["daemon-reload"]);
