@@ -11,7 +11,7 @@ use protobuf::Message;
 
 use crate::api::messages::{BootstrapParams, BootstrapResult};
 use crate::id::TaskKey;
-use crate::launch::inherited;
+use crate::launch::{core_scheduling, inherited};
 use crate::oci::{containerd, namespaces};
 use crate::task::request::Containerd;
 use crate::transport::sockets::{Leases, Socket};
@@ -28,10 +28,14 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
         .map_err(|error| Failure(format!("can't read the working directory: {error}")))?;
     let key = key_of(flags, &here)?;
     check_host()?;
+    let core_scheduling = core_scheduling::is_requested();
+    if core_scheduling {
+        core_scheduling::check(&here, &key.id).map_err(Failure::new)?;
+    }
     let input = read_stdin()?;
     let caller = Caller::from(flags, &input);
     let namespaces = namespaces::of_caller().map_err(Failure::new)?;
-    let containerd = Containerd { namespaces, ..containerd(flags, &caller) };
+    let containerd = Containerd { namespaces, core_scheduling, ..containerd(flags, &caller) };
     containerd::write_containerd(&here, &containerd).map_err(Failure::new)?;
     if let Some(options) = caller.options(&input)? {
         containerd::write_options(&here, &options).map_err(Failure::new)?;
@@ -142,6 +146,7 @@ fn containerd(flags: &Flags, caller: &Caller) -> Containerd {
         rlimits: inherited::limits(),
         processors: inherited::processors(),
         scheduling: inherited::scheduling(),
+        core_scheduling: false,
         environment: environment(),
         namespaces: None,
     }

@@ -21,7 +21,7 @@ use super::contract::{LAUNCH_ERROR, NOTIFY_SOCKET, PID_FILE, WATCHDOG_USEC};
 use super::error::{Error, system};
 use super::process::Process;
 use super::streams::Streams;
-use super::{cgroup as launch_cgroup, inherited, restore, sandbox};
+use super::{cgroup as launch_cgroup, core_scheduling, inherited, restore, sandbox};
 
 /// Returns only if it fails. Writes the reason to a file for the daemon.
 pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
@@ -70,6 +70,7 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
         own_mount_namespace()?;
         sandbox::make_root()?;
     }
+    core_scheduling::join(task, process.exec)?;
     inherited::set(&task.containerd)
 }
 

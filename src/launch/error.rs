@@ -8,7 +8,7 @@ use crate::oci::{bundle, criu, mount, namespaces, runtime};
 use crate::stdio::fifo;
 use crate::{cgroup, store};
 
-use super::handoff;
+use super::{core_scheduling, handoff};
 
 /// Why nothing was launched.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +43,9 @@ pub enum Error {
     /// The rootfs can't be mounted.
     #[error(transparent)]
     Mount(#[from] mount::Error),
+    /// The container's containerd wants core scheduling.
+    #[error(transparent)]
+    CoreScheduling(#[from] core_scheduling::Error),
     /// A FIFO can't be opened.
     #[error(transparent)]
     Stream(#[from] fifo::Error),

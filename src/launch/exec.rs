@@ -11,7 +11,7 @@ use super::error::{Error, system};
 use super::handoff::Handover;
 use super::process::Process;
 use super::streams::Streams;
-use super::{cgroup, handoff, inherited, report};
+use super::{cgroup, core_scheduling, handoff, inherited, report};
 use crate::sys::bounded::{self, CommandEnd};
 
 /// If systemd does not take the process over, this process ends in the same way as the process instead of returning.
@@ -56,6 +56,7 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     let (spec, pid_file) = (process.dir.join(PROCESS_SPEC), process.dir.join(EXEC_PID_FILE));
     let (cli, console) = (process.cli(), process.console.as_deref());
     cgroup::enter(process)?;
+    core_scheduling::join(process.task, process.exec)?;
     inherited::set(&process.task.containerd)?;
     let limit = process.task.runtime.limit();
     let streams = Streams::open(process)?;

@@ -196,7 +196,7 @@ mod tests {
         thread.join().unwrap();
         let (wanted, recorded) = receiver.recv().unwrap();
         assert_eq!(recorded, wanted);
-        let containerd = Containerd { scheduling: recorded, ..Containerd::default() };
+        let containerd = Containerd { scheduling: recorded, core_scheduling: true, ..Containerd::default() };
         let text = serde_json::to_string(&containerd).unwrap();
         assert_eq!(serde_json::from_str::<Containerd>(&text).unwrap(), containerd);
     }

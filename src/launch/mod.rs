@@ -4,7 +4,7 @@
 //! |---|---|
 //! | both | [`contract`] (arguments, environment, file names, outcome), [`pipes`], [`report`], [`cgroup`] |
 //! | the daemon | [`command`] |
-//! | the unit | `process`, `container`, `restore`, [`sandbox`], `exec`, `logger`, `streams`, `inherited`, `handoff` |
+//! | the unit | `process`, `container`, `restore`, [`sandbox`], `exec`, `logger`, `streams`, `inherited`, `core_scheduling`, `handoff` |
 //! | a command of the daemon | `commands`, `probe`, `checkpoint` |
 //!
 //! In the unit, `launch` has one thread and no async runtime. It reads the record that the daemon has written, makes the
@@ -16,6 +16,7 @@ pub mod command;
 mod commands;
 mod container;
 pub mod contract;
+pub mod core_scheduling;
 mod error;
 mod exec;
 #[cfg(test)]

@@ -104,16 +104,16 @@ impl Shim {
         recorded: Option<Containerd>,
         spec: &Spec,
     ) -> (Containerd, Vec<u8>) {
+        let sandbox = sandbox_of(spec).and_then(|id| {
+            self.tasks.registry.get(&self.tasks.own(&TaskKey { id, ..key.clone() }, &key.owner))
+        });
         if let Some(mut found) = recorded {
             let environment = std::mem::take(&mut found.environment).join("\0").into_bytes();
+            // A pod keeps it, also if the configuration of containerd has changed meanwhile.
+            found.core_scheduling |= sandbox.is_some_and(|entry| entry.task().containerd.core_scheduling);
             return (found, environment);
         }
-        let sandbox = sandbox_of(spec)
-            .and_then(|id| {
-                self.tasks.registry.get(&self.tasks.own(&TaskKey { id, ..key.clone() }, &key.owner))
-            })
-            .map(|entry| entry.task().clone());
-        match sandbox {
+        match sandbox.map(|entry| entry.task().clone()) {
             // The file is missing if an earlier version made the sandbox.
             Some(sandbox) => (sandbox.containerd, fs::read(sandbox.runtime.environment).unwrap_or_default()),
             None => {
@@ -205,6 +205,7 @@ mod tests {
     use super::*;
     use crate::id::Namespace;
     use crate::oci::options::{Options, OptionsSource};
+    use crate::services::Delivery;
     use crate::simulation::harness::World;
     use crate::task::request::Mount;
 
@@ -264,6 +265,30 @@ mod tests {
         assert_eq!(placed("default", own, None, false), unit("kubepods-a.slice", "docker-abc.scope"));
         let other = "/containerd.slice/containerd-default.slice/containerd-default-other.service/web";
         assert!(matches!(placed("default", other, None, false), Placement::Foreign { .. }));
+    }
+
+    #[test]
+    fn the_containers_of_a_pod_with_core_scheduling_have_it_whatever_start_says() {
+        let world = World::new("cores");
+        let bundle = |id: &str, core_scheduling: bool| {
+            let bundle = world.state_dir().with_file_name(id);
+            fs::create_dir(&bundle).unwrap();
+            let spec = serde_json::json!({"annotations": {"io.kubernetes.cri.sandbox-id": "pod"}});
+            fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+            let caller = Containerd { core_scheduling, ..Containerd::default() };
+            containerd::write_containerd(&bundle, &caller).unwrap();
+            let mut call = world.create_call();
+            call.key.id = TaskId::new(id).unwrap();
+            call.request.bundle = bundle;
+            call
+        };
+        let (pod, later, other) = (bundle("pod", true), bundle("web", false), bundle("other", false));
+        fs::write(other.request.bundle.join("config.json"), "{}").unwrap();
+        let found = world.live(move |shim| async move {
+            shim.create(pod, Delivery::First).await.unwrap();
+            [later, other].map(|call| shim.prepare(call).unwrap().0.containerd.core_scheduling)
+        });
+        assert_eq!(found, Some([true, false]));
     }
 
     #[test]

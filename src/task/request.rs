@@ -185,6 +185,9 @@ pub struct Containerd {
     /// version.
     #[serde(default, skip_serializing_if = "Scheduling::is_empty")]
     pub scheduling: Scheduling,
+    /// Whether it wants core scheduling for its tasks (`SCHED_CORE`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub core_scheduling: bool,
     /// Its environment, `NAME=value` each. Empty once Create has moved it to [`Runtime::environment`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub environment: Vec<String>,

@@ -4,6 +4,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use rustix::process::Pid;
+use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
+
 use crate::common::node::{NAMESPACE, Node, OUR_RUNTIME, STOCK_RUNTIME, runtime_under_test};
 use crate::common::process;
 use crate::common::spec::Spec;
@@ -214,4 +217,39 @@ fn a_process_is_scheduled_as_containerd_is() {
     drop((drop_in, containerd));
     assert_eq!((init["nice"].as_str(), init["policy"].as_str()), ("9", "5"));
     assert_eq!((&init["io"], &init["memory"]), (&ours[0]["io"], &ours[0]["memory"]));
+}
+
+#[test]
+fn core_scheduling_is_as_under_the_stock_shim() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let containerd = ForContainerd::new(&node, "[Service]\nEnvironment=SCHED_CORE=1\n");
+    let make = |runtime: &str| node.container("cores", Spec::sleeping()).runtime(runtime).make();
+    let (stock, ours) = (make(STOCK_RUNTIME), make(OUR_RUNTIME));
+    let (stock_created, ours_created) = (stock.create(&Io::default()), ours.create(&Io::default()));
+    let cookie = |pid: u32| {
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a pid");
+        core_scheduling_cookie(pid, CoreSchedulingScope::Thread).expect("a cookie")
+    };
+    match stock_created {
+        Ok(_) => {
+            ours_created.expect("create");
+            ours.start().expect("start");
+            let exec = ours.exec(Spec::sleeping()).added(&Io::default());
+            let cookies = [ours.pid(), exec.start().expect("start an exec")].map(cookie);
+            exec.end();
+            assert_ne!(cookies[0], 0);
+            assert_eq!(cookies[0], cookies[1]);
+            assert_ne!(cookies[0], cookie(stock.pid()));
+        }
+        // The kernel or the processor can't do it.
+        Err(error) => {
+            assert!(error.message().contains("sched core"), "{error}");
+            let error = ours_created.expect_err("core scheduling is not possible");
+            assert!(error.message().contains("(SCHED_CORE), is not possible"), "{error}");
+        }
+    }
+    drop((stock, ours));
+    drop(containerd);
+    assert!(make(OUR_RUNTIME).create(&Io::default()).is_ok(), "without the variable");
 }
