@@ -1,6 +1,8 @@
 //! Tests of tasks that containerd has given up (`delete`). containerd does not ask again: the daemon removes them, whatever
 //! fails, and whenever the daemon ends.
 
+use std::future::poll_fn;
+use std::task::Poll;
 use std::time::Duration;
 
 use crate::effects::{Failure, Plan};
@@ -36,19 +38,25 @@ fn give_up_everywhere(name: &str, steps: &[Step], step: Step, starts: Starts) {
             if step == Step::Create {
                 effects.plan(Plan::Stop(effect));
             }
-            let under_way = tokio::spawn(step.take(node(shim.clone()), Delivery::First));
+            let mut under_way = Box::pin(step.take(node(shim.clone()), Delivery::First));
             if step == Step::Create {
+                // Polled by this task, so that the task is given up before its Create does the next step.
                 while shim.tasks.entry(&task).is_err() {
+                    let polled = poll_fn(|context| Poll::Ready(under_way.as_mut().poll(context))).await;
+                    assert!(polled.is_pending(), "{polled:?}");
                     tokio::task::yield_now().await;
                 }
             } else {
-                tokio::time::sleep(A_WHILE).await;
+                let ended = tokio::time::timeout(A_WHILE, &mut under_way).await;
+                assert!(ended.is_err(), "{ended:?}");
                 effects.plan(Plan::Stop(effect));
             }
-            let deleted = tokio::time::timeout(ANY_LIMIT, shim.clean_up(&task, &Owner::default())).await;
+            let owner = Owner::default();
+            let deleting = tokio::time::timeout(ANY_LIMIT, shim.clean_up(&task, &owner));
+            let (deleted, done) = tokio::join!(deleting, under_way);
             let deleted = deleted.expect("the end of the operation that is under way");
             assert!(matches!(deleted, Ok(_) | Err(Error::UnknownTask { .. })), "{deleted:?}");
-            assert!(under_way.await.unwrap().is_err());
+            assert!(done.is_err(), "{done:?}");
         });
         let place = format!("stopped before effect {effect} ({:?})", world.effects.log().last());
         let is_recorded = recorded(&world);
