@@ -124,30 +124,53 @@ impl<F: Future> Future for Watched<F> {
 /// Ends the daemon if a suspect has occupied a thread without a pause for at least `limit` and at most twice as long. The
 /// suspect is recorded as in a crash. Never returns otherwise.
 ///
-/// A suspect is judged only by time in which this function ran: a daemon that was frozen or stopped meanwhile is not ended.
+/// A suspect is judged only by time in which this function ran: a daemon that was frozen or stopped meanwhile is not ended. Nor
+/// does the time count for which its thread has waited for a processor: the machine is busy.
 pub async fn end_if_hanging(limit: Duration) {
     crash::set_hang_limit(limit);
     let mut ticks = tokio::time::interval(limit / 2);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut earlier = [Vec::new(), Vec::new()];
+    let mut seen = Vec::new();
     loop {
         ticks.tick().await;
-        let running = crash::steps();
-        if let Some((suspect, _)) = hanging(&running, &earlier) {
+        let running: Vec<_> = crash::steps().into_iter().map(|step| (step, step.waited())).collect();
+        seen = look(&seen, &running, limit / 2);
+        if let Some(hanging) = seen.iter().find(|seen| seen.occupied >= limit) {
             tracing::error!(
                 "a request or a record has occupied a thread of the daemon for {} s: the daemon ends, and the next one tries it again",
                 limit.as_secs()
             );
-            crash::set_subject(suspect);
+            crash::set_subject(hanging.step.subject);
             std::process::abort();
         }
-        earlier = [running, std::mem::take(&mut earlier[0])];
     }
 }
 
-/// A running step that also ran at each of the earlier checks.
-fn hanging<S: PartialEq + Copy>(running: &[S], earlier: &[Vec<S>]) -> Option<S> {
-    running.iter().copied().find(|step| earlier.iter().all(|look| look.contains(step)))
+/// A running step that a look has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen<S> {
+    step: S,
+    /// For how long it has occupied its thread since the first look.
+    occupied: Duration,
+    /// For how long its thread had waited for a processor at this look.
+    waited: Duration,
+}
+
+/// Looks at the steps that run, and at how long the thread of each has waited for a processor. `interval` is the time since the
+/// last look.
+fn look<S: PartialEq + Copy>(
+    seen: &[Seen<S>],
+    running: &[(S, Duration)],
+    interval: Duration,
+) -> Vec<Seen<S>> {
+    let found = |&(step, waited): &(S, Duration)| {
+        let before = seen.iter().find(|seen| seen.step == step);
+        let occupied = before.map_or(Duration::ZERO, |before| {
+            before.occupied + interval.saturating_sub(waited.saturating_sub(before.waited))
+        });
+        Seen { step, occupied, waited }
+    };
+    running.iter().map(found).collect()
 }
 
 /// Sets a suspect in this thread until it is dropped.
@@ -348,20 +371,35 @@ mod tests {
         assert_eq!(crashes.end(), MAX_CRASHES as u64 / 2 * crash::ENTRY);
     }
 
+    /// For how long steps have occupied their threads at the last of some looks, which come once a second. A step is a number; the
+    /// other number says how long its thread has waited for a processor, in milliseconds.
+    fn occupied(looks: &[&[(u8, u64)]]) -> Vec<(u8, u128)> {
+        let interval = Duration::from_secs(1);
+        let last = looks.iter().fold(Vec::new(), |seen, running| {
+            let running: Vec<_> =
+                running.iter().map(|(step, waited)| (*step, Duration::from_millis(*waited))).collect();
+            look(&seen, &running, interval)
+        });
+        last.iter().map(|seen| (seen.step, seen.occupied.as_millis())).collect()
+    }
+
     #[test]
-    fn a_step_hangs_if_it_is_seen_at_three_looks() {
-        let (one, other, later) = ((7, 100), (9, 100), (7, 105));
-        assert_eq!(hanging(&[one], &[vec![one], vec![other, one]]), Some(one));
-        assert_eq!(hanging(&[one], &[vec![one], vec![]]), None);
-        assert_eq!(hanging(&[later], &[vec![one], vec![one]]), None, "it paused");
-        assert_eq!(hanging(&[one, other], &[vec![other], vec![other]]), Some(other));
-        assert_eq!(hanging::<(u64, u64)>(&[], &[vec![], vec![]]), None);
+    fn a_step_occupies_its_thread_from_the_first_look_on() {
+        assert_eq!(occupied(&[&[(1, 0)]]), [(1, 0)]);
+        assert_eq!(occupied(&[&[(1, 0)], &[(2, 0), (1, 0)], &[(1, 0), (2, 0)]]), [(1, 2000), (2, 1000)]);
+        assert_eq!(occupied(&[&[(1, 0)], &[], &[(1, 0)]]), [(1, 0)], "it paused");
+    }
+
+    #[test]
+    fn the_time_for_which_a_thread_waits_for_a_processor_does_not_count() {
+        assert_eq!(occupied(&[&[(1, 5000)], &[(1, 5900)], &[(1, 7200)]]), [(1, 100)]);
+        assert_eq!(occupied(&[&[(1, 5000)], &[(1, 5500)], &[(1, 6000)], &[(1, 6500)]]), [(1, 1500)]);
     }
 
     #[tokio::test]
     async fn a_suspect_runs_a_step_while_it_is_polled_and_not_while_it_waits() {
         let suspect = Suspect::request(1, "s", "Pids", b"a step");
-        let runs = move || crash::steps().iter().any(|(subject, _)| *subject == suspect.0);
+        let runs = move || crash::steps().iter().any(|step| step.subject == suspect.0);
         let (go, gone) = tokio::sync::oneshot::channel();
         let work = tokio::spawn(suspect.watch(async move {
             assert!(runs());

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -33,6 +33,8 @@ const SIGNALS: [Signal; 6] =
 thread_local! {
     /// Has a constant initial value and no destructor: reading it never allocates, so a signal handler may read it.
     static SUBJECT: Cell<u64> = const { Cell::new(0) };
+    /// The id of this thread.
+    static THREAD: i32 = nix::unistd::gettid().as_raw();
 }
 
 /// The file, and the earlier handlers of the signals. [`NEXT`] is the position of the next number in the file.
@@ -45,23 +47,45 @@ static HANG_LIMIT: AtomicU64 = AtomicU64::new(u64::MAX);
 
 /// The places for running steps: one for each thread of the async runtime, and some for blocking work. A step that finds
 /// no free place is not watched.
-static STEPS: [Place; 8] =
-    [const { Place { subject: AtomicU64::new(0), since: AtomicU64::new(u64::MAX) } }; 8];
+static STEPS: [Place; 8] = [const {
+    Place { subject: AtomicU64::new(0), since: AtomicU64::new(u64::MAX), thread: AtomicI32::new(0) }
+}; 8];
 
 struct Place {
     /// Zero if the place is free.
     subject: AtomicU64,
     /// When the step began, in milliseconds of CLOCK_MONOTONIC; `u64::MAX` if the place is free or was just taken.
     since: AtomicU64,
+    thread: AtomicI32,
+}
+
+/// A running step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Running {
+    pub subject: u64,
+    /// When it began, in milliseconds of CLOCK_MONOTONIC.
+    since: u64,
+    /// The thread that runs it (gettid(2)).
+    thread: i32,
+}
+
+impl Running {
+    /// How long the thread has waited for a processor since it began, as far as the kernel knows (`schedstat` in proc(5)).
+    pub fn waited(&self) -> Duration {
+        let text = std::fs::read_to_string(format!("/proc/self/task/{}/schedstat", self.thread));
+        let waited = text.ok().and_then(|text| text.split_whitespace().nth(1)?.parse().ok());
+        Duration::from_nanos(waited.unwrap_or_default())
+    }
 }
 
 impl Place {
-    fn step(&self) -> Option<(u64, u64)> {
+    fn step(&self) -> Option<Running> {
         let since = self.since.load(Ordering::Acquire);
         let subject = self.subject.load(Ordering::Acquire);
-        // The two numbers belong together only if no other step has taken the place meanwhile.
+        let thread = self.thread.load(Ordering::Acquire);
+        // The numbers belong together only if no other step has taken the place meanwhile.
         let is_same = self.since.load(Ordering::Acquire) == since;
-        (is_same && subject != 0 && since != u64::MAX).then_some((subject, since))
+        (is_same && subject != 0 && since != u64::MAX).then_some(Running { subject, since, thread })
     }
 }
 
@@ -80,6 +104,7 @@ impl Step {
             place.subject.compare_exchange(0, subject, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         });
         if let Some(place) = place {
+            STEPS[place].thread.store(THREAD.with(|thread| *thread), Ordering::Release);
             STEPS[place].since.store(now(), Ordering::Release);
         }
         Self(place)
@@ -95,8 +120,8 @@ impl Drop for Step {
     }
 }
 
-/// The running steps: their subjects, and when they began (milliseconds of CLOCK_MONOTONIC).
-pub fn steps() -> Vec<(u64, u64)> {
+/// The running steps.
+pub fn steps() -> Vec<Running> {
     STEPS.iter().filter_map(Place::step).collect()
 }
 
@@ -208,7 +233,7 @@ fn note_hanging(notes: &Notes) {
     let (now, limit) = (now(), HANG_LIMIT.load(Ordering::Relaxed));
     let mut noted = [0; STEPS.len()];
     for (place, index) in STEPS.iter().zip(0..) {
-        if let Some((subject, since)) = place.step()
+        if let Some(Running { subject, since, .. }) = place.step()
             && now.saturating_sub(since) >= limit
             // Several threads may work on the same request.
             && !noted.contains(&subject)
