@@ -115,12 +115,14 @@ async fn forward(
     let mut subscribing = JoinSet::new();
     loop {
         let message = tokio::select! {
-            Some(Ok(message)) = stream.next() => message,
+            next = stream.next() => match next {
+                Some(Ok(message)) => message,
+                Some(Err(_)) | None => return,
+            },
             () = manager.references_lost() => {
                 observations.missed();
                 continue;
             }
-            else => return,
         };
         match signals::read(&message, systemd.as_ref()) {
             Some(Signal::Service { unit, main }) => observations.reported(unit, main),
