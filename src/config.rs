@@ -58,6 +58,10 @@ pub const NOTHING_TO_LOG: u8 = 122;
 /// How long work on files that a client has named may take. They may be on a disk that does not answer.
 pub const FILES_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long work on the files of an OCI runtime may take: its state and its program. They may be on such a disk, too. Clients that
+/// wait for a Delete give up after a minute.
+pub const RUNTIME_FILES_LIMIT: Duration = Duration::from_secs(30);
+
 /// How long a killed process may take to be reported as ended.
 pub const KILL_LIMIT: Duration = Duration::from_secs(30);
 

@@ -149,7 +149,7 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     block_on(async {
         let (manager, oci) = (&unit::manager::Manager::default(), &CommandLine::default());
         let files = &ClientFiles::new(config::FILES_LIMIT);
-        let runtime_files = &RuntimeFiles::new(config::FILES_LIMIT);
+        let runtime_files = &RuntimeFiles::new(config::RUNTIME_FILES_LIMIT);
         let removal = Removal { manager, oci, files, runtime_files, task, dir: &dir, stop: Stop::Killed };
         troubles.join(removal.of_task(execs).await);
     })?;

@@ -328,7 +328,7 @@ async fn serve(
         oci: commands,
         program,
         files: ClientFiles::new(config::FILES_LIMIT),
-        runtime_files: RuntimeFiles::new(config::FILES_LIMIT),
+        runtime_files: RuntimeFiles::new(config::RUNTIME_FILES_LIMIT),
         relay: Relay::new(),
     });
     fault::point(Point::RecoverTaken);

@@ -71,7 +71,7 @@ impl World {
         let systemd = FakeSystemd::new(effects.clone(), launch.clone());
         let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
         let (accepted, starts) = (Arc::default(), Starts::Work);
-        let runtime_files = RuntimeFiles::new(config::FILES_LIMIT);
+        let runtime_files = RuntimeFiles::new(config::RUNTIME_FILES_LIMIT);
         Self { root, effects, systemd, launch, task, accepted, restores: false, starts, runtime_files }
     }
 
