@@ -253,7 +253,6 @@ impl Shim {
             fields: &task.fields,
             slice: task.placement.slice(),
             sandbox: sandbox.as_ref(),
-            client: properties::client_of(&task.key.namespace),
         };
         let copy = self.launcher.sealed_runtime(&self.files, task).await?;
         let own = task.runtime.cgroup.is_none().then(|| launch::cgroup::of(task.unit())).transpose()?;

@@ -237,7 +237,6 @@ impl Streams {
             fields: &plan.metadata.fields,
             slice: &plan.slice,
             sandbox: None,
-            client: None,
         };
         self.manager.start_transient(unit, &properties::logger(&shown, &command)).await?;
         let failed = |reason: String| Error::Logger { program: logger.program.display().to_string(), reason };

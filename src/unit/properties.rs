@@ -11,7 +11,7 @@ use std::time::Duration;
 use zbus::Variant;
 
 use crate::config;
-use crate::id::{Namespace, UnitName};
+use crate::id::UnitName;
 
 use super::annotation::Additions;
 use super::{exec_flags, fd_store, name};
@@ -88,14 +88,6 @@ pub struct UnitMetadata<'a> {
     pub slice: &'a UnitName,
     /// The sandbox of the container's pod: if both are stopped, the container is stopped first.
     pub sandbox: Option<&'a UnitName>,
-    /// The service that stops the container in its own way: if both are stopped, the container is stopped after it.
-    pub client: Option<&'static str>,
-}
-
-/// The service of the client that has a namespace for itself, and that stops its containers when it is stopped. Docker sends each
-/// container its own signal, and waits as long as the container's user has said. Neither reaches the shim.
-pub fn client_of(namespace: &Namespace) -> Option<&'static str> {
-    (namespace.as_str() == "moby").then_some("docker.service")
 }
 
 /// A container's unit.
@@ -336,8 +328,6 @@ fn shown_as(shown: &UnitMetadata<'_>) -> Vec<(&'static str, Variant<'static>)> {
     ];
     // Units are stopped in the reverse order.
     list.extend(shown.sandbox.map(|sandbox| ("After", vec![sandbox.as_str().to_owned()].into())));
-    // A start never waits for this: it would have to wait only for a stop of the client.
-    list.extend(shown.client.map(|client| ("Before", vec![client.to_owned()].into())));
     list
 }
 
@@ -345,7 +335,8 @@ fn shown_as(shown: &UnitMetadata<'_>) -> Vec<(&'static str, Variant<'static>)> {
 /// containerd still work: containerd must learn of the exit.
 ///
 /// The unit is not ordered after Docker's daemon: at boot, Docker starts its containers before systemd counts it as
-/// started, so each would wait for the other.
+/// started, so each would wait for the other. Nor is it ordered before Docker's daemon, which then could not start containers
+/// during its own restart (seen with 257).
 const HOST_SERVICES: [&str; 4] =
     ["network.target", "dbus.service", "containerd.service", name::DAEMON_SERVICE];
 
@@ -404,7 +395,6 @@ mod tests {
             fields: &[("CONTAINER_ID".to_owned(), "web".to_owned())],
             slice: &slice,
             sandbox: None,
-            client: client_of(&Namespace::new("moby").unwrap()),
         };
         let command = ["/bin/shim".to_owned(), "launch".to_owned(), "$HOME".to_owned()];
         container(&shown, &command, &[], Path::new("/run/x/init.pid"), Duration::from_secs(600), false)
@@ -438,25 +428,6 @@ mod tests {
             let value: Variant<'_> = value;
             assert_eq!(properties.get(name), Some(&value.to_string()), "{name}");
         }
-    }
-
-    #[test]
-    fn systemd_stops_dockers_containers_after_docker() {
-        assert_eq!(client_of(&Namespace::new("k8s.io").unwrap()), None);
-        let slice = UnitName::new("containerd-moby.slice").unwrap();
-        let client = client_of(&Namespace::new("moby").unwrap());
-        let shown = UnitMetadata {
-            description: "",
-            identifier: "web",
-            fields: &[],
-            slice: &slice,
-            sandbox: None,
-            client,
-        };
-        let own = logger(&shown, &["/bin/shim".to_owned()]).0;
-        let before: Vec<String> =
-            own.iter().filter(|(name, _)| *name == "Before").map(|(_, value)| value.to_string()).collect();
-        assert_eq!(before, ["[\"docker.service\"]", "[\"shutdown.target\"]"]);
     }
 
     #[test]

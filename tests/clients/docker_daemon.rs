@@ -57,20 +57,6 @@ fn exits_while_dockerd_is_down_are_known_after_its_restart() {
     assert_ne!(docker.pid(&again), pids[1]);
 }
 
-/// As at a shutdown of the machine: systemd stops everything at once.
-#[test]
-fn docker_stops_its_containers_in_its_own_way_before_systemd_does() {
-    let docker = Docker::new();
-    let traps = "trap 'exit 23' INT; trap 'exit 24' TERM; echo ready; while :; do usleep 20000; done";
-    let container = docker.background(&["--stop-signal", "INT"], &["sh", "-c", traps]);
-    docker.logs_with(&container, "ready");
-    let unit = if docker.is_ours() { docker.unit(&container) } else { String::new() };
-    let units = ["docker.socket", "docker.service", &unit].into_iter().filter(|unit| !unit.is_empty());
-    process::succeed("systemctl", &std::iter::once("stop").chain(units).collect::<Vec<_>>());
-    docker.restart();
-    assert_eq!(docker.inspect(&container, "{{.State.ExitCode}}"), "23");
-}
-
 #[test]
 fn without_live_restore_dockerd_ends_its_containers() {
     let docker = Docker::new();
