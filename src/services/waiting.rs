@@ -72,7 +72,7 @@ impl WaitsFor {
 }
 
 /// Runs work that may wait in a thread of its own. So slow clients, however many there are, use no thread of
-/// [`blocking`](super::blocking), which the other tasks need.
+/// [`blocking`], which the other tasks need.
 ///
 /// # Errors
 /// [`Error::ManyWait`] if too many threads wait already; no thread can be started.
