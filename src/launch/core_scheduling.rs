@@ -25,9 +25,6 @@ use crate::telemetry;
 /// The variable of containerd's `start`: `sched_core = true` of containerd 1.6 and 1.7, `env = ["SCHED_CORE=1"]` of 2.x.
 const VARIABLE: &str = "SCHED_CORE";
 
-/// The annotation of CRI with the id of the pod's sandbox.
-const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
-
 /// Why a process gets no cookie.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -91,8 +88,9 @@ fn sandbox(task: &Task) -> Result<Option<Task>, Error> {
     Ok(Store::new(config::STATE_DIR).load_with(&TaskKey { id, ..task.key.clone() }, None)?)
 }
 
+/// The sandbox of the pod to which a container belongs. `None` for the sandbox itself, whose id is `own`.
 fn sandbox_of(spec: &Spec, own: &TaskId) -> Option<TaskId> {
-    spec.annotation(SANDBOX_ID).and_then(|id| TaskId::new(id).ok()).filter(|id| id != own)
+    spec.sandbox().filter(|id| id != own)
 }
 
 /// The init process of a task, if it has not ended.
@@ -174,6 +172,7 @@ fn errno(error: rustix::io::Errno) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oci::bundle::SANDBOX_ID;
     use std::cell::Cell;
 
     /// A kernel in which process 7 has cookie 70, and process 8 has none.

@@ -15,11 +15,15 @@ use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
 use crate::files;
+use crate::id::TaskId;
 use crate::path_error::{PathError, io_error};
 
 use super::canonical::{Members, Others, Shape, canonical};
 use super::resources::{self, Resources};
 use super::turns::{self, Busy, Turn};
+
+/// The annotation of CRI with the id of the pod's sandbox.
+pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
 /// A larger spec is refused. For comparison, the kernel limits arguments and environment of a process to 2 MiB.
 pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
@@ -194,6 +198,11 @@ impl Spec {
     /// The value of an annotation; `None` if it is absent or empty.
     pub fn annotation(&self, name: &str) -> Option<&str> {
         self.annotations.as_ref()?.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// The pod's sandbox (pause container) that a container of CRI belongs to; a sandbox belongs to itself.
+    pub fn sandbox(&self) -> Option<TaskId> {
+        self.annotation(SANDBOX_ID).and_then(|id| TaskId::new(id).ok())
     }
 
     /// The annotations whose names begin with `prefix`, sorted by name: the rest of each name, and its value.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::cgroup::{self, cgroups_path};
 use crate::files;
-use crate::id::{TaskId, TaskKey, UnitName};
+use crate::id::{TaskKey, UnitName};
 use crate::oci::bundle::Spec;
 use crate::oci::criu;
 use crate::oci::resources::Resources;
@@ -104,7 +104,7 @@ impl Shim {
         recorded: Option<Containerd>,
         spec: &Spec,
     ) -> (Containerd, Vec<u8>) {
-        let sandbox = sandbox_of(spec).and_then(|id| {
+        let sandbox = spec.sandbox().and_then(|id| {
             self.tasks.registry.get(&self.tasks.own(&TaskKey { id, ..key.clone() }, &key.owner))
         });
         if let Some(mut found) = recorded {
@@ -144,7 +144,7 @@ pub(crate) fn check_resources(resources: &Resources) -> Result<(), Error> {
 /// The slice of the unit and the cgroup of the container, as the client requests them.
 fn placement(key: &TaskKey, spec: &Spec, restores: bool) -> Result<Placement, Error> {
     let ours = || -> Result<UnitName, Error> {
-        Ok(match (key.namespace.as_str(), sandbox_of(spec)) {
+        Ok(match (key.namespace.as_str(), spec.sandbox()) {
             ("k8s.io", Some(sandbox)) => name::pod_slice(&key.namespace, &sandbox)?,
             _ => name::namespace_slice(&key.namespace)?,
         })
@@ -195,15 +195,11 @@ fn own_placement(key: &TaskKey, path: &Path) -> Result<Option<Placement>, Error>
     Ok(Some(Placement::Unit { slice: UnitName::new(slice)?, child: child.to_owned() }))
 }
 
-/// The pod's sandbox (pause container) that a container belongs to; a sandbox belongs to itself.
-fn sandbox_of(spec: &Spec) -> Option<TaskId> {
-    spec.annotation("io.kubernetes.cri.sandbox-id").and_then(|id| TaskId::new(id).ok())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::Namespace;
+    use crate::id::{Namespace, TaskId};
+    use crate::oci::bundle::SANDBOX_ID;
     use crate::oci::options::{Options, OptionsSource};
     use crate::services::Delivery;
     use crate::simulation::harness::World;
@@ -215,7 +211,7 @@ mod tests {
 
     /// The placement of a container with this path and with this annotation of CRI.
     fn placed(namespace: &str, path: &str, sandbox: Option<&str>, restores: bool) -> Placement {
-        let annotations = sandbox.map(|id| serde_json::json!({"io.kubernetes.cri.sandbox-id": id}));
+        let annotations = sandbox.map(|id| serde_json::json!({(SANDBOX_ID): id}));
         let spec = serde_json::json!({"linux": {"cgroupsPath": path}, "annotations": annotations});
         let spec = Spec::parse(spec.to_string().as_bytes()).unwrap();
         placement(&key(namespace), &spec, restores).unwrap()
@@ -273,7 +269,7 @@ mod tests {
         let bundle = |id: &str, core_scheduling: bool| {
             let bundle = world.state_dir().with_file_name(id);
             fs::create_dir(&bundle).unwrap();
-            let spec = serde_json::json!({"annotations": {"io.kubernetes.cri.sandbox-id": "pod"}});
+            let spec = serde_json::json!({"annotations": {(SANDBOX_ID): "pod"}});
             fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
             let caller = Containerd { core_scheduling, ..Containerd::default() };
             containerd::write_containerd(&bundle, &caller).unwrap();
