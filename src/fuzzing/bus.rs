@@ -43,25 +43,12 @@ impl<'d> Bytes<'d> {
 /// Target: bytes from the bus, in pieces of a size that the first byte chooses. What reaches zbus does not depend on the pieces,
 /// and little is kept meanwhile.
 pub(super) fn wire(data: &[u8]) {
-    const MOST: usize = 72 << 10;
-    let passed = |bytes: &[u8], piece: usize| {
-        let (mut filter, mut all, mut buffer) = (Filter::default(), Vec::new(), [0; 64]);
-        for piece in bytes.chunks(piece) {
-            filter.arrived().extend_from_slice(piece);
-            loop {
-                match filter.take(&mut buffer) {
-                    0 => break,
-                    taken => all.extend_from_slice(&buffer[..taken]),
-                }
-            }
-            assert!(filter.arrived().len() <= MOST + piece.len());
-        }
-        all
-    };
+    /// As much as zbus reads first, and more.
+    const ROOM: usize = 64;
     let Some((piece, bytes)) = data.split_first() else { return };
-    let whole = passed(bytes, bytes.len().max(1));
+    let whole = Filter::passed(bytes, bytes.len().max(1), ROOM);
     assert!(whole.len() <= bytes.len());
-    assert_eq!(passed(bytes, usize::from(*piece) + 1), whole);
+    assert_eq!(Filter::passed(bytes, usize::from(*piece) + 1, ROOM), whole);
 }
 
 /// Target: a message with any header and any body. The daemon believes only what systemd or the bus broadcasts, and reads

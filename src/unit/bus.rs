@@ -232,6 +232,11 @@ fn asked_for(failure: Failure) -> zbus::Error {
         Failure::Denied => "org.freedesktop.DBus.Error.AccessDenied",
         _ => return zbus::Error::InputOutput(Arc::new(io::ErrorKind::TimedOut.into())),
     };
+    answered_with(name)
+}
+
+/// The error of a call that the bus answers with an error of this name.
+fn answered_with(name: &str) -> zbus::Error {
     let error = || {
         let call = zbus::Message::method_call("/", "Asked").build(&())?;
         zbus::Message::error(&call.header(), name).build(&"a test has asked for this error")
@@ -277,18 +282,13 @@ pub(super) fn is_gone(error: &zbus::Error) -> bool {
 mod tests {
     use super::*;
 
-    fn answered(name: &str) -> zbus::Error {
-        let call = zbus::Message::method_call("/", "Asked").build(&()).unwrap();
-        zbus::Message::error(&call.header(), name).build(&"a text").unwrap().into()
-    }
-
     #[test]
     fn answers_that_nobody_was_there_are_told_from_answers_of_systemd() {
         for name in ["NoReply", "TimedOut", "ServiceUnknown", "NameHasNoOwner"] {
-            assert!(is_gone(&answered(&format!("org.freedesktop.DBus.Error.{name}"))), "{name}");
+            assert!(is_gone(&answered_with(&format!("org.freedesktop.DBus.Error.{name}"))), "{name}");
         }
         for name in ["org.freedesktop.DBus.Error.AccessDenied", "org.freedesktop.systemd1.NoSuchUnit"] {
-            assert!(!is_gone(&answered(name)), "{name}");
+            assert!(!is_gone(&answered_with(name)), "{name}");
         }
     }
 }

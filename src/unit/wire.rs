@@ -83,6 +83,23 @@ impl Filter {
         taken
     }
 
+    /// What reaches zbus of bytes that arrive in pieces of size `piece`, if zbus has room for `room` bytes at a time.
+    #[cfg(any(test, fuzzing))]
+    pub fn passed(bytes: &[u8], piece: usize, room: usize) -> Vec<u8> {
+        let (mut filter, mut all, mut buffer) = (Self::default(), Vec::new(), vec![0; room]);
+        for piece in bytes.chunks(piece) {
+            filter.arrived().extend_from_slice(piece);
+            loop {
+                match filter.take(&mut buffer) {
+                    0 => break,
+                    taken => all.extend_from_slice(&buffer[..taken]),
+                }
+            }
+            assert!(filter.arrived.len() <= FIXED + MAX_FIELDS, "only a header is kept");
+        }
+        all
+    }
+
     /// What happens to the bytes from `at` on, where a message or a line begins.
     fn next(&mut self, at: usize) -> Next {
         let rest = &self.arrived[at..];
@@ -188,22 +205,6 @@ mod tests {
         [bytes, header, vec![0; 4]].concat()
     }
 
-    /// What reaches zbus of bytes that arrive in pieces of this size.
-    fn passed(bytes: &[u8], piece: usize, buffer: usize) -> Vec<u8> {
-        let (mut filter, mut all, mut buffer) = (Filter::default(), Vec::new(), vec![0; buffer]);
-        for piece in bytes.chunks(piece) {
-            filter.arrived().extend_from_slice(piece);
-            loop {
-                match filter.take(&mut buffer) {
-                    0 => break,
-                    taken => all.extend_from_slice(&buffer[..taken]),
-                }
-            }
-            assert!(filter.arrived.len() <= FIXED + MAX_FIELDS);
-        }
-        all
-    }
-
     #[test]
     fn replies_and_broadcasts_pass_and_signals_for_one_client_do_not() {
         let login = b"OK 1234\r\nDATA\r\n".to_vec();
@@ -212,7 +213,7 @@ mod tests {
         let all = [&login, &first, &unwanted, &broadcast, &nested(), &last, &unwanted].map(Vec::clone);
         let expected = [login, first, broadcast, last].concat();
         for (piece, buffer) in [(1, 1), (1, 64), (7, 16), (4096, 4096), (1 << 20, 1 << 20)] {
-            assert!(passed(&all.concat(), piece, buffer) == expected, "{piece} {buffer}");
+            assert!(Filter::passed(&all.concat(), piece, buffer) == expected, "{piece} {buffer}");
         }
     }
 
