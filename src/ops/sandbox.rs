@@ -82,11 +82,11 @@ impl Shim {
         };
         let sandbox = if is_new {
             let call = call.clone();
-            let undo = |late: Result<Option<Sandbox>, Error>| {
+            let key = init.task.clone();
+            let undo = move |late: Result<Option<Sandbox>, Error>| {
                 let places = late.ok().flatten().and_then(|sandbox| sandbox.places);
                 let removed = places.map_or(Ok(()), |places| pod_files::remove(&places));
-                removed
-                    .unwrap_or_else(|error| tracing::warn!(%error, "a sandbox that took too long: {error}"));
+                removed.unwrap_or_else(|error| warn_of_files(&key, &error));
             };
             self.files.run_or_undo(WaitsFor::Bundle, &init, move || prepare(&call), undo).await??
         } else {
@@ -105,9 +105,7 @@ impl Shim {
             // containerd calls Shutdown, which finds no task.
             let removed = self.files.run(WaitsFor::Bundle, &init, move || pod_files::remove(&places)).await;
             let removed = removed.and_then(|removed| Ok(removed?));
-            removed.unwrap_or_else(|error| {
-                tracing::warn!(%error, "sandbox {}: its files stay: {error}", init.task);
-            });
+            removed.unwrap_or_else(|error| warn_of_files(&init.task, &error));
         }
         created.map(drop)
     }
@@ -270,11 +268,16 @@ fn prepare_pod(
     Ok(bundle::write_whole(&call.bundle, &spec)?)
 }
 
+/// The Create of a sandbox has failed, and nobody removes its files later.
+fn warn_of_files(sandbox: &TaskKey, error: &dyn std::error::Error) {
+    tracing::warn!(%error, "sandbox {sandbox}: the files of the pod stay: {error}");
+}
+
 fn node(seccomp: Option<Value>) -> pod::Node {
     let says = |path: &str, word: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == word);
     let score = fs::read_to_string("/proc/self/oom_score_adj").ok();
     pod::Node {
-        selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+        selinux: profiles::selinux_is_active(),
         apparmor: says("/sys/module/apparmor/parameters/enabled", "Y"),
         oom_score_adj: score.and_then(|score| score.trim().parse().ok()).unwrap_or_default(),
         seccomp,

@@ -39,7 +39,7 @@ impl Units {
                 let this = &self;
                 async move {
                     let key = &process.key;
-                    tracing::info!(process = %key, "{key}: has ended without a signal from systemd, so the daemon queries its unit");
+                    tracing::info!(process = %key, "{key} has ended without a signal from systemd, so the daemon queries its unit");
                     this.query(&entry, &process).await;
                 }
             });

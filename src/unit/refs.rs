@@ -141,7 +141,9 @@ impl Refs {
         let mut open = self.open.lock().await;
         let found = match open.take() {
             Some(ended) if ended.connection.is_closed() => {
-                tracing::warn!("the connection that references units has ended; they are referenced again");
+                tracing::warn!(
+                    "the connection that references units has ended, so the daemon references the units again"
+                );
                 self.store.forget(&ended.name);
                 self.lost.notify_one();
                 None
