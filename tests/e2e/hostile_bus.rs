@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -39,6 +40,22 @@ fn hello() -> Vec<u8> {
     let hello = Message::method_call("/org/freedesktop/DBus", "Hello").destination("org.freedesktop.DBus");
     let hello = hello.interface("org.freedesktop.DBus").build(&());
     hello.expect("build Hello").data().to_vec()
+}
+
+/// A directory for messages that another user can read, with the one that [`CLIENT`] sends first.
+fn messages_of_a_user(name: &str) -> Scratch {
+    let scratch = Scratch::new(name);
+    fs::set_permissions(scratch.join("."), fs::Permissions::from_mode(0o755)).expect("let others read");
+    fs::write(scratch.join("hello"), hello()).expect("write a message");
+    scratch
+}
+
+/// [`CLIENT`] as a user without privileges, who sends the messages in a file this often.
+fn client(scratch: &Scratch, file: &str, times: u32) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-e", CLIENT]);
+    command.args([&scratch.text("hello"), file, &times.to_string()]);
+    command
 }
 
 /// What a user may send to the daemon: signals of systemd and of the bus with contents right and wrong, and calls.
@@ -88,25 +105,15 @@ fn a_flood_of_messages_over_the_bus_is_not_believed_and_delays_nothing() {
     let bystander = Bystander::new(&node);
     let container = node.container("flooded", Spec::sleeping()).started(&Io::default());
     let exec = container.exec(Spec::sleeping()).started(&Io::default());
-    let scratch = Scratch::new("flood");
-    nix::sys::stat::fchmodat(
-        nix::fcntl::AT_FDCWD,
-        &scratch.join("."),
-        nix::sys::stat::Mode::from_bits_truncate(0o755),
-        nix::sys::stat::FchmodatFlags::FollowSymlink,
-    )
-    .expect("let others read");
-    fs::write(scratch.join("hello"), hello()).expect("write a message");
+    let scratch = messages_of_a_user("flood");
     let units = [systemd::unit_of(&container), systemd::unit_of_exec(&container, &exec)];
     let mut clients = Vec::new();
     for (number, name) in names().into_iter().enumerate() {
         let file = scratch.text(&format!("flood-{number}"));
         let all: Vec<u8> = units.iter().flat_map(|unit| messages(&name, unit)).collect();
         fs::write(&file, all).expect("write messages");
-        let mut command = std::process::Command::new("setpriv");
-        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-e", CLIENT]);
-        command.args([&scratch.text("hello"), &file, "600"]).stdout(std::process::Stdio::piped());
-        clients.push(command.spawn().expect("start a client"));
+        let mut command = client(&scratch, &file, 600);
+        clients.push(command.stdout(Stdio::piped()).spawn().expect("start a client"));
     }
     let begun = Instant::now();
     let mut lives = 0;
@@ -163,17 +170,12 @@ fn no_message_of_a_user_ends_a_connection_of_the_daemon_to_the_bus() {
     needs!(OurShim);
     let node = Node::exclusive();
     let bystander = Bystander::new(&node);
-    let scratch = Scratch::new("deep");
-    let readable = fs::Permissions::from_mode(0o755);
-    fs::set_permissions(scratch.join("."), readable).expect("let others read");
-    fs::write(scratch.join("hello"), hello()).expect("write a message");
+    let scratch = messages_of_a_user("deep");
     let before = names();
     for (number, name) in before.iter().enumerate() {
         let file = scratch.text(&format!("deep-{number}"));
         fs::write(&file, too_deep(name)).expect("write a message");
-        let mut command = std::process::Command::new("setpriv");
-        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-e", CLIENT]);
-        let sent = command.args([&scratch.text("hello"), &file, "1"]).output().expect("run a client");
+        let sent = client(&scratch, &file, 1).output().expect("run a client");
         assert_eq!(String::from_utf8_lossy(&sent.stdout), "sent", "{sent:?}");
     }
     // A new unit is referenced over a connection of its own.

@@ -133,6 +133,15 @@ fn assert_untouched(node: &Node, other: &Container) {
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
 }
 
+/// As [`assert_untouched`], for longer than systemd's watchdog waits.
+fn assert_untouched_for_long(node: &Node, other: &Container) {
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(12) {
+        assert_untouched(node, other);
+        wait::elapse(Duration::from_millis(500));
+    }
+}
+
 /// The life of a container in which one command is stuck.
 fn live(node: &Node, verb: &str, runtime: &Stuck) {
     let container = node.container("stuck", Spec::sleeping()).options(runtime.options()).make();
@@ -247,12 +256,7 @@ fn bundles_on_a_disk_that_does_not_answer_delay_only_their_own_creates() {
         })
         .collect();
     wait::until_true("the disk is waited for", || is_stuck(daemon));
-    // Longer than systemd's watchdog waits.
-    let begun = Instant::now();
-    while begun.elapsed() < Duration::from_secs(12) {
-        assert_untouched(&node, &other);
-        wait::elapse(Duration::from_millis(500));
-    }
+    assert_untouched_for_long(&node, &other);
     let daemon_shim = shim::Shim::connect(&node);
     for id in &ids {
         let request = StateRequest { id: id.clone(), ..Default::default() };
@@ -404,12 +408,7 @@ fn a_runtime_root_on_a_disk_that_no_longer_answers_holds_up_only_its_own_contain
     thread::scope(|scope| {
         let deletes: Vec<_> = ended.iter().map(|container| scope.spawn(|| container.delete())).collect();
         wait::until_true("the disk is waited for", || is_stuck(daemon));
-        // Longer than systemd's watchdog waits.
-        let begun = Instant::now();
-        while begun.elapsed() < Duration::from_secs(12) {
-            assert_untouched(&node, &other);
-            wait::elapse(Duration::from_millis(500));
-        }
+        assert_untouched_for_long(&node, &other);
         for delete in deletes {
             let refusal = delete.join().expect("delete does not panic").expect_err("a delete that is stuck");
             assert!(refusal.message().contains("do not answer"), "{refusal}");
