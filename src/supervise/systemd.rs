@@ -295,7 +295,7 @@ impl Units {
         let all = self.tasks.registry.all();
         // The exits of units that have ended by now are known, so a moment without references loses nothing unless the daemon
         // ends, too.
-        self.manager.make_room_for_references(all.len());
+        self.manager.make_room_for_references(all.len()).await;
         let referred = all.into_iter().map(|entry| {
             let this = self.clone();
             async move {

@@ -10,14 +10,21 @@
 //! For each reference, systemd has a match rule on the bus, and dbus-daemon allows a connection 512 match rules
 //! (`max_match_rules_per_connection`), also that of systemd. If dbus-daemon refuses one, systemd closes its connection, and nobody
 //! can reach systemd over the bus any more (seen with 252.39), or systemd loses the reference (257.13 and 262). So the number of
-//! references is limited.
+//! references is limited, also while all recoveries ask for one at the same time, and while an earlier daemon's are still there.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
 use tokio::sync::{Mutex, Notify};
+use tokio::time::timeout;
 use zbus::Connection;
 
 use crate::id::UnitName;
@@ -36,6 +43,9 @@ const MAX_EARLIER: usize = 4;
 
 /// How many match rules dbus-daemon allows systemd if its configuration says nothing (config-parser.c).
 const MATCH_RULES: u64 = 512;
+
+/// How long the bus may take to close a connection that this side has closed.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
 /// The match rules of systemd that are for other things than references of ours.
 const OTHER_RULES: u64 = 112;
@@ -66,6 +76,18 @@ struct Open {
     name: String,
     /// The units for which systemd was asked for a reference.
     units: HashMap<UnitName, Reference>,
+}
+
+impl Open {
+    /// The reference to a unit, a new one if the unit has none; `None` if there are too many. Calls at the same time can't exceed
+    /// the limit, because the check and the addition are one step.
+    fn reference(&mut self, unit: &UnitName, limit: usize) -> Option<&mut Reference> {
+        let has_room = self.units.len() < limit;
+        match self.units.entry(unit.clone()) {
+            Entry::Occupied(known) => Some(known.into_mut()),
+            Entry::Vacant(new) => has_room.then(|| new.insert(Reference::default())),
+        }
+    }
 }
 
 /// The reference to a unit.
@@ -101,38 +123,62 @@ impl Refs {
         self.earlier.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Whether a unit that has no reference may get one. The first refusal is logged.
-    pub(super) async fn has_room(&self) -> bool {
-        let has_room = self.open.lock().await.as_ref().is_none_or(|open| open.units.len() < self.limit);
-        if !has_room && !self.is_full.swap(true, Ordering::Relaxed) {
+    /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones. Returns when the
+    /// bus has closed their connections: systemd learns of the end of a connection before it gets a later request, so it
+    /// never has both the old match rules and the new ones.
+    pub(super) async fn make_room(&self, units: usize) {
+        let earlier = self.earlier().len();
+        if units.saturating_mul(earlier + 1) <= self.limit {
+            return;
+        }
+        let closing: Vec<_> =
+            self.earlier().iter().filter_map(|(_, connection)| connection.try_clone().ok()).collect();
+        self.forget_earlier();
+        for connection in closing {
+            match timeout(CLOSE_LIMIT, closed(connection)).await {
+                Ok(Ok(())) => (),
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "can't close a connection with references of an earlier daemon: {error}")
+                }
+                Err(_) => tracing::warn!(
+                    "the bus did not close a connection with references of an earlier daemon in {CLOSE_LIMIT:?}"
+                ),
+            }
+        }
+    }
+
+    /// systemd's manager object for a call that starts a unit with a reference to it; `None` if there are too many references.
+    pub(super) async fn manager_for(
+        &self,
+        unit: &UnitName,
+    ) -> zbus::Result<Option<SystemdManagerProxy<'static>>> {
+        let (connection, reference) = self
+            .with_open(|open| {
+                open.reference(unit, self.limit).map(|known| *known = Reference { is_certain: true, most: 1 })
+            })
+            .await?;
+        if reference.is_none() {
+            self.warn_of_limit();
+            return Ok(None);
+        }
+        manager_over(&connection).await.map(Some)
+    }
+
+    /// The first refusal of a reference is logged.
+    fn warn_of_limit(&self) {
+        if !self.is_full.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 "more than {} containers: the exit codes of further ones are lost if somebody stops their units while the daemon is down. A larger max_match_rules_per_connection in the configuration of dbus allows more",
                 self.limit
             );
         }
-        has_room
-    }
-
-    /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones.
-    pub(super) fn make_room(&self, units: usize) {
-        let earlier = self.earlier().len();
-        if units.saturating_mul(earlier + 1) > self.limit {
-            self.forget_earlier();
-        }
-    }
-
-    /// systemd's manager object for a call that starts a unit with a reference to it.
-    pub(super) async fn manager_for(&self, unit: &UnitName) -> zbus::Result<SystemdManagerProxy<'static>> {
-        let new = Reference { is_certain: true, most: 1 };
-        let (connection, _) = self.with_open(|open| open.units.insert(unit.clone(), new)).await?;
-        manager_over(&connection).await
     }
 
     /// The start of a unit was repeated, and the unit existed already. Its reference was lost if the first call was made over
     /// a connection that has ended.
     pub(super) async fn doubt(&self, unit: &UnitName) {
-        if let Some(open) = self.open.lock().await.as_mut() {
-            open.units.entry(unit.clone()).or_default().is_certain = false;
+        if let Some(known) = self.open.lock().await.as_mut().and_then(|open| open.units.get_mut(unit)) {
+            known.is_certain = false;
         }
     }
 
@@ -190,19 +236,20 @@ impl Refs {
     /// Adds a reference to a unit that has none. A unit that is not loaded has no exit code to keep. The caller tries again
     /// if systemd did not answer.
     pub(super) async fn reference(&self, unit: &UnitName) -> zbus::Result<()> {
-        let is_known = self.open.lock().await.as_ref().is_some_and(|open| open.units.contains_key(unit));
-        if !is_known && !self.has_room().await {
-            return Ok(());
-        }
         let asked = self.with_open(|open| {
-            let known = open.units.entry(unit.clone()).or_default();
+            let known = open.reference(unit, self.limit)?;
             known.most += u32::from(!known.is_certain);
-            (open.name.clone(), known.is_certain)
+            let is_certain = known.is_certain;
+            Some((open.name.clone(), is_certain))
         });
-        let (connection, (name, is_certain)) = asked.await?;
-        if is_certain {
-            return Ok(());
-        }
+        let (connection, name) = match asked.await? {
+            (_, Some((_, true))) => return Ok(()),
+            (connection, Some((name, false))) => (connection, name),
+            (_, None) => {
+                self.warn_of_limit();
+                return Ok(());
+            }
+        };
         let referred = manager_over(&connection).await?.ref_unit(unit.as_str()).await;
         if referred.as_ref().is_err_and(is_gone) {
             return referred;
@@ -267,11 +314,24 @@ impl Refs {
     }
 }
 
+/// Closes a connection to the bus, whoever else has its descriptor, and waits until the bus has closed it. What the bus has sent
+/// is dropped.
+async fn closed(connection: OwnedFd) -> io::Result<()> {
+    let connection = std::os::unix::net::UnixStream::from(connection);
+    connection.set_nonblocking(true)?;
+    connection.shutdown(Shutdown::Write)?;
+    let mut connection = UnixStream::from_std(connection)?;
+    let mut rest = [0; 4096];
+    while connection.read(&mut rest).await? > 0 {}
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::unit::fake_bus::{DENIED, FakeBus, NO_REPLY};
     use crate::unit::manager::Manager;
+    use futures_util::future::join_all;
     use std::os::unix::net::UnixStream;
 
     /// A manager with references whose connection goes to a bus with these errors.
@@ -357,20 +417,39 @@ mod tests {
             manager.reference(unit).await.unwrap();
         }
         assert_eq!(bus.calls("RefUnit"), 2);
-        assert!(!refs.has_room().await);
+        assert!(refs.manager_for(&units[2]).await.unwrap().is_none());
         manager.release(&units[0]).await;
         manager.reference(&units[2]).await.unwrap();
         assert_eq!(bus.calls("RefUnit"), 3);
     }
 
-    #[test]
-    fn references_of_earlier_daemons_go_first_if_there_is_no_room_for_all() {
+    #[tokio::test]
+    async fn references_at_the_same_time_do_not_exceed_the_limit() {
+        let (bus, manager, refs) = manager([]).await;
+        let units =
+            (0..20).map(|number| UnitName::new(format!("containerd-default-{number}.service")).unwrap());
+        let units: Vec<_> = units.collect();
+        // All of them wait for the connection, as they do while it is being opened.
+        let opening = refs.open.lock().await;
+        let mut all = std::pin::pin!(join_all(units.iter().map(|unit| manager.reference(unit))));
+        assert!(timeout(Duration::ZERO, &mut all).await.is_err());
+        drop(opening);
+        assert!(all.await.iter().all(Result::is_ok));
+        assert_eq!(bus.calls("RefUnit"), LIMIT);
+    }
+
+    #[tokio::test]
+    async fn references_of_earlier_daemons_go_first_if_there_is_no_room_for_all() {
         let store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
-        let mut kept = vec![("r1".to_owned(), OwnedFd::from(UnixStream::pair().unwrap().0))];
+        let (ours, bus) = UnixStream::pair().unwrap();
+        let mut kept = vec![("r1".to_owned(), OwnedFd::from(ours))];
         let refs = Refs::new(store, &mut kept, 512);
-        refs.make_room(256);
+        refs.make_room(256).await;
         assert_eq!(refs.earlier.lock().unwrap().len(), 1);
-        refs.make_room(257);
+        let mut made = std::pin::pin!(refs.make_room(257));
+        assert!(timeout(Duration::ZERO, &mut made).await.is_err(), "the bus has not closed the connection");
+        drop(bus);
+        made.await;
         assert_eq!(refs.earlier.lock().unwrap().len(), 0);
     }
 

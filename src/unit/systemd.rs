@@ -211,7 +211,7 @@ pub trait Systemd: Send + Sync {
     ) -> Result<(), Error>;
 
     /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones.
-    fn make_room_for_references(&self, units: usize);
+    async fn make_room_for_references(&self, units: usize);
 
     /// Removes the references of earlier daemons, once this one has its own.
     fn forget_earlier_references(&self);
@@ -352,8 +352,8 @@ impl Systemd for Manager {
         Self::stop_alone_if(self, slice, is_free).await
     }
 
-    fn make_room_for_references(&self, units: usize) {
-        Self::make_room_for_references(self, units);
+    async fn make_room_for_references(&self, units: usize) {
+        Self::make_room_for_references(self, units).await;
     }
 
     fn forget_earlier_references(&self) {

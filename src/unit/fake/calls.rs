@@ -227,7 +227,7 @@ impl Systemd for FakeSystemd {
         Ok(())
     }
 
-    fn make_room_for_references(&self, _units: usize) {}
+    async fn make_room_for_references(&self, _units: usize) {}
 
     fn forget_earlier_references(&self) {
         self.state().forgotten += 1;

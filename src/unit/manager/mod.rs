@@ -167,10 +167,10 @@ impl Manager {
         }
     }
 
-    /// Gives back the references of earlier daemons if there is not enough room for theirs and for as many new ones.
-    pub fn make_room_for_references(&self, units: usize) {
+    /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones.
+    pub async fn make_room_for_references(&self, units: usize) {
         if let Some(refs) = &self.refs {
-            refs.make_room(units);
+            refs.make_room(units).await;
         }
     }
 

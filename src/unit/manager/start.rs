@@ -28,6 +28,9 @@ const JOB_INTERVAL: Duration = Duration::from_secs(30);
 /// systemd has sent the signal before the answer.
 const SIGNAL_LIMIT: Duration = Duration::from_secs(5);
 
+/// The property that gives the sender of a call a reference to the unit.
+const ADD_REF: (&str, Variant<'static>) = ("AddRef", Variant::Bool(true));
+
 impl Manager {
     /// Starts a transient unit and waits until its job has ended.
     ///
@@ -86,18 +89,16 @@ impl Manager {
         additions: &Additions,
     ) -> Result<StartJob, Error> {
         let mut list = properties.with(additions);
-        let refs = match self.refs.as_deref() {
-            Some(refs) if refs.has_room().await => Some(refs),
-            _ => None,
-        };
+        let refs = self.refs.as_deref();
         if refs.is_some() {
-            list.push(("AddRef", true.into()));
+            list.push(ADD_REF);
         }
         self.begin(refs, unit, &list, &[]).await
     }
 
     /// `refs`: has the connection that gets the reference to the unit, at each attempt. Nobody would ever remove a
-    /// reference that another connection got.
+    /// reference that another connection got. The last property is [`ADD_REF`] then, and is left out if there is no room
+    /// for a reference.
     async fn begin(
         &self,
         refs: Option<&Refs>,
@@ -111,9 +112,16 @@ impl Manager {
             return Err(Error::Setting { unit: unit.to_string(), setting });
         }
         let attempt = || async {
-            let manager = match refs {
+            let referencing = match refs {
                 Some(refs) => refs.manager_for(unit).await?,
-                None => self.bus.manager().await?,
+                None => None,
+            };
+            let (manager, properties) = match (referencing, properties) {
+                (Some(manager), properties) => (manager, properties),
+                (None, [unreferenced @ .., (name, _)]) if *name == ADD_REF.0 => {
+                    (self.bus.manager().await?, unreferenced)
+                }
+                (None, properties) => (self.bus.manager().await?, properties),
             };
             // systemd refuses a unit whose slice is being stopped.
             let _slices = self.slices.read().await;
