@@ -296,8 +296,10 @@ impl Shim {
         job: impl Future<Output = Result<(), unit::error::Error>>,
     ) -> Result<(), Error> {
         let done = tokio::select! {
-            done = job => done,
+            // A Create that is cancelled never succeeds, even if its unit has just started.
+            biased;
             error = cancelled(entry) => return Err(error),
+            done = job => done,
         };
         match done {
             Err(unit::error::Error::Job { .. }) if self.manager.has_timed_out(task.unit()).await => {

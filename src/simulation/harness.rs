@@ -56,8 +56,8 @@ pub(crate) struct World {
     restores: bool,
     /// What the commands `start` of the OCI runtimes of the next daemons do.
     pub(crate) starts: Starts,
-    /// The disks of the OCI runtime, for all daemons.
-    pub(crate) runtime_files: RuntimeFiles,
+    /// The work on the files of OCI runtimes of all daemons, if a test has made their disks unreachable.
+    occupied: Option<RuntimeFiles>,
 }
 
 impl World {
@@ -71,8 +71,7 @@ impl World {
         let systemd = FakeSystemd::new(effects.clone(), launch.clone());
         let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
         let (accepted, starts) = (Arc::default(), Starts::Work);
-        let runtime_files = RuntimeFiles::new(config::RUNTIME_FILES_LIMIT);
-        Self { root, effects, systemd, launch, task, accepted, restores: false, starts, runtime_files }
+        Self { root, effects, systemd, launch, task, accepted, restores: false, starts, occupied: None }
     }
 
     /// As [`World::new`], for a task that is restored from a checkpoint.
@@ -176,7 +175,8 @@ impl World {
             oci: Arc::new(self.runtime()),
             program: PathBuf::from("/shim"),
             files: ClientFiles::new(config::FILES_LIMIT),
-            runtime_files: self.runtime_files.clone(),
+            // A daemon that has ended has no threads. In the simulation, they may work for a moment longer.
+            runtime_files: self.occupied.clone().unwrap_or_else(runtime_files),
             relay: if notify.exists() { Relay::to(&notify) } else { Relay::new() },
         });
         let (publisher, accepted) = (shim.clone(), self.accepted.clone());
@@ -212,6 +212,11 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         });
+    }
+
+    /// From now on, the disks of OCI runtimes do not answer until the result is dropped.
+    pub(crate) fn occupy_runtime_files(&mut self) -> impl Sized + use<> {
+        self.occupied.insert(runtime_files()).occupy(&self.task)
     }
 
     /// Makes the bundle anew, as containerd does for each Create.
@@ -276,6 +281,10 @@ impl Drop for World {
             &Path::new("/").join(name::namespace_slice(&self.task.namespace).unwrap().as_str()),
         );
     }
+}
+
+pub(crate) fn runtime_files() -> RuntimeFiles {
+    RuntimeFiles::new(config::RUNTIME_FILES_LIMIT)
 }
 
 /// After this time, a daemon without calls has nothing left to do. The clock is paused: it takes no time.

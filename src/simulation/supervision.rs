@@ -20,7 +20,7 @@ use crate::suspect::Crashes;
 use crate::sys;
 use crate::unit::fake::Sleeper;
 
-use super::harness::{Step, World};
+use super::harness::{Step, World, runtime_files};
 use super::runtime::Starts;
 use super::scenarios::{UP, WITH_EXEC, cgroups, exit_after, up};
 
@@ -280,7 +280,7 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     let execs = vec![world.exec_unit()];
     let removed = async {
         let (manager, oci, files) = (&*world.systemd, &runtime, &ClientFiles::new(config::FILES_LIMIT));
-        let runtime_files = &world.runtime_files;
+        let runtime_files = &runtime_files();
         let removal =
             Removal { manager, oci, files, runtime_files, task: &task, dir: &dir, stop: Stop::Killed };
         removal.of_task(async { execs }).await
@@ -294,8 +294,8 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
 
 #[test]
 fn a_delete_can_be_repeated_once_the_disk_of_the_runtime_answers() {
-    let world = up("dead-root", &[Step::Create, Step::Start, Step::Kill]);
-    let disk = world.runtime_files.occupy(&world.task);
+    let mut world = up("dead-root", &[Step::Create, Step::Start, Step::Kill]);
+    let disk = world.occupy_runtime_files();
     let refused = world.take(&[Step::Delete], Delivery::First).unwrap().unwrap_err();
     assert!(
         matches!(&refused, Error::NotRemoved { reason, .. } if reason.contains("do not answer")),
@@ -315,7 +315,7 @@ fn a_failed_start_kills_nobody_while_the_disk_of_the_runtime_does_not_answer() {
         world.live(move |shim| async move { shim.tasks.state(&init).unwrap().status }).unwrap()
     };
     world.starts = Starts::FailAfterwards;
-    let disk = world.runtime_files.occupy(&world.task);
+    let disk = world.occupy_runtime_files();
     world.take(&[Step::Start], Delivery::First).unwrap().unwrap_err();
     assert_eq!(status(&world), Status::Created);
     drop(disk);
@@ -336,7 +336,7 @@ fn a_recovery_is_not_held_up_by_the_disk_of_the_runtime() {
     // A daemon that reads the disk itself would see that init does not wait.
     let fifo = world.runtime_root().join("web/exec.fifo");
     fs::remove_file(&fifo).unwrap();
-    let disk = world.runtime_files.occupy(&world.task);
+    let disk = world.occupy_runtime_files();
     let init = world.init();
     let status = world.live(move |shim| async move {
         tokio::time::sleep(A_WHILE).await;

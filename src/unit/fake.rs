@@ -294,6 +294,8 @@ impl FakeSystemd {
     }
 
     async fn call(&self, verb: &'static str, unit: &UnitName) -> Result<(), Error> {
+        // An answer of the bus never comes at once.
+        tokio::task::yield_now().await;
         let reached = self.effects.reach(format!("{verb} {unit}")).await;
         reached.map_err(|failure| error(verb, unit.as_str(), failure))
     }
