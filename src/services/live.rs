@@ -12,7 +12,7 @@ use crate::cgroup::stats::MemoryEvents;
 use crate::cgroup::watch::Watched;
 use crate::id::{Owner, TaskKey};
 use crate::session::Session;
-use crate::stdio::rate::RateLimit;
+use crate::stdio::journal_policy::JournalPolicy;
 use crate::task::limits::Limits;
 
 use super::Error;
@@ -33,7 +33,7 @@ pub struct Live {
     pub(crate) client_input: Option<OwnedFd>,
     /// The limit of the output that the daemon copies to the journal. The init process has the limit of the whole
     /// container, for all execs.
-    pub(crate) journal_limit: Arc<RateLimit>,
+    pub(crate) journal_policy: Arc<JournalPolicy>,
     /// The size of the file with the process spec of an exec, in bytes. 0 once the file is removed.
     pub(crate) spec_bytes: u64,
     /// The socket to which the container sends its notifications.

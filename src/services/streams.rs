@@ -17,8 +17,11 @@ use crate::launch::contract::Kind;
 use crate::oci::metadata;
 use crate::session::fds::{StreamFds, StreamKind};
 use crate::session::{LogFiles, OpenStreams, Plan, ReopenMode, Session};
+use crate::stdio::journal;
 use crate::store::Store;
+use crate::unit::manager::usage::JournalSettings;
 use crate::unit::name;
+use crate::unit::policy::is_of_journal;
 use crate::unit::properties::{self, UnitMetadata};
 use crate::unit::systemd::Systemd;
 
@@ -62,7 +65,7 @@ impl Streams {
     /// # Errors
     /// The process has been deleted.
     pub(crate) fn plan(&self, entry: &Entry, process: &Process) -> Result<Plan, Error> {
-        let limit = entry.init.live().journal_limit.clone();
+        let policy = entry.init.live().journal_policy.clone();
         let task = entry.task();
         let recorded = task.process(process.exec());
         let recorded = recorded.ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
@@ -75,7 +78,7 @@ impl Streams {
             container: task.unit().clone(),
             slice: task.placement.slice().clone(),
             metadata: task.metadata(),
-            limit,
+            policy,
         })
     }
 
@@ -137,7 +140,7 @@ impl Streams {
         opened: OpenStreams,
     ) -> Result<(), Error> {
         if opened.has_journal_copy() {
-            self.set_journal_limit(entry).await;
+            self.set_journal_policy(entry).await;
         }
         self.begin(entry, process, opened).await
     }
@@ -198,8 +201,8 @@ impl Streams {
                 if opened.has_journal_copy() {
                     // Nothing is dropped while the daemon does not know the limit. A restart with many containers does not
                     // wait for it.
-                    entry.init.live().journal_limit.set(0, u32::MAX);
-                    tokio::spawn(self.set_journal_limit(entry));
+                    entry.init.live().journal_policy.set(0, u32::MAX);
+                    tokio::spawn(self.set_journal_policy(entry));
                 }
                 self.begin(entry, process, opened).await
             }
@@ -210,16 +213,25 @@ impl Streams {
         }
     }
 
-    /// Gives the daemon's copy of a container's output the rate limit of its unit.
-    fn set_journal_limit(&self, entry: &Entry) -> impl Future<Output = ()> + Send + use<> {
+    /// Gives the daemon's copy of a container's output the rate limit and the fields of its unit.
+    fn set_journal_policy(&self, entry: &Entry) -> impl Future<Output = ()> + Send + use<> {
         let (manager, key, unit) = (self.manager.clone(), entry.key.clone(), entry.init.unit.clone());
-        let limit = entry.init.live().journal_limit.clone();
+        let policy = entry.init.live().journal_policy.clone();
+        let (own, is_given) = {
+            let task = entry.task();
+            let is_given = task.properties.iter().any(|property| is_of_journal(&property.name));
+            (task.fields.clone(), is_given)
+        };
         async move {
-            match manager.log_rate_limit(&unit).await {
-                Ok((interval_usec, burst)) => limit.set(interval_usec, burst),
+            match manager.journal_settings(&unit, is_given).await {
+                Ok(JournalSettings { interval_usec, burst, fields }) => {
+                    let own: Vec<&str> = own.iter().map(|(name, _)| name.as_str()).collect();
+                    policy.set_fields(journal::more_fields(&fields, &own));
+                    policy.set(interval_usec, burst);
+                }
                 Err(error) => {
-                    tracing::debug!(task = %key, %error, "task {key}: can't read the rate limit of its unit, using the default of journald: {error}");
-                    limit.set(0, 0);
+                    tracing::debug!(task = %key, %error, "task {key}: can't read the rate limit and the fields of its unit, using the defaults of journald: {error}");
+                    policy.set(0, 0);
                 }
             }
         }

@@ -336,7 +336,7 @@ impl Plan {
         let pipe = bridge(before.readers.pop(), before.writers.pop(), |ends| {
             fds.store(kind, self.wiring.store_number, ends);
         })?;
-        Ok(Some(Aside::new(pipe, self.journal_lines(log_pipe), self.limit.clone())))
+        Ok(Some(Aside::new(pipe, self.journal_lines(log_pipe), self.policy.clone())))
     }
 
     fn copies(&self, log_pipe: &str, to: &Copied, file: Option<LogFile>) -> Vec<pump::Sink> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::id::{ProcessKey, UnitName};
 use crate::oci::metadata;
 use crate::stdio::journal::Lines;
-use crate::stdio::rate::RateLimit;
+use crate::stdio::journal_policy::JournalPolicy;
 use crate::task::TaskMetadata;
 use crate::task::wiring::Wiring;
 
@@ -27,8 +27,8 @@ pub struct Plan {
     pub slice: UnitName,
     /// How journal lines name the container.
     pub metadata: TaskMetadata,
-    /// How much of the container's output goes to the journal.
-    pub limit: Arc<RateLimit>,
+    /// The rate limit and the fields of the unit, for the output that goes to the journal.
+    pub policy: Arc<JournalPolicy>,
 }
 
 impl Plan {
@@ -56,7 +56,7 @@ impl Plan {
             identifier,
             fields.chain(exec),
             partial.to_owned(),
-            self.limit.clone(),
+            self.policy.clone(),
         )
     }
 }

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::*;
 use crate::id::{ExecId, Namespace, TaskId, TaskKey, UnitName};
 use crate::launch::pipes;
-use crate::stdio::rate::RateLimit;
+use crate::stdio::journal_policy::JournalPolicy;
 use crate::task::TaskMetadata;
 use crate::task::wiring::{Copied, JournalCopy, Logger, Output, Sink};
 use crate::unit::fd_store::FdStore;
@@ -52,7 +52,7 @@ impl Scratch {
             container: unit("web.service"),
             slice: unit("web.slice"),
             metadata: TaskMetadata { description: "web".to_owned(), fields: Vec::new() },
-            limit: Arc::new(RateLimit::default()),
+            policy: Arc::new(JournalPolicy::default()),
         }
     }
 }

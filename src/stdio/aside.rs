@@ -10,8 +10,8 @@ use tokio::io::unix::AsyncFd;
 use crate::sys;
 
 use super::journal::Lines;
+use super::journal_policy::JournalPolicy;
 use super::pipe::{CHUNK, PipePair, Scratch};
-use super::rate::RateLimit;
 
 /// The largest size of the pipe of an [`Aside`]: as much as the default rate limit allows in lines of 100 bytes. The pipe
 /// has the default 64 KiB until it is full for the first time. It counts for no user that others need ([`sys::quota`]).
@@ -22,18 +22,18 @@ pub(super) const CAPACITY: i32 = 1 << 20;
 pub struct Aside {
     pipe: PipePair,
     lines: Lines,
-    limit: Arc<RateLimit>,
+    policy: Arc<JournalPolicy>,
 }
 
 impl Aside {
     /// Makes a copy: `lines` gets the output from the pipe, up to the limit.
-    pub fn new(pipe: PipePair, lines: Lines, limit: Arc<RateLimit>) -> Self {
-        Self { pipe, lines, limit }
+    pub fn new(pipe: PipePair, lines: Lines, policy: Arc<JournalPolicy>) -> Self {
+        Self { pipe, lines, policy }
     }
 
     /// The writing side, the reading end of the pipe, and the journal's lines.
     pub(super) fn split(self) -> (Diverter, AsyncFd<OwnedFd>, Lines) {
-        (Diverter::new(self.pipe.writer, self.limit), self.pipe.reader, self.lines)
+        (Diverter::new(self.pipe.writer, self.policy), self.pipe.reader, self.lines)
     }
 }
 
@@ -41,7 +41,7 @@ impl Aside {
 #[derive(Debug)]
 pub struct Diverter {
     pipe: AsyncFd<OwnedFd>,
-    pub(super) limit: Arc<RateLimit>,
+    pub(super) policy: Arc<JournalPolicy>,
     /// True if output was dropped since the last copy.
     pub(super) has_gap: bool,
     /// Allocated while there is output.
@@ -57,8 +57,8 @@ pub(super) enum Diverted {
 }
 
 impl Diverter {
-    pub(super) fn new(pipe: AsyncFd<OwnedFd>, limit: Arc<RateLimit>) -> Self {
-        Self { pipe, limit, has_gap: false, scratch: None }
+    pub(super) fn new(pipe: AsyncFd<OwnedFd>, policy: Arc<JournalPolicy>) -> Self {
+        Self { pipe, policy, has_gap: false, scratch: None }
     }
 
     /// Copies up to `most` bytes of a pipe, and leaves them there. EAGAIN: the pipe is empty.
@@ -66,7 +66,7 @@ impl Diverter {
     /// The copy goes through a buffer: tee(2) into the pipe would use one of its 16 buffers for each write of the container,
     /// however short the write is.
     pub(super) async fn divert(&mut self, from: &AsyncFd<OwnedFd>, most: usize) -> Result<Diverted, Errno> {
-        if !self.is_open() && (self.limit.is_exhausted() || !self.opens_after_a_turn().await) {
+        if !self.is_open() && (self.policy.is_exhausted() || !self.opens_after_a_turn().await) {
             self.scratch = None;
             return Ok(Diverted::Skipped);
         }
@@ -97,7 +97,7 @@ impl Diverter {
         if self.is_open() {
             self.copy(bytes).await;
         } else {
-            self.limit.drop_bytes(bytes.len());
+            self.policy.drop_bytes(bytes.len());
         }
     }
 
@@ -110,7 +110,7 @@ impl Diverter {
         }
         if written < bytes.len() {
             self.has_gap = true;
-            self.limit.drop_bytes(bytes.len() - written);
+            self.policy.drop_bytes(bytes.len() - written);
         }
     }
 
@@ -131,8 +131,8 @@ impl Diverter {
     /// True if output may be copied now. After a gap, the copy starts with a new line: the journal must not join parts of
     /// different lines.
     fn is_open(&mut self) -> bool {
-        self.has_gap |= self.limit.is_exhausted();
-        if self.has_gap && !self.limit.is_exhausted() {
+        self.has_gap |= self.policy.is_exhausted();
+        if self.has_gap && !self.policy.is_exhausted() {
             self.has_gap = nix::unistd::write(&self.pipe, b"\n") != Ok(1);
         }
         !self.has_gap

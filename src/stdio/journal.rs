@@ -19,7 +19,7 @@ use tokio::net::UnixDatagram;
 
 use crate::telemetry::journal::{MESSAGE_DROPPED, SOCKET, push_field};
 
-use super::rate::{Admission, Missing, RateLimit};
+use super::journal_policy::{Admission, JournalPolicy, Missing};
 
 /// The longest line. Longer ones are split, as journald does with its own streams (`LineMax=`).
 const LINE_MAX: usize = 48 << 10;
@@ -49,7 +49,7 @@ pub struct Lines {
     kept: PathBuf,
     /// True if the file has all of the incomplete line.
     is_kept: bool,
-    limit: Arc<RateLimit>,
+    policy: Arc<JournalPolicy>,
     /// Lines that journald did not accept, and that were not reported yet.
     unsent: Missing,
     line_max: usize,
@@ -70,7 +70,7 @@ impl Lines {
         identifier: &'a str,
         fields: impl IntoIterator<Item = (&'a str, &'a str)>,
         kept: PathBuf,
-        limit: Arc<RateLimit>,
+        policy: Arc<JournalPolicy>,
     ) -> Self {
         let head = head(unit, identifier, fields);
         let (partial, is_kept) = match std::fs::read(&kept) {
@@ -78,13 +78,13 @@ impl Lines {
             Err(error) => (Vec::new(), error.kind() == io::ErrorKind::NotFound),
         };
         let (unsent, line_max) = (Missing::default(), LINE_MAX);
-        Self { socket: None, head, partial, kept, is_kept, limit, unsent, line_max }
+        Self { socket: None, head, partial, kept, is_kept, policy, unsent, line_max }
     }
 
     /// A stream of lines to the other end of this socket.
     #[cfg(test)]
-    pub(super) fn connected(socket: UnixDatagram, kept: PathBuf, limit: Arc<RateLimit>) -> Self {
-        let lines = Self::new("u.service", "id", [("CONTAINER_ID", "web")], kept, limit);
+    pub(super) fn connected(socket: UnixDatagram, kept: PathBuf, policy: Arc<JournalPolicy>) -> Self {
+        let lines = Self::new("u.service", "id", [("CONTAINER_ID", "web")], kept, policy);
         Self { socket: Some(socket), ..lines }
     }
 
@@ -128,7 +128,7 @@ impl Lines {
         if !self.partial.is_empty() {
             self.flush().await;
         }
-        let dropped = self.limit.take_dropped();
+        let dropped = self.policy.take_dropped();
         self.say_dropped(dropped).await;
         if !self.unsent.is_nothing() && !self.say_unsent().await {
             let Missing { lines, bytes } = self.unsent;
@@ -161,7 +161,7 @@ impl Lines {
     }
 
     async fn send(&mut self, line: &[u8]) {
-        match self.limit.admit(line.len()) {
+        match self.policy.admit(line.len()) {
             Admission::Dropped => return,
             Admission::Passes(dropped) => self.say_dropped(dropped).await,
         }
@@ -218,7 +218,8 @@ impl Lines {
         message: &[u8],
         patience: Duration,
     ) -> Result<(), Undelivered> {
-        let datagram = datagram(&self.head, priority, fields, message);
+        let mut datagram = datagram(&self.head, priority, fields, message);
+        datagram.extend_from_slice(&self.policy.fields());
         for _ in 0..2 {
             let socket = match self.socket.as_ref() {
                 Some(socket) => socket,
@@ -269,6 +270,22 @@ pub fn head<'a>(
         push_field(&mut head, name, value.as_bytes());
     }
     head
+}
+
+/// Fields in the form `NAME=value`, encoded. Those that are not in this form, and those whose name is among `but`, are left out.
+pub fn more_fields(fields: &[Vec<u8>], but: &[&str]) -> Vec<u8> {
+    let mut encoded = Vec::new();
+    for field in fields {
+        let Some((name, value)) = memchr::memchr(b'=', field).map(|end| field.split_at(end)) else {
+            continue;
+        };
+        if let (Ok(name), [b'=', value @ ..]) = (str::from_utf8(name), value)
+            && !but.contains(&name)
+        {
+            push_field(&mut encoded, name, value);
+        }
+    }
+    encoded
 }
 
 /// A line as a datagram for journald.
@@ -354,6 +371,21 @@ mod tests {
         assert_eq!(std::fs::read(&kept).unwrap(), b"first second");
     }
 
+    #[tokio::test]
+    async fn each_line_has_the_fields_of_the_unit_that_the_stream_does_not_have() {
+        let (mut lines, journald, _dir) = lines();
+        let fields =
+            ["CONTAINER_ID=web", "SITE=a=b", "BINARY=\u{1}\n", "none"].map(|field| field.as_bytes().to_vec());
+        lines.policy.set_fields(more_fields(&fields, &["CONTAINER_ID"]));
+        lines.write(b"hello\n").await;
+        let mut expected = b"hello\n".to_vec();
+        for (name, value) in [("SITE", "a=b"), ("BINARY", "\u{1}\n")] {
+            push_field(&mut expected, name, value.as_bytes());
+        }
+        expected.pop();
+        assert_eq!(received(&journald).await, expected);
+    }
+
     #[test]
     fn fields_are_length_prefixed_so_that_any_value_is_safe() {
         let lines = Lines::new(
@@ -375,7 +407,7 @@ mod tests {
     #[tokio::test]
     async fn lines_that_the_rate_limit_drops_are_counted_in_the_journal() {
         let (mut lines, journald, _dir) = lines();
-        lines.limit.set(3_600_000_000, 2);
+        lines.policy.set(3_600_000_000, 2);
         lines.write(b"one\ntwo\nthree\nfour\n").await;
         lines.finish().await;
         assert_eq!((said(&journald).await.as_str(), said(&journald).await.as_str()), ("one", "two"));

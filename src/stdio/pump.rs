@@ -124,9 +124,9 @@ pub async fn copy(
     let Stop { when_empty, now: stop } = stop;
     let (diverter, mut journal) = match sinks.aside.take().map(Aside::split) {
         Some((diverter, reader, lines)) => {
-            let limit = diverter.limit.clone();
+            let policy = diverter.policy.clone();
             let sinks = Sinks { copies: vec![Sink::Journal(lines)], ..Sinks::default() };
-            (Some(diverter), Some((reader, sinks, limit)))
+            (Some(diverter), Some((reader, sinks, policy)))
         }
         None => (None, None),
     };
@@ -143,7 +143,7 @@ pub async fn copy(
         ended.cancel();
     };
     let journal = async {
-        if let Some((reader, sinks, limit)) = &mut journal {
+        if let Some((reader, sinks, policy)) = &mut journal {
             let is_late = async {
                 ended.cancelled().await;
                 tokio::time::sleep(late).await;
@@ -151,7 +151,7 @@ pub async fn copy(
             tokio::select! {
                 copied = spread(reader, sinks, CHUNK, ended.cancelled(), ended.cancelled()) => log_failure(copied),
                 () = stop.cancelled() => {}
-                () = is_late => limit.drop_bytes(length_in(reader)),
+                () = is_late => policy.drop_bytes(length_in(reader)),
             }
             Box::pin(finish(sinks)).await;
         }
@@ -285,7 +285,7 @@ async fn move_all(
     let mut end = End::new(over, complete);
     loop {
         // Waits for room before duplicating: if the daemon ended while it waits, the duplicate would be made twice.
-        let duplicates = diverter.as_ref().is_some_and(|diverter| !diverter.limit.is_exhausted());
+        let duplicates = diverter.as_ref().is_some_and(|diverter| !diverter.policy.is_exhausted());
         if duplicates && found(from, PollFlags::POLLIN)? {
             end.room_in(to).await?;
         }
@@ -300,7 +300,7 @@ async fn move_all(
                     Ok(length)
                 }
                 Ok(Diverted::Skipped) => splice(from, None, to, None, CHUNK, NO_WAIT)
-                    .inspect(|moved| diverter.limit.drop_bytes(*moved)),
+                    .inspect(|moved| diverter.policy.drop_bytes(*moved)),
                 Err(errno) => Err(errno),
             },
         };

@@ -75,6 +75,20 @@ pub(super) fn conflict(search_path: &Directories, unit: &str) -> Option<String> 
     })
 }
 
+/// Whether a drop-in of a service, or one for all services, has a setting that also holds for the output that the daemon copies to
+/// the journal ([`is_of_journal`]).
+pub(super) fn sets_journal(search_path: &Directories, unit: &str) -> bool {
+    let for_all = search_path.drop_ins_for(service_d::SERVICE.trim_start_matches('.'));
+    let for_all = for_all.flat_map(|file| settings_of(&file));
+    settings_in(search_path, unit).into_iter().chain(for_all).any(|setting| is_of_journal(&setting.name))
+}
+
+/// Whether a setting or a property holds for output that the daemon copies to the journal: `LogRateLimitIntervalSec=`,
+/// `LogRateLimitBurst=` or `LogExtraFields=`.
+pub fn is_of_journal(name: &str) -> bool {
+    name.starts_with("LogRateLimit") || name == "LogExtraFields"
+}
+
 /// The settings in the drop-ins of a unit that restrict the OCI runtime, or end it, each with its file. `None` if there are
 /// none.
 pub(super) fn restrictions(unit: &str) -> Option<String> {
@@ -242,6 +256,22 @@ mod tests {
             units.write("etc/containerd-default-.service.d/x.conf", setting);
             assert_eq!(units.conflict(CONTAINER).is_some(), container, "{setting}");
             assert_eq!(units.conflict(EXEC).is_some(), exec, "{setting}");
+        }
+    }
+
+    #[test]
+    fn settings_about_the_journal_are_found_in_all_drop_ins_of_the_unit() {
+        for (file, text, is_found) in [
+            ("containerd-default-.service.d", "[Service]\nLogExtraFields=A=b\n", true),
+            ("service.d", "[Service]\nLogRateLimitBurst = 5\n", true),
+            ("service.d", "[Service]\nLogRateLimitIntervalSec=1min\n", true),
+            ("containerd-other-.service.d", "[Service]\nLogExtraFields=A=b\n", false),
+            ("containerd-default-.service.d", "[Service]\nLogLevelMax=info\n", false),
+        ] {
+            let units = units();
+            units.write(&format!("etc/{file}/x.conf"), text);
+            let dirs = Directories::open([units.0.path().join("etc")]);
+            assert_eq!(sets_journal(&dirs, CONTAINER), is_found, "{file}: {text}");
         }
     }
 

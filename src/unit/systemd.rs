@@ -16,7 +16,7 @@ use super::job::StartJob;
 use super::main_process::MainProcess;
 use super::manager::Manager;
 use super::manager::query::Starting;
-use super::manager::usage::Usage;
+use super::manager::usage::{JournalSettings, Usage};
 use super::properties::Properties;
 
 /// The calls to systemd that operations make.
@@ -188,11 +188,11 @@ pub trait Systemd: Send + Sync {
     /// systemd can't be reached.
     async fn stop_limit(&self, unit: &UnitName) -> Result<u64, Error>;
 
-    /// The rate limit of a unit's output in the journal: microseconds and lines, each 0 if it is not set.
+    /// What the settings of a unit say about its output in the journal. `is_given`: it was started with such a property.
     ///
     /// # Errors
     /// systemd can't be reached.
-    async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error>;
+    async fn journal_settings(&self, unit: &UnitName, is_given: bool) -> Result<JournalSettings, Error>;
 
     /// The slices of this runtime that are active.
     ///
@@ -336,8 +336,8 @@ impl Systemd for Manager {
         Self::stop_limit(self, unit).await
     }
 
-    async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {
-        Self::log_rate_limit(self, unit).await
+    async fn journal_settings(&self, unit: &UnitName, is_given: bool) -> Result<JournalSettings, Error> {
+        Self::journal_settings(self, unit, is_given).await
     }
 
     async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {

@@ -142,7 +142,7 @@ fn a_container_costs_few_messages_programs_files_and_moves() {
         &node,
         life,
         &[
-            ("calls of the daemon", 7, calls),
+            ("calls of the daemon", 5, calls),
             ("signals of systemd", 40, signals),
             ("executors", 1, executors),
             ("own programs", 3, own_programs),

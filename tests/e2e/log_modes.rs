@@ -245,10 +245,12 @@ fn any_user_can_open_its_own_stdout_again() {
     let node = Node::shared();
     for kind in [Kind::Init, Kind::Exec] {
         for uid in [0, 1000] {
-            let script = "echo first && echo second > /dev/stdout && echo third > /dev/stderr";
-            let ran = Ran::new(&node, log("journal"), kind, Spec::sh(script).user(uid, uid), true);
-            for line in ["first", "second", "third"] {
-                assert_eq!(ran.shown(line, 1).len(), 1, "{line}, {kind:?}, uid {uid}");
+            for (mode, has_client) in [("journal", true), ("journal", false), ("auto", false)] {
+                let script = "echo first && echo second > /dev/stdout && echo third > /dev/stderr";
+                let ran = Ran::new(&node, log(mode), kind, Spec::sh(script).user(uid, uid), has_client);
+                for line in ["first", "second", "third"] {
+                    assert_eq!(ran.shown(line, 1).len(), 1, "{line}, {mode}, {kind:?}, uid {uid}");
+                }
             }
         }
     }

@@ -12,6 +12,7 @@ use crate::common::stdio::{Fifos, Scratch};
 use crate::common::systemd::{self, DropIn};
 use crate::common::task::{Io, SIGTERM};
 use crate::common::{process, wait};
+use crate::log_modes;
 
 /// Ends with 143 on SIGTERM, also as PID 1 of a pid namespace.
 const ENDS_ON_TERM: &str = "trap 'exit 143' TERM; echo ready; sleep 100000 & wait";
@@ -202,18 +203,20 @@ fn a_drop_in_of_the_namespace_applies_to_its_containers() {
     let namespace = "e2e-policy";
     let policy = "[Service]\nTimeoutStopSec=1s\nEnvironment=E2E=1\nLogExtraFields=E2E_POLICY=yes\n";
     let _drop_in = DropIn::for_namespace(namespace, policy);
-    let container = node
-        .container("policy", Spec::sh("echo under policy; exec sleep 100000"))
-        .namespace(namespace)
-        .started(&Io::default());
+    // The daemon copies the output, or the unit has a socket of the journal.
+    for mode in ["auto", "client"] {
+        let logged = node.container("policy", Spec::sh("echo under policy"));
+        let logged = logged.namespace(namespace).options(log_modes::log(mode)).started(&Io::default());
+        let id = format!("CONTAINER_ID={}", logged.id);
+        wait::until_true("a line with the fields of both", || {
+            systemd::messages(&[&id, "E2E_POLICY=yes"]).contains(&"under policy".to_string())
+        });
+    }
+    let container = node.container("policy", Spec::sleeping()).namespace(namespace).started(&Io::default());
     let unit = systemd::unit_of(&container);
     assert_eq!(systemd::property(&unit, "TimeoutStopUSec"), "1s");
     let environment = systemd::property(&unit, "Environment");
     assert!(environment.split(' ').any(|variable| variable == "E2E=1"), "{environment}");
-    let id = format!("CONTAINER_ID={}", container.id);
-    wait::until_true("a line with the fields of both", || {
-        systemd::messages(&[&id, "E2E_POLICY=yes"]).contains(&"under policy".to_string())
-    });
     // PID 1 of a pid namespace ignores SIGTERM, so this ends after the limit of the policy.
     process::succeed("systemctl", &["stop", &unit]);
     assert_eq!(container.exit_status(), 137);
@@ -226,7 +229,7 @@ fn without_client_stdio_the_output_is_in_the_journal() {
     let script = "echo one; echo two >&2; i=0; while [ $i -lt 100 ]; do echo line $i; i=$((i+1)); done";
     let container = node.container("journal", Spec::sh(script)).started(&Io::default());
     assert_eq!(container.exit_status(), 0);
-    let by_unit = format!("_SYSTEMD_UNIT={}", systemd::unit_of(&container));
+    let by_unit = format!("--unit={}", systemd::unit_of(&container));
     let by_id = format!("CONTAINER_ID={}", container.id);
     for by in [by_unit, by_id] {
         let messages = wait::until("the last line", || {

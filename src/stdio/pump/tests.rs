@@ -50,7 +50,7 @@ async fn short_writes_fill_the_pipe_and_the_copy_is_complete() {
     let ((source, writer), (client, to), (copy, aside)) = (pipe(), sink(), pipe_to_journal());
     let client = thread::spawn(move || text(client));
     let diverter = diverter(aside);
-    let limit = diverter.limit.clone();
+    let policy = diverter.policy.clone();
     let mut expected = String::new();
     fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1 << 20)).unwrap();
     for number in 0..100 {
@@ -76,7 +76,7 @@ async fn short_writes_fill_the_pipe_and_the_copy_is_complete() {
     drop(to);
     journal.push_str(&text(copy.into()));
     assert_eq!((client.join().unwrap(), journal), (expected.clone(), expected));
-    assert!(limit.take_dropped().is_nothing());
+    assert!(policy.take_dropped().is_nothing());
 }
 
 /// Each short write has a buffer of its own, in a pipe that is full of such writes already.
@@ -161,12 +161,12 @@ async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
     });
     let reading = thread::spawn(move || text(client).len());
     let diverter = diverter(aside);
-    let limit = diverter.limit.clone();
+    let policy = diverter.policy.clone();
     move_all(&source, &to, Some(diverter), pending(), pending()).await.unwrap();
     writing.join().unwrap();
     drop(to);
     assert_eq!(reading.join().unwrap(), total);
-    let (copied, dropped) = (text(copy).len(), limit.take_dropped().bytes as usize);
+    let (copied, dropped) = (text(copy).len(), policy.take_dropped().bytes as usize);
     assert_eq!(copied + dropped, total, "{copied} copied, {dropped} dropped");
     assert!(copied as i32 >= CAPACITY - PIECE as i32, "the pipe did not grow: {copied}");
 }
@@ -175,11 +175,11 @@ async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
 async fn output_after_a_gap_begins_with_a_new_line() {
     let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
     let mut diverter = diverter(aside);
-    diverter.limit.set(60_000_000, 1);
-    diverter.limit.admit(0);
+    diverter.policy.set(60_000_000, 1);
+    diverter.policy.admit(0);
     diverter.write(b"half of a li").await;
     assert!(diverter.has_gap);
-    diverter.limit.set(60_000_000, 100);
+    diverter.policy.set(60_000_000, 100);
     diverter.has_gap = true;
     writer.write_all(b"rest of a line\n").unwrap();
     drop(writer);
@@ -219,9 +219,9 @@ fn late_copy(kept: &std::path::Path, lines: usize) -> (Sinks, tokio::net::UnixDa
         nix::unistd::write(&writer, format!("{number}\n").as_bytes()).unwrap();
     }
     let (here, journald) = tokio::net::UnixDatagram::pair().unwrap();
-    let limit = Arc::<crate::stdio::rate::RateLimit>::default();
-    let lines = Lines::connected(here, kept.join("partial"), limit.clone());
-    let aside = Aside::new(PipePair::new(reader, writer).unwrap(), lines, limit);
+    let policy = Arc::<crate::stdio::journal_policy::JournalPolicy>::default();
+    let lines = Lines::connected(here, kept.join("partial"), policy.clone());
+    let aside = Aside::new(PipePair::new(reader, writer).unwrap(), lines, policy);
     (Sinks { aside: Some(aside), ..Sinks::default() }, journald)
 }
 

@@ -13,7 +13,7 @@ use crate::unit::error::Error;
 use crate::unit::job::StartJob;
 use crate::unit::main_process::MainProcess;
 use crate::unit::manager::query::Starting;
-use crate::unit::manager::usage::Usage;
+use crate::unit::manager::usage::{JournalSettings, Usage};
 use crate::unit::properties::Properties;
 use crate::unit::systemd::Systemd;
 
@@ -202,9 +202,8 @@ impl Systemd for FakeSystemd {
         Ok(10_000_000)
     }
 
-    async fn log_rate_limit(&self, unit: &UnitName) -> Result<(u64, u32), Error> {
-        self.call("read", unit).await?;
-        Ok((0, 0))
+    async fn journal_settings(&self, _: &UnitName, _: bool) -> Result<JournalSettings, Error> {
+        Ok(JournalSettings::default())
     }
 
     async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {

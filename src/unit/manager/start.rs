@@ -252,10 +252,10 @@ impl Manager {
 }
 
 /// What the drop-ins of a unit say.
-pub(super) async fn of_files(
+pub(super) async fn of_files<T: Send + 'static>(
     unit: &UnitName,
-    look: impl FnOnce(&str) -> Option<String> + Send + 'static,
-) -> Option<String> {
+    look: impl FnOnce(&str) -> Option<T> + Send + 'static,
+) -> Option<T> {
     let unit = unit.clone();
     // The await fails only while the daemon ends.
     tokio::task::spawn_blocking(move || look(unit.as_str())).await.ok()?

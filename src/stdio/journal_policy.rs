@@ -1,7 +1,7 @@
-//! The rate limit for the output that the daemon copies to the journal: the limit that journald has for a service
-//! (journald.conf(5), `RateLimitIntervalSec=`, `RateLimitBurst=`).
+//! What holds for the output that the daemon copies to the journal: the rate limit that journald has for a service
+//! (journald.conf(5), `RateLimitIntervalSec=`, `RateLimitBurst=`), and the fields of the unit (systemd.exec(5), `LogExtraFields=`).
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -43,9 +43,9 @@ pub enum Admission {
     Dropped,
 }
 
-/// The limit of a unit, which its container and all execs share.
+/// The rate limit and the fields of a unit, which its container and all execs share.
 #[derive(Debug)]
-pub struct RateLimit {
+pub struct JournalPolicy {
     state: Mutex<State>,
 }
 
@@ -56,6 +56,7 @@ struct State {
     began: Option<Instant>,
     passed: u32,
     dropped: Missing,
+    fields: Arc<[u8]>,
 }
 
 impl State {
@@ -69,20 +70,29 @@ impl State {
     }
 }
 
-impl Default for RateLimit {
+impl Default for JournalPolicy {
     fn default() -> Self {
-        let state =
-            State { interval: INTERVAL, burst: BURST, began: None, passed: 0, dropped: Missing::default() };
-        Self { state: Mutex::new(state) }
+        let (began, passed, dropped, fields) = (None, 0, Missing::default(), Arc::default());
+        Self { state: Mutex::new(State { interval: INTERVAL, burst: BURST, began, passed, dropped, fields }) }
     }
 }
 
-impl RateLimit {
+impl JournalPolicy {
     /// Sets the limit of a unit, as systemd reports it. If one of the two values is not set (0), journald's default is used.
     pub fn set(&self, interval_usec: u64, burst: u32) {
         let mut state = self.state();
         state.interval = if interval_usec == 0 { INTERVAL } else { Duration::from_micros(interval_usec) };
         state.burst = if burst == 0 { BURST } else { burst };
+    }
+
+    /// Sets the fields of each line, in addition to those of its stream. `fields`: encoded for journald.
+    pub fn set_fields(&self, fields: Vec<u8>) {
+        self.state().fields = fields.into();
+    }
+
+    /// The additional fields of each line, encoded for journald.
+    pub fn fields(&self) -> Arc<[u8]> {
+        self.state().fields.clone()
     }
 
     /// Decides whether a line of this length may be written. A long line counts as several ([`LINE`]).
@@ -126,25 +136,25 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_burst_passes_and_dropped_lines_are_counted_and_reported_once() {
-        let limit = RateLimit::default();
-        limit.set(1_000_000, 2);
+        let policy = JournalPolicy::default();
+        policy.set(1_000_000, 2);
         assert_eq!(
-            [limit.admit(1), limit.admit(1), limit.admit(5), limit.admit(7)],
+            [policy.admit(1), policy.admit(1), policy.admit(5), policy.admit(7)],
             [FREE, FREE, Admission::Dropped, Admission::Dropped]
         );
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(limit.admit(1), Admission::Passes(Missing { lines: 2, bytes: 12 }));
-        assert_eq!(limit.admit(1), FREE);
-        assert_eq!(limit.admit(3), Admission::Dropped);
-        assert_eq!(limit.take_dropped(), Missing { lines: 1, bytes: 3 });
-        assert!(limit.take_dropped().is_nothing());
+        assert_eq!(policy.admit(1), Admission::Passes(Missing { lines: 2, bytes: 12 }));
+        assert_eq!(policy.admit(1), FREE);
+        assert_eq!(policy.admit(3), Admission::Dropped);
+        assert_eq!(policy.take_dropped(), Missing { lines: 1, bytes: 3 });
+        assert!(policy.take_dropped().is_nothing());
     }
 
     #[tokio::test]
     async fn limits_that_systemd_does_not_set_are_those_of_journald() {
-        let limit = RateLimit::default();
-        limit.set(0, 0);
-        assert!((0..BURST).all(|_| limit.admit(1) == FREE));
-        assert_eq!(limit.admit(1), Admission::Dropped);
+        let policy = JournalPolicy::default();
+        policy.set(0, 0);
+        assert!((0..BURST).all(|_| policy.admit(1) == FREE));
+        assert_eq!(policy.admit(1), Admission::Dropped);
     }
 }
