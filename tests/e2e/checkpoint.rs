@@ -15,6 +15,7 @@ use crate::common::stdio::{Fifos, Scratch};
 use crate::common::task::{Io, SIGKILL, SIGTERM, assert_refused};
 use crate::common::{cgroup, daemon, process, systemd, wait};
 use crate::crash_points::REQUEST;
+use crate::log_modes;
 
 /// True for the points of a checkpoint or of a restore.
 pub fn is_point(point: &str) -> bool {
@@ -131,9 +132,24 @@ fn without_a_usable_criu_nothing_is_changed() {
         assert!(!scratch.join("images").exists());
         assert_eq!(container.phase(), Status::Running);
     }
-    let silent = node.container("silent", Spec::sleeping()).started(&Io::default());
-    let (code, reason) = take(&shim, &silent, &scratch.text("images"), |_| {}).expect_err("a socket");
+}
+
+#[test]
+fn a_task_without_streams_of_its_client_can_be_checkpointed_unless_its_stdout_is_a_socket() {
+    needs!(OurShim, Criu);
+    let node = Node::exclusive();
+    let shim = Shim::connect(&node);
+    let scratch = Scratch::new("images");
+    let images = scratch.text("images");
+    let silent = |mode: &str| {
+        let container = node.container("silent", Spec::sleeping()).options(log_modes::log(mode));
+        container.started(&Io::default())
+    };
+    let (code, reason) = take(&shim, &silent("client"), &images, |_| {}).expect_err("a socket");
     assert_eq!(code, ttrpc::Code::FAILED_PRECONDITION, "{reason}");
+    assert!(reason.contains("Log ="), "{reason}");
+    take(&shim, &silent("auto"), &images, |_| {}).expect("checkpoint");
+    assert!(scratch.join("images").exists());
 }
 
 #[test]
