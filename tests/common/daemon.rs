@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::systemd::{self, DAEMON_SERVICE};
-use super::{process, wait};
+use super::{process, shim, wait};
 
 /// The pid of the daemon, if it runs. Read from `/proc`, because systemd may be re-executing. The guard of an earlier daemon
 /// may still exist: it has the same command line.
@@ -243,6 +243,8 @@ impl DropIn {
 
     pub fn new(text: &str) -> DropIn {
         let drop_in = DropIn;
+        // In a new guest, the service does not exist before its first use.
+        shim::socket();
         std::fs::create_dir_all(Self::DIRECTORY).expect("make the directory of a drop-in");
         std::fs::write(format!("{}/50-test.conf", Self::DIRECTORY), text).expect("write a drop-in");
         process::succeed("systemctl", &["daemon-reload"]);
