@@ -35,6 +35,10 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
+    // As under runc.v2. A logger works without its bundle, too.
+    if process.task.request.bundle.is_dir() {
+        command.current_dir(&process.task.request.bundle);
+    }
     sys::place_from_three(open_pipes(process)?).map_err(system("place the pipes"))?;
     Err(Error::System { action: "run the logger", source: command.exec() })
 }

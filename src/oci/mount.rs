@@ -202,8 +202,11 @@ fn mount_by_call(
 fn mount_with_helper(item: &Mount, target: &Path) -> Result<(), Error> {
     let helper = "mount";
     let failed = |reason: String| Error::Helper { helper, kind: item.kind.clone(), reason };
+    // `direct-io` is for the loop device: containerd takes it out of the file system's options, too. mount(8) cannot set it.
+    let options: Vec<_> =
+        item.options.iter().map(String::as_str).filter(|option| *option != "direct-io").collect();
     let output = Command::new(helper)
-        .args(["-t", &item.kind, "-o", &item.options.join(","), "--", &item.source])
+        .args(["-t", &item.kind, "-o", &options.join(","), "--", &item.source])
         .arg(target)
         .stdin(Stdio::null())
         .output()

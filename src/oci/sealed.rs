@@ -34,6 +34,10 @@ use super::runtime::is_elf;
 /// A copy that was not used for this time is dropped, to free its memory.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
+/// The name of the copy in `/proc/PID/exe`: that of the copies that runc makes of itself (`CLONED_BINARY` in runc's cloned_binary.c).
+/// Programs that report executed memory files know this name.
+const NAME: &str = "runc_cloned:/proc/self/exe";
+
 /// The largest binary that is copied, in bytes. No runc is larger.
 const MAX_BYTES: u64 = 64 << 20;
 
@@ -204,8 +208,8 @@ fn make(binary: &Path) -> io::Result<Copy> {
         return Err(io::ErrorKind::FileTooLarge.into());
     }
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let memfd = memfd_create("runc", flags | MFdFlags::from_bits_retain(MFD_EXEC))
-        .or_else(|_| memfd_create("runc", flags))?;
+    let memfd = memfd_create(NAME, flags | MFdFlags::from_bits_retain(MFD_EXEC))
+        .or_else(|_| memfd_create(NAME, flags))?;
     let mut copy = File::from(memfd);
     io::copy(&mut source, &mut copy)?;
     copy.set_permissions(std::fs::Permissions::from_mode(0o755))?;

@@ -157,6 +157,8 @@ impl Shim {
         let dir = self.store.dir(&task.key);
         let resumed = async {
             if task.request.checkpoint.is_some() {
+                // A restore has no streams before Start. Its mounts may take minutes.
+                let _ = claimed.send(());
                 return self.prepare_restore(entry, &task, &dir).await;
             }
             self.resume_unit(entry, claimed).await?;

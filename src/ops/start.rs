@@ -74,9 +74,16 @@ impl Shim {
         let dir = self.store.dir(&task.key);
         let cli = runtime::Cli::of(task, &dir);
         let given_up = entry.init.live().attempt.given_up.clone();
+        let ended_unreleased = async {
+            init_is_gone(entry).await;
+            // The command of an init that was released may still run hooks. It has a time limit of its own.
+            if let Ok(false) = self.runtime_files.state(task, State::waits_for_start).await {
+                std::future::pending::<()>().await;
+            }
+        };
         let started = tokio::select! {
             started = self.oci.start(&cli) => started.map_err(Error::from),
-            () = init_is_gone(entry) => Err(Error::InitGone { key: task.key.clone() }),
+            () = ended_unreleased => Err(Error::InitGone { key: task.key.clone() }),
             () = given_up.cancelled() => Err(Error::GivenUp { process: entry.init.key.clone() }),
         };
         // If the disk with the runtime's state does not answer, init stays: another Start finds out whether it was released.

@@ -217,7 +217,7 @@ impl Shim {
         tokio::spawn(async move {
             let is_long = tokio::time::timeout(LONG_EXEC, process.ended()).await.is_err();
             let runs = is_long && entry.upgrade().is_some_and(|entry| entry.still_runs(&process));
-            if runs && let Err(error) = shim.manager.cancel_job_of(&process.unit).await {
+            if runs && let Err(error) = shim.manager.cancel_start_job_of(&process.unit).await {
                 tracing::warn!(process = %process.key, %error, "{}: can't cancel the start job of its unit: {error}", process.key);
             }
         });

@@ -46,6 +46,8 @@ pub struct Live {
     pub(crate) disk: OnDisk,
     /// The unit of an exec that has ended is being removed.
     pub(crate) removal: Option<JoinHandle<Result<(), Error>>>,
+    /// A Delete removes the exec. Its unit's name may be that of another exec soon.
+    pub(crate) is_deleted: bool,
     /// True while criu dumps its processes: criu thaws and freezes them.
     pub(crate) is_checkpointing: bool,
     /// True while the daemon queries systemd for the exit of the process.

@@ -342,7 +342,9 @@ impl Plan {
     fn copies(&self, log_pipe: &str, to: &Copied, file: Option<LogFile>) -> Vec<pump::Sink> {
         let mut copies: Vec<_> = file.map(pump::Sink::File).into_iter().collect();
         if to.journal == JournalCopy::Complete {
-            copies.push(pump::Sink::Journal(self.journal_lines(log_pipe)));
+            let lines = self.journal_lines(log_pipe);
+            let is_alone = to.client.is_none() && self.key.exec.is_none();
+            copies.push(pump::Sink::Journal(if is_alone { lines.alone() } else { lines }));
         }
         copies
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use crate::effects::{Effects, Failure};
+use crate::launch::contract::Kind;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::store::Store;
 use crate::unit::fake::FakeSystemd;
@@ -21,6 +22,8 @@ pub(crate) enum Starts {
     FailAfterwards,
     /// They do not end.
     Hang,
+    /// They work. The commands that mount the rootfs for a restore do not end.
+    AfterHangingMounts,
 }
 
 /// An OCI runtime that keeps a directory for each container, as runc does.
@@ -74,11 +77,15 @@ impl OciRuntime for FakeRuntime {
         &self,
         cli: &Cli<'_>,
         verb: &'static str,
-        _: Duration,
+        limit: Duration,
         command: &[String],
     ) -> Result<(), RuntimeError> {
         assert_eq!(command[1..3], ["launch", verb]);
         let kept = self.call(verb, cli).await?;
+        if self.starts == Starts::AfterHangingMounts && verb == Kind::Mount.word() {
+            tokio::time::sleep(limit).await;
+            return Err(RuntimeError::TimedOut { verb, limit });
+        }
         if verb != "checkpoint" {
             return Ok(());
         }

@@ -18,6 +18,7 @@ use crate::store::Store;
 use crate::supervise::cleanup::{Removal, Stop};
 use crate::suspect::Crashes;
 use crate::sys;
+use crate::task::request::Mount;
 use crate::unit::fake::Sleeper;
 
 use super::harness::{Step, World, runtime_files};
@@ -244,6 +245,24 @@ fn an_exit_that_systemd_does_not_confirm_changes_nothing() {
 }
 
 #[test]
+fn a_late_report_about_an_earlier_unit_of_this_name_kills_nobody() {
+    let world = up("earlier-unit", &UP);
+    let (systemd, unit, init) = (world.systemd.clone(), world.unit(), world.init());
+    let (_, container) = cgroups(&world);
+    cgroup::fake::make(&container);
+    fs::write(cgroup::dir(&container).join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
+    let exit = world.live(move |shim| async move {
+        let pid = shim.tasks.state(&init).unwrap().pid.unwrap();
+        systemd.tell_late(&unit, pid + 1, 9);
+        tokio::time::sleep(A_WHILE).await;
+        shim.tasks.state(&init).unwrap().exit
+    });
+    assert_eq!(exit, Some(None));
+    assert!(!cgroup::fake::is_to_be_killed(&container));
+    assert_eq!(world.events(), ["create", "start"]);
+}
+
+#[test]
 fn processes_that_init_left_behind_are_killed_before_its_exit_is_reported() {
     let world = up("left-behind", &UP);
     let (systemd, unit, (_, container)) = (world.systemd.clone(), world.unit(), cgroups(&world));
@@ -458,4 +477,21 @@ fn a_container_in_a_cgroup_of_its_client_is_watched_there_and_shares_no_limits_w
     world.take(&[Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
     assert_eq!(world.remains(), Vec::<String>::new());
     cgroup::fake::remove(path.parent().unwrap());
+}
+
+#[test]
+fn a_recovery_is_not_held_up_by_the_mounts_of_a_restore() {
+    let mut world = World::restoring("hanging-mounts");
+    world.starts = Starts::AfterHangingMounts;
+    let mut call = world.create_call();
+    let (kind, source) = ("tmpfs".to_owned(), "tmpfs".to_owned());
+    call.request.rootfs.push(Mount { kind, source, target: String::new(), options: Vec::new() });
+    world.live(move |shim| async move {
+        tokio::spawn(async move { shim.create(call, Delivery::First).await });
+    });
+    let passed = world.live(|_| async {
+        // The clock is paused, and has advanced by as much as the recovery has waited.
+        tokio::time::Instant::now().into_std().saturating_duration_since(std::time::Instant::now())
+    });
+    assert!(passed.is_some_and(|passed| passed < Duration::from_secs(60)), "{passed:?}");
 }

@@ -38,6 +38,9 @@ const PRIORITY_MISSING: &str = "4";
 /// a line again.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// As [`PATIENCE`], if the journal is the only place for the output of a container.
+const PATIENCE_ALONE: Duration = Duration::from_secs(10);
+
 /// A stream of lines. An incomplete line waits for its end.
 #[derive(Debug)]
 pub struct Lines {
@@ -53,6 +56,7 @@ pub struct Lines {
     /// Lines that journald did not accept, and that were not reported yet.
     unsent: Missing,
     line_max: usize,
+    patience: Duration,
 }
 
 /// Why a line did not reach journald.
@@ -78,7 +82,12 @@ impl Lines {
             Err(error) => (Vec::new(), error.kind() == io::ErrorKind::NotFound),
         };
         let (unsent, line_max) = (Missing::default(), LINE_MAX);
-        Self { socket: None, head, partial, kept, is_kept, policy, unsent, line_max }
+        Self { socket: None, head, partial, kept, is_kept, policy, unsent, line_max, patience: PATIENCE }
+    }
+
+    /// The same stream for output that goes nowhere else.
+    pub fn alone(self) -> Self {
+        Self { patience: PATIENCE_ALONE, ..self }
     }
 
     /// A stream of lines to the other end of this socket.
@@ -152,6 +161,20 @@ impl Lines {
         self.partial = line;
     }
 
+    /// True if lines are dropped at the moment, because they exceed the limit.
+    pub fn is_over_limit(&self) -> bool {
+        self.policy.is_exhausted()
+    }
+
+    /// Counts output as dropped that was not read, and the incomplete line before it.
+    pub fn skip(&mut self, bytes: usize) {
+        let partial = std::mem::take(&mut self.partial);
+        self.policy.drop_bytes(partial.len() + bytes);
+        if !partial.is_empty() {
+            self.is_kept = self.keep_partial().is_ok();
+        }
+    }
+
     async fn split(&mut self, limit: usize) {
         while self.partial.len() > limit {
             let rest = self.partial.split_off(limit);
@@ -171,7 +194,7 @@ impl Lines {
         let mut rest = line;
         loop {
             let (piece, after) = rest.split_at(rest.len().min(self.line_max));
-            match self.deliver(PRIORITY_OUTPUT, &[], piece, PATIENCE).await {
+            match self.deliver(PRIORITY_OUTPUT, &[], piece, self.patience).await {
                 Ok(()) if after.is_empty() => return,
                 Ok(()) => rest = after,
                 Err(Undelivered::TooLong) if self.line_max > LINE_MIN => self.line_max /= 2,

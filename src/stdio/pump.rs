@@ -351,6 +351,9 @@ async fn move_copied<O: Future<Output = ()>, C: Future<Output = ()>>(
     Ok(())
 }
 
+/// The pause after each [`CHUNK`] of output that is dropped because it exceeds the limit of the journal.
+const SKIP_PAUSE: Duration = Duration::from_millis(1);
+
 /// Copies from a pipe to every sink until the pipe ends, or, once `complete`, until it is empty. Moves up to `most` bytes
 /// at once, of which a copy comes twice if the daemon ends in between.
 async fn spread(
@@ -374,6 +377,23 @@ async fn spread(
                 looking.insert(once_there_is_room("output", open).await?)
             }
         };
+        if let ([Sink::Journal(lines)], None) = (&mut sinks.copies[..], &sinks.fifo)
+            && lines.is_over_limit()
+        {
+            match splice(from, None, &*nowhere, None, CHUNK, NO_WAIT) {
+                Ok(0) => return Ok(()),
+                Ok(moved) => {
+                    lines.skip(moved);
+                    // Otherwise a process that writes as fast as it can would occupy a thread of the daemon.
+                    tokio::time::sleep(SKIP_PAUSE).await;
+                }
+                Err(Errno::EAGAIN) if end.is_complete => return Ok(()),
+                Err(Errno::EAGAIN) => end.or_complete(data_in(from)).await?,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            continue;
+        }
         let mut length = match scratch.look(from, most) {
             Ok(0) => return Ok(()),
             Ok(length) => length,

@@ -167,8 +167,10 @@ impl Store {
     /// earlier Create left in the directory.
     ///
     /// # Errors
-    /// [`Error::Io`]. The directory is removed then.
+    /// The directory has a record that can't be read: its container may run, and the record is left unchanged. Or [`Error::Io`]:
+    /// the directory is removed then.
     pub fn create(&self, task: &Task, environment: &[u8]) -> Result<(), Error> {
+        self.load(&task.key)?;
         self.remove(&task.key)?;
         let dir = self.dir(&task.key);
         make_dir(&dir).map_err(io_error("create", &dir))?;

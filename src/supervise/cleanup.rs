@@ -266,7 +266,11 @@ impl Cleanup {
     pub(crate) async fn remove_exec(&self, entry: &Entry, process: &Process) -> Troubles {
         let mut troubles = Troubles::default();
         process.live().client_input = None;
-        let removal = process.live().removal.take();
+        let removal = {
+            let mut live = process.live();
+            live.is_deleted = true;
+            live.removal.take()
+        };
         let removed = match removal {
             Some(removal) => removal.await.is_ok_and(|removed| removed.is_ok()),
             None => false,
@@ -355,7 +359,7 @@ impl Cleanup {
             return;
         }
         let mut live = process.live();
-        if live.removal.is_none() {
+        if live.removal.is_none() && !live.is_deleted {
             let (manager, unit) = (self.manager.clone(), process.unit.clone());
             // systemd unloads the unit when it stops: it does not stay as a failed unit.
             live.removal = Some(tokio::spawn(async move { Ok(manager.stop(&unit).await?) }));

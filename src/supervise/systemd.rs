@@ -34,6 +34,9 @@ const UNKNOWN_STATUS: u32 = 255;
 /// How long the report of an end is delayed while the processes that init left behind are killed.
 const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
 
+/// How long [`Supervisor::reference_each`] waits for the operation that is under way for a task.
+const VERB_LIMIT: Duration = Duration::from_secs(5);
+
 /// How long the daemon waits before it references units again that it could not reference.
 const REFERENCE_PAUSE: Duration = Duration::from_secs(10);
 
@@ -135,7 +138,8 @@ impl Units {
         });
         let main = trusted_report(told, read);
         match main.ended {
-            // systemd has refused the process of the exec, and `launch` has ended in its place.
+            // systemd has refused the process of the exec, and `launch` has ended in its place; or the report is about an earlier
+            // unit of this name.
             Some(_) if is_of_another(entry, process, main) => self.query(entry, process).await,
             Some(ended) => self.ended(entry, process, seen(main, ended)),
             None => {
@@ -299,19 +303,26 @@ impl Units {
         let referred = all.into_iter().map(|entry| {
             let this = self.clone();
             async move {
-                let _verb = entry.init.verb.lock().await;
+                // Nobody deletes the task meanwhile.
+                let Ok(_verb) = tokio::time::timeout(VERB_LIMIT, entry.init.verb.lock()).await else {
+                    return Err(None);
+                };
                 if this.tasks.is_live(&entry) {
-                    this.manager.reference(&entry.init.unit).await
+                    this.manager.reference(&entry.init.unit).await.map_err(Some)
                 } else {
                     Ok(())
                 }
             }
         });
         let referred = futures_util::future::join_all(referred).await;
-        let mut failed = referred.into_iter().filter_map(Result::err);
-        let Some(error) = failed.next() else {
-            self.manager.forget_earlier_references();
+        let failed: Vec<_> = referred.into_iter().filter_map(Result::err).collect();
+        if failed.is_empty() {
+            self.manager.forget_earlier_references().await;
             return true;
+        }
+        let mut failed = failed.into_iter().flatten();
+        let Some(error) = failed.next() else {
+            return false;
         };
         let others = failed.count();
         tracing::warn!(%error, "can't reference a unit (and {others} others), so its exit code is lost if somebody stops it while the daemon is down; trying again: {error}");
@@ -342,10 +353,10 @@ fn trusted_report(told: MainProcess, read: Option<MainProcess>) -> MainProcess {
     read.filter(is_same).unwrap_or(told)
 }
 
-/// True if a report is about another process than the one of the exec.
+/// True if a report is about another process than the one in the record.
 fn is_of_another(entry: &Entry, process: &Process, main: MainProcess) -> bool {
     let pid = entry.task().process(process.exec()).and_then(|process| process.pid());
-    process.exec().is_some() && pid.is_some() && main.last_pid.is_some() && main.last_pid != pid
+    pid.is_some() && main.last_pid.is_some() && main.last_pid != pid
 }
 
 /// True if the process of a pidfd has ended.

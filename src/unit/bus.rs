@@ -223,7 +223,7 @@ impl Bus {
 }
 
 /// The error of a call that the bus does not pass on.
-const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
+pub(super) const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
 
 /// The error of a call that a test lets fail, as the bus reports it.
 fn asked_for(failure: Failure) -> zbus::Error {

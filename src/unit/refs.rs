@@ -18,7 +18,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
@@ -68,6 +68,8 @@ pub struct Refs {
     lost: Notify,
     /// The connections of earlier daemons, with their own references.
     earlier: std::sync::Mutex<Vec<(String, OwnedFd)>>,
+    /// How many match rules systemd may have for the references of earlier daemons. They count towards the limit.
+    earlier_rules: AtomicUsize,
 }
 
 struct Open {
@@ -91,7 +93,7 @@ impl Open {
 }
 
 /// The reference to a unit.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Reference {
     /// systemd has it.
     is_certain: bool,
@@ -116,34 +118,21 @@ impl Refs {
         }
         let (next, earlier) = (AtomicU64::new(next), std::sync::Mutex::new(earlier));
         let (is_full, lost) = (AtomicBool::default(), Notify::new());
-        Self { store, open: Mutex::default(), next, limit, is_full, lost, earlier }
+        let earlier_rules = AtomicUsize::default();
+        Self { store, open: Mutex::default(), next, limit, is_full, lost, earlier, earlier_rules }
     }
 
     fn earlier(&self) -> std::sync::MutexGuard<'_, Vec<(String, OwnedFd)>> {
         self.earlier.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones. Returns when the
-    /// bus has closed their connections: systemd learns of the end of a connection before it gets a later request, so it
-    /// never has both the old match rules and the new ones.
+    /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones.
     pub(super) async fn make_room(&self, units: usize) {
-        let earlier = self.earlier().len();
-        if units.saturating_mul(earlier + 1) <= self.limit {
-            return;
-        }
-        let closing: Vec<_> =
-            self.earlier().iter().filter_map(|(_, connection)| connection.try_clone().ok()).collect();
-        self.forget_earlier();
-        for connection in closing {
-            match timeout(CLOSE_LIMIT, closed(connection)).await {
-                Ok(Ok(())) => (),
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "can't close a connection with references of an earlier daemon: {error}")
-                }
-                Err(_) => tracing::warn!(
-                    "the bus did not close a connection with references of an earlier daemon in {CLOSE_LIMIT:?}"
-                ),
-            }
+        let rules = units.saturating_mul(self.earlier().len());
+        if rules.saturating_add(units) > self.limit {
+            self.forget_earlier().await;
+        } else {
+            self.earlier_rules.store(rules, Ordering::Relaxed);
         }
     }
 
@@ -152,16 +141,35 @@ impl Refs {
         &self,
         unit: &UnitName,
     ) -> zbus::Result<Option<SystemdManagerProxy<'static>>> {
-        let (connection, reference) = self
-            .with_open(|open| {
-                open.reference(unit, self.limit).map(|known| *known = Reference { is_certain: true, most: 1 })
-            })
-            .await?;
-        if reference.is_none() {
-            self.warn_of_limit();
-            return Ok(None);
+        let new = Reference { is_certain: true, most: 1 };
+        match self.with_reference(unit, |known| *known = new).await? {
+            Some((connection, ..)) => manager_over(&connection).await.map(Some),
+            None => Ok(None),
         }
-        manager_over(&connection).await.map(Some)
+    }
+
+    /// Changes the reference to a unit, which is a new one if the unit has none. Returns the connection that has the references,
+    /// its name in the descriptor store, and the result of the change. `None` if there are too many references.
+    async fn with_reference<T>(
+        &self,
+        unit: &UnitName,
+        change: impl Fn(&mut Reference) -> T,
+    ) -> zbus::Result<Option<(Connection, String, T)>> {
+        loop {
+            let limit = self.limit.saturating_sub(self.earlier_rules.load(Ordering::Relaxed));
+            let changed = self.with_open(|open| {
+                let name = open.name.clone();
+                open.reference(unit, limit).map(|known| (name, change(known)))
+            });
+            match changed.await? {
+                (connection, Some((name, changed))) => return Ok(Some((connection, name, changed))),
+                (_, None) if self.earlier().is_empty() => {
+                    self.warn_of_limit();
+                    return Ok(None);
+                }
+                (_, None) => self.forget_earlier().await,
+            }
+        }
     }
 
     /// The first refusal of a reference is logged.
@@ -236,19 +244,13 @@ impl Refs {
     /// Adds a reference to a unit that has none. A unit that is not loaded has no exit code to keep. The caller tries again
     /// if systemd did not answer.
     pub(super) async fn reference(&self, unit: &UnitName) -> zbus::Result<()> {
-        let asked = self.with_open(|open| {
-            let known = open.reference(unit, self.limit)?;
+        let asked = self.with_reference(unit, |known| {
             known.most += u32::from(!known.is_certain);
-            let is_certain = known.is_certain;
-            Some((open.name.clone(), is_certain))
+            known.is_certain
         });
         let (connection, name) = match asked.await? {
-            (_, Some((_, true))) => return Ok(()),
-            (connection, Some((name, false))) => (connection, name),
-            (_, None) => {
-                self.warn_of_limit();
-                return Ok(());
-            }
+            None | Some((_, _, true)) => return Ok(()),
+            Some((connection, name, false)) => (connection, name),
         };
         let referred = manager_over(&connection).await?.ref_unit(unit.as_str()).await;
         if referred.as_ref().is_err_and(is_gone) {
@@ -270,12 +272,26 @@ impl Refs {
         }
     }
 
-    /// Closes the connections of earlier daemons, which ends their references.
-    pub(super) fn forget_earlier(&self) {
+    /// Closes the connections of earlier daemons, which ends their references. Returns when the bus has closed them: systemd learns of
+    /// the end of a connection before it gets a later request, so it never has both the old match rules and those of later
+    /// references.
+    pub(super) async fn forget_earlier(&self) {
         let earlier = std::mem::take(&mut *self.earlier());
-        for (name, _) in earlier {
+        for (name, connection) in earlier {
             self.store.forget(&name);
+            match timeout(CLOSE_LIMIT, closed(connection)).await {
+                Ok(Ok(())) => (),
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "can't close a connection with references of an earlier daemon: {error}");
+                }
+                Err(_) => {
+                    tracing::warn!(
+                        "the bus did not close a connection with references of an earlier daemon in {CLOSE_LIMIT:?}"
+                    );
+                }
+            }
         }
+        self.earlier_rules.store(0, Ordering::Relaxed);
     }
 
     /// Removes the reference to a unit: systemd unloads the unit once it is stopped. The caller tries again if systemd did
@@ -288,16 +304,11 @@ impl Refs {
         while most > 0 {
             match proxy.unref_unit(unit.as_str()).await {
                 Ok(()) => (was_there, most) = (true, most - 1),
-                Err(error) if is_gone(&error) => {
-                    if let Some(open) = self.open.lock().await.as_mut() {
-                        open.units.insert(unit.clone(), Reference { is_certain, most });
-                    }
+                Err(error) if is_not_referenced(&error) => break,
+                Err(error) => {
+                    self.may_have(unit, Reference { is_certain, most }).await;
                     return Err(error);
                 }
-                // There were not as many as there could be.
-                Err(_) if was_there => break,
-                Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NOT_REFERENCED => break,
-                Err(error) => return Err(error),
             }
         }
         if was_there {
@@ -306,12 +317,32 @@ impl Refs {
         // The reference was lost with the bus, or when systemd executed itself again. Since then systemd has not checked
         // whether the unit can be unloaded. It does so when a reference is removed: a new one is added and removed. The
         // unit may not exist any more.
+        let again = Reference { is_certain: true, most: 1 };
         match proxy.ref_unit(unit.as_str()).await {
-            Err(error) if is_gone(&error) => Err(error),
-            Err(_) => Ok(()),
-            Ok(()) => proxy.unref_unit(unit.as_str()).await,
+            Err(error) if is_gone(&error) => {
+                self.may_have(unit, again).await;
+                return Err(error);
+            }
+            Err(_) => return Ok(()),
+            Ok(()) => (),
+        }
+        let released = proxy.unref_unit(unit.as_str()).await;
+        if released.is_err() {
+            self.may_have(unit, again).await;
+        }
+        released
+    }
+
+    /// systemd may still have references to a unit whose release has failed: the next release removes them.
+    async fn may_have(&self, unit: &UnitName, reference: Reference) {
+        if let Some(open) = self.open.lock().await.as_mut() {
+            open.units.insert(unit.clone(), reference);
         }
     }
+}
+
+fn is_not_referenced(error: &zbus::Error) -> bool {
+    matches!(error, zbus::Error::MethodError(name, ..) if name.as_str() == NOT_REFERENCED)
 }
 
 /// Closes a connection to the bus, whoever else has its descriptor, and waits until the bus has closed it. What the bus has sent
@@ -329,6 +360,7 @@ async fn closed(connection: OwnedFd) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::unit::bus::LIMITS_EXCEEDED;
     use crate::unit::fake_bus::{DENIED, FakeBus, NO_REPLY};
     use crate::unit::manager::Manager;
     use futures_util::future::join_all;
@@ -421,6 +453,33 @@ mod tests {
         manager.release(&units[0]).await;
         manager.reference(&units[2]).await.unwrap();
         assert_eq!(bus.calls("RefUnit"), 3);
+    }
+
+    #[tokio::test]
+    async fn a_release_that_the_bus_refuses_loses_no_reference() {
+        let (bus, manager, refs) = manager([("UnrefUnit", LIMITS_EXCEEDED), ("UnrefUnit", DENIED)]).await;
+        refs.manager_for(&web()).await.unwrap();
+        // Repeated at once, and refused for good.
+        manager.release(&web()).await;
+        assert_eq!(bus.calls("UnrefUnit"), 2);
+        manager.release(&web()).await;
+        assert_eq!((bus.calls("RefUnit"), bus.calls("UnrefUnit")), (0, 3), "the reference was still known");
+    }
+
+    #[tokio::test]
+    async fn the_references_of_earlier_daemons_count_until_others_need_their_room() {
+        let (bus, connection) = FakeBus::start([]).await;
+        let mut kept = vec![("r0".to_owned(), OwnedFd::from(UnixStream::pair().unwrap().0))];
+        let refs = Refs::new(Arc::new(FdStore::adopt(Vec::new()).unwrap().0), &mut kept, LIMIT);
+        *refs.open.lock().await = Some(Open { connection, name: "r1".to_owned(), units: HashMap::new() });
+        refs.make_room(1).await;
+        assert_eq!(refs.earlier.lock().unwrap().len(), 1);
+        for (id, earlier) in [("a", 1), ("b", 0)] {
+            let unit = UnitName::new(format!("containerd-default-{id}.service")).unwrap();
+            refs.reference(&unit).await.unwrap();
+            assert_eq!(refs.earlier.lock().unwrap().len(), earlier, "{id}");
+        }
+        assert_eq!(bus.calls("RefUnit"), 2);
     }
 
     #[tokio::test]

@@ -103,7 +103,7 @@ pub trait Systemd: Send + Sync {
     ///
     /// # Errors
     /// A refusal.
-    async fn cancel_job_of(&self, unit: &UnitName) -> Result<(), Error>;
+    async fn cancel_start_job_of(&self, unit: &UnitName) -> Result<(), Error>;
 
     /// Sends a signal to every process of a unit. A unit that is not loaded has none.
     ///
@@ -214,7 +214,7 @@ pub trait Systemd: Send + Sync {
     async fn make_room_for_references(&self, units: usize);
 
     /// Removes the references of earlier daemons, once this one has its own.
-    fn forget_earlier_references(&self);
+    async fn forget_earlier_references(&self);
 }
 
 #[async_trait]
@@ -272,8 +272,8 @@ impl Systemd for Manager {
         Self::free_name(self, unit).await
     }
 
-    async fn cancel_job_of(&self, unit: &UnitName) -> Result<(), Error> {
-        Self::cancel_job_of(self, unit).await
+    async fn cancel_start_job_of(&self, unit: &UnitName) -> Result<(), Error> {
+        Self::cancel_start_job_of(self, unit).await
     }
 
     async fn kill_all(&self, unit: &UnitName, signal: i32) -> Result<(), Error> {
@@ -356,7 +356,7 @@ impl Systemd for Manager {
         Self::make_room_for_references(self, units).await;
     }
 
-    fn forget_earlier_references(&self) {
-        Self::forget_earlier_references(self);
+    async fn forget_earlier_references(&self) {
+        Self::forget_earlier_references(self).await;
     }
 }

@@ -83,6 +83,7 @@ async fn listen(manager: &Manager) -> Result<(MessageStream, Option<OwnedUniqueN
         Err(zbus::fdo::Error::NameHasNoOwner(_)) => None,
         Err(error) => return Err(error::unreachable(error.into())),
     };
+    manager.bus.ownership_changed(systemd.is_some());
     manager.subscribe().await?;
     Ok((stream, systemd))
 }

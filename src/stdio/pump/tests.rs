@@ -212,6 +212,32 @@ async fn the_end_of_the_last_line_is_not_waited_for_once_the_output_is_complete(
     assert!(!is_ready(&source, PollFlags::POLLIN).unwrap());
 }
 
+#[tokio::test(start_paused = true)]
+async fn output_beyond_the_limit_of_the_journal_is_dropped_in_large_pieces_and_counted() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (here, _journald) = tokio::net::UnixDatagram::pair().unwrap();
+    let policy = Arc::<crate::stdio::journal_policy::JournalPolicy>::default();
+    policy.set(60_000_000, 1);
+    let lines = Lines::connected(here, scratch.path().join("partial"), policy.clone());
+    let mut sinks = Sinks { copies: vec![Sink::Journal(lines)], ..Sinks::default() };
+    let (source, mut writer) = pipe();
+    let (begun, complete) = (tokio::time::Instant::now(), CancellationToken::new());
+    let write = async {
+        for piece in 0..10 {
+            writer.write_all(&vec![b'\n'; CHUNK]).unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            assert_eq!(length_in(&source), 0, "{piece}");
+        }
+        complete.cancel();
+    };
+    let (copied, ()) =
+        tokio::join!(spread(&source, &mut sinks, PIECE, pending(), complete.cancelled()), write);
+    copied.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    // Of the first piece, lines without bytes are dropped one by one.
+    assert_eq!(policy.take_dropped().bytes as usize, 10 * CHUNK - PIECE);
+}
+
 /// A journal's copy with these lines in its pipe, which the earlier daemon has left. The other end of its socket.
 fn late_copy(kept: &std::path::Path, lines: usize) -> (Sinks, tokio::net::UnixDatagram) {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();

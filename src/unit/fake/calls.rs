@@ -109,7 +109,7 @@ impl Systemd for FakeSystemd {
         Ok(false)
     }
 
-    async fn cancel_job_of(&self, unit: &UnitName) -> Result<(), Error> {
+    async fn cancel_start_job_of(&self, unit: &UnitName) -> Result<(), Error> {
         self.call("cancel the job of", unit).await
     }
 
@@ -228,7 +228,7 @@ impl Systemd for FakeSystemd {
 
     async fn make_room_for_references(&self, _units: usize) {}
 
-    fn forget_earlier_references(&self) {
+    async fn forget_earlier_references(&self) {
         self.state().forgotten += 1;
     }
 }

@@ -138,7 +138,11 @@ impl Manager {
         let Some(refs) = &self.refs else {
             return;
         };
-        if let Err(error) = self.bus.repeat(|| refs.release(unit)).await.result {
+        let attempt = || async {
+            let _turn = self.bus.turn().await;
+            refs.release(unit).await
+        };
+        if let Err(error) = self.bus.repeat(attempt).await.result {
             // The unit has no reference if the bus was restarted, or if the unit did not start.
             tracing::debug!(%unit, %error, "can't give back the reference to {unit}: {error}");
         }
@@ -175,9 +179,9 @@ impl Manager {
     }
 
     /// Gives back the references of earlier daemons.
-    pub fn forget_earlier_references(&self) {
+    pub async fn forget_earlier_references(&self) {
         if let Some(refs) = &self.refs {
-            refs.forget_earlier();
+            refs.forget_earlier().await;
         }
     }
 }

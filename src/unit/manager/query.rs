@@ -91,6 +91,15 @@ impl Manager {
         let Some((_, path)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
             return Ok(None);
         };
+        self.job_type_at(unit, &path).await
+    }
+
+    /// The type of a job of a unit, or `None` if it has ended.
+    pub(super) async fn job_type_at(
+        &self,
+        unit: &UnitName,
+        path: &OwnedObjectPath,
+    ) -> Result<Option<String>, Error> {
         Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
     }
 

@@ -68,14 +68,18 @@ impl Manager {
         self.stop_as(slice, "ignore-dependencies").await
     }
 
-    /// Cancels the job of a unit, if it has one. The unit stays as it is.
+    /// Cancels the start job of a unit, if it has one. The unit stays as it is. A stop job of somebody else, which may have replaced
+    /// the start job, stays, too.
     ///
     /// # Errors
     /// A refusal.
-    pub async fn cancel_job_of(&self, unit: &UnitName) -> Result<(), Error> {
-        let Some((id, _)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
+    pub async fn cancel_start_job_of(&self, unit: &UnitName) -> Result<(), Error> {
+        let Some((id, path)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
             return Ok(());
         };
+        if self.job_type_at(unit, &path).await?.is_some_and(|kind| kind != "start") {
+            return Ok(());
+        }
         match self.bus.call(|manager| async move { manager.cancel_job(id).await }).await {
             Err(zbus::Error::MethodError(name, ..)) if name.as_str() == NO_SUCH_JOB => Ok(()),
             cancelled => cancelled.map_err(|error| call_error("cancel the job of", unit, error)),
