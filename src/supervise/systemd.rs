@@ -34,7 +34,7 @@ const UNKNOWN_STATUS: u32 = 255;
 /// How long the report of an end is delayed while the processes that init left behind are killed.
 const LEFT_BEHIND_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long [`Supervisor::reference_each`] waits for the operation that is under way for a task.
+/// How long [`Units::reference_each`] waits for the operation that is under way for a task.
 const VERB_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long the daemon waits before it references units again that it could not reference.
