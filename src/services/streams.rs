@@ -201,7 +201,7 @@ impl Streams {
                 if opened.has_journal_copy() {
                     // Nothing is dropped while the daemon does not know the limit. A restart with many containers does not
                     // wait for it.
-                    entry.init.live().journal_policy.set(Some(0), None);
+                    entry.init.live().journal_policy.set(0, u32::MAX);
                     tokio::spawn(self.set_journal_policy(entry));
                 }
                 self.begin(entry, process, opened).await
@@ -230,8 +230,8 @@ impl Streams {
                     policy.set(interval_usec, burst);
                 }
                 Err(error) => {
-                    tracing::debug!(task = %key, %error, "task {key}: can't read the rate limit and the fields of its unit, using the built-in values of journald: {error}");
-                    policy.set(None, None);
+                    tracing::debug!(task = %key, %error, "task {key}: can't read the rate limit and the fields of its unit, using the defaults of journald: {error}");
+                    policy.set(0, 0);
                 }
             }
         }

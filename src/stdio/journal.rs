@@ -430,7 +430,7 @@ mod tests {
     #[tokio::test]
     async fn lines_that_the_rate_limit_drops_are_counted_in_the_journal() {
         let (mut lines, journald, _dir) = lines();
-        lines.policy.set(Some(3_600_000_000), Some(2));
+        lines.policy.set(3_600_000_000, 2);
         lines.write(b"one\ntwo\nthree\nfour\n").await;
         lines.finish().await;
         assert_eq!((said(&journald).await.as_str(), said(&journald).await.as_str()), ("one", "two"));

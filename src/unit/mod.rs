@@ -20,7 +20,6 @@ pub mod fd_store;
 pub mod gvariant;
 mod holder;
 pub mod job;
-mod journald_config;
 pub mod limits;
 pub mod main_process;
 pub mod manager;

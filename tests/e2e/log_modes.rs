@@ -309,39 +309,6 @@ fn the_copy_has_a_limit_and_says_what_is_missing() {
     assert!((1..=100).contains(&copied), "{copied} lines in the journal");
 }
 
-/// A drop-in of journald's configuration, until it is dropped.
-struct JournaldConfig;
-
-impl JournaldConfig {
-    const FILE: &str = "/etc/systemd/journald.conf.d/e2e.conf";
-
-    fn with(text: &str) -> JournaldConfig {
-        let path = std::path::Path::new(Self::FILE);
-        std::fs::create_dir_all(path.parent().expect("a directory")).expect("make the directory");
-        std::fs::write(path, format!("[Journal]\n{text}")).expect("write the drop-in");
-        JournaldConfig
-    }
-}
-
-impl Drop for JournaldConfig {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(Self::FILE);
-    }
-}
-
-#[test]
-fn the_limit_in_the_configuration_of_journald_holds_for_the_copy() {
-    needs!(OurShim);
-    let node = Node::exclusive();
-    let _config = JournaldConfig::with("RateLimitIntervalSec=1min\nRateLimitBurst=50\n");
-    let word = unique("flood");
-    let spec = Spec::sh(&format!("for i in $(seq 1000); do echo {word}; done"));
-    let ran = Ran::new(&node, log("tee"), Kind::Init, spec, true);
-    assert_eq!(ran.seen.lines().count(), 1000, "the client");
-    assert!(!ran.shown("are missing here", 1).is_empty());
-    assert_eq!(ran.shown(&word, 50).len(), 50, "the journal");
-}
-
 #[test]
 fn lines_that_are_written_one_at_a_time_are_all_in_the_copy() {
     needs!(OurShim);

@@ -175,11 +175,11 @@ async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
 async fn output_after_a_gap_begins_with_a_new_line() {
     let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
     let mut diverter = diverter(aside);
-    diverter.policy.set(Some(60_000_000), Some(1));
+    diverter.policy.set(60_000_000, 1);
     diverter.policy.admit(0);
     diverter.write(b"half of a li").await;
     assert!(diverter.has_gap);
-    diverter.policy.set(Some(60_000_000), Some(100));
+    diverter.policy.set(60_000_000, 100);
     diverter.has_gap = true;
     writer.write_all(b"rest of a line\n").unwrap();
     drop(writer);
@@ -217,7 +217,7 @@ async fn output_beyond_the_limit_of_the_journal_is_dropped_in_large_pieces_and_c
     let scratch = tempfile::tempdir().unwrap();
     let (here, _journald) = tokio::net::UnixDatagram::pair().unwrap();
     let policy = Arc::<crate::stdio::journal_policy::JournalPolicy>::default();
-    policy.set(Some(60_000_000), Some(1));
+    policy.set(60_000_000, 1);
     let lines = Lines::connected(here, scratch.path().join("partial"), policy.clone());
     let mut sinks = Sinks { copies: vec![Sink::Journal(lines)], ..Sinks::default() };
     let (source, mut writer) = pipe();

@@ -3,7 +3,6 @@
 use crate::id::UnitName;
 use crate::unit::bus::SERVICE_INTERFACE;
 use crate::unit::error::Error;
-use crate::unit::journald_config::RateLimit;
 use crate::unit::policy;
 use crate::unit::search_path::Directories;
 
@@ -22,11 +21,10 @@ pub struct Usage {
 /// What the settings of a unit say about its output in the journal.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JournalSettings {
-    /// The interval of the rate limit, in microseconds; 0 for no limit; `None` if neither the unit nor journald's configuration
-    /// sets it.
-    pub interval_usec: Option<u64>,
-    /// The number of lines of the rate limit; 0 and `None` as above.
-    pub burst: Option<u32>,
+    /// The interval of the rate limit, in microseconds; 0 if it is not set.
+    pub interval_usec: u64,
+    /// The number of lines of the rate limit; 0 if it is not set.
+    pub burst: u32,
     /// Fields of each line, `NAME=value`. They include those with which the unit was started.
     pub fields: Vec<Vec<u8>>,
 }
@@ -53,26 +51,23 @@ impl Manager {
         Ok(self.property(unit, SERVICE_INTERFACE, "TimeoutStopUSec").await?.unwrap_or_default())
     }
 
-    /// What the settings of a unit and journald's configuration say about its output in the journal. systemd is asked only if a drop-in has such a setting, or if
+    /// What the settings of a unit say about its output in the journal. systemd is asked only if a drop-in has such a setting, or if
     /// the unit was started with such a property (`is_given`).
     ///
     /// # Errors
     /// systemd can't be reached.
     pub async fn journal_settings(&self, unit: &UnitName, is_given: bool) -> Result<JournalSettings, Error> {
-        let look =
-            |unit: &str| Some((policy::sets_journal(&Directories::open_all(), unit), RateLimit::read()));
-        let (is_set, common) = of_files(unit, look).await.unwrap_or_default();
-        let mut settings =
-            JournalSettings { interval_usec: common.interval_usec, burst: common.burst, fields: Vec::new() };
-        if !is_given && !is_set {
-            return Ok(settings);
+        let look = |unit: &str| policy::sets_journal(&Directories::open_all(), unit).then_some(());
+        if !is_given && of_files(unit, look).await.is_none() {
+            return Ok(JournalSettings::default());
         }
-        // systemd reports 0 for what is not set.
         let interval = self.property(unit, SERVICE_INTERFACE, "LogRateLimitIntervalUSec").await?;
-        settings.interval_usec = interval.filter(|interval| *interval != 0).or(common.interval_usec);
         let burst = self.property(unit, SERVICE_INTERFACE, "LogRateLimitBurst").await?;
-        settings.burst = burst.filter(|burst| *burst != 0).or(common.burst);
-        settings.fields = self.property(unit, SERVICE_INTERFACE, "LogExtraFields").await?.unwrap_or_default();
-        Ok(settings)
+        let fields = self.property(unit, SERVICE_INTERFACE, "LogExtraFields").await?;
+        Ok(JournalSettings {
+            interval_usec: interval.unwrap_or_default(),
+            burst: burst.unwrap_or_default(),
+            fields: fields.unwrap_or_default(),
+        })
     }
 }
