@@ -20,10 +20,6 @@ const REOPEN_PAUSE: Duration = Duration::from_millis(200);
 /// process that has ended has no more unread output.
 const TERMINAL_HOLDS: usize = 128 << 10;
 
-/// The most that a terminal has ready at once (`N_TTY_BUF_SIZE` in n_tty.c). splice(2) from a terminal allocates memory for all that
-/// it may move: with 64 KiB, the output takes a tenth longer.
-const LINE_BUFFER: usize = 4 << 10;
-
 /// Moves from a terminal to a pipe until the process has ended, and then what is left in the terminal.
 pub(super) async fn move_terminal(
     terminal: &Terminal,
@@ -39,7 +35,7 @@ pub(super) async fn move_terminal(
     let all = async {
         loop {
             // If no program has the terminal open, one can open it again while the process runs.
-            if !move_output(terminal, to).await? {
+            if !move_output(terminal, to, CHUNK).await? {
                 terminal.output().await?;
             }
             tokio::task::consume_budget().await;
@@ -66,9 +62,9 @@ pub(super) async fn move_terminal(
 }
 
 /// Moves output from a terminal to a pipe. Returns false if no program has the terminal open.
-async fn move_output(terminal: &Terminal, to: &AsyncFd<OwnedFd>) -> io::Result<bool> {
+async fn move_output(terminal: &Terminal, to: &AsyncFd<OwnedFd>, length: usize) -> io::Result<bool> {
     loop {
-        match splice(terminal.master(), None, to, None, LINE_BUFFER, NO_WAIT) {
+        match splice(terminal.master(), None, to, None, length, NO_WAIT) {
             Ok(0) | Err(Errno::EIO) => return Ok(false),
             Ok(_) => return Ok(true),
             // The kernel does not report which side is not ready. Both may be ready by now.
