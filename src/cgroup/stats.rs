@@ -3,15 +3,16 @@
 //! A missing file gives zeros or `None`: its controller is off, the kernel is too old, or the cgroup does not exist
 //! any more. A missing key in a file has the same effect. runc.v2 reports the same values.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::LazyLock;
 
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::sys::stat::Mode;
+use nix::unistd;
 
 use super::format::{flat, nested, number};
 use crate::path_error::io_error;
@@ -200,65 +201,64 @@ pub struct Stall {
 }
 
 impl Stats {
-    /// Reads the statistics of a cgroup, given by its path below [`super::ROOT`]. The kernel may have to sum up
-    /// counters of all CPUs, which takes milliseconds on a machine with many cgroups.
+    /// Reads the statistics of a cgroup, given by its path below [`super::ROOT`]. The memory events are those of the second
+    /// cgroup, which may be the same. The kernel may have to sum up counters of all CPUs, which takes milliseconds on a
+    /// machine with many cgroups.
     ///
     /// # Errors
     /// A file exists and can't be read. A cgroup that does not exist any more is no error.
-    pub fn read(cgroup: &Path) -> Result<Self, Error> {
-        Self::of_dir(&super::dir(cgroup), &PAGE_SIZES)
+    pub fn read(cgroup: &Path, memory_events: &Path) -> Result<Self, Error> {
+        Self::of_dirs(&super::dir(cgroup), &super::dir(memory_events), &PAGE_SIZES)
     }
 
-    fn of_dir(dir: &Path, sizes: &[PageSize]) -> Result<Self, Error> {
+    fn of_dirs(dir: &Path, memory_events: &Path, sizes: &[PageSize]) -> Result<Self, Error> {
         let mut files = Files::open(dir)?;
+        let events = if dir == memory_events {
+            files.read(MemoryEvents::FILE, self::memory_events)?
+        } else {
+            files.read_at(&memory_events.join(MemoryEvents::FILE), self::memory_events)?
+        };
         Ok(Self {
-            pids: Pids { current: files.number("pids.current")?, max: files.number("pids.max")? },
+            pids: files.pids()?,
             cpu: Cpu {
                 stat: files.read("cpu.stat", CpuStat::parse)?.unwrap_or_default(),
                 pressure: files.read("cpu.pressure", pressure)?,
             },
-            memory: Memory {
-                stat: files.read("memory.stat", MemoryStat::parse)?.unwrap_or_default(),
-                current: files.number("memory.current")?,
-                max: files.number("memory.max")?,
-                peak: files.number("memory.peak")?,
-                swap_current: files.number("memory.swap.current")?,
-                swap_max: files.number("memory.swap.max")?,
-                swap_peak: files.number("memory.swap.peak")?,
-                pressure: files.read("memory.pressure", pressure)?,
-            },
-            memory_events: files.read("memory.events", memory_events)?.flatten(),
+            memory: files.memory()?,
+            memory_events: events.flatten(),
             io: Io {
                 devices: files.read("io.stat", block_devices)?.unwrap_or_default(),
                 pressure: files.read("io.pressure", pressure)?,
             },
-            rdma: Rdma {
-                current: files.read("rdma.current", rdma_devices)?.unwrap_or_default(),
-                max: files.read("rdma.max", rdma_devices)?.unwrap_or_default(),
-            },
-            hugetlb: sizes.iter().map(|size| size.read(&mut files)).collect::<Result<_, _>>()?,
+            rdma: files.rdma()?,
+            hugetlb: files.huge_pages(sizes)?,
         })
     }
 }
 
 impl MemoryEvents {
+    const FILE: &str = "memory.events";
+
     /// Reads the memory events of a cgroup; `None` if the cgroup does not exist any more, or if its memory is not accounted.
     ///
     /// # Errors
     /// The file exists and can't be read.
     pub fn read(cgroup: &Path) -> Result<Option<Self>, Error> {
-        let dir = super::dir(cgroup);
-        Ok(Files::open(&dir)?.read("memory.events", memory_events)?.flatten())
+        let path = super::dir(cgroup).join(Self::FILE);
+        Ok(Files::nowhere(&path).read_at(&path, memory_events)?.flatten())
     }
 }
 
 /// The files of one cgroup.
+///
+/// The kernel makes all files of a controller at once. So if the first file of a controller is missing, the others are not
+/// looked for: a usual cgroup lacks two controllers, rdma and hugetlb, with up to eight files.
 struct Files<'p> {
     path: &'p Path,
     /// `None` if the cgroup does not exist any more.
     dir: Option<OwnedFd>,
     /// The text of the file that was read last.
-    text: String,
+    text: Vec<u8>,
 }
 
 /// Larger than the largest file of a usual cgroup, `memory.stat`.
@@ -268,28 +268,102 @@ impl<'p> Files<'p> {
     fn open(path: &'p Path) -> Result<Self, Error> {
         let dir = fcntl::open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
         let dir = present(dir.map_err(io::Error::from)).map_err(io_error("open", path))?;
-        Ok(Self { path, dir, text: String::with_capacity(TEXT_BYTES) })
+        Ok(Self { dir, ..Self::nowhere(path) })
     }
 
-    /// Parses a file, if it exists.
+    /// No files.
+    fn nowhere(path: &'p Path) -> Self {
+        Self { path, dir: None, text: Vec::new() }
+    }
+
+    /// Parses a file of the cgroup, if it exists.
     fn read<T>(&mut self, name: &str, parse: impl FnOnce(&str) -> T) -> Result<Option<T>, Error> {
         let Some(dir) = &self.dir else { return Ok(None) };
-        self.text.clear();
-        let read = present(append(dir, name, &mut self.text));
-        let read = read.map_err(io_error("read", &self.path.join(name)))?;
-        Ok(read.map(|()| parse(&self.text)))
+        let text = text_of(dir.as_fd(), Path::new(name), &mut self.text);
+        let text = present(text).map_err(io_error("read", &self.path.join(name)))?;
+        Ok(text.map(parse))
+    }
+
+    /// Parses a file of another cgroup, if it exists.
+    fn read_at<T>(&mut self, path: &Path, parse: impl FnOnce(&str) -> T) -> Result<Option<T>, Error> {
+        let text = present(text_of(fcntl::AT_FDCWD, path, &mut self.text)).map_err(io_error("read", path))?;
+        Ok(text.map(parse))
+    }
+
+    /// The number in a file; `None` if the file does not exist.
+    fn first_number(&mut self, name: &str) -> Result<Option<u64>, Error> {
+        self.read(name, |text| number(text).unwrap_or_default())
     }
 
     fn number(&mut self, name: &str) -> Result<u64, Error> {
-        Ok(self.read(name, number)?.flatten().unwrap_or_default())
+        Ok(self.first_number(name)?.unwrap_or_default())
+    }
+
+    fn pids(&mut self) -> Result<Pids, Error> {
+        let Some(current) = self.first_number("pids.current")? else { return Ok(Pids::default()) };
+        Ok(Pids { current, max: self.number("pids.max")? })
+    }
+
+    fn memory(&mut self) -> Result<Memory, Error> {
+        // Every cgroup has it, also without the controller.
+        let pressure = self.read("memory.pressure", pressure)?;
+        let mut memory = Memory { pressure, ..Memory::default() };
+        let Some(current) = self.first_number("memory.current")? else { return Ok(memory) };
+        memory.current = current;
+        memory.stat = self.read("memory.stat", MemoryStat::parse)?.unwrap_or_default();
+        memory.max = self.number("memory.max")?;
+        memory.peak = self.number("memory.peak")?;
+        // Missing in a kernel without swap.
+        if let Some(current) = self.first_number("memory.swap.current")? {
+            memory.swap_current = current;
+            memory.swap_max = self.number("memory.swap.max")?;
+            memory.swap_peak = self.number("memory.swap.peak")?;
+        }
+        Ok(memory)
+    }
+
+    fn rdma(&mut self) -> Result<Rdma, Error> {
+        let Some(current) = self.read("rdma.current", rdma_devices)? else { return Ok(Rdma::default()) };
+        Ok(Rdma { current, max: self.read("rdma.max", rdma_devices)?.unwrap_or_default() })
+    }
+
+    fn huge_pages(&mut self, sizes: &[PageSize]) -> Result<Vec<HugeTlb>, Error> {
+        let mut is_there = true;
+        let mut pages = Vec::with_capacity(sizes.len());
+        for size in sizes {
+            let current = if is_there { self.first_number(&size.current)? } else { None };
+            is_there = current.is_some();
+            pages.push(match current {
+                Some(current) => size.read(self, current)?,
+                None => HugeTlb { page_size: size.name.clone(), ..HugeTlb::default() },
+            });
+        }
+        Ok(pages)
     }
 }
 
-/// Appends the text of a file in a directory.
-fn append(dir: &OwnedFd, name: &str, text: &mut String) -> io::Result<()> {
-    let file = File::from(fcntl::openat(dir, name, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?);
-    // `take` is no limit here. Without it, std first asks for the size of the file, and these files have none.
-    file.take(u64::MAX).read_to_string(text).map(drop)
+/// The text of a file, in a buffer that is used again.
+fn text_of<'t>(dir: BorrowedFd<'_>, path: &Path, text: &'t mut Vec<u8>) -> io::Result<&'t str> {
+    let file = fcntl::openat(dir, path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let mut length = 0;
+    loop {
+        if length == text.len() {
+            text.resize((2 * length).max(TEXT_BYTES), 0);
+        }
+        let room = text.len() - length;
+        match unistd::read(&file, &mut text[length..]) {
+            Ok(read) => {
+                length += read;
+                // The kernel shows the whole text if there is room for it, so this was the last piece.
+                if read < room {
+                    break;
+                }
+            }
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    str::from_utf8(&text[..length]).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 /// `None` if the file does not exist, or if the kernel does not count (boot option `psi=0`).
@@ -397,11 +471,11 @@ impl PageSize {
         Some(Self { kib, name, current, max, events })
     }
 
-    fn read(&self, files: &mut Files) -> Result<HugeTlb, Error> {
+    fn read(&self, files: &mut Files, current: u64) -> Result<HugeTlb, Error> {
         let failures = |text: &str| flat(text).find(|(key, _)| *key == "max").map(|(_, count)| count);
         Ok(HugeTlb {
             page_size: self.name.clone(),
-            current: files.number(&self.current)?,
+            current,
             max: files.number(&self.max)?,
             failures: files.read(&self.events, failures)?.flatten().unwrap_or_default(),
         })

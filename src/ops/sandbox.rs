@@ -209,7 +209,7 @@ impl Shim {
             return self.stats(key).await;
         }
         let pod = task.placement.parent();
-        blocking(move || Ok(Stats::read(&pod)?)).await?
+        blocking(move || Ok(Stats::read(&pod, &pod)?)).await?
     }
 }
 

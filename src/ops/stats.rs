@@ -29,14 +29,7 @@ impl Shim {
         else {
             return Ok(Stats::default());
         };
-        let read = blocking(move || {
-            let mut stats = Stats::read(&cgroup)?;
-            if memory != cgroup {
-                stats.memory_events = MemoryEvents::read(&memory)?;
-            }
-            Ok::<_, Error>(stats)
-        });
-        read.await?
+        blocking(move || Ok(Stats::read(&cgroup, &memory)?)).await?
     }
 }
 

@@ -66,7 +66,7 @@ impl Dir {
     }
 
     fn stats(&self) -> Stats {
-        Stats::of_dir(self.0.path(), &sizes()).unwrap()
+        Stats::of_dirs(self.0.path(), self.0.path(), &sizes()).unwrap()
     }
 }
 
@@ -111,7 +111,8 @@ fn every_file_is_read() {
 
 #[test]
 fn a_cgroup_that_is_gone_has_zeros_and_its_page_sizes() {
-    let stats = Stats::of_dir(Path::new("/no/such/cgroup"), &sizes()).unwrap();
+    let gone = Path::new("/no/such/cgroup");
+    let stats = Stats::of_dirs(gone, gone, &sizes()).unwrap();
     assert_eq!(stats, Dir::new().stats());
     assert_eq!(
         stats.hugetlb.iter().map(|pages| pages.page_size.as_str()).collect::<Vec<_>>(),
@@ -122,13 +123,15 @@ fn a_cgroup_that_is_gone_has_zeros_and_its_page_sizes() {
 
 #[test]
 fn limits_that_are_not_set_are_the_largest_numbers() {
-    let files = ["pids.max", "memory.max", "memory.swap.max", "hugetlb.2MB.max"].map(|file| (file, "max\n"));
-    let stats = Dir::with(&files).stats();
+    let limits = ["pids.max", "memory.max", "memory.swap.max", "hugetlb.2MB.max"].map(|file| (file, "max\n"));
+    let used = ["pids.current", "memory.current", "memory.swap.current", "hugetlb.2MB.current"];
+    let stats = Dir::with(&[limits, used.map(|file| (file, "1\n"))].concat()).stats();
     assert_eq!(
         [stats.pids.max, stats.memory.max, stats.memory.swap_max, stats.hugetlb[0].max],
         [u64::MAX; 4]
     );
-    let stats = Dir::with(&[("rdma.max", "mlx4_0 hca_handle=max hca_object=2000\n")]).stats();
+    let stats =
+        Dir::with(&[("rdma.current", ""), ("rdma.max", "mlx4_0 hca_handle=max hca_object=2000\n")]).stats();
     assert_eq!((stats.rdma.max[0].hca_handle, stats.rdma.max[0].hca_object), (u32::MAX, 2000));
 }
 
@@ -140,6 +143,7 @@ fn a_line_that_is_not_understood_is_zero_and_hides_no_other_value() {
         ("cpu.stat", "usage_usec 1 2\nuser_usec -3\nsystem_usec 4\n"),
         ("cpu.pressure", "some avg10=x avg60=0.50 total=y\nmost avg10=1.00\n"),
         ("io.stat", "8:0 rbytes=x wbytes=7\nnonsense rbytes=1\n8:x rbytes=1\n"),
+        ("hugetlb.2MB.current", "6\n"),
         ("hugetlb.2MB.events", "none 3\n"),
         ("memory.current", "5\n"),
     ])
@@ -160,10 +164,51 @@ fn events_of_memory_are_absent_where_their_file_is_empty() {
 }
 
 #[test]
+fn events_of_memory_may_be_those_of_another_cgroup() {
+    let [dir, unit] = ["oom_kill 1\n", "oom_kill 2\n"].map(|text| Dir::with(&[("memory.events", text)]));
+    let stats = Stats::of_dirs(dir.0.path(), unit.0.path(), &[]).unwrap();
+    assert_eq!(stats.memory_events.unwrap().oom_kill, 2);
+    let stats = Stats::of_dirs(dir.0.path(), Path::new("/no/such/cgroup"), &[]).unwrap();
+    assert_eq!(stats.memory_events, None);
+}
+
+#[test]
+fn without_the_first_file_of_a_controller_its_others_are_not_looked_for() {
+    let controllers = [
+        ("pids.current", "pids."),
+        ("memory.current", "memory."),
+        ("rdma.current", "rdma."),
+        ("hugetlb.2MB.current", "hugetlb."),
+    ];
+    for (first, controller) in controllers {
+        let dir = Dir::with(&EVERYTHING);
+        fs::remove_file(dir.0.path().join(first)).unwrap();
+        // A directory can't be read: this would be an error.
+        let is_kept = |file: &str| ["memory.pressure", "memory.events", first].contains(&file);
+        for (file, _) in EVERYTHING.iter().filter(|(file, _)| file.starts_with(controller)) {
+            if !is_kept(file) {
+                fs::remove_file(dir.0.path().join(file)).unwrap();
+                fs::create_dir(dir.0.path().join(file)).unwrap();
+            }
+        }
+        let (stats, all) = (dir.stats(), everything());
+        let is_missing = [
+            stats.pids == Pids::default(),
+            stats.memory == Memory { pressure: all.memory.pressure, ..Memory::default() },
+            stats.rdma == Rdma::default(),
+            stats.hugetlb.iter().all(|pages| (pages.current, pages.max, pages.failures) == (0, 0, 0)),
+        ];
+        assert_eq!(is_missing, controllers.map(|(_, other)| other == controller), "without {first}");
+        assert_eq!((stats.cpu, stats.io, stats.memory_events), (all.cpu, all.io, all.memory_events));
+        assert_eq!(stats.hugetlb.len(), sizes().len());
+    }
+}
+
+#[test]
 fn a_file_that_is_there_and_cannot_be_read_is_an_error_that_names_it() {
     let dir = Dir::new();
     fs::create_dir(dir.0.path().join("memory.current")).unwrap();
-    let error = Stats::of_dir(dir.0.path(), &[]).unwrap_err();
+    let error = Stats::of_dirs(dir.0.path(), dir.0.path(), &[]).unwrap_err();
     assert!(error.to_string().contains("memory.current"), "{error}");
 }
 
@@ -174,6 +219,18 @@ fn a_file_may_be_larger_than_usual() {
     let stats = Dir::with(&[("io.stat", &lines)]).stats();
     assert_eq!(stats.io.devices.len(), 1000);
     assert_eq!(stats.io.devices[999].minor, 999);
+}
+
+#[test]
+fn a_file_may_be_as_large_as_the_buffer() {
+    for length in [TEXT_BYTES - 1, TEXT_BYTES, TEXT_BYTES + 1, 2 * TEXT_BYTES] {
+        let first = "8:0 rbytes=1";
+        let last = "8:1 rbytes=2\n";
+        let text = format!("{first:<width$}\n{last}", width = length - last.len() - 1);
+        assert_eq!(text.len(), length);
+        let devices = Dir::with(&[("io.stat", &text)]).stats().io.devices;
+        assert_eq!(devices.iter().map(|device| device.rbytes).collect::<Vec<_>>(), [1, 2], "{length}");
+    }
 }
 
 #[test]
