@@ -44,8 +44,7 @@ impl Shim {
             return Ok(());
         }
         if id.as_str() == key.id.as_str() {
-            // containerd could not tell the exit events of the exec and of init apart.
-            return Err(Error::ExecExists { exec: id.to_string() });
+            return Err(Error::ExecNamedAsTask { exec: id.to_string() });
         }
         self.fds.has_room()?;
         let spec = process::ProcessSpec::read(&spec, stdio.terminal)?;

@@ -25,6 +25,14 @@ pub enum Error {
         /// The requested name.
         exec: String,
     },
+    /// The exec has the id of its container.
+    #[error(
+        "exec id {exec}: already exists: the container has this id, and containerd could not tell the end of the exec from that of the container"
+    )]
+    ExecNamedAsTask {
+        /// The requested name.
+        exec: String,
+    },
     /// No process can be added to the task.
     #[error("cannot exec in a {phase} state")]
     NoExecIn {

@@ -1,5 +1,6 @@
 //! Tests the answers of the calls in each phase of a process, and what the calls leave behind.
 
+use crate::api::status;
 use crate::id::{ExecId, Namespace, Owner, ProcessKey, TaskId, TaskKey};
 use crate::ops::Status;
 use crate::services::{Delivery, Error};
@@ -173,11 +174,16 @@ fn a_size_is_accepted_before_the_terminal_exists_and_refused_after_the_exit() {
 #[test]
 fn an_exec_may_not_have_the_id_of_its_task_or_of_another_exec() {
     let world = after("exec-id", EXEC_ADDED);
-    for id in ["web", "probe"] {
+    for (id, reason) in [
+        ("web", "exec id web: already exists: the container has this id"),
+        ("probe", "id probe: already exists"),
+    ] {
         let mut call = world.exec_call();
         call.exec = ExecId::new(id).unwrap();
         let added = world.live(move |shim| async move { shim.add_exec(call, Delivery::First).await });
-        assert!(matches!(added.unwrap(), Err(Error::ExecExists { exec }) if exec == id));
+        let error = added.unwrap().unwrap_err();
+        assert_eq!(status::number(&error), status::number(&Error::ExecExists { exec: id.to_owned() }));
+        assert!(error.to_string().starts_with(reason), "{error}");
     }
 }
 
