@@ -320,7 +320,10 @@ pub fn last_error_in(text: &[u8]) -> Option<String> {
     let mut lines = begins.take(MOST_LOG_ENTRIES).filter_map(|(at, _)| {
         serde_json::Deserializer::from_str(&text[at..]).into_iter::<Line>().next()?.ok()
     });
-    lines.find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic")).map(|line| line.msg)
+    let mut last = lines.find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"))?.msg;
+    // The message about a hook ends with the output of the hook, and clients write more text behind it.
+    last.truncate(last.trim_end().len());
+    Some(last)
 }
 
 /// True for runc and crun themselves, which mount nothing on the host. False for a script, and for a program with another
@@ -354,6 +357,8 @@ mod tests {
         assert_eq!(last_error(&log).unwrap(), "exec: \"nope\": executable file not found in $PATH");
         fs::write(&log, "{\n  \"msg\": \"over {two} lines\",\n  \"level\": \"error\"\n}").unwrap();
         assert_eq!(last_error(&log).unwrap(), "over {two} lines");
+        fs::write(&log, r#"{"level":"error","msg":"exit status 1, stderr: no\nhook \n"}"#).unwrap();
+        assert_eq!(last_error(&log).unwrap(), "exit status 1, stderr: no\nhook");
         assert_eq!(last_error(&dir.path().join("none.log")), None);
     }
 
