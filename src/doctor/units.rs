@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET};
+use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET, ORDER_SLICE};
 
 use super::Check;
 use crate::probe::{self, Known, Properties, property};
@@ -40,6 +40,8 @@ pub struct Facts {
     service: Known<Properties>,
     socket: Known<Properties>,
     slice: Known<Properties>,
+    /// The slice that keeps the order of stops at shutdown.
+    order: Known<Properties>,
     /// Files that units name and that do not exist.
     missing: Vec<PathBuf>,
     /// Drop-ins for namespaces that break containers: path, setting, and what happens.
@@ -47,9 +49,10 @@ pub struct Facts {
 }
 
 pub(super) fn collect() -> Facts {
-    let [service, socket, slice] = [DAEMON_SERVICE, DAEMON_SOCKET, DAEMON_SLICE].map(probe::show_one);
+    let [service, socket, slice, order] =
+        [DAEMON_SERVICE, DAEMON_SOCKET, DAEMON_SLICE, ORDER_SLICE].map(probe::show_one);
     let missing = service.iter().filter_map(program).filter(|path| !path.exists()).collect();
-    Facts { service, socket, slice, missing, harmful: policy::harmful_for_namespaces() }
+    Facts { service, socket, slice, order, missing, harmful: policy::harmful_for_namespaces() }
 }
 
 /// The program in `ExecStart={ path=… ; argv[]=… }`.
@@ -61,19 +64,28 @@ fn program(service: &Properties) -> Option<PathBuf> {
 
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     const NAME: &str = "units";
-    let (service, socket, slice) = match (&facts.service, &facts.socket, &facts.slice) {
-        (Ok(service), Ok(socket), Ok(slice)) => (service, socket, slice),
-        (Err(unknown), ..) | (_, Err(unknown), _) | (.., Err(unknown)) => {
+    let known = [&facts.service, &facts.socket, &facts.slice, &facts.order].map(Result::as_ref);
+    let (service, socket, slice, order) = match known {
+        [Ok(service), Ok(socket), Ok(slice), Ok(order)] => (service, socket, slice, order),
+        [Err(unknown), ..] | [_, Err(unknown), ..] | [.., Err(unknown), _] | [.., Err(unknown)] => {
             return vec![Check::unknown(NAME, unknown)];
         }
     };
-    let units = [(DAEMON_SERVICE, service), (DAEMON_SOCKET, socket), (DAEMON_SLICE, slice)];
+    let units =
+        [(DAEMON_SERVICE, service), (DAEMON_SOCKET, socket), (DAEMON_SLICE, slice), (ORDER_SLICE, order)];
     let mut checks: Vec<Check> = units.iter().flat_map(|(name, unit)| loading(name, unit)).collect();
     for path in &facts.missing {
         let found = format!("{DAEMON_SERVICE} runs {}, which does not exist", path.display());
         checks.push(Check::error(NAME, found, "install the program again, or systemctl daemon-reload"));
     }
     checks.extend(overridden(service));
+    let is_active = |unit| property(unit, "ActiveState") == Some("active");
+    if is_active(service) && !is_active(order) {
+        let found = format!(
+            "{ORDER_SLICE} is not active, so at shutdown systemd may stop containerd before the containers"
+        );
+        checks.push(Check::warning(NAME, found, format!("systemctl restart {DAEMON_SERVICE}")));
+    }
     checks.extend(for_all_services(service));
     for (path, setting, effect) in &facts.harmful {
         let found = format!("{} sets {setting}: {effect}", path.display());
@@ -219,10 +231,21 @@ mod tests {
         Facts {
             service: Ok(service(more)),
             socket: Ok(loaded.clone()),
-            slice: Ok(loaded),
+            slice: Ok(loaded.clone()),
+            order: Ok(loaded),
             missing: vec![],
             harmful: vec![],
         }
+    }
+
+    #[test]
+    fn a_daemon_without_the_slice_that_keeps_the_order_of_stops_is_found() {
+        let stopped = || Ok(properties(&[("LoadState", "loaded"), ("ActiveState", "inactive")]));
+        let check = fault(&Facts { order: stopped(), ..facts(&[("ActiveState", "active")]) });
+        assert_eq!(check.status, Status::Warning);
+        assert!(check.found.starts_with(ORDER_SLICE), "{check:?}");
+        // It is started with the daemon.
+        assert_eq!(checks(&Facts { order: stopped(), ..facts(&[]) })[0].status, Status::Ok);
     }
 
     fn fault(facts: &Facts) -> Check {

@@ -213,6 +213,21 @@ fn the_units_of_processes_that_run_are_not_queried() {
 }
 
 #[test]
+fn the_order_of_stops_is_made_sure_of_at_the_start_and_whenever_signals_may_have_been_missed() {
+    let world = up("order", &UP);
+    let systemd = world.systemd.clone();
+    let orders = systemd.orders();
+    let new = world.live(move |_| async move {
+        tokio::time::sleep(A_WHILE).await;
+        let at_start = systemd.orders() - orders;
+        systemd.lose_signals();
+        tokio::time::sleep(A_WHILE).await;
+        (at_start, systemd.orders() - orders)
+    });
+    assert_eq!(new, Some((1, 2)));
+}
+
+#[test]
 fn the_references_of_earlier_daemons_last_until_the_next_one_has_its_own() {
     let world = up("references", &UP);
     let systemd = world.systemd.clone();

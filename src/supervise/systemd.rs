@@ -90,6 +90,7 @@ impl Units {
     pub async fn observe(self: Arc<Self>, observations: Arc<Observations>) {
         let all = async {
             loop {
+                tokio::spawn(self.clone().keep_order());
                 observations.receive_missed().await;
                 self.resync().await;
             }
@@ -108,6 +109,13 @@ impl Units {
             }
         };
         tokio::join!(all, each);
+    }
+
+    /// Lets systemd stop containers before containerd at shutdown. Somebody may have stopped the slice that this needs.
+    async fn keep_order(self: Arc<Self>) {
+        if let Err(error) = self.manager.keep_order().await {
+            tracing::warn!(%error, "at shutdown, systemd may stop containerd before containers, so containerd would not learn how they ended: {error}");
+        }
     }
 
     /// Handles a report of systemd that the main process of a unit has changed. A repeated report changes nothing.

@@ -122,6 +122,8 @@ struct State {
     answers_no_references: bool,
     /// How often the references of earlier daemons were dropped.
     forgotten: usize,
+    /// How often a daemon has made sure of the order of stops at shutdown.
+    orders: usize,
 }
 
 impl State {
@@ -137,6 +139,7 @@ impl State {
             limited: Vec::new(),
             answers_no_references: false,
             forgotten: 0,
+            orders: 0,
         }
     }
 }
@@ -186,6 +189,11 @@ impl FakeSystemd {
     /// How often a daemon has dropped the references of earlier ones.
     pub fn forgotten(&self) -> usize {
         self.state().forgotten
+    }
+
+    /// How often a daemon has made sure of the order of stops at shutdown.
+    pub fn orders(&self) -> usize {
+        self.state().orders
     }
 
     /// The units whose properties were set, in this order.

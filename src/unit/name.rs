@@ -16,7 +16,10 @@ pub const DAEMON_SOCKET: &str = "containerd-shim-systemd-v1.socket";
 pub const DAEMON_SERVICE: &str = "containerd-shim-systemd-v1.service";
 /// The slice of the daemon. The underscore keeps it apart from a namespace called `shim`.
 pub const DAEMON_SLICE: &str = "containerd_shim.slice";
+/// The slice that keeps the order of stops at shutdown. It is in the slice of the daemon.
+pub const ORDER_SLICE: &str = "containerd_shim-order.slice";
 const WAKE_SERVICE: &str = "containerd_shim-wake.service";
+
 /// The daemon's socket unit.
 pub fn daemon_socket() -> UnitName {
     UnitName::constant(DAEMON_SOCKET)
@@ -30,6 +33,11 @@ pub fn daemon_service() -> UnitName {
 /// The unit that waits for calls while the daemon is stopped.
 pub fn wake_service() -> UnitName {
     UnitName::constant(WAKE_SERVICE)
+}
+
+/// The slice that keeps the order of stops at shutdown.
+pub fn order_slice() -> UnitName {
+    UnitName::constant(ORDER_SLICE)
 }
 
 /// What every container's unit name begins with.
@@ -184,7 +192,7 @@ mod tests {
 
     #[test]
     fn the_daemons_own_units_have_valid_names() {
-        for unit in [daemon_socket(), daemon_service(), wake_service()] {
+        for unit in [daemon_socket(), daemon_service(), wake_service(), order_slice()] {
             assert_eq!(UnitName::new(unit.as_str()), Ok(unit));
         }
     }

@@ -130,7 +130,7 @@ pub fn container(
         list.push(("NotifyAccess", "all".into()));
     }
     list.extend(for_containers_processes());
-    list.extend(bound_to_system(&HOST_SERVICES));
+    list.extend(bound_to_system(&NEEDED_UNTIL_THE_END));
     Properties(list)
 }
 
@@ -225,11 +225,12 @@ pub fn logger(shown: &UnitMetadata<'_>, command: &[String]) -> Properties {
         ("TimeoutStopUSec", usec(config::LOGGER_STOP_LIMIT).into()),
         ("StandardInput", "null".into()),
     ]);
-    list.extend(bound_to_system(&HOST_SERVICES));
+    list.extend(bound_to_system(&NEEDED_UNTIL_THE_END));
     Properties(list)
 }
 
 /// The unit that waits for a call while the daemon is stopped. It ends once its standard input, `wake_fd`, is readable.
+/// systemd starts it once the daemon has ended.
 ///
 /// # Errors
 /// The descriptor can't be duplicated.
@@ -243,7 +244,7 @@ pub fn wake(command: &[String], wake_fd: BorrowedFd<'_>) -> Result<Properties, s
         NO_START_LIMIT,
         ("StandardInputFileDescriptor", Variant::from(zbus::Fd::from(wake_fd.try_clone_to_owned()?))),
     ];
-    list.extend(bound_to_system(&HOST_SERVICES));
+    list.extend(bound_to_system(&[name::DAEMON_SERVICE]));
     Ok(Properties(list))
 }
 
@@ -251,6 +252,23 @@ pub fn wake(command: &[String], wake_fd: BorrowedFd<'_>) -> Result<Properties, s
 /// at once, and refuse the unit meanwhile. The daemon stops it when it is empty.
 pub fn pod_slice(description: &str) -> Properties {
     Properties(vec![("Description", description.to_owned().into()), ("DefaultDependencies", false.into())])
+}
+
+/// The slice that keeps the order of stops at shutdown: systemd stops it after the containers, which are ordered after it, and
+/// before the services of the host that containers need until they have ended. containerd must learn of their exits.
+///
+/// Containers are not ordered after those services themselves: systemd would delay the start of each container for as long as
+/// one of the services has a job. A service that runs a container in its own `ExecStartPost=` would wait for itself.
+///
+/// The slice contains no unit. Of the units that do nothing, only slices can be transient. It is not ordered after Docker's daemon,
+/// which stops its containers itself at the same time.
+///
+/// Nor is it ordered after the daemon's service, which it would keep loaded: an installed or a masked unit could not take the
+/// place of a transient one that is stopped.
+pub fn order_slice() -> Properties {
+    let mut list = vec![("Description", "Order of stops at shutdown: containers, then containerd".into())];
+    list.extend(bound_to_system(&["network.target", "dbus.service", "containerd.service"]));
+    Properties(list)
 }
 
 /// The daemon's socket if no packaged unit is installed. Same as
@@ -331,14 +349,9 @@ fn shown_as(shown: &UnitMetadata<'_>) -> Vec<(&'static str, Variant<'static>)> {
     list
 }
 
-/// What a container needs until it has ended. At shutdown systemd stops its unit while the network, the bus, the daemon and
-/// containerd still work: containerd must learn of the exit.
-///
-/// The unit is not ordered after Docker's daemon: at boot, Docker starts its containers before systemd counts it as
-/// started, so each would wait for the other. Nor is it ordered before Docker's daemon, which then could not start containers
-/// during its own restart (seen with 257).
-const HOST_SERVICES: [&str; 4] =
-    ["network.target", "dbus.service", "containerd.service", name::DAEMON_SERVICE];
+/// The units that systemd stops after the containers. The daemon answers no calls before its service has started, so no call waits
+/// for the start job of that service.
+const NEEDED_UNTIL_THE_END: [&str; 2] = [name::ORDER_SLICE, name::DAEMON_SERVICE];
 
 /// Dependencies in place of the default ones, which order a unit after `sysinit.target` and cost three signals per start.
 /// At shutdown systemd stops the unit before those in `after`.
@@ -384,112 +397,4 @@ impl Properties {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn of() -> std::collections::BTreeMap<&'static str, String> {
-        let slice = UnitName::new("containerd-default.slice").unwrap();
-        let shown = UnitMetadata {
-            description: "web",
-            identifier: "web",
-            fields: &[("CONTAINER_ID".to_owned(), "web".to_owned())],
-            slice: &slice,
-            sandbox: None,
-        };
-        let command = ["/bin/shim".to_owned(), "launch".to_owned(), "$HOME".to_owned()];
-        container(&shown, &command, &[], Path::new("/run/x/init.pid"), Duration::from_secs(600), false)
-            .as_text()
-    }
-
-    #[test]
-    fn versions_are_read_as_distributions_write_them() {
-        for (text, version) in
-            [("257.13-1~deb13u1", 257), ("252 (252.39)", 252), ("v258~rc1", 258), ("262", 262)]
-        {
-            assert_eq!(Systemd::parse(text).map(Systemd::version), Some(version));
-        }
-        assert_eq!(Systemd::parse("git"), None);
-        assert!(!Systemd { version: 251 }.supported());
-    }
-
-    #[test]
-    fn no_default_of_systemd_reaches_a_container() {
-        let properties = of();
-        for (name, value) in [
-            ("TasksMax", INFINITY.into()),
-            ("OOMPolicy", "continue".into()),
-            ("OOMScoreAdjust", 0_i32.into()),
-            ("IgnoreSIGPIPE", false.into()),
-            ("KeyringMode", "inherit".into()),
-            ("TimeoutStartUSec", 600_000_000_u64.into()),
-            ("KillMode", "mixed".into()),
-            ("StartLimitIntervalUSec", 0_u64.into()),
-        ] {
-            let value: Variant<'_> = value;
-            assert_eq!(properties.get(name), Some(&value.to_string()), "{name}");
-        }
-    }
-
-    #[test]
-    fn systemd_252_can_read_a_command_again() {
-        assert!(of().contains_key("ExecStart") && !of().contains_key("ExecStartEx"));
-    }
-
-    /// The lines `Key=Value` of a unit file.
-    fn settings(text: &str) -> Vec<(&str, &str)> {
-        text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once('=')).collect()
-    }
-
-    #[test]
-    fn the_installed_socket_says_what_the_transient_one_does() {
-        use crate::transport::sockets::Socket;
-        let (installed, others): (Vec<_>, Vec<_>) =
-            settings(include_str!("../../units/containerd-shim-systemd-v1.socket"))
-                .into_iter()
-                .partition(|(key, _)| *key == "ListenStream");
-        let paths: Vec<PathBuf> = Socket::all().map(Socket::path).collect();
-        assert_eq!(installed.iter().map(|(_, path)| PathBuf::from(path)).collect::<Vec<_>>(), paths);
-        let transient = daemon_socket(paths.into_iter()).as_text();
-        for (key, text, property, value) in [
-            ("SocketMode", "0600", "SocketMode", Variant::from(0o600_u32)),
-            ("RemoveOnStop", "yes", "RemoveOnStop", true.into()),
-            ("Backlog", "4096", "Backlog", 4096_u32.into()),
-            ("DefaultDependencies", "no", "DefaultDependencies", false.into()),
-            ("IgnoreOnIsolate", "yes", "IgnoreOnIsolate", true.into()),
-            ("Conflicts", "shutdown.target", "Conflicts", vec!["shutdown.target"].into()),
-            ("Before", "shutdown.target", "Before", vec!["shutdown.target"].into()),
-            ("StartLimitIntervalSec", "0", "StartLimitIntervalUSec", 0_u64.into()),
-        ] {
-            assert!(others.contains(&(key, text)), "{key}");
-            assert_eq!(transient[property], value.to_string(), "{property}");
-        }
-        // Documentation and WantedBy exist only for a file, Description and Listen are checked apart.
-        assert_eq!((others.len(), transient.len()), (8 + 3, 8 + 2));
-    }
-
-    #[test]
-    fn the_installed_service_says_what_the_transient_one_does() {
-        let transient =
-            daemon_service(Systemd { version: 257 }, &["/bin/shim".to_owned(), "serve".to_owned()]);
-        let transient = transient.as_text();
-        // D-Bus has numbers, lists and booleans where a file has words.
-        let words = ["Description", "Type", "NotifyAccess", "Slice", "Restart", "KillMode", "OOMPolicy"];
-        let numbers = ["FileDescriptorStoreMax", "FileDescriptorStorePreserve", "OOMScoreAdjust"];
-        let words = words.iter().chain(&numbers);
-        let installed = settings(include_str!("../../units/containerd-shim-systemd-v1.service"));
-        for key in words {
-            let said = installed.iter().find(|(found, _)| found == key).map(|(_, value)| *value);
-            let set = transient[key].trim_start_matches("uint32 ").trim_matches('"');
-            assert_eq!(said, Some(set), "{key}");
-        }
-        let times = [
-            ("RestartSec", "100ms", "RestartUSec", 100_000),
-            ("TimeoutStartSec", "infinity", "TimeoutStartUSec", INFINITY),
-            ("StartLimitIntervalSec", "0", "StartLimitIntervalUSec", 0),
-        ];
-        for (key, text, property, usec) in times {
-            assert!(installed.contains(&(key, text)), "{key}");
-            assert_eq!(transient[property], Variant::from(usec).to_string(), "{property}");
-        }
-    }
-}
+mod tests;

@@ -210,6 +210,12 @@ pub trait Systemd: Send + Sync {
         is_free: &(dyn Fn() -> bool + Send + Sync),
     ) -> Result<(), Error>;
 
+    /// Starts the slice that keeps the order of stops at shutdown, unless it is active.
+    ///
+    /// # Errors
+    /// systemd can't be reached, or refuses it.
+    async fn keep_order(&self) -> Result<(), Error>;
+
     /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones.
     async fn make_room_for_references(&self, units: usize);
 
@@ -350,6 +356,10 @@ impl Systemd for Manager {
         is_free: &(dyn Fn() -> bool + Send + Sync),
     ) -> Result<(), Error> {
         Self::stop_alone_if(self, slice, is_free).await
+    }
+
+    async fn keep_order(&self) -> Result<(), Error> {
+        Self::keep_order(self).await
     }
 
     async fn make_room_for_references(&self, units: usize) {

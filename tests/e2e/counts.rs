@@ -143,7 +143,7 @@ fn a_container_costs_few_messages_programs_files_and_moves() {
         life,
         &[
             ("calls of the daemon", 5, calls),
-            ("signals of systemd", 40, signals),
+            ("signals of systemd", 36, signals),
             ("executors", 1, executors),
             ("own programs", 3, own_programs),
             ("files of the daemon", 20, records),

@@ -3,7 +3,9 @@
 
 use std::fs;
 
-use crate::common::node::{Node, unique};
+use crate::common::daemon;
+use crate::common::image::IMAGE;
+use crate::common::node::{Node, runtime_under_test, unique};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch, feed};
@@ -148,6 +150,97 @@ fn the_oci_runtime_sees_containerds_environment() {
         assert!(environment.contains("E2E_PROXY=one two\n"), "{verb}: {environment}");
         assert!(!environment.contains("NOTIFY_SOCKET="), "{verb}: {environment}");
     }
+}
+
+/// A job of containerd.service that lasts until this is dropped, while containerd answers calls.
+struct Pending {
+    drop_in: String,
+}
+
+impl Pending {
+    /// Restarts containerd, with a command in this setting that does not end by itself. Returns once systemd is in this state, in
+    /// which the command runs.
+    fn new(node: &Node, setting: &str, state: &str) -> Self {
+        let directory = "/run/systemd/system/containerd.service.d";
+        fs::create_dir_all(directory).expect("make the directory of drop-ins");
+        let pending = Self { drop_in: format!("{directory}/e2e-pending.conf") };
+        let lines =
+            format!("{setting}=-/bin/sleep infinity\nTimeoutStartSec=infinity\nTimeoutStopSec=infinity\n");
+        fs::write(&pending.drop_in, format!("[Service]\n{lines}")).expect("write a drop-in");
+        process::succeed("systemctl", &["daemon-reload"]);
+        process::succeed("systemctl", &["reset-failed", "containerd.service"]);
+        process::succeed("systemctl", &["restart", "--no-block", "containerd.service"]);
+        until_true("the command runs", || systemd::property("containerd.service", "SubState") == state);
+        node.wait_for_containerd();
+        pending
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // Errors of this clean-up show in the next test.
+        process::run("systemctl", &["kill", "--kill-whom=control", "containerd.service"]);
+        // Waits for the job.
+        process::run("systemctl", &["start", "containerd.service"]);
+        let _ = fs::remove_file(&self.drop_in);
+        process::run("systemctl", &["daemon-reload"]);
+    }
+}
+
+#[test]
+fn no_call_waits_for_a_job_of_containerds_service() {
+    let node = Node::exclusive();
+    let older = node.container("older", Spec::sleeping()).started(&Io::default());
+    for (setting, state) in [("ExecStartPost", "start-post"), ("ExecStop", "stop")] {
+        let pending = Pending::new(&node, setting, state);
+        let container = node.container("pending", Spec::sleeping()).started(&Io::default());
+        assert_eq!(container.exec_sh("exit 7").exit_status(), 7);
+        assert_eq!(older.exec_sh("exit 8").exit_status(), 8);
+        container.end();
+        // As a command of containerd.service could.
+        let (runtime, id) = (runtime_under_test(), unique("by-ctr"));
+        let run = ["run", "--rm", "--cpu-shares", "0", "--runtime", &runtime, IMAGE, &id, "echo", "hello"];
+        assert_eq!(process::succeed("ctr", &run).trim(), "hello");
+        assert_eq!(systemd::property("containerd.service", "SubState"), state, "its job has not ended");
+        drop(pending);
+        node.wait_for_containerd();
+    }
+    older.end();
+}
+
+/// systemd stops this slice between containers and containerd.
+const ORDER_SLICE: &str = "containerd_shim-order.slice";
+
+#[test]
+fn the_slice_that_keeps_the_order_of_stops_is_started_again() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("order", Spec::sleeping()).started(&Io::default());
+    let (unit, pid) = (systemd::unit_of(&container), container.pid());
+    let names = |unit: &str, property: &str, name: &str| {
+        systemd::property(unit, property).split_whitespace().any(|found| found == name)
+    };
+    let is_kept = || {
+        systemd::is_active(ORDER_SLICE)
+            && names(&unit, "After", ORDER_SLICE)
+            && names(ORDER_SLICE, "After", "containerd.service")
+            && names(ORDER_SLICE, "Conflicts", "shutdown.target")
+    };
+    until_true("the daemon has started the slice", is_kept);
+    process::succeed("systemctl", &["stop", ORDER_SLICE]);
+    assert!(!systemd::is_active(ORDER_SLICE));
+    process::succeed("systemctl", &["daemon-reload"]);
+    until_true("a reload starts it again", is_kept);
+    process::succeed("systemctl", &["stop", ORDER_SLICE]);
+    daemon::systemctl("restart");
+    until_true("the next daemon starts it again", is_kept);
+    // Also one that systemd has unloaded, as no unit names it any more.
+    assert_eq!(container.pid(), pid);
+    container.end();
+    process::succeed("systemctl", &["stop", ORDER_SLICE]);
+    process::succeed("systemctl", &["daemon-reload"]);
+    until_true("it is made again", || systemd::is_active(ORDER_SLICE));
+    assert!(names(ORDER_SLICE, "After", "containerd.service"));
 }
 
 /// containerd with a network and a mount namespace of its own.

@@ -226,6 +226,11 @@ impl Systemd for FakeSystemd {
         Ok(())
     }
 
+    async fn keep_order(&self) -> Result<(), Error> {
+        self.state().orders += 1;
+        Ok(())
+    }
+
     async fn make_room_for_references(&self, _units: usize) {}
 
     async fn forget_earlier_references(&self) {

@@ -3,6 +3,7 @@
 mod change;
 mod obstacle;
 mod oom;
+mod order;
 mod property_types;
 pub mod query;
 mod start;
