@@ -27,7 +27,7 @@ pub enum Error {
     },
     /// The exec has the id of its container.
     #[error(
-        "exec id {exec}: already exists: the container has this id, and containerd could not tell the end of the exec from that of the container"
+        "exec id {exec} is the id of the container, and containerd could not tell the two ends apart: already exists"
     )]
     ExecNamedAsTask {
         /// The requested name.

@@ -174,10 +174,9 @@ fn a_size_is_accepted_before_the_terminal_exists_and_refused_after_the_exit() {
 #[test]
 fn an_exec_may_not_have_the_id_of_its_task_or_of_another_exec() {
     let world = after("exec-id", EXEC_ADDED);
-    for (id, reason) in [
-        ("web", "exec id web: already exists: the container has this id"),
-        ("probe", "id probe: already exists"),
-    ] {
+    for (id, reason) in
+        [("web", "exec id web is the id of the container,"), ("probe", "id probe: already exists")]
+    {
         let mut call = world.exec_call();
         call.exec = ExecId::new(id).unwrap();
         let added = world.live(move |shim| async move { shim.add_exec(call, Delivery::First).await });
