@@ -232,7 +232,7 @@ pub(super) fn stdio(data: &[u8]) {
     for (terminal, role) in [(false, Role::Init), (true, Role::Init), (false, Role::Exec), (true, Role::Exec)]
     {
         let stdio = Stdio { stdin: stdin.clone(), stdout: stdout.clone(), stderr: stderr.clone(), terminal };
-        for kind in [Kind::Fifo, Kind::File] {
+        for kind in [Kind::Fifo, Kind::File, Kind::Device] {
             let wiring = uri::wiring(&stdio, Log::Auto, role, |_: &Path| kind);
             if let Ok(logger) = wiring.map(|wiring| wiring.logger) {
                 assert!(logger.is_none_or(|logger| logger.program.is_absolute()));

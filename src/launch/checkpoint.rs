@@ -53,7 +53,9 @@ fn streams(process: &Process<'_>) -> Result<Vec<(u8, String)>, Error> {
     let input = match &wiring.stdin {
         Input::Fifo(path) => Some(path.clone()),
         // A container that was restored has a FIFO without a writer in the place of /dev/null.
-        Input::Null => process.task.request.checkpoint.as_ref().and_then(|_| own(Some(pipes::NO_INPUT))),
+        Input::Null | Input::File(_) => {
+            process.task.request.checkpoint.as_ref().and_then(|_| own(Some(pipes::NO_INPUT)))
+        }
     };
     let paths = [
         input,

@@ -1,13 +1,14 @@
 //! The standard streams of the launched process.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::unistd::{Gid, Uid, fchown};
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
@@ -15,6 +16,7 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 use crate::config;
 use crate::oci::bundle::{self, Spec};
 use crate::oci::profiles;
+use crate::path_error::io_error;
 use crate::stdio::fifo;
 use crate::stdio::uri::Kind;
 use crate::sys;
@@ -51,12 +53,15 @@ impl Streams {
         let access = Access::of(process);
         let stdin = match &wiring.stdin {
             // criu replaces a FIFO only with a FIFO.
-            Input::Null if process.task.request.checkpoint.is_some() && process.exec.is_none() => {
+            Input::Null | Input::File(_)
+                if process.task.request.checkpoint.is_some() && process.exec.is_none() =>
+            {
                 Stream::File(access.give(empty_fifo(process)?)?)
             }
             Input::Null => Stream::Null,
             // Does not wait, as the daemon has the other end open.
             Input::Fifo(path) => Stream::File(access.give(fifo::open_blocking_reader(path)?)?),
+            Input::File(path) => Stream::File(input_file(path)?),
         };
         let stdout = open_output(process, &access, &wiring.stdout, wiring.stdout_pipe())?;
         let stderr = open_output(process, &access, &wiring.stderr, wiring.stderr_pipe())?;
@@ -184,19 +189,33 @@ fn empty_fifo(process: &Process<'_>) -> Result<File, Error> {
     Ok(fifo::open_blocking_reader(&path)?)
 }
 
-/// The null device of the host. A process in the container whose user id is that of root on the host owns the device, and could
-/// change its mode or owner for the whole host through its own stream. So the device is opened over a read-only mount
-/// that nobody else has. Before Linux 5.12, it is opened as containerd-shim-runc-v2 does.
+/// The null device of the host.
 fn null_device() -> Result<File, Error> {
-    let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+    let opened = open_guarded(Path::new(NULL_DEVICE), OpenOptions::new().read(true).write(true));
+    opened.map_err(|source| Error::System { action: "open /dev/null", source })
+}
+
+/// A regular file or a device of the client, as input. As under containerd-shim-runc-v2, the process can't write to it.
+fn input_file(path: &Path) -> Result<File, Error> {
+    // Does not wait for a FIFO or a device that replaced the file since its kind was checked.
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let opened = open_guarded(path, OpenOptions::new().read(true).custom_flags(flags.bits()));
+    let opened = opened.map_err(io_error("open", path)).map_err(fifo::Error::from)?;
+    fcntl(&opened, FcntlArg::F_SETFL(OFlag::empty())).map_err(system("set the mode of the input"))?;
+    Ok(opened)
+}
+
+/// Opens a file of the host that a process in the container gets. A process whose user id is that of root on the host owns
+/// the file, and could change its mode, its owner or (opened again) its content through its own stream. So the file is opened
+/// over a read-only mount that nobody else has. Before Linux 5.12, it is opened as containerd-shim-runc-v2 does.
+fn open_guarded(path: &Path, options: &OpenOptions) -> io::Result<File> {
     let guarded = || {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let mount = open_tree(CWD, NULL_DEVICE, flags)?;
+        let mount = open_tree(CWD, path, flags)?;
         sys::mount_attributes::make_read_only(&mount)?;
-        open(&PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd())))
+        options.open(PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd())))
     };
-    let opened = guarded().or_else(|_| open(Path::new(NULL_DEVICE)));
-    opened.map_err(|source| Error::System { action: "open /dev/null", source })
+    guarded().or_else(|_| options.open(path))
 }
 
 #[cfg(test)]
@@ -277,6 +296,24 @@ mod tests {
             text.lines().find(|line| line.starts_with("mnt_id:")).unwrap().to_owned()
         });
         assert!(mounts.iter().all(|mount| *mount == mounts[0]), "{mounts:?}");
+    }
+
+    #[test]
+    fn a_file_as_input_is_read_from_its_beginning_and_can_not_be_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("input");
+        std::fs::write(&path, "hello").unwrap();
+        let mut text = String::new();
+        let mut input = input_file(&path).unwrap();
+        assert_eq!((input.read_to_string(&mut text).unwrap(), text.as_str()), (5, "hello"));
+        assert!(input.write_all(b"gone").is_err());
+        if nix::unistd::geteuid().is_root() {
+            let again = format!("/proc/self/fd/{}", input.as_raw_fd());
+            let opened = OpenOptions::new().write(true).open(again);
+            assert_eq!(opened.unwrap_err().kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+        }
+        assert_eq!(input_file(Path::new(NULL_DEVICE)).unwrap().read(&mut [0]).unwrap(), 0);
+        assert!(input_file(&dir.path().join("missing")).is_err());
     }
 
     #[test]

@@ -50,7 +50,7 @@ const ORPHAN_INTERVAL: Duration = Duration::from_secs(1);
 #[async_trait]
 impl OciRuntime for CommandLine {
     async fn start(&self, cli: &Cli<'_>) -> Result<(), Error> {
-        let mut command = cli.command("start");
+        let mut command = cli.in_bundle("start");
         command.arg(cli.id.as_str());
         self.run(cli, "start", &command).await
     }
@@ -63,7 +63,7 @@ impl OciRuntime for CommandLine {
 
     /// A runtime that was killed gets a second chance.
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
-        let mut command = cli.command("delete");
+        let mut command = cli.in_bundle("delete");
         command.arg("--force").arg(cli.id.as_str());
         let mut deleted = self.run(cli, "delete", &command).await;
         if matches!(deleted, Err(Error::Killed { .. })) {

@@ -110,6 +110,8 @@ pub struct Cli<'a> {
     pub id: &'a TaskId,
     /// The containerd of its task, in whose namespaces the commands run.
     pub containerd: &'a Containerd,
+    /// Its bundle.
+    pub bundle: &'a Path,
     /// A directory for its logs.
     pub dir: &'a Path,
 }
@@ -157,7 +159,8 @@ pub trait OciRuntime: Send + Sync {
 impl<'a> Cli<'a> {
     /// The OCI runtime for a task, with its logs in `dir`.
     pub fn of(task: &'a Task, dir: &'a Path) -> Self {
-        Self { runtime: &task.runtime, id: &task.key.id, containerd: &task.containerd, dir }
+        let bundle = &task.request.bundle;
+        Self { runtime: &task.runtime, id: &task.key.id, containerd: &task.containerd, bundle, dir }
     }
 }
 
@@ -268,6 +271,13 @@ impl Cli<'_> {
         command
     }
 
+    /// A command that runs hooks. They expect the bundle as working directory, as under containerd-shim-runc-v2.
+    pub(super) fn in_bundle(&self, verb: &str) -> Command {
+        let mut command = self.command(verb);
+        command.current_dir(self.bundle);
+        command
+    }
+
     /// A command with the environment of the OCI runtime, and without an old log.
     pub(super) fn equipped(&self, program: &Path, verb: &str) -> Command {
         // runc and crun append to the log: an old error must not be reported again.
@@ -372,7 +382,13 @@ mod tests {
         };
         let id = TaskId::new("web").unwrap();
         let containerd = Containerd::default();
-        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: Path::new("/run/x") };
+        let cli = Cli {
+            runtime: &runtime,
+            id: &id,
+            containerd: &containerd,
+            bundle: Path::new("/b"),
+            dir: Path::new("/run/x"),
+        };
         let command = cli.create(&runtime.binary, Path::new("/b"), Path::new("/run/x/init.pid"), None);
         let args: Vec<_> = command.get_args().map(|arg| arg.to_string_lossy().into_owned()).collect();
         assert_eq!(

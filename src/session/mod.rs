@@ -78,7 +78,7 @@ impl Session {
         // CloseIO may have come before there was a process; then the process has its input now, and no writer is
         // needed any more.
         let stdin = stdin.filter(|_| !wiring.stdin_closed);
-        if stdin.is_none() && input.is_none() && wiring.stdin != Input::Null {
+        if stdin.is_none() && input.is_none() && matches!(wiring.stdin, Input::Fifo(_)) {
             fds.forget(StreamKind::Input, number);
         }
         let slot = Arc::new(Mutex::new(terminal.clone()));

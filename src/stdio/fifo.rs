@@ -40,6 +40,7 @@ pub fn kind(path: &Path) -> Kind {
     match std::fs::metadata(path).map(|found| found.file_type()) {
         Ok(found) if found.is_fifo() => Kind::Fifo,
         Ok(found) if found.is_file() => Kind::File,
+        Ok(found) if found.is_char_device() => Kind::Device,
         Ok(_) => Kind::Other,
         Err(_) => Kind::Missing,
     }

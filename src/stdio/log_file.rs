@@ -1,14 +1,14 @@
-//! A client's log file (`file://`). A thread of its own writes it: a disk that hangs only blocks the output of this process.
+//! A client's log file (`file://`), or a device that the client names. A thread of its own writes it: a disk that hangs only blocks the output of this process.
 
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::Duration;
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::sync::oneshot;
 
 use crate::path_error::io_error;
@@ -215,9 +215,14 @@ impl Target {
         }
         let mut options = OpenOptions::new();
         // Does not wait for a FIFO that replaced the file since its kind was checked.
-        let options =
-            options.append(true).create(self.create).mode(0o644).custom_flags(OFlag::O_NONBLOCK.bits());
+        let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let options = options.append(true).create(self.create).mode(0o644).custom_flags(flags.bits());
         let file = options.open(&self.path).map_err(io_error("open", &self.path))?;
+        // Output waits for a terminal that accepts none at the moment.
+        if file.metadata().map_err(io_error("open", &self.path))?.file_type().is_char_device() {
+            fcntl(&file, FcntlArg::F_SETFL(OFlag::O_APPEND))
+                .map_err(io_error("set the mode of", &self.path))?;
+        }
         Ok(self.file.get_or_init(|| file))
     }
 
@@ -243,7 +248,11 @@ impl Target {
 mod tests {
     use super::*;
     use crate::stdio::fifo;
+    use crate::sys;
     use std::io::Read;
+    use std::os::fd::AsFd;
+
+    use nix::poll::{PollFd, PollFlags};
 
     fn owner(name: &str) -> Arc<str> {
         Arc::from(name)
@@ -301,6 +310,10 @@ mod tests {
                     dead(&dir.path().join(format!("dead{number}")), &format!("dead{}", number % 2));
                 ends.push(end);
                 writes.push(tokio::spawn(async move { file.write(&[0; 1 << 17]).await }));
+            }
+            for end in &ends {
+                let mut begun = [PollFd::new(end.as_fd(), PollFlags::POLLIN)];
+                assert!(sys::poll(&mut begun, Duration::from_secs(60)).unwrap());
             }
             let mut file = LogFile::open(&alive, true, &owner("alive")).unwrap();
             file.write(b"alive").await;

@@ -23,6 +23,8 @@ pub enum Kind {
     Fifo,
     /// A regular file.
     File,
+    /// A character device.
+    Device,
     /// A directory, a socket, …
     Other,
     /// The path does not exist.
@@ -63,7 +65,7 @@ pub fn wiring(
             return Err(malformed(stream, text, "it is longer than a path can be"));
         }
     }
-    let stdin = input(&stdio.stdin, &kind)?;
+    let stdin = input(&stdio.stdin, stdio.terminal, &kind)?;
     let client = client(stdio, &kind)?;
     let terminal = stdio.terminal;
     let given = client.stdout.is_some() || client.stderr.is_some();
@@ -122,12 +124,12 @@ fn client(stdio: &Stdio, kind: &impl Fn(&Path) -> Kind) -> Result<Client, Invali
                     return Err(malformed(
                         "stdout",
                         &stdio.stdout,
-                        "it is neither a regular file nor missing",
+                        "it is neither a regular file, a device nor missing",
                     ));
                 }
                 // Writes to a log file may block, and the reader of a FIFO may not read: so a FIFO is no log file.
                 Kind::Fifo => Sink::Fifo(path),
-                Kind::File | Kind::Missing => Sink::File { path, create: true },
+                found => Sink::File { path, create: found != Kind::Device },
             };
             Ok(Client { stdout: Some(sink.clone()), stderr: Some(sink), logger: None })
         }
@@ -160,15 +162,23 @@ fn split(text: &str) -> (Option<&str>, &str) {
     }
 }
 
-fn input(text: &str, kind: &impl Fn(&Path) -> Kind) -> Result<Input, InvalidStdio> {
+fn input(text: &str, terminal: bool, kind: &impl Fn(&Path) -> Kind) -> Result<Input, InvalidStdio> {
     let (_, path) = split(text);
     if path.is_empty() {
         return Ok(Input::Null);
     }
     match (Path::new(path).is_absolute(), kind(Path::new(path))) {
         (true, Kind::Fifo) => Ok(Input::Fifo(path.into())),
+        (true, Kind::File | Kind::Device) if !terminal => Ok(Input::File(path.into())),
         (true, Kind::Missing) => Err(malformed("stdin", text, "the FIFO does not exist")),
-        (_, _) => Err(malformed("stdin", text, "it must be the absolute path of a FIFO")),
+        (_, _) if terminal => {
+            Err(malformed("stdin", text, "with a terminal, it must be the absolute path of a FIFO"))
+        }
+        (_, _) => Err(malformed(
+            "stdin",
+            text,
+            "it must be the absolute path of a FIFO, a regular file or a device",
+        )),
     }
 }
 
@@ -183,9 +193,11 @@ fn output(
     }
     match (Path::new(path).is_absolute(), kind(Path::new(path))) {
         (true, Kind::Fifo) => Ok(Some(Sink::Fifo(path.into()))),
-        (true, Kind::File) => Ok(Some(Sink::File { path: path.into(), create: false })),
+        (true, Kind::File | Kind::Device) => Ok(Some(Sink::File { path: path.into(), create: false })),
         (true, Kind::Missing) => Err(malformed(stream, text, "there is neither a FIFO nor a file")),
-        (_, _) => Err(malformed(stream, text, "it must be the absolute path of a FIFO or a regular file")),
+        (_, _) => {
+            Err(malformed(stream, text, "it must be the absolute path of a FIFO, a regular file or a device"))
+        }
     }
 }
 
@@ -248,6 +260,7 @@ mod tests {
         wiring(&stdio, log, role, |path| match path.to_str() {
             Some(path) if path.starts_with("/fifo") => Kind::Fifo,
             Some(path) if path.starts_with("/bin") || path == "/file" => Kind::File,
+            Some(path) if path.starts_with("/dev") => Kind::Device,
             Some("/dir") => Kind::Other,
             _ => Kind::Missing,
         })
@@ -279,6 +292,28 @@ mod tests {
         let file = Sink::File { path: "/var/log/a b.log".into(), create: true };
         assert_eq!(wiring.stdout, aside(file));
         assert_eq!(wiring.stderr, wiring.stdout);
+    }
+
+    #[test]
+    fn files_and_devices_are_streams_too() {
+        let file = |path: &str| Sink::File { path: path.into(), create: false };
+        let streams = read("/file", "/dev/null").unwrap();
+        assert_eq!((streams.stdout, streams.stderr), (aside(file("/file")), aside(file("/dev/null"))));
+        assert_eq!(read("file:///dev/null", "").unwrap().stdout, aside(file("/dev/null")));
+        let input = |stdin: &str, terminal| {
+            let stdio = Stdio { stdin: stdin.to_owned(), terminal, ..Stdio::default() };
+            let kind = |path: &Path| match path.to_str() {
+                Some("/file") => Kind::File,
+                Some("/dev/null") => Kind::Device,
+                _ => Kind::Other,
+            };
+            wiring(&stdio, Log::Auto, Role::Init, kind).map(|wiring| wiring.stdin)
+        };
+        for path in ["/file", "/dev/null"] {
+            assert_eq!(input(path, false).unwrap(), Input::File(path.into()));
+            assert!(input(path, true).unwrap_err().to_string().contains("with a terminal"));
+        }
+        assert!(input("/dir", false).is_err());
     }
 
     fn copied(client: Option<Sink>, journal: JournalCopy) -> Output {

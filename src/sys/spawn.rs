@@ -91,6 +91,7 @@ impl Child {
 /// What the child passes to execve(2).
 struct Program {
     path: CString,
+    dir: Option<CString>,
     _args: Vec<CString>,
     _env: Vec<CString>,
     argv: Vec<*const libc::c_char>,
@@ -112,12 +113,13 @@ impl Program {
             words.iter().map(|word| word.as_ptr()).chain(std::iter::once(std::ptr::null())).collect()
         };
         let (argv, envp) = (pointers(&args), pointers(&env));
-        Ok(Self { path: text(command.get_program())?, _args: args, _env: env, argv, envp })
+        let dir = command.get_current_dir().map(|dir| text(dir.as_os_str())).transpose()?;
+        Ok(Self { path: text(command.get_program())?, dir, _args: args, _env: env, argv, envp })
     }
 }
 
 /// Starts a child that becomes a program: path, arguments and environment are those of `command`, whose environment must
-/// be complete (`env_clear`). Its standard output is /dev/null, and its standard input the lock file. The child takes all
+/// be complete (`env_clear`). It runs in the working directory of `command`, if its namespaces have that directory. Its standard output is /dev/null, and its standard input the lock file. The child takes all
 /// signals, and the OOM killer regards it as an ordinary process. [`Child::started`] tells whether the program runs.
 ///
 /// # Errors
@@ -161,6 +163,10 @@ unsafe fn be_child(program: &Program, lock: &CStr, namespaces: &[OwnedFd], repor
     unsafe {
         let failed = match prepare(lock, namespaces) {
             Ok(()) => {
+                if let Some(dir) = &program.dir {
+                    // A program is better run elsewhere than not at all: `delete` must work without the bundle.
+                    libc::chdir(dir.as_ptr());
+                }
                 close_all_but(reporter);
                 libc::execve(program.path.as_ptr(), program.argv.as_ptr(), program.envp.as_ptr());
                 Errno::last()
@@ -237,6 +243,19 @@ mod tests {
         assert_eq!(fs::read_to_string(&out).unwrap(), "two words\n");
         let mut killed = spawn(&shell("kill -9 $$"), &setup(&lock)).unwrap();
         assert_eq!(killed.wait().await.unwrap().signal(), Some(9));
+    }
+
+    #[tokio::test]
+    async fn a_child_runs_in_the_directory_of_its_command_if_there_is_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (out, lock) = (dir.path().join("out"), dir.path().join("lock"));
+        let here = std::env::current_dir().unwrap();
+        for (wanted, found) in [(dir.path(), dir.path()), (Path::new("/no/such/directory"), &here)] {
+            let mut command = shell(&format!("pwd -P >{}", out.display()));
+            command.current_dir(wanted);
+            assert!(spawn(&command, &setup(&lock)).unwrap().wait().await.unwrap().success());
+            assert_eq!(fs::read_to_string(&out).unwrap().trim_end(), found.to_str().unwrap());
+        }
     }
 
     #[tokio::test]

@@ -13,6 +13,8 @@ pub enum Input {
     Null,
     /// The client's FIFO. The daemon keeps it open for writing until CloseIO.
     Fifo(PathBuf),
+    /// The client's regular file or character device. The process reads it without the daemon.
+    File(PathBuf),
 }
 
 /// Standard output or standard error.

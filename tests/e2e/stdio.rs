@@ -157,6 +157,60 @@ fn stdin_without_a_client_is_empty() {
     assert_eq!(container.exit_status(), 31);
 }
 
+/// As containerd's example of a client in Rust does.
+#[test]
+fn streams_may_be_files_and_devices() {
+    let node = Node::shared();
+    let sleeping = node.container("plain-execs", Spec::sleeping()).started(&Io::default());
+    let run = |script: &str, io: &Io, is_exec: bool| {
+        let status = if is_exec {
+            let exec = sleeping.exec(Spec::sh(script)).started(io);
+            let status = exec.exit_status();
+            exec.delete().expect("delete");
+            status
+        } else {
+            let container = node.container("plain", Spec::sh(script)).started(io);
+            let status = container.exit_status();
+            container.delete().expect("delete");
+            status
+        };
+        assert_eq!(status, 0, "{script}");
+    };
+    for is_exec in [false, true] {
+        let scratch = Scratch::new("plain");
+        fs::write(scratch.join("input"), "hello\n").expect("write");
+        fs::write(scratch.join("output"), "before\n").expect("write");
+        let end = pause_at_the_end(&node);
+        let io = Io {
+            stdin: scratch.text("input"),
+            stdout: scratch.text("output"),
+            stderr: "/dev/null".to_owned(),
+        };
+        run(&format!("cat; echo more; echo lost >&2; {end}"), &io, is_exec);
+        assert_eq!(scratch.read("output"), "before\nhello\nmore\n", "exec: {is_exec}");
+        let pty = nix::pty::openpty(None, None).expect("a terminal");
+        let tty = nix::unistd::ttyname(&pty.slave).expect("its path").display().to_string();
+        let io = Io { stdin: "/dev/null".to_owned(), stdout: tty, stderr: String::new() };
+        run(&format!("cat; echo shown; {end}"), &io, is_exec);
+        let mut seen = [0; 64];
+        let length = nix::unistd::read(&pty.master, &mut seen).expect("read the terminal");
+        assert_eq!(&seen[..length], b"shown\r\n", "exec: {is_exec}");
+    }
+}
+
+#[test]
+fn a_host_file_as_input_can_not_be_changed_by_the_container() {
+    needs!(OurShim); // the stock shim copies the input
+    let node = Node::shared();
+    let scratch = Scratch::new("guarded");
+    fs::write(scratch.join("input"), "hello\n").expect("write");
+    let script = "echo gone >/proc/self/fd/0; chmod 777 /proc/self/fd/0; cat >/dev/null; exit 34";
+    let io = Io { stdin: scratch.text("input"), ..Io::default() };
+    let container = node.container("guarded", Spec::sh(script)).started(&io);
+    assert_eq!(container.exit_status(), 34);
+    assert_eq!(scratch.read("input"), "hello\n");
+}
+
 #[test]
 fn without_client_stdio_a_write_does_not_fail() {
     needs!(OurShim); // the stock shim opens /dev/null for reading only

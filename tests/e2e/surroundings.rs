@@ -346,6 +346,22 @@ fn every_hook_finds_the_rootfs() {
 }
 
 #[test]
+fn every_hook_runs_in_the_bundle() {
+    let node = Node::exclusive();
+    let place = Scratch::new("directory");
+    let (hook, seen) = (place.text("hook"), place.text("seen"));
+    let bundle = r#"bundle=$(sed 's/.*"bundle":"\([^"]*\)".*/\1/')"#;
+    let compare = r#"[ "$(pwd -P)" = "$(readlink -f "$bundle")" ] && echo yes || pwd -P"#;
+    write_program(&hook, &format!("#!/bin/sh\n{bundle}\n{{ {compare}; }} >>{seen}\n"));
+    for moment in ["createRuntime", "poststart", "poststop"] {
+        let spec = Spec::sleeping().hook(moment, &hook);
+        node.container("directory", spec).started(&Io::default()).end();
+        assert_eq!(fs::read_to_string(&seen).unwrap_or_default(), "yes\n", "{moment}");
+        fs::remove_file(&seen).expect("remove");
+    }
+}
+
+#[test]
 fn a_task_outlives_the_namespaces_in_which_it_was_created() {
     needs!(OurShim);
     let node = Node::exclusive();

@@ -32,7 +32,8 @@ async fn a_command_that_does_not_end_is_killed_with_all_that_it_started() {
     let (dir, runtime) = scratch(script);
     let id = TaskId::new("web").unwrap();
     let containerd = Containerd::default();
-    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    let cli =
+        Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: dir.path() };
     let error = CommandLine::default().start(&cli).await.unwrap_err();
     assert!(matches!(error, Error::TimedOut { verb: "start", .. }), "{error}");
     assert!(error.to_string().contains("within 1 s"), "{error}");
@@ -47,7 +48,8 @@ async fn a_command_that_nobody_waits_for_is_killed() {
     let runtime = Runtime { limit_sec: 1000, ..runtime };
     let id = TaskId::new("web").unwrap();
     let containerd = Containerd::default();
-    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    let cli =
+        Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: dir.path() };
     let commands = CommandLine::default();
     tokio::select! {
         ended = commands.start(&cli) => panic!("{ended:?}"),
@@ -82,7 +84,7 @@ fn no_thread_of_the_runtime_searches_for_the_processes_of_a_command() {
     let (dir, of_web) = scratch("echo $$ > self.new; mv self.new self; sleep 1000");
     let of_web = Runtime { limit_sec: 1000, ..of_web };
     let (id, containerd) = (TaskId::new("web").unwrap(), Containerd::default());
-    let cli = Cli { runtime: &of_web, id: &id, containerd: &containerd, dir: dir.path() };
+    let cli = Cli { runtime: &of_web, id: &id, containerd: &containerd, bundle: dir.path(), dir: dir.path() };
     let commands = CommandLine::default();
     let file = dir.path().join("self");
     runtime.block_on(async {
@@ -115,7 +117,8 @@ async fn commands_for_a_container_run_one_after_the_other_and_leftover_children_
     let runtime = Runtime { limit_sec: 60, ..runtime };
     let id = TaskId::new("web").unwrap();
     let containerd = Containerd::default();
-    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    let cli =
+        Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: dir.path() };
     let commands = CommandLine::default();
     let ran = futures_util::future::join_all((0..4).map(|_| commands.start(&cli))).await;
     assert!(ran.iter().all(Result::is_ok), "{ran:?}");
@@ -133,7 +136,8 @@ async fn a_delete_that_does_not_end_frees_the_id() {
     let (dir, runtime) = scratch("sleep 1000");
     let id = TaskId::new("web").unwrap();
     let containerd = Containerd::default();
-    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    let cli =
+        Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: dir.path() };
     assert!(state(&cli).exists());
     delete(&cli).await.unwrap();
     assert!(!state(&cli).exists());
@@ -146,7 +150,8 @@ async fn a_delete_that_is_killed_is_tried_again_and_then_done_without_the_runtim
         let (dir, runtime) = scratch(&format!("echo >> tries; {script}"));
         let id = TaskId::new("web").unwrap();
         let containerd = Containerd::default();
-        let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+        let cli =
+            Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: dir.path() };
         fs::write(dir.path().join("root/web/state.json"), "{}").unwrap();
         delete(&cli).await.unwrap();
         assert!(!state(&cli).exists());
@@ -159,7 +164,8 @@ async fn a_delete_fails_unless_the_state_is_broken() {
     let (dir, runtime) = scratch("exit 1");
     let id = TaskId::new("web").unwrap();
     let containerd = Containerd::default();
-    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    let cli =
+        Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: dir.path() };
     for name in ["state.json", "status"] {
         let file = dir.path().join("root/web").join(name);
         fs::write(&file, r#"{"id":"web"}"#).unwrap();
@@ -177,7 +183,8 @@ async fn a_command_runs_with_the_oom_score_of_an_ordinary_process() {
     let (dir, runtime) = scratch("cat /proc/self/oom_score_adj > score");
     let id = TaskId::new("web").unwrap();
     let containerd = Containerd::default();
-    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, dir: dir.path() };
+    let cli =
+        Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: dir.path() };
     CommandLine::default().start(&cli).await.unwrap();
     assert_eq!(fs::read_to_string(dir.path().join("score")).unwrap(), "0\n");
 }
