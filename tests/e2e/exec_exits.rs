@@ -45,7 +45,7 @@ fn assert_no_exec_unit_is_left() {
 }
 
 #[test]
-fn a_thousand_execs_in_a_row_report_their_own_exit_codes() {
+fn many_execs_in_a_row_report_their_own_exit_codes() {
     let node = Node::exclusive();
     let container = node.container("row", Spec::sleeping()).started(&Io::default());
     let before = systemd::Cursor::now();

@@ -81,7 +81,7 @@ fn a_live_container_leaves_traces() {
 }
 
 #[test]
-fn two_hundred_containers_leave_nothing() {
+fn many_containers_leave_nothing() {
     let node = Node::exclusive();
     (0..WARM_UP).for_each(|_| run_rest(&node));
     let before = Traces::take();
@@ -115,7 +115,7 @@ fn a_failure_in_any_step_leaves_nothing() {
 }
 
 #[test]
-fn two_hundred_execs_of_each_kind_leave_nothing() {
+fn many_execs_of_each_kind_leave_nothing() {
     let node = Node::exclusive();
     let container = node.container("execs", Spec::sleeping()).started(&Io::default());
     let kinds: [(&str, ExecStep); 5] = [
