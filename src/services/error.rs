@@ -134,7 +134,7 @@ pub enum Error {
     /// criu can't dump the output of a container.
     #[error(
         "task {key} can't be checkpointed: its output goes to the journal through a socket, which criu can't dump; create \
-         the container with streams, or with the runtime option Log = \"journal\""
+         the container with streams, or without the runtime option Log = \"client\""
     )]
     JournalSocket { key: TaskKey },
     /// criu can't be used.

@@ -104,7 +104,7 @@ fn way(sink: Option<Sink>, given: bool, log: Log, role: Role, terminal: bool) ->
         },
         (Log::None, None) => nowhere,
         (Log::Auto | Log::Client, None) if given => nowhere,
-        (Log::Auto | Log::Client, None) if role == Role::Init && !terminal => Output::Journal,
+        (Log::Client, None) if role == Role::Init && !terminal => Output::Journal,
         (Log::Auto | Log::Client, None) => copied(None, JournalCopy::Complete),
     }
 }
@@ -269,9 +269,7 @@ mod tests {
     #[test]
     fn empty_stdio_means_the_journal() {
         let journal = copied(None, JournalCopy::Complete);
-        for (log, output) in
-            [(Log::Auto, Output::Journal), (Log::Client, Output::Journal), (Log::Journal, journal)]
-        {
+        for (log, output) in [(Log::Auto, journal), (Log::Client, Output::Journal)] {
             let wiring = read_as(log, Role::Init, false, "", "").unwrap();
             assert_eq!((&wiring.stdout, &wiring.stderr), (&output, &output));
             assert_eq!(wiring.stdin, Input::Null);
@@ -354,6 +352,7 @@ mod tests {
         let stdout = |log, stdout| read_as(log, Role::Init, false, stdout, "").unwrap().stdout;
         assert_eq!(stdout(Log::Auto, "/fifo"), aside(Sink::Fifo("/fifo".into())));
         assert_eq!(stdout(Log::Client, "/fifo"), Output::Fifo("/fifo".into()));
+        assert_eq!(stdout(Log::Auto, ""), copied(None, JournalCopy::Complete));
         assert_eq!(stdout(Log::Client, ""), Output::Journal);
         assert_eq!(stdout(Log::Tee, "/fifo"), copied(fifo(), JournalCopy::Complete));
         assert_eq!(

@@ -145,10 +145,10 @@ fn a_task_without_streams_of_its_client_can_be_checkpointed_unless_its_stdout_is
         let container = node.container("silent", Spec::sleeping()).options(log_modes::log(mode));
         container.started(&Io::default())
     };
-    let (code, reason) = take(&shim, &silent("auto"), &images, |_| {}).expect_err("a socket");
+    let (code, reason) = take(&shim, &silent("client"), &images, |_| {}).expect_err("a socket");
     assert_eq!(code, ttrpc::Code::FAILED_PRECONDITION, "{reason}");
     assert!(reason.contains("Log ="), "{reason}");
-    take(&shim, &silent("journal"), &images, |_| {}).expect("checkpoint");
+    take(&shim, &silent("auto"), &images, |_| {}).expect("checkpoint");
     assert!(scratch.join("images").exists());
 }
 

@@ -204,7 +204,7 @@ fn a_drop_in_of_the_namespace_applies_to_its_containers() {
     let policy = "[Service]\nTimeoutStopSec=1s\nEnvironment=E2E=1\nLogExtraFields=E2E_POLICY=yes\n";
     let _drop_in = DropIn::for_namespace(namespace, policy);
     // The daemon copies the output, or the unit has a socket of the journal.
-    for mode in ["journal", "auto"] {
+    for mode in ["auto", "client"] {
         let logged = node.container("policy", Spec::sh("echo under policy"));
         let logged = logged.namespace(namespace).options(log_modes::log(mode)).started(&Io::default());
         let id = format!("CONTAINER_ID={}", logged.id);
@@ -229,7 +229,7 @@ fn without_client_stdio_the_output_is_in_the_journal() {
     let script = "echo one; echo two >&2; i=0; while [ $i -lt 100 ]; do echo line $i; i=$((i+1)); done";
     let container = node.container("journal", Spec::sh(script)).started(&Io::default());
     assert_eq!(container.exit_status(), 0);
-    let by_unit = format!("_SYSTEMD_UNIT={}", systemd::unit_of(&container));
+    let by_unit = format!("--unit={}", systemd::unit_of(&container));
     let by_id = format!("CONTAINER_ID={}", container.id);
     for by in [by_unit, by_id] {
         let messages = wait::until("the last line", || {
