@@ -90,6 +90,7 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::CreateTimedOut { .. }
         | Error::StartTimedOut { .. }
         | Error::FilesDoNotAnswer { .. }
+        | Error::TerminalDoesNotAnswer { .. }
         | Error::Runtime(oci::runtime::Error::TimedOut { .. } | oci::runtime::Error::Busy { .. }) => {
             Code::DEADLINE_EXCEEDED
         }

@@ -239,8 +239,9 @@ impl Task for TaskService {
 
     async fn resize_pty(&self, ctx: &TtrpcContext, request: ResizePtyRequest) -> RpcResult<Empty> {
         let key = self.process(ctx, &request.id, &request.exec_id)?;
-        let resized = self.shim.tasks.resize(&key, request.width, request.height);
-        resized.map_err(|error| refuse("resize", &key, &error))?;
+        let (shim, process) = (self.shim.clone(), key.clone());
+        let (columns, rows) = (request.width, request.height);
+        self.run("resize", &process, async move { shim.tasks.resize(&key, columns, rows).await }).await?;
         Ok(Empty::new())
     }
 

@@ -30,6 +30,7 @@ use crate::services::Entry;
 use crate::services::files::ClientFiles;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::session::fds::StreamFds;
+use crate::stdio::threads;
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
 use crate::store::failures::Failures;
@@ -50,7 +51,7 @@ use crate::{config, sys, telemetry};
 
 use super::Failure;
 
-/// The number of threads for D-Bus signals, requests and pumps, which all do short work.
+/// The number of threads for D-Bus signals and requests, which all do short work.
 const WORKERS: usize = 2;
 /// There are as many heaps as worker threads.
 const HEAPS: i32 = 2;
@@ -87,11 +88,17 @@ pub(super) fn run() -> Result<(), Failure> {
     let guard = Guard::start();
     // Before any thread starts, as this changes the environment.
     let passed = take_passed()?;
-    check_threads().map_err(|error| {
+    check_threads(FIRST_THREADS).map_err(|error| {
         Failure(format!(
             "the system does not allow the daemon {FIRST_THREADS} threads: {error}; see TasksMax= of its service, and kernel.threads-max"
         ))
     })?;
+    match check_threads(FIRST_THREADS + threads::WORKERS).and_then(|()| threads::start()) {
+        Ok(()) => {}
+        Err(error) => {
+            tracing::warn!(%error, "can't start threads for the streams of containers, so a container that keeps a stream busy delays the calls of others: {error}");
+        }
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_stack_size(1 << 20)
@@ -106,13 +113,12 @@ pub(super) fn run() -> Result<(), Failure> {
     served
 }
 
-/// Checks that the daemon can start its first threads, as tokio panics if it can't: starts as many threads and ends
-/// them.
-fn check_threads() -> io::Result<()> {
+/// Checks that the daemon can start so many threads, as tokio panics if it can't: starts as many and ends them.
+fn check_threads(number: usize) -> io::Result<()> {
     let all_started = Mutex::new(());
     thread::scope(|scope| {
         let _held = all_started.lock().unwrap_or_else(PoisonError::into_inner);
-        (0..FIRST_THREADS).try_for_each(|_| {
+        (0..number).try_for_each(|_| {
             let thread = thread::Builder::new().stack_size(CHECK_STACK);
             thread.spawn_scoped(scope, || drop(all_started.lock())).map(drop)
         })

@@ -1,6 +1,7 @@
 //! ResizePty: the size of a terminal's window.
 
 use crate::id::ProcessKey;
+use crate::services::streams::set_window;
 use crate::services::{Error, Tasks};
 
 impl Tasks {
@@ -8,16 +9,15 @@ impl Tasks {
     /// soon as it does. Without a terminal nothing happens.
     ///
     /// # Errors
-    /// There is no such process, or an exec has ended.
-    pub fn resize(&self, key: &ProcessKey, columns: u32, rows: u32) -> Result<(), Error> {
+    /// There is no such process, an exec has ended, or the terminal does not answer.
+    pub async fn resize(&self, key: &ProcessKey, columns: u32, rows: u32) -> Result<(), Error> {
         let (entry, process) = self.process(key)?;
         if key.exec.is_some() && entry.has_recorded_end(&process) {
             return Err(Error::ResizeStopped);
         }
         let clip = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);
         let window = (clip(columns), clip(rows));
-        let mut live = process.live();
-        live.window = Some(window);
-        Ok(live.session.resize(window)?)
+        process.live().window = Some(window);
+        set_window(&process).await
     }
 }

@@ -48,6 +48,9 @@ pub enum Error {
     /// The exec has ended, and its terminal has no size any more.
     #[error("cannot resize a stopped container")]
     ResizeStopped,
+    /// The kernel waits for the container.
+    #[error("{process}: its terminal does not answer: a process of the container keeps it busy")]
+    TerminalDoesNotAnswer { process: ProcessKey },
     /// The exec's process spec is not usable.
     #[error(transparent)]
     Process(#[from] oci::process::Error),

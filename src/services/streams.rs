@@ -16,8 +16,8 @@ use crate::config;
 use crate::launch::contract::Kind;
 use crate::oci::metadata;
 use crate::session::fds::{StreamFds, StreamKind};
-use crate::session::{LogFiles, OpenStreams, Plan, ReopenMode, Session};
-use crate::stdio::journal;
+use crate::session::{self, LogFiles, OpenStreams, Plan, ReopenMode, Session};
+use crate::stdio::{journal, threads};
 use crate::store::Store;
 use crate::unit::manager::usage::JournalSettings;
 use crate::unit::name;
@@ -31,6 +31,9 @@ use super::{Entry, Error, Process, WaitsFor, blocking, waiting};
 
 /// The file of a process in which the first daemon that waited for its output has noted the time.
 const DRAINING: &str = "draining";
+
+/// How long the size of a window may take.
+const WINDOW_LIMIT: Duration = Duration::from_secs(5);
 
 /// Output has usually arrived after this time.
 const USUAL: Duration = Duration::from_millis(20);
@@ -95,7 +98,13 @@ impl Streams {
         let (this, fds) = (plan.clone(), self.fds.clone());
         let mut opened = self
             .files
-            .in_time(&plan.key, waiting(WaitsFor::Client, &plan.key.task, move || this.open(&fds, files)))
+            .in_time(
+                &plan.key,
+                waiting(WaitsFor::Client, &plan.key.task, move || {
+                    let _threads = threads::enter();
+                    this.open(&fds, files)
+                }),
+            )
             .await??;
         self.start_logger(plan, opened.take_ready()).await?;
         Ok(opened)
@@ -121,7 +130,10 @@ impl Streams {
     /// A FIFO or a file can't be opened.
     pub(crate) async fn reopen(&self, plan: Arc<Plan>, mode: ReopenMode) -> Result<OpenStreams, Error> {
         let (fds, key) = (self.fds.clone(), plan.key.clone());
-        let work = move || plan.reopen(&fds, mode);
+        let work = move || {
+            let _threads = threads::enter();
+            plan.reopen(&fds, mode)
+        };
         match self.files.in_time(&key, waiting(WaitsFor::Client, &key.task, work.clone())).await {
             // Recovery drops the descriptors of streams that are not claimed: the process would get an end of its streams.
             Err(Error::NoThread(_)) => Ok(self.files.in_time(&key, blocking(work)).await??),
@@ -165,10 +177,10 @@ impl Streams {
         let session = Session::start(&process.key, opened, &wiring, &self.fds, ended)?;
         {
             let mut live = process.live();
-            live.window.map_or(Ok(()), |window| session.resize(window))?;
             live.session = session;
-            live.client_input = None;
+            threads::discard(live.client_input.take());
         }
+        set_window(process).await?;
         // CloseIO may have come while the terminal was awaited. It found no session whose input it could close.
         let is_closed =
             entry.task().process(process.exec()).is_some_and(|process| process.wiring.stdin_closed);
@@ -300,6 +312,24 @@ impl Streams {
 /// The number under which systemd keeps the streams of a process.
 pub(crate) fn stored_number(entry: &Entry, process: &Process) -> Option<u64> {
     entry.task().process(process.exec()).map(|process| process.wiring.store_number)
+}
+
+/// Gives the terminal of a process the size that was requested last, if there are both.
+///
+/// # Errors
+/// The terminal does not answer, or the kernel refuses the size.
+pub(crate) async fn set_window(process: &Process) -> Result<(), Error> {
+    let (window, terminal) = {
+        let live = process.live();
+        (live.window, live.session.terminal())
+    };
+    let (Some((columns, rows)), Some(terminal)) = (window, terminal) else {
+        return Ok(());
+    };
+    let set = waiting(WaitsFor::Terminal, &process.key.task, move || terminal.resize(columns, rows));
+    let late = |_| Error::TerminalDoesNotAnswer { process: process.key.clone() };
+    let set = tokio::time::timeout(WINDOW_LIMIT, set).await.map_err(late)??;
+    Ok(set.map_err(session::Error::Terminal)?)
 }
 
 /// Ends the session of a process. Output that has not arrived is lost.

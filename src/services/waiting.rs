@@ -29,6 +29,8 @@ pub(crate) enum WaitsFor {
     LogFile,
     /// The close of a descriptor that a process of the container has sent.
     Notification,
+    /// A terminal of a container. Its processes can make the kernel wait as long as they like (`stdio::threads`).
+    Terminal,
     /// The kernel, which lists the processes of a container. A container can have so many cgroups that this takes seconds.
     Processes,
 }
@@ -39,12 +41,15 @@ impl WaitsFor {
         static BUNDLE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
         static LOG_FILE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
         static NOTIFICATION: LazyLock<Threads> = LazyLock::new(|| Threads::new(1024, 1));
+        // One at a time: the size that was asked for last has to win.
+        static TERMINAL: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 1));
         static PROCESSES: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 2));
         match self {
             Self::Client => &CLIENT,
             Self::Bundle => &BUNDLE,
             Self::LogFile => &LOG_FILE,
             Self::Notification => &NOTIFICATION,
+            Self::Terminal => &TERMINAL,
             Self::Processes => &PROCESSES,
         }
     }
@@ -66,6 +71,7 @@ impl WaitsFor {
             Self::Bundle => "the disks of bundles or of OCI runtimes",
             Self::LogFile => "the disks of log files",
             Self::Notification => "the close of descriptors that containers have sent",
+            Self::Terminal => "the terminals of containers",
             Self::Processes => "the lists of the processes of containers",
         }
     }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::launch::pipes;
+use crate::stdio::threads;
 use crate::task::wiring::{Input, Wiring};
 use crate::unit::fd_store::{self, FdStore};
 
@@ -213,10 +214,11 @@ impl StreamFds {
     pub fn drop_unclaimed(&self) {
         self.consoles.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let rest = std::mem::take(&mut *self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner));
-        for (kind, number) in rest.into_keys() {
-            self.reserve(number);
-            self.forget(kind, number);
+        for (kind, number) in rest.keys() {
+            self.reserve(*number);
+            self.forget(*kind, *number);
         }
+        threads::discard(rest);
     }
 }
 

@@ -19,7 +19,7 @@ use crate::id::ProcessKey;
 use crate::stdio::fifo;
 use crate::stdio::pump::{self, Source};
 use crate::stdio::terminal::Terminal;
-use crate::stdio::terminal_pump;
+use crate::stdio::{terminal_pump, threads};
 use crate::task::wiring::{Input, Wiring};
 
 use fds::{StreamFds, StreamKind};
@@ -54,7 +54,7 @@ pub struct Session {
     stdin: Option<File>,
     /// Reading ends of the logger's pipes. If the logger is killed, they keep the output of a process that has ended
     /// until systemd has started the logger again.
-    _logger_readers: Vec<File>,
+    logger_readers: Vec<File>,
     terminal: Slot,
     pumps: Pumps,
 }
@@ -72,6 +72,7 @@ impl Session {
         fds: &Arc<StreamFds>,
         ended: impl Fn() -> F,
     ) -> Result<Self, Error> {
+        let _threads = threads::enter();
         let OpenStreams { stdin, input, copies, terminal, logger_readers, .. } = opened;
         let number = wiring.store_number;
         let terminal = terminal.map(Terminal::new).transpose().map_err(Error::Terminal)?.map(Arc::new);
@@ -83,7 +84,7 @@ impl Session {
         }
         let slot = Arc::new(Mutex::new(terminal.clone()));
         let pumps = Pumps::default();
-        let mut session = Self { stdin, _logger_readers: logger_readers, terminal: slot, pumps };
+        let mut session = Self { stdin, logger_readers, terminal: slot, pumps };
         let span = tracing::info_span!("output", process = %key);
         for Copy { kind, from, sinks } in copies {
             let source = match (from, &terminal) {
@@ -105,33 +106,30 @@ impl Session {
                 pump::copy(source, sinks, ended, stop, delivered).await;
                 fds.forget(kind.aside(), number);
             };
-            session.pumps.spawn(copy.instrument(span.clone()));
+            session.pumps.spawn(&key.task, copy.instrument(span.clone()));
         }
         if let (Some(input), Some(terminal)) = (input, terminal) {
             let (slot, stop) = (session.terminal.clone(), session.pumps.stop().now);
-            tokio::spawn(feed(key.clone(), input, terminal, slot, ended(), stop));
+            threads::spawn(&key.task, feed(key.clone(), input, terminal, slot, ended(), stop));
         }
         Ok(session)
     }
 
-    /// Sets the size of the terminal's window, if there is a terminal.
-    ///
-    /// # Errors
-    /// The kernel refuses it.
-    pub fn resize(&self, (columns, rows): (u16, u16)) -> Result<(), Error> {
-        let terminal = slot(&self.terminal).clone();
-        terminal.map_or(Ok(()), |terminal| terminal.resize(columns, rows).map_err(Error::Terminal))
+    /// The terminal, until it hangs up.
+    pub fn terminal(&self) -> Option<Arc<Terminal>> {
+        slot(&self.terminal).clone()
     }
 
     /// Closes the writing end of stdin. False if it was not open.
     pub fn close_stdin(&mut self) -> bool {
-        self.stdin.take().is_some()
+        self.stdin.take().map(threads::discard).is_some()
     }
 
     /// Closes the session's descriptor of the terminal, which hangs up once the pumps have closed theirs. Returns false
     /// if there was no terminal.
     pub fn close_terminal(&mut self) -> bool {
-        slot(&self.terminal).take().is_some()
+        let terminal = slot(&self.terminal).take();
+        terminal.map(threads::discard).is_some()
     }
 
     /// True if there are no pumps, or if a call already waits for them.
@@ -148,6 +146,9 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.pumps.cancel();
+        self.close_stdin();
+        self.close_terminal();
+        threads::discard(std::mem::take(&mut self.logger_readers));
     }
 }
 

@@ -18,6 +18,7 @@ use crate::stdio::fifo;
 use crate::stdio::log_file::LogFile;
 use crate::stdio::pipe::PipePair;
 use crate::stdio::pump::{self, Sinks, Source};
+use crate::stdio::threads;
 use crate::stdio::uri::Kind;
 use crate::sys::guard::is_listener;
 use crate::sys::quota;
@@ -98,7 +99,7 @@ impl OpenStreams {
 
     /// The process has its ends: the daemon's duplicates of the logger's pipes are not needed any more.
     pub fn close_logger(&mut self) {
-        self.logger.clear();
+        threads::discard(std::mem::take(&mut self.logger));
     }
 
     /// The socket on which the terminal is still to come.

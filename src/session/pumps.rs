@@ -5,7 +5,9 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::id::TaskKey;
 use crate::stdio::pump::Stop;
+use crate::stdio::threads;
 
 /// How long a call waits for the end of output that another process holds open, after the end of its process. Output that is
 /// in a FIFO by then is delivered. As containerd-shim-runc-v2 of containerd 1.7: a probe that leaves a process behind waits
@@ -16,6 +18,9 @@ const HELD_LIMIT: Duration = Duration::from_secs(2);
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// How long a daemon at least tries to deliver output for which earlier daemons have used up the time.
 const LAST_TRY: Duration = Duration::from_millis(200);
+
+/// How long a call waits for pumps that were told to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
 
 /// The tasks that copy a process's output.
 #[derive(Debug, Default)]
@@ -36,9 +41,9 @@ impl Pumps {
         self.running.is_empty()
     }
 
-    /// Adds a task that copies output. It has to end when [`Self::stop`] resolves.
-    pub(super) fn spawn(&mut self, copy: impl Future<Output = ()> + Send + 'static) {
-        self.running.push(tokio::spawn(copy));
+    /// Adds work that copies output of a container. It has to end when [`Self::stop`] resolves.
+    pub(super) fn spawn(&mut self, task: &TaskKey, copy: impl Future<Output = ()> + Send + 'static) {
+        self.running.push(threads::spawn(task, copy));
     }
 
     /// Removes the running pumps, to wait for them.
@@ -85,9 +90,11 @@ impl Pumps {
     /// Stops copying at once. What has not been copied is lost.
     pub async fn stop_now(self) {
         self.stop.now.cancel();
+        let limit = Instant::now() + STOP_LIMIT;
         for pump in self.running {
-            // It ends at once now; that it was cut short is known.
-            let _ = pump.await;
+            // It ends at once now, unless a process of the container keeps it in a system call (`stdio::threads`). That it was
+            // cut short is known.
+            let _ = tokio::time::timeout_at(limit, pump).await;
         }
     }
 }
@@ -95,10 +102,15 @@ impl Pumps {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::id::{Namespace, TaskId};
+
+    fn task() -> TaskKey {
+        TaskKey::usual(Namespace::new("pumps").unwrap(), TaskId::new("web").unwrap())
+    }
 
     async fn is_stopped(pumps: &mut Pumps) -> bool {
         let (stop, (said, heard)) = (pumps.stop(), tokio::sync::oneshot::channel());
-        pumps.spawn(async move {
+        pumps.spawn(&task(), async move {
             // Nobody listens once the test has failed.
             let _ = said.send(stop.now.is_cancelled());
         });
@@ -110,7 +122,7 @@ mod tests {
     async fn a_session_that_was_cut_off_stops_no_later_one() {
         let mut first = Pumps::default();
         let stopped = first.stop().now;
-        first.spawn(async move { stopped.cancelled().await });
+        first.spawn(&task(), async move { stopped.cancelled().await });
         first.take().stop_now().await;
         assert!(is_stopped(&mut first).await, "the same attempt stays cut off");
         let mut second = Pumps::default();
@@ -121,7 +133,7 @@ mod tests {
     async fn waits(is_written: bool, waited: Duration) -> Duration {
         let (mut pumps, begun) = (Pumps::default(), Instant::now());
         let stop = pumps.stop();
-        pumps.spawn(async move {
+        pumps.spawn(&task(), async move {
             tokio::select! {
                 () = stop.when_empty.cancelled(), if !is_written => {}
                 () = stop.now.cancelled() => {}
@@ -135,7 +147,7 @@ mod tests {
     async fn output_that_stays_open_is_cut_off_in_the_end() {
         assert_eq!(waits(true, Duration::ZERO).await.as_secs(), DRAIN_LIMIT.as_secs());
         let mut pumps = Pumps::default();
-        pumps.spawn(async {});
+        pumps.spawn(&task(), async {});
         assert!(pumps.take().drain(Duration::ZERO).await);
     }
 

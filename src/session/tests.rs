@@ -238,7 +238,7 @@ async fn a_terminal_passes_output_input_and_its_size() {
     opened.set_terminal(pty.master);
     assert!(opened.take_console().is_none());
     let mut session = start(&plan, opened, &fds, &process);
-    session.resize((132, 43)).unwrap();
+    session.terminal().unwrap().resize(132, 43).unwrap();
     let mut slave: fs::File = pty.slave.into();
     let size = rustix::termios::tcgetwinsize(&slave).unwrap();
     assert_eq!((size.ws_col, size.ws_row), (132, 43));

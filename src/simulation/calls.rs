@@ -148,7 +148,7 @@ fn calls_for_an_exec_that_was_never_added_are_not_found() {
         [
             shim.tasks.state(&exec).err(),
             shim.close_stdin(&exec).err(),
-            shim.tasks.resize(&exec, 80, 25).err(),
+            shim.tasks.resize(&exec, 80, 25).await.err(),
             shim.tasks.kill(&exec, SIGTERM, false, Delivery::First).await.err(),
             shim.start(&exec, Delivery::First).await.err(),
             shim.delete(&exec, Delivery::First).await.err(),
@@ -164,10 +164,10 @@ fn calls_for_an_exec_that_was_never_added_are_not_found() {
 fn a_size_is_accepted_before_the_terminal_exists_and_refused_after_the_exit() {
     let world = after("resize", EXEC_ADDED);
     let exec = world.exec();
-    world.live(move |shim| async move { shim.tasks.resize(&exec, 80, u32::MAX).unwrap() }).unwrap();
+    world.live(move |shim| async move { shim.tasks.resize(&exec, 80, u32::MAX).await.unwrap() }).unwrap();
     world.take(&[Step::StartExec, Step::EndExec], Delivery::First).unwrap().unwrap();
     let exec = world.exec();
-    let resized = world.live(move |shim| async move { shim.tasks.resize(&exec, 80, 25) });
+    let resized = world.live(move |shim| async move { shim.tasks.resize(&exec, 80, 25).await });
     assert!(matches!(resized.unwrap(), Err(Error::ResizeStopped)));
 }
 

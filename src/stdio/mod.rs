@@ -10,4 +10,5 @@ pub mod pipe;
 pub mod pump;
 pub mod terminal;
 pub mod terminal_pump;
+pub mod threads;
 pub mod uri;

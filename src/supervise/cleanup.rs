@@ -23,6 +23,7 @@ use crate::services::runtime_files::RuntimeFiles;
 use crate::services::streams::{Streams, cancel_pumps, stored_number};
 use crate::services::{Entry, Error, Process, Tasks, WaitsFor, exec_share};
 use crate::session::fds::StreamFds;
+use crate::stdio::threads;
 use crate::store::{self, Store};
 use crate::task::Task;
 use crate::unit::search_path;
@@ -265,7 +266,7 @@ impl Cleanup {
     /// Removes what an exec has outside of the daemon. The exec has ended or never ran.
     pub(crate) async fn remove_exec(&self, entry: &Entry, process: &Process) -> Troubles {
         let mut troubles = Troubles::default();
-        process.live().client_input = None;
+        threads::discard(process.live().client_input.take());
         let removal = {
             let mut live = process.live();
             live.is_deleted = true;

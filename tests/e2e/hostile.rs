@@ -119,7 +119,7 @@ fn shape(container: &Container) -> (BTreeSet<String>, BTreeSet<String>) {
         let is_other = line.is_empty() || line.starts_with(['#', ';']);
         (!is_other).then(|| line.split('=').next().unwrap_or_default().to_string())
     };
-    let entries = systemd::journal(&[&format!("_SYSTEMD_UNIT={unit}"), "MESSAGE=marker"]);
+    let entries = systemd::journal(&[&format!("OBJECT_SYSTEMD_UNIT={unit}"), "MESSAGE=marker"]);
     let entry = entries.first().and_then(|entry| entry.as_object()).expect("a line of the container");
     let own = entry.keys().filter(|name| !name.starts_with('_'));
     (file.lines().filter_map(directive).collect(), own.cloned().collect())
@@ -138,8 +138,11 @@ fn no_text_of_a_container_becomes_a_directive_a_field_or_a_path() {
     let start = |spec: Spec| {
         let container = node.container("text", spec).started(&Io::default());
         wait::until_true("a line in the journal", || {
-            !systemd::journal(&[&format!("_SYSTEMD_UNIT={}", systemd::unit_of(&container)), "MESSAGE=marker"])
-                .is_empty()
+            !systemd::journal(&[
+                &format!("OBJECT_SYSTEMD_UNIT={}", systemd::unit_of(&container)),
+                "MESSAGE=marker",
+            ])
+            .is_empty()
         });
         container
     };

@@ -15,6 +15,7 @@ mod bad_exec;
 mod bad_input;
 mod browser;
 mod bus;
+mod busy_streams;
 mod checkpoint;
 mod checkpoint_hangs;
 mod checkpoint_odd;

@@ -1,0 +1,238 @@
+//! The threads for the streams of processes, apart from those that answer calls.
+//!
+//! The kernel copies from and to the memory of a process while it holds the lock of a pipe or of a terminal. The process
+//! decides how long that takes: a page fault does not end while userfaultfd(2), a FUSE file system or a dead disk does not
+//! answer. Until then, every other call on that pipe or terminal waits for the lock, also a non-blocking one, and close(2).
+//! No signal ends the wait, only the end of the process that has the lock. So whatever uses a stream that a container can
+//! reach runs here: it delays the output of others only once [`WORKERS`] threads wait, and never a call.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use tokio::runtime::{Builder, EnterGuard, Handle, Runtime};
+use tokio::task::JoinHandle;
+
+use crate::id::TaskKey;
+
+/// The number of threads that copy output. Most of them sleep: they are there for containers that hold a lock.
+pub const WORKERS: usize = 10;
+/// How many of them one container can occupy. The other streams of the container wait.
+const MOST_OF_ONE: usize = 2;
+/// The largest number of threads that close descriptors.
+const CLOSERS: usize = 256;
+/// An idle thread that closes descriptors ends after this time.
+const IDLE: Duration = Duration::from_secs(2);
+/// The stack size of a thread, in bytes.
+const STACK: usize = 512 << 10;
+
+/// `None` until [`start`] is called. Streams then use the async runtime of the caller, as in tests.
+static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+
+/// Starts the threads, which never end.
+///
+/// # Errors
+/// There are no descriptors for it.
+///
+/// # Panics
+/// The system allows no further thread: the caller has to check that before.
+pub fn start() -> io::Result<()> {
+    let runtime = Builder::new_multi_thread()
+        .thread_name("streams")
+        .worker_threads(WORKERS)
+        .max_blocking_threads(CLOSERS)
+        .thread_keep_alive(IDLE)
+        .thread_stack_size(STACK)
+        .enable_all()
+        .build()?;
+    let _ = RUNTIME.set(runtime);
+    Ok(())
+}
+
+/// As long as the returned value exists, this thread makes descriptors known to the threads for streams.
+pub fn enter() -> Option<EnterGuard<'static>> {
+    RUNTIME.get().map(Runtime::enter)
+}
+
+/// Runs work on a stream of a container.
+pub fn spawn<F>(task: &TaskKey, work: F) -> JoinHandle<()>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let work = InTurn::new(task, work);
+    RUNTIME.get().map_or_else(Handle::current, |runtime| runtime.handle().clone()).spawn(work)
+}
+
+/// Drops something that owns descriptors of streams. No caller waits for it.
+pub fn discard<T: Send + 'static>(unused: T) {
+    match RUNTIME.get() {
+        Some(runtime) => drop(runtime.spawn_blocking(move || drop(unused))),
+        None => drop(unused),
+    }
+}
+
+/// The turns of each container.
+static TURNS: LazyLock<Mutex<HashMap<TaskKey, Weak<Turns>>>> = LazyLock::new(Mutex::default);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Limits how many threads the streams of one container occupy at the same moment.
+#[derive(Debug, Default)]
+struct Turns(Mutex<Occupied>);
+
+#[derive(Debug, Default)]
+struct Occupied {
+    threads: usize,
+    waiting: BTreeMap<u64, Waker>,
+}
+
+impl Turns {
+    fn of(task: &TaskKey) -> Arc<Self> {
+        let mut all = lock(&TURNS);
+        if let Some(turns) = all.get(task).and_then(Weak::upgrade) {
+            return turns;
+        }
+        all.retain(|_, turns| turns.strong_count() > 0);
+        let turns = Arc::<Self>::default();
+        all.insert(task.clone(), Arc::downgrade(&turns));
+        turns
+    }
+
+    /// Begins a turn, unless the container occupies as many threads as it may. `waker` is called once it may have another.
+    fn begin(&self, number: u64, waker: &Waker) -> Option<Turn<'_>> {
+        let mut occupied = lock(&self.0);
+        if occupied.threads >= MOST_OF_ONE {
+            occupied.waiting.insert(number, waker.clone());
+            return None;
+        }
+        occupied.waiting.remove(&number);
+        occupied.threads += 1;
+        Some(Turn(self))
+    }
+
+    /// Wakes one of those that wait, if there may be another turn.
+    fn wake_next(&self) {
+        let mut occupied = lock(&self.0);
+        let next = if occupied.threads < MOST_OF_ONE { occupied.waiting.pop_first() } else { None };
+        drop(occupied);
+        if let Some((_, waker)) = next {
+            waker.wake();
+        }
+    }
+}
+
+struct Turn<'a>(&'a Turns);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.0).threads -= 1;
+        self.0.wake_next();
+    }
+}
+
+/// Work that is polled in turn with the other work on the streams of its container.
+struct InTurn<F> {
+    number: u64,
+    turns: Arc<Turns>,
+    /// `None` once it has ended.
+    work: Option<Pin<Box<F>>>,
+}
+
+impl<F: Future<Output = ()>> InTurn<F> {
+    fn new(task: &TaskKey, work: F) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self { number, turns: Turns::of(task), work: Some(Box::pin(work)) }
+    }
+}
+
+impl<F: Future<Output = ()>> Future for InTurn<F> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        let Some(_turn) = this.turns.begin(this.number, context.waker()) else {
+            return Poll::Pending;
+        };
+        let Some(work) = &mut this.work else { return Poll::Ready(()) };
+        let polled = work.as_mut().poll(context);
+        if polled.is_ready() {
+            // Closes its descriptors, which may wait, too.
+            this.work = None;
+        }
+        polled
+    }
+}
+
+impl<F> Drop for InTurn<F> {
+    fn drop(&mut self) {
+        lock(&self.turns.0).waiting.remove(&self.number);
+        // It may have been woken for a turn that it does not take any more.
+        self.turns.wake_next();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    use crate::id::{Namespace, TaskId};
+
+    fn key(id: &str) -> TaskKey {
+        TaskKey::usual(Namespace::new("threads").unwrap(), TaskId::new(id).unwrap())
+    }
+
+    /// Work that occupies its thread until the returned sender is dropped, and says that it has begun.
+    fn stuck(task: &TaskKey, begun: &mpsc::Sender<()>) -> (mpsc::Sender<()>, JoinHandle<()>) {
+        let (release, released) = mpsc::channel::<()>();
+        let begun = begun.clone();
+        let work = spawn(task, async move {
+            begun.send(()).unwrap();
+            _ = released.recv();
+        });
+        (release, work)
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn a_container_occupies_two_threads_and_its_other_streams_wait() {
+        let (begun, begins) = mpsc::channel();
+        let (hostile, other) = (key("hostile"), key("other"));
+        let mut held: Vec<_> = (0..MOST_OF_ONE).map(|_| stuck(&hostile, &begun)).collect();
+        (0..MOST_OF_ONE).for_each(|_| begins.recv().unwrap());
+        let (release, waiting) = stuck(&hostile, &begun);
+        // Another container's work runs, and the third of the hostile one does not.
+        spawn(&other, async {}).await.unwrap();
+        tokio::task::yield_now().await;
+        assert!(begins.try_recv().is_err());
+        drop(held.pop());
+        begins.recv().unwrap();
+        drop((held, release));
+        waiting.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_of_a_container_whose_streams_have_ended() {
+        spawn(&key("gone"), async {}).await.unwrap();
+        let _next = Turns::of(&key("next"));
+        assert!(!lock(&TURNS).contains_key(&key("gone")));
+    }
+
+    #[tokio::test]
+    async fn work_that_is_woken_often_while_it_waits_is_kept_once() {
+        let turns = Turns::default();
+        let waker = Waker::noop();
+        let _occupied: Vec<_> =
+            (0..MOST_OF_ONE as u64).map(|number| turns.begin(number, waker).unwrap()).collect();
+        for _ in 0..100 {
+            assert!(turns.begin(7, waker).is_none());
+        }
+        assert_eq!(lock(&turns.0).waiting.len(), 1);
+    }
+}
