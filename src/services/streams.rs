@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::sys::time::TimeSpec;
@@ -19,6 +19,7 @@ use crate::session::fds::{StreamFds, StreamKind};
 use crate::session::{self, LogFiles, OpenStreams, Plan, ReopenMode, Session};
 use crate::stdio::{journal, threads};
 use crate::store::Store;
+use crate::suspect;
 use crate::unit::manager::usage::JournalSettings;
 use crate::unit::name;
 use crate::unit::policy::is_of_journal;
@@ -31,6 +32,11 @@ use super::{Entry, Error, Process, WaitsFor, blocking, waiting};
 
 /// The file of a process in which the first daemon that waited for its output has noted the time.
 const DRAINING: &str = "draining";
+
+/// How long recovery waits for the streams of one process.
+const RESUME_LIMIT: Duration = Duration::from_secs(1);
+/// How long recovery waits for the streams of all processes that do not answer.
+const RESUME_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long the size of a window may take.
 const WINDOW_LIMIT: Duration = Duration::from_secs(5);
@@ -49,6 +55,8 @@ pub struct Streams {
     /// Starts loggers.
     manager: Arc<dyn Systemd>,
     launcher: Arc<Launcher>,
+    /// How long recovery still waits for streams that do not answer.
+    patience: Mutex<Duration>,
 }
 
 impl Streams {
@@ -60,7 +68,7 @@ impl Streams {
         manager: Arc<dyn Systemd>,
         launcher: Arc<Launcher>,
     ) -> Self {
-        Self { fds, files, store, manager, launcher }
+        Self { fds, files, store, manager, launcher, patience: Mutex::new(RESUME_PATIENCE) }
     }
 
     /// What the streams of a process depend on.
@@ -130,12 +138,14 @@ impl Streams {
     /// A FIFO or a file can't be opened.
     pub(crate) async fn reopen(&self, plan: Arc<Plan>, mode: ReopenMode) -> Result<OpenStreams, Error> {
         let (fds, key) = (self.fds.clone(), plan.key.clone());
+        // Before any wait: recovery drops what is not claimed.
+        let claims = self.fds.claim_streams(plan.wiring.store_number);
         let work = move || {
             let _threads = threads::enter();
-            plan.reopen(&fds, mode)
+            plan.reopen(&fds, &claims, mode)
         };
         match self.files.in_time(&key, waiting(WaitsFor::Client, &key.task, work.clone())).await {
-            // Recovery drops the descriptors of streams that are not claimed: the process would get an end of its streams.
+            // Without its streams, the process would get an end of them.
             Err(Error::NoThread(_)) => Ok(self.files.in_time(&key, blocking(work)).await??),
             reopened => Ok(reopened??),
         }
@@ -191,7 +201,7 @@ impl Streams {
     }
 
     /// After a restart: reopens the daemon's ends of the streams of a process that lives, or that has left output in them.
-    pub(crate) async fn recover(&self, entry: &Entry, process: &Process) {
+    pub(crate) async fn recover(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
         let Ok(plan) = self.plan(entry, process) else {
             return;
         };
@@ -208,21 +218,40 @@ impl Streams {
             tracing::warn!(process = %process.key, "{}: its streams wait for a daemon that can open more files", process.key);
             return;
         }
-        let started = match self.reopen(Arc::new(plan), mode).await {
-            Ok(opened) => {
-                if opened.has_journal_copy() {
-                    // Nothing is dropped while the daemon does not know the limit. A restart with many containers does not
-                    // wait for it.
-                    entry.init.live().journal_policy.set(0, u32::MAX);
-                    tokio::spawn(self.set_journal_policy(entry));
-                }
-                self.begin(entry, process, opened).await
+        let (this, owner, of) = (self.clone(), entry.clone(), process.clone());
+        let resumed = tokio::spawn(suspect::inherit(async move {
+            if let Err(error) = this.resume(&owner, &of, plan, mode).await {
+                tracing::warn!(process = %of.key, %error, "{}: can't reopen its streams: {error}", of.key);
             }
-            Err(error) => Err(error),
-        };
-        if let Err(error) = started {
-            tracing::warn!(process = %process.key, %error, "{}: can't reopen its streams: {error}", process.key);
+        }));
+        // A container can keep its streams busy. The recovery of other tasks does not wait for it.
+        let limit = (*self.patience()).min(RESUME_LIMIT);
+        if tokio::time::timeout(limit, resumed).await.is_err() {
+            let mut patience = self.patience();
+            *patience = patience.saturating_sub(limit);
+            tracing::warn!(process = %process.key, "{}: its streams do not answer, so its output waits until they do", process.key);
         }
+    }
+
+    async fn resume(
+        &self,
+        entry: &Entry,
+        process: &Process,
+        plan: Plan,
+        mode: ReopenMode,
+    ) -> Result<(), Error> {
+        let opened = self.reopen(Arc::new(plan), mode).await?;
+        if opened.has_journal_copy() {
+            // Nothing is dropped while the daemon does not know the limit. A restart with many containers does not
+            // wait for it.
+            entry.init.live().journal_policy.set(0, u32::MAX);
+            tokio::spawn(self.set_journal_policy(entry));
+        }
+        self.begin(entry, process, opened).await
+    }
+
+    fn patience(&self) -> MutexGuard<'_, Duration> {
+        self.patience.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives the daemon's copy of a container's output the rate limit and the fields of its unit.

@@ -31,6 +31,8 @@ pub(crate) enum WaitsFor {
     Notification,
     /// A terminal of a container. Its processes can make the kernel wait as long as they like (`stdio::threads`).
     Terminal,
+    /// The kernel, which frees memory until a container is below a new limit.
+    Limits,
     /// The kernel, which lists the processes of a container. A container can have so many cgroups that this takes seconds.
     Processes,
 }
@@ -41,6 +43,7 @@ impl WaitsFor {
         static BUNDLE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
         static LOG_FILE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
         static NOTIFICATION: LazyLock<Threads> = LazyLock::new(|| Threads::new(1024, 1));
+        static LIMITS: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 2));
         // One at a time: the size that was asked for last has to win.
         static TERMINAL: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 1));
         static PROCESSES: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 2));
@@ -50,6 +53,7 @@ impl WaitsFor {
             Self::LogFile => &LOG_FILE,
             Self::Notification => &NOTIFICATION,
             Self::Terminal => &TERMINAL,
+            Self::Limits => &LIMITS,
             Self::Processes => &PROCESSES,
         }
     }
@@ -72,6 +76,7 @@ impl WaitsFor {
             Self::LogFile => "the disks of log files",
             Self::Notification => "the close of descriptors that containers have sent",
             Self::Terminal => "the terminals of containers",
+            Self::Limits => "new limits of containers",
             Self::Processes => "the lists of the processes of containers",
         }
     }

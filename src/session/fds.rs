@@ -95,6 +95,23 @@ pub struct Claimed {
     pub both: Vec<OwnedFd>,
 }
 
+/// The descriptors of one process that were in the store.
+#[derive(Clone, Debug, Default)]
+pub struct Claims(Arc<Mutex<HashMap<StreamKind, Claimed>>>);
+
+impl Claims {
+    /// Those of one stream; they are returned once.
+    pub fn take(&self, kind: StreamKind) -> Claimed {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&kind).unwrap_or_default()
+    }
+
+    /// The streams of which nobody has taken them. Closes them.
+    pub fn rest(&self) -> impl Iterator<Item = StreamKind> + use<> {
+        let rest = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        rest.into_keys()
+    }
+}
+
 /// The descriptors of the streams of all processes.
 #[derive(Debug)]
 pub struct StreamFds {
@@ -188,20 +205,35 @@ impl StreamFds {
         }
     }
 
-    /// Removes the descriptors of a stream from the store. Peers see end of file only after this.
+    /// Removes the descriptors of a stream from the store. Peers see end of file some time after this.
     pub fn forget(&self, kind: StreamKind, number: u64) {
-        self.store.forget(&kind.name(number));
+        self.forget_each([(kind, number)]);
     }
 
-    /// What an earlier daemon has put into the store of a stream of a process; each is returned once.
+    /// Removes all descriptors of a process from the store.
+    pub fn forget_all(&self, number: u64) {
+        self.forget_each(StreamKind::ALL.map(|kind| (kind, number)));
+    }
+
+    fn forget_each(&self, streams: impl IntoIterator<Item = (StreamKind, u64)>) {
+        let names = streams.into_iter().map(|(kind, number)| kind.name(number));
+        let closes: Vec<_> = names.filter_map(|name| self.store.forget_later(&name)).collect();
+        if !closes.is_empty() {
+            threads::run(move || closes.into_iter().for_each(|close| close()));
+        }
+    }
+
+    /// What an earlier daemon has put into the store; it is returned once.
     pub fn claim(&self, kind: StreamKind, number: u64) -> Claimed {
         let mut earlier = self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner);
         earlier.remove(&(kind, number)).unwrap_or_default()
     }
 
-    /// Removes all descriptors of a process from the store.
-    pub fn forget_all(&self, number: u64) {
-        StreamKind::ALL.into_iter().for_each(|kind| self.forget(kind, number));
+    /// As [`Self::claim`], for all streams of a process.
+    pub fn claim_streams(&self, number: u64) -> Claims {
+        let streams = StreamKind::ALL.into_iter().filter(|kind| *kind != StreamKind::Notify);
+        let claimed = streams.map(|kind| (kind, self.claim(kind, number)));
+        Claims(Arc::new(Mutex::new(claimed.filter(|(_, found)| !found.is_empty()).collect())))
     }
 
     /// True if an earlier daemon has left something of a process that is not claimed yet.
@@ -214,10 +246,8 @@ impl StreamFds {
     pub fn drop_unclaimed(&self) {
         self.consoles.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let rest = std::mem::take(&mut *self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner));
-        for (kind, number) in rest.keys() {
-            self.reserve(*number);
-            self.forget(*kind, *number);
-        }
+        rest.keys().for_each(|(_, number)| self.reserve(*number));
+        self.forget_each(rest.keys().copied());
         threads::discard(rest);
     }
 }

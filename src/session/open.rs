@@ -25,7 +25,7 @@ use crate::sys::quota;
 use crate::task::wiring::{Copied, Input, JournalCopy, Sink, Wiring};
 
 use super::Error;
-use super::fds::{Claimed, StreamFds, StreamKind};
+use super::fds::{Claimed, Claims, StreamFds, StreamKind};
 use super::plan::Plan;
 
 /// The state of the process whose streams are reopened after a restart.
@@ -169,12 +169,12 @@ impl Plan {
         Ok(OpenStreams { console: self.console(fds)?, ..opened })
     }
 
-    /// Claims what an earlier daemon opened, and opens again what systemd did not keep. Does not wait for the client,
+    /// Takes over what an earlier daemon opened, and opens again what systemd did not keep. Does not wait for the client,
     /// which has opened its ends already.
     ///
     /// # Errors
     /// A FIFO or a file can't be opened.
-    pub fn reopen(&self, fds: &StreamFds, mode: ReopenMode) -> Result<OpenStreams, Error> {
+    pub fn reopen(&self, fds: &StreamFds, claims: &Claims, mode: ReopenMode) -> Result<OpenStreams, Error> {
         for name in self.wiring.own_pipes() {
             let path = self.pipe(name);
             // The earlier daemon ended before it had made all of them.
@@ -182,7 +182,7 @@ impl Plan {
                 fifo::make(&path)?;
             }
         }
-        let mut claim = |kind| fds.claim(kind, self.wiring.store_number);
+        let mut claim = |kind| claims.take(kind);
         let (mut terminals, sockets): (Vec<_>, Vec<_>) = claim(StreamKind::Terminal)
             .both
             .into_iter()
@@ -210,6 +210,7 @@ impl Plan {
             // The earlier daemon may have ended before it removed the socket.
             let _ = std::fs::remove_file(&self.console);
         }
+        claims.rest().for_each(|kind| fds.forget(kind, self.wiring.store_number));
         Ok(OpenStreams { terminal, console, ..opened })
     }
 

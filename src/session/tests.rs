@@ -57,6 +57,10 @@ impl Scratch {
     }
 }
 
+fn reopen(plan: &Plan, fds: &StreamFds, mode: ReopenMode) -> Result<OpenStreams, Error> {
+    plan.reopen(fds, &fds.claim_streams(plan.wiring.store_number), mode)
+}
+
 fn store(fds: Vec<(String, OwnedFd)>) -> Arc<StreamFds> {
     let store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
     Arc::new(StreamFds::new(store, fds))
@@ -163,7 +167,7 @@ async fn the_next_daemon_delivers_what_the_last_one_left_in_a_pipe() {
     assert!(fds.has(NUMBER) && !fds.has(NUMBER + 1));
     let plan = scratch.plan(None, Wiring { stdout: copied(Sink::Fifo(client)), ..Wiring::default() });
     process.end();
-    let opened = plan.reopen(&fds, ReopenMode::Ended).unwrap();
+    let opened = reopen(&plan, &fds, ReopenMode::Ended).unwrap();
     assert!(!fds.has(NUMBER));
     let mut session = start(&plan, opened, &fds, &process);
     assert!(session.take_pumps().drain(Duration::ZERO).await);
@@ -180,7 +184,7 @@ async fn no_stream_is_reopened_for_an_ended_process_that_left_no_output() {
         stdout: copied(Sink::Fifo(client)),
         ..Wiring::default()
     };
-    let opened = scratch.plan(None, wiring).reopen(&fds, ReopenMode::Ended).unwrap();
+    let opened = reopen(&scratch.plan(None, wiring), &fds, ReopenMode::Ended).unwrap();
     assert!(opened.copies.is_empty() && opened.stdin.is_none());
 }
 
@@ -266,7 +270,7 @@ fn a_terminal_of_an_earlier_daemon_is_claimed_and_used() {
     let number = pty.master.as_raw_fd();
     let fds = store(vec![(format!("t{NUMBER}"), pty.master)]);
     let plan = scratch.plan(None, Wiring { terminal: true, ..Wiring::default() });
-    let mut opened = plan.reopen(&fds, ReopenMode::Running).unwrap();
+    let mut opened = reopen(&plan, &fds, ReopenMode::Running).unwrap();
     assert_eq!(opened.terminal.as_ref().map(AsRawFd::as_raw_fd), Some(number));
     assert!(opened.take_console().is_none());
 }
@@ -299,7 +303,7 @@ async fn a_stream_that_a_restart_finds_in_the_store_is_not_stored_again() {
                 let fds = StreamFds::new(fd_store.clone(), kept);
                 let opened = match daemon {
                     0 => plan.open(&fds, LogFiles::new()),
-                    _ => plan.reopen(&fds, ReopenMode::Running),
+                    _ => reopen(&plan, &fds, ReopenMode::Running),
                 };
                 assert_eq!(opened.unwrap().copies.len(), 1);
                 counts.push(fd_store.count());
@@ -376,11 +380,11 @@ async fn the_next_daemon_completes_the_journals_copy_of_a_process_that_has_ended
     let fds = store(vec![(name.clone(), from), (name, to)]);
     let client = Some(Sink::Fifo(scratch.path("gone")));
     let plan = scratch.plan(None, with_journal(client.clone(), JournalCopy::Aside));
-    let opened = plan.reopen(&fds, ReopenMode::Ended).unwrap();
+    let opened = reopen(&plan, &fds, ReopenMode::Ended).unwrap();
     let copy = only_copy(&opened);
     assert!(matches!(copy.from, open::From::Delivered) && copy.sinks.aside.is_some());
     // Another daemon finds nothing any more.
-    assert!(plan.reopen(&fds, ReopenMode::Ended).unwrap().copies.is_empty());
+    assert!(reopen(&plan, &fds, ReopenMode::Ended).unwrap().copies.is_empty());
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! No signal ends the wait, only the end of the process that has the lock. So whatever uses a stream that a container can
 //! reach runs here: it delays the output of others only once [`WORKERS`] threads wait, and never a call.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::pin::Pin;
@@ -33,6 +34,11 @@ const STACK: usize = 512 << 10;
 /// `None` until [`start`] is called. Streams then use the async runtime of the caller, as in tests.
 static RUNTIME: OnceLock<Runtime> = OnceLock::new();
 
+thread_local! {
+    /// True in the threads of [`RUNTIME`].
+    static IS_OWN: Cell<bool> = const { Cell::new(false) };
+}
+
 /// Starts the threads, which never end.
 ///
 /// # Errors
@@ -47,6 +53,7 @@ pub fn start() -> io::Result<()> {
         .max_blocking_threads(CLOSERS)
         .thread_keep_alive(IDLE)
         .thread_stack_size(STACK)
+        .on_thread_start(|| IS_OWN.set(true))
         .enable_all()
         .build()?;
     let _ = RUNTIME.set(runtime);
@@ -67,12 +74,17 @@ where
     RUNTIME.get().map_or_else(Handle::current, |runtime| runtime.handle().clone()).spawn(work)
 }
 
-/// Drops something that owns descriptors of streams. No caller waits for it.
-pub fn discard<T: Send + 'static>(unused: T) {
+/// Runs work that closes descriptors of streams. No caller waits for it, except work on streams itself.
+pub fn run(work: impl FnOnce() + Send + 'static) {
     match RUNTIME.get() {
-        Some(runtime) => drop(runtime.spawn_blocking(move || drop(unused))),
-        None => drop(unused),
+        Some(runtime) if !IS_OWN.get() => drop(runtime.spawn_blocking(work)),
+        Some(_) | None => work(),
     }
+}
+
+/// Drops something that owns descriptors of streams, as [`run`].
+pub fn discard<T: Send + 'static>(unused: T) {
+    run(move || drop(unused));
 }
 
 /// The turns of each container.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::cgroup::limits as files;
-use crate::services::{Entry, Error, blocking};
+use crate::services::{Entry, Error, WaitsFor, blocking, waiting};
 use crate::task::limits::Limits;
 use crate::task::{Placement, Task};
 use crate::unit;
@@ -25,7 +25,7 @@ impl Cgroups {
         let (given, wanted) = (outer.set(), inner.set());
         let down = given.without(&wanted);
         if !down.is_empty() {
-            blocking(move || files::write(&container, &down)).await??;
+            waiting(WaitsFor::Limits, &task.key, move || files::write(&container, &down)).await??;
         }
         self.show_limits(task, &unit, outer, &wanted.without(&given)).await.map(Some)
     }
@@ -115,7 +115,7 @@ impl Cgroups {
             tracing::info!(task = %entry.key, "task {}: its unit has a new {} of {value:?}", entry.key, attribute.file());
         }
         let down = new.differing_from(&inner);
-        let written = blocking(move || files::write(&container, &down)).await?;
+        let written = waiting(WaitsFor::Limits, &entry.key, move || files::write(&container, &down)).await?;
         self.note_limits(entry, Some(outer))?;
         Ok(written?)
     }

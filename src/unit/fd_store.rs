@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 
@@ -285,19 +285,34 @@ impl FdStore {
 
     /// Closes all descriptors that are kept under a name.
     pub fn forget(&self, name: &str) {
+        self.take(name).into_iter().for_each(|holder| self.empty(holder));
+    }
+
+    /// As [`Self::forget`], but a container can make the close wait for as long as it likes. The returned function closes the
+    /// descriptors. `None` if there is nothing left to close. The name can be used again at once.
+    pub fn forget_later(self: &Arc<Self>, name: &str) -> Option<impl FnOnce() + Send + use<>> {
+        let (this, holders) = (self.clone(), self.take(name));
+        (!holders.is_empty()).then_some(move || holders.into_iter().for_each(|holder| this.empty(holder)))
+    }
+
+    /// Removes a name. Returns the holders of its descriptors.
+    fn take(&self, name: &str) -> Vec<Named> {
         let (holders, is_direct) = self
             .state(|state| (state.used.remove(name).unwrap_or_default(), state.direct.contains_key(name)));
-        for holder in holders {
-            match holder.holder.clear() {
-                Ok(()) => self.keep_idle(holder),
-                Err(error) => {
-                    tracing::warn!(%error, "can't empty the holder {}: {error}", holder.name);
-                    self.remove(&holder.name);
-                }
-            }
-        }
         if is_direct && self.remove(name) {
             self.state(|state| state.direct.remove(name));
+        }
+        holders
+    }
+
+    /// Closes the descriptors in a holder.
+    fn empty(&self, holder: Named) {
+        match holder.holder.clear() {
+            Ok(()) => self.keep_idle(holder),
+            Err(error) => {
+                tracing::warn!(%error, "can't empty the holder {}: {error}", holder.name);
+                self.remove(&holder.name);
+            }
         }
     }
 
