@@ -119,7 +119,7 @@ fn a_container_that_holds_the_lock_of_its_stdout_delays_no_other() {
     with_holder("stdout", |_, client, bystander, place| {
         until_held(place);
         // The client's FIFO has room again: the daemon moves the rest of the output, and has to wait for the lock.
-        client.stdout.until(|bytes| bytes.len() >= 16 * PAGE);
+        client.stdout.until(|bytes| bytes.len() >= 8 * PAGE);
         for _ in 0..5 {
             bystander.assert_untouched("a stdout is busy");
         }
