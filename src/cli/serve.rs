@@ -93,7 +93,7 @@ pub(super) fn run() -> Result<(), Failure> {
             "the system does not allow the daemon {FIRST_THREADS} threads: {error}; see TasksMax= of its service, and kernel.threads-max"
         ))
     })?;
-    match check_threads(FIRST_THREADS + threads::WORKERS).and_then(|()| threads::start()) {
+    match check_threads(FIRST_THREADS + threads::FIRST).and_then(|()| threads::start()) {
         Ok(()) => {}
         Err(error) => {
             tracing::warn!(%error, "can't start threads for the streams of containers, so a container that keeps a stream busy delays the calls of others: {error}");

@@ -4,7 +4,7 @@
 //! decides how long that takes: a page fault does not end while userfaultfd(2), a FUSE file system or a dead disk does not
 //! answer. Until then, every other call on that pipe or terminal waits for the lock, also a non-blocking one, and close(2).
 //! No signal ends the wait, only the end of the process that has the lock. So whatever uses a stream that a container can
-//! reach runs here: it delays the output of others only once [`WORKERS`] threads wait, and never a call.
+//! reach runs here: it delays the output of others only once all threads wait, and never a call.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
@@ -20,14 +20,19 @@ use tokio::task::JoinHandle;
 
 use crate::id::TaskKey;
 
+/// The number of threads that [`start`] starts.
+pub const FIRST: usize = WORKERS + 1;
 /// The number of threads that copy output. Most of them sleep: they are there for containers that hold a lock.
-pub const WORKERS: usize = 10;
+const WORKERS: usize = 10;
 /// How many of them one container can occupy. The other streams of the container wait.
 const MOST_OF_ONE: usize = 2;
 /// The largest number of threads that close descriptors.
 const CLOSERS: usize = 256;
 /// An idle thread that closes descriptors ends after this time.
-const IDLE: Duration = Duration::from_secs(2);
+const IDLE: Duration = Duration::from_secs(12);
+/// How often one of them is used at least, so that the last one does not end: tokio panics if it has none and the system
+/// allows no new one.
+const USED: Duration = Duration::from_secs(5);
 /// The stack size of a thread, in bytes.
 const STACK: usize = 512 << 10;
 
@@ -56,7 +61,14 @@ pub fn start() -> io::Result<()> {
         .on_thread_start(|| IS_OWN.set(true))
         .enable_all()
         .build()?;
-    let _ = RUNTIME.set(runtime);
+    let runtime = RUNTIME.get_or_init(|| runtime);
+    runtime.spawn(async {
+        let mut ticks = tokio::time::interval(USED);
+        loop {
+            ticks.tick().await;
+            drop(tokio::task::spawn_blocking(|| ()));
+        }
+    });
     Ok(())
 }
 
