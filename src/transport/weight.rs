@@ -111,7 +111,7 @@ fn step(count: &mut usize) -> Result<(), TooComplex> {
 }
 
 /// The number and the content of each field of a message, up to where the message is broken. The content of a number is
-/// empty.
+/// empty. Of a field that is cut off, what there is: the decoder takes it for the whole field if the field is a message.
 fn fields(message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
     let mut input = CodedInputStream::from_bytes(message);
     std::iter::from_fn(move || {
@@ -120,6 +120,8 @@ fn fields(message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
         let mut length = 0;
         if kind == WireType::LengthDelimited {
             length = input.read_raw_varint32().ok()?;
+            let left = message.len().checked_sub(usize::try_from(input.pos()).ok()?)?;
+            length = length.min(u32::try_from(left).unwrap_or(u32::MAX));
             input.skip_raw_bytes(length).ok()?;
         } else {
             input.skip_field(kind).ok()?;

@@ -131,3 +131,13 @@ fn the_last_method_and_payload_count_and_a_broken_request_counts_up_to_where_it_
     let broken = [[8, 1].repeat(100), vec![7; 100]].concat();
     assert_eq!(weigh(&framed(&broken)), Ok(broken.len() as u64 + HEADER as u64 + 100 * FIELD_WEIGHT));
 }
+
+/// The decoder takes what there is of a message for the whole message.
+#[test]
+fn fields_of_a_message_that_is_cut_off_are_counted() {
+    // The fifth field, metadata, claims to have 2^21 - 1 bytes.
+    let cut_off = |count| [vec![5 << 3 | 2, 0xff, 0xff, 0x7f], unknown(count)].concat();
+    assert_eq!(ttrpc::Request::parse_from_bytes(&cut_off(3)).unwrap().metadata.len(), 1);
+    assert!(weigh(&framed(&cut_off(3))).unwrap() > 4 * FIELD_WEIGHT);
+    assert_eq!(weigh(&framed(&cut_off(10_000))), Err(TooComplex::Fields));
+}
