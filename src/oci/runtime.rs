@@ -271,10 +271,14 @@ impl Cli<'_> {
         command
     }
 
-    /// A command that runs hooks. They expect the bundle as working directory, as under containerd-shim-runc-v2.
+    /// A command that runs hooks. They expect the bundle as working directory, as under containerd-shim-runc-v2. containerd has
+    /// its bundles below /run, which is in memory. A bundle elsewhere may be on a disk that does not answer, and a Delete
+    /// has to work then: the command runs in `/`.
     pub(super) fn in_bundle(&self, verb: &str) -> Command {
         let mut command = self.command(verb);
-        command.current_dir(self.bundle);
+        if self.bundle.starts_with("/run") {
+            command.current_dir(self.bundle);
+        }
         command
     }
 

@@ -10,6 +10,8 @@ use super::exec::Exec;
 use super::process;
 
 pub const DAEMON_SERVICE: &str = "containerd-shim-systemd-v1.service";
+/// systemd stops this slice between containers and containerd.
+pub const ORDER_SLICE: &str = "containerd_shim-order.slice";
 pub const DAEMON_SOCKET: &str = "containerd-shim-systemd-v1.socket";
 
 /// The unit of a container: dashes of the namespace escaped, 64 hex digits cut to 12.

@@ -208,9 +208,6 @@ fn no_call_waits_for_a_job_of_containerds_service() {
     older.end();
 }
 
-/// systemd stops this slice between containers and containerd.
-const ORDER_SLICE: &str = "containerd_shim-order.slice";
-
 #[test]
 fn the_slice_that_keeps_the_order_of_stops_is_started_again() {
     needs!(OurShim);
@@ -221,26 +218,26 @@ fn the_slice_that_keeps_the_order_of_stops_is_started_again() {
         systemd::property(unit, property).split_whitespace().any(|found| found == name)
     };
     let is_kept = || {
-        systemd::is_active(ORDER_SLICE)
-            && names(&unit, "After", ORDER_SLICE)
-            && names(ORDER_SLICE, "After", "containerd.service")
-            && names(ORDER_SLICE, "Conflicts", "shutdown.target")
+        systemd::is_active(systemd::ORDER_SLICE)
+            && names(&unit, "After", systemd::ORDER_SLICE)
+            && names(systemd::ORDER_SLICE, "After", "containerd.service")
+            && names(systemd::ORDER_SLICE, "Conflicts", "shutdown.target")
     };
     until_true("the daemon has started the slice", is_kept);
-    process::succeed("systemctl", &["stop", ORDER_SLICE]);
-    assert!(!systemd::is_active(ORDER_SLICE));
+    process::succeed("systemctl", &["stop", systemd::ORDER_SLICE]);
+    assert!(!systemd::is_active(systemd::ORDER_SLICE));
     process::succeed("systemctl", &["daemon-reload"]);
     until_true("a reload starts it again", is_kept);
-    process::succeed("systemctl", &["stop", ORDER_SLICE]);
+    process::succeed("systemctl", &["stop", systemd::ORDER_SLICE]);
     daemon::systemctl("restart");
     until_true("the next daemon starts it again", is_kept);
     // Also one that systemd has unloaded, as no unit names it any more.
     assert_eq!(container.pid(), pid);
     container.end();
-    process::succeed("systemctl", &["stop", ORDER_SLICE]);
+    process::succeed("systemctl", &["stop", systemd::ORDER_SLICE]);
     process::succeed("systemctl", &["daemon-reload"]);
-    until_true("it is made again", || systemd::is_active(ORDER_SLICE));
-    assert!(names(ORDER_SLICE, "After", "containerd.service"));
+    until_true("it is made again", || systemd::is_active(systemd::ORDER_SLICE));
+    assert!(names(systemd::ORDER_SLICE, "After", "containerd.service"));
 }
 
 /// containerd with a network and a mount namespace of its own.
