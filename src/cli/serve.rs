@@ -88,16 +88,13 @@ pub(super) fn run() -> Result<(), Failure> {
     let guard = Guard::start();
     // Before any thread starts, as this changes the environment.
     let passed = take_passed()?;
-    check_threads(FIRST_THREADS).map_err(|error| {
-        Failure(format!(
-            "the system does not allow the daemon {FIRST_THREADS} threads: {error}; see TasksMax= of its service, and kernel.threads-max"
-        ))
-    })?;
-    match check_threads(FIRST_THREADS + threads::FIRST).and_then(|()| threads::start()) {
-        Ok(()) => {}
-        Err(error) => {
-            tracing::warn!(%error, "can't start threads for the streams of containers, so a container that keeps a stream busy delays the calls of others: {error}");
-        }
+    if let Err(error) = check_threads(FIRST_THREADS + threads::FIRST).and_then(|()| threads::start()) {
+        check_threads(FIRST_THREADS).map_err(|error| {
+            Failure(format!(
+                "the system does not allow the daemon {FIRST_THREADS} threads: {error}; see TasksMax= of its service, and kernel.threads-max"
+            ))
+        })?;
+        tracing::warn!(%error, "can't start threads for the streams of containers, so a container that keeps a stream busy delays the calls of others: {error}");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)

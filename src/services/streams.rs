@@ -38,7 +38,7 @@ const RESUME_LIMIT: Duration = Duration::from_secs(1);
 /// How long recovery waits for the streams of all processes that do not answer.
 const RESUME_PATIENCE: Duration = Duration::from_secs(3);
 
-/// How long the size of a window may take.
+/// How long a change of a window's size may take.
 const WINDOW_LIMIT: Duration = Duration::from_secs(5);
 
 /// Output has usually arrived after this time.
@@ -145,7 +145,7 @@ impl Streams {
             plan.reopen(&fds, &claims, mode)
         };
         match self.files.in_time(&key, waiting(WaitsFor::Client, &key.task, work.clone())).await {
-            // Without its streams, the process would get an end of them.
+            // If nothing held its streams open, the process would see their end.
             Err(Error::NoThread(_)) => Ok(self.files.in_time(&key, blocking(work)).await??),
             reopened => Ok(reopened??),
         }
@@ -218,12 +218,14 @@ impl Streams {
             tracing::warn!(process = %process.key, "{}: its streams wait for a daemon that can open more files", process.key);
             return;
         }
-        let (this, owner, of) = (self.clone(), entry.clone(), process.clone());
-        let resumed = tokio::spawn(suspect::inherit(async move {
-            if let Err(error) = this.resume(&owner, &of, plan, mode).await {
-                tracing::warn!(process = %of.key, %error, "{}: can't reopen its streams: {error}", of.key);
-            }
-        }));
+        let resumed = {
+            let (this, entry, process) = (self.clone(), entry.clone(), process.clone());
+            tokio::spawn(suspect::inherit(async move {
+                if let Err(error) = this.resume(&entry, &process, plan, mode).await {
+                    tracing::warn!(process = %process.key, %error, "{}: can't reopen its streams: {error}", process.key);
+                }
+            }))
+        };
         // A container can keep its streams busy. The recovery of other tasks does not wait for it.
         let limit = (*self.patience()).min(RESUME_LIMIT);
         if tokio::time::timeout(limit, resumed).await.is_err() {
@@ -233,6 +235,7 @@ impl Streams {
         }
     }
 
+    /// Reopens the streams of a process of an earlier daemon, and copies again.
     async fn resume(
         &self,
         entry: &Entry,
@@ -343,7 +346,7 @@ pub(crate) fn stored_number(entry: &Entry, process: &Process) -> Option<u64> {
     entry.task().process(process.exec()).map(|process| process.wiring.store_number)
 }
 
-/// Gives the terminal of a process the size that was requested last, if there are both.
+/// Gives the terminal of a process the size that was requested last. Without a terminal or a request, does nothing.
 ///
 /// # Errors
 /// The terminal does not answer, or the kernel refuses the size.

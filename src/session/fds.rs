@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -100,15 +100,18 @@ pub struct Claimed {
 pub struct Claims(Arc<Mutex<HashMap<StreamKind, Claimed>>>);
 
 impl Claims {
-    /// Those of one stream; they are returned once.
+    /// The descriptors of one stream; they are returned once.
     pub fn take(&self, kind: StreamKind) -> Claimed {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&kind).unwrap_or_default()
+        self.all().remove(&kind).unwrap_or_default()
     }
 
-    /// The streams of which nobody has taken them. Closes them.
+    /// Closes the descriptors that nobody has taken. Returns their streams.
     pub fn rest(&self) -> impl Iterator<Item = StreamKind> + use<> {
-        let rest = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        rest.into_keys()
+        std::mem::take(&mut *self.all()).into_keys()
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<StreamKind, Claimed>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,4 +1,5 @@
-//! A client's log file (`file://`), or a device that the client names. A thread of its own writes it: a disk that hangs only blocks the output of this process.
+//! A client's log file (`file://`), or a device that the client names. A thread of its own writes it: a disk that hangs only
+//! blocks the output of this process.
 
 use std::collections::HashMap;
 use std::fs::{DirBuilder, File, OpenOptions};

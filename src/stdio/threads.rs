@@ -86,7 +86,7 @@ where
     RUNTIME.get().map_or_else(Handle::current, |runtime| runtime.handle().clone()).spawn(work)
 }
 
-/// Runs work that closes descriptors of streams. No caller waits for it, except work on streams itself.
+/// Runs work that closes descriptors of streams. Only a thread for streams waits for this work.
 pub fn run(work: impl FnOnce() + Send + 'static) {
     match RUNTIME.get() {
         Some(runtime) if !IS_OWN.get() => drop(runtime.spawn_blocking(work)),
@@ -94,7 +94,7 @@ pub fn run(work: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Drops something that owns descriptors of streams, as [`run`].
+/// Drops something that owns descriptors of streams. Otherwise as [`run`].
 pub fn discard<T: Send + 'static>(unused: T) {
     run(move || drop(unused));
 }
@@ -128,7 +128,8 @@ impl Turns {
         turns
     }
 
-    /// Begins a turn, unless the container occupies as many threads as it may. `waker` is called once it may have another.
+    /// Begins a turn, unless the container occupies as many threads as it may. `waker` is called once
+    /// the container may occupy another thread.
     fn begin(&self, number: u64, waker: &Waker) -> Option<Turn<'_>> {
         let mut occupied = lock(&self.0);
         if occupied.threads >= MOST_OF_ONE {

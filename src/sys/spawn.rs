@@ -91,6 +91,7 @@ impl Child {
 /// What the child passes to execve(2).
 struct Program {
     path: CString,
+    /// The working directory.
     dir: Option<CString>,
     _args: Vec<CString>,
     _env: Vec<CString>,
@@ -119,8 +120,9 @@ impl Program {
 }
 
 /// Starts a child that becomes a program: path, arguments and environment are those of `command`, whose environment must
-/// be complete (`env_clear`). It runs in the working directory of `command`, if its namespaces have that directory. Its standard output is /dev/null, and its standard input the lock file. The child takes all
-/// signals, and the OOM killer regards it as an ordinary process. [`Child::started`] tells whether the program runs.
+/// be complete (`env_clear`). The child runs in the working directory of `command`, if its namespaces have that directory. Its
+/// standard output is /dev/null, and its standard input the lock file. The child takes all signals, and the OOM killer regards
+/// it as an ordinary process. [`Child::started`] tells whether the program runs.
 ///
 /// # Errors
 /// The kernel makes no child. `ENODEV`: the cgroup has been removed meanwhile.

@@ -111,7 +111,8 @@ fn step(count: &mut usize) -> Result<(), TooComplex> {
 }
 
 /// The number and the content of each field of a message, up to where the message is broken. The content of a number is
-/// empty. Of a field that is cut off, what there is: the decoder takes it for the whole field if the field is a message.
+/// empty. A field that is cut off has the content that is there: the decoder takes this for the whole field if the field is a
+/// message.
 fn fields(message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
     let mut input = CodedInputStream::from_bytes(message);
     std::iter::from_fn(move || {

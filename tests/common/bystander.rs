@@ -1,7 +1,5 @@
 //! What hostile input must not reach: another container, and the daemon with its descriptors, threads and memory.
 
-use std::fs;
-
 use super::container::Container;
 use super::leaks::{self, Traces};
 use super::node::Node;
@@ -26,10 +24,6 @@ pub struct Bystander<'n> {
     traces: Traces,
 }
 
-fn threads(pid: u32) -> usize {
-    fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
-}
-
 /// The private memory of a process in KiB.
 fn memory(pid: u32) -> u64 {
     let text = process::status(pid, "RssAnon").unwrap_or_default();
@@ -47,7 +41,7 @@ impl<'n> Bystander<'n> {
             pid: container.pid(),
             daemon,
             restarts: daemon::restarts(),
-            threads: threads(daemon),
+            threads: process::threads(daemon).count(),
             memory: memory(daemon),
             traces: Traces::take(),
             container,
@@ -65,7 +59,7 @@ impl<'n> Bystander<'n> {
     pub fn assert_all_untouched(&self, what: &str) {
         self.assert_untouched(what);
         assert_eq!(daemon::restarts(), self.restarts, "{what}: restarts");
-        wait::until_true("threads end", || threads(self.daemon) <= self.threads + THREADS);
+        wait::until_true("threads end", || process::threads(self.daemon).count() <= self.threads + THREADS);
         println!("{what}: the daemon has {} KiB after {} KiB", memory(self.daemon), self.memory);
         wait::until_true(
             &format!("the daemon has {GROWTH} KiB more than {} KiB at most", self.memory),

@@ -1,7 +1,7 @@
 //! Runs commands in the guest, and reads `/proc`.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Exit code and output of a command.
@@ -41,6 +41,12 @@ pub fn succeed(program: &str, args: &[&str]) -> String {
 
 pub fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// The directories of a process's threads in /proc.
+pub fn threads(pid: u32) -> impl Iterator<Item = PathBuf> {
+    let all = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    all.map(|thread| thread.path())
 }
 
 /// A line of `/proc/PID/status`; `None` if the process or the line does not exist.

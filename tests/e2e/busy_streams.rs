@@ -40,8 +40,8 @@ fn as_the_process_of_a_container() {
     }
 }
 
-#[expect(unsafe_code, reason = "the interface of the kernel")]
 /// Memory whose page faults nobody answers.
+#[expect(unsafe_code, reason = "the interface of the kernel")]
 fn endless_page() -> (*mut libc::c_void, OwnedFd) {
     const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
     const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
@@ -63,8 +63,8 @@ fn endless_page() -> (*mut libc::c_void, OwnedFd) {
     }
 }
 
-#[expect(unsafe_code, reason = "the interface of the kernel")]
 /// Makes the kernel wait for the page while it has a lock.
+#[expect(unsafe_code, reason = "the interface of the kernel")]
 fn hold(what: &str, page: *mut libc::c_void) {
     // SAFETY: the kernel reads or writes one page of this process, or rather does not.
     unsafe {
@@ -95,9 +95,8 @@ fn spec(what: &str, place: &Scratch) -> Spec {
     ["/usr", "/lib", "/lib64"].iter().fold(spec, |spec, path| spec.bind(path, path, &["ro"]))
 }
 
-/// Starts the process of the container. Ends it after the test, whatever happens: until then, the daemon can't end.
+/// Starts the process of the container, and ends it after the check: until then, the daemon can't end.
 fn with_holder(what: &str, check: impl FnOnce(&Container, &mut Client, &Bystander, &Scratch)) {
-    needs!(OurShim);
     let node = Node::exclusive();
     let bystander = Bystander::new(&node);
     let place = Scratch::new("busy");
@@ -116,6 +115,7 @@ fn until_held(place: &Scratch) {
 
 #[test]
 fn a_container_that_holds_the_lock_of_its_stdout_delays_no_other() {
+    needs!(OurShim);
     with_holder("stdout", |_, client, bystander, place| {
         until_held(place);
         // The client's FIFO has room again: the daemon moves the rest of the output, and has to wait for the lock.
@@ -128,6 +128,7 @@ fn a_container_that_holds_the_lock_of_its_stdout_delays_no_other() {
 
 #[test]
 fn a_container_that_holds_the_lock_of_its_stdin_delays_no_other() {
+    needs!(OurShim);
     with_holder("stdin", |container, client, bystander, place| {
         client.enter("hello");
         until_held(place);
@@ -140,6 +141,7 @@ fn a_container_that_holds_the_lock_of_its_stdin_delays_no_other() {
 
 #[test]
 fn a_container_that_holds_the_lock_of_its_window_size_delays_no_other() {
+    needs!(OurShim);
     with_holder("window", |container, _, bystander, place| {
         until_held(place);
         std::thread::scope(|scope| {

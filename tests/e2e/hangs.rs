@@ -107,9 +107,8 @@ fn while_it_hangs(container: &Container, exec: &Exec, act: impl FnOnce()) -> Res
 
 /// True if the process waits in the kernel's `open` of a FIFO.
 fn waits_for_a_writer(pid: u32) -> bool {
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    threads
-        .filter_map(|thread| fs::read_to_string(thread.path().join("wchan")).ok())
+    process::threads(pid)
+        .filter_map(|thread| fs::read_to_string(thread.join("wchan")).ok())
         .any(|at| at == "wait_for_partner")
 }
 
@@ -356,8 +355,8 @@ fn deletes_that_hang_hold_no_thread_of_the_daemon() {
     // Those for streams are always there.
     let threads = || {
         let daemon = systemd::main_pid(systemd::DAEMON_SERVICE);
-        let all = fs::read_dir(format!("/proc/{daemon}/task")).into_iter().flatten().flatten();
-        let names = all.filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok());
+        let all = process::threads(daemon);
+        let names = all.filter_map(|thread| fs::read_to_string(thread.join("comm")).ok());
         names.filter(|name| name.trim_end() != "streams").count()
     };
     let containers: Vec<_> = (0..12)

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -228,9 +228,8 @@ fn send_create(bundle: &str, id: &str) -> UnixStream {
 
 /// Whether a thread of the daemon waits for a disk.
 fn is_stuck(daemon: u32) -> bool {
-    let threads = fs::read_dir(format!("/proc/{daemon}/task")).into_iter().flatten().flatten();
-    let status = |thread: &fs::DirEntry| fs::read_to_string(thread.path().join("status")).unwrap_or_default();
-    threads.filter(|thread| status(thread).contains("State:\tD")).count() > 0
+    let status = |thread: &Path| fs::read_to_string(thread.join("status")).unwrap_or_default();
+    process::threads(daemon).filter(|thread| status(thread).contains("State:\tD")).count() > 0
 }
 
 #[test]

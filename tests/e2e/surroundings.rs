@@ -324,15 +324,16 @@ fn hooks_of_start_and_delete_run_in_containerds_own_namespaces() {
     assert_eq!(ended, wanted.repeat(2));
 }
 
+/// The first command of a hook. A hook gets the state of the container, with the path of the bundle.
+const BUNDLE: &str = r#"bundle=$(sed 's/.*"bundle":"\([^"]*\)".*/\1/')"#;
+
 #[test]
 fn every_hook_finds_the_rootfs() {
     let node = Node::exclusive();
     let place = Scratch::new("rootfs");
     let hook = place.text("hook");
     let seen = place.text("seen");
-    // A hook gets the state of the container, with the path of the bundle.
-    let bundle = r#"bundle=$(sed 's/.*"bundle":"\([^"]*\)".*/\1/')"#;
-    write_program(&hook, &format!("#!/bin/sh\n{bundle}\ntest -e $bundle/rootfs/bin && echo yes >>{seen}\n"));
+    write_program(&hook, &format!("#!/bin/sh\n{BUNDLE}\ntest -e $bundle/rootfs/bin && echo yes >>{seen}\n"));
     let wrong = ["poststop", "createRuntime"].into_iter().filter(|moment| {
         let spec = Spec::sleeping().hook(moment, &hook);
         node.container("rootfs", spec).started(&Io::default()).end();
@@ -347,9 +348,8 @@ fn every_hook_runs_in_the_bundle() {
     let node = Node::exclusive();
     let place = Scratch::new("directory");
     let (hook, seen) = (place.text("hook"), place.text("seen"));
-    let bundle = r#"bundle=$(sed 's/.*"bundle":"\([^"]*\)".*/\1/')"#;
     let compare = r#"[ "$(pwd -P)" = "$(readlink -f "$bundle")" ] && echo yes || pwd -P"#;
-    write_program(&hook, &format!("#!/bin/sh\n{bundle}\n{{ {compare}; }} >>{seen}\n"));
+    write_program(&hook, &format!("#!/bin/sh\n{BUNDLE}\n{{ {compare}; }} >>{seen}\n"));
     for moment in ["createRuntime", "poststart", "poststop"] {
         let spec = Spec::sleeping().hook(moment, &hook);
         node.container("directory", spec).started(&Io::default()).end();
