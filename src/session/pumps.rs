@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::id::TaskKey;
 use crate::stdio::pump::Stop;
-use crate::stdio::threads;
+use crate::stdio::threads::{self, Ended};
 
 /// How long a call waits for the end of output that another process holds open, after the end of its process. Output that is
 /// in a FIFO by then is delivered. As containerd-shim-runc-v2 of containerd 1.7: a probe that leaves a process behind waits
@@ -25,7 +24,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// The tasks that copy a process's output.
 #[derive(Debug, Default)]
 pub struct Pumps {
-    running: Vec<JoinHandle<()>>,
+    running: Vec<Ended>,
     /// Ends these tasks, and no others.
     stop: Stop,
 }

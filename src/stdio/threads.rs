@@ -4,7 +4,9 @@
 //! decides how long that takes: a page fault does not end while userfaultfd(2), a FUSE file system or a dead disk does not
 //! answer. Until then, every other call on that pipe or terminal waits for the lock, also a non-blocking one, and close(2).
 //! No signal ends the wait, only the end of the process that has the lock. So whatever uses a stream that a container can
-//! reach runs here: it delays the output of others only once all threads wait, and never a call.
+//! reach runs here, where a thread that waits is replaced ([`pool`]): it delays the output of its own container, and no call.
+
+mod pool;
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
@@ -12,57 +14,63 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use tokio::runtime::{Builder, EnterGuard, Handle, Runtime};
-use tokio::task::JoinHandle;
+use tokio::runtime::{Builder, EnterGuard, Runtime};
+use tokio::sync::oneshot;
 
 use crate::id::TaskKey;
+use pool::Pool;
 
-/// The number of threads that [`start`] starts.
-pub const FIRST: usize = WORKERS + 1;
-/// The number of threads that copy output. Most of them sleep: they are there for containers that hold a lock.
-const WORKERS: usize = 10;
-/// How many of them one container can occupy. The other streams of the container wait.
+/// The number of threads that [`start`] starts: those of the pool, one that waits for events, and one that closes descriptors.
+pub const FIRST: usize = pool::USUAL + 2;
+/// How many threads one container can occupy. The other streams of the container wait.
 const MOST_OF_ONE: usize = 2;
 /// The largest number of threads that close descriptors.
 const CLOSERS: usize = 256;
-/// An idle thread that closes descriptors ends after this time.
+/// An idle thread that closes descriptors, or that has replaced another one, ends after this time.
 const IDLE: Duration = Duration::from_secs(12);
-/// How often one of them is used at least, so that the last one does not end: tokio panics if it has none and the system
-/// allows no new one.
+/// How often one that closes descriptors is used at least, so that the last one does not end: tokio panics if it has none and
+/// the system allows no new one.
 const USED: Duration = Duration::from_secs(5);
 /// The stack size of a thread, in bytes.
 const STACK: usize = 512 << 10;
 
 /// `None` until [`start`] is called. Streams then use the async runtime of the caller, as in tests.
-static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+static THREADS: OnceLock<Threads> = OnceLock::new();
+
+struct Threads {
+    /// Waits for events, and closes descriptors.
+    events: Runtime,
+    pool: &'static Pool,
+}
 
 thread_local! {
-    /// True in the threads of [`RUNTIME`].
+    /// True in the threads for streams.
     static IS_OWN: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Starts the threads, which never end.
 ///
 /// # Errors
-/// There are no descriptors for it.
+/// There are no descriptors or no threads for it.
 ///
 /// # Panics
 /// The system allows no further thread: the caller has to check that before.
 pub fn start() -> io::Result<()> {
-    let runtime = Builder::new_multi_thread()
+    let events = Builder::new_multi_thread()
         .thread_name("streams")
-        .worker_threads(WORKERS)
+        .worker_threads(1)
         .max_blocking_threads(CLOSERS)
         .thread_keep_alive(IDLE)
         .thread_stack_size(STACK)
         .on_thread_start(|| IS_OWN.set(true))
         .enable_all()
         .build()?;
-    let runtime = RUNTIME.get_or_init(|| runtime);
-    runtime.spawn(async {
+    let pool = Pool::start(events.handle(), pool::MOST_LATE)?;
+    let threads = THREADS.get_or_init(|| Threads { events, pool });
+    threads.events.spawn(async {
         let mut ticks = tokio::time::interval(USED);
         loop {
             ticks.tick().await;
@@ -74,22 +82,45 @@ pub fn start() -> io::Result<()> {
 
 /// As long as the returned value exists, this thread makes descriptors known to the threads for streams.
 pub fn enter() -> Option<EnterGuard<'static>> {
-    RUNTIME.get().map(Runtime::enter)
+    THREADS.get().map(|threads| threads.events.enter())
 }
 
 /// Runs work on a stream of a container.
-pub fn spawn<F>(task: &TaskKey, work: F) -> JoinHandle<()>
+pub fn spawn<F>(task: &TaskKey, work: F) -> Ended
 where
     F: Future<Output = ()> + Send + 'static,
 {
+    let (running, ended) = oneshot::channel::<()>();
     let work = InTurn::new(task, work);
-    RUNTIME.get().map_or_else(Handle::current, |runtime| runtime.handle().clone()).spawn(work)
+    let work = async move {
+        work.await;
+        drop(running);
+    };
+    match THREADS.get() {
+        Some(threads) => threads.pool.spawn(work),
+        None => drop(tokio::spawn(work)),
+    }
+    Ended(ended)
+}
+
+/// Resolves when work on a stream has ended. The work goes on if this is dropped.
+#[derive(Debug)]
+pub struct Ended(oneshot::Receiver<()>);
+
+impl Future for Ended {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        // Nothing is sent: it is an error that the work is gone.
+        let _ = ready!(Pin::new(&mut self.0).poll(context));
+        Poll::Ready(())
+    }
 }
 
 /// Runs work that closes descriptors of streams. Only a thread for streams waits for this work.
 pub fn run(work: impl FnOnce() + Send + 'static) {
-    match RUNTIME.get() {
-        Some(runtime) if !IS_OWN.get() => drop(runtime.spawn_blocking(work)),
+    match THREADS.get() {
+        Some(threads) if !IS_OWN.get() => drop(threads.events.spawn_blocking(work)),
         Some(_) | None => work(),
     }
 }
@@ -215,7 +246,7 @@ mod tests {
     }
 
     /// Work that occupies its thread until the returned sender is dropped, and says that it has begun.
-    fn stuck(task: &TaskKey, begun: &mpsc::Sender<()>) -> (mpsc::Sender<()>, JoinHandle<()>) {
+    fn stuck(task: &TaskKey, begun: &mpsc::Sender<()>) -> (mpsc::Sender<()>, Ended) {
         let (release, released) = mpsc::channel::<()>();
         let begun = begun.clone();
         let work = spawn(task, async move {
@@ -233,18 +264,18 @@ mod tests {
         (0..MOST_OF_ONE).for_each(|_| begins.recv().unwrap());
         let (release, waiting) = stuck(&hostile, &begun);
         // Another container's work runs, and the third of the hostile one does not.
-        spawn(&other, async {}).await.unwrap();
+        spawn(&other, async {}).await;
         tokio::task::yield_now().await;
         assert!(begins.try_recv().is_err());
         drop(held.pop());
         begins.recv().unwrap();
         drop((held, release));
-        waiting.await.unwrap();
+        waiting.await;
     }
 
     #[tokio::test]
     async fn nothing_is_kept_of_a_container_whose_streams_have_ended() {
-        spawn(&key("gone"), async {}).await.unwrap();
+        spawn(&key("gone"), async {}).await;
         let _next = Turns::of(&key("next"));
         assert!(!lock(&TURNS).contains_key(&key("gone")));
     }

@@ -7,13 +7,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::attached::Client;
+use crate::attached::{Client, exec};
 use crate::common::bystander::Bystander;
 use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
-use crate::common::task::SIGKILL;
+use crate::common::task::{Io, SIGKILL};
 use crate::common::wait;
 
 /// The variable with what a process of the container keeps busy.
@@ -124,6 +124,41 @@ fn a_container_that_holds_the_lock_of_its_stdout_delays_no_other() {
             bystander.assert_untouched("a stdout is busy");
         }
     });
+}
+
+#[test]
+fn many_containers_that_hold_locks_delay_the_output_of_no_other() {
+    needs!(OurShim);
+    /// More than the daemon's usual threads for streams, of which each container keeps one.
+    const HOLDERS: usize = 12;
+    let node = Node::exclusive();
+    let bystander = Bystander::new(&node);
+    let quiet = node.container("quiet", Spec::sleeping()).started(&Io::default());
+    let places: Vec<_> = (0..HOLDERS).map(|number| Scratch::new(&format!("busy-{number}"))).collect();
+    let holders: Vec<_> = places
+        .iter()
+        .enumerate()
+        .map(|(number, place)| {
+            let start = |spec, io: &Io| node.container(&format!("busy-{number}"), spec).started(io);
+            let (container, mut client) = Client::attached(spec("stdout", place), start);
+            until_held(place);
+            client.stdout.until(|bytes| bytes.len() >= 8 * PAGE);
+            (container, client)
+        })
+        .collect();
+    for _ in 0..3 {
+        let (exec, mut client) = exec(&quiet, Spec::sh("echo from the container"));
+        client.until("from the container\n");
+        assert_eq!(exec.exit_status(), 0);
+    }
+    bystander.assert_untouched("many streams are busy");
+    for (container, _client) in holders {
+        container.kill(SIGKILL).expect("kill");
+        assert_eq!(container.exit_status(), 137);
+        container.delete().expect("delete");
+    }
+    drop(quiet);
+    bystander.assert_all_untouched("the containers are gone");
 }
 
 #[test]
