@@ -41,8 +41,10 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
         Some(found) => clean_up(&store, &found, &key),
         None => Ok(None),
     };
+    let response = response?;
+    // Not after an error: the container may run.
     unmount(&bundle);
-    let response = match response? {
+    let response = match response {
         Some(response) => response,
         None => convert::delete(None, Some(killed_now())).write_to_bytes().map_err(Failure::new)?,
     };
@@ -66,7 +68,7 @@ fn recorded_as(store: &Store, key: &TaskKey) -> Option<TaskKey> {
 #[derive(Debug, PartialEq)]
 enum Answer {
     Done(DeleteResponse),
-    /// The task does not exist, or its record can't be read and is left for the administrator.
+    /// The task does not exist, or its record can't be read.
     Nothing,
     /// The daemon cleans up later, also if it ends meanwhile: the record says that the task is given up. The daemon does not
     /// need the bundle, which containerd may remove. The same work in this process would only interfere.
@@ -101,7 +103,7 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
         block_on(async { tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(named)).await })?;
     let reason = match Answer::of(asked.ok(), || is_given_up(store, key)) {
         Answer::Done(response) => return response.write_to_bytes().map(Some).map_err(Failure::new),
-        Answer::Nothing => return Ok(None),
+        Answer::Nothing => return nothing_of(store, key).map(|()| None),
         Answer::Later(reason) => {
             say(&format!("task {key}: {reason}"));
             return Ok(None);
@@ -122,6 +124,13 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
     let pid = task.init.pid();
     let exit = task.init.exit().unwrap_or_else(killed_now);
     convert::delete(pid, Some(exit)).write_to_bytes().map(Some).map_err(Failure::new)
+}
+
+/// Checks that there is nothing of a task that the daemon does not have. A record that can't be read is left for the administrator:
+/// its container may run, so its end must not be reported.
+fn nothing_of(store: &Store, key: &TaskKey) -> Result<(), Failure> {
+    let readable = store.load(key).map(drop);
+    readable.map_err(|error| Failure(format!("task {key}: its container may run, but {error}")))
 }
 
 /// True if the record says that the task is given up, or there is no record any more.
@@ -187,6 +196,18 @@ mod tests {
         }
         let no_daemon = of(Some(Err(ttrpc::Error::Socket("refused".to_owned()))));
         assert!(matches!(no_daemon, Answer::NoDaemon(_)), "{no_daemon:?}");
+    }
+
+    #[test]
+    fn a_task_whose_record_can_not_be_read_is_not_reported_as_ended() {
+        let world = World::new("delete-unreadable");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        let (store, key) = (Store::new(world.state_dir()), world.task.clone());
+        std::fs::write(store.dir(&key).join("record.json"), "{").unwrap();
+        let Failure(error) = nothing_of(&store, &key).unwrap_err();
+        assert!(error.contains("may run") && error.contains("record.json"), "{error}");
+        std::fs::remove_dir_all(store.dir(&key)).unwrap();
+        assert!(nothing_of(&store, &key).is_ok());
     }
 
     #[test]
