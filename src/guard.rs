@@ -6,6 +6,8 @@
 //! the daemon's end. The next daemon takes the connections out of the table of the guard, opens the client's FIFOs again,
 //! and then ends the guard.
 //!
+//! A daemon with a thread in uninterruptible sleep can't go away. Its guard lets systemd start the next daemon all the same.
+//!
 //! The guard is in a cgroup beside that of the daemon's service, so `systemctl kill` of the service does not kill it.
 
 use std::collections::HashSet;
@@ -16,7 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::libc::SIGKILL;
+use nix::libc::{self, SIGKILL};
 use nix::sys::stat::fstat;
 
 use crate::cgroup::{self, processes};
@@ -27,6 +29,8 @@ use crate::sys::{self, guard as process};
 const LIMIT: Duration = Duration::from_secs(30);
 /// How many guards are kept during recovery. A daemon that crashes again and again leaves one each time.
 const MAX_EARLIER: usize = 8;
+/// How long an asked guard may take to end. Guards of earlier versions do not understand the question.
+const END_LIMIT: Duration = Duration::from_secs(10);
 /// A guard that has ended is replaced after this time.
 const PAUSE: Duration = Duration::from_secs(1);
 /// A guard that could not be started is tried again after this time.
@@ -130,6 +134,12 @@ impl Earlier {
             tracing::warn!(%error, "can't find the guards of earlier daemons: {error}");
             Vec::new()
         });
+        // Not what a guard has started to close descriptors, which waits for a container.
+        let is_guard = |pid: &u32| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| Ok(name.trim()) == process::NAME.to_str())
+        };
+        pids.retain(is_guard);
         // Sorted by start, except after the pids have wrapped around.
         pids.sort_unstable();
         let mut guards: Vec<_> =
@@ -164,8 +174,17 @@ impl Earlier {
     }
 
     /// Ends the guards: this process has kept everything that it has opened again.
+    /// They also close the descriptors of daemons that can't go away. Needs the async runtime.
     pub fn end(self) {
-        self.0.iter().for_each(|(_, guard)| end(guard));
+        for (_, guard) in self.0 {
+            signal(&guard, process::END);
+            tokio::spawn(async move {
+                let Ok(other) = guard.try_clone() else { return };
+                if tokio::time::timeout(END_LIMIT, sys::ended(other)).await.is_err() {
+                    end(&guard);
+                }
+            });
+        }
     }
 }
 
@@ -185,7 +204,11 @@ pub async fn end_all() {
 }
 
 fn end(guard: &OwnedFd) {
-    match sys::pidfd_send_signal(guard, SIGKILL as u32) {
+    signal(guard, SIGKILL);
+}
+
+fn signal(guard: &OwnedFd, signal: libc::c_int) {
+    match sys::pidfd_send_signal(guard, signal as u32) {
         Ok(()) | Err(Errno::ESRCH) => {}
         Err(error) => tracing::warn!(%error, "can't end the guard of an earlier daemon: {error}"),
     }

@@ -70,7 +70,7 @@ fn is_replaced(pid: u64) -> Known<bool> {
 fn commands(group: &Path) -> Vec<(u32, String, u64)> {
     let describe = |pid: u32| {
         let name = probe::file(format!("/proc/{pid}/comm")).ok()?.trim().to_owned();
-        let is_command = Ok(name.as_str()) != sys::guard::NAME.to_str();
+        let is_command = !sys::guard::is_name_of_guard(&name);
         is_command.then_some((pid, name, age_sec(pid)?))
     };
     let pids = cgroup::processes::processes(group).unwrap_or_default();

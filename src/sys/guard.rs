@@ -1,5 +1,8 @@
 //! A process that shares the descriptor table of this process (clone(2), `CLONE_FILES`) and does nothing else: a
-//! descriptor that is open in this process stays open for some time after its end.
+//! descriptor that is open in this process stays open for some time after its end. If this process can't end, the other one
+//! helps ([`stuck`]).
+
+mod stuck;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
@@ -14,6 +17,14 @@ use super::errno;
 /// The name of such a process (proc(5), `comm`).
 pub const NAME: &std::ffi::CStr = c"shim-guard";
 
+/// The signal that asks a guard to end, and to close the descriptors if its process can't.
+pub const END: libc::c_int = libc::SIGUSR2;
+
+/// True for the name of such a process, or of one that it has started.
+pub fn is_name_of_guard(name: &str) -> bool {
+    NAME.to_str().is_ok_and(|prefix| name.starts_with(prefix))
+}
+
 /// Starts a process that shares all descriptors with this process, in a cgroup or in that of this process. It ends `limit`
 /// after this process. Returns a descriptor of it.
 ///
@@ -25,6 +36,7 @@ pub fn start(cgroup: Option<BorrowedFd<'_>>, limit: Duration) -> Result<OwnedFd,
         tv_nsec: 0,
     };
     let parent = nix::unistd::getpid().as_raw();
+    let systemd = stuck::Systemd::of_environment();
     let mut process: libc::c_int = -1;
     // SAFETY: all zeroes is a valid clone_args: plain integers.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -41,7 +53,7 @@ pub fn start(cgroup: Option<BorrowedFd<'_>>, limit: Duration) -> Result<OwnedFd,
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) };
     if pid == 0 {
         // SAFETY: this is the child.
-        unsafe { be_guard(parent, &limit) }
+        unsafe { be_guard(parent, &limit, systemd.as_ref()) }
     }
     Errno::result(pid).map_err(|errno| if errno == Errno::ENOENT { Errno::ENODEV } else { errno })?;
     // SAFETY: the kernel has just opened it, and no other code owns it.
@@ -50,7 +62,7 @@ pub fn start(cgroup: Option<BorrowedFd<'_>>, limit: Duration) -> Result<OwnedFd,
 
 /// # Safety
 /// To be called in a child of clone3(2) only. Everything in here must be async-signal-safe.
-unsafe fn be_guard(parent: libc::pid_t, limit: &libc::timespec) -> ! {
+unsafe fn be_guard(parent: libc::pid_t, limit: &libc::timespec, systemd: Option<&stuck::Systemd>) -> ! {
     // SAFETY: system calls, on memory of this function.
     unsafe {
         let mut all: libc::sigset_t = std::mem::zeroed();
@@ -58,11 +70,19 @@ unsafe fn be_guard(parent: libc::pid_t, limit: &libc::timespec) -> ! {
         libc::sigprocmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
         libc::prctl(libc::PR_SET_NAME, NAME.as_ptr());
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGUSR1);
+        let mut end: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut end);
+        libc::sigaddset(&raw mut end, END);
+        libc::sigdelset(&raw mut all, END);
         // Other signals are ignored. A signal from before the prctl(2) is not missed: the parent is checked first.
-        while libc::getppid() == parent {
-            libc::sigwaitinfo(&all, std::ptr::null_mut());
+        let status = stuck::wait_for_end(parent, &all);
+        if let (Some(status), Some(systemd)) = (status, systemd) {
+            stuck::start_heir(parent, status, systemd);
         }
-        libc::nanosleep(limit, std::ptr::null_mut());
+        libc::sigtimedwait(&raw const end, std::ptr::null_mut(), limit);
+        if status.is_some() && libc::getppid() == parent {
+            stuck::close_all();
+        }
         libc::_exit(0)
     }
 }

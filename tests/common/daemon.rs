@@ -16,7 +16,7 @@ use super::{process, shim, wait};
 /// The pid of the daemon, if it runs. Read from `/proc`, because systemd may be re-executing. The guard of an earlier daemon
 /// may still exist: it has the same command line.
 pub fn pid() -> Option<u32> {
-    let is_guard = |pid: &u32| process::name(*pid).is_some_and(|name| name == "shim-guard");
+    let is_guard = |pid: &u32| process::name(*pid).is_some_and(|name| name.starts_with("shim-guard"));
     processes().into_iter().find(|pid| !is_guard(pid))
 }
 

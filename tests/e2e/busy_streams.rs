@@ -3,6 +3,8 @@
 
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,7 +16,7 @@ use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::{Io, SIGKILL};
-use crate::common::wait;
+use crate::common::{daemon, process, wait};
 
 /// The variable with what a process of the container keeps busy.
 const HOLDS: &str = "E2E_HOLDS";
@@ -172,6 +174,59 @@ fn a_container_that_holds_the_lock_of_its_stdin_delays_no_other() {
             bystander.assert_untouched("a stdin is busy");
         }
     });
+}
+
+/// A container keeps a thread of the daemon from ending. `end` ends the daemon, twice.
+fn with_stuck_daemon(end: impl Fn()) {
+    /// Without help, systemd waits for some 45 s.
+    const LIMIT: Duration = Duration::from_secs(15);
+    let node = Node::exclusive();
+    let other = node.container("other", Spec::sleeping()).started(&Io::default());
+    let place = Scratch::new("busy");
+    let start = |spec, io: &Io| node.container("busy", spec).started(io);
+    let (container, client) = Client::attached(spec("stdin", &place), start);
+    let (quiet, mut output) = exec(&other, Spec::sh("echo begun; read line; echo $line"));
+    output.until("begun\n");
+    client.enter("hello");
+    until_held(&place);
+    container.close_stdin().expect("close stdin");
+    for _ in 0..2 {
+        let daemon = wait::until("the daemon serves", daemon::serving);
+        wait::until_true("a thread of the daemon waits for the lock", || has_stuck_thread(daemon));
+        let begun = Instant::now();
+        end();
+        assert_ne!(daemon::wait_for_another(daemon), daemon);
+        assert!(begun.elapsed() < LIMIT, "the next daemon served after {:?}", begun.elapsed());
+    }
+    output.enter("hello\n");
+    // Up to the end: daemons that can't go away do not keep the client's FIFO open.
+    assert!(output.stdout.text().ends_with("hello\n"));
+    assert_eq!(quiet.exit_status(), 0);
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+    assert_eq!(other.exec_sh("exit 7").exit_status(), 7);
+}
+
+/// Whether a thread of the process waits for the lock of a pipe.
+fn has_stuck_thread(pid: u32) -> bool {
+    let waits = |thread: PathBuf| {
+        let place = fs::read_to_string(thread.join("wchan")).unwrap_or_default();
+        place.starts_with("pipe_") || place == "fifo_open"
+    };
+    process::threads(pid).any(waits)
+}
+
+#[test]
+fn a_daemon_that_a_container_keeps_from_ending_is_replaced_at_once_when_it_is_killed() {
+    needs!(OurShim);
+    with_stuck_daemon(|| _ = daemon::kill_now());
+}
+
+#[test]
+fn a_daemon_that_a_container_keeps_from_ending_is_replaced_at_once_when_it_is_restarted() {
+    needs!(OurShim);
+    with_stuck_daemon(|| daemon::systemctl("restart"));
 }
 
 #[test]
