@@ -96,13 +96,14 @@ pub(super) fn run() -> Result<(), Failure> {
         })?;
         tracing::warn!(%error, "can't start threads for the streams of containers, so a container that keeps a stream busy delays the calls of others: {error}");
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder
         .worker_threads(WORKERS)
         .thread_stack_size(1 << 20)
         .thread_keep_alive(IDLE_THREAD)
         .max_blocking_threads(MAX_BLOCKING_THREADS)
-        .enable_all()
-        .build()
+        .enable_all();
+    let runtime = sys::quota::runtime(builder, || ())
         .map_err(|error| Failure(format!("can't set up the async runtime: {error}")))?;
     let served = runtime.block_on(serve(passed, guard, earlier));
     // Skips destructors, as with SIGKILL: they would remove descriptors and sockets that the next daemon needs.

@@ -21,6 +21,7 @@ use tokio::runtime::{Builder, EnterGuard, Runtime};
 use tokio::sync::oneshot;
 
 use crate::id::TaskKey;
+use crate::sys::quota;
 use pool::Pool;
 
 /// The number of threads that [`start`] starts: those of the pool, one that waits for events, and one that closes descriptors.
@@ -59,15 +60,15 @@ thread_local! {
 /// # Panics
 /// The system allows no further thread: the caller has to check that before.
 pub fn start() -> io::Result<()> {
-    let events = Builder::new_multi_thread()
+    let mut builder = Builder::new_multi_thread();
+    builder
         .thread_name("streams")
         .worker_threads(1)
         .max_blocking_threads(CLOSERS)
         .thread_keep_alive(IDLE)
         .thread_stack_size(STACK)
-        .on_thread_start(|| IS_OWN.set(true))
-        .enable_all()
-        .build()?;
+        .enable_all();
+    let events = quota::runtime(builder, || IS_OWN.set(true))?;
     let pool = Pool::start(events.handle(), pool::MOST_LATE)?;
     let threads = THREADS.get_or_init(|| Threads { events, pool });
     threads.events.spawn(async {

@@ -5,18 +5,22 @@
 //! - descriptors in the queues of Unix sockets. A process may send descriptors until its user has more than the process's
 //!   `RLIMIT_NOFILE` in queues (unix(7), `ETOOMANYREFS`).
 //! - the memory of pipes: once a user has `fs.pipe-user-pages-soft`, its new pipes are small (pipe(7)).
+//! - what an epoll instance watches: beyond `fs.epoll.max_user_watches`, the kernel watches nothing more for any instance of the user
+//!   (epoll(7)).
 //!
-//! A process with `CAP_SYS_RESOURCE` or `CAP_SYS_ADMIN` may use more, so the daemon always gets what it needs. But root in a
+//! In the first two cases, a process with `CAP_SYS_RESOURCE` or `CAP_SYS_ADMIN` may use more, so the daemon always gets what it needs. But root in a
 //! container without a user namespace is the same user as the daemon, usually has neither of these capabilities, and would
-//! get less. So the daemon makes what it keeps for a long time [`apart`]: in a thread with another real user.
+//! get less. In the last case there is no exception: root in a container can use up what the daemon needs. So the daemon makes what
+//! it keeps for a long time [`apart`]: in a thread with another real user.
 
 use std::io;
 use std::sync::mpsc::{SendError, SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
-use rustix::process::Uid;
+use rustix::process::{Uid, getuid};
 use rustix::thread::set_thread_res_uid;
+use tokio::runtime::{Builder, Runtime};
 
 /// The user whose quotas are used. Nobody else has this number: systemd gives no user a number above 2,147,483,647
 /// (`docs/UIDS-GIDS.md` of systemd), and neither a pod nor a container can ask for one (runc and Kubernetes refuse it). That
@@ -62,6 +66,29 @@ pub fn apart<T: Send + 'static>(
     result.recv().unwrap_or(Err(Errno::EIO))
 }
 
+/// Builds an async runtime with an epoll instance of that user. Each thread of the runtime calls `begin` first.
+///
+/// # Errors
+/// Those of [`Builder::build`].
+///
+/// # Panics
+/// As [`Builder::build`]: the system allows no further thread.
+pub fn runtime(mut builder: Builder, begin: impl Fn() + Send + Sync + 'static) -> io::Result<Runtime> {
+    let own = getuid();
+    builder.on_thread_start(move || {
+        // A thread begins with the user of the thread that has started it. A user may always go back to its effective user.
+        if getuid() != own
+            && let Err(error) = set_thread_res_uid(own, None, None)
+        {
+            tracing::error!(%error, "a thread keeps the user whose quotas it was started with: {error}");
+        }
+        begin();
+    });
+    let build =
+        move || builder.build().map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw));
+    Ok(apart(build)?)
+}
+
 /// The queue of the thread, which is started if necessary.
 fn thread() -> io::Result<SyncSender<Work>> {
     static THREAD: Mutex<Option<SyncSender<Work>>> = Mutex::new(None);
@@ -98,6 +125,21 @@ mod tests {
         assert_eq!(inside, (if is_root { USER } else { before.0 }, before.1));
         assert_eq!((getuid(), geteuid()), before, "no other thread changes");
         assert_eq!(apart(|| Err::<(), _>(Errno::EAGAIN)), Err(Errno::EAGAIN));
+    }
+
+    #[test]
+    fn threads_of_a_runtime_have_the_user_of_this_process() {
+        let mut builder = Builder::new_multi_thread();
+        builder.worker_threads(2).enable_all();
+        let runtime = runtime(builder, || ()).unwrap();
+        let worker = runtime.spawn(async { getuid() });
+        let blocking = runtime.spawn_blocking(getuid);
+        let from_worker = runtime.spawn(async { tokio::task::spawn_blocking(getuid).await.unwrap() });
+        runtime.block_on(async {
+            for user in [worker, blocking, from_worker] {
+                assert_eq!(user.await.unwrap(), getuid());
+            }
+        });
     }
 
     #[test]

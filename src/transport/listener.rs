@@ -16,7 +16,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::fault::{self, Point};
 use crate::suspect::Crashes;
-use crate::sys;
+use crate::sys::{self, quota};
 
 use super::budget::Budget;
 use super::durable::{Durable, Unwatched, failed};
@@ -53,7 +53,8 @@ impl Connections {
         kept: &mut Vec<(String, OwnedFd)>,
         crashes: &Crashes,
     ) -> io::Result<(Arc<Self>, Vec<Adopted>)> {
-        let (wake, count) = (Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, Count::default());
+        let wake = quota::apart(|| Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC))?;
+        let count = Count::default();
         let budget = Budget::default();
         let mut pairs: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
         for (name, fd) in std::mem::take(kept) {
