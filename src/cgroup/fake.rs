@@ -40,6 +40,7 @@ fn process(pid: u32) -> PathBuf {
 pub fn make(cgroup: &Path) {
     fs::create_dir_all(super::dir(cgroup)).unwrap();
     set_frozen(cgroup, false);
+    fs::write(super::dir(cgroup).join("cgroup.freeze"), "0\n").unwrap();
 }
 
 /// Puts a process into a cgroup.

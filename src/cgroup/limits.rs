@@ -72,11 +72,12 @@ pub fn is_frozen(cgroup: &Path) -> Result<Option<bool>, Error> {
     if number(&events, "frozen") == Some(1) {
         return Ok(Some(true));
     }
-    let is_asked = |cgroup: &Path| {
-        let asked = file(cgroup, "cgroup.freeze")?;
-        Ok::<_, Error>(asked.is_some_and(|text| text.trim() == "1"))
+    let parent = cgroup.parent().map(|parent| file(parent, "cgroup.freeze")).transpose()?.flatten();
+    // Read last: systemd may remove a cgroup at any moment, and removes the one above it later.
+    let Some(own) = file(cgroup, "cgroup.freeze")? else {
+        return Ok(None);
     };
-    let in_transition = is_asked(cgroup)? || cgroup.parent().map(is_asked).transpose()?.unwrap_or_default();
+    let in_transition = [Some(own), parent].into_iter().flatten().any(|asked| asked.trim() == "1");
     Ok((!in_transition).then_some(false))
 }
 
@@ -97,6 +98,7 @@ fn number(text: &str, key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cgroup::fake;
 
     #[test]
     fn limits_of_a_device_that_is_no_longer_limited_are_removed() {
@@ -107,6 +109,18 @@ mod tests {
             ["8:0 rbps=max wbps=max riops=max wiops=max", "8:32 rbps=max wbps=3 riops=max wiops=max"]
         );
         assert!(io_max(had, had).is_empty());
+    }
+
+    #[test]
+    fn a_cgroup_that_disappears_after_its_process_was_killed_is_not_thawed() {
+        let cgroup = Path::new("/killed-while-frozen/container");
+        fake::make(cgroup);
+        assert_eq!(is_frozen(cgroup).unwrap(), Some(false));
+        fs::write(dir(cgroup).join("cgroup.freeze"), "1\n").unwrap();
+        assert_eq!(is_frozen(cgroup).unwrap(), None);
+        // The files of a cgroup disappear one after the other.
+        fs::remove_file(dir(cgroup).join("cgroup.freeze")).unwrap();
+        assert_eq!(is_frozen(cgroup).unwrap(), None);
     }
 
     #[test]
