@@ -16,7 +16,7 @@ use crate::task::exec::{Exec, ExecPhase};
 use crate::task::outbox::TaskEvent;
 use crate::task::request::Stdio;
 use crate::task::wiring::Wiring;
-use crate::unit::name;
+use crate::unit::{name, search_path};
 
 use super::Shim;
 
@@ -53,14 +53,16 @@ impl Shim {
         let log = task.runtime.log;
         let store_number = self.fds.next_number();
         let process_key = ProcessKey { task: key.clone(), exec: Some(id.clone()) };
-        let read_wiring = move || {
-            let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind);
-            wiring.map(|wiring| (stdio, Wiring { store_number, ..wiring }))
+        let units = name::exec_candidates(&entry.init.unit, &id);
+        let read_files = move || {
+            let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind)?;
+            let unit = { units }.find(|unit| !search_path::has_file(unit));
+            Ok::<_, Error>((stdio, Wiring { store_number, ..wiring }, unit))
         };
-        let (stdio, wiring) = self.files.run(WaitsFor::LogFile, &process_key, read_wiring).await??;
+        let (stdio, wiring, unit) = self.files.run(WaitsFor::LogFile, &process_key, read_files).await??;
         exec_share::check_streams(&entry.task(), &id, &wiring, &self.fds)?;
         let description = metadata::of_exec(&task.init.description, &id, &spec.program);
-        let (process, _verb) = self.register_exec(&entry, &id)?;
+        let (process, _verb) = self.register_exec(&entry, &id, unit)?;
         process.live().spec_bytes = spec.bytes();
         let exec = |unit: UnitName| {
             let logger = wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
@@ -113,9 +115,16 @@ impl Shim {
         Ok(())
     }
 
-    /// Registers the exec under its id and the first unit name that is free.
-    fn register_exec(&self, entry: &Entry, id: &ExecId) -> Result<(Arc<Process>, Verb), Error> {
-        for unit in name::exec_candidates(&entry.init.unit, id) {
+    /// Registers the exec under its id and a unit name that no task has, `first` or one that follows it. `None` if somebody has
+    /// written units of all its names.
+    fn register_exec(
+        &self,
+        entry: &Entry,
+        id: &ExecId,
+        first: Option<UnitName>,
+    ) -> Result<(Arc<Process>, Verb), Error> {
+        let units = name::exec_candidates(&entry.init.unit, id);
+        for unit in units.skip_while(|unit| first.as_ref() != Some(unit)) {
             match self.tasks.registry.insert_exec(entry, id, unit, None) {
                 Ok(registered) => return Ok(registered),
                 Err(Conflict::Key) => return Err(Error::ExecExists { exec: id.to_string() }),

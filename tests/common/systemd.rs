@@ -148,3 +148,19 @@ impl Drop for DropIn {
         let _ = fs::remove_dir_all(&self.directory);
     }
 }
+
+/// A unit that can't be started, until it is dropped.
+pub struct Masked(String);
+
+impl Masked {
+    pub fn new(unit: &str) -> Masked {
+        process::succeed("systemctl", &["mask", "--runtime", unit]);
+        Masked(unit.to_owned())
+    }
+}
+
+impl Drop for Masked {
+    fn drop(&mut self) {
+        process::run("systemctl", &["unmask", "--runtime", &self.0]);
+    }
+}

@@ -6,10 +6,9 @@ use ttrpc::Code;
 
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{Need, Node, unique};
-use crate::common::process;
 use crate::common::shim::{Bundle, Shim};
 use crate::common::spec::Spec;
-use crate::common::systemd;
+use crate::common::systemd::{self, Masked};
 use crate::common::task::Io;
 
 /// Creates a container with an invalid spec, and returns the error.
@@ -119,22 +118,6 @@ fn limits_that_runc_accepts_are_accepted() {
     let spec = Spec::sh("cat /dev/null && exit 21").resources(resources);
     let container = node.container("taken", spec).started(&Io::default());
     assert_eq!(container.exit_status(), 21);
-}
-
-/// A unit that can't be started, until it is dropped.
-struct Masked(&'static str);
-
-impl Masked {
-    fn new(unit: &'static str) -> Masked {
-        process::succeed("systemctl", &["mask", "--runtime", unit]);
-        Masked(unit)
-    }
-}
-
-impl Drop for Masked {
-    fn drop(&mut self) {
-        process::run("systemctl", &["unmask", "--runtime", self.0]);
-    }
 }
 
 #[test]

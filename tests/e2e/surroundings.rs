@@ -5,11 +5,11 @@ use std::fs;
 
 use crate::common::daemon;
 use crate::common::image::IMAGE;
-use crate::common::node::{Node, runtime_under_test, unique};
+use crate::common::node::{NAMESPACE, Node, runtime_under_test, unique};
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch, feed};
-use crate::common::systemd;
+use crate::common::systemd::{self, Masked};
 use crate::common::task::Io;
 use crate::common::wait::until_true;
 use crate::options::{Noting, runc_options};
@@ -73,6 +73,22 @@ fn a_name_that_another_unit_keeps_loaded_can_be_used_again() {
         again.end();
     }
     process::succeed("systemctl", &["stop", &watcher]);
+}
+
+#[test]
+fn a_masked_name_keeps_neither_a_container_nor_an_exec_from_running() {
+    let node = Node::exclusive();
+    let id = unique("masked");
+    let unit = format!("containerd-{NAMESPACE}-{id}");
+    let masked = Masked::new(&format!("{unit}.service"));
+    drop(node.container("masked", Spec::sleeping()).id(&id).started(&Io::default()));
+    drop(masked);
+    let _masked = Masked::new(&format!("{unit}:probe.service"));
+    let container = node.container("masked", Spec::sleeping()).id(&id).started(&Io::default());
+    let exec = container.exec(Spec::sh("exit 7")).id("probe").started(&Io::default());
+    assert_eq!(exec.exit_status(), 7);
+    exec.delete().expect("delete the exec");
+    container.end();
 }
 
 #[test]
