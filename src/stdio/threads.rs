@@ -22,7 +22,7 @@ use tokio::sync::oneshot;
 
 use crate::id::TaskKey;
 use crate::sys::quota;
-use pool::Pool;
+use pool::{Pace, Pool};
 
 /// The number of threads that [`start`] starts: those of the pool, one that waits for events, and one that closes descriptors.
 pub const FIRST: usize = pool::USUAL + 2;
@@ -93,12 +93,13 @@ where
 {
     let (running, ended) = oneshot::channel::<()>();
     let work = InTurn::new(task, work);
+    let pace = work.turns.pace.clone();
     let work = async move {
         work.await;
         drop(running);
     };
     match THREADS.get() {
-        Some(threads) => threads.pool.spawn(work),
+        Some(threads) => threads.pool.spawn(pace, work),
         None => drop(tokio::spawn(work)),
     }
     Ended(ended)
@@ -140,7 +141,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Limits how many threads the streams of one container occupy at the same moment.
 #[derive(Debug, Default)]
-struct Turns(Mutex<Occupied>);
+struct Turns {
+    occupied: Mutex<Occupied>,
+    pace: Arc<Pace>,
+}
 
 #[derive(Debug, Default)]
 struct Occupied {
@@ -163,7 +167,7 @@ impl Turns {
     /// Begins a turn, unless the container occupies as many threads as it may. `waker` is called once
     /// the container may occupy another thread.
     fn begin(&self, number: u64, waker: &Waker) -> Option<Turn<'_>> {
-        let mut occupied = lock(&self.0);
+        let mut occupied = lock(&self.occupied);
         if occupied.threads >= MOST_OF_ONE {
             occupied.waiting.insert(number, waker.clone());
             return None;
@@ -175,7 +179,7 @@ impl Turns {
 
     /// Wakes one of those that wait, if there may be another turn.
     fn wake_next(&self) {
-        let mut occupied = lock(&self.0);
+        let mut occupied = lock(&self.occupied);
         let next = if occupied.threads < MOST_OF_ONE { occupied.waiting.pop_first() } else { None };
         drop(occupied);
         if let Some((_, waker)) = next {
@@ -188,7 +192,7 @@ struct Turn<'a>(&'a Turns);
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        lock(&self.0.0).threads -= 1;
+        lock(&self.0.occupied).threads -= 1;
         self.0.wake_next();
     }
 }
@@ -229,7 +233,7 @@ impl<F: Future<Output = ()>> Future for InTurn<F> {
 
 impl<F> Drop for InTurn<F> {
     fn drop(&mut self) {
-        lock(&self.turns.0).waiting.remove(&self.number);
+        lock(&self.turns.occupied).waiting.remove(&self.number);
         // It may have been woken for a turn that it does not take any more.
         self.turns.wake_next();
     }
@@ -290,6 +294,6 @@ mod tests {
         for _ in 0..100 {
             assert!(turns.begin(7, waker).is_none());
         }
-        assert_eq!(lock(&turns.0).waiting.len(), 1);
+        assert_eq!(lock(&turns.occupied).waiting.len(), 1);
     }
 }

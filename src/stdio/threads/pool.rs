@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
@@ -24,7 +24,33 @@ pub const USUAL: usize = 4;
 /// How many late threads are replaced. Once there are more, nothing is polled until one of them gets its lock.
 pub const MOST_LATE: usize = 128;
 /// A thread is late if one poll takes longer. Usual ones take microseconds.
-const LATE: Duration = Duration::from_millis(200);
+const LATE: Duration = Duration::from_millis(50);
+
+/// So many polls of a container have to be short after one that was late, until the next one counts as short from its beginning.
+const PROBATION: u32 = 256;
+
+/// How long the polls for one container take. A container that has kept a thread may do it again and again, each time for less
+/// than [`LATE`]: its polls count as late from their beginning, so each has a thread in addition to the usual ones.
+#[derive(Debug, Default)]
+pub struct Pace {
+    /// How many short polls are missing until the container counts as quick again.
+    probation: AtomicU32,
+}
+
+impl Pace {
+    fn is_slow(&self) -> bool {
+        self.probation.load(Ordering::Relaxed) > 0
+    }
+
+    fn note(&self, lasted: Duration) {
+        if lasted >= LATE {
+            self.probation.store(PROBATION, Ordering::Relaxed);
+        } else {
+            let less = |missing: u32| missing.checked_sub(1);
+            let _ = self.probation.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        }
+    }
+}
 
 type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -46,14 +72,20 @@ struct State {
     queue: VecDeque<Arc<Job>>,
     threads: usize,
     idle: usize,
-    /// Since when the other threads have polled, by their number.
-    polling: HashMap<u64, Instant>,
+    /// What the other threads poll, by their number.
+    polling: HashMap<u64, Polling>,
     next: u64,
+}
+
+struct Polling {
+    begun: Instant,
+    is_slow: bool,
 }
 
 impl State {
     fn late(&self) -> usize {
-        self.polling.values().filter(|begun| begun.elapsed() >= LATE).count()
+        let is_late = |polling: &&Polling| polling.is_slow || polling.begun.elapsed() >= LATE;
+        self.polling.values().filter(is_late).count()
     }
 
     /// How many threads there may be: late ones are replaced.
@@ -81,10 +113,10 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Polls a future until it is ready.
-    pub fn spawn(&'static self, work: impl Future<Output = ()> + Send + 'static) {
+    /// Polls a future of the container with this pace until it is ready.
+    pub fn spawn(&'static self, pace: Arc<Pace>, work: impl Future<Output = ()> + Send + 'static) {
         let work = Mutex::new(Some(Box::pin(work) as Work));
-        self.push(Arc::new(Job { pool: self, work, progress: AtomicU8::new(Job::QUEUED) }));
+        self.push(Arc::new(Job { pool: self, pace, work, progress: AtomicU8::new(Job::QUEUED) }));
     }
 
     fn push(&self, job: Arc<Job>) {
@@ -127,7 +159,7 @@ impl Pool {
     }
 
     /// The work of one thread.
-    fn run(&self, number: u64) {
+    fn run(&'static self, number: u64) {
         IS_OWN.set(true);
         while let Some(job) = self.next(number) {
             // In the runtime, with a limit of how much the future does before another one gets its turn.
@@ -135,28 +167,39 @@ impl Pool {
                 job.poll();
                 Poll::Ready(())
             }));
-            lock(&self.state).polling.remove(&number);
+            if let Some(polled) = lock(&self.state).polling.remove(&number) {
+                job.pace.note(polled.begun.elapsed());
+            }
         }
     }
 
     /// Waits for a future. `None` if there are more threads than needed.
-    fn next(&self, number: u64) -> Option<Arc<Job>> {
+    fn next(&'static self, number: u64) -> Option<Arc<Job>> {
         let mut state = lock(&self.state);
         loop {
             if let Some(job) = state.queue.pop_front() {
-                state.polling.insert(number, Instant::now());
+                let polling = Polling { begun: Instant::now(), is_slow: job.pace.is_slow() };
+                let needs_another = polling.is_slow;
+                state.polling.insert(number, polling);
+                if needs_another {
+                    // Otherwise tried again when futures wait for a thread.
+                    let _ = self.grow(&mut state);
+                }
                 return Some(job);
             }
             let is_surplus = state.threads > USUAL;
             state.idle += 1;
+            let mut was_idle = false;
             state = if is_surplus {
                 let waited = self.queued.wait_timeout(state, IDLE);
-                waited.unwrap_or_else(PoisonError::into_inner).0
+                let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+                was_idle = timeout.timed_out();
+                state
             } else {
                 self.queued.wait(state).unwrap_or_else(PoisonError::into_inner)
             };
             state.idle -= 1;
-            if state.queue.is_empty() && state.threads > state.wanted(self.most_late) {
+            if was_idle && state.queue.is_empty() && state.threads > state.wanted(self.most_late) {
                 state.threads -= 1;
                 return None;
             }
@@ -167,6 +210,7 @@ impl Pool {
 /// A future and where it is. Its waker puts it into the queue.
 struct Job {
     pool: &'static Pool,
+    pace: Arc<Pace>,
     /// `None` once it is ready. Only the thread that polls it locks it.
     work: Mutex<Option<Work>>,
     progress: AtomicU8,
@@ -224,7 +268,9 @@ impl Wake for Job {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
     use std::sync::mpsc;
+    use tokio::io::AsyncReadExt;
     use tokio::runtime::{Builder, Runtime};
     use tokio::sync::oneshot;
 
@@ -236,6 +282,42 @@ mod tests {
         (Pool::start(runtime.handle(), MOST_OF_TEST).unwrap(), runtime)
     }
 
+    fn quick() -> Arc<Pace> {
+        Arc::default()
+    }
+
+    #[test]
+    fn a_container_that_has_kept_a_thread_is_slow_until_its_polls_are_short_again() {
+        let pace = Pace::default();
+        pace.note(Duration::ZERO);
+        assert!(!pace.is_slow());
+        pace.note(LATE);
+        (1..PROBATION).for_each(|_| pace.note(Duration::ZERO));
+        assert!(pace.is_slow());
+        pace.note(Duration::ZERO);
+        assert!(!pace.is_slow());
+    }
+
+    #[test]
+    fn each_poll_of_a_slow_container_has_a_thread_in_addition_to_the_usual_ones() {
+        let (pool, _runtime) = started();
+        let slow = quick();
+        slow.note(LATE);
+        let (begun, begins) = mpsc::channel();
+        let (release, released) = mpsc::channel::<()>();
+        let released = Arc::new(Mutex::new(released));
+        for _ in 0..USUAL {
+            let (begun, released) = (begun.clone(), released.clone());
+            pool.spawn(slow.clone(), async move {
+                begun.send(lock(&pool.state).threads).unwrap();
+                _ = lock(&released).recv();
+            });
+        }
+        let threads: Vec<_> = (0..USUAL).map(|_| begins.recv_timeout(LONG).unwrap()).collect();
+        assert_eq!(threads.iter().max(), Some(&(2 * USUAL)));
+        drop(release);
+    }
+
     #[test]
     fn threads_that_are_kept_are_replaced_until_there_are_too_many() {
         let (pool, _runtime) = started();
@@ -244,7 +326,7 @@ mod tests {
         for _ in 0..MOST_OF_TEST + USUAL {
             let (release, released) = mpsc::channel::<()>();
             let begun = begun.clone();
-            pool.spawn(async move {
+            pool.spawn(quick(), async move {
                 begun.send(()).unwrap();
                 _ = released.recv();
             });
@@ -252,7 +334,7 @@ mod tests {
         }
         held.iter().for_each(|_| begins.recv_timeout(LONG).unwrap());
         let (ran, runs) = mpsc::channel();
-        pool.spawn(async move { ran.send(()).unwrap() });
+        pool.spawn(quick(), async move { ran.send(()).unwrap() });
         assert_eq!(lock(&pool.state).threads, MOST_OF_TEST + USUAL);
         assert!(runs.recv_timeout(2 * LATE).is_err(), "all threads are kept");
         held.pop();
@@ -266,18 +348,53 @@ mod tests {
         let (ended, ends) = mpsc::channel();
         // As many as there are threads. Without a limit, they would keep all of them.
         for _ in 0..USUAL {
-            pool.spawn(async {
+            pool.spawn(quick(), async {
                 loop {
                     tokio::task::consume_budget().await;
                 }
             });
         }
-        pool.spawn(async move {
+        pool.spawn(quick(), async move {
             receiver.await.unwrap();
             tokio::time::sleep(Duration::from_millis(1)).await;
             ended.send(()).unwrap();
         });
         sender.send(()).unwrap();
         ends.recv_timeout(LONG).unwrap();
+    }
+
+    /// A worker of tokio that gets an event and then waits in the poll that the event causes leaves nobody to wait for events.
+    #[test]
+    fn events_arrive_while_the_thread_that_the_last_event_woke_is_kept() {
+        let (pool, runtime) = started();
+        let pair = || {
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            let _events = runtime.enter();
+            (tokio::net::UnixStream::from_std(ours).unwrap(), theirs)
+        };
+        let ((mut kept, mut wakes), (mut read, mut written)) = (pair(), pair());
+        let (begun, begins) = mpsc::channel();
+        let (release, released) = mpsc::channel::<()>();
+        pool.spawn(quick(), async move {
+            kept.read_u8().await.unwrap();
+            begun.send(()).unwrap();
+            _ = released.recv();
+        });
+        let (arrived, arrivals) = mpsc::channel();
+        pool.spawn(quick(), async move {
+            loop {
+                let Ok(byte) = read.read_u8().await else { return };
+                arrived.send(byte).unwrap();
+            }
+        });
+        // Afterwards, both wait for events.
+        written.write_all(&[1]).unwrap();
+        arrivals.recv_timeout(LONG).unwrap();
+        wakes.write_all(&[1]).unwrap();
+        begins.recv_timeout(LONG).unwrap();
+        written.write_all(&[2]).unwrap();
+        assert_eq!(arrivals.recv_timeout(LONG), Ok(2));
+        drop(release);
     }
 }
