@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod convert;
+pub mod direct;
 pub mod envelope;
 pub mod events;
 pub mod messages;

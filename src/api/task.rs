@@ -41,8 +41,8 @@ pub struct TaskService {
 }
 
 /// The names of the service: version 3 is version 2 renamed (containerd 2.0).
-const V3: &str = "containerd.task.v3.Task";
-const V2: &str = "containerd.task.v2.Task";
+pub(super) const V3: &str = "containerd.task.v3.Task";
+pub(super) const V2: &str = "containerd.task.v2.Task";
 
 impl TaskService {
     /// A service for one socket.
@@ -102,8 +102,8 @@ impl TaskService {
     }
 
     /// The dispatch tables: the Task service under both of its names, and the Sandbox service.
-    pub fn services(self) -> HashMap<String, Service> {
-        let service = Arc::new(self);
+    pub fn services(self: Arc<Self>) -> HashMap<String, Service> {
+        let service = self;
         let tasks: Arc<dyn Task + Send + Sync> = service.clone();
         let by_name = |name: &str| {
             let mut table = create_task(tasks.clone()).into_iter();
@@ -131,9 +131,9 @@ impl TaskService {
     }
 }
 
-type Method = Box<dyn MethodHandler + Send + Sync>;
+pub(super) type Method = Box<dyn MethodHandler + Send + Sync>;
 
-fn suspected((name, mut service): (String, Service)) -> (String, Service) {
+pub(super) fn suspected((name, mut service): (String, Service)) -> (String, Service) {
     let methods = service.methods.drain();
     service.methods = methods.map(|(name, handler)| (name, Box::new(Suspected(handler)) as Method)).collect();
     (name, service)

@@ -10,14 +10,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use futures_util::{StreamExt, stream};
+use futures_util::stream::{self, BoxStream};
+use futures_util::{StreamExt, TryStreamExt};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use ttrpc::asynchronous::Server;
-use ttrpc::asynchronous::transport::Listener;
+use ttrpc::asynchronous::transport::{Listener, Socket as Connection};
 
-use crate::api::{events, status, task::TaskService};
+use crate::api::{direct::DirectCalls, events, status, task::TaskService};
 use crate::cgroup::watch::Watch;
 use crate::fault::{self, Point};
 use crate::guard::{self, Guard};
@@ -37,7 +38,7 @@ use crate::store::failures::Failures;
 use crate::supervise::slices;
 use crate::suspect::{self, Crashes};
 use crate::transport::ConnectionStore;
-use crate::transport::durable::Unwatched;
+use crate::transport::durable::{Direct, Unwatched};
 use crate::transport::listener::{self, Adopted, Connections};
 use crate::transport::sockets::{Leases, Socket};
 use crate::unit::fd_store::FdStore;
@@ -351,7 +352,7 @@ async fn serve(
         drop(crashes);
     });
 
-    let _servers = serve_sockets(sockets, &shim, &connections, &mut adopted).await?;
+    serve_sockets(&mut workers, sockets, &shim, &connections, &mut adopted)?;
     let tasks = shim.tasks.count();
     let (version, systemd) = (env!("CARGO_PKG_VERSION"), systemd.version());
     tracing::info!(
@@ -427,42 +428,60 @@ fn spawn_workers(
 }
 
 /// Serves calls on the sockets, and on the connections of earlier daemons that came from these sockets.
-async fn serve_sockets(
+fn serve_sockets(
+    workers: &mut Workers,
     sockets: Vec<OwnedFd>,
     shim: &Arc<Shim>,
     connections: &Arc<Connections>,
     adopted: &mut Vec<Adopted>,
-) -> Result<Vec<Server>, Failure> {
+) -> Result<(), Failure> {
     let leases = Leases::new(config::STATE_DIR);
-    let mut servers = Vec::new();
     for fd in sockets {
         let (socket, listener) = listener::from_systemd(fd)
             .map_err(|error| Failure(format!("can't use a socket from systemd: {error}")))?;
-        let services = TaskService::new(shim.clone(), socket, &leases).services();
+        let service = Arc::new(TaskService::new(shim.clone(), socket, &leases));
+        let direct = Arc::new(DirectCalls::new(&service));
         let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
         let earlier = earlier.map(|(_, connection)| connection).collect();
-        let listener = listen(connections.clone(), earlier, listener)
+        let connections = listen(connections.clone(), direct, earlier, listener)
             .map_err(|error| Failure(format!("can't watch a socket: {error}")))?;
-        let mut server = Server::new().add_listener(listener).register_service(services);
-        server.start().await.map_err(|error| Failure(format!("can't serve: {error}")))?;
-        servers.push(server);
+        workers.spawn("serving calls", serve_connections(connections, service));
     }
-    Ok(servers)
+    Ok(())
+}
+
+/// Serves calls on the connections of one socket. Most sockets never have one: only with the first come the dispatch tables.
+async fn serve_connections(
+    mut connections: BoxStream<'static, io::Result<Connection>>,
+    service: Arc<TaskService>,
+) {
+    let Some(first) = connections.next().await else { return };
+    let listener = Listener::new(stream::once(async { first }).chain(connections));
+    let mut server = Server::new().add_listener(listener).register_service(service.services());
+    match server.start().await {
+        Ok(()) => std::future::pending().await,
+        Err(error) => tracing::error!(%error, "can't serve: {error}"),
+    }
 }
 
 /// The connections of one socket: those of earlier daemons, and new ones.
 fn listen(
     connections: Arc<Connections>,
+    direct: Arc<dyn Direct>,
     earlier: Vec<Unwatched>,
     listener: UnixListener,
-) -> io::Result<Listener> {
+) -> io::Result<BoxStream<'static, io::Result<Connection>>> {
     if fault::is_forgetful() {
-        return Listener::try_from(listener);
+        return Ok(Listener::try_from(listener)?.boxed());
     }
-    let needed =
-        |connection: Unwatched| async { connection.watch_once_possible().await?.until_needed().await };
+    let direct_of_earlier = direct.clone();
+    let needed = move |connection: Unwatched| {
+        let direct = direct_of_earlier.clone();
+        async move { connection.watch_once_possible().await?.answered_by(direct).until_needed().await }
+    };
     let earlier = stream::iter(earlier).map(needed).buffer_unordered(usize::MAX);
-    Ok(Listener::new(stream::select(earlier, connections.accept(listener)?)))
+    let new = connections.accept(listener)?.map_ok(move |connection| connection.answered_by(direct.clone()));
+    Ok(stream::select(earlier, new).map_ok(Connection::new).boxed())
 }
 
 /// How long the daemon serves while the machine shuts down. systemd kills the daemon 10 s after it has begun to stop it.

@@ -1,12 +1,16 @@
 //! A connection that outlives the process: a byte stream for ttrpc with a [`Journal`].
 
 use std::collections::VecDeque;
+use std::future;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 
 use containerd_shim_protos::api::ConnectRequest;
+use futures_util::Stream;
+use futures_util::stream::FuturesUnordered;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, recv};
@@ -30,19 +34,33 @@ const NAMESPACE: &str = "containerd-namespace-ttrpc";
 /// With this many unsent bytes, the writer has to wait.
 const BACKLOG: u64 = 1 << 20;
 
+/// A response that is being made. `None` if there can be none.
+pub type Answer = Pin<Box<dyn Future<Output = Option<Frame>> + Send>>;
+
+/// Answers some requests without ttrpc, which passes each request to other tasks of the async runtime, and mostly to other
+/// threads.
+pub trait Direct: Send + Sync {
+    /// Answers a request. `None` leaves it to ttrpc.
+    fn answer(&self, request: &Frame) -> Option<Answer>;
+}
+
 /// A connection of containerd.
 pub struct Durable {
     socket: AsyncFd<OwnedFd>,
     journal: Journal,
     /// Whole frames that ttrpc has not read yet.
     ready: VecDeque<u8>,
+    /// Answers requests before ttrpc reads them.
+    direct: Option<Arc<dyn Direct>>,
+    /// Its answers that are not complete. Never locked: ttrpc requires a connection to be `Sync`, which a future is not.
+    answers: Mutex<FuturesUnordered<Answer>>,
     /// A response that ttrpc has not written completely.
     writing: Assembler,
-    /// The journal has error responses that do not come from ttrpc. The next read sends them.
-    refused: bool,
+    /// The journal has responses that do not come from ttrpc. The next read sends them.
+    unsent: bool,
     /// The writer that waits until more can be sent. The socket wakes only the task that polled it last.
     writer: Option<Waker>,
-    /// The reader that waits until error responses are sent.
+    /// The reader that waits until these responses are sent.
     reader: Option<Waker>,
     /// Its entry in the descriptor store.
     entry: StoreEntry,
@@ -130,9 +148,15 @@ impl Unwatched {
 
 impl Durable {
     fn over(socket: AsyncFd<OwnedFd>, journal: Journal, ready: VecDeque<u8>, entry: StoreEntry) -> Self {
-        let writing = Assembler::default();
-        let (refused, writer, reader) = (false, None, None);
-        Self { socket, journal, ready, writing, refused, writer, reader, entry, over: false }
+        let (answers, writing) = (Mutex::default(), Assembler::default());
+        let (direct, unsent, writer, reader) = (None, false, None, None);
+        Self { socket, journal, ready, direct, answers, writing, unsent, writer, reader, entry, over: false }
+    }
+
+    /// The same connection. From now on, `direct` has the first choice of its requests.
+    pub fn answered_by(mut self, direct: Arc<dyn Direct>) -> Self {
+        self.direct = Some(direct);
+        self
     }
 
     /// Waits until all responses of earlier daemons are sent. If the connection is broken, the next read from it fails.
@@ -143,18 +167,78 @@ impl Durable {
         Ok(self)
     }
 
-    /// Waits until a connection of an earlier daemon is needed: all responses of earlier daemons are sent, and there are
-    /// requests to serve, or the client has sent something, or the client has closed it. Until then, ttrpc needs no tasks
-    /// and no buffers for it: most connections of a node with many containers are idle.
+    /// Waits until ttrpc is needed for a connection of an earlier daemon: all responses of earlier daemons are sent, and there
+    /// are requests that are not answered without it, or the client has closed the connection. Until then, ttrpc needs no
+    /// tasks and no buffers for it: most connections of a node with many containers are idle, or only polled.
     ///
     /// # Errors
     /// The socket can't be watched.
     pub async fn until_needed(self) -> io::Result<Self> {
-        let this = self.flushed().await?;
-        if this.ready.is_empty() {
-            drop(this.socket.readable().await?);
+        let mut this = self.flushed().await?;
+        // The next read fails as well.
+        if let Err(error) = future::poll_fn(|context| this.poll_requests(context)).await {
+            tracing::debug!(%error, "a connection ended: {error}");
         }
         Ok(this)
+    }
+
+    /// Reads until there are requests for ttrpc. False at the end.
+    fn poll_requests(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        while self.ready.is_empty() {
+            if let Err(error) = self.poll_answers(context) {
+                self.over = true;
+                return Poll::Ready(Err(failed(error)));
+            }
+            // Every further frame could cause another answer.
+            if self.unsent || self.journal.unsent() > BACKLOG {
+                ready!(self.poll_own(context))?;
+            }
+            let mut readable = ready!(self.socket.poll_read_ready(context))?;
+            match take(readable.get_inner(), &mut self.journal) {
+                Ok(Taken::Frames { frames, is_all }) => {
+                    // As tokio does: the kernel reports what comes from now on.
+                    if is_all {
+                        readable.clear_ready();
+                    }
+                    self.unsent |= self.journal.unsent() > 0;
+                    frames.into_iter().for_each(|frame| self.pass(frame));
+                }
+                Ok(Taken::End) => {
+                    self.over = true;
+                    return Poll::Ready(Ok(false));
+                }
+                Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    readable.clear_ready();
+                }
+                Err(Error::Io(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    self.over = true;
+                    return Poll::Ready(Err(failed(error)));
+                }
+            }
+        }
+        Poll::Ready(Ok(true))
+    }
+
+    /// Lets a frame be answered directly, or else by ttrpc.
+    fn pass(&mut self, frame: Frame) {
+        match self.direct.as_ref().and_then(|direct| direct.answer(&frame)) {
+            Some(answer) => self.answers.get_mut().unwrap_or_else(PoisonError::into_inner).push(answer),
+            None => self.ready.extend(frame.bytes),
+        }
+    }
+
+    /// Journals the answers that are complete. The reader is woken when another one is.
+    fn poll_answers(&mut self, context: &mut Context<'_>) -> Result<(), Error> {
+        let answers = self.answers.get_mut().unwrap_or_else(PoisonError::into_inner);
+        while let Poll::Ready(Some(answer)) = Pin::new(&mut *answers).poll_next(context) {
+            if let Some(answer) = answer {
+                self.journal.respond(self.socket.get_ref().as_fd(), &answer)?;
+                fault::point(Point::ConnectionUnsent);
+                self.unsent = true;
+            }
+        }
+        Ok(())
     }
 
     fn respond(&mut self, bytes: &[u8]) -> Result<(), Error> {
@@ -180,10 +264,10 @@ impl Durable {
         sent
     }
 
-    /// For the reader: sends the error responses to refused requests. Pending for as long as the client leaves too many of
+    /// For the reader: sends the responses that do not come from ttrpc. Pending for as long as the client leaves too many of
     /// them unread: every further request could cause another one.
-    fn poll_refuse(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.refused = self.poll_send(context)?.is_pending();
+    fn poll_own(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.unsent = self.poll_send(context)?.is_pending();
         let is_late = self.journal.unsent() > BACKLOG;
         self.reader = is_late.then(|| context.waker().clone());
         self.writer.take().into_iter().for_each(Waker::wake);
@@ -239,17 +323,24 @@ fn subject(request: &ttrpc::Request) -> String {
     }
 }
 
-/// Reads from the socket. Whole frames go to `ready`. Returns false at the end.
-fn take(socket: &OwnedFd, journal: &mut Journal, ready: &mut VecDeque<u8>) -> Result<bool, Error> {
+/// What was read from the socket.
+enum Taken {
+    /// The client has closed the connection.
+    End,
+    /// Whole frames, perhaps none. `is_all`: nothing was left in the socket.
+    Frames { frames: Vec<Frame>, is_all: bool },
+}
+
+/// Reads from the socket.
+fn take(socket: &OwnedFd, journal: &mut Journal) -> Result<Taken, Error> {
     let Some((length, frames)) = look(socket, journal)? else {
-        return Ok(false);
+        return Ok(Taken::End);
     };
     fault::point(Point::ConnectionNoted);
     discard(socket, length)?;
     fault::point(Point::ConnectionTaken);
     journal.refuse(socket.as_fd())?;
-    ready.extend(frames.into_iter().flat_map(|frame| frame.bytes));
-    Ok(true)
+    Ok(Taken::Frames { frames, is_all: length < CHUNK })
 }
 
 /// Peeks at the socket and journals what it reads, which stays in the socket. Returns its length and the frames that are
@@ -293,27 +384,8 @@ impl AsyncRead for Durable {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        while this.ready.is_empty() {
-            // Every further frame could cause another answer.
-            if this.refused || this.journal.unsent() > BACKLOG {
-                ready!(this.poll_refuse(context))?;
-            }
-            let mut readable = ready!(this.socket.poll_read_ready(context))?;
-            match take(readable.get_inner(), &mut this.journal, &mut this.ready) {
-                Ok(true) => this.refused |= this.journal.unsent() > 0,
-                Ok(false) => {
-                    this.over = true;
-                    return Poll::Ready(Ok(()));
-                }
-                Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                    readable.clear_ready();
-                }
-                Err(Error::Io(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    this.over = true;
-                    return Poll::Ready(Err(failed(error)));
-                }
-            }
+        if !ready!(this.poll_requests(context))? {
+            return Poll::Ready(Ok(()));
         }
         let (front, _) = this.ready.as_slices();
         let length = front.len().min(buffer.remaining());

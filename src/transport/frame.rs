@@ -49,6 +49,11 @@ impl Frame {
         self.bytes.get(8) == Some(&MESSAGE_TYPE_REQUEST)
     }
 
+    /// The flags of the frame.
+    pub fn flags(&self) -> u8 {
+        self.bytes.get(FLAGS).copied().unwrap_or_default()
+    }
+
     /// The request in the frame, if it has one.
     pub fn request(&self) -> Option<ttrpc::Request> {
         let rest = self.bytes.get(HEADER..).filter(|_| self.is_request())?;
@@ -59,13 +64,19 @@ impl Frame {
     pub fn refusal(stream: u32, code: ttrpc::Code, reason: String) -> Self {
         let mut response = ttrpc::Response::new();
         response.set_status(ttrpc::get_status(code, reason));
-        // A status can always be encoded.
-        let rest = response.write_to_bytes().unwrap_or_default();
-        let mut bytes = u32::try_from(rest.len()).unwrap_or(u32::MAX).to_be_bytes().to_vec();
+        // A status can always be encoded, and is not too long.
+        Self::response(stream, &response).unwrap_or(Self { bytes: Vec::new() })
+    }
+
+    /// Makes a response. `None` if it can't be encoded, or is too long.
+    pub fn response(stream: u32, response: &ttrpc::Response) -> Option<Self> {
+        let rest = response.write_to_bytes().ok().filter(|rest| rest.len() <= MESSAGE_LENGTH_MAX)?;
+        let mut bytes = Vec::with_capacity(HEADER + rest.len());
+        bytes.extend(u32::try_from(rest.len()).ok()?.to_be_bytes());
         bytes.extend(stream.to_be_bytes());
         bytes.extend([MESSAGE_TYPE_RESPONSE, 0]);
         bytes.extend(rest);
-        Self { bytes }
+        Some(Self { bytes })
     }
 
     /// The text of an error response.
@@ -85,7 +96,7 @@ impl Frame {
     /// True if the frame has the mark of [`Self::replayed`].
     #[cfg(any(test, fuzzing))]
     pub fn is_replayed(&self) -> bool {
-        self.bytes.get(FLAGS).is_some_and(|flags| flags & REPLAYED != 0)
+        self.flags() & REPLAYED != 0
     }
 }
 
@@ -210,7 +221,7 @@ impl Head {
 
 /// The bytes of a frame, for tests.
 #[cfg(test)]
-pub(super) fn frame(stream: u32, kind: u8, rest: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(stream: u32, kind: u8, rest: &[u8]) -> Vec<u8> {
     let mut bytes = u32::try_from(rest.len()).unwrap().to_be_bytes().to_vec();
     bytes.extend(stream.to_be_bytes());
     bytes.extend([kind, 0]);

@@ -16,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST};
 
 use super::budget::{Amount, Budget};
-use super::durable::{Durable, Unwatched};
+use super::durable::{Answer, Direct, Durable, Unwatched};
 use super::frame::{Frame, HEADER, frame};
 use super::journal::Journal;
 use super::weight::MOST_METADATA;
@@ -68,6 +68,22 @@ fn frames(buffer: &mut Vec<u8>) -> Vec<Frame> {
     found
 }
 
+/// Answers every third request without ttrpc, at once or a bit later.
+struct Third;
+
+impl Direct for Third {
+    fn answer(&self, request: &Frame) -> Option<Answer> {
+        let stream = Some(request.stream()).filter(|stream| stream % 3 == 0)?;
+        let payload = request.request()?.payload;
+        Some(Box::pin(async move {
+            for _ in 0..stream % 4 {
+                tokio::task::yield_now().await;
+            }
+            Frame::response(stream, &ttrpc::Response { payload, ..Default::default() })
+        }))
+    }
+}
+
 /// The daemon's side of a connection, and what outlives the daemon.
 struct Server {
     socket: OwnedFd,
@@ -77,6 +93,8 @@ struct Server {
     read: Vec<u8>,
     serving: BTreeMap<u32, Vec<u8>>,
     budget: Budget,
+    /// Answers some requests.
+    direct: Option<Arc<dyn Direct>>,
 }
 
 /// A request with more metadata than is allowed.
@@ -100,7 +118,12 @@ impl Server {
         let (socket, kept): (OwnedFd, _) = (socket.into(), journal.fd().try_clone_to_owned().unwrap());
         let durable = Unwatched::new(socket.try_clone().unwrap(), journal, entry()).unwrap().watch().unwrap();
         let (durable, read, serving) = (Some(durable), Vec::new(), BTreeMap::new());
-        Self { socket, journal: kept, durable, read, serving, budget }
+        Self { socket, journal: kept, durable, read, serving, budget, direct: None }
+    }
+
+    fn answered_by(mut self, direct: Arc<dyn Direct>) -> Self {
+        self.durable = self.durable.map(|durable| durable.answered_by(direct.clone()));
+        Self { direct: Some(direct), ..self }
     }
 
     /// Ends the daemon, and lets the next one adopt the connection.
@@ -110,7 +133,11 @@ impl Server {
         self.serving.clear();
         let (socket, journal) = (self.socket.try_clone().unwrap(), self.journal.try_clone().unwrap());
         let adopted = Unwatched::adopt(socket, journal, crashes, &self.budget, entry());
-        self.durable = Some(adopted.unwrap().watch().unwrap());
+        let durable = adopted.unwrap().watch().unwrap();
+        self.durable = Some(match &self.direct {
+            Some(direct) => durable.answered_by(direct.clone()),
+            None => durable,
+        });
     }
 
     /// Reads until nothing is left, and returns the whole frames.
@@ -228,6 +255,9 @@ async fn lives(seed: u64, deaths: usize, tight: bool) -> usize {
     let (near, far) = UnixStream::pair().unwrap();
     near.set_nonblocking(true).unwrap();
     let mut server = Server::with(far, budget);
+    if seed.is_multiple_of(2) {
+        server = server.answered_by(Arc::new(Third));
+    }
     let mut client = Client {
         socket: near,
         next: 1,
@@ -409,20 +439,21 @@ async fn nothing_is_read_from_a_client_that_does_not_read_its_answers() {
 }
 
 #[tokio::test]
-async fn an_adopted_connection_is_needed_once_its_client_sends_or_leaves() {
-    for is_sending in [true, false] {
+async fn an_adopted_connection_is_needed_once_its_client_asks_or_leaves() {
+    for is_asking in [true, false] {
         let (mut near, far) = UnixStream::pair().unwrap();
         let mut server = Server::new(far);
         server.die(&Crashes::default());
+        near.write_all(&frame(1, MESSAGE_TYPE_REQUEST, b"")[..5]).unwrap();
         let mut needed = std::pin::pin!(server.durable.take().unwrap().until_needed());
         for _ in 0..3 {
             // Lets tokio's driver poll the socket.
             tokio::task::yield_now().await;
             let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
-            assert!(poll.is_pending(), "an idle connection is needed by nobody");
+            assert!(poll.is_pending(), "nobody needs it for a part of a request");
         }
-        if is_sending {
-            near.write_all(b"x").unwrap();
+        if is_asking {
+            near.write_all(&frame(1, MESSAGE_TYPE_REQUEST, b"")[5..]).unwrap();
         } else {
             drop(near);
         }
@@ -441,4 +472,30 @@ async fn an_adopted_connection_with_an_unanswered_request_is_needed() {
     }
     server.die(&Crashes::default());
     server.durable.take().unwrap().until_needed().await.unwrap();
+}
+
+#[tokio::test]
+async fn ttrpc_is_not_needed_for_requests_that_are_answered_directly() {
+    let (mut near, far) = UnixStream::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    let mut server = Server::new(far).answered_by(Arc::new(Third));
+    server.die(&Crashes::default());
+    let mut needed = std::pin::pin!(server.durable.take().unwrap().until_needed());
+    let rest = request(b"x").write_to_bytes().unwrap();
+    for stream in [3, 9, 15] {
+        near.write_all(&frame(stream, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
+        let mut space = [0; 4096];
+        let length = loop {
+            let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
+            assert!(poll.is_pending(), "{stream}");
+            match near.read(&mut space) {
+                Ok(length) => break length,
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+            }
+            tokio::task::yield_now().await;
+        };
+        assert_eq!(frames(&mut space[..length].to_vec())[0].stream(), stream);
+    }
+    near.write_all(&frame(17, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
+    needed.await.unwrap();
 }
