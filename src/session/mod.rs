@@ -4,6 +4,7 @@
 //! gets a new session.
 
 pub mod fds;
+mod input;
 mod open;
 mod plan;
 mod pumps;
@@ -23,6 +24,7 @@ use crate::stdio::{terminal_pump, threads};
 use crate::task::wiring::{Input, Wiring};
 
 use fds::{StreamFds, StreamKind};
+use input::InputWriter;
 use open::{Copy, From};
 
 pub use open::{LogFiles, OpenStreams, ReopenMode};
@@ -49,9 +51,8 @@ type Slot = Arc<Mutex<Option<Arc<Terminal>>>>;
 /// What the daemon attaches to one attempt to start a process.
 #[derive(Debug, Default)]
 pub struct Session {
-    /// The writing end of the client's stdin FIFO: without it the process would see EOF whenever a
-    /// client goes away.
-    stdin: Option<File>,
+    /// The writing end of the client's FIFO for input, until the input is closed.
+    stdin: Option<InputWriter>,
     /// Reading ends of the logger's pipes. If the logger is killed, they keep the output of a process that has ended
     /// until systemd has started the logger again.
     logger_readers: Vec<File>,
@@ -76,14 +77,22 @@ impl Session {
         let OpenStreams { stdin, input, copies, terminal, logger_readers, .. } = opened;
         let number = wiring.store_number;
         let terminal = terminal.map(Terminal::new).transpose().map_err(Error::Terminal)?.map(Arc::new);
+        let pumps = Pumps::default();
+        let stdin = stdin.map(|writer| {
+            if wiring.terminal {
+                InputWriter::of_terminal(writer)
+            } else {
+                InputWriter::of_process(key, writer, ended(), pumps.stop().now)
+            }
+        });
         // CloseIO may have come before there was a process; then the process has its input now, and no writer is
         // needed any more.
-        let stdin = stdin.filter(|_| !wiring.stdin_closed);
+        let (stdin, closed) = if wiring.stdin_closed { (None, stdin) } else { (stdin, None) };
+        closed.into_iter().for_each(InputWriter::close);
         if stdin.is_none() && input.is_none() && matches!(wiring.stdin, Input::Fifo(_)) {
             fds.forget(StreamKind::Input, number);
         }
         let slot = Arc::new(Mutex::new(terminal.clone()));
-        let pumps = Pumps::default();
         let mut session = Self { stdin, logger_readers, terminal: slot, pumps };
         let span = tracing::info_span!("output", process = %key);
         for Copy { kind, from, sinks } in copies {
@@ -122,7 +131,7 @@ impl Session {
 
     /// Closes the writing end of stdin. False if it was not open.
     pub fn close_stdin(&mut self) -> bool {
-        self.stdin.take().map(threads::discard).is_some()
+        self.stdin.take().map(InputWriter::close).is_some()
     }
 
     /// Closes the session's descriptor of the terminal, which hangs up once the pumps have closed theirs. Returns false
@@ -146,7 +155,7 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.pumps.cancel();
-        self.close_stdin();
+        self.stdin.take().into_iter().for_each(InputWriter::discard);
         self.close_terminal();
         threads::discard(std::mem::take(&mut self.logger_readers));
     }

@@ -206,6 +206,28 @@ async fn input_stays_open_until_it_is_closed() {
     assert_eq!(all_of(stdin).await, "in");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn input_that_has_ended_can_be_opened_again_for_as_long_as_the_process_lives() {
+    let (scratch, process, fds) = (Scratch::new(), Process::new(), store(Vec::new()));
+    let client = scratch.fifo("stdin");
+    let wiring = Wiring { stdin: Input::Fifo(client.clone()), ..Wiring::default() };
+    // CloseIO comes now, or came before the daemon was restarted.
+    for stdin_closed in [false, true] {
+        let plan = scratch.plan(None, Wiring { stdin_closed, ..wiring.clone() });
+        let opened = plan.open(&fds, LogFiles::new()).unwrap();
+        let stdin = reader(&client);
+        let mut session = start(&plan, opened, &fds, &process);
+        fs::OpenOptions::new().write(true).open(&client).unwrap().write_all(b"in").unwrap();
+        assert_eq!(session.close_stdin(), !stdin_closed);
+        for expected in ["in", "", ""] {
+            let path = client.clone();
+            let again = tokio::task::spawn_blocking(move || fs::read_to_string(path).unwrap());
+            assert_eq!(again.await.unwrap(), expected);
+        }
+        drop(stdin);
+    }
+}
+
 #[tokio::test]
 async fn both_streams_are_appended_to_one_file_in_order() {
     let (scratch, process, fds) = (Scratch::new(), Process::new(), store(Vec::new()));

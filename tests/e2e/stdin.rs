@@ -50,6 +50,21 @@ fn input_that_was_written_before_the_process_reads_is_not_lost() {
     });
 }
 
+/// `/dev/stdin` is opened anew, as by `tar -xf /dev/stdin`. Opening a pipe without a writer does not wait, opening a FIFO does.
+#[test]
+fn stdin_can_be_opened_again_after_the_client_has_closed_it() {
+    let gate = Gate::new();
+    let spec = gate.bind(Spec::sh(&format!("{}; cat /dev/stdin", Gate::WAIT)));
+    each_kind(spec, |process, mut client| {
+        client.enter("early\n");
+        process.close_stdin().expect("close stdin");
+        drop(client.stdin);
+        gate.open();
+        assert_eq!(client.stdout.text(), "early\n");
+        assert_eq!(process.exit_status(), 0);
+    });
+}
+
 #[test]
 fn stdin_stays_open_when_the_client_goes_away() {
     each_kind(Spec::sh("cat; echo end"), |process, mut client| {
