@@ -192,8 +192,8 @@ impl Drop for TaskLimit {
 }
 
 /// The most tasks of the daemon when it has nothing to do: the main thread, two workers, two threads for blocking work,
-/// which are used in turn, the one that keeps descriptors, ten for streams, and two that close them.
-const IDLE_TASKS: usize = 18;
+/// which are used in turn, the one that keeps descriptors, five for streams, and two that close them.
+const IDLE_TASKS: usize = 13;
 
 #[test]
 fn a_daemon_that_may_start_no_thread_refuses_calls_and_works_again_when_it_may() {
