@@ -21,7 +21,7 @@ use super::Cgroups;
 const UNTOLD: Duration = Duration::from_secs(1);
 
 /// How long systemd and the journal may take to answer how many processes were killed.
-const ASK_LIMIT: Duration = Duration::from_secs(2);
+const ASK_LIMIT: Duration = Duration::from_secs(5);
 
 impl Cgroups {
     /// Handles a report of the kernel that `memory.events` may have changed.
