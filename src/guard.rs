@@ -6,7 +6,7 @@
 //! the daemon's end. The next daemon takes the connections out of the table of the guard, opens the client's FIFOs again,
 //! and then ends the guard.
 //!
-//! A daemon with a thread in uninterruptible sleep can't go away. Its guard lets systemd start the next daemon all the same.
+//! A daemon with a thread in uninterruptible sleep can't end. Its guard lets systemd start the next daemon nevertheless.
 //!
 //! The guard is in a cgroup beside that of the daemon's service, so `systemctl kill` of the service does not kill it.
 
@@ -29,7 +29,7 @@ use crate::sys::{self, guard as process};
 const LIMIT: Duration = Duration::from_secs(30);
 /// How many guards are kept during recovery. A daemon that crashes again and again leaves one each time.
 const MAX_EARLIER: usize = 8;
-/// How long an asked guard may take to end. Guards of earlier versions do not understand the question.
+/// How long a guard may take to end after the signal [`process::END`]. Guards of earlier versions ignore this signal.
 const END_LIMIT: Duration = Duration::from_secs(10);
 /// A guard that has ended is replaced after this time.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -134,7 +134,7 @@ impl Earlier {
             tracing::warn!(%error, "can't find the guards of earlier daemons: {error}");
             Vec::new()
         });
-        // Not what a guard has started to close descriptors, which waits for a container.
+        // A process that a guard has started to close descriptors is left out: it waits for a container.
         let is_guard = |pid: &u32| {
             let name = fs::read_to_string(format!("/proc/{pid}/comm"));
             name.is_ok_and(|name| Ok(name.trim()) == process::NAME.to_str())
@@ -174,7 +174,7 @@ impl Earlier {
     }
 
     /// Ends the guards: this process has kept everything that it has opened again.
-    /// They also close the descriptors of daemons that can't go away. Needs the async runtime.
+    /// The guards also close the descriptors of daemons that can't end. Needs the async runtime.
     pub fn end(self) {
         for (_, guard) in self.0 {
             signal(&guard, process::END);

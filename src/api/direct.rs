@@ -9,7 +9,7 @@ use std::time::Duration;
 use containerd_shim_protos::shim_async::create_task;
 use tokio::time::timeout;
 use ttrpc::asynchronous::{MethodHandler, TtrpcContext};
-use ttrpc::{MessageHeader, Request, Response, context, get_status};
+use ttrpc::{MessageHeader, Request, context};
 
 use crate::transport::durable::{Answer, Direct};
 use crate::transport::frame::Frame;
@@ -49,14 +49,12 @@ impl Direct for DirectCalls {
         let (stream, flags) = (request.stream(), request.flags());
         let request = Some(request).filter(|frame| frame.bytes.len() <= MOST_BYTES)?.request()?;
         let handler = self.handler(&request)?;
-        Some(Box::pin(
-            async move { Frame::response(stream, &respond(handler, stream, flags, request).await) },
-        ))
+        Some(Box::pin(respond(handler, stream, flags, request)))
     }
 }
 
-/// Calls a handler as ttrpc does.
-async fn respond(handler: Handler, stream: u32, flags: u8, request: Request) -> Response {
+/// Calls a handler as ttrpc does. `None` if its response is too long.
+async fn respond(handler: Handler, stream: u32, flags: u8, request: Request) -> Option<Frame> {
     let length = u32::try_from(request.payload.len()).unwrap_or(u32::MAX);
     let context = TtrpcContext {
         mh: MessageHeader { flags, ..MessageHeader::new_request(stream, length) },
@@ -70,15 +68,10 @@ async fn respond(handler: Handler, stream: u32, flags: u8, request: Request) -> 
         Some(nanoseconds) => timeout(Duration::from_nanos(nanoseconds), work).await,
         None => Ok(work.await),
     };
-    let failed = |code, reason| {
-        let mut response = Response::new();
-        response.set_status(get_status(code, reason));
-        response
-    };
     match result {
-        Ok(Ok(response)) => response,
-        Ok(Err(error)) => failed(ttrpc::Code::UNKNOWN, error.to_string()),
-        Err(_) => failed(ttrpc::Code::DEADLINE_EXCEEDED, "timeout".to_owned()),
+        Ok(Ok(response)) => Frame::response(stream, &response),
+        Ok(Err(error)) => Some(Frame::refusal(stream, ttrpc::Code::UNKNOWN, error.to_string())),
+        Err(_) => Some(Frame::refusal(stream, ttrpc::Code::DEADLINE_EXCEEDED, "timeout".to_owned())),
     }
 }
 

@@ -103,14 +103,13 @@ impl TaskService {
 
     /// The dispatch tables: the Task service under both of its names, and the Sandbox service.
     pub fn services(self: Arc<Self>) -> HashMap<String, Service> {
-        let service = self;
-        let tasks: Arc<dyn Task + Send + Sync> = service.clone();
+        let tasks: Arc<dyn Task + Send + Sync> = self.clone();
         let by_name = |name: &str| {
             let mut table = create_task(tasks.clone()).into_iter();
             let (_, service) = table.find(|(found, _)| found == V3)?;
             Some((name.to_owned(), service))
         };
-        let sandboxes = create_sandbox(service);
+        let sandboxes = create_sandbox(self);
         [V2, V3].into_iter().filter_map(by_name).chain(sandboxes).map(suspected).collect()
     }
 

@@ -103,7 +103,7 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
         block_on(async { tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(named)).await })?;
     let reason = match Answer::of(asked.ok(), || is_given_up(store, key)) {
         Answer::Done(response) => return response.write_to_bytes().map(Some).map_err(Failure::new),
-        Answer::Nothing => return nothing_of(store, key).map(|()| None),
+        Answer::Nothing => return check_record(store, key).map(|()| None),
         Answer::Later(reason) => {
             say(&format!("task {key}: {reason}"));
             return Ok(None);
@@ -126,9 +126,9 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
     convert::delete(pid, Some(exit)).write_to_bytes().map(Some).map_err(Failure::new)
 }
 
-/// Checks that there is nothing of a task that the daemon does not have. A record that can't be read is left for the administrator:
+/// Checks that a task that the daemon does not have has no record that can't be read. Such a record is left for the administrator:
 /// its container may run, so its end must not be reported.
-fn nothing_of(store: &Store, key: &TaskKey) -> Result<(), Failure> {
+fn check_record(store: &Store, key: &TaskKey) -> Result<(), Failure> {
     let readable = store.load(key).map(drop);
     readable.map_err(|error| Failure(format!("task {key}: its container may run, but {error}")))
 }
@@ -204,10 +204,10 @@ mod tests {
         world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
         let (store, key) = (Store::new(world.state_dir()), world.task.clone());
         std::fs::write(store.dir(&key).join("record.json"), "{").unwrap();
-        let Failure(error) = nothing_of(&store, &key).unwrap_err();
+        let Failure(error) = check_record(&store, &key).unwrap_err();
         assert!(error.contains("may run") && error.contains("record.json"), "{error}");
         std::fs::remove_dir_all(store.dir(&key)).unwrap();
-        assert!(nothing_of(&store, &key).is_ok());
+        assert!(check_record(&store, &key).is_ok());
     }
 
     #[test]

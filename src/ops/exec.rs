@@ -53,10 +53,10 @@ impl Shim {
         let log = task.runtime.log;
         let store_number = self.fds.next_number();
         let process_key = ProcessKey { task: key.clone(), exec: Some(id.clone()) };
-        let units = name::exec_candidates(&entry.init.unit, &id);
+        let mut units = name::exec_candidates(&entry.init.unit, &id);
         let read_files = move || {
             let wiring = uri::wiring(&stdio, log, uri::Role::Exec, fifo::kind)?;
-            let unit = { units }.find(|unit| !search_path::has_file(unit));
+            let unit = units.find(|unit| !search_path::has_file(unit));
             Ok::<_, Error>((stdio, Wiring { store_number, ..wiring }, unit))
         };
         let (stdio, wiring, unit) = self.files.run(WaitsFor::LogFile, &process_key, read_files).await??;
@@ -115,8 +115,8 @@ impl Shim {
         Ok(())
     }
 
-    /// Registers the exec under its id and a unit name that no task has, `first` or one that follows it. `None` if somebody has
-    /// written units of all its names.
+    /// Registers the exec under its id and the first unit name that no task has, starting with the name `first`. `first` is `None`
+    /// if each of the exec's names is masked or has a file.
     fn register_exec(
         &self,
         entry: &Entry,

@@ -1,10 +1,9 @@
 //! The client's FIFO for input, which is the stdin of a process without a terminal.
 
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::fcntl::OFlag;
@@ -13,6 +12,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::id::ProcessKey;
+use crate::path_error::io_error;
 use crate::stdio::{fifo, threads};
 
 /// How long after the end of the input the process may have to wait at first, when it opens its stdin again.
@@ -67,11 +67,6 @@ impl InputWriter {
         };
         threads::discard(unsent);
     }
-
-    /// Closes the writing end of a process that has ended or gets another session.
-    pub(super) fn discard(self) {
-        threads::discard(self.writer);
-    }
 }
 
 /// Closes the writing end, and lets a process that opens the FIFO from then on read what is left and the end of file.
@@ -80,19 +75,17 @@ impl InputWriter {
 /// opens `/dev/stdin` after the client has closed the input would wait for ever. The open returns once somebody opens the FIFO
 /// for writing (fifo(7)), also if this writer is gone at once. No event reports an open that waits, so this opens a writer
 /// again and again.
-async fn release_openers(writer: File) -> io::Result<()> {
+async fn release_openers(writer: File) -> Result<(), fifo::Error> {
     let by_number = |file: &File| PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let path = by_number(&writer);
     // Neither a reader nor a writer, and the same FIFO whatever becomes of its name.
-    let handle = OpenOptions::new().read(true).custom_flags(OFlag::O_PATH.bits()).open(by_number(&writer))?;
+    let handle = OpenOptions::new().read(true).custom_flags(OFlag::O_PATH.bits()).open(&path);
+    let handle = handle.map_err(io_error("open", &path))?;
     drop(writer);
     let mut pause = FIRST_PAUSE;
     loop {
         sleep(pause).await;
-        open_for_a_moment(&by_number(&handle))?;
+        drop(fifo::open_both(&by_number(&handle))?);
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
-}
-
-fn open_for_a_moment(path: &Path) -> io::Result<()> {
-    fifo::open_both(path).map(drop).map_err(|error| io::Error::other(error.to_string()))
 }

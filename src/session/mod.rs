@@ -85,15 +85,16 @@ impl Session {
                 InputWriter::of_process(key, writer, ended(), pumps.stop().now)
             }
         });
-        // CloseIO may have come before there was a process; then the process has its input now, and no writer is
-        // needed any more.
-        let (stdin, closed) = if wiring.stdin_closed { (None, stdin) } else { (stdin, None) };
-        closed.into_iter().for_each(InputWriter::close);
-        if stdin.is_none() && input.is_none() && matches!(wiring.stdin, Input::Fifo(_)) {
-            fds.forget(StreamKind::Input, number);
-        }
         let slot = Arc::new(Mutex::new(terminal.clone()));
         let mut session = Self { stdin, logger_readers, terminal: slot, pumps };
+        // CloseIO may have come before there was a process; then the process has its input now, and no writer is
+        // needed any more.
+        if wiring.stdin_closed {
+            session.close_stdin();
+        }
+        if session.stdin.is_none() && input.is_none() && matches!(wiring.stdin, Input::Fifo(_)) {
+            fds.forget(StreamKind::Input, number);
+        }
         let span = tracing::info_span!("output", process = %key);
         for Copy { kind, from, sinks } in copies {
             let source = match (from, &terminal) {
@@ -155,7 +156,7 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.pumps.cancel();
-        self.stdin.take().into_iter().for_each(InputWriter::discard);
+        self.close_stdin();
         self.close_terminal();
         threads::discard(std::mem::take(&mut self.logger_readers));
     }

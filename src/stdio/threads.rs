@@ -32,9 +32,11 @@ const MOST_OF_ONE: usize = 2;
 const CLOSERS: usize = 256;
 /// An idle thread that closes descriptors, or that has replaced another one, ends after this time.
 const IDLE: Duration = Duration::from_secs(12);
-/// How often one that closes descriptors is used at least, so that the last one does not end: tokio panics if it has none and
+/// How often a thread that closes descriptors is used at least, so that the last one does not end: tokio panics if it has none and
 /// the system allows no new one.
 const USED: Duration = Duration::from_secs(5);
+/// The name of all these threads.
+const NAME: &str = "streams";
 /// The stack size of a thread, in bytes.
 const STACK: usize = 512 << 10;
 
@@ -62,7 +64,7 @@ thread_local! {
 pub fn start() -> io::Result<()> {
     let mut builder = Builder::new_multi_thread();
     builder
-        .thread_name("streams")
+        .thread_name(NAME)
         .worker_threads(1)
         .max_blocking_threads(CLOSERS)
         .thread_keep_alive(IDLE)

@@ -5,13 +5,13 @@
 //! - descriptors in the queues of Unix sockets. A process may send descriptors until its user has more than the process's
 //!   `RLIMIT_NOFILE` in queues (unix(7), `ETOOMANYREFS`).
 //! - the memory of pipes: once a user has `fs.pipe-user-pages-soft`, its new pipes are small (pipe(7)).
-//! - what an epoll instance watches: beyond `fs.epoll.max_user_watches`, the kernel watches nothing more for any instance of the user
-//!   (epoll(7)).
+//! - what an epoll instance watches: beyond `fs.epoll.max_user_watches`, the kernel watches nothing more for any instance of
+//!   the user (epoll(7)).
 //!
-//! In the first two cases, a process with `CAP_SYS_RESOURCE` or `CAP_SYS_ADMIN` may use more, so the daemon always gets what it needs. But root in a
-//! container without a user namespace is the same user as the daemon, usually has neither of these capabilities, and would
-//! get less. In the last case there is no exception: root in a container can use up what the daemon needs. So the daemon makes what
-//! it keeps for a long time [`apart`]: in a thread with another real user.
+//! In the first two cases, a process with `CAP_SYS_RESOURCE` or `CAP_SYS_ADMIN` may use more, so the daemon always gets what
+//! it needs. But root in a container without a user namespace is the same user as the daemon, usually has neither of these
+//! capabilities, and would get less. In the last case there is no exception: root in a container can use up what the daemon
+//! needs. So the daemon makes what it keeps for a long time [`apart`]: in a thread with another real user.
 
 use std::io;
 use std::sync::mpsc::{SendError, SyncSender, sync_channel};

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
-use super::{IDLE, IS_OWN, STACK, lock};
+use super::{IDLE, IS_OWN, NAME, STACK, lock};
 
 /// The number of threads that poll while no call is late.
 pub const USUAL: usize = 4;
@@ -26,7 +26,7 @@ pub const MOST_LATE: usize = 128;
 /// A thread is late if one poll takes longer. Usual ones take microseconds.
 const LATE: Duration = Duration::from_millis(50);
 
-/// So many polls of a container have to be short after one that was late, until the next one counts as short from its beginning.
+/// After a poll that was late, so many polls have to be short before the container counts as quick again.
 const PROBATION: u32 = 256;
 
 /// How long the polls for one container take. A container that has kept a thread may do it again and again, each time for less
@@ -77,8 +77,10 @@ struct State {
     next: u64,
 }
 
+/// A poll that is under way.
 struct Polling {
     begun: Instant,
+    /// The [`Pace`] of its container when the poll began.
     is_slow: bool,
 }
 
@@ -134,7 +136,7 @@ impl Pool {
     fn grow(&'static self, state: &mut State) -> io::Result<()> {
         while state.threads < state.wanted(self.most_late) {
             let number = state.next;
-            let thread = thread::Builder::new().name("stream".to_owned()).stack_size(STACK);
+            let thread = thread::Builder::new().name(NAME.to_owned()).stack_size(STACK);
             thread.spawn(move || self.run(number))?;
             state.next += 1;
             state.threads += 1;
@@ -178,10 +180,9 @@ impl Pool {
         let mut state = lock(&self.state);
         loop {
             if let Some(job) = state.queue.pop_front() {
-                let polling = Polling { begun: Instant::now(), is_slow: job.pace.is_slow() };
-                let needs_another = polling.is_slow;
-                state.polling.insert(number, polling);
-                if needs_another {
+                let is_slow = job.pace.is_slow();
+                state.polling.insert(number, Polling { begun: Instant::now(), is_slow });
+                if is_slow {
                     // Otherwise tried again when futures wait for a thread.
                     let _ = self.grow(&mut state);
                 }
@@ -189,14 +190,13 @@ impl Pool {
             }
             let is_surplus = state.threads > USUAL;
             state.idle += 1;
-            let mut was_idle = false;
-            state = if is_surplus {
+            let was_idle;
+            (state, was_idle) = if is_surplus {
                 let waited = self.queued.wait_timeout(state, IDLE);
                 let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-                was_idle = timeout.timed_out();
-                state
+                (state, timeout.timed_out())
             } else {
-                self.queued.wait(state).unwrap_or_else(PoisonError::into_inner)
+                (self.queued.wait(state).unwrap_or_else(PoisonError::into_inner), false)
             };
             state.idle -= 1;
             if was_idle && state.queue.is_empty() && state.threads > state.wanted(self.most_late) {

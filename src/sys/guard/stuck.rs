@@ -1,4 +1,4 @@
-//! What a guard does for a daemon that has been killed, or has ended, and can't go away.
+//! What a guard does for a daemon that was killed, or has exited, and whose process can't end.
 //!
 //! A thread in uninterruptible sleep ends only once it wakes, and the kernel reports the end of a process after the last of its
 //! threads. Until then, systemd takes the daemon for alive. All threads got SIGKILL, so none of them runs code of the daemon
