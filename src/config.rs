@@ -68,5 +68,8 @@ pub const KILL_LIMIT: Duration = Duration::from_secs(30);
 /// How long the start of the daemon's units may take.
 pub const START_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long `start` waits for a bus that does not run. A restart of dbus takes less than a second.
+pub const BUS_LIMIT: Duration = Duration::from_secs(10);
+
 /// How long `delete` leaves the work to the daemon: containerd kills it after 5 s.
 pub const DELETE_LIMIT: Duration = Duration::from_millis(3500);

@@ -1,11 +1,12 @@
 //! `start`: prints the daemon's address for containerd, and starts the daemon's units if nobody listens there.
 //!
-//! Usually this needs neither D-Bus nor an async runtime: the daemon's socket accepts a connection, two small files are
-//! written to the bundle, and the address is printed.
+//! Usually this sends nothing over D-Bus and needs no async runtime: the bus and the daemon's socket accept a connection, two
+//! small files are written to the bundle, and the address is printed.
 
 use std::ffi::OsString;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use protobuf::Message;
 
@@ -22,6 +23,9 @@ use crate::{cgroup, config, files};
 
 use super::arguments::Flags;
 use super::{Failure, block_on, key_of, print, read_stdin};
+
+/// How often a bus that does not run is looked for.
+const BUS_PAUSE: Duration = Duration::from_millis(50);
 
 pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     let here = std::env::current_dir()
@@ -40,6 +44,7 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     if let Some(options) = caller.options(&input)? {
         containerd::write_options(&here, &options).map_err(Failure::new)?;
     }
+    wait_for_bus()?;
     bring_up()?;
     let address = format!("unix://{}", caller.socket(&key)?.path().display());
     containerd::write_address(&here, &address).map_err(Failure::new)?;
@@ -209,6 +214,26 @@ pub(super) fn bring_up() -> Result<(), Failure> {
         let found = format!("{} is active, but nobody answers on {}", name::DAEMON_SOCKET, config::SOCKET);
         Err(Failure(found + &advice()))
     }
+}
+
+/// Waits until the bus accepts connections. A daemon that is starting serves no call before it is connected to the bus, so the
+/// call that follows `start` would wait without a limit.
+fn wait_for_bus() -> Result<(), Failure> {
+    if unit::bus::check().is_ok() {
+        return Ok(());
+    }
+    let failed = |error: unit::error::Error| Failure(error.to_string() + &advice());
+    let begun = Instant::now();
+    block_on(async {
+        while let Err(error) = unit::bus::check() {
+            if begun.elapsed() >= config::BUS_LIMIT {
+                return Err(failed(error));
+            }
+            // No event announces that the bus is back.
+            tokio::time::sleep(BUS_PAUSE).await;
+        }
+        Ok(())
+    })?
 }
 
 /// Protects the daemon from drop-ins for all services with which the daemon could not start. An error is not printed:

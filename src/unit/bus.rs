@@ -111,6 +111,14 @@ impl Default for Bus {
     }
 }
 
+/// Checks that somebody accepts connections to the bus, without waiting for anything.
+///
+/// # Errors
+/// [`Error::Unreachable`]
+pub fn check() -> Result<(), Error> {
+    socket::check().map_err(unreachable)
+}
+
 /// How a call was answered.
 pub(super) struct Reply<T> {
     pub(super) result: zbus::Result<T>,

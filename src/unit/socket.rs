@@ -9,6 +9,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -26,6 +28,23 @@ const BUS: &str = "/run/dbus/system_bus_socket";
 /// There is no bus, or too many clients wait for it.
 pub(super) async fn connect() -> zbus::Result<UnixStream> {
     UnixStream::connect(BUS).await.map_err(|error| zbus::Error::InputOutput(Arc::new(error)))
+}
+
+/// Checks that somebody accepts connections to the system bus, without waiting for anything.
+///
+/// # Errors
+/// There is no bus.
+pub(super) fn check() -> zbus::Result<()> {
+    let check = || {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        match net::connect(&socket, &SocketAddrUnix::new(BUS)?) {
+            // The queue is full: clients come faster than the bus accepts them.
+            Err(Errno::AGAIN) => Ok(()),
+            connected => connected,
+        }
+    };
+    check().map_err(|error: Errno| zbus::Error::InputOutput(Arc::new(error.into())))
 }
 
 /// A client of the bus over `stream`.
