@@ -13,7 +13,8 @@
 //! (`pid_is_alive()`, 252 to 262). But it can be reaped, and has an exit, only when its last thread has ended. Between
 //! the two, `launch` can't find out whether systemd took the process over, so `launch` waits for the exit. Usually all threads
 //! end at about the same time. A program can also end its first thread alone (pthread_exit(3)) and continue: then `launch`
-//! stays until the program ends.
+//! stays until the program ends. A process that another one traces (ptrace(2)) has two ends as well: its parent can't reap
+//! it before the tracer lets go.
 
 use std::convert::Infallible;
 use std::io;
@@ -102,7 +103,11 @@ fn wait(pid: u32, limit: Duration) -> Result<(), Error> {
 
 fn peek(pid: u32) -> Result<Option<WaitStatus>, Error> {
     let ended = sys::peek_exit(pid).map_err(|errno| Error::Lost { pid, source: errno.into() })?;
-    Ok(ended.map(|(code, status)| WaitStatus { code, status, at_usec: Some(sys::now_usec()) }))
+    Ok(ended.map(status))
+}
+
+fn status((code, status): (i32, i32)) -> WaitStatus {
+    WaitStatus { code, status, at_usec: Some(sys::now_usec()) }
 }
 
 /// Tells systemd something, and waits until systemd has dealt with it.
@@ -140,12 +145,11 @@ fn tell(text: &str, socket: &UnixDatagram, speaker: u32, limit: Duration) -> Res
 /// # Errors
 /// Its exit can't be read.
 pub(super) fn end_with(pid: u32) -> Result<Infallible, Error> {
-    loop {
-        if let Some(ended) = peek(pid)? {
-            end_as(ended);
-        }
-        wait(pid, Duration::MAX)?;
-    }
+    end_as(exit_of(pid)?)
+}
+
+fn exit_of(pid: u32) -> Result<WaitStatus, Error> {
+    sys::wait_for_exit(pid).map(status).map_err(|errno| Error::Lost { pid, source: errno.into() })
 }
 
 /// Exits in the same way as another process.
@@ -183,6 +187,25 @@ mod tests {
         let waiting = spawn(move || outcome(pid, Duration::from_secs(60)));
         drop(end);
         assert_eq!(ended(waiting.join().unwrap().unwrap()), Some(9));
+    }
+
+    #[test]
+    fn a_traced_process_is_waited_for_without_use_of_a_processor() {
+        let (pid, end) = tree::traced_child(7);
+        assert_eq!(outcome(pid, Duration::from_millis(20)).unwrap(), Handover::Unclear);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let waiting = spawn(move || {
+            sender.send(nix::unistd::gettid()).unwrap();
+            exit_of(pid)
+        });
+        // The system call in which the thread sleeps; "running" if it does not sleep.
+        let call = format!("/proc/self/task/{}/syscall", receiver.recv().unwrap());
+        let waitid = format!("{} ", nix::libc::SYS_waitid);
+        while !std::fs::read_to_string(&call).unwrap().starts_with(&waitid) {
+            std::thread::yield_now();
+        }
+        drop(end);
+        assert_eq!(waiting.join().unwrap().unwrap().exit_status(), 7);
     }
 
     #[test]

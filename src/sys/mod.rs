@@ -128,7 +128,28 @@ pub fn pidfd_send_signal(process: &impl AsFd, signal: u32) -> Result<(), Errno> 
 /// # Errors
 /// `ECHILD`: it is not a child of this process.
 pub fn peek_exit(pid: u32) -> Result<Option<(i32, i32)>, Errno> {
-    let flags = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    peek(pid, WaitIdOptions::NOHANG)
+}
+
+/// Waits until a child of this process has ended, and returns its wait status as [`peek_exit`] does.
+///
+/// The end of the child is not enough: while another process traces it (ptrace(2)), its parent does not see its wait
+/// status, although its pidfd is readable.
+///
+/// # Errors
+/// `ECHILD`: it is not a child of this process.
+pub fn wait_for_exit(pid: u32) -> Result<(i32, i32), Errno> {
+    loop {
+        match peek(pid, WaitIdOptions::empty()) {
+            Ok(Some(ended)) => return Ok(ended),
+            Ok(None) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+fn peek(pid: u32, options: WaitIdOptions) -> Result<Option<(i32, i32)>, Errno> {
+    let flags = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | options;
     let ended = waitid(WaitId::Pid(process(pid)?), flags).map_err(errno)?;
     Ok(ended.and_then(|ended| {
         let status = ended.exit_status().or_else(|| ended.terminating_signal())?;

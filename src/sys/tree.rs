@@ -179,6 +179,41 @@ pub fn child_without_first_thread(code: i32) -> (u32, OwnedFd) {
     (pid, writing)
 }
 
+/// A child that has ended with this code, and that another process traces until the returned pipe is closed.
+#[cfg(test)]
+pub fn traced_child(code: i32) -> (u32, OwnedFd) {
+    use nix::libc;
+    use std::os::fd::AsRawFd;
+
+    let (reading, writing) = nix::unistd::pipe().unwrap();
+    let (tracer_reading, tracer_writing) = nix::unistd::pipe().unwrap();
+    // SAFETY: the child and its own child only make system calls. The buffers outlive the calls.
+    let pid = unsafe {
+        let pid = libc::fork();
+        if pid == 0 {
+            // The child of the child may trace it.
+            libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY);
+            let traced = libc::getpid();
+            if libc::fork() == 0 {
+                libc::close(writing.as_raw_fd());
+                let seized = libc::ptrace(libc::PTRACE_SEIZE, traced, 0, 0);
+                libc::write(tracer_writing.as_raw_fd(), [u8::from(seized == 0)].as_ptr().cast(), 1);
+                libc::read(reading.as_raw_fd(), [0_u8].as_mut_ptr().cast(), 1);
+                libc::_exit(0);
+            }
+            let mut seized = [0_u8];
+            libc::read(tracer_reading.as_raw_fd(), seized.as_mut_ptr().cast(), 1);
+            libc::_exit(if seized == [1] { code } else { 255 });
+        }
+        pid
+    };
+    let pid = u32::try_from(pid).unwrap();
+    while !first_thread_has_ended(pid) {
+        std::thread::yield_now();
+    }
+    (pid, writing)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
