@@ -284,3 +284,11 @@ async fn a_slow_journald_delays_the_end_for_a_limited_time_and_missing_lines_are
     assert!(text.contains("\u{0}0\n") && !text.contains("\u{0}999\n"), "{} datagrams", messages.len());
     assert!(text.contains("are missing here"), "{} datagrams", messages.len());
 }
+
+/// There is one for each stream, for as long as its process runs.
+#[test]
+fn a_pump_needs_less_than_3_kib() {
+    let output = Box::new(Output { source: Source::Delivered, sinks: Sinks::default() });
+    let pump = copy(output, Box::pin(pending()), Stop::default(), || ());
+    assert!(size_of_val(&pump) < 3 << 10, "{} bytes", size_of_val(&pump));
+}
