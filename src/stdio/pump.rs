@@ -7,7 +7,6 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
 use nix::errno::Errno;
 use nix::fcntl::splice;
 use nix::poll::PollFlags;
@@ -72,19 +71,8 @@ pub struct Sinks {
     /// A FIFO that is kept open until the end, and gets no output.
     pub keep_open: Option<File>,
     /// A copy that no other sink waits for.
-    pub aside: Option<Box<Aside>>,
+    pub aside: Option<Aside>,
 }
-
-/// The output of a process: where it comes from, and where it goes.
-#[derive(Debug)]
-pub struct Output {
-    pub source: Source,
-    pub sinks: Sinks,
-}
-
-/// What a pump waits for besides output. A reference, because each future that contains another one has its arguments twice, and
-/// a pump exists for as long as its process.
-pub(super) type Event<'a> = Pin<&'a mut (dyn Future<Output = ()> + Send)>;
 
 /// A destination for which the daemon must read the output.
 #[derive(Debug)]
@@ -92,7 +80,7 @@ pub enum Sink {
     File(LogFile),
     Journal(Lines),
     /// The pipe of an [`Aside`].
-    Pipe(Box<Diverter>),
+    Pipe(Diverter),
 }
 
 impl Sink {
@@ -127,46 +115,45 @@ pub struct Stop {
 ///
 /// `delivered` is called once everything has reached its sinks, except an [`Aside`].
 pub async fn copy(
-    mut output: Box<Output>,
-    mut over: BoxFuture<'static, ()>,
+    source: Source,
+    mut sinks: Sinks,
+    over: impl Future<Output = ()>,
     stop: Stop,
     delivered: impl FnOnce(),
 ) {
     let Stop { when_empty, now: stop } = stop;
-    let (mut diverter, mut journal) = match output.sinks.aside.take().map(|aside| aside.split()) {
+    let (diverter, mut journal) = match sinks.aside.take().map(Aside::split) {
         Some((diverter, reader, lines)) => {
             let policy = diverter.policy.clone();
-            (Some(diverter), Some((reader, [Sink::Journal(lines)], policy)))
+            let sinks = Sinks { copies: vec![Sink::Journal(lines)], ..Sinks::default() };
+            (Some(diverter), Some((reader, sinks, policy)))
         }
         None => (None, None),
     };
-    let late = if matches!(output.source, Source::Delivered) { LATE_AFTER_RESTART } else { LATE };
+    let late = if matches!(source, Source::Delivered) { LATE_AFTER_RESTART } else { LATE };
     let ended = CancellationToken::new();
     let deliver = async {
-        let Output { source, sinks } = &mut *output;
-        let complete = pin!(when_empty.cancelled());
         tokio::select! {
-            copied = deliver(source, sinks, diverter.take(), over.as_mut(), complete) => log_failure(copied),
+            copied = deliver(source, &mut sinks, diverter, over, when_empty.cancelled()) => log_failure(copied),
             () = stop.cancelled() => {}
         }
-        Box::pin(finish(&mut sinks.copies)).await;
-        drop(output);
+        Box::pin(finish(&mut sinks)).await;
+        drop(sinks);
         delivered();
         ended.cancel();
     };
     let journal = async {
-        if let Some((reader, copies, policy)) = &mut journal {
+        if let Some((reader, sinks, policy)) = &mut journal {
             let is_late = async {
                 ended.cancelled().await;
                 tokio::time::sleep(late).await;
             };
-            let (over, complete) = (pin!(ended.cancelled()), pin!(ended.cancelled()));
             tokio::select! {
-                copied = spread(reader, copies, None, CHUNK, over, complete) => log_failure(copied),
+                copied = spread(reader, sinks, CHUNK, ended.cancelled(), ended.cancelled()) => log_failure(copied),
                 () = stop.cancelled() => {}
                 () = is_late => policy.drop_bytes(length_in(reader)),
             }
-            Box::pin(finish(copies)).await;
+            Box::pin(finish(sinks)).await;
         }
     };
     tokio::join!(deliver, journal);
@@ -179,8 +166,8 @@ fn log_failure(copied: io::Result<()>) {
 }
 
 /// Writes incomplete lines to the journal.
-async fn finish(copies: &mut [Sink]) {
-    for sink in copies {
+async fn finish(sinks: &mut Sinks) {
+    for sink in &mut sinks.copies {
         if let Sink::Journal(lines) = sink {
             lines.finish().await;
         }
@@ -189,17 +176,16 @@ async fn finish(copies: &mut [Sink]) {
 
 /// Copies to every sink except the journal's pipe, which `diverter` serves.
 async fn deliver(
-    source: &Source,
+    source: Source,
     sinks: &mut Sinks,
-    diverter: Option<Box<Diverter>>,
-    over: Event<'_>,
-    complete: Event<'_>,
+    diverter: Option<Diverter>,
+    over: impl Future<Output = ()>,
+    complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
     match source {
-        Source::Fifo(from) => deliver_pipe(from, sinks, diverter, over, complete).await,
-        // Boxed, because most processes have no terminal.
+        Source::Fifo(from) => deliver_pipe(&from, sinks, diverter, over, complete).await,
         Source::Terminal(terminal) => match &sinks.fifo {
-            Some(to) => Box::pin(move_terminal(terminal, to, over)).await,
+            Some(to) => move_terminal(&terminal, to, over).await,
             None => Ok(()),
         },
         Source::Bridged(terminal, bridge) => {
@@ -211,17 +197,16 @@ async fn deliver(
 
 /// Copies from a terminal by way of a pipe.
 async fn deliver_bridged(
-    terminal: &Terminal,
-    bridge: &PipePair,
+    terminal: Arc<Terminal>,
+    bridge: PipePair,
     sinks: &mut Sinks,
-    diverter: Option<Box<Diverter>>,
-    over: Event<'_>,
+    diverter: Option<Diverter>,
+    over: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let moved = CancellationToken::new();
-    let (second_over, complete) = (pin!(moved.cancelled()), pin!(moved.cancelled()));
-    let second = deliver_pipe(&bridge.reader, sinks, diverter, second_over, complete);
+    let second = deliver_pipe(&bridge.reader, sinks, diverter, moved.cancelled(), moved.cancelled());
     let first = async {
-        let result = move_terminal(terminal, &bridge.writer, over).await;
+        let result = move_terminal(&terminal, &bridge.writer, over).await;
         moved.cancel();
         result
     };
@@ -230,15 +215,15 @@ async fn deliver_bridged(
 }
 
 /// What is known of the end of an output. First the process ends, and then the output is complete.
-struct End<'a> {
-    over: Event<'a>,
-    complete: Event<'a>,
+struct End<'a, O, C> {
+    over: Pin<&'a mut O>,
+    complete: Pin<&'a mut C>,
     is_over: bool,
     is_complete: bool,
 }
 
-impl<'a> End<'a> {
-    fn new(over: Event<'a>, complete: Event<'a>) -> Self {
+impl<'a, O: Future<Output = ()>, C: Future<Output = ()>> End<'a, O, C> {
+    fn new(over: Pin<&'a mut O>, complete: Pin<&'a mut C>) -> Self {
         Self { over, complete, is_over: false, is_complete: false }
     }
 
@@ -274,16 +259,16 @@ impl<'a> End<'a> {
 async fn deliver_pipe(
     from: &AsyncFd<OwnedFd>,
     sinks: &mut Sinks,
-    diverter: Option<Box<Diverter>>,
-    over: Event<'_>,
-    complete: Event<'_>,
+    diverter: Option<Diverter>,
+    over: impl Future<Output = ()>,
+    complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
     match (&sinks.fifo, diverter) {
         (Some(to), diverter) if sinks.copies.is_empty() => move_all(from, to, diverter, over, complete).await,
-        (to, diverter) => {
+        (_, diverter) => {
             sinks.copies.extend(diverter.map(Sink::Pipe));
-            // Boxed, because few processes need it.
-            Box::pin(spread(from, &mut sinks.copies, to.as_ref(), PIECE, over, complete)).await
+            // Boxed, because few processes need it, and the memory of this future is in use for as long as the process runs.
+            Box::pin(spread(from, sinks, PIECE, over, complete)).await
         }
     }
 }
@@ -292,10 +277,11 @@ async fn deliver_pipe(
 async fn move_all(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
-    mut diverter: Option<Box<Diverter>>,
-    over: Event<'_>,
-    complete: Event<'_>,
+    mut diverter: Option<Diverter>,
+    over: impl Future<Output = ()>,
+    complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
+    let (over, complete) = (pin!(over), pin!(complete));
     let mut end = End::new(over, complete);
     loop {
         // Waits for room before duplicating: if the daemon ended while it waits, the duplicate would be made twice.
@@ -346,11 +332,11 @@ async fn move_all(
 
 /// Moves bytes from pipe to pipe that were copied before. Fewer if another process has read some of them: the processes of a
 /// container can open their own output for reading.
-async fn move_copied(
+async fn move_copied<O: Future<Output = ()>, C: Future<Output = ()>>(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
     mut length: usize,
-    end: &mut End<'_>,
+    end: &mut End<'_, O, C>,
 ) -> io::Result<()> {
     while length > 0 {
         match splice(from, None, to, None, length, NO_WAIT) {
@@ -368,20 +354,20 @@ async fn move_copied(
 /// The pause after each [`CHUNK`] of output that is dropped because it exceeds the limit of the journal.
 const SKIP_PAUSE: Duration = Duration::from_millis(1);
 
-/// Copies from a pipe to `copies`, and moves it to `fifo`, until the pipe ends, or, once `complete`, until it is empty. Moves up to `most` bytes
+/// Copies from a pipe to every sink until the pipe ends, or, once `complete`, until it is empty. Moves up to `most` bytes
 /// at once, of which a copy comes twice if the daemon ends in between.
 async fn spread(
     from: &AsyncFd<OwnedFd>,
-    copies: &mut [Sink],
-    fifo: Option<&AsyncFd<OwnedFd>>,
+    sinks: &mut Sinks,
     most: usize,
-    over: Event<'_>,
-    complete: Event<'_>,
+    over: impl Future<Output = ()>,
+    complete: impl Future<Output = ()>,
 ) -> io::Result<()> {
     // Allocated only while there is output: most processes write nothing most of the time.
     let mut looking = None;
+    let (over, complete) = (pin!(over), pin!(complete));
     let mut end = End::new(over, complete);
-    let wait = if fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
+    let wait = if sinks.fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
     let mut take_part = false;
     loop {
         let (scratch, nowhere) = match &mut looking {
@@ -391,7 +377,7 @@ async fn spread(
                 looking.insert(once_there_is_room("output", open).await?)
             }
         };
-        if let ([Sink::Journal(lines)], None) = (&mut *copies, fifo)
+        if let ([Sink::Journal(lines)], None) = (&mut sinks.copies[..], &sinks.fifo)
             && lines.is_over_limit()
         {
             match splice(from, None, &*nowhere, None, CHUNK, NO_WAIT) {
@@ -437,8 +423,8 @@ async fn spread(
             }
         }
         take_part = false;
-        write_to(copies, &scratch.buffer[..length]).await;
-        match fifo {
+        write_to(&mut sinks.copies, &scratch.buffer[..length]).await;
+        match &sinks.fifo {
             Some(fifo) => move_copied(from, fifo, length, &mut end).await?,
             None => drop_copied(from, nowhere, length)?,
         }

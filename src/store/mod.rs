@@ -202,14 +202,7 @@ impl Store {
             let Ok(namespace) = Namespace::new(&namespace) else {
                 continue;
             };
-            let words = match entries(&self.root.join(namespace.as_str())) {
-                Ok(words) => words,
-                Err(error) => {
-                    tasks.push(Err(error));
-                    continue;
-                }
-            };
-            for word in words {
+            for word in entries(&self.root.join(namespace.as_str()))? {
                 let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
                     continue;
                 };
@@ -258,8 +251,7 @@ impl Store {
                 continue;
             };
             let dir = self.root.join(namespace.as_str());
-            // Loading the records has reported a directory that can't be read.
-            for word in entries(&dir).unwrap_or_default() {
+            for word in entries(&dir)? {
                 let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
                     continue;
                 };
