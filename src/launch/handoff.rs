@@ -22,6 +22,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
@@ -98,11 +99,15 @@ fn outcome(pid: u32, limit: Duration) -> Result<Handover, Error> {
 /// Waits for the end of a child that nobody else reaps.
 fn wait(pid: u32, limit: Duration) -> Result<(), Error> {
     let ended = sys::pidfd_open(pid).and_then(|process| sys::ends_within(&process, limit));
-    ended.map(drop).map_err(|errno| Error::Lost { pid, source: errno.into() })
+    ended.map(drop).map_err(lost(pid))
+}
+
+fn lost(pid: u32) -> impl Fn(Errno) -> Error {
+    move |errno| Error::Lost { pid, source: errno.into() }
 }
 
 fn peek(pid: u32) -> Result<Option<WaitStatus>, Error> {
-    let ended = sys::peek_exit(pid).map_err(|errno| Error::Lost { pid, source: errno.into() })?;
+    let ended = sys::peek_exit(pid).map_err(lost(pid))?;
     Ok(ended.map(status))
 }
 
@@ -149,7 +154,7 @@ pub(super) fn end_with(pid: u32) -> Result<Infallible, Error> {
 }
 
 fn exit_of(pid: u32) -> Result<WaitStatus, Error> {
-    sys::wait_for_exit(pid).map(status).map_err(|errno| Error::Lost { pid, source: errno.into() })
+    sys::wait_for_exit(pid).map(status).map_err(lost(pid))
 }
 
 /// Exits in the same way as another process.

@@ -18,6 +18,8 @@ use tokio::time::{sleep, timeout};
 
 use crate::cgroup;
 use crate::services::{Tasks, blocking};
+use crate::sys::tree;
+use crate::unit::manager::Manager;
 
 /// How often the daemon looks how busy systemd is: one read of a file.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -44,15 +46,19 @@ const MOST: usize = 4096;
 /// The file with the pids of systemd's children.
 const CHILDREN: &str = "/proc/1/task/1/children";
 
-/// Background task: ends such containers. `answer` resolves when systemd has answered a call. Never returns.
-pub async fn end<A: Future<Output = ()>>(tasks: Arc<Tasks>, answer: impl Fn() -> A) {
-    let mut before = used();
+/// systemd's pid.
+const SYSTEMD: u32 = 1;
+
+/// Background task: ends such containers. Never returns.
+pub async fn end(tasks: Arc<Tasks>, manager: Arc<Manager>) {
+    let mut before = tree::used(SYSTEMD);
     loop {
         sleep(INTERVAL).await;
-        let now = used();
+        let now = tree::used(SYSTEMD);
         let is_busy = is_busy(before, now);
         before = now;
-        if is_busy && timeout(ANSWER_LIMIT, answer()).await.is_err() {
+        // An error is an answer, too: of the bus.
+        if is_busy && timeout(ANSWER_LIMIT, manager.version()).await.is_err() {
             end_floods(&tasks).await;
         }
     }
@@ -72,23 +78,13 @@ async fn end_floods(tasks: &Tasks) {
         }
         let key = &entry.key;
         tracing::error!(task = %key, number, "task {key}: its processes are killed: at least {number} new children of systemd in {} s were its, and systemd answered nobody", LOOK.as_secs());
-        if !matches!(blocking(move || cgroup::kill(&cgroup)).await, Ok(Ok(()))) {
-            tracing::error!(task = %key, "task {key}: its processes can't be killed");
-        }
+        let reason = match blocking(move || cgroup::kill(&cgroup)).await {
+            Ok(Ok(())) => continue,
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        tracing::error!(task = %key, "task {key}: its processes can't be killed: {reason}");
     }
-}
-
-/// For how long systemd has used a processor, in ticks. `None` if that can't be read.
-fn used() -> Option<u64> {
-    ticks(&String::from_utf8_lossy(&fs::read("/proc/1/stat").ok()?))
-}
-
-/// The sum of `utime` and `stime` (proc_pid_stat(5)).
-fn ticks(stat: &str) -> Option<u64> {
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut times = fields.split_whitespace().skip(11);
-    let mut next = || times.next()?.parse::<u64>().ok();
-    Some(next()? + next()?)
 }
 
 fn is_busy(before: Option<u64>, now: Option<u64>) -> bool {
@@ -120,15 +116,6 @@ fn new_children(list: &Path, time: Duration) -> Vec<PathBuf> {
 mod tests {
     use super::*;
     use std::process::Command;
-
-    #[test]
-    fn the_time_that_a_process_has_used_is_read_whatever_its_name_is() {
-        let stat = "1 (a) S 1 1) S 0 1 1 0 -1 4194560 1 2 3 4 50 7 8 9 20 0 1 0 4711 1 2";
-        assert_eq!(ticks(stat), Some(57));
-        assert_eq!(ticks("1 (a) S 0"), None);
-        assert_eq!(ticks(""), None);
-        assert!(used().is_some());
-    }
 
     #[test]
     fn a_process_that_can_not_be_read_is_not_busy() {
