@@ -35,7 +35,7 @@ use crate::stdio::threads;
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
 use crate::store::failures::Failures;
-use crate::supervise::{floods, slices};
+use crate::supervise::slices;
 use crate::suspect::{self, Crashes};
 use crate::transport::ConnectionStore;
 use crate::transport::durable::{Direct, Unwatched};
@@ -416,7 +416,6 @@ fn spawn_workers(
     workers.spawn("retrying failed writes of records", shim.cleanup.clone().write_pending());
     workers.spawn("removing what failed creates and given-up tasks left", shim.clone().remove_leftovers());
     workers.spawn("dropping unused copies of OCI runtimes", shim.clone().forget_idle_runtimes());
-    workers.spawn("ending floods of children of systemd", floods::end(tasks.clone(), manager.clone()));
     let removed = tasks.removed.clone();
     let is_used = move |slice: &UnitName| tasks.uses_slice(slice);
     workers.spawn("removing unused slices", slices::run(manager, removed, is_used));

@@ -18,8 +18,6 @@ struct Stat {
     is_dead: bool,
     /// When it started, in ticks since the boot. Together with the pid this identifies a process.
     started: u64,
-    /// For how long it has used a processor, in ticks.
-    used: u64,
 }
 
 impl Stat {
@@ -33,7 +31,6 @@ impl Stat {
             parent: fields.get(1)?.parse().ok()?,
             is_dead: matches!(*fields.first()?, "Z" | "X"),
             started: fields.get(19)?.parse().ok()?,
-            used: fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?,
         })
     }
 
@@ -53,11 +50,6 @@ impl Stat {
 /// When a process started, in clock ticks since the boot; `None` if there is no such process.
 pub fn started(pid: u32) -> Option<u64> {
     Stat::read(pid).map(|process| process.started)
-}
-
-/// For how long a process has used a processor, also in the kernel, in clock ticks; `None` if there is no such process.
-pub fn used(pid: u32) -> Option<u64> {
-    Stat::read(pid).map(|process| process.used)
 }
 
 /// True if the first thread of a process has ended. Other threads may still run (proc_pid_stat(5) shows the state of
@@ -231,22 +223,13 @@ mod tests {
     fn a_command_name_may_contain_anything() {
         let fields = "S 7 1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 1 2";
         let stat = Stat::parse(&format!("42 (a) R 1 (b) {fields}")).unwrap();
-        assert_eq!(stat, Stat { pid: 42, parent: 7, is_dead: false, started: 4711, used: 11 });
+        assert_eq!(stat, Stat { pid: 42, parent: 7, is_dead: false, started: 4711 });
         assert_eq!(Stat::parse("42 (a"), None);
     }
 
     #[test]
-    fn the_time_that_a_process_has_used_is_read_whatever_its_name_is() {
-        let stat = "1 (a) S 1 1) S 0 1 1 0 -1 4194560 1 2 3 4 50 7 8 9 20 0 1 0 4711 1 2";
-        assert_eq!(Stat::parse(stat).map(|process| process.used), Some(57));
-        assert_eq!(Stat::parse("1 (a) S 0"), None);
-        assert_eq!(Stat::parse(""), None);
-        assert!(used(1).is_some());
-    }
-
-    #[test]
     fn descendants_are_found_at_any_depth_also_where_parents_form_a_circle() {
-        let process = |pid, parent| Stat { pid, parent, is_dead: false, started: 0, used: 0 };
+        let process = |pid, parent| Stat { pid, parent, is_dead: false, started: 0 };
         let all = [process(2, 1), process(3, 2), process(4, 3), process(9, 1), process(1, 4)];
         let mut found: Vec<u32> = descendants(2, &all).into_iter().map(|process| process.pid).collect();
         found.sort_unstable();
