@@ -150,6 +150,10 @@ points! {
     PublishTaken = "publish.taken",
     /// An accepted event is out of the record.
     PublishNoted = "publish.noted",
+    /// The file with a new version of a record is written, and the record is still the old one.
+    RecordWritten = "record.written",
+    /// A record is replaced, and its new file is still open.
+    RecordReplaced = "record.replaced",
     /// A new daemon has taken over what is kept, and looked at nothing.
     RecoverTaken = "recover.fds-taken",
     /// A new daemon is about to recover a task.

@@ -10,6 +10,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::effects;
+use crate::fault::{self, Point};
 use crate::path_error::io_error;
 
 use super::Error;
@@ -74,6 +75,8 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
 
 /// Reads a file that [`replace_by_turns`] writes, possibly another process at the same time. `None` if it does not exist.
 ///
+/// Never waits for a lock: the guard of a killed daemon keeps the locks of that daemon for up to 30 s.
+///
 /// # Errors
 /// As [`read`].
 pub(super) fn read_by_turns(path: &Path) -> Result<Option<Vec<u8>>, Error> {
@@ -85,15 +88,15 @@ pub(super) fn read_by_turns(path: &Path) -> Result<Option<Vec<u8>>, Error> {
             return content(file, path).map(Some);
         }
     }
-    let reason = io::Error::new(io::ErrorKind::WouldBlock, "it is replaced all the time");
-    Err(io_error("read", path)(reason).into())
+    // A daemon of an earlier version, which kept the lock while it put the file at its path, was killed then.
+    read(path)
 }
 
-/// Locks a file, so that nobody overwrites it. False if another file has its path by now: then it may have been overwritten
-/// before. Waits for a writer that is about to put the file at this path: some 100 µs.
+/// Locks a file, so that nobody overwrites it. False if it is being overwritten or another file has its path by now, so that it
+/// may have been overwritten before.
 fn is_kept(file: &File, path: &Path) -> io::Result<bool> {
-    match flock(file, FlockOperation::LockShared) {
-        Err(rustix::io::Errno::INTR) => return Ok(false),
+    match flock(file, FlockOperation::NonBlockingLockShared) {
+        Err(rustix::io::Errno::INTR | rustix::io::Errno::WOULDBLOCK) => return Ok(false),
         locked => locked?,
     }
     let own = file.metadata()?;
@@ -127,13 +130,14 @@ fn content(file: File, path: &Path) -> Result<Vec<u8>, Error> {
 /// Replaces a file in one step by a second file, and keeps the old file to be overwritten the next time. A record that
 /// needs no more pages than before therefore needs no new space: an exit can be recorded when `/run` is full.
 ///
-/// A reader locks the file that it reads. If the old file still has a reader, the new version goes to a new file.
+/// A reader locks the file that it reads. If the old file still has a reader, the new version goes to a new file. The file is
+/// unlocked before it gets its path: if the daemon is killed, its guard keeps the lock, and the next daemon has to read the
+/// record.
 pub(super) fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> Result<(), Error> {
     let mut options = OpenOptions::new();
     let options = options.write(true).create(true).truncate(false).mode(0o600);
     let opened = effects::disk(other).and_then(|()| options.open(other));
     let mut file = opened.map_err(io_error("create", other))?;
-    // The lock ends with `file`, after the exchange.
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         fs::remove_file(other).map_err(io_error("remove", other))?;
         file = options.open(other).map_err(io_error("create", other))?;
@@ -145,14 +149,20 @@ pub(super) fn replace_by_turns(path: &Path, other: &Path, mut text: Vec<u8>) -> 
     if length > text.len() as u64 {
         file.set_len(text.len() as u64).map_err(io_error("shorten", other))?;
     }
+    fault::point(Point::RecordWritten);
+    flock(&file, FlockOperation::Unlock).map_err(io_error("unlock", other))?;
     match renameat2(AT_FDCWD, other, AT_FDCWD, path, RenameFlags::RENAME_EXCHANGE) {
-        Ok(()) => Ok(()),
+        Ok(()) => {}
         // The file does not exist yet, or the file system can't exchange files.
         Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => {
-            Ok(fs::rename(other, path).map_err(io_error("replace", path))?)
+            fs::rename(other, path).map_err(io_error("replace", path))?;
         }
-        Err(errno) => Err(io_error("replace", path)(errno).into()),
+        Err(errno) => return Err(io_error("replace", path)(errno).into()),
     }
+    // Until here, `file` is open.
+    fault::point(Point::RecordReplaced);
+    drop(file);
+    Ok(())
 }
 
 /// Replaces a file in one step: writes the file `new` and renames it.

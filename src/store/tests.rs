@@ -290,6 +290,26 @@ fn a_file_that_is_being_read_is_not_overwritten_and_the_next_one_is() {
 }
 
 #[test]
+fn a_record_is_read_while_the_guard_of_a_killed_daemon_keeps_a_lock() {
+    use rustix::fs::{FlockOperation, flock};
+    let (_scratch, store) = scratch();
+    let mut a = task("a");
+    store.create(&a, b"").unwrap();
+    let mut save = |text: &str| {
+        let old = a.clone();
+        describe(&mut a, text.into());
+        store.save(&old, &a, Cause::Observation).unwrap();
+        assert_eq!(load(&store), a);
+    };
+    save("two files");
+    for name in [RECORD, RECORD_NEW] {
+        let file = fs::File::open(store.dir(&task("a").key).join(name)).unwrap();
+        flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+        ["1", "2", "3"].map(&mut save);
+    }
+}
+
+#[test]
 fn removing_the_last_task_removes_the_directories() {
     let (scratch, store) = scratch();
     store.create(&task("a"), b"").unwrap();
@@ -330,6 +350,10 @@ fn owed_events_outlive_the_task_until_they_are_accepted() {
     a.outbox.accepted(0);
     owing.update(&a).unwrap();
     assert!(store.load_owed().unwrap().is_empty());
+    let dir = store.root.join(".owed");
+    fs::write(dir.join("default:a:1.new"), "{").unwrap();
+    store.remove_leftovers().unwrap();
+    assert_eq!(entries(&dir).unwrap(), [""; 0]);
 }
 
 #[test]

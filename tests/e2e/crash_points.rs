@@ -58,6 +58,7 @@ pub fn moments(point: &str) -> &'static [Moment] {
         "kill" => &[Moment::Kill],
         "delete" => &[Moment::Delete],
         "publish" => &[Moment::Create, Moment::Kill, Moment::Delete],
+        "record" => &[Moment::Create, Moment::Start, Moment::ExecStart, Moment::ExecExit, Moment::Delete],
         // Every call passes these points, but only the first call of a container makes a connection.
         "connection" => &[Moment::Create, Moment::Start, Moment::ExecStart, Moment::Delete],
         // The test fails and names the point: this list does not say yet which call passes the point.
