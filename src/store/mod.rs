@@ -237,8 +237,8 @@ impl Store {
         self.root.join(CRASHED).join(format!("{}:{}.json", key.namespace, key.word()))
     }
 
-    /// Removes the directories of tasks without a record, and of namespaces without tasks: an earlier daemon ended while
-    /// it created or removed them. Part of recovery: no task is created meanwhile.
+    /// Removes the directories of tasks without a record, of namespaces without tasks, and the unfinished records of deleted
+    /// tasks: an earlier daemon ended while it created or removed them. Part of recovery: no task is created meanwhile.
     ///
     /// # Errors
     /// The directory of all records can't be read. A directory that can't be removed is only logged.
@@ -266,7 +266,7 @@ impl Store {
             // Fails if the namespace has tasks.
             let _ = fs::remove_dir(dir);
         }
-        Ok(())
+        self.remove_unfinished_owed()
     }
 
     /// Removes a task's directory; it is no error if there is none.

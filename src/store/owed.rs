@@ -15,6 +15,9 @@ use super::{Error, Store};
 /// The directory of the records of deleted tasks. No namespace begins with a dot.
 const OWED: &str = ".owed";
 
+/// The end of the name of a file that is being written. The name of a record ends with a number.
+pub(super) const NEW: &str = ".new";
+
 impl Store {
     /// Keeps the record of a deleted task until its last events are accepted.
     ///
@@ -37,12 +40,22 @@ impl Store {
     pub fn load_owed(&self) -> Result<Vec<OwedTask>, Error> {
         let dir = self.root.join(OWED);
         let mut tasks = Vec::new();
-        for name in entries(&dir)?.into_iter().filter(|name| !name.ends_with(".new")) {
+        for name in entries(&dir)?.into_iter().filter(|name| !name.ends_with(NEW)) {
             if let Some(found) = read_task(&dir.join(&name)).transpose() {
                 tasks.push((OwedFile { dir: dir.clone(), name }, found.map(|found| found.task)));
             }
         }
         Ok(tasks)
+    }
+
+    /// Removes the files that an earlier daemon was writing when it ended.
+    pub(super) fn remove_unfinished_owed(&self) -> Result<(), Error> {
+        let dir = self.root.join(OWED);
+        for name in entries(&dir)?.into_iter().filter(|name| name.ends_with(NEW)) {
+            let path = dir.join(name);
+            fs::remove_file(&path).map_err(io_error("remove", &path))?;
+        }
+        Ok(())
     }
 }
 

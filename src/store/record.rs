@@ -21,6 +21,7 @@ use crate::task::exec::Exec;
 use crate::task::outbox::Owed;
 
 use super::files::{self, MAX_BYTES, entries, make_dir, replace, replace_by_turns};
+use super::owed::NEW;
 use super::{EXECS, Error, Store};
 
 /// The version of the records that are written. Version 1 is read as well.
@@ -220,7 +221,7 @@ pub(super) fn write_owed(dir: &Path, name: &str, task: &Task) -> Result<(), Erro
     let path = dir.join(name);
     let task = Task { execs: BTreeMap::new(), ..task.clone() };
     let text = text(&path, &Writing { version: VERSION, task: &task }, Cause::Observation)?;
-    replace(&path, &dir.join(format!("{name}.new")), &text)
+    replace(&path, &dir.join(format!("{name}{NEW}")), &text)
 }
 
 /// Reads a task's `record.json`, without the files of its execs.
