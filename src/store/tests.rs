@@ -305,7 +305,7 @@ fn a_record_is_read_while_the_guard_of_a_killed_daemon_keeps_a_lock() {
     for name in [RECORD, RECORD_NEW] {
         let file = fs::File::open(store.dir(&task("a").key).join(name)).unwrap();
         flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
-        ["1", "2", "3"].map(&mut save);
+        ["1", "2", "3"].into_iter().for_each(&mut save);
     }
 }
 
