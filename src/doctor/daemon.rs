@@ -131,6 +131,11 @@ fn state(facts: &Facts, service: &Properties) -> Check {
             Check::warning(NAME, format!("systemd has restarted the daemon {restarts} times"), journal)
         }
         "active" => Check::ok(NAME, format!("the daemon runs; restarts: {restarts}")),
+        "activating" if restarts >= MANY_RESTARTS => Check::error(
+            NAME,
+            format!("the daemon can't start; systemd has tried it {restarts} times"),
+            journal,
+        ),
         "activating" => {
             Check::warning(NAME, format!("the daemon is starting; restarts: {restarts}"), journal)
         }
@@ -240,6 +245,8 @@ mod tests {
             Status::Error
         );
         assert!(fault(&facts(&[("NRestarts", "900")])).found.contains("900"));
+        let failing = fault(&facts(&[("ActiveState", "activating"), ("NRestarts", "900")]));
+        assert_eq!(failing.status, Status::Error, "{failing:?}");
         assert!(fault(&Facts { is_replaced: Ok(true), ..facts(&[]) }).advice.contains("restart"));
         assert_eq!(fault(&Facts { has_crashed: Ok(true), ..facts(&[]) }).name, "crashes");
     }

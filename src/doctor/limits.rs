@@ -1,8 +1,9 @@
 //! Limits of the kernel, and space for records.
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
-use nix::sys::statvfs::statvfs;
+use nix::sys::statvfs::{FsFlags, statvfs};
 
 use crate::config::STATE_DIR;
 
@@ -24,6 +25,8 @@ const LOW_PERCENT: u64 = 5;
 #[derive(Debug)]
 pub struct Facts {
     space: Vec<(&'static str, Known<Space>)>,
+    /// What is wrong with the directory of all records.
+    state: Option<&'static str>,
     /// `fs.nr_open`
     most_descriptors: Known<u64>,
     /// `fs.file-max`, and how many files are open.
@@ -55,6 +58,7 @@ pub(super) fn collect() -> Facts {
     space.dedup_by_key(|(path, space)| space.as_ref().map_or(path.len() as u64, |space| space.device));
     Facts {
         space,
+        state: unusable(Path::new(STATE_DIR)),
         most_descriptors: probe::number("/proc/sys/fs/nr_open"),
         files: files(),
         inotify: probe::number("/proc/sys/fs/inotify/max_user_instances"),
@@ -62,6 +66,15 @@ pub(super) fn collect() -> Facts {
         threads: threads(),
         keys: probe::number("/proc/sys/kernel/keys/root_maxkeys"),
     }
+}
+
+/// Why the daemon can't keep files in a directory. One that does not exist is made.
+fn unusable(dir: &Path) -> Option<&'static str> {
+    if std::fs::symlink_metadata(dir).is_ok() && !dir.is_dir() {
+        return Some("is no directory");
+    }
+    let is_read_only = statvfs(dir).is_ok_and(|found| found.flags().contains(FsFlags::ST_RDONLY));
+    is_read_only.then_some("is on a read-only file system")
 }
 
 fn space(path: &str) -> Known<Space> {
@@ -97,6 +110,11 @@ fn threads() -> Known<(u64, u64)> {
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     let mut checks: Vec<Check> =
         facts.space.iter().filter_map(|(path, space)| room(path, space.as_ref())).collect();
+    if let Some(reason) = facts.state {
+        let advice =
+            "without this directory no container starts: remove it or mount it read-write, whichever applies";
+        checks.push(Check::error("records", format!("{STATE_DIR} {reason}"), advice));
+    }
     checks.push(at_least("descriptors", "fs.nr_open", &facts.most_descriptors, DESCRIPTORS));
     checks.push(left("files", "fs.file-max", &facts.files));
     checks.push(at_least("inotify", "fs.inotify.max_user_instances", &facts.inotify, 128));
@@ -174,6 +192,7 @@ mod tests {
     fn healthy() -> Facts {
         Facts {
             space: vec![run(1 << 30, 700_000), ("/var/lib/containerd", Err(Unknown::Absent("x".to_owned())))],
+            state: None,
             most_descriptors: Ok(1 << 30),
             files: Ok((u64::MAX / 2, 3000)),
             inotify: Ok(128),
@@ -208,6 +227,18 @@ mod tests {
             assert_eq!((check.name, check.status), ("space", status), "{check:?}");
             assert!(check.found.contains("/run") && check.advice.contains("du -xh"), "{check:?}");
         }
+    }
+
+    #[test]
+    fn a_directory_of_records_that_cant_be_written_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        std::fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink("/absent", &link).unwrap();
+        assert_eq!([&file, &link].map(|path| unusable(path)), [Some("is no directory"); 2]);
+        assert_eq!([dir.path(), Path::new("/absent")].map(unusable), [None; 2]);
+        let check = fault(&Facts { state: unusable(&file), ..healthy() });
+        assert!(check.status == Status::Error && check.found.contains(STATE_DIR), "{check:?}");
     }
 
     #[test]

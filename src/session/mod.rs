@@ -18,7 +18,7 @@ use tracing::Instrument;
 
 use crate::id::ProcessKey;
 use crate::stdio::fifo;
-use crate::stdio::pump::{self, Source};
+use crate::stdio::pump::{self, Output, Source};
 use crate::stdio::terminal::Terminal;
 use crate::stdio::{terminal_pump, threads};
 use crate::task::wiring::{Input, Wiring};
@@ -104,7 +104,8 @@ impl Session {
                 (From::Delivered, _) => Source::Delivered,
                 (From::Terminal | From::Bridge(_), None) => continue,
             };
-            let (ended, stop, fds) = (ended(), session.pumps.stop(), fds.clone());
+            let output = Box::new(Output { source, sinks });
+            let (ended, stop, fds) = (Box::pin(ended()), session.pumps.stop(), fds.clone());
             let has_terminal = wiring.terminal;
             let copy = async move {
                 let delivered = || {
@@ -113,7 +114,7 @@ impl Session {
                         fds.forget(StreamKind::Terminal, number);
                     }
                 };
-                pump::copy(source, sinks, ended, stop, delivered).await;
+                pump::copy(output, ended, stop, delivered).await;
                 fds.forget(kind.aside(), number);
             };
             session.pumps.spawn(&key.task, copy.instrument(span.clone()));

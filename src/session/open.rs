@@ -331,14 +331,14 @@ impl Plan {
         mut before: Claimed,
         kind: StreamKind,
         log_pipe: &str,
-    ) -> Result<Option<Aside>, Error> {
+    ) -> Result<Option<Box<Aside>>, Error> {
         if mode == ReopenMode::Ended && before.is_empty() {
             return Ok(None);
         }
         let pipe = bridge(before.readers.pop(), before.writers.pop(), |ends| {
             fds.store(kind, self.wiring.store_number, ends);
         })?;
-        Ok(Some(Aside::new(pipe, self.journal_lines(log_pipe), self.policy.clone())))
+        Ok(Some(Box::new(Aside::new(pipe, self.journal_lines(log_pipe), self.policy.clone()))))
     }
 
     fn copies(&self, log_pipe: &str, to: &Copied, file: Option<LogFile>) -> Vec<pump::Sink> {

@@ -32,8 +32,8 @@ impl Aside {
     }
 
     /// The writing side, the reading end of the pipe, and the journal's lines.
-    pub(super) fn split(self) -> (Diverter, AsyncFd<OwnedFd>, Lines) {
-        (Diverter::new(self.pipe.writer, self.policy), self.pipe.reader, self.lines)
+    pub(super) fn split(self) -> (Box<Diverter>, AsyncFd<OwnedFd>, Lines) {
+        (Box::new(Diverter::new(self.pipe.writer, self.policy)), self.pipe.reader, self.lines)
     }
 }
 

@@ -7,6 +7,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use nix::errno::Errno;
 use nix::fcntl::splice;
 use nix::poll::PollFlags;
@@ -71,8 +72,19 @@ pub struct Sinks {
     /// A FIFO that is kept open until the end, and gets no output.
     pub keep_open: Option<File>,
     /// A copy that no other sink waits for.
-    pub aside: Option<Aside>,
+    pub aside: Option<Box<Aside>>,
 }
+
+/// The output of a process: where it comes from, and where it goes.
+#[derive(Debug)]
+pub struct Output {
+    pub source: Source,
+    pub sinks: Sinks,
+}
+
+/// What a pump waits for besides output. A reference, because each future that contains another one has its arguments twice, and
+/// a pump exists for as long as its process.
+pub(super) type Event<'a> = Pin<&'a mut (dyn Future<Output = ()> + Send)>;
 
 /// A destination for which the daemon must read the output.
 #[derive(Debug)]
@@ -80,7 +92,7 @@ pub enum Sink {
     File(LogFile),
     Journal(Lines),
     /// The pipe of an [`Aside`].
-    Pipe(Diverter),
+    Pipe(Box<Diverter>),
 }
 
 impl Sink {
@@ -115,45 +127,46 @@ pub struct Stop {
 ///
 /// `delivered` is called once everything has reached its sinks, except an [`Aside`].
 pub async fn copy(
-    source: Source,
-    mut sinks: Sinks,
-    over: impl Future<Output = ()>,
+    mut output: Box<Output>,
+    mut over: BoxFuture<'static, ()>,
     stop: Stop,
     delivered: impl FnOnce(),
 ) {
     let Stop { when_empty, now: stop } = stop;
-    let (diverter, mut journal) = match sinks.aside.take().map(Aside::split) {
+    let (mut diverter, mut journal) = match output.sinks.aside.take().map(|aside| aside.split()) {
         Some((diverter, reader, lines)) => {
             let policy = diverter.policy.clone();
-            let sinks = Sinks { copies: vec![Sink::Journal(lines)], ..Sinks::default() };
-            (Some(diverter), Some((reader, sinks, policy)))
+            (Some(diverter), Some((reader, [Sink::Journal(lines)], policy)))
         }
         None => (None, None),
     };
-    let late = if matches!(source, Source::Delivered) { LATE_AFTER_RESTART } else { LATE };
+    let late = if matches!(output.source, Source::Delivered) { LATE_AFTER_RESTART } else { LATE };
     let ended = CancellationToken::new();
     let deliver = async {
+        let Output { source, sinks } = &mut *output;
+        let complete = pin!(when_empty.cancelled());
         tokio::select! {
-            copied = deliver(source, &mut sinks, diverter, over, when_empty.cancelled()) => log_failure(copied),
+            copied = deliver(source, sinks, diverter.take(), over.as_mut(), complete) => log_failure(copied),
             () = stop.cancelled() => {}
         }
-        Box::pin(finish(&mut sinks)).await;
-        drop(sinks);
+        Box::pin(finish(&mut sinks.copies)).await;
+        drop(output);
         delivered();
         ended.cancel();
     };
     let journal = async {
-        if let Some((reader, sinks, policy)) = &mut journal {
+        if let Some((reader, copies, policy)) = &mut journal {
             let is_late = async {
                 ended.cancelled().await;
                 tokio::time::sleep(late).await;
             };
+            let (over, complete) = (pin!(ended.cancelled()), pin!(ended.cancelled()));
             tokio::select! {
-                copied = spread(reader, sinks, CHUNK, ended.cancelled(), ended.cancelled()) => log_failure(copied),
+                copied = spread(reader, copies, None, CHUNK, over, complete) => log_failure(copied),
                 () = stop.cancelled() => {}
                 () = is_late => policy.drop_bytes(length_in(reader)),
             }
-            Box::pin(finish(sinks)).await;
+            Box::pin(finish(copies)).await;
         }
     };
     tokio::join!(deliver, journal);
@@ -166,8 +179,8 @@ fn log_failure(copied: io::Result<()>) {
 }
 
 /// Writes incomplete lines to the journal.
-async fn finish(sinks: &mut Sinks) {
-    for sink in &mut sinks.copies {
+async fn finish(copies: &mut [Sink]) {
+    for sink in copies {
         if let Sink::Journal(lines) = sink {
             lines.finish().await;
         }
@@ -176,16 +189,17 @@ async fn finish(sinks: &mut Sinks) {
 
 /// Copies to every sink except the journal's pipe, which `diverter` serves.
 async fn deliver(
-    source: Source,
+    source: &Source,
     sinks: &mut Sinks,
-    diverter: Option<Diverter>,
-    over: impl Future<Output = ()>,
-    complete: impl Future<Output = ()>,
+    diverter: Option<Box<Diverter>>,
+    over: Event<'_>,
+    complete: Event<'_>,
 ) -> io::Result<()> {
     match source {
-        Source::Fifo(from) => deliver_pipe(&from, sinks, diverter, over, complete).await,
+        Source::Fifo(from) => deliver_pipe(from, sinks, diverter, over, complete).await,
+        // Boxed, because most processes have no terminal.
         Source::Terminal(terminal) => match &sinks.fifo {
-            Some(to) => move_terminal(&terminal, to, over).await,
+            Some(to) => Box::pin(move_terminal(terminal, to, over)).await,
             None => Ok(()),
         },
         Source::Bridged(terminal, bridge) => {
@@ -197,16 +211,17 @@ async fn deliver(
 
 /// Copies from a terminal by way of a pipe.
 async fn deliver_bridged(
-    terminal: Arc<Terminal>,
-    bridge: PipePair,
+    terminal: &Terminal,
+    bridge: &PipePair,
     sinks: &mut Sinks,
-    diverter: Option<Diverter>,
-    over: impl Future<Output = ()>,
+    diverter: Option<Box<Diverter>>,
+    over: Event<'_>,
 ) -> io::Result<()> {
     let moved = CancellationToken::new();
-    let second = deliver_pipe(&bridge.reader, sinks, diverter, moved.cancelled(), moved.cancelled());
+    let (second_over, complete) = (pin!(moved.cancelled()), pin!(moved.cancelled()));
+    let second = deliver_pipe(&bridge.reader, sinks, diverter, second_over, complete);
     let first = async {
-        let result = move_terminal(&terminal, &bridge.writer, over).await;
+        let result = move_terminal(terminal, &bridge.writer, over).await;
         moved.cancel();
         result
     };
@@ -215,15 +230,15 @@ async fn deliver_bridged(
 }
 
 /// What is known of the end of an output. First the process ends, and then the output is complete.
-struct End<'a, O, C> {
-    over: Pin<&'a mut O>,
-    complete: Pin<&'a mut C>,
+struct End<'a> {
+    over: Event<'a>,
+    complete: Event<'a>,
     is_over: bool,
     is_complete: bool,
 }
 
-impl<'a, O: Future<Output = ()>, C: Future<Output = ()>> End<'a, O, C> {
-    fn new(over: Pin<&'a mut O>, complete: Pin<&'a mut C>) -> Self {
+impl<'a> End<'a> {
+    fn new(over: Event<'a>, complete: Event<'a>) -> Self {
         Self { over, complete, is_over: false, is_complete: false }
     }
 
@@ -259,16 +274,16 @@ impl<'a, O: Future<Output = ()>, C: Future<Output = ()>> End<'a, O, C> {
 async fn deliver_pipe(
     from: &AsyncFd<OwnedFd>,
     sinks: &mut Sinks,
-    diverter: Option<Diverter>,
-    over: impl Future<Output = ()>,
-    complete: impl Future<Output = ()>,
+    diverter: Option<Box<Diverter>>,
+    over: Event<'_>,
+    complete: Event<'_>,
 ) -> io::Result<()> {
     match (&sinks.fifo, diverter) {
         (Some(to), diverter) if sinks.copies.is_empty() => move_all(from, to, diverter, over, complete).await,
-        (_, diverter) => {
+        (to, diverter) => {
             sinks.copies.extend(diverter.map(Sink::Pipe));
-            // Boxed, because few processes need it, and the memory of this future is in use for as long as the process runs.
-            Box::pin(spread(from, sinks, PIECE, over, complete)).await
+            // Boxed, because few processes need it.
+            Box::pin(spread(from, &mut sinks.copies, to.as_ref(), PIECE, over, complete)).await
         }
     }
 }
@@ -277,11 +292,10 @@ async fn deliver_pipe(
 async fn move_all(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
-    mut diverter: Option<Diverter>,
-    over: impl Future<Output = ()>,
-    complete: impl Future<Output = ()>,
+    mut diverter: Option<Box<Diverter>>,
+    over: Event<'_>,
+    complete: Event<'_>,
 ) -> io::Result<()> {
-    let (over, complete) = (pin!(over), pin!(complete));
     let mut end = End::new(over, complete);
     loop {
         // Waits for room before duplicating: if the daemon ended while it waits, the duplicate would be made twice.
@@ -332,11 +346,11 @@ async fn move_all(
 
 /// Moves bytes from pipe to pipe that were copied before. Fewer if another process has read some of them: the processes of a
 /// container can open their own output for reading.
-async fn move_copied<O: Future<Output = ()>, C: Future<Output = ()>>(
+async fn move_copied(
     from: &AsyncFd<OwnedFd>,
     to: &AsyncFd<OwnedFd>,
     mut length: usize,
-    end: &mut End<'_, O, C>,
+    end: &mut End<'_>,
 ) -> io::Result<()> {
     while length > 0 {
         match splice(from, None, to, None, length, NO_WAIT) {
@@ -354,20 +368,20 @@ async fn move_copied<O: Future<Output = ()>, C: Future<Output = ()>>(
 /// The pause after each [`CHUNK`] of output that is dropped because it exceeds the limit of the journal.
 const SKIP_PAUSE: Duration = Duration::from_millis(1);
 
-/// Copies from a pipe to every sink until the pipe ends, or, once `complete`, until it is empty. Moves up to `most` bytes
+/// Copies from a pipe to `copies`, and moves it to `fifo`, until the pipe ends, or, once `complete`, until it is empty. Moves up to `most` bytes
 /// at once, of which a copy comes twice if the daemon ends in between.
 async fn spread(
     from: &AsyncFd<OwnedFd>,
-    sinks: &mut Sinks,
+    copies: &mut [Sink],
+    fifo: Option<&AsyncFd<OwnedFd>>,
     most: usize,
-    over: impl Future<Output = ()>,
-    complete: impl Future<Output = ()>,
+    over: Event<'_>,
+    complete: Event<'_>,
 ) -> io::Result<()> {
     // Allocated only while there is output: most processes write nothing most of the time.
     let mut looking = None;
-    let (over, complete) = (pin!(over), pin!(complete));
     let mut end = End::new(over, complete);
-    let wait = if sinks.fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
+    let wait = if fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
     let mut take_part = false;
     loop {
         let (scratch, nowhere) = match &mut looking {
@@ -377,7 +391,7 @@ async fn spread(
                 looking.insert(once_there_is_room("output", open).await?)
             }
         };
-        if let ([Sink::Journal(lines)], None) = (&mut sinks.copies[..], &sinks.fifo)
+        if let ([Sink::Journal(lines)], None) = (&mut *copies, fifo)
             && lines.is_over_limit()
         {
             match splice(from, None, &*nowhere, None, CHUNK, NO_WAIT) {
@@ -423,8 +437,8 @@ async fn spread(
             }
         }
         take_part = false;
-        write_to(&mut sinks.copies, &scratch.buffer[..length]).await;
-        match &sinks.fifo {
+        write_to(copies, &scratch.buffer[..length]).await;
+        match fifo {
             Some(fifo) => move_copied(from, fifo, length, &mut end).await?,
             None => drop_copied(from, nowhere, length)?,
         }

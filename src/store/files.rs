@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, OFlag, RenameFlags, renameat2};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::effects;
@@ -55,11 +55,13 @@ pub(super) fn open_in_root(root: &Path, name: &str) -> Result<File, Error> {
     Ok(file.map_err(io_error("open", &path))?)
 }
 
-/// The names in a directory, none if it does not exist.
+/// The names in a directory, none if it does not exist or something else has its name.
 pub(super) fn entries(dir: &Path) -> Result<Vec<String>, Error> {
     let listing = match fs::read_dir(dir) {
         Ok(listing) => listing,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(Vec::new());
+        }
         Err(e) => return Err(io_error("list", dir)(e).into()),
     };
     Ok(listing.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
@@ -108,7 +110,8 @@ fn is_kept(file: &File, path: &Path) -> io::Result<bool> {
 }
 
 fn open(path: &Path) -> Result<Option<File>, Error> {
-    match File::open(path) {
+    // Somebody may have put a FIFO there: without O_NONBLOCK, this would wait for its writer.
+    match OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path) {
         Ok(file) => Ok(Some(file)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(io_error("open", path)(e).into()),

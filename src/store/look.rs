@@ -11,14 +11,22 @@ use super::{CRASHED, Error, Found, Store, entries};
 pub type Look = (PathBuf, Result<Found, Error>);
 
 impl Store {
-    /// The path of every record, and what is in it.
+    /// The path of every record, and what is in it; for a namespace that can't be read, the path of its directory.
     ///
     /// # Errors
     /// Only for the directory of all records; each record has a result of its own.
     pub fn look(&self) -> Result<Vec<Look>, Error> {
         let mut records = Vec::new();
         for namespace in entries(&self.root)?.iter().filter_map(|name| Namespace::new(name).ok()) {
-            for word in entries(&self.root.join(namespace.as_str()))? {
+            let dir = self.root.join(namespace.as_str());
+            let words = match entries(&dir) {
+                Ok(words) => words,
+                Err(error) => {
+                    records.push((dir, Err(error)));
+                    continue;
+                }
+            };
+            for word in words {
                 let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
                     continue;
                 };

@@ -202,7 +202,14 @@ impl Store {
             let Ok(namespace) = Namespace::new(&namespace) else {
                 continue;
             };
-            for word in entries(&self.root.join(namespace.as_str()))? {
+            let words = match entries(&self.root.join(namespace.as_str())) {
+                Ok(words) => words,
+                Err(error) => {
+                    tasks.push(Err(error));
+                    continue;
+                }
+            };
+            for word in words {
                 let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
                     continue;
                 };
@@ -251,7 +258,8 @@ impl Store {
                 continue;
             };
             let dir = self.root.join(namespace.as_str());
-            for word in entries(&dir)? {
+            // Loading the records has reported a directory that can't be read.
+            for word in entries(&dir).unwrap_or_default() {
                 let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
                     continue;
                 };

@@ -381,3 +381,32 @@ fn the_directory_of_a_namespace_is_removed_with_its_last_files() {
     assert_eq!(entries(&store.root).unwrap(), [""; 0]);
     store.remove_leftovers().unwrap();
 }
+
+#[test]
+fn foreign_files_hide_no_record() {
+    use std::os::unix::fs::symlink;
+    let (_scratch, store) = scratch();
+    store.create(&task("a"), b"").unwrap();
+    let namespace = store.dir(&task("a").key).parent().unwrap().to_owned();
+    let fifo = |path: PathBuf| nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::write(store.root.join("file"), "x").unwrap();
+    fifo(store.root.join("fifo"));
+    symlink("loop", store.root.join("loop")).unwrap();
+    symlink("/", namespace.join("link")).unwrap();
+    fs::write(namespace.join("file"), "x").unwrap();
+    for (name, make) in [
+        ("b", &fifo as &dyn Fn(PathBuf)),
+        ("c", &|path| fs::create_dir(path).unwrap()),
+        ("d", &|path| symlink("/dev/zero", path).unwrap()),
+    ] {
+        fs::create_dir(namespace.join(name)).unwrap();
+        make(namespace.join(name).join(RECORD));
+    }
+    store.remove_leftovers().unwrap();
+    let all = store.load_all(&Crashes::default()).unwrap();
+    assert_eq!(all.iter().filter(|found| found.is_ok()).count(), 1, "{all:?}");
+    // The directory that names itself, the file and the three directories with something else than a record.
+    assert_eq!(all.iter().filter(|found| found.is_err()).count(), 5, "{all:?}");
+    let seen = store.look().unwrap();
+    assert_eq!(seen.iter().filter(|(_, found)| found.is_ok()).count(), 1, "{seen:?}");
+}

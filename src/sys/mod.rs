@@ -360,6 +360,24 @@ pub fn count_peeked(socket: &impl AsFd) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
+/// Lets the kernel drop every message that others send to a socket from now on, or none. Their descriptors are closed by the
+/// senders.
+///
+/// # Errors
+/// The kernel has no memory for it.
+pub fn drop_messages(socket: &impl AsFd, all: bool) -> Result<(), Errno> {
+    // A program that passes on 0 bytes of each message.
+    let mut nothing = libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut nothing };
+    let option = if all { libc::SO_ATTACH_FILTER } else { libc::SO_DETACH_FILTER };
+    let length = libc::socklen_t::try_from(size_of_val(&program)).map_err(|_| Errno::EINVAL)?;
+    let (fd, place) = (socket.as_fd().as_raw_fd(), std::ptr::from_ref(&program).cast());
+    // SAFETY: the descriptor is open for as long as it is borrowed; the kernel reads `program`, which has that size, and copies
+    // the instruction to which it points.
+    let result = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, option, place, length) };
+    Errno::result(result).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use std::process::Command;

@@ -11,11 +11,10 @@
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::UnixDatagram;
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, bind, connect, sendmsg};
 
 use crate::sys::{self, quota};
 
@@ -36,13 +35,21 @@ impl Holder {
     /// # Errors
     /// The process has no room for another descriptor.
     pub fn new() -> io::Result<Self> {
-        let name = format!("{ADDRESS}/{:016x}", RandomState::new().hash_one(0));
-        let address = SocketAddr::from_abstract_name(name)?;
-        let holder = Self(UnixDatagram::bind_addr(&address)?);
-        holder.0.connect_addr(&address)?;
-        // Another process may have sent something before the socket was connected.
-        holder.clear()?;
+        let holder = Self(UnixDatagram::unbound()?);
+        holder.connect_to_itself(|_| ())?;
         Ok(holder)
+    }
+
+    /// Until the socket is connected, every process may send to its address. The kernel drops what arrives meanwhile: a
+    /// message can contain a descriptor whose close waits.
+    fn connect_to_itself(&self, bound: impl FnOnce(&UnixAddr)) -> io::Result<()> {
+        let name = format!("{ADDRESS}/{:016x}", RandomState::new().hash_one(0));
+        let address = UnixAddr::new_abstract(name.as_bytes())?;
+        sys::drop_messages(&self.0, true)?;
+        bind(self.0.as_raw_fd(), &address)?;
+        bound(&address);
+        connect(self.0.as_raw_fd(), &address)?;
+        Ok(sys::drop_messages(&self.0, false)?)
     }
 
     /// Takes over a holder from the descriptor store.
@@ -160,6 +167,25 @@ mod tests {
         let other = UnixDatagram::unbound().unwrap();
         let error = other.send_to_addr(b"o1", &holder.0.local_addr().unwrap()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::EPERM as i32));
+    }
+
+    #[test]
+    fn what_is_sent_before_the_holder_is_connected_is_dropped() {
+        let holder = Holder(UnixDatagram::unbound().unwrap());
+        let other = UnixDatagram::unbound().unwrap();
+        let (mut reader, writer) = pipe();
+        let send = |address: &UnixAddr| {
+            let (parts, fds) = ([IoSlice::new(b"o1")], [writer.as_raw_fd()]);
+            let rights = [ControlMessage::ScmRights(&fds)];
+            sendmsg(other.as_raw_fd(), &parts, &rights, MsgFlags::empty(), Some(address)).unwrap();
+        };
+        holder.connect_to_itself(send).unwrap();
+        drop(writer);
+        assert_eq!(holder.contents().unwrap().len(), 0);
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0, "the descriptor is closed");
+        holder.put("o2", &[holder.as_fd()]).unwrap();
+        assert_eq!(holder.contents().unwrap().len(), 1);
+        holder.clear().unwrap();
     }
 
     #[test]

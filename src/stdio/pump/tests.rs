@@ -26,8 +26,8 @@ fn pipe_to_journal() -> (OwnedFd, AsyncFd<OwnedFd>) {
     (reader, watch(writer).unwrap())
 }
 
-fn diverter(pipe: AsyncFd<OwnedFd>) -> Diverter {
-    Diverter::new(pipe, Arc::default())
+fn diverter(pipe: AsyncFd<OwnedFd>) -> Box<Diverter> {
+    Box::new(Diverter::new(pipe, Arc::default()))
 }
 
 /// Reads to the end. Waits for it: a program that another test starts has a copy of the writing end until it executes.
@@ -69,8 +69,9 @@ async fn short_writes_fill_the_pipe_and_the_copy_is_complete() {
             }
         }
     };
+    let (over, complete) = (pin!(pending()), pin!(pending()));
     tokio::select! {
-        moved = move_all(&source, &to, Some(diverter), pending(), pending()) => moved.unwrap(),
+        moved = move_all(&source, &to, Some(diverter), over, complete) => moved.unwrap(),
         () = emptied => {}
     }
     drop(to);
@@ -92,20 +93,20 @@ async fn what_an_ended_process_has_left_reaches_a_client_that_reads_later() {
             }
         }
         assert!(!is_ready(&to, PollFlags::POLLOUT).unwrap(), "the client's pipe is full");
-        let over = CancellationToken::new();
+        let ended = CancellationToken::new();
         let size = || fcntl(&client, FcntlArg::F_GETPIPE_SZ).unwrap();
         let end = async {
             tokio::task::yield_now().await;
             assert_eq!(size(), 64 << 10, "while the process runs");
             drop(writer);
-            over.cancel();
+            ended.cancel();
         };
         let mut sinks = Sinks { fifo: Some(to), ..Sinks::default() };
         if has_copies {
             sinks.copies.push(Sink::Pipe(diverter(pipe_to_journal().1)));
         }
-        let (moved, ()) =
-            tokio::join!(deliver_pipe(&source, &mut sinks, None, over.cancelled(), pending()), end);
+        let (over, complete) = (pin!(ended.cancelled()), pin!(pending()));
+        let (moved, ()) = tokio::join!(deliver_pipe(&source, &mut sinks, None, over, complete), end);
         moved.unwrap();
         assert_eq!(size(), 128 << 10);
         drop(sinks);
@@ -120,7 +121,7 @@ async fn bytes_that_another_process_takes_delay_no_end() {
         let ((source, writer), (_client, to), (_copy, aside)) = (pipe(), sink(), pipe_to_journal());
         (0..15).for_each(|_| write_apart(&to, "x"));
         ["a\n", "b\n"].into_iter().for_each(|line| write_apart(&writer, line));
-        let (over, complete) = (CancellationToken::new(), CancellationToken::new());
+        let (ended, whole) = (CancellationToken::new(), CancellationToken::new());
         let steal = async {
             // Both lines are copied then, and there was room for the first one only.
             while length_in(&source) > 2 {
@@ -128,8 +129,8 @@ async fn bytes_that_another_process_takes_delay_no_end() {
             }
             let mut stolen = [0; 16];
             assert_eq!(nix::unistd::read(&source, &mut stolen), Ok(2));
-            over.cancel();
-            complete.cancel();
+            ended.cancel();
+            whole.cancel();
         };
         let mut sinks = Sinks { fifo: Some(to), ..Sinks::default() };
         let diverter = diverter(aside);
@@ -139,7 +140,8 @@ async fn bytes_that_another_process_takes_delay_no_end() {
         } else {
             Some(diverter)
         };
-        let moving = deliver_pipe(&source, &mut sinks, diverter, over.cancelled(), complete.cancelled());
+        let (over, complete) = (pin!(ended.cancelled()), pin!(whole.cancelled()));
+        let moving = deliver_pipe(&source, &mut sinks, diverter, over, complete);
         let (moved, ()) = tokio::join!(tokio::time::timeout(Duration::from_secs(1), moving), steal);
         assert!(matches!(moved, Ok(Ok(()))), "has copies: {has_copies}: {moved:?}");
         drop(writer);
@@ -162,7 +164,7 @@ async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
     let reading = thread::spawn(move || text(client).len());
     let diverter = diverter(aside);
     let policy = diverter.policy.clone();
-    move_all(&source, &to, Some(diverter), pending(), pending()).await.unwrap();
+    move_all(&source, &to, Some(diverter), pin!(pending()), pin!(pending())).await.unwrap();
     writing.join().unwrap();
     drop(to);
     assert_eq!(reading.join().unwrap(), total);
@@ -183,7 +185,7 @@ async fn output_after_a_gap_begins_with_a_new_line() {
     diverter.has_gap = true;
     writer.write_all(b"rest of a line\n").unwrap();
     drop(writer);
-    move_all(&source, &to, Some(diverter), pending(), pending()).await.unwrap();
+    move_all(&source, &to, Some(diverter), pin!(pending()), pin!(pending())).await.unwrap();
     drop(to);
     assert_eq!((text(client), text(copy)), ("rest of a line\n".into(), "\nrest of a line\n".into()));
 }
@@ -192,21 +194,23 @@ async fn output_after_a_gap_begins_with_a_new_line() {
 async fn copying_from_a_source_that_never_ends_stops_once_it_is_empty() {
     let ((source, mut writer), (client, to)) = (pipe(), sink());
     writer.write_all(b"all").unwrap();
-    move_all(&source, &to, None, pending(), std::future::ready(())).await.unwrap();
+    move_all(&source, &to, None, pin!(pending()), pin!(std::future::ready(()))).await.unwrap();
     drop((to, writer));
     assert_eq!(text(client), "all");
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_end_of_the_last_line_is_not_waited_for_once_the_output_is_complete() {
-    let ((source, mut writer), mut sinks) = (pipe(), Sinks::default());
+    let (source, mut writer) = pipe();
     writer.write_all(b"no end of line").unwrap();
     let (begun, complete) = (tokio::time::Instant::now(), CancellationToken::new());
     let end = async {
         tokio::time::sleep(LINE_WAIT / 10).await;
         complete.cancel();
     };
-    let (copied, ()) = tokio::join!(spread(&source, &mut sinks, PIECE, pending(), complete.cancelled()), end);
+    let (over, complete) = (pin!(pending()), pin!(complete.cancelled()));
+    let spread = spread(&source, &mut [], None, PIECE, over, complete);
+    let (copied, ()) = tokio::join!(spread, end);
     copied.unwrap();
     assert!(begun.elapsed() < LINE_WAIT / 2, "{:?}", begun.elapsed());
     assert!(!is_ready(&source, PollFlags::POLLIN).unwrap());
@@ -219,7 +223,7 @@ async fn output_beyond_the_limit_of_the_journal_is_dropped_in_large_pieces_and_c
     let policy = Arc::<crate::stdio::journal_policy::JournalPolicy>::default();
     policy.set(60_000_000, 1);
     let lines = Lines::connected(here, scratch.path().join("partial"), policy.clone());
-    let mut sinks = Sinks { copies: vec![Sink::Journal(lines)], ..Sinks::default() };
+    let mut copies = [Sink::Journal(lines)];
     let (source, mut writer) = pipe();
     let (begun, complete) = (tokio::time::Instant::now(), CancellationToken::new());
     let write = async {
@@ -230,8 +234,9 @@ async fn output_beyond_the_limit_of_the_journal_is_dropped_in_large_pieces_and_c
         }
         complete.cancel();
     };
-    let (copied, ()) =
-        tokio::join!(spread(&source, &mut sinks, PIECE, pending(), complete.cancelled()), write);
+    let (over, complete) = (pin!(pending()), pin!(complete.cancelled()));
+    let spread = spread(&source, &mut copies, None, PIECE, over, complete);
+    let (copied, ()) = tokio::join!(spread, write);
     copied.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
     // Of the first piece, lines without bytes are dropped one by one.
@@ -239,7 +244,7 @@ async fn output_beyond_the_limit_of_the_journal_is_dropped_in_large_pieces_and_c
 }
 
 /// A journal's copy with these lines in its pipe, which the earlier daemon has left. The other end of its socket.
-fn late_copy(kept: &std::path::Path, lines: usize) -> (Sinks, tokio::net::UnixDatagram) {
+fn late_copy(kept: &std::path::Path, lines: usize) -> (Box<Output>, tokio::net::UnixDatagram) {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
     for number in 0..lines {
         nix::unistd::write(&writer, format!("{number}\n").as_bytes()).unwrap();
@@ -248,13 +253,14 @@ fn late_copy(kept: &std::path::Path, lines: usize) -> (Sinks, tokio::net::UnixDa
     let policy = Arc::<crate::stdio::journal_policy::JournalPolicy>::default();
     let lines = Lines::connected(here, kept.join("partial"), policy.clone());
     let aside = Aside::new(PipePair::new(reader, writer).unwrap(), lines, policy);
-    (Sinks { aside: Some(aside), ..Sinks::default() }, journald)
+    let sinks = Sinks { aside: Some(Box::new(aside)), ..Sinks::default() };
+    (Box::new(Output { source: Source::Delivered, sinks }), journald)
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_slow_journald_delays_the_end_for_a_limited_time_and_missing_lines_are_counted() {
     let scratch = tempfile::tempdir().unwrap();
-    let (sinks, journald) = late_copy(scratch.path(), 1000);
+    let (output, journald) = late_copy(scratch.path(), 1000);
     let begun = tokio::time::Instant::now();
     let mut messages = Vec::new();
     let reading = async {
@@ -265,9 +271,9 @@ async fn a_slow_journald_delays_the_end_for_a_limited_time_and_missing_lines_are
             tokio::time::sleep(LATE_AFTER_RESTART / 100).await;
         }
     };
-    let over = pending();
+    let over = Box::pin(pending());
     tokio::select! {
-        () = copy(Source::Delivered, sinks, over, Stop::default(), || ()) => {}
+        () = copy(output, over, Stop::default(), || ()) => {}
         () = reading => {}
     }
     assert!(begun.elapsed() < 4 * LATE_AFTER_RESTART, "{:?}", begun.elapsed());
@@ -277,4 +283,12 @@ async fn a_slow_journald_delays_the_end_for_a_limited_time_and_missing_lines_are
     let text = messages.concat();
     assert!(text.contains("\u{0}0\n") && !text.contains("\u{0}999\n"), "{} datagrams", messages.len());
     assert!(text.contains("are missing here"), "{} datagrams", messages.len());
+}
+
+/// There is one for each stream, for as long as its process runs.
+#[test]
+fn a_pump_needs_less_than_3_kib() {
+    let output = Box::new(Output { source: Source::Delivered, sinks: Sinks::default() });
+    let pump = copy(output, Box::pin(pending()), Stop::default(), || ());
+    assert!(size_of_val(&pump) < 3 << 10, "{} bytes", size_of_val(&pump));
 }
