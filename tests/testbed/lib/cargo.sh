@@ -43,3 +43,9 @@ cargo_executable() { # test|bench OPTION…
     [ -x "$path" ] || die "cargo $* built no program"
     echo "$path"
 }
+
+# Builds the tests in a directory of tests/ and prints the path of their program. They have the feature of `build_faults`, so
+# that the library is built once for both.
+test_program() { # NAME
+    cargo_executable test --locked --features faults --test "$1"
+}
