@@ -9,14 +9,11 @@ use crate::path_error::io_error;
 use crate::task::Task;
 
 use super::files::{entries, make_dir};
-use super::record::{read_task, write_owed};
+use super::record::{OWED_NEW, read_task, write_owed};
 use super::{Error, Store};
 
 /// The directory of the records of deleted tasks. No namespace begins with a dot.
 const OWED: &str = ".owed";
-
-/// The end of the name of a file that is being written. The name of a record ends with a number.
-pub(super) const NEW: &str = ".new";
 
 impl Store {
     /// Keeps the record of a deleted task until its last events are accepted.
@@ -40,7 +37,7 @@ impl Store {
     pub fn load_owed(&self) -> Result<Vec<OwedTask>, Error> {
         let dir = self.root.join(OWED);
         let mut tasks = Vec::new();
-        for name in entries(&dir)?.into_iter().filter(|name| !name.ends_with(NEW)) {
+        for name in entries(&dir)?.into_iter().filter(|name| !name.ends_with(OWED_NEW)) {
             if let Some(found) = read_task(&dir.join(&name)).transpose() {
                 tasks.push((OwedFile { dir: dir.clone(), name }, found.map(|found| found.task)));
             }
@@ -51,7 +48,7 @@ impl Store {
     /// Removes the files that an earlier daemon was writing when it ended.
     pub(super) fn remove_unfinished_owed(&self) -> Result<(), Error> {
         let dir = self.root.join(OWED);
-        for name in entries(&dir)?.into_iter().filter(|name| name.ends_with(NEW)) {
+        for name in entries(&dir)?.into_iter().filter(|name| name.ends_with(OWED_NEW)) {
             let path = dir.join(name);
             fs::remove_file(&path).map_err(io_error("remove", &path))?;
         }

@@ -21,7 +21,6 @@ use crate::task::exec::Exec;
 use crate::task::outbox::Owed;
 
 use super::files::{self, MAX_BYTES, entries, make_dir, replace, replace_by_turns};
-use super::owed::NEW;
 use super::{EXECS, Error, Store};
 
 /// The version of the records that are written. Version 1 is read as well.
@@ -33,6 +32,8 @@ const MAX_DECIDED_BYTES: usize = MAX_BYTES / 2;
 
 pub(super) const RECORD: &str = "record.json";
 pub(super) const RECORD_NEW: &str = "record.json.new";
+/// The end of the name of a deleted task's record that is being written. That of the record ends with a number.
+pub(super) const OWED_NEW: &str = ".new";
 
 #[derive(Serialize)]
 struct Writing<'a> {
@@ -221,7 +222,7 @@ pub(super) fn write_owed(dir: &Path, name: &str, task: &Task) -> Result<(), Erro
     let path = dir.join(name);
     let task = Task { execs: BTreeMap::new(), ..task.clone() };
     let text = text(&path, &Writing { version: VERSION, task: &task }, Cause::Observation)?;
-    replace(&path, &dir.join(format!("{name}{NEW}")), &text)
+    replace(&path, &dir.join(format!("{name}{OWED_NEW}")), &text)
 }
 
 /// Reads a task's `record.json`, without the files of its execs.
