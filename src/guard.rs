@@ -15,6 +15,7 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -103,7 +104,16 @@ const NO_GUARD: &str =
 
 /// The guards of earlier daemons.
 #[derive(Debug, Default)]
-pub struct Earlier(Vec<(u32, OwnedFd)>);
+pub struct Earlier(Vec<Other>);
+
+/// The guard of an earlier daemon.
+#[derive(Debug)]
+struct Other {
+    pid: u32,
+    process: OwnedFd,
+    /// Collects its sockets. `None` if there is no such thread.
+    sockets: Option<JoinHandle<Vec<(RawFd, u64)>>>,
+}
 
 /// Which sockets are known.
 #[derive(Debug, Default)]
@@ -142,25 +152,35 @@ impl Earlier {
         pids.retain(is_guard);
         // Sorted by start, except after the pids have wrapped around.
         pids.sort_unstable();
-        let mut guards: Vec<_> =
-            pids.into_iter().filter_map(|pid| Some((pid, sys::pidfd_open(pid).ok()?))).collect();
+        let guard = |pid| Some(Other { pid, process: sys::pidfd_open(pid).ok()?, sockets: None });
+        let mut guards: Vec<_> = pids.into_iter().filter_map(guard).collect();
         // The first guards have the descriptors that calls were waiting for. Later daemons ended during their recovery.
         let surplus = guards.split_off(guards.len().min(MAX_EARLIER));
-        surplus.iter().for_each(|(_, guard)| end(guard));
+        surplus.iter().for_each(|guard| end(&guard.process));
         Self(guards)
+    }
+
+    /// Begins to collect the sockets of the guards, each in a thread of its own: with 1,000 containers, a guard has 10,000
+    /// descriptors, and the daemon has other work at this time.
+    pub fn collect(&mut self) {
+        for Other { pid, sockets: collected, .. } in &mut self.0 {
+            let pid = *pid;
+            *collected = thread::Builder::new().spawn(move || sockets(pid)).ok();
+        }
     }
 
     /// The connections that ended daemons had accepted and not kept. `known` are the descriptors that systemd passed to
     /// this process, and those that were kept.
-    pub fn connections(&self, known: Inodes) -> Rescued {
+    pub fn connections(&mut self, known: Inodes) -> Rescued {
         let mut known = known.0;
         let mut rescued = Vec::new();
-        for (pid, guard) in &self.0 {
-            for (number, inode) in sockets(*pid) {
+        for guard in &mut self.0 {
+            let collected = guard.sockets.take().and_then(|thread| thread.join().ok());
+            for (number, inode) in collected.unwrap_or_else(|| sockets(guard.pid)) {
                 if !known.insert(inode) {
                     continue;
                 }
-                match process::descriptor_of(guard, number) {
+                match process::descriptor_of(&guard.process, number) {
                     Ok(socket) => rescued.extend(accepted(socket)),
                     Err(Errno::EBADF | Errno::ESRCH) => {}
                     Err(error) => {
@@ -176,7 +196,7 @@ impl Earlier {
     /// Ends the guards: this process has kept everything that it has opened again.
     /// The guards also close the descriptors of daemons that can't end. Needs the async runtime.
     pub fn end(self) {
-        for (_, guard) in self.0 {
+        for Other { process: guard, .. } in self.0 {
             signal(&guard, process::END);
             tokio::spawn(async move {
                 let Ok(other) = guard.try_clone() else { return };
@@ -192,11 +212,11 @@ impl Earlier {
 /// [`PAUSE`], before another guard takes the place of its own.
 pub async fn end_all() {
     let guards = Earlier::find().0;
-    guards.iter().for_each(|(_, guard)| end(guard));
+    guards.iter().for_each(|guard| end(&guard.process));
     let ended = async {
-        for (_, guard) in guards {
+        for guard in guards {
             // Without the wait, the cgroup of the guards stays a little longer.
-            let _ = sys::ended(guard).await;
+            let _ = sys::ended(guard.process).await;
         }
     };
     // The guards end even if the wait fails.

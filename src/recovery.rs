@@ -1,6 +1,6 @@
 //! Recovery: rebuilds the tasks from their records, and compares each with its unit.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
@@ -14,6 +14,7 @@ use crate::oci::state::State;
 use crate::ops::Shim;
 use crate::services::pending::Stored;
 use crate::services::process::hold;
+use crate::services::streams::{Resumed, Streams};
 use crate::services::{Entry, Error, Process, blocking, exec_share, resume_in_background};
 
 use crate::store::{self, Found, OwedTask};
@@ -21,6 +22,32 @@ use crate::suspect::{Crashes, Suspect};
 use crate::task::Task;
 use crate::task::lifecycle::{Event, ObservedExit};
 use crate::task::phase::Phase;
+
+/// How many processes get their streams back at the same time.
+const RESUMING: usize = 8;
+
+/// The processes that are getting their streams back.
+#[derive(Default)]
+struct Resuming(VecDeque<Resumed>);
+
+impl Resuming {
+    /// Adds a process. Waits for the first one if there are many.
+    async fn add(&mut self, streams: &Streams, resumed: Resumed) {
+        self.0.push_back(resumed);
+        if self.0.len() > RESUMING
+            && let Some(first) = self.0.pop_front()
+        {
+            streams.settle(first).await;
+        }
+    }
+
+    /// Waits for all of them.
+    async fn settle(&mut self, streams: &Streams) {
+        while let Some(first) = self.0.pop_front() {
+            streams.settle(first).await;
+        }
+    }
+}
 
 impl Shim {
     /// Recovers the tasks of an earlier daemon: reads their records and compares each task with its unit. A record that has
@@ -41,6 +68,7 @@ impl Shim {
         let records = records?;
         self.announce_owed(&records, owed?);
         let running = self.units.running().await;
+        let mut resuming = Resuming::default();
         for record in records {
             match record {
                 Ok(Found { task, is_current }) => match self.tasks.registry.insert(task) {
@@ -55,7 +83,7 @@ impl Shim {
                             .chain([&task.init.wiring])
                             .for_each(|wiring| self.fds.reserve(wiring.store_number));
                         let suspect = Suspect::record(&entry.key);
-                        suspect.watch(self.recover_task(&entry, &running)).await;
+                        suspect.watch(self.recover_task(&entry, &running, &mut resuming)).await;
                     }
                     Err(conflict) => tracing::error!(
                         ?conflict,
@@ -65,8 +93,10 @@ impl Shim {
                 Err(error) => tracing::error!(%error, "a task is not recovered: {error}"),
             }
         }
+        resuming.settle(&self.streams).await;
         self.tasks.find_owners(&self.files).await;
         self.fds.drop_unclaimed();
+        self.later.begin();
         tokio::spawn(self.units.clone().reference_all());
         Ok(())
     }
@@ -99,7 +129,12 @@ impl Shim {
         }
     }
 
-    async fn recover_task(self: &Arc<Self>, entry: &Arc<Entry>, running: &HashSet<UnitName>) {
+    async fn recover_task(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        running: &HashSet<UnitName>,
+        resuming: &mut Resuming,
+    ) {
         fault::point(Point::RecoverTask);
         let task = entry.task().clone();
         if task.muted {
@@ -135,10 +170,11 @@ impl Shim {
             }
         }
         for process in entry.processes() {
-            self.recover_process(entry, &process, running).await;
+            self.recover_process(entry, &process, running, resuming).await;
         }
         self.tasks.announce(entry);
         if task.muted {
+            resuming.settle(&self.streams).await;
             // Waits for what was resumed above.
             remove_left();
         }
@@ -151,6 +187,7 @@ impl Shim {
         entry: &Arc<Entry>,
         process: &Arc<Process>,
         running: &HashSet<UnitName>,
+        resuming: &mut Resuming,
     ) {
         self.note_end_of_brief_exec(entry, process);
         let exec = process.exec();
@@ -185,7 +222,7 @@ impl Shim {
         if let Some(pid) = pid {
             hold(entry, process, pid);
             if exec.is_none() {
-                self.cgroups.watch(entry);
+                self.cgroups.watch_again(entry);
                 self.notifications.listen_again(entry);
             } else {
                 self.cancel_long_start_job(entry, process);
@@ -195,9 +232,15 @@ impl Shim {
         if !was_there {
             return;
         }
-        self.streams.recover(entry, process).await;
+        let resumed = self.streams.recover(entry, process);
         if running.contains(&process.unit) {
+            if let Some(resumed) = resumed {
+                resuming.add(&self.streams, resumed).await;
+            }
             return;
+        }
+        if let Some(resumed) = resumed {
+            self.streams.settle(resumed).await;
         }
         self.units.query(entry, process).await;
         // An earlier daemon may have ended before it removed the unit.

@@ -84,7 +84,7 @@ pub(super) fn run() -> Result<(), Failure> {
     if let Err(error) = sys::child::limit_data(MAX_DATA) {
         tracing::warn!(%error, "can't limit the memory of the daemon: {error}");
     }
-    let earlier = guard::Earlier::find();
+    let mut earlier = guard::Earlier::find();
     // Before anything is accepted or opened.
     let guard = Guard::start();
     // Before any thread starts, as this changes the environment.
@@ -97,6 +97,7 @@ pub(super) fn run() -> Result<(), Failure> {
         })?;
         tracing::warn!(%error, "can't start threads for the streams of containers, so a container that keeps a stream busy delays the calls of others: {error}");
     }
+    earlier.collect();
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder
         .worker_threads(WORKERS)
@@ -275,7 +276,7 @@ impl ConnectionStore for FdStore {
 async fn serve(
     passed: Passed,
     guard: Result<Guard, guard::Error>,
-    earlier: guard::Earlier,
+    mut earlier: guard::Earlier,
 ) -> Result<(), Failure> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| Failure(format!("can't handle SIGTERM: {error}")))?;

@@ -9,6 +9,7 @@ use crate::cgroup::watch::Watch;
 use crate::id::TaskKey;
 use crate::oci::runtime::OciRuntime;
 use crate::services::files::ClientFiles;
+use crate::services::later::Later;
 use crate::services::launcher::Launcher;
 use crate::services::notifications::Notifications;
 use crate::services::runtime_files::RuntimeFiles;
@@ -81,6 +82,8 @@ pub struct Shim {
     pub(super) oci: Arc<dyn OciRuntime>,
     /// How units run this program.
     pub(super) launcher: Arc<Launcher>,
+    /// Begins what recovery has put off.
+    pub(crate) later: Arc<Later>,
 }
 
 impl Shim {
@@ -91,12 +94,14 @@ impl Shim {
         let Parts { cgroups, manager, oci, program, files, runtime_files, relay, .. } = parts;
         let (tasks, receiver) = Tasks::new(store.clone());
         let (tasks, fds, launcher) = (Arc::new(tasks), Arc::new(fds), Arc::new(Launcher::new(program)));
+        let later = Arc::new(Later::new());
         let streams = Arc::new(Streams::new(
             fds.clone(),
             files.clone(),
             store.clone(),
             manager.clone(),
             launcher.clone(),
+            later.clone(),
         ));
         let notifications = Notifications::new(fds.clone(), store.clone(), manager.clone(), relay);
         let cleanup = Arc::new(Cleanup {
@@ -109,7 +114,7 @@ impl Shim {
             files: files.clone(),
             runtime_files: runtime_files.clone(),
         });
-        let cgroups = Arc::new(Cgroups::new(tasks.clone(), manager.clone(), cgroups));
+        let cgroups = Arc::new(Cgroups::new(tasks.clone(), manager.clone(), cgroups, later.clone()));
         let units =
             Units::new(tasks.clone(), manager.clone(), streams.clone(), cgroups.clone(), cleanup.clone());
         let shim = Self {
@@ -129,6 +134,7 @@ impl Shim {
             manager,
             oci,
             launcher,
+            later,
         };
         (Arc::new(shim), receiver)
     }

@@ -5,6 +5,7 @@ pub mod changes;
 mod error;
 pub(crate) mod exec_share;
 pub mod files;
+pub(crate) mod later;
 pub mod launcher;
 mod live;
 pub mod notifications;

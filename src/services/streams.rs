@@ -11,11 +11,12 @@ use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
 
 use crate::config;
 use crate::launch::contract::Kind;
 use crate::oci::metadata;
-use crate::session::fds::{StreamFds, StreamKind};
+use crate::session::fds::{Claims, StreamFds, StreamKind};
 use crate::session::{self, LogFiles, OpenStreams, Plan, ReopenMode, Session};
 use crate::stdio::{journal, threads};
 use crate::store::Store;
@@ -27,6 +28,7 @@ use crate::unit::properties::{self, UnitMetadata};
 use crate::unit::systemd::Systemd;
 
 use super::files::ClientFiles;
+use super::later::Later;
 use super::launcher::Launcher;
 use super::{Entry, Error, Process, WaitsFor, blocking, waiting};
 
@@ -55,8 +57,15 @@ pub struct Streams {
     /// Starts loggers.
     manager: Arc<dyn Systemd>,
     launcher: Arc<Launcher>,
+    later: Arc<Later>,
     /// How long recovery still waits for streams that do not answer.
     patience: Mutex<Duration>,
+}
+
+/// The streams of a process that are being opened again after a restart.
+pub(crate) struct Resumed {
+    process: Arc<Process>,
+    work: JoinHandle<()>,
 }
 
 impl Streams {
@@ -67,8 +76,9 @@ impl Streams {
         store: Store,
         manager: Arc<dyn Systemd>,
         launcher: Arc<Launcher>,
+        later: Arc<Later>,
     ) -> Self {
-        Self { fds, files, store, manager, launcher, patience: Mutex::new(RESUME_PATIENCE) }
+        Self { fds, files, store, manager, launcher, later, patience: Mutex::new(RESUME_PATIENCE) }
     }
 
     /// What the streams of a process depend on.
@@ -137,9 +147,18 @@ impl Streams {
     /// # Errors
     /// A FIFO or a file can't be opened.
     pub(crate) async fn reopen(&self, plan: Arc<Plan>, mode: ReopenMode) -> Result<OpenStreams, Error> {
-        let (fds, key) = (self.fds.clone(), plan.key.clone());
         // Before any wait: recovery drops what is not claimed.
         let claims = self.fds.claim_streams(plan.wiring.store_number);
+        self.reopen_claimed(plan, mode, claims).await
+    }
+
+    async fn reopen_claimed(
+        &self,
+        plan: Arc<Plan>,
+        mode: ReopenMode,
+        claims: Claims,
+    ) -> Result<OpenStreams, Error> {
+        let (fds, key) = (self.fds.clone(), plan.key.clone());
         let work = move || {
             let _threads = threads::enter();
             plan.reopen(&fds, &claims, mode)
@@ -200,35 +219,41 @@ impl Streams {
         Ok(())
     }
 
-    /// After a restart: reopens the daemon's ends of the streams of a process that lives, or that has left output in them.
-    pub(crate) async fn recover(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) {
-        let Ok(plan) = self.plan(entry, process) else {
-            return;
-        };
+    /// After a restart: begins to reopen the daemon's ends of the streams of a process that lives, or that has left output in
+    /// them. `None` if there is nothing to wait for.
+    pub(crate) fn recover(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) -> Option<Resumed> {
+        let plan = self.plan(entry, process).ok()?;
         if !plan.has_streams() {
-            return;
+            return None;
         }
         let mode = if process.has_ended() { ReopenMode::Ended } else { ReopenMode::Running };
         if mode == ReopenMode::Ended && !self.fds.has(plan.wiring.store_number) {
-            return;
+            return None;
         }
         if self.fds.lacks(&plan.wiring) {
             // If this opened them again, the daemon would lack descriptors to answer calls. The process waits once its
             // pipes are full.
             tracing::warn!(process = %process.key, "{}: its streams wait for a daemon that can open more files", process.key);
-            return;
+            return None;
         }
+        // Recovery drops what is not claimed.
+        let claims = self.fds.claim_streams(plan.wiring.store_number);
         let resumed = {
             let (this, entry, process) = (self.clone(), entry.clone(), process.clone());
             tokio::spawn(suspect::inherit(async move {
-                if let Err(error) = this.resume(&entry, &process, plan, mode).await {
+                if let Err(error) = this.resume(&entry, &process, plan, mode, claims).await {
                     tracing::warn!(process = %process.key, %error, "{}: can't reopen its streams: {error}", process.key);
                 }
             }))
         };
-        // A container can keep its streams busy. The recovery of other tasks does not wait for it.
+        Some(Resumed { process: process.clone(), work: resumed })
+    }
+
+    /// Waits until the streams of a process are open again. A container can keep its streams busy: the recovery of other tasks
+    /// does not wait for it.
+    pub(crate) async fn settle(&self, Resumed { process, work }: Resumed) {
         let limit = (*self.patience()).min(RESUME_LIMIT);
-        if tokio::time::timeout(limit, resumed).await.is_err() {
+        if tokio::time::timeout(limit, work).await.is_err() {
             let mut patience = self.patience();
             *patience = patience.saturating_sub(limit);
             tracing::warn!(process = %process.key, "{}: its streams do not answer, so its output waits until they do", process.key);
@@ -242,13 +267,14 @@ impl Streams {
         process: &Process,
         plan: Plan,
         mode: ReopenMode,
+        claims: Claims,
     ) -> Result<(), Error> {
-        let opened = self.reopen(Arc::new(plan), mode).await?;
+        let opened = self.reopen_claimed(Arc::new(plan), mode, claims).await?;
         if opened.has_journal_copy() {
-            // Nothing is dropped while the daemon does not know the limit. A restart with many containers does not
-            // wait for it.
+            // Nothing is dropped while the daemon does not know the limit.
             entry.init.live().journal_policy.set(0, u32::MAX);
-            tokio::spawn(self.set_journal_policy(entry));
+            let (later, policy) = (self.later.clone(), self.set_journal_policy(entry));
+            tokio::spawn(async move { later.run(policy).await });
         }
         self.begin(entry, process, opened).await
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::cgroup::watch::{Change, Watch};
 use crate::id::TaskKey;
+use crate::services::later::Later;
 use crate::services::{Entry, Tasks};
 use crate::unit::systemd::Systemd;
 
@@ -18,12 +19,18 @@ pub struct Cgroups {
     pub(super) manager: Arc<dyn Systemd>,
     /// Reports changes in the cgroups.
     pub(super) watch: Arc<Watch<TaskKey>>,
+    later: Arc<Later>,
 }
 
 impl Cgroups {
     /// Puts the parts together.
-    pub(crate) fn new(tasks: Arc<Tasks>, manager: Arc<dyn Systemd>, watch: Arc<Watch<TaskKey>>) -> Self {
-        Self { tasks, manager, watch }
+    pub(crate) fn new(
+        tasks: Arc<Tasks>,
+        manager: Arc<dyn Systemd>,
+        watch: Arc<Watch<TaskKey>>,
+        later: Arc<Later>,
+    ) -> Self {
+        Self { tasks, manager, watch, later }
     }
 
     /// Background task: applies what the kernel reports. A repeated report changes nothing. Returns only after an error.
@@ -82,6 +89,18 @@ impl Cgroups {
 
     /// Begins to watch the cgroup of a task, and applies what has happened in it before.
     pub(crate) fn watch(self: &Arc<Self>, entry: &Arc<Entry>) {
+        self.watch_state(entry);
+        tokio::spawn(self.clone().carry_limits_down(entry.clone()));
+    }
+
+    /// The same for a task that is recovered. What has happened to its limits is applied after recovery.
+    pub(crate) fn watch_again(self: &Arc<Self>, entry: &Arc<Entry>) {
+        self.watch_state(entry);
+        let (later, limits) = (self.later.clone(), self.clone().carry_limits_down(entry.clone()));
+        tokio::spawn(async move { later.run(limits).await });
+    }
+
+    fn watch_state(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         let Some(container) = task.cgroup() else {
             return;
@@ -100,6 +119,5 @@ impl Cgroups {
         }
         self.note_oom_kills(entry);
         self.note_freezer(entry);
-        tokio::spawn(self.clone().carry_limits_down(entry.clone()));
     }
 }

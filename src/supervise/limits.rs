@@ -106,11 +106,12 @@ impl Cgroups {
         ) else {
             return Ok(());
         };
-        let (outer, inner) = (read(&unit).await?, read(&container).await?);
+        let outer = read(&unit).await?;
         let new = outer.differing_from(&known);
         if new.is_empty() {
             return Ok(());
         }
+        let inner = read(&container).await?;
         for (attribute, value) in new.iter() {
             tracing::info!(task = %entry.key, "task {}: its unit has a new {} of {value:?}", entry.key, attribute.file());
         }
