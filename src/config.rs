@@ -17,6 +17,9 @@ pub const START_LOCK: &str = "/run/containerd-shim-systemd-v1.lock";
 /// The file with the requests and records that have ended the daemon, see [`crate::suspect`].
 pub const CRASHES: &str = "/run/containerd-shim-systemd-v1.crashes";
 
+/// The symlink with which the daemon says that it serves calls.
+pub const SERVING: &str = "/run/containerd-shim-systemd-v1.serving";
+
 /// The path of a sandbox's rootfs while the OCI runtime creates the sandbox: a mountpoint in the mount namespace of the
 /// sandbox's unit, empty everywhere else.
 pub const SANDBOX_ROOT: &str = "/run/containerd-shim-systemd-v1.sandbox";
@@ -67,6 +70,13 @@ pub const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long the start of the daemon's units may take.
 pub const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long `start` waits for a daemon that does not serve. The recovery of 1,000 tasks takes less than a second.
+pub const SERVING_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long `start` waits before it looks for a reason, and fails if there is one. A daemon that hangs because of a record is given
+/// longer: it serves after two tries of 5 s.
+pub const REASON_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long `start` waits for a bus that does not run. A restart of dbus takes less than a second.
 pub const BUS_LIMIT: Duration = Duration::from_secs(10);

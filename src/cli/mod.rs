@@ -5,6 +5,7 @@ mod delete;
 mod info;
 mod people;
 mod serve;
+mod serving;
 mod start;
 mod wake;
 

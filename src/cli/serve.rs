@@ -50,7 +50,7 @@ use crate::unit::relay::Relay;
 use crate::unit::{bus_config, name, notify, properties, watch};
 use crate::{config, sys, telemetry};
 
-use super::Failure;
+use super::{Failure, serving};
 
 /// The number of threads for D-Bus signals and requests, which all do short work.
 const WORKERS: usize = 2;
@@ -354,6 +354,9 @@ async fn serve(
     });
 
     serve_sockets(&mut workers, sockets, &shim, &connections, &mut adopted)?;
+    serving::announce(Path::new(config::SERVING)).unwrap_or_else(|error| {
+        tracing::warn!(%error, "can't make {}, so each start of a container asks whether the daemon serves: {error}", config::SERVING);
+    });
     let tasks = shim.tasks.count();
     let (version, systemd) = (env!("CARGO_PKG_VERSION"), systemd.version());
     tracing::info!(

@@ -4,8 +4,8 @@
 //! small files are written to the bundle, and the address is printed.
 
 use std::ffi::OsString;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use protobuf::Message;
@@ -19,9 +19,10 @@ use crate::transport::sockets::{Leases, Socket};
 use crate::unit::manager::Manager;
 use crate::unit::properties;
 use crate::unit::{self, name, service_d, watch};
-use crate::{cgroup, config, files};
+use crate::{cgroup, config, doctor, files, sys};
 
 use super::arguments::Flags;
+use super::serving::Question;
 use super::{Failure, block_on, key_of, print, read_stdin};
 
 /// How often a bus that does not run is looked for.
@@ -47,6 +48,7 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     wait_for_bus()?;
     bring_up()?;
     let address = format!("unix://{}", caller.socket(&key)?.path().display());
+    wait_for_daemon()?;
     containerd::write_address(&here, &address).map_err(Failure::new)?;
     print(&caller.answer(address)?)
 }
@@ -180,9 +182,13 @@ fn check_host() -> Result<(), Failure> {
     Ok(())
 }
 
-/// True if a connection to the socket succeeds: systemd holds the socket, and starts the daemon.
+/// True if somebody accepts connections to the socket: systemd, which starts the daemon. Its queue may be full of connections that
+/// no daemon could accept.
 fn listens() -> bool {
-    UnixStream::connect(config::SOCKET).is_ok()
+    match sys::connect_without_waiting(Path::new(config::SOCKET)) {
+        Ok(_) => true,
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    }
 }
 
 /// What to do when the daemon can't be reached: the reason may be anywhere on the machine.
@@ -206,13 +212,45 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     }
     let program = std::env::current_exe()
         .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
-    block_on(start_units(program))?
-        .map_err(|error| Failure(format!("can't start the runtime's daemon: {error}{}", advice())))?;
+    let failed = |error: unit::error::Error| {
+        use unit::error::Error::{Dependency, Job, Refused};
+        let is_of_systemd = matches!(error, Job { .. } | Refused { .. } | Dependency { .. });
+        let reason = is_of_systemd.then(doctor::fault_of_daemon).flatten();
+        let reason = reason.map(|reason| format!("; {reason}")).unwrap_or_default();
+        Failure(format!("can't start the runtime's daemon: {error}{reason}{}", advice()))
+    };
+    block_on(start_units(&program, false))?.map_err(failed)?;
+    if !listens() {
+        block_on(start_units(&program, true))?.map_err(failed)?;
+    }
     if listens() {
         Ok(())
     } else {
         let found = format!("{} is active, but nobody answers on {}", name::DAEMON_SOCKET, config::SOCKET);
         Err(Failure(found + &advice()))
+    }
+}
+
+/// Waits until the daemon serves calls. The call that follows `start` would wait without a limit for a daemon that can't start.
+fn wait_for_daemon() -> Result<(), Failure> {
+    let begun = Instant::now();
+    let mut question = Question::new(Path::new(config::SERVING), Path::new(config::SOCKET));
+    let mut limit = config::REASON_LIMIT;
+    loop {
+        let (problem, is_last) = match question.is_answered(limit.saturating_sub(begun.elapsed())) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {
+                (format!("has not answered for {} s", limit.as_secs()), limit == config::SERVING_LIMIT)
+            }
+            Err(error) => (format!("can't be reached at {}: {error}", config::SOCKET), true),
+        };
+        let reason = doctor::fault_of_daemon();
+        if reason.is_none() && !is_last {
+            limit = config::SERVING_LIMIT;
+            continue;
+        }
+        let reason = reason.unwrap_or_else(|| format!("see systemctl status {}", name::DAEMON_SERVICE));
+        return Err(Failure(format!("the runtime's daemon {problem}: {reason}{}", advice())));
     }
 }
 
@@ -247,7 +285,9 @@ fn shield_daemon() {
     }
 }
 
-async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
+/// Starts the units of the daemon. With `again`, the socket's unit is active, and somebody has removed its file: systemd makes a
+/// new file if the socket is started again.
+async fn start_units(program: &Path, again: bool) -> Result<(), unit::error::Error> {
     let manager = std::sync::Arc::new(Manager::default());
     let observations = std::sync::Arc::default();
     let (listening, first) = tokio::sync::oneshot::channel();
@@ -256,6 +296,10 @@ async fn start_units(program: PathBuf) -> Result<(), unit::error::Error> {
         first.await.map_err(|_| unit::error::Error::no_answer())?;
         let systemd = manager.systemd().await?;
         let (socket, service) = (name::daemon_socket(), name::daemon_service());
+        // An older systemd closes the connections of clients when the service is stopped, which this needs.
+        if again && systemd.has_fd_store_preserve() {
+            manager.stop(&socket).await?;
+        }
         match manager.start(&socket).await {
             Err(unit::error::Error::NotLoaded { .. }) => {}
             Err(unit::error::Error::Job { .. }) => {

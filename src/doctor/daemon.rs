@@ -7,6 +7,7 @@ use crate::config::{CRASHES, CREATE_LIMIT, RUNTIME_LIMIT};
 use crate::launch;
 use crate::sys;
 use crate::unit::name::{DAEMON_SERVICE, PREFIX};
+use crate::unit::policy;
 
 use super::Check;
 use crate::probe::{self, Known, Properties, property, property_number};
@@ -14,6 +15,10 @@ use crate::view;
 
 /// From this number of restarts on, `doctor` warns: administrators do not restart the daemon this often.
 const MANY_RESTARTS: u64 = 20;
+
+/// After this number of starts, a daemon that was started within [`JUST_STARTED_SEC`] ends each time.
+const MANY_STARTS: u64 = 10;
+const JUST_STARTED_SEC: u64 = 3;
 
 /// The part of the descriptor store, or of the daemon's own descriptors, that may be in use.
 const MOST_PERCENT: u64 = 90;
@@ -36,6 +41,10 @@ pub struct Facts {
     jobs: Known<Vec<(String, String, String)>>,
     /// Whether something has crashed the daemon since the boot.
     has_crashed: Known<bool>,
+    /// The age of its process in seconds.
+    age_sec: Option<u64>,
+    /// What the drop-ins of its service set.
+    settings: Option<String>,
 }
 
 pub(super) fn collect() -> Facts {
@@ -49,6 +58,8 @@ pub(super) fn collect() -> Facts {
         commands,
         jobs: probe::systemctl(&["list-jobs", "--no-legend", "--plain", "--full"]).map(|text| jobs(&text)),
         has_crashed: probe::file(CRASHES).map(|text| text.bytes().any(|byte| byte != 0)),
+        age_sec: pid.and_then(|pid| age_sec(u32::try_from(pid).ok()?)),
+        settings: policy::settings_of_daemon(),
         service,
     }
 }
@@ -131,19 +142,29 @@ fn state(facts: &Facts, service: &Properties) -> Check {
             Check::warning(NAME, format!("systemd has restarted the daemon {restarts} times"), journal)
         }
         "active" => Check::ok(NAME, format!("the daemon runs; restarts: {restarts}")),
-        "activating" if restarts >= MANY_RESTARTS => Check::error(
-            NAME,
-            format!("the daemon can't start; systemd has tried it {restarts} times"),
-            journal,
-        ),
+        "activating" if restarts >= MANY_STARTS && facts.age_sec.is_none_or(|age| age < JUST_STARTED_SEC) => {
+            failing(facts, &format!("the daemon can't start; systemd has tried it {restarts} times"), journal)
+        }
         "activating" => {
             Check::warning(NAME, format!("the daemon is starting; restarts: {restarts}"), journal)
         }
         "failed" => {
             let result = property(service, "Result").unwrap_or("failed");
-            Check::error(NAME, format!("the daemon has failed: {result}"), journal)
+            failing(facts, &format!("the daemon has failed: {result}"), journal)
         }
         _ => Check::ok(NAME, "the daemon does not run; the next container starts it"),
+    }
+}
+
+/// A drop-in is a frequent reason.
+fn failing(facts: &Facts, found: &str, journal: String) -> Check {
+    match &facts.settings {
+        None => Check::error("daemon", found, journal),
+        Some(settings) => Check::error(
+            "daemon",
+            format!("{found}; its drop-ins set {settings}"),
+            format!("{journal}; after a change of a drop-in, run systemctl daemon-reload"),
+        ),
     }
 }
 
@@ -223,6 +244,8 @@ mod tests {
             commands: vec![(7, "runc".to_owned(), 3)],
             jobs: Ok(vec![]),
             has_crashed: Err(Unknown::Absent(CRASHES.to_owned())),
+            age_sec: Some(60),
+            settings: None,
         }
     }
 
@@ -245,8 +268,16 @@ mod tests {
             Status::Error
         );
         assert!(fault(&facts(&[("NRestarts", "900")])).found.contains("900"));
-        let failing = fault(&facts(&[("ActiveState", "activating"), ("NRestarts", "900")]));
-        assert_eq!(failing.status, Status::Error, "{failing:?}");
+        let activating = || facts(&[("ActiveState", "activating"), ("NRestarts", "900")]);
+        // It may have been killed often, and recover now.
+        assert_eq!(fault(&activating()).status, Status::Warning);
+        for age_sec in [None, Some(0)] {
+            let settings = Some("ExecStartPre=false in /etc/x.conf".to_owned());
+            let failing = fault(&Facts { age_sec, settings, ..activating() });
+            assert_eq!(failing.status, Status::Error, "{failing:?}");
+            assert!(failing.found.ends_with("900 times; its drop-ins set ExecStartPre=false in /etc/x.conf"));
+            assert!(failing.advice.contains("journalctl") && failing.advice.contains("daemon-reload"));
+        }
         assert!(fault(&Facts { is_replaced: Ok(true), ..facts(&[]) }).advice.contains("restart"));
         assert_eq!(fault(&Facts { has_crashed: Ok(true), ..facts(&[]) }).name, "crashes");
     }

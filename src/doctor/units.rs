@@ -44,15 +44,22 @@ pub struct Facts {
     order: Known<Properties>,
     /// Files that units name and that do not exist.
     missing: Vec<PathBuf>,
-    /// Drop-ins for namespaces that break containers: path, setting, and what happens.
+    /// Drop-ins for namespaces that break containers, and those of the daemon that break it: path, setting, and what happens.
     harmful: Vec<(PathBuf, String, &'static str)>,
 }
 
 pub(super) fn collect() -> Facts {
+    let mut facts = collect_of_daemon();
+    facts.harmful.extend(policy::harmful_for_namespaces());
+    facts
+}
+
+/// The facts without those about the units of containers.
+pub(super) fn collect_of_daemon() -> Facts {
     let [service, socket, slice, order] =
         [DAEMON_SERVICE, DAEMON_SOCKET, DAEMON_SLICE, ORDER_SLICE].map(probe::show_one);
     let missing = service.iter().filter_map(program).filter(|path| !path.exists()).collect();
-    Facts { service, socket, slice, order, missing, harmful: policy::harmful_for_namespaces() }
+    Facts { service, socket, slice, order, missing, harmful: policy::harmful_for_daemon() }
 }
 
 /// The program in `ExecStart={ path=… ; argv[]=… }`.
@@ -73,7 +80,14 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     };
     let units =
         [(DAEMON_SERVICE, service), (DAEMON_SOCKET, socket), (DAEMON_SLICE, slice), (ORDER_SLICE, order)];
-    let mut checks: Vec<Check> = units.iter().flat_map(|(name, unit)| loading(name, unit)).collect();
+    // Some of these are the reason of what follows.
+    let harmful = facts.harmful.iter().map(|(path, setting, effect)| {
+        let found = format!("{} sets {setting}: {effect}", path.display());
+        let advice = format!("remove {setting} from {}, then systemctl daemon-reload", path.display());
+        Check::error(NAME, found, advice)
+    });
+    let loading = units.iter().flat_map(|(name, unit)| loading(name, unit));
+    let mut checks: Vec<Check> = harmful.chain(loading).collect();
     for path in &facts.missing {
         let found = format!("{DAEMON_SERVICE} runs {}, which does not exist", path.display());
         checks.push(Check::error(NAME, found, "install the program again, or systemctl daemon-reload"));
@@ -87,11 +101,6 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
         checks.push(Check::warning(NAME, found, format!("systemctl restart {DAEMON_SERVICE}")));
     }
     checks.extend(for_all_services(service));
-    for (path, setting, effect) in &facts.harmful {
-        let found = format!("{} sets {setting}: {effect}", path.display());
-        let advice = format!("remove {setting} from {}, then systemctl daemon-reload", path.display());
-        checks.push(Check::error(NAME, found, advice));
-    }
     if checks.is_empty() {
         let is_installed = property(service, "LoadState") == Some("loaded");
         let is_transient = property(service, "Transient") == Some("yes");

@@ -19,6 +19,8 @@ pub mod user_namespace;
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
@@ -28,6 +30,7 @@ use nix::sched::CloneFlags;
 use nix::sys::eventfd::EventFd;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixCredentials, sendmsg};
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
@@ -37,6 +40,18 @@ pub use huge::use_huge_pages;
 pub use poll::poll;
 pub use receive::{discard_message, peek_fds, peek_text, receive_from_process};
 pub use room::once_there_is_room;
+
+/// Connects to a Unix socket, without waiting for anything. The connection does not wait either.
+///
+/// # Errors
+/// Nobody listens, or the listener's queue is full: clients come faster than it accepts them
+/// ([`std::io::ErrorKind::WouldBlock`]).
+pub fn connect_without_waiting(path: &Path) -> std::io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
 
 /// The descriptors that systemd passed to this process, each with the name it gave them.
 ///

@@ -14,6 +14,9 @@ use super::{drop_ins, name, service_d};
 /// How many settings an error names.
 const MOST_NAMED: usize = 8;
 
+/// The types of service as which systemd starts the daemon and knows its process.
+const TYPES_OF_DAEMON: [&str; 5] = ["notify", "notify-reload", "exec", "simple", "idle"];
+
 /// A setting of a drop-in.
 #[derive(Clone, Debug, PartialEq)]
 struct Setting {
@@ -64,15 +67,15 @@ pub(super) fn conflict(search_path: &Directories, unit: &str) -> Option<String> 
     if !is_meant || !unit.ends_with(service_d::SERVICE) {
         return None;
     }
-    // The last of several values counts.
-    let mut last = BTreeMap::new();
-    for setting in settings_in(search_path, unit) {
-        last.insert(setting.name.clone(), setting);
-    }
-    last.values().find_map(|setting| {
+    last_of_each(settings_in(search_path, unit)).values().find_map(|setting| {
         let effect = effect(&setting.name, &setting.value).filter(|effect| effect.concerns(unit))?;
         Some(format!("{setting}: {}", effect.text()))
     })
+}
+
+/// The settings by their names. The last of several values counts.
+fn last_of_each(settings: Vec<Setting>) -> BTreeMap<String, Setting> {
+    settings.into_iter().map(|setting| (setting.name.clone(), setting)).collect()
 }
 
 /// Whether a drop-in of a service, or one for all services, has a setting that also holds for the output that the daemon copies to
@@ -136,6 +139,26 @@ pub fn harmful_for_namespaces() -> Vec<(PathBuf, String, &'static str)> {
         Some((setting.file, format!("{}={}", setting.name, setting.value), effect.text()))
     });
     found.collect()
+}
+
+/// The drop-ins of the daemon's service with which systemd does not start it: path, setting, and what happens. systemd does not
+/// show them if the service is transient, as it does not load the service then.
+pub fn harmful_for_daemon() -> Vec<(PathBuf, String, &'static str)> {
+    harmful_for_daemon_in(&Directories::open_all())
+}
+
+fn harmful_for_daemon_in(search_path: &Directories) -> Vec<(PathBuf, String, &'static str)> {
+    let settings = last_of_each(settings_in(search_path, name::DAEMON_SERVICE)).into_values();
+    let harmful = settings.filter(|set| set.name == "Type" && !TYPES_OF_DAEMON.contains(&set.value.as_str()));
+    harmful.map(|set| (set.file, format!("{}={}", set.name, set.value), "the daemon can't start")).collect()
+}
+
+/// The settings in the drop-ins of the daemon's service, each with its file. `None` if there are none. Some of those that can hold
+/// secrets are left out.
+pub fn settings_of_daemon() -> Option<String> {
+    let settings = settings_in(&Directories::open_all(), name::DAEMON_SERVICE);
+    let may_be_secret = |name: &str| name.contains("Environment") || name.contains("Credential");
+    named(settings.iter().filter(|setting| !may_be_secret(&setting.name)))
 }
 
 /// What a setting breaks for the units of containers or of execs.
@@ -233,6 +256,32 @@ mod tests {
         }
         let found = units.conflict("containerd-other-web.service").unwrap();
         assert!(found.starts_with("RefuseManualStart=yes in "), "{found}");
+    }
+
+    #[test]
+    fn a_type_with_which_the_daemon_cant_start_is_found() {
+        for (files, expected) in [
+            (
+                &[("run/containerd-shim-systemd-v1.service.d/x.conf", "Type=oneshot")][..],
+                Some("Type=oneshot"),
+            ),
+            (&[("etc/containerd-.service.d/x.conf", "Type=forking")], Some("Type=forking")),
+            (&[("etc/containerd-default-.service.d/x.conf", "Type=forking")], None),
+            (&[("run/containerd-shim-systemd-v1.service.d/x.conf", "Type=simple")], None),
+            (
+                &[
+                    ("run/containerd-shim-systemd-v1.service.d/x.conf", "Type=oneshot"),
+                    ("run/containerd-shim-systemd-v1.service.d/y.conf", "Type=notify"),
+                ],
+                None,
+            ),
+        ] {
+            let units = units();
+            files.iter().for_each(|(file, text)| units.write(file, text));
+            let dirs = Directories::open(["etc", "run", "usr"].map(|dir| units.0.path().join(dir)));
+            let found = harmful_for_daemon_in(&dirs);
+            assert_eq!(found.iter().map(|(_, setting, _)| setting.as_str()).next(), expected, "{files:?}");
+        }
     }
 
     #[test]

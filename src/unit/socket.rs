@@ -6,11 +6,10 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use rustix::io::Errno;
-use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -18,6 +17,7 @@ use zbus::connection::Builder;
 use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
 
 use super::wire::Filter;
+use crate::sys;
 
 /// Where the system bus listens.
 const BUS: &str = "/run/dbus/system_bus_socket";
@@ -35,16 +35,13 @@ pub(super) async fn connect() -> zbus::Result<UnixStream> {
 /// # Errors
 /// There is no bus.
 pub(super) fn check() -> zbus::Result<()> {
-    let check = || {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        match net::connect(&socket, &SocketAddrUnix::new(BUS)?) {
-            // The queue is full: clients come faster than the bus accepts them.
-            Err(Errno::AGAIN) => Ok(()),
-            connected => connected,
+    match sys::connect_without_waiting(Path::new(BUS)) {
+        // The queue is full: clients come faster than the bus accepts them.
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+            Err(zbus::Error::InputOutput(Arc::new(error)))
         }
-    };
-    check().map_err(|error: Errno| zbus::Error::InputOutput(Arc::new(error.into())))
+        _ => Ok(()),
+    }
 }
 
 /// A client of the bus over `stream`.

@@ -118,7 +118,7 @@ pub fn messages(matches: &[&str]) -> Vec<String> {
     journal(matches).iter().filter_map(|entry| Some(entry["MESSAGE"].as_str()?.to_string())).collect()
 }
 
-/// A drop-in for all containers of a namespace, removed on drop.
+/// A drop-in for all containers of a namespace, or for other services, removed on drop.
 pub struct DropIn {
     directory: PathBuf,
 }
@@ -131,6 +131,10 @@ impl DropIn {
     /// For every service whose name begins like those of containers: also for the daemon's.
     pub fn for_all(text: &str) -> DropIn {
         DropIn::new("containerd-", text)
+    }
+
+    pub fn for_daemon(text: &str) -> DropIn {
+        DropIn::new("containerd-shim-systemd-v1", text)
     }
 
     fn new(beginning: &str, text: &str) -> DropIn {

@@ -1,13 +1,16 @@
 //! Common problems on somebody's first day: the error of `ctr run` says what failed, on what, and what to do, and
 //! `doctor` reports the same problem.
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
+use crate::common::daemon;
 use crate::common::disturb::{start_bus, stop_bus};
 use crate::common::image::IMAGE;
 use crate::common::leaks::STATE_DIRECTORY;
@@ -137,6 +140,9 @@ fn a_masked_unit_is_named() {
     let node = Node::exclusive();
     let unit = "containerd-shim-systemd-v1.socket";
     stop_daemon();
+    // A service that keeps descriptors stays loaded, from systemd 262 on with its socket, and no mask takes the place of a transient
+    // unit that is loaded. An older systemd, and a service that is not loaded, have nothing to clean.
+    process::run("systemctl", &["clean", "--what=fdstore", systemd::DAEMON_SERVICE]);
     let undo = Undo(&[&["systemctl", "unmask", "--runtime", "containerd-shim-systemd-v1.socket"]]);
     process::succeed("systemctl", &["mask", "--runtime", unit]);
     says(&refused(&node, &[]), &[unit, "masked", "systemctl unmask"]);
@@ -246,6 +252,94 @@ fn a_bus_that_does_not_run_is_reported() {
         says(&error, &["systemd can't be reached over D-Bus", "doctor"]);
     }
     node.container("after", Spec::sleeping()).started(&Io::default()).end();
+}
+
+/// A process that is stopped, and continues on drop.
+struct Frozen(u32);
+
+impl Frozen {
+    fn new(pid: u32) -> Frozen {
+        daemon::signal(pid, Signal::SIGSTOP);
+        Frozen(pid)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        daemon::signal(self.0, Signal::SIGCONT);
+    }
+}
+
+#[test]
+fn a_daemon_that_waits_for_the_bus_is_reported() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let before = node.container("before", Spec::sleeping()).started(&Io::default());
+    // The next daemon waits for the bus, which accepts connections and does not answer.
+    let frozen = Frozen::new(systemd::main_pid("dbus.service"));
+    daemon::kill_now();
+    let error = refused(&node, &[]);
+    drop(frozen);
+    says(
+        &error,
+        &["has not answered for 30 s", "systemctl status containerd-shim-systemd-v1.service", "doctor"],
+    );
+    before.end();
+}
+
+#[test]
+fn a_drop_in_with_which_the_daemon_cant_start_is_named() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let undo = Undo(&[&["systemctl", "daemon-reload"]]);
+    for (lines, setting) in [
+        ("ExecStartPre=false", "ExecStartPre=false"),
+        ("ExecStart=\nExecStart=/bin/false", "ExecStart=/bin/false"),
+        ("RootDirectory=/usr", "RootDirectory=/usr"),
+        ("Type=oneshot", "Type=oneshot"),
+    ] {
+        stop_daemon();
+        let _drop_in = DropIn::for_daemon(&format!("[Service]\n{lines}\n"));
+        process::succeed("systemctl", &["daemon-reload"]);
+        let begun = Instant::now();
+        let error = refused(&node, &[]);
+        assert!(begun.elapsed() < Duration::from_secs(35), "{:?}: {error}", begun.elapsed());
+        let words = [setting, "containerd-shim-systemd-v1.service.d/50-e2e.conf", "doctor"];
+        says(&error, &words);
+        let outcome = doctor();
+        let is_named = |[status, _, line]: &[String; 3]| {
+            status == "error" && words[..2].iter().all(|word| line.contains(word))
+        };
+        assert!(faults(&outcome).iter().any(is_named), "{outcome:?}");
+    }
+    stop_daemon();
+    drop(undo);
+    node.container("after", Spec::sleeping()).started(&Io::default()).end();
+}
+
+#[test]
+fn a_directory_of_records_that_cant_be_used_is_named() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    stop_daemon();
+    fs::remove_dir_all(STATE_DIRECTORY).expect("remove the directory of the records");
+    fs::write(STATE_DIRECTORY, "").expect("write a file");
+    let undo = Undo(&[&["rm", "-f", STATE_DIRECTORY]]);
+    says(&refused(&node, &[]), &[STATE_DIRECTORY, "Not a directory", "doctor"]);
+    finds(&doctor(), "records", &[STATE_DIRECTORY, "is no directory"]);
+    drop(undo);
+    node.container("after", Spec::sleeping()).started(&Io::default()).end();
+}
+
+#[test]
+fn sockets_whose_files_were_removed_are_made_again() {
+    needs!(OurShim, PreservedStore);
+    let node = Node::exclusive();
+    let before = node.container("before", Spec::sleeping()).started(&Io::default());
+    process::succeed("sh", &["-c", "rm /run/containerd-shim-systemd-v1.sock*"]);
+    node.container("after", Spec::sleeping()).started(&Io::default()).end();
+    before.exec(Spec::sh("exit 5")).started(&Io::default()).wait().expect("the end of an exec");
+    before.end();
 }
 
 #[test]
