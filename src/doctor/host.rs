@@ -5,13 +5,15 @@ use crate::config::OLDEST_SYSTEMD;
 use crate::sys;
 
 use super::{Check, bus};
-use crate::probe::{self, Known};
+use crate::probe::{self, Known, Properties, property};
 
 /// The controllers without which limits of containers have no effect.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
 /// Before this version, a stop of the daemon closes its connections.
 const KEEPS_DESCRIPTORS: u32 = 254;
+
+const JOURNALD: [&str; 2] = ["systemd-journald.service", "systemd-journald.socket"];
 
 /// The facts about the host.
 #[derive(Debug)]
@@ -22,6 +24,8 @@ pub struct Facts {
     has_pidfd: bool,
     is_unified: bool,
     controllers: Known<String>,
+    /// Its service, and the socket that starts it.
+    journald: [Known<Properties>; 2],
 }
 
 pub(super) fn collect() -> Facts {
@@ -33,6 +37,7 @@ pub(super) fn collect() -> Facts {
         has_pidfd: sys::pidfd_open(std::process::id()).is_ok(),
         is_unified: cgroup::is_unified(),
         controllers: probe::file("/sys/fs/cgroup/cgroup.controllers"),
+        journald: JOURNALD.map(probe::show_one),
     }
 }
 
@@ -40,7 +45,24 @@ pub(super) fn checks(facts: &Facts, bus: &bus::Facts) -> Vec<Check> {
     let mut checks = vec![systemd(facts, bus), kernel(facts), hierarchy(facts)];
     // cgroup v1 has no such file.
     checks.extend(facts.is_unified.then(|| controllers(facts)));
+    checks.push(journal(facts));
     checks
+}
+
+fn journal(facts: &Facts) -> Check {
+    const NAME: &str = "journal";
+    let units = match &facts.journald {
+        [Ok(service), Ok(socket)] => [service, socket],
+        [Err(unknown), _] | [_, Err(unknown)] => return Check::unknown(NAME, unknown),
+    };
+    let is_up = |unit: &Properties| matches!(property(unit, "ActiveState"), Some("active" | "activating"));
+    if units.into_iter().any(is_up) {
+        Check::ok(NAME, "systemd-journald runs")
+    } else {
+        let found =
+            "systemd-journald does not run, so the daemon's log and the output of containers are lost";
+        Check::warning(NAME, found, format!("systemctl start {}", JOURNALD.join(" ")))
+    }
 }
 
 fn systemd(facts: &Facts, bus: &bus::Facts) -> Check {
@@ -126,7 +148,7 @@ fn controllers(facts: &Facts) -> Check {
 mod tests {
     use super::super::Status;
     use super::*;
-    use crate::probe::Unknown;
+    use crate::probe::{Unknown, properties};
 
     fn healthy() -> Facts {
         Facts {
@@ -136,7 +158,12 @@ mod tests {
             has_pidfd: true,
             is_unified: true,
             controllers: Ok("cpuset cpu io memory hugetlb pids\n".to_owned()),
+            journald: ["active", "active"].map(unit),
         }
+    }
+
+    fn unit(state: &str) -> Known<Properties> {
+        Ok(properties(&[("ActiveState", state)]))
     }
 
     fn silent() -> bus::Facts {
@@ -148,7 +175,7 @@ mod tests {
     }
 
     fn all_but(name: &'static str, status: Status) -> Vec<(&'static str, Status)> {
-        let names = ["systemd", "kernel", "cgroup", "controllers"];
+        let names = ["systemd", "kernel", "cgroup", "controllers", "journal"];
         names.into_iter().map(|each| (each, if each == name { status } else { Status::Ok })).collect()
     }
 
@@ -177,10 +204,20 @@ mod tests {
     #[test]
     fn cgroup_v1_and_missing_controllers_are_found() {
         let facts = Facts { is_unified: false, ..healthy() };
-        assert_eq!(found(&facts, &silent()), all_but("cgroup", Status::Error)[..3]);
+        let mut expected = all_but("cgroup", Status::Error);
+        expected.retain(|(name, _)| *name != "controllers");
+        assert_eq!(found(&facts, &silent()), expected);
         let facts = Facts { controllers: Ok("cpu memory".to_owned()), ..healthy() };
         assert_eq!(found(&facts, &silent()), all_but("controllers", Status::Warning));
         assert!(checks(&facts, &silent())[3].found.contains("cpuset, io, pids"));
+    }
+
+    #[test]
+    fn a_machine_without_a_journal_is_reported() {
+        let with = |service, socket| Facts { journald: [service, socket].map(unit), ..healthy() };
+        // The socket starts the service.
+        assert_eq!(found(&with("inactive", "active"), &silent()), all_but("", Status::Ok));
+        assert_eq!(found(&with("inactive", "inactive"), &silent()), all_but("journal", Status::Warning));
     }
 
     #[test]

@@ -65,7 +65,7 @@ pub const DOCTOR: Tool = Tool {
     most_words: 0,
     summary: "say what is wrong on this machine, and what to do about it",
     text: &[
-        "Checks systemd, cgroups, D-Bus, containerd and its configuration, the OCI runtime, limits, the space for \
+        "Checks systemd, cgroups, the journal, D-Bus, containerd and its configuration, the OCI runtime, limits, the space for \
          records, the daemon's units and their drop-ins, the daemon's health, records and leftovers. Each check is one \
          line: its result (ok, warning, error or unknown), its name, what was found, and what to do.",
         "doctor changes nothing, starts nothing, and does not need the daemon. Every user can run it; what only root \
