@@ -1,8 +1,9 @@
 //! A process that shares the descriptor table of this process (clone(2), `CLONE_FILES`) and does nothing else: a
 //! descriptor that is open in this process stays open for some time after its end. If this process can't end, the other one
-//! helps ([`stuck`]).
+//! helps ([`stuck`]). It also sees to it that systemd starts the next daemon in time ([`wake`]).
 
 mod stuck;
+mod wake;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
@@ -79,7 +80,9 @@ unsafe fn be_guard(parent: libc::pid_t, limit: &libc::timespec, systemd: Option<
         if let (Some(status), Some(systemd)) = (status, systemd) {
             stuck::start_heir(parent, status, systemd);
         }
-        libc::sigtimedwait(&raw const end, std::ptr::null_mut(), limit);
+        if systemd.is_none() || !wake::systemd_until(&end) {
+            libc::sigtimedwait(&raw const end, std::ptr::null_mut(), limit);
+        }
         if status.is_some() && libc::getppid() == parent {
             stuck::close_all();
         }
