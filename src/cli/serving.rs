@@ -199,7 +199,12 @@ mod tests {
         let mut asking = Question::new(&path, &socket);
         assert!(!asking.is_answered(SOON).unwrap());
         drop((first, listener.accept().unwrap()));
-        let daemon = thread::spawn(move || listener.accept().unwrap().0.write_all(b"no").unwrap());
+        let daemon = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            // The end of the connection before the question is no answer.
+            stream.read_exact(&mut [0]).unwrap();
+            stream.write_all(b"no").unwrap();
+        });
         assert!(asking.is_answered(LATE).unwrap());
         daemon.join().unwrap();
     }
