@@ -58,9 +58,9 @@ impl Shim {
     pub async fn recover(self: &Arc<Self>, crashes: &Arc<Crashes>) -> Result<(), Error> {
         let (store, crashes) = (self.store.clone(), crashes.clone());
         let load = move || {
-            // These directories only cost some memory, so the tasks are recovered nevertheless.
+            // What is left only costs some memory, so the tasks are recovered nevertheless.
             if let Err(error) = store.remove_leftovers() {
-                tracing::warn!(%error, "directories that a removal has left behind can't be removed: {error}");
+                tracing::warn!(%error, "can't remove what an earlier daemon has left unfinished: {error}");
             }
             (store.load_all(&crashes), store.load_owed())
         };

@@ -90,7 +90,8 @@ pub(super) fn read_by_turns(path: &Path) -> Result<Option<Vec<u8>>, Error> {
             return content(file, path).map(Some);
         }
     }
-    // A daemon of an earlier version, which kept the lock while it put the file at its path, was killed then.
+    // A daemon of an earlier version kept the lock while it put the file at its path. If it was killed then, nobody writes the
+    // file.
     read(path)
 }
 

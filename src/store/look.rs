@@ -2,8 +2,6 @@
 
 use std::path::PathBuf;
 
-use crate::id::{Namespace, TaskKey};
-
 use super::record::RECORD;
 use super::{CRASHED, Error, Found, Store, entries};
 
@@ -17,19 +15,15 @@ impl Store {
     /// Only for the directory of all records; each record has a result of its own.
     pub fn look(&self) -> Result<Vec<Look>, Error> {
         let mut records = Vec::new();
-        for namespace in entries(&self.root)?.iter().filter_map(|name| Namespace::new(name).ok()) {
-            let dir = self.root.join(namespace.as_str());
-            let words = match entries(&dir) {
-                Ok(words) => words,
+        for (dir, keys) in self.namespaces()? {
+            let keys = match keys {
+                Ok(keys) => keys,
                 Err(error) => {
                     records.push((dir, Err(error)));
                     continue;
                 }
             };
-            for word in words {
-                let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
-                    continue;
-                };
+            for key in keys {
                 // A record that was deleted meanwhile is left out.
                 if let Some(found) = self.load(&key).transpose() {
                     records.push((self.dir(&key).join(RECORD), found));

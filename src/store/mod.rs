@@ -93,6 +93,9 @@ pub struct Store {
     root: PathBuf,
 }
 
+/// The directory of a namespace, and the keys of its tasks' directories.
+type TasksOfNamespace = (PathBuf, Result<Vec<TaskKey>, Error>);
+
 impl Store {
     /// A store below `root`, which is created with the first record.
     pub fn new(root: impl Into<PathBuf>) -> Self {
@@ -198,21 +201,15 @@ impl Store {
     /// The directory of all records can't be read. Each record has its own result.
     pub fn load_all(&self, crashes: &Crashes) -> Result<Vec<Result<Found, Error>>, Error> {
         let mut tasks = Vec::new();
-        for namespace in entries(&self.root)? {
-            let Ok(namespace) = Namespace::new(&namespace) else {
-                continue;
-            };
-            let words = match entries(&self.root.join(namespace.as_str())) {
-                Ok(words) => words,
+        for (_, keys) in self.namespaces()? {
+            let keys = match keys {
+                Ok(keys) => keys,
                 Err(error) => {
                     tasks.push(Err(error));
                     continue;
                 }
             };
-            for word in words {
-                let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
-                    continue;
-                };
+            for key in keys {
                 let suspect = Suspect::record(&key);
                 if crashes.is_given_up(suspect) {
                     // If an administrator moves the record back, it is tried again.
@@ -224,6 +221,21 @@ impl Store {
             }
         }
         Ok(tasks)
+    }
+
+    /// The directory of each namespace, and the keys of its tasks' directories.
+    ///
+    /// # Errors
+    /// The directory of all records can't be read. Each namespace has its own result.
+    fn namespaces(&self) -> Result<Vec<TasksOfNamespace>, Error> {
+        let namespaces = entries(&self.root)?.into_iter().filter_map(|name| Namespace::new(&name).ok());
+        let keys = |namespace: Namespace| {
+            let dir = self.root.join(namespace.as_str());
+            let key = |word: String| TaskKey::from_word(namespace.clone(), &word).ok();
+            let keys = entries(&dir).map(|words| words.into_iter().filter_map(key).collect());
+            (dir, keys)
+        };
+        Ok(namespaces.map(keys).collect())
     }
 
     /// Moves the record of a task to a directory that recovery does not read, where an administrator can inspect it.
@@ -253,16 +265,9 @@ impl Store {
         let is_missing = |path: PathBuf| {
             fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
         };
-        for namespace in entries(&self.root)? {
-            let Ok(namespace) = Namespace::new(&namespace) else {
-                continue;
-            };
-            let dir = self.root.join(namespace.as_str());
-            // Loading the records has reported a directory that can't be read.
-            for word in entries(&dir).unwrap_or_default() {
-                let Ok(key) = TaskKey::from_word(namespace.clone(), &word) else {
-                    continue;
-                };
+        for (dir, keys) in self.namespaces()? {
+            // Whoever loads the records reports a directory that can't be read.
+            for key in keys.unwrap_or_default() {
                 // If an administrator moves a record back, its task needs the rest of the directory.
                 if is_missing(self.dir(&key).join(RECORD))
                     && is_missing(self.aside(&key))
