@@ -1,6 +1,6 @@
 //! A process that shares the descriptor table of this process (clone(2), `CLONE_FILES`) and does nothing else: a
 //! descriptor that is open in this process stays open for some time after its end. If this process can't end, the other one
-//! helps ([`stuck`]). It also sees to it that systemd starts the next daemon in time ([`wake`]).
+//! helps ([`stuck`]). It also makes systemd start the next daemon in time ([`wake`]).
 
 mod stuck;
 mod wake;
@@ -87,6 +87,21 @@ unsafe fn be_guard(parent: libc::pid_t, limit: &libc::timespec, systemd: Option<
             stuck::close_all();
         }
         libc::_exit(0)
+    }
+}
+
+/// Starts a process that shares all descriptors with this process. `flags` are those of clone3(2) besides `CLONE_FILES`. With
+/// `CLONE_PARENT`, its parent is the parent of this process, and `exit_signal` has to be 0.
+///
+/// # Safety
+/// As for fork(2) in a process with threads: the call returns twice, and the child has to be async-signal-safe.
+unsafe fn sharing_descriptors(flags: libc::c_int, exit_signal: libc::c_int) -> libc::c_long {
+    // SAFETY: all zeroes is a valid clone_args; without `CLONE_VM` the call returns twice, as fork(2) does.
+    unsafe {
+        let mut args: libc::clone_args = std::mem::zeroed();
+        args.flags = (libc::CLONE_FILES | flags) as u64;
+        args.exit_signal = exit_signal as u64;
+        libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>())
     }
 }
 

@@ -162,13 +162,8 @@ impl<const N: usize> Text<N> {
 /// # Safety
 /// As for fork(2) in a process with threads: the child has to be async-signal-safe.
 unsafe fn child() -> libc::c_long {
-    // SAFETY: all zeroes is a valid clone_args; without `CLONE_VM` the call returns twice, as fork(2) does.
-    unsafe {
-        let mut args: libc::clone_args = std::mem::zeroed();
-        args.flags = libc::CLONE_FILES as u64;
-        args.exit_signal = libc::SIGCHLD as u64;
-        libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>())
-    }
+    // SAFETY: the caller takes care of the child.
+    unsafe { super::sharing_descriptors(0, libc::SIGCHLD) }
 }
 
 /// Starts the heir of a stuck process: systemd takes it for the main process, and it ends with this wait status.

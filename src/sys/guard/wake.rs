@@ -1,6 +1,6 @@
 //! What a guard does so that systemd starts the next daemon when it is due.
 //!
-//! systemd waits for `RestartSec=` and then for up to 250 ms more: it lets timers expire together, so as to wake up rarely
+//! systemd waits for `RestartSec=` and then for up to 250 ms more: it lets timers expire together, to wake up rarely
 //! (sd_event_add_time(3), `accuracy`), and no unit can change that. But each event makes it look at its timers. The end of a
 //! child is such an event.
 //!
@@ -24,22 +24,20 @@ pub unsafe fn systemd_until(signals: &libc::sigset_t) -> bool {
             if libc::sigtimedwait(signals, std::ptr::null_mut(), &raw const PAUSE) > 0 {
                 return true;
             }
-            parent();
+            wake_parent();
         }
     }
     false
 }
 
-/// Starts a process that is a child of this process's parent, and ends at once.
+/// Starts a child of this process's parent. The child ends at once.
 ///
 /// # Safety
 /// As for fork(2) in a process with threads: the child has to be async-signal-safe.
-unsafe fn parent() {
-    // SAFETY: all zeroes is a valid clone_args; without `CLONE_VM` the call returns twice, as fork(2) does.
+unsafe fn wake_parent() {
+    // SAFETY: the child only ends.
     unsafe {
-        let mut args: libc::clone_args = std::mem::zeroed();
-        args.flags = (libc::CLONE_PARENT | libc::CLONE_FILES) as u64;
-        if libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) == 0 {
+        if super::sharing_descriptors(libc::CLONE_PARENT, 0) == 0 {
             libc::_exit(0);
         }
     }
@@ -57,7 +55,7 @@ mod tests {
             if systemd == 0 {
                 let guard = libc::fork();
                 if guard == 0 {
-                    parent();
+                    wake_parent();
                     libc::_exit(7);
                 }
                 let mut statuses = [-1; 2];
