@@ -1,6 +1,9 @@
 //! Work that recovery puts off: calls wait until the tasks are recovered, and no call needs this work.
 
+use std::sync::Arc;
+
 use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
 /// How many pieces of the work run at the same time. The rest of the machine is for calls, which have waited.
 const AT_ONCE: usize = 2;
@@ -20,18 +23,20 @@ impl Later {
         self.0.add_permits(AT_ONCE);
     }
 
-    /// Runs work in its turn, after recovery.
-    pub(crate) async fn run(&self, work: impl Future<Output = ()>) {
-        // The semaphore is never closed.
-        let _turn = self.0.acquire().await;
-        work.await;
+    /// Spawns work that runs in its turn, after recovery.
+    pub(crate) fn spawn(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+        let later = self.clone();
+        tokio::spawn(async move {
+            // The semaphore is never closed.
+            let _turn = later.0.acquire().await;
+            work.await;
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[tokio::test]
@@ -40,14 +45,10 @@ mod tests {
         let gate = Arc::new(Semaphore::new(0));
         let pieces: Vec<_> = (0..5)
             .map(|_| {
-                let (later, running, gate) = (later.clone(), running.clone(), gate.clone());
-                tokio::spawn(async move {
-                    later
-                        .run(async {
-                            running.fetch_add(1, Ordering::SeqCst);
-                            gate.acquire().await.unwrap().forget();
-                        })
-                        .await;
+                let (running, gate) = (running.clone(), gate.clone());
+                later.spawn(async move {
+                    running.fetch_add(1, Ordering::SeqCst);
+                    gate.acquire().await.unwrap().forget();
                 })
             })
             .collect();

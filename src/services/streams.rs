@@ -273,8 +273,7 @@ impl Streams {
         if opened.has_journal_copy() {
             // Nothing is dropped while the daemon does not know the limit.
             entry.init.live().journal_policy.set(0, u32::MAX);
-            let (later, policy) = (self.later.clone(), self.set_journal_policy(entry));
-            tokio::spawn(async move { later.run(policy).await });
+            self.later.spawn(self.set_journal_policy(entry));
         }
         self.begin(entry, process, opened).await
     }

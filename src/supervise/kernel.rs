@@ -96,8 +96,7 @@ impl Cgroups {
     /// The same for a task that is recovered. What has happened to its limits is applied after recovery.
     pub(crate) fn watch_again(self: &Arc<Self>, entry: &Arc<Entry>) {
         self.watch_state(entry);
-        let (later, limits) = (self.later.clone(), self.clone().carry_limits_down(entry.clone()));
-        tokio::spawn(async move { later.run(limits).await });
+        self.later.spawn(self.clone().carry_limits_down(entry.clone()));
     }
 
     fn watch_state(self: &Arc<Self>, entry: &Arc<Entry>) {
