@@ -110,11 +110,7 @@ fn threads() -> Known<(u64, u64)> {
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     let mut checks: Vec<Check> =
         facts.space.iter().filter_map(|(path, space)| room(path, space.as_ref())).collect();
-    if let Some(reason) = facts.state {
-        let advice =
-            "without this directory no container starts: remove it or mount it read-write, whichever applies";
-        checks.push(Check::error("records", format!("{STATE_DIR} {reason}"), advice));
-    }
+    checks.extend(state(facts));
     checks.push(at_least("descriptors", "fs.nr_open", &facts.most_descriptors, DESCRIPTORS));
     checks.push(left("files", "fs.file-max", &facts.files));
     checks.push(at_least("inotify", "fs.inotify.max_user_instances", &facts.inotify, 128));
@@ -124,6 +120,18 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     // runc makes a keyring for each container.
     checks.push(at_least("keys", "kernel.keys.root_maxkeys", &facts.keys, 10_000));
     checks
+}
+
+/// The checks about the directory of all records alone.
+pub(super) fn checks_of_state_dir(facts: &Facts) -> Vec<Check> {
+    let space = facts.space.iter().filter(|(path, _)| *path == STATE_DIR);
+    space.filter_map(|(path, space)| room(path, space.as_ref())).chain(state(facts)).collect()
+}
+
+fn state(facts: &Facts) -> Option<Check> {
+    let advice =
+        "without this directory no container starts: remove it or mount it read-write, whichever applies";
+    Some(Check::error("records", format!("{STATE_DIR} {}", facts.state?), advice))
 }
 
 fn room(path: &str, space: Result<&Space, &Unknown>) -> Option<Check> {

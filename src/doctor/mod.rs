@@ -17,7 +17,6 @@ mod units;
 
 pub use report::{json, text};
 
-use crate::config::STATE_DIR;
 use crate::probe::Unknown;
 
 /// How a check ended.
@@ -122,10 +121,12 @@ pub fn examine(facts: &Facts) -> Vec<Check> {
 
 /// What keeps the daemon from serving calls, and what to do: the first error that the checks about the daemon find.
 pub fn fault_of_daemon() -> Option<String> {
-    let limits = limits::checks(&limits::collect()).into_iter();
-    let limits = limits.filter(|check| check.found.contains(STATE_DIR)).collect();
-    let checks =
-        [units::checks(&units::collect_of_daemon()), limits, daemon::checks(&daemon::collect())].concat();
+    let checks = [
+        units::checks(&units::collect_of_daemon()),
+        limits::checks_of_state_dir(&limits::collect()),
+        daemon::checks(&daemon::collect()),
+    ]
+    .concat();
     let fault = checks.into_iter().find(|check| check.status == Status::Error)?;
     Some(format!("{}: {}", fault.found, fault.advice))
 }
