@@ -200,6 +200,23 @@ pub fn systemctl(verb: &str) {
     process::succeed("systemctl", &[verb, DAEMON_SERVICE]);
 }
 
+/// A process that is stopped by a signal until this is dropped.
+pub struct Frozen(u32);
+
+impl Frozen {
+    pub fn new(pid: u32) -> Frozen {
+        signal(pid, Signal::SIGSTOP);
+        wait::until_true("the process is stopped", || is_stopped(pid));
+        Frozen(pid)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        signal(self.0, Signal::SIGCONT);
+    }
+}
+
 /// A daemon that is stopped by a signal: it does nothing and receives nothing. Later SIGKILL ends it, so this daemon never
 /// continues its work.
 pub struct Down {

@@ -5,14 +5,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any as ShimAny;
-use nix::sys::signal::Signal;
 use prost::Message as _;
 use prost_types::Any;
 use serde_json::Value;
 use ttrpc::Code;
 
 use crate::common::container::Container;
-use crate::common::daemon;
+use crate::common::daemon::{self, Frozen};
 use crate::common::exec::Exec;
 use crate::common::node::{Node, unique};
 use crate::common::shim::{Bundle, Shim, over_ttrpc};
@@ -331,22 +330,9 @@ fn lines_that_are_written_one_at_a_time_are_all_in_the_copy() {
     }
 }
 
-/// journald is stopped by a signal until this is dropped.
-pub struct Frozen(u32);
-
-impl Frozen {
-    pub fn new() -> Frozen {
-        let pid = systemd::main_pid("systemd-journald.service");
-        daemon::signal(pid, Signal::SIGSTOP);
-        wait::until_true("journald is stopped", || daemon::is_stopped(pid));
-        Frozen(pid)
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        daemon::signal(self.0, Signal::SIGCONT);
-    }
+/// Stops journald by a signal until the result is dropped.
+pub fn freeze_journald() -> Frozen {
+    Frozen::new(systemd::main_pid("systemd-journald.service"))
 }
 
 #[test]
@@ -362,7 +348,7 @@ fn a_journald_that_hangs_delays_neither_a_container_nor_its_client() {
         let (spec, io) = if terminal { (spec.terminal(), fifos.terminal()) } else { (spec, fifos.output()) };
         let container = node.container("hang", spec).started(&io);
         stdout.until(|seen| seen.starts_with(b"ready"));
-        let frozen = Frozen::new();
+        let frozen = freeze_journald();
         container.kill(SIGTERM).expect("let it write");
         let seen = stdout.until(|seen| seen.trim_ascii_end().ends_with(b"over"));
         // systemd itself waits for journald when it logs that a unit has ended.
@@ -403,7 +389,7 @@ fn a_journald_that_hangs_delays_neither_failing_calls_nor_an_exit_nor_the_next_d
         let (_, text) = shim.create(request).expect_err("no such mode");
         assert!(text.contains(&word) && begun.elapsed() < limit, "{text} after {:?}", begun.elapsed());
     };
-    let frozen = Frozen::new();
+    let frozen = freeze_journald();
     fill_queue_of_journald();
     // The daemon has two threads for calls. It logs each call that fails.
     (0..5).for_each(|_| fail());

@@ -1,7 +1,6 @@
 //! Common problems on somebody's first day: the error of `ctr run` says what failed, on what, and what to do, and
 //! `doctor` reports the same problem.
 
-use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs;
@@ -10,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::common::daemon;
+use crate::common::daemon::{self, Frozen};
 use crate::common::disturb::{start_bus, stop_bus};
 use crate::common::image::IMAGE;
 use crate::common::leaks::STATE_DIRECTORY;
@@ -252,22 +251,6 @@ fn a_bus_that_does_not_run_is_reported() {
         says(&error, &["systemd can't be reached over D-Bus", "doctor"]);
     }
     node.container("after", Spec::sleeping()).started(&Io::default()).end();
-}
-
-/// A process that is stopped, and continues on drop.
-struct Frozen(u32);
-
-impl Frozen {
-    fn new(pid: u32) -> Frozen {
-        daemon::signal(pid, Signal::SIGSTOP);
-        Frozen(pid)
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        daemon::signal(self.0, Signal::SIGCONT);
-    }
 }
 
 #[test]

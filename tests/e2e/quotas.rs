@@ -18,7 +18,7 @@ use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::task::Io;
-use crate::log_modes::{Frozen, fill_queue_of_journald};
+use crate::log_modes::{fill_queue_of_journald, freeze_journald};
 
 /// The size of a new pipe (pipe(7)).
 const PIPE_SIZE: i32 = 64 << 10;
@@ -125,7 +125,7 @@ fn the_streams_of_many_processes_leave_memory_for_the_pipes_of_root() {
 fn output_that_waits_for_journald_leaves_memory_for_the_pipes_of_root() {
     needs!(OurShim);
     let node = Node::exclusive();
-    let frozen = Frozen::new();
+    let frozen = freeze_journald();
     fill_queue_of_journald();
     // Long lines, of which there are fewer than the journal's copy may have.
     let script = "head -c 300000 /dev/zero | tr '\\0' x | fold -w 4000; echo; echo over; sleep 100000";
