@@ -368,8 +368,8 @@ async fn move_copied(
 /// The pause after each [`CHUNK`] of output that is dropped because it exceeds the limit of the journal.
 const SKIP_PAUSE: Duration = Duration::from_millis(1);
 
-/// Copies from a pipe to `copies`, and moves it to `fifo`, until the pipe ends, or, once `complete`, until it is empty. Moves up to `most` bytes
-/// at once, of which a copy comes twice if the daemon ends in between.
+/// Copies output from a pipe to `copies`, and moves the output to `fifo`, until the pipe ends, or, once `complete`, until the pipe is
+/// empty. Moves up to `most` bytes at once, of which a copy comes twice if the daemon ends in between.
 async fn spread(
     from: &AsyncFd<OwnedFd>,
     copies: &mut [Sink],

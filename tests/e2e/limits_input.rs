@@ -142,7 +142,7 @@ fn an_impossible_slice_is_named() {
     needs!(OurShim);
     let node = Node::exclusive();
     let shim = Shim::connect(&node);
-    // As above.
+    // The daemon keeps what it makes for its first container.
     node.container("warm", Spec::sleeping()).started(&Io::default()).end();
     let before = Traces::take();
     let long = format!("{}.slice", "x".repeat(260));
