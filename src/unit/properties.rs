@@ -230,14 +230,14 @@ pub fn logger(shown: &UnitMetadata<'_>, command: &[String]) -> Properties {
 }
 
 /// The unit that waits for a call while the daemon is stopped. It ends once its standard input, `wake_fd`, is readable.
-/// systemd starts it once the daemon has ended.
+/// systemd starts it once the daemon has ended. It is not in the daemon's slice: while an administrator stops that slice, systemd
+/// starts nothing in it.
 ///
 /// # Errors
 /// The descriptor can't be duplicated.
 pub fn wake(command: &[String], wake_fd: BorrowedFd<'_>) -> Result<Properties, std::io::Error> {
     let mut list: Vec<(&'static str, Variant<'static>)> = vec![
         ("Description", "Starts the containerd shim at the next call".into()),
-        ("Slice", name::DAEMON_SLICE.into()),
         ("Type", "exec".into()),
         ("ExecStart", exec_start(command, ExitCode::Counts)),
         ("CollectMode", "inactive-or-failed".into()),

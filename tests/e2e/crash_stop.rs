@@ -49,6 +49,19 @@ fn a_call_brings_a_stopped_daemon_back() {
 }
 
 #[test]
+fn a_call_brings_back_a_daemon_whose_slice_was_stopped() {
+    needs!(OurShim, PreservedStore);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    let (pid, waiting) = (container.pid(), container.waiting());
+    process::succeed("systemctl", &["stop", "containerd_shim.slice"]);
+    wait::until_true("there is no daemon", || daemon::processes().is_empty());
+    assert_eq!((container.pid(), container.phase()), (pid, Status::Running));
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(waiting.exit().expect("a Wait from before").status, 137);
+}
+
+#[test]
 fn a_new_container_brings_a_stopped_daemon_back() {
     needs!(OurShim, PreservedStore);
     let node = Node::exclusive();
