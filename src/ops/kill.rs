@@ -59,6 +59,13 @@ impl Tasks {
         let ends_task = key.exec.is_none() && signal == SIGKILL && task.init.is_alive();
         if all && key.exec.is_none() {
             kill_all(&task, signal).await?;
+            if ends_task {
+                // Somebody may have moved init into another cgroup.
+                match signal_process(&task, &process, signal) {
+                    Ok(()) | Err(Error::Finished) => {}
+                    Err(error) => return Err(error),
+                }
+            }
         } else {
             signal_process(&task, &process, signal)?;
         }

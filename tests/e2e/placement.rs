@@ -10,7 +10,7 @@ use crate::common::container::Container;
 use crate::common::node::{Node, unique};
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, Cursor};
-use crate::common::task::Io;
+use crate::common::task::{Io, SIGKILL};
 use crate::common::wait::until_true;
 use crate::common::{cgroup, process};
 
@@ -191,6 +191,23 @@ fn a_cgroup_with_processes_of_others_is_refused_and_they_live_on() {
     drop(container);
     let _ = fs::remove_dir(child);
     fs::remove_dir(directory).expect("the client's own parent is empty");
+}
+
+/// Tools on a node move processes, and so can a privileged container.
+#[test]
+fn a_kill_of_all_processes_reaches_init_in_another_cgroup() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let elsewhere = PathBuf::from(format!("{ROOT}/{}", unique("e2e-moved")));
+    fs::create_dir(&elsewhere).expect("make a cgroup");
+    let container = node.container("moved", Spec::sleeping()).started(&Io::default());
+    let exec = container.exec(Spec::sleeping()).started(&Io::default());
+    fs::write(elsewhere.join("cgroup.procs"), container.pid().to_string()).expect("move init");
+    container.kill_all(SIGKILL).expect("kill all");
+    assert_eq!((container.exit_status(), exec.exit_status()), (137, 137));
+    drop(exec);
+    drop(container);
+    fs::remove_dir(elsewhere).expect("the cgroup is empty");
 }
 
 /// kubelet ends a pod in this way: it sends SIGKILL to all processes in the pod's cgroup, and stops the slice.
