@@ -15,6 +15,7 @@ pub(crate) mod pending;
 pub mod process;
 pub mod registry;
 pub mod runtime_files;
+mod spare_threads;
 pub mod streams;
 mod tasks;
 pub mod waiting;

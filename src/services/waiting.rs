@@ -11,7 +11,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use crate::id::TaskKey;
 use crate::suspect;
 
+use super::spare_threads::SpareThreads;
 use super::{Error, blocking};
+
+static THREADS: SpareThreads = SpareThreads::new("waiting");
 
 /// How long work waits for its turn. As long as a client may take to open its end of a FIFO.
 const TURN_LIMIT: Duration = crate::config::STDIO_LIMIT;
@@ -92,8 +95,6 @@ pub(crate) async fn waiting<T: Send + 'static>(
     task: &TaskKey,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
-    /// Enough for opening and polling a few descriptors.
-    const STACK: usize = 256 << 10;
     let turn = tokio::time::timeout(TURN_LIMIT, waits_for.threads().turn(task));
     let turn = turn.await.map_err(|_| Error::ManyWait { task: task.clone(), waits_for: waits_for.what() })?;
     let (done, result) = oneshot::channel();
@@ -104,13 +105,12 @@ pub(crate) async fn waiting<T: Send + 'static>(
     let run = move || {
         let _context = runtime.enter();
         let result = work();
-        // The next one may begin before this thread has ended.
+        // The next one may begin before this work has ended.
         drop(turn);
         // The receiver was dropped if the call was cancelled.
         let _ = done.send(result);
     };
-    let thread = std::thread::Builder::new().name("waiting".to_owned()).stack_size(STACK).spawn(run);
-    thread.map_err(Error::NoThread)?;
+    THREADS.run(run).map_err(Error::NoThread)?;
     result.await.map_err(|_| Error::Stopping)
 }
 
