@@ -87,7 +87,7 @@ pub(super) fn message(data: &[u8]) {
     let is_broadcast = message.message_type() == Type::Signal && destination.is_empty();
     assert!(is_broadcast, "{signal:?} from {message:?}");
     match signal {
-        Signal::Service { unit, .. } => {
+        Signal::Service { unit, .. } | Signal::Spawned(unit) => {
             assert_eq!((sender, interface, member), (OWNER, PROPERTIES_INTERFACE, "PropertiesChanged"));
             assert!(unit.as_str().starts_with(name::PREFIX), "{unit}");
             assert_eq!(name::from_object_path(path), Some(unit));

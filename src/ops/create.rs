@@ -275,14 +275,14 @@ impl Shim {
             },
         };
         let requested = request_unit(&*self.manager, task.unit(), begun_by, begin, taken).await;
-        self.launcher.warm_up();
         let requested = requested.map_err(|error| match error {
             Error::Unit(error) => additions::refused(task, error),
             other => other,
         });
         match requested? {
-            Some(job) => {
+            Some(mut job) => {
                 fault::point(Point::CreateBegun);
+                self.launcher.warm_up_after(job.spawned());
                 self.await_unit(entry, task, dir, self.manager.wait_for_start(job)).await
             }
             None => self.await_unit(entry, task, dir, self.manager.wait_until_started(task.unit())).await,

@@ -102,10 +102,10 @@ impl Shim {
                 Err(Error::NotRemoved { process: process.key.to_string(), reason: left.text() })
             },
         };
-        let requested = request_unit(&*self.manager, &exec.unit, begun_by, begin, taken).await?;
-        if requested.is_some() {
+        let mut requested = request_unit(&*self.manager, &exec.unit, begun_by, begin, taken).await?;
+        if let Some(job) = &mut requested {
             fault::point(Point::ExecStartBegun);
-            self.launcher.warm_up();
+            self.launcher.warm_up_after(job.spawned());
         }
         Ok(requested)
     }

@@ -104,17 +104,20 @@ impl Launcher {
         self.criu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A process is about to be moved between cgroups; see [`cgroup::warm_up`].
-    pub(crate) fn warm_up(&self) {
-        if self.warming.swap(true, Ordering::Relaxed) {
-            return;
-        }
+    /// A process will soon be moved between cgroups; see [`cgroup::warm_up`]. `spawned`: resolves to true once systemd has spawned
+    /// it. Not before: the kernel's work holds a lock that systemd needs to make the cgroup of a unit.
+    pub(crate) fn warm_up_after(&self, spawned: impl Future<Output = bool> + Send + 'static) {
         let warming = self.warming.clone();
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = cgroup::warm_up() {
-                tracing::debug!(%error, "can't prepare the kernel for moves between cgroups, creates are slower: {error}");
+        tokio::spawn(async move {
+            if !spawned.await || warming.swap(true, Ordering::Relaxed) {
+                return;
             }
-            warming.store(false, Ordering::Relaxed);
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = cgroup::warm_up() {
+                    tracing::debug!(%error, "can't prepare the kernel for moves between cgroups, creates are slower: {error}");
+                }
+                warming.store(false, Ordering::Relaxed);
+            });
         });
     }
 

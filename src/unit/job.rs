@@ -1,9 +1,9 @@
-//! Waiting for the ends of systemd's jobs.
+//! Waiting for systemd's jobs.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use zbus::OwnedObjectPath;
 
 use crate::id::UnitName;
@@ -13,7 +13,14 @@ use super::error::Error;
 /// A job that has ended, and its result.
 type JobEnd = (OwnedObjectPath, String);
 
-type Waiters = HashMap<UnitName, Vec<mpsc::UnboundedSender<JobEnd>>>;
+type Waiters = HashMap<UnitName, Vec<Waiter>>;
+
+/// The other side of a [`JobWaiter`].
+struct Waiter {
+    ends: mpsc::UnboundedSender<JobEnd>,
+    /// Used once.
+    spawned: Option<oneshot::Sender<()>>,
+}
 
 /// Everything that waits for a job, by unit.
 #[derive(Clone, Default)]
@@ -26,16 +33,25 @@ impl Jobs {
 
     /// Receives the ends of a unit's jobs. It must exist before the call that makes the job, or the job can end unnoticed.
     pub(super) fn wait_for(&self, unit: &UnitName) -> JobWaiter {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        self.waiters().entry(unit.clone()).or_default().push(sender);
-        JobWaiter { jobs: self.clone(), unit: unit.clone(), receiver }
+        let (ends, receiver) = mpsc::unbounded_channel();
+        let (sender, spawned) = oneshot::channel();
+        self.waiters().entry(unit.clone()).or_default().push(Waiter { ends, spawned: Some(sender) });
+        JobWaiter { jobs: self.clone(), unit: unit.clone(), receiver, spawned: Some(spawned) }
+    }
+
+    /// Reports to all waiters of a unit that it has a main process.
+    pub(super) fn spawned(&self, unit: &UnitName) {
+        for waiter in self.waiters().get_mut(unit).into_iter().flatten() {
+            // Not every waiter receives this.
+            let _ = waiter.spawned.take().map(|waiter| waiter.send(()));
+        }
     }
 
     /// Reports to all waiters of a unit that a job has ended.
     pub(super) fn ended(&self, unit: &UnitName, job: &OwnedObjectPath, result: &str) {
         for waiter in self.waiters().get(unit).into_iter().flatten() {
             // A waiter that is being dropped needs no report.
-            let _ = waiter.send((job.clone(), result.to_owned()));
+            let _ = waiter.ends.send((job.clone(), result.to_owned()));
         }
     }
 
@@ -43,7 +59,7 @@ impl Jobs {
     fn sweep(&self, unit: &UnitName) {
         let mut jobs = self.waiters();
         if let Some(waiters) = jobs.get_mut(unit) {
-            waiters.retain(|waiter| !waiter.is_closed());
+            waiters.retain(|waiter| !waiter.ends.is_closed());
             if waiters.is_empty() {
                 jobs.remove(unit);
             }
@@ -63,11 +79,26 @@ pub struct StartJob {
     pub(super) job: Option<OwnedObjectPath>,
 }
 
+impl StartJob {
+    /// Resolves to true once systemd reports the main process of the unit, for the first caller. False if the wait for the
+    /// job ends before.
+    pub fn spawned(&mut self) -> impl Future<Output = bool> + Send + use<> {
+        let spawned = self.waiter.spawned.take();
+        async move {
+            match spawned {
+                Some(spawned) => spawned.await.is_ok(),
+                None => false,
+            }
+        }
+    }
+}
+
 /// Waits for a job of one unit.
 pub(super) struct JobWaiter {
     jobs: Jobs,
     unit: UnitName,
     receiver: mpsc::UnboundedReceiver<JobEnd>,
+    spawned: Option<oneshot::Receiver<()>>,
 }
 
 impl JobWaiter {
@@ -105,6 +136,24 @@ impl Drop for JobWaiter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_spawned_process_is_reported_once_and_not_after_the_wait_for_the_job() {
+        let (jobs, unit) = (Jobs::default(), UnitName::new("a.service").unwrap());
+        let start = || StartJob { waiter: jobs.wait_for(&unit), job: None };
+        let (mut first, mut second) = (start(), start());
+        let (spawned, again) = (first.spawned(), first.spawned());
+        jobs.spawned(&UnitName::new("b.service").unwrap());
+        jobs.spawned(&unit);
+        jobs.spawned(&unit);
+        assert!(spawned.await);
+        assert!(!again.await);
+        assert!(second.spawned().await);
+        let mut third = start();
+        let spawned = third.spawned();
+        drop(third);
+        assert!(!spawned.await);
+    }
 
     #[test]
     fn a_dropped_waiter_leaves_nothing() {

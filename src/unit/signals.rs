@@ -32,12 +32,14 @@ pub const BUS_PATH: &str = "/org/freedesktop/DBus";
 /// What a signal reports.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// The main process of a service has changed.
+    /// The main process of a service may be another one now, or none.
     Service {
         /// The service.
         unit: UnitName,
         main: MainProcess,
     },
+    /// A service has a main process that runs. systemd reports this several times.
+    Spawned(UnitName),
     /// A job of a unit has ended.
     Job {
         unit: UnitName,
@@ -77,8 +79,7 @@ pub fn read(message: &Message, systemd: Option<&OwnedUniqueName>) -> Option<Sign
     }
 }
 
-/// A change after which the main process may be another one, or none. The other changes, about five in the life of a
-/// unit, are ignored.
+/// What a change of a service's properties reports.
 fn service(path: &str, message: &Message) -> Option<Signal> {
     let unit = name::from_object_path(path).filter(|unit| unit.as_str().starts_with(name::PREFIX))?;
     let body = message.body();
@@ -88,7 +89,7 @@ fn service(path: &str, message: &Message) -> Option<Signal> {
     }
     let main = MainProcess::default().updated(|name| values.get(name));
     let runs = main.pid.is_some() && main.ended.is_none();
-    (!runs).then_some(Signal::Service { unit, main })
+    Some(if runs { Signal::Spawned(unit) } else { Signal::Service { unit, main } })
 }
 
 fn job(message: &Message) -> Option<Signal> {
@@ -228,10 +229,11 @@ mod tests {
     }
 
     #[test]
-    fn running_services_and_units_of_others_are_ignored() {
+    fn a_service_that_runs_is_only_reported_as_spawned_and_units_of_others_are_ignored() {
         let running: HashMap<_, Variant<'static>> =
             [("MainPID", 7_u32.into()), ("ExecMainPID", 7_u32.into()), ("ExecMainCode", 0_i32.into())].into();
-        assert_eq!(send(CHANGED, &(SERVICE_INTERFACE, running, Vec::<&str>::new())), None);
+        let spawned = Signal::Spawned(UnitName::new("containerd-default-web.service").unwrap());
+        assert_eq!(send(CHANGED, &(SERVICE_INTERFACE, running, Vec::<&str>::new())), Some(spawned));
         let other = From { path: "/org/freedesktop/systemd1/unit/ssh_2eservice", ..CHANGED };
         assert_eq!(send(other, &exit()), None);
     }

@@ -127,6 +127,7 @@ async fn forward(
         };
         match signals::read(&message, systemd.as_ref()) {
             Some(Signal::Service { unit, main }) => observations.reported(unit, main),
+            Some(Signal::Spawned(unit)) => manager.jobs.spawned(&unit),
             Some(Signal::Job { unit, job, result }) => manager.jobs.ended(&unit, &job, &result),
             Some(Signal::Reloading) => shield_loaded(),
             Some(Signal::Reloaded) => observations.missed(),
