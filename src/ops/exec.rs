@@ -1,6 +1,7 @@
 //! Exec: adds a process to a task. Nothing runs before Start.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::fault::{self, Point};
 use crate::id::{ExecId, ProcessKey, TaskKey, UnitName};
@@ -32,6 +33,9 @@ pub struct AddExec {
     pub spec: Vec<u8>,
 }
 
+/// How long a new exec waits for the stop of the unit that it would have the name of.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+
 impl Shim {
     /// Records a new exec. Nothing runs before Start.
     ///
@@ -60,6 +64,9 @@ impl Shim {
             Ok::<_, Error>((stdio, Wiring { store_number, ..wiring }, unit))
         };
         let (stdio, wiring, unit) = self.files.run(WaitsFor::LogFile, &process_key, read_files).await??;
+        // An exec with this id may have been deleted just now. Another name does as well.
+        let is_free = self.tasks.registry.until_stopped(&key, |stopping| Some(stopping) == unit.as_ref());
+        let _ = tokio::time::timeout(STOP_LIMIT, is_free).await;
         exec_share::check_streams(&entry.task(), &id, &wiring, &self.fds)?;
         let description = metadata::of_exec(&task.init.description, &id, &spec.program);
         let (process, _verb) = self.register_exec(&entry, &id, unit)?;

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -44,8 +44,8 @@ pub struct Live {
     pub(crate) cgroup: LiveCgroup,
     /// The task on disk, for an init process.
     pub(crate) disk: OnDisk,
-    /// The unit of an exec that has ended is being removed.
-    pub(crate) removal: Option<JoinHandle<Result<(), Error>>>,
+    /// The stop of the unit of an exec that has ended.
+    pub(crate) unit_stop: Option<UnitStop>,
     /// A Delete removes the exec. Its unit's name may be that of another exec soon.
     pub(crate) is_deleted: bool,
     /// True while criu dumps its processes: criu thaws and freezes them.
@@ -55,6 +55,14 @@ pub struct Live {
     /// The containerd that its bundle belongs to, once that is known. Only the init process of a task has it, and only if
     /// the record does not say it.
     pub(crate) bundle_owner: Option<Owner>,
+}
+
+/// The stop of a unit, in the background.
+pub(crate) struct UnitStop {
+    /// Receives once systemd has the job: from then on, it stops the unit whatever becomes of the daemon.
+    pub(crate) accepted: oneshot::Receiver<()>,
+    /// Ends once the unit is stopped.
+    pub(crate) done: JoinHandle<Result<(), Error>>,
 }
 
 /// Signals to an operation that is under way.

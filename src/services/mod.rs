@@ -7,7 +7,7 @@ pub(crate) mod exec_share;
 pub mod files;
 pub(crate) mod later;
 pub mod launcher;
-mod live;
+pub(crate) mod live;
 pub mod notifications;
 mod ordered;
 mod owner;

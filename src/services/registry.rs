@@ -178,7 +178,7 @@ pub type Verb = tokio::sync::OwnedMutexGuard<()>;
 pub enum Conflict {
     /// Another live task or exec has the id.
     Key,
-    /// Another live task or exec has the unit.
+    /// Another live task or exec has the unit, or systemd still stops that of a deleted exec.
     Unit,
     /// The task of the exec was deleted.
     Deleted,
@@ -190,7 +190,26 @@ pub type Found<L> = (Arc<Entry<L>>, Arc<Process<L>>);
 struct Maps<L> {
     tasks: HashMap<TaskKey, Arc<Entry<L>>>,
     units: HashMap<UnitName, ProcessKey>,
+    /// The units of deleted execs that systemd is still stopping, and what resolves once they are stopped.
+    stopping: HashMap<UnitName, (TaskKey, watch::Receiver<()>)>,
 }
+
+/// While this exists, no other exec gets the unit of a deleted exec.
+pub struct Stopping<L> {
+    registry: Arc<Registry<L>>,
+    unit: UnitName,
+    /// Its end wakes those who wait for the unit.
+    _stopped: watch::Sender<()>,
+}
+
+impl<L> Drop for Stopping<L> {
+    fn drop(&mut self) {
+        self.registry.maps().stopping.remove(&self.unit);
+    }
+}
+
+/// The most units of deleted execs of one task that systemd is still stopping.
+const MOST_STOPPING: usize = 64;
 
 /// The live tasks of this node.
 pub struct Registry<L> {
@@ -199,7 +218,13 @@ pub struct Registry<L> {
 
 impl<L> Default for Registry<L> {
     fn default() -> Self {
-        Self { maps: Ordered::new(Maps { tasks: HashMap::new(), units: HashMap::new() }) }
+        Self {
+            maps: Ordered::new(Maps {
+                tasks: HashMap::new(),
+                units: HashMap::new(),
+                stopping: HashMap::new(),
+            }),
+        }
     }
 }
 
@@ -245,7 +270,7 @@ impl<L: Default> Registry<L> {
         if execs.contains_key(id) {
             return Err(Conflict::Key);
         }
-        if maps.units.contains_key(&unit) {
+        if maps.units.contains_key(&unit) || maps.stopping.contains_key(&unit) {
             return Err(Conflict::Unit);
         }
         let key = ProcessKey { task: entry.key.clone(), exec: Some(id.clone()) };
@@ -287,6 +312,32 @@ impl<L> Registry<L> {
     /// All tasks, in no order.
     pub fn all(&self) -> Vec<Arc<Entry<L>>> {
         self.maps().tasks.values().cloned().collect()
+    }
+
+    /// Keeps the unit of an exec that is about to be deleted from other execs, until systemd has stopped it. `None` if there
+    /// are many of this task: the delete waits until the unit is stopped.
+    pub fn stopping(self: &Arc<Self>, process: &Process<L>) -> Option<Stopping<L>> {
+        let mut maps = self.maps();
+        let task = &process.key.task;
+        if maps.stopping.values().filter(|(other, _)| other == task).count() >= MOST_STOPPING {
+            return None;
+        }
+        let (sender, receiver) = watch::channel(());
+        maps.stopping.insert(process.unit.clone(), (task.clone(), receiver));
+        Some(Stopping { registry: self.clone(), unit: process.unit.clone(), _stopped: sender })
+    }
+
+    /// Waits until systemd has stopped the units of all deleted execs of a task for which `is_meant` returns true.
+    pub async fn until_stopped(&self, task: &TaskKey, is_meant: impl Fn(&UnitName) -> bool) {
+        let stopping: Vec<_> = {
+            let maps = self.maps();
+            let of_task = maps.stopping.iter().filter(|(unit, (other, _))| other == task && is_meant(unit));
+            of_task.map(|(_, (_, stopped))| stopped.clone()).collect()
+        };
+        for mut stopped in stopping {
+            // Nothing is sent: the end of the sender is the message.
+            while stopped.changed().await.is_ok() {}
+        }
     }
 
     /// Removes a task and its execs, and wakes the calls that still wait for one of them.

@@ -17,7 +17,7 @@ use super::{Entry, Error, Live, Process};
 /// The live tasks of this node. `changes` is how they change.
 pub struct Tasks {
     /// The tasks by their names and units.
-    pub(crate) registry: Registry<Live>,
+    pub(crate) registry: Arc<Registry<Live>>,
     /// Their records.
     pub(super) store: Store,
     /// Tasks that owe events, for the publisher.
@@ -48,7 +48,7 @@ impl Tasks {
     pub(crate) fn new(store: Store) -> (Self, mpsc::UnboundedReceiver<Arc<Entry>>) {
         let (outgoing, receiver) = mpsc::unbounded_channel();
         let tasks = Self {
-            registry: Registry::default(),
+            registry: Arc::default(),
             store,
             outgoing,
             unwritten: Unwritten::default(),

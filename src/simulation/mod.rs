@@ -3,6 +3,7 @@
 
 mod calls;
 mod crashes;
+mod execs;
 mod given_up;
 pub(crate) mod harness;
 mod loggers;

@@ -8,6 +8,9 @@ use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
 use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::launch;
@@ -18,6 +21,7 @@ use crate::oci::state::State;
 use crate::oci::{mount, mount_options, pod_files};
 use crate::services::changes::Noted;
 use crate::services::files::ClientFiles;
+use crate::services::live::UnitStop;
 use crate::services::process::{lives_in, read_pid};
 use crate::services::runtime_files::RuntimeFiles;
 use crate::services::streams::{Streams, cancel_pumps, stored_number};
@@ -240,7 +244,7 @@ impl Cleanup {
 
     /// Removes what a task has outside of the daemon. Output of execs that the client has not read by now is lost, as with
     /// containerd-shim-runc-v2.
-    pub(crate) async fn remove_container(&self, task: &Task, entry: &Arc<Entry>) -> Troubles {
+    pub(crate) async fn remove_container(self: &Arc<Self>, task: &Task, entry: &Arc<Entry>) -> Troubles {
         let mut in_execs = Troubles::default();
         let others = async {
             entry.init.live().cgroup.watched = None;
@@ -250,6 +254,7 @@ impl Cleanup {
                 cancel_pumps(&process).await;
                 in_execs.join(self.remove_exec(entry, &process).await);
             }
+            self.tasks.registry.until_stopped(&task.key, |_| true).await;
             Vec::new()
         };
         let dir = self.store.dir(&task.key);
@@ -263,25 +268,21 @@ impl Cleanup {
         troubles
     }
 
-    /// Removes what an exec has outside of the daemon. The exec has ended or never ran.
-    pub(crate) async fn remove_exec(&self, entry: &Entry, process: &Process) -> Troubles {
+    /// Removes what an exec has outside of the daemon. The exec has ended or never ran. systemd may still be stopping the unit
+    /// afterwards: it has the job, and the process has ended.
+    pub(crate) async fn remove_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+    ) -> Troubles {
         let mut troubles = Troubles::default();
         threads::discard(process.live().client_input.take());
-        let removal = {
+        let stop = {
             let mut live = process.live();
             live.is_deleted = true;
-            live.removal.take()
+            live.unit_stop.take()
         };
-        let removed = match removal {
-            Some(removal) => removal.await.is_ok_and(|removed| removed.is_ok()),
-            None => false,
-        };
-        // A unit that has failed while it was stopped (`ExecStopPost=` of a drop-in, a process that did not end) is still loaded,
-        // and keeps that of its container loaded.
-        if !removed || search_path::has_transient_file(&process.unit) {
-            troubles.join(remove_unit(&*self.manager, &process.unit, Stop::Awaited).await);
-        }
-        remove_runtime_of_exec(entry, process, false);
+        troubles.join(self.remove_unit_of_exec(entry, process, stop).await);
         let logger = logger_of(entry, process);
         if let Some(logger) = logger {
             troubles.join(remove_unit(&*self.manager, &logger, Stop::Awaited).await);
@@ -291,6 +292,54 @@ impl Cleanup {
             // The record stays until the Delete is answered.
             troubles.add(self.clear_exec_dir(process, None));
         }
+        troubles
+    }
+
+    /// Removes the unit of an exec, or completes its stop in the background if systemd has accepted that.
+    async fn remove_unit_of_exec(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        process: &Arc<Process>,
+        stop: Option<UnitStop>,
+    ) -> Troubles {
+        let Some(UnitStop { accepted, done }) = stop else {
+            return self.after_stop(entry, process, None).await;
+        };
+        let is_accepted = accepted.await.is_ok();
+        let stopping = self.tasks.registry.stopping(process).filter(|_| is_accepted);
+        let Some(stopping) = stopping else {
+            return self.after_stop(entry, process, Some(done)).await;
+        };
+        let (this, entry, process) = (self.clone(), entry.clone(), process.clone());
+        tokio::spawn(async move {
+            let troubles = this.after_stop(&entry, &process, Some(done)).await;
+            if !troubles.is_empty() {
+                let (key, text) = (&process.key, troubles.text());
+                tracing::error!(process = %key, "{key}: it was deleted, but its unit could not be removed: {text}");
+            }
+            drop(stopping);
+        });
+        Troubles::default()
+    }
+
+    /// Waits until the unit of an exec is stopped, if it is being stopped, and removes what is left of it.
+    async fn after_stop(
+        &self,
+        entry: &Entry,
+        process: &Process,
+        stop: Option<JoinHandle<Result<(), Error>>>,
+    ) -> Troubles {
+        let mut troubles = Troubles::default();
+        let stopped = match stop {
+            Some(stop) => stop.await.is_ok_and(|stopped| stopped.is_ok()),
+            None => false,
+        };
+        // A unit that has failed while it was stopped (`ExecStopPost=` of a drop-in, a process that did not end) is still loaded,
+        // and keeps that of its container loaded.
+        if !stopped || search_path::has_transient_file(&process.unit) {
+            troubles.join(remove_unit(&*self.manager, &process.unit, Stop::Awaited).await);
+        }
+        remove_runtime_of_exec(entry, process, false);
         troubles
     }
 
@@ -360,10 +409,12 @@ impl Cleanup {
             return;
         }
         let mut live = process.live();
-        if live.removal.is_none() && !live.is_deleted {
+        if live.unit_stop.is_none() && !live.is_deleted {
             let (manager, unit) = (self.manager.clone(), process.unit.clone());
+            let (accept, accepted) = oneshot::channel();
             // systemd unloads the unit when it stops: it does not stay as a failed unit.
-            live.removal = Some(tokio::spawn(async move { Ok(manager.stop(&unit).await?) }));
+            let done = tokio::spawn(async move { Ok(manager.stop_accepted(&unit, accept).await?) });
+            live.unit_stop = Some(UnitStop { accepted, done });
         }
     }
 

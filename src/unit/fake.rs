@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
+use tokio::sync::Notify;
+
 use crate::cgroup::fake as cgroup;
 use crate::effects::{Effects, Failure};
 use crate::id::UnitName;
@@ -124,6 +126,8 @@ struct State {
     forgotten: usize,
     /// How often a daemon has made sure of the order of stops at shutdown.
     orders: usize,
+    /// If systemd is slow to report the ends of stop jobs: lets it report one.
+    slow_stops: Option<Arc<Notify>>,
 }
 
 impl State {
@@ -140,6 +144,7 @@ impl State {
             answers_no_references: false,
             forgotten: 0,
             orders: 0,
+            slow_stops: None,
         }
     }
 }
@@ -184,6 +189,11 @@ impl FakeSystemd {
     /// Determines whether calls that add references get an answer.
     pub fn answer_references(&self, does: bool) {
         self.state().answers_no_references = !does;
+    }
+
+    /// From now on, systemd reports the end of a stop job only when the returned value is notified.
+    pub fn slow_stops(&self) -> Arc<Notify> {
+        self.state().slow_stops.get_or_insert_default().clone()
     }
 
     /// How often a daemon has dropped the references of earlier ones.

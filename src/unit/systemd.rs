@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use tokio::sync::oneshot;
 
 use crate::id::UnitName;
 
@@ -79,6 +80,10 @@ pub trait Systemd: Send + Sync {
     /// # Errors
     /// A refusal, or [`Error::Job`].
     async fn stop(&self, unit: &UnitName) -> Result<(), Error>;
+
+    /// As [`Self::stop`]. Sends to `accepted` once systemd has a job for it: from then on, systemd stops the unit whatever
+    /// becomes of the daemon.
+    async fn stop_accepted(&self, unit: &UnitName, accepted: oneshot::Sender<()>) -> Result<(), Error>;
 
     /// Asks for a unit to be stopped, and does not wait for it.
     ///
@@ -264,6 +269,10 @@ impl Systemd for Manager {
 
     async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
         Self::stop(self, unit).await
+    }
+
+    async fn stop_accepted(&self, unit: &UnitName, accepted: oneshot::Sender<()>) -> Result<(), Error> {
+        Self::stop_accepted(self, unit, accepted).await
     }
 
     async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::oneshot;
 
 use crate::cgroup::fake as cgroup;
 use crate::id::UnitName;
@@ -83,6 +84,17 @@ impl Systemd for FakeSystemd {
         self.call("stop", unit).await?;
         self.programs.stop(unit);
         self.stop_now(unit);
+        Ok(())
+    }
+
+    async fn stop_accepted(&self, unit: &UnitName, accepted: oneshot::Sender<()>) -> Result<(), Error> {
+        self.stop(unit).await?;
+        // Not everybody receives this.
+        let _ = accepted.send(());
+        let slow = self.state().slow_stops.clone();
+        if let Some(slow) = slow {
+            slow.notified().await;
+        }
         Ok(())
     }
 

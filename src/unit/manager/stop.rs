@@ -3,6 +3,8 @@
 use std::io;
 use std::path::Path;
 
+use tokio::sync::oneshot;
+
 use crate::id::UnitName;
 use crate::unit::error::{Error, call_error};
 
@@ -26,21 +28,38 @@ impl Manager {
     /// # Errors
     /// A refusal, or [`Error::Job`].
     pub async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
-        match self.stop_as(unit, "replace").await {
+        self.stop_accepted(unit, oneshot::channel().0).await
+    }
+
+    /// As [`Self::stop`]. Sends to `accepted` once systemd has a job for it.
+    ///
+    /// # Errors
+    /// As [`Self::stop`].
+    pub async fn stop_accepted(&self, unit: &UnitName, accepted: oneshot::Sender<()>) -> Result<(), Error> {
+        match self.stop_as(unit, "replace", Some(accepted)).await {
             // systemd 256 and later do not stop a frozen unit: the job ends with this result.
             Err(Error::Job { result, .. }) if result == FROZEN => {
                 self.thaw(unit).await?;
-                self.stop_as(unit, "replace").await
+                self.stop_as(unit, "replace", None).await
             }
             stopped => stopped,
         }
     }
 
-    async fn stop_as(&self, unit: &UnitName, mode: &str) -> Result<(), Error> {
+    async fn stop_as(
+        &self,
+        unit: &UnitName,
+        mode: &str,
+        accepted: Option<oneshot::Sender<()>>,
+    ) -> Result<(), Error> {
         let waiter = self.jobs.wait_for(unit);
         let job = self.bus.call(|manager| async move { manager.stop_unit(unit.as_str(), mode).await }).await;
         match job.map_err(|error| call_error(STOP, unit, error)) {
-            Ok(job) => self.ended(STOP, waiter, Some(job)).await,
+            Ok(job) => {
+                // Not everybody receives this.
+                let _ = accepted.map(|accepted| accepted.send(()));
+                self.ended(STOP, waiter, Some(job)).await
+            }
             Err(error) => unless_unloaded(Err(error)),
         }
     }
@@ -65,7 +84,7 @@ impl Manager {
         if !is_free() {
             return Ok(());
         }
-        self.stop_as(slice, "ignore-dependencies").await
+        self.stop_as(slice, "ignore-dependencies", None).await
     }
 
     /// Cancels the start job of a unit, if it has one. The unit stays as it is. A stop job of somebody else, which may have replaced
