@@ -113,6 +113,7 @@ impl SpareThreads {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread::ThreadId;
+    use std::time::Instant;
 
     use super::*;
 
@@ -189,7 +190,10 @@ mod tests {
                 })
                 .unwrap();
             // Threads end at about the time at which the next work comes.
-            std::thread::sleep(Duration::from_micros(count % 150));
+            let pause = Instant::now() + Duration::from_micros(count % 150);
+            while Instant::now() < pause {
+                std::thread::yield_now();
+            }
         }
         while done.load(Ordering::Relaxed) < 2000 {
             std::thread::yield_now();

@@ -83,7 +83,23 @@ pub fn in_turn(rounds: usize, mut each: impl FnMut(usize, usize)) {
     for round in 0..rounds {
         let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
         for index in order {
+            let _turn = Turn { round, index };
             each(round, index);
+        }
+    }
+}
+
+/// One turn of a runtime. If it fails, this says which runtime it was.
+struct Turn {
+    round: usize,
+    index: usize,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let runtime = if self.index == 0 { "first" } else { "second" };
+            eprintln!("this was in round {} of the {runtime} runtime", self.round);
         }
     }
 }
