@@ -1,5 +1,5 @@
 //! Threads that stay for a while after their work, for more work: starting a thread takes longer than most of the work of
-//! [`super::waiting`].
+//! [`super::waiting()`].
 
 use std::io;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SendError, Sender};
