@@ -173,17 +173,20 @@ pub struct Holder {
 type FileIdentity = (u64, i64, i64);
 
 impl Holder {
-    /// The current lessee of the socket; `None` if it has none.
+    /// The current lessee of the socket; `None` if it has none. The shim removes no lease, so a lease whose file somebody
+    /// else has removed still holds.
     ///
     /// # Errors
     /// The file can't be read. The lessee is unknown then: the caller must not treat the socket as free.
     pub fn lease(&self) -> io::Result<Option<Lease>> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let found = match fs::metadata(&self.file) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(known.as_ref().map(|(_, lease)| lease.clone()));
+            }
             found => found?,
         };
         let identity = (found.ino(), found.ctime(), found.ctime_nsec());
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, lease)) = known.as_ref().filter(|(of, _)| *of == identity) {
             return Ok(Some(lease.clone()));
         }
@@ -311,6 +314,23 @@ mod tests {
         leases.lock_limit = Duration::from_millis(20);
         let refused = leases.claim(&Owner::default(), Some(&namespace("b"))).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn a_lease_whose_file_was_removed_still_holds() {
+        let leases = leases("removed");
+        let (owner, default) = (Owner::default(), namespace("default"));
+        let socket = leases.claim(&owner, Some(&default)).unwrap();
+        let Some(Socket::Of(number)) = socket else { unreachable!("{socket:?}") };
+        let holder = leases.holder(number);
+        let lease = holder.lease().unwrap();
+        assert_eq!(lease.as_ref().and_then(|lease| lease.namespace.as_ref()), Some(&default));
+        fs::remove_dir_all(leases.dir()).unwrap();
+        assert_eq!(holder.lease().unwrap(), lease);
+        // Another lessee replaces it.
+        let other = namespace("other");
+        assert_eq!(leases.claim(&owner, Some(&other)).unwrap(), Some(Socket::Of(number)));
+        assert_eq!(holder.lease().unwrap().and_then(|lease| lease.namespace), Some(other));
     }
 
     #[test]
