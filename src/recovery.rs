@@ -220,7 +220,11 @@ impl Shim {
             resume_in_background(process, |_| async move { shim.finish_checkpoint(&entry).await }).await;
         }
         if let Some(pid) = pid {
-            hold(entry, process, pid);
+            if running.contains(&process.unit) {
+                self.units.hold_again(entry, process, pid).await;
+            } else {
+                hold(entry, process, pid);
+            }
             if exec.is_none() {
                 self.cgroups.watch_again(entry);
                 self.notifications.listen_again(entry);

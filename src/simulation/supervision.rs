@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -153,6 +153,30 @@ fn another_process_with_the_pid_of_an_ended_process_gets_no_signal() {
     let (has_pidfd, sent) = sent.unwrap();
     assert!(!has_pidfd && matches!(sent, Err(Error::Finished)), "{sent:?}");
     assert_eq!(sys::peek_exit(pid), Ok(None), "the other process lives");
+}
+
+/// Tools of an administrator move processes, and a privileged container can move its own.
+#[test]
+fn the_next_daemon_can_kill_processes_that_were_moved_to_another_cgroup() {
+    let world = up("moved", &WITH_EXEC);
+    let (init, exec, elsewhere) = (world.init(), world.exec(), Path::new("/moved.slice"));
+    let pids = world.live(move |shim| async move {
+        [&init, &exec].map(|key| shim.tasks.state(key).unwrap().pid.unwrap())
+    });
+    cgroup::fake::make(elsewhere);
+    for pid in pids.unwrap() {
+        cgroup::fake::place(elsewhere, pid);
+    }
+    let keys = [world.exec(), world.init()];
+    let exits = world.live(move |shim| async move {
+        let mut exits = Vec::new();
+        for key in keys {
+            shim.tasks.kill(&key, nix::libc::SIGKILL as u32, false, Delivery::First).await.unwrap();
+            exits.push(shim.wait(&key, Delivery::First).await.unwrap().status);
+        }
+        exits
+    });
+    assert_eq!(exits, Some(vec![137, 137]));
 }
 
 /// The list of processes was read before one of them left the container, or ended and its pid was given away.

@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::UnitName;
-use crate::services::process::has_ended;
+use crate::services::process::{has_ended, hold};
 use crate::services::streams::Streams;
 use crate::services::{Entry, Process, Tasks, blocking};
 use crate::sys;
@@ -167,6 +167,24 @@ impl Units {
                     self.query(&entry, &process).await;
                 }
             }
+        }
+    }
+
+    /// Opens a pidfd of a process that an earlier daemon has recorded, and whose unit runs. Somebody may have moved the process to
+    /// another cgroup: then systemd says whether it still has this pid.
+    pub(crate) async fn hold_again(&self, entry: &Entry, process: &Process, pid: u32) {
+        hold(entry, process, pid);
+        if process.live().process.is_some() {
+            return;
+        }
+        let Ok(held) = sys::pidfd_open(pid) else {
+            return;
+        };
+        // Queried after pidfd_open: a pid that the process still has then was not another process's before.
+        match self.manager.main_process(&process.unit).await {
+            Ok(Some(main)) if main.pid == Some(pid) => process.live().process = Some(Arc::new(held)),
+            Ok(_) => {}
+            Err(error) => log_query_error(process, &error),
         }
     }
 

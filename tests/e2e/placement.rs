@@ -12,7 +12,7 @@ use crate::common::spec::Spec;
 use crate::common::systemd::{self, Cursor};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::wait::until_true;
-use crate::common::{cgroup, process};
+use crate::common::{cgroup, daemon, process};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -205,6 +205,28 @@ fn a_kill_of_all_processes_reaches_init_in_another_cgroup() {
     fs::write(elsewhere.join("cgroup.procs"), container.pid().to_string()).expect("move init");
     container.kill_all(SIGKILL).expect("kill all");
     assert_eq!((container.exit_status(), exec.exit_status()), (137, 137));
+    drop(exec);
+    drop(container);
+    fs::remove_dir(elsewhere).expect("the cgroup is empty");
+}
+
+#[test]
+fn the_next_daemon_can_kill_processes_in_another_cgroup() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let elsewhere = PathBuf::from(format!("{ROOT}/{}", unique("e2e-moved")));
+    fs::create_dir(&elsewhere).expect("make a cgroup");
+    let container = node.container("moved", Spec::sleeping()).started(&Io::default());
+    let exec = container.exec(Spec::sleeping()).started(&Io::default());
+    for pid in [container.pid(), exec.pid()] {
+        fs::write(elsewhere.join("cgroup.procs"), pid.to_string()).expect("move a process");
+    }
+    let killed = daemon::kill_now();
+    daemon::wait_for_another(killed);
+    exec.kill(SIGKILL).expect("kill the exec");
+    assert_eq!(exec.exit_status(), 137);
+    container.kill(SIGKILL).expect("kill init");
+    assert_eq!(container.exit_status(), 137);
     drop(exec);
     drop(container);
     fs::remove_dir(elsewhere).expect("the cgroup is empty");
