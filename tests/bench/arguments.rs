@@ -15,6 +15,7 @@ usage: side_by_side [--only SUBJECT,…] [--iterations N] [--execs N] [--paralle
                         cpu         where the CPU time of a container and of an exec goes; messages, programs, files
                         terminals   containers and execs with a terminal
                         throughput  output to the client, with and without a terminal
+                        logs        the journal's copy of a container's output, by switching it off
                         memory      what is kept while containers run
                         stats       a call of Stats, and its CPU
                         start       a call of our binary
@@ -41,18 +42,20 @@ pub enum Subject {
     Cpu,
     Terminals,
     Throughput,
+    Logs,
     Memory,
     Stats,
     Start,
     Journal,
 }
 
-const SUBJECTS: [(&str, Subject); 9] = [
+const SUBJECTS: [(&str, Subject); 10] = [
     ("containers", Subject::Containers),
     ("execs", Subject::Execs),
     ("cpu", Subject::Cpu),
     ("terminals", Subject::Terminals),
     ("throughput", Subject::Throughput),
+    ("logs", Subject::Logs),
     ("memory", Subject::Memory),
     ("stats", Subject::Stats),
     ("start", Subject::Start),

@@ -2,8 +2,9 @@
 //! under every runtime.
 
 use containerd_client::services::v1::CreateTaskRequest;
+use prost_types::Any;
 
-use super::common::container::Container;
+use super::common::container::{Builder, Container};
 use super::common::node::{Node, request};
 use super::common::spec::Spec;
 use super::latency::Process;
@@ -13,15 +14,39 @@ pub struct Init<'n> {
     node: &'n Node,
     container: Container<'n>,
     output: Option<Output>,
+    /// True if the program writes to its output.
+    writes: bool,
 }
 
 impl<'n> Init<'n> {
     /// A container that runs this program and has this output, if any.
     pub fn new(node: &'n Node, runtime: &str, args: &[&str], output: Option<Output>) -> Init<'n> {
+        Self::of(node, runtime, args, output, |container| container)
+    }
+
+    /// As [`Self::new`], with options of the runtime. The program writes something.
+    pub fn with_options(
+        node: &'n Node,
+        runtime: &str,
+        args: &[&str],
+        output: Option<Output>,
+        options: Any,
+    ) -> Init<'n> {
+        let init = Self::of(node, runtime, args, output, |container| container.options(options));
+        Init { writes: true, ..init }
+    }
+
+    fn of(
+        node: &'n Node,
+        runtime: &str,
+        args: &[&str],
+        output: Option<Output>,
+        change: impl FnOnce(Builder<'n>) -> Builder<'n>,
+    ) -> Init<'n> {
         let spec = Spec::new(args);
         let spec = if output.as_ref().is_some_and(|output| output.terminal) { spec.terminal() } else { spec };
-        let container = node.container("bench", spec).runtime(runtime).make();
-        Init { node, container, output }
+        let container = change(node.container("bench", spec).runtime(runtime)).make();
+        Init { node, container, output, writes: false }
     }
 
     pub fn output(&mut self) -> &mut Output {
@@ -58,7 +83,7 @@ impl Process for Init<'_> {
 
     fn deleted(self) {
         if let Some(mut output) = self.output {
-            assert_eq!(output.drain().bytes, 0, "true writes nothing");
+            assert_eq!(output.drain().bytes > 0, self.writes, "the output of the program");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Compares two runtimes through the guest's real containerd, in strict alternation: the time of containers, execs and
 //! terminals, the throughput of output, the memory of the runtime, and the time of statistics and of our binary. Also compares
-//! two configurations of one daemon: the cost of losing nothing when the daemon ends.
+//! two configurations of one daemon: the cost of losing nothing when the daemon ends, and that of the journal's copy of output.
 //!
 //! `cargo bench --bench side_by_side -- --help` lists the arguments. Runs as root in the testbed.
 
@@ -15,6 +15,7 @@ mod exec;
 mod execs;
 mod journal;
 mod latency;
+mod logs;
 mod map;
 mod memory;
 mod output;
@@ -91,6 +92,11 @@ fn measure(arguments: &Arguments) -> Report {
         eprintln!("output of {} MB, {} times each way…", arguments.megabytes, throughput::ROUNDS);
         let rates = throughput::measure(&node, &arguments.runtimes, arguments.megabytes);
         parts.push(Part::of_throughput(&rates));
+    }
+    if arguments.wants(Subject::Logs) {
+        let Arguments { runtimes, iterations, .. } = arguments;
+        eprintln!("containers with and without the journal's copy, {iterations} of each…");
+        parts.push(Part::of_logs(&logs::measure(&node, &runtimes[0], *iterations)));
     }
     if arguments.wants(Subject::Memory) {
         eprintln!("memory with {:?} containers…", arguments.containers);

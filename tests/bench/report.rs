@@ -10,6 +10,7 @@ use super::common::process;
 use super::cpu::Cpu;
 use super::journal::{self, Costs};
 use super::latency::Times;
+use super::logs;
 use super::memory::Kept;
 use super::start::Cost;
 use super::stats::Stats;
@@ -301,6 +302,12 @@ impl Part {
             Line::of_times("the daemon's CPU for it", [&ours.call_cpu, &other.call_cpu]),
         ];
         Part { sides: Some(journal::SIDES), ..Part::new("connections that outlive the daemon", lines) }
+    }
+
+    pub fn of_logs(times: &[Times; 2]) -> Part {
+        let heading = "containers that write one line";
+        let part = Part::of_times(heading, "create", times, Some(Target::AtMost(1.03)));
+        Part { sides: Some(logs::SIDES), ..part }
     }
 
     pub fn new(heading: &str, lines: Vec<Line>) -> Part {
