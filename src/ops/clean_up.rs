@@ -11,7 +11,7 @@ use crate::store::delete_replies::Deleted;
 
 use super::Shim;
 use super::delete::kill_and_wait;
-use super::kill::kill_all;
+use super::kill::end_all;
 
 impl Shim {
     /// Removes a task that containerd has given up, and kills its processes first. If this fails, or the daemon ends meanwhile,
@@ -46,7 +46,7 @@ impl Shim {
         if is_alive(entry) {
             // The operation that is under way may wait for these processes. They are killed again below, where an error counts.
             let task = entry.task().clone();
-            let _ = kill_all(&task, nix::libc::SIGKILL as u32).await;
+            let _ = end_all(entry, &task).await;
         }
         self.cleanup.remove_leftover(entry).await?;
         self.kill_and_delete(entry).await

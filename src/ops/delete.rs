@@ -18,7 +18,7 @@ use crate::task::outbox::TaskEvent;
 use crate::task::phase::Phase;
 
 use super::Shim;
-use super::kill::kill_all;
+use super::kill::end_all;
 
 impl Shim {
     /// The response of an earlier daemon to the same Delete, if this call is a replay.
@@ -169,7 +169,7 @@ async fn end_restores(entry: &Arc<Entry>) -> MutexGuard<'_, ()> {
 /// Kills all processes of a task, and waits until systemd reports the end of init.
 pub(super) async fn kill_and_wait(entry: &Arc<Entry>) -> Result<Exit, Error> {
     let task = entry.task().clone();
-    kill_all(&task, nix::libc::SIGKILL as u32).await?;
+    end_all(entry, &task).await?;
     let unknown = || Error::UnknownTask { key: entry.key.clone() };
     match tokio::time::timeout(config::KILL_LIMIT, entry.init.ended()).await {
         Ok(Completion::Exited(exit)) => Ok(exit),

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
-use crate::services::{Delivery, Error, Process, Tasks, WaitsFor, blocking, waiting_in_any_thread};
+use crate::services::{Delivery, Entry, Error, Process, Tasks, WaitsFor, blocking, waiting_in_any_thread};
 use crate::sys;
 use crate::task::Task;
 use crate::task::phase::Phase;
@@ -58,13 +58,10 @@ impl Tasks {
         }
         let ends_task = key.exec.is_none() && signal == SIGKILL && task.init.is_alive();
         if all && key.exec.is_none() {
-            kill_all(&task, signal).await?;
             if ends_task {
-                // Somebody may have moved init into another cgroup.
-                match signal_process(&task, &process, signal) {
-                    Ok(()) | Err(Error::Finished) => {}
-                    Err(error) => return Err(error),
-                }
+                end_all(&entry, &task).await?;
+            } else {
+                kill_all(&task, signal).await?;
             }
         } else {
             signal_process(&task, &process, signal)?;
@@ -120,8 +117,17 @@ fn held_again(task: &Task, pid: u32, opened: Result<OwnedFd, Errno>) -> Result<O
     }
 }
 
+/// Kills every process of the container, and init also if somebody has moved it into another cgroup.
+pub(super) async fn end_all(entry: &Entry, task: &Task) -> Result<(), Error> {
+    kill_all(task, SIGKILL).await?;
+    match signal_process(task, &entry.init, SIGKILL) {
+        Ok(()) | Err(Error::Finished | Error::NotStarted) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Sends a signal to every process of the container. It is no error if processes end meanwhile, or if there are none.
-pub(crate) async fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
+async fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
     let Some(cgroup) = task.cgroup().map(Path::to_owned) else {
         return Ok(());
     };

@@ -16,7 +16,7 @@ use crate::task::Task;
 use crate::task::lifecycle::{Event, Exit, ObservedExit, Refusal};
 
 use super::Shim;
-use super::kill::kill_all;
+use super::kill::end_all;
 
 impl Shim {
     /// Starts a process. Returns its pid.
@@ -91,7 +91,7 @@ impl Shim {
             && let Ok(false) = self.runtime_files.state(task, State::waits_for_start).await
         {
             // The runtime has released init and failed afterwards: kill it, as runc does when a poststart hook fails.
-            kill_all(task, nix::libc::SIGKILL as u32).await?;
+            end_all(entry, task).await?;
         }
         fault::point(Point::StartDone);
         started.map(|()| task.init.pid().unwrap_or_default())

@@ -211,6 +211,18 @@ fn a_kill_of_all_processes_reaches_init_in_another_cgroup() {
 }
 
 #[test]
+fn the_delete_of_a_created_container_ends_an_init_in_another_cgroup() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let elsewhere = PathBuf::from(format!("{ROOT}/{}", unique("e2e-moved")));
+    fs::create_dir(&elsewhere).expect("make a cgroup");
+    let container = node.container("moved", Spec::sleeping()).created(&Io::default());
+    fs::write(elsewhere.join("cgroup.procs"), container.pid().to_string()).expect("move init");
+    container.delete().expect("delete");
+    fs::remove_dir(elsewhere).expect("the cgroup is empty");
+}
+
+#[test]
 fn the_next_daemon_can_kill_processes_in_another_cgroup() {
     needs!(OurShim);
     let node = Node::exclusive();
