@@ -133,7 +133,7 @@ impl Shim {
         }
         fault::point(Point::ExecDeleteBegun);
         self.streams.drain(process).await;
-        let troubles = self.cleanup.remove_exec(entry, process).await;
+        let troubles = self.cleanup.remove_deleted_exec(entry, process).await;
         if !troubles.is_empty() {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
         }

@@ -33,7 +33,7 @@ pub struct AddExec {
     pub spec: Vec<u8>,
 }
 
-/// How long a new exec waits for the stop of the unit that it would have the name of.
+/// How long a new exec waits until systemd has stopped the unit of a deleted exec that has its name.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
 impl Shim {
@@ -64,7 +64,7 @@ impl Shim {
             Ok::<_, Error>((stdio, Wiring { store_number, ..wiring }, unit))
         };
         let (stdio, wiring, unit) = self.files.run(WaitsFor::LogFile, &process_key, read_files).await??;
-        // An exec with this id may have been deleted just now. Another name does as well.
+        // An exec with this id may have been deleted just now. After the limit, the new exec gets another unit.
         let is_free = self.tasks.registry.until_stopped(&key, |stopping| Some(stopping) == unit.as_ref());
         let _ = tokio::time::timeout(STOP_LIMIT, is_free).await;
         exec_share::check_streams(&entry.task(), &id, &wiring, &self.fds)?;

@@ -104,8 +104,8 @@ impl Launcher {
         self.criu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A process will soon be moved between cgroups; see [`cgroup::warm_up`]. `spawned`: resolves to true once systemd has spawned
-    /// it. Not before: the kernel's work holds a lock that systemd needs to make the cgroup of a unit.
+    /// Prepares the kernel for the moves of a process between cgroups ([`cgroup::warm_up`]) once `spawned` resolves to true: systemd
+    /// has spawned the process. An earlier preparation would delay systemd: it holds a lock that mkdir(2) of the unit's cgroup needs.
     pub(crate) fn warm_up_after(&self, spawned: impl Future<Output = bool> + Send + 'static) {
         let warming = self.warming.clone();
         tokio::spawn(async move {

@@ -178,7 +178,7 @@ pub type Verb = tokio::sync::OwnedMutexGuard<()>;
 pub enum Conflict {
     /// Another live task or exec has the id.
     Key,
-    /// Another live task or exec has the unit, or systemd still stops that of a deleted exec.
+    /// Another live task or exec has the unit, or a deleted exec had it and systemd is still stopping it.
     Unit,
     /// The task of the exec was deleted.
     Deleted,
@@ -314,8 +314,8 @@ impl<L> Registry<L> {
         self.maps().tasks.values().cloned().collect()
     }
 
-    /// Keeps the unit of an exec that is about to be deleted from other execs, until systemd has stopped it. `None` if there
-    /// are many of this task: the delete waits until the unit is stopped.
+    /// Reserves the unit of an exec that is about to be deleted: no other exec gets it until systemd has stopped it. `None` if
+    /// the task has many such units: then the Delete has to wait until the unit is stopped.
     pub fn stopping(self: &Arc<Self>, process: &Process<L>) -> Option<Stopping<L>> {
         let mut maps = self.maps();
         let task = &process.key.task;

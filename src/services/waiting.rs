@@ -105,7 +105,7 @@ pub(crate) async fn waiting<T: Send + 'static>(
     let run = move || {
         let _context = runtime.enter();
         let result = work();
-        // The next one may begin before this work has ended.
+        // Other work of this task may begin before this thread is free.
         drop(turn);
         // The receiver was dropped if the call was cancelled.
         let _ = done.send(result);

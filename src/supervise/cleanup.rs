@@ -244,7 +244,7 @@ impl Cleanup {
 
     /// Removes what a task has outside of the daemon. Output of execs that the client has not read by now is lost, as with
     /// containerd-shim-runc-v2.
-    pub(crate) async fn remove_container(self: &Arc<Self>, task: &Task, entry: &Arc<Entry>) -> Troubles {
+    pub(crate) async fn remove_container(&self, task: &Task, entry: &Arc<Entry>) -> Troubles {
         let mut in_execs = Troubles::default();
         let others = async {
             entry.init.live().cgroup.watched = None;
@@ -254,6 +254,7 @@ impl Cleanup {
                 cancel_pumps(&process).await;
                 in_execs.join(self.remove_exec(entry, &process).await);
             }
+            // Execs that were deleted just now.
             self.tasks.registry.until_stopped(&task.key, |_| true).await;
             Vec::new()
         };
@@ -268,21 +269,32 @@ impl Cleanup {
         troubles
     }
 
-    /// Removes what an exec has outside of the daemon. The exec has ended or never ran. systemd may still be stopping the unit
-    /// afterwards: it has the job, and the process has ended.
-    pub(crate) async fn remove_exec(
+    /// Removes what an exec has outside of the daemon. The exec has ended or never ran.
+    async fn remove_exec(&self, entry: &Entry, process: &Process) -> Troubles {
+        let stop = begin_removal(process).map(|stop| stop.done);
+        let troubles = self.after_stop(entry, process, stop).await;
+        self.remove_rest_of_exec(entry, process, troubles).await
+    }
+
+    /// As [`Self::remove_exec`], for the Delete of an exec. systemd may still be stopping the unit afterwards: it has accepted
+    /// the job, and the process has ended.
+    pub(crate) async fn remove_deleted_exec(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
     ) -> Troubles {
-        let mut troubles = Troubles::default();
-        threads::discard(process.live().client_input.take());
-        let stop = {
-            let mut live = process.live();
-            live.is_deleted = true;
-            live.unit_stop.take()
-        };
-        troubles.join(self.remove_unit_of_exec(entry, process, stop).await);
+        let stop = begin_removal(process);
+        let troubles = self.remove_unit_of_exec(entry, process, stop).await;
+        self.remove_rest_of_exec(entry, process, troubles).await
+    }
+
+    /// Removes what an exec has besides its unit. `troubles`: those with the unit.
+    async fn remove_rest_of_exec(
+        &self,
+        entry: &Entry,
+        process: &Process,
+        mut troubles: Troubles,
+    ) -> Troubles {
         let logger = logger_of(entry, process);
         if let Some(logger) = logger {
             troubles.join(remove_unit(&*self.manager, &logger, Stop::Awaited).await);
@@ -295,7 +307,7 @@ impl Cleanup {
         troubles
     }
 
-    /// Removes the unit of an exec, or completes its stop in the background if systemd has accepted that.
+    /// Removes the unit of an exec. If systemd has accepted the job that stops the unit, the rest happens in the background.
     async fn remove_unit_of_exec(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
@@ -305,8 +317,10 @@ impl Cleanup {
         let Some(UnitStop { accepted, done }) = stop else {
             return self.after_stop(entry, process, None).await;
         };
-        let is_accepted = accepted.await.is_ok();
-        let stopping = self.tasks.registry.stopping(process).filter(|_| is_accepted);
+        let stopping = match accepted.await {
+            Ok(()) => self.tasks.registry.stopping(process),
+            Err(_) => None,
+        };
         let Some(stopping) = stopping else {
             return self.after_stop(entry, process, Some(done)).await;
         };
@@ -315,7 +329,7 @@ impl Cleanup {
             let troubles = this.after_stop(&entry, &process, Some(done)).await;
             if !troubles.is_empty() {
                 let (key, text) = (&process.key, troubles.text());
-                tracing::error!(process = %key, "{key}: it was deleted, but its unit could not be removed: {text}");
+                tracing::error!(process = %key, "{key} was deleted, but its unit could not be removed: {text}");
             }
             drop(stopping);
         });
@@ -489,6 +503,14 @@ impl Cleanup {
     pub(crate) fn clear_exec_dir(&self, process: &Process, kept: Option<&str>) -> Result<(), store::Error> {
         process.exec().map_or(Ok(()), |exec| self.store.clear_exec_dir(&process.key.task, exec, kept))
     }
+}
+
+/// The first step of the removal of an exec. Returns the stop of its unit, if that has begun.
+fn begin_removal(process: &Process) -> Option<UnitStop> {
+    threads::discard(process.live().client_input.take());
+    let mut live = process.live();
+    live.is_deleted = true;
+    live.unit_stop.take()
 }
 
 /// Removes the cgroup in the ShimCgroup in which the OCI runtime started an exec. Without a ShimCgroup, the runtime works in the

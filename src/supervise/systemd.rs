@@ -180,7 +180,7 @@ impl Units {
         let Ok(held) = sys::pidfd_open(pid) else {
             return;
         };
-        // Queried after pidfd_open: a pid that the process still has then was not another process's before.
+        // Queried after pidfd_open: if the process still has the pid then, the pidfd is that of this process.
         match self.manager.main_process(&process.unit).await {
             Ok(Some(main)) if main.pid == Some(pid) => process.live().process = Some(Arc::new(held)),
             Ok(_) => {}

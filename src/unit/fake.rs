@@ -126,7 +126,7 @@ struct State {
     forgotten: usize,
     /// How often a daemon has made sure of the order of stops at shutdown.
     orders: usize,
-    /// If systemd is slow to report the ends of stop jobs: lets it report one.
+    /// If present, systemd reports the end of a stop job only when this is notified.
     slow_stops: Option<Arc<Notify>>,
 }
 

@@ -89,7 +89,7 @@ impl Systemd for FakeSystemd {
 
     async fn stop_accepted(&self, unit: &UnitName, accepted: oneshot::Sender<()>) -> Result<(), Error> {
         self.stop(unit).await?;
-        // Not everybody receives this.
+        // Not every caller receives this.
         let _ = accepted.send(());
         let slow = self.state().slow_stops.clone();
         if let Some(slow) = slow {

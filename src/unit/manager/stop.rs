@@ -56,7 +56,7 @@ impl Manager {
         let job = self.bus.call(|manager| async move { manager.stop_unit(unit.as_str(), mode).await }).await;
         match job.map_err(|error| call_error(STOP, unit, error)) {
             Ok(job) => {
-                // Not everybody receives this.
+                // Not every caller receives this.
                 let _ = accepted.map(|accepted| accepted.send(()));
                 self.ended(STOP, waiter, Some(job)).await
             }
