@@ -25,6 +25,7 @@ pub mod lease;
 #[macro_use]
 pub mod needs;
 pub mod node;
+pub mod options;
 pub mod plots;
 pub mod pod;
 pub mod process;

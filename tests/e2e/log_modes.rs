@@ -5,7 +5,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any as ShimAny;
-use prost::Message as _;
 use prost_types::Any;
 use serde_json::Value;
 use ttrpc::Code;
@@ -14,6 +13,7 @@ use crate::common::container::Container;
 use crate::common::daemon::{self, Frozen};
 use crate::common::exec::Exec;
 use crate::common::node::{Node, unique};
+use crate::common::options;
 use crate::common::shim::{Bundle, Shim, over_ttrpc};
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
@@ -21,13 +21,6 @@ use crate::common::systemd::{self, DAEMON_SERVICE};
 use crate::common::task::{Io, Process, SIGKILL, SIGTERM};
 use crate::common::wait;
 use crate::options::GenericOptions;
-
-/// The fields of `containerd.systemd.v1.Options` that these tests use.
-#[derive(Clone, PartialEq, prost::Message)]
-struct OwnOptions {
-    #[prost(string, tag = "7")]
-    log: String,
-}
 
 /// The options as a table in CRI's configuration.
 pub fn log(mode: &str) -> Any {
@@ -173,10 +166,7 @@ fn none_uses_the_streams_of_the_client_or_else_nothing() {
 fn the_log_mode_can_be_set_by_our_own_options_message() {
     needs!(OurShim);
     let node = Node::shared();
-    let options = OwnOptions { log: "journal".to_string() };
-    let options =
-        Any { type_url: "containerd.systemd.v1.Options".to_string(), value: options.encode_to_vec() };
-    let ran = Ran::new(&node, options, Kind::Init, Spec::sh("echo by our own"), true);
+    let ran = Ran::new(&node, options::log("journal"), Kind::Init, Spec::sh("echo by our own"), true);
     assert_eq!((ran.seen.as_str(), ran.shown("by our own", 1).len()), ("", 1));
 }
 

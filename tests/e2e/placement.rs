@@ -193,16 +193,26 @@ fn a_cgroup_with_processes_of_others_is_refused_and_they_live_on() {
     fs::remove_dir(directory).expect("the client's own parent is empty");
 }
 
-/// Tools on a node move processes, and so can a privileged container.
+/// A cgroup of nobody.
+fn other_cgroup() -> PathBuf {
+    let cgroup = PathBuf::from(format!("{ROOT}/{}", unique("e2e-moved")));
+    fs::create_dir(&cgroup).expect("make a cgroup");
+    cgroup
+}
+
+fn move_process(pid: u32, cgroup: &Path) {
+    fs::write(cgroup.join("cgroup.procs"), pid.to_string()).expect("move a process");
+}
+
+/// Tools on a node can move processes, and a privileged container can move its own.
 #[test]
 fn a_kill_of_all_processes_reaches_init_in_another_cgroup() {
     needs!(OurShim);
     let node = Node::shared();
-    let elsewhere = PathBuf::from(format!("{ROOT}/{}", unique("e2e-moved")));
-    fs::create_dir(&elsewhere).expect("make a cgroup");
+    let elsewhere = other_cgroup();
     let container = node.container("moved", Spec::sleeping()).started(&Io::default());
     let exec = container.exec(Spec::sleeping()).started(&Io::default());
-    fs::write(elsewhere.join("cgroup.procs"), container.pid().to_string()).expect("move init");
+    move_process(container.pid(), &elsewhere);
     container.kill_all(SIGKILL).expect("kill all");
     assert_eq!((container.exit_status(), exec.exit_status()), (137, 137));
     drop(exec);
@@ -214,10 +224,9 @@ fn a_kill_of_all_processes_reaches_init_in_another_cgroup() {
 fn the_delete_of_a_created_container_ends_an_init_in_another_cgroup() {
     needs!(OurShim);
     let node = Node::shared();
-    let elsewhere = PathBuf::from(format!("{ROOT}/{}", unique("e2e-moved")));
-    fs::create_dir(&elsewhere).expect("make a cgroup");
+    let elsewhere = other_cgroup();
     let container = node.container("moved", Spec::sleeping()).created(&Io::default());
-    fs::write(elsewhere.join("cgroup.procs"), container.pid().to_string()).expect("move init");
+    move_process(container.pid(), &elsewhere);
     container.delete().expect("delete");
     fs::remove_dir(elsewhere).expect("the cgroup is empty");
 }
@@ -226,12 +235,11 @@ fn the_delete_of_a_created_container_ends_an_init_in_another_cgroup() {
 fn the_next_daemon_can_kill_processes_in_another_cgroup() {
     needs!(OurShim);
     let node = Node::exclusive();
-    let elsewhere = PathBuf::from(format!("{ROOT}/{}", unique("e2e-moved")));
-    fs::create_dir(&elsewhere).expect("make a cgroup");
+    let elsewhere = other_cgroup();
     let container = node.container("moved", Spec::sleeping()).started(&Io::default());
     let exec = container.exec(Spec::sleeping()).started(&Io::default());
     for pid in [container.pid(), exec.pid()] {
-        fs::write(elsewhere.join("cgroup.procs"), pid.to_string()).expect("move a process");
+        move_process(pid, &elsewhere);
     }
     let killed = daemon::kill_now();
     daemon::wait_for_another(killed);
