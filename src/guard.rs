@@ -160,6 +160,11 @@ impl Earlier {
         Self(guards)
     }
 
+    /// How many guards there are.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// Begins to collect the sockets of the guards, each in a thread of its own: with 1,000 containers, a guard has 10,000
     /// descriptors, and the daemon has other work at this time.
     pub fn collect(&mut self) {

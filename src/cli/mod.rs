@@ -2,6 +2,7 @@
 
 pub mod arguments;
 mod delete;
+mod first_threads;
 mod info;
 mod people;
 mod serve;

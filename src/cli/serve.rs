@@ -6,8 +6,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{self, BoxStream};
@@ -31,7 +30,6 @@ use crate::services::Entry;
 use crate::services::files::ClientFiles;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::session::fds::StreamFds;
-use crate::stdio::threads;
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
 use crate::store::failures::Failures;
@@ -50,7 +48,7 @@ use crate::unit::relay::Relay;
 use crate::unit::{bus_config, name, notify, properties, watch};
 use crate::{config, sys, telemetry};
 
-use super::{Failure, serving};
+use super::{Failure, first_threads, serving};
 
 /// The number of threads for D-Bus signals and requests, which all do short work.
 const WORKERS: usize = 2;
@@ -65,11 +63,6 @@ const MAX_BLOCKING_THREADS: usize = 64;
 /// of a bug crashes the daemon, and the crash is recorded. Without this limit, the kernel's OOM killer would end
 /// containers first, and the daemon last.
 const MAX_DATA: u64 = 2 << 30;
-/// The threads without which the daemon can't begin: the workers, one for blocking work, and that of [`sys::quota`], which would
-/// take the place of the one before.
-const FIRST_THREADS: usize = WORKERS + 2;
-/// The stack size of a thread that only waits, in bytes.
-const CHECK_STACK: usize = 64 << 10;
 /// After this time, everything that recovery began is done. A later crash is not attributed to a record.
 const RECOVERED: Duration = Duration::from_secs(60);
 
@@ -89,15 +82,7 @@ pub(super) fn run() -> Result<(), Failure> {
     let guard = Guard::start();
     // Before any thread starts, as this changes the environment.
     let passed = take_passed()?;
-    if let Err(error) = check_threads(FIRST_THREADS + threads::FIRST).and_then(|()| threads::start()) {
-        check_threads(FIRST_THREADS).map_err(|error| {
-            Failure(format!(
-                "the system does not allow the daemon {FIRST_THREADS} threads: {error}; see TasksMax= of its service, and kernel.threads-max"
-            ))
-        })?;
-        tracing::warn!(%error, "can't start threads for the streams of containers, so a container that keeps a stream busy delays the calls of others: {error}");
-    }
-    earlier.collect();
+    first_threads::start(WORKERS, &mut earlier)?;
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder
         .worker_threads(WORKERS)
@@ -111,18 +96,6 @@ pub(super) fn run() -> Result<(), Failure> {
     // Skips destructors, as with SIGKILL: they would remove descriptors and sockets that the next daemon needs.
     std::mem::forget(runtime);
     served
-}
-
-/// Checks that the daemon can start so many threads, as tokio panics if it can't: starts as many and ends them.
-fn check_threads(number: usize) -> io::Result<()> {
-    let all_started = Mutex::new(());
-    thread::scope(|scope| {
-        let _held = all_started.lock().unwrap_or_else(PoisonError::into_inner);
-        (0..number).try_for_each(|_| {
-            let thread = thread::Builder::new().stack_size(CHECK_STACK);
-            thread.spawn_scoped(scope, || drop(all_started.lock())).map(drop)
-        })
-    })
 }
 
 /// What systemd passes to the daemon.

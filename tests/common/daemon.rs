@@ -197,7 +197,12 @@ pub fn serving() -> Option<u32> {
 
 /// Runs `systemctl restart`, or another verb of systemctl, on the daemon's service.
 pub fn systemctl(verb: &str) {
-    process::succeed("systemctl", &[verb, DAEMON_SERVICE]);
+    let done = process::run("systemctl", &[verb, DAEMON_SERVICE]);
+    if done.code != Some(0) {
+        let messages =
+            process::run("journalctl", &["--unit", DAEMON_SERVICE, "--lines", "8", "--output", "cat"]);
+        panic!("systemctl {verb} {DAEMON_SERVICE}: {}\n{}", done.stderr, messages.text());
+    }
 }
 
 /// A process that is stopped by a signal until this is dropped.
