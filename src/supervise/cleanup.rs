@@ -123,21 +123,25 @@ impl Removal<'_> {
         troubles
     }
 
-    /// Removes the state of the OCI runtime and the unit of the init process. `others` is awaited in between, and
-    /// resolves to more units to remove.
+    /// Removes the state of the OCI runtime, and meanwhile the units: first those to which `others` resolves, then that of the
+    /// init process. Both leave no process of the container, and both accept that its cgroup is gone already.
     async fn of_init(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
-        let (mut troubles, unit) = (Troubles::default(), self.task.unit());
+        let unit = self.task.unit();
         let cli = runtime::Cli::of(self.task, self.dir);
-        let mut deleted = self.delete_in_runtime(&cli).await;
-        for unit in others.await {
-            troubles.join(remove_unit(self.manager, &unit, self.stop).await);
-        }
-        let removed = remove_unit(self.manager, unit, self.stop).await;
-        if removed.is_empty() {
-            // This is the last step: systemd unloads the unit when its last reference is gone.
-            self.manager.release(unit).await;
-        }
-        troubles.join(removed);
+        let units = async {
+            let mut troubles = Troubles::default();
+            for unit in others.await {
+                troubles.join(remove_unit(self.manager, &unit, self.stop).await);
+            }
+            let removed = remove_unit(self.manager, unit, self.stop).await;
+            if removed.is_empty() {
+                // This is the last step: systemd unloads the unit when its last reference is gone.
+                self.manager.release(unit).await;
+            }
+            troubles.join(removed);
+            troubles
+        };
+        let (mut deleted, mut troubles) = tokio::join!(self.delete_in_runtime(&cli), units);
         // The runtime has recorded the container before `create` or `restore` ended with the unit, or it could not delete a
         // container that runs.
         match self.is_in_runtime().await {
