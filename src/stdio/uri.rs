@@ -202,12 +202,19 @@ fn output(
 }
 
 fn file_path(rest: &str) -> Option<PathBuf> {
-    let path = PathBuf::from(decode(rest.split('?').next()?)?);
+    let path = PathBuf::from(decode(without_host(rest).split('?').next()?)?);
     (path.is_absolute() && path.file_name().is_some()).then_some(path)
+}
+
+/// Removes the one host name that a URI of this machine may have (RFC 8089, 2). containerd-shim-runc-v2 removes any other, too,
+/// which hides that a slash is missing: `file://var/log/web` would write to `/log/web`.
+fn without_host(rest: &str) -> &str {
+    rest.strip_prefix("localhost").filter(|path| path.starts_with('/')).unwrap_or(rest)
 }
 
 /// Parses a logger. Its arguments are each key of the query and the key's first value, even if empty.
 fn logger(rest: &str, strict: bool) -> Option<Logger> {
+    let rest = without_host(rest);
     let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
     let program = PathBuf::from(decode(path)?);
     let mut seen = Vec::new();
@@ -290,6 +297,7 @@ mod tests {
         let file = Sink::File { path: "/var/log/a b.log".into(), create: true };
         assert_eq!(wiring.stdout, aside(file));
         assert_eq!(wiring.stderr, wiring.stdout);
+        assert_eq!(read("file://localhost/var/log/a%20b.log", "").unwrap(), wiring);
     }
 
     #[test]
@@ -382,6 +390,7 @@ mod tests {
         assert_eq!((logger.program.to_str(), logger.strict), (Some("/bin/log"), false));
         assert_eq!(logger.args, ["a", "1", "b", "", "c", "x/y"]);
         assert!(read("binary-v2:///bin/log", "").unwrap().logger.unwrap().strict);
+        assert_eq!(read("binary://localhost/bin/log?a", "").unwrap().logger.unwrap().program, logger.program);
     }
 
     #[test]
@@ -392,6 +401,8 @@ mod tests {
             "relative",
             "file://",
             "file:///dir",
+            "file://var/log/a.log",
+            "file://localhostile/a.log",
             "binary://x",
             "binary:///missing",
             "ttrpc+unix://x",
