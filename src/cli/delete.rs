@@ -4,6 +4,7 @@
 //! of a task has ended. In the second case containerd has given up the task, and publishes the exit that this command
 //! prints.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::DeleteResponse;
@@ -37,11 +38,13 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     };
     let key = key_of(flags, &bundle)?;
     let store = Store::new(config::STATE_DIR);
-    let response = match recorded_as(&store, &key) {
-        Some(found) => clean_up(&store, &found, &key),
-        None => Ok(None),
+    let response = match recorded_as(&store, &key)? {
+        Some(found) => {
+            check_bundle(&store, &found, &bundle)?;
+            clean_up(&store, &found, &key)?
+        }
+        None => None,
     };
-    let response = response?;
     // Not after an error: the container may run.
     unmount(&bundle);
     let response = match response {
@@ -53,15 +56,42 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
 
 /// The key of this containerd's task in the record, if it has one. Earlier versions recorded the tasks of every containerd
 /// as tasks of the usual one. The task of another containerd is not touched.
-fn recorded_as(store: &Store, key: &TaskKey) -> Option<TaskKey> {
-    let is_own = |task: &Task| containerd::owner(&task.request.bundle, &key.namespace, &key.id) == key.owner;
-    [key.clone(), key.of(Owner::default())].into_iter().filter(|found| store.knows(found)).find(|found| {
-        match store.load(found) {
-            Ok(Some(found)) => is_own(&found.task),
-            // If the record can't be read, the daemon decides. Otherwise there is no task.
-            Ok(None) | Err(_) => found == key,
+fn recorded_as(store: &Store, key: &TaskKey) -> Result<Option<TaskKey>, Failure> {
+    for found in [key.clone(), key.of(Owner::default())] {
+        if !store.knows(&found).map_err(Failure::new)? {
+            continue;
         }
-    })
+        let is_own = match store.load(&found) {
+            Ok(Some(Found { task, .. })) => {
+                containerd::owner(&task.request.bundle, &key.namespace, &key.id) == key.owner
+            }
+            // If the record can't be read, the daemon decides. Otherwise there is no task.
+            Ok(None) | Err(_) => found == *key,
+        };
+        if is_own {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// Checks that the bundle that the caller names is that of the task: containerd always names it, a person may name another one
+/// while the task runs.
+fn check_bundle(store: &Store, key: &TaskKey, bundle: &Path) -> Result<(), Failure> {
+    let Ok(Some(Found { task, .. })) = store.load(key) else { return Ok(()) };
+    let recorded = &task.request.bundle;
+    // The same path needs no look at a disk that may not answer.
+    if recorded == bundle || !is_another_directory(recorded, bundle) {
+        return Ok(());
+    }
+    let (recorded, bundle) = (recorded.display(), bundle.display());
+    Err(Failure(format!("task {key} has the bundle {recorded}, not {bundle}, so nothing was removed")))
+}
+
+/// True if the first directory exists and the second path does not lead to it. The bundle of a task that ended may be removed.
+fn is_another_directory(recorded: &Path, named: &Path) -> bool {
+    let inode = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    inode(recorded).is_some_and(|recorded| inode(named) != Some(recorded))
 }
 
 /// What the daemon answers to the request to clean up.
@@ -196,6 +226,26 @@ mod tests {
         }
         let no_daemon = of(Some(Err(ttrpc::Error::Socket("refused".to_owned()))));
         assert!(matches!(no_daemon, Answer::NoDaemon(_)), "{no_daemon:?}");
+    }
+
+    #[test]
+    fn a_task_is_not_removed_for_another_bundle() {
+        let world = World::new("delete-bundle");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        let (store, key) = (Store::new(world.state_dir()), world.task.clone());
+        let bundle = store.load(&key).unwrap().unwrap().task.request.bundle;
+        let other = tempfile::tempdir().unwrap();
+        for wrong in [other.path(), Path::new("/no/such/bundle"), &bundle.join("..")] {
+            let Failure(error) = check_bundle(&store, &key, wrong).unwrap_err();
+            assert!(error.contains(&bundle.display().to_string()), "{error}");
+        }
+        let link = other.path().join("link");
+        std::os::unix::fs::symlink(&bundle, &link).unwrap();
+        for right in [&bundle, &link, &bundle.join(".")] {
+            check_bundle(&store, &key, right).unwrap();
+        }
+        std::fs::remove_dir_all(&bundle).unwrap();
+        check_bundle(&store, &key, other.path()).unwrap();
     }
 
     #[test]

@@ -191,8 +191,12 @@ impl Store {
     }
 
     /// True if the task has a directory.
-    pub fn knows(&self, key: &TaskKey) -> bool {
-        self.dir(key).exists()
+    ///
+    /// # Errors
+    /// The caller may not look there.
+    pub fn knows(&self, key: &TaskKey) -> Result<bool, Error> {
+        let dir = self.dir(key);
+        dir.try_exists().map_err(|error| io_error("look for", &dir)(error).into())
     }
 
     /// Reads every record.

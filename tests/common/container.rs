@@ -146,6 +146,11 @@ impl<'n> Deref for Container<'n> {
 }
 
 impl<'n> Container<'n> {
+    /// The bundle that containerd makes for the task.
+    pub fn bundle(&self) -> String {
+        format!("/run/containerd/io.containerd.runtime.v2.task/{}/{}", self.namespace, self.id)
+    }
+
     /// Creates the task; returns its pid.
     pub fn create(&self, io: &Io) -> Result<u32, Status> {
         self.create_with(None, io)

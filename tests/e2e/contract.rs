@@ -167,8 +167,9 @@ fn delete_cleans_up_a_task_that_is_alive() {
     let node = Node::shared();
     let container = node.container("abandoned", Spec::sleeping()).started(&Io::default());
     let (pid, unit) = (container.pid(), systemd::unit_of(&container));
+    let (bundle, elsewhere) = (container.bundle(), Bundle::new("delete"));
     for _twice in 0..2 {
-        let outcome = shim::delete(&Bundle::new("delete"), &container.id);
+        let outcome = shim::delete_by(&elsewhere, &bundle, &container.id);
         assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
         DeleteResponse::parse_from_bytes(&outcome.stdout).expect("a DeleteResponse");
         wait::until_true("its process is gone", || !process::exists(pid));
@@ -176,6 +177,29 @@ fn delete_cleans_up_a_task_that_is_alive() {
     }
     // containerd may have the exit already, or find no task. Both are correct.
     let _ = container.kill(SIGKILL);
+}
+
+#[test]
+fn delete_removes_nothing_for_a_wrong_bundle_or_an_unprivileged_user() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = node.container("wanted", Spec::sleeping()).started(&Io::default());
+    let wrong = Bundle::new("delete");
+    let outcome = shim::delete(&wrong, &container.id);
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    for path in [&container.bundle(), wrong.path()] {
+        assert!(outcome.stderr.contains(path), "{path}: {}", outcome.stderr);
+    }
+    let bundle = container.bundle();
+    let unprivileged =
+        ["--reuid=65534", "--regid=65534", "--clear-groups", "--", BINARY, "-namespace", NAMESPACE];
+    let mut command = Command::new("setpriv");
+    command.args(unprivileged).args(["-id", &container.id, "-bundle", &bundle, "delete"]).current_dir("/");
+    let outcome = shim::with_stdin(&mut command, &[]);
+    assert_ne!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains("Permission denied"), "{}", outcome.stderr);
+    assert_eq!(container.exec_sh("exit 5").exit_status(), 5);
+    container.end();
 }
 
 #[test]

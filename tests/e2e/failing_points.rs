@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::common::container::Container;
 use crate::common::leaks::{self, Traces};
-use crate::common::node::{NAMESPACE, Node};
+use crate::common::node::Node;
 use crate::common::shim::{self, WithFaults};
 use crate::common::spec::Spec;
 use crate::common::stdio::Gate;
@@ -215,8 +215,7 @@ fn live(node: &Node, failing: &Failing) {
         if has_failed.get() && failing.failure == NO_DESCRIPTOR {
             // The failed Create could remove nothing, so the next Create does that. By then containerd has given the
             // task up.
-            let bundle =
-                format!("/run/containerd/io.containerd.runtime.v2.task/{NAMESPACE}/{}", container.id);
+            let bundle = container.bundle();
             wait::until_true("containerd has removed the bundle", || !Path::new(&bundle).exists());
         } else if has_failed.get() {
             leaks::assert_none("a create that failed", &before);
