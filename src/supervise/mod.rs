@@ -1,6 +1,7 @@
 //! Everything that happens without a call of containerd.
 
 pub mod cleanup;
+pub mod floods;
 mod freezer;
 mod kernel;
 pub mod limits;

@@ -49,6 +49,7 @@ mod hangs;
 mod hostile;
 mod hostile_bus;
 mod hostile_calls;
+mod hostile_parents;
 mod hostile_processes;
 mod hostile_specs;
 mod hostile_stdio;
