@@ -91,7 +91,7 @@ fn exec_limits() -> [Limit; 7] {
         ("executors", 1, executors),
         ("own programs", 1, own_programs),
         ("files of the daemon", 15, records),
-        ("files of systemd", 2, files_of_systemd),
+        ("files of systemd", 1, files_of_systemd),
         ("moves between cgroups", 2 + more_moves(), moves),
     ]
 }
@@ -147,7 +147,7 @@ fn a_container_costs_few_messages_programs_files_and_moves() {
             ("executors", 1, executors),
             ("own programs", 3, own_programs),
             ("files of the daemon", 20, records),
-            ("files of systemd", 4, files_of_systemd),
+            ("files of systemd", 3, files_of_systemd),
             ("moves between cgroups", 3 + more_moves(), moves),
         ],
     );
