@@ -11,6 +11,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,7 +42,9 @@ const CHILDREN: &str = "/proc/1/task/1/children";
 pub async fn end<A: Future<Output = ()>>(tasks: Arc<Tasks>, answer: impl Fn() -> A) {
     loop {
         sleep(INTERVAL).await;
-        if timeout(ANSWER_LIMIT, answer()).await.is_err() {
+        // One call at a time: the bus keeps calls that are not answered, and has a limit for them.
+        let mut answered = pin!(answer());
+        while timeout(ANSWER_LIMIT, &mut answered).await.is_err() {
             end_floods(&tasks).await;
         }
     }
