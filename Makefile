@@ -87,8 +87,8 @@ audit: ## known vulnerabilities of the dependencies, with cargo-deny; needs the 
 	cargo deny --locked check advisories
 
 test: ## unit tests; end-to-end tests in nspawn, in a VM (without the slowest), on two other suites; Docker and CRI; the package; a minute of chaos
-	@E2E_CYCLES=100 E2E_EXECS=400 $(SCRIPTS)/run-all unit nspawn --beside page vm \
-		--beside clients/nspawn core/forky core/bookworm pods/forky packages/trixie chaos/nspawn
+	@E2E_CYCLES=100 E2E_EXECS=400 $(SCRIPTS)/run-all unit nspawn --beside vm \
+		--beside clients/nspawn core/forky core/bookworm pods/forky packages/trixie chaos/nspawn page
 
 test-all: ## every test there is, which takes hours where QEMU emulates: whole suites in VMs, the package on each suite, clients while the daemon is killed
 	@CLIENTS_MODES='undisturbed kill kill-cgroup' $(SCRIPTS)/run-all unit page nspawn clients/nspawn \
