@@ -74,6 +74,10 @@ pub const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long `start` waits for a daemon that does not serve. The recovery of 1,000 tasks takes less than a second.
 pub const SERVING_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long `start` waits before it looks whether systemd has lost the settings of the daemon's units, and how long this look may
+/// take. A daemon that is restarted serves before. The clients' connections of a daemon that has ended stay open for 30 s.
+pub const LOST_LIMIT: Duration = Duration::from_secs(1);
+
 /// How long `start` waits before it looks for a reason, and fails if there is one. A daemon that hangs because of a record is given
 /// longer: it serves after two tries of 5 s.
 pub const REASON_LIMIT: Duration = Duration::from_secs(10);

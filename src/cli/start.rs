@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use protobuf::Message;
@@ -210,18 +210,10 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     if listens() {
         return Ok(());
     }
-    let program = std::env::current_exe()
-        .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
-    let failed = |error: unit::error::Error| {
-        use unit::error::Error::{Dependency, Job, Refused};
-        let is_of_systemd = matches!(error, Job { .. } | Refused { .. } | Dependency { .. });
-        let reason = is_of_systemd.then(doctor::fault_of_daemon).flatten();
-        let reason = reason.map(|reason| format!("; {reason}")).unwrap_or_default();
-        Failure(format!("can't start the runtime's daemon: {error}{reason}{}", advice()))
-    };
-    block_on(start_units(&program, false))?.map_err(failed)?;
+    let program = program()?;
+    block_on(start_units(&program, false))?.map_err(not_started)?;
     if !listens() {
-        block_on(start_units(&program, true))?.map_err(failed)?;
+        block_on(start_units(&program, true))?.map_err(not_started)?;
     }
     if listens() {
         Ok(())
@@ -231,10 +223,66 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     }
 }
 
+/// The path of this program, which the daemon runs, too.
+fn program() -> Result<PathBuf, Failure> {
+    std::env::current_exe().map_err(|error| Failure(format!("can't find the path of this program: {error}")))
+}
+
+/// The failure of a start of the daemon's units.
+fn not_started(error: unit::error::Error) -> Failure {
+    use unit::error::Error::{Dependency, Job, Refused};
+    let is_of_systemd = matches!(error, Job { .. } | Refused { .. } | Dependency { .. });
+    let reason = is_of_systemd.then(doctor::fault_of_daemon).flatten();
+    let reason = reason.map(|reason| format!("; {reason}")).unwrap_or_default();
+    Failure(format!("can't start the runtime's daemon: {error}{reason}{}", advice()))
+}
+
+/// Starts the daemon's units if systemd has lost their settings and the daemon has ended. Nothing else would start it: systemd has
+/// closed the daemon's sockets, and only the guard of the daemon still has them. True if the units were started.
+fn bring_up_lost() -> Result<bool, Failure> {
+    let is_lost = || -> Result<bool, Failure> {
+        let look = block_on(async { tokio::time::timeout(config::LOST_LIMIT, has_lost_daemon()).await })?;
+        Ok(look.unwrap_or(false))
+    };
+    if !is_lost()? {
+        return Ok(false);
+    }
+    let _lock = files::lock(Path::new(config::START_LOCK), config::START_LIMIT)
+        .map_err(|error| Failure(format!("can't lock {}: {error}", config::START_LOCK)))?;
+    // Another caller may have started them meanwhile.
+    if is_lost()? {
+        block_on(start_units(&program()?, false))?.map_err(not_started)?;
+    }
+    Ok(true)
+}
+
+/// Whether systemd has lost the settings of the daemon's units, and the daemon has ended. False if systemd can't be reached.
+async fn has_lost_daemon() -> bool {
+    let manager = Manager::default();
+    // The manager keeps a copy of the connection.
+    let Ok(_connection) = manager.connect().await else { return false };
+    let (socket, service) = (name::daemon_socket(), name::daemon_service());
+    let has_ended = |state: Option<String>| matches!(state.as_deref(), None | Some("inactive" | "failed"));
+    let look = async {
+        Ok::<bool, unit::error::Error>(match manager.lost_state(&service).await? {
+            Some(state) => has_ended(Some(state)),
+            None => {
+                manager.lost_state(&socket).await?.is_some()
+                    && has_ended(manager.active_state(&service).await?)
+            }
+        })
+    };
+    look.await.unwrap_or(false)
+}
+
 /// Waits until the daemon serves calls. The call that follows `start` would wait without a limit for a daemon that can't start.
 fn wait_for_daemon() -> Result<(), Failure> {
     let begun = Instant::now();
     let mut question = Question::new(Path::new(config::SERVING), Path::new(config::SOCKET));
+    if !matches!(question.is_answered(config::LOST_LIMIT), Ok(true)) && bring_up_lost()? {
+        // The first one may wait in the queue of a socket that nobody reads any more.
+        question = Question::new(Path::new(config::SERVING), Path::new(config::SOCKET));
+    }
     let mut limit = config::REASON_LIMIT;
     loop {
         let (problem, is_last) = match question.is_answered(limit.saturating_sub(begun.elapsed())) {
@@ -296,6 +344,11 @@ async fn start_units(program: &Path, again: bool) -> Result<(), unit::error::Err
         first.await.map_err(|_| unit::error::Error::no_answer())?;
         let systemd = manager.systemd().await?;
         let (socket, service) = (name::daemon_socket(), name::daemon_service());
+        for unit in [&socket, &service] {
+            if manager.lost_state(unit).await?.is_some() {
+                manager.forget_lost(unit).await?;
+            }
+        }
         // An older systemd closes the connections of clients when the service is stopped, which this needs.
         if again && systemd.has_fd_store_preserve() {
             manager.stop(&socket).await?;

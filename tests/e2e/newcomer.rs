@@ -20,6 +20,8 @@ use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::systemd::{self, DropIn};
 use crate::common::task::Io;
+use crate::common::wait;
+
 use crate::ctr::Made;
 
 const PROGRAM: &str = "containerd-shim-systemd-v1";
@@ -323,6 +325,37 @@ fn sockets_whose_files_were_removed_are_made_again() {
     node.container("after", Spec::sleeping()).started(&Io::default()).end();
     before.exec(Spec::sh("exit 5")).started(&Io::default()).wait().expect("the end of an exec");
     before.end();
+}
+
+/// systemd knows no settings of the daemon's units any more: nothing restarts the daemon.
+#[test]
+fn a_daemon_whose_unit_files_were_removed_is_started_again() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    if systemd::property(systemd::DAEMON_SERVICE, "FragmentPath").starts_with("/run/systemd/transient/") {
+        let before = node.container("before", Spec::sleeping()).started(&Io::default());
+        let pid = before.pid();
+        process::succeed("sh", &["-c", "rm /run/systemd/transient/containerd-shim-systemd-v1.*"]);
+        process::succeed("systemctl", &["daemon-reload"]);
+        assert_eq!(systemd::property(systemd::DAEMON_SERVICE, "LoadState"), "not-found");
+        // The daemon runs on.
+        assert_eq!(before.exec_sh("exit 5").exit_status(), 5);
+        daemon::kill_now();
+        wait::until_true("the service has failed", || {
+            systemd::property(systemd::DAEMON_SERVICE, "ActiveState") == "failed"
+        });
+        node.container("after", Spec::sleeping()).started(&Io::default()).end();
+        for unit in [systemd::DAEMON_SERVICE, systemd::DAEMON_SOCKET] {
+            assert_eq!(systemd::property(unit, "LoadState"), "loaded", "{unit}");
+            assert!(systemd::is_active(unit), "{unit}");
+        }
+        assert_eq!(before.pid(), pid);
+        assert_eq!(before.exec_sh("exit 7").exit_status(), 7);
+        before.end();
+        // The next daemon is restarted as usual.
+        daemon::kill_now();
+        node.container("last", Spec::sleeping()).started(&Io::default()).end();
+    }
 }
 
 #[test]

@@ -126,6 +126,24 @@ impl Manager {
         Ok(text(&all, "ActiveState").map(|active| UnitState { active, job }))
     }
 
+    /// The state of a *lost* unit: systemd has it in some state (`active`, `failed`, …), but no settings of it, because somebody has
+    /// removed its file and systemd has read all units again. systemd can't restart a lost unit, and takes no transient unit of
+    /// that name. `None` for all other units.
+    ///
+    /// # Errors
+    /// systemd can't be reached.
+    pub async fn lost_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
+        let all = self.get_all(unit, UNIT_INTERFACE).await?;
+        let active = text(&all, "ActiveState");
+        Ok(match text(&all, "LoadState").as_deref() {
+            // systemd loads an empty unit for the call.
+            Some("not-found") => active.filter(|active| active != "inactive"),
+            // Somebody has asked for a transient unit of that name meanwhile.
+            Some("stub" | "error") => active,
+            _ => None,
+        })
+    }
+
     /// How far the start of a unit is.
     ///
     /// # Errors

@@ -139,6 +139,17 @@ impl Manager {
         Ok(true)
     }
 
+    /// Makes systemd forget a unit that is lost ([`Self::lost_state`]).
+    ///
+    /// # Errors
+    /// A refusal, or [`Error::Job`].
+    pub async fn forget_lost(&self, unit: &UnitName) -> Result<(), Error> {
+        // A transient unit of that name that systemd refused has left a file, and systemd refuses to stop the unit.
+        self.free_name(unit).await?;
+        self.stop(unit).await?;
+        self.reset_failed(unit).await
+    }
+
     /// Sends a signal to every process of a unit. A unit that is not loaded has none.
     ///
     /// # Errors
