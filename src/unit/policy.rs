@@ -168,6 +168,8 @@ fn effect(name: &str, value: &str) -> Option<Effect> {
         "Type" | "PAMName" | "PIDFile" | "RefuseManualStart" | "PrivatePIDs" if !is_off => {
             Some(Effect::NotCreated)
         }
+        // systemd would not run `launch`, or not it alone.
+        "ExecStart" => Some(Effect::NotCreated),
         "ExitType" if value != "main" => Some(Effect::NotCreated),
         // systemd loads no service of Type=oneshot, which execs are, with these values.
         "Restart" if ["always", "on-success"].contains(&value) => Some(Effect::NoExec),
@@ -295,6 +297,9 @@ mod tests {
             ("StopWhenUnneeded=no", false, false),
             ("ExitType=cgroup", true, true),
             ("ExitType=main", false, false),
+            ("ExecStart=", true, true),
+            ("ExecStart=\nExecStart=/bin/true", true, true),
+            ("ExecStartPre=/bin/true", false, false),
             ("PIDFile=/run/web.pid", true, true),
             ("PAMName=", false, false),
             ("PrivatePIDs=yes", true, true),

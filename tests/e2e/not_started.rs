@@ -76,6 +76,11 @@ fn a_setting_that_keeps_a_container_from_starting_is_named() {
         ("[Service]\nTimeoutStartSec=1ms\n", &["TimeoutStartSec=1ms in ", "50-e2e.conf"]),
         // systemd is not asked to start the unit, or refuses to.
         ("[Service]\nType=oneshot\n", &["Type=oneshot in ", "50-e2e.conf: no container can be created"]),
+        (
+            "[Service]\nExecStart=\nExecStart=/bin/true\n",
+            &["ExecStart=/bin/true in ", "no container can be created; remove this setting"],
+        ),
+        ("[Service]\nExecStart=/bin/true\n", &["ExecStart=/bin/true in ", "50-e2e.conf: no container"]),
         ("[Unit]\nRefuseManualStop=yes\n", &["RefuseManualStop=yes in ", "no container can be deleted"]),
         ("[Unit]\nRequires=no-such.service\n", &["not found", "Requires=no-such.service in "]),
     ];
@@ -139,6 +144,7 @@ fn a_setting_that_keeps_an_exec_from_starting_is_named_at_once() {
         ("[Service]\nDynamicUser=yes\n", "DynamicUser=yes in "),
         ("[Service]\nLimitAS=1M\n", "LimitAS=1M in "),
         ("[Service]\nRestart=always\n", "Restart=always in "),
+        ("[Service]\nExecStart=\nExecStart=/bin/true\n", "ExecStart=/bin/true in "),
     ] {
         let drop_in = DropIn::for_namespace(&namespace, setting);
         let (took, text) = failed_exec(&container);
