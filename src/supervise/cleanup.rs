@@ -430,8 +430,16 @@ impl Cleanup {
         if live.unit_stop.is_none() && !live.is_deleted {
             let (manager, unit) = (self.manager.clone(), process.unit.clone());
             let (accept, accepted) = oneshot::channel();
-            // systemd unloads the unit when it stops: it does not stay as a failed unit.
-            let done = tokio::spawn(async move { Ok(manager.stop_accepted(&unit, accept).await?) });
+            // systemd unloads the unit when it stops: it does not stay as a failed unit. But it does if somebody has removed its
+            // file and systemd has read all units again.
+            let done = tokio::spawn(async move {
+                let had_file = search_path::has_transient_file(&unit);
+                manager.stop_accepted(&unit, accept).await?;
+                if !had_file {
+                    manager.reset_failed(&unit).await?;
+                }
+                Ok(())
+            });
             live.unit_stop = Some(UnitStop { accepted, done });
         }
     }

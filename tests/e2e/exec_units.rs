@@ -1,5 +1,6 @@
 //! Each exec has a unit: tests of what systemd shows of the unit, and of what systemctl does to it.
 
+use std::fs;
 use std::thread;
 
 use crate::attached;
@@ -192,4 +193,26 @@ fn execs_start_during_reloads_and_reexecutions_of_systemd() {
         });
     }
     assert_gone(&systemd::exec_units_of(&container));
+}
+
+#[test]
+fn nothing_stays_of_an_exec_whose_units_file_somebody_removed() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    for status in [0, 9] {
+        let (exec, mut client) =
+            attached::exec(&container, Spec::sh(&TRAPPED.replace("exit 9", &format!("exit {status}"))));
+        client.until("ready\n");
+        let unit = unit_of_exec(&container, &exec);
+        fs::remove_file(format!("/run/systemd/transient/{unit}")).expect("remove the file of a unit");
+        process::succeed("systemctl", &["daemon-reload"]);
+        assert_eq!(systemd::property(&unit, "LoadState"), "not-found");
+        exec.kill(SIGTERM).expect("kill");
+        assert_eq!(exec.exit_status(), status);
+        exec.delete().expect("delete");
+        assert_gone(&systemd::exec_units_of(&container));
+    }
+    assert_eq!(container.exec_sh("exit 7").exit_status(), 7);
+    container.end();
 }
