@@ -18,7 +18,7 @@ use crate::oci::{containerd, mount};
 use crate::services::files::ClientFiles;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::store::{self, Found, Store};
-use crate::supervise::cleanup::{Removal, Stop, Troubles};
+use crate::supervise::removal::{Removal, Stop, Troubles};
 use crate::sys;
 use crate::task::Task;
 use crate::task::lifecycle::Exit;

@@ -21,7 +21,7 @@ use crate::services::process::{hold, init_is_gone};
 use crate::services::{Entry, Error, Process};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
-use crate::supervise::cleanup::{Stop, remove_unit};
+use crate::supervise::removal::{Stop, remove_unit};
 use crate::task::Task;
 use crate::task::exec::Exec;
 use crate::task::lifecycle::Exit;

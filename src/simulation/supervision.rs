@@ -15,7 +15,7 @@ use crate::ops::Status;
 use crate::services::files::ClientFiles;
 use crate::services::{Delivery, Error};
 use crate::store::Store;
-use crate::supervise::cleanup::{Removal, Stop};
+use crate::supervise::removal::{Removal, Stop};
 use crate::suspect::Crashes;
 use crate::sys;
 use crate::task::request::Mount;

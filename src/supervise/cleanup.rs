@@ -1,31 +1,24 @@
-//! Cleanup: the one procedure that removes what a task or an exec has outside of the daemon. Delete, rollback and the
-//! `delete` command use it.
-//!
-//! Every step is tried, even if an earlier one failed. If anything could not be removed, the caller gets the reasons and
-//! keeps the record: the same steps can run again later and find what is left.
+//! Cleanup by the daemon: removes tasks and execs, and what failed operations have left, by the steps of [`removal`](super::removal).
 
-use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::launch;
 use crate::launch::contract::{EXEC_PID_FILE, LAUNCH_ERROR, LAUNCHED, PID_FILE, PROCESS_SPEC};
 use crate::launch::pipes::NO_INPUT;
-use crate::oci::runtime::{self, OciRuntime};
-use crate::oci::state::State;
-use crate::oci::{mount, mount_options, pod_files};
+use crate::oci::mount_options;
+use crate::oci::runtime::OciRuntime;
 use crate::services::changes::Noted;
 use crate::services::files::ClientFiles;
 use crate::services::live::UnitStop;
 use crate::services::process::{lives_in, read_pid};
 use crate::services::runtime_files::RuntimeFiles;
 use crate::services::streams::{Streams, cancel_pumps, stored_number};
-use crate::services::{Entry, Error, Process, Tasks, WaitsFor, exec_share};
+use crate::services::{Entry, Error, Process, Tasks, exec_share};
 use crate::session::fds::StreamFds;
 use crate::stdio::threads;
 use crate::store::{self, Store};
@@ -33,193 +26,7 @@ use crate::task::Task;
 use crate::unit::search_path;
 use crate::unit::systemd::Systemd;
 
-/// Why some things could not be removed.
-#[derive(Debug, Default)]
-pub struct Troubles(Vec<String>);
-
-impl Troubles {
-    /// Adds the error of a step, if it failed.
-    pub fn add<E: Display>(&mut self, step: Result<(), E>) {
-        self.0.extend(step.err().map(|error| error.to_string()));
-    }
-
-    /// Adds the errors of other steps.
-    pub fn join(&mut self, other: Self) {
-        self.0.extend(other.0);
-    }
-
-    /// Adds the error of a step that ran in another thread.
-    fn add_run<E: Display>(&mut self, step: Result<Result<(), E>, Error>) {
-        match step {
-            Ok(done) => self.add(done),
-            Err(error) => self.add(Err(error)),
-        }
-    }
-
-    /// True if everything could be removed.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// All errors in one line.
-    pub fn text(&self) -> String {
-        self.0.join("; ")
-    }
-}
-
-/// How a unit is stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// Waits until the unit has stopped. Only the daemon can: it listens to systemd.
-    Awaited,
-    /// Kills the processes of the unit and does not wait.
-    Killed,
-}
-
-/// The removal of what a task has outside of the daemon.
-pub struct Removal<'a> {
-    pub manager: &'a dyn Systemd,
-    pub oci: &'a dyn OciRuntime,
-    /// Runs what touches the bundle.
-    pub files: &'a ClientFiles,
-    /// Runs what touches the state of the OCI runtime.
-    pub runtime_files: &'a RuntimeFiles,
-    pub task: &'a Task,
-    /// The directory of the task.
-    pub dir: &'a Path,
-    /// How its units are stopped.
-    pub stop: Stop,
-}
-
-impl Removal<'_> {
-    /// Removes the state of the OCI runtime, the units and the mounts. `others` resolves to the units of the execs and of
-    /// their loggers, once nothing copies output any more.
-    pub async fn of_task(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
-        let (mut troubles, task) = (Troubles::default(), self.task);
-        if self.stop == Stop::Killed {
-            // The OCI runtime only removes a container whose processes have ended.
-            troubles.add(self.manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
-        }
-        let others = async {
-            fault::point(Point::DeleteRuntime);
-            others.await
-        };
-        troubles.join(self.of_init(others).await);
-        fault::point(Point::DeleteUnit);
-        troubles.join(self.of_logger().await);
-        if let Some(places) = task.request.sandbox.as_ref().and_then(|sandbox| sandbox.places.clone()) {
-            // containerd's directory may be on a disk that does not answer.
-            let init = task.key.init();
-            let removed = self.files.run(WaitsFor::Bundle, &init, move || pod_files::remove(&places));
-            troubles.add_run(removed.await);
-        }
-        if task.rootfs_on_host {
-            let rootfs = task.request.bundle.join("rootfs");
-            // The bundle may be on a disk that does not answer.
-            troubles.add_run(
-                self.files.run(WaitsFor::Bundle, &task.key.init(), move || mount::unmount_all(&rootfs)).await,
-            );
-        }
-        troubles
-    }
-
-    /// Removes the state of the OCI runtime, and meanwhile the units: first those to which `others` resolves, then that of the
-    /// init process. Both leave no process of the container, and both accept that its cgroup is gone already.
-    async fn of_init(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
-        let unit = self.task.unit();
-        let cli = runtime::Cli::of(self.task, self.dir);
-        let units = async {
-            let mut troubles = Troubles::default();
-            for unit in others.await {
-                troubles.join(remove_unit(self.manager, &unit, self.stop).await);
-            }
-            let removed = remove_unit(self.manager, unit, self.stop).await;
-            if removed.is_empty() {
-                // This is the last step: systemd unloads the unit when its last reference is gone.
-                self.manager.release(unit).await;
-            }
-            troubles.join(removed);
-            troubles
-        };
-        let (mut deleted, mut troubles) = tokio::join!(self.delete_in_runtime(&cli), units);
-        // The runtime has recorded the container before `create` or `restore` ended with the unit, or it could not delete a
-        // container that runs.
-        match self.is_in_runtime().await {
-            Ok(true) => deleted = self.delete_in_runtime(&cli).await,
-            Ok(false) => {}
-            // The same disk may have kept the runtime from deleting the container.
-            Err(error) => deleted = deleted.and(Err(error)),
-        }
-        troubles.add(deleted);
-        troubles
-    }
-
-    /// True if the OCI runtime has state of this container.
-    ///
-    /// # Errors
-    /// The disk with the state does not answer.
-    async fn is_in_runtime(&self) -> Result<bool, Error> {
-        self.runtime_files.state(self.task, State::exists).await
-    }
-
-    /// Removes the state of the OCI runtime, if it has one of this container.
-    ///
-    /// # Errors
-    /// The runtime refuses it, or the disk with the state does not answer. The call can be repeated.
-    async fn delete_in_runtime(&self, cli: &runtime::Cli<'_>) -> Result<(), Error> {
-        if !self.is_in_runtime().await? {
-            self.oci.settle(cli).await;
-            return Ok(());
-        }
-        let Err(error) = self.oci.delete(cli).await else { return Ok(()) };
-        let leftover = error.leftover();
-        match self.runtime_files.state(self.task, move |state| state.clear(leftover)).await? {
-            Ok(true) => {
-                let key = &self.task.key;
-                tracing::warn!(task = %key, %error, "task {key}: the state of its container was removed without the OCI runtime: {error}");
-                Ok(())
-            }
-            Ok(false) => Err(error.into()),
-            Err(error) => Err(runtime::Error::Failed { verb: "delete", reason: error.to_string() }.into()),
-        }
-    }
-
-    /// Removes the unit of the logger of the init process.
-    async fn of_logger(&self) -> Troubles {
-        match &self.task.init.logger {
-            Some(logger) => remove_unit(self.manager, logger, self.stop).await,
-            None => Troubles::default(),
-        }
-    }
-}
-
-/// Unloads a unit. One that ended cleanly is still active (RemainAfterExit), any other has failed.
-pub async fn remove_unit(manager: &dyn Systemd, unit: &UnitName, stop: Stop) -> Troubles {
-    let mut troubles = Troubles::default();
-    match stop {
-        Stop::Awaited => troubles.add(manager.stop(unit).await),
-        Stop::Killed => {
-            troubles.add(manager.kill_all(unit, nix::libc::SIGKILL).await);
-            troubles.add(manager.stop_without_waiting(unit).await);
-        }
-    }
-    troubles.add(manager.reset_failed(unit).await);
-    remove_log_fields(unit);
-    troubles
-}
-
-/// The unit of the logger of a process, if the process has one.
-fn logger_of(entry: &Entry, process: &Process) -> Option<UnitName> {
-    entry.task().process(process.exec()).and_then(|recorded| recorded.logger.clone())
-}
-
-/// systemd forgets this file of a transient unit (252 to 262), and the next unit of that name would
-/// get the fields in it.
-fn remove_log_fields(unit: &UnitName) {
-    let path = Path::new("/run/systemd/units").join(format!("log-extra-fields:{unit}"));
-    // The goal is that the file does not exist.
-    let _ = std::fs::remove_file(path);
-}
+use super::removal::{Removal, Stop, Troubles, remove_unit};
 
 /// Removes tasks, execs, and what failed operations have left.
 pub struct Cleanup {
@@ -550,4 +357,9 @@ fn kill_leftover(entry: &Entry, dir: &Path) {
         // The process may have ended by itself.
         let _ = crate::sys::pidfd_send_signal(&process, nix::libc::SIGKILL as u32);
     }
+}
+
+/// The unit of the logger of a process, if the process has one.
+fn logger_of(entry: &Entry, process: &Process) -> Option<UnitName> {
+    entry.task().process(process.exec()).and_then(|recorded| recorded.logger.clone())
 }

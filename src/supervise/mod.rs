@@ -7,6 +7,7 @@ mod kernel;
 pub mod limits;
 mod missed_ends;
 pub mod oom;
+pub mod removal;
 pub mod slices;
 pub mod systemd;
 

@@ -21,7 +21,6 @@ use crate::common::stdio::Scratch;
 use crate::common::systemd::{self, DropIn};
 use crate::common::task::Io;
 use crate::common::wait;
-
 use crate::ctr::Made;
 
 const PROGRAM: &str = "containerd-shim-systemd-v1";
