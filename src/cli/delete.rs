@@ -38,11 +38,8 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     };
     let key = key_of(flags, &bundle)?;
     let store = Store::new(config::STATE_DIR);
-    let response = match recorded_as(&store, &key)? {
-        Some(found) => {
-            check_bundle(&store, &found, &bundle)?;
-            clean_up(&store, &found, &key)?
-        }
+    let response = match recorded_as(&store, &key, &bundle)? {
+        Some(found) => clean_up(&store, &found, &key)?,
         None => None,
     };
     // Not after an error: the container may run.
@@ -56,20 +53,25 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
 
 /// The key of this containerd's task in the record, if it has one. Earlier versions recorded the tasks of every containerd
 /// as tasks of the usual one. The task of another containerd is not touched.
-fn recorded_as(store: &Store, key: &TaskKey) -> Result<Option<TaskKey>, Failure> {
+///
+/// # Errors
+/// The task has another bundle than the caller names, or the caller may not read records.
+fn recorded_as(store: &Store, key: &TaskKey, bundle: &Path) -> Result<Option<TaskKey>, Failure> {
     for found in [key.clone(), key.of(Owner::default())] {
         if !store.knows(&found).map_err(Failure::new)? {
             continue;
         }
-        let is_own = match store.load(&found) {
+        match store.load(&found) {
             Ok(Some(Found { task, .. })) => {
-                containerd::owner(&task.request.bundle, &key.namespace, &key.id) == key.owner
+                let recorded = &task.request.bundle;
+                if containerd::owner(recorded, &key.namespace, &key.id) == key.owner {
+                    check_bundle(&found, recorded, bundle)?;
+                    return Ok(Some(found));
+                }
             }
             // If the record can't be read, the daemon decides. Otherwise there is no task.
-            Ok(None) | Err(_) => found == *key,
-        };
-        if is_own {
-            return Ok(Some(found));
+            Ok(None) | Err(_) if found == *key => return Ok(Some(found)),
+            Ok(None) | Err(_) => {}
         }
     }
     Ok(None)
@@ -77,15 +79,13 @@ fn recorded_as(store: &Store, key: &TaskKey) -> Result<Option<TaskKey>, Failure>
 
 /// Checks that the bundle that the caller names is that of the task: containerd always names it, a person may name another one
 /// while the task runs.
-fn check_bundle(store: &Store, key: &TaskKey, bundle: &Path) -> Result<(), Failure> {
-    let Ok(Some(Found { task, .. })) = store.load(key) else { return Ok(()) };
-    let recorded = &task.request.bundle;
+fn check_bundle(key: &TaskKey, recorded: &Path, named: &Path) -> Result<(), Failure> {
     // The same path needs no look at a disk that may not answer.
-    if recorded == bundle || !is_another_directory(recorded, bundle) {
+    if recorded == named || !is_another_directory(recorded, named) {
         return Ok(());
     }
-    let (recorded, bundle) = (recorded.display(), bundle.display());
-    Err(Failure(format!("task {key} has the bundle {recorded}, not {bundle}, so nothing was removed")))
+    let (recorded, named) = (recorded.display(), named.display());
+    Err(Failure(format!("task {key} has the bundle {recorded}, not {named}, so nothing was removed")))
 }
 
 /// True if the first directory exists and the second path does not lead to it. The bundle of a task that ended may be removed.
@@ -236,16 +236,16 @@ mod tests {
         let bundle = store.load(&key).unwrap().unwrap().task.request.bundle;
         let other = tempfile::tempdir().unwrap();
         for wrong in [other.path(), Path::new("/no/such/bundle"), &bundle.join("..")] {
-            let Failure(error) = check_bundle(&store, &key, wrong).unwrap_err();
+            let Failure(error) = check_bundle(&key, &bundle, wrong).unwrap_err();
             assert!(error.contains(&bundle.display().to_string()), "{error}");
         }
         let link = other.path().join("link");
         std::os::unix::fs::symlink(&bundle, &link).unwrap();
         for right in [&bundle, &link, &bundle.join(".")] {
-            check_bundle(&store, &key, right).unwrap();
+            check_bundle(&key, &bundle, right).unwrap();
         }
         std::fs::remove_dir_all(&bundle).unwrap();
-        check_bundle(&store, &key, other.path()).unwrap();
+        check_bundle(&key, &bundle, other.path()).unwrap();
     }
 
     #[test]

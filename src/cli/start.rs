@@ -4,10 +4,12 @@
 //! small files are written to the bundle, and the address is printed.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::Flock;
 use protobuf::Message;
 
 use crate::api::messages::{BootstrapParams, BootstrapResult};
@@ -203,17 +205,13 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     if listens() {
         return Ok(());
     }
-    // After a time limit, this continues without the lock: two processes that start the units at the same time do no
-    // harm, but a process that waits for ever starts no container.
-    let _lock = files::lock(Path::new(config::START_LOCK), config::START_LIMIT)
-        .map_err(|error| Failure(format!("can't lock {}: {error}", config::START_LOCK)))?;
+    let _lock = lock()?;
     if listens() {
         return Ok(());
     }
-    let program = program()?;
-    block_on(start_units(&program, false))?.map_err(not_started)?;
+    start_daemon(false)?;
     if !listens() {
-        block_on(start_units(&program, true))?.map_err(not_started)?;
+        start_daemon(true)?;
     }
     if listens() {
         Ok(())
@@ -223,56 +221,57 @@ pub(super) fn bring_up() -> Result<(), Failure> {
     }
 }
 
-/// The path of this program, which the daemon runs, too.
-fn program() -> Result<PathBuf, Failure> {
-    std::env::current_exe().map_err(|error| Failure(format!("can't find the path of this program: {error}")))
+/// Keeps other callers from starting the units. After a time limit, the caller continues without the lock: two processes that
+/// start the units at the same time do no harm, but a process that waits for ever starts no container.
+fn lock() -> Result<Option<Flock<File>>, Failure> {
+    files::lock(Path::new(config::START_LOCK), config::START_LIMIT)
+        .map_err(|error| Failure(format!("can't lock {}: {error}", config::START_LOCK)))
 }
 
-/// The failure of a start of the daemon's units.
-fn not_started(error: unit::error::Error) -> Failure {
-    use unit::error::Error::{Dependency, Job, Refused};
-    let is_of_systemd = matches!(error, Job { .. } | Refused { .. } | Dependency { .. });
-    let reason = is_of_systemd.then(doctor::fault_of_daemon).flatten();
-    let reason = reason.map(|reason| format!("; {reason}")).unwrap_or_default();
-    Failure(format!("can't start the runtime's daemon: {error}{reason}{}", advice()))
+/// Starts the units of the daemon ([`start_units`]). An error names the reason, if `doctor` finds it.
+fn start_daemon(again: bool) -> Result<(), Failure> {
+    let program = std::env::current_exe()
+        .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
+    block_on(start_units(&program, again))?.map_err(|error| {
+        use unit::error::Error::{Dependency, Job, Refused};
+        let is_of_systemd = matches!(error, Job { .. } | Refused { .. } | Dependency { .. });
+        let reason = is_of_systemd.then(doctor::fault_of_daemon).flatten();
+        let reason = reason.map(|reason| format!("; {reason}")).unwrap_or_default();
+        Failure(format!("can't start the runtime's daemon: {error}{reason}{}", advice()))
+    })
 }
 
 /// Starts the daemon's units if systemd has lost their settings and the daemon has ended. Nothing else would start it: systemd has
 /// closed the daemon's sockets, and only the guard of the daemon still has them. True if the units were started.
 fn bring_up_lost() -> Result<bool, Failure> {
+    // If systemd can't be reached, it can't start units either.
     let is_lost = || -> Result<bool, Failure> {
         let look = block_on(async { tokio::time::timeout(config::LOST_LIMIT, has_lost_daemon()).await })?;
-        Ok(look.unwrap_or(false))
+        Ok(matches!(look, Ok(Ok(true))))
     };
     if !is_lost()? {
         return Ok(false);
     }
-    let _lock = files::lock(Path::new(config::START_LOCK), config::START_LIMIT)
-        .map_err(|error| Failure(format!("can't lock {}: {error}", config::START_LOCK)))?;
+    let _lock = lock()?;
     // Another caller may have started them meanwhile.
     if is_lost()? {
-        block_on(start_units(&program()?, false))?.map_err(not_started)?;
+        start_daemon(false)?;
     }
     Ok(true)
 }
 
-/// Whether systemd has lost the settings of the daemon's units, and the daemon has ended. False if systemd can't be reached.
-async fn has_lost_daemon() -> bool {
+/// Whether systemd has lost the settings of the daemon's units, and the daemon has ended.
+async fn has_lost_daemon() -> Result<bool, unit::error::Error> {
     let manager = Manager::default();
     // The manager keeps a copy of the connection.
-    let Ok(_connection) = manager.connect().await else { return false };
+    let _connection = manager.connect().await?;
     let (socket, service) = (name::daemon_socket(), name::daemon_service());
-    let has_ended = |state: Option<String>| matches!(state.as_deref(), None | Some("inactive" | "failed"));
-    let look = async {
-        Ok::<bool, unit::error::Error>(match manager.lost_state(&service).await? {
-            Some(state) => has_ended(Some(state)),
-            None => {
-                manager.lost_state(&socket).await?.is_some()
-                    && has_ended(manager.active_state(&service).await?)
-            }
-        })
+    let state = match manager.lost_state(&service).await? {
+        None if manager.lost_state(&socket).await?.is_none() => return Ok(false),
+        None => manager.active_state(&service).await?,
+        lost => lost,
     };
-    look.await.unwrap_or(false)
+    Ok(matches!(state.as_deref(), None | Some("inactive" | "failed")))
 }
 
 /// Waits until the daemon serves calls. The call that follows `start` would wait without a limit for a daemon that can't start.
