@@ -84,10 +84,6 @@ impl Removal<'_> {
             // The OCI runtime only removes a container whose processes have ended.
             troubles.add(self.manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
         }
-        let others = async {
-            fault::point(Point::DeleteRuntime);
-            others.await
-        };
         troubles.join(self.of_init(others).await);
         fault::point(Point::DeleteUnit);
         troubles.join(self.of_logger().await);
@@ -125,7 +121,12 @@ impl Removal<'_> {
             troubles.join(removed);
             troubles
         };
-        let (mut deleted, mut troubles) = tokio::join!(self.delete_in_runtime(&cli), units);
+        let in_runtime = async {
+            let deleted = self.delete_in_runtime(&cli).await;
+            fault::point(Point::DeleteRuntime);
+            deleted
+        };
+        let (mut deleted, mut troubles) = tokio::join!(in_runtime, units);
         // The runtime has recorded the container before `create` or `restore` ended with the unit, or it could not delete a
         // container that runs.
         match self.is_in_runtime().await {
