@@ -393,13 +393,7 @@ fn spawn_workers(
     workers.spawn("retrying failed writes of records", shim.cleanup.clone().write_pending());
     workers.spawn("removing what failed creates and given-up tasks left", shim.clone().remove_leftovers());
     workers.spawn("dropping unused copies of OCI runtimes", shim.clone().forget_idle_runtimes());
-    let of_floods = manager.clone();
-    // An error is an answer, too: of the bus.
-    let answer = move || {
-        let manager = of_floods.clone();
-        async move { drop(manager.version().await) }
-    };
-    workers.spawn("ending floods of children of systemd", floods::end(tasks.clone(), answer));
+    workers.spawn("ending floods of children of systemd", floods::end(tasks.clone(), manager.clone()));
     let removed = tasks.removed.clone();
     let is_used = move |slice: &UnitName| tasks.uses_slice(slice);
     workers.spawn("removing unused slices", slices::run(manager, removed, is_used));

@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::cgroup;
 use crate::services::{Tasks, blocking};
+use crate::unit::manager::Manager;
 
 /// How often the daemon asks systemd for an answer.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -38,12 +39,13 @@ const MOST: usize = 4096;
 /// The file with the pids of systemd's children.
 const CHILDREN: &str = "/proc/1/task/1/children";
 
-/// Background task: ends such containers. `answer` resolves when systemd has answered a call. Never returns.
-pub async fn end<A: Future<Output = ()>>(tasks: Arc<Tasks>, answer: impl Fn() -> A) {
+/// Background task: ends such containers. Never returns.
+pub async fn end(tasks: Arc<Tasks>, manager: Arc<Manager>) {
     loop {
         sleep(INTERVAL).await;
         // One call at a time: the bus keeps calls that are not answered, and has a limit for them.
-        let mut answered = pin!(answer());
+        // An error is an answer of the bus, and there is nothing to wait for.
+        let mut answered = pin!(manager.version());
         while timeout(ANSWER_LIMIT, &mut answered).await.is_err() {
             end_floods(&tasks).await;
         }
