@@ -39,6 +39,12 @@ pub fn succeed(program: &str, args: &[&str]) -> String {
     outcome.text()
 }
 
+/// Runs a program as a user without privileges.
+pub fn as_nobody(program: &[&str]) -> Outcome {
+    let user = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
+    run("setpriv", &[&user, program].concat())
+}
+
 pub fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }

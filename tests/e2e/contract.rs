@@ -191,11 +191,8 @@ fn delete_removes_nothing_for_a_wrong_bundle_or_an_unprivileged_user() {
         assert!(outcome.stderr.contains(path), "{path}: {}", outcome.stderr);
     }
     let bundle = container.bundle();
-    let unprivileged =
-        ["--reuid=65534", "--regid=65534", "--clear-groups", "--", BINARY, "-namespace", NAMESPACE];
-    let mut command = Command::new("setpriv");
-    command.args(unprivileged).args(["-id", &container.id, "-bundle", &bundle, "delete"]).current_dir("/");
-    let outcome = shim::with_stdin(&mut command, &[]);
+    let delete = [BINARY, "-namespace", NAMESPACE, "-id", &container.id, "-bundle", &bundle, "delete"];
+    let outcome = process::as_nobody(&delete);
     assert_ne!(outcome.code, Some(0), "{outcome:?}");
     assert!(outcome.stderr.contains("Permission denied"), "{}", outcome.stderr);
     assert_eq!(container.exec_sh("exit 5").exit_status(), 5);

@@ -18,12 +18,6 @@ use crate::common::{process, wait};
 /// Exists if text of a container was run, or used as a path.
 const PWNED: &str = "/run/e2e-pwned";
 
-/// Runs a program as a user without privileges.
-fn as_nobody(program: &[&str]) -> process::Outcome {
-    let user = ["--reuid=65534", "--regid=65534", "--clear-groups", "--"];
-    process::run("setpriv", &[&user, program].concat())
-}
-
 #[test]
 fn no_other_user_can_hold_up_the_start_of_a_container() {
     needs!(OurShim);
@@ -32,11 +26,11 @@ fn no_other_user_can_hold_up_the_start_of_a_container() {
     // An earlier version made the lock readable for every user.
     fs::write(lock, "").expect("write the lock");
     process::succeed("chmod", &["0644", lock]);
-    assert_eq!(as_nobody(&["flock", "--exclusive", "--nonblock", lock, "true"]).code, Some(0));
+    assert_eq!(process::as_nobody(&["flock", "--exclusive", "--nonblock", lock, "true"]).code, Some(0));
     shim::stop_daemon();
     node.container("locked", Spec::sleeping()).started(&Io::default()).end();
     for kind in ["--exclusive", "--shared"] {
-        let locked = as_nobody(&["flock", kind, "--nonblock", lock, "true"]);
+        let locked = process::as_nobody(&["flock", kind, "--nonblock", lock, "true"]);
         assert!(locked.code != Some(0) && locked.stderr.contains("ermission denied"), "{locked:?}");
     }
 }
@@ -56,15 +50,15 @@ fn the_arguments_of_an_exec_are_visible_in_no_unit_no_record_and_no_log() {
     let refusal = failed.start().expect_err("a program that does not exist");
     let units = [systemd::unit_of(&container), systemd::unit_of_exec(&container, &exec)];
     let shown = units.map(|unit| {
-        let shown = as_nobody(&["systemctl", "show", "--all", "--", &unit]);
+        let shown = process::as_nobody(&["systemctl", "show", "--all", "--", &unit]);
         assert!(shown.text().contains(&format!("Id={unit}")), "{shown:?}");
-        shown.text() + &as_nobody(&["systemctl", "cat", "--", &unit]).text()
+        shown.text() + &process::as_nobody(&["systemctl", "cat", "--", &unit]).text()
     });
     let log: Vec<_> = since.entries_since(&[]).iter().map(ToString::to_string).collect();
     for (what, text) in [("units", shown.concat()), ("log", log.concat()), ("error", refusal.to_string())] {
         assert!(!text.contains(&secret) && !text.contains(&variable), "{what}: {text}");
     }
-    let records = as_nobody(&[
+    let records = process::as_nobody(&[
         "grep",
         "-r",
         "-l",
