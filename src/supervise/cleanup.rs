@@ -237,8 +237,8 @@ impl Cleanup {
         if live.unit_stop.is_none() && !live.is_deleted {
             let (manager, unit) = (self.manager.clone(), process.unit.clone());
             let (accept, accepted) = oneshot::channel();
-            // systemd unloads the unit when it stops: it does not stay as a failed unit. But it does if somebody has removed its
-            // file and systemd has read all units again.
+            // systemd unloads a unit that has stopped. A unit that has failed stays loaded if somebody has removed its file and
+            // systemd has read all units again.
             let done = tokio::spawn(async move {
                 let had_file = search_path::has_transient_file(&unit);
                 manager.stop_accepted(&unit, accept).await?;

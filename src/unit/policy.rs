@@ -168,7 +168,7 @@ fn effect(name: &str, value: &str) -> Option<Effect> {
         "Type" | "PAMName" | "PIDFile" | "RefuseManualStart" | "PrivatePIDs" if !is_off => {
             Some(Effect::NotCreated)
         }
-        // systemd would not run `launch`, or not it alone.
+        // systemd would run another command, in place of `launch` or after it.
         "ExecStart" => Some(Effect::NotCreated),
         "ExitType" if value != "main" => Some(Effect::NotCreated),
         // systemd loads no service of Type=oneshot, which execs are, with these values.
