@@ -42,7 +42,6 @@ use crate::transport::sockets::{Leases, Socket};
 use crate::unit::fd_store::FdStore;
 use crate::unit::manager::Manager;
 use crate::unit::notify::THREAD_INTERVAL;
-use crate::unit::observations::Observations;
 use crate::unit::refs::{self, Refs};
 use crate::unit::relay::Relay;
 use crate::unit::{bus_config, name, notify, properties, watch};
@@ -276,9 +275,8 @@ async fn serve(
     let (connections, mut adopted, consoles) = adopt_connections(&fd_store, &mut kept, rescued, &crashes)?;
     let refs = Refs::new(fd_store.clone(), &mut kept, refs::limit(bus_config::match_rules()));
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
-    let observations = Arc::<Observations>::default();
     let (listening, first) = oneshot::channel();
-    let listener = watch::run(manager.clone(), observations.clone(), listening);
+    let listener = watch::run(manager.clone(), listening);
     workers.spawn("receiving systemd's signals", listener);
     first.await.map_err(|_| Failure::new("systemd's signals can't be received"))?;
 
@@ -315,7 +313,7 @@ async fn serve(
     // This daemon has opened and kept everything that was open only in ended daemons.
     earlier.end();
     fault::point(Point::RecoverTasks);
-    spawn_workers(&mut workers, &shim, manager, outgoing, observations);
+    spawn_workers(&mut workers, &shim, manager, outgoing);
 
     crashes.forget_answered();
     workers.spawn("forgetting crashes of records", async move {
@@ -386,7 +384,6 @@ fn spawn_workers(
     shim: &Arc<Shim>,
     manager: Arc<Manager>,
     outgoing: mpsc::UnboundedReceiver<Arc<Entry>>,
-    observations: Arc<Observations>,
 ) {
     let tasks = shim.tasks.clone();
     workers.spawn("publishing events", events::publish(tasks.clone(), outgoing));
@@ -396,9 +393,9 @@ fn spawn_workers(
     workers.spawn("ending floods of children of systemd", floods::end(tasks.clone(), manager.clone()));
     let removed = tasks.removed.clone();
     let is_used = move |slice: &UnitName| tasks.uses_slice(slice);
+    workers.spawn("observing units", shim.units.clone().observe(manager.observations.clone()));
     workers.spawn("removing unused slices", slices::run(manager, removed, is_used));
     workers.spawn("watching cgroups", shim.cgroups.clone().observe());
-    workers.spawn("observing units", shim.units.clone().observe(observations));
     workers.spawn(
         "looking for ends that systemd's signals did not report",
         shim.units.clone().find_missed_ends(),

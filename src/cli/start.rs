@@ -336,9 +336,8 @@ fn shield_daemon() {
 /// new file if the socket is started again.
 async fn start_units(program: &Path, again: bool) -> Result<(), unit::error::Error> {
     let manager = std::sync::Arc::new(Manager::default());
-    let observations = std::sync::Arc::default();
     let (listening, first) = tokio::sync::oneshot::channel();
-    let watching = tokio::spawn(watch::run(manager.clone(), observations, listening));
+    let watching = tokio::spawn(watch::run(manager.clone(), listening));
     let up = async {
         first.await.map_err(|_| unit::error::Error::no_answer())?;
         let systemd = manager.systemd().await?;

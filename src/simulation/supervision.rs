@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -127,6 +128,27 @@ fn an_exit_is_reported_whatever_query_or_record_fails() {
             }
         }
     }
+}
+
+/// A query that was under way when the process ended is answered before the daemon has handled the report of its end.
+#[test]
+fn the_exit_of_a_unit_that_disappears_is_the_one_that_systemd_reported() {
+    let world = up("disappears", &WITH_EXEC);
+    let (systemd, units) = (world.systemd.clone(), [world.unit(), world.exec_unit()]);
+    let keys = [world.init(), world.exec()];
+    let exits = world.live(move |shim| async move {
+        let mut exits = Vec::new();
+        // Nobody handles what is reported from now on.
+        systemd.observed_by(Arc::default());
+        for (unit, key) in units.iter().zip(&keys).rev() {
+            let (entry, process) = shim.tasks.process(key).unwrap();
+            systemd.end_and_unload(unit, 3);
+            shim.units.query(&entry, &process).await;
+            exits.push(shim.wait(key, Delivery::First).await.unwrap().status);
+        }
+        exits
+    });
+    assert_eq!(exits, Some(vec![3, 3]));
 }
 
 /// While there is no daemon, init ends and the kernel gives its pid to another process.

@@ -100,10 +100,10 @@ impl Units {
             loop {
                 // The semaphore is never closed.
                 let query = queries.clone().acquire_owned().await;
-                let (unit, told) = observations.next().await;
+                let report = observations.next().await;
                 let this = self.clone();
                 tokio::spawn(async move {
-                    this.service_changed(&unit, told).await;
+                    this.service_changed(&report.unit, report.main).await;
                     drop(query);
                 });
             }
@@ -234,6 +234,14 @@ impl Units {
             // its child.
             (_, Some(_)) => killed(),
         };
+        // systemd may have reported how the process ended, and unloaded the unit, before it answered.
+        for told in self.manager.unhandled_ends(&process.unit).await {
+            if let Some(ended) = told.ended
+                && !is_of_another(entry, process, told)
+            {
+                return self.ended(entry, process, seen(told, ended));
+            }
+        }
         let (key, status) = (&process.key, exit.status);
         tracing::warn!(process = %key, "{key}: systemd does not know how it ended: its unit disappeared, was stopped by somebody else, or never had this process; reporting {status}");
         self.ended(entry, process, ObservedExit { pid: None, exit });

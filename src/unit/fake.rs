@@ -283,6 +283,12 @@ impl FakeSystemd {
         self.state().observations.missed();
     }
 
+    /// Ends the main process of a unit that systemd unloads at once: somebody has removed its file.
+    pub fn end_and_unload(&self, unit: &UnitName, code: i32) {
+        self.end(unit, code);
+        self.state().units.remove(unit);
+    }
+
     /// Unloads a unit, as an administrator can. Its exit code is lost.
     pub fn unload(&self, unit: &UnitName) {
         if let Some(mut gone) = self.state().units.remove(unit) {

@@ -1,12 +1,13 @@
 //! The systemd adapter: the only place that names zbus types.
 //!
 //! [`name`], [`properties`], [`annotation`], [`gvariant`], [`limits`], [`main_process`] and `signals` are pure. [`bus`] has the
-//! connection, which `socket` opens, [`manager`] makes calls over it, [`watch`] turns signals into [`observations`], [`refs`]
-//! keeps units loaded, [`policy`] finds settings of administrators that break units, [`service_d`] and `exec_flags` protect
+//! connection, which `socket` opens, [`manager`] makes calls over it, [`watch`] turns signals into [`observations`], `backlog` waits
+//! for those that have arrived, [`refs`] keeps units loaded, [`policy`] finds settings of administrators that break units, [`service_d`] and `exec_flags` protect
 //! units from drop-ins for all services, [`notify`] speaks to systemd as a service does, [`fd_store`] has systemd keep
 //! descriptors, [`error`] has what can go wrong. [`systemd`] is the trait that operations use.
 
 pub mod annotation;
+mod backlog;
 pub mod bus;
 pub mod bus_config;
 mod drop_ins;

@@ -169,6 +169,9 @@ pub trait Systemd: Send + Sync {
     /// systemd can't be reached.
     async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error>;
 
+    /// The ends of a unit's main processes that systemd has reported until its last answer, and that were not handled yet.
+    async fn unhandled_ends(&self, unit: &UnitName) -> Vec<MainProcess>;
+
     /// As [`Systemd::main_process`], for a oneshot service whose main process has ended.
     ///
     /// # Errors
@@ -333,6 +336,10 @@ impl Systemd for Manager {
 
     async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
         Self::main_process(self, unit).await
+    }
+
+    async fn unhandled_ends(&self, unit: &UnitName) -> Vec<MainProcess> {
+        Self::unhandled_ends(self, unit).await
     }
 
     async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {

@@ -17,18 +17,13 @@ use zbus::{MatchRule, MessageStream};
 use super::bus::SERVICE_INTERFACE;
 use super::error::{self, Error};
 use super::manager::{Manager, TRANSIENT_DIR};
-use super::observations::Observations;
 use super::service_d;
 use super::signals::{self, BUS, MANAGER_INTERFACE, PROPERTIES_INTERFACE, SYSTEMD, Signal};
 
 /// Connects to the bus, and connects again whenever the connection ends.
 ///
 /// Resolves `first` once signals arrive over the first connection: nothing is missed from then on.
-pub async fn run(
-    manager: Arc<Manager>,
-    observations: Arc<Observations>,
-    first: tokio::sync::oneshot::Sender<()>,
-) {
+pub async fn run(manager: Arc<Manager>, first: tokio::sync::oneshot::Sender<()>) {
     let mut first = Some(first);
     let mut pause = FIRST_PAUSE;
     let mut reported = false;
@@ -43,10 +38,10 @@ pub async fn run(
                     Some(first) => drop(first.send(())),
                     None => {
                         tracing::warn!("connected to D-Bus again");
-                        observations.missed();
+                        manager.observations.missed();
                     }
                 }
-                forward(stream, systemd, &manager, &observations).await;
+                forward(stream, systemd, &manager).await;
                 manager.disconnected().await;
                 tracing::warn!("lost the connection to D-Bus");
             }
@@ -106,22 +101,24 @@ fn rules() -> Result<Vec<MatchRule<'static>>, zbus::Error> {
     ])
 }
 
-async fn forward(
-    mut stream: MessageStream,
-    mut systemd: Option<OwnedUniqueName>,
-    manager: &Arc<Manager>,
-    observations: &Arc<Observations>,
-) {
+async fn forward(mut stream: MessageStream, mut systemd: Option<OwnedUniqueName>, manager: &Arc<Manager>) {
+    let observations = &manager.observations;
     // Ended by the next change of the owner, and with the connection.
     let mut subscribing = JoinSet::new();
     loop {
         let message = tokio::select! {
+            // In this order: the backlog is empty if no signal waits.
+            biased;
+            () = manager.references_lost() => {
+                observations.missed();
+                continue;
+            }
             next = stream.next() => match next {
                 Some(Ok(message)) => message,
                 Some(Err(_)) | None => return,
             },
-            () = manager.references_lost() => {
-                observations.missed();
+            asked = manager.backlog.asked() => {
+                manager.backlog.reached(asked);
                 continue;
             }
         };
@@ -137,7 +134,7 @@ async fn forward(
                 drop(std::mem::take(&mut subscribing));
                 if systemd.is_some() {
                     // In a separate task, so that this loop reads the signals that arrive meanwhile.
-                    subscribing.spawn(subscribe_again(manager.clone(), observations.clone()));
+                    subscribing.spawn(subscribe_again(manager.clone()));
                 }
                 observations.missed();
             }
@@ -158,7 +155,7 @@ fn shield_loaded() {
 
 /// Subscribes to the signals of a systemd that has a new connection to the bus. Units are queried again once systemd
 /// sends its signals: until then, ends of jobs and of processes can be missed.
-async fn subscribe_again(manager: Arc<Manager>, observations: Arc<Observations>) {
+async fn subscribe_again(manager: Arc<Manager>) {
     let mut pause = FIRST_PAUSE;
     while let Err(error) = manager.subscribe_again().await {
         if pause == FIRST_PAUSE {
@@ -167,7 +164,7 @@ async fn subscribe_again(manager: Arc<Manager>, observations: Arc<Observations>)
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
-    observations.missed();
+    manager.observations.missed();
 }
 
 #[cfg(test)]
@@ -180,9 +177,9 @@ mod tests {
         let (bus, connection) = FakeBus::start([("Subscribe", DENIED), ("Subscribe", DENIED)]).await;
         let manager = Arc::new(Manager::default());
         manager.bus.connected(connection);
-        let observations = Arc::<Observations>::default();
+        let observations = manager.observations.clone();
         let waiter = manager.jobs.wait_for(&crate::id::UnitName::new("a.service").unwrap());
-        subscribe_again(manager, observations.clone()).await;
+        subscribe_again(manager).await;
         tokio::time::timeout(Duration::from_secs(30), observations.receive_missed()).await.unwrap();
         let waited = waiter.ended("start", None).await;
         assert!(matches!(waited, Err(Error::Lost { .. })), "{waited:?}");

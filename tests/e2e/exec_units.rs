@@ -3,13 +3,15 @@
 use std::fs;
 use std::thread;
 
+use nix::sys::signal::Signal;
+
 use crate::attached;
 use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, unit_of_exec};
 use crate::common::task::{Io, SIGKILL, SIGTERM};
-use crate::common::{process, wait};
+use crate::common::{daemon, process, wait};
 
 /// The daemon's slice, not the container's: the cost of an exec itself is not charged to the pod.
 const SLICE: &str = "containerd_shim.slice";
@@ -214,5 +216,28 @@ fn nothing_stays_of_an_exec_whose_units_file_somebody_removed() {
         assert_gone(&systemd::exec_units_of(&container));
     }
     assert_eq!(container.exec_sh("exit 7").exit_status(), 7);
+    container.end();
+}
+
+/// The daemon reads the signals of the reload and of the exit at once: its query of the unit must not win against the exit.
+#[test]
+fn an_exit_during_a_reload_is_reported_though_its_unit_disappears() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    for _ in 0..10 {
+        let (exec, mut client) = attached::exec(&container, Spec::sh(&TRAPPED.replace("exit 9", "exit 0")));
+        client.until("ready\n");
+        let unit = unit_of_exec(&container, &exec);
+        fs::remove_file(format!("/run/systemd/transient/{unit}")).expect("remove the file of a unit");
+        let serving = wait::until("the daemon serves", daemon::serving);
+        daemon::signal(serving, Signal::SIGSTOP);
+        process::succeed("systemctl", &["daemon-reload"]);
+        process::succeed("systemctl", &["kill", "--kill-whom=main", "--signal=TERM", &unit]);
+        assert_gone(&unit);
+        daemon::signal(serving, Signal::SIGCONT);
+        assert_eq!(exec.exit_status(), 0);
+        exec.delete().expect("delete");
+    }
     container.end();
 }

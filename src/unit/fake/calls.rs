@@ -191,6 +191,10 @@ impl Systemd for FakeSystemd {
         Ok(self.with(unit, |unit| unit.main))
     }
 
+    async fn unhandled_ends(&self, unit: &UnitName) -> Vec<MainProcess> {
+        self.state().observations.unhandled_ends(unit)
+    }
+
     async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
         self.main_process(unit).await
     }

@@ -11,16 +11,21 @@ mod stop;
 pub mod usage;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{OnceCell, RwLock, watch};
+use tokio::time::timeout;
 use zbus::Connection;
 
 use crate::id::UnitName;
 
 use super::annotation::Types;
+use super::backlog::Backlog;
 use super::bus::Bus;
 use super::error::{Error, call_error, unreachable};
 use super::job::Jobs;
+use super::main_process::MainProcess;
+use super::observations::Observations;
 use super::properties::Systemd;
 use super::refs::Refs;
 
@@ -33,11 +38,17 @@ pub(super) const TRANSIENT_DIR: &str = "/run/systemd/transient";
 
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
 
+/// How long [`Manager::unhandled_ends`] waits until the signals that have arrived are read.
+const BACKLOG_LIMIT: Duration = Duration::from_secs(2);
+
 /// systemd's manager, over the system bus.
 #[derive(Default)]
 pub struct Manager {
     pub(super) bus: Bus,
     pub(super) jobs: Jobs,
+    /// What systemd has reported, and what was not handled yet.
+    pub observations: Arc<Observations>,
+    pub(super) backlog: Backlog,
     /// How often the daemon has begun to receive signals: once for each connection.
     listening: watch::Sender<u64>,
     refs: Option<Arc<Refs>>,
@@ -79,6 +90,7 @@ impl Manager {
     /// The connection has ended: later calls wait for the next one, and the ends of jobs can't be received.
     pub(super) async fn disconnected(&self) {
         self.bus.disconnected();
+        self.backlog.dropped();
         self.jobs.lose_all();
         if let Some(refs) = &self.refs {
             refs.disconnected().await;
@@ -132,6 +144,14 @@ impl Manager {
     pub async fn systemd(&self) -> Result<Systemd, Error> {
         let found = self.version().await?;
         Systemd::parse(&found).filter(|systemd| systemd.supported()).ok_or(Error::TooOld { found })
+    }
+
+    /// The ends of a unit's main processes that systemd has reported until its last answer, and that were not handled yet.
+    pub async fn unhandled_ends(&self, unit: &UnitName) -> Vec<MainProcess> {
+        if timeout(BACKLOG_LIMIT, self.backlog.read()).await.is_err() {
+            tracing::warn!(%unit, "signals arrive faster than the daemon reads them, so a report about the end of {unit} may be missed");
+        }
+        self.observations.unhandled_ends(unit)
     }
 
     /// Gives back the reference to a unit: systemd unloads the unit once it is stopped.
