@@ -17,6 +17,7 @@ usage: chaos [--seconds N | --minutes N] [--seed N] [--disturb NAME,…] [--work
                                kill        SIGKILL to the daemon
                                cgroup      SIGKILL to the daemon's whole cgroup
                                hang        SIGSTOP to the daemon, until its watchdog finds out
+                               stall       SIGSTOP to the daemon during a systemctl daemon-reload
                                restart     systemctl restart of the daemon
                                reexec      systemctl daemon-reexec
                                reload      systemctl daemon-reload

@@ -51,7 +51,7 @@ fn wait_before(next: Disturbance, random: &mut Random) -> Duration {
         Disturbance::Kill | Disturbance::WholeCgroup => (20, 600),
         Disturbance::Hang => (500, 3000),
         Disturbance::Restart => (100, 1500),
-        Disturbance::Reexec | Disturbance::Reload => (200, 2000),
+        Disturbance::Stall | Disturbance::Reexec | Disturbance::Reload => (200, 2000),
         Disturbance::Bus => (500, 3000),
         Disturbance::Containerd => (1000, 5000),
     };

@@ -14,6 +14,8 @@ pub enum Disturbance {
     WholeCgroup,
     /// SIGSTOP to the daemon, until its watchdog acts.
     Hang,
+    /// SIGSTOP to the daemon while systemd reads all units again, and SIGCONT: it receives many signals at once.
+    Stall,
     /// `systemctl restart` of the daemon.
     Restart,
     /// `systemctl daemon-reexec`.
@@ -27,10 +29,11 @@ pub enum Disturbance {
 }
 
 impl Disturbance {
-    pub const ALL: [Disturbance; 8] = [
+    pub const ALL: [Disturbance; 9] = [
         Disturbance::Kill,
         Disturbance::WholeCgroup,
         Disturbance::Hang,
+        Disturbance::Stall,
         Disturbance::Restart,
         Disturbance::Reexec,
         Disturbance::Reload,
@@ -43,6 +46,7 @@ impl Disturbance {
             Disturbance::Kill => "kill",
             Disturbance::WholeCgroup => "cgroup",
             Disturbance::Hang => "hang",
+            Disturbance::Stall => "stall",
             Disturbance::Restart => "restart",
             Disturbance::Reexec => "reexec",
             Disturbance::Reload => "reload",
@@ -53,8 +57,8 @@ impl Disturbance {
 
     /// Whether it disturbs the daemon. The stock shim has no daemon.
     pub fn is_ours(self) -> bool {
-        use Disturbance::{Hang, Kill, Restart, WholeCgroup};
-        matches!(self, Kill | WholeCgroup | Hang | Restart)
+        use Disturbance::{Hang, Kill, Restart, Stall, WholeCgroup};
+        matches!(self, Kill | WholeCgroup | Hang | Stall | Restart)
     }
 
     /// Disturbs, even if the effects of an earlier disturbance last. Returns an error if systemd refuses. systemctl waits for
@@ -64,6 +68,7 @@ impl Disturbance {
             Disturbance::Kill => signal_daemon(Signal::SIGKILL),
             Disturbance::WholeCgroup => daemon::kill_cgroup(),
             Disturbance::Hang => signal_daemon(Signal::SIGSTOP),
+            Disturbance::Stall => return stall(),
             Disturbance::Restart => return systemctl(&["restart", DAEMON_SERVICE]),
             Disturbance::Reexec => return systemctl(&["daemon-reexec"]),
             Disturbance::Reload => return systemctl(&["daemon-reload"]),
@@ -84,7 +89,7 @@ impl Disturbance {
         let daemon = daemon::serving();
         self.happen().unwrap_or_else(|error| panic!("{self:?}: {error}"));
         match (self, daemon) {
-            (_, Some(pid)) if self.is_ours() => {
+            (_, Some(pid)) if self.is_ours() && self != Disturbance::Stall => {
                 daemon::wait_for_another(pid);
             }
             (Disturbance::Containerd, _) => node.wait_for_containerd(),
@@ -103,6 +108,17 @@ fn signal_daemon(signal: Signal) {
     if let Some(pid) = daemon::pid() {
         daemon::signal(pid, signal);
     }
+}
+
+/// Stops the daemon during a `systemctl daemon-reload`. Another disturbance may end it meanwhile.
+fn stall() -> Result<(), String> {
+    let stalled = daemon::pid();
+    signal_daemon(Signal::SIGSTOP);
+    let reloaded = systemctl(&["daemon-reload"]);
+    if daemon::pid() == stalled {
+        signal_daemon(Signal::SIGCONT);
+    }
+    reloaded
 }
 
 /// systemd stops restarting a service that ends too often: reset its counter.
