@@ -1,9 +1,9 @@
 //! systemd's signals, turned into observations.
 //!
 //! The number of match rules does not depend on the number of containers. Signals can be repeated, merged and lost: the
-//! consumer of [`Observations`] must handle repetitions, and must query every unit when signals may have been missed. A
-//! unit that disappears does not count as ended: systemd sends `UnitRemoved` for every loaded unit at a daemon-reload.
-//! Which messages are believed is decided in `signals`.
+//! consumer of the [observations](super::observations) must handle repetitions, and must query every unit when signals may
+//! have been missed. A unit that disappears does not count as ended: systemd sends `UnitRemoved` for every loaded unit at a
+//! daemon-reload. Which messages are believed is decided in `signals`.
 
 use std::path::Path;
 use std::sync::Arc;
