@@ -108,8 +108,8 @@ fn a_stop_of_the_pods_slice_ends_its_containers_before_its_sandbox() {
     let (pause, init) = (cri.pause_pid(&pod), cri.pid(&container));
     process::succeed("systemctl", &["stop", "--no-block", &slice]);
     wait::until_true("the sandbox has ended", || {
-        let is_over = !process::exists(pause);
-        assert!(!is_over || !process::exists(init), "the sandbox has ended before the container");
+        let is_over = !process::runs(pause);
+        assert!(!is_over || !process::runs(init), "the sandbox has ended before the container");
         is_over
     });
     assert_eq!(cri.ended(&container).exit_code, 21);

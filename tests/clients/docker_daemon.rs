@@ -78,7 +78,7 @@ fn without_live_restore_dockerd_ends_its_containers() {
             docker.until(container, "{{.State.Running}}", "true");
             assert_ne!(docker.pid(container), *pid, "after {name}");
         }
-        assert!(pids.iter().all(|pid| !process::exists(*pid)), "after {name}");
+        assert!(pids.iter().all(|pid| !process::runs(*pid)), "after {name}");
         // Docker starts a stopped container with the policy `always` again, and leaves the other one stopped.
         docker.until(&stopped[0], "{{.State.Running}}", "true");
         assert_eq!(docker.inspect(&stopped[1], "{{.State.Status}}"), "exited", "after {name}");

@@ -45,8 +45,15 @@ pub fn as_nobody(program: &[&str]) -> Outcome {
     run("setpriv", &[&user, program].concat())
 }
 
+/// True until the parent of a process has reaped it.
 pub fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// True until a process ends. On a busy machine, some time passes until PID 1 reaps a process that others have left: such
+/// a process exists and does not run.
+pub fn runs(pid: u32) -> bool {
+    status(pid, "State").is_some_and(|state| !state.starts_with(['Z', 'X']))
 }
 
 /// The directories of a process's threads in /proc.

@@ -83,7 +83,7 @@ fn nobody_can_end_a_task_or_forge_its_exit_code() {
     forge_exit(&systemd::unit_of(&container), container.pid());
     // When this exec has ended, the daemon has read all earlier signals.
     assert_eq!(container.exec_sh("exit 7").exit_status(), 7);
-    assert!(process::exists(exec.pid()) && process::exists(container.pid()));
+    assert!(process::runs(exec.pid()) && process::runs(container.pid()));
 
     exec.kill(9).expect("kill the exec");
     assert_eq!(exec.exit_status(), 137, "an exit that is true is still noticed");

@@ -245,7 +245,7 @@ fn the_features_of_a_runtime_that_hangs_or_prints_for_ever_are_left_out() {
         assert!(info.features.is_none(), "{script}: {info:?}");
     }
     let left = fs::read_to_string(&child).expect("the number of the process that the runtime left");
-    assert!(!process::exists(left.trim().parse().expect("a number")), "process {left} is still there");
+    assert!(!process::runs(left.trim().parse().expect("a number")), "process {left} is still there");
 }
 
 #[test]

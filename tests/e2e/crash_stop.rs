@@ -35,7 +35,7 @@ fn a_call_brings_a_stopped_daemon_back() {
     let exec = container.exec(Spec::sleeping()).started(&Io::default());
     let (pids, waits) = ((container.pid(), exec.pid()), [container.waiting(), exec.waiting()]);
     stop();
-    assert!(process::exists(pids.0) && process::exists(pids.1), "containers run on");
+    assert!(process::runs(pids.0) && process::runs(pids.1), "containers run on");
     assert_eq!((container.pid(), exec.pid()), pids);
     assert_eq!(container.phase(), Status::Running);
     stop();

@@ -56,7 +56,7 @@ fn state_reports_each_phase_of_an_exec() {
     assert_eq!((created.stdin, created.stdout, created.stderr), (io.stdin, io.stdout, io.stderr));
 
     let pid = exec.start().expect("start");
-    assert!(pid > 0 && pid != container.pid() && process::exists(pid), "pid {pid}");
+    assert!(pid > 0 && pid != container.pid() && process::runs(pid), "pid {pid}");
     let running = exec.state().expect("state");
     assert_eq!((running.status(), running.pid, running.exit_status), (Status::Running, pid, 0));
 

@@ -250,7 +250,7 @@ fn a_missing_logger_program_fails_the_start_of_an_exec() {
     let refused = container.exec(Spec::sleeping()).add(&io).and_then(|exec| exec.start().map(drop));
     let refusal = refused.expect_err("no logger");
     assert!(refusal.message().contains("/no/such/logger"), "{refusal}");
-    assert!(process::exists(container.pid()));
+    assert!(process::runs(container.pid()));
 }
 
 #[test]

@@ -98,7 +98,7 @@ fn long_exec_ids_are_cut_like_those_of_containers() {
     assert_eq!(systemd::list_units(&systemd::exec_units_of(&container)).len(), 2, "a unit for each");
     execs[0].kill(SIGKILL).expect("kill");
     assert_eq!(execs[0].exit_status(), 137);
-    assert!(process::exists(execs[1].pid()), "the other one lives on");
+    assert!(process::runs(execs[1].pid()), "the other one lives on");
 }
 
 #[test]
@@ -125,7 +125,7 @@ fn systemctl_kill_ends_an_exec() {
     let exec = container.exec(Spec::sleeping()).started(&Io::default());
     process::succeed("systemctl", &["kill", "--signal=KILL", &unit_of_exec(&container, &exec)]);
     assert_eq!(exec.exit_status(), 137);
-    assert!(process::exists(container.pid()));
+    assert!(process::runs(container.pid()));
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn systemctl_stop_ends_an_exec() {
     events.up_to(&container, "exec-exit");
     exec.delete().expect("delete");
     assert_gone(&unit);
-    assert!(process::exists(container.pid()));
+    assert!(process::runs(container.pid()));
 }
 
 #[test]

@@ -297,7 +297,7 @@ fn a_task_whose_bundle_is_on_a_disk_that_no_longer_answers_can_be_killed_and_del
     for _ in 0..2 {
         let state = StateRequest { id: id.clone(), ..Default::default() };
         let state = shim.call(async |client, context| client.state(context, &state).await).expect("state");
-        assert!(process::exists(state.pid));
+        assert!(process::runs(state.pid));
         assert_untouched(&node, &other);
         daemon::kill_now();
         wait::within(Duration::from_secs(60), daemon::serving).expect("the next daemon serves");

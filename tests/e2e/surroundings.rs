@@ -30,7 +30,7 @@ fn containers_and_execs_outlive_another_target() {
     assert_eq!(exec.exit_status(), 7);
     assert_eq!(stdout.text(), "survived\n");
     assert_eq!(container.pid(), pid);
-    assert!(process::exists(pid));
+    assert!(process::runs(pid));
     let new = node.container("isolated", Spec::sh("exit 3")).started(&Io::default());
     assert_eq!(new.exit_status(), 3);
 }

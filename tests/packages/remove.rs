@@ -55,7 +55,7 @@ fn a_container_that_no_client_can_delete_is_removed_as_the_refusal_says() {
     let page = process::succeed(NAME, &["inspect", &container.id]);
     let bundle = page.lines().find_map(|line| line.trim().strip_prefix("Bundle: ")).expect("a bundle");
     process::succeed(NAME, &["-namespace", NAMESPACE, "-id", &container.id, "-bundle", bundle, "delete"]);
-    assert!(!process::exists(pid));
+    assert!(!process::runs(pid));
     assert_eq!(process::succeed(NAME, &["ps", "--in-use", "--quiet"]), "");
     // The containerd of this test is not gone, and has a task that the shim does not have any more.
     let _ = container.delete();
