@@ -187,11 +187,14 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let execs = std::future::ready(execs.cloned().collect());
     block_on(async {
         let (manager, oci) = (&unit::manager::Manager::default(), &CommandLine::default());
+        // The manager makes its calls over this connection.
+        let _connection = manager.connect().await.map_err(Failure::new)?;
         let files = &ClientFiles::new(config::FILES_LIMIT);
         let runtime_files = &RuntimeFiles::new(config::RUNTIME_FILES_LIMIT);
         let removal = Removal { manager, oci, files, runtime_files, task, dir: &dir, stop: Stop::Killed };
         troubles.join(removal.of_task(execs).await);
-    })?;
+        Ok(())
+    })??;
     if !troubles.is_empty() {
         return Err(Failure(format!("task {}: {}", task.key, troubles.text())));
     }

@@ -13,6 +13,7 @@ use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::types::introspection::RuntimeInfo;
 use serde_json::Value;
 
+use crate::common::leaks::STATE_DIRECTORY;
 use crate::common::node::{CONTAINERD_SOCKET, NAMESPACE, Node, unique};
 use crate::common::shim::{self, BINARY, Bundle};
 use crate::common::spec::Spec;
@@ -159,6 +160,41 @@ fn delete_works_without_a_daemon() {
     let outcome = shim::delete(&Bundle::new("delete"), &unique("unknown"));
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     DeleteResponse::parse_from_bytes(&outcome.stdout).expect("a DeleteResponse");
+}
+
+/// containerd kills `delete` after this time.
+const DELETE_LIMIT: Duration = Duration::from_secs(5);
+
+#[test]
+fn delete_removes_tasks_without_a_daemon_within_containerds_limit() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let runs = node.container("runs", Spec::sleeping()).started(&Io::default());
+    let exec = runs.exec(Spec::sleeping()).started(&Io::default());
+    let ended = node.container("ended", Spec::sh("exit 3")).started(&Io::default());
+    assert_eq!(ended.exit_status(), 3);
+    let created = node.container("created", Spec::sleeping()).created(&Io::default());
+    let pids = [runs.pid(), exec.pid(), created.pid()];
+    shim::stop_daemon();
+    for (container, exit_status) in [(&runs, 137), (&ended, 3), (&created, 137)] {
+        let asked = Instant::now();
+        let outcome = shim::delete_by(&Bundle::new("delete"), &container.bundle(), &container.id);
+        assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+        assert!(asked.elapsed() < DELETE_LIMIT, "{:?}", asked.elapsed());
+        let answer = DeleteResponse::parse_from_bytes(&outcome.stdout).expect("a DeleteResponse");
+        assert_eq!(answer.exit_status, exit_status, "{answer}");
+        let record = format!("{STATE_DIRECTORY}/{NAMESPACE}/{}", container.id);
+        assert!(!fs::exists(&record).expect("look for the record"), "{record}");
+    }
+    wait::until_true("the processes are gone", || !pids.iter().any(|pid| process::exists(*pid)));
+    // The next daemon gives back the references to the units.
+    assert_eq!(node.container("next", Spec::sh("exit 4")).started(&Io::default()).exit_status(), 4);
+    for container in [&runs, &ended, &created] {
+        let unit = systemd::unit_of(container);
+        wait::until_true("its unit is gone", || systemd::list_units(&unit).is_empty());
+        // containerd finds no task.
+        let _ = container.delete();
+    }
 }
 
 #[test]
