@@ -40,6 +40,15 @@ impl Traces {
         ]))
     }
 
+    /// Everything whose name contains this text.
+    pub fn named(&self, text: &str) -> Vec<String> {
+        let names = |(kind, names): (&&'static str, &BTreeSet<String>)| {
+            let found = names.iter().filter(|name| name.contains(text));
+            found.map(|name| format!("{kind}: {name}")).collect::<Vec<_>>()
+        };
+        self.0.iter().flat_map(names).collect()
+    }
+
     /// Everything that is new since `before`: `kind: name`, sorted. Empty if nothing leaked.
     pub fn since(&self, before: &Traces) -> Vec<String> {
         let none = BTreeSet::new();

@@ -165,6 +165,8 @@ pub enum Need {
     Iptables,
     /// A script that reboots the guest when the test has ended.
     Reboot,
+    /// A script that ends all processes of the guest when the test has ended (`systemctl soft-reboot`).
+    SoftReboot,
     /// A test build of our shim, with fault points.
     Faults,
     /// A systemd that keeps the descriptors of a stopped service.
@@ -212,6 +214,9 @@ impl Need {
             Need::Reboot => std::env::var_os("E2E_REBOOT")
                 .is_none()
                 .then(|| "nobody reboots this guest in between".to_string()),
+            Need::SoftReboot => std::env::var_os("E2E_SOFT_REBOOT")
+                .is_none()
+                .then(|| "nobody ends the processes of this guest in between".to_string()),
             Need::Browser => (!std::path::Path::new("/usr/bin/chromium").exists())
                 .then(|| "no Chromium here (run-page has it)".to_string()),
             Need::Faults => shim::points().is_empty().then(|| "no build with faults here".to_string()),

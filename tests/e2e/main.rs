@@ -80,6 +80,7 @@ mod sandbox_client;
 mod sandbox_odd;
 mod service_drop_ins;
 mod sizes;
+mod soft_reboot;
 mod stats;
 mod stdin;
 mod stdio;

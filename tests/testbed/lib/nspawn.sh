@@ -5,7 +5,7 @@
 lane_timeout=60
 
 lane_run() { # image
-    local fs=$run/fs cgroup directory binds=()
+    local fs=$run/fs cgroup directory mount binds=()
     cgroup=$(cgroup2_root)/testbed-${run##*/} || die "no cgroup v2 tree on this machine"
 
     # Everything that the guest writes is in memory. The image below does not change.
@@ -17,6 +17,11 @@ lane_run() { # image
     for directory in containerd docker; do
         mkdir "$fs/$directory"
         binds+=("--bind=$fs/$directory:/var/lib/$directory")
+    done
+    # systemd can't mount them again: a soft reboot leaves them mounted.
+    for mount in 'run-testbed\x2devents' var-lib-containerd var-lib-docker; do
+        mkdir -p "$fs/upper/etc/systemd/system/$mount.mount.d"
+        printf '[Unit]\nDefaultDependencies=no\n' >"$fs/upper/etc/systemd/system/$mount.mount.d/soft-reboot.conf"
     done
 
     mkdir "$cgroup"
