@@ -154,6 +154,9 @@ fresh:
 # Two prerequisites would run at the same time with `make -j`.
 install: fresh ## the binary, units, manual and completion (DESTDIR, PREFIX=/usr/local); builds what is out of date
 	@$(MAKE) --no-print-directory install-files
+	@# Transient units would take the place of the installed ones, and can't be enabled. systemd does not look below every PREFIX.
+	@case $(UNITDIR) in /usr/lib/systemd/system | /usr/local/lib/systemd/system) \
+		rm -f $(addprefix /run/systemd/transient/,$(NAME).socket $(NAME).service) ;; esac
 
 # Files are replaced by rename: containerd and systemd may use them at any moment.
 install-files:

@@ -6,8 +6,8 @@ use crate::common::node::Node;
 use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
-use crate::common::task::Io;
-use crate::package::{LOWER, NAME, NEW, Package, state};
+use crate::common::task::{Io, SIGKILL};
+use crate::package::{Copy, LOWER, NAME, NEW, Package, state};
 
 #[test]
 fn after_an_installation_a_container_runs() {
@@ -83,4 +83,40 @@ fn an_installation_after_a_removal_enables_the_socket_again() {
     assert_eq!(package.remove().code, Some(0));
     package.install(NEW);
     assert_eq!(state(DAEMON_SOCKET), ("enabled".to_string(), "active".to_string()));
+}
+
+#[test]
+fn an_installation_takes_over_a_daemon_that_a_copy_of_the_program_has_started() {
+    let _copy = Copy::alone();
+    let node = Node::exclusive();
+    let container = node.container("tried", Spec::sleeping()).started(&Io::default());
+    let pid = container.pid();
+    let fragment =
+        |unit| process::succeed("systemctl", &["show", "--property=FragmentPath", "--value", unit]);
+    assert!(fragment(DAEMON_SOCKET).starts_with("/run/systemd/transient/"), "{}", fragment(DAEMON_SOCKET));
+    let _package = Package::added(NEW);
+    for unit in [DAEMON_SOCKET, DAEMON_SERVICE] {
+        assert_eq!(fragment(unit).trim(), format!("/usr/lib/systemd/system/{unit}"));
+    }
+    assert_eq!(state(DAEMON_SOCKET), ("enabled".to_string(), "active".to_string()));
+    let program = std::fs::read_link(format!("/proc/{}/exe", systemd::main_pid(DAEMON_SERVICE)));
+    assert_eq!(program.expect("the daemon's program"), Path::new("/usr/bin").join(NAME));
+    assert_eq!(container.pid(), pid);
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+}
+
+#[test]
+fn a_start_of_containerd_finds_the_shim_although_somebody_has_stopped_its_socket() {
+    let _package = Package::installed(NEW);
+    let node = Node::exclusive();
+    let container = node.container("stopped", Spec::sleeping()).started(&Io::default());
+    let pid = container.pid();
+    let stop = |units: &[&str]| process::succeed("systemctl", &[&["stop"], units].concat());
+    stop(&["containerd.service"]);
+    stop(&[DAEMON_SOCKET, DAEMON_SERVICE]);
+    node.restart_containerd();
+    assert_eq!(container.pid(), pid);
+    assert!(process::runs(pid));
 }

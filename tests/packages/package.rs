@@ -35,6 +35,13 @@ impl Package {
         package
     }
 
+    /// The first installation on a machine with a [`Copy`] at work.
+    pub fn added(file: &str) -> Package {
+        let package = Package;
+        package.install(file);
+        package
+    }
+
     /// Installs a file as an administrator does; the version may be lower than the one that is installed.
     pub fn install(&self, file: &str) {
         let outcome = self.try_install(file);
@@ -67,6 +74,34 @@ impl Drop for Package {
     fn drop(&mut self) {
         purge();
     }
+}
+
+/// A copy of the program in containerd's `PATH`, for which no unit is installed.
+pub struct Copy;
+
+impl Copy {
+    const PATH: &str = "/usr/local/bin/containerd-shim-systemd-v1";
+
+    /// Without the package.
+    pub fn alone() -> Copy {
+        let package = Package::installed(LOWER);
+        fs::copy(Path::new("/usr/bin").join(NAME), Self::PATH).expect("copy the program");
+        drop(package);
+        restart_containerd();
+        Copy
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(Self::PATH);
+        restart_containerd();
+    }
+}
+
+/// containerd remembers where it has found the program.
+fn restart_containerd() {
+    process::run("systemctl", &["restart", "containerd.service"]);
 }
 
 /// The version of a package's file.

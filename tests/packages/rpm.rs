@@ -11,7 +11,7 @@ use crate::common::process::{self, Outcome};
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::{Io, SIGKILL};
-use crate::package::{NAME, Package, state};
+use crate::package::{Copy, NAME, Package, state};
 
 const PACKAGES: &str = "/usr/local/lib/testbed/packages";
 const NEW: &str = "new.rpm";
@@ -135,4 +135,23 @@ fn an_rpm_is_installed_upgraded_and_removed_and_keeps_containers() {
     for unit in [DAEMON_SOCKET, DAEMON_SERVICE] {
         assert!(!Path::new("/usr/lib/systemd/system").join(unit).exists(), "{unit}");
     }
+}
+
+#[test]
+fn an_rpm_takes_over_a_daemon_that_a_copy_of_the_program_has_started() {
+    let _copy = Copy::alone();
+    let node = Node::exclusive();
+    let container = node.container("tried", Spec::sleeping()).started(&Io::default());
+    let pid = container.pid();
+    // This removes the Debian package, which is not installed.
+    let rpm = Rpm::new();
+    rpm.install(&[], NEW);
+    for unit in [DAEMON_SOCKET, DAEMON_SERVICE] {
+        let path = process::succeed("systemctl", &["show", "--property=FragmentPath", "--value", unit]);
+        assert_eq!(path.trim(), format!("/usr/lib/systemd/system/{unit}"));
+    }
+    assert_eq!(state(DAEMON_SOCKET), ("enabled".to_string(), "active".to_string()));
+    assert_eq!(container.pid(), pid);
+    drop(container);
+    assert_eq!(rpm.erase().code, Some(0));
 }

@@ -10,9 +10,9 @@ use crate::common::leaks::STATE_DIRECTORY;
 use crate::common::node::{NAMESPACE, Node};
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, feed};
-use crate::common::systemd::{self, DAEMON_SERVICE};
+use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::SIGTERM;
-use crate::common::{daemon, wait};
+use crate::common::{daemon, process, wait};
 use crate::package::{NAME, NEW, PREVIOUS, Package};
 
 const CHAOS: &str = "/usr/local/lib/testbed/chaos";
@@ -80,6 +80,9 @@ fn an_upgrade_from_the_previous_version_under_load_loses_nothing() {
     }
 
     assert_eq!(systemd::main_pid(DAEMON_SERVICE), new, "the upgrade is one restart");
+    let wanted =
+        process::succeed("systemctl", &["show", "--property=Wants", "--value", "containerd.service"]);
+    assert!(wanted.contains(DAEMON_SOCKET), "a start of containerd starts the socket: {wanted}");
     assert_eq!(container.pid(), pid);
     exec.kill(SIGTERM).expect("kill an exec of the previous version");
     assert_eq!(exec_waiting.exit().expect("a Wait that began before the upgrade").status, 31);
