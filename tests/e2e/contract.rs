@@ -167,7 +167,8 @@ const DELETE_LIMIT: Duration = Duration::from_secs(5);
 
 #[test]
 fn delete_removes_tasks_without_a_daemon_within_containerds_limit() {
-    needs!(OurShim);
+    // Without it, containerd sees its connections end, and runs `delete` itself.
+    needs!(OurShim, PreservedStore);
     let node = Node::exclusive();
     let runs = node.container("runs", Spec::sleeping()).started(&Io::default());
     let exec = runs.exec(Spec::sleeping()).started(&Io::default());
