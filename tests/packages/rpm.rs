@@ -117,11 +117,15 @@ fn an_rpm_is_installed_upgraded_and_removed_and_keeps_containers() {
     }
     assert!(rpm.version().is_some());
 
+    // As of a version whose socket was not wanted by containerd.
+    let wanted = format!("/etc/systemd/system/containerd.service.wants/{DAEMON_SOCKET}");
+    fs::remove_file(&wanted).expect("remove the link");
     for (options, file) in [([].as_slice(), NEW), (&["--oldpackage"], LOWER)] {
         let before = systemd::main_pid(DAEMON_SERVICE);
         rpm.install(options, file);
         assert_ne!(systemd::main_pid(DAEMON_SERVICE), before, "{file} restarts the daemon");
         assert_eq!(container.pid(), pid, "the container continues after the installation of {file}");
+        assert!(Path::new(&wanted).exists(), "{file} enables all that is new");
     }
 
     container.kill(SIGKILL).expect("kill");
