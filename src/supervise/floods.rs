@@ -24,10 +24,6 @@ use crate::unit::manager::Manager;
 /// How often the daemon asks systemd for an answer.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// systemd is not busy if it has used less CPU time than this since the last look. One that a flood keeps from answering uses
-/// all that it gets.
-const IDLE: Duration = Duration::from_millis(100);
-
 /// How long systemd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
@@ -43,21 +39,10 @@ const MOST: usize = 4096;
 /// The file with the pids of systemd's children.
 const CHILDREN: &str = "/proc/1/task/1/children";
 
-/// The file with the CPU time of systemd's only thread.
-const CPU_TIME: &str = "/proc/1/schedstat";
-
 /// Background task: ends such containers. Never returns.
 pub async fn end(tasks: Arc<Tasks>, manager: Arc<Manager>) {
-    let mut before = cpu_time(Path::new(CPU_TIME));
     loop {
         sleep(INTERVAL).await;
-        // On an idle node, nobody wakes systemd and the bus. The kernel waits for nothing when it shows this file.
-        let now = cpu_time(Path::new(CPU_TIME));
-        let used = now.zip(before).map(|(now, before)| now.saturating_sub(before));
-        before = now;
-        if used.is_some_and(|used| used < IDLE) {
-            continue;
-        }
         // One call at a time: the bus keeps calls that are not answered, and has a limit for them.
         // An error is an answer of the bus, and there is nothing to wait for.
         let mut answered = pin!(manager.version());
@@ -65,13 +50,6 @@ pub async fn end(tasks: Arc<Tasks>, manager: Arc<Manager>) {
             end_floods(&tasks).await;
         }
     }
-}
-
-/// The CPU time of a thread: the first number of its schedstat, in nanoseconds (Documentation/scheduler/sched-stats.rst). `None` for
-/// a kernel that does not count it.
-fn cpu_time(schedstat: &Path) -> Option<Duration> {
-    let text = fs::read_to_string(schedstat).ok()?;
-    text.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
 }
 
 async fn end_floods(tasks: &Tasks) {
@@ -118,16 +96,6 @@ fn new_children(list: &Path, time: Duration) -> Vec<PathBuf> {
 mod tests {
     use super::*;
     use std::process::Command;
-
-    #[test]
-    fn the_cpu_time_of_a_thread_grows_while_it_runs() {
-        let own = || cpu_time(Path::new("/proc/thread-self/schedstat")).unwrap();
-        let (before, begun) = (own(), Instant::now());
-        while own() < before + IDLE {
-            assert!(begun.elapsed() < Duration::from_secs(60));
-        }
-        assert_eq!(cpu_time(Path::new("/proc/self/no-such-file")), None);
-    }
 
     #[test]
     fn only_children_that_come_while_the_daemon_looks_are_found() {
