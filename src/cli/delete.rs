@@ -186,9 +186,8 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let execs = task.execs.values().flat_map(|exec| std::iter::once(&exec.unit).chain(&exec.logger));
     let execs = std::future::ready(execs.cloned().collect());
     block_on(async {
-        let (manager, oci) = (&unit::manager::Manager::default(), &CommandLine::default());
-        // The manager makes its calls over this connection.
-        let _connection = manager.connect().await.map_err(Failure::new)?;
+        let manager = &unit::manager::Manager::connected().await.map_err(Failure::new)?;
+        let oci = &CommandLine::default();
         let files = &ClientFiles::new(config::FILES_LIMIT);
         let runtime_files = &RuntimeFiles::new(config::RUNTIME_FILES_LIMIT);
         let removal = Removal { manager, oci, files, runtime_files, task, dir: &dir, stop: Stop::Killed };

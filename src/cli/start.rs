@@ -262,9 +262,7 @@ fn bring_up_lost() -> Result<bool, Failure> {
 
 /// Whether systemd has lost the settings of the daemon's units, and the daemon has ended.
 async fn has_lost_daemon() -> Result<bool, unit::error::Error> {
-    let manager = Manager::default();
-    // The manager keeps a copy of the connection.
-    let _connection = manager.connect().await?;
+    let manager = Manager::connected().await?;
     let (socket, service) = (name::daemon_socket(), name::daemon_service());
     let state = match manager.lost_state(&service).await? {
         None if manager.lost_state(&socket).await?.is_none() => return Ok(false),
@@ -326,8 +324,7 @@ fn wait_for_bus() -> Result<(), Failure> {
 fn shield_daemon() {
     if service_d::shield(name::DAEMON_SERVICE).unwrap_or(false) {
         let _ = block_on(async {
-            let manager = Manager::default();
-            tokio::time::timeout(config::START_LIMIT, manager.connect_and_reload()).await
+            tokio::time::timeout(config::START_LIMIT, Manager::connect_and_reload()).await
         });
     }
 }

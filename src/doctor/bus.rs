@@ -34,10 +34,8 @@ pub struct Facts {
 }
 
 pub(super) async fn collect() -> Facts {
-    let manager = Manager::default();
     let asking = async {
-        // The connection is kept until systemd has answered.
-        let _connection = manager.connect().await?;
+        let manager = Manager::connected().await?;
         let version = manager.version().await?;
         Ok::<_, unit::error::Error>((version, manager.property_types().await.ok()))
     };

@@ -40,13 +40,11 @@ impl Traces {
         ]))
     }
 
-    /// Everything whose name contains this text.
-    pub fn named(&self, text: &str) -> Vec<String> {
-        let names = |(kind, names): (&&'static str, &BTreeSet<String>)| {
-            let found = names.iter().filter(|name| name.contains(text));
-            found.map(|name| format!("{kind}: {name}")).collect::<Vec<_>>()
-        };
-        self.0.iter().flat_map(names).collect()
+    /// Everything whose name contains this text, as [`Self::since`] writes it.
+    fn named(&self, text: &str) -> Vec<String> {
+        let mut all = self.since(&Traces(BTreeMap::new()));
+        all.retain(|name| name.contains(text));
+        all
     }
 
     /// Everything that is new since `before`: `kind: name`, sorted. Empty if nothing leaked.
@@ -64,9 +62,18 @@ impl Traces {
 
 /// Asserts that nothing is left. Waits for work that is still under way.
 pub fn assert_none(what: &str, before: &Traces) {
+    assert_empty(what, |now| now.since(before));
+}
+
+/// As [`assert_none`], for everything whose name contains this text, whenever it was made.
+pub fn assert_none_named(text: &str) {
+    assert_empty(text, |now| now.named(text));
+}
+
+fn assert_empty(what: &str, find: impl Fn(&Traces) -> Vec<String>) {
     let mut leaks = Vec::new();
     let clean = wait::within(wait::LIMIT, || {
-        leaks = Traces::take().since(before);
+        leaks = find(&Traces::take());
         leaks.is_empty().then_some(())
     });
     assert!(clean.is_some(), "{what} left:\n{}", leaks.join("\n"));

@@ -50,8 +50,8 @@ pub fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }
 
-/// True until a process ends. On a busy machine, some time passes until PID 1 reaps a process that others have left: such
-/// a process exists and does not run.
+/// True until a process ends. A process whose parent has ended becomes a child of PID 1. On a busy machine, PID 1 reaps it some
+/// time after its end: until then it exists and does not run.
 pub fn runs(pid: u32) -> bool {
     status(pid, "State").is_some_and(|state| !state.starts_with(['Z', 'X']))
 }

@@ -10,7 +10,7 @@ use containerd_client::tonic::{Code, Status};
 use containerd_client::types::v1::{Process as State, Status as Phase};
 use prost_types::Timestamp;
 
-use super::node::{Node, request};
+use super::node::{NAMESPACE, Node, request};
 
 pub const SIGKILL: u32 = 9;
 pub const SIGSEGV: u32 = 11;
@@ -73,6 +73,11 @@ pub struct Process<'n> {
 }
 
 impl<'n> Process<'n> {
+    /// The init process of a container in the namespace of the tests, whoever has made it.
+    pub fn init(node: &'n Node, id: &str) -> Self {
+        Self { node, namespace: NAMESPACE.to_string(), container: id.to_string(), exec: String::new() }
+    }
+
     /// Starts it; returns its pid.
     pub fn start(&self) -> Result<u32, Status> {
         let start = StartRequest { container_id: self.container.clone(), exec_id: self.exec.clone() };

@@ -134,8 +134,7 @@ fn after_the_reboot_the_checkpoint_is_restored() {
     let id = "reboot-restored";
     // ctr returns when the task runs. Its output then goes to the journal.
     process::succeed("ctr", &["containers", "restore", "--live", "--rw", id, CHECKPOINT]);
-    let (namespace, exec) = (NAMESPACE.to_string(), String::new());
-    let task = Process { node: &node, namespace, container: id.to_string(), exec };
+    let task = Process::init(&node, id);
     assert_eq!(task.phase(), Status::Running);
     assert_eq!(systemd::main_pid(&format!("containerd-{NAMESPACE}-{id}.service")), task.pid());
     let of_task = format!("CONTAINER_ID={id}");

@@ -6,13 +6,11 @@ use std::fs;
 
 use containerd_client::types::v1::Status;
 
-use crate::common::leaks::Traces;
-use crate::common::node::{NAMESPACE, Node};
-use crate::common::shim;
+use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::{Io, Process};
-use crate::common::{process, wait};
+use crate::common::{leaks, process, shim, wait};
 
 /// A container that handles SIGTERM, one that has ended before, and one that was never started.
 const IDS: [&str; 3] = ["soft-reboot-runs", "soft-reboot-ended", "soft-reboot-created"];
@@ -24,17 +22,13 @@ const UNITS: [(&str, &str); 2] = [
     (DAEMON_SERVICE, include_str!("../../units/containerd-shim-systemd-v1.service")),
 ];
 
-/// As a file name of a unit that somebody has installed.
+/// The file of an installed unit.
 fn installed(unit: &str) -> String {
     format!("/etc/systemd/system/{unit}")
 }
 
 fn units_are_installed() -> bool {
     std::env::var("E2E_SOFT_REBOOT").is_ok_and(|units| units == "installed")
-}
-
-fn task<'n>(node: &'n Node, id: &str) -> Process<'n> {
-    Process { node, namespace: NAMESPACE.to_string(), container: id.to_string(), exec: String::new() }
 }
 
 #[test]
@@ -65,15 +59,15 @@ fn before_the_soft_reboot_containers_are_left() {
     std::mem::forget((runs, exec, ended, created));
 }
 
-/// With installed units, containerd finds its tasks again, with their exit codes. Transient units are gone, and containerd
-/// gives up tasks whose shim it does not reach when it starts, as it does with every shim that has ended.
+/// With installed units, containerd finds its tasks again, with their exit codes. After a soft reboot, systemd has no transient
+/// units, so containerd reaches no shim when it starts, and gives up its tasks. Every other shim has ended as well.
 #[test]
 fn after_the_soft_reboot_exits_are_known_or_nothing_is_left() {
     needs!(OurShim, SoftReboot);
     let node = Node::exclusive();
     let tasks = process::succeed("ctr", &["tasks", "ls"]);
     for (id, exit_status) in IDS.into_iter().zip(EXIT_STATUSES) {
-        let task = task(&node, id);
+        let task = Process::init(&node, id);
         if units_are_installed() {
             assert_eq!(task.phase(), Status::Stopped, "{id}");
             let known = task.delete().expect("delete").exit_status;
@@ -84,26 +78,16 @@ fn after_the_soft_reboot_exits_are_known_or_nothing_is_left() {
         }
         process::succeed("ctr", &["containers", "rm", id]);
     }
-    assert_nothing_is_left();
+    leaks::assert_none_named("soft-reboot");
     for id in IDS {
         let container = node.container("soft-reboot", Spec::sh("exit 6")).id(id).started(&Io::default());
         assert_eq!(container.exit_status(), 6, "{id} is free for a new task");
     }
-    assert_nothing_is_left();
+    leaks::assert_none_named("soft-reboot");
     if units_are_installed() {
         process::succeed("systemctl", &["disable", "--now", DAEMON_SOCKET]);
         shim::stop_daemon();
         UNITS.iter().for_each(|(unit, _)| fs::remove_file(installed(unit)).expect("remove the unit"));
         process::succeed("systemctl", &["daemon-reload"]);
     }
-}
-
-/// The soft reboot has ended everything else, so whatever has the name of one of the containers is left over.
-fn assert_nothing_is_left() {
-    let mut left = Vec::new();
-    let clean = wait::within(wait::LIMIT, || {
-        left = Traces::take().named("soft-reboot");
-        left.is_empty().then_some(())
-    });
-    assert!(clean.is_some(), "left: {left:?}");
 }

@@ -7,7 +7,10 @@ use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::{Io, SIGKILL};
-use crate::package::{Copy, LOWER, NAME, NEW, Package, state};
+use crate::package::{
+    LOWER, LooseProgram, NAME, NEW, Package, assert_daemon_is_the_packages, assert_units_are_the_packages,
+    state,
+};
 
 #[test]
 fn after_an_installation_a_container_runs() {
@@ -20,9 +23,7 @@ fn after_an_installation_a_container_runs() {
     let unit = systemd::unit_of(&container);
     assert!(systemd::is_active(&unit));
     assert_eq!(systemd::main_pid(&unit), container.pid());
-    let daemon = systemd::main_pid(DAEMON_SERVICE);
-    let program = std::fs::read_link(format!("/proc/{daemon}/exe")).expect("the daemon's program");
-    assert_eq!(program, Path::new("/usr/bin").join(NAME));
+    assert_daemon_is_the_packages();
     let report = process::run(NAME, &["doctor"]).text();
     let status = |line: &str| line.split_whitespace().next().unwrap_or_default().to_string();
     // Of each line except the summary.
@@ -87,20 +88,15 @@ fn an_installation_after_a_removal_enables_the_socket_again() {
 
 #[test]
 fn an_installation_takes_over_a_daemon_that_a_copy_of_the_program_has_started() {
-    let _copy = Copy::alone();
+    let _program = LooseProgram::alone();
     let node = Node::exclusive();
     let container = node.container("tried", Spec::sleeping()).started(&Io::default());
     let pid = container.pid();
-    let fragment =
-        |unit| process::succeed("systemctl", &["show", "--property=FragmentPath", "--value", unit]);
-    assert!(fragment(DAEMON_SOCKET).starts_with("/run/systemd/transient/"), "{}", fragment(DAEMON_SOCKET));
-    let _package = Package::added(NEW);
-    for unit in [DAEMON_SOCKET, DAEMON_SERVICE] {
-        assert_eq!(fragment(unit).trim(), format!("/usr/lib/systemd/system/{unit}"));
-    }
-    assert_eq!(state(DAEMON_SOCKET), ("enabled".to_string(), "active".to_string()));
-    let program = std::fs::read_link(format!("/proc/{}/exe", systemd::main_pid(DAEMON_SERVICE)));
-    assert_eq!(program.expect("the daemon's program"), Path::new("/usr/bin").join(NAME));
+    let fragment = systemd::property(DAEMON_SOCKET, "FragmentPath");
+    assert!(fragment.starts_with("/run/systemd/transient/"), "{fragment}");
+    let _package = Package::installed(NEW);
+    assert_units_are_the_packages();
+    assert_daemon_is_the_packages();
     assert_eq!(container.pid(), pid);
     container.kill(SIGKILL).expect("kill");
     assert_eq!(container.exit_status(), 137);

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::common::process::{self, Outcome};
-use crate::common::systemd::{DAEMON_SERVICE, DAEMON_SOCKET};
+use crate::common::shim::BINARY;
+use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 
 pub const NAME: &str = "containerd-shim-systemd-v1";
 
@@ -31,13 +32,6 @@ impl Package {
 
     pub fn installed(file: &str) -> Package {
         let package = Package::purged();
-        package.install(file);
-        package
-    }
-
-    /// The first installation on a machine with a [`Copy`] at work.
-    pub fn added(file: &str) -> Package {
-        let package = Package;
         package.install(file);
         package
     }
@@ -77,24 +71,22 @@ impl Drop for Package {
 }
 
 /// A copy of the program in containerd's `PATH`, for which no unit is installed.
-pub struct Copy;
+pub struct LooseProgram;
 
-impl Copy {
-    const PATH: &str = "/usr/local/bin/containerd-shim-systemd-v1";
-
+impl LooseProgram {
     /// Without the package.
-    pub fn alone() -> Copy {
+    pub fn alone() -> LooseProgram {
         let package = Package::installed(LOWER);
-        fs::copy(Path::new("/usr/bin").join(NAME), Self::PATH).expect("copy the program");
+        fs::copy(Path::new("/usr/bin").join(NAME), BINARY).expect("copy the program");
         drop(package);
         restart_containerd();
-        Copy
+        LooseProgram
     }
 }
 
-impl Drop for Copy {
+impl Drop for LooseProgram {
     fn drop(&mut self) {
-        let _ = fs::remove_file(Self::PATH);
+        let _ = fs::remove_file(BINARY);
         restart_containerd();
     }
 }
@@ -113,6 +105,21 @@ pub fn version_of(file: &str) -> String {
 pub fn state(unit: &str) -> (String, String) {
     let ask = |what| process::run("systemctl", &[what, unit]).text().trim().to_string();
     (ask("is-enabled"), ask("is-active"))
+}
+
+/// Asserts that systemd has read the units of the package, and that the socket is enabled.
+pub fn assert_units_are_the_packages() {
+    for unit in [DAEMON_SOCKET, DAEMON_SERVICE] {
+        assert_eq!(systemd::property(unit, "FragmentPath"), format!("/usr/lib/systemd/system/{unit}"));
+    }
+    assert_eq!(state(DAEMON_SOCKET), ("enabled".to_string(), "active".to_string()));
+}
+
+/// Asserts that the daemon runs the program of the package.
+pub fn assert_daemon_is_the_packages() {
+    let daemon = systemd::main_pid(DAEMON_SERVICE);
+    let program = fs::read_link(format!("/proc/{daemon}/exe")).expect("the daemon's program");
+    assert_eq!(program, Path::new("/usr/bin").join(NAME));
 }
 
 /// Whether the daemon and its socket are served by files of the package.

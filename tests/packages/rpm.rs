@@ -11,7 +11,9 @@ use crate::common::process::{self, Outcome};
 use crate::common::spec::Spec;
 use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::{Io, SIGKILL};
-use crate::package::{Copy, NAME, Package, state};
+use crate::package::{
+    LooseProgram, NAME, Package, assert_daemon_is_the_packages, assert_units_are_the_packages, state,
+};
 
 const PACKAGES: &str = "/usr/local/lib/testbed/packages";
 const NEW: &str = "new.rpm";
@@ -101,9 +103,7 @@ fn an_rpm_is_installed_upgraded_and_removed_and_keeps_containers() {
     let node = Node::exclusive();
     let container = node.container("kept", Spec::sleeping()).started(&Io::default());
     let (pid, waiting) = (container.pid(), container.waiting());
-    let daemon = systemd::main_pid(DAEMON_SERVICE);
-    let program = fs::read_link(format!("/proc/{daemon}/exe")).expect("the daemon's program");
-    assert_eq!(program, Path::new("/usr/bin").join(NAME));
+    assert_daemon_is_the_packages();
 
     let refused = rpm.erase();
     assert_eq!(refused.code, Some(1), "{refused:?}");
@@ -117,7 +117,7 @@ fn an_rpm_is_installed_upgraded_and_removed_and_keeps_containers() {
     }
     assert!(rpm.version().is_some());
 
-    // As of a version whose socket was not wanted by containerd.
+    // As if an older version were installed, whose socket unit does not name containerd.
     let wanted = format!("/etc/systemd/system/containerd.service.wants/{DAEMON_SOCKET}");
     fs::remove_file(&wanted).expect("remove the link");
     for (options, file) in [([].as_slice(), NEW), (&["--oldpackage"], LOWER)] {
@@ -143,18 +143,14 @@ fn an_rpm_is_installed_upgraded_and_removed_and_keeps_containers() {
 
 #[test]
 fn an_rpm_takes_over_a_daemon_that_a_copy_of_the_program_has_started() {
-    let _copy = Copy::alone();
+    let _program = LooseProgram::alone();
     let node = Node::exclusive();
     let container = node.container("tried", Spec::sleeping()).started(&Io::default());
     let pid = container.pid();
     // This removes the Debian package, which is not installed.
     let rpm = Rpm::new();
     rpm.install(&[], NEW);
-    for unit in [DAEMON_SOCKET, DAEMON_SERVICE] {
-        let path = process::succeed("systemctl", &["show", "--property=FragmentPath", "--value", unit]);
-        assert_eq!(path.trim(), format!("/usr/lib/systemd/system/{unit}"));
-    }
-    assert_eq!(state(DAEMON_SOCKET), ("enabled".to_string(), "active".to_string()));
+    assert_units_are_the_packages();
     assert_eq!(container.pid(), pid);
     drop(container);
     assert_eq!(rpm.erase().code, Some(0));

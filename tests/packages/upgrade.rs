@@ -12,7 +12,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, feed};
 use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::SIGTERM;
-use crate::common::{daemon, process, wait};
+use crate::common::{daemon, wait};
 use crate::package::{NAME, NEW, PREVIOUS, Package};
 
 const CHAOS: &str = "/usr/local/lib/testbed/chaos";
@@ -80,8 +80,7 @@ fn an_upgrade_from_the_previous_version_under_load_loses_nothing() {
     }
 
     assert_eq!(systemd::main_pid(DAEMON_SERVICE), new, "the upgrade is one restart");
-    let wanted =
-        process::succeed("systemctl", &["show", "--property=Wants", "--value", "containerd.service"]);
+    let wanted = systemd::property("containerd.service", "Wants");
     assert!(wanted.contains(DAEMON_SOCKET), "a start of containerd starts the socket: {wanted}");
     assert_eq!(container.pid(), pid);
     exec.kill(SIGTERM).expect("kill an exec of the previous version");

@@ -69,14 +69,24 @@ impl Manager {
         self.bus.call(|manager| async move { manager.reload().await }).await
     }
 
-    /// Makes systemd read all its units again, over a connection of its own.
+    /// A manager for calls alone, over a connection of its own. Without [`super::watch`], nobody else opens one.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`]
+    pub async fn connected() -> Result<Self, Error> {
+        let manager = Self::default();
+        // The manager keeps a copy of the connection.
+        manager.connect().await.map(drop)?;
+        Ok(manager)
+    }
+
+    /// Makes systemd read all its units again.
     ///
     /// # Errors
     /// [`Error::Unreachable`], or systemd's refusal.
-    pub async fn connect_and_reload(&self) -> Result<(), Error> {
-        // The manager keeps a copy of the connection.
-        let _connection = self.connect().await?;
-        self.reload().await.map_err(unreachable)
+    pub async fn connect_and_reload() -> Result<(), Error> {
+        let manager = Self::connected().await?;
+        manager.reload().await.map_err(unreachable)
     }
 
     /// Opens a connection to the bus for calls; [`super::watch`] receives signals over it too.

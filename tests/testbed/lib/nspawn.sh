@@ -4,8 +4,14 @@
 
 lane_timeout=60
 
+# A soft reboot leaves this mounted: systemd in the guest could not mount it again.
+stays_mounted() { # name of the mount unit; uses $fs
+    mkdir -p "$fs/root/etc/systemd/system/$1.mount.d"
+    printf '[Unit]\nDefaultDependencies=no\n' >"$fs/root/etc/systemd/system/$1.mount.d/soft-reboot.conf"
+}
+
 lane_run() { # image
-    local fs=$run/fs cgroup directory mount binds=()
+    local fs=$run/fs cgroup directory binds=()
     cgroup=$(cgroup2_root)/testbed-${run##*/} || die "no cgroup v2 tree on this machine"
 
     # Everything that the guest writes is in memory. The image below does not change.
@@ -17,12 +23,9 @@ lane_run() { # image
     for directory in containerd docker; do
         mkdir "$fs/$directory"
         binds+=("--bind=$fs/$directory:/var/lib/$directory")
+        stays_mounted "var-lib-$directory"
     done
-    # systemd can't mount them again: a soft reboot leaves them mounted.
-    for mount in 'run-testbed\x2devents' var-lib-containerd var-lib-docker; do
-        mkdir -p "$fs/upper/etc/systemd/system/$mount.mount.d"
-        printf '[Unit]\nDefaultDependencies=no\n' >"$fs/upper/etc/systemd/system/$mount.mount.d/soft-reboot.conf"
-    done
+    stays_mounted 'run-testbed\x2devents'
 
     mkdir "$cgroup"
     echo +cpu +memory +pids +io +cpuset >"$cgroup/../cgroup.subtree_control" 2>/dev/null || true
