@@ -15,6 +15,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use tokio::time::{sleep, timeout};
 
 use crate::cgroup;
@@ -23,6 +24,10 @@ use crate::unit::manager::Manager;
 
 /// How often the daemon asks systemd for an answer.
 const INTERVAL: Duration = Duration::from_secs(5);
+
+/// systemd is not busy if it has used less CPU time than this since the last look, and knows the end of each of its children. A
+/// flood uses all the CPU time that systemd gets, and if systemd gets none, ends that it does not know.
+const IDLE: Duration = Duration::from_millis(100);
 
 /// How long systemd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
@@ -39,10 +44,24 @@ const MOST: usize = 4096;
 /// The file with the pids of systemd's children.
 const CHILDREN: &str = "/proc/1/task/1/children";
 
+/// systemd's files in /proc. It has a single thread. The kernel waits for nothing when it shows these two.
+const CPU_TIME: &str = "/proc/1/schedstat";
+const STATUS: &str = "/proc/1/status";
+
 /// Background task: ends such containers. Never returns.
 pub async fn end(tasks: Arc<Tasks>, manager: Arc<Manager>) {
+    let mut before = cpu_time(Path::new(CPU_TIME));
     loop {
         sleep(INTERVAL).await;
+        // On an idle node, nobody wakes systemd and the bus.
+        let now = cpu_time(Path::new(CPU_TIME));
+        let used = now.zip(before).map(|(now, before)| now.saturating_sub(before));
+        before = now;
+        if used.is_some_and(|used| used < IDLE)
+            && !has_unknown_ends(&fs::read_to_string(STATUS).unwrap_or_default())
+        {
+            continue;
+        }
         // One call at a time: the bus keeps calls that are not answered, and has a limit for them.
         // An error is an answer of the bus, and there is nothing to wait for.
         let mut answered = pin!(manager.version());
@@ -50,6 +69,21 @@ pub async fn end(tasks: Arc<Tasks>, manager: Arc<Manager>) {
             end_floods(&tasks).await;
         }
     }
+}
+
+/// The CPU time of a thread: the first number of its schedstat, in nanoseconds (Documentation/scheduler/sched-stats.rst). `None` for
+/// a kernel that does not count it.
+fn cpu_time(schedstat: &Path) -> Option<Duration> {
+    let text = fs::read_to_string(schedstat).ok()?;
+    text.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
+}
+
+/// Whether a child of a process has ended, and the process has not read the signal that says so: SIGCHLD is in the set of signals
+/// that wait for the whole process (proc_pid_status(5), `ShdPnd`). systemd reads the signal before it reaps the child.
+fn has_unknown_ends(status: &str) -> bool {
+    let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"));
+    let pending = pending.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    pending.is_some_and(|mask| mask & (1 << (Signal::SIGCHLD as i32 - 1)) != 0)
 }
 
 async fn end_floods(tasks: &Tasks) {
@@ -96,6 +130,29 @@ fn new_children(list: &Path, time: Duration) -> Vec<PathBuf> {
 mod tests {
     use super::*;
     use std::process::Command;
+
+    #[test]
+    fn the_cpu_time_of_a_thread_grows_while_it_runs() {
+        let own = || cpu_time(Path::new("/proc/thread-self/schedstat")).unwrap();
+        let (before, begun) = (own(), Instant::now());
+        while own() < before + IDLE {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+        }
+        assert_eq!(cpu_time(Path::new("/proc/self/no-such-file")), None);
+    }
+
+    #[test]
+    fn an_end_is_unknown_while_its_signal_waits_for_the_process() {
+        let status =
+            |pending: &str| format!("Name:\tsystemd\nSigPnd:\t0000000000010000\nShdPnd:\t{pending}\n");
+        assert!(has_unknown_ends(&status("0000000000010000")));
+        assert!(has_unknown_ends(&status("ffffffffffffffff")));
+        for other in ["0000000000000000", "fffffffffffeffff", "", "x"] {
+            assert!(!has_unknown_ends(&status(other)), "{other}");
+        }
+        assert!(!has_unknown_ends(""));
+        assert!(fs::read_to_string(STATUS).unwrap().contains("\nShdPnd:\t"));
+    }
 
     #[test]
     fn only_children_that_come_while_the_daemon_looks_are_found() {
