@@ -1,9 +1,10 @@
 //! Recovery: rebuilds the tasks from their records, and compares each with its unit.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::fault::{self, Point};
 use crate::id::UnitName;
@@ -14,61 +15,45 @@ use crate::oci::state::State;
 use crate::ops::Shim;
 use crate::services::pending::Stored;
 use crate::services::process::hold;
-use crate::services::streams::{Resumed, Streams};
+use crate::services::streams::resumption::Resumption;
 use crate::services::{Entry, Error, Process, blocking, exec_share, resume_in_background};
 
-use crate::store::{self, Found, OwedTask};
+use crate::store::{self, Found, OwedTask, Store};
 use crate::suspect::{Crashes, Suspect};
 use crate::task::Task;
 use crate::task::lifecycle::{Event, ObservedExit};
 use crate::task::phase::Phase;
 
-/// How many processes get their streams back at the same time.
-const RESUMING: usize = 8;
+/// What an earlier daemon has recorded.
+pub struct Records {
+    tasks: Vec<Result<Found, store::Error>>,
+    owed: Vec<OwedTask>,
+}
 
-/// The processes that are getting their streams back.
-#[derive(Default)]
-struct Resuming(VecDeque<Resumed>);
-
-impl Resuming {
-    /// Adds a process. Waits for the first one if there are many.
-    async fn add(&mut self, streams: &Streams, resumed: Resumed) {
-        self.0.push_back(resumed);
-        if self.0.len() > RESUMING
-            && let Some(first) = self.0.pop_front()
-        {
-            streams.settle(first).await;
+/// Begins to read the records. A record that has crashed daemons before is moved aside instead. Directories without a record
+/// are removed. Needs the async runtime.
+///
+/// # Errors
+/// The result is an error if the records can't be listed.
+pub fn read_records(store: Store, crashes: Arc<Crashes>) -> JoinHandle<Result<Records, Error>> {
+    let read = move || {
+        // What is left only costs some memory, so the tasks are recovered nevertheless.
+        if let Err(error) = store.remove_leftovers() {
+            tracing::warn!(%error, "can't remove what an earlier daemon has left unfinished: {error}");
         }
-    }
-
-    /// Waits for all of them.
-    async fn settle(&mut self, streams: &Streams) {
-        while let Some(first) = self.0.pop_front() {
-            streams.settle(first).await;
-        }
-    }
+        Ok(Records { tasks: store.load_all(&crashes)?, owed: store.load_owed()? })
+    };
+    tokio::spawn(async move { blocking(read).await? })
 }
 
 impl Shim {
-    /// Recovers the tasks of an earlier daemon: reads their records and compares each task with its unit. A record that has
-    /// crashed daemons before is moved aside instead. Directories without a record are removed.
+    /// Recovers the tasks of an earlier daemon: compares each recorded task with its unit.
     ///
-    /// # Errors
-    /// The records can't be listed.
-    pub async fn recover(self: &Arc<Self>, crashes: &Arc<Crashes>) -> Result<(), Error> {
-        let (store, crashes) = (self.store.clone(), crashes.clone());
-        let load = move || {
-            // What is left only costs some memory, so the tasks are recovered nevertheless.
-            if let Err(error) = store.remove_leftovers() {
-                tracing::warn!(%error, "can't remove what an earlier daemon has left unfinished: {error}");
-            }
-            (store.load_all(&crashes), store.load_owed())
-        };
-        let (records, owed) = blocking(load).await?;
-        let records = records?;
-        self.announce_owed(&records, owed?);
+    /// Calls can be served once this returns. The result ends when the streams of all processes are open again.
+    pub async fn recover(self: &Arc<Self>, Records { tasks: records, owed }: Records) -> JoinHandle<()> {
+        self.announce_owed(&records, owed);
         let running = self.units.running().await;
-        let mut resuming = Resuming::default();
+        let mut streams = Vec::new();
         for record in records {
             match record {
                 Ok(Found { task, is_current }) => match self.tasks.registry.insert(task) {
@@ -83,7 +68,7 @@ impl Shim {
                             .chain([&task.init.wiring])
                             .for_each(|wiring| self.fds.reserve(wiring.store_number));
                         let suspect = Suspect::record(&entry.key);
-                        suspect.watch(self.recover_task(&entry, &running, &mut resuming)).await;
+                        suspect.watch(self.recover_task(&entry, &running, &mut streams)).await;
                     }
                     Err(conflict) => tracing::error!(
                         ?conflict,
@@ -93,12 +78,14 @@ impl Shim {
                 Err(error) => tracing::error!(%error, "a task is not recovered: {error}"),
             }
         }
-        resuming.settle(&self.streams).await;
         self.tasks.find_owners(&self.files).await;
         self.fds.drop_unclaimed();
-        self.later.begin();
-        tokio::spawn(self.units.clone().reference_all());
-        Ok(())
+        let this = self.clone();
+        tokio::spawn(async move {
+            this.streams.resume_all(streams).await;
+            this.later.begin();
+            tokio::spawn(this.units.clone().reference_all());
+        })
     }
 
     /// Announces the events of deleted tasks to the publisher.
@@ -133,7 +120,7 @@ impl Shim {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         running: &HashSet<UnitName>,
-        resuming: &mut Resuming,
+        streams: &mut Vec<Resumption>,
     ) {
         fault::point(Point::RecoverTask);
         let task = entry.task().clone();
@@ -170,24 +157,23 @@ impl Shim {
             }
         }
         for process in entry.processes() {
-            self.recover_process(entry, &process, running, resuming).await;
+            self.recover_process(entry, &process, running, streams).await;
         }
         self.tasks.announce(entry);
         if task.muted {
-            resuming.settle(&self.streams).await;
             // Waits for what was resumed above.
             remove_left();
         }
     }
 
-    /// Resumes a start that was interrupted. Opens a pidfd for a process that lives, reopens its streams, and queries its
-    /// unit if the process does not run any more.
+    /// Resumes a start that was interrupted. Opens a pidfd for a process that lives, claims its streams, and queries its unit
+    /// if the process does not run any more.
     async fn recover_process(
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
         running: &HashSet<UnitName>,
-        resuming: &mut Resuming,
+        streams: &mut Vec<Resumption>,
     ) {
         self.note_end_of_brief_exec(entry, process);
         let exec = process.exec();
@@ -236,15 +222,9 @@ impl Shim {
         if !was_there {
             return;
         }
-        let resumed = self.streams.recover(entry, process);
+        streams.extend(self.streams.recover(entry, process));
         if running.contains(&process.unit) {
-            if let Some(resumed) = resumed {
-                resuming.add(&self.streams, resumed).await;
-            }
             return;
-        }
-        if let Some(resumed) = resumed {
-            self.streams.settle(resumed).await;
         }
         self.units.query(entry, process).await;
         // An earlier daemon may have ended before it removed the unit.

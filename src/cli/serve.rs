@@ -29,7 +29,7 @@ use crate::ops::{Parts, Shim};
 use crate::services::Entry;
 use crate::services::files::ClientFiles;
 use crate::services::runtime_files::RuntimeFiles;
-use crate::session::fds::StreamFds;
+use crate::session::fds::{StreamFds, StreamKind};
 use crate::store::Store;
 use crate::store::delete_replies::DeleteReplies;
 use crate::store::failures::Failures;
@@ -45,7 +45,7 @@ use crate::unit::notify::THREAD_INTERVAL;
 use crate::unit::refs::{self, Refs};
 use crate::unit::relay::Relay;
 use crate::unit::{bus_config, name, notify, properties, watch};
-use crate::{config, sys, telemetry};
+use crate::{config, recovery, sys, telemetry};
 
 use super::{Failure, first_threads, serving};
 
@@ -252,11 +252,19 @@ async fn serve(
 ) -> Result<(), Failure> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| Failure(format!("can't handle SIGTERM: {error}")))?;
+    let crashes = Crashes::open(Path::new(config::CRASHES)).unwrap_or_else(|error| {
+        tracing::error!(%error, "can't record crashes, so a request that crashes the daemon is tried again without limit: {error}");
+        Crashes::default()
+    });
+    let crashes = Arc::new(crashes);
+    let store = Store::new(config::STATE_DIR);
+    // Reading them takes as long as what comes before they are needed.
+    let records = recovery::read_records(store.clone(), crashes.clone());
     let Passed { sockets, stored } = passed;
     let mut inodes = guard::Inodes::of(sockets.iter().chain(stored.iter().map(|(_, fd)| fd)));
     let (fd_store, mut kept) = FdStore::adopt(stored)
         .map_err(|error| Failure(format!("can't connect to systemd's notify socket: {error}")))?;
-    inodes.add(kept.iter().map(|(_, fd)| fd));
+    inodes.add(kept.iter().filter(|(name, _)| StreamKind::may_have_sockets(name)).map(|(_, fd)| fd));
     let rescued = earlier.connections(inodes);
     let fd_store = Arc::new(fd_store);
     let mut workers = Workers::default();
@@ -264,11 +272,6 @@ async fn serve(
     let alive = fd_store.clone();
     workers.spawn("sending watchdog messages", async move { alive.notifier().keep_alive().await });
 
-    let crashes = Crashes::open(Path::new(config::CRASHES)).unwrap_or_else(|error| {
-        tracing::error!(%error, "can't record crashes, so a request that crashes the daemon is tried again without limit: {error}");
-        Crashes::default()
-    });
-    let crashes = Arc::new(crashes);
     if let Some(interval) = notify::watchdog_interval() {
         workers.spawn("watching for requests that hang", suspect::end_if_hanging(interval / 2));
     }
@@ -292,7 +295,6 @@ async fn serve(
     let waking =
         Waking { manager: manager.clone(), connections: connections.clone(), program: program.clone() };
     let cgroups = Watch::new();
-    let store = Store::new(config::STATE_DIR);
     let commands = Arc::new(CommandLine::in_cgroup(launch::cgroup::of_commands().map_err(Failure::new)?));
     let (shim, outgoing) = Shim::new(Parts {
         store,
@@ -309,9 +311,14 @@ async fn serve(
         relay: Relay::new(),
     });
     fault::point(Point::RecoverTaken);
-    shim.recover(&crashes).await.map_err(Failure::new)?;
-    // This daemon has opened and kept everything that was open only in ended daemons.
-    earlier.end();
+    let records = records.await.map_err(Failure::new)?.map_err(Failure::new)?;
+    let streams = shim.recover(records).await;
+    tokio::spawn(async move {
+        if streams.await.is_ok() {
+            // This daemon has opened and kept everything that was open only in ended daemons.
+            earlier.end();
+        }
+    });
     fault::point(Point::RecoverTasks);
     spawn_workers(&mut workers, &shim, manager, outgoing);
 

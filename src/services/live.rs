@@ -26,6 +26,8 @@ pub struct Live {
     pub(crate) process: Option<Arc<OwnedFd>>,
     /// Its streams, once it has them.
     pub(crate) session: Session,
+    /// After a restart: cancelled once its streams are open again. `None` if they were not claimed.
+    pub(crate) resuming: Option<CancellationToken>,
     /// The size of its terminal's window that was requested last: columns and rows.
     pub(crate) window: Option<(u16, u16)>,
     /// The client's FIFO for input, while a start is under way or after a start has failed. It keeps the input for

@@ -1,17 +1,18 @@
 //! The sessions of processes: opened before a process runs, started when it has its ends of the streams, recovered
-//! after a restart, and closed when it has ended.
+//! after a restart ([`resumption`]), and closed when it has ended.
+
+pub(crate) mod resumption;
 
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::task::JoinHandle;
 
 use crate::config;
 use crate::launch::contract::Kind;
@@ -20,12 +21,13 @@ use crate::session::fds::{Claims, StreamFds, StreamKind};
 use crate::session::{self, LogFiles, OpenStreams, Plan, ReopenMode, Session};
 use crate::stdio::{journal, threads};
 use crate::store::Store;
-use crate::suspect;
 use crate::unit::manager::usage::JournalSettings;
 use crate::unit::name;
 use crate::unit::policy::is_of_journal;
 use crate::unit::properties::{self, UnitMetadata};
 use crate::unit::systemd::Systemd;
+
+use resumption::resumed;
 
 use super::files::ClientFiles;
 use super::later::Later;
@@ -34,11 +36,6 @@ use super::{Entry, Error, Process, WaitsFor, blocking, waiting};
 
 /// The file of a process in which the first daemon that waited for its output has noted the time.
 const DRAINING: &str = "draining";
-
-/// How long recovery waits for the streams of one process.
-const RESUME_LIMIT: Duration = Duration::from_secs(1);
-/// How long recovery waits for the streams of all processes that do not answer.
-const RESUME_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long a change of a window's size may take.
 const WINDOW_LIMIT: Duration = Duration::from_secs(5);
@@ -58,14 +55,6 @@ pub struct Streams {
     manager: Arc<dyn Systemd>,
     launcher: Arc<Launcher>,
     later: Arc<Later>,
-    /// How long recovery still waits for streams that do not answer.
-    patience: Mutex<Duration>,
-}
-
-/// The streams of a process that are being opened again after a restart.
-pub(crate) struct Resumed {
-    process: Arc<Process>,
-    work: JoinHandle<()>,
 }
 
 impl Streams {
@@ -78,7 +67,7 @@ impl Streams {
         launcher: Arc<Launcher>,
         later: Arc<Later>,
     ) -> Self {
-        Self { fds, files, store, manager, launcher, later, patience: Mutex::new(RESUME_PATIENCE) }
+        Self { fds, files, store, manager, launcher, later }
     }
 
     /// What the streams of a process depend on.
@@ -216,70 +205,11 @@ impl Streams {
         if is_closed {
             self.close_stdin_writer(entry, process);
         }
+        // The process may have ended meanwhile. What noted its end found no session either.
+        if entry.task().process(process.exec()).is_some_and(|process| process.exit().is_some()) {
+            self.close_input(entry, process);
+        }
         Ok(())
-    }
-
-    /// After a restart: begins to reopen the daemon's ends of the streams of a process that lives, or that has left output in
-    /// them. `None` if there is nothing to wait for.
-    pub(crate) fn recover(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>) -> Option<Resumed> {
-        let plan = self.plan(entry, process).ok()?;
-        if !plan.has_streams() {
-            return None;
-        }
-        let mode = if process.has_ended() { ReopenMode::Ended } else { ReopenMode::Running };
-        if mode == ReopenMode::Ended && !self.fds.has(plan.wiring.store_number) {
-            return None;
-        }
-        if self.fds.lacks(&plan.wiring) {
-            // If this opened them again, the daemon would lack descriptors to answer calls. The process waits once its
-            // pipes are full.
-            tracing::warn!(process = %process.key, "{}: its streams wait for a daemon that can open more files", process.key);
-            return None;
-        }
-        // Recovery drops what is not claimed.
-        let claims = self.fds.claim_streams(plan.wiring.store_number);
-        let resumed = {
-            let (this, entry, process) = (self.clone(), entry.clone(), process.clone());
-            tokio::spawn(suspect::inherit(async move {
-                if let Err(error) = this.resume(&entry, &process, plan, mode, claims).await {
-                    tracing::warn!(process = %process.key, %error, "{}: can't reopen its streams: {error}", process.key);
-                }
-            }))
-        };
-        Some(Resumed { process: process.clone(), work: resumed })
-    }
-
-    /// Waits until the streams of a process are open again. A container can keep its streams busy: the recovery of other tasks
-    /// does not wait for it.
-    pub(crate) async fn settle(&self, Resumed { process, work }: Resumed) {
-        let limit = (*self.patience()).min(RESUME_LIMIT);
-        if tokio::time::timeout(limit, work).await.is_err() {
-            let mut patience = self.patience();
-            *patience = patience.saturating_sub(limit);
-            tracing::warn!(process = %process.key, "{}: its streams do not answer, so its output waits until they do", process.key);
-        }
-    }
-
-    /// Reopens the streams of a process of an earlier daemon, and copies again.
-    async fn resume(
-        &self,
-        entry: &Entry,
-        process: &Process,
-        plan: Plan,
-        mode: ReopenMode,
-        claims: Claims,
-    ) -> Result<(), Error> {
-        let opened = self.reopen_claimed(Arc::new(plan), mode, claims).await?;
-        if opened.has_journal_copy() {
-            // Nothing is dropped while the daemon does not know the limit.
-            entry.init.live().journal_policy.set(0, u32::MAX);
-            self.later.spawn(self.set_journal_policy(entry));
-        }
-        self.begin(entry, process, opened).await
-    }
-
-    fn patience(&self) -> MutexGuard<'_, Duration> {
-        self.patience.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives the daemon's copy of a container's output the rate limit and the fields of its unit.
@@ -332,6 +262,7 @@ impl Streams {
     /// Waits until everything that a process wrote has arrived, for a limited time: in this daemon and in those that waited
     /// before.
     pub(crate) async fn drain(&self, process: &Process) {
+        resumed(process).await;
         let mut pumps = process.live().session.take_pumps();
         if pumps.wait(USUAL).await {
             return;
@@ -391,6 +322,7 @@ pub(crate) async fn set_window(process: &Process) -> Result<(), Error> {
 
 /// Ends the session of a process. Output that has not arrived is lost.
 pub(crate) async fn cancel_pumps(process: &Process) {
+    resumed(process).await;
     // The guard of `live` must not be held while the pumps end.
     let mut session = std::mem::take(&mut process.live().session);
     session.take_pumps().stop_now().await;

@@ -34,13 +34,6 @@ pub enum StreamKind {
     Notify,
 }
 
-impl Claimed {
-    /// True if the store had no descriptors of the stream.
-    pub fn is_empty(&self) -> bool {
-        self.readers.is_empty() && self.writers.is_empty() && self.both.is_empty()
-    }
-}
-
 impl StreamKind {
     const ALL: [Self; 7] = [
         Self::Input,
@@ -78,6 +71,12 @@ impl StreamKind {
         format!("{}{number}", self.letter())
     }
 
+    /// False if descriptors of this name in the store are no sockets.
+    pub fn may_have_sockets(name: &str) -> bool {
+        // Terminals have the socket at which they arrive.
+        Self::parse(name).is_none_or(|(kind, _)| matches!(kind, Self::Terminal | Self::Notify))
+    }
+
     fn parse(name: &str) -> Option<(Self, u64)> {
         let kind = Self::ALL.into_iter().find(|kind| name.starts_with(kind.letter()))?;
         Some((kind, name[1..].parse().ok()?))
@@ -95,14 +94,34 @@ pub struct Claimed {
     pub both: Vec<OwnedFd>,
 }
 
+impl Claimed {
+    /// True if the store had no descriptors of the stream.
+    pub fn is_empty(&self) -> bool {
+        self.readers.is_empty() && self.writers.is_empty() && self.both.is_empty()
+    }
+
+    fn sort(all: Vec<OwnedFd>) -> Self {
+        let mut sorted = Self::default();
+        for fd in all {
+            match access(&fd) {
+                OFlag::O_RDONLY => sorted.readers.push(fd),
+                OFlag::O_WRONLY => sorted.writers.push(fd),
+                _ => sorted.both.push(fd),
+            }
+        }
+        sorted
+    }
+}
+
 /// The descriptors of one process that were in the store.
 #[derive(Clone, Debug, Default)]
-pub struct Claims(Arc<Mutex<HashMap<StreamKind, Claimed>>>);
+pub struct Claims(Arc<Mutex<HashMap<StreamKind, Vec<OwnedFd>>>>);
 
 impl Claims {
     /// The descriptors of one stream; they are returned once.
     pub fn take(&self, kind: StreamKind) -> Claimed {
-        self.all().remove(&kind).unwrap_or_default()
+        let all = self.all().remove(&kind);
+        Claimed::sort(all.unwrap_or_default())
     }
 
     /// Closes the descriptors that nobody has taken. Returns their streams.
@@ -110,7 +129,7 @@ impl Claims {
         std::mem::take(&mut *self.all()).into_keys()
     }
 
-    fn all(&self) -> MutexGuard<'_, HashMap<StreamKind, Claimed>> {
+    fn all(&self) -> MutexGuard<'_, HashMap<StreamKind, Vec<OwnedFd>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -120,7 +139,7 @@ impl Claims {
 pub struct StreamFds {
     store: Arc<FdStore>,
     next: AtomicU64,
-    unclaimed: Mutex<HashMap<(StreamKind, u64), Claimed>>,
+    unclaimed: Mutex<HashMap<(StreamKind, u64), Vec<OwnedFd>>>,
     /// Connections at console sockets that an earlier daemon had accepted and not kept, by the path of the socket.
     consoles: Mutex<HashMap<PathBuf, OwnedFd>>,
 }
@@ -128,7 +147,7 @@ pub struct StreamFds {
 impl StreamFds {
     /// Takes what earlier daemons have put into the store.
     pub fn new(store: Arc<FdStore>, fds: Vec<(String, OwnedFd)>) -> Self {
-        let mut earlier: HashMap<(StreamKind, u64), Claimed> = HashMap::new();
+        let mut earlier: HashMap<(StreamKind, u64), Vec<OwnedFd>> = HashMap::new();
         for (name, fd) in fds {
             let Some(key) = StreamKind::parse(&name) else {
                 tracing::warn!(
@@ -138,12 +157,7 @@ impl StreamFds {
                 store.forget(&name);
                 continue;
             };
-            let found = earlier.entry(key).or_default();
-            match access(&fd) {
-                OFlag::O_RDONLY => found.readers.push(fd),
-                OFlag::O_WRONLY => found.writers.push(fd),
-                _ => found.both.push(fd),
-            }
+            earlier.entry(key).or_default().push(fd);
         }
         Self { store, next: AtomicU64::default(), unclaimed: Mutex::new(earlier), consoles: Mutex::default() }
     }
@@ -228,15 +242,18 @@ impl StreamFds {
 
     /// What an earlier daemon has put into the store; it is returned once.
     pub fn claim(&self, kind: StreamKind, number: u64) -> Claimed {
-        let mut earlier = self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner);
-        earlier.remove(&(kind, number)).unwrap_or_default()
+        Claimed::sort(self.take(kind, number).unwrap_or_default())
+    }
+
+    fn take(&self, kind: StreamKind, number: u64) -> Option<Vec<OwnedFd>> {
+        self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner).remove(&(kind, number))
     }
 
     /// As [`Self::claim`], for all streams of a process.
     pub fn claim_streams(&self, number: u64) -> Claims {
         let streams = StreamKind::ALL.into_iter().filter(|kind| *kind != StreamKind::Notify);
-        let claimed = streams.map(|kind| (kind, self.claim(kind, number)));
-        Claims(Arc::new(Mutex::new(claimed.filter(|(_, found)| !found.is_empty()).collect())))
+        let claimed = streams.filter_map(|kind| Some((kind, self.take(kind, number)?)));
+        Claims(Arc::new(Mutex::new(claimed.collect())))
     }
 
     /// True if an earlier daemon has left something of a process that is not claimed yet.
@@ -291,6 +308,9 @@ mod tests {
         }
         for other in ["c1", "o", "o-1", "", "containerd-shim-systemd-v1.socket"] {
             assert_eq!(StreamKind::parse(other), None, "{other}");
+            assert!(StreamKind::may_have_sockets(other), "{other}");
         }
+        let pipes = ["i1", "o1", "e1", "a1", "b1"].map(StreamKind::may_have_sockets);
+        assert_eq!((pipes, ["t1", "n1"].map(StreamKind::may_have_sockets)), ([false; 5], [true; 2]));
     }
 }

@@ -19,6 +19,7 @@ use crate::oci::criu::Checkpoint;
 use crate::oci::options;
 use crate::ops::{AddExec, CreateTask};
 use crate::ops::{Parts, Shim};
+use crate::recovery::read_records;
 use crate::services::files::ClientFiles;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::services::{Delivery, Error};
@@ -143,7 +144,12 @@ impl World {
                 let shim = self.start_daemon();
                 let recovered = shim.clone();
                 // In a future of its own, so that a panic in it does not end the test.
-                tokio::spawn(async move { recovered.recover(&Arc::default()).await }).await.ok()?.unwrap();
+                tokio::spawn(async move {
+                    let records = read_records(recovered.store.clone(), Arc::default());
+                    recovered.recover(records.await.unwrap().unwrap()).await;
+                })
+                .await
+                .ok()?;
                 self.spawn_loops(&shim);
                 let done = tokio::spawn(work(shim)).await.ok()?;
                 tokio::time::sleep(SETTLED).await;

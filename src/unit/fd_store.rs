@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
@@ -154,6 +154,7 @@ impl FdStore {
         let (mut state, mut found) = (State::default(), Vec::new());
         let may_lack_files = !room_for_all(passed.len());
         let passed = if may_lack_files { connections_first(passed) } else { passed };
+        let mut room = Room::now();
         for (name, fd) in passed {
             let Some(number) = holder_number(&name) else {
                 *state.direct.entry(name.clone()).or_default() += 1;
@@ -161,7 +162,7 @@ impl FdStore {
                 continue;
             };
             state.next = state.next.max(number + 1);
-            if may_lack_files && !room_for_all(0) {
+            if may_lack_files && !room.is_left() {
                 state.unread += 1;
                 continue;
             }
@@ -174,6 +175,7 @@ impl FdStore {
                     continue;
                 }
             };
+            room.take(&contents);
             match contents.first() {
                 Some((label, _)) => {
                     state.used.entry(label.clone()).or_default().push(Named { name, holder });
@@ -392,6 +394,31 @@ impl FdStore {
 fn room_for_all(holders: usize) -> bool {
     let (limit, free) = sys::descriptors();
     free > (holders * MAX_FDS) as u64 + headroom(limit)
+}
+
+/// How many descriptors this process can still open. It opens the lowest free number each time, so the number of the last one
+/// shows that without a system call.
+struct Room {
+    limit: u64,
+    lowest: u64,
+}
+
+impl Room {
+    fn now() -> Self {
+        let (limit, free) = sys::descriptors();
+        Self { limit, lowest: limit.saturating_sub(free) }
+    }
+
+    /// These were opened.
+    fn take(&mut self, opened: &[(String, OwnedFd)]) {
+        let numbers = opened.iter().filter_map(|(_, fd)| u64::try_from(fd.as_raw_fd()).ok());
+        self.lowest = numbers.map(|number| number + 1).chain([self.lowest]).max().unwrap_or_default();
+    }
+
+    /// Whether the [`headroom`] is left.
+    fn is_left(&self) -> bool {
+        self.limit.saturating_sub(self.lowest) > headroom(self.limit)
+    }
 }
 
 /// Entries in the order in which a process opens them that may have too few descriptors for all.
