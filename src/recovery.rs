@@ -1,7 +1,7 @@
 //! Recovery: rebuilds the tasks from their records, and compares each with its unit.
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -19,7 +19,7 @@ use crate::services::streams::resumption::Resumption;
 use crate::services::{Entry, Error, Process, blocking, exec_share, resume_in_background};
 
 use crate::store::{self, Found, OwedTask, Store};
-use crate::suspect::{Crashes, Suspect};
+use crate::suspect::{self, Crashes, Suspect};
 use crate::task::Task;
 use crate::task::lifecycle::{Event, ObservedExit};
 use crate::task::phase::Phase;
@@ -46,14 +46,38 @@ pub fn read_records(store: Store, crashes: Arc<Crashes>) -> JoinHandle<Result<Re
     tokio::spawn(async move { blocking(read).await? })
 }
 
+/// Work of recovery that another thread does.
+type Aside = Box<dyn FnOnce() + Send>;
+
+/// What the recovery of a task needs to know, and what it adds to.
+struct Round {
+    /// The units that run.
+    running: HashSet<UnitName>,
+    /// The streams that are to be opened again.
+    streams: Vec<Resumption>,
+    /// Another thread does what is sent, in this order.
+    aside: mpsc::Sender<Aside>,
+}
+
+impl Round {
+    fn do_aside(&self, work: impl FnOnce() + Send + 'static) {
+        let work = Box::new(suspect::inherit_fn(work));
+        // Without the thread, it is done here.
+        if let Err(mpsc::SendError(work)) = self.aside.send(work) {
+            work();
+        }
+    }
+}
+
 impl Shim {
     /// Recovers the tasks of an earlier daemon: compares each recorded task with its unit.
     ///
     /// Calls can be served once this returns. The result ends when the streams of all processes are open again.
     pub async fn recover(self: &Arc<Self>, Records { tasks: records, owed }: Records) -> JoinHandle<()> {
         self.announce_owed(&records, owed);
-        let running = self.units.running().await;
-        let mut streams = Vec::new();
+        let (aside, pieces) = mpsc::channel::<Aside>();
+        let done = tokio::spawn(blocking(move || pieces.into_iter().for_each(|piece| piece())));
+        let mut round = Round { running: self.units.running().await, streams: Vec::new(), aside };
         for record in records {
             match record {
                 Ok(Found { task, is_current }) => match self.tasks.registry.insert(task) {
@@ -68,7 +92,7 @@ impl Shim {
                             .chain([&task.init.wiring])
                             .for_each(|wiring| self.fds.reserve(wiring.store_number));
                         let suspect = Suspect::record(&entry.key);
-                        suspect.watch(self.recover_task(&entry, &running, &mut streams)).await;
+                        suspect.watch(self.recover_task(&entry, &mut round)).await;
                     }
                     Err(conflict) => tracing::error!(
                         ?conflict,
@@ -79,6 +103,11 @@ impl Shim {
             }
         }
         self.tasks.find_owners(&self.files).await;
+        let Round { streams, aside, .. } = round;
+        drop(aside);
+        if let Err(error) = done.await.unwrap_or(Err(Error::Stopping)) {
+            tracing::warn!(%error, "can't watch the cgroups of all tasks: {error}");
+        }
         self.fds.drop_unclaimed();
         let this = self.clone();
         tokio::spawn(async move {
@@ -116,12 +145,7 @@ impl Shim {
         }
     }
 
-    async fn recover_task(
-        self: &Arc<Self>,
-        entry: &Arc<Entry>,
-        running: &HashSet<UnitName>,
-        streams: &mut Vec<Resumption>,
-    ) {
+    async fn recover_task(self: &Arc<Self>, entry: &Arc<Entry>, round: &mut Round) {
         fault::point(Point::RecoverTask);
         let task = entry.task().clone();
         if task.muted {
@@ -157,7 +181,7 @@ impl Shim {
             }
         }
         for process in entry.processes() {
-            self.recover_process(entry, &process, running, streams).await;
+            self.recover_process(entry, &process, round).await;
         }
         self.tasks.announce(entry);
         if task.muted {
@@ -172,8 +196,7 @@ impl Shim {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
-        running: &HashSet<UnitName>,
-        streams: &mut Vec<Resumption>,
+        round: &mut Round,
     ) {
         self.note_end_of_brief_exec(entry, process);
         let exec = process.exec();
@@ -205,25 +228,32 @@ impl Shim {
             let (shim, entry) = (self.clone(), entry.clone());
             resume_in_background(process, |_| async move { shim.finish_checkpoint(&entry).await }).await;
         }
+        let is_running = round.running.contains(&process.unit);
         if let Some(pid) = pid {
-            if running.contains(&process.unit) {
+            if is_running {
                 self.units.hold_again(entry, process, pid).await;
             } else {
                 hold(entry, process, pid);
             }
-            if exec.is_none() {
-                self.cgroups.watch_again(entry);
-                self.notifications.listen_again(entry);
-            } else {
+            if exec.is_some() {
                 self.cancel_long_start_job(entry, process);
+            } else if is_running {
+                let (cgroups, entry) = (self.cgroups.clone(), entry.clone());
+                round.do_aside(move || cgroups.watch_again(&entry));
+            } else {
+                // Kills for lack of memory are reported before the end of a container.
+                self.cgroups.watch_again(entry);
+            }
+            if exec.is_none() {
+                self.notifications.listen_again(entry);
             }
         }
         self.cleanup.close_ended_exec(entry, process);
         if !was_there {
             return;
         }
-        streams.extend(self.streams.recover(entry, process));
-        if running.contains(&process.unit) {
+        round.streams.extend(self.streams.recover(entry, process));
+        if is_running {
             return;
         }
         self.units.query(entry, process).await;
