@@ -46,24 +46,24 @@ pub fn read_records(store: Store, crashes: Arc<Crashes>) -> JoinHandle<Result<Re
     tokio::spawn(async move { blocking(read).await? })
 }
 
-/// Work of recovery that another thread does.
-type Aside = Box<dyn FnOnce() + Send>;
+/// Work for the second thread of a recovery.
+type Work = Box<dyn FnOnce() + Send>;
 
-/// What the recovery of a task needs to know, and what it adds to.
-struct Round {
+/// A recovery that is under way.
+struct Recovery {
     /// The units that run.
     running: HashSet<UnitName>,
     /// The streams that are to be opened again.
     streams: Vec<Resumption>,
-    /// Another thread does what is sent, in this order.
-    aside: mpsc::Sender<Aside>,
+    /// A second thread does this work, in the order in which it is sent.
+    second_thread: mpsc::Sender<Work>,
 }
 
-impl Round {
-    fn do_aside(&self, work: impl FnOnce() + Send + 'static) {
+impl Recovery {
+    fn in_second_thread(&self, work: impl FnOnce() + Send + 'static) {
         let work = Box::new(suspect::inherit_fn(work));
-        // Without the thread, it is done here.
-        if let Err(mpsc::SendError(work)) = self.aside.send(work) {
+        // If the second thread has ended, this thread does the work.
+        if let Err(mpsc::SendError(work)) = self.second_thread.send(work) {
             work();
         }
     }
@@ -72,12 +72,13 @@ impl Round {
 impl Shim {
     /// Recovers the tasks of an earlier daemon: compares each recorded task with its unit.
     ///
-    /// Calls can be served once this returns. The result ends when the streams of all processes are open again.
+    /// Calls can be served once this returns. The result completes once the streams of all processes are open again.
     pub async fn recover(self: &Arc<Self>, Records { tasks: records, owed }: Records) -> JoinHandle<()> {
         self.announce_owed(&records, owed);
-        let (aside, pieces) = mpsc::channel::<Aside>();
-        let done = tokio::spawn(blocking(move || pieces.into_iter().for_each(|piece| piece())));
-        let mut round = Round { running: self.units.running().await, streams: Vec::new(), aside };
+        let (second_thread, works) = mpsc::channel::<Work>();
+        let done = tokio::spawn(blocking(move || works.into_iter().for_each(|work| work())));
+        let running = self.units.running().await;
+        let mut recovery = Recovery { running, streams: Vec::new(), second_thread };
         for record in records {
             match record {
                 Ok(Found { task, is_current }) => match self.tasks.registry.insert(task) {
@@ -92,7 +93,7 @@ impl Shim {
                             .chain([&task.init.wiring])
                             .for_each(|wiring| self.fds.reserve(wiring.store_number));
                         let suspect = Suspect::record(&entry.key);
-                        suspect.watch(self.recover_task(&entry, &mut round)).await;
+                        suspect.watch(self.recover_task(&entry, &mut recovery)).await;
                     }
                     Err(conflict) => tracing::error!(
                         ?conflict,
@@ -103,10 +104,10 @@ impl Shim {
             }
         }
         self.tasks.find_owners(&self.files).await;
-        let Round { streams, aside, .. } = round;
-        drop(aside);
+        let Recovery { streams, second_thread, .. } = recovery;
+        drop(second_thread);
         if let Err(error) = done.await.unwrap_or(Err(Error::Stopping)) {
-            tracing::warn!(%error, "can't watch the cgroups of all tasks: {error}");
+            tracing::warn!(%error, "can't watch the cgroups of some tasks: {error}");
         }
         self.fds.drop_unclaimed();
         let this = self.clone();
@@ -145,7 +146,7 @@ impl Shim {
         }
     }
 
-    async fn recover_task(self: &Arc<Self>, entry: &Arc<Entry>, round: &mut Round) {
+    async fn recover_task(self: &Arc<Self>, entry: &Arc<Entry>, recovery: &mut Recovery) {
         fault::point(Point::RecoverTask);
         let task = entry.task().clone();
         if task.muted {
@@ -181,7 +182,7 @@ impl Shim {
             }
         }
         for process in entry.processes() {
-            self.recover_process(entry, &process, round).await;
+            self.recover_process(entry, &process, recovery).await;
         }
         self.tasks.announce(entry);
         if task.muted {
@@ -196,7 +197,7 @@ impl Shim {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
-        round: &mut Round,
+        recovery: &mut Recovery,
     ) {
         self.note_end_of_brief_exec(entry, process);
         let exec = process.exec();
@@ -228,7 +229,7 @@ impl Shim {
             let (shim, entry) = (self.clone(), entry.clone());
             resume_in_background(process, |_| async move { shim.finish_checkpoint(&entry).await }).await;
         }
-        let is_running = round.running.contains(&process.unit);
+        let is_running = recovery.running.contains(&process.unit);
         if let Some(pid) = pid {
             if is_running {
                 self.units.hold_again(entry, process, pid).await;
@@ -237,14 +238,15 @@ impl Shim {
             }
             if exec.is_some() {
                 self.cancel_long_start_job(entry, process);
-            } else if is_running {
-                let (cgroups, entry) = (self.cgroups.clone(), entry.clone());
-                round.do_aside(move || cgroups.watch_again(&entry));
             } else {
-                // Kills for lack of memory are reported before the end of a container.
-                self.cgroups.watch_again(entry);
-            }
-            if exec.is_none() {
+                let (cgroups, watched) = (self.cgroups.clone(), entry.clone());
+                let watch = move || cgroups.watch_again(&watched);
+                // Kills for lack of memory are reported before the end of a container, which is looked for below.
+                if is_running {
+                    recovery.in_second_thread(watch)
+                } else {
+                    watch()
+                }
                 self.notifications.listen_again(entry);
             }
         }
@@ -252,7 +254,7 @@ impl Shim {
         if !was_there {
             return;
         }
-        round.streams.extend(self.streams.recover(entry, process));
+        recovery.streams.extend(self.streams.recover(entry, process));
         if is_running {
             return;
         }

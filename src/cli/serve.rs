@@ -258,7 +258,7 @@ async fn serve(
     });
     let crashes = Arc::new(crashes);
     let store = Store::new(config::STATE_DIR);
-    // Reading them takes as long as what comes before they are needed.
+    // Another thread reads the records while this one takes over what systemd has kept.
     let records = recovery::read_records(store.clone(), crashes.clone());
     let Passed { sockets, stored } = passed;
     let mut inodes = guard::Inodes::of(sockets.iter().chain(stored.iter().map(|(_, fd)| fd)));

@@ -1,4 +1,4 @@
-//! Work that recovery puts off: calls wait until the tasks are recovered, and no call needs this work.
+//! Work that recovery puts off until the streams of all processes are open again: no call needs this work.
 
 use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,7 +10,7 @@ const AT_ONCE: usize = 2;
 
 type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Lets work wait until recovery has ended.
+/// Lets work wait for the end of recovery.
 pub(crate) struct Later(Mutex<Option<Vec<Work>>>);
 
 impl Later {

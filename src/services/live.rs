@@ -26,7 +26,7 @@ pub struct Live {
     pub(crate) process: Option<Arc<OwnedFd>>,
     /// Its streams, once it has them.
     pub(crate) session: Session,
-    /// After a restart: cancelled once its streams are open again. `None` if they were not claimed.
+    /// After a restart: cancelled once its streams are open again. `None` if it has no streams to open again.
     pub(crate) resuming: Option<CancellationToken>,
     /// The size of its terminal's window that was requested last: columns and rows.
     pub(crate) window: Option<(u16, u16)>,

@@ -200,14 +200,16 @@ impl Streams {
         }
         set_window(process).await?;
         // CloseIO may have come while the terminal was awaited. It found no session whose input it could close.
-        let is_closed =
-            entry.task().process(process.exec()).is_some_and(|process| process.wiring.stdin_closed);
-        if is_closed {
-            self.close_stdin_writer(entry, process);
-        }
-        // The process may have ended meanwhile. What noted its end found no session either.
-        if entry.task().process(process.exec()).is_some_and(|process| process.exit().is_some()) {
+        // The process may also have ended meanwhile.
+        let (is_closed, has_ended) = entry
+            .task()
+            .process(process.exec())
+            .map(|process| (process.wiring.stdin_closed, process.exit().is_some()))
+            .unwrap_or_default();
+        if has_ended {
             self.close_input(entry, process);
+        } else if is_closed {
+            self.close_stdin_writer(entry, process);
         }
         Ok(())
     }

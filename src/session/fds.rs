@@ -71,9 +71,9 @@ impl StreamKind {
         format!("{}{number}", self.letter())
     }
 
-    /// False if descriptors of this name in the store are no sockets.
+    /// Whether the store can have a socket under this name. Under the names of most streams, it has only FIFOs and pipes.
     pub fn may_have_sockets(name: &str) -> bool {
-        // Terminals have the socket at which they arrive.
+        // A terminal arrives at a socket.
         Self::parse(name).is_none_or(|(kind, _)| matches!(kind, Self::Terminal | Self::Notify))
     }
 

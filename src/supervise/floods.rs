@@ -25,8 +25,8 @@ use crate::unit::manager::Manager;
 /// How often the daemon asks systemd for an answer.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// systemd is not busy if it has used less CPU time than this since the last look, and knows the end of each of its children. A
-/// flood uses all the CPU time that systemd gets, and if systemd gets none, ends that it does not know.
+/// systemd is not busy if it has used less CPU time than this since the last look, and knows the end of each of its children.
+/// During a flood, systemd uses all the CPU time that it gets. If it gets none, it does not know that children have ended.
 const IDLE: Duration = Duration::from_millis(100);
 
 /// How long systemd may take to answer.
@@ -44,7 +44,7 @@ const MOST: usize = 4096;
 /// The file with the pids of systemd's children.
 const CHILDREN: &str = "/proc/1/task/1/children";
 
-/// systemd's files in /proc. It has a single thread. The kernel waits for nothing when it shows these two.
+/// The files of systemd's only thread in /proc. The kernel waits for nothing when it shows these two.
 const CPU_TIME: &str = "/proc/1/schedstat";
 const STATUS: &str = "/proc/1/status";
 

@@ -152,9 +152,9 @@ impl FdStore {
         passed: Vec<(String, OwnedFd)>,
     ) -> (Self, Vec<(String, OwnedFd)>) {
         let (mut state, mut found) = (State::default(), Vec::new());
-        let may_lack_files = !room_for_all(passed.len());
-        let passed = if may_lack_files { connections_first(passed) } else { passed };
         let mut room = Room::now();
+        let may_lack_files = !room.is_enough_for(passed.len());
+        let passed = if may_lack_files { connections_first(passed) } else { passed };
         for (name, fd) in passed {
             let Some(number) = holder_number(&name) else {
                 *state.direct.entry(name.clone()).or_default() += 1;
@@ -162,7 +162,7 @@ impl FdStore {
                 continue;
             };
             state.next = state.next.max(number + 1);
-            if may_lack_files && !room.is_left() {
+            if may_lack_files && !room.is_enough_for(0) {
                 state.unread += 1;
                 continue;
             }
@@ -175,7 +175,7 @@ impl FdStore {
                     continue;
                 }
             };
-            room.take(&contents);
+            room.subtract(&contents);
             match contents.first() {
                 Some((label, _)) => {
                     state.used.entry(label.clone()).or_default().push(Named { name, holder });
@@ -390,34 +390,29 @@ impl FdStore {
     }
 }
 
-/// Whether this process can open what so many holders hold, and leave the [`headroom`].
-fn room_for_all(holders: usize) -> bool {
-    let (limit, free) = sys::descriptors();
-    free > (holders * MAX_FDS) as u64 + headroom(limit)
-}
-
-/// How many descriptors this process can still open. It opens the lowest free number each time, so the number of the last one
-/// shows that without a system call.
+/// How many descriptors this process can still open.
 struct Room {
     limit: u64,
-    lowest: u64,
+    free: u64,
 }
 
 impl Room {
     fn now() -> Self {
         let (limit, free) = sys::descriptors();
-        Self { limit, lowest: limit.saturating_sub(free) }
+        Self { limit, free }
     }
 
-    /// These were opened.
-    fn take(&mut self, opened: &[(String, OwnedFd)]) {
+    /// Whether this process can open what so many holders hold, and leave the [`headroom`].
+    fn is_enough_for(&self, holders: usize) -> bool {
+        self.free > (holders * MAX_FDS) as u64 + headroom(self.limit)
+    }
+
+    /// Subtracts what was opened. The kernel gives the lowest free number to a new descriptor, so these numbers show what is
+    /// left without a system call.
+    fn subtract(&mut self, opened: &[(String, OwnedFd)]) {
         let numbers = opened.iter().filter_map(|(_, fd)| u64::try_from(fd.as_raw_fd()).ok());
-        self.lowest = numbers.map(|number| number + 1).chain([self.lowest]).max().unwrap_or_default();
-    }
-
-    /// Whether the [`headroom`] is left.
-    fn is_left(&self) -> bool {
-        self.limit.saturating_sub(self.lowest) > headroom(self.limit)
+        let left = numbers.map(|number| self.limit.saturating_sub(number + 1));
+        self.free = left.chain([self.free]).min().unwrap_or_default();
     }
 }
 

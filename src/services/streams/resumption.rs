@@ -9,11 +9,11 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::id::ProcessKey;
+use crate::services::{Entry, Error, Process};
 use crate::session::fds::Claims;
 use crate::session::{Plan, ReopenMode};
 use crate::suspect;
 
-use super::super::{Entry, Error, Process};
 use super::Streams;
 
 /// How many processes get their streams back at the same time.
@@ -57,7 +57,7 @@ impl Streams {
         }
         // Recovery drops what is not claimed.
         let claims = self.fds.claim_streams(plan.wiring.store_number);
-        let done = begin(process);
+        let done = note_resuming(process);
         let work = {
             let (this, entry, process) = (self.clone(), entry.clone(), process.clone());
             suspect::inherit(async move {
@@ -130,7 +130,7 @@ async fn settle(key: &ProcessKey, work: impl Future<Output = ()> + Send + 'stati
 }
 
 /// Notes that the streams of a process are not open again yet, until the result is dropped.
-fn begin(process: &Process) -> DropGuard {
+fn note_resuming(process: &Process) -> DropGuard {
     let done = CancellationToken::new();
     process.live().resuming = Some(done.clone());
     done.drop_guard()
@@ -140,7 +140,7 @@ fn begin(process: &Process) -> DropGuard {
 pub(super) async fn resumed(process: &Process) {
     let resuming = process.live().resuming.clone();
     if let Some(done) = resuming {
-        // A container that keeps its streams busy does not keep anybody from removing it.
+        // A container can keep its streams busy, and is removed nevertheless.
         let _ = timeout(OPERATION_LIMIT, done.cancelled()).await;
     }
 }
@@ -174,7 +174,7 @@ mod tests {
                 begun.elapsed()
             };
             let without = wait().await;
-            let done = begin(&process);
+            let done = note_resuming(&process);
             let never = wait().await;
             tokio::spawn(async move {
                 sleep(LIMIT).await;

@@ -69,7 +69,8 @@ impl Manager {
         self.bus.call(|manager| async move { manager.reload().await }).await
     }
 
-    /// A manager for calls alone, over a connection of its own. Without [`super::watch`], nobody else opens one.
+    /// A manager with a connection, for programs that call systemd and receive no signals. In the daemon, [`super::watch`] opens
+    /// the connection.
     ///
     /// # Errors
     /// [`Error::Unreachable`]
