@@ -209,12 +209,16 @@ async fn waits_for_orphan(pid: u32, cgroup: Option<&Path>) {
     let mut since = None;
     loop {
         tokio::time::sleep(ORPHAN_INTERVAL).await;
-        let others = cgroup.to_owned();
-        let waits = tokio::task::spawn_blocking(move || {
-            let others = cgroup::processes::processes(&others).unwrap_or_default();
-            sys::tree::waits_for_one_of(pid, &others)
-        });
-        if !waits.await.unwrap_or(false) {
+        // Most commands that hang wait for a child. These need no thread, although many of them may hang.
+        let waits = !sys::tree::has_living_child(pid) && {
+            let others = cgroup.to_owned();
+            let look = tokio::task::spawn_blocking(move || {
+                let others = cgroup::processes::processes(&others).unwrap_or_default();
+                sys::tree::waits_for_one_of(pid, &others)
+            });
+            look.await.unwrap_or(false)
+        };
+        if !waits {
             since = None;
         } else if since.get_or_insert_with(Instant::now).elapsed() >= ORPHAN_LIMIT {
             return;

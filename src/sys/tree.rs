@@ -1,9 +1,9 @@
 //! Trees of processes: finds and kills all descendants of a process.
 
 use std::collections::HashMap;
-use std::fs;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use super::{ends_within, pidfd_open, pidfd_send_signal};
 
@@ -93,11 +93,33 @@ pub fn kill(root: u32) {
     root_too.chain(descendants(root, &all)).for_each(|process| drop(process.kill()));
 }
 
-/// True if a process has no children, and reads from a pipe to which one of `others` can write.
-pub fn waits_for_one_of(pid: u32, others: &[u32]) -> bool {
-    if !descendants(pid, &all()).is_empty() {
-        return false;
+/// True if a process has a child that has not ended. Reads the files of this process only, unless the kernel lacks
+/// CONFIG_PROC_CHILDREN.
+pub fn has_living_child(pid: u32) -> bool {
+    let lives = |process: Option<Stat>| process.is_some_and(|process| !process.is_dead);
+    match children(pid) {
+        Ok(children) => children.into_iter().any(|child| lives(Stat::read(child))),
+        Err(_) => all().into_iter().any(|process| process.parent == pid && lives(Some(process))),
     }
+}
+
+/// The children of all threads of a process, dead ones included.
+fn children(pid: u32) -> io::Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = thread?.path();
+        match fs::read_to_string(thread.join("children")) {
+            Ok(text) => found.extend(text.split_whitespace().filter_map(|child| child.parse::<u32>().ok())),
+            // Without CONFIG_PROC_CHILDREN, the thread is there, but not the file.
+            Err(error) if thread.exists() => return Err(error),
+            Err(_) => {}
+        }
+    }
+    Ok(found)
+}
+
+/// True if a process reads from a pipe to which one of `others` can write.
+pub fn waits_for_one_of(pid: u32, others: &[u32]) -> bool {
     let read = pipes(pid, 0);
     !read.is_empty()
         && others.iter().filter(|other| **other != pid).any(|other| {
@@ -234,6 +256,32 @@ mod tests {
         let mut found: Vec<u32> = descendants(2, &all).into_iter().map(|process| process.pid).collect();
         found.sort_unstable();
         assert_eq!(found, [1, 3, 4, 9]);
+    }
+
+    #[test]
+    fn only_a_child_that_lives_counts() {
+        let line = |child: &mut std::process::Child| {
+            std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        };
+        let shell = |script: &str| {
+            let mut child =
+                Command::new("sh").args(["-c", script]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+            line(&mut child);
+            child
+        };
+        let mut with_child = shell("sleep 1000 & echo; wait");
+        assert!(has_living_child(with_child.id()));
+        // The second program does not reap the child of the first one.
+        let mut with_dead_child = shell("sh -c 'echo' & exec sleep 1000");
+        let dead = children(with_dead_child.id()).unwrap();
+        assert_eq!(dead.len(), 1);
+        assert_eq!(ends_within(&pidfd_open(dead[0]).unwrap(), Duration::from_secs(10)), Ok(true));
+        assert!(!has_living_child(with_dead_child.id()));
+        for child in [&mut with_child, &mut with_dead_child] {
+            kill(child.id());
+            child.wait().unwrap();
+        }
+        assert!(!has_living_child(with_child.id()), "there is no such process");
     }
 
     #[test]

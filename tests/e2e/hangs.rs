@@ -8,6 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use containerd_client::tonic::{Code, Status};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use prost_types::Any;
 
 use crate::common::container::Container;
@@ -65,6 +67,17 @@ impl Hanging {
 
     fn stop_hanging(&self) {
         fs::remove_file(self.scratch.join("trap")).expect("remove the trap");
+    }
+
+    /// Lets the commands that hang continue as `runc`. Waits before until this number of commands hangs.
+    fn release(&self, commands: usize) {
+        let waiting = || process::with_command_line(&self.scratch.text("mark"));
+        wait::until_true("all commands hang", || waiting().len() == 2 * commands);
+        self.stop_hanging();
+        for pid in waiting() {
+            // The daemon may have killed it, because its command has ended.
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+        }
     }
 
     /// Asserts that no process of the hung command runs any more.
@@ -141,12 +154,12 @@ fn an_exec_that_its_container_makes_hang_is_deleted_at_once_and_leaves_nothing()
 fn an_exec_that_hangs_fails_after_its_limit_and_can_be_tried_again() {
     needs!(OurShim);
     let node = Node::exclusive();
-    let container = trapped(&node, 2);
+    let container = trapped(&node, 5);
     let before = Traces::take();
     let exec = container.exec(Spec::sleeping()).added(&Io::default());
     let refusal = while_it_hangs(&container, &exec, || {}).expect_err("a start that hangs");
     assert!(
-        refusal.message().contains("OCI runtime exec failed") && refusal.message().contains("within 2 s"),
+        refusal.message().contains("OCI runtime exec failed") && refusal.message().contains("within 5 s"),
         "{refusal}"
     );
     assert_eq!(container.pids().expect("pids"), [container.pid()]);
@@ -229,7 +242,7 @@ fn a_create_that_hangs_fails_after_its_limit_and_leaves_nothing() {
     let runtime = Hanging::at("create");
     warm_up(&node);
     let before = Traces::take();
-    let container = node.container("hung", Spec::sleeping()).options(runtime.options(2)).make();
+    let container = node.container("hung", Spec::sleeping()).options(runtime.options(5)).make();
     let refusal = container.create(&Io::default()).expect_err("a create that hangs");
     assert!(refusal.message().contains("did not start in time"), "{refusal}");
     runtime.assert_gone();
@@ -303,7 +316,7 @@ fn a_start_that_hangs_fails_after_its_limit_and_can_be_tried_again() {
     let node = Node::exclusive();
     let runtime = Hanging::at("start");
     let container =
-        node.container("hung", Spec::sleeping()).options(runtime.options(2)).created(&Io::default());
+        node.container("hung", Spec::sleeping()).options(runtime.options(5)).created(&Io::default());
     let refusal = container.start().expect_err("a start that hangs");
     assert_eq!(refusal.code(), Code::DeadlineExceeded, "{refusal}");
     assert!(refusal.message().contains("OCI runtime start failed"), "{refusal}");
@@ -340,7 +353,7 @@ fn a_delete_that_hangs_is_completed_without_the_runtime_after_its_limit() {
     warm_up(&node);
     let before = Traces::take();
     let container =
-        node.container("hung", Spec::sleeping()).options(runtime.options(2)).started(&Io::default());
+        node.container("hung", Spec::sleeping()).options(runtime.options(5)).started(&Io::default());
     container.kill(SIGKILL).expect("kill");
     assert_eq!(container.exit_status(), 137);
     container.delete().expect("delete");
@@ -362,7 +375,7 @@ fn deletes_that_hang_hold_no_thread_of_the_daemon() {
         names.filter(|name| name.trim_end() != "streams").count()
     };
     let containers: Vec<_> = (0..12)
-        .map(|_| node.container("hung", Spec::sleeping()).options(runtime.options(4)).started(&Io::default()))
+        .map(|_| node.container("hung", Spec::sleeping()).options(runtime.options(0)).started(&Io::default()))
         .collect();
     for container in &containers {
         container.kill(SIGKILL).expect("kill");
@@ -373,12 +386,12 @@ fn deletes_that_hang_hold_no_thread_of_the_daemon() {
     wait::until_true("the threads for what was before are gone", || threads() <= few);
     thread::scope(|scope| {
         let deletes: Vec<_> = containers.iter().map(|container| scope.spawn(|| container.delete())).collect();
-        runtime.until_it_hangs();
         wait::until_true("systemd stops the unit meanwhile", || {
             systemd::list_units(&unit_of(&containers[0])).is_empty()
         });
         wait::until_true("the daemon has few threads", || threads() <= few);
-        assert!(deletes.iter().any(|delete| !delete.is_finished()), "they hang meanwhile");
+        assert!(deletes.iter().all(|delete| !delete.is_finished()), "they hang meanwhile");
+        runtime.release(containers.len());
         for delete in deletes {
             delete.join().expect("no panic").expect("delete");
         }
