@@ -43,7 +43,7 @@ pub(super) fn log(data: &[u8]) {
     let _ = runtime::last_error_in(data);
     let mut text = data.to_vec();
     text.extend_from_slice(b"\n{\"level\":\"error\",\"msg\":\"the reason\",\"time\":\"t\"}\n");
-    assert_eq!(runtime::last_error_in(&text).as_deref(), Some("the reason"));
+    assert!(runtime::last_error_in(&text).is_some_and(|reason| reason.starts_with("the reason")));
 }
 
 /// Target: a notification of a container to systemd. The shim forwards only lines of a few kinds, and none of them concerns

@@ -322,6 +322,8 @@ fn last_error(log: &Path) -> Option<String> {
 }
 
 /// The last error in the end of a log of JSON objects, which have one line each (runc, crun 1.21) or several (crun 1.28).
+/// If the log has earlier errors, the first of them follows: the last error of runc can be that its own process ended, and the
+/// first one is why.
 pub fn last_error_in(text: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Line {
@@ -331,13 +333,16 @@ pub fn last_error_in(text: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(text);
     let begins = text.match_indices('{').filter(|(at, _)| *at == 0 || text[..*at].ends_with('\n')).rev();
     // The limit is for a file that is not the log of an OCI runtime.
-    let mut lines = begins.take(MOST_LOG_ENTRIES).filter_map(|(at, _)| {
+    let lines = begins.take(MOST_LOG_ENTRIES).filter_map(|(at, _)| {
         serde_json::Deserializer::from_str(&text[at..]).into_iter::<Line>().next()?.ok()
     });
-    let mut last = lines.find(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"))?.msg;
+    let mut errors = lines.filter(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"));
     // The message about a hook ends with the output of the hook, and clients write more text behind it.
-    last.truncate(last.trim_end().len());
-    Some(last)
+    let last = errors.next()?.msg.trim_end().to_owned();
+    Some(match errors.last() {
+        Some(first) => format!("{last} (the first error was: {})", first.msg.trim_end()),
+        None => last,
+    })
 }
 
 /// True for runc and crun themselves, which mount nothing on the host. False for a script, and for a program with another
@@ -368,7 +373,10 @@ mod tests {
             "{\"level\":\"error\",\"msg\":\"exec: \\\"nope\\\": executable file not found in $PATH\"}\n",
         );
         fs::write(&log, text).unwrap();
-        assert_eq!(last_error(&log).unwrap(), "exec: \"nope\": executable file not found in $PATH");
+        assert_eq!(
+            last_error(&log).unwrap(),
+            "exec: \"nope\": executable file not found in $PATH (the first error was: first)"
+        );
         fs::write(&log, "{\n  \"msg\": \"over {two} lines\",\n  \"level\": \"error\"\n}").unwrap();
         assert_eq!(last_error(&log).unwrap(), "over {two} lines");
         fs::write(&log, r#"{"level":"error","msg":"exit status 1, stderr: no\nhook \n"}"#).unwrap();
