@@ -197,7 +197,7 @@ fn spawn(cli: &Cli<'_>, command: &Command, cgroup: Option<&Path>) -> io::Result<
         tracing::warn!(id = %cli.id, %error, "container {}: {error}; the OCI runtime and its hooks run in the host's namespaces", cli.id);
         Vec::new()
     });
-    spawn::spawn(command, &Setup { lock: &cli.lock(), cgroup, namespaces: &namespaces })
+    spawn::spawn(command, Setup { lock: &cli.lock(), cgroup, namespaces })
 }
 
 /// Resolves when a command does nothing but wait for the output of a process that its hook has left behind, for
