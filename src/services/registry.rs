@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::id::{ExecId, ProcessKey, TaskKey, UnitName};
+use crate::id::{ExecId, Owner, ProcessKey, TaskKey, UnitName};
 
 use crate::task::Task;
 use crate::task::lifecycle::Exit;
@@ -189,6 +189,8 @@ pub type Found<L> = (Arc<Entry<L>>, Arc<Process<L>>);
 
 struct Maps<L> {
     tasks: HashMap<TaskKey, Arc<Entry<L>>>,
+    /// How many tasks each containerd has.
+    owners: HashMap<Owner, usize>,
     units: HashMap<UnitName, ProcessKey>,
     /// The units of deleted execs that systemd is still stopping, and what resolves once they are stopped.
     stopping: HashMap<UnitName, (TaskKey, watch::Receiver<()>)>,
@@ -221,6 +223,7 @@ impl<L> Default for Registry<L> {
         Self {
             maps: Ordered::new(Maps {
                 tasks: HashMap::new(),
+                owners: HashMap::new(),
                 units: HashMap::new(),
                 stopping: HashMap::new(),
             }),
@@ -246,6 +249,7 @@ impl<L: Default> Registry<L> {
         // Nobody else knows the new process, so the lock is free.
         let verb = entry.init.verb.clone().try_lock_owned().map_err(|_| Conflict::Key)?;
         maps.units.insert(entry.init.unit.clone(), entry.init.key.clone());
+        *maps.owners.entry(entry.key.owner.clone()).or_default() += 1;
         maps.tasks.insert(entry.key.clone(), entry.clone());
         Ok((entry, verb))
     }
@@ -294,10 +298,8 @@ impl<L> Registry<L> {
     /// The tasks of other containerds with the same namespace and id.
     pub fn namesakes(&self, key: &TaskKey) -> Vec<Arc<Entry<L>>> {
         let maps = self.maps();
-        let is_one = |other: &TaskKey| {
-            other.id == key.id && other.namespace == key.namespace && other.owner != key.owner
-        };
-        maps.tasks.values().filter(|entry| is_one(&entry.key)).cloned().collect()
+        let others = maps.owners.keys().filter(|owner| **owner != key.owner);
+        others.filter_map(|owner| maps.tasks.get(&key.of(owner.clone())).cloned()).collect()
     }
 
     /// The process with that unit.
@@ -307,6 +309,16 @@ impl<L> Registry<L> {
         let entry = maps.tasks.get(&key.task)?.clone();
         let process = entry.process(key.exec.as_ref())?;
         Some((entry, process))
+    }
+
+    /// The number of tasks.
+    pub fn len(&self) -> usize {
+        self.maps().tasks.len()
+    }
+
+    /// Whether a task is as described.
+    pub fn any(&self, mut is: impl FnMut(&Entry<L>) -> bool) -> bool {
+        self.maps().tasks.values().any(|entry| is(entry))
     }
 
     /// All tasks, in no order.
@@ -344,6 +356,10 @@ impl<L> Registry<L> {
     pub fn remove(&self, key: &TaskKey) {
         let mut maps = self.maps();
         if let Some(entry) = maps.tasks.remove(key) {
+            if let Some(tasks) = maps.owners.get_mut(&key.owner) {
+                *tasks -= 1;
+            }
+            maps.owners.retain(|_, tasks| *tasks > 0);
             let execs = std::mem::take(&mut *entry.execs_map());
             for process in execs.into_values().chain([entry.init.clone()]) {
                 maps.units.remove(&process.unit);

@@ -60,7 +60,7 @@ impl Tasks {
 
     /// How many tasks there are.
     pub fn count(&self) -> usize {
-        self.registry.all().len()
+        self.registry.len()
     }
 
     /// Whether a task is in a slice, or in one below it.
@@ -69,7 +69,7 @@ impl Tasks {
         let is_in = |used: &str| {
             used.strip_prefix(stem).is_some_and(|rest| rest == ".slice" || rest.starts_with('-'))
         };
-        self.registry.all().iter().any(|entry| is_in(entry.task().placement.slice().as_str()))
+        self.registry.any(|entry| is_in(entry.task().placement.slice().as_str()))
     }
 
     /// The unit of the sandbox that the shim has made for the pod of a container. `None` for the sandbox itself, and for a

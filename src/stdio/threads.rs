@@ -134,8 +134,15 @@ pub fn discard<T: Send + 'static>(unused: T) {
     run(move || drop(unused));
 }
 
-/// The turns of each container.
-static TURNS: LazyLock<Mutex<HashMap<TaskKey, Weak<Turns>>>> = LazyLock::new(Mutex::default);
+/// The turns of all containers.
+static TURNS: LazyLock<Mutex<AllTurns>> = LazyLock::new(Mutex::default);
+
+#[derive(Default)]
+struct AllTurns {
+    of: HashMap<TaskKey, Weak<Turns>>,
+    /// Those of containers that are gone are removed once there are so many.
+    look_at: usize,
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -156,13 +163,18 @@ struct Occupied {
 
 impl Turns {
     fn of(task: &TaskKey) -> Arc<Self> {
+        /// So few need no look.
+        const FEW: usize = 64;
         let mut all = lock(&TURNS);
-        if let Some(turns) = all.get(task).and_then(Weak::upgrade) {
+        if let Some(turns) = all.of.get(task).and_then(Weak::upgrade) {
             return turns;
         }
-        all.retain(|_, turns| turns.strong_count() > 0);
+        if all.of.len() >= all.look_at {
+            all.of.retain(|_, turns| turns.strong_count() > 0);
+            all.look_at = FEW.max(2 * all.of.len());
+        }
         let turns = Arc::<Self>::default();
-        all.insert(task.clone(), Arc::downgrade(&turns));
+        all.of.insert(task.clone(), Arc::downgrade(&turns));
         turns
     }
 
@@ -281,10 +293,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_kept_of_a_container_whose_streams_have_ended() {
-        spawn(&key("gone"), async {}).await;
-        let _next = Turns::of(&key("next"));
-        assert!(!lock(&TURNS).contains_key(&key("gone")));
+    async fn little_is_kept_of_containers_whose_streams_have_ended() {
+        for number in 0..1000 {
+            spawn(&key(&format!("gone-{number}")), async {}).await;
+        }
+        let kept = lock(&TURNS).of.len();
+        assert!(kept < 200, "{kept}");
     }
 
     #[tokio::test]
