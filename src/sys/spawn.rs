@@ -14,6 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
+use std::sync::LazyLock;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -161,15 +162,29 @@ impl Program {
 /// # Errors
 /// The kernel makes no child. `ENODEV`: the cgroup has been removed meanwhile.
 pub fn spawn(command: &Command, setup: Setup<'_>) -> io::Result<Child> {
+    /// False on Linux 5.8 and earlier, and where a filter of system calls does not know it.
+    static HAS_CLOSE_RANGE: LazyLock<bool> = LazyLock::new(|| {
+        let last = libc::c_uint::MAX;
+        // SAFETY: a plain system call. No descriptor has this number.
+        unsafe { libc::syscall(libc::SYS_close_range, last, last, 0) == 0 }
+    });
+    spawn_with(command, setup, *HAS_CLOSE_RANGE)
+}
+
+/// As [`spawn`]. `shares`: the child shares the table of descriptors at first. Otherwise it has copies until it runs the program.
+fn spawn_with(command: &Command, setup: Setup<'_>, shares: bool) -> io::Result<Child> {
     let program = Program::of(command)?;
     let lock = CString::new(setup.lock.as_os_str().as_bytes())?;
     let (reports, reporter) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let lent = Lent { reporter, namespaces: setup.namespaces };
-    let parent = Parent::lending(&lent)?;
+    let parent = Parent::lending(&lent, shares)?;
     let mut process: libc::c_int = -1;
     // SAFETY: all zeroes is a valid clone_args: plain integers.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = (libc::CLONE_PIDFD | libc::CLONE_FILES) as u64;
+    args.flags = libc::CLONE_PIDFD as u64;
+    if shares {
+        args.flags |= libc::CLONE_FILES as u64;
+    }
     args.pidfd = std::ptr::from_mut(&mut process) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     if let Some(cgroup) = setup.cgroup {
@@ -198,19 +213,22 @@ pub fn spawn(command: &Command, setup: Setup<'_>) -> io::Result<Child> {
 /// How a child finds what its parent lends.
 struct Parent {
     pid: libc::pid_t,
-    /// The number of the reporter in the shared table.
+    /// The number of the reporter in the table that the child begins with.
     number: RawFd,
+    /// That table is the one of the parent.
+    shares: bool,
     reporter: CString,
     namespaces: Vec<CString>,
 }
 
 impl Parent {
-    fn lending(lent: &Lent) -> io::Result<Self> {
+    fn lending(lent: &Lent, shares: bool) -> io::Result<Self> {
         let pid = std::process::id();
         let path = |fd: &OwnedFd| CString::new(format!("/proc/{pid}/fd/{}", fd.as_raw_fd()));
         Ok(Self {
             pid: pid.try_into().map_err(|_| Errno::ESRCH)?,
             number: lent.reporter.as_raw_fd(),
+            shares,
             reporter: path(&lent.reporter)?,
             namespaces: lent.namespaces.iter().map(path).collect::<Result<_, _>>()?,
         })
@@ -225,7 +243,9 @@ impl Parent {
 unsafe fn be_child(program: &Program, lock: &CStr, parent: &Parent) -> ! {
     // SAFETY: system calls, on memory that the parent has prepared and on descriptors of this child.
     unsafe {
-        if let Err(errno) = own_table() {
+        if parent.shares
+            && let Err(errno) = own_table()
+        {
             fail(parent.number, errno);
         }
         let Ok(reporter) = open(&parent.reporter, libc::O_WRONLY) else {
@@ -402,6 +422,39 @@ mod tests {
         child.started().await.unwrap();
         child.wait().await.unwrap();
         assert_eq!(fs::read_to_string(&out).unwrap(), "closed\n");
+        assert!(fs::File::from(inherited).metadata().is_ok(), "this process still has it");
+    }
+
+    #[tokio::test]
+    async fn a_child_enters_the_namespaces_that_it_was_lent() {
+        for shares in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            let (out, lock) = (dir.path().join("out"), dir.path().join("lock"));
+            let own = fs::File::open("/proc/self/ns/uts").unwrap();
+            let setup = Setup { namespaces: vec![own.into()], ..setup(&lock) };
+            let mut child =
+                spawn_with(&shell(&format!("echo entered >{}", out.display())), setup, shares).unwrap();
+            let entered = child.started().await;
+            if nix::unistd::geteuid().is_root() {
+                entered.unwrap();
+                assert!(child.wait().await.unwrap().success());
+                assert_eq!(fs::read_to_string(&out).unwrap(), "entered\n");
+            } else {
+                assert_eq!(entered.unwrap_err().raw_os_error(), Some(Errno::EPERM as i32));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_child_that_is_killed_at_once_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = dir.path().join("lock");
+        let mut child = spawn(&shell("exit 0"), setup(&lock)).unwrap();
+        super::super::tree::kill(child.id());
+        let started = child.started().await;
+        assert!(started.is_ok(), "{started:?}");
+        let ended = child.wait().await.unwrap();
+        assert!(ended.signal() == Some(9) || ended.success(), "{ended}");
     }
 
     #[tokio::test]
