@@ -5,6 +5,7 @@
 
 use std::fmt::Display;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::fault::{self, Point};
 use crate::id::UnitName;
@@ -14,7 +15,9 @@ use crate::oci::{mount, pod_files};
 use crate::services::files::ClientFiles;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::services::{Error, WaitsFor};
+use crate::sys;
 use crate::task::Task;
+use crate::unit::main_process::MainProcess;
 use crate::unit::systemd::Systemd;
 
 /// Why some things could not be removed.
@@ -51,12 +54,15 @@ impl Troubles {
     }
 }
 
+/// How long [`Stop::Killed`] waits for each process. containerd kills `delete` after 5 s.
+const DEATH_LIMIT: Duration = Duration::from_millis(300);
+
 /// How a unit is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
     /// Waits until the unit has stopped. Only the daemon can: it listens to systemd.
     Awaited,
-    /// Kills the processes of the unit and does not wait.
+    /// Kills the processes of the unit, and waits for systemd only as long as [`DEATH_LIMIT`].
     Killed,
 }
 
@@ -185,12 +191,23 @@ pub async fn remove_unit(manager: &dyn Systemd, unit: &UnitName, stop: Stop) -> 
         Stop::Awaited => troubles.add(manager.stop(unit).await),
         Stop::Killed => {
             troubles.add(manager.kill_all(unit, nix::libc::SIGKILL).await);
+            end_of_main_process(manager, unit).await;
             troubles.add(manager.stop_without_waiting(unit).await);
         }
     }
     troubles.add(manager.reset_failed(unit).await);
     remove_log_fields(unit);
     troubles
+}
+
+/// Waits for the end of a main process that was killed, but not for long: a process that hangs in the kernel does not end. A unit
+/// whose failed state is cleared before its main process has ended fails later, and then stays. systemd handles the end of a
+/// process before it handles calls that come after the end.
+async fn end_of_main_process(manager: &dyn Systemd, unit: &UnitName) {
+    // Whatever fails here, the unit is stopped all the same.
+    let Ok(Some(MainProcess { pid: Some(pid), .. })) = manager.main_process(unit).await else { return };
+    let Ok(process) = sys::pidfd_open(pid) else { return };
+    let _ = tokio::time::timeout(DEATH_LIMIT, sys::ended(process)).await;
 }
 
 /// systemd forgets this file of a transient unit (252 to 262), and the next unit of that name would

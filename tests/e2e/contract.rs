@@ -199,6 +199,23 @@ fn delete_removes_tasks_without_a_daemon_within_containerds_limit() {
 }
 
 #[test]
+fn delete_leaves_no_failed_unit_of_a_process_that_takes_long_to_end() {
+    needs!(OurShim, PreservedStore);
+    let node = Node::exclusive();
+    // The kernel frees the memory of a process before the process ends.
+    let large = node.container("large", Spec::sh("exec tail -c 300000000 /dev/zero")).started(&Io::default());
+    wait::until_true("it has much memory", || process::pss_kib(large.pid()).is_some_and(|pss| pss > 150_000));
+    shim::stop_daemon();
+    let outcome = shim::delete_by(&Bundle::new("delete"), &large.bundle(), &large.id);
+    assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+    assert_eq!(node.container("next", Spec::sh("exit 4")).started(&Io::default()).exit_status(), 4);
+    let unit = systemd::unit_of(&large);
+    wait::until_true("its unit is gone", || systemd::list_units(&unit).is_empty());
+    // containerd finds no task.
+    let _ = large.delete();
+}
+
+#[test]
 fn delete_cleans_up_a_task_that_is_alive() {
     needs!(OurShim);
     let node = Node::shared();
