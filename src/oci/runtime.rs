@@ -322,8 +322,8 @@ fn last_error(log: &Path) -> Option<String> {
 }
 
 /// The last error in the end of a log of JSON objects, which have one line each (runc, crun 1.21) or several (crun 1.28).
-/// If the log has earlier errors, the first of them follows: the last error of runc can be that its own process ended, and the
-/// first one is why.
+/// If the log has earlier errors, the first of them follows: the last error of runc may say only that a process of runc ended,
+/// and the first error says why.
 pub fn last_error_in(text: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Line {

@@ -316,7 +316,7 @@ impl<L> Registry<L> {
         self.maps().tasks.len()
     }
 
-    /// Whether a task is as described.
+    /// Whether `is` returns true for one of the tasks.
     pub fn any(&self, mut is: impl FnMut(&Entry<L>) -> bool) -> bool {
         self.maps().tasks.values().any(|entry| is(entry))
     }

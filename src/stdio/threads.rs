@@ -140,8 +140,8 @@ static TURNS: LazyLock<Mutex<AllTurns>> = LazyLock::new(Mutex::default);
 #[derive(Default)]
 struct AllTurns {
     of: HashMap<TaskKey, Weak<Turns>>,
-    /// Those of containers that are gone are removed once there are so many.
-    look_at: usize,
+    /// Once the map has this many entries, those of containers that are gone are removed.
+    prune_at: usize,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -163,15 +163,15 @@ struct Occupied {
 
 impl Turns {
     fn of(task: &TaskKey) -> Arc<Self> {
-        /// So few need no look.
+        /// The map is never pruned below this number of entries.
         const FEW: usize = 64;
         let mut all = lock(&TURNS);
         if let Some(turns) = all.of.get(task).and_then(Weak::upgrade) {
             return turns;
         }
-        if all.of.len() >= all.look_at {
+        if all.of.len() >= all.prune_at {
             all.of.retain(|_, turns| turns.strong_count() > 0);
-            all.look_at = FEW.max(2 * all.of.len());
+            all.prune_at = FEW.max(2 * all.of.len());
         }
         let turns = Arc::<Self>::default();
         all.of.insert(task.clone(), Arc::downgrade(&turns));

@@ -88,7 +88,7 @@ impl Child {
         tokio::select! {
             biased;
             read = reports.read_exact(&mut report) => drop(read?),
-            // It was killed.
+            // The child was killed before it could report.
             ended = ended(self.process.try_clone()?) => return ended,
         }
         // From here on, only the child can report.
@@ -309,7 +309,7 @@ unsafe fn fail(reporter: RawFd, why: Errno) -> ! {
 /// # Safety
 /// As [`be_child`].
 unsafe fn prepare(lock: &CStr, parent: &Parent, reporter: RawFd) -> Result<(), Errno> {
-    /// containerd's namespaces are fewer.
+    /// More than containerd's namespaces of mounts and of the network.
     const MOST_NAMESPACES: usize = 8;
     // SAFETY: as in `be_child`.
     unsafe {

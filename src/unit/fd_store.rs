@@ -115,7 +115,7 @@ struct Named {
 #[derive(Debug, Default)]
 struct Used {
     by_label: HashMap<String, Vec<Named>>,
-    /// How many there are. With 1,000 containers, 6,000, and each descriptor that is kept asks for it.
+    /// The number of holders. Each descriptor that is stored asks for it, and 1,000 containers have 6,000 holders.
     count: usize,
 }
 

@@ -69,13 +69,13 @@ impl Hanging {
         fs::remove_file(self.scratch.join("trap")).expect("remove the trap");
     }
 
-    /// Lets the commands that hang continue as `runc`. Waits before until this number of commands hangs.
+    /// Waits until this number of commands hangs, and then lets these commands continue as `runc`.
     fn release(&self, commands: usize) {
         let waiting = || process::with_command_line(&self.scratch.text("mark"));
         wait::until_true("all commands hang", || waiting().len() == 2 * commands);
         self.stop_hanging();
         for pid in waiting() {
-            // The daemon may have killed it, because its command has ended.
+            // The daemon may have killed this process already, because its command has ended.
             let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
         }
     }
