@@ -122,40 +122,38 @@ pub fn is_listener(socket: &impl AsFd) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::fcntl::OFlag;
     use std::fs;
     use std::io::Read;
 
     #[test]
     fn descriptors_of_a_process_stay_open_after_its_end_until_the_guard_ends() {
-        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+        let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (until, end) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
         // SAFETY: the child only makes system calls.
         let child = unsafe { libc::fork() };
         if child == 0 {
+            let keeps = [&reader, &writer, &until].map(AsRawFd::as_raw_fd);
             // Other tests wait for their descriptors to be closed.
-            for number in
-                (3..4096).filter(|number| ![reader.as_raw_fd(), writer.as_raw_fd()].contains(number))
-            {
+            for number in (3..4096).filter(|number| !keeps.contains(number)) {
                 // SAFETY: the table is a copy, and this child ends without using what it has closed.
                 unsafe { libc::close(number) };
             }
             // The pidfd stays open: the table is shared.
             let started = start(None, Duration::from_secs(30)).map(std::mem::forget);
+            let (_, _) = (nix::unistd::write(&writer, &[0]), nix::unistd::read(&until, &mut [0]));
             // SAFETY: ends this process.
             unsafe { libc::_exit(i32::from(started.is_err())) }
         }
         drop(writer);
+        let reader = fs::File::from(reader);
+        (&reader).read_exact(&mut [0]).expect("the child has called `start`");
+        let guard = fs::read_to_string(format!("/proc/{child}/task/{child}/children")).unwrap();
+        let guard = super::super::pidfd_open(guard.trim().parse().unwrap()).unwrap();
+        nix::unistd::write(&end, &[0]).unwrap();
         let ended = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(child), None).unwrap();
         assert!(matches!(ended, nix::sys::wait::WaitStatus::Exited(_, 0)), "{ended:?}");
-        let guards = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
-            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-            let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
-            let shares = fs::read_link(entry.path().join(format!("fd/{}", reader.as_raw_fd()))).ok()?;
-            let ours = fs::read_link(format!("/proc/self/fd/{}", reader.as_raw_fd())).ok()?;
-            (comm.trim() == NAME.to_str().unwrap() && shares == ours).then_some(pid)
-        });
-        let guard = super::super::pidfd_open(guards.last().expect("the guard outlives its parent")).unwrap();
-        let reader = fs::File::from(reader);
-        nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+        nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         let open = (&reader).read(&mut [0]).unwrap_err();
         assert_eq!(open.kind(), std::io::ErrorKind::WouldBlock, "the writing end is still open");
         let copy = descriptor_of(&guard, reader.as_raw_fd()).unwrap();
