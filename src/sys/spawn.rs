@@ -233,6 +233,18 @@ impl Parent {
             namespaces: lent.namespaces.iter().map(path).collect::<Result<_, _>>()?,
         })
     }
+
+    /// Opens a descriptor of the parent. `ESRCH` once the parent has ended: another process may have its pid.
+    ///
+    /// # Safety
+    /// As [`be_child`].
+    unsafe fn open(&self, path: &CStr, access: libc::c_int) -> Result<RawFd, Errno> {
+        // SAFETY: as in `be_child`.
+        unsafe {
+            let opened = open(path, access)?;
+            if libc::getppid() == self.pid { Ok(opened) } else { Err(Errno::ESRCH) }
+        }
+    }
 }
 
 /// Becomes the program. If that fails, reports the error and ends.
@@ -248,7 +260,7 @@ unsafe fn be_child(program: &Program, lock: &CStr, parent: &Parent) -> ! {
         {
             fail(parent.number, errno);
         }
-        let Ok(reporter) = open(&parent.reporter, libc::O_WRONLY) else {
+        let Ok(reporter) = parent.open(&parent.reporter, libc::O_WRONLY) else {
             // The parent has ended, or has given up this child.
             libc::_exit(127);
         };
@@ -318,11 +330,7 @@ unsafe fn prepare(lock: &CStr, parent: &Parent, reporter: RawFd) -> Result<(), E
             return Err(Errno::EINVAL);
         }
         for (namespace, path) in namespaces.iter_mut().zip(&parent.namespaces) {
-            *namespace = open(path, libc::O_RDONLY)?;
-        }
-        // After an end of the parent, another process may have its pid.
-        if libc::getppid() != parent.pid {
-            return Err(Errno::ESRCH);
+            *namespace = parent.open(path, libc::O_RDONLY)?;
         }
         report(reporter, HAS_ALL);
         child::begin_as_usual()?;
