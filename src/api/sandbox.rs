@@ -19,7 +19,7 @@ use ttrpc::asynchronous::TtrpcContext;
 use crate::ops::{CreateSandbox, SandboxState, Status};
 use crate::services::WaitsFor;
 
-use super::task::{RpcResult, TaskService, delivery, refuse};
+use super::task::{Caller, RpcResult, TaskService, delivery, refuse};
 use super::{convert, metrics, pod, status};
 
 #[async_trait]
@@ -30,8 +30,9 @@ impl Sandbox for TaskService {
         request: CreateSandboxRequest,
     ) -> RpcResult<CreateSandboxResponse> {
         let bundle = PathBuf::from(request.bundle_path);
-        let named = convert::key(self.namespace(ctx)?, &request.sandbox_id).map_err(status::invalid)?;
-        let key = self.created_by("create-sandbox", &named, &bundle).await?;
+        let Caller { owner, namespace } = self.caller(ctx)?;
+        let named = convert::key(namespace, &request.sandbox_id).map_err(status::invalid)?;
+        let key = self.created_by(owner.as_ref(), "create-sandbox", &named, &bundle).await?;
         let of_start = bundle.clone();
         let options = self
             .shim

@@ -21,7 +21,7 @@ use tracing::{Instrument, info_span};
 use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
 use ttrpc::{Request, Response};
 
-use crate::id::{Namespace, ProcessKey, TaskKey};
+use crate::id::{Namespace, Owner, ProcessKey, TaskKey};
 use crate::ops::Shim;
 use crate::services::{Delivery, Error};
 use crate::suspect::{self, Suspect};
@@ -32,6 +32,14 @@ use super::{convert, metrics, status};
 
 /// The result of a call.
 pub(super) type RpcResult<T> = ttrpc::Result<T>;
+
+/// Who makes a request.
+pub(super) struct Caller {
+    /// The containerd. `None` if it is unknown.
+    pub(super) owner: Option<Owner>,
+    /// The namespace in the metadata of the request, or else the one that has leased the socket.
+    pub(super) namespace: Namespace,
+}
 
 /// The Task service of one socket.
 pub struct TaskService {
@@ -62,38 +70,45 @@ impl TaskService {
         Ok(lease.map_err(unreadable)?.flatten().unwrap_or_default())
     }
 
-    /// The namespace of a request: the one in its metadata, or else the one that has leased the socket.
-    pub(super) fn namespace(&self, ctx: &TtrpcContext) -> RpcResult<Namespace> {
+    /// Who makes a request.
+    pub(super) fn caller(&self, ctx: &TtrpcContext) -> RpcResult<Caller> {
         let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
-        match named {
-            Some(named) => Ok(named),
-            None => self.lease()?.namespace.ok_or_else(|| status::invalid(convert::Error::NoNamespace)),
-        }
+        let Lease { owner, namespace } = self.lease()?;
+        let namespace = named.or(namespace).ok_or_else(|| status::invalid(convert::Error::NoNamespace))?;
+        Ok(Caller { owner, namespace })
     }
 
     /// The task with this namespace and id that belongs to the caller.
-    fn located(&self, named: &TaskKey) -> RpcResult<TaskKey> {
-        Ok(match self.lease()?.owner {
-            Some(owner) => self.shim.tasks.own(named, &owner),
+    fn located(&self, owner: Option<&Owner>, named: &TaskKey) -> TaskKey {
+        match owner {
+            Some(owner) => self.shim.tasks.own(named, owner),
             None => self.shim.tasks.any(named),
-        })
+        }
     }
 
     fn key(&self, ctx: &TtrpcContext, id: &str) -> RpcResult<TaskKey> {
-        let named = convert::key(self.namespace(ctx)?, id).map_err(status::invalid)?;
-        self.located(&named)
+        let Caller { owner, namespace } = self.caller(ctx)?;
+        let named = convert::key(namespace, id).map_err(status::invalid)?;
+        Ok(self.located(owner.as_ref(), &named))
     }
 
     /// The process of a request: the init process, if the request names no exec.
     pub(super) fn process(&self, ctx: &TtrpcContext, id: &str, exec: &str) -> RpcResult<ProcessKey> {
-        let named = convert::process(self.namespace(ctx)?, id, exec).map_err(status::invalid)?;
-        Ok(ProcessKey { task: self.located(&named.task)?, ..named })
+        let Caller { owner, namespace } = self.caller(ctx)?;
+        let named = convert::process(namespace, id, exec).map_err(status::invalid)?;
+        Ok(ProcessKey { task: self.located(owner.as_ref(), &named.task), ..named })
     }
 
     /// The task that a caller is about to create from a bundle.
-    pub(super) async fn created_by(&self, verb: &str, named: &TaskKey, bundle: &Path) -> RpcResult<TaskKey> {
-        match self.lease()?.owner {
-            Some(owner) => Ok(self.shim.tasks.own(named, &owner)),
+    pub(super) async fn created_by(
+        &self,
+        owner: Option<&Owner>,
+        verb: &str,
+        named: &TaskKey,
+        bundle: &Path,
+    ) -> RpcResult<TaskKey> {
+        match owner {
+            Some(owner) => Ok(self.shim.tasks.own(named, owner)),
             None => {
                 let own = self.shim.tasks.own_by_bundle(&self.shim.files, named, bundle).await;
                 own.map_err(|error| refuse(verb, &named.init(), &error))
@@ -181,8 +196,9 @@ impl Task for TaskService {
     }
 
     async fn create(&self, ctx: &TtrpcContext, request: CreateTaskRequest) -> RpcResult<CreateTaskResponse> {
-        let mut call = convert::create(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        call.key = self.created_by("create", &call.key, &call.request.bundle).await?;
+        let Caller { owner, namespace } = self.caller(ctx)?;
+        let mut call = convert::create(namespace, request).map_err(status::invalid)?;
+        call.key = self.created_by(owner.as_ref(), "create", &call.key, &call.request.bundle).await?;
         let (shim, delivery) = (self.shim.clone(), delivery(ctx));
         let init = call.key.init();
         let pid = self.run("create", &init, async move { shim.create(call, delivery).await }).await?;
@@ -190,8 +206,9 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, ctx: &TtrpcContext, request: ExecProcessRequest) -> RpcResult<Empty> {
-        let mut call = convert::exec(self.namespace(ctx)?, request).map_err(status::invalid)?;
-        call.task = self.located(&call.task)?;
+        let Caller { owner, namespace } = self.caller(ctx)?;
+        let mut call = convert::exec(namespace, request).map_err(status::invalid)?;
+        call.task = self.located(owner.as_ref(), &call.task);
         let process = ProcessKey { task: call.task.clone(), exec: Some(call.exec.clone()) };
         let (shim, delivery) = (self.shim.clone(), delivery(ctx));
         self.run("exec", &process, async move { shim.add_exec(call, delivery).await }).await?;
