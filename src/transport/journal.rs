@@ -161,8 +161,7 @@ impl Journal {
         let journal = Self::over(file, budget);
         // Skipped bytes are not written, but must be readable.
         journal.file.set_len(OUT_BASE)?;
-        journal.head.write(&journal.file)?;
-        head::write_out(&journal.file, 0, 0)?;
+        journal.head.write_with_response(&journal.file, 0, 0)?;
         (&journal.file).seek(SeekFrom::Start(OUT_BASE))?;
         Ok(journal)
     }
@@ -344,21 +343,44 @@ impl Journal {
     }
 
     /// Journals a response, which is sent from then on even if the daemon ends, and marks its request as answered.
-    /// `socket`: the socket over which the response will be sent.
+    /// `socket`: the socket over which the response will be sent. Must be called when everything journaled was removed
+    /// from it.
     ///
     /// # Errors
-    /// [`Error::Io`]. The response is not journaled then.
+    /// [`Error::Io`]. The connection can't be used any longer.
     pub fn respond(&mut self, socket: BorrowedFd<'_>, response: &Frame) -> Result<(), Error> {
+        let stream = response.stream();
+        if self.is_last_open(stream) {
+            // One write has the response and empties the log of requests.
+            let old = std::mem::take(&mut self.head);
+            self.note_response(socket, response)?;
+            fault::point(Point::ConnectionAnswered);
+            self.answered(stream);
+            return self.release(IN_BASE, old.start, old.end);
+        }
         self.note_response(socket, response)?;
         fault::point(Point::ConnectionAnswered);
-        self.answered(response.stream())
+        if let Some(Open { at, length, .. }) = self.answered(stream) {
+            debug_assert!(length > TYPE);
+            self.mark(at, ANSWERED)?;
+            self.compact_if_worthwhile()?;
+        }
+        Ok(())
     }
 
+    /// True if a request is all that is needed of the log.
+    fn is_last_open(&self, stream: u32) -> bool {
+        self.open.len() == 1 && self.open.contains_key(&stream) && self.assembler.pending() == 0
+    }
+
+    /// Must be called when everything journaled was removed from the socket.
     fn note_response(&mut self, socket: BorrowedFd<'_>, response: &Frame) -> Result<(), Error> {
-        self.free_sent(socket)?;
+        let length = response.bytes.len() as u64;
+        self.free_sent(socket, length)?;
         self.file.write_all_at(&response.bytes, OUT_BASE + self.out_end)?;
-        self.out_end += response.bytes.len() as u64;
-        head::write_out(&self.file, self.out_end, response.stream())
+        self.out_end += length;
+        self.head.settled = self.head.end;
+        self.head.write_with_response(&self.file, self.out_end, response.stream())
     }
 
     /// The number of unsent bytes.
@@ -388,21 +410,13 @@ impl Journal {
         self.file.as_fd()
     }
 
-    fn answered(&mut self, stream: u32) -> Result<(), Error> {
-        let Some(Open { at, length, weight }) = self.open.remove(&stream) else {
-            return Ok(());
-        };
-        self.open_bytes -= length;
-        self.share.remove(weight);
+    /// Removes a request from the unanswered ones.
+    fn answered(&mut self, stream: u32) -> Option<Open> {
+        let request = self.open.remove(&stream)?;
+        self.open_bytes -= request.length;
+        self.share.remove(request.weight);
         self.is_warned &= !self.open.is_empty();
-        if self.open.is_empty() && self.assembler.pending() == 0 {
-            let old = std::mem::take(&mut self.head);
-            self.head.write(&self.file)?;
-            return self.release(IN_BASE, old.start, old.end);
-        }
-        debug_assert!(length > TYPE);
-        self.mark(at, ANSWERED)?;
-        self.compact_if_worthwhile()
+        Some(request)
     }
 
     /// Compacts the log if most of it is not needed any more.
@@ -452,9 +466,10 @@ impl Journal {
     }
 
     /// Frees the memory of responses that the peer has read. Until then the socket uses the pages of a sent response, as
-    /// sendfile does not copy. Starts at the front again once the peer has read everything.
-    fn free_sent(&mut self, socket: BorrowedFd<'_>) -> Result<(), Error> {
-        if self.out_end == 0 {
+    /// sendfile does not copy. Starts at the front again once the peer has read everything. Does nothing while the first page
+    /// has room for the next response, of this length.
+    fn free_sent(&mut self, socket: BorrowedFd<'_>, length: u64) -> Result<(), Error> {
+        if self.out_end == 0 || self.out_end + length <= PAGE {
             return Ok(());
         }
         // Includes the kernel's overhead, so it is an upper bound of the unread bytes.

@@ -31,25 +31,31 @@ impl Head {
     /// # Errors
     /// [`Error::Io`]
     pub(super) fn write(&self, file: &File) -> Result<(), Error> {
+        Ok(file.write_all_at(&self.bytes(), IN_HEAD)?)
+    }
+
+    /// Writes both heads at once. The outgoing one is the end of the outgoing bytes, and the stream of the last response.
+    ///
+    /// # Errors
+    /// [`Error::Io`]
+    pub(super) fn write_with_response(&self, file: &File, end: u64, stream: u32) -> Result<(), Error> {
+        const OUT: usize = OUT_HEAD as usize;
+        let mut bytes = [0; OUT + 12];
+        bytes[..32].copy_from_slice(&self.bytes());
+        bytes[OUT..OUT + 8].copy_from_slice(&end.to_le_bytes());
+        bytes[OUT + 8..].copy_from_slice(&stream.to_le_bytes());
+        Ok(file.write_all_at(&bytes, IN_HEAD)?)
+    }
+
+    fn bytes(&self) -> [u8; 32] {
         let mut bytes = [0; 32];
         bytes[..4].copy_from_slice(&MAGIC.to_le_bytes());
         bytes[4..8].copy_from_slice(&VERSION.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.start.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.end.to_le_bytes());
         bytes[24..].copy_from_slice(&self.settled.to_le_bytes());
-        Ok(file.write_all_at(&bytes, IN_HEAD)?)
+        bytes
     }
-}
-
-/// Writes the outgoing head: the end of the outgoing bytes, and the stream of the last response.
-///
-/// # Errors
-/// [`Error::Io`]
-pub(super) fn write_out(file: &File, end: u64, stream: u32) -> Result<(), Error> {
-    let mut bytes = [0; 12];
-    bytes[..8].copy_from_slice(&end.to_le_bytes());
-    bytes[8..].copy_from_slice(&stream.to_le_bytes());
-    Ok(file.write_all_at(&bytes, OUT_HEAD)?)
 }
 
 /// Writes the end of the outgoing bytes.

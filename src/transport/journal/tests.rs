@@ -168,6 +168,35 @@ fn responses_that_were_read_are_forgotten_although_one_is_always_unread() {
 }
 
 #[test]
+fn small_responses_share_a_page_and_are_sent_once_by_whichever_daemon() {
+    let (socket, mut peer) = UnixStream::pair().unwrap();
+    // The first request is never answered, as a Wait is for long; or there is none.
+    for waiting in [vec![(1, 10)], Vec::new()] {
+        let mut journal = journal(&waiting);
+        let mut furthest = 0;
+        for stream in (3..1000).step_by(2) {
+            journal.note(&frame(stream, MESSAGE_TYPE_REQUEST, 10)).unwrap();
+            journal.settle().unwrap();
+            journal.respond(socket.as_fd(), &response(stream)).unwrap();
+            // A daemon ends before it sends the response, and the next one after that.
+            journal = adopt(&journal).journal;
+            journal.send(socket.as_fd()).unwrap();
+            let mut read = vec![0; response(stream).bytes.len()];
+            std::io::Read::read_exact(&mut peer, &mut read).unwrap();
+            assert_eq!(read, response(stream).bytes);
+            let found = adopt(&journal);
+            assert_eq!(streams(&found), waiting.iter().map(|(stream, _)| *stream).collect::<Vec<_>>());
+            assert_eq!(found.journal.unsent(), 0);
+            journal = found.journal;
+            furthest = furthest.max(journal.out_end);
+            assert!(memory(&journal) < 1 << 20, "{} bytes are kept", memory(&journal));
+        }
+        let length = response(1).bytes.len() as u64;
+        assert!((PAGE - length..=PAGE).contains(&furthest), "{furthest}");
+    }
+}
+
+#[test]
 fn a_journal_of_another_layout_is_refused() {
     let change = |at: u64, bytes: &[u8]| {
         let journal = journal(&[(1, 10)]);
