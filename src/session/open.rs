@@ -287,7 +287,7 @@ impl Plan {
             match (&to.client, fifo) {
                 (Some(Sink::EndOnly(_)), fifo) => sinks.keep_open = fifo,
                 (_, Some(fifo)) => {
-                    sinks.fifo = Some(crate::sys::watch(fifo).map_err(Error::Watch)?);
+                    sinks.fifo = Some(crate::sys::watch_writable(fifo).map_err(Error::Watch)?);
                 }
                 (_, None) => {}
             }

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags};
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 
-use crate::sys::{poll, watch};
+use crate::sys::{poll, watch, watch_writable};
 
 pub(super) const NO_WAIT: SpliceFFlags = SpliceFFlags::SPLICE_F_NONBLOCK;
 
@@ -34,7 +34,7 @@ impl PipePair {
     /// # Errors
     /// The ends can't be watched. Needs the async runtime.
     pub fn new(reader: OwnedFd, writer: OwnedFd) -> io::Result<Self> {
-        Ok(Self { reader: watch(reader)?, writer: watch(writer)? })
+        Ok(Self { reader: watch(reader)?, writer: watch_writable(writer)? })
     }
 }
 

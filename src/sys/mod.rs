@@ -33,6 +33,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, UnixCredentials, sendmsg};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, waitid};
 use rustix::termios::{Winsize, tcsetwinsize};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 pub use heap::{limit_unused_memory, return_unused_memory};
@@ -209,7 +210,10 @@ pub async fn reaped(child: &OwnedFd) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Registers a descriptor with the async runtime. The descriptor should be in non-blocking mode.
+/// Registers a descriptor from which this process reads with the async runtime. The descriptor should be in non-blocking
+/// mode.
+///
+/// Room for writing is no event of it: the kernel would wake this process each time that a peer reads from a socket.
 ///
 /// # Errors
 /// The kernel can't watch it (a regular file).
@@ -217,14 +221,26 @@ pub fn watch(fd: impl Into<OwnedFd>) -> std::io::Result<AsyncFd<OwnedFd>> {
     watch_as_it_is(fd.into())
 }
 
+/// As [`watch`], for a descriptor to which this process writes: room for writing is an event, too.
+///
+/// # Errors
+/// As [`watch`].
+pub fn watch_writable(fd: impl Into<OwnedFd>) -> std::io::Result<AsyncFd<OwnedFd>> {
+    register(fd.into(), Interest::READABLE | Interest::WRITABLE)
+}
+
 /// As [`watch`], for a type that owns a descriptor, such as a listener.
 ///
 /// # Errors
 /// As [`watch`].
 pub fn watch_as_it_is<T: AsRawFd + Into<OwnedFd>>(fd: T) -> std::io::Result<AsyncFd<T>> {
+    register(fd, Interest::READABLE)
+}
+
+fn register<T: AsRawFd + Into<OwnedFd>>(fd: T, interest: Interest) -> std::io::Result<AsyncFd<T>> {
     // SAFETY: the returned value owns the descriptor, so it stays open for as long as it is
     // registered, and its number is not reused.
-    Ok(unsafe { AsyncFd::register(fd) }?)
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
 /// Sets the size of a terminal's window, in characters (ioctl_tty(2), TIOCSWINSZ).

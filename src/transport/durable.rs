@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use containerd_shim_protos::api::ConnectRequest;
 use futures_util::Stream;
@@ -37,6 +38,9 @@ const BACKLOG: u64 = 1 << 20;
 /// A response that is being made. `None` if there can be none.
 pub type Answer = Pin<Box<dyn Future<Output = Option<Frame>> + Send>>;
 
+/// Waits until a socket may accept more.
+type Room = Pin<Box<dyn Future<Output = io::Result<()>> + Send>>;
+
 /// Answers some requests without ttrpc, which passes each request to other tasks of the async runtime, and mostly to other
 /// threads.
 pub trait Direct: Send + Sync {
@@ -58,6 +62,8 @@ pub struct Durable {
     writing: Assembler,
     /// The journal has responses that do not come from ttrpc. The next read sends them.
     unsent: bool,
+    /// Resolves when the socket may accept more, after it has refused something. Never locked, as `answers`.
+    room: Mutex<Option<Room>>,
     /// The writer that waits until more can be sent. The socket wakes only the task that polled it last.
     writer: Option<Waker>,
     /// The reader that waits until these responses are sent.
@@ -148,9 +154,20 @@ impl Unwatched {
 
 impl Durable {
     fn over(socket: AsyncFd<OwnedFd>, journal: Journal, ready: VecDeque<u8>, entry: StoreEntry) -> Self {
-        let (answers, writing) = (Mutex::default(), Assembler::default());
-        let (direct, unsent, writer, reader) = (None, false, None, None);
-        Self { socket, journal, ready, direct, answers, writing, unsent, writer, reader, entry, over: false }
+        Self {
+            socket,
+            journal,
+            ready,
+            direct: None,
+            answers: Mutex::default(),
+            writing: Assembler::default(),
+            unsent: false,
+            room: Mutex::default(),
+            writer: None,
+            reader: None,
+            entry,
+            over: false,
+        }
     }
 
     /// The same connection. From now on, `direct` has the first choice of its requests.
@@ -275,11 +292,16 @@ impl Durable {
     }
 
     fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let socket = self.socket.get_ref();
+        let room = self.room.get_mut().unwrap_or_else(PoisonError::into_inner);
         while self.journal.unsent() > 0 {
-            let mut writable = ready!(self.socket.poll_write_ready(context))?;
-            match self.journal.send(self.socket.get_ref().as_fd()) {
+            if let Some(waiting) = room {
+                ready!(waiting.as_mut().poll(context))?;
+                *room = None;
+            }
+            match self.journal.send(socket.as_fd()) {
                 Ok(()) => fault::point(Point::ConnectionSent),
-                Err(Errno::EAGAIN) => writable.clear_ready(),
+                Err(Errno::EAGAIN) => *room = Some(Box::pin(room_in(socket.try_clone()))),
                 Err(errno) => {
                     self.over = true;
                     return Poll::Ready(Err(errno.into()));
@@ -287,6 +309,20 @@ impl Durable {
             }
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+/// Waits until a socket may accept more. Few sockets need this: most accept everything at once.
+async fn room_in(socket: io::Result<OwnedFd>) -> io::Result<()> {
+    /// How long to wait if the socket can't be watched.
+    const PAUSE: Duration = Duration::from_millis(100);
+    match socket.and_then(sys::watch_writable) {
+        Ok(socket) => socket.writable().await.map(drop),
+        Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(sys::is_exhausted) => {
+            tokio::time::sleep(PAUSE).await;
+            Ok(())
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -429,5 +465,25 @@ impl Drop for Durable {
         if self.over {
             self.entry.forget();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_response_waits_until_its_client_reads_also_if_the_kernel_watches_nothing_more() {
+        let (socket, mut client) = UnixStream::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        while io::Write::write(&mut &socket, &[0; 4096]).is_ok() {}
+        let mut room = Box::pin(room_in(socket.try_clone().map(Into::into)));
+        assert!(futures_util::poll!(&mut room).is_pending());
+        let mut read = vec![0; 1 << 20];
+        assert!(io::Read::read(&mut client, &mut read).unwrap() > 0);
+        room.await.unwrap();
+        room_in(Err(Errno::EMFILE.into())).await.unwrap();
+        assert!(room_in(Err(Errno::EBADF.into())).await.is_err());
     }
 }

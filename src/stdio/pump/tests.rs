@@ -1,5 +1,6 @@
 use super::*;
 use crate::stdio::aside::CAPACITY;
+use crate::sys::watch_writable;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
 use std::future::pending;
@@ -17,13 +18,13 @@ fn pipe() -> (AsyncFd<OwnedFd>, File) {
 fn sink() -> (File, AsyncFd<OwnedFd>) {
     let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
     fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
-    (reader.into(), watch(writer).unwrap())
+    (reader.into(), watch_writable(writer).unwrap())
 }
 
 /// The pipe of an [`Aside`].
 fn pipe_to_journal() -> (OwnedFd, AsyncFd<OwnedFd>) {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
-    (reader, watch(writer).unwrap())
+    (reader, watch_writable(writer).unwrap())
 }
 
 fn diverter(pipe: AsyncFd<OwnedFd>) -> Box<Diverter> {
