@@ -1,60 +1,60 @@
-//! Calls that connections answer without ttrpc: those that only read, and that clients make again and again.
+//! Calls that connections answer without ttrpc: those of all methods that there are.
 //!
-//! ttrpc passes each request to a task of its own, and its response to another one. On a node with many containers that are
-//! polled, this costs more than the call itself. The handlers are the same.
+//! ttrpc passes each request to a task of its own, waits for it, and passes its response to another task. On a node with many
+//! containers that are polled, or with many execs, this costs more than many a call itself. The handlers are the same.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use containerd_shim_protos::shim_async::create_task;
 use tokio::time::timeout;
-use ttrpc::asynchronous::{MethodHandler, TtrpcContext};
+use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
+use ttrpc::proto::MESSAGE_LENGTH_MAX;
 use ttrpc::{MessageHeader, Request, context};
 
 use crate::transport::durable::{Answer, Direct};
 use crate::transport::frame::Frame;
 
-use super::task::{TaskService, V2, V3, suspected};
+use super::task::TaskService;
 
-/// The names of these calls.
-const METHODS: [&str; 2] = ["State", "Stats"];
-
-/// A longer request is none of these calls. It is not worth decoding it twice.
-const MOST_BYTES: usize = 1024;
-
-type Handler = Arc<dyn MethodHandler + Send + Sync>;
+type Tables = HashMap<String, Service>;
 
 /// The handlers of these calls.
-pub struct DirectCalls([Option<Handler>; METHODS.len()]);
+pub struct DirectCalls {
+    service: Arc<TaskService>,
+    /// Most sockets never have a call: the tables come with the first one.
+    tables: OnceLock<Arc<Tables>>,
+}
 
 impl DirectCalls {
     /// The handlers of a service.
-    pub fn new(service: &Arc<TaskService>) -> Self {
-        let tables = create_task(service.clone()).into_iter().map(suspected);
-        let mut methods: Vec<_> = tables.flat_map(|(_, service)| service.methods).collect();
-        Self(METHODS.map(|name| {
-            let at = methods.iter().position(|(found, _)| found == name)?;
-            Some(Arc::from(methods.swap_remove(at).1))
-        }))
+    pub fn new(service: Arc<TaskService>) -> Self {
+        Self { service, tables: OnceLock::new() }
     }
 
-    fn handler(&self, request: &Request) -> Option<Handler> {
-        let method = METHODS.iter().position(|name| *name == request.method)?;
-        self.0[method].clone().filter(|_| [V2, V3].contains(&request.service.as_str()))
+    fn tables(&self) -> &Arc<Tables> {
+        self.tables.get_or_init(|| Arc::new(self.service.clone().services()))
     }
+}
+
+fn handler<'t>(tables: &'t Tables, request: &Request) -> Option<&'t (dyn MethodHandler + Send + Sync)> {
+    tables.get(&request.service)?.methods.get(&request.method).map(Box::as_ref)
 }
 
 impl Direct for DirectCalls {
     fn answer(&self, request: &Frame) -> Option<Answer> {
         let (stream, flags) = (request.stream(), request.flags());
-        let request = Some(request).filter(|frame| frame.bytes.len() <= MOST_BYTES)?.request()?;
-        let handler = self.handler(&request)?;
-        Some(Box::pin(respond(handler, stream, flags, request)))
+        // ttrpc refuses other streams (PROTOCOL.md).
+        let request = Some(request).filter(|_| !stream.is_multiple_of(2))?.request()?;
+        let tables = self.tables();
+        handler(tables, &request)?;
+        Some(Box::pin(respond(tables.clone(), stream, flags, request)))
     }
 }
 
-/// Calls a handler as ttrpc does. `None` if its response is too long.
-async fn respond(handler: Handler, stream: u32, flags: u8, request: Request) -> Option<Frame> {
+/// Calls a handler as ttrpc does.
+async fn respond(tables: Arc<Tables>, stream: u32, flags: u8, request: Request) -> Option<Frame> {
+    let handler = handler(&tables, &request)?;
     let length = u32::try_from(request.payload.len()).unwrap_or(u32::MAX);
     let context = TtrpcContext {
         mh: MessageHeader { flags, ..MessageHeader::new_request(stream, length) },
@@ -68,11 +68,14 @@ async fn respond(handler: Handler, stream: u32, flags: u8, request: Request) -> 
         Some(nanoseconds) => timeout(Duration::from_nanos(nanoseconds), work).await,
         None => Ok(work.await),
     };
-    match result {
-        Ok(Ok(response)) => Frame::response(stream, &response),
-        Ok(Err(error)) => Some(Frame::refusal(stream, ttrpc::Code::UNKNOWN, error.to_string())),
-        Err(_) => Some(Frame::refusal(stream, ttrpc::Code::DEADLINE_EXCEEDED, "timeout".to_owned())),
-    }
+    Some(match result {
+        Ok(Ok(response)) => Frame::response(stream, &response).unwrap_or_else(|| {
+            let reason = format!("the response is longer than {MESSAGE_LENGTH_MAX} bytes");
+            Frame::refusal(stream, ttrpc::Code::INVALID_ARGUMENT, reason)
+        }),
+        Ok(Err(error)) => Frame::refusal(stream, ttrpc::Code::UNKNOWN, error.to_string()),
+        Err(_) => Frame::refusal(stream, ttrpc::Code::DEADLINE_EXCEEDED, "timeout".to_owned()),
+    })
 }
 
 #[cfg(test)]
@@ -82,13 +85,14 @@ mod tests {
     use ttrpc::proto::{KeyValue, MESSAGE_TYPE_REQUEST};
 
     use crate::api::convert::NAMESPACE_KEY;
+    use crate::api::task::{V2, V3};
     use crate::simulation::harness::World;
     use crate::transport::frame::frame;
     use crate::transport::sockets::{Leases, Socket};
 
     use super::*;
 
-    fn request(service: &str, method: &str, id: &str) -> Frame {
+    fn request(stream: u32, service: &str, method: &str, id: &str) -> Frame {
         let payload = StateRequest { id: id.to_owned(), ..StateRequest::default() }.write_to_bytes().unwrap();
         let namespace =
             KeyValue { key: NAMESPACE_KEY.to_owned(), value: "absent".to_owned(), ..KeyValue::default() };
@@ -99,25 +103,24 @@ mod tests {
             metadata: vec![namespace],
             ..Request::default()
         };
-        Frame { bytes: frame(7, MESSAGE_TYPE_REQUEST, &request.write_to_bytes().unwrap()) }
+        Frame { bytes: frame(stream, MESSAGE_TYPE_REQUEST, &request.write_to_bytes().unwrap()) }
     }
 
     #[test]
-    fn calls_that_only_read_are_answered_and_all_others_left() {
+    fn calls_of_every_method_are_answered_and_all_others_left() {
         let answered = World::new("direct").live(|shim| async move {
             let service = TaskService::new(shim, Socket::Any, &Leases::new("/no/leases"));
-            let direct = DirectCalls::new(&Arc::new(service));
-            for (service, method) in [(V2, "Kill"), (V3, "Wait"), ("other.Task", "State")] {
-                assert!(direct.answer(&request(service, method, "web")).is_none(), "{service} {method}");
+            let direct = DirectCalls::new(Arc::new(service));
+            for (stream, service, method) in [(7, V2, "Fly"), (7, "other.Task", "State"), (8, V2, "State")] {
+                let left = direct.answer(&request(stream, service, method, "web"));
+                assert!(left.is_none(), "{stream} {service} {method}");
             }
-            assert!(
-                direct.answer(&request(V2, "State", &"x".repeat(MOST_BYTES))).is_none(),
-                "it is too long"
-            );
             let mut answered = Vec::new();
-            for (service, method) in [(V2, "State"), (V3, "State"), (V2, "Stats"), (V3, "Stats")] {
-                let answer = direct.answer(&request(service, method, "web")).unwrap().await.unwrap();
-                answered.push((answer.stream(), answer.reason()));
+            for service in [V2, V3] {
+                for method in ["State", "Stats", "Start", "Delete", "Wait", "Kill", "CloseIO", "Pids"] {
+                    let answer = direct.answer(&request(7, service, method, "web")).unwrap().await.unwrap();
+                    answered.push((answer.stream(), answer.reason()));
+                }
             }
             answered
         });

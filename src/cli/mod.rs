@@ -1,6 +1,7 @@
 //! The commands that containerd, systemd and people run.
 
 pub mod arguments;
+mod calls;
 mod delete;
 mod first_threads;
 mod info;

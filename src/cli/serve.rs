@@ -4,20 +4,15 @@
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::stream::{self, BoxStream};
-use futures_util::{StreamExt, TryStreamExt};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use ttrpc::asynchronous::Server;
-use ttrpc::asynchronous::transport::{Listener, Socket as Connection};
 
-use crate::api::{direct::DirectCalls, events, status, task::TaskService};
+use crate::api::{events, status};
 use crate::cgroup::watch::Watch;
 use crate::fault::{self, Point};
 use crate::guard::{self, Guard};
@@ -36,9 +31,8 @@ use crate::store::failures::Failures;
 use crate::supervise::{floods, slices};
 use crate::suspect::{self, Crashes};
 use crate::transport::ConnectionStore;
-use crate::transport::durable::{Direct, Unwatched};
-use crate::transport::listener::{self, Adopted, Connections};
-use crate::transport::sockets::{Leases, Socket};
+use crate::transport::listener::{Adopted, Connections};
+use crate::transport::sockets::Socket;
 use crate::unit::fd_store::FdStore;
 use crate::unit::manager::Manager;
 use crate::unit::notify::THREAD_INTERVAL;
@@ -47,7 +41,7 @@ use crate::unit::relay::Relay;
 use crate::unit::{bus_config, name, notify, properties, watch};
 use crate::{config, recovery, sys, telemetry};
 
-use super::{Failure, first_threads, serving};
+use super::{Failure, calls, first_threads, serving};
 
 /// The number of threads for D-Bus signals and requests, which all do short work.
 const WORKERS: usize = 2;
@@ -275,7 +269,7 @@ async fn serve(
     if let Some(interval) = notify::watchdog_interval() {
         workers.spawn("watching for requests that hang", suspect::end_if_hanging(interval / 2));
     }
-    let (connections, mut adopted, consoles) = adopt_connections(&fd_store, &mut kept, rescued, &crashes)?;
+    let (connections, adopted, consoles) = adopt_connections(&fd_store, &mut kept, rescued, &crashes)?;
     let refs = Refs::new(fd_store.clone(), &mut kept, refs::limit(bus_config::match_rules()));
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let (listening, first) = oneshot::channel();
@@ -331,7 +325,9 @@ async fn serve(
         drop(crashes);
     });
 
-    serve_sockets(&mut workers, sockets, &shim, &connections, &mut adopted)?;
+    for calls in calls::of_sockets(sockets, &shim, &connections, adopted)? {
+        workers.spawn("serving calls", calls.serve());
+    }
     serving::announce(Path::new(config::SERVING)).unwrap_or_else(|error| {
         tracing::warn!(%error, "can't make {}, so each start of a container asks whether the daemon serves: {error}", config::SERVING);
     });
@@ -407,63 +403,6 @@ fn spawn_workers(
         "looking for ends that systemd's signals did not report",
         shim.units.clone().find_missed_ends(),
     );
-}
-
-/// Serves calls on the sockets, and on the connections of earlier daemons that came from these sockets.
-fn serve_sockets(
-    workers: &mut Workers,
-    sockets: Vec<OwnedFd>,
-    shim: &Arc<Shim>,
-    connections: &Arc<Connections>,
-    adopted: &mut Vec<Adopted>,
-) -> Result<(), Failure> {
-    let leases = Leases::new(config::STATE_DIR);
-    for fd in sockets {
-        let (socket, listener) = listener::from_systemd(fd)
-            .map_err(|error| Failure(format!("can't use a socket from systemd: {error}")))?;
-        let service = Arc::new(TaskService::new(shim.clone(), socket, &leases));
-        let direct = Arc::new(DirectCalls::new(&service));
-        let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
-        let earlier = earlier.map(|(_, connection)| connection).collect();
-        let connections = listen(connections.clone(), direct, earlier, listener)
-            .map_err(|error| Failure(format!("can't watch a socket: {error}")))?;
-        workers.spawn("serving calls", serve_connections(connections, service));
-    }
-    Ok(())
-}
-
-/// Serves calls on the connections of one socket. Most sockets never have one: only with the first come the dispatch tables.
-async fn serve_connections(
-    mut connections: BoxStream<'static, io::Result<Connection>>,
-    service: Arc<TaskService>,
-) {
-    let Some(first) = connections.next().await else { return };
-    let listener = Listener::new(stream::once(async { first }).chain(connections));
-    let mut server = Server::new().add_listener(listener).register_service(service.services());
-    match server.start().await {
-        Ok(()) => std::future::pending().await,
-        Err(error) => tracing::error!(%error, "can't serve: {error}"),
-    }
-}
-
-/// The connections of one socket: those of earlier daemons, and new ones.
-fn listen(
-    connections: Arc<Connections>,
-    direct: Arc<dyn Direct>,
-    earlier: Vec<Unwatched>,
-    listener: UnixListener,
-) -> io::Result<BoxStream<'static, io::Result<Connection>>> {
-    if fault::is_forgetful() {
-        return Ok(Listener::try_from(listener)?.boxed());
-    }
-    let direct_of_earlier = direct.clone();
-    let needed = move |connection: Unwatched| {
-        let direct = direct_of_earlier.clone();
-        async move { connection.watch_once_possible().await?.answered_by(direct).until_needed().await }
-    };
-    let earlier = stream::iter(earlier).map(needed).buffer_unordered(usize::MAX);
-    let new = connections.accept(listener)?.map_ok(move |connection| connection.answered_by(direct.clone()));
-    Ok(stream::select(earlier, new).map_ok(Connection::new).boxed())
 }
 
 /// How long the daemon serves while the machine shuts down. systemd kills the daemon 10 s after it has begun to stop it.

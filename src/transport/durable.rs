@@ -41,7 +41,7 @@ pub type Answer = Pin<Box<dyn Future<Output = Option<Frame>> + Send>>;
 /// Waits until a socket may accept more.
 type Room = Pin<Box<dyn Future<Output = io::Result<()>> + Send>>;
 
-/// Answers some requests without ttrpc, which passes each request to other tasks of the async runtime, and mostly to other
+/// Answers requests without ttrpc, which passes each request to other tasks of the async runtime, and mostly to other
 /// threads.
 pub trait Direct: Send + Sync {
     /// Answers a request. `None` leaves it to ttrpc.
@@ -176,27 +176,21 @@ impl Durable {
         self
     }
 
-    /// Waits until all responses of earlier daemons are sent. If the connection is broken, the next read from it fails.
-    pub async fn flushed(mut self) -> io::Result<Self> {
-        if let Err(error) = self.flush().await {
-            tracing::debug!(%error, "a connection ended: {error}");
+    /// Serves until ttrpc is needed: for a request that is not answered without it. Before that, all responses of earlier
+    /// daemons are sent. `None` once the connection is over. Until then, ttrpc needs no tasks and no buffers for it.
+    pub async fn until_needed(mut self) -> Option<Self> {
+        let served = async {
+            self.flush().await?;
+            future::poll_fn(|context| self.poll_requests(context)).await
+        };
+        match served.await {
+            Ok(is_needed) => is_needed.then_some(self),
+            Err(error) => {
+                self.over = true;
+                tracing::debug!(%error, "a connection ended: {error}");
+                None
+            }
         }
-        Ok(self)
-    }
-
-    /// Waits until ttrpc is needed for a connection of an earlier daemon: all responses of earlier daemons are sent, and there
-    /// are requests that are not answered without it, or the client has closed the connection. Until then, ttrpc needs no
-    /// tasks and no buffers for it: most connections of a node with many containers are idle, or only polled.
-    ///
-    /// # Errors
-    /// The socket can't be watched.
-    pub async fn until_needed(self) -> io::Result<Self> {
-        let mut this = self.flushed().await?;
-        // The next read fails as well.
-        if let Err(error) = future::poll_fn(|context| this.poll_requests(context)).await {
-            tracing::debug!(%error, "a connection ended: {error}");
-        }
-        Ok(this)
     }
 
     /// Reads until there are requests for ttrpc. False at the end.
