@@ -296,9 +296,12 @@ impl Plan {
                 None if sinks.fifo.is_some() && sinks.copies.is_empty() && sinks.aside.is_none() => {
                     From::Terminal
                 }
-                None => From::Bridge(bridge(before.readers.pop(), before.writers.pop(), |ends| {
-                    fds.store(kind, number, ends);
-                })?),
+                None => {
+                    let (reader, writer) = pipe(before.readers.pop(), before.writers.pop(), |ends| {
+                        fds.store(kind, number, ends);
+                    })?;
+                    From::Bridge(PipePair::new(reader, writer).map_err(Error::Watch)?)
+                }
             };
             opened.copies.push(Copy { kind, from, sinks });
         }
@@ -335,10 +338,11 @@ impl Plan {
         if mode == ReopenMode::Ended && before.is_empty() {
             return Ok(None);
         }
-        let pipe = bridge(before.readers.pop(), before.writers.pop(), |ends| {
+        let ends = pipe(before.readers.pop(), before.writers.pop(), |ends| {
             fds.store(kind, self.wiring.store_number, ends);
         })?;
-        Ok(Some(Box::new(Aside::new(pipe, self.journal_lines(log_pipe), self.policy.clone()))))
+        let aside = Aside::new(ends, self.journal_lines(log_pipe), self.policy.clone());
+        Ok(Some(Box::new(aside.map_err(Error::Watch)?)))
     }
 
     fn copies(&self, log_pipe: &str, to: &Copied, file: Option<LogFile>) -> Vec<pump::Sink> {
@@ -365,22 +369,19 @@ fn missing<const N: usize>(files: [&Option<File>; N], is_stored: [bool; N]) -> V
     missing.filter_map(|(file, _)| file.as_ref().map(AsFd::as_fd)).collect()
 }
 
-/// The pipe of an earlier daemon, or a new one, which is passed to `store`.
-fn bridge(
+/// Both ends of the pipe of an earlier daemon, or of a new one, which is passed to `store`.
+fn pipe(
     reader: Option<OwnedFd>,
     writer: Option<OwnedFd>,
     store: impl FnOnce(&[BorrowedFd<'_>]),
-) -> Result<PipePair, Error> {
-    let (reader, writer) = match (reader, writer) {
-        (Some(reader), Some(writer)) => (reader, writer),
-        _ => {
-            let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-            // It exists as long as the process, and may grow.
-            let made = quota::apart(move || nix::unistd::pipe2(flags));
-            let (reader, writer) = made.map_err(|errno| Error::Watch(errno.into()))?;
-            store(&[reader.as_fd(), writer.as_fd()]);
-            (reader, writer)
-        }
-    };
-    PipePair::new(reader, writer).map_err(Error::Watch)
+) -> Result<(OwnedFd, OwnedFd), Error> {
+    if let (Some(reader), Some(writer)) = (reader, writer) {
+        return Ok((reader, writer));
+    }
+    let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+    // It exists as long as the process, and may grow.
+    let made = quota::apart(move || nix::unistd::pipe2(flags));
+    let (reader, writer) = made.map_err(|errno| Error::Watch(errno.into()))?;
+    store(&[reader.as_fd(), writer.as_fd()]);
+    Ok((reader, writer))
 }

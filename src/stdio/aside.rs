@@ -1,5 +1,6 @@
 //! The journal's copy of output. Nothing waits for it, and dropped output is counted.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use crate::sys;
 
 use super::journal::Lines;
 use super::journal_policy::JournalPolicy;
-use super::pipe::{CHUNK, PipePair, Scratch};
+use super::pipe::{CHUNK, Scratch};
 
 /// The largest size of the pipe of an [`Aside`]: as much as the default rate limit allows in lines of 100 bytes. The pipe
 /// has the default 64 KiB until it is full for the first time. It counts for no user that others need ([`sys::quota`]).
@@ -20,27 +21,36 @@ pub(super) const CAPACITY: i32 = 1 << 20;
 /// The journal's copy of output, which goes through a pipe. Output that does not fit into the pipe is dropped and counted.
 #[derive(Debug)]
 pub struct Aside {
-    pipe: PipePair,
+    reader: AsyncFd<OwnedFd>,
+    writer: OwnedFd,
     lines: Lines,
     policy: Arc<JournalPolicy>,
 }
 
 impl Aside {
-    /// Makes a copy: `lines` gets the output from the pipe, up to the limit.
-    pub fn new(pipe: PipePair, lines: Lines, policy: Arc<JournalPolicy>) -> Self {
-        Self { pipe, lines, policy }
+    /// Makes a copy: `lines` gets the output from the pipe with these ends, up to the limit.
+    ///
+    /// # Errors
+    /// The reading end can't be watched. Needs the async runtime.
+    pub fn new(
+        (reader, writer): (OwnedFd, OwnedFd),
+        lines: Lines,
+        policy: Arc<JournalPolicy>,
+    ) -> io::Result<Self> {
+        Ok(Self { reader: sys::watch(reader)?, writer, lines, policy })
     }
 
     /// The writing side, the reading end of the pipe, and the journal's lines.
     pub(super) fn split(self) -> (Box<Diverter>, AsyncFd<OwnedFd>, Lines) {
-        (Box::new(Diverter::new(self.pipe.writer, self.policy)), self.pipe.reader, self.lines)
+        (Box::new(Diverter::new(self.writer, self.policy)), self.reader, self.lines)
     }
 }
 
 /// Writes to the pipe of an [`Aside`].
 #[derive(Debug)]
 pub struct Diverter {
-    pipe: AsyncFd<OwnedFd>,
+    /// Nobody waits for room in it.
+    pipe: OwnedFd,
     pub(super) policy: Arc<JournalPolicy>,
     /// True if output was dropped since the last copy.
     pub(super) has_gap: bool,
@@ -57,7 +67,7 @@ pub(super) enum Diverted {
 }
 
 impl Diverter {
-    pub(super) fn new(pipe: AsyncFd<OwnedFd>, policy: Arc<JournalPolicy>) -> Self {
+    pub(super) fn new(pipe: OwnedFd, policy: Arc<JournalPolicy>) -> Self {
         Self { pipe, policy, has_gap: false, scratch: None }
     }
 

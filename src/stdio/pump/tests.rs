@@ -22,12 +22,11 @@ fn sink() -> (File, AsyncFd<OwnedFd>) {
 }
 
 /// The pipe of an [`Aside`].
-fn pipe_to_journal() -> (OwnedFd, AsyncFd<OwnedFd>) {
-    let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap();
-    (reader, watch_writable(writer).unwrap())
+fn pipe_to_journal() -> (OwnedFd, OwnedFd) {
+    pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap()
 }
 
-fn diverter(pipe: AsyncFd<OwnedFd>) -> Box<Diverter> {
+fn diverter(pipe: OwnedFd) -> Box<Diverter> {
     Box::new(Diverter::new(pipe, Arc::default()))
 }
 
@@ -163,7 +162,7 @@ async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
         }
     });
     let reading = thread::spawn(move || text(client).len());
-    let diverter = diverter(aside);
+    let diverter = diverter(aside.into_inner());
     let policy = diverter.policy.clone();
     move_all(&source, &to, Some(diverter), pin!(pending()), pin!(pending())).await.unwrap();
     writing.join().unwrap();
@@ -177,7 +176,7 @@ async fn an_unread_copy_delays_nothing_and_its_missing_bytes_are_counted() {
 #[tokio::test]
 async fn output_after_a_gap_begins_with_a_new_line() {
     let ((source, mut writer), (client, to), (copy, aside)) = (pipe(), sink(), sink());
-    let mut diverter = diverter(aside);
+    let mut diverter = diverter(aside.into_inner());
     diverter.policy.set(60_000_000, 1);
     diverter.policy.admit(0);
     diverter.write(b"half of a li").await;
@@ -253,7 +252,7 @@ fn late_copy(kept: &std::path::Path, lines: usize) -> (Box<Output>, tokio::net::
     let (here, journald) = tokio::net::UnixDatagram::pair().unwrap();
     let policy = Arc::<crate::stdio::journal_policy::JournalPolicy>::default();
     let lines = Lines::connected(here, kept.join("partial"), policy.clone());
-    let aside = Aside::new(PipePair::new(reader, writer).unwrap(), lines, policy);
+    let aside = Aside::new((reader, writer), lines, policy).unwrap();
     let sinks = Sinks { aside: Some(Box::new(aside)), ..Sinks::default() };
     (Box::new(Output { source: Source::Delivered, sinks }), journald)
 }
