@@ -52,6 +52,8 @@ pub trait Direct: Send + Sync {
 pub struct Durable {
     socket: AsyncFd<OwnedFd>,
     journal: Journal,
+    /// Requests that an earlier daemon has read, before they are answered or ready.
+    replayed: Vec<Frame>,
     /// Whole frames that ttrpc has not read yet.
     ready: VecDeque<u8>,
     /// Answers requests before ttrpc reads them.
@@ -78,7 +80,7 @@ pub struct Durable {
 pub struct Unwatched {
     socket: OwnedFd,
     journal: Journal,
-    ready: VecDeque<u8>,
+    replayed: Vec<Frame>,
     entry: StoreEntry,
 }
 
@@ -89,7 +91,7 @@ impl Unwatched {
     /// The descriptor is not a socket.
     pub fn new(socket: OwnedFd, journal: Journal, entry: StoreEntry) -> Result<Self, Error> {
         sys::count_peeked(&socket)?;
-        Ok(Self { socket, journal, ready: VecDeque::new(), entry })
+        Ok(Self { socket, journal, replayed: Vec::new(), entry })
     }
 
     /// Adopts a connection that an earlier daemon accepted. Requests without a response are read from it once more, marked
@@ -114,15 +116,14 @@ impl Unwatched {
         }
         journal.settle()?;
         journal.refuse(socket.as_fd())?;
-        let length = unanswered.iter().map(|frame| frame.bytes.len()).sum();
-        let mut ready = VecDeque::with_capacity(length);
+        let mut replayed = Vec::with_capacity(unanswered.len());
         for frame in unanswered {
             match poison(&frame, crashes) {
                 Some(refusal) => journal.respond(socket.as_fd(), &refusal)?,
-                None => ready.extend(frame.replayed().bytes),
+                None => replayed.push(frame.replayed()),
             }
         }
-        Ok(Self { socket, journal, ready, entry })
+        Ok(Self { socket, journal, replayed, entry })
     }
 
     /// Lets the async runtime watch the connection.
@@ -130,8 +131,8 @@ impl Unwatched {
     /// # Errors
     /// The kernel can't watch it. Needs the async runtime.
     pub fn watch(self) -> io::Result<Durable> {
-        let Self { socket, journal, ready, entry } = self;
-        Ok(Durable::over(sys::watch(socket)?, journal, ready, entry))
+        let Self { socket, journal, replayed, entry } = self;
+        Ok(Durable::over(sys::watch(socket)?, journal, replayed, entry))
     }
 
     /// As [`Self::watch`], as soon as the kernel can watch one more descriptor (epoll(7), `max_user_watches`): containerd takes a
@@ -140,10 +141,10 @@ impl Unwatched {
     /// # Errors
     /// The kernel can't watch it for another reason. The connection is not kept any longer.
     pub async fn watch_once_possible(self) -> io::Result<Durable> {
-        let Self { socket, journal, ready, entry } = self;
+        let Self { socket, journal, replayed, entry } = self;
         let watch = || sys::watch(socket.try_clone()?);
         match sys::once_there_is_room("a connection of an earlier daemon", watch).await {
-            Ok(socket) => Ok(Durable::over(socket, journal, ready, entry)),
+            Ok(socket) => Ok(Durable::over(socket, journal, replayed, entry)),
             Err(error) => {
                 entry.forget();
                 Err(error)
@@ -153,11 +154,12 @@ impl Unwatched {
 }
 
 impl Durable {
-    fn over(socket: AsyncFd<OwnedFd>, journal: Journal, ready: VecDeque<u8>, entry: StoreEntry) -> Self {
+    fn over(socket: AsyncFd<OwnedFd>, journal: Journal, replayed: Vec<Frame>, entry: StoreEntry) -> Self {
         Self {
             socket,
             journal,
-            ready,
+            replayed,
+            ready: VecDeque::new(),
             direct: None,
             answers: Mutex::default(),
             writing: Assembler::default(),
@@ -195,6 +197,7 @@ impl Durable {
 
     /// Reads until there are requests for ttrpc. False at the end.
     fn poll_requests(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        std::mem::take(&mut self.replayed).into_iter().for_each(|frame| self.pass(frame));
         while self.ready.is_empty() {
             if let Err(error) = self.poll_answers(context) {
                 self.over = true;

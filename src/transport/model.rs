@@ -499,3 +499,31 @@ async fn ttrpc_is_not_needed_for_requests_that_are_answered_directly() {
     near.write_all(&frame(17, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
     needed.await.unwrap();
 }
+
+#[tokio::test]
+async fn ttrpc_is_not_needed_for_what_an_earlier_daemon_has_read_and_is_answered_directly() {
+    let (mut near, far) = UnixStream::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    let random = &mut Random(1);
+    // The earlier daemon answers nothing directly.
+    let mut server = Server::new(far);
+    let rest = request(b"x").write_to_bytes().unwrap();
+    near.write_all(&frame(9, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
+    while server.read(random).is_empty() {
+        tokio::task::yield_now().await;
+    }
+    server.die(&Crashes::default());
+    let mut server = server.answered_by(Arc::new(Third));
+    let mut needed = std::pin::pin!(server.durable.take().unwrap().until_needed());
+    let mut space = [0; 4096];
+    let length = loop {
+        let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
+        assert!(poll.is_pending());
+        match near.read(&mut space) {
+            Ok(length) => break length,
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+        }
+        tokio::task::yield_now().await;
+    };
+    assert_eq!(frames(&mut space[..length].to_vec())[0].stream(), 9);
+}
