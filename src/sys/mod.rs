@@ -81,6 +81,11 @@ pub fn is_exhausted(errno: Errno) -> bool {
     matches!(errno, EMFILE | ENFILE | ENOMEM | ENOBUFS | ENOSPC | EDQUOT)
 }
 
+/// [`is_exhausted`] for the error of an operation.
+pub fn lacks_room(error: &std::io::Error) -> bool {
+    error.raw_os_error().map(Errno::from_raw).is_some_and(is_exhausted)
+}
+
 /// How many files this process may have open (`RLIMIT_NOFILE`), and how many more it can open at the least: numbers below
 /// the lowest free one are in use, numbers above it may be.
 pub fn descriptors() -> (u64, u64) {
@@ -213,7 +218,7 @@ pub async fn reaped(child: &OwnedFd) -> std::io::Result<()> {
 /// Registers a descriptor from which this process reads with the async runtime. The descriptor should be in non-blocking
 /// mode.
 ///
-/// Room for writing is no event of it: the kernel would wake this process each time that a peer reads from a socket.
+/// Room for writing is not an event: the kernel would wake this process each time that a peer reads from a socket.
 ///
 /// # Errors
 /// The kernel can't watch it (a regular file).
@@ -221,7 +226,7 @@ pub fn watch(fd: impl Into<OwnedFd>) -> std::io::Result<AsyncFd<OwnedFd>> {
     watch_as_it_is(fd.into())
 }
 
-/// As [`watch`], for a descriptor to which this process writes: room for writing is an event, too.
+/// As [`watch`], for a descriptor to which this process writes: room for writing is an event, and what can be read is one, too.
 ///
 /// # Errors
 /// As [`watch`].

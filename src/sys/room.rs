@@ -3,14 +3,12 @@
 use std::io;
 use std::time::Duration;
 
-use nix::errno::Errno;
-
-use super::is_exhausted;
+use super::lacks_room;
 
 /// The pause before the next attempt.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Opens something as soon as there is room for it ([`is_exhausted`]). `what` waits for it, for the log.
+/// Opens something as soon as there is room for it ([`lacks_room`]). `what` waits for it, for the log.
 ///
 /// # Errors
 /// It can't be opened for another reason.
@@ -18,7 +16,7 @@ pub async fn once_there_is_room<T>(what: &str, open: impl Fn() -> io::Result<T>)
     let mut is_logged = false;
     loop {
         match open() {
-            Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(is_exhausted) => {
+            Err(error) if lacks_room(&error) => {
                 if !is_logged {
                     tracing::warn!(%error, "{what} waits for something of which the system has no more: {error}");
                     is_logged = true;
@@ -33,6 +31,7 @@ pub async fn once_there_is_room<T>(what: &str, open: impl Fn() -> io::Result<T>)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::errno::Errno;
     use std::cell::Cell;
 
     #[tokio::test(start_paused = true)]

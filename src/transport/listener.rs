@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::{Stream, StreamExt, stream};
-use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{MsgFlags, getsockopt, recv};
@@ -69,7 +68,7 @@ impl Connections {
             let name = format!("{PREFIX}{number}");
             match adopt(fds, crashes, &store, &name, &wake, &count, &budget) {
                 Ok(connection) => adopted.push(connection),
-                Err(error) if may_pass(&error) => return Err(error),
+                Err(error) if sys::lacks_room(&error) => return Err(error),
                 Err(error) => {
                     tracing::error!(%error, "can't adopt a connection of an earlier daemon: {error}");
                     store.forget(&name);
@@ -185,11 +184,6 @@ impl Connections {
     fn forgotten_after_error<T>(&self, name: &str, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         make().inspect_err(|_| self.store.forget(name))
     }
-}
-
-/// True for an error for lack of something that may be free later.
-fn may_pass(error: &io::Error) -> bool {
-    error.raw_os_error().map(Errno::from_raw).is_some_and(sys::is_exhausted)
 }
 
 /// Watches a connection of an earlier daemon for the time when no daemon reads it. It is served even without that.
