@@ -1,7 +1,7 @@
-//! Calls that connections answer without ttrpc: those of all methods that there are.
+//! Calls that connections answer without ttrpc: the calls of all methods. The handlers are those that ttrpc has.
 //!
-//! ttrpc passes each request to a task of its own, waits for it, and passes its response to another task. On a node with many
-//! containers that are polled, or with many execs, this costs more than many a call itself. The handlers are the same.
+//! ttrpc starts a task for each request, waits until that task runs, and passes the response to another task. On a node with
+//! many containers that are polled, this costs more than the call itself.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -22,7 +22,7 @@ type Tables = HashMap<String, Service>;
 /// The handlers of these calls.
 pub struct DirectCalls {
     service: Arc<TaskService>,
-    /// Most sockets never have a call: the tables come with the first one.
+    /// Made at the first call: most sockets never have one.
     tables: OnceLock<Arc<Tables>>,
 }
 
@@ -44,8 +44,11 @@ fn handler<'t>(tables: &'t Tables, request: &Request) -> Option<&'t (dyn MethodH
 impl Direct for DirectCalls {
     fn answer(&self, request: &Frame) -> Option<Answer> {
         let (stream, flags) = (request.stream(), request.flags());
-        // ttrpc refuses other streams (PROTOCOL.md).
-        let request = Some(request).filter(|_| !stream.is_multiple_of(2))?.request()?;
+        // Calls of clients have odd streams (PROTOCOL.md). ttrpc refuses others.
+        if stream.is_multiple_of(2) {
+            return None;
+        }
+        let request = request.request()?;
         let tables = self.tables();
         handler(tables, &request)?;
         Some(Box::pin(respond(tables.clone(), stream, flags, request)))

@@ -1,4 +1,4 @@
-//! Calls: the daemon's connections, each with a task of its own, and ttrpc for what no method answers.
+//! Serves calls: each connection has a task that answers them. ttrpc serves the connections that need it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -110,7 +110,7 @@ async fn serve_directly(connection: Durable, needing: mpsc::UnboundedSender<Conn
     }
 }
 
-/// Serves calls with ttrpc. Most sockets never have a connection for it: only with the first come the dispatch tables.
+/// Serves calls with ttrpc. The dispatch tables are made for the first connection: most sockets never have one for ttrpc.
 async fn serve_with_ttrpc(
     mut connections: BoxStream<'static, io::Result<Connection>>,
     service: Arc<TaskService>,

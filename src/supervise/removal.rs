@@ -54,7 +54,7 @@ impl Troubles {
     }
 }
 
-/// How long [`Stop::Killed`] waits for each process. containerd kills `delete` after 5 s.
+/// How long [`Stop::Killed`] waits for the main process of each unit. containerd kills `delete` after 5 s.
 const DEATH_LIMIT: Duration = Duration::from_millis(300);
 
 /// How a unit is stopped.
@@ -62,7 +62,7 @@ const DEATH_LIMIT: Duration = Duration::from_millis(300);
 pub enum Stop {
     /// Waits until the unit has stopped. Only the daemon can: it listens to systemd.
     Awaited,
-    /// Kills the processes of the unit, and waits for systemd only as long as [`DEATH_LIMIT`].
+    /// Kills the processes of the unit, and waits for the end of its main process, at most [`DEATH_LIMIT`].
     Killed,
 }
 

@@ -141,6 +141,7 @@ mod tests {
             }
             // The pidfd stays open: the table is shared.
             let started = start(None, Duration::from_secs(30)).map(std::mem::forget);
+            // This child has to live until the test has found the guard.
             let (_, _) = (nix::unistd::write(&writer, &[0]), nix::unistd::read(&until, &mut [0]));
             // SAFETY: ends this process.
             unsafe { libc::_exit(i32::from(started.is_err())) }

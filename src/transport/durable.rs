@@ -178,8 +178,8 @@ impl Durable {
         self
     }
 
-    /// Serves until ttrpc is needed: for a request that is not answered without it. Before that, all responses of earlier
-    /// daemons are sent. `None` once the connection is over. Until then, ttrpc needs no tasks and no buffers for it.
+    /// Sends all responses of earlier daemons, and then answers requests until there is one for ttrpc. `None`: the connection
+    /// is over. ttrpc has no tasks and no buffers for a connection before it is needed.
     pub async fn until_needed(mut self) -> Option<Self> {
         let served = async {
             self.flush().await?;
@@ -298,7 +298,7 @@ impl Durable {
             }
             match self.journal.send(socket.as_fd()) {
                 Ok(()) => fault::point(Point::ConnectionSent),
-                Err(Errno::EAGAIN) => *room = Some(Box::pin(room_in(socket.try_clone()))),
+                Err(Errno::EAGAIN) => *room = Some(Box::pin(may_send(socket.try_clone()))),
                 Err(errno) => {
                     self.over = true;
                     return Poll::Ready(Err(errno.into()));
@@ -310,12 +310,12 @@ impl Durable {
 }
 
 /// Waits until a socket may accept more. Few sockets need this: most accept everything at once.
-async fn room_in(socket: io::Result<OwnedFd>) -> io::Result<()> {
+async fn may_send(socket: io::Result<OwnedFd>) -> io::Result<()> {
     /// How long to wait if the socket can't be watched.
     const PAUSE: Duration = Duration::from_millis(100);
     match socket.and_then(sys::watch_writable) {
         Ok(socket) => socket.writable().await.map(drop),
-        Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(sys::is_exhausted) => {
+        Err(error) if sys::lacks_room(&error) => {
             tokio::time::sleep(PAUSE).await;
             Ok(())
         }
@@ -475,12 +475,12 @@ mod tests {
         let (socket, mut client) = UnixStream::pair().unwrap();
         socket.set_nonblocking(true).unwrap();
         while io::Write::write(&mut &socket, &[0; 4096]).is_ok() {}
-        let mut room = Box::pin(room_in(socket.try_clone().map(Into::into)));
+        let mut room = Box::pin(may_send(socket.try_clone().map(Into::into)));
         assert!(futures_util::poll!(&mut room).is_pending());
         let mut read = vec![0; 1 << 20];
         assert!(io::Read::read(&mut client, &mut read).unwrap() > 0);
         room.await.unwrap();
-        room_in(Err(Errno::EMFILE.into())).await.unwrap();
-        assert!(room_in(Err(Errno::EBADF.into())).await.is_err());
+        may_send(Err(Errno::EMFILE.into())).await.unwrap();
+        assert!(may_send(Err(Errno::EBADF.into())).await.is_err());
     }
 }

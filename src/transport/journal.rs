@@ -161,7 +161,7 @@ impl Journal {
         let journal = Self::over(file, budget);
         // Skipped bytes are not written, but must be readable.
         journal.file.set_len(OUT_BASE)?;
-        journal.head.write_with_response(&journal.file, 0, 0)?;
+        journal.head.write_both(&journal.file, 0, 0)?;
         (&journal.file).seek(SeekFrom::Start(OUT_BASE))?;
         Ok(journal)
     }
@@ -350,25 +350,22 @@ impl Journal {
     /// [`Error::Io`]. The connection can't be used any longer.
     pub fn respond(&mut self, socket: BorrowedFd<'_>, response: &Frame) -> Result<(), Error> {
         let stream = response.stream();
-        if self.is_last_open(stream) {
-            // One write has the response and empties the log of requests.
-            let old = std::mem::take(&mut self.head);
-            self.note_response(socket, response)?;
-            fault::point(Point::ConnectionAnswered);
-            self.answered(stream);
-            return self.release(IN_BASE, old.start, old.end);
-        }
+        // The write of the response empties the log of requests, too.
+        let emptied = self.is_last_open(stream).then(|| std::mem::take(&mut self.head));
         self.note_response(socket, response)?;
         fault::point(Point::ConnectionAnswered);
-        if let Some(Open { at, length, .. }) = self.answered(stream) {
-            debug_assert!(length > TYPE);
-            self.mark(at, ANSWERED)?;
-            self.compact_if_worthwhile()?;
+        let Some(Open { at, length, .. }) = self.answered(stream) else {
+            return Ok(());
+        };
+        if let Some(old) = emptied {
+            return self.release(IN_BASE, old.start, old.end);
         }
-        Ok(())
+        debug_assert!(length > TYPE);
+        self.mark(at, ANSWERED)?;
+        self.compact_if_worthwhile()
     }
 
-    /// True if a request is all that is needed of the log.
+    /// True if nothing else in the log than the request on this stream is needed.
     fn is_last_open(&self, stream: u32) -> bool {
         self.open.len() == 1 && self.open.contains_key(&stream) && self.assembler.pending() == 0
     }
@@ -380,7 +377,7 @@ impl Journal {
         self.file.write_all_at(&response.bytes, OUT_BASE + self.out_end)?;
         self.out_end += length;
         self.head.settled = self.head.end;
-        self.head.write_with_response(&self.file, self.out_end, response.stream())
+        self.head.write_both(&self.file, self.out_end, response.stream())
     }
 
     /// The number of unsent bytes.

@@ -474,6 +474,21 @@ async fn an_adopted_connection_with_an_unanswered_request_is_needed() {
     server.durable.take().unwrap().until_needed().await.unwrap();
 }
 
+/// The stream of the answer that a client gets from a connection for which ttrpc is not needed.
+async fn answered(mut needed: Pin<&mut impl Future<Output = Option<Durable>>>, near: &mut UnixStream) -> u32 {
+    let mut space = [0; 4096];
+    let length = loop {
+        let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
+        assert!(poll.is_pending(), "ttrpc is needed");
+        match near.read(&mut space) {
+            Ok(length) => break length,
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+        }
+        tokio::task::yield_now().await;
+    };
+    frames(&mut space[..length].to_vec())[0].stream()
+}
+
 #[tokio::test]
 async fn ttrpc_is_not_needed_for_requests_that_are_answered_directly() {
     let (mut near, far) = UnixStream::pair().unwrap();
@@ -484,17 +499,7 @@ async fn ttrpc_is_not_needed_for_requests_that_are_answered_directly() {
     let rest = request(b"x").write_to_bytes().unwrap();
     for stream in [3, 9, 15] {
         near.write_all(&frame(stream, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
-        let mut space = [0; 4096];
-        let length = loop {
-            let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
-            assert!(poll.is_pending(), "{stream}");
-            match near.read(&mut space) {
-                Ok(length) => break length,
-                Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
-            }
-            tokio::task::yield_now().await;
-        };
-        assert_eq!(frames(&mut space[..length].to_vec())[0].stream(), stream);
+        assert_eq!(answered(needed.as_mut(), &mut near).await, stream);
     }
     near.write_all(&frame(17, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
     needed.await.unwrap();
@@ -515,15 +520,5 @@ async fn ttrpc_is_not_needed_for_what_an_earlier_daemon_has_read_and_is_answered
     server.die(&Crashes::default());
     let mut server = server.answered_by(Arc::new(Third));
     let mut needed = std::pin::pin!(server.durable.take().unwrap().until_needed());
-    let mut space = [0; 4096];
-    let length = loop {
-        let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
-        assert!(poll.is_pending());
-        match near.read(&mut space) {
-            Ok(length) => break length,
-            Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
-        }
-        tokio::task::yield_now().await;
-    };
-    assert_eq!(frames(&mut space[..length].to_vec())[0].stream(), 9);
+    assert_eq!(answered(needed.as_mut(), &mut near).await, 9);
 }

@@ -86,7 +86,7 @@ fn an_init_reaps_children_and_passes_on_signals() {
     let container = docker.background(&["--init"], &["sh", "-c", script]);
     docker.logs_with(&container, "ready");
     assert!(docker.ok(&["exec", &container, "cat", "/proc/1/comm"]).contains("docker-init"));
-    // A `sleep` of the script may have ended a moment ago, and the script reaps it.
+    // A `sleep` that has just ended is a zombie, too. The script reaps it, not the init.
     let zombies =
         "for one in /proc/[0-9]*/status; do grep -qs zombie $one && grep -s '^PPid:.1$' $one; done; true";
     wait::until_true("the init has reaped its children", || {

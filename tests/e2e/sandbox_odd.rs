@@ -363,7 +363,7 @@ fn an_administrator_may_freeze_stop_and_limit_the_slice_of_a_pod() {
         }
     });
     inside.start().expect("start");
-    // The script has set its trap when its child exists. Before that, SIGTERM meets `runc init`.
+    // The script has set its trap when its child exists. Before that, `runc init` gets SIGTERM.
     wait::until_true("a child", || inside.pids().is_ok_and(|pids| pids.len() == 2));
     // The slice is stopped while a Create in it is under way.
     let late = node.container("late", Spec::sleeping().cgroups_path(&path("late"))).make();

@@ -38,7 +38,7 @@ impl Head {
     ///
     /// # Errors
     /// [`Error::Io`]
-    pub(super) fn write_with_response(&self, file: &File, end: u64, stream: u32) -> Result<(), Error> {
+    pub(super) fn write_both(&self, file: &File, end: u64, stream: u32) -> Result<(), Error> {
         const OUT: usize = OUT_HEAD as usize;
         let mut bytes = [0; OUT + 12];
         bytes[..32].copy_from_slice(&self.bytes());
