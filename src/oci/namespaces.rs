@@ -93,6 +93,9 @@ pub fn check(kind: &str, path: &Path) -> Result<(), NotJoinable> {
         path: path.to_owned(),
         what: what.to_owned(),
     };
+    if path.starts_with("/proc/0") {
+        return Err(other(NO_PID));
+    }
     // With O_PATH, whatever the file is, this does not wait for it and has no effect on it.
     let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
     let found = open_file(path, flags, Mode::empty()).map_err(io_error("open", path)).map_err(failed)?;
@@ -108,6 +111,11 @@ pub fn check(kind: &str, path: &Path) -> Result<(), NotJoinable> {
         Ok(_) | Err(_) => Ok(()),
     }
 }
+
+/// containerd limits State to 2 s (`io.containerd.timeout.task.state`), and takes 0 for the pid of a task without an answer. Its
+/// CRI plugin (1.6 and 1.7) asks for the pid of a pod's sandbox whenever it makes a container of the pod.
+const NO_PID: &str =
+    "of no process: containerd got no pid of the sandbox in time, so create the container again";
 
 /// The file system of namespaces (linux/magic.h, `NSFS_MAGIC`).
 const NSFS: FsType = FsType(0x6e73_6673);
@@ -294,6 +302,7 @@ mod tests {
             (dir.path().to_owned(), format!("network namespace: {} is no namespace", dir.path().display())),
             ("/proc/self/ns/uts".into(), "/proc/self/ns/uts is a namespace of another kind".to_owned()),
             ("/dev/null".into(), "/dev/null is no namespace".to_owned()),
+            ("/proc/0/ns/net".into(), format!("network namespace: /proc/0/ns/net is {NO_PID}")),
         ];
         for (path, expected) in cases {
             let found = reason("network", &path).unwrap();
