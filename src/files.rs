@@ -1,9 +1,9 @@
 //! Files in directories of others, such as a bundle: a FIFO there must not make the daemon wait for a writer, a file
 //! without an end must not fill its memory, and a symlink must not lead it to another file.
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Component, Path};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -13,6 +13,28 @@ use nix::fcntl::{Flock, FlockArg, OFlag};
 /// True for an absolute path without `..`.
 pub fn is_plain(path: &Path) -> bool {
     path.is_absolute() && path.components().all(|part| part != Component::ParentDir)
+}
+
+/// Makes a directory, and those above it, if they do not exist. Tries again if one of them is removed between two steps: tasks
+/// that end remove directories that they leave empty.
+///
+/// # Errors
+/// A directory can't be made, or something else has its name.
+pub fn make_dir(dir: &Path, mode: u32) -> io::Result<()> {
+    const TRIES: u32 = 100;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match DirBuilder::new().recursive(true).mode(mode).create(dir) {
+            Err(e) if was_removed(&e) && tries < TRIES => {}
+            result => return result,
+        }
+    }
+}
+
+/// True if a directory above was removed before the step that needed it, or after it was found to exist.
+fn was_removed(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists)
 }
 
 /// Reads a regular file of at most `limit` bytes. Follows symlinks.

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags};
 
+use crate::files;
 use crate::path_error::{PathError, io_error};
 use crate::sys::poll;
 
@@ -194,7 +195,7 @@ fn is_populated_by(events: &str) -> bool {
 /// The kernel refused.
 pub fn enter(cgroup: &Path) -> Result<(), Error> {
     let path = dir(cgroup).join("cgroup.procs");
-    in_made(cgroup, || fs::write(&path, "0"), io_error("write", &path))
+    in_made(cgroup, |_| fs::write(&path, "0").map_err(io_error("write", &path)))
 }
 
 /// Opens the directory of a cgroup. Creates the cgroup if it does not exist.
@@ -202,25 +203,20 @@ pub fn enter(cgroup: &Path) -> Result<(), Error> {
 /// # Errors
 /// The kernel refused.
 pub fn open_made(cgroup: &Path) -> Result<OwnedFd, Error> {
-    let dir = dir(cgroup);
-    in_made(cgroup, || fs::File::open(&dir).map(OwnedFd::from), io_error("open", &dir))
+    in_made(cgroup, |dir| fs::File::open(dir).map(OwnedFd::from).map_err(io_error("open", dir)))
 }
 
 /// Creates a cgroup and uses it. Tries again if it is removed in between: the daemon and systemd remove empty cgroups.
-fn in_made<T>(
-    cgroup: &Path,
-    used: impl Fn() -> io::Result<T>,
-    failed: impl FnOnce(io::Error) -> PathError,
-) -> Result<T, Error> {
-    const TRIES: u32 = 5;
+fn in_made<T>(cgroup: &Path, used: impl Fn(&Path) -> Result<T, PathError>) -> Result<T, Error> {
+    const TRIES: u32 = 100;
     let dir = dir(cgroup);
     let mut tries = 0;
     loop {
-        fs::create_dir_all(&dir).map_err(io_error("create", &dir))?;
+        files::make_dir(&dir, 0o755).map_err(io_error("create", &dir))?;
         tries += 1;
-        match used() {
-            Err(e) if is_gone(&e) && tries < TRIES => {}
-            result => return Ok(result.map_err(failed)?),
+        match used(&dir) {
+            Err(e) if is_gone(e.io()) && tries < TRIES => {}
+            result => return Ok(result?),
         }
     }
 }
@@ -265,4 +261,31 @@ fn is_gone(error: &io::Error) -> bool {
 
 mod libc_errno {
     pub const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_cgroup_is_made_while_empty_cgroups_are_removed() {
+        let cgroup = Path::new("/swept/commands/one");
+        let mut failed = Vec::new();
+        thread::scope(|scope| {
+            let sweeping = scope.spawn(|| {
+                let mut removed = 0;
+                while removed < 300 {
+                    let emptied = cgroup.ancestors().take(3);
+                    removed += emptied.filter(|empty| fs::remove_dir(dir(empty)).is_ok()).count();
+                }
+            });
+            while !sweeping.is_finished() {
+                failed.extend(open_made(cgroup).err());
+            }
+        });
+        assert!(failed.is_empty(), "{failed:?}");
+        fake::remove(Path::new("/swept"));
+    }
 }

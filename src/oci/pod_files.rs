@@ -3,10 +3,10 @@
 //! containerd's CRI plugin mounts them into each container of a pod, from fixed paths in its own directories. The plugin
 //! also makes the files, except if the shim makes the sandbox: then the shim has to make them.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -144,7 +144,7 @@ fn gone(removed: io::Result<()>, path: &Path) -> Result<(), PathError> {
 }
 
 fn make_dir(path: &Path) -> Result<(), PathError> {
-    DirBuilder::new().recursive(true).mode(0o755).create(path).map_err(io_error("make", path))
+    files::make_dir(path, 0o755).map_err(io_error("make", path))
 }
 
 /// A file of the node; empty if the node has none.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 
 use crate::cgroup;
 use crate::config;
+use crate::files;
 use crate::id::TaskKey;
 use crate::path_error::io_error;
 use crate::session::fds::{StreamFds, StreamKind};
@@ -216,7 +217,7 @@ fn receive_now(socket: &OwnedFd) -> Result<Option<Message>, Errno> {
 /// Every user in the container may write to the socket; only root can enter its directory on the host.
 fn open(path: &Path) -> std::io::Result<OwnedFd> {
     if let Some(parent) = path.parent() {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+        files::make_dir(parent, 0o700)?;
     }
     // An earlier daemon may have left a socket at this path.
     let _ = fs::remove_file(path);

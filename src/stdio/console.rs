@@ -6,7 +6,6 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +13,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags};
 
 use crate::fault::{self, Point};
+use crate::files;
 use crate::path_error::io_error;
 use crate::sys;
 
@@ -35,8 +35,7 @@ impl Console {
     /// [`Error::Io`]
     pub fn listen(path: &Path) -> Result<Self, Error> {
         if let Some(parent) = path.parent() {
-            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(parent);
-            made.map_err(io_error("create", parent))?;
+            files::make_dir(parent, 0o700).map_err(io_error("create", parent))?;
         }
         // Removes the socket of an earlier daemon.
         let _ = fs::remove_file(path);

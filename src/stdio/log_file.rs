@@ -2,9 +2,9 @@
 //! blocks the output of this process.
 
 use std::collections::HashMap;
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::sync::oneshot;
 
+use crate::files;
 use crate::path_error::io_error;
 use crate::suspect;
 
@@ -211,8 +212,7 @@ impl Target {
             return Ok(file);
         }
         if let (true, Some(parent)) = (self.create, self.path.parent()) {
-            let made = DirBuilder::new().recursive(true).mode(0o755).create(parent);
-            made.map_err(io_error("create", parent))?;
+            files::make_dir(parent, 0o755).map_err(io_error("create", parent))?;
         }
         let mut options = OpenOptions::new();
         // Does not wait for a FIFO that replaced the file since its kind was checked.

@@ -1,8 +1,8 @@
 //! Operations on the store's files and directories.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -11,6 +11,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::effects;
 use crate::fault::{self, Point};
+use crate::files;
 use crate::path_error::io_error;
 
 use super::Error;
@@ -34,21 +35,13 @@ pub(super) fn remove_dir(dir: &Path) -> Result<bool, Error> {
 }
 
 pub(super) fn make_dir(dir: &Path) -> io::Result<()> {
-    // The removal of another task can remove the parent between two steps of the recursion.
-    const TRIES: u32 = 5;
-    let mut tries = 0;
     effects::disk(dir)?;
-    loop {
-        match DirBuilder::new().recursive(true).mode(0o700).create(dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound && tries < TRIES => tries += 1,
-            result => return result,
-        }
-    }
+    files::make_dir(dir, 0o700)
 }
 
 /// Opens a file in the directory of all records, for reading and writing. Creates both if they do not exist.
 pub(super) fn open_in_root(root: &Path, name: &str) -> Result<File, Error> {
-    DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(io_error("create", root))?;
+    files::make_dir(root, 0o700).map_err(io_error("create", root))?;
     let path = root.join(name);
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);

@@ -10,10 +10,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder};
+use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -156,7 +155,7 @@ impl Shield<'_> {
             return Ok(!old.is_empty());
         }
         let _writer = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
-        DirBuilder::new().recursive(true).mode(0o755).create(&dir)?;
+        files::make_dir(&dir, 0o755)?;
         let mut has_changed = !old.is_empty();
         for (name, text) in copies {
             let path = dir.join(&name);
