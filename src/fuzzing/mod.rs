@@ -65,6 +65,7 @@ fn first_line(data: &[u8]) -> Option<(&str, &[u8])> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
     use std::fs;
     use std::path::Path;
 
@@ -88,13 +89,36 @@ mod tests {
         }
     }
 
+    fn repository(file: &str) -> String {
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap()
+    }
+
     #[test]
     fn every_target_can_be_run_by_a_fuzzer() {
-        let manifest =
-            fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/Cargo.toml")).unwrap();
+        let manifest = repository("fuzz/Cargo.toml");
         for (name, _) in TARGETS {
             assert!(manifest.contains(&format!("name = \"{name}\"")), "{name} is not in fuzz/Cargo.toml");
         }
         assert!(!run("no-such-target", b""));
+    }
+
+    #[test]
+    fn the_fuzzers_have_the_dependencies_of_this_crate() {
+        let manifest: toml::Table = repository("Cargo.toml").parse().unwrap();
+        let of = |table: &toml::Value| table.as_table().unwrap().keys().cloned().collect::<Vec<_>>();
+        let fuzzing = &manifest["target"]["cfg(fuzzing)"]["dependencies"];
+        let tables = [&manifest["dependencies"], &manifest["build-dependencies"], fuzzing];
+        let needed: BTreeSet<_> = tables.into_iter().flat_map(of).collect();
+        let lock: toml::Table = repository("fuzz/Cargo.lock").parse().unwrap();
+        let packages = lock["package"].as_array().unwrap();
+        let this = packages.iter().find(|package| package["name"].as_str() == Some(env!("CARGO_PKG_NAME")));
+        let locked = this.unwrap()["dependencies"].as_array().unwrap().iter();
+        // A version follows if there are several.
+        let names = locked.map(|entry| entry.as_str().unwrap().split(' ').next().unwrap().to_owned());
+        assert_eq!(
+            names.collect::<BTreeSet<_>>(),
+            needed,
+            "`cargo update --workspace` in fuzz/ corrects the lock file"
+        );
     }
 }
