@@ -146,6 +146,10 @@ points! {
     ExitSeen = "exit.seen",
     /// An end is in the record.
     ExitNoted = "exit.noted",
+    /// An event is noted for containerd, and not sent.
+    PublishBegun = "publish.begun",
+    /// An event is sent, and nobody has read the answer of containerd.
+    PublishSent = "publish.sent",
     /// containerd has taken an event, and the record says that it is owed.
     PublishTaken = "publish.taken",
     /// An accepted event is out of the record.

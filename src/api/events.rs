@@ -1,23 +1,25 @@
-//! Publishes the events in the outboxes: in order, at least once, until containerd has accepted them.
+//! Publishes the events in the outboxes: in order, at least once, until containerd has accepted them. An event is sent twice
+//! only if the connection ended before containerd has answered, or if it could not be kept.
 //!
 //! Each containerd has one worker. A containerd that is down delays the events of its own tasks only; they wait in the
 //! records. An event that containerd does not accept delays the events of its own task only. Tasks take turns, so a task with
 //! many events does not delay those of the others either.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api::ForwardRequest;
-use containerd_shim_protos::shim_async::EventsClient;
 use protobuf::{Message, MessageField};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use ttrpc::asynchronous::Client;
-use ttrpc::proto::MESSAGE_LENGTH_MAX;
-use ttrpc::{Code, context};
+use ttrpc::proto::{KeyValue, MESSAGE_LENGTH_MAX};
+use ttrpc::{Code, Response};
 
 use crate::services::{Entry, Outgoing, Tasks};
+use crate::transport::line::{CallId, Line, Lines, Unwatched};
 
 use super::convert::NAMESPACE_KEY;
 use super::envelope;
@@ -31,15 +33,27 @@ const LARGEST: u64 = MESSAGE_LENGTH_MAX as u64 - 1024;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Publishes the events of all tasks that `outgoing` delivers, until it is closed.
-pub async fn publish(tasks: Arc<Tasks>, mut outgoing: mpsc::UnboundedReceiver<Arc<Entry>>) {
+/// The service of containerd that takes events, and its method (events.proto of containerd).
+const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
+const METHOD: &str = "Forward";
+
+/// Publishes the events of all tasks that `outgoing` delivers, until it is closed. `earlier`: the connections of earlier daemons,
+/// by address.
+pub async fn publish(
+    tasks: Arc<Tasks>,
+    mut outgoing: mpsc::UnboundedReceiver<Arc<Entry>>,
+    lines: Lines,
+    mut earlier: HashMap<String, Unwatched>,
+) {
+    let lines = Arc::new(lines);
     let mut workers: HashMap<String, mpsc::UnboundedSender<Arc<Entry>>> = HashMap::new();
     while let Some(entry) = outgoing.recv().await {
         let address = entry.task().containerd.ttrpc_address.clone();
         let worker = workers.entry(address.clone()).or_insert_with(|| {
             // Bounded like `outgoing`: each task is in the queue at most once.
             let (sender, receiver) = mpsc::unbounded_channel();
-            tokio::spawn(serve(tasks.clone(), address, receiver));
+            let link = Link::new(lines.clone(), address.clone(), earlier.remove(path(&address)));
+            tokio::spawn(serve(tasks.clone(), link, receiver));
             sender
         });
         // The send can't fail: a worker ends only after this loop.
@@ -47,8 +61,7 @@ pub async fn publish(tasks: Arc<Tasks>, mut outgoing: mpsc::UnboundedReceiver<Ar
     }
 }
 
-async fn serve(tasks: Arc<Tasks>, address: String, mut owing: mpsc::UnboundedReceiver<Arc<Entry>>) {
-    let mut link = Link { address, client: None };
+async fn serve(tasks: Arc<Tasks>, mut link: Link, mut owing: mpsc::UnboundedReceiver<Arc<Entry>>) {
     let mut held_up = HeldUp::default();
     loop {
         let (entry, pause) = tokio::select! {
@@ -109,8 +122,32 @@ impl HeldUp {
 
 /// The connection to one containerd, opened when it is needed.
 struct Link {
+    lines: Arc<Lines>,
     address: String,
-    client: Option<EventsClient>,
+    line: Option<Line>,
+}
+
+/// The path in an address.
+fn path(address: &str) -> &str {
+    address.trim_start_matches("unix://")
+}
+
+/// Identifies an event among all events of all tasks.
+fn id(outgoing: &Outgoing) -> CallId {
+    let mut task = DefaultHasher::new();
+    outgoing.task.key.hash(&mut task);
+    CallId(task.finish(), outgoing.at_usec, outgoing.seq)
+}
+
+impl Link {
+    /// A link over a connection of an earlier daemon, if there is one.
+    fn new(lines: Arc<Lines>, address: String, earlier: Option<Unwatched>) -> Self {
+        let line = earlier.map(Unwatched::watch).transpose().unwrap_or_else(|error| {
+            tracing::debug!(%error, "can't watch a connection for events of an earlier daemon: {error}");
+            None
+        });
+        Self { lines, address, line }
+    }
 }
 
 /// Why an event was not accepted.
@@ -149,11 +186,11 @@ impl Link {
                     return true;
                 }
                 Err(NotAccepted::Later(reason)) => {
-                    self.client = None;
+                    self.line = None;
                     tracing::warn!(%task, seq = outgoing.seq, "task {task}: containerd does not accept an event, sending it again: {reason}");
                     return false;
                 }
-                Err(NotAccepted::Stale) => self.client = None,
+                Err(NotAccepted::Stale) => self.line = None,
                 Err(NotAccepted::Unreachable(reason)) => {
                     if !told {
                         tracing::warn!(%task, "containerd at {} can't be reached for events, trying again: {reason}", self.address);
@@ -174,39 +211,80 @@ impl Link {
         if request.compute_size() > LARGEST {
             return Err(NotAccepted::Refused("it is too large for a message".to_owned()));
         }
-        let limit = i64::try_from(FORWARD_LIMIT.as_nanos()).unwrap_or(i64::MAX);
-        let mut metadata = context::with_timeout(limit);
-        metadata.add(NAMESPACE_KEY.to_owned(), outgoing.task.key.namespace.to_string());
-        let is_new = self.client.is_none();
-        let client = self.connected().await?;
-        match client.forward(metadata, &request).await {
-            Ok(_) => Ok(()),
-            Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::INVALID_ARGUMENT => {
-                Err(NotAccepted::Refused(status.message().to_owned()))
-            }
-            Err(ttrpc::Error::RpcStatus(status)) => Err(NotAccepted::Later(status.message().to_owned())),
-            Err(_) if !is_new => Err(NotAccepted::Stale),
-            Err(error) => Err(NotAccepted::Later(error.to_string())),
+        let namespace = KeyValue {
+            key: NAMESPACE_KEY.to_owned(),
+            value: outgoing.task.key.namespace.to_string(),
+            ..KeyValue::default()
+        };
+        let request = ttrpc::Request {
+            service: SERVICE.to_owned(),
+            method: METHOD.to_owned(),
+            payload: request.write_to_bytes().map_err(|error| NotAccepted::Refused(error.to_string()))?,
+            timeout_nano: i64::try_from(FORWARD_LIMIT.as_nanos()).unwrap_or(i64::MAX),
+            metadata: vec![namespace],
+            ..ttrpc::Request::default()
+        };
+        let is_new = self.line.is_none();
+        let line = self.connected().await?;
+        let failed = |reason: String| match is_new {
+            true => NotAccepted::Later(reason),
+            false => NotAccepted::Stale,
+        };
+        match tokio::time::timeout(FORWARD_LIMIT, call(line, id(outgoing), &request)).await {
+            Ok(Ok(Answer::Accepted)) => Ok(()),
+            Ok(Ok(Answer::Error(Code::INVALID_ARGUMENT, reason))) => Err(NotAccepted::Refused(reason)),
+            Ok(Ok(Answer::Error(_, reason))) => Err(NotAccepted::Later(reason)),
+            Ok(Err(error)) => Err(failed(error.to_string())),
+            Err(_) => Err(NotAccepted::Later("no answer in time".to_owned())),
         }
     }
 
-    async fn connected(&mut self) -> Result<&EventsClient, NotAccepted> {
-        let client = match self.client.take() {
-            Some(client) => client,
+    async fn connected(&mut self) -> Result<&mut Line, NotAccepted> {
+        let line = match self.line.take() {
+            Some(line) => line,
             None => {
-                let address = format!("unix://{}", self.address.trim_start_matches("unix://"));
-                let client = tokio::time::timeout(FORWARD_LIMIT, Client::connect(&address)).await;
-                let client =
-                    client.map_err(|_| NotAccepted::Unreachable("no connection in time".to_owned()))?;
-                EventsClient::new(client.map_err(|error| NotAccepted::Unreachable(error.to_string()))?)
+                let line = tokio::time::timeout(FORWARD_LIMIT, self.lines.connect(path(&self.address))).await;
+                let line = line.map_err(|_| NotAccepted::Unreachable("no connection in time".to_owned()))?;
+                line.map_err(|error| NotAccepted::Unreachable(error.to_string()))?
             }
         };
-        Ok(self.client.insert(client))
+        Ok(self.line.insert(line))
+    }
+}
+
+/// What containerd says of an event.
+enum Answer {
+    Accepted,
+    Error(Code, String),
+}
+
+/// Calls containerd, unless an earlier daemon has done so. That daemon may also have begun another call, which ends first.
+async fn call(line: &mut Line, id: CallId, request: &ttrpc::Request) -> io::Result<Answer> {
+    if line.under_way().is_some_and(|other| other != id) {
+        let answer = answer(&line.response().await?);
+        line.end(matches!(answer, Answer::Accepted))?;
+    }
+    if line.has_succeeded(id) {
+        return Ok(Answer::Accepted);
+    }
+    if line.under_way().is_none() {
+        line.begin(id, request)?;
+    }
+    let answer = answer(&line.response().await?);
+    line.end(matches!(answer, Answer::Accepted))?;
+    Ok(answer)
+}
+
+fn answer(response: &Response) -> Answer {
+    match response.status.as_ref() {
+        Some(status) if status.code() != Code::OK => Answer::Error(status.code(), status.message.clone()),
+        _ => Answer::Accepted,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::BorrowedFd;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicIsize, Ordering};
 
@@ -225,6 +303,18 @@ mod tests {
     use crate::task::lifecycle::Exit;
     use crate::task::outbox::TaskEvent;
     use crate::task::request::Mount;
+    use crate::transport::ConnectionStore;
+
+    /// A store that keeps nothing.
+    struct Nowhere;
+
+    impl ConnectionStore for Nowhere {
+        fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn forget(&self, _: &str) {}
+    }
 
     /// A containerd. While it takes an event of a task that runs out of memory, another of its processes is killed.
     struct Containerd {
@@ -292,7 +382,8 @@ mod tests {
             server.start().await.unwrap();
             tasks.announce(&noisy);
             tasks.announce(&quiet);
-            tokio::spawn(publish(tasks, outgoing));
+            let (lines, earlier) = Lines::adopt(Arc::new(Nowhere), &mut Vec::new());
+            tokio::spawn(publish(tasks, outgoing, lines, earlier));
             containerd.exit.notified().await;
             containerd.topics.lock().unwrap().clone()
         });
@@ -308,7 +399,8 @@ mod tests {
         let dropped = world.live(move |shim| async move {
             let (entry, _) = shim.tasks.process(&init).unwrap();
             // Nobody listens there.
-            let mut link = Link { address: "/nonexistent".to_owned(), client: None };
+            let (lines, _) = Lines::adopt(Arc::new(Nowhere), &mut Vec::new());
+            let mut link = Link::new(Arc::new(lines), "/nonexistent".to_owned(), None);
             let mut dropped = Vec::new();
             for bytes in [LARGEST / 2, LARGEST] {
                 // The event of a Create contains the mounts.

@@ -1,6 +1,7 @@
 //! `serve`: the daemon. Connects its parts in this order: receive systemd's signals, recover, publish events, serve calls,
 //! notify systemd.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -31,6 +32,7 @@ use crate::store::failures::Failures;
 use crate::supervise::{floods, slices};
 use crate::suspect::{self, Crashes};
 use crate::transport::ConnectionStore;
+use crate::transport::line::{self, Lines};
 use crate::transport::listener::{Adopted, Connections};
 use crate::transport::sockets::Socket;
 use crate::unit::fd_store::FdStore;
@@ -270,6 +272,7 @@ async fn serve(
         workers.spawn("watching for requests that hang", suspect::end_if_hanging(interval / 2));
     }
     let (connections, adopted, consoles) = adopt_connections(&fd_store, &mut kept, rescued, &crashes)?;
+    let lines = Lines::adopt(fd_store.clone(), &mut kept);
     let refs = Refs::new(fd_store.clone(), &mut kept, refs::limit(bus_config::match_rules()));
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let (listening, first) = oneshot::channel();
@@ -314,7 +317,7 @@ async fn serve(
         }
     });
     fault::point(Point::RecoverTasks);
-    spawn_workers(&mut workers, &shim, manager, outgoing);
+    spawn_workers(&mut workers, &shim, manager, outgoing, lines);
 
     crashes.forget_answered();
     workers.spawn("forgetting crashes of records", async move {
@@ -387,9 +390,10 @@ fn spawn_workers(
     shim: &Arc<Shim>,
     manager: Arc<Manager>,
     outgoing: mpsc::UnboundedReceiver<Arc<Entry>>,
+    (lines, earlier): (Lines, HashMap<String, line::Unwatched>),
 ) {
     let tasks = shim.tasks.clone();
-    workers.spawn("publishing events", events::publish(tasks.clone(), outgoing));
+    workers.spawn("publishing events", events::publish(tasks.clone(), outgoing, lines, earlier));
     workers.spawn("retrying failed writes of records", shim.cleanup.clone().write_pending());
     workers.spawn("removing what failed creates and given-up tasks left", shim.clone().remove_leftovers());
     workers.spawn("dropping unused copies of OCI runtimes", shim.clone().forget_idle_runtimes());

@@ -310,7 +310,7 @@ impl Durable {
 }
 
 /// Waits until a socket may accept more. Few sockets need this: most accept everything at once.
-async fn may_send(socket: io::Result<OwnedFd>) -> io::Result<()> {
+pub(super) async fn may_send(socket: io::Result<OwnedFd>) -> io::Result<()> {
     /// How long to wait if the socket can't be watched.
     const PAUSE: Duration = Duration::from_millis(100);
     match socket.and_then(sys::watch_writable) {

@@ -44,6 +44,16 @@ impl Frame {
         Head::of(&self.bytes).map_or(0, |head| head.stream)
     }
 
+    /// How many bytes follow the header, according to it.
+    pub fn length(&self) -> usize {
+        Head::of(&self.bytes).map_or(0, |head| head.length as usize)
+    }
+
+    /// True if the frame ends a call.
+    pub fn is_response(&self) -> bool {
+        self.bytes.get(8) == Some(&MESSAGE_TYPE_RESPONSE)
+    }
+
     /// True if the frame begins a call.
     pub fn is_request(&self) -> bool {
         self.bytes.get(8) == Some(&MESSAGE_TYPE_REQUEST)
@@ -70,11 +80,20 @@ impl Frame {
 
     /// Makes a response. `None` if it can't be encoded, or is too long.
     pub fn response(stream: u32, response: &ttrpc::Response) -> Option<Self> {
-        let rest = response.write_to_bytes().ok().filter(|rest| rest.len() <= MESSAGE_LENGTH_MAX)?;
+        Self::new(stream, MESSAGE_TYPE_RESPONSE, response)
+    }
+
+    /// Makes a request. `None` if it can't be encoded, or is too long.
+    pub fn of_request(stream: u32, request: &ttrpc::Request) -> Option<Self> {
+        Self::new(stream, MESSAGE_TYPE_REQUEST, request)
+    }
+
+    fn new(stream: u32, kind: u8, message: &impl Message) -> Option<Self> {
+        let rest = message.write_to_bytes().ok().filter(|rest| rest.len() <= MESSAGE_LENGTH_MAX)?;
         let mut bytes = Vec::with_capacity(HEADER + rest.len());
         bytes.extend(u32::try_from(rest.len()).ok()?.to_be_bytes());
         bytes.extend(stream.to_be_bytes());
-        bytes.extend([MESSAGE_TYPE_RESPONSE, 0]);
+        bytes.extend([kind, 0]);
         bytes.extend(rest);
         Some(Self { bytes })
     }

@@ -1,12 +1,14 @@
 //! Connections that outlive the process.
 //!
 //! containerd treats a closed connection as a dead shim. So the descriptor store keeps the connections ([`ConnectionStore`]), and the
-//! next daemon continues them where the last one ended ([`durable`]).
+//! next daemon continues them where the last one ended ([`durable`]). The connections to containerd for events are kept, too
+//! ([`mod@line`]).
 
 mod budget;
 pub mod durable;
 pub mod frame;
 pub mod journal;
+pub mod line;
 pub mod listener;
 #[cfg(test)]
 mod model;
