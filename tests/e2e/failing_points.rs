@@ -47,6 +47,10 @@ fn moments(point: &str) -> &'static [Moment] {
         "connection.response-unsent" => &[Moment::Resume],
         "connection.response-sent" => &[Moment::Exec],
         "publish.taken" => &[Moment::Kill],
+        // Delete removes the record. Whether an accepted event is written before depends on how fast containerd is.
+        "record.written" | "record.replaced" => {
+            &[Moment::Create, Moment::Start, Moment::ExecStart, Moment::ExecExit]
+        }
         point => super::crash_points::moments(point),
     }
 }
