@@ -186,8 +186,11 @@ impl Line {
     /// # Errors
     /// The call can't be noted.
     pub fn begin(&mut self, id: CallId, request: &ttrpc::Request) -> io::Result<()> {
-        // Streams of clients are odd (PROTOCOL.md of ttrpc).
-        let stream = if self.head.stream == 0 { 1 } else { self.head.stream + 2 };
+        // Streams of clients are odd, and grow (PROTOCOL.md of ttrpc). After the last one, another line is needed.
+        let stream = match self.head.stream {
+            0 => 1,
+            last => last.checked_add(2).ok_or(io::ErrorKind::QuotaExceeded)?,
+        };
         let frame = Frame::of_request(stream, request).ok_or(io::ErrorKind::InvalidInput)?;
         self.file.seek(SeekFrom::Start(FRAME))?;
         self.file.write_all_at(&frame.bytes, FRAME)?;
@@ -452,6 +455,16 @@ mod tests {
         assert_eq!(containerd.store.fds().len(), 2);
         drop(line);
         assert!(containerd.store.fds().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_line_has_an_end_after_its_last_stream() {
+        let containerd = Containerd::new();
+        let (mut line, _peer) = containerd.connect().await;
+        line.head.stream = u32::MAX - 2;
+        line.begin(CallId(1, 1, 1), &request(1)).unwrap();
+        line.end(true).unwrap();
+        assert!(line.begin(CallId(1, 1, 2), &request(1)).is_err());
     }
 
     #[tokio::test]
