@@ -19,7 +19,7 @@ use ttrpc::proto::{KeyValue, MESSAGE_LENGTH_MAX};
 use ttrpc::{Code, Response};
 
 use crate::services::{Entry, Outgoing, Tasks};
-use crate::transport::line::{CallId, Line, Lines, Unwatched};
+use crate::transport::event_connection::{CallId, EventConnection, EventConnections, Unwatched};
 
 use super::convert::NAMESPACE_KEY;
 use super::envelope;
@@ -42,17 +42,16 @@ const METHOD: &str = "Forward";
 pub async fn publish(
     tasks: Arc<Tasks>,
     mut outgoing: mpsc::UnboundedReceiver<Arc<Entry>>,
-    lines: Lines,
+    connections: Arc<EventConnections>,
     mut earlier: HashMap<String, Unwatched>,
 ) {
-    let lines = Arc::new(lines);
     let mut workers: HashMap<String, mpsc::UnboundedSender<Arc<Entry>>> = HashMap::new();
     while let Some(entry) = outgoing.recv().await {
         let address = entry.task().containerd.ttrpc_address.clone();
         let worker = workers.entry(address.clone()).or_insert_with(|| {
             // Bounded like `outgoing`: each task is in the queue at most once.
             let (sender, receiver) = mpsc::unbounded_channel();
-            let link = Link::new(lines.clone(), address.clone(), earlier.remove(path(&address)));
+            let link = Link::new(connections.clone(), address.clone(), earlier.remove(path(&address)));
             tokio::spawn(serve(tasks.clone(), link, receiver));
             sender
         });
@@ -122,9 +121,9 @@ impl HeldUp {
 
 /// The connection to one containerd, opened when it is needed.
 struct Link {
-    lines: Arc<Lines>,
+    connections: Arc<EventConnections>,
     address: String,
-    line: Option<Line>,
+    connection: Option<EventConnection>,
 }
 
 /// The path in an address.
@@ -137,17 +136,6 @@ fn id(outgoing: &Outgoing) -> CallId {
     let mut task = DefaultHasher::new();
     outgoing.task.key.hash(&mut task);
     CallId(task.finish(), outgoing.at_usec, outgoing.seq)
-}
-
-impl Link {
-    /// A link over a connection of an earlier daemon, if there is one.
-    fn new(lines: Arc<Lines>, address: String, earlier: Option<Unwatched>) -> Self {
-        let line = earlier.map(Unwatched::watch).transpose().unwrap_or_else(|error| {
-            tracing::debug!(%error, "can't watch a connection for events of an earlier daemon: {error}");
-            None
-        });
-        Self { lines, address, line }
-    }
 }
 
 /// Why an event was not accepted.
@@ -163,6 +151,15 @@ enum NotAccepted {
 }
 
 impl Link {
+    /// A link over a connection of an earlier daemon, if there is one.
+    fn new(connections: Arc<EventConnections>, address: String, earlier: Option<Unwatched>) -> Self {
+        let connection = earlier.map(Unwatched::watch).transpose().unwrap_or_else(|error| {
+            tracing::debug!(%error, "can't watch a connection for events of an earlier daemon: {error}");
+            None
+        });
+        Self { connections, address, connection }
+    }
+
     /// Sends an event; returns true if containerd has accepted it, or will never accept it. Waits until containerd can be
     /// reached, because none of its tasks can be served before.
     async fn deliver(&mut self, outgoing: &Outgoing) -> bool {
@@ -186,11 +183,11 @@ impl Link {
                     return true;
                 }
                 Err(NotAccepted::Later(reason)) => {
-                    self.line = None;
+                    self.connection = None;
                     tracing::warn!(%task, seq = outgoing.seq, "task {task}: containerd does not accept an event, sending it again: {reason}");
                     return false;
                 }
-                Err(NotAccepted::Stale) => self.line = None,
+                Err(NotAccepted::Stale) => self.connection = None,
                 Err(NotAccepted::Unreachable(reason)) => {
                     if !told {
                         tracing::warn!(%task, "containerd at {} can't be reached for events, trying again: {reason}", self.address);
@@ -224,31 +221,30 @@ impl Link {
             metadata: vec![namespace],
             ..ttrpc::Request::default()
         };
-        let is_new = self.line.is_none();
-        let line = self.connected().await?;
-        let failed = |reason: String| match is_new {
-            true => NotAccepted::Later(reason),
-            false => NotAccepted::Stale,
-        };
-        match tokio::time::timeout(FORWARD_LIMIT, call(line, id(outgoing), &request)).await {
+        let is_new = self.connection.is_none();
+        let connection = self.connected().await?;
+        match tokio::time::timeout(FORWARD_LIMIT, call(connection, id(outgoing), &request)).await {
             Ok(Ok(Answer::Accepted)) => Ok(()),
             Ok(Ok(Answer::Error(Code::INVALID_ARGUMENT, reason))) => Err(NotAccepted::Refused(reason)),
             Ok(Ok(Answer::Error(_, reason))) => Err(NotAccepted::Later(reason)),
-            Ok(Err(error)) => Err(failed(error.to_string())),
+            Ok(Err(error)) if is_new => Err(NotAccepted::Later(error.to_string())),
+            Ok(Err(_)) => Err(NotAccepted::Stale),
             Err(_) => Err(NotAccepted::Later("no answer in time".to_owned())),
         }
     }
 
-    async fn connected(&mut self) -> Result<&mut Line, NotAccepted> {
-        let line = match self.line.take() {
-            Some(line) => line,
+    async fn connected(&mut self) -> Result<&mut EventConnection, NotAccepted> {
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
             None => {
-                let line = tokio::time::timeout(FORWARD_LIMIT, self.lines.connect(path(&self.address))).await;
-                let line = line.map_err(|_| NotAccepted::Unreachable("no connection in time".to_owned()))?;
-                line.map_err(|error| NotAccepted::Unreachable(error.to_string()))?
+                let connection =
+                    tokio::time::timeout(FORWARD_LIMIT, self.connections.connect(path(&self.address))).await;
+                let connection =
+                    connection.map_err(|_| NotAccepted::Unreachable("no connection in time".to_owned()))?;
+                connection.map_err(|error| NotAccepted::Unreachable(error.to_string()))?
             }
         };
-        Ok(self.line.insert(line))
+        Ok(self.connection.insert(connection))
     }
 }
 
@@ -259,19 +255,23 @@ enum Answer {
 }
 
 /// Calls containerd, unless an earlier daemon has done so. That daemon may also have begun another call, which ends first.
-async fn call(line: &mut Line, id: CallId, request: &ttrpc::Request) -> io::Result<Answer> {
-    if line.under_way().is_some_and(|other| other != id) {
-        let answer = answer(&line.response().await?);
-        line.end(matches!(answer, Answer::Accepted))?;
+async fn call(connection: &mut EventConnection, id: CallId, request: &ttrpc::Request) -> io::Result<Answer> {
+    if connection.under_way().is_some_and(|other| other != id) {
+        finish(connection).await?;
     }
-    if line.has_succeeded(id) {
+    if connection.has_succeeded(id) {
         return Ok(Answer::Accepted);
     }
-    if line.under_way().is_none() {
-        line.begin(id, request)?;
+    if connection.under_way().is_none() {
+        connection.begin(id, request)?;
     }
-    let answer = answer(&line.response().await?);
-    line.end(matches!(answer, Answer::Accepted))?;
+    finish(connection).await
+}
+
+/// Waits for the answer to the call that is under way, which then has ended.
+async fn finish(connection: &mut EventConnection) -> io::Result<Answer> {
+    let answer = answer(&connection.response().await?);
+    connection.end(matches!(answer, Answer::Accepted))?;
     Ok(answer)
 }
 
@@ -382,8 +382,8 @@ mod tests {
             server.start().await.unwrap();
             tasks.announce(&noisy);
             tasks.announce(&quiet);
-            let (lines, earlier) = Lines::adopt(Arc::new(Nowhere), &mut Vec::new());
-            tokio::spawn(publish(tasks, outgoing, lines, earlier));
+            let (connections, earlier) = EventConnections::adopt(Arc::new(Nowhere), &mut Vec::new());
+            tokio::spawn(publish(tasks, outgoing, connections, earlier));
             containerd.exit.notified().await;
             containerd.topics.lock().unwrap().clone()
         });
@@ -399,8 +399,8 @@ mod tests {
         let dropped = world.live(move |shim| async move {
             let (entry, _) = shim.tasks.process(&init).unwrap();
             // Nobody listens there.
-            let (lines, _) = Lines::adopt(Arc::new(Nowhere), &mut Vec::new());
-            let mut link = Link::new(Arc::new(lines), "/nonexistent".to_owned(), None);
+            let (connections, _) = EventConnections::adopt(Arc::new(Nowhere), &mut Vec::new());
+            let mut link = Link::new(connections, "/nonexistent".to_owned(), None);
             let mut dropped = Vec::new();
             for bytes in [LARGEST / 2, LARGEST] {
                 // The event of a Create contains the mounts.

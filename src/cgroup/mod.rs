@@ -194,8 +194,10 @@ fn is_populated_by(events: &str) -> bool {
 /// # Errors
 /// The kernel refused.
 pub fn enter(cgroup: &Path) -> Result<(), Error> {
-    let path = dir(cgroup).join("cgroup.procs");
-    in_made(cgroup, |_| fs::write(&path, "0").map_err(io_error("write", &path)))
+    in_made(cgroup, |dir| {
+        let path = dir.join("cgroup.procs");
+        fs::write(&path, "0").map_err(io_error("write", &path))
+    })
 }
 
 /// Opens the directory of a cgroup. Creates the cgroup if it does not exist.

@@ -32,7 +32,7 @@ use crate::store::failures::Failures;
 use crate::supervise::{floods, slices};
 use crate::suspect::{self, Crashes};
 use crate::transport::ConnectionStore;
-use crate::transport::line::{self, Lines};
+use crate::transport::event_connection::{self, EventConnections};
 use crate::transport::listener::{Adopted, Connections};
 use crate::transport::sockets::Socket;
 use crate::unit::fd_store::FdStore;
@@ -272,7 +272,7 @@ async fn serve(
         workers.spawn("watching for requests that hang", suspect::end_if_hanging(interval / 2));
     }
     let (connections, adopted, consoles) = adopt_connections(&fd_store, &mut kept, rescued, &crashes)?;
-    let lines = Lines::adopt(fd_store.clone(), &mut kept);
+    let event_connections = EventConnections::adopt(fd_store.clone(), &mut kept);
     let refs = Refs::new(fd_store.clone(), &mut kept, refs::limit(bus_config::match_rules()));
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     let (listening, first) = oneshot::channel();
@@ -317,7 +317,7 @@ async fn serve(
         }
     });
     fault::point(Point::RecoverTasks);
-    spawn_workers(&mut workers, &shim, manager, outgoing, lines);
+    spawn_workers(&mut workers, &shim, manager, outgoing, event_connections);
 
     crashes.forget_answered();
     workers.spawn("forgetting crashes of records", async move {
@@ -390,10 +390,10 @@ fn spawn_workers(
     shim: &Arc<Shim>,
     manager: Arc<Manager>,
     outgoing: mpsc::UnboundedReceiver<Arc<Entry>>,
-    (lines, earlier): (Lines, HashMap<String, line::Unwatched>),
+    (event_connections, earlier): (Arc<EventConnections>, HashMap<String, event_connection::Unwatched>),
 ) {
     let tasks = shim.tasks.clone();
-    workers.spawn("publishing events", events::publish(tasks.clone(), outgoing, lines, earlier));
+    workers.spawn("publishing events", events::publish(tasks.clone(), outgoing, event_connections, earlier));
     workers.spawn("retrying failed writes of records", shim.cleanup.clone().write_pending());
     workers.spawn("removing what failed creates and given-up tasks left", shim.clone().remove_leftovers());
     workers.spawn("dropping unused copies of OCI runtimes", shim.clone().forget_idle_runtimes());

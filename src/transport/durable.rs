@@ -389,7 +389,7 @@ fn look(socket: &OwnedFd, journal: &mut Journal) -> Result<Option<(usize, Vec<Fr
 }
 
 /// Removes bytes from the socket that were peeked.
-fn discard(socket: &OwnedFd, mut length: usize) -> Result<(), Errno> {
+pub(super) fn discard(socket: &OwnedFd, mut length: usize) -> Result<(), Errno> {
     let mut bytes = [0; CHUNK];
     while length > 0 {
         let part = length.min(CHUNK);

@@ -390,16 +390,7 @@ impl Journal {
     /// # Errors
     /// `EAGAIN`: the socket is full. Any other error: the connection is broken.
     pub fn send(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
-        while self.unsent() > 0 {
-            let length = usize::try_from(self.unsent()).unwrap_or(usize::MAX);
-            match sendfile(socket, self.file.as_fd(), None, length) {
-                Ok(0) => return Err(Errno::EIO),
-                Ok(sent) => self.out_sent += sent as u64,
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno),
-            }
-        }
-        Ok(())
+        send(socket, &self.file, &mut self.out_sent, self.out_end)
     }
 
     /// The descriptor to keep.
@@ -497,6 +488,23 @@ impl Journal {
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         Ok(fallocate(&self.file, flags, range(base + start)?, range(end - start)?)?)
     }
+}
+
+/// Sends from the position of a file until `sent` is `end`, or until the socket accepts no more.
+///
+/// # Errors
+/// As [`Journal::send`].
+pub(super) fn send(socket: BorrowedFd<'_>, file: &File, sent: &mut u64, end: u64) -> Result<(), Errno> {
+    while *sent < end {
+        let length = usize::try_from(end - *sent).unwrap_or(usize::MAX);
+        match sendfile(socket, file, None, length) {
+            Ok(0) => return Err(Errno::EIO),
+            Ok(more) => *sent += more as u64,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,6 +1,5 @@
 //! The daemon's connections: those of earlier daemons, and new ones.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -21,7 +20,7 @@ use super::budget::Budget;
 use super::durable::{Durable, Unwatched, failed};
 use super::journal::{self, Journal};
 use super::sockets::Socket;
-use super::{ConnectionStore, Count, StoreEntry};
+use super::{ConnectionStore, Count, StoreEntry, take_numbered};
 
 /// The prefix of the names under which connections are kept. A number follows.
 const PREFIX: &str = "c";
@@ -55,13 +54,7 @@ impl Connections {
         let wake = quota::apart(|| Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC))?;
         let count = Count::default();
         let budget = Budget::default();
-        let mut pairs: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
-        for (name, fd) in std::mem::take(kept) {
-            match number(&name) {
-                Some(number) => pairs.entry(number).or_default().push(fd),
-                None => kept.push((name, fd)),
-            }
-        }
+        let pairs = take_numbered(PREFIX, kept);
         let next = pairs.keys().max().map_or(0, |last| last + 1);
         let mut adopted = Vec::new();
         for (number, fds) in pairs {
@@ -197,11 +190,6 @@ fn wake_for(wake: &Epoll, socket: &UnixStream) {
 /// connection is not kept.
 fn is_over(stream: &UnixStream) -> bool {
     recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) == Ok(0)
-}
-
-/// The number in a connection's name.
-fn number(name: &str) -> Option<u64> {
-    name.strip_prefix(PREFIX)?.parse().ok()
 }
 
 fn adopt(

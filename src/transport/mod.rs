@@ -2,20 +2,21 @@
 //!
 //! containerd treats a closed connection as a dead shim. So the descriptor store keeps the connections ([`ConnectionStore`]), and the
 //! next daemon continues them where the last one ended ([`durable`]). The connections to containerd for events are kept, too
-//! ([`mod@line`]).
+//! ([`event_connection`]).
 
 mod budget;
 pub mod durable;
+pub mod event_connection;
 pub mod frame;
 pub mod journal;
-pub mod line;
 pub mod listener;
 #[cfg(test)]
 mod model;
 pub mod sockets;
 pub mod weight;
 
-use std::os::fd::BorrowedFd;
+use std::collections::HashMap;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -28,6 +29,18 @@ pub trait ConnectionStore: Send + Sync {
     fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()>;
     /// Closes all descriptors that are kept under a name.
     fn forget(&self, name: &str);
+}
+
+/// Takes what is kept under names of this prefix and a number out of `kept`. Returns the descriptors by number.
+fn take_numbered(prefix: &str, kept: &mut Vec<(String, OwnedFd)>) -> HashMap<u64, Vec<OwnedFd>> {
+    let mut taken: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
+    for (name, fd) in std::mem::take(kept) {
+        match name.strip_prefix(prefix).and_then(|number| number.parse().ok()) {
+            Some(number) => taken.entry(number).or_default().push(fd),
+            None => kept.push((name, fd)),
+        }
+    }
+    taken
 }
 
 /// A number of connections.

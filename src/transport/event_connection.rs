@@ -1,9 +1,9 @@
-//! A connection to containerd for events, which outlives the process: an event that containerd has accepted is not sent
-//! again because the daemon ended before it had recorded that.
+//! The connection to containerd for events, which outlives the process: the next daemon does not send an event again that
+//! containerd has accepted, even if the last daemon ended before it had recorded that.
 //!
 //! One call is under way at a time. Its frame is in a memfd that is kept together with the connection, and is sent with
 //! sendfile(2), so the position of the file shows how much was sent, wherever the process ends ([`super::journal`]). The
-//! response stays in the socket until the caller has recorded what it means.
+//! response stays in the socket until the memfd says that the call has ended.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -16,7 +16,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::sendfile::sendfile;
 use nix::sys::socket::{MsgFlags, recv};
 use protobuf::Message;
 use serde::{Deserialize, Serialize};
@@ -27,11 +26,12 @@ use ttrpc::proto::MESSAGE_LENGTH_MAX;
 use crate::fault::{self, Point};
 use crate::sys;
 
-use super::ConnectionStore;
-use super::durable::may_send;
+use super::durable::{discard, may_send};
 use super::frame::{Frame, HEADER};
+use super::journal::send;
+use super::{ConnectionStore, take_numbered};
 
-/// The prefix of the names under which lines are kept. A number follows.
+/// The prefix of the names under which connections are kept. A number follows.
 const PREFIX: &str = "events-";
 
 /// The head ends before this position, at which the frame of the call begins. The head is shorter than a page, so it is written
@@ -41,10 +41,10 @@ const FRAME: u64 = 4096;
 /// Memory above this is freed after a call, in bytes.
 const KEPT: u64 = 64 << 10;
 
-/// How many calls the head names that containerd has answered. A caller that could not record the last answers is rare.
-const ANSWERED: usize = 16;
+/// How many of the last successful calls the head names. The caller has recorded earlier ones by then.
+const MOST_SUCCEEDED: usize = 16;
 
-/// What identifies a call: whatever the caller says. No two calls have the same.
+/// Identifies a call. The caller chooses the numbers, and other numbers for each call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CallId(pub u64, pub u64, pub u64);
 
@@ -62,46 +62,40 @@ struct Head {
 }
 
 /// The connections to all containerds.
-pub struct Lines {
+pub struct EventConnections {
     store: Arc<dyn ConnectionStore>,
     /// The number of the next one.
     next: AtomicU64,
 }
 
-impl Lines {
-    /// Takes the lines of earlier daemons out of `kept`. Those that can't be used are not kept any longer. Returns the lines by
+impl EventConnections {
+    /// Takes the connections of earlier daemons out of `kept`. Those that can't be used are not kept any longer. Returns the connections by
     /// address.
     pub fn adopt(
         store: Arc<dyn ConnectionStore>,
         kept: &mut Vec<(String, OwnedFd)>,
-    ) -> (Self, HashMap<String, Unwatched>) {
-        let mut pairs: HashMap<u64, Vec<OwnedFd>> = HashMap::new();
-        for (name, fd) in std::mem::take(kept) {
-            match name.strip_prefix(PREFIX).and_then(|number| number.parse().ok()) {
-                Some(number) => pairs.entry(number).or_default().push(fd),
-                None => kept.push((name, fd)),
-            }
-        }
+    ) -> (Arc<Self>, HashMap<String, Unwatched>) {
+        let pairs = take_numbered(PREFIX, kept);
         let next = pairs.keys().max().map_or(0, |last| last + 1);
         let mut adopted = HashMap::new();
         for (number, fds) in pairs {
             let entry = Entry { store: store.clone(), name: format!("{PREFIX}{number}") };
             match Unwatched::adopt(fds, entry) {
-                // A daemon has one line for each containerd.
-                Ok(line) => drop(adopted.insert(line.head.address.clone(), line)),
+                // A daemon has one connection for each containerd.
+                Ok(connection) => drop(adopted.insert(connection.head.address.clone(), connection)),
                 Err(error) => {
                     tracing::debug!(%error, "a connection for events of an earlier daemon is of no use: {error}");
                 }
             }
         }
-        (Self { store, next: AtomicU64::new(next) }, adopted)
+        (Arc::new(Self { store, next: AtomicU64::new(next) }), adopted)
     }
 
     /// Connects to a containerd. If the connection can't be kept, it ends with this process.
     ///
     /// # Errors
     /// Nobody listens there.
-    pub async fn connect(&self, address: &str) -> io::Result<Line> {
+    pub async fn connect(&self, address: &str) -> io::Result<EventConnection> {
         let socket = tokio::net::UnixStream::connect(address).await?.into_std()?;
         let file = File::from(memfd_create("shim-events", MFdFlags::MFD_CLOEXEC)?);
         let head = Head { address: address.to_owned(), ..Head::default() };
@@ -115,7 +109,8 @@ impl Lines {
     }
 }
 
-/// The entry in the descriptor store. Dropped with its line, which is not kept any longer then.
+/// The entry in the descriptor store. On drop, the connection is not kept any longer. Unlike the connections of clients,
+/// it is not counted.
 struct Entry {
     store: Arc<dyn ConnectionStore>,
     name: String,
@@ -127,7 +122,7 @@ impl Drop for Entry {
     }
 }
 
-/// A line that the async runtime does not watch yet.
+/// A connection that the async runtime does not watch yet.
 pub struct Unwatched {
     socket: OwnedFd,
     file: File,
@@ -150,18 +145,18 @@ impl Unwatched {
         Ok(Self { socket: socket.into(), file, head, sent, entry })
     }
 
-    /// Lets the async runtime watch the line.
+    /// Lets the async runtime watch the connection.
     ///
     /// # Errors
     /// The kernel can't watch it.
-    pub fn watch(self) -> io::Result<Line> {
+    pub fn watch(self) -> io::Result<EventConnection> {
         let Self { socket, file, head, sent, entry } = self;
-        Ok(Line { socket: sys::watch(socket)?, file, head, sent, _entry: entry })
+        Ok(EventConnection { socket: sys::watch(socket)?, file, head, sent, _entry: entry })
     }
 }
 
-/// A connection to one containerd. If a call fails, or is given up, the line must be dropped.
-pub struct Line {
+/// A connection to one containerd. If a call fails, or is given up, the connection must be dropped.
+pub struct EventConnection {
     socket: AsyncFd<OwnedFd>,
     file: File,
     head: Head,
@@ -170,7 +165,7 @@ pub struct Line {
     _entry: Entry,
 }
 
-impl Line {
+impl EventConnection {
     /// The call that is under way.
     pub fn under_way(&self) -> Option<CallId> {
         self.head.under_way.map(|(id, _)| id)
@@ -186,7 +181,7 @@ impl Line {
     /// # Errors
     /// The call can't be noted.
     pub fn begin(&mut self, id: CallId, request: &ttrpc::Request) -> io::Result<()> {
-        // Streams of clients are odd, and grow (PROTOCOL.md of ttrpc). After the last one, another line is needed.
+        // Streams of clients are odd, and grow (PROTOCOL.md of ttrpc). After the last one, another connection is needed.
         let stream = match self.head.stream {
             0 => 1,
             last => last.checked_add(2).ok_or(io::ErrorKind::QuotaExceeded)?,
@@ -207,14 +202,10 @@ impl Line {
     /// The connection has ended, or no call is under way.
     pub async fn response(&mut self) -> io::Result<Response> {
         let (_, length) = self.head.under_way.ok_or(io::ErrorKind::InvalidInput)?;
-        while self.sent < length {
-            let left = usize::try_from(length - self.sent).unwrap_or(usize::MAX);
-            match sendfile(self.socket.get_ref(), &self.file, None, left) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(sent) => self.sent += sent as u64,
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => may_send(self.socket.get_ref().try_clone()).await?,
-                Err(errno) => return Err(errno.into()),
+        while let Err(errno) = send(self.socket.get_ref().as_fd(), &self.file, &mut self.sent, length) {
+            match errno {
+                Errno::EAGAIN => may_send(self.socket.get_ref().try_clone()).await?,
+                other => return Err(other.into()),
             }
         }
         fault::point(Point::PublishSent);
@@ -240,7 +231,7 @@ impl Line {
         let Some((id, length)) = self.head.under_way.take() else { return Ok(()) };
         if has_succeeded {
             self.head.succeeded.push(id);
-            let surplus = self.head.succeeded.len().saturating_sub(ANSWERED);
+            let surplus = self.head.succeeded.len().saturating_sub(MOST_SUCCEEDED);
             self.head.succeeded.drain(..surplus);
         }
         // The response is still in the socket: the next call drops it.
@@ -278,20 +269,6 @@ fn peek(socket: &OwnedFd) -> io::Result<Option<Frame>> {
         }
         wanted = whole;
     }
-}
-
-fn discard(socket: &OwnedFd, mut length: usize) -> io::Result<()> {
-    let mut bytes = [0; 4096];
-    while length > 0 {
-        let part = length.min(bytes.len());
-        match recv(socket.as_raw_fd(), &mut bytes[..part], MsgFlags::MSG_DONTWAIT) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(taken) => length -= taken,
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
 }
 
 /// Writes the head: its length, then the head itself.
@@ -365,19 +342,19 @@ mod tests {
             Self { _dir: dir, address, listener, store: Arc::default() }
         }
 
-        async fn connect(&self) -> (Line, UnixStream) {
-            let (lines, _) = Lines::adopt(self.store.clone(), &mut Vec::new());
-            let line = lines.connect(&self.address).await.unwrap();
-            (line, self.listener.accept().unwrap().0)
+        async fn connect(&self) -> (EventConnection, UnixStream) {
+            let (connections, _) = EventConnections::adopt(self.store.clone(), &mut Vec::new());
+            let connection = connections.connect(&self.address).await.unwrap();
+            (connection, self.listener.accept().unwrap().0)
         }
 
-        /// The line of the next daemon. This one is killed: its line closes nothing for anybody else.
-        fn killed(&self, line: Line) -> Line {
+        /// The connection of the next daemon. This one is killed: its connection closes nothing for anybody else.
+        fn killed(&self, connection: EventConnection) -> EventConnection {
             let mut kept = self.store.fds();
-            kept.push(("c1".to_owned(), line.file.try_clone().unwrap().into()));
-            std::mem::forget(line._entry);
-            drop((line.socket, line.file));
-            let (_, mut adopted) = Lines::adopt(self.store.clone(), &mut kept);
+            kept.push(("c1".to_owned(), connection.file.try_clone().unwrap().into()));
+            std::mem::forget(connection._entry);
+            drop((connection.socket, connection.file));
+            let (_, mut adopted) = EventConnections::adopt(self.store.clone(), &mut kept);
             assert_eq!(kept.len(), 1, "the descriptors of others are left");
             adopted.remove(&self.address).unwrap().watch().unwrap()
         }
@@ -413,67 +390,68 @@ mod tests {
     #[tokio::test]
     async fn a_call_is_sent_once_wherever_the_daemon_ends() {
         let containerd = Containerd::new();
-        let (mut line, mut peer) = containerd.connect().await;
+        let (mut connection, mut peer) = containerd.connect().await;
         // More than the socket takes at once, then usual ones. The stages of each call: noted, sent in part or whole, answered,
         // and ended.
         for (number, bytes) in (0..).zip([2 << 20, 10, 10]) {
             let id = CallId(1, 2, number);
-            line.begin(id, &request(bytes)).unwrap();
-            line = containerd.killed(line);
-            assert_eq!(line.under_way(), Some(id));
-            assert!(line.response().now_or_never().is_none());
-            line = containerd.killed(line);
+            connection.begin(id, &request(bytes)).unwrap();
+            connection = containerd.killed(connection);
+            assert_eq!(connection.under_way(), Some(id));
+            assert!(connection.response().now_or_never().is_none());
+            connection = containerd.killed(connection);
             let reading = std::thread::spawn(move || (receive(&mut peer, 1).remove(0), peer));
             while !reading.is_finished() {
-                let _ = tokio::time::timeout(std::time::Duration::from_millis(5), line.response()).await;
-                line = containerd.killed(line);
+                let _ =
+                    tokio::time::timeout(std::time::Duration::from_millis(5), connection.response()).await;
+                connection = containerd.killed(connection);
             }
             let frame;
             (frame, peer) = reading.join().unwrap();
             assert_eq!(frame.request().unwrap().payload, request(bytes).payload);
             respond(&mut peer, &frame);
-            assert_eq!(line.response().await.unwrap(), Response::new());
-            line = containerd.killed(line);
-            assert_eq!(line.response().await.unwrap(), Response::new());
-            assert!(!line.has_succeeded(id));
-            line.end(true).unwrap();
-            line = containerd.killed(line);
-            assert!(line.has_succeeded(id) && line.under_way().is_none());
+            assert_eq!(connection.response().await.unwrap(), Response::new());
+            connection = containerd.killed(connection);
+            assert_eq!(connection.response().await.unwrap(), Response::new());
+            assert!(!connection.has_succeeded(id));
+            connection.end(true).unwrap();
+            connection = containerd.killed(connection);
+            assert!(connection.has_succeeded(id) && connection.under_way().is_none());
             assert_nothing_more(&peer);
         }
     }
 
     #[tokio::test]
-    async fn a_line_whose_containerd_has_ended_is_not_kept() {
+    async fn a_connection_whose_containerd_has_ended_is_not_kept() {
         let containerd = Containerd::new();
-        let (mut line, mut peer) = containerd.connect().await;
-        line.begin(CallId(1, 1, 1), &request(1)).unwrap();
-        assert!(line.response().now_or_never().is_none());
+        let (mut connection, mut peer) = containerd.connect().await;
+        connection.begin(CallId(1, 1, 1), &request(1)).unwrap();
+        assert!(connection.response().now_or_never().is_none());
         receive(&mut peer, 1);
         drop(peer);
-        assert!(line.response().await.is_err());
+        assert!(connection.response().await.is_err());
         assert_eq!(containerd.store.fds().len(), 2);
-        drop(line);
+        drop(connection);
         assert!(containerd.store.fds().is_empty());
     }
 
     #[tokio::test]
-    async fn a_line_has_an_end_after_its_last_stream() {
+    async fn a_connection_has_an_end_after_its_last_stream() {
         let containerd = Containerd::new();
-        let (mut line, _peer) = containerd.connect().await;
-        line.head.stream = u32::MAX - 2;
-        line.begin(CallId(1, 1, 1), &request(1)).unwrap();
-        line.end(true).unwrap();
-        assert!(line.begin(CallId(1, 1, 2), &request(1)).is_err());
+        let (mut connection, _peer) = containerd.connect().await;
+        connection.head.stream = u32::MAX - 2;
+        connection.begin(CallId(1, 1, 1), &request(1)).unwrap();
+        connection.end(true).unwrap();
+        assert!(connection.begin(CallId(1, 1, 2), &request(1)).is_err());
     }
 
     #[tokio::test]
-    async fn what_is_no_line_is_not_kept() {
+    async fn what_is_no_event_connection_is_not_kept() {
         let containerd = Containerd::new();
-        let (line, peer) = containerd.connect().await;
-        line.file.write_all_at(&[0xff; 64], 0).unwrap();
+        let (connection, peer) = containerd.connect().await;
+        connection.file.write_all_at(&[0xff; 64], 0).unwrap();
         let mut kept = containerd.store.fds();
-        let (_, adopted) = Lines::adopt(containerd.store.clone(), &mut kept);
+        let (_, adopted) = EventConnections::adopt(containerd.store.clone(), &mut kept);
         assert!(adopted.is_empty() && containerd.store.fds().is_empty());
         drop(peer);
     }
