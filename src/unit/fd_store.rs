@@ -104,11 +104,17 @@ struct State {
     is_warned_of_files: bool,
 }
 
-/// A holder, and its name in the store.
+/// A holder, and the number in its name in the store.
 #[derive(Debug)]
 struct Named {
-    name: String,
+    number: u64,
     holder: Holder,
+}
+
+impl Named {
+    fn name(&self) -> String {
+        format!("{PREFIX}{}", self.number)
+    }
 }
 
 /// The holders that have descriptors.
@@ -121,7 +127,8 @@ struct Used {
 
 impl Used {
     fn add(&mut self, label: String, holder: Named) {
-        self.by_label.entry(label).or_default().push(holder);
+        // Nearly every label has one holder.
+        self.by_label.entry(label).or_insert_with(|| Vec::with_capacity(1)).push(holder);
         self.count += 1;
     }
 
@@ -153,10 +160,10 @@ impl State {
         self.is_warned_of_files = is_low;
     }
 
-    fn new_name(&mut self) -> String {
-        let name = format!("{PREFIX}{}", self.next);
+    fn next_number(&mut self) -> u64 {
+        let number = self.next;
         self.next += 1;
-        name
+        number
     }
 }
 
@@ -203,9 +210,9 @@ impl FdStore {
             room.subtract(&contents);
             match contents.first() {
                 Some((label, _)) => {
-                    state.used.add(label.clone(), Named { name, holder });
+                    state.used.add(label.clone(), Named { number, holder });
                 }
-                None => state.idle.push_back(Named { name, holder }),
+                None => state.idle.push_back(Named { number, holder }),
             }
             found.extend(contents);
         }
@@ -335,8 +342,9 @@ impl FdStore {
         match holder.holder.clear() {
             Ok(()) => self.keep_idle(holder),
             Err(error) => {
-                tracing::warn!(%error, "can't empty the holder {}: {error}", holder.name);
-                self.remove(&holder.name);
+                let name = holder.name();
+                tracing::warn!(%error, "can't empty the holder {name}: {error}");
+                self.remove(&name);
             }
         }
     }
@@ -351,8 +359,8 @@ impl FdStore {
             }
             Some(holder)
         });
-        if let Some(Named { name, .. }) = surplus {
-            self.remove(&name);
+        if let Some(holder) = surplus {
+            self.remove(&holder.name());
         }
     }
 
@@ -373,12 +381,14 @@ impl FdStore {
     }
 
     fn make(&self) -> Result<Named, Error> {
-        let holder = Holder::new().map_err(Error::Make)?;
-        let name = self.state(State::new_name);
+        let holder = Named {
+            holder: Holder::new().map_err(Error::Make)?,
+            number: self.state(State::next_number),
+        };
         // FDPOLL=0: systemd must not remove a holder when it becomes readable.
-        let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}");
-        self.notifier.send_one_of_many(&message, &[holder.as_fd()]).map_err(Error::Send)?;
-        Ok(Named { name, holder })
+        let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={}", holder.name());
+        self.notifier.send_one_of_many(&message, &[holder.holder.as_fd()]).map_err(Error::Send)?;
+        Ok(holder)
     }
 
     /// Removes the descriptors with this name from systemd's store.
