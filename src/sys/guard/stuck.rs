@@ -75,7 +75,10 @@ pub unsafe fn wait_for_end(parent: libc::pid_t, all: &libc::sigset_t) -> Option<
     unsafe {
         while libc::getppid() == parent {
             // The kernel sends one when the thread that has started this process ends, also if others of its process go on.
-            libc::sigwaitinfo(all, std::ptr::null_mut());
+            // Without a signal, the wait ends when this process was stopped and continues, or is traced (signal(7)).
+            if libc::sigwaitinfo(all, std::ptr::null_mut()) < 0 {
+                continue;
+            }
             let mut dead = 0;
             for _ in 0..LOOKS {
                 libc::nanosleep(&LOOK, std::ptr::null_mut());
