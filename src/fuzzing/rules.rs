@@ -279,7 +279,7 @@ fn devices_limits(get: &impl Fn(&str) -> Option<Variant<'static>>) -> Option<Str
         }
     }
     let line = |(device, limits): (String, [Option<u64>; 4])| {
-        let device = device.trim_start_matches("/dev/block/").to_owned();
+        let device = device.strip_prefix("/dev/block/").unwrap_or(&device).to_owned();
         let [rbps, wbps, riops, wiops] =
             limits.map(|limit| limit.map_or_else(|| "max".to_owned(), |limit| limit.to_string()));
         format!("{device} rbps={rbps} wbps={wbps} riops={riops} wiops={wiops}")

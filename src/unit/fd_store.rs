@@ -381,10 +381,8 @@ impl FdStore {
     }
 
     fn make(&self) -> Result<Named, Error> {
-        let holder = Named {
-            holder: Holder::new().map_err(Error::Make)?,
-            number: self.state(State::next_number),
-        };
+        let holder =
+            Named { holder: Holder::new().map_err(Error::Make)?, number: self.state(State::next_number) };
         // FDPOLL=0: systemd must not remove a holder when it becomes readable.
         let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={}", holder.name());
         self.notifier.send_one_of_many(&message, &[holder.holder.as_fd()]).map_err(Error::Send)?;

@@ -81,7 +81,8 @@ fn set(property: &'static str, value: &str) -> Option<(&'static str, Variant<'st
     Some((property, bits.into()))
 }
 
-/// Each of the four limits is one property, a list of devices. An empty list comes first: systemd appends to lists.
+/// Each of the four limits is one property, a list of devices (`MAJOR:MINOR`). An empty list comes first: systemd appends to
+/// lists.
 fn io_max(value: &str) -> Vec<(&'static str, Variant<'static>)> {
     const PROPERTIES: [(&str, &str); 4] = [
         ("rbps=", "IOReadBandwidthMax"),
@@ -92,8 +93,10 @@ fn io_max(value: &str) -> Vec<(&'static str, Variant<'static>)> {
     let limits_of = |key: &str| -> Vec<(String, u64)> {
         let limit = |line: &str| {
             let (device, limits) = line.split_once(' ')?;
+            let (major, minor) = device.split_once(':')?;
+            let (major, minor): (u32, u32) = (major.parse().ok()?, minor.parse().ok()?);
             let value = limits.split(' ').find_map(|limit| limit.strip_prefix(key))?;
-            Some((format!("/dev/block/{device}"), value.parse().ok()?))
+            Some((format!("/dev/block/{major}:{minor}"), value.parse().ok()?))
         };
         value.lines().filter_map(limit).collect()
     };
@@ -168,5 +171,12 @@ mod tests {
             "{shown:?}"
         );
         assert_eq!(shown.len(), 6, "four that are emptied, two that are set: {shown:?}");
+    }
+
+    #[test]
+    fn what_is_no_device_has_no_limits() {
+        for line in ["x rbps=1", "8 rbps=1", "8:x rbps=1", "/dev/block/8:0 rbps=1", "8:0:0 rbps=1"] {
+            assert_eq!(shown(&[(Attribute::IoMax, line)]).len(), 4, "only the four that are emptied: {line}");
+        }
     }
 }
