@@ -120,15 +120,16 @@ fn fields(message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
         let kind = WireType::new(tag & 7)?;
         let mut length = 0;
         if kind == WireType::LengthDelimited {
-            length = input.read_raw_varint32().ok()?;
+            // The decoder accepts 64 bits for the length of a message.
+            let announced = input.read_raw_varint64().ok()?;
             let left = message.len().checked_sub(usize::try_from(input.pos()).ok()?)?;
-            length = length.min(u32::try_from(left).unwrap_or(u32::MAX));
-            input.skip_raw_bytes(length).ok()?;
+            length = usize::try_from(announced).unwrap_or(left).min(left);
+            input.skip_raw_bytes(length.try_into().ok()?).ok()?;
         } else {
             input.skip_field(kind).ok()?;
         }
         let end = usize::try_from(input.pos()).ok()?;
-        Some((tag >> 3, message.get(end.checked_sub(length as usize)?..end)?))
+        Some((tag >> 3, message.get(end.checked_sub(length)?..end)?))
     })
 }
 

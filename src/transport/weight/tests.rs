@@ -136,8 +136,11 @@ fn the_last_method_and_payload_count_and_a_broken_request_counts_up_to_where_it_
 #[test]
 fn fields_of_a_message_that_is_cut_off_are_counted() {
     // The fifth field, metadata, claims to have 2^21 - 1 bytes.
-    let cut_off = |count| [vec![5 << 3 | 2, 0xff, 0xff, 0x7f], unknown(count)].concat();
-    assert_eq!(ttrpc::Request::parse_from_bytes(&cut_off(3)).unwrap().metadata.len(), 1);
-    assert!(weigh(&framed(&cut_off(3))).unwrap() > 4 * FIELD_WEIGHT);
-    assert_eq!(weigh(&framed(&cut_off(10_000))), Err(TooComplex::Fields));
+    // The length that the field announces: of 21 bits, and of 56 bits.
+    for length in [&[0xff, 0xff, 0x7f][..], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f]] {
+        let cut_off = |count| [&[5 << 3 | 2], length, &unknown(count)].concat();
+        assert_eq!(ttrpc::Request::parse_from_bytes(&cut_off(3)).unwrap().metadata.len(), 1);
+        assert!(weigh(&framed(&cut_off(3))).unwrap() > 4 * FIELD_WEIGHT);
+        assert_eq!(weigh(&framed(&cut_off(10_000))), Err(TooComplex::Fields));
+    }
 }
