@@ -59,6 +59,11 @@ impl Systemd {
     pub fn has_fd_store_preserve(self) -> bool {
         self.version >= 254
     }
+
+    /// True if systemd has `RestartSteps=` and `RestartMaxDelaySec=` (254).
+    pub fn has_restart_steps(self) -> bool {
+        self.version >= 254
+    }
 }
 
 /// syslog(3): error conditions.
@@ -301,7 +306,7 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
         ("Slice", name::DAEMON_SLICE.into()),
         ("Restart", "always".into()),
         // The pause keeps a daemon that crashes at every start from using a whole processor.
-        ("RestartUSec", usec(Duration::from_millis(100)).into()),
+        ("RestartUSec", usec(Duration::from_millis(20)).into()),
         NO_START_LIMIT,
         // The exit code of a daemon that was started without its socket: another start would not help.
         ("RestartPreventExitStatus", (vec![2_i32], Vec::<i32>::new()).into()),
@@ -329,6 +334,10 @@ pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
     ];
     if systemd.has_fd_store_preserve() {
         list.push(("FileDescriptorStorePreserve", "yes".into()));
+    }
+    if systemd.has_restart_steps() {
+        list.push(("RestartSteps", 20_u32.into()));
+        list.push(("RestartMaxDelayUSec", usec(Duration::from_millis(100)).into()));
     }
     // As the packaged service (`ExecStart=+`), which may meet drop-ins for all services later.
     Properties(exec_flags::unrestricted(&list))

@@ -19,11 +19,11 @@ use std::path::Path;
 use nix::libc;
 
 /// How often a guard looks at the process that it was started for, once a signal said that a thread of it has ended.
-const LOOK: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+const LOOK: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 4_000_000 };
 /// How often it looks. Processes that are not stuck go away within milliseconds.
-const LOOKS: u32 = 3000;
+const LOOKS: u32 = 15_000;
 /// So many looks in a row must find the process dead and still there.
-const STUCK_AFTER: u32 = 10;
+const STUCK_AFTER: u32 = 50;
 /// How long the heir waits until systemd has read its message.
 const BARRIER_MSEC: libc::c_int = 5000;
 /// How long one process has for closing descriptors until the next one continues: one that a container keeps busy is not

@@ -8,10 +8,10 @@
 
 use nix::libc;
 
-/// Between the ends of two children. The first one ends before `RestartSec=` of the daemon's unit (100 ms) is over.
-static PAUSE: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 30_000_000 };
+/// Between the ends of two children. `RestartSec=` of the daemon's unit is 20 ms.
+static PAUSE: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 12_000_000 };
 /// The last one ends 360 ms after the daemon, when systemd has looked at its timers anyway.
-const TIMES: u32 = 12;
+const TIMES: u32 = 30;
 
 /// Wakes systemd, which is the parent of this process, several times. Returns true as soon as one of the signals comes.
 ///

@@ -109,7 +109,7 @@ fn the_installed_service_says_what_the_transient_one_does() {
     let transient = transient.as_text();
     // D-Bus has numbers, lists and booleans where a file has words.
     let words = ["Description", "Type", "NotifyAccess", "Slice", "Restart", "KillMode", "OOMPolicy"];
-    let numbers = ["FileDescriptorStoreMax", "FileDescriptorStorePreserve", "OOMScoreAdjust"];
+    let numbers = ["FileDescriptorStoreMax", "FileDescriptorStorePreserve", "OOMScoreAdjust", "RestartSteps"];
     let words = words.iter().chain(&numbers);
     let installed = settings(include_str!("../../../units/containerd-shim-systemd-v1.service"));
     for key in words {
@@ -118,7 +118,8 @@ fn the_installed_service_says_what_the_transient_one_does() {
         assert_eq!(said, Some(set), "{key}");
     }
     let times = [
-        ("RestartSec", "100ms", "RestartUSec", 100_000),
+        ("RestartSec", "20ms", "RestartUSec", 20_000),
+        ("RestartMaxDelaySec", "100ms", "RestartMaxDelayUSec", 100_000),
         ("TimeoutStartSec", "infinity", "TimeoutStartUSec", INFINITY),
         ("StartLimitIntervalSec", "0", "StartLimitIntervalUSec", 0),
     ];
