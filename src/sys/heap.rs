@@ -32,7 +32,7 @@ struct Last {
 
 impl Last {
     /// Whether returning memory again pays for a process that has used so much CPU time.
-    fn is_over(&self, now: Instant, used: Duration) -> bool {
+    fn pays_again(&self, now: Instant, used: Duration) -> bool {
         let work = used.saturating_sub(self.used);
         let is_long_ago = now.saturating_duration_since(self.at) >= LONG;
         work >= WORK && (is_long_ago || work >= self.cost.saturating_mul(PART))
@@ -70,7 +70,7 @@ pub fn return_unused_memory() {
     let used = || clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
     let before = used();
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    if last.as_ref().is_some_and(|last| !last.is_over(Instant::now(), before)) {
+    if last.as_ref().is_some_and(|last| !last.pays_again(Instant::now(), before)) {
         return;
     }
     #[cfg(target_env = "gnu")]
@@ -91,11 +91,11 @@ mod tests {
         let (at, second) = (Instant::now(), Duration::from_secs(1));
         let (used, ms) = (3 * second, Duration::from_millis);
         let cheap = Last { at, used, cost: ms(0) };
-        let is_over = |last: &Last, seconds, work| last.is_over(at + second * seconds, used + work);
-        assert!(!is_over(&cheap, 5, ms(9)) && is_over(&cheap, 5, ms(10)));
-        assert!(!is_over(&cheap, 3600, ms(9)), "a process that does nothing frees nothing");
+        let pays_again = |last: &Last, seconds, work| last.pays_again(at + second * seconds, used + work);
+        assert!(!pays_again(&cheap, 5, ms(9)) && pays_again(&cheap, 5, ms(10)));
+        assert!(!pays_again(&cheap, 3600, ms(9)), "a process that does nothing frees nothing");
         let slow = Last { at, used, cost: ms(40) };
-        assert!(!is_over(&slow, 5, ms(799)) && is_over(&slow, 5, ms(800)));
-        assert!(!is_over(&slow, 59, ms(10)) && is_over(&slow, 60, ms(10)));
+        assert!(!pays_again(&slow, 5, ms(799)) && pays_again(&slow, 5, ms(800)));
+        assert!(!pays_again(&slow, 59, ms(10)) && pays_again(&slow, 60, ms(10)));
     }
 }
