@@ -9,8 +9,8 @@ use nix::time::{ClockId, clock_gettime};
 
 /// Memory is returned once this process has worked for so long since the last time: a process that does nothing frees nothing.
 const WORK: Duration = Duration::from_millis(10);
-/// Returning memory takes one part of so many of this process's CPU time. It looks at every free block, which is slow after a
-/// thousand containers, above all if the kernel has reclaimed memory that nobody used for a while.
+/// Returning memory takes at most one of so many parts of this process's CPU time. `malloc_trim` looks at every free block, which
+/// is slow after a thousand containers, above all if the kernel has reclaimed memory that nobody used for a while.
 const PART: u32 = 20;
 /// After this time, memory is returned although that takes a larger part.
 const LONG: Duration = Duration::from_secs(60);

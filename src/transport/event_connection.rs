@@ -69,8 +69,8 @@ pub struct EventConnections {
 }
 
 impl EventConnections {
-    /// Takes the connections of earlier daemons out of `kept`. Those that can't be used are not kept any longer. Returns the connections by
-    /// address.
+    /// Takes the connections of earlier daemons out of `kept`. Those that can't be used are not kept any longer. Returns the
+    /// connections by address.
     pub fn adopt(
         store: Arc<dyn ConnectionStore>,
         kept: &mut Vec<(String, OwnedFd)>,

@@ -118,16 +118,17 @@ fn fields(message: &[u8]) -> impl Iterator<Item = (u32, &[u8])> {
     std::iter::from_fn(move || {
         let tag = input.read_raw_tag_or_eof().ok()??;
         let kind = WireType::new(tag & 7)?;
-        let mut length = 0;
-        if kind == WireType::LengthDelimited {
+        let length = if kind == WireType::LengthDelimited {
             // The decoder accepts 64 bits for the length of a message.
             let announced = input.read_raw_varint64().ok()?;
             let left = message.len().checked_sub(usize::try_from(input.pos()).ok()?)?;
-            length = usize::try_from(announced).unwrap_or(left).min(left);
+            let length = usize::try_from(announced).unwrap_or(left).min(left);
             input.skip_raw_bytes(length.try_into().ok()?).ok()?;
+            length
         } else {
             input.skip_field(kind).ok()?;
-        }
+            0
+        };
         let end = usize::try_from(input.pos()).ok()?;
         Some((tag >> 3, message.get(end.checked_sub(length)?..end)?))
     })

@@ -127,7 +127,7 @@ struct Used {
 
 impl Used {
     fn add(&mut self, label: String, holder: Named) {
-        // Nearly every label has one holder.
+        // Nearly every label has one holder, and a list that grows by itself has room for four.
         self.by_label.entry(label).or_insert_with(|| Vec::with_capacity(1)).push(holder);
         self.count += 1;
     }

@@ -74,8 +74,8 @@ pub unsafe fn wait_for_end(parent: libc::pid_t, all: &libc::sigset_t) -> Option<
     // SAFETY: system calls, on memory of this function.
     unsafe {
         while libc::getppid() == parent {
-            // The kernel sends one when the thread that has started this process ends, also if others of its process go on.
-            // Without a signal, the wait ends when this process was stopped and continues, or is traced (signal(7)).
+            // The kernel sends a signal when the thread that has started this process ends, also if other threads continue.
+            // The wait fails without a signal when a tracer attaches, and after SIGSTOP and SIGCONT (EINTR, signal(7)).
             if libc::sigwaitinfo(all, std::ptr::null_mut()) < 0 {
                 continue;
             }

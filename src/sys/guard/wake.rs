@@ -8,7 +8,8 @@
 
 use nix::libc;
 
-/// Between the ends of two children. `RestartSec=` of the daemon's unit is 20 ms.
+/// Between the ends of two children. So a child ends soon after the delay of the daemon's unit is over, which is 20 ms at first
+/// and grows to 100 ms (`RestartSec=`, `RestartMaxDelaySec=`).
 static PAUSE: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 12_000_000 };
 /// The last one ends 360 ms after the daemon, when systemd has looked at its timers anyway.
 const TIMES: u32 = 30;

@@ -135,8 +135,7 @@ fn the_last_method_and_payload_count_and_a_broken_request_counts_up_to_where_it_
 /// The decoder takes what there is of a message for the whole message.
 #[test]
 fn fields_of_a_message_that_is_cut_off_are_counted() {
-    // The fifth field, metadata, claims to have 2^21 - 1 bytes.
-    // The length that the field announces: of 21 bits, and of 56 bits.
+    // The fifth field, metadata, announces a length of 21 bits, then one of 56 bits.
     for length in [&[0xff, 0xff, 0x7f][..], &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f]] {
         let cut_off = |count| [&[5 << 3 | 2], length, &unknown(count)].concat();
         assert_eq!(ttrpc::Request::parse_from_bytes(&cut_off(3)).unwrap().metadata.len(), 1);
