@@ -69,7 +69,7 @@ impl Calls {
             let (direct, needing) = (direct.clone(), needing.clone());
             tokio::spawn(async move {
                 match connection.watch_once_possible().await {
-                    Ok(connection) => serve_directly(connection.answered_by(direct), needing).await,
+                    Ok(connection) => serve_directly(Box::new(connection.answered_by(direct)), needing).await,
                     Err(error) => {
                         tracing::error!(%error, "can't watch a connection of an earlier daemon: {error}")
                     }
@@ -95,7 +95,8 @@ async fn accept(
     while let Some(accepted) = new.next().await {
         match accepted {
             Ok(connection) => {
-                tokio::spawn(serve_directly(connection.answered_by(direct.clone()), needing.clone()));
+                let connection = Box::new(connection.answered_by(direct.clone()));
+                tokio::spawn(serve_directly(connection, needing.clone()));
             }
             Err(error) => tracing::error!(%error, "can't accept a connection: {error}"),
         }
@@ -103,10 +104,10 @@ async fn accept(
 }
 
 /// Answers the calls on a connection until ttrpc is needed for it, or until it ends.
-async fn serve_directly(connection: Durable, needing: mpsc::UnboundedSender<Connection>) {
+async fn serve_directly(connection: Box<Durable>, needing: mpsc::UnboundedSender<Connection>) {
     if let Some(connection) = connection.until_needed().await {
         // Fails only while the daemon ends.
-        let _ = needing.send(Connection::new(connection));
+        let _ = needing.send(Connection::new(*connection));
     }
 }
 

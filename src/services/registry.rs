@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::sync::{SetOnce, watch};
 
 use crate::id::{ExecId, Owner, ProcessKey, TaskKey, UnitName};
 
@@ -35,7 +35,7 @@ pub struct Process<L> {
     pub verb: Arc<tokio::sync::Mutex<()>>,
     /// What belongs to the running daemon only: descriptors, pumps.
     live: Ordered<L, LIVE>,
-    end: watch::Sender<Option<Completion>>,
+    end: Arc<SetOnce<Completion>>,
 }
 
 /// How the life of a process ended, for calls that wait for it.
@@ -54,7 +54,7 @@ impl<L: Default> Process<L> {
             unit,
             verb: Arc::default(),
             live: Ordered::default(),
-            end: watch::Sender::new(exit.map(Completion::Exited)),
+            end: Arc::new(SetOnce::new_with(exit.map(Completion::Exited))),
         })
     }
 }
@@ -72,28 +72,19 @@ impl<L> Process<L> {
 
     /// True if the end of the process is known.
     pub fn has_ended(&self) -> bool {
-        self.end.borrow().is_some()
+        self.end.initialized()
     }
 
     /// Wakes all calls that wait for the process. Only the first completion counts.
     pub fn wake(&self, end: Completion) {
-        self.end.send_if_modified(|first| first.is_none() && first.replace(end).is_none());
+        // Fails if it is not the first.
+        let _ = self.end.set(end);
     }
 
     /// Resolves when the process has ended; at once if it has.
     pub fn ended(&self) -> impl Future<Output = Completion> + Send + use<L> {
-        let mut receiver = self.end.subscribe();
-        async move {
-            loop {
-                if let Some(end) = *receiver.borrow_and_update() {
-                    return end;
-                }
-                // A process is not dropped before it is woken.
-                if receiver.changed().await.is_err() {
-                    std::future::pending::<()>().await;
-                }
-            }
-        }
+        let end = self.end.clone();
+        async move { *end.wait().await }
     }
 }
 

@@ -46,7 +46,7 @@ impl InputWriter {
         threads::spawn(task, async move {
             let released = async {
                 let Ok(writer) = input_ended.await else { return };
-                if let Err(error) = release_openers(writer).await {
+                if let Err(error) = Box::pin(release_openers(writer)).await {
                     tracing::warn!(process = %key, %error, "{key}: a process that opens its stdin again may wait for ever: {error}");
                 }
             };

@@ -95,7 +95,15 @@ impl Session {
         if session.stdin.is_none() && input.is_none() && matches!(wiring.stdin, Input::Fifo(_)) {
             fds.forget(StreamKind::Input, number);
         }
-        let span = tracing::info_span!("output", process = %key);
+        let exec = key.exec.as_ref().map(tracing::field::display);
+        // Not within the span of the call that starts the process: the output outlives the call.
+        let span = tracing::info_span!(
+            parent: None,
+            "output",
+            namespace = %key.task.namespace,
+            id = %key.task.id,
+            exec_id = exec
+        );
         for Copy { kind, from, sinks } in copies {
             let source = match (from, &terminal) {
                 (From::Fifo(fifo), _) => fifo,

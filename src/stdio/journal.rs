@@ -46,7 +46,7 @@ const PATIENCE_ALONE: Duration = Duration::from_secs(10);
 pub struct Lines {
     socket: Option<UnixDatagram>,
     /// The fields of every line, encoded.
-    head: Vec<u8>,
+    head: Box<[u8]>,
     partial: Vec<u8>,
     /// The file with the incomplete line, for the next daemon.
     kept: PathBuf,
@@ -76,7 +76,7 @@ impl Lines {
         kept: PathBuf,
         policy: Arc<JournalPolicy>,
     ) -> Self {
-        let head = head(unit, identifier, fields);
+        let head = head(unit, identifier, fields).into_boxed_slice();
         let (partial, is_kept) = match std::fs::read(&kept) {
             Ok(partial) => (partial, true),
             Err(error) => (Vec::new(), error.kind() == io::ErrorKind::NotFound),

@@ -1,5 +1,6 @@
 //! Operations on pipes: move bytes, or read them without removing them.
 
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -95,18 +96,21 @@ pub(super) fn free_in(pipe: &impl AsFd) -> usize {
 }
 
 /// Waits until poll(2) may report data in a pipe, or its end. Returns without data now and then.
+///
+/// Only one task may wait for data in a pipe. So the future needs a tenth of the memory of [`AsyncFd::readable`], and the
+/// output of each process waits here for most of its life.
 pub(super) async fn data_in(from: &AsyncFd<OwnedFd>) -> io::Result<()> {
-    let mut readable = from.readable().await?;
+    let mut readable = poll_fn(|context| from.poll_read_ready(context)).await?;
     if !is_ready(from, PollFlags::POLLIN)? {
         readable.clear_ready();
     }
     Ok(())
 }
 
-/// Waits until a pipe has room.
+/// Waits until a pipe has room. Only one task may wait for it, as for [`data_in`].
 pub(super) async fn room_in(to: &AsyncFd<OwnedFd>) -> io::Result<()> {
     loop {
-        let mut writable = to.writable().await?;
+        let mut writable = poll_fn(|context| to.poll_write_ready(context)).await?;
         if is_ready(to, PollFlags::POLLOUT)? {
             return Ok(());
         }

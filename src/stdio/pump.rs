@@ -388,7 +388,7 @@ async fn spread(
             Some(found) => found,
             None => {
                 let open = || Ok((Scratch::new(most)?, OpenOptions::new().write(true).open("/dev/null")?));
-                looking.insert(once_there_is_room("output", open).await?)
+                looking.insert(Box::pin(once_there_is_room("output", open)).await?)
             }
         };
         if let ([Sink::Journal(lines)], None) = (&mut *copies, fifo)

@@ -69,6 +69,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> tracing_subscriber::Layer<S> for Jo
         push_field(&mut fields, "SPAN_NAME", span.name().as_bytes());
         push_metadata(&mut fields, "SPAN_", span.metadata());
         attributes.record(&mut Fields { datagram: &mut fields, limit: SHORT_VALUE });
+        fields.shrink_to_fit();
         span.extensions_mut().insert(SpanFields(fields));
     }
 

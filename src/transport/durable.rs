@@ -179,8 +179,9 @@ impl Durable {
     }
 
     /// Sends all responses of earlier daemons, and then answers requests until there is one for ttrpc. `None`: the connection
-    /// is over. ttrpc has no tasks and no buffers for a connection before it is needed.
-    pub async fn until_needed(mut self) -> Option<Self> {
+    /// is over. ttrpc has no tasks and no buffers for a connection before it is needed. Boxed, because a future can have its
+    /// arguments twice.
+    pub async fn until_needed(mut self: Box<Self>) -> Option<Box<Self>> {
         let served = async {
             self.flush().await?;
             future::poll_fn(|context| self.poll_requests(context)).await

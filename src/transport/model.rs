@@ -445,7 +445,7 @@ async fn ttrpc_is_needed_for_an_adopted_connection_once_its_client_asks() {
         let mut server = Server::new(far);
         server.die(&Crashes::default());
         near.write_all(&frame(1, MESSAGE_TYPE_REQUEST, b"")[..5]).unwrap();
-        let mut needed = std::pin::pin!(server.durable.take().unwrap().until_needed());
+        let mut needed = std::pin::pin!(Box::new(server.durable.take().unwrap()).until_needed());
         for _ in 0..3 {
             // Lets tokio's driver poll the socket.
             tokio::task::yield_now().await;
@@ -471,11 +471,11 @@ async fn an_adopted_connection_with_an_unanswered_request_is_needed() {
         tokio::task::yield_now().await;
     }
     server.die(&Crashes::default());
-    server.durable.take().unwrap().until_needed().await.unwrap();
+    Box::new(server.durable.take().unwrap()).until_needed().await.unwrap();
 }
 
 /// The stream of the answer that a client gets from a connection for which ttrpc is not needed.
-async fn answered(mut needed: Pin<&mut impl Future<Output = Option<Durable>>>, near: &mut UnixStream) -> u32 {
+async fn answered(mut needed: Pin<&mut impl Future<Output = Option<Box<Durable>>>>, near: &mut UnixStream) -> u32 {
     let mut space = [0; 4096];
     let length = loop {
         let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
@@ -495,7 +495,7 @@ async fn ttrpc_is_not_needed_for_requests_that_are_answered_directly() {
     near.set_nonblocking(true).unwrap();
     let mut server = Server::new(far).answered_by(Arc::new(Third));
     server.die(&Crashes::default());
-    let mut needed = std::pin::pin!(server.durable.take().unwrap().until_needed());
+    let mut needed = std::pin::pin!(Box::new(server.durable.take().unwrap()).until_needed());
     let rest = request(b"x").write_to_bytes().unwrap();
     for stream in [3, 9, 15] {
         near.write_all(&frame(stream, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
@@ -519,6 +519,6 @@ async fn ttrpc_is_not_needed_for_what_an_earlier_daemon_has_read_and_is_answered
     }
     server.die(&Crashes::default());
     let mut server = server.answered_by(Arc::new(Third));
-    let mut needed = std::pin::pin!(server.durable.take().unwrap().until_needed());
+    let mut needed = std::pin::pin!(Box::new(server.durable.take().unwrap()).until_needed());
     assert_eq!(answered(needed.as_mut(), &mut near).await, 9);
 }
