@@ -105,6 +105,13 @@ fn of_proc_file(path: &Path) -> Result<PathBuf, Error> {
         .ok_or_else(|| io_error("find a cgroup v2 in", path)(io::ErrorKind::NotFound).into())
 }
 
+/// How many cgroups a container may make. systemd removes them one by one when the container ends, and does nothing else
+/// meanwhile: 4 s for 20,000 cgroups. A container with systemd and a Kubernetes node in it needs some 1,000.
+const MAX_DESCENDANTS: u32 = 4096;
+/// How deep the cgroups of a container may be nested. systemd does not remove what is more than 100 deep (`DEFAULT_RECURSION_MAX` in
+/// recurse-dir.c), and the cost of a cgroup grows with its depth.
+const MAX_DEPTH: u32 = 64;
+
 /// The directory of a cgroup given by its path below [`ROOT`].
 pub fn dir(cgroup: &Path) -> PathBuf {
     root().join(cgroup.strip_prefix("/").unwrap_or(cgroup))
@@ -198,6 +205,22 @@ pub fn enter(cgroup: &Path) -> Result<(), Error> {
         let path = dir.join("cgroup.procs");
         fs::write(&path, "0").map_err(io_error("write", &path))
     })
+}
+
+/// Limits how many cgroups there can be below a cgroup, and how deep. Does nothing if the cgroup does not exist.
+///
+/// # Errors
+/// The kernel refused.
+pub fn limit_descendants(cgroup: &Path) -> Result<(), Error> {
+    let dir = dir(cgroup);
+    for (file, limit) in [("cgroup.max.descendants", MAX_DESCENDANTS), ("cgroup.max.depth", MAX_DEPTH)] {
+        let path = dir.join(file);
+        match fs::write(&path, limit.to_string()) {
+            Err(error) if is_gone(&error) => {}
+            written => written.map_err(io_error("write", &path))?,
+        }
+    }
+    Ok(())
 }
 
 /// Opens the directory of a cgroup. Creates the cgroup if it does not exist.

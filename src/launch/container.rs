@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::config;
 use crate::oci::bundle::{self, Edits};
 use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::mount as rootfs;
@@ -16,6 +15,7 @@ use crate::oci::namespaces;
 use crate::store::Store;
 use crate::task::Placement;
 use crate::unit::name;
+use crate::{cgroup, config};
 
 use super::contract::{LAUNCH_ERROR, NOTIFY_SOCKET, PID_FILE, WATCHDOG_USEC};
 use super::error::{Error, system};
@@ -47,7 +47,10 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
     let bundle = &task.request.bundle;
     let mut edits = Edits::default();
     if let Placement::Unit { child, .. } = &task.placement {
-        edits.cgroups_path = Some(crate::cgroup::of_self()?.join(child));
+        let unit = cgroup::of_self()?;
+        // In the cgroup of the unit, which is above what the container can write.
+        cgroup::limit_descendants(&unit)?;
+        edits.cgroups_path = Some(unit.join(child));
     }
     if task.notify {
         let socket = Store::new(config::STATE_DIR).notify_socket(&name::short_name(task.unit()));

@@ -39,6 +39,36 @@ fn all_cgroups() -> Vec<PathBuf> {
     found
 }
 
+/// systemd removes the cgroups of a container one by one, does nothing else meanwhile, and leaves those that are too deep. So the
+/// kernel limits them, in the unit's cgroup, which a container can't write.
+#[test]
+fn a_container_makes_a_limited_number_of_cgroups() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let container = node.container("cgroups", Spec::sleeping()).started(&Io::default());
+    let (unit, cgroup) = (systemd::unit_of(&container), cgroup::of(container.pid()));
+    assert_eq!(cgroup.parent(), systemd::cgroup(&unit).as_deref(), "the limits are above the container");
+    // What a process of the container does in a cgroup namespace of its own.
+    let until_refused = |next: &mut dyn FnMut(usize) -> PathBuf| {
+        let refused = (1..10_000).find_map(|count| Some((count, fs::create_dir(next(count)).err()?)));
+        let (count, error) = refused.expect("a limit");
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock, "{error}");
+        count
+    };
+    let mut deepest = cgroup.clone();
+    let depth = until_refused(&mut |_| {
+        deepest.push("d");
+        deepest.clone()
+    });
+    let width = until_refused(&mut |count| cgroup.join(format!("w{count}")));
+    assert_eq!((depth, depth + width), (64, 4097), "the cgroup of the container counts");
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+    until_true("the cgroup of the unit is removed", || !cgroup.parent().is_some_and(Path::exists));
+    node.container("after", Spec::sleeping()).started(&Io::default()).end();
+}
+
 #[test]
 fn a_requested_slice_is_nested_as_its_name_says() {
     needs!(OurShim);
