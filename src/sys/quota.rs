@@ -13,20 +13,26 @@
 //! capabilities, and would get less. In the last case there is no exception: root in a container can use up what the daemon
 //! needs. So the daemon makes what it keeps for a long time [`apart`]: in a thread with another real user.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::sync::mpsc::{SendError, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use rustix::process::{Uid, getuid};
 use rustix::thread::set_thread_res_uid;
 use tokio::runtime::{Builder, Runtime};
 
-/// The user whose quotas are used. Nobody else has this number: systemd gives no user a number above 2,147,483,647
-/// (`docs/UIDS-GIDS.md` of systemd), and neither a pod nor a container can ask for one (runc and Kubernetes refuse it). That
-/// matters, because a process of this user may send signals to the thread. Only a container whose root sets the number itself
-/// (`CAP_SETUID`) has the same quotas, which are no limit for the daemon.
-const USER: Uid = Uid::from_raw_unchecked(4_000_000_000);
+/// The user whose quotas are used: a random number above 2,147,483,647, which systemd gives to no user (`docs/UIDS-GIDS.md` of
+/// systemd), and for which neither a pod nor a container can ask (runc and Kubernetes refuse it). Root in a container without a
+/// user namespace may become any user (`CAP_SETUID`): it could use up the quotas of a number that it knows, and send signals to
+/// the thread.
+static USER: LazyLock<Uid> = LazyLock::new(|| {
+    const FIRST: u32 = 1 << 31;
+    // The last number, -1, stands for no user.
+    let random = RandomState::new().hash_one(0) % u64::from(u32::MAX - FIRST);
+    Uid::from_raw_unchecked(FIRST + u32::try_from(random).unwrap_or_default())
+});
 
 /// How much work may wait for the thread.
 const QUEUE: usize = 64;
@@ -103,7 +109,7 @@ fn start() -> io::Result<SyncSender<Work>> {
     let (thread, queue) = sync_channel::<Work>(QUEUE);
     let run = move || {
         // Changes this thread only, unlike setresuid(3) of the C library.
-        if let Err(error) = set_thread_res_uid(USER, None, None) {
+        if let Err(error) = set_thread_res_uid(*USER, None, None) {
             tracing::debug!(%error, "the daemon uses the quotas of its own user: {error}");
         }
         queue.into_iter().for_each(|work| work());
@@ -122,7 +128,8 @@ mod tests {
         let is_root = geteuid().is_root();
         let before = (getuid(), geteuid());
         let inside = apart(|| Ok((getuid(), geteuid()))).unwrap();
-        assert_eq!(inside, (if is_root { USER } else { before.0 }, before.1));
+        assert_eq!(inside, (if is_root { *USER } else { before.0 }, before.1));
+        assert!(USER.as_raw() > i32::MAX.cast_unsigned() && USER.as_raw() < u32::MAX, "{:?}", *USER);
         assert_eq!((getuid(), geteuid()), before, "no other thread changes");
         assert_eq!(apart(|| Err::<(), _>(Errno::EAGAIN)), Err(Errno::EAGAIN));
     }
