@@ -290,7 +290,30 @@ pub fn check(asked: impl IntoIterator<Item = Property>, extension: &Extension) -
         names.push(name);
         checked.properties.push(property);
     }
+    check_order(&checked.properties, extension)?;
     Ok(checked)
+}
+
+/// Checks that a container which is ordered after other units stops soon: systemd starts none of these units while it stops the
+/// container.
+fn check_order(properties: &[Property], extension: &Extension) -> Result<(), Error> {
+    let mut own = HashMap::new();
+    for property in properties.iter().filter(|property| property.source == PropertySource::Annotation) {
+        let (name, value) = read(property)?;
+        if !extension.has(&name) {
+            own.insert(name, (property, value));
+        }
+    }
+    match own.remove(allowed::STOP_TIME) {
+        Some((property, value)) if own.contains_key(allowed::ORDER) => {
+            allowed::check_stop(&value).map_err(|reason| Error::Denied {
+                setting: property.to_string(),
+                name: allowed::STOP_TIME.to_owned(),
+                reason,
+            })
+        }
+        Some(_) | None => Ok(()),
+    }
 }
 
 const SET_BY_OPTION: &str = "a runtime option sets it, and AnnotationProperties does not contain it";
@@ -451,11 +474,7 @@ impl Types {
                 return Err(Error::Unknown { setting: property.to_string(), name });
             };
             if wanted != given {
-                let text = &property.value;
-                let mut mismatch = format!("{name} is of type {wanted:?}, but {text} is of type {given:?}");
-                if is_other_number(wanted, &given) {
-                    mismatch.push_str(&format!(": write @{wanted} {text}"));
-                }
+                let mismatch = mismatch(&name, wanted, value.value_signature(), &property.value);
                 return Err(Error::Type { setting: property.to_string(), mismatch });
             }
         }
@@ -468,9 +487,16 @@ impl Types {
     }
 }
 
-fn is_other_number(wanted: &str, given: &str) -> bool {
-    const NUMBERS: &str = "ynqiuxtd";
-    given == "i" && wanted.len() == 1 && NUMBERS.contains(wanted)
+/// That a property has another type than its value, and how to write a value of its type.
+fn mismatch(name: &str, wanted: &str, given: &Signature, text: &str) -> String {
+    let given = gvariant::in_words(given);
+    // The types of this systemd's properties come from systemd.
+    let Ok(wanted) = Signature::try_from(wanted) else {
+        return format!("{name} is of the D-Bus type {wanted}, but {text} is {given}");
+    };
+    let example = gvariant::example(&wanted, text).map(|example| format!(": write {example}"));
+    let wanted = gvariant::in_words(&wanted);
+    format!("{name} is {wanted}, but {text} is {given}{}", example.unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -15,6 +15,8 @@ const MAX_DEPTH: usize = 8;
 const MAX_TEXT: usize = 16 << 10;
 /// The largest number of values in a value, at all levels together.
 const MAX_NODES: usize = 4096;
+/// How many characters of a text an error shows.
+const MAX_SHOWN: usize = 128;
 /// The longest type of D-Bus (D-Bus specification, "Valid Signatures"). zbus panics at a longer one.
 const MAX_SIGNATURE: usize = 255;
 
@@ -152,13 +154,14 @@ impl Node {
     fn build(self, signature: &Signature) -> Result<Variant<'static>, InvalidText> {
         let at = self.at;
         let wrong = |reason: String| InvalidText { at, reason };
-        let mismatch = || wrong(format!("the value is not of type {signature}"));
+        let mismatch = || wrong(format!("the value is not {}", in_words(signature)));
         Ok(match (self.what, signature) {
             (What::Typed(own, node), _) if own == *signature => node.build(&own)?,
             (What::Bool(value), Signature::Bool) => value.into(),
             (What::Text(text), Signature::Str) => text.into(),
-            (What::Number(digits), number) if is_number(number) => read_number(&digits, number)
-                .ok_or_else(|| wrong(format!("{digits} is not {}", described(number))))?,
+            (What::Number(digits), number) if is_number(number) => {
+                read_number(&digits, number).ok_or_else(|| wrong(no_number(&digits, number)))?
+            }
             (What::Array(elements), Signature::Array(element)) => {
                 let mut array = Array::new(element);
                 for node in elements {
@@ -192,9 +195,44 @@ const KEYWORDS: [(&str, Signature); 10] = [
     ("string", Signature::Str),
 ];
 
-fn described(signature: &Signature) -> String {
-    let keyword = KEYWORDS.iter().find(|(_, known)| known == signature);
-    keyword.map_or_else(|| signature.to_string(), |(name, _)| format!("of type {name}"))
+/// A type in words, for people.
+pub fn in_words(signature: &Signature) -> String {
+    match signature {
+        Signature::Bool => "true or false".to_owned(),
+        Signature::Str => "a string".to_owned(),
+        Signature::Array(element) if **element == Signature::Str => "a list of strings".to_owned(),
+        other => match KEYWORDS.iter().find(|(_, known)| known == other) {
+            Some((name, _)) => format!("a number of type {name}"),
+            None => format!("of the D-Bus type {other}"),
+        },
+    }
+}
+
+/// A value of this type as an example of how to write it, made of `text` if possible.
+pub fn example(signature: &Signature, text: &str) -> Option<String> {
+    Some(match signature {
+        Signature::Bool => "true".to_owned(),
+        Signature::Str => format!("'{}'", text.trim_matches(['\'', '"'])),
+        Signature::Array(element) if **element == Signature::Str => {
+            format!("['{}']", text.trim_matches(['\'', '"']))
+        }
+        Signature::I32 => "15".to_owned(),
+        number => {
+            let (keyword, _) = KEYWORDS.iter().find(|(_, known)| known == number)?;
+            let digits = read_number(text, number).map_or("10", |_| text);
+            format!("{keyword} {digits}")
+        }
+    })
+}
+
+/// Why a text that begins like a number is none.
+fn no_number(text: &str, signature: &Signature) -> String {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let has_unit = digits.len() < text.len() && whole_number(digits).is_some();
+    if has_unit {
+        return format!("{text} is not a number: a value has no unit such as K or s, write the number alone");
+    }
+    format!("{text} is not {}", in_words(signature))
 }
 
 fn is_number(signature: &Signature) -> bool {
@@ -240,6 +278,19 @@ fn whole_number(digits: &str) -> Option<i128> {
     let sound = figures.chars().all(|c| c.is_digit(base));
     let number = i128::from(u64::from_str_radix(figures, base).ok().filter(|_| sound)?);
     Some(if negative { -number } else { number })
+}
+
+/// Why a word without quotes is no value.
+fn no_value(word: &str, rest: &str) -> String {
+    // What follows the word is a part of the string that somebody has written without quotes.
+    let end = rest.find(|c: char| c.is_ascii_whitespace() || "'\"[](),".contains(c)).unwrap_or(rest.len());
+    let word = format!("{word}{}", &rest[..end]);
+    if word.starts_with("SIG") {
+        return format!("{word} is not a value: write the number of the signal, such as 15 for SIGTERM");
+    }
+    format!(
+        "{word} is not a value: a string needs quotes, '{word}', and a list of strings brackets, ['{word}']"
+    )
 }
 
 struct Reader<'t> {
@@ -303,8 +354,8 @@ impl Reader<'_> {
                     _ => match KEYWORDS.iter().find(|(name, _)| *name == word) {
                         Some((_, signature)) => What::Typed(signature.clone(), Box::new(self.value(deeper)?)),
                         None => {
-                            let reason = format!("{word:?} is not a value: strings need quotes, '{word}'");
-                            return Err(InvalidText { at, reason });
+                            let rest: String = self.chars.by_ref().take(MAX_SHOWN).collect();
+                            return Err(InvalidText { at, reason: no_value(&word, &rest) });
                         }
                     },
                 }

@@ -163,9 +163,9 @@ fn a_property_that_cant_be_set_is_an_invalid_argument_that_names_it() {
         ("St0p", "5", "letters"),
         ("TimeoutStopSec", "'5s'", "seconds"),
         // Wrong types.
-        ("TimeoutStopUSec", "5", "write @t 5"),
-        ("After", "'x.service'", "\"as\""),
-        ("KillSignal", "'SIGTERM'", "\"i\""),
+        ("TimeoutStopUSec", "5", "write uint64 5"),
+        ("After", "'x.service'", "write ['x.service']"),
+        ("KillSignal", "'SIGTERM'", "a number of type int32"),
         // Properties that systemd does not know, or values that it refuses.
         ("NoSuchProperty", "true", "AnnotationProperties"),
         ("KillSignal", "999", "does not end"),
@@ -229,7 +229,7 @@ fn options_set_properties_and_annotations_override_the_ones_they_may() {
     assert_eq!(shown(&container, "TimeoutStopUSec"), "6s");
 
     for (name, value, part) in [
-        ("DeviceAllow", "['/dev/null rw']", "\"a(ss)\""),
+        ("DeviceAllow", "['/dev/null rw']", "a(ss)"),
         ("NoSuchProperty", "true", "no property NoSuchProperty"),
         ("KillSignal", "999", "999"),
         ("ManagedOOMSwap", "'bogus'", "systemd refused"),

@@ -32,7 +32,7 @@ enum Rule {
 
 /// The list. MemoryZSwapMax came with systemd 253, all others are older than 252.
 const ALLOWED: [(&str, Rule); 17] = [
-    ("After", Rule::Units),
+    (ORDER, Rule::Units),
     ("CPUQuotaPerSecUSec", Rule::Any),
     ("CPUQuotaPeriodUSec", Rule::Any),
     ("CPUWeight", Rule::Weight),
@@ -48,8 +48,13 @@ const ALLOWED: [(&str, Rule); 17] = [
     ("OOMPolicy", Rule::Any),
     ("RuntimeMaxUSec", Rule::Any),
     ("TasksMax", Rule::Any),
-    ("TimeoutStopUSec", Rule::StopTime),
+    (STOP_TIME, Rule::StopTime),
 ];
+
+/// The property with the units that systemd stops after the container.
+pub(super) const ORDER: &str = "After";
+/// The property with the time that the container has to stop.
+pub(super) const STOP_TIME: &str = "TimeoutStopUSec";
 
 /// systemd's and the kernel's default weight, of processors and of disks.
 const DEFAULT_WEIGHT: u64 = 100;
@@ -57,6 +62,9 @@ const DEFAULT_WEIGHT: u64 = 100;
 const NO_WEIGHT: u64 = u64::MAX;
 /// The longest time for which one container may hold up the shutdown of the machine, in microseconds.
 const MAX_STOP_USEC: u64 = 300 * 1_000_000;
+/// The same for a container that is ordered after other units: systemd starts none of them while it stops the container
+/// (job.c, `job_compare`).
+const MAX_ORDERED_STOP_USEC: u64 = 60 * 1_000_000;
 /// The most names or addresses in a list.
 const MAX_NAMES: usize = 32;
 /// systemd loads a unit for each name that it gets.
@@ -96,6 +104,19 @@ pub(super) fn check(name: &str, value: &Variant<'_>) -> Result<(), &'static str>
     }
     match words(value) {
         Some(words) if words.len() > MAX_NAMES => Err("the list has more than 32 entries"),
+        _ => Ok(()),
+    }
+}
+
+/// Checks the time that a container with [`ORDER`] has to stop.
+///
+/// # Errors
+/// The reason, if the time is too long.
+pub(super) fn check_stop(value: &Variant<'_>) -> Result<(), &'static str> {
+    match value {
+        Variant::U64(usec) if *usec > MAX_ORDERED_STOP_USEC => Err(
+            "with After, the time must be at most 60 s: systemd does not start the units in After while it stops the container",
+        ),
         _ => Ok(()),
     }
 }

@@ -245,6 +245,26 @@ fn an_annotation_sets_no_property_that_affects_others() {
 }
 
 #[test]
+fn a_container_that_is_ordered_after_other_units_stops_soon() {
+    let of = |after: Property, stop: Property, extension: &Extension| {
+        check([stop, after], extension).err().map(|error| error.to_string())
+    };
+    let after = || annotation("After", "['a.service']");
+    let none = Extension::default();
+    assert_eq!(of(after(), annotation("TimeoutStopSec", "60"), &none), None);
+    for (name, value) in [("TimeoutStopSec", "61"), ("TimeoutStopUSec", "uint64 300000000")] {
+        let refusal = of(after(), annotation(name, value), &none).unwrap();
+        assert!(refusal.contains(name) && refusal.contains("at most 60 s"), "{refusal}");
+        // The administrator decides otherwise.
+        for allowed in ["After", "TimeoutStopUSec"] {
+            assert_eq!(of(after(), annotation(name, value), &extension(&[allowed])), None);
+        }
+        assert_eq!(of(option("After", "['a.service']"), annotation(name, value), &none), None);
+        assert_eq!(of(after(), option(name, value), &none), None);
+    }
+}
+
+#[test]
 fn the_administrator_allows_more_but_not_what_breaks_a_task() {
     assert_eq!(refused("Wants", "['a.service']", &extension(&["Wants"])), None);
     assert_eq!(refused("TimeoutStopSec", "900", &extension(&["TimeoutStopSec"])), None);
@@ -318,12 +338,12 @@ fn a_value_of_the_wrong_type_is_refused_with_both_types() {
     let wrong = |name, value| types.check(&[annotation(name, value)]).unwrap_err().to_string();
     assert_eq!(
         wrong("TimeoutStopUSec", "5"),
-        "annotation org.systemd.property.TimeoutStopUSec: TimeoutStopUSec is of type \"t\", but 5 is of type \
-         \"i\": write @t 5"
+        "annotation org.systemd.property.TimeoutStopUSec: TimeoutStopUSec is a number of type uint64, but 5 is a \
+         number of type int32: write uint64 5"
     );
     assert!(wrong("NotKnownYet", "5").ends_with("this systemd has no property NotKnownYet"));
-    assert!(wrong("AfterScale", "5").contains("\"u\""));
-    assert!(wrong("After", "'x'").ends_with("is of type \"as\", but 'x' is of type \"s\""));
+    assert!(wrong("AfterScale", "5").ends_with("write uint32 5"));
+    assert!(wrong("After", "'x'").ends_with("After is a list of strings, but 'x' is a string: write ['x']"));
 }
 
 #[test]
