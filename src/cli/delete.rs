@@ -81,17 +81,25 @@ fn recorded_as(store: &Store, key: &TaskKey, bundle: &Path) -> Result<Option<Tas
 /// while the task runs.
 fn check_bundle(key: &TaskKey, recorded: &Path, named: &Path) -> Result<(), Failure> {
     // The same path needs no look at a disk that may not answer.
-    if recorded == named || !is_another_directory(recorded, named) {
+    if recorded == named || is_same_directory(recorded, named) {
         return Ok(());
     }
     let (recorded, named) = (recorded.display(), named.display());
     Err(Failure(format!("task {key} has the bundle {recorded}, not {named}, so nothing was removed")))
 }
 
-/// True if the first directory exists and the second path does not lead to it. The bundle of a task that ended may be removed.
-fn is_another_directory(recorded: &Path, named: &Path) -> bool {
+/// True if both paths lead to the same directory. Somebody may have removed the directory: then true if both paths lead to the
+/// same name in the same parent.
+fn is_same_directory(recorded: &Path, named: &Path) -> bool {
     let inode = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
-    inode(recorded).is_some_and(|recorded| inode(named) != Some(recorded))
+    match inode(recorded) {
+        Some(recorded) => inode(named) == Some(recorded),
+        None => {
+            let parent = |path: &Path| path.parent().and_then(|parent| parent.canonicalize().ok());
+            recorded.file_name() == named.file_name()
+                && parent(recorded).is_some_and(|recorded| parent(named) == Some(recorded))
+        }
+    }
 }
 
 /// What the daemon answers to the request to clean up.
@@ -165,7 +173,7 @@ fn check_record(store: &Store, key: &TaskKey) -> Result<(), Failure> {
 
 /// True if the record says that the task is given up, or there is no record any more.
 fn is_given_up(store: &Store, key: &TaskKey) -> bool {
-    matches!(store.load(key), Ok(None | Some(Found { task: Task { muted: true, .. }, .. })))
+    matches!(store.load(key), Ok(None | Some(Found { task: Task { given_up: true, .. }, .. })))
 }
 
 /// Records that the task is given up, as the daemon does.
@@ -246,8 +254,13 @@ mod tests {
         for right in [&bundle, &link, &bundle.join(".")] {
             check_bundle(&key, &bundle, right).unwrap();
         }
+        let (link, name) = (other.path().join("parent"), bundle.file_name().unwrap());
+        std::os::unix::fs::symlink(bundle.parent().unwrap(), &link).unwrap();
         std::fs::remove_dir_all(&bundle).unwrap();
-        check_bundle(&key, &bundle, other.path()).unwrap();
+        check_bundle(&key, &bundle, &link.join(name)).unwrap();
+        for wrong in [other.path(), Path::new("/no/such/bundle"), &other.path().join(name), &link] {
+            check_bundle(&key, &bundle, wrong).unwrap_err();
+        }
     }
 
     #[test]
