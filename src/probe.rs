@@ -50,7 +50,8 @@ impl Unknown {
         matches!(self, Self::Absent(_))
     }
 
-    fn of(what: &str, error: &io::Error) -> Self {
+    /// The reason of an error of a file or a program.
+    pub fn of(what: &str, error: &io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::NotFound => Self::Absent(what.to_owned()),
             io::ErrorKind::PermissionDenied => Self::Forbidden(what.to_owned()),
@@ -82,6 +83,23 @@ pub fn names(path: impl AsRef<Path>) -> Known<Vec<String>> {
     let path = path.as_ref();
     let listing = std::fs::read_dir(path).map_err(|error| Unknown::of(&path.to_string_lossy(), &error))?;
     Ok(listing.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+}
+
+/// What `look` finds, which may wait for a disk. If the time limit is over, its thread continues to wait.
+pub fn answer<T: Send + 'static>(what: &str, look: impl FnOnce() -> T + Send + 'static) -> Known<T> {
+    answer_within(LIMIT, what, look)
+}
+
+fn answer_within<T: Send + 'static>(
+    limit: Duration,
+    what: &str,
+    look: impl FnOnce() -> T + Send + 'static,
+) -> Known<T> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    // The receiver was dropped if the look took too long.
+    let work = move || drop(sender.send(look()));
+    std::thread::Builder::new().spawn(work).map_err(|error| Unknown::of(what, &error))?;
+    receiver.recv_timeout(limit).map_err(|_| Unknown::Late(what.to_owned(), limit))
 }
 
 /// What a program writes to standard output.
@@ -237,6 +255,13 @@ mod tests {
         assert_eq!(asked.ask(limit, "sleep", &["1000"]), Err(Unknown::Late("sleep".to_owned(), limit)));
         let silent = asked.ask(LIMIT, "echo", &["out"]).unwrap_err();
         assert_eq!((silent.to_string().as_str(), silent.advice()), ("systemd does not answer", ""));
+    }
+
+    #[test]
+    fn a_look_that_takes_too_long_is_given_up() {
+        assert_eq!(answer("disk", || 5), Ok(5));
+        let (limit, look) = (Duration::from_millis(20), || std::thread::sleep(Duration::from_secs(1000)));
+        assert_eq!(answer_within(limit, "disk", look), Err(Unknown::Late("disk".to_owned(), limit)));
     }
 
     #[test]

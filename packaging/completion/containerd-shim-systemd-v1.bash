@@ -1,10 +1,15 @@
 # bash completion for containerd-shim-systemd-v1, written by `make manual`.
 _containerd_shim_systemd_v1() {
-    local word=${COMP_WORDS[COMP_CWORD]} words
+    local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} words
     if [ "$COMP_CWORD" = 1 ]; then
         mapfile -t COMPREPLY < <(compgen -W 'doctor ps inspect -v -h' -- "$word")
         return
     fi
+    # bash takes = for a word.
+    if [[ $word = = ]]; then previous=$word; fi
+    case $previous in
+        --namespace | -n | =) return ;;
+    esac
     case ${COMP_WORDS[1]} in
         doctor) words='--json -h --help' ;;
         ps) words='-n --namespace --in-use -q --quiet --json -h --help' ;;

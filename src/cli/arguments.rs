@@ -30,7 +30,7 @@ pub enum Command {
     Tool(&'static Tool, Given),
     /// Start a process inside of its unit.
     Launch {
-        /// What the process is: container, exec or logger.
+        /// What the process is.
         kind: Kind,
         key: ProcessKey,
     },
@@ -79,9 +79,16 @@ pub enum Error {
         problem: String,
     },
     /// The arguments of `launch` are wrong.
-    #[error("only systemd calls launch, as: launch container|exec|logger NAMESPACE ID [EXEC]")]
+    #[error("only systemd and the daemon run launch: launch {} NAMESPACE ID [EXEC]", KINDS.map(Kind::word).join("|"))]
     Launch,
 }
+
+/// What `launch` starts.
+const KINDS: [Kind; 6] =
+    [Kind::Container, Kind::Exec, Kind::Logger, Kind::Criu, Kind::Mount, Kind::Checkpoint];
+
+/// The commands whose help is the usage: people need not run them.
+const WITHOUT_HELP: [&str; 6] = ["start", "delete", "serve", "launch", "wake", "help"];
 
 /// The arguments as text.
 ///
@@ -135,22 +142,27 @@ pub fn parse(args: &[String]) -> Result<Command, Error> {
         Some("delete") => Ok(Command::Delete(flags)),
         Some("serve") => Ok(Command::Serve),
         Some("wake") => Ok(Command::Wake),
-        Some("help") => Ok(Command::Help),
+        Some("help") => match args.next() {
+            None => Ok(Command::Help),
+            Some(word) if WITHOUT_HELP.contains(&word) => Ok(Command::Help),
+            Some(word) => tool(word, &["--help".to_owned()]),
+        },
         #[cfg(feature = "faults")]
         Some("faults") => Ok(Command::Faults),
         Some("launch") => {
             let launch = contract::parse(&args.collect::<Vec<_>>());
             launch.map(|(kind, key)| Command::Launch { kind, key }).ok_or(Error::Launch)
         }
-        Some(other) => match TOOLS.into_iter().find(|tool| tool.name == other) {
-            Some(tool) => {
-                let rest: Vec<String> = args.map(str::to_owned).collect();
-                let given = tool.parse(&rest).map_err(|problem| Error::Tool { tool: tool.name, problem })?;
-                Ok(Command::Tool(tool, given))
-            }
-            None => Err(Error::Command(other.chars().take(80).collect())),
-        },
+        Some(other) => tool(other, &args.map(str::to_owned).collect::<Vec<_>>()),
     }
+}
+
+/// A command for people, with its arguments.
+fn tool(name: &str, arguments: &[String]) -> Result<Command, Error> {
+    let tool = TOOLS.into_iter().find(|tool| tool.name == name);
+    let tool = tool.ok_or_else(|| Error::Command(name.chars().take(80).collect()))?;
+    let given = tool.parse(arguments).map_err(|problem| Error::Tool { tool: tool.name, problem })?;
+    Ok(Command::Tool(tool, given))
 }
 
 #[cfg(test)]
@@ -183,6 +195,9 @@ mod tests {
         for line in ["launch container default ../x", "launch exec default x", "launch container d x e"] {
             assert_eq!(error(line), Error::Launch, "{line}");
         }
+        let launch = "launch container|exec|logger|criu|mount|checkpoint NAMESPACE ID [EXEC]";
+        assert!(error("launch foo").to_string().ends_with(launch));
+        assert_eq!(error("help docter"), Error::Command("docter".to_owned()));
         assert_eq!(error("ps --jsno").to_string(), "ps: unknown option --jsno");
     }
 
@@ -200,6 +215,9 @@ mod tests {
         assert!(matches!(read("-h"), Ok(Command::Help)));
         assert!(matches!(read("-v"), Ok(Command::Version)));
         assert!(matches!(read("doctor --json"), Ok(Command::Tool(tool, _)) if tool.name == "doctor"));
+        let helped = |line| matches!(read(line), Ok(Command::Tool(tool, given)) if tool.name == "ps" && given.has("help"));
+        assert!(helped("help ps") && helped("ps --help"));
+        assert!(matches!(read("help"), Ok(Command::Help)) && matches!(read("help serve"), Ok(Command::Help)));
         assert!(matches!(read("-info"), Ok(Command::Info(_))));
     }
 }

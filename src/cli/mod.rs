@@ -45,10 +45,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(command) => command,
         Err(error) => {
             say(&match error {
+                arguments::Error::NoCommand => format!("{error}\n\n{USAGE}"),
                 // The usage of all commands would hide the mistake.
                 arguments::Error::Tool { tool, .. } => format!("{error}\ntry '{NAME} {tool} --help'"),
-                arguments::Error::NotText(_) => format!("{error}\ntry '{NAME} -h'"),
-                _ => format!("{error}\n\n{USAGE}"),
+                _ => format!("{error}\ntry '{NAME} -h'"),
             });
             return ExitCode::from(MISUSED);
         }
@@ -103,15 +103,16 @@ Then look at the container with systemctl status, journalctl -u and systemd-cgls
 Called by containerd:
     containerd-shim-systemd-v1 -namespace NS -id ID -address ADDR -publish-binary BIN start
     containerd-shim-systemd-v1 -namespace NS -id ID -address ADDR -bundle DIR delete
+    containerd-shim-systemd-v1 -info        what the runtime can do (protobuf)
 Called by systemd:
     containerd-shim-systemd-v1 serve        the daemon, one per machine, socket-activated
-    containerd-shim-systemd-v1 launch …     inside a container's unit
+    containerd-shim-systemd-v1 launch …     inside a container's unit; the daemon runs it, too
     containerd-shim-systemd-v1 wake         starts the daemon at the next call, while it is stopped
-Called by people, each with --help:
+For people (each has --help):
     containerd-shim-systemd-v1 doctor       what is wrong on this machine, and what to do about it
     containerd-shim-systemd-v1 ps           the tasks of this runtime with their units
     containerd-shim-systemd-v1 inspect ID   all that is known of a task
-    containerd-shim-systemd-v1 -info        what the runtime can do (protobuf, for containerd)
+Without a command:
     containerd-shim-systemd-v1 -v           version
     containerd-shim-systemd-v1 -h           this text
 ";
@@ -144,6 +145,14 @@ fn unless_closed(written: io::Result<()>) -> io::Result<()> {
 
 fn unwritten(error: io::Error) -> Failure {
     Failure(format!("can't write to standard output: {error}"))
+}
+
+/// Fails for a user who is not root. containerd may be root of a user namespace only.
+fn check_user() -> Result<(), Failure> {
+    match nix::unistd::geteuid().is_root() {
+        true => Ok(()),
+        false => Err(Failure::new("must run as root")),
+    }
 }
 
 /// All of standard input.

@@ -85,7 +85,11 @@ fn inspect(given: &Given) -> Result<(), Failure> {
             let some: Vec<String> =
                 found.iter().take(10).map(|row| format!("{}/{}", row.namespace, row.id)).collect();
             let word = text::line(word, 80);
-            return Err(Failure(format!("{word:?} matches {} tasks: {}", found.len(), some.join(", "))));
+            return Err(Failure(format!(
+                "{word:?} matches {} tasks: {}; give more of the id, or -n NAMESPACE",
+                found.len(),
+                some.join(", ")
+            )));
         }
     };
     let unit =
@@ -105,7 +109,11 @@ fn record<'a>(survey: &'a Survey, row: &Row) -> Result<&'a Task, String> {
     let records = survey.records.as_ref().map_err(|unknown| format!("{unknown}; run inspect as root"))?;
     let tasks = records.iter().filter_map(|(_, task)| task.as_ref().ok());
     let mut tasks = tasks.filter(|task| task.unit().as_str() == row.unit);
-    tasks.next().ok_or_else(|| format!("no record names this unit, although its name begins with {PREFIX}"))
+    tasks.next().ok_or_else(|| match records.iter().any(|(_, task)| task.is_err()) {
+        true => "no record that can be read names this unit; its record may be one of those that can't be read: see doctor"
+            .to_owned(),
+        false => format!("no record names this unit, although its name begins with {PREFIX}"),
+    })
 }
 
 /// JSON escapes control characters by itself; those that change the direction of text are escaped here.
@@ -134,6 +142,16 @@ mod tests {
         let broken = with(Ok(vec![("/run/x".into(), Err("record /run/x has version 9".to_owned()))]));
         assert!(broken.unwrap_err().to_string().contains("version 9"));
         with(Err(Unknown::Forbidden("/run/x".to_owned()))).unwrap_err();
+    }
+
+    #[test]
+    fn a_record_that_can_not_be_read_may_be_that_of_the_task() {
+        let reason = |records| {
+            let survey = Survey { units: Ok(vec![]), records: Ok(records), now_usec: 0 };
+            record(&survey, &Row::default()).unwrap_err()
+        };
+        assert!(reason(vec![]).contains("although its name begins with containerd-"));
+        assert!(reason(vec![("/run/x".into(), Err("version 9".to_owned()))]).contains("see doctor"));
     }
 
     #[test]

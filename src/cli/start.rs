@@ -25,7 +25,7 @@ use crate::{cgroup, config, doctor, files, sys};
 
 use super::arguments::Flags;
 use super::serving::Question;
-use super::{Failure, block_on, key_of, print, read_stdin};
+use super::{Failure, block_on, check_user, key_of, print, read_stdin};
 
 /// How often a bus that does not run is looked for.
 const BUS_PAUSE: Duration = Duration::from_millis(50);
@@ -34,6 +34,7 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
     let here = std::env::current_dir()
         .map_err(|error| Failure(format!("can't read the working directory: {error}")))?;
     let key = key_of(flags, &here)?;
+    check_user()?;
     check_host()?;
     let core_scheduling = core_scheduling::is_requested();
     if core_scheduling {
@@ -233,11 +234,16 @@ fn start_daemon(again: bool) -> Result<(), Failure> {
     let program = std::env::current_exe()
         .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
     block_on(start_units(&program, again))?.map_err(|error| {
-        use unit::error::Error::{Dependency, Job, Refused};
+        use unit::error::Error::{Dependency, Job, Masked, Refused, Setting};
         let is_of_systemd = matches!(error, Job { .. } | Refused { .. } | Dependency { .. });
         let reason = is_of_systemd.then(doctor::fault_of_daemon).flatten();
-        let reason = reason.map(|reason| format!("; {reason}")).unwrap_or_default();
-        Failure(format!("can't start the runtime's daemon: {error}{reason}{}", advice()))
+        // The error or the reason may say already what to do.
+        let rest = match (reason, &error) {
+            (Some(reason), _) => format!("; {reason}"),
+            (None, Masked { .. } | Setting { .. }) => String::new(),
+            (None, _) => advice(),
+        };
+        Failure(format!("can't start the runtime's daemon: {error}{rest}"))
     })
 }
 
@@ -294,8 +300,10 @@ fn wait_for_daemon() -> Result<(), Failure> {
             limit = config::SERVING_LIMIT;
             continue;
         }
-        let reason = reason.unwrap_or_else(|| format!("see systemctl status {}", name::DAEMON_SERVICE));
-        return Err(Failure(format!("the runtime's daemon {problem}: {reason}{}", advice())));
+        // A reason that was found says what to do.
+        let reason =
+            reason.unwrap_or_else(|| format!("see systemctl status {}{}", name::DAEMON_SERVICE, advice()));
+        return Err(Failure(format!("the runtime's daemon {problem}: {reason}")));
     }
 }
 

@@ -6,9 +6,10 @@
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
 
-use super::{Failure, start};
+use super::{Failure, check_user, start};
 
 pub(super) fn run() -> Result<(), Failure> {
+    check_user()?;
     let stdin = std::io::stdin();
     let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
     while let Err(errno) = poll(&mut fds, PollTimeout::NONE) {

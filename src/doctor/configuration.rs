@@ -8,6 +8,7 @@ use crate::oci::options::{Error, Options, one_line};
 use crate::probe::{self, Known, Unknown};
 use crate::task::request::{Property, PropertySource};
 use crate::unit::annotation::{self, Extension, Types};
+use crate::unit::name::DAEMON;
 
 use super::Check;
 use super::running::{Search, numbers};
@@ -233,7 +234,7 @@ pub(super) fn checks(facts: &Facts, search: &Search, types: Option<&Types>) -> V
 const NAME: &str = "configuration";
 
 fn wrong(place: &str, reason: &str) -> Check {
-    let advice = "correct it (see docs/options.md), then restart the client";
+    let advice = format!("correct it (see {DAEMON}(5)), then {}", restart(Path::new(place)));
     Check::error(NAME, format!("{place}: {reason}"), advice)
 }
 
@@ -256,7 +257,7 @@ fn configurations(facts: &Facts, types: Option<&Types>) -> Vec<Check> {
     if let Ok(text) = &facts.docker
         && let Err(error) = serde_json::from_str::<serde_json::Value>(text)
     {
-        let advice = "correct it, then systemctl restart docker";
+        let advice = format!("correct it, then {}", restart(Path::new(DOCKER)));
         checks.push(Check::error(NAME, format!("{DOCKER} is not JSON: {error}"), advice));
     }
     let mut good = Vec::new();
@@ -288,11 +289,14 @@ fn configurations(facts: &Facts, types: Option<&Types>) -> Vec<Check> {
     checks
 }
 
-/// How containerd reads its file again. k3s and RKE2 write it themselves.
-fn restart(path: &Path) -> &'static str {
-    match path.starts_with("/var/lib/rancher") {
-        true => "restart k3s or RKE2, which writes this file from its template",
-        false => "systemctl restart containerd",
+/// How the client reads its file again. k3s and RKE2 write it themselves. A runtime may follow the path of the file.
+fn restart(file: &Path) -> &'static str {
+    if file.starts_with("/var/lib/rancher") {
+        "restart k3s or RKE2, which writes this file from its template"
+    } else if file.to_string_lossy().starts_with(DOCKER) {
+        "systemctl restart docker"
+    } else {
+        "systemctl restart containerd"
     }
 }
 

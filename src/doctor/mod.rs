@@ -4,10 +4,12 @@
 //! and `checks` judges them. `checks` is pure, so tests can give it the facts of any machine. A fact that this user may not
 //! read is [`Unknown`], and its check says so. `doctor` does not need the daemon, changes nothing and starts no unit.
 
+mod bundles;
 mod bus;
 mod configuration;
 mod containerd;
 mod daemon;
+mod drop_ins;
 mod host;
 mod limits;
 mod records;
@@ -18,6 +20,9 @@ mod units;
 pub use report::{json, text};
 
 use crate::probe::Unknown;
+
+/// The most faults of a kind that get a line each.
+const MOST_LINES: usize = 20;
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

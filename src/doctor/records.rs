@@ -1,23 +1,23 @@
 //! Records of tasks, and units and events without a task.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::config::STATE_DIR;
+use crate::id::{Namespace, TaskKey};
 use crate::store::Store;
 use crate::task::Task;
+use crate::unit::name::{PREFIX, candidates};
 use crate::unit::{bus_config, refs};
 use crate::view::{self, Recorded, Survey, unknown};
 
-use super::Check;
+use super::{Check, MOST_LINES, bundles};
 use crate::probe::{Known, Properties, property};
 
 /// The longest time for which a containerd may be down, in seconds. If an event has waited for longer, `doctor` assumes that
 /// no containerd will accept it.
 const LATE_SEC: u64 = 600;
-
-/// The most faults of a kind that get a line each.
-const MOST_LINES: usize = 20;
 
 /// Where docs/restarts.md puts the limit of match rules, and its value there.
 const MATCH_RULES_FILE: &str = "/etc/dbus-1/system.d/match-rules.conf";
@@ -27,7 +27,10 @@ const SUGGESTED_MATCH_RULES: u32 = 65536;
 #[derive(Debug)]
 pub struct Facts {
     records: Known<Vec<Recorded>>,
+    /// The loaded units of the records that can't be read, by the path of the record.
+    units_of_unreadable: BTreeMap<PathBuf, String>,
     set_aside: Vec<PathBuf>,
+    bundles: bundles::Facts,
     /// Tasks that were deleted and owe events: when the oldest event happened, in seconds since 1970.
     owing: Vec<u64>,
     /// How many units of containers are loaded.
@@ -46,6 +49,8 @@ pub(super) fn collect() -> Facts {
     let oldest = |task: Task| task.outbox.first().map(|event| event.at_usec / 1_000_000);
     let lost = lost(&survey, Survey::collect);
     Facts {
+        units_of_unreadable: units_of_unreadable(&survey),
+        bundles: bundles::collect(survey.records.as_deref().unwrap_or_default()),
         records: survey.records,
         set_aside: store.set_aside_records().unwrap_or_default(),
         owing: owed.into_iter().filter_map(|(_, task)| task.ok().and_then(oldest)).collect(),
@@ -54,6 +59,34 @@ pub(super) fn collect() -> Facts {
         referenced_at_most: refs::limit(bus_config::match_rules()),
         now_sec: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
     }
+}
+
+/// The task of a record, by the path of the record. `None` for the directory of a namespace.
+fn key_of(record: &Path) -> Option<TaskKey> {
+    let mut names = record.strip_prefix(STATE_DIR).ok()?.iter().map(|name| name.to_str());
+    let (namespace, word) = (names.next()??, names.next()??);
+    TaskKey::from_word(Namespace::new(namespace).ok()?, word).ok()
+}
+
+/// The loaded units of the records that can't be read. A unit of another task may have one of the names that the task's unit may
+/// have.
+fn units_of_unreadable(survey: &Survey) -> BTreeMap<PathBuf, String> {
+    let (Ok(units), Ok(records)) = (&survey.units, &survey.records) else {
+        return BTreeMap::new();
+    };
+    let is_of_other = |unit: &str| {
+        let mut tasks = records.iter().filter_map(|(_, task)| task.as_ref().ok());
+        tasks.any(|task| task.unit().as_str() == unit)
+    };
+    let unit_of = |key: &TaskKey| {
+        let has = |unit: &&Properties, name: &str| {
+            property(unit, "Id") == Some(name) && view::field(unit, "CONTAINER_ID") == Some(key.id.as_str())
+        };
+        let mut names = candidates(key).map(|name| name.to_string());
+        names.find(|name| units.iter().any(|unit| has(&unit, name)) && !is_of_other(name))
+    };
+    let unreadable = records.iter().filter(|(_, task)| task.is_err());
+    unreadable.filter_map(|(path, _)| Some((path.clone(), unit_of(&key_of(path)?)?))).collect()
 }
 
 /// The units that no task has, and whether each has ended. A task that is deleted or made while a survey reads units and records
@@ -84,27 +117,41 @@ fn without_a_task(survey: &Survey) -> Vec<(String, bool)> {
 }
 
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
-    let records = match &facts.records {
-        Ok(records) => records,
-        Err(unknown) => return vec![Check::unknown("records", unknown)],
+    let mut checks = match &facts.records {
+        Ok(records) => of_records(facts, records),
+        // Those who may not read records know nothing of these either.
+        Err(unknown) => {
+            ["records", "bundles", "events", LEFTOVERS].map(|name| Check::unknown(name, unknown)).to_vec()
+        }
     };
+    checks.push(match &facts.units {
+        Ok(units) => references(facts.referenced_at_most, *units),
+        Err(unknown) => Check::unknown(REFERENCES, unknown),
+    });
+    checks
+}
+
+fn of_records(facts: &Facts, records: &[Recorded]) -> Vec<Check> {
     let mut checks = readable(facts, records);
+    checks.extend(bundles::checks(&facts.bundles));
     checks.push(events(facts, records));
     match &facts.units {
-        Ok(units) => {
-            checks.extend(leftovers(records, &facts.lost));
-            checks.push(references(facts.referenced_at_most, *units));
-        }
-        Err(unknown) => checks.push(Check::unknown("leftovers", unknown)),
+        Ok(_) => checks.extend(leftovers(records, &facts.lost)),
+        Err(unknown) => checks.push(Check::unknown(LEFTOVERS, unknown)),
     }
     checks
 }
 
+const REFERENCES: &str = "references";
+const LEFTOVERS: &str = "leftovers";
+
 /// Compares the number of containers with the number of references, each of which costs systemd a match rule on the bus.
 fn references(limit: usize, containers: usize) -> Check {
-    const NAME: &str = "references";
     if containers <= limit {
-        return Check::ok(NAME, format!("{containers} of up to {limit} units of containers"));
+        let found = format!(
+            "{containers} containers; up to {limit} keep their exit code if their unit is stopped while the daemon is down"
+        );
+        return Check::ok(REFERENCES, found);
     }
     let found = format!(
         "{containers} containers, of which {limit} keep their exit code if somebody stops their unit while the daemon is down"
@@ -112,17 +159,17 @@ fn references(limit: usize, containers: usize) -> Check {
     let advice = format!(
         "set max_match_rules_per_connection in {MATCH_RULES_FILE} to {SUGGESTED_MATCH_RULES}, run systemctl reload dbus and systemctl restart containerd-shim-systemd-v1"
     );
-    Check::warning(NAME, found, advice)
+    Check::warning(REFERENCES, found, advice)
 }
 
 fn readable(facts: &Facts, records: &[Recorded]) -> Vec<Check> {
     const NAME: &str = "records";
-    let unreadable = records.iter().filter_map(|(_, task)| task.as_ref().err()).map(|reason| {
-        let advice = "delete its container, or start the version of this program that wrote it";
-        Check::error(NAME, reason.clone(), advice)
+    let unreadable = records.iter().filter_map(|(path, task)| {
+        let reason = task.as_ref().err()?.clone();
+        Some(Check::error(NAME, reason, remedy(path, facts.units_of_unreadable.get(path))))
     });
     let set_aside = facts.set_aside.iter().map(|path| {
-        let found = format!("{} has crashed the daemon, which leaves it alone", path.display());
+        let found = format!("{} crashed the daemon twice; the daemon no longer reads it", path.display());
         Check::error(NAME, found, "report it, then delete its container and the file")
     });
     let checks: Vec<Check> = unreadable.chain(set_aside).take(MOST_LINES).collect();
@@ -130,6 +177,25 @@ fn readable(facts: &Facts, records: &[Recorded]) -> Vec<Check> {
         true => vec![Check::ok(NAME, format!("{} can be read", records.len()))],
         false => checks,
     }
+}
+
+/// What to do about a record that can't be read, with the loaded unit of its task. Nobody can delete the task through containerd:
+/// the daemon does not know it.
+fn remedy(record: &Path, unit: Option<&String>) -> String {
+    let Some(key) = key_of(record) else {
+        return format!("look at {} as root", record.display());
+    };
+    let dir = record.parent().unwrap_or(record).display();
+    let stop = match unit {
+        Some(unit) => format!("stop its unit (systemctl stop {})", view::in_shell(unit)),
+        None => format!(
+            "stop its unit, if one runs (systemctl show -p Id -p LogExtraFields '{PREFIX}*.service' shows CONTAINER_ID={})",
+            key.id
+        ),
+    };
+    format!(
+        "if a newer version of this program wrote it, start that version; else {stop}, then remove the directory {dir}"
+    )
 }
 
 fn events(facts: &Facts, records: &[Recorded]) -> Check {
@@ -146,7 +212,9 @@ fn events(facts: &Facts, records: &[Recorded]) -> Check {
 }
 
 fn leftovers(records: &[Recorded], lost: &[(String, bool)]) -> Vec<Check> {
-    const NAME: &str = "leftovers";
+    const NAME: &str = LEFTOVERS;
+    const SEE_LOG: &str =
+        "journalctl -u containerd-shim-systemd-v1 says why; the daemon tries again every few minutes";
     let tasks: Vec<&Task> = records.iter().filter_map(|(_, task)| task.as_ref().ok()).collect();
     let lost = lost.iter().map(|(unit, has_ended)| {
         let found = format!("no task has the unit {unit}");
@@ -160,15 +228,11 @@ fn leftovers(records: &[Recorded], lost: &[(String, bool)]) -> Vec<Check> {
     let failed = tasks.iter().filter(|task| task.is_leftover).map(|task| {
         let found =
             format!("the Create of {} has failed, and something of it could not be removed", task.key);
-        let advice =
-            "journalctl -u containerd-shim-systemd-v1 says what; the daemon tries again when it starts";
-        Check::warning(NAME, found, advice)
+        Check::warning(NAME, found, SEE_LOG)
     });
-    let given_up = tasks.iter().filter(|task| task.muted && !task.is_leftover).map(|task| {
+    let given_up = tasks.iter().filter(|task| task.given_up && !task.is_leftover).map(|task| {
         let found = format!("containerd has given up {}, which the daemon has not removed yet", task.key);
-        let advice =
-            "journalctl -u containerd-shim-systemd-v1 says why; the daemon tries again every few minutes";
-        Check::warning(NAME, found, advice)
+        Check::warning(NAME, found, SEE_LOG)
     });
     let checks: Vec<Check> = lost.chain(failed).chain(given_up).take(MOST_LINES).collect();
     if checks.is_empty() { vec![Check::ok(NAME, "none")] } else { checks }
@@ -183,7 +247,9 @@ mod tests {
     fn healthy() -> Facts {
         Facts {
             records: Ok(vec![]),
+            units_of_unreadable: BTreeMap::new(),
             set_aside: vec![],
+            bundles: bundles::Facts::default(),
             owing: vec![],
             units: Ok(0),
             lost: vec![],
@@ -208,6 +274,28 @@ mod tests {
         assert_eq!((fault(&facts).name, fault(&facts).status), ("records", Status::Error));
         let facts = Facts { set_aside: vec![PathBuf::from("/run/.crashed/a.json")], ..healthy() };
         assert!(fault(&facts).found.contains("/run/.crashed/a.json"));
+    }
+
+    #[test]
+    fn the_remedy_for_a_record_that_can_not_be_read_works() {
+        let path = PathBuf::from(STATE_DIR).join("a-b/web/record.json");
+        let unit = |id: &str| {
+            let fields = format!("CONTAINER_ID={id} CONTAINER_NAMESPACE=a-b");
+            properties(&[("Id", r"containerd-a\x2db-web.service"), ("LogExtraFields", &fields)])
+        };
+        let survey = |unit| Survey {
+            units: Ok(vec![unit]),
+            records: Ok(vec![(path.clone(), Err("version 9".to_owned()))]),
+            now_usec: 0,
+        };
+        let found = units_of_unreadable(&survey(unit("web")));
+        let facts = Facts { records: survey(unit("web")).records, units_of_unreadable: found, ..healthy() };
+        let advice = fault(&facts).advice;
+        let stop = r"systemctl stop containerd-a\\x2db-web.service), then remove the directory";
+        assert!(advice.ends_with(&format!("{stop} {STATE_DIR}/a-b/web")), "{advice}");
+        assert!(units_of_unreadable(&survey(unit("other"))).is_empty());
+        let advice = fault(&Facts { units_of_unreadable: BTreeMap::new(), ..facts }).advice;
+        assert!(advice.contains("CONTAINER_ID=web"), "{advice}");
     }
 
     #[test]
@@ -271,6 +359,10 @@ mod tests {
     #[test]
     fn a_user_who_may_not_read_records_gets_a_message() {
         let records = Err(Unknown::Forbidden(STATE_DIR.to_owned()));
-        assert_eq!(fault(&Facts { records, ..healthy() }).status, Status::Unknown);
+        let checks = checks(&Facts { records, ..healthy() });
+        let unknown = checks.iter().filter(|check| check.status == Status::Unknown).map(|check| check.name);
+        assert_eq!(unknown.collect::<Vec<_>>(), ["records", "bundles", "events", "leftovers"]);
+        // Every user may count units.
+        assert_eq!(checks.last().map(|check| (check.name, check.status)), Some(("references", Status::Ok)));
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET, ORDER_SLICE};
 
-use super::Check;
+use super::{Check, drop_ins};
 use crate::probe::{self, Known, Properties, property};
 use crate::unit::policy;
 
@@ -31,6 +31,9 @@ const HARMFUL: [(&str, &str); 8] = [
     ("UnsetEnvironment", ""),
 ];
 
+/// Where systemd has the files of transient units.
+const TRANSIENT: &str = "/run/systemd/transient/";
+
 /// The smallest usable size of the descriptor store. A smaller one holds the descriptors of too few containers.
 const DESCRIPTORS: u64 = 1000;
 
@@ -46,11 +49,14 @@ pub struct Facts {
     missing: Vec<PathBuf>,
     /// Drop-ins for namespaces that break containers, and those of the daemon that break it: path, setting, and what happens.
     harmful: Vec<(PathBuf, String, &'static str)>,
+    /// Drop-ins for namespaces that restrict the OCI runtime, and their settings.
+    restricting: Vec<(PathBuf, Vec<String>)>,
 }
 
 pub(super) fn collect() -> Facts {
     let mut facts = collect_of_daemon();
     facts.harmful.extend(policy::harmful_for_namespaces());
+    facts.restricting = drop_ins::restricting();
     facts
 }
 
@@ -59,7 +65,8 @@ pub(super) fn collect_of_daemon() -> Facts {
     let [service, socket, slice, order] =
         [DAEMON_SERVICE, DAEMON_SOCKET, DAEMON_SLICE, ORDER_SLICE].map(probe::show_one);
     let missing = service.iter().filter_map(program).filter(|path| !path.exists()).collect();
-    Facts { service, socket, slice, order, missing, harmful: policy::harmful_for_daemon() }
+    let harmful = policy::harmful_for_daemon();
+    Facts { service, socket, slice, order, missing, harmful, restricting: Vec::new() }
 }
 
 /// The program in `ExecStart={ path=… ; argv[]=… }`.
@@ -101,9 +108,11 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
         checks.push(Check::warning(NAME, found, format!("systemctl restart {DAEMON_SERVICE}")));
     }
     checks.extend(for_all_services(service));
+    checks.extend(facts.restricting.iter().filter_map(|(path, settings)| restricting(facts, path, settings)));
     if checks.is_empty() {
         let is_installed = property(service, "LoadState") == Some("loaded");
-        let is_transient = property(service, "Transient") == Some("yes");
+        // systemd keeps the property Transient of a unit that a package has taken over, until the next boot.
+        let is_transient = property(service, "FragmentPath").is_some_and(|path| path.starts_with(TRANSIENT));
         let is_listening = property(socket, "ActiveState") == Some("active");
         let found = match (is_installed, is_transient) {
             (false, _) => "not installed: the first container starts transient ones",
@@ -183,7 +192,8 @@ fn overridden(service: &Properties) -> Vec<Check> {
     }
     for name in ["MemoryMax", "MemoryHigh"] {
         if let Some(bytes) = number(name).filter(|bytes| *bytes < 64 << 20) {
-            let found = format!("{DAEMON_SERVICE} has {name}={bytes}, which many containers exceed");
+            let found =
+                format!("{DAEMON_SERVICE} has {name}={bytes}: with many containers the daemon needs more");
             checks.push(Check::warning(NAME, found, by.clone()));
         }
     }
@@ -210,6 +220,21 @@ fn for_all_services(service: &Properties) -> Vec<Check> {
         Some(Check::warning("units", found, advice))
     };
     HARMFUL.iter().filter_map(check).collect()
+}
+
+/// A drop-in for a namespace with settings that restrict the OCI runtime. Another check may name some of them.
+fn restricting(facts: &Facts, path: &Path, settings: &[String]) -> Option<Check> {
+    let is_named = |setting: &&String| {
+        !facts.harmful.iter().any(|(harmful, name, _)| harmful == path && name == *setting)
+    };
+    let settings: Vec<&str> = settings.iter().filter(is_named).map(String::as_str).collect();
+    if settings.is_empty() {
+        return None;
+    }
+    let found =
+        format!("{} sets {}: containers of the namespace may not start", path.display(), settings.join(", "));
+    let advice = "if containers can't be created, remove these settings, then systemctl daemon-reload";
+    Some(Check::warning("units", found, advice))
 }
 
 #[cfg(test)]
@@ -244,6 +269,7 @@ mod tests {
             order: Ok(loaded),
             missing: vec![],
             harmful: vec![],
+            restricting: vec![],
         }
     }
 
@@ -264,7 +290,10 @@ mod tests {
     #[test]
     fn packaged_and_transient_units_are_ok() {
         assert_eq!(checks(&facts(&[]))[0].found, "installed, and the socket listens");
-        assert_eq!(checks(&facts(&[("Transient", "yes")]))[0].found, "transient");
+        let transient = ("FragmentPath", "/run/systemd/transient/containerd-shim-systemd-v1.service");
+        assert_eq!(checks(&facts(&[transient]))[0].found, "transient");
+        // A package has taken it over.
+        assert_eq!(checks(&facts(&[("Transient", "yes")]))[0].found, "installed, and the socket listens");
         let absent = Ok(properties(&[("LoadState", "not-found")]));
         let facts = Facts { service: absent.clone(), socket: absent.clone(), slice: absent, ..facts(&[]) };
         assert!(checks(&facts).iter().all(|check| check.status == Status::Ok));
@@ -323,6 +352,20 @@ mod tests {
         let check = fault(&Facts { harmful: vec![harmful], ..facts(&[]) });
         assert_eq!(check.found, "/etc/x.conf sets Type=simple: no container can be created");
         assert!(check.advice.contains("remove Type=simple from /etc/x.conf"), "{check:?}");
+    }
+
+    #[test]
+    fn a_drop_in_that_restricts_containers_is_named_once() {
+        let path = PathBuf::from("/etc/x.conf");
+        let settings = ["User=nobody", "PrivatePIDs=yes"].map(str::to_owned).to_vec();
+        let with =
+            |harmful| Facts { restricting: vec![(path.clone(), settings.clone())], harmful, ..facts(&[]) };
+        let check = fault(&with(vec![]));
+        assert_eq!(check.status, Status::Warning);
+        assert!(check.found.starts_with("/etc/x.conf sets User=nobody, PrivatePIDs=yes: "), "{check:?}");
+        let found = checks(&with(vec![(path.clone(), settings[1].clone(), "no container can be created")]));
+        let warning = found.iter().find(|check| check.status == Status::Warning).unwrap();
+        assert!(warning.found.starts_with("/etc/x.conf sets User=nobody: "), "{found:?}");
     }
 
     #[test]

@@ -21,14 +21,28 @@ pub fn bash() -> String {
         // Writing to a string does not fail.
         let _ = writeln!(cases, "        {}) words='{}' ;;", tool.name, words.join(" "));
     }
+    // The options of all commands that take a value: nothing is known of the values.
+    let mut valued: Vec<String> = TOOLS
+        .iter()
+        .flat_map(|tool| all(tool.options).filter(|option| option.value.is_some()))
+        .flat_map(|option| {
+            option.short.map(|c| format!("-{c}")).into_iter().chain([format!("--{}", option.long)])
+        })
+        .collect();
+    valued.sort();
+    valued.dedup();
     format!(
         "# bash completion for {NAME}, written by `make manual`.\n\
-         _containerd_shim_systemd_v1() {{\n    local word=${{COMP_WORDS[COMP_CWORD]}} words\n\
+         _containerd_shim_systemd_v1() {{\n    local word=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words\n\
          \x20   if [ \"$COMP_CWORD\" = 1 ]; then\n        mapfile -t COMPREPLY < <(compgen -W '{} -v -h' -- \"$word\")\n        return\n    fi\n\
+         \x20   # bash takes = for a word.\n\
+         \x20   if [[ $word = = ]]; then previous=$word; fi\n\
+         \x20   case $previous in\n        {} | =) return ;;\n    esac\n\
          \x20   case ${{COMP_WORDS[1]}} in\n{cases}        *) return ;;\n    esac\n\
          \x20   if [[ ${{COMP_WORDS[1]}} = inspect && $word != -* ]]; then\n        words=$({NAME} ps --quiet 2>/dev/null)\n    fi\n\
          \x20   mapfile -t COMPREPLY < <(compgen -W \"$words\" -- \"$word\")\n}}\ncomplete -F _containerd_shim_systemd_v1 {NAME}\n",
         names.join(" "),
+        valued.join(" | "),
     )
 }
 
@@ -83,4 +97,41 @@ pub fn fish() -> String {
         }
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    /// What bash offers for the last of these words.
+    fn offered(words: &str) -> String {
+        // The command that lists ids.
+        let ids = format!("{}() {{ echo web; }}\n", super::NAME);
+        let last = words.split('|').count();
+        let words = words.split('|').map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
+        let script = format!(
+            "{ids}{}COMP_WORDS=(x {words}); COMP_CWORD={last}; _containerd_shim_systemd_v1; echo \"${{COMPREPLY[*]}}\"",
+            super::bash()
+        );
+        let output = Command::new("bash").args(["-c", &script]).output().unwrap();
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    #[test]
+    fn bash_offers_nothing_for_the_value_of_an_option() {
+        for words in [
+            "ps|-n|",
+            "inspect|-n|",
+            "inspect|--namespace|w",
+            "inspect|--namespace|=",
+            "inspect|--namespace|=|w",
+        ] {
+            assert_eq!(offered(words), "", "{words}");
+        }
+        assert_eq!(offered("inspect|-n|default|"), "web");
+        assert_eq!(offered("inspect|"), "web");
+        assert_eq!(offered("ps|--q"), "--quiet");
+        assert_eq!(offered("do"), "doctor");
+    }
 }

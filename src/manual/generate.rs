@@ -4,14 +4,19 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
+use super::references::{Doc, with_references};
 use super::{NAME, TOOLS, completion, roff, sentence};
 
-/// docs/commands.md, from which the man page of section 1 is made.
+/// Whom the commands are for.
+const FOR_PEOPLE: &str =
+    "containerd and systemd run this program; nobody has to. These commands are for people.";
+
+/// docs/commands.md.
 fn commands() -> String {
     let mut text = "# Commands\n\n<!-- Written by `make manual` from src/manual/. -->\n".to_owned();
-    text += "\ncontainerd and systemd run this program; nobody has to. These commands are for people.\n";
+    // Writing to a string does not fail.
+    let _ = writeln!(text, "\n{FOR_PEOPLE}");
     for tool in TOOLS {
-        // Writing to a string does not fail.
         let _ = write!(
             text,
             "\n## {}\n\n```\n{}\n```\n\n{}\n",
@@ -34,6 +39,52 @@ fn commands() -> String {
     text
 }
 
+/// The man page of section 1.
+fn manual_of_commands() -> String {
+    let synopses: Vec<String> = TOOLS.iter().map(|tool| tool.synopsis()).collect();
+    let mut text = format!(
+        "# Commands\n\n## Synopsis\n\n```\n{}\n```\n\n## Description\n\n{FOR_PEOPLE}\n",
+        synopses.join("\n")
+    );
+    for tool in TOOLS {
+        let _ = write!(text, "\n## {}\n\n{}\n", tool.name, sentence(tool.summary));
+        for paragraph in tool.text {
+            let _ = write!(text, "\n{paragraph}\n");
+        }
+        let _ = write!(text, "\n### Options\n\n| Option | |\n|---|---|\n");
+        for option in tool.all_options() {
+            let _ = writeln!(text, "| `{}` | {} |", option.spelling(), option.text);
+        }
+        let _ = write!(text, "\n### Exit codes\n\n| Exit code | |\n|---|---|\n");
+        for (code, meaning) in tool.exits {
+            let _ = writeln!(text, "| {code} | {meaning} |");
+        }
+    }
+    text += "\n## See also\n\ncontainerd-shim-systemd-v1(5), containerd-shim-systemd-v1(7), systemctl(1), journalctl(1)\n";
+    text
+}
+
+/// The pages of docs/ that are in the manual, and their sections there.
+const PAGES: [(&str, u8); 5] = [
+    ("options.md", 5),
+    ("properties.md", 5),
+    ("restarts.md", 7),
+    ("resources.md", 7),
+    ("troubleshooting.md", 7),
+];
+
+fn docs() -> Vec<Doc> {
+    PAGES.into_iter().map(|(name, section)| Doc { name, section, text: doc(name) }).collect()
+}
+
+/// The pages of docs/ in a section of the manual, where they are sections of a page.
+fn docs_in(section: u8) -> String {
+    let docs = docs();
+    let demote = |text: String| text.replace("\n## ", "\n### ").replacen("# ", "## ", 1);
+    let pages = docs.iter().filter(|doc| doc.section == section);
+    pages.map(|doc| demote(with_references(doc, &docs))).collect::<Vec<_>>().join("\n")
+}
+
 fn doc(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(name);
     let text = fs::read_to_string(&path).expect("read a page of docs");
@@ -54,21 +105,11 @@ fn overview() -> String {
          `containerd-<namespace>-<id>.service`; an id of 64 hex digits is cut to its first 12.\n\n";
     let more = "\n## See also\n\ncontainerd-shim-systemd-v1(1), containerd-shim-systemd-v1(5), systemctl(1), journalctl(1), \
          systemd.resource-control(5)\n";
-    // In the man page, the pages of docs/ are sections.
-    let demote = |text: String| text.replace("\n## ", "\n### ").replacen("# ", "## ", 1);
-    [
-        usage.to_owned(),
-        demote(doc("restarts.md")),
-        demote(doc("resources.md")),
-        demote(doc("troubleshooting.md")),
-        more.to_owned(),
-    ]
-    .join("\n")
+    [usage, &docs_in(7), more].join("\n")
 }
 
 fn options() -> String {
-    let demote = |text: String| text.replace("\n## ", "\n### ").replacen("# ", "## ", 1);
-    ["# Options\n".to_owned(), demote(doc("options.md")), demote(doc("properties.md"))].join("\n")
+    ["# Options\n", &docs_in(5)].join("\n")
 }
 
 /// Each file with the text that it must contain.
@@ -77,10 +118,9 @@ fn files() -> Vec<(String, String)> {
         (format!("packaging/man/{NAME}.{section}"), roff::page(NAME, section, summary, text))
     };
     let shell = |name, text| (format!("packaging/completion/{NAME}.{name}"), text);
-    let without_comment = commands().replace("<!-- Written by `make manual` from src/manual/. -->\n", "");
     vec![
         ("docs/commands.md".to_owned(), commands()),
-        page(1, "show and check containers that are systemd units", &without_comment),
+        page(1, "show and check containers that are systemd units", &manual_of_commands()),
         page(5, "options and annotations of the runtime", &options()),
         page(7, "containerd runtime in which every container is a systemd unit", &overview()),
         shell("bash", completion::bash()),

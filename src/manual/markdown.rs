@@ -11,13 +11,14 @@ pub enum Block {
     Item(String, String),
     /// A block of code: its lines, unchanged.
     Code(Vec<String>),
-    /// A row below the head of a table: its cells.
-    Row(Vec<String>),
+    /// A row of a table: the cells of the head, and its own.
+    Row(Vec<String>, Vec<String>),
 }
 
 pub fn blocks(text: &str) -> Vec<Block> {
     let mut blocks = Vec::new();
     let mut lines = text.lines().peekable();
+    let mut head = Vec::new();
     while let Some(line) = lines.next() {
         if let Some(fence) = line.strip_prefix("```") {
             let _ = fence;
@@ -30,10 +31,12 @@ pub fn blocks(text: &str) -> Vec<Block> {
         } else if line.starts_with('|') {
             let row = cells(line);
             let is_rule = row.iter().all(|cell| !cell.is_empty() && cell.chars().all(|c| "-:".contains(c)));
-            // The head is the row above the rule. The text of the page says the same.
+            // The head is the row above the rule.
             let is_head = lines.peek().is_some_and(|next| next.starts_with("|--") || next.starts_with("|:-"));
-            if !is_rule && !is_head {
-                blocks.push(Block::Row(row));
+            if is_head {
+                head = row;
+            } else if !is_rule {
+                blocks.push(Block::Row(head.clone(), row));
             }
         } else if let Some((mark, rest)) = item(line) {
             blocks.push(Block::Item(mark, joined(rest, &mut lines)));

@@ -10,6 +10,8 @@ mod generate;
 #[cfg(test)]
 mod markdown;
 #[cfg(test)]
+mod references;
+#[cfg(test)]
 mod roff;
 
 use std::fmt::Write;
@@ -66,7 +68,7 @@ pub const DOCTOR: Tool = Tool {
     summary: "say what is wrong on this machine, and what to do about it",
     text: &[
         "Checks systemd, cgroups, the journal, D-Bus, containerd and its configuration, the OCI runtime, limits, the space for \
-         records, the daemon's units and their drop-ins, the daemon's health, records and leftovers. Each check is one \
+         records, the daemon's units and their drop-ins, the daemon's health, records, bundles and leftovers. Each check is one \
          line: its result (ok, warning, error or unknown), its name, what was found, and what to do.",
         "doctor changes nothing, starts nothing, and does not need the daemon. Every user can run it; what only root \
          may see is unknown to others.",
@@ -74,7 +76,7 @@ pub const DOCTOR: Tool = Tool {
     options: &[JSON],
     exits: &[
         (0, "no check found an error; there may be warnings"),
-        (1, "a check found an error: containers can't be started, or are without the daemon"),
+        (1, "a check found an error: containers can't be started, or the daemon does not serve them"),
         MISUSED,
     ],
 };
@@ -110,8 +112,10 @@ pub const INSPECT: Tool = Tool {
     summary: "show all that is known of a task",
     text: &[
         "Shows a task's unit, record, streams, execs, and the events that containerd has not accepted. ID is the id of \
-         a container, the beginning of one, the name of a container or the name of a unit.",
+         a container or the beginning of one, also as NAMESPACE/ID; or it is the name of a container or of a unit.",
         "Only root can read records; other users see what systemd knows.",
+        "--json writes the task as ps does, the properties of its unit, and its record as it is on disk. The form of the \
+         record is not stable: it can be another one in the next version.",
     ],
     options: &[NAMESPACE, JSON],
     exits: &[(0, "the task was found"), (1, "there is no such task, or there are several"), MISUSED],

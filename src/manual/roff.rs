@@ -4,6 +4,9 @@ use std::fmt::Write;
 
 use super::markdown::{Block, blocks};
 
+/// From this number of columns on, a cell of a table is written with the name of its column.
+const NAMED_FROM: usize = 3;
+
 /// Makes a man page of Markdown text. Leaves out the first heading, which equals the title.
 pub fn page(name: &str, section: u8, summary: &str, text: &str) -> String {
     let mut page = format!(
@@ -27,11 +30,17 @@ pub fn page(name: &str, section: u8, summary: &str, text: &str) -> String {
                     lines.iter().map(|line| format!("{}\n", guarded(&escaped(line)))).collect();
                 writeln!(page, ".PP\n.in +4n\n.nf\n{lines}.fi\n.in")
             }
-            Block::Row(cells) => {
+            Block::Row(head, cells) => {
                 let first = cells.first().map(|cell| inline(cell)).unwrap_or_default();
-                let rest: Vec<String> =
-                    cells.iter().skip(1).filter(|cell| !cell.is_empty()).map(|cell| inline(cell)).collect();
                 let first = if first.is_empty() { "\\(bu".to_owned() } else { first };
+                let named = |(column, cell): (usize, &String)| match head.get(column) {
+                    Some(name) if head.len() >= NAMED_FROM && !name.is_empty() => {
+                        format!("\\fI{}:\\fR {}", inline(name), inline(cell))
+                    }
+                    _ => inline(cell),
+                };
+                let rest = cells.iter().enumerate().skip(1).filter(|(_, cell)| !cell.is_empty());
+                let rest: Vec<String> = rest.map(named).collect();
                 writeln!(page, ".TP\n{first}\n{}", rest.join("\n.br\n"))
             }
         };
@@ -102,9 +111,9 @@ fn link(text: &str) -> Option<(&str, &str)> {
 #[test]
 fn markdown_becomes_a_page() {
     let text = "# Title\n\nRun `ps -q` and [see](x.md) **this**.\n\n## More\n\n* one\n  and two\n\n```\n.dot \\n\n```\n\n\
-                | A | B |\n|---|---|\n| `x` | what |\n";
+                | A | B |\n|---|---|\n| `x` | what |\n\n| A | B | C |\n|---|---|---|\n| y | | why |\n| z | 1 | |\n";
     let page = page("shim", 5, "a thing", text);
     let wanted = ".SH NAME\nshim \\- a thing\n.PP\nRun \\fBps \\-q\\fR and see \\fBthis\\fR.\n.SH \"MORE\"\n.IP \"\\(bu\" 3\n\
-                  one and two\n.PP\n.in +4n\n.nf\n\\&.dot \\en\n.fi\n.in\n.TP\n\\fBx\\fR\nwhat\n";
+                  one and two\n.PP\n.in +4n\n.nf\n\\&.dot \\en\n.fi\n.in\n.TP\n\\fBx\\fR\nwhat\n.TP\ny\n\\fIC:\\fR why\n.TP\nz\n\\fIB:\\fR 1\n";
     assert!(page.replace("\"*\"", "\"\\(bu\"").ends_with(wanted), "{page}");
 }

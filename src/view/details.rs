@@ -1,13 +1,17 @@
 //! All information about one task (pure).
 
 use std::fmt::Write;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
 use crate::probe::{Properties, property};
 use crate::task::Task;
 use crate::task::lifecycle::Lifecycle;
+use crate::task::outbox::{Outbox, Owed, TaskEvent};
 use crate::task::process::Process;
+use crate::task::request::Log;
+use crate::task::wiring::{Copied, Input, JournalCopy, Output, Sink};
 use crate::text;
 
 use super::table::{age, bytes, row_json};
@@ -73,7 +77,7 @@ fn of_record(page: &mut Page, task: &Task) {
     }
     for (flag, meaning) in [
         (task.notify, "may notify systemd"),
-        (task.muted, "containerd has given the task up"),
+        (task.given_up, "containerd has given the task up"),
         (task.is_leftover, "Create has failed, and its cleanup is not complete"),
         (task.rootfs_on_host, "its rootfs is mounted on the host"),
     ] {
@@ -81,13 +85,13 @@ fn of_record(page: &mut Page, task: &Task) {
     }
 
     page.section("Streams");
-    page.line("Log", &as_json(&task.runtime.log));
+    page.line("Log", log(task.runtime.log));
     page.line("Terminal", if task.init.wiring.terminal { "yes" } else { "no" });
     let stdio = &task.init.stdio;
     for (name, asked, leads) in [
-        ("stdin", &stdio.stdin, as_json(&task.init.wiring.stdin)),
-        ("stdout", &stdio.stdout, as_json(&task.init.wiring.stdout)),
-        ("stderr", &stdio.stderr, as_json(&task.init.wiring.stderr)),
+        ("stdin", &stdio.stdin, input(&task.init.wiring.stdin)),
+        ("stdout", &stdio.stdout, output(&task.init.wiring.stdout)),
+        ("stderr", &stdio.stderr, output(&task.init.wiring.stderr)),
     ] {
         let asked = if asked.is_empty() { "nothing" } else { asked };
         page.line(name, &format!("{leads}; the client named {asked}"));
@@ -98,11 +102,10 @@ fn of_record(page: &mut Page, task: &Task) {
     for (id, exec) in &task.execs {
         page.line(id.as_str(), &format!("{} in {}", phase(exec), exec.unit));
     }
-    let owed = serde_json::to_value(&task.outbox).unwrap_or_default();
-    let owed = owed["owed"].as_array().cloned().unwrap_or_default();
+    let owed: Vec<&Owed> = task.outbox.since(&Outbox::default()).collect();
     page.section(&format!("Events that containerd has not accepted: {}", owed.len()));
-    for event in &owed {
-        page.line("Event", &event.to_string());
+    for owed in owed {
+        page.line("Event", &event(&owed.event));
     }
 }
 
@@ -113,11 +116,76 @@ fn phase<P: Lifecycle>(process: &Process<P>) -> String {
     format!("{}{}{}", process.word(), pid.unwrap_or_default(), exit.unwrap_or_default())
 }
 
-fn as_json(value: &impl serde::Serialize) -> String {
-    match serde_json::to_value(value) {
-        Ok(Value::String(text)) => text,
-        Ok(value) => value.to_string(),
-        Err(error) => error.to_string(),
+/// The value of the option `Log`.
+fn log(log: Log) -> &'static str {
+    match log {
+        Log::Auto => "auto",
+        Log::Client => "client",
+        Log::Journal => "journal",
+        Log::Tee => "tee",
+        Log::None => "none",
+    }
+}
+
+/// Where standard input comes from.
+fn input(input: &Input) -> String {
+    match input {
+        Input::Null => "nowhere".to_owned(),
+        Input::Fifo(path) => of_client(path),
+        Input::File(path) => path.display().to_string(),
+    }
+}
+
+/// Where standard output or standard error goes.
+fn output(output: &Output) -> String {
+    match output {
+        Output::Null => "nowhere".to_owned(),
+        Output::Journal => "the journal".to_owned(),
+        Output::Fifo(path) => of_client(path),
+        Output::Logger => "the logger".to_owned(),
+        Output::Copied(Copied { client, journal }) => {
+            let client = client.as_ref().map(sink);
+            let journal = match journal {
+                JournalCopy::None => None,
+                JournalCopy::Complete | JournalCopy::Aside => Some("the journal".to_owned()),
+            };
+            match (client, journal) {
+                (Some(client), Some(journal)) => format!("{client}, and {journal}"),
+                (one, other) => one.or(other).unwrap_or_else(|| "nowhere".to_owned()),
+            }
+        }
+    }
+}
+
+fn sink(sink: &Sink) -> String {
+    match sink {
+        Sink::Fifo(path) => of_client(path),
+        Sink::EndOnly(path) => format!("{} (only its end)", of_client(path)),
+        Sink::File { path, .. } => path.display().to_string(),
+        Sink::Logger => "the logger".to_owned(),
+    }
+}
+
+fn of_client(fifo: &Path) -> String {
+    format!("the client's FIFO {}", fifo.display())
+}
+
+/// An event in words, with its process.
+fn event(event: &TaskEvent) -> String {
+    let process = |pid: &Option<u32>| pid.map(|pid| format!(", process {pid}")).unwrap_or_default();
+    match event {
+        TaskEvent::Created { pid } => format!("created{}", process(pid)),
+        TaskEvent::Started { pid } => format!("started, process {pid}"),
+        TaskEvent::Paused => "paused".to_owned(),
+        TaskEvent::Resumed => "resumed".to_owned(),
+        TaskEvent::OutOfMemory => "out of memory".to_owned(),
+        TaskEvent::Exited { pid, exit } => format!("ended, process {pid}, exit status {}", exit.status),
+        TaskEvent::ExecAdded { exec } => format!("exec {exec} added"),
+        TaskEvent::ExecStarted { exec, pid } => format!("exec {exec} started, process {pid}"),
+        TaskEvent::ExecExited { exec, pid, exit } => {
+            format!("exec {exec} ended, process {pid}, exit status {}", exit.status)
+        }
+        TaskEvent::Deleted { pid, exit } => format!("deleted{}, exit status {}", process(pid), exit.status),
     }
 }
 
@@ -156,6 +224,44 @@ pub fn details_json(row: &Row, unit: Option<&Properties>, record: Result<&Task, 
 mod tests {
     use super::*;
     use crate::probe::properties;
+
+    #[test]
+    fn the_record_is_shown_in_words() {
+        let mut task: Task = serde_json::from_slice(include_bytes!("../../fuzz/corpus/record/task")).unwrap();
+        task.init.stdio.stdout = "/f".to_owned();
+        task.init.wiring.stdout =
+            Output::Copied(Copied { client: Some(Sink::Fifo("/f".into())), journal: JournalCopy::Aside });
+        task.outbox.push(TaskEvent::Started { pid: 7 }, 5);
+        let exit = crate::task::lifecycle::Exit { status: 3, at_usec: 6 };
+        task.outbox.push(TaskEvent::Deleted { pid: None, exit }, 6);
+        let page = details(&Row::default(), None, Ok(&task));
+        for line in [
+            "  Log: auto\n",
+            "  stdin: nowhere; the client named nothing\n",
+            "  stdout: the client's FIFO /f, and the journal; the client named /f\n",
+            "Events that containerd has not accepted: 2\n  Event: started, process 7\n  Event: deleted, exit status 3\n",
+        ] {
+            assert!(page.contains(line), "{line}: {page}");
+        }
+        assert!(!page.contains(['{', '"']), "{page}");
+    }
+
+    #[test]
+    fn destinations_have_words() {
+        let copied = |client, journal| output(&Output::Copied(Copied { client, journal }));
+        let file = || Some(Sink::File { path: "/log".into(), create: true });
+        assert_eq!(copied(None, JournalCopy::Complete), "the journal");
+        assert_eq!(copied(file(), JournalCopy::Complete), "/log, and the journal");
+        assert_eq!(copied(Some(Sink::Logger), JournalCopy::None), "the logger");
+        assert_eq!(copied(None, JournalCopy::None), "nowhere");
+        let end = Some(Sink::EndOnly("/f".into()));
+        assert_eq!(
+            copied(end, JournalCopy::Complete),
+            "the client's FIFO /f (only its end), and the journal"
+        );
+        assert_eq!(output(&Output::Fifo("/f".into())), "the client's FIFO /f");
+        assert_eq!(input(&Input::File("/in".into())), "/in");
+    }
 
     #[test]
     fn without_the_record_the_unit_is_shown() {

@@ -103,7 +103,7 @@ fn is_of_process(name: &str) -> bool {
 }
 
 /// A journal field of a unit.
-fn field<'a>(unit: &'a Properties, name: &str) -> Option<&'a str> {
+pub fn field<'a>(unit: &'a Properties, name: &str) -> Option<&'a str> {
     let words = property(unit, "LogExtraFields")?.split_whitespace();
     words.filter_map(|word| word.split_once('=')).find(|(field, _)| *field == name).map(|(_, value)| value)
 }
@@ -228,12 +228,23 @@ fn phase(row: &mut Row, task: &Task) {
     row.state = task.init.word().to_owned();
     row.exit_status = task.init.exit().map(|exit| exit.status);
     row.pid = task.init.pid().filter(|_| task.init.is_alive());
-    row.is_given_up = task.muted || task.is_leftover;
+    row.is_given_up = task.given_up || task.is_leftover;
 }
 
-/// The tasks whose id, name or unit begins with `word`. If the id, name or unit of some tasks is exactly `word`, only
-/// those.
+/// The tasks whose id begins with `word`, and those with this name. If the id or unit of some tasks is exactly `word`, only
+/// those. `word` can also be `NAMESPACE/ID`.
 pub fn find<'a>(rows: &'a [Row], namespace: Option<&str>, word: &str) -> Vec<&'a Row> {
+    let found = find_in(rows, namespace, word);
+    match word.split_once('/') {
+        // No id has a slash, but a name may have one.
+        Some((of, id)) if found.is_empty() && namespace.is_none_or(|name| name == of) => {
+            find_in(rows, Some(of), id)
+        }
+        _ => found,
+    }
+}
+
+fn find_in<'a>(rows: &'a [Row], namespace: Option<&str>, word: &str) -> Vec<&'a Row> {
     let rows: Vec<&Row> =
         rows.iter().filter(|row| namespace.is_none_or(|name| row.namespace == name)).collect();
     let names =
@@ -321,5 +332,8 @@ mod tests {
         assert_eq!(ids(None, "containerd-moby-web.service"), ["containerd-moby-web.service"]);
         assert_eq!(ids(Some("moby"), "shop").len(), 1);
         assert!(ids(None, "x").is_empty());
+        assert_eq!(ids(None, "default/web"), ["containerd-default-web.service"]);
+        assert_eq!(ids(None, "moby/we"), ["containerd-moby-web.service"]);
+        assert!(ids(Some("default"), "moby/web").is_empty() && ids(None, "web/default").is_empty());
     }
 }
