@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use crate::common::daemon;
@@ -117,6 +118,25 @@ fn a_purge_leaves_nothing() {
     assert_eq!(leaks.collect::<Vec<_>>(), Vec::<String>::new());
     assert_eq!(daemon::processes(), Vec::<u32>::new());
 }
+
+#[test]
+fn a_removal_leaves_no_unit_that_would_start_the_program_at_the_next_call() {
+    let before = units();
+    let package = Package::installed(NEW);
+    let node = Node::exclusive();
+    // A daemon that is stopped while a client is connected leaves such a unit (systemd 254 and later).
+    let connection = UnixStream::connect(SOCKET).expect("connect");
+    let container = node.container("last", Spec::sh("exit 3")).namespace("purged").started(&Io::default());
+    assert_eq!(container.exit_status(), 3);
+    container.delete().expect("delete");
+    assert_eq!(package.remove().code, Some(0));
+    assert_eq!(units().difference(&before).collect::<Vec<_>>(), Vec::<&String>::new());
+    assert_eq!(daemon::processes(), Vec::<u32>::new());
+    drop(connection);
+}
+
+/// The daemon's socket.
+const SOCKET: &str = "/run/containerd-shim-systemd-v1.sock";
 
 /// A drop-in for all services, and the directory for which the shim copies it without `RuntimeMaxSec=`.
 const DROP_IN: &str = "/etc/systemd/system/service.d/90-e2e.conf";
