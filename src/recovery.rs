@@ -149,7 +149,7 @@ impl Shim {
     async fn recover_task(self: &Arc<Self>, entry: &Arc<Entry>, recovery: &mut Recovery) {
         fault::point(Point::RecoverTask);
         let task = entry.task().clone();
-        if task.muted {
+        if task.given_up {
             // What an earlier daemon has begun is not completed.
             entry.init.live().attempt.given_up.cancel();
         }
@@ -185,7 +185,7 @@ impl Shim {
             self.recover_process(entry, &process, recovery).await;
         }
         self.tasks.announce(entry);
-        if task.muted {
+        if task.given_up {
             // Waits for what was resumed above.
             remove_left();
         }

@@ -26,13 +26,9 @@ pub fn say(text: &str) {
 /// Sets up logging for this process. The daemon calls it once.
 pub fn init() {
     let wanted = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty());
-    let parsed = wanted.as_deref().map(str::parse::<Targets>);
-    let (filter, error) = match parsed {
-        Some(Ok(filter)) => (Some(filter), None),
-        Some(Err(error)) => (None, Some(error)),
-        None => (None, None),
-    };
-    let filter = filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
+    let parsed = wanted.as_deref().map(filter);
+    let is_wrong = parsed.as_ref().is_some_and(Option::is_none);
+    let filter = parsed.flatten().unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO));
     let registry = tracing_subscriber::registry().with(filter);
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
     let journal = Journal::new(Path::new(journal::SOCKET), env!("CARGO_PKG_NAME"));
@@ -40,8 +36,33 @@ pub fn init() {
         Some(journal) => registry.with(journal).init(),
         None => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr)).init(),
     }
-    if let Some(error) = error {
+    if is_wrong {
         let value = wanted.unwrap_or_default();
-        tracing::warn!(%error, "{VARIABLE}={value:?} is neither a level nor a list of target=level; logging at level info");
+        tracing::warn!(
+            "{VARIABLE}={value:?} is neither a level (error, warn, info, debug, trace, off) nor a list of target=level; logging at level info"
+        );
+    }
+}
+
+/// Reads a level, or a list of `target=level`. `None` for another text: as a filter, a level with a mistake would be the name of a
+/// target, and everything else would not be logged.
+fn filter(text: &str) -> Option<Targets> {
+    let is_level = |part: &str| !part.is_empty() && part.parse::<LevelFilter>().is_ok();
+    let is_known = |part: &str| part.contains('=') || is_level(part.trim());
+    text.split(',').all(is_known).then(|| text.parse().ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::filter;
+
+    #[test]
+    fn a_level_with_a_mistake_is_no_target() {
+        for right in ["debug", "INFO", "off", "zbus=trace", "info,zbus=trace", "info, zbus=debug"] {
+            assert!(filter(right).is_some(), "{right}");
+        }
+        for wrong in ["dbg", "", "info,dbg", "foo=bar=x", "zbus=loud", "zbus"] {
+            assert!(filter(wrong).is_none(), "{wrong}");
+        }
     }
 }

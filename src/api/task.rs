@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -139,7 +140,15 @@ impl TaskService {
         let span =
             info_span!("call", verb, namespace = %key.task.namespace, id = %key.task.id, exec_id = exec);
         let key = key.clone();
-        let logged = async move { work.await.inspect_err(|error| log(verb, &key, error)) };
+        let begun = Instant::now();
+        let logged = async move {
+            let result = work.await;
+            match &result {
+                Ok(_) => tracing::debug!("{verb} of {key} succeeded in {} ms", begun.elapsed().as_millis()),
+                Err(error) => log(verb, &key, error),
+            }
+            result
+        };
         let result = tokio::spawn(suspect::inherit(logged.instrument(span))).await;
         result.unwrap_or(Err(Error::Stopping)).map_err(|error| status::status(&error))
     }

@@ -14,13 +14,13 @@ use super::{core_scheduling, handoff};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The task has no record.
-    #[error("{key}: no record found; this unit can only be started by the shim")]
+    #[error("{key}: no record found; only the runtime's daemon starts this unit")]
     NoRecord {
         /// The process that the arguments name.
         key: ProcessKey,
     },
     /// The record has no such exec.
-    #[error("{key}: the record has no such exec; this unit can only be started by the shim")]
+    #[error("{key}: the record has no such exec; only the runtime's daemon starts this unit")]
     NoExec {
         /// The process that the arguments name.
         key: ProcessKey,

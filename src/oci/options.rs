@@ -57,6 +57,14 @@ pub enum Error {
         /// The directories that were searched.
         path: String,
     },
+    /// The runtime's binary has a path at which there is none. Docker looks for the last words of the message.
+    #[error("the OCI runtime {path:?} (option BinaryName) {flaw}")]
+    NotABinary {
+        /// The text of the client.
+        path: String,
+        /// What is wrong.
+        flaw: &'static str,
+    },
     /// A directory is not absolute.
     #[error("runtime options: Root {root:?} must be an absolute path without \"..\"")]
     Root {
@@ -105,7 +113,7 @@ pub struct Options {
     pub io_uid: u32,
     /// Group of the container's pipe ends.
     pub io_gid: u32,
-    /// Where output goes: `auto`, `journal`, `tee` or `none`; empty means `auto`.
+    /// Where output goes: `auto`, `client`, `journal`, `tee` or `none`; empty means `auto`.
     pub log: String,
     /// Properties of the units of containers: name and GVariant text.
     pub properties: BTreeMap<String, String>,
@@ -218,6 +226,18 @@ impl Options {
         Self::from_table(text.parse().ok()?).ok()
     }
 
+    /// The first option whose value has a wrong type.
+    fn of_wrong_type(text: &str) -> Option<&'static str> {
+        let table: toml::Table = text.parse().ok()?;
+        let is_wrong = |name: &&&str| {
+            let given = table.iter().find(|(key, _)| name.eq_ignore_ascii_case(key));
+            given.is_some_and(|(_, value)| {
+                Self::from_table([((**name).to_owned(), value.clone())].into_iter().collect()).is_err()
+            })
+        };
+        NAMES.iter().find(is_wrong).copied()
+    }
+
     /// Reads the options of a table, with names in any case.
     ///
     /// # Errors
@@ -248,7 +268,8 @@ impl Options {
         exact.or_else(|error| Self::in_any_case(&text).ok_or(error)).map_err(|error: toml::de::Error| {
             let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
             let line = before.matches('\n').count() + 1;
-            let reason = format!("line {line}: {}", without_values(error.message()));
+            let option = Self::of_wrong_type(&text).map_or(String::new(), |name| format!("{name}: "));
+            let reason = format!("line {line}: {option}{}", without_values(error.message()));
             Error::malformed(&path.to_string_lossy(), reason)
         })
     }
@@ -269,8 +290,7 @@ impl Options {
         }
         Ok(Runtime {
             criu_work: PathBuf::from(&self.criu_work_path),
-            binary: find(name, path)
-                .ok_or_else(|| Error::NoBinary { name: name.to_owned(), path: path.to_owned() })?,
+            binary: find(name, path).ok_or_else(|| not_found(name, path))?,
             root: root.join(namespace.as_str()),
             no_pivot: self.no_pivot_root,
             no_new_keyring: self.no_new_keyring,
@@ -297,6 +317,10 @@ fn without_values(message: &str) -> String {
         return message.to_owned();
     }
     match message.rsplit_once(", expected ") {
+        Some((_, "u32")) => format!("expected a whole number from 0 to {}", u32::MAX),
+        Some((_, "a map")) => "expected a table".to_owned(),
+        Some((_, "a sequence")) => "expected a list".to_owned(),
+        Some((_, "a boolean")) => "expected true or false".to_owned(),
         Some((_, expected)) => format!("expected {expected}"),
         None => message.split(['`', '"', '\n']).next().unwrap_or_default().trim_end().to_owned(),
     }
@@ -339,6 +363,19 @@ pub(crate) fn find(name: &str, path: &str) -> Option<PathBuf> {
         return (path.is_absolute() && executable(&path)).then_some(path);
     }
     path.split(':').map(|dir| Path::new(dir).join(name)).find(|path| path.is_absolute() && executable(path))
+}
+
+/// Why [`find`] finds nothing.
+fn not_found(name: &str, path: &str) -> Error {
+    if !name.contains('/') {
+        return Error::NoBinary { name: name.to_owned(), path: path.to_owned() };
+    }
+    let flaw = match Path::new(name) {
+        path if path.is_relative() => "must be a name or an absolute path",
+        path if path.exists() => "is not a file that can be executed: permission denied",
+        _ => "does not exist: no such file or directory",
+    };
+    Error::NotABinary { path: name.to_owned(), flaw }
 }
 
 #[cfg(test)]

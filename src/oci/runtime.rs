@@ -241,7 +241,7 @@ impl Cli<'_> {
                 (None, Some(signal)) => format!("{} was killed by signal {signal}", self.binary_name()),
                 (None, None) => format!("{} ended in an unknown way", self.binary_name()),
             },
-            None => format!("{} left no message", self.binary_name()),
+            None => format!("{} left neither a message nor a process", self.runtime.binary.display()),
         })
     }
 

@@ -91,7 +91,7 @@ impl Shim {
     /// # Errors
     /// Something can't be removed.
     async fn remove_left(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<(), Error> {
-        let is_given_up = entry.task().muted;
+        let is_given_up = entry.task().given_up;
         if !is_given_up {
             return self.cleanup.remove_leftover(entry).await;
         }
@@ -134,7 +134,7 @@ impl Shim {
 /// True if a task is only to be removed.
 fn is_left(entry: &Entry) -> bool {
     let task = entry.task();
-    task.is_leftover || task.muted
+    task.is_leftover || task.given_up
 }
 
 /// True if a task has processes, as far as the daemon knows.

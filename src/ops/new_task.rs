@@ -86,7 +86,7 @@ impl Shim {
             devices: additions::allowed_devices(&spec, &resources.devices, &runtime),
             execs: BTreeMap::new(),
             outbox: Outbox::default(),
-            muted: false,
+            given_up: false,
             is_leftover: false,
             key,
             request,

@@ -203,7 +203,7 @@ impl Shim {
             // systemd has unloaded the unit.
             None => {
                 let settings = self.manager.restrictions(unit).await;
-                let hint = settings.map(|all| format!(", and the settings {all}")).unwrap_or_default();
+                let hint = settings.map(|all| format!("; it may be because of {all}")).unwrap_or_default();
                 Error::Launch(format!("OCI runtime exec failed: see journalctl -u {unit}{hint}"))
             }
         }

@@ -187,7 +187,8 @@ impl Tasks {
     fn tell(&self, entry: &Arc<Entry>, ended: Vec<ExitNotice>) {
         for ExitNotice { exec, exit } in ended {
             if let Some(process) = entry.process(exec.as_ref()) {
-                tracing::debug!(process = %process.key, status = exit.status, "ended with status {}", exit.status);
+                let (key, status) = (&process.key, exit.status);
+                tracing::debug!(process = %key, status, "{key}: ended with status {status}");
                 process.wake(registry::Completion::Exited(exit));
             }
         }

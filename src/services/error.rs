@@ -132,7 +132,7 @@ pub enum Error {
         phase: &'static str,
     },
     /// This version does not support the call.
-    #[error("{0} is not implemented yet by io.containerd.systemd.v1")]
+    #[error("io.containerd.systemd.v1 does not support {0}")]
     NotImplemented(&'static str),
     /// criu can't dump the output of a container.
     #[error(
@@ -272,7 +272,7 @@ pub enum Error {
         text: String,
     },
     /// The daemon is about to end.
-    #[error("the shim is stopping")]
+    #[error("the runtime's daemon is stopping")]
     Stopping,
 }
 

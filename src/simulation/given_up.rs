@@ -23,7 +23,7 @@ const ANY_LIMIT: Duration = Duration::from_secs(3600);
 /// Whether the record says that the task is given up. `None` if there is no record.
 fn recorded(world: &World) -> Option<bool> {
     let found = Store::new(world.state_dir()).load(&world.task).unwrap();
-    found.map(|found| found.task.muted)
+    found.map(|found| found.task.given_up)
 }
 
 /// Takes steps, and then another step. Meanwhile containerd gives the task up, and the daemon ends before one effect after the

@@ -42,7 +42,7 @@ fn task(id: &str) -> Task {
         execs: Default::default(),
         outbox: Default::default(),
         notify: true,
-        muted: false,
+        given_up: false,
         is_leftover: false,
     }
 }

@@ -60,7 +60,7 @@ pub struct Task {
     /// Events that containerd has not accepted yet.
     pub outbox: Outbox,
     /// True once containerd has given up the task (`delete`) and publishes its exit itself.
-    pub muted: bool,
+    pub given_up: bool,
     /// True if its Create failed and cleanup is not complete.
     pub is_leftover: bool,
 }
@@ -248,19 +248,19 @@ impl Task {
 
     /// Notes that containerd has given the task up. Drops its events: containerd publishes the end of the task itself.
     pub fn give_up(&mut self) {
-        self.muted = true;
+        self.given_up = true;
         self.outbox.clear();
     }
 
     /// True if the task never got past its Create and is only to be removed: the Create has failed, or containerd has given the
     /// task up meanwhile.
     pub fn is_to_be_rolled_back(&self) -> bool {
-        self.is_leftover || (self.muted && self.init.phase.is_creating())
+        self.is_leftover || (self.given_up && self.init.phase.is_creating())
     }
 
     /// Puts an event into the outbox, unless containerd publishes for this task itself.
     pub fn owe(&mut self, event: TaskEvent, now_usec: u64) {
-        if !self.muted {
+        if !self.given_up {
             self.outbox.push(event, now_usec);
         }
     }

@@ -49,8 +49,9 @@ pub(super) struct Record {
     oom_kills: u64,
     #[serde(default)]
     limits: Option<Limits>,
-    #[serde(default)]
-    muted: bool,
+    // Records of the first versions have this name.
+    #[serde(default, rename = "muted")]
+    given_up: bool,
     #[serde(default)]
     is_leftover: bool,
 }
@@ -170,7 +171,7 @@ impl From<Task> for Record {
             outbox: task.outbox,
             oom_kills: container.map_or(0, |container| container.oom_kills),
             limits: container.and_then(|container| container.limits.clone()),
-            muted: task.muted,
+            given_up: task.given_up,
             is_leftover: task.is_leftover,
         }
     }
@@ -205,7 +206,7 @@ impl From<Record> for Task {
             notify: record.notify,
             execs: record.execs,
             outbox: record.outbox,
-            muted: record.muted,
+            given_up: record.given_up,
             is_leftover: record.is_leftover,
         }
     }

@@ -107,7 +107,7 @@ fn each_kill_for_lack_of_memory_is_announced_once_and_not_too_many_at_a_time() {
 #[test]
 fn a_task_that_containerd_has_given_up_owes_nothing() {
     let mut task = running(ExecPhase::Running { pid: EXEC });
-    task.muted = true;
+    task.given_up = true;
     task.note_oom_kills(9, 1);
     task.apply(Some(&exec_id()), exited(EXEC, 4), 1).unwrap();
     assert_eq!(owed(&mut task), []);

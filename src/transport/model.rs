@@ -475,7 +475,10 @@ async fn an_adopted_connection_with_an_unanswered_request_is_needed() {
 }
 
 /// The stream of the answer that a client gets from a connection for which ttrpc is not needed.
-async fn answered(mut needed: Pin<&mut impl Future<Output = Option<Box<Durable>>>>, near: &mut UnixStream) -> u32 {
+async fn answered(
+    mut needed: Pin<&mut impl Future<Output = Option<Box<Durable>>>>,
+    near: &mut UnixStream,
+) -> u32 {
     let mut space = [0; 4096];
     let length = loop {
         let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;

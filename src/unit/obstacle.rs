@@ -49,12 +49,14 @@ impl Facts {
             .or_else(|| {
                 let reason = match self.result.as_str() {
                     "timeout" => "it did not start in time (TimeoutStartSec=)",
-                    "resources" => "it lacks a resource",
+                    "resources" => {
+                        "systemd could not prepare it (result \"resources\"), for example because a file that a setting names is missing"
+                    }
                     "start-limit-hit" => "it was started too often (StartLimitBurst=)",
                     _ => return None,
                 };
                 let (unit, settings) = (&self.unit, self.settings());
-                Some(format!("systemd has not started {unit}: {reason}; see journalctl -u {unit}{settings}"))
+                Some(format!("systemd has not started {unit}: {reason}{settings}; see journalctl -u {unit}"))
             })
     }
 
@@ -111,8 +113,8 @@ impl Facts {
             (1, Some(step)) => {
                 let settings = self.settings();
                 return Some(format!(
-                    "systemd could not prepare the command of {setting}= in {unit}: step {step} failed (exit code {status}); see \
-                     journalctl -u {unit}{settings}"
+                    "systemd could not prepare the command of {setting}= in {unit}: step {step} failed (exit code {status}){settings}; see \
+                     journalctl -u {unit}"
                 ));
             }
             (1, None) => format!("ended with code {status}"),
@@ -128,7 +130,9 @@ impl Facts {
     /// The settings of the drop-ins, as a hint.
     fn settings(&self) -> String {
         let drop_ins = self.files.iter().filter(|file| file.extension().is_some_and(|end| end == "conf"));
-        policy::settings_of_all(drop_ins).map(|all| format!(", and the settings {all}")).unwrap_or_default()
+        policy::settings_of_all(drop_ins)
+            .map(|all| format!("; it may be because of {all}"))
+            .unwrap_or_default()
     }
 }
 
@@ -277,8 +281,9 @@ mod tests {
         let files = vec!["/run/x.service".into(), drop_in.clone()];
         let text = Facts { commands, files, ..facts() }.obstacle().unwrap();
         assert!(text.contains("step NAMESPACE failed (exit code 226)"), "{text}");
-        let setting = format!("and the settings BindPaths=/no/such in {}", drop_in.display());
-        assert!(text.ends_with(&setting), "{text}");
+        let setting =
+            format!("; it may be because of BindPaths=/no/such in {}; see journalctl", drop_in.display());
+        assert!(text.contains(&setting), "{text}");
         assert_eq!(name_of_step(217), Some("USER"));
         assert_eq!(name_of_step(245), Some("BPF"));
         assert_eq!([199, 223, 246, i32::MIN].map(name_of_step), [None; 4]);
