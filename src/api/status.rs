@@ -95,6 +95,7 @@ fn code_of_kind(error: &Error) -> Code {
             Code::DEADLINE_EXCEEDED
         }
         Error::GivenUp { .. } | Error::Interrupted { .. } => Code::CANCELLED,
+        Error::ClientGone { .. } => Code::DEADLINE_EXCEEDED,
         Error::FdStore(_) | Error::ExecShare(_) | Error::NoThread(_) | Error::ManyWait { .. } => {
             Code::RESOURCE_EXHAUSTED
         }

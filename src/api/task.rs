@@ -18,6 +18,7 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::{Task, create_task};
+use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info_span};
 use ttrpc::asynchronous::{MethodHandler, Service, TtrpcContext};
 use ttrpc::{Request, Response};
@@ -238,10 +239,13 @@ impl Task for TaskService {
             key.task = self.shim.tasks.own(&key.task, owner);
         }
         let (shim, process, delivery) = (self.shim.clone(), key.clone(), delivery(ctx));
+        let gone = CancellationToken::new();
+        // ttrpc drops this handler when the client's deadline passes.
+        let _waits = gone.clone().drop_guard();
         let deleted = self.run("delete", &process, async move {
             match given_up {
                 Some(owner) => shim.clean_up(&key.task, &owner).await,
-                None => shim.delete(&key, delivery).await,
+                None => shim.delete(&key, delivery, &gone).await,
             }
         });
         let deleted = deleted.await?;

@@ -5,6 +5,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::id::{Owner, TaskKey};
 use crate::services::{Entry, Error, Tasks};
 use crate::store::delete_replies::Deleted;
@@ -69,7 +71,7 @@ impl Shim {
         if self.tasks.is_live(entry) && is_alive(entry) {
             kill_and_wait(entry).await?;
         }
-        self.delete_task(entry).await
+        self.delete_task(entry, &CancellationToken::new()).await
     }
 
     /// Makes sure that an id is free for a Create: removes what is left of a task that has it.

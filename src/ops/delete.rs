@@ -27,17 +27,23 @@ impl Shim {
     }
 
     /// Removes an exec, or a task with all of its execs. The process has ended or was never started. Returns its pid and
-    /// its exit status.
+    /// its exit status. `gone` is cancelled when the client no longer waits: the process then stays, with its exit status, until
+    /// the client asks again.
     ///
     /// # Errors
-    /// The process runs, or something can't be removed. The call can be repeated.
-    pub async fn delete(self: &Arc<Self>, key: &ProcessKey, delivery: Delivery) -> Result<Deleted, Error> {
+    /// The process runs, something can't be removed, or the client is gone. The call can be repeated.
+    pub async fn delete(
+        self: &Arc<Self>,
+        key: &ProcessKey,
+        delivery: Delivery,
+        gone: &CancellationToken,
+    ) -> Result<Deleted, Error> {
         let deleted = match &key.exec {
             None => match self.tasks.created(&key.task) {
-                Ok(entry) => self.delete_task(&entry).await,
+                Ok(entry) => self.delete_task(&entry, gone).await,
                 Err(error) => Err(error),
             },
-            Some(_) => self.delete_exec(key).await,
+            Some(_) => self.delete_exec(key, gone).await,
         };
         match deleted {
             Err(error @ (Error::UnknownTask { .. } | Error::UnknownExec { .. })) => {
@@ -48,7 +54,11 @@ impl Shim {
     }
 
     /// Removes a task. If the task was created and never started, kills its process before.
-    pub(super) async fn delete_task(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<Deleted, Error> {
+    pub(super) async fn delete_task(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        gone: &CancellationToken,
+    ) -> Result<Deleted, Error> {
         let phase = entry.task().init.phase.clone();
         if phase.is_alive() && entry.init.live().is_checkpointing {
             // The checkpoint may hang.
@@ -81,6 +91,7 @@ impl Shim {
         if !troubles.is_empty() {
             return Err(Error::NotRemoved { process: entry.key.to_string(), reason: troubles.text() });
         }
+        check_client(&entry.init.key, gone)?;
         let deleted = Deleted { pid, exit: Some(exit) };
         self.delete_replies.record(&entry.init.key, deleted)?;
         self.forget(entry, TaskEvent::Deleted { pid, exit })?;
@@ -101,13 +112,17 @@ impl Shim {
     ///
     /// # Errors
     /// The exec runs, or something can't be removed. The call can be repeated.
-    async fn delete_exec(self: &Arc<Self>, key: &ProcessKey) -> Result<Deleted, Error> {
+    async fn delete_exec(
+        self: &Arc<Self>,
+        key: &ProcessKey,
+        gone: &CancellationToken,
+    ) -> Result<Deleted, Error> {
         let (entry, process) = self.tasks.process(key)?;
         let has_run = entry.task().process(process.exec()).is_none_or(|exec| exec.has_run());
         if !has_run {
             process.live().attempt.given_up.cancel();
         }
-        let deleted = self.delete_idle_exec(&entry, &process).await;
+        let deleted = self.delete_idle_exec(&entry, &process, gone).await;
         if deleted.is_err() {
             process.live().attempt.given_up = CancellationToken::new();
         }
@@ -118,6 +133,7 @@ impl Shim {
         self: &Arc<Self>,
         entry: &Arc<Entry>,
         process: &Arc<Process>,
+        gone: &CancellationToken,
     ) -> Result<Deleted, Error> {
         let _verb = process.verb.lock().await;
         let key = &process.key;
@@ -138,6 +154,7 @@ impl Shim {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
         }
         fault::point(Point::ExecDeleteUnit);
+        check_client(key, gone)?;
         let deleted = Deleted { pid: exec.pid(), exit: exec.exit() };
         self.delete_replies.record(key, deleted)?;
         fault::point(Point::ExecDeleteKept);
@@ -149,6 +166,12 @@ impl Shim {
         fault::point(Point::ExecDeleteForgotten);
         Ok(deleted)
     }
+}
+
+/// Checks that the client still waits for the answer. Otherwise containerd would keep a task that this daemon does not know, and
+/// nobody would learn the exit status.
+fn check_client(key: &ProcessKey, gone: &CancellationToken) -> Result<(), Error> {
+    if gone.is_cancelled() { Err(Error::ClientGone { process: key.clone() }) } else { Ok(()) }
 }
 
 /// Waits for the current operation on the init process, and ends restores, because a restore may hang. If a restore

@@ -203,6 +203,9 @@ pub enum Error {
     /// The logger did not become ready.
     #[error("logging binary {program} did not call ready: {reason}")]
     Logger { program: String, reason: String },
+    /// The client of a Delete did not wait for the answer.
+    #[error("{process} was not deleted: its client did not wait for the end of the call; delete it again")]
+    ClientGone { process: ProcessKey },
     /// A Create or a Start was cancelled.
     #[error("{process} was deleted before it had started")]
     GivenUp { process: ProcessKey },

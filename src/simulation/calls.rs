@@ -1,13 +1,16 @@
 //! Tests the answers of the calls in each phase of a process, and what the calls leave behind.
 
+use tokio_util::sync::CancellationToken;
+
 use crate::api::status;
 use crate::id::{ExecId, Namespace, Owner, ProcessKey, TaskId, TaskKey};
 use crate::ops::Status;
 use crate::services::{Delivery, Error};
 
-use super::harness::{EXEC_STATUS, Step, World};
+use super::harness::{EXEC_STATUS, Step, World, waiting_client};
 
 const SIGTERM: u32 = nix::libc::SIGTERM as u32;
+const SIGKILL: u32 = nix::libc::SIGKILL as u32;
 const UP: usize = 2;
 const EXEC_ADDED: usize = 3;
 const EXEC_RUNS: usize = 4;
@@ -141,6 +144,40 @@ fn an_exec_that_runs_is_paused_with_its_task() {
 }
 
 #[test]
+fn a_process_whose_client_did_not_wait_for_the_delete_keeps_its_exit() {
+    let gone = CancellationToken::new();
+    gone.cancel();
+    let world = after("gone", EXEC_ENDED);
+    let (init, exec) = (world.init(), world.exec());
+    let (exec_exit, init) = world
+        .live(move |shim| async move {
+            let refused = shim.delete(&exec, Delivery::First, &gone).await;
+            assert!(matches!(refused, Err(Error::ClientGone { .. })), "{refused:?}");
+            let state = shim.tasks.state(&exec).unwrap();
+            assert_eq!(
+                (state.status, state.exit.map(|exit| exit.status)),
+                (Status::Stopped, Some(EXEC_STATUS))
+            );
+            let exec = shim.delete(&exec, Delivery::First, waiting_client()).await.unwrap();
+            shim.tasks.kill(&init, SIGKILL, true, Delivery::First).await.unwrap();
+            shim.wait(&init, Delivery::First).await.unwrap();
+            let refused = shim.delete(&init, Delivery::First, &gone).await;
+            assert!(matches!(refused, Err(Error::ClientGone { .. })), "{refused:?}");
+            assert_eq!(shim.tasks.state(&init).unwrap().status, Status::Stopped);
+            (exec.exit.unwrap().status, init)
+        })
+        .unwrap();
+    assert_eq!(exec_exit, EXEC_STATUS);
+    // The next daemon has it, too.
+    let deleted = world
+        .live(move |shim| async move { shim.delete(&init, Delivery::First, waiting_client()).await })
+        .unwrap();
+    assert_eq!(deleted.unwrap().exit.unwrap().status, 137);
+    assert_eq!(world.events().iter().filter(|event| **event == "delete").count(), 1);
+    assert_eq!(world.remains(), Vec::<String>::new());
+}
+
+#[test]
 fn calls_for_an_exec_that_was_never_added_are_not_found() {
     let world = after("unknown", UP);
     let exec = ProcessKey { task: world.task.clone(), exec: Some(probe()) };
@@ -151,7 +188,7 @@ fn calls_for_an_exec_that_was_never_added_are_not_found() {
             shim.tasks.resize(&exec, 80, 25).await.err(),
             shim.tasks.kill(&exec, SIGTERM, false, Delivery::First).await.err(),
             shim.start(&exec, Delivery::First).await.err(),
-            shim.delete(&exec, Delivery::First).await.err(),
+            shim.delete(&exec, Delivery::First, waiting_client()).await.err(),
             shim.wait(&exec, Delivery::First).await.err(),
         ]
     });
@@ -192,7 +229,10 @@ fn an_exec_that_runs_is_neither_started_nor_deleted() {
     let exec = world.exec();
     let (started, deleted) = world
         .live(move |shim| async move {
-            (shim.start(&exec, Delivery::First).await, shim.delete(&exec, Delivery::First).await)
+            (
+                shim.start(&exec, Delivery::First).await,
+                shim.delete(&exec, Delivery::First, waiting_client()).await,
+            )
         })
         .unwrap();
     assert_eq!(started.unwrap_err().to_string(), "cannot start a running process");
@@ -205,7 +245,10 @@ fn a_delete_wakes_those_who_wait_for_an_exec_that_never_ran() {
     let exec = world.exec();
     let (waited, deleted) = world
         .live(move |shim| async move {
-            tokio::join!(shim.wait(&exec, Delivery::First), shim.delete(&exec, Delivery::First))
+            tokio::join!(
+                shim.wait(&exec, Delivery::First),
+                shim.delete(&exec, Delivery::First, waiting_client())
+            )
         })
         .unwrap();
     assert!(matches!(waited, Err(Error::UnknownExec { .. })), "{waited:?}");

@@ -14,7 +14,7 @@ use crate::services::process::read_pid;
 use crate::services::{Delivery, Error};
 use crate::store::Store;
 
-use super::harness::{Step, World};
+use super::harness::{Step, World, waiting_client};
 
 /// The steps in the life of a task, and what they must show.
 struct Life {
@@ -201,7 +201,7 @@ fn an_init_process_that_ends_before_its_create_is_completed_has_an_exit() {
             let _ = shim.tasks.kill(&init, nix::libc::SIGKILL as u32, false, Delivery::First).await;
             let waited = tokio::time::timeout(Duration::from_secs(3600), shim.wait(&init, Delivery::First));
             let exit = waited.await.expect("the end of the init process").unwrap();
-            shim.delete(&init, Delivery::First).await.unwrap();
+            shim.delete(&init, Delivery::First, waiting_client()).await.unwrap();
             Some(exit.status)
         });
         let status = status.unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::ops::Shim;
 use crate::services::Delivery;
 
-use super::harness::{Node, Step};
+use super::harness::{Node, Step, waiting_client};
 use super::scenarios::{WITH_EXEC, up};
 
 /// Long enough for everything that waits for nothing. The clock is paused.
@@ -53,7 +53,7 @@ fn an_exec_gets_another_unit_if_systemd_does_not_stop_that_of_a_deleted_one() {
         assert!(!is_found, "what systemd reports of the first unit is not about the second exec");
         slow.notify_one();
         tokio::time::sleep(A_WHILE).await;
-        shim.delete(&delete, Delivery::First).await.unwrap();
+        shim.delete(&delete, Delivery::First, waiting_client()).await.unwrap();
         take(shim.clone(), add).await;
         assert_eq!(shim.tasks.process(&exec).unwrap().1.unit, unit);
     });

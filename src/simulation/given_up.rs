@@ -10,7 +10,7 @@ use crate::id::Owner;
 use crate::services::{Delivery, Error};
 use crate::store::Store;
 
-use super::harness::{Step, World};
+use super::harness::{Step, World, waiting_client};
 use super::runtime::Starts;
 use super::scenarios::{UP, WITH_EXEC, up};
 
@@ -132,8 +132,9 @@ fn a_task_is_not_removed_in_place_of_an_earlier_one_with_its_id() {
         let (old, _) = shim.tasks.process(&init).unwrap();
         let verb = old.init.verb.clone().lock_owned().await;
         let (owner, task) = (Owner::default(), init.task.clone());
-        let removing =
-            async { tokio::join!(shim.delete(&init, Delivery::First), shim.clean_up(&task, &owner)) };
+        let removing = async {
+            tokio::join!(shim.delete(&init, Delivery::First, waiting_client()), shim.clean_up(&task, &owner))
+        };
         let meanwhile = async {
             tokio::time::sleep(A_WHILE).await;
             shim.cleanup.roll_back_create(&old).await;

@@ -3,10 +3,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 use crate::api::status;
 use crate::cgroup;
@@ -37,6 +38,12 @@ use crate::unit::relay::Relay;
 
 use super::panics::Panics;
 use super::runtime::{FakeRuntime, Starts};
+
+/// A client that waits for the answer of its Delete.
+pub fn waiting_client() -> &'static CancellationToken {
+    static WAITS: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
+    &WAITS
+}
 
 /// The exit code of the exec.
 pub(crate) const EXEC_STATUS: u32 = BRIEF_STATUS;
@@ -376,7 +383,7 @@ impl Step {
                 assert_eq!(waited.expect("the end of the exec")?.status, EXEC_STATUS);
                 Ok(())
             }
-            Self::DeleteExec => shim.delete(exec, delivery).await.map(|deleted| {
+            Self::DeleteExec => shim.delete(exec, delivery, waiting_client()).await.map(|deleted| {
                 assert_eq!(status(deleted), Some(EXEC_STATUS));
             }),
             Self::Pause => shim.pause(&init.task, delivery).await,
@@ -399,7 +406,7 @@ impl Step {
                 assert_eq!(exit.status, 137);
                 Ok(())
             }
-            Self::Delete => shim.delete(init, delivery).await.map(|deleted| {
+            Self::Delete => shim.delete(init, delivery, waiting_client()).await.map(|deleted| {
                 assert_eq!(status(deleted), Some(137));
             }),
         }

@@ -17,7 +17,7 @@ use crate::store::Store;
 use crate::task::lifecycle::Exit;
 use crate::unit::name;
 
-use super::harness::{Step, World};
+use super::harness::{Step, World, waiting_client};
 
 pub(super) const UP: [Step; 2] = [Step::Create, Step::Start];
 pub(super) const WITH_EXEC: [Step; 4] = [Step::Create, Step::Start, Step::AddExec, Step::StartExec];
@@ -174,7 +174,8 @@ fn a_process_that_systemd_never_knew_has_ended_if_it_does_not_exist() {
         world.systemd.end_unknown(&world.unit(), own);
         assert_eq!(exit_after(&world, || {}).map(|exit| exit.status), Some(255));
         let init = world.init();
-        let deleted = world.live(move |shim| async move { shim.delete(&init, Delivery::First).await });
+        let deleted = world
+            .live(move |shim| async move { shim.delete(&init, Delivery::First, waiting_client()).await });
         assert_eq!(deleted.unwrap().unwrap().exit.map(|exit| exit.status), Some(255));
         assert_eq!(world.remains(), Vec::<String>::new());
     }

@@ -22,7 +22,7 @@ use crate::sys;
 use crate::task::request::Mount;
 use crate::unit::fake::Sleeper;
 
-use super::harness::{Step, World, runtime_files};
+use super::harness::{Step, World, runtime_files, waiting_client};
 use super::runtime::Starts;
 use super::scenarios::{UP, WITH_EXEC, cgroups, exit_after, up};
 
@@ -80,7 +80,7 @@ fn allowed_notifications_reach_systemd_in_the_name_of_the_init_process() {
         assert!(there.exists());
         shim.tasks.kill(&init, nix::libc::SIGKILL as u32, false, Delivery::First).await.unwrap();
         shim.wait(&init, Delivery::First).await.unwrap();
-        shim.delete(&init, Delivery::First).await.unwrap();
+        shim.delete(&init, Delivery::First, waiting_client()).await.unwrap();
         assert!(!there.exists());
         (pid, heard, pings)
     });
