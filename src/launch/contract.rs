@@ -36,6 +36,9 @@ pub const PROCESS_SPEC: &str = "process.json";
 /// The file to which `launch` writes why it could not start a container.
 pub const LAUNCH_ERROR: &str = "launch.err";
 
+/// Why the logger's program was not executed, as text. In the directory of the process.
+pub const LOGGER_ERROR: &str = "logger.err";
+
 /// The file to which `launch` writes the [`Outcome`] of an exec.
 pub const OUTCOME: &str = "outcome.json";
 

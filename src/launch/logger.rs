@@ -2,10 +2,10 @@
 //!
 //! When the logger ends, systemd runs `launch` again, as long as there is output to read.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
@@ -16,6 +16,7 @@ use crate::oci::namespaces;
 use crate::stdio::fifo;
 use crate::sys;
 
+use super::contract::LOGGER_ERROR;
 use super::error::{Error, system};
 use super::pipes;
 use super::process::Process;
@@ -26,21 +27,22 @@ pub(super) fn run(process: &Process<'_>) -> Result<(), Error> {
     let not_found = || Error::System { action: "find the logger", source: io::ErrorKind::NotFound.into() };
     let logger = process.wiring.logger.as_ref().ok_or_else(not_found)?;
     let key = &process.task.key;
+    let arguments = std::iter::once(logger.program.as_os_str()).chain(logger.args.iter().map(OsStr::new));
+    let environment = [
+        format!("CONTAINER_ID={}", process.exec.map_or(key.id.as_str(), ExecId::as_str)),
+        format!("CONTAINER_NAMESPACE={}", key.namespace),
+    ];
     let mut command = Command::new(&logger.program);
-    command
-        .args(&logger.args)
-        .env_clear()
-        .env("CONTAINER_ID", process.exec.map_or(key.id.as_str(), ExecId::as_str))
-        .env("CONTAINER_NAMESPACE", key.namespace.as_str())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // As under runc.v2. A logger works without its bundle, too.
     if process.task.request.bundle.is_dir() {
         command.current_dir(&process.task.request.bundle);
     }
     sys::place_from_three(open_pipes(process)?).map_err(system("place the pipes"))?;
-    Err(Error::System { action: "run the logger", source: command.exec() })
+    let source = sys::exec::exec(&mut command, arguments, environment.iter().map(OsStr::new));
+    // The end of this process closes the pipe of the logger, which a logger may also do when it is ready.
+    let _ = std::fs::write(process.dir.join(LOGGER_ERROR), source.to_string());
+    Err(Error::System { action: "run the logger", source })
 }
 
 fn open_pipes(process: &Process<'_>) -> Result<Vec<OwnedFd>, Error> {

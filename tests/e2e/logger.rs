@@ -96,6 +96,25 @@ fn a_missing_logger_program_fails_the_create() {
 }
 
 #[test]
+fn a_logger_program_that_cannot_be_executed_fails_the_create() {
+    let node = Node::shared();
+    for (name, text, mode) in [
+        ("mode", "#!/bin/sh\n", 0o644),
+        ("format", "\0", 0o755),
+        ("interpreter", "#!/no/such/shell\n", 0o755),
+    ] {
+        let logger = Logger::new("exec 5>&-");
+        let path = logger.scratch.join("logger.sh");
+        fs::write(&path, text).expect("write the program");
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("set its mode");
+        let container = node.container(&format!("logger-{name}"), Spec::sleeping()).make();
+        let refusal = container.create(&logger.io("binary", "")).expect_err(name);
+        let reasons = ["ermission denied", "xec format error", "o such file or directory"];
+        assert!(reasons.iter().any(|reason| refusal.message().contains(reason)), "{name}: {refusal}");
+    }
+}
+
+#[test]
 fn a_binary_v2_logger_is_ready_only_after_a_byte() {
     needs!(OurShim); // the stock shim knows binary-v2 from containerd 2.3 on
     let node = Node::shared();
