@@ -20,6 +20,7 @@ use crate::path_error::io_error;
 use crate::stdio::fifo;
 use crate::stdio::uri::Kind;
 use crate::sys;
+use crate::sys::interrupt::Interrupt;
 use crate::task::wiring::{Input, Output};
 use crate::telemetry;
 
@@ -123,7 +124,7 @@ fn open_output(
 ) -> Result<Stream, Error> {
     let file = match (output, own_pipe) {
         (Output::Journal, _) => return Ok(Stream::Inherited),
-        (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT)?,
+        (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT, &Interrupt::default())?,
         // Opened for both, so that it has a reader while the daemon is down.
         (Output::Copied(_) | Output::Logger, Some(name)) => fifo::open_both(&process.dir.join(name))?,
         // Writable, unlike under containerd-shim-runc-v2: programs do not expect EBADF.

@@ -139,7 +139,7 @@ impl Shim {
             return Ok(None);
         }
         let plan = Arc::new(self.streams.plan(entry, &entry.init)?);
-        let opened = self.streams.open(&plan).await?;
+        let opened = self.streams.open_unless(&plan, cancelled(entry)).await?;
         self.notifications.listen(entry).await?;
         fault::point(Point::CreateOpened);
         self.start_unit(entry, &task, &dir, Daemon::This).await?;

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use crate::fault::{self, Point};
 use crate::launch::contract::{Kind, restore_work};
 use crate::oci::criu;
+use crate::services::process::cancelled;
 use crate::services::{Entry, Error, WaitsFor};
 use crate::task::Task;
 use crate::task::lifecycle::Event;
@@ -52,7 +53,7 @@ impl Shim {
             let dir = self.store.dir(&task.key);
             self.remove_log(entry, restore_work(&task.runtime, &dir).join(criu::RESTORE_LOG)).await?;
             let plan = Arc::new(self.streams.plan(entry, &entry.init)?);
-            let opened = self.streams.open(&plan).await?;
+            let opened = self.streams.open_unless(&plan, cancelled(entry)).await?;
             // A restore that fails can be tried again, with the same input.
             entry.init.live().client_input = opened.client_input()?;
             self.notifications.listen(entry).await?;

@@ -17,7 +17,7 @@ use crate::fault::{self, Point};
 use crate::id::ExecId;
 use crate::launch::contract::{Kind, LAUNCHED, Outcome, PROCESS_SPEC};
 use crate::launch::{command, pipes, report};
-use crate::services::process::{hold, init_is_gone};
+use crate::services::process::{hold, init_has_ended, init_is_gone};
 use crate::services::{Entry, Error, Process};
 use crate::session::{OpenStreams, ReopenMode};
 use crate::stdio::{fifo, uri};
@@ -63,7 +63,14 @@ impl Shim {
         let task = entry.task().clone();
         let exec = task.execs.get(id).ok_or_else(|| Error::UnknownExec { key: process.key.clone() })?;
         let plan = Arc::new(self.streams.plan(entry, process)?);
-        let opened = self.streams.open(&plan).await?;
+        let given_up = process.live().attempt.given_up.clone();
+        let is_over = async {
+            tokio::select! {
+                () = given_up.cancelled() => Error::GivenUp { process: process.key.clone() },
+                () = init_has_ended(entry) => Error::InitGone { key: entry.key.clone() },
+            }
+        };
+        let opened = self.streams.open_unless(&plan, is_over).await?;
         // A start that fails can be tried again, with the same input. The output is not kept open: clients wait for its end
         // before they return the error.
         process.live().client_input = opened.client_input()?;

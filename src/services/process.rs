@@ -21,12 +21,17 @@ pub(crate) fn hold(entry: &Entry, process: &Process, pid: u32) {
 /// Resolves when a task's init process has ended, and the command of the OCI runtime has had time to end as well. Never
 /// resolves if the process can't be watched: the caller has a time limit, too.
 pub(crate) async fn init_is_gone(entry: &Entry) {
+    init_has_ended(entry).await;
+    tokio::time::sleep(config::AFTER_INIT_LIMIT).await;
+}
+
+/// Resolves once init has ended: no other process of the container starts any more.
+pub(crate) async fn init_has_ended(entry: &Entry) {
     let held = entry.init.live().process.as_ref().and_then(|process| process.try_clone().ok());
     let ended = async { sys::ended(held.ok_or(std::io::ErrorKind::NotFound)?).await };
     if ended.await.is_err() {
         std::future::pending::<()>().await;
     }
-    tokio::time::sleep(config::AFTER_INIT_LIMIT).await;
 }
 
 /// Resolves when what is under way for a task must end: containerd has given the task up, or a client interrupts a checkpoint or

@@ -6,6 +6,7 @@ pub(crate) mod resumption;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,12 +16,13 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
 use crate::config;
-use crate::launch::contract::Kind;
+use crate::launch::contract::{Kind, LOGGER_ERROR};
 use crate::oci::metadata;
 use crate::session::fds::{Claims, StreamFds, StreamKind};
 use crate::session::{self, LogFiles, OpenStreams, Plan, ReopenMode, Session};
 use crate::stdio::{journal, threads};
 use crate::store::Store;
+use crate::sys::interrupt::Interrupt;
 use crate::unit::manager::usage::JournalSettings;
 use crate::unit::name;
 use crate::unit::policy::is_of_journal;
@@ -89,6 +91,7 @@ impl Streams {
             slice: task.placement.slice().clone(),
             metadata: task.metadata(),
             policy,
+            interrupt: Interrupt::default(),
         })
     }
 
@@ -115,6 +118,27 @@ impl Streams {
             .await??;
         self.start_logger(plan, opened.take_ready()).await?;
         Ok(opened)
+    }
+
+    /// As [`Self::open`], unless `over` resolves first.
+    ///
+    /// # Errors
+    /// As [`Self::open`], or what `over` resolves to.
+    pub(crate) async fn open_unless(
+        &self,
+        plan: &Arc<Plan>,
+        over: impl Future<Output = Error>,
+    ) -> Result<OpenStreams, Error> {
+        let mut open = pin!(self.open(plan));
+        tokio::select! {
+            opened = &mut open => opened,
+            error = over => {
+                plan.interrupt.set();
+                // What it changes is removed next, so nothing may change later.
+                threads::discard(open.await.ok());
+                Err(error)
+            }
+        }
     }
 
     /// Starts the logger of a process whose start was interrupted, if the process has a logger and the logger does not run.
@@ -251,11 +275,27 @@ impl Streams {
             slice: &plan.slice,
             sandbox: None,
         };
-        self.manager.start_transient(unit, &properties::logger(&shown, &command)).await?;
         let failed = |reason: String| Error::Logger { program: logger.program.display().to_string(), reason };
-        match tokio::time::timeout(config::STDIO_LIMIT, is_ready(ready)).await {
-            Ok(Ok(byte)) if byte || !logger.strict => Ok(()),
-            Ok(Ok(_)) => Err(failed("it closed its pipe without a byte".to_owned())),
+        let refusal = plan.dir.join(LOGGER_ERROR);
+        match fs::remove_file(&refusal) {
+            // Of an earlier start.
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(format!("can't remove {}: {error}", refusal.display()))),
+        }
+        self.manager.start_transient(unit, &properties::logger(&shown, &command)).await?;
+        let answered = tokio::select! {
+            answered = tokio::time::timeout(config::STDIO_LIMIT, is_ready(ready)) => answered,
+            () = plan.interrupt.until_set() => return Err(failed("its process was given up".to_owned())),
+        };
+        match answered {
+            Ok(Ok(true)) => Ok(()),
+            // The pipe is closed without a byte.
+            Ok(Ok(false)) => match fs::read_to_string(&refusal) {
+                Ok(reason) => Err(failed(format!("it can't be executed: {reason}"))),
+                Err(_) if logger.strict => Err(failed("it closed its pipe without a byte".to_owned())),
+                Err(_) => Ok(()),
+            },
             Ok(Err(error)) => Err(failed(error.to_string())),
             Err(_) => Err(failed(format!("nothing within {} s", config::STDIO_LIMIT.as_secs()))),
         }

@@ -158,14 +158,14 @@ impl Plan {
     /// Opens what has to be open before the process runs, beside `files`. Waits for the client for a limited time.
     ///
     /// # Errors
-    /// A FIFO can't be opened, or nobody reads.
+    /// A FIFO can't be opened, nobody reads, or the wait was interrupted.
     pub fn open(&self, fds: &StreamFds, files: LogFiles) -> Result<OpenStreams, Error> {
         for name in self.wiring.own_pipes() {
             fifo::make(&self.pipe(name))?;
         }
         let nothing = &mut |_| Claimed::default();
-        let opened =
-            self.open_all(fds, ReopenMode::Starting, nothing, files, fifo::open_output_nonblocking)?;
+        let client = |path: &Path, limit| fifo::open_output_nonblocking(path, limit, &self.interrupt);
+        let opened = self.open_all(fds, ReopenMode::Starting, nothing, files, client)?;
         Ok(OpenStreams { console: self.console(fds)?, ..opened })
     }
 

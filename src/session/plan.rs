@@ -7,6 +7,7 @@ use crate::id::{ProcessKey, UnitName};
 use crate::oci::metadata;
 use crate::stdio::journal::Lines;
 use crate::stdio::journal_policy::JournalPolicy;
+use crate::sys::interrupt::Interrupt;
 use crate::task::TaskMetadata;
 use crate::task::wiring::Wiring;
 
@@ -29,6 +30,8 @@ pub struct Plan {
     pub metadata: TaskMetadata,
     /// The rate limit and the fields of the unit, for the output that goes to the journal.
     pub policy: Arc<JournalPolicy>,
+    /// Ends the waits for the client and for the logger.
+    pub interrupt: Interrupt,
 }
 
 impl Plan {

@@ -12,6 +12,7 @@ use super::*;
 use crate::id::{ExecId, Namespace, TaskId, TaskKey, UnitName};
 use crate::launch::pipes;
 use crate::stdio::journal_policy::JournalPolicy;
+use crate::sys::interrupt::Interrupt;
 use crate::task::TaskMetadata;
 use crate::task::wiring::{Copied, JournalCopy, Logger, Output, Sink};
 use crate::unit::fd_store::FdStore;
@@ -53,6 +54,7 @@ impl Scratch {
             slice: unit("web.slice"),
             metadata: TaskMetadata { description: "web".to_owned(), fields: Vec::new() },
             policy: Arc::new(JournalPolicy::default()),
+            interrupt: Interrupt::default(),
         }
     }
 }

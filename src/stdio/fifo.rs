@@ -15,6 +15,7 @@ use nix::sys::stat::Mode;
 
 use crate::fault::{self, Point};
 use crate::path_error::{PathError, io_error};
+use crate::sys::interrupt::Interrupt;
 use crate::sys::poll;
 
 use super::uri::Kind;
@@ -32,6 +33,12 @@ pub enum Error {
         path: PathBuf,
         /// The time limit.
         limit: Duration,
+    },
+    /// Nobody needs the FIFO any more.
+    #[error("stdio: {path} is not needed any more, because its process was given up")]
+    Interrupted {
+        /// The FIFO.
+        path: PathBuf,
     },
 }
 
@@ -61,12 +68,12 @@ pub fn make(path: &Path) -> Result<(), Error> {
 /// a container that ends at once.
 ///
 /// # Errors
-/// [`Error::NoReader`] after `limit`, or the FIFO can't be opened.
-pub fn open_output(path: &Path, limit: Duration) -> Result<File, Error> {
+/// [`Error::NoReader`] after `limit`, [`Error::Interrupted`], or the FIFO can't be opened.
+pub fn open_output(path: &Path, limit: Duration, interrupt: &Interrupt) -> Result<File, Error> {
     let waits = OpenOptions::new().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
     let writer = match waits {
         Ok(writer) => writer,
-        Err(e) if e.raw_os_error() == Some(Errno::ENXIO as i32) => wait_for_reader(path, limit)?,
+        Err(e) if e.raw_os_error() == Some(Errno::ENXIO as i32) => wait_for_reader(path, limit, interrupt)?,
         Err(e) => return Err(io_error("open", path)(e).into()),
     };
     let both = open_both(path)?;
@@ -95,8 +102,8 @@ pub fn open_both_nonblocking(path: &Path) -> Result<File, Error> {
 ///
 /// # Errors
 /// As [`open_output`].
-pub fn open_output_nonblocking(path: &Path, limit: Duration) -> Result<File, Error> {
-    set_nonblocking(open_output(path, limit)?, path)
+pub fn open_output_nonblocking(path: &Path, limit: Duration, interrupt: &Interrupt) -> Result<File, Error> {
+    set_nonblocking(open_output(path, limit, interrupt)?, path)
 }
 
 fn set_nonblocking(file: File, path: &Path) -> Result<File, Error> {
@@ -128,7 +135,7 @@ pub fn open_blocking_reader(path: &Path) -> Result<File, Error> {
 /// Without a writer, a reader's open does not return, and inotify(7) reports only opens that have returned. So this opens
 /// the writing end first, which needs a reader: the FIFO is opened for both for a moment. While no one else reads, poll(2)
 /// reports an error for the writing end.
-fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
+fn wait_for_reader(path: &Path, limit: Duration, interrupt: &Interrupt) -> Result<File, Error> {
     let deadline = Instant::now() + limit;
     let both = open_both(path)?;
     let mut options = OpenOptions::new();
@@ -136,16 +143,22 @@ fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
     let writer = writer.map_err(io_error("open", path))?;
     let opens = opens_of(path);
     drop(both);
+    // Without a descriptor for it, the interrupt is polled.
+    let event = interrupt.event().ok();
     while !has_reader(&writer).map_err(io_error("poll", path))? {
+        if interrupt.is_set() {
+            return Err(Error::Interrupted { path: path.to_owned() });
+        }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(Error::NoReader { path: path.to_owned(), limit });
         }
-        let mut fds: Vec<_> =
-            opens.iter().map(|opens| PollFd::new(opens.as_fd(), PollFlags::POLLIN)).collect();
+        let events = opens.iter().map(AsFd::as_fd).chain(event);
+        let mut fds: Vec<_> = events.map(|event| PollFd::new(event, PollFlags::POLLIN)).collect();
         // Without an inotify instance, the FIFO is polled.
-        let pause = if fds.is_empty() { left.min(WITHOUT_INOTIFY) } else { left };
-        if poll(&mut fds, pause).map_err(io_error("wait for a reader of", path))? {
+        let has_both = opens.is_some() && event.is_some();
+        let pause = if has_both { left } else { left.min(WITHOUT_INOTIFY) };
+        if poll(&mut fds, pause).map_err(io_error("wait for a reader of", path))? && !interrupt.is_set() {
             // A reader has opened the FIFO, and may have closed it again.
             break;
         }
@@ -153,7 +166,7 @@ fn wait_for_reader(path: &Path, limit: Duration) -> Result<File, Error> {
     Ok(writer)
 }
 
-/// The polling interval if no inotify instance is available.
+/// The polling interval if no inotify instance or no descriptor is available.
 const WITHOUT_INOTIFY: Duration = Duration::from_millis(20);
 
 /// Becomes readable when a process opens the file from now on.
@@ -186,7 +199,7 @@ mod tests {
     #[test]
     fn opening_a_fifo_without_a_reader_fails_after_a_limit() {
         let (_dir, path) = scratch();
-        let error = open_output(&path, Duration::from_millis(20)).unwrap_err();
+        let error = open_output(&path, Duration::from_millis(20), &Interrupt::default()).unwrap_err();
         assert!(matches!(error, Error::NoReader { .. }), "{error}");
     }
 
@@ -194,7 +207,9 @@ mod tests {
     fn opening_a_fifo_waits_for_a_reader_that_comes_later() {
         let (_dir, path) = scratch();
         let reader = path.clone();
-        let waiting = std::thread::spawn(move || open_output(&path, Duration::from_secs(30)).map(drop));
+        let waiting = std::thread::spawn(move || {
+            open_output(&path, Duration::from_secs(30), &Interrupt::default()).map(drop)
+        });
         // The open returns once the other thread has the writing end.
         let mut options = OpenOptions::new();
         let _opened = options.read(true).open(&reader).unwrap();
@@ -205,7 +220,7 @@ mod tests {
     fn written_bytes_stay_in_a_fifo_for_the_next_reader() {
         let (_dir, path) = scratch();
         let first = open_reader(&path).unwrap();
-        let mut output = open_output(&path, Duration::from_secs(5)).unwrap();
+        let mut output = open_output(&path, Duration::from_secs(5), &Interrupt::default()).unwrap();
         drop(first);
         output.write_all(b"still here").unwrap();
         let mut second = open_blocking_reader(&path).unwrap();

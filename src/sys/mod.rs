@@ -4,9 +4,11 @@
 pub mod bounded;
 pub mod child;
 pub mod crash;
+pub mod exec;
 pub mod guard;
 mod heap;
 mod huge;
+pub mod interrupt;
 pub mod mount_attributes;
 mod poll;
 pub mod quota;

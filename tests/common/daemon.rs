@@ -308,3 +308,10 @@ pub fn open_files(pid: u32) -> usize {
 pub fn restarts() -> u32 {
     systemd::property(DAEMON_SERVICE, "NRestarts").parse().unwrap_or(0)
 }
+
+/// Whether the daemon has a file open.
+pub fn has_open(path: &str) -> bool {
+    let Some(pid) = pid() else { return false };
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    files.filter_map(|file| std::fs::read_link(file.path()).ok()).any(|open| open.as_os_str() == path)
+}

@@ -10,11 +10,10 @@ use crate::attached::{self, each_kind};
 use crate::common::bulk::Bulk;
 use crate::common::container::Container;
 use crate::common::node::{Node, number};
-use crate::common::process;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch, feed};
 use crate::common::task::{Io, SIGKILL};
-use crate::common::wait;
+use crate::common::{daemon, process, wait};
 use crate::logger::Logger;
 
 /// The stock shim of containerd 1.7 waits 2 s for the output of children that stay before it completes a Delete.
@@ -297,5 +296,35 @@ fn clients_that_never_open_their_fifos_delay_no_other_client() {
         assert_eq!(new.exit_status(), 4);
         // The starts wait for 30 s. If this took less, nobody has waited for them.
         assert!(unloaded.elapsed() < std::time::Duration::from_secs(20), "{:?}", unloaded.elapsed());
+    });
+}
+
+/// A client whose call has failed gives up, and nobody opens its FIFOs any more.
+#[test]
+fn a_start_that_waits_for_its_client_ends_with_the_exec_or_its_container() {
+    needs!(OurShim);
+    /// The daemon waits for the client for 30 s.
+    const LIMIT: Duration = Duration::from_secs(10);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    let fifos = [Fifos::new("deleted"), Fifos::new("killed")];
+    let [deleted, killed] =
+        fifos.each_ref().map(|fifos| container.exec(Spec::sh("true")).added(&fifos.output()));
+    thread::scope(|scope| {
+        let starts = [&deleted, &killed].map(|exec| scope.spawn(|| exec.start()));
+        for fifos in &fifos {
+            let fifo = fifos.output().stdout;
+            wait::until_true("the daemon waits for the client", || daemon::has_open(&fifo));
+        }
+        let begun = Instant::now();
+        deleted.delete().expect("delete the exec");
+        assert!(begun.elapsed() < LIMIT, "Delete took {:?}", begun.elapsed());
+        let begun = Instant::now();
+        container.kill(SIGKILL).expect("kill");
+        assert_eq!(container.exit_status(), 137);
+        assert!(begun.elapsed() < LIMIT, "the exit took {:?}", begun.elapsed());
+        for start in starts {
+            start.join().expect("the start ends").expect_err("nobody has opened the FIFO");
+        }
     });
 }
