@@ -14,6 +14,7 @@ use std::fs;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -221,6 +222,21 @@ pub fn limit_descendants(cgroup: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Lets a user make cgroups below a cgroup and move processes there (cgroups(7), "Cgroups delegation: delegating a hierarchy to a
+/// less privileged user"). Creates the cgroup if it does not exist.
+///
+/// # Errors
+/// The kernel refused.
+pub fn give_to(cgroup: &Path, uid: u32) -> Result<(), Error> {
+    in_made(cgroup, |dir| {
+        for file in ["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"] {
+            let path = dir.join(file);
+            chown(&path, Some(uid), None).map_err(io_error("give to the container's user", &path))?;
+        }
+        Ok(())
+    })
 }
 
 /// Opens the directory of a cgroup. Creates the cgroup if it does not exist.

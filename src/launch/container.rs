@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::oci::bundle::{self, Edits};
+use crate::oci::bundle::{self, Edits, Found};
 use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::mount as rootfs;
 use crate::oci::namespaces;
@@ -59,7 +59,11 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
     if task.request.checkpoint.is_some() {
         edits.annotation = Some((CONFIG_ANNOTATION, restore::write_overrides(process)?));
     }
-    let namespaces = bundle::edit(bundle, &edits)?;
+    let Found { namespaces, cgroup_owner } = bundle::edit(bundle, &edits)?;
+    if let (Some(cgroup), Some(owner)) = (&edits.cgroups_path, cgroup_owner) {
+        // runc does this in its systemd driver only, and uses a cgroup that exists.
+        cgroup::give_to(cgroup, owner)?;
+    }
     namespaces.iter().try_for_each(|one| namespaces::check(&one.kind, &one.path))?;
     launch_cgroup::enter(process)?;
     // Create has already mounted the rootfs of a container that is restored.

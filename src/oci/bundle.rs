@@ -22,6 +22,8 @@ use super::canonical::{Members, Others, Shape, canonical};
 use super::resources::{self, Resources};
 use super::turns::{self, Busy, Turn};
 
+mod cgroup_owner;
+
 /// The annotation of CRI with the id of the pod's sandbox.
 pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
@@ -144,8 +146,21 @@ pub const SHAPE: Shape = Shape::Struct(&[
     ("hostname", Shape::Text),
     ("hooks", HOOKS),
     ("linux", LINUX),
-    ("mounts", Shape::List(&Shape::Struct(&[("options", Shape::List(&Shape::Text))]))),
-    ("process", Shape::Struct(&[("env", Shape::List(&Shape::Text))])),
+    (
+        "mounts",
+        Shape::List(&Shape::Struct(&[
+            ("destination", Shape::Text),
+            ("type", Shape::Text),
+            ("options", Shape::List(&Shape::Text)),
+        ])),
+    ),
+    (
+        "process",
+        Shape::Struct(&[
+            ("env", Shape::List(&Shape::Text)),
+            ("user", Shape::Struct(&[("uid", Shape::Value)])),
+        ]),
+    ),
 ]);
 
 const HOOKS: Shape = Shape::Struct(&[
@@ -286,20 +301,29 @@ pub struct Edits {
     pub binds: Vec<(PathBuf, String)>,
 }
 
+/// What [`edit`] finds in a spec.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The namespaces of the container.
+    pub namespaces: Vec<Namespace>,
+    /// The user on the host that the cgroup of the container must belong to, if not root.
+    pub cgroup_owner: Option<u32>,
+}
+
 /// Edits a bundle's spec, replacing the file in one step. Returns the namespaces in it.
 ///
 /// # Errors
 /// As [`Spec::read`]; or the file can't be written, and the old file stays.
-pub fn edit(bundle: &Path, edits: &Edits) -> Result<Vec<Namespace>, Error> {
+pub fn edit(bundle: &Path, edits: &Edits) -> Result<Found, Error> {
     let path = bundle.join(CONFIG);
-    let (text, namespaces) = edited_with(&read_config(&path)?, edits)
+    let (text, found) = edited_with(&read_config(&path)?, edits)
         .map_err(|source| Error::Malformed { path: path.clone(), source })?;
     if *edits != Edits::default() {
         let new = bundle.join(".config.json.new");
         let mode = fs::metadata(&path).map_err(io_error("read the mode of", &path))?.permissions();
         files::replace(&path, &new, mode.mode() & MODE, &text).map_err(io_error("replace", &path))?;
     }
-    Ok(namespaces)
+    Ok(found)
 }
 
 /// Makes a new spec of the bundle's spec with all of its fields, or of `None` if the bundle has no spec: for a sandbox
@@ -361,10 +385,11 @@ fn edited(text: &[u8], edits: &Edits) -> Result<Vec<u8>, serde_json::Error> {
     edited_with(text, edits).map(|(text, _)| text)
 }
 
-/// The edited text, and the namespaces in it.
-fn edited_with(text: &[u8], edits: &Edits) -> Result<(Vec<u8>, Vec<Namespace>), serde_json::Error> {
+/// The edited text, and what was found in it.
+fn edited_with(text: &[u8], edits: &Edits) -> Result<(Vec<u8>, Found), serde_json::Error> {
     let text = canonical(text, &SHAPE, Others::Kept)?;
     let Parts { mut spec, mut linux, namespaces, mut process, mut annotations } = Parts::of(&text)?;
+    let cgroup_owner = cgroup_owner::find(&spec, &linux, &process, &namespaces);
     let (annotation, new_annotations, cgroups_path, new_linux, env, new_process, mounts);
     if let Some((name, value)) = &edits.annotation
         && annotations.get(name).is_none()
@@ -396,7 +421,7 @@ fn edited_with(text: &[u8], edits: &Edits) -> Result<(Vec<u8>, Vec<Namespace>), 
         mounts = extended(spec.get("mounts"), &edits.binds.iter().map(bind).collect::<Vec<_>>())?;
         spec.insert("mounts", &mounts);
     }
-    Ok((serde_json::to_vec(&spec)?, namespaces))
+    Ok((serde_json::to_vec(&spec)?, Found { namespaces, cgroup_owner }))
 }
 
 /// A list of canonical JSON with more elements.

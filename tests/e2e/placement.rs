@@ -1,10 +1,11 @@
 //! The place of containers in the cgroup tree, as the client requests it, and how agents find containers there.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::container::Container;
 use crate::common::node::{Node, unique};
@@ -67,6 +68,34 @@ fn a_container_makes_a_limited_number_of_cgroups() {
     container.delete().expect("delete");
     until_true("the cgroup of the unit is removed", || !cgroup.parent().is_some_and(Path::exists));
     node.container("after", Spec::sleeping()).started(&Io::default()).end();
+}
+
+/// As with runc's systemd driver: a systemd, a Docker or a Podman in the container can make cgroups.
+#[test]
+fn the_user_of_a_container_owns_a_cgroup_that_it_can_write() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let mounted = |option: &str| {
+        let spec = Spec::sleeping().user(1234, 1234);
+        let mut text: Value = serde_json::from_slice(&spec.to_json()).expect("a spec");
+        let mounts = text["mounts"].as_array_mut().expect("mounts");
+        let place = mounts.iter_mut().find(|mount| mount["destination"] == "/sys/fs/cgroup");
+        place.expect("a mount of cgroups")["options"] = json!(["nosuid", "noexec", "nodev", option]);
+        text["linux"]["namespaces"].as_array_mut().expect("namespaces").push(json!({"type": "cgroup"}));
+        spec.with("/mounts", text["mounts"].take())
+            .with("/linux/namespaces", text["linux"]["namespaces"].take())
+    };
+    for (option, owner) in [("rw", 1234), ("ro", 0)] {
+        let container = node.container(option, mounted(option)).started(&Io::default());
+        let cgroup = cgroup::of(container.pid());
+        for file in ["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"] {
+            let found = fs::metadata(cgroup.join(file)).expect("the cgroup of the container");
+            assert_eq!((found.uid(), found.gid()), (owner, 0), "{option}: {file:?}");
+        }
+        let unit = fs::metadata(cgroup.parent().expect("a parent")).expect("the cgroup of the unit");
+        assert_eq!(unit.uid(), 0);
+        container.end();
+    }
 }
 
 #[test]

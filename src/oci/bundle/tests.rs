@@ -29,8 +29,8 @@ fn an_edit_returns_the_namespaces() {
     let (_, found) = edited_with(text, &Edits::default()).unwrap();
     let expected = [("pid", ""), ("network", "/run/netns/a"), ("", "")];
     let expected = expected.map(|(kind, path)| Namespace { kind: kind.to_owned(), path: path.into() });
-    assert_eq!(found, expected);
-    assert_eq!(edited_with(br#"{"linux":{"namespaces":null}}"#, &Edits::default()).unwrap().1, []);
+    assert_eq!(found.namespaces, expected);
+    assert_eq!(edited_with(br#"{"linux":{"namespaces":null}}"#, &Edits::default()).unwrap().1.namespaces, []);
 }
 
 #[test]
