@@ -73,6 +73,11 @@ pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested
     if text.contains(':') && !text.starts_with('/') {
         return systemd_form(text, malformed);
     }
+    // Docker makes it of `--cgroup-parent /a.slice`. The container would be in no slice.
+    if text.matches(':').count() == 2 && text.split(':').next().is_some_and(|slice| slice.ends_with(".slice"))
+    {
+        return Err(malformed("in the systemd form, the name of the slice must not begin with \"/\""));
+    }
     let path = Path::new(text.trim_start_matches('/'));
     if path.components().any(|part| !matches!(part, Component::Normal(_))) {
         return Err(malformed("the path must not contain \"..\" or \".\""));
@@ -211,9 +216,18 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        for text in
-            ["a:b", "a:b:c:d", "foo:p:n", "a--b.slice:p:n", "a/b.slice:p:n", "x.slice:p:", "/a/../b", "a\0b"]
-        {
+        for text in [
+            "a:b",
+            "a:b:c:d",
+            "/a.slice:p:n",
+            "/a/b.slice:p:n",
+            "foo:p:n",
+            "a--b.slice:p:n",
+            "a/b.slice:p:n",
+            "x.slice:p:",
+            "/a/../b",
+            "a\0b",
+        ] {
             assert!(read(text).is_err(), "{text:?}");
         }
         assert!(read("foo:p:n").is_err_and(|e| e.to_string().contains(".slice")));
