@@ -23,6 +23,7 @@ impl Doc {
     }
 
     /// The heading with this anchor, as the man page writes it.
+    #[allow(clippy::panic)]
     fn heading(&self, anchor: &str) -> String {
         let mut headings = self.headings();
         let found = match anchor {
