@@ -25,7 +25,7 @@ use crate::common::shim::{self, Bundle, Refusal, Shim};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::Io;
-use crate::common::{daemon, process};
+use crate::common::{cgroup, daemon, process};
 use crate::options::GenericOptions;
 
 /// Asserts that the daemon answers, and that it has no such task.
@@ -420,11 +420,10 @@ impl Drop for Nested {
 fn deeply_nested_cgroups_of_a_container_do_no_harm() {
     needs!(OurShim);
     let node = Node::exclusive();
-    let container = node.container("nested", Spec::sleeping()).started(&Io::default());
-    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", container.pid())).expect("its cgroup");
-    let cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::/"));
-    let cgroup = cgroup.expect("a cgroup of the unified hierarchy");
-    let nested = Nested::new(&Path::new("/sys/fs/cgroup").join(cgroup), 2200);
+    // The cgroups of a container in its unit have limits.
+    let path = format!("/{}", unique("nested"));
+    let container = node.container("nested", Spec::sleeping().cgroups_path(&path)).started(&Io::default());
+    let nested = Nested::new(&cgroup::of(container.pid()), 2200);
     let restarts = daemon::restarts();
     assert_eq!(container.pids().expect("pids"), [container.pid()]);
     container.kill_all(nix::libc::SIGWINCH as u32).expect("a signal to all");
