@@ -130,7 +130,10 @@ fn a_removal_leaves_no_unit_that_would_start_the_program_at_the_next_call() {
     assert_eq!(container.exit_status(), 3);
     container.delete().expect("delete");
     assert_eq!(package.remove().code, Some(0));
-    assert_eq!(units().difference(&before).collect::<Vec<_>>(), Vec::<&String>::new());
+    let units = units();
+    // systemd knows the name of a unit for as long as another unit refers to it.
+    let left = units.difference(&before).filter(|unit| !unit.contains(" not-found "));
+    assert_eq!(left.collect::<Vec<_>>(), Vec::<&String>::new());
     assert_eq!(daemon::processes(), Vec::<u32>::new());
     drop(connection);
 }
