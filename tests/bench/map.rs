@@ -86,7 +86,7 @@ fn of_operation(
         }
     });
     let mut counts: [Vec<Counts>; 2] = Default::default();
-    let mut watch = Watch::new(node);
+    let mut watch = Watch::new(node, &format!("-{}-", std::process::id()));
     in_turn(COUNTED, |_, index| {
         watch.begin(node);
         operation(index);

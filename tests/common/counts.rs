@@ -52,8 +52,7 @@ pub struct Counts {
     pub executed: Vec<String>,
     /// The files below /run that were written.
     pub written: Vec<PathBuf>,
-    /// The files `cgroup.procs` that were written, only of units and containers that this process has made: other guests may
-    /// share the file system of cgroups.
+    /// The files `cgroup.procs` that were written, only of the units and containers that the watch is about.
     pub moves: Vec<PathBuf>,
     /// Processes and threads that were created.
     pub tasks: u64,
@@ -91,11 +90,13 @@ pub struct Watch {
     bus: BusWatch,
     files: FileWatch,
     tasks: u64,
+    own: String,
 }
 
 impl Watch {
-    pub fn new(node: &Node) -> Watch {
-        Watch { bus: BusWatch::new(node), files: FileWatch::new(), tasks: 0 }
+    /// Counts moves to the cgroups whose path contains `own`. Guests that share a kernel see the cgroups of each other.
+    pub fn new(node: &Node, own: &str) -> Watch {
+        Watch { bus: BusWatch::new(node), files: FileWatch::new(), tasks: 0, own: own.to_string() }
     }
 
     /// Discards everything that was counted before.
@@ -110,13 +111,11 @@ impl Watch {
         let tasks = last_task().wrapping_sub(self.tasks);
         let messages = self.bus.take(node);
         let mut counts = Counts { messages, tasks, ..Counts::default() };
-        // Every id that `unique` makes contains this text.
-        let own = format!("-{}-", process::id());
         for Event { mask, path } in self.files.take() {
             if mask.contains(MaskFlags::FAN_OPEN_EXEC) {
                 counts.executed.push(name_of(&path));
             }
-            let is_own = || path.to_string_lossy().contains(&own);
+            let is_own = || path.to_string_lossy().contains(&self.own);
             if mask.contains(MaskFlags::FAN_MODIFY) && path.ends_with("cgroup.procs") && is_own() {
                 counts.moves.push(path.clone());
             }

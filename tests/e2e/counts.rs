@@ -4,6 +4,9 @@
 //! Each number is the least of several: signals are repeated now and then, and each repetition is read. A change that
 //! always causes more work raises the least number, too.
 
+use std::hash::{BuildHasher, RandomState};
+use std::sync::LazyLock;
+
 use crate::common::container::Container;
 use crate::common::counts::{Counts, Sender, Watch};
 use crate::common::daemon;
@@ -11,6 +14,9 @@ use crate::common::leaks::STATE_DIRECTORY;
 use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::task::{Io, SIGKILL};
+
+/// A name that no other guest has.
+static NAME: LazyLock<String> = LazyLock::new(|| format!("counts{:x}", RandomState::new().hash_one(0) >> 40));
 
 const WARM_UP: usize = 2;
 const COUNTED: usize = 7;
@@ -53,7 +59,7 @@ fn more_moves() -> usize {
 
 /// Counts the cost of `operation`, and compares the least number of all rounds with each limit.
 fn assert_cost(node: &Node, operation: impl Fn(), limits: &[Limit]) {
-    let mut watch = Watch::new(node);
+    let mut watch = Watch::new(node, &NAME);
     let rounds: Vec<Counts> = (0..WARM_UP + COUNTED)
         .map(|_| {
             watch.begin(node);
@@ -97,7 +103,7 @@ fn exec_limits() -> [Limit; 7] {
 }
 
 fn sleeping(node: &Node) -> Container<'_> {
-    node.container("counts", Spec::sleeping()).started(&Io::default())
+    node.container(&NAME, Spec::sleeping()).started(&Io::default())
 }
 
 #[test]
@@ -134,7 +140,7 @@ fn a_container_costs_few_messages_programs_files_and_moves() {
     // Its slice exists already.
     let _other = sleeping(&node);
     let life = || {
-        let container = node.container("counts", Spec::new(&["/bin/true"])).started(&Io::default());
+        let container = node.container(&NAME, Spec::new(&["/bin/true"])).started(&Io::default());
         assert_eq!(container.exit_status(), 0);
         container.delete().expect("delete");
     };
