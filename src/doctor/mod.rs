@@ -9,7 +9,6 @@ mod bus;
 mod configuration;
 mod containerd;
 mod daemon;
-mod drop_ins;
 mod host;
 mod limits;
 mod records;

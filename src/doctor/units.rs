@@ -1,10 +1,11 @@
 //! The daemon's units: masked, stale, overridden.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET, ORDER_SLICE};
 
-use super::{Check, drop_ins};
+use super::Check;
 use crate::probe::{self, Known, Properties, property};
 use crate::unit::policy;
 
@@ -50,13 +51,13 @@ pub struct Facts {
     /// Drop-ins for namespaces that break containers, and those of the daemon that break it: path, setting, and what happens.
     harmful: Vec<(PathBuf, String, &'static str)>,
     /// Drop-ins for namespaces that restrict the OCI runtime, and their settings.
-    restricting: Vec<(PathBuf, Vec<String>)>,
+    restricting: BTreeMap<PathBuf, Vec<String>>,
 }
 
 pub(super) fn collect() -> Facts {
     let mut facts = collect_of_daemon();
     facts.harmful.extend(policy::harmful_for_namespaces());
-    facts.restricting = drop_ins::restricting();
+    facts.restricting = policy::restricting_for_namespaces();
     facts
 }
 
@@ -66,7 +67,7 @@ pub(super) fn collect_of_daemon() -> Facts {
         [DAEMON_SERVICE, DAEMON_SOCKET, DAEMON_SLICE, ORDER_SLICE].map(probe::show_one);
     let missing = service.iter().filter_map(program).filter(|path| !path.exists()).collect();
     let harmful = policy::harmful_for_daemon();
-    Facts { service, socket, slice, order, missing, harmful, restricting: Vec::new() }
+    Facts { service, socket, slice, order, missing, harmful, restricting: BTreeMap::new() }
 }
 
 /// The program in `ExecStart={ path=… ; argv[]=… }`.
@@ -269,7 +270,7 @@ mod tests {
             order: Ok(loaded),
             missing: vec![],
             harmful: vec![],
-            restricting: vec![],
+            restricting: BTreeMap::new(),
         }
     }
 
@@ -359,7 +360,7 @@ mod tests {
         let path = PathBuf::from("/etc/x.conf");
         let settings = ["User=nobody", "PrivatePIDs=yes"].map(str::to_owned).to_vec();
         let with =
-            |harmful| Facts { restricting: vec![(path.clone(), settings.clone())], harmful, ..facts(&[]) };
+            |harmful| Facts { restricting: [(path.clone(), settings.clone())].into(), harmful, ..facts(&[]) };
         let check = fault(&with(vec![]));
         assert_eq!(check.status, Status::Warning);
         assert!(check.found.starts_with("/etc/x.conf sets User=nobody, PrivatePIDs=yes: "), "{check:?}");

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::search_path::{self, Directories};
-use super::{drop_ins, name, service_d};
+use super::{annotation, drop_ins, name, service_d};
 
 /// How many settings an error names.
 const MOST_NAMED: usize = 8;
@@ -127,18 +127,69 @@ pub(super) fn conditions_of(unit: &str) -> Option<String> {
 
 /// The drop-ins for namespaces that break the containers there: path, setting, and what happens.
 pub fn harmful_for_namespaces() -> Vec<(PathBuf, String, &'static str)> {
-    let dirs = search_path::ALL.iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
-    let dirs = dirs.filter(|dir| {
-        let name = dir.file_name().to_string_lossy().into_owned();
-        name.starts_with(name::PREFIX) && name.ends_with("-.service.d")
-    });
-    let files: BTreeSet<PathBuf> = dirs.flat_map(|dir| drop_ins::in_dir(&dir.path())).collect();
-    let settings = files.iter().flat_map(|file| settings_of(file));
+    let settings = settings_for_namespaces(&search_path::ALL).into_iter();
     let found = settings.filter_map(|setting| {
         let effect = effect(&setting.name, &setting.value)?;
         Some((setting.file, format!("{}={}", setting.name, setting.value), effect.text()))
     });
     found.collect()
+}
+
+/// The drop-ins for namespaces that restrict the OCI runtime, so that perhaps no container starts there, and their settings.
+pub fn restricting_for_namespaces() -> BTreeMap<PathBuf, Vec<String>> {
+    restricting_in(&search_path::ALL)
+}
+
+fn restricting_in(dirs: &[impl AsRef<Path>]) -> BTreeMap<PathBuf, Vec<String>> {
+    let mut found: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
+    for Setting { name, value, file } in settings_for_namespaces(dirs) {
+        if restricts(&name, &value) {
+            found.entry(file).or_default().push(format!("{name}={value}"));
+        }
+    }
+    found
+}
+
+/// Settings that restrict a process, or keep it from being started. A `*` stands for any end of the name.
+const RESTRICTING: [&str; 21] = [
+    "AmbientCapabilities",
+    "Assert*",
+    "BindPaths",
+    "BindReadOnlyPaths",
+    "CapabilityBoundingSet",
+    "Condition*",
+    "DynamicUser",
+    "ExecCondition",
+    "ExecStartPre",
+    "Group",
+    "InaccessiblePaths",
+    "MemoryDenyWriteExecute",
+    "NoNewPrivileges",
+    "Private*",
+    "Protect*",
+    "ReadOnlyPaths",
+    "Restrict*",
+    "Root*",
+    "SystemCall*",
+    "TemporaryFileSystem",
+    "User",
+];
+
+fn restricts(name: &str, value: &str) -> bool {
+    let is_meant = RESTRICTING.iter().any(|pattern| annotation::matches(pattern, name));
+    // An empty set has no capability.
+    is_meant && (!is_off(value) || name == "CapabilityBoundingSet")
+}
+
+/// The settings in the drop-ins for namespaces in these directories of units.
+fn settings_for_namespaces(dirs: &[impl AsRef<Path>]) -> Vec<Setting> {
+    let dirs = dirs.iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
+    let dirs = dirs.filter(|dir| {
+        let name = dir.file_name().to_string_lossy().into_owned();
+        name.starts_with(name::PREFIX) && name.ends_with("-.service.d")
+    });
+    let files: BTreeSet<PathBuf> = dirs.flat_map(|dir| drop_ins::in_dir(&dir.path())).collect();
+    files.iter().flat_map(|file| settings_of(file)).collect()
 }
 
 /// The drop-ins of the daemon's service with which systemd does not start it: path, setting, and what happens. systemd does not
@@ -163,7 +214,7 @@ pub fn settings_of_daemon() -> Option<String> {
 
 /// What a setting breaks for the units of containers or of execs.
 fn effect(name: &str, value: &str) -> Option<Effect> {
-    let is_off = ["", "no", "n", "false", "f", "off", "0"].contains(&value.to_ascii_lowercase().as_str());
+    let is_off = is_off(value);
     match name {
         "Type" | "PAMName" | "PIDFile" | "RefuseManualStart" | "PrivatePIDs" if !is_off => {
             Some(Effect::NotCreated)
@@ -180,6 +231,11 @@ fn effect(name: &str, value: &str) -> Option<Effect> {
         "StopWhenUnneeded" if !is_off => Some(Effect::Stopped),
         _ => None,
     }
+}
+
+/// True if a value switches a setting off, or is empty.
+fn is_off(value: &str) -> bool {
+    ["", "no", "n", "false", "f", "off", "0"].contains(&value.to_ascii_lowercase().as_str())
 }
 
 /// The settings of all drop-ins that hold for a unit, in the order in which systemd applies them. Copies are left out.
@@ -343,5 +399,29 @@ mod tests {
         assert!(units.conflict(CONTAINER).is_some());
         units.write("run/containerd-.service.d/b.conf", "RefuseManualStop=no");
         assert_eq!(units.conflict(CONTAINER), None);
+    }
+
+    #[test]
+    fn restricting_settings_of_namespaces_are_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let text = "[Service]\n# Group=x\n User = nobody\nNice=5\nRootDirectory=/srv\nCapabilityBoundingSet=\n\
+                    PrivateTmp=no\nMemoryHigh=2G\n";
+        write("containerd-default-.service.d/a.conf", text);
+        write("containerd-default-.service.d/b.conf", "[Service]\nTimeoutStopSec=30\nProtectHome=\n");
+        write("containerd-default-.service.d/c.txt", text);
+        write("containerd-default-web.service.d/a.conf", text);
+        write("service.d/a.conf", text);
+        let settings = ["User=nobody", "RootDirectory=/srv", "CapabilityBoundingSet="];
+        let found = restricting_in(&[dir.path()]);
+        assert_eq!(
+            found,
+            [(dir.path().join("containerd-default-.service.d/a.conf"), settings.map(str::to_owned).to_vec())]
+                .into()
+        );
     }
 }
