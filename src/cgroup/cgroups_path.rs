@@ -73,7 +73,7 @@ pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested
     if text.contains(':') && !text.starts_with('/') {
         return systemd_form(text, malformed);
     }
-    // Docker makes it of `--cgroup-parent /a.slice`. The container would be in no slice.
+    // Docker makes such a path of `--cgroup-parent /a.slice`. The container would be in no slice.
     if text.matches(':').count() == 2 && text.split(':').next().is_some_and(|slice| slice.ends_with(".slice"))
     {
         return Err(malformed("in the systemd form, the name of the slice must not begin with \"/\""));

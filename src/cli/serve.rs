@@ -54,7 +54,7 @@ const HEAPS: i32 = 2;
 /// continues, although slowly.
 const IDLE_THREAD: Duration = THREAD_INTERVAL.saturating_mul(2).saturating_add(Duration::from_secs(2));
 const MAX_BLOCKING_THREADS: usize = 64;
-/// The private memory of the daemon, in bytes. With 1,000 containers it has 15 MB. A request that needs more because
+/// The private memory of the daemon, in bytes. With 1,000 containers it has some 30 MB. A request that needs more because
 /// of a bug crashes the daemon, and the crash is recorded. Without this limit, the kernel's OOM killer would end
 /// containers first, and the daemon last.
 const MAX_DATA: u64 = 2 << 30;

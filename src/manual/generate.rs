@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use super::references::{Doc, with_references};
-use super::{NAME, TOOLS, completion, roff, sentence};
+use super::{NAME, TOOLS, Tool, completion, roff, sentence};
 
 /// Whom the commands are for.
 const FOR_PEOPLE: &str =
@@ -27,16 +27,21 @@ fn commands() -> String {
         for paragraph in tool.text {
             let _ = write!(text, "\n{}", super::wrap(paragraph, 120));
         }
-        let _ = write!(text, "\n| Option | |\n|---|---|\n");
-        for option in tool.all_options() {
-            let _ = writeln!(text, "| `{}` | {} |", option.spelling(), option.text);
-        }
-        let _ = write!(text, "\n| Exit code | |\n|---|---|\n");
-        for (code, meaning) in tool.exits {
-            let _ = writeln!(text, "| {code} | {meaning} |");
-        }
+        let _ = write!(text, "\n{}\n{}", options_of(tool), exit_codes_of(tool));
     }
     text
+}
+
+/// The table of a command's options.
+fn options_of(tool: &Tool) -> String {
+    let rows = tool.all_options().map(|option| format!("| `{}` | {} |\n", option.spelling(), option.text));
+    "| Option | |\n|---|---|\n".to_owned() + &rows.collect::<String>()
+}
+
+/// The table of a command's exit codes.
+fn exit_codes_of(tool: &Tool) -> String {
+    let rows = tool.exits.iter().map(|(code, meaning)| format!("| {code} | {meaning} |\n"));
+    "| Exit code | |\n|---|---|\n".to_owned() + &rows.collect::<String>()
 }
 
 /// The man page of section 1.
@@ -51,14 +56,8 @@ fn manual_of_commands() -> String {
         for paragraph in tool.text {
             let _ = write!(text, "\n{paragraph}\n");
         }
-        let _ = write!(text, "\n### Options\n\n| Option | |\n|---|---|\n");
-        for option in tool.all_options() {
-            let _ = writeln!(text, "| `{}` | {} |", option.spelling(), option.text);
-        }
-        let _ = write!(text, "\n### Exit codes\n\n| Exit code | |\n|---|---|\n");
-        for (code, meaning) in tool.exits {
-            let _ = writeln!(text, "| {code} | {meaning} |");
-        }
+        let (options, exit_codes) = (options_of(tool), exit_codes_of(tool));
+        let _ = write!(text, "\n### Options\n\n{options}\n### Exit codes\n\n{exit_codes}");
     }
     text += "\n## See also\n\ncontainerd-shim-systemd-v1(5), containerd-shim-systemd-v1(7), systemctl(1), journalctl(1)\n";
     text

@@ -25,7 +25,7 @@ pub(crate) async fn init_is_gone(entry: &Entry) {
     tokio::time::sleep(config::AFTER_INIT_LIMIT).await;
 }
 
-/// Resolves once init has ended: no other process of the container starts any more.
+/// Resolves once init has ended: no other process of the container starts any more. Never resolves if init can't be watched.
 pub(crate) async fn init_has_ended(entry: &Entry) {
     let held = entry.init.live().process.as_ref().and_then(|process| process.try_clone().ok());
     let ended = async { sys::ended(held.ok_or(std::io::ErrorKind::NotFound)?).await };

@@ -134,7 +134,7 @@ impl Streams {
             opened = &mut open => opened,
             error = over => {
                 plan.interrupt.set();
-                // What it changes is removed next, so nothing may change later.
+                // The caller removes next what `open` has made, so `open` must have ended.
                 threads::discard(open.await.ok());
                 Err(error)
             }

@@ -49,7 +49,7 @@ pub(super) struct Record {
     oom_kills: u64,
     #[serde(default)]
     limits: Option<Limits>,
-    // Records of the first versions have this name.
+    // The name in the records of all versions.
     #[serde(default, rename = "muted")]
     given_up: bool,
     #[serde(default)]

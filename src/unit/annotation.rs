@@ -253,10 +253,10 @@ impl Extension {
 /// The first property that is refused.
 pub fn check(asked: impl IntoIterator<Item = Property>, extension: &Extension) -> Result<Checked, Error> {
     let mut checked = Checked::default();
-    let mut names: Vec<String> = Vec::new();
+    let mut named: Vec<(String, Variant<'static>)> = Vec::new();
     for property in asked {
         let (name, value) = read(&property)?;
-        let earlier = names.iter().position(|known| *known == name);
+        let earlier = named.iter().position(|(known, _)| *known == name);
         let is_option =
             |at: usize| checked.properties.get(at).is_some_and(|set| set.source == PropertySource::Options);
         let may_override = property.source == PropertySource::Options || extension.has(&name);
@@ -284,35 +284,33 @@ pub fn check(asked: impl IntoIterator<Item = Property>, extension: &Extension) -
             continue;
         }
         if let Some(at) = earlier {
-            names.remove(at);
+            named.remove(at);
             checked.properties.remove(at);
         }
-        names.push(name);
+        named.push((name, value));
         checked.properties.push(property);
     }
-    check_order(&checked.properties, extension)?;
+    check_order(&checked.properties, &named, extension)?;
     Ok(checked)
 }
 
 /// Checks that a container which is ordered after other units stops soon: systemd starts none of these units while it stops the
-/// container.
-fn check_order(properties: &[Property], extension: &Extension) -> Result<(), Error> {
-    let mut own = HashMap::new();
-    for property in properties.iter().filter(|property| property.source == PropertySource::Annotation) {
-        let (name, value) = read(property)?;
-        if !extension.has(&name) {
-            own.insert(name, (property, value));
-        }
-    }
-    match own.remove(allowed::STOP_TIME) {
-        Some((property, value)) if own.contains_key(allowed::ORDER) => {
-            allowed::check_stop(&value).map_err(|reason| Error::Denied {
-                setting: property.to_string(),
-                name: allowed::STOP_TIME.to_owned(),
-                reason,
-            })
-        }
-        Some(_) | None => Ok(()),
+/// container. `named`: the properties with their names on D-Bus and their values.
+fn check_order(
+    properties: &[Property],
+    named: &[(String, Variant<'_>)],
+    extension: &Extension,
+) -> Result<(), Error> {
+    let own = |wanted: &str| {
+        let mut all = properties.iter().zip(named);
+        all.find(|(property, (name, _))| {
+            property.source == PropertySource::Annotation && name == wanted && !extension.has(name)
+        })
+    };
+    match (own(allowed::ORDER), own(allowed::STOP_TIME)) {
+        (Some(_), Some((property, (name, value)))) => allowed::check_stop(value)
+            .map_err(|reason| Error::Denied { setting: property.to_string(), name: name.clone(), reason }),
+        _ => Ok(()),
     }
 }
 

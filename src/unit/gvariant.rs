@@ -289,7 +289,7 @@ fn no_value(word: &str, rest: &str) -> String {
         return format!("{word} is not a value: write the number of the signal, such as 15 for SIGTERM");
     }
     format!(
-        "{word} is not a value: a string needs quotes, '{word}', and a list of strings brackets, ['{word}']"
+        "{word} is not a value: a string needs quotes, '{word}'; a list of strings also needs brackets, ['{word}']"
     )
 }
 
