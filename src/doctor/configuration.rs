@@ -214,8 +214,9 @@ fn configured(facts: &Facts) -> Vec<(String, Known<Result<Options, String>>)> {
     places(facts).into_iter().map(read).collect()
 }
 
-/// Checks the properties that options set, as the shim does when it creates a container.
-fn check_properties(options: &Options, types: Option<&Types>) -> Result<(), annotation::Error> {
+/// Checks the properties that options set, as the shim does when it creates a container. Returns the names in
+/// `AnnotationProperties` that are no properties: the shim accepts them.
+fn check_properties(options: &Options, types: Option<&Types>) -> Result<Vec<String>, annotation::Error> {
     let extension = Extension::new(&options.annotation_properties)?;
     let asked = options.properties.iter().map(|(name, value)| Property {
         source: PropertySource::Options,
@@ -223,7 +224,9 @@ fn check_properties(options: &Options, types: Option<&Types>) -> Result<(), anno
         value: value.clone(),
     });
     let checked = annotation::check(asked, &extension)?;
-    types.map_or(Ok(()), |types| types.check(&checked.properties))
+    let Some(types) = types else { return Ok(Vec::new()) };
+    types.check(&checked.properties)?;
+    Ok(extension.unknown(types).map(str::to_owned).collect())
 }
 
 /// `types`: those of the properties of systemd's services, if they are known.
@@ -236,6 +239,15 @@ const NAME: &str = "configuration";
 fn wrong(place: &str, reason: &str) -> Check {
     let advice = format!("correct it (see {DAEMON}(5)), then {}", restart(Path::new(place)));
     Check::error(NAME, format!("{place}: {reason}"), advice)
+}
+
+fn no_property(place: &str, name: &str) -> Check {
+    let found = format!("{place}: AnnotationProperties, {name:?}: systemd has no such property of a service");
+    let advice = format!(
+        "correct the name (`systemctl show --all containerd.service` has them all), then {}",
+        restart(Path::new(place))
+    );
+    Check::warning(NAME, found, advice)
 }
 
 fn configurations(facts: &Facts, types: Option<&Types>) -> Vec<Check> {
@@ -267,7 +279,8 @@ fn configurations(facts: &Facts, types: Option<&Types>) -> Vec<Check> {
             Ok(Err(reason)) => checks.push(wrong(&place, &reason)),
             Ok(Ok(options)) => match check_properties(&options, types) {
                 Err(error) => checks.push(wrong(&place, &error.to_string())),
-                Ok(()) => good.push(place),
+                Ok(unknown) if unknown.is_empty() => good.push(place),
+                Ok(unknown) => checks.extend(unknown.iter().map(|name| no_property(&place, name))),
             },
         }
     }

@@ -245,6 +245,11 @@ impl Extension {
     fn has(&self, name: &str) -> bool {
         self.0.iter().any(|known| known == name)
     }
+
+    /// The names that are no property of this systemd: probably spelling mistakes.
+    pub fn unknown<'a>(&'a self, types: &'a Types) -> impl Iterator<Item = &'a str> {
+        self.0.iter().map(String::as_str).filter(|name| !types.has(name))
+    }
 }
 
 /// Checks the requested properties. Later ones override earlier ones, but an annotation does not override an option.
@@ -477,6 +482,10 @@ impl Types {
             }
         }
         Ok(())
+    }
+
+    fn has(&self, name: &str) -> bool {
+        SHOWN_OTHERWISE.contains(&name) || self.of(name).is_some()
     }
 
     fn of(&self, name: &str) -> Option<&str> {

@@ -168,10 +168,11 @@ fn no_oci_runtime_and_a_broken_one_are_found() {
 
 #[test]
 fn properties_are_checked_as_at_create() {
-    let types = Types([("TimeoutStopUSec".to_owned(), "t".to_owned())].into());
+    let known_types = [("TimeoutStopUSec", "t"), ("IOWeight", "t")];
+    let types = Types(known_types.map(|(name, kind)| (name.to_owned(), kind.to_owned())).into());
     let judge = |options: &str| checks(&ours(V2, options), &known(), Some(&types));
     let right = judge(
-        "options.Properties = { TimeoutStopSec = \"5\" }\noptions.AnnotationProperties = [\"IOWeight\"]",
+        "options.Properties = { TimeoutStopSec = \"5\" }\noptions.AnnotationProperties = [\"IOWeight\", \"TimeoutStopSec\", \"Conditions\"]",
     );
     assert!(right.iter().all(|check| check.status == Status::Ok), "{right:?}");
     for (options, word) in [
@@ -186,6 +187,9 @@ fn properties_are_checked_as_at_create() {
         assert_eq!((check.name, check.status), ("configuration", Status::Error), "{options}");
         assert!(check.found.contains(word) && check.found.contains("runtime systemd"), "{check:?}");
     }
+    let check = only_fault(judge("options.AnnotationProperties = [\"IOWeight\", \"IOWieght\"]"));
+    assert_eq!(check.status, Status::Warning);
+    assert!(check.found.contains("\"IOWieght\": systemd has no such property"), "{check:?}");
 }
 
 #[test]
