@@ -2,7 +2,7 @@
 
 pub mod client;
 pub mod convert;
-pub mod direct;
+pub mod dispatch;
 pub mod envelope;
 pub mod events;
 pub mod messages;

@@ -15,11 +15,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use std::{fs, process, thread};
 
-use protobuf::Message;
-use ttrpc::proto::MESSAGE_TYPE_REQUEST;
-
 use crate::sys;
 use crate::sys::tree;
+use crate::transport::frame::Frame;
 
 /// The pause before the daemon is asked again, after it has ended or while too many others ask.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -122,11 +120,8 @@ fn pause(most: Duration) {
 fn question() -> io::Result<Vec<u8>> {
     let request =
         ttrpc::Request { service: "serving".to_owned(), method: "Ask".to_owned(), ..Default::default() };
-    let request = request.write_to_bytes().map_err(io::Error::other)?;
-    let length = u32::try_from(request.len()).map_err(io::Error::other)?;
-    let stream: u32 = 1;
-    let head = [&length.to_be_bytes()[..], &stream.to_be_bytes(), &[MESSAGE_TYPE_REQUEST, 0]];
-    Ok([head.concat(), request].concat())
+    let frame = Frame::of_request(1, &request);
+    frame.map(|frame| frame.bytes).ok_or_else(|| io::Error::other("can't encode a request"))
 }
 
 #[cfg(test)]

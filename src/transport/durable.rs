@@ -1,12 +1,15 @@
-//! A connection that outlives the process: a byte stream for ttrpc with a [`Journal`].
+//! A connection that outlives the process: its requests and responses are in a [`Journal`] until they are answered and sent.
+//!
+//! The connection itself reads requests and sends responses. ttrpc's server starts a task for each request, waits until that
+//! task runs, and passes the response to another task: on a node with many containers that are polled, this costs more than
+//! the call itself.
 
-use std::collections::VecDeque;
 use std::future;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker, ready};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use containerd_shim_protos::api::ConnectRequest;
@@ -17,7 +20,6 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, recv};
 use protobuf::Message;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::fault::{self, Point};
 use crate::suspect::{self, Crashes, Suspect};
@@ -25,51 +27,38 @@ use crate::sys;
 
 use super::StoreEntry;
 use super::budget::Budget;
-use super::frame::{Assembler, Frame};
+use super::frame::Frame;
 use super::journal::{Error, Found, Journal};
 
 /// How many bytes are read from the socket at once.
 const CHUNK: usize = 16 << 10;
 /// The metadata key for the namespace of a call (containerd 2.0 and later).
 const NAMESPACE: &str = "containerd-namespace-ttrpc";
-/// With this many unsent bytes, the writer has to wait.
+/// With more unsent bytes than this, nothing is read.
 const BACKLOG: u64 = 1 << 20;
 
-/// A response that is being made. `None` if there can be none.
-pub type Answer = Pin<Box<dyn Future<Output = Option<Frame>> + Send>>;
+/// A response that is being made.
+pub type Answer = Pin<Box<dyn Future<Output = Frame> + Send>>;
 
 /// Waits until a socket may accept more.
 type Room = Pin<Box<dyn Future<Output = io::Result<()>> + Send>>;
 
-/// Answers requests without ttrpc, which passes each request to other tasks of the async runtime, and mostly to other
-/// threads.
-pub trait Direct: Send + Sync {
-    /// Answers a request. `None` leaves it to ttrpc.
-    fn answer(&self, request: &Frame) -> Option<Answer>;
+/// Answers the frames of clients.
+pub trait Dispatch: Send + Sync {
+    /// Answers a frame. `None` for a frame that gets no answer.
+    fn answer(&self, frame: &Frame) -> Option<Answer>;
 }
 
 /// A connection of containerd.
 pub struct Durable {
     socket: AsyncFd<OwnedFd>,
     journal: Journal,
-    /// Requests that an earlier daemon has read, before they are answered or ready.
+    /// Requests that an earlier daemon has read, before they are answered.
     replayed: Vec<Frame>,
-    /// Whole frames that ttrpc has not read yet.
-    ready: VecDeque<u8>,
-    /// Answers requests before ttrpc reads them.
-    direct: Option<Arc<dyn Direct>>,
-    /// Its answers that are not complete. Never locked: ttrpc requires a connection to be `Sync`, which a future is not.
-    answers: Mutex<FuturesUnordered<Answer>>,
-    /// A response that ttrpc has not written completely.
-    writing: Assembler,
-    /// The journal has responses that do not come from ttrpc. The next read sends them.
-    unsent: bool,
-    /// Resolves when the socket may accept more, after it has refused something. Never locked, as `answers`.
-    room: Mutex<Option<Room>>,
-    /// The writer that waits until more can be sent. The socket wakes only the task that polled it last.
-    writer: Option<Waker>,
-    /// The reader that waits until these responses are sent.
-    reader: Option<Waker>,
+    /// Answers that are not complete.
+    answers: FuturesUnordered<Answer>,
+    /// Resolves when the socket may accept more, after it has refused something.
+    room: Option<Room>,
     /// Its entry in the descriptor store.
     entry: StoreEntry,
     /// The peer has closed the connection, or it is broken: it is not kept any longer.
@@ -155,58 +144,32 @@ impl Unwatched {
 
 impl Durable {
     fn over(socket: AsyncFd<OwnedFd>, journal: Journal, replayed: Vec<Frame>, entry: StoreEntry) -> Self {
-        Self {
-            socket,
-            journal,
-            replayed,
-            ready: VecDeque::new(),
-            direct: None,
-            answers: Mutex::default(),
-            writing: Assembler::default(),
-            unsent: false,
-            room: Mutex::default(),
-            writer: None,
-            reader: None,
-            entry,
-            over: false,
-        }
+        Self { socket, journal, replayed, answers: FuturesUnordered::new(), room: None, entry, over: false }
     }
 
-    /// The same connection. From now on, `direct` has the first choice of its requests.
-    pub fn answered_by(mut self, direct: Arc<dyn Direct>) -> Self {
-        self.direct = Some(direct);
-        self
-    }
-
-    /// Sends all responses of earlier daemons, and then answers requests until there is one for ttrpc. `None`: the connection
-    /// is over. ttrpc has no tasks and no buffers for a connection before it is needed. Boxed, because a future can have its
-    /// arguments twice.
-    pub async fn until_needed(mut self: Box<Self>) -> Option<Box<Self>> {
+    /// Sends all responses of earlier daemons, and then answers frames until the connection ends. Boxed, because a future can
+    /// have its arguments twice.
+    pub async fn serve(mut self: Box<Self>, calls: Arc<dyn Dispatch>) {
         let served = async {
-            self.flush().await?;
-            future::poll_fn(|context| self.poll_requests(context)).await
+            future::poll_fn(|context| self.poll_send(context)).await?;
+            future::poll_fn(|context| self.poll_serve(&*calls, context)).await
         };
-        match served.await {
-            Ok(is_needed) => is_needed.then_some(self),
-            Err(error) => {
-                self.over = true;
-                tracing::debug!(%error, "a connection ended: {error}");
-                None
-            }
+        if let Err(error) = served.await {
+            tracing::debug!(%error, "a connection ended: {error}");
         }
+        self.over = true;
     }
 
-    /// Reads until there are requests for ttrpc. False at the end.
-    fn poll_requests(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
-        std::mem::take(&mut self.replayed).into_iter().for_each(|frame| self.pass(frame));
-        while self.ready.is_empty() {
-            if let Err(error) = self.poll_answers(context) {
-                self.over = true;
-                return Poll::Ready(Err(failed(error)));
-            }
+    /// Reads and answers frames. Ready at the end of the connection.
+    fn poll_serve(&mut self, calls: &dyn Dispatch, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.answers
+            .extend(std::mem::take(&mut self.replayed).iter().filter_map(|frame| calls.answer(frame)));
+        loop {
+            self.poll_answers(context).map_err(failed)?;
+            let _ = self.poll_send(context)?;
             // Every further frame could cause another answer.
-            if self.unsent || self.journal.unsent() > BACKLOG {
-                ready!(self.poll_own(context))?;
+            if self.journal.unsent() > BACKLOG {
+                return Poll::Pending;
             }
             let mut readable = ready!(self.socket.poll_read_ready(context))?;
             match take(readable.get_inner(), &mut self.journal) {
@@ -215,95 +178,39 @@ impl Durable {
                     if is_all {
                         readable.clear_ready();
                     }
-                    self.unsent |= self.journal.unsent() > 0;
-                    frames.into_iter().for_each(|frame| self.pass(frame));
+                    self.answers.extend(frames.iter().filter_map(|frame| calls.answer(frame)));
                 }
-                Ok(Taken::End) => {
-                    self.over = true;
-                    return Poll::Ready(Ok(false));
-                }
+                Ok(Taken::End) => return Poll::Ready(Ok(())),
                 Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                     readable.clear_ready();
                 }
                 Err(Error::Io(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    self.over = true;
-                    return Poll::Ready(Err(failed(error)));
-                }
+                Err(error) => return Poll::Ready(Err(failed(error))),
             }
         }
-        Poll::Ready(Ok(true))
     }
 
-    /// Lets a frame be answered directly, or else by ttrpc.
-    fn pass(&mut self, frame: Frame) {
-        match self.direct.as_ref().and_then(|direct| direct.answer(&frame)) {
-            Some(answer) => self.answers.get_mut().unwrap_or_else(PoisonError::into_inner).push(answer),
-            None => self.ready.extend(frame.bytes),
-        }
-    }
-
-    /// Journals the answers that are complete. The reader is woken when another one is.
+    /// Journals the answers that are complete. The task is woken when another one is.
     fn poll_answers(&mut self, context: &mut Context<'_>) -> Result<(), Error> {
-        let answers = self.answers.get_mut().unwrap_or_else(PoisonError::into_inner);
-        while let Poll::Ready(Some(answer)) = Pin::new(&mut *answers).poll_next(context) {
-            if let Some(answer) = answer {
-                self.journal.respond(self.socket.get_ref().as_fd(), &answer)?;
-                fault::point(Point::ConnectionUnsent);
-                self.unsent = true;
-            }
-        }
-        Ok(())
-    }
-
-    fn respond(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let frames = self.writing.push(bytes);
-        // ttrpc checks the length itself.
-        if let Some((_, refused)) = self.writing.take_refused().pop() {
-            return Err(refused.into());
-        }
-        for (_, frame) in frames {
-            self.journal.respond(self.socket.get_ref().as_fd(), &frame)?;
+        while let Poll::Ready(Some(answer)) = Pin::new(&mut self.answers).poll_next(context) {
+            self.journal.respond(self.socket.get_ref().as_fd(), &answer)?;
             fault::point(Point::ConnectionUnsent);
         }
         Ok(())
     }
 
-    /// As [`Self::poll_send`], for the writer.
-    fn poll_write_out(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let sent = self.poll_send(context);
-        self.writer = sent.is_pending().then(|| context.waker().clone());
-        if sent.is_ready() {
-            self.reader.take().into_iter().for_each(Waker::wake);
-        }
-        sent
-    }
-
-    /// For the reader: sends the responses that do not come from ttrpc. Pending for as long as the client leaves too many of
-    /// them unread: every further request could cause another one.
-    fn poll_own(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.unsent = self.poll_send(context)?.is_pending();
-        let is_late = self.journal.unsent() > BACKLOG;
-        self.reader = is_late.then(|| context.waker().clone());
-        self.writer.take().into_iter().for_each(Waker::wake);
-        if is_late { Poll::Pending } else { Poll::Ready(Ok(())) }
-    }
-
+    /// Sends what the journal has. Pending for as long as the socket does not accept all of it.
     fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let socket = self.socket.get_ref();
-        let room = self.room.get_mut().unwrap_or_else(PoisonError::into_inner);
         while self.journal.unsent() > 0 {
-            if let Some(waiting) = room {
+            if let Some(waiting) = &mut self.room {
                 ready!(waiting.as_mut().poll(context))?;
-                *room = None;
+                self.room = None;
             }
             match self.journal.send(socket.as_fd()) {
                 Ok(()) => fault::point(Point::ConnectionSent),
-                Err(Errno::EAGAIN) => *room = Some(Box::pin(may_send(socket.try_clone()))),
-                Err(errno) => {
-                    self.over = true;
-                    return Poll::Ready(Err(errno.into()));
-                }
+                Err(Errno::EAGAIN) => self.room = Some(Box::pin(may_send(socket.try_clone()))),
+                Err(errno) => return Poll::Ready(Err(errno.into())),
             }
         }
         Poll::Ready(Ok(()))
@@ -408,53 +315,6 @@ pub(super) fn failed(error: Error) -> io::Error {
     match error {
         Error::Io(error) => error,
         other => io::Error::other(other),
-    }
-}
-
-impl AsyncRead for Durable {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        if !ready!(this.poll_requests(context))? {
-            return Poll::Ready(Ok(()));
-        }
-        let (front, _) = this.ready.as_slices();
-        let length = front.len().min(buffer.remaining());
-        buffer.put_slice(&front[..length]);
-        this.ready.drain(..length);
-        if this.ready.is_empty() {
-            // Frees the memory of a large request.
-            this.ready = VecDeque::new();
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Durable {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        if self.journal.unsent() > BACKLOG {
-            ready!(self.poll_write_out(context))?;
-        }
-        if let Err(error) = self.respond(bytes) {
-            self.over = true;
-            return Poll::Ready(Err(failed(error)));
-        }
-        Poll::Ready(Ok(bytes.len()))
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_write_out(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_write_out(context)
     }
 }
 

@@ -4,7 +4,9 @@
 //! PROTOCOL.md of containerd's ttrpc.
 
 use protobuf::Message;
-use ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_LENGTH_MAX, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE};
+use ttrpc::proto::{
+    MESSAGE_HEADER_LENGTH, MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE,
+};
 
 /// The length of a header.
 pub const HEADER: usize = MESSAGE_HEADER_LENGTH;
@@ -57,6 +59,11 @@ impl Frame {
     /// True if the frame begins a call.
     pub fn is_request(&self) -> bool {
         self.bytes.get(8) == Some(&MESSAGE_TYPE_REQUEST)
+    }
+
+    /// True if the frame belongs to a stream of messages within a call.
+    pub fn is_data(&self) -> bool {
+        self.bytes.get(8) == Some(&MESSAGE_TYPE_DATA)
     }
 
     /// The flags of the frame.

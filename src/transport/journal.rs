@@ -74,9 +74,6 @@ pub enum Error {
         /// The version of its layout.
         found: u32,
     },
-    /// A response is longer than the protocol allows.
-    #[error("can't encode a response: {0}")]
-    Frame(#[from] TooLong),
 }
 
 impl From<Errno> for Error {

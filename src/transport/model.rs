@@ -3,35 +3,43 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::future::pending;
 use std::io::{self, Read, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Waker};
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use protobuf::Message;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::sync::oneshot;
 use ttrpc::proto::{MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST};
 
 use super::budget::{Amount, Budget};
-use super::durable::{Answer, Direct, Durable, Unwatched};
+use super::durable::{Answer, Dispatch, Unwatched};
 use super::frame::{Frame, HEADER, frame};
 use super::journal::Journal;
 use super::weight::MOST_METADATA;
 use super::{ConnectionStore, Count, StoreEntry};
 use crate::suspect::{Crashes, LIMIT, Suspect};
 
-/// Keeps nothing: the test itself holds both descriptors.
-struct Nobody;
+/// Keeps nothing: the test itself holds both descriptors. Counts what the connection gives up.
+#[derive(Default)]
+struct Nobody {
+    forgotten: AtomicUsize,
+}
 
 impl ConnectionStore for Nobody {
     fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
         Ok(())
     }
 
-    fn forget(&self, _: &str) {}
+    fn forget(&self, _: &str) {
+        self.forgotten.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Random numbers that depend only on the seed (xorshift64*).
@@ -68,33 +76,51 @@ fn frames(buffer: &mut Vec<u8>) -> Vec<Frame> {
     found
 }
 
-/// Answers every third request without ttrpc, at once or a bit later.
-struct Third;
+/// Answers requests when the test says so.
+#[derive(Default)]
+struct Desk {
+    /// It answers every third request itself, at once or a bit later.
+    is_prompt: bool,
+    /// The other frames that have arrived.
+    arrived: Vec<Frame>,
+    waiting: BTreeMap<u32, oneshot::Sender<Frame>>,
+}
 
-impl Direct for Third {
-    fn answer(&self, request: &Frame) -> Option<Answer> {
-        let stream = Some(request.stream()).filter(|stream| stream % 3 == 0)?;
-        let payload = request.request()?.payload;
-        Some(Box::pin(async move {
-            for _ in 0..stream % 4 {
-                tokio::task::yield_now().await;
-            }
-            Frame::response(stream, &ttrpc::Response { payload, ..Default::default() })
-        }))
+impl Dispatch for Mutex<Desk> {
+    fn answer(&self, frame: &Frame) -> Option<Answer> {
+        let (mut desk, stream) = (self.lock().unwrap(), frame.stream());
+        if desk.is_prompt && stream % 3 == 0 && frame.is_request() {
+            let payload = frame.request()?.payload;
+            return Some(Box::pin(async move {
+                for _ in 0..stream % 4 {
+                    tokio::task::yield_now().await;
+                }
+                response(stream, &payload)
+            }));
+        }
+        desk.arrived.push(frame.clone());
+        let is_request = frame.is_request();
+        let (sender, answer) = oneshot::channel();
+        is_request.then(|| desk.waiting.insert(stream, sender));
+        is_request.then(|| async { answer.await.unwrap() }.boxed())
     }
+}
+
+fn response(stream: u32, payload: &[u8]) -> Frame {
+    let response = ttrpc::Response { payload: payload.to_vec(), ..Default::default() };
+    Frame::response(stream, &response).unwrap()
 }
 
 /// The daemon's side of a connection, and what outlives the daemon.
 struct Server {
     socket: OwnedFd,
     journal: OwnedFd,
-    durable: Option<Durable>,
-    /// The part of a frame that ttrpc has read.
-    read: Vec<u8>,
+    /// The task of the connection.
+    task: BoxFuture<'static, ()>,
+    desk: Arc<Mutex<Desk>>,
     serving: BTreeMap<u32, Vec<u8>>,
     budget: Budget,
-    /// Answers some requests.
-    direct: Option<Arc<dyn Direct>>,
+    store: Arc<Nobody>,
 }
 
 /// A request with more metadata than is allowed.
@@ -103,74 +129,67 @@ fn complex_request() -> ttrpc::Request {
     ttrpc::Request { metadata, ..request(b"complex") }
 }
 
-fn entry() -> StoreEntry {
-    StoreEntry::new(Arc::new(Nobody), "c0".to_owned(), &Count::default())
-}
-
 impl Server {
     fn new(socket: UnixStream) -> Self {
-        Self::with(socket, Budget::default())
+        Self::with(socket, Budget::default(), false)
     }
 
-    fn with(socket: UnixStream, budget: Budget) -> Self {
+    fn with(socket: UnixStream, budget: Budget, is_prompt: bool) -> Self {
         socket.set_nonblocking(true).unwrap();
         let journal = Journal::new(&budget).unwrap();
         let (socket, kept): (OwnedFd, _) = (socket.into(), journal.fd().try_clone_to_owned().unwrap());
-        let durable = Unwatched::new(socket.try_clone().unwrap(), journal, entry()).unwrap().watch().unwrap();
-        let (durable, read, serving) = (Some(durable), Vec::new(), BTreeMap::new());
-        Self { socket, journal: kept, durable, read, serving, budget, direct: None }
+        let mut server = Self {
+            socket,
+            journal: kept,
+            task: pending().boxed(),
+            desk: Arc::new(Mutex::new(Desk { is_prompt, ..Desk::default() })),
+            serving: BTreeMap::new(),
+            budget,
+            store: Arc::default(),
+        };
+        let connection = Unwatched::new(server.socket.try_clone().unwrap(), journal, server.entry());
+        server.serve(connection.unwrap());
+        server
     }
 
-    fn answered_by(mut self, direct: Arc<dyn Direct>) -> Self {
-        self.durable = self.durable.map(|durable| durable.answered_by(direct.clone()));
-        Self { direct: Some(direct), ..self }
+    fn entry(&self) -> StoreEntry {
+        StoreEntry::new(self.store.clone(), "c0".to_owned(), &Count::default())
+    }
+
+    fn serve(&mut self, connection: Unwatched) {
+        self.task = Box::new(connection.watch().unwrap()).serve(self.desk.clone()).boxed();
     }
 
     /// Ends the daemon, and lets the next one adopt the connection.
     fn die(&mut self, crashes: &Crashes) {
-        self.durable = None;
-        self.read.clear();
+        self.task = pending().boxed();
         self.serving.clear();
+        let is_prompt = self.desk().is_prompt;
+        self.desk = Arc::new(Mutex::new(Desk { is_prompt, ..Desk::default() }));
         let (socket, journal) = (self.socket.try_clone().unwrap(), self.journal.try_clone().unwrap());
-        let adopted = Unwatched::adopt(socket, journal, crashes, &self.budget, entry());
-        let durable = adopted.unwrap().watch().unwrap();
-        self.durable = Some(match &self.direct {
-            Some(direct) => durable.answered_by(direct.clone()),
-            None => durable,
-        });
+        let adopted = Unwatched::adopt(socket, journal, crashes, &self.budget, self.entry());
+        self.serve(adopted.unwrap());
     }
 
-    /// Reads until nothing is left, and returns the whole frames.
-    fn read(&mut self, random: &mut Random) -> Vec<Frame> {
-        let mut context = Context::from_waker(Waker::noop());
-        let durable = self.durable.as_mut().unwrap();
-        let mut space = vec![0; 1 + random.below(20_000)];
-        let mut buffer = ReadBuf::new(&mut space);
-        if let Poll::Ready(read) = Pin::new(durable).poll_read(&mut context, &mut buffer) {
-            read.unwrap();
-            self.read.extend(buffer.filled());
-        }
-        frames(&mut self.read)
+    fn desk(&self) -> MutexGuard<'_, Desk> {
+        self.desk.lock().unwrap()
     }
 
-    fn respond(&mut self, stream: u32, random: &mut Random) {
-        let mut context = Context::from_waker(Waker::noop());
-        let mut durable = Pin::new(self.durable.as_mut().unwrap());
-        let response = ttrpc::Response { payload: self.serving[&stream].clone(), ..Default::default() };
-        let bytes = frame(stream, 2, &response.write_to_bytes().unwrap());
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            let length = rest.len().min(1 + random.below(20_000));
-            let Poll::Ready(written) = durable.as_mut().poll_write(&mut context, &rest[..length]) else {
-                // This is the state after a crash in the middle of a write: no byte of the response is sent.
-                return;
-            };
-            rest = &rest[written.unwrap()..];
-        }
-        self.serving.remove(&stream);
-        if let Poll::Ready(flushed) = durable.as_mut().poll_flush(&mut context) {
-            flushed.unwrap();
-        }
+    /// Lets the connection do what it can. True at its end.
+    fn is_over(&mut self) -> bool {
+        self.task.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready()
+    }
+
+    /// The frames that have arrived.
+    fn read(&mut self) -> Vec<Frame> {
+        assert!(!self.is_over(), "the connection has ended");
+        std::mem::take(&mut self.desk().arrived)
+    }
+
+    fn respond(&mut self, stream: u32) {
+        let payload = self.serving.remove(&stream).unwrap();
+        let waiting = self.desk().waiting.remove(&stream).unwrap();
+        waiting.send(response(stream, &payload)).unwrap();
     }
 
     fn memory(&self) -> u64 {
@@ -254,10 +273,7 @@ async fn lives(seed: u64, deaths: usize, tight: bool) -> usize {
     let random = &mut Random(seed);
     let (near, far) = UnixStream::pair().unwrap();
     near.set_nonblocking(true).unwrap();
-    let mut server = Server::with(far, budget);
-    if seed.is_multiple_of(2) {
-        server = server.answered_by(Arc::new(Third));
-    }
+    let mut server = Server::with(far, budget, seed.is_multiple_of(2));
     let mut client = Client {
         socket: near,
         next: 1,
@@ -277,7 +293,7 @@ async fn lives(seed: u64, deaths: usize, tight: bool) -> usize {
             0 | 1 => client.send(random),
             2 => client.receive(),
             3 => {
-                for found in server.read(random) {
+                for found in server.read() {
                     let stream = found.stream();
                     if !found.is_request() {
                         assert!(client.data.contains(&stream), "seed {seed}: {stream} was never sent");
@@ -290,7 +306,7 @@ async fn lives(seed: u64, deaths: usize, tight: bool) -> usize {
                     server.serving.insert(stream, payload);
                 }
                 if let Some(stream) = server.serving.keys().nth(random.below(4)).copied() {
-                    server.respond(stream, random);
+                    server.respond(stream);
                 }
             }
             _ if random.one_in(200 / deaths) => server.die(&Crashes::default()),
@@ -304,7 +320,7 @@ async fn lives(seed: u64, deaths: usize, tight: bool) -> usize {
         if client.next >= 400 && random.one_in(3) {
             // Answers all remaining requests.
             if let Some(stream) = server.serving.keys().next().copied() {
-                server.respond(stream, random);
+                server.respond(stream);
             }
         }
     }
@@ -335,7 +351,6 @@ async fn every_request_is_answered_once_with_little_room_for_requests() {
 #[tokio::test]
 async fn a_request_that_crashes_two_daemons_is_answered_by_the_third_and_others_are_served() {
     let (mut near, far) = UnixStream::pair().unwrap();
-    let random = &mut Random(1);
     let mut server = Server::new(far);
     for (stream, payload) in [(1, b"poison".as_slice()), (3, b"innocent")] {
         let rest = request(payload).write_to_bytes().unwrap();
@@ -347,7 +362,7 @@ async fn a_request_that_crashes_two_daemons_is_answered_by_the_third_and_others_
     for life in 0..=LIMIT {
         let mut streams = Vec::new();
         while streams.last() != Some(&3) {
-            let found = server.read(random);
+            let found = server.read();
             assert!(found.iter().all(|frame| frame.is_replayed() == (life > 0)));
             streams.extend(found.iter().map(Frame::stream));
             tokio::task::yield_now().await;
@@ -359,11 +374,7 @@ async fn a_request_that_crashes_two_daemons_is_answered_by_the_third_and_others_
             server.die(&Crashes::read(&path).unwrap());
         }
     }
-    let mut durable = server.durable.take().unwrap();
-    durable.flush().await.unwrap();
-    let mut space = [0; 4096];
-    let length = near.read(&mut space).unwrap();
-    let answer = frames(&mut space[..length].to_vec()).remove(0);
+    let answer = answer(&mut server, &mut near).await;
     assert_eq!(answer.stream(), 1);
     assert!(
         answer.reason().contains("crashed or blocked the runtime's daemon 2 times"),
@@ -378,7 +389,6 @@ async fn a_client_that_reads_no_answer_is_not_read_from_once_many_wait_for_it() 
     const SENT: u32 = 60_000;
     let (mut near, far) = UnixStream::pair().unwrap();
     near.set_nonblocking(true).unwrap();
-    let random = &mut Random(1);
     let mut server = Server::new(far);
     let mut unsent: Vec<u8> =
         (0..SENT).flat_map(|number| frame(2 * number + 1, MESSAGE_TYPE_REQUEST, b"")).collect();
@@ -390,7 +400,7 @@ async fn a_client_that_reads_no_answer_is_not_read_from_once_many_wait_for_it() 
                 unsent.drain(..sent);
                 is_read |= sent > 0;
             }
-            let found = server.read(random).len();
+            let found = server.read().len();
             (served, is_read) = (served + found, is_read || found > 0);
             tokio::task::yield_now().await;
         }
@@ -405,7 +415,7 @@ async fn a_client_that_reads_no_answer_is_not_read_from_once_many_wait_for_it() 
             buffer.extend(&space[..length]);
             received += frames(&mut buffer).len();
         }
-        served += server.read(random).len();
+        served += server.read().len();
         tokio::task::yield_now().await;
     }
     assert_eq!((unsent.len(), received + served), (0, SENT as usize));
@@ -413,115 +423,85 @@ async fn a_client_that_reads_no_answer_is_not_read_from_once_many_wait_for_it() 
 
 #[tokio::test]
 async fn nothing_is_read_from_a_client_that_does_not_read_its_answers() {
+    const ASKED: u32 = 20;
     let (mut near, far) = UnixStream::pair().unwrap();
-    let random = &mut Random(1);
     let mut server = Server::new(far);
-    for stream in (1..).step_by(2).take(20) {
-        // This has no effect once there are too many.
-        server.serving.insert(stream, vec![7; 1 << 20]);
-        server.respond(stream, random);
+    let rest = request(b"x").write_to_bytes().unwrap();
+    for number in 0..ASKED {
+        near.write_all(&frame(2 * number + 1, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
+    }
+    while server.serving.len() < ASKED as usize {
+        let found = server.read();
+        server.serving.extend(found.iter().map(|frame| (frame.stream(), vec![7; 1 << 20])));
         tokio::task::yield_now().await;
     }
+    for number in 0..ASKED {
+        server.respond(2 * number + 1);
+    }
     let stream = 101;
-    near.write_all(&frame(stream, MESSAGE_TYPE_DATA, b"more")).unwrap();
+    near.write_all(&frame(stream, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
     for _ in 0..10 {
-        assert!(server.read(random).is_empty());
+        assert!(server.read().is_empty());
         tokio::task::yield_now().await;
     }
     near.set_nonblocking(true).unwrap();
     let (mut found, mut space) = (Vec::new(), vec![0; 1 << 20]);
     while found.is_empty() {
         let _ = near.read(&mut space);
-        found = server.read(random);
+        found = server.read();
         tokio::task::yield_now().await;
     }
     assert_eq!(found[0].stream(), stream);
 }
 
 #[tokio::test]
-async fn ttrpc_is_needed_for_an_adopted_connection_once_its_client_asks() {
-    for is_asking in [true, false] {
-        let (mut near, far) = UnixStream::pair().unwrap();
-        let mut server = Server::new(far);
-        server.die(&Crashes::default());
-        near.write_all(&frame(1, MESSAGE_TYPE_REQUEST, b"")[..5]).unwrap();
-        let mut needed = std::pin::pin!(Box::new(server.durable.take().unwrap()).until_needed());
-        for _ in 0..3 {
-            // Lets tokio's driver poll the socket.
-            tokio::task::yield_now().await;
-            let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
-            assert!(poll.is_pending(), "nobody needs it for a part of a request");
-        }
-        if is_asking {
-            near.write_all(&frame(1, MESSAGE_TYPE_REQUEST, b"")[5..]).unwrap();
-        } else {
-            drop(near);
-        }
-        assert_eq!(needed.await.is_some(), is_asking);
-    }
-}
-
-#[tokio::test]
-async fn an_adopted_connection_with_an_unanswered_request_is_needed() {
+async fn a_connection_is_kept_until_its_client_closes_it() {
     let (mut near, far) = UnixStream::pair().unwrap();
-    let random = &mut Random(1);
     let mut server = Server::new(far);
-    near.write_all(&frame(1, MESSAGE_TYPE_REQUEST, b"")).unwrap();
-    while server.read(random).is_empty() {
+    server.die(&Crashes::default());
+    near.write_all(&frame(1, MESSAGE_TYPE_REQUEST, b"")[..5]).unwrap();
+    for _ in 0..3 {
+        // Lets tokio's driver poll the socket.
         tokio::task::yield_now().await;
+        assert!(server.read().is_empty(), "a part of a request is passed on");
     }
     server.die(&Crashes::default());
-    Box::new(server.durable.take().unwrap()).until_needed().await.unwrap();
+    assert_eq!(server.store.forgotten.load(Ordering::Relaxed), 0);
+    drop(near);
+    while !server.is_over() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(server.store.forgotten.load(Ordering::Relaxed), 1);
 }
 
-/// The stream of the answer that a client gets from a connection for which ttrpc is not needed.
-async fn answered(
-    mut needed: Pin<&mut impl Future<Output = Option<Box<Durable>>>>,
-    near: &mut UnixStream,
-) -> u32 {
+/// The next answer that a client gets.
+async fn answer(server: &mut Server, near: &mut UnixStream) -> Frame {
+    near.set_nonblocking(true).unwrap();
     let mut space = [0; 4096];
-    let length = loop {
-        let poll = std::future::poll_fn(|context| Poll::Ready(needed.as_mut().poll(context))).await;
-        assert!(poll.is_pending(), "ttrpc is needed");
+    loop {
+        assert!(server.read().is_empty(), "the desk has another request");
         match near.read(&mut space) {
-            Ok(length) => break length,
+            Ok(length) => return frames(&mut space[..length].to_vec()).remove(0),
             Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
         }
         tokio::task::yield_now().await;
-    };
-    frames(&mut space[..length].to_vec())[0].stream()
-}
-
-#[tokio::test]
-async fn ttrpc_is_not_needed_for_requests_that_are_answered_directly() {
-    let (mut near, far) = UnixStream::pair().unwrap();
-    near.set_nonblocking(true).unwrap();
-    let mut server = Server::new(far).answered_by(Arc::new(Third));
-    server.die(&Crashes::default());
-    let mut needed = std::pin::pin!(Box::new(server.durable.take().unwrap()).until_needed());
-    let rest = request(b"x").write_to_bytes().unwrap();
-    for stream in [3, 9, 15] {
-        near.write_all(&frame(stream, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
-        assert_eq!(answered(needed.as_mut(), &mut near).await, stream);
     }
-    near.write_all(&frame(17, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
-    needed.await.unwrap();
 }
 
 #[tokio::test]
-async fn ttrpc_is_not_needed_for_what_an_earlier_daemon_has_read_and_is_answered_directly() {
+async fn answers_are_sent_whether_the_daemon_that_gives_them_has_read_the_request_or_an_earlier_one() {
     let (mut near, far) = UnixStream::pair().unwrap();
-    near.set_nonblocking(true).unwrap();
-    let random = &mut Random(1);
-    // The earlier daemon answers nothing directly.
     let mut server = Server::new(far);
     let rest = request(b"x").write_to_bytes().unwrap();
     near.write_all(&frame(9, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
-    while server.read(random).is_empty() {
+    while server.read().is_empty() {
         tokio::task::yield_now().await;
     }
+    server.desk().is_prompt = true;
     server.die(&Crashes::default());
-    let mut server = server.answered_by(Arc::new(Third));
-    let mut needed = std::pin::pin!(Box::new(server.durable.take().unwrap()).until_needed());
-    assert_eq!(answered(needed.as_mut(), &mut near).await, 9);
+    assert_eq!(answer(&mut server, &mut near).await.stream(), 9);
+    for stream in [3, 15, 21] {
+        near.write_all(&frame(stream, MESSAGE_TYPE_REQUEST, &rest)).unwrap();
+        assert_eq!(answer(&mut server, &mut near).await.stream(), stream);
+    }
 }

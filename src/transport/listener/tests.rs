@@ -5,9 +5,24 @@ use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use tokio::io::AsyncReadExt;
+use ttrpc::proto::MESSAGE_TYPE_REQUEST;
 
 use super::*;
+use crate::transport::durable::{Answer, Dispatch};
+use crate::transport::frame::{Frame, frame};
+
+/// Answers every frame with itself.
+struct Echo;
+
+impl Dispatch for Echo {
+    fn answer(&self, frame: &Frame) -> Option<Answer> {
+        Some(Box::pin(std::future::ready(frame.clone())))
+    }
+}
+
+async fn serve(connection: Durable) {
+    Box::new(connection).serve(Arc::new(Echo)).await;
+}
 
 /// Descriptors that a test keeps, as systemd does.
 #[derive(Default)]
@@ -53,14 +68,13 @@ async fn a_connection_is_kept_until_its_client_leaves() {
     let (listener, path) = listen(dir.path());
     let mut accepted = connections.clone().accept(listener).unwrap();
     let mut client = UnixStream::connect(&path).unwrap();
-    let mut connection = accepted.next().await.unwrap().unwrap();
+    let connection = accepted.next().await.unwrap().unwrap();
     assert_eq!((connections.count(), store.names()), (1, vec!["c0".to_owned()]));
     assert!(!is_readable(connections.wake_fd()));
     client.write_all(b"x").unwrap();
     assert!(is_readable(connections.wake_fd()), "whoever wakes the next daemon sees the request");
     drop(client);
-    assert_eq!(connection.read(&mut [0; 16]).await.unwrap(), 0);
-    drop(connection);
+    serve(connection).await;
     assert_eq!((connections.count(), store.names()), (0, Vec::new()));
 }
 
@@ -151,14 +165,10 @@ async fn a_broken_connection_is_forgotten_and_its_last_responses_with_it() {
     let (listener, path) = listen(dir.path());
     let mut accepted = connections.clone().accept(listener).unwrap();
     let mut client = UnixStream::connect(&path).unwrap();
-    client.write_all(&[0]).unwrap();
-    let mut connection = accepted.next().await.unwrap().unwrap();
+    client.write_all(&frame(1, MESSAGE_TYPE_REQUEST, b"seven")).unwrap();
+    let connection = accepted.next().await.unwrap().unwrap();
     drop(client);
-    // A response with a payload of four bytes.
-    let response = [0, 0, 0, 4, 0, 0, 0, 1, 2, 0, 7, 7, 7, 7];
-    tokio::io::AsyncWriteExt::write_all(&mut connection, &response).await.unwrap();
-    tokio::io::AsyncWriteExt::shutdown(&mut connection).await.unwrap_err();
-    drop(connection);
+    serve(connection).await;
     assert_eq!(store.names(), Vec::<String>::new());
 }
 
@@ -195,11 +205,19 @@ async fn a_connection_of_an_earlier_daemon_is_served_even_if_its_calls_can_start
         Connections { store: store.clone(), next, wake: exhausted(), count, budget: Budget::default() };
     let (mut client, rescued) = UnixStream::pair().unwrap();
     let (_, connection) = connections.rescue(Socket::Any, rescued).unwrap().unwrap();
-    let mut connection = connection.watch_once_possible().await.unwrap();
+    let connection = connection.watch_once_possible().await.unwrap();
     assert_eq!((connections.count(), store.names()), (1, vec!["c0".to_owned()]));
-    drop(client.write_all(b"x"));
+    let request = frame(1, MESSAGE_TYPE_REQUEST, b"seven");
+    client.write_all(&request).unwrap();
+    let serving = tokio::spawn(serve(connection));
+    client.set_nonblocking(true).unwrap();
+    let mut client = tokio::net::UnixStream::from_std(client).unwrap();
+    let mut answer = vec![0; request.len()];
+    tokio::io::AsyncReadExt::read_exact(&mut client, &mut answer).await.unwrap();
+    assert_eq!(answer, request);
     drop(client);
-    assert_eq!(connection.read(&mut [0; 16]).await.unwrap(), 0);
+    serving.await.unwrap();
+    assert_eq!((connections.count(), store.names()), (0, Vec::new()));
 }
 
 #[test]
