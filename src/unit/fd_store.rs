@@ -68,6 +68,14 @@ pub enum Error {
         /// The number of files that may be open.
         limit: u64,
     },
+    /// The daemon could not read the descriptors of its processes.
+    #[error(
+        "the runtime's daemon could not open what {count} entries of systemd's descriptor store hold: raise the limit of PID 1 (RLIMIT_NOFILE), from which the daemon has it, and restart the daemon; its log has the reason"
+    )]
+    Unread {
+        /// The number of entries.
+        count: usize,
+    },
     /// A holder can't be made.
     #[error("can't create a socket to hold descriptors: {0}")]
     Make(io::Error),
@@ -96,7 +104,7 @@ struct State {
     next: u64,
     /// How many descriptors an earlier version put directly into the store, by name.
     direct: HashMap<String, usize>,
-    /// Entries that this process had no descriptors for. A later daemon may have.
+    /// Entries that this process could not read, mostly because it had too few descriptors. A later daemon may have enough.
     unread: usize,
     /// The warning that the store is nearly full was logged.
     is_warned: bool,
@@ -204,6 +212,7 @@ impl FdStore {
                 Err(error) => {
                     // The holder stays in systemd's store: the next daemon may be able to read it.
                     tracing::error!(%error, "can't read the descriptors that an earlier daemon stored in {name}: {error}");
+                    state.unread += 1;
                     continue;
                 }
             };
@@ -218,7 +227,7 @@ impl FdStore {
         }
         if state.unread > 0 {
             tracing::error!(
-                "can't open what {} entries of systemd's descriptor store hold, so streams and connections do not work: raise the limit of PID 1 (RLIMIT_NOFILE) and restart the daemon",
+                "can't open what {} entries of systemd's descriptor store hold, so streams and connections do not work, and new work is refused: raise the limit of PID 1 (RLIMIT_NOFILE) and restart the daemon",
                 state.unread
             );
         }
@@ -245,15 +254,14 @@ impl FdStore {
     /// Checks whether new work may begin that keeps descriptors.
     ///
     /// # Errors
-    /// [`Error::Full`], [`Error::Descriptors`]
+    /// [`Error::Full`], [`Error::Descriptors`], [`Error::Unread`]
     pub fn has_room(&self) -> Result<(), Error> {
         self.leaves(1)?;
-        if self.has_unread() {
-            // A process whose descriptors could not be read needs them first.
-            let (limit, free) = sys::descriptors();
-            return Err(Error::Descriptors { free, limit });
+        // A process whose descriptors could not be read needs them first.
+        match self.state(|state| state.unread) {
+            0 => Ok(()),
+            count => Err(Error::Unread { count }),
         }
-        Ok(())
     }
 
     /// Checks whether a connection may be accepted. There is room for connections longer than for other work: over a
@@ -280,7 +288,7 @@ impl FdStore {
         }
     }
 
-    /// Whether the store has entries that this process had no descriptors for.
+    /// Whether the store has entries that this process could not read.
     pub fn has_unread(&self) -> bool {
         self.state(|state| state.unread > 0)
     }

@@ -76,6 +76,26 @@ fn a_full_store_refuses_descriptors_until_others_are_removed() {
 }
 
 #[test]
+fn a_holder_that_can_not_be_read_is_counted_and_no_new_work_begins() {
+    let (systemd, notifier) = Systemd::new();
+    let passed = |name: &str| (name.to_owned(), OwnedFd::from(File::open("/dev/null").unwrap()));
+    let (store, found) = FdStore::with(notifier, 600, vec![passed("h1"), passed("o1"), passed("h7")]);
+    assert_eq!(names(&found), ["o1"]);
+    assert_eq!((store.count(), store.has_unread()), (3, true));
+    let refused = store.has_room();
+    assert!(matches!(refused, Err(Error::Unread { count: 2 })), "{refused:?}");
+    store.has_room_for_connection().unwrap();
+    let mut stored = vec![passed("h1"), passed("h7")];
+    systemd.read(&mut stored);
+    let holders = ["h1", "h7", "h8", "h9", "h10", "h11"];
+    assert_eq!(
+        stored.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(),
+        holders,
+        "the next daemon tries again"
+    );
+}
+
+#[test]
 fn the_names_of_a_full_store_fit_into_one_variable_of_the_environment() {
     const MAX_ARG_STRLEN: u32 = 128 << 10;
     let name = "h12345678:";
