@@ -107,20 +107,14 @@ async fn forward(mut stream: MessageStream, mut systemd: Option<OwnedUniqueName>
     let mut subscribing = JoinSet::new();
     loop {
         let message = tokio::select! {
-            // In this order: the backlog is empty if no signal waits.
-            biased;
             () = manager.references_lost() => {
                 observations.missed();
                 continue;
             }
-            next = stream.next() => match next {
+            next = manager.backlog.next(stream.next()) => match next {
                 Some(Ok(message)) => message,
                 Some(Err(_)) | None => return,
             },
-            asked = manager.backlog.asked() => {
-                manager.backlog.reached(asked);
-                continue;
-            }
         };
         match signals::read(&message, systemd.as_ref()) {
             Some(Signal::Service { unit, main }) => observations.reported(unit, main),
