@@ -56,6 +56,12 @@ pub fn word(text: &str, limit: usize) -> String {
     line(text, limit).chars().map(fit).collect()
 }
 
+/// The byte that two hexadecimal digits stand for. `None` if one of them is no digit: `from_str_radix` takes a sign, too.
+pub fn hex_byte(digits: [u8; 2]) -> Option<u8> {
+    let [high, low] = digits.map(|digit| char::from(digit).to_digit(16));
+    u8::try_from(high? * 16 + low?).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,5 +113,18 @@ mod tests {
     fn a_word_contains_no_separator() {
         assert_eq!(word("x OBJECT_SYSTEMD_UNIT=ssh.service", 99), "x_OBJECT_SYSTEMD_UNIT=ssh.service");
         assert_eq!(word(r#"a"b'c\x0ad"#, 99), "a_b_c_x0ad");
+    }
+
+    #[test]
+    fn two_hexadecimal_digits_are_a_byte_and_a_sign_is_no_digit() {
+        for byte in 0..=u8::MAX {
+            for digits in [format!("{byte:02x}"), format!("{byte:02X}")] {
+                assert_eq!(hex_byte(digits.as_bytes().try_into().unwrap()), Some(byte));
+            }
+        }
+        for digits in ["+f", "-0", " f", "f ", "0x", "g0", "0g"] {
+            assert_eq!(hex_byte(digits.as_bytes().try_into().unwrap()), None, "{digits:?}");
+        }
+        assert_eq!(hex_byte([0xff, b'0']), None);
     }
 }

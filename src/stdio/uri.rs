@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::task::request::{Log, Stdio};
 use crate::task::wiring::{Copied, Input, JournalCopy, Logger, Output, Sink, Wiring};
+use crate::text;
 
 /// A stdio string is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -236,9 +237,9 @@ fn decode(text: &str) -> Option<String> {
     let mut rest = text.as_bytes();
     while let Some((&byte, tail)) = rest.split_first() {
         if byte == b'%' {
-            let digits = std::str::from_utf8(tail.get(..2)?).ok()?;
-            bytes.push(u8::from_str_radix(digits, 16).ok()?);
-            rest = &tail[2..];
+            let (digits, tail) = tail.split_first_chunk()?;
+            bytes.push(text::hex_byte(*digits)?);
+            rest = tail;
         } else {
             bytes.push(byte);
             rest = tail;

@@ -7,6 +7,7 @@
 use crate::id::{
     ExecId, InvalidName, MAX_UNIT_NAME, Namespace, SHORT_ID, TaskId, TaskKey, UnitName, fnv1a, is_long_hex,
 };
+use crate::text;
 
 /// Stem of the daemon's own units.
 pub const DAEMON: &str = "containerd-shim-systemd-v1";
@@ -165,8 +166,7 @@ pub fn from_object_path(path: &str) -> Option<UnitName> {
     let mut bytes = escaped.bytes();
     while let Some(byte) = bytes.next() {
         if byte == b'_' {
-            let digits = [bytes.next()?, bytes.next()?];
-            name.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
+            name.push(text::hex_byte([bytes.next()?, bytes.next()?])?);
         } else {
             name.push(byte);
         }
