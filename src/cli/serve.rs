@@ -147,7 +147,7 @@ async fn serve(
     let refs = Refs::new(fd_store.clone(), &mut kept, refs::limit(bus_config::match_rules()));
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
     receive_signals(&manager, &mut workers).await?;
-    let systemd = manager.systemd().await.map_err(Failure::new)?;
+    let systemd = manager.supported_version().await.map_err(Failure::new)?;
     Waking::dismiss(&manager).await?;
     let program = std::env::current_exe()
         .map_err(|error| Failure(format!("can't find the path of this program: {error}")))?;
@@ -282,11 +282,11 @@ async fn forget_crashes(crashes: Arc<Crashes>) {
 }
 
 /// Tells `start` and the journal that the daemon serves.
-fn announce(systemd: &properties::Systemd, tasks: usize) {
+fn announce(systemd: &properties::SystemdVersion, tasks: usize) {
     serving::announce(Path::new(config::SERVING)).unwrap_or_else(|error| {
         tracing::warn!(%error, "can't make {}, so each start of a container asks whether the daemon serves: {error}", config::SERVING);
     });
-    let (version, systemd) = (env!("CARGO_PKG_VERSION"), systemd.version());
+    let (version, systemd) = (env!("CARGO_PKG_VERSION"), systemd.number());
     tracing::info!(
         version,
         systemd,

@@ -345,7 +345,7 @@ async fn start_units(program: &Path, again: bool) -> Result<(), unit::error::Err
     let watching = tokio::spawn(watch::run(manager.clone(), listening));
     let up = async {
         first.await.map_err(|_| unit::error::Error::no_answer())?;
-        let systemd = manager.systemd().await?;
+        let systemd = manager.supported_version().await?;
         let (socket, service) = (name::daemon_socket(), name::daemon_service());
         for unit in [&socket, &service] {
             if manager.lost_state(unit).await?.is_some() {

@@ -37,7 +37,7 @@ pub fn start(cgroup: Option<BorrowedFd<'_>>, limit: Duration) -> Result<OwnedFd,
         tv_nsec: 0,
     };
     let parent = nix::unistd::getpid().as_raw();
-    let systemd = stuck::Systemd::of_environment();
+    let systemd = stuck::NotifyAddress::of_environment();
     let mut process: libc::c_int = -1;
     // SAFETY: all zeroes is a valid clone_args: plain integers.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -63,7 +63,7 @@ pub fn start(cgroup: Option<BorrowedFd<'_>>, limit: Duration) -> Result<OwnedFd,
 
 /// # Safety
 /// To be called in a child of clone3(2) only. Everything in here must be async-signal-safe.
-unsafe fn be_guard(parent: libc::pid_t, limit: &libc::timespec, systemd: Option<&stuck::Systemd>) -> ! {
+unsafe fn be_guard(parent: libc::pid_t, limit: &libc::timespec, systemd: Option<&stuck::NotifyAddress>) -> ! {
     // SAFETY: system calls, on memory of this function.
     unsafe {
         let mut all: libc::sigset_t = std::mem::zeroed();

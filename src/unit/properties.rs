@@ -28,13 +28,13 @@ impl Properties {
     }
 }
 
-/// What systemd can do, by its version. The one place for differences between versions.
+/// The version of systemd, and what systemd can do by it. The one place for differences between versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Systemd {
-    version: u32,
+pub struct SystemdVersion {
+    number: u32,
 }
 
-impl Systemd {
+impl SystemdVersion {
     /// From the manager's `Version` property: `257.13-1~deb13u1`, `252 (252.39-1)`, `v258-rc1`.
     pub fn parse(text: &str) -> Option<Self> {
         let digits: String = text
@@ -42,27 +42,27 @@ impl Systemd {
             .chars()
             .take_while(char::is_ascii_digit)
             .collect();
-        Some(Self { version: digits.parse().ok()? })
+        Some(Self { number: digits.parse().ok()? })
     }
 
     /// The major version.
-    pub fn version(self) -> u32 {
-        self.version
+    pub fn number(self) -> u32 {
+        self.number
     }
 
     /// True if this program supports the version.
     pub fn supported(self) -> bool {
-        self.version >= config::OLDEST_SYSTEMD
+        self.number >= config::OLDEST_SYSTEMD
     }
 
     /// True if systemd has `FileDescriptorStorePreserve=` (254).
     pub fn has_fd_store_preserve(self) -> bool {
-        self.version >= 254
+        self.number >= 254
     }
 
     /// True if systemd has `RestartSteps=` and `RestartMaxDelaySec=` (254).
     pub fn has_restart_steps(self) -> bool {
-        self.version >= 254
+        self.number >= 254
     }
 }
 
@@ -297,7 +297,7 @@ pub fn daemon_socket(paths: impl Iterator<Item = PathBuf>) -> Properties {
 
 /// The daemon's service if no packaged unit is installed. Same as
 /// `units/containerd-shim-systemd-v1.service`.
-pub fn daemon_service(systemd: Systemd, command: &[String]) -> Properties {
+pub fn daemon_service(systemd: SystemdVersion, command: &[String]) -> Properties {
     let mut list: Vec<(&'static str, Variant<'static>)> = vec![
         ("Description", "containerd shim for systemd units".into()),
         ("Type", "notify".into()),

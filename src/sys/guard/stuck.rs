@@ -36,12 +36,12 @@ const CLOSERS: u32 = 256;
 
 /// The address of systemd's notify socket.
 #[derive(Clone, Copy)]
-pub struct Systemd {
+pub struct NotifyAddress {
     address: libc::sockaddr_un,
     length: libc::socklen_t,
 }
 
-impl Systemd {
+impl NotifyAddress {
     /// `None` if systemd did not start this process.
     pub fn of_environment() -> Option<Self> {
         Self::at(Path::new(&std::env::var_os("NOTIFY_SOCKET")?))
@@ -173,7 +173,7 @@ unsafe fn child() -> libc::c_long {
 ///
 /// # Safety
 /// Async-signal-safe. All signals have to be blocked.
-pub unsafe fn start_heir(stuck: libc::pid_t, status: libc::c_int, systemd: &Systemd) {
+pub unsafe fn start_heir(stuck: libc::pid_t, status: libc::c_int, systemd: &NotifyAddress) {
     // SAFETY: system calls, on memory of this function.
     unsafe {
         let between = child();
@@ -202,7 +202,7 @@ pub unsafe fn start_heir(stuck: libc::pid_t, status: libc::c_int, systemd: &Syst
 ///
 /// # Safety
 /// Async-signal-safe.
-unsafe fn replace(stuck: libc::pid_t, systemd: &Systemd) {
+unsafe fn replace(stuck: libc::pid_t, systemd: &NotifyAddress) {
     let mut text = Text::<32>::new();
     // SAFETY: system calls, on memory of this function.
     unsafe {
@@ -331,7 +331,7 @@ mod tests {
         let path = dir.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::PassCred, &true).unwrap();
-        let systemd = Systemd::at(&path).unwrap();
+        let systemd = NotifyAddress::at(&path).unwrap();
         std::thread::scope(|scope| {
             // SAFETY: any process may call it.
             scope.spawn(|| unsafe { replace(libc::getpid(), &systemd) });
@@ -342,8 +342,8 @@ mod tests {
             let length = socket.recv(&mut bytes).unwrap();
             assert_eq!(bytes[..length], *b"BARRIER=1");
         });
-        assert!(Systemd::at(Path::new("")).is_none());
-        assert!(Systemd::at(Path::new(&"x".repeat(200))).is_none());
+        assert!(NotifyAddress::at(Path::new("")).is_none());
+        assert!(NotifyAddress::at(Path::new(&"x".repeat(200))).is_none());
     }
 
     #[test]

@@ -41,6 +41,6 @@ impl Manager {
         });
         set.await.map_err(|error| call_error("set properties of", unit, error))?;
         // systemd writes the cgroup after the reply, and before it handles the next call (manager_loop, 252 to 262).
-        self.systemd().await.map(drop)
+        self.supported_version().await.map(drop)
     }
 }

@@ -26,7 +26,7 @@ use super::error::{Error, call_error, unreachable};
 use super::job::Jobs;
 use super::main_process::MainProcess;
 use super::observations::Observations;
-use super::properties::Systemd;
+use super::properties::SystemdVersion;
 use super::refs::Refs;
 
 /// The verbs of jobs, for errors.
@@ -148,13 +148,13 @@ impl Manager {
         found.await.map_err(unreachable)
     }
 
-    /// What systemd can do.
+    /// The version of a systemd that this program supports.
     ///
     /// # Errors
     /// [`Error::TooOld`], or it can't be reached.
-    pub async fn systemd(&self) -> Result<Systemd, Error> {
+    pub async fn supported_version(&self) -> Result<SystemdVersion, Error> {
         let found = self.version().await?;
-        Systemd::parse(&found).filter(|systemd| systemd.supported()).ok_or(Error::TooOld { found })
+        SystemdVersion::parse(&found).filter(|systemd| systemd.supported()).ok_or(Error::TooOld { found })
     }
 
     /// The ends of a unit's main processes that systemd has reported until its last answer, and that were not handled yet.

@@ -19,10 +19,10 @@ fn of() -> std::collections::BTreeMap<&'static str, String> {
 fn versions_are_read_as_distributions_write_them() {
     for (text, version) in [("257.13-1~deb13u1", 257), ("252 (252.39)", 252), ("v258~rc1", 258), ("262", 262)]
     {
-        assert_eq!(Systemd::parse(text).map(Systemd::version), Some(version));
+        assert_eq!(SystemdVersion::parse(text).map(SystemdVersion::number), Some(version));
     }
-    assert_eq!(Systemd::parse("git"), None);
-    assert!(!Systemd { version: 251 }.supported());
+    assert_eq!(SystemdVersion::parse("git"), None);
+    assert!(!SystemdVersion { number: 251 }.supported());
 }
 
 #[test]
@@ -105,7 +105,8 @@ fn the_installed_socket_says_what_the_transient_one_does() {
 
 #[test]
 fn the_installed_service_says_what_the_transient_one_does() {
-    let transient = daemon_service(Systemd { version: 257 }, &["/bin/shim".to_owned(), "serve".to_owned()]);
+    let transient =
+        daemon_service(SystemdVersion { number: 257 }, &["/bin/shim".to_owned(), "serve".to_owned()]);
     let transient = transient.as_text();
     // D-Bus has numbers, lists and booleans where a file has words.
     let words = ["Description", "Type", "NotifyAccess", "Slice", "Restart", "KillMode", "OOMPolicy"];
