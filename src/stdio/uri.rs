@@ -404,6 +404,7 @@ mod tests {
             "file:///dir",
             "file://var/log/a.log",
             "file://localhostile/a.log",
+            "file:///var/log/%+f.log",
             "binary://x",
             "binary:///missing",
             "ttrpc+unix://x",
