@@ -3,15 +3,13 @@
 use crate::cgroup;
 use crate::config::OLDEST_SYSTEMD;
 use crate::sys;
+use crate::unit::properties::SystemdVersion;
 
 use super::{Check, bus};
 use crate::probe::{self, Known, Properties, property};
 
 /// The controllers without which limits of containers have no effect.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
-
-/// Before this version, a stop of the daemon closes its connections.
-const KEEPS_DESCRIPTORS: u32 = 254;
 
 const JOURNALD: [&str; 2] = ["systemd-journald.service", "systemd-journald.socket"];
 
@@ -77,26 +75,31 @@ fn systemd(facts: &Facts, bus: &bus::Facts) -> Check {
         (Err(_), Ok(text)) => text.split_whitespace().nth(1).unwrap_or_default(),
         (Err(_), Err(unknown)) => return Check::unknown(NAME, unknown),
     };
-    let digits: String = version.trim_start_matches('v').chars().take_while(char::is_ascii_digit).collect();
-    match digits.parse::<u32>() {
-        Err(_) => Check::warning(
+    let Some(systemd) = SystemdVersion::parse(version) else {
+        return Check::warning(
             NAME,
             format!("the version of systemd is {version:?}"),
-            "check that it is 252 or newer",
-        ),
-        Ok(number) if number < OLDEST_SYSTEMD => Check::error(
+            format!("check that it is {OLDEST_SYSTEMD} or newer"),
+        );
+    };
+    let number = systemd.number();
+    if !systemd.supported() {
+        return Check::error(
             NAME,
             format!("systemd {number} is too old"),
             format!("upgrade the distribution: systemd {OLDEST_SYSTEMD} or newer is needed"),
-        ),
-        Ok(number) if number < KEEPS_DESCRIPTORS => Check::ok(
+        );
+    }
+    if !systemd.has_fd_store_preserve() {
+        // A stop of the daemon closes its connections.
+        return Check::ok(
             NAME,
             format!(
                 "systemd {number}; restart the daemon if you have to, but do not stop it while containers run"
             ),
-        ),
-        Ok(number) => Check::ok(NAME, format!("systemd {number} is the init system")),
+        );
     }
+    Check::ok(NAME, format!("systemd {number} is the init system"))
 }
 
 fn kernel(facts: &Facts) -> Check {

@@ -8,6 +8,7 @@ use crate::unit::name::{DAEMON_SERVICE, DAEMON_SLICE, DAEMON_SOCKET, ORDER_SLICE
 use super::Check;
 use crate::probe::{self, Known, Properties, property};
 use crate::unit::policy;
+use crate::unit::search_path::TRANSIENT;
 
 /// The properties of the daemon's service on which its promises depend, and their good values.
 const NEEDED: [(&str, &[&str]); 6] = [
@@ -31,9 +32,6 @@ const HARMFUL: [(&str, &str); 8] = [
     ("Type", "notify"),
     ("UnsetEnvironment", ""),
 ];
-
-/// Where systemd has the files of transient units.
-const TRANSIENT: &str = "/run/systemd/transient/";
 
 /// The smallest usable size of the descriptor store. A smaller one holds the descriptors of too few containers.
 const DESCRIPTORS: u64 = 1000;
@@ -113,7 +111,8 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     if checks.is_empty() {
         let is_installed = property(service, "LoadState") == Some("loaded");
         // systemd keeps the property Transient of a unit that a package has taken over, until the next boot.
-        let is_transient = property(service, "FragmentPath").is_some_and(|path| path.starts_with(TRANSIENT));
+        let is_transient =
+            property(service, "FragmentPath").is_some_and(|path| Path::new(path).starts_with(TRANSIENT));
         let is_listening = property(socket, "ActiveState") == Some("active");
         let found = match (is_installed, is_transient) {
             (false, _) => "not installed: the first container starts transient ones",

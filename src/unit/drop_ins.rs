@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::files;
 
-/// No drop-in is larger.
+/// No drop-in and no file of a unit is larger.
 pub(super) const MAX_BYTES: u64 = 1 << 20;
 
 /// The drop-ins in a directory, in no order. None if the directory can't be read.
@@ -16,7 +16,7 @@ pub(super) fn in_dir(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     items.filter(|path| path.extension().is_some_and(|end| end == "conf"))
 }
 
-/// The text of a drop-in.
+/// The text of a drop-in, or of the file of a unit.
 ///
 /// # Errors
 /// It can't be read, or is no regular file: one that is masked is a link to `/dev/null`.

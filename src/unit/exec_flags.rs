@@ -11,11 +11,10 @@ use zbus::Variant;
 
 use crate::files;
 
+use super::drop_ins;
+
 /// The command of a service with flags, over D-Bus.
 pub(super) const WITH_FLAGS: &str = "ExecStartEx";
-
-/// No file of a transient unit is larger.
-const MAX_BYTES: u64 = 1 << 20;
 
 /// The properties, with a command that has all privileges.
 pub(super) fn unrestricted<'a>(properties: &[(&'a str, Variant<'a>)]) -> Vec<(&'a str, Variant<'a>)> {
@@ -45,9 +44,7 @@ fn lift<'a>(name: &str, value: &Variant<'a>) -> Option<(&'static str, Variant<'a
 /// The file can't be replaced.
 pub(super) fn correct_file(dir: &Path, unit: &str) -> io::Result<()> {
     let path = dir.join(unit);
-    let Ok(text) =
-        files::read_regular(&path, MAX_BYTES).map(|text| String::from_utf8_lossy(&text).into_owned())
-    else {
+    let Ok(text) = drop_ins::read(&path).map(|text| String::from_utf8_lossy(&text).into_owned()) else {
         return Ok(());
     };
     let wrong = "\nExecStartEx=";

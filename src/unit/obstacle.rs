@@ -7,11 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use super::main_process::Command;
-use super::policy;
-use crate::files;
-
-/// No drop-in is larger.
-const MAX_BYTES: u64 = 1 << 20;
+use super::{drop_ins, policy};
 
 /// A condition or an assertion of a unit: the setting's name, whether one of several is enough (`|`), whether it is negated
 /// (`!`), its parameter, and its result (negative: not met).
@@ -91,10 +87,9 @@ impl Facts {
     /// The file with a setting: the last one, which is the one that counts.
     fn file_with(&self, name: &str, parameter: &str) -> Option<&Path> {
         let has = |file: &&PathBuf| {
-            let text = files::read_regular(file, MAX_BYTES).unwrap_or_default();
-            let text = String::from_utf8_lossy(&text).into_owned();
-            let mut settings = text.lines().filter_map(|line| line.split_once('='));
-            settings.any(|(found, value)| found.trim() == name && value.trim().ends_with(parameter))
+            let text = drop_ins::read(file).unwrap_or_default();
+            let mut settings = drop_ins::settings(&text).into_iter();
+            settings.any(|(found, value)| found == name && value.ends_with(parameter))
         };
         self.files.iter().rev().find(has).map(PathBuf::as_path)
     }
@@ -214,8 +209,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let files = ["first.conf", "second.conf", "third.conf"].map(|name| dir.path().join(name));
         fs::write(&files[0], "[Unit]\nConditionPathExists=/no\n").unwrap();
-        fs::write(&files[1], "[Unit]\n ConditionPathExists = !/no\n").unwrap();
-        fs::write(&files[2], "[Unit]\nAssertPathExists=/no\nConditionPathExists=/other\n").unwrap();
+        fs::write(&files[1], "[Unit]\n ConditionPathExists = \\\n!/no\n").unwrap();
+        fs::write(&files[2], "[Unit]\nAssertPathExists=/no\nConditionPathExists=/other\n#\\\nDescription=\\\nConditionPathExists=/no\n").unwrap();
         let mut unmet = condition("ConditionPathExists", false, "/no", -1);
         unmet.2 = true;
         let conditions = vec![condition("ConditionPathExists", false, "/other", 1), unmet];

@@ -32,7 +32,7 @@ pub(super) const ALL: [&str; 13] = [
 pub(super) const RUNTIME: &str = "/run/systemd/system";
 
 /// Files of transient units.
-const TRANSIENT: &str = "/run/systemd/transient";
+pub const TRANSIENT: &str = "/run/systemd/transient";
 
 /// Those of the directories that exist, open.
 ///

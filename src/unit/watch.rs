@@ -16,7 +16,8 @@ use zbus::{MatchRule, MessageStream};
 
 use super::bus::SERVICE_INTERFACE;
 use super::error::{self, Error};
-use super::manager::{Manager, TRANSIENT_DIR};
+use super::manager::Manager;
+use super::search_path::TRANSIENT;
 use super::service_d;
 use super::signals::{self, BUS, MANAGER_INTERFACE, PROPERTIES_INTERFACE, SYSTEMD, Signal};
 
@@ -141,7 +142,7 @@ async fn forward(mut stream: MessageStream, mut systemd: Option<OwnedUniqueName>
 fn shield_loaded() {
     // On another thread, so that the caller reads the signals that arrive meanwhile.
     tokio::task::spawn_blocking(|| {
-        if let Err(error) = service_d::shield_loaded(Path::new(TRANSIENT_DIR)) {
+        if let Err(error) = service_d::shield_loaded(Path::new(TRANSIENT)) {
             tracing::warn!(%error, "can't protect running units from drop-ins for all services: {error}");
         }
     });

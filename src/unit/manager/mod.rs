@@ -33,9 +33,6 @@ use super::refs::Refs;
 const START: &str = "start";
 const STOP: &str = "stop";
 
-/// Where systemd writes the files of transient units.
-pub(super) const TRANSIENT_DIR: &str = "/run/systemd/transient";
-
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
 
 /// How long [`Manager::unhandled_ends`] waits until the signals that have arrived are read.

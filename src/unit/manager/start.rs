@@ -15,10 +15,10 @@ use crate::unit::exec_flags;
 use crate::unit::job::{JobWaiter, StartJob};
 use crate::unit::properties::Properties;
 use crate::unit::refs::Refs;
-use crate::unit::search_path::Directories;
+use crate::unit::search_path::{Directories, TRANSIENT};
 use crate::unit::{policy, service_d};
 
-use super::{Manager, START, STOP, TRANSIENT_DIR};
+use super::{Manager, START, STOP};
 
 /// How often the daemon looks whether a job that it waits for still exists. dbus-daemon drops the signal of its end without notice
 /// if the daemon's queue is too long, and any user of the machine can make it long.
@@ -287,7 +287,7 @@ async fn correct_files(units: Vec<String>) {
     }
     let correct = move || {
         for unit in units {
-            if let Err(error) = exec_flags::correct_file(Path::new(TRANSIENT_DIR), &unit) {
+            if let Err(error) = exec_flags::correct_file(Path::new(TRANSIENT), &unit) {
                 tracing::warn!(%unit, %error, "can't correct the file of {unit}, so systemd may not read it when it reloads: {error}");
             }
         }

@@ -7,8 +7,9 @@ use tokio::sync::oneshot;
 
 use crate::id::UnitName;
 use crate::unit::error::{Error, call_error};
+use crate::unit::search_path::TRANSIENT;
 
-use super::{Manager, STOP, TRANSIENT_DIR};
+use super::{Manager, STOP};
 
 const NO_SUCH_JOB: &str = "org.freedesktop.systemd1.NoSuchJob";
 /// The result of a job that can't stop a frozen unit (256).
@@ -128,7 +129,7 @@ impl Manager {
         if state.is_some_and(|state| !matches!(state.active.as_str(), "inactive" | "failed")) {
             return Ok(false);
         }
-        let file = Path::new(TRANSIENT_DIR).join(unit.as_str());
+        let file = Path::new(TRANSIENT).join(unit.as_str());
         if let Err(error) = tokio::fs::remove_file(&file).await {
             if error.kind() != io::ErrorKind::NotFound {
                 tracing::warn!(%unit, %error, "can't remove {}: {error}", file.display());
