@@ -308,8 +308,9 @@ mod tests {
     /// A store that keeps nothing.
     struct Nowhere;
 
+    #[async_trait]
     impl ConnectionStore for Nowhere {
-        fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
+        async fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
             Ok(())
         }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
@@ -119,9 +120,11 @@ fn take_passed() -> Result<Passed, Failure> {
     Ok(Passed { sockets: sockets.into_iter().map(|(_, fd)| fd).collect(), stored })
 }
 
+#[async_trait]
 impl ConnectionStore for FdStore {
-    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.has_room_for_connection().and_then(|()| Self::keep(self, name, fds)).map_err(io::Error::other)
+    async fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.has_room_for_connection().map_err(io::Error::other)?;
+        self.keep_async(name, fds).await.map_err(io::Error::other)
     }
 
     fn forget(&self, name: &str) {
@@ -142,7 +145,7 @@ async fn serve(
     let records = recovery::read_records(store.clone(), crashes.clone());
     let mut workers = Workers::default();
     let TakenOver { sockets, fd_store, mut kept, connections, adopted, consoles } =
-        take_over(passed, guard, &mut earlier, &crashes, &mut workers)?;
+        take_over(passed, guard, &mut earlier, &crashes, &mut workers).await?;
     let event_connections = EventConnections::adopt(fd_store.clone(), &mut kept);
     let refs = Refs::new(fd_store.clone(), &mut kept, refs::limit(bus_config::match_rules()));
     let manager = Arc::new(Manager::with_refs(Arc::new(refs)));
@@ -217,7 +220,7 @@ struct TakenOver {
 }
 
 /// Takes over what systemd has kept and what is open in earlier daemons. Starts the work that must not wait for recovery.
-fn take_over(
+async fn take_over(
     passed: Passed,
     guard: Result<Guard, guard::Error>,
     earlier: &mut guard::Earlier,
@@ -237,7 +240,7 @@ fn take_over(
     if let Some(interval) = notify::watchdog_interval() {
         workers.spawn("watching for requests that hang", suspect::end_if_hanging(interval / 2));
     }
-    let (connections, adopted, consoles) = adopt_connections(&fd_store, &mut kept, rescued, crashes)?;
+    let (connections, adopted, consoles) = adopt_connections(&fd_store, &mut kept, rescued, crashes).await?;
     Ok(TakenOver { sockets, fd_store, kept, connections, adopted, consoles })
 }
 
@@ -297,7 +300,7 @@ fn announce(systemd: &properties::SystemdVersion, tasks: usize) {
 
 /// Makes the connections of earlier daemons usable again: those in the descriptor store, and those that an earlier daemon had
 /// accepted and not kept. Returns them, and the connections to console sockets, with their paths.
-fn adopt_connections(
+async fn adopt_connections(
     fd_store: &Arc<FdStore>,
     kept: &mut Vec<(String, OwnedFd)>,
     rescued: guard::Rescued,
@@ -308,7 +311,7 @@ fn adopt_connections(
     let mut consoles = Vec::new();
     for (path, connection) in rescued {
         match Socket::at(&path) {
-            Some(from) => adopted.extend(connections.rescue(from, connection).unwrap_or_else(|error| {
+            Some(from) => adopted.extend(connections.rescue(from, connection).await.unwrap_or_else(|error| {
                 tracing::error!(%error, "can't adopt a connection that an earlier daemon had just accepted: {error}");
                 None
             })),

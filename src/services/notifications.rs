@@ -85,11 +85,12 @@ impl Notifications {
         let socket = match self.fds.claim(StreamKind::Notify, number).both.pop() {
             Some(socket) => socket,
             None => {
-                let path = path.clone();
-                let opened = blocking(move || open(&path).map_err(io_error("listen on", &path))).await?;
-                let socket = opened.map_err(fifo::Error::from)?;
-                self.fds.store(StreamKind::Notify, number, &[socket.as_fd()]);
-                socket
+                let (path, fds) = (path.clone(), self.fds.clone());
+                let opened = blocking(move || {
+                    let opened = open(&path).map_err(io_error("listen on", &path));
+                    opened.inspect(|socket| fds.store(StreamKind::Notify, number, &[socket.as_fd()]))
+                });
+                opened.await?.map_err(fifo::Error::from)?
             }
         };
         self.read(entry, socket, path)

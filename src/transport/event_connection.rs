@@ -101,7 +101,7 @@ impl EventConnections {
         let head = Head { address: address.to_owned(), ..Head::default() };
         let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
         write(&file, &head)?;
-        if let Err(error) = self.store.keep(&name, &[socket.as_fd(), file.as_fd()]) {
+        if let Err(error) = self.store.keep(&name, &[socket.as_fd(), file.as_fd()]).await {
             tracing::debug!(%error, "can't keep a connection for events, so a daemon that is killed may send one twice: {error}");
         }
         let entry = Entry { store: self.store.clone(), name };
@@ -315,8 +315,9 @@ mod tests {
         }
     }
 
+    #[async_trait::async_trait]
     impl ConnectionStore for Kept {
-        fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        async fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
             let mut kept = self.0.lock().unwrap();
             kept.extend(fds.iter().map(|fd| (name.to_owned(), fd.try_clone_to_owned().unwrap())));
             Ok(())

@@ -116,7 +116,7 @@ impl Connections {
             };
             let stream = stream?;
             fault::point(Point::ConnectionAccepted);
-            if let Some(name) = self.keep(&stream, &journal)? {
+            if let Some(name) = self.keep(&stream, &journal).await? {
                 return self.connection(stream, journal, name);
             }
         }
@@ -127,9 +127,9 @@ impl Connections {
     ///
     /// # Errors
     /// The connection can't be kept.
-    pub fn rescue(&self, from: Socket, stream: UnixStream) -> io::Result<Option<Adopted>> {
+    pub async fn rescue(&self, from: Socket, stream: UnixStream) -> io::Result<Option<Adopted>> {
         let journal = Journal::new(&self.budget).map_err(io::Error::other)?;
-        let Some(name) = self.keep(&stream, &journal)? else {
+        let Some(name) = self.keep(&stream, &journal).await? else {
             return Ok(None);
         };
         let connection = self.forgotten_after_error(&name, || {
@@ -143,14 +143,14 @@ impl Connections {
 
     /// Keeps a new connection. Returns the name under which it is kept. `None` if the peer has closed it, or if it is
     /// refused.
-    fn keep(&self, stream: &UnixStream, journal: &Journal) -> io::Result<Option<String>> {
+    async fn keep(&self, stream: &UnixStream, journal: &Journal) -> io::Result<Option<String>> {
         if is_over(stream) {
             return Ok(None);
         }
         let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
         // A connection that is not kept would end with the daemon, and containerd would give up its tasks. So it is
         // refused now.
-        self.store.keep(&name, &[stream.as_fd(), journal.fd()])?;
+        self.store.keep(&name, &[stream.as_fd(), journal.fd()]).await?;
         fault::point(Point::ConnectionKept);
         match getsockopt(stream, PeerCredentials) {
             Ok(peer) if peer.uid() == nix::unistd::geteuid().as_raw() => return Ok(Some(name)),

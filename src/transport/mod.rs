@@ -20,13 +20,16 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use async_trait::async_trait;
+
 /// Keeps descriptors for the next daemon.
+#[async_trait]
 pub trait ConnectionStore: Send + Sync {
     /// Keeps descriptors under a name.
     ///
     /// # Errors
     /// The descriptors can't be kept. A connection is refused then.
-    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()>;
+    async fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> std::io::Result<()>;
     /// Closes all descriptors that are kept under a name.
     fn forget(&self, name: &str);
 }

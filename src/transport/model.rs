@@ -32,8 +32,9 @@ struct Nobody {
     forgotten: AtomicUsize,
 }
 
+#[async_trait::async_trait]
 impl ConnectionStore for Nobody {
-    fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
+    async fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
         Ok(())
     }
 

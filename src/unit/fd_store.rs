@@ -5,15 +5,20 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
+use tokio::time::{Instant, sleep};
 
 use crate::{fault, sys};
 
-use super::holder::{Holder, MAX_FDS};
-use super::notify::Notifier;
+use super::holder::Holder;
+use super::notify::{Notifier, RETRY, SEND_LIMIT};
+
+mod room;
+
+use room::{Room, headroom};
 
 /// How many descriptors systemd stores for the daemon (`FileDescriptorStoreMax=`). It closes further ones without a
 /// message.
@@ -37,13 +42,6 @@ const CONNECTIONS: [char; 2] = ['c', 'r'];
 const SPARE: usize = 4;
 /// How many empty holders are kept in the store.
 const MAX_IDLE: usize = 64;
-
-/// How many files the daemon must be able to open in addition: to start again, and to end what runs. From here on, new work
-/// is refused. The daemon has its limit from PID 1, because `LimitNOFILE=` does not apply to a command with `+`
-/// (`exec_invoke()` in systemd). PID 1 has the limit `fs.nr_open`, or less in a container.
-fn headroom(limit: u64) -> u64 {
-    (limit / 8).clamp(128, 1024)
-}
 
 /// Why a descriptor can't be kept.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +84,9 @@ pub enum Error {
     #[error("can't store a descriptor in systemd's descriptor store: {0}")]
     Send(Errno),
 }
+
+/// Sends a message with descriptors to systemd.
+type Sending = fn(&Notifier, &str, &[BorrowedFd<'_>]) -> Result<(), Errno>;
 
 /// The descriptors that outlive the daemon, by name. A name consists of a letter and a number.
 #[derive(Debug)]
@@ -293,11 +294,31 @@ impl FdStore {
         self.state(|state| state.unread > 0)
     }
 
-    /// Keeps descriptors under a name, in addition to those that the name already has.
+    /// Keeps descriptors under a name, in addition to those that the name already has. Blocks for some seconds while systemd reads
+    /// no messages, if no empty holder is left: for threads that serve no calls.
     ///
     /// # Errors
     /// The store is full, or systemd can't be reached. None of the descriptors is kept then.
     pub fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.keep_with(Notifier::send_one_of_many, name, fds)
+    }
+
+    /// As [`Self::keep`], and waits without blocking the thread.
+    ///
+    /// # Errors
+    /// As [`Self::keep`].
+    pub async fn keep_async(&self, name: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        let begun = Instant::now();
+        loop {
+            match self.keep_with(Notifier::send_at_once, name, fds) {
+                Err(Error::Send(Errno::EAGAIN)) if begun.elapsed() < SEND_LIMIT => sleep(RETRY).await,
+                kept => return kept,
+            }
+        }
+    }
+
+    /// `send`: sends the message about a new holder.
+    fn keep_with(&self, send: Sending, name: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
         if fault::is_forgetful() || !self.notifier.has_systemd() {
             return Ok(());
         }
@@ -309,7 +330,7 @@ impl FdStore {
         // The one that was made or emptied first: systemd may not have received the message about the last one yet.
         let holder = match self.state(|state| state.idle.pop_front()) {
             Some(holder) => holder,
-            None => self.make()?,
+            None => self.make(send)?,
         };
         if let Err(errno) = holder.holder.put(name, fds) {
             self.state(|state| state.idle.push_back(holder));
@@ -339,7 +360,7 @@ impl FdStore {
     fn take(&self, name: &str) -> Vec<Named> {
         let (holders, is_direct) =
             self.state(|state| (state.used.take(name), state.direct.contains_key(name)));
-        if is_direct && self.remove(name) {
+        if is_direct && self.remove_or_warn(name) {
             self.state(|state| state.direct.remove(name));
         }
         holders
@@ -352,23 +373,24 @@ impl FdStore {
             Err(error) => {
                 let name = holder.name();
                 tracing::warn!(%error, "can't empty the holder {name}: {error}");
-                self.remove(&name);
+                self.remove_or_warn(&name);
             }
         }
     }
 
     /// Keeps an empty holder for reuse, or removes it from the store if there are enough.
     fn keep_idle(&self, holder: Named) {
-        let surplus = self.state(|state| {
+        let mut surplus = self.state(|state| {
             state.is_warned &= state.count() * 5 > self.limit * 3;
-            if state.idle.len() < MAX_IDLE {
-                state.idle.push_back(holder);
-                return None;
-            }
-            Some(holder)
+            state.idle.push_back(holder);
+            state.idle.split_off(state.idle.len().min(MAX_IDLE))
         });
-        if let Some(holder) = surplus {
-            self.remove(&holder.name());
+        while let Some(holder) = surplus.pop_front() {
+            if let Err(error) = self.remove(&holder.name()) {
+                tracing::debug!(%error, "can't remove an empty holder from systemd's descriptor store, it stays for later use: {error}");
+                surplus.push_front(holder);
+                self.state(|state| state.idle.append(&mut surplus));
+            }
         }
     }
 
@@ -378,8 +400,10 @@ impl FdStore {
             return;
         }
         for _ in 0..SPARE {
-            match self.make() {
+            match self.make(Notifier::send_at_once) {
                 Ok(holder) => self.state(|state| state.idle.push_back(holder)),
+                // The next call tries again.
+                Err(Error::Send(Errno::EAGAIN)) => return,
                 Err(error) => {
                     tracing::warn!(%error, "can't add an empty holder to systemd's descriptor store: {error}");
                     return;
@@ -388,23 +412,28 @@ impl FdStore {
         }
     }
 
-    fn make(&self) -> Result<Named, Error> {
+    fn make(&self, send: Sending) -> Result<Named, Error> {
         let holder =
             Named { holder: Holder::new().map_err(Error::Make)?, number: self.state(State::next_number) };
         // FDPOLL=0: systemd must not remove a holder when it becomes readable.
         let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={}", holder.name());
-        self.notifier.send_one_of_many(&message, &[holder.holder.as_fd()]).map_err(Error::Send)?;
+        send(&self.notifier, &message, &[holder.holder.as_fd()]).map_err(Error::Send)?;
         Ok(holder)
     }
 
-    /// Removes the descriptors with this name from systemd's store.
-    fn remove(&self, name: &str) -> bool {
-        let sent = self.notifier.send_one_of_many(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[]);
-        if let Err(error) = sent {
+    /// Removes the descriptors with this name from systemd's store. Does not wait for systemd.
+    fn remove(&self, name: &str) -> Result<(), Errno> {
+        self.notifier.send_at_once(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[])
+    }
+
+    /// As [`Self::remove`], for descriptors that are not empty holders.
+    fn remove_or_warn(&self, name: &str) -> bool {
+        let removed = self.remove(name);
+        if let Err(error) = removed {
             // The next daemon gets the descriptor, and removes it.
             tracing::warn!(%error, "can't remove {name} from systemd's descriptor store: {error}");
         }
-        sent.is_ok()
+        removed.is_ok()
     }
 
     fn warn(&self, state: &mut State) {
@@ -426,32 +455,6 @@ impl FdStore {
 
     fn state<T>(&self, with: impl FnOnce(&mut State) -> T) -> T {
         with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// How many descriptors this process can still open.
-struct Room {
-    limit: u64,
-    free: u64,
-}
-
-impl Room {
-    fn now() -> Self {
-        let (limit, free) = sys::descriptors();
-        Self { limit, free }
-    }
-
-    /// Whether this process can open what so many holders hold, and leave the [`headroom`].
-    fn is_enough_for(&self, holders: usize) -> bool {
-        self.free > (holders * MAX_FDS) as u64 + headroom(self.limit)
-    }
-
-    /// Subtracts what was opened. The kernel gives the lowest free number to a new descriptor, so these numbers show what is
-    /// left without a system call.
-    fn subtract(&mut self, opened: &[(String, OwnedFd)]) {
-        let numbers = opened.iter().filter_map(|(_, fd)| u64::try_from(fd.as_raw_fd()).ok());
-        let left = numbers.map(|number| self.limit.saturating_sub(number + 1));
-        self.free = left.chain([self.free]).min().unwrap_or_default();
     }
 }
 

@@ -14,11 +14,11 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use crate::sys;
 
 /// How long one message may wait until systemd reads it. systemd reads no messages while it reloads or executes itself
-/// again. Two threads serve all calls, and systemd's watchdog ends a daemon that sends nothing for 10 s.
-const SEND_LIMIT: Duration = Duration::from_secs(4);
+/// again.
+pub(super) const SEND_LIMIT: Duration = Duration::from_secs(4);
 
 /// The pause before a message is sent again that did not fit into systemd's socket.
-const RETRY: Duration = Duration::from_millis(100);
+pub(super) const RETRY: Duration = Duration::from_millis(100);
 
 /// The interval of systemd's watchdog. `None` if it does not watch this process.
 pub fn watchdog_interval() -> Option<Duration> {
@@ -114,7 +114,7 @@ impl Notifier {
     /// Sends a message without blocking a thread.
     async fn tell_once_there_is_room(&self, message: &str) {
         loop {
-            match self.send(message, &[], MsgFlags::MSG_DONTWAIT) {
+            match self.send_at_once(message, &[]) {
                 Ok(()) => return,
                 Err(Errno::EAGAIN) => tokio::time::sleep(RETRY).await,
                 Err(error) => {
@@ -148,6 +148,14 @@ impl Notifier {
                 sent => return sent.map(drop),
             }
         }
+    }
+
+    /// As [`Self::send`], without waiting.
+    ///
+    /// # Errors
+    /// `EAGAIN`: systemd has no room for the message now.
+    pub(super) fn send_at_once(&self, message: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        self.send(message, fds, MsgFlags::MSG_DONTWAIT)
     }
 
     /// As [`Self::send`], for messages of which a call sends several: only the first one that systemd does not read in time

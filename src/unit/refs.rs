@@ -217,7 +217,7 @@ impl Refs {
     async fn connect(&self) -> zbus::Result<Open> {
         let stream = socket::connect().await?;
         let name = format!("{PREFIX}{}", self.next.fetch_add(1, Ordering::Relaxed));
-        if let Err(error) = self.store.keep(&name, &[stream.as_fd()]) {
+        if let Err(error) = self.store.keep_async(&name, &[stream.as_fd()]).await {
             tracing::warn!(%error, "can't store the connection that references units, so a unit that is stopped while the daemon is down may lose its exit code: {error}");
         }
         match socket::client(stream).method_timeout(CALL_LIMIT).build().await {

@@ -3,6 +3,7 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use async_trait::async_trait;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ttrpc::proto::MESSAGE_TYPE_REQUEST;
@@ -34,8 +35,9 @@ impl Store {
     }
 }
 
+#[async_trait]
 impl ConnectionStore for Store {
-    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    async fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let fds = fds.iter().map(|fd| fd.try_clone_to_owned()).collect::<io::Result<_>>()?;
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), fds);
         Ok(())
@@ -102,7 +104,7 @@ async fn an_incomplete_connection_is_removed_and_its_number_is_not_used_again() 
         ("o1".to_owned(), other.0.into()),
     ];
     for name in ["c3", "c7", "o1"] {
-        store.keep(name, &[]).unwrap();
+        store.keep(name, &[]).await.unwrap();
     }
     let connections = connections(&store, &mut kept);
     let names: Vec<_> = kept.iter().map(|(name, _)| name.as_str()).collect();
@@ -127,22 +129,23 @@ async fn a_connection_that_an_earlier_daemon_had_not_kept_is_served_from_its_fir
     let connections = connections(&store, &mut Vec::new());
     let (mut client, rescued) = UnixStream::pair().unwrap();
     client.write_all(b"x").unwrap();
-    let (_, connection) = connections.rescue(Socket::Any, rescued).unwrap().unwrap();
+    let (_, connection) = connections.rescue(Socket::Any, rescued).await.unwrap().unwrap();
     assert_eq!((connections.count(), store.names()), (1, vec!["c0".to_owned()]));
     assert!(is_readable(connections.wake_fd()));
     drop(connection);
     assert_eq!(store.names(), ["c0"], "it is kept for the next daemon");
     let (client, over) = UnixStream::pair().unwrap();
     drop(client);
-    assert!(connections.rescue(Socket::Any, over).unwrap().is_none());
+    assert!(connections.rescue(Socket::Any, over).await.unwrap().is_none());
     assert_eq!(store.names(), ["c0"]);
 }
 
 #[tokio::test]
 async fn a_connection_is_refused_when_it_can_not_be_kept() {
     struct Full;
+    #[async_trait]
     impl ConnectionStore for Full {
-        fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
+        async fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
             Err(io::Error::other("no room"))
         }
         fn forget(&self, _: &str) {}
@@ -204,7 +207,7 @@ async fn a_connection_of_an_earlier_daemon_is_served_even_if_its_calls_can_start
     let connections =
         Connections { store: store.clone(), next, wake: exhausted(), count, budget: Budget::default() };
     let (mut client, rescued) = UnixStream::pair().unwrap();
-    let (_, connection) = connections.rescue(Socket::Any, rescued).unwrap().unwrap();
+    let (_, connection) = connections.rescue(Socket::Any, rescued).await.unwrap().unwrap();
     let connection = connection.watch_once_possible().await.unwrap();
     assert_eq!((connections.count(), store.names()), (1, vec!["c0".to_owned()]));
     let request = frame(1, MESSAGE_TYPE_REQUEST, b"seven");

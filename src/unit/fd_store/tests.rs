@@ -95,6 +95,70 @@ fn a_holder_that_can_not_be_read_is_counted_and_no_new_work_begins() {
     );
 }
 
+/// Fills the queue of a systemd that reads nothing.
+fn fill(store: &FdStore) {
+    while store.notifier().send_at_once("FDSTOREREMOVE=1\nFDNAME=none", &[]).is_ok() {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_systemd_reads_nothing_callers_wait_and_threads_do_not() {
+    let (systemd, notifier) = Systemd::new();
+    let (store, _) = FdStore::with(notifier, 600, Vec::new());
+    let (file, mut stored) = (File::open("/dev/null").unwrap(), Vec::new());
+    fill(&store);
+    let begun = Instant::now();
+    for number in 0..SPARE {
+        store.keep_async(&format!("c{number}"), &[file.as_fd()]).await.unwrap();
+    }
+    assert_eq!(begun.elapsed().as_secs(), 0, "empty holders are left");
+    let read = async {
+        sleep(SEND_LIMIT / 2).await;
+        systemd.read(&mut stored);
+    };
+    let fds = [file.as_fd()];
+    let (kept, ()) = tokio::join!(store.keep_async("c9", &fds), read);
+    kept.unwrap();
+    assert!((SEND_LIMIT / 2..SEND_LIMIT).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    systemd.read(&mut stored);
+    let (_, notifier) = Systemd::new();
+    let (_, found) = FdStore::with(notifier, 600, stored);
+    assert_eq!(names(&found), ["c0", "c1", "c2", "c3", "c9"]);
+    fill(&store);
+    let begun = Instant::now();
+    let refused = loop {
+        if let Err(error) = store.keep_async("c10", &[file.as_fd()]).await {
+            break error;
+        }
+    };
+    assert!(matches!(refused, Error::Send(Errno::EAGAIN)), "{refused:?}");
+    assert!(begun.elapsed() >= SEND_LIMIT);
+}
+
+#[test]
+fn empty_holders_that_systemd_can_not_remove_now_are_removed_later() {
+    let (systemd, notifier) = Systemd::new();
+    let (store, _) = FdStore::with(notifier, 600, Vec::new());
+    let (file, mut stored) = (File::open("/dev/null").unwrap(), Vec::new());
+    let many = MAX_IDLE + 20;
+    for number in 0..=many {
+        store.keep(&format!("c{number}"), &[file.as_fd()]).unwrap();
+        systemd.read(&mut stored);
+    }
+    fill(&store);
+    for number in 0..many {
+        store.forget(&format!("c{number}"));
+    }
+    systemd.read(&mut stored);
+    assert!(stored.len() > many, "{}", stored.len());
+    // systemd's queue has less room than there are empty holders.
+    for _ in 0..many {
+        store.keep("o1", &[file.as_fd()]).unwrap();
+        store.forget("o1");
+        systemd.read(&mut stored);
+    }
+    assert_eq!((stored.len(), store.count()), (MAX_IDLE + 1, 1));
+}
+
 #[test]
 fn the_names_of_a_full_store_fit_into_one_variable_of_the_environment() {
     const MAX_ARG_STRLEN: u32 = 128 << 10;
