@@ -20,6 +20,7 @@ use crate::task::request::Containerd;
 use crate::transport::sockets::{Leases, Socket};
 use crate::unit::manager::Manager;
 use crate::unit::properties;
+use crate::unit::systemd::{Queries, Starts, Stops};
 use crate::unit::{self, name, service_d, watch};
 use crate::{cgroup, config, doctor, files, sys};
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::unit::annotation::Types;
 use crate::unit::manager::Manager;
+use crate::unit::systemd::Details;
 use crate::unit::{self, bus_config};
 
 use super::Check;

@@ -193,7 +193,7 @@ impl Shim {
         let _ = claimed.send(());
         // A unit that is not running and never ran `launch` belongs to an earlier task of this name.
         if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
-            self.await_unit(entry, &task, &dir, self.manager.wait_until_started(task.unit())).await?;
+            self.await_unit(entry, &task, &dir, self.manager.wait_for_earlier_start_job(task.unit())).await?;
         } else {
             self.streams.resume_logger(&plan, &mut opened).await?;
             self.start_unit(entry, &task, &dir, Daemon::Earlier).await?;
@@ -283,9 +283,11 @@ impl Shim {
             Some(mut job) => {
                 fault::point(Point::CreateBegun);
                 self.launcher.warm_up_after(job.spawned());
-                self.await_unit(entry, task, dir, self.manager.wait_for_start(job)).await
+                self.await_unit(entry, task, dir, self.manager.wait_for_start_job(job)).await
             }
-            None => self.await_unit(entry, task, dir, self.manager.wait_until_started(task.unit())).await,
+            None => {
+                self.await_unit(entry, task, dir, self.manager.wait_for_earlier_start_job(task.unit())).await
+            }
         }
     }
 

@@ -26,8 +26,8 @@ use crate::task::Task;
 use crate::task::exec::Exec;
 use crate::task::lifecycle::Exit;
 use crate::unit::job::StartJob;
-use crate::unit::manager::query::Starting;
 use crate::unit::properties;
+use crate::unit::systemd::Starting;
 
 use super::Shim;
 use super::request_unit::{Daemon, NameTaken, request_unit};
@@ -165,7 +165,7 @@ impl Shim {
         let mut is_begun = job.is_some();
         let begun = async {
             match job {
-                Some(job) => self.manager.wait_for_start(job).await,
+                Some(job) => self.manager.wait_for_start_job(job).await,
                 None => std::future::pending().await,
             }
         };

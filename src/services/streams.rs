@@ -23,10 +23,10 @@ use crate::session::{self, LogFiles, OpenStreams, Plan, ReopenMode, Session};
 use crate::stdio::{journal, threads};
 use crate::store::Store;
 use crate::sys::interrupt::Interrupt;
-use crate::unit::manager::usage::JournalSettings;
 use crate::unit::name;
 use crate::unit::policy::is_of_journal;
 use crate::unit::properties::{self, UnitMetadata};
+use crate::unit::systemd::JournalSettings;
 use crate::unit::systemd::Systemd;
 
 use resumption::resumed;

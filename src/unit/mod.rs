@@ -4,7 +4,7 @@
 //! connection, which `socket` opens, [`manager`] makes calls over it, [`watch`] turns signals into [`observations`], `backlog` waits
 //! for those that have arrived, [`refs`] keeps units loaded, [`policy`] finds settings of administrators that break units, [`service_d`] and `exec_flags` protect
 //! units from drop-ins for all services, [`notify`] speaks to systemd as a service does, [`fd_store`] has systemd keep
-//! descriptors, [`error`] has what can go wrong. [`systemd`] is the trait that operations use.
+//! descriptors, [`error`] has what can go wrong. [`systemd`] has the traits that operations use.
 
 pub mod annotation;
 mod backlog;

@@ -294,8 +294,8 @@ impl Refs {
         self.earlier_rules.store(0, Ordering::Relaxed);
     }
 
-    /// Removes the reference to a unit: systemd unloads the unit once it is stopped. The caller tries again if systemd did
-    /// not answer.
+    /// Releases a unit: removes the reference to it. systemd unloads the unit once it is stopped. The caller tries again if
+    /// systemd did not answer.
     pub(super) async fn release(&self, unit: &UnitName) -> zbus::Result<()> {
         let (connection, known) = self.with_open(|open| open.units.remove(unit)).await?;
         let proxy = manager_over(&connection).await?;
@@ -363,6 +363,7 @@ mod tests {
     use crate::unit::bus::LIMITS_EXCEEDED;
     use crate::unit::fake_bus::{DENIED, FakeBus, NO_REPLY};
     use crate::unit::manager::Manager;
+    use crate::unit::systemd::References;
     use futures_util::future::join_all;
     use std::os::unix::net::UnixStream;
 

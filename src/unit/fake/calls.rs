@@ -13,19 +13,15 @@ use crate::unit::annotation::{Additions, Types};
 use crate::unit::error::Error;
 use crate::unit::job::StartJob;
 use crate::unit::main_process::MainProcess;
-use crate::unit::manager::query::Starting;
-use crate::unit::manager::usage::{JournalSettings, Usage};
 use crate::unit::properties::Properties;
-use crate::unit::systemd::Systemd;
+use crate::unit::systemd::{
+    Changes, Details, JournalSettings, Obstacles, Queries, References, Slices, Starting, Starts, Stops, Usage,
+};
 
 use super::{FakeSystemd, Sleeper, Unit, error};
 
 #[async_trait]
-impl Systemd for FakeSystemd {
-    async fn property_types(&self) -> Result<Arc<Types>, Error> {
-        Ok(Arc::new(Types(Default::default())))
-    }
-
+impl Starts for FakeSystemd {
     async fn start_transient(&self, unit: &UnitName, _: &Properties) -> Result<(), Error> {
         self.call("start", unit).await?;
         self.begin(unit, false).map(drop)
@@ -46,16 +42,16 @@ impl Systemd for FakeSystemd {
         self.begin(unit, true)
     }
 
-    async fn wait_for_start(&self, job: StartJob) -> Result<(), Error> {
+    async fn wait_for_start_job(&self, job: StartJob) -> Result<(), Error> {
         let unit = job.waiter.unit().clone();
         // The start of a oneshot service lasts as long as its process.
         while self.with(&unit, |unit| unit.active) == Some("activating") {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        self.wait_until_started(&unit).await
+        self.wait_for_earlier_start_job(&unit).await
     }
 
-    async fn wait_until_started(&self, unit: &UnitName) -> Result<(), Error> {
+    async fn wait_for_earlier_start_job(&self, unit: &UnitName) -> Result<(), Error> {
         self.call("wait for", unit).await?;
         match self.with(unit, |unit| unit.active) {
             Some("active") => Ok(()),
@@ -65,21 +61,10 @@ impl Systemd for FakeSystemd {
             }
         }
     }
+}
 
-    async fn reference(&self, unit: &UnitName) -> Result<(), Error> {
-        if self.state().answers_no_references {
-            return Err(Error::no_answer());
-        }
-        self.with(unit, |unit| unit.is_referenced = true);
-        Ok(())
-    }
-
-    async fn release(&self, unit: &UnitName) {
-        let _ = self.call("release", unit).await;
-        self.with(unit, |unit| unit.is_referenced = false);
-        self.state().units.retain(|_, unit| !unit.is_collected());
-    }
-
+#[async_trait]
+impl Stops for FakeSystemd {
     async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
         self.call("stop", unit).await?;
         self.programs.stop(unit);
@@ -105,6 +90,16 @@ impl Systemd for FakeSystemd {
         Ok(())
     }
 
+    async fn cancel_start_job_of(&self, unit: &UnitName) -> Result<(), Error> {
+        self.call("cancel the job of", unit).await
+    }
+
+    async fn kill_all(&self, unit: &UnitName, _: i32) -> Result<(), Error> {
+        self.call("kill", unit).await?;
+        self.with(unit, |unit| unit.child.as_mut().map(Sleeper::kill));
+        Ok(())
+    }
+
     async fn reset_failed(&self, unit: &UnitName) -> Result<(), Error> {
         self.call("reset", unit).await?;
         self.with(unit, |unit| {
@@ -120,17 +115,10 @@ impl Systemd for FakeSystemd {
         self.call("free the name of", unit).await?;
         Ok(false)
     }
+}
 
-    async fn cancel_start_job_of(&self, unit: &UnitName) -> Result<(), Error> {
-        self.call("cancel the job of", unit).await
-    }
-
-    async fn kill_all(&self, unit: &UnitName, _: i32) -> Result<(), Error> {
-        self.call("kill", unit).await?;
-        self.with(unit, |unit| unit.child.as_mut().map(Sleeper::kill));
-        Ok(())
-    }
-
+#[async_trait]
+impl Changes for FakeSystemd {
     async fn freeze(&self, unit: &UnitName) -> Result<(), Error> {
         self.call("freeze", unit).await?;
         self.with(unit, |unit| set_frozen(unit, true));
@@ -148,7 +136,10 @@ impl Systemd for FakeSystemd {
         self.state().limited.push(unit.to_string());
         Ok(())
     }
+}
 
+#[async_trait]
+impl Queries for FakeSystemd {
     async fn running_units(&self) -> Result<HashSet<UnitName>, Error> {
         let reached = self.effects.reach("list units".to_owned()).await;
         reached.map_err(|failure| error("list", "units", failure))?;
@@ -165,18 +156,6 @@ impl Systemd for FakeSystemd {
         Ok(self.with(unit, |unit| unit.active.to_owned()))
     }
 
-    async fn has_timed_out(&self, _: &UnitName) -> bool {
-        false
-    }
-
-    async fn obstacle(&self, _: &UnitName) -> Option<String> {
-        None
-    }
-
-    async fn restrictions(&self, _: &UnitName) -> Option<String> {
-        None
-    }
-
     async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
         self.call("read", unit).await?;
         Ok(match self.with(unit, |unit| unit.active) {
@@ -186,19 +165,26 @@ impl Systemd for FakeSystemd {
         })
     }
 
+    async fn has_timed_out(&self, _: &UnitName) -> bool {
+        false
+    }
+
     async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
         self.call("read", unit).await?;
         Ok(self.with(unit, |unit| unit.main))
-    }
-
-    async fn unhandled_ends(&self, unit: &UnitName) -> Vec<MainProcess> {
-        self.state().observations.unhandled_ends(unit)
     }
 
     async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
         self.main_process(unit).await
     }
 
+    async fn unhandled_ends(&self, unit: &UnitName) -> Vec<MainProcess> {
+        self.state().observations.unhandled_ends(unit)
+    }
+}
+
+#[async_trait]
+impl Details for FakeSystemd {
     async fn usage(&self, unit: &UnitName) -> Result<Usage, Error> {
         self.call("read", unit).await?;
         Ok(Usage::default())
@@ -222,6 +208,24 @@ impl Systemd for FakeSystemd {
         Ok(JournalSettings::default())
     }
 
+    async fn property_types(&self) -> Result<Arc<Types>, Error> {
+        Ok(Arc::new(Types(Default::default())))
+    }
+}
+
+#[async_trait]
+impl Obstacles for FakeSystemd {
+    async fn obstacle(&self, _: &UnitName) -> Option<String> {
+        None
+    }
+
+    async fn restrictions(&self, _: &UnitName) -> Option<String> {
+        None
+    }
+}
+
+#[async_trait]
+impl Slices for FakeSystemd {
     async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {
         let reached = self.effects.reach("list slices".to_owned()).await;
         reached.map_err(|failure| error("list", "slices", failure))?;
@@ -246,8 +250,27 @@ impl Systemd for FakeSystemd {
         self.state().orders += 1;
         Ok(())
     }
+}
 
-    async fn make_room_for_references(&self, _units: usize) {}
+#[async_trait]
+impl References for FakeSystemd {
+    async fn reference(&self, unit: &UnitName) -> Result<(), Error> {
+        if self.state().answers_no_references {
+            return Err(Error::no_answer());
+        }
+        self.with(unit, |unit| unit.is_referenced = true);
+        Ok(())
+    }
+
+    async fn release(&self, unit: &UnitName) {
+        let _ = self.call("release", unit).await;
+        self.with(unit, |unit| unit.is_referenced = false);
+        self.state().units.retain(|_, unit| !unit.is_collected());
+    }
+
+    async fn make_room_for_references(&self, _: usize) {
+        // There is always room.
+    }
 
     async fn forget_earlier_references(&self) {
         self.state().forgotten += 1;

@@ -1,30 +1,25 @@
 //! systemd's manager, as the daemon uses it: units are started, changed, queried and stopped.
 
 mod change;
+mod details;
 mod obstacle;
 mod oom;
-mod order;
-mod property_types;
-pub mod query;
+mod query;
+mod references;
+mod slices;
 mod start;
 mod stop;
-pub mod usage;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::{OnceCell, RwLock, watch};
-use tokio::time::timeout;
 use zbus::Connection;
-
-use crate::id::UnitName;
 
 use super::annotation::Types;
 use super::backlog::Backlog;
 use super::bus::Bus;
-use super::error::{Error, call_error, unreachable};
+use super::error::{Error, unreachable};
 use super::job::Jobs;
-use super::main_process::MainProcess;
 use super::observations::Observations;
 use super::properties::SystemdVersion;
 use super::refs::Refs;
@@ -34,9 +29,6 @@ const START: &str = "start";
 const STOP: &str = "stop";
 
 const ALREADY_SUBSCRIBED: &str = "org.freedesktop.systemd1.AlreadySubscribed";
-
-/// How long [`Manager::unhandled_ends`] waits until the signals that have arrived are read.
-const BACKLOG_LIMIT: Duration = Duration::from_secs(2);
 
 /// systemd's manager, over the system bus.
 #[derive(Default)]
@@ -154,63 +146,11 @@ impl Manager {
         SystemdVersion::parse(&found).filter(|systemd| systemd.supported()).ok_or(Error::TooOld { found })
     }
 
-    /// The ends of a unit's main processes that systemd has reported until its last answer, and that were not handled yet.
-    pub async fn unhandled_ends(&self, unit: &UnitName) -> Vec<MainProcess> {
-        if timeout(BACKLOG_LIMIT, self.backlog.read()).await.is_err() {
-            tracing::warn!(%unit, "signals arrive faster than the daemon reads them, so a report about the end of {unit} may be missed");
-        }
-        self.observations.unhandled_ends(unit)
-    }
-
-    /// Gives back the reference to a unit: systemd unloads the unit once it is stopped.
-    pub async fn release(&self, unit: &UnitName) {
-        let Some(refs) = &self.refs else {
-            return;
-        };
-        let attempt = || async {
-            let _turn = self.bus.turn().await;
-            refs.release(unit).await
-        };
-        if let Err(error) = self.bus.repeat(attempt).await.result {
-            // The unit has no reference if the bus was restarted, or if the unit did not start.
-            tracing::debug!(%unit, %error, "can't give back the reference to {unit}: {error}");
-        }
-    }
-
-    /// Refers to a unit that an earlier daemon has started, or whose reference was lost with the bus.
-    ///
-    /// # Errors
-    /// [`Error::Unreachable`], or systemd's refusal.
-    pub async fn reference(&self, unit: &UnitName) -> Result<(), Error> {
-        let Some(refs) = &self.refs else {
-            return Ok(());
-        };
-        let attempt = || async {
-            let _turn = self.bus.turn().await;
-            refs.reference(unit).await
-        };
-        self.bus.repeat(attempt).await.result.map_err(|error| call_error("reference", unit, error))
-    }
-
     /// Resolves when all references are lost, but not the connection to the bus.
     pub(super) async fn references_lost(&self) {
         match &self.refs {
             Some(refs) => refs.lost().await,
             None => std::future::pending().await,
-        }
-    }
-
-    /// Removes the references of earlier daemons if there is not enough room for theirs and for as many new ones.
-    pub async fn make_room_for_references(&self, units: usize) {
-        if let Some(refs) = &self.refs {
-            refs.make_room(units).await;
-        }
-    }
-
-    /// Gives back the references of earlier daemons.
-    pub async fn forget_earlier_references(&self) {
-        if let Some(refs) = &self.refs {
-            refs.forget_earlier().await;
         }
     }
 }

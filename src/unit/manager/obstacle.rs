@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
 
+use async_trait::async_trait;
 use zbus::OwnedVariant;
 
 use crate::id::UnitName;
@@ -11,6 +12,7 @@ use crate::unit::error::Error;
 use crate::unit::main_process::Command;
 use crate::unit::obstacle::{Condition, Facts};
 use crate::unit::policy;
+use crate::unit::systemd::Obstacles;
 
 use super::Manager;
 use super::query::text;
@@ -19,9 +21,9 @@ use super::start::of_files;
 /// How many units that a unit needs are looked at.
 const MOST_UNITS: usize = 32;
 
-impl Manager {
-    /// Why systemd has not run the command of a service, in a sentence. `None` if that is not known.
-    pub async fn obstacle(&self, unit: &UnitName) -> Option<String> {
+#[async_trait]
+impl Obstacles for Manager {
+    async fn obstacle(&self, unit: &UnitName) -> Option<String> {
         let facts = self.facts(unit).await.ok()?;
         if facts.load_state == "not-found" {
             // systemd has unloaded the unit, with the results of its conditions.
@@ -35,13 +37,13 @@ impl Manager {
         }
     }
 
-    /// The settings in the drop-ins of a unit that restrict the OCI runtime, or end it, each with its file. `None` if there
-    /// are none.
-    pub async fn restrictions(&self, unit: &UnitName) -> Option<String> {
+    async fn restrictions(&self, unit: &UnitName) -> Option<String> {
         of_files(unit, policy::restrictions).await
     }
+}
 
-    /// As [`Self::obstacle`], in the units that a unit needs.
+impl Manager {
+    /// As [`Obstacles::obstacle`], in the units that a unit needs.
     async fn obstacle_in(&self, needs: Vec<String>) -> Option<String> {
         let (mut seen, mut queue) = (BTreeSet::new(), VecDeque::from(needs));
         while let Some(needed) = queue.pop_front() {
@@ -92,7 +94,7 @@ impl Manager {
     }
 }
 
-/// As [`Manager::obstacle`], for a unit that systemd has unloaded: the settings that may have kept it from starting.
+/// As [`Obstacles::obstacle`], for a unit that systemd has unloaded: the settings that may have kept it from starting.
 fn unloaded(unit: &str) -> Option<String> {
     let settings = policy::conditions_of(unit)?;
     Some(format!("systemd has not started {unit}: one of these is not met: {settings}"))

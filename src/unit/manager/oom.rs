@@ -1,4 +1,5 @@
-//! How many processes of a unit the kernel has killed because memory ran out, even after the unit's cgroup was removed.
+//! How many processes of a unit the kernel has killed because memory ran out, by the journal. The journal knows it even after the
+//! unit's cgroup was removed.
 
 use std::io;
 use std::process::Stdio;
@@ -6,11 +7,7 @@ use std::process::Stdio;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 
-use crate::id::UnitName;
-use crate::unit::bus::{SERVICE_INTERFACE, UNIT_INTERFACE};
 use crate::unit::error::Error;
-
-use super::Manager;
 
 /// systemd's message about processes that the kernel killed because memory ran out (sd-messages.h,
 /// SD_MESSAGE_UNIT_OUT_OF_MEMORY). systemd checks for them whenever a process of the unit ends, before it handles that
@@ -28,27 +25,19 @@ const ONE_LINE_EACH: &str = "--output-fields=MESSAGE_ID";
 /// The most that is read of what a program prints.
 const MOST_BYTES: u64 = 64 << 10;
 
-impl Manager {
-    /// How many processes the kernel has killed since the unit's start because memory ran out. Before version 259, systemd
-    /// counts several that are killed at once as one, and this function counts no more than 1,000.
-    ///
-    /// # Errors
-    /// systemd or the journal can't be read.
-    pub async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {
-        if let Some(kills) = self.property::<u64>(unit, SERVICE_INTERFACE, "OOMKills").await? {
-            return Ok(kills);
-        }
-        let invocation =
-            self.property::<Vec<u8>>(unit, UNIT_INTERFACE, "InvocationID").await?.unwrap_or_default();
-        let invocation: String = invocation.iter().map(|byte| format!("{byte:02x}")).collect();
-        // After this, the journal contains what systemd has sent to it.
-        output_of("journalctl", &["--sync"]).await?;
-        let (message, invocation) =
-            (format!("MESSAGE_ID={MESSAGE_ID}"), format!("INVOCATION_ID={invocation}"));
-        let form = ["--quiet", "--no-pager", "--output=cat", ONE_LINE_EACH, MOST_MESSAGES];
-        let query = [&form[..], &[OF_SYSTEMD, &message, &invocation]].concat();
-        Ok(output_of("journalctl", &query).await?.lines().count() as u64)
-    }
+/// How many times the kernel has killed processes of a unit because memory ran out, by the journal. `invocation`: the invocation id
+/// of the unit.
+///
+/// # Errors
+/// The journal can't be read.
+pub(super) async fn kills_in_journal(invocation: &[u8]) -> Result<u64, Error> {
+    let invocation: String = invocation.iter().map(|byte| format!("{byte:02x}")).collect();
+    // After this, the journal contains what systemd has sent to it.
+    output_of("journalctl", &["--sync"]).await?;
+    let (message, invocation) = (format!("MESSAGE_ID={MESSAGE_ID}"), format!("INVOCATION_ID={invocation}"));
+    let form = ["--quiet", "--no-pager", "--output=cat", ONE_LINE_EACH, MOST_MESSAGES];
+    let query = [&form[..], &[OF_SYSTEMD, &message, &invocation]].concat();
+    Ok(output_of("journalctl", &query).await?.lines().count() as u64)
 }
 
 /// Runs a program to its end, and returns what it prints.

@@ -1,7 +1,10 @@
 //! Queries about units that are loaded.
 
 use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
+use async_trait::async_trait;
+use tokio::time::timeout;
 use zbus::{OwnedObjectPath, OwnedVariant};
 
 use crate::id::UnitName;
@@ -9,27 +12,19 @@ use crate::unit::bus::{SERVICE_INTERFACE, SystemdManagerProxy, UNIT_INTERFACE};
 use crate::unit::error::{Error, call_error, unreachable};
 use crate::unit::main_process::{Command, MainProcess};
 use crate::unit::name;
+use crate::unit::systemd::{Queries, Starting};
 
 use super::Manager;
 
 const JOB_INTERFACE: &str = "org.freedesktop.systemd1.Job";
+/// How long [`Queries::unhandled_ends`] waits until the signals that have arrived are read.
+const BACKLOG_LIMIT: Duration = Duration::from_secs(2);
 const UNKNOWN_PROPERTY: &str = "org.freedesktop.DBus.Error.UnknownProperty";
 
 #[zbus::proxy(interface = "org.freedesktop.DBus.Properties", default_service = "org.freedesktop.systemd1")]
 trait UnitProperties {
     fn get_all(&self, interface: &str) -> zbus::Result<HashMap<String, OwnedVariant>>;
     fn get(&self, interface: &str, name: &str) -> zbus::Result<OwnedVariant>;
-}
-
-/// How far the start of a oneshot service is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Starting {
-    /// The unit does not exist.
-    NotBegun,
-    /// The process is about to run, or runs.
-    UnderWay,
-    /// The process has ended.
-    Over,
 }
 
 /// The state of a loaded unit, read in one call.
@@ -40,13 +35,10 @@ pub(super) struct UnitState {
     pub(super) job: Option<(u32, OwnedObjectPath)>,
 }
 
-impl Manager {
-    /// The units of containers and execs whose main processes run, read in one call: reading each unit takes
-    /// milliseconds.
-    ///
-    /// # Errors
-    /// systemd can't be reached.
-    pub async fn running_units(&self) -> Result<HashSet<UnitName>, Error> {
+#[async_trait]
+impl Queries for Manager {
+    async fn running_units(&self) -> Result<HashSet<UnitName>, Error> {
+        // In one call: reading each unit takes milliseconds.
         let pattern = format!("{}*.service", name::PREFIX);
         let listed = self.bus.call(|manager| {
             let pattern = pattern.as_str();
@@ -59,21 +51,53 @@ impl Manager {
         Ok(living.filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
     }
 
-    /// The active slices of namespaces and pods, and the slice that contains them.
-    ///
-    /// # Errors
-    /// systemd can't be reached.
-    pub async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {
-        let (outer, inner) =
-            (format!("{}.slice", name::PREFIX.trim_end_matches('-')), format!("{}*.slice", name::PREFIX));
-        let patterns = [outer.as_str(), inner.as_str()];
-        let listed = self
-            .bus
-            .call(|manager| async move { manager.list_units_by_patterns(&["active"], &patterns).await });
-        let listed = listed.await.map_err(unreachable)?;
-        Ok(listed.into_iter().filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
+    async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
+        Ok(self.unit_state(unit).await?.map(|UnitState { active, job }| match job {
+            Some(_) if active == "inactive" => "activating".to_owned(),
+            _ => active,
+        }))
     }
 
+    async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
+        Ok(match self.active_state(unit).await?.as_deref() {
+            None => Starting::NotBegun,
+            Some("activating") => Starting::UnderWay,
+            Some(_) => Starting::Over,
+        })
+    }
+
+    async fn has_timed_out(&self, unit: &UnitName) -> bool {
+        let result = self.property::<String>(unit, SERVICE_INTERFACE, "Result").await;
+        matches!(result, Ok(Some(result)) if result == "timeout")
+    }
+
+    async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
+        let all = self.get_all(unit, SERVICE_INTERFACE).await?;
+        let main = MainProcess::default().updated(|name| all.get(name).map(|value| &**value));
+        // A unit that is not loaded looks like one that has not run.
+        let is_loaded = main.last_pid.is_some() || self.active_state(unit).await?.is_some();
+        Ok(is_loaded.then_some(main))
+    }
+
+    async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
+        // All properties of a service cost systemd, the bus and the daemon some ten times as much as this one.
+        let commands = self.property::<OwnedVariant>(unit, SERVICE_INTERFACE, "ExecStart").await?;
+        let commands = commands.and_then(|value| Vec::<Command>::try_from(value).ok());
+        match commands.as_deref() {
+            Some([command]) if let Some(ended) = MainProcess::ended_command(command) => Ok(Some(ended)),
+            _ => self.main_process(unit).await,
+        }
+    }
+
+    async fn unhandled_ends(&self, unit: &UnitName) -> Vec<MainProcess> {
+        if timeout(BACKLOG_LIMIT, self.backlog.read()).await.is_err() {
+            tracing::warn!(%unit, "signals arrive faster than the daemon reads them, so a report about the end of {unit} may be missed");
+        }
+        self.observations.unhandled_ends(unit)
+    }
+}
+
+impl Manager {
     /// True if the machine shuts down.
     ///
     /// # Errors
@@ -103,18 +127,6 @@ impl Manager {
         Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
     }
 
-    /// The state of a unit: `active`, `failed`, …, or `None` if it is not loaded. A unit whose start is queued counts as
-    /// `activating`: systemd calls it `inactive` until the job runs.
-    ///
-    /// # Errors
-    /// systemd can't be reached.
-    pub async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
-        Ok(self.unit_state(unit).await?.map(|UnitState { active, job }| match job {
-            Some(_) if active == "inactive" => "activating".to_owned(),
-            _ => active,
-        }))
-    }
-
     pub(super) async fn unit_state(&self, unit: &UnitName) -> Result<Option<UnitState>, Error> {
         let all = self.get_all(unit, UNIT_INTERFACE).await?;
         // systemd answers for a unit that is not loaded as well: it loads an empty one for the call.
@@ -142,50 +154,6 @@ impl Manager {
             Some("stub" | "error") => active,
             _ => None,
         })
-    }
-
-    /// How far the start of a unit is.
-    ///
-    /// # Errors
-    /// systemd can't be reached.
-    pub async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
-        Ok(match self.active_state(unit).await?.as_deref() {
-            None => Starting::NotBegun,
-            Some("activating") => Starting::UnderWay,
-            Some(_) => Starting::Over,
-        })
-    }
-
-    /// True if a service did not start within `TimeoutStartSec=`. False if systemd can't be reached.
-    pub async fn has_timed_out(&self, unit: &UnitName) -> bool {
-        let result = self.property::<String>(unit, SERVICE_INTERFACE, "Result").await;
-        matches!(result, Ok(Some(result)) if result == "timeout")
-    }
-
-    /// The main process of a service, or `None` if the service is not loaded.
-    ///
-    /// # Errors
-    /// systemd can't be reached.
-    pub async fn main_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
-        let all = self.get_all(unit, SERVICE_INTERFACE).await?;
-        let main = MainProcess::default().updated(|name| all.get(name).map(|value| &**value));
-        // A unit that is not loaded looks like one that has not run.
-        let is_loaded = main.last_pid.is_some() || self.active_state(unit).await?.is_some();
-        Ok(is_loaded.then_some(main))
-    }
-
-    /// As [`Self::main_process`], for a oneshot service with one command whose main process has ended. All properties of a
-    /// service cost systemd, the bus and the daemon some ten times as much as the one that is read here.
-    ///
-    /// # Errors
-    /// systemd can't be reached.
-    pub async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
-        let commands = self.property::<OwnedVariant>(unit, SERVICE_INTERFACE, "ExecStart").await?;
-        let commands = commands.and_then(|value| Vec::<Command>::try_from(value).ok());
-        match commands.as_deref() {
-            Some([command]) if let Some(ended) = MainProcess::ended_command(command) => Ok(Some(ended)),
-            _ => self.main_process(unit).await,
-        }
     }
 
     /// A property of a unit, or `None` if this systemd has no property of that name and type.

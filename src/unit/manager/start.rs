@@ -4,6 +4,7 @@ use std::path::Path;
 use std::pin::pin;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use tokio::time::{sleep, timeout};
 use zbus::{OwnedObjectPath, Variant};
 
@@ -16,6 +17,7 @@ use crate::unit::job::{JobWaiter, StartJob};
 use crate::unit::properties::Properties;
 use crate::unit::refs::Refs;
 use crate::unit::search_path::{Directories, TRANSIENT};
+use crate::unit::systemd::Starts;
 use crate::unit::{policy, service_d};
 
 use super::{Manager, START, STOP};
@@ -31,58 +33,17 @@ const SIGNAL_LIMIT: Duration = Duration::from_secs(5);
 /// The property that gives the sender of a call a reference to the unit.
 const ADD_REF: (&str, Variant<'static>) = ("AddRef", Variant::Bool(true));
 
-impl Manager {
-    /// Starts a transient unit and waits until its job has ended.
-    ///
-    /// # Errors
-    /// [`Error::Exists`], a refusal, or [`Error::Job`] when the unit did not start.
-    pub async fn start_transient(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error> {
+#[async_trait]
+impl Starts for Manager {
+    async fn start_transient(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error> {
         self.start_transient_with(unit, properties, None).await
     }
 
-    /// Starts a transient unit, and creates another one that belongs to it (`aux`).
-    ///
-    /// # Errors
-    /// As [`Self::start_transient`].
-    pub async fn start_transient_with(
-        &self,
-        unit: &UnitName,
-        properties: &Properties,
-        aux: Option<(&UnitName, &Properties)>,
-    ) -> Result<(), Error> {
-        let aux: Vec<_> = aux.iter().map(|(name, list)| (name.as_str(), list.0.as_slice())).collect();
-        let begun = self.begin(None, unit, &properties.0, &aux).await?;
-        self.wait_for_start(begun).await
-    }
-
-    /// Asks for a transient unit to be started, and does not wait for it.
-    ///
-    /// # Errors
-    /// [`Error::Exists`], or a refusal.
-    pub async fn begin_transient(&self, unit: &UnitName, properties: &Properties) -> Result<StartJob, Error> {
+    async fn begin_transient(&self, unit: &UnitName, properties: &Properties) -> Result<StartJob, Error> {
         self.begin(None, unit, &properties.0, &[]).await
     }
 
-    /// As [`Self::begin_transient`], for properties that have a descriptor. The daemon's connections carry no descriptors, so
-    /// this call has a connection of its own.
-    ///
-    /// # Errors
-    /// [`Error::Unreachable`], [`Error::Exists`], or a refusal.
-    pub async fn begin_with_descriptor(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error> {
-        shield([unit.to_string()].into(), |_, _| None).await;
-        let builder = zbus::connection::Builder::system().method_timeout(CALL_LIMIT);
-        let connection = builder.build().await.map_err(unreachable)?;
-        let manager = manager_over(&connection).await.map_err(unreachable)?;
-        let begun = manager.start_transient_unit(unit.as_str(), "fail", &properties.0, &[]).await;
-        begun.map(drop).map_err(|error| start_error(unit, error))
-    }
-
-    /// As [`Self::begin_transient`], with more properties, which come last, and with a reference to the unit: systemd
-    /// keeps the unit loaded, with the exit of its process, until [`Self::release`].
-    ///
-    /// # Errors
-    /// As [`Self::begin_transient`].
-    pub async fn begin_referenced(
+    async fn begin_referenced(
         &self,
         unit: &UnitName,
         properties: &Properties,
@@ -94,6 +55,45 @@ impl Manager {
             list.push(ADD_REF);
         }
         self.begin(refs, unit, &list, &[]).await
+    }
+
+    async fn wait_for_start_job(&self, job: StartJob) -> Result<(), Error> {
+        self.wait_for_job(START, job.waiter, job.job).await
+    }
+
+    async fn wait_for_earlier_start_job(&self, unit: &UnitName) -> Result<(), Error> {
+        self.wait_for_missed_job(START, unit).await
+    }
+}
+
+impl Manager {
+    /// Starts a transient unit, and creates another one that belongs to it (`aux`).
+    ///
+    /// # Errors
+    /// As [`Starts::start_transient`].
+    pub async fn start_transient_with(
+        &self,
+        unit: &UnitName,
+        properties: &Properties,
+        aux: Option<(&UnitName, &Properties)>,
+    ) -> Result<(), Error> {
+        let aux: Vec<_> = aux.iter().map(|(name, list)| (name.as_str(), list.0.as_slice())).collect();
+        let begun = self.begin(None, unit, &properties.0, &aux).await?;
+        self.wait_for_start_job(begun).await
+    }
+
+    /// As [`Starts::begin_transient`], for properties that have a descriptor. The daemon's connections carry no descriptors, so
+    /// this call has a connection of its own.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`], [`Error::Exists`], or a refusal.
+    pub async fn begin_with_descriptor(&self, unit: &UnitName, properties: &Properties) -> Result<(), Error> {
+        shield([unit.to_string()].into(), |_, _| None).await;
+        let builder = zbus::connection::Builder::system().method_timeout(CALL_LIMIT);
+        let connection = builder.build().await.map_err(unreachable)?;
+        let manager = manager_over(&connection).await.map_err(unreachable)?;
+        let begun = manager.start_transient_unit(unit.as_str(), "fail", &properties.0, &[]).await;
+        begun.map(drop).map_err(|error| start_error(unit, error))
     }
 
     /// `refs`: has the connection that gets the reference to the unit, at each attempt. Nobody would ever remove a
@@ -160,26 +160,11 @@ impl Manager {
         let waiter = self.jobs.wait_for(unit);
         let job =
             self.bus.call(|manager| async move { manager.start_unit(unit.as_str(), "replace").await }).await;
-        self.ended(START, waiter, Some(job.map_err(|error| call_error(START, unit, error))?)).await
+        self.wait_for_job(START, waiter, Some(job.map_err(|error| call_error(START, unit, error))?)).await
     }
 
-    /// Waits until the job has ended, by the rule of the unit's type.
-    ///
-    /// # Errors
-    /// [`Error::Job`] when the unit did not start.
-    pub async fn wait_for_start(&self, job: StartJob) -> Result<(), Error> {
-        self.ended(START, job.waiter, job.job).await
-    }
-
-    /// Waits until a unit has started whose start an earlier daemon requested.
-    ///
-    /// # Errors
-    /// [`Error::Job`] when it did not start.
-    pub async fn wait_until_started(&self, unit: &UnitName) -> Result<(), Error> {
-        self.wait_for_state(START, unit).await
-    }
-
-    pub(super) async fn ended(
+    /// Waits until a job has ended, or any job of the unit if `job` is `None`. Notices the end also if its signal is lost.
+    pub(super) async fn wait_for_job(
         &self,
         verb: &'static str,
         waiter: JobWaiter,
@@ -202,7 +187,7 @@ impl Manager {
                 }
             }
         }
-        self.wait_for_state(verb, &unit).await
+        self.wait_for_missed_job(verb, &unit).await
     }
 
     /// False if a unit does not have this job any more, or if it has none and `job` is `None`. True if systemd can't be reached.
@@ -219,7 +204,7 @@ impl Manager {
     }
 
     /// Waits for a job whose `JobRemoved` signal may have been missed, by watching the unit's state.
-    async fn wait_for_state(&self, verb: &'static str, unit: &UnitName) -> Result<(), Error> {
+    async fn wait_for_missed_job(&self, verb: &'static str, unit: &UnitName) -> Result<(), Error> {
         let mut listening = self.listening.subscribe();
         let mut is_overdue = false;
         loop {
@@ -347,7 +332,7 @@ mod tests {
     /// How the wait for a job ends that has begun, and whose signal never comes.
     async fn ended(manager: &Manager, verb: &'static str) -> Result<(), Error> {
         let waiter = manager.jobs.wait_for(&web());
-        let ended = timeout(A_WHILE, manager.ended(verb, waiter, Some(job()))).await;
+        let ended = timeout(A_WHILE, manager.wait_for_job(verb, waiter, Some(job()))).await;
         ended.expect("the end of the job is noticed")
     }
 

@@ -3,11 +3,13 @@
 use std::io;
 use std::path::Path;
 
+use async_trait::async_trait;
 use tokio::sync::oneshot;
 
 use crate::id::UnitName;
 use crate::unit::error::{Error, call_error};
 use crate::unit::search_path::TRANSIENT;
+use crate::unit::systemd::{Changes, Stops};
 
 use super::{Manager, STOP};
 
@@ -23,20 +25,13 @@ fn unless_unloaded(done: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-impl Manager {
-    /// Stops a unit and waits until it is stopped. A unit that is not loaded counts as stopped.
-    ///
-    /// # Errors
-    /// A refusal, or [`Error::Job`].
-    pub async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
+#[async_trait]
+impl Stops for Manager {
+    async fn stop(&self, unit: &UnitName) -> Result<(), Error> {
         self.stop_accepted(unit, oneshot::channel().0).await
     }
 
-    /// As [`Self::stop`]. Sends to `accepted` once systemd has a job for it.
-    ///
-    /// # Errors
-    /// As [`Self::stop`].
-    pub async fn stop_accepted(&self, unit: &UnitName, accepted: oneshot::Sender<()>) -> Result<(), Error> {
+    async fn stop_accepted(&self, unit: &UnitName, accepted: oneshot::Sender<()>) -> Result<(), Error> {
         match self.stop_as(unit, "replace", Some(accepted)).await {
             // systemd 256 and later do not stop a frozen unit: the job ends with this result.
             Err(Error::Job { result, .. }) if result == FROZEN => {
@@ -47,53 +42,13 @@ impl Manager {
         }
     }
 
-    async fn stop_as(
-        &self,
-        unit: &UnitName,
-        mode: &str,
-        accepted: Option<oneshot::Sender<()>>,
-    ) -> Result<(), Error> {
-        let waiter = self.jobs.wait_for(unit);
-        let job = self.bus.call(|manager| async move { manager.stop_unit(unit.as_str(), mode).await }).await;
-        match job.map_err(|error| call_error(STOP, unit, error)) {
-            Ok(job) => {
-                // Not every caller receives this.
-                let _ = accepted.map(|accepted| accepted.send(()));
-                self.ended(STOP, waiter, Some(job)).await
-            }
-            Err(error) => unless_unloaded(Err(error)),
-        }
-    }
-
-    /// Asks for a unit to be stopped, and does not wait for it.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
+    async fn stop_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
         let job =
             self.bus.call(|manager| async move { manager.stop_unit(unit.as_str(), "replace").await }).await;
         unless_unloaded(job.map(drop).map_err(|error| call_error(STOP, unit, error)))
     }
 
-    /// Stops a slice and nothing else, if `is_free` still returns true while no unit is being started. systemd removes all
-    /// cgroups below a slice that it stops, including the cgroup of a container that is being created.
-    ///
-    /// # Errors
-    /// A refusal, or [`Error::Job`].
-    pub async fn stop_alone_if(&self, slice: &UnitName, is_free: impl FnOnce() -> bool) -> Result<(), Error> {
-        let _alone = self.slices.write().await;
-        if !is_free() {
-            return Ok(());
-        }
-        self.stop_as(slice, "ignore-dependencies", None).await
-    }
-
-    /// Cancels the start job of a unit, if it has one. The unit stays as it is. A stop job of somebody else, which may have replaced
-    /// the start job, stays, too.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub async fn cancel_start_job_of(&self, unit: &UnitName) -> Result<(), Error> {
+    async fn cancel_start_job_of(&self, unit: &UnitName) -> Result<(), Error> {
         let Some((id, path)) = self.unit_state(unit).await?.and_then(|state| state.job) else {
             return Ok(());
         };
@@ -106,29 +61,25 @@ impl Manager {
         }
     }
 
-    /// Clears the failed state of a unit. A unit that is not loaded has none.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub async fn reset_failed(&self, unit: &UnitName) -> Result<(), Error> {
+    async fn kill_all(&self, unit: &UnitName, signal: i32) -> Result<(), Error> {
+        // The call is not repeated, because systemd may have sent the signal already.
+        let killed = async { self.bus.manager().await?.kill_unit(unit.as_str(), "all", signal).await };
+        unless_unloaded(killed.await.map_err(|error| call_error("kill", unit, error)))
+    }
+
+    async fn reset_failed(&self, unit: &UnitName) -> Result<(), Error> {
         let reset =
             self.bus.call(|manager| async move { manager.reset_failed_unit(unit.as_str()).await }).await;
         unless_unloaded(reset.map_err(|error| call_error("reset", unit, error)))
     }
 
-    /// Frees the name of a transient unit that has ended and that systemd can't unload, because another unit names it
-    /// (`After=`, `Wants=`): removes the unit's file and reloads systemd, which then knows the name only.
-    /// StartTransientUnit takes no name that has a file (unit.c, `unit_is_pristine`, 252 to 262).
-    ///
-    /// Returns false for a unit that runs or that has a file elsewhere: it belongs to somebody else.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub async fn free_name(&self, unit: &UnitName) -> Result<bool, Error> {
+    async fn free_name(&self, unit: &UnitName) -> Result<bool, Error> {
         let state = self.unit_state(unit).await?;
         if state.is_some_and(|state| !matches!(state.active.as_str(), "inactive" | "failed")) {
             return Ok(false);
         }
+        // StartTransientUnit takes no name that has a file (unit.c, `unit_is_pristine`, 252 to 262). After a reload without the
+        // file, systemd knows the name only.
         let file = Path::new(TRANSIENT).join(unit.as_str());
         if let Err(error) = tokio::fs::remove_file(&file).await {
             if error.kind() != io::ErrorKind::NotFound {
@@ -138,6 +89,27 @@ impl Manager {
         }
         self.reload().await.map_err(|error| call_error("free the name of", unit, error))?;
         Ok(true)
+    }
+}
+
+impl Manager {
+    /// Stops a unit with a job of this mode, and waits until the unit is stopped.
+    pub(super) async fn stop_as(
+        &self,
+        unit: &UnitName,
+        mode: &str,
+        accepted: Option<oneshot::Sender<()>>,
+    ) -> Result<(), Error> {
+        let waiter = self.jobs.wait_for(unit);
+        let job = self.bus.call(|manager| async move { manager.stop_unit(unit.as_str(), mode).await }).await;
+        match job.map_err(|error| call_error(STOP, unit, error)) {
+            Ok(job) => {
+                // Not every caller receives this.
+                let _ = accepted.map(|accepted| accepted.send(()));
+                self.wait_for_job(STOP, waiter, Some(job)).await
+            }
+            Err(error) => unless_unloaded(Err(error)),
+        }
     }
 
     /// Makes systemd forget a unit that is lost ([`Self::lost_state`]).
@@ -149,15 +121,5 @@ impl Manager {
         self.free_name(unit).await?;
         self.stop(unit).await?;
         self.reset_failed(unit).await
-    }
-
-    /// Sends a signal to every process of a unit. A unit that is not loaded has none.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub async fn kill_all(&self, unit: &UnitName, signal: i32) -> Result<(), Error> {
-        // The call is not repeated, because systemd may have sent the signal already.
-        let killed = async { self.bus.manager().await?.kill_unit(unit.as_str(), "all", signal).await };
-        unless_unloaded(killed.await.map_err(|error| call_error("kill", unit, error)))
     }
 }

@@ -1,21 +1,44 @@
-//! The slice that keeps the order of stops at shutdown.
+//! The slices of containers, and the slice that keeps the order of stops at shutdown.
 
-use crate::unit::error::{Error, call_error};
+use async_trait::async_trait;
+
+use crate::id::UnitName;
+use crate::unit::error::{Error, call_error, unreachable};
+use crate::unit::systemd::Slices;
 use crate::unit::{name, properties};
 
 use super::{Manager, START};
 
-/// systemd starts the slice at once. In another mode its job would wait for the jobs of the services that the slice is ordered
-/// after, and the start of each container for the job of the slice.
+/// With this mode, systemd starts the slice that keeps the order at once. In another mode its job would wait for the jobs of the
+/// services that the slice is ordered after, and the start of each container for the job of the slice.
 const MODE: &str = "ignore-dependencies";
 
-impl Manager {
-    /// Asks for the slice to be started, unless it is active, and does not wait for it: containers that start before the slice
-    /// are ordered after it, too.
-    ///
-    /// # Errors
-    /// systemd can't be reached, or refuses it.
-    pub async fn keep_order(&self) -> Result<(), Error> {
+#[async_trait]
+impl Slices for Manager {
+    async fn active_slices(&self) -> Result<Vec<UnitName>, Error> {
+        let (outer, inner) =
+            (format!("{}.slice", name::PREFIX.trim_end_matches('-')), format!("{}*.slice", name::PREFIX));
+        let patterns = [outer.as_str(), inner.as_str()];
+        let listed = self
+            .bus
+            .call(|manager| async move { manager.list_units_by_patterns(&["active"], &patterns).await });
+        let listed = listed.await.map_err(unreachable)?;
+        Ok(listed.into_iter().filter_map(|(unit, ..)| UnitName::new(unit).ok()).collect())
+    }
+
+    async fn stop_alone_if(
+        &self,
+        slice: &UnitName,
+        is_free: &(dyn Fn() -> bool + Send + Sync),
+    ) -> Result<(), Error> {
+        let _alone = self.slices.write().await;
+        if !is_free() {
+            return Ok(());
+        }
+        self.stop_as(slice, "ignore-dependencies", None).await
+    }
+
+    async fn keep_order(&self) -> Result<(), Error> {
         let unit = name::order_slice();
         let (name, properties) = (unit.as_str(), properties::order_slice());
         let list = properties.0.as_slice();
