@@ -121,7 +121,8 @@ impl<K: Clone> Watch<K> {
         !self.is_missing.swap(true, Ordering::Relaxed)
     }
 
-    /// Waits until unwatched cgroups should be tried again. Never returns if there are none.
+    /// Waits until unwatched cgroups should be tried again. Never returns if there are none. A future that is dropped forgets how
+    /// long it has waited.
     pub async fn retry(&self) {
         while !self.is_missing.load(Ordering::Relaxed) {
             self.missed.notified().await;

@@ -1,5 +1,6 @@
 //! Applies what the kernel reports about the cgroups of containers to the tasks.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use crate::cgroup::watch::{Change, Watch};
@@ -35,11 +36,14 @@ impl Cgroups {
 
     /// Background task: applies what the kernel reports. A repeated report changes nothing. Returns only after an error.
     pub async fn observe(self: Arc<Self>) {
+        // One future for all rounds: a new one in each round would begin its pause again at each report.
+        let mut retry = pin!(self.watch.retry());
         loop {
             let changes = tokio::select! {
                 changes = self.watch.next() => changes,
-                () = self.watch.retry() => {
+                () = &mut retry => {
                     self.watch_missed_cgroups();
+                    retry.set(self.watch.retry());
                     continue;
                 }
             };
@@ -118,5 +122,53 @@ impl Cgroups {
         }
         self.note_oom_kills(entry);
         self.note_freezer(entry);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::cgroup;
+    use crate::id::TaskId;
+    use crate::services::Delivery;
+    use crate::simulation::harness::{Step, World};
+
+    #[test]
+    fn reports_of_another_cgroup_do_not_delay_the_next_try_to_watch_one() {
+        let world = World::new("missed-watch");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let events = world
+            .live(move |shim| async move {
+                let task = shim.tasks.process(&init).unwrap().0.task().clone();
+                cgroup::dir(task.cgroup().unwrap()).join("cgroup.events")
+            })
+            .unwrap();
+        // The kernel refuses to watch this one, as it does when there are too many watches.
+        fs::remove_file(&events).unwrap();
+        std::os::unix::fs::symlink(&events, &events).unwrap();
+        let init = world.init();
+        let watched = world.live(move |shim| async move {
+            let entry = shim.tasks.process(&init).unwrap().0;
+            let is_watched = || entry.init.live().cgroup.watched.is_some();
+            let other = Path::new("/busy.slice");
+            cgroup::fake::make(other);
+            let key = TaskKey { id: TaskId::new("other").unwrap(), ..entry.key.clone() };
+            let _watched = shim.cgroups.watch.add(&key, other, other, None).unwrap();
+            let before = is_watched();
+            fs::remove_file(&events).unwrap();
+            cgroup::fake::set_frozen(entry.task().cgroup().unwrap(), false);
+            for frozen in [true, false, true] {
+                tokio::time::sleep(Duration::from_secs(5)).await;
+                cgroup::fake::set_frozen(other, frozen);
+            }
+            cgroup::fake::remove(other);
+            (before, is_watched())
+        });
+        assert_eq!(watched, Some((false, true)));
     }
 }
