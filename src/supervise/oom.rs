@@ -139,4 +139,28 @@ mod tests {
         assert_eq!(notes, Some(([0, 1, 0], 9)));
         assert_eq!(world.events(), ["create", "start", "oom"]);
     }
+
+    #[test]
+    fn a_repeated_report_of_an_end_does_not_overtake_the_query_for_kills() {
+        let world = World::new("oom-repeated");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        world.systemd.set_oom_kills(Some(1));
+        world.systemd.delay_oom_kills(Duration::from_secs(2));
+        let (systemd, unit, init) = (world.systemd.clone(), world.unit(), world.init());
+        let exits = world.live(move |shim| async move {
+            let entry = shim.tasks.process(&init).unwrap().0;
+            shim.cgroups.memory_changed(&entry);
+            systemd.end(&unit, 9);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            // The last change is older than `UNTOLD` now.
+            entry.init.live().cgroup.memory_changed = None;
+            systemd.tell(&unit);
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let before = shim.tasks.state(&init).unwrap().exit.is_some();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            (before, shim.tasks.state(&init).unwrap().exit.map(|exit| exit.status))
+        });
+        assert_eq!(exits, Some((false, Some(9))));
+        assert_eq!(world.events(), ["create", "start", "oom", "exit"]);
+    }
 }

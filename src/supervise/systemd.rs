@@ -264,6 +264,10 @@ impl Units {
         if process.exec().is_some() {
             return self.note_end(entry, process, seen);
         }
+        // systemd may report the same exit again. The second report must not be noted before the kills that the first one asks for.
+        if std::mem::replace(&mut process.live().is_ending, true) {
+            return;
+        }
         let (runs, cgroup) = {
             let task = entry.task();
             let runs = matches!(task.init.phase, Phase::Running { .. } | Phase::Paused { .. });
@@ -274,22 +278,24 @@ impl Units {
         // does not kill them.
         let left_behind = cgroup.filter(|cgroup| cgroup::is_populated(cgroup));
         if knows_kills && left_behind.is_none() {
-            return self.note_end(entry, process, seen);
+            self.note_end_of_init(entry, seen);
+            return;
         }
-        // systemd may report the same exit again in the meantime.
-        if !std::mem::replace(&mut process.live().is_ending, true) {
-            let (this, entry) = (self.clone(), entry.clone());
-            tokio::spawn(async move {
-                if !knows_kills {
-                    this.cgroups.ask_for_oom_kills(&entry).await;
-                }
-                if let Some(cgroup) = left_behind {
-                    kill_left_behind(&entry, cgroup).await;
-                }
-                this.note_end(&entry, &entry.init, seen);
-                entry.init.live().is_ending = false;
-            });
-        }
+        let (this, entry) = (self.clone(), entry.clone());
+        tokio::spawn(async move {
+            if !knows_kills {
+                this.cgroups.ask_for_oom_kills(&entry).await;
+            }
+            if let Some(cgroup) = left_behind {
+                kill_left_behind(&entry, cgroup).await;
+            }
+            this.note_end_of_init(&entry, seen);
+        });
+    }
+
+    fn note_end_of_init(self: &Arc<Self>, entry: &Arc<Entry>, seen: ObservedExit) {
+        self.note_end(entry, &entry.init, seen);
+        entry.init.live().is_ending = false;
     }
 
     fn note_end(self: &Arc<Self>, entry: &Arc<Entry>, process: &Arc<Process>, seen: ObservedExit) {

@@ -8,6 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
@@ -114,6 +115,8 @@ struct State {
     hidden: Option<UnitName>,
     /// How many processes were killed in each unit because memory ran out. `None`: nobody answers.
     oom_kills: Option<u64>,
+    /// How long the answer to that takes.
+    oom_kills_take: Duration,
     /// The active slices.
     slices: BTreeSet<UnitName>,
     /// The slices that were stopped, in this order.
@@ -138,6 +141,7 @@ impl State {
             launched: 0,
             hidden: None,
             oom_kills: Some(0),
+            oom_kills_take: Duration::ZERO,
             slices: BTreeSet::new(),
             stopped_slices: Vec::new(),
             limited: Vec::new(),
@@ -184,6 +188,11 @@ impl FakeSystemd {
     /// Determines how many processes were killed in each unit because memory ran out. `None`: nobody answers.
     pub fn set_oom_kills(&self, kills: Option<u64>) {
         self.state().oom_kills = kills;
+    }
+
+    /// Determines how long systemd takes to answer how many processes were killed because memory ran out.
+    pub fn delay_oom_kills(&self, time: Duration) {
+        self.state().oom_kills_take = time;
     }
 
     /// Determines whether calls that add references get an answer.

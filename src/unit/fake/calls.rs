@@ -192,7 +192,13 @@ impl Details for FakeSystemd {
 
     async fn oom_kills(&self, unit: &UnitName) -> Result<u64, Error> {
         self.call("read", unit).await?;
-        let kills = self.state().oom_kills;
+        let (kills, time) = {
+            let state = self.state();
+            (state.oom_kills, state.oom_kills_take)
+        };
+        if !time.is_zero() {
+            tokio::time::sleep(time).await;
+        }
         match kills {
             Some(kills) => Ok(kills),
             None => std::future::pending().await,
