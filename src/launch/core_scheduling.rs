@@ -56,7 +56,7 @@ pub fn is_requested() -> bool {
 /// their pod has, also if SMT is switched off by now.
 ///
 /// # Errors
-/// It is not.
+/// Core scheduling is not possible.
 pub fn check(bundle: &Path, id: &TaskId) -> Result<(), Error> {
     // A sandbox of the Sandbox API has no spec.
     if Spec::read(bundle).is_ok_and(|spec| sandbox_of(&spec, id).is_some()) {
