@@ -12,8 +12,9 @@ use futures_util::{StreamExt, stream};
 use nix::poll::{PollFd, PollFlags};
 
 use crate::id::ProcessKey;
+use crate::services::Live;
 use crate::services::process::has_ended;
-use crate::services::{Entry, Process};
+use crate::services::registry::Found;
 use crate::sys::poll;
 
 use super::Units;
@@ -21,9 +22,6 @@ use super::systemd::MAX_QUERIES;
 
 /// How often the daemon looks. A process counts at its second look, so its end is recorded within twice this time.
 const INTERVAL: Duration = Duration::from_secs(10);
-
-/// A process and its task.
-type Found = (Arc<Entry>, Arc<Process>);
 
 impl Units {
     /// Background task: queries the unit of each process that has ended, and whose end is still not recorded at the next look:
@@ -49,8 +47,8 @@ impl Units {
     }
 
     /// The processes that have ended, and whose ends are not recorded.
-    pub(super) fn unrecorded_ends(&self) -> Vec<Found> {
-        let (mut held, mut ended): (Vec<(Found, Arc<OwnedFd>)>, Vec<Found>) = (Vec::new(), Vec::new());
+    pub(super) fn unrecorded_ends(&self) -> Vec<Found<Live>> {
+        let (mut held, mut ended) = (Vec::<(Found<Live>, Arc<OwnedFd>)>::new(), Vec::new());
         for entry in self.tasks.registry.all() {
             for process in entry.processes() {
                 let pid = {
