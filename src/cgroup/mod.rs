@@ -18,6 +18,7 @@ use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags};
 
 use crate::files;
@@ -297,11 +298,7 @@ pub fn warm_up() -> Result<(), Error> {
 
 /// True if a cgroup was removed: it is not found, or its open files report ENODEV.
 fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc_errno::ENODEV)
-}
-
-mod libc_errno {
-    pub const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::ENODEV as i32)
 }
 
 #[cfg(test)]

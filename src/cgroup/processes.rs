@@ -4,7 +4,7 @@
 //! paths, and has one descriptor open at a time.
 
 use std::collections::VecDeque;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,7 +17,7 @@ use nix::sys::stat::Mode;
 
 use crate::path_error::io_error;
 
-use super::{Error, dir};
+use super::{Error, dir, is_gone};
 
 /// The largest number of cgroups in a walk. More would block its thread for seconds.
 const MAX_CGROUPS: usize = 100_000;
@@ -45,20 +45,20 @@ fn walk(top: &Path, most: usize) -> io::Result<Vec<u32>> {
     let mut levels = vec![children(&at, &mut found, most)?];
     while let Some(left) = levels.last_mut() {
         match left.pop_front() {
-            Some(child) => match openat(&at, child.as_c_str(), DIRECTORY, Mode::empty()) {
+            Some(child) => match open(&at, &child, DIRECTORY) {
                 Ok(below) => {
                     at = below;
                     read_processes(&at, &mut pids)?;
                     levels.push(children(&at, &mut found, most)?);
                 }
-                Err(errno) if is_gone(errno) => {}
-                Err(errno) => return Err(errno.into()),
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(error),
             },
             None => {
                 levels.pop();
                 if !levels.is_empty() {
                     // The parent is the cgroup that the walk came from, as cgroups are never moved.
-                    at = openat(&at, c"..", DIRECTORY, Mode::empty())?;
+                    at = open(&at, c"..", DIRECTORY)?;
                 }
             }
         }
@@ -68,15 +68,18 @@ fn walk(top: &Path, most: usize) -> io::Result<Vec<u32>> {
 
 const DIRECTORY: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
 
+fn open(dir: &OwnedFd, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {
+    Ok(openat(dir, name, flags, Mode::empty())?)
+}
+
 fn read_processes(cgroup: &OwnedFd, pids: &mut Vec<u32>) -> io::Result<()> {
     let mut text = String::new();
-    let read = openat(cgroup, c"cgroup.procs", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
-        .map_err(io::Error::from)
+    let read = open(cgroup, c"cgroup.procs", OFlag::O_RDONLY | OFlag::O_CLOEXEC)
         .and_then(|file| File::from(file).read_to_string(&mut text));
     match read {
         Ok(_) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok())),
         // The processes of a threaded cgroup are listed above it. A removed cgroup has none.
-        Err(error) if is_errno(&error, |errno| errno == Errno::EOPNOTSUPP || is_gone(errno)) => {}
+        Err(error) if is_gone(&error) || error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {}
         Err(error) => return Err(error),
     }
     Ok(())
@@ -86,10 +89,10 @@ fn children(cgroup: &OwnedFd, found: &mut usize, most: usize) -> io::Result<VecD
     let listed = cgroup.as_fd().try_clone_to_owned()?;
     let mut names = VecDeque::new();
     for entry in Dir::from_fd(listed)?.iter() {
-        let entry = match entry {
+        let entry = match entry.map_err(io::Error::from) {
             Ok(entry) => entry,
-            Err(errno) if is_gone(errno) => break,
-            Err(errno) => return Err(errno.into()),
+            Err(error) if is_gone(&error) => break,
+            Err(error) => return Err(error),
         };
         let name = entry.file_name();
         if entry.file_type() == Some(Type::Directory) && name != c"." && name != c".." {
@@ -101,15 +104,6 @@ fn children(cgroup: &OwnedFd, found: &mut usize, most: usize) -> io::Result<VecD
         }
     }
     Ok(names)
-}
-
-/// True if a cgroup was removed: it is not found, or its open files report ENODEV.
-fn is_gone(errno: Errno) -> bool {
-    matches!(errno, Errno::ENOENT | Errno::ENODEV)
-}
-
-fn is_errno(error: &io::Error, is: impl Fn(Errno) -> bool) -> bool {
-    error.raw_os_error().is_some_and(|number| is(Errno::from_raw(number)))
 }
 
 #[cfg(test)]
