@@ -24,6 +24,12 @@ pub const SERVING: &str = "/run/containerd-shim-systemd-v1.serving";
 /// sandbox's unit, empty everywhere else.
 pub const SANDBOX_ROOT: &str = "/run/containerd-shim-systemd-v1.sandbox";
 
+/// The cgroup in which OCI runtimes work. It is beside that of the daemon.
+pub const RUNTIME_CGROUP: &str = "containerd-shim-runtime";
+
+/// The cgroup in [`RUNTIME_CGROUP`] with the cgroups of the OCI runtime's commands that the daemon runs.
+pub const COMMANDS_CGROUP: &str = "commands";
+
 /// How long a sandbox may take to end at SIGTERM, if its client names no time.
 pub const SANDBOX_STOP_LIMIT: Duration = Duration::from_secs(2);
 

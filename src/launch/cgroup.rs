@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use crate::cgroup;
+use crate::config::{COMMANDS_CGROUP, RUNTIME_CGROUP};
 use crate::id::UnitName;
 use crate::task::request::Runtime;
 
@@ -40,7 +41,7 @@ fn of_task(runtime: &Runtime, unit: &UnitName) -> Result<PathBuf, cgroup::Error>
 /// # Errors
 /// The daemon's own cgroup can't be read.
 pub fn of_commands() -> Result<PathBuf, cgroup::Error> {
-    Ok(all()?.join("commands"))
+    Ok(all()?.join(COMMANDS_CGROUP))
 }
 
 /// The cgroup of the processes that keep the descriptors of ended daemons open.
@@ -60,7 +61,7 @@ fn all() -> Result<PathBuf, cgroup::Error> {
 /// The cgroup that contains the cgroups of all runtime commands. It is found from the cgroup of this process, which is the
 /// daemon or runs in a unit of the shim.
 pub fn beside(daemon: &Path) -> PathBuf {
-    daemon.parent().unwrap_or(daemon).join("containerd-shim-runtime")
+    daemon.parent().unwrap_or(daemon).join(RUNTIME_CGROUP)
 }
 
 /// Kills all processes that start the process of a unit: `launch`, the OCI runtime and their children, but not the process.

@@ -251,9 +251,10 @@ fn is_passing(error: &io::Error) -> bool {
     [sys::child::LOCK_IS_HELD, Errno::ENODEV].iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
 }
 
-/// True for the cgroup of one command (`launch::cgroup::of_commands`).
+/// True for the cgroup of one command.
 fn is_of_one_command(cgroup: &Path) -> bool {
-    cgroup.parent().is_some_and(|parent| parent.ends_with("containerd-shim-runtime/commands"))
+    let all = Path::new(config::RUNTIME_CGROUP).join(config::COMMANDS_CGROUP);
+    cgroup.parent().is_some_and(|parent| parent.ends_with(all))
 }
 
 impl Cli<'_> {

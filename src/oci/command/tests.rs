@@ -188,3 +188,12 @@ async fn a_command_runs_with_the_oom_score_of_an_ordinary_process() {
     CommandLine::default().start(&cli).await.unwrap();
     assert_eq!(fs::read_to_string(dir.path().join("score")).unwrap(), "0\n");
 }
+
+#[test]
+fn the_cgroup_of_a_command_is_recognised() {
+    let all = crate::launch::cgroup::of_commands().unwrap();
+    assert!(is_of_one_command(&all.join("default+web+1.0")));
+    for other in [all.clone(), all.join("default+web+1.0/below"), "/commands/default+web+1.0".into()] {
+        assert!(!is_of_one_command(&other), "{other:?}");
+    }
+}
