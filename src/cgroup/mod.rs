@@ -6,6 +6,7 @@ pub mod cgroups_path;
 pub mod format;
 pub mod limits;
 pub mod processes;
+mod removal;
 pub mod stats;
 pub mod watch;
 
@@ -26,6 +27,7 @@ use crate::path_error::{PathError, io_error};
 use crate::sys::poll;
 
 pub use processes::processes;
+pub use removal::{kill, kill_blocking, remove, remove_blocking};
 
 /// The cgroup v2 hierarchy.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -117,18 +119,6 @@ const MAX_DEPTH: u32 = 64;
 /// The directory of a cgroup given by its path below [`ROOT`].
 pub fn dir(cgroup: &Path) -> PathBuf {
     root().join(cgroup.strip_prefix("/").unwrap_or(cgroup))
-}
-
-/// Kills every process in a cgroup and below it, including concurrent forks. Does nothing if the cgroup does not exist.
-///
-/// # Errors
-/// The kernel refused.
-pub fn kill(cgroup: &Path) -> Result<(), Error> {
-    let path = dir(cgroup).join("cgroup.kill");
-    match fs::write(&path, "1") {
-        Err(e) if is_gone(&e) => Ok(()),
-        result => Ok(result.map_err(io_error("write", &path))?),
-    }
 }
 
 /// Freezes or thaws every process in a cgroup and below it. Does nothing if the cgroup does not exist.
@@ -268,19 +258,6 @@ pub fn children(cgroup: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir(cgroup)).into_iter().flatten().flatten();
     let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|found| found.is_dir()));
     dirs.map(|entry| cgroup.join(entry.file_name())).collect()
-}
-
-/// Removes a cgroup. Returns false if it has processes or other cgroups below it.
-///
-/// # Errors
-/// The kernel refused for another reason.
-pub fn remove(cgroup: &Path) -> Result<bool, Error> {
-    let dir = dir(cgroup);
-    match fs::remove_dir(&dir) {
-        Err(e) if e.kind() == io::ErrorKind::ResourceBusy => Ok(false),
-        Err(e) if is_gone(&e) => Ok(true),
-        result => Ok(result.map(|()| true).map_err(io_error("remove", &dir))?),
-    }
 }
 
 /// Prepares the kernel for moves of processes into cgroups.

@@ -188,7 +188,7 @@ fn give_up(store: &Store, task: &Task) -> Result<(), store::Error> {
 fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     let mut troubles = Troubles::default();
     if let Some(cgroup) = task.cgroup() {
-        troubles.add(cgroup::kill(cgroup));
+        troubles.add(cgroup::kill_blocking(cgroup));
     }
     let dir = store.dir(&task.key);
     let execs = task.execs.values().flat_map(|exec| std::iter::once(&exec.unit).chain(&exec.logger));

@@ -63,6 +63,8 @@ const MAX_BLOCKING_THREADS: usize = 64;
 const MAX_DATA: u64 = 2 << 30;
 /// After this time, everything that recovery began is done. A later crash is not attributed to a record.
 const RECOVERED: Duration = Duration::from_secs(60);
+/// How long the removal of empty cgroups may delay the end of the daemon.
+const SWEEP_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) fn run() -> Result<(), Failure> {
     telemetry::init();
@@ -194,7 +196,8 @@ async fn serve(
     // systemd starts no unit while the machine shuts down.
     let is_last = waking.serve_last_calls().await;
     waking.prepare(systemd.has_fd_store_preserve() && !is_last).await;
-    launch::cgroup::sweep();
+    // They stay until the next daemon stops if the kernel needs longer.
+    let _ = tokio::time::timeout(SWEEP_LIMIT, shim.remove_empty_cgroups()).await;
     Ok(())
 }
 

@@ -5,10 +5,8 @@
 //! runtime outlives the daemon, and the daemon can kill all its processes. The unit's own cgroup stays empty, because
 //! controllers can be enabled only in an empty cgroup.
 
-use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use crate::cgroup;
 use crate::config::{COMMANDS_CGROUP, RUNTIME_CGROUP};
@@ -65,56 +63,40 @@ pub fn beside(daemon: &Path) -> PathBuf {
 }
 
 /// Kills all processes that start the process of a unit: `launch`, the OCI runtime and their children, but not the process.
-pub fn kill(runtime: &Runtime, unit: &UnitName) {
-    if let Err(error) = of_task(runtime, unit).and_then(|cgroup| cgroup::kill(&cgroup)) {
+pub async fn kill(runtime: &Runtime, unit: &UnitName) {
+    let killed = async { cgroup::kill(&of_task(runtime, unit)?).await };
+    if let Err(error) = killed.await {
         tracing::warn!(%unit, %error, "{unit}: can't kill the processes that start its process: {error}");
     }
 }
 
-/// Removes the cgroup in which the process of a unit was started, unless a process that a hook started still runs in it.
-pub fn remove(runtime: &Runtime, unit: &UnitName) {
-    match of_task(runtime, unit).and_then(|cgroup| cgroup::remove(&cgroup)) {
-        Ok(true) => {}
+/// Removes the cgroup in which the process of a unit was started, unless a process that a hook started still runs in it. Returns such
+/// a cgroup if it is in a ShimCgroup, where [`sweep_blocking`] does not look.
+pub async fn remove(runtime: &Runtime, unit: &UnitName) -> Option<PathBuf> {
+    let removed = async { cgroup::remove(&of_task(runtime, unit)?).await };
+    match removed.await {
+        Ok(true) => None,
         Ok(false) => {
-            if let Some(shim_cgroup) = &runtime.cgroup {
-                remove_later(shim_cgroup.join(unit.as_str()));
-            }
             tracing::debug!(%unit, "{unit}: a process that a hook or a mount helper started still runs");
+            runtime.cgroup.as_ref().map(|shim_cgroup| shim_cgroup.join(unit.as_str()))
         }
         Err(error) => {
             tracing::warn!(%unit, %error, "{unit}: can't remove the cgroup in which its process was started: {error}");
+            None
         }
     }
 }
 
-/// Cgroups in ShimCgroups that had processes when they were to be removed.
-static LEFT: Mutex<VecDeque<PathBuf>> = Mutex::new(VecDeque::new());
-
-/// The largest number of cgroups in [`LEFT`]. If there are more, the oldest are left to their owner.
-const MOST_LEFT: usize = 1024;
-
-/// Lets [`sweep`] remove a cgroup, once it has no processes.
-fn remove_later(cgroup: PathBuf) {
-    let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
-    if left.len() == MOST_LEFT {
-        left.pop_front();
-    }
-    left.push_back(cgroup);
-}
-
-/// Removes the cgroups without processes. They are created again when they are needed.
-pub fn sweep() {
-    // A cgroup that can't be removed for another reason is left to its owner.
-    let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
-    left.retain(|cgroup| matches!(cgroup::remove(cgroup), Ok(false)));
-    drop(left);
+/// Removes the cgroups without processes in the daemon's slice. They are created again when they are needed. Must not run on the
+/// async runtime.
+pub fn sweep_blocking() {
     let Ok(all) = all() else {
         return;
     };
     let commands = of_commands().map(|cgroup| cgroup::children(&cgroup)).unwrap_or_default();
     for cgroup in commands.into_iter().chain(cgroup::children(&all)).chain([all]) {
         // Fails for a cgroup that is in use.
-        let _ = cgroup::remove(&cgroup);
+        let _ = cgroup::remove_blocking(&cgroup);
     }
 }
 

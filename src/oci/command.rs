@@ -69,7 +69,7 @@ impl OciRuntime for CommandLine {
         if matches!(deleted, Err(Error::Killed { .. })) {
             deleted = self.run(cli, "delete", &command).await;
         }
-        self.remove_cgroups(cli);
+        self.remove_cgroups(cli).await;
         deleted
     }
 
@@ -79,7 +79,7 @@ impl OciRuntime for CommandLine {
         if cli.lock().exists() && !matches!(timeout(ORPHAN_LIMIT, cli.settled("delete")).await, Ok(Ok(()))) {
             return;
         }
-        self.remove_cgroups(cli);
+        self.remove_cgroups(cli).await;
     }
 
     async fn launch(
@@ -112,12 +112,14 @@ impl CommandLine {
     }
 
     /// Removes the cgroups of commands during which an earlier daemon has ended.
-    fn remove_cgroups(&self, cli: &Cli<'_>) {
+    async fn remove_cgroups(&self, cli: &Cli<'_>) {
         let (all, prefix) = (self.cgroup.as_deref().map(cgroup::children).unwrap_or_default(), prefix(cli));
         let is_own = |cgroup: &PathBuf| {
             cgroup.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
         };
-        all.into_iter().filter(is_own).for_each(remove_cgroup);
+        for cgroup in all.iter().filter(|cgroup| is_own(cgroup)) {
+            remove_cgroup(cgroup).await;
+        }
     }
 
     /// Runs a command while no other command of this container runs. If the future is dropped, the command is killed with
@@ -165,13 +167,13 @@ impl CommandLine {
             }
         };
         let status = ended.map_err(late)?.map_err(failed)?;
-        // Somebody else has killed the command.
-        if status.signal().is_some()
-            && let Some(cgroup) = &cgroup
-        {
-            kill_cgroup(cgroup);
+        if let Some(cgroup) = &cgroup {
+            // Somebody else has killed the command.
+            if status.signal().is_some() {
+                log_kill(cgroup::kill(cgroup).await);
+            }
+            remove_cgroup(cgroup).await;
         }
-        cgroup.into_iter().for_each(remove_cgroup);
         if status.success() {
             return Ok(());
         }
@@ -226,15 +228,15 @@ async fn waits_for_orphan(pid: u32, cgroup: Option<&Path>) {
     }
 }
 
-fn kill_cgroup(cgroup: &Path) {
-    if let Err(error) = cgroup::kill(cgroup) {
+fn log_kill(killed: Result<(), cgroup::Error>) {
+    if let Err(error) = killed {
         tracing::warn!(%error, "can't kill the processes that a command of the OCI runtime has left behind: {error}");
     }
 }
 
 /// Removes the cgroup of a command that has ended, unless a process that a hook left behind runs in it.
-fn remove_cgroup(cgroup: PathBuf) {
-    if let Err(error) = cgroup::remove(&cgroup) {
+async fn remove_cgroup(cgroup: &Path) {
+    if let Err(error) = cgroup::remove(cgroup).await {
         tracing::warn!(%error, "can't remove the cgroup of a command of the OCI runtime: {error}");
     }
 }
@@ -291,7 +293,7 @@ impl Cli<'_> {
         }
         // A command of an earlier version has no cgroup of its own.
         if let Some(cgroup) = cgroup::of_process(holder.pid).ok().filter(|cgroup| is_of_one_command(cgroup)) {
-            kill_cgroup(&cgroup);
+            log_kill(cgroup::kill(&cgroup).await);
         }
         // The search takes as long as the machine has processes. The pid is not reused meanwhile: the command holds the lock
         // until it ends, and its parent reaps it.
@@ -390,21 +392,25 @@ impl Drop for Running {
         let Some(mut child) = self.child.take() else {
             return;
         };
-        let cgroup = self.cgroup.take();
-        if let Some(cgroup) = &cgroup {
-            kill_cgroup(cgroup);
-        }
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
-            return sys::tree::kill(child.id());
+        // A thread that may wait does this: the kernel may hold a lock, and the search takes as long as the machine has processes.
+        // The pid can't be reused before the process is reaped.
+        let (pid, cgroup) = (child.id(), self.cgroup.take());
+        let to_kill = cgroup.clone();
+        let kill = move || {
+            to_kill.into_iter().for_each(|cgroup| log_kill(cgroup::kill_blocking(&cgroup)));
+            sys::tree::kill(pid);
         };
-        // The search takes as long as the machine has processes. The pid can't be reused before the process is reaped.
-        let pid = child.id();
-        let killed = runtime.spawn_blocking(move || sys::tree::kill(pid));
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return kill();
+        };
+        let killed = runtime.spawn_blocking(kill);
         runtime.spawn(async move {
             // Fails only while the runtime ends.
             let _ = killed.await;
             drop(child.wait().await);
-            cgroup.into_iter().for_each(remove_cgroup);
+            if let Some(cgroup) = cgroup {
+                remove_cgroup(&cgroup).await;
+            }
         });
     }
 }

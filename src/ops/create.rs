@@ -211,7 +211,7 @@ impl Shim {
     ) -> Result<u32, Error> {
         fault::point(Point::CreateUp);
         // The cgroup stays if a hook has left processes in it.
-        launch::cgroup::remove(&task.runtime, task.unit());
+        self.launcher.remove_cgroup(&task.runtime, task.unit()).await;
         let Some(pid) = read_pid(&dir.join(PID_FILE)) else {
             // systemd calls a start that a condition prevents a success.
             return Err(self.launch_failure(entry, task, dir).await);

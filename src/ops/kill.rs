@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::id::ProcessKey;
-use crate::services::{Delivery, Entry, Error, Process, Tasks, WaitsFor, blocking, waiting_in_any_thread};
+use crate::services::{Delivery, Entry, Error, Process, Tasks, WaitsFor, waiting_in_any_thread};
 use crate::sys;
 use crate::task::Task;
 use crate::task::phase::Phase;
@@ -132,7 +132,7 @@ async fn kill_all(task: &Task, signal: u32) -> Result<(), Error> {
         return Ok(());
     };
     if signal == SIGKILL {
-        return Ok(blocking(move || cgroup::kill(&cgroup)).await??);
+        return Ok(cgroup::kill(&cgroup).await?);
     }
     let walked = task.clone();
     let walk = move || signal_each(&walked, &cgroup, signal);

@@ -113,6 +113,7 @@ impl Shim {
             oci: oci.clone(),
             files: files.clone(),
             runtime_files: runtime_files.clone(),
+            launcher: launcher.clone(),
         });
         let cgroups = Arc::new(Cgroups::new(tasks.clone(), manager.clone(), cgroups, later.clone()));
         let units =
@@ -143,5 +144,10 @@ impl Shim {
     /// Never returns.
     pub async fn forget_idle_runtimes(self: Arc<Self>) {
         self.launcher.forget_idle().await;
+    }
+
+    /// Removes the cgroups of OCI runtimes that have no processes.
+    pub async fn remove_empty_cgroups(&self) {
+        self.launcher.remove_empty_cgroups().await;
     }
 }

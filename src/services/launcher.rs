@@ -1,6 +1,6 @@
 //! How units run this program: the daemon's side of `launch`, with what it keeps for it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,15 +8,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::cgroup;
-use crate::id::ProcessKey;
+use crate::id::{ProcessKey, UnitName};
 use crate::launch::contract::Kind;
 use crate::launch::{self, command};
 use crate::oci::options;
 use crate::oci::sealed::{self, Copies};
 use crate::task::Task;
+use crate::task::request::Runtime;
 
 use super::files::ClientFiles;
-use super::{Error, WaitsFor, waiting};
+use super::{Error, WaitsFor, blocking, waiting};
 
 /// How units run this program.
 pub struct Launcher {
@@ -26,6 +27,8 @@ pub struct Launcher {
     warming: Arc<AtomicBool>,
     /// The search paths in which a usable criu was found, and its file.
     criu: Mutex<HashMap<String, Version>>,
+    /// Cgroups in ShimCgroups that had processes when they were to be removed.
+    left: Mutex<VecDeque<PathBuf>>,
 }
 
 /// A program: its device, inode, and change time.
@@ -34,13 +37,17 @@ type Version = (u64, u64, i64);
 /// How often the daemon looks for unused copies and for empty cgroups.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
+/// The largest number of cgroups in ShimCgroups that are remembered. If there are more, some are left to their owner.
+const MOST_LEFT: usize = 1024;
+
 /// The most search paths that are remembered. Each containerd has one.
 const MOST_PATHS: usize = 64;
 
 impl Launcher {
     /// A launcher of this program.
     pub(crate) fn new(program: PathBuf) -> Self {
-        Self { program, copies: Arc::default(), warming: Arc::default(), criu: Mutex::default() }
+        let (copies, warming) = (Arc::default(), Arc::default());
+        Self { program, copies, warming, criu: Mutex::default(), left: Mutex::default() }
     }
 
     /// The command line of a unit that starts a process.
@@ -128,8 +135,42 @@ impl Launcher {
         loop {
             ticks.tick().await;
             self.copies.sweep();
-            launch::cgroup::sweep();
+            self.remove_empty_cgroups().await;
         }
+    }
+
+    /// Removes the cgroup in which the process of a unit was started, once no process that a hook started runs in it.
+    pub(crate) async fn remove_cgroup(&self, runtime: &Runtime, unit: &UnitName) {
+        if let Some(left) = launch::cgroup::remove(runtime, unit).await {
+            self.leave([left]);
+        }
+    }
+
+    /// Removes the cgroups of OCI runtimes that have no processes. Has no time limit: the next try would wait for the same lock of
+    /// the kernel.
+    pub(crate) async fn remove_empty_cgroups(&self) {
+        // The lock is not held meanwhile: threads of the async runtime need it.
+        let mut left = std::mem::take(&mut *self.left());
+        let swept = blocking(move || {
+            // A cgroup that can't be removed for another reason is left to its owner.
+            left.retain(|cgroup| matches!(cgroup::remove_blocking(cgroup), Ok(false)));
+            launch::cgroup::sweep_blocking();
+            left
+        });
+        // Fails only while the daemon stops.
+        self.leave(swept.await.unwrap_or_default());
+    }
+
+    fn leave(&self, cgroups: impl IntoIterator<Item = PathBuf>) {
+        let mut left = self.left();
+        left.extend(cgroups);
+        while left.len() > MOST_LEFT {
+            left.pop_front();
+        }
+    }
+
+    fn left(&self) -> MutexGuard<'_, VecDeque<PathBuf>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

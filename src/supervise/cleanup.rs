@@ -14,6 +14,7 @@ use crate::oci::mount_options;
 use crate::oci::runtime::OciRuntime;
 use crate::services::changes::Noted;
 use crate::services::files::ClientFiles;
+use crate::services::launcher::Launcher;
 use crate::services::live::UnitStop;
 use crate::services::process::{lives_in, read_pid};
 use crate::services::runtime_files::RuntimeFiles;
@@ -44,6 +45,8 @@ pub struct Cleanup {
     pub(crate) files: ClientFiles,
     /// Runs work on the files of OCI runtimes.
     pub(crate) runtime_files: RuntimeFiles,
+    /// Removes the cgroups in which processes were started.
+    pub(crate) launcher: Arc<Launcher>,
 }
 
 impl Cleanup {
@@ -73,9 +76,9 @@ impl Cleanup {
         let mut troubles = self.removal(task, &dir).of_task(others).await;
         troubles.join(in_execs);
         if task.request.rootfs.iter().any(mount_options::leaves_a_daemon) {
-            launch::cgroup::kill(&task.runtime, task.unit());
+            launch::cgroup::kill(&task.runtime, task.unit()).await;
         }
-        launch::cgroup::remove(&task.runtime, task.unit());
+        self.launcher.remove_cgroup(&task.runtime, task.unit()).await;
         self.fds.forget_all(task.init.wiring.store_number);
         troubles
     }
@@ -164,7 +167,7 @@ impl Cleanup {
         if !stopped || search_path::has_transient_file(&process.unit) {
             troubles.join(remove_unit(&*self.manager, &process.unit, Stop::Awaited).await);
         }
-        remove_runtime_of_exec(entry, process, false);
+        self.remove_runtime_of_exec(entry, process, false).await;
         troubles
     }
 
@@ -173,10 +176,10 @@ impl Cleanup {
     pub(crate) async fn roll_back_create(self: &Arc<Self>, entry: &Arc<Entry>) {
         let task = entry.task().clone();
         // The OCI runtime, its hooks and its mounts may hang. None of them is in the cgroup of the unit.
-        launch::cgroup::kill(&task.runtime, task.unit());
+        launch::cgroup::kill(&task.runtime, task.unit()).await;
         let mut troubles = self.remove_container(&task, entry).await;
         // `launch` may have moved there in the meantime.
-        launch::cgroup::kill(&task.runtime, task.unit());
+        launch::cgroup::kill(&task.runtime, task.unit()).await;
         if troubles.is_empty() {
             troubles.add(self.tasks.note_rolled_back(entry));
         }
@@ -277,7 +280,7 @@ impl Cleanup {
                 failed(Error::NotRemoved { process: process.key.to_string(), reason: left.text() });
             }
         }
-        remove_runtime_of_exec(entry, process, true);
+        self.remove_runtime_of_exec(entry, process, true).await;
         cancel_pumps(process).await;
         self.streams.close_input(entry, process);
         stored_number(entry, process).into_iter().for_each(|number| self.fds.forget_all(number));
@@ -292,13 +295,13 @@ impl Cleanup {
         let task = entry.task().clone();
         let dir = self.store.dir(&task.key);
         // The OCI runtime and criu may hang. Neither is in the cgroup of the unit.
-        launch::cgroup::kill(&task.runtime, task.unit());
+        launch::cgroup::kill(&task.runtime, task.unit()).await;
         let removal = self.removal(&task, &dir);
         let mut troubles = removal.of_init(std::future::ready(Vec::new())).await;
         troubles.join(removal.of_logger().await);
         // `launch` may have moved there in the meantime.
-        launch::cgroup::kill(&task.runtime, task.unit());
-        launch::cgroup::remove(&task.runtime, task.unit());
+        launch::cgroup::kill(&task.runtime, task.unit()).await;
+        self.launcher.remove_cgroup(&task.runtime, task.unit()).await;
         {
             let mut live = entry.init.live();
             (live.cgroup.watched, live.listening, live.process) = (None, None, None);
@@ -313,6 +316,19 @@ impl Cleanup {
             let text = troubles.text();
             tracing::error!(task = %task.key, "task {}: its failed restore could not be rolled back completely: {text}", task.key);
         }
+    }
+
+    /// Removes the cgroup in the ShimCgroup in which the OCI runtime started an exec. Without a ShimCgroup, the runtime works in
+    /// the cgroup of the unit. `kills`: the runtime may hang.
+    async fn remove_runtime_of_exec(&self, entry: &Entry, process: &Process, kills: bool) {
+        let runtime = entry.task().runtime.clone();
+        if runtime.cgroup.is_none() {
+            return;
+        }
+        if kills {
+            launch::cgroup::kill(&runtime, &process.unit).await;
+        }
+        self.launcher.remove_cgroup(&runtime, &process.unit).await;
     }
 
     /// Removes the files in the directory of an exec, except its record and the file named `kept`.
@@ -330,19 +346,6 @@ fn begin_removal(process: &Process) -> Option<UnitStop> {
     let mut live = process.live();
     live.is_deleted = true;
     live.unit_stop.take()
-}
-
-/// Removes the cgroup in the ShimCgroup in which the OCI runtime started an exec. Without a ShimCgroup, the runtime works in the
-/// cgroup of the unit. `kills`: the runtime may hang.
-fn remove_runtime_of_exec(entry: &Entry, process: &Process, kills: bool) {
-    let runtime = Some(&entry.task().runtime).filter(|runtime| runtime.cgroup.is_some()).cloned();
-    let Some(runtime) = runtime else {
-        return;
-    };
-    if kills {
-        launch::cgroup::kill(&runtime, &process.unit);
-    }
-    launch::cgroup::remove(&runtime, &process.unit);
 }
 
 /// Kills the process that the OCI runtime created before the start failed.

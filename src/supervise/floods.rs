@@ -100,8 +100,8 @@ async fn end_floods(tasks: &Tasks) {
         }
         let key = &entry.key;
         tracing::error!(task = %key, number, "task {key}: its processes are killed: at least {number} of them became children of systemd within {} s, and systemd answered nobody", LOOK.as_secs());
-        if !matches!(blocking(move || cgroup::kill(&cgroup)).await, Ok(Ok(()))) {
-            tracing::error!(task = %key, "task {key}: its processes can't be killed");
+        if let Err(error) = cgroup::kill(&cgroup).await {
+            tracing::error!(task = %key, %error, "task {key}: can't kill its processes: {error}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::fault::{self, Point};
 use crate::id::UnitName;
 use crate::services::process::{has_ended, hold};
 use crate::services::streams::Streams;
-use crate::services::{Entry, Process, Tasks, blocking};
+use crate::services::{Entry, Process, Tasks};
 use crate::sys;
 use crate::task::lifecycle::{Event, Exit, ObservedExit};
 use crate::task::phase::Phase;
@@ -287,7 +287,7 @@ impl Units {
                 this.cgroups.ask_for_oom_kills(&entry).await;
             }
             if let Some(cgroup) = left_behind {
-                kill_left_behind(&entry, cgroup).await;
+                kill_left_behind(&entry, &cgroup).await;
             }
             this.note_end_of_init(&entry, seen);
         });
@@ -372,11 +372,9 @@ impl Units {
 
 /// Kills the processes that init left behind, before its end is reported. Gives up after a limit: the end is reported in
 /// any case.
-async fn kill_left_behind(entry: &Entry, cgroup: PathBuf) {
-    let killed = blocking(move || cgroup::kill(&cgroup));
-    let reason = match tokio::time::timeout(LEFT_BEHIND_LIMIT, killed).await {
-        Ok(Ok(Ok(()))) => return,
-        Ok(Ok(Err(error))) => error.to_string(),
+async fn kill_left_behind(entry: &Entry, cgroup: &Path) {
+    let reason = match tokio::time::timeout(LEFT_BEHIND_LIMIT, cgroup::kill(cgroup)).await {
+        Ok(Ok(())) => return,
         Ok(Err(error)) => error.to_string(),
         Err(_) => format!("not done within {} s", LEFT_BEHIND_LIMIT.as_secs()),
     };
