@@ -15,8 +15,8 @@ use super::pipes::DOORBELL;
 /// The file can't be written.
 pub fn write(dir: &Path, outcome: &Outcome) -> Result<(), store::Error> {
     let path = dir.join(OUTCOME);
-    let text = serde_json::to_vec(outcome)
-        .map_err(|source| store::Error::Malformed { path: path.clone(), source })?;
+    let text =
+        serde_json::to_vec(outcome).map_err(|source| store::Error::NotJson { path: path.clone(), source })?;
     files::replace(&path, &path.with_extension("json.new"), &text)?;
     // Fails if the daemon does not run. The next daemon finds the file.
     let _ = OpenOptions::new().write(true).custom_flags(nix::libc::O_NONBLOCK).open(dir.join(DOORBELL));

@@ -226,9 +226,7 @@ impl Shim {
     }
 
     fn write_begun(&self, key: &TaskKey, begun: &CheckpointNote) -> Result<(), Error> {
-        let text = serde_json::to_vec(begun).map_err(crate::oci::resources::Error::Malformed)?;
-        self.store.write_scratch(key, CHECKPOINT, &text)?;
-        Ok(())
+        Ok(self.store.write_note(key, CHECKPOINT, begun)?)
     }
 
     /// Checks that criu can be used. A criu that could be used is not checked again.

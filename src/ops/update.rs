@@ -80,8 +80,7 @@ impl Shim {
             return Ok(before);
         }
         let before = read(cgroup).await?;
-        let text = serde_json::to_vec(&before).map_err(oci::resources::Error::Malformed)?;
-        self.store.write_scratch(key, BEFORE, &text)?;
+        self.store.write_note(key, BEFORE, &before)?;
         Ok(before)
     }
 }

@@ -80,7 +80,7 @@ impl DeleteReplies {
             Line { seq: *next, process: process.to_string(), owner: process.task.owner.clone(), deleted };
         let path = Path::new(FILE);
         let mut text =
-            serde_json::to_vec(&line).map_err(|source| Error::Malformed { path: path.to_owned(), source })?;
+            serde_json::to_vec(&line).map_err(|source| Error::NotJson { path: path.to_owned(), source })?;
         text.resize(PLACE, b'\n');
         let at = (*next % PLACES) * PLACE as u64;
         self.file.write_all_at(&text, at).map_err(io_error("write", path))?;

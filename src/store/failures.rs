@@ -125,10 +125,10 @@ impl Failures {
             let line = Line { seq, process: key.0.clone(), owner: key.1.clone(), attempt, failure };
             serde_json::to_vec(&line).map(|text| (line, text))
         };
-        let malformed = |source| Error::Malformed { path: FILE.into(), source };
-        let (mut line, mut bytes) = encoded(TEXT).map_err(malformed)?;
+        let not_json = |source| Error::NotJson { path: FILE.into(), source };
+        let (mut line, mut bytes) = encoded(TEXT).map_err(not_json)?;
         if bytes.len() > PLACE {
-            (line, bytes) = encoded(ESCAPED_TEXT).map_err(malformed)?;
+            (line, bytes) = encoded(ESCAPED_TEXT).map_err(not_json)?;
         }
         self.write(seq, bytes)?;
         state.next += 1;

@@ -67,6 +67,14 @@ pub enum Error {
         #[source]
         source: serde_json::Error,
     },
+    /// Something can't be written to a file, because JSON has no form for it.
+    #[error("{path} can't be written: {source}")]
+    NotJson {
+        /// The file.
+        path: PathBuf,
+        #[source]
+        source: serde_json::Error,
+    },
     /// The file belongs to a newer version of this program.
     #[error(
         "record {path} has version {found}, this program reads up to {VERSION}; the file is left unchanged"

@@ -238,7 +238,7 @@ pub(super) fn read_task(path: &Path) -> Result<Option<Found>, Error> {
 
 fn text(path: &Path, content: &impl Serialize, cause: Cause) -> Result<Vec<u8>, Error> {
     let text =
-        serde_json::to_vec(content).map_err(|source| Error::Malformed { path: path.to_owned(), source })?;
+        serde_json::to_vec(content).map_err(|source| Error::NotJson { path: path.to_owned(), source })?;
     if text.len() > cause.limit() {
         return Err(Error::TooLarge { path: path.to_owned(), limit: cause.limit() });
     }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::id::TaskKey;
@@ -21,6 +22,16 @@ impl Store {
         let path = self.dir(key).join(name);
         replace(&path, &path.with_extension("new"), content)?;
         Ok(path)
+    }
+
+    /// As [`Self::write_scratch`], for a note in JSON, which [`Self::read_scratch`] reads.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::NotJson`]
+    pub fn write_note(&self, key: &TaskKey, name: &str, note: &impl Serialize) -> Result<(), Error> {
+        let not_json = |source| Error::NotJson { path: self.dir(key).join(name), source };
+        let text = serde_json::to_vec(note).map_err(not_json)?;
+        self.write_scratch(key, name, &text).map(drop)
     }
 
     /// Reads a JSON file in the task's directory. `None` if it does not exist.
