@@ -17,7 +17,7 @@ use crate::oci::command::CommandLine;
 use crate::oci::{containerd, mount};
 use crate::services::files::ClientFiles;
 use crate::services::runtime_files::RuntimeFiles;
-use crate::store::{self, Found, Store};
+use crate::store::{self, Cause, Found, Store};
 use crate::supervise::removal::{Removal, Stop, Troubles};
 use crate::sys;
 use crate::task::Task;
@@ -180,7 +180,7 @@ fn is_given_up(store: &Store, key: &TaskKey) -> bool {
 fn give_up(store: &Store, task: &Task) -> Result<(), store::Error> {
     let mut task = task.clone();
     task.give_up();
-    store.save_whole(&task)
+    store.save_whole(&task, Cause::Observation)
 }
 
 /// The same steps as in the daemon, but without waiting for the end of units, which would need a subscription. If a step

@@ -10,8 +10,8 @@ use crate::launch::contract::Outcome;
 use crate::launch::report;
 use crate::oci::bundle::{self, Edits, Spec};
 use crate::oci::containerd;
-use crate::store::Store;
 use crate::store::delete_replies::{DeleteReplies, Deleted};
+use crate::store::{Cause, Store};
 use crate::suspect::Crashes;
 use crate::task::Task;
 use crate::task::lifecycle::Exit;
@@ -188,7 +188,7 @@ fn task(root: &Path, content: &[u8]) {
     let _ = store.load_with(&key, None);
     let Ok(Some(found)) = store.load(&key) else { return };
     // A record in the directory of another task is not written there again.
-    if found.task.key == key && store.save_whole(&found.task).is_ok() {
+    if found.task.key == key && store.save_whole(&found.task, Cause::Observation).is_ok() {
         let again = store.load(&key).unwrap_or_else(|error| panic!("{error}"));
         let again = again.unwrap_or_else(|| panic!("the record is gone"));
         assert!(again.is_current);
@@ -206,7 +206,7 @@ fn exec(root: &Path, content: &[u8]) {
     write(&store.exec_dir(&key, &exec).join("record.json"), content);
     let found = store.load(&key).unwrap_or_else(|error| panic!("a broken exec hides its task: {error}"));
     let found = found.unwrap_or_else(|| panic!("a broken exec hides its task"));
-    if store.save_whole(&found.task).is_ok() {
+    if store.save_whole(&found.task, Cause::Observation).is_ok() {
         let again = store.load(&key).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(again.map(|found| found.task), Some(found.task));
     }

@@ -202,7 +202,7 @@ impl Tasks {
             (live.disk.stored.clone(), live.disk.is_unwritten)
         };
         match stored {
-            Stored::Record if is_unwritten => self.store.save_whole(task),
+            Stored::Record if is_unwritten => self.store.save_whole(task, cause),
             Stored::Record => self.store.save(before, task, cause),
             Stored::Owed(owing) => owing.update(task),
             Stored::OwedInMemory if task.outbox.is_empty() => Ok(()),
@@ -280,5 +280,40 @@ impl Tasks {
         }
         tracing::info!(task = %entry.key, "task {}: its record could be written", entry.key);
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::services::{Delivery, Error};
+    use crate::simulation::harness::{Step, World};
+    use crate::store;
+
+    #[test]
+    fn a_change_that_is_too_large_is_refused_also_if_the_record_is_still_to_be_written() {
+        let world = World::new("too-large");
+        world.take(&[Step::Create], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let (changed, was_unwritten, description) = world
+            .live(move |shim| async move {
+                let (entry, _) = shim.tasks.process(&init).unwrap();
+                let large = || {
+                    shim.tasks.change(&entry, |task| {
+                        task.init.description = "x".repeat(33 << 20);
+                        Ok(Vec::new())
+                    })
+                };
+                let first = large();
+                let was_unwritten = entry.init.live().disk.is_unwritten;
+                let second = large();
+                let found = shim.tasks.store.load(&entry.key).unwrap().unwrap().task;
+                assert_eq!(found.init.description, entry.task().init.description);
+                ([first, second], was_unwritten, found.init.description)
+            })
+            .unwrap();
+        assert!(was_unwritten && description.len() < 1000);
+        for changed in changed {
+            assert!(matches!(changed, Err(Error::Store(store::Error::TooLarge { .. }))), "{changed:?}");
+        }
     }
 }

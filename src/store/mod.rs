@@ -187,7 +187,7 @@ impl Store {
         make_dir(&dir).map_err(io_error("create", &dir))?;
         let file = self.environment(&task.key);
         let written = replace(&file, &file.with_extension("new"), environment);
-        written.and_then(|()| self.save_whole(task)).inspect_err(|_| {
+        written.and_then(|()| self.save_whole(task, Cause::Decision)).inspect_err(|_| {
             // The first error is the one to report.
             let _ = self.remove(&task.key);
         })

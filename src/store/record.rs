@@ -114,31 +114,38 @@ impl Store {
         removed.into_iter().try_for_each(|id| self.remove_exec_dir(&task.key, id))
     }
 
-    /// Writes the whole record of a task, whatever is on disk.
+    /// Writes the whole record of a task, whatever is on disk. The record of an exec that can't be read stays.
     ///
     /// # Errors
     /// As [`Self::save`].
-    pub fn save_whole(&self, task: &Task) -> Result<(), Error> {
+    pub fn save_whole(&self, task: &Task, cause: Cause) -> Result<(), Error> {
         if !task.execs.is_empty() {
             // First everything in one file. The files of execs are ignored until the last step removes the execs from it.
-            self.write_task(task, Cause::Observation)?;
+            self.write_task(task, cause)?;
             for (id, exec) in &task.execs {
                 let dir = self.exec_dir(&task.key, id);
                 make_dir(&dir).map_err(io_error("create", &dir))?;
                 let whole = WritingExec { version: VERSION, exec, owed: Vec::new() };
-                self.write_exec(&task.key, id, &whole, Cause::Observation)?;
+                self.write_exec(&task.key, id, &whole, cause)?;
             }
         }
-        for word in entries(&self.dir(&task.key).join(EXECS))? {
-            // A directory without a record belongs to an exec that is being added.
-            if let Ok(id) = ExecId::new(&word)
-                && !task.execs.contains_key(&id)
-                && !matches!(self.load_exec(&task.key, &id), Ok(None))
-            {
-                self.remove_exec_dir(&task.key, &id)?;
+        let mut unreadable = Vec::new();
+        let words = entries(&self.dir(&task.key).join(EXECS))?;
+        let ids = words.iter().filter_map(|word| ExecId::new(word).ok());
+        for id in ids.filter(|id| !task.execs.contains_key(id)) {
+            match self.load_exec(&task.key, &id) {
+                Ok(Some(_)) => self.remove_exec_dir(&task.key, &id)?,
+                // The exec is being added.
+                Ok(None) => {}
+                // The exec may run, and a later daemon may be able to read its record.
+                Err(error) => unreadable.push(error),
             }
         }
-        self.write_task(&Task { execs: BTreeMap::new(), ..task.clone() }, Cause::Observation)
+        self.write_task(&Task { execs: BTreeMap::new(), ..task.clone() }, cause)?;
+        for error in unreadable {
+            tracing::warn!(task = %task.key, %error, "task {}: the daemon does not manage an exec, and keeps its record: {error}", task.key);
+        }
+        Ok(())
     }
 
     /// Reads a task's record, if it has one.

@@ -124,7 +124,7 @@ fn a_change_costs_the_same_however_many_execs_there_are() {
     }
     let text = fs::read(store.dir(&a.key).join(RECORD)).unwrap();
     assert!(text.len() < 3 * 4096, "{}", text.len());
-    store.save_whole(&a).unwrap();
+    store.save_whole(&a, Cause::Observation).unwrap();
     assert_eq!(load(&store), a);
 }
 
@@ -144,7 +144,7 @@ fn a_record_of_version_1_is_read_and_is_written_in_the_current_version() {
     let found = store.load(&a.key).unwrap().unwrap();
     assert!(!found.is_current);
     assert_eq!(found.task, a);
-    store.save_whole(&a).unwrap();
+    store.save_whole(&a, Cause::Observation).unwrap();
     assert_eq!(load(&store), a);
 }
 
@@ -193,7 +193,7 @@ fn a_change_of_an_exec_that_was_cut_off_is_completed_once_and_in_order() {
             // The daemon ended before it wrote the task.
             fs::write(&record, old).unwrap();
             assert_eq!(store.load(&a.key).unwrap().unwrap().task, a);
-            store.save_whole(&a).unwrap();
+            store.save_whole(&a, Cause::Observation).unwrap();
         }
         assert_eq!(load(&store), a);
     }
@@ -220,7 +220,7 @@ fn a_record_that_changes_takes_no_new_room() {
     let mut a = task("a");
     describe(&mut a, "x".repeat(3 * 4096));
     store.create(&a, b"").unwrap();
-    store.save_whole(&a).unwrap();
+    store.save_whole(&a, Cause::Observation).unwrap();
     let dir = store.dir(&a.key);
     let files = || {
         let mut files: Vec<_> = [RECORD, RECORD_NEW]
@@ -412,4 +412,29 @@ fn foreign_files_hide_no_record() {
     assert_eq!(all.iter().filter(|found| found.is_err()).count(), 5, "{all:?}");
     let seen = store.look().unwrap();
     assert_eq!(seen.iter().filter(|(_, found)| found.is_ok()).count(), 1, "{seen:?}");
+}
+
+#[test]
+fn the_record_of_an_exec_that_cant_be_read_stays_and_hinders_nothing() {
+    let (_scratch, store) = scratch();
+    let mut a = task("a");
+    store.create(&a, b"").unwrap();
+    a = with_exec(&store, &a, "one");
+    let both = with_exec(&store, &a, "two");
+    let id = ExecId::new("two").unwrap();
+    let path = store.exec_dir(&a.key, &id).join(RECORD);
+    let text = fs::read(&path).unwrap();
+    fs::write(&path, "{\"version\":99}").unwrap();
+    let mut found = load(&store);
+    assert_eq!(found.execs, a.execs);
+    store.save_whole(&found, Cause::Observation).unwrap();
+    let before = found.clone();
+    found.apply(None, created(), 5).unwrap();
+    store.save(&before, &found, Cause::Observation).unwrap();
+    assert_eq!(load(&store), found);
+    // The next daemon is of the version that has written it.
+    fs::write(&path, text).unwrap();
+    assert_eq!(load(&store).execs, both.execs);
+    store.remove(&a.key).unwrap();
+    assert!(!store.knows(&a.key).unwrap());
 }
