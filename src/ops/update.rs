@@ -11,7 +11,7 @@ use crate::id::TaskKey;
 use crate::oci::resources::Resources;
 use crate::oci::{self, runtime};
 use crate::services::process::init_is_gone;
-use crate::services::{Delivery, Error, blocking};
+use crate::services::{Delivery, Error, WaitsFor, waiting};
 use crate::supervise::limits::read;
 use crate::task::lifecycle::Refusal;
 use crate::task::limits::{Attribute, Limits};
@@ -61,7 +61,9 @@ impl Shim {
         // The OCI runtime also resets limits that the Update does not name and that an administrator has changed.
         let new = if updated.is_ok() { after.only(&named) } else { Limits::default() };
         let back = before.without(&new).differing_from(&after);
-        blocking(move || files::write(&cgroup, &back)).await??;
+        if !back.is_empty() {
+            waiting(WaitsFor::Limits, key, move || files::write(&cgroup, &back)).await??;
+        }
         let limits = self.cgroups.show_new_limits(&task, &new).await?;
         if task.init.phase.is_paused() {
             let mut live = entry.init.live();
@@ -129,6 +131,27 @@ fn named(resources: &Value) -> Vec<Attribute> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simulation::harness::{Step, World};
+
+    #[test]
+    fn limits_that_are_put_back_wait_for_the_kernel_in_threads_of_their_own() {
+        let world = World::new("put-back");
+        world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+        let key = world.task.clone();
+        let (refused, updated) = world
+            .live(move |shim| async move {
+                let before: Limits = [(Attribute::MemoryMax, "4096".to_owned())].into_iter().collect();
+                shim.store.write_note(&key, BEFORE, &before).unwrap();
+                let turns = WaitsFor::Limits.all_turns(&key).await;
+                let update = || shim.update(&key, b"{}".to_vec(), Delivery::Replayed);
+                let refused = update().await;
+                drop(turns);
+                (refused, update().await)
+            })
+            .unwrap();
+        assert!(matches!(refused, Err(Error::ManyWait { .. })), "{refused:?}");
+        assert!(updated.is_ok(), "{updated:?}");
+    }
 
     #[test]
     fn an_update_names_only_the_fields_of_the_client() {
