@@ -5,10 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::id::{ExecId, Namespace, ProcessKey, TaskKey};
 use crate::oci::criu::Checkpoint;
+use crate::store::failures::Failure;
 use crate::task::lifecycle::Exit;
 use crate::task::request::Runtime;
 
@@ -70,12 +71,32 @@ pub struct CheckpointNote {
     pub request: Checkpoint,
     /// True if the unit was frozen before.
     pub was_paused: bool,
-    /// The reason of a failure, or an empty text after success. `None` while the checkpoint is under way.
-    #[serde(default)]
-    pub outcome: Option<String>,
+    /// The reply to the call. `None` while the checkpoint is under way.
+    #[serde(default, deserialize_with = "outcome_of_checkpoint")]
+    pub outcome: Option<Result<(), Failure>>,
     /// The number of the call. `None` in a note of an earlier version.
     #[serde(default)]
     pub call: Option<u64>,
+}
+
+/// The status code `UNKNOWN` of gRPC.
+const UNKNOWN: i32 = 2;
+
+/// Reads the outcome in a [`CheckpointNote`]. An earlier version has written the reason of a failure, or an empty text after
+/// success.
+fn outcome_of_checkpoint<'d, D: Deserializer<'d>>(note: D) -> Result<Option<Result<(), Failure>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Now(Result<(), Failure>),
+        Earlier(String),
+    }
+    let outcome = |written: Written| match written {
+        Written::Now(outcome) => outcome,
+        Written::Earlier(text) if text.is_empty() => Ok(()),
+        Written::Earlier(text) => Err(Failure { code: UNKNOWN, text }),
+    };
+    Ok(Option::deserialize(note)?.map(outcome))
 }
 
 /// The kind of process that `launch` starts.
@@ -168,6 +189,21 @@ pub fn parse(words: &[&str]) -> Option<(Kind, ProcessKey)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_outcome_of_a_checkpoint_is_read_in_the_forms_of_all_versions() {
+        let note = |outcome: serde_json::Value| {
+            let request = Checkpoint::default();
+            serde_json::json!({ "request": request, "was_paused": false, "outcome": outcome })
+        };
+        let read = |note| serde_json::from_value::<CheckpointNote>(note).unwrap().outcome;
+        let failed = |code, text: &str| Some(Err(Failure { code, text: text.to_owned() }));
+        assert_eq!(read(note("".into())), Some(Ok(())));
+        assert_eq!(read(note("no space".into())), failed(UNKNOWN, "no space"));
+        for outcome in [None, Some(Ok(())), failed(1, "cancelled"), failed(1, "")] {
+            assert_eq!(read(note(serde_json::to_value(&outcome).unwrap())), outcome);
+        }
+    }
 
     #[test]
     fn launch_reads_the_arguments_that_the_daemon_writes() {

@@ -21,6 +21,7 @@ use crate::oci::criu::{self, Checkpoint, Problem};
 use crate::oci::runtime::Cli;
 use crate::services::process::{cancelled, init_is_gone};
 use crate::services::{Delivery, Entry, Error, WaitsFor, blocking};
+use crate::store::failures::Failure;
 use crate::suspect;
 use crate::task::phase::Phase;
 use crate::task::wiring::Output;
@@ -63,7 +64,7 @@ impl Shim {
             // The client may have requested the same before, and got the outcome.
             && call.is_none_or(|call| Some(call) == suspect::request())
         {
-            return concluded(outcome);
+            return outcome.map_err(|Failure { code, text }| Error::Earlier { code, text });
         }
         match &task.init.phase {
             Phase::Running { .. } | Phase::Paused { .. } => {}
@@ -156,7 +157,7 @@ impl Shim {
             }
             taken => taken,
         };
-        let outcome = taken.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        let outcome = taken.as_ref().copied().map_err(|error| self.failure(error));
         let noted = self.write_begun(&task.key, &CheckpointNote { outcome: Some(outcome), ..begun });
         fault::point(Point::CheckpointNoted);
         let cleared = match noted {
@@ -283,10 +284,6 @@ async fn freeze_unit_again(manager: &dyn Systemd, task: &Task) -> Result<(), Err
 /// frozen that cgroup itself.
 fn own_cgroup(task: &Task) -> Option<PathBuf> {
     task.cgroup().filter(|_| matches!(task.placement, Placement::Unit { .. })).map(Path::to_owned)
-}
-
-fn concluded(outcome: String) -> Result<(), Error> {
-    if outcome.is_empty() { Ok(()) } else { Err(Error::Launch(outcome)) }
 }
 
 fn remove_dir(dir: &Path) -> Result<(), Error> {

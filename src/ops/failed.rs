@@ -21,10 +21,15 @@ impl Shim {
         let Some(attempt) = self.attempt(process, dir).await else {
             return;
         };
-        let failure = Failure { code: (self.code)(error), text: error.to_string() };
+        let failure = self.failure(error);
         if let Err(error) = self.failures.note(process, attempt, failure) {
             tracing::warn!(%process, %error, "{process}: if the daemon ends now, the failed operation is begun once more: {error}");
         }
+    }
+
+    /// The reply to an operation that has failed, for a note.
+    pub(super) fn failure(&self, error: &Error) -> Failure {
+        Failure { code: (self.code)(error), text: error.to_string() }
     }
 
     /// Fails if this is the replay of an operation that has failed. `dir`: as for [`Self::note_failure`].

@@ -1,6 +1,9 @@
 //! Tests of calls that an earlier daemon has read: each is carried out once, and gets its own outcome.
 
-use crate::effects::Plan;
+use ttrpc::Code;
+
+use crate::api::status;
+use crate::effects::{Failure, Plan};
 use crate::launch::fake::Launches;
 use crate::services::{Delivery, Error};
 use crate::suspect::Suspect;
@@ -116,4 +119,23 @@ fn a_start_that_succeeds_is_no_failure_because_an_earlier_one_has_failed() {
         }
     }
     unreachable!("the start has no end");
+}
+
+#[test]
+fn the_replay_of_a_checkpoint_that_failed_gets_the_same_status_code() {
+    let world = up("checkpoint-fails", &UP);
+    let fails = |stream, delivery| call(&world, Step::Checkpoint, stream, delivery).unwrap().unwrap_err();
+    world.effects.plan(Plan::Undisturbed);
+    call(&world, Step::Checkpoint, 3, Delivery::First).unwrap().unwrap();
+    let at = world.effects.log().iter().position(|effect| effect == "runtime checkpoint").unwrap();
+    world.effects.plan(Plan::Fail(at, Failure::Timeout));
+    let first = fails(5, Delivery::First);
+    world.effects.plan(Plan::Undisturbed);
+    // The daemon ended before it answered.
+    let replayed = fails(5, Delivery::Replayed);
+    assert_eq!(status::number(&first), Code::DEADLINE_EXCEEDED as i32, "{first}");
+    assert_eq!(
+        (status::number(&replayed), replayed.to_string()),
+        (status::number(&first), first.to_string())
+    );
 }
