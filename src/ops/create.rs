@@ -51,6 +51,15 @@ pub struct CreateTask {
     pub options: options::OptionsSource,
 }
 
+/// Which daemon has begun a Create.
+pub(super) enum Begun {
+    /// This daemon begins it.
+    Now,
+    /// An earlier daemon has begun it, and it has succeeded. With the pid of the init process, or `None` if Start restores the
+    /// process.
+    Earlier(Option<u32>),
+}
+
 impl Shim {
     /// Creates a container whose init process waits for Start. Returns the pid of that process, or `None` if Start restores
     /// the process.
@@ -62,18 +71,43 @@ impl Shim {
         call: CreateTask,
         delivery: Delivery,
     ) -> Result<Option<u32>, Error> {
-        if let (Delivery::Replayed, Some(entry)) = (delivery, self.tasks.registry.get(&call.key)) {
+        match self.begin_create(&call.key, &call.request.bundle, delivery).await? {
+            Begun::Now => self.create_anew(call).await,
+            Begun::Earlier(pid) => Ok(pid),
+        }
+    }
+
+    /// The first step of a Create: finds out whether an earlier daemon's Create has succeeded. Otherwise makes sure that nothing
+    /// has the id.
+    ///
+    /// # Errors
+    /// A task has the id, what is left of one can't be removed, or this is the replay of a Create that has failed.
+    pub(super) async fn begin_create(
+        self: &Arc<Self>,
+        key: &TaskKey,
+        bundle: &Path,
+        delivery: Delivery,
+    ) -> Result<Begun, Error> {
+        if let (Delivery::Replayed, Some(entry)) = (delivery, self.tasks.registry.get(key)) {
             // The earlier daemon's Create may still be running.
             drop(entry.init.verb.lock().await);
             let phase = entry.task().init.phase.clone();
             if !phase.is_creating() {
-                return Ok(phase.pid());
+                return Ok(Begun::Earlier(phase.pid()));
             }
         }
-        let init = call.key.init();
-        self.check_failure(&init, call.request.bundle.clone(), delivery).await?;
-        self.free_id(&call.key).await?;
+        self.check_failure(&key.init(), bundle.to_owned(), delivery).await?;
+        self.free_id(key).await?;
+        Ok(Begun::Now)
+    }
+
+    /// The steps of a Create after [`Self::begin_create`].
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub(super) async fn create_anew(self: &Arc<Self>, call: CreateTask) -> Result<Option<u32>, Error> {
         self.fds.has_room()?;
+        let init = call.key.init();
         let shim = self.clone();
         let (task, environment) =
             self.files.run(WaitsFor::Bundle, &init, move || shim.prepare(call)).await??;

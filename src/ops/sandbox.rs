@@ -21,6 +21,7 @@ use crate::task::lifecycle::Exit;
 use crate::task::request::{Create, Mount, Places, Sandbox, Stdio};
 
 use super::Shim;
+use super::create::Begun;
 use super::delete::kill_and_wait;
 use super::new_task::check_bundle_path;
 use super::{CreateTask, Status};
@@ -73,25 +74,18 @@ impl Shim {
         }
         check_bundle_path(&call.bundle)?;
         let init = call.key.init();
-        // What is left of an earlier sandbox has the same files. A task that exists has its files already: its record decides how
-        // the call is handled.
-        let is_new = match self.free_id(&call.key).await {
-            Ok(()) => true,
-            Err(Error::Exists { .. }) => false,
-            Err(error) => return Err(error),
+        // Before the files are made: what is left of an earlier sandbox has the same files.
+        if let Begun::Earlier(_) = self.begin_create(&call.key, &call.bundle, delivery).await? {
+            return Ok(());
+        }
+        let (to_prepare, key) = (call.clone(), call.key.clone());
+        let undo = move |late: Result<Option<Sandbox>, Error>| {
+            let places = late.ok().flatten().and_then(|sandbox| sandbox.places);
+            let removed = places.map_or(Ok(()), |places| pod_files::remove(&places));
+            removed.unwrap_or_else(|error| warn_of_files(&key, &error));
         };
-        let sandbox = if is_new {
-            let call = call.clone();
-            let key = init.task.clone();
-            let undo = move |late: Result<Option<Sandbox>, Error>| {
-                let places = late.ok().flatten().and_then(|sandbox| sandbox.places);
-                let removed = places.map_or(Ok(()), |places| pod_files::remove(&places));
-                removed.unwrap_or_else(|error| warn_of_files(&key, &error));
-            };
-            self.files.run_or_undo(WaitsFor::Bundle, &init, move || prepare(&call), undo).await??
-        } else {
-            None
-        };
+        let prepared = self.files.run_or_undo(WaitsFor::Bundle, &init, move || prepare(&to_prepare), undo);
+        let sandbox = prepared.await??;
         let places = sandbox.as_ref().and_then(|sandbox| sandbox.places.clone());
         let create = CreateTask {
             key: call.key,
@@ -99,7 +93,7 @@ impl Shim {
             stdio: Stdio::default(),
             options: call.options,
         };
-        let created = self.create(create, delivery).await;
+        let created = self.create_anew(create).await;
         if let (Err(_), true, Some(places)) = (&created, self.tasks.entry(&init.task).is_err(), places) {
             // If the task was registered, its rollback has removed the files.
             // containerd calls Shutdown, which finds no task.

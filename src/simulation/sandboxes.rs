@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::effects::{Failure, Plan};
 use crate::id::{Owner, ProcessKey};
 use crate::oci::pod::{Namespace, Pod, Seccomp};
 use crate::ops::Shim;
-use crate::services::{Delivery, Error};
+use crate::services::{Delivery, Error, WaitsFor};
 
 use super::harness::World;
 use crate::ops::{CreateSandbox, Status};
@@ -90,6 +91,45 @@ fn a_replayed_create_finds_the_sandbox_and_leaves_its_spec_alone() {
         .unwrap();
     assert!(replayed.is_ok() && matches!(repeated, Err(Error::Exists { .. })), "{replayed:?} {repeated:?}");
     assert_eq!(world.spec(&call)["edited"], true);
+}
+
+#[test]
+fn a_replayed_create_makes_the_sandbox_anew_if_what_was_begun_is_rolled_back() {
+    let world = World::new("sandbox-anew");
+    let (call, hosts) = world.call_with_files("sandbox-anew");
+    let (first, init) = (call.clone(), world.init());
+    world
+        .live(move |shim| async move {
+            shim.create_sandbox(first, Delivery::First).await.unwrap();
+            shim.shut_down_sandbox(&init.task).await.unwrap();
+        })
+        .unwrap();
+    let start = format!("start {}", world.unit());
+    let at = world.effects.log().iter().position(|effect| *effect == start).unwrap();
+    world.effects.plan(Plan::Stop(at));
+    let again = call.clone();
+    let ended = world.live(move |shim| async move { shim.create_sandbox(again, Delivery::First).await });
+    assert!(ended.is_none() && world.effects.log().last() == Some(&start));
+    world.effects.plan(Plan::Undisturbed);
+    // The next daemon continues the Create, and waits for turns before the start of the unit.
+    let turns = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let turns = turns.block_on(WaitsFor::Bundle.all_turns(&world.task));
+    let (effects, init) = (world.effects.clone(), world.init());
+    let (replayed, is_sandbox) = world
+        .live(move |shim| async move {
+            let creating = shim.clone();
+            let replayed =
+                tokio::spawn(async move { creating.create_sandbox(call, Delivery::Replayed).await });
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            effects.plan(Plan::Refuse("disk record.json"));
+            drop(turns);
+            let replayed = replayed.await.unwrap();
+            assert!(effects.was_reached() && effects.log().contains(&start));
+            (replayed, shim.tasks.entry(&init.task).unwrap().task().request.sandbox.is_some())
+        })
+        .unwrap();
+    assert!(replayed.is_ok(), "{replayed:?}");
+    assert!(is_sandbox && hosts.exists());
 }
 
 #[test]
