@@ -237,8 +237,19 @@ impl From<Owner> for String {
 
 /// FNV-1a, 64 bits: the same in all versions and on all machines. The hasher of std does not promise this.
 pub fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    const EMPTY: u64 = 0xcbf2_9ce4_8422_2325;
+    continue_fnv1a(EMPTY, bytes)
+}
+
+fn continue_fnv1a(hash: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+/// As [`fnv1a`], for several fields. The length of each field counts too: `ab`, `c` and `a`, `bc` differ.
+pub fn stable_hash(fields: &[&[u8]]) -> u64 {
+    fields.iter().fold(fnv1a(&[]), |hash, field| {
+        let hash = continue_fnv1a(hash, &(field.len() as u64).to_le_bytes());
+        continue_fnv1a(hash, field)
     })
 }
 
@@ -370,6 +381,14 @@ mod tests {
         assert!(TaskKey::from_word(namespace, "web+../x").is_err());
         let json = r#"{"namespace":"n","id":"web"}"#;
         assert_eq!(serde_json::from_str::<TaskKey>(json).unwrap(), key.of(Owner::default()));
+    }
+
+    /// A later version compares such numbers with those that this version has written.
+    #[test]
+    fn a_stable_hash_never_changes() {
+        assert_eq!(fnv1a(b"a"), 0xaf63_dc4c_8601_ec8c);
+        assert_eq!(stable_hash(&[b"default", b"web"]), 0x3454_bea5_9653_4e6a);
+        assert_ne!(stable_hash(&[b"ab", b"c"]), stable_hash(&[b"a", b"bc"]));
     }
 
     #[test]

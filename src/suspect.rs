@@ -20,7 +20,6 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -31,7 +30,7 @@ use std::time::Duration;
 
 use tokio::time::MissedTickBehavior;
 
-use crate::id::TaskKey;
+use crate::id::{TaskKey, stable_hash};
 use crate::sys::crash::{self, Step};
 
 /// The number of crashes after which a suspect is not tried any more.
@@ -51,17 +50,14 @@ pub struct Suspect(u64);
 impl Suspect {
     /// A request. Its stream is part of its identity: the same call at another time is another suspect.
     pub fn request(stream: u32, service: &str, method: &str, payload: &[u8]) -> Self {
-        let mut hasher = DefaultHasher::new();
-        (stream, service, method, payload).hash(&mut hasher);
+        let number = stable_hash(&[&stream.to_le_bytes(), service.as_bytes(), method.as_bytes(), payload]);
         // Zero stands for no suspect.
-        Self(hasher.finish() & !RECORD | 1)
+        Self(number & !RECORD | 1)
     }
 
     /// The record of a task, while it is being recovered.
     pub fn record(key: &TaskKey) -> Self {
-        let mut hasher = DefaultHasher::new();
-        (key.namespace.as_str(), key.word()).hash(&mut hasher);
-        Self(hasher.finish() | RECORD)
+        Self(stable_hash(&[key.namespace.as_str().as_bytes(), key.word().as_bytes()]) | RECORD)
     }
 
     /// Runs a function while this suspect is set.
@@ -331,6 +327,14 @@ mod tests {
         assert_ne!(first, Suspect::request(3, "s", "Pids", b"web"));
         assert_ne!(first, Suspect::request(1, "s", "Kill", b"web"));
         assert_ne!(Suspect::record(&key("a")), Suspect::record(&key("b")));
+    }
+
+    /// A later daemon, possibly of another version, compares the numbers with those that this one has written.
+    #[test]
+    fn the_numbers_of_suspects_never_change() {
+        let request = Suspect::request(3, "containerd.task.v2.Task", "Pids", b"web");
+        assert_eq!(request, Suspect(0x4905_23aa_5796_8e5b));
+        assert_eq!(Suspect::record(&key("web")), Suspect(0xb454_bea5_9653_4e6a));
     }
 
     #[test]

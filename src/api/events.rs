@@ -5,8 +5,7 @@
 //! records. An event that containerd does not accept delays the events of its own task only. Tasks take turns, so a task with
 //! many events does not delay those of the others either.
 
-use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +17,7 @@ use tokio::time::Instant;
 use ttrpc::proto::{KeyValue, MESSAGE_LENGTH_MAX};
 use ttrpc::{Code, Response};
 
+use crate::id::stable_hash;
 use crate::services::{Entry, Outgoing, Tasks};
 use crate::transport::event_connection::{CallId, EventConnection, EventConnections, Unwatched};
 
@@ -133,9 +133,9 @@ fn path(address: &str) -> &str {
 
 /// Identifies an event among all events of all tasks.
 fn id(outgoing: &Outgoing) -> CallId {
-    let mut task = DefaultHasher::new();
-    outgoing.task.key.hash(&mut task);
-    CallId(task.finish(), outgoing.at_usec, outgoing.seq)
+    let key = &outgoing.task.key;
+    let fields = [key.owner.as_str(), key.namespace.as_str(), key.id.as_str()].map(str::as_bytes);
+    CallId(stable_hash(&fields), outgoing.at_usec, outgoing.seq)
 }
 
 /// Why an event was not accepted.
