@@ -1,7 +1,7 @@
 //! Publishes the events in the outboxes: in order, at least once, until containerd has accepted them. An event is sent twice
 //! only if the connection ended before containerd has answered, or if it could not be kept.
 //!
-//! Each containerd has one worker. A containerd that is down delays the events of its own tasks only; they wait in the
+//! Each containerd has one worker, as long as there are tasks of this containerd. A containerd that is down delays the events of its own tasks only; they wait in the
 //! records. An event that containerd does not accept delays the events of its own task only. Tasks take turns, so a task with
 //! many events does not delay those of the others either.
 
@@ -45,44 +45,81 @@ pub async fn publish(
     connections: Arc<EventConnections>,
     mut earlier: HashMap<String, Unwatched>,
 ) {
-    let mut workers: HashMap<String, mpsc::UnboundedSender<Arc<Entry>>> = HashMap::new();
+    let mut workers: HashMap<String, Worker> = HashMap::new();
     while let Some(entry) = outgoing.recv().await {
         let address = entry.task().containerd.ttrpc_address.clone();
+        if !workers.contains_key(&address) {
+            // Containerds that are gone leave no worker and no connection behind: there are as many as there were containerds at
+            // one time.
+            let used = tasks.containerds();
+            let paths: HashSet<&str> = used.iter().map(|used| path(used)).chain([path(&address)]).collect();
+            workers.retain(|address, worker| used.contains(address) || worker.is_busy());
+            earlier.retain(|earlier, _| paths.contains(&**earlier));
+        }
         let worker = workers.entry(address.clone()).or_insert_with(|| {
-            // Bounded like `outgoing`: each task is in the queue at most once.
-            let (sender, receiver) = mpsc::unbounded_channel();
             let link = Link::new(connections.clone(), address.clone(), earlier.remove(path(&address)));
-            tokio::spawn(serve(tasks.clone(), link, receiver));
-            sender
+            Worker::start(tasks.clone(), link)
         });
-        // The send can't fail: a worker ends only after this loop.
-        let _ = worker.send(entry);
+        worker.publish(entry);
     }
 }
 
-async fn serve(tasks: Arc<Tasks>, mut link: Link, mut owing: mpsc::UnboundedReceiver<Arc<Entry>>) {
+/// The worker of one containerd. It ends when this is dropped.
+struct Worker {
+    /// Bounded like the queue of all tasks: each task is in the queue at most once.
+    queue: mpsc::UnboundedSender<Assigned>,
+    /// Each [`Assigned`] has a copy.
+    assigned: Arc<()>,
+}
+
+/// A task that a worker has: in its queue, in its hands, or among those that are held up.
+struct Assigned {
+    entry: Arc<Entry>,
+    _assigned: Arc<()>,
+}
+
+impl Worker {
+    fn start(tasks: Arc<Tasks>, link: Link) -> Self {
+        let (queue, owing) = mpsc::unbounded_channel();
+        tokio::spawn(serve(tasks, link, owing));
+        Self { queue, assigned: Arc::default() }
+    }
+
+    fn publish(&self, entry: Arc<Entry>) {
+        // The send can't fail: a worker ends only after its queue.
+        let _ = self.queue.send(Assigned { entry, _assigned: self.assigned.clone() });
+    }
+
+    /// True if the worker has a task. No other worker may publish events of this task meanwhile.
+    fn is_busy(&self) -> bool {
+        Arc::strong_count(&self.assigned) > 1
+    }
+}
+
+async fn serve(tasks: Arc<Tasks>, mut link: Link, mut owing: mpsc::UnboundedReceiver<Assigned>) {
     let mut held_up = HeldUp::default();
     loop {
-        let (entry, pause) = tokio::select! {
-            entry = owing.recv() => match entry {
+        let (assigned, pause) = tokio::select! {
+            assigned = owing.recv() => match assigned {
                 // The task is tried again when its pause is over.
-                Some(entry) if held_up.holds(&entry) => continue,
-                Some(entry) => (entry, FIRST_PAUSE),
+                Some(assigned) if held_up.holds(&assigned.entry) => continue,
+                Some(assigned) => (assigned, FIRST_PAUSE),
                 None => return,
             },
             held = held_up.next(), if !held_up.is_empty() => held,
         };
-        tasks.begin_publishing(&entry);
+        let entry = &assigned.entry;
+        tasks.begin_publishing(entry);
         // One event, and then the other tasks have their turn: a container whose processes are killed all the time, for lack of
         // memory, owes new events as fast as containerd accepts them.
-        let Some(outgoing) = tasks.first_owed(&entry) else {
+        let Some(outgoing) = tasks.first_owed(entry) else {
             continue;
         };
         if link.deliver(&outgoing).await {
-            tasks.accepted(&entry, outgoing.seq);
-            tasks.announce(&entry);
+            tasks.accepted(entry, outgoing.seq);
+            tasks.announce(entry);
         } else {
-            held_up.add(entry, pause);
+            held_up.add(assigned, pause);
         }
     }
 }
@@ -90,7 +127,7 @@ async fn serve(tasks: Arc<Tasks>, mut link: Link, mut owing: mpsc::UnboundedRece
 /// Tasks whose next event containerd did not accept, although it could be reached. They do not delay other tasks.
 #[derive(Default)]
 struct HeldUp {
-    tasks: Vec<(Instant, Duration, Arc<Entry>)>,
+    tasks: Vec<(Instant, Duration, Assigned)>,
 }
 
 impl HeldUp {
@@ -99,23 +136,23 @@ impl HeldUp {
     }
 
     fn holds(&self, entry: &Arc<Entry>) -> bool {
-        self.tasks.iter().any(|(_, _, held)| Arc::ptr_eq(held, entry))
+        self.tasks.iter().any(|(_, _, held)| Arc::ptr_eq(&held.entry, entry))
     }
 
     /// Tries the task again after the pause.
-    fn add(&mut self, entry: Arc<Entry>, pause: Duration) {
-        self.tasks.push((Instant::now() + pause, pause, entry));
+    fn add(&mut self, assigned: Assigned, pause: Duration) {
+        self.tasks.push((Instant::now() + pause, pause, assigned));
     }
 
     /// Waits until a pause is over; returns the task and its next pause.
-    async fn next(&mut self) -> (Arc<Entry>, Duration) {
+    async fn next(&mut self) -> (Assigned, Duration) {
         let soonest = self.tasks.iter().enumerate().min_by_key(|(_, (due, ..))| *due);
         let Some((place, due)) = soonest.map(|(place, (due, ..))| (place, *due)) else {
             return std::future::pending().await;
         };
         tokio::time::sleep_until(due).await;
-        let (_, pause, entry) = self.tasks.swap_remove(place);
-        (entry, (pause * 2).min(LONGEST_PAUSE))
+        let (_, pause, assigned) = self.tasks.swap_remove(place);
+        (assigned, (pause * 2).min(LONGEST_PAUSE))
     }
 }
 
@@ -283,138 +320,4 @@ fn answer(response: &Response) -> Answer {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::fd::BorrowedFd;
-    use std::sync::Mutex;
-    use std::sync::atomic::{AtomicIsize, Ordering};
-
-    use async_trait::async_trait;
-    use containerd_shim_protos::api::Empty;
-    use containerd_shim_protos::shim_async::{Events, create_events};
-    use tokio::sync::Notify;
-    use ttrpc::asynchronous::{Server, TtrpcContext};
-
-    use super::*;
-    use crate::id::TaskId;
-    use crate::services::Delivery;
-    use crate::services::pending::Stored;
-    use crate::simulation::harness::{Step, World};
-    use crate::store::Store;
-    use crate::task::lifecycle::Exit;
-    use crate::task::outbox::TaskEvent;
-    use crate::task::request::Mount;
-    use crate::transport::ConnectionStore;
-
-    /// A store that keeps nothing.
-    struct Nowhere;
-
-    #[async_trait]
-    impl ConnectionStore for Nowhere {
-        async fn keep(&self, _: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn forget(&self, _: &str) {}
-    }
-
-    /// A containerd. While it takes an event of a task that runs out of memory, another of its processes is killed.
-    struct Containerd {
-        tasks: Arc<Tasks>,
-        noisy: Arc<Entry>,
-        /// How many more processes will be killed.
-        left: AtomicIsize,
-        topics: Mutex<Vec<String>>,
-        /// Notified once it has the exit of a task.
-        exit: Arc<Notify>,
-    }
-
-    #[async_trait]
-    impl Events for Containerd {
-        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-            let topic = request.envelope.topic.clone();
-            if topic == "/tasks/exit" {
-                self.exit.notify_one();
-            } else if self.left.fetch_sub(1, Ordering::Relaxed) > 0 {
-                self.noisy.task().owe(TaskEvent::OutOfMemory, 1);
-                self.tasks.announce(&self.noisy);
-            }
-            self.topics.lock().unwrap().push(topic);
-            Ok(Empty::default())
-        }
-    }
-
-    #[test]
-    fn a_task_that_always_owes_events_does_not_delay_those_of_others() {
-        const KILLS: isize = 300;
-        let world = World::new("taking-turns");
-        world.take(&[Step::Create], Delivery::First).unwrap().unwrap();
-        let init = world.init();
-        let task = world
-            .live(move |shim| async move { shim.tasks.process(&init).unwrap().0.task().clone() })
-            .unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let address = dir.path().join("containerd.ttrpc").display().to_string();
-        let deleted = |id: &str, events: Vec<TaskEvent>| {
-            let mut task = task.clone();
-            task.key.id = TaskId::new(id).unwrap();
-            task.containerd.ttrpc_address = address.clone();
-            task.outbox.clear();
-            events.into_iter().for_each(|event| task.owe(event, 1));
-            let entry = Arc::new(Entry::detached(task));
-            entry.init.live().disk.stored = Stored::Nowhere;
-            entry
-        };
-        let exit = TaskEvent::Exited { pid: 1, exit: Exit { status: 0, at_usec: 1 } };
-        let noisy = deleted("noisy", vec![TaskEvent::OutOfMemory; 3]);
-        let quiet = deleted("quiet", vec![exit]);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let topics = runtime.block_on(async {
-            let (tasks, outgoing) = Tasks::new(Store::new(dir.path().join("state")));
-            let tasks = Arc::new(tasks);
-            let containerd = Arc::new(Containerd {
-                tasks: tasks.clone(),
-                noisy: noisy.clone(),
-                left: AtomicIsize::new(KILLS),
-                topics: Mutex::default(),
-                exit: Arc::default(),
-            });
-            let server = Server::new().bind(&format!("unix://{address}")).unwrap();
-            let mut server = server.register_service(create_events(containerd.clone()));
-            server.start().await.unwrap();
-            tasks.announce(&noisy);
-            tasks.announce(&quiet);
-            let (connections, earlier) = EventConnections::adopt(Arc::new(Nowhere), &mut Vec::new());
-            tokio::spawn(publish(tasks, outgoing, connections, earlier));
-            containerd.exit.notified().await;
-            containerd.topics.lock().unwrap().clone()
-        });
-        let before = topics.iter().take_while(|topic| *topic == "/tasks/oom").count();
-        assert!(before <= 2, "{before} events of the other task came first");
-    }
-
-    #[test]
-    fn an_event_that_fits_into_no_message_is_dropped_and_any_other_waits_for_containerd() {
-        let world = World::new("too-long-event");
-        world.take(&[Step::Create], Delivery::First).unwrap().unwrap();
-        let init = world.init();
-        let dropped = world.live(move |shim| async move {
-            let (entry, _) = shim.tasks.process(&init).unwrap();
-            // Nobody listens there.
-            let (connections, _) = EventConnections::adopt(Arc::new(Nowhere), &mut Vec::new());
-            let mut link = Link::new(connections, "/nonexistent".to_owned(), None);
-            let mut dropped = Vec::new();
-            for bytes in [LARGEST / 2, LARGEST] {
-                // The event of a Create contains the mounts.
-                let options = vec!["x".repeat(usize::try_from(bytes).unwrap())];
-                let mut task = entry.task().clone();
-                task.request.rootfs = vec![Mount { options, ..Mount::default() }];
-                let event = TaskEvent::Created { pid: task.init.pid() };
-                let outgoing = Outgoing { seq: 1, at_usec: 1, event, task };
-                let delivery = tokio::time::timeout(FORWARD_LIMIT, link.deliver(&outgoing));
-                dropped.push(delivery.await.unwrap_or(false));
-            }
-            dropped
-        });
-        assert_eq!(dropped, Some(vec![false, true]));
-    }
-}
+mod tests;

@@ -74,6 +74,11 @@ impl Owings {
         let fits = *count < MOST_OWING;
         *count += usize::from(fits);
         fits
+    /// The containerds that are owed events.
+    pub(super) fn addresses(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+
     }
 
     pub(super) fn end(&self, address: &str) {

@@ -1,5 +1,6 @@
 //! The live tasks of this node, with their records and outboxes.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::{Notify, mpsc};
@@ -87,6 +88,13 @@ impl Tasks {
             let is_sandbox = other.request.sandbox.is_some() && pod(&other) == Some(own);
             is_sandbox.then(|| other.unit().clone())
         })
+    }
+
+    /// The addresses of all containerds that have tasks, or that deleted tasks owe events.
+    pub fn containerds(&self) -> HashSet<String> {
+        let all = self.registry.all();
+        let of_tasks = all.iter().map(|entry| entry.task().containerd.ttrpc_address.clone());
+        of_tasks.chain(self.owings.addresses()).collect()
     }
 
     /// A task, also one whose Create is under way.
