@@ -46,6 +46,8 @@ pub struct Live {
     pub(crate) cgroup: LiveCgroup,
     /// The task on disk, for an init process.
     pub(crate) disk: OnDisk,
+    /// True if the task waits for the publisher of events. For an init process.
+    pub(crate) is_announced: bool,
     /// The stop of the unit of an exec that has ended.
     pub(crate) unit_stop: Option<UnitStop>,
     /// A Delete removes the exec. Its unit's name may be that of another exec soon.

@@ -27,8 +27,6 @@ pub(crate) struct OnDisk {
     pub(crate) stored: Stored,
     /// True if the record on disk is older than the task in memory. The background task of `supervise` writes it.
     pub(crate) is_unwritten: bool,
-    /// True if the task waits for the publisher of events.
-    pub(crate) is_announced: bool,
 }
 
 /// Tasks whose records could not be written. Each is in the queue once.
@@ -74,11 +72,11 @@ impl Owings {
         let fits = *count < MOST_OWING;
         *count += usize::from(fits);
         fits
+    }
+
     /// The containerds that are owed events.
     pub(super) fn addresses(&self) -> Vec<String> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
-    }
-
     }
 
     pub(super) fn end(&self, address: &str) {

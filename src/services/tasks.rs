@@ -141,7 +141,7 @@ impl Tasks {
         if entry.task().outbox.is_empty() {
             return;
         }
-        if !std::mem::replace(&mut entry.init.live().disk.is_announced, true) {
+        if !std::mem::replace(&mut entry.init.live().is_announced, true) {
             // The publisher runs as long as the daemon.
             let _ = self.outgoing.send(entry.clone());
         }
@@ -149,7 +149,7 @@ impl Tasks {
 
     /// The publisher calls this before it reads the outbox of a task. Later events announce the task again.
     pub fn begin_publishing(&self, entry: &Entry) {
-        entry.init.live().disk.is_announced = false;
+        entry.init.live().is_announced = false;
     }
 
     /// The event that a task has to publish before any other.
