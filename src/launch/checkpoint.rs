@@ -26,7 +26,7 @@ pub(super) fn run(process: &Process<'_>) -> Result<Infallible, Error> {
     fs::write(&config, notes.dump_config()).map_err(failed("write", config.clone()))?;
     let work = dump_work(&request, &process.dir);
     criu::make_dir(&work).map_err(failed("make", work.clone()))?;
-    let mut command = process.cli().checkpoint(&request.arguments(&work));
+    let mut command = process.cli().checkpoint(&request.arguments(&work))?;
     command.env(CONFIG_VARIABLE, config);
     let binary = process.task.runtime.binary.clone();
     Err(Error::Exec { verb: "checkpoint", binary, source: command.exec() })

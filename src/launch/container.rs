@@ -86,7 +86,7 @@ fn become_runtime(process: &Process<'_>) -> Result<Infallible, Error> {
     let (cli, console) = (process.cli(), process.console.as_deref());
     let streams = Streams::open(process)?;
     process.with_runtime(|program| {
-        let mut command = cli.create(program, bundle, &pid_file, console);
+        let mut command = cli.create(program, bundle, &pid_file, console)?;
         streams.equip(&mut command)?;
         // `exec` also restores the default action of SIGPIPE, which Rust programs ignore.
         Err(Error::Exec { verb: "create", binary: program.to_owned(), source: command.exec() })

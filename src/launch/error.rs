@@ -67,9 +67,9 @@ pub enum Error {
     /// `exec` of the OCI runtime failed.
     #[error("OCI runtime exec failed: {0}")]
     Runtime(String),
-    /// `exec` of the OCI runtime took too long.
+    /// A command of the OCI runtime can't be prepared, or `exec` took too long.
     #[error(transparent)]
-    TimedOut(#[from] runtime::Error),
+    Command(#[from] runtime::Error),
     /// The exec's unit was stopped.
     #[error("OCI runtime exec failed: the exec's unit was stopped during its start")]
     Terminated,

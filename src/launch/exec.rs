@@ -61,7 +61,7 @@ fn add_process(process: &Process<'_>) -> Result<u32, Error> {
     let limit = process.task.runtime.limit();
     let streams = Streams::open(process)?;
     let ended = process.with_runtime(|program| {
-        let mut command = cli.exec(program, &spec, &pid_file, console);
+        let mut command = cli.exec(program, &spec, &pid_file, console)?;
         streams.equip(&mut command)?;
         let failed = |source| Error::Exec { verb: runtime::EXEC, binary: program.to_owned(), source };
         bounded::run(&mut command, limit).map_err(failed)

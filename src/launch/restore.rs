@@ -39,7 +39,7 @@ pub(super) fn run(process: &Process<'_>, images: &Path) -> Result<Infallible, Er
     process.with_runtime(|program| {
         let pid_file = process.dir.join(PID_FILE);
         let console = process.console.as_deref();
-        let mut command = process.cli().restore(program, bundle, &pid_file, console, &arguments);
+        let mut command = process.cli().restore(program, bundle, &pid_file, console, &arguments)?;
         streams.equip(&mut command)?;
         command.env(CONFIG_VARIABLE, &config);
         Err(Error::Exec { verb: "restore", binary: program.to_owned(), source: command.exec() })

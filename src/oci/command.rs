@@ -50,20 +50,20 @@ const ORPHAN_INTERVAL: Duration = Duration::from_secs(1);
 #[async_trait]
 impl OciRuntime for CommandLine {
     async fn start(&self, cli: &Cli<'_>) -> Result<(), Error> {
-        let mut command = cli.in_bundle("start");
+        let mut command = cli.in_bundle("start")?;
         command.arg(cli.id.as_str());
         self.run(cli, "start", &command).await
     }
 
     async fn update(&self, cli: &Cli<'_>, resources: &Path) -> Result<(), Error> {
-        let mut command = cli.command("update");
+        let mut command = cli.command("update")?;
         command.arg("--resources").arg(resources).arg(cli.id.as_str());
         self.run(cli, "update", &command).await
     }
 
     /// A runtime that was killed gets a second chance.
     async fn delete(&self, cli: &Cli<'_>) -> Result<(), Error> {
-        let mut command = cli.in_bundle("delete");
+        let mut command = cli.in_bundle("delete")?;
         command.arg("--force").arg(cli.id.as_str());
         let mut deleted = self.run(cli, "delete", &command).await;
         if matches!(deleted, Err(Error::Killed { .. })) {
@@ -91,7 +91,7 @@ impl OciRuntime for CommandLine {
     ) -> Result<(), Error> {
         let program = command.first().map(String::as_str).unwrap_or_default();
         let arguments = command.iter().skip(1);
-        let mut command = cli.equipped(Path::new(program), verb);
+        let mut command = cli.equipped(Path::new(program), verb)?;
         command.args(arguments);
         self.run_for(cli, verb, limit, &command).await
     }

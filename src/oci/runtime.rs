@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use serde::Deserialize;
 
 use crate::id::TaskId;
+use crate::path_error::{PathError, io_error};
 use crate::task::Task;
 use crate::task::request::{Containerd, Runtime};
 
@@ -35,6 +36,14 @@ pub enum Error {
         /// The error of the system call.
         #[source]
         source: io::Error,
+    },
+    /// The environment for the command can't be read. With another environment, its hooks could do something else.
+    #[error("OCI runtime {verb} failed: the environment of its containerd is not known: {source}")]
+    Environment {
+        /// The command that was not run.
+        verb: &'static str,
+        #[source]
+        source: PathError,
     },
     /// The command failed.
     #[error("OCI runtime {verb} failed: {reason}")]
@@ -86,7 +95,7 @@ impl Error {
     /// itself. systemd ends the container's processes with the unit.
     pub fn leftover(&self) -> Leftover {
         match self {
-            Self::Spawn { .. } => Leftover::Keep,
+            Self::Spawn { .. } | Self::Environment { .. } => Leftover::Keep,
             Self::Failed { .. } => Leftover::KeepReadable,
             Self::Killed { .. } | Self::TimedOut { .. } | Self::Orphan { .. } | Self::Busy { .. } => {
                 Leftover::Remove
@@ -167,8 +176,17 @@ impl<'a> Cli<'a> {
 impl Cli<'_> {
     /// The command `create`, for a process that becomes it. `program` is the binary or a copy of it. With a console socket,
     /// the init process gets a terminal.
-    pub fn create(&self, program: &Path, bundle: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
-        let mut command = self.command_of(program, "create");
+    ///
+    /// # Errors
+    /// [`Error::Environment`]
+    pub fn create(
+        &self,
+        program: &Path,
+        bundle: &Path,
+        pid_file: &Path,
+        console: Option<&Path>,
+    ) -> Result<Command, Error> {
+        let mut command = self.command_of(program, "create")?;
         command.arg("--bundle").arg(bundle).arg("--pid-file").arg(pid_file);
         if let Some(console) = console {
             command.arg("--console-socket").arg(console);
@@ -180,23 +198,35 @@ impl Cli<'_> {
             command.arg("--no-new-keyring");
         }
         command.arg(self.id.as_str());
-        command
+        Ok(command)
     }
 
     /// The command `exec`, which starts a process, writes its pid to `pid_file` and exits. `program`: as for
     /// [`Self::create`].
-    pub fn exec(&self, program: &Path, process: &Path, pid_file: &Path, console: Option<&Path>) -> Command {
-        let mut command = self.command_of(program, EXEC);
+    ///
+    /// # Errors
+    /// [`Error::Environment`]
+    pub fn exec(
+        &self,
+        program: &Path,
+        process: &Path,
+        pid_file: &Path,
+        console: Option<&Path>,
+    ) -> Result<Command, Error> {
+        let mut command = self.command_of(program, EXEC)?;
         command.arg("--process").arg(process).arg("--detach").arg("--pid-file").arg(pid_file);
         if let Some(console) = console {
             command.arg("--console-socket").arg(console);
         }
         command.arg(self.id.as_str());
-        command
+        Ok(command)
     }
 
     /// The command `restore`, which makes a container of `images`, writes the pid of its init process to `pid_file` and
     /// exits. `program`: as for [`Self::create`].
+    ///
+    /// # Errors
+    /// [`Error::Environment`]
     pub fn restore(
         &self,
         program: &Path,
@@ -204,8 +234,8 @@ impl Cli<'_> {
         pid_file: &Path,
         console: Option<&Path>,
         options: &[OsString],
-    ) -> Command {
-        let mut command = self.command_of(program, RESTORE);
+    ) -> Result<Command, Error> {
+        let mut command = self.command_of(program, RESTORE)?;
         command.arg("--bundle").arg(bundle).arg("--detach").arg("--pid-file").arg(pid_file).args(options);
         if let Some(console) = console {
             command.arg("--console-socket").arg(console);
@@ -214,13 +244,17 @@ impl Cli<'_> {
             command.arg("--no-pivot");
         }
         command.arg(self.id.as_str());
-        command
+        Ok(command)
     }
 
-    pub fn checkpoint(&self, options: &[OsString]) -> Command {
-        let mut command = self.command("checkpoint");
+    /// The command `checkpoint`.
+    ///
+    /// # Errors
+    /// [`Error::Environment`]
+    pub fn checkpoint(&self, options: &[OsString]) -> Result<Command, Error> {
+        let mut command = self.command("checkpoint")?;
         command.args(options).arg(self.id.as_str());
-        command
+        Ok(command)
     }
 
     /// The file that a command locks while it runs.
@@ -255,40 +289,41 @@ impl Cli<'_> {
     }
 
     /// A command that the daemon runs.
-    pub(super) fn command(&self, verb: &str) -> Command {
+    pub(super) fn command(&self, verb: &'static str) -> Result<Command, Error> {
         self.command_of(&self.runtime.binary, verb)
     }
 
-    fn command_of(&self, program: &Path, verb: &str) -> Command {
+    fn command_of(&self, program: &Path, verb: &'static str) -> Result<Command, Error> {
         let log = self.log(verb);
-        let mut command = self.equipped(program, verb);
+        let mut command = self.equipped(program, verb)?;
         command.arg0(&self.runtime.binary);
         command.arg("--root").arg(&self.runtime.root).arg("--log").arg(log).args([
             "--log-format",
             "json",
             verb,
         ]);
-        command
+        Ok(command)
     }
 
     /// A command that runs hooks. They expect the bundle as working directory, as under containerd-shim-runc-v2. containerd has
     /// its bundles below /run, which is in memory. A bundle elsewhere may be on a disk that does not answer, and a Delete
     /// has to work then: the command runs in `/`.
-    pub(super) fn in_bundle(&self, verb: &str) -> Command {
-        let mut command = self.command(verb);
+    pub(super) fn in_bundle(&self, verb: &'static str) -> Result<Command, Error> {
+        let mut command = self.command(verb)?;
         if self.bundle.starts_with("/run") {
             command.current_dir(self.bundle);
         }
-        command
+        Ok(command)
     }
 
     /// A command with the environment of the OCI runtime, and without an old log.
-    pub(super) fn equipped(&self, program: &Path, verb: &str) -> Command {
+    pub(super) fn equipped(&self, program: &Path, verb: &'static str) -> Result<Command, Error> {
         // runc and crun append to the log: an old error must not be reported again.
         let _ = fs::remove_file(self.log(verb));
         let mut command = Command::new(program);
         // The complete environment, as `sys/spawn.rs` expects.
-        command.env_clear().envs(self.environment().unwrap_or_else(|| std::env::vars_os().collect()));
+        let environment = self.environment().map_err(|source| Error::Environment { verb, source })?;
+        command.env_clear().envs(environment.unwrap_or_else(|| std::env::vars_os().collect()));
         command.env("PATH", &self.runtime.path);
         // The runtime would pass the variables that systemd sets for this process to the container.
         for name in
@@ -296,19 +331,24 @@ impl Cli<'_> {
         {
             command.env_remove(name);
         }
-        command
+        Ok(command)
     }
 
-    /// The environment of the task's containerd. `None` for a task of an earlier version.
-    fn environment(&self) -> Option<Vec<(OsString, OsString)>> {
-        let text = fs::read(&self.runtime.environment).ok()?;
+    /// The environment of the task's containerd. `None` for a task of an earlier version, which has no file for it.
+    fn environment(&self) -> Result<Option<Vec<(OsString, OsString)>>, PathError> {
+        let path = &self.runtime.environment;
+        let text = match fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("read", path)(error)),
+        };
         let variable = |entry: &[u8]| {
             let equals = entry.iter().position(|byte| *byte == b'=')?;
             let (name, value) = (entry.get(..equals)?, entry.get(equals + 1..)?);
             let is_name = !name.is_empty();
             is_name.then(|| (OsStr::from_bytes(name).to_owned(), OsStr::from_bytes(value).to_owned()))
         };
-        Some(text.split(|byte| *byte == 0).filter_map(variable).collect())
+        Ok(Some(text.split(|byte| *byte == 0).filter_map(variable).collect()))
     }
 }
 
@@ -401,12 +441,50 @@ mod tests {
             bundle: Path::new("/b"),
             dir: Path::new("/run/x"),
         };
-        let command = cli.create(&runtime.binary, Path::new("/b"), Path::new("/run/x/init.pid"), None);
+        let command =
+            cli.create(&runtime.binary, Path::new("/b"), Path::new("/run/x/init.pid"), None).unwrap();
         let args: Vec<_> = command.get_args().map(|arg| arg.to_string_lossy().into_owned()).collect();
         assert_eq!(
             args.join(" "),
             "--root /run/r/default --log /run/x/create.log --log-format json create \
              --bundle /b --pid-file /run/x/init.pid --no-pivot web"
         );
+    }
+
+    #[test]
+    fn a_command_has_the_environment_of_containerd_or_is_not_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let variables = |environment: PathBuf| {
+            let runtime = Runtime { environment, ..Runtime::default() };
+            let (id, containerd) = (TaskId::new("web").unwrap(), Containerd::default());
+            let cli = Cli {
+                runtime: &runtime,
+                id: &id,
+                containerd: &containerd,
+                bundle: dir.path(),
+                dir: dir.path(),
+            };
+            let command = cli.command("start")?;
+            let variables =
+                command.get_envs().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())));
+            Ok::<_, Error>(variables.collect::<Vec<_>>())
+        };
+        let path = dir.path().join("environment");
+        // A task of an earlier version.
+        let of_daemon = variables(path.clone()).unwrap();
+        let own: Vec<_> = std::env::vars_os().collect();
+        assert!(of_daemon.len() > 1 && of_daemon.iter().all(|one| one.0 == "PATH" || own.contains(one)));
+        fs::write(&path, "A=b\0=c\0").unwrap();
+        let of_containerd = variables(path.clone()).unwrap();
+        assert_eq!(
+            of_containerd,
+            [("A", "b"), ("PATH", "")].map(|(name, value)| (name.into(), value.into()))
+        );
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        let error = variables(path.clone()).unwrap_err();
+        assert!(matches!(error, Error::Environment { verb: "start", .. }), "{error:?}");
+        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        assert_eq!(error.leftover(), Leftover::Keep);
     }
 }
