@@ -39,7 +39,8 @@ impl Sandbox for TaskService {
             .files
             .run(WaitsFor::Bundle, &key.init(), move || convert::options_of_start(&of_start))
             .await;
-        let options = options.map_err(|error| refuse("create-sandbox", &key.init(), &error))?;
+        let options =
+            options.map_err(|error| refuse("create-sandbox", &key.init(), &error.busy_means_exists()))?;
         let call = CreateSandbox {
             key: key.clone(),
             rootfs: request.rootfs.into_iter().map(convert::mount).collect(),

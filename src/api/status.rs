@@ -96,9 +96,12 @@ fn code_of_kind(error: &Error) -> Code {
         }
         Error::GivenUp { .. } | Error::Interrupted { .. } => Code::CANCELLED,
         Error::ClientGone { .. } => Code::DEADLINE_EXCEEDED,
-        Error::FdStore(_) | Error::ExecShare(_) | Error::NoThread(_) | Error::ManyWait { .. } => {
-            Code::RESOURCE_EXHAUSTED
-        }
+        // Not UNAVAILABLE: containerd takes this code for the success of a StopSandbox.
+        Error::FdStore(_)
+        | Error::ExecShare(_)
+        | Error::NoThread(_)
+        | Error::ManyWait { .. }
+        | Error::FilesBusy { .. } => Code::RESOURCE_EXHAUSTED,
         Error::Stopping
         | Error::Unit(unit::error::Error::Unreachable { .. } | unit::error::Error::Lost { .. }) => {
             Code::UNAVAILABLE

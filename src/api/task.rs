@@ -113,7 +113,7 @@ impl TaskService {
             Some(owner) => Ok(self.shim.tasks.own(named, owner)),
             None => {
                 let own = self.shim.tasks.own_by_bundle(&self.shim.files, named, bundle).await;
-                own.map_err(|error| refuse(verb, &named.init(), &error))
+                own.map_err(|error| refuse(verb, &named.init(), &error.busy_means_exists()))
             }
         }
     }

@@ -109,8 +109,8 @@ impl Shim {
         self.fds.has_room()?;
         let init = call.key.init();
         let shim = self.clone();
-        let (task, environment) =
-            self.files.run(WaitsFor::Bundle, &init, move || shim.prepare(call)).await??;
+        let prepared = self.files.run(WaitsFor::Bundle, &init, move || shim.prepare(call)).await;
+        let (task, environment) = prepared.map_err(Error::busy_means_exists)??;
         additions::check_types(&*self.manager, &task.properties).await?;
         let (entry, _verb) = self.register(task)?;
         match self.bring_up(&entry, &environment).await {

@@ -63,7 +63,8 @@ impl Shim {
             let unit = units.find(|unit| !search_path::has_file(unit));
             Ok::<_, Error>((stdio, Wiring { store_number, ..wiring }, unit))
         };
-        let (stdio, wiring, unit) = self.files.run(WaitsFor::LogFile, &process_key, read_files).await??;
+        let read = self.files.run(WaitsFor::LogFile, &process_key, read_files).await;
+        let (stdio, wiring, unit) = read.map_err(Error::busy_means_exists)??;
         // An exec with this id may have been deleted just now. After the limit, the new exec gets another unit.
         let is_free = self.tasks.registry.until_stopped(&key, |stopping| Some(stopping) == unit.as_ref());
         let _ = tokio::time::timeout(STOP_LIMIT, is_free).await;

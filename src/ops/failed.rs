@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::id::ProcessKey;
-use crate::services::{Delivery, Error, WaitsFor};
+use crate::services::{Delivery, Error, WaitsFor, waiting_in_any_thread};
 use crate::store::failures::{Attempt, Failure};
 use crate::suspect;
 
@@ -18,11 +18,14 @@ impl Shim {
             // The next daemon carries the operation out.
             return;
         }
-        let Some(attempt) = self.attempt(process, dir).await else {
-            return;
-        };
         let failure = self.failure(error);
-        if let Err(error) = self.failures.note(process, attempt, failure) {
+        let noted = match self.attempt(process, dir).await {
+            Ok(Some(attempt)) => self.failures.note(process, attempt, failure).map_err(Error::from),
+            // The attempt ended before it had made the directory.
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = noted {
             tracing::warn!(%process, %error, "{process}: if the daemon ends now, the failed operation is begun once more: {error}");
         }
     }
@@ -52,13 +55,40 @@ impl Shim {
     /// Why this attempt to create or to start a process has failed, if an earlier daemon has noted it. `dir`: as for
     /// [`Self::note_failure`].
     pub(crate) async fn noted_failure(&self, process: &ProcessKey, dir: PathBuf) -> Option<Failure> {
-        let attempt = self.attempt(process, dir).await?;
-        self.failures.find(process, attempt)
+        let attempt = self.attempt(process, dir).await.unwrap_or_else(|error| {
+            tracing::warn!(%process, %error, "{process}: can't find out whether its operation has failed before: {error}");
+            None
+        });
+        self.failures.find(process, attempt?)
     }
 
-    async fn attempt(&self, process: &ProcessKey, dir: PathBuf) -> Option<Attempt> {
-        // The bundle may be on a disk that does not answer.
+    /// The bundle may be on a disk that does not answer. A thread that works on other files of the process may wait for another
+    /// disk, so this does not wait for that thread.
+    async fn attempt(&self, process: &ProcessKey, dir: PathBuf) -> Result<Option<Attempt>, Error> {
         let call = suspect::request();
-        self.files.run(WaitsFor::Bundle, process, move || Attempt::of(&dir, call)).await.ok().flatten()
+        let look = move || Attempt::of(&dir, call);
+        self.files.in_time(process, waiting_in_any_thread(WaitsFor::Bundle, &process.task, look)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simulation::harness::{Step, World};
+
+    #[test]
+    fn a_failure_is_noted_while_the_disk_of_other_files_of_the_process_does_not_answer() {
+        let world = World::new("failed-busy");
+        world.take(&[Step::Create], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let replayed = world.live(move |shim| async move {
+            let _disk = shim.files.occupy(&init);
+            let dir = shim.store.process_dir(&init);
+            let error = Error::Launch("no such program".to_owned());
+            shim.note_failure(&init, dir.clone(), &error).await;
+            shim.check_failure(&init, dir, Delivery::Replayed).await
+        });
+        let error = replayed.unwrap().unwrap_err();
+        assert!(matches!(&error, Error::Earlier { text, .. } if text == "no such program"), "{error}");
     }
 }

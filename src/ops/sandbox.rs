@@ -85,7 +85,7 @@ impl Shim {
             removed.unwrap_or_else(|error| warn_of_files(&key, &error));
         };
         let prepared = self.files.run_or_undo(WaitsFor::Bundle, &init, move || prepare(&to_prepare), undo);
-        let sandbox = prepared.await??;
+        let sandbox = prepared.await.map_err(Error::busy_means_exists)??;
         let places = sandbox.as_ref().and_then(|sandbox| sandbox.places.clone());
         let create = CreateTask {
             key: call.key,

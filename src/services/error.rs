@@ -74,6 +74,9 @@ pub enum Error {
         /// The process whose files they are.
         process: ProcessKey,
     },
+    /// A thread of another call works on the files of the process. That call may have been cancelled.
+    #[error("{process}: another call still works on its files; try again")]
+    FilesBusy { process: ProcessKey },
     /// The id is in use.
     #[error("task {key}: already exists")]
     Exists {
@@ -289,6 +292,18 @@ impl Error {
                 oci::criu::Problem::of_runtime(&self.to_string()).map_or(self, Self::Criu)
             }
             _ => self,
+        }
+    }
+
+    /// For a call that adds a task or an exec: if the files of the process are busy, another call adds it.
+    #[must_use]
+    pub(crate) fn busy_means_exists(self) -> Self {
+        match self {
+            Self::FilesBusy { process: ProcessKey { task, exec: None } } => Self::Exists { key: task },
+            Self::FilesBusy { process: ProcessKey { exec: Some(exec), .. } } => {
+                Self::ExecExists { exec: exec.to_string() }
+            }
+            other => other,
         }
     }
 }

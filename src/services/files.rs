@@ -35,17 +35,15 @@ impl ClientFiles {
     }
 
     /// # Errors
-    /// Another thread works on the files of this process.
+    /// Another thread works on the files of this process: [`Error::FilesBusy`], or [`Error::FilesDoNotAnswer`] if it has for longer
+    /// than the limit.
     fn begin(&self, process: &ProcessKey) -> Result<Turn, Error> {
         let mut all = self.all();
         match all.get(process) {
             Some(since) if since.elapsed() >= self.limit => {
                 Err(Error::FilesDoNotAnswer { process: process.clone() })
             }
-            Some(_) => Err(match process.exec.clone() {
-                Some(exec) => Error::ExecExists { exec: exec.to_string() },
-                None => Error::Exists { key: process.task.clone() },
-            }),
+            Some(_) => Err(Error::FilesBusy { process: process.clone() }),
             None => {
                 all.insert(process.clone(), Instant::now());
                 Ok(Turn { files: self.clone(), process: process.clone() })
@@ -57,7 +55,7 @@ impl ClientFiles {
     /// has to be undone: it may end long after the call has failed.
     ///
     /// # Errors
-    /// [`Error::FilesDoNotAnswer`], or another thread works on these files, or too many threads wait for such a disk.
+    /// [`Error::FilesDoNotAnswer`], [`Error::FilesBusy`], or too many threads wait for such a disk.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         waits_for: WaitsFor,
@@ -194,7 +192,7 @@ mod tests {
         let process = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap().init();
         let files = ClientFiles::new(config::FILES_LIMIT);
         let turn = files.begin(&process).unwrap();
-        assert!(matches!(files.begin(&process), Err(Error::Exists { .. })));
+        assert!(matches!(files.begin(&process), Err(Error::FilesBusy { .. })));
         let long_ago = Instant::now().checked_sub(config::FILES_LIMIT).unwrap();
         files.all().insert(process.clone(), long_ago);
         assert!(matches!(files.begin(&process), Err(Error::FilesDoNotAnswer { .. })));

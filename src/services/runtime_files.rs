@@ -70,7 +70,7 @@ async fn run<T: Send + 'static>(
         // Delete works also then.
         Err(Error::NoThread(_)) => files.in_time(&process, blocking(work)).await,
         // The thread of a call that was cancelled waits for the same disk.
-        Err(Error::Exists { .. }) => Err(Error::FilesDoNotAnswer { process }),
+        Err(Error::FilesBusy { .. }) => Err(Error::FilesDoNotAnswer { process }),
         done => done,
     }
 }

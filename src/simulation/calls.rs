@@ -4,6 +4,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::status;
 use crate::id::{ExecId, Namespace, Owner, ProcessKey, TaskId, TaskKey};
+use crate::oci::criu::Checkpoint;
 use crate::ops::Status;
 use crate::services::{Delivery, Error};
 
@@ -221,6 +222,35 @@ fn an_exec_may_not_have_the_id_of_its_task_or_of_another_exec() {
         assert_eq!(status::number(&error), status::number(&Error::ExecExists { exec: id.to_owned() }));
         assert!(error.to_string().starts_with(reason), "{error}");
     }
+}
+
+#[test]
+fn only_a_call_that_adds_a_process_takes_busy_files_for_an_id_in_use() {
+    let world = World::new("files-busy");
+    let (init, create) = (world.init(), world.create_call());
+    let created = world.live(move |shim| async move {
+        let _busy = shim.files.occupy(&init);
+        shim.create(create, Delivery::First).await
+    });
+    assert!(matches!(created, Some(Err(Error::Exists { .. }))), "{created:?}");
+
+    world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+    let (exec, add) = (world.exec(), world.exec_call());
+    let added = world.live(move |shim| async move {
+        let _busy = shim.files.occupy(&exec);
+        shim.add_exec(add, Delivery::First).await
+    });
+    assert!(matches!(added, Some(Err(Error::ExecExists { .. }))), "{added:?}");
+
+    let init = world.init();
+    let request = Checkpoint { image: "/image".into(), work: Some("/work".into()), ..Checkpoint::default() };
+    let dumped = world.live(move |shim| async move {
+        let _busy = shim.files.occupy(&init);
+        shim.checkpoint(&init.task, request, Delivery::First).await
+    });
+    let error = dumped.unwrap().unwrap_err();
+    assert!(matches!(error, Error::FilesBusy { .. }), "{error}");
+    assert_eq!(status::number(&error), ttrpc::Code::RESOURCE_EXHAUSTED as i32);
 }
 
 #[test]

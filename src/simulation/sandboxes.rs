@@ -187,6 +187,9 @@ fn a_sandbox_whose_disk_does_not_answer_is_removed_once_it_answers() {
         })
         .unwrap();
     assert!(matches!(refused, Err(Error::NotRemoved { .. })), "{refused:?}");
+    // The next try of the client must not take the task for another one.
+    let reason = refused.unwrap_err().to_string();
+    assert!(reason.contains("another call still works on its files"), "{reason}");
     assert!(had_files && !hosts.exists());
     assert_eq!(world.remains(), Vec::<String>::new());
 }

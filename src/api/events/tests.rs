@@ -141,8 +141,9 @@ impl Kept {
     }
 }
 
+#[async_trait]
 impl ConnectionStore for Kept {
-    fn keep(&self, name: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
+    async fn keep(&self, name: &str, _: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.0.lock().unwrap().push(name.to_owned());
         Ok(())
     }
