@@ -37,7 +37,7 @@ impl Sandbox for TaskService {
         let options = self
             .shim
             .files
-            .run(WaitsFor::Bundle, &key.init(), move || convert::options_of_start(&of_start))
+            .run(WaitsFor::Disk, &key.init(), move || convert::options_of_start(&of_start))
             .await;
         let options =
             options.map_err(|error| refuse("create-sandbox", &key.init(), &error.busy_means_exists()))?;

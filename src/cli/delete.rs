@@ -15,7 +15,7 @@ use crate::api::{client, convert};
 use crate::id::{Owner, TaskKey};
 use crate::oci::command::CommandLine;
 use crate::oci::{containerd, mount};
-use crate::services::files::ClientFiles;
+use crate::services::files::SlowFiles;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::store::{self, Cause, Found, Store};
 use crate::supervise::removal::{Removal, Stop, Troubles};
@@ -196,7 +196,7 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
     block_on(async {
         let manager = &unit::manager::Manager::connected().await.map_err(Failure::new)?;
         let oci = &CommandLine::default();
-        let files = &ClientFiles::new(config::FILES_LIMIT);
+        let files = &SlowFiles::new(config::FILES_LIMIT);
         let runtime_files = &RuntimeFiles::new(config::RUNTIME_FILES_LIMIT);
         let removal = Removal { manager, oci, files, runtime_files, task, dir: &dir, stop: Stop::Killed };
         troubles.join(removal.of_task(execs).await);

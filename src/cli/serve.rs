@@ -21,7 +21,7 @@ use crate::oci::command::CommandLine;
 use crate::oci::namespaces;
 use crate::ops::{Parts, Shim};
 use crate::services::Entry;
-use crate::services::files::ClientFiles;
+use crate::services::files::SlowFiles;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::session::fds::{StreamFds, StreamKind};
 use crate::store::Store;
@@ -273,7 +273,7 @@ fn assemble(
         manager,
         oci: Arc::new(CommandLine::in_cgroup(commands)),
         program,
-        files: ClientFiles::new(config::FILES_LIMIT),
+        files: SlowFiles::new(config::FILES_LIMIT),
         runtime_files: RuntimeFiles::new(config::RUNTIME_FILES_LIMIT),
         relay: Relay::new(),
     }))

@@ -107,8 +107,7 @@ impl Shim {
 
     /// Removes the log of an earlier command of criu. A client may have named its directory, and kept it.
     pub(super) async fn remove_log(&self, entry: &Entry, log: PathBuf) -> Result<(), Error> {
-        let removed =
-            self.files.run(WaitsFor::Bundle, &entry.init.key, move || criu::remove_log(&log)).await?;
+        let removed = self.files.run(WaitsFor::Disk, &entry.init.key, move || criu::remove_log(&log)).await?;
         Ok(removed.map_err(crate::store::Error::from)?)
     }
 
@@ -150,7 +149,7 @@ impl Shim {
             Err(error @ Error::Runtime(_)) => {
                 let kept = self
                     .files
-                    .run(WaitsFor::Bundle, &entry.init.key, move || copy_log(&log, &bundle.join(LOG_COPY)))
+                    .run(WaitsFor::Disk, &entry.init.key, move || copy_log(&log, &bundle.join(LOG_COPY)))
                     .await
                     .unwrap_or(None);
                 Err(with_log(error, kept))
@@ -202,7 +201,7 @@ impl Shim {
         };
         let settled = Cli::of(&task, &dir).settled_unless(Kind::Checkpoint.word(), must_end).await;
         let log = dump_work(&begun.request, &dir).join(criu::DUMP_LOG);
-        let dumped = self.files.run(WaitsFor::Bundle, &entry.init.key, move || criu::has_dumped(&log)).await;
+        let dumped = self.files.run(WaitsFor::Disk, &entry.init.key, move || criu::has_dumped(&log)).await;
         let concluded = match (settled, dumped) {
             (Ok(()), Ok(true)) => self.conclude_checkpoint(entry, begun, Ok(())).await,
             // If the client still waits, the replay of its call returns the checkpoint.

@@ -109,7 +109,7 @@ impl Shim {
         self.fds.has_room()?;
         let init = call.key.init();
         let shim = self.clone();
-        let prepared = self.files.run(WaitsFor::Bundle, &init, move || shim.prepare(call)).await;
+        let prepared = self.files.run(WaitsFor::Disk, &init, move || shim.prepare(call)).await;
         let (task, environment) = prepared.map_err(Error::busy_means_exists)??;
         additions::check_types(&*self.manager, &task.properties).await?;
         let (entry, _verb) = self.register(task)?;

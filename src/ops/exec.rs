@@ -239,7 +239,7 @@ mod tests {
             let (starting, key) = (shim.clone(), exec.task.clone());
             let start = async move { starting.start(&exec, Delivery::Replayed).await };
             let steps = steps.into_iter().map(|(step, node)| (step, node(shim.clone()))).collect();
-            meanwhile(WaitsFor::Bundle, start, steps, &key).await
+            meanwhile(WaitsFor::Disk, start, steps, &key).await
         });
         assert!(matches!(started, Some(Err(Error::InitGone { .. }))), "{started:?}");
         assert_eq!(world.events(), ["create", "start", "exec-added", "exit"]);

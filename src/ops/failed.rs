@@ -67,7 +67,7 @@ impl Shim {
     async fn attempt(&self, process: &ProcessKey, dir: PathBuf) -> Result<Option<Attempt>, Error> {
         let call = suspect::request();
         let look = move || Attempt::of(&dir, call);
-        self.files.in_time(process, waiting_in_any_thread(WaitsFor::Bundle, &process.task, look)).await
+        self.files.in_time(process, waiting_in_any_thread(WaitsFor::Disk, &process.task, look)).await
     }
 }
 

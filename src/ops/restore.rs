@@ -94,7 +94,7 @@ impl Shim {
                 let work = restore_work(&task.runtime, &self.store.dir(&task.key));
                 let (log, copy) = (work.join(criu::RESTORE_LOG), task.request.bundle.join(LOG_COPY));
                 self.files
-                    .run(WaitsFor::Bundle, &entry.init.key, move || copy_log(&log, &copy))
+                    .run(WaitsFor::Disk, &entry.init.key, move || copy_log(&log, &copy))
                     .await
                     .unwrap_or(None)
             }

@@ -84,7 +84,7 @@ impl Shim {
             let removed = places.map_or(Ok(()), |places| pod_files::remove(&places));
             removed.unwrap_or_else(|error| warn_of_files(&key, &error));
         };
-        let prepared = self.files.run_or_undo(WaitsFor::Bundle, &init, move || prepare(&to_prepare), undo);
+        let prepared = self.files.run_or_undo(WaitsFor::Disk, &init, move || prepare(&to_prepare), undo);
         let sandbox = prepared.await.map_err(Error::busy_means_exists)??;
         let places = sandbox.as_ref().and_then(|sandbox| sandbox.places.clone());
         let create = CreateTask {
@@ -97,7 +97,7 @@ impl Shim {
         if let (Err(_), true, Some(places)) = (&created, self.tasks.entry(&init.task).is_err(), places) {
             // If the task was registered, its rollback has removed the files.
             // containerd calls Shutdown, which finds no task.
-            let removed = self.files.run(WaitsFor::Bundle, &init, move || pod_files::remove(&places)).await;
+            let removed = self.files.run(WaitsFor::Disk, &init, move || pod_files::remove(&places)).await;
             let removed = removed.and_then(|removed| Ok(removed?));
             removed.unwrap_or_else(|error| warn_of_files(&init.task, &error));
         }

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use crate::cgroup::watch::Watch;
 use crate::id::TaskKey;
 use crate::oci::runtime::OciRuntime;
-use crate::services::files::ClientFiles;
+use crate::services::files::SlowFiles;
 use crate::services::later::Later;
 use crate::services::launcher::Launcher;
 use crate::services::notifications::Notifications;
@@ -42,7 +42,7 @@ pub struct Parts {
     /// This program, which units run.
     pub program: PathBuf,
     /// Runs work on files that clients have named.
-    pub files: ClientFiles,
+    pub files: SlowFiles,
     /// Runs work on the files of OCI runtimes.
     pub runtime_files: RuntimeFiles,
     /// Forwards the notifications of containers to systemd.
@@ -75,7 +75,7 @@ pub struct Shim {
     /// The status code of an error.
     pub(super) code: fn(&Error) -> i32,
     /// Runs work on files that clients have named.
-    pub(crate) files: ClientFiles,
+    pub(crate) files: SlowFiles,
     /// Runs work on the files of OCI runtimes.
     pub(crate) runtime_files: RuntimeFiles,
     pub(super) manager: Arc<dyn Systemd>,

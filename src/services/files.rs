@@ -1,4 +1,4 @@
-//! Work on files that a client has named: they may be on a disk that does not answer.
+//! Work on files whose disk may not answer: files that a client has named, and files of OCI runtimes.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,17 +8,17 @@ use crate::id::ProcessKey;
 
 use super::{Error, WaitsFor, waiting};
 
-/// Runs work on files that clients have named. Each process has at most one thread for such work: the thread exists as long as
+/// Runs work on files whose disk may not answer. Each process has at most one thread for such work: the thread exists as long as
 /// the disk does not answer.
 #[derive(Clone, Debug)]
-pub struct ClientFiles {
+pub struct SlowFiles {
     /// The processes that have a thread now, and since when.
     begun: Arc<Mutex<HashMap<ProcessKey, Instant>>>,
     /// How long a call waits for the disk.
     limit: Duration,
 }
 
-impl ClientFiles {
+impl SlowFiles {
     /// `limit` is how long a call waits for the disk.
     pub fn new(limit: Duration) -> Self {
         Self { begun: Arc::default(), limit }
@@ -169,7 +169,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// While this exists, no other thread works on the files of the process.
 struct Turn {
-    files: ClientFiles,
+    files: SlowFiles,
     process: ProcessKey,
 }
 
@@ -190,7 +190,7 @@ mod tests {
     #[test]
     fn one_thread_looks_at_the_files_of_a_process() {
         let process = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap().init();
-        let files = ClientFiles::new(config::FILES_LIMIT);
+        let files = SlowFiles::new(config::FILES_LIMIT);
         let turn = files.begin(&process).unwrap();
         assert!(matches!(files.begin(&process), Err(Error::FilesBusy { .. })));
         let long_ago = Instant::now().checked_sub(config::FILES_LIMIT).unwrap();
@@ -203,18 +203,18 @@ mod tests {
     #[tokio::test]
     async fn work_that_ends_after_its_call_has_failed_is_undone() {
         let process = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap().init();
-        let files = ClientFiles::new(Duration::from_millis(20));
+        let files = SlowFiles::new(Duration::from_millis(20));
         let (answer, disk) = mpsc::channel();
         let (undone, undoes) = mpsc::channel();
         let work = move || disk.recv().unwrap();
         let undo = move |result: u8| undone.send(result).unwrap();
-        let late = files.run_or_undo(WaitsFor::Bundle, &process, work, undo).await;
+        let late = files.run_or_undo(WaitsFor::Disk, &process, work, undo).await;
         assert!(matches!(late, Err(Error::FilesDoNotAnswer { .. })), "{late:?}");
         answer.send(7).unwrap();
         assert_eq!(undoes.recv(), Ok(7));
 
-        let in_time = ClientFiles::new(config::FILES_LIMIT);
-        let done = in_time.run_or_undo(WaitsFor::Bundle, &process, || 8, |_| unreachable!()).await;
+        let in_time = SlowFiles::new(config::FILES_LIMIT);
+        let done = in_time.run_or_undo(WaitsFor::Disk, &process, || 8, |_| unreachable!()).await;
         assert_eq!(done.ok(), Some(8));
     }
 }

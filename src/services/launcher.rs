@@ -16,7 +16,7 @@ use crate::oci::sealed::{self, Copies};
 use crate::task::Task;
 use crate::task::request::Runtime;
 
-use super::files::ClientFiles;
+use super::files::SlowFiles;
 use super::{Error, WaitsFor, blocking, waiting};
 
 /// How units run this program.
@@ -61,14 +61,14 @@ impl Launcher {
     /// The disk does not answer.
     pub(crate) async fn sealed_runtime(
         &self,
-        files: &ClientFiles,
+        files: &SlowFiles,
         task: &Task,
     ) -> Result<Option<sealed::SealedRef>, Error> {
         if !sealed::is_wanted(&task.runtime.binary) {
             return Ok(None);
         }
         let (copies, binary) = (self.copies.clone(), task.runtime.binary.clone());
-        let copied = waiting(WaitsFor::Bundle, &task.key, move || copies.copy_of(&binary));
+        let copied = waiting(WaitsFor::Disk, &task.key, move || copies.copy_of(&binary));
         files.in_time(&task.key.init(), copied).await
     }
 
@@ -78,7 +78,7 @@ impl Launcher {
     /// A disk of the search path does not answer.
     pub(crate) async fn knows_criu(
         &self,
-        files: &ClientFiles,
+        files: &SlowFiles,
         process: &ProcessKey,
         path: &str,
     ) -> Result<bool, Error> {
@@ -92,7 +92,7 @@ impl Launcher {
     /// As [`Self::knows_criu`].
     pub(crate) async fn remember_criu(
         &self,
-        files: &ClientFiles,
+        files: &SlowFiles,
         process: &ProcessKey,
         path: &str,
     ) -> Result<(), Error> {
@@ -176,7 +176,7 @@ impl Launcher {
 
 /// The criu in a search path, which may lead to a disk that does not answer.
 async fn version_of_criu(
-    files: &ClientFiles,
+    files: &SlowFiles,
     process: &ProcessKey,
     path: &str,
 ) -> Result<Option<Version>, Error> {
@@ -185,7 +185,7 @@ async fn version_of_criu(
         let file = options::find("criu", &path)?.metadata().ok()?;
         Some((file.dev(), file.ino(), file.ctime()))
     };
-    files.run(WaitsFor::Bundle, process, find).await
+    files.run(WaitsFor::Disk, process, find).await
 }
 
 #[cfg(test)]
@@ -198,7 +198,7 @@ mod tests {
     #[tokio::test]
     async fn a_criu_is_known_until_its_file_changes() {
         let process = TaskKey::from_word(Namespace::new("default").unwrap(), "web").unwrap().init();
-        let (launcher, files) = (Launcher::new(PathBuf::new()), ClientFiles::new(FILES_LIMIT));
+        let (launcher, files) = (Launcher::new(PathBuf::new()), SlowFiles::new(FILES_LIMIT));
         let dir = tempfile::tempdir().unwrap();
         let path = format!("/no/such/dir:{}", dir.path().display());
         let knows = async || launcher.knows_criu(&files, &process, &path).await.unwrap();
@@ -215,7 +215,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_search_path_with_a_dead_disk_holds_up_only_the_threads_for_such_disks() {
         let process = TaskKey::from_word(Namespace::new("default").unwrap(), "dead").unwrap().init();
-        let files = ClientFiles::new(FILES_LIMIT);
+        let files = SlowFiles::new(FILES_LIMIT);
         let (answer, disk) = std::sync::mpsc::channel::<()>();
         let waits = Arc::new(Mutex::new(disk));
         // All threads of this task wait for the disk.
@@ -223,7 +223,7 @@ mod tests {
             .map(|_| {
                 let (waits, task) = (waits.clone(), process.task.clone());
                 tokio::spawn(async move {
-                    waiting(WaitsFor::Bundle, &task, move || waits.lock().unwrap().recv().is_err()).await
+                    waiting(WaitsFor::Disk, &task, move || waits.lock().unwrap().recv().is_err()).await
                 })
             })
             .collect();

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::id::{Owner, TaskKey};
 use crate::oci::containerd;
 
-use super::files::ClientFiles;
+use super::files::SlowFiles;
 use super::tasks::Tasks;
 use super::{Entry, Error, WaitsFor};
 
@@ -57,7 +57,7 @@ impl Tasks {
     /// The disk of the bundle does not answer, or another call for this task waits for it.
     pub(crate) async fn own_by_bundle(
         &self,
-        files: &ClientFiles,
+        files: &SlowFiles,
         named: &TaskKey,
         bundle: &Path,
     ) -> Result<TaskKey, Error> {
@@ -66,7 +66,7 @@ impl Tasks {
 
     /// After a restart: finds out which containerd the bundles of tasks belong to whose records do not say it. Until that
     /// is known, they belong to the usual one.
-    pub(crate) async fn find_owners(&self, files: &ClientFiles) {
+    pub(crate) async fn find_owners(&self, files: &SlowFiles) {
         let all = self.registry.all();
         let unknown = all.iter().filter(|entry| entry.key.owner.is_usual()).map(|entry| async {
             let bundle = entry.task().request.bundle.clone();
@@ -83,7 +83,7 @@ impl Tasks {
     }
 }
 
-async fn owner_by_bundle(files: &ClientFiles, named: &TaskKey, bundle: &Path) -> Result<Owner, Error> {
+async fn owner_by_bundle(files: &SlowFiles, named: &TaskKey, bundle: &Path) -> Result<Owner, Error> {
     let TaskKey { namespace, id, .. } = named.clone();
     // Another containerd names another path, so its call does not wait for this one.
     let by_name = Owner::of_bundle(bundle, &namespace, &id);
@@ -92,5 +92,5 @@ async fn owner_by_bundle(files: &ClientFiles, named: &TaskKey, bundle: &Path) ->
     }
     let bundle = bundle.to_owned();
     let process = named.of(by_name).init();
-    files.run(WaitsFor::Bundle, &process, move || containerd::owner(&bundle, &namespace, &id)).await
+    files.run(WaitsFor::Disk, &process, move || containerd::owner(&bundle, &namespace, &id)).await
 }

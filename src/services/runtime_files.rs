@@ -9,7 +9,7 @@ use crate::id::TaskKey;
 use crate::oci::state::State;
 use crate::task::Task;
 
-use super::files::ClientFiles;
+use super::files::SlowFiles;
 use super::{Error, WaitsFor, blocking};
 
 /// Runs work on the files of OCI runtimes. Each task has at most one thread for the state of its container, and one for the program
@@ -17,14 +17,14 @@ use super::{Error, WaitsFor, blocking};
 /// state.
 #[derive(Clone, Debug)]
 pub struct RuntimeFiles {
-    states: ClientFiles,
-    programs: ClientFiles,
+    states: SlowFiles,
+    programs: SlowFiles,
 }
 
 impl RuntimeFiles {
     /// `limit` is how long a call waits for the disk.
     pub fn new(limit: Duration) -> Self {
-        Self { states: ClientFiles::new(limit), programs: ClientFiles::new(limit) }
+        Self { states: SlowFiles::new(limit), programs: SlowFiles::new(limit) }
     }
 
     /// As if a thread waited for the disks of a task's OCI runtime until the result is dropped.
@@ -61,12 +61,12 @@ impl RuntimeFiles {
 }
 
 async fn run<T: Send + 'static>(
-    files: &ClientFiles,
+    files: &SlowFiles,
     task: &TaskKey,
     work: impl FnOnce() -> T + Clone + Send + 'static,
 ) -> Result<T, Error> {
     let process = task.init();
-    match files.run(WaitsFor::Bundle, &process, work.clone()).await {
+    match files.run(WaitsFor::Disk, &process, work.clone()).await {
         // Delete works also then.
         Err(Error::NoThread(_)) => files.in_time(&process, blocking(work)).await,
         // The thread of a call that was cancelled waits for the same disk.

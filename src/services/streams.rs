@@ -31,7 +31,7 @@ use crate::unit::systemd::Systemd;
 
 use resumption::resumed;
 
-use super::files::ClientFiles;
+use super::files::SlowFiles;
 use super::later::Later;
 use super::launcher::Launcher;
 use super::{Entry, Error, Process, WaitsFor, blocking, waiting};
@@ -50,7 +50,7 @@ pub struct Streams {
     /// The descriptors in the descriptor store.
     fds: Arc<StreamFds>,
     /// Where clients' log files are opened.
-    files: ClientFiles,
+    files: SlowFiles,
     /// The directories of processes.
     store: Store,
     /// Starts loggers.
@@ -63,7 +63,7 @@ impl Streams {
     /// Puts the parts together.
     pub(crate) fn new(
         fds: Arc<StreamFds>,
-        files: ClientFiles,
+        files: SlowFiles,
         store: Store,
         manager: Arc<dyn Systemd>,
         launcher: Arc<Launcher>,

@@ -26,8 +26,8 @@ pub(crate) enum WaitsFor {
     /// A client that opens its end of a stream, `launch` that sends a terminal, or the kernel that freezes processes. Such work
     /// has a time limit.
     Client,
-    /// The disk of a bundle or of an OCI runtime.
-    Bundle,
+    /// A disk: that of a bundle, of the files of an OCI runtime, or of another file that is no log file.
+    Disk,
     /// The disk of a client's log file.
     LogFile,
     /// The close of a descriptor that a process of the container has sent.
@@ -43,7 +43,7 @@ pub(crate) enum WaitsFor {
 impl WaitsFor {
     fn threads(self) -> &'static Threads {
         static CLIENT: LazyLock<Threads> = LazyLock::new(|| Threads::new(1024, 64));
-        static BUNDLE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
+        static DISK: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
         static LOG_FILE: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 8));
         static NOTIFICATION: LazyLock<Threads> = LazyLock::new(|| Threads::new(1024, 1));
         static LIMITS: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 2));
@@ -52,7 +52,7 @@ impl WaitsFor {
         static PROCESSES: LazyLock<Threads> = LazyLock::new(|| Threads::new(256, 2));
         match self {
             Self::Client => &CLIENT,
-            Self::Bundle => &BUNDLE,
+            Self::Disk => &DISK,
             Self::LogFile => &LOG_FILE,
             Self::Notification => &NOTIFICATION,
             Self::Terminal => &TERMINAL,
@@ -75,7 +75,7 @@ impl WaitsFor {
     pub(crate) fn what(self) -> &'static str {
         match self {
             Self::Client => "clients that do not open their streams",
-            Self::Bundle => "the disks of bundles or of OCI runtimes",
+            Self::Disk => "the disks of bundles or of OCI runtimes",
             Self::LogFile => "the disks of log files",
             Self::Notification => "the close of descriptors that containers have sent",
             Self::Terminal => "the terminals of containers",

@@ -21,7 +21,7 @@ use crate::oci::options;
 use crate::ops::{AddExec, CreateTask};
 use crate::ops::{Parts, Shim};
 use crate::recovery::read_records;
-use crate::services::files::ClientFiles;
+use crate::services::files::SlowFiles;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::services::{Delivery, Error};
 use crate::session::fds::StreamFds;
@@ -187,7 +187,7 @@ impl World {
             manager: self.systemd.clone(),
             oci: Arc::new(self.runtime()),
             program: PathBuf::from("/shim"),
-            files: ClientFiles::new(config::FILES_LIMIT),
+            files: SlowFiles::new(config::FILES_LIMIT),
             // A daemon that has ended has no threads. In the simulation, they may work for a moment longer.
             runtime_files: self.occupied.clone().unwrap_or_else(runtime_files),
             relay: if notify.exists() { Relay::to(&notify) } else { Relay::new() },

@@ -113,7 +113,7 @@ fn a_replayed_create_makes_the_sandbox_anew_if_what_was_begun_is_rolled_back() {
     world.effects.plan(Plan::Undisturbed);
     // The next daemon continues the Create, and waits for turns before the start of the unit.
     let turns = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let turns = turns.block_on(WaitsFor::Bundle.all_turns(&world.task));
+    let turns = turns.block_on(WaitsFor::Disk.all_turns(&world.task));
     let (effects, init) = (world.effects.clone(), world.init());
     let (replayed, is_sandbox) = world
         .live(move |shim| async move {

@@ -13,7 +13,7 @@ use crate::config;
 use crate::effects::{Failure, Plan};
 use crate::oci::options;
 use crate::ops::Status;
-use crate::services::files::ClientFiles;
+use crate::services::files::SlowFiles;
 use crate::services::{Delivery, Error};
 use crate::store::Store;
 use crate::supervise::removal::{Removal, Stop};
@@ -359,7 +359,7 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     let (runtime, dir) = (world.runtime(), store.dir(&task.key));
     let execs = vec![world.exec_unit()];
     let removed = async {
-        let (manager, oci, files) = (&*world.systemd, &runtime, &ClientFiles::new(config::FILES_LIMIT));
+        let (manager, oci, files) = (&*world.systemd, &runtime, &SlowFiles::new(config::FILES_LIMIT));
         let runtime_files = &runtime_files();
         let removal =
             Removal { manager, oci, files, runtime_files, task: &task, dir: &dir, stop: Stop::Killed };

@@ -13,7 +13,7 @@ use crate::launch::pipes::NO_INPUT;
 use crate::oci::mount_options;
 use crate::oci::runtime::OciRuntime;
 use crate::services::changes::Noted;
-use crate::services::files::ClientFiles;
+use crate::services::files::SlowFiles;
 use crate::services::launcher::Launcher;
 use crate::services::live::UnitStop;
 use crate::services::process::{lives_in, read_pid};
@@ -42,7 +42,7 @@ pub struct Cleanup {
     pub(crate) manager: Arc<dyn Systemd>,
     pub(crate) oci: Arc<dyn OciRuntime>,
     /// Runs work on files that clients have named.
-    pub(crate) files: ClientFiles,
+    pub(crate) files: SlowFiles,
     /// Runs work on the files of OCI runtimes.
     pub(crate) runtime_files: RuntimeFiles,
     /// Removes the cgroups in which processes were started.

@@ -12,7 +12,7 @@ use crate::id::UnitName;
 use crate::oci::runtime::{self, OciRuntime};
 use crate::oci::state::State;
 use crate::oci::{mount, pod_files};
-use crate::services::files::ClientFiles;
+use crate::services::files::SlowFiles;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::services::{Error, WaitsFor};
 use crate::sys;
@@ -71,7 +71,7 @@ pub struct Removal<'a> {
     pub manager: &'a dyn Systemd,
     pub oci: &'a dyn OciRuntime,
     /// Runs what touches the bundle.
-    pub files: &'a ClientFiles,
+    pub files: &'a SlowFiles,
     /// Runs what touches the state of the OCI runtime.
     pub runtime_files: &'a RuntimeFiles,
     pub task: &'a Task,
@@ -96,14 +96,14 @@ impl Removal<'_> {
         if let Some(places) = task.request.sandbox.as_ref().and_then(|sandbox| sandbox.places.clone()) {
             // containerd's directory may be on a disk that does not answer.
             let init = task.key.init();
-            let removed = self.files.run(WaitsFor::Bundle, &init, move || pod_files::remove(&places));
+            let removed = self.files.run(WaitsFor::Disk, &init, move || pod_files::remove(&places));
             troubles.add_run(removed.await);
         }
         if task.rootfs_on_host {
             let rootfs = task.request.bundle.join("rootfs");
             // The bundle may be on a disk that does not answer.
             troubles.add_run(
-                self.files.run(WaitsFor::Bundle, &task.key.init(), move || mount::unmount_all(&rootfs)).await,
+                self.files.run(WaitsFor::Disk, &task.key.init(), move || mount::unmount_all(&rootfs)).await,
             );
         }
         troubles
