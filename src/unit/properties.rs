@@ -95,6 +95,9 @@ pub struct UnitMetadata<'a> {
     pub sandbox: Option<&'a UnitName>,
 }
 
+/// The `Type=` of the units of containers, and of no other unit that this program makes.
+pub const CONTAINER_TYPE: &str = "forking";
+
 /// A container's unit.
 ///
 /// `Type=forking`: the OCI runtime writes the pid of the container's init to `pid_file` and exits; systemd makes the init
@@ -110,7 +113,7 @@ pub fn container(
 ) -> Properties {
     let mut list = shown_as(shown);
     list.extend([
-        ("Type", "forking".into()),
+        ("Type", CONTAINER_TYPE.into()),
         ("PIDFile", path(pid_file)),
         ("GuessMainPID", false.into()),
         ("ExecStart", exec_start(command, ExitCode::Counts)),

@@ -17,10 +17,12 @@ use crate::probe::{self, Known, Properties, Unknown, property, property_number};
 use crate::store::{Error, Store};
 use crate::task::Task;
 use crate::unit::name::PREFIX;
+use crate::unit::properties::CONTAINER_TYPE;
 
 /// The properties of a unit that are read.
-const PROPERTIES: [&str; 17] = [
+const PROPERTIES: [&str; 18] = [
     "Id",
+    "Type",
     "Description",
     "LogExtraFields",
     "LoadState",
@@ -89,17 +91,10 @@ fn now_usec() -> u64 {
     })
 }
 
-/// True for the unit of a container that this program has made. False for the unit of an exec or a logger.
+/// True for the unit of a container that this program has made. A logger's unit has the same journal fields, but another type. An
+/// exec's unit has no such fields. Their names do not tell them apart: each of them can end in a hash.
 fn is_container(unit: &Properties) -> bool {
-    field(unit, "CONTAINER_ID").is_some()
-        && !property(unit, "Id").is_some_and(|name| name.contains(':') && is_of_process(name))
-}
-
-/// True for `containerd-default-web:EXEC.service` and `containerd-default-web::log.service`, but not for a name that
-/// ends in a hash.
-fn is_of_process(name: &str) -> bool {
-    let last = name.trim_end_matches(".service").rsplit(':').next().unwrap_or_default();
-    !(last.len() == 16 && last.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    field(unit, "CONTAINER_ID").is_some() && property(unit, "Type") == Some(CONTAINER_TYPE)
 }
 
 /// A journal field of a unit.
@@ -259,11 +254,18 @@ fn find_in<'a>(rows: &'a [Row], namespace: Option<&str>, word: &str) -> Vec<&'a 
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
     use super::*;
+    use crate::id::{ExecId, Namespace, TaskKey, UnitName};
+    use crate::unit::name;
+    use crate::unit::properties::{self, UnitMetadata};
 
     fn unit(more: &[(&str, &str)]) -> Properties {
         let mut unit = probe::properties(&[
             ("Id", "containerd-default-web.service"),
+            ("Type", "forking"),
             ("LogExtraFields", "CONTAINER_ID=web CONTAINER_NAMESPACE=default CONTAINER_NAME=shop"),
             ("ActiveState", "active"),
             ("SubState", "running"),
@@ -302,13 +304,42 @@ mod tests {
 
     #[test]
     fn units_of_execs_loggers_and_other_programs_are_not_listed() {
-        for (name, is) in [
-            ("containerd-default-web.service", true),
-            ("containerd-default-web:0123456789abcdef.service", true),
-            ("containerd-default-web:exec1.service", false),
-            ("containerd-default-web::log.service", false),
-        ] {
-            assert_eq!(is_container(&unit(&[("Id", name)])), is, "{name}");
+        let (namespace, id) = (format!("{}a", "a-".repeat(37)), "b".repeat(76));
+        let key = TaskKey::from_word(Namespace::new(namespace).unwrap(), &id).unwrap();
+        let container = name::candidates(&key).next().unwrap();
+        let exec =
+            name::exec_candidates(&container, &ExecId::new("0123456789abcdef").unwrap()).next().unwrap();
+        // Each of these ends in 16 hex digits.
+        let (logger, of_exec) = (name::logger(&container).unwrap(), name::logger(&exec).unwrap());
+        let metadata = UnitMetadata {
+            description: "",
+            identifier: "",
+            fields: &[("CONTAINER_ID".to_owned(), id)],
+            slice: &container,
+            sandbox: None,
+        };
+        let listed = |name: &UnitName, made: &properties::Properties| {
+            assert!(
+                name.as_str().trim_end_matches(".service").rsplit(':').next().unwrap().len() == 16,
+                "{name}"
+            );
+            let of = |wanted| {
+                made.all().iter().find(|(name, _)| *name == wanted).map(|(_, value)| value.to_string())
+            };
+            let (type_of, has_fields) = (of("Type").unwrap(), of("LogExtraFields").is_some());
+            let fields = if has_fields { "CONTAINER_ID=a" } else { "" };
+            is_container(&unit(&[
+                ("Id", name.as_str()),
+                ("Type", type_of.trim_matches(['"', '\''])),
+                ("LogExtraFields", fields),
+            ]))
+        };
+        let limit = Duration::from_secs(1);
+        let made = properties::container(&metadata, &[], &[], Path::new("/pid"), limit, false);
+        assert!(listed(&container, &made), "{made:?}");
+        assert!(!listed(&exec, &properties::exec("", &container, &[], &[])));
+        for name in [&logger, &of_exec] {
+            assert!(!listed(name, &properties::logger(&metadata, &[])));
         }
         assert!(!is_container(&unit(&[("LogExtraFields", "")])));
     }
