@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use crate::files;
@@ -12,6 +13,9 @@ use crate::sys;
 
 /// How long a program may take to answer.
 const LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a program may take to end after SIGKILL.
+const DEATH_LIMIT: Duration = Duration::from_secs(1);
 
 /// The most that is read of a file or from a program, in bytes.
 const MOST_BYTES: u64 = 16 << 20;
@@ -112,37 +116,49 @@ fn output_within(limit: Duration, program: &str, arguments: &[&str]) -> Known<St
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.env("LC_ALL", "C").env("SYSTEMD_COLORS", "0").env("SYSTEMD_PAGER", "");
     let mut child = command.spawn().map_err(|error| Unknown::of(program, &error))?;
-    let stdout = child.stdout.take().map(reader);
-    let stderr = child.stderr.take().map(reader);
-    if !ends(child.id(), limit) {
-        // It may have ended in the meantime.
-        let _ = child.kill();
-        let _ = child.wait();
-        return Err(Unknown::Late(program.to_owned(), limit));
-    }
+    let ended = readers(&mut child).map_err(|error| Unknown::of(program, &error)).and_then(|readers| {
+        if ends(child.id(), limit) { Ok(readers) } else { Err(Unknown::Late(program.to_owned(), limit)) }
+    });
+    let readers = ended.inspect_err(|_| kill(&mut child))?;
     let status = child.wait().map_err(|error| Unknown::of(program, &error))?;
-    let [stdout, stderr] =
-        [stdout, stderr].map(|reader| reader.and_then(|reader| reader.recv_timeout(limit).ok()));
+    let [stdout, said] = readers.map(|reader| reader.recv_timeout(limit).unwrap_or_default());
     if status.success() {
-        return Ok(stdout.unwrap_or_default());
+        return Ok(stdout);
     }
-    let said = stderr.unwrap_or_default();
     Err(match said.lines().next() {
         Some(line) => Unknown::Failed(format!("{program}: {line}")),
         None => Unknown::Failed(format!("{program} failed with {status}")),
     })
 }
 
-fn reader(from: impl Read + Send + 'static) -> std::sync::mpsc::Receiver<String> {
+/// Kills a program. A program that waits for a disk does not end: it is left alone.
+fn kill(child: &mut Child) {
+    // It may have ended in the meantime.
+    let _ = child.kill();
+    if ends(child.id(), DEATH_LIMIT) {
+        let _ = child.wait();
+    }
+}
+
+/// Read the standard output and the standard error of a program.
+fn readers(child: &mut Child) -> io::Result<[Receiver<String>; 2]> {
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    Ok([reader(stdout)?, reader(stderr)?])
+}
+
+/// The receiver gets nothing if there is nothing to read from.
+fn reader(from: Option<impl Read + Send + 'static>) -> io::Result<Receiver<String>> {
     let (sender, receiver) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
+    let Some(from) = from else { return Ok(receiver) };
+    let read = move || {
         let mut bytes = Vec::new();
         // What was read before an error counts.
         let _ = from.take(MOST_BYTES).read_to_end(&mut bytes);
         // The receiver was dropped if the work took too long.
         let _ = sender.send(String::from_utf8_lossy(&bytes).into_owned());
-    });
-    receiver
+    };
+    std::thread::Builder::new().spawn(read)?;
+    Ok(receiver)
 }
 
 fn ends(pid: u32, limit: Duration) -> bool {
