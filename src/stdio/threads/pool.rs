@@ -227,7 +227,8 @@ impl Job {
     const WOKEN: u8 = 3;
 
     fn poll(self: &Arc<Self>) {
-        self.progress.store(Self::POLLED, Ordering::Release);
+        // Acquires what was written before each call of the waker while the future was in the queue.
+        self.progress.swap(Self::POLLED, Ordering::AcqRel);
         let waker = Waker::from(self.clone());
         let mut work = lock(&self.work);
         let Some(polled) = work.as_mut().map(|work| work.as_mut().poll(&mut Context::from_waker(&waker)))
@@ -241,7 +242,8 @@ impl Job {
         drop(work);
         let (from, to) = (Self::POLLED, Self::WAITING);
         if self.progress.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            self.progress.store(Self::QUEUED, Ordering::Release);
+            // Not a store: this would hide from the next poll what was written before a call of the waker that comes here.
+            self.progress.swap(Self::QUEUED, Ordering::AcqRel);
             self.pool.push(self.clone());
         }
     }
@@ -257,7 +259,8 @@ impl Wake for Job {
             self.progress.fetch_update(Ordering::AcqRel, Ordering::Acquire, |progress| match progress {
                 Self::WAITING => Some(Self::QUEUED),
                 Self::POLLED => Some(Self::WOKEN),
-                _ => None,
+                // Written as well, although the value stays: the next poll acquires what was written before this call.
+                queued_or_woken => Some(queued_or_woken),
             });
         if woken == Ok(Self::WAITING) {
             self.pool.push(self.clone());
