@@ -79,13 +79,9 @@ pub enum Error {
         problem: String,
     },
     /// The arguments of `launch` are wrong.
-    #[error("only systemd and the daemon run launch: launch {} NAMESPACE ID [EXEC]", KINDS.map(Kind::word).join("|"))]
+    #[error("only systemd and the daemon run launch: launch {} NAMESPACE ID [EXEC]", Kind::ALL.map(Kind::word).join("|"))]
     Launch,
 }
-
-/// What `launch` starts.
-const KINDS: [Kind; 6] =
-    [Kind::Container, Kind::Exec, Kind::Logger, Kind::Criu, Kind::Mount, Kind::Checkpoint];
 
 /// The commands whose help is the usage: people need not run them.
 const WITHOUT_HELP: [&str; 6] = ["start", "delete", "serve", "launch", "wake", "help"];

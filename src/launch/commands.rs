@@ -6,17 +6,17 @@ use std::io::Write;
 
 use crate::oci::mount as rootfs;
 
-use super::contract::Kind;
+use super::contract::CommandKind;
 use super::error::Error;
 use super::process::Process;
 use super::{checkpoint, probe};
 
 /// Runs a command. A checkpoint returns only if it fails.
-pub(super) fn run(kind: Kind, process: &Process<'_>) -> Result<(), Error> {
+pub(super) fn run(kind: CommandKind, process: &Process<'_>) -> Result<(), Error> {
     let done = match kind {
-        Kind::Criu => probe::run(process),
-        Kind::Mount => mount(process),
-        _ => checkpoint::run(process).map(|never| match never {}),
+        CommandKind::Criu => probe::run(process),
+        CommandKind::Mount => mount(process),
+        CommandKind::Checkpoint => checkpoint::run(process).map(|never| match never {}),
     };
     if let Err(error) = &done {
         let entry = serde_json::json!({ "level": "error", "msg": error.to_string() });

@@ -99,16 +99,27 @@ fn outcome_of_checkpoint<'d, D: Deserializer<'d>>(note: D) -> Result<Option<Resu
     Ok(Option::deserialize(note)?.map(outcome))
 }
 
-/// The kind of process that `launch` starts.
+/// What `launch` starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    Unit(UnitKind),
+    Command(CommandKind),
+}
+
+/// A process that `launch` starts in a unit of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnitKind {
     /// A container, up to its init process, which waits for Start.
     Container,
     Exec,
     /// A `binary://` logger.
     Logger,
-    /// The check whether criu can be used. This kind and those below have no unit: the daemon runs them like commands of the
-    /// OCI runtime.
+}
+
+/// What the daemon lets `launch` do without a unit, like a command of the OCI runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommandKind {
+    /// The check whether criu can be used.
     Criu,
     /// The mounts of a rootfs in the host's mount namespace, for a container that Start restores.
     Mount,
@@ -117,16 +128,55 @@ pub enum Kind {
 }
 
 impl Kind {
+    pub const ALL: [Self; 6] = [
+        Self::Unit(UnitKind::Container),
+        Self::Unit(UnitKind::Exec),
+        Self::Unit(UnitKind::Logger),
+        Self::Command(CommandKind::Criu),
+        Self::Command(CommandKind::Mount),
+        Self::Command(CommandKind::Checkpoint),
+    ];
+
+    /// Its name in the arguments.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Unit(UnitKind::Container) => "container",
+            Self::Unit(UnitKind::Exec) => "exec",
+            Self::Unit(UnitKind::Logger) => "logger",
+            Self::Command(command) => command.word(),
+        }
+    }
+
+    /// True if it can be for an exec, or, without an exec, for the init process.
+    fn is_for(self, exec: Option<&str>) -> bool {
+        match self {
+            Self::Unit(UnitKind::Container) | Self::Command(_) => exec.is_none(),
+            Self::Unit(UnitKind::Exec) => exec.is_some(),
+            Self::Unit(UnitKind::Logger) => true,
+        }
+    }
+}
+
+impl CommandKind {
     /// Its name in the arguments, which is the name of its log, too.
     pub fn word(self) -> &'static str {
         match self {
-            Self::Container => "container",
-            Self::Exec => "exec",
-            Self::Logger => "logger",
             Self::Criu => "criu",
             Self::Mount => "mount",
             Self::Checkpoint => "checkpoint",
         }
+    }
+}
+
+impl From<UnitKind> for Kind {
+    fn from(kind: UnitKind) -> Self {
+        Self::Unit(kind)
+    }
+}
+
+impl From<CommandKind> for Kind {
+    fn from(kind: CommandKind) -> Self {
+        Self::Command(kind)
     }
 }
 
@@ -171,16 +221,12 @@ pub fn arguments(kind: Kind, key: &ProcessKey) -> Vec<String> {
 
 /// Reads the arguments after the word `launch`. `None` if [`arguments`] does not make such arguments.
 pub fn parse(words: &[&str]) -> Option<(Kind, ProcessKey)> {
-    let (kind, namespace, id, exec) = match *words {
-        ["container", namespace, id] => (Kind::Container, namespace, id, None),
-        ["exec", namespace, id, exec] => (Kind::Exec, namespace, id, Some(exec)),
-        ["logger", namespace, id] => (Kind::Logger, namespace, id, None),
-        ["criu", namespace, id] => (Kind::Criu, namespace, id, None),
-        ["mount", namespace, id] => (Kind::Mount, namespace, id, None),
-        ["checkpoint", namespace, id] => (Kind::Checkpoint, namespace, id, None),
-        ["logger", namespace, id, exec] => (Kind::Logger, namespace, id, Some(exec)),
+    let (word, namespace, id, exec) = match *words {
+        [word, namespace, id] => (word, namespace, id, None),
+        [word, namespace, id, exec] => (word, namespace, id, Some(exec)),
         _ => return None,
     };
+    let kind = Kind::ALL.into_iter().find(|kind| kind.word() == word && kind.is_for(exec))?;
     let task = TaskKey::from_word(Namespace::new(namespace).ok()?, id).ok()?;
     let exec = exec.map(ExecId::new).transpose().ok()?;
     Some((kind, ProcessKey { task, exec }))
@@ -211,19 +257,21 @@ mod tests {
         for word in ["web", "web+0123456789abcdef"] {
             let init = task(word).init();
             let exec = ProcessKey { task: task(word), exec: Some(ExecId::new("e1").unwrap()) };
-            for (kind, key) in [
-                (Kind::Container, &init),
-                (Kind::Exec, &exec),
-                (Kind::Logger, &init),
-                (Kind::Logger, &exec),
-                (Kind::Criu, &init),
-                (Kind::Mount, &init),
-                (Kind::Checkpoint, &init),
+            for (kind, of_init, of_exec) in [
+                (UnitKind::Container.into(), true, false),
+                (UnitKind::Exec.into(), false, true),
+                (UnitKind::Logger.into(), true, true),
+                (CommandKind::Criu.into(), true, false),
+                (CommandKind::Mount.into(), true, false),
+                (CommandKind::Checkpoint.into(), true, false),
             ] {
-                let arguments = arguments(kind, key);
-                let words: Vec<_> = arguments.iter().map(String::as_str).collect();
-                assert_eq!(words[0], "launch");
-                assert_eq!(parse(&words[1..]), Some((kind, key.clone())), "{arguments:?}");
+                for (key, is_possible) in [(&init, of_init), (&exec, of_exec)] {
+                    let arguments = arguments(kind, key);
+                    let words: Vec<_> = arguments.iter().map(String::as_str).collect();
+                    assert_eq!(words[0], "launch");
+                    let expected = is_possible.then(|| (kind, key.clone()));
+                    assert_eq!(parse(&words[1..]), expected, "{arguments:?}");
+                }
             }
         }
     }

@@ -36,7 +36,7 @@ use crate::config;
 use crate::id::ProcessKey;
 use crate::store::Store;
 
-use contract::Kind;
+use contract::{Kind, UnitKind};
 pub use error::Error;
 use process::Process;
 
@@ -50,8 +50,8 @@ pub fn run(kind: Kind, key: &ProcessKey) -> Result<(), Error> {
     let Some(task) = store.load_with(&key.task, key.exec.as_ref())? else {
         return Err(match kind {
             // The task was deleted while systemd was about to start its logger again.
-            Kind::Logger => Error::NothingToLog,
-            Kind::Container | Kind::Exec | Kind::Criu | Kind::Mount | Kind::Checkpoint => {
+            Kind::Unit(UnitKind::Logger) => Error::NothingToLog,
+            Kind::Unit(UnitKind::Container | UnitKind::Exec) | Kind::Command(_) => {
                 Error::NoRecord { key: key.clone() }
             }
         });
@@ -59,9 +59,9 @@ pub fn run(kind: Kind, key: &ProcessKey) -> Result<(), Error> {
     let process = Process::of(&store, &task, key.exec.as_ref());
     let process = process.ok_or_else(|| Error::NoExec { key: key.clone() })?;
     match kind {
-        Kind::Container => container::run(&process),
-        Kind::Exec => exec::run(&process),
-        Kind::Logger => logger::run(&process),
-        Kind::Criu | Kind::Mount | Kind::Checkpoint => commands::run(kind, &process),
+        Kind::Unit(UnitKind::Container) => container::run(&process),
+        Kind::Unit(UnitKind::Exec) => exec::run(&process),
+        Kind::Unit(UnitKind::Logger) => logger::run(&process),
+        Kind::Command(command) => commands::run(command, &process),
     }
 }

@@ -16,7 +16,7 @@ use crate::cgroup;
 use crate::fault::{self, Point};
 use crate::files;
 use crate::id::TaskKey;
-use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, CheckpointNote, DUMP_WORK, Kind, dump_work};
+use crate::launch::contract::{CHECKPOINT, CRIU_PROBLEM, CheckpointNote, CommandKind, DUMP_WORK, dump_work};
 use crate::oci::criu::{self, Checkpoint, Problem};
 use crate::oci::runtime::Cli;
 use crate::services::process::{cancelled, init_is_gone};
@@ -98,7 +98,7 @@ impl Shim {
         }
         fault::point(Point::CheckpointThawed);
         let taken = tokio::select! {
-            taken = self.launch_for(entry, task, &dir, Kind::Checkpoint) => taken,
+            taken = self.launch_for(entry, task, &dir, CommandKind::Checkpoint) => taken,
             error = init_has_ended(entry, &begun.request) => Err(error),
         };
         fault::point(Point::CheckpointDone);
@@ -117,7 +117,7 @@ impl Shim {
         entry: &Entry,
         task: &Task,
         dir: &Path,
-        kind: Kind,
+        kind: CommandKind,
     ) -> Result<(), Error> {
         let command = self.launcher.command(kind, &entry.init.key);
         let cli = Cli::of(task, dir);
@@ -199,7 +199,7 @@ impl Shim {
                 error = init_has_ended(entry, &begun.request) => error,
             };
         };
-        let settled = Cli::of(&task, &dir).settled_unless(Kind::Checkpoint.word(), must_end).await;
+        let settled = Cli::of(&task, &dir).settled_unless(CommandKind::Checkpoint.word(), must_end).await;
         let log = dump_work(&begun.request, &dir).join(criu::DUMP_LOG);
         let dumped = self.files.run(WaitsFor::Disk, &entry.init.key, move || criu::has_dumped(&log)).await;
         let concluded = match (settled, dumped) {
@@ -235,12 +235,12 @@ impl Shim {
         if self.launcher.knows_criu(&self.files, &entry.init.key, path).await? {
             return Ok(());
         }
-        let command = self.launcher.command(Kind::Criu, &task.key.init());
+        let command = self.launcher.command(CommandKind::Criu, &task.key.init());
         self.store.remove_scratch(&task.key, &[CRIU_PROBLEM])?;
         let dir = self.store.dir(&task.key);
         let cli = Cli::of(task, &dir);
         let checked = tokio::select! {
-            checked = self.oci.launch(&cli, Kind::Criu.word(), task.runtime.limit(), &command) => checked,
+            checked = self.oci.launch(&cli, CommandKind::Criu.word(), task.runtime.limit(), &command) => checked,
             error = cancelled(entry) => return Err(error),
         };
         let Err(error) = checked else {

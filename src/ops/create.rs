@@ -13,7 +13,7 @@ use crate::cgroup::limits;
 use crate::cgroup::stats::MemoryEvents;
 use crate::fault::{self, Point};
 use crate::id::{TaskKey, UnitName};
-use crate::launch::contract::{Kind, LAUNCHED, PID_FILE};
+use crate::launch::contract::{LAUNCHED, PID_FILE, UnitKind};
 use crate::launch::{self, command};
 use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::{metadata, options, runtime};
@@ -281,7 +281,7 @@ impl Shim {
             make_pod_slice(&*self.manager, task.placement.slice(), task).await?;
         }
         let init = task.key.init();
-        let command = self.launcher.command(Kind::Container, &init);
+        let command = self.launcher.command(UnitKind::Container, &init);
         let sandbox = self.tasks.sandbox_of(task);
         let shown = UnitMetadata {
             description: &task.init.description,

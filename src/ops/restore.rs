@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::fault::{self, Point};
-use crate::launch::contract::{Kind, restore_work};
+use crate::launch::contract::{CommandKind, restore_work};
 use crate::oci::criu;
 use crate::services::process::cancelled;
 use crate::services::{Entry, Error, WaitsFor};
@@ -30,7 +30,7 @@ impl Shim {
         dir: &Path,
     ) -> Result<(), Error> {
         if !task.request.rootfs.is_empty() {
-            self.launch_for(entry, task, dir, Kind::Mount).await.map_err(|error| match error {
+            self.launch_for(entry, task, dir, CommandKind::Mount).await.map_err(|error| match error {
                 Error::Runtime(crate::oci::runtime::Error::Failed { reason, .. }) => Error::Launch(reason),
                 error => error,
             })?;

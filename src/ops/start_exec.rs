@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::config;
 use crate::fault::{self, Point};
 use crate::id::ExecId;
-use crate::launch::contract::{Kind, LAUNCHED, Outcome, PROCESS_SPEC};
+use crate::launch::contract::{LAUNCHED, Outcome, PROCESS_SPEC, UnitKind};
 use crate::launch::{command, pipes, report};
 use crate::services::process::{hold, init_has_ended, init_is_gone};
 use crate::services::{Entry, Error, Process};
@@ -90,7 +90,7 @@ impl Shim {
         process: &Process,
         begun_by: Daemon,
     ) -> Result<Option<StartJob>, Error> {
-        let command = self.launcher.command(Kind::Exec, &process.key);
+        let command = self.launcher.command(UnitKind::Exec, &process.key);
         let environment =
             command::environment(self.launcher.sealed_runtime(&self.files, task).await?.as_ref(), None);
         let properties = properties::exec(&exec.description, task.unit(), &command, &environment);

@@ -51,8 +51,8 @@ impl Launcher {
     }
 
     /// The command line of a unit that starts a process.
-    pub(crate) fn command(&self, kind: Kind, key: &ProcessKey) -> Vec<String> {
-        command::command_line(&self.program, kind, key)
+    pub(crate) fn command(&self, kind: impl Into<Kind>, key: &ProcessKey) -> Vec<String> {
+        command::command_line(&self.program, kind.into(), key)
     }
 
     /// A copy of the task's OCI runtime, if there can be one. The runtime may be on a disk that does not answer.

@@ -16,7 +16,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
 use crate::config;
-use crate::launch::contract::{Kind, LOGGER_ERROR};
+use crate::launch::contract::{LOGGER_ERROR, UnitKind};
 use crate::oci::metadata;
 use crate::session::fds::{Claims, StreamFds, StreamKind};
 use crate::session::{self, LogFiles, OpenStreams, Plan, ReopenMode, Session};
@@ -267,7 +267,7 @@ impl Streams {
         let (Some(unit), Some(logger), Some(ready)) = (&plan.logger, &plan.wiring.logger, ready) else {
             return Ok(());
         };
-        let command = self.launcher.command(Kind::Logger, &plan.key);
+        let command = self.launcher.command(UnitKind::Logger, &plan.key);
         let shown = UnitMetadata {
             description: &plan.logger_description(),
             identifier: metadata::identifier(&plan.metadata.fields),

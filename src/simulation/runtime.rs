@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use crate::effects::{Effects, Failure};
-use crate::launch::contract::Kind;
+use crate::launch::contract::CommandKind;
 use crate::oci::runtime::{Cli, Error as RuntimeError, OciRuntime};
 use crate::store::Store;
 use crate::unit::fake::FakeSystemd;
@@ -82,7 +82,7 @@ impl OciRuntime for FakeRuntime {
     ) -> Result<(), RuntimeError> {
         assert_eq!(command[1..3], ["launch", verb]);
         let kept = self.call(verb, cli).await?;
-        if self.starts == Starts::AfterHangingMounts && verb == Kind::Mount.word() {
+        if self.starts == Starts::AfterHangingMounts && verb == CommandKind::Mount.word() {
             tokio::time::sleep(limit).await;
             return Err(RuntimeError::TimedOut { verb, limit });
         }
