@@ -308,7 +308,7 @@ pub fn is_forgetful() -> bool {
     std::env::var_os("CONTAINERD_SHIM_SYSTEMD_FORGETFUL").is_some()
 }
 
-/// It is not, in what people run.
+/// Builds without fault points keep everything.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn is_forgetful() -> bool {

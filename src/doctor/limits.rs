@@ -48,7 +48,7 @@ struct Space {
     free_bytes: u64,
     inodes: u64,
     free_inodes: u64,
-    /// A path on the file system.
+    /// The file system's device number.
     device: u64,
 }
 

@@ -54,7 +54,7 @@ pub struct Live {
     pub(crate) is_deleted: bool,
     /// True while criu dumps its processes: criu thaws and freezes them.
     pub(crate) is_checkpointing: bool,
-    /// True while the daemon queries systemd for the exit of the process.
+    /// True from the report of init's end until the end is recorded.
     pub(crate) is_ending: bool,
     /// The containerd that its bundle belongs to, once that is known. Only the init process of a task has it, and only if
     /// the record does not say it.

@@ -126,7 +126,7 @@ pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step<ExecPhase>, Re
         (stopped @ ExecPhase::Stopped { .. }, Exited(_)) => Ok(stay(stopped)),
         (ExecPhase::Stopped { .. }, StartBegun | Started { .. } | StartFailed) => Err(refused),
 
-        // It is frozen with its container, and has no execs of its own.
+        // An exec is frozen with its container, and has no execs of its own.
         (
             other @ (ExecPhase::Added
             | ExecPhase::Starting { .. }

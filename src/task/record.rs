@@ -1,4 +1,5 @@
-//! The form in which a record holds a task. It is older than [`Task`], and stays the same.
+//! The form in which a record holds a task. Records on disk have this form, so it does not change with
+//! [`Task`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
