@@ -325,8 +325,7 @@ impl Shim {
         let waits = self.waits_for_start(&task).await;
         // The replay of the call gets the failure that the earlier daemon has noted. That daemon has killed init.
         let has_failed = self.noted_failure(&entry.init.key, dir.clone()).await.is_some();
-        let pid = task.init.pid().unwrap_or_default();
-        let event = if waits || has_failed { Event::StartFailed } else { Event::Started { pid } };
+        let event = if waits || has_failed { Event::StartFailed } else { Event::InitStarted };
         if let Err(error) = self.tasks.note_event(entry, &entry.init, event) {
             tracing::error!(task = %task.key, %error, "task {}: can't record the end of its start: {error}", task.key);
         }

@@ -71,6 +71,8 @@ impl Shim {
     /// Asks the OCI runtime to release the waiting init process.
     async fn release_init(&self, entry: &Entry, task: &Task) -> Result<u32, Error> {
         fault::point(Point::StartRecorded);
+        let gone = || Error::InitGone { key: task.key.clone() };
+        let pid = task.init.pid().ok_or_else(gone)?;
         let dir = self.store.dir(&task.key);
         let cli = runtime::Cli::of(task, &dir);
         let given_up = entry.init.live().attempt.given_up.clone();
@@ -83,7 +85,7 @@ impl Shim {
         };
         let started = tokio::select! {
             started = self.oci.start(&cli) => started.map_err(Error::from),
-            () = ended_unreleased => Err(Error::InitGone { key: task.key.clone() }),
+            () = ended_unreleased => Err(gone()),
             () = given_up.cancelled() => Err(Error::GivenUp { process: entry.init.key.clone() }),
         };
         // If the disk with the runtime's state does not answer, init stays: another Start finds out whether it was released.
@@ -94,7 +96,7 @@ impl Shim {
             end_all(entry, task).await?;
         }
         fault::point(Point::StartDone);
-        started.map(|()| task.init.pid().unwrap_or_default())
+        started.map(|()| pid)
     }
 
     /// The last step of a start: records the result. The process may have ended already.
@@ -117,9 +119,13 @@ impl Shim {
         // The start and the end are recorded in one write: systemd does not know this process if it ended before the
         // handover. A daemon that finds only its start in the record would never learn of its end.
         let exited = exit.map(|exit| Event::Exited(ObservedExit { pid: Some(pid), exit }));
+        let has_started = match process.exec() {
+            None => Event::InitStarted,
+            Some(_) => Event::ExecStarted { pid },
+        };
         let noted = self.tasks.note(entry, |task| {
             let mut ended = Vec::new();
-            for event in exited.into_iter().chain([Event::Started { pid }]) {
+            for event in exited.into_iter().chain([has_started]) {
                 ended.extend(task.apply(process.exec(), event, sys::now_usec())?);
             }
             Ok(ended)

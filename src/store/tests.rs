@@ -177,9 +177,9 @@ fn a_change_of_an_exec_that_was_cut_off_is_completed_once_and_in_order() {
     let ended = Event::Exited(ObservedExit { pid: None, exit });
     let changes = [
         (None, Event::StartBegun),
-        (None, Event::Started { pid: 7 }),
+        (None, Event::InitStarted),
         (Some(&id), Event::StartBegun),
-        (Some(&id), Event::Started { pid: 8 }),
+        (Some(&id), Event::ExecStarted { pid: 8 }),
         (None, ended.clone()),
         // This event also lets the exit of the init process be published.
         (Some(&id), ended),

@@ -10,7 +10,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::lifecycle::{Announce, Event, Exit, Lifecycle, ObservedExit, Refusal, Step, stay};
+use crate::id::ExecId;
+
+use super::lifecycle::{self, Event, Exit, Lifecycle, ObservedExit, Refusal, stay};
+use super::outbox::TaskEvent;
 use super::process::Process;
 
 /// An exec. Its process spec is a file of its own.
@@ -43,6 +46,16 @@ impl ExecPhase {
     /// True if a process runs or is being started: the exit of the task is published after that of this exec.
     pub fn is_live(&self) -> bool {
         matches!(self, Self::Starting { .. } | Self::Running { .. })
+    }
+
+    /// Changes the phase. Returns the events to publish, in order.
+    ///
+    /// # Errors
+    /// The phase does not allow the event. The phase stays as it is then.
+    pub fn apply(&mut self, event: Event) -> Result<Vec<Announce>, Refusal> {
+        let step = transition(self, event)?;
+        *self = step.next;
+        Ok(step.announce)
     }
 }
 
@@ -81,15 +94,36 @@ impl Lifecycle for ExecPhase {
             Self::Stopped { .. } => "stopped",
         }
     }
+}
 
-    fn apply(&mut self, event: Event) -> Result<Vec<Announce>, Refusal> {
-        let step = transition(self, event)?;
-        *self = step.next;
-        Ok(step.announce)
+/// An event to publish because of a change of the phase of an exec.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Announce {
+    Started {
+        /// The process.
+        pid: u32,
+    },
+    Exited {
+        /// The process that it was.
+        pid: u32,
+        /// How it ended.
+        exit: Exit,
+    },
+}
+
+impl Announce {
+    /// The event of this exec.
+    pub fn of(self, exec: ExecId) -> TaskEvent {
+        match self {
+            Self::Started { pid } => TaskEvent::ExecStarted { exec, pid },
+            Self::Exited { pid, exit } => TaskEvent::ExecExited { exec, pid, exit },
+        }
     }
 }
 
-fn stop(pid: u32, exit: Exit, mut announce: Vec<Announce>) -> Step<ExecPhase> {
+type Step = lifecycle::Step<ExecPhase, Announce>;
+
+fn stop(pid: u32, exit: Exit, mut announce: Vec<Announce>) -> Step {
     announce.push(Announce::Exited { pid, exit });
     Step { next: ExecPhase::Stopped { pid, exit }, announce }
 }
@@ -98,16 +132,19 @@ fn stop(pid: u32, exit: Exit, mut announce: Vec<Announce>) -> Step<ExecPhase> {
 ///
 /// # Errors
 /// The phase does not allow the event.
-pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step<ExecPhase>, Refusal> {
-    use Event::{Created, ExecsGone, Exited, Frozen, Prepared, StartBegun, StartFailed, Started, Thawed};
+pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step, Refusal> {
+    use Event::{
+        Created, ExecStarted, ExecsGone, Exited, Frozen, InitStarted, Prepared, StartBegun, StartFailed,
+        Thawed,
+    };
     let refused = Refusal { verb: event.verb(), phase: phase.word() };
     match (phase.clone(), event) {
         (ExecPhase::Added, StartBegun) => Ok(stay(ExecPhase::Starting { exit: None })),
         // A late report about an earlier start that failed.
         (ExecPhase::Added, Exited(_)) => Ok(stay(ExecPhase::Added)),
-        (ExecPhase::Added, Started { .. } | StartFailed) => Err(refused),
+        (ExecPhase::Added, ExecStarted { .. } | StartFailed) => Err(refused),
 
-        (ExecPhase::Starting { exit }, Started { pid }) => {
+        (ExecPhase::Starting { exit }, ExecStarted { pid }) => {
             let announce = vec![Announce::Started { pid }];
             Ok(match exit.filter(|seen| seen.is_of(pid)) {
                 None => Step { next: ExecPhase::Running { pid }, announce },
@@ -121,10 +158,10 @@ pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step<ExecPhase>, Re
 
         (ExecPhase::Running { pid }, Exited(seen)) if seen.is_of(pid) => Ok(stop(pid, seen.exit, Vec::new())),
         (running @ ExecPhase::Running { .. }, Exited(_)) => Ok(stay(running)),
-        (ExecPhase::Running { .. }, StartBegun | Started { .. } | StartFailed) => Err(refused),
+        (ExecPhase::Running { .. }, StartBegun | ExecStarted { .. } | StartFailed) => Err(refused),
 
         (stopped @ ExecPhase::Stopped { .. }, Exited(_)) => Ok(stay(stopped)),
-        (ExecPhase::Stopped { .. }, StartBegun | Started { .. } | StartFailed) => Err(refused),
+        (ExecPhase::Stopped { .. }, StartBegun | ExecStarted { .. } | StartFailed) => Err(refused),
 
         // An exec is frozen with its container, and has no execs of its own.
         (
@@ -139,7 +176,7 @@ pub fn transition(phase: &ExecPhase, event: Event) -> Result<Step<ExecPhase>, Re
             | ExecPhase::Starting { .. }
             | ExecPhase::Running { .. }
             | ExecPhase::Stopped { .. },
-            Prepared | Created { .. },
+            Prepared | Created { .. } | InitStarted,
         ) => Err(refused),
     }
 }
@@ -173,8 +210,6 @@ mod tests {
         let letters = step.announce.iter().map(|announce| match announce {
             Announce::Started { .. } => 'S',
             Announce::Exited { .. } => 'E',
-            // None of an exec's.
-            Announce::Created { .. } | Announce::Paused | Announce::Resumed => '?',
         });
         let letters: String = letters.collect();
         if letters.is_empty() {
@@ -205,7 +240,7 @@ mod tests {
         ];
         let events = [
             Event::StartBegun,
-            Event::Started { pid: PID },
+            Event::ExecStarted { pid: PID },
             Event::StartFailed,
             Event::Exited(ObservedExit { pid: None, exit: LATER }),
             Event::Exited(ObservedExit { pid: Some(PID + 1), exit: LATER }),
@@ -231,7 +266,8 @@ mod tests {
 
     #[test]
     fn an_exit_inside_start_is_announced_after_the_start() {
-        let (phase, announce) = run(&[Event::StartBegun, Event::Exited(SEEN), Event::Started { pid: PID }]);
+        let (phase, announce) =
+            run(&[Event::StartBegun, Event::Exited(SEEN), Event::ExecStarted { pid: PID }]);
         assert_eq!(phase.exit(), Some(EXIT));
         let announced = [Announce::Started { pid: PID }, Announce::Exited { pid: PID, exit: EXIT }];
         assert_eq!(announce, announced);
@@ -241,6 +277,13 @@ mod tests {
     fn a_failed_start_can_be_tried_again_and_announces_nothing() {
         let (phase, announce) = run(&[Event::StartBegun, Event::Exited(SEEN), Event::StartFailed]);
         assert_eq!((phase, announce.len()), (ExecPhase::Added, 0));
+    }
+
+    #[test]
+    fn what_only_an_init_process_does_is_refused() {
+        for event in [Event::Prepared, Event::InitStarted] {
+            assert_eq!(outcome(&ExecPhase::Starting { exit: None }, event), "-");
+        }
     }
 
     #[test]

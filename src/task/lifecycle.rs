@@ -20,11 +20,6 @@ pub trait Lifecycle {
     fn is_starting(&self) -> bool;
     /// The phase in containerd's terms, for messages.
     fn word(&self) -> &'static str;
-    /// Changes the phase. Returns the events to publish, in order.
-    ///
-    /// # Errors
-    /// The phase does not allow the event. The phase stays as it is then.
-    fn apply(&mut self, event: Event) -> Result<Vec<Announce>, Refusal>;
 }
 
 /// The exit of a process.
@@ -81,9 +76,11 @@ pub enum Event {
     },
     /// The OCI runtime is about to be asked to start it; for an exec, its unit is about to be started.
     StartBegun,
-    /// The OCI runtime has started it.
-    Started {
-        /// The pid. The pid of an exec is not known before.
+    /// The OCI runtime has started the init process.
+    InitStarted,
+    /// The OCI runtime has started the exec.
+    ExecStarted {
+        /// Its process, which is not known before.
         pid: u32,
     },
     /// It could not be started.
@@ -103,38 +100,12 @@ impl Event {
         match self {
             Self::Prepared | Self::Created { .. } => "create",
             Self::StartBegun => "start",
-            Self::Started { .. } | Self::StartFailed => "finish starting",
+            Self::InitStarted | Self::ExecStarted { .. } | Self::StartFailed => "finish starting",
             Self::Frozen => "pause",
             Self::Thawed => "resume",
             Self::Exited(_) | Self::ExecsGone => "end",
         }
     }
-}
-
-/// An event to publish because of a change of the phase.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Announce {
-    /// The task exists.
-    Created {
-        /// Its process. `None` if Start restores it.
-        pid: Option<u32>,
-    },
-    /// The task runs.
-    Started {
-        /// Its process.
-        pid: u32,
-    },
-    /// The task is paused.
-    Paused,
-    /// The task runs again.
-    Resumed,
-    /// The process has ended. Calls of Wait return as well.
-    Exited {
-        /// The process that it was.
-        pid: u32,
-        /// How it ended.
-        exit: Exit,
-    },
 }
 
 /// The phase does not allow an event.
@@ -149,14 +120,14 @@ pub struct Refusal {
 
 /// The result of a transition.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step<P> {
+pub struct Step<P, A> {
     /// The new phase.
     pub next: P,
-    /// The events to publish, in order.
-    pub announce: Vec<Announce>,
+    /// The events to publish because of it, in order.
+    pub announce: Vec<A>,
 }
 
 /// A transition without events.
-pub(super) fn stay<P>(phase: P) -> Step<P> {
+pub(super) fn stay<P, A>(phase: P) -> Step<P, A> {
     Step { next: phase, announce: Vec::new() }
 }

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{ExecId, TaskKey, UnitName};
 
 use exec::Exec;
-use lifecycle::{Announce, Event, Exit, Lifecycle, Refusal};
+use lifecycle::{Event, Exit, Lifecycle, Refusal};
 use outbox::{Outbox, Owed, TaskEvent};
 use phase::Phase;
 use process::Process;
@@ -211,24 +211,20 @@ impl Task {
         now_usec: u64,
         ended: &mut Vec<ExitNotice>,
     ) -> Result<(), Refusal> {
-        let Some(process) = self.process_mut(exec) else {
-            return Ok(());
+        let announced = match exec {
+            None => self.init.phase.apply(event)?,
+            Some(id) => {
+                let Some(exec) = self.execs.get_mut(id) else {
+                    return Ok(());
+                };
+                let announced = Arc::make_mut(exec).phase.apply(event)?;
+                announced.into_iter().map(|announce| announce.of(id.clone())).collect()
+            }
         };
-        for announce in process.phase.apply(event)? {
-            if let Announce::Exited { exit, .. } = announce {
+        for event in announced {
+            if let TaskEvent::Exited { exit, .. } | TaskEvent::ExecExited { exit, .. } = event {
                 ended.push(ExitNotice { exec: exec.cloned(), exit });
             }
-            let event = match (announce, exec.cloned()) {
-                (Announce::Created { pid }, None) => TaskEvent::Created { pid },
-                (Announce::Started { pid }, None) => TaskEvent::Started { pid },
-                (Announce::Paused, None) => TaskEvent::Paused,
-                (Announce::Resumed, None) => TaskEvent::Resumed,
-                (Announce::Exited { pid, exit }, None) => TaskEvent::Exited { pid, exit },
-                (Announce::Started { pid }, Some(exec)) => TaskEvent::ExecStarted { exec, pid },
-                (Announce::Exited { pid, exit }, Some(exec)) => TaskEvent::ExecExited { exec, pid, exit },
-                // An exec is published when it is added, and is paused with its task.
-                (Announce::Created { .. } | Announce::Paused | Announce::Resumed, Some(_)) => continue,
-            };
             self.owe(event, now_usec);
         }
         Ok(())

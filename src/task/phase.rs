@@ -20,9 +20,11 @@
 //! start, exit, so such an exit is kept in the phase and takes effect when the call ends. containerd also requires the
 //! exits of all execs before that of the init process: until then, the phase is Ending.
 
-use super::lifecycle::{
-    Announce, Container, Event, Exit, Lifecycle, ObservedExit, Program, Refusal, Step, stay,
-};
+use super::lifecycle::{self, Container, Event, Exit, Lifecycle, ObservedExit, Program, Refusal, stay};
+use super::outbox::TaskEvent;
+
+/// The result of a transition. The events go to the outbox as they are.
+type Step = lifecycle::Step<Phase, TaskEvent>;
 
 /// The phase of an init process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,6 +129,16 @@ impl Phase {
     pub fn is_paused(&self) -> bool {
         matches!(self, Self::Paused { .. })
     }
+
+    /// Changes the phase. Returns the events to publish, in order.
+    ///
+    /// # Errors
+    /// The phase does not allow the event. The phase stays as it is then.
+    pub fn apply(&mut self, event: Event) -> Result<Vec<TaskEvent>, Refusal> {
+        let step = transition(self, event)?;
+        *self = step.next;
+        Ok(step.announce)
+    }
 }
 
 impl Lifecycle for Phase {
@@ -189,20 +201,14 @@ impl Lifecycle for Phase {
             Self::Ending { .. } | Self::Stopped { .. } => "stopped",
         }
     }
-
-    fn apply(&mut self, event: Event) -> Result<Vec<Announce>, Refusal> {
-        let step = transition(self, event)?;
-        *self = step.next;
-        Ok(step.announce)
-    }
 }
 
-fn end(container: Container, exit: Exit, announce: Vec<Announce>) -> Step<Phase> {
+fn end(container: Container, exit: Exit, announce: Vec<TaskEvent>) -> Step {
     Step { next: Phase::Ending { container, exit, never_started: false }, announce }
 }
 
 /// The end of a process that no Start has released.
-fn end_unstarted(container: Container, exit: Exit, announce: Vec<Announce>) -> Step<Phase> {
+fn end_unstarted(container: Container, exit: Exit, announce: Vec<TaskEvent>) -> Step {
     Step { next: Phase::Ending { container, exit, never_started: true }, announce }
 }
 
@@ -213,8 +219,11 @@ fn end_unstarted(container: Container, exit: Exit, announce: Vec<Announce>) -> S
 ///
 /// # Errors
 /// The phase does not allow the event.
-pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
-    use Event::{Created, ExecsGone, Exited, Frozen, Prepared, StartBegun, StartFailed, Started, Thawed};
+pub fn transition(phase: &Phase, event: Event) -> Result<Step, Refusal> {
+    use Event::{
+        Created, ExecStarted, ExecsGone, Exited, Frozen, InitStarted, Prepared, StartBegun, StartFailed,
+        Thawed,
+    };
     let refused = Refusal { verb: event.verb(), phase: phase.word() };
     if let (Exited(seen), Some(pid)) = (&event, phase.pid())
         && !seen.is_of(pid)
@@ -223,7 +232,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
     }
     match (phase.clone(), event) {
         (Phase::Creating { exit }, Created { container, program }) => {
-            let announce = vec![Announce::Created { pid: Some(container.pid) }];
+            let announce = vec![TaskEvent::Created { pid: Some(container.pid) }];
             Ok(match exit.filter(|seen| seen.is_of(container.pid)) {
                 None => Step { next: Phase::Created { container, program }, announce },
                 Some(seen) => end_unstarted(container, seen.exit, announce),
@@ -231,17 +240,19 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         }
         (Phase::Creating { .. }, Exited(seen)) => Ok(stay(Phase::Creating { exit: Some(seen) })),
         (Phase::Creating { .. }, Prepared) => {
-            Ok(Step { next: Phase::Prepared, announce: vec![Announce::Created { pid: None }] })
+            Ok(Step { next: Phase::Prepared, announce: vec![TaskEvent::Created { pid: None }] })
         }
-        (Phase::Creating { .. }, StartBegun | Started { .. } | StartFailed) => Err(refused),
+        (Phase::Creating { .. }, StartBegun | InitStarted | ExecStarted { .. } | StartFailed) => Err(refused),
 
         (Phase::Prepared, StartBegun) => Ok(stay(Phase::Restoring { exit: None })),
         // The exit belongs to an earlier attempt.
         (Phase::Prepared, Exited(_)) => Ok(stay(Phase::Prepared)),
-        (Phase::Prepared, Prepared | Created { .. } | Started { .. } | StartFailed) => Err(refused),
+        (Phase::Prepared, Prepared | Created { .. } | InitStarted | ExecStarted { .. } | StartFailed) => {
+            Err(refused)
+        }
 
         (Phase::Restoring { exit }, Created { container, .. }) => {
-            let announce = vec![Announce::Started { pid: container.pid }];
+            let announce = vec![TaskEvent::Started { pid: container.pid }];
             Ok(match exit.filter(|seen| seen.is_of(container.pid)) {
                 None => Step { next: Phase::Running { container }, announce },
                 Some(seen) => end(container, seen.exit, announce),
@@ -249,7 +260,7 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         }
         (Phase::Restoring { .. }, StartFailed) => Ok(stay(Phase::Prepared)),
         (Phase::Restoring { .. }, Exited(seen)) => Ok(stay(Phase::Restoring { exit: Some(seen) })),
-        (Phase::Restoring { .. }, Prepared | StartBegun | Started { .. }) => Err(refused),
+        (Phase::Restoring { .. }, Prepared | StartBegun | InitStarted | ExecStarted { .. }) => Err(refused),
 
         (Phase::Created { container, program }, StartBegun) => {
             Ok(stay(Phase::Starting { container, program, exit: None }))
@@ -260,10 +271,13 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         (Phase::Running { container } | Phase::Paused { container }, Exited(seen)) => {
             Ok(end(container, seen.exit, Vec::new()))
         }
-        (Phase::Created { .. }, Prepared | Created { .. } | Started { .. } | StartFailed) => Err(refused),
+        (
+            Phase::Created { .. },
+            Prepared | Created { .. } | InitStarted | ExecStarted { .. } | StartFailed,
+        ) => Err(refused),
 
-        (Phase::Starting { container, exit, .. }, Started { .. }) => {
-            let announce = vec![Announce::Started { pid: container.pid }];
+        (Phase::Starting { container, exit, .. }, InitStarted) => {
+            let announce = vec![TaskEvent::Started { pid: container.pid }];
             Ok(match exit {
                 None => Step { next: Phase::Running { container }, announce },
                 Some(exit) => end(container, exit, announce),
@@ -276,28 +290,28 @@ pub fn transition(phase: &Phase, event: Event) -> Result<Step<Phase>, Refusal> {
         (Phase::Starting { container, program, exit }, Exited(seen)) => {
             Ok(stay(Phase::Starting { container, program, exit: exit.or(Some(seen.exit)) }))
         }
-        (Phase::Starting { .. }, Prepared | Created { .. } | StartBegun) => Err(refused),
+        (Phase::Starting { .. }, Prepared | Created { .. } | StartBegun | ExecStarted { .. }) => Err(refused),
 
         (
             Phase::Running { .. } | Phase::Paused { .. },
-            Prepared | Created { .. } | StartBegun | Started { .. } | StartFailed,
+            Prepared | Created { .. } | StartBegun | InitStarted | ExecStarted { .. } | StartFailed,
         ) => Err(refused),
         (Phase::Running { container }, Frozen) => {
-            Ok(Step { next: Phase::Paused { container }, announce: vec![Announce::Paused] })
+            Ok(Step { next: Phase::Paused { container }, announce: vec![TaskEvent::Paused] })
         }
         (Phase::Paused { container }, Thawed) => {
-            Ok(Step { next: Phase::Running { container }, announce: vec![Announce::Resumed] })
+            Ok(Step { next: Phase::Running { container }, announce: vec![TaskEvent::Resumed] })
         }
 
         (Phase::Ending { container, exit, never_started }, ExecsGone) => {
-            let announce = vec![Announce::Exited { pid: container.pid, exit }];
+            let announce = vec![TaskEvent::Exited { pid: container.pid, exit }];
             Ok(Step { next: Phase::Stopped { container, exit, never_started }, announce })
         }
 
         (ended @ (Phase::Ending { .. } | Phase::Stopped { .. }), Exited(_)) => Ok(stay(ended)),
         (
             Phase::Ending { .. } | Phase::Stopped { .. },
-            Prepared | Created { .. } | StartBegun | Started { .. } | StartFailed,
+            Prepared | Created { .. } | StartBegun | InitStarted | ExecStarted { .. } | StartFailed,
         ) => Err(refused),
 
         // This event only matters to an init process that has ended.

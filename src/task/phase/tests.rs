@@ -62,11 +62,12 @@ fn outcome(phase: &Phase, event: Event) -> String {
         return "-".to_owned();
     };
     let letters = step.announce.iter().map(|announce| match announce {
-        Announce::Created { .. } => 'C',
-        Announce::Started { .. } => 'S',
-        Announce::Paused => 'P',
-        Announce::Resumed => 'R',
-        Announce::Exited { .. } => 'E',
+        TaskEvent::Created { .. } => 'C',
+        TaskEvent::Started { .. } => 'S',
+        TaskEvent::Paused => 'P',
+        TaskEvent::Resumed => 'R',
+        TaskEvent::Exited { .. } => 'E',
+        other => unreachable!("{other:?}"),
     });
     let letters: String = letters.collect();
     if letters.is_empty() { short(&step.next).to_owned() } else { format!("{}+{letters}", short(&step.next)) }
@@ -78,7 +79,7 @@ fn every_event_in_every_phase_does_what_the_table_says() {
         Event::Prepared,
         created(),
         Event::StartBegun,
-        Event::Started { pid: PID },
+        Event::InitStarted,
         Event::StartFailed,
         Event::Frozen,
         Event::Thawed,
@@ -113,9 +114,7 @@ fn every_event_in_every_phase_does_what_the_table_says() {
 #[test]
 fn only_the_first_exit_counts_and_the_container_stays_the_same() {
     for phase in phases() {
-        for event in
-            [Event::Exited(SEEN_LATER), Event::StartFailed, Event::Started { pid: PID }, Event::ExecsGone]
-        {
+        for event in [Event::Exited(SEEN_LATER), Event::StartFailed, Event::InitStarted, Event::ExecsGone] {
             let Ok(step) = transition(&phase, event) else { continue };
             if phase.container().is_some() {
                 assert_eq!(step.next.container(), phase.container());
@@ -133,7 +132,14 @@ fn stopped(never_started: bool) -> Phase {
     Phase::Stopped { container: container(), exit: EXIT, never_started }
 }
 
-fn run(events: &[Event]) -> (Phase, Vec<Announce>) {
+#[test]
+fn what_only_an_exec_does_is_refused_in_every_phase() {
+    for phase in phases() {
+        assert_eq!(outcome(&phase, Event::ExecStarted { pid: PID }), "-", "{phase:?}");
+    }
+}
+
+fn run(events: &[Event]) -> (Phase, Vec<TaskEvent>) {
     let mut phase = Phase::Creating { exit: None };
     let mut announce = Vec::new();
     for event in events {
@@ -149,33 +155,28 @@ fn an_exit_is_announced_once_and_the_first_one_wins() {
     let (phase, announce) = run(&[
         created(),
         Event::StartBegun,
-        Event::Started { pid: PID },
+        Event::InitStarted,
         Event::Exited(SEEN),
         Event::Exited(SEEN_LATER),
         Event::ExecsGone,
         Event::ExecsGone,
     ]);
     assert_eq!(phase.exit(), Some(EXIT));
-    let exits = announce.iter().filter(|e| matches!(e, Announce::Exited { .. })).count();
+    let exits = announce.iter().filter(|e| matches!(e, TaskEvent::Exited { .. })).count();
     assert_eq!(exits, 1);
 }
 
 #[test]
 fn an_exit_inside_start_is_announced_after_the_start() {
-    let (phase, announce) = run(&[
-        created(),
-        Event::StartBegun,
-        Event::Exited(SEEN),
-        Event::Started { pid: PID },
-        Event::ExecsGone,
-    ]);
+    let (phase, announce) =
+        run(&[created(), Event::StartBegun, Event::Exited(SEEN), Event::InitStarted, Event::ExecsGone]);
     assert_eq!(phase, stopped(false));
     assert_eq!(
         announce,
         [
-            Announce::Created { pid: Some(PID) },
-            Announce::Started { pid: PID },
-            Announce::Exited { pid: PID, exit: EXIT }
+            TaskEvent::Created { pid: Some(PID) },
+            TaskEvent::Started { pid: PID },
+            TaskEvent::Exited { pid: PID, exit: EXIT }
         ]
     );
 }
@@ -184,14 +185,14 @@ fn an_exit_inside_start_is_announced_after_the_start() {
 fn an_exit_inside_create_is_announced_after_the_create() {
     let (phase, announce) = run(&[Event::Exited(SEEN), created(), Event::ExecsGone]);
     assert_eq!(phase, stopped(true));
-    assert_eq!(announce[0], Announce::Created { pid: Some(PID) });
+    assert_eq!(announce[0], TaskEvent::Created { pid: Some(PID) });
 }
 
 #[test]
 fn the_exit_of_another_process_is_ignored() {
     let other = || Event::Exited(ObservedExit { pid: Some(PID + 1), exit: EXIT });
     let (phase, _) =
-        run(&[other(), created(), other(), Event::StartBegun, other(), Event::Started { pid: PID }, other()]);
+        run(&[other(), created(), other(), Event::StartBegun, other(), Event::InitStarted, other()]);
     assert_eq!(phase, Phase::Running { container: container() });
 }
 
@@ -203,7 +204,7 @@ fn a_freeze_is_announced_once_and_only_of_a_running_task() {
         Event::Frozen,
         Event::Thawed,
         Event::StartBegun,
-        Event::Started { pid: PID },
+        Event::InitStarted,
         Event::Frozen,
         Event::Frozen,
         Event::Thawed,
@@ -214,8 +215,8 @@ fn a_freeze_is_announced_once_and_only_of_a_running_task() {
         Event::ExecsGone,
     ]);
     assert_eq!(phase, stopped(false));
-    let told = announce.iter().filter(|told| matches!(told, Announce::Paused | Announce::Resumed));
-    assert_eq!(told.collect::<Vec<_>>(), [&Announce::Paused, &Announce::Resumed, &Announce::Paused]);
+    let told = announce.iter().filter(|told| matches!(told, TaskEvent::Paused | TaskEvent::Resumed));
+    assert_eq!(told.collect::<Vec<_>>(), [&TaskEvent::Paused, &TaskEvent::Resumed, &TaskEvent::Paused]);
 }
 
 #[test]
@@ -238,7 +239,7 @@ fn a_process_that_ended_before_its_start_has_not_run() {
         assert_eq!(run(&events).0, stopped(true), "{events:?}");
         assert!(!stopped(true).has_run());
     }
-    let (ended, _) = run(&[created(), Event::StartBegun, Event::Started { pid: PID }, Event::Exited(SEEN)]);
+    let (ended, _) = run(&[created(), Event::StartBegun, Event::InitStarted, Event::Exited(SEEN)]);
     assert!(ended.has_run());
 }
 
