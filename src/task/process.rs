@@ -25,32 +25,32 @@ pub struct Process<P: ?Sized> {
 }
 
 impl<P: Lifecycle + ?Sized> Process<P> {
-    /// The pid, once it is known. It stays known after the exit.
+    /// As [`Lifecycle::pid`].
     pub fn pid(&self) -> Option<u32> {
         self.phase.pid()
     }
 
-    /// The exit, once it may be published.
+    /// As [`Lifecycle::exit`].
     pub fn exit(&self) -> Option<Exit> {
         self.phase.exit()
     }
 
-    /// True if the process exists and no exit was observed.
+    /// As [`Lifecycle::is_alive`].
     pub fn is_alive(&self) -> bool {
         self.phase.is_alive()
     }
 
-    /// True if the process runs or has run.
+    /// As [`Lifecycle::has_run`].
     pub fn has_run(&self) -> bool {
         self.phase.has_run()
     }
 
-    /// True while the process is being started.
+    /// As [`Lifecycle::is_starting`].
     pub fn is_starting(&self) -> bool {
         self.phase.is_starting()
     }
 
-    /// The phase in containerd's terms, for messages.
+    /// As [`Lifecycle::word`].
     pub fn word(&self) -> &'static str {
         self.phase.word()
     }
