@@ -135,7 +135,14 @@ fn fail_everywhere(life: &'static Life, at: usize, name: &'static str) {
     // The tests run in parallel, because most of their time is spent waiting for threads.
     std::thread::scope(|scope| {
         for failure in Failure::ALL {
-            scope.spawn(move || (0..MANY).find(|effect| !fail_at(life, at, name, *effect, failure)));
+            scope.spawn(move || {
+                let last = (0..MANY).find(|effect| !fail_at(life, at, name, *effect, failure));
+                assert!(
+                    last.is_some_and(|effects| effects > 0),
+                    "{:?}, {failure:?}: {last:?}",
+                    life.steps[at]
+                );
+            });
         }
     });
 }
@@ -231,6 +238,7 @@ fn the_end_of_a_brief_exec_is_recorded_with_its_start() {
         undisturbed_rest(&BRIEF, &world, 3, &place);
         assert_eq!(world.events(), BRIEF.events, "{place}");
         if is_over {
+            assert!(effect > 0);
             return;
         }
     }
@@ -241,6 +249,7 @@ fn the_end_of_a_brief_exec_is_recorded_with_its_start() {
 #[test]
 fn the_log_of_an_earlier_checkpoint_is_no_success_of_the_next_one() {
     let is_taken = |done: &[String]| done.iter().any(|effect| effect == "runtime checkpoint");
+    let mut stops = [0, 0];
     for effect in 0..MANY {
         let world = World::new("old-log");
         undisturbed(&world, &[Step::Create, Step::Start]);
@@ -254,10 +263,12 @@ fn the_log_of_an_earlier_checkpoint_is_no_success_of_the_next_one() {
             world.live(move |shim| async move { shim.checkpoint(&task, first, Delivery::First).await });
         let log = world.effects.log();
         if let Some(done) = done {
+            assert!(stops.iter().all(|stops| *stops > 0), "before and after the checkpoint: {stops:?}");
             return done.unwrap();
         }
         // The last one is the effect before which the daemon ended.
         let was_taken = is_taken(&log[..log.len() - 1]);
+        stops[usize::from(was_taken)] += 1;
         world.effects.plan(Plan::Undisturbed);
         let task = world.task.clone();
         let again =

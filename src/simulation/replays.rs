@@ -115,6 +115,7 @@ fn a_start_that_succeeds_is_no_failure_because_an_earlier_one_has_failed() {
         assert_eq!(text(done.unwrap()), None, "{place}");
         assert_eq!(world.events(), ["create", "start"], "{place}");
         if is_over {
+            assert!(effect > 0);
             return;
         }
     }
