@@ -1,14 +1,15 @@
-//! A node for tests of operations: a fake systemd, a fake OCI runtime, a store in a temporary directory, and daemons
-//! that come and go.
+//! A node for tests of operations: a fake systemd, a fake OCI runtime, a fake containerd, a store in a temporary directory, and
+//! daemons that come and go.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::events::publish;
 use crate::api::status;
 use crate::cgroup;
 use crate::cgroup::watch::Watch;
@@ -16,6 +17,7 @@ use crate::config;
 use crate::effects::Effects;
 use crate::id::{ExecId, Namespace, ProcessKey, TaskId, TaskKey, UnitName};
 use crate::launch::fake::{BRIEF_STATUS, FakeLaunch};
+use crate::oci::containerd::write_containerd;
 use crate::oci::criu::Checkpoint;
 use crate::oci::options;
 use crate::ops::{AddExec, CreateTask};
@@ -28,14 +30,15 @@ use crate::session::fds::StreamFds;
 use crate::store::Store;
 use crate::store::delete_replies::{DeleteReplies, Deleted};
 use crate::store::failures::Failures;
-use crate::task::outbox::TaskEvent;
-use crate::task::request::{Create, Stdio};
+use crate::task::request::{Containerd, Create, Stdio};
+use crate::transport::event_connection::EventConnections;
 use crate::unit::fake::FakeSystemd;
 use crate::unit::fd_store::FdStore;
 use crate::unit::name;
 use crate::unit::observations::Observations;
 use crate::unit::relay::Relay;
 
+use super::containerd::{FakeContainerd, KeptConnections};
 use super::panics::Panics;
 use super::runtime::{FakeRuntime, Starts};
 
@@ -58,8 +61,9 @@ pub(crate) struct World {
     /// The `launch` of its units.
     pub(crate) launch: Arc<FakeLaunch>,
     pub(crate) task: TaskKey,
-    /// The events that containerd has accepted: the time, the position in the task's order, and the event.
-    accepted: Arc<Mutex<Vec<(u64, u64, TaskEvent)>>>,
+    containerd: Arc<FakeContainerd>,
+    /// The connections to containerd that outlive a daemon.
+    kept: Arc<KeptConnections>,
     /// True if the task is restored from a checkpoint.
     restores: bool,
     /// What the commands `start` of the OCI runtimes of the next daemons do.
@@ -74,12 +78,17 @@ impl World {
         let root = tempfile::Builder::new().prefix(&format!("shim-test-{name}-")).tempdir().unwrap();
         fs::create_dir(root.path().join("bundle")).unwrap();
         fs::write(root.path().join("bundle/config.json"), "{}").unwrap();
+        let containerd = FakeContainerd::listen(root.path().join("containerd.ttrpc"));
         let effects = Effects::of(&root.path().join("state"));
         let launch = FakeLaunch::new(Store::new(root.path().join("state")));
         let systemd = FakeSystemd::new(effects.clone(), launch.clone());
         let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
-        let (accepted, starts) = (Arc::default(), Starts::Work);
-        Self { root, effects, systemd, launch, task, accepted, restores: false, starts, occupied: None }
+        let (kept, starts) = (KeptConnections::new(effects.clone()), Starts::Work);
+        let (restores, occupied) = (false, None);
+        let world =
+            Self { root, effects, systemd, launch, task, containerd, kept, restores, starts, occupied };
+        world.called_from(&world.root.path().join("bundle"));
+        world
     }
 
     /// As [`World::new`], for a task that is restored from a checkpoint.
@@ -168,6 +177,7 @@ impl World {
                 done = working => Some(done.unwrap()),
             }
         });
+        self.kept.end();
         // Drops the futures of the daemon that has ended, and then waits for its blocking work.
         drop(runtime);
         panics.assert_none();
@@ -177,7 +187,7 @@ impl World {
     fn start_daemon(&self) -> Arc<Shim> {
         let fd_store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
         let notify = self.notify_socket();
-        let (shim, mut outgoing) = Shim::new(Parts {
+        let (shim, outgoing) = Shim::new(Parts {
             store: Store::new(self.root.path().join("state")),
             delete_replies: DeleteReplies::open(&self.root.path().join("answers")).unwrap(),
             failures: Failures::open(&self.root.path().join("answers")).unwrap(),
@@ -192,20 +202,14 @@ impl World {
             runtime_files: self.occupied.clone().unwrap_or_else(runtime_files),
             relay: if notify.exists() { Relay::to(&notify) } else { Relay::new() },
         });
-        let (publisher, accepted) = (shim.clone(), self.accepted.clone());
+        let (connections, earlier) = EventConnections::adopt(self.kept.clone(), &mut self.kept.begin());
+        let outgoing = self.containerd.only(outgoing, self.effects.clone());
+        tokio::spawn(publish(shim.tasks.clone(), outgoing, connections, earlier));
+        let containerd = self.containerd.clone();
         tokio::spawn(async move {
-            while let Some(entry) = outgoing.recv().await {
-                publisher.tasks.begin_publishing(&entry);
-                while let Some(owed) = publisher.tasks.first_owed(&entry) {
-                    let event = (owed.at_usec, owed.seq, owed.event);
-                    {
-                        let mut accepted = accepted.lock().unwrap_or_else(PoisonError::into_inner);
-                        if !accepted.contains(&event) {
-                            accepted.push(event);
-                        }
-                    }
-                    publisher.tasks.accepted(&entry, owed.seq);
-                }
+            loop {
+                containerd.tick();
+                tokio::time::sleep(TICK).await;
             }
         });
         shim
@@ -222,7 +226,7 @@ impl World {
         tokio::spawn(async move {
             loop {
                 systemd.tick();
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                tokio::time::sleep(TICK).await;
             }
         });
     }
@@ -238,12 +242,18 @@ impl World {
         fs::rename(&bundle, &old).unwrap();
         fs::create_dir(&bundle).unwrap();
         fs::copy(old.join("config.json"), bundle.join("config.json")).unwrap();
+        self.called_from(&bundle);
     }
 
-    /// The events that containerd has accepted, as words.
+    /// The events that containerd has got, in this order, as words. An event that was sent twice is there twice.
     pub(crate) fn events(&self) -> Vec<&'static str> {
-        let accepted = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
-        accepted.iter().map(|(_, _, event)| word(event)).collect()
+        self.containerd.events()
+    }
+
+    /// Notes in a bundle that the node's containerd calls, as `start` does.
+    pub(super) fn called_from(&self, bundle: &Path) {
+        let containerd = Containerd { ttrpc_address: self.containerd.address(), ..Containerd::default() };
+        write_containerd(bundle, &containerd).unwrap();
     }
 
     /// What is left of the task outside of the daemon: units, files, the OCI runtime's state.
@@ -303,20 +313,9 @@ pub(crate) fn runtime_files() -> RuntimeFiles {
 /// After this time, a daemon without calls has nothing left to do. The clock is paused: it takes no time.
 const SETTLED: Duration = Duration::from_secs(3);
 
-fn word(event: &TaskEvent) -> &'static str {
-    match event {
-        TaskEvent::Created { .. } => "create",
-        TaskEvent::Started { .. } => "start",
-        TaskEvent::Paused => "paused",
-        TaskEvent::Resumed => "resumed",
-        TaskEvent::OutOfMemory => "oom",
-        TaskEvent::Exited { .. } => "exit",
-        TaskEvent::ExecAdded { .. } => "exec-added",
-        TaskEvent::ExecStarted { .. } => "exec-started",
-        TaskEvent::ExecExited { .. } => "exec-exit",
-        TaskEvent::Deleted { .. } => "delete",
-    }
-}
+/// How often systemd and containerd have their turns. This is a time of the paused clock, which never advances by more at once:
+/// otherwise the daemon would give containerd up before it could answer.
+const TICK: Duration = Duration::from_millis(20);
 
 /// A step in the life of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -34,6 +34,7 @@ impl World {
         let plugin = root.join("root/io.containerd.grpc.v1.cri");
         [&bundle, &plugin].into_iter().for_each(|dir| std::fs::create_dir_all(dir).unwrap());
         std::os::unix::fs::symlink(work, bundle.join("work")).unwrap();
+        self.called_from(&bundle);
         // A pod with the IPC namespace of the node needs no mount.
         let pod = Pod { name: "web".to_owned(), ipc: Namespace::Node, ..Pod::default() };
         let call = CreateSandbox { bundle, pod: Some(pod), ..self.create_sandbox_call() };
