@@ -328,10 +328,10 @@ fn any_effect_in_the_life_of_a_sandbox_may_fail() {
 #[test]
 fn the_daemon_may_end_at_any_step_in_the_life_of_a_sandbox() {
     for at in 0..LIFE.len() {
-        let is_over = (0..MANY).any(|effect| {
+        let last = (0..MANY).find(|effect| {
             let world = World::new(&format!("sandbox-stop-{at}"));
             make(&world, &LIFE[..at], Delivery::First).unwrap().unwrap();
-            world.effects.plan(Plan::Stop(effect));
+            world.effects.plan(Plan::Stop(*effect));
             let done = make(&world, &LIFE[at..=at], Delivery::First);
             let place =
                 format!("{:?} stopped before effect {effect} ({:?})", LIFE[at], world.effects.log().last());
@@ -345,6 +345,6 @@ fn the_daemon_may_end_at_any_step_in_the_life_of_a_sandbox() {
             assert_eq!(world.events(), ["create", "start", "exit", "delete"], "{place}");
             is_over
         });
-        assert!(is_over, "{:?} has no end", LIFE[at]);
+        assert!(last.is_some_and(|effects| effects > 0), "{:?}: {last:?}", LIFE[at]);
     }
 }

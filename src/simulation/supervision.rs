@@ -248,11 +248,12 @@ fn an_exit_whose_signal_is_lost_is_recorded_nevertheless() {
 fn the_units_of_processes_that_run_are_not_queried() {
     let world = up("no-queries", &WITH_EXEC);
     let effects = world.effects.clone();
-    world.live(move |_| async move {
+    let lived = world.live(move |_| async move {
         tokio::time::sleep(A_WHILE).await;
         effects.plan(Plan::Undisturbed);
         tokio::time::sleep(Duration::from_secs(600)).await;
     });
+    lived.unwrap();
     let queries: Vec<_> =
         world.effects.log().into_iter().filter(|effect| effect.starts_with("read")).collect();
     assert_eq!(queries, Vec::<String>::new());
@@ -404,6 +405,10 @@ fn a_failed_start_kills_nobody_while_the_disk_of_the_runtime_does_not_answer() {
     assert_eq!(status(&world), Status::Stopped);
 }
 
+fn has_begun(world: &World, effect: &str) -> bool {
+    world.effects.log().iter().any(|begun| begun == effect)
+}
+
 #[test]
 fn a_recovery_is_not_held_up_by_the_disk_of_the_runtime() {
     let mut world = up("dead-root-recovery", &[Step::Create]);
@@ -412,6 +417,7 @@ fn a_recovery_is_not_held_up_by_the_disk_of_the_runtime() {
     world.live(move |shim| async move {
         tokio::spawn(async move { shim.start(&init, Delivery::First).await });
     });
+    assert!(has_begun(&world, "runtime start"));
     world.starts = Starts::Work;
     // A daemon that reads the disk itself would see that init does not wait.
     let fifo = world.runtime_root().join("web/exec.fifo");
@@ -550,6 +556,7 @@ fn a_recovery_is_not_held_up_by_the_mounts_of_a_restore() {
     world.live(move |shim| async move {
         tokio::spawn(async move { shim.create(call, Delivery::First).await });
     });
+    assert!(has_begun(&world, "runtime mount"));
     let passed = world.live(|_| async {
         // The clock is paused, and has advanced by as much as the recovery has waited.
         tokio::time::Instant::now().into_std().saturating_duration_since(std::time::Instant::now())

@@ -257,6 +257,7 @@ mod tests {
             ("Running", ["-", "-", "-", "Stopped+E", "Running", "Running", "Running", "Running"]),
             ("Stopped", ["-", "-", "-", "Stopped", "Stopped", "Stopped", "Stopped", "Stopped"]),
         ];
+        assert_eq!(phases.len(), table.len());
         for (phase, (name, row)) in phases.iter().zip(table) {
             assert_eq!(short(phase), name);
             let outcomes = events.clone().map(|event| outcome(phase, event));

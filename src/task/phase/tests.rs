@@ -104,6 +104,7 @@ fn every_event_in_every_phase_does_what_the_table_says() {
         ("Stopped", ["-", "-", "-", "-", "-", "Stopped", "Stopped", "Stopped", "Stopped"]),
         ("stopped", ["-", "-", "-", "-", "-", "stopped", "stopped", "stopped", "stopped"]),
     ];
+    assert_eq!(phases().len(), table.len());
     for (phase, (name, row)) in phases().iter().zip(table) {
         assert_eq!(short(phase), name);
         let outcomes = events.clone().map(|event| outcome(phase, event));
