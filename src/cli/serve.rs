@@ -37,7 +37,6 @@ use crate::unit::manager::Manager;
 use crate::unit::notify::THREAD_INTERVAL;
 use crate::unit::refs::{self, Refs};
 use crate::unit::relay::Relay;
-use crate::unit::systemd::Stops;
 use crate::unit::{bus_config, name, notify, properties, watch};
 use crate::{config, recovery, sys, telemetry};
 

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use async_trait::async_trait;
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::shim::event::Envelope;
@@ -156,8 +157,9 @@ impl KeptConnections {
     }
 }
 
+#[async_trait]
 impl ConnectionStore for KeptConnections {
-    fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    async fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.kept().extend(fds.iter().map(|fd| (name.to_owned(), fd.try_clone_to_owned().unwrap())));
         Ok(())
     }

@@ -8,6 +8,7 @@ use crate::cli::Failure;
 use crate::guard;
 use crate::transport::listener::Connections;
 use crate::unit::manager::Manager;
+use crate::unit::systemd::Stops;
 use crate::unit::{name, properties};
 
 /// How long the daemon serves while the machine shuts down. systemd kills the daemon 10 s after it has begun to stop it.
