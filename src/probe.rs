@@ -102,7 +102,8 @@ fn answer_within<T: Send + 'static>(
     let (sender, receiver) = std::sync::mpsc::channel();
     // The receiver was dropped if the look took too long.
     let work = move || drop(sender.send(look()));
-    std::thread::Builder::new().spawn(work).map_err(|error| Unknown::of(what, &error))?;
+    let no_thread = |error| Unknown::Failed(format!("{what}: no thread can be made to look at it: {error}"));
+    std::thread::Builder::new().spawn(work).map_err(no_thread)?;
     receiver.recv_timeout(limit).map_err(|_| Unknown::Late(what.to_owned(), limit))
 }
 
@@ -116,7 +117,9 @@ fn output_within(limit: Duration, program: &str, arguments: &[&str]) -> Known<St
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.env("LC_ALL", "C").env("SYSTEMD_COLORS", "0").env("SYSTEMD_PAGER", "");
     let mut child = command.spawn().map_err(|error| Unknown::of(program, &error))?;
-    let ended = readers(&mut child).map_err(|error| Unknown::of(program, &error)).and_then(|readers| {
+    let no_thread =
+        |error| Unknown::Failed(format!("{program}: no thread can be made to read its output: {error}"));
+    let ended = readers(&mut child).map_err(no_thread).and_then(|readers| {
         if ends(child.id(), limit) { Ok(readers) } else { Err(Unknown::Late(program.to_owned(), limit)) }
     });
     let readers = ended.inspect_err(|_| kill(&mut child))?;
@@ -131,7 +134,7 @@ fn output_within(limit: Duration, program: &str, arguments: &[&str]) -> Known<St
     })
 }
 
-/// Kills a program. A program that waits for a disk does not end: it is left alone.
+/// Kills a program, and waits for its end. A program that waits for a disk may not end: it is left alone after a moment.
 fn kill(child: &mut Child) {
     // It may have ended in the meantime.
     let _ = child.kill();
@@ -140,7 +143,7 @@ fn kill(child: &mut Child) {
     }
 }
 
-/// Read the standard output and the standard error of a program.
+/// Begins to read the standard output and the standard error of a program.
 fn readers(child: &mut Child) -> io::Result<[Receiver<String>; 2]> {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     Ok([reader(stdout)?, reader(stderr)?])
