@@ -124,7 +124,7 @@ fn event(frame: &Frame) -> &'static str {
         topics::TASK_EXEC_ADDED_EVENT_TOPIC => "exec-added",
         topics::TASK_EXEC_STARTED_EVENT_TOPIC => "exec-started",
         topics::TASK_DELETE_EVENT_TOPIC => "delete",
-        other => panic!("containerd does not know the event {other}"),
+        other => unreachable!("containerd does not know the event {other}"),
     }
 }
 
