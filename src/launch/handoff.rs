@@ -78,8 +78,11 @@ pub(super) fn hand_over(pid: u32) -> Result<Handover, Error> {
     }
     let socket = notify::connect().map_err(|error| Error::Notify(error.to_string()))?;
     let socket = socket.ok_or_else(|| Error::Notify("NOTIFY_SOCKET is not set".to_owned()))?;
-    // A drop-in for all services may set `TimeoutStartSec=`. The process runs as long as it wants.
-    tell(&format!("MAINPID={pid}\nEXTEND_TIMEOUT_USEC={LONG_USEC}"), &socket, SYSTEMD, BARRIER_LIMIT)?;
+    // A drop-in for all services may set `TimeoutStartSec=`. The process runs as long as it wants. It is the main process then,
+    // and systemd would believe it: a root user who finds systemd's socket in the container could name any process of the host
+    // (systemd 254 has `NOTIFYACCESS=`, earlier versions ignore it).
+    let text = format!("MAINPID={pid}\nNOTIFYACCESS=none\nEXTEND_TIMEOUT_USEC={LONG_USEC}");
+    tell(&text, &socket, SYSTEMD, BARRIER_LIMIT)?;
     outcome(pid, THREADS_LIMIT)
 }
 

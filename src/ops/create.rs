@@ -293,9 +293,10 @@ impl Shim {
         let copy = self.launcher.sealed_runtime(&self.files, task).await?;
         let own = task.runtime.cgroup.is_none().then(|| launch::cgroup::of(task.unit())).transpose()?;
         let environment = command::environment(copy.as_ref(), own.as_deref());
-        let pid_file = dir.join(PID_FILE);
+        let (pid_file, launched) = (dir.join(PID_FILE), dir.join(LAUNCHED));
         let limit = task.runtime.create_limit();
-        let properties = properties::container(&shown, &command, &environment, &pid_file, limit, task.notify);
+        let properties =
+            properties::container(&shown, &command, &environment, &pid_file, &launched, limit, task.notify);
         let additions = additions::of(task)?;
         let begin = || self.manager.begin_referenced(task.unit(), &properties, &additions);
         let taken = NameTaken {

@@ -93,7 +93,8 @@ impl Shim {
         let command = self.launcher.command(UnitKind::Exec, &process.key);
         let environment =
             command::environment(self.launcher.sealed_runtime(&self.files, task).await?.as_ref(), None);
-        let properties = properties::exec(&exec.description, task.unit(), &command, &environment);
+        let launched = self.store.process_dir(&process.key).join(LAUNCHED);
+        let properties = properties::exec(&exec.description, task.unit(), &command, &environment, &launched);
         let begin = || self.manager.begin_transient(&exec.unit, &properties);
         let taken = NameTaken {
             is_own: || async {

@@ -102,12 +102,13 @@ pub const CONTAINER_TYPE: &str = "forking";
 ///
 /// `Type=forking`: the OCI runtime writes the pid of the container's init to `pid_file` and exits; systemd makes the init
 /// the unit's main process. `RemainAfterExit` and `CollectMode=inactive` keep the exit code readable until the unit is
-/// stopped or reset. systemd ends a start that takes longer than `start_limit`.
+/// stopped or reset. systemd ends a start that takes longer than `start_limit`. `launched`: see [`started_once`].
 pub fn container(
     shown: &UnitMetadata<'_>,
     command: &[String],
     environment: &[String],
     pid_file: &Path,
+    launched: &Path,
     start_limit: Duration,
     notify: bool,
 ) -> Properties {
@@ -116,6 +117,7 @@ pub fn container(
         ("Type", CONTAINER_TYPE.into()),
         ("PIDFile", path(pid_file)),
         ("GuessMainPID", false.into()),
+        started_once(launched),
         ("ExecStart", exec_start(command, ExitCode::Counts)),
         ("Environment", environment.to_vec().into()),
         // Only containerd starts containers, even if a drop-in for all services sets `Restart=`.
@@ -140,6 +142,17 @@ pub fn container(
     list.extend(for_containers_processes());
     list.extend(bound_to_system(&NEEDED_UNTIL_THE_END));
     Properties(list)
+}
+
+/// Refuses a start of the unit once `launched` exists. Somebody may call `systemctl restart` or `start`. `launch` refuses to
+/// run a second time as well, but by then systemd has forgotten how the process ended, and would report the end of `launch`.
+fn started_once(launched: &Path) -> (&'static str, Variant<'static>) {
+    let is_trigger = false;
+    let is_negated = true;
+    (
+        "Asserts",
+        vec![("AssertPathExists", is_trigger, is_negated, launched.to_string_lossy().into_owned())].into(),
+    )
 }
 
 /// The properties that a container's unit and an exec's unit share. Most of them replace defaults of systemd that would change
@@ -184,6 +197,8 @@ impl Properties {
 /// systemd logs two messages about each such process (that it is not its child, and how it ended). Health probes would
 /// fill the journal with them, so only errors are logged.
 ///
+/// `launched`: see [`started_once`].
+///
 /// The unit is ordered after that of its container alone, which is ordered after the services that it needs: at shutdown
 /// systemd stops the exec first. Each unit in `After=` costs two signals about that unit.
 pub fn exec(
@@ -191,11 +206,13 @@ pub fn exec(
     container: &UnitName,
     command: &[String],
     environment: &[String],
+    launched: &Path,
 ) -> Properties {
     let mut list: Vec<(&'static str, Variant<'static>)> = vec![
         ("Description", description.to_owned().into()),
         ("Slice", name::DAEMON_SLICE.into()),
         ("Type", "oneshot".into()),
+        started_once(launched),
         ("NotifyAccess", "main".into()),
         // With a descriptor store, systemd makes `NotifyAccess=none` of a drop-in for all services `main` (service.c, 252
         // to 262), and `launch` can hand the process over. Nothing is ever stored.

@@ -335,9 +335,10 @@ mod tests {
             ]))
         };
         let limit = Duration::from_secs(1);
-        let made = properties::container(&metadata, &[], &[], Path::new("/pid"), limit, false);
+        let made =
+            properties::container(&metadata, &[], &[], Path::new("/pid"), Path::new("/l"), limit, false);
         assert!(listed(&container, &made), "{made:?}");
-        assert!(!listed(&exec, &properties::exec("", &container, &[], &[])));
+        assert!(!listed(&exec, &properties::exec("", &container, &[], &[], Path::new("/l"))));
         for name in [&logger, &of_exec] {
             assert!(!listed(name, &properties::logger(&metadata, &[])));
         }

@@ -171,6 +171,8 @@ pub enum Need {
     Faults,
     /// A systemd that keeps the descriptors of a stopped service.
     PreservedStore,
+    /// A systemd from which a service can take away that it believes the main process.
+    NotifyAccessOverride,
     /// A containerd whose clients can have sandboxes: 1.7 creates them, and then fails to publish the event.
     Sandboxes,
     /// Chromium.
@@ -225,6 +227,10 @@ impl Need {
                 let version = outcome.text();
                 (version.contains(" 1.6.") || version.contains(" 1.7."))
                     .then(|| format!("{} has no sandboxes for clients", version.trim()))
+            }
+            Need::NotifyAccessOverride => {
+                let version = daemon::systemd_version();
+                (version < 254).then(|| format!("systemd {version} has no NOTIFYACCESS="))
             }
             Need::PreservedStore => {
                 let version = daemon::systemd_version();

@@ -145,6 +145,21 @@ fn systemctl_stop_ends_an_exec() {
     assert!(process::runs(container.pid()));
 }
 
+/// systemd refuses the second start, so `launch` has no exit code that could be taken for the exec's.
+#[test]
+fn systemctl_restart_ends_an_exec_as_a_stop_does() {
+    needs!(OurShim);
+    let node = Node::shared();
+    let container = sleeping(&node);
+    let exec = container.exec(Spec::sleeping()).started(&Io::default());
+    let restart = process::run("systemctl", &["restart", &unit_of_exec(&container, &exec)]);
+    assert_ne!(restart.code, Some(0), "an exec can't be started a second time");
+    let status = exec.exit_status();
+    assert!([137, 143].contains(&status), "{status}");
+    exec.delete().expect("delete");
+    assert!(process::runs(container.pid()));
+}
+
 #[test]
 fn systemctl_stop_of_the_container_ends_its_execs() {
     needs!(OurShim);

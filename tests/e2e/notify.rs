@@ -17,7 +17,7 @@ use crate::common::container::Container;
 use crate::common::node::{Node, unique};
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, feed};
-use crate::common::task::Io;
+use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, leaks, process, systemd, wait};
 use crate::options::GenericOptions;
 
@@ -98,7 +98,10 @@ fn an_annotation_other_than_true_or_false_is_refused() {
 
 /// A container with the host's programs and a rootfs of its own. It sends its notifications to its own socket.
 fn with_programs(script: &str) -> Spec {
-    let spec = Spec::sh(script).annotation(NOTIFY, "true");
+    with_programs_of_the_host(Spec::sh(script).annotation(NOTIFY, "true"))
+}
+
+fn with_programs_of_the_host(spec: Spec) -> Spec {
     [("/usr", "/usr"), ("/usr/lib", "/lib"), ("/usr/lib64", "/lib64")]
         .into_iter()
         .fold(spec, |spec, (host, container)| spec.bind(host, container, &["rslave", "ro"]))
@@ -138,6 +141,34 @@ fn a_container_can_notify_only_for_its_own_unit() {
     assert_eq!(systemd::main_pid(&systemd::unit_of(&container)), container.pid());
     assert_eq!(property(&container, "ActiveState"), "active");
     assert_eq!(systemd::main_pid(&victim.0), pid, "the victim lives");
+}
+
+/// Case: the socket of systemd is in the container, and root in an exec, which is the main process of a unit, names a process
+/// of the host as its main process.
+#[test]
+fn an_exec_can_not_name_another_main_process() {
+    needs!(OurShim, NotifyAccessOverride);
+    let node = Node::shared();
+    let victim = Victim::start();
+    let pid = systemd::main_pid(&victim.0);
+    let spec = with_programs_of_the_host(Spec::sleeping()).bind("/run/systemd/notify", "/notify", &["rw"]);
+    let container = node.container("named", spec).started(&Io::default());
+    let program = format!(
+        "use Socket; socket(S, AF_UNIX, SOCK_DGRAM, 0) or die; \
+         send(S, \"MAINPID={pid}\\nWATCHDOG=trigger\", 0, pack_sockaddr_un('/notify')) or die; sleep 100000"
+    );
+    let exec = container.exec(Spec::new(&["/usr/bin/perl", "-e", &program])).started(&Io::default());
+    let unit = systemd::unit_of_exec(&container, &exec);
+    // `sleep` is the last thing that it calls.
+    wait::until_true("the notification is sent", || {
+        fs::read_to_string(format!("/proc/{}/wchan", exec.pid())).is_ok_and(|wait| wait.contains("nanosleep"))
+    });
+    // systemd reads notifications before this call: its priority for them is higher.
+    assert_eq!(systemd::main_pid(&unit), exec.pid());
+    assert_eq!(systemd::main_pid(&victim.0), pid, "the victim lives");
+    exec.kill(SIGKILL).expect("kill");
+    assert_eq!(exec.exit_status(), 128 + 9);
+    exec.delete().expect("delete");
 }
 
 #[test]

@@ -197,6 +197,24 @@ fn systemctl_restart_is_a_stop() {
 }
 
 #[test]
+fn somebody_who_starts_an_ended_unit_does_not_change_its_exit_code() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    for verb in ["start", "restart"] {
+        let container = ready(&node, verb, Spec::sh(&ENDS_ON_TERM.replace("143", "6")));
+        let unit = systemd::unit_of(&container);
+        let down = daemon::Down::begin();
+        process::succeed("systemctl", &["kill", "--signal=TERM", &unit]);
+        wait::until_true("systemd has the exit", || systemd::property(&unit, "ExecMainStatus") == "6");
+        let begun = process::run("systemctl", &[verb, &unit]);
+        assert_ne!(begun.code, Some(0), "{verb}");
+        down.end();
+        assert_eq!(container.exit_status(), 6, "{verb}");
+        container.delete().expect("delete");
+    }
+}
+
+#[test]
 fn a_drop_in_of_the_namespace_applies_to_its_containers() {
     needs!(OurShim);
     let node = Node::exclusive();

@@ -12,7 +12,8 @@ fn of() -> std::collections::BTreeMap<&'static str, String> {
         sandbox: None,
     };
     let command = ["/bin/shim".to_owned(), "launch".to_owned(), "$HOME".to_owned()];
-    container(&shown, &command, &[], Path::new("/run/x/init.pid"), Duration::from_secs(600), false).as_text()
+    let (pid_file, launched) = (Path::new("/run/x/init.pid"), Path::new("/run/x/launched"));
+    container(&shown, &command, &[], pid_file, launched, Duration::from_secs(600), false).as_text()
 }
 
 #[test]
