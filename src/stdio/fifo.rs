@@ -27,7 +27,7 @@ pub enum Error {
     #[error("stdio: {0}")]
     Io(#[from] PathError),
     /// No client opened the FIFO for reading.
-    #[error("stdio: nobody opened {path} for reading within {limit:?}")]
+    #[error("stdio: nobody opened {path} for reading within {:.0} s", .limit.as_secs_f64())]
     NoReader {
         /// The FIFO.
         path: PathBuf,
@@ -201,6 +201,9 @@ mod tests {
         let (_dir, path) = scratch();
         let error = open_output(&path, Duration::from_millis(20), &Interrupt::default()).unwrap_err();
         assert!(matches!(error, Error::NoReader { .. }), "{error}");
+        let limit = Duration::from_nanos(29_999_994_739);
+        let text = Error::NoReader { path: "/a".into(), limit }.to_string();
+        assert!(text.ends_with("for reading within 30 s"), "{text}");
     }
 
     #[test]
