@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use serde_json::value::RawValue;
 
-use crate::oci::canonical::{Members, Others, Shape, canonical};
+use crate::oci::canonical::{Members, Others, Shape, canonical, integer, is_scalar};
 
 /// Compares what Go's decoder reads from the text with what a reader that knows only exact names reads from the canonical
 /// text. `None` if the text is not JSON.
@@ -71,13 +71,14 @@ fn settled(variable: Variable) -> Variable {
 fn decode(variable: &mut Variable, value: &RawValue, shape: &Shape, names: Names) -> Option<()> {
     let text = value.get();
     if text == "null" {
-        if !matches!(shape, Shape::Value | Shape::Text) {
+        if !is_scalar(shape) {
             *variable = Variable::Unset;
         }
         return Some(());
     }
     match shape {
         Shape::Value | Shape::Text => *variable = Variable::Value(text.to_owned()),
+        Shape::Integer => *variable = Variable::Value(integer(text).to_owned()),
         Shape::Struct(shapes) => {
             if !matches!(variable, Variable::Struct(_)) {
                 *variable = Variable::Struct(BTreeMap::new());

@@ -19,6 +19,8 @@ use serde_json::value::RawValue;
 pub enum Shape {
     /// A number, a flag, or a value that is not inspected here.
     Value,
+    /// A signed integer. Go reads `-0` as 0.
+    Integer,
     /// A string.
     Text,
     /// A struct. If it has several values, each adds to the ones before.
@@ -56,7 +58,7 @@ fn written(values: &[&RawValue], shape: &Shape, others: Others) -> Result<String
     // Null empties structs (which are behind pointers), maps and lists. It does not change other variables.
     let after_null = values.iter().rposition(is_null).map_or(0, |at| at + 1);
     let rest = values.get(after_null..).unwrap_or_default();
-    if !matches!(shape, Shape::Value | Shape::Text) {
+    if !is_scalar(shape) {
         last = rest.last();
     }
     // A value of another type is returned as it is.
@@ -70,6 +72,7 @@ fn written(values: &[&RawValue], shape: &Shape, others: Others) -> Result<String
     let mut text = String::new();
     match shape {
         Shape::Value => text.push_str(last.map_or("null", |value| value.get())),
+        Shape::Integer => text.push_str(last.map_or("null", |value| integer(value.get()))),
         Shape::Text => text.push_str(last.map_or("\"\"", |value| value.get())),
         Shape::Struct(fields) => {
             let members = match members() {
@@ -127,7 +130,17 @@ fn written(values: &[&RawValue], shape: &Shape, others: Others) -> Result<String
 
 /// True if the values, of which the last is null, leave the variable unset.
 fn is_unset(values: &[&RawValue], shape: &Shape) -> bool {
-    !matches!(shape, Shape::Value | Shape::Text) || values.iter().all(|value| value.get() == "null")
+    !is_scalar(shape) || values.iter().all(|value| value.get() == "null")
+}
+
+/// True for a variable that null does not change.
+pub fn is_scalar(shape: &Shape) -> bool {
+    matches!(shape, Shape::Value | Shape::Integer | Shape::Text)
+}
+
+/// A signed integer as every decoder reads it.
+pub fn integer(text: &str) -> &str {
+    if text == "-0" { "0" } else { text }
 }
 
 /// An object that is being written.

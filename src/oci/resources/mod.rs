@@ -146,10 +146,10 @@ pub const SHAPE: Shape = Shape::Struct(&[
         Shape::Struct(&[
             ("burst", Shape::Value),
             ("cpus", Shape::Text),
-            ("idle", Shape::Value),
+            ("idle", Shape::Integer),
             ("mems", Shape::Text),
             ("period", Shape::Value),
-            ("quota", Shape::Value),
+            ("quota", Shape::Integer),
             ("shares", Shape::Value),
         ]),
     ),
@@ -158,23 +158,30 @@ pub const SHAPE: Shape = Shape::Struct(&[
         Shape::List(&Shape::Struct(&[
             ("access", Shape::Text),
             ("allow", Shape::Value),
-            ("major", Shape::Value),
-            ("minor", Shape::Value),
+            ("major", Shape::Integer),
+            ("minor", Shape::Integer),
             ("type", Shape::Text),
         ])),
     ),
     ("hugepageLimits", Shape::List(&Shape::Struct(&[("limit", Shape::Value), ("pageSize", Shape::Text)]))),
     (
         "memory",
-        Shape::Struct(&[("limit", Shape::Value), ("reservation", Shape::Value), ("swap", Shape::Value)]),
+        Shape::Struct(&[
+            ("limit", Shape::Integer),
+            ("reservation", Shape::Integer),
+            ("swap", Shape::Integer),
+        ]),
     ),
-    ("pids", Shape::Struct(&[("limit", Shape::Value)])),
+    ("pids", Shape::Struct(&[("limit", Shape::Integer)])),
     ("rdma", Shape::Map(&Shape::Value)),
     ("unified", Shape::Map(&Shape::Text)),
 ]);
 
-const THROTTLE: Shape =
-    Shape::List(&Shape::Struct(&[("major", Shape::Value), ("minor", Shape::Value), ("rate", Shape::Value)]));
+const THROTTLE: Shape = Shape::List(&Shape::Struct(&[
+    ("major", Shape::Integer),
+    ("minor", Shape::Integer),
+    ("rate", Shape::Value),
+]));
 
 /// Resources as they are for every OCI runtime; see [`canonical::canonical`].
 ///

@@ -60,6 +60,26 @@ fn a_value_of_the_wrong_type_is_named() {
 }
 
 #[test]
+fn a_signed_integer_can_be_minus_zero() {
+    let text =
+        r#"{"pids":{"limit":-0},"memory":{"limit":-0},"cpu":{"quota":-0},"devices":[{"major":-0}],"x":-0}"#;
+    let read = Resources::parse(text.as_bytes()).unwrap();
+    assert_eq!((read.pids_limit, read.memory.limit, read.cpu.quota), (Some(0), Some(0), Some(0)));
+    let written =
+        r#"{"pids":{"limit":0},"memory":{"limit":0},"cpu":{"quota":0},"devices":[{"major":0}],"x":-0}"#;
+    assert_eq!(canonical(text.as_bytes()).unwrap(), written);
+    // Go refuses these.
+    for (text, field) in [
+        (r#"{"pids":{"limit":-0.0}}"#, "pids.limit"),
+        (r#"{"pids":{"limit":-0e0}}"#, "pids.limit"),
+        (r#"{"cpu":{"shares":-0}}"#, "cpu.shares"),
+    ] {
+        let refused = Resources::parse(text.as_bytes()).unwrap_err().to_string();
+        assert!(refused.contains(field), "{refused}");
+    }
+}
+
+#[test]
 fn memory_limits_are_unset_unlimited_or_bytes() {
     for field in ["limit", "reservation"] {
         for bytes in [-1, 0, 1, i64::MAX] {
