@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::Path;
 
 use crate::cgroup::{self, cgroups_path};
@@ -11,6 +12,7 @@ use crate::oci::bundle::Spec;
 use crate::oci::criu;
 use crate::oci::resources::Resources;
 use crate::oci::{containerd, metadata, runtime};
+use crate::path_error::io_error;
 use crate::services::Error;
 use crate::stdio::{fifo, uri};
 use crate::task::outbox::Outbox;
@@ -43,7 +45,7 @@ impl Shim {
         let spec = Spec::read(&request.bundle)?;
         let resources = spec.resources()?;
         check_resources(&resources)?;
-        let (containerd, environment) = self.containerd_of(&key, recorded, &spec);
+        let (containerd, environment) = self.containerd_of(&key, recorded, &spec)?;
         let mut runtime = options.resolve(&key.namespace, &containerd.path)?;
         if runtime.io_owner == (0, 0) {
             // Otherwise the container's root could not open its own /dev/stdout: the owner of the inode would have no id in the
@@ -103,7 +105,7 @@ impl Shim {
         key: &TaskKey,
         recorded: Option<Containerd>,
         spec: &Spec,
-    ) -> (Containerd, Vec<u8>) {
+    ) -> Result<(Containerd, Vec<u8>), Error> {
         let sandbox = spec.sandbox().and_then(|id| {
             self.tasks.registry.get(&self.tasks.own(&TaskKey { id, ..key.clone() }, &key.owner))
         });
@@ -111,11 +113,10 @@ impl Shim {
             let environment = std::mem::take(&mut found.environment).join("\0").into_bytes();
             // A pod keeps it, also if the configuration of containerd has changed meanwhile.
             found.core_scheduling |= sandbox.is_some_and(|entry| entry.task().containerd.core_scheduling);
-            return (found, environment);
+            return Ok((found, environment));
         }
-        match sandbox.map(|entry| entry.task().clone()) {
-            // The file is missing if an earlier version made the sandbox.
-            Some(sandbox) => (sandbox.containerd, fs::read(sandbox.runtime.environment).unwrap_or_default()),
+        Ok(match sandbox.map(|entry| entry.task().clone()) {
+            Some(sandbox) => (sandbox.containerd, environment_in(&sandbox.runtime.environment)?),
             None => {
                 let containerd = Containerd {
                     ttrpc_address: DEFAULT_TTRPC.to_owned(),
@@ -124,7 +125,17 @@ impl Shim {
                 };
                 (containerd, Vec::new())
             }
-        }
+        })
+    }
+}
+
+/// The environment that the file of a sandbox has. The file is missing if an earlier version made the sandbox.
+fn environment_in(path: &Path) -> Result<Vec<u8>, runtime::Error> {
+    match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read
+            .map_err(io_error("read", path))
+            .map_err(|source| runtime::Error::Environment { verb: "create", source }),
     }
 }
 
@@ -261,6 +272,17 @@ mod tests {
         assert_eq!(placed("default", own, None, false), unit("kubepods-a.slice", "docker-abc.scope"));
         let other = "/containerd.slice/containerd-default.slice/containerd-default-other.service/web";
         assert!(matches!(placed("default", other, None, false), Placement::Foreign { .. }));
+    }
+
+    #[test]
+    fn only_a_missing_file_is_an_empty_environment() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("environment");
+        assert_eq!(environment_in(&path).unwrap(), b"");
+        fs::write(&path, "A=b\0").unwrap();
+        assert_eq!(environment_in(&path).unwrap(), b"A=b\0");
+        let error = environment_in(dir.path()).unwrap_err();
+        assert!(matches!(error, runtime::Error::Environment { verb: "create", .. }), "{error}");
     }
 
     #[test]
