@@ -13,6 +13,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 
+use crate::config::STATE_DIR;
 use crate::id::{ExecId, InvalidName, Namespace, Owner, ProcessKey, TaskId, TaskKey};
 use crate::oci::criu::{self, Checkpoint};
 use crate::oci::options::{Options, OptionsSource};
@@ -41,12 +42,18 @@ pub enum Error {
     /// A name is not valid.
     #[error(transparent)]
     Name(#[from] InvalidName),
-    /// Neither the metadata nor the socket names a namespace.
+    /// The metadata names no namespace, and the socket is for all of them.
     #[error(
         "the request has no namespace: containerd before 2.0 names none, and at most {COUNT} of its \
-         namespaces can have tasks at once"
+         namespaces can have tasks at once; delete the tasks of a namespace that is not needed"
     )]
     NoNamespace,
+    /// The metadata names no namespace, and the lease of the socket is gone.
+    #[error(
+        "the request has no namespace: containerd before 2.0 names none, and the file in {STATE_DIR}/.sockets \
+         that says which one the socket is for is gone; restart containerd, which then gets another socket"
+    )]
+    NoLease,
     /// The options have an unknown type.
     #[error(
         "runtime options have the unknown type {0:?}: use containerd.runc.v1.Options, \

@@ -76,7 +76,12 @@ impl TaskService {
     pub(super) fn caller(&self, ctx: &TtrpcContext) -> RpcResult<Caller> {
         let named = convert::namespace(&ctx.metadata).map_err(status::invalid)?;
         let Lease { owner, namespace } = self.lease()?;
-        let namespace = named.or(namespace).ok_or_else(|| status::invalid(convert::Error::NoNamespace))?;
+        let namespace = named.or(namespace).ok_or_else(|| {
+            status::invalid(match &self.holder {
+                None => convert::Error::NoNamespace,
+                Some(_) => convert::Error::NoLease,
+            })
+        })?;
         Ok(Caller { owner, namespace })
     }
 
@@ -368,6 +373,20 @@ mod tests {
             timeout_nano: 0,
             connection_data: Arc::default(),
         }
+    }
+
+    #[test]
+    fn a_call_without_a_namespace_is_told_why_there_is_none() {
+        let texts = World::new("no-namespace").live(|shim| async move {
+            [Socket::Any, Socket::Of(3)].map(|socket| {
+                let service = TaskService::new(shim.clone(), socket, &Leases::new("/no/leases"));
+                let context = TtrpcContext { metadata: Default::default(), ..context() };
+                service.caller(&context).err().unwrap().to_string()
+            })
+        });
+        let [for_all, for_one] = texts.unwrap();
+        assert!(for_all.contains("at most 32"), "{for_all}");
+        assert!(for_one.contains("restart containerd") && !for_one.contains("at most"), "{for_one}");
     }
 
     #[test]
