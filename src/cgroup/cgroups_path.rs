@@ -19,7 +19,7 @@ pub enum Requested {
         /// The name of the child cgroup.
         child: String,
     },
-    /// Exactly this path, even if it is outside of systemd's tree.
+    /// Exactly this absolute path, even if it is outside of systemd's tree.
     Literal(PathBuf),
 }
 
@@ -29,6 +29,10 @@ const LONGEST: usize = 3072;
 
 /// The longest name of a directory, in bytes.
 const LONGEST_NAME: usize = 255;
+
+/// The cgroup that a relative path begins in. The OCI runtime would begin in the parent of its own cgroup, and
+/// containerd-shim-runc-v2 runs it in that of a service: dockerd's or containerd's.
+const BASE_OF_RELATIVE: &str = "/system.slice";
 
 /// The parents of the cgroups that clients choose by default. The containerd namespace is another such parent.
 const DEFAULT_PARENTS: [&str; 2] = ["k8s.io", "docker"];
@@ -61,7 +65,7 @@ pub struct InvalidPath {
 /// Reads `linux.cgroupsPath`.
 ///
 /// # Errors
-/// The text is neither an absolute path without `..` nor `slice:prefix:name`.
+/// The text is neither a path without `..` nor `slice:prefix:name`.
 pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested, InvalidPath> {
     let malformed = |rule| InvalidPath { text: text.chars().take(200).collect(), rule };
     if text.is_empty() {
@@ -85,13 +89,14 @@ pub fn parse(text: &str, namespace: &Namespace, id: &TaskId) -> Result<Requested
     if path.as_os_str().len() > LONGEST || path.iter().any(|part| part.len() > LONGEST_NAME) {
         return Err(malformed("the path must not be longer than 3072 bytes, and no part longer than 255"));
     }
-    let path = Path::new("/").join(path);
+    let (relative, path) = (path, Path::new("/").join(path));
     let mut defaults = std::iter::once(namespace.as_str()).chain(DEFAULT_PARENTS);
     if path == Path::new("/") || defaults.any(|parent| path == Path::new("/").join(parent).join(id.as_str()))
     {
         return Ok(Requested::Default);
     }
-    Ok(Requested::Literal(path))
+    let is_relative = !text.starts_with('/');
+    Ok(Requested::Literal(if is_relative { Path::new(BASE_OF_RELATIVE).join(relative) } else { path }))
 }
 
 fn systemd_form(
@@ -211,6 +216,24 @@ mod tests {
     fn another_path_is_taken_literally() {
         for text in ["/kubepods/burstable/pod1/ab", "/default/other", "/x"] {
             assert_eq!(read(text), Ok(Requested::Literal(text.into())), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_relative_path_begins_where_services_are() {
+        for (text, path) in
+            [("foo/web", "/system.slice/foo/web"), ("x", "/system.slice/x"), ("a//b/", "/system.slice/a/b")]
+        {
+            assert_eq!(read(text), Ok(Requested::Literal(path.into())), "{text:?}");
+            assert_eq!(
+                read(path),
+                Ok(Requested::Literal(path.into())),
+                "{text:?}, written by an earlier attempt"
+            );
+        }
+        assert_eq!(read("docker/web"), Ok(Requested::Default));
+        for text in ["../../x", "foo/../x", "./x", ".."] {
+            assert!(read(text).is_err(), "{text:?}");
         }
     }
 

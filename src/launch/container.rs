@@ -46,12 +46,17 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
     process.mark()?;
     let bundle = &task.request.bundle;
     let mut edits = Edits::default();
-    if let Placement::Unit { child, .. } = &task.placement {
-        let unit = cgroup::of_self()?;
-        // In the cgroup of the unit, which is above what the container can write.
-        cgroup::limit_descendants(&unit)?;
-        edits.cgroups_path = Some(unit.join(child));
-    }
+    let (path, is_in_unit) = match &task.placement {
+        Placement::Unit { child, .. } => {
+            let unit = cgroup::of_self()?;
+            // In the cgroup of the unit, which is above what the container can write.
+            cgroup::limit_descendants(&unit)?;
+            (unit.join(child), true)
+        }
+        // The OCI runtime would resolve a relative path of the client against its own cgroup.
+        Placement::Foreign { path, .. } => (path.clone(), false),
+    };
+    edits.cgroups_path = Some(path.clone());
     if task.notify {
         let socket = Store::new(config::STATE_DIR).notify_socket(&name::short_name(task.unit()));
         pass_on_notifications(&mut edits, socket);
@@ -60,9 +65,9 @@ fn prepare(process: &Process<'_>) -> Result<(), Error> {
         edits.annotation = Some((CONFIG_ANNOTATION, restore::write_overrides(process)?));
     }
     let Found { namespaces, cgroup_owner } = bundle::edit(bundle, &edits)?;
-    if let (Some(cgroup), Some(owner)) = (&edits.cgroups_path, cgroup_owner) {
+    if let Some(owner) = cgroup_owner.filter(|_| is_in_unit) {
         // runc does this in its systemd driver only, and uses a cgroup that exists.
-        cgroup::give_to(cgroup, owner)?;
+        cgroup::give_to(&path, owner)?;
     }
     namespaces.iter().try_for_each(|one| namespaces::check(&one.kind, &one.path))?;
     launch_cgroup::enter(process)?;

@@ -255,6 +255,11 @@ mod tests {
             path: "/elsewhere/web".into(),
         };
         assert_eq!(placed("default", "/elsewhere/web", None, false), foreign);
+        let relative = placed("default", "elsewhere/web", None, false);
+        assert_eq!(
+            relative.cgroup(&UnitName::new("a.service").unwrap()),
+            Path::new("/system.slice/elsewhere/web")
+        );
     }
 
     #[test]
