@@ -117,6 +117,7 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::Launch(_)
         | Error::Runtime(
             oci::runtime::Error::Spawn { .. }
+            | oci::runtime::Error::Directory { .. }
             | oci::runtime::Error::Environment { .. }
             | oci::runtime::Error::Failed { .. }
             | oci::runtime::Error::Killed { .. }

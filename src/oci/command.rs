@@ -28,6 +28,8 @@ use tokio::time::timeout;
 use crate::cgroup::{self, cgroups_path};
 use crate::config;
 use crate::fault::{self, Failure};
+use crate::files;
+use crate::path_error::io_error;
 use crate::sys;
 use crate::sys::spawn::{self, Setup};
 
@@ -135,6 +137,9 @@ impl CommandLine {
         limit: Duration,
         command: &Command,
     ) -> Result<(), Error> {
+        // Somebody may have removed it with the record, and a Delete has to work then.
+        let made = files::make_dir(cli.dir, 0o700).map_err(io_error("create", cli.dir));
+        made.map_err(|source| Error::Directory { verb, source })?;
         let killed = fault::due(&[Failure::RuntimeKilled]).map(|_| killed());
         let command = killed.as_ref().unwrap_or(command);
         let failed = |source| Error::Spawn { verb, binary: cli.runtime.binary.clone(), source };
@@ -304,13 +309,13 @@ impl Cli<'_> {
 
     /// The running command for this container, which holds the lock. An earlier daemon may have started it.
     fn holder(&self) -> io::Result<Option<Holder>> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(self.lock())?;
+        let mut options = File::options();
+        let options = options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = match options.open(self.lock()) {
+            // There is no directory, so no command has the lock.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
         let holder_of = || -> io::Result<Option<u32>> {
             let mut found = sys::child::whole_file(nix::libc::F_WRLCK);
             fcntl(&file, FcntlArg::F_GETLK(&mut found))?;

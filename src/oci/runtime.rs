@@ -37,6 +37,14 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// There is no directory for the log of the command, and it can't be made.
+    #[error("OCI runtime {verb} failed: there is no directory for its log: {source}")]
+    Directory {
+        /// The command that was not run.
+        verb: &'static str,
+        #[source]
+        source: PathError,
+    },
     /// The environment for the command can't be read. With another environment, its hooks could do something else.
     #[error("OCI runtime {verb} failed: the environment of its containerd is not known: {source}")]
     Environment {
@@ -95,7 +103,7 @@ impl Error {
     /// itself. systemd ends the container's processes with the unit.
     pub fn leftover(&self) -> Leftover {
         match self {
-            Self::Spawn { .. } | Self::Environment { .. } => Leftover::Keep,
+            Self::Spawn { .. } | Self::Directory { .. } | Self::Environment { .. } => Leftover::Keep,
             Self::Failed { .. } => Leftover::KeepReadable,
             Self::Killed { .. } | Self::TimedOut { .. } | Self::Orphan { .. } | Self::Busy { .. } => {
                 Leftover::Remove

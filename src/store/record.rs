@@ -94,11 +94,19 @@ pub struct Found {
 }
 
 impl Store {
-    /// Writes the difference between `before`, the content of the record, and `task`.
+    /// Writes the difference between `before`, the content of the record, and `task`. If somebody has removed the task's
+    /// directory, writes the whole record.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::TooLarge`]. A part of the change may be written then.
     pub fn save(&self, before: &Task, task: &Task, cause: Cause) -> Result<(), Error> {
+        match self.save_change(before, task, cause) {
+            Err(_) if !self.knows(&task.key)? => self.save_whole(task, cause),
+            saved => saved,
+        }
+    }
+
+    fn save_change(&self, before: &Task, task: &Task, cause: Cause) -> Result<(), Error> {
         for (id, exec) in &task.execs {
             if before.execs.get(id).is_none_or(|old| !Arc::ptr_eq(old, exec) && old != exec) {
                 let new = task.outbox.since(&before.outbox);
@@ -114,11 +122,16 @@ impl Store {
         removed.into_iter().try_for_each(|id| self.remove_exec_dir(&task.key, id))
     }
 
-    /// Writes the whole record of a task, whatever is on disk. The record of an exec that can't be read stays.
+    /// Writes the whole record of a task, whatever is on disk, and makes its directory if there is none. The record of an exec
+    /// that can't be read stays.
     ///
     /// # Errors
     /// As [`Self::save`].
     pub fn save_whole(&self, task: &Task, cause: Cause) -> Result<(), Error> {
+        if !self.knows(&task.key)? {
+            let dir = self.dir(&task.key);
+            make_dir(&dir).map_err(io_error("create", &dir))?;
+        }
         if !task.execs.is_empty() {
             // First everything in one file. The files of execs are ignored until the last step removes the execs from it.
             self.write_task(task, cause)?;

@@ -438,3 +438,27 @@ fn the_record_of_an_exec_that_cant_be_read_stays_and_hinders_nothing() {
     store.remove(&a.key).unwrap();
     assert!(!store.knows(&a.key).unwrap());
 }
+
+#[test]
+fn a_record_whose_directory_was_removed_is_written_again() {
+    use std::os::unix::fs::PermissionsExt;
+    let (dir, store) = scratch();
+    let first = task("a");
+    store.create(&first, b"").unwrap();
+    let before = with_exec(&store, &first, "e");
+    for write_whole in [false, true] {
+        // An administrator removes the records of a namespace.
+        fs::remove_dir_all(dir.path().join("default")).unwrap();
+        let mut after = before.clone();
+        describe(&mut after, format!("whole: {write_whole}"));
+        if write_whole {
+            store.save_whole(&after, Cause::Observation).unwrap();
+        } else {
+            store.save(&before, &after, Cause::Decision).unwrap();
+        }
+        assert_eq!(load(&store), after);
+        for made in [dir.path().join("default"), store.dir(&first.key)] {
+            assert_eq!(fs::metadata(&made).unwrap().permissions().mode() & 0o777, 0o700, "{made:?}");
+        }
+    }
+}

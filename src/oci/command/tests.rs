@@ -197,3 +197,23 @@ fn the_cgroup_of_a_command_is_recognised() {
         assert!(!is_of_one_command(&other), "{other:?}");
     }
 }
+
+#[tokio::test]
+async fn a_command_runs_although_its_directory_was_removed() {
+    use std::os::unix::fs::PermissionsExt;
+    let (dir, runtime) = scratch("rm -r root/web");
+    let id = TaskId::new("web").unwrap();
+    let containerd = Containerd::default();
+    let logs = dir.path().join("default/web");
+    let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: &logs };
+    cli.settled("delete").await.unwrap();
+    assert!(!logs.exists());
+    delete(&cli).await.unwrap();
+    assert!(!state(&cli).exists());
+    assert_eq!(fs::metadata(&logs).unwrap().permissions().mode() & 0o777, 0o700);
+    // No program is to blame for a directory that can't be made.
+    fs::remove_dir_all(dir.path().join("default")).unwrap();
+    fs::write(dir.path().join("default"), "").unwrap();
+    let error = CommandLine::default().delete(&cli).await.unwrap_err();
+    assert!(matches!(error, Error::Directory { verb: "delete", .. }), "{error}");
+}
