@@ -37,6 +37,14 @@ pub fn line(text: &str, limit: usize) -> String {
     fit.trim_end_matches('\\').to_owned()
 }
 
+/// The end of a text of several lines, as one line of at most `limit` characters.
+pub fn end(text: &str, limit: usize) -> String {
+    let words: Vec<_> = text.split_whitespace().map(|word| line(word, word.len())).collect();
+    let joined = words.join(" ");
+    let excess = joined.chars().count().saturating_sub(limit);
+    joined.chars().skip(excess).collect()
+}
+
 /// Text of at most some `limit` bytes: where it is longer, its beginning and its end.
 pub fn shortened(text: String, limit: usize) -> String {
     if text.len() <= limit {
@@ -96,6 +104,13 @@ mod tests {
     fn a_line_does_not_absorb_the_next_one() {
         assert_eq!(line(r"name\\", 10), "name");
         assert_eq!(line(r"ab\cd", 3), "ab");
+    }
+
+    #[test]
+    fn the_end_of_a_text_is_one_line() {
+        assert_eq!(end("a: b\r\n\tc\u{1b}[1m\u{202e}d\0\n\n", 99), "a: b c[1md");
+        assert_eq!(end("first\n\u{fc}\u{1f433}", 2), "\u{fc}\u{1f433}");
+        assert_eq!(end(" \n", 9), "");
     }
 
     #[test]

@@ -387,10 +387,13 @@ fn missing(place: Option<&str>, error: &Error, search: &Search, some_work: bool)
 }
 
 fn oci_runtime(path: &Path, version: &Known<String>) -> Check {
-    let Ok(text) = version else {
-        let found = format!("{} --version fails", path.display());
-        let advice = "install it again, or name another one with the option BinaryName";
-        return Check::error(OCI_RUNTIME, found, advice);
+    let text = match version {
+        Ok(text) => text,
+        Err(error) => {
+            let found = format!("{} --version fails: {error}", path.display());
+            let advice = "install it again, or name another one with the option BinaryName";
+            return Check::error(OCI_RUNTIME, found, advice);
+        }
     };
     let text = text.lines().next().unwrap_or_default();
     let number = text.split_whitespace().find_map(numbers);

@@ -13,7 +13,7 @@ use protobuf::well_known_types::any::Any;
 
 use crate::api::messages::BootstrapParams;
 use crate::cli;
-use crate::oci::runtime;
+use crate::oci::log;
 use crate::stdio::journal;
 use crate::sys;
 use crate::text;
@@ -40,10 +40,10 @@ pub(super) fn bootstrap(data: &[u8]) {
 
 /// Target: the log of an OCI runtime. The shim finds an error at the end of the log, whatever precedes it.
 pub(super) fn log(data: &[u8]) {
-    let _ = runtime::last_error_in(data);
+    let _ = log::last_error_in(data);
     let mut text = data.to_vec();
     text.extend_from_slice(b"\n{\"level\":\"error\",\"msg\":\"the reason\",\"time\":\"t\"}\n");
-    let found = runtime::last_error_in(&text);
+    let found = log::last_error_in(&text);
     let added = found.as_deref().and_then(|found| found.strip_prefix("the reason"));
     let is_first_error = |added: &str| added.starts_with(" (the first error was: ") && added.ends_with(')');
     assert!(added.is_some_and(|added| added.is_empty() || is_first_error(added)), "{found:?}");

@@ -31,10 +31,11 @@ use crate::fault::{self, Failure};
 use crate::files;
 use crate::path_error::io_error;
 use crate::sys;
+use crate::sys::bounded_file::Messages;
 use crate::sys::spawn::{self, Setup};
 
 use super::namespaces;
-use super::runtime::{Cli, Error, OciRuntime};
+use super::runtime::{Cli, Error, OciRuntime, VERSION};
 
 /// Runs the OCI runtime's program for each command.
 #[derive(Debug, Default)]
@@ -82,6 +83,13 @@ impl OciRuntime for CommandLine {
             return;
         }
         self.remove_cgroups(cli).await;
+    }
+
+    async fn defect(&self, cli: &Cli<'_>) -> Option<Error> {
+        match cli.version() {
+            Ok(command) => self.run(cli, VERSION, &command).await.err(),
+            Err(error) => Some(error),
+        }
     }
 
     async fn launch(
@@ -143,13 +151,13 @@ impl CommandLine {
         let killed = fault::due(&[Failure::RuntimeKilled]).map(|_| killed());
         let command = killed.as_ref().unwrap_or(command);
         let failed = |source| Error::Spawn { verb, binary: cli.runtime.binary.clone(), source };
-        let cgroup = self.new_cgroup(cli);
+        let (cgroup, messages) = (self.new_cgroup(cli), Messages::new());
         let mut tries = 0;
         let late = |_| Error::TimedOut { verb, limit };
         let mut running = loop {
             cli.settled(verb).await?;
             tries += 1;
-            let started = match spawn(cli, command, cgroup.as_deref()) {
+            let started = match spawn(cli, command, cgroup.as_deref(), &messages) {
                 Ok(child) => {
                     let mut running = Running { child: Some(child), cgroup: cgroup.clone() };
                     // The program may be on a disk that does not answer.
@@ -182,7 +190,7 @@ impl CommandLine {
         if status.success() {
             return Ok(());
         }
-        let reason = cli.reason(verb, Some(status));
+        let reason = cli.reason(verb, status, &messages.text());
         Err(match status.signal() {
             Some(_) => Error::Killed { verb, reason },
             None => Error::Failed { verb, reason },
@@ -197,14 +205,20 @@ fn prefix(cli: &Cli<'_>) -> String {
     cgroups_path::escape(&format!("{}+", dir.trim_start_matches('/').replace('/', "+")))
 }
 
-fn spawn(cli: &Cli<'_>, command: &Command, cgroup: Option<&Path>) -> io::Result<spawn::Child> {
+fn spawn(
+    cli: &Cli<'_>,
+    command: &Command,
+    cgroup: Option<&Path>,
+    messages: &Messages,
+) -> io::Result<spawn::Child> {
     let cgroup = cgroup.map(cgroup::open_made).transpose().map_err(io::Error::other)?;
     let cgroup = cgroup.as_ref().map(AsFd::as_fd);
     let namespaces = namespaces::open(cli.containerd).unwrap_or_else(|error| {
         tracing::warn!(id = %cli.id, %error, "container {}: {error}; the OCI runtime and its hooks run in the host's namespaces", cli.id);
         Vec::new()
     });
-    spawn::spawn(command, Setup { lock: &cli.lock(), cgroup, namespaces })
+    let messages = messages.file().map(OwnedFd::from);
+    spawn::spawn(command, Setup { lock: &cli.lock(), cgroup, namespaces, messages })
 }
 
 /// Resolves when a command does nothing but wait for the output of a process that its hook has left behind, for

@@ -1,16 +1,14 @@
 //! What the OCI runtime can do, as its command `features` prints it, for containerd and its clients.
 
-use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::prctl::set_child_subreaper;
 
 use crate::sys::bounded::{self, CommandEnd};
+use crate::sys::bounded_file::bounded_file;
 
 /// How long the runtime may take. The runtime only prints constants. dockerd and CRI wait for them while they start.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -76,7 +74,7 @@ pub fn read(binary: PathBuf) -> Result<Vec<u8>, Error> {
 fn run(binary: &Path) -> io::Result<(CommandEnd, Vec<u8>)> {
     // So this process can kill what the runtime starts, even if it becomes a daemon.
     set_child_subreaper(true)?;
-    let mut output = bounded_file()?;
+    let mut output = bounded_file("features", MAX_BYTES)?;
     let mut command = Command::new(binary);
     command.arg("features").stdin(Stdio::null()).stdout(output.try_clone()?).stderr(Stdio::null());
     let end = bounded::run(&mut command, LIMIT)?;
@@ -86,15 +84,6 @@ fn run(binary: &Path) -> io::Result<(CommandEnd, Vec<u8>)> {
     let mut printed = Vec::new();
     output.take(end_of_output).read_to_end(&mut printed)?;
     Ok((end, printed))
-}
-
-/// A file in memory that can't grow. A runtime that prints more gets an error. With a pipe, the runtime would wait, or this
-/// process would read without end.
-fn bounded_file() -> io::Result<File> {
-    let file = File::from(memfd_create("features", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
-    file.set_len(MAX_BYTES.into())?;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK))?;
-    Ok(file)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub mod criu;
 pub mod devices;
 pub mod features;
 pub mod idmap;
+pub mod log;
 pub mod metadata;
 pub mod mount;
 mod mount_error;

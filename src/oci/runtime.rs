@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -10,19 +10,14 @@ use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use serde::Deserialize;
 
 use crate::id::TaskId;
 use crate::path_error::{PathError, io_error};
 use crate::task::Task;
 use crate::task::request::{Containerd, Runtime};
 
+use super::log::last_error;
 use super::state::Leftover;
-
-/// How many bytes of the log's end are searched for the reason of a failure.
-const LOG_TAIL_BYTES: u64 = 64 << 10;
-/// How many log entries are searched.
-const MOST_LOG_ENTRIES: usize = 200;
 
 /// Why a command of the OCI runtime failed.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +113,9 @@ pub const EXEC: &str = "exec";
 /// The name of the command [`Cli::restore`], and of its log.
 pub const RESTORE: &str = "restore";
 
+/// The name of the command [`Cli::version`].
+pub const VERSION: &str = "--version";
+
 /// The OCI runtime, for one container.
 #[derive(Clone, Copy, Debug)]
 pub struct Cli<'a> {
@@ -158,6 +156,12 @@ pub trait OciRuntime: Send + Sync {
     /// Removes the cgroups of commands of an ended daemon, for a container that the runtime does not know any more.
     /// Such a command may still run: it has removed the state, and nothing else depends on it.
     async fn settle(&self, _cli: &Cli<'_>) {}
+
+    /// Why the OCI runtime can't even print its version: for a command that has failed and left no message, because its standard
+    /// error was that of a container. `None` if it can.
+    async fn defect(&self, _cli: &Cli<'_>) -> Option<Error> {
+        None
+    }
 
     /// Runs `launch`, which becomes the OCI runtime or does something in its place. `verb` names it and its log, and
     /// `command` is its command line.
@@ -255,6 +259,16 @@ impl Cli<'_> {
         Ok(command)
     }
 
+    /// The command that prints the version.
+    ///
+    /// # Errors
+    /// [`Error::Environment`]
+    pub fn version(&self) -> Result<Command, Error> {
+        let mut command = self.equipped(&self.runtime.binary, VERSION)?;
+        command.arg(VERSION);
+        Ok(command)
+    }
+
     /// The command `checkpoint`.
     ///
     /// # Errors
@@ -275,20 +289,26 @@ impl Cli<'_> {
         last_error(&self.log(verb))
     }
 
-    /// Why a command failed, according to its log.
-    pub fn reason(&self, verb: &str, status: Option<ExitStatus>) -> String {
-        self.logged(verb).unwrap_or_else(|| match status {
-            Some(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => format!("{} ended with code {code} and no message", self.binary_name()),
-                (None, Some(signal)) => format!("{} was killed by signal {signal}", self.binary_name()),
-                (None, None) => format!("{} ended in an unknown way", self.binary_name()),
-            },
-            None => format!("{} left neither a message nor a process", self.runtime.binary.display()),
+    /// Why a command failed, according to its log, or else to what it said on standard error.
+    pub fn reason(&self, verb: &str, status: ExitStatus, said: &str) -> String {
+        self.logged(verb).unwrap_or_else(|| {
+            let binary = self.runtime.binary.display();
+            let how = match (status.code(), status.signal()) {
+                (Some(code), _) => format!("{binary} ended with code {code}"),
+                (None, Some(signal)) => format!("{binary} was killed by signal {signal}"),
+                (None, None) => format!("{binary} ended in an unknown way"),
+            };
+            if said.is_empty() {
+                format!("{how} and no message")
+            } else {
+                format!("{how} and the message: {said}")
+            }
         })
     }
 
-    fn binary_name(&self) -> String {
-        self.runtime.binary.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    /// Why there is no container, if `create` or `restore` has ended without a message.
+    pub fn silence(&self) -> String {
+        format!("{} left neither a message nor a process", self.runtime.binary.display())
     }
 
     /// The log of a command.
@@ -360,39 +380,6 @@ impl Cli<'_> {
     }
 }
 
-fn last_error(log: &Path) -> Option<String> {
-    let mut file = File::open(log).ok()?;
-    let length = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES))).ok()?;
-    let mut text = Vec::new();
-    file.take(LOG_TAIL_BYTES).read_to_end(&mut text).ok()?;
-    last_error_in(&text)
-}
-
-/// The last error in the end of a log of JSON objects, which have one line each (runc, crun 1.21) or several (crun 1.28).
-/// If the log has earlier errors, the first of them follows: the last error of runc may say only that a process of runc ended,
-/// and the first error says why.
-pub fn last_error_in(text: &[u8]) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Line {
-        level: String,
-        msg: String,
-    }
-    let text = String::from_utf8_lossy(text);
-    let begins = text.match_indices('{').filter(|(at, _)| *at == 0 || text[..*at].ends_with('\n')).rev();
-    // The limit is for a file that is not the log of an OCI runtime.
-    let lines = begins.take(MOST_LOG_ENTRIES).filter_map(|(at, _)| {
-        serde_json::Deserializer::from_str(&text[at..]).into_iter::<Line>().next()?.ok()
-    });
-    let mut errors = lines.filter(|line| matches!(line.level.as_str(), "error" | "fatal" | "panic"));
-    // The message about a hook ends with the output of the hook, and clients write more text behind it.
-    let last = errors.next()?.msg.trim_end().to_owned();
-    Some(match errors.last() {
-        Some(first) => format!("{last} (the first error was: {})", first.msg.trim_end()),
-        None => last,
-    })
-}
-
 /// True for runc and crun themselves, which mount nothing on the host. False for a script, and for a program with another
 /// name, which may add hooks to the spec (as nvidia-container-runtime does).
 pub fn is_plain(binary: &Path) -> bool {
@@ -409,28 +396,6 @@ pub(super) fn is_elf(binary: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_last_error_of_the_log_is_the_reason() {
-        let dir = tempfile::tempdir().unwrap();
-        let log = dir.path().join("create.log");
-        let text = concat!(
-            "{\"level\":\"warning\",\"msg\":\"a\",\"time\":\"t\"}\n",
-            "{\"level\":\"error\",\"msg\":\"first\",\"time\":\"t\"}\n",
-            "not json\n",
-            "{\"level\":\"error\",\"msg\":\"exec: \\\"nope\\\": executable file not found in $PATH\"}\n",
-        );
-        fs::write(&log, text).unwrap();
-        assert_eq!(
-            last_error(&log).unwrap(),
-            "exec: \"nope\": executable file not found in $PATH (the first error was: first)"
-        );
-        fs::write(&log, "{\n  \"msg\": \"over {two} lines\",\n  \"level\": \"error\"\n}").unwrap();
-        assert_eq!(last_error(&log).unwrap(), "over {two} lines");
-        fs::write(&log, r#"{"level":"error","msg":"exit status 1, stderr: no\nhook \n"}"#).unwrap();
-        assert_eq!(last_error(&log).unwrap(), "exit status 1, stderr: no\nhook");
-        assert_eq!(last_error(&dir.path().join("none.log")), None);
-    }
 
     #[test]
     fn create_has_the_options_that_were_asked_for() {

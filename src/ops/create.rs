@@ -376,13 +376,22 @@ impl Shim {
         if let Some(reason) = cli.logged(verb) {
             return failed(reason);
         }
-        match self.manager.obstacle(task.unit()).await {
-            Some(reason) if !dir.join(LAUNCHED).exists() => {
-                Error::NotRun { process: entry.init.key.clone(), reason }
+        let (obstacle, silence) = (self.manager.obstacle(task.unit()).await, cli.silence());
+        if !dir.join(LAUNCHED).exists()
+            && let Some(reason) = obstacle
+        {
+            return Error::NotRun { process: entry.init.key.clone(), reason };
+        }
+        if let Some(defect) = self.oci.defect(&cli).await {
+            return failed(format!("{silence}; {defect}"));
+        }
+        match obstacle {
+            // `launch` or the OCI runtime was killed, or crashed. systemd knows the name of the first only.
+            Some(reason) => {
+                let binary = task.runtime.binary.display();
+                failed(format!("{silence}; the command of the unit runs {binary} in its place: {reason}"))
             }
-            // `launch` or the OCI runtime was killed, or crashed.
-            Some(reason) => failed(format!("{}; {reason}", cli.reason(verb, None))),
-            None => failed(cli.reason(verb, None)),
+            None => failed(silence),
         }
     }
 

@@ -2,6 +2,7 @@
 //! them either, this module has the only `unsafe` of the project.
 
 pub mod bounded;
+pub mod bounded_file;
 pub mod child;
 pub mod crash;
 pub mod exec;

@@ -37,6 +37,8 @@ pub struct Setup<'a> {
     pub cgroup: Option<BorrowedFd<'a>>,
     /// The namespaces that the child enters, after it has the lock and before it runs the program.
     pub namespaces: Vec<OwnedFd>,
+    /// The file that is its standard error. `None`: /dev/null.
+    pub messages: Option<OwnedFd>,
 }
 
 /// A child of this process. Its pid is not used again until the caller has waited for it ([`Child::wait`]).
@@ -62,6 +64,7 @@ struct Starting {
 struct Lent {
     reporter: OwnedFd,
     namespaces: Vec<OwnedFd>,
+    messages: Option<OwnedFd>,
 }
 
 /// The first report of a child: it has opened all that it needs of its parent. Other reports are numbers of errors.
@@ -156,7 +159,7 @@ impl Program {
 
 /// Starts a child that becomes a program: path, arguments and environment are those of `command`, whose environment must
 /// be complete (`env_clear`). The child runs in the working directory of `command`, if its namespaces have that directory. Its
-/// standard output is /dev/null, and its standard input the lock file. The child takes all signals, and the OOM killer regards
+/// standard output is /dev/null, its standard error the file for messages, and its standard input the lock file. The child takes all signals, and the OOM killer regards
 /// it as an ordinary process. [`Child::started`] tells whether the program runs.
 ///
 /// # Errors
@@ -176,7 +179,7 @@ fn spawn_with(command: &Command, setup: Setup<'_>, shares: bool) -> io::Result<C
     let program = Program::of(command)?;
     let lock = CString::new(setup.lock.as_os_str().as_bytes())?;
     let (reports, reporter) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-    let lent = Lent { reporter, namespaces: setup.namespaces };
+    let lent = Lent { reporter, namespaces: setup.namespaces, messages: setup.messages };
     let parent = Parent::lending(&lent, shares)?;
     let mut process: libc::c_int = -1;
     // SAFETY: all zeroes is a valid clone_args: plain integers.
@@ -219,6 +222,7 @@ struct Parent {
     shares: bool,
     reporter: CString,
     namespaces: Vec<CString>,
+    messages: Option<CString>,
 }
 
 impl Parent {
@@ -231,6 +235,7 @@ impl Parent {
             shares,
             reporter: path(&lent.reporter)?,
             namespaces: lent.namespaces.iter().map(path).collect::<Result<_, _>>()?,
+            messages: lent.messages.as_ref().map(path).transpose()?,
         })
     }
 
@@ -332,13 +337,20 @@ unsafe fn prepare(lock: &CStr, parent: &Parent, reporter: RawFd) -> Result<(), E
         for (namespace, path) in namespaces.iter_mut().zip(&parent.namespaces) {
             *namespace = parent.open(path, libc::O_RDONLY)?;
         }
+        // A program is better run without its messages than not at all.
+        let messages = match &parent.messages {
+            Some(path) => parent.open(path, libc::O_WRONLY).ok(),
+            None => None,
+        };
         report(reporter, HAS_ALL);
         child::begin_as_usual()?;
         // The Rust runtime ignores SIGPIPE, and a program would inherit that.
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         let nothing = open(c"/dev/null", libc::O_RDWR)?;
-        for standard in [libc::STDOUT_FILENO, libc::STDERR_FILENO] {
-            Errno::result(libc::dup2(nothing, standard))?;
+        for (opened, standard) in
+            [(nothing, libc::STDOUT_FILENO), (messages.unwrap_or(nothing), libc::STDERR_FILENO)]
+        {
+            Errno::result(libc::dup2(opened, standard))?;
         }
         child::lock(lock)?;
         child::be_ordinary_to_the_oom_killer();
@@ -357,7 +369,7 @@ mod tests {
     use std::fs;
 
     fn setup(lock: &Path) -> Setup<'_> {
-        Setup { lock, cgroup: None, namespaces: Vec::new() }
+        Setup { lock, cgroup: None, namespaces: Vec::new(), messages: None }
     }
 
     fn shell(script: &str) -> Command {
@@ -450,6 +462,20 @@ mod tests {
             } else {
                 assert_eq!(entered.unwrap_err().raw_os_error(), Some(Errno::EPERM as i32));
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_child_says_is_in_the_file_for_messages() {
+        for shares in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            let lock = dir.path().join("lock");
+            let messages = super::super::bounded_file::Messages::new();
+            let setup = Setup { messages: messages.file().map(OwnedFd::from), ..setup(&lock) };
+            let mut child = spawn_with(&shell("echo out; echo no library >&2"), setup, shares).unwrap();
+            child.started().await.unwrap();
+            child.wait().await.unwrap();
+            assert_eq!(messages.text(), "no library");
         }
     }
 

@@ -217,3 +217,31 @@ async fn a_command_runs_although_its_directory_was_removed() {
     let error = CommandLine::default().delete(&cli).await.unwrap_err();
     assert!(matches!(error, Error::Directory { verb: "delete", .. }), "{error}");
 }
+
+#[tokio::test]
+async fn what_a_command_says_is_the_reason_if_it_logs_nothing() {
+    let (dir, runtime) = scratch(
+        "[ \"$*\" != --version ] || exit 0; echo 'cannot open shared object file:' >&2; echo libfoo.so.2 >&2; exit 127",
+    );
+    let id = TaskId::new("web").unwrap();
+    let containerd = Containerd::default();
+    let cli =
+        Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: dir.path() };
+    let binary = runtime.binary.display();
+    let commands = CommandLine::default();
+    for error in [commands.start(&cli).await.unwrap_err(), commands.delete(&cli).await.unwrap_err()] {
+        let text = error.to_string();
+        let expected = format!(
+            "{binary} ended with code 127 and the message: cannot open shared object file: libfoo.so.2"
+        );
+        assert!(matches!(error, Error::Failed { .. }) && text.ends_with(&expected), "{text}");
+    }
+    assert!(commands.defect(&cli).await.is_none());
+    crate::oci::write_script(&runtime.binary, "exit 3");
+    let text = commands.defect(&cli).await.unwrap().to_string();
+    assert_eq!(text, format!("OCI runtime --version failed: {binary} ended with code 3 and no message"));
+    // The log has the better message.
+    let log = r#"{"level":"error","msg":"logged"}"#;
+    crate::oci::write_script(&runtime.binary, &format!("echo '{log}' > \"$4\"; echo said >&2; exit 1"));
+    assert!(commands.start(&cli).await.unwrap_err().to_string().ends_with("failed: logged"));
+}
