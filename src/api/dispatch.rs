@@ -61,6 +61,7 @@ impl Dispatch for Dispatcher {
         let Some(request) = frame.request() else {
             return refuse("the request can't be decoded");
         };
+        self.service.shim.tasks.publishing.note_sign();
         Some(Box::pin(respond(self.tables().clone(), stream, frame.flags(), request)))
     }
 }
@@ -121,6 +122,21 @@ mod tests {
             ..Request::default()
         };
         Frame { bytes: frame(stream, MESSAGE_TYPE_REQUEST, &request.write_to_bytes().unwrap()) }
+    }
+
+    #[test]
+    fn each_request_shows_the_publisher_of_events_that_a_containerd_runs() {
+        let counts = World::new("signs").live(|shim| async move {
+            let signs = shim.tasks.publishing.signs();
+            let service = TaskService::new(shim, Socket::Any, &Leases::new("/no/leases"));
+            let dispatcher = Dispatcher::new(Arc::new(service));
+            let before = *signs.borrow();
+            for stream in [1, 3] {
+                dispatcher.answer(&request(stream, V3, "State", "web")).unwrap().await;
+            }
+            *signs.borrow() - before
+        });
+        assert_eq!(counts, Some(2));
     }
 
     #[test]

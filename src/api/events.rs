@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::ForwardRequest;
 use protobuf::{Message, MessageField};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use ttrpc::proto::{KeyValue, MESSAGE_LENGTH_MAX};
 use ttrpc::{Code, Response};
@@ -32,6 +32,9 @@ const LARGEST: u64 = MESSAGE_LENGTH_MAX as u64 - 1024;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long the pauses are the shortest ones after a sign that a containerd runs: when containerd starts, it connects and
+/// calls some time before it accepts events.
+const EAGER: Duration = Duration::from_secs(2);
 
 /// The service of containerd that takes events, and its method (events.proto of containerd).
 const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
@@ -57,7 +60,8 @@ pub async fn publish(
             earlier.retain(|earlier, _| paths.contains(&**earlier));
         }
         let worker = workers.entry(address.clone()).or_insert_with(|| {
-            let link = Link::new(connections.clone(), address.clone(), earlier.remove(path(&address)));
+            let earlier = earlier.remove(path(&address));
+            let link = Link::new(tasks.clone(), connections.clone(), address.clone(), earlier);
             Worker::start(tasks.clone(), link)
         });
         worker.publish(entry);
@@ -158,6 +162,7 @@ impl HeldUp {
 
 /// The connection to one containerd, opened when it is needed.
 struct Link {
+    tasks: Arc<Tasks>,
     connections: Arc<EventConnections>,
     address: String,
     connection: Option<EventConnection>,
@@ -189,21 +194,27 @@ enum NotAccepted {
 
 impl Link {
     /// A link over a connection of an earlier daemon, if there is one.
-    fn new(connections: Arc<EventConnections>, address: String, earlier: Option<Unwatched>) -> Self {
+    fn new(
+        tasks: Arc<Tasks>,
+        connections: Arc<EventConnections>,
+        address: String,
+        earlier: Option<Unwatched>,
+    ) -> Self {
         let connection = earlier.map(Unwatched::watch).transpose().unwrap_or_else(|error| {
             tracing::debug!(%error, "can't watch a connection for events of an earlier daemon: {error}");
             None
         });
-        Self { connections, address, connection }
+        Self { tasks, connections, address, connection }
     }
 
     /// Sends an event; returns true if containerd has accepted it, or will never accept it. Waits until containerd can be
     /// reached, because none of its tasks can be served before.
     async fn deliver(&mut self, outgoing: &Outgoing) -> bool {
         let task = &outgoing.task.key;
-        let mut pause = FIRST_PAUSE;
+        let mut pauses = Pauses::new(self.tasks.publishing.signs());
         let mut told = false;
-        loop {
+        let is_done = loop {
+            let signs = pauses.begin_attempt();
             match self.forward(outgoing).await {
                 Ok(()) => {
                     if told {
@@ -213,16 +224,16 @@ impl Link {
                             self.address
                         );
                     }
-                    return true;
+                    break true;
                 }
                 Err(NotAccepted::Refused(reason)) => {
                     tracing::error!(%task, seq = outgoing.seq, "task {task}: containerd refuses an event, dropping it: {reason}");
-                    return true;
+                    break true;
                 }
                 Err(NotAccepted::Later(reason)) => {
                     self.connection = None;
                     tracing::warn!(%task, seq = outgoing.seq, "task {task}: containerd does not accept an event, sending it again: {reason}");
-                    return false;
+                    break false;
                 }
                 Err(NotAccepted::Stale) => self.connection = None,
                 Err(NotAccepted::Unreachable(reason)) => {
@@ -230,12 +241,15 @@ impl Link {
                         tracing::warn!(%task, "containerd at {} can't be reached for events, trying again: {reason}", self.address);
                         told = true;
                     }
-                    // No event announces that containerd is back, so its socket is tried again.
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
+                    self.tasks.publishing.note_unreachable(&self.address, signs);
+                    pauses.pause().await;
                 }
             }
+        };
+        if told {
+            self.tasks.publishing.note_reachable(&self.address);
         }
+        is_done
     }
 
     async fn forward(&mut self, outgoing: &Outgoing) -> Result<(), NotAccepted> {
@@ -282,6 +296,39 @@ impl Link {
             }
         };
         Ok(self.connection.insert(connection))
+    }
+}
+
+/// The pauses between attempts to reach a containerd. They become longer, until a sign comes that a containerd runs. A
+/// containerd whose tasks are all gone gives no sign when it is back, so its socket is tried again without one.
+struct Pauses {
+    signs: watch::Receiver<u64>,
+    next: Duration,
+    /// Until then, all pauses are the shortest ones.
+    eager_until: Instant,
+}
+
+impl Pauses {
+    fn new(signs: watch::Receiver<u64>) -> Self {
+        Self { signs, next: FIRST_PAUSE, eager_until: Instant::now() }
+    }
+
+    /// An attempt begins. A sign that comes from now on ends the pause after the attempt. Returns how many signs there were.
+    fn begin_attempt(&mut self) -> u64 {
+        *self.signs.borrow_and_update()
+    }
+
+    async fn pause(&mut self) {
+        // Any number of signs may come, so there is a shortest pause.
+        tokio::time::sleep(FIRST_PAUSE).await;
+        let is_eager = Instant::now() < self.eager_until;
+        let rest = if is_eager { Duration::ZERO } else { self.next.saturating_sub(FIRST_PAUSE) };
+        if tokio::time::timeout(rest, self.signs.changed()).await.is_ok() {
+            self.eager_until = Instant::now() + EAGER;
+            self.next = FIRST_PAUSE;
+        } else if !is_eager {
+            self.next = (self.next * 2).min(LONGEST_PAUSE);
+        }
     }
 }
 

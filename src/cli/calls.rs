@@ -12,6 +12,7 @@ use crate::api::task::TaskService;
 use crate::config;
 use crate::fault;
 use crate::ops::Shim;
+use crate::services::Tasks;
 use crate::transport::durable::{Dispatch, Durable, Unwatched};
 use crate::transport::listener::{self, Adopted, Connections};
 use crate::transport::sockets::Leases;
@@ -21,6 +22,7 @@ use super::Failure;
 /// One of the daemon's sockets.
 pub(super) struct Calls {
     service: Arc<TaskService>,
+    tasks: Arc<Tasks>,
     connections: Arc<Connections>,
     /// The connections of earlier daemons that came from this socket.
     earlier: Vec<Unwatched>,
@@ -44,7 +46,7 @@ pub(super) fn of_sockets(
         let service = Arc::new(TaskService::new(shim.clone(), socket, &leases));
         let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
         let earlier = earlier.map(|(_, connection)| connection).collect();
-        Ok(Calls { service, connections: connections.clone(), earlier, listener })
+        Ok(Calls { service, tasks: shim.tasks.clone(), connections: connections.clone(), earlier, listener })
     };
     sockets.into_iter().map(of_socket).collect()
 }
@@ -52,7 +54,7 @@ pub(super) fn of_sockets(
 impl Calls {
     /// Serves calls. Resolves only after an error.
     pub(super) async fn serve(self) {
-        let Self { service, connections, earlier, listener } = self;
+        let Self { service, tasks, connections, earlier, listener } = self;
         if fault::is_forgetful() {
             return serve_plainly(listener, service).await;
         }
@@ -69,17 +71,20 @@ impl Calls {
             });
         }
         match connections.accept(listener) {
-            Ok(new) => accept(new, calls).await,
+            Ok(new) => accept(new, calls, &tasks).await,
             Err(error) => tracing::error!(%error, "can't watch a socket: {error}"),
         }
     }
 }
 
-async fn accept(new: impl Stream<Item = io::Result<Durable>>, calls: Arc<dyn Dispatch>) {
+async fn accept(new: impl Stream<Item = io::Result<Durable>>, calls: Arc<dyn Dispatch>, tasks: &Tasks) {
     let mut new = std::pin::pin!(new);
     while let Some(accepted) = new.next().await {
         match accepted {
-            Ok(connection) => drop(tokio::spawn(Box::new(connection).serve(calls.clone()))),
+            Ok(connection) => {
+                tasks.publishing.note_sign();
+                tokio::spawn(Box::new(connection).serve(calls.clone()));
+            }
             Err(error) => tracing::error!(%error, "can't accept a connection: {error}"),
         }
     }

@@ -91,6 +91,7 @@ impl Shim {
         if !troubles.is_empty() {
             return Err(Error::NotRemoved { process: entry.key.to_string(), reason: troubles.text() });
         }
+        self.tasks.await_accepted(entry, None).await;
         check_client(&entry.init.key, gone)?;
         let deleted = Deleted { pid, exit: Some(exit) };
         self.delete_replies.record(&entry.init.key, deleted)?;
@@ -154,6 +155,7 @@ impl Shim {
             return Err(Error::NotRemoved { process: key.to_string(), reason: troubles.text() });
         }
         fault::point(Point::ExecDeleteUnit);
+        self.tasks.await_accepted(entry, Some(id)).await;
         check_client(key, gone)?;
         let deleted = Deleted { pid: exec.pid(), exit: exec.exit() };
         self.delete_replies.record(key, deleted)?;

@@ -13,6 +13,7 @@ mod ordered;
 mod owner;
 pub(crate) mod pending;
 pub mod process;
+pub mod publishing;
 pub mod registry;
 pub mod runtime_files;
 mod spare_threads;

@@ -12,6 +12,7 @@ use crate::task::Task;
 use crate::task::outbox::TaskEvent;
 
 use super::pending::{Owings, Unwritten};
+use super::publishing::Publishing;
 use super::registry::Registry;
 use super::{Entry, Error, Live, Process};
 
@@ -29,6 +30,8 @@ pub struct Tasks {
     pub(crate) removed: Arc<Notify>,
     /// Deleted tasks that owe events.
     pub(crate) owings: Owings,
+    /// What the publisher and the calls know of each other.
+    pub publishing: Publishing,
 }
 
 /// An event in containerd's order, with what the publisher has to know.
@@ -55,6 +58,7 @@ impl Tasks {
             unwritten: Unwritten::default(),
             removed: Arc::default(),
             owings: Owings::default(),
+            publishing: Publishing::default(),
         };
         (tasks, receiver)
     }
@@ -163,6 +167,7 @@ impl Tasks {
     pub fn accepted(&self, entry: &Arc<Entry>, seq: u64) {
         fault::point(Point::PublishTaken);
         self.note_accepted(entry, seq);
+        self.publishing.note_accepted();
         fault::point(Point::PublishNoted);
     }
 }

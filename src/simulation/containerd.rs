@@ -1,6 +1,7 @@
 //! A containerd for tests, which accepts every event, and the descriptor store that keeps the connections over which daemons
 //! publish events.
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -34,6 +35,8 @@ struct State {
     connections: Vec<(UnixStream, Assembler)>,
     /// Each event that has come, as a word.
     events: Vec<&'static str>,
+    /// True if it hangs.
+    hangs: bool,
 }
 
 impl FakeContainerd {
@@ -46,6 +49,22 @@ impl FakeContainerd {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It ends: nobody can connect until it [comes back](Self::come_back).
+    pub(super) fn leave(&self) {
+        fs::rename(&self.socket, self.socket.with_extension("away")).unwrap();
+        self.state().connections.clear();
+    }
+
+    /// It listens again.
+    pub(super) fn come_back(&self) {
+        fs::rename(self.socket.with_extension("away"), &self.socket).unwrap();
+    }
+
+    /// From now on, it answers nothing.
+    pub(super) fn hang(&self) {
+        self.state().hangs = true;
     }
 
     /// Where it listens for events.
@@ -84,7 +103,10 @@ impl FakeContainerd {
     /// Accepts all events that daemons have sent by now. Never waits.
     pub(super) fn tick(&self) {
         let mut state = self.state();
-        let State { connections, events } = &mut *state;
+        let State { connections, events, hangs } = &mut *state;
+        if *hangs {
+            return;
+        }
         while let Ok((connection, _)) = self.listener.accept() {
             connection.set_nonblocking(true).unwrap();
             connections.push((connection, Assembler::default()));

@@ -250,6 +250,11 @@ impl World {
         self.containerd.events()
     }
 
+    /// The node's containerd.
+    pub(super) fn containerd(&self) -> Arc<FakeContainerd> {
+        self.containerd.clone()
+    }
+
     /// Notes in a bundle that the node's containerd calls, as `start` does.
     pub(super) fn called_from(&self, bundle: &Path) {
         let containerd = Containerd { ttrpc_address: self.containerd.address(), ..Containerd::default() };

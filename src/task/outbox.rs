@@ -193,6 +193,12 @@ impl Outbox {
         self.owed.front()
     }
 
+    /// The number of the last event of an exec, or of the last event if `exec` is `None`.
+    pub fn last_of(&self, exec: Option<&ExecId>) -> Option<u64> {
+        let is_of = |owed: &&Owed| exec.is_none() || owed.event.exec() == exec;
+        self.owed.iter().rev().find(is_of).map(|owed| owed.seq)
+    }
+
     /// Removes an event that containerd has accepted. Repeated calls change nothing.
     pub fn accepted(&mut self, seq: u64) {
         while self.owed.front().is_some_and(|owed| owed.seq <= seq) {
@@ -302,6 +308,18 @@ mod tests {
         let before = sound.clone();
         sound.mend();
         assert_eq!(sound, before);
+    }
+
+    #[test]
+    fn the_last_event_of_an_exec_is_found_among_those_of_the_task() {
+        let mut outbox = Outbox::default();
+        assert_eq!(outbox.last_of(None), None);
+        let exec = ExecId::new("probe").unwrap();
+        outbox.push(TaskEvent::Started { pid: 1 }, 10);
+        assert_eq!((outbox.last_of(None), outbox.last_of(Some(&exec))), (Some(0), None));
+        outbox.push(TaskEvent::ExecStarted { exec: exec.clone(), pid: 2 }, 20);
+        outbox.push(TaskEvent::ExecStarted { exec: ExecId::new("other").unwrap(), pid: 3 }, 30);
+        assert_eq!((outbox.last_of(None), outbox.last_of(Some(&exec))), (Some(2), Some(1)));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::*;
 use crate::id::{TaskId, UnitName};
 use crate::services::Delivery;
 use crate::services::pending::Stored;
+use crate::services::publishing::Publishing;
 use crate::simulation::harness::{Step, World};
 use crate::store::Store;
 use crate::task::lifecycle::Exit;
@@ -114,7 +115,7 @@ fn an_event_that_fits_into_no_message_is_dropped_and_any_other_waits_for_contain
         let (entry, _) = shim.tasks.process(&init).unwrap();
         // Nobody listens there.
         let (connections, _) = EventConnections::adopt(Arc::new(Nowhere), &mut Vec::new());
-        let mut link = Link::new(connections, "/nonexistent".to_owned(), None);
+        let mut link = Link::new(shim.tasks.clone(), connections, "/nonexistent".to_owned(), None);
         let mut dropped = Vec::new();
         for bytes in [LARGEST / 2, LARGEST] {
             // The event of a Create contains the mounts.
@@ -220,4 +221,60 @@ fn a_containerd_that_has_no_task_any_more_keeps_no_connection_and_loses_no_event
         }
         assert_eq!(kept.names(), ["events-0", "events-3"]);
     });
+}
+
+/// The times of attempts, in milliseconds, to reach a containerd that is away. `happens` gets what notes signs.
+async fn attempts<W: Future<Output = ()>>(happens: impl FnOnce(Arc<Publishing>) -> W) -> Vec<u128> {
+    let publishing = Arc::new(Publishing::default());
+    let (mut pauses, begun, mut times) = (Pauses::new(publishing.signs()), Instant::now(), Vec::new());
+    let trying = async {
+        loop {
+            pauses.begin_attempt();
+            times.push(begun.elapsed().as_millis());
+            pauses.pause().await;
+        }
+    };
+    tokio::select! {
+        () = trying => {}
+        () = happens(publishing) => {}
+    }
+    times
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sign_of_containerd_ends_a_pause_at_once() {
+    let times = attempts(|publishing| async move {
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        publishing.note_sign();
+        tokio::time::sleep(EAGER / 2).await;
+    })
+    .await;
+    let (before, after): (Vec<_>, Vec<_>) = times.into_iter().partition(|time| *time < 60_000);
+    assert!(before.len() < 20, "{before:?}");
+    assert!(after.first().is_some_and(|time| *time < 60_010), "{after:?}");
+    assert!(after.len() > 15, "an attempt that is too early is soon repeated: {after:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_signs_of_containerd_make_no_busy_loop() {
+    let times = attempts(|publishing| async move {
+        for _ in 0..1000 {
+            publishing.note_sign();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+    assert!(times.len() <= 21, "{times:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sign_during_an_attempt_is_not_lost() {
+    let publishing = Publishing::default();
+    let mut pauses = Pauses::new(publishing.signs());
+    pauses.next = LONGEST_PAUSE;
+    pauses.begin_attempt();
+    publishing.note_sign();
+    let begun = Instant::now();
+    pauses.pause().await;
+    assert!(begun.elapsed() < FIRST_PAUSE * 2, "{:?}", begun.elapsed());
 }
