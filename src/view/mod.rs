@@ -41,6 +41,11 @@ const PROPERTIES: [&str; 18] = [
     "Slice",
 ];
 
+/// Words for the state of a task, the same as those for the phase in its record.
+const RUNNING: &str = "running";
+const PAUSED: &str = "paused";
+const STOPPED: &str = "stopped";
+
 /// A record on disk: its path and its content.
 pub type Recorded = (PathBuf, Result<Task, String>);
 
@@ -150,7 +155,7 @@ pub fn rows(survey: &Survey) -> Vec<Row> {
     for task in tasks {
         let unit = task.unit().as_str();
         match rows.iter_mut().find(|row| row.unit == unit) {
-            Some(row) => phase(row, task),
+            Some(row) => with_record(row, task),
             None => {
                 let mut row = of_record(task);
                 phase(&mut row, task);
@@ -172,9 +177,9 @@ fn of_unit(unit: &Properties, now_usec: u64) -> Row {
         ("active", Some("exited")) | ("failed" | "inactive", _)
     );
     let state = match (active, property(unit, "FreezerState")) {
-        _ if has_ended => "stopped",
-        ("active", Some("frozen")) => "paused",
-        ("active", _) => "running",
+        _ if has_ended => STOPPED,
+        ("active", Some("frozen" | "frozen-by-parent")) => PAUSED,
+        ("active", _) => RUNNING,
         ("activating", _) => "creating",
         (other, _) => other,
     };
@@ -189,10 +194,12 @@ fn of_unit(unit: &Properties, now_usec: u64) -> Row {
         pod: pod(text("POD_NAMESPACE"), text("POD_NAME")),
         image: text("CONTAINER_IMAGE"),
         state: state.to_owned(),
-        // Code 1 is an exit, 2 a death by a signal: CLD_EXITED, CLD_KILLED.
-        exit_status: status
-            .filter(|_| has_ended)
-            .map(|status| if number("ExecMainCode") == Some(1) { status } else { 128 + status }),
+        // Code 1 is an exit, 2 and 3 a death by a signal: CLD_EXITED, CLD_KILLED, CLD_DUMPED. Without a process it is 0.
+        exit_status: status.filter(|_| has_ended).and_then(|status| match number("ExecMainCode")? {
+            1 => Some(status),
+            2 | 3 => Some(128 + status),
+            _ => None,
+        }),
         pid: number("MainPID").and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0),
         memory: number("MemoryCurrent"),
         age_sec: start.map(|start| now_usec.saturating_sub(start) / 1_000_000),
@@ -218,12 +225,29 @@ fn pod(namespace: Option<String>, name: Option<String>) -> Option<String> {
     Some(format!("{}/{}", namespace.unwrap_or_default(), name?))
 }
 
-/// The phase comes from the record, because the unit may be unloaded.
+/// Completes what systemd knows of a task by its record. While the daemon is down, nobody records that the process ends or is
+/// frozen: then systemd is right.
+fn with_record(row: &mut Row, task: &Task) {
+    let word = task.init.word();
+    let has_ended_since = row.state == STOPPED && word != STOPPED;
+    let is_frozen_since = row.state == PAUSED && word == RUNNING;
+    if has_ended_since || is_frozen_since {
+        row.is_given_up = is_given_up(task);
+    } else {
+        phase(row, task);
+    }
+}
+
+/// The phase as the record has it.
 fn phase(row: &mut Row, task: &Task) {
     row.state = task.init.word().to_owned();
     row.exit_status = task.init.exit().map(|exit| exit.status);
     row.pid = task.init.pid().filter(|_| task.init.is_alive());
-    row.is_given_up = task.given_up || task.is_leftover;
+    row.is_given_up = is_given_up(task);
+}
+
+fn is_given_up(task: &Task) -> bool {
+    task.given_up || task.is_leftover
 }
 
 /// The tasks whose id begins with `word`, and those with this name. If the id or unit of some tasks is exactly `word`, only
@@ -259,6 +283,8 @@ mod tests {
 
     use super::*;
     use crate::id::{ExecId, Namespace, TaskKey, UnitName};
+    use crate::task::lifecycle::{Container, Exit};
+    use crate::task::phase::Phase;
     use crate::unit::name;
     use crate::unit::properties::{self, UnitMetadata};
 
@@ -300,6 +326,45 @@ mod tests {
             rows(&Survey { units: Ok(vec![]), records, now_usec: 0 })[0].is_given_up
         };
         assert!(!with(|_| {}) && with(Task::give_up) && with(|task| task.is_leftover = true));
+    }
+
+    #[test]
+    fn what_happens_while_the_daemon_is_down_is_known_from_systemd() {
+        let mut task: Task = serde_json::from_slice(include_bytes!("../../fuzz/corpus/record/task")).unwrap();
+        let container =
+            Container { pid: 125, cgroup: "containerd-default.slice".into(), limits: None, oom_kills: 0 };
+        let exit = Exit { status: 4, at_usec: 1 };
+        let stopped = Phase::Stopped { container: container.clone(), exit, never_started: false };
+        let ended: &[_] = &[
+            ("ActiveState", "failed"),
+            ("SubState", "failed"),
+            ("ExecMainCode", "1"),
+            ("ExecMainStatus", "3"),
+            ("MainPID", "0"),
+        ];
+        let frozen: &[_] = &[("FreezerState", "frozen")];
+        let running = || Phase::Running { container: container.clone() };
+        let paused = Phase::Paused { container: container.clone() };
+        let created = Phase::Created { container: container.clone(), program: None };
+        for (unit_is, phase, state, exit_status, pid) in [
+            (ended, running(), "stopped", Some(3), None),
+            (ended, stopped.clone(), "stopped", Some(4), None),
+            (frozen, running(), "paused", None, Some(125)),
+            (frozen, created.clone(), "created", None, Some(125)),
+            (&[], running(), "running", None, Some(125)),
+            (&[], created, "created", None, Some(125)),
+            // The client may have paused the pod, which is a slice.
+            (&[], paused, "paused", None, Some(125)),
+            (&[], stopped, "stopped", Some(4), None),
+        ] {
+            task.init.phase = phase;
+            let mut unit = unit(unit_is);
+            unit.insert("Id".to_owned(), task.unit().to_string());
+            let records = Ok(vec![(PathBuf::from("/run/x"), Ok(task.clone()))]);
+            let survey = Survey { units: Ok(vec![unit]), records, now_usec: 0 };
+            let [row] = rows(&survey).try_into().unwrap();
+            assert_eq!((row.state.as_str(), row.exit_status, row.pid), (state, exit_status, pid), "{task:?}");
+        }
     }
 
     #[test]
