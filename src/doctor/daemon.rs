@@ -9,7 +9,7 @@ use crate::sys;
 use crate::unit::name::{DAEMON_SERVICE, PREFIX};
 use crate::unit::policy;
 
-use super::Check;
+use super::{Check, halt};
 use crate::probe::{self, Known, Properties, property, property_number};
 use crate::view;
 
@@ -45,6 +45,7 @@ pub struct Facts {
     age_sec: Option<u64>,
     /// What the drop-ins of its service set.
     settings: Option<String>,
+    halt: halt::Facts,
 }
 
 pub(super) fn collect() -> Facts {
@@ -60,6 +61,7 @@ pub(super) fn collect() -> Facts {
         has_crashed: probe::file(CRASHES).map(|text| text.bytes().any(|byte| byte != 0)),
         age_sec: pid.and_then(|pid| age_sec(u32::try_from(pid).ok()?)),
         settings: policy::settings_of_daemon(),
+        halt: halt::collect(service.as_ref().ok()),
         service,
     }
 }
@@ -110,7 +112,9 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
         Ok(service) => service,
         Err(unknown) => return vec![Check::unknown("daemon", unknown)],
     };
-    let mut checks = vec![state(facts, service), crashes(facts), store(service)];
+    let mut checks = vec![halt::check(&facts.halt, service).unwrap_or_else(|| state(facts, service))];
+    checks.extend(halt::socket(&facts.halt, service));
+    checks.extend([crashes(facts), store(service)]);
     checks.push(match &facts.descriptors {
         Err(unknown) => Check::unknown("daemon-files", unknown),
         Ok((open, most)) if *open > most / 100 * MOST_PERCENT => {
@@ -246,6 +250,7 @@ mod tests {
             has_crashed: Err(Unknown::Absent(CRASHES.to_owned())),
             age_sec: Some(60),
             settings: None,
+            halt: halt::Facts::default(),
         }
     }
 
@@ -280,6 +285,19 @@ mod tests {
         }
         assert!(fault(&Facts { is_replaced: Ok(true), ..facts(&[]) }).advice.contains("restart"));
         assert_eq!(fault(&Facts { has_crashed: Ok(true), ..facts(&[]) }).name, "crashes");
+    }
+
+    #[test]
+    fn a_daemon_that_is_halted_is_not_reported_as_running() {
+        let check = fault(&facts(&[("FreezerState", "frozen"), ("MainPID", "7")]));
+        assert_eq!((check.name, check.status), ("daemon", Status::Error));
+        let unmet = [("ActiveState", "inactive"), ("ConditionResult", "no")];
+        assert_eq!(
+            fault(&facts(&[&unmet[..], &[("ConditionTimestampMonotonic", "5")]].concat())).status,
+            Status::Error
+        );
+        // systemd has not looked at the conditions of a service that was never started.
+        assert!(checks(&facts(&unmet)).iter().all(|check| check.status == Status::Ok));
     }
 
     #[test]

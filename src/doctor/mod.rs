@@ -9,6 +9,7 @@ mod bus;
 mod configuration;
 mod containerd;
 mod daemon;
+mod halt;
 mod host;
 mod limits;
 mod records;

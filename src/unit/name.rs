@@ -19,7 +19,7 @@ pub const DAEMON_SERVICE: &str = "containerd-shim-systemd-v1.service";
 pub const DAEMON_SLICE: &str = "containerd_shim.slice";
 /// The slice that keeps the order of stops at shutdown. It is in the slice of the daemon.
 pub const ORDER_SLICE: &str = "containerd_shim-order.slice";
-const WAKE_SERVICE: &str = "containerd_shim-wake.service";
+pub const WAKE_SERVICE: &str = "containerd_shim-wake.service";
 
 /// The daemon's socket unit.
 pub fn daemon_socket() -> UnitName {

@@ -117,8 +117,8 @@ fn named<'s>(settings: impl Iterator<Item = &'s Setting>) -> Option<String> {
     (!all.is_empty()).then(|| all.join(", "))
 }
 
-/// The conditions and assertions in the drop-ins of a unit, each with its file.
-pub(super) fn conditions_of(unit: &str) -> Option<String> {
+/// The conditions and assertions in the drop-ins of a unit, each with its file. `None` if there are none.
+pub fn conditions_of(unit: &str) -> Option<String> {
     let settings = settings_in(&Directories::open_all(), unit);
     named(
         settings.iter().filter(|setting| ["Condition", "Assert"].iter().any(|b| setting.name.starts_with(b))),
