@@ -11,7 +11,9 @@ use crate::unit::policy;
 use crate::unit::search_path::TRANSIENT;
 
 /// The properties of the daemon's service on which its promises depend, and their good values.
-const NEEDED: [(&str, &[&str]); 6] = [
+const NEEDED: [(&str, &[&str]); 7] = [
+    // Otherwise `systemctl stop` of the service, which is safe by the documents, loses the connections of all containers.
+    ("FileDescriptorStorePreserve", &["yes"]),
     ("Restart", &["always"]),
     ("KillMode", &["process"]),
     ("NotifyAccess", &["main", "all"]),
@@ -253,6 +255,7 @@ mod tests {
             ("NotifyAccess", "main"),
             ("RootDirectory", ""),
             ("FileDescriptorStoreMax", "12000"),
+            ("FileDescriptorStorePreserve", "yes"),
             ("MemoryMax", "infinity"),
         ];
         let mut unit = properties(&usual);
@@ -328,6 +331,8 @@ mod tests {
             ("Restart", "no"),
             ("KillMode", "control-group"),
             ("FileDescriptorStoreMax", "0"),
+            ("FileDescriptorStorePreserve", "no"),
+            ("FileDescriptorStorePreserve", "restart"),
             ("PrivateNetwork", "yes"),
             ("RootDirectory", "/jail"),
         ] {
