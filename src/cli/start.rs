@@ -248,42 +248,65 @@ fn start_daemon(again: bool) -> Result<(), Failure> {
     })
 }
 
-/// Starts the daemon's units if systemd has lost their settings and the daemon has ended. Nothing else would start it: systemd has
-/// closed the daemon's sockets, and only the guard of the daemon still has them. True if the units were started.
-fn bring_up_lost() -> Result<bool, Failure> {
+/// What keeps systemd from starting the daemon by itself.
+#[derive(Clone, Copy, PartialEq)]
+enum Obstacle {
+    /// systemd has lost the settings of the daemon's units, and the daemon has ended. systemd has closed the daemon's sockets, and
+    /// only the guard of the daemon still has them.
+    LostUnits,
+    /// systemd has lost the job with which it was about to restart the daemon.
+    LostRestart,
+}
+
+/// Starts the daemon if systemd does not do so by itself. True if there was such an obstacle.
+fn overcome_obstacle() -> Result<bool, Failure> {
     // If systemd can't be reached, it can't start units either.
-    let is_lost = || -> Result<bool, Failure> {
-        let look = block_on(async { tokio::time::timeout(config::LOST_LIMIT, has_lost_daemon()).await })?;
-        Ok(matches!(look, Ok(Ok(true))))
+    let look = || -> Result<Option<Obstacle>, Failure> {
+        let look = block_on(async { tokio::time::timeout(config::LOST_LIMIT, obstacle()).await })?;
+        Ok(look.ok().and_then(Result::ok).flatten())
     };
-    if !is_lost()? {
+    if look()?.is_none() {
         return Ok(false);
     }
     let _lock = lock()?;
-    // Another caller may have started them meanwhile.
-    if is_lost()? {
-        start_daemon(false)?;
+    // Another caller may have started it meanwhile.
+    match look()? {
+        Some(Obstacle::LostUnits) => start_daemon(false)?,
+        Some(Obstacle::LostRestart) => request_start()?,
+        None => {}
     }
     Ok(true)
 }
 
-/// Whether systemd has lost the settings of the daemon's units, and the daemon has ended.
-async fn has_lost_daemon() -> Result<bool, unit::error::Error> {
+/// The obstacle, if there is one.
+async fn obstacle() -> Result<Option<Obstacle>, unit::error::Error> {
     let manager = Manager::connected().await?;
     let (socket, service) = (name::daemon_socket(), name::daemon_service());
     let state = match manager.lost_state(&service).await? {
-        None if manager.lost_state(&socket).await?.is_none() => return Ok(false),
+        None if manager.lost_state(&socket).await?.is_none() => {
+            return Ok(manager.has_lost_restart(&service).await?.then_some(Obstacle::LostRestart));
+        }
         None => manager.active_state(&service).await?,
         lost => lost,
     };
-    Ok(matches!(state.as_deref(), None | Some("inactive" | "failed")))
+    let has_ended = matches!(state.as_deref(), None | Some("inactive" | "failed"));
+    Ok(has_ended.then_some(Obstacle::LostUnits))
+}
+
+/// Asks systemd for a start of the daemon. Whether it succeeds, [`wait_for_daemon`] finds out.
+fn request_start() -> Result<(), Failure> {
+    let service = name::daemon_service();
+    let request = async { Manager::connected().await?.start_without_waiting(&service).await };
+    let limited = async { tokio::time::timeout(config::START_LIMIT, request).await };
+    let requested = block_on(limited)?.unwrap_or_else(|_| Err(unit::error::Error::no_answer()));
+    requested.map_err(|error| Failure(format!("can't start the runtime's daemon: {error}{}", advice())))
 }
 
 /// Waits until the daemon serves calls. The call that follows `start` would wait without a limit for a daemon that can't start.
 fn wait_for_daemon() -> Result<(), Failure> {
     let begun = Instant::now();
     let mut question = Question::new(Path::new(config::SERVING), Path::new(config::SOCKET));
-    if !matches!(question.is_answered(config::LOST_LIMIT), Ok(true)) && bring_up_lost()? {
+    if !matches!(question.is_answered(config::LOST_LIMIT), Ok(true)) && overcome_obstacle()? {
         // The first one may wait in the queue of a socket that nobody reads any more.
         question = Question::new(Path::new(config::SERVING), Path::new(config::SOCKET));
     }

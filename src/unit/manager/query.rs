@@ -31,6 +31,8 @@ trait UnitProperties {
 pub(super) struct UnitState {
     /// `active`, `failed`, …
     pub(super) active: String,
+    /// `running`, `auto-restart`, …
+    sub: String,
     /// The unit's job, if it has one.
     pub(super) job: Option<(u32, OwnedObjectPath)>,
 }
@@ -52,7 +54,7 @@ impl Queries for Manager {
     }
 
     async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error> {
-        Ok(self.unit_state(unit).await?.map(|UnitState { active, job }| match job {
+        Ok(self.unit_state(unit).await?.map(|UnitState { active, job, .. }| match job {
             Some(_) if active == "inactive" => "activating".to_owned(),
             _ => active,
         }))
@@ -135,7 +137,18 @@ impl Manager {
         }
         let job = all.get("Job").and_then(|job| <(u32, OwnedObjectPath)>::try_from(job.clone()).ok());
         let job = job.filter(|(id, _)| *id != 0);
-        Ok(text(&all, "ActiveState").map(|active| UnitState { active, job }))
+        let sub = text(&all, "SubState").unwrap_or_default();
+        Ok(text(&all, "ActiveState").map(|active| UnitState { active, sub, job }))
+    }
+
+    /// True if systemd was about to restart a service, and has given up the job for it: the service was frozen then. No
+    /// connection to its socket starts it, because it counts as starting.
+    ///
+    /// # Errors
+    /// systemd can't be reached.
+    pub async fn has_lost_restart(&self, unit: &UnitName) -> Result<bool, Error> {
+        let state = self.unit_state(unit).await?;
+        Ok(state.is_some_and(|state| state.job.is_none() && state.sub == "auto-restart-queued"))
     }
 
     /// The state of a *lost* unit: systemd has it in some state (`active`, `failed`, …), but no settings of it, because somebody has

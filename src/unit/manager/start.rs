@@ -163,6 +163,16 @@ impl Manager {
         self.wait_for_job(START, waiter, Some(job.map_err(|error| call_error(START, unit, error))?)).await
     }
 
+    /// Asks for an installed unit to be started, and does not wait for it.
+    ///
+    /// # Errors
+    /// [`Error::NotLoaded`] if it is not installed; a refusal.
+    pub async fn start_without_waiting(&self, unit: &UnitName) -> Result<(), Error> {
+        let job =
+            self.bus.call(|manager| async move { manager.start_unit(unit.as_str(), "replace").await }).await;
+        job.map(drop).map_err(|error| call_error(START, unit, error))
+    }
+
     /// Waits until a job has ended, or any job of the unit if `job` is `None`. Notices the end also if its signal is lost.
     pub(super) async fn wait_for_job(
         &self,
@@ -334,6 +344,26 @@ mod tests {
         let waiter = manager.jobs.wait_for(&web());
         let ended = timeout(A_WHILE, manager.wait_for_job(verb, waiter, Some(job()))).await;
         ended.expect("the end of the job is noticed")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_restart_whose_job_does_not_exist_any_more_is_lost() {
+        for (active, sub, has_job, is_lost) in [
+            ("activating", "auto-restart-queued", false, true),
+            ("activating", "auto-restart-queued", true, false),
+            ("activating", "auto-restart", false, false),
+            ("activating", "start", false, false),
+            ("active", "running", false, false),
+        ] {
+            let (bus, connection) = FakeBus::start([]).await;
+            let job = if has_job { (3_u32, job()) } else { (0, OwnedObjectPath::try_from("/").unwrap()) };
+            let properties: HashMap<_, Variant<'_>> =
+                [("ActiveState", active.into()), ("SubState", sub.into()), ("Job", job.into())].into();
+            bus.answer("GetAll", &properties);
+            let manager = Manager::default();
+            manager.bus.connected(connection);
+            assert_eq!(manager.has_lost_restart(&web()).await.unwrap(), is_lost, "{sub} {has_job}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
