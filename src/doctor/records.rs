@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::config::STATE_DIR;
 use crate::id::{Namespace, TaskKey};
+use crate::oci::options::DEFAULT_ROOT;
 use crate::store::Store;
 use crate::task::Task;
 use crate::unit::name::{PREFIX, candidates};
@@ -37,6 +38,8 @@ pub struct Facts {
     units: Known<usize>,
     /// Those of them that no task has, and whether each has ended.
     lost: Vec<(String, bool)>,
+    /// The commands that remove what the OCI runtime has stored of those containers, by the names of the units.
+    deletions: BTreeMap<String, String>,
     /// How many units the daemon may reference with the bus's configuration.
     referenced_at_most: usize,
     now_sec: u64,
@@ -50,6 +53,7 @@ pub(super) fn collect() -> Facts {
     let lost = lost(&survey, Survey::collect);
     Facts {
         units_of_unreadable: units_of_unreadable(&survey),
+        deletions: deletions(&survey, &lost, Path::new(DEFAULT_ROOT)),
         bundles: bundles::collect(survey.records.as_deref().unwrap_or_default()),
         records: survey.records,
         set_aside: store.set_aside_records().unwrap_or_default(),
@@ -116,6 +120,25 @@ fn without_a_task(survey: &Survey) -> Vec<(String, bool)> {
     units.filter(|(unit, _)| !is_known(unit)).collect()
 }
 
+/// What the OCI runtime has stored of a container keeps its id from being used again. Neither the unit nor a record names
+/// another state directory of the OCI runtime than the usual one.
+fn deletions(survey: &Survey, lost: &[(String, bool)], root: &Path) -> BTreeMap<String, String> {
+    let units = survey.units.as_deref().unwrap_or_default();
+    let deletion = |(name, _): &(String, bool)| {
+        let unit = units.iter().find(|unit| property(unit, "Id") == Some(name))?;
+        let [namespace, id] =
+            ["CONTAINER_NAMESPACE", "CONTAINER_ID"].map(|field| view::field(unit, field).unwrap_or_default());
+        let key = TaskKey::from_word(Namespace::new(namespace).ok()?, id).ok()?;
+        let root = root.join(namespace);
+        let has = |file: &str| root.join(key.id.as_str()).join(file).exists();
+        let runtime = if has("status") { "crun" } else { "runc" };
+        let is_stored = has("status") || has("state.json");
+        let command = format!("{runtime} --root {} delete --force {}", root.display(), key.id);
+        is_stored.then(|| (name.clone(), command))
+    };
+    lost.iter().filter_map(deletion).collect()
+}
+
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     let mut checks = match &facts.records {
         Ok(records) => of_records(facts, records),
@@ -136,7 +159,7 @@ fn of_records(facts: &Facts, records: &[Recorded]) -> Vec<Check> {
     checks.extend(bundles::checks(&facts.bundles));
     checks.push(events(facts, records));
     match &facts.units {
-        Ok(_) => checks.extend(leftovers(records, &facts.lost)),
+        Ok(_) => checks.extend(leftovers(facts, records)),
         Err(unknown) => checks.push(Check::unknown(LEFTOVERS, unknown)),
     }
     checks
@@ -211,17 +234,20 @@ fn events(facts: &Facts, records: &[Recorded]) -> Check {
     Check::ok(NAME, format!("{} tasks have events that containerd has not taken yet", owed.len()))
 }
 
-fn leftovers(records: &[Recorded], lost: &[(String, bool)]) -> Vec<Check> {
+fn leftovers(facts: &Facts, records: &[Recorded]) -> Vec<Check> {
     const NAME: &str = LEFTOVERS;
     const SEE_LOG: &str =
         "journalctl -u containerd-shim-systemd-v1 says why; the daemon tries again every few minutes";
     let tasks: Vec<&Task> = records.iter().filter_map(|(_, task)| task.as_ref().ok()).collect();
-    let lost = lost.iter().map(|(unit, has_ended)| {
+    let lost = facts.lost.iter().map(|(unit, has_ended)| {
         let found = format!("no task has the unit {unit}");
+        let then = facts.deletions.get(unit).map(|command| format!(", then {command}")).unwrap_or_default();
         let unit = view::in_shell(unit);
         let advice = match has_ended {
-            true => format!("systemctl reset-failed {unit}"),
-            false => format!("systemctl stop {unit}, if it is not of a container that you need"),
+            true => format!("systemctl reset-failed {unit}{then}"),
+            false => {
+                format!("if it is not of a container that you need: systemctl stop {unit}{then}")
+            }
         };
         Check::warning(NAME, found, advice)
     });
@@ -253,6 +279,7 @@ mod tests {
             owing: vec![],
             units: Ok(0),
             lost: vec![],
+            deletions: BTreeMap::new(),
             referenced_at_most: 400,
             now_sec: 10_000,
         }
@@ -306,6 +333,32 @@ mod tests {
         // A shell removes one of two backslashes.
         assert_eq!(check.advice, r"systemctl reset-failed containerd-a\\x2db-web.service");
         assert_eq!(fault(&Facts { owing: vec![9_990, 100], ..healthy() }).name, "events");
+    }
+
+    #[test]
+    fn what_the_oci_runtime_has_stored_of_a_lost_container_is_removed_too() {
+        let root = tempfile::tempdir().unwrap();
+        let name = "containerd-default-web.service";
+        let fields = "CONTAINER_ID=web CONTAINER_NAMESPACE=default";
+        let unit = properties(&[("Id", name), ("LogExtraFields", fields)]);
+        let survey = Survey { units: Ok(vec![unit]), records: Ok(vec![]), now_usec: 0 };
+        for (file, runtime) in
+            [(None, None), (Some("state.json"), Some("runc")), (Some("status"), Some("crun"))]
+        {
+            let dir = root.path().join("default/web");
+            std::fs::create_dir_all(&dir).unwrap();
+            file.iter().for_each(|file| std::fs::write(dir.join(file), "").unwrap());
+            let command = runtime
+                .map(|name| format!("{name} --root {}/default delete --force web", root.path().display()));
+            for has_ended in [true, false] {
+                let lost = vec![(name.to_owned(), has_ended)];
+                let deletions = deletions(&survey, &lost, root.path());
+                let check = fault(&Facts { units: Ok(1), lost, deletions, ..healthy() });
+                let then =
+                    command.as_ref().map_or(name.to_owned(), |command| format!("{name}, then {command}"));
+                assert!(check.advice.ends_with(&then), "{check:?}");
+            }
+        }
     }
 
     fn survey(units: &[&str], tasks: &[&Task]) -> Survey {

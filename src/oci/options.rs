@@ -17,7 +17,7 @@ use super::criu;
 use super::turns::{self, Busy};
 
 /// The state directory that containerd-shim-runc-v2 uses, so that `runc --root` works as usual.
-const DEFAULT_ROOT: &str = "/run/containerd/runc";
+pub const DEFAULT_ROOT: &str = "/run/containerd/runc";
 const DEFAULT_BINARY: &str = "runc";
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
