@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::unit::annotation::Types;
+use crate::unit::error::RefusedByBus;
 use crate::unit::manager::Manager;
 use crate::unit::systemd::Details;
 use crate::unit::{self, bus_config};
@@ -28,6 +29,8 @@ const NEEDED: [(&str, u64); 4] = [
 pub struct Facts {
     /// systemd's version, read over the bus.
     pub version: Result<String, String>,
+    /// Why the bus runs and does not pass on the question.
+    pub refused: Option<RefusedByBus>,
     /// Limits that files of the bus's configuration set.
     pub limits: Vec<(PathBuf, String, u64)>,
     /// The types of the properties of a service, if systemd shows them.
@@ -40,22 +43,20 @@ pub(super) async fn collect() -> Facts {
         let version = manager.version().await?;
         Ok::<_, unit::error::Error>((version, manager.property_types().await.ok()))
     };
-    let (version, types) = match tokio::time::timeout(LIMIT, asking).await {
-        Ok(Ok((version, types))) => (Ok(version), types),
-        Ok(Err(error)) => (Err(error.to_string()), None),
-        Err(_) => (Err(format!("systemd does not answer over D-Bus within {} s", LIMIT.as_secs())), None),
+    let (version, refused, types) = match tokio::time::timeout(LIMIT, asking).await {
+        Ok(Ok((version, types))) => (Ok(version), None, types),
+        Ok(Err(error)) => (Err(error.to_string()), error.refused_by_bus(), None),
+        Err(_) => {
+            (Err(format!("systemd does not answer over D-Bus within {} s", LIMIT.as_secs())), None, None)
+        }
     };
-    Facts { version, limits: bus_config::limits(), types }
+    Facts { version, refused, limits: bus_config::limits(), types }
 }
 
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     let answer = match &facts.version {
         Ok(_) => Check::ok("dbus", "systemd answers over D-Bus"),
-        Err(reason) => Check::error(
-            "dbus",
-            reason.clone(),
-            "look at systemctl status dbus.socket dbus.service, and start them",
-        ),
+        Err(reason) => Check::error("dbus", reason.clone(), advice(facts.refused)),
     };
     let needed = |name: &str| NEEDED.iter().find(|(needed, _)| *needed == name).map(|(_, least)| *least);
     let low = facts.limits.iter().filter_map(|(path, name, value)| {
@@ -72,13 +73,28 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     [vec![answer], limits].concat()
 }
 
+fn advice(refused: Option<RefusedByBus>) -> &'static str {
+    match refused {
+        None => "look at systemctl status dbus.socket dbus.service, and start them",
+        Some(RefusedByBus::Policy) => {
+            "look for a <deny> that concerns org.freedesktop.systemd1 in /etc/dbus-1/system.d and \
+             /usr/share/dbus-1/system.d, remove it, then systemctl reload dbus; SELinux or AppArmor can deny calls, too: \
+             see journalctl -b _TRANSPORT=audit"
+        }
+        Some(RefusedByBus::Limit) => {
+            "find the program that has too many connections (busctl list) and end it, or raise the <limit> in \
+             /etc/dbus-1/system.d, then systemctl reload dbus"
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Status;
     use super::*;
 
     fn healthy() -> Facts {
-        Facts { version: Ok("257".to_owned()), limits: vec![], types: None }
+        Facts { version: Ok("257".to_owned()), refused: None, limits: vec![], types: None }
     }
 
     #[test]
@@ -95,6 +111,16 @@ mod tests {
         let check = &checks(&facts)[0];
         assert_eq!((check.name, check.status), ("dbus", Status::Error));
         assert!(check.advice.contains("dbus.socket"));
+    }
+
+    #[test]
+    fn a_bus_that_runs_and_refuses_calls_gets_other_advice() {
+        for (refused, word) in [(RefusedByBus::Policy, "<deny>"), (RefusedByBus::Limit, "<limit>")] {
+            let version = Err("systemd can't be reached over D-Bus: refused".to_owned());
+            let check = &checks(&Facts { version, refused: Some(refused), ..healthy() })[0];
+            assert_eq!(check.status, Status::Error);
+            assert!(check.advice.contains(word) && !check.advice.contains("start them"), "{check:?}");
+        }
     }
 
     #[test]

@@ -165,7 +165,10 @@ mod tests {
     }
 
     fn all(facts: &Facts) -> Vec<Check> {
-        checks(facts, &bus::Facts { version: Ok("257".to_owned()), limits: vec![], types: None })
+        checks(
+            facts,
+            &bus::Facts { version: Ok("257".to_owned()), refused: None, limits: vec![], types: None },
+        )
     }
 
     /// The one check that is not OK.

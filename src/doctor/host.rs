@@ -170,7 +170,7 @@ mod tests {
     }
 
     fn silent() -> bus::Facts {
-        bus::Facts { version: Err("no answer".to_owned()), limits: Vec::new(), types: None }
+        bus::Facts { version: Err("no answer".to_owned()), refused: None, limits: Vec::new(), types: None }
     }
 
     fn found(facts: &Facts, bus: &bus::Facts) -> Vec<(&'static str, Status)> {

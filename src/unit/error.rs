@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use crate::id::UnitName;
 
+use super::bus::LIMITS_EXCEEDED;
+
 pub(super) const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
 pub(super) const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
@@ -15,7 +17,7 @@ pub(super) const DESTRUCTIVE: &str = "org.freedesktop.systemd1.TransactionIsDest
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// systemd can't be reached.
-    #[error("systemd can't be reached over D-Bus: {source}; check that dbus runs")]
+    #[error("systemd can't be reached over D-Bus: {source}; {}", what_to_check(source))]
     Unreachable {
         /// The error of the bus.
         #[source]
@@ -97,6 +99,15 @@ impl Error {
         Self::Unreachable { source: zbus::Error::InputOutput(Arc::new(source)) }
     }
 
+    /// Why a bus that runs does not pass on a call; `None` for all other errors.
+    pub fn refused_by_bus(&self) -> Option<RefusedByBus> {
+        match self {
+            Self::Unreachable { source } => refused_by_bus(source),
+            Self::Refused { name, .. } => RefusedByBus::named(name),
+            _ => None,
+        }
+    }
+
     /// True if systemd refused a property of the unit, or its value.
     pub fn is_about_a_property(&self) -> bool {
         const NAMES: [&str; 4] = ["InvalidArgs", "PropertyReadOnly", "BadUnitSetting", "OnlyByDependency"];
@@ -105,6 +116,45 @@ impl Error {
             NAMES.contains(&name.rsplit('.').next().unwrap_or(name)) || name.starts_with("System.")
         };
         matches!(self, Self::Refused { name, .. } if is_meant(name))
+    }
+}
+
+/// Why a bus that runs does not pass on a call, or does not accept a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusedByBus {
+    /// A rule in its configuration.
+    Policy,
+    /// One of its limits.
+    Limit,
+}
+
+impl RefusedByBus {
+    fn named(error: &str) -> Option<Self> {
+        match error {
+            "org.freedesktop.DBus.Error.AccessDenied" => Some(Self::Policy),
+            LIMITS_EXCEEDED => Some(Self::Limit),
+            _ => None,
+        }
+    }
+}
+
+fn refused_by_bus(error: &zbus::Error) -> Option<RefusedByBus> {
+    match error {
+        zbus::Error::MethodError(name, ..) => RefusedByBus::named(name.as_str()),
+        zbus::Error::FDO(error) => match **error {
+            zbus::fdo::Error::AccessDenied(_) => Some(RefusedByBus::Policy),
+            zbus::fdo::Error::LimitsExceeded(_) => Some(RefusedByBus::Limit),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn what_to_check(error: &zbus::Error) -> &'static str {
+    match refused_by_bus(error) {
+        Some(RefusedByBus::Policy) => "a policy of the bus denies it",
+        Some(RefusedByBus::Limit) => "a limit of the bus is reached",
+        None => "check that dbus runs",
     }
 }
 
@@ -141,10 +191,31 @@ pub(super) fn call_error(verb: &'static str, unit: &UnitName, error: zbus::Error
 mod tests {
     use super::*;
 
-    fn reported(name: &str) -> Error {
+    fn answered(name: &str) -> zbus::Error {
         let call = zbus::Message::method_call("/", "M").build(&()).unwrap();
-        let reply = zbus::Message::error(&call.header(), name).build(&"why").unwrap();
-        call_error("start", &UnitName::new("a.service").unwrap(), zbus::Error::from(reply))
+        zbus::Error::from(zbus::Message::error(&call.header(), name).build(&"why").unwrap())
+    }
+
+    fn reported(name: &str) -> Error {
+        call_error("start", &UnitName::new("a.service").unwrap(), answered(name))
+    }
+
+    #[test]
+    fn a_bus_that_refuses_a_call_is_told_from_one_that_does_not_run() {
+        let denied = zbus::Error::from(zbus::fdo::Error::AccessDenied("why".to_owned()));
+        let limited = zbus::Error::from(zbus::fdo::Error::LimitsExceeded("why".to_owned()));
+        for (source, refused, hint) in [
+            (denied, Some(RefusedByBus::Policy), "policy"),
+            (answered("org.freedesktop.DBus.Error.AccessDenied"), Some(RefusedByBus::Policy), "policy"),
+            (limited, Some(RefusedByBus::Limit), "limit"),
+            (answered(LIMITS_EXCEEDED), Some(RefusedByBus::Limit), "limit"),
+            (answered("org.freedesktop.DBus.Error.NoReply"), None, "check that dbus runs"),
+        ] {
+            let error = unreachable(source);
+            assert_eq!(error.refused_by_bus(), refused, "{error}");
+            assert!(error.to_string().contains(hint), "{error}");
+        }
+        assert_eq!(reported(LIMITS_EXCEEDED).refused_by_bus(), Some(RefusedByBus::Limit));
     }
 
     #[test]
