@@ -14,7 +14,7 @@ use zbus::{Connection, OwnedObjectPath, Variant};
 
 use crate::fault::{self, Failure};
 
-use super::error::{Error, unreachable};
+use super::error::{Error, LIMITS_EXCEEDED, unreachable};
 use super::socket;
 
 /// How long a call waits for a connection, and how long for its reply.
@@ -229,9 +229,6 @@ impl Bus {
         }
     }
 }
-
-/// The error of a call that the bus does not pass on.
-pub(super) const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
 
 /// The error of a call that a test lets fail, as the bus reports it.
 fn asked_for(failure: Failure) -> zbus::Error {

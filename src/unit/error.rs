@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use crate::id::UnitName;
 
-use super::bus::LIMITS_EXCEEDED;
-
 pub(super) const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
 const UNIT_EXISTS: &str = "org.freedesktop.systemd1.UnitExists";
 pub(super) const UNIT_MASKED: &str = "org.freedesktop.systemd1.UnitMasked";
+/// The bus does not pass on a call, because one of its limits is reached.
+pub(super) const LIMITS_EXCEEDED: &str = "org.freedesktop.DBus.Error.LimitsExceeded";
 /// A unit that is needed, such as the slice, is about to be stopped, or the machine shuts down.
 pub(super) const DESTRUCTIVE: &str = "org.freedesktop.systemd1.TransactionIsDestructive";
 

@@ -360,7 +360,7 @@ async fn closed(connection: OwnedFd) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::unit::bus::LIMITS_EXCEEDED;
+    use crate::unit::error::LIMITS_EXCEEDED;
     use crate::unit::fake_bus::{DENIED, FakeBus, NO_REPLY};
     use crate::unit::manager::Manager;
     use crate::unit::systemd::References;
