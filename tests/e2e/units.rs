@@ -11,7 +11,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
 use crate::common::systemd::{self, DropIn};
 use crate::common::task::{Io, SIGTERM};
-use crate::common::{process, wait};
+use crate::common::{daemon, process, wait};
 use crate::log_modes;
 
 /// Ends with 143 on SIGTERM, also as PID 1 of a pid namespace.
