@@ -34,8 +34,10 @@ pub struct Launcher {
 /// A program: its device, inode, and change time.
 type Version = (u64, u64, i64);
 
-/// How often the daemon looks for unused copies and for empty cgroups.
+/// How often the daemon looks for unused copies.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// How often the daemon removes empty cgroups. This needs a thread, which would never end if it were needed more often.
+const CGROUP_INTERVAL: Duration = Duration::from_secs(20);
 
 /// The largest number of cgroups in ShimCgroups that are remembered. If there are more, some are left to their owner.
 const MOST_LEFT: usize = 1024;
@@ -131,11 +133,13 @@ impl Launcher {
     /// Background task: drops sealed runtime copies that have been idle for [`sealed::IDLE_LIMIT`], and empty cgroups of
     /// the OCI runtime. Never returns.
     pub async fn forget_idle(&self) {
-        let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+        let (mut copies, mut cgroups) =
+            (tokio::time::interval(SWEEP_INTERVAL), tokio::time::interval(CGROUP_INTERVAL));
         loop {
-            ticks.tick().await;
-            self.copies.sweep();
-            self.remove_empty_cgroups().await;
+            tokio::select! {
+                _ = copies.tick() => self.copies.sweep(),
+                _ = cgroups.tick() => self.remove_empty_cgroups().await,
+            }
         }
     }
 
