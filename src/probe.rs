@@ -136,7 +136,7 @@ fn output_within(limit: Duration, program: &str, arguments: &[&str]) -> Known<St
 
 /// Kills a program, and waits for its end. A program that waits for a disk may not end: it is left alone after a moment.
 fn kill(child: &mut Child) {
-    // It may have ended in the meantime.
+    // Fails if the program has ended in the meantime.
     let _ = child.kill();
     if ends(child.id(), DEATH_LIMIT) {
         let _ = child.wait();

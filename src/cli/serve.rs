@@ -195,7 +195,7 @@ async fn serve(
     // systemd starts no unit while the machine shuts down.
     let is_last = waking.serve_last_calls().await;
     waking.prepare(systemd.has_fd_store_preserve() && !is_last).await;
-    // They stay until the next daemon stops if the kernel needs longer.
+    // Cgroups for which the kernel needs longer stay until another daemon removes them.
     let _ = tokio::time::timeout(SWEEP_LIMIT, shim.remove_empty_cgroups()).await;
     Ok(())
 }

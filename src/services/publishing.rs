@@ -92,7 +92,7 @@ impl Tasks {
                 progress.await;
             }
         };
-        // Whether it was accepted or not, the Delete goes on.
+        // After the limit, the Delete continues: the events stay in the record.
         let _ = tokio::time::timeout(ACCEPT_LIMIT, accepted).await;
     }
 }

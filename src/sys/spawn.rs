@@ -159,8 +159,8 @@ impl Program {
 
 /// Starts a child that becomes a program: path, arguments and environment are those of `command`, whose environment must
 /// be complete (`env_clear`). The child runs in the working directory of `command`, if its namespaces have that directory. Its
-/// standard output is /dev/null, its standard error the file for messages, and its standard input the lock file. The child takes all signals, and the OOM killer regards
-/// it as an ordinary process. [`Child::started`] tells whether the program runs.
+/// standard output is /dev/null, its standard error the file for messages, and its standard input the lock file. The child takes
+/// all signals, and the OOM killer regards it as an ordinary process. [`Child::started`] tells whether the program runs.
 ///
 /// # Errors
 /// The kernel makes no child. `ENODEV`: the cgroup has been removed meanwhile.
