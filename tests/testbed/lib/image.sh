@@ -129,7 +129,7 @@ configure_rootfs() { # rootfs image-directory
     build_busybox "$rootfs" "$rootfs/usr/share/testbed/pause.tar" "$PAUSE_IMAGE" '"sleep","2147483647"'
     mkdir -p "$rootfs/var/log/journal"
     cp -r --preserve=mode "$testbed_dir/guest/." "$rootfs/"
-    chroot "$rootfs" systemctl -q enable testbed-ready.service testbed-network.service
+    chroot "$rootfs" systemctl -q enable testbed-ready.service testbed-network.service testbed-timeouts.service
     chroot "$rootfs" systemctl -q mask "${image_masked[@]}"
     if [ -e "$rootfs/usr/sbin/dockerd" ]; then
         chroot "$rootfs" systemctl -q disable docker.service docker.socket
