@@ -77,6 +77,10 @@ const NO_LEVEL_PREFIX: (&str, Variant<'static>) = ("SyslogLevelPrefix", Variant:
 /// likes, and no container starts without the daemon and its socket.
 const NO_START_LIMIT: (&str, Variant<'static>) = ("StartLimitIntervalUSec", Variant::U64(0));
 
+/// In an interval as short as this, no number of lines reaches journald's limit. systemd takes 0 for "not set", and journald uses
+/// the limit of journald.conf then.
+const NO_LOG_LIMIT: Duration = Duration::from_micros(1);
+
 /// "No limit", for every 64-bit limit of systemd.
 const INFINITY: u64 = u64::MAX;
 
@@ -339,7 +343,7 @@ pub fn daemon_service(systemd: SystemdVersion, command: &[String]) -> Properties
         ("KillMode", "process".into()),
         ("FileDescriptorStoreMax", fd_store::STORE_LIMIT.into()),
         // journald counts the lines of containers that the daemon copies to the journal as the daemon's own.
-        ("LogRateLimitIntervalUSec", 0_u64.into()),
+        ("LogRateLimitIntervalUSec", usec(NO_LOG_LIMIT).into()),
         ("OOMScoreAdjust", (-999_i32).into()),
         ("OOMPolicy", "continue".into()),
         ("TasksMax", INFINITY.into()),

@@ -60,9 +60,9 @@ const LEFT_OUT: [&str; 28] = [
     "WatchdogSec",
 ];
 
-/// Settings that the copies for the daemon don't have either: systemd can't apply some of their values, or they would take from
-/// the daemon the precedence that its unit gives it.
-const LEFT_OUT_FOR_DAEMON: [&str; 15] = [
+/// Settings that the copies for the daemon don't have either: systemd can't apply some of their values, they would take from
+/// the daemon the precedence that its unit gives it, or they would limit the lines of all containers together.
+const LEFT_OUT_FOR_DAEMON: [&str; 16] = [
     "BPFProgram",
     "CPUAffinity",
     "CPUScheduling*",
@@ -71,6 +71,7 @@ const LEFT_OUT_FOR_DAEMON: [&str; 15] = [
     "IOScheduling*",
     "IPEgressFilterPath",
     "IPIngressFilterPath",
+    "LogRateLimit*",
     "LogsDirectory*",
     "NUMA*",
     "Nice",
@@ -264,7 +265,7 @@ mod tests {
     #[test]
     fn settings_that_keep_the_daemon_from_starting_or_slow_it_down_are_left_out_for_it_alone() {
         let text = "NUMAPolicy=bind\nNUMAMask=7\nNice=19\nCPUSchedulingPolicy=idle\nOOMScoreAdjust=500\nRuntimeDirectory=foo\n\
-            BPFProgram=egress:/no\nIPIngressFilterPath=/no\nUMask=0";
+            BPFProgram=egress:/no\nIPIngressFilterPath=/no\nLogRateLimitBurst=5\nUMask=0";
         assert_eq!(harmless(text), None);
         assert_eq!(without_harm(text.as_bytes(), true).as_deref(), Some(&b"UMask=0"[..]));
     }

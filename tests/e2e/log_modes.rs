@@ -1,5 +1,6 @@
 //! The option `Log` sends output to the client, to the journal, to both, or nowhere.
 
+use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use crate::common::daemon::{self, Frozen};
 use crate::common::exec::Exec;
 use crate::common::node::{Node, unique};
 use crate::common::options;
+use crate::common::process;
 use crate::common::shim::{Bundle, Shim, over_ttrpc};
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
@@ -409,4 +411,41 @@ fn a_container_that_writes_to_the_journal_itself_has_a_limit_too() {
     let spec = Spec::sh(&format!("yes {word} | head -n 20000"));
     let ran = Ran::new(&node, limited("client", 100), Kind::Init, spec, false);
     assert!(ran.shown(&word, 100).len() < 5000);
+}
+
+/// journald allows each unit only a few lines, until this is dropped.
+struct FewLines;
+
+impl FewLines {
+    const DIRECTORY: &str = "/run/systemd/journald.conf.d";
+    const FILE: &str = "/run/systemd/journald.conf.d/zz-few-lines.conf";
+
+    fn new() -> FewLines {
+        let few = FewLines;
+        fs::create_dir_all(Self::DIRECTORY).expect("make a directory");
+        fs::write(Self::FILE, "[Journal]\nRateLimitIntervalSec=10min\nRateLimitBurst=10\n")
+            .expect("write a drop-in");
+        process::succeed("systemctl", &["restart", "systemd-journald.service"]);
+        few
+    }
+}
+
+impl Drop for FewLines {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(Self::FILE);
+        process::run("systemctl", &["restart", "systemd-journald.service"]);
+    }
+}
+
+#[test]
+fn the_limit_of_journald_for_a_unit_is_not_one_for_all_containers_together() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let _few = FewLines::new();
+    for _ in 0..4 {
+        let word = unique("line");
+        let script = format!("for i in $(seq 1000); do echo {word}; done");
+        let ran = Ran::new(&node, log("journal"), Kind::Init, Spec::sh(&script), false);
+        assert_eq!(ran.shown(&word, 1000).len(), 1000);
+    }
 }
