@@ -28,6 +28,8 @@ use crate::task::phase::Phase;
 pub struct Records {
     tasks: Vec<Result<Found, store::Error>>,
     owed: Vec<OwedTask>,
+    /// Records were moved aside, and their processes may still run.
+    has_set_aside: bool,
 }
 
 /// Begins to read the records. A record that has crashed daemons before is moved aside instead. Directories without a record
@@ -41,7 +43,8 @@ pub fn read_records(store: Store, crashes: Arc<Crashes>) -> JoinHandle<Result<Re
         if let Err(error) = store.remove_leftovers() {
             tracing::warn!(%error, "can't remove what an earlier daemon has left unfinished: {error}");
         }
-        Ok(Records { tasks: store.load_all(&crashes)?, owed: store.load_owed()? })
+        let (tasks, owed) = (store.load_all(&crashes)?, store.load_owed()?);
+        Ok(Records { tasks, owed, has_set_aside: !store.set_aside_records()?.is_empty() })
     };
     tokio::spawn(async move { blocking(read).await? })
 }
@@ -55,6 +58,8 @@ struct Recovery {
     running: HashSet<UnitName>,
     /// The streams that are to be opened again.
     streams: Vec<Resumption>,
+    /// Processes may run that this daemon does not manage, because it can't use their records.
+    has_unmanaged: bool,
     /// A second thread does this work, in the order in which it is sent.
     second_thread: mpsc::Sender<Work>,
 }
@@ -73,17 +78,20 @@ impl Shim {
     /// Recovers the tasks of an earlier daemon: compares each recorded task with its unit.
     ///
     /// Calls can be served once this returns. The result completes once the streams of all processes are open again.
-    pub async fn recover(self: &Arc<Self>, Records { tasks: records, owed }: Records) -> JoinHandle<()> {
+    pub async fn recover(self: &Arc<Self>, records: Records) -> JoinHandle<()> {
+        let Records { tasks: records, owed, has_set_aside } = records;
         self.announce_owed(&records, owed);
         let (second_thread, works) = mpsc::channel::<Work>();
         let done = tokio::spawn(blocking(move || works.into_iter().for_each(|work| work())));
         let running = self.units.running().await;
-        let mut recovery = Recovery { running, streams: Vec::new(), second_thread };
+        let mut recovery =
+            Recovery { running, streams: Vec::new(), has_unmanaged: has_set_aside, second_thread };
         for record in records {
             match record {
-                Ok(Found { task, is_current }) => match self.tasks.registry.insert(task) {
+                Ok(Found { task, is_current, unreadable_execs }) => match self.tasks.registry.insert(task) {
                     Ok((entry, verb)) => {
                         drop(verb);
+                        recovery.has_unmanaged |= unreadable_execs > 0;
                         if !is_current {
                             self.tasks.write_later(&entry);
                         }
@@ -95,21 +103,27 @@ impl Shim {
                         let suspect = Suspect::record(&entry.key);
                         suspect.watch(self.recover_task(&entry, &mut recovery)).await;
                     }
-                    Err(conflict) => tracing::error!(
-                        ?conflict,
-                        "a task is not recovered, another record has its id or its unit: {conflict:?}"
-                    ),
+                    Err(conflict) => {
+                        recovery.has_unmanaged = true;
+                        tracing::error!(
+                            ?conflict,
+                            "a task is not recovered, another record has its id or its unit: {conflict:?}"
+                        );
+                    }
                 },
-                Err(error) => tracing::error!(%error, "a task is not recovered: {error}"),
+                Err(error) => {
+                    recovery.has_unmanaged = true;
+                    tracing::error!(%error, "a task is not recovered: {error}");
+                }
             }
         }
         self.tasks.find_owners(&self.files).await;
-        let Recovery { streams, second_thread, .. } = recovery;
+        let Recovery { streams, has_unmanaged, second_thread, .. } = recovery;
         drop(second_thread);
         if let Err(error) = done.await.unwrap_or(Err(Error::Stopping)) {
             tracing::warn!(%error, "can't watch the cgroups of some tasks: {error}");
         }
-        self.fds.drop_unclaimed();
+        self.fds.end_claims(has_unmanaged);
         let this = self.clone();
         tokio::spawn(async move {
             this.streams.resume_all(streams).await;
@@ -173,6 +187,7 @@ impl Shim {
             match self.tasks.registry.insert_exec(entry, id, exec.unit.clone(), exec.exit()) {
                 Ok((_, verb)) => drop(verb),
                 Err(conflict) => {
+                    recovery.has_unmanaged = true;
                     tracing::error!(
                         ?conflict,
                         "exec {id} of task {}: not recovered, another record has its id or its unit: {conflict:?}",
@@ -317,7 +332,7 @@ impl Shim {
         let dir = self.store.dir(&task.key);
         let cli = runtime::Cli::of(&task, &dir);
         let given_up = entry.init.live().attempt.given_up.clone();
-        if let Err(error) = cli.settled_unless("start", given_up.cancelled()).await {
+        if let Err(error) = cli.settled_unless("start", task.runtime.limit(), given_up.cancelled()).await {
             tracing::error!(task = %task.key, %error, "task {}: the OCI runtime still works on a start that a restart interrupted: {error}", task.key);
         }
         // A `runc start` that was interrupted may have released init without reporting it. A second `runc start` would

@@ -49,6 +49,8 @@ pub struct CommandLine {
 const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 /// How often the daemon checks whether a command waits for such a process.
 const ORPHAN_INTERVAL: Duration = Duration::from_secs(1);
+/// How long an OCI runtime may take to print its version.
+const VERSION_LIMIT: Duration = Duration::from_secs(10);
 
 #[async_trait]
 impl OciRuntime for CommandLine {
@@ -79,7 +81,9 @@ impl OciRuntime for CommandLine {
     async fn settle(&self, cli: &Cli<'_>) {
         // A command that takes longer waits for a process that a hook has left behind. The daemon removes its cgroup later, once
         // the cgroup is empty.
-        if cli.lock().exists() && !matches!(timeout(ORPHAN_LIMIT, cli.settled("delete")).await, Ok(Ok(()))) {
+        if cli.lock().exists()
+            && !matches!(timeout(ORPHAN_LIMIT, cli.settled("delete", cli.runtime.limit())).await, Ok(Ok(())))
+        {
             return;
         }
         self.remove_cgroups(cli).await;
@@ -87,7 +91,10 @@ impl OciRuntime for CommandLine {
 
     async fn defect(&self, cli: &Cli<'_>) -> Option<Error> {
         match cli.version() {
-            Ok(command) => self.run(cli, VERSION, &command).await.err(),
+            Ok(command) => {
+                let late = Err(Error::TimedOut { verb: VERSION, limit: VERSION_LIMIT });
+                timeout(VERSION_LIMIT, self.run(cli, VERSION, &command)).await.unwrap_or(late).err()
+            }
             Err(error) => Some(error),
         }
     }
@@ -155,7 +162,7 @@ impl CommandLine {
         let mut tries = 0;
         let late = |_| Error::TimedOut { verb, limit };
         let mut running = loop {
-            cli.settled(verb).await?;
+            cli.settled(verb, limit).await?;
             tries += 1;
             let started = match spawn(cli, command, cgroup.as_deref(), &messages) {
                 Ok(child) => {
@@ -284,8 +291,8 @@ impl Cli<'_> {
     ///
     /// # Errors
     /// [`Error::Busy`], or the lock can't be read.
-    pub async fn settled(&self, verb: &'static str) -> Result<(), Error> {
-        self.settled_unless(verb, std::future::pending()).await
+    pub async fn settled(&self, verb: &'static str, limit: Duration) -> Result<(), Error> {
+        self.settled_unless(verb, limit, std::future::pending()).await
     }
 
     /// As [`Self::settled`]. Kills the command also when `must_end` resolves.
@@ -295,6 +302,7 @@ impl Cli<'_> {
     pub async fn settled_unless(
         &self,
         verb: &'static str,
+        limit: Duration,
         must_end: impl Future<Output = ()>,
     ) -> Result<(), Error> {
         let unreadable = |source| Error::Spawn { verb, binary: self.runtime.binary.clone(), source };
@@ -302,7 +310,7 @@ impl Cli<'_> {
             return Ok(());
         };
         tokio::select! {
-            ended = timeout(self.runtime.limit(), holder.ended()) => {
+            ended = timeout(limit, holder.ended()) => {
                 if ended.is_ok() {
                     return Ok(());
                 }

@@ -199,7 +199,8 @@ impl Shim {
                 error = init_has_ended(entry, &begun.request) => error,
             };
         };
-        let settled = Cli::of(&task, &dir).settled_unless(CommandKind::Checkpoint.word(), must_end).await;
+        let (cli, limit) = (Cli::of(&task, &dir), task.runtime.create_limit());
+        let settled = cli.settled_unless(CommandKind::Checkpoint.word(), limit, must_end).await;
         let log = dump_work(&begun.request, &dir).join(criu::DUMP_LOG);
         let dumped = self.files.run(WaitsFor::Disk, &entry.init.key, move || criu::has_dumped(&log)).await;
         let concluded = match (settled, dumped) {

@@ -34,6 +34,9 @@ pub enum StreamKind {
     Notify,
 }
 
+/// More numbers than processes have that run at the same time.
+const UNKNOWN_NUMBERS: u64 = 1 << 20;
+
 impl StreamKind {
     const ALL: [Self; 7] = [
         Self::Input,
@@ -200,14 +203,15 @@ impl StreamFds {
         StreamKind::ALL.into_iter().map(|kind| self.store.count_of(&kind.name(number))).sum()
     }
 
-    /// Whether a stream of a process may be in an entry of the store that this daemon had no descriptors for.
+    /// Whether a stream of a process may be in an entry of the store that this daemon could not read.
     pub fn lacks(&self, wiring: &Wiring) -> bool {
         if !self.store.has_unread() {
             return false;
         }
         let earlier = self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner);
         let is_missing = |kind| !earlier.contains_key(&(kind, wiring.store_number));
-        (matches!(wiring.stdin, Input::Fifo(_)) && is_missing(StreamKind::Input))
+        let has_input = matches!(wiring.stdin, Input::Fifo(_)) && !wiring.stdin_closed;
+        (has_input && is_missing(StreamKind::Input))
             || (wiring.terminal && is_missing(StreamKind::Terminal))
             || wiring.copies().iter().any(|(_, log_pipe, _)| is_missing(StreamKind::of_log_pipe(log_pipe)))
     }
@@ -262,12 +266,27 @@ impl StreamFds {
         earlier.keys().any(|(_, found)| *found == number)
     }
 
-    /// Removes from the store what no process has claimed.
-    pub fn drop_unclaimed(&self) {
+    /// Removes from the store what no process has claimed. The descriptors stay there for the next daemon if some may belong to
+    /// processes that this daemon does not manage, or if this daemon could not read all entries: without them, a terminal
+    /// hangs up, and whoever writes output waits for ever.
+    pub fn end_claims(&self, has_unmanaged: bool) {
         self.consoles.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let rest = std::mem::take(&mut *self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner));
         rest.keys().for_each(|(_, number)| self.reserve(*number));
-        self.forget_each(rest.keys().copied());
+        if has_unmanaged {
+            // A record that can't be read may have a number of which the store has nothing.
+            self.next.fetch_add(UNKNOWN_NUMBERS, Ordering::Relaxed);
+        }
+        if has_unmanaged || self.store.has_unread() {
+            if !rest.is_empty() {
+                tracing::warn!(
+                    "the streams of processes that this daemon does not manage stay in the descriptor store: {} entries",
+                    rest.len()
+                );
+            }
+        } else {
+            self.forget_each(rest.keys().copied());
+        }
         threads::discard(rest);
     }
 }
@@ -299,6 +318,29 @@ mod tests {
         assert_eq!((fds.count_of(4), fds.count_of(44), fds.count()), (3, 1, 4));
         fds.forget(StreamKind::Terminal, 4);
         assert_eq!((fds.count_of(4), fds.count_of(44), fds.count()), (1, 1, 2));
+    }
+
+    #[test]
+    fn what_may_belong_to_an_unmanaged_process_stays_in_the_store() {
+        use crate::unit::fd_store::testing::Systemd;
+        for has_unmanaged in [false, true] {
+            let (systemd, notifier) = Systemd::new();
+            let (store, _) = FdStore::with(notifier, 1000, Vec::new());
+            let (file, mut kept) = (std::fs::File::open("/dev/null").unwrap(), Vec::new());
+            for name in ["t7", "o7", "o8"] {
+                store.keep(name, &[file.as_fd()]).unwrap();
+            }
+            systemd.read(&mut kept);
+            let (_systemd, notifier) = Systemd::new();
+            let (store, found) = FdStore::with(notifier, 1000, kept);
+            let fds = StreamFds::new(Arc::new(store), found);
+            assert!(!fds.claim(StreamKind::Output, 8).is_empty());
+            fds.end_claims(has_unmanaged);
+            assert_eq!(fds.count_of(7), if has_unmanaged { 2 } else { 0 });
+            assert_eq!((fds.count_of(8), fds.has(7)), (1, false), "claimed");
+            let next = fds.next_number();
+            assert!(if has_unmanaged { next > UNKNOWN_NUMBERS } else { next == 8 }, "{next}");
+        }
     }
 
     #[test]

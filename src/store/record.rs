@@ -91,6 +91,8 @@ pub struct Found {
     pub task: Task,
     /// True if [`Store::save`] can write changes. Otherwise [`Store::save_whole`] must write the record first.
     pub is_current: bool,
+    /// Execs whose records can't be read. They may run.
+    pub unreadable_execs: usize,
 }
 
 impl Store {
@@ -182,7 +184,10 @@ impl Store {
                     }
                     // The daemon ended before it recorded the exec.
                     Ok(None) => {}
-                    Err(error) => tracing::error!(%error, "can't recover an exec of task {key}: {error}"),
+                    Err(error) => {
+                        found.unreadable_execs += 1;
+                        tracing::error!(%error, "can't recover an exec of task {key}: {error}");
+                    }
                 }
             }
             found.is_current = !found.task.catch_up(events);
@@ -216,6 +221,14 @@ impl Store {
             return Ok(None);
         };
         parse(&path, &text).map(Some)
+    }
+
+    /// Checks whether the record of an exec can be read, if there is one.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub(super) fn check_exec(&self, key: &TaskKey, id: &ExecId) -> Result<(), Error> {
+        self.load_exec(key, id).map(drop)
     }
 
     fn write_task(&self, task: &Task, cause: Cause) -> Result<(), Error> {
@@ -253,7 +266,7 @@ pub(super) fn read_task(path: &Path) -> Result<Option<Found>, Error> {
     let Reading { mut task } = parse(path, &text)?;
     task.outbox.mend();
     let is_current = version == VERSION && task.execs.is_empty();
-    Ok(Some(Found { task, is_current }))
+    Ok(Some(Found { task, is_current, unreadable_execs: 0 }))
 }
 
 fn text(path: &Path, content: &impl Serialize, cause: Cause) -> Result<Vec<u8>, Error> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use containerd_client::types::v1::Status;
 use serde_json::Value;
 
+use crate::attached::{self, Client};
 use crate::common::container::Container;
 use crate::common::daemon;
 use crate::common::leaks::STATE_DIRECTORY;
@@ -142,4 +143,33 @@ fn a_record_that_cant_be_read_is_named_left_alone_and_hides_no_other() {
     container.delete().expect("delete");
     let new = node.container("new", Spec::sh("exit 7")).started(&Io::default());
     assert_eq!(new.exit_status(), 7);
+}
+
+/// The record of a newer version, or one that has crashed daemons. Without its terminal, a process would get SIGHUP.
+#[test]
+fn the_terminals_of_processes_whose_record_cant_be_read_wait_for_a_daemon_that_can_read_it() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let echo = || Spec::sh("while read line; do echo got $line; done").terminal();
+    let (container, mut client) =
+        Client::attached(echo(), |spec, io| node.container("unread", spec).started(io));
+    let (exec, mut exec_client) = attached::exec(&container, echo());
+    let directory = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id);
+    let of_exec = directory.join("execs").join(&exec.exec).join("record.json");
+    for (turn, path) in [of_exec, directory.join("record.json")].into_iter().enumerate() {
+        let text = fs::read_to_string(&path).expect("read a record");
+        let mut record: Value = serde_json::from_str(&text).expect("a record is JSON");
+        record["version"] = 4000.into();
+        fs::write(&path, record.to_string()).expect("write a record");
+        daemon::killed();
+        fs::write(&path, text).expect("write the record as it was");
+        daemon::killed();
+        for client in [&mut client, &mut exec_client] {
+            client.enter(&format!("{turn}\n"));
+            client.until(&format!("got {turn}\r\n"));
+        }
+    }
+    assert_eq!((container.phase(), exec.phase()), (Status::Running, Status::Running));
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
 }

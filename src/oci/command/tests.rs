@@ -37,7 +37,7 @@ async fn a_command_that_does_not_end_is_killed_with_all_that_it_started() {
     let error = CommandLine::default().start(&cli).await.unwrap_err();
     assert!(matches!(error, Error::TimedOut { verb: "start", .. }), "{error}");
     assert!(error.to_string().contains("within 1 s"), "{error}");
-    cli.settled("start").await.unwrap();
+    cli.settled("start", runtime.limit()).await.unwrap();
     assert!(ends(&dir.path().join("child")));
 }
 
@@ -100,7 +100,7 @@ fn no_thread_of_the_runtime_searches_for_the_processes_of_a_command() {
         }
         let process = sys::pidfd_open(fs::read_to_string(&file).unwrap().trim().parse().unwrap()).unwrap();
         assert!(!sys::ends_within(&process, Duration::from_millis(200)).unwrap(), "dropped");
-        let settled = cli.settled_unless("start", std::future::ready(()));
+        let settled = cli.settled_unless("start", Duration::from_secs(60), std::future::ready(()));
         tokio::pin!(settled);
         assert!(settled.as_mut().now_or_never().is_none());
         assert!(!sys::ends_within(&process, Duration::from_millis(200)).unwrap(), "settled");
@@ -206,7 +206,7 @@ async fn a_command_runs_although_its_directory_was_removed() {
     let containerd = Containerd::default();
     let logs = dir.path().join("default/web");
     let cli = Cli { runtime: &runtime, id: &id, containerd: &containerd, bundle: dir.path(), dir: &logs };
-    cli.settled("delete").await.unwrap();
+    cli.settled("delete", runtime.limit()).await.unwrap();
     assert!(!logs.exists());
     delete(&cli).await.unwrap();
     assert!(!state(&cli).exists());
