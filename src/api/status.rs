@@ -94,6 +94,7 @@ fn code_of_kind(error: &Error) -> Code {
         | Error::Runtime(oci::runtime::Error::TimedOut { .. } | oci::runtime::Error::Busy { .. }) => {
             Code::DEADLINE_EXCEEDED
         }
+        Error::Cgroup(error) if error.is_timeout() => Code::DEADLINE_EXCEEDED,
         Error::GivenUp { .. } | Error::Interrupted { .. } => Code::CANCELLED,
         Error::ClientGone { .. } => Code::DEADLINE_EXCEEDED,
         // Not UNAVAILABLE: containerd takes this code for the success of a StopSandbox.

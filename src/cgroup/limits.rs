@@ -22,6 +22,17 @@ pub fn read(cgroup: &Path) -> Result<Limits, Error> {
     Attribute::ALL.into_iter().filter_map(read).collect()
 }
 
+/// The file with the CPU time that a cgroup may save up, in microseconds.
+pub const CPU_BURST: &str = "cpu.max.burst";
+
+/// Whether a cgroup may save up CPU time below its quota, and use the time in a burst (`cpu.max.burst`, kernel 5.14).
+///
+/// # Errors
+/// The file can't be read.
+pub fn has_cpu_burst(cgroup: &Path) -> Result<bool, Error> {
+    Ok(file(cgroup, CPU_BURST)?.is_some_and(|burst| burst.trim_end() != "0"))
+}
+
 /// Sets limits of a cgroup, in the form that [`read`] returns. Does nothing if the cgroup does not exist.
 ///
 /// # Errors

@@ -119,11 +119,13 @@ fn held_again(task: &Task, pid: u32, opened: Result<OwnedFd, Errno>) -> Result<O
 
 /// Kills every process of the container, and init also if somebody has moved it into another cgroup.
 pub(super) async fn end_all(entry: &Entry, task: &Task) -> Result<(), Error> {
-    kill_all(task, SIGKILL).await?;
-    match signal_process(task, &entry.init, SIGKILL) {
-        Ok(()) | Err(Error::Finished | Error::NotStarted) => Ok(()),
-        Err(error) => Err(error),
-    }
+    let killed = kill_all(task, SIGKILL).await;
+    // Also if the kernel has not killed the others in time: this signal needs no lock of the cgroup.
+    let signalled = match signal_process(task, &entry.init, SIGKILL) {
+        Err(Error::Finished | Error::NotStarted) => Ok(()),
+        signalled => signalled,
+    };
+    killed.and(signalled)
 }
 
 /// Sends a signal to every process of the container. It is no error if processes end meanwhile, or if there are none.

@@ -88,7 +88,7 @@ impl Shim {
 }
 
 /// The fields of `LinuxResources` and the files that they change (opencontainers/cgroups, fs2).
-const FIELDS: [(&str, &[Attribute]); 16] = [
+const FIELDS: [(&str, &[Attribute]); 17] = [
     ("/memory/limit", &[Attribute::MemoryMax, Attribute::MemorySwapMax]),
     ("/memory/swap", &[Attribute::MemorySwapMax]),
     ("/memory/reservation", &[Attribute::MemoryLow]),
@@ -96,6 +96,8 @@ const FIELDS: [(&str, &[Attribute]); 16] = [
     ("/cpu/idle", &[Attribute::CpuIdle, Attribute::CpuWeight]),
     ("/cpu/quota", &[Attribute::CpuMax]),
     ("/cpu/period", &[Attribute::CpuMax]),
+    // The unit of a container with a burst has no quota.
+    ("/cpu/burst", &[Attribute::CpuMax]),
     ("/cpu/cpus", &[Attribute::Cpus]),
     ("/cpu/mems", &[Attribute::MemoryNodes]),
     ("/pids/limit", &[Attribute::Pids]),
@@ -124,7 +126,10 @@ fn named(resources: &Value) -> Vec<Attribute> {
     let fields =
         FIELDS.iter().filter(|(field, _)| resources.pointer(field).is_some_and(|value| !value.is_null()));
     let fields = fields.flat_map(|(_, attributes)| attributes.iter().copied());
-    let unified = |attribute: &Attribute| resources["unified"].get(attribute.file()).is_some();
+    let has = |file: &str| resources["unified"].get(file).is_some();
+    let unified = |attribute: &Attribute| {
+        has(attribute.file()) || (*attribute == Attribute::CpuMax && has(files::CPU_BURST))
+    };
     fields.chain(Attribute::ALL.into_iter().filter(unified)).collect()
 }
 
@@ -158,11 +163,11 @@ mod tests {
         let resources = serde_json::json!({
             "memory": {"limit": 1, "swap": null},
             "cpu": {},
-            "unified": {"memory.high": "5"},
+            "unified": {"memory.high": "5", "cpu.max.burst": "7"},
         });
         assert_eq!(
             named(&resources),
-            [Attribute::MemoryMax, Attribute::MemorySwapMax, Attribute::MemoryHigh]
+            [Attribute::MemoryMax, Attribute::MemorySwapMax, Attribute::MemoryHigh, Attribute::CpuMax]
         );
         assert!(named(&Value::Null).is_empty());
     }

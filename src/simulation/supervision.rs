@@ -352,6 +352,41 @@ fn limits_that_are_set_on_a_paused_container_reach_its_unit_again_after_resume()
     assert_eq!(set, [world.unit(), world.unit()].map(|unit| unit.to_string()));
 }
 
+/// A quota of the unit would stop the burst of its container.
+#[test]
+fn the_unit_of_a_container_with_a_burst_of_cpu_time_has_no_quota() {
+    for (burst, sets) in [("0", 0), ("20000", 1)] {
+        let world = up("burst", &UP);
+        let (unit, container) = cgroups(&world);
+        for cgroup in [&unit, &container] {
+            fs::write(cgroup::dir(cgroup).join("cpu.max"), "20000 100000\n").unwrap();
+        }
+        // The OCI runtime writes the burst.
+        fs::write(cgroup::dir(&container).join("cpu.max.burst"), format!("{burst}\n")).unwrap();
+        let task = world.task.clone();
+        let resources = br#"{"cpu": {"burst": 20000}}"#.to_vec();
+        let updated =
+            world.live(move |shim| async move { shim.update(&task, resources, Delivery::First).await });
+        updated.unwrap().unwrap();
+        assert_eq!(world.systemd.limited().len(), sets, "{burst}");
+    }
+}
+
+#[test]
+fn init_is_killed_also_if_the_kernel_does_not_kill_the_cgroup() {
+    let world = up("refused-kill", &[Step::Create]);
+    let (init, (_, container)) = (world.init(), cgroups(&world));
+    let (killed, exit) = world
+        .live(move |shim| async move {
+            fs::create_dir(cgroup::dir(&container).join("cgroup.kill")).unwrap();
+            let killed = shim.tasks.kill(&init, nix::libc::SIGKILL as u32, true, Delivery::First).await;
+            (killed, shim.wait(&init, Delivery::First).await.unwrap())
+        })
+        .unwrap();
+    assert!(matches!(killed, Err(Error::Cgroup(_))), "{killed:?}");
+    assert_eq!(exit.status, 137);
+}
+
 #[test]
 fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     let world = up("killed", &WITH_EXEC);

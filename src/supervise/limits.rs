@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::cgroup::limits as files;
 use crate::services::{Entry, Error, WaitsFor, blocking, waiting};
-use crate::task::limits::Limits;
+use crate::task::limits::{Attribute, Limits};
 use crate::task::{Placement, Task};
 use crate::unit;
 
@@ -25,19 +25,19 @@ impl Cgroups {
         let (given, wanted) = (outer.set(), inner.set());
         let down = given.without(&wanted);
         if !down.is_empty() {
+            let container = container.clone();
             waiting(WaitsFor::Limits, &task.key, move || files::write(&container, &down)).await??;
         }
-        self.show_limits(task, &unit, outer, &wanted.without(&given)).await.map(Some)
+        self.show_limits(task, &unit, &container, outer, wanted.without(&given)).await.map(Some)
     }
 
     /// Sets new limits of the container on its unit, after an Update. Otherwise as [`Self::join_limits`].
     pub(crate) async fn show_new_limits(&self, task: &Task, new: &Limits) -> Result<Option<Limits>, Error> {
-        let Some((unit, _)) = nested(task) else {
+        let Some((unit, container)) = nested(task) else {
             return Ok(None);
         };
         let outer = read(&unit).await?;
-        let new = new.differing_from(&outer);
-        self.show_limits(task, &unit, outer, &new).await.map(Some)
+        self.show_limits(task, &unit, &container, outer, new.clone()).await.map(Some)
     }
 
     /// Sets limits again after a thaw: systemd 256 and 257 do not apply limits to a frozen unit.
@@ -72,13 +72,20 @@ impl Cgroups {
         &self,
         task: &Task,
         unit: &Path,
+        container: &Path,
         outer: Limits,
-        new: &Limits,
+        mut new: Limits,
     ) -> Result<Limits, Error> {
+        if new.get(Attribute::CpuMax).is_some() && has_cpu_burst(container).await? {
+            // Each cgroup saves up time of its own. A unit with the quota would stop a burst of its container, and systemd has no
+            // property for bursts.
+            new = Limits::default_of(Attribute::CpuMax).over(&new);
+        }
+        let new = new.differing_from(&outer);
         if new.is_empty() {
             return Ok(outer);
         }
-        let properties = unit::limits::properties(new);
+        let properties = unit::limits::properties(&new);
         match self.manager.set_properties(task.unit(), &properties).await {
             Ok(()) => read(unit).await,
             Err(error) => {
@@ -132,6 +139,11 @@ fn nested_at(task: &Task, container: &Path) -> Option<(PathBuf, PathBuf)> {
         Placement::Unit { .. } => Some((container.parent()?.to_owned(), container.to_owned())),
         Placement::Foreign { .. } => None,
     }
+}
+
+async fn has_cpu_burst(cgroup: &Path) -> Result<bool, Error> {
+    let cgroup = cgroup.to_owned();
+    Ok(blocking(move || files::has_cpu_burst(&cgroup)).await??)
 }
 
 /// Reads the limits of a cgroup on a blocking thread.

@@ -110,6 +110,11 @@ impl FromIterator<(Attribute, String)> for Limits {
 }
 
 impl Limits {
+    /// One limit, with the value that it has in a new cgroup.
+    pub fn default_of(attribute: Attribute) -> Self {
+        Self(BTreeMap::from([(attribute, attribute.default().to_owned())]))
+    }
+
     /// The value of one limit.
     pub fn get(&self, attribute: Attribute) -> Option<&str> {
         self.0.get(&attribute).map(String::as_str)

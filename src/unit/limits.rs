@@ -19,10 +19,10 @@ pub fn properties(limits: &Limits) -> Properties {
         match attribute {
             Attribute::MemoryMin => list.extend(number("MemoryMin", value)),
             Attribute::MemoryLow => list.extend(number("MemoryLow", value)),
-            Attribute::MemoryHigh => list.extend(number("MemoryHigh", value)),
-            Attribute::MemoryMax => list.extend(number("MemoryMax", value)),
+            Attribute::MemoryHigh => list.extend(positive("MemoryHigh", value)),
+            Attribute::MemoryMax => list.extend(positive("MemoryMax", value)),
             Attribute::MemorySwapMax => list.extend(number("MemorySwapMax", value)),
-            Attribute::Pids => list.extend(number("TasksMax", value)),
+            Attribute::Pids => list.extend(positive("TasksMax", value)),
             // systemd expresses an idle cgroup as a weight of 0 (252).
             Attribute::CpuIdle => list.extend((value == "1").then(|| ("CPUWeight", 0_u64.into()))),
             Attribute::CpuWeight if limits.get(Attribute::CpuIdle) == Some("1") => {}
@@ -43,6 +43,11 @@ pub fn properties(limits: &Limits) -> Properties {
 fn number(property: &'static str, value: &str) -> Option<(&'static str, Variant<'static>)> {
     let value = if value == "max" { INFINITY } else { value.parse().ok()? };
     Some((property, value.into()))
+}
+
+/// As [`number`]. systemd refuses 0 for the property, and with it the limits that it would get in the same call.
+fn positive(property: &'static str, value: &str) -> Option<(&'static str, Variant<'static>)> {
+    number(property, value).filter(|_| value != "0")
 }
 
 /// systemd expects the quota per second, and computes the same `cpu.max` from it and the period.
@@ -124,6 +129,12 @@ mod tests {
     fn numbers_stay_and_max_is_no_limit() {
         let shown = shown(&[(Attribute::MemoryMax, "67108864"), (Attribute::Pids, "max")]);
         assert_eq!(shown, ["MemoryMax=uint64 67108864", "TasksMax=uint64 18446744073709551615"]);
+    }
+
+    #[test]
+    fn a_zero_that_systemd_refuses_is_left_out() {
+        let zeros = [Attribute::MemoryHigh, Attribute::MemoryMax, Attribute::MemorySwapMax, Attribute::Pids];
+        assert_eq!(shown(&zeros.map(|attribute| (attribute, "0"))), ["MemorySwapMax=uint64 0"]);
     }
 
     #[test]

@@ -129,6 +129,25 @@ fn limits_are_shown_as_properties_of_the_unit() {
     assert_eq!(systemd::property(&unit, "MemoryHigh"), (48 * MIB).to_string(), "what was not named stays");
 }
 
+/// A quota of the unit would stop the burst: each cgroup saves up time of its own.
+#[test]
+fn the_unit_of_a_container_that_may_use_cpu_time_in_a_burst_has_no_quota() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let burst = |burst: &str| json!({"unified": {"cpu.max": "20000 100000", "cpu.max.burst": burst}});
+    let container =
+        node.container("burst", Spec::sleeping().resources(burst("10000"))).created(&Io::default());
+    let cgroup = container_cgroup(&container);
+    let quotas = || (cgroup::read(&cgroup, "cpu.max"), cgroup::read(&outer(&cgroup), "cpu.max"));
+    let (limited, unlimited) = ("20000 100000".to_string(), "max 100000".to_string());
+    assert_eq!(quotas(), (limited.clone(), unlimited.clone()));
+    assert_eq!(cgroup::read(&cgroup, "cpu.max.burst"), "10000");
+    container.update(&burst("0")).expect("update");
+    assert_eq!(quotas(), (limited.clone(), limited.clone()));
+    container.update(&burst("5000")).expect("update");
+    assert_eq!(quotas(), (limited, unlimited));
+}
+
 #[test]
 fn set_property_reaches_the_container_up_and_down() {
     needs!(OurShim, Controllers);
