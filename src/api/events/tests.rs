@@ -268,6 +268,19 @@ async fn many_signs_of_containerd_make_no_busy_loop() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_signs_of_one_containerd_cause_few_attempts_to_reach_another_that_is_gone() {
+    let times = attempts(|publishing| async move {
+        for _ in 0..100 {
+            publishing.note_sign();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    })
+    .await;
+    let late = times.iter().filter(|time| **time > 20_000).count();
+    assert!((75..=85).contains(&late), "{late}: {times:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_sign_during_an_attempt_is_not_lost() {
     let publishing = Publishing::default();
     let mut pauses = Pauses::new(publishing.signs());
