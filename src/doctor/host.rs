@@ -1,5 +1,7 @@
 //! systemd, the kernel and cgroups.
 
+use std::path::Path;
+
 use crate::cgroup;
 use crate::config::OLDEST_SYSTEMD;
 use crate::sys;
@@ -20,6 +22,7 @@ pub struct Facts {
     version: Known<String>,
     release: String,
     has_pidfd: bool,
+    has_cgroup_kill: bool,
     is_unified: bool,
     controllers: Known<String>,
     /// Its service, and the socket that starts it.
@@ -28,11 +31,14 @@ pub struct Facts {
 
 pub(super) fn collect() -> Facts {
     let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
+    let scope = Path::new("/sys/fs/cgroup/init.scope");
     Facts {
-        is_init: std::path::Path::new("/run/systemd/system").is_dir(),
+        is_init: Path::new("/run/systemd/system").is_dir(),
         version: probe::output("systemctl", &["--version"]),
         release: release.unwrap_or_default(),
         has_pidfd: sys::pidfd_open(std::process::id()).is_ok(),
+        // Without cgroup v2 or without systemd, there is no such cgroup, and other checks report that.
+        has_cgroup_kill: !scope.is_dir() || scope.join("cgroup.kill").exists(),
         is_unified: cgroup::is_unified(),
         controllers: probe::file("/sys/fs/cgroup/cgroup.controllers"),
         journald: JOURNALD.map(probe::show_one),
@@ -104,15 +110,14 @@ fn systemd(facts: &Facts, bus: &bus::Facts) -> Check {
 
 fn kernel(facts: &Facts) -> Check {
     const NAME: &str = "kernel";
-    if facts.has_pidfd {
-        Check::ok(NAME, format!("Linux {}", facts.release))
-    } else {
+    if !facts.has_cgroup_kill {
+        let found = format!("Linux {} has no cgroup.kill: it can't kill a whole container", facts.release);
+        Check::error(NAME, found, "boot Linux 5.14 or newer")
+    } else if !facts.has_pidfd {
         let found = format!("Linux {} has no pidfd_open(2), or a filter forbids it", facts.release);
-        Check::error(
-            NAME,
-            found,
-            "boot Linux 5.3 or newer, and allow pidfd_open(2) where this machine is confined",
-        )
+        Check::error(NAME, found, "allow pidfd_open(2) where this machine is confined")
+    } else {
+        Check::ok(NAME, format!("Linux {}", facts.release))
     }
 }
 
@@ -159,6 +164,7 @@ mod tests {
             version: Ok("systemd 257 (257.9-1)\n+PAM".to_owned()),
             release: "6.12.0".to_owned(),
             has_pidfd: true,
+            has_cgroup_kill: true,
             is_unified: true,
             controllers: Ok("cpuset cpu io memory hugetlb pids\n".to_owned()),
             journald: ["active", "active"].map(unit),
@@ -225,7 +231,9 @@ mod tests {
 
     #[test]
     fn an_old_kernel_is_found() {
-        let facts = Facts { has_pidfd: false, ..healthy() };
-        assert_eq!(found(&facts, &silent()), all_but("kernel", Status::Error));
+        for facts in [Facts { has_pidfd: false, ..healthy() }, Facts { has_cgroup_kill: false, ..healthy() }]
+        {
+            assert_eq!(found(&facts, &silent()), all_but("kernel", Status::Error));
+        }
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::cgroup;
 use crate::files;
 use crate::id::Namespace;
 use crate::path_error::{PathError, io_error};
@@ -73,7 +74,7 @@ pub enum Error {
     },
     /// A path is not a cgroup.
     #[error(
-        "runtime options: ShimCgroup {cgroup:?} must be an absolute path below /sys/fs/cgroup without \"..\""
+        "runtime options: ShimCgroup {cgroup:?} must be a path from the root of the cgroup hierarchy, such as \"/my.slice\", without \"..\""
     )]
     ShimCgroup {
         /// The text of the client.
@@ -336,7 +337,9 @@ fn shim_cgroup(text: &str) -> Result<Option<PathBuf>, Error> {
         .components()
         .all(|part| matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_)));
     let is_below_root = path.parent().is_some() && !text.contains('\0');
-    if path.is_absolute() && is_plain && is_below_root {
+    // Somebody has written the path in the file system.
+    let is_doubled = path.starts_with(cgroup::ROOT);
+    if path.is_absolute() && is_plain && is_below_root && !is_doubled {
         Ok(Some(path.to_owned()))
     } else {
         Err(Error::ShimCgroup { cgroup: text.to_owned() })

@@ -203,7 +203,7 @@ fn nothing_is_left_in_a_shim_cgroup() {
 fn an_invalid_shim_cgroup_is_refused_with_an_error_that_names_it() {
     needs!(OurShim);
     let node = Node::shared();
-    for path in ["relative", "/", "/a/../../b", "/a/\0b"] {
+    for path in ["relative", "/", "/a/../../b", "/a/\0b", "/sys/fs/cgroup/my.slice"] {
         let options = runc_options(|options| options.shim_cgroup = path.to_string());
         let container = node.container("no-cgroup", Spec::sleeping()).options(options).make();
         let refusal = container.create(&Io::default()).expect_err(path);
