@@ -119,7 +119,7 @@ test-matrix: ## the end-to-end tests in a VM of each suite: systemd 252, 257, 26
 shell: ## a shell in a throw-away guest with the binary (LANE=vm|nspawn, SUITE)
 	@$(SCRIPTS)/run-shell $(LANE) $(SUITE)
 
-demo: ## show containers as systemd units, in a guest, in less than a minute (LANE)
+demo: ## show containers as systemd units, in a guest (LANE)
 	@$(SCRIPTS)/demo $(if $(filter file,$(origin LANE)),,$(LANE))
 
 fuzz: ## random input for every parser, each for SECONDS=60 (TARGET=name for one); installs cargo-fuzz

@@ -93,8 +93,8 @@ pub const PS: Tool = Tool {
          the records: other users see no tasks without a unit, and a task that was created and not started counts as \
          running.",
         "--in-use leaves out tasks that containerd has given up and what a failed Create has left: no client has them any \
-         more, and the daemon removes them. It fails if a record can't be read. The packages ask this way whether they may \
-         be removed.",
+         more, and the daemon removes them. It fails if a record can't be read. The packages use this option to find \
+         out whether a removal is allowed.",
     ],
     options: &[
         NAMESPACE,
