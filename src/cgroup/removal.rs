@@ -69,12 +69,14 @@ async fn within<T: Send + 'static>(
     work: fn(&Path) -> Result<T, Error>,
 ) -> Result<T, Error> {
     let path = cgroup.to_owned();
-    let done = spawn_blocking(suspect::inherit_fn(move || work(&path)));
-    let error = match timeout(limit, done).await {
+    let mut done = spawn_blocking(suspect::inherit_fn(move || work(&path)));
+    let error = match timeout(limit, &mut done).await {
         Ok(Ok(done)) => return done,
         // The daemon is stopping.
         Ok(Err(error)) => error.into(),
         Err(_) => {
+            // Work that waits for a thread is not begun any more: a later cgroup may have the same path.
+            done.abort();
             let text = format!("the kernel has not done it within {} s", limit.as_secs());
             io::Error::new(io::ErrorKind::TimedOut, text)
         }

@@ -8,8 +8,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::text;
 
-/// How much of a program's standard error is kept, in bytes. The rest is lost.
-const MESSAGE_BYTES: u32 = 16 << 10;
+/// How much a program can write to standard error, in bytes. A script that traces itself writes much, and may end when a write fails.
+/// The file takes memory for what is written only.
+const MESSAGE_BYTES: u32 = 1 << 20;
 
 /// How much of the end of it people see, in characters.
 const MESSAGE_CHARACTERS: usize = 1024;
@@ -75,7 +76,7 @@ mod tests {
     fn a_program_that_writes_without_end_takes_no_more_memory() {
         let messages = Messages::new();
         let mut file = messages.file().unwrap();
-        let written = file.write_all(&vec![b'x'; 1 << 20]);
+        let written = file.write_all(&vec![b'x'; 2 << 20]);
         assert!(written.is_err());
         assert!(file.metadata().unwrap().len() == u64::from(MESSAGE_BYTES));
         assert_eq!(messages.text(), "x".repeat(MESSAGE_CHARACTERS));
