@@ -44,7 +44,8 @@ pub fn read_records(store: Store, crashes: Arc<Crashes>) -> JoinHandle<Result<Re
             tracing::warn!(%error, "can't remove what an earlier daemon has left unfinished: {error}");
         }
         let (tasks, owed) = (store.load_all(&crashes)?, store.load_owed()?);
-        Ok(Records { tasks, owed, has_set_aside: !store.set_aside_records()?.is_empty() })
+        // If this can't be found out, nothing is removed.
+        Ok(Records { tasks, owed, has_set_aside: store.has_set_aside().unwrap_or(true) })
     };
     tokio::spawn(async move { blocking(read).await? })
 }

@@ -164,11 +164,10 @@ fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<
     convert::delete(pid, Some(exit)).write_to_bytes().map(Some).map_err(Failure::new)
 }
 
-/// Checks that a task that the daemon does not have has no record that can't be read. Such a record is left for the administrator:
-/// its container may run, so its end must not be reported.
+/// Checks that a task that the daemon does not have has no record that can't be read or was moved aside. Such a record is left for
+/// the administrator: its container may run, so its end must not be reported.
 fn check_record(store: &Store, key: &TaskKey) -> Result<(), Failure> {
-    let readable = store.load(key).map(drop);
-    readable.map_err(|error| Failure(format!("task {key}: its container may run, but {error}")))
+    store.check(key).map_err(|error| Failure(format!("task {key}: its container may run, but {error}")))
 }
 
 /// True if the record says that the task is given up, or there is no record any more.

@@ -21,6 +21,7 @@ use crate::services::process::{cancelled, hold, is_place_of, lives_in, read_pid}
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Delivery, Entry, Error, WaitsFor};
 use crate::session::{OpenStreams, ReopenMode};
+use crate::store;
 use crate::task::Task;
 use crate::task::lifecycle::{Container, Event, Lifecycle};
 use crate::task::process::Process;
@@ -112,6 +113,7 @@ impl Shim {
         let prepared = self.files.run(WaitsFor::Disk, &init, move || shim.prepare(call)).await;
         let (task, environment) = prepared.map_err(Error::busy_means_exists)??;
         additions::check_types(&*self.manager, &task.properties).await?;
+        self.check_unmanaged(&task)?;
         let (entry, _verb) = self.register(task)?;
         match self.bring_up(&entry, &environment).await {
             Ok(pid) => Ok(pid),
@@ -120,6 +122,21 @@ impl Shim {
                 fault::point(Point::CreateUndone);
                 Err(error)
             }
+        }
+    }
+
+    /// Checks that no container with this id runs that the daemon does not manage, because it can't use the record of the
+    /// container. The rollback of a Create would end this container.
+    fn check_unmanaged(&self, task: &Task) -> Result<(), Error> {
+        match self.store.check(&task.key) {
+            // Only its cgroup says whether it runs.
+            Err(store::Error::SetAside { .. })
+                if !name::candidates(&task.key)
+                    .any(|unit| cgroup::is_populated(&task.placement.cgroup(&unit))) =>
+            {
+                Ok(())
+            }
+            checked => Ok(checked?),
         }
     }
 

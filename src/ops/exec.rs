@@ -70,6 +70,8 @@ impl Shim {
         let _ = tokio::time::timeout(STOP_LIMIT, is_free).await;
         exec_share::check_streams(&entry.task(), &id, &wiring, &self.fds)?;
         let description = metadata::of_exec(&task.init.description, &id, &spec.program);
+        // The exec may run. What follows would remove its record.
+        self.store.check_exec(&key, &id)?;
         let (process, _verb) = self.register_exec(&entry, &id, unit)?;
         process.live().spec_bytes = spec.bytes();
         let exec = |unit: UnitName| {

@@ -15,12 +15,13 @@ use crate::oci::options;
 use crate::ops::Status;
 use crate::services::files::SlowFiles;
 use crate::services::{Delivery, Error};
-use crate::store::Store;
+use crate::store::{self, Store};
 use crate::supervise::removal::{Removal, Stop};
 use crate::suspect::Crashes;
 use crate::sys;
 use crate::task::request::Mount;
 use crate::unit::fake::Sleeper;
+use crate::unit::name;
 
 use super::harness::{Step, World, runtime_files, waiting_client};
 use super::runtime::Starts;
@@ -350,6 +351,47 @@ fn limits_that_are_set_on_a_paused_container_reach_its_unit_again_after_resume()
     world.take(&[Step::Update, Step::Resume], Delivery::First).unwrap().unwrap();
     let set = world.systemd.limited();
     assert_eq!(set, [world.unit(), world.unit()].map(|unit| unit.to_string()));
+}
+
+/// The record is that of a newer version, or the daemon has moved it aside because it crashed.
+#[test]
+fn no_create_and_no_exec_end_processes_whose_record_can_not_be_used() {
+    for is_aside in [false, true] {
+        let world = up("unmanaged", &WITH_EXEC);
+        let units = world.systemd.units();
+        let slice = name::namespace_slice(&world.task.namespace).unwrap().slice_cgroup();
+        let container = slice.join(world.unit().as_str()).join("web");
+        let namespace = world.task.namespace.as_str();
+        let record = world.state_dir().join(namespace).join("web/record.json");
+        let of_exec = record.with_file_name("execs").join("probe/record.json");
+        let newer = r#"{"version":99}"#;
+        fs::write(&of_exec, newer).unwrap();
+        let call = world.exec_call();
+        let added = world.live(move |shim| async move { shim.add_exec(call, Delivery::First).await });
+        assert!(matches!(added.unwrap(), Err(Error::Store(store::Error::Newer { .. }))));
+        assert_eq!(fs::read_to_string(&of_exec).unwrap(), newer);
+
+        let kept = if is_aside {
+            let aside = world.state_dir().join(".crashed").join(format!("{namespace}:web.json"));
+            fs::create_dir(aside.parent().unwrap()).unwrap();
+            fs::rename(&record, &aside).unwrap();
+            aside
+        } else {
+            fs::write(&record, newer).unwrap();
+            record
+        };
+        let text = fs::read_to_string(&kept).unwrap();
+        let call = world.create_call();
+        let created = world.live(move |shim| async move {
+            cgroup::fake::make(&container);
+            fs::write(cgroup::dir(&container).join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
+            shim.create(call, Delivery::First).await
+        });
+        let created = created.unwrap();
+        assert!(matches!(created, Err(Error::Store(_))), "{is_aside}: {created:?}");
+        assert_eq!(fs::read_to_string(&kept).unwrap(), text);
+        assert_eq!(world.systemd.units(), units, "{is_aside}");
+    }
 }
 
 /// A quota of the unit would stop the burst of its container.

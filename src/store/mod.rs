@@ -264,9 +264,34 @@ impl Store {
         }
     }
 
+    /// Checks whether a task's record can be used, if there is one.
+    ///
+    /// # Errors
+    /// The record can't be read, or was moved aside: the processes of the task may run.
+    pub fn check(&self, key: &TaskKey) -> Result<(), Error> {
+        self.load(key)?;
+        let to = self.aside(key);
+        if to.exists() && self.knows(key)? {
+            return Err(Error::SetAside { path: self.dir(key).join(RECORD), to });
+        }
+        Ok(())
+    }
+
     /// The path to which [`Self::set_aside`] moves the record of a task.
     fn aside(&self, key: &TaskKey) -> PathBuf {
         self.root.join(CRASHED).join(format!("{}:{}.json", key.namespace, key.word()))
+    }
+
+    /// Whether the record of a task was moved aside that still has its directory: its processes may run.
+    ///
+    /// # Errors
+    /// A directory can't be listed.
+    pub fn has_set_aside(&self) -> Result<bool, Error> {
+        if self.set_aside_records()?.is_empty() {
+            return Ok(false);
+        }
+        let all = self.namespaces()?.into_iter().filter_map(|(_, keys)| keys.ok());
+        Ok(all.flatten().any(|key| self.aside(&key).exists()))
     }
 
     /// Removes the directories of tasks without a record, of namespaces without tasks, and the unfinished records of deleted

@@ -227,7 +227,7 @@ impl Store {
     ///
     /// # Errors
     /// It can't be read.
-    pub(super) fn check_exec(&self, key: &TaskKey, id: &ExecId) -> Result<(), Error> {
+    pub fn check_exec(&self, key: &TaskKey, id: &ExecId) -> Result<(), Error> {
         self.load_exec(key, id).map(drop)
     }
 

@@ -364,6 +364,7 @@ fn directories_without_a_record_are_removed_and_those_set_aside_are_kept() {
     let [recorded, half_removed, set_aside] = all.map(|task| task.key);
     // The directory looks as if a daemon had been killed while it removed the directory.
     fs::remove_file(store.dir(&half_removed).join(RECORD)).unwrap();
+    assert!(!store.has_set_aside().unwrap());
     store.set_aside(&set_aside).unwrap();
     fs::create_dir(store.root.join("empty")).unwrap();
     store.remove_leftovers().unwrap();
@@ -374,6 +375,9 @@ fn directories_without_a_record_are_removed_and_those_set_aside_are_kept() {
     assert!(store.load(&recorded).unwrap().is_some());
     assert!(!store.root.join("empty").exists());
     assert!(store.root.join("default").exists());
+    assert!(store.has_set_aside().unwrap());
+    store.remove(&set_aside).unwrap();
+    assert!(!store.has_set_aside().unwrap(), "the task is gone");
 }
 
 #[test]

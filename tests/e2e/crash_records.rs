@@ -162,6 +162,11 @@ fn the_terminals_of_processes_whose_record_cant_be_read_wait_for_a_daemon_that_c
         record["version"] = 4000.into();
         fs::write(&path, record.to_string()).expect("write a record");
         daemon::killed();
+        if turn == 0 {
+            // An exec with this id would remove the record.
+            let again = container.exec(Spec::sh("true")).id(&exec.exec).add(&Io::default()).map(drop);
+            assert!(again.is_err_and(|error| error.message().contains("4000")));
+        }
         fs::write(&path, text).expect("write the record as it was");
         daemon::killed();
         for client in [&mut client, &mut exec_client] {
