@@ -37,7 +37,7 @@ impl Shim {
         delivery: Delivery,
     ) -> Result<(), Error> {
         let resources = oci::resources::canonical(&resources)?;
-        let named = check(resources.as_bytes())?;
+        let Named { limits: named, burst } = check(resources.as_bytes())?;
         let entry = self.tasks.created(key)?;
         let _verb = entry.init.verb.lock().await;
         let _limits = entry.limits.lock().await;
@@ -64,6 +64,7 @@ impl Shim {
         if !back.is_empty() {
             waiting(WaitsFor::Limits, key, move || files::write(&cgroup, &back)).await??;
         }
+        let new = if burst && updated.is_ok() { self.cgroups.with_quota(&task, new).await? } else { new };
         let limits = self.cgroups.show_new_limits(&task, &new).await?;
         if task.init.phase.is_paused() {
             let mut live = entry.init.live();
@@ -88,7 +89,7 @@ impl Shim {
 }
 
 /// The fields of `LinuxResources` and the files that they change (opencontainers/cgroups, fs2).
-const FIELDS: [(&str, &[Attribute]); 17] = [
+const FIELDS: [(&str, &[Attribute]); 16] = [
     ("/memory/limit", &[Attribute::MemoryMax, Attribute::MemorySwapMax]),
     ("/memory/swap", &[Attribute::MemorySwapMax]),
     ("/memory/reservation", &[Attribute::MemoryLow]),
@@ -96,8 +97,6 @@ const FIELDS: [(&str, &[Attribute]); 17] = [
     ("/cpu/idle", &[Attribute::CpuIdle, Attribute::CpuWeight]),
     ("/cpu/quota", &[Attribute::CpuMax]),
     ("/cpu/period", &[Attribute::CpuMax]),
-    // The unit of a container with a burst has no quota.
-    ("/cpu/burst", &[Attribute::CpuMax]),
     ("/cpu/cpus", &[Attribute::Cpus]),
     ("/cpu/mems", &[Attribute::MemoryNodes]),
     ("/pids/limit", &[Attribute::Pids]),
@@ -109,8 +108,16 @@ const FIELDS: [(&str, &[Attribute]); 17] = [
     ("/blockIO/throttleWriteIOPSDevice", &[Attribute::IoMax]),
 ];
 
-/// The limits that a client names, checked.
-fn check(text: &[u8]) -> Result<Vec<Attribute>, Error> {
+/// What a client names.
+#[derive(Debug, PartialEq)]
+struct Named {
+    limits: Vec<Attribute>,
+    /// The CPU time that may be saved up, which no property shows.
+    burst: bool,
+}
+
+/// What a client names, checked.
+fn check(text: &[u8]) -> Result<Named, Error> {
     let mut resources = Resources::parse(text)?;
     // No OCI runtime can change these after Create.
     resources.devices.clear();
@@ -121,16 +128,14 @@ fn check(text: &[u8]) -> Result<Vec<Attribute>, Error> {
     Ok(named(&serde_json::from_slice(text).map_err(oci::resources::Error::Malformed)?))
 }
 
-/// The limits that a client names.
-fn named(resources: &Value) -> Vec<Attribute> {
-    let fields =
-        FIELDS.iter().filter(|(field, _)| resources.pointer(field).is_some_and(|value| !value.is_null()));
+/// What a client names.
+fn named(resources: &Value) -> Named {
+    let has = |field: &str| resources.pointer(field).is_some_and(|value| !value.is_null());
+    let fields = FIELDS.iter().filter(|(field, _)| has(field));
     let fields = fields.flat_map(|(_, attributes)| attributes.iter().copied());
-    let has = |file: &str| resources["unified"].get(file).is_some();
-    let unified = |attribute: &Attribute| {
-        has(attribute.file()) || (*attribute == Attribute::CpuMax && has(files::CPU_BURST))
-    };
-    fields.chain(Attribute::ALL.into_iter().filter(unified)).collect()
+    let unified = |attribute: &Attribute| resources["unified"].get(attribute.file()).is_some();
+    let burst = has("/cpu/burst") || resources["unified"].get(files::CPU_BURST).is_some();
+    Named { limits: fields.chain(Attribute::ALL.into_iter().filter(unified)).collect(), burst }
 }
 
 #[cfg(test)]
@@ -165,10 +170,9 @@ mod tests {
             "cpu": {},
             "unified": {"memory.high": "5", "cpu.max.burst": "7"},
         });
-        assert_eq!(
-            named(&resources),
-            [Attribute::MemoryMax, Attribute::MemorySwapMax, Attribute::MemoryHigh, Attribute::CpuMax]
-        );
-        assert!(named(&Value::Null).is_empty());
+        let limits = vec![Attribute::MemoryMax, Attribute::MemorySwapMax, Attribute::MemoryHigh];
+        assert_eq!(named(&resources), Named { limits, burst: true });
+        assert_eq!(named(&Value::Null), Named { limits: Vec::new(), burst: false });
+        assert!(named(&serde_json::json!({"cpu": {"burst": 0}})).burst);
     }
 }

@@ -40,6 +40,18 @@ impl Cgroups {
         self.show_limits(task, &unit, &container, outer, new.clone()).await.map(Some)
     }
 
+    /// Adds the container's quota to its new limits, after an Update of its burst: the unit has this quota only while the
+    /// container has no burst ([`Self::show_limits`]). A quota that an administrator has given to the unit alone stays.
+    pub(crate) async fn with_quota(&self, task: &Task, new: Limits) -> Result<Limits, Error> {
+        let Some((unit, container)) = nested(task) else {
+            return Ok(new);
+        };
+        let quota = read(&container).await?.only(&[Attribute::CpuMax]);
+        let shown = read(&unit).await?.only(&[Attribute::CpuMax]);
+        let is_own = shown != quota && shown != Limits::default_of(Attribute::CpuMax);
+        Ok(if is_own { new } else { new.over(&quota) })
+    }
+
     /// Sets limits again after a thaw: systemd 256 and 257 do not apply limits to a frozen unit.
     pub(crate) async fn show_unshown(self: Arc<Self>, entry: Arc<Entry>) {
         let _limits = entry.limits.lock().await;
