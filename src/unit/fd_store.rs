@@ -255,12 +255,11 @@ impl FdStore {
     /// Checks whether new work may begin that keeps descriptors.
     ///
     /// # Errors
-    /// [`Error::Full`], [`Error::Descriptors`], [`Error::Unread`]
+    /// [`Error::Unread`], [`Error::Full`], [`Error::Descriptors`]
     pub fn has_room(&self) -> Result<(), Error> {
-        self.leaves(1)?;
         // A process whose descriptors could not be read needs them first.
         match self.state(|state| state.unread) {
-            0 => Ok(()),
+            0 => self.leaves(1),
             count => Err(Error::Unread { count }),
         }
     }
