@@ -82,8 +82,8 @@ fn advice(refused: Option<RefusedByBus>) -> &'static str {
              see journalctl -b _TRANSPORT=audit"
         }
         Some(RefusedByBus::Limit) => {
-            "find the program that has too many connections (busctl list) and end it, or raise the <limit> in \
-             /etc/dbus-1/system.d, then systemctl reload dbus"
+            "find the program that has too many connections (runuser -u nobody busctl list) and end it, or raise the <limit> in \
+             /etc/dbus-1/system.d, then systemctl kill --signal=HUP --kill-whom=main dbus: it reads its files again"
         }
     }
 }

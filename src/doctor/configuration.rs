@@ -320,7 +320,7 @@ fn stray(path: &Path, text: &str) -> Option<Check> {
     let (name, _) = runtimes.find(|(_, runtime)| is_ours(runtime))?;
     let found = format!("{} (runtime {name}) is in no imports of {CONFIG}", path.display());
     let advice = format!(
-        "write imports = [\"{DROP_INS}/*.toml\"] at the top of that file, where `containerd config default` of 2.2 and newer has it; {}",
+        "write imports = [\"{DROP_INS}/*.toml\"] at the top of that file, where `containerd config default` of 2.2 and newer has it; if the file has a list of imports, add the path to that list; {}",
         restart(path)
     );
     Some(Check::warning(NAME, found, advice))

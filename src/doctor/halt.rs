@@ -151,7 +151,14 @@ pub(super) fn socket(facts: &Facts, service: &Properties) -> Option<Check> {
             "correct what keeps the daemon from starting, then systemctl reset-failed {DAEMON_SOCKET} && systemctl start {DAEMON_SOCKET} {DAEMON_SERVICE}"
         ),
         false => {
-            format!("systemctl stop {DAEMON_SERVICE} && systemctl start {DAEMON_SOCKET} {DAEMON_SERVICE}")
+            // Before systemd 254, a stop of the daemon closes its connections.
+            let first = match property(service, "FileDescriptorStorePreserve") {
+                Some("yes") => "",
+                _ => "end all containers, because containerd loses its connections to them; then ",
+            };
+            format!(
+                "{first}systemctl stop {DAEMON_SERVICE} && systemctl start {DAEMON_SOCKET} {DAEMON_SERVICE}"
+            )
         }
     };
     Some(Check::error(NAME, format!("{DAEMON_SOCKET} has failed: {result}"), advice))
@@ -245,17 +252,20 @@ mod tests {
         let unit = |active| {
             properties(&[("LoadState", "loaded"), ("ActiveState", active), ("Result", "trigger-limit-hit")])
         };
-        let of = |active, service| {
-            socket(&Facts { socket: unit(active), ..facts() }, &properties(&[("ActiveState", service)]))
+        let with = |active, service: &[(&str, &str)]| {
+            socket(&Facts { socket: unit(active), ..facts() }, &properties(service))
         };
+        let of = |active, service| with(active, &[("ActiveState", service)]);
         let check = of("failed", "inactive").unwrap();
         assert!(
             check.found.ends_with("trigger-limit-hit") && check.advice.contains("reset-failed"),
             "{check:?}"
         );
-        assert!(
-            of("failed", "active").unwrap().advice.starts_with(&format!("systemctl stop {DAEMON_SERVICE}"))
-        );
+        let keeps = [("ActiveState", "active"), ("FileDescriptorStorePreserve", "yes")];
+        let stop = format!("systemctl stop {DAEMON_SERVICE}");
+        assert!(with("failed", &keeps).unwrap().advice.starts_with(&stop));
+        let loses = of("failed", "active").unwrap().advice;
+        assert!(loses.starts_with("end all containers") && loses.contains(&stop), "{loses}");
         assert_eq!(of("active", "active"), None);
     }
 }
