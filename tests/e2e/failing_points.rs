@@ -177,6 +177,8 @@ fn every_step_may_fail() {
     if only.is_empty() {
         return needs::skip(needs::name_of(|| ()), "takes minutes: E2E_FAILURE says which failure, or all");
     }
+    let known = [ALL, NO_DESCRIPTOR].contains(&only.as_str()) || FAILURES.contains(&only.as_str());
+    assert!(known, "E2E_FAILURE is {only:?}, not {ALL}, {NO_DESCRIPTOR} or one of {FAILURES:?}");
     let node = Node::exclusive();
     let _build = WithFaults::install();
     let neighbour = node.container("neighbour", Spec::sleeping()).started(&Io::default());
