@@ -2,8 +2,8 @@
 //! only if the connection ended before containerd has answered, or if it could not be kept.
 //!
 //! Each containerd has one worker, as long as there are tasks of this containerd. A containerd that is down delays the events of
-//! its own tasks only; these events wait in the records. An event that containerd does not accept delays the events of its own task only. Tasks take turns, so a task with
-//! many events does not delay those of the others either.
+//! its own tasks only; these events wait in the records. An event that containerd does not accept delays the events of its own
+//! task only. Tasks take turns, so a task with many events does not delay those of the others either.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
