@@ -4,11 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::node::NAMESPACE;
 use super::{daemon, process, systemd, wait};
 
 pub const STATE_DIRECTORY: &str = "/run/containerd-shim-systemd-v1";
 const RUNC_STATE: &str = "/run/containerd/runc";
 const LOG_EXTRA_FIELDS: &str = "/run/systemd/units";
+
+/// The directory with the record of a container.
+pub fn task_directory(id: &str) -> PathBuf {
+    Path::new(STATE_DIRECTORY).join(NAMESPACE).join(id)
+}
 
 /// Everything that exists now, by kind and name.
 #[derive(Clone, Debug, PartialEq)]

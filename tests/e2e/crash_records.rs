@@ -9,8 +9,8 @@ use serde_json::Value;
 use crate::attached::{self, Client};
 use crate::common::container::Container;
 use crate::common::daemon;
-use crate::common::leaks::STATE_DIRECTORY;
-use crate::common::node::{NAMESPACE, Node, unique};
+use crate::common::leaks::task_directory;
+use crate::common::node::{Node, unique};
 use crate::common::spec::Spec;
 use crate::common::systemd::{Cursor, DAEMON_SERVICE};
 use crate::common::task::{Io, SIGKILL};
@@ -24,7 +24,7 @@ struct Foreign {
 
 impl Foreign {
     fn new(text: &str) -> Foreign {
-        let directory = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(unique("foreign"));
+        let directory = task_directory(&unique("foreign"));
         fs::create_dir_all(&directory).expect("make a directory for a record");
         let foreign = Foreign { directory, text: text.to_string() };
         fs::write(foreign.path(), text).expect("write a record");
@@ -45,7 +45,7 @@ impl Drop for Foreign {
 
 /// The record of a container in the form of the previous version: all execs in one file, and no limit.
 fn as_version_1(container: &Container, owed: usize) {
-    let directory = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id);
+    let directory = task_directory(&container.id);
     let read = |path: &Path| -> Value {
         serde_json::from_str(&fs::read_to_string(path).expect("read a record")).expect("a record is JSON")
     };
@@ -81,7 +81,7 @@ fn records_of_the_previous_version_are_read_however_large_they_are() {
     // More events than the previous version could read itself.
     let down = daemon::Down::begin();
     as_version_1(&container, 100_000);
-    let path = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");
+    let path = task_directory(&container.id).join("record.json");
     assert!(fs::metadata(&path).expect("stat of the record").len() > 4 << 20);
     down.end();
     for _ in 0..2 {
@@ -104,7 +104,7 @@ fn execs_that_nobody_deletes_keep_the_record_small_and_survive_a_restart() {
     let container = node.container("heap", Spec::sleeping()).started(&Io::default());
     let execs: Vec<_> = (0..50).map(|_| container.exec_sh("exit 3")).collect();
     assert!(execs.iter().all(|exec| exec.exit_status() == 3));
-    let path = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");
+    let path = task_directory(&container.id).join("record.json");
     let length = || fs::metadata(&path).expect("stat of the record").len();
     wait::until_true("the record is as small as without execs", || length() <= 8192);
     daemon::killed();
@@ -154,7 +154,7 @@ fn the_terminals_of_processes_whose_record_cant_be_read_wait_for_a_daemon_that_c
     let (container, mut client) =
         Client::attached(echo(), |spec, io| node.container("unread", spec).started(io));
     let (exec, mut exec_client) = attached::exec(&container, echo());
-    let directory = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(&container.id);
+    let directory = task_directory(&container.id);
     let of_exec = directory.join("execs").join(&exec.exec).join("record.json");
     for (turn, path) in [of_exec, directory.join("record.json")].into_iter().enumerate() {
         let text = fs::read_to_string(&path).expect("read a record");

@@ -10,8 +10,8 @@ use containerd_client::types::v1::Status;
 
 use crate::common::container::Container;
 use crate::common::exec::Exec;
-use crate::common::leaks::{self, STATE_DIRECTORY, Traces};
-use crate::common::node::{NAMESPACE, Node};
+use crate::common::leaks::{self, STATE_DIRECTORY, Traces, task_directory};
+use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Gate, Scratch};
 use crate::common::task::{Io, SIGKILL};
@@ -72,7 +72,7 @@ impl Drop for Unwritable {
 
 /// The directories with the records of a container and of its only exec.
 fn directories(container: &Container, exec: &Exec) -> [PathBuf; 2] {
-    let directory = Path::new(STATE_DIRECTORY).join(NAMESPACE).join(&container.id);
+    let directory = task_directory(&container.id);
     [directory.clone(), directory.join("execs").join(&exec.exec)]
 }
 

@@ -1,14 +1,13 @@
 //! Nothing is left after Delete or after a failure, and the daemon does not grow.
 
 use std::fs;
-use std::path::Path;
 
 use containerd_client::types::Mount;
 
 use crate::attached;
 use crate::common::container::Container;
-use crate::common::leaks::{self, STATE_DIRECTORY, Traces};
-use crate::common::node::{NAMESPACE, Node, OUR_RUNTIME, unique};
+use crate::common::leaks::{self, Traces, task_directory};
+use crate::common::node::{Node, OUR_RUNTIME, unique};
 use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::systemd::{self, DropIn};
@@ -319,7 +318,7 @@ fn leftovers_of_a_failed_create_are_removed_later() {
         let options = runc_options(|options| options.binary_name = runtime.path());
         let container = node.container("stuck", Spec::sleeping()).options(options).make();
         container.create(&Io::default()).expect_err("a create that fails late");
-        let record = Path::new(STATE_DIRECTORY).join(NAMESPACE).join(&container.id).join("record.json");
+        let record = task_directory(&container.id).join("record.json");
         assert!(record.exists(), "the record stays while something is left");
         fs::remove_file(&flag).expect("let the OCI runtime delete again");
         if again {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
 
-use crate::common::leaks::STATE_DIRECTORY;
+use crate::common::leaks::{STATE_DIRECTORY, task_directory};
 use crate::common::node::{NAMESPACE, Node};
 use crate::common::shim::WithFaults;
 use crate::common::spec::Spec;
@@ -152,7 +152,7 @@ fn a_record_that_crashes_the_daemon_twice_is_moved_aside_and_can_be_moved_back()
     let container = node.container("record", Spec::sleeping()).started(&Io::default());
     let pid = container.pid();
     let id = &container.id;
-    let place = PathBuf::from(STATE_DIRECTORY).join(NAMESPACE).join(id).join("record.json");
+    let place = task_directory(id).join("record.json");
     let aside = PathBuf::from(STATE_DIRECTORY).join(format!(".crashed/{NAMESPACE}:{id}.json"));
     let before = Cursor::now();
     let crashing = Fault::at("crash", "recover.task-begun");
