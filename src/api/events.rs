@@ -32,8 +32,8 @@ const LARGEST: u64 = MESSAGE_LENGTH_MAX as u64 - 1024;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// After so many of the shortest pauses (10 s), the shortest pause is longer.
-const MOST_SHORT: u32 = 200;
+/// After so many eager pauses (10 s), the shortest pause is longer.
+const MOST_EAGER: u32 = 200;
 const LATER_PAUSE: Duration = Duration::from_secs(1);
 /// How long the pauses are the shortest ones after a sign that a containerd runs: when containerd starts, it connects and
 /// calls some time before it accepts events.
@@ -309,13 +309,13 @@ struct Pauses {
     next: Duration,
     /// Until then, all pauses are the shortest ones.
     eager_until: Instant,
-    /// How many of the shortest pauses there were.
-    shortest: u32,
+    /// How many of the pauses were eager.
+    eager_pauses: u32,
 }
 
 impl Pauses {
     fn new(signs: watch::Receiver<u64>) -> Self {
-        Self { signs, next: FIRST_PAUSE, eager_until: Instant::now(), shortest: 0 }
+        Self { signs, next: FIRST_PAUSE, eager_until: Instant::now(), eager_pauses: 0 }
     }
 
     /// An attempt begins. A sign that comes from now on ends the pause after the attempt. Returns how many signs there were.
@@ -326,10 +326,10 @@ impl Pauses {
     async fn pause(&mut self) {
         // Any number of signs may come, also from another containerd, so there is a shortest pause. It becomes longer if many
         // attempts were in vain: this containerd may be gone for ever.
-        let shortest = if self.shortest < MOST_SHORT { FIRST_PAUSE } else { LATER_PAUSE };
+        let shortest = if self.eager_pauses < MOST_EAGER { FIRST_PAUSE } else { LATER_PAUSE };
         tokio::time::sleep(shortest).await;
         let is_eager = Instant::now() < self.eager_until;
-        self.shortest += u32::from(is_eager && self.shortest < MOST_SHORT);
+        self.eager_pauses = self.eager_pauses.saturating_add(u32::from(is_eager));
         let rest = if is_eager { Duration::ZERO } else { self.next.saturating_sub(shortest) };
         if tokio::time::timeout(rest, self.signs.changed()).await.is_ok() {
             self.eager_until = Instant::now() + EAGER;

@@ -241,6 +241,17 @@ async fn attempts<W: Future<Output = ()>>(happens: impl FnOnce(Arc<Publishing>) 
     times
 }
 
+/// As [`attempts`], while so many signs come, one in each interval.
+async fn attempts_while_signs_come(count: u32, interval: Duration) -> Vec<u128> {
+    attempts(|publishing| async move {
+        for _ in 0..count {
+            publishing.note_sign();
+            tokio::time::sleep(interval).await;
+        }
+    })
+    .await
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_sign_of_containerd_ends_a_pause_at_once() {
     let times = attempts(|publishing| async move {
@@ -257,25 +268,13 @@ async fn a_sign_of_containerd_ends_a_pause_at_once() {
 
 #[tokio::test(start_paused = true)]
 async fn many_signs_of_containerd_make_no_busy_loop() {
-    let times = attempts(|publishing| async move {
-        for _ in 0..1000 {
-            publishing.note_sign();
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    })
-    .await;
+    let times = attempts_while_signs_come(1000, Duration::from_millis(1)).await;
     assert!(times.len() <= 21, "{times:?}");
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_signs_of_one_containerd_cause_few_attempts_to_reach_another_that_is_gone() {
-    let times = attempts(|publishing| async move {
-        for _ in 0..100 {
-            publishing.note_sign();
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-    })
-    .await;
+    let times = attempts_while_signs_come(100, Duration::from_secs(1)).await;
     let late = times.iter().filter(|time| **time > 20_000).count();
     assert!((75..=85).contains(&late), "{late}: {times:?}");
 }
