@@ -128,12 +128,11 @@ impl Store {
         }
     }
 
-    /// Creates the empty directory of an exec. Removes what an earlier Exec left in the directory.
+    /// Creates the empty directory of an exec. Removes what an earlier Exec left in the directory: [`Self::check_exec`] comes first.
     ///
     /// # Errors
-    /// The directory has a record that can't be read: its exec may run, and the record is left unchanged. Or [`Error::Io`].
+    /// [`Error::Io`]
     pub fn create_exec_dir(&self, key: &TaskKey, exec: &ExecId) -> Result<PathBuf, Error> {
-        self.check_exec(key, exec)?;
         self.remove_exec_dir(key, exec)?;
         let dir = self.exec_dir(key, exec);
         make_dir(&dir).map_err(io_error("create", &dir))?;
