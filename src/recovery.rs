@@ -59,7 +59,7 @@ struct Recovery {
     running: HashSet<UnitName>,
     /// The streams that are to be opened again.
     streams: Vec<Resumption>,
-    /// Processes may run that this daemon does not manage, because it can't use their records.
+    /// Processes may run whose records this daemon can't use, so it does not manage these processes.
     has_unmanaged: bool,
     /// A second thread does this work, in the order in which it is sent.
     second_thread: mpsc::Sender<Work>,

@@ -83,7 +83,7 @@ fn advice(refused: Option<RefusedByBus>) -> &'static str {
         }
         Some(RefusedByBus::Limit) => {
             "find the program that has too many connections (runuser -u nobody busctl list) and end it, or raise the <limit> in \
-             /etc/dbus-1/system.d, then systemctl kill --signal=HUP --kill-whom=main dbus: it reads its files again"
+             /etc/dbus-1/system.d, then systemctl kill --signal=HUP --kill-whom=main dbus, so that dbus reads its files again"
         }
     }
 }

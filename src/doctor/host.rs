@@ -31,7 +31,7 @@ pub struct Facts {
 
 pub(super) fn collect() -> Facts {
     let release = nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned());
-    let scope = Path::new("/sys/fs/cgroup/init.scope");
+    let scope = cgroup::dir(Path::new("/init.scope"));
     Facts {
         is_init: Path::new("/run/systemd/system").is_dir(),
         version: probe::output("systemctl", &["--version"]),
@@ -111,7 +111,10 @@ fn systemd(facts: &Facts, bus: &bus::Facts) -> Check {
 fn kernel(facts: &Facts) -> Check {
     const NAME: &str = "kernel";
     if !facts.has_cgroup_kill {
-        let found = format!("Linux {} has no cgroup.kill: it can't kill a whole container", facts.release);
+        let found = format!(
+            "Linux {} has no cgroup.kill, without which a whole container can't be killed",
+            facts.release
+        );
         Check::error(NAME, found, "boot Linux 5.14 or newer")
     } else if !facts.has_pidfd {
         let found = format!("Linux {} has no pidfd_open(2), or a filter forbids it", facts.release);

@@ -337,7 +337,7 @@ fn shim_cgroup(text: &str) -> Result<Option<PathBuf>, Error> {
         .components()
         .all(|part| matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_)));
     let is_below_root = path.parent().is_some() && !text.contains('\0');
-    // Somebody has written the path in the file system.
+    // The text is a path in the file system, and not one in the hierarchy.
     let is_doubled = path.starts_with(cgroup::ROOT);
     if path.is_absolute() && is_plain && is_below_root && !is_doubled {
         Ok(Some(path.to_owned()))

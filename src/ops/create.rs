@@ -125,11 +125,11 @@ impl Shim {
         }
     }
 
-    /// Checks that no container with this id runs that the daemon does not manage, because it can't use the record of the
-    /// container. The rollback of a Create would end this container.
+    /// Checks that no container with this id runs whose record the daemon can't use. The daemon does not manage such a container,
+    /// and the rollback of a Create would end the container.
     fn check_unmanaged(&self, task: &Task) -> Result<(), Error> {
         match self.store.check(&task.key) {
-            // Only its cgroup says whether it runs.
+            // The cgroup of the container says whether the container runs.
             Err(store::Error::SetAside { .. })
                 if !name::candidates(&task.key)
                     .any(|unit| cgroup::is_populated(&task.placement.cgroup(&unit))) =>

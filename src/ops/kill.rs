@@ -120,7 +120,7 @@ fn held_again(task: &Task, pid: u32, opened: Result<OwnedFd, Errno>) -> Result<O
 /// Kills every process of the container, and init also if somebody has moved it into another cgroup.
 pub(super) async fn end_all(entry: &Entry, task: &Task) -> Result<(), Error> {
     let killed = kill_all(task, SIGKILL).await;
-    // Also if the kernel has not killed the others in time: this signal needs no lock of the cgroup.
+    // The kernel may not have killed the cgroup in time. The signal to init needs no lock of the cgroup.
     let signalled = match signal_process(task, &entry.init, SIGKILL) {
         Err(Error::Finished | Error::NotStarted) => Ok(()),
         signalled => signalled,

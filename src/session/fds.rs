@@ -34,7 +34,7 @@ pub enum StreamKind {
     Notify,
 }
 
-/// More numbers than processes have that run at the same time.
+/// More numbers than all processes have that run at the same time.
 const UNKNOWN_NUMBERS: u64 = 1 << 20;
 
 impl StreamKind {
@@ -280,7 +280,7 @@ impl StreamFds {
         if has_unmanaged || self.store.has_unread() {
             if !rest.is_empty() {
                 tracing::warn!(
-                    "the streams of processes that this daemon does not manage stay in the descriptor store: {} entries",
+                    "{} streams of processes that this daemon does not manage stay in the descriptor store",
                     rest.len()
                 );
             }
