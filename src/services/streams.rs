@@ -320,21 +320,24 @@ impl Streams {
     /// Closes the writing end that keeps the input of a process open.
     pub(crate) fn close_stdin_writer(&self, entry: &Entry, process: &Process) {
         if process.live().session.close_stdin()
-            && let Some(number) = stored_number(entry, process)
+            && let Some(process) = entry.task().process(process.exec())
         {
-            self.fds.forget(StreamKind::Input, number);
+            self.fds.close_input(&process.wiring);
         }
     }
 
     /// The process has ended: nobody reads its input any more.
     pub(crate) fn close_input(&self, entry: &Entry, process: &Process) {
-        self.close_stdin_writer(entry, process);
         let is_unused = {
             let session = &mut process.live().session;
+            session.close_stdin();
             session.close_terminal() && session.is_silent()
         };
-        if is_unused && let Some(number) = stored_number(entry, process) {
-            self.fds.forget(StreamKind::Terminal, number);
+        if let Some(number) = stored_number(entry, process) {
+            self.fds.forget(StreamKind::Input, number);
+            if is_unused {
+                self.fds.forget(StreamKind::Terminal, number);
+            }
         }
     }
 }

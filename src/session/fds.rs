@@ -210,7 +210,8 @@ impl StreamFds {
         }
         let earlier = self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner);
         let is_missing = |kind| !earlier.contains_key(&(kind, wiring.store_number));
-        let has_input = matches!(wiring.stdin, Input::Fifo(_)) && !wiring.stdin_closed;
+        // The daemon reads the rest of a terminal's input.
+        let has_input = matches!(wiring.stdin, Input::Fifo(_)) && (wiring.terminal || !wiring.stdin_closed);
         (has_input && is_missing(StreamKind::Input))
             || (wiring.terminal && is_missing(StreamKind::Terminal))
             || wiring.copies().iter().any(|(_, log_pipe, _)| is_missing(StreamKind::of_log_pipe(log_pipe)))
@@ -223,6 +224,18 @@ impl StreamFds {
         }
         if let Err(error) = self.store.keep(&kind.name(number), fds) {
             tracing::error!(%error, "can't put a stream into the descriptor store, a restart of the daemon will cut it off: {error}");
+        }
+    }
+
+    /// Removes from the store what keeps the client's FIFO for input open for writing. For a terminal, the reader stays: the
+    /// FIFO may have unread input, which the daemon reads.
+    pub fn close_input(&self, wiring: &Wiring) {
+        if !wiring.terminal {
+            return self.forget(StreamKind::Input, wiring.store_number);
+        }
+        let name = StreamKind::Input.name(wiring.store_number);
+        if let Err(error) = self.store.retain(&name, |fd| access(fd) == OFlag::O_RDONLY) {
+            tracing::warn!(%error, "can't remove the writer of {name} from the descriptor store, its terminal gets no end of input: {error}");
         }
     }
 

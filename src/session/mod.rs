@@ -92,8 +92,8 @@ impl Session {
         if wiring.stdin_closed {
             session.close_stdin();
         }
-        if session.stdin.is_none() && input.is_none() && matches!(wiring.stdin, Input::Fifo(_)) {
-            fds.forget(StreamKind::Input, number);
+        if session.stdin.is_none() && matches!(wiring.stdin, Input::Fifo(_)) {
+            fds.close_input(wiring);
         }
         let exec = key.exec.as_ref().map(tracing::field::display);
         // Not within the span of the call that starts the process: the output outlives the call.

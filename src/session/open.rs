@@ -82,7 +82,9 @@ impl OpenStreams {
     /// # Errors
     /// There are no more descriptors.
     pub fn client_input(&self) -> Result<Option<OwnedFd>, Error> {
-        let input = self.stdin.as_ref().map(|fifo| fifo.as_fd().try_clone_to_owned());
+        // A terminal whose input was closed before has only the reader.
+        let fifo = self.stdin.as_ref().or(self.input.as_ref());
+        let input = fifo.map(|fifo| fifo.as_fd().try_clone_to_owned());
         input.transpose().map_err(Error::Watch)
     }
 
@@ -235,14 +237,15 @@ impl Plan {
     ) -> Result<OpenStreams, Error> {
         let (mut opened, number) = (OpenStreams::default(), self.wiring.store_number);
         if let (Input::Fifo(path), ReopenMode::Starting | ReopenMode::Running) = (&self.wiring.stdin, mode) {
-            let mut before = claim(StreamKind::Input);
-            let (reader, both) = (before.readers.pop(), before.both.pop());
-            let is_stored = [reader.is_some(), both.is_some()];
-            if self.wiring.terminal {
-                opened.input = Some(or_open(reader, || fifo::open_reader(path))?);
+            let before = claim(StreamKind::Input);
+            match self.open_input(fds, path, before) {
+                Ok((input, stdin)) => (opened.input, opened.stdin) = (input, stdin),
+                // The client may have removed its FIFO. The process's output does not depend on it.
+                Err(error) if mode == ReopenMode::Running => {
+                    tracing::warn!(process = %self.key, %error, "{}: can't reopen its input, it gets no more: {error}", self.key);
+                }
+                Err(error) => return Err(error),
             }
-            opened.stdin = Some(or_open(both, || fifo::open_both(path))?);
-            fds.store(StreamKind::Input, number, &missing([&opened.input, &opened.stdin], is_stored));
         }
         if self.wiring.logger.is_some() && mode == ReopenMode::Starting {
             opened.ready = Some(fifo::open_reader(&self.pipe(pipes::READY))?);
@@ -306,6 +309,25 @@ impl Plan {
             opened.copies.push(Copy { kind, from, sinks });
         }
         Ok(opened)
+    }
+
+    /// The client's FIFO for input: the reader, for a terminal, and the writer, unless nobody needs it any more.
+    fn open_input(
+        &self,
+        fds: &StreamFds,
+        path: &Path,
+        mut before: Claimed,
+    ) -> Result<(Option<File>, Option<File>), Error> {
+        let Wiring { terminal, stdin_closed, store_number, .. } = self.wiring;
+        let (reader, both) = (before.readers.pop(), before.both.pop());
+        let is_stored = [reader.is_some(), both.is_some()];
+        let open_reader = || or_open(reader, || fifo::open_reader(path));
+        let open_writer = || or_open(both, || fifo::open_both(path));
+        let reader = terminal.then(open_reader).transpose()?;
+        // Without a terminal, the process may open its input again: see `InputWriter`.
+        let writer = (!terminal || !stdin_closed).then(open_writer).transpose()?;
+        fds.store(StreamKind::Input, store_number, &missing([&reader, &writer], is_stored));
+        Ok((reader, writer))
     }
 
     fn client_fifo(

@@ -299,6 +299,64 @@ fn a_terminal_of_an_earlier_daemon_is_claimed_and_used() {
     assert!(opened.take_console().is_none());
 }
 
+/// Puts the descriptors of a daemon into the store of the next daemon.
+fn next_daemon(systemd: &Systemd) -> (Systemd, Arc<StreamFds>) {
+    let mut stored = Vec::new();
+    systemd.read(&mut stored);
+    let (systemd, notifier) = Systemd::new();
+    let (fd_store, kept) = FdStore::with(notifier, 100, stored);
+    (systemd, Arc::new(StreamFds::new(Arc::new(fd_store), kept)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_keeps_the_unread_input_of_a_terminal_and_its_end() {
+    // CloseIO comes while the process runs, or before it runs.
+    for stdin_closed in [false, true] {
+        let (scratch, process) = (Scratch::new(), Process::new());
+        let client = scratch.fifo("stdin");
+        let wiring = Wiring { terminal: true, stdin: Input::Fifo(client.clone()), ..Wiring::default() };
+        let plan = scratch.plan(None, Wiring { stdin_closed, ..wiring.clone() });
+        let (systemd, notifier) = Systemd::new();
+        let (fd_store, _) = FdStore::with(notifier, 100, Vec::new());
+        let fds = Arc::new(StreamFds::new(Arc::new(fd_store), Vec::new()));
+        let mut session = start(&plan, plan.open(&fds, LogFiles::new()).unwrap(), &fds, &process);
+        assert_eq!(session.close_stdin(), !stdin_closed);
+        let plan = scratch.plan(None, Wiring { stdin_closed: true, ..wiring });
+        fds.close_input(&plan.wiring);
+        // The daemon does not read it: it has no terminal.
+        fs::OpenOptions::new().write(true).open(&client).unwrap().write_all(b"in").unwrap();
+        let before = fds.count_of(NUMBER);
+        drop(session);
+        let (_systemd, fds) = next_daemon(&systemd);
+        fs::remove_file(client).unwrap();
+        let opened = reopen(&plan, &fds, ReopenMode::Running).unwrap();
+        assert!(opened.stdin.is_none());
+        assert_eq!(all_of(opened.input.unwrap()).await, "in");
+        assert_eq!(fds.count_of(NUMBER), before);
+    }
+}
+
+#[test]
+fn a_process_whose_client_has_removed_its_input_gets_its_other_streams_again() {
+    for terminal in [false, true] {
+        let (scratch, fds) = (Scratch::new(), store(Vec::new()));
+        let output = scratch.fifo("client");
+        let _output = reader(&output);
+        let stdin = Input::Fifo(scratch.path("removed"));
+        let plan = scratch.plan(
+            None,
+            Wiring { stdin, terminal, ..with_journal(Some(Sink::Fifo(output)), JournalCopy::Complete) },
+        );
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let _runtime = runtime.enter();
+        fifo::make(&plan.pipe(pipes::STDOUT)).unwrap();
+        let opened = reopen(&plan, &fds, ReopenMode::Running).unwrap();
+        assert!(opened.stdin.is_none() && opened.input.is_none());
+        assert_eq!(opened.copies.len(), 1);
+        assert!(reopen(&plan, &fds, ReopenMode::Starting).is_err());
+    }
+}
+
 /// Otherwise each restart uses more entries of the store, until it is full.
 #[tokio::test]
 async fn a_stream_that_a_restart_finds_in_the_store_is_not_stored_again() {

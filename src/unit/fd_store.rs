@@ -348,6 +348,17 @@ impl FdStore {
         self.take(name).into_iter().for_each(|holder| self.empty(holder));
     }
 
+    /// Closes the descriptors under a name that `is_kept` refuses. The others stay kept all the time.
+    ///
+    /// # Errors
+    /// They can't be read: all of them are still kept.
+    pub fn retain(&self, name: &str, is_kept: impl Fn(&OwnedFd) -> bool) -> Result<(), Error> {
+        self.state(|state| {
+            let mut holders = state.used.by_label.get(name).into_iter().flatten();
+            holders.try_for_each(|named| named.holder.retain(&is_kept)).map_err(Error::Put)
+        })
+    }
+
     /// As [`Self::forget`], but a container can make the close wait for as long as it likes. The returned function closes the
     /// descriptors. `None` if there is nothing left to close. The name can be used again at once.
     pub fn forget_later(self: &Arc<Self>, name: &str) -> Option<impl FnOnce() + Send + use<>> {

@@ -102,6 +102,30 @@ impl Holder {
         sys::peek_text(socket)
     }
 
+    /// Closes the descriptors in the holder that `is_kept` refuses. The others stay in the holder all the time.
+    ///
+    /// # Errors
+    /// As [`Self::contents`]. All descriptors are still in the holder then.
+    pub fn retain(&self, is_kept: impl Fn(&OwnedFd) -> bool) -> Result<(), Errno> {
+        sys::count_peeked(&self.0)?;
+        let mut earlier = Vec::new();
+        loop {
+            match sys::peek_fds(&self.0) {
+                Ok(message) => earlier.push(message),
+                Err(Errno::EAGAIN) => break,
+                Err(errno) => return Err(errno),
+            }
+        }
+        for (label, fds) in &earlier {
+            let kept: Vec<_> = fds.iter().filter(|fd| is_kept(fd)).map(AsFd::as_fd).collect();
+            if !kept.is_empty() {
+                self.put(label, &kept)?;
+            }
+        }
+        // If the daemon ends here, the next daemon finds some descriptors twice.
+        earlier.iter().try_for_each(|_| sys::discard_message(&self.0))
+    }
+
     /// Empties the holder. Descriptors that no process has open are closed.
     ///
     /// # Errors
@@ -159,6 +183,26 @@ mod tests {
         assert_eq!(text, "1122");
         holder.put("o2", &[second.as_fd()]).unwrap();
         assert_eq!(holder.contents().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn some_descriptors_are_closed_and_the_others_are_not() {
+        let holder = Holder::new().unwrap();
+        let ((mut reader, writer), (_other_reader, other)) = (pipe(), pipe());
+        let inode = |fd: &OwnedFd| nix::sys::stat::fstat(fd).unwrap().st_ino;
+        let other_inode = inode(&other);
+        holder.put("i1", &[writer.as_fd(), other.as_fd()]).unwrap();
+        holder.put("i1", &[writer.as_fd()]).unwrap();
+        drop(writer);
+        for _ in 0..2 {
+            holder.retain(|fd| inode(fd) == other_inode).unwrap();
+            let contents = holder.contents().unwrap();
+            assert_eq!(
+                contents.iter().map(|(label, fd)| (label.as_str(), inode(fd))).collect::<Vec<_>>(),
+                [("i1", other_inode)]
+            );
+        }
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0, "the descriptor is closed");
     }
 
     #[test]

@@ -105,6 +105,11 @@ impl Fifos {
     pub fn stdin(&self) -> File {
         self.open_stdin().file()
     }
+
+    /// As a client that has closed its end of stdin for good.
+    pub fn remove_stdin(&self) {
+        fs::remove_file(self.scratch.join("stdin")).expect("remove the FIFO");
+    }
 }
 
 /// Blocks a script in a container until the test releases it: a FIFO that the script reads.

@@ -9,7 +9,7 @@ use crate::common::daemon;
 use crate::common::disturb::Disturbance;
 use crate::common::node::{Node, number, unique};
 use crate::common::spec::Spec;
-use crate::common::stdio::{Fifos, feed};
+use crate::common::stdio::{Fifos, Gate, feed};
 use crate::common::systemd;
 use crate::common::task::{Io, SIGTERM};
 use crate::common::wait;
@@ -242,6 +242,43 @@ fn terminals_continue_over_restarts_of_the_daemon() {
             client.stdout.rest();
         });
     }
+}
+
+#[test]
+fn a_terminal_whose_input_was_closed_before_a_restart_hangs_up_once_the_client_is_gone() {
+    needs!(OurShim);
+    // PID 1 of a pid namespace only gets signals for which it has a trap.
+    let script = "trap 'exit 9' HUP; echo ready; while :; do read line && echo got $line; done";
+    for disturbance in [Disturbance::Kill, Disturbance::Restart] {
+        let node = Node::exclusive();
+        each_kind_on(&node, Spec::sh(script).terminal(), |process, mut client| {
+            client.until("ready\r\n");
+            process.close_stdin().expect("close stdin");
+            disturbance.pass(&node);
+            client.enter("more\n");
+            client.until("got more\r\n");
+            disturbance.pass(&node);
+            drop(client.stdin);
+            assert_eq!(process.exit_status(), 9);
+        });
+    }
+}
+
+#[test]
+fn the_output_of_a_process_continues_after_a_restart_if_its_client_has_removed_the_fifo_of_its_input() {
+    needs!(OurShim);
+    let (node, gate) = (Node::exclusive(), Gate::new());
+    let script = format!("cat; echo waits; {}; echo end", Gate::WAIT);
+    each_kind_on(&node, gate.bind(Spec::sh(&script)), |process, mut client| {
+        process.close_stdin().expect("close stdin");
+        drop(client.stdin);
+        client.stdout.until(|bytes| bytes == b"waits\n");
+        client.fifos.remove_stdin();
+        daemon::killed();
+        gate.open();
+        assert_eq!(client.stdout.text(), "end\n");
+        assert_eq!(process.exit_status(), 0);
+    });
 }
 
 #[test]
