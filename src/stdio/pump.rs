@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::fcntl::splice;
 use nix::poll::PollFlags;
 use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::sys::{once_there_is_room, watch};
@@ -382,7 +383,8 @@ async fn spread(
     let mut looking = None;
     let mut end = End::new(over, complete);
     let wait = if fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
-    let mut take_part = false;
+    // When an incomplete line is copied, once there is one.
+    let mut deadline = None;
     loop {
         let (scratch, nowhere) = match &mut looking {
             Some(found) => found,
@@ -422,21 +424,23 @@ async fn spread(
         };
         match memchr::memrchr(b'\n', &scratch.buffer[..length]) {
             Some(last) => length = last + 1,
-            None if take_part || end.is_complete || length >= PIECE || !has_writer(from)? => {}
+            None if end.is_complete || length >= PIECE || !has_writer(from)? => {}
+            None if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {}
             None => {
                 // An incomplete line waits in the pipe, where it outlives the daemon.
                 let more = async {
                     from.readable().await?.clear_ready();
                     from.readable().await.map(drop)
                 };
+                let deadline = *deadline.get_or_insert_with(|| Instant::now() + wait);
                 tokio::select! {
-                    found = tokio::time::timeout(wait, more) => take_part = found.is_err(),
+                    _ = tokio::time::timeout_at(deadline, more) => {}
                     () = &mut end.complete => end.is_complete = true,
                 }
                 continue;
             }
         }
-        take_part = false;
+        deadline = None;
         write_to(copies, &scratch.buffer[..length]).await;
         match fifo {
             Some(fifo) => move_copied(from, fifo, length, &mut end).await?,

@@ -217,6 +217,25 @@ async fn the_end_of_the_last_line_is_not_waited_for_once_the_output_is_complete(
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_line_that_grows_byte_by_byte_waits_no_longer_than_others() {
+    let (source, mut writer) = pipe();
+    let dots = async {
+        for _ in 0..10 {
+            writer.write_all(b".").unwrap();
+            tokio::time::sleep(LINE_WAIT / 4).await;
+        }
+    };
+    let (over, complete) = (pin!(pending()), pin!(pending()));
+    let spread = spread(&source, &mut [], None, PIECE, over, complete);
+    tokio::select! {
+        copied = spread => panic!("ended: {copied:?}"),
+        () = dots => {}
+    }
+    let left = length_in(&source);
+    assert!(left <= 5, "{left}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn output_beyond_the_limit_of_the_journal_is_dropped_in_large_pieces_and_counted() {
     let scratch = tempfile::tempdir().unwrap();
     let (here, _journald) = tokio::net::UnixDatagram::pair().unwrap();
