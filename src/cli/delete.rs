@@ -119,19 +119,19 @@ enum Answer {
 
 impl Answer {
     /// `None`: the daemon has not answered in time. `is_given_up`: whether the record says that the task is given up.
-    fn of(answer: Option<ttrpc::Result<DeleteResponse>>, is_given_up: impl FnOnce() -> bool) -> Self {
+    fn of(answer: Option<Result<DeleteResponse, client::Error>>, is_given_up: impl FnOnce() -> bool) -> Self {
         match answer {
             None if is_given_up() => Self::Later("the daemon is still cleaning up".to_owned()),
             // containerd keeps the bundle, and runs this command again when it starts.
             None => Self::Refused("it does not answer".to_owned()),
             Some(Ok(response)) => Self::Done(response),
-            Some(Err(ttrpc::Error::RpcStatus(status))) => match status.code() {
+            Some(Err(client::Error::Refused(status))) => match status.code() {
                 Code::NOT_FOUND => Self::Nothing,
                 // No process is left, and the daemon tries again.
                 Code::FAILED_PRECONDITION => Self::Later(status.message),
                 _ => Self::Refused(status.message),
             },
-            Some(Err(error)) => Self::NoDaemon(error.to_string()),
+            Some(Err(client::Error::NoDaemon(error))) => Self::NoDaemon(error.to_string()),
         }
     }
 }
@@ -227,13 +227,13 @@ mod tests {
     #[test]
     fn an_error_of_the_daemon_is_not_reported_as_an_unfinished_cleanup() {
         let of = |answer| Answer::of(answer, || true);
-        let refused = |code| Some(Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "the reason"))));
+        let refused = |code| Some(Err(client::Error::Refused(ttrpc::get_status(code, "the reason"))));
         assert_eq!(of(refused(Code::NOT_FOUND)), Answer::Nothing);
         assert_eq!(of(refused(Code::FAILED_PRECONDITION)), Answer::Later("the reason".to_owned()));
         for code in [Code::INTERNAL, Code::UNKNOWN, Code::INVALID_ARGUMENT, Code::UNAVAILABLE] {
             assert_eq!(of(refused(code)), Answer::Refused("the reason".to_owned()));
         }
-        let no_daemon = of(Some(Err(ttrpc::Error::Socket("refused".to_owned()))));
+        let no_daemon = of(Some(Err(client::Error::NoDaemon(ttrpc::Error::Socket("refused".to_owned())))));
         assert!(matches!(no_daemon, Answer::NoDaemon(_)), "{no_daemon:?}");
     }
 
