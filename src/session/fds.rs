@@ -82,8 +82,13 @@ impl StreamKind {
 
     fn parse(name: &str) -> Option<(Self, u64)> {
         let kind = Self::ALL.into_iter().find(|kind| name.starts_with(kind.letter()))?;
-        Some((kind, name[1..].parse().ok()?))
+        Some((kind, number_in(name)?))
     }
+}
+
+/// The number of the process in the name of a stream, also of one whose kind only newer versions know.
+fn number_in(name: &str) -> Option<u64> {
+    name.strip_prefix(|letter: char| letter.is_ascii_lowercase())?.parse().ok()
 }
 
 /// The descriptors of one stream of a process that were in the store, sorted by how they were opened.
@@ -151,18 +156,25 @@ impl StreamFds {
     /// Takes what earlier daemons have put into the store.
     pub fn new(store: Arc<FdStore>, fds: Vec<(String, OwnedFd)>) -> Self {
         let mut earlier: HashMap<(StreamKind, u64), Vec<OwnedFd>> = HashMap::new();
+        let next = AtomicU64::default();
         for (name, fd) in fds {
-            let Some(key) = StreamKind::parse(&name) else {
+            if let Some(key) = StreamKind::parse(&name) {
+                earlier.entry(key).or_default().push(fd);
+            } else if let Some(number) = number_in(&name) {
+                tracing::warn!(
+                    name,
+                    "descriptor store: {name} stays for a newer version, whose process needs it"
+                );
+                next.fetch_max(number + 1, Ordering::Relaxed);
+            } else {
                 tracing::warn!(
                     name,
                     "descriptor store: removing {name}, no process uses a descriptor of this name"
                 );
                 store.forget(&name);
-                continue;
-            };
-            earlier.entry(key).or_default().push(fd);
+            }
         }
-        Self { store, next: AtomicU64::default(), unclaimed: Mutex::new(earlier), consoles: Mutex::default() }
+        Self { store, next, unclaimed: Mutex::new(earlier), consoles: Mutex::default() }
     }
 
     /// Adds a connection at a console socket that an earlier daemon had accepted and not kept.
@@ -354,6 +366,23 @@ mod tests {
             let next = fds.next_number();
             assert!(if has_unmanaged { next > UNKNOWN_NUMBERS } else { next == 8 }, "{next}");
         }
+    }
+
+    #[test]
+    fn a_stream_of_a_newer_version_stays_in_the_store_and_nobody_gets_its_number() {
+        use crate::unit::fd_store::testing::Systemd;
+        let (systemd, notifier) = Systemd::new();
+        let (store, _) = FdStore::with(notifier, 1000, Vec::new());
+        let (file, mut kept) = (std::fs::File::open("/dev/null").unwrap(), Vec::new());
+        for name in ["z7", "unknown"] {
+            store.keep(name, &[file.as_fd()]).unwrap();
+        }
+        systemd.read(&mut kept);
+        let (_systemd, notifier) = Systemd::new();
+        let (store, found) = FdStore::with(notifier, 1000, kept);
+        let fds = StreamFds::new(Arc::new(store), found);
+        fds.end_claims(false);
+        assert_eq!((fds.store.count_of("z7"), fds.count(), fds.next_number()), (1, 1, 8));
     }
 
     #[test]

@@ -62,6 +62,11 @@ impl Connections {
             match adopt(fds, crashes, &store, &name, &wake, &count, &budget) {
                 Ok(connection) => adopted.push(connection),
                 Err(error) if sys::lacks_room(&error) => return Err(error),
+                // containerd kills the task of a connection that is closed.
+                Err(error) if is_of_newer(&error) => tracing::error!(
+                    %error,
+                    "a connection of a newer version stays in the descriptor store, its calls wait for a daemon of that version: {error}"
+                ),
                 Err(error) => {
                     tracing::error!(%error, "can't adopt a connection of an earlier daemon: {error}");
                     store.forget(&name);
@@ -210,9 +215,18 @@ fn adopt(
     let address = socket.local_addr()?;
     let from = address.as_pathname().and_then(Socket::at);
     let from = from.ok_or_else(|| io::Error::other("it came from an unknown socket"))?;
-    wake_for(wake, &socket);
     let entry = StoreEntry::new(store.clone(), name.to_owned(), count);
-    Ok((from, Unwatched::adopt(socket.into(), journal, crashes, budget, entry).map_err(failed)?))
+    let watched = socket.try_clone()?;
+    let adopted = Unwatched::adopt(socket.into(), journal, crashes, budget, entry).map_err(failed)?;
+    // Only now: a call on a connection that this daemon does not serve would start the daemon again and again.
+    wake_for(wake, &watched);
+    Ok((from, adopted))
+}
+
+/// Whether a newer version has written what this version can't read.
+fn is_of_newer(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<journal::Error>());
+    matches!(inner, Some(journal::Error::Newer { .. }))
 }
 
 /// Identifies a listening socket that systemd passed to the daemon.

@@ -117,6 +117,18 @@ async fn an_incomplete_connection_is_removed_and_its_number_is_not_used_again() 
 }
 
 #[test]
+fn only_a_journal_of_a_newer_version_is_left_to_that_version() {
+    let adopt = |at: u64| {
+        let journal = Journal::new(&Budget::default()).unwrap().fd().try_clone_to_owned().unwrap();
+        let file = std::fs::File::from(journal.try_clone().unwrap());
+        std::os::unix::fs::FileExt::write_all_at(&file, &9_u32.to_le_bytes(), at).unwrap();
+        failed(Journal::adopt(journal, &Budget::default()).map(drop).unwrap_err())
+    };
+    assert!(!is_of_newer(&adopt(0)));
+    assert!(is_of_newer(&adopt(4)));
+}
+
+#[test]
 fn a_listening_socket_of_somebody_else_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let refused = from_systemd(listen(dir.path()).0.into()).map(drop).unwrap_err();
