@@ -59,17 +59,18 @@ fn wait_before(next: Disturbance, random: &mut Random) -> Duration {
 }
 
 fn disturb(next: Disturbance, node: &Node, shared: &Shared) {
-    shared.tally.disturbed(next.name());
+    shared.tally.begin(next.name());
     match next {
         Disturbance::Containerd => shared.containerd.disturb(node),
         _ => {
             if let Err(error) = next.happen() {
                 // systemd may refuse a disturbance because of its own limits. The test only checks what happens to
                 // the containers.
-                println!("systemd did not {}: {}", next.name(), error.trim());
+                return println!("systemd did not {}: {}", next.name(), error.trim());
             }
         }
     }
+    shared.tally.disturbed(next.name());
 }
 
 /// Waits until everything works again. A daemon that hangs is ended by its watchdog first.

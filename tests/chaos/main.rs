@@ -133,6 +133,9 @@ fn run(arguments: &Arguments) -> u64 {
     let is_over = join(workers, &shared.tally);
     drop(disturb);
     disturber.join().unwrap_or_else(|_| shared.tally.fault(Fault::Other, "the disturber panicked"));
+    for what in shared.tally.missing(!arguments.disturbances.is_empty()) {
+        shared.tally.fault(Fault::Other, what);
+    }
     if !is_over {
         for (number, doing) in shared.doing.iter().enumerate() {
             let doing = doing.lock().unwrap_or_else(PoisonError::into_inner);

@@ -93,11 +93,26 @@ impl Tally {
         *self.sums().counts.entry(count).or_default() += more;
     }
 
-    /// Notes a disturbance.
+    /// Counts a disturbance.
     pub fn disturbed(&self, name: &'static str) {
+        *self.sums().disturbances.entry(name).or_default() += 1;
+    }
+
+    /// What a run must have had, and this one had none of.
+    pub fn missing(&self, is_disturbed: bool) -> Vec<&'static str> {
+        let sums = self.sums();
+        let is_idle =
+            !sums.counts.contains_key(&Count::Containers) && !sums.counts.contains_key(&Count::Pods);
+        let is_calm = is_disturbed && sums.disturbances.is_empty();
+        let missing =
+            [(is_idle, "no container or pod lived to its end"), (is_calm, "no disturbance happened")];
+        missing.into_iter().filter_map(|(is_missing, what)| is_missing.then_some(what)).collect()
+    }
+
+    /// Notes in the history that a disturbance begins.
+    pub fn begin(&self, name: &'static str) {
         let line = format!("{}  {name}", self.at());
         let mut sums = self.sums();
-        *sums.disturbances.entry(name).or_default() += 1;
         sums.history.push(line);
         let surplus = sums.history.len().saturating_sub(HISTORY);
         sums.history.drain(..surplus);

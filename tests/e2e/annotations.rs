@@ -19,7 +19,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::Fifos;
 use crate::common::task::Io;
 use crate::common::{daemon, process, systemd};
-use crate::options::GenericOptions;
+use crate::runtime_options::GenericOptions;
 
 const PREFIX: &str = "org.systemd.property.";
 const STOP_SIGNAL: &str = "io.containerd.image.config.stop-signal";

@@ -26,7 +26,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::Io;
 use crate::common::{cgroup, daemon, process};
-use crate::options::GenericOptions;
+use crate::runtime_options::GenericOptions;
 
 /// Asserts that the daemon answers, and that it has no such task.
 fn assert_serves(shim: &Shim) {

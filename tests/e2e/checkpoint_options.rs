@@ -11,7 +11,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
 use crate::common::task::{Io, SIGTERM};
 use crate::common::{systemd, wait};
-use crate::options::runc_options;
+use crate::runtime_options::runc_options;
 
 /// Holds a lock, a TCP connection with traffic, and a Unix socket whose other end is on the host.
 const HOLDING: &str = r#"

@@ -49,7 +49,7 @@ fn containerd_1_6_gets_a_bare_address() {
 fn containerd_1_7_gets_json() {
     needs!(OurShim);
     let _node = Node::shared();
-    let options = crate::options::runc_options(|options| options.binary_name = "runc".to_string());
+    let options = crate::runtime_options::runc_options(|options| options.binary_name = "runc".to_string());
     let options = prost::Message::encode_to_vec(&options);
     for stdin in [Vec::new(), options] {
         let bundle = Bundle::new("start");

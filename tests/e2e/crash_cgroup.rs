@@ -15,7 +15,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Scratch};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
-use crate::options::runc_options;
+use crate::runtime_options::runc_options;
 
 /// An OCI runtime that, in one of its commands, waits as long as a file exists.
 struct Held {

@@ -19,7 +19,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, Gate, Reader};
 use crate::common::task::{Io, SIGTERM};
 use crate::common::{daemon, wait};
-use crate::options::{Noting, runc_options};
+use crate::runtime_options::{Noting, runc_options};
 
 /// The file that names the point at which the daemon has to end. The daemon removes the file before it ends.
 pub const REQUEST: &str = "/run/containerd-shim-systemd-v1.fault";

@@ -7,7 +7,7 @@ use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::task::Io;
 use crate::common::{bpf, cgroup, process, systemd};
-use crate::options::GenericOptions;
+use crate::runtime_options::GenericOptions;
 
 /// A container that may use only the usual devices, with these options of the runtime.
 fn container<'n>(node: &'n Node, options: &str) -> Container<'n> {

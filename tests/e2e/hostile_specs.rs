@@ -14,7 +14,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{process, systemd};
-use crate::options::GenericOptions;
+use crate::runtime_options::GenericOptions;
 
 /// How long a Create may take that waits for nobody.
 const SOON: Duration = Duration::from_secs(20);

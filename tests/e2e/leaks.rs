@@ -13,7 +13,7 @@ use crate::common::stdio::Fifos;
 use crate::common::systemd::{self, DropIn};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
-use crate::options::{Noting, runc_options};
+use crate::runtime_options::{Noting, runc_options};
 
 /// Enough to fill every cache and buffer that is filled once.
 const WARM_UP: u32 = 20;

@@ -46,6 +46,16 @@ fn outer(cgroup: &Path) -> PathBuf {
 }
 
 #[test]
+fn status_shows_memory_and_tasks() {
+    needs!(OurShim, Controllers);
+    let node = Node::shared();
+    let container = node.container("usage", Spec::sleeping()).started(&Io::default());
+    let unit = systemd::unit_of(&container);
+    let status = process::succeed("systemctl", &["status", "--full", "--no-pager", "--lines=0", &unit]);
+    assert!(status.contains("Memory:") && status.contains("Tasks: 1"), "{status}");
+}
+
+#[test]
 fn every_file_of_the_cgroup_is_as_under_the_stock_shim() {
     needs!(OurShim, Controllers);
     let node = Node::shared();

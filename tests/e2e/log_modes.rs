@@ -22,7 +22,7 @@ use crate::common::stdio::Fifos;
 use crate::common::systemd::{self, DAEMON_SERVICE};
 use crate::common::task::{Io, Process, SIGKILL, SIGTERM};
 use crate::common::wait;
-use crate::options::GenericOptions;
+use crate::runtime_options::GenericOptions;
 
 /// The options as a table in CRI's configuration.
 pub fn log(mode: &str) -> Any {

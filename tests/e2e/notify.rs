@@ -19,7 +19,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::{Fifos, feed};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, leaks, process, systemd, wait};
-use crate::options::GenericOptions;
+use crate::runtime_options::GenericOptions;
 
 const NOTIFY: &str = "io.containerd.systemd.notify";
 /// The image has no program that can notify. The program of the host finds the container's socket at the same path.

@@ -142,7 +142,8 @@ fn a_sandbox_has_metrics() {
 fn the_runtimes_options_hold_for_sandboxes() {
     needs!(OurShim, Sandboxes);
     let node = Node::shared();
-    let options = crate::options::runc_options(|options| options.binary_name = "no-such-runtime".to_string());
+    let options =
+        crate::runtime_options::runc_options(|options| options.binary_name = "no-such-runtime".to_string());
     let refused = Sandbox::create_with(&node, "options", None, Some(options)).err().expect("a refusal");
     assert!(refused.message().contains("no-such-runtime"), "{refused:?}");
 }

@@ -28,7 +28,7 @@ use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, needs, process, shim, wait};
-use crate::options::GenericOptions;
+use crate::runtime_options::GenericOptions;
 
 /// This is shorter than any limit of the daemon.
 const SOON: Duration = Duration::from_secs(25);

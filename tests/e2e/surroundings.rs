@@ -12,7 +12,7 @@ use crate::common::stdio::{Fifos, Scratch, feed};
 use crate::common::systemd::{self, Masked};
 use crate::common::task::Io;
 use crate::common::wait::until_true;
-use crate::options::{Noting, runc_options};
+use crate::runtime_options::{Noting, runc_options};
 
 #[test]
 fn containers_and_execs_outlive_another_target() {

@@ -83,16 +83,6 @@ fn status_shows_the_containers_processes() {
 }
 
 #[test]
-fn status_shows_memory_and_tasks() {
-    needs!(OurShim, Controllers);
-    let node = Node::shared();
-    let container = node.container("usage", Spec::sleeping()).started(&Io::default());
-    let unit = systemd::unit_of(&container);
-    let status = process::succeed("systemctl", &["status", "--full", "--no-pager", "--lines=0", &unit]);
-    assert!(status.contains("Memory:") && status.contains("Tasks: 1"), "{status}");
-}
-
-#[test]
 fn systemctl_stop_ends_the_task() {
     needs!(OurShim);
     let node = Node::shared();

@@ -21,7 +21,7 @@ use crate::common::stdio::Scratch;
 use crate::common::systemd::{self, unit_of, unit_of_exec};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
-use crate::options::GenericOptions;
+use crate::runtime_options::GenericOptions;
 
 /// Makes every `runc exec` hang: it opens the container's /etc/passwd.
 const TRAP: &str = "mkdir -p /etc; rm -f /etc/passwd; mkfifo /etc/passwd; exec sleep 1000";
