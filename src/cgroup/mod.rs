@@ -27,7 +27,7 @@ use crate::path_error::{PathError, io_error};
 use crate::sys::poll;
 
 pub use processes::processes;
-pub use removal::{kill, kill_blocking, remove, remove_blocking};
+pub use removal::{kill, kill_blocking, kill_within, remove, remove_blocking};
 
 /// The cgroup v2 hierarchy.
 pub const ROOT: &str = "/sys/fs/cgroup";

@@ -25,7 +25,15 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// # Errors
 /// The kernel refused, or has not answered within 30 s.
 pub async fn kill(cgroup: &Path) -> Result<(), Error> {
-    within(LIMIT, "kill the processes of", cgroup, kill_blocking).await
+    kill_within(LIMIT, cgroup).await
+}
+
+/// As [`kill`], with another time limit.
+///
+/// # Errors
+/// The kernel refused, or has not answered within `limit`.
+pub async fn kill_within(limit: Duration, cgroup: &Path) -> Result<(), Error> {
+    within(limit, "kill the processes of", cgroup, kill_blocking).await
 }
 
 /// Removes a cgroup. Returns false if it has processes or other cgroups below it.
@@ -105,7 +113,7 @@ mod tests {
         mkfifo(&file, Mode::S_IRWXU).unwrap();
         let mut killing = pin!(kill(cgroup));
         assert!(killing.as_mut().now_or_never().is_none());
-        let late = within(Duration::from_millis(10), "kill the processes of", cgroup, kill_blocking).await;
+        let late = kill_within(Duration::from_millis(10), cgroup).await;
         let late = late.unwrap_err();
         assert!(
             late.is_timeout() && late.to_string().contains("/locked.slice: the kernel has not"),

@@ -373,12 +373,9 @@ impl Units {
 /// Kills the processes that init left behind, before its end is reported. Gives up after a limit: the end is reported in
 /// any case.
 async fn kill_left_behind(entry: &Entry, cgroup: &Path) {
-    let reason = match tokio::time::timeout(LEFT_BEHIND_LIMIT, cgroup::kill(cgroup)).await {
-        Ok(Ok(())) => return,
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("not done within {} s", LEFT_BEHIND_LIMIT.as_secs()),
-    };
-    tracing::warn!(task = %entry.key, "task {}: can't kill the processes that its init process left behind: {reason}", entry.key);
+    if let Err(error) = cgroup::kill_within(LEFT_BEHIND_LIMIT, cgroup).await {
+        tracing::warn!(task = %entry.key, %error, "task {}: can't kill the processes that its init process left behind: {error}", entry.key);
+    }
 }
 
 /// Which of the two reports about the end of a main process to trust: the answer that systemd gave when it was queried,
