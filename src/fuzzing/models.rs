@@ -227,7 +227,11 @@ proptest! {
 
     #[test]
     fn limits_come_back_from_systemd(limits in limits()) {
-        assert_eq!(rules::check_limits(&limits), limits);
+        let found = rules::check_limits(&limits);
+        assert_eq!(&found, &crate::unit::limits::of_unit(&limits));
+        // A quota in whole percents, rounded up.
+        let quota = Limits::default_of(Attribute::CpuMax).attributes();
+        assert_eq!(found.except(&quota), limits.except(&quota));
     }
 
     #[test]

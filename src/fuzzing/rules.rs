@@ -251,7 +251,11 @@ fn systemd_writes(properties: &Properties) -> Limits {
         let period = if period == u64::MAX { 100_000 } else { period };
         let quota = match quota {
             u64::MAX => "max".to_owned(),
-            quota => (u128::from(quota) * u128::from(period) / 1_000_000).to_string(),
+            quota => {
+                // At a reload, systemd reads what it has written: whole percents.
+                assert_eq!(quota % 10_000, 0, "{quota}");
+                (u128::from(quota) * u128::from(period) / 1_000_000).to_string()
+            }
         };
         files.push((Attribute::CpuMax, format!("{quota} {period}")));
     }

@@ -64,7 +64,9 @@ impl Shim {
         if !back.is_empty() {
             waiting(WaitsFor::Limits, key, move || files::write(&cgroup, &back)).await??;
         }
-        let new = if burst && updated.is_ok() { self.cgroups.with_quota(&task, new).await? } else { new };
+        // The unit has the container's quota only while the container has no burst.
+        let has_quota = burst && updated.is_ok();
+        let new = if has_quota { new.over(&before.only(&[Attribute::CpuMax])) } else { new };
         let limits = self.cgroups.show_new_limits(&task, &new).await?;
         if task.init.phase.is_paused() {
             let mut live = entry.init.live();

@@ -3,7 +3,7 @@ use crate::id::{TaskId, UnitName};
 use crate::task::Placement;
 use crate::task::exec::{Exec, ExecPhase};
 use crate::task::lifecycle::{Container, Event, Exit, ObservedExit};
-use crate::task::limits::Limits;
+use crate::task::limits::UnitLimits;
 use crate::task::outbox::TaskEvent;
 use crate::task::phase::Phase;
 use crate::task::process::Process;
@@ -48,7 +48,8 @@ fn task(id: &str) -> Task {
 }
 
 fn created() -> Event {
-    let container = Container { pid: 7, cgroup: "/a".into(), limits: Some(Limits::default()), oom_kills: 2 };
+    let container =
+        Container { pid: 7, cgroup: "/a".into(), limits: Some(UnitLimits::default()), oom_kills: 2 };
     Event::Created { container, program: Some((1, 2)) }
 }
 

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use crate::cgroup::limits as files;
 use crate::services::{Entry, Error, WaitsFor, blocking, waiting};
-use crate::task::limits::{Attribute, Limits};
+use crate::task::limits::{Attribute, Limits, UnitLimits};
 use crate::task::{Placement, Task};
 use crate::unit;
+use crate::unit::limits::of_unit;
 
 use super::Cgroups;
 
@@ -17,39 +18,39 @@ impl Cgroups {
     ///
     /// Returns the limits of the unit's cgroup. If systemd refuses a limit, a warning is logged and only the container has
     /// it.
-    pub(crate) async fn join_limits(&self, task: &Task, container: &Path) -> Result<Option<Limits>, Error> {
+    pub(crate) async fn join_limits(
+        &self,
+        task: &Task,
+        container: &Path,
+    ) -> Result<Option<UnitLimits>, Error> {
         let Some((unit, container)) = nested_at(task, container) else {
             return Ok(None);
         };
         let (outer, inner) = (read(&unit).await?, read(&container).await?);
         let (given, wanted) = (outer.set(), inner.set());
+        // An earlier daemon may have set some of the container's limits on the unit before it ended.
+        let own = given.differing_from(&inner).differing_from(&of_unit(&inner)).attributes();
         let down = given.without(&wanted);
         if !down.is_empty() {
             let container = container.clone();
             waiting(WaitsFor::Limits, &task.key, move || files::write(&container, &down)).await??;
         }
-        self.show_limits(task, &unit, &container, outer, wanted.without(&given)).await.map(Some)
+        let seen = self.show_limits(task, &unit, &container, outer, wanted.without(&given)).await?;
+        Ok(Some(UnitLimits { seen, given: own }))
     }
 
-    /// Sets new limits of the container on its unit, after an Update. Otherwise as [`Self::join_limits`].
+    /// Sets new limits of the container on its unit, after an Update, except those that the unit had before the container: both
+    /// hold. Otherwise as [`Self::join_limits`].
     pub(crate) async fn show_new_limits(&self, task: &Task, new: &Limits) -> Result<Option<Limits>, Error> {
         let Some((unit, container)) = nested(task) else {
             return Ok(None);
         };
         let outer = read(&unit).await?;
-        self.show_limits(task, &unit, &container, outer, new.clone()).await.map(Some)
-    }
-
-    /// Adds the container's quota to its new limits, after an Update of its burst: the unit has this quota only while the
-    /// container has no burst ([`Self::show_limits`]). A quota that an administrator has given to the unit alone stays.
-    pub(crate) async fn with_quota(&self, task: &Task, new: Limits) -> Result<Limits, Error> {
-        let Some((unit, container)) = nested(task) else {
-            return Ok(new);
+        let new = match known_limits(task) {
+            Some(UnitLimits { given, .. }) => new.except(given),
+            None => new.clone(),
         };
-        let quota = read(&container).await?.only(&[Attribute::CpuMax]);
-        let shown = read(&unit).await?.only(&[Attribute::CpuMax]);
-        let is_own = shown != quota && shown != Limits::default_of(Attribute::CpuMax);
-        Ok(if is_own { new } else { new.over(&quota) })
+        self.show_limits(task, &unit, &container, outer, new).await.map(Some)
     }
 
     /// Sets limits again after a thaw: systemd 256 and 257 do not apply limits to a frozen unit.
@@ -68,13 +69,12 @@ impl Cgroups {
     }
 
     /// Records the limits of the unit's cgroup that the container's limits were last compared with.
-    pub(crate) fn note_limits(&self, entry: &Arc<Entry>, limits: Option<Limits>) -> Result<(), Error> {
+    pub(crate) fn note_limits(&self, entry: &Arc<Entry>, seen: Option<Limits>) -> Result<(), Error> {
         self.tasks.note(entry, |task| {
-            task.init
-                .phase
-                .container_mut()
-                .into_iter()
-                .for_each(|container| container.limits = limits.clone());
+            task.init.phase.container_mut().into_iter().for_each(|container| {
+                let given = container.limits.take().map(|limits| limits.given).unwrap_or_default();
+                container.limits = seen.clone().map(|seen| UnitLimits { seen, given });
+            });
             Ok(Vec::new())
         })?;
         Ok(())
@@ -93,7 +93,7 @@ impl Cgroups {
             // property for bursts.
             new = Limits::default_of(Attribute::CpuMax).over(&new);
         }
-        let new = new.differing_from(&outer);
+        let new = of_unit(&new).differing_from(&outer);
         if new.is_empty() {
             return Ok(outer);
         }
@@ -118,15 +118,13 @@ impl Cgroups {
         let _limits = entry.limits.lock().await;
         let task = entry.task().clone();
         // Before the first comparison, a difference does not mean that somebody has changed the unit.
-        let (Some(known), Some((unit, container)), true) = (
-            task.init.phase.container().and_then(|container| container.limits.clone()),
-            nested(&task),
-            task.init.is_alive(),
-        ) else {
+        let (Some(known), Some((unit, container)), true) =
+            (known_limits(&task), nested(&task), task.init.is_alive())
+        else {
             return Ok(());
         };
         let outer = read(&unit).await?;
-        let new = outer.differing_from(&known);
+        let new = outer.differing_from(&known.seen);
         if new.is_empty() {
             return Ok(());
         }
@@ -134,11 +132,16 @@ impl Cgroups {
         for (attribute, value) in new.iter() {
             tracing::info!(task = %entry.key, "task {}: its unit has a new {} of {value:?}", entry.key, attribute.file());
         }
-        let down = new.differing_from(&inner);
+        // An earlier daemon may have shown a limit of the container on the unit, and ended before it recorded that.
+        let down = new.differing_from(&inner).differing_from(&of_unit(&inner));
         let written = waiting(WaitsFor::Limits, &entry.key, move || files::write(&container, &down)).await?;
         self.note_limits(entry, Some(outer))?;
         Ok(written?)
     }
+}
+
+fn known_limits(task: &Task) -> Option<&UnitLimits> {
+    task.init.phase.container()?.limits.as_ref()
 }
 
 /// The cgroups of a task's unit and of its container. None if the container's cgroup is outside of the unit.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::limits::Limits;
+use super::limits::UnitLimits;
 
 /// What the phases of an init process and of an exec have in common.
 pub trait Lifecycle {
@@ -56,9 +56,8 @@ pub struct Container {
     pub pid: u32,
     /// Its cgroup, below the cgroup root.
     pub cgroup: PathBuf,
-    /// The limits of its unit's cgroup when they were last compared with the container's own. `None` if the container's
-    /// cgroup is outside of the unit.
-    pub limits: Option<Limits>,
+    /// The limits of its unit's cgroup. `None` if the container's cgroup is outside of the unit.
+    pub limits: Option<UnitLimits>,
     /// How many OOM kills have been announced to containerd.
     pub oom_kills: u64,
 }

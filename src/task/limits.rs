@@ -1,6 +1,6 @@
 //! The limits of a container that exist both in its cgroup and as properties of its unit (pure).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +99,15 @@ impl Attribute {
     }
 }
 
+/// The limits of a unit's cgroup.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UnitLimits {
+    /// When they were last compared with the container's own.
+    pub seen: Limits,
+    /// What the unit had before it got the container's limits, from a drop-in or an annotation: no Update changes it.
+    pub given: BTreeSet<Attribute>,
+}
+
 /// The limits of a cgroup: the content of its files. Limits of missing controllers are absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits(BTreeMap<Attribute, String>);
@@ -153,6 +162,17 @@ impl Limits {
     pub fn only(&self, named: &[Attribute]) -> Self {
         let only = self.iter().filter(|(attribute, _)| named.contains(attribute));
         only.map(|(attribute, value)| (attribute, value.to_owned())).collect()
+    }
+
+    /// The limits of other attributes than these.
+    pub fn except(&self, excluded: &BTreeSet<Attribute>) -> Self {
+        let rest = self.iter().filter(|(attribute, _)| !excluded.contains(attribute));
+        rest.map(|(attribute, value)| (attribute, value.to_owned())).collect()
+    }
+
+    /// The attributes.
+    pub fn attributes(&self) -> BTreeSet<Attribute> {
+        self.0.keys().copied().collect()
     }
 
     /// The limits that are absent in `other`.

@@ -1,7 +1,7 @@
 //! The form in which a record holds a task. Records on disk have this form, so it does not change with
 //! [`Task`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::id::{ExecId, TaskKey, UnitName};
 
 use super::exec::Exec;
 use super::lifecycle::{Container, Exit, Lifecycle, ObservedExit, Program};
-use super::limits::Limits;
+use super::limits::{Attribute, Limits, UnitLimits};
 use super::outbox::Outbox;
 use super::phase::Phase;
 use super::process::Process;
@@ -50,6 +50,8 @@ pub(super) struct Record {
     oom_kills: u64,
     #[serde(default)]
     limits: Option<Limits>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    given_limits: BTreeSet<Attribute>,
     // The name in the records of all versions.
     #[serde(default, rename = "muted")]
     given_up: bool,
@@ -150,6 +152,7 @@ impl From<Task> for Record {
         let Process { unit, logger, stdio, wiring, description, phase } = task.init;
         let metadata = TaskMetadata { description, fields: task.fields };
         let container = phase.container();
+        let limits = container.and_then(|container| container.limits.as_ref());
         let Create { bundle, rootfs, sandbox, checkpoint } = task.request;
         Self {
             key: task.key,
@@ -171,7 +174,8 @@ impl From<Task> for Record {
             execs: task.execs,
             outbox: task.outbox,
             oom_kills: container.map_or(0, |container| container.oom_kills),
-            limits: container.and_then(|container| container.limits.clone()),
+            limits: limits.map(|limits| limits.seen.clone()),
+            given_limits: limits.map(|limits| limits.given.clone()).unwrap_or_default(),
             given_up: task.given_up,
             is_leftover: task.is_leftover,
         }
@@ -181,7 +185,8 @@ impl From<Task> for Record {
 impl From<Record> for Task {
     fn from(record: Record) -> Self {
         let Request { bundle, rootfs, stdio, sandbox, checkpoint } = record.request;
-        let (oom_kills, limits) = (record.oom_kills, record.limits);
+        let (oom_kills, given) = (record.oom_kills, record.given_limits);
+        let limits = record.limits.map(|seen| UnitLimits { seen, given });
         // Earlier versions recorded no cgroup for a process that had ended before they read its cgroup.
         let cgroup = record.cgroup.unwrap_or_else(|| record.placement.cgroup(&record.unit));
         let container = |pid| Container { pid, cgroup, limits, oom_kills };
@@ -282,6 +287,7 @@ mod tests {
         "outbox": {"next": 3, "owed": []},
         "oom_kills": 2,
         "limits": {},
+        "given_limits": ["memory.max"],
         "muted": true,
         "is_leftover": true
     }"#;
@@ -320,6 +326,7 @@ mod tests {
                     }
                     record["cgroup"] = serde_json::Value::Null;
                     record["limits"] = serde_json::Value::Null;
+                    record.as_object_mut().unwrap().remove("given_limits");
                     record["oom_kills"] = 0.into();
                 }
                 "created" | "starting" => record["waiting_program"] = serde_json::json!([1, 2]),

@@ -8,6 +8,10 @@ use super::properties::Properties;
 
 /// Stands for "no limit", and for the default value.
 const INFINITY: u64 = u64::MAX;
+/// In microseconds.
+const SECOND: u64 = 1_000_000;
+/// The shortest period that the kernel accepts (`min_cfs_quota_period`), in microseconds.
+const SHORTEST_PERIOD: u64 = 1000;
 /// The default period of CPU quotas in systemd and in the kernel, in microseconds.
 const DEFAULT_PERIOD: u64 = 100_000;
 
@@ -50,19 +54,42 @@ fn positive(property: &'static str, value: &str) -> Option<(&'static str, Varian
     number(property, value).filter(|_| value != "0")
 }
 
-/// systemd expects the quota per second, and computes the same `cpu.max` from it and the period.
-fn quota(value: &str) -> Option<[(&'static str, Variant<'static>); 2]> {
-    let (quota, period) = value.split_once(' ')?;
-    let period: u64 = period.parse().ok().filter(|period| *period > 0)?;
-    let per_second = match quota {
-        "max" => INFINITY,
-        quota => {
-            let quota: u128 = quota.parse().ok()?;
-            u64::try_from((quota * 1_000_000).div_ceil(period.into())).ok()?
+/// A container's limits as its unit gets them.
+pub fn of_unit(limits: &Limits) -> Limits {
+    let of_unit = |(attribute, value): (Attribute, &str)| match (attribute, cpu_max(value)) {
+        (Attribute::CpuMax, Some((Some(per_second), period))) => {
+            let quota = u128::from(per_second) * u128::from(period) / u128::from(SECOND);
+            (attribute, format!("{quota} {period}"))
         }
+        _ => (attribute, value.to_owned()),
     };
+    limits.iter().map(of_unit).collect()
+}
+
+/// systemd expects the quota per second, and computes `cpu.max` from it and the period.
+fn quota(value: &str) -> Option<[(&'static str, Variant<'static>); 2]> {
+    let (per_second, period) = cpu_max(value)?;
     let period = if period == DEFAULT_PERIOD { INFINITY } else { period };
-    Some([("CPUQuotaPerSecUSec", per_second.into()), ("CPUQuotaPeriodUSec", period.into())])
+    Some([
+        ("CPUQuotaPerSecUSec", per_second.unwrap_or(INFINITY).into()),
+        ("CPUQuotaPeriodUSec", period.into()),
+    ])
+}
+
+/// The quota per second that a unit gets for the `cpu.max` of its container, and the period, in microseconds. `None` for no quota.
+///
+/// systemd writes whole percents to the file of the unit, cuts off the rest, and reads the file again at each reload
+/// (`bus_cgroup_set_cpu_quota`, 252 to 262): the unit would get less than its container. So the unit gets the next percent. What
+/// the container has in its own cgroup is exact.
+fn cpu_max(value: &str) -> Option<(Option<u64>, u64)> {
+    let (quota, period) = value.split_once(' ')?;
+    let period: u64 = period.parse().ok().filter(|period| *period >= SHORTEST_PERIOD)?;
+    if quota == "max" {
+        return Some((None, period));
+    }
+    let quota: u128 = quota.parse().ok()?;
+    let percents = (quota * 100).div_ceil(period.into());
+    Some((Some(u64::try_from(percents).ok()?.checked_mul(SECOND / 100)?), period))
 }
 
 /// Converts a list such as `0-2,5` to a bit set, lowest byte first.
@@ -138,24 +165,25 @@ mod tests {
     }
 
     #[test]
-    fn a_quota_per_second_gives_the_same_file() {
-        for (file, per_second) in
-            [("50000 100000", 500_000), ("10000 30000", 333_334), ("33333 100000", 333_330)]
-        {
-            let (quota, period) = file.split_once(' ').unwrap();
-            let (quota, period): (u64, u64) = (quota.parse().unwrap(), period.parse().unwrap());
+    fn a_quota_is_shown_in_whole_percents_that_leave_the_container_its_own() {
+        for (file, per_second, of_unit) in [
+            ("50000 100000", 500_000, "50000 100000"),
+            ("10000 30000", 340_000, "10200 30000"),
+            ("33333 100000", 340_000, "34000 100000"),
+            ("1500 100000", 20_000, "2000 100000"),
+            ("5000 1000000", 10_000, "10000 1000000"),
+            ("max 100000", INFINITY, "max 100000"),
+        ] {
             assert_eq!(
                 shown(&[(Attribute::CpuMax, file)])[0],
                 format!("CPUQuotaPerSecUSec=uint64 {per_second}")
             );
-            // systemd computes the limit in this way (cgroup.c).
-            assert_eq!(per_second * period / 1_000_000, quota, "{file}");
+            let limits: Limits = [(Attribute::CpuMax, file.to_owned())].into_iter().collect();
+            assert_eq!(super::of_unit(&limits).get(Attribute::CpuMax), Some(of_unit));
+            assert_eq!(super::of_unit(&super::of_unit(&limits)), super::of_unit(&limits));
         }
-        assert_eq!(
-            shown(&[(Attribute::CpuMax, "max 100000")])[0],
-            format!("CPUQuotaPerSecUSec=uint64 {INFINITY}")
-        );
         assert!(shown(&[(Attribute::CpuMax, "1000 0")]).is_empty());
+        assert!(shown(&[(Attribute::CpuMax, "10 999")]).is_empty());
     }
 
     #[test]

@@ -120,15 +120,18 @@ fn limits_are_shown_as_properties_of_the_unit() {
     let wanted = [64 * MIB, 32 * MIB, 32 * MIB, 48 * MIB, 77].map(|number| number.to_string());
     let shown = shown(&container, &names);
     assert_eq!(shown[..5], wanted);
-    assert_eq!(shown[5..], ["333.330ms", "0"]);
+    // Whole percents: systemd keeps no others over a reload.
+    assert_eq!(shown[5..], ["340ms", "0"]);
+    assert_eq!(
+        (cgroup::read(&cgroup, "cpu.max"), cgroup::read(&outer(&cgroup), "cpu.max")),
+        ("33333 100000".to_owned(), "34000 100000".to_owned())
+    );
     assert_eq!(
         systemd::property(&systemd::unit_of(&container), "CPUWeight"),
         cgroup::read(&cgroup, "cpu.weight"),
         "as the OCI runtime has computed it"
     );
-    for file in
-        ["memory.max", "memory.high", "memory.low", "memory.swap.max", "cpu.max", "cpu.weight", "pids.max"]
-    {
+    for file in ["memory.max", "memory.high", "memory.low", "memory.swap.max", "cpu.weight", "pids.max"] {
         assert_eq!(cgroup::read(&outer(&cgroup), file), cgroup::read(&cgroup, file), "{file}");
     }
     container.update(&json!({"memory": {"limit": 80 * MIB}, "pids": {"limit": 5}})).expect("update");
@@ -137,6 +140,27 @@ fn limits_are_shown_as_properties_of_the_unit() {
     assert_eq!(systemd::property(&unit, "MemoryMax"), (80 * MIB).to_string());
     assert_eq!(systemd::property(&unit, "TasksMax"), "5");
     assert_eq!(systemd::property(&unit, "MemoryHigh"), (48 * MIB).to_string(), "what was not named stays");
+}
+
+#[test]
+fn a_reload_of_systemd_changes_no_limit() {
+    needs!(OurShim, Controllers);
+    let node = Node::exclusive();
+    let quota = |quota: u64, period: u64| json!({"cpu": {"quota": quota, "period": period}});
+    for limits in [resources(), quota(1500, 100_000), quota(12_500, 100_000), quota(5000, 1_000_000)] {
+        let container = node.container("reload", Spec::sleeping().resources(limits)).started(&Io::default());
+        let cgroup = container_cgroup(&container);
+        let settings = || [&cgroup, &outer(&cgroup)].map(|cgroup| cgroup::settings(cgroup));
+        let before = settings();
+        process::succeed("systemctl", &["daemon-reload"]);
+        // The daemon handles changes of limits in their order.
+        set_property(&container, "MemoryMax=77M");
+        cgroup::wait_for(&cgroup, "memory.max", &(77 * MIB).to_string());
+        let memory = &before[0]["memory.max"];
+        set_property(&container, &format!("MemoryMax={}", memory.replace("max", "infinity")));
+        cgroup::wait_for(&cgroup, "memory.max", memory);
+        assert_eq!(settings(), before);
+    }
 }
 
 /// A quota of the unit would stop the burst: each cgroup saves up time of its own.
@@ -273,6 +297,33 @@ fn a_drop_in_limits_what_the_client_does_not() {
         "55",
         "the limit of the drop-in also holds for processes beside the container"
     );
+}
+
+#[test]
+fn an_update_does_not_change_what_a_drop_in_has_set() {
+    needs!(OurShim, Controllers);
+    let node = Node::exclusive();
+    let namespace = unique("drop-in");
+    // systemd reads its own file with the limits of an Update, 50-…, before this drop-in.
+    let _drop_in = DropIn::for_namespace(&namespace, "[Service]\nMemoryMax=90M\nTasksMax=55\n");
+    let spec = Spec::sleeping().resources(json!({"pids": {"limit": 44}, "memory": {"limit": 20 * MIB}}));
+    let container = node.container("policy", spec).namespace(&namespace).started(&Io::default());
+    let cgroup = container_cgroup(&container);
+    let limits = |file: &str| [&cgroup, &outer(&cgroup)].map(|cgroup| cgroup::read(cgroup, file));
+    for (memory, pids) in [(200, 60), (30, 40)] {
+        container
+            .update(&json!({"memory": {"limit": memory * MIB}, "pids": {"limit": pids}}))
+            .expect("update");
+        let wanted = || {
+            assert_eq!(limits("memory.max"), [(memory * MIB).to_string(), (90 * MIB).to_string()]);
+            assert_eq!(limits("pids.max"), [pids.to_string(), "55".to_owned()]);
+        };
+        wanted();
+        process::succeed("systemctl", &["daemon-reload"]);
+        set_property(&container, &format!("CPUWeight={}", memory + pids));
+        cgroup::wait_for(&cgroup, "cpu.weight", &(memory + pids).to_string());
+        wanted();
+    }
 }
 
 /// Create, start, exec and delete work as under the stock shim: the resources that the OCI runtime itself uses are
