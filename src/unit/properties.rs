@@ -144,7 +144,7 @@ pub fn container(
         list.push(("NotifyAccess", "all".into()));
     }
     list.extend(for_containers_processes());
-    list.extend(bound_to_system(&NEEDED_UNTIL_THE_END));
+    list.extend(bound_to_system(&AFTER_CONTAINERS));
     Properties(list)
 }
 
@@ -254,7 +254,7 @@ pub fn logger(shown: &UnitMetadata<'_>, command: &[String]) -> Properties {
         ("TimeoutStopUSec", usec(config::LOGGER_STOP_LIMIT).into()),
         ("StandardInput", "null".into()),
     ]);
-    list.extend(bound_to_system(&NEEDED_UNTIL_THE_END));
+    list.extend(bound_to_system(&AFTER_CONTAINERS));
     Properties(list)
 }
 
@@ -284,7 +284,7 @@ pub fn pod_slice(description: &str) -> Properties {
 }
 
 /// The slice that keeps the order of stops at shutdown: systemd stops it after the containers, which are ordered after it, and
-/// before the services of the host that containers need until they have ended. containerd must learn of their exits.
+/// before the daemon and the services of the host that containers need until they have ended. containerd must learn of their exits.
 ///
 /// Containers are not ordered after those services themselves: systemd would delay the start of each container for as long as
 /// one of the services has a job. A service that runs a container in its own `ExecStartPost=` would wait for itself.
@@ -292,8 +292,8 @@ pub fn pod_slice(description: &str) -> Properties {
 /// The slice contains no unit. Of the units that do nothing, only slices can be transient. It is not ordered after Docker's daemon,
 /// which stops its containers itself at the same time.
 ///
-/// Nor is it ordered after the daemon's service, which it would keep loaded: an installed or a masked unit could not take the
-/// place of a transient one that is stopped.
+/// The daemon's service names the slice, and not the other way round: the slice would keep the service loaded, and an installed or a
+/// masked unit could not take the place of a transient one that is stopped.
 pub fn order_slice() -> Properties {
     let mut list = vec![("Description", "Order of stops at shutdown: containers, then containerd".into())];
     list.extend(bound_to_system(&["network.target", "dbus.service", "containerd.service"]));
@@ -351,7 +351,7 @@ pub fn daemon_service(systemd: SystemdVersion, command: &[String]) -> Properties
         ("DefaultDependencies", false.into()),
         ("IgnoreOnIsolate", true.into()),
         ("Conflicts", vec!["shutdown.target"].into()),
-        ("Before", vec!["shutdown.target"].into()),
+        ("Before", vec!["shutdown.target", name::ORDER_SLICE].into()),
         // The service starts its socket, and keeps the socket loaded.
         ("Wants", vec![name::DAEMON_SOCKET].into()),
         ("After", vec!["dbus.socket", "dbus.service", "systemd-journald.socket", name::DAEMON_SOCKET].into()),
@@ -382,9 +382,9 @@ fn shown_as(shown: &UnitMetadata<'_>) -> Vec<(&'static str, Variant<'static>)> {
     list
 }
 
-/// The units that systemd stops after the containers. The daemon answers no calls before its service has started, so no call waits
-/// for the start job of that service.
-const NEEDED_UNTIL_THE_END: [&str; 2] = [name::ORDER_SLICE, name::DAEMON_SERVICE];
+/// The unit that systemd stops after the containers. Not the daemon's service: systemd would not start the daemon again while one
+/// container stops, which can take minutes (`job_compare`, 252 to 262: of two units, the stop of the later one comes first).
+const AFTER_CONTAINERS: [&str; 1] = [name::ORDER_SLICE];
 
 /// Dependencies in place of the default ones, which order a unit after `sysinit.target` and cost three signals per start.
 /// At shutdown systemd stops the unit before those in `after`.

@@ -63,7 +63,7 @@ fn annotations_set_properties_of_the_unit() {
     ];
     let container = node.container("asked", asking(Spec::sleeping(), &asked)).started(&Io::default());
     let after = words(&container, "After");
-    for unit in ["e2e-before.service", "e2e-too.service", systemd::ORDER_SLICE, systemd::DAEMON_SERVICE] {
+    for unit in ["e2e-before.service", "e2e-too.service", systemd::ORDER_SLICE] {
         assert!(after.iter().any(|after| after == unit), "{unit} is not in {after:?}");
     }
     assert_eq!(shown(&container, "TimeoutStopUSec"), "250ms");

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use containerd_client::types::v1::Status;
 use nix::sys::signal::Signal;
 
+use crate::attached::Client;
 use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::shim;
@@ -103,6 +104,27 @@ fn daemon_and_socket_may_be_stopped_and_started_again() {
     assert_eq!((container.pid(), container.phase()), (pid, Status::Running));
     container.kill(SIGKILL).expect("kill");
     assert_eq!(waiting.exit().expect("a Wait from before").status, 137);
+}
+
+/// systemd starts no unit that it has to stop after a unit which it is stopping.
+#[test]
+fn a_daemon_that_is_killed_while_systemd_stops_a_container_is_started_at_once() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let stubborn = Spec::sh("trap '' TERM; echo ready; while :; do sleep 1; done");
+    let stubborn = stubborn.annotation("org.systemd.property.TimeoutStopUSec", "uint64 300000000");
+    let (stubborn, mut client) =
+        Client::attached(stubborn, |spec, io| node.container("stubborn", spec).started(io));
+    client.until("ready\n");
+    let other = sleeping(&node);
+    let unit = systemd::unit_of(&stubborn);
+    process::succeed("systemctl", &["stop", "--no-block", &unit]);
+    wait::until_true("systemd stops it", || systemd::property(&unit, "SubState") == "stop-sigterm");
+    daemon::killed();
+    assert_eq!(other.exec(Spec::sh("exit 3")).started(&Io::default()).exit_status(), 3);
+    assert_eq!(systemd::property(&unit, "SubState"), "stop-sigterm");
+    stubborn.kill(SIGKILL).expect("kill");
+    assert_eq!(stubborn.exit_status(), 137);
 }
 
 #[test]

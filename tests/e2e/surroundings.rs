@@ -237,6 +237,7 @@ fn the_slice_that_keeps_the_order_of_stops_is_started_again() {
         systemd::is_active(systemd::ORDER_SLICE)
             && names(&unit, "After", systemd::ORDER_SLICE)
             && names(systemd::ORDER_SLICE, "After", "containerd.service")
+            && names(systemd::ORDER_SLICE, "After", systemd::DAEMON_SERVICE)
             && names(systemd::ORDER_SLICE, "Conflicts", "shutdown.target")
     };
     until_true("the daemon has started the slice", is_kept);

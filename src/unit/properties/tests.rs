@@ -57,8 +57,8 @@ fn containers_are_ordered_after_the_services_of_the_host_only_by_the_slice() {
     let list = |names: &[&str]| {
         Variant::from(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).to_string()
     };
-    assert_eq!(of()["After"], list(&NEEDED_UNTIL_THE_END));
-    assert_eq!(after(&logger(&shown, &[])), list(&NEEDED_UNTIL_THE_END));
+    assert_eq!(of()["After"], list(&AFTER_CONTAINERS));
+    assert_eq!(after(&logger(&shown, &[])), list(&AFTER_CONTAINERS));
     let order = order_slice();
     let services = ["network.target", "dbus.service", "containerd.service"];
     assert_eq!(after(&order), list(&services));
