@@ -64,7 +64,9 @@ pub(crate) fn allowed_devices(
     let known = matches!(binary, Some("runc" | "crun")) && spec.annotation(CRUN_HANDLER).is_none();
     // Hooks may give the container more devices, such as GPUs.
     let hooks = spec.has_hooks();
-    if !known || hooks {
+    // Without rules, crun has no filter (1.8 to 1.21), and runc has one.
+    let has_filter = binary != Some("crun") || !rules.is_empty();
+    if !known || hooks || !has_filter {
         return None;
     }
     devices::allowed(rules)
@@ -179,9 +181,13 @@ mod tests {
         assert_eq!(asked.unwrap(), Vec::<String>::new());
     }
 
-    fn devices(text: &str, binary: &str) -> Option<Vec<DeviceAllow>> {
+    fn devices(text: &str, binary: &str, rules: &[DeviceRule]) -> Option<Vec<DeviceAllow>> {
         let runtime = Runtime { binary: binary.into(), ..Runtime::default() };
-        allowed_devices(&spec(text), &[], &runtime)
+        allowed_devices(&spec(text), rules, &runtime)
+    }
+
+    fn deny_all() -> DeviceRule {
+        DeviceRule { allow: false, kind: "a".to_owned(), major: None, minor: None, access: "rwm".to_owned() }
     }
 
     #[test]
@@ -191,10 +197,12 @@ mod tests {
             (r#"{"annotations":{"run.oci.handler":"krun"}}"#, "/usr/bin/crun"),
             (r#"{"hooks":{"prestart":[{"path":"/gpu"}]}}"#, "/usr/bin/runc"),
         ] {
-            assert_eq!(devices(text, binary), None, "{text} {binary}");
+            assert_eq!(devices(text, binary, &[deny_all()]), None, "{text} {binary}");
         }
         for binary in ["/usr/sbin/runc", "/usr/bin/crun"] {
-            assert_eq!(devices("{}", binary), Some(vec![]));
+            assert_eq!(devices("{}", binary, &[deny_all()]), Some(vec![]));
         }
+        assert_eq!(devices("{}", "/usr/sbin/runc", &[]), Some(vec![]));
+        assert_eq!(devices("{}", "/usr/bin/crun", &[]), None);
     }
 }

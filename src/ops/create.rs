@@ -17,7 +17,7 @@ use crate::launch::contract::{LAUNCHED, PID_FILE, UnitKind};
 use crate::launch::{self, command};
 use crate::oci::criu::CONFIG_ANNOTATION;
 use crate::oci::{metadata, options, runtime};
-use crate::services::process::{cancelled, hold, is_place_of, lives_in, read_pid};
+use crate::services::process::{cancelled, container_cgroup, hold, lives_in, read_pid};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Delivery, Entry, Error, WaitsFor};
 use crate::session::{OpenStreams, ReopenMode};
@@ -425,7 +425,7 @@ impl Shim {
     async fn record_container(&self, entry: &Arc<Entry>, pid: u32) -> Result<(), Error> {
         let task = entry.task().clone();
         // The process may have ended, and another one of the node may have its pid and be elsewhere.
-        let found = cgroup::of_process(pid).ok().filter(|found| is_place_of(&task, found));
+        let found = cgroup::of_process(pid).ok().and_then(|found| container_cgroup(&task, found));
         let program = self.runtime_files.program_of(&task.key, pid).await?;
         let (mut limits, mut oom_kills) = (None, 0);
         if let Some(cgroup) = &found {

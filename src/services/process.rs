@@ -1,7 +1,7 @@
 //! The process behind a pid. A pidfd shows whether its process has ended. After that, another process may get the pid.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::task::{Placement, Task};
@@ -63,7 +63,7 @@ pub(crate) fn has_ended(task: &Task, pid: u32) -> bool {
 }
 
 /// True if processes of the task are in this cgroup.
-pub(crate) fn is_place_of(task: &Task, found: &Path) -> bool {
+fn is_place_of(task: &Task, found: &Path) -> bool {
     match (task.cgroup(), &task.placement) {
         (Some(container), _) => found.starts_with(container),
         // Create has not noted it yet.
@@ -75,7 +75,44 @@ pub(crate) fn is_place_of(task: &Task, found: &Path) -> bool {
     }
 }
 
+/// The cgroup of a new container whose init process is in `found`. `None` if that is not in the place of the task. crun can move
+/// init to a cgroup below that of the container (`run.oci.delegate-cgroup`).
+pub(crate) fn container_cgroup(task: &Task, found: PathBuf) -> Option<PathBuf> {
+    let Placement::Unit { child, .. } = &task.placement else {
+        return is_place_of(task, &found).then_some(found);
+    };
+    let is_container = |path: &&Path| path.ends_with(Path::new(task.unit().as_str()).join(child));
+    found.ancestors().find(is_container).map(Path::to_owned)
+}
+
 /// Reads a PID file.
 pub(crate) fn read_pid(path: &Path) -> Option<u32> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::services::Delivery;
+    use crate::simulation::harness::{Step, World};
+
+    #[test]
+    fn the_cgroup_of_a_container_is_the_child_of_its_unit() {
+        let world = World::new("container-cgroup");
+        world.take(&[Step::Create], Delivery::First).unwrap().unwrap();
+        let init = world.init();
+        let task = world.live(move |shim| async move { shim.tasks.process(&init).unwrap().0.task().clone() });
+        let task = task.unwrap();
+        let own = task.placement.cgroup(task.unit());
+        let of = |path: PathBuf| container_cgroup(&task, path);
+        assert_eq!(of(own.clone()), Some(own.clone()));
+        assert_eq!(of(own.join("delegated/more")), Some(own.clone()));
+        let outer = Path::new("/machine.slice").join(own.strip_prefix("/").unwrap());
+        assert_eq!(of(outer.join("delegated")), Some(outer));
+        let unit = own.parent().unwrap();
+        for other in [unit.to_owned(), unit.join("other"), unit.join("other").join(own.file_name().unwrap())]
+        {
+            assert_eq!(of(other), None);
+        }
+    }
 }

@@ -12,8 +12,8 @@ use crate::common::node::{Need, Node, unique};
 use crate::common::shim::{Bundle, Shim};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
-use crate::common::task::Io;
-use crate::common::wait;
+use crate::common::task::{Io, SIGKILL};
+use crate::common::{cgroup, systemd, wait};
 
 /// `runtimeoptions.v1.Options`, which CRI sends to every runtime but runc's.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -88,6 +88,29 @@ fn crun_works_as_well_as_runc() {
     let node = Node::shared();
     run(&node, runc_options(|options| options.binary_name = "crun".to_string()));
     run(&node, runc_options(|options| options.binary_name = "/usr/bin/crun".to_string()));
+}
+
+/// crun moves the process to a cgroup below that of the container.
+#[test]
+fn a_container_that_manages_its_own_cgroup_keeps_its_limits_and_ends_whole() {
+    needs!(Crun, OurShim);
+    let node = Node::shared();
+    let crun = runc_options(|options| options.binary_name = "crun".to_string());
+    let spec = Spec::sh("sleep 1000 & wait").annotation("run.oci.delegate-cgroup", "payload");
+    let container = node.container("delegated", spec).options(crun).started(&Io::default());
+    let inner = cgroup::of(container.pid());
+    assert!(inner.ends_with("payload"), "{}", inner.display());
+    if Need::Controllers.missing().is_none() {
+        for limit in [100, 200] {
+            container.update(&serde_json::json!({"pids": {"limit": limit}})).expect("update");
+            let of_unit = systemd::property(&systemd::unit_of(&container), "TasksMax");
+            assert_eq!(of_unit, limit.to_string());
+        }
+    }
+    container.kill_all(SIGKILL).expect("kill");
+    assert_eq!(container.exit_status(), 137);
+    container.delete().expect("delete");
+    wait::until_true("its cgroup is removed", || !inner.exists());
 }
 
 #[test]
