@@ -8,6 +8,11 @@ use crate::task::request::{Log, Stdio};
 use crate::task::wiring::{Copied, Input, JournalCopy, Logger, Output, Sink, Wiring};
 use crate::text;
 
+/// The longest path, in bytes (Linux, `PATH_MAX`).
+const MOST_OF_PATH: usize = 4096;
+/// The longest URI of a logger, in bytes. Its query has the arguments of the logger, such as the labels of a container.
+const MOST_OF_LOGGER: usize = 64 << 10;
+
 /// A stdio string is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{stream} {text:?} is not valid: {rule}")]
@@ -62,7 +67,9 @@ pub fn wiring(
     for (stream, text) in [("stdin", &stdio.stdin), ("stdout", &stdio.stdout), ("stderr", &stdio.stderr)] {
         if text.contains('\0') {
             return Err(malformed(stream, text, "it contains a NUL"));
-        } else if text.len() > 4096 {
+        } else if text.len() > MOST_OF_LOGGER {
+            return Err(malformed(stream, text, "it is longer than 64 KiB"));
+        } else if text.len() > MOST_OF_PATH && !is_logger(split(text).0) {
             return Err(malformed(stream, text, "it is longer than a path can be"));
         }
     }
@@ -134,8 +141,8 @@ fn client(stdio: &Stdio, kind: &impl Fn(&Path) -> Kind) -> Result<Client, Invali
             };
             Ok(Client { stdout: Some(sink.clone()), stderr: Some(sink), logger: None })
         }
-        (Some(scheme @ ("binary" | "binary-v2")), rest) => {
-            let logger = logger(rest, scheme == "binary-v2").ok_or_else(|| {
+        (scheme, rest) if is_logger(scheme) => {
+            let logger = logger(rest, scheme == Some("binary-v2")).ok_or_else(|| {
                 malformed("stdout", &stdio.stdout, "binary:// needs an absolute path, then ?key=value")
             })?;
             if kind(&logger.program) != Kind::File {
@@ -163,8 +170,23 @@ fn split(text: &str) -> (Option<&str>, &str) {
     }
 }
 
+fn is_logger(scheme: Option<&str>) -> bool {
+    matches!(scheme, Some("binary" | "binary-v2"))
+}
+
+/// The path of a stream that has no scheme but `fifo`. The file of any other scheme is not opened as if it were the stream: a logger's
+/// program would get the output at its end.
+fn plain<'a>(stream: &'static str, text: &'a str) -> Result<&'a str, InvalidStdio> {
+    match split(text) {
+        (None | Some("fifo"), path) => Ok(path),
+        (Some(_), _) => {
+            Err(malformed(stream, text, "the only scheme is fifo; that of stdout also holds for stderr"))
+        }
+    }
+}
+
 fn input(text: &str, terminal: bool, kind: &impl Fn(&Path) -> Kind) -> Result<Input, InvalidStdio> {
-    let (_, path) = split(text);
+    let path = plain("stdin", text)?;
     if path.is_empty() {
         return Ok(Input::Null);
     }
@@ -188,7 +210,7 @@ fn output(
     text: &str,
     kind: &impl Fn(&Path) -> Kind,
 ) -> Result<Option<Sink>, InvalidStdio> {
-    let (_, path) = split(text);
+    let path = plain(stream, text)?;
     if path.is_empty() {
         return Ok(None);
     }
@@ -290,6 +312,32 @@ mod tests {
         assert_eq!(read("", "/fifo").unwrap().stdout, Output::Null);
         let client = read_as(Log::Client, Role::Init, false, "fifo:///fifo", "").unwrap();
         assert_eq!(client.stdout, Output::Fifo("/fifo".into()));
+    }
+
+    #[test]
+    fn a_program_is_no_file_for_output() {
+        let of = |stdin: &str, stdout: &str, stderr: &str| {
+            let [stdin, stdout, stderr] = [stdin, stdout, stderr].map(str::to_owned);
+            let stdio = Stdio { stdin, stdout, stderr, terminal: false };
+            wiring(&stdio, Log::Auto, Role::Exec, |_| Kind::File).map_err(|error| error.stream)
+        };
+        for scheme in ["binary", "binary-v2", "file", "x", ""] {
+            let text = format!("{scheme}:///bin/log");
+            assert_eq!(of("", "", &text).unwrap_err(), "stderr", "{text}");
+            assert_eq!(of("", "/file", &text).unwrap_err(), "stderr", "{text}");
+            assert_eq!(of(&text, "/file", "").unwrap_err(), "stdin", "{text}");
+        }
+        assert!(of("fifo:///file", "fifo:///file", "fifo:///file").is_ok());
+    }
+
+    #[test]
+    fn a_logger_may_have_more_arguments_than_a_path_has_bytes() {
+        let of =
+            |scheme: &str, length: usize| read(&format!("{scheme}:///bin/log?a={}", "x".repeat(length)), "");
+        assert!(of("binary", 20_000).is_ok() && of("binary-v2", 20_000).is_ok());
+        for error in [of("binary", 70_000), of("file", 5000), of("fifo", 5000)] {
+            assert!(error.unwrap_err().to_string().contains("it is longer than"));
+        }
     }
 
     #[test]
