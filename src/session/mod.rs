@@ -110,7 +110,12 @@ impl Session {
                 (From::Terminal, Some(terminal)) => Source::Terminal(terminal.clone()),
                 (From::Bridge(bridge), Some(terminal)) => Source::Bridged(terminal.clone(), bridge),
                 (From::Delivered, _) => Source::Delivered,
-                (From::Terminal | From::Bridge(_), None) => continue,
+                // It hung up before a restart. The client of the output waits for the end.
+                (From::Terminal | From::Bridge(_), None) => {
+                    fds.forget(kind, number);
+                    fds.forget(kind.aside(), number);
+                    continue;
+                }
             };
             let output = Box::new(Output { source, sinks });
             let (ended, stop, fds) = (Box::pin(ended()), session.pumps.stop(), fds.clone());

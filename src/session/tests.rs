@@ -299,6 +299,13 @@ fn a_terminal_of_an_earlier_daemon_is_claimed_and_used() {
     assert!(opened.take_console().is_none());
 }
 
+/// A daemon with an empty store.
+fn first_daemon() -> (Systemd, Arc<StreamFds>) {
+    let (systemd, notifier) = Systemd::new();
+    let (fd_store, _) = FdStore::with(notifier, 100, Vec::new());
+    (systemd, Arc::new(StreamFds::new(Arc::new(fd_store), Vec::new())))
+}
+
 /// Puts the descriptors of a daemon into the store of the next daemon.
 fn next_daemon(systemd: &Systemd) -> (Systemd, Arc<StreamFds>) {
     let mut stored = Vec::new();
@@ -310,19 +317,20 @@ fn next_daemon(systemd: &Systemd) -> (Systemd, Arc<StreamFds>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_keeps_the_unread_input_of_a_terminal_and_its_end() {
-    // CloseIO comes while the process runs, or before it runs.
-    for stdin_closed in [false, true] {
+    // CloseIO comes while the process runs, while it starts, or before that.
+    for (planned, started) in [(false, false), (false, true), (true, true)] {
         let (scratch, process) = (Scratch::new(), Process::new());
         let client = scratch.fifo("stdin");
         let wiring = Wiring { terminal: true, stdin: Input::Fifo(client.clone()), ..Wiring::default() };
-        let plan = scratch.plan(None, Wiring { stdin_closed, ..wiring.clone() });
-        let (systemd, notifier) = Systemd::new();
-        let (fd_store, _) = FdStore::with(notifier, 100, Vec::new());
-        let fds = Arc::new(StreamFds::new(Arc::new(fd_store), Vec::new()));
-        let mut session = start(&plan, plan.open(&fds, LogFiles::new()).unwrap(), &fds, &process);
-        assert_eq!(session.close_stdin(), !stdin_closed);
-        let plan = scratch.plan(None, Wiring { stdin_closed: true, ..wiring });
-        fds.close_input(&plan.wiring);
+        let plan = |stdin_closed| scratch.plan(None, Wiring { stdin_closed, ..wiring.clone() });
+        let (systemd, fds) = first_daemon();
+        let opened = plan(planned).open(&fds, LogFiles::new()).unwrap();
+        let mut session = start(&plan(started), opened, &fds, &process);
+        assert_eq!(session.close_stdin(), !started);
+        let plan = plan(true);
+        if !started {
+            fds.close_input(&plan.wiring);
+        }
         // The daemon does not read it: it has no terminal.
         fs::OpenOptions::new().write(true).open(&client).unwrap().write_all(b"in").unwrap();
         let before = fds.count_of(NUMBER);
@@ -334,6 +342,22 @@ async fn a_restart_keeps_the_unread_input_of_a_terminal_and_its_end() {
         assert_eq!(all_of(opened.input.unwrap()).await, "in");
         assert_eq!(fds.count_of(NUMBER), before);
     }
+}
+
+#[tokio::test]
+async fn a_terminal_that_hung_up_before_a_restart_keeps_no_stream_of_its_client_open() {
+    let (scratch, process) = (Scratch::new(), Process::new());
+    let output = scratch.fifo("client");
+    let client = reader(&output);
+    let wiring = Wiring { terminal: true, ..with_journal(Some(Sink::Fifo(output)), JournalCopy::Aside) };
+    let plan = scratch.plan(None, wiring);
+    let (systemd, fds) = first_daemon();
+    let opened = reopen(&plan, &fds, ReopenMode::Running).unwrap();
+    assert!(fds.count_of(NUMBER) > 0);
+    let session = start(&plan, opened, &fds, &process);
+    assert_eq!(fds.count_of(NUMBER), 0);
+    drop((session, systemd));
+    assert_eq!(all_of(client).await, "");
 }
 
 #[test]

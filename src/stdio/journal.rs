@@ -136,6 +136,8 @@ impl Lines {
     pub async fn finish(&mut self) {
         if !self.partial.is_empty() {
             self.flush().await;
+            // Otherwise the next daemon would send it again.
+            self.is_kept = self.keep_partial().is_ok();
         }
         let dropped = self.policy.take_dropped();
         self.say_dropped(dropped).await;
@@ -380,6 +382,16 @@ mod tests {
         }
         let next = Lines::new("u.service", "id", [], kept, Arc::default());
         assert_eq!(next.partial, lines.partial);
+    }
+
+    #[tokio::test]
+    async fn the_next_daemon_does_not_send_the_last_line_again() {
+        let (mut lines, journald, dir) = lines();
+        lines.write(b"no end of line").await;
+        lines.finish().await;
+        assert_eq!(received(&journald).await, b"no end of line");
+        let next = Lines::new("u.service", "id", [], dir.path().join("partial"), Arc::default());
+        assert!(next.partial.is_empty());
     }
 
     /// As if its file system had been full.
