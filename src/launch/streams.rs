@@ -21,7 +21,7 @@ use crate::stdio::fifo;
 use crate::stdio::uri::Kind;
 use crate::sys;
 use crate::sys::interrupt::Interrupt;
-use crate::task::wiring::{Input, Output};
+use crate::task::wiring::{Copied, Input, Output};
 use crate::telemetry;
 
 use super::contract::{LAUNCH_CGROUP, NOTIFY_SOCKET, SEALED_RUNTIME, WATCHDOG_USEC};
@@ -125,7 +125,12 @@ fn open_output(
     let file = match (output, own_pipe) {
         (Output::Journal, _) => return Ok(Stream::Inherited),
         (Output::Fifo(path), _) => fifo::open_output(path, config::STDIO_LIMIT, &Interrupt::default())?,
-        // Opened for both, so that it has a reader while the daemon is down.
+        // The daemon's reader is in the descriptor store. A process that outlives its exec sees, after the Delete of the exec, that
+        // nobody reads any more, as under containerd-shim-runc-v2. With a reader of its own, it would wait for ever.
+        (Output::Copied(Copied { client: Some(_), .. }), Some(name)) if process.exec.is_some() => {
+            fifo::open_writer(&process.dir.join(name))?
+        }
+        // Opened for both, so that it has a reader in any case.
         (Output::Copied(_) | Output::Logger, Some(name)) => fifo::open_both(&process.dir.join(name))?,
         // Writable, unlike under containerd-shim-runc-v2: programs do not expect EBADF.
         (Output::Null | Output::Copied(_) | Output::Logger, _) => return Ok(Stream::Null),

@@ -90,6 +90,21 @@ pub fn open_both(path: &Path) -> Result<File, Error> {
     Ok(OpenOptions::new().read(true).write(true).open(path).map_err(io_error("open", path))?)
 }
 
+/// Opens a FIFO for writing only, or for both if nobody has it open for reading. Never waits.
+///
+/// # Errors
+/// [`Error::Io`]
+pub fn open_writer(path: &Path) -> Result<File, Error> {
+    match OpenOptions::new().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path) {
+        Ok(writer) => {
+            fcntl(&writer, FcntlArg::F_SETFL(OFlag::empty())).map_err(io_error("set the mode of", path))?;
+            Ok(writer)
+        }
+        Err(error) if error.raw_os_error() == Some(Errno::ENXIO as i32) => open_both(path),
+        Err(error) => Err(io_error("open", path)(error).into()),
+    }
+}
+
 /// As [`open_both`], with non-blocking reads and writes.
 ///
 /// # Errors
@@ -194,6 +209,18 @@ mod tests {
         let path = dir.path().join("fifo");
         make(&path).unwrap();
         (dir, path)
+    }
+
+    #[test]
+    fn a_writer_sees_the_end_of_its_readers_and_is_its_own_reader_if_there_is_none() {
+        let (_dir, path) = scratch();
+        open_writer(&path).unwrap().write_all(b"kept").unwrap();
+        let reader = open_reader(&path).unwrap();
+        let mut writer = open_writer(&path).unwrap();
+        assert_eq!(fcntl(&writer, FcntlArg::F_GETFL).unwrap() & OFlag::O_NONBLOCK.bits(), 0);
+        writer.write_all(b"read").unwrap();
+        drop(reader);
+        assert_eq!(writer.write_all(b"lost").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::common::bulk::Bulk;
 use crate::common::container::Container;
 use crate::common::node::{Node, number};
 use crate::common::spec::Spec;
-use crate::common::stdio::{Fifos, Scratch, feed};
+use crate::common::stdio::{Fifos, Gate, Scratch, feed};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
 use crate::logger::Logger;
@@ -36,6 +36,20 @@ fn a_background_child_delays_no_wait_and_the_end_of_output_only_for_a_limit() {
     assert!(started.elapsed() < DELETE_LIMIT, "Delete took {:?}", started.elapsed());
     assert_eq!((client.stdout.text().as_str(), client.stderr.text().as_str()), ("hi\n", ""));
     assert_eq!(container.pids().expect("pids").len(), 2, "the child lives on");
+}
+
+/// A server that an exec has started continues or ends, as it likes, once nobody reads its output.
+#[test]
+fn a_child_that_writes_after_the_delete_of_its_exec_does_not_wait_for_ever() {
+    let (node, gate) = (Node::shared(), Gate::new());
+    let container = node.container("streams", gate.bind(Spec::sleeping())).started(&Io::default());
+    let child = format!("{}; trap '' PIPE; while echo more; do :; done", Gate::WAIT);
+    let (exec, mut client) = attached::exec(&container, Spec::sh(&format!("({child}) & echo hi")));
+    assert_eq!(exec.exit_status(), 0);
+    exec.delete().expect("delete");
+    assert_eq!(client.stdout.text(), "hi\n");
+    gate.open();
+    wait::until_true("the child has ended", || container.pids().expect("pids").len() == 1);
 }
 
 /// How long five execs with some output take, one after the other.
