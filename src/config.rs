@@ -91,5 +91,6 @@ pub const REASON_LIMIT: Duration = Duration::from_secs(10);
 /// How long `start` waits for a bus that does not run. A restart of dbus takes less than a second.
 pub const BUS_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long `delete` leaves the work to the daemon: containerd kills it after 5 s.
+/// How long `delete` leaves the work to the daemon, and how long a Delete waits for a Create that it ends: containerd waits 5 s
+/// for either.
 pub const DELETE_LIMIT: Duration = Duration::from_millis(3500);

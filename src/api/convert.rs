@@ -160,6 +160,8 @@ pub fn create(namespace: Namespace, request: CreateTaskRequest) -> Result<Create
             rootfs: request.rootfs.into_iter().map(mount).collect(),
             sandbox: None,
             checkpoint: (!request.checkpoint.is_empty()).then(|| request.checkpoint.into()),
+            // The request does not say it.
+            has_lease: None,
         },
         stdio: Stdio {
             stdin: request.stdin,

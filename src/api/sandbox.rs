@@ -48,6 +48,7 @@ impl Sandbox for TaskService {
             network: request.netns_path,
             options: options.map_err(status::invalid)?,
             bundle,
+            has_lease: Some(owner.is_some()),
         };
         let (shim, delivery) = (self.shim.clone(), delivery(ctx));
         let init = key.init();

@@ -87,9 +87,11 @@ impl TaskService {
 
     /// The task with this namespace and id that belongs to the caller.
     fn located(&self, owner: Option<&Owner>, named: &TaskKey) -> TaskKey {
-        match owner {
-            Some(owner) => self.shim.tasks.own(named, owner),
-            None => self.shim.tasks.any(named),
+        match (owner, &self.holder) {
+            (Some(owner), _) => self.shim.tasks.own(named, owner),
+            (None, None) => self.shim.tasks.without_lease(named),
+            // An earlier version has leased the socket, or somebody has removed the lease.
+            (None, Some(_)) => self.shim.tasks.any(named),
         }
     }
 
@@ -215,6 +217,7 @@ impl Task for TaskService {
         let mut call = convert::create(namespace, request).map_err(status::invalid)?;
         call.key = self.created_by(owner.as_ref(), "create", &call.key, &call.request.bundle).await?;
         let (shim, delivery) = (self.shim.clone(), delivery(ctx));
+        call.request.has_lease = Some(owner.is_some());
         let init = call.key.init();
         let pid = self.run("create", &init, async move { shim.create(call, delivery).await }).await?;
         Ok(CreateTaskResponse { pid: convert::pid(pid), ..CreateTaskResponse::default() })
@@ -347,8 +350,10 @@ mod tests {
     use std::sync::{Mutex, PoisonError};
 
     use tracing_subscriber::layer::SubscriberExt;
+    use ttrpc::Code;
 
     use super::*;
+    use crate::api::messages::SystemdOptions;
     use crate::simulation::harness::World;
 
     /// What is logged.
@@ -387,6 +392,67 @@ mod tests {
         let [for_all, for_one] = texts.unwrap();
         assert!(for_all.contains("at most 32"), "{for_all}");
         assert!(for_one.contains("restart containerd") && !for_one.contains("at most"), "{for_one}");
+    }
+
+    /// A Create for this bundle of a world, with the runtime of the world.
+    fn create(world: &World, bundle: &Path) -> CreateTaskRequest {
+        let root = world.runtime_root().parent().unwrap().display().to_string();
+        let options = SystemdOptions {
+            binary_name: "/bin/true".to_owned(),
+            root,
+            log: "none".to_owned(),
+            ..SystemdOptions::default()
+        };
+        CreateTaskRequest {
+            id: world.task.id.to_string(),
+            bundle: bundle.display().to_string(),
+            options: Some(convert::any("containerd.systemd.v1.Options", &options).unwrap()).into(),
+            ..CreateTaskRequest::default()
+        }
+    }
+
+    #[test]
+    fn a_caller_without_a_lease_does_not_delete_the_task_of_one_that_has_a_lease() {
+        let world = World::new("absent");
+        let bundle = world.create_call().request.bundle;
+        let elsewhere = world.state_dir().with_file_name("elsewhere").join("absent").join("web");
+        std::fs::create_dir_all(&elsewhere).unwrap();
+        for file in std::fs::read_dir(&bundle).unwrap().flatten() {
+            std::fs::copy(file.path(), elsewhere.join(file.file_name())).unwrap();
+        }
+        let [of_leased, of_other] = [create(&world, &bundle), create(&world, &elsewhere)];
+        let leases = Leases::new(world.state_dir());
+        let owner = Owner::new("0123456789abcdef").unwrap();
+        let socket = leases.claim(&owner, None).unwrap().unwrap();
+        let task = world.task.clone();
+        let lived = world.live(move |shim| async move {
+            let [leased, any] =
+                [socket, Socket::Any].map(|socket| TaskService::new(shim.clone(), socket, &leases));
+            let id = || task.id.to_string();
+            let delete = || DeleteRequest { id: id(), ..DeleteRequest::default() };
+            let state = || StateRequest { id: id(), ..StateRequest::default() };
+            let ctx = &context();
+            leased.create(ctx, of_leased).await.unwrap();
+            for answer in [any.state(ctx, state()).await.map(drop), any.delete(ctx, delete()).await.map(drop)]
+            {
+                let error = answer.unwrap_err();
+                assert!(
+                    matches!(&error, ttrpc::Error::RpcStatus(status) if status.code() == Code::NOT_FOUND)
+                );
+            }
+            // Of a task of an earlier version, nobody knows whether its client had a lease.
+            let entry = shim.tasks.entry(&task.of(owner)).unwrap();
+            for (has_lease, is_found) in [(None, true), (Some(true), false)] {
+                entry.task().request.has_lease = has_lease;
+                assert_eq!(any.state(ctx, state()).await.is_ok(), is_found);
+            }
+            // A further containerd for which there was no lease. Its tasks have an owner, too.
+            any.create(ctx, of_other).await.unwrap();
+            any.delete(ctx, delete()).await.unwrap();
+            leased.delete(ctx, delete()).await.unwrap();
+        });
+        lived.unwrap();
+        assert_eq!(world.remains(), Vec::<String>::new());
     }
 
     #[test]

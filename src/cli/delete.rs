@@ -55,8 +55,10 @@ pub(super) fn run(flags: &Flags) -> Result<(), Failure> {
 /// as tasks of the usual one. The task of another containerd is not touched.
 ///
 /// # Errors
-/// The task has another bundle than the caller names, or the caller may not read records.
+/// The task has another bundle than the caller names, a record that can't be read may be that of the task, or the caller may not
+/// read records.
 fn recorded_as(store: &Store, key: &TaskKey, bundle: &Path) -> Result<Option<TaskKey>, Failure> {
+    let mut undecided = None;
     for found in [key.clone(), key.of(Owner::default())] {
         if !store.knows(&found).map_err(Failure::new)? {
             continue;
@@ -70,22 +72,50 @@ fn recorded_as(store: &Store, key: &TaskKey, bundle: &Path) -> Result<Option<Tas
                 }
             }
             // If the record can't be read, the daemon decides. Otherwise there is no task.
-            Ok(None) | Err(_) if found == *key => return Ok(Some(found)),
+            Ok(None) | Err(_) if found == *key => undecided = Some(found),
             Ok(None) | Err(_) => {}
         }
     }
-    Ok(None)
+    Ok(recorded_with(store, key, bundle)?.or(undecided))
+}
+
+/// The key of the task with another owner that has this bundle, if there is one. The daemon takes the owner of a pod's sandbox
+/// as the owner of the pod's containers, and containerd keeps the bundles of the two in different directories.
+///
+/// # Errors
+/// A record that can't be read may be that of the task.
+fn recorded_with(store: &Store, key: &TaskKey, bundle: &Path) -> Result<Option<TaskKey>, Failure> {
+    let mut unreadable = Ok(None);
+    for found in store.namesakes(key).map_err(Failure::new)? {
+        match store.load(&found) {
+            Ok(Some(Found { task, .. })) if is_bundle(&task.request.bundle, bundle) => {
+                return Ok(Some(found));
+            }
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => {
+                if let Err(failure) = check_record(store, &found) {
+                    unreadable = Err(failure);
+                }
+            }
+        }
+    }
+    unreadable
 }
 
 /// Checks that the bundle that the caller names is that of the task: containerd always names it, a person may name another one
 /// while the task runs.
 fn check_bundle(key: &TaskKey, recorded: &Path, named: &Path) -> Result<(), Failure> {
-    // The same path needs no look at a disk that may not answer.
-    if recorded == named || is_same_directory(recorded, named) {
+    if is_bundle(recorded, named) {
         return Ok(());
     }
     let (recorded, named) = (recorded.display(), named.display());
     Err(Failure(format!("task {key} has the bundle {recorded}, not {named}, so nothing was removed")))
+}
+
+/// True if both paths are those of the same bundle.
+fn is_bundle(recorded: &Path, named: &Path) -> bool {
+    // The same path needs no look at a disk that may not answer.
+    recorded == named || is_same_directory(recorded, named)
 }
 
 /// True if both paths lead to the same directory. Somebody may have removed the directory: then true if both paths lead to the
@@ -136,7 +166,10 @@ impl Answer {
     }
 }
 
-fn clean_up(store: &Store, key: &TaskKey, named: &TaskKey) -> Result<Option<Vec<u8>>, Failure> {
+/// Removes the task whose record has this key. `caller`: the key by the bundle that the caller names.
+fn clean_up(store: &Store, key: &TaskKey, caller: &TaskKey) -> Result<Option<Vec<u8>>, Failure> {
+    // Only the bundle says which containerd has a task that an earlier version recorded.
+    let named = if key.owner.is_usual() { caller } else { key };
     let asked =
         block_on(async { tokio::time::timeout(config::DELETE_LIMIT, client::clean_up(named)).await })?;
     let reason = match Answer::of(asked.ok(), || is_given_up(store, key)) {
@@ -260,6 +293,43 @@ mod tests {
         for wrong in [other.path(), Path::new("/no/such/bundle"), &other.path().join(name), &link] {
             check_bundle(&key, &bundle, wrong).unwrap_err();
         }
+    }
+
+    /// The sandbox of a pod and its containers have the same owner, and bundles in different directories.
+    #[test]
+    fn a_container_is_found_by_its_bundle_if_its_sandbox_has_another_owner() {
+        let caller = World::new("delete-pod").task.clone();
+        let with_owner = |owner: &str| {
+            let mut world = World::new("delete-pod");
+            world.task = caller.of(Owner::new(owner).unwrap());
+            world.take(&[Step::Create, Step::Start], Delivery::First).unwrap().unwrap();
+            let store = Store::new(world.state_dir());
+            let bundle = store.load(&world.task).unwrap().unwrap().task.request.bundle;
+            (world, store, bundle)
+        };
+        let (world, store, bundle) = with_owner("0123456789abcdef");
+        let (other, _, other_bundle) = with_owner("fedcba9876543210");
+        let namesake = store.dir(&other.task);
+        std::fs::create_dir(&namesake).unwrap();
+        let record = Store::new(other.state_dir()).dir(&other.task).join("record.json");
+        std::fs::copy(record, namesake.join("record.json")).unwrap();
+        let links = tempfile::tempdir().unwrap();
+        let link = links.path().join("link");
+        std::os::unix::fs::symlink(&bundle, &link).unwrap();
+        let found = |bundle: &Path| recorded_as(&store, &caller, bundle);
+        for right in [&bundle, &link] {
+            assert_eq!(found(right).unwrap().as_ref(), Some(&world.task));
+        }
+        assert_eq!(found(&other_bundle).unwrap().as_ref(), Some(&other.task));
+        assert_eq!(found(links.path()).unwrap(), None);
+        // This record may be that of any task with this name.
+        std::fs::write(namesake.join("record.json"), "{").unwrap();
+        assert_eq!(found(&bundle).unwrap().as_ref(), Some(&world.task));
+        let Failure(error) = found(&other_bundle).unwrap_err();
+        assert!(error.contains("may run") && error.contains("record.json"), "{error}");
+        // A directory without a record is no task.
+        std::fs::remove_file(namesake.join("record.json")).unwrap();
+        assert_eq!(found(&other_bundle).unwrap(), None);
     }
 
     #[test]

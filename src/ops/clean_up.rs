@@ -1,4 +1,5 @@
-//! The `delete` command: removes a task that containerd has given up. What can't be removed at once is removed later.
+//! Removes a task that containerd has given up: by the `delete` command, or by a Delete during its Create. What can't be removed
+//! at once is removed later.
 //!
 //! containerd does not ask again, so the record says first that the task is given up.
 
@@ -10,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::id::{Owner, TaskKey};
 use crate::services::{Entry, Error, Tasks};
 use crate::store::delete_replies::Deleted;
+use crate::{config, suspect};
 
 use super::Shim;
 use super::delete::kill_and_wait;
@@ -41,6 +43,46 @@ impl Shim {
         })?;
         entry.init.live().attempt.given_up.cancel();
         Ok(())
+    }
+
+    /// Gives up a Create that is under way, and returns true. Also waits, for a limited time, until nothing is left of the task:
+    /// afterwards containerd removes the bundle, which the Create needs.
+    ///
+    /// # Errors
+    /// Something is left, and the record does not say yet that the task is given up.
+    pub(super) async fn give_up_create(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<bool, Error> {
+        let (is_under_way, bundle) = {
+            let task = entry.task();
+            (task.is_being_created(), task.request.bundle.clone())
+        };
+        if !is_under_way {
+            return Ok(false);
+        }
+        // Before the record says it: otherwise the next daemon might remove the task, and then begin the Create once more.
+        let given_up = Error::GivenUp { process: entry.init.key.clone() };
+        self.note_failure_of_any_call(&entry.init.key, bundle, &given_up).await;
+        let mut is_under_way = false;
+        self.tasks.note(entry, |task| {
+            is_under_way = task.is_being_created();
+            if is_under_way {
+                task.give_up();
+            }
+            Ok(Vec::new())
+        })?;
+        if !is_under_way {
+            // It has just ended.
+            return Ok(false);
+        }
+        entry.init.live().attempt.given_up.cancel();
+        let (shim, left) = (self.clone(), entry.clone());
+        let removing = suspect::inherit(async move { shim.try_to_remove_left(&left).await });
+        // If the limit passes, the removal continues.
+        let _ = tokio::time::timeout(config::DELETE_LIMIT, tokio::spawn(removing)).await;
+        if self.tasks.is_live(entry) && entry.init.live().disk.is_unwritten {
+            let (process, reason) = (entry.key.to_string(), "its record can't be written now".to_owned());
+            return Err(Error::NotRemoved { process, reason });
+        }
+        Ok(true)
     }
 
     /// Removes a task that is recorded as given up.

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config;
 use crate::fault::{self, Point};
-use crate::id::ProcessKey;
+use crate::id::{ProcessKey, TaskKey};
 use crate::services::registry::Completion;
 use crate::services::{Delivery, Entry, Error, Process};
 use crate::store::delete_replies::Deleted;
@@ -39,10 +39,7 @@ impl Shim {
         gone: &CancellationToken,
     ) -> Result<Deleted, Error> {
         let deleted = match &key.exec {
-            None => match self.tasks.created(&key.task) {
-                Ok(entry) => self.delete_task(&entry, gone).await,
-                Err(error) => Err(error),
-            },
+            None => self.delete_init(&key.task, gone).await,
             Some(_) => self.delete_exec(key, gone).await,
         };
         match deleted {
@@ -51,6 +48,22 @@ impl Shim {
             }
             deleted => deleted,
         }
+    }
+
+    /// Removes a task that has been created. A client that deletes a task during its Create has given up that Create, and
+    /// containerd does not ask again: the client is told that there is no such task, and the daemon sees to it.
+    async fn delete_init(
+        self: &Arc<Self>,
+        key: &TaskKey,
+        gone: &CancellationToken,
+    ) -> Result<Deleted, Error> {
+        if let Ok(entry) = self.tasks.entry(key)
+            && self.give_up_create(&entry).await?
+        {
+            return Err(Error::UnknownTask { key: key.clone() });
+        }
+        let entry = self.tasks.created(key)?;
+        self.delete_task(&entry, gone).await
     }
 
     /// Removes a task. If the task was created and never started, kills its process before.

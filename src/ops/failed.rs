@@ -18,8 +18,17 @@ impl Shim {
             // The next daemon carries the operation out.
             return;
         }
+        self.note_failure_of(process, dir, suspect::request(), error).await;
+    }
+
+    /// As [`Self::note_failure`], by another call than the one that fails.
+    pub(super) async fn note_failure_of_any_call(&self, process: &ProcessKey, dir: PathBuf, error: &Error) {
+        self.note_failure_of(process, dir, None, error).await;
+    }
+
+    async fn note_failure_of(&self, process: &ProcessKey, dir: PathBuf, call: Option<u64>, error: &Error) {
         let failure = self.failure(error);
-        let noted = match self.attempt(process, dir).await {
+        let noted = match self.attempt(process, dir, call).await {
             Ok(Some(attempt)) => self.failures.note(process, attempt, failure).map_err(Error::from),
             // The attempt ended before it had made the directory.
             Ok(None) => Ok(()),
@@ -55,7 +64,7 @@ impl Shim {
     /// Why this attempt to create or to start a process has failed, if an earlier daemon has noted it. `dir`: as for
     /// [`Self::note_failure`].
     pub(crate) async fn noted_failure(&self, process: &ProcessKey, dir: PathBuf) -> Option<Failure> {
-        let attempt = self.attempt(process, dir).await.unwrap_or_else(|error| {
+        let attempt = self.attempt(process, dir, suspect::request()).await.unwrap_or_else(|error| {
             tracing::warn!(%process, %error, "{process}: can't find out whether its operation has failed before: {error}");
             None
         });
@@ -64,8 +73,12 @@ impl Shim {
 
     /// The bundle may be on a disk that does not answer. A thread that works on other files of the process may wait for another
     /// disk, so this does not wait for that thread.
-    async fn attempt(&self, process: &ProcessKey, dir: PathBuf) -> Result<Option<Attempt>, Error> {
-        let call = suspect::request();
+    async fn attempt(
+        &self,
+        process: &ProcessKey,
+        dir: PathBuf,
+        call: Option<u64>,
+    ) -> Result<Option<Attempt>, Error> {
         let look = move || Attempt::of(&dir, call);
         self.files.in_time(process, waiting_in_any_thread(WaitsFor::Disk, &process.task, look)).await
     }

@@ -42,6 +42,8 @@ pub struct CreateSandbox {
     pub network: String,
     /// The OCI runtime's options.
     pub options: options::OptionsSource,
+    /// Whether the client has a lease for the socket over which it called.
+    pub has_lease: Option<bool>,
 }
 
 #[derive(Clone, Debug)]
@@ -89,7 +91,13 @@ impl Shim {
         let places = sandbox.as_ref().and_then(|sandbox| sandbox.places.clone());
         let create = CreateTask {
             key: call.key,
-            request: Create { bundle: call.bundle, rootfs: call.rootfs, checkpoint: None, sandbox },
+            request: Create {
+                bundle: call.bundle,
+                rootfs: call.rootfs,
+                checkpoint: None,
+                sandbox,
+                has_lease: call.has_lease,
+            },
             stdio: Stdio::default(),
             options: call.options,
         };

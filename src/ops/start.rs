@@ -59,12 +59,16 @@ impl Shim {
         concluded
     }
 
-    /// Checks whether the streams of an exec have room. Those of a container were opened by its Create.
+    /// Checks whether the streams of an exec, or of a container that is restored, have room. Those of any other container were
+    /// opened by its Create.
     fn has_room_for(&self, task: &Task, process: &Process) -> Result<(), Error> {
+        if process.exec().is_none() && task.request.checkpoint.is_none() {
+            return Ok(());
+        }
+        self.fds.has_room()?;
         let Some((id, exec)) = process.exec().and_then(|id| task.execs.get_key_value(id)) else {
             return Ok(());
         };
-        self.fds.has_room()?;
         Ok(exec_share::check_streams(task, id, &exec.wiring, &self.fds)?)
     }
 

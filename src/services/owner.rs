@@ -32,10 +32,23 @@ impl Tasks {
 
     /// The key of the task with these names, for an unknown caller: the task of the usual containerd, or the only such task.
     pub fn any(&self, named: &TaskKey) -> TaskKey {
+        self.usual_or(named, |_| true)
+    }
+
+    /// As [`Self::any`], for a caller that has no lease: the task of one that has a lease is not the caller's. The usual
+    /// containerd also deletes the task of a Create that has failed.
+    pub fn without_lease(&self, named: &TaskKey) -> TaskKey {
+        // Of a task of an earlier version, nobody knows.
+        self.usual_or(named, |entry| entry.task().request.has_lease != Some(true))
+    }
+
+    fn usual_or(&self, named: &TaskKey, may_be: impl Fn(&Arc<Entry>) -> bool) -> TaskKey {
         if self.registry.get(named).is_some() {
             return named.clone();
         }
-        match &self.registry.namesakes(named)[..] {
+        let mut others = self.registry.namesakes(named);
+        others.retain(may_be);
+        match &others[..] {
             [only] => only.key.clone(),
             _ => named.clone(),
         }

@@ -1,12 +1,16 @@
-//! Tests of tasks that containerd has given up (`delete`). containerd does not ask again: the daemon removes them, whatever
+//! Tests of tasks that containerd has given up (`delete`, or a Delete during a Create). containerd does not ask again: the daemon removes them, whatever
 //! fails, and whenever the daemon ends.
 
 use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
 use crate::effects::{Failure, Plan};
-use crate::id::Owner;
+use crate::id::{Owner, TaskKey};
+use crate::ops::Shim;
 use crate::services::{Delivery, Error};
 use crate::store::Store;
 
@@ -26,6 +30,21 @@ fn recorded(world: &World) -> Option<bool> {
     found.map(|found| found.task.given_up)
 }
 
+/// Polls a Create until the daemon has the task. It does no further step then. Returns its result if it ends before.
+async fn until_registered<F: Future<Output = Result<(), Error>>>(
+    shim: &Shim,
+    task: &TaskKey,
+    mut create: Pin<&mut F>,
+) -> Option<F::Output> {
+    while shim.tasks.entry(task).is_err() {
+        if let Poll::Ready(created) = poll_fn(|context| Poll::Ready(create.as_mut().poll(context))).await {
+            return Some(created);
+        }
+        tokio::task::yield_now().await;
+    }
+    None
+}
+
 /// Takes steps, and then another step. Meanwhile containerd gives the task up, and the daemon ends before one effect after the
 /// other. Checks that the next daemon, which gets no call, leaves nothing of a task whose record says that it is given up.
 fn give_up_everywhere(name: &str, steps: &[Step], step: Step, starts: Starts) {
@@ -40,12 +59,8 @@ fn give_up_everywhere(name: &str, steps: &[Step], step: Step, starts: Starts) {
             }
             let mut under_way = Box::pin(step.take(node(shim.clone()), Delivery::First));
             if step == Step::Create {
-                // Polled by this task, so that the task is given up before its Create does the next step.
-                while shim.tasks.entry(&task).is_err() {
-                    let polled = poll_fn(|context| Poll::Ready(under_way.as_mut().poll(context))).await;
-                    assert!(polled.is_pending(), "{polled:?}");
-                    tokio::task::yield_now().await;
-                }
+                let created = until_registered(&shim, &task, under_way.as_mut()).await;
+                assert!(created.is_none(), "{created:?}");
             } else {
                 let ended = tokio::time::timeout(A_WHILE, &mut under_way).await;
                 assert!(ended.is_err(), "{ended:?}");
@@ -83,6 +98,94 @@ fn a_task_that_is_given_up_during_a_start_that_hangs_is_removed_by_whatever_daem
 #[test]
 fn a_task_that_is_given_up_during_its_create_is_removed_by_whatever_daemon() {
     give_up_everywhere("given-up-create", &[], Step::Create, Starts::Work);
+}
+
+/// A client gives up its Create and deletes the task, and the daemon ends before one effect after the other. The next daemon gets
+/// the calls that were not answered, the Delete before or after the Create.
+fn delete_during_create_everywhere(is_delete_first: bool) {
+    let mut given_up = 0;
+    for effect in 0..100 {
+        let world = World::new("deleted-create");
+        let (effects, node, init) = (world.effects.clone(), world.parts(), world.init());
+        let answered = Arc::new(AtomicBool::new(false));
+        let answer = answered.clone();
+        let done = world.live(move |shim| async move {
+            effects.plan(Plan::Stop(effect));
+            let mut create = Box::pin(Step::Create.take(node(shim.clone()), Delivery::First));
+            let created = until_registered(&shim, &init.task, create.as_mut()).await;
+            assert!(created.is_none(), "{created:?}");
+            let delete = async {
+                let deleting = shim.delete(&init, Delivery::First, waiting_client());
+                let deleted = tokio::time::timeout(ANY_LIMIT, deleting).await.expect("the end of the Delete");
+                assert!(matches!(deleted, Err(Error::UnknownTask { .. })), "{deleted:?}");
+                answer.store(true, Ordering::Relaxed);
+            };
+            tokio::join!(delete, create)
+        });
+        let place = format!("stopped before effect {effect} ({:?})", world.effects.log().last());
+        let is_recorded = recorded(&world);
+        world.effects.plan(Plan::Undisturbed);
+        if done.is_some() {
+            assert_eq!(world.remains(), Vec::<String>::new(), "{place}");
+            assert!(given_up > 2, "no daemon has ended meanwhile");
+            return;
+        }
+        let (node, init) = (world.parts(), world.init());
+        let replayed = world.live(move |shim| async move {
+            let mut create = Box::pin(Step::Create.take(node(shim.clone()), Delivery::Replayed));
+            let delete = async {
+                if !answered.load(Ordering::Relaxed) {
+                    let _ = shim.delete(&init, Delivery::Replayed, waiting_client()).await;
+                }
+            };
+            // Before the record, there is nothing of which the Delete could know.
+            if is_delete_first && is_recorded.is_some() {
+                delete.await;
+                create.await
+            } else {
+                match until_registered(&shim, &init.task, create.as_mut()).await {
+                    Some(created) => {
+                        delete.await;
+                        created
+                    }
+                    None => tokio::join!(delete, create).1,
+                }
+            }
+        });
+        assert_eq!(world.remains(), Vec::<String>::new(), "{place}, and then {replayed:?}");
+        given_up += usize::from(is_recorded == Some(true));
+    }
+    unreachable!("the removal has no end");
+}
+
+#[test]
+fn a_task_that_is_deleted_during_its_create_is_removed_by_whatever_daemon() {
+    delete_during_create_everywhere(false);
+    delete_during_create_everywhere(true);
+}
+
+#[test]
+fn a_task_that_is_deleted_during_its_create_is_removed_later_if_it_can_not_be_removed_at_once() {
+    for effect in 0..100 {
+        let world = World::new("deleted-fails");
+        let (effects, node, init) = (world.effects.clone(), world.parts(), world.init());
+        let lived = world.live(move |shim| async move {
+            let mut create = Box::pin(Step::Create.take(node(shim.clone()), Delivery::First));
+            until_registered(&shim, &init.task, create.as_mut()).await;
+            effects.plan(Plan::Fail(effect, Failure::Timeout));
+            let (deleted, _) = tokio::join!(shim.delete(&init, Delivery::First, waiting_client()), create);
+            assert!(matches!(deleted, Err(Error::UnknownTask { .. })), "{deleted:?}");
+            tokio::spawn(shim.remove_leftovers());
+            tokio::time::sleep(Duration::from_secs(15)).await;
+        });
+        lived.unwrap();
+        assert_eq!(world.remains(), Vec::<String>::new(), "effect {effect}");
+        if !world.effects.was_reached() {
+            assert!(effect > 5, "the removal has few effects: {:?}", world.effects.log());
+            return;
+        }
+    }
+    unreachable!("the removal has no end");
 }
 
 #[test]

@@ -35,6 +35,7 @@ use crate::transport::event_connection::EventConnections;
 use crate::unit::fake::FakeSystemd;
 use crate::unit::fd_store::FdStore;
 use crate::unit::name;
+use crate::unit::notify::Notifier;
 use crate::unit::observations::Observations;
 use crate::unit::relay::Relay;
 
@@ -66,6 +67,8 @@ pub(crate) struct World {
     kept: Arc<KeptConnections>,
     /// True if the task is restored from a checkpoint.
     restores: bool,
+    /// True if the descriptor store of the next daemons is full.
+    pub(crate) has_full_store: bool,
     /// What the commands `start` of the OCI runtimes of the next daemons do.
     pub(crate) starts: Starts,
     /// The work on the files of OCI runtimes of all daemons, if a test has made their disks unreachable.
@@ -84,9 +87,19 @@ impl World {
         let systemd = FakeSystemd::new(effects.clone(), launch.clone());
         let task = TaskKey::usual(Namespace::new(name).unwrap(), TaskId::new("web").unwrap());
         let (kept, starts) = (KeptConnections::new(effects.clone()), Starts::Work);
-        let (restores, occupied) = (false, None);
-        let world =
-            Self { root, effects, systemd, launch, task, containerd, kept, restores, starts, occupied };
+        let world = Self {
+            root,
+            effects,
+            systemd,
+            launch,
+            task,
+            containerd,
+            kept,
+            restores: false,
+            has_full_store: false,
+            starts,
+            occupied: None,
+        };
         world.called_from(&world.root.path().join("bundle"));
         world
     }
@@ -185,7 +198,7 @@ impl World {
     }
 
     fn start_daemon(&self) -> Arc<Shim> {
-        let fd_store = Arc::new(FdStore::adopt(Vec::new()).unwrap().0);
+        let fd_store = Arc::new(if self.has_full_store { full_store() } else { empty_store() });
         let notify = self.notify_socket();
         let (shim, outgoing) = Shim::new(Parts {
             store: Store::new(self.root.path().join("state")),
@@ -313,6 +326,16 @@ impl Drop for World {
 
 pub(crate) fn runtime_files() -> RuntimeFiles {
     RuntimeFiles::new(config::RUNTIME_FILES_LIMIT)
+}
+
+fn empty_store() -> FdStore {
+    FdStore::adopt(Vec::new()).unwrap().0
+}
+
+/// A descriptor store with one descriptor more than it has room for.
+fn full_store() -> FdStore {
+    let passed = vec![("other".to_owned(), fs::File::open("/dev/null").unwrap().into())];
+    FdStore::with(Notifier::new().unwrap(), 0, passed).0
 }
 
 /// After this time, a daemon without calls has nothing left to do. The clock is paused: it takes no time.

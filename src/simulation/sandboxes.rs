@@ -23,6 +23,7 @@ impl World {
             pod: Some(Pod { name: "web".to_owned(), ..Pod::default() }),
             network: String::new(),
             options: call.options,
+            has_lease: None,
         }
     }
 

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ttrpc::Code;
+
 use crate::api::status;
 use crate::cgroup;
 use crate::effects::{Failure, Plan};
@@ -305,6 +307,25 @@ fn a_rollback_of_a_restore_removes_what_the_runtime_records_until_its_unit_is_st
     world.launch.set(Launches::Work);
     world.take(&[Step::Start, Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
     assert_eq!(world.remains(), Vec::<String>::new());
+}
+
+/// The streams of a restored container are opened by its Start, those of any other container by its Create.
+#[test]
+fn a_restore_is_refused_while_the_descriptor_store_is_full_and_can_be_repeated() {
+    for (make, is_refused) in [(World::restoring as fn(&str) -> World, true), (World::new, false)] {
+        let mut world = make("full-store");
+        world.take(&[Step::Create], Delivery::First).unwrap().unwrap();
+        world.has_full_store = true;
+        let started = world.take(&[Step::Start], Delivery::First).unwrap();
+        let code = started.as_ref().err().map(status::code);
+        assert_eq!(code, is_refused.then_some(Code::RESOURCE_EXHAUSTED), "{started:?}");
+        world.has_full_store = false;
+        if is_refused {
+            world.take(&[Step::Start], Delivery::First).unwrap().unwrap();
+        }
+        world.take(&[Step::Kill, Step::Delete], Delivery::First).unwrap().unwrap();
+        assert_eq!(world.remains(), Vec::<String>::new());
+    }
 }
 
 #[test]

@@ -207,6 +207,16 @@ impl Store {
         dir.try_exists().map_err(|error| io_error("look for", &dir)(error).into())
     }
 
+    /// The keys of the directories of tasks with the same namespace and id that have another owner.
+    ///
+    /// # Errors
+    /// The directory of the namespace can't be listed.
+    pub fn namesakes(&self, key: &TaskKey) -> Result<Vec<TaskKey>, Error> {
+        let words = entries(&self.root.join(key.namespace.as_str()))?;
+        let keys = words.iter().filter_map(|word| TaskKey::from_word(key.namespace.clone(), word).ok());
+        Ok(keys.filter(|found| found.id == key.id && found.owner != key.owner).collect())
+    }
+
     /// Reads every record.
     ///
     /// # Errors

@@ -248,6 +248,11 @@ impl Task {
         self.outbox.clear();
     }
 
+    /// True if the Create of the task is under way, or was given up.
+    pub fn is_being_created(&self) -> bool {
+        self.init.phase.is_creating() && !self.is_leftover
+    }
+
     /// True if the task never got past its Create and is only to be removed: the Create has failed, or containerd has given the
     /// task up meanwhile.
     pub fn is_to_be_rolled_back(&self) -> bool {

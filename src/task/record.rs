@@ -68,6 +68,8 @@ struct Request {
     sandbox: Option<Sandbox>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     checkpoint: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    has_lease: Option<bool>,
 }
 
 /// The name of a phase, with the data for which the record has no separate field.
@@ -153,12 +155,12 @@ impl From<Task> for Record {
         let metadata = TaskMetadata { description, fields: task.fields };
         let container = phase.container();
         let limits = container.and_then(|container| container.limits.as_ref());
-        let Create { bundle, rootfs, sandbox, checkpoint } = task.request;
+        let Create { bundle, rootfs, sandbox, checkpoint, has_lease } = task.request;
         Self {
             key: task.key,
             unit,
             logger,
-            request: Request { bundle, rootfs, stdio, sandbox, checkpoint },
+            request: Request { bundle, rootfs, stdio, sandbox, checkpoint, has_lease },
             wiring,
             runtime: task.runtime,
             containerd: task.containerd,
@@ -184,7 +186,7 @@ impl From<Task> for Record {
 
 impl From<Record> for Task {
     fn from(record: Record) -> Self {
-        let Request { bundle, rootfs, stdio, sandbox, checkpoint } = record.request;
+        let Request { bundle, rootfs, stdio, sandbox, checkpoint, has_lease } = record.request;
         let (oom_kills, given) = (record.oom_kills, record.given_limits);
         let limits = record.limits.map(|seen| UnitLimits { seen, given });
         // Earlier versions recorded no cgroup for a process that had ended before they read its cgroup.
@@ -201,7 +203,7 @@ impl From<Record> for Task {
                 description: record.metadata.description,
                 phase,
             },
-            request: Create { bundle, rootfs, sandbox, checkpoint },
+            request: Create { bundle, rootfs, sandbox, checkpoint, has_lease },
             runtime: record.runtime,
             containerd: record.containerd,
             placement: record.placement,
@@ -250,6 +252,7 @@ mod tests {
         let cgroup =
             Path::new("/containerd.slice/containerd-default.slice/containerd-default-web.service/web");
         assert_eq!(task.init.phase.container().unwrap().cgroup, cgroup);
+        assert_eq!(task.request.has_lease, None);
     }
 
     /// As version 2 of the record has it, with every field.
@@ -258,7 +261,7 @@ mod tests {
         "unit": "containerd-default-web.service",
         "logger": "containerd-default-web::log.service",
         "request": {"bundle": "/b", "rootfs": [{"kind": "bind", "source": "/s", "target": "", "options": ["ro"]}],
-            "stdio": {"stdin": "/i", "stdout": "/o", "stderr": "", "terminal": true}},
+            "stdio": {"stdin": "/i", "stdout": "/o", "stderr": "", "terminal": true}, "has_lease": true},
         "wiring": {"terminal": true, "stdin": {"fifo": "/i"}, "stdin_closed": true, "stdout": {"fifo": "/o"},
             "stderr": "null", "logger": null, "kept": 5},
         "runtime": {"binary": "/bin/runc", "root": "/run/runc/default", "no_pivot": false, "no_new_keyring": false,

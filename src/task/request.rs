@@ -18,6 +18,8 @@ pub struct Create {
     pub checkpoint: Option<PathBuf>,
     /// What the shim provides for the task, if the task is a sandbox whose first process is the shim's own.
     pub sandbox: Option<Sandbox>,
+    /// Whether the client has a lease for the socket over which it called. `None` for a task of an earlier version.
+    pub has_lease: Option<bool>,
 }
 
 /// What the shim provides for the sandbox of a pod, besides a rootfs that exists in the sandbox only.

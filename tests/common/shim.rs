@@ -212,7 +212,17 @@ pub struct Bundle {
 
 impl Bundle {
     pub fn new(name: &str) -> Bundle {
-        let scratch = Scratch::new(name);
+        Bundle::at(Scratch::new(name))
+    }
+
+    /// A bundle where a plugin of the containerd with this directory keeps it.
+    pub fn of(containerd: &Scratch, plugin: &str, id: &str) -> Bundle {
+        let path = containerd.join(plugin).join(NAMESPACE).join(id);
+        fs::create_dir_all(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Bundle::at(Scratch { path })
+    }
+
+    fn at(scratch: Scratch) -> Bundle {
         std::fs::create_dir(scratch.join("rootfs")).expect("make a rootfs directory");
         let bundle = Bundle { scratch };
         bundle.write_config(&Spec::sleeping().to_json());

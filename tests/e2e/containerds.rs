@@ -8,14 +8,20 @@ use std::sync::mpsc;
 use std::thread;
 
 use containerd_client::types::v1::Status;
+use containerd_shim_protos::api::{DeleteResponse, StartRequest};
+use containerd_shim_protos::protobuf::Message;
 
 use crate::common::image::IMAGE;
+use crate::common::leaks;
 use crate::common::node::{NAMESPACE, Need, Node, unique};
 use crate::common::process::{self, Outcome};
+use crate::common::shim::{self, Bundle, Shim};
 use crate::common::spec::Spec;
+use crate::common::stdio::Scratch;
 use crate::common::systemd::{self, DAEMON_SERVICE};
 use crate::common::task::Io;
 use crate::common::{daemon, wait};
+use crate::stuck::mount_of;
 
 const STATE: &str = "/run/e2e-containerd";
 const SOCKET: &str = "/run/e2e-containerd/containerd.sock";
@@ -176,4 +182,62 @@ fn two_containerds_have_tasks_of_the_same_name() {
     remove(true);
     assert_eq!((first.pid(), first.phase()), (pid, Status::Running));
     first.end();
+}
+
+/// Where containerd keeps the bundles of tasks, and of sandboxes that a shim makes.
+const TASKS: &str = "io.containerd.runtime.v2.task";
+const SANDBOXES: &str = "io.containerd.sandbox.controller.v1.shim";
+
+/// Calls the shim over the socket that `start` names for this bundle.
+fn called_for<'n>(node: &'n Node, bundle: &Bundle, id: &str) -> Shim<'n> {
+    let outcome = shim::start(bundle, id, &[("MAX_SHIM_VERSION", "2")], &[]);
+    let answer: serde_json::Value = serde_json::from_slice(&outcome.stdout).expect("an answer in JSON");
+    let address = answer["address"].as_str().expect("an address");
+    Shim::at(node, address.strip_prefix("unix://").expect("the path of a socket"))
+}
+
+/// The directories of the tasks with an id.
+fn directories(id: &str) -> Vec<String> {
+    let parent = leaks::task_directory(id).parent().expect("the directory of a namespace").to_owned();
+    let all = fs::read_dir(parent).expect("list the tasks").flatten();
+    let names = all.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.split('+').next() == Some(id)).collect()
+}
+
+/// containerd 2.3 and later calls no `start` for a container of a pod, and keeps its bundle in another directory than that of the
+/// sandbox.
+#[test]
+fn delete_ends_a_container_of_a_sandbox_and_no_namesake() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let (first, second) = (Scratch::new("first"), Scratch::new("second"));
+    let (pod, id) = (unique("pod"), unique("twin"));
+    let sandbox = Bundle::of(&first, SANDBOXES, &pod);
+    let (bundle, other) = (Bundle::of(&first, TASKS, &id), Bundle::of(&second, TASKS, &id));
+    let images = [(); 2].map(|()| node.container("image", Spec::sleeping()).make());
+    let run = |shim: &Shim, bundle: &Bundle, image: usize| {
+        let mut request = bundle.request(&id);
+        request.rootfs = images[image].mounts.iter().map(mount_of).collect();
+        let pid = shim.create(request).expect("create").pid;
+        let start = StartRequest { id: id.clone(), ..Default::default() };
+        shim.call(async |client, context| client.start(context, &start).await).expect("start");
+        pid
+    };
+    let delete = |bundle: &Bundle| {
+        let outcome = shim::delete(bundle, &id);
+        assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
+        DeleteResponse::parse_from_bytes(&outcome.stdout).expect("a DeleteResponse")
+    };
+    let pid = run(&called_for(&node, &sandbox, &pod), &bundle, 0);
+    let twin = run(&called_for(&node, &other, &id), &other, 1);
+    assert_eq!(directories(&id).len(), 2);
+    let deleted = delete(&bundle);
+    assert_eq!((deleted.pid, deleted.exit_status), (pid, 137));
+    wait::until_true("its process is gone", || !process::exists(pid));
+    // The second time, there is no task.
+    assert_eq!(delete(&bundle).pid, 0);
+    assert_eq!(directories(&id).len(), 1);
+    assert!(process::runs(twin), "the task of the other containerd");
+    assert_eq!(delete(&other).pid, twin);
+    assert_eq!(directories(&id), Vec::<String>::new());
 }

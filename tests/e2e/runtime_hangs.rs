@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use containerd_client::tonic::{Code, Status};
+use containerd_shim_protos::api::DeleteRequest;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use prost_types::Any;
@@ -16,12 +17,14 @@ use crate::common::container::Container;
 use crate::common::exec::Exec;
 use crate::common::leaks::{self, Traces};
 use crate::common::node::{Node, unique};
+use crate::common::shim::{Bundle, Shim, over_ttrpc};
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::systemd::{self, unit_of, unit_of_exec};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
 use crate::runtime_options::GenericOptions;
+use crate::stuck::mount_of;
 
 /// Makes every `runc exec` hang: it opens the container's /etc/passwd.
 const TRAP: &str = "mkdir -p /etc; rm -f /etc/passwd; mkfifo /etc/passwd; exec sleep 1000";
@@ -416,4 +419,39 @@ fn a_delete_succeeds_although_the_runtime_cant_read_its_state() {
     container.delete().expect("delete");
     drop(container);
     leaks::assert_none("a delete without the runtime", &before);
+}
+
+/// containerd calls no `delete` for a container in a sandbox of the shim.
+#[test]
+fn a_delete_ends_a_create_whose_client_has_given_it_up() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    drop(node.container("warm", Spec::sleeping()).started(&Io::default()));
+    let image = node.container("image", Spec::sleeping()).make();
+    let before = Traces::take();
+    let (scratch, bundle, id) = (Scratch::new("late"), Bundle::new("late"), unique("late"));
+    let runtime = scratch.join("runtime.sh");
+    // Longer than a Delete waits.
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *' create '*) runc \"$@\" || exit 1\ntouch {}\nexec sleep 20;; esac\nexec runc \"$@\"\n",
+        scratch.text("created")
+    );
+    fs::write(&runtime, script).expect("write the runtime");
+    fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).expect("make it executable");
+    let mut request = bundle.request(&id);
+    request.options = Some(over_ttrpc(options(&format!("BinaryName = {runtime:?}")))).into();
+    request.rootfs = image.mounts.iter().map(mount_of).collect();
+    let [creates, deletes] = [(); 2].map(|()| Shim::connect(&node));
+    thread::scope(|scope| {
+        let created = scope.spawn(|| creates.create(request));
+        wait::until_true("the runtime has created the container", || scratch.join("created").exists());
+        let (request, begun) = (DeleteRequest { id: id.clone(), ..Default::default() }, Instant::now());
+        let deleted = deletes.call(async |client, context| client.delete(context, &request).await);
+        assert_eq!(deleted.expect_err("a task that is not created").0, ttrpc::Code::NOT_FOUND);
+        assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+        let created = created.join().expect("the Create does not panic");
+        assert_eq!(created.expect_err("it was deleted").0, ttrpc::Code::CANCELLED);
+    });
+    drop((creates, deletes));
+    leaks::assert_none("a create that was given up", &before);
 }

@@ -426,7 +426,8 @@ fn a_runtime_root_on_a_disk_that_no_longer_answers_holds_up_only_its_own_contain
 }
 
 /// A mount of containerd's API in that of a shim.
-fn mount_of(from: &containerd_client::types::Mount) -> containerd_shim_protos::types::mount::Mount {
+/// The same mount for a request over ttrpc.
+pub fn mount_of(from: &containerd_client::types::Mount) -> containerd_shim_protos::types::mount::Mount {
     let mut mount = containerd_shim_protos::types::mount::Mount::new();
     mount.type_ = from.r#type.clone();
     mount.source = from.source.clone();
