@@ -51,16 +51,11 @@ impl Shim {
     /// # Errors
     /// Something is left, and the record does not say yet that the task is given up.
     pub(super) async fn give_up_create(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<bool, Error> {
-        let (is_under_way, bundle) = {
-            let task = entry.task();
-            (task.is_being_created(), task.request.bundle.clone())
-        };
-        if !is_under_way {
+        if !entry.task().is_being_created() {
             return Ok(false);
         }
         // Before the record says it: otherwise the next daemon might remove the task, and then begin the Create once more.
-        let given_up = Error::GivenUp { process: entry.init.key.clone() };
-        self.note_failure_of_any_call(&entry.init.key, bundle, &given_up).await;
+        self.note_end_of_create(entry).await;
         let mut is_under_way = false;
         self.tasks.note(entry, |task| {
             is_under_way = task.is_being_created();
@@ -83,6 +78,13 @@ impl Shim {
             return Err(Error::NotRemoved { process, reason });
         }
         Ok(true)
+    }
+
+    /// Notes that no daemon carries out the Create of a task any more.
+    pub(super) async fn note_end_of_create(&self, entry: &Entry) {
+        let (key, bundle) = (&entry.init.key, entry.task().request.bundle.clone());
+        let given_up = Error::GivenUp { process: key.clone() };
+        self.note_failure_of_any_call(key, bundle, &given_up).await;
     }
 
     /// Removes a task that is recorded as given up.

@@ -39,7 +39,7 @@ impl Shim {
         gone: &CancellationToken,
     ) -> Result<Deleted, Error> {
         let deleted = match &key.exec {
-            None => self.delete_init(&key.task, gone).await,
+            None => self.delete_init(&key.task, delivery, gone).await,
             Some(_) => self.delete_exec(key, gone).await,
         };
         match deleted {
@@ -55,12 +55,17 @@ impl Shim {
     async fn delete_init(
         self: &Arc<Self>,
         key: &TaskKey,
+        delivery: Delivery,
         gone: &CancellationToken,
     ) -> Result<Deleted, Error> {
-        if let Ok(entry) = self.tasks.entry(key)
-            && self.give_up_create(&entry).await?
-        {
-            return Err(Error::UnknownTask { key: key.clone() });
+        if let Ok(entry) = self.tasks.entry(key) {
+            if delivery == Delivery::Replayed {
+                // The Create may be replayed, too, and after this.
+                self.note_end_of_create(&entry).await;
+            }
+            if self.give_up_create(&entry).await? {
+                return Err(Error::UnknownTask { key: key.clone() });
+            }
         }
         let entry = self.tasks.created(key)?;
         self.delete_task(&entry, gone).await
