@@ -199,7 +199,12 @@ fn called_for<'n>(node: &'n Node, bundle: &Bundle, id: &str) -> Shim<'n> {
 /// The directories of the tasks with an id.
 fn directories(id: &str) -> Vec<String> {
     let parent = leaks::task_directory(id).parent().expect("the directory of a namespace").to_owned();
-    let all = fs::read_dir(parent).expect("list the tasks").flatten();
+    let all = match fs::read_dir(parent) {
+        Ok(all) => all.flatten(),
+        // The namespace has no task any more.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
+        Err(error) => panic!("list the tasks: {error}"),
+    };
     let names = all.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| name.split('+').next() == Some(id)).collect()
 }
