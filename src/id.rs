@@ -161,9 +161,13 @@ name!(
 );
 
 impl UnitName {
-    /// The cgroup of a slice, below the root of the hierarchy: `a-b.slice` is in `a.slice` (systemd.slice(5)).
+    /// The cgroup of a slice, below the root of the hierarchy: `a-b.slice` is in `a.slice`, and `-.slice` is the root itself
+    /// (systemd.slice(5)).
     pub fn slice_cgroup(&self) -> PathBuf {
         let stem = self.as_str().trim_end_matches(".slice");
+        if stem == "-" {
+            return PathBuf::from("/");
+        }
         let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]);
         ends.map(|end| format!("{}.slice", &stem[..end]))
             .fold(PathBuf::from("/"), |path, part| path.join(part))

@@ -44,9 +44,11 @@ fn is_exhausted(error: &Error) -> bool {
 fn code_of_kind(error: &Error) -> Code {
     match error {
         Error::UnknownTask { .. } | Error::UnknownExec { .. } | Error::Finished => Code::NOT_FOUND,
-        Error::Exists { .. } | Error::ExecExists { .. } | Error::ExecNamedAsTask { .. } => {
-            Code::ALREADY_EXISTS
-        }
+        Error::Exists { .. }
+        | Error::Unmanaged { .. }
+        | Error::InRuntime { .. }
+        | Error::ExecExists { .. }
+        | Error::ExecNamedAsTask { .. } => Code::ALREADY_EXISTS,
         Error::Refused(_)
         | Error::NotDeletable { .. }
         | Error::Leftover { .. }

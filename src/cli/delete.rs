@@ -12,10 +12,11 @@ use protobuf::Message;
 use ttrpc::Code;
 
 use crate::api::{client, convert};
-use crate::id::{Owner, TaskKey};
+use crate::id::{Owner, ProcessKey, TaskKey};
 use crate::oci::command::CommandLine;
 use crate::oci::{containerd, mount};
 use crate::services::files::SlowFiles;
+use crate::services::own_unit::OwnUnit;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::store::{self, Cause, Found, Store};
 use crate::supervise::removal::{Removal, Stop, Troubles};
@@ -223,8 +224,7 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
         troubles.add(cgroup::kill_blocking(cgroup));
     }
     let dir = store.dir(&task.key);
-    let execs = task.execs.values().flat_map(|exec| std::iter::once(&exec.unit).chain(&exec.logger));
-    let execs = std::future::ready(execs.cloned().collect());
+    let execs = std::future::ready(units_of_execs(store, task));
     block_on(async {
         let manager = &unit::manager::Manager::connected().await.map_err(Failure::new)?;
         let oci = &CommandLine::default();
@@ -238,6 +238,18 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
         return Err(Failure(format!("task {}: {}", task.key, troubles.text())));
     }
     store.remove(&task.key).map_err(Failure::new)
+}
+
+/// The units of the execs of a task, and of their loggers.
+fn units_of_execs(store: &Store, task: &Task) -> Vec<OwnUnit> {
+    let units = task.execs.iter().flat_map(|(id, exec)| {
+        let key = ProcessKey { task: task.key.clone(), exec: Some(id.clone()) };
+        let has_run = exec.pid().is_some();
+        let logger = exec.logger.clone().map(|unit| OwnUnit::of_logger(key.clone(), unit, has_run));
+        let dir = store.process_dir(&key);
+        [Some(OwnUnit::of(key, exec.unit.clone(), dir, has_run)), logger]
+    });
+    units.flatten().collect()
 }
 
 /// Unmounts a rootfs in the host's mount namespace. While the rootfs is mounted, containerd can't remove the bundle.

@@ -64,10 +64,10 @@ impl FakeLaunch {
 
     fn launch_container(&self, task: &Task, launches: &Launches) -> Started {
         let dir = self.store.dir(&task.key);
+        fs::write(dir.join(LAUNCHED), "").unwrap();
         match launches {
             Launches::Work | Launches::Brief | Launches::SilentLogger | Launches::HangingLogger => {}
             Launches::Fail(reason) => {
-                fs::write(dir.join(LAUNCHED), "").unwrap();
                 fs::write(dir.join(LAUNCH_ERROR), reason).unwrap();
                 return Started::Failed;
             }
@@ -126,6 +126,7 @@ impl FakeLaunch {
                 (Started::Oneshot { process, cgroup: task.cgroup().map(Path::to_owned) }, outcome)
             }
         };
+        fs::write(dir.join(LAUNCHED), "").unwrap();
         // Without the store, because what happens in a unit is not an effect of the daemon.
         fs::write(dir.join(OUTCOME), serde_json::to_vec(&outcome).unwrap()).unwrap();
         let mut options = fs::OpenOptions::new();

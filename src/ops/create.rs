@@ -16,28 +16,25 @@ use crate::id::{TaskKey, UnitName};
 use crate::launch::contract::{LAUNCHED, PID_FILE, UnitKind};
 use crate::launch::{self, command};
 use crate::oci::criu::CONFIG_ANNOTATION;
+use crate::oci::state::State;
 use crate::oci::{metadata, options, runtime};
+use crate::services::own_unit::OwnUnit;
 use crate::services::process::{cancelled, container_cgroup, hold, lives_in, read_pid};
 use crate::services::registry::{Conflict, Verb};
 use crate::services::{Delivery, Entry, Error, WaitsFor};
 use crate::session::{OpenStreams, ReopenMode};
-use crate::store;
 use crate::task::Task;
 use crate::task::lifecycle::{Container, Event, Lifecycle};
 use crate::task::process::Process;
 use crate::task::request::{Create, Stdio};
 use crate::unit::properties::{self, UnitMetadata};
-use crate::unit::systemd::Systemd;
+use crate::unit::systemd::{Systemd, is_under_way};
 use crate::unit::{self, name};
 
 use super::Shim;
 use super::additions;
+use super::others::keep_apart;
 use super::request_unit::{Daemon, NameTaken, request_unit};
-
-/// True for the state of a unit that has been started (`ActiveState`, org.freedesktop.systemd1(5)).
-fn is_under_way(state: &str) -> bool {
-    !matches!(state, "inactive" | "failed")
-}
 
 /// A Create call.
 #[derive(Debug)]
@@ -113,8 +110,10 @@ impl Shim {
         let prepared = self.files.run(WaitsFor::Disk, &init, move || shim.prepare(call)).await;
         let (task, environment) = prepared.map_err(Error::busy_means_exists)??;
         additions::check_types(&*self.manager, &task.properties).await?;
-        self.check_unmanaged(&task)?;
-        let (entry, _verb) = self.register(task)?;
+        let taken = self.taken_names(name::candidates(&task.key), task.init.wiring.logger.is_some()).await?;
+        self.check_unmanaged(&task, &taken).await?;
+        let is_known = self.is_known_to_runtime(&task).await?;
+        let (entry, _verb) = self.register(task, &taken, is_known)?;
         match self.bring_up(&entry, &environment).await {
             Ok(pid) => Ok(pid),
             Err(error) => {
@@ -125,21 +124,6 @@ impl Shim {
         }
     }
 
-    /// Checks that no container with this id runs whose record the daemon can't use. The daemon does not manage such a container,
-    /// and the rollback of a Create would end the container.
-    fn check_unmanaged(&self, task: &Task) -> Result<(), Error> {
-        match self.store.check(&task.key) {
-            // The cgroup of the container says whether the container runs.
-            Err(store::Error::SetAside { .. })
-                if !name::candidates(&task.key)
-                    .any(|unit| cgroup::is_populated(&task.placement.cgroup(&unit))) =>
-            {
-                Ok(())
-            }
-            checked => Ok(checked?),
-        }
-    }
-
     /// Rolls back a failed Create. `error` is the response, also to a replay of the call.
     async fn undo_create(&self, entry: &Arc<Entry>, error: &Error) {
         let bundle = entry.task().request.bundle.clone();
@@ -147,18 +131,19 @@ impl Shim {
         self.cleanup.roll_back_create(entry).await;
     }
 
-    /// Registers the task under its id and the first unit name that no other task has, starting with the name in
-    /// `task`.
-    fn register(&self, task: Task) -> Result<(Arc<Entry>, Verb), Error> {
+    /// Registers the task under its id and the first unit name that neither another task has nor somebody else (`taken`),
+    /// starting with the name in `task`. `is_known`: see [`Self::is_known_to_runtime`].
+    fn register(&self, task: Task, taken: &[UnitName], is_known: bool) -> Result<(Arc<Entry>, Verb), Error> {
         let key = task.key.clone();
         let first = task.init.unit.clone();
-        for unit in name::candidates(&key).skip_while(|unit| *unit != first) {
+        let units = name::candidates(&key).skip_while(|unit| *unit != first);
+        for unit in units.filter(|unit| !taken.contains(unit)) {
             let logger = task.init.wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
             let init = Process { unit, logger, ..task.init.clone() };
             match self.tasks.registry.insert(Task { init, ..task.clone() }) {
                 Ok((entry, verb)) => {
                     entry.init.live().bundle_owner = Some(key.owner.clone());
-                    if !self.tasks.registry.namesakes(&key).is_empty() {
+                    if is_known || !self.tasks.registry.namesakes(&key).is_empty() {
                         keep_apart(&mut entry.task());
                     }
                     return Ok((entry, verb));
@@ -242,10 +227,16 @@ impl Shim {
         self.notifications.listen(entry).await?;
         // The receiver was dropped if the daemon stops.
         let _ = claimed.send(());
+        let is_under_way = state.is_some_and(|state| is_under_way(&state));
         // A unit that is not running and never ran `launch` belongs to an earlier task of this name.
-        if state.is_some_and(|state| is_under_way(&state)) || dir.join(LAUNCHED).exists() {
+        if dir.join(LAUNCHED).exists() || is_under_way && own_unit(&task, &dir).is_own(&*self.manager).await?
+        {
             self.await_unit(entry, &task, &dir, self.manager.wait_for_earlier_start_job(task.unit())).await?;
         } else {
+            // While no daemon ran, another shim may have made a container of this id.
+            if self.runtime_files.state(&task, State::exists).await? {
+                return Err(Error::in_runtime(&task));
+            }
             self.streams.resume_logger(&plan, &mut opened).await?;
             self.start_unit(entry, &task, &dir, Daemon::Earlier).await?;
         }
@@ -319,7 +310,8 @@ impl Shim {
         let taken = NameTaken {
             is_own: || async {
                 let state = self.manager.active_state(task.unit()).await?;
-                Ok(state.is_some_and(|state| is_under_way(&state)))
+                Ok(state.is_some_and(|state| is_under_way(&state))
+                    && own_unit(task, dir).is_own(&*self.manager).await?)
             },
             remove: || async {
                 self.manager.release(task.unit()).await;
@@ -469,11 +461,7 @@ fn is_in_frozen_slice(task: &Task, dir: &Path) -> bool {
     !dir.join(LAUNCHED).exists() && matches!(limits::is_frozen(&slice), Ok(Some(true)))
 }
 
-/// The OCI runtime identifies a container by its id alone. If two containerds have a container with the same id, the
-/// later task gets a state directory of its own.
-fn keep_apart(task: &mut Task) {
-    let owner = if task.key.owner.is_usual() { "containerd" } else { task.key.owner.as_str() };
-    let mut root = task.runtime.root.clone().into_os_string();
-    root.push(format!("+{owner}"));
-    task.runtime.root = root.into();
+/// The unit of a container that is being created.
+fn own_unit(task: &Task, dir: &Path) -> OwnUnit {
+    OwnUnit::of(task.key.init(), task.unit().clone(), dir.to_owned(), false)
 }

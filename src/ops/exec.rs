@@ -72,7 +72,9 @@ impl Shim {
         let description = metadata::of_exec(&task.init.description, &id, &spec.program);
         // The exec may run. What follows would remove its record.
         self.store.check_exec(&key, &id)?;
-        let (process, _verb) = self.register_exec(&entry, &id, unit)?;
+        let names = name::exec_candidates(&entry.init.unit, &id);
+        let taken = self.taken_names(names, wiring.logger.is_some()).await?;
+        let (process, _verb) = self.register_exec(&entry, &id, unit, &taken)?;
         process.live().spec_bytes = spec.bytes();
         let exec = |unit: UnitName| {
             let logger = wiring.logger.as_ref().map(|_| name::logger(&unit)).transpose()?;
@@ -125,16 +127,18 @@ impl Shim {
         Ok(())
     }
 
-    /// Registers the exec under its id and the first unit name that no task has, starting with the name `first`. `first` is `None`
-    /// if each of the exec's names is masked or has a file.
+    /// Registers the exec under its id and the first unit name that neither a task has nor somebody else (`taken`), starting with
+    /// the name `first`. `first` is `None` if each of the exec's names is masked or has a file.
     fn register_exec(
         &self,
         entry: &Entry,
         id: &ExecId,
         first: Option<UnitName>,
+        taken: &[UnitName],
     ) -> Result<(Arc<Process>, Verb), Error> {
         let units = name::exec_candidates(&entry.init.unit, id);
-        for unit in units.skip_while(|unit| first.as_ref() != Some(unit)) {
+        let units = units.skip_while(|unit| first.as_ref() != Some(unit));
+        for unit in units.filter(|unit| !taken.contains(unit)) {
             match self.tasks.registry.insert_exec(entry, id, unit, None) {
                 Ok(registered) => return Ok(registered),
                 Err(Conflict::Key) => return Err(Error::ExecExists { exec: id.to_string() }),

@@ -11,6 +11,7 @@ mod exec;
 mod failed;
 mod kill;
 mod new_task;
+mod others;
 mod pause;
 mod pids;
 mod request_unit;

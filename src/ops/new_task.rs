@@ -203,6 +203,8 @@ fn own_placement(key: &TaskKey, path: &Path) -> Result<Option<Placement>, Error>
     if !name::candidates(key).any(|own| own.as_str() == unit) {
         return Ok(None);
     }
+    // The cgroup of the root slice is the root of all cgroups.
+    let slice = if slice == "/" { name::ROOT_SLICE } else { slice };
     Ok(Some(Placement::Unit { slice: UnitName::new(slice)?, child: child.to_owned() }))
 }
 
@@ -275,6 +277,11 @@ mod tests {
         assert_eq!(placed("default", own, None, false), unit("containerd-default.slice", "web"));
         let own = "/kubepods.slice/kubepods-a.slice/containerd-default-web.service/docker-abc.scope";
         assert_eq!(placed("default", own, None, false), unit("kubepods-a.slice", "docker-abc.scope"));
+        let in_root = placed("default", "-.slice:docker:abc", None, false);
+        assert_eq!(in_root, unit("-.slice", "docker-abc.scope"));
+        let own = in_root.cgroup(&name::candidates(&key("default")).next().unwrap());
+        assert_eq!(own, Path::new("/containerd-default-web.service/docker-abc.scope"));
+        assert_eq!(placed("default", own.to_str().unwrap(), None, false), in_root);
         let other = "/containerd.slice/containerd-default.slice/containerd-default-other.service/web";
         assert!(matches!(placed("default", other, None, false), Placement::Foreign { .. }));
     }

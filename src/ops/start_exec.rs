@@ -17,6 +17,7 @@ use crate::fault::{self, Point};
 use crate::id::ExecId;
 use crate::launch::contract::{LAUNCHED, Outcome, PROCESS_SPEC, UnitKind};
 use crate::launch::{command, pipes, report};
+use crate::services::own_unit::OwnUnit;
 use crate::services::process::{hold, init_has_ended, init_is_gone};
 use crate::services::{Entry, Error, Process};
 use crate::session::{OpenStreams, ReopenMode};
@@ -96,14 +97,16 @@ impl Shim {
         let launched = self.store.process_dir(&process.key).join(LAUNCHED);
         let properties = properties::exec(&exec.description, task.unit(), &command, &environment, &launched);
         let begin = || self.manager.begin_transient(&exec.unit, &properties);
+        let own = self.own_exec_unit(process);
         let taken = NameTaken {
             is_own: || async {
                 // The order matters: `launch` reports before its unit ends.
-                let under_way = self.manager.starting(&exec.unit).await? == Starting::UnderWay;
+                let under_way = self.manager.starting(&exec.unit).await? == Starting::UnderWay
+                    && own.is_own(&*self.manager).await?;
                 Ok(under_way || report::read(&self.store.process_dir(&process.key))?.is_some())
             },
             remove: || async {
-                let left = remove_unit(&*self.manager, &exec.unit, Stop::Awaited).await;
+                let left = remove_unit(&*self.manager, &own, Stop::Awaited).await;
                 if left.is_empty() {
                     return Ok(());
                 }
@@ -116,6 +119,12 @@ impl Shim {
             self.launcher.warm_up_after(job.spawned());
         }
         Ok(requested)
+    }
+
+    /// The unit of an exec that is being started.
+    fn own_exec_unit(&self, process: &Process) -> OwnUnit {
+        let dir = self.store.process_dir(&process.key);
+        OwnUnit::of(process.key.clone(), process.unit.clone(), dir, false)
     }
 
     /// Waits for the outcome of a start, and starts the session of the process.
@@ -243,7 +252,15 @@ impl Shim {
             let dir = self.store.process_dir(&process.key);
             // Opened before the queries: `launch` may ring at any time.
             let doorbell = open_doorbell(&dir)?;
-            let starting = self.manager.starting(&process.unit).await?;
+            let starting = match self.manager.starting(&process.unit).await? {
+                // A unit of somebody else has the name.
+                Starting::UnderWay | Starting::Over
+                    if !self.own_exec_unit(process).is_own(&*self.manager).await? =>
+                {
+                    Starting::NotBegun
+                }
+                starting => starting,
+            };
             let known = report::read(&dir)?.is_some();
             let task = entry.task().clone();
             let gone = || Error::UnknownExec { key: process.key.clone() };

@@ -1,7 +1,9 @@
 //! Why an operation failed. `api/status.rs` has the status code of each error.
 
 use crate::id::{ProcessKey, TaskKey};
+use crate::task::Task;
 use crate::task::lifecycle::Refusal;
+use crate::task::request::Runtime;
 use crate::{cgroup, oci, session, stdio, store, unit};
 
 /// Why an operation failed.
@@ -82,6 +84,25 @@ pub enum Error {
     Exists {
         /// The requested name.
         key: TaskKey,
+    },
+    /// A container with this id runs, and the daemon has no record of it.
+    #[error(
+        "task {key}: already exists: unit {unit} runs it, but the daemon has no record of it; if nothing uses it any more, run \
+         systemctl stop {unit}"
+    )]
+    Unmanaged { key: TaskKey, unit: String },
+    /// The OCI runtime has a container with this id, and the daemon did not make it.
+    #[error(
+        "task {key}: already exists: the OCI runtime has a container of this id in {root}, which the daemon did not create; if \
+         nothing uses it any more, remove it with the OCI runtime: {binary} --root {root} delete --force {}",
+        .key.id
+    )]
+    InRuntime {
+        key: TaskKey,
+        /// Where the runtime keeps its state.
+        root: String,
+        /// The runtime.
+        binary: String,
     },
     /// A unit of the task's name is in use by something else.
     #[error("task {key}: all names for its unit are in use by others")]
@@ -283,6 +304,13 @@ pub enum Error {
 }
 
 impl Error {
+    /// [`Self::InRuntime`] for a task whose runtime keeps its state where the task says.
+    pub(crate) fn in_runtime(task: &Task) -> Self {
+        let Runtime { root, binary, .. } = &task.runtime;
+        let (root, binary) = (root.display().to_string(), binary.display().to_string());
+        Self::InRuntime { key: task.key.clone(), root, binary }
+    }
+
     /// An error of the OCI runtime that says that criu can't be used, as [`Self::Criu`]. Every other error is returned
     /// unchanged.
     #[must_use]

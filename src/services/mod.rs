@@ -10,6 +10,7 @@ pub mod launcher;
 pub(crate) mod live;
 pub mod notifications;
 mod ordered;
+pub mod own_unit;
 mod owner;
 pub(crate) mod pending;
 pub mod process;

@@ -34,6 +34,7 @@ use resumption::resumed;
 use super::files::SlowFiles;
 use super::later::Later;
 use super::launcher::Launcher;
+use super::own_unit::OwnUnit;
 use super::{Entry, Error, Process, WaitsFor, blocking, waiting};
 
 /// The file of a process in which the first daemon that waited for its output has noted the time.
@@ -148,7 +149,7 @@ impl Streams {
     pub(crate) async fn resume_logger(&self, plan: &Plan, opened: &mut OpenStreams) -> Result<(), Error> {
         let ready = opened.take_ready();
         if let Some(unit) = &plan.logger
-            && self.manager.active_state(unit).await?.is_some()
+            && OwnUnit::of_logger(plan.key.clone(), unit.clone(), false).is_own(&*self.manager).await?
         {
             return Ok(());
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::cgroup;
 use crate::effects::{Failure, Plan};
-use crate::launch::contract::PID_FILE;
+use crate::launch::contract::{LAUNCHED, PID_FILE};
 use crate::launch::fake::Launches;
 use crate::oci::criu::Checkpoint;
 use crate::services::process::read_pid;
@@ -118,7 +118,7 @@ fn stop_everywhere(life: &Life, at: usize, name: &str, meanwhile: fn(&World)) {
     unreachable!("{step:?} has no end");
 }
 
-fn succeeded(result: Result<(), Error>, place: &str) {
+pub(super) fn succeeded(result: Result<(), Error>, place: &str) {
     let error = result.err().map(|error| error.to_string());
     assert_eq!(error, None, "{place}");
 }
@@ -176,7 +176,14 @@ fn fail_at(life: &Life, at: usize, name: &str, effect: usize, failure: Failure) 
 /// systemd handles the request of the killed daemon only after the next daemon has queried the unit.
 #[test]
 fn a_create_is_resumed_although_systemd_was_slow_to_start_its_unit() {
-    stop_everywhere(&WHOLE, 0, "slow", |world| world.systemd.hide_once(world.unit()));
+    stop_everywhere(&WHOLE, 0, "slow", |world| {
+        let store = Store::new(world.state_dir());
+        let record = store.load(&world.task).unwrap();
+        if record.is_some_and(|found| found.task.init.phase.is_creating()) {
+            let launched = store.dir(&world.task).join(LAUNCHED);
+            world.systemd.hide_with_files(world.unit(), &[launched, world.runtime_root().join("web")]);
+        }
+    });
 }
 
 /// The init process ends while no daemon runs that could complete its Create. Another process of the node gets its pid.

@@ -8,6 +8,7 @@ mod execs;
 mod given_up;
 pub(crate) mod harness;
 mod loggers;
+mod others;
 mod outages;
 mod panics;
 mod replays;

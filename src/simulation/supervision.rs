@@ -14,6 +14,7 @@ use crate::effects::{Failure, Plan};
 use crate::oci::options;
 use crate::ops::Status;
 use crate::services::files::SlowFiles;
+use crate::services::own_unit::OwnUnit;
 use crate::services::{Delivery, Error};
 use crate::store::{self, Store};
 use crate::supervise::removal::{Removal, Stop};
@@ -435,13 +436,13 @@ fn the_delete_command_removes_what_a_task_without_a_daemon_has() {
     let store = Store::new(world.state_dir());
     let task = store.load_all(&Crashes::default()).unwrap().remove(0).unwrap().task;
     let (runtime, dir) = (world.runtime(), store.dir(&task.key));
-    let execs = vec![world.exec_unit()];
+    let exec = OwnUnit::of(world.exec(), world.exec_unit(), store.process_dir(&world.exec()), true);
     let removed = async {
         let (manager, oci, files) = (&*world.systemd, &runtime, &SlowFiles::new(config::FILES_LIMIT));
         let runtime_files = &runtime_files();
         let removal =
             Removal { manager, oci, files, runtime_files, task: &task, dir: &dir, stop: Stop::Killed };
-        removal.of_task(async { execs }).await
+        removal.of_task(async { vec![exec] }).await
     };
     let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let troubles = threads.block_on(removed);

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::id::UnitName;
 use crate::launch;
 use crate::launch::contract::{EXEC_PID_FILE, LAUNCH_ERROR, LAUNCHED, PID_FILE, PROCESS_SPEC};
 use crate::launch::pipes::NO_INPUT;
@@ -16,6 +15,7 @@ use crate::services::changes::Noted;
 use crate::services::files::SlowFiles;
 use crate::services::launcher::Launcher;
 use crate::services::live::UnitStop;
+use crate::services::own_unit::OwnUnit;
 use crate::services::process::{lives_in, read_pid};
 use crate::services::runtime_files::RuntimeFiles;
 use crate::services::streams::{Streams, cancel_pumps, stored_number};
@@ -165,7 +165,8 @@ impl Cleanup {
         // A unit that has failed while it was stopped (`ExecStopPost=` of a drop-in, a process that did not end) is still loaded,
         // and keeps that of its container loaded.
         if !stopped || search_path::has_transient_file(&process.unit) {
-            troubles.join(remove_unit(&*self.manager, &process.unit, Stop::Awaited).await);
+            let unit = self.unit_of(entry, process);
+            troubles.join(remove_unit(&*self.manager, &unit, Stop::Awaited).await);
         }
         self.remove_runtime_of_exec(entry, process, false).await;
         troubles
@@ -273,7 +274,7 @@ impl Cleanup {
         let dir = self.store.process_dir(&process.key);
         kill_leftover(entry, &dir);
         let logger = logger_of(entry, process);
-        for unit in [Some(process.unit.clone()), logger].into_iter().flatten() {
+        for unit in [Some(self.unit_of(entry, process)), logger].into_iter().flatten() {
             // Delete removes what is left.
             let left = remove_unit(&*self.manager, &unit, Stop::Awaited).await;
             if !left.is_empty() {
@@ -316,6 +317,14 @@ impl Cleanup {
             let text = troubles.text();
             tracing::error!(task = %task.key, "task {}: its failed restore could not be rolled back completely: {text}", task.key);
         }
+    }
+
+    /// The unit of an exec.
+    fn unit_of(&self, entry: &Entry, process: &Process) -> OwnUnit {
+        // Only an exec that has run is deleted, with its record, while its unit is still being stopped.
+        let has_run = entry.task().process(process.exec()).is_none_or(|exec| exec.pid().is_some());
+        let dir = self.store.process_dir(&process.key);
+        OwnUnit::of(process.key.clone(), process.unit.clone(), dir, has_run)
     }
 
     /// Removes the cgroup in the ShimCgroup in which the OCI runtime started an exec. Without a ShimCgroup, the runtime works in
@@ -363,6 +372,9 @@ fn kill_leftover(entry: &Entry, dir: &Path) {
 }
 
 /// The unit of the logger of a process, if the process has one.
-fn logger_of(entry: &Entry, process: &Process) -> Option<UnitName> {
-    entry.task().process(process.exec()).and_then(|recorded| recorded.logger.clone())
+fn logger_of(entry: &Entry, process: &Process) -> Option<OwnUnit> {
+    let task = entry.task();
+    let recorded = task.process(process.exec())?;
+    let has_run = recorded.pid().is_some();
+    recorded.logger.clone().map(|logger| OwnUnit::of_logger(process.key.clone(), logger, has_run))
 }

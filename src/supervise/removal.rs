@@ -9,14 +9,17 @@ use std::time::Duration;
 
 use crate::fault::{self, Point};
 use crate::id::UnitName;
+use crate::launch::contract::LAUNCHED;
 use crate::oci::runtime::{self, OciRuntime};
 use crate::oci::state::State;
 use crate::oci::{mount, pod_files};
 use crate::services::files::SlowFiles;
+use crate::services::own_unit::OwnUnit;
 use crate::services::runtime_files::RuntimeFiles;
 use crate::services::{Error, WaitsFor};
 use crate::sys;
 use crate::task::Task;
+use crate::task::phase::Phase;
 use crate::unit::main_process::MainProcess;
 use crate::unit::systemd::Systemd;
 
@@ -84,11 +87,17 @@ pub struct Removal<'a> {
 impl Removal<'_> {
     /// Removes the state of the OCI runtime, the units and the mounts. `others` resolves to the units of the execs and of
     /// their loggers, once nothing copies output any more.
-    pub async fn of_task(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
+    pub async fn of_task(&self, others: impl Future<Output = Vec<OwnUnit>>) -> Troubles {
         let (mut troubles, task) = (Troubles::default(), self.task);
         if self.stop == Stop::Killed {
             // The OCI runtime only removes a container whose processes have ended.
-            troubles.add(self.manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
+            match self.unit().is_own(self.manager).await {
+                Ok(true) => {
+                    troubles.add(self.manager.kill_all(task.unit(), nix::libc::SIGKILL).await);
+                }
+                Ok(false) => {}
+                Err(error) => troubles.add(Err(error)),
+            }
         }
         troubles.join(self.of_init(others).await);
         fault::point(Point::DeleteUnit);
@@ -111,18 +120,18 @@ impl Removal<'_> {
 
     /// Removes the state of the OCI runtime, and meanwhile the units: first those to which `others` resolves, then that of the
     /// init process. Both leave no process of the container, and both accept that its cgroup is gone already.
-    pub(super) async fn of_init(&self, others: impl Future<Output = Vec<UnitName>>) -> Troubles {
-        let unit = self.task.unit();
+    pub(super) async fn of_init(&self, others: impl Future<Output = Vec<OwnUnit>>) -> Troubles {
+        let unit = self.unit();
         let cli = runtime::Cli::of(self.task, self.dir);
         let units = async {
             let mut troubles = Troubles::default();
             for unit in others.await {
                 troubles.join(remove_unit(self.manager, &unit, self.stop).await);
             }
-            let removed = remove_unit(self.manager, unit, self.stop).await;
+            let removed = remove_unit(self.manager, &unit, self.stop).await;
             if removed.is_empty() {
                 // This is the last step: systemd unloads the unit when its last reference is gone.
-                self.manager.release(unit).await;
+                self.manager.release(unit.name()).await;
             }
             troubles.join(removed);
             troubles
@@ -145,11 +154,23 @@ impl Removal<'_> {
         troubles
     }
 
+    /// The unit of the init process.
+    fn unit(&self) -> OwnUnit {
+        let (task, dir) = (self.task, self.dir.to_owned());
+        OwnUnit::of(task.key.init(), task.unit().clone(), dir, task.init.pid().is_some())
+    }
+
     /// True if the OCI runtime has state of this container.
     ///
     /// # Errors
     /// The disk with the state does not answer.
     async fn is_in_runtime(&self) -> Result<bool, Error> {
+        if matches!(self.task.init.phase, Phase::Creating { .. } | Phase::Restoring { .. })
+            && !self.dir.join(LAUNCHED).exists()
+        {
+            // The runtime has not run. State with this id is that of a container of somebody else.
+            return Ok(false);
+        }
         self.runtime_files.state(self.task, State::exists).await
     }
 
@@ -177,16 +198,31 @@ impl Removal<'_> {
 
     /// Removes the unit of the logger of the init process.
     pub(super) async fn of_logger(&self) -> Troubles {
-        match &self.task.init.logger {
-            Some(logger) => remove_unit(self.manager, logger, self.stop).await,
+        let init = &self.task.init;
+        match &init.logger {
+            Some(logger) => {
+                let key = self.task.key.init();
+                let logger = OwnUnit::of_logger(key, logger.clone(), init.pid().is_some());
+                remove_unit(self.manager, &logger, self.stop).await
+            }
             None => Troubles::default(),
         }
     }
 }
 
-/// Unloads a unit. One that ended cleanly is still active (RemainAfterExit), any other has failed.
-pub async fn remove_unit(manager: &dyn Systemd, unit: &UnitName, stop: Stop) -> Troubles {
+/// Unloads a unit, unless it is that of somebody else. One that ended cleanly is still active (RemainAfterExit), any other has
+/// failed.
+pub async fn remove_unit(manager: &dyn Systemd, unit: &OwnUnit, stop: Stop) -> Troubles {
     let mut troubles = Troubles::default();
+    match unit.is_own(manager).await {
+        Ok(true) => {}
+        Ok(false) => return troubles,
+        Err(error) => {
+            troubles.add(Err(error));
+            return troubles;
+        }
+    }
+    let unit = unit.name();
     match stop {
         Stop::Awaited => troubles.add(manager.stop(unit).await),
         Stop::Killed => {

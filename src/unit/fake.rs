@@ -4,6 +4,7 @@
 //! test can end the daemon before it, or let it fail.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -33,6 +34,8 @@ struct Unit {
     child: Option<Sleeper>,
     cgroup: Option<PathBuf>,
     is_referenced: bool,
+    /// True if the daemon has not asked for the unit.
+    is_foreign: bool,
 }
 
 impl Unit {
@@ -113,6 +116,8 @@ struct State {
     launched: usize,
     /// The unit that looks as if it were not loaded when its state is read next.
     hidden: Option<UnitName>,
+    /// Where the files are that are hidden, and where they belong.
+    hidden_files: Vec<(PathBuf, PathBuf)>,
     /// How many processes were killed in each unit because memory ran out. `None`: nobody answers.
     oom_kills: Option<u64>,
     /// How long the answer to that takes.
@@ -140,6 +145,7 @@ impl State {
             observations: Arc::default(),
             launched: 0,
             hidden: None,
+            hidden_files: Vec::new(),
             oom_kills: Some(0),
             oom_kills_take: Duration::ZERO,
             slices: BTreeSet::new(),
@@ -185,6 +191,15 @@ impl FakeSystemd {
         self.state().hidden = Some(unit);
     }
 
+    /// As [`Self::hide_once`], also for files that were made in the unit: they are there again when a unit is started next.
+    pub fn hide_with_files(&self, unit: UnitName, files: &[PathBuf]) {
+        self.hide_once(unit);
+        let aside = |file: &PathBuf| (file.with_extension("hidden"), file.clone());
+        let hidden = files.iter().filter(|file| file.exists()).map(aside);
+        let hidden: Vec<_> = hidden.inspect(|(to, file)| fs::rename(file, to).unwrap()).collect();
+        self.state().hidden_files = hidden;
+    }
+
     /// Determines how many processes were killed in each unit because memory ran out. `None`: nobody answers.
     pub fn set_oom_kills(&self, kills: Option<u64>) {
         self.state().oom_kills = kills;
@@ -228,6 +243,18 @@ impl FakeSystemd {
     /// The slices that were stopped, in this order.
     pub fn stopped_slices(&self) -> Vec<String> {
         self.state().stopped_slices.clone()
+    }
+
+    /// Starts a unit that no daemon of ours has asked for.
+    pub fn start_foreign(&self, unit: UnitName) {
+        let foreign = Unit { is_foreign: true, ..running("active", Sleeper::spawn(), None) };
+        self.state().units.insert(unit, foreign);
+    }
+
+    /// True if a unit has a process that runs.
+    pub fn runs(&self, unit: &UnitName) -> bool {
+        let process = |unit: &mut Unit| unit.child.as_mut().map(|child| child.0.try_wait());
+        matches!(self.with(unit, process), Some(Some(Ok(None))))
     }
 
     /// Every loaded unit and its state.
@@ -336,6 +363,7 @@ impl FakeSystemd {
     fn begin(&self, name: &UnitName, is_referenced: bool) -> Result<StartJob, Error> {
         let waiter = self.jobs.wait_for(name);
         let mut state = self.state();
+        state.hidden_files.drain(..).for_each(|(from, file)| fs::rename(from, file).unwrap());
         if state.units.contains_key(name) {
             return Err(Error::Exists { unit: name.to_string() });
         }

@@ -20,6 +20,8 @@ pub const DAEMON_SLICE: &str = "containerd_shim.slice";
 /// The slice that keeps the order of stops at shutdown. It is in the slice of the daemon.
 pub const ORDER_SLICE: &str = "containerd_shim-order.slice";
 pub const WAKE_SERVICE: &str = "containerd_shim-wake.service";
+/// The slice that contains all others (systemd.slice(5)).
+pub const ROOT_SLICE: &str = "-.slice";
 
 /// The daemon's socket unit.
 pub fn daemon_socket() -> UnitName {
@@ -290,6 +292,8 @@ mod tests {
                 "/containerd.slice/containerd-k8s.io.slice/containerd-k8s.io-abababababab.slice"
             )
         );
+        let root = UnitName::new(ROOT_SLICE).unwrap();
+        assert_eq!(root.slice_cgroup(), std::path::Path::new("/"));
         assert!(is_pod_slice(&pod) && !is_pod_slice(&namespace_slice(&namespace).unwrap()));
         let dashed = namespace_slice(&Namespace::new("a-b").unwrap()).unwrap();
         assert!(!is_pod_slice(&dashed), "an escaped dash makes no pod");

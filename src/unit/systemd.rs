@@ -28,6 +28,12 @@ pub enum Starting {
     Over,
 }
 
+/// True for the state of a unit that has been started (`ActiveState`, org.freedesktop.systemd1(5)) and has neither ended nor
+/// failed.
+pub fn is_under_way(state: &str) -> bool {
+    !matches!(state, "inactive" | "failed")
+}
+
 /// The resources that a unit has used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -180,6 +186,20 @@ pub trait Queries: Send + Sync {
     /// # Errors
     /// systemd can't be reached.
     async fn active_state(&self, unit: &UnitName) -> Result<Option<String>, Error>;
+
+    /// True if a transient unit has this name that has neither ended nor failed, so that no other unit gets the name. systemd is
+    /// asked only if it has a file of such a unit.
+    ///
+    /// # Errors
+    /// systemd can't be reached.
+    async fn is_taken(&self, unit: &UnitName) -> Result<bool, Error>;
+
+    /// True if a service is loaded that has a command with these arguments, whatever its program is: an upgrade may have moved
+    /// the program.
+    ///
+    /// # Errors
+    /// systemd can't be reached.
+    async fn has_command(&self, unit: &UnitName, arguments: &[String]) -> Result<bool, Error>;
 
     /// How far the start of a unit is.
     ///

@@ -246,3 +246,34 @@ fn delete_ends_a_container_of_a_sandbox_and_no_namesake() {
     assert_eq!(delete(&other).pid, twin);
     assert_eq!(directories(&id), Vec::<String>::new());
 }
+
+#[test]
+fn a_task_does_not_touch_one_of_another_shim_with_its_name() {
+    needs!(OurShim);
+    let node = Node::exclusive();
+    let second = Second::start();
+    let shares = if Need::Controllers.missing().is_some() { &["--cpu-shares", "0"][..] } else { &[] };
+    let head = ["run", "--detach", "--null-io", "--runtime", "io.containerd.runc.v2"];
+    let id = unique("twin-of-runc");
+    let started = second.ctr(&[&head, shares, &[IMAGE, &id, "sleep", "100000"]].concat());
+    assert_eq!(started.code, Some(0), "{started:?}");
+    let runs = || second.ctr(&["task", "exec", "--exec-id", "e", &id, "true"]).code == Some(0);
+
+    let failing = node.container("twin", Spec::new(&["/there/is/no/such/program"])).id(&id).make();
+    failing.create(&Io::default()).expect_err("there is no such program");
+    drop(failing);
+    assert!(runs(), "a Create that failed has ended the task of the other shim");
+
+    let first = node.container("twin", Spec::sleeping()).id(&id).started(&Io::default());
+    assert_eq!(first.exec_sh("exit 4").exit_status(), 4);
+    daemon::killed();
+    first.end();
+    assert!(runs(), "the end of a task has ended the task of the other shim");
+
+    second.ctr(&["task", "kill", "--signal", "KILL", &id]);
+    wait::until_true("the second one's task has ended", || {
+        second.ctr(&["task", "ls"]).text().contains("STOPPED")
+    });
+    second.ctr(&["task", "rm", &id]);
+    second.ctr(&["container", "rm", &id]);
+}

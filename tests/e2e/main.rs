@@ -65,6 +65,7 @@ mod newcomer;
 mod not_started;
 mod notify;
 mod oom;
+mod others;
 mod placement;
 mod plots;
 mod poison;

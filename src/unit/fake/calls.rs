@@ -15,7 +15,8 @@ use crate::unit::job::StartJob;
 use crate::unit::main_process::MainProcess;
 use crate::unit::properties::Properties;
 use crate::unit::systemd::{
-    Changes, Details, JournalSettings, Obstacles, Queries, References, Slices, Starting, Starts, Stops, Usage,
+    Changes, Details, JournalSettings, Obstacles, Queries, References, Slices, Starting, Starts, Stops,
+    Usage, is_under_way,
 };
 
 use super::{FakeSystemd, Sleeper, Unit, error};
@@ -154,6 +155,18 @@ impl Queries for FakeSystemd {
             return Ok(None);
         }
         Ok(self.with(unit, |unit| unit.active.to_owned()))
+    }
+
+    async fn is_taken(&self, unit: &UnitName) -> Result<bool, Error> {
+        if self.with(unit, |_| ()).is_none() {
+            return Ok(false);
+        }
+        Ok(self.active_state(unit).await?.is_some_and(|state| is_under_way(&state)))
+    }
+
+    async fn has_command(&self, unit: &UnitName, _: &[String]) -> Result<bool, Error> {
+        self.call("read", unit).await?;
+        Ok(self.with(unit, |unit| !unit.is_foreign) == Some(true))
     }
 
     async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {

@@ -12,7 +12,8 @@ use crate::unit::bus::{SERVICE_INTERFACE, SystemdManagerProxy, UNIT_INTERFACE};
 use crate::unit::error::{Error, call_error, unreachable};
 use crate::unit::main_process::{Command, MainProcess};
 use crate::unit::name;
-use crate::unit::systemd::{Queries, Starting};
+use crate::unit::search_path;
+use crate::unit::systemd::{Queries, Starting, is_under_way};
 
 use super::Manager;
 
@@ -60,6 +61,17 @@ impl Queries for Manager {
         }))
     }
 
+    async fn is_taken(&self, unit: &UnitName) -> Result<bool, Error> {
+        Ok(search_path::has_transient_file(unit)
+            && self.active_state(unit).await?.is_some_and(|state| is_under_way(&state)))
+    }
+
+    async fn has_command(&self, unit: &UnitName, arguments: &[String]) -> Result<bool, Error> {
+        // systemd answers for a unit that is not loaded as well: it has no command.
+        let commands = self.commands(unit).await?;
+        Ok(commands.iter().any(|(_, command, ..)| command.get(1..) == Some(arguments)))
+    }
+
     async fn starting(&self, unit: &UnitName) -> Result<Starting, Error> {
         Ok(match self.active_state(unit).await?.as_deref() {
             None => Starting::NotBegun,
@@ -83,10 +95,8 @@ impl Queries for Manager {
 
     async fn ended_process(&self, unit: &UnitName) -> Result<Option<MainProcess>, Error> {
         // All properties of a service cost systemd, the bus and the daemon some ten times as much as this one.
-        let commands = self.property::<OwnedVariant>(unit, SERVICE_INTERFACE, "ExecStart").await?;
-        let commands = commands.and_then(|value| Vec::<Command>::try_from(value).ok());
-        match commands.as_deref() {
-            Some([command]) if let Some(ended) = MainProcess::ended_command(command) => Ok(Some(ended)),
+        match &self.commands(unit).await?[..] {
+            [command] if let Some(ended) = MainProcess::ended_command(command) => Ok(Some(ended)),
             _ => self.main_process(unit).await,
         }
     }
@@ -127,6 +137,12 @@ impl Manager {
         path: &OwnedObjectPath,
     ) -> Result<Option<String>, Error> {
         Ok(text(&self.get_all_at(unit, path.as_str(), JOB_INTERFACE).await?, "JobType"))
+    }
+
+    /// The commands of a service's `ExecStart=`.
+    async fn commands(&self, unit: &UnitName) -> Result<Vec<Command>, Error> {
+        let commands = self.property::<OwnedVariant>(unit, SERVICE_INTERFACE, "ExecStart").await?;
+        Ok(commands.and_then(|value| Vec::<Command>::try_from(value).ok()).unwrap_or_default())
     }
 
     pub(super) async fn unit_state(&self, unit: &UnitName) -> Result<Option<UnitState>, Error> {
@@ -228,4 +244,49 @@ async fn properties_at<'p>(
 
 pub(super) fn text(values: &HashMap<String, OwnedVariant>, name: &str) -> Option<String> {
     values.get(name).and_then(|value| String::try_from(&**value).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use zbus::Variant;
+
+    use super::*;
+    use crate::unit::fake_bus::FakeBus;
+
+    /// A manager, and a systemd whose services have these commands.
+    async fn manager(commands: &[&[&str]]) -> (std::sync::Arc<FakeBus>, Manager) {
+        let (bus, connection) = FakeBus::start([]).await;
+        let command = |words: &&[&str]| -> Command {
+            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            (words[0].clone(), words, false, 0, 0, 0, 0, 0, 0, 0)
+        };
+        bus.answer("Get", &Variant::from(commands.iter().map(command).collect::<Vec<_>>()));
+        let manager = Manager::default();
+        manager.bus.connected(connection);
+        (bus, manager)
+    }
+
+    #[tokio::test]
+    async fn a_service_has_a_command_whatever_its_program_is() {
+        let web = UnitName::new("containerd-default-web.service").unwrap();
+        let arguments = ["launch", "container", "default", "web"].map(str::to_owned);
+        for (commands, expected) in [
+            (&[&["/old/shim", "launch", "container", "default", "web"][..]][..], true),
+            (&[&["/bin/true"], &["/shim", "launch", "container", "default", "web"]], true),
+            (&[&["/shim", "launch", "container", "default", "web+0123456789abcdef"]], false),
+            (&[&["/shim", "launch", "exec", "default", "web", "e"]], false),
+            (&[&["sleep", "1000"]], false),
+            (&[], false),
+        ] {
+            let (_bus, manager) = manager(commands).await;
+            assert_eq!(manager.has_command(&web, &arguments).await.unwrap(), expected, "{commands:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn systemd_is_not_asked_about_a_name_without_a_file() {
+        let (bus, manager) = manager(&[]).await;
+        assert!(!manager.is_taken(&UnitName::new("no-such-unit.service").unwrap()).await.unwrap());
+        assert_eq!(bus.calls("GetAll") + bus.calls("Get"), 0);
+    }
 }

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use crate::id::UnitName;
 use crate::unit::error::{Error, call_error};
 use crate::unit::search_path::TRANSIENT;
-use crate::unit::systemd::{Changes, Stops};
+use crate::unit::systemd::{Changes, Stops, is_under_way};
 
 use super::{Manager, STOP};
 
@@ -75,7 +75,7 @@ impl Stops for Manager {
 
     async fn free_name(&self, unit: &UnitName) -> Result<bool, Error> {
         let state = self.unit_state(unit).await?;
-        if state.is_some_and(|state| !matches!(state.active.as_str(), "inactive" | "failed")) {
+        if state.is_some_and(|state| is_under_way(&state.active)) {
             return Ok(false);
         }
         // StartTransientUnit takes no name that has a file (unit.c, `unit_is_pristine`, 252 to 262). After a reload without the
