@@ -280,6 +280,7 @@ fn is_gone(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread;
 
     use super::*;
@@ -287,17 +288,23 @@ mod tests {
     #[test]
     fn a_cgroup_is_made_while_empty_cgroups_are_removed() {
         let cgroup = Path::new("/swept/commands/one");
-        let mut failed = Vec::new();
+        let (mut failed, made) = (Vec::new(), AtomicUsize::new(0));
+        let sweep = || cgroup.ancestors().take(3).filter(|empty| fs::remove_dir(dir(empty)).is_ok()).count();
         thread::scope(|scope| {
             let sweeping = scope.spawn(|| {
                 let mut removed = 0;
                 while removed < 300 {
-                    let emptied = cgroup.ancestors().take(3);
-                    removed += emptied.filter(|empty| fs::remove_dir(dir(empty)).is_ok()).count();
+                    // Fewer removals than tries, however fast this thread is.
+                    let before = made.load(Ordering::Relaxed);
+                    removed += (0..10).map(|_| sweep()).sum::<usize>();
+                    while made.load(Ordering::Relaxed) == before {
+                        thread::yield_now();
+                    }
                 }
             });
             while !sweeping.is_finished() {
                 failed.extend(open_made(cgroup).err());
+                made.fetch_add(1, Ordering::Relaxed);
             }
         });
         assert!(failed.is_empty(), "{failed:?}");
